@@ -1,0 +1,85 @@
+# Works with GNU make on Linux and macOS. README.md gives the same steps as plain python and pip lines.
+
+PYTHON ?= python3
+VENV ?= .venv
+# The torch installed last time, else the pinned one.
+TORCH ?= $(shell cat "$(VENV)/torch.txt" 2>/dev/null || grep '^torch==' constraints.txt)
+OUT ?= results
+# Recipes read these from the environment, so that paths with spaces arrive whole and an empty one can be left out.
+export DATA OUT EPOCHS
+
+BIN = $(VENV)/bin
+PIP = "$(BIN)/python" -m pip --disable-pip-version-check --no-input
+# --no-build-isolation: the pinned setuptools of the environment builds, not the newest one.
+INSTALL = $(PIP) install --no-build-isolation -c "$(VENV)/constraints.txt"
+# A PYTHON given by hand is taken or refused; a python3 that is too old gives way to a newer one beside it.
+PYTHONS = $(if $(filter file,$(origin PYTHON)),$(PYTHON) python3.13 python3.12 python3.11 python3.10,"$(PYTHON)")
+
+.PHONY: help venv install reproduce test lint format bench doctor clean FORCE
+.DELETE_ON_ERROR:
+
+help:  ## list the targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
+	@echo
+	@echo '  PYTHON=$(PYTHON)  the interpreter, 3.10 or newer'
+	@echo '  VENV=$(VENV)  the virtual environment (a path without spaces)'
+	@echo '  TORCH="$(TORCH)"  what pip installs as torch; may carry pip options'
+	@echo '  OUT=$(OUT) DATA=... EPOCHS=...  for make reproduce'
+
+venv: $(BIN)/python  ## create the virtual environment
+
+install: $(VENV)/.installed  ## install fastmaf and its pinned dependencies there (editable)
+
+reproduce: install  ## train, sample and evaluate on the synthetic capsules, or on DATA="/path/to/capsule"; writes to OUT
+	"$(BIN)/fastmaf" reproduce --out "$$OUT" $${DATA:+--data "$$DATA"} $${EPOCHS:+--epochs "$$EPOCHS"}
+
+test: $(VENV)/.installed-test  ## run the tests
+	"$(BIN)/python" -m pytest
+
+# mypy cannot know that kernels/ is fastmaf.kernels, so it gets the tree as installed, with bench (which may use tests) beside it.
+lint: $(VENV)/.installed-dev  ## ruff check, ruff format --check, mypy
+	"$(BIN)/ruff" check .
+	"$(BIN)/ruff" format --check .
+	rm -rf build/lint
+	"$(BIN)/python" setup.py -q build_py --no-compile --build-lib build/lint
+	cp -R bench tests build/lint/
+	cd build/lint && "$(abspath $(BIN))/mypy" --config-file ../../pyproject.toml --cache-dir ../../.mypy_cache -p fastmaf -p bench
+
+format: $(VENV)/.installed-dev  ## let ruff sort the imports and format
+	"$(BIN)/ruff" check --fix .
+	"$(BIN)/ruff" format .
+
+bench: $(VENV)/.installed-bench  ## time fastmaf beside the naive model
+	"$(BIN)/python" -m bench.run
+
+doctor: install  ## versions, devices, the backends in use and why
+	"$(BIN)/fastmaf" doctor
+
+clean:  ## remove builds and caches; the environment and OUT stay
+	rm -rf build dist fastmaf.egg-info .benchmarks .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	find fastmaf kernels bench tests -name __pycache__ -prune -exec rm -rf {} +
+
+$(BIN)/python:
+	@for python in $(PYTHONS); do \
+		if "$$python" -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null; then \
+			echo "creating $(VENV) with $$("$$python" --version)"; \
+			exec "$$python" -m venv "$(VENV)"; \
+		fi; \
+	done; \
+	echo "fastmaf needs Python 3.10 or newer; $(PYTHON) is $$("$(PYTHON)" --version 2>/dev/null || echo not there)." >&2; \
+	echo 'Name a newer one: make PYTHON=/path/to/python3.12 ...' >&2; \
+	exit 1
+
+# Changes only when TORCH does: another TORCH installs anew, and later calls without it keep that one.
+$(VENV)/torch.txt: FORCE | $(BIN)/python
+	@printf '%s\n' '$(TORCH)' | cmp -s - "$@" || printf '%s\n' '$(TORCH)' > "$@"
+
+$(VENV)/.installed: pyproject.toml setup.py constraints.txt $(VENV)/torch.txt
+	@grep -v '^torch==' constraints.txt > "$(VENV)/constraints.txt"
+	$(INSTALL) pip setuptools
+	$(INSTALL) $(TORCH) -e .
+	@touch "$@"
+
+$(VENV)/.installed-%: $(VENV)/.installed
+	$(INSTALL) -q -e '.[$*]'
+	@touch "$@"

@@ -1,0 +1,1 @@
+"""Benchmarks: correctness first, then times beside the limits of the machine they ran on."""

@@ -1,0 +1,75 @@
+"""The machine a benchmark runs on: its name, its versions, and its limits as measured in the same process."""
+
+from __future__ import annotations
+
+import os
+import platform
+import statistics
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+import fastmaf
+
+
+def describe() -> dict[str, str]:
+    """Returns processor, thread count, versions and commit."""
+    return {
+        "date": time.strftime("%Y-%m-%d"),
+        "commit": _git("rev-parse", "--short", "HEAD") + ("+changes" if _git("status", "--porcelain") else ""),
+        "processor": _processor(),
+        "threads": str(torch.get_num_threads()),
+        "fastmaf": fastmaf.__version__,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+    }
+
+
+def _git(*arguments: str) -> str:
+    try:
+        found = subprocess.run(
+            ["git", *arguments], cwd=Path(__file__).parent, capture_output=True, text=True, check=True
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+    return found.stdout.strip()
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    name = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
+    details = {line.split(":")[0].strip(): line.split(":", 1)[1].strip() for line in lines if ":" in line}
+    return f"{name} (family {details.get('cpu family')}, model {details.get('model')}), {os.cpu_count()} cores"
+
+
+def seconds(call: Callable[[], object], repeats: int) -> list[float]:
+    """Returns the time of each of ``repeats`` calls, after one that is not counted."""
+    call()
+    times = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        call()
+        times.append(time.perf_counter() - start)
+    return times
+
+
+def limits() -> dict[str, float]:
+    """Measures what nothing on this machine can beat: read and copy rate in GB/s, matrix rate in GFLOP/s."""
+    numbers = 64 * 2**20
+    source, target = torch.ones(numbers), torch.empty(numbers)
+    side = 2048
+    a, b, c = torch.randn(side, side), torch.randn(side, side), torch.empty(side, side)
+    read = min(seconds(source.sum, 7))
+    copy = min(seconds(lambda: target.copy_(source), 7))
+    product = statistics.median(seconds(lambda: torch.mm(a, b, out=c), 7))
+    return {
+        "read_gb_per_s": 4 * numbers / read / 1e9,
+        "copy_gb_per_s": 8 * numbers / copy / 1e9,
+        "sgemm_gflop_per_s": 2 * side**3 / product / 1e9,
+    }

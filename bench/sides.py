@@ -1,0 +1,117 @@
+"""The sides that are compared, each as its users would run it, all holding the same function.
+
+``fastmaf``: the library. ``naive``: dense weights times dense masks on every pass, torch's Adam, one whole pass per
+dimension when sampling; the way the published notebook does it. ``masked once``: the clever dense user, who masks the
+weights after each step instead of on each pass and takes torch's fused Adam.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+import fastmaf
+from fastmaf.reference import NaiveMADE, NaiveMAF
+
+
+@dataclass
+class Side:
+    """One way of running the model.
+
+    Attributes:
+        name: as printed.
+        log_prob: ``[N, D]`` → ``[N]``.
+        train_step: one optimiser step on a batch.
+        parameter_numbers: numbers held as parameters, masks included.
+    """
+
+    name: str
+    log_prob: Callable[[Tensor], Tensor]
+    train_step: Callable[[Tensor], None]
+    parameter_numbers: int
+
+
+def fast_side(flow: fastmaf.MAF) -> Side:
+    """Returns fastmaf with torch's fused Adam."""
+    step = fastmaf.TrainingStep(flow, torch.optim.Adam(flow.parameters(), lr=1e-4, fused=True))
+
+    def train_step(x: Tensor) -> None:
+        step(x)
+
+    return Side("fastmaf", flow.log_prob, train_step, flow.stored_weights)
+
+
+def naive_side(naive: NaiveMAF) -> Side:
+    """Returns the naive model with torch's default Adam."""
+    optimizer = torch.optim.Adam(naive.parameters(), lr=1e-4)
+
+    def train_step(x: Tensor) -> None:
+        optimizer.zero_grad()
+        (-naive.log_prob(x).mean()).backward()
+        optimizer.step()
+
+    weights = sum(w.numel() for block in blocks_of(naive) for w in block.weights)
+    return Side("naive", naive.log_prob, train_step, 2 * weights)
+
+
+class MaskedOnce(nn.Module):
+    """A naive model's function with masks applied to the weights beforehand, not on each pass."""
+
+    def __init__(self, naive: NaiveMAF) -> None:
+        super().__init__()
+        self.weights = nn.ParameterList()
+        self.biases = nn.ParameterList()
+        self.masks: list[Tensor] = []
+        self.depth = len(blocks_of(naive)[0].weights)
+        self.bound = blocks_of(naive)[0].log_scale_bound
+        for block in blocks_of(naive):
+            for k, (weight, bias) in enumerate(zip(block.weights, block.biases, strict=True)):
+                mask = block.get_buffer(f"mask_{k}")
+                self.weights.append(nn.Parameter(weight.detach() * mask))
+                self.biases.append(nn.Parameter(bias.detach().clone()))
+                self.masks.append(mask)
+
+    def log_prob(self, x: Tensor) -> Tensor:
+        """Returns the log-density ``[N]`` in nats."""
+        ladj = x.new_zeros(x.shape[0])
+        for first in range(0, len(self.weights), self.depth):
+            h = x
+            for k in range(first, first + self.depth):
+                h = functional.linear(h, self.weights[k], self.biases[k])
+                if k < first + self.depth - 1:
+                    h = torch.relu(h)
+            shift, u = h.chunk(2, dim=1)
+            log_scale = u.clamp(-self.bound, self.bound)
+            x = (x - shift) * torch.exp(-log_scale)
+            ladj = ladj - log_scale.sum(dim=1)
+        return ladj - 0.5 * x.square().sum(dim=1) - 0.5 * x.shape[1] * math.log(2 * math.pi)
+
+    @torch.no_grad()
+    def mask_again(self) -> None:
+        """Takes back what the optimiser did to hidden weights."""
+        for weight, mask in zip(self.weights, self.masks, strict=True):
+            weight.mul_(mask)
+
+
+def masked_once_side(naive: NaiveMAF) -> Side:
+    """Returns the clever dense user."""
+    model = MaskedOnce(naive)
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-4, fused=True)
+
+    def train_step(x: Tensor) -> None:
+        optimizer.zero_grad()
+        (-model.log_prob(x).mean()).backward()
+        optimizer.step()
+        model.mask_again()
+
+    return Side("masked once", model.log_prob, train_step, 2 * sum(w.numel() for w in model.weights))
+
+
+def blocks_of(naive: NaiveMAF) -> list[NaiveMADE]:
+    """Returns the blocks of a naive model."""
+    return [block for block in naive.blocks if isinstance(block, NaiveMADE)]

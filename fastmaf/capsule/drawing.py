@@ -1,0 +1,262 @@
+"""One synthetic capsule, drawn from geometry alone: its scene, its background and its shaded surface.
+
+Lengths are in units of 1/192 of the picture's side. The capsule lies along u (its axis, to the right) and v (across,
+down); its outline is a pair of half-widths ``top(u)``, ``bottom(u)``, so that a squeeze is a change of two curves.
+The capsule is shaded on a finer grid (at least twice) than the picture, averaged down and laid over a background with a
+soft shadow. ``fastmaf.capsule.synthetic`` makes data sets of it.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass, field
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFilter, ImageFont
+
+Array = np.ndarray
+Points = list[tuple[float, float]]
+
+HALF, RADIUS, SEAM = 81.0, 25.8, 2.0  # half length, radius of the body, where the cap ends
+_LIP = 0.9  # the cap is pushed over the body: so much wider
+_CAP, _BODY = (20.0, 20.0, 23.0), (150.0, 80.0, 62.0)
+TEXELS = 5  # texels of an imprint per unit of length
+
+
+def _gauss(rng: np.random.Generator) -> float:
+    """A normal draw without its far tails: no capsule leaves the picture."""
+    return float(np.clip(rng.normal(), -2.5, 2.5))
+
+
+@dataclass(frozen=True)
+class Scene:
+    """One capsule before any defect: pose, light, colours and how its halves are turned about the axis."""
+
+    size: int
+    centre: tuple[float, float]
+    angle: float  # radians
+    number: tuple[float, float]  # of the imprint on the body: its centre along u and around the axis (arc length)
+    name: tuple[float, float]  # the same for the cap
+    cap: Array
+    body: Array
+    light: Array  # gain of each colour channel
+    tilt: tuple[float, float]  # change of the light from one side of the picture to the other, in grey levels
+    gloss: tuple[float, float]  # position across (-1..1) and strength of the long highlight
+    dust: tuple[tuple[float, float, float, float], ...]  # x, y, radius, grey levels
+
+    @staticmethod
+    def draw(rng: np.random.Generator, size: int) -> Scene:
+        """A normal capsule of a picture of ``size`` pixels."""
+        dust = [
+            (*rng.uniform(4, 188, 2).tolist(), float(rng.uniform(0.35, 0.8)), float(rng.uniform(-45, -8)))
+            for _ in range(rng.poisson(2.5))
+        ]
+        return Scene(
+            size=size,
+            centre=(96.5 + 1.1 * _gauss(rng), 95.5 + 0.8 * _gauss(rng)),
+            angle=float(np.deg2rad(0.8 * _gauss(rng))),
+            number=(33.0 + 0.8 * _gauss(rng), 7.0 * _gauss(rng)),
+            name=(-27.0 + 1.0 * _gauss(rng), float(rng.uniform(-np.pi, np.pi)) * RADIUS),
+            cap=np.array(_CAP) + 1.0 * _gauss(rng),
+            body=np.array(_BODY) * (1 + 0.025 * _gauss(rng)) + rng.normal(0, 1.0, 3),
+            light=(1 + 0.015 * _gauss(rng)) * (1 + rng.normal(0, 0.005, 3)),
+            tilt=(2.5 * _gauss(rng), 2.0 * _gauss(rng)),
+            gloss=(0.05 + 0.03 * _gauss(rng), float(rng.uniform(0.7, 1.3))),
+            dust=tuple(dust),
+        )
+
+
+@dataclass
+class Change:
+    """What a defect does to a capsule. An empty one does nothing."""
+
+    top: Array | None = None  # factor on the upper outline along AXIS
+    bottom: Array | None = None
+    bites: list[tuple[float, float, float]] = field(default_factory=list)  # u, v, radius cut out of the outline
+    relief: Array | None = None  # added to the brightness factor, on the fine grid
+    paint: list[tuple[Array, Array, Array]] = field(default_factory=list)  # cover (0..1), colour on cap, on body
+    number: Array | None = None  # replaces the imprint's texture
+
+
+AXIS = np.linspace(-HALF - 4, HALF + 4, 1361)  # steps of 1/8 unit
+
+
+class Grid:
+    """The fine grid over the band of the picture that holds the capsule, in the capsule's own frame."""
+
+    def __init__(self, scene: Scene) -> None:
+        size, (cx, cy) = scene.size, scene.centre
+        self.scale = max(2, round(2 * 192 / size))
+        self.step = 192.0 / (size * self.scale)
+        reach = 34.0 + abs(np.sin(scene.angle)) * HALF
+        self.rows = slice(max(0, int((cy - reach) * size / 192)), min(size, int((cy + reach) * size / 192) + 1))
+        y = (np.arange(self.rows.start * self.scale, self.rows.stop * self.scale) + 0.5) * self.step - cy
+        x = (np.arange(size * self.scale) + 0.5) * self.step - cx
+        self.cos, self.sin, self.centre = float(np.cos(scene.angle)), float(np.sin(scene.angle)), (cx, cy)
+        self.u = (x[None, :] * self.cos + y[:, None] * self.sin).astype(np.float32)
+        self.v = (y[:, None] * self.cos - x[None, :] * self.sin).astype(np.float32)
+
+    def down(self, fine: Array) -> Array:
+        """Average of each scale x scale block of the last two axes."""
+        k = self.scale
+        total = np.zeros((*fine.shape[:-2], fine.shape[-2] // k, fine.shape[-1] // k), dtype=np.float32)
+        for i in range(k):
+            for j in range(k):
+                total += fine[..., i::k, j::k]
+        return total / k**2
+
+    def strokes(self, lines: list[tuple[Points, float]], fill: bool = False) -> Array:
+        """Cover (0..1) of lines (points in u, v; width), or of filled polygons."""
+        canvas = Image.new("L", (self.u.shape[1], self.u.shape[0]))
+        pen = ImageDraw.Draw(canvas)
+        for points, width in lines:
+            at = [self._pixel(u, v) for u, v in points]
+            if fill:
+                pen.polygon(at, fill=255)
+            else:
+                pen.line(at, fill=255, width=max(1, round(width / self.step)), joint="curve")
+        soft = canvas.filter(ImageFilter.GaussianBlur(0.25 / self.step))
+        return np.asarray(soft, dtype=np.float32) / 255.0
+
+    def _pixel(self, u: float, v: float) -> tuple[float, float]:
+        x, y = u * self.cos - v * self.sin + self.centre[0], u * self.sin + v * self.cos + self.centre[1]
+        return x / self.step - 0.5, y / self.step - 0.5 - self.rows.start * self.scale
+
+
+def compose(scene: Scene, grid: Grid, ground: Array, change: Change) -> Array:
+    """The capsule over its background, as the camera sees it before the noise: float32 [size, size, 3]."""
+    colour, cover = _capsule(scene, grid, change)
+    picture = ground.copy()
+    alpha = grid.down(cover)
+    picture[:, grid.rows] = picture[:, grid.rows] * (1 - alpha) + grid.down(colour * cover)
+    picture *= _planes(scene.light)
+    wide = np.pad(picture, ((0, 0), (1, 1), (0, 0)), mode="edge")  # the lens: neighbours share a little light
+    picture = 0.64 * picture + 0.18 * (wide[:, :-2] + wide[:, 2:])
+    wide = np.pad(picture, ((0, 0), (0, 0), (1, 1)), mode="edge")
+    picture = 0.64 * picture + 0.18 * (wide[:, :, :-2] + wide[:, :, 2:])
+    return np.ascontiguousarray(picture.transpose(1, 2, 0))
+
+
+def background(scene: Scene) -> Array:
+    """Light grey paper, brighter at the top, with the soft shadow of the capsule and its glow: [3, size, size]."""
+    size, (cx, cy) = scene.size, scene.centre
+    at = ((np.arange(size) + 0.5) * 192.0 / size).astype(np.float32)
+    x, y = at[None, :] - np.float32(cx), at[:, None] - np.float32(cy)
+    c, s = np.float32(np.cos(scene.angle)), np.float32(np.sin(scene.angle))
+    u, v = x * c + y * s, y * c - x * s
+    past = np.maximum(np.abs(u) - (HALF - RADIUS), 0)
+    away = np.maximum(np.hypot(past, v) - RADIUS, 0)
+    above = 1 / (1 + np.exp(v / 9))
+    shadow = 0.28 * np.exp(-away / 5) + (0.10 + 0.10 * above) * np.exp(-away / 15)
+    level = 216 - 9 * y / 96 + scene.tilt[0] * x / 96 + scene.tilt[1] * y / 96
+    level -= 5 * ((x / 96) ** 2 + (y / 96) ** 2)
+    glow = np.exp(-away / 14) * (0.25 + 0.75 * above) / (1 + np.exp(-(u - SEAM - 6) / 7)) * (u < HALF + 25)
+    paper = np.stack([level + 1.0, level, level + 0.8 - 2.0 * y / 96]) * (1 - shadow)
+    paper += glow * _planes(np.array([16.0, -9.0, -7.0]))
+    for dx, dy, radius, dark in scene.dust:
+        paper += dark * np.exp(-(((at[None, :] - dx) / radius) ** 2 + ((at[:, None] - dy) / radius) ** 2))
+    return paper.astype(np.float32)
+
+
+def _outline(radius: float) -> Array:
+    """Half-width along AXIS: straight sides, round ends, 0 beyond them."""
+    past = np.maximum(np.abs(AXIS) - (HALF - RADIUS), 0) / RADIUS
+    return radius * np.sqrt(np.maximum(1 - past**2, 0))
+
+
+def _planes(colour: Array) -> Array:
+    """Three numbers as float32 [3, 1, 1], to be spread over the planes of a picture."""
+    return np.asarray(colour, dtype=np.float32)[:, None, None]
+
+
+def _capsule(scene: Scene, grid: Grid, change: Change) -> tuple[Array, Array]:
+    """Colour [3, .., ..] in grey levels and cover [.., ..] (0..1) of the capsule on the fine grid, float32."""
+    u, v, step = grid.u, grid.v, grid.step
+    widths = np.where(AXIS < SEAM, _outline(RADIUS + _LIP), _outline(RADIUS))
+    top = widths if change.top is None else widths * change.top
+    bottom = widths if change.bottom is None else widths * change.bottom
+    half, slope = _along(u, top), _along(u, np.gradient(top, AXIS))
+    if top is not bottom:
+        half = np.where(v < 0, half, _along(u, bottom))
+        slope = np.where(v < 0, slope, _along(u, np.gradient(bottom, AXIS)))
+    cover = np.clip((half - np.abs(v)) / (step * np.sqrt(1 + slope * slope)) + 0.5, 0, 1) * (half > 0)
+    for bu, bv, radius in change.bites:
+        cover *= np.clip((np.hypot(u - bu, v - bv) - radius) / step + 0.5, 0, 1)
+
+    across = np.clip(v / np.maximum(half, 1e-3), -1, 1)
+    end = np.clip((np.abs(u) - (HALF - RADIUS)) / RADIUS, 0, 1)
+    nv = across * np.sqrt(1 - end * end)
+    nz = np.sqrt(np.maximum(1 - nv * nv - end * end, 0))
+    rim = 1 - nz
+    rim *= rim
+    # Light from all around above: the middle is brightest, the sides fall off, the lower side a little more.
+    soft = 0.66 + 0.34 * nz**0.8 - 0.05 * nv
+    soft += 0.14 * _bump((nv + 0.42) / 0.20, (u - 52) / 24)
+    line = _bump((nv - scene.gloss[0]) / 0.035) * scene.gloss[1]
+    line *= (0.75 + 0.25 * np.sin(u / 3.1 + 9 * scene.gloss[1])) * (1 - end) ** 2
+    glint = line * 7 + 14 * _bump((u + 66) / 5, (nv + 0.15) / 0.45) + 26 * end**3 + 16 * nv**6
+    glint += 12 * _bump((u - SEAM + 0.7) / 0.5)  # the cap's edge, a bright hairline
+    if change.relief is not None:
+        soft += change.relief
+        glint += 60 * change.relief
+    body = _planes(scene.body) * soft + line * 15
+    body += (rim * rim * 20 + end * end * 10) * _planes(np.array([0.6, 1.0, 1.0]))
+    body *= 1 - 0.38 * np.exp(np.minimum(SEAM - u, 0) / 1.1)  # the edge's thin shadow on the body
+    cap = np.maximum(_planes(scene.cap) + glint, 3)
+
+    arc = np.arcsin(across) * RADIUS
+    number = imprint("500") if change.number is None else change.number
+    ink = 0.62 * sample(number, u - scene.number[0], arc - scene.number[1])
+    body += ink * (_planes(np.array([188.0, 160.0, 152.0])) * (0.55 + 0.45 * nz) - body)
+    ink = 0.55 * sample(imprint("FM", 13.0, 1.2), u - scene.name[0], arc - scene.name[1])
+    cap += ink * (_planes(np.array([118.0, 128.0, 132.0])) * (0.45 + 0.55 * nz) - cap)
+
+    for covered, colour_cap, colour_body in change.paint:
+        cap += covered * (_planes(colour_cap) - cap)
+        body += covered * (_planes(colour_body) - body)
+    cap -= body
+    return body + np.clip((SEAM - u) / step + 0.5, 0, 1) * cap, cover
+
+
+def _along(u: Array, curve: Array) -> Array:
+    """A curve over AXIS at these places; its points are dense enough to take the nearest one."""
+    place = np.rint((u - AXIS[0]) * ((len(AXIS) - 1) / float(AXIS[-1] - AXIS[0]))).astype(np.int32)
+    return curve.astype(np.float32)[np.clip(place, 0, len(AXIS) - 1)]
+
+
+def _bump(a: Array, b: Array | None = None) -> Array:
+    """A bell, exp(-a^2 - b^2)."""
+    return np.exp(-a * a if b is None else -a * a - b * b)
+
+
+@functools.lru_cache(maxsize=8)
+def imprint(text: str, height: float = 15.0, bold: float = 1.5) -> Array:
+    """The imprint laid flat: float32 cover (0..1), TEXELS a unit, margins of 4 units."""
+    font = ImageFont.load_default(size=height * TEXELS * 1.38)
+    stroke = round(bold * TEXELS / 2)
+    pen = ImageDraw.Draw(Image.new("L", (1, 1)))
+    gap = round(1.6 * TEXELS)
+    boxes = [pen.textbbox((0, 0), letter, font=font, stroke_width=stroke) for letter in text]
+    margin = 4 * TEXELS
+    wide = sum(int(b[2] - b[0]) for b in boxes) + gap * (len(text) - 1) + 2 * margin
+    tall = max(int(b[3] - b[1]) for b in boxes) + 2 * margin
+    image = Image.new("L", (wide, tall))
+    pen = ImageDraw.Draw(image)
+    x = margin
+    for letter, box in zip(text, boxes, strict=True):
+        pen.text((x - box[0], margin - box[1]), letter, fill=255, font=font, stroke_width=stroke)
+        x += int(box[2] - box[0]) + gap
+    flat = np.asarray(image.filter(ImageFilter.GaussianBlur(0.3 * TEXELS)), dtype=np.float32) / 255.0
+    flat.setflags(write=False)
+    return flat
+
+
+def sample(texture: Array, along: Array, around: Array) -> Array:
+    """The texture's value at these distances (units) from its centre, 0 outside it."""
+    tall, wide = texture.shape
+    column = np.rint(along * TEXELS + wide / 2).astype(np.int32)
+    row = np.rint(around * TEXELS + tall / 2).astype(np.int32)
+    inside = (column >= 0) & (column < wide) & (row >= 0) & (row < tall)
+    found = np.zeros(along.shape, dtype=np.float32)
+    found[inside] = texture[row[inside], column[inside]]
+    return found

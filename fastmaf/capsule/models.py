@@ -1,0 +1,62 @@
+"""A trained model as the capsule commands use it: the flow, the size of its images, and what its training kept out."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+import fastmaf
+from fastmaf.capsule.checkpoints import MODEL_FILE, training_of
+from fastmaf.capsule.data import ImageSet, to_unit
+
+
+@dataclass(frozen=True)
+class Model:
+    """A flow over images.
+
+    Attributes:
+        flow: the flow, D = 3 size².
+        size: side of its square images in pixels.
+        path: the file it came from.
+        held_out: names of the normal images that its training never saw; empty when unknown.
+    """
+
+    flow: fastmaf.MAF
+    size: int
+    path: Path
+    held_out: tuple[str, ...]
+
+
+def load_model(path: str | Path, *, device: str = "cpu") -> Model:
+    """Loads a model file, or the one in a run's folder.
+
+    Raises:
+        FileNotFoundError: there is none.
+        fastmaf.CheckpointError: it is not a model of square RGB images.
+    """
+    path = Path(path)
+    if path.is_dir():
+        path = path / MODEL_FILE
+    flow = fastmaf.load(path, device=device)
+    size = math.isqrt(flow.features // 3)
+    if 3 * size**2 != flow.features:
+        raise fastmaf.CheckpointError(
+            f"{path} models {flow.features} numbers, which are no square RGB image (3 x size x size): it is not "
+            f"from the capsule workflow"
+        )
+    return Model(flow.eval(), size, path, tuple(training_of(path).get("held_out", ())))
+
+
+@torch.no_grad()
+def nll_of(flow: fastmaf.Flow, images: ImageSet, *, batch_size: int = 64, progress: bool = True) -> np.ndarray:
+    """Returns the negative log-likelihood of each image, float64 ``[n]`` nats."""
+    device = next(flow.parameters()).device
+    parts = torch.arange(len(images)).split(batch_size)
+    bar = tqdm(parts, desc="scoring", unit="batch", disable=not progress, leave=False)
+    scores = [-flow.log_prob(to_unit(images.pixels[part]).to(device)).cpu().double() for part in bar]
+    return torch.cat(scores).numpy() if scores else np.empty(0)

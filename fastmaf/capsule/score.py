@@ -1,0 +1,86 @@
+"""Judging a trained model on a labelled test set: ``fastmaf eval``.
+
+Writes scores.csv, metrics.json, nll_hist_good_defect.png and roc_curve.png.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from fastmaf.capsule.data import ImageSet, load_test, load_train
+from fastmaf.capsule.evaluate import Evaluation, evaluate_scores, write_metrics, write_scores
+from fastmaf.capsule.models import Model, nll_of
+from fastmaf.capsule.plots import nll_hist, roc_curve
+
+SCORES_FILE, METRICS_FILE = "scores.csv", "metrics.json"
+HISTOGRAM_FILE, ROC_FILE = "nll_hist_good_defect.png", "roc_curve.png"
+
+
+def evaluate(
+    model: Model,
+    data: str | Path,
+    out: str | Path,
+    *,
+    false_alarm: float = 0.05,
+    skip_bad: bool = False,
+    seed: int = 0,
+    extra: Mapping[str, Any] | None = None,
+    progress: bool = True,
+) -> Evaluation:
+    """Scores the images of ``data/test`` and writes what was found.
+
+    Args:
+        model: a trained model.
+        data: folder with ``test/<class>``, and ``train/good`` for the normals that training held out.
+        out: folder to write to.
+        false_alarm: rate for the threshold from held-out normals.
+        skip_bad: leave out files that cannot be read.
+        seed: of the bootstrap.
+        extra: further entries for metrics.json.
+        progress: show progress bars.
+
+    Raises:
+        DataError: the folder or a file in it is not what is needed.
+        EvaluationError: the test set has no normal or no defective images.
+    """
+    out = Path(out)
+    out.mkdir(parents=True, exist_ok=True)
+    images = load_test(data, size=model.size, skip_bad=skip_bad, progress=progress)
+    for note in images.notes:
+        tqdm.write(note)
+    nll = nll_of(model.flow, images, progress=progress)
+    held_out = _held_out(model, data, skip_bad=skip_bad, progress=progress)
+    evaluation = evaluate_scores(
+        nll,
+        images.labels,
+        held_out_nll=None if held_out is None else nll_of(model.flow, held_out, progress=progress),
+        false_alarm=false_alarm,
+        seed=seed,
+        features=model.flow.features,
+    )
+    write_scores(out / SCORES_FILE, images.paths, images.labels, nll, evaluation, model.flow.features)
+    write_metrics(out / METRICS_FILE, evaluation, {"model": model.path.name, **(extra or {})})
+    thresholds = {report.name: report.threshold for report in (evaluation.youden, evaluation.held_out) if report}
+    nll_hist(out / HISTOGRAM_FILE, np.asarray(nll), images.labels, thresholds)
+    roc_curve(out / ROC_FILE, evaluation)
+    return evaluation
+
+
+def _held_out(model: Model, data: str | Path, *, skip_bad: bool, progress: bool) -> ImageSet | None:
+    """Returns the normals that training never saw, or None when there are none; says so when some are gone."""
+    if not model.held_out:
+        return None
+    normals = load_train(data, size=model.size, skip_bad=skip_bad, progress=progress)
+    wanted = set(model.held_out)
+    index = [i for i, path in enumerate(normals.paths) if path.name in wanted]
+    if len(index) < len(wanted):
+        tqdm.write(
+            f"{len(wanted) - len(index)} of the {len(wanted)} normal images that training held out are not in {data}: "
+            + ("the threshold is taken from the others" if index else "no threshold can be taken from held-out normals")
+        )
+    return normals.subset(index) if index else None

@@ -1,0 +1,375 @@
+"""Training on normal images: ``fastmaf train``.
+
+What it writes into the output folder, as it goes:
+
+    model.safetensors             the flow, with its settings and the names of the held-out images in its metadata
+    training_state.safetensors    what ``--resume`` needs beside it: the optimiser's moments, counters, the log
+    train_log.csv, nll_curve.png  a row and a point per epoch
+"""
+
+from __future__ import annotations
+
+import json
+import signal
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from types import FrameType, MappingProxyType
+from typing import Any, Literal, TypeAlias
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+import fastmaf
+from fastmaf.capsule.checkpoints import MODEL_FILE, STATE_FILE, load_state, save_state
+from fastmaf.capsule.data import DataError, ImageSet, load_train, to_unit
+from fastmaf.capsule.plots import nll_curve
+from fastmaf.capsule.results import bits_per_dim, written_atomically
+
+LOG_FILE, CURVE_FILE = "train_log.csv", "nll_curve.png"
+LOG_COLUMNS = ("epoch", "nll", "val_nll", "bits_per_dim", "seconds", "skipped_steps")
+# What makes orders other than natural trainable at image size; measured on the real capsule images (see the README).
+GUARDED: Mapping[str, Any] = MappingProxyType(
+    {
+        "init": "identity",
+        "soft_bound": True,
+        "log_scale_bound": 1.0,
+        "warmup_steps": 100,
+        "max_grad_norm": 0.1,
+        "max_leap": 0.2,
+    }
+)
+_SECONDS_BETWEEN_CHECKPOINTS = 30.0
+_SECONDS_BETWEEN_CURVES = 15.0
+_SCORING_BATCH = 64
+
+Row: TypeAlias = dict[str, float | None]
+
+
+class TrainingStoppedError(RuntimeError):
+    """Training met a loss that is not finite; the message says where the last good model is."""
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Everything that determines a training run; the defaults are the published reference run's but for strict masks.
+
+    Attributes:
+        size: side of the square images in pixels; D = 3 size².
+        blocks, hidden_features, degrees, order, levels, log_scale_bound, soft_bound, init: see ``fastmaf.MAF``.
+        masks: ``"strict"``, or ``"reference"`` for the published notebook's leaky output mask.
+        epochs, batch_size, lr: of Adam.
+        holdout: share of the normal images kept out of training, for the validation NLL and for thresholds.
+        warmup_steps, max_grad_norm, max_leap: see ``fastmaf.Guards``.
+        seed: of the split, the model and the shuffling.
+    """
+
+    size: int = 64
+    blocks: int = 7
+    hidden_features: tuple[int, ...] = (512, 512)
+    degrees: Literal["spread", "random", "cyclic"] = "spread"
+    order: Literal["natural", "alternate", "random"] = "natural"
+    levels: int | None = None
+    masks: Literal["strict", "reference"] = "strict"
+    log_scale_bound: float | None = 5.0
+    soft_bound: bool = False
+    init: Literal["linear", "identity"] = "linear"
+    epochs: int = 100
+    batch_size: int = 8
+    lr: float = 1e-4
+    holdout: float = 0.1
+    warmup_steps: int = 0
+    max_grad_norm: float | None = None
+    max_leap: float | None = None
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("size", "blocks", "epochs", "batch_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1; found {getattr(self, name)}")
+        if not self.lr > 0:
+            raise ValueError(f"lr must be positive; found {self.lr}")
+        if not 0 <= self.holdout < 1:
+            raise ValueError(f"holdout is a share of the normal images, 0 <= holdout < 1; found {self.holdout}")
+
+    @property
+    def features(self) -> int:
+        """D, the numbers of one image."""
+        return 3 * self.size**2
+
+    def build(self) -> fastmaf.MAF:
+        """Builds the untrained flow."""
+        return fastmaf.MAF(
+            self.features,
+            self.blocks,
+            self.hidden_features,
+            degrees=self.degrees,
+            order=self.order,
+            levels=self.levels,
+            log_scale_bound=self.log_scale_bound,
+            soft_bound=self.soft_bound,
+            init=self.init,
+            strict=self.masks == "strict",
+            seed=self.seed,
+        )
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """A finished or interrupted run: the flow, the log (a row per epoch), where the model is, and whether Ctrl-C
+    ended it.
+    """
+
+    flow: fastmaf.MAF
+    log: list[Row]
+    model: Path
+    interrupted: bool
+
+
+def train(
+    data: str | Path,
+    out: str | Path,
+    config: TrainConfig | None = None,
+    *,
+    resume: bool = False,
+    skip_bad: bool = False,
+    device: str = "cpu",
+    reference: Mapping[int, float] | None = None,
+    progress: bool = True,
+) -> TrainResult:
+    """Trains a flow on the normal images of ``data/train/good``.
+
+    Ctrl-C ends the run after the current step, with a model that can be used and resumed.
+
+    Args:
+        data: folder with ``train/good``.
+        out: folder for the model, the log and the curve.
+        config: the run's settings.
+        resume: go on from the checkpoint in ``out``; the settings must be the same, but for ``epochs``.
+        skip_bad: leave out files that cannot be read instead of refusing to start.
+        device: where to train.
+        reference: published NLL by epoch, drawn beside the curve.
+        progress: show a progress bar.
+
+    Raises:
+        DataError: the folder or a file in it is not what is needed.
+        TrainingStoppedError: the loss became non-finite.
+        ValueError: a setting does not fit, or differs from the one of the run to resume.
+    """
+    config, out = config or TrainConfig(), Path(out)
+    out.mkdir(parents=True, exist_ok=True)
+    if not resume and (out / STATE_FILE).exists():
+        _refuse_to_overwrite(out, config)
+    images = load_train(data, size=config.size, skip_bad=skip_bad, progress=progress)
+    for note in images.notes:
+        tqdm.write(note)
+    split = torch.randperm(len(images), generator=torch.Generator().manual_seed(config.seed)).tolist()
+    held_out = images.subset(sorted(split[: round(config.holdout * len(images))]))
+    normals = images.subset(sorted(split[len(held_out) :]))
+    if not len(normals):
+        raise DataError(f"holding out {config.holdout} of {len(images)} images leaves none to train on")
+    run = _Run(config, out, normals, held_out, torch.device(device), reference)
+    if resume:
+        run.restore()
+    return run.go(progress)
+
+
+def _refuse_to_overwrite(out: Path, config: TrainConfig) -> None:
+    state = load_state(out, tensors=False)[1]
+    if state["epochs_done"] < state["config"]["epochs"]:
+        raise ValueError(
+            f"{out} holds an unfinished run ({state['epochs_done']} of {state['config']['epochs']} epochs): go on "
+            f"with --resume, "
+            "choose another --out, or delete it"
+        )
+
+
+class _Run:
+    """One training run: model, optimiser, log and their files."""
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        out: Path,
+        normals: ImageSet,
+        held_out: ImageSet,
+        device: torch.device,
+        reference: Mapping[int, float] | None,
+    ) -> None:
+        self.config, self.out, self.device, self.reference = config, out, device, reference
+        self.normals, self.held_out = normals, held_out
+        self.flow = config.build().to(device)
+        self.optimizer = torch.optim.Adam(self.flow.parameters(), lr=config.lr, fused=True)
+        guards = fastmaf.Guards(config.warmup_steps, config.max_grad_norm, config.max_leap)
+        self.step = fastmaf.TrainingStep(self.flow, self.optimizer, guards)
+        self.log: list[Row] = []
+        self.good_epoch: int | None = None  # after how many epochs the model file was written
+        self._saved = self._drawn = time.monotonic()
+
+    def restore(self) -> None:
+        """Takes up the run whose checkpoint lies in the output folder."""
+        tensors, state = load_state(self.out)
+        before, now = state["config"], json.loads(json.dumps(asdict(self.config)))
+        different = [k for k in now if k != "epochs" and before.get(k) != now[k]]
+        if different:
+            changes = ", ".join(f"{k}: was {before.get(k)!r}, now {now[k]!r}" for k in different)
+            raise ValueError(
+                f"cannot resume {self.out} with other settings ({changes}): repeat the first ones, or choose "
+                f"another --out"
+            )
+        if state["files"] != [path.name for path in self.normals.paths]:
+            raise ValueError(
+                f"cannot resume {self.out}: it was trained on {len(state['files'])} images, the data now hold "
+                f"{len(self.normals)} others or renamed ones for training"
+            )
+        self.flow.load_state_dict(fastmaf.load(self.out / MODEL_FILE).state_dict())
+        by_name = dict(self.flow.named_parameters())
+        moments = {
+            i: {k: tensors[f"{name}/{k}"] for k in ("step", "exp_avg", "exp_avg_sq")} for i, name in enumerate(by_name)
+        }
+        groups = self.optimizer.state_dict()["param_groups"]
+        self.optimizer.load_state_dict({"state": moments if tensors else {}, "param_groups": groups})
+        self.step.load_state_dict(state["guards"])
+        self.log = state["log"]
+        self.good_epoch = state["epochs_done"]
+
+    def go(self, progress: bool) -> TrainResult:
+        """Trains to the last epoch, or until interrupted."""
+        steps = -(-len(self.normals) // self.config.batch_size)
+        first = len(self.log)
+        with (
+            _interruptible() as stop,
+            tqdm(
+                total=self.config.epochs * steps,
+                initial=first * steps,
+                desc="training",
+                unit="step",
+                disable=not progress,
+                dynamic_ncols=True,
+            ) as bar,
+        ):
+            for epoch in range(first + 1, self.config.epochs + 1):
+                self._epoch(epoch, bar, stop)
+                if stop.is_set():
+                    break
+                if time.monotonic() - self._saved > _SECONDS_BETWEEN_CHECKPOINTS or self.good_epoch is None:
+                    self._save()
+                self._write_log(curve=time.monotonic() - self._drawn > _SECONDS_BETWEEN_CURVES)
+        self._save()
+        self._write_log(curve=True)
+        return TrainResult(self.flow, self.log, self.out / MODEL_FILE, stop.is_set())
+
+    def _epoch(self, epoch: int, bar: tqdm[Any], stop: threading.Event) -> None:
+        # Each epoch shuffles by a generator of its own, so that a resumed run sees the batches that an unbroken one
+        # would.
+        shuffler = torch.Generator().manual_seed((self.config.seed << 32) + epoch)
+        began, total, skipped = time.perf_counter(), 0.0, 0
+        for index in torch.randperm(len(self.normals), generator=shuffler).split(self.config.batch_size):
+            try:
+                report = self.step(self._batch(self.normals, index))
+            except fastmaf.NonFiniteLossError as error:
+                raise self._stopped(str(error)) from error
+            total += report.nll * len(index)
+            skipped += report.skipped
+            bar.update()
+            bar.set_postfix_str(
+                f"epoch {epoch}, NLL {report.nll:,.0f} nats, {bits_per_dim(report.nll, self.config.features):.3f} "
+                f"bits/dim"
+            )
+            if stop.is_set():
+                return
+        nll = total / len(self.normals)
+        self.log.append(
+            {
+                "epoch": epoch,
+                "nll": nll,
+                "val_nll": self._validate(),
+                "bits_per_dim": bits_per_dim(nll, self.config.features),
+                "seconds": time.perf_counter() - began,
+                "skipped_steps": skipped,
+            }
+        )
+
+    def _stopped(self, reason: str) -> TrainingStoppedError:
+        self._write_log(curve=True)
+        if self.good_epoch is None:
+            kept = "before the first epoch was over, so no model was written"
+        else:
+            kept = f"the last good model, after epoch {self.good_epoch}, is kept in {self.out / MODEL_FILE}"
+        return TrainingStoppedError(
+            f"{reason}; {kept}. A smaller --lr, --order natural, or the guards (--max-grad-norm, --max-leap, "
+            f"--warmup-steps) help"
+        )
+
+    def _batch(self, images: ImageSet, index: Tensor) -> Tensor:
+        return to_unit(images.pixels[index]).to(self.device)
+
+    @torch.no_grad()
+    def _validate(self) -> float | None:
+        if not len(self.held_out):
+            return None
+        parts = torch.arange(len(self.held_out)).split(_SCORING_BATCH)
+        return float(
+            -torch.cat([self.flow.log_prob(self._batch(self.held_out, part)) for part in parts]).double().mean()
+        )
+
+    def _save(self) -> None:
+        if not all(bool(torch.isfinite(p).all()) for p in self.flow.parameters()):
+            raise self._stopped(f"the parameters are no longer finite after epoch {len(self.log)}")
+        moments = {
+            f"{name}/{key}": value
+            for name, parameter in self.flow.named_parameters()
+            for key, value in self.optimizer.state.get(parameter, {}).items()
+        }
+        state = {
+            "config": asdict(self.config),
+            "epochs_done": len(self.log),
+            "files": [path.name for path in self.normals.paths],
+            "guards": self.step.state_dict(),
+            "log": self.log,
+        }
+        about = {
+            "size": self.config.size,
+            "masks": self.config.masks,
+            "epochs_done": len(self.log),
+            "held_out": [path.name for path in self.held_out.paths],
+        }
+        save_state(self.out, self.flow, moments, state, about)
+        self.good_epoch = len(self.log)
+        self._saved = time.monotonic()
+
+    def _write_log(self, *, curve: bool) -> None:
+        with written_atomically(self.out / LOG_FILE) as file:
+            lines = [",".join(LOG_COLUMNS)]
+            lines += [",".join("" if row[c] is None else f"{row[c]:.10g}" for c in LOG_COLUMNS) for row in self.log]
+            file.write(("\n".join(lines) + "\n").encode())
+        if curve:
+            nll_curve(self.out / CURVE_FILE, self.log, self.reference)
+            self._drawn = time.monotonic()
+
+
+@contextmanager
+def _interruptible() -> Iterator[threading.Event]:
+    """Turns the first Ctrl-C into a request to stop; a second one interrupts at once."""
+    stop = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield stop  # only the main thread may handle signals
+        return
+    before = signal.getsignal(signal.SIGINT)
+
+    def ask(signum: int, frame: FrameType | None) -> None:
+        stop.set()
+        signal.signal(signal.SIGINT, before)
+        tqdm.write(
+            "stopping after this step; Ctrl-C again to stop at once and lose what came after the last checkpoint"
+        )
+
+    signal.signal(signal.SIGINT, ask)
+    try:
+        yield stop
+    finally:
+        signal.signal(signal.SIGINT, before)

@@ -1,0 +1,153 @@
+"""Saving and loading flows: one safetensors file, nothing executable in it.
+
+The tensors are the flow's ``state_dict``; the file's metadata holds the configuration as JSON under ``"fastmaf"``.
+Before any of it is used, names, shapes, dtypes and finiteness are checked against the configuration.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from fastmaf.flows import MAF, Flow
+from fastmaf.transforms import TRANSFORMS, Transform
+
+FORMAT_VERSION = 1
+
+
+class CheckpointError(ValueError):
+    """The file is not a model that this version of fastmaf can load; the message says why."""
+
+
+def save(flow: Flow, path: str | os.PathLike[str], metadata: Mapping[str, str] | None = None) -> None:
+    """Writes ``flow`` to ``path`` so that a crash leaves either the old file or the new one.
+
+    Args:
+        flow: any flow whose transforms are registered in ``fastmaf.transforms.TRANSFORMS``.
+        path: a ``.safetensors`` file.
+        metadata: further strings to keep beside the configuration.
+
+    Raises:
+        ValueError: ``metadata`` uses the key ``"fastmaf"``.
+    """
+    if metadata and "fastmaf" in metadata:
+        raise ValueError("metadata key 'fastmaf' is reserved for the configuration")
+    kinds = {cls: name for name, cls in TRANSFORMS.items()}
+    transforms = [{"type": kinds[type(t)], **t.config()} for t in flow.transforms if isinstance(t, Transform)]
+    config = {"version": FORMAT_VERSION, "features": flow.features, "transforms": transforms}
+    write_tensors(
+        {k: v.detach().contiguous() for k, v in flow.state_dict().items()},
+        path,
+        {**(metadata or {}), "fastmaf": json.dumps(config)},
+    )
+
+
+def write_tensors(tensors: Mapping[str, Tensor], path: str | os.PathLike[str], metadata: Mapping[str, str]) -> None:
+    """Writes a safetensors file through a temporary one: synced to disk, then moved into place."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        save_file(dict(tensors), temporary, dict(metadata))
+        with open(temporary, "rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def load(path: str | os.PathLike[str], *, device: torch.device | str = "cpu") -> MAF:
+    """Loads a flow that ``save`` wrote.
+
+    Args:
+        path: the file.
+        device: where its tensors go.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        CheckpointError: it is no fastmaf model, of a newer format, damaged, or its tensors do not fit its
+            configuration.
+    """
+    tensors, metadata = read_tensors(path)
+    config = _config(path, metadata)
+    try:
+        built = []
+        for i, entry in enumerate(config["transforms"]):
+            own = {
+                k.removeprefix(f"transforms.{i}."): v for k, v in tensors.items() if k.startswith(f"transforms.{i}.")
+            }
+            built.append(TRANSFORMS[entry["type"]].from_config(entry, own))
+        flow = MAF.from_transforms(config["features"], built)
+        _check_tensors(flow, tensors)
+        flow.load_state_dict(tensors)
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        if isinstance(error, CheckpointError):
+            raise CheckpointError(f"{path}: {error}") from error
+        raise CheckpointError(f"{path}: the tensors do not fit the configuration in the file: {error}") from error
+    return flow.to(device)
+
+
+def read_tensors(path: str | os.PathLike[str], *, tensors: bool = True) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Returns the tensors of a safetensors file, or none of them, and its metadata.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        CheckpointError: it is not a safetensors file, or is damaged.
+    """
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"no model file at {path}")
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {key: file.get_tensor(key) for key in file.keys()} if tensors else {}, dict(file.metadata() or {})  # noqa: SIM118
+    except SafetensorError as error:
+        raise CheckpointError(f"{path} is not a safetensors file, or is damaged: {error}") from error
+
+
+def _config(path: str | os.PathLike[str], metadata: Mapping[str, str]) -> dict[str, Any]:
+    if "fastmaf" not in metadata:
+        raise CheckpointError(
+            f"{path} is a safetensors file, but not a fastmaf model: its metadata has no 'fastmaf' entry (found "
+            f"{sorted(metadata) or 'none'})"
+        )
+    try:
+        config: dict[str, Any] = json.loads(metadata["fastmaf"])
+        version, kinds = config["version"], [entry["type"] for entry in config["transforms"]]
+    except (ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{path}: the configuration in its metadata cannot be read: {error!r}") from error
+    if version != FORMAT_VERSION:
+        raise CheckpointError(
+            f"{path} has format version {version}; this fastmaf reads version {FORMAT_VERSION}: update fastmaf"
+        )
+    unknown = sorted(set(kinds) - set(TRANSFORMS))
+    if unknown:
+        raise CheckpointError(
+            f"{path} holds transforms unknown to this version: {unknown}; known are {sorted(TRANSFORMS)}"
+        )
+    return config
+
+
+def _check_tensors(flow: Flow, tensors: Mapping[str, Tensor]) -> None:
+    own = flow.state_dict()
+    missing, extra = sorted(own.keys() - tensors.keys()), sorted(tensors.keys() - own.keys())
+    if missing or extra:
+        raise CheckpointError(
+            f"tensor names do not fit the configuration: missing {missing[:3] or 'none'}, unexpected "
+            f"{extra[:3] or 'none'}"
+        )
+    for name, expected in own.items():
+        found = tensors[name]
+        if found.shape != expected.shape or found.dtype != expected.dtype:
+            raise CheckpointError(
+                f"tensor {name}: expected {tuple(expected.shape)} {expected.dtype}, found {tuple(found.shape)} "
+                f"{found.dtype}"
+            )
+        if found.is_floating_point() and not bool(torch.isfinite(found).all()):
+            raise CheckpointError(f"tensor {name} holds values that are not finite")

@@ -1,0 +1,171 @@
+"""Import of models trained by the published capsule notebook.
+
+Its keys are ``flows.{i}.made.fc{1,2,3}.{weight,bias,mask}`` (repeated under ``made.net.{0,2,4}``), output rows are all
+means, then all log-scales, and the log-scale is clamped to ±5. Degrees are not stored: they are recovered from the
+masks. Its output mask compares with ``>=`` where an autoregressive network needs ``>``.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastmaf.degrees import input_degrees, warn_if_disconnected
+from fastmaf.flows import MAF
+from fastmaf.nn import MADE
+from fastmaf.transforms import AffineAutoregressive, Transform
+
+_FIELDS = ("weight", "bias", "mask")
+# The notebook registers each layer twice: as fc1, fc2, fc3, and inside an nn.Sequential with its activations.
+_NAMES = (("fc1", "net.0"), ("fc2", "net.2"), ("fc3", "net.4"))
+_LOG_SCALE_BOUND = 5.0
+
+
+class LeakyMaskError(ValueError):
+    """The model's output mask lets some outputs see their own input, so its NLL is no density."""
+
+
+class _Layer(NamedTuple):
+    weight: Tensor
+    bias: Tensor
+    mask: Tensor
+
+
+def from_reference(state_dict: Mapping[str, Tensor], *, strict: bool = True) -> MAF:
+    """Takes over a model trained by the reference notebook, with equal log_prob.
+
+    Args:
+        state_dict: of the notebook's model; masks included.
+        strict: refuse a model whose output mask leaks. False takes it for scoring alone: its inverse raises.
+
+    Returns:
+        A MAF in natural order, of the dtype of the weights.
+
+    Raises:
+        LeakyMaskError: some outputs see their own input, and ``strict``.
+        ValueError: keys, shapes or masks are not the notebook's.
+    """
+    count = _count_blocks(state_dict)
+    layers = [_layers_of(state_dict, i) for i in range(count)]
+    degrees = [_recover_degrees(i, block) for i, block in enumerate(layers)]
+    leaking = sum(leaks for _, leaks in degrees)
+    if leaking and strict:
+        raise LeakyMaskError(
+            f"{leaking} outputs over {count} blocks see their own input: the output mask was built with '>=' where "
+            f"it must be '>'. There the "
+            "log-determinant is wrong, so the NLL is no density, and the model cannot be inverted. "
+            "from_reference(..., strict=False) takes it for scoring alone"
+        )
+    blocks: list[Transform] = []
+    for block, (block_degrees, _) in zip(layers, degrees, strict=True):
+        blocks.append(_build(block, block_degrees, strict=not leaking))
+    features = layers[0][0].mask.shape[1]
+    warn_if_disconnected(features, [block_degrees for block_degrees, _ in degrees])
+    return MAF.from_transforms(features, blocks)
+
+
+def _count_blocks(state_dict: Mapping[str, Tensor]) -> int:
+    found = {int(m[1]) for key in state_dict if (m := re.match(r"flows\.(\d+)\.made\.(?:fc[123]|net\.[024])\.", key))}
+    if not found or found != set(range(len(found))):
+        raise ValueError(
+            "not a model of the reference notebook: expected keys flows.{i}.made.fc{1,2,3}.{weight,bias,mask} for i "
+            "= 0, 1, ..; "
+            f"found blocks {sorted(found) or 'none'} among {len(state_dict)} keys such as {sorted(state_dict)[:3]}"
+        )
+    return len(found)
+
+
+def _layers_of(state_dict: Mapping[str, Tensor], block: int) -> tuple[_Layer, _Layer, _Layer]:
+    layers = []
+    for names in _NAMES:
+        fields = []
+        for field in _FIELDS:
+            keys = [f"flows.{block}.made.{name}.{field}" for name in names]
+            key = next((key for key in keys if key in state_dict), None)
+            if key is None:
+                raise ValueError(f"the state_dict has neither {keys[0]} nor {keys[1]}")
+            fields.append(state_dict[key].detach().cpu())
+        layers.append(_Layer(*fields))
+    first, second, third = layers
+    features, h1, h2 = first.mask.shape[1], first.mask.shape[0], second.mask.shape[0]
+    for layer, expected in ((first, (h1, features)), (second, (h2, h1)), (third, (2 * features, h2))):
+        found = tuple(layer.weight.shape), tuple(layer.mask.shape), tuple(layer.bias.shape)
+        if found != (expected, expected, expected[:1]):
+            raise ValueError(
+                f"flows.{block}.made: expected weight and mask {expected} and bias {expected[:1]}; found weight "
+                f"{found[0]}, "
+                f"mask {found[1]}, bias {found[2]}"
+            )
+    return first, second, third
+
+
+def _recover_degrees(block: int, layers: tuple[_Layer, _Layer, _Layer]) -> tuple[list[Tensor], int]:
+    """Returns the degrees of both hidden layers (in the order of their units), and how many outputs see their own
+    input.
+
+    Where nothing leaks, the degrees are those under which a strict output mask shows exactly what this one shows.
+    Where outputs leak, they are the notebook's own, for which its mask is ``>=``.
+    """
+    features = layers[0].mask.shape[1]
+    inputs = input_degrees(features)
+    first = layers[0].mask.ne(0).sum(1)  # a unit of degree m sees inputs 1..m
+    # A unit of degree m is seen by the outputs of degree > m (strict) or >= m (leaky), under both readings the last
+    # ones.
+    seen_by = layers[2].mask[:features].ne(0).sum(0)
+    readings = [(features - seen_by, True), (features + 1 - seen_by, False)]
+    for second, strict in readings:
+        if _masks_agree(layers, inputs, first, second, strict):
+            own = (
+                torch.isin(inputs, first[torch.isin(first, second)]) if not strict else torch.zeros(1, dtype=torch.bool)
+            )
+            return [first, second], int(own.sum())
+    raise ValueError(
+        f"flows.{block}.made: the masks do not come from degrees 1..D in natural order compared by >= (or > at the "
+        f"output), "
+        "so they are not the reference notebook's"
+    )
+
+
+def _masks_agree(
+    layers: tuple[_Layer, _Layer, _Layer], inputs: Tensor, first: Tensor, second: Tensor, strict: bool
+) -> bool:
+    outputs = inputs.repeat(2)
+    expected_of = (
+        lambda rows: first[rows, None] >= inputs,
+        lambda rows: second[rows, None] >= first,
+        lambda rows: (outputs[rows, None] > second) if strict else (outputs[rows, None] >= second),
+    )
+    for layer, expected in zip(layers, expected_of, strict=True):
+        for start in range(
+            0, layer.mask.shape[0], 1024
+        ):  # in slices: the whole comparison would be as large as the dense model
+            rows = slice(start, start + 1024)
+            if not torch.equal(layer.mask[rows].ne(0), expected(rows)):
+                return False
+    return True
+
+
+@torch.no_grad()
+def _build(layers: tuple[_Layer, _Layer, _Layer], degrees: list[Tensor], *, strict: bool) -> AffineAutoregressive:
+    features = layers[0].mask.shape[1]
+    by_degree = [d.argsort(stable=True) for d in degrees]
+    interleaved = (
+        torch.arange(2 * features).view(2, features).t().flatten()
+    )  # shift and log-scale of a dimension become neighbours
+    made = MADE(
+        features,
+        [d.numel() for d in degrees],
+        degrees=degrees,
+        strict=strict,
+        init="empty",
+        dtype=layers[0].weight.dtype,
+    )
+    columns = torch.arange(features)
+    for layer, source, rows in zip(made.layers, layers, (*by_degree, interleaved), strict=True):
+        layer.load_dense_(source.weight[rows][:, columns], source.bias[rows])
+        columns = rows
+    return AffineAutoregressive(made, log_scale_bound=_LOG_SCALE_BOUND)

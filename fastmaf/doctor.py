@@ -1,0 +1,56 @@
+"""What this installation consists of, which backend serves which device, and why: ``fastmaf doctor``."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+
+import torch
+
+import fastmaf
+from fastmaf.kernels import backends
+
+_PACKAGES = ("torch", "triton", "numpy", "pillow", "scikit-learn", "matplotlib", "safetensors")
+
+
+def report() -> str:
+    """Returns versions, devices and backends as text for a terminal."""
+    lines = [f"fastmaf {fastmaf.__version__}", f"python  {platform.python_version()} on {platform.platform()}"]
+    lines += [f"{name:<13} {_version(name)}" for name in _PACKAGES]
+    lines += ["", "devices", *(f"  {line}" for line in _devices()), "", "backends"]
+    for device in ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]:
+        for op in backends.OPS:
+            lines.append(f"  {device:<5} {op:<14} → {backends.default_backend(op, device)}")
+    missing: dict[str, None] = {}
+    for name in backends.names():
+        for op in backends.OPS:
+            reason = backends.why_not(op, name)
+            if reason is not None:
+                missing.setdefault(f"  {name}: {reason}")
+    return "\n".join([*lines, *(["", "not in use", *missing] if missing else [])])
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def _devices() -> list[str]:
+    lines = [f"cpu: {os.cpu_count()} cores, torch uses {torch.get_num_threads()} threads"]
+    if torch.cuda.is_available():
+        for i in range(torch.cuda.device_count()):
+            card = torch.cuda.get_device_properties(i)
+            lines.append(
+                f"cuda:{i}: {card.name}, compute capability {card.major}.{card.minor}, "
+                f"{card.total_memory / 2**30:.1f} GiB"
+            )
+    else:
+        built = torch.version.cuda
+        why = (
+            "torch has no CUDA in it" if built is None else f"torch is built for CUDA {built}, but finds no usable GPU"
+        )
+        lines.append(f"cuda: {why}")
+    return lines

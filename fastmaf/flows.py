@@ -1,0 +1,259 @@
+"""Flows: a sequence of invertible transforms over a standard normal base, and the masked autoregressive flow (MAF)."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from fastmaf.degrees import DegreeKind, OrderKind, orders, warn_if_disconnected
+from fastmaf.nn import MADE, Init
+from fastmaf.transforms import AffineAutoregressive, Permutation, Transform
+
+if TYPE_CHECKING:
+    from fastmaf.reference import NaiveMAF
+
+_HALF_LOG_2PI = 0.5 * math.log(2 * math.pi)
+
+
+class Flow(nn.Module):
+    """A normalizing flow: invertible transforms that carry data x to z ~ N(0, I).
+
+    Args:
+        features: D.
+        transforms: in the order in which x passes through them.
+    """
+
+    def __init__(self, features: int, transforms: Iterable[Transform]) -> None:
+        super().__init__()
+        self.features = features
+        self.transforms = nn.ModuleList(transforms)
+        for i, transform in enumerate(self._transforms()):
+            if transform.features != features:
+                raise ValueError(
+                    f"transform {i} ({type(transform).__name__}) has {transform.features} features; the flow has "
+                    f"{features}"
+                )
+
+    def _transforms(self) -> list[Transform]:
+        return [transform for transform in self.transforms if isinstance(transform, Transform)]
+
+    def _check(self, name: str, x: Tensor) -> None:
+        if x.dim() != 2 or x.shape[1] != self.features:
+            raise ValueError(f"{name} must have shape [N, {self.features}]; found {list(x.shape)}")
+        parameter = next(self.parameters(), x)
+        if x.dtype != parameter.dtype or x.device != parameter.device:
+            raise ValueError(
+                f"{name} must be {parameter.dtype} on {parameter.device}, like the flow; found {x.dtype} on {x.device}"
+            )
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Maps data to the base.
+
+        Args:
+            x: ``[N, D]``, of the flow's dtype and device.
+
+        Returns:
+            ``z`` ``[N, D]`` and ``ladj`` ``[N]`` = log |det dz/dx| in nats.
+        """
+        self._check("x", x)
+        ladj = x.new_zeros(x.shape[0])
+        for transform in self._transforms():
+            x, term = transform(x)
+            ladj = ladj + term
+        return x, ladj
+
+    def inverse(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        """Maps the base to data, exactly.
+
+        Args:
+            z: ``[N, D]``.
+
+        Returns:
+            ``x`` ``[N, D]`` and ``ladj`` ``[N]`` = log |det dx/dz| in nats.
+
+        Raises:
+            NotInvertibleError: a block has the leaky output mask of the published notebook.
+        """
+        self._check("z", z)
+        ladj = z.new_zeros(z.shape[0])
+        for transform in reversed(self._transforms()):
+            z, term = transform.inverse(z)
+            ladj = ladj + term
+        return z, ladj
+
+    def log_prob(self, x: Tensor) -> Tensor:
+        """Returns the log-density of ``x`` ``[N, D]``, ``[N]`` nats."""
+        z, ladj = self.forward(x)
+        return ladj + self._base_log_prob(z)
+
+    def _base_log_prob(self, z: Tensor) -> Tensor:
+        return -0.5 * z.square().sum(dim=1) - self.features * _HALF_LOG_2PI
+
+    def nll_per_dim(self, x: Tensor) -> Tensor:
+        """Returns each dimension's share of the negative log-likelihood, ``[N, D]`` nats; the rows sum to
+        ``-log_prob(x)``.
+
+        A dimension's term is ½z² + ½log 2π + Σ over blocks of its log-scale, at the place of that dimension in ``x``.
+        """
+        self._check("x", x)
+        terms = torch.zeros_like(x)
+        for transform in self._transforms():
+            x, terms = transform.forward_per_dim(x, terms)
+        return terms + 0.5 * x.square() + _HALF_LOG_2PI
+
+    def sample(self, n: int, *, generator: torch.Generator | None = None) -> Tensor:
+        """Draws ``n`` samples ``[n, D]``. ``generator`` makes them repeatable; it must live on the flow's device."""
+        return self.inverse(self._base_sample(n, generator))[0]
+
+    def sample_and_log_prob(self, n: int, *, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
+        """Draws ``n`` samples ``[n, D]`` and their log-densities ``[n]``, at the price of the samples alone."""
+        z = self._base_sample(n, generator)
+        x, ladj = self.inverse(z)
+        return x, self._base_log_prob(z) - ladj
+
+    def _base_sample(self, n: int, generator: torch.Generator | None) -> Tensor:
+        parameter = next(self.parameters())
+        return torch.randn(n, self.features, generator=generator, device=parameter.device, dtype=parameter.dtype)
+
+    def save(self, path: str | os.PathLike[str], metadata: Mapping[str, str] | None = None) -> None:
+        """Writes the flow to one safetensors file, configuration included; see ``fastmaf.checkpoint.save``."""
+        from fastmaf.checkpoint import save
+
+        save(self, path, metadata)
+
+    @property
+    def visible_weights(self) -> int:
+        """Weights that the masks let through."""
+        return sum(layer.layout.visible for made in self._mades() for layer in made.layers)
+
+    @property
+    def stored_weights(self) -> int:
+        """Numbers that hold them: visible weights and padding."""
+        return sum(layer.layout.numel for made in self._mades() for layer in made.layers)
+
+    def _mades(self) -> list[MADE]:
+        return [module for module in self.modules() if isinstance(module, MADE)]
+
+
+class MAF(Flow):
+    """A masked autoregressive flow (Papamakarios et al. 2017): blocks of affine autoregressive transforms, each with
+    its order.
+
+    Where a block's order is not that of the block before it, a ``Permutation`` stands between them, and a last one
+    brings z back into the order of x, so that ``z[:, d]`` belongs to ``x[:, d]``.
+
+    Args:
+        features: D.
+        blocks: affine autoregressive blocks.
+        hidden_features: units of each hidden layer of each block's MADE.
+        degrees: of the hidden units: ``"spread"``, ``"random"``, ``"cyclic"``, one tensor per hidden layer for all
+            blocks, or one such list per block.
+        order: ``"natural"``, ``"alternate"`` (reversed in every second block), ``"random"``, or one permutation per
+            block.
+        log_scale_bound: log-scales stay within ± this many nats; None leaves them free.
+        levels: at most this many distinct hidden degrees, hence at most ``levels + 1`` dependent steps per block when
+            sampling.
+        seed: makes degrees, orders and parameters repeatable; None draws from torch's global generator.
+        soft_bound: bound the log-scales by a tanh instead of by a clamp.
+        init: ``"linear"``, or ``"identity"``: output layers start at zero, so that z = x before training.
+        strict: False takes the published notebook's leaky output mask: scores only, for comparison.
+        device, dtype: of the parameters.
+
+    Raises:
+        ValueError: an argument does not fit; the message says what was expected and found.
+
+    Warns:
+        ConnectivityWarning: the degrees leave inputs unread or outputs unconditioned.
+    """
+
+    def __init__(
+        self,
+        features: int,
+        blocks: int = 7,
+        hidden_features: Sequence[int] = (512, 512),
+        *,
+        degrees: DegreeKind | Sequence[Tensor] | Sequence[Sequence[Tensor]] = "spread",
+        order: OrderKind | Sequence[Tensor] = "alternate",
+        log_scale_bound: float | None = 5.0,
+        levels: int | None = None,
+        seed: int | None = None,
+        soft_bound: bool = False,
+        init: Init = "linear",
+        strict: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        if blocks < 1:
+            raise ValueError(f"blocks must be at least 1; found {blocks}")
+        generator = None if seed is None else torch.Generator().manual_seed(seed)
+        order_of_block = orders(order, features, blocks, generator=generator)
+        # Drawn on the CPU, so that a seed gives one model on every device.
+        made_blocks = [
+            MADE(
+                features,
+                hidden_features,
+                degrees=_degrees_of_block(degrees, i, blocks),
+                levels=levels,
+                strict=strict,
+                init=init,
+                generator=generator,
+                dtype=dtype,
+            )
+            for i in range(blocks)
+        ]
+        warn_if_disconnected(features, [made.degrees for made in made_blocks])
+        affine = [
+            AffineAutoregressive(made, log_scale_bound=log_scale_bound, soft_bound=soft_bound) for made in made_blocks
+        ]
+        super().__init__(features, interleave_permutations(affine, order_of_block))
+        if device is not None:
+            self.to(device)
+
+    @classmethod
+    def from_transforms(cls, features: int, transforms: Iterable[Transform]) -> MAF:
+        """Builds a MAF from transforms that exist already."""
+        flow = cls.__new__(cls)
+        Flow.__init__(flow, features, transforms)
+        return flow
+
+    def to_naive(self) -> NaiveMAF:
+        """Returns the same function as a dense, mask-times-weight model that inverts with D passes: the baseline of
+        tests and benches.
+        """
+        from fastmaf.reference import NaiveMAF
+
+        return NaiveMAF.from_transforms(self.features, self._transforms())
+
+
+def _degrees_of_block(degrees: Any, block: int, blocks: int) -> DegreeKind | Sequence[Tensor]:
+    if isinstance(degrees, str) or not len(degrees) or isinstance(degrees[0], Tensor):
+        return degrees  # type: ignore[return-value]  # a kind, or tensors per hidden layer for all blocks
+    if len(degrees) != blocks:
+        raise ValueError(f"degrees given per block need one entry per block: expected {blocks}, found {len(degrees)}")
+    found: Sequence[Tensor] = degrees[block]
+    return found
+
+
+def interleave_permutations(blocks: Sequence[Transform], order_of_block: Sequence[Tensor]) -> list[Transform]:
+    """Puts a Permutation wherever the frame changes: before a block whose order differs, and after the last to end in
+    x's frame.
+
+    Args:
+        blocks: transforms that take dimensions in the order in which they stand.
+        order_of_block: for each, the dimensions in the order in which it is to take them.
+    """
+    natural = torch.arange(order_of_block[0].numel())
+    frame = natural  # frame[k]: the dimension that stands at place k
+    result: list[Transform] = []
+    for block, order in zip((*blocks, None), (*order_of_block, natural), strict=True):
+        if not torch.equal(frame, order):
+            result.append(Permutation(frame.argsort()[order]))
+            frame = order
+        if block is not None:
+            result.append(block)
+    return result

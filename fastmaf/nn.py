@@ -1,0 +1,215 @@
+"""Masked layers and the MADE network, with their parameters in packed staircase storage."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, TypeAlias
+
+import torch
+from torch import Tensor, nn
+
+from fastmaf.degrees import DegreeKind, hidden_degrees, input_degrees, prefix
+from fastmaf.kernels import PackedLayout, masked_linear
+from fastmaf.kernels.level_inverse.schedule import level_schedule
+
+Init: TypeAlias = Literal["linear", "identity", "empty"]
+
+
+class MaskedLinear(nn.Module):
+    """A linear layer in which output unit j sees the inputs of degree <= its own (< when strict): ``y = act(W x + b)``.
+
+    Args:
+        in_degrees: ``[in_features]`` integers in ascending order.
+        out_degrees: ``[out_features]`` integers in ascending order.
+        strict: an output sees only inputs of smaller degree, as the last layer of a MADE must.
+        activation: ``"identity"`` or ``"relu"``.
+        group: keep this many consecutive rows in one tile.
+        init: ``"linear"``: uniform within ±1/√in_features, as torch.nn.Linear; ``"identity"``: zeros; ``"empty"``: for
+            loading.
+        generator: source of randomness; None takes torch's global one.
+        device, dtype: of the parameters.
+
+    Attributes:
+        weight: the packed weight, 1-D, zero in the padding (``layout`` says where each number lies).
+        bias: ``[out_features]``.
+
+    Raises:
+        ValueError: degrees are not sorted.
+    """
+
+    weight: nn.Parameter
+    bias: nn.Parameter
+    prefix: Tensor
+
+    def __init__(
+        self,
+        in_degrees: Tensor,
+        out_degrees: Tensor,
+        *,
+        strict: bool = False,
+        activation: str = "identity",
+        group: int = 1,
+        init: Init = "linear",
+        generator: torch.Generator | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        for name, degrees in (("in_degrees", in_degrees), ("out_degrees", out_degrees)):
+            if degrees.dim() != 1 or degrees.numel() == 0 or bool((degrees[1:] < degrees[:-1]).any()):
+                raise ValueError(
+                    f"{name} must be a non-empty 1-D tensor in ascending order: sort the units by degree first "
+                    "(a relabelling: the function is unchanged)"
+                )
+        self.activation = activation
+        self.strict = strict
+        self.layout = PackedLayout(prefix(in_degrees, out_degrees, strict=strict), in_degrees.numel(), group=group)
+        self.in_features, self.out_features = self.layout.in_features, self.layout.out_features
+        self.weight = nn.Parameter(torch.empty(self.layout.numel, device=device, dtype=dtype))
+        self.bias = nn.Parameter(torch.empty(self.out_features, device=device, dtype=dtype))
+        # Follows from the degrees: on the right device it is needed by every backend, in a state_dict by nobody.
+        self.register_buffer("prefix", self.layout.prefix.to(self.weight.device), persistent=False)
+        self.reset_parameters(init, generator)
+
+    def reset_parameters(self, init: Init = "linear", generator: torch.Generator | None = None) -> None:
+        """Draws the parameters anew; see the class for ``init``."""
+        if init not in ("linear", "identity", "empty"):
+            raise ValueError(f"init must be 'linear' or 'identity'; found {init!r}")
+        if init == "empty":
+            return
+        with torch.no_grad():
+            if init == "identity":
+                self.weight.zero_()
+                self.bias.zero_()
+            else:
+                bound = 1 / math.sqrt(self.in_features)
+                self.layout.zero_padding_(self.weight.uniform_(-bound, bound, generator=generator))
+                self.bias.uniform_(-bound, bound, generator=generator)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Returns ``[..., out_features]`` for ``x`` ``[..., in_features]``."""
+        if x.shape[-1] != self.in_features:
+            raise ValueError(f"MaskedLinear expects [..., {self.in_features}]; found {tuple(x.shape)}")
+        y = masked_linear(
+            x.reshape(-1, self.in_features),
+            self.weight,
+            self.bias,
+            self.prefix,
+            self.layout.flat_tiles,
+            self.activation,
+        )
+        return y.unflatten(0, x.shape[:-1]) if x.dim() != 2 else y
+
+    def dense_weight(self) -> Tensor:
+        """Returns the masked weight as a dense ``[out_features, in_features]`` matrix: for export and inspection."""
+        return self.layout.unpack(self.weight.detach())
+
+    @torch.no_grad()
+    def load_dense_(self, weight: Tensor, bias: Tensor) -> None:
+        """Copies a dense weight and a bias, rows and columns sorted by degree; what the mask hides is dropped."""
+        self.weight.copy_(self.layout.pack(weight.to(self.weight)))
+        self.bias.copy_(bias)
+
+    def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any) -> None:
+        packed = state_dict.get(f"{prefix}weight")
+        if isinstance(packed, Tensor) and packed.shape == self.weight.shape and not self.layout.padding_is_zero(packed):
+            raise ValueError(
+                f"{prefix}weight holds numbers where the mask hides the weight: it was packed for other degrees, or "
+                f"is damaged"
+            )
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def extra_repr(self) -> str:
+        sizes = f"stored={self.layout.numel}, visible={self.layout.visible}"
+        return f"{self.in_features}, {self.out_features}, activation={self.activation!r}, {sizes}"
+
+
+class MADE(nn.Module):
+    """A masked autoencoder: the parameters of dimension d depend on the dimensions before it alone (Germain et al.
+    2015).
+
+    Dimensions are taken in their natural order; put a ``Permutation`` in front for another one. Hidden units are kept
+    sorted by degree.
+
+    Args:
+        features: D.
+        hidden_features: units of each hidden layer (relu).
+        degrees: ``"spread"``, ``"random"``, ``"cyclic"`` or explicit; see ``fastmaf.degrees.hidden_degrees``.
+        outputs_per_feature: numbers that the network gives for each dimension.
+        levels: at most this many distinct hidden degrees.
+        strict: False lets an output see hidden units of its own degree, as the published notebook does. It is then no
+            autoregressive network; for comparison alone.
+        init: of the output layer: ``"linear"`` or ``"identity"`` (all zeros).
+        generator, device, dtype: as in ``MaskedLinear``.
+    """
+
+    def __init__(
+        self,
+        features: int,
+        hidden_features: Sequence[int] = (512, 512),
+        *,
+        degrees: DegreeKind | Sequence[Tensor] = "spread",
+        outputs_per_feature: int = 2,
+        levels: int | None = None,
+        strict: bool = True,
+        init: Init = "linear",
+        generator: torch.Generator | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.features = features
+        self.hidden_features = tuple(hidden_features)
+        self.outputs_per_feature = outputs_per_feature
+        self.strict = strict
+        drawn = hidden_degrees(degrees, features, self.hidden_features, levels=levels, generator=generator)
+        inputs = input_degrees(features)
+        make: dict[str, Any] = {"generator": generator, "device": device, "dtype": dtype}
+        hidden_init: Init = "empty" if init == "empty" else "linear"
+        self.hidden = nn.ModuleList(
+            MaskedLinear(below, above, activation="relu", init=hidden_init, **make)
+            for below, above in zip((inputs, *drawn), drawn, strict=False)
+        )
+        outputs = inputs.repeat_interleave(outputs_per_feature)
+        self.output = MaskedLinear(drawn[-1], outputs, strict=strict, group=outputs_per_feature, init=init, **make)
+        for k, layer_degrees in enumerate(drawn):
+            self.register_buffer(f"degrees_{k}", layer_degrees.to(self.output.bias.device, torch.int32))
+        self.schedule: tuple[int, ...] = level_schedule(inputs, drawn)
+
+    @property
+    def degrees(self) -> list[Tensor]:
+        """The sorted degrees of each hidden layer, int32."""
+        return [self.get_buffer(f"degrees_{k}") for k in range(len(self.hidden_features))]
+
+    @property
+    def levels(self) -> int:
+        """Dependent steps of an inverse: one per distinct degree of the last hidden layer, and one for the rest."""
+        return len(self.schedule) // (len(self.hidden_features) + 1)
+
+    @property
+    def layers(self) -> list[MaskedLinear]:
+        """The hidden layers, then the output layer."""
+        return [layer for layer in (*self.hidden, self.output) if isinstance(layer, MaskedLinear)]
+
+    def hidden_units(self, x: Tensor) -> Tensor:
+        """Returns the last hidden layer ``[N, H]`` for ``x`` ``[N, D]``."""
+        for layer in self.hidden:
+            x = layer(x)
+        return x
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Returns ``[N, D, outputs_per_feature]`` for ``x`` ``[N, D]``."""
+        result: Tensor = self.output(self.hidden_units(x))
+        return result.unflatten(-1, (self.features, self.outputs_per_feature))
+
+    def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any) -> None:
+        for k, own in enumerate(self.degrees):
+            found = state_dict.get(f"{prefix}degrees_{k}")
+            if isinstance(found, Tensor) and not torch.equal(found.to(own), own):
+                raise ValueError(
+                    f"{prefix}degrees_{k} differs from this model's degrees, so its packed weights mean another "
+                    f"function: build the "
+                    "model with the same degrees and seed, or use fastmaf.load, which restores them"
+                )
+        super()._load_from_state_dict(state_dict, prefix, *args)

@@ -1,0 +1,162 @@
+"""The naive MAF: dense weights times dense masks on every pass, and an inverse of one whole network pass per dimension.
+
+This is how MAFs are usually written, and what fastmaf is compared with in tests and benches. It shares no code with
+the fast
+model: degrees stay at the units, dimensions in the order of the data, and masks are compared entry by entry.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from fastmaf.transforms import AffineAutoregressive, Permutation, Transform
+
+
+class NaiveMADE(nn.Module):
+    """One affine autoregressive block with dense masks.
+
+    Args:
+        in_degrees: ``[D]`` degrees 1..D of the dimensions, in the order of the data.
+        hidden_degrees: per hidden layer, ``[H]``.
+        weights: dense ``[out, in]`` per layer; the output layer's rows are all shifts, then all log-scales.
+        biases: ``[out]`` per layer.
+        log_scale_bound: clamp (or tanh bound when ``soft_bound``) of the log-scale; inf for none.
+        strict: output masks are ``>`` (True) or the notebook's leaky ``>=``.
+    """
+
+    def __init__(
+        self,
+        in_degrees: Tensor,
+        hidden_degrees: Sequence[Tensor],
+        weights: Sequence[Tensor],
+        biases: Sequence[Tensor],
+        *,
+        log_scale_bound: float = 5.0,
+        soft_bound: bool = False,
+        strict: bool = True,
+    ) -> None:
+        super().__init__()
+        self.log_scale_bound, self.soft_bound = log_scale_bound, soft_bound
+        degrees = [in_degrees, *hidden_degrees]
+        masks = [above[:, None] >= below[None, :] for below, above in zip(degrees, degrees[1:], strict=False)]
+        last = in_degrees[:, None] > degrees[-1][None, :] if strict else in_degrees[:, None] >= degrees[-1][None, :]
+        masks.append(torch.cat((last, last)))
+        self.weights = nn.ParameterList(nn.Parameter(w.clone()) for w in weights)
+        self.biases = nn.ParameterList(nn.Parameter(b.clone()) for b in biases)
+        for k, mask in enumerate(masks):
+            self.register_buffer(f"mask_{k}", mask.to(weights[0]))
+
+    def _parameters_of(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        last = len(self.weights) - 1
+        for k, (weight, bias) in enumerate(zip(self.weights, self.biases, strict=True)):
+            x = functional.linear(x, weight * self.get_buffer(f"mask_{k}"), bias)
+            if k < last:
+                x = torch.relu(x)
+        shift, u = x.chunk(2, dim=1)
+        if math.isinf(self.log_scale_bound):
+            return shift, u
+        if self.soft_bound:
+            return shift, self.log_scale_bound * torch.tanh(u / self.log_scale_bound)
+        return shift, u.clamp(-self.log_scale_bound, self.log_scale_bound)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Returns ``z`` ``[N, D]`` and ``ladj`` ``[N]``."""
+        shift, log_scale = self._parameters_of(x)
+        return (x - shift) * torch.exp(-log_scale), -log_scale.sum(dim=1)
+
+    def inverse(self, z: Tensor, *, order: Tensor, passes: int | None = None) -> tuple[Tensor, Tensor]:
+        """Returns ``x`` and ``ladj``, one whole pass per dimension in ``order``; ``passes`` stops early, for timing
+        alone.
+        """
+        x = torch.zeros_like(z)
+        log_scale = torch.zeros_like(z)
+        for d in order[:passes]:
+            shift, log_scale = self._parameters_of(x)
+            x = x.clone()
+            x[:, d] = z[:, d] * torch.exp(log_scale[:, d]) + shift[:, d]
+        _, log_scale = self._parameters_of(x)
+        return x, log_scale.sum(dim=1)
+
+
+class NaiveMAF(nn.Module):
+    """A stack of ``NaiveMADE`` blocks over a standard normal base, all in the frame of the data.
+
+    Args:
+        blocks: in the order in which x passes through them.
+        orders: per block, the dimensions in the order in which it generates them.
+    """
+
+    def __init__(self, blocks: Iterable[NaiveMADE], orders: Sequence[Tensor]) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(blocks)
+        self.orders = list(orders)
+
+    @classmethod
+    @torch.no_grad()
+    def from_transforms(cls, features: int, transforms: Iterable[Transform]) -> NaiveMAF:
+        """Copies a flow of permutations and affine autoregressive blocks into dense form.
+
+        Raises:
+            TypeError: another kind of transform is among them.
+        """
+        frame = torch.arange(features)  # frame[k]: the dimension of x that stands at place k
+        blocks, orders = [], []
+        for transform in transforms:
+            if isinstance(transform, Permutation):
+                frame = frame[transform.permutation.cpu()]
+            elif isinstance(transform, AffineAutoregressive):
+                blocks.append(_dense_block(transform, frame))
+                orders.append(frame)
+            else:
+                raise TypeError(
+                    f"a naive MAF holds permutations and affine autoregressive blocks; found {type(transform).__name__}"
+                )
+        if not torch.equal(frame, torch.arange(features)):
+            raise TypeError("a naive MAF stays in the frame of the data, but these transforms end in another one")
+        return cls(blocks, orders)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Returns ``z`` ``[N, D]`` and ``ladj`` ``[N]``."""
+        ladj = x.new_zeros(x.shape[0])
+        for block in self.blocks:
+            x, term = block(x)
+            ladj = ladj + term
+        return x, ladj
+
+    def inverse(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        """Returns ``x`` and ``ladj`` after blocks × D network passes."""
+        ladj = z.new_zeros(z.shape[0])
+        for block, order in zip(reversed(list(self.blocks)), reversed(self.orders), strict=True):
+            assert isinstance(block, NaiveMADE)
+            z, term = block.inverse(z, order=order)
+            ladj = ladj + term
+        return z, ladj
+
+    def log_prob(self, x: Tensor) -> Tensor:
+        """Returns the log-density ``[N]`` in nats."""
+        z, ladj = self.forward(x)
+        return ladj - 0.5 * z.square().sum(dim=1) - 0.5 * z.shape[1] * math.log(2 * math.pi)
+
+
+def _dense_block(block: AffineAutoregressive, frame: Tensor) -> NaiveMADE:
+    made, device = block.made, block.made.output.bias.device
+    features = made.features
+    place = frame.argsort().to(device)  # place[d]: where dimension d stands in the block's order
+    weights = [layer.dense_weight() for layer in made.layers]
+    biases = [layer.bias.detach() for layer in made.layers]
+    weights[0] = weights[0][:, place]
+    rows = torch.cat(
+        (2 * place, 2 * place + 1)
+    )  # interleaved, in the block's order → all shifts, then all log-scales, in x's
+    weights[-1], biases[-1] = weights[-1][rows], biases[-1][rows]
+    bound = math.inf if block.log_scale_bound is None else block.log_scale_bound
+    degrees = [d.to(torch.int64) for d in made.degrees]
+    assert features == place.numel()
+    return NaiveMADE(
+        place + 1, degrees, weights, biases, log_scale_bound=bound, soft_bound=block.soft_bound, strict=made.strict
+    )

@@ -1,0 +1,202 @@
+"""Invertible transforms: the steps that a flow is a sequence of.
+
+``forward`` takes data towards the base distribution (x to z), ``inverse`` takes it back; both return the log absolute
+determinant of their own Jacobian, in nats. A new transform subclasses ``Transform`` and is listed in ``TRANSFORMS``,
+which lets it be saved.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastmaf.kernels import affine_output, level_inverse
+from fastmaf.nn import MADE
+
+
+class NotInvertibleError(RuntimeError):
+    """The inverse of a model was asked for that has none, such as one with the notebook's leaky output mask."""
+
+
+class Transform(nn.Module):
+    """An invertible map of ``[N, D]`` to ``[N, D]``.
+
+    Attributes:
+        features: D.
+    """
+
+    features: int
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Returns ``z`` ``[N, D]`` and ``ladj`` ``[N]`` = log |det dz/dx|."""
+        raise NotImplementedError
+
+    def inverse(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        """Returns ``x`` ``[N, D]`` and ``ladj`` ``[N]`` = log |det dx/dz|."""
+        raise NotImplementedError
+
+    def forward_per_dim(self, x: Tensor, terms: Tensor) -> tuple[Tensor, Tensor]:
+        """Returns ``z`` and ``terms`` with each dimension's share of −ladj added, both in the frame of ``z``.
+
+        Args:
+            x: ``[N, D]``.
+            terms: ``[N, D]``, what the transforms before this one contributed, in the frame of ``x``.
+        """
+        raise NotImplementedError(
+            f"{type(self).__name__} does not say how its log-determinant is shared among the dimensions"
+        )
+
+    def config(self) -> dict[str, Any]:
+        """Returns what ``from_config`` needs beside the tensors of ``state_dict``; plain JSON types."""
+        raise NotImplementedError
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Transform:
+        """Builds the transform that ``config`` describes; ``tensors`` are then loaded into it as its state_dict."""
+        raise NotImplementedError
+
+
+class Permutation(Transform):
+    """Reorders the dimensions: ``z[:, k] = x[:, permutation[k]]``. Its log-determinant is 0.
+
+    Args:
+        permutation: ``[D]`` integers, each of 0..D-1 once.
+    """
+
+    permutation: Tensor
+
+    def __init__(self, permutation: Tensor) -> None:
+        super().__init__()
+        self.features = permutation.numel()
+        found = permutation.detach().to("cpu", torch.int64)
+        if found.dim() != 1 or not torch.equal(found.sort().values, torch.arange(self.features)):
+            raise ValueError(
+                f"permutation must hold each of 0..D-1 once, in one dimension; found shape {tuple(permutation.shape)}"
+            )
+        self.register_buffer("permutation", found)
+        self.register_buffer("_inverse", found.argsort(), persistent=False)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return x[:, self.permutation], x.new_zeros(x.shape[0])
+
+    def inverse(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        return z[:, self.get_buffer("_inverse")], z.new_zeros(z.shape[0])
+
+    def forward_per_dim(self, x: Tensor, terms: Tensor) -> tuple[Tensor, Tensor]:
+        return x[:, self.permutation], terms[:, self.permutation]
+
+    def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any) -> None:
+        super()._load_from_state_dict(state_dict, prefix, *args)
+        self.get_buffer("_inverse").copy_(self.permutation.argsort())
+
+    def config(self) -> dict[str, Any]:
+        return {}
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Permutation:
+        return cls(tensors["permutation"])
+
+    def extra_repr(self) -> str:
+        return f"features={self.features}"
+
+
+class AffineAutoregressive(Transform):
+    """One MAF block: ``z[d] = (x[d] - shift[d]) exp(-log_scale[d])``, where a MADE gives shift and log_scale from
+    x[0..d-1].
+
+    Papamakarios et al. 2017, Masked Autoregressive Flow, eq. 3-5. The inverse is exact and takes one step per distinct
+    degree of the last hidden layer (``made.levels``), reading each weight once.
+
+    Args:
+        made: the network, with two outputs per feature: shift and raw log-scale.
+        log_scale_bound: log-scales stay within ± this; None leaves them free.
+        soft_bound: bound by ``B tanh(u / B)``, which never loses its gradient, instead of by a clamp.
+    """
+
+    def __init__(self, made: MADE, *, log_scale_bound: float | None = 5.0, soft_bound: bool = False) -> None:
+        super().__init__()
+        if made.outputs_per_feature != 2:
+            raise ValueError(
+                f"an affine block needs a MADE with 2 outputs per feature; found {made.outputs_per_feature}"
+            )
+        if log_scale_bound is not None and not 0 < log_scale_bound < math.inf:
+            raise ValueError(
+                f"log_scale_bound must be a positive number of nats, or None for no bound; found {log_scale_bound}"
+            )
+        self.features = made.features
+        self.made = made
+        self.log_scale_bound = log_scale_bound
+        self.soft_bound = soft_bound
+
+    def _affine(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        out = self.made.output
+        return affine_output(
+            self.made.hidden_units(x),
+            out.weight,
+            out.bias,
+            x,
+            out.prefix,
+            out.layout.flat_tiles,
+            self._bound,
+            self.soft_bound,
+        )
+
+    @property
+    def _bound(self) -> float:
+        return math.inf if self.log_scale_bound is None else float(self.log_scale_bound)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        z, ladj, _ = self._affine(x)
+        return z, ladj
+
+    def forward_per_dim(self, x: Tensor, terms: Tensor) -> tuple[Tensor, Tensor]:
+        z, _, log_scale = self._affine(x)
+        return z, terms + log_scale
+
+    def inverse(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        if not self.made.strict:
+            raise NotInvertibleError(
+                "this block has the leaky output mask (>= where it must be >): where an output shares its degree "
+                "with a unit in every "
+                "hidden layer it reads its own input, so the map has no autoregressive inverse, its log-determinant "
+                "is not the sum of "
+                "the log-scales and its NLL is no density. It can score, not sample; train with strict masks to sample"
+            )
+        layers = self.made.layers
+        return level_inverse(
+            z,
+            [layer.weight for layer in layers],
+            [layer.bias for layer in layers],
+            [layer.prefix for layer in layers],
+            [layer.layout.flat_tiles for layer in layers],
+            self.made.schedule,
+            self._bound,
+            self.soft_bound,
+        )
+
+    def config(self) -> dict[str, Any]:
+        return {
+            "features": self.features,
+            "hidden_features": list(self.made.hidden_features),
+            "strict": self.made.strict,
+            "log_scale_bound": self.log_scale_bound,
+            "soft_bound": self.soft_bound,
+        }
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> AffineAutoregressive:
+        hidden: Sequence[int] = config["hidden_features"]
+        degrees = [tensors[f"made.degrees_{k}"] for k in range(len(hidden))]
+        dtype = tensors["made.output.bias"].dtype
+        made = MADE(config["features"], hidden, degrees=degrees, strict=config["strict"], init="empty", dtype=dtype)
+        return cls(made, log_scale_bound=config["log_scale_bound"], soft_bound=config["soft_bound"])
+
+    def extra_repr(self) -> str:
+        return f"log_scale_bound={self.log_scale_bound}, soft_bound={self.soft_bound}, levels={self.made.levels}"
+
+
+TRANSFORMS: dict[str, type[Transform]] = {"permutation": Permutation, "affine_autoregressive": AffineAutoregressive}

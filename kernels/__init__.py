@@ -1,0 +1,28 @@
+"""The ops of fastmaf and their backends, installed as ``fastmaf.kernels``.
+
+One folder per op: ``op.py`` registers it with torch, ``reference.py`` is the plain torch truth, and each faster
+backend adds one module beside it with the same signatures. ``backends.py`` is the only place that chooses between them.
+"""
+
+from __future__ import annotations
+
+if __name__ != "fastmaf.kernels":
+    raise ImportError(
+        f"this package is part of fastmaf and must be imported as 'fastmaf.kernels', not as {__name__!r}; "
+        "install fastmaf (pip install .) or run from the root of its checkout and 'import fastmaf'"
+    )
+
+from fastmaf.kernels.affine_output.op import affine_output
+from fastmaf.kernels.backends import BackendUnavailableError, use_backend
+from fastmaf.kernels.layout import PackedLayout
+from fastmaf.kernels.level_inverse.op import level_inverse
+from fastmaf.kernels.masked_linear.op import masked_linear
+
+__all__ = [
+    "BackendUnavailableError",
+    "PackedLayout",
+    "affine_output",
+    "level_inverse",
+    "masked_linear",
+    "use_backend",
+]

@@ -1,0 +1,120 @@
+"""Registers ``fastmaf::affine_output`` and its backward with torch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastmaf.kernels.backends import implementation
+
+
+@torch.library.custom_op(
+    "fastmaf::affine_output",
+    mutates_args=(),
+    schema=(
+        "(Tensor h, Tensor weight, Tensor bias, Tensor x, Tensor prefix, int[] tiles, float bound, bool soft)"
+        " -> (Tensor, Tensor, Tensor)"
+    ),
+)
+def _forward(
+    h: Tensor, weight: Tensor, bias: Tensor, x: Tensor, prefix: Tensor, tiles: Sequence[int], bound: float, soft: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    backend = implementation("affine_output", x.device)
+    result: tuple[Tensor, Tensor, Tensor] = backend.forward(h, weight, bias, x, prefix, tiles, bound, soft)
+    return result
+
+
+@_forward.register_fake
+def _(
+    h: Tensor, weight: Tensor, bias: Tensor, x: Tensor, prefix: Tensor, tiles: Sequence[int], bound: float, soft: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    return x.new_empty(x.shape), x.new_empty(x.shape[0]), x.new_empty(x.shape)
+
+
+@torch.library.custom_op(
+    "fastmaf::affine_output_backward",
+    mutates_args=(),
+    schema=(
+        "(Tensor grad_z, Tensor grad_ladj, Tensor grad_log_scale, Tensor h, Tensor weight, Tensor z, Tensor "
+        "log_scale, Tensor prefix,"
+        " int[] tiles, float bound, bool soft) -> (Tensor, Tensor, Tensor, Tensor)"
+    ),
+)
+def _backward(
+    grad_z: Tensor,
+    grad_ladj: Tensor,
+    grad_log_scale: Tensor,
+    h: Tensor,
+    weight: Tensor,
+    z: Tensor,
+    log_scale: Tensor,
+    prefix: Tensor,
+    tiles: Sequence[int],
+    bound: float,
+    soft: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    backend = implementation("affine_output", z.device)
+    grads: tuple[Tensor, Tensor, Tensor, Tensor] = backend.backward(
+        grad_z, grad_ladj, grad_log_scale, h, weight, z, log_scale, prefix, tiles, bound, soft
+    )
+    return grads
+
+
+@_backward.register_fake
+def _(
+    grad_z: Tensor,
+    grad_ladj: Tensor,
+    grad_log_scale: Tensor,
+    h: Tensor,
+    weight: Tensor,
+    z: Tensor,
+    log_scale: Tensor,
+    prefix: Tensor,
+    tiles: Sequence[int],
+    bound: float,
+    soft: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return h.new_empty(h.shape), weight.new_empty(weight.shape), z.new_empty(prefix.shape[0]), z.new_empty(z.shape)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+    h, weight, _, _, prefix, ctx.tiles, ctx.bound, ctx.soft = inputs
+    z, _, log_scale = output
+    ctx.save_for_backward(h, weight, z, log_scale, prefix)
+
+
+def _autograd(ctx: Any, grad_z: Tensor, grad_ladj: Tensor, grad_log_scale: Tensor) -> tuple[Tensor | None, ...]:
+    h, weight, z, log_scale, prefix = ctx.saved_tensors
+    grad_h, grad_weight, grad_bias, grad_x = _backward(
+        grad_z, grad_ladj, grad_log_scale, h, weight, z, log_scale, prefix, ctx.tiles, ctx.bound, ctx.soft
+    )
+    return grad_h, grad_weight, grad_bias, grad_x, None, None, None, None
+
+
+_forward.register_autograd(_autograd, setup_context=_setup_context)
+
+
+def affine_output(
+    h: Tensor, weight: Tensor, bias: Tensor, x: Tensor, prefix: Tensor, tiles: Sequence[int], bound: float, soft: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Applies a MADE's output layer and the affine transform that it parametrises: ``z = (x - shift) exp(-log_scale)``.
+
+    Args:
+        h: ``[N, H]``, the last hidden layer.
+        weight: ``[numel]``, packed; rows ``2d`` and ``2d + 1`` give the shift and the raw log-scale of dimension ``d``.
+        bias: ``[2D]``, interleaved in the same way.
+        x: ``[N, D]``, the data.
+        prefix: ``[2D]`` int64, how many hidden units each row sees.
+        tiles: ``PackedLayout.flat_tiles``.
+        bound: log-scales stay within ``±bound``; ``inf`` leaves them free.
+        soft: bound by ``bound * tanh(u / bound)`` instead of by a clamp.
+
+    Returns:
+        ``z`` ``[N, D]``; ``ladj`` ``[N]``, the log absolute determinant in nats; ``log_scale`` ``[N, D]``, kept for
+        the backward pass and for per-dimension terms.
+    """
+    result: tuple[Tensor, Tensor, Tensor] = _forward(h, weight, bias, x, prefix, list(tiles), bound, soft)
+    return result

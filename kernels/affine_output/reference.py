@@ -1,0 +1,63 @@
+"""Output layer fused with the affine transform, in plain torch: the truth that the other backends are held against.
+
+    (m, u)[d] = b + W h          rows 2d and 2d + 1 of the packed weight: a dimension's shift and its raw log-scale
+    a = bound(u)                 clamp(u, -B, B), or B tanh(u / B) when soft; B = inf leaves u alone
+    z = (x - m) exp(-a),   ladj = -sum_d a[d]                        (MAF, Papamakarios et al. 2017, eq. 3-5)
+
+Here the [N, 2D] product is formed for the sake of reading; a kernel has no need to store it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from fastmaf.kernels.masked_linear import reference as linear
+
+
+def bound_log_scale(u: Tensor, bound: float, soft: bool) -> Tensor:
+    """Returns the log-scale ``a`` for the network's raw output ``u``."""
+    if math.isinf(bound):
+        return u
+    return bound * torch.tanh(u / bound) if soft else u.clamp(-bound, bound)
+
+
+def _bound_slope(a: Tensor, bound: float, soft: bool) -> Tensor | float:
+    """Returns da/du as a function of the bounded value ``a``: zero where the clamp holds."""
+    if math.isinf(bound):
+        return 1.0
+    return 1 - (a / bound).square() if soft else (a.abs() < bound).to(a.dtype)
+
+
+def forward(
+    h: Tensor, weight: Tensor, bias: Tensor, x: Tensor, prefix: Tensor, tiles: Sequence[int], bound: float, soft: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Returns ``z`` ``[N, D]``, ``ladj`` ``[N]`` and ``log_scale`` ``[N, D]``."""
+    out = linear.forward(h, weight, bias, prefix, tiles, "identity").unflatten(1, (-1, 2))
+    log_scale = bound_log_scale(out[..., 1], bound, soft).contiguous()
+    z = (x - out[..., 0]).mul_(torch.exp(-log_scale))
+    return z, -log_scale.sum(1), log_scale
+
+
+def backward(
+    grad_z: Tensor,
+    grad_ladj: Tensor,
+    grad_log_scale: Tensor,
+    h: Tensor,
+    weight: Tensor,
+    z: Tensor,
+    log_scale: Tensor,
+    prefix: Tensor,
+    tiles: Sequence[int],
+    bound: float,
+    soft: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Returns the gradients of ``h``, packed ``weight`` (zero in the padding), ``bias`` and ``x``."""
+    grad_x = grad_z * torch.exp(-log_scale)
+    grad_a = grad_log_scale - grad_z * z - grad_ladj[:, None]
+    grad_out = torch.stack((-grad_x, grad_a * _bound_slope(log_scale, bound, soft)), dim=2).flatten(1)
+    grad_h = linear.grad_input(grad_out, weight, tiles, h.shape[1])
+    return grad_h, linear.grad_weight(grad_out, h, prefix, tiles, weight.shape[0]), grad_out.sum(0), grad_x

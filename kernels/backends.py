@@ -1,0 +1,129 @@
+"""Which implementation of an op runs: the only place that chooses.
+
+A backend of an op is one module in the op's folder that exports ``forward`` and ``backward`` with the signatures of
+``reference.py``. A module that cannot work here raises ImportError on import and says what to install; adding a
+backend to an op means adding its file, nothing else.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+from types import ModuleType, TracebackType
+
+import torch
+
+OPS = ("masked_linear", "affine_output", "level_inverse")
+
+# backend → (module in the op's folder, device types that it serves; None = any)
+_BACKENDS: dict[str, tuple[str, frozenset[str] | None]] = {
+    "triton": ("triton_kernel", frozenset({"cuda"})),
+    "native": ("native", frozenset({"cpu"})),
+    "reference": ("reference", None),
+}
+
+_chosen: str | None = None
+
+
+class BackendUnavailableError(RuntimeError):
+    """The backend that was asked for does not exist here; the message says why and what would bring it."""
+
+
+class use_backend:
+    """Chooses the backend of every op, from now on or for the length of a ``with`` block.
+
+    The choice holds for the whole process: autograd runs backward passes on threads of its own, and they must follow
+    it too.
+
+    Args:
+        name: ``"reference"``, ``"native"``, ``"triton"``, or None for the default: the fastest one present for the
+            tensor's device.
+
+    Raises:
+        ValueError: there is no backend of that name.
+        BackendUnavailableError: it is not present in this installation.
+    """
+
+    def __init__(self, name: str | None) -> None:
+        global _chosen
+        if name is not None:
+            if name not in _BACKENDS:
+                raise ValueError(
+                    f"unknown backend {name!r}; expected one of {', '.join(map(repr, _BACKENDS))}, or None for the "
+                    f"default"
+                )
+            for op in OPS:
+                _load(op, name)
+        self._before = _chosen
+        _chosen = name
+
+    def __enter__(self) -> use_backend:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        global _chosen
+        _chosen = self._before
+
+
+@functools.cache
+def _load(op: str, backend: str) -> ModuleType:
+    module = f"{__package__}.{op}.{_BACKENDS[backend][0]}"
+    try:
+        return importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        if error.name != module:
+            raise BackendUnavailableError(
+                f"backend {backend!r} of {op} needs {error.name!r}, which is not installed"
+            ) from error
+        raise BackendUnavailableError(
+            f"this version of fastmaf has no {backend!r} backend for {op}; backend 'reference' runs everywhere"
+        ) from error
+    except ImportError as error:
+        raise BackendUnavailableError(f"backend {backend!r} of {op} is not usable here: {error}") from error
+
+
+def implementation(op: str, device: torch.device) -> ModuleType:
+    """Returns the module whose ``forward`` and ``backward`` serve ``op`` on ``device``.
+
+    Raises:
+        BackendUnavailableError: the backend chosen by ``use_backend`` is missing or does not serve this device. Only
+            the default choice falls back.
+    """
+    if _chosen is not None:
+        serves = _BACKENDS[_chosen][1]
+        if serves is not None and device.type not in serves:
+            raise BackendUnavailableError(
+                f"backend {_chosen!r} runs on {', '.join(sorted(serves))} tensors; {op} was given one on {device}"
+            )
+        return _load(op, _chosen)
+    return _load(op, default_backend(op, device.type))
+
+
+@functools.cache
+def default_backend(op: str, device_type: str) -> str:
+    """Returns the name of the fastest backend present for ``op`` on this type of device."""
+    for name, (_, serves) in _BACKENDS.items():
+        if (serves is None or device_type in serves) and why_not(op, name) is None:
+            return name
+    raise AssertionError("the reference backend serves every device")
+
+
+def why_not(op: str, backend: str) -> str | None:
+    """Returns why ``backend`` cannot serve ``op`` in this installation, or None when it can."""
+    try:
+        _load(op, backend)
+    except BackendUnavailableError as error:
+        return str(error)
+    return None
+
+
+def names() -> tuple[str, ...]:
+    """Returns the names of all backends, fastest first."""
+    return tuple(_BACKENDS)
+
+
+def chosen() -> str | None:
+    """Returns the backend set by ``use_backend``, or None for the default choice."""
+    return _chosen

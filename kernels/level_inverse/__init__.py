@@ -1,0 +1,1 @@
+"""Exact level-scheduled inverse of an affine autoregressive block."""

@@ -1,0 +1,122 @@
+"""Registers ``fastmaf::level_inverse`` and its backward with torch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastmaf.kernels.backends import implementation
+
+_LAYERS = (
+    "Tensor[] weights, Tensor[] biases, Tensor[] prefixes, int[] tiles, int[] tile_counts, int[] schedule,"
+    " float bound, bool soft"
+)
+
+
+@torch.library.custom_op("fastmaf::level_inverse", mutates_args=(), schema=f"(Tensor z, {_LAYERS}) -> (Tensor, Tensor)")
+def _forward(
+    z: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor],
+    prefixes: Sequence[Tensor],
+    tiles: Sequence[int],
+    tile_counts: Sequence[int],
+    schedule: Sequence[int],
+    bound: float,
+    soft: bool,
+) -> tuple[Tensor, Tensor]:
+    backend = implementation("level_inverse", z.device)
+    result: tuple[Tensor, Tensor] = backend.forward(
+        z, weights, biases, prefixes, tiles, tile_counts, schedule, bound, soft
+    )
+    return result
+
+
+@_forward.register_fake
+def _(z: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+    return z.new_empty(z.shape), z.new_empty(z.shape[0])
+
+
+@torch.library.custom_op(
+    "fastmaf::level_inverse_backward",
+    mutates_args=(),
+    schema=f"(Tensor grad_x, Tensor grad_ladj, Tensor z, {_LAYERS}) -> Tensor[]",
+)
+def _backward(
+    grad_x: Tensor,
+    grad_ladj: Tensor,
+    z: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor],
+    prefixes: Sequence[Tensor],
+    tiles: Sequence[int],
+    tile_counts: Sequence[int],
+    schedule: Sequence[int],
+    bound: float,
+    soft: bool,
+) -> list[Tensor]:
+    backend = implementation("level_inverse", z.device)
+    grads: list[Tensor] = backend.backward(
+        grad_x, grad_ladj, z, weights, biases, prefixes, tiles, tile_counts, schedule, bound, soft
+    )
+    return grads
+
+
+@_backward.register_fake
+def _(
+    grad_x: Tensor, grad_ladj: Tensor, z: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor], *_: Any
+) -> list[Tensor]:
+    return [t.new_empty(t.shape) for t in (z, *weights, *biases)]
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    z, weights, biases, prefixes, *ctx.rest = inputs
+    ctx.layers = len(weights)
+    ctx.save_for_backward(z, *weights, *biases, *prefixes)
+
+
+def _autograd(ctx: Any, grad_x: Tensor, grad_ladj: Tensor) -> tuple[Any, ...]:
+    z, *tensors = ctx.saved_tensors
+    k = ctx.layers
+    weights, biases, prefixes = tensors[:k], tensors[k : 2 * k], tensors[2 * k :]
+    grad_z, *grads = _backward(grad_x, grad_ladj, z, weights, biases, prefixes, *ctx.rest)
+    return grad_z, grads[:k], grads[k:], [None] * k, None, None, None, None, None
+
+
+_forward.register_autograd(_autograd, setup_context=_setup_context)
+
+
+def level_inverse(
+    z: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor],
+    prefixes: Sequence[Tensor],
+    tiles: Sequence[Sequence[int]],
+    schedule: Sequence[int],
+    bound: float,
+    soft: bool,
+) -> tuple[Tensor, Tensor]:
+    """Inverts an affine autoregressive block exactly, ``x = z exp(log_scale(x)) + shift(x)``, one step per level.
+
+    Args:
+        z: ``[N, D]``.
+        weights: the packed weights, hidden layers first, the output layer last; activations are relu.
+        biases: their biases; the output layer's rows are interleaved (shift, raw log-scale).
+        prefixes: their prefixes, int64.
+        tiles: ``PackedLayout.flat_tiles`` of each layer.
+        schedule: ``level_schedule`` of the block.
+        bound: log-scales stay within ``±bound``; ``inf`` leaves them free.
+        soft: bound by tanh instead of by a clamp.
+
+    Returns:
+        ``x`` ``[N, D]`` and ``ladj`` ``[N]`` = log |det dx/dz| in nats.
+    """
+    flat = [n for layer in tiles for n in layer]
+    counts = [len(layer) // 4 for layer in tiles]
+    result: tuple[Tensor, Tensor] = _forward(
+        z, list(weights), list(biases), list(prefixes), flat, counts, list(schedule), bound, soft
+    )
+    return result

@@ -1,0 +1,56 @@
+"""The order in which an inverse can finish its units: one step per distinct degree of the last hidden layer.
+
+An output of degree d reads the last hidden layer's units of degree < d, and nothing else. So all outputs between two
+consecutive degrees of that layer share what they are conditioned on, and become known together. A hidden unit of an
+earlier layer is finished with the first step that needs it; it adds no step of its own, whatever its degree is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Step(NamedTuple):
+    """One step of the inverse: what is finished before it and after it.
+
+    Attributes:
+        dims: first and one-past-last dimension whose value this step computes.
+        units: the same for the hidden units of each layer, first layer first.
+    """
+
+    dims: tuple[int, int]
+    units: tuple[tuple[int, int], ...]
+
+
+def level_schedule(in_degrees: Tensor, hidden_degrees: Sequence[Tensor]) -> tuple[int, ...]:
+    """Returns the schedule of a block, flat: per step the number of dimensions, then of each layer's units, finished
+    after it.
+
+    Args:
+        in_degrees: ``[D]`` integers, sorted: the degrees of the inputs (and of their outputs).
+        hidden_degrees: per hidden layer ``[H]`` integers, sorted.
+    """
+    thresholds = torch.unique(hidden_degrees[-1])
+    thresholds = thresholds[thresholds < in_degrees[-1]]  # a unit of the last degree feeds no output
+    columns = [torch.searchsorted(degrees, thresholds, right=True) for degrees in (in_degrees, *hidden_degrees)]
+    table = torch.stack(columns, dim=1).tolist()
+    # A last step for the outputs beyond the last threshold; units that no output reads are never computed.
+    table.append([in_degrees.numel(), *(table[-1][1:] if table else [0] * len(hidden_degrees))])
+    return tuple(n for row in table for n in row)
+
+
+def steps(schedule: Sequence[int], hidden_layers: int) -> list[Step]:
+    """Returns the steps of a flat schedule."""
+    width = hidden_layers + 1
+    before = (0,) * width
+    result = []
+    for i in range(0, len(schedule), width):
+        after = tuple(schedule[i : i + width])
+        spans = tuple(zip(before, after, strict=True))
+        result.append(Step(spans[0], spans[1:]))
+        before = after
+    return result

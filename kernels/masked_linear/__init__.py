@@ -1,0 +1,1 @@
+"""Linear layer whose mask is a prefix matrix, optionally with its activation."""

@@ -1,0 +1,110 @@
+"""Registers ``fastmaf::masked_linear`` and its backward with torch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastmaf.kernels.backends import implementation
+
+ACTIVATIONS = ("identity", "relu")
+
+
+@torch.library.custom_op(
+    "fastmaf::masked_linear",
+    mutates_args=(),
+    schema="(Tensor x, Tensor weight, Tensor bias, Tensor prefix, int[] tiles, str activation) -> Tensor",
+)
+def _forward(x: Tensor, weight: Tensor, bias: Tensor, prefix: Tensor, tiles: Sequence[int], activation: str) -> Tensor:
+    result: Tensor = implementation("masked_linear", x.device).forward(x, weight, bias, prefix, tiles, activation)
+    return result
+
+
+@_forward.register_fake
+def _(x: Tensor, weight: Tensor, bias: Tensor, prefix: Tensor, tiles: Sequence[int], activation: str) -> Tensor:
+    return x.new_empty(x.shape[0], bias.shape[0])
+
+
+@torch.library.custom_op(
+    "fastmaf::masked_linear_backward",
+    mutates_args=(),
+    schema=(
+        "(Tensor grad_y, Tensor x, Tensor y, Tensor weight, Tensor prefix, int[] tiles, str activation, bool "
+        "need_grad_x)"
+        " -> (Tensor, Tensor, Tensor)"
+    ),
+)
+def _backward(
+    grad_y: Tensor,
+    x: Tensor,
+    y: Tensor,
+    weight: Tensor,
+    prefix: Tensor,
+    tiles: Sequence[int],
+    activation: str,
+    need_grad_x: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    backend = implementation("masked_linear", x.device)
+    grads: tuple[Tensor, Tensor, Tensor] = backend.backward(
+        grad_y, x, y, weight, prefix, tiles, activation, need_grad_x
+    )
+    return grads
+
+
+@_backward.register_fake
+def _(
+    grad_y: Tensor,
+    x: Tensor,
+    y: Tensor,
+    weight: Tensor,
+    prefix: Tensor,
+    tiles: Sequence[int],
+    activation: str,
+    need_grad_x: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    grad_x = x.new_empty(x.shape) if need_grad_x else x.new_empty(0)
+    return grad_x, weight.new_empty(weight.shape), grad_y.new_empty(grad_y.shape[1])
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, weight, _, prefix, ctx.tiles, ctx.activation = inputs
+    # The identity's backward never reads y: keep it alive only for an activation that does.
+    ctx.save_for_backward(x, weight, prefix, output if ctx.activation != "identity" else x.new_empty(0))
+
+
+def _autograd(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
+    x, weight, prefix, y = ctx.saved_tensors
+    need_grad_x = ctx.needs_input_grad[0]
+    grad_x, grad_weight, grad_bias = _backward(grad_y, x, y, weight, prefix, ctx.tiles, ctx.activation, need_grad_x)
+    return grad_x if need_grad_x else None, grad_weight, grad_bias, None, None, None
+
+
+_forward.register_autograd(_autograd, setup_context=_setup_context)
+
+
+def masked_linear(
+    x: Tensor, weight: Tensor, bias: Tensor, prefix: Tensor, tiles: Sequence[int], activation: str = "identity"
+) -> Tensor:
+    """Applies a masked linear layer, ``y = act(W x + b)``, with ``W`` in packed staircase storage.
+
+    Args:
+        x: ``[N, in]``.
+        weight: ``[numel]``, packed as ``PackedLayout`` lays it out, zero in the padding.
+        bias: ``[out]``.
+        prefix: ``[out]`` int64, how many inputs each output sees; on the device of ``x``.
+        tiles: ``PackedLayout.flat_tiles``.
+        activation: ``"identity"`` or ``"relu"``.
+
+    Returns:
+        ``y`` ``[N, out]``. The gradient of ``weight`` is zero in the padding.
+
+    Raises:
+        ValueError: the activation is unknown.
+    """
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"activation must be one of {ACTIVATIONS}; found {activation!r}")
+    result: Tensor = _forward(x, weight, bias, prefix, list(tiles), activation)
+    return result

@@ -1,0 +1,63 @@
+"""Masked linear layer on packed storage, in plain torch: the truth that the other backends are held against.
+
+    y[n, j] = act(b[j] + sum_{i < prefix[j]} W[j, i] x[n, i])        (MADE, Germain et al. 2015, eq. 8-9, with sorted
+    units)
+
+Each tile of the staircase is a dense matrix with zeros in its padding: one matmul per tile, no mask.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from fastmaf.kernels.layout import unflatten, zero_padding
+
+
+def forward(x: Tensor, weight: Tensor, bias: Tensor, prefix: Tensor, tiles: Sequence[int], activation: str) -> Tensor:
+    """Returns ``y`` ``[N, out]`` for ``x`` ``[N, in]``, packed ``weight`` and ``bias`` ``[out]``."""
+    y = x.new_empty(x.shape[0], bias.shape[0])
+    for tile in unflatten(tiles):
+        rows = slice(tile.row_start, tile.row_end)
+        if tile.width:
+            torch.addmm(bias[rows], x[:, : tile.width], tile.of(weight).t(), out=y[:, rows])
+        else:
+            y[:, rows] = bias[rows]
+    return y.relu_() if activation == "relu" else y
+
+
+def backward(
+    grad_y: Tensor,
+    x: Tensor,
+    y: Tensor,
+    weight: Tensor,
+    prefix: Tensor,
+    tiles: Sequence[int],
+    activation: str,
+    need_grad_x: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Returns the gradients of ``x`` (empty when not needed), packed ``weight`` (zero in the padding) and ``bias``."""
+    if activation == "relu":
+        grad_y = torch.where(y > 0, grad_y, 0)
+    grad_x = grad_input(grad_y, weight, tiles, x.shape[1]) if need_grad_x else x.new_empty(0)
+    return grad_x, grad_weight(grad_y, x, prefix, tiles, weight.shape[0]), grad_y.sum(0)
+
+
+def grad_input(grad_y: Tensor, weight: Tensor, tiles: Sequence[int], in_features: int) -> Tensor:
+    """Returns ``grad_y @ W`` ``[N, in]``."""
+    grad_x = grad_y.new_zeros(grad_y.shape[0], in_features)
+    for tile in unflatten(tiles):
+        if tile.width:
+            grad_x[:, : tile.width].addmm_(grad_y[:, tile.row_start : tile.row_end], tile.of(weight))
+    return grad_x
+
+
+def grad_weight(grad_y: Tensor, x: Tensor, prefix: Tensor, tiles: Sequence[int], numel: int) -> Tensor:
+    """Returns ``grad_yᵀ @ x`` ``[numel]`` in packed storage, with exact zeros in the padding."""
+    grad = grad_y.new_empty(numel)
+    for tile in unflatten(tiles):
+        if tile.width:
+            torch.mm(grad_y[:, tile.row_start : tile.row_end].t(), x[:, : tile.width], out=tile.of(grad))
+    return zero_padding(grad, prefix, tiles)

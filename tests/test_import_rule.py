@@ -1,0 +1,203 @@
+"""Who may import whom, read from the sources: CONTRIBUTING.md states the rule, this file holds it.
+
+kernels → torch, triton and the standard library; the core of fastmaf → fastmaf.kernels; fastmaf.capsule and the command
+line → the names that `fastmaf` makes public; nobody but the tests → bench or tests. What is imported is declared in
+pyproject.toml.
+"""
+
+from __future__ import annotations
+
+import ast
+import re
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+ROOT = Path(__file__).resolve().parents[1]
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+
+# Modules of the core that the workflow and the command line may name besides `fastmaf` itself.
+PUBLIC_MODULES = {"fastmaf.doctor"}
+FRONT = ("fastmaf.capsule", "fastmaf.cli", "fastmaf.__main__")
+STDLIB = sys.stdlib_module_names | {"tomllib"}  # of every supported version, whichever runs this
+IMPORT_NAMES = {"pillow": "PIL", "scikit-learn": "sklearn", "pytest-benchmark": "pytest_benchmark"}
+
+
+def within(name: str, package: str) -> bool:
+    return name == package or name.startswith(package + ".")
+
+
+def module_of(path: Path, root: Path = ROOT) -> str:
+    """The name that a source file has when installed: kernels/a/op.py is fastmaf.kernels.a.op."""
+    parts = path.relative_to(root).with_suffix("").parts
+    parts = ("fastmaf", *parts) if parts[0] == "kernels" else parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def imports(source: str, module: str, is_package: bool) -> Iterator[tuple[int, str, str | None]]:
+    """Each import as (line, module, name): name is what `from module import name` takes, else None."""
+    package = module if is_package else module.rpartition(".")[0]
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            for alias in node.names:
+                yield node.lineno, alias.name, None
+        elif isinstance(node, ast.ImportFrom):
+            base = node.module or ""
+            if node.level:  # one dot is the package itself, each further dot its parent
+                parents = package.split(".")[: len(package.split(".")) - node.level + 1]
+                base = ".".join([*parents, base] if base else parents)
+            for alias in node.names:
+                yield node.lineno, base, alias.name
+        elif isinstance(node, ast.Call) and node.args and isinstance(node.args[0], ast.Constant):
+            called = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
+            if called in ("import_module", "__import__") and isinstance(node.args[0].value, str):
+                yield node.lineno, node.args[0].value, None
+
+
+def refusal(module: str, target: str, name: str | None, known: set[str]) -> str | None:
+    """Why `module` may not import `target` (or `name` from it), or None. `known` are the modules of the project."""
+    full = f"{target}.{name}" if name and f"{target}.{name}" in known else target
+    top = target.partition(".")[0]
+    if top in ("bench", "tests") and not within(module, "tests") and not within(module, "bench"):
+        return "nobody imports bench or tests"
+    if top == "kernels":
+        return "kernels/ is installed, and imported, as fastmaf.kernels"
+    if within(module, "fastmaf.kernels"):
+        allowed = within(full, "fastmaf.kernels") or top in {"torch", "triton"} or top in STDLIB
+        return None if allowed else "kernels import torch, triton, the standard library and themselves"
+    if any(within(module, front) for front in FRONT):
+        own = within(full, "fastmaf.capsule") or (module == "fastmaf.__main__" and full == "fastmaf.cli")
+        allowed = top != "fastmaf" or own or full == "fastmaf" or full in PUBLIC_MODULES
+        return None if allowed else "the capsule workflow and the command line use the public names of fastmaf"
+    if within(module, "fastmaf") and any(within(full, front) for front in FRONT):
+        return "the core of fastmaf knows neither the capsule workflow nor the command line"
+    return None
+
+
+def undeclared(module: str, target: str) -> str | None:
+    """Why a third-party import is not covered by the dependencies in pyproject.toml, or None."""
+    top = target.partition(".")[0]
+    own = {"fastmaf", "kernels", "bench", "tests"}
+    if top in own or top in STDLIB or top in declared_for(module):
+        return None
+    return f"{top} is declared in no dependency of {module.partition('.')[0]} in pyproject.toml"
+
+
+def declared_for(module: str) -> set[str]:
+    extras = PROJECT["optional-dependencies"]
+    requirements = [*PROJECT["dependencies"]]
+    for folder, extra in (("fastmaf.kernels", "triton"), ("bench", "bench"), ("tests", "test")):
+        if within(module, folder):
+            requirements += extras[extra]
+    names = [re.split(r"[^A-Za-z0-9._-]", requirement)[0].lower() for requirement in requirements]
+    return {IMPORT_NAMES.get(name, name) for name in names}
+
+
+def check(source: str, path: str, known: set[str]) -> list[str]:
+    """Everything that one source file imports against the rule, as `path:line: import: why`."""
+    module = module_of(ROOT / path)
+    found = []
+    for line, target, name in imports(source, module, path.endswith("__init__.py")):
+        why = refusal(module, target, name, known) or undeclared(module, target)
+        if why:
+            found.append(f"{path}:{line}: {target}{f' ({name})' if name else ''}: {why}")
+    return found
+
+
+def sources() -> dict[str, str]:
+    folders = ("fastmaf", "kernels", "bench", "tests")
+    paths = [path for folder in folders for path in sorted((ROOT / folder).rglob("*.py"))]
+    return {path.relative_to(ROOT).as_posix(): path.read_text(encoding="utf-8") for path in paths}
+
+
+def test_every_source_keeps_the_rule() -> None:
+    texts = sources()
+    assert {"fastmaf/__init__.py", "fastmaf/cli.py", "kernels/__init__.py"} <= set(texts)
+    known = {module_of(ROOT / path) for path in texts}
+    known |= {name.rpartition(".")[0] for name in known}  # folders without an __init__.py
+    assert [line for path, source in texts.items() for line in check(source, path, known)] == []
+
+
+def test_no_folder_of_kernels_hides_triton() -> None:
+    assert [path for path in (ROOT / "kernels").rglob("triton*") if path.stem == "triton"] == []
+
+
+KNOWN = {
+    "fastmaf",
+    "fastmaf.nn",
+    "fastmaf.doctor",
+    "fastmaf.cli",
+    "fastmaf.capsule",
+    "fastmaf.capsule.data",
+    "fastmaf.kernels",
+}
+
+
+@pytest.mark.parametrize(
+    ("path", "source", "why"),
+    [
+        ("kernels/layout.py", "import numpy as np", "kernels import torch"),
+        ("kernels/layout.py", "import fastmaf", "kernels import torch"),
+        ("kernels/layout.py", "from fastmaf import nn", "kernels import torch"),
+        ("kernels/masked_linear/op.py", "from ...nn import MADE", "kernels import torch"),
+        ("kernels/masked_linear/op.py", "def f():\n    from fastmaf.nn import MADE", "kernels import torch"),
+        ("kernels/layout.py", "import kernels.backends", "imported, as fastmaf.kernels"),
+        ("fastmaf/nn.py", "from fastmaf.capsule.data import load_image", "core of fastmaf"),
+        ("fastmaf/nn.py", "from fastmaf import capsule", "core of fastmaf"),
+        ("fastmaf/nn.py", "from . import cli", "core of fastmaf"),
+        ("fastmaf/__init__.py", "from .capsule import data", "core of fastmaf"),
+        ("fastmaf/doctor.py", "import importlib\nimportlib.import_module('fastmaf.cli')", "core of fastmaf"),
+        ("fastmaf/convert/__init__.py", "from .. import cli", "core of fastmaf"),
+        ("fastmaf/nn.py", "import bench.run", "nobody imports bench"),
+        ("fastmaf/cli.py", "from tests import tolerances", "nobody imports bench"),
+        ("fastmaf/nn.py", "from kernels import layout", "imported, as fastmaf.kernels"),
+        ("fastmaf/cli.py", "from fastmaf.nn import MADE", "public names"),
+        ("fastmaf/cli.py", "import fastmaf.nn", "public names"),
+        ("fastmaf/cli.py", "from fastmaf import nn", "public names"),
+        ("fastmaf/cli.py", "from . import kernels", "public names"),
+        ("fastmaf/capsule/train.py", "from fastmaf.kernels import backends", "public names"),
+        ("fastmaf/capsule/train.py", "from ..nn import MADE", "public names"),
+        ("fastmaf/capsule/train.py", "import fastmaf.cli", "public names"),
+        ("fastmaf/nn.py", "import pandas", "pandas is declared in no dependency of fastmaf"),
+        ("fastmaf/nn.py", "import pytest", "pytest is declared in no dependency of fastmaf"),
+        ("bench/run.py", "import nflows", "nflows is declared in no dependency of bench"),
+        ("tests/test_x.py", "import nflows", "nflows is declared in no dependency of tests"),
+    ],
+)
+def test_a_forbidden_import_is_named(path: str, source: str, why: str) -> None:
+    (found,) = check(source, path, KNOWN)
+    assert found.startswith(f"{path}:{len(source.splitlines())}: ")
+    assert why in found
+
+
+@pytest.mark.parametrize(
+    ("path", "source"),
+    [
+        (
+            "kernels/masked_linear/op.py",
+            "import math\nimport torch\nimport triton.language as tl\nfrom ..layout import PackedLayout",
+        ),
+        ("kernels/masked_linear/op.py", "from fastmaf.kernels import backends\nfrom . import reference"),
+        ("fastmaf/nn.py", "import numpy\nfrom fastmaf import degrees\nfrom fastmaf.kernels.layout import PackedLayout"),
+        (
+            "fastmaf/cli.py",
+            "import fastmaf\nfrom fastmaf import MAF, doctor\nfrom fastmaf.capsule import data\nimport typer",
+        ),
+        ("fastmaf/capsule/train.py", "import PIL.Image, sklearn.metrics\nfrom . import data\nfrom .. import MAF"),
+        ("fastmaf/__main__.py", "from fastmaf.cli import main"),
+        (
+            "bench/run.py",
+            "import fastmaf.kernels.backends\nfrom bench import cases\nfrom tests.tolerances import TABLE",
+        ),
+        ("tests/test_x.py", "import pytest\nfrom fastmaf.capsule import data\nimport bench.run"),
+    ],
+)
+def test_an_allowed_import_passes(path: str, source: str) -> None:
+    assert check(source, path, KNOWN) == []

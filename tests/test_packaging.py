@@ -1,0 +1,106 @@
+"""What is installed: a wheel, built from a copy of the tree as pip builds it, without network and without torch."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+import zipfile
+from email import message_from_string
+from email.message import Message
+from pathlib import Path
+
+import pytest
+
+import fastmaf
+
+ROOT = Path(__file__).resolve().parents[1]
+BUILD = """
+import sys
+sys.modules["torch"] = None  # any import of torch raises ImportError
+from setuptools import build_meta
+build_meta.build_wheel(sys.argv[1])
+"""
+
+
+def python(*args: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, *args], cwd=cwd, capture_output=True, text=True, check=False)
+
+
+@pytest.fixture(scope="module")
+def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The sources that a build reads, beside the folders that it must leave out."""
+    tree = tmp_path_factory.mktemp("tree")
+    for name in ("pyproject.toml", "setup.py", "MANIFEST.in", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, tree / name)
+    for name in ("fastmaf", "kernels", "bench", "tests"):
+        shutil.copytree(ROOT / name, tree / name, ignore=shutil.ignore_patterns("__pycache__"))
+    return tree
+
+
+@pytest.fixture(scope="module")
+def wheel(tree: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("wheel")
+    done = python("-c", BUILD, str(out), cwd=tree)
+    assert done.returncode == 0, done.stdout + done.stderr
+    (path,) = out.glob("*.whl")
+    return path
+
+
+@pytest.fixture(scope="module")
+def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The wheel laid out as in site-packages."""
+    site = tmp_path_factory.mktemp("site")
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(site)
+    return site
+
+
+@pytest.fixture(scope="module")
+def metadata(installed: Path) -> Message:
+    (path,) = installed.glob("*.dist-info/METADATA")
+    return message_from_string(path.read_text(encoding="utf-8"))
+
+
+def test_the_wheel_holds_every_module_once_and_nothing_else(installed: Path) -> None:
+    expected = {path.relative_to(ROOT) for path in (ROOT / "fastmaf").rglob("*.py")}
+    expected |= {"fastmaf" / path.relative_to(ROOT) for path in (ROOT / "kernels").rglob("*.py")}
+    assert {path.relative_to(installed) for path in installed.rglob("*.py")} == expected
+    assert (installed / "fastmaf" / "py.typed").is_file()
+    assert sorted(path.name for path in installed.iterdir() if path.suffix != ".dist-info") == ["fastmaf"]
+
+
+def test_metadata(installed: Path, metadata: Message) -> None:
+    assert metadata["Name"] == "fastmaf"
+    assert metadata["Version"] == fastmaf.__version__
+    assert metadata["License-Expression"] == "Apache-2.0"
+    assert metadata["Requires-Python"] == ">=3.10"
+    assert metadata["Summary"]
+    assert {"triton", "test", "bench", "dev"} <= set(metadata.get_all("Provides-Extra", []))
+    assert any(requirement.startswith("torch>=2.7") for requirement in metadata.get_all("Requires-Dist", []))
+    (entry_points,) = installed.glob("*.dist-info/entry_points.txt")
+    assert "fastmaf = fastmaf.cli:main" in entry_points.read_text(encoding="utf-8")
+    assert list(installed.glob("*.dist-info/licenses/LICENSE"))
+
+
+def test_the_installed_package_imports_and_answers(installed: Path) -> None:
+    names = "fastmaf.__file__, fastmaf.kernels.__file__, fastmaf.__version__"
+    code = f"import fastmaf, fastmaf.kernels; print({names}, sep='\\n')"
+    done = python("-c", code, cwd=installed)
+    assert done.returncode == 0, done.stderr
+    package, kernels, version = done.stdout.splitlines()
+    assert Path(package) == installed / "fastmaf" / "__init__.py"
+    assert Path(kernels) == installed / "fastmaf" / "kernels" / "__init__.py"
+    assert version == fastmaf.__version__
+    done = python(
+        "-c", "import sys; sys.argv = ['fastmaf', '--help']; from fastmaf.cli import main; main()", cwd=installed
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def test_kernels_under_another_name_is_refused(tree: Path) -> None:
+    done = python("-c", "import kernels", cwd=tree)
+    assert done.returncode == 1
+    last = done.stderr.strip().splitlines()[-1]
+    assert last.startswith("ImportError: ")
+    assert "fastmaf.kernels" in last
