@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from fastmaf.flows import MAF, Flow
+from fastmaf.nn import MaskedLinear
 from fastmaf.transforms import TRANSFORMS, Transform
 
 FORMAT_VERSION = 1
@@ -37,34 +38,50 @@ def save(flow: Flow, path: str | os.PathLike[str], metadata: Mapping[str, str] |
 
     Raises:
         ValueError: ``metadata`` uses the key ``"fastmaf"``.
+        TypeError: a transform is not registered.
     """
     if metadata and "fastmaf" in metadata:
         raise ValueError("metadata key 'fastmaf' is reserved for the configuration")
     kinds = {cls: name for name, cls in TRANSFORMS.items()}
-    transforms = [{"type": kinds[type(t)], **t.config()} for t in flow.transforms if isinstance(t, Transform)]
-    config = {"version": FORMAT_VERSION, "features": flow.features, "transforms": transforms}
-    write_tensors(
-        {k: v.detach().contiguous() for k, v in flow.state_dict().items()},
-        path,
-        {**(metadata or {}), "fastmaf": json.dumps(config)},
-    )
+    transforms = []
+    for transform in flow.transforms:
+        if not isinstance(transform, Transform) or type(transform) not in kinds:
+            raise TypeError(
+                f"{type(transform).__name__} cannot be saved: list it in fastmaf.transforms.TRANSFORMS; "
+                f"known are {sorted(cls.__name__ for cls in kinds)}"
+            )
+        transforms.append({"type": kinds[type(transform)], **transform.config()})
+    # How the weights are packed depends on constants that are tuned from time to time: a file says it for itself.
+    tiles = {
+        name: module.layout.flat_tiles for name, module in flow.named_modules() if isinstance(module, MaskedLinear)
+    }
+    config = {
+        "version": FORMAT_VERSION,
+        "class": "MAF" if isinstance(flow, MAF) else "Flow",
+        "features": flow.features,
+        "transforms": transforms,
+        "tiles": tiles,
+    }
+    tensors = {k: v.detach().contiguous() for k, v in flow.state_dict().items()}
+    write_tensors(tensors, path, {**(metadata or {}), "fastmaf": json.dumps(config)})
 
 
 def write_tensors(tensors: Mapping[str, Tensor], path: str | os.PathLike[str], metadata: Mapping[str, str]) -> None:
     """Writes a safetensors file through a temporary one: synced to disk, then moved into place."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{path.name}.tmp")  # one name: what a killed process left is written over
     try:
         save_file(dict(tensors), temporary, dict(metadata))
         with open(temporary, "rb+") as file:
             os.fsync(file.fileno())
+        os.chmod(temporary, 0o666 & ~_umask())  # safetensors writes for the owner alone
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
 
 
-def load(path: str | os.PathLike[str], *, device: torch.device | str = "cpu") -> MAF:
+def load(path: str | os.PathLike[str], *, device: torch.device | str = "cpu") -> Flow:
     """Loads a flow that ``save`` wrote.
 
     Args:
@@ -85,7 +102,8 @@ def load(path: str | os.PathLike[str], *, device: torch.device | str = "cpu") ->
                 k.removeprefix(f"transforms.{i}."): v for k, v in tensors.items() if k.startswith(f"transforms.{i}.")
             }
             built.append(TRANSFORMS[entry["type"]].from_config(entry, own))
-        flow = MAF.from_transforms(config["features"], built)
+        flow = (MAF.from_transforms if config["class"] == "MAF" else Flow)(config["features"], built)
+        _repack(flow, tensors, config["tiles"])
         _check_tensors(flow, tensors)
         flow.load_state_dict(tensors)
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
@@ -93,6 +111,12 @@ def load(path: str | os.PathLike[str], *, device: torch.device | str = "cpu") ->
             raise CheckpointError(f"{path}: {error}") from error
         raise CheckpointError(f"{path}: the tensors do not fit the configuration in the file: {error}") from error
     return flow.to(device)
+
+
+def _umask() -> int:
+    mask = os.umask(0)  # there is no way to read it but to set it
+    os.umask(mask)
+    return mask
 
 
 def read_tensors(path: str | os.PathLike[str], *, tensors: bool = True) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -106,7 +130,9 @@ def read_tensors(path: str | os.PathLike[str], *, tensors: bool = True) -> tuple
         raise FileNotFoundError(f"no model file at {path}")
     try:
         with safe_open(path, framework="pt") as file:
-            return {key: file.get_tensor(key) for key in file.keys()} if tensors else {}, dict(file.metadata() or {})  # noqa: SIM118
+            # Copies: what get_tensor returns is a map of the file, which Windows would not let the next save replace.
+            found = {key: file.get_tensor(key).clone() for key in file.keys()} if tensors else {}  # noqa: SIM118
+            return found, dict(file.metadata() or {})
     except SafetensorError as error:
         raise CheckpointError(f"{path} is not a safetensors file, or is damaged: {error}") from error
 
@@ -132,6 +158,14 @@ def _config(path: str | os.PathLike[str], metadata: Mapping[str, str]) -> dict[s
             f"{path} holds transforms unknown to this version: {unknown}; known are {sorted(TRANSFORMS)}"
         )
     return config
+
+
+def _repack(flow: Flow, tensors: dict[str, Tensor], tiles: Mapping[str, Sequence[int]]) -> None:
+    """Brings weights that were packed with other tiles into this version's layout."""
+    for name, module in flow.named_modules():
+        if isinstance(module, MaskedLinear) and tuple(tiles[name]) != module.layout.flat_tiles:
+            dense = module.layout.unpack(tensors[f"{name}.weight"], tiles[name])
+            tensors[f"{name}.weight"] = module.layout.pack(dense)
 
 
 def _check_tensors(flow: Flow, tensors: Mapping[str, Tensor]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import logging
 import sys
 import warnings
@@ -51,7 +52,7 @@ OutOption = Annotated[Path, typer.Option("--out", help="Folder to write to.")]
 SizeOption = Annotated[int, typer.Option(help="Side of the square images in pixels.")]
 EpochsOption = Annotated[int, typer.Option(help="Passes over the training images.")]
 BatchOption = Annotated[int, typer.Option(help="Images a step.")]
-RateOption = Annotated[float, typer.Option("--lr", help="Adam's learning rate.")]
+RateOption = Annotated[float | None, typer.Option("--lr", help="Adam's rate. Default: 1e-4, or 2e-5 with guards.")]
 BlocksOption = Annotated[int, typer.Option(help="Blocks of the flow.")]
 HiddenOption = Annotated[str, typer.Option("--hidden", help="Units of each hidden layer, with commas.")]
 OrderOption = Annotated[Order, typer.Option(help="natural in every block, reversed in every second one, or random.")]
@@ -61,7 +62,7 @@ MasksOption = Annotated[
 LevelsOption = Annotated[
     int | None, typer.Option(help="At most this many distinct hidden degrees: fewer dependent steps when sampling.")
 ]
-SeedOption = Annotated[int, typer.Option(help="Makes the run repeatable.")]
+SeedOption = Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Makes the run repeatable.")]
 ResumeOption = Annotated[bool, typer.Option("--resume", help="Go on from the checkpoint in the output folder.")]
 SkipOption = Annotated[
     bool, typer.Option("--skip-bad", help="Leave out files that cannot be read, naming them, instead of stopping.")
@@ -95,7 +96,7 @@ def train(
     size: SizeOption = 64,
     epochs: EpochsOption = 100,
     batch_size: BatchOption = 8,
-    lr: RateOption = 1e-4,
+    lr: RateOption = None,
     blocks: BlocksOption = 7,
     hidden: HiddenOption = "512,512",
     order: OrderOption = Order.natural,
@@ -116,15 +117,13 @@ def train(
     quiet: QuietOption = False,
 ) -> None:
     """Train a flow on the good images of a folder."""
-    from fastmaf.capsule.train import GUARDED, TrainConfig
+    from fastmaf.capsule.train import TrainConfig
     from fastmaf.capsule.train import train as run
 
-    guarded = order is not Order.natural if guards is None else guards
     config = TrainConfig(
         size=size,
         epochs=epochs,
         batch_size=batch_size,
-        lr=lr,
         blocks=blocks,
         hidden_features=_hidden(hidden),
         order=order.value,
@@ -133,7 +132,7 @@ def train(
         levels=levels,
         holdout=holdout,
         seed=seed,
-        **(GUARDED if guarded else {}),
+        **_guards_and_rate(order, guards, lr),
     )
     _say_masks(masks)
     result = run(data, out, config, resume=resume, skip_bad=skip_bad, device=_device(device), progress=not quiet)
@@ -143,10 +142,8 @@ def train(
     if result.log:
         last = result.log[-1]
         validation = "" if last["val_nll"] is None else f", held-out NLL {last['val_nll']:,.0f}"
-        typer.echo(
-            f"epoch {len(result.log)}: NLL {last['nll']:,.0f} nats{validation}, {last['bits_per_dim']:.3f} bits/dim "
-            f"on [0, 1]"
-        )
+        bits = f"{last['bits_per_dim']:.3f} bits/dim on [0, 1]"
+        typer.echo(f"epoch {len(result.log)}: NLL {last['nll']:,.0f} nats{validation}, {bits}")
     typer.echo(f"the model is in {result.model}")
 
 
@@ -198,7 +195,7 @@ def reproduce(
     epochs: Annotated[int | None, typer.Option(help="Default: 100 as the reference; 30 on the synthetic set.")] = None,
     size: SizeOption = 64,
     batch_size: BatchOption = 8,
-    lr: RateOption = 1e-4,
+    lr: RateOption = None,
     blocks: BlocksOption = 7,
     hidden: HiddenOption = "512,512",
     order: OrderOption = Order.natural,
@@ -224,7 +221,6 @@ def reproduce(
         size=size,
         epochs=(30 if data is None else 100) if epochs is None else epochs,
         batch_size=batch_size,
-        lr=lr,
         blocks=blocks,
         hidden_features=_hidden(hidden),
         order=order.value,
@@ -232,6 +228,7 @@ def reproduce(
         masks=masks.value,
         holdout=(0.1 if data is None else 0.0) if holdout is None else holdout,
         seed=seed,
+        **_guards_and_rate(order, None, lr),
     )
     _say_masks(masks)
     result = run(
@@ -244,6 +241,8 @@ def reproduce(
         progress=not quiet,
         say=typer.echo,
     )
+    if result is None:
+        raise typer.Exit(130)
     typer.echo(f"\n{result.table}\n\neverything is in {out}")
 
 
@@ -253,6 +252,14 @@ def doctor() -> None:
     from fastmaf.doctor import report
 
     typer.echo(report())
+
+
+def _guards_and_rate(order: Order, guards: bool | None, lr: float | None) -> dict[str, Any]:
+    """Returns the guards, by default for every order but the natural one, and the learning rate if one was given."""
+    from fastmaf.capsule.train import GUARDED
+
+    guarded = order is not Order.natural if guards is None else guards
+    return {**(GUARDED if guarded else {}), **({} if lr is None else {"lr": lr})}
 
 
 def _hidden(text: str) -> tuple[int, ...]:
@@ -269,18 +276,22 @@ def _device(name: str) -> str:
 
     if name == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
-    if name.startswith("cuda") and not torch.cuda.is_available():
+    kind, _, index = name.partition(":")
+    if kind == "cuda" and not torch.cuda.is_available():
         raise typer.BadParameter("there is no usable CUDA device here; 'fastmaf doctor' says why")
+    if kind not in ("cpu", "cuda") or (index or "0") not in map(str, range(max(1, torch.cuda.device_count()))):
+        raise typer.BadParameter(
+            f"expected the device auto, cpu, cuda, or one that is there, as cuda:0; found {name!r}"
+        )
     return name
 
 
 def _say_masks(masks: Masks) -> None:
     if masks is Masks.reference:
         typer.echo(
-            "--masks reference: the notebook's output mask compares degrees with >= instead of >, so some outputs "
-            "see their own input. "
-            "There the log-determinant is wrong: what is called NLL below is no density, and the model cannot be "
-            "sampled."
+            "--masks reference: the notebook's output mask compares degrees with >= instead of >, so some outputs see "
+            "their own input. There the log-determinant is wrong: what is called NLL below is no density, and the "
+            "model cannot be sampled."
         )
 
 
@@ -299,6 +310,9 @@ def main() -> None:
 
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     warnings.showwarning = _plain_warning
+    for stream in (sys.stdout, sys.stderr):  # a Windows console or pipe may lack the arrows of a table
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
     known = (
         DataError,
         EvaluationError,

@@ -24,7 +24,7 @@ class ConnectivityWarning(UserWarning):
 
 def input_degrees(features: int) -> Tensor:
     """Returns the degrees 1..features of the inputs, in the order of generation."""
-    return torch.arange(1, features + 1)
+    return torch.arange(1, features + 1, device="cpu")
 
 
 def hidden_degrees(
@@ -40,10 +40,8 @@ def hidden_degrees(
     Args:
         degrees: ``"spread"``: evenly over 1..D-1, the same in every layer, so that every input is read and every
             output but the first is conditioned. ``"random"``: drawn uniformly from 1..D-1, anew for each layer
-            (Papamakarios et al. 2017).
-            ``"cyclic"``: 1, 2, .., D-1, 1, 2, .. as nflows, zuko and normflows have it. Or the degrees themselves, an
-                integer
-            tensor per hidden layer, each entry in 0..D (0 sees nothing).
+            (Papamakarios et al. 2017). ``"cyclic"``: 1, 2, .., D-1, 1, 2, .. as nflows, zuko and normflows have it.
+            Or the degrees themselves, an integer tensor per hidden layer, each entry in 0..D (0 sees nothing).
         features: D.
         hidden_features: units of each hidden layer.
         levels: at most this many distinct degrees over all hidden layers.
@@ -76,9 +74,11 @@ def hidden_degrees(
     if degrees == "spread":
         result = [_spread(h, top) for h in hidden_features]
     elif degrees == "random":
-        result = [torch.randint(1, top + 1, (h,), generator=generator).sort().values for h in hidden_features]
+        result = [
+            torch.randint(1, top + 1, (h,), generator=generator, device="cpu").sort().values for h in hidden_features
+        ]
     elif degrees == "cyclic":
-        result = [(torch.arange(h) % top + 1).sort().values for h in hidden_features]
+        result = [(torch.arange(h, device="cpu") % top + 1).sort().values for h in hidden_features]
     else:
         raise ValueError(
             f"degrees must be 'spread', 'random', 'cyclic' or one tensor per hidden layer; found {degrees!r}"
@@ -111,9 +111,9 @@ def _check_explicit(layer: int, degrees: Tensor, hidden: int, features: int) -> 
 
 def _spread(hidden: int, top: int) -> Tensor:
     if hidden == 1:
-        return torch.tensor([(top + 1) // 2])
+        return torch.tensor([(top + 1) // 2], device="cpu")
     # Both ends are met: the first unit lets output 2 be conditioned, the last one lets input D-1 be read.
-    return 1 + (torch.arange(hidden) * (top - 1) + (hidden - 1) // 2) // (hidden - 1)
+    return 1 + (torch.arange(hidden, device="cpu") * (top - 1) + (hidden - 1) // 2) // (hidden - 1)
 
 
 def _group(degrees: list[Tensor], levels: int) -> list[Tensor]:
@@ -125,7 +125,7 @@ def _group(degrees: list[Tensor], levels: int) -> list[Tensor]:
     if count <= levels:
         return degrees
     kept = _spread(levels, count) - 1  # ranks of the degrees that stay
-    nearest = torch.bucketize(torch.arange(count), (kept[1:] + kept[:-1]) / 2)
+    nearest = torch.bucketize(torch.arange(count, device="cpu"), (kept[1:] + kept[:-1]) / 2)
     return [distinct[kept[nearest[torch.searchsorted(distinct, d)]]] for d in degrees]
 
 
@@ -145,27 +145,33 @@ def orders(
     Raises:
         ValueError: an argument does not fit.
     """
-    natural = torch.arange(features)
+    natural = torch.arange(features, device="cpu")
     if not isinstance(order, str):
         if len(order) != blocks:
             raise ValueError(
                 f"an explicit order needs one permutation per block: expected {blocks}, found {len(order)}"
             )
-        result = [torch.as_tensor(o).detach().to("cpu", torch.int64) for o in order]
-        for i, o in enumerate(result):
-            if o.shape != (features,) or not torch.equal(o.sort().values, natural):
-                raise ValueError(
-                    f"order of block {i} must be a permutation of 0..{features - 1}; found shape {tuple(o.shape)}, "
-                    f"or repeats"
-                )
-        return result
+        return [check_permutation(f"order of block {i}", torch.as_tensor(o), features) for i, o in enumerate(order)]
     if order == "natural":
         return [natural] * blocks
     if order == "alternate":
         return [natural.flip(0) if i % 2 else natural for i in range(blocks)]
     if order == "random":
-        return [torch.randperm(features, generator=generator) for _ in range(blocks)]
+        return [torch.randperm(features, generator=generator, device="cpu") for _ in range(blocks)]
     raise ValueError(f"order must be 'natural', 'alternate', 'random' or one permutation per block; found {order!r}")
+
+
+def check_permutation(name: str, permutation: Tensor, features: int) -> Tensor:
+    """Returns a copy of ``permutation`` as int64 on the CPU; raises ValueError unless it holds each of 0..D-1 once."""
+    if permutation.is_floating_point() or permutation.dtype == torch.bool or permutation.shape != (features,):
+        raise ValueError(
+            f"{name} must hold {features} integers, a permutation of 0..{features - 1}; "
+            f"found shape {tuple(permutation.shape)}, dtype {permutation.dtype}"
+        )
+    permutation = permutation.detach().to("cpu", torch.int64, copy=True)
+    if not torch.equal(permutation.sort().values, torch.arange(features, device="cpu")):
+        raise ValueError(f"{name} must be a permutation of 0..{features - 1}; found repeated or other numbers")
+    return permutation
 
 
 def prefix(in_degrees: Tensor, out_degrees: Tensor, *, strict: bool) -> Tensor:

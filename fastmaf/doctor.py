@@ -21,11 +21,11 @@ def report() -> str:
     lines += ["", "devices", *(f"  {line}" for line in _devices()), "", "backends"]
     for device in ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]:
         for op in backends.OPS:
-            lines.append(f"  {device:<5} {op:<14} → {backends.default_backend(op, device)}")
+            lines.append(f"  {device:<5} {op:<14} → {backends.default_backend(op, torch.empty(0, device=device))}")
     missing: dict[str, None] = {}
     for name in backends.names():
         for op in backends.OPS:
-            reason = backends.why_not(op, name)
+            reason = backends.missing(op, name)
             if reason is not None:
                 missing.setdefault(f"  {name}: {reason}")
     return "\n".join([*lines, *(["", "not in use", *missing] if missing else [])])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import os
 from collections.abc import Iterable, Mapping, Sequence
@@ -10,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from fastmaf.degrees import DegreeKind, OrderKind, orders, warn_if_disconnected
+from fastmaf.degrees import DegreeKind, OrderKind, hidden_degrees, orders, warn_if_disconnected
 from fastmaf.nn import MADE, Init
 from fastmaf.transforms import AffineAutoregressive, Permutation, Transform
 
@@ -32,11 +33,12 @@ class Flow(nn.Module):
         super().__init__()
         self.features = features
         self.transforms = nn.ModuleList(transforms)
-        for i, transform in enumerate(self._transforms()):
+        for i, transform in enumerate(self.transforms):
+            if not isinstance(transform, Transform):
+                raise TypeError(f"transform {i} must be a fastmaf.Transform; found {type(transform).__name__}")
             if transform.features != features:
                 raise ValueError(
-                    f"transform {i} ({type(transform).__name__}) has {transform.features} features; the flow has "
-                    f"{features}"
+                    f"transform {i} ({type(transform).__name__}) has {transform.features} features, the flow {features}"
                 )
 
     def _transforms(self) -> list[Transform]:
@@ -45,10 +47,10 @@ class Flow(nn.Module):
     def _check(self, name: str, x: Tensor) -> None:
         if x.dim() != 2 or x.shape[1] != self.features:
             raise ValueError(f"{name} must have shape [N, {self.features}]; found {list(x.shape)}")
-        parameter = next(self.parameters(), x)
-        if x.dtype != parameter.dtype or x.device != parameter.device:
+        own = self._like()
+        if x.dtype != own.dtype or x.device != own.device:
             raise ValueError(
-                f"{name} must be {parameter.dtype} on {parameter.device}, like the flow; found {x.dtype} on {x.device}"
+                f"{name} must be {own.dtype} on {own.device}, like the flow; found {x.dtype} on {x.device}"
             )
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -117,14 +119,27 @@ class Flow(nn.Module):
         return x, self._base_log_prob(z) - ladj
 
     def _base_sample(self, n: int, generator: torch.Generator | None) -> Tensor:
-        parameter = next(self.parameters())
-        return torch.randn(n, self.features, generator=generator, device=parameter.device, dtype=parameter.dtype)
+        own = self._like()
+        return torch.randn(n, self.features, generator=generator, device=own.device, dtype=own.dtype)
+
+    def _like(self) -> Tensor:
+        """Returns a tensor of the flow's dtype and device."""
+        floating = (b for b in self.buffers() if b.is_floating_point())
+        return next(itertools.chain(self.parameters(), floating), torch.empty(0))
 
     def save(self, path: str | os.PathLike[str], metadata: Mapping[str, str] | None = None) -> None:
         """Writes the flow to one safetensors file, configuration included; see ``fastmaf.checkpoint.save``."""
         from fastmaf.checkpoint import save
 
         save(self, path, metadata)
+
+    def to_naive(self) -> NaiveMAF:
+        """Returns the same function as a dense, mask-times-weight model that inverts with D passes: the baseline of
+        tests and benches.
+        """
+        from fastmaf.reference import NaiveMAF
+
+        return NaiveMAF.from_transforms(self.features, self._transforms())
 
     @property
     def visible_weights(self) -> int:
@@ -192,27 +207,22 @@ class MAF(Flow):
             raise ValueError(f"blocks must be at least 1; found {blocks}")
         generator = None if seed is None else torch.Generator().manual_seed(seed)
         order_of_block = orders(order, features, blocks, generator=generator)
-        # Drawn on the CPU, so that a seed gives one model on every device.
-        made_blocks = [
-            MADE(
-                features,
-                hidden_features,
-                degrees=_degrees_of_block(degrees, i, blocks),
-                levels=levels,
-                strict=strict,
-                init=init,
-                generator=generator,
-                dtype=dtype,
+        # Degrees before weights, so that a seed gives the same ones whatever the weights' dtype and start are; and all
+        # on the CPU, so that it gives one model on every device.
+        drawn = [
+            hidden_degrees(
+                _degrees_of_block(degrees, i, blocks), features, hidden_features, levels=levels, generator=generator
             )
             for i in range(blocks)
         ]
-        warn_if_disconnected(features, [made.degrees for made in made_blocks])
+        warn_if_disconnected(features, drawn)
+        make: dict[str, Any] = {"strict": strict, "init": init, "generator": generator, "device": "cpu", "dtype": dtype}
+        made_blocks = [MADE(features, hidden_features, degrees=d, **make) for d in drawn]
         affine = [
             AffineAutoregressive(made, log_scale_bound=log_scale_bound, soft_bound=soft_bound) for made in made_blocks
         ]
         super().__init__(features, interleave_permutations(affine, order_of_block))
-        if device is not None:
-            self.to(device)
+        self.to(torch.get_default_device() if device is None else device)
 
     @classmethod
     def from_transforms(cls, features: int, transforms: Iterable[Transform]) -> MAF:
@@ -220,14 +230,6 @@ class MAF(Flow):
         flow = cls.__new__(cls)
         Flow.__init__(flow, features, transforms)
         return flow
-
-    def to_naive(self) -> NaiveMAF:
-        """Returns the same function as a dense, mask-times-weight model that inverts with D passes: the baseline of
-        tests and benches.
-        """
-        from fastmaf.reference import NaiveMAF
-
-        return NaiveMAF.from_transforms(self.features, self._transforms())
 
 
 def _degrees_of_block(degrees: Any, block: int, blocks: int) -> DegreeKind | Sequence[Tensor]:
@@ -247,7 +249,7 @@ def interleave_permutations(blocks: Sequence[Transform], order_of_block: Sequenc
         blocks: transforms that take dimensions in the order in which they stand.
         order_of_block: for each, the dimensions in the order in which it is to take them.
     """
-    natural = torch.arange(order_of_block[0].numel())
+    natural = torch.arange(order_of_block[0].numel(), device="cpu")
     frame = natural  # frame[k]: the dimension that stands at place k
     result: list[Transform] = []
     for block, order in zip((*blocks, None), (*order_of_block, natural), strict=True):

@@ -10,8 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from fastmaf.degrees import DegreeKind, hidden_degrees, input_degrees, prefix
-from fastmaf.kernels import PackedLayout, masked_linear
-from fastmaf.kernels.level_inverse.schedule import level_schedule
+from fastmaf.kernels import PackedLayout, level_schedule, masked_linear
 
 Init: TypeAlias = Literal["linear", "identity", "empty"]
 
@@ -99,7 +98,7 @@ class MaskedLinear(nn.Module):
             self.layout.flat_tiles,
             self.activation,
         )
-        return y.unflatten(0, x.shape[:-1]) if x.dim() != 2 else y
+        return y.reshape(*x.shape[:-1], self.out_features)
 
     def dense_weight(self) -> Tensor:
         """Returns the masked weight as a dense ``[out_features, in_features]`` matrix: for export and inspection."""
@@ -134,10 +133,11 @@ class MADE(nn.Module):
 
     Args:
         features: D.
-        hidden_features: units of each hidden layer (relu).
+        hidden_features: units of each hidden layer.
         degrees: ``"spread"``, ``"random"``, ``"cyclic"`` or explicit; see ``fastmaf.degrees.hidden_degrees``.
         outputs_per_feature: numbers that the network gives for each dimension.
         levels: at most this many distinct hidden degrees.
+        activation: of the hidden layers, ``"relu"`` or ``"identity"``.
         strict: False lets an output see hidden units of its own degree, as the published notebook does. It is then no
             autoregressive network; for comparison alone.
         init: of the output layer: ``"linear"`` or ``"identity"`` (all zeros).
@@ -152,6 +152,7 @@ class MADE(nn.Module):
         degrees: DegreeKind | Sequence[Tensor] = "spread",
         outputs_per_feature: int = 2,
         levels: int | None = None,
+        activation: str = "relu",
         strict: bool = True,
         init: Init = "linear",
         generator: torch.Generator | None = None,
@@ -162,13 +163,14 @@ class MADE(nn.Module):
         self.features = features
         self.hidden_features = tuple(hidden_features)
         self.outputs_per_feature = outputs_per_feature
+        self.activation = activation
         self.strict = strict
         drawn = hidden_degrees(degrees, features, self.hidden_features, levels=levels, generator=generator)
         inputs = input_degrees(features)
         make: dict[str, Any] = {"generator": generator, "device": device, "dtype": dtype}
         hidden_init: Init = "empty" if init == "empty" else "linear"
         self.hidden = nn.ModuleList(
-            MaskedLinear(below, above, activation="relu", init=hidden_init, **make)
+            MaskedLinear(below, above, activation=activation, init=hidden_init, **make)
             for below, above in zip((inputs, *drawn), drawn, strict=False)
         )
         outputs = inputs.repeat_interleave(outputs_per_feature)
@@ -183,7 +185,7 @@ class MADE(nn.Module):
         return [self.get_buffer(f"degrees_{k}") for k in range(len(self.hidden_features))]
 
     @property
-    def levels(self) -> int:
+    def steps(self) -> int:
         """Dependent steps of an inverse: one per distinct degree of the last hidden layer, and one for the rest."""
         return len(self.schedule) // (len(self.hidden_features) + 1)
 
@@ -209,7 +211,7 @@ class MADE(nn.Module):
             if isinstance(found, Tensor) and not torch.equal(found.to(own), own):
                 raise ValueError(
                     f"{prefix}degrees_{k} differs from this model's degrees, so its packed weights mean another "
-                    f"function: build the "
-                    "model with the same degrees and seed, or use fastmaf.load, which restores them"
+                    f"function: build "
+                    "the model with the same degrees and seed, or use fastmaf.load, which restores them"
                 )
         super()._load_from_state_dict(state_dict, prefix, *args)

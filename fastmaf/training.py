@@ -72,6 +72,7 @@ class TrainingStep:
         self.steps = 0
         self._lr = [float(group["lr"]) for group in optimizer.param_groups]
         self._usual_nll: float | None = None
+        self._warming = self.guards.warmup_steps > 0
 
     def __call__(self, x: Tensor) -> StepReport:
         """Takes one step on the batch ``x`` ``[N, D]``.
@@ -90,9 +91,11 @@ class TrainingStep:
         loss.backward()
         if not self._clip():
             return StepReport(nll, skipped=True)
-        if self.guards.warmup_steps:
+        if self._warming:
             for group, lr in zip(self.optimizer.param_groups, self._lr, strict=True):
                 group["lr"] = lr * min(1.0, self.steps / self.guards.warmup_steps)
+            # Afterwards the learning rates are the user's: a scheduler may set them.
+            self._warming = self.steps < self.guards.warmup_steps
         self.optimizer.step()
         return StepReport(nll, skipped=False)
 
@@ -121,8 +124,8 @@ class TrainingStep:
 
     def state_dict(self) -> dict[str, Any]:
         """Returns the guards' own state; plain JSON types."""
-        return {"steps": self.steps, "usual_nll": self._usual_nll}
+        return {"steps": self.steps, "usual_nll": self._usual_nll, "warming": self._warming}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restores what ``state_dict`` returned."""
-        self.steps, self._usual_nll = state["steps"], state["usual_nll"]
+        self.steps, self._usual_nll, self._warming = state["steps"], state["usual_nll"], state["warming"]

@@ -11,9 +11,9 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
+from fastmaf.degrees import check_permutation
 from fastmaf.kernels import affine_output, level_inverse
 from fastmaf.nn import MADE
 
@@ -72,11 +72,7 @@ class Permutation(Transform):
     def __init__(self, permutation: Tensor) -> None:
         super().__init__()
         self.features = permutation.numel()
-        found = permutation.detach().to("cpu", torch.int64)
-        if found.dim() != 1 or not torch.equal(found.sort().values, torch.arange(self.features)):
-            raise ValueError(
-                f"permutation must hold each of 0..D-1 once, in one dimension; found shape {tuple(permutation.shape)}"
-            )
+        found = check_permutation("permutation", permutation, self.features)
         self.register_buffer("permutation", found)
         self.register_buffer("_inverse", found.argsort(), persistent=False)
 
@@ -109,7 +105,7 @@ class AffineAutoregressive(Transform):
     x[0..d-1].
 
     Papamakarios et al. 2017, Masked Autoregressive Flow, eq. 3-5. The inverse is exact and takes one step per distinct
-    degree of the last hidden layer (``made.levels``), reading each weight once.
+    degree of the last hidden layer (``made.steps``), reading each weight once.
 
     Args:
         made: the network, with two outputs per feature: shift and raw log-scale.
@@ -127,6 +123,8 @@ class AffineAutoregressive(Transform):
             raise ValueError(
                 f"log_scale_bound must be a positive number of nats, or None for no bound; found {log_scale_bound}"
             )
+        if soft_bound and log_scale_bound is None:
+            raise ValueError("soft_bound needs a log_scale_bound to be soft about; found None")
         self.features = made.features
         self.made = made
         self.log_scale_bound = log_scale_bound
@@ -160,11 +158,10 @@ class AffineAutoregressive(Transform):
     def inverse(self, z: Tensor) -> tuple[Tensor, Tensor]:
         if not self.made.strict:
             raise NotInvertibleError(
-                "this block has the leaky output mask (>= where it must be >): where an output shares its degree "
-                "with a unit in every "
-                "hidden layer it reads its own input, so the map has no autoregressive inverse, its log-determinant "
-                "is not the sum of "
-                "the log-scales and its NLL is no density. It can score, not sample; train with strict masks to sample"
+                "this block has the leaky output mask (>= where it must be >): where an output shares its degree with "
+                "a unit in every hidden layer it reads its own input, so the map has no autoregressive inverse, its "
+                "log-determinant is not the sum of the log-scales and its NLL is no density. It can score, not "
+                "sample; train with strict masks to sample"
             )
         layers = self.made.layers
         return level_inverse(
@@ -174,6 +171,7 @@ class AffineAutoregressive(Transform):
             [layer.prefix for layer in layers],
             [layer.layout.flat_tiles for layer in layers],
             self.made.schedule,
+            self.made.activation,
             self._bound,
             self.soft_bound,
         )
@@ -182,6 +180,7 @@ class AffineAutoregressive(Transform):
         return {
             "features": self.features,
             "hidden_features": list(self.made.hidden_features),
+            "activation": self.made.activation,
             "strict": self.made.strict,
             "log_scale_bound": self.log_scale_bound,
             "soft_bound": self.soft_bound,
@@ -192,11 +191,19 @@ class AffineAutoregressive(Transform):
         hidden: Sequence[int] = config["hidden_features"]
         degrees = [tensors[f"made.degrees_{k}"] for k in range(len(hidden))]
         dtype = tensors["made.output.bias"].dtype
-        made = MADE(config["features"], hidden, degrees=degrees, strict=config["strict"], init="empty", dtype=dtype)
+        made = MADE(
+            config["features"],
+            hidden,
+            degrees=degrees,
+            activation=config["activation"],
+            strict=config["strict"],
+            init="empty",
+            dtype=dtype,
+        )
         return cls(made, log_scale_bound=config["log_scale_bound"], soft_bound=config["soft_bound"])
 
     def extra_repr(self) -> str:
-        return f"log_scale_bound={self.log_scale_bound}, soft_bound={self.soft_bound}, levels={self.made.levels}"
+        return f"log_scale_bound={self.log_scale_bound}, soft_bound={self.soft_bound}, steps={self.made.steps}"
 
 
 TRANSFORMS: dict[str, type[Transform]] = {"permutation": Permutation, "affine_autoregressive": AffineAutoregressive}

@@ -16,6 +16,7 @@ from fastmaf.kernels.affine_output.op import affine_output
 from fastmaf.kernels.backends import BackendUnavailableError, use_backend
 from fastmaf.kernels.layout import PackedLayout
 from fastmaf.kernels.level_inverse.op import level_inverse
+from fastmaf.kernels.level_inverse.schedule import level_schedule
 from fastmaf.kernels.masked_linear.op import masked_linear
 
 __all__ = [
@@ -23,6 +24,7 @@ __all__ = [
     "PackedLayout",
     "affine_output",
     "level_inverse",
+    "level_schedule",
     "masked_linear",
     "use_backend",
 ]

@@ -1,7 +1,8 @@
 """Which implementation of an op runs: the only place that chooses.
 
 A backend of an op is one module in the op's folder that exports ``forward`` and ``backward`` with the signatures of
-``reference.py``. A module that cannot work here raises ImportError on import and says what to install; adding a
+``reference.py``. A module that cannot work here raises ImportError on import and says what to install; one that does
+not take every tensor of its devices (a dtype, an old card) also exports ``why_not(like) -> str | None``. Adding a
 backend to an op means adding its file, nothing else.
 """
 
@@ -11,7 +12,7 @@ import functools
 import importlib
 from types import ModuleType, TracebackType
 
-import torch
+from torch import Tensor
 
 OPS = ("masked_linear", "affine_output", "level_inverse")
 
@@ -84,34 +85,41 @@ def _load(op: str, backend: str) -> ModuleType:
         raise BackendUnavailableError(f"backend {backend!r} of {op} is not usable here: {error}") from error
 
 
-def implementation(op: str, device: torch.device) -> ModuleType:
-    """Returns the module whose ``forward`` and ``backward`` serve ``op`` on ``device``.
+def implementation(op: str, like: Tensor) -> ModuleType:
+    """Returns the module whose ``forward`` and ``backward`` serve ``op`` on tensors of the device and dtype of
+    ``like``.
 
     Raises:
-        BackendUnavailableError: the backend chosen by ``use_backend`` is missing or does not serve this device. Only
+        BackendUnavailableError: the backend chosen by ``use_backend`` is missing or does not serve such tensors. Only
             the default choice falls back.
     """
-    if _chosen is not None:
-        serves = _BACKENDS[_chosen][1]
-        if serves is not None and device.type not in serves:
-            raise BackendUnavailableError(
-                f"backend {_chosen!r} runs on {', '.join(sorted(serves))} tensors; {op} was given one on {device}"
-            )
-        return _load(op, _chosen)
-    return _load(op, default_backend(op, device.type))
+    if _chosen is None:
+        return _load(op, default_backend(op, like))
+    reason = why_not(op, _chosen, like)
+    if reason is not None:
+        raise BackendUnavailableError(reason)
+    return _load(op, _chosen)
+
+
+def default_backend(op: str, like: Tensor) -> str:
+    """Returns the name of the fastest backend present for ``op`` on tensors like this one."""
+    return next(name for name in _BACKENDS if why_not(op, name, like) is None)
+
+
+def why_not(op: str, backend: str, like: Tensor) -> str | None:
+    """Returns why ``backend`` cannot serve ``op`` on tensors like this one, or None when it can."""
+    serves = _BACKENDS[backend][1]
+    if serves is not None and like.device.type not in serves:
+        return f"backend {backend!r} runs on {', '.join(sorted(serves))} tensors; {op} was given one on {like.device}"
+    reason = missing(op, backend)
+    if reason is None and hasattr(module := _load(op, backend), "why_not"):
+        reason = module.why_not(like)
+    return reason
 
 
 @functools.cache
-def default_backend(op: str, device_type: str) -> str:
-    """Returns the name of the fastest backend present for ``op`` on this type of device."""
-    for name, (_, serves) in _BACKENDS.items():
-        if (serves is None or device_type in serves) and why_not(op, name) is None:
-            return name
-    raise AssertionError("the reference backend serves every device")
-
-
-def why_not(op: str, backend: str) -> str | None:
-    """Returns why ``backend`` cannot serve ``op`` in this installation, or None when it can."""
+def missing(op: str, backend: str) -> str | None:
+    """Returns why this installation has no ``backend`` for ``op``, or None when it has."""
     try:
         _load(op, backend)
     except BackendUnavailableError as error:

@@ -31,9 +31,7 @@ MAX_TILE_ROWS = 4_096
 
 
 class Tile(NamedTuple):
-    """Rows ``row_start..row_end`` and columns ``0..width`` of a masked weight, row-major from ``offset`` of the
-    packed storage.
-    """
+    """Rows ``row_start..row_end`` and columns ``0..width`` of a masked weight, row-major from ``offset`` on."""
 
     row_start: int
     row_end: int
@@ -134,19 +132,21 @@ class PackedLayout:
             tile.of(packed).copy_(dense[tile.row_start : tile.row_end, : tile.width])
         return self.zero_padding_(packed)
 
-    def unpack(self, packed: Tensor) -> Tensor:
-        """Returns the dense weight ``[out_features, in_features]``, zero where the mask hides. For export and
-        inspection only.
+    def unpack(self, packed: Tensor, tiles: Sequence[int] | None = None) -> Tensor:
+        """Returns the dense weight ``[out_features, in_features]``, zero where the mask hides.
+
+        For export and inspection only. ``tiles`` reads a storage that was packed with other tiles than this layout's.
         """
-        self.check_storage(packed)
+        if tiles is None:
+            self.check_storage(packed)
         dense = packed.new_zeros(self.out_features, self.in_features)
-        for tile in self.tiles:
+        for tile in unflatten(self.flat_tiles if tiles is None else tiles):
             dense[tile.row_start : tile.row_end, : tile.width] = tile.of(packed)
         return dense
 
     def mask(self) -> Tensor:
         """Returns the dense boolean mask ``[out_features, in_features]``. For export and inspection only."""
-        return torch.arange(self.in_features) < self.prefix[:, None]
+        return torch.arange(self.in_features, device="cpu") < self.prefix[:, None]
 
     def zero_padding_(self, packed: Tensor) -> Tensor:
         """Writes zero to the padding of ``packed``, in place, and returns it."""
@@ -169,16 +169,17 @@ class PackedLayout:
         )
 
 
-# The padding of a layout, by the identity of its prefix tensor, which lives as long as its layer: derived once, not on
-# every step.
+# The padding of a layout, by the identity of its prefix tensor, which lives as long as its layer, and by its tiles:
+# derived once, not on every step.
 _padding_of: WeakIdKeyDictionary = WeakIdKeyDictionary()
 
 
 def padding(prefix: Tensor, tiles: Sequence[int]) -> Tensor:
     """Returns where the padding lies: int64 indices into the packed storage, on the device of ``prefix``."""
-    index = _padding_of.get(prefix)
+    known = _padding_of.setdefault(prefix, {})
+    index: Tensor | None = known.get(key := tuple(tiles))
     if index is None:
-        index = _padding_of[prefix] = _find_padding(prefix.cpu(), tiles).to(prefix.device)
+        index = known[key] = _find_padding(prefix.cpu(), tiles).to(prefix.device)
     return index
 
 
@@ -187,7 +188,7 @@ def _find_padding(prefix: Tensor, tiles: Sequence[int]) -> Tensor:
     for tile in unflatten(tiles):
         rows = prefix[tile.row_start : tile.row_end, None]
         ragged = int(rows[0])  # up to here every row of the tile sees everything
-        row, column = (torch.arange(ragged, tile.width) >= rows).nonzero(as_tuple=True)
+        row, column = (torch.arange(ragged, tile.width, device="cpu") >= rows).nonzero(as_tuple=True)
         parts.append(row.mul_(tile.width).add_(column).add_(tile.offset + ragged))
     return torch.cat(parts)
 

@@ -26,7 +26,7 @@ class Model:
         held_out: names of the normal images that its training never saw; empty when unknown.
     """
 
-    flow: fastmaf.MAF
+    flow: fastmaf.Flow
     size: int
     path: Path
     held_out: tuple[str, ...]

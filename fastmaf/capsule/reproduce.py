@@ -15,7 +15,7 @@ from fastmaf.capsule.models import Model, load_model
 from fastmaf.capsule.results import written_atomically
 from fastmaf.capsule.sample import sample
 from fastmaf.capsule.score import evaluate
-from fastmaf.capsule.synthetic import draw_dataset
+from fastmaf.capsule.synthetic import MARKER, draw_dataset
 from fastmaf.capsule.train import TrainConfig, TrainResult, train
 
 # What the published notebook recorded on the real capsule images, on a GTX 1050 Ti.
@@ -64,7 +64,7 @@ def reproduce(
     device: str = "cpu",
     progress: bool = True,
     say: Callable[[str], None] = print,
-) -> Reproduction:
+) -> Reproduction | None:
     """Trains, samples and evaluates with the given settings, and compares with the published run.
 
     Args:
@@ -74,18 +74,22 @@ def reproduce(
         data: the capsule images; None draws the synthetic set into ``out/demo-data``.
         resume, skip_bad, device, progress: see ``train``.
         say: receives lines of text for the user.
+
+    Returns:
+        What was found, or None when Ctrl-C ended the training.
     """
     out = Path(out)
     if data is None:
         data = out / "demo-data"
         draw_dataset(data, progress=progress)
         say(f"drew the synthetic capsules into {data}; their figures are not those of the real images")
-    reference = REFERENCE_NLL if data != out / "demo-data" else None
+    reference = None if (Path(data) / MARKER).is_file() else REFERENCE_NLL
     training = train(
         data, out, config, resume=resume, skip_bad=skip_bad, device=device, reference=reference, progress=progress
     )
     if training.interrupted:
-        raise KeyboardInterrupt
+        say(f"stopped after {len(training.log)} whole epochs; the model is in {training.model}; --resume goes on")
+        return None
     model = load_model(training.model, device=device)
     seconds = _sample(model, out, progress, say)
     extra = {"train_config": json.loads(json.dumps(vars(config))), "seconds_per_sample": seconds}

@@ -169,7 +169,7 @@ def write_scores(
     table = csv.writer(text, lineterminator="\n")
     table.writerow(["file", "label", "nll", "bits_per_dim", "anomalous_youden", "anomalous_held_out"])
     for i, score in enumerate(scores.tolist()):
-        bits = score / (features * math.log(2))
+        bits = bits_per_dim(score, features)
         held_out = "" if caught_held_out is None else int(caught_held_out[i])
         table.writerow([os.fspath(paths[i]), labels[i], repr(score), repr(bits), int(caught[i]), held_out])
     with written_atomically(path) as file:

@@ -45,14 +45,22 @@ def sample(model: Model, out: str | Path, n: int = 5, *, seed: int = 0, progress
         raise ValueError(f"the number of samples must be at least 1; found {n}")
     device = next(model.flow.parameters()).device
     generator = torch.Generator(device).manual_seed(seed)
+    # A process's first call of an op loads much of torch: an empty batch keeps that out of the time.
+    model.flow.inverse(torch.zeros(0, model.flow.features, device=device))
     began, parts = time.perf_counter(), []
     for start in tqdm(range(0, n, _BATCH), desc="sampling", unit="batch", disable=not progress, leave=False):
         parts.append(model.flow.sample(min(_BATCH, n - start), generator=generator).cpu())
     seconds = time.perf_counter() - began
-    images = to_images(torch.cat(parts), model.size).numpy()
+    x = torch.cat(parts)
+    if not bool(torch.isfinite(x).all()):
+        bad = int((~torch.isfinite(x).all(dim=1)).sum())
+        tqdm.write(f"{bad} of {n} samples hold values that are not finite (shown black): the model blows up there")
+    images = to_images(x, model.size).numpy()
     folder = Path(out) / SAMPLES_FOLDER
     folder.mkdir(parents=True, exist_ok=True)
     files = [folder / f"{i:03d}.png" for i in range(n)]
+    for stale in set(folder.glob("[0-9]*.png")) - set(files):
+        stale.unlink()  # an earlier call's, which drew more
     for file, image in zip(files, images, strict=True):
         save_png(file, image)
     image_grid(Path(out) / GRID_FILE, images)

@@ -75,6 +75,9 @@ def _held_out(model: Model, data: str | Path, *, skip_bad: bool, progress: bool)
     """Returns the normals that training never saw, or None when there are none; says so when some are gone."""
     if not model.held_out:
         return None
+    if not (Path(data).expanduser() / "train" / "good").is_dir():
+        tqdm.write(f"no folder train/good in {data}: no threshold can be taken from held-out normals")
+        return None
     normals = load_train(data, size=model.size, skip_bad=skip_bad, progress=progress)
     wanted = set(model.held_out)
     index = [i for i, path in enumerate(normals.paths) if path.name in wanted]

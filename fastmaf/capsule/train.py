@@ -25,7 +25,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 import fastmaf
-from fastmaf.capsule.checkpoints import MODEL_FILE, STATE_FILE, load_state, save_state
+from fastmaf.capsule.checkpoints import MODEL_FILE, STATE_FILE, load_state, save_state, set_aside
 from fastmaf.capsule.data import DataError, ImageSet, load_train, to_unit
 from fastmaf.capsule.plots import nll_curve
 from fastmaf.capsule.results import bits_per_dim, written_atomically
@@ -39,8 +39,9 @@ GUARDED: Mapping[str, Any] = MappingProxyType(
         "soft_bound": True,
         "log_scale_bound": 1.0,
         "warmup_steps": 100,
-        "max_grad_norm": 0.1,
-        "max_leap": 0.2,
+        "max_grad_norm": 50.0,
+        "max_leap": 10.0,
+        "lr": 2e-5,
     }
 )
 _SECONDS_BETWEEN_CHECKPOINTS = 30.0
@@ -120,8 +121,8 @@ class TrainConfig:
 
 @dataclass(frozen=True)
 class TrainResult:
-    """A finished or interrupted run: the flow, the log (a row per epoch), where the model is, and whether Ctrl-C
-    ended it.
+    """A finished or interrupted run: the flow, its log (a row per epoch), the model's file, and whether Ctrl-C ended
+    it.
     """
 
     flow: fastmaf.MAF
@@ -143,7 +144,8 @@ def train(
 ) -> TrainResult:
     """Trains a flow on the normal images of ``data/train/good``.
 
-    Ctrl-C ends the run after the current step, with a model that can be used and resumed.
+    Ctrl-C ends the run after the current step, with a model that can be used and resumed. What a finished run left in
+    ``out`` is set aside as ``*.previous.*`` when the first checkpoint of a new one is written.
 
     Args:
         data: folder with ``train/good``.
@@ -161,9 +163,8 @@ def train(
         ValueError: a setting does not fit, or differs from the one of the run to resume.
     """
     config, out = config or TrainConfig(), Path(out)
-    out.mkdir(parents=True, exist_ok=True)
-    if not resume and (out / STATE_FILE).exists():
-        _refuse_to_overwrite(out, config)
+    if not resume and (out / STATE_FILE).exists() and (out / MODEL_FILE).exists():
+        _refuse_to_overwrite(out)
     images = load_train(data, size=config.size, skip_bad=skip_bad, progress=progress)
     for note in images.notes:
         tqdm.write(note)
@@ -172,19 +173,19 @@ def train(
     normals = images.subset(sorted(split[len(held_out) :]))
     if not len(normals):
         raise DataError(f"holding out {config.holdout} of {len(images)} images leaves none to train on")
+    out.mkdir(parents=True, exist_ok=True)
     run = _Run(config, out, normals, held_out, torch.device(device), reference)
     if resume:
         run.restore()
     return run.go(progress)
 
 
-def _refuse_to_overwrite(out: Path, config: TrainConfig) -> None:
+def _refuse_to_overwrite(out: Path) -> None:
     state = load_state(out, tensors=False)[1]
     if state["epochs_done"] < state["config"]["epochs"]:
         raise ValueError(
-            f"{out} holds an unfinished run ({state['epochs_done']} of {state['config']['epochs']} epochs): go on "
-            f"with --resume, "
-            "choose another --out, or delete it"
+            f"{out} holds an unfinished run ({state['epochs_done']} of {state['config']['epochs']} epochs): "
+            "go on with --resume, choose another --out, or delete it"
         )
 
 
@@ -203,11 +204,12 @@ class _Run:
         self.config, self.out, self.device, self.reference = config, out, device, reference
         self.normals, self.held_out = normals, held_out
         self.flow = config.build().to(device)
-        self.optimizer = torch.optim.Adam(self.flow.parameters(), lr=config.lr, fused=True)
+        self.optimizer = torch.optim.Adam(self.flow.parameters(), lr=config.lr, fused=device.type in ("cpu", "cuda"))
         guards = fastmaf.Guards(config.warmup_steps, config.max_grad_norm, config.max_leap)
         self.step = fastmaf.TrainingStep(self.flow, self.optimizer, guards)
         self.log: list[Row] = []
         self.good_epoch: int | None = None  # after how many epochs the model file was written
+        self._own_files = False  # until the first checkpoint, what lies in the folder is an earlier run's
         self._saved = self._drawn = time.monotonic()
 
     def restore(self) -> None:
@@ -229,13 +231,16 @@ class _Run:
         self.flow.load_state_dict(fastmaf.load(self.out / MODEL_FILE).state_dict())
         by_name = dict(self.flow.named_parameters())
         moments = {
-            i: {k: tensors[f"{name}/{k}"] for k in ("step", "exp_avg", "exp_avg_sq")} for i, name in enumerate(by_name)
+            i: {k: tensors[f"{name}/{k}"] for k in ("step", "exp_avg", "exp_avg_sq")}
+            for i, name in enumerate(by_name)
+            if tensors  # none if every step so far was skipped
         }
         groups = self.optimizer.state_dict()["param_groups"]
-        self.optimizer.load_state_dict({"state": moments if tensors else {}, "param_groups": groups})
+        self.optimizer.load_state_dict({"state": moments, "param_groups": groups})
         self.step.load_state_dict(state["guards"])
         self.log = state["log"]
         self.good_epoch = state["epochs_done"]
+        self._own_files = True
 
     def go(self, progress: bool) -> TrainResult:
         """Trains to the last epoch, or until interrupted."""
@@ -259,16 +264,21 @@ class _Run:
                 if time.monotonic() - self._saved > _SECONDS_BETWEEN_CHECKPOINTS or self.good_epoch is None:
                     self._save()
                 self._write_log(curve=time.monotonic() - self._drawn > _SECONDS_BETWEEN_CURVES)
-        self._save()
-        self._write_log(curve=True)
+            if stop.is_set():
+                tqdm.write(
+                    "stopping after this step and writing a checkpoint; Ctrl-C again loses what came after the last one"
+                )
+            self._save()
+            self._write_log(curve=True)
         return TrainResult(self.flow, self.log, self.out / MODEL_FILE, stop.is_set())
 
     def _epoch(self, epoch: int, bar: tqdm[Any], stop: threading.Event) -> None:
-        # Each epoch shuffles by a generator of its own, so that a resumed run sees the batches that an unbroken one
-        # would.
+        # Each epoch shuffles by a generator of its own: a resumed run sees the batches that an unbroken one would.
         shuffler = torch.Generator().manual_seed((self.config.seed << 32) + epoch)
         began, total, skipped = time.perf_counter(), 0.0, 0
         for index in torch.randperm(len(self.normals), generator=shuffler).split(self.config.batch_size):
+            if stop.is_set():
+                return
             try:
                 report = self.step(self._batch(self.normals, index))
             except fastmaf.NonFiniteLossError as error:
@@ -276,12 +286,8 @@ class _Run:
             total += report.nll * len(index)
             skipped += report.skipped
             bar.update()
-            bar.set_postfix_str(
-                f"epoch {epoch}, NLL {report.nll:,.0f} nats, {bits_per_dim(report.nll, self.config.features):.3f} "
-                f"bits/dim"
-            )
-            if stop.is_set():
-                return
+            bits = bits_per_dim(report.nll, self.config.features)
+            bar.set_postfix_str(f"epoch {epoch}, NLL {report.nll:,.0f} nats, {bits:.3f} bits/dim")
         nll = total / len(self.normals)
         self.log.append(
             {
@@ -295,15 +301,14 @@ class _Run:
         )
 
     def _stopped(self, reason: str) -> TrainingStoppedError:
-        self._write_log(curve=True)
         if self.good_epoch is None:
-            kept = "before the first epoch was over, so no model was written"
+            kept = "no model was written before that"
+            if (self.out / MODEL_FILE).exists():
+                kept += f"; the model of an earlier run in {self.out} is untouched"
         else:
+            self._write_log(curve=True)
             kept = f"the last good model, after epoch {self.good_epoch}, is kept in {self.out / MODEL_FILE}"
-        return TrainingStoppedError(
-            f"{reason}; {kept}. A smaller --lr, --order natural, or the guards (--max-grad-norm, --max-leap, "
-            f"--warmup-steps) help"
-        )
+        return TrainingStoppedError(f"{reason}; {kept}. A smaller --lr, --order natural, or --guards help")
 
     def _batch(self, images: ImageSet, index: Tensor) -> Tensor:
         return to_unit(images.pixels[index]).to(self.device)
@@ -328,16 +333,19 @@ class _Run:
         state = {
             "config": asdict(self.config),
             "epochs_done": len(self.log),
+            "steps": self.step.steps,
             "files": [path.name for path in self.normals.paths],
             "guards": self.step.state_dict(),
             "log": self.log,
         }
         about = {
-            "size": self.config.size,
-            "masks": self.config.masks,
             "epochs_done": len(self.log),
+            "steps": self.step.steps,
             "held_out": [path.name for path in self.held_out.paths],
         }
+        if not self._own_files:
+            set_aside(self.out, LOG_FILE)
+            self._own_files = True
         save_state(self.out, self.flow, moments, state, about)
         self.good_epoch = len(self.log)
         self._saved = time.monotonic()
@@ -354,7 +362,9 @@ class _Run:
 
 @contextmanager
 def _interruptible() -> Iterator[threading.Event]:
-    """Turns the first Ctrl-C into a request to stop; a second one interrupts at once."""
+    """Turns the first Ctrl-C into a request to stop; a second one interrupts at once, and loses what came after the
+    last checkpoint.
+    """
     stop = threading.Event()
     if threading.current_thread() is not threading.main_thread():
         yield stop  # only the main thread may handle signals
@@ -364,9 +374,6 @@ def _interruptible() -> Iterator[threading.Event]:
     def ask(signum: int, frame: FrameType | None) -> None:
         stop.set()
         signal.signal(signal.SIGINT, before)
-        tqdm.write(
-            "stopping after this step; Ctrl-C again to stop at once and lose what came after the last checkpoint"
-        )
 
     signal.signal(signal.SIGINT, ask)
     try:

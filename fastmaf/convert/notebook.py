@@ -55,16 +55,15 @@ def from_reference(state_dict: Mapping[str, Tensor], *, strict: bool = True) -> 
     leaking = sum(leaks for _, leaks in degrees)
     if leaking and strict:
         raise LeakyMaskError(
-            f"{leaking} outputs over {count} blocks see their own input: the output mask was built with '>=' where "
-            f"it must be '>'. There the "
-            "log-determinant is wrong, so the NLL is no density, and the model cannot be inverted. "
+            f"{leaking} outputs over {count} blocks see their own input: the output mask was built with '>=' where it "
+            "must be '>'. There the log-determinant is wrong, so the NLL is no density and the model has no inverse. "
             "from_reference(..., strict=False) takes it for scoring alone"
         )
     blocks: list[Transform] = []
-    for block, (block_degrees, _) in zip(layers, degrees, strict=True):
-        blocks.append(_build(block, block_degrees, strict=not leaking))
+    for block, (block_degrees, leaks) in zip(layers, degrees, strict=True):
+        blocks.append(_build(block, block_degrees, strict=not leaks))
     features = layers[0][0].mask.shape[1]
-    warn_if_disconnected(features, [block_degrees for block_degrees, _ in degrees])
+    warn_if_disconnected(features, [[d.sort().values for d in found] for found, _ in degrees])
     return MAF.from_transforms(features, blocks)
 
 
@@ -72,8 +71,7 @@ def _count_blocks(state_dict: Mapping[str, Tensor]) -> int:
     found = {int(m[1]) for key in state_dict if (m := re.match(r"flows\.(\d+)\.made\.(?:fc[123]|net\.[024])\.", key))}
     if not found or found != set(range(len(found))):
         raise ValueError(
-            "not a model of the reference notebook: expected keys flows.{i}.made.fc{1,2,3}.{weight,bias,mask} for i "
-            "= 0, 1, ..; "
+            "not a model of the reference notebook: expected keys flows.{i}.made.fc{1,2,3}.{weight,bias,mask}; "
             f"found blocks {sorted(found) or 'none'} among {len(state_dict)} keys such as {sorted(state_dict)[:3]}"
         )
     return len(found)
@@ -96,16 +94,16 @@ def _layers_of(state_dict: Mapping[str, Tensor], block: int) -> tuple[_Layer, _L
         found = tuple(layer.weight.shape), tuple(layer.mask.shape), tuple(layer.bias.shape)
         if found != (expected, expected, expected[:1]):
             raise ValueError(
-                f"flows.{block}.made: expected weight and mask {expected} and bias {expected[:1]}; found weight "
-                f"{found[0]}, "
-                f"mask {found[1]}, bias {found[2]}"
+                f"flows.{block}.made: expected weight and mask {expected} and bias {expected[:1]}; "
+                f"found weight {found[0]}, mask {found[1]}, bias {found[2]}"
             )
+        if not bool(((layer.mask == 0) | (layer.mask == 1)).all()):
+            raise ValueError(f"flows.{block}.made: masks must hold 0 and 1 alone; found other numbers")
     return first, second, third
 
 
 def _recover_degrees(block: int, layers: tuple[_Layer, _Layer, _Layer]) -> tuple[list[Tensor], int]:
-    """Returns the degrees of both hidden layers (in the order of their units), and how many outputs see their own
-    input.
+    """Returns both hidden layers' degrees, in the order of their units, and how many outputs see their own input.
 
     Where nothing leaks, the degrees are those under which a strict output mask shows exactly what this one shows.
     Where outputs leak, they are the notebook's own, for which its mask is ``>=``.
@@ -113,20 +111,17 @@ def _recover_degrees(block: int, layers: tuple[_Layer, _Layer, _Layer]) -> tuple
     features = layers[0].mask.shape[1]
     inputs = input_degrees(features)
     first = layers[0].mask.ne(0).sum(1)  # a unit of degree m sees inputs 1..m
-    # A unit of degree m is seen by the outputs of degree > m (strict) or >= m (leaky), under both readings the last
-    # ones.
+    # A unit of degree m is seen by the outputs of degree > m (strict) or >= m (leaky): by the last ones either way.
     seen_by = layers[2].mask[:features].ne(0).sum(0)
     readings = [(features - seen_by, True), (features + 1 - seen_by, False)]
     for second, strict in readings:
         if _masks_agree(layers, inputs, first, second, strict):
-            own = (
-                torch.isin(inputs, first[torch.isin(first, second)]) if not strict else torch.zeros(1, dtype=torch.bool)
-            )
-            return [first, second], int(own.sum())
+            # The strict reading fails only where units of both layers share a degree: the output of that degree leaks.
+            shared = first[torch.isin(first, second)].unique()
+            return [first, second], 0 if strict else shared.numel()
     raise ValueError(
-        f"flows.{block}.made: the masks do not come from degrees 1..D in natural order compared by >= (or > at the "
-        f"output), "
-        "so they are not the reference notebook's"
+        f"flows.{block}.made: the masks do not come from degrees 1..D in natural order, compared by >= (> at the "
+        "output), so they are not the reference notebook's"
     )
 
 
@@ -140,9 +135,8 @@ def _masks_agree(
         lambda rows: (outputs[rows, None] > second) if strict else (outputs[rows, None] >= second),
     )
     for layer, expected in zip(layers, expected_of, strict=True):
-        for start in range(
-            0, layer.mask.shape[0], 1024
-        ):  # in slices: the whole comparison would be as large as the dense model
+        # In slices: the whole comparison would be as large as the dense model.
+        for start in range(0, layer.mask.shape[0], 1024):
             rows = slice(start, start + 1024)
             if not torch.equal(layer.mask[rows].ne(0), expected(rows)):
                 return False

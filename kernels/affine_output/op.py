@@ -22,7 +22,7 @@ from fastmaf.kernels.backends import implementation
 def _forward(
     h: Tensor, weight: Tensor, bias: Tensor, x: Tensor, prefix: Tensor, tiles: Sequence[int], bound: float, soft: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    backend = implementation("affine_output", x.device)
+    backend = implementation("affine_output", x)
     result: tuple[Tensor, Tensor, Tensor] = backend.forward(h, weight, bias, x, prefix, tiles, bound, soft)
     return result
 
@@ -56,7 +56,7 @@ def _backward(
     bound: float,
     soft: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    backend = implementation("affine_output", z.device)
+    backend = implementation("affine_output", z)
     grads: tuple[Tensor, Tensor, Tensor, Tensor] = backend.backward(
         grad_z, grad_ladj, grad_log_scale, h, weight, z, log_scale, prefix, tiles, bound, soft
     )
@@ -116,5 +116,7 @@ def affine_output(
         ``z`` ``[N, D]``; ``ladj`` ``[N]``, the log absolute determinant in nats; ``log_scale`` ``[N, D]``, kept for
         the backward pass and for per-dimension terms.
     """
-    result: tuple[Tensor, Tensor, Tensor] = _forward(h, weight, bias, x, prefix, list(tiles), bound, soft)
+    result: tuple[Tensor, Tensor, Tensor] = _forward(
+        h.contiguous(), weight.contiguous(), bias.contiguous(), x.contiguous(), prefix, list(tiles), bound, soft
+    )
     return result

@@ -25,10 +25,10 @@ def bound_log_scale(u: Tensor, bound: float, soft: bool) -> Tensor:
     return bound * torch.tanh(u / bound) if soft else u.clamp(-bound, bound)
 
 
-def _bound_slope(a: Tensor, bound: float, soft: bool) -> Tensor | float:
+def bound_slope(a: Tensor, bound: float, soft: bool) -> Tensor:
     """Returns da/du as a function of the bounded value ``a``: zero where the clamp holds."""
     if math.isinf(bound):
-        return 1.0
+        return torch.ones_like(a)
     return 1 - (a / bound).square() if soft else (a.abs() < bound).to(a.dtype)
 
 
@@ -37,7 +37,7 @@ def forward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Returns ``z`` ``[N, D]``, ``ladj`` ``[N]`` and ``log_scale`` ``[N, D]``."""
     out = linear.forward(h, weight, bias, prefix, tiles, "identity").unflatten(1, (-1, 2))
-    log_scale = bound_log_scale(out[..., 1], bound, soft).contiguous()
+    log_scale = bound_log_scale(out[..., 1], bound, soft).clone(memory_format=torch.contiguous_format)
     z = (x - out[..., 0]).mul_(torch.exp(-log_scale))
     return z, -log_scale.sum(1), log_scale
 
@@ -58,6 +58,6 @@ def backward(
     """Returns the gradients of ``h``, packed ``weight`` (zero in the padding), ``bias`` and ``x``."""
     grad_x = grad_z * torch.exp(-log_scale)
     grad_a = grad_log_scale - grad_z * z - grad_ladj[:, None]
-    grad_out = torch.stack((-grad_x, grad_a * _bound_slope(log_scale, bound, soft)), dim=2).flatten(1)
+    grad_out = torch.stack((-grad_x, grad_a * bound_slope(log_scale, bound, soft)), dim=2).flatten(1)
     grad_h = linear.grad_input(grad_out, weight, tiles, h.shape[1])
     return grad_h, linear.grad_weight(grad_out, h, prefix, tiles, weight.shape[0]), grad_out.sum(0), grad_x

@@ -9,10 +9,11 @@ import torch
 from torch import Tensor
 
 from fastmaf.kernels.backends import implementation
+from fastmaf.kernels.masked_linear.op import check_activation
 
 _LAYERS = (
     "Tensor[] weights, Tensor[] biases, Tensor[] prefixes, int[] tiles, int[] tile_counts, int[] schedule,"
-    " float bound, bool soft"
+    " str activation, float bound, bool soft"
 )
 
 
@@ -25,12 +26,13 @@ def _forward(
     tiles: Sequence[int],
     tile_counts: Sequence[int],
     schedule: Sequence[int],
+    activation: str,
     bound: float,
     soft: bool,
 ) -> tuple[Tensor, Tensor]:
-    backend = implementation("level_inverse", z.device)
+    backend = implementation("level_inverse", z)
     result: tuple[Tensor, Tensor] = backend.forward(
-        z, weights, biases, prefixes, tiles, tile_counts, schedule, bound, soft
+        z, weights, biases, prefixes, tiles, tile_counts, schedule, activation, bound, soft
     )
     return result
 
@@ -55,12 +57,13 @@ def _backward(
     tiles: Sequence[int],
     tile_counts: Sequence[int],
     schedule: Sequence[int],
+    activation: str,
     bound: float,
     soft: bool,
 ) -> list[Tensor]:
-    backend = implementation("level_inverse", z.device)
+    backend = implementation("level_inverse", z)
     grads: list[Tensor] = backend.backward(
-        grad_x, grad_ladj, z, weights, biases, prefixes, tiles, tile_counts, schedule, bound, soft
+        grad_x, grad_ladj, z, weights, biases, prefixes, tiles, tile_counts, schedule, activation, bound, soft
     )
     return grads
 
@@ -83,7 +86,7 @@ def _autograd(ctx: Any, grad_x: Tensor, grad_ladj: Tensor) -> tuple[Any, ...]:
     k = ctx.layers
     weights, biases, prefixes = tensors[:k], tensors[k : 2 * k], tensors[2 * k :]
     grad_z, *grads = _backward(grad_x, grad_ladj, z, weights, biases, prefixes, *ctx.rest)
-    return grad_z, grads[:k], grads[k:], [None] * k, None, None, None, None, None
+    return grad_z, grads[:k], grads[k:], [None] * k, None, None, None, None, None, None
 
 
 _forward.register_autograd(_autograd, setup_context=_setup_context)
@@ -96,6 +99,7 @@ def level_inverse(
     prefixes: Sequence[Tensor],
     tiles: Sequence[Sequence[int]],
     schedule: Sequence[int],
+    activation: str,
     bound: float,
     soft: bool,
 ) -> tuple[Tensor, Tensor]:
@@ -103,20 +107,31 @@ def level_inverse(
 
     Args:
         z: ``[N, D]``.
-        weights: the packed weights, hidden layers first, the output layer last; activations are relu.
+        weights: the packed weights, hidden layers first, the output layer last.
         biases: their biases; the output layer's rows are interleaved (shift, raw log-scale).
         prefixes: their prefixes, int64.
         tiles: ``PackedLayout.flat_tiles`` of each layer.
         schedule: ``level_schedule`` of the block.
+        activation: of the hidden layers, ``"relu"`` or ``"identity"``.
         bound: log-scales stay within ``±bound``; ``inf`` leaves them free.
         soft: bound by tanh instead of by a clamp.
 
     Returns:
         ``x`` ``[N, D]`` and ``ladj`` ``[N]`` = log |det dx/dz| in nats.
     """
+    check_activation(activation)
     flat = [n for layer in tiles for n in layer]
     counts = [len(layer) // 4 for layer in tiles]
     result: tuple[Tensor, Tensor] = _forward(
-        z, list(weights), list(biases), list(prefixes), flat, counts, list(schedule), bound, soft
+        z.contiguous(),
+        [weight.contiguous() for weight in weights],
+        [bias.contiguous() for bias in biases],
+        list(prefixes),
+        flat,
+        counts,
+        list(schedule),
+        activation,
+        bound,
+        soft,
     )
     return result

@@ -7,7 +7,7 @@ For each step of the schedule:
     finish the hidden units that have become computable, layer by layer
 
 Every weight is read once and every hidden unit is computed once, so the whole inverse costs the arithmetic of one
-forward pass. It is exact for any weights and any strictly autoregressive degrees. Activations are relu.
+forward pass. It is exact for any weights and any strictly autoregressive degrees.
 """
 
 from __future__ import annotations
@@ -19,9 +19,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastmaf.kernels.affine_output.reference import bound_log_scale
-from fastmaf.kernels.layout import Tile, unflatten, zero_padding
+from fastmaf.kernels.affine_output.reference import bound_log_scale, bound_slope
+from fastmaf.kernels.layout import Tile, unflatten
 from fastmaf.kernels.level_inverse.schedule import steps
+from fastmaf.kernels.masked_linear import reference as linear
 
 
 class _Piece(NamedTuple):
@@ -84,6 +85,7 @@ def forward(
     tiles: Sequence[int],
     tile_counts: Sequence[int],
     schedule: Sequence[int],
+    activation: str,
     bound: float,
     soft: bool,
 ) -> tuple[Tensor, Tensor]:
@@ -109,45 +111,9 @@ def forward(
         for k, pieces in enumerate(hidden_pieces):
             for piece in pieces:
                 unit = next(unit_of[k])
-                torch.addmm(
-                    next(bias_of[k]), piece.of(weights[k]), below_of[k].narrow(0, 0, piece.width), out=unit
-                ).relu_()
+                below = below_of[k].narrow(0, 0, piece.width)
+                linear.activate_(torch.addmm(next(bias_of[k]), piece.of(weights[k]), below, out=unit), activation)
     return x_t.t().contiguous(), log_scale_t.sum(0)
-
-
-def _differentiable(
-    z: Tensor,
-    weights: Sequence[Tensor],
-    biases: Sequence[Tensor],
-    prefixes: Sequence[Tensor],
-    tiles: Sequence[int],
-    tile_counts: Sequence[int],
-    schedule: Sequence[int],
-    bound: float,
-    soft: bool,
-) -> tuple[Tensor, Tensor]:
-    """The same as ``forward`` without a write in place: autograd can run through it, at the price of copies per
-    step.
-    """
-    plan = _plan(tuple(tiles), tuple(tile_counts), tuple(schedule))
-    x, log_scale = z[:, :0], z[:, :0]
-    hidden = [z[:, :0] for _ in biases[:-1]]
-    for *hidden_pieces, output_pieces in plan:
-        last = hidden[-1]
-        for piece in output_pieces:
-            d = x.shape[1]
-            out = last[:, : piece.width] @ piece.of(weights[-1]).t() + biases[-1][2 * d : 2 * d + piece.rows]
-            a = bound_log_scale(out[:, 1::2], bound, soft)
-            x = torch.cat((x, out[:, 0::2] + z[:, d : d + piece.rows // 2] * torch.exp(a)), dim=1)
-            log_scale = torch.cat((log_scale, a), dim=1)
-        below = x
-        for k, pieces in enumerate(hidden_pieces):
-            for piece in pieces:
-                u = hidden[k].shape[1]
-                unit = torch.relu(below[:, : piece.width] @ piece.of(weights[k]).t() + biases[k][u : u + piece.rows])
-                hidden[k] = torch.cat((hidden[k], unit), dim=1)
-            below = hidden[k]
-    return x, log_scale.sum(1)
 
 
 def backward(
@@ -160,21 +126,43 @@ def backward(
     tiles: Sequence[int],
     tile_counts: Sequence[int],
     schedule: Sequence[int],
+    activation: str,
     bound: float,
     soft: bool,
 ) -> list[Tensor]:
     """Returns the gradients of ``z``, of each packed weight (zero in the padding) and of each bias, in this order.
 
-    Recomputes the inverse with autograd: meant for small sizes, where one trains through samples.
+    Walks the schedule backwards: when a step is reached, everything that its values went into has been differentiated.
     """
-    with torch.enable_grad():
-        leaves = [t.detach().requires_grad_() for t in (z, *weights, *biases)]
-        k = len(weights)
-        x, ladj = _differentiable(
-            leaves[0], leaves[1 : 1 + k], leaves[1 + k :], prefixes, tiles, tile_counts, schedule, bound, soft
-        )
-        grads = torch.autograd.grad((x, ladj), leaves, (grad_x, grad_ladj), allow_unused=True)
-    result = [torch.zeros_like(leaf) if grad is None else grad for leaf, grad in zip(leaves, grads, strict=True)]
-    for grad, prefix, flat in zip(result[1 : 1 + k], prefixes, _split_tiles(tiles, tile_counts), strict=True):
-        zero_padding(grad, prefix, flat)
-    return result
+    x, _ = forward(z, weights, biases, prefixes, tiles, tile_counts, schedule, activation, bound, soft)
+    tiles_of = _split_tiles(tiles, tile_counts)
+    last = len(weights) - 1
+    values = [x]  # x is known by now, so one plain pass gives what every unit was
+    for k in range(last):
+        values.append(linear.forward(values[k], weights[k], biases[k], prefixes[k], tiles_of[k], activation))
+    out = linear.forward(values[last], weights[last], biases[last], prefixes[last], tiles_of[last], "identity")
+    a = bound_log_scale(out[:, 1::2], bound, soft)
+    scale, slope = torch.exp(a), bound_slope(a, bound, soft)
+    grad_values = [grad_x.clone(), *(torch.zeros_like(value) for value in values[1:])]
+    grad_rows = [*(torch.zeros_like(value) for value in values[1:]), torch.zeros_like(out)]
+    plan = _plan(tuple(tiles), tuple(tile_counts), tuple(schedule))
+    ends = [sum(piece.rows for step in plan for piece in step[k]) for k in range(len(weights))]
+    for step in reversed(plan):
+        for k in (*reversed(range(last)), last):  # the reverse of: outputs, then hidden layers from the first on
+            for piece in reversed(step[k]):
+                rows = slice(ends[k] - piece.rows, ends[k])
+                ends[k] = rows.start
+                if k < last:
+                    grad = linear.grad_activation(grad_values[k + 1][:, rows], values[k + 1][:, rows], activation)
+                else:
+                    dims = slice(rows.start // 2, rows.stop // 2)
+                    grad_shift = grad_values[0][:, dims]
+                    grad_a = grad_shift * z[:, dims] * scale[:, dims] + grad_ladj[:, None]
+                    grad = torch.stack((grad_shift, grad_a * slope[:, dims]), dim=2).flatten(1)
+                grad_rows[k][:, rows] = grad
+                grad_values[k][:, : piece.width] += grad @ piece.of(weights[k])
+    grad_weights = [
+        linear.grad_weight(grad, value, prefix, flat, weight.shape[0])
+        for grad, value, prefix, flat, weight in zip(grad_rows, values, prefixes, tiles_of, weights, strict=True)
+    ]
+    return [grad_values[0] * scale, *grad_weights, *(grad.sum(0) for grad in grad_rows)]

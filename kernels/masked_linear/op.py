@@ -10,7 +10,14 @@ from torch import Tensor
 
 from fastmaf.kernels.backends import implementation
 
+# Each must be differentiable from its value alone: the backward pass keeps y, not what went into the activation.
 ACTIVATIONS = ("identity", "relu")
+
+
+def check_activation(activation: str) -> None:
+    """Raises ValueError unless the ops know the activation."""
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"activation must be one of {ACTIVATIONS}; found {activation!r}")
 
 
 @torch.library.custom_op(
@@ -19,7 +26,7 @@ ACTIVATIONS = ("identity", "relu")
     schema="(Tensor x, Tensor weight, Tensor bias, Tensor prefix, int[] tiles, str activation) -> Tensor",
 )
 def _forward(x: Tensor, weight: Tensor, bias: Tensor, prefix: Tensor, tiles: Sequence[int], activation: str) -> Tensor:
-    result: Tensor = implementation("masked_linear", x.device).forward(x, weight, bias, prefix, tiles, activation)
+    result: Tensor = implementation("masked_linear", x).forward(x, weight, bias, prefix, tiles, activation)
     return result
 
 
@@ -47,7 +54,7 @@ def _backward(
     activation: str,
     need_grad_x: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    backend = implementation("masked_linear", x.device)
+    backend = implementation("masked_linear", x)
     grads: tuple[Tensor, Tensor, Tensor] = backend.backward(
         grad_y, x, y, weight, prefix, tiles, activation, need_grad_x
     )
@@ -104,7 +111,6 @@ def masked_linear(
     Raises:
         ValueError: the activation is unknown.
     """
-    if activation not in ACTIVATIONS:
-        raise ValueError(f"activation must be one of {ACTIVATIONS}; found {activation!r}")
-    result: Tensor = _forward(x, weight, bias, prefix, list(tiles), activation)
+    check_activation(activation)
+    result: Tensor = _forward(x.contiguous(), weight.contiguous(), bias.contiguous(), prefix, list(tiles), activation)
     return result

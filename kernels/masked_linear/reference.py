@@ -25,7 +25,7 @@ def forward(x: Tensor, weight: Tensor, bias: Tensor, prefix: Tensor, tiles: Sequ
             torch.addmm(bias[rows], x[:, : tile.width], tile.of(weight).t(), out=y[:, rows])
         else:
             y[:, rows] = bias[rows]
-    return y.relu_() if activation == "relu" else y
+    return activate_(y, activation)
 
 
 def backward(
@@ -39,10 +39,19 @@ def backward(
     need_grad_x: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Returns the gradients of ``x`` (empty when not needed), packed ``weight`` (zero in the padding) and ``bias``."""
-    if activation == "relu":
-        grad_y = torch.where(y > 0, grad_y, 0)
+    grad_y = grad_activation(grad_y, y, activation)
     grad_x = grad_input(grad_y, weight, tiles, x.shape[1]) if need_grad_x else x.new_empty(0)
     return grad_x, grad_weight(grad_y, x, prefix, tiles, weight.shape[0]), grad_y.sum(0)
+
+
+def activate_(y: Tensor, activation: str) -> Tensor:
+    """Applies the activation in place and returns ``y``."""
+    return y.relu_() if activation == "relu" else y
+
+
+def grad_activation(grad_y: Tensor, y: Tensor, activation: str) -> Tensor:
+    """Returns the gradient before the activation, given the one after it and the activation's value ``y``."""
+    return torch.where(y > 0, grad_y, 0) if activation == "relu" else grad_y
 
 
 def grad_input(grad_y: Tensor, weight: Tensor, tiles: Sequence[int], in_features: int) -> Tensor:

@@ -1,0 +1,225 @@
+"""The three ops: what torch asks of an op, and their values and gradients against dense arithmetic."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from fastmaf import kernels
+from fastmaf.kernels.level_inverse.schedule import level_schedule, steps
+from tests.core.helpers import blocks_of, build, normal, padding_of
+from tests.tolerances import assert_close
+
+FEATURES = 13
+BOUNDS = [(5.0, False), (0.3, False), (0.5, True), (float("inf"), False)]
+
+
+def parts(scale: float = 1.0, dtype: torch.dtype = torch.float64, **options: Any) -> Any:
+    """Returns the MADE of one block with many tiles."""
+    return blocks_of(build(FEATURES, blocks=1, order="natural", scale=scale, dtype=dtype, **options))[0].made
+
+
+def linear_arguments(made: Any, batch: int, dtype: torch.dtype = torch.float64, grad: bool = False) -> Any:
+    layer = made.hidden[0]
+    x = normal(batch, FEATURES, dtype=dtype).requires_grad_(grad)
+    return (
+        x,
+        layer.weight.detach().requires_grad_(grad),
+        layer.bias.detach().requires_grad_(grad),
+        layer.prefix,
+        layer.layout.flat_tiles,
+    )
+
+
+def affine_arguments(made: Any, batch: int, dtype: torch.dtype = torch.float64, grad: bool = False) -> Any:
+    layer = made.output
+    h = normal(batch, layer.layout.in_features, dtype=dtype).abs().requires_grad_(grad)
+    x = normal(batch, FEATURES, seed=1, dtype=dtype).requires_grad_(grad)
+    weight, bias = layer.weight.detach().requires_grad_(grad), layer.bias.detach().requires_grad_(grad)
+    return h, weight, bias, x, layer.prefix, layer.layout.flat_tiles
+
+
+def inverse_arguments(made: Any, batch: int, dtype: torch.dtype = torch.float64, grad: bool = False) -> Any:
+    layers = made.layers
+    return (
+        normal(batch, FEATURES, dtype=dtype).requires_grad_(grad),
+        [layer.weight.detach().requires_grad_(grad) for layer in layers],
+        [layer.bias.detach().requires_grad_(grad) for layer in layers],
+        [layer.prefix for layer in layers],
+        [layer.layout.flat_tiles for layer in layers],
+        made.schedule,
+        "relu",
+    )
+
+
+def detached(arguments: Any) -> Any:
+    return tuple(a.detach() if isinstance(a, Tensor) else a for a in arguments)
+
+
+def flat(tiles: list[tuple[int, ...]]) -> tuple[list[int], list[int]]:
+    return [n for one in tiles for n in one], [len(one) // 4 for one in tiles]
+
+
+@pytest.mark.parametrize("activation", ["identity", "relu"])
+@pytest.mark.parametrize("batch", [0, 1, 3])
+def test_opcheck_masked_linear(batch: int, activation: str) -> None:
+    arguments = (*linear_arguments(parts(), batch, grad=True), activation)
+    torch.library.opcheck(torch.ops.fastmaf.masked_linear.default, arguments)
+    x, weight, bias, prefix, tiles, _ = detached(arguments)
+    y = kernels.masked_linear(x, weight, bias, prefix, tiles, activation)
+    for need_grad_x in (True, False):
+        backward = (normal(*y.shape, seed=2), x, y, weight, prefix, tiles, activation, need_grad_x)
+        torch.library.opcheck(torch.ops.fastmaf.masked_linear_backward.default, backward)
+
+
+@pytest.mark.parametrize("bound, soft", BOUNDS)
+def test_opcheck_affine_output(bound: float, soft: bool) -> None:
+    for batch in (0, 3):
+        arguments = (*affine_arguments(parts(), batch, grad=True), bound, soft)
+        torch.library.opcheck(torch.ops.fastmaf.affine_output.default, arguments)
+        h, weight, bias, x, prefix, tiles, *_ = detached(arguments)
+        z, ladj, log_scale = kernels.affine_output(h, weight, bias, x, prefix, tiles, bound, soft)
+        grads = normal(batch, FEATURES, seed=2), normal(batch, seed=3), normal(batch, FEATURES, seed=4)
+        backward = (*grads, h, weight, z, log_scale, prefix, tiles, bound, soft)
+        torch.library.opcheck(torch.ops.fastmaf.affine_output_backward.default, backward)
+
+
+@pytest.mark.parametrize("grad", [False, True])
+def test_opcheck_level_inverse(grad: bool) -> None:
+    z, weights, biases, prefixes, tiles, *rest = inverse_arguments(parts(), 3, grad=grad)
+    arguments = (z, weights, biases, prefixes, *flat(tiles), *rest, 5.0, False)
+    torch.library.opcheck(torch.ops.fastmaf.level_inverse.default, arguments)
+
+
+def test_opcheck_level_inverse_backward() -> None:
+    z, weights, biases, prefixes, tiles, *rest = inverse_arguments(parts(), 3)
+    arguments = (
+        normal(3, FEATURES, seed=2),
+        normal(3, seed=3),
+        z,
+        weights,
+        biases,
+        prefixes,
+        *flat(tiles),
+        *rest,
+        5.0,
+        False,
+    )
+    torch.library.opcheck(torch.ops.fastmaf.level_inverse_backward.default, arguments)
+
+
+@pytest.mark.parametrize("activation", ["identity", "relu"])
+@pytest.mark.parametrize("batch", [0, 1, 5])
+def test_masked_linear_against_dense(batch: int, activation: str) -> None:
+    made = parts(degrees="random", hidden_features=(31, 9))
+    layer = made.hidden[0]
+    assert len(layer.layout.tiles) > 1
+    arguments = linear_arguments(made, batch, grad=True)
+    y = kernels.masked_linear(*(*arguments, activation))
+    x, dense, bias = (t.detach().clone().requires_grad_() for t in (arguments[0], layer.dense_weight(), layer.bias))
+    expected = torch.nn.functional.linear(x, dense, bias)
+    expected = expected.relu() if activation == "relu" else expected
+    assert_close("values", y, expected)
+    upstream = normal(*y.shape, seed=3)
+    y.backward(upstream)
+    expected.backward(upstream)
+    assert_close("gradients", arguments[0].grad, x.grad)
+    assert_close("gradients", arguments[2].grad, bias.grad)
+    assert dense.grad is not None
+    assert_close("gradients", layer.layout.unpack(arguments[1].grad), dense.grad * layer.layout.mask())
+    assert torch.equal(
+        arguments[1].grad[padding_of(layer)], torch.zeros(int(padding_of(layer).sum()), dtype=torch.float64)
+    )
+
+
+@pytest.mark.parametrize("bound, soft", BOUNDS)
+@pytest.mark.parametrize("batch", [0, 1, 5])
+def test_affine_output_against_dense(batch: int, bound: float, soft: bool) -> None:
+    made = parts(degrees="random", hidden_features=(9, 31), scale=2.0)
+    layer = made.output
+    assert len(layer.layout.tiles) > 1
+    arguments = affine_arguments(made, batch, grad=True)
+    results = kernels.affine_output(*(*arguments, bound, soft))
+    h, dense, bias, x = (
+        t.detach().clone().requires_grad_() for t in (arguments[0], layer.dense_weight(), arguments[2], arguments[3])
+    )
+    out = torch.nn.functional.linear(h, dense, bias)
+    shift, u = out[:, 0::2], out[:, 1::2]
+    log_scale = bound * torch.tanh(u / bound) if soft else u.clamp(-bound, bound)
+    expected = (x - shift) * torch.exp(-log_scale), -log_scale.sum(dim=1), log_scale
+    upstream = normal(batch, FEATURES, seed=3), normal(batch, seed=4), normal(batch, FEATURES, seed=5)
+    for found, truth in zip(results, expected, strict=True):
+        assert_close("values", found, truth)
+    torch.autograd.backward(results, upstream)
+    torch.autograd.backward(expected, upstream)
+    assert dense.grad is not None
+    for name, found, truth in (
+        ("h", arguments[0].grad, h.grad),
+        ("weight", layer.layout.unpack(arguments[1].grad), dense.grad * layer.layout.mask()),
+        ("bias", arguments[2].grad, bias.grad),
+        ("x", arguments[3].grad, x.grad),
+    ):
+        assert_close("gradients", found, truth, f"gradient of {name}")
+    assert torch.equal(
+        arguments[1].grad[padding_of(layer)], torch.zeros(int(padding_of(layer).sum()), dtype=torch.float64)
+    )
+
+
+def test_unknown_activations_are_refused() -> None:
+    with pytest.raises(ValueError, match="tanh"):
+        kernels.masked_linear(*(*linear_arguments(parts(), 2), "tanh"))
+
+
+@pytest.mark.parametrize("op", ["masked_linear", "affine_output", "level_inverse"])
+def test_fake_shapes(op: str) -> None:
+    """On meta tensors, as compilers trace them: the same shapes and dtypes as the real op."""
+    for dtype in (torch.float32, torch.float64):
+        made = parts(dtype=dtype)
+        arguments: Any
+        if op == "masked_linear":
+            arguments = (*linear_arguments(made, 3, dtype), "relu")
+        elif op == "affine_output":
+            arguments = (*affine_arguments(made, 3, dtype), 5.0, False)
+        else:
+            arguments = (*inverse_arguments(made, 3, dtype), 5.0, False)
+        meta = tuple(
+            a.to("meta")
+            if isinstance(a, Tensor)
+            else [t.to("meta") if isinstance(t, Tensor) else t for t in a]
+            if isinstance(a, list)
+            else a
+            for a in arguments
+        )
+        real, fake = getattr(kernels, op)(*arguments), getattr(kernels, op)(*meta)
+        for one, other in zip(*((r if isinstance(r, tuple) else (r,)) for r in (real, fake)), strict=True):
+            assert one.shape == other.shape and one.dtype == other.dtype and other.is_meta
+
+
+def test_inputs_are_not_written_to() -> None:
+    made = parts()
+    arguments: Any
+    for op, arguments in (
+        ("masked_linear", (*linear_arguments(made, 3), "relu")),
+        ("affine_output", (*affine_arguments(made, 3), 0.3, False)),
+        ("level_inverse", (*inverse_arguments(made, 3), 0.3, False)),
+    ):
+        tensors = [t for a in arguments for t in (a if isinstance(a, list) else [a]) if isinstance(t, Tensor)]
+        before = [t.clone() for t in tensors]
+        getattr(kernels, op)(*arguments)
+        assert all(torch.equal(a, b) for a, b in zip(tensors, before, strict=True)), op
+
+
+def test_schedule_of_hand_made_degrees() -> None:
+    """D = 6, last layer of degrees 0, 2, 2, 5, 6: outputs 1-2, 3-5, 6 follow degrees 0, 2, 5; none reads 6."""
+    first, last = torch.tensor([1, 3, 5, 6]), torch.tensor([0, 2, 2, 5, 6])
+    plan = steps(level_schedule(torch.arange(1, 7), [first, last]), 2)
+    assert len(plan) == 4  # degrees 0, 2, 5 below D, and the rest
+    ends = [step.dims for step in plan]
+    assert ends[0][0] == 0 and ends[-1][1] == 6
+    assert [b for _, b in ends] == [0, 2, 5, 6]
+    assert all(a[1] == b[0] for a, b in zip(ends, ends[1:], strict=False))
+    assert [step.units[1][1] for step in plan[:3]] == [1, 3, 4], "units of the last layer finished after each step"
+    assert [step.units[0][1] for step in plan[:3]] == [0, 1, 3], "units of the first layer that they read"

@@ -1,0 +1,362 @@
+"""The command line: every command on a small data set, and one clear line for every mistake a user can make."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+from PIL import Image
+
+import fastmaf
+from fastmaf import cli
+from fastmaf.capsule import reproduce, train
+from fastmaf.capsule.synthetic import DEFECTS, draw_dataset
+from fastmaf.capsule.train import GUARDED, TrainConfig
+
+ROOT = Path(__file__).parents[1]
+COMMANDS = ("demo-data", "train", "sample", "eval", "reproduce", "doctor")
+SMALL = ("--size", "8", "--blocks", "2", "--hidden", "16,16", "--batch-size", "4", "--epochs", "1", "--quiet")
+
+
+class Done(NamedTuple):
+    """How a command ended."""
+
+    code: int
+    out: str
+    err: str
+
+
+Fastmaf = Callable[..., Done]
+
+
+def fastmaf_process(*arguments: object, **environment: str) -> Done:
+    """Runs the command in a process of its own."""
+    command = [sys.executable, "-m", "fastmaf.cli", *map(str, arguments)]
+    variables = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **environment}
+    done = subprocess.run(command, cwd=ROOT, env=variables, capture_output=True, text=True, timeout=300)
+    return Done(done.returncode, done.stdout, done.stderr)
+
+
+@pytest.fixture
+def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Fastmaf:
+    """Runs the command in this process, sparing the import of torch; what main() lets through fails the test."""
+    monkeypatch.setattr(warnings, "showwarning", warnings.showwarning)  # main() replaces it
+
+    def call(*arguments: object) -> Done:
+        monkeypatch.setattr(sys, "argv", ["fastmaf", *map(str, arguments)])
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as left:
+            cli.main()
+        code = left.value.code
+        return Done(code if isinstance(code, int) else int(code is not None), *capsys.readouterr())
+
+    return call
+
+
+def assert_one_error(done: Done, *words: str) -> None:
+    """One line "error: ..." and what belongs to it, no traceback, a code that is not 0."""
+    assert done.code != 0
+    assert "Traceback" not in done.out + done.err
+    assert len(re.findall(r"^error: \S", done.err, re.MULTILINE | re.IGNORECASE)) == 1, done.err
+    for word in words:
+        assert word in done.err, f"{word!r} is not in {done.err!r}"
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("data")
+    return draw_dataset(root, train=8, good=3, defects={"crack": 2, "poke": 2}, size=32, progress=False)
+
+
+@pytest.fixture(scope="module")
+def trained(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a trained model; not to be changed."""
+    out = tmp_path_factory.mktemp("trained")
+    train.train(
+        data, out, TrainConfig(size=8, blocks=2, hidden_features=(16, 16), epochs=1, batch_size=4), progress=False
+    )
+    return out
+
+
+def test_from_drawing_to_evaluation(run: Fastmaf, tmp_path: Path) -> None:
+    """Every command in turn on what the one before left; the long ones as processes of their own."""
+    data, out = tmp_path / "capsules", tmp_path / "run"
+    done = run("demo-data", data, "--train", 10, "--size", 32, "--quiet")
+    assert done == (0, f"drew the synthetic capsules into {data}\n", "")
+    assert len(list((data / "train" / "good").iterdir())) == 10
+    assert {p.name for p in (data / "test").iterdir()} == {"good", *DEFECTS}
+
+    done = fastmaf_process("train", "--data", data, "--out", out, *SMALL)
+    assert done.code == 0, done.err
+    assert "Traceback" not in done.err
+    assert re.search(r"^epoch 1: NLL [\d,-]+ nats, held-out NLL [\d,-]+, -?\d\.\d{3} bits/dim", done.out, re.MULTILINE)
+    assert f"the model is in {out / 'model.safetensors'}" in done.out
+
+    done = run("sample", "--model", out, "--out", out, "-n", 3, "--quiet")
+    assert done.code == 0, done.err
+    assert done.out.startswith("3 samples in ")
+    assert len(list((out / "samples").iterdir())) == 3
+
+    done = fastmaf_process("eval", "--data", data, "--model", out / "model.safetensors", "--out", out, "--quiet")
+    assert done.code == 0, done.err
+    assert "132 test images: 23 normal, 109 defective" in done.out
+    assert "Threshold Youden" in done.out
+    assert "Threshold held-out" in done.out
+    assert json.loads((out / "metrics.json").read_text())["n_anomalous"] == 109
+    for name in ("nll_curve.png", "samples.png", "nll_hist_good_defect.png", "roc_curve.png"):
+        with Image.open(out / name) as picture:
+            picture.load()
+
+
+def test_an_error_as_the_user_sees_it(tmp_path: Path) -> None:
+    """The one error that is looked at from outside; the others run in this process."""
+    done = fastmaf_process("train", "--data", tmp_path / "nowhere", "--out", tmp_path / "out")
+    assert done.code == 1
+    assert done.out == ""
+    assert_one_error(done, f"no such folder: {tmp_path / 'nowhere'}", "expected:", "train/good", "found: nothing")
+    assert list(tmp_path.iterdir()) == [], "nothing is written before the data are read"
+
+
+def test_skip_bad_goes_on_and_names_the_file(
+    run: Fastmaf, data: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    broken = Path(shutil.copytree(data, tmp_path / "data"))
+    cut(broken / "train" / "good" / "003.png")
+    done = run("train", "--data", broken, "--out", tmp_path / "out", *SMALL, "--skip-bad")
+    assert done.code == 0, done.err
+    assert any(re.match(r"skipped: .*003\.png", message) for message in caplog.messages)
+    assert "1 file skipped" in done.out
+    assert fastmaf.load(tmp_path / "out" / "model.safetensors").features == 192
+
+
+def cut(path: Path) -> None:
+    """Cuts a file in the middle."""
+    content = path.read_bytes()
+    path.write_bytes(content[: len(content) // 2])
+
+
+def test_help_lists_every_command(run: Fastmaf) -> None:
+    done = run("--help")
+    assert done.code == 0
+    for command in COMMANDS:
+        assert re.search(rf"^  {command} ", done.out, re.MULTILINE), command
+    assert run().code != 0 or "Usage" in run().out
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_has_help(run: Fastmaf, command: str) -> None:
+    done = run(command, "--help")
+    assert done.code == 0
+    assert "Usage" in done.out
+
+
+def test_an_unknown_command(run: Fastmaf) -> None:
+    assert_one_error(run("tarin"), "tarin")
+
+
+def test_an_empty_folder(run: Fastmaf, tmp_path: Path) -> None:
+    (tmp_path / "train" / "good").mkdir(parents=True)
+    done = run("train", "--data", tmp_path, "--out", tmp_path / "out", *SMALL)
+    assert_one_error(
+        done, f"no image in {tmp_path / 'train' / 'good'}", "it is empty", "expected:", "train/good/  0 images"
+    )
+
+
+def test_a_folder_one_level_off(run: Fastmaf, data: Path, tmp_path: Path) -> None:
+    shutil.copytree(data, tmp_path / "capsule")
+    done = run("train", "--data", tmp_path, "--out", tmp_path / "out", *SMALL)
+    assert_one_error(done, f"did you mean {tmp_path / 'capsule'} (it holds train/good)?")
+
+
+@pytest.mark.parametrize("command", ["train", "eval", "reproduce"])
+def test_a_text_file_named_png(run: Fastmaf, data: Path, trained: Path, tmp_path: Path, command: str) -> None:
+    bad = Path(shutil.copytree(data, tmp_path / "data"))
+    place = ("test", "crack") if command == "eval" else ("train", "good")
+    victim = bad.joinpath(*place, "001.png")
+    victim.write_text("Hello, I am not an image.")
+    settings = ("--model", trained, "--quiet") if command == "eval" else SMALL
+    done = run(command, "--data", bad, "--out", tmp_path / "out", *settings)
+    assert_one_error(done, str(victim), "no image that can be read")
+    assert not (tmp_path / "out" / "model.safetensors").exists()
+
+
+def test_a_truncated_png(run: Fastmaf, data: Path, tmp_path: Path) -> None:
+    bad = Path(shutil.copytree(data, tmp_path / "data"))
+    cut(bad / "train" / "good" / "003.png")
+    done = run("train", "--data", bad, "--out", tmp_path / "out", *SMALL)
+    assert_one_error(done, str(bad / "train" / "good" / "003.png"))
+
+
+@pytest.mark.parametrize("command", ["sample", "eval"])
+def test_a_file_that_is_no_model(run: Fastmaf, data: Path, tmp_path: Path, command: str) -> None:
+    wrong = tmp_path / "model.safetensors"
+    wrong.write_text("not a model")
+    options = ("--data", data) if command == "eval" else ()
+    assert_one_error(
+        run(command, *options, "--model", wrong, "--out", tmp_path), str(wrong), "not a safetensors file, or is damaged"
+    )
+    wrong.unlink()
+    assert_one_error(run(command, *options, "--model", tmp_path, "--out", tmp_path), f"no model file at {wrong}")
+
+
+def test_a_model_of_another_shape(run: Fastmaf, data: Path, tmp_path: Path) -> None:
+    other = tmp_path / "other.safetensors"
+    fastmaf.MAF(7, 1, (8,), seed=0).save(other)
+    done = run("eval", "--data", data, "--model", other, "--out", tmp_path)
+    assert_one_error(done, f"{other} models 7 numbers", "3 x size x size")
+
+
+def test_resuming_a_model_of_another_size(run: Fastmaf, data: Path, trained: Path) -> None:
+    settings = [{"8": "16"}.get(word, word) for word in SMALL]
+    done = run("train", "--data", data, "--out", trained, *settings, "--resume", "--lr", "1e-4")
+    assert_one_error(done, f"cannot resume {trained} with other settings (size: was 8, now 16)")
+
+
+def test_nothing_to_resume(run: Fastmaf, data: Path, tmp_path: Path) -> None:
+    assert_one_error(
+        run("train", "--data", data, "--out", tmp_path, *SMALL, "--resume"), f"nothing to resume in {tmp_path}"
+    )
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (("--hidden", "abc"), ("hidden layer", "512,512", "'abc'")),
+        (("--hidden", "16,,16"), ("'16,,16'",)),
+        (("--hidden", "0"), ("0",)),
+        (("--holdout", "1.5"), ("holdout", "1.5")),
+        (("--lr", "-1"), ("lr must be positive", "-1")),
+        (("--epochs", "0"), ("epochs must be at least 1",)),
+        (("--blocks", "two"), ("--blocks", "integer")),
+        (("--order", "backwards"), ("--order", "backwards")),
+        (("--levels", "0"), ("levels", "0")),
+        (("--device", "tpu"), ("device", "'tpu'")),
+        (("--device", "cuda:99"), ("device",)),
+        (("--seed", "-1"), ("--seed",)),
+        (("--seed", str(2**70)), ("--seed",)),
+    ],
+)
+def test_bad_settings(
+    run: Fastmaf, data: Path, tmp_path: Path, options: tuple[str, ...], words: tuple[str, ...]
+) -> None:
+    done = run("train", "--data", data, "--out", tmp_path / "out", *SMALL, *options)
+    assert_one_error(done, *words)
+    assert not (tmp_path / "out" / "model.safetensors").exists()
+
+
+def test_no_samples(run: Fastmaf, trained: Path, tmp_path: Path) -> None:
+    assert_one_error(run("sample", "--model", trained, "--out", tmp_path, "-n", 0), "at least 1; found 0")
+
+
+def test_demo_data_does_not_touch_a_foreign_folder(run: Fastmaf, tmp_path: Path) -> None:
+    (tmp_path / "holiday.jpg").write_text("mine")
+    done = run("demo-data", tmp_path, "--train", 1, "--size", 32)
+    assert_one_error(done, f"{tmp_path} is not empty", "holiday.jpg", "nothing was written")
+    assert [p.name for p in tmp_path.iterdir()] == ["holiday.jpg"]
+
+
+def test_leaky_masks_say_what_they_are_and_do_not_sample(run: Fastmaf, data: Path, tmp_path: Path) -> None:
+    done = run("train", "--data", data, "--out", tmp_path, *SMALL, "--masks", "reference")
+    assert done.code == 0
+    assert ">= instead of >" in done.out
+    assert "no density" in done.out
+    done = run("sample", "--model", tmp_path, "--out", tmp_path, "--quiet")
+    assert done.code == 1
+    assert_one_error(done, "leaky output mask", "train with strict masks to sample")
+    assert run("eval", "--data", data, "--model", tmp_path, "--out", tmp_path, "--quiet").code == 0
+
+
+def test_a_loss_that_is_not_finite(run: Fastmaf, data: Path, tmp_path: Path) -> None:
+    done = run("train", "--data", data, "--out", tmp_path, *SMALL, "--lr", "1e30")
+    assert_one_error(done, "NLL of a batch became", "no model was written", "--lr")
+
+
+def test_ctrl_c_before_training(run: Fastmaf, data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(train, "train", interrupted)
+    done = run("train", "--data", data)
+    assert done.code == 130
+    assert "Traceback" not in done.err
+
+
+def asked(run: Fastmaf, monkeypatch: pytest.MonkeyPatch, module: Any, name: str, *arguments: object) -> TrainConfig:
+    """The settings that a command hands over."""
+    configs: list[TrainConfig] = []
+
+    def take(*positional: Any, **_: Any) -> None:
+        configs.append(next(value for value in positional if isinstance(value, TrainConfig)))
+        raise ValueError("seen enough")
+
+    monkeypatch.setattr(module, name, take)
+    assert_one_error(run(*arguments), "seen enough")
+    return configs[0]
+
+
+def test_the_defaults_of_training(run: Fastmaf, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = asked(run, monkeypatch, train, "train", "train", "--data", "somewhere")
+    assert config == TrainConfig()
+    assert (config.size, config.blocks, config.hidden_features, config.epochs) == (64, 7, (512, 512), 100)
+    assert (config.lr, config.batch_size, config.holdout) == (1e-4, 8, 0.1)
+    assert (config.order, config.masks) == ("natural", "strict")
+
+
+@pytest.mark.parametrize(
+    ("options", "guarded"),
+    [
+        (("--order", "alternate"), True),
+        (("--order", "random"), True),
+        (("--order", "alternate", "--no-guards"), False),
+        (("--guards",), True),
+        ((), False),
+    ],
+)
+def test_orders_that_are_not_natural_are_guarded(
+    run: Fastmaf, monkeypatch: pytest.MonkeyPatch, options: tuple[str, ...], guarded: bool
+) -> None:
+    config = asked(run, monkeypatch, train, "train", "train", "--data", "somewhere", *options)
+    assert all((getattr(config, name) == value) is guarded for name, value in GUARDED.items())
+
+
+@pytest.mark.parametrize("order", ["natural", "alternate"])
+def test_a_learning_rate_that_is_asked_for_is_taken(run: Fastmaf, monkeypatch: pytest.MonkeyPatch, order: str) -> None:
+    arguments = ("train", "--data", "somewhere", "--order", order, "--lr", "7e-4")
+    assert asked(run, monkeypatch, train, "train", *arguments).lr == 7e-4
+
+
+@pytest.mark.parametrize(
+    ("options", "epochs", "holdout"),
+    [((), 30, 0.1), (("--data", "real"), 100, 0.0), (("--data", "real", "--epochs", "5", "--holdout", "0.2"), 5, 0.2)],
+)
+def test_reproduce_takes_the_settings_of_the_reference(
+    run: Fastmaf, monkeypatch: pytest.MonkeyPatch, options: tuple[str, ...], epochs: int, holdout: float
+) -> None:
+    config = asked(run, monkeypatch, reproduce, "reproduce", "reproduce", *options)
+    assert config == TrainConfig(degrees="random", epochs=epochs, holdout=holdout)
+
+
+def test_reproduce_prints_both_runs(run: Fastmaf, data: Path, tmp_path: Path) -> None:
+    done = run("reproduce", "--data", data, "--out", tmp_path, *SMALL)
+    assert done.code == 0, done.err
+    assert "reference run" in done.out
+    assert "8,003" in done.out
+    assert (tmp_path / "comparison.txt").read_text(encoding="utf-8").strip() in done.out
+    assert "note: " in done.err, "gaps between random degrees at this size are said in one line"
+    assert "UserWarning" not in done.err
+
+
+def test_doctor_on_a_console_without_arrows() -> None:
+    """A Windows console, or a pipe there, may be able to write Latin letters only."""
+    done = fastmaf_process("doctor", PYTHONIOENCODING="ascii")
+    assert done.code == 0, done.err
+    assert "level_inverse" in done.out

@@ -1,0 +1,99 @@
+"""What ``fastmaf doctor`` says: versions, devices, and which backends are in use and why."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import platform
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+import fastmaf
+from fastmaf import doctor
+from fastmaf.kernels import backends
+
+
+def is_absent(backend: str) -> bool:
+    """Whether this installation lacks the backend for some op."""
+    try:
+        with backends.use_backend(backend):
+            return False
+    except backends.BackendUnavailableError:
+        return True
+
+
+def section(name: str) -> list[str]:
+    """The lines below a headline, up to the next empty one."""
+    lines = doctor.report().splitlines()
+    rest = lines[lines.index(name) + 1 :]
+    return [line.strip() for line in rest[: rest.index("") if "" in rest else len(rest)]]
+
+
+def test_it_names_versions() -> None:
+    head = doctor.report().splitlines()
+    assert head[0] == f"fastmaf {fastmaf.__version__}"
+    assert platform.python_version() in head[1]
+    found = dict(line.split(maxsplit=1) for line in head[2 : head.index("")])
+    assert {"torch", "triton", "numpy", "pillow", "matplotlib", "safetensors"} <= set(found)
+    assert found["torch"] == importlib.metadata.version("torch")
+
+
+def test_a_package_that_is_not_there_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    def version(name: str) -> str:
+        if name == "triton":
+            raise importlib.metadata.PackageNotFoundError(name)
+        return "1.0"
+
+    monkeypatch.setattr(importlib.metadata, "version", version)
+    assert any(line.split() == ["triton", "not", "installed"] for line in doctor.report().splitlines())
+
+
+def test_it_names_the_devices() -> None:
+    cpu, *gpus = section("devices")
+    assert cpu.startswith("cpu: ")
+    assert f"torch uses {torch.get_num_threads()} threads" in cpu
+    assert len(gpus) == max(1, torch.cuda.device_count())
+    assert all(line.startswith("cuda") for line in gpus)
+
+
+@pytest.mark.parametrize(
+    ("built", "words"), [(None, "torch has no CUDA in it"), ("12.6", "built for CUDA 12.6, but finds no usable GPU")]
+)
+def test_it_says_why_there_is_no_gpu(monkeypatch: pytest.MonkeyPatch, built: str | None, words: str) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.version, "cuda", built)
+    assert any(words in line for line in section("devices"))
+
+
+def test_it_names_the_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    card = SimpleNamespace(name="GTX 1050 Ti", major=6, minor=1, total_memory=4 * 2**30)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda i: card)
+    assert doctor._devices()[1] == "cuda:0: GTX 1050 Ti, compute capability 6.1, 4.0 GiB"
+
+
+def test_it_names_the_backend_of_every_op_and_why_not_the_others() -> None:
+    in_use = section("backends")
+    for op in backends.OPS:
+        (line,) = [line for line in in_use if line.split()[:2] == ["cpu", op]]
+        used = line.split()[-1]
+        assert used in backends.names()
+        assert not is_absent(used)
+    absent = {name for name in backends.names() if is_absent(name)}
+    if absent:
+        reasons = section("not in use")
+        assert {line.split(":")[0] for line in reasons} == absent
+        assert all(len(line.split(": ", 1)[1]) > 20 for line in reasons)
+
+
+def test_a_reason_is_passed_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    missing = backends.missing
+
+    def without(op: str, backend: str) -> str | None:
+        return "no compiler was found when fastmaf was installed" if backend == "native" else missing(op, backend)
+
+    monkeypatch.setattr(backends, "missing", without)
+    assert "native: no compiler was found when fastmaf was installed" in section("not in use")
+    assert not any(line.endswith("native") for line in section("backends"))
