@@ -18,6 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from fastmaf.flows import MAF, Flow
+from fastmaf.kernels.layout import Tile
 from fastmaf.nn import MaskedLinear
 from fastmaf.transforms import TRANSFORMS, Transform
 
@@ -52,9 +53,7 @@ def save(flow: Flow, path: str | os.PathLike[str], metadata: Mapping[str, str] |
             )
         transforms.append({"type": kinds[type(transform)], **transform.config()})
     # How the weights are packed depends on constants that are tuned from time to time: a file says it for itself.
-    tiles = {
-        name: module.layout.flat_tiles for name, module in flow.named_modules() if isinstance(module, MaskedLinear)
-    }
+    tiles = {name: module.layout.tiles for name, module in flow.named_modules() if isinstance(module, MaskedLinear)}
     config = {
         "version": FORMAT_VERSION,
         "class": "MAF" if isinstance(flow, MAF) else "Flow",
@@ -160,11 +159,11 @@ def _config(path: str | os.PathLike[str], metadata: Mapping[str, str]) -> dict[s
     return config
 
 
-def _repack(flow: Flow, tensors: dict[str, Tensor], tiles: Mapping[str, Sequence[int]]) -> None:
+def _repack(flow: Flow, tensors: dict[str, Tensor], tiles: Mapping[str, Sequence[Sequence[int]]]) -> None:
     """Brings weights that were packed with other tiles into this version's layout."""
     for name, module in flow.named_modules():
-        if isinstance(module, MaskedLinear) and tuple(tiles[name]) != module.layout.flat_tiles:
-            dense = module.layout.unpack(tensors[f"{name}.weight"], tiles[name])
+        if isinstance(module, MaskedLinear) and (found := [Tile(*tile) for tile in tiles[name]]) != module.layout.tiles:
+            dense = module.layout.unpack(tensors[f"{name}.weight"], found)
             tensors[f"{name}.weight"] = module.layout.pack(dense)
 
 

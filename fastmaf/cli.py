@@ -192,7 +192,7 @@ def reproduce(
         Path | None, typer.Option("--data", help="The capsule images; without it the synthetic set is drawn.")
     ] = None,
     out: OutOption = Path("results"),
-    epochs: Annotated[int | None, typer.Option(help="Default: 100 as the reference; 30 on the synthetic set.")] = None,
+    epochs: Annotated[int | None, typer.Option(help="Default: 100 as the reference; 20 on the synthetic set.")] = None,
     size: SizeOption = 64,
     batch_size: BatchOption = 8,
     lr: RateOption = None,
@@ -219,7 +219,7 @@ def reproduce(
 
     config = TrainConfig(
         size=size,
-        epochs=(30 if data is None else 100) if epochs is None else epochs,
+        epochs=(20 if data is None else 100) if epochs is None else epochs,
         batch_size=batch_size,
         blocks=blocks,
         hidden_features=_hidden(hidden),

@@ -94,8 +94,12 @@ def _paired(degrees: Sequence[Tensor], hidden_features: Sequence[int]) -> list[t
     return list(zip(degrees, hidden_features, strict=True))
 
 
+def _tensor(numbers: Tensor | Sequence[int]) -> Tensor:
+    return numbers if isinstance(numbers, Tensor) else torch.tensor(numbers, device="cpu")
+
+
 def _check_explicit(layer: int, degrees: Tensor, hidden: int, features: int) -> Tensor:
-    degrees = torch.as_tensor(degrees)
+    degrees = _tensor(degrees)
     if degrees.shape != (hidden,) or degrees.is_floating_point() or degrees.dtype == torch.bool:
         raise ValueError(
             f"degrees of hidden layer {layer} must be {hidden} integers; found shape {tuple(degrees.shape)}, dtype "
@@ -151,7 +155,7 @@ def orders(
             raise ValueError(
                 f"an explicit order needs one permutation per block: expected {blocks}, found {len(order)}"
             )
-        return [check_permutation(f"order of block {i}", torch.as_tensor(o), features) for i, o in enumerate(order)]
+        return [check_permutation(f"order of block {i}", _tensor(o), features) for i, o in enumerate(order)]
     if order == "natural":
         return [natural] * blocks
     if order == "alternate":

@@ -95,7 +95,7 @@ class MaskedLinear(nn.Module):
             self.weight,
             self.bias,
             self.prefix,
-            self.layout.flat_tiles,
+            self.layout.table,
             self.activation,
         )
         return y.reshape(*x.shape[:-1], self.out_features)
@@ -177,7 +177,7 @@ class MADE(nn.Module):
         self.output = MaskedLinear(drawn[-1], outputs, strict=strict, group=outputs_per_feature, init=init, **make)
         for k, layer_degrees in enumerate(drawn):
             self.register_buffer(f"degrees_{k}", layer_degrees.to(self.output.bias.device, torch.int32))
-        self.schedule: tuple[int, ...] = level_schedule(inputs, drawn)
+        self.schedule = level_schedule(inputs, drawn)
 
     @property
     def degrees(self) -> list[Tensor]:
@@ -187,7 +187,7 @@ class MADE(nn.Module):
     @property
     def steps(self) -> int:
         """Dependent steps of an inverse: one per distinct degree of the last hidden layer, and one for the rest."""
-        return len(self.schedule) // (len(self.hidden_features) + 1)
+        return self.schedule.shape[0]
 
     @property
     def layers(self) -> list[MaskedLinear]:

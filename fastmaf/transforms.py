@@ -138,7 +138,7 @@ class AffineAutoregressive(Transform):
             out.bias,
             x,
             out.prefix,
-            out.layout.flat_tiles,
+            out.layout.table,
             self._bound,
             self.soft_bound,
         )
@@ -169,7 +169,7 @@ class AffineAutoregressive(Transform):
             [layer.weight for layer in layers],
             [layer.bias for layer in layers],
             [layer.prefix for layer in layers],
-            [layer.layout.flat_tiles for layer in layers],
+            [layer.layout.table for layer in layers],
             self.made.schedule,
             self.made.activation,
             self._bound,

@@ -12,7 +12,8 @@ there, so that no forward pass needs a mask. Whole tiles are therefore plain den
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import weakref
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -45,10 +46,13 @@ class Tile(NamedTuple):
         )
 
 
-def unflatten(tiles: Sequence[int]) -> Iterator[Tile]:
-    """Yields the tiles of a flat list of four integers each: the form in which an op receives them."""
-    for i in range(0, len(tiles), 4):
-        yield Tile(*tiles[i : i + 4])
+def tiles_of(table: Tensor) -> list[Tile]:
+    """Returns the tiles of a table ``[T, 4]``: the form in which an op receives them.
+
+    A tensor and not a list of integers: torch walks through every argument of a custom op several times, number by
+    number.
+    """
+    return [Tile(*row) for row in table.tolist()]
 
 
 def _round_up(n: int, multiple: int) -> int:
@@ -65,7 +69,7 @@ class PackedLayout:
 
     Attributes:
         tiles: the tiles, top to bottom, covering every row; rows that see nothing lie in tiles of width 0.
-        flat_tiles: the same as a flat tuple of integers, for the ops.
+        table: the same as an int32 tensor ``[T, 4]``, for the ops; on the CPU wherever the weights are.
         numel: stored numbers, padding included.
         visible: weights that the mask lets through.
     """
@@ -92,7 +96,7 @@ class PackedLayout:
         self.out_features = prefix.numel()
         self.visible = int(prefix.sum())
         self.tiles = self._cut(group)
-        self.flat_tiles: tuple[int, ...] = tuple(n for tile in self.tiles for n in tile)
+        self.table = torch.tensor(self.tiles, dtype=torch.int32, device="cpu")
         last = self.tiles[-1]
         self.numel = last.offset + (last.row_end - last.row_start) * last.width
 
@@ -132,7 +136,7 @@ class PackedLayout:
             tile.of(packed).copy_(dense[tile.row_start : tile.row_end, : tile.width])
         return self.zero_padding_(packed)
 
-    def unpack(self, packed: Tensor, tiles: Sequence[int] | None = None) -> Tensor:
+    def unpack(self, packed: Tensor, tiles: Sequence[Tile] | None = None) -> Tensor:
         """Returns the dense weight ``[out_features, in_features]``, zero where the mask hides.
 
         For export and inspection only. ``tiles`` reads a storage that was packed with other tiles than this layout's.
@@ -140,7 +144,7 @@ class PackedLayout:
         if tiles is None:
             self.check_storage(packed)
         dense = packed.new_zeros(self.out_features, self.in_features)
-        for tile in unflatten(self.flat_tiles if tiles is None else tiles):
+        for tile in self.tiles if tiles is None else tiles:
             dense[tile.row_start : tile.row_end, : tile.width] = tile.of(packed)
         return dense
 
@@ -160,7 +164,7 @@ class PackedLayout:
 
     @property
     def _padding(self) -> Tensor:
-        return padding(self.prefix, self.flat_tiles)
+        return padding(self.prefix, self.table)
 
     def __repr__(self) -> str:
         return (
@@ -169,23 +173,23 @@ class PackedLayout:
         )
 
 
-# The padding of a layout, by the identity of its prefix tensor, which lives as long as its layer, and by its tiles:
-# derived once, not on every step.
+# The padding of a layout, by the identity of its table of tiles, with the prefix that it was derived from: found once,
+# not on every step.
 _padding_of: WeakIdKeyDictionary = WeakIdKeyDictionary()
 
 
-def padding(prefix: Tensor, tiles: Sequence[int]) -> Tensor:
+def padding(prefix: Tensor, table: Tensor) -> Tensor:
     """Returns where the padding lies: int64 indices into the packed storage, on the device of ``prefix``."""
-    known = _padding_of.setdefault(prefix, {})
-    index: Tensor | None = known.get(key := tuple(tiles))
-    if index is None:
-        index = known[key] = _find_padding(prefix.cpu(), tiles).to(prefix.device)
-    return index
+    known: tuple[weakref.ref[Tensor], Tensor] | None = _padding_of.get(table)
+    if known is None or known[0]() is not prefix:
+        known = (weakref.ref(prefix), _find_padding(prefix.cpu(), tiles_of(table)).to(prefix.device))
+        _padding_of[table] = known
+    return known[1]
 
 
-def _find_padding(prefix: Tensor, tiles: Sequence[int]) -> Tensor:
+def _find_padding(prefix: Tensor, tiles: Sequence[Tile]) -> Tensor:
     parts = [prefix.new_empty(0)]
-    for tile in unflatten(tiles):
+    for tile in tiles:
         rows = prefix[tile.row_start : tile.row_end, None]
         ragged = int(rows[0])  # up to here every row of the tile sees everything
         row, column = (torch.arange(ragged, tile.width, device="cpu") >= rows).nonzero(as_tuple=True)
@@ -193,8 +197,8 @@ def _find_padding(prefix: Tensor, tiles: Sequence[int]) -> Tensor:
     return torch.cat(parts)
 
 
-def zero_padding(packed: Tensor, prefix: Tensor, tiles: Sequence[int]) -> Tensor:
-    """Writes zero to the padding of ``packed``, in place, and returns it; for ops, which receive a layout as flat
-    tiles.
+def zero_padding(packed: Tensor, prefix: Tensor, table: Tensor) -> Tensor:
+    """Writes zero to the padding of ``packed``, in place, and returns it; for ops, which receive a layout as a
+    table.
     """
-    return packed.index_fill_(0, padding(prefix, tiles), 0)
+    return packed.index_fill_(0, padding(prefix, table), 0)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -15,12 +14,12 @@ from fastmaf.kernels.backends import implementation
     "fastmaf::affine_output",
     mutates_args=(),
     schema=(
-        "(Tensor h, Tensor weight, Tensor bias, Tensor x, Tensor prefix, int[] tiles, float bound, bool soft)"
+        "(Tensor h, Tensor weight, Tensor bias, Tensor x, Tensor prefix, Tensor tiles, float bound, bool soft)"
         " -> (Tensor, Tensor, Tensor)"
     ),
 )
 def _forward(
-    h: Tensor, weight: Tensor, bias: Tensor, x: Tensor, prefix: Tensor, tiles: Sequence[int], bound: float, soft: bool
+    h: Tensor, weight: Tensor, bias: Tensor, x: Tensor, prefix: Tensor, tiles: Tensor, bound: float, soft: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     backend = implementation("affine_output", x)
     result: tuple[Tensor, Tensor, Tensor] = backend.forward(h, weight, bias, x, prefix, tiles, bound, soft)
@@ -29,7 +28,7 @@ def _forward(
 
 @_forward.register_fake
 def _(
-    h: Tensor, weight: Tensor, bias: Tensor, x: Tensor, prefix: Tensor, tiles: Sequence[int], bound: float, soft: bool
+    h: Tensor, weight: Tensor, bias: Tensor, x: Tensor, prefix: Tensor, tiles: Tensor, bound: float, soft: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     return x.new_empty(x.shape), x.new_empty(x.shape[0]), x.new_empty(x.shape)
 
@@ -40,7 +39,7 @@ def _(
     schema=(
         "(Tensor grad_z, Tensor grad_ladj, Tensor grad_log_scale, Tensor h, Tensor weight, Tensor z, Tensor "
         "log_scale, Tensor prefix,"
-        " int[] tiles, float bound, bool soft) -> (Tensor, Tensor, Tensor, Tensor)"
+        " Tensor tiles, float bound, bool soft) -> (Tensor, Tensor, Tensor, Tensor)"
     ),
 )
 def _backward(
@@ -52,7 +51,7 @@ def _backward(
     z: Tensor,
     log_scale: Tensor,
     prefix: Tensor,
-    tiles: Sequence[int],
+    tiles: Tensor,
     bound: float,
     soft: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -73,7 +72,7 @@ def _(
     z: Tensor,
     log_scale: Tensor,
     prefix: Tensor,
-    tiles: Sequence[int],
+    tiles: Tensor,
     bound: float,
     soft: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -81,15 +80,15 @@ def _(
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-    h, weight, _, _, prefix, ctx.tiles, ctx.bound, ctx.soft = inputs
+    h, weight, _, _, prefix, tiles, ctx.bound, ctx.soft = inputs
     z, _, log_scale = output
-    ctx.save_for_backward(h, weight, z, log_scale, prefix)
+    ctx.save_for_backward(h, weight, z, log_scale, prefix, tiles)
 
 
 def _autograd(ctx: Any, grad_z: Tensor, grad_ladj: Tensor, grad_log_scale: Tensor) -> tuple[Tensor | None, ...]:
-    h, weight, z, log_scale, prefix = ctx.saved_tensors
+    h, weight, z, log_scale, prefix, tiles = ctx.saved_tensors
     grad_h, grad_weight, grad_bias, grad_x = _backward(
-        grad_z, grad_ladj, grad_log_scale, h, weight, z, log_scale, prefix, ctx.tiles, ctx.bound, ctx.soft
+        grad_z, grad_ladj, grad_log_scale, h, weight, z, log_scale, prefix, tiles, ctx.bound, ctx.soft
     )
     return grad_h, grad_weight, grad_bias, grad_x, None, None, None, None
 
@@ -98,7 +97,7 @@ _forward.register_autograd(_autograd, setup_context=_setup_context)
 
 
 def affine_output(
-    h: Tensor, weight: Tensor, bias: Tensor, x: Tensor, prefix: Tensor, tiles: Sequence[int], bound: float, soft: bool
+    h: Tensor, weight: Tensor, bias: Tensor, x: Tensor, prefix: Tensor, tiles: Tensor, bound: float, soft: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Applies a MADE's output layer and the affine transform that it parametrises: ``z = (x - shift) exp(-log_scale)``.
 
@@ -108,7 +107,7 @@ def affine_output(
         bias: ``[2D]``, interleaved in the same way.
         x: ``[N, D]``, the data.
         prefix: ``[2D]`` int64, how many hidden units each row sees.
-        tiles: ``PackedLayout.flat_tiles``.
+        tiles: ``PackedLayout.table``, int32 ``[T, 4]``, on the CPU.
         bound: log-scales stay within ``±bound``; ``inf`` leaves them free.
         soft: bound by ``bound * tanh(u / bound)`` instead of by a clamp.
 
@@ -117,6 +116,6 @@ def affine_output(
         the backward pass and for per-dimension terms.
     """
     result: tuple[Tensor, Tensor, Tensor] = _forward(
-        h.contiguous(), weight.contiguous(), bias.contiguous(), x.contiguous(), prefix, list(tiles), bound, soft
+        h.contiguous(), weight.contiguous(), bias.contiguous(), x.contiguous(), prefix, tiles, bound, soft
     )
     return result

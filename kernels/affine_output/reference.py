@@ -10,7 +10,6 @@ Here the [N, 2D] product is formed for the sake of reading; a kernel has no need
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -33,7 +32,7 @@ def bound_slope(a: Tensor, bound: float, soft: bool) -> Tensor:
 
 
 def forward(
-    h: Tensor, weight: Tensor, bias: Tensor, x: Tensor, prefix: Tensor, tiles: Sequence[int], bound: float, soft: bool
+    h: Tensor, weight: Tensor, bias: Tensor, x: Tensor, prefix: Tensor, tiles: Tensor, bound: float, soft: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Returns ``z`` ``[N, D]``, ``ladj`` ``[N]`` and ``log_scale`` ``[N, D]``."""
     out = linear.forward(h, weight, bias, prefix, tiles, "identity").unflatten(1, (-1, 2))
@@ -51,7 +50,7 @@ def backward(
     z: Tensor,
     log_scale: Tensor,
     prefix: Tensor,
-    tiles: Sequence[int],
+    tiles: Tensor,
     bound: float,
     soft: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:

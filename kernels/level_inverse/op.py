@@ -12,7 +12,7 @@ from fastmaf.kernels.backends import implementation
 from fastmaf.kernels.masked_linear.op import check_activation
 
 _LAYERS = (
-    "Tensor[] weights, Tensor[] biases, Tensor[] prefixes, int[] tiles, int[] tile_counts, int[] schedule,"
+    "Tensor[] weights, Tensor[] biases, Tensor[] prefixes, Tensor[] tiles, Tensor schedule,"
     " str activation, float bound, bool soft"
 )
 
@@ -23,16 +23,15 @@ def _forward(
     weights: Sequence[Tensor],
     biases: Sequence[Tensor],
     prefixes: Sequence[Tensor],
-    tiles: Sequence[int],
-    tile_counts: Sequence[int],
-    schedule: Sequence[int],
+    tiles: Sequence[Tensor],
+    schedule: Tensor,
     activation: str,
     bound: float,
     soft: bool,
 ) -> tuple[Tensor, Tensor]:
     backend = implementation("level_inverse", z)
     result: tuple[Tensor, Tensor] = backend.forward(
-        z, weights, biases, prefixes, tiles, tile_counts, schedule, activation, bound, soft
+        z, weights, biases, prefixes, tiles, schedule, activation, bound, soft
     )
     return result
 
@@ -54,16 +53,15 @@ def _backward(
     weights: Sequence[Tensor],
     biases: Sequence[Tensor],
     prefixes: Sequence[Tensor],
-    tiles: Sequence[int],
-    tile_counts: Sequence[int],
-    schedule: Sequence[int],
+    tiles: Sequence[Tensor],
+    schedule: Tensor,
     activation: str,
     bound: float,
     soft: bool,
 ) -> list[Tensor]:
     backend = implementation("level_inverse", z)
     grads: list[Tensor] = backend.backward(
-        grad_x, grad_ladj, z, weights, biases, prefixes, tiles, tile_counts, schedule, activation, bound, soft
+        grad_x, grad_ladj, z, weights, biases, prefixes, tiles, schedule, activation, bound, soft
     )
     return grads
 
@@ -76,17 +74,17 @@ def _(
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    z, weights, biases, prefixes, *ctx.rest = inputs
+    z, weights, biases, prefixes, tiles, schedule, *ctx.rest = inputs
     ctx.layers = len(weights)
-    ctx.save_for_backward(z, *weights, *biases, *prefixes)
+    ctx.save_for_backward(z, schedule, *weights, *biases, *prefixes, *tiles)
 
 
 def _autograd(ctx: Any, grad_x: Tensor, grad_ladj: Tensor) -> tuple[Any, ...]:
-    z, *tensors = ctx.saved_tensors
+    z, schedule, *tensors = ctx.saved_tensors
     k = ctx.layers
-    weights, biases, prefixes = tensors[:k], tensors[k : 2 * k], tensors[2 * k :]
-    grad_z, *grads = _backward(grad_x, grad_ladj, z, weights, biases, prefixes, *ctx.rest)
-    return grad_z, grads[:k], grads[k:], [None] * k, None, None, None, None, None, None
+    layers = [tensors[i * k : (i + 1) * k] for i in range(4)]
+    grad_z, *grads = _backward(grad_x, grad_ladj, z, *layers, schedule, *ctx.rest)
+    return grad_z, grads[:k], grads[k:], [None] * k, [None] * k, None, None, None, None
 
 
 _forward.register_autograd(_autograd, setup_context=_setup_context)
@@ -97,8 +95,8 @@ def level_inverse(
     weights: Sequence[Tensor],
     biases: Sequence[Tensor],
     prefixes: Sequence[Tensor],
-    tiles: Sequence[Sequence[int]],
-    schedule: Sequence[int],
+    tiles: Sequence[Tensor],
+    schedule: Tensor,
     activation: str,
     bound: float,
     soft: bool,
@@ -110,8 +108,8 @@ def level_inverse(
         weights: the packed weights, hidden layers first, the output layer last.
         biases: their biases; the output layer's rows are interleaved (shift, raw log-scale).
         prefixes: their prefixes, int64.
-        tiles: ``PackedLayout.flat_tiles`` of each layer.
-        schedule: ``level_schedule`` of the block.
+        tiles: ``PackedLayout.table`` of each layer.
+        schedule: ``level_schedule`` of the block, int32, on the CPU.
         activation: of the hidden layers, ``"relu"`` or ``"identity"``.
         bound: log-scales stay within ``±bound``; ``inf`` leaves them free.
         soft: bound by tanh instead of by a clamp.
@@ -120,16 +118,13 @@ def level_inverse(
         ``x`` ``[N, D]`` and ``ladj`` ``[N]`` = log |det dx/dz| in nats.
     """
     check_activation(activation)
-    flat = [n for layer in tiles for n in layer]
-    counts = [len(layer) // 4 for layer in tiles]
     result: tuple[Tensor, Tensor] = _forward(
         z.contiguous(),
         [weight.contiguous() for weight in weights],
         [bias.contiguous() for bias in biases],
         list(prefixes),
-        flat,
-        counts,
-        list(schedule),
+        list(tiles),
+        schedule,
         activation,
         bound,
         soft,

@@ -12,15 +12,16 @@ forward pass. It is exact for any weights and any strictly autoregressive degree
 
 from __future__ import annotations
 
-import functools
+import weakref
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakIdKeyDictionary
 
 from fastmaf.kernels.affine_output.reference import bound_log_scale, bound_slope
-from fastmaf.kernels.layout import Tile, unflatten
+from fastmaf.kernels.layout import Tile, tiles_of
 from fastmaf.kernels.level_inverse.schedule import steps
 from fastmaf.kernels.masked_linear import reference as linear
 
@@ -55,11 +56,22 @@ def _cut(spans: Sequence[tuple[int, int]], finished: Sequence[int], tiles: Seque
     return result
 
 
-@functools.lru_cache(maxsize=64)
-def _plan(tiles: tuple[int, ...], tile_counts: tuple[int, ...], schedule: tuple[int, ...]) -> list[list[list[_Piece]]]:
+# The plan of a block, by the identity of its schedule, with the tiles that it was made for: made once, not for every
+# sample.
+_plan_of: WeakIdKeyDictionary = WeakIdKeyDictionary()
+
+
+def _plan(tiles: Sequence[Tensor], schedule: Tensor) -> list[list[list[_Piece]]]:
     """Returns, per step, the pieces of each layer: hidden layers first, the output layer last."""
-    layers = [list(unflatten(layer)) for layer in _split_tiles(tiles, tile_counts)]
-    in_steps = steps(schedule, len(layers) - 1)
+    known: tuple[list[weakref.ref[Tensor]], list[list[list[_Piece]]]] | None = _plan_of.get(schedule)
+    if known is None or any(ref() is not table for ref, table in zip(known[0], tiles, strict=True)):
+        known = ([weakref.ref(table) for table in tiles], _make_plan([tiles_of(table) for table in tiles], schedule))
+        _plan_of[schedule] = known
+    return known[1]
+
+
+def _make_plan(layers: list[list[Tile]], schedule: Tensor) -> list[list[list[_Piece]]]:
+    in_steps = steps(schedule)
     cut = []
     for k, layer in enumerate(layers[:-1]):
         below = [step.dims[1] if k == 0 else step.units[k - 1][1] for step in in_steps]
@@ -69,28 +81,19 @@ def _plan(tiles: tuple[int, ...], tile_counts: tuple[int, ...], schedule: tuple[
     return [list(pieces) for pieces in zip(*cut, strict=True)]
 
 
-def _split_tiles(tiles: Sequence[int], tile_counts: Sequence[int]) -> list[Sequence[int]]:
-    result, start = [], 0
-    for count in tile_counts:
-        result.append(tiles[start : start + 4 * count])
-        start += 4 * count
-    return result
-
-
 def forward(
     z: Tensor,
     weights: Sequence[Tensor],
     biases: Sequence[Tensor],
     prefixes: Sequence[Tensor],
-    tiles: Sequence[int],
-    tile_counts: Sequence[int],
-    schedule: Sequence[int],
+    tiles: Sequence[Tensor],
+    schedule: Tensor,
     activation: str,
     bound: float,
     soft: bool,
 ) -> tuple[Tensor, Tensor]:
     """Returns ``x`` ``[N, D]`` and ``ladj`` ``[N]`` = log |det dx/dz|."""
-    plan = _plan(tuple(tiles), tuple(tile_counts), tuple(schedule))
+    plan = _plan(tiles, schedule)
     # Everything is kept units x samples, so that whatever a step reads or writes is one contiguous block, and is split
     # into the blocks of all steps beforehand: per-step slicing would cost more than the arithmetic.
     z_t = z.t().contiguous()
@@ -123,9 +126,8 @@ def backward(
     weights: Sequence[Tensor],
     biases: Sequence[Tensor],
     prefixes: Sequence[Tensor],
-    tiles: Sequence[int],
-    tile_counts: Sequence[int],
-    schedule: Sequence[int],
+    tiles: Sequence[Tensor],
+    schedule: Tensor,
     activation: str,
     bound: float,
     soft: bool,
@@ -134,18 +136,17 @@ def backward(
 
     Walks the schedule backwards: when a step is reached, everything that its values went into has been differentiated.
     """
-    x, _ = forward(z, weights, biases, prefixes, tiles, tile_counts, schedule, activation, bound, soft)
-    tiles_of = _split_tiles(tiles, tile_counts)
+    x, _ = forward(z, weights, biases, prefixes, tiles, schedule, activation, bound, soft)
     last = len(weights) - 1
     values = [x]  # x is known by now, so one plain pass gives what every unit was
     for k in range(last):
-        values.append(linear.forward(values[k], weights[k], biases[k], prefixes[k], tiles_of[k], activation))
-    out = linear.forward(values[last], weights[last], biases[last], prefixes[last], tiles_of[last], "identity")
+        values.append(linear.forward(values[k], weights[k], biases[k], prefixes[k], tiles[k], activation))
+    out = linear.forward(values[last], weights[last], biases[last], prefixes[last], tiles[last], "identity")
     a = bound_log_scale(out[:, 1::2], bound, soft)
     scale, slope = torch.exp(a), bound_slope(a, bound, soft)
     grad_values = [grad_x.clone(), *(torch.zeros_like(value) for value in values[1:])]
     grad_rows = [*(torch.zeros_like(value) for value in values[1:]), torch.zeros_like(out)]
-    plan = _plan(tuple(tiles), tuple(tile_counts), tuple(schedule))
+    plan = _plan(tiles, schedule)
     ends = [sum(piece.rows for step in plan for piece in step[k]) for k in range(len(weights))]
     for step in reversed(plan):
         for k in (*reversed(range(last)), last):  # the reverse of: outputs, then hidden layers from the first on
@@ -162,7 +163,7 @@ def backward(
                 grad_rows[k][:, rows] = grad
                 grad_values[k][:, : piece.width] += grad @ piece.of(weights[k])
     grad_weights = [
-        linear.grad_weight(grad, value, prefix, flat, weight.shape[0])
-        for grad, value, prefix, flat, weight in zip(grad_rows, values, prefixes, tiles_of, weights, strict=True)
+        linear.grad_weight(grad, value, prefix, table, weight.shape[0])
+        for grad, value, prefix, table, weight in zip(grad_rows, values, prefixes, tiles, weights, strict=True)
     ]
     return [grad_values[0] * scale, *grad_weights, *(grad.sum(0) for grad in grad_rows)]

@@ -26,13 +26,17 @@ class Step(NamedTuple):
     units: tuple[tuple[int, int], ...]
 
 
-def level_schedule(in_degrees: Tensor, hidden_degrees: Sequence[Tensor]) -> tuple[int, ...]:
+def level_schedule(in_degrees: Tensor, hidden_degrees: Sequence[Tensor]) -> Tensor:
     """Returns the schedule of a block, flat: per step the number of dimensions, then of each layer's units, finished
     after it.
 
     Args:
         in_degrees: ``[D]`` integers, sorted: the degrees of the inputs (and of their outputs).
         hidden_degrees: per hidden layer ``[H]`` integers, sorted.
+
+    Returns:
+        int32 ``[steps, 1 + hidden layers]``, on the CPU: the number of dimensions, then of each layer's units, that
+        are finished after each step.
     """
     thresholds = torch.unique(hidden_degrees[-1])
     thresholds = thresholds[thresholds < in_degrees[-1]]  # a unit of the last degree feeds no output
@@ -40,16 +44,14 @@ def level_schedule(in_degrees: Tensor, hidden_degrees: Sequence[Tensor]) -> tupl
     table = torch.stack(columns, dim=1).tolist()
     # A last step for the outputs beyond the last threshold; units that no output reads are never computed.
     table.append([in_degrees.numel(), *(table[-1][1:] if table else [0] * len(hidden_degrees))])
-    return tuple(n for row in table for n in row)
+    return torch.tensor(table, dtype=torch.int32, device="cpu")
 
 
-def steps(schedule: Sequence[int], hidden_layers: int) -> list[Step]:
-    """Returns the steps of a flat schedule."""
-    width = hidden_layers + 1
-    before = (0,) * width
+def steps(schedule: Tensor) -> list[Step]:
+    """Returns the steps of a schedule."""
+    before: list[int] = [0] * schedule.shape[1]
     result = []
-    for i in range(0, len(schedule), width):
-        after = tuple(schedule[i : i + width])
+    for after in schedule.tolist():
         spans = tuple(zip(before, after, strict=True))
         result.append(Step(spans[0], spans[1:]))
         before = after

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -23,15 +22,15 @@ def check_activation(activation: str) -> None:
 @torch.library.custom_op(
     "fastmaf::masked_linear",
     mutates_args=(),
-    schema="(Tensor x, Tensor weight, Tensor bias, Tensor prefix, int[] tiles, str activation) -> Tensor",
+    schema="(Tensor x, Tensor weight, Tensor bias, Tensor prefix, Tensor tiles, str activation) -> Tensor",
 )
-def _forward(x: Tensor, weight: Tensor, bias: Tensor, prefix: Tensor, tiles: Sequence[int], activation: str) -> Tensor:
+def _forward(x: Tensor, weight: Tensor, bias: Tensor, prefix: Tensor, tiles: Tensor, activation: str) -> Tensor:
     result: Tensor = implementation("masked_linear", x).forward(x, weight, bias, prefix, tiles, activation)
     return result
 
 
 @_forward.register_fake
-def _(x: Tensor, weight: Tensor, bias: Tensor, prefix: Tensor, tiles: Sequence[int], activation: str) -> Tensor:
+def _(x: Tensor, weight: Tensor, bias: Tensor, prefix: Tensor, tiles: Tensor, activation: str) -> Tensor:
     return x.new_empty(x.shape[0], bias.shape[0])
 
 
@@ -39,7 +38,7 @@ def _(x: Tensor, weight: Tensor, bias: Tensor, prefix: Tensor, tiles: Sequence[i
     "fastmaf::masked_linear_backward",
     mutates_args=(),
     schema=(
-        "(Tensor grad_y, Tensor x, Tensor y, Tensor weight, Tensor prefix, int[] tiles, str activation, bool "
+        "(Tensor grad_y, Tensor x, Tensor y, Tensor weight, Tensor prefix, Tensor tiles, str activation, bool "
         "need_grad_x)"
         " -> (Tensor, Tensor, Tensor)"
     ),
@@ -50,7 +49,7 @@ def _backward(
     y: Tensor,
     weight: Tensor,
     prefix: Tensor,
-    tiles: Sequence[int],
+    tiles: Tensor,
     activation: str,
     need_grad_x: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -68,7 +67,7 @@ def _(
     y: Tensor,
     weight: Tensor,
     prefix: Tensor,
-    tiles: Sequence[int],
+    tiles: Tensor,
     activation: str,
     need_grad_x: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -77,15 +76,15 @@ def _(
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, weight, _, prefix, ctx.tiles, ctx.activation = inputs
+    x, weight, _, prefix, tiles, ctx.activation = inputs
     # The identity's backward never reads y: keep it alive only for an activation that does.
-    ctx.save_for_backward(x, weight, prefix, output if ctx.activation != "identity" else x.new_empty(0))
+    ctx.save_for_backward(x, weight, prefix, tiles, output if ctx.activation != "identity" else x.new_empty(0))
 
 
 def _autograd(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
-    x, weight, prefix, y = ctx.saved_tensors
+    x, weight, prefix, tiles, y = ctx.saved_tensors
     need_grad_x = ctx.needs_input_grad[0]
-    grad_x, grad_weight, grad_bias = _backward(grad_y, x, y, weight, prefix, ctx.tiles, ctx.activation, need_grad_x)
+    grad_x, grad_weight, grad_bias = _backward(grad_y, x, y, weight, prefix, tiles, ctx.activation, need_grad_x)
     return grad_x if need_grad_x else None, grad_weight, grad_bias, None, None, None
 
 
@@ -93,7 +92,7 @@ _forward.register_autograd(_autograd, setup_context=_setup_context)
 
 
 def masked_linear(
-    x: Tensor, weight: Tensor, bias: Tensor, prefix: Tensor, tiles: Sequence[int], activation: str = "identity"
+    x: Tensor, weight: Tensor, bias: Tensor, prefix: Tensor, tiles: Tensor, activation: str = "identity"
 ) -> Tensor:
     """Applies a masked linear layer, ``y = act(W x + b)``, with ``W`` in packed staircase storage.
 
@@ -102,7 +101,7 @@ def masked_linear(
         weight: ``[numel]``, packed as ``PackedLayout`` lays it out, zero in the padding.
         bias: ``[out]``.
         prefix: ``[out]`` int64, how many inputs each output sees; on the device of ``x``.
-        tiles: ``PackedLayout.flat_tiles``.
+        tiles: ``PackedLayout.table``, int32 ``[T, 4]``, on the CPU.
         activation: ``"identity"`` or ``"relu"``.
 
     Returns:
@@ -112,5 +111,5 @@ def masked_linear(
         ValueError: the activation is unknown.
     """
     check_activation(activation)
-    result: Tensor = _forward(x.contiguous(), weight.contiguous(), bias.contiguous(), prefix, list(tiles), activation)
+    result: Tensor = _forward(x.contiguous(), weight.contiguous(), bias.contiguous(), prefix, tiles, activation)
     return result

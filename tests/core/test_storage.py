@@ -115,14 +115,13 @@ def test_samples_at_reference_size_make_nothing_dense() -> None:
 
     made = blocks_of(flow)[0].made
     layers = made.layers
-    tiles = [layer.layout.flat_tiles for layer in layers]
+    tiles = [layer.layout.table for layer in layers]
     arguments: Any = (
         torch.randn(2, FEATURES),
         [layer.weight for layer in layers],
         [layer.bias for layer in layers],
         [layer.prefix for layer in layers],
-        [n for flat in tiles for n in flat],
-        [len(flat) // 4 for flat in tiles],
+        tiles,
         made.schedule,
         "relu",
         5.0,

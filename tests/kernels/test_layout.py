@@ -61,7 +61,7 @@ def test_random_prefixes(shape: tuple[list[int], int, int, int, int, int]) -> No
         assert torch.equal(seen, (dense * mask)[row : tile.row_end, : tile.width])
         row, offset = tile.row_end, offset + (tile.row_end - tile.row_start) * tile.width
     assert row == len(prefix) and offset == packing.numel
-    assert packing.flat_tiles == tuple(n for tile in packing.tiles for n in tile)
+    assert packing.table.tolist() == [list(tile) for tile in packing.tiles]
 
     # Padding: every number of it, and no other, counts and is cleared.
     assert packing.padding_is_zero(packed)
@@ -147,7 +147,7 @@ def test_a_callers_prefix_is_not_shared() -> None:
 def test_copies_and_text() -> None:
     packing = PackedLayout(torch.tensor([1, 4, 4, 9]), 9)
     for twin in (copy.deepcopy(packing), pickle.loads(pickle.dumps(packing))):
-        assert twin.flat_tiles == packing.flat_tiles and torch.equal(twin.mask(), packing.mask())
+        assert twin.tiles == packing.tiles and torch.equal(twin.mask(), packing.mask())
     assert "4 x 9" in repr(packing) and str(packing.visible) in repr(packing)
 
 

@@ -30,7 +30,7 @@ def linear_arguments(made: Any, batch: int, dtype: torch.dtype = torch.float64, 
         layer.weight.detach().requires_grad_(grad),
         layer.bias.detach().requires_grad_(grad),
         layer.prefix,
-        layer.layout.flat_tiles,
+        layer.layout.table,
     )
 
 
@@ -39,7 +39,7 @@ def affine_arguments(made: Any, batch: int, dtype: torch.dtype = torch.float64, 
     h = normal(batch, layer.layout.in_features, dtype=dtype).abs().requires_grad_(grad)
     x = normal(batch, FEATURES, seed=1, dtype=dtype).requires_grad_(grad)
     weight, bias = layer.weight.detach().requires_grad_(grad), layer.bias.detach().requires_grad_(grad)
-    return h, weight, bias, x, layer.prefix, layer.layout.flat_tiles
+    return h, weight, bias, x, layer.prefix, layer.layout.table
 
 
 def inverse_arguments(made: Any, batch: int, dtype: torch.dtype = torch.float64, grad: bool = False) -> Any:
@@ -49,7 +49,7 @@ def inverse_arguments(made: Any, batch: int, dtype: torch.dtype = torch.float64,
         [layer.weight.detach().requires_grad_(grad) for layer in layers],
         [layer.bias.detach().requires_grad_(grad) for layer in layers],
         [layer.prefix for layer in layers],
-        [layer.layout.flat_tiles for layer in layers],
+        [layer.layout.table for layer in layers],
         made.schedule,
         "relu",
     )
@@ -57,10 +57,6 @@ def inverse_arguments(made: Any, batch: int, dtype: torch.dtype = torch.float64,
 
 def detached(arguments: Any) -> Any:
     return tuple(a.detach() if isinstance(a, Tensor) else a for a in arguments)
-
-
-def flat(tiles: list[tuple[int, ...]]) -> tuple[list[int], list[int]]:
-    return [n for one in tiles for n in one], [len(one) // 4 for one in tiles]
 
 
 @pytest.mark.parametrize("activation", ["identity", "relu"])
@@ -90,7 +86,7 @@ def test_opcheck_affine_output(bound: float, soft: bool) -> None:
 @pytest.mark.parametrize("grad", [False, True])
 def test_opcheck_level_inverse(grad: bool) -> None:
     z, weights, biases, prefixes, tiles, *rest = inverse_arguments(parts(), 3, grad=grad)
-    arguments = (z, weights, biases, prefixes, *flat(tiles), *rest, 5.0, False)
+    arguments = (z, weights, biases, prefixes, tiles, *rest, 5.0, False)
     torch.library.opcheck(torch.ops.fastmaf.level_inverse.default, arguments)
 
 
@@ -103,7 +99,7 @@ def test_opcheck_level_inverse_backward() -> None:
         weights,
         biases,
         prefixes,
-        *flat(tiles),
+        tiles,
         *rest,
         5.0,
         False,
@@ -215,7 +211,7 @@ def test_inputs_are_not_written_to() -> None:
 def test_schedule_of_hand_made_degrees() -> None:
     """D = 6, last layer of degrees 0, 2, 2, 5, 6: outputs 1-2, 3-5, 6 follow degrees 0, 2, 5; none reads 6."""
     first, last = torch.tensor([1, 3, 5, 6]), torch.tensor([0, 2, 2, 5, 6])
-    plan = steps(level_schedule(torch.arange(1, 7), [first, last]), 2)
+    plan = steps(level_schedule(torch.arange(1, 7), [first, last]))
     assert len(plan) == 4  # degrees 0, 2, 5 below D, and the rest
     ends = [step.dims for step in plan]
     assert ends[0][0] == 0 and ends[-1][1] == 6
