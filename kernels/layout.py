@@ -198,7 +198,5 @@ def _find_padding(prefix: Tensor, tiles: Sequence[Tile]) -> Tensor:
 
 
 def zero_padding(packed: Tensor, prefix: Tensor, table: Tensor) -> Tensor:
-    """Writes zero to the padding of ``packed``, in place, and returns it; for ops, which receive a layout as a
-    table.
-    """
+    """Writes zero to the padding of ``packed``, in place, and returns it; for ops, which receive a layout's table."""
     return packed.index_fill_(0, padding(prefix, table), 0)
