@@ -162,8 +162,8 @@ def train(
         TrainingStoppedError: the loss became non-finite.
         ValueError: a setting does not fit, or differs from the one of the run to resume.
     """
-    # Moments of units that have died decay until they are denormal, which makes a step several times slower. Threads that
-    # torch starts from here on inherit the setting.
+    # Moments of units that have died decay until they are denormal, which makes a step several times slower. Threads
+    # that torch starts from here on inherit the setting.
     torch.set_flush_denormal(True)
     config, out = config or TrainConfig(), Path(out)
     if not resume and (out / STATE_FILE).exists() and (out / MODEL_FILE).exists():
