@@ -336,7 +336,7 @@ def test_a_learning_rate_that_is_asked_for_is_taken(run: Fastmaf, monkeypatch: p
 
 @pytest.mark.parametrize(
     ("options", "epochs", "holdout"),
-    [((), 30, 0.1), (("--data", "real"), 100, 0.0), (("--data", "real", "--epochs", "5", "--holdout", "0.2"), 5, 0.2)],
+    [((), 20, 0.1), (("--data", "real"), 100, 0.0), (("--data", "real", "--epochs", "5", "--holdout", "0.2"), 5, 0.2)],
 )
 def test_reproduce_takes_the_settings_of_the_reference(
     run: Fastmaf, monkeypatch: pytest.MonkeyPatch, options: tuple[str, ...], epochs: int, holdout: float

@@ -13,7 +13,8 @@ forward pass. It is exact for any weights and any strictly autoregressive degree
 from __future__ import annotations
 
 import weakref
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
@@ -93,7 +94,39 @@ def forward(
     soft: bool,
 ) -> tuple[Tensor, Tensor]:
     """Returns ``x`` ``[N, D]`` and ``ladj`` ``[N]`` = log |det dx/dz|."""
-    plan = _plan(tiles, schedule)
+    with _one_thread_if_small(z):
+        x_t, log_scale_t = _walk(z, weights, biases, _plan(tiles, schedule), activation, bound, soft)
+    return x_t.t().contiguous(), log_scale_t.sum(0)
+
+
+@contextmanager
+def _one_thread_if_small(z: Tensor) -> Iterator[None]:
+    """Keeps small batches on one thread of the CPU.
+
+    A step's products are tiny: handing halves of them to a second thread takes longer than doing them (5 samples at
+    reference size took 0.36 s on two threads, 0.24 s on one). From some 32 samples on it pays.
+    """
+    threads = torch.get_num_threads()
+    if z.device.type != "cpu" or z.shape[0] > 16 or threads == 1:
+        yield
+        return
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _walk(
+    z: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor],
+    plan: list[list[list[_Piece]]],
+    activation: str,
+    bound: float,
+    soft: bool,
+) -> tuple[Tensor, Tensor]:
+    """Returns ``x`` and the log-scales, both ``[D, N]``."""
     # Everything is kept units x samples, so that whatever a step reads or writes is one contiguous block, and is split
     # into the blocks of all steps beforehand: per-step slicing would cost more than the arithmetic.
     z_t = z.t().contiguous()
@@ -116,7 +149,7 @@ def forward(
                 unit = next(unit_of[k])
                 below = below_of[k].narrow(0, 0, piece.width)
                 linear.activate_(torch.addmm(next(bias_of[k]), piece.of(weights[k]), below, out=unit), activation)
-    return x_t.t().contiguous(), log_scale_t.sum(0)
+    return x_t, log_scale_t
 
 
 def backward(
