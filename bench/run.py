@@ -18,7 +18,7 @@ import torch
 
 import fastmaf
 from bench import machine, memory
-from bench.sides import Side, blocks_of, fast_side, masked_once_side, naive_side
+from bench.sides import Side, blocks_of, fast_side, masked_gradients_side, masked_once_side, naive_side
 from fastmaf.reference import NaiveMAF
 
 RESULTS = Path(__file__).parent / "results"
@@ -119,7 +119,12 @@ def run(
     sides = [fast_side(flow), naive_side(naive), masked_once_side(naive)]
     check(flow, sides, naive, x[:8])
     weight_bytes = 4 * flow.visible_weights
-    few = {"fastmaf": repeats, "naive": max(2, repeats // 4), "masked once": max(3, repeats // 2)}
+    few = {
+        "fastmaf": repeats,
+        "naive": max(2, repeats // 4),
+        "masked once": max(3, repeats // 2),
+        "masked gradients": max(2, repeats // 4),
+    }
     rows: list[Row] = []
     with torch.no_grad():
         stream = weight_bytes / limits["read_gb_per_s"] / 1e9
@@ -135,6 +140,8 @@ def run(
             rows += rows_of("sample", batch, times, stream, notes)
     # A separate Adam reads and writes: forward, grad-input and grad-weight once each, then 4 reads and 3 writes.
     limit = 10 * weight_bytes / limits["copy_gb_per_s"] / 1e9
+    sides.append(masked_gradients_side(naive))  # it differs from the side before in training alone
+    check(flow, sides[-1:], naive, x[:8])
     calls = {side.name: partial(side.train_step, x[:8]) for side in sides}
     rows += rows_of("train step", 8, interleaved(calls, few), limit)
     if with_memory:
@@ -169,14 +176,14 @@ def memory_rows(features: int, blocks: int, hidden: tuple[int, ...]) -> list[Row
 
 def table(rows: list[Row]) -> str:
     """Returns the rows as text."""
-    lines = [f"{'case':<16}{'batch':>6}  {'side':<12}{'median':>12}{'20–80 %':>24}{'of limit':>10}{'ratio':>10}  note"]
+    lines = [f"{'case':<16}{'batch':>6}  {'side':<18}{'median':>12}{'20–80 %':>24}{'of limit':>10}{'ratio':>10}  note"]
     for row in rows:
         if "median_s" not in row:
-            lines.append(f"{row['case']:<16}{row['batch']:>6}  {row['side']:<12}{'':>56}  {row['note']}")
+            lines.append(f"{row['case']:<16}{row['batch']:>6}  {row['side']:<18}{'':>56}  {row['note']}")
             continue
         spread = f"{_time(float(row['p20_s']))} – {_time(float(row['p80_s']))}"
         share, ratio = f"{float(row['fraction_of_limit']):.1%}", f"{float(row['times_faster']):,.1f}×"
-        head = f"{row['case']:<16}{row['batch']:>6}  {row['side']:<12}{_time(float(row['median_s'])):>12}"
+        head = f"{row['case']:<16}{row['batch']:>6}  {row['side']:<18}{_time(float(row['median_s'])):>12}"
         lines.append(f"{head}{spread:>24}{share:>10}{ratio:>10}  {row['note']}")
     return "\n".join(lines)
 

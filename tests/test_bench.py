@@ -16,7 +16,7 @@ from torch import Tensor
 import fastmaf
 from bench import machine, memory
 from bench import run as bench
-from bench.sides import MaskedOnce, Side, blocks_of, fast_side, masked_once_side, naive_side
+from bench.sides import MaskedOnce, Side, blocks_of, fast_side, masked_gradients_side, masked_once_side, naive_side
 from fastmaf.reference import NaiveMAF
 
 D = 20
@@ -41,7 +41,7 @@ def test_masked_once_is_the_naive_model() -> None:
 def test_all_sides_take_the_same_training_steps() -> None:
     """Three steps of each, and they are still one function: none of them is timed for less work than the others."""
     flow, naive, x = build()
-    sides = sides_of(flow, naive)
+    sides = [*sides_of(flow, naive), masked_gradients_side(naive)]
     start = flow.log_prob(x).detach()
     for i in range(3):
         batch = torch.rand(8, D, dtype=x.dtype, generator=torch.Generator().manual_seed(i))
@@ -145,7 +145,7 @@ def test_a_small_run_writes_every_row(
     expected += [
         ("sample", n, side) for n, side in (("1", "fastmaf"), ("1", "naive"), ("5", "fastmaf"), ("64", "fastmaf"))
     ]
-    expected += [("train step", "8", side) for side in sides]
+    expected += [("train step", "8", side) for side in (*sides, "masked gradients")]
     assert [(row["case"], row["batch"], row["side"]) for row in rows] == expected
     about = ("date", "commit", "processor", "threads", "torch", "features", "blocks", "hidden_features", *LIMITS)
     for row in rows:
