@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import time
 from pathlib import Path
 
 import numpy as np
@@ -168,13 +167,3 @@ def test_wrong_arguments(tmp_path: Path, arguments: dict[str, object], words: st
     with pytest.raises(ValueError, match=words):
         draw_dataset(tmp_path / "set", progress=False, **arguments)  # type: ignore[arg-type]
     assert not (tmp_path / "set").exists()
-
-
-def test_is_quick() -> None:
-    """About 15 ms for a good picture and 35 ms for a defective one of 192 pixels; tenfold here for slow machines."""
-    synthetic._picture("train/good", 0, 192, 0)
-    start = time.process_time()
-    for i in range(4):
-        synthetic._picture("train/good", i, 192, 0)
-        synthetic._picture("test/crack", i, 192, 0)
-    assert (time.process_time() - start) / 8 < 0.25
