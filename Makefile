@@ -9,13 +9,15 @@ OUT ?= results
 export DATA OUT EPOCHS
 
 BIN = $(VENV)/bin
+# The native library's sources.
+CSRC = $(wildcard kernels/csrc/*.cpp kernels/csrc/*.h)
 PIP = "$(BIN)/python" -m pip --disable-pip-version-check --no-input
 # --no-build-isolation: the pinned setuptools of the environment builds, not the newest one.
 INSTALL = $(PIP) install --no-build-isolation -c "$(VENV)/constraints.txt"
 # A PYTHON given by hand is taken or refused; a python3 that is too old gives way to a newer one beside it.
 PYTHONS = $(if $(filter file,$(origin PYTHON)),$(PYTHON) python3.13 python3.12 python3.11 python3.10,"$(PYTHON)")
 
-.PHONY: help venv install reproduce test lint format bench doctor clean FORCE
+.PHONY: help venv install native reproduce test sanitize lint format bench doctor clean FORCE
 .DELETE_ON_ERROR:
 
 help:  ## list the targets
@@ -24,17 +26,33 @@ help:  ## list the targets
 	@echo '  PYTHON=$(PYTHON)  the interpreter, 3.10 or newer'
 	@echo '  VENV=$(VENV)  the virtual environment (a path without spaces)'
 	@echo '  TORCH="$(TORCH)"  what pip installs as torch; may carry pip options'
+	@echo '  FASTMAF_BUILD=auto|0|1 FASTMAF_MARCH=native|x86-64-v3|...|baseline CXX=...  for the native library'
 	@echo '  OUT=$(OUT) DATA=... EPOCHS=...  for make reproduce'
 
 venv: $(BIN)/python  ## create the virtual environment
 
 install: $(VENV)/.installed  ## install fastmaf and its pinned dependencies there (editable)
 
+native: export FASTMAF_BUILD = 1
+native: install  ## build the native library, or fail and say why; what has not changed is not compiled again
+	"$(BIN)/python" setup.py -q build_ext --inplace
+
 reproduce: install  ## train, sample and evaluate on the synthetic capsules, or on DATA="/path/to/capsule"; writes to OUT
 	"$(BIN)/fastmaf" reproduce --out "$$OUT" $${DATA:+--data "$$DATA"} $${EPOCHS:+--epochs "$$EPOCHS"}
 
 test: $(VENV)/.installed-test  ## run the tests
 	"$(BIN)/python" -m pytest
+
+# Needs no torch: ops.cpp, the only source that includes it, is left out. Twice: with vector instructions and without.
+SANITIZE = -std=c++17 -g -O1 -fsanitize=address,undefined -fno-sanitize-recover=all -fopenmp -Ikernels/csrc \
+	$(filter-out %/ops.cpp,$(filter %.cpp,$(CSRC))) $(wildcard tests/kernels/csrc/*.cpp)
+
+sanitize:  ## run the native kernels under the address and undefined-behaviour sanitizers
+	mkdir -p build/sanitize
+	$(CXX) -march=native $(SANITIZE) -o build/sanitize/vector
+	build/sanitize/vector
+	$(CXX) -DFASTMAF_SCALAR $(SANITIZE) -o build/sanitize/scalar
+	build/sanitize/scalar
 
 # mypy cannot know that kernels/ is fastmaf.kernels, so it gets the tree as installed, with bench (which may use tests) beside it.
 lint: $(VENV)/.installed-dev  ## ruff check, ruff format --check, mypy
@@ -74,10 +92,13 @@ $(BIN)/python:
 $(VENV)/torch.txt: FORCE | $(BIN)/python
 	@printf '%s\n' '$(TORCH)' | cmp -s - "$@" || printf '%s\n' '$(TORCH)' > "$@"
 
-$(VENV)/.installed: pyproject.toml setup.py constraints.txt $(VENV)/torch.txt
+# torch comes first: with it the native library is built against. What became of that is said last.
+$(VENV)/.installed: pyproject.toml setup.py constraints.txt $(CSRC) $(VENV)/torch.txt
 	@grep -v '^torch==' constraints.txt > "$(VENV)/constraints.txt"
 	$(INSTALL) pip setuptools
-	$(INSTALL) $(TORCH) -e .
+	$(INSTALL) $(TORCH)
+	$(INSTALL) -e .
+	@echo "native library $$(cat kernels/_native.txt)"
 	@touch "$@"
 
 $(VENV)/.installed-%: $(VENV)/.installed

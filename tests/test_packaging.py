@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import subprocess
 import sys
+import tarfile
 import zipfile
 from email import message_from_string
 from email.message import Message
@@ -34,7 +35,7 @@ def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name in ("pyproject.toml", "setup.py", "MANIFEST.in", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, tree / name)
     for name in ("fastmaf", "kernels", "bench", "tests"):
-        shutil.copytree(ROOT / name, tree / name, ignore=shutil.ignore_patterns("__pycache__"))
+        shutil.copytree(ROOT / name, tree / name, ignore=shutil.ignore_patterns("__pycache__", "_native.*"))
     return tree
 
 
@@ -66,7 +67,9 @@ def test_the_wheel_holds_every_module_once_and_nothing_else(installed: Path) -> 
     expected = {path.relative_to(ROOT) for path in (ROOT / "fastmaf").rglob("*.py")}
     expected |= {"fastmaf" / path.relative_to(ROOT) for path in (ROOT / "kernels").rglob("*.py")}
     assert {path.relative_to(installed) for path in installed.rglob("*.py")} == expected
-    assert (installed / "fastmaf" / "py.typed").is_file()
+    other = {path.relative_to(installed).as_posix() for path in (installed / "fastmaf").rglob("*.*")}
+    # Why there is no native library, for `fastmaf doctor`.
+    assert {name for name in other if not name.endswith(".py")} == {"fastmaf/py.typed", "fastmaf/kernels/_native.txt"}
     assert sorted(path.name for path in installed.iterdir() if path.suffix != ".dist-info") == ["fastmaf"]
 
 
@@ -96,6 +99,17 @@ def test_the_installed_package_imports_and_answers(installed: Path) -> None:
         "-c", "import sys; sys.argv = ['fastmaf', '--help']; from fastmaf.cli import main; main()", cwd=installed
     )
     assert done.returncode == 0, done.stderr
+
+
+def test_the_sdist_holds_what_a_build_needs(tree: Path, tmp_path: Path) -> None:
+    code = "import sys; from setuptools import build_meta; build_meta.build_sdist(sys.argv[1])"
+    done = python("-c", code, str(tmp_path), cwd=tree)
+    assert done.returncode == 0, done.stdout + done.stderr
+    (path,) = tmp_path.glob("*.tar.gz")
+    with tarfile.open(path) as archive:
+        names = {name.partition("/")[2] for name in archive.getnames()}
+    sources = {path.relative_to(ROOT).as_posix() for path in (ROOT / "kernels" / "csrc").glob("*")}
+    assert {"setup.py", "pyproject.toml", *sources} <= names
 
 
 def test_kernels_under_another_name_is_refused(tree: Path) -> None:

@@ -1,0 +1,149 @@
+"""What setup.py makes of FASTMAF_BUILD, a missing compiler and a broken source, on a tree of a few small files.
+
+No file includes torch's headers, which take a minute to compile; all else is as in a real build.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+COMMAND = "FASTMAF_BUILD=1 pip install --no-build-isolation"
+WITHOUT_TORCH = "import sys; sys.modules['torch'] = None; sys.argv[0] = 'setup.py'; exec(open('setup.py').read())"
+SOURCES = {
+    "ops.cpp": '#include "kernel.h"\nint answer() { return kernel(); }\n',
+    "kernel.cpp": '#include "kernel.h"\nint kernel() { return 42; }\n',
+    "kernel.h": "int kernel();\n",
+}
+needs_compiler = pytest.mark.skipif(
+    os.name != "posix" or not any(map(shutil.which, ("c++", "g++", "clang++"))), reason="needs a C++ compiler"
+)
+
+
+@pytest.fixture
+def tree(tmp_path: Path) -> Path:
+    tree = tmp_path / "tree"
+    (tree / "fastmaf").mkdir(parents=True)
+    for name in ("pyproject.toml", "setup.py", "MANIFEST.in", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, tree / name)
+    (tree / "fastmaf" / "__init__.py").write_text('__version__ = "1.0"\n', encoding="utf-8")
+    csrc = tree / "kernels" / "csrc"
+    csrc.mkdir(parents=True)
+    (tree / "kernels" / "__init__.py").touch()
+    for name, text in SOURCES.items():
+        (csrc / name).write_text(text, encoding="utf-8")
+    return tree
+
+
+def python(tree: Path, *args: str, **settings: str) -> subprocess.CompletedProcess[str]:
+    env = {name: value for name, value in os.environ.items() if name != "CXX" and not name.startswith("FASTMAF_")}
+    return subprocess.run(
+        [sys.executable, *args], cwd=tree, env={**env, **settings}, capture_output=True, text=True, check=False
+    )
+
+
+def make_wheel(tree: Path, **settings: str) -> tuple[str, set[str], str]:
+    """Returns the wheel's name, what it holds beside Python and metadata, and what the build said."""
+    shutil.rmtree(tree / "dist", ignore_errors=True)
+    done = python(tree, "setup.py", "-q", "bdist_wheel", **settings)
+    assert done.returncode == 0, done.stdout + done.stderr
+    (path,) = (tree / "dist").glob("*.whl")
+    with zipfile.ZipFile(path) as archive:
+        names = {name for name in archive.namelist() if ".dist-info/" not in name and not name.endswith(".py")}
+    return path.name, names, done.stdout
+
+
+def test_0_builds_a_pure_package(tree: Path) -> None:
+    name, holds, said = make_wheel(tree, FASTMAF_BUILD="0")
+    assert name == "fastmaf-1.0-py3-none-any.whl"
+    assert holds == {"fastmaf/kernels/_native.txt"}
+    assert said == "fastmaf: native library not built: FASTMAF_BUILD=0 was set\n"
+
+
+def test_1_without_a_compiler_fails_and_says_so(tree: Path) -> None:
+    done = python(tree, "setup.py", "-q", "bdist_wheel", FASTMAF_BUILD="1", CXX="/nonexistent/c++ -v")
+    assert done.returncode == 1
+    last = done.stderr.splitlines()[-1]
+    assert last.startswith("error: FASTMAF_BUILD=1, but the native library cannot be built: ")
+    assert last.endswith(" the compiler CXX=/nonexistent/c++ -v is not there")
+    assert not (tree / "dist").exists()
+
+
+@pytest.mark.parametrize("settings", [{}, {"FASTMAF_BUILD": ""}, {"FASTMAF_BUILD": "auto"}])
+def test_auto_without_a_compiler_builds_a_pure_package_and_says_so(tree: Path, settings: dict[str, str]) -> None:
+    name, holds, said = make_wheel(tree, CXX="/nonexistent", **settings)
+    assert name == "fastmaf-1.0-py3-none-any.whl"
+    assert holds == {"fastmaf/kernels/_native.txt"}
+    first, second = said.splitlines()
+    assert first == "fastmaf: native library not built: the compiler CXX=/nonexistent is not there"
+    assert COMMAND in second
+
+
+@needs_compiler
+def test_auto_without_torch_builds_a_pure_package_and_says_so(tree: Path) -> None:
+    done = python(tree, "-c", WITHOUT_TORCH, "-q", "bdist_wheel")
+    assert done.returncode == 0, done.stderr
+    assert [path.name for path in (tree / "dist").iterdir()] == ["fastmaf-1.0-py3-none-any.whl"]
+    first, second = done.stdout.splitlines()
+    assert first.startswith("fastmaf: native library not built: torch is not where pip builds")
+    assert "--no-build-isolation" in first
+    assert COMMAND in second
+
+
+def test_a_tree_without_sources_is_a_pure_package(tree: Path) -> None:
+    shutil.rmtree(tree / "kernels" / "csrc")
+    name, _, said = make_wheel(tree)
+    assert name == "fastmaf-1.0-py3-none-any.whl"
+    assert "there are no sources in kernels/csrc" in said
+
+
+def test_another_value_is_named(tree: Path) -> None:
+    done = python(tree, "setup.py", "-q", "build_ext", FASTMAF_BUILD="yes")
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1] == "error: FASTMAF_BUILD is 'yes'; expected 0, 1 or auto"
+
+
+@needs_compiler
+def test_an_unknown_instruction_set_is_named(tree: Path) -> None:
+    done = python(tree, "setup.py", "-q", "build_ext", FASTMAF_BUILD="1", FASTMAF_MARCH="abacus")
+    assert done.returncode == 1
+    assert "-march=abacus (FASTMAF_MARCH)" in done.stderr.splitlines()[-1]
+
+
+@needs_compiler
+@pytest.mark.slow
+def test_a_build_what_it_repeats_and_how_it_ends_when_a_source_breaks(tree: Path) -> None:
+    def compiled() -> dict[str, int]:
+        return {path.name: path.stat().st_mtime_ns for path in (tree / "build" / "native").glob("*.o")}
+
+    name, holds, said = make_wheel(tree, FASTMAF_BUILD="1", FASTMAF_MARCH="baseline")
+    assert name.startswith("fastmaf-1.0-py3-none-")
+    assert not name.endswith("-any.whl")
+    assert holds == {"fastmaf/kernels/_native.so", "fastmaf/kernels/_native.txt"}
+    assert ", no -march (" in said
+    first = compiled()
+    assert {name.partition("-")[0] for name in first} == {"ops", "kernel"}
+
+    # In place, as for an editable install: the same library, nothing compiled.
+    done = python(tree, "setup.py", "-q", "build_ext", "--inplace", FASTMAF_BUILD="1", FASTMAF_MARCH="baseline")
+    assert done.returncode == 0, done.stderr
+    assert compiled() == first
+    library = tree / "kernels" / "_native.so"
+    assert library.is_file()
+
+    (tree / "kernels" / "csrc" / "kernel.cpp").write_text("int kernel() { return nothing; }\n", encoding="utf-8")
+    done = python(tree, "setup.py", "-q", "build_ext", "--inplace", FASTMAF_MARCH="baseline")
+    assert done.returncode == 0, done.stderr
+    assert "failed: kernels/csrc/kernel.cpp:1:" in done.stdout.splitlines()[0]
+    assert "nothing" in (tree / "kernels" / "_native.txt").read_text(encoding="utf-8")
+    assert not library.exists()  # it was made from other sources
+    name, holds, _ = make_wheel(tree, FASTMAF_MARCH="baseline")
+    assert name == "fastmaf-1.0-py3-none-any.whl"
+    assert holds == {"fastmaf/kernels/_native.txt"}
