@@ -9,7 +9,7 @@ import platform
 import torch
 
 import fastmaf
-from fastmaf.kernels import backends
+from fastmaf.kernels import backends, native_library
 
 _PACKAGES = ("torch", "triton", "numpy", "pillow", "scikit-learn", "matplotlib", "safetensors")
 
@@ -18,7 +18,8 @@ def report() -> str:
     """Returns versions, devices and backends as text for a terminal."""
     lines = [f"fastmaf {fastmaf.__version__}", f"python  {platform.python_version()} on {platform.platform()}"]
     lines += [f"{name:<13} {_version(name)}" for name in _PACKAGES]
-    lines += ["", "devices", *(f"  {line}" for line in _devices()), "", "backends"]
+    lines += ["", "devices", *(f"  {line}" for line in _devices())]
+    lines += ["", "native library", *(f"  {line}" for line in _native()), "", "backends"]
     for device in ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]:
         for op in backends.OPS:
             lines.append(f"  {device:<5} {op:<14} → {backends.default_backend(op, torch.empty(0, device=device))}")
@@ -36,6 +37,14 @@ def _version(package: str) -> str:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
         return "not installed"
+
+
+def _native() -> list[str]:
+    try:
+        info = native_library.build_info()
+    except ImportError as error:
+        return [f"none: {error}", "without it the ops run on the CPU as plain torch (backend 'reference'): slower"]
+    return [info, f"threads: {1 if 'no OpenMP' in info else torch.get_num_threads()}"]
 
 
 def _devices() -> list[str]:

@@ -11,7 +11,7 @@ import torch
 
 import fastmaf
 from fastmaf import doctor
-from fastmaf.kernels import backends
+from fastmaf.kernels import backends, native_library
 
 
 def is_absent(backend: str) -> bool:
@@ -72,6 +72,24 @@ def test_it_names_the_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda i: card)
     assert doctor._devices()[1] == "cuda:0: GTX 1050 Ti, compute capability 6.1, 4.0 GiB"
+
+
+def test_it_says_what_the_native_library_consists_of(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(native_library, "build_info", lambda: "g++ 12.2.0, -march=native (AVX2), OpenMP of torch")
+    assert section("native library") == [
+        "g++ 12.2.0, -march=native (AVX2), OpenMP of torch",
+        f"threads: {torch.get_num_threads()}",
+    ]
+
+
+def test_it_says_what_the_lack_of_the_native_library_costs(monkeypatch: pytest.MonkeyPatch) -> None:
+    def build_info() -> str:
+        raise ImportError("it was not built; to build it: make native")
+
+    monkeypatch.setattr(native_library, "build_info", build_info)
+    why, cost = section("native library")
+    assert why == "none: it was not built; to build it: make native"
+    assert "slower" in cost
 
 
 def test_it_names_the_backend_of_every_op_and_why_not_the_others() -> None:

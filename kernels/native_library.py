@@ -1,0 +1,77 @@
+"""The C++ library of the `native` backend: ``_native.so`` beside this file, compiled by setup.py from ``csrc/``.
+
+setup.py leaves a note beside it, ``_native.txt``: the torch version that the library was built for and what it consists
+of, or why there is none. A library of another torch version can crash when loaded, so the note is read first.
+"""
+
+from __future__ import annotations
+
+import functools
+import sys
+from pathlib import Path
+
+import torch
+
+_FOLDER = Path(__file__).resolve().parent
+
+
+def load() -> None:
+    """Loads the library, once.
+
+    Raises:
+        ImportError: it is not there, or it cannot run here; the message says why, and the command that brings it.
+    """
+    _load(_FOLDER)
+
+
+def build_info() -> str:
+    """Returns the compiler, the instruction set, OpenMP and the torch version that the library was built with.
+
+    Raises:
+        ImportError: as for ``load``.
+    """
+    load()
+    return str(torch.ops.fastmaf_native.build_info())
+
+
+def command() -> str:
+    """Returns the one command that builds the library for this installation."""
+    root = _FOLDER.parent
+    if not (_FOLDER / "csrc").is_dir():
+        return f"in a checkout of fastmaf: {_pip('.')}"
+    return "make native" if Path(sys.prefix) == root / ".venv" else f"in {root}: {_pip('-e .')}"
+
+
+def _pip(target: str) -> str:
+    return f'pip install "setuptools>=77" && FASTMAF_BUILD=1 pip install --no-build-isolation {target}'
+
+
+@functools.cache
+def _load(folder: Path) -> None:
+    why = _why_not(folder)
+    if why is None:
+        library = folder / "_native.so"
+        try:
+            torch.ops.load_library(library)
+        except OSError as error:
+            why = f"{library} cannot be loaded: {error.__cause__ or error}"
+        else:
+            lacking = torch.ops.fastmaf_native.missing_cpu_features()
+            why = lacking and f"the native library was built for CPUs with {lacking}, which this one lacks"
+    if why:
+        raise ImportError(f"{why}; to build it: {command()}")
+
+
+def _why_not(folder: Path) -> str | None:
+    """Returns why the library must not be loaded, as far as files tell."""
+    library, note = folder / "_native.so", folder / "_native.txt"
+    said = note.read_text(encoding="utf-8").rstrip() if note.is_file() else ""
+    if not library.is_file():
+        reason = said.partition("\n")[0].removeprefix("not built: ")
+        return f"the native library was not built{f' ({reason})' if reason else ''}"
+    built_for = said.partition("\n")[0].removeprefix("built for torch ") or "of an unknown version"
+    if built_for != torch.__version__:
+        return f"the native library was built for torch {built_for}; this is torch {torch.__version__}"
+    if any(source.stat().st_mtime > library.stat().st_mtime for source in folder.glob("csrc/*")):
+        return "the native library is older than its sources"
+    return None
