@@ -11,6 +11,7 @@ __version__ = "0.1.0"
 if not (_Path(__file__).parent / "kernels").is_dir():
     __path__.append(str(_Path(__file__).parent.parent))
 
+from fastmaf import optim
 from fastmaf.checkpoint import CheckpointError, load, read_tensors, write_tensors
 from fastmaf.convert import LeakyMaskError, from_reference
 from fastmaf.degrees import ConnectivityWarning
@@ -39,6 +40,7 @@ __all__ = [
     "Transform",
     "from_reference",
     "load",
+    "optim",
     "read_tensors",
     "use_backend",
     "write_tensors",

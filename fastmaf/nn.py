@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from fastmaf.degrees import DegreeKind, hidden_degrees, input_degrees, prefix
-from fastmaf.kernels import PackedLayout, level_schedule, masked_linear
+from fastmaf.kernels import PackedLayout, level_schedule, masked_linear, prefer_huge_pages
 
 Init: TypeAlias = Literal["linear", "identity", "empty"]
 
@@ -65,7 +65,9 @@ class MaskedLinear(nn.Module):
         self.strict = strict
         self.layout = PackedLayout(prefix(in_degrees, out_degrees, strict=strict), in_degrees.numel(), group=group)
         self.in_features, self.out_features = self.layout.in_features, self.layout.out_features
-        self.weight = nn.Parameter(torch.empty(self.layout.numel, device=device, dtype=dtype))
+        weight = torch.empty(self.layout.numel, device=device, dtype=dtype)
+        prefer_huge_pages(weight)
+        self.weight = nn.Parameter(weight)
         self.bias = nn.Parameter(torch.empty(self.out_features, device=device, dtype=dtype))
         # Follows from the degrees: on the right device it is needed by every backend, in a state_dict by nobody.
         self.register_buffer("prefix", self.layout.prefix.to(self.weight.device), persistent=False)
@@ -193,6 +195,17 @@ class MADE(nn.Module):
     def layers(self) -> list[MaskedLinear]:
         """The hidden layers, then the output layer."""
         return [layer for layer in (*self.hidden, self.output) if isinstance(layer, MaskedLinear)]
+
+    @property
+    def weight_dtype(self) -> torch.dtype | None:
+        """The dtype in which the weights are stored where it is not that of the biases, else None."""
+        stored = self.output.weight.dtype
+        return None if stored == self.output.bias.dtype else stored
+
+    def store_weights_as_(self, dtype: torch.dtype) -> None:
+        """Rounds the weights to ``dtype``, in which they take no more gradients; biases stay as they are."""
+        for layer in self.layers:
+            layer.weight = nn.Parameter(layer.weight.detach().to(dtype), requires_grad=False)
 
     def hidden_units(self, x: Tensor) -> Tensor:
         """Returns the last hidden layer ``[N, H]`` for ``x`` ``[N, D]``."""

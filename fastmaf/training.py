@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from fastmaf.flows import Flow
+from fastmaf.optim import FusedAdam
 
 
 class NonFiniteLossError(FloatingPointError):
@@ -88,14 +89,17 @@ class TrainingStep:
         self.steps += 1
         if self._leaps(nll):
             return StepReport(nll, skipped=True)
-        loss.backward()
-        if not self._clip():
-            return StepReport(nll, skipped=True)
         if self._warming:
             for group, lr in zip(self.optimizer.param_groups, self._lr, strict=True):
                 group["lr"] = lr * min(1.0, self.steps / self.guards.warmup_steps)
             # Afterwards the learning rates are the user's: a scheduler may set them.
             self._warming = self.steps < self.guards.warmup_steps
+        if self.guards.max_grad_norm is None and isinstance(self.optimizer, FusedAdam):
+            self.optimizer.minimize(loss)
+            return StepReport(nll, skipped=False)
+        loss.backward()
+        if not self._clip():
+            return StepReport(nll, skipped=True)
         self.optimizer.step()
         return StepReport(nll, skipped=False)
 
@@ -114,6 +118,8 @@ class TrainingStep:
         """Scales the gradients down where they exceed the limit; says whether they are finite."""
         if self.guards.max_grad_norm is None:
             return True
+        if isinstance(self.optimizer, FusedAdam):
+            return math.isfinite(self.optimizer.clip_grad_norm_(self.guards.max_grad_norm * self.flow.features))
         grads = [p.grad for p in self.flow.parameters() if p.grad is not None]
         norm = float(torch.nn.utils.get_total_norm(grads)) / self.flow.features
         if not math.isfinite(norm):

@@ -11,10 +11,11 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from fastmaf.degrees import check_permutation
-from fastmaf.kernels import affine_output, level_inverse
+from fastmaf.kernels import Block, affine_output, level_inverse
 from fastmaf.nn import MADE
 
 
@@ -80,7 +81,12 @@ class Permutation(Transform):
         return x[:, self.permutation], x.new_zeros(x.shape[0])
 
     def inverse(self, z: Tensor) -> tuple[Tensor, Tensor]:
-        return z[:, self.get_buffer("_inverse")], z.new_zeros(z.shape[0])
+        return z[:, self.inverse_permutation], z.new_zeros(z.shape[0])
+
+    @property
+    def inverse_permutation(self) -> Tensor:
+        """``[D]`` int64: where each dimension of the data stands."""
+        return self.get_buffer("_inverse")
 
     def forward_per_dim(self, x: Tensor, terms: Tensor) -> tuple[Tensor, Tensor]:
         return x[:, self.permutation], terms[:, self.permutation]
@@ -156,6 +162,14 @@ class AffineAutoregressive(Transform):
         return z, terms + log_scale
 
     def inverse(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        return level_inverse(z, *self.block())
+
+    def block(self) -> Block:
+        """Returns the block as the ops that invert it take it.
+
+        Raises:
+            NotInvertibleError: its output mask leaks.
+        """
         if not self.made.strict:
             raise NotInvertibleError(
                 "this block has the leaky output mask (>= where it must be >): where an output shares its degree with "
@@ -164,8 +178,7 @@ class AffineAutoregressive(Transform):
                 "sample; train with strict masks to sample"
             )
         layers = self.made.layers
-        return level_inverse(
-            z,
+        return Block(
             [layer.weight for layer in layers],
             [layer.bias for layer in layers],
             [layer.prefix for layer in layers],
@@ -184,6 +197,7 @@ class AffineAutoregressive(Transform):
             "strict": self.made.strict,
             "log_scale_bound": self.log_scale_bound,
             "soft_bound": self.soft_bound,
+            **({} if self.made.weight_dtype is None else {"weight_dtype": str(self.made.weight_dtype)}),
         }
 
     @classmethod
@@ -200,6 +214,8 @@ class AffineAutoregressive(Transform):
             init="empty",
             dtype=dtype,
         )
+        if config.get("weight_dtype") == str(torch.bfloat16):
+            made.store_weights_as_(torch.bfloat16)
         return cls(made, log_scale_bound=config["log_scale_bound"], soft_bound=config["soft_bound"])
 
     def extra_repr(self) -> str:

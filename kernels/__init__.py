@@ -15,16 +15,20 @@ if __name__ != "fastmaf.kernels":
 from fastmaf.kernels.affine_output.op import affine_output
 from fastmaf.kernels.backends import BackendUnavailableError, use_backend
 from fastmaf.kernels.layout import PackedLayout
-from fastmaf.kernels.level_inverse.op import level_inverse
+from fastmaf.kernels.level_inverse.op import Block, chain_inverse, level_inverse
 from fastmaf.kernels.level_inverse.schedule import level_schedule
 from fastmaf.kernels.masked_linear.op import masked_linear
+from fastmaf.kernels.native_library import prefer_huge_pages
 
 __all__ = [
     "BackendUnavailableError",
+    "Block",
     "PackedLayout",
     "affine_output",
+    "chain_inverse",
     "level_inverse",
     "level_schedule",
     "masked_linear",
+    "prefer_huge_pages",
     "use_backend",
 ]

@@ -1,7 +1,7 @@
 """Which implementation of an op runs: the only place that chooses.
 
-A backend of an op is one module in the op's folder that exports ``forward`` and ``backward`` with the signatures of
-``reference.py``. A module that cannot work here raises ImportError on import and says what to install; one that does
+A backend of an op is one module in the op's folder that exports the functions of ``reference.py`` that the op calls,
+with the same signatures. A module that cannot work here raises ImportError on import and says what to install; one that does
 not take every tensor of its devices (a dtype, an old card) also exports ``why_not(like) -> str | None``. Adding a
 backend to an op means adding its file, nothing else.
 """
@@ -12,6 +12,7 @@ import functools
 import importlib
 from types import ModuleType, TracebackType
 
+import torch
 from torch import Tensor
 
 OPS = ("masked_linear", "affine_output", "level_inverse")
@@ -94,11 +95,16 @@ def implementation(op: str, like: Tensor) -> ModuleType:
             the default choice falls back.
     """
     if _chosen is None:
-        return _load(op, default_backend(op, like))
+        return _default(op, like.device, like.dtype)
     reason = why_not(op, _chosen, like)
     if reason is not None:
         raise BackendUnavailableError(reason)
     return _load(op, _chosen)
+
+
+@functools.cache
+def _default(op: str, device: torch.device, dtype: torch.dtype) -> ModuleType:
+    return _load(op, default_backend(op, torch.empty(0, device=device, dtype=dtype)))
 
 
 def default_backend(op: str, like: Tensor) -> str:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from fastmaf.kernels.backends import implementation
+from fastmaf.kernels.factors import Factors, taker_of
 
 
 @torch.library.custom_op(
@@ -87,6 +88,12 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
 
 def _autograd(ctx: Any, grad_z: Tensor, grad_ladj: Tensor, grad_log_scale: Tensor) -> tuple[Tensor | None, ...]:
     h, weight, z, log_scale, prefix, tiles = ctx.saved_tensors
+    if (taker := taker_of(weight)) is not None:
+        batch = grad_z, grad_ladj, grad_log_scale, h, z, log_scale
+        grad_h, grad_bias, grad_x = taker.take(
+            Factors("affine_output", batch, weight, prefix, tiles, (ctx.bound, ctx.soft)), True
+        )
+        return grad_h, None, grad_bias, grad_x, None, None, None, None
     grad_h, grad_weight, grad_bias, grad_x = _backward(
         grad_z, grad_ladj, grad_log_scale, h, weight, z, log_scale, prefix, tiles, ctx.bound, ctx.soft
     )

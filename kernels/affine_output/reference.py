@@ -14,6 +14,8 @@ import math
 import torch
 from torch import Tensor
 
+from fastmaf.kernels.adam import adam_step_
+from fastmaf.kernels.factors import AdamNumbers
 from fastmaf.kernels.masked_linear import reference as linear
 
 
@@ -55,8 +57,104 @@ def backward(
     soft: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Returns the gradients of ``h``, packed ``weight`` (zero in the padding), ``bias`` and ``x``."""
+    batch = grad_z, grad_ladj, grad_log_scale, h, z, log_scale
+    grad_h, grad_bias, grad_x = grad_inputs(*batch, weight, prefix, tiles, bound, soft, True)
+    return grad_h, grad_weight_of(*batch, weight, prefix, tiles, bound, soft), grad_bias, grad_x
+
+
+def _grad_out(
+    grad_z: Tensor,
+    grad_ladj: Tensor,
+    grad_log_scale: Tensor,
+    z: Tensor,
+    log_scale: Tensor,
+    bound: float,
+    soft: bool,
+) -> tuple[Tensor, Tensor]:
+    """Returns the gradients of the layer's product ``[N, 2D]`` and of ``x``."""
     grad_x = grad_z * torch.exp(-log_scale)
     grad_a = grad_log_scale - grad_z * z - grad_ladj[:, None]
-    grad_out = torch.stack((-grad_x, grad_a * bound_slope(log_scale, bound, soft)), dim=2).flatten(1)
-    grad_h = linear.grad_input(grad_out, weight, tiles, h.shape[1])
-    return grad_h, linear.grad_weight(grad_out, h, prefix, tiles, weight.shape[0]), grad_out.sum(0), grad_x
+    return torch.stack((-grad_x, grad_a * bound_slope(log_scale, bound, soft)), dim=2).flatten(1), grad_x
+
+
+def grad_inputs(
+    grad_z: Tensor,
+    grad_ladj: Tensor,
+    grad_log_scale: Tensor,
+    h: Tensor,
+    z: Tensor,
+    log_scale: Tensor,
+    weight: Tensor,
+    prefix: Tensor,
+    tiles: Tensor,
+    bound: float,
+    soft: bool,
+    need_inputs: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Returns the gradients of ``h``, ``bias`` and ``x``; those of ``h`` and ``x`` are empty when not needed."""
+    grad_out, grad_x = _grad_out(grad_z, grad_ladj, grad_log_scale, z, log_scale, bound, soft)
+    if not need_inputs:
+        return h.new_empty(0), grad_out.sum(0), h.new_empty(0)
+    return linear.grad_input(grad_out, weight, tiles, h.shape[1]), grad_out.sum(0), grad_x
+
+
+def grad_weight_of(
+    grad_z: Tensor,
+    grad_ladj: Tensor,
+    grad_log_scale: Tensor,
+    h: Tensor,
+    z: Tensor,
+    log_scale: Tensor,
+    weight: Tensor,
+    prefix: Tensor,
+    tiles: Tensor,
+    bound: float,
+    soft: bool,
+) -> Tensor:
+    """Returns the gradient of the packed ``weight``, zero in the padding."""
+    grad_out, _ = _grad_out(grad_z, grad_ladj, grad_log_scale, z, log_scale, bound, soft)
+    return linear.grad_weight(grad_out, h, prefix, tiles, weight.shape[0])
+
+
+def adam_(
+    grad_z: Tensor,
+    grad_ladj: Tensor,
+    grad_log_scale: Tensor,
+    h: Tensor,
+    z: Tensor,
+    log_scale: Tensor,
+    weight: Tensor,
+    prefix: Tensor,
+    tiles: Tensor,
+    bound: float,
+    soft: bool,
+    need_inputs: bool,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    numbers: AdamNumbers,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Takes a step of Adam with ``scale`` times the gradient of ``weight``; returns what ``grad_inputs`` does."""
+    batch = grad_z, grad_ladj, grad_log_scale, h, z, log_scale
+    result = grad_inputs(*batch, weight, prefix, tiles, bound, soft, need_inputs)
+    grad = grad_weight_of(*batch, weight, prefix, tiles, bound, soft)
+    adam_step_(weight, grad.mul_(scale), exp_avg, exp_avg_sq, numbers)
+    return result
+
+
+def squared_norm(
+    grad_z: Tensor,
+    grad_ladj: Tensor,
+    grad_log_scale: Tensor,
+    h: Tensor,
+    z: Tensor,
+    log_scale: Tensor,
+    weight: Tensor,
+    prefix: Tensor,
+    tiles: Tensor,
+    bound: float,
+    soft: bool,
+) -> float:
+    """Returns the sum of the squares of the gradient of ``weight``."""
+    batch = grad_z, grad_ladj, grad_log_scale, h, z, log_scale
+    return float(grad_weight_of(*batch, weight, prefix, tiles, bound, soft).double().square().sum())

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -88,6 +88,88 @@ def _autograd(ctx: Any, grad_x: Tensor, grad_ladj: Tensor) -> tuple[Any, ...]:
 
 
 _forward.register_autograd(_autograd, setup_context=_setup_context)
+
+
+@torch.library.custom_op(
+    "fastmaf::chain_inverse",
+    mutates_args=(),
+    schema=(
+        "(Tensor z, Tensor[] weights, Tensor[] biases, Tensor[] prefixes, Tensor[] tiles, Tensor[] schedules,"
+        " Tensor[] permutations, str activation, float[] bounds, bool[] softs) -> (Tensor, Tensor)"
+    ),
+)
+def _chain(
+    z: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor],
+    prefixes: Sequence[Tensor],
+    tiles: Sequence[Tensor],
+    schedules: Sequence[Tensor],
+    permutations: Sequence[Tensor],
+    activation: str,
+    bounds: Sequence[float],
+    softs: Sequence[bool],
+) -> tuple[Tensor, Tensor]:
+    result: tuple[Tensor, Tensor] = implementation("level_inverse", z).chain(
+        z, weights, biases, prefixes, tiles, schedules, permutations, activation, bounds, softs
+    )
+    return result
+
+
+@_chain.register_fake
+def _(z: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+    return z.new_empty(z.shape), z.new_empty(z.shape[0])
+
+
+class Block(NamedTuple):
+    """One affine autoregressive block, as ``level_inverse`` takes it after ``z``."""
+
+    weights: list[Tensor]
+    biases: list[Tensor]
+    prefixes: list[Tensor]
+    tiles: list[Tensor]
+    schedule: Tensor
+    activation: str
+    bound: float
+    soft: bool
+
+
+def chain_inverse(z: Tensor, blocks: Sequence[Block], permutations: Sequence[Tensor | None]) -> tuple[Tensor, Tensor]:
+    """Inverts several blocks in turn, in one call that autograd does not see through.
+
+    Args:
+        z: ``[N, D]``.
+        blocks: in the order of inversion, all of one activation.
+        permutations: int64 ``[D]``, one per block, applied before it as ``z[:, permutation]``, and one for after the
+            last; None where there is none.
+
+    Returns:
+        ``x`` ``[N, D]`` and ``ladj`` ``[N]`` = log |det dx/dz| in nats.
+
+    Raises:
+        ValueError: there is no block, an activation is unknown, or they differ.
+    """
+    activations = {block.activation for block in blocks}
+    if len(activations) != 1 or len(permutations) != len(blocks) + 1:
+        raise ValueError(
+            f"a chain needs blocks of one activation and one permutation more than blocks; found {len(blocks)} blocks, "
+            f"activations {sorted(activations)}, {len(permutations)} permutations"
+        )
+    check_activation(activation := activations.pop())
+    none = torch.empty(0, dtype=torch.int64, device=z.device)
+    result: tuple[Tensor, Tensor] = _chain(
+        z.contiguous(),
+        [weight.contiguous() for block in blocks for weight in block.weights],
+        [bias.contiguous() for block in blocks for bias in block.biases],
+        [prefix for block in blocks for prefix in block.prefixes],
+        [table for block in blocks for table in block.tiles],
+        [block.schedule for block in blocks],
+        [none if permutation is None else permutation for permutation in permutations],
+        activation,
+        [block.bound for block in blocks],
+        [block.soft for block in blocks],
+    )
+    return result
 
 
 def level_inverse(

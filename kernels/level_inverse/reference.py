@@ -95,8 +95,40 @@ def forward(
 ) -> tuple[Tensor, Tensor]:
     """Returns ``x`` ``[N, D]`` and ``ladj`` ``[N]`` = log |det dx/dz|."""
     with _one_thread_if_small(z):
+        weights = [weight.to(z.dtype) for weight in weights]  # stored in fewer bits: the same function of rounded weights
         x_t, log_scale_t = _walk(z, weights, biases, _plan(tiles, schedule), activation, bound, soft)
     return x_t.t().contiguous(), log_scale_t.sum(0)
+
+
+def chain(
+    z: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor],
+    prefixes: Sequence[Tensor],
+    tiles: Sequence[Tensor],
+    schedules: Sequence[Tensor],
+    permutations: Sequence[Tensor],
+    activation: str,
+    bounds: Sequence[float],
+    softs: Sequence[bool],
+) -> tuple[Tensor, Tensor]:
+    """Returns ``x`` and ``ladj`` of several blocks' inverses in turn.
+
+    Args:
+        weights, biases, prefixes, tiles: of all layers of the first block, then of the second, and so on.
+        schedules, bounds, softs: one entry per block.
+        permutations: one entry per block, applied before it (``z[:, permutation]``), and one for after the last; empty
+            where there is none.
+    """
+    ladj, first = z.new_zeros(z.shape[0]), 0
+    for schedule, permutation, bound, soft in zip(schedules, permutations[:-1], bounds, softs, strict=True):
+        layers = slice(first, first + schedule.shape[1])
+        first = layers.stop
+        z = z[:, permutation] if permutation.numel() else z
+        parts = weights[layers], biases[layers], prefixes[layers], tiles[layers]
+        z, term = forward(z, *parts, schedule, activation, bound, soft)
+        ladj = ladj + term
+    return (z[:, permutations[-1]] if permutations[-1].numel() else z), ladj
 
 
 @contextmanager
@@ -169,6 +201,7 @@ def backward(
 
     Walks the schedule backwards: when a step is reached, everything that its values went into has been differentiated.
     """
+    weights = [weight.to(z.dtype) for weight in weights]
     x, _ = forward(z, weights, biases, prefixes, tiles, schedule, activation, bound, soft)
     last = len(weights) - 1
     values = [x]  # x is known by now, so one plain pass gives what every unit was

@@ -11,12 +11,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from fastmaf.kernels.adam import adam_step_
+from fastmaf.kernels.factors import AdamNumbers
 from fastmaf.kernels.layout import tiles_of, zero_padding
 
 
 def forward(x: Tensor, weight: Tensor, bias: Tensor, prefix: Tensor, tiles: Tensor, activation: str) -> Tensor:
     """Returns ``y`` ``[N, out]`` for ``x`` ``[N, in]``, packed ``weight`` and ``bias`` ``[out]``."""
     y = x.new_empty(x.shape[0], bias.shape[0])
+    weight = weight.to(x.dtype)  # stored in fewer bits, it is the same function of rounded weights
     for tile in tiles_of(tiles):
         rows = slice(tile.row_start, tile.row_end)
         if tile.width:
@@ -37,9 +40,59 @@ def backward(
     need_grad_x: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Returns the gradients of ``x`` (empty when not needed), packed ``weight`` (zero in the padding) and ``bias``."""
-    grad_y = grad_activation(grad_y, y, activation)
-    grad_x = grad_input(grad_y, weight, tiles, x.shape[1]) if need_grad_x else x.new_empty(0)
-    return grad_x, grad_weight(grad_y, x, prefix, tiles, weight.shape[0]), grad_y.sum(0)
+    grad_x, grad_bias = grad_inputs(grad_y, x, y, weight, prefix, tiles, activation, need_grad_x)
+    return grad_x, grad_weight_of(grad_y, x, y, weight, prefix, tiles, activation), grad_bias
+
+
+def grad_inputs(
+    grad_y: Tensor,
+    x: Tensor,
+    y: Tensor,
+    weight: Tensor,
+    prefix: Tensor,
+    tiles: Tensor,
+    activation: str,
+    need_grad_x: bool,
+) -> tuple[Tensor, Tensor]:
+    """Returns the gradients of ``x`` (empty when not needed) and ``bias``."""
+    grad = grad_activation(grad_y, y, activation)
+    grad_x = grad_input(grad, weight, tiles, x.shape[1]) if need_grad_x else x.new_empty(0)
+    return grad_x, grad.sum(0)
+
+
+def grad_weight_of(
+    grad_y: Tensor, x: Tensor, y: Tensor, weight: Tensor, prefix: Tensor, tiles: Tensor, activation: str
+) -> Tensor:
+    """Returns the gradient of the packed ``weight``, zero in the padding."""
+    return grad_weight(grad_activation(grad_y, y, activation), x, prefix, tiles, weight.shape[0])
+
+
+def adam_(
+    grad_y: Tensor,
+    x: Tensor,
+    y: Tensor,
+    weight: Tensor,
+    prefix: Tensor,
+    tiles: Tensor,
+    activation: str,
+    need_grad_x: bool,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    numbers: AdamNumbers,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    """Takes a step of Adam with ``scale`` times the gradient of ``weight``; returns what ``grad_inputs`` does."""
+    result = grad_inputs(grad_y, x, y, weight, prefix, tiles, activation, need_grad_x)
+    grad = grad_weight_of(grad_y, x, y, weight, prefix, tiles, activation)
+    adam_step_(weight, grad.mul_(scale), exp_avg, exp_avg_sq, numbers)
+    return result
+
+
+def squared_norm(
+    grad_y: Tensor, x: Tensor, y: Tensor, weight: Tensor, prefix: Tensor, tiles: Tensor, activation: str
+) -> float:
+    """Returns the sum of the squares of the gradient of ``weight``."""
+    return float(grad_weight_of(grad_y, x, y, weight, prefix, tiles, activation).double().square().sum())
 
 
 def activate_(y: Tensor, activation: str) -> Tensor:
@@ -55,6 +108,7 @@ def grad_activation(grad_y: Tensor, y: Tensor, activation: str) -> Tensor:
 def grad_input(grad_y: Tensor, weight: Tensor, tiles: Tensor, in_features: int) -> Tensor:
     """Returns ``grad_y @ W`` ``[N, in]``."""
     grad_x = grad_y.new_zeros(grad_y.shape[0], in_features)
+    weight = weight.to(grad_y.dtype)
     for tile in tiles_of(tiles):
         if tile.width:
             grad_x[:, : tile.width].addmm_(grad_y[:, tile.row_start : tile.row_end], tile.of(weight))

@@ -1,0 +1,203 @@
+"""Adam that never stores the gradient of a packed weight: ``fastmaf.optim.FusedAdam``."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastmaf.kernels.factors import AdamNumbers, Factors, give_to, joined
+from fastmaf.kernels.native_library import prefer_huge_pages
+
+
+class _Taker:
+    """Takes the gradient of one weight: keeps its factors until the step, or applies them at once."""
+
+    def __init__(self) -> None:
+        self.kept: list[Factors] = []
+        self.apply: Callable[[Factors, bool], tuple[Tensor, ...]] | None = None
+
+    def take(self, factors: Factors, need_inputs: bool) -> tuple[Tensor, ...]:
+        if self.apply is not None:
+            return self.apply(factors, need_inputs)
+        self.kept.append(factors)
+        return factors.grad_inputs(need_inputs)
+
+
+class FusedAdam(torch.optim.Adam):
+    """``torch.optim.Adam`` for the packed weights of fastmaf's layers, with the same numbers to rounding.
+
+    A backward pass leaves no gradient in ``weight.grad``: the optimiser keeps the small matrices that it is the product
+    of, and ``step`` forms it tile by tile and updates weight and moments there and then. Per step that saves writing and
+    reading one number per weight, and its memory. ``minimize`` saves reading the weights once more.
+
+    Everything else (biases, other modules' parameters, a gradient that arrives in ``grad`` all the same) is updated as
+    ``torch.optim.Adam`` does. The state has its names and shapes, so that either can go on from the other's
+    ``state_dict``. Gradients add up over several backward passes, as usual.
+
+    Args:
+        params: parameters or groups, as for any torch optimiser.
+        lr, betas, eps, weight_decay, maximize, decoupled_weight_decay: as for ``torch.optim.Adam``;
+            ``decoupled_weight_decay`` makes it AdamW.
+
+    References:
+        Kingma and Ba 2015, Adam: A Method for Stochastic Optimization, algorithm 1.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        *,
+        maximize: bool = False,
+        decoupled_weight_decay: bool = False,
+    ) -> None:
+        self._takers: dict[Tensor, _Taker] = {}
+        super().__init__(
+            params,
+            lr,
+            betas,
+            eps,
+            weight_decay,
+            maximize=maximize,
+            decoupled_weight_decay=decoupled_weight_decay,
+            foreach=False,
+        )
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Adds a group of parameters; see ``torch.optim.Optimizer``."""
+        super().add_param_group(param_group)
+        group = self.param_groups[-1]
+        # torch's own fused step for the rest, where it exists.
+        group["fused"] = all(p.device.type in ("cpu", "cuda") and p.is_floating_point() for p in group["params"])
+        for parameter in group["params"]:
+            self._takers[parameter] = _Taker()
+            give_to(parameter, self._takers[parameter])
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Forgets all gradients, those kept as factors too."""
+        super().zero_grad(set_to_none)
+        for taker in self._takers.values():
+            taker.kept.clear()
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> Any:
+        """Takes one step, as ``torch.optim.Adam.step``."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if not self._takers[parameter].kept:
+                    continue
+                factors = self._taken(parameter)
+                if parameter.grad is None:
+                    self._update(parameter, group, factors, need_inputs=False)
+                else:  # another part of the graph, such as a compiled one, has left a gradient
+                    parameter.grad += factors.grad_weight()
+        super().step()
+        return loss
+
+    def minimize(self, loss: Tensor) -> None:
+        """Does what ``loss.backward()`` and ``step()`` do, in one pass over each weight.
+
+        Each layer is updated during the backward pass, right after the gradient of its input has been formed from the same
+        weights. A weight must take part in ``loss`` once.
+
+        Args:
+            loss: a scalar.
+
+        Raises:
+            RuntimeError: gradients of an earlier backward pass wait for ``step``, or a weight is used twice.
+        """
+        if any(taker.kept for taker in self._takers.values()):
+            raise RuntimeError(
+                "gradients of an earlier backward pass are waiting for step(): call step() or zero_grad() before minimize()"
+            )
+        try:
+            for group in self.param_groups:
+                for parameter in group["params"]:
+                    self._takers[parameter].apply = self._updater(parameter, group)
+            loss.backward()
+        finally:
+            for taker in self._takers.values():
+                taker.apply = None
+        with torch.no_grad():
+            super().step()
+
+    @torch.no_grad()
+    def clip_grad_norm_(self, max_norm: float) -> float:
+        """Scales all gradients so that their common L2 norm is at most ``max_norm``; returns the norm before.
+
+        ``torch.nn.utils.clip_grad_norm_`` does not see gradients that are kept as factors.
+
+        Args:
+            max_norm: limit on the norm; ``math.inf`` only measures. Where the norm is not finite nothing is scaled.
+        """
+        waiting = {p: self._taken(p) for p, taker in self._takers.items() if taker.kept}
+        stored = [p.grad for p in self._takers if p.grad is not None]
+        total = sum(factors.squared_norm() for factors in waiting.values())
+        if stored:
+            total += float(torch.nn.utils.get_total_norm(stored).double().square())
+        norm = math.sqrt(total)
+        scale = max_norm / norm if math.isfinite(norm) and norm > max_norm else 1.0
+        if scale != 1.0 and stored:
+            torch._foreach_mul_(stored, scale)
+        for parameter, factors in waiting.items():
+            self._takers[parameter].kept = [factors if scale == 1.0 else factors.scaled(scale)]
+        return norm
+
+    def _taken(self, parameter: Tensor) -> Factors:
+        """Returns what was kept of a parameter's gradient, and keeps it no longer."""
+        taker = self._takers[parameter]
+        factors = joined(taker.kept)
+        taker.kept = []
+        return factors
+
+    def _updater(self, parameter: Tensor, group: dict[str, Any]) -> Callable[[Factors, bool], tuple[Tensor, ...]]:
+        used = False
+
+        @torch.no_grad()
+        def update(factors: Factors, need_inputs: bool) -> tuple[Tensor, ...]:
+            nonlocal used
+            if used:
+                raise RuntimeError(
+                    "minimize() met a weight that takes part in the loss twice: use loss.backward() and step() instead"
+                )
+            used = True
+            return self._update(parameter, group, factors, need_inputs=need_inputs)
+
+        return update
+
+    def _update(
+        self, parameter: Tensor, group: dict[str, Any], factors: Factors, *, need_inputs: bool
+    ) -> tuple[Tensor, ...]:
+        state = self.state[parameter]
+        if not state:
+            state["step"] = torch.zeros((), dtype=torch.float32, device=parameter.device)
+            for name in ("exp_avg", "exp_avg_sq"):
+                state[name] = torch.empty_like(parameter, memory_format=torch.preserve_format)
+                prefer_huge_pages(state[name])
+                state[name].zero_()
+        state["step"] += 1
+        beta1, beta2 = group["betas"]
+        numbers = AdamNumbers(
+            int(state["step"]),
+            float(group["lr"]),
+            beta1,
+            beta2,
+            group["eps"],
+            group["weight_decay"],
+            bool(group.get("decoupled_weight_decay", False)),
+            bool(group["maximize"]),
+        )
+        inputs = factors.adam_(state["exp_avg"], state["exp_avg_sq"], numbers, need_inputs=need_inputs)
+        torch.autograd.graph.increment_version(parameter)  # autograd refuses graphs that still need the old values
+        return inputs

@@ -1,0 +1,79 @@
+// The packed staircase: what a kernel needs to know of a masked weight (see kernels/layout.py).
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+
+#include "simd.h"
+
+namespace fastmaf {
+
+// One row of PackedLayout.table: rows row_start..row_end, columns 0..width, row-major from offset.
+struct Tile {
+  int32_t row_start, row_end, width, offset;
+};
+
+template <class W>
+struct Packed {
+  W* weight;
+  const Tile* tiles;
+  long tile_count;
+  const int64_t* prefix;  // how many columns each row sees; does not decrease
+  long rows, columns;
+
+  // Calls body(tile, first row, end row) for runs of at most `group` rows of row0..row1 that lie in one tile.
+  template <class Body>
+  void groups(long row0, long row1, long group, Body&& body) const {
+    for (const Tile* tile = find(row0); row0 < row1; ++tile) {
+      const long end = std::min<long>(tile->row_end, row1);
+      for (; row0 < end; row0 += group) body(*tile, row0, std::min(row0 + group, end));
+      row0 = end;
+    }
+  }
+
+  W* row(const Tile& tile, long r) const { return weight + tile.offset + (r - tile.row_start) * tile.width; }
+
+  // Columns to read for rows that end at `row_end`: what its last row sees, in whole vectors where the tile is as wide.
+  template <class T>
+  long visible(const Tile& tile, long row_end) const {
+    return std::min<long>(round_up(prefix[row_end - 1], kLanes<T>), tile.width);
+  }
+
+  const Tile* find(long row) const {
+    const Tile* tile = tiles;
+    while (tile->row_end <= row && tile + 1 < tiles + tile_count) ++tile;
+    return tile;
+  }
+
+  // About how many visible weights lie in the rows before `row`.
+  double area_before(long row) const {
+    double area = 0;
+    for (long t = 0; t < tile_count && tiles[t].row_start < row; ++t) {
+      const long end = std::min<long>(tiles[t].row_end, row);
+      area += 0.5 * (end - tiles[t].row_start) * (prefix[tiles[t].row_start] + prefix[end - 1] + 2);
+    }
+    return area;
+  }
+
+  // The rows of part `part` of `parts` that hold about equally many weights; a multiple of `group` rows from a tile's start.
+  void share(long part, long parts, long group, long& row0, long& row1) const {
+    row0 = boundary(part, parts, group);
+    row1 = boundary(part + 1, parts, group);
+  }
+
+ private:
+  long boundary(long part, long parts, long group) const {
+    if (part == 0) return 0;
+    if (part >= parts) return rows;
+    const double wanted = area_before(rows) * part / parts;
+    long low = 0, high = rows;
+    while (low < high) {
+      const long middle = (low + high) / 2;
+      (area_before(middle) < wanted ? low = middle + 1 : high = middle);
+    }
+    const Tile* tile = find(std::min(low, rows - 1));
+    return std::min<long>(tile->row_start + round_up(low - tile->row_start, group), tile->row_end);
+  }
+};
+
+}  // namespace fastmaf

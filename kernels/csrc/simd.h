@@ -1,0 +1,224 @@
+// One vector register of T, as compiler vectors: AVX-512, AVX, or whatever 16 bytes the target has (SSE, NEON).
+// -DFASTMAF_SCALAR, or a compiler without vector types, makes a vector one number: the same kernels, no SIMD.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <type_traits>
+
+namespace fastmaf {
+
+// A weight stored in 16 bits: the upper half of a float32.
+struct bfloat16 {
+  uint16_t bits;
+};
+
+#if defined(FASTMAF_SCALAR) || !defined(__GNUC__)
+#define FASTMAF_LANES_ARE_ONE 1
+template <class T>
+using Vec = T;
+template <class T>
+using IntVec = std::conditional_t<sizeof(T) == 4, int32_t, int64_t>;
+template <class T>
+inline constexpr int kLanes = 1;
+#else
+#if defined(__AVX512F__)
+inline constexpr int kVectorBytes = 64;
+#elif defined(__AVX__)
+inline constexpr int kVectorBytes = 32;
+#else
+inline constexpr int kVectorBytes = 16;
+#endif
+template <class T>
+struct VecOf {
+  typedef T type __attribute__((vector_size(kVectorBytes)));
+  typedef std::conditional_t<sizeof(T) == 4, int32_t, int64_t> integer;
+  typedef integer int_type __attribute__((vector_size(kVectorBytes)));
+};
+template <class T>
+using Vec = typename VecOf<T>::type;
+template <class T>
+using IntVec = typename VecOf<T>::int_type;
+template <class T>
+inline constexpr int kLanes = kVectorBytes / sizeof(T);
+#endif
+
+// AVX-512 and NEON have 32 vector registers, the others 16.
+#if defined(__AVX512F__) || defined(__aarch64__)
+inline constexpr int kRegisters = 32;
+#else
+inline constexpr int kRegisters = 16;
+#endif
+
+inline constexpr int kLineBytes = 64;
+
+template <class T>
+constexpr long round_up(long n, T multiple) {
+  return (n + multiple - 1) / multiple * multiple;
+}
+
+inline void prefetch(const void* address) {
+#if defined(__GNUC__)
+  __builtin_prefetch(address, 0, 3);
+#else
+  (void)address;
+#endif
+}
+
+inline float widen(bfloat16 w) {
+  const uint32_t bits = static_cast<uint32_t>(w.bits) << 16;
+  float result;
+  std::memcpy(&result, &bits, sizeof result);
+  return result;
+}
+inline float widen(float w) { return w; }
+inline double widen(double w) { return w; }
+
+template <class T>
+inline Vec<T> load(const T* p) {
+  Vec<T> v;
+  std::memcpy(&v, p, sizeof v);
+  return v;
+}
+
+inline Vec<float> load(const bfloat16* p) {
+#if defined(FASTMAF_LANES_ARE_ONE)
+  return widen(*p);
+#else
+  typedef uint16_t Halves __attribute__((vector_size(kVectorBytes / 2)));
+  typedef uint32_t Words __attribute__((vector_size(kVectorBytes)));
+  Halves half;
+  std::memcpy(&half, p, sizeof half);
+  const Words bits = __builtin_convertvector(half, Words) << 16;
+  Vec<float> v;
+  std::memcpy(&v, &bits, sizeof v);
+  return v;
+#endif
+}
+
+// The first `count` numbers, zeros behind them; reads nothing else.
+template <class T, class W>
+inline Vec<T> load_part(const W* p, long count) {
+  T buffer[kLanes<T>] = {};
+  for (long i = 0; i < count; ++i) buffer[i] = widen(p[i]);
+  return load(buffer);
+}
+
+template <class T>
+inline void store(T* p, Vec<T> v) {
+  std::memcpy(p, &v, sizeof v);
+}
+
+template <class T>
+inline void store_part(T* p, Vec<T> v, long count) {
+  T buffer[kLanes<T>];
+  store(buffer, v);
+  for (long i = 0; i < count; ++i) p[i] = buffer[i];
+}
+
+template <class T>
+inline Vec<T> broadcast(T s) {
+  return s - Vec<T>{};  // not 0 + s: for s = -0 that is another number, so it would be computed
+}
+
+template <class T>
+inline T sum(Vec<T> v) {
+#if defined(__GNUC__) && !defined(__clang__) && !defined(FASTMAF_LANES_ARE_ONE)
+  IntVec<T> lane;
+  for (int i = 0; i < kLanes<T>; ++i) lane[i] = i;
+#pragma GCC unroll 4
+  for (int width = kLanes<T> / 2; width > 0; width /= 2) v += __builtin_shuffle(v, lane ^ width);
+  return v[0];
+#else
+  T buffer[kLanes<T>];
+  store(buffer, v);
+  for (int width = kLanes<T> / 2; width > 0; width /= 2)
+    for (int i = 0; i < width; ++i) buffer[i] += buffer[i + width];
+  return buffer[0];
+#endif
+}
+
+// Lanes at and above `count` become zero.
+template <class T>
+inline Vec<T> keep_first(Vec<T> v, long count) {
+  T buffer[kLanes<T>];
+  store(buffer, v);
+  for (long i = count < 0 ? 0 : count; i < kLanes<T>; ++i) buffer[i] = 0;
+  return load(buffer);
+}
+
+template <class T>
+inline Vec<T> square_root(Vec<T> v) {
+  T buffer[kLanes<T>];
+  store(buffer, v);
+  for (int i = 0; i < kLanes<T>; ++i) buffer[i] = std::sqrt(buffer[i]);
+  return load(buffer);
+}
+
+// v = n ln 2 + r with |r| <= ln 2 / 2; ln 2 in two parts, of which the first times n is exact.
+inline void reduce(Vec<float> v, Vec<float>& n, Vec<float>& r) {
+  const Vec<float> to_integer = broadcast(12582912.0f);  // 1.5 * 2^23: what is added to it is rounded to an integer
+  n = (v * 1.44269504f + to_integer) - to_integer;
+  r = (v - n * 0.693359375f) + n * 2.12194440e-4f;
+}
+
+inline Vec<float> power_of_two(Vec<float> n) {
+#if defined(FASTMAF_LANES_ARE_ONE)
+  const IntVec<float> bits = (static_cast<int32_t>(n) + 127) << 23;
+#else
+  const IntVec<float> bits = (__builtin_convertvector(n, IntVec<float>) + 127) << 23;
+#endif
+  Vec<float> result;
+  std::memcpy(&result, &bits, sizeof result);
+  return result;
+}
+
+// e^r - 1 for |r| <= ln 2 / 2 by its Taylor series, whose first dropped term is below 1e-8 of the result.
+inline Vec<float> small_expm1(Vec<float> r) {
+  Vec<float> p = r * (1.0f / 5040) + 1.0f / 720;
+  p = p * r + 1.0f / 120;
+  p = p * r + 1.0f / 24;
+  p = p * r + 1.0f / 6;
+  p = p * r + 0.5f;
+  return p * r * r + r;
+}
+
+inline Vec<float> exponential(Vec<float> v) {
+  v = (v > 89.0f) ? broadcast(89.0f) : v;  // the result is infinite or zero beyond; NaN stays NaN
+  v = (v < -104.0f) ? broadcast(-104.0f) : v;
+  Vec<float> n, r;
+  reduce(v, n, r);
+  // In two factors, as 2^128 and what is denormal are no float32 of that form.
+  const Vec<float> to_integer = broadcast(12582912.0f);
+  const Vec<float> half = (n * 0.5f + to_integer) - to_integer;
+  return (small_expm1(r) + 1.0f) * power_of_two(half) * power_of_two(n - half);
+}
+
+inline Vec<float> hyperbolic_tangent(Vec<float> v) {
+  // (e^2v - 1) / (e^2v + 1), with e^2v - 1 formed without cancellation near zero.
+  Vec<float> twice = v + v;
+  twice = (twice > 20.0f) ? broadcast(20.0f) : twice;  // 1 to the last bit beyond
+  twice = (twice < -20.0f) ? broadcast(-20.0f) : twice;
+  Vec<float> n, r;
+  reduce(twice, n, r);
+  const Vec<float> scale = power_of_two(n);
+  const Vec<float> e = scale * small_expm1(r) + (scale - 1.0f);
+  return e / (e + 2.0f);
+}
+
+inline Vec<double> exponential(Vec<double> v) {
+  double buffer[kLanes<double>];
+  store(buffer, v);
+  for (int i = 0; i < kLanes<double>; ++i) buffer[i] = std::exp(buffer[i]);
+  return load(buffer);
+}
+
+inline Vec<double> hyperbolic_tangent(Vec<double> v) {
+  double buffer[kLanes<double>];
+  store(buffer, v);
+  for (int i = 0; i < kLanes<double>; ++i) buffer[i] = std::tanh(buffer[i]);
+  return load(buffer);
+}
+
+}  // namespace fastmaf

@@ -1,0 +1,143 @@
+// A team of torch's threads, and memory for one call that is not given back to the system after it.
+#pragma once
+
+#include <atomic>
+#include <cstdlib>
+#include <new>
+
+#if defined(_OPENMP)
+#include <omp.h>
+#endif
+#if defined(__x86_64__) || defined(_M_X64)
+#include <immintrin.h>
+#endif
+#if defined(__unix__) || defined(__APPLE__)
+#include <sched.h>
+#endif
+
+namespace fastmaf {
+
+// A barrier in two halves: what does not depend on the others can be done between arriving and waiting.
+class Barrier {
+ public:
+  explicit Barrier(long size) : size_(size) {}
+  // Returns the ticket to wait with.
+  long arrive(long phase) {
+    arrived_.fetch_add(1, std::memory_order_acq_rel);
+    return (phase + 1) * size_;
+  }
+  void wait(long ticket) const {
+    for (int spins = 0; arrived_.load(std::memory_order_acquire) < ticket; ++spins) {
+#if defined(__x86_64__) || defined(_M_X64)
+      _mm_pause();
+#endif
+#if defined(__unix__) || defined(__APPLE__)
+      if (spins > 4000) sched_yield();  // more threads than cores: let the one that is waited for run
+#endif
+    }
+  }
+
+ private:
+  alignas(64) std::atomic<long> arrived_{0};
+  const long size_;
+};
+
+// One thread's view of its team.
+class Team {
+ public:
+  Team(long rank, long size, Barrier& barrier) : rank(rank), size(size), barrier_(barrier) {}
+  const long rank, size;
+
+  void arrive() {
+    if (size > 1) ticket_ = barrier_.arrive(phase_++);
+  }
+  void wait() {
+    if (size > 1) barrier_.wait(ticket_);
+  }
+  void sync() {
+    arrive();
+    wait();
+  }
+  // This thread's share of 0..n, in multiples of `group`.
+  void share(long n, long group, long& begin, long& end) const {
+    const long groups = (n + group - 1) / group;
+    begin = groups * rank / size * group;
+    end = groups * (rank + 1) / size * group;
+    begin = begin < n ? begin : n;
+    end = end < n ? end : n;
+  }
+
+ private:
+  Barrier& barrier_;
+  long phase_ = 0, ticket_ = 0;
+};
+
+// Runs body(Team&) on up to `threads` threads of torch's OpenMP pool; they may wait for each other.
+template <class Body>
+void run_team(long threads, const Body& body) {
+#if defined(_OPENMP)
+  if (threads > 1 && !omp_in_parallel()) {
+    Barrier* shared = nullptr;
+#pragma omp parallel num_threads(static_cast<int>(threads))
+    {
+#pragma omp single
+      shared = new Barrier(omp_get_num_threads());  // it may be fewer than asked for
+      Team team(omp_get_thread_num(), omp_get_num_threads(), *shared);
+      body(team);
+    }
+    delete shared;
+    return;
+  }
+#else
+  (void)threads;
+#endif
+  Barrier barrier(1);
+  Team team(0, 1, barrier);
+  body(team);
+}
+
+// Growing buffers of a thread, kept from call to call: fresh memory costs a page fault every 4 KB.
+class Scratch {
+ public:
+  enum Slot { kPack, kProduct, kGradient, kLevel, kLevelShared, kState, kSlots };
+
+  template <class T>
+  static T* get(Slot slot, long count) {
+    thread_local Scratch scratch;
+    return static_cast<T*>(scratch.grown(slot, static_cast<std::size_t>(count) * sizeof(T)));
+  }
+  ~Scratch() {
+    for (void* p : memory_) std::free(p);
+  }
+
+ private:
+  void* grown(Slot slot, std::size_t bytes) {
+    if (bytes > size_[slot]) {
+      std::free(memory_[slot]);
+      size_[slot] = (bytes + bytes / 4 + 4095) / 4096 * 4096;
+      memory_[slot] = std::aligned_alloc(4096, size_[slot]);
+      if (memory_[slot] == nullptr) {
+        size_[slot] = 0;
+        throw std::bad_alloc();
+      }
+    }
+    return memory_[slot];
+  }
+  void* memory_[kSlots] = {};
+  std::size_t size_[kSlots] = {};
+};
+
+// Denormal numbers count as zero in this scope: arithmetic on them is a hundred times slower, and Adam's moments of units
+// that have died decay to them.
+class FlushDenormals {
+ public:
+#if defined(__x86_64__) || defined(_M_X64)
+  FlushDenormals() : before_(_mm_getcsr()) { _mm_setcsr(before_ | 0x8040); }
+  ~FlushDenormals() { _mm_setcsr(before_); }
+
+ private:
+  const unsigned before_;
+#endif
+};
+
+}  // namespace fastmaf

@@ -1,0 +1,131 @@
+"""The gradient of a packed weight as what it is made of, for optimisers that never store it.
+
+The gradient of a weight is an outer product of small matrices: ``gradᵀ x`` over the batch. An optimiser that forms it
+tile by tile and updates the weight at once saves writing and reading as many numbers as the weight has. Such an
+optimiser registers as the *taker* of a weight; the backward passes of the ops then hand it these factors and return no
+gradient.
+"""
+
+from __future__ import annotations
+
+import math
+import weakref
+from collections.abc import Sequence
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+from torch.utils.weak import WeakIdKeyDictionary
+
+from fastmaf.kernels.backends import implementation
+
+
+class AdamNumbers(NamedTuple):
+    """The scalars of one step of Adam (Kingma and Ba 2015, algorithm 1), or AdamW when ``decoupled``.
+
+    Attributes:
+        step: the number of this step, from 1.
+        lr, beta1, beta2, eps, weight_decay, decoupled, maximize: as ``torch.optim.Adam`` names them.
+    """
+
+    step: int
+    lr: float
+    beta1: float
+    beta2: float
+    eps: float
+    weight_decay: float
+    decoupled: bool
+    maximize: bool
+
+    @property
+    def step_size(self) -> float:
+        """lr / (1 - beta1^step)."""
+        return self.lr / (1 - self.beta1**self.step)
+
+    @property
+    def correction2_sqrt(self) -> float:
+        """sqrt(1 - beta2^step)."""
+        return math.sqrt(1 - self.beta2**self.step)
+
+
+class Factors(NamedTuple):
+    """What one backward pass of an op makes the gradient of its weight from.
+
+    Attributes:
+        op: ``"masked_linear"`` or ``"affine_output"``.
+        batch: the op's tensors that have the batch as their first dimension.
+        weight, prefix, tiles: packed, and how.
+        options: the op's further arguments.
+        scale: the gradient is this many times what the tensors give.
+    """
+
+    op: str
+    batch: tuple[Tensor, ...]
+    weight: Tensor
+    prefix: Tensor
+    tiles: Tensor
+    options: tuple[Any, ...]
+    scale: float = 1.0
+
+    def _arguments(self) -> tuple[Any, ...]:
+        return (*self.batch, self.weight, self.prefix, self.tiles, *self.options)
+
+    def _backend(self) -> Any:
+        return implementation(self.op, self.batch[0])
+
+    def grad_inputs(self, need_inputs: bool) -> tuple[Tensor, ...]:
+        """Returns the gradients of everything but the weight; empty tensors where the inputs' are not needed."""
+        result: tuple[Tensor, ...] = self._backend().grad_inputs(*self._arguments(), need_inputs)
+        return result
+
+    def adam_(
+        self, exp_avg: Tensor, exp_avg_sq: Tensor, numbers: AdamNumbers, *, need_inputs: bool = False
+    ) -> tuple[Tensor, ...]:
+        """Takes a step of Adam with the gradient, in place; returns what ``grad_inputs`` does."""
+        result: tuple[Tensor, ...] = self._backend().adam_(
+            *self._arguments(), need_inputs, exp_avg, exp_avg_sq, numbers, self.scale
+        )
+        return result
+
+    def scaled(self, factor: float) -> Factors:
+        """Returns the factors of ``factor`` times this gradient."""
+        return self._replace(scale=self.scale * factor)
+
+    def squared_norm(self) -> float:
+        """Returns the sum of the squares of the gradient."""
+        return self.scale**2 * float(self._backend().squared_norm(*self._arguments()))
+
+    def grad_weight(self) -> Tensor:
+        """Returns the gradient itself, packed."""
+        result: Tensor = self._backend().grad_weight_of(*self._arguments())
+        return result.mul_(self.scale)
+
+
+def joined(factors: Sequence[Factors]) -> Factors:
+    """Returns the factors of the sum of several gradients of one weight, which have one scale."""
+    if len(factors) == 1:
+        return factors[0]
+    return factors[0]._replace(batch=tuple(torch.cat(parts) for parts in zip(*(f.batch for f in factors), strict=True)))
+
+
+class Taker(Protocol):
+    """What takes the gradient of a weight as factors."""
+
+    def take(self, factors: Factors, need_inputs: bool) -> tuple[Tensor, ...]:
+        """Keeps or applies the gradient; returns what ``Factors.grad_inputs`` does."""
+        ...
+
+
+# By the identity of the weight; the taker lives as long as its optimiser.
+_takers: WeakIdKeyDictionary = WeakIdKeyDictionary()
+
+
+def give_to(weight: Tensor, taker: Taker) -> None:
+    """Makes ``taker`` the taker of the gradient of ``weight``, in place of any other, for as long as it lives."""
+    _takers[weight] = weakref.ref(taker)
+
+
+def taker_of(weight: Tensor) -> Taker | None:
+    """Returns the taker of the gradient of ``weight``, if it has one."""
+    known: weakref.ref[Taker] | None = _takers.get(weight)
+    return None if known is None else known()
