@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from fastmaf.degrees import DegreeKind, OrderKind, hidden_degrees, orders, warn_if_disconnected
-from fastmaf.kernels import Block, chain_inverse
+from fastmaf.kernels import Block, chain_forward, chain_inverse
 from fastmaf.nn import MADE, Init
 from fastmaf.transforms import AffineAutoregressive, Permutation, Transform
 
@@ -66,8 +66,8 @@ class Flow(nn.Module):
         """
         self._check("x", x)
         ladj = x.new_zeros(x.shape[0])
-        for transform in self._transforms():
-            x, term = transform(x)
+        for run in _runs(self._transforms(), differentiable=_records_gradients(x, self)):
+            x, term = _chained(run, x, inverse=False) if len(run) > 1 else run[0](x)
             ladj = ladj + term
         return x, ladj
 
@@ -85,22 +85,10 @@ class Flow(nn.Module):
         """
         self._check("z", z)
         ladj = z.new_zeros(z.shape[0])
-        for run in self._inverse_runs(differentiable=_records_gradients(z, self)):
-            z, term = _chain_inverse(z, run) if len(run) > 1 else run[0].inverse(z)
+        for run in _runs(reversed(self._transforms()), differentiable=_records_gradients(z, self)):
+            z, term = _chained(run, z, inverse=True) if len(run) > 1 else run[0].inverse(z)
             ladj = ladj + term
         return z, ladj
-
-    def _inverse_runs(self, *, differentiable: bool) -> list[list[Transform]]:
-        """Returns the transforms in the order of inversion, in runs that one call can invert where none needs a
-        gradient.
-        """
-        runs: list[list[Transform]] = []
-        for transform in reversed(self._transforms()):
-            if runs and not differentiable and _chainable(runs[-1], transform):
-                runs[-1].append(transform)
-            else:
-                runs.append([transform])
-        return runs
 
     def log_prob(self, x: Tensor) -> Tensor:
         """Returns the log-density of ``x`` ``[N, D]``, ``[N]`` nats."""
@@ -203,34 +191,46 @@ class Flow(nn.Module):
         return [module for module in self.modules() if isinstance(module, MADE)]
 
 
-def _records_gradients(z: Tensor, flow: Flow) -> bool:
-    return torch.is_grad_enabled() and (z.requires_grad or any(p.requires_grad for p in flow.parameters()))
+def _records_gradients(x: Tensor, flow: Flow) -> bool:
+    return torch.is_grad_enabled() and (x.requires_grad or any(p.requires_grad for p in flow.parameters()))
 
 
-def _chainable(run: Sequence[Transform], transform: Transform) -> bool:
-    """Whether the call that inverts ``run`` can invert ``transform`` after it."""
-    together = [*run, transform]
-    if any(type(t) not in (AffineAutoregressive, Permutation) for t in together):
+def _runs(transforms: Iterable[Transform], *, differentiable: bool) -> list[list[Transform]]:
+    """Cuts transforms into runs that one op can take together, where none needs a gradient."""
+    runs: list[list[Transform]] = []
+    for transform in transforms:
+        if runs and not differentiable and _chainable([*runs[-1], transform]):
+            runs[-1].append(transform)
+        else:
+            runs.append([transform])
+    return runs
+
+
+def _chainable(run: Sequence[Transform]) -> bool:
+    if any(type(t) not in (AffineAutoregressive, Permutation) for t in run):
         return False
-    return len({t.made.activation for t in together if isinstance(t, AffineAutoregressive)}) <= 1
+    return len({t.made.activation for t in run if isinstance(t, AffineAutoregressive)}) <= 1
 
 
-def _chain_inverse(z: Tensor, run: Sequence[Transform]) -> tuple[Tensor, Tensor]:
-    """Inverts the transforms of a run in turn, in one call."""
+def _chained(run: Sequence[Transform], x: Tensor, *, inverse: bool) -> tuple[Tensor, Tensor]:
+    """Applies the transforms of a run, or their inverses, in turn and in one call."""
     blocks: list[Block] = []
     permutations: list[Tensor | None] = [None]  # before each block, and after the last one
     for transform in run:
         if isinstance(transform, AffineAutoregressive):
+            if inverse:
+                transform.check_invertible()
             blocks.append(transform.block())
             permutations.append(None)
         else:
             assert isinstance(transform, Permutation)
-            before, own = permutations[-1], transform.inverse_permutation
+            own = transform.inverse_permutation if inverse else transform.permutation
+            before = permutations[-1]
             permutations[-1] = own if before is None else before[own]
     if not blocks:
         assert permutations[0] is not None
-        return z[:, permutations[0]], z.new_zeros(z.shape[0])
-    return chain_inverse(z, blocks, permutations)
+        return x[:, permutations[0]], x.new_zeros(x.shape[0])
+    return (chain_inverse if inverse else chain_forward)(x, blocks, permutations)
 
 
 class MAF(Flow):

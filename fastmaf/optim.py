@@ -13,6 +13,9 @@ from fastmaf.kernels.factors import AdamNumbers, Factors, give_to, joined
 from fastmaf.kernels.native_library import prefer_huge_pages
 
 
+_TWICE = "minimize() met a weight that takes part in the loss twice: use loss.backward() and step() instead"
+
+
 class _Taker:
     """Takes the gradient of one weight: keeps its factors until the step, or applies them at once."""
 
@@ -108,29 +111,37 @@ class FusedAdam(torch.optim.Adam):
     def minimize(self, loss: Tensor) -> None:
         """Does what ``loss.backward()`` and ``step()`` do, in one pass over each weight.
 
-        Each layer is updated during the backward pass, right after the gradient of its input has been formed from the same
-        weights. A weight must take part in ``loss`` once.
+        Each layer is updated during the backward pass, right after the gradient of its input has been formed from the
+        same weights. A weight must take part in ``loss`` once: a second use is refused, but what came before it in the
+        backward pass has been updated by then.
 
         Args:
             loss: a scalar.
 
         Raises:
-            RuntimeError: gradients of an earlier backward pass wait for ``step``, or a weight is used twice.
+            RuntimeError: gradients of an earlier backward pass wait for ``step`` (nothing was changed), or a weight is
+                used twice.
         """
-        if any(taker.kept for taker in self._takers.values()):
+        if any(taker.kept or p.grad is not None for p, taker in self._takers.items()):
             raise RuntimeError(
-                "gradients of an earlier backward pass are waiting for step(): call step() or zero_grad() before minimize()"
+                "gradients of an earlier backward pass are waiting for step(): call step() or zero_grad() before "
+                "minimize()"
             )
+        updated: set[Tensor] = set()
         try:
             for group in self.param_groups:
                 for parameter in group["params"]:
-                    self._takers[parameter].apply = self._updater(parameter, group)
+                    self._takers[parameter].apply = self._updater(parameter, group, updated)
             loss.backward()
         finally:
             for taker in self._takers.values():
                 taker.apply = None
+        if any(parameter.grad is not None for parameter in updated):
+            self.zero_grad()
+            raise RuntimeError(_TWICE)
         with torch.no_grad():
             super().step()
+        self.zero_grad()
 
     @torch.no_grad()
     def clip_grad_norm_(self, max_norm: float) -> float:
@@ -161,17 +172,14 @@ class FusedAdam(torch.optim.Adam):
         taker.kept = []
         return factors
 
-    def _updater(self, parameter: Tensor, group: dict[str, Any]) -> Callable[[Factors, bool], tuple[Tensor, ...]]:
-        used = False
-
+    def _updater(
+        self, parameter: Tensor, group: dict[str, Any], updated: set[Tensor]
+    ) -> Callable[[Factors, bool], tuple[Tensor, ...]]:
         @torch.no_grad()
         def update(factors: Factors, need_inputs: bool) -> tuple[Tensor, ...]:
-            nonlocal used
-            if used:
-                raise RuntimeError(
-                    "minimize() met a weight that takes part in the loss twice: use loss.backward() and step() instead"
-                )
-            used = True
+            if parameter in updated:
+                raise RuntimeError(_TWICE)
+            updated.add(parameter)
             return self._update(parameter, group, factors, need_inputs=need_inputs)
 
         return update

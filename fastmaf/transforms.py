@@ -162,14 +162,11 @@ class AffineAutoregressive(Transform):
         return z, terms + log_scale
 
     def inverse(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        self.check_invertible()
         return level_inverse(z, *self.block())
 
-    def block(self) -> Block:
-        """Returns the block as the ops that invert it take it.
-
-        Raises:
-            NotInvertibleError: its output mask leaks.
-        """
+    def check_invertible(self) -> None:
+        """Raises NotInvertibleError where the output mask leaks."""
         if not self.made.strict:
             raise NotInvertibleError(
                 "this block has the leaky output mask (>= where it must be >): where an output shares its degree with "
@@ -177,6 +174,9 @@ class AffineAutoregressive(Transform):
                 "log-determinant is not the sum of the log-scales and its NLL is no density. It can score, not "
                 "sample; train with strict masks to sample"
             )
+
+    def block(self) -> Block:
+        """Returns the block as the ops that take several of them see it."""
         layers = self.made.layers
         return Block(
             [layer.weight for layer in layers],

@@ -81,7 +81,10 @@ class Factors(NamedTuple):
     def adam_(
         self, exp_avg: Tensor, exp_avg_sq: Tensor, numbers: AdamNumbers, *, need_inputs: bool = False
     ) -> tuple[Tensor, ...]:
-        """Takes a step of Adam with the gradient, in place; returns what ``grad_inputs`` does."""
+        """Takes a step of Adam with the gradient, in place; returns what ``grad_inputs`` does.
+
+        Scaled factors are for the step alone: the gradients returned with them mean nothing.
+        """
         result: tuple[Tensor, ...] = self._backend().adam_(
             *self._arguments(), need_inputs, exp_avg, exp_avg_sq, numbers, self.scale
         )

@@ -88,7 +88,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
 
 def _autograd(ctx: Any, grad_z: Tensor, grad_ladj: Tensor, grad_log_scale: Tensor) -> tuple[Tensor | None, ...]:
     h, weight, z, log_scale, prefix, tiles = ctx.saved_tensors
-    if (taker := taker_of(weight)) is not None:
+    if ctx.needs_input_grad[1] and (taker := taker_of(weight)) is not None:
         batch = grad_z, grad_ladj, grad_log_scale, h, z, log_scale
         grad_h, grad_bias, grad_x = taker.take(
             Factors("affine_output", batch, weight, prefix, tiles, (ctx.bound, ctx.soft)), True

@@ -17,14 +17,15 @@ void affine_output(const Packed<const W>& p, const T* bias, const T* h, const T*
   run_team(threads, [&](Team& team) {
     for (long n0 = 0; n0 < n; n0 += kTileSamples) {
       const Shape shape = Shape::of<T>(std::min(n - n0, kTileSamples));
-      forward_tile<T, W>(p, h + n0 * p.columns, shape, pack, team, [&](long row0, long row1, const T* c) {
+      forward_tile<T, W>(p, h + n0 * p.columns, shape, pack, team, [&](long row0, long row1, const Product<T>& c) {
         constexpr long kDims = 20 * kGroupRows;
         T shift[kDims], raw[kDims];
         const long d0 = row0 / 2, dims = (row1 - row0) / 2;
         for (long s = 0; s < shape.samples; ++s) {
+          const T* from = c.data + s * c.sample;
           for (long d = 0; d < dims; ++d) {
-            shift[d] = c[2 * d * shape.padded + s] + bias[row0 + 2 * d];
-            raw[d] = c[(2 * d + 1) * shape.padded + s] + bias[row0 + 2 * d + 1];
+            shift[d] = from[2 * d * c.row] + bias[row0 + 2 * d];
+            raw[d] = from[(2 * d + 1) * c.row] + bias[row0 + 2 * d + 1];
           }
           const long at = (n0 + s) * features + d0;
           double total = 0;

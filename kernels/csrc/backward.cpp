@@ -17,13 +17,16 @@ namespace {
 
 constexpr long kBlockRows = 8;
 constexpr long kStripRows = 64;  // rows whose g is formed, and whose share of grad_x is summed, at once
-constexpr int kWide = 3;         // vectors, and
+constexpr long kMostColumns = 512;
+template <class T>
+constexpr long kAhead = 4096 / sizeof(T);  // a page: rows follow each other in memory
+constexpr int kWide = 3;  // vectors, and
 constexpr int kHigh = 4;         // rows or samples, of which the accumulators of one inner loop fill the registers
 
 // Columns that go together: x and grad_x of all samples for them should stay in the second-level cache.
 template <class T>
 long strip_columns(long n) {
-  return std::clamp(round_up(8192 / std::max(n, 1L), 64), 64L, 512L);
+  return std::clamp(round_up(8192 / std::max(n, 1L), 64), 64L, kMostColumns);
 }
 
 // ---- where g comes from: fills g [rows][n] for row0..row1
@@ -59,8 +62,8 @@ void fill(const AffineGradient<T>& s, long rows, long n, long row0, long row1, T
     }
 }
 
-// ---- what becomes of grad_W: `apply` takes a vector of it at `at` in packed storage, of which `valid` numbers are visible and
-// `room` lie in the row; `skip` is told of columns that no row of the block sees
+// ---- what becomes of grad_W. `apply` takes a vector of it at `at` in packed storage, of which `valid` numbers are visible
+// and `room` lie in the row; Adam's `run` a row's visible part. `skip` is told of columns that no row of the block sees.
 
 template <class T>
 struct Sink;
@@ -74,8 +77,6 @@ struct Sink<WriteGradient<T>> {
     room >= kLanes<T> ? store(grad + at, v) : store_part(grad + at, v, room);
   }
   void skip(long at, long count) { std::fill(grad + at, grad + at + std::max(count, 0L), T(0)); }
-  void fetch(long) const {}
-  void finish(Team&) {}
 };
 
 template <class T>
@@ -94,28 +95,32 @@ struct Sink<AdamStep<T>> {
     v = beta2 * v + second * (g * g);
     w -= step_size * m / (square_root<T>(v) * correction + eps);
   }
-  void apply(long at, Vec<T> g, long valid, long) {
+  // A run of a row's gradient at once: as plain a loop over memory as Adam by itself would be.
+  void run(long at, const T* g, long count) const {
+    constexpr int L = kLanes<T>;
     T *w = t.weight + at, *m = t.exp_avg + at, *v = t.exp_avg_sq + at;
-    if (valid >= kLanes<T>) {
-      Vec<T> wv = load(w), mv = load(m), vv = load(v);
-      update(g, wv, mv, vv);
-      store(w, wv);
-      store(m, mv);
-      store(v, vv);
-    } else if (valid > 0) {
-      Vec<T> wv = load_part<T>(w, valid), mv = load_part<T>(m, valid), vv = load_part<T>(v, valid);
-      update(g, wv, mv, vv);
-      store_part(w, wv, valid);
-      store_part(m, mv, valid);
-      store_part(v, vv, valid);
+    long k = 0;
+    for (; k + L <= count; k += L) {
+      if (k % kLineNumbers<T> == 0) {
+        prefetch(m + k + kAhead<T>);
+        prefetch(v + k + kAhead<T>);
+      }
+      Vec<T> wv = load(w + k), mv = load(m + k), vv = load(v + k);
+      update(load(g + k), wv, mv, vv);
+      store(w + k, wv);
+      store(m + k, mv);
+      store(v + k, vv);
+    }
+    if (k < count) {
+      const long rest = count - k;
+      Vec<T> wv = load_part<T>(w + k, rest), mv = load_part<T>(m + k, rest), vv = load_part<T>(v + k, rest);
+      update(load(g + k), wv, mv, vv);
+      store_part(w + k, wv, rest);
+      store_part(m + k, mv, rest);
+      store_part(v + k, vv, rest);
     }
   }
   void skip(long, long) {}
-  void fetch(long at) const {
-    prefetch(t.exp_avg + at);
-    prefetch(t.exp_avg_sq + at);
-  }
-  void finish(Team&) {}
 };
 
 template <>
@@ -135,7 +140,6 @@ struct Sink<SquaredNorm> {
     sum_of_squares += sum<T>(v * v);
   }
   void skip(long, long) {}
-  void fetch(long) const {}
 
  private:
   static float sum_element(Vec<float>);
@@ -248,31 +252,30 @@ class Backward {
   template <int R>
   void weights(const Tile& tile, long r, long k0, long end, const T* g, const T* x, long ld) {
     long k = k0;
-    for (; k + kWide * kLanes<T> <= end; k += kWide * kLanes<T>) columns<R, kWide>(tile, r, k, g, x + (k - k0), ld);
-    for (; k < end; k += kLanes<T>) columns<R, 1>(tile, r, k, g, x + (k - k0), ld);
+    for (; k + kWide * kLanes<T> <= end; k += kWide * kLanes<T>) columns<R, kWide>(tile, r, k, k0, g, x + (k - k0), ld);
+    for (; k < end; k += kLanes<T>) columns<R, 1>(tile, r, k, k0, g, x + (k - k0), ld);
+    if constexpr (kStaged)
+      for (int i = 0; i < R; ++i) sink.run(offset(tile, r + i) + k0, stage_[i], std::min(end, p_.prefix[r + i]) - k0);
   }
 
   template <int R, int C>
-  void columns(const Tile& tile, long r, long k, const T* g, const T* x, long ld) {
+  void columns(const Tile& tile, long r, long k, long k0, const T* g, const T* x, long ld) {
     constexpr int L = kLanes<T>;
-    constexpr long kLine = kLineBytes / sizeof(T);
     Vec<T> acc[R][C];
     weight_product<T, R, C>(n_, g, x, ld, acc);
 #pragma GCC unroll 4
-    for (int i = 0; i < R; ++i) {
-      const long at = offset(tile, r + i) + k, next = at + kBlockRows * tile.width;
-      const long visible = p_.prefix[r + i] - k;
+    for (int i = 0; i < R; ++i)
 #pragma GCC unroll 4
       for (int c = 0; c < C; ++c) {
-        if (C == 1 || (c * L) % kLine == 0) {
-          prefetch(p_.weight + next + c * L);
-          sink.fetch(next + c * L);
-        }
-        sink.apply(at + c * L, acc[i][c], visible - c * L, tile.width - k - c * L);
+        if constexpr (kStaged)
+          store(stage_[i] + (k - k0) + c * L, acc[i][c]);
+        else
+          sink.apply(offset(tile, r + i) + k + c * L, acc[i][c], p_.prefix[r + i] - k - c * L, tile.width - k - c * L);
       }
-    }
   }
 
+  static constexpr bool kStaged = std::is_same_v<Target, AdamStep<T>>;
+  T stage_[kHigh][kMostColumns + 16];
   const Packed<const T>& p_;
   const long n_;
 
@@ -283,9 +286,9 @@ class Backward {
 template <class T>
 void sum_rows(const T* g, long rows, long n, T* grad_bias) {
   for (long r = 0; r < rows; ++r) {
-    T total = 0;
+    double total = 0;
     for (long s = 0; s < n; ++s) total += g[r * n + s];
-    grad_bias[r] = total;
+    grad_bias[r] = static_cast<T>(total);
   }
 }
 

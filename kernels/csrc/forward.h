@@ -23,7 +23,7 @@ long pack_numel(long columns, long n) {
   return std::max(whole, Activations<T>::numel(columns, Shape::of<T>(last)));
 }
 
-// Calls epilogue(row0, row1, C) with C [row1 - row0][shape.padded] = W x for this thread's rows, block by block.
+// Calls epilogue(row0, row1, C) with C = W x for this thread's rows, block by block.
 template <class T, class W, class Epilogue>
 void forward_tile(const Packed<const W>& p, const T* x, Shape shape, T* pack, Team& team, Epilogue&& epilogue) {
   const Activations<T> a = Activations<T>::over(pack, p.columns, shape);
@@ -35,11 +35,12 @@ void forward_tile(const Packed<const W>& p, const T* x, Shape shape, T* pack, Te
   p.share(team.rank, team.size, kGroupRows, row0, row1);
   // Where x is wider than one block of columns, many rows share it while it is in cache; else a block's product should be.
   const long rows = (p.columns > kDotColumns ? 40 : 4) * kGroupRows;
-  T* c = Scratch::get<T>(Scratch::kProduct, rows * shape.padded);
+  T* memory = Scratch::get<T>(Scratch::kProduct, rows * shape.padded);
+  const Product<T> c = shape.dot ? Product<T>{memory, 1, rows} : Product<T>{memory, shape.padded, 1};
   for (long r = row0; r < row1; r += rows) {
     const long r1 = std::min(r + rows, row1);
-    std::fill(c, c + (r1 - r) * shape.padded, T(0));
-    multiply_blocked(p, r, r1, a, c, shape.padded);
+    std::fill(memory, memory + rows * shape.padded, T(0));
+    multiply_blocked(p, r, r1, a, c);
     epilogue(r, r1, c);
   }
   team.sync();  // before another tile of samples takes the same memory

@@ -21,7 +21,8 @@ template <class T, class W>
 void affine_output(const Packed<const W>& p, const T* bias, const T* h, const T* x, long n, Bound bound, T* z, T* ladj,
                    T* log_scale, long threads);
 
-// Where the gradient of a layer's product comes from, times `scale`. `relu_of` is its output where a ReLU follows, else null.
+// Where the gradient of a layer's product comes from. `relu_of` is its output where a ReLU follows, else null. All that a pass
+// gives is `scale` times what these say, but for AffineGradient::grad_x.
 template <class T>
 struct LinearGradient {
   const T *grad_y, *relu_of;

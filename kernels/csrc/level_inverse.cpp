@@ -98,8 +98,8 @@ class BlockInverse {
     my_rows(s, row0, row1);
     row1 = std::min(row1, row0 + kAheadRows);
     start(out.bias, row0, row1, outputs_);
-    // Units beyond the finished ones are zero in this thread's own memory, so whole vectors may be read.
-    multiply(out.p, row0, row1, 0, round_up(done(hidden_ - 1, s - 2), kLanes<T>), values_[hidden_ - 1], outputs_, ld_);
+    // Units beyond the finished ones are zero in this thread's own memory, so whole cache lines may be read.
+    multiply(out.p, row0, row1, 0, round_up(done(hidden_ - 1, s - 2), kLineNumbers<T>), values_[hidden_ - 1], product(outputs_));
     for (long k = 0; k < hidden_; ++k) {
       const long first = done(k, s - 1), last = done(k, s);
       if (last == first) continue;
@@ -107,7 +107,7 @@ class BlockInverse {
       std::fill(c, c + (last - first) * ld_, T(0));
       long c0, c1;
       team_.share(done(k - 1, s - 2), 64, c0, c1);
-      multiply(block_.layers[k].p, first, last, c0, c1, input(k, x), c, ld_);
+      multiply(block_.layers[k].p, first, last, c0, c1, input(k, x), product(c));
     }
   }
 
@@ -124,7 +124,7 @@ class BlockInverse {
         start(out.bias, r, r1, outputs_);
         begin = 0;
       }
-      multiply(out.p, r, r1, begin, end, h, outputs_, ld_);
+      multiply(out.p, r, r1, begin, end, h, product(outputs_));
       finish_outputs(r / 2, r1 / 2, z, x, total);
     }
   }
@@ -161,7 +161,7 @@ class BlockInverse {
       const T* from = partial(k, s, t) + r0 * ld_;
       for (long i = 0; i < (r1 - r0) * ld_; ++i) c[i] += from[i];
     }
-    multiply(layer.p, first + r0, first + r1, c0, c1, input(k, x), c, ld_);
+    multiply(layer.p, first + r0, first + r1, c0, c1, input(k, x), product(c));
     if (shared) {
       team_.sync();
       c = finished_[k];
@@ -174,6 +174,8 @@ class BlockInverse {
         put(values_[k], r, n, block_.relu ? ((v < zero) ? zero : v) : v);
       }
   }
+
+  Product<T> product(T* c) const { return {c, ld_, 1}; }
 
   const Activations<T>& input(long k, const Activations<T>& x) const { return k == 0 ? x : values_[k - 1]; }
 
@@ -238,6 +240,7 @@ void level_inverse(const Block<T, W>* blocks, long block_count, const int64_t* p
   }
   // Two threads meet in a fraction of a microsecond: a level must be worth that.
   if (work * std::min(n, kTileSamples) < 1024) threads = 1;
+  threads = std::min(threads, available_cores());  // a level waits for its last thread: none may wait for a core
   const long numel = std::max(Activations<T>::numel(features, largest), Activations<T>::numel(features, last));
   T* z_tile = Scratch::get<T>(Scratch::kLevelShared, features * kTileSamples + numel + partials);
   T* x_tile = z_tile + features * kTileSamples;

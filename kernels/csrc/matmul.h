@@ -79,54 +79,73 @@ struct Activations {
   }
 };
 
+// Where a product goes: row r of sample n at data[r * row + n * sample]. The outer form needs sample == 1.
+template <class T>
+struct Product {
+  T* data;
+  long row, sample;
+  Product from(long r) const { return {data + r * row, row, sample}; }
+};
+
 namespace detail {
 
 template <class T, class W, int R, int N>
-inline void dot(const W* w, long w_stride, const T* x, long count, T* c, long c_stride) {
+inline void dot(const W* w, long w_stride, const T* x, long count, const Product<T>& c) {
   constexpr int L = kLanes<T>;
   constexpr int kUnroll = std::max<int>(1, kLineBytes / (L * sizeof(W)));
-  Vec<T> acc[R][N] = {};
-  const long ahead = 4 * w_stride;  // the next rows
+  constexpr int kSums = R * N, kEights = (kSums + 7) / 8 * 8;
+  const long ahead = std::max(2, R) * w_stride;  // the next rows
+  Vec<T> acc[kEights] = {};
+  const auto step = [&](const Vec<T>(&wv)[R], const T* xk) {
+#pragma GCC unroll 8
+    for (int n = 0; n < N; ++n) {
+      const Vec<T> xv = load(xk + n * kDotStride);
+#pragma GCC unroll 8
+      for (int r = 0; r < R; ++r) acc[r * N + n] += wv[r] * xv;
+    }
+  };
+  Vec<T> wv[R];
   long k = 0;
   for (; k + kUnroll * L <= count; k += kUnroll * L) {
-#pragma GCC unroll 12
-    for (int r = 0; r < R; ++r) prefetch(w + r * w_stride + k + ahead);
 #pragma GCC unroll 8
+    for (int r = 0; r < R; ++r) prefetch(w + r * w_stride + k + ahead);
+#pragma GCC unroll 16
     for (int u = 0; u < kUnroll; ++u) {
-      Vec<T> wv[R];
 #pragma GCC unroll 8
       for (int r = 0; r < R; ++r) wv[r] = load(w + r * w_stride + k + u * L);
-#pragma GCC unroll 8
-      for (int n = 0; n < N; ++n) {
-        const Vec<T> xv = load(x + n * kDotStride + k + u * L);
-#pragma GCC unroll 8
-        for (int r = 0; r < R; ++r) acc[r][n] += wv[r] * xv;
-      }
+      step(wv, x + k + u * L);
     }
   }
-  for (; k < count; k += L) {
-    const bool whole = k + L <= count;
-    for (int r = 0; r < R; ++r) {
-      const W* p = w + r * w_stride + k;
-      const Vec<T> wv = whole ? load(p) : load_part<T>(p, count - k);
-      for (int n = 0; n < N; ++n) {
-        const T* q = x + n * kDotStride + k;
-        acc[r][n] += wv * (whole ? load(q) : load_part<T>(q, count - k));
-      }
+  for (; k + L <= count; k += L) {
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r) wv[r] = load(w + r * w_stride + k);
+    step(wv, x + k);
+  }
+  if (k < count) {
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r) wv[r] = load_part<T>(w + r * w_stride + k, count - k);
+#pragma GCC unroll 8
+    for (int n = 0; n < N; ++n) {
+      const Vec<T> xv = load_part<T>(x + n * kDotStride + k, count - k);
+#pragma GCC unroll 8
+      for (int r = 0; r < R; ++r) acc[r * N + n] += wv[r] * xv;
     }
   }
+  T sums[kEights];
+#pragma GCC unroll 2
+  for (int i = 0; i < kEights; i += 8) eight_sums<T>(acc + i, sums + i);
+#pragma GCC unroll 8
   for (int r = 0; r < R; ++r)
-    for (int n = 0; n < N; ++n) c[r * c_stride + n] += sum<T>(acc[r][n]);
+#pragma GCC unroll 8
+    for (int n = 0; n < N; ++n) c.data[r * c.row + n * c.sample] += sums[r * N + n];
 }
 
 template <class T, class W, int N>
-void dot_rows(long rows, const W* w, long w_stride, const T* x, long count, T* c, long c_stride) {
+void dot_rows(long rows, const W* w, long w_stride, const T* x, long count, Product<T> c) {
   // As many rows at once as leave registers for one vector of each row and one of x.
   constexpr int R = N == 1 ? 4 : std::max(1, std::min(4, (kRegisters - 4) / (N + 1)));
-  for (; rows >= R; rows -= R, w += R * w_stride, c += R * c_stride)
-    dot<T, W, R, N>(w, w_stride, x, count, c, c_stride);
-  for (; rows > 0; --rows, w += w_stride, c += c_stride)
-    dot<T, W, 1, N>(w, w_stride, x, count, c, c_stride);
+  for (; rows >= R; rows -= R, w += R * w_stride, c = c.from(R)) dot<T, W, R, N>(w, w_stride, x, count, c);
+  for (; rows > 0; --rows, w += w_stride, c = c.from(1)) dot<T, W, 1, N>(w, w_stride, x, count, c);
 }
 
 // KU independent sums over k hide the latency of a multiply-add where R * C accumulators are too few for that.
@@ -185,10 +204,10 @@ void outer_columns(const T* w, long w_stride, const T* x, long panel_stride, lon
 
 inline constexpr long kGroupRows = 12;     // rows that are handled together; even, so that pairs stay together
 
-// Rows `row0..row1` of one tile, columns k0..k1; C is [row1 - row0][ld_c].
+// Rows `row0..row1` of one tile, columns k0..k1; C starts at row0.
 template <class T, class W>
 void multiply_tile(const Packed<W>& p, const Tile& tile, long row0, long row1, long k0, long k1, const Activations<T>& x,
-                   T* c, long ld_c) {
+                   const Product<T>& c) {
   const long rows = row1 - row0, w_stride = tile.width;
   const W* w = p.row(tile, row0);
   if (k1 <= k0) return;
@@ -196,7 +215,7 @@ void multiply_tile(const Packed<W>& p, const Tile& tile, long row0, long row1, l
     for (long r = 0; r < rows; ++r)
       for (long k = k0; k < k1; ++k) {
         const T wk = widen(w[r * w_stride + k]);
-        for (long n = 0; n < x.shape.samples; ++n) c[r * ld_c + n] += wk * x.at(n, k);
+        for (long n = 0; n < x.shape.samples; ++n) c.data[r * c.row + n * c.sample] += wk * x.at(n, k);
       }
     return;
   }
@@ -204,13 +223,13 @@ void multiply_tile(const Packed<W>& p, const Tile& tile, long row0, long row1, l
   if (x.shape.dot) {
     const long block_end = k0 / kDotColumns * kDotColumns + kDotColumns;
     if (k1 > block_end) {
-      multiply_tile(p, tile, row0, row1, k0, block_end, x, c, ld_c);
-      return multiply_tile(p, tile, row0, row1, block_end, k1, x, c, ld_c);
+      multiply_tile(p, tile, row0, row1, k0, block_end, x, c);
+      return multiply_tile(p, tile, row0, row1, block_end, k1, x, c);
     }
     switch (x.shape.samples) {
 #define FASTMAF_DOT(N) \
   case N:              \
-    return detail::dot_rows<T, W, N>(rows, w + k0, w_stride, &x.at(0, k0), k1 - k0, c, ld_c);
+    return detail::dot_rows<T, W, N>(rows, w + k0, w_stride, &x.at(0, k0), k1 - k0, c);
       FASTMAF_DOT(1) FASTMAF_DOT(2) FASTMAF_DOT(3) FASTMAF_DOT(4)
       FASTMAF_DOT(5) FASTMAF_DOT(6) FASTMAF_DOT(7) FASTMAF_DOT(8)
 #undef FASTMAF_DOT
@@ -226,7 +245,7 @@ void multiply_tile(const Packed<W>& p, const Tile& tile, long row0, long row1, l
     a_stride = w_stride;
   } else {
     for (; k1 - k0 > kOuterColumns; k0 += kOuterColumns)
-      multiply_tile(p, tile, row0, row1, k0, k0 + kOuterColumns, x, c, ld_c);
+      multiply_tile(p, tile, row0, row1, k0, k0 + kOuterColumns, x, c);
     for (long r = 0; r < rows; ++r) {
       const W* q = w + r * w_stride + k0;
       T* to = widened + r * kOuterColumns;
@@ -248,31 +267,32 @@ void multiply_tile(const Packed<W>& p, const Tile& tile, long row0, long row1, l
   long r = 0;
   if (vectors == 1)
     for (; r + 12 <= rows; r += 12)
-      detail::outer<T, 12, 1, 1>(a + r * a_stride, a_stride, xk, k0, k1, c + r * ld_c, ld_c, a_ahead);
+      detail::outer<T, 12, 1, 1>(a + r * a_stride, a_stride, xk, k0, k1, c.data + r * c.row, c.row, a_ahead);
   for (; r + 6 <= rows; r += 6)
-    detail::outer_columns<T, 6, 1, 1>(a + r * a_stride, a_stride, xk, x.ld, vectors, k0, k1, c + r * ld_c, ld_c, a_ahead);
+    detail::outer_columns<T, 6, 1, 1>(a + r * a_stride, a_stride, xk, x.ld, vectors, k0, k1, c.data + r * c.row, c.row, a_ahead);
   for (; r + 2 <= rows; r += 2)
-    detail::outer_columns<T, 2, 4, 2>(a + r * a_stride, a_stride, xk, x.ld, vectors, k0, k1, c + r * ld_c, ld_c, a_ahead);
+    detail::outer_columns<T, 2, 4, 2>(a + r * a_stride, a_stride, xk, x.ld, vectors, k0, k1, c.data + r * c.row, c.row, a_ahead);
   for (; r < rows; ++r)
-    detail::outer_columns<T, 1, 4, 4>(a + r * a_stride, a_stride, xk, x.ld, vectors, k0, k1, c + r * ld_c, ld_c, a_ahead);
+    detail::outer_columns<T, 1, 4, 4>(a + r * a_stride, a_stride, xk, x.ld, vectors, k0, k1, c.data + r * c.row, c.row, a_ahead);
 }
 
 // Rows `row0..row1`, wherever their tiles end; columns k0..k1 as far as each group of rows sees. C starts at row0.
 template <class T, class W>
-void multiply(const Packed<W>& p, long row0, long row1, long k0, long k1, const Activations<T>& x, T* c, long ld_c) {
+void multiply(const Packed<W>& p, long row0, long row1, long k0, long k1, const Activations<T>& x,
+              const Product<T>& c) {
   p.groups(row0, row1, kGroupRows, [&](const Tile& tile, long r0, long r1) {
     const long end = std::min(k1, p.template visible<T>(tile, r1));
-    multiply_tile(p, tile, r0, r1, k0, end, x, c + (r0 - row0) * ld_c, ld_c);
+    multiply_tile(p, tile, r0, r1, k0, end, x, c.from(r0 - row0));
   });
 }
 
 // The same over all columns, a block of columns at a time, so that its activations stay in cache.
 template <class T, class W>
-void multiply_blocked(const Packed<W>& p, long row0, long row1, const Activations<T>& x, T* c, long ld_c) {
+void multiply_blocked(const Packed<W>& p, long row0, long row1, const Activations<T>& x, const Product<T>& c) {
   if (row1 <= row0) return;
   const long block = x.shape.dot ? kDotColumns : kOuterColumns;
   const long columns = p.prefix[row1 - 1];
-  for (long k0 = 0; k0 < columns; k0 += block) multiply(p, row0, row1, k0, k0 + block, x, c, ld_c);
+  for (long k0 = 0; k0 < columns; k0 += block) multiply(p, row0, row1, k0, k0 + block, x, c);
 }
 
 }  // namespace fastmaf

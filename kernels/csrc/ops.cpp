@@ -3,6 +3,8 @@
 #include <ATen/Parallel.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
+#include <ATen/ops/index_select.h>
+#include <ATen/ops/zeros.h>
 #include <torch/library.h>
 
 #include <cstring>
@@ -177,10 +179,12 @@ std::tuple<Tensor, Tensor> masked_linear_adam_(const Tensor& grad_y, const Tenso
                        using T = decltype(t);
                        const auto target = adam_step<T>(op, weight, exp_avg, exp_avg_sq, adam);
                        Tensor grad_x = need_grad_x ? at::empty_like(x) : at::empty({0}, x.options());
-                       Tensor grad_bias = at::empty({p.rows}, x.options());
+                       // A scale is for the weight alone: the others' gradients are not formed then.
+                       TORCH_CHECK(scale == 1 || !need_grad_x, op, ": a scale goes with need_grad_x = False; found ", scale);
+                       Tensor grad_bias = at::empty({scale == 1 ? p.rows : 0}, x.options());
                        fastmaf::linear_backward(p, source, x.const_data_ptr<T>(), n,
                                                 need_grad_x ? grad_x.mutable_data_ptr<T>() : nullptr,
-                                                grad_bias.mutable_data_ptr<T>(), target, threads());
+                                                scale == 1 ? grad_bias.mutable_data_ptr<T>() : nullptr, target, threads());
                        return std::make_tuple(grad_x, grad_bias);
                      });
 }
@@ -284,9 +288,10 @@ std::tuple<Tensor, Tensor, Tensor> affine_output_adam_(const Tensor& grad_z, con
     using T = decltype(t);
     const auto target = adam_step<T>(op, weight, exp_avg, exp_avg_sq, adam);
     Tensor grad_h = need_inputs ? at::empty_like(h) : at::empty({0}, h.options());
-    Tensor grad_bias = at::empty({p.rows}, h.options());
+    TORCH_CHECK(scale == 1 || !need_inputs, op, ": a scale goes with need_inputs = False; found ", scale);
+    Tensor grad_bias = at::empty({scale == 1 ? p.rows : 0}, h.options());
     fastmaf::linear_backward(p, source, h.const_data_ptr<T>(), n, need_inputs ? grad_h.mutable_data_ptr<T>() : nullptr,
-                             grad_bias.mutable_data_ptr<T>(), target, threads());
+                             scale == 1 ? grad_bias.mutable_data_ptr<T>() : nullptr, target, threads());
     return std::make_tuple(grad_h, grad_bias, grad_x);
   });
 }
@@ -303,20 +308,52 @@ double affine_output_squared_norm(const Tensor& grad_z, const Tensor& grad_ladj,
   });
 }
 
-// ---- level_inverse
+// ---- chains of blocks
+
+void check_chain(const char* op, TensorList weights, TensorList biases, TensorList prefixes, TensorList tiles,
+                 std::size_t blocks, TensorList permutations, at::ArrayRef<double> bounds, const c10::List<bool>& softs) {
+  TORCH_CHECK(weights.size() == biases.size() && weights.size() == prefixes.size() && weights.size() == tiles.size(), op,
+              ": weights, biases, prefixes and tiles must have one entry per layer; found ", weights.size(), ", ", biases.size(),
+              ", ", prefixes.size(), ", ", tiles.size());
+  TORCH_CHECK(bounds.size() == blocks && softs.size() == blocks && permutations.size() == blocks + 1 && blocks > 0 &&
+                  !weights.empty(),
+              op, ": bounds and softs must have one entry per block and permutations one more; found ", blocks, " blocks, ",
+              bounds.size(), ", ", softs.size(), ", ", permutations.size());
+}
+
+std::tuple<Tensor, Tensor> chain_forward(const Tensor& input, TensorList weights, TensorList biases, TensorList prefixes,
+                                         TensorList tiles, at::IntArrayRef depths, TensorList permutations, bool relu,
+                                         at::ArrayRef<double> bounds, c10::List<bool> softs) {
+  const char* op = "chain_forward";
+  batch(op, "x", input);
+  check_chain(op, weights, biases, prefixes, tiles, depths.size(), permutations, bounds, softs);
+  Tensor x = input, ladj = at::zeros({input.size(0)}, input.options());
+  std::size_t layer = 0;
+  for (std::size_t b = 0; b < depths.size(); ++b) {
+    TORCH_CHECK(depths[b] >= 2 && layer + depths[b] <= weights.size(), op, ": block ", b, " has ", depths[b], " layers, but only ",
+                weights.size() - layer, " weights are left");
+    if (permutations[b].numel() > 0) x = at::index_select(x, 1, permutations[b]);
+    Tensor h = x;
+    for (long k = 0; k + 1 < depths[b]; ++k, ++layer)
+      h = masked_linear(h, weights[layer], biases[layer], prefixes[layer], tiles[layer], relu);
+    Tensor z, term, log_scale;
+    std::tie(z, term, log_scale) =
+        affine_output(h, weights[layer], biases[layer], x, prefixes[layer], tiles[layer], bounds[b], softs.get(b));
+    ++layer;
+    x = z;
+    ladj.add_(term);
+  }
+  TORCH_CHECK(layer == weights.size(), op, ": ", weights.size() - layer, " weights belong to no block");
+  if (permutations.back().numel() > 0) x = at::index_select(x, 1, permutations.back());
+  return std::make_tuple(x, ladj);
+}
 
 std::tuple<Tensor, Tensor> level_inverse(const Tensor& z, TensorList weights, TensorList biases, TensorList prefixes,
                                          TensorList tiles, TensorList schedules, TensorList permutations, bool relu,
                                          at::ArrayRef<double> bounds, c10::List<bool> softs) {
   const char* op = "level_inverse";
   const long n = batch(op, "z", z), features = z.size(1), blocks = schedules.size();
-  TORCH_CHECK(weights.size() == biases.size() && weights.size() == prefixes.size() && weights.size() == tiles.size(), op,
-              ": weights, biases, prefixes and tiles must have one entry per layer; found ", weights.size(), ", ", biases.size(),
-              ", ", prefixes.size(), ", ", tiles.size());
-  TORCH_CHECK(static_cast<long>(bounds.size()) == blocks && static_cast<long>(softs.size()) == blocks &&
-                  static_cast<long>(permutations.size()) == blocks + 1 && blocks > 0 && !weights.empty(),
-              op, ": bounds and softs must have one entry per block and permutations one more; found ", blocks, " blocks, ",
-              bounds.size(), ", ", softs.size(), ", ", permutations.size());
+  check_chain(op, weights, biases, prefixes, tiles, blocks, permutations, bounds, softs);
   return for_dtypes(op, z, weights[0], [&](auto t, auto w) {
     using T = decltype(t);
     using W = decltype(w);
@@ -438,6 +475,8 @@ TORCH_LIBRARY(fastmaf_native, m) {
         ", float bound, bool soft, bool need_inputs, float scale, float[] adam) -> (Tensor, Tensor, Tensor)");
   m.def("affine_output_squared_norm(" FASTMAF_AFFINE "Tensor weight, Tensor z, Tensor log_scale, " FASTMAF_LAYER
         ", float bound, bool soft) -> float");
+  m.def("chain_forward(Tensor x, Tensor[] weights, Tensor[] biases, Tensor[] prefixes, Tensor[] tiles, int[] depths, "
+        "Tensor[] permutations, bool relu, float[] bounds, bool[] softs) -> (Tensor, Tensor)");
   m.def("level_inverse(Tensor z, Tensor[] weights, Tensor[] biases, Tensor[] prefixes, Tensor[] tiles, Tensor[] schedules, "
         "Tensor[] permutations, bool relu, float[] bounds, bool[] softs) -> (Tensor, Tensor)");
   m.def("prefer_huge_pages(Tensor t) -> ()", &prefer_huge_pages);
@@ -454,5 +493,6 @@ TORCH_LIBRARY_IMPL(fastmaf_native, CPU, m) {
   m.impl("affine_output_backward", &affine_output_backward);
   m.impl("affine_output_adam_", &affine_output_adam_);
   m.impl("affine_output_squared_norm", &affine_output_squared_norm);
+  m.impl("chain_forward", &chain_forward);
   m.impl("level_inverse", &level_inverse);
 }

@@ -33,10 +33,10 @@ struct Packed {
 
   W* row(const Tile& tile, long r) const { return weight + tile.offset + (r - tile.row_start) * tile.width; }
 
-  // Columns to read for rows that end at `row_end`: what its last row sees, in whole vectors where the tile is as wide.
+  // Columns to read for rows that end at `row_end`: what its last row sees, in whole cache lines where the tile is as wide.
   template <class T>
   long visible(const Tile& tile, long row_end) const {
-    return std::min<long>(round_up(prefix[row_end - 1], kLanes<T>), tile.width);
+    return std::min<long>(round_up(prefix[row_end - 1], kLineNumbers<T>), tile.width);
   }
 
   const Tile* find(long row) const {

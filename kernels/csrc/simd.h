@@ -52,6 +52,9 @@ inline constexpr int kRegisters = 16;
 #endif
 
 inline constexpr int kLineBytes = 64;
+// A cache line of T; never less than a vector.
+template <class T>
+inline constexpr int kLineNumbers = kLineBytes / sizeof(T);
 
 template <class T>
 constexpr long round_up(long n, T multiple) {
@@ -139,6 +142,35 @@ inline T sum(Vec<T> v) {
 #endif
 }
 
+// Lane i < 8 of the result's buffer is the sum of v[i]: together that takes half the work of eight separate sums.
+template <class T>
+inline void eight_sums(const Vec<T>* v, T* to) {
+#if defined(__GNUC__) && !defined(__clang__) && defined(__AVX__) && !defined(FASTMAF_LANES_ARE_ONE)
+  if constexpr (sizeof(T) == 4) {
+    typedef float V __attribute__((vector_size(32)));
+    typedef int32_t I __attribute__((vector_size(32)));
+    const auto add_pairs = [](V a, V b) {
+      return __builtin_shuffle(a, b, I{0, 2, 8, 10, 4, 6, 12, 14}) + __builtin_shuffle(a, b, I{1, 3, 9, 11, 5, 7, 13, 15});
+    };
+    V w[8];
+#pragma GCC unroll 8
+    for (int i = 0; i < 8; ++i) {
+      V halves[kVectorBytes / 32];
+      std::memcpy(halves, &v[i], sizeof halves);
+      w[i] = halves[0];
+      if constexpr (kVectorBytes == 64) w[i] += halves[kVectorBytes / 32 - 1];
+    }
+    const V low = add_pairs(add_pairs(w[0], w[1]), add_pairs(w[2], w[3]));
+    const V high = add_pairs(add_pairs(w[4], w[5]), add_pairs(w[6], w[7]));
+    const V total = __builtin_shuffle(low, high, I{0, 1, 2, 3, 8, 9, 10, 11}) +
+                    __builtin_shuffle(low, high, I{4, 5, 6, 7, 12, 13, 14, 15});
+    std::memcpy(to, &total, sizeof total);
+    return;
+  }
+#endif
+  for (int i = 0; i < 8; ++i) to[i] = sum<T>(v[i]);
+}
+
 // Lanes at and above `count` become zero.
 template <class T>
 inline Vec<T> keep_first(Vec<T> v, long count) {
@@ -165,7 +197,7 @@ inline void reduce(Vec<float> v, Vec<float>& n, Vec<float>& r) {
 
 inline Vec<float> power_of_two(Vec<float> n) {
 #if defined(FASTMAF_LANES_ARE_ONE)
-  const IntVec<float> bits = (static_cast<int32_t>(n) + 127) << 23;
+  const uint32_t bits = n == n ? (static_cast<uint32_t>(static_cast<int32_t>(n)) + 127) << 23 : 0;  // NaN is no integer
 #else
   const IntVec<float> bits = (__builtin_convertvector(n, IntVec<float>) + 127) << 23;
 #endif

@@ -14,8 +14,19 @@
 #if defined(__unix__) || defined(__APPLE__)
 #include <sched.h>
 #endif
+#include <thread>
 
 namespace fastmaf {
+
+// The processors that this process may run on.
+inline long available_cores() {
+#if defined(__linux__)
+  cpu_set_t set;
+  if (sched_getaffinity(0, sizeof set, &set) == 0) return CPU_COUNT(&set);
+#endif
+  const long cores = std::thread::hardware_concurrency();
+  return cores > 0 ? cores : 1;
+}
 
 // A barrier in two halves: what does not depend on the others can be done between arriving and waiting.
 class Barrier {

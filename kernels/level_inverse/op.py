@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from fastmaf.kernels.backends import implementation
+from fastmaf.kernels.block import CHAIN_SCHEMA, Block, chain
 from fastmaf.kernels.masked_linear.op import check_activation
 
 _LAYERS = (
@@ -93,10 +94,7 @@ _forward.register_autograd(_autograd, setup_context=_setup_context)
 @torch.library.custom_op(
     "fastmaf::chain_inverse",
     mutates_args=(),
-    schema=(
-        "(Tensor z, Tensor[] weights, Tensor[] biases, Tensor[] prefixes, Tensor[] tiles, Tensor[] schedules,"
-        " Tensor[] permutations, str activation, float[] bounds, bool[] softs) -> (Tensor, Tensor)"
-    ),
+    schema=f"(Tensor z, {CHAIN_SCHEMA}) -> (Tensor, Tensor)",
 )
 def _chain(
     z: Tensor,
@@ -121,19 +119,6 @@ def _(z: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
     return z.new_empty(z.shape), z.new_empty(z.shape[0])
 
 
-class Block(NamedTuple):
-    """One affine autoregressive block, as ``level_inverse`` takes it after ``z``."""
-
-    weights: list[Tensor]
-    biases: list[Tensor]
-    prefixes: list[Tensor]
-    tiles: list[Tensor]
-    schedule: Tensor
-    activation: str
-    bound: float
-    soft: bool
-
-
 def chain_inverse(z: Tensor, blocks: Sequence[Block], permutations: Sequence[Tensor | None]) -> tuple[Tensor, Tensor]:
     """Inverts several blocks in turn, in one call that autograd does not see through.
 
@@ -147,28 +132,9 @@ def chain_inverse(z: Tensor, blocks: Sequence[Block], permutations: Sequence[Ten
         ``x`` ``[N, D]`` and ``ladj`` ``[N]`` = log |det dx/dz| in nats.
 
     Raises:
-        ValueError: there is no block, an activation is unknown, or they differ.
+        ValueError: there is no block, an activation is unknown, they differ, or permutations are not one more.
     """
-    activations = {block.activation for block in blocks}
-    if len(activations) != 1 or len(permutations) != len(blocks) + 1:
-        raise ValueError(
-            f"a chain needs blocks of one activation and one permutation more than blocks; found {len(blocks)} blocks, "
-            f"activations {sorted(activations)}, {len(permutations)} permutations"
-        )
-    check_activation(activation := activations.pop())
-    none = torch.empty(0, dtype=torch.int64, device=z.device)
-    result: tuple[Tensor, Tensor] = _chain(
-        z.contiguous(),
-        [weight.contiguous() for block in blocks for weight in block.weights],
-        [bias.contiguous() for block in blocks for bias in block.biases],
-        [prefix for block in blocks for prefix in block.prefixes],
-        [table for block in blocks for table in block.tiles],
-        [block.schedule for block in blocks],
-        [none if permutation is None else permutation for permutation in permutations],
-        activation,
-        [block.bound for block in blocks],
-        [block.soft for block in blocks],
-    )
+    result: tuple[Tensor, Tensor] = _chain(z.contiguous(), *chain(blocks, permutations))
     return result
 
 

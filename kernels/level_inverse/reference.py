@@ -112,14 +112,7 @@ def chain(
     bounds: Sequence[float],
     softs: Sequence[bool],
 ) -> tuple[Tensor, Tensor]:
-    """Returns ``x`` and ``ladj`` of several blocks' inverses in turn.
-
-    Args:
-        weights, biases, prefixes, tiles: of all layers of the first block, then of the second, and so on.
-        schedules, bounds, softs: one entry per block.
-        permutations: one entry per block, applied before it (``z[:, permutation]``), and one for after the last; empty
-            where there is none.
-    """
+    """Returns ``x`` and ``ladj`` of several blocks' inverses in turn; see ``fastmaf.kernels.block.Chain``."""
     ladj, first = z.new_zeros(z.shape[0]), 0
     for schedule, permutation, bound, soft in zip(schedules, permutations[:-1], bounds, softs, strict=True):
         layers = slice(first, first + schedule.shape[1])

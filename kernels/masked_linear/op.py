@@ -85,7 +85,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 def _autograd(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
     x, weight, prefix, tiles, y = ctx.saved_tensors
     need_grad_x = ctx.needs_input_grad[0]
-    if (taker := taker_of(weight)) is not None:
+    if ctx.needs_input_grad[1] and (taker := taker_of(weight)) is not None:
         factors = Factors("masked_linear", (grad_y, x, y), weight, prefix, tiles, (ctx.activation,))
         grad_x, grad_bias = taker.take(factors, need_grad_x)
         return grad_x if need_grad_x else None, None, grad_bias, None, None, None
