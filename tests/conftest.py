@@ -1,4 +1,4 @@
-"""What every test gets: one hypothesis profile, and the backend choice put back after each test."""
+"""What every test gets: one hypothesis profile, the backend choice put back after each test, and each backend in turn."""
 
 from __future__ import annotations
 
@@ -22,3 +22,14 @@ def default_backend() -> Iterator[None]:
     before = backends.chosen()
     yield
     backends.use_backend(before)
+
+
+@pytest.fixture(params=["reference", "native"])
+def backend(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Runs a test on each backend of the CPU; skips those that this installation lacks, and says why."""
+    name: str = request.param
+    for op in backends.OPS:
+        if (reason := backends.missing(op, name)) is not None:
+            pytest.skip(reason)
+    with backends.use_backend(name):
+        yield name

@@ -61,7 +61,7 @@ def detached(arguments: Any) -> Any:
 
 @pytest.mark.parametrize("activation", ["identity", "relu"])
 @pytest.mark.parametrize("batch", [0, 1, 3])
-def test_opcheck_masked_linear(batch: int, activation: str) -> None:
+def test_opcheck_masked_linear(backend: str, batch: int, activation: str) -> None:
     arguments = (*linear_arguments(parts(), batch, grad=True), activation)
     torch.library.opcheck(torch.ops.fastmaf.masked_linear.default, arguments)
     x, weight, bias, prefix, tiles, _ = detached(arguments)
@@ -72,7 +72,7 @@ def test_opcheck_masked_linear(batch: int, activation: str) -> None:
 
 
 @pytest.mark.parametrize("bound, soft", BOUNDS)
-def test_opcheck_affine_output(bound: float, soft: bool) -> None:
+def test_opcheck_affine_output(backend: str, bound: float, soft: bool) -> None:
     for batch in (0, 3):
         arguments = (*affine_arguments(parts(), batch, grad=True), bound, soft)
         torch.library.opcheck(torch.ops.fastmaf.affine_output.default, arguments)
@@ -84,13 +84,13 @@ def test_opcheck_affine_output(bound: float, soft: bool) -> None:
 
 
 @pytest.mark.parametrize("grad", [False, True])
-def test_opcheck_level_inverse(grad: bool) -> None:
+def test_opcheck_level_inverse(backend: str, grad: bool) -> None:
     z, weights, biases, prefixes, tiles, *rest = inverse_arguments(parts(), 3, grad=grad)
     arguments = (z, weights, biases, prefixes, tiles, *rest, 5.0, False)
     torch.library.opcheck(torch.ops.fastmaf.level_inverse.default, arguments)
 
 
-def test_opcheck_level_inverse_backward() -> None:
+def test_opcheck_level_inverse_backward(backend: str) -> None:
     z, weights, biases, prefixes, tiles, *rest = inverse_arguments(parts(), 3)
     arguments = (
         normal(3, FEATURES, seed=2),
@@ -109,7 +109,7 @@ def test_opcheck_level_inverse_backward() -> None:
 
 @pytest.mark.parametrize("activation", ["identity", "relu"])
 @pytest.mark.parametrize("batch", [0, 1, 5])
-def test_masked_linear_against_dense(batch: int, activation: str) -> None:
+def test_masked_linear_against_dense(backend: str, batch: int, activation: str) -> None:
     made = parts(degrees="random", hidden_features=(31, 9))
     layer = made.hidden[0]
     assert len(layer.layout.tiles) > 1
@@ -133,7 +133,7 @@ def test_masked_linear_against_dense(batch: int, activation: str) -> None:
 
 @pytest.mark.parametrize("bound, soft", BOUNDS)
 @pytest.mark.parametrize("batch", [0, 1, 5])
-def test_affine_output_against_dense(batch: int, bound: float, soft: bool) -> None:
+def test_affine_output_against_dense(backend: str, batch: int, bound: float, soft: bool) -> None:
     made = parts(degrees="random", hidden_features=(9, 31), scale=2.0)
     layer = made.output
     assert len(layer.layout.tiles) > 1
@@ -194,7 +194,7 @@ def test_fake_shapes(op: str) -> None:
             assert one.shape == other.shape and one.dtype == other.dtype and other.is_meta
 
 
-def test_inputs_are_not_written_to() -> None:
+def test_inputs_are_not_written_to(backend: str) -> None:
     made = parts()
     arguments: Any
     for op, arguments in (

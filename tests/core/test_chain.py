@@ -1,0 +1,143 @@
+"""The inverse of a whole flow in one call is that of its transforms one by one; what torch.compile makes of it too."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import fastmaf
+from fastmaf import kernels
+from fastmaf.flows import Flow
+from fastmaf.transforms import AffineAutoregressive, Permutation, Transform
+from tests.core.helpers import blocks_of, build, generator, normal
+from tests.tolerances import F32, F64, assert_close
+
+pytestmark = pytest.mark.usefixtures("backend")
+
+D = 13
+
+
+class Doubling(Transform):
+    """A transform that the library does not know: z = 2 x."""
+
+    features = D
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return 2 * x, x.new_full((x.shape[0],), D * torch.tensor(2.0).log().item())
+
+    def inverse(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        return z / 2, z.new_full((z.shape[0],), -D * torch.tensor(2.0).log().item())
+
+
+def permutation(seed: int) -> Permutation:
+    return Permutation(torch.randperm(D, generator=generator(seed)))
+
+
+def block(seed: int, activation: str = "relu", dtype: torch.dtype = F64, **options: Any) -> AffineAutoregressive:
+    made = fastmaf.MADE(D, (9, 11), degrees="random", activation=activation, generator=generator(seed), dtype=dtype)
+    return AffineAutoregressive(made, **options)
+
+
+def one_by_one(flow: Flow, z: Tensor) -> tuple[Tensor, Tensor]:
+    ladj = z.new_zeros(z.shape[0])
+    for transform in reversed(list(flow.transforms)):
+        assert isinstance(transform, Transform)
+        z, term = transform.inverse(z)
+        ladj = ladj + term
+    return z, ladj
+
+
+FLOWS: dict[str, list[Any]] = {
+    "two permutations in a row": [block(0), permutation(1), permutation(2), block(3), permutation(4), permutation(5)],
+    "permutations first": [permutation(1), permutation(2), block(3)],
+    "permutations alone": [permutation(1), permutation(2), permutation(3)],
+    "one permutation": [permutation(1)],
+    "one block": [block(0)],
+    "nothing": [],
+    "mixed activations": [block(0), block(1, "identity"), permutation(2), block(3), block(4), block(5, "identity")],
+    "mixed bounds": [block(0, log_scale_bound=0.1), block(1, log_scale_bound=None), block(2, soft_bound=True)],
+    "a foreign transform": [block(0), permutation(1), Doubling(), permutation(2), block(3), block(4)],
+    "a foreign transform at the ends": [Doubling(), block(0), block(1), Doubling()],
+}
+
+
+@pytest.mark.parametrize("batch", [0, 1, 5, 33])
+@pytest.mark.parametrize("name", FLOWS)
+def test_any_sequence_of_transforms(name: str, batch: int) -> None:
+    flow, z = Flow(D, FLOWS[name]), normal(batch, D)
+    kept = z.clone()
+    with torch.no_grad():
+        chained = flow.inverse(z)
+    recorded = flow.inverse(z.clone().requires_grad_())
+    for found, grad_path, expected in zip(chained, recorded, one_by_one(flow, z), strict=True):
+        assert not found.requires_grad
+        assert_close("inverse", found, expected)
+        assert_close("inverse", grad_path, expected)
+    assert torch.equal(z, kept)
+    if name != "nothing":
+        assert recorded[0].requires_grad
+        with torch.no_grad():
+            assert_close("inverse", flow(chained[0])[0], z)
+
+
+@pytest.mark.parametrize("dtype", [F64, F32], ids=str)
+@pytest.mark.parametrize("order", ["natural", "alternate", "random"])
+def test_orders(order: str, dtype: torch.dtype) -> None:
+    for blocks in (1, 2, 3):
+        flow = build(D, blocks=blocks, order=order, degrees="random", dtype=dtype, scale=1.5)
+        z = normal(9, D, dtype=dtype)
+        with torch.no_grad():
+            chained = flow.inverse(z)
+            sliced = flow.inverse(torch.stack((z, z), dim=2)[:, :, 1])
+        for found, other, view in zip(chained, flow.inverse(z), sliced, strict=True):
+            assert_close("inverse", found, other)
+            assert torch.equal(view, found)
+
+
+@pytest.mark.parametrize("batch", [0, 1, 3])
+def test_opcheck(batch: int) -> None:
+    blocks = [block.block() for block in blocks_of(build(D, blocks=3, order="natural"))]
+    none = torch.empty(0, dtype=torch.int64)
+    arguments = (
+        normal(batch, D),
+        *(
+            [t.detach() for b in blocks for t in getattr(b, what)]
+            for what in ("weights", "biases", "prefixes", "tiles")
+        ),
+        [b.schedule for b in blocks],
+        [none, torch.arange(D).flip(0), none, torch.randperm(D, generator=generator())],
+        "relu",
+        [5.0, 0.3, float("inf")],
+        [False, True, False],
+    )
+    torch.library.opcheck(torch.ops.fastmaf.chain_inverse.default, arguments)
+
+
+def test_what_is_no_chain_is_refused() -> None:
+    z, made = normal(2, D), block(0).block()
+    for blocks, permutations in (([], [None]), ([made], [None]), ([made, block(1, "identity").block()], [None] * 3)):
+        with pytest.raises(ValueError, match="chain"):
+            kernels.chain_inverse(z, blocks, permutations)
+    with pytest.raises(ValueError, match="tanh"):
+        kernels.chain_inverse(z, [made._replace(activation="tanh")], [None, None])
+
+
+def test_compiled_without_graph_breaks() -> None:
+    flow, x = build(D, blocks=2, order="random"), normal(5, D)
+    names = [name for name, _ in flow.named_parameters()]
+    eager = torch.autograd.grad(flow.log_prob(x).mean(), list(flow.parameters()))
+    try:
+        torch.compiler.reset()
+        log_prob = torch.compile(flow.log_prob, fullgraph=True, backend="aot_eager")
+        compiled = torch.autograd.grad(log_prob(x).mean(), list(flow.parameters()))
+        for name, found, expected in zip(names, compiled, eager, strict=True):
+            assert_close("gradients", found, expected, name)
+        with torch.no_grad():
+            inverse = torch.compile(flow.inverse, fullgraph=True, backend="aot_eager")
+            for found, expected in zip(inverse(x), flow.inverse(x), strict=True):
+                assert_close("inverse", found, expected)
+    finally:
+        torch.compiler.reset()

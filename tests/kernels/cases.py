@@ -1,0 +1,92 @@
+"""One call of an op as data: what goes in, and a function that gives its values and gradients on any backend and dtype."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastmaf import kernels
+from tests.core.helpers import blocks_of, build, normal
+from tests.tolerances import F32, F64, assert_float32, error
+
+OPS = {
+    "linear": ("masked_linear", ("identity",)),
+    "relu": ("masked_linear", ("relu",)),
+    "affine": ("affine_output", (5.0, False)),
+    "affine, clamp": ("affine_output", (0.2, False)),
+    "affine, soft": ("affine_output", (0.5, True)),
+    "affine, free": ("affine_output", (float("inf"), False)),
+    "inverse": ("level_inverse", ("relu", 5.0, False)),
+    "inverse, soft": ("level_inverse", ("identity", 0.5, True)),
+    "inverse, free": ("level_inverse", ("relu", float("inf"), False)),
+}
+
+
+class Case(NamedTuple):
+    """An op's floating point inputs by name, rounded to float32, and its call on them."""
+
+    tensors: dict[str, Tensor]
+    call: Callable[[dict[str, Tensor]], Any]
+    made: Any
+
+
+def make(kind: str, batch: int, features: int = 13, *, seed: int = 0, **options: Any) -> Case:
+    """Makes a call of one of ``OPS`` on the layers of a MADE that ``build`` makes of ``options``."""
+    name, rest = OPS[kind]
+    options = {"degrees": "random", "hidden_features": (9, 31), "scale": 1.5, "seed": seed, **options}
+    made = blocks_of(build(features, blocks=1, order="natural", **options))[0].made
+    layers = {"masked_linear": [made.hidden[0]], "affine_output": [made.output], "level_inverse": made.layers}[name]
+    tables = [layer.layout.table for layer in layers]
+    prefixes = [layer.prefix for layer in layers]
+    x = normal(batch, features, seed=seed + 100)
+    tensors = {"x": x}
+    if name == "affine_output":
+        tensors["h"] = normal(batch, layers[0].in_features, seed=seed + 101).relu()
+    for k, layer in enumerate(layers):
+        tensors |= {f"weight {k}": layer.weight.detach(), f"bias {k}": layer.bias.detach()}
+
+    def call(t: dict[str, Tensor]) -> Any:
+        weights, biases = ([t[f"{what} {k}"] for k in range(len(layers))] for what in ("weight", "bias"))
+        if name == "masked_linear":
+            return kernels.masked_linear(t["x"], weights[0], biases[0], prefixes[0], tables[0], *rest)
+        if name == "affine_output":
+            return kernels.affine_output(t["h"], weights[0], biases[0], t["x"], prefixes[0], tables[0], *rest)
+        return kernels.level_inverse(t["x"], weights, biases, prefixes, tables, made.schedule, *rest)
+
+    return Case({key: value.to(F32).to(F64) for key, value in tensors.items()}, call, made)
+
+
+def leaves(case: Case, dtype: torch.dtype) -> dict[str, Tensor]:
+    return {key: value.to(dtype, copy=True).requires_grad_() for key, value in case.tensors.items()}
+
+
+def evaluate(
+    case: Case, backend: str, dtype: torch.dtype, inputs: dict[str, Tensor] | None = None
+) -> dict[str, Tensor]:
+    """Returns the op's values and the gradients of every input that requires one, by name."""
+    inputs = leaves(case, dtype) if inputs is None else inputs
+    with kernels.use_backend(backend):
+        results = case.call(inputs)
+        results = results if isinstance(results, tuple) else (results,)
+        upstream = [normal(*r.shape, seed=200 + i).to(F32).to(dtype) for i, r in enumerate(results)]
+        wanted = {key: t for key, t in inputs.items() if t.requires_grad}
+        grads = torch.autograd.grad(results, list(wanted.values()), upstream) if wanted else ()
+    values = {f"result {i}": r.detach() for i, r in enumerate(results)}
+    return values | {f"gradient of {key}": g for key, g in zip(wanted, grads, strict=True)}
+
+
+def check_contract(make_draw: Callable[[int], Case], draws: int = 6) -> None:
+    """Checks that native float32 errs at most a factor more than the float32 reference, over several draws."""
+    own: dict[str, list[float]] = defaultdict(list)
+    peer: dict[str, list[float]] = defaultdict(list)
+    for seed in range(draws):
+        case = make_draw(seed)
+        truth = evaluate(case, "reference", F64)
+        for backend, errors in (("native", own), ("reference", peer)):
+            for key, found in evaluate(case, backend, F32).items():
+                errors[key].append(error(found, truth[key]))
+    assert_float32(own, peer)

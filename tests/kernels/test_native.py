@@ -1,0 +1,170 @@
+"""The native backend: its numbers against the reference, for any shape, storage and number of threads."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from fastmaf.kernels import backends
+from tests.core.helpers import normal, padding_of
+from tests.kernels.cases import OPS, check_contract, evaluate, leaves, make
+from tests.tolerances import F32, F64, assert_close
+
+MISSING = next((why for op in backends.OPS if (why := backends.missing(op, "native")) is not None), None)
+pytestmark = pytest.mark.skipif(MISSING is not None, reason=str(MISSING))
+
+BATCHES = [1, 3, 8, 9, 16, 33, 64, 65, 130]
+
+
+@pytest.fixture
+def threads() -> Iterator[None]:
+    """Puts the number of threads back."""
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+def same(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    for key, value in expected.items():
+        assert_close("gradients" if "gradient" in key else "values", found[key], value, key)
+
+
+@pytest.mark.parametrize("batch", BATCHES)
+@pytest.mark.parametrize("kind", OPS)
+def test_float32_contract(kind: str, batch: int) -> None:
+    check_contract(lambda seed: make(kind, batch, 37, seed=seed, hidden_features=(29, 31), levels=9))
+
+
+@pytest.mark.parametrize("batch", [1, 9, 65])
+@pytest.mark.parametrize("kind", OPS)
+def test_float32_contract_at_larger_sizes(kind: str, batch: int) -> None:
+    check_contract(
+        lambda seed: make(kind, batch, 1501, seed=seed, hidden_features=(64, 48), tiles="production"), draws=4
+    )
+
+
+@pytest.mark.parametrize("batch", [1, 8])
+@pytest.mark.parametrize("kind", ["relu", "affine", "inverse"])
+def test_float32_contract_at_full_width(kind: str, batch: int) -> None:
+    check_contract(
+        lambda seed: make(kind, batch, 12_288, seed=seed, hidden_features=(96,), tiles="production", scale=1.0), draws=4
+    )
+
+
+@pytest.mark.parametrize("dtype", [F64, F32], ids=str)
+@pytest.mark.parametrize("batch", BATCHES)
+@pytest.mark.parametrize("kind", OPS)
+def test_it_is_the_reference(kind: str, batch: int, dtype: torch.dtype) -> None:
+    for tiles in ("many", "one"):
+        case = make(kind, batch, 61, tiles=tiles, hidden_features=(48, 32))
+        same(evaluate(case, "native", dtype), evaluate(case, "reference", dtype))
+
+
+@pytest.mark.parametrize(
+    "features, degrees",
+    [
+        (1, [[0, 1, 1]]),
+        (1, [[1], [0, 0]]),
+        (2, [[0, 1, 1, 2], [1, 2]]),
+        (13, [[0, 0, 0]]),
+        (13, [[5, 5, 5, 5, 5, 5, 5, 5, 5]]),
+        (13, [[2, 3, 6, 10], [1, 5, 7, 11]]),
+        (13, [[0, 8, 2], [11, 3], [4, 4, 9, 12, 13]]),
+        (13, [[13, 13], [13]]),
+        (17, [list(range(18)) * 3, list(range(1, 17))]),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("kind", OPS)
+def test_degrees(kind: str, features: int, degrees: list[list[int]]) -> None:
+    """Duplicates, units that see nothing or all, one and two dimensions, fewer and more units than dimensions."""
+    options: dict[str, Any] = {"degrees": [torch.tensor(d) for d in degrees]}
+    for batch in (0, 1, 5, 17):
+        case = make(kind, batch, features, hidden_features=tuple(map(len, degrees)), **options)
+        same(evaluate(case, "native", F64), evaluate(case, "reference", F64))
+
+
+@pytest.mark.parametrize("kind", OPS)
+def test_an_empty_batch_has_zero_gradients(kind: str) -> None:
+    found = evaluate(make(kind, 0), "native", F32)
+    for key, value in found.items():
+        assert value.isfinite().all() and not value.any(), key
+    assert found["result 0"].shape[0] == 0
+
+
+def scattered(t: Tensor, offset: int) -> Tensor:
+    """Returns a tensor of these numbers that is a view: every second column of rows that start late, or at an offset."""
+    if t.dim() == 2:
+        storage = torch.full((t.shape[0] + 1, 2 * t.shape[1]), torch.nan, dtype=t.dtype)
+        view = storage[1:, ::2]
+    else:
+        view = torch.full((t.numel() + offset,), torch.nan, dtype=t.dtype)[offset:]
+    view.copy_(t)
+    return view
+
+
+@pytest.mark.parametrize("offset", [1, 3])
+@pytest.mark.parametrize("dtype", [F64, F32], ids=str)
+@pytest.mark.parametrize("kind", OPS)
+def test_views(kind: str, dtype: torch.dtype, offset: int) -> None:
+    case = make(kind, 9, 37)
+    views = {key: scattered(t.detach(), offset).requires_grad_() for key, t in leaves(case, dtype).items()}
+    assert not views["x"].is_contiguous() and views["weight 0"].storage_offset() == offset
+    same(evaluate(case, "native", dtype, views), evaluate(case, "native", dtype))
+
+
+@pytest.mark.parametrize("kind", ["relu", "affine", "inverse"])
+def test_transposed_and_expanded_inputs(kind: str) -> None:
+    case = make(kind, 9, 37)
+    inputs = leaves(case, F32)
+    inputs["x"] = inputs["x"].detach().t().contiguous().t().requires_grad_()
+    same(evaluate(case, "native", F32, inputs), evaluate(case, "native", F32))
+    inputs["x"] = normal(1, 37, dtype=F32).expand(9, 37).detach().requires_grad_()
+    twin = {**leaves(case, F32), "x": normal(1, 37, dtype=F32).repeat(9, 1).requires_grad_()}
+    same(evaluate(case, "native", F32, inputs), evaluate(case, "native", F32, twin))
+
+
+@pytest.mark.usefixtures("threads")
+@pytest.mark.parametrize("batch", [1, 130])
+@pytest.mark.parametrize("kind", ["relu", "affine", "inverse"])
+def test_any_number_of_threads(kind: str, batch: int) -> None:
+    """One, two, and more threads than this or that machine has cores: equal to rounding, and to the bit when repeated."""
+    for features, hidden, tiles, levels in ((61, (48, 32), "many", None), (1501, (64, 48), "production", 5)):
+        case = make(kind, batch, features, hidden_features=hidden, tiles=tiles, levels=levels)
+        expected = evaluate(case, "reference", F32)
+        for n in (1, 2, 5):
+            torch.set_num_threads(n)
+            first = evaluate(case, "native", F32)
+            same(first, expected)
+            for _ in range(4):
+                again = evaluate(case, "native", F32)
+                assert all(torch.equal(first[key], again[key]) for key in first), f"{n} threads: not repeatable"
+
+
+@pytest.mark.parametrize("batch", [0, 1, 8, 65])
+@pytest.mark.parametrize("kind", OPS)
+def test_bfloat16_weights_are_rounded_weights(kind: str, batch: int) -> None:
+    case = make(kind, batch, 61, hidden_features=(48, 32))
+    stored, rounded = leaves(case, F32), leaves(case, F32)
+    for key in case.tensors:
+        if key.startswith("weight"):
+            stored[key] = stored[key].detach().bfloat16()
+            rounded[key] = stored[key].float()
+    found = evaluate(case, "native", F32, stored)
+    assert all(value.dtype == F32 for value in found.values())
+    same(found, evaluate(case, "native", F32, rounded))
+
+
+@pytest.mark.parametrize("batch", [0, 1, 33])
+@pytest.mark.parametrize("kind", OPS)
+def test_the_gradient_of_the_padding_is_exactly_zero(kind: str, batch: int) -> None:
+    case = make(kind, batch, 37, hidden_features=(29, 31))
+    layers = {"m": [case.made.hidden[0]], "a": [case.made.output], "l": case.made.layers}[OPS[kind][0][0]]
+    found = evaluate(case, "native", F32)
+    for k, layer in enumerate(layers):
+        assert padding_of(layer).any(), "the test wants padding"
+        assert not found[f"gradient of weight {k}"][padding_of(layer)].any()

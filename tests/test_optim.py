@@ -1,0 +1,226 @@
+"""FusedAdam: the numbers of torch.optim.Adam, on every backend, without a gradient of the weights."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import fastmaf
+from fastmaf import Guards, TrainingStep
+from fastmaf.optim import FusedAdam
+from tests.core.helpers import build, correlated, layers_of, padding_of
+from tests.tolerances import error
+
+pytestmark = pytest.mark.usefixtures("backend")
+
+D = 13
+# In float64; Adam divides by the gradient's own size, so that the rounding of a small one counts in full.
+TOLERANCE = 1e-9
+OPTIONS: list[dict[str, Any]] = [
+    {}, {"weight_decay": 0.1}, {"weight_decay": 0.1, "decoupled_weight_decay": True}, {"maximize": True},
+    {"betas": (0.5, 0.7)}, {"eps": 1e-2}, {"betas": (0.0, 0.9), "lr": 0.02},
+    {"maximize": True, "weight_decay": 0.2, "decoupled_weight_decay": True},
+]  # fmt: skip
+Optimizer = type[torch.optim.Adam]
+
+
+def batch(i: int, n: int = 16, dtype: torch.dtype = torch.float64) -> Tensor:
+    return correlated(n, D, seed=i, dtype=dtype)
+
+
+def loss_of(flow: fastmaf.Flow, i: int) -> Tensor:
+    return -flow.log_prob(batch(i, dtype=next(flow.parameters()).dtype)).mean()
+
+
+def pair(**options: Any) -> tuple[fastmaf.MAF, fastmaf.MAF]:
+    """Returns two equal flows; the first is for FusedAdam."""
+    flow = build(D, **options)
+    return flow, copy.deepcopy(flow)
+
+
+def no_weight_has_a_gradient(flow: nn.Module) -> bool:
+    return all(m.weight.grad is None for m in flow.modules() if isinstance(m, fastmaf.MaskedLinear))
+
+
+def assert_same(
+    found: nn.Module, expected: nn.Module, start: nn.Module | None = None, *, tolerance: float = TOLERANCE
+) -> None:
+    for (name, own), other in zip(found.named_parameters(), expected.parameters(), strict=True):
+        assert error(own, other) <= tolerance, name
+    if start is not None:
+        assert any(not torch.equal(a, b) for a, b in zip(found.parameters(), start.parameters(), strict=True))
+
+
+def assert_same_state(found: torch.optim.Adam, expected: torch.optim.Adam) -> None:
+    own, other = found.state_dict()["state"], expected.state_dict()["state"]
+    assert own.keys() == other.keys()
+    for key, state in other.items():
+        assert own[key].keys() == state.keys()
+        for name, value in state.items():
+            assert own[key][name].dtype == value.dtype and error(own[key][name], value) <= TOLERANCE, name
+
+
+@pytest.mark.parametrize("way", ["step", "minimize"])
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_the_numbers_of_adam(options: dict[str, Any], way: str) -> None:
+    flow, plain = pair()
+    start = copy.deepcopy(flow)
+    fused, adam = FusedAdam(flow.parameters(), **options), torch.optim.Adam(plain.parameters(), **options)
+    for i in range(10):
+        adam.zero_grad()
+        loss_of(plain, i).backward()
+        adam.step()
+        fused.zero_grad()
+        loss = loss_of(flow, i)
+        if way == "minimize":
+            fused.minimize(loss)
+        else:
+            loss.backward()
+            assert no_weight_has_a_gradient(flow)
+            fused.step()
+        assert no_weight_has_a_gradient(flow)
+    assert_same(flow, plain, start)
+    assert_same_state(fused, adam)
+    for layer in layers_of(flow).values():
+        hidden = padding_of(layer)
+        assert hidden.any() and not layer.weight.detach()[hidden].any()
+        for moment in ("exp_avg", "exp_avg_sq"):
+            assert not fused.state[layer.weight][moment][hidden].any(), f"{moment} of the padding"
+
+
+@pytest.mark.parametrize("way", ["step", "minimize"])
+def test_float32_follows_adam(way: str) -> None:
+    """Measured: 2e-6 after 10 steps; single small gradients flip their sign."""
+    flow, plain = pair(dtype=torch.float32)
+    fused, adam = FusedAdam(flow.parameters()), torch.optim.Adam(plain.parameters())
+    for i in range(10):
+        for model, optimizer in ((flow, fused), (plain, adam)):
+            optimizer.zero_grad()
+            loss = loss_of(model, i)
+            if way == "minimize" and isinstance(optimizer, FusedAdam):
+                optimizer.minimize(loss)
+            else:
+                loss.backward()
+                optimizer.step()
+    for own, other in zip(flow.parameters(), plain.parameters(), strict=True):
+        assert error(own, other) <= 1e-4
+
+
+def both(
+    run: Callable[[fastmaf.MAF, Any], Any],
+    make: Callable[[Optimizer, fastmaf.MAF], Any] | None = None,
+    *,
+    tolerance: float = TOLERANCE,
+) -> None:
+    """Runs the same with both optimisers and compares the flows."""
+    flow, plain = pair()
+    start = copy.deepcopy(flow)
+    results = []
+    for model, kind in ((flow, FusedAdam), (plain, torch.optim.Adam)):
+        optimizer = kind(model.parameters(), lr=1e-2) if make is None else make(kind, model)
+        results.append(run(model, optimizer))
+    if results[0] is not None:
+        assert results[0] == pytest.approx(results[1], rel=tolerance)
+    assert_same(flow, plain, start, tolerance=tolerance)
+
+
+def test_gradients_accumulate() -> None:
+    def run(flow: fastmaf.MAF, optimizer: Any) -> None:
+        for i in range(5):
+            optimizer.zero_grad()
+            for k in range(3):
+                (loss_of(flow, 3 * i + k) / 3).backward()
+            optimizer.step()
+
+    both(run)
+
+
+def test_weights_used_twice_in_one_loss() -> None:
+    def run(flow: fastmaf.MAF, optimizer: Any) -> None:
+        for i in range(3):
+            optimizer.zero_grad()
+            (loss_of(flow, i) + 0.5 * loss_of(flow, i + 10)).backward()
+            optimizer.step()
+
+    both(run)
+
+
+def test_without_zero_grad_gradients_stay_only_where_adam_keeps_them() -> None:
+    """A step uses factors up; a gradient in ``grad`` stays, as ever: the two differ unless zero_grad is called."""
+    flow, _ = pair()
+    optimizer = FusedAdam(flow.parameters())
+    loss_of(flow, 0).backward()
+    optimizer.zero_grad()
+    before = [p.detach().clone() for p in flow.parameters()]
+    optimizer.step()
+    assert all(torch.equal(a, b) for a, b in zip(before, flow.parameters(), strict=True)), "zero_grad did not forget"
+    assert not optimizer.state
+
+
+def test_closure() -> None:
+    def run(flow: fastmaf.MAF, optimizer: Any) -> list[float]:
+        def closure() -> Tensor:
+            optimizer.zero_grad()
+            loss = loss_of(flow, 1)
+            loss.backward()
+            return loss
+
+        return [float(optimizer.step(closure).detach()) for _ in range(4)]
+
+    both(run)
+
+
+def test_groups_of_different_learning_rates_and_a_schedule() -> None:
+    def make(kind: Optimizer, flow: fastmaf.MAF) -> Any:
+        first, *others = flow.transforms
+        rest = [p for t in others for p in t.parameters()]
+        return kind([{"params": list(first.parameters()), "lr": 3e-2, "weight_decay": 0.1}, {"params": rest}], lr=1e-3)
+
+    def run(flow: fastmaf.MAF, optimizer: Any) -> None:
+        scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 2, 0.3)
+        for i in range(6):
+            optimizer.zero_grad()
+            loss_of(flow, i).backward()
+            optimizer.step()
+            scheduler.step()
+
+    both(run, make)
+
+
+@pytest.mark.parametrize("limit", [1e-2, 1.0, math.inf])
+def test_clipping(limit: float) -> None:
+    def run(flow: fastmaf.MAF, optimizer: Any) -> list[float]:
+        norms = []
+        for i in range(5):
+            optimizer.zero_grad()
+            for k in range(2):
+                loss_of(flow, i + k).backward()
+            if isinstance(optimizer, FusedAdam):
+                norms.append(optimizer.clip_grad_norm_(limit))
+            else:
+                norms.append(float(nn.utils.clip_grad_norm_(flow.parameters(), limit)))
+            optimizer.step()
+        return norms
+
+    # A large eps, so that the size of the gradients matters to Adam. torch divides by the norm plus 1e-6.
+    both(run, lambda kind, flow: kind(flow.parameters(), lr=1e-2, eps=1.0), tolerance=1e-6)
+
+
+@pytest.mark.parametrize("guards", [
+    Guards(), Guards(warmup_steps=4), Guards(max_grad_norm=1e-2), Guards(max_leap=0.5),
+    Guards(warmup_steps=3, max_grad_norm=0.1, max_leap=0.5),
+], ids=str)  # fmt: skip
+def test_guarded_training(guards: Guards) -> None:
+    def run(flow: fastmaf.MAF, optimizer: Any) -> list[float]:
+        step = TrainingStep(flow, optimizer, guards)
+        reports = [step(batch(i) * (30 if i == 5 else 1)) for i in range(10)]
+        assert [r.skipped for r in reports] == [guards.max_leap is not None and i == 5 for i in range(10)]
+        return [r.nll for r in reports]
+
+    both(run)
