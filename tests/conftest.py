@@ -1,4 +1,4 @@
-"""What every test gets: one hypothesis profile, the backend choice put back after each test, and each backend in turn."""
+"""What every test gets: one hypothesis profile, the backend choice put back after each, and each backend in turn."""
 
 from __future__ import annotations
 

@@ -18,7 +18,7 @@ from tests.core.helpers import build, correlated, generator, layers_of, naive_gr
 from tests.tolerances import FLOAT32_FACTOR, FLOAT32_FLOOR, TOLERANCES, assert_close, assert_float32, error
 
 FEATURES = 61
-DRAWS = 8  # inputs per comparison of float32 errors; see assert_float32
+DRAWS = 6  # inputs per comparison of float32 errors; see assert_float32
 
 
 @functools.cache
@@ -76,7 +76,7 @@ class Run:
         if inverse is not None:  # the seed of the base
             with torch.no_grad():
                 # From the base, as samples are: one outlying row would else be most of the norm, and its error is luck.
-                base = normal(*x.shape, seed=21 + inverse, dtype=torch.float32).to(x.dtype)
+                base = normal(min(32, x.shape[0]), x.shape[1], seed=21 + inverse, dtype=torch.float32).to(x.dtype)
                 self.values["x of the inverse"], self.values["ladj of the inverse"] = model.inverse(base)
 
 

@@ -1,4 +1,4 @@
-"""One call of an op as data: what goes in, and a function that gives its values and gradients on any backend and dtype."""
+"""One call of an op as data: what goes in, and its values and gradients on any backend and in any dtype."""
 
 from __future__ import annotations
 

@@ -97,7 +97,7 @@ def test_an_empty_batch_has_zero_gradients(kind: str) -> None:
 
 
 def scattered(t: Tensor, offset: int) -> Tensor:
-    """Returns a tensor of these numbers that is a view: every second column of rows that start late, or at an offset."""
+    """Returns a view that holds these numbers: every second column of rows that start late, or at an offset."""
     if t.dim() == 2:
         storage = torch.full((t.shape[0] + 1, 2 * t.shape[1]), torch.nan, dtype=t.dtype)
         view = storage[1:, ::2]
@@ -132,7 +132,7 @@ def test_transposed_and_expanded_inputs(kind: str) -> None:
 @pytest.mark.parametrize("batch", [1, 130])
 @pytest.mark.parametrize("kind", ["relu", "affine", "inverse"])
 def test_any_number_of_threads(kind: str, batch: int) -> None:
-    """One, two, and more threads than this or that machine has cores: equal to rounding, and to the bit when repeated."""
+    """One, two, and more threads than cores: equal to rounding, and to the bit when repeated."""
     for features, hidden, tiles, levels in ((61, (48, 32), "many", None), (1501, (64, 48), "production", 5)):
         case = make(kind, batch, features, hidden_features=hidden, tiles=tiles, levels=levels)
         expected = evaluate(case, "reference", F32)
