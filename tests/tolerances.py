@@ -61,7 +61,7 @@ def assert_float32(own: Mapping[str, Sequence[float]], peer: Mapping[str, Sequen
 
     The contract is about how much a summation order loses, and one draw does not show that: the ratio of the errors of
     two equally good orders, both about one unit of rounding, was seen between 0.3 and 3.7 from input to input. So both
-    errors are taken over several inputs (of at least 4) before they are compared; the ratio then scatters by some 20 %.
+    errors are taken over several inputs (at least 4) before they are compared.
 
     Args:
         own: by the name of a quantity, its error for each input.
