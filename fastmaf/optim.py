@@ -109,7 +109,7 @@ class FusedAdam(torch.optim.Adam):
         return loss
 
     def minimize(self, loss: Tensor) -> None:
-        """Does what ``loss.backward()`` and ``step()`` do, in one pass over each weight.
+        """Does what ``loss.backward()``, ``step()`` and ``zero_grad()`` do, in one pass over each weight.
 
         Each layer is updated during the backward pass, right after the gradient of its input has been formed from the
         same weights. A weight must take part in ``loss`` once: a second use is refused, but what came before it in the
