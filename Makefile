@@ -69,6 +69,7 @@ format: $(VENV)/.installed-dev  ## let ruff sort the imports and format
 
 bench: $(VENV)/.installed-bench  ## time fastmaf beside the naive model
 	"$(BIN)/python" -m bench.run
+	"$(BIN)/python" -m bench.ops
 
 doctor: install  ## versions, devices, the backends in use and why
 	"$(BIN)/fastmaf" doctor

@@ -51,25 +51,36 @@ def _processor() -> str:
 def seconds(call: Callable[[], object], repeats: int) -> list[float]:
     """Returns the time of each of ``repeats`` calls, after one that is not counted."""
     call()
-    times = []
-    for _ in range(repeats):
-        start = time.perf_counter()
-        call()
-        times.append(time.perf_counter() - start)
-    return times
+    return [seconds_once(call) for _ in range(repeats)]
+
+
+def seconds_once(call: Callable[[], object]) -> float:
+    """Returns the time of one call."""
+    start = time.perf_counter()
+    call()
+    return time.perf_counter() - start
 
 
 def limits() -> dict[str, float]:
-    """Measures what nothing on this machine can beat: read and copy rate in GB/s, matrix rate in GFLOP/s."""
-    numbers = 64 * 2**20
+    """Measures what nothing on this machine can beat: read, copy and fused Adam rates in GB/s, matrix rate in GFLOP/s.
+
+    Adam's is that of torch's fused step: four numbers read and three written per parameter.
+    """
+    numbers, side = 64 * 2**20, 2048
     source, target = torch.ones(numbers), torch.empty(numbers)
-    side = 2048
-    a, b, c = torch.randn(side, side), torch.randn(side, side), torch.empty(side, side)
-    read = min(seconds(source.sum, 7))
+    matrix, vector = source.view(-1, 8 * side), torch.ones(8 * side)
+    read = min(*seconds(source.sum, 7), *seconds(lambda: torch.mv(matrix, vector), 7))
     copy = min(seconds(lambda: target.copy_(source), 7))
+    del source, target, matrix
+    parameter = torch.nn.Parameter(torch.rand(numbers))
+    parameter.grad = torch.rand(numbers)
+    optimizer = torch.optim.Adam([parameter], fused=True)
+    adam = statistics.median(seconds(optimizer.step, 7))
+    a, b, c = torch.randn(side, side), torch.randn(side, side), torch.empty(side, side)
     product = statistics.median(seconds(lambda: torch.mm(a, b, out=c), 7))
     return {
         "read_gb_per_s": 4 * numbers / read / 1e9,
         "copy_gb_per_s": 8 * numbers / copy / 1e9,
+        "adam_gb_per_s": 28 * numbers / adam / 1e9,
         "sgemm_gflop_per_s": 2 * side**3 / product / 1e9,
     }

@@ -1,6 +1,7 @@
 """The sides that are compared, each as its users would run it, all holding the same function.
 
-``fastmaf``: the library. ``naive``: dense weights times dense masks on every pass, torch's Adam, one whole pass per
+``fastmaf``: the library, with its fused Adam. ``torch Adam``: the same with torch's. ``reference``: its plain torch backend.
+``bfloat16``: its weights stored in half the bytes, for inference. ``naive``: dense weights times dense masks on every pass, torch's Adam, one whole pass per
 dimension when sampling; the way the published notebook does it. ``masked once``: the clever dense user, who masks the
 weights after each step instead of on each pass and takes torch's fused Adam. ``masked gradients``: the same with the
 gradients masked in hooks.
@@ -30,22 +31,63 @@ class Side:
         log_prob: ``[N, D]`` → ``[N]``.
         train_step: one optimiser step on a batch.
         parameter_numbers: numbers held as parameters, masks included.
+        sample: n → ``[n, D]``; None where it is too slow to be timed whole.
     """
 
     name: str
     log_prob: Callable[[Tensor], Tensor]
     train_step: Callable[[Tensor], None]
     parameter_numbers: int
+    sample: Callable[[int], Tensor] | None = None
 
 
 def fast_side(flow: fastmaf.MAF) -> Side:
-    """Returns fastmaf with torch's fused Adam."""
+    """Returns fastmaf as it is meant to be used."""
+    step = fastmaf.TrainingStep(flow, fastmaf.optim.FusedAdam(flow.parameters(), lr=1e-4))
+
+    def train_step(x: Tensor) -> None:
+        step(x)
+
+    return Side("fastmaf", flow.log_prob, train_step, flow.stored_weights, flow.sample)
+
+
+def torch_adam_side(flow: fastmaf.MAF) -> Side:
+    """Returns fastmaf with torch's fused Adam, which gets the gradients of the weights."""
     step = fastmaf.TrainingStep(flow, torch.optim.Adam(flow.parameters(), lr=1e-4, fused=True))
 
     def train_step(x: Tensor) -> None:
         step(x)
 
-    return Side("fastmaf", flow.log_prob, train_step, flow.stored_weights)
+    return Side("torch Adam", flow.log_prob, train_step, flow.stored_weights, flow.sample)
+
+
+def reference_side(flow: fastmaf.MAF) -> Side:
+    """Returns fastmaf on its plain torch backend, with torch's fused Adam."""
+    torch_adam = torch_adam_side(flow)
+
+    def log_prob(x: Tensor) -> Tensor:
+        with fastmaf.use_backend("reference"):
+            return flow.log_prob(x)
+
+    def sample(n: int) -> Tensor:
+        with fastmaf.use_backend("reference"):
+            return flow.sample(n)
+
+    def train_step(x: Tensor) -> None:
+        with fastmaf.use_backend("reference"):
+            torch_adam.train_step(x)
+
+    return Side("reference", log_prob, train_step, flow.stored_weights, sample)
+
+
+def bfloat16_side(flow: fastmaf.MAF) -> Side:
+    """Returns fastmaf with weights stored as bfloat16, which can score and sample but not train."""
+    small = flow.to_inference(torch.bfloat16)
+
+    def train_step(x: Tensor) -> None:
+        raise RuntimeError("a flow with bfloat16 weights does not train")
+
+    return Side("bfloat16", small.log_prob, train_step, flow.stored_weights, small.sample)
 
 
 def naive_side(naive: NaiveMAF) -> Side:

@@ -27,8 +27,8 @@ def report() -> str:
     for name in backends.names():
         for op in backends.OPS:
             reason = backends.missing(op, name)
-            if reason is not None:
-                missing.setdefault(f"  {name}: {reason}")
+            if reason is not None:  # the same for every op, but for its name
+                missing.setdefault(f"  {name}: {reason.replace(f' for {op}', '').replace(f' of {op}', '')}")
     return "\n".join([*lines, *(["", "not in use", *missing] if missing else [])])
 
 

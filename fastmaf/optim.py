@@ -12,7 +12,6 @@ from torch import Tensor
 from fastmaf.kernels.factors import AdamNumbers, Factors, give_to, joined
 from fastmaf.kernels.native_library import prefer_huge_pages
 
-
 _TWICE = "minimize() met a weight that takes part in the loss twice: use loss.backward() and step() instead"
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import csv
 import sys
 from collections.abc import Callable
@@ -16,7 +17,18 @@ from torch import Tensor
 import fastmaf
 from bench import machine, memory
 from bench import run as bench
-from bench.sides import MaskedOnce, Side, blocks_of, fast_side, masked_gradients_side, masked_once_side, naive_side
+from bench.sides import (
+    MaskedOnce,
+    Side,
+    bfloat16_side,
+    blocks_of,
+    fast_side,
+    masked_gradients_side,
+    masked_once_side,
+    naive_side,
+    reference_side,
+    torch_adam_side,
+)
 from fastmaf.reference import NaiveMAF
 
 D = 20
@@ -41,7 +53,8 @@ def test_masked_once_is_the_naive_model() -> None:
 def test_all_sides_take_the_same_training_steps() -> None:
     """Three steps of each, and they are still one function: none of them is timed for less work than the others."""
     flow, naive, x = build()
-    sides = [*sides_of(flow, naive), masked_gradients_side(naive)]
+    copies = [torch_adam_side(copy.deepcopy(flow)), reference_side(copy.deepcopy(flow))]
+    sides = [*sides_of(flow, naive), *copies, masked_gradients_side(naive)]
     start = flow.log_prob(x).detach()
     for i in range(3):
         batch = torch.rand(8, D, dtype=x.dtype, generator=torch.Generator().manual_seed(i))
@@ -111,6 +124,17 @@ def test_a_naive_inverse_of_another_model_is_refused() -> None:
         bench.check(flow, sides, naive, x)
 
 
+def test_wrong_samples_are_refused() -> None:
+    flow, naive, x = build(torch.float32)
+    sides = [fast_side(flow), bfloat16_side(flow)]
+    bench.check(flow, sides, naive, x)
+    right = sides[1].sample
+    assert right is not None
+    sides[1].sample = lambda n: right(n) * 1.1
+    with pytest.raises(bench.WrongResultError, match="samples of 'bfloat16'"):
+        bench.check(flow, sides, naive, x)
+
+
 def test_nothing_is_timed_when_the_check_fails(monkeypatch: pytest.MonkeyPatch) -> None:
     def timed(*_: Any) -> None:
         raise AssertionError("timed all the same")
@@ -128,7 +152,7 @@ def test_nothing_is_timed_when_the_check_fails(monkeypatch: pytest.MonkeyPatch) 
         bench.run(48, 2, (16, 16), 2, False)
 
 
-LIMITS = ("read_gb_per_s", "copy_gb_per_s", "sgemm_gflop_per_s")
+LIMITS = ("read_gb_per_s", "copy_gb_per_s", "adam_gb_per_s", "sgemm_gflop_per_s")
 
 
 def test_a_small_run_writes_every_row(
@@ -140,12 +164,12 @@ def test_a_small_run_writes_every_row(
     bench.main()
     with open(path, newline="") as file:
         rows = list(csv.DictReader(file))
-    sides = ["fastmaf", "naive", "masked once"]
-    expected = [("log_prob", n, side) for n in ("1", "8", "64") for side in sides]
-    expected += [
-        ("sample", n, side) for n, side in (("1", "fastmaf"), ("1", "naive"), ("5", "fastmaf"), ("64", "fastmaf"))
-    ]
-    expected += [("train step", "8", side) for side in (*sides, "masked gradients")]
+    ours = ["fastmaf", "reference", "bfloat16"]
+    dense = ["naive", "masked once"]
+    expected = [("log_prob", n, side) for n in ("1", "8", "64") for side in (*ours, *dense)]
+    expected += [("sample", n, side) for n in ("1", "5", "64") for side in (*ours, *(["naive"] if n == "1" else []))]
+    training = ["fastmaf", "torch Adam", "reference", *dense, "masked gradients"]
+    expected += [("train step", "8", side) for side in training]
     assert [(row["case"], row["batch"], row["side"]) for row in rows] == expected
     about = ("date", "commit", "processor", "threads", "torch", "features", "blocks", "hidden_features", *LIMITS)
     for row in rows:

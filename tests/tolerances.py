@@ -51,12 +51,24 @@ def assert_close(kind: str, found: Tensor, expected: Tensor, what: str = "") -> 
     assert worst <= limit, f"{what or kind}: relative error {worst:.3e} exceeds {limit:.0e} ({kind}, {found.dtype})"
 
 
-def rms(errors: Sequence[float]) -> float:
-    """Returns the root mean square: the norm-wise error of all draws together, each scaled to norm 1."""
-    return float(torch.tensor(errors, dtype=F64).square().mean().sqrt())
+def distance(found: Tensor, expected: Tensor) -> tuple[float, float]:
+    """Returns |found - expected|² and |expected|², in float64: what errors of several inputs are pooled from."""
+    truth = expected.detach().to(F64)
+    return float((found.detach().to(F64) - truth).square().sum()), float(truth.square().sum())
 
 
-def assert_float32(own: Mapping[str, Sequence[float]], peer: Mapping[str, Sequence[float]]) -> None:
+def pooled(errors: Sequence[tuple[float, float]]) -> float:
+    """Returns the norm-wise relative error of all inputs together, as if they were one; absolute where all are zero.
+
+    Not a mean of relative errors: one input whose truth happens to be near zero would be most of that.
+    """
+    distances, norms = (sum(part) for part in zip(*errors, strict=True))
+    return float((distances / norms if norms > 0 else distances) ** 0.5)
+
+
+def assert_float32(
+    own: Mapping[str, Sequence[tuple[float, float]]], peer: Mapping[str, Sequence[tuple[float, float]]]
+) -> None:
     """Fails where the float32 errors of a computation exceed ``FLOAT32_FACTOR`` times those of another one.
 
     The contract is about how much a summation order loses, and one draw does not show that: the ratio of the errors of
@@ -64,13 +76,13 @@ def assert_float32(own: Mapping[str, Sequence[float]], peer: Mapping[str, Sequen
     errors are taken over several inputs (at least 4) before they are compared.
 
     Args:
-        own: by the name of a quantity, its error for each input.
+        own: by the name of a quantity, its ``distance`` from the truth for each input.
         peer: the same of the computation to hold it against, for the same inputs.
     """
     report = []
     for name, errors in own.items():
         assert len(errors) == len(peer[name]) >= 4, f"{name}: too few draws to tell precision from luck"
-        found, limit = rms(errors), max(FLOAT32_FACTOR * rms(peer[name]), FLOAT32_FLOOR)
-        if not found <= limit:
-            report.append(f"{name}: {found:.2e}, the other {rms(peer[name]):.2e}")
+        found, other = pooled(errors), pooled(peer[name])
+        if not found <= max(FLOAT32_FACTOR * other, FLOAT32_FLOOR):
+            report.append(f"{name}: {found:.2e}, the other {other:.2e}")
     assert not report, f"float32 errs more than {FLOAT32_FACTOR:g} times as much as its peer:\n" + "\n".join(report)

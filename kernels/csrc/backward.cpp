@@ -181,26 +181,30 @@ void input_products(long n, long rows, const T* w, long w_stride, const T* g, T*
   for (; s < n; ++s) input_product<T, 1, C, false>(rows, w, w_stride, g + s, n, grad_x + s * ld, ld);
 }
 
-// grad_W of R rows and C vectors of columns.
+// grad_W of R rows and C vectors of columns. Large batches are summed in parts: one chain of roundings would grow with them.
+constexpr long kSamplesInChain = 32;
 template <class T, int R, int C>
 inline void weight_product(long n, const T* g, const T* x, long ld, Vec<T> (&acc)[R][C]) {
   constexpr int L = kLanes<T>;
-  Vec<T> sum[R][C] = {};
-  for (long s = 0; s < n; ++s) {
-    Vec<T> xv[C];
+  for (long s0 = 0; s0 == 0 || s0 < n; s0 += kSamplesInChain) {
+    const long s1 = std::min(n, s0 + kSamplesInChain);
+    Vec<T> sum[R][C] = {};
+    for (long s = s0; s < s1; ++s) {
+      Vec<T> xv[C];
 #pragma GCC unroll 4
-    for (int c = 0; c < C; ++c) xv[c] = load(x + s * ld + c * L);
+      for (int c = 0; c < C; ++c) xv[c] = load(x + s * ld + c * L);
 #pragma GCC unroll 4
-    for (int r = 0; r < R; ++r) {
-      const Vec<T> gv = broadcast(g[r * n + s]);
+      for (int r = 0; r < R; ++r) {
+        const Vec<T> gv = broadcast(g[r * n + s]);
 #pragma GCC unroll 4
-      for (int c = 0; c < C; ++c) sum[r][c] += gv * xv[c];
+        for (int c = 0; c < C; ++c) sum[r][c] += gv * xv[c];
+      }
     }
+#pragma GCC unroll 4
+    for (int r = 0; r < R; ++r)
+#pragma GCC unroll 4
+      for (int c = 0; c < C; ++c) acc[r][c] = s0 == 0 ? sum[r][c] : acc[r][c] + sum[r][c];
   }
-#pragma GCC unroll 4
-  for (int r = 0; r < R; ++r)
-#pragma GCC unroll 4
-    for (int c = 0; c < C; ++c) acc[r][c] = sum[r][c];
 }
 
 template <class T, class Target>

@@ -227,16 +227,50 @@ inline Vec<float> exponential(Vec<float> v) {
   return (small_expm1(r) + 1.0f) * power_of_two(half) * power_of_two(n - half);
 }
 
+// tanh v = e / (e + 2) with e = e^2v - 1, formed without cancellation near zero. In double, as three roundings to float32
+// would cost two units in the last place, and a log-scale is summed over all dimensions.
+template <class D>
+inline D double_tanh(D v) {
+  D twice = v + v;
+  twice = (twice > 40.0) ? D{} + 40.0 : twice;  // 1 beyond, to the last bit of a float32
+  twice = (twice < -40.0) ? D{} - 40.0 : twice;
+  const double to_integer = 6755399441055744.0;  // 1.5 * 2^52
+  const D n = (twice * 1.4426950408889634 + to_integer) - to_integer;
+  const D r = twice - n * 0.6931471805599453;
+  D p = r * (1.0 / 362880) + 1.0 / 40320;
+  p = p * r + 1.0 / 5040;
+  p = p * r + 1.0 / 720;
+  p = p * r + 1.0 / 120;
+  p = p * r + 1.0 / 24;
+  p = p * r + 1.0 / 6;
+  p = p * r + 0.5;
+  p = p * r * r + r;
+  // 2^n: n + 1.5 * 2^52 holds n in its lowest bits; they become the exponent.
+  const D shifted = n + (to_integer + 1023.0);
+  D scale;
+#if defined(FASTMAF_LANES_ARE_ONE)
+  uint64_t bits;
+  std::memcpy(&bits, &shifted, sizeof bits);
+  bits <<= 52;
+  std::memcpy(&scale, &bits, sizeof scale);
+#else
+  typedef uint64_t Bits __attribute__((vector_size(sizeof(D))));
+  Bits bits;
+  std::memcpy(&bits, &shifted, sizeof bits);
+  bits <<= 52;
+  std::memcpy(&scale, &bits, sizeof scale);
+#endif
+  const D e = scale * p + (scale - 1.0);
+  return e / (e + 2.0);
+}
+
 inline Vec<float> hyperbolic_tangent(Vec<float> v) {
-  // (e^2v - 1) / (e^2v + 1), with e^2v - 1 formed without cancellation near zero.
-  Vec<float> twice = v + v;
-  twice = (twice > 20.0f) ? broadcast(20.0f) : twice;  // 1 to the last bit beyond
-  twice = (twice < -20.0f) ? broadcast(-20.0f) : twice;
-  Vec<float> n, r;
-  reduce(twice, n, r);
-  const Vec<float> scale = power_of_two(n);
-  const Vec<float> e = scale * small_expm1(r) + (scale - 1.0f);
-  return e / (e + 2.0f);
+#if defined(FASTMAF_LANES_ARE_ONE)
+  return static_cast<float>(double_tanh(static_cast<double>(v)));
+#else
+  typedef double Wide __attribute__((vector_size(2 * kVectorBytes)));
+  return __builtin_convertvector(double_tanh(__builtin_convertvector(v, Wide)), Vec<float>);
+#endif
 }
 
 inline Vec<double> exponential(Vec<double> v) {

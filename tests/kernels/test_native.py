@@ -17,7 +17,8 @@ from tests.tolerances import F32, F64, assert_close
 MISSING = next((why for op in backends.OPS if (why := backends.missing(op, "native")) is not None), None)
 pytestmark = pytest.mark.skipif(MISSING is not None, reason=str(MISSING))
 
-BATCHES = [1, 3, 8, 9, 16, 33, 64, 65, 130]
+# The native loops change at 8 and 64 samples and at whole vectors; the C++ test goes through all the others.
+BATCHES = [1, 8, 9, 130]
 
 
 @pytest.fixture
@@ -36,32 +37,33 @@ def same(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
 @pytest.mark.parametrize("batch", BATCHES)
 @pytest.mark.parametrize("kind", OPS)
 def test_float32_contract(kind: str, batch: int) -> None:
-    check_contract(lambda seed: make(kind, batch, 37, seed=seed, hidden_features=(29, 31), levels=9))
+    check_contract(
+        lambda seed: make(kind, batch, 37, seed=seed, hidden_features=(29, 31), levels=9), 6 if batch > 1 else 32
+    )
 
 
-@pytest.mark.parametrize("batch", [1, 9, 65])
-@pytest.mark.parametrize("kind", OPS)
+@pytest.mark.parametrize("batch", [1, 65])
+@pytest.mark.parametrize("kind", ["relu", "affine", "inverse"])
 def test_float32_contract_at_larger_sizes(kind: str, batch: int) -> None:
     check_contract(
-        lambda seed: make(kind, batch, 1501, seed=seed, hidden_features=(64, 48), tiles="production"), draws=4
+        lambda seed: make(kind, batch, 1501, seed=seed, hidden_features=(64, 48), tiles="production", levels=20),
+        draws=4 if batch > 1 else 24,
     )
 
 
-@pytest.mark.parametrize("batch", [1, 8])
 @pytest.mark.parametrize("kind", ["relu", "affine", "inverse"])
-def test_float32_contract_at_full_width(kind: str, batch: int) -> None:
+def test_float32_contract_at_full_width(kind: str) -> None:
     check_contract(
-        lambda seed: make(kind, batch, 12_288, seed=seed, hidden_features=(96,), tiles="production", scale=1.0), draws=4
+        lambda seed: make(kind, 8, 12_288, seed=seed, hidden_features=(96,), tiles="production", scale=1.0), draws=4
     )
 
 
-@pytest.mark.parametrize("dtype", [F64, F32], ids=str)
 @pytest.mark.parametrize("batch", BATCHES)
 @pytest.mark.parametrize("kind", OPS)
-def test_it_is_the_reference(kind: str, batch: int, dtype: torch.dtype) -> None:
+def test_it_is_the_reference(kind: str, batch: int) -> None:
     for tiles in ("many", "one"):
         case = make(kind, batch, 61, tiles=tiles, hidden_features=(48, 32))
-        same(evaluate(case, "native", dtype), evaluate(case, "reference", dtype))
+        same(evaluate(case, "native", F64), evaluate(case, "reference", F64))
 
 
 @pytest.mark.parametrize(
@@ -140,7 +142,7 @@ def test_any_number_of_threads(kind: str, batch: int) -> None:
             torch.set_num_threads(n)
             first = evaluate(case, "native", F32)
             same(first, expected)
-            for _ in range(4):
+            for _ in range(2):
                 again = evaluate(case, "native", F32)
                 assert all(torch.equal(first[key], again[key]) for key in first), f"{n} threads: not repeatable"
 
