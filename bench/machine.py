@@ -71,7 +71,6 @@ def limits() -> dict[str, float]:
     matrix, vector = source.view(-1, 8 * side), torch.ones(8 * side)
     read = min(*seconds(source.sum, 7), *seconds(lambda: torch.mv(matrix, vector), 7))
     copy = min(seconds(lambda: target.copy_(source), 7))
-    del source, target, matrix
     parameter = torch.nn.Parameter(torch.rand(numbers))
     parameter.grad = torch.rand(numbers)
     optimizer = torch.optim.Adam([parameter], fused=True)

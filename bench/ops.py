@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import statistics
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -164,7 +165,7 @@ def run(features: int, repeats: int) -> tuple[list[Row], dict[str, str]]:
             for i in range(repeats + 1):
                 for side in sides:
                     flush.sum()
-                    taken = machine.seconds_once(lambda op=op, side=side: op.call(side, torch.float32))
+                    taken = machine.seconds_once(partial(op.call, side, torch.float32))
                     if i:
                         times[side].append(taken)
             move = 4 * op.moved * op.weights / limits[op.rate] / 1e9

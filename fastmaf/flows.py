@@ -143,10 +143,9 @@ class Flow(nn.Module):
     def to_inference(self, dtype: torch.dtype = torch.bfloat16) -> Flow:
         """Returns a copy for scoring and sampling whose weights are stored in ``dtype``.
 
-        With bfloat16 the weights take half the memory and, where streaming them is what a pass costs, half the time.
-        Activations, biases and every sum stay in the flow's dtype (float32). The copy is an exact flow of its own:
-        ``inverse`` inverts its ``forward``; but its densities differ from the original's by the rounding of the weights,
-        a relative 2⁻⁹ each. The copy takes no gradients with respect to its parameters.
+        With bfloat16 the weights take half the memory. Activations, biases and every sum stay in the flow's dtype
+        (float32). The copy is an exact flow of its own: ``inverse`` inverts its ``forward``; but its densities differ
+        from the original's by the rounding of the weights, a relative 2⁻⁹ each. Its parameters take no gradients.
 
         Args:
             dtype: ``torch.bfloat16``, or the flow's own dtype for a plain frozen copy.
@@ -157,8 +156,8 @@ class Flow(nn.Module):
         own = self._like().dtype
         if dtype not in (own, torch.bfloat16) or (dtype == torch.bfloat16 and own != torch.float32):
             raise ValueError(
-                f"weights for inference are stored as torch.bfloat16 beside float32, or in the flow's dtype {own}; found "
-                f"{dtype}"
+                f"weights for inference are stored as torch.bfloat16 beside float32, or in the flow's dtype {own}; "
+                f"found {dtype}"
             )
         layers = [layer for made in self._mades() for layer in made.layers]
         # Known to deepcopy beforehand, so that the weights are never copied in full.

@@ -33,8 +33,8 @@ class FusedAdam(torch.optim.Adam):
     """``torch.optim.Adam`` for the packed weights of fastmaf's layers, with the same numbers to rounding.
 
     A backward pass leaves no gradient in ``weight.grad``: the optimiser keeps the small matrices that it is the product
-    of, and ``step`` forms it tile by tile and updates weight and moments there and then. Per step that saves writing and
-    reading one number per weight, and its memory. ``minimize`` saves reading the weights once more.
+    of, and ``step`` forms it tile by tile and updates weight and moments there and then. Per step that saves writing
+    and reading one number per weight, and its memory. ``minimize`` saves reading the weights once more.
 
     Everything else (biases, other modules' parameters, a gradient that arrives in ``grad`` all the same) is updated as
     ``torch.optim.Adam`` does. The state has its names and shapes, so that either can go on from the other's

@@ -1,8 +1,8 @@
 """Which implementation of an op runs: the only place that chooses.
 
 A backend of an op is one module in the op's folder that exports the functions of ``reference.py`` that the op calls,
-with the same signatures. A module that cannot work here raises ImportError on import and says what to install; one that does
-not take every tensor of its devices (a dtype, an old card) also exports ``why_not(like) -> str | None``. Adding a
+with the same signatures. A module that cannot work here raises ImportError on import and says what to install; one that
+does not take every tensor of its devices (a dtype, an old card) also exports ``why_not(like) -> str | None``. Adding a
 backend to an op means adding its file, nothing else.
 """
 
