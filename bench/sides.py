@@ -1,10 +1,10 @@
 """The sides that are compared, each as its users would run it, all holding the same function.
 
 ``fastmaf``: the library, with its fused Adam. ``torch Adam``: the same with torch's. ``reference``: its plain torch
-backend. ``bfloat16``: its weights stored in half the bytes, for inference. ``naive``: dense weights times dense masks on
-every pass, torch's Adam, one whole pass per dimension when sampling; the way the published notebook does it. ``masked
-once``: the clever dense user, who masks the weights after each step instead of on each pass and takes torch's fused Adam.
-``masked gradients``: the same with the gradients masked in hooks.
+backend. ``bfloat16``: its weights stored in half the bytes, for inference. ``naive``: dense weights times dense masks
+on every pass, torch's Adam, one whole pass per dimension when sampling; the way the published notebook does it.
+``masked once``: the clever dense user, who masks the weights after each step instead of on each pass and takes torch's
+fused Adam. ``masked gradients``: the same with the gradients masked in hooks.
 """
 
 from __future__ import annotations

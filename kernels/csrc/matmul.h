@@ -90,11 +90,10 @@ struct Product {
 namespace detail {
 
 template <class T, class W, int R, int N>
-inline void dot(const W* w, long w_stride, const T* x, long count, const Product<T>& c) {
+inline void dot(const W* w, long w_stride, long ahead, const T* x, long count, const Product<T>& c) {
   constexpr int L = kLanes<T>;
   constexpr int kUnroll = std::max<int>(1, kLineBytes / (L * sizeof(W)));
   constexpr int kSums = R * N, kEights = (kSums + 7) / 8 * 8;
-  const long ahead = std::max(2, R) * w_stride;  // the next rows
   Vec<T> acc[kEights] = {};
   const auto step = [&](const Vec<T>(&wv)[R], const T* xk) {
 #pragma GCC unroll 8
@@ -140,12 +139,16 @@ inline void dot(const W* w, long w_stride, const T* x, long count, const Product
     for (int n = 0; n < N; ++n) c.data[r * c.row + n * c.sample] += sums[r * N + n];
 }
 
+inline constexpr long kAheadBytes = 4096;
+
 template <class T, class W, int N>
 void dot_rows(long rows, const W* w, long w_stride, const T* x, long count, Product<T> c) {
   // As many rows at once as leave registers for one vector of each row and one of x.
   constexpr int R = N == 1 ? 4 : std::max(1, std::min(4, (kRegisters - 4) / (N + 1)));
-  for (; rows >= R; rows -= R, w += R * w_stride, c = c.from(R)) dot<T, W, R, N>(w, w_stride, x, count, c);
-  for (; rows > 0; --rows, w += w_stride, c = c.from(1)) dot<T, W, 1, N>(w, w_stride, x, count, c);
+  // What is fetched ahead: the next rows, but so far away that memory has the time to answer.
+  const long ahead = std::max<long>(std::max(2, R), kAheadBytes / static_cast<long>(sizeof(W)) / w_stride) * w_stride;
+  for (; rows >= R; rows -= R, w += R * w_stride, c = c.from(R)) dot<T, W, R, N>(w, w_stride, ahead, x, count, c);
+  for (; rows > 0; --rows, w += w_stride, c = c.from(1)) dot<T, W, 1, N>(w, w_stride, ahead, x, count, c);
 }
 
 // KU independent sums over k hide the latency of a multiply-add where R * C accumulators are too few for that.

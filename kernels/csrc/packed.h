@@ -45,12 +45,13 @@ struct Packed {
     return tile;
   }
 
-  // About how many visible weights lie in the rows before `row`.
+  // About what the rows before `row` cost, in weights to stream: those that they see, and what starting and ending a row
+  // takes (measured where half of the weights lie in 71 % of the rows: 28 ns a row).
   double area_before(long row) const {
     double area = 0;
     for (long t = 0; t < tile_count && tiles[t].row_start < row; ++t) {
       const long end = std::min<long>(tiles[t].row_end, row);
-      area += 0.5 * (end - tiles[t].row_start) * (prefix[tiles[t].row_start] + prefix[end - 1] + 2);
+      area += 0.5 * (end - tiles[t].row_start) * (prefix[tiles[t].row_start] + prefix[end - 1] + 2 * kRowCost);
     }
     return area;
   }
@@ -62,6 +63,8 @@ struct Packed {
   }
 
  private:
+  static constexpr double kRowCost = 96;
+
   long boundary(long part, long parts, long group) const {
     if (part == 0) return 0;
     if (part >= parts) return rows;
