@@ -26,11 +26,14 @@ from fastmaf.kernels.factors import AdamNumbers
 ADAM = AdamNumbers(1, 1e-4, 0.9, 0.999, 1e-8, 0.0, False, False)
 
 
+Prepare = Callable[[str, torch.dtype], Callable[[], Any]]
+
+
 class Op(NamedTuple):
-    """One op on one layer: its call by backend and dtype, what it moves and how often it multiplies with the batch."""
+    """One op on one layer: its call made ready by backend and dtype, what it moves and how often it multiplies."""
 
     name: str
-    call: Callable[[str, torch.dtype], Any]
+    prepare: Prepare
     weights: int  # visible, of all layers that it takes
     products: int  # with the batch
     moved: int  # how often each weight's number (or moment's) is read or written
@@ -61,48 +64,50 @@ def ops_of(block: fastmaf.AffineAutoregressive, batch: int) -> list[Op]:
     def layer_of(layer: fastmaf.MaskedLinear, dtype: torch.dtype) -> tuple[Any, ...]:
         return (*to(dtype, layer.weight, layer.bias), layer.prefix, layer.layout.table)
 
-    def forward(layer: fastmaf.MaskedLinear, given: Tensor) -> Callable[[str, torch.dtype], Any]:
-        return lambda backend, dtype: module("masked_linear", backend).forward(
-            *to(dtype, given), *layer_of(layer, dtype), "relu"
+    def forward(layer: fastmaf.MaskedLinear, given: Tensor) -> Prepare:
+        return lambda backend, dtype: partial(
+            module("masked_linear", backend).forward, *to(dtype, given), *layer_of(layer, dtype), "relu"
         )
 
-    def backward(layer: fastmaf.MaskedLinear, given: Tensor, what: str) -> Callable[[str, torch.dtype], Any]:
-        def call(backend: str, dtype: torch.dtype) -> Any:
+    def backward(layer: fastmaf.MaskedLinear, given: Tensor, what: str) -> Prepare:
+        def call(backend: str, dtype: torch.dtype) -> Callable[[], Any]:
             own = module("masked_linear", backend)
             weight, _, prefix, table_ = layer_of(layer, dtype)
             batch_ = to(dtype, grad_h, given, h)
             if what == "inputs":
-                return own.grad_inputs(*batch_, weight, prefix, table_, "relu", True)
+                return partial(own.grad_inputs, *batch_, weight, prefix, table_, "relu", True)
             if what == "weight":
-                return own.backward(*batch_, weight, prefix, table_, "relu", True)
+                return partial(own.backward, *batch_, weight, prefix, table_, "relu", True)
             weight, moments = moving(layer, weight)
-            return *own.adam_(*batch_, weight, prefix, table_, "relu", True, *moments, ADAM, 1.0), weight
+            step = partial(own.adam_, *batch_, weight, prefix, table_, "relu", True, *moments, ADAM, 1.0)
+            return lambda: (*step(), weight)
 
         return call
 
-    def affine(what: str) -> Callable[[str, torch.dtype], Any]:
-        def call(backend: str, dtype: torch.dtype) -> Any:
+    def affine(what: str) -> Prepare:
+        def call(backend: str, dtype: torch.dtype) -> Callable[[], Any]:
             own = module("affine_output", backend)
             weight, bias, prefix, table_ = layer_of(output, dtype)
             bound = block.log_scale_bound, block.soft_bound
             if what == "forward":
-                return own.forward(*to(dtype, h), weight, bias, *to(dtype, x), prefix, table_, *bound)
+                return partial(own.forward, *to(dtype, h), weight, bias, *to(dtype, x), prefix, table_, *bound)
             batch_ = to(dtype, grad_x, grad_ladj, grad_x, h, x, 0.1 * x)
             if what == "inputs":
-                return own.grad_inputs(*batch_, weight, prefix, table_, *bound, True)
+                return partial(own.grad_inputs, *batch_, weight, prefix, table_, *bound, True)
             if what == "weight":
-                return own.backward(*batch_[:4], weight, *batch_[4:], prefix, table_, *bound)
+                return partial(own.backward, *batch_[:4], weight, *batch_[4:], prefix, table_, *bound)
             weight, moments = moving(output, weight)
-            return *own.adam_(*batch_, weight, prefix, table_, *bound, True, *moments, ADAM, 1.0), weight
+            step = partial(own.adam_, *batch_, weight, prefix, table_, *bound, True, *moments, ADAM, 1.0)
+            return lambda: (*step(), weight)
 
         return call
 
-    def inverse(backend: str, dtype: torch.dtype) -> Any:
+    def inverse(backend: str, dtype: torch.dtype) -> Callable[[], Any]:
         given = block.block()._replace(
             weights=list(to(dtype, *(layer.weight for layer in made.layers))),
             biases=list(to(dtype, *(layer.bias for layer in made.layers))),
         )
-        return module("level_inverse", backend).forward(*to(dtype, x), *given)
+        return partial(module("level_inverse", backend).forward, *to(dtype, x), *given)
 
     sizes = [layer.layout.visible for layer in made.layers]
     result = [
@@ -135,7 +140,7 @@ def moving(layer: fastmaf.MaskedLinear, weight: Tensor) -> tuple[Tensor, tuple[T
 def check(op: Op, backend: str) -> None:
     """Holds an op's float32 results against the float64 reference."""
     _moving.clear()
-    found, expected = op.call(backend, torch.float32), op.call("reference", torch.float64)
+    found, expected = op.prepare(backend, torch.float32)(), op.prepare("reference", torch.float64)()
     _moving.clear()
     pairs = zip(*((r if isinstance(r, tuple) else (r,)) for r in (found, expected)), strict=True)
     for own, truth in pairs:
@@ -158,14 +163,14 @@ def run(features: int, repeats: int) -> tuple[list[Row], dict[str, str]]:
     flush = torch.ones(32 * 2**20)
     for batch in (1, 8, 64):
         for op in ops_of(block, batch):
-            times: dict[str, list[float]] = {}
             for side in sides:
                 check(op, side)
-                times[side] = []
+            calls = {side: op.prepare(side, torch.float32) for side in sides}
+            times: dict[str, list[float]] = {side: [] for side in sides}
             for i in range(repeats + 1):
                 for side in sides:
                     flush.sum()
-                    taken = machine.seconds_once(partial(op.call, side, torch.float32))
+                    taken = machine.seconds_once(calls[side])
                     if i:
                         times[side].append(taken)
             move = 4 * op.moved * op.weights / limits[op.rate] / 1e9

@@ -15,11 +15,14 @@
 namespace fastmaf {
 namespace {
 
-constexpr long kBlockRows = 8;
+// Rows of a block. Few, so that a small batch's block is still in the first-level cache for its second product; with many
+// samples that product is far away anyhow, and grad_x should be read and written less often.
+constexpr long kBlockRows = 8, kDeepBlockRows = 32;
+constexpr long kDeepSamples = 32;
 constexpr long kStripRows = 64;  // rows whose g is formed, and whose share of grad_x is summed, at once
 constexpr long kMostColumns = 512;
 template <class T>
-constexpr long kAhead = 4096 / sizeof(T);  // a page: rows follow each other in memory
+constexpr long kAhead = 4096 / sizeof(T);
 constexpr int kWide = 3;  // vectors, and
 constexpr int kHigh = 4;         // rows or samples, of which the accumulators of one inner loop fill the registers
 
@@ -96,14 +99,16 @@ struct Sink<AdamStep<T>> {
     w -= step_size * m / (square_root<T>(v) * correction + eps);
   }
   // A run of a row's gradient at once: as plain a loop over memory as Adam by itself would be.
-  void run(long at, const T* g, long count) const {
+  void run(long at, const T* g, long count, long width) const {
     constexpr int L = kLanes<T>;
     T *w = t.weight + at, *m = t.exp_avg + at, *v = t.exp_avg_sq + at;
+    // The same columns of a row below: in a narrow tile of one about a page on, in a wide one of the next.
+    const long ahead = std::max(1L, kAhead<T> / std::max(width, 1L)) * width;
     long k = 0;
     for (; k + L <= count; k += L) {
       if (k % kLineNumbers<T> == 0) {
-        prefetch(m + k + kAhead<T>);
-        prefetch(v + k + kAhead<T>);
+        prefetch(m + k + ahead);
+        prefetch(v + k + ahead);
       }
       Vec<T> wv = load(w + k), mv = load(m + k), vv = load(v + k);
       update(load(g + k), wv, mv, vv);
@@ -158,7 +163,7 @@ void input_product(long rows, const T* w, long w_stride, const T* g, long g_stri
 #pragma GCC unroll 4
     for (int c = 0; c < C; ++c) {
       wv[c] = load(w + c * L);
-      if (Fetch && (C == 1 || c % 2 == 0)) prefetch(w + kBlockRows * w_stride + c * L);
+      if (Fetch && (C == 1 || c % 2 == 0)) prefetch(w + rows * w_stride + c * L);
     }
 #pragma GCC unroll 4
     for (int s = 0; s < S; ++s) {
@@ -214,7 +219,7 @@ class Backward {
 
   // Rows row0..row1, columns k0..k1. g [row1 - row0][n]; x and grad_x [n][ld] start at column k0; grad_x null: not wanted.
   void block(long row0, long row1, long k0, long k1, const T* g, const T* x, T* grad_x, long ld) {
-    p_.groups(row0, row1, kBlockRows, [&](const Tile& tile, long r0, long r1) {
+    p_.groups(row0, row1, n_ < kDeepSamples ? kBlockRows : kDeepBlockRows, [&](const Tile& tile, long r0, long r1) {
       const long end = std::min(k1, p_.template visible<T>(tile, r1));
       if (grad_x && end > k0) inputs(tile, r0, r1, k0, end, g + (r0 - row0) * n_, grad_x, ld);
       if constexpr (!std::is_same_v<Target, NoWeightGradient>) {
@@ -247,7 +252,7 @@ class Backward {
       input_products<T, kWide>(n_, rows, w + k, tile.width, g, grad_x + (k - k0), ld);
     for (; k + L <= end; k += L) input_products<T, 1>(n_, rows, w + k, tile.width, g, grad_x + (k - k0), ld);
     if (k < end) {  // the last columns of a weight that is no whole number of vectors wide
-      T padded[kBlockRows * L];
+      T padded[kDeepBlockRows * L];
       for (long r = 0; r < rows; ++r) store(padded + r * L, load_part<T>(w + r * tile.width + k, end - k));
       input_products<T, 1>(n_, rows, padded, L, g, grad_x + (k - k0), ld);
     }
@@ -259,7 +264,7 @@ class Backward {
     for (; k + kWide * kLanes<T> <= end; k += kWide * kLanes<T>) columns<R, kWide>(tile, r, k, k0, g, x + (k - k0), ld);
     for (; k < end; k += kLanes<T>) columns<R, 1>(tile, r, k, k0, g, x + (k - k0), ld);
     if constexpr (kStaged)
-      for (int i = 0; i < R; ++i) sink.run(offset(tile, r + i) + k0, stage_[i], std::min(end, p_.prefix[r + i]) - k0);
+      for (int i = 0; i < R; ++i) sink.run(offset(tile, r + i) + k0, stage_[i], std::min(end, p_.prefix[r + i]) - k0, tile.width);
   }
 
   template <int R, int C>
@@ -359,7 +364,7 @@ void linear_backward(const Packed<const T>& p, const Source& source, const T* x,
       T* mine = shared + team.rank * n * wide;
       std::fill(mine, mine + n * wide, T(0));
       long row0, row1;
-      p.share(team.rank, team.size, kBlockRows, row0, row1);
+      p.share(team.rank, team.size, kDeepBlockRows, row0, row1);
       const bool once = p.columns <= strip;
       if (once) take_columns(x, n, p.columns, 0, p.columns, x_strip, ld);
       for (long r0 = row0; r0 < row1; r0 += kStripRows) {
