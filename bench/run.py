@@ -161,23 +161,33 @@ def run(
     few |= {"masked once": max(3, repeats // 2), "masked gradients": max(2, repeats // 4)}
     rows: list[Row] = []
 
-    def bound(batch: int) -> tuple[str, float]:
+    def bound(batch: int, number_bytes: int = 4) -> tuple[str, float]:
         """What scoring or sampling must do: stream the weights once, or multiply them with the batch."""
-        stream, multiply = 4 * weights / limits["read_gb_per_s"] / 1e9, 2 * batch * weights / rate
+        moved = number_bytes * weights
+        stream, multiply = moved / limits["read_gb_per_s"] / 1e9, 2 * batch * weights / rate
         if stream >= multiply:
-            return f"{4 * weights / 1e6:.0f} MB read", stream
+            return f"{moved / 1e6:.0f} MB read", stream
         return f"{2 * batch * weights / 1e9:.2f} GFLOP", multiply
+
+    def bounded(found: list[Row], batch: int) -> list[Row]:
+        """Gives the side whose weights take half the bytes its own bound."""
+        for row in found:
+            if row["side"] == "bfloat16":
+                words, limit = bound(batch, 2)
+                share = limit / float(row["median_s"])
+                row |= {"must_move": words, "limit_s": f"{limit:.6g}", "fraction_of_limit": f"{share:.4g}"}
+        return found
 
     with torch.no_grad():
         for batch in (1, 8, 64):
             calls: dict[str, Callable[[], object]] = {s.name: partial(s.log_prob, x[:batch]) for s in inference}
-            rows += rows_of("log_prob", batch, interleaved(calls, few), *bound(batch))
+            rows += bounded(rows_of("log_prob", batch, interleaved(calls, few), *bound(batch)), batch)
         for batch in (1, 5, 64):
             calls = {s.name: partial(s.sample, batch) for s in inference if s.sample is not None}
             times, notes = interleaved(calls, few), {}
             if batch == 1:
                 times["naive"], notes["naive"] = naive_sampling(naive, features, blocks)
-            rows += rows_of("sample", batch, times, *bound(batch), notes)
+            rows += bounded(rows_of("sample", batch, times, *bound(batch), notes), batch)
     # Forward reads a weight; one pass more reads and writes it and both moments.
     must_move = 7 * 4 * weights
     # Copies: an optimiser that fuses takes its flow's gradients for itself.

@@ -230,7 +230,7 @@ inline Vec<float> exponential(Vec<float> v) {
 // tanh v = e / (e + 2) with e = e^2v - 1, formed without cancellation near zero. In double, as three roundings to float32
 // would cost two units in the last place, and a log-scale is summed over all dimensions.
 template <class D>
-inline D double_tanh(D v) {
+inline void double_tanh(const D& v, D& result) {
   D twice = v + v;
   twice = (twice > 40.0) ? D{} + 40.0 : twice;  // 1 beyond, to the last bit of a float32
   twice = (twice < -40.0) ? D{} - 40.0 : twice;
@@ -261,15 +261,19 @@ inline D double_tanh(D v) {
   std::memcpy(&scale, &bits, sizeof scale);
 #endif
   const D e = scale * p + (scale - 1.0);
-  return e / (e + 2.0);
+  result = e / (e + 2.0);
 }
 
 inline Vec<float> hyperbolic_tangent(Vec<float> v) {
 #if defined(FASTMAF_LANES_ARE_ONE)
-  return static_cast<float>(double_tanh(static_cast<double>(v)));
+  double result;
+  double_tanh(static_cast<double>(v), result);
+  return static_cast<float>(result);
 #else
   typedef double Wide __attribute__((vector_size(2 * kVectorBytes)));
-  return __builtin_convertvector(double_tanh(__builtin_convertvector(v, Wide)), Vec<float>);
+  Wide result;
+  double_tanh(__builtin_convertvector(v, Wide), result);
+  return __builtin_convertvector(result, Vec<float>);
 #endif
 }
 
