@@ -48,6 +48,10 @@ class AdamNumbers(NamedTuple):
         return math.sqrt(1 - self.beta2**self.step)
 
 
+# How many of an op's batch tensors, the first ones, are gradients.
+_FROM_ABOVE = {"masked_linear": 1, "affine_output": 3}
+
+
 class Factors(NamedTuple):
     """What one backward pass of an op makes the gradient of its weight from.
 
@@ -94,6 +98,11 @@ class Factors(NamedTuple):
         """Returns the factors of ``factor`` times this gradient."""
         return self._replace(scale=self.scale * factor)
 
+    def unscaled(self) -> Factors:
+        """Returns factors of the same gradient with scale 1: it is linear in the gradients that came from above."""
+        n = _FROM_ABOVE[self.op]
+        return self._replace(batch=(*(t * self.scale for t in self.batch[:n]), *self.batch[n:]), scale=1.0)
+
     def squared_norm(self) -> float:
         """Returns the sum of the squares of the gradient."""
         return self.scale**2 * float(self._backend().squared_norm(*self._arguments()))
@@ -105,9 +114,11 @@ class Factors(NamedTuple):
 
 
 def joined(factors: Sequence[Factors]) -> Factors:
-    """Returns the factors of the sum of several gradients of one weight, which have one scale."""
+    """Returns the factors of the sum of several gradients of one weight."""
     if len(factors) == 1:
         return factors[0]
+    if len({f.scale for f in factors}) > 1:  # some were clipped before others came
+        factors = [f.unscaled() for f in factors]
     return factors[0]._replace(batch=tuple(torch.cat(parts) for parts in zip(*(f.batch for f in factors), strict=True)))
 
 

@@ -212,6 +212,19 @@ def test_clipping(limit: float) -> None:
     both(run, lambda kind, flow: kind(flow.parameters(), lr=1e-2, eps=1.0), tolerance=1e-6)
 
 
+def test_a_gradient_that_comes_after_clipping_is_not_clipped() -> None:
+    def run(flow: fastmaf.MAF, optimizer: Any) -> None:
+        loss_of(flow, 0).backward()
+        if isinstance(optimizer, FusedAdam):
+            optimizer.clip_grad_norm_(0.1)
+        else:
+            nn.utils.clip_grad_norm_(flow.parameters(), 0.1)
+        loss_of(flow, 1).backward()
+        optimizer.step()
+
+    both(run, lambda kind, flow: kind(flow.parameters(), lr=1e-2, eps=1.0), tolerance=1e-6)
+
+
 @pytest.mark.parametrize("guards", [
     Guards(), Guards(warmup_steps=4), Guards(max_grad_norm=1e-2), Guards(max_leap=0.5),
     Guards(warmup_steps=3, max_grad_norm=0.1, max_leap=0.5),
