@@ -15,178 +15,69 @@
 namespace fastmaf {
 namespace {
 
-// Rows of a block. Few, so that a small batch's block is still in the first-level cache for its second product; with many
-// samples that product is far away anyhow, and grad_x should be read and written less often.
+// Rows of a block. Few, so that a small batch's block is still in cache for its second product; with many samples that product
+// is far away anyhow, and grad_x should be read and written less often.
 constexpr long kBlockRows = 8, kDeepBlockRows = 32;
 constexpr long kDeepSamples = 32;
-constexpr long kStripRows = 64;  // rows whose g is formed, and whose share of grad_x is summed, at once
-constexpr long kMostColumns = 512;
-constexpr int kWide = 3;  // vectors, and
-constexpr int kHigh = 4;         // rows or samples, of which the accumulators of one inner loop fill the registers
 
 // Columns that go together: x and grad_x of all samples for them should stay in the second-level cache.
-template <class T>
-long strip_columns(long n) {
-  return std::clamp(round_up(8192 / std::max(n, 1L), 64), 64L, kMostColumns);
-}
-
-// ---- the two products over one block
-
-// grad_x[n][k] += sum over the block's rows: S samples, C vectors from w on.
-template <class T, int S, int C, bool Fetch>
-void input_product(long rows, const T* w, long w_stride, const T* g, long g_stride, T* grad_x, long ld) {
-  constexpr int L = kLanes<T>;
-  Vec<T> acc[S][C] = {};
-  for (long j = 0; j < rows; ++j, w += w_stride, g += g_stride) {
-    Vec<T> wv[C];
-#pragma GCC unroll 4
-    for (int c = 0; c < C; ++c) {
-      wv[c] = load(w + c * L);
-      if (Fetch && (C == 1 || c % 2 == 0)) prefetch(w + rows * w_stride + c * L);
-    }
-#pragma GCC unroll 4
-    for (int s = 0; s < S; ++s) {
-      const Vec<T> gv = broadcast(g[s]);
-#pragma GCC unroll 4
-      for (int c = 0; c < C; ++c) acc[s][c] += gv * wv[c];
-    }
-  }
-#pragma GCC unroll 4
-  for (int s = 0; s < S; ++s)
-#pragma GCC unroll 4
-    for (int c = 0; c < C; ++c) store(grad_x + s * ld + c * L, load(grad_x + s * ld + c * L) + acc[s][c]);
-}
-
-template <class T, int C>
-void input_products(long n, long rows, const T* w, long w_stride, const T* g, T* grad_x, long ld) {
-  long s = 0;
-  if (n >= kHigh) input_product<T, kHigh, C, true>(rows, w, w_stride, g, n, grad_x, ld), s = kHigh;
-  for (; s + kHigh <= n; s += kHigh) input_product<T, kHigh, C, false>(rows, w, w_stride, g + s, n, grad_x + s * ld, ld);
-  for (; s < n; ++s) input_product<T, 1, C, false>(rows, w, w_stride, g + s, n, grad_x + s * ld, ld);
-}
-
-// grad_W of R rows and C vectors of columns. Large batches are summed in parts: one chain of roundings would grow with them.
-constexpr long kSamplesInChain = 32;
-template <class T, int R, int C>
-inline void weight_product(long n, const T* g, const T* x, long ld, Vec<T> (&acc)[R][C]) {
-  constexpr int L = kLanes<T>;
-  for (long s0 = 0; s0 == 0 || s0 < n; s0 += kSamplesInChain) {
-    const long s1 = std::min(n, s0 + kSamplesInChain);
-    Vec<T> sum[R][C] = {};
-    for (long s = s0; s < s1; ++s) {
-      Vec<T> xv[C];
-#pragma GCC unroll 4
-      for (int c = 0; c < C; ++c) xv[c] = load(x + s * ld + c * L);
-#pragma GCC unroll 4
-      for (int r = 0; r < R; ++r) {
-        const Vec<T> gv = broadcast(g[r * n + s]);
-#pragma GCC unroll 4
-        for (int c = 0; c < C; ++c) sum[r][c] += gv * xv[c];
-      }
-    }
-#pragma GCC unroll 4
-    for (int r = 0; r < R; ++r)
-#pragma GCC unroll 4
-      for (int c = 0; c < C; ++c) acc[r][c] = s0 == 0 ? sum[r][c] : acc[r][c] + sum[r][c];
-  }
-}
+long strip_columns(long n) { return std::clamp(round_up(8192 / std::max(n, 1L), 64), 64L, kMostColumns); }
 
 template <class T, class Target>
 class Backward {
  public:
-  Backward(const Packed<const T>& p, long n, const Target& target) : p_(p), n_(n), sink(target) {}
+  Backward(const Packed<const T>& p, long n, const Target& target) : sink(target), p_(p), n_(n) {
+    if constexpr (std::is_same_v<Target, AdamStep<T>>) {
+      ahead_.others[0] = target.exp_avg - p.weight;
+      ahead_.others[1] = target.exp_avg_sq - p.weight;
+    }
+  }
+  Sink<Target> sink;
 
-  // Rows row0..row1, columns k0..k1. g [row1 - row0][n]; x and grad_x [n][ld] start at column k0; grad_x null: not wanted.
-  void block(long row0, long row1, long k0, long k1, const T* g, const T* x, T* grad_x, long ld) {
+  // Rows row0..row1, columns k0..k1. g, x and grad_x start at row0 and k0; grad_x null: not wanted.
+  void block(long row0, long row1, long k0, long k1, const T* g, const T* x, T* grad_x) {
     p_.groups(row0, row1, n_ < kDeepSamples ? kBlockRows : kDeepBlockRows, [&](const Tile& tile, long r0, long r1) {
-      const long end = std::min(k1, p_.template visible<T>(tile, r1));
-      if (grad_x && end > k0) inputs(tile, r0, r1, k0, end, g + (r0 - row0) * n_, grad_x, ld);
-      if constexpr (!std::is_same_v<Target, NoWeightGradient>) {
-        for (long r = r0; r < r1; r += kHigh) {
-          const T* gr = g + (r - row0) * n_;
-          switch (std::min<long>(kHigh, r1 - r)) {
-            case 4: weights<4>(tile, r, k0, end, gr, x, ld); break;
-            case 3: weights<3>(tile, r, k0, end, gr, x, ld); break;
-            case 2: weights<2>(tile, r, k0, end, gr, x, ld); break;
-            default: weights<1>(tile, r, k0, end, gr, x, ld);
+      const long columns = std::min(k1, p_.template visible<T>(tile, r1)) - k0;
+      const T* gr = g + (r0 - row0);
+      if (columns > 0) ahead_.start(p_.row(tile, r1) + k0, r1 - r0, columns, tile.width);
+      if (grad_x && columns > 0) input_product(n_, r1 - r0, p_.row(tile, r0) + k0, tile.width, gr, grad_x, columns, ahead_);
+      if constexpr (!std::is_same_v<Target, NoWeightGradient>)
+        for (long r = r0; r < r1; r += kHigh, gr += kHigh) switch (std::min<long>(kHigh, r1 - r)) {
+            case 4: weights<4>(tile, r, k0, k1, columns, gr, x); break;
+            case 3: weights<3>(tile, r, k0, k1, columns, gr, x); break;
+            case 2: weights<2>(tile, r, k0, k1, columns, gr, x); break;
+            default: weights<1>(tile, r, k0, k1, columns, gr, x);
           }
-        }
-        for (long r = r0; r < r1; ++r) {
-          const long from = std::max(k0, end), to = std::min<long>(k1, tile.width);
-          sink.skip(offset(tile, r) + from, to - from);
-        }
-      }
     });
   }
 
  private:
-  static long offset(const Tile& tile, long r) { return tile.offset + (r - tile.row_start) * tile.width; }
-
-  void inputs(const Tile& tile, long r0, long r1, long k0, long end, const T* g, T* grad_x, long ld) const {
-    constexpr int L = kLanes<T>;
-    const T* w = p_.row(tile, r0);
-    const long rows = r1 - r0;
-    long k = k0;
-    for (; k + kWide * L <= end; k += kWide * L)
-      input_products<T, kWide>(n_, rows, w + k, tile.width, g, grad_x + (k - k0), ld);
-    for (; k + L <= end; k += L) input_products<T, 1>(n_, rows, w + k, tile.width, g, grad_x + (k - k0), ld);
-    if (k < end) {  // the last columns of a weight that is no whole number of vectors wide
-      T padded[kDeepBlockRows * L];
-      for (long r = 0; r < rows; ++r) store(padded + r * L, load_part<T>(w + r * tile.width + k, end - k));
-      input_products<T, 1>(n_, rows, padded, L, g, grad_x + (k - k0), ld);
-    }
-  }
-
   template <int R>
-  void weights(const Tile& tile, long r, long k0, long end, const T* g, const T* x, long ld) {
-    long k = k0;
-    for (; k + kWide * kLanes<T> <= end; k += kWide * kLanes<T>) columns<R, kWide>(tile, r, k, k0, g, x + (k - k0), ld);
-    for (; k < end; k += kLanes<T>) columns<R, 1>(tile, r, k, k0, g, x + (k - k0), ld);
-    if constexpr (kStaged)
-      for (int i = 0; i < R; ++i) sink.run(offset(tile, r + i) + k0, stage_[i], std::min(end, p_.prefix[r + i]) - k0, tile.width);
-  }
-
-  template <int R, int C>
-  void columns(const Tile& tile, long r, long k, long k0, const T* g, const T* x, long ld) {
-    constexpr int L = kLanes<T>;
-    Vec<T> acc[R][C];
-    weight_product<T, R, C>(n_, g, x, ld, acc);
-#pragma GCC unroll 4
+  void weights(const Tile& tile, long r, long k0, long k1, long columns, const T* g, const T* x) {
+    if (columns > 0) weight_product<T, R>(n_, g, x, stage_, columns, ahead_);
     for (int i = 0; i < R; ++i)
-#pragma GCC unroll 4
-      for (int c = 0; c < C; ++c) {
-        if constexpr (kStaged)
-          store(stage_[i] + (k - k0) + c * L, acc[i][c]);
-        else
-          sink.apply(offset(tile, r + i) + k + c * L, acc[i][c], p_.prefix[r + i] - k - c * L, tile.width - k - c * L);
-      }
+      sink.run(tile.offset + (r + i - tile.row_start) * tile.width + k0, stage_ + i * kStride,
+               std::min(columns, p_.prefix[r + i] - k0), std::min<long>(k1, tile.width) - k0, ahead_);
   }
 
-  static constexpr bool kStaged = std::is_same_v<Target, AdamStep<T>>;
-  T stage_[kHigh][kMostColumns + 16];
+  T stage_[kHigh * kStride];
+  Ahead<T> ahead_;
   const Packed<const T>& p_;
   const long n_;
-
- public:
-  Sink<Target> sink;
 };
 
+// Sets `columns` columns of every sample, in whole vectors, to zero.
 template <class T>
-void sum_rows(const T* g, long rows, long n, T* grad_bias) {
-  for (long r = 0; r < rows; ++r) {
-    double total = 0;
-    for (long s = 0; s < n; ++s) total += g[r * n + s];
-    grad_bias[r] = static_cast<T>(total);
-  }
+void clear(T* strip, long n, long columns) {
+  for (long s = 0; s < n; ++s) std::fill_n(strip + s * kStride, round_up(std::max(columns, 0L), kLanes<T>), T(0));
 }
 
-// Columns k0..k1 of x [n][stride], each sample's rounded up to whole vectors with zeros.
+// Columns k0..k1 of x [n][stride], each sample's in whole vectors with zeros behind.
 template <class T>
-void take_columns(const T* x, long n, long stride, long k0, long k1, T* to, long ld) {
-  const long count = k1 - k0, padded = std::min(ld, round_up(count, kLanes<T>));
+void take_columns(const T* x, long n, long stride, long k0, long k1, T* to) {
   for (long s = 0; s < n; ++s) {
-    std::copy(x + s * stride + k0, x + s * stride + k1, to + s * ld);
-    std::fill(to + s * ld + count, to + s * ld + padded, T(0));
+    T* end = std::copy(x + s * stride + k0, x + s * stride + k1, to + s * kStride);
+    std::fill(end, to + s * kStride + round_up(k1 - k0, kLanes<T>), T(0));
   }
 }
 
@@ -214,30 +105,37 @@ void linear_backward(const Packed<const T>& p, const Source& source, const T* x,
                      const Target& target, long threads) {
   threads = useful_threads(p, n, threads);
   const bool by_columns = p.columns > p.rows;
-  const long strip = strip_columns<T>(n), ld = strip + 16;
-  // By columns: g of all rows. By rows: each thread's grad_x.
-  const long wide = round_up(p.columns, kLanes<T>) + 16;
-  T* shared = Scratch::get<T>(Scratch::kGradient, by_columns ? p.rows * n : threads * n * wide);
+  const long strip = strip_columns(n);
+  // By columns: g of all rows, a strip of rows after another. By rows: each thread's grad_x.
+  const long wide = round_up(p.columns, kLanes<T>) + 16, g_numel = n * kGradientStride;
+  T* shared = Scratch::get<T>(Scratch::kGradient,
+                              by_columns ? round_up(p.rows, kStripRows) / kStripRows * g_numel : threads * n * wide);
   std::vector<double> squares(threads, 0.0);
   run_team(threads, [&](Team& team) {
-    T* x_strip = Scratch::get<T>(Scratch::kPack, 2 * n * ld + kStripRows * n);
-    T* grad_strip = x_strip + n * ld;
-    T* g_strip = grad_strip + n * ld;
+    T* x_strip = Scratch::get<T>(Scratch::kPack, 2 * n * kStride + g_numel);
+    T* grad_strip = x_strip + n * kStride;
+    T* g_strip = grad_strip + n * kStride;
+    T* grad = grad_x ? grad_strip : nullptr;
     Backward<T, Target> backward(p, n, target);
+    const auto take_strip = [&](long r0, long r1, T* g) {
+      fill(source, p.rows, n, r0, r1, g);
+      if (grad_bias) sum_samples(g, r1 - r0, n, grad_bias + r0);
+    };
     if (by_columns) {
-      long r0, r1;
-      team.share(p.rows, 16, r0, r1);
-      fill(source, p.rows, n, r0, r1, shared + r0 * n);
-      if (grad_bias) sum_rows(shared + r0 * n, r1 - r0, n, grad_bias + r0);
+      const auto g_of = [&](long row) { return shared + row / kStripRows * g_numel; };
+      long begin, end;
+      team.share(p.rows, kStripRows, begin, end);
+      for (long r0 = begin; r0 < end; r0 += kStripRows) take_strip(r0, std::min(r0 + kStripRows, end), g_of(r0));
       team.sync();
-      const long end = column_boundary(p, team.rank + 1, team.size);
+      end = column_boundary(p, team.rank + 1, team.size);
       for (long k0 = column_boundary(p, team.rank, team.size); k0 < end; k0 += strip) {
         const long k1 = std::min(k0 + strip, end);
-        take_columns(x, n, p.columns, k0, k1, x_strip, ld);
-        std::fill(grad_strip, grad_strip + n * ld, T(0));
-        backward.block(0, p.rows, k0, k1, shared, x_strip, grad_x ? grad_strip : nullptr, ld);
+        take_columns(x, n, p.columns, k0, k1, x_strip);
+        clear(grad_strip, n, k1 - k0);
+        for (long r0 = 0; r0 < p.rows; r0 += kStripRows)
+          backward.block(r0, std::min(r0 + kStripRows, p.rows), k0, k1, g_of(r0), x_strip, grad);
         if (grad_x)
-          for (long s = 0; s < n; ++s) std::copy(grad_strip + s * ld, grad_strip + s * ld + k1 - k0, grad_x + s * p.columns + k0);
+          for (long s = 0; s < n; ++s) std::copy_n(grad_strip + s * kStride, k1 - k0, grad_x + s * p.columns + k0);
       }
     } else {
       T* mine = shared + team.rank * n * wide;
@@ -245,22 +143,21 @@ void linear_backward(const Packed<const T>& p, const Source& source, const T* x,
       long row0, row1;
       p.share(team.rank, team.size, kDeepBlockRows, row0, row1);
       const bool once = p.columns <= strip;
-      if (once) take_columns(x, n, p.columns, 0, p.columns, x_strip, ld);
+      if (once) take_columns(x, n, p.columns, 0, p.columns, x_strip);
       for (long r0 = row0; r0 < row1; r0 += kStripRows) {
         const long r1 = std::min(r0 + kStripRows, row1);
-        fill(source, p.rows, n, r0, r1, g_strip);
-        if (grad_bias) sum_rows(g_strip, r1 - r0, n, grad_bias + r0);
+        take_strip(r0, r1, g_strip);
         for (long k0 = 0; k0 < p.columns; k0 += strip) {
           const long k1 = std::min(k0 + strip, p.columns);
-          if (!once) take_columns(x, n, p.columns, k0, k1, x_strip, ld);
+          if (!once) take_columns(x, n, p.columns, k0, k1, x_strip);
           const long seen = std::min(k1, round_up(p.prefix[r1 - 1], kLanes<T>)) - k0;
-          for (long s = 0; s < n && seen > 0; ++s) std::fill(grad_strip + s * ld, grad_strip + s * ld + round_up(seen, kLanes<T>), T(0));
-          backward.block(r0, r1, k0, k1, g_strip, x_strip, grad_x ? grad_strip : nullptr, ld);
+          clear(grad_strip, n, seen);
+          backward.block(r0, r1, k0, k1, g_strip, x_strip, grad);
           if (grad_x)
             for (long s = 0; s < n; ++s)
               for (long k = 0; k < seen; k += kLanes<T>) {
                 T* to = mine + s * wide + k0 + k;
-                store(to, load(to) + load(grad_strip + s * ld + k));
+                store(to, load(to) + load(grad_strip + s * kStride + k));
               }
         }
       }

@@ -2,6 +2,7 @@
 // -DFASTMAF_SCALAR, or a compiler without vector types, makes a vector one number: the same kernels, no SIMD.
 #pragma once
 
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
@@ -51,6 +52,14 @@ inline constexpr int kRegisters = 32;
 inline constexpr int kRegisters = 16;
 #endif
 
+#if defined(__GNUC__)
+#define FASTMAF_NOINLINE __attribute__((noinline))
+#define FASTMAF_INLINE inline __attribute__((always_inline))
+#else
+#define FASTMAF_NOINLINE
+#define FASTMAF_INLINE inline
+#endif
+
 inline constexpr int kLineBytes = 64;
 // A cache line of T; never less than a vector.
 template <class T>
@@ -64,6 +73,14 @@ constexpr long round_up(long n, T multiple) {
 inline void prefetch(const void* address) {
 #if defined(__GNUC__)
   __builtin_prefetch(address, 0, 3);
+#else
+  (void)address;
+#endif
+}
+// Not into the first-level cache: there is more to come than that holds.
+inline void prefetch_far(const void* address) {
+#if defined(__GNUC__)
+  __builtin_prefetch(address, 0, 2);
 #else
   (void)address;
 #endif
@@ -125,6 +142,15 @@ inline Vec<T> broadcast(T s) {
   return s - Vec<T>{};  // not 0 + s: for s = -0 that is another number, so it would be computed
 }
 
+// For what is used several times: else GCC may make a memory operand of every use, and loads are what is scarce.
+template <class V>
+inline V in_register(V v) {
+#if defined(__GNUC__) && defined(__AVX__)
+  asm("" : "+x"(v));
+#endif
+  return v;
+}
+
 template <class T>
 inline T sum(Vec<T> v) {
 #if defined(__GNUC__) && !defined(__clang__) && !defined(FASTMAF_LANES_ARE_ONE)
@@ -174,10 +200,21 @@ inline void eight_sums(const Vec<T>* v, T* to) {
 // Lanes at and above `count` become zero.
 template <class T>
 inline Vec<T> keep_first(Vec<T> v, long count) {
-  T buffer[kLanes<T>];
-  store(buffer, v);
-  for (long i = count < 0 ? 0 : count; i < kLanes<T>; ++i) buffer[i] = 0;
-  return load(buffer);
+#if defined(FASTMAF_LANES_ARE_ONE)
+  return count > 0 ? v : T(0);
+#else
+  constexpr int L = kLanes<T>;
+  if (count >= L) return v;
+  static constexpr auto kKeep = [] {
+    struct {
+      T of[2 * L];
+    } table{};
+    for (int i = 0; i < L; ++i) table.of[i] = 1;
+    return table;
+  }();
+  const Vec<T> keep = load(kKeep.of + L - std::max(count, 0L));
+  return (keep != Vec<T>{}) ? v : Vec<T>{};
+#endif
 }
 
 template <class T>
