@@ -43,9 +43,9 @@ reproduce: install  ## train, sample and evaluate on the synthetic capsules, or 
 test: $(VENV)/.installed-test  ## run the tests
 	"$(BIN)/python" -m pytest
 
-# Needs no torch: ops.cpp, the only source that includes it, is left out. Twice: with vector instructions and without.
+# Needs no torch: the sources that include it, ops.cpp and its like, are left out. Twice: with vector instructions and without.
 SANITIZE = -std=c++17 -g -O1 -fsanitize=address,undefined -fno-sanitize-recover=all -fopenmp -Ikernels/csrc \
-	$(filter-out %/ops.cpp,$(filter %.cpp,$(CSRC))) $(wildcard tests/kernels/csrc/*.cpp)
+	$(filter-out %ops.cpp,$(filter %.cpp,$(CSRC))) $(wildcard tests/kernels/csrc/*.cpp)
 
 sanitize:  ## run the native kernels under the address and undefined-behaviour sanitizers
 	mkdir -p build/sanitize

@@ -101,7 +101,9 @@ def build() -> tuple[Path, str, str]:
     """Returns the library, compiled now or before, the torch version that it needs, and what it consists of."""
     if os.name != "posix":
         raise CannotBuild(f"it is built with GCC or Clang on Linux and macOS; this is {sys.platform}")
-    sources = sorted(CSRC.glob("*.cpp"), key=lambda path: (path.name != "ops.cpp", path))  # the slowest first
+    sources = sorted(
+        CSRC.glob("*.cpp"), key=lambda path: (not path.name.endswith("ops.cpp"), path)
+    )  # the slowest first
     if not sources:
         raise CannotBuild(f"there are no sources in {CSRC}")
     cxx = compiler()
@@ -125,14 +127,14 @@ def build() -> tuple[Path, str, str]:
     common = [*FLAGS, f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}"]
     common += ["-fopenmp"] if probe else []
     standard = re.search(r"C\+\+ Version: 20(\d\d)", torch.__config__.show())
-    # ops.cpp asks the CPU what it has before anything else runs, so it must run on every CPU.
+    # ops.cpp asks the CPU what it has before anything else runs: it and its like must run on every CPU.
     ops = [*common, f"-std=c++{standard[1] if standard else 17}", *(f"-I{path}" for path in include_paths())]
     ops += [f"-DFASTMAF_TORCH_VERSION={quoted(torch.__version__)}", f"-DFASTMAF_BUILD_INFO={quoted(info)}"]
     kernels = [*common, "-std=c++17", *arch]
     headers = b"".join(path.read_bytes() for path in sorted(CSRC.glob("*.h")))
 
     def compile_one(source: Path) -> Path:
-        command = [*cxx, *(ops if source.name == "ops.cpp" else kernels), "-c", str(source)]
+        command = [*cxx, *(ops if source.name.endswith("ops.cpp") else kernels), "-c", str(source)]
         made_of = [shlex.join(command), macros(cxx, arch), source.read_bytes(), headers]
         return made(source.stem, ".o", made_of, lambda path: call([*command, "-o", path]))
 

@@ -66,8 +66,8 @@ class Flow(nn.Module):
         """
         self._check("x", x)
         ladj = x.new_zeros(x.shape[0])
-        for run in _runs(self._transforms(), differentiable=_records_gradients(x, self)):
-            x, term = _chained(run, x, inverse=False) if len(run) > 1 else run[0](x)
+        for run in _runs(self._transforms()):
+            x, term = run[0](x) if _activation(run[0]) is None else _chained(run, x, inverse=False)
             ladj = ladj + term
         return x, ladj
 
@@ -85,7 +85,8 @@ class Flow(nn.Module):
         """
         self._check("z", z)
         ladj = z.new_zeros(z.shape[0])
-        for run in _runs(reversed(self._transforms()), differentiable=_records_gradients(z, self)):
+        transforms = list(reversed(self._transforms()))
+        for run in [[t] for t in transforms] if _records_gradients(z, self) else _runs(transforms):
             z, term = _chained(run, z, inverse=True) if len(run) > 1 else run[0].inverse(z)
             ladj = ladj + term
         return z, ladj
@@ -194,21 +195,26 @@ def _records_gradients(x: Tensor, flow: Flow) -> bool:
     return torch.is_grad_enabled() and (x.requires_grad or any(p.requires_grad for p in flow.parameters()))
 
 
-def _runs(transforms: Iterable[Transform], *, differentiable: bool) -> list[list[Transform]]:
-    """Cuts transforms into runs that one op can take together, where none needs a gradient."""
+def _runs(transforms: Iterable[Transform]) -> list[list[Transform]]:
+    """Cuts transforms into runs that one op can take together."""
     runs: list[list[Transform]] = []
+    activation: str | None = None  # of the last run's blocks; "" while it has none, None where it is no chain
     for transform in transforms:
-        if runs and not differentiable and _chainable([*runs[-1], transform]):
+        own = _activation(transform)
+        if own is not None and activation is not None and (own == activation or "" in (own, activation)):
             runs[-1].append(transform)
+            activation = activation or own
         else:
             runs.append([transform])
+            activation = own
     return runs
 
 
-def _chainable(run: Sequence[Transform]) -> bool:
-    if any(type(t) not in (AffineAutoregressive, Permutation) for t in run):
-        return False
-    return len({t.made.activation for t in run if isinstance(t, AffineAutoregressive)}) <= 1
+def _activation(transform: Transform) -> str | None:
+    """Returns the activation of a chain that holds this transform, "" where any will do; None: no chain can hold it."""
+    if type(transform) is AffineAutoregressive:
+        return transform.made.activation
+    return "" if type(transform) is Permutation else None
 
 
 def _chained(run: Sequence[Transform], x: Tensor, *, inverse: bool) -> tuple[Tensor, Tensor]:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from fastmaf.degrees import DegreeKind, hidden_degrees, input_degrees, prefix
-from fastmaf.kernels import PackedLayout, level_schedule, masked_linear, prefer_huge_pages
+from fastmaf.kernels import PackedLayout, empty_on_huge_pages, level_schedule, masked_linear
 
 Init: TypeAlias = Literal["linear", "identity", "empty"]
 
@@ -65,9 +65,7 @@ class MaskedLinear(nn.Module):
         self.strict = strict
         self.layout = PackedLayout(prefix(in_degrees, out_degrees, strict=strict), in_degrees.numel(), group=group)
         self.in_features, self.out_features = self.layout.in_features, self.layout.out_features
-        weight = torch.empty(self.layout.numel, device=device, dtype=dtype)
-        prefer_huge_pages(weight)
-        self.weight = nn.Parameter(weight)
+        self.weight = nn.Parameter(empty_on_huge_pages(self.layout.numel, device=device, dtype=dtype))
         self.bias = nn.Parameter(torch.empty(self.out_features, device=device, dtype=dtype))
         # Follows from the degrees: on the right device it is needed by every backend, in a state_dict by nobody.
         self.register_buffer("prefix", self.layout.prefix.to(self.weight.device), persistent=False)

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastmaf.kernels.factors import AdamNumbers, Factors, give_to, joined
-from fastmaf.kernels.native_library import prefer_huge_pages
+from fastmaf.kernels.factors import AdamNumbers, Factors, Update, give_to, joined
+from fastmaf.kernels.native_library import empty_on_huge_pages
 
 _TWICE = "minimize() met a weight that takes part in the loss twice: use loss.backward() and step() instead"
 
@@ -20,11 +20,19 @@ class _Taker:
 
     def __init__(self) -> None:
         self.kept: list[Factors] = []
-        self.apply: Callable[[Factors, bool], tuple[Tensor, ...]] | None = None
+        self.begin: Callable[[], Update] | None = None
+
+    @property
+    def updates_at_once(self) -> bool:
+        return self.begin is not None
+
+    def begin_update(self) -> Update:
+        assert self.begin is not None
+        return self.begin()
 
     def take(self, factors: Factors, need_inputs: bool) -> tuple[Tensor, ...]:
-        if self.apply is not None:
-            return self.apply(factors, need_inputs)
+        if self.begin is not None:
+            return factors.adam_(*self.begin(), need_inputs=need_inputs)
         self.kept.append(factors)
         return factors.grad_inputs(need_inputs)
 
@@ -101,7 +109,7 @@ class FusedAdam(torch.optim.Adam):
                     continue
                 factors = self._taken(parameter)
                 if parameter.grad is None:
-                    self._update(parameter, group, factors, need_inputs=False)
+                    factors.adam_(*self._begin(parameter, group))
                 else:  # another part of the graph, such as a compiled one, has left a gradient
                     parameter.grad += factors.grad_weight()
         super().step()
@@ -130,11 +138,11 @@ class FusedAdam(torch.optim.Adam):
         try:
             for group in self.param_groups:
                 for parameter in group["params"]:
-                    self._takers[parameter].apply = self._updater(parameter, group, updated)
+                    self._takers[parameter].begin = self._beginner(parameter, group, updated)
             loss.backward()
         finally:
             for taker in self._takers.values():
-                taker.apply = None
+                taker.begin = None
         if any(parameter.grad is not None for parameter in updated):
             self.zero_grad()
             raise RuntimeError(_TWICE)
@@ -171,28 +179,24 @@ class FusedAdam(torch.optim.Adam):
         taker.kept = []
         return factors
 
-    def _updater(
-        self, parameter: Tensor, group: dict[str, Any], updated: set[Tensor]
-    ) -> Callable[[Factors, bool], tuple[Tensor, ...]]:
-        @torch.no_grad()
-        def update(factors: Factors, need_inputs: bool) -> tuple[Tensor, ...]:
+    def _beginner(self, parameter: Tensor, group: dict[str, Any], updated: set[Tensor]) -> Callable[[], Update]:
+        def begin() -> Update:
             if parameter in updated:
                 raise RuntimeError(_TWICE)
             updated.add(parameter)
-            return self._update(parameter, group, factors, need_inputs=need_inputs)
+            return self._begin(parameter, group)
 
-        return update
+        return begin
 
-    def _update(
-        self, parameter: Tensor, group: dict[str, Any], factors: Factors, *, need_inputs: bool
-    ) -> tuple[Tensor, ...]:
+    @torch.no_grad()
+    def _begin(self, parameter: Tensor, group: dict[str, Any]) -> Update:
+        """Counts a step of a parameter and returns what it is to be updated with."""
         state = self.state[parameter]
         if not state:
             state["step"] = torch.zeros((), dtype=torch.float32, device=parameter.device)
             for name in ("exp_avg", "exp_avg_sq"):
-                state[name] = torch.empty_like(parameter, memory_format=torch.preserve_format)
-                prefer_huge_pages(state[name])
-                state[name].zero_()
+                memory = empty_on_huge_pages(parameter.numel(), device=parameter.device, dtype=parameter.dtype)
+                state[name] = memory.zero_().view(parameter.shape)
         state["step"] += 1
         beta1, beta2 = group["betas"]
         numbers = AdamNumbers(
@@ -205,6 +209,5 @@ class FusedAdam(torch.optim.Adam):
             bool(group.get("decoupled_weight_decay", False)),
             bool(group["maximize"]),
         )
-        inputs = factors.adam_(state["exp_avg"], state["exp_avg_sq"], numbers, need_inputs=need_inputs)
         torch.autograd.graph.increment_version(parameter)  # autograd refuses graphs that still need the old values
-        return inputs
+        return Update(state["exp_avg"], state["exp_avg_sq"], numbers)

@@ -15,12 +15,12 @@ if __name__ != "fastmaf.kernels":
 from fastmaf.kernels.affine_output.op import affine_output
 from fastmaf.kernels.backends import BackendUnavailableError, use_backend
 from fastmaf.kernels.block import Block
-from fastmaf.kernels.chain_forward.op import chain_forward
+from fastmaf.kernels.chain.op import chain_forward
 from fastmaf.kernels.layout import PackedLayout
 from fastmaf.kernels.level_inverse.op import chain_inverse, level_inverse
 from fastmaf.kernels.level_inverse.schedule import level_schedule
 from fastmaf.kernels.masked_linear.op import masked_linear
-from fastmaf.kernels.native_library import prefer_huge_pages
+from fastmaf.kernels.native_library import empty_on_huge_pages
 
 __all__ = [
     "BackendUnavailableError",
@@ -29,9 +29,9 @@ __all__ = [
     "affine_output",
     "chain_forward",
     "chain_inverse",
+    "empty_on_huge_pages",
     "level_inverse",
     "level_schedule",
     "masked_linear",
-    "prefer_huge_pages",
     "use_backend",
 ]

@@ -15,7 +15,7 @@ from types import ModuleType, TracebackType
 import torch
 from torch import Tensor
 
-OPS = ("masked_linear", "affine_output", "level_inverse", "chain_forward")
+OPS = ("masked_linear", "affine_output", "level_inverse", "chain")
 
 # backend → (module in the op's folder, device types that it serves; None = any)
 _BACKENDS: dict[str, tuple[str, frozenset[str] | None]] = {

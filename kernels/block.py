@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -52,6 +53,15 @@ class Chain(NamedTuple):
     activation: str
     bounds: list[float]
     softs: list[bool]
+
+    def layers_of_blocks(self) -> list[range]:
+        """Returns the numbers of each block's layers, the output layer last."""
+        ends = list(itertools.accumulate((schedule.shape[1] for schedule in self.schedules), initial=0))
+        return [range(*pair) for pair in itertools.pairwise(ends)]
+
+    def layer(self, i: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Returns weight, bias, prefix and tiles of a layer."""
+        return self.weights[i], self.biases[i], self.prefixes[i], self.tiles[i]
 
 
 def chain(blocks: Sequence[Block], permutations: Sequence[Tensor | None]) -> Chain:

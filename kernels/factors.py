@@ -48,6 +48,14 @@ class AdamNumbers(NamedTuple):
         return math.sqrt(1 - self.beta2**self.step)
 
 
+class Update(NamedTuple):
+    """What one step of Adam on one weight needs beside its gradient: its moments, packed like it, and the scalars."""
+
+    exp_avg: Tensor
+    exp_avg_sq: Tensor
+    numbers: AdamNumbers
+
+
 # How many of an op's batch tensors, the first ones, are gradients.
 _FROM_ABOVE = {"masked_linear": 1, "affine_output": 3}
 
@@ -123,7 +131,18 @@ def joined(factors: Sequence[Factors]) -> Factors:
 
 
 class Taker(Protocol):
-    """What takes the gradient of a weight as factors."""
+    """What takes the gradient of a weight as factors.
+
+    Attributes:
+        updates_at_once: the weight is updated as soon as its gradient is known; else the factors are kept.
+    """
+
+    @property
+    def updates_at_once(self) -> bool: ...
+
+    def begin_update(self) -> Update:
+        """Returns what the caller must now update the weight with: where ``updates_at_once``, in place of ``take``."""
+        ...
 
     def take(self, factors: Factors, need_inputs: bool) -> tuple[Tensor, ...]:
         """Keeps or applies the gradient; returns what ``Factors.grad_inputs`` does."""

@@ -59,17 +59,26 @@ def adam_floats(numbers: AdamNumbers) -> list[float]:
     ]
 
 
-def prefer_huge_pages(tensor: Tensor) -> None:
-    """Asks the system to back a large CPU tensor with huge pages, where the library is there to ask; a hint, no more.
+# Below it the last huge page, of which a tensor needs a part, would cost too much memory for what it brings.
+_HUGE_BYTES = 8 * 2**20
 
-    Streaming it then meets fewer page walks (on one machine 5-15 % less time). To be called before it is written to.
+
+def empty_on_huge_pages(numel: int, *, device: torch.device | str | None, dtype: torch.dtype | None) -> Tensor:
+    """Returns an uninitialised tensor ``[numel]``; a large one on the CPU on huge pages, where the library is there.
+
+    Streaming it then meets fewer page walks (on one machine 5-15 % less time).
     """
-    try:
-        load()
-    except ImportError:
-        return
-    if tensor.device.type == "cpu" and not torch.compiler.is_compiling():
-        torch.ops.fastmaf_native.prefer_huge_pages(tensor)
+    like = torch.empty(0, device=device, dtype=dtype)
+    # A fake tensor, as under torch.compile, has no memory.
+    if type(like) is Tensor and like.device.type == "cpu" and numel * like.element_size() >= _HUGE_BYTES:
+        try:
+            load()
+        except ImportError:
+            pass
+        else:
+            result: Tensor = torch.ops.fastmaf_native.empty_on_huge_pages(numel, like.dtype)
+            return result
+    return torch.empty(numel, device=device, dtype=dtype)
 
 
 def command() -> str:

@@ -197,3 +197,25 @@ def test_the_last_of_two_optimisers_takes_the_gradients() -> None:
     take_steps(plain, torch.optim.Adam(plain.parameters()), range(2))
     assert_same(flow, plain)
     assert not first.state
+
+
+@pytest.mark.parametrize("way", ["step", "minimize"])
+def test_beside_another_optimiser_over_the_other_blocks(way: str) -> None:
+    flow, expected = pair(blocks=3, order="natural")
+    reference = torch.optim.Adam(expected.parameters(), lr=1e-2)
+    own = list(flow.transforms[1].parameters())
+    fused = FusedAdam(own, lr=1e-2)
+    other = torch.optim.Adam([p for p in flow.parameters() if all(p is not q for q in own)], lr=1e-2)
+    for i in range(4):
+        other.zero_grad()
+        if way == "minimize":
+            fused.minimize(loss_of(flow, i))
+        else:
+            fused.zero_grad()
+            loss_of(flow, i).backward()
+            fused.step()
+        other.step()
+        reference.zero_grad()
+        loss_of(expected, i).backward()
+        reference.step()
+    assert_same(flow, expected)

@@ -28,7 +28,8 @@ struct LinearGradient {
   const T *grad_y, *relu_of;
   T scale = 1;
 };
-// The same for the fused output layer; grad_x [n][D], the gradient of x, is written beside (null: not wanted).
+// The same for the fused output layer; grad_log_scale null: zero; grad_x [n][D], the gradient of x, is written beside (null: not
+// wanted).
 template <class T>
 struct AffineGradient {
   const T *grad_z, *grad_ladj, *grad_log_scale, *z, *log_scale;
@@ -53,6 +54,7 @@ struct NoWeightGradient {};
 // The sum of its squares alone.
 struct SquaredNorm {
   double* total;
+  double* of_item = nullptr;  // set by linear_backward, to sum in an order that does not depend on the threads
 };
 
 // One pass over a weight: grad_x [n][columns] (null: not wanted), grad_bias [rows] (null: not wanted), and what `target` says.
@@ -60,14 +62,14 @@ template <class T, class Source, class Target>
 void linear_backward(const Packed<const T>& p, const Source& source, const T* x, long n, T* grad_x, T* grad_bias,
                      const Target& target, long threads);
 
-// One layer of a block for its inverse.
+// One layer of a block.
 template <class T, class W>
 struct Layer {
   Packed<const W> p;
   const T* bias;
 };
-// One block: hidden layers, then the output layer; its schedule (see schedule.py); the permutation of what it is given
-// (null: none): place d takes number permutation[d].
+// One block: hidden layers, at least one, then the output layer; its schedule (see schedule.py), which the inverse alone reads; the
+// permutation of what it is given (null: none): place d takes number permutation[d].
 template <class T, class W>
 struct Block {
   const Layer<T, W>* layers;
@@ -78,6 +80,21 @@ struct Block {
   Bound bound;
   const int64_t* permutation;
 };
+
+// z [n][features] and ladj [n] of blocks in a row; `permutation` is applied to the last one's result (null: none). What the backward
+// pass needs goes to `kept` (null: nothing is kept), kept_numel numbers: for each block x [n][features], only for the first and
+// where there is a permutation before it, then its hidden layers, log_scale and z.
+template <class T, class W>
+void chain_forward(const Block<T, W>* blocks, long block_count, const int64_t* permutation, const T* x, long n, long features, T* z,
+                   T* ladj, T* kept, long threads);
+template <class T, class W>
+long kept_numel(const Block<T, W>* blocks, long block_count, long n, long features);
+
+// The backward pass: grad_x [n][features] (null: not wanted), the gradients of the biases, and what `targets` say of the weights:
+// one entry per layer of the blocks, in their order.
+template <class T, class Target>
+void chain_backward(const Block<T, T>* blocks, long block_count, const int64_t* permutation, const T* grad_z, const T* grad_ladj,
+                    const T* kept, long n, long features, T* grad_x, T* const* grad_biases, const Target* targets, long threads);
 
 // x [n][features] and ladj [n] of a sequence of inverses; `permutation` is applied to the last one's result (null: none).
 template <class T, class W>

@@ -6,86 +6,9 @@
 // vectors run along the samples, so that nothing need be summed across a vector ("outer").
 #pragma once
 
-#include "packed.h"
+#include "activations.h"
 
 namespace fastmaf {
-
-inline constexpr long kDotSamples = 8;
-inline constexpr long kTileSamples = 64;  // more are done in turns: their activations would not stay in cache
-
-// Columns that are taken together, so that their activations stay in the first-level cache.
-inline constexpr long kDotColumns = 512;
-inline constexpr long kOuterColumns = 256;
-
-// How the activations of up to kTileSamples samples are laid out. Dot: [block of kDotColumns columns][n][kDotStride].
-// Outer: [panel of two vectors of samples][k][kPanel]. A block or panel is what passes through the first-level cache at once.
-struct Shape {
-  long samples, padded;  // padded: to whole vectors
-  bool dot;
-  template <class T>
-  static Shape of(long samples) {
-    return {samples, round_up(samples, kLanes<T>), samples <= kDotSamples};
-  }
-};
-
-template <class T>
-inline constexpr long kPanel = 2 * kLanes<T>;
-
-// Known when compiling, so that one register addresses all samples; no power of two, which would put all of them into one
-// set of the cache.
-inline constexpr long kDotStride = kDotColumns + 16;
-
-// Activations of one tile of samples, units 0..count.
-template <class T>
-struct Activations {
-  T* data;
-  long ld;  // from block to block (dot), or from panel to panel (outer)
-  Shape shape;
-
-  static long numel(long count, Shape shape) {
-    const Activations a = over(nullptr, count, shape);
-    return a.ld * (shape.dot ? round_up(count, kDotColumns) / kDotColumns : round_up(shape.samples, kPanel<T>) / kPanel<T>);
-  }
-  static Activations over(T* memory, long count, Shape shape) {
-    return {memory, shape.dot ? shape.samples * kDotStride : count * kPanel<T> + 16, shape};
-  }
-  T& at(long n, long k) const {
-    return shape.dot ? data[k / kDotColumns * ld + n * kDotStride + k % kDotColumns]
-                     : data[n / kPanel<T> * ld + k * kPanel<T> + n % kPanel<T>];
-  }
-
-  // Takes columns begin..end of x [samples][stride].
-  void fill(const T* x, long stride, long begin, long end) const {
-    if (shape.dot) {
-      for (long k0 = begin, k1; k0 < end; k0 = k1) {
-        k1 = std::min(k0 / kDotColumns * kDotColumns + kDotColumns, end);
-        for (long n = 0; n < shape.samples; ++n)
-          std::memcpy(&at(n, k0), x + n * stride + k0, (k1 - k0) * sizeof(T));
-      }
-      return;
-    }
-    constexpr long P = kPanel<T>, kBlock = 16;  // rows that one pass over the samples writes
-    for (long n0 = 0; n0 < shape.samples; n0 += P) {
-      T* panel = data + n0 / P * ld;
-      const long count = std::min(P, shape.samples - n0);
-      for (long k0 = begin; k0 < end; k0 += kBlock) {
-        const long k1 = std::min(k0 + kBlock, end);
-        for (long n = 0; n < count; ++n)
-          for (long k = k0; k < k1; ++k) panel[k * P + n] = x[(n0 + n) * stride + k];
-        for (long k = k0; k < k1; ++k)
-          for (long n = count; n < P; ++n) panel[k * P + n] = 0;
-      }
-    }
-  }
-};
-
-// Where a product goes: row r of sample n at data[r * row + n * sample]. The outer form needs sample == 1.
-template <class T>
-struct Product {
-  T* data;
-  long row, sample;
-  Product from(long r) const { return {data + r * row, row, sample}; }
-};
 
 namespace detail {
 
@@ -139,10 +62,51 @@ inline void dot(const W* w, long w_stride, long ahead, const T* x, long count, c
     for (int n = 0; n < N; ++n) c.data[r * c.row + n * c.sample] += sums[r * N + n];
 }
 
+// Narrow rows follow one another in memory without a gap. Read one after the other they are a single stream, which the processor
+// fetches by itself; several at once (below) would be as many streams that break off every row.
+template <class T, class W, int N>
+void dot_stream(long rows, const W* w, long w_stride, const T* x, long count, Product<T> c) {
+  constexpr int R = 8 / N;  // rows whose sums across vectors are taken together
+  constexpr long kAhead = 1024 / sizeof(W);
+  constexpr int L = kLanes<T>, kUnroll = std::max<int>(1, kLineBytes / (L * sizeof(W))), kChains = std::min(2, kUnroll);
+  while (rows > 0) {
+    const int here = static_cast<int>(std::min<long>(R, rows));
+    Vec<T> acc[8] = {};
+    for (int r = 0; r < here; ++r, w += w_stride) {
+      Vec<T> sum[kChains][N] = {};  // two, or each addition would wait for the one before
+      const auto add = [&](int chain, const Vec<T>& wv, const T* xk) {
+#pragma GCC unroll 8
+        for (int n = 0; n < N; ++n) sum[chain][n] += wv * load(xk + n * kDotStride);
+      };
+      long k = 0;
+      for (; k + kUnroll * L <= count; k += kUnroll * L) {
+        prefetch(w + k + kAhead);
+#pragma GCC unroll 16
+        for (int u = 0; u < kUnroll; ++u) add(u % kChains, load(w + k + u * L), x + k + u * L);
+      }
+      for (; k + L <= count; k += L) add(0, load(w + k), x + k);
+      if (k < count) {
+        const Vec<T> wv = load_part<T>(w + k, count - k);
+        for (int n = 0; n < N; ++n) sum[0][n] += wv * load_part<T>(x + n * kDotStride + k, count - k);
+      }
+#pragma GCC unroll 8
+      for (int n = 0; n < N; ++n) acc[r * N + n] = kChains == 2 ? sum[0][n] + sum[kChains - 1][n] : sum[0][n];
+    }
+    T sums[8];
+    eight_sums<T>(acc, sums);
+    for (int r = 0; r < here; ++r)
+      for (int n = 0; n < N; ++n) c.data[r * c.row + n * c.sample] += sums[r * N + n];
+    rows -= here;
+    c = c.from(here);
+  }
+}
+
 inline constexpr long kAheadBytes = 4096;
 
 template <class T, class W, int N>
 void dot_rows(long rows, const W* w, long w_stride, const T* x, long count, Product<T> c) {
+  if constexpr (N <= 4)
+    if (w_stride <= kDotColumns) return dot_stream<T, W, N>(rows, w, w_stride, x, count, c);
   // As many rows at once as leave registers for one vector of each row and one of x.
   constexpr int R = N == 1 ? 4 : std::max(1, std::min(4, (kRegisters - 4) / (N + 1)));
   // What is fetched ahead: the next rows, but so far away that memory has the time to answer.

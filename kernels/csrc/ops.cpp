@@ -1,108 +1,22 @@
 // The native kernels as torch ops, fastmaf_native::*: checks, outputs, and the choice of types; the arithmetic is elsewhere.
 // This file is compiled for the baseline of the architecture, so that it can tell whether the processor can run the others.
-#include <ATen/Parallel.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
-#include <ATen/ops/index_select.h>
-#include <ATen/ops/zeros.h>
-#include <torch/library.h>
+#include <ATen/ops/from_blob.h>
 
+#include <cstdlib>
 #include <cstring>
 #include <string>
 #include <tuple>
-#include <vector>
 
 #if defined(__linux__)
 #include <sys/mman.h>
 #endif
 
-#include "kernels.h"
+#include "checks.h"
 
+namespace fastmaf_native {
 namespace {
-
-using at::Tensor;
-using at::TensorList;
-using fastmaf::bfloat16;
-using fastmaf::Bound;
-using fastmaf::Packed;
-using fastmaf::Tile;
-
-long threads() { return at::in_parallel_region() ? 1 : at::get_num_threads(); }
-
-void check_cpu(const char* op, const char* name, const Tensor& t) {
-  TORCH_CHECK(t.device().is_cpu(), op, ": ", name, " must be on the CPU; found ", t.device());
-  TORCH_CHECK(t.is_contiguous(), op, ": ", name, " must be contiguous; found strides ", t.strides());
-}
-
-void check(const char* op, const char* name, const Tensor& t, at::ScalarType dtype, at::IntArrayRef shape) {
-  check_cpu(op, name, t);
-  TORCH_CHECK(t.scalar_type() == dtype, op, ": ", name, " must be ", dtype, "; found ", t.scalar_type());
-  TORCH_CHECK(t.sizes() == shape, op, ": ", name, " must have shape ", shape, "; found ", t.sizes());
-}
-
-void check_dtype(const char* op, const Tensor& x) {
-  TORCH_CHECK(x.scalar_type() == at::kFloat || x.scalar_type() == at::kDouble, op,
-              ": the native kernels take float32 and float64; found ", x.scalar_type());
-}
-
-// Checks that tiles, prefix and storage fit one another: a kernel trusts them.
-template <class W>
-Packed<W> packed(const char* op, const Tensor& weight, const Tensor& prefix, const Tensor& tiles, long columns) {
-  using Number = std::remove_const_t<W>;
-  const auto dtype = sizeof(Number) == 2 ? at::kBFloat16 : sizeof(Number) == 4 ? at::kFloat : at::kDouble;
-  check_cpu(op, "weight", weight);
-  TORCH_CHECK(weight.scalar_type() == dtype && weight.dim() == 1, op, ": weight must be packed, 1-D and ", dtype, "; found ",
-              weight.scalar_type(), " ", weight.sizes());
-  check_cpu(op, "tiles", tiles);
-  TORCH_CHECK(tiles.scalar_type() == at::kInt && tiles.dim() == 2 && tiles.size(1) == 4 && tiles.size(0) > 0, op,
-              ": tiles must be int32 [T, 4]; found ", tiles.scalar_type(), " ", tiles.sizes());
-  const auto* table = reinterpret_cast<const Tile*>(tiles.const_data_ptr<int32_t>());
-  const long count = tiles.size(0), rows = table[count - 1].row_end;
-  check(op, "prefix", prefix, at::kLong, {rows});
-  const auto* sees = prefix.const_data_ptr<int64_t>();
-  long row = 0, offset = 0;
-  for (long t = 0; t < count; ++t) {
-    const Tile& tile = table[t];
-    TORCH_CHECK(tile.row_start == row && tile.row_end > row && tile.row_end <= rows && tile.offset == offset && tile.width >= 0 &&
-                    tile.width <= columns && sees[tile.row_end - 1] <= tile.width && sees[tile.row_start] >= 0,
-                op, ": tile ", t, " (rows ", tile.row_start, "..", tile.row_end, ", width ", tile.width, ", offset ", tile.offset,
-                ") does not continue a staircase of ", columns, " columns at row ", row, ", offset ", offset,
-                ": the layout belongs to another weight");
-    row = tile.row_end;
-    offset += static_cast<long>(tile.row_end - tile.row_start) * tile.width;
-  }
-  TORCH_CHECK(weight.numel() == offset, op, ": weight must hold ", offset, " numbers for these tiles; found ", weight.numel());
-  W* data;
-  if constexpr (std::is_const_v<W>)
-    data = static_cast<W*>(weight.const_data_ptr());
-  else
-    data = static_cast<W*>(weight.mutable_data_ptr());
-  return {data, table, count, sees, rows, columns};
-}
-
-long batch(const char* op, const char* name, const Tensor& x) {
-  TORCH_CHECK(x.dim() == 2, op, ": ", name, " must be [N, features]; found ", x.sizes());
-  check_cpu(op, name, x);
-  return x.size(0);
-}
-
-// Calls body(T{}) for the dtype of x.
-template <class Body>
-auto for_dtype(const char* op, const Tensor& x, Body&& body) {
-  check_dtype(op, x);
-  return x.scalar_type() == at::kDouble ? body(double{}) : body(float{});
-}
-
-// Calls body(T{}, W{}): weights are of the dtype of x, or bfloat16 beside float32.
-template <class Body>
-auto for_dtypes(const char* op, const Tensor& x, const Tensor& weight, Body&& body) {
-  check_dtype(op, x);
-  if (weight.scalar_type() == at::kBFloat16) {
-    TORCH_CHECK(x.scalar_type() == at::kFloat, op, ": bfloat16 weights go with float32 activations; found ", x.scalar_type());
-    return body(float{}, bfloat16{});
-  }
-  return x.scalar_type() == at::kDouble ? body(double{}, double{}) : body(float{}, float{});
-}
 
 // ---- masked_linear
 
@@ -118,18 +32,6 @@ Tensor masked_linear(const Tensor& x, const Tensor& weight, const Tensor& bias, 
     fastmaf::masked_linear<T>(p, bias.const_data_ptr<T>(), x.const_data_ptr<T>(), n, relu, y.mutable_data_ptr<T>(), threads());
     return y;
   });
-}
-
-// Adam's scalars, in the order in which fastmaf_native's schemas take them.
-constexpr long kAdamNumbers = 9;
-template <class T>
-fastmaf::AdamStep<T> adam_step(const char* op, const Tensor& weight, const Tensor& exp_avg, const Tensor& exp_avg_sq,
-                               at::ArrayRef<double> a) {
-  check(op, "exp_avg", exp_avg, weight.scalar_type(), weight.sizes());
-  check(op, "exp_avg_sq", exp_avg_sq, weight.scalar_type(), weight.sizes());
-  TORCH_CHECK(a.size() == kAdamNumbers, op, ": expected ", kAdamNumbers, " numbers of Adam; found ", a.size());
-  return {weight.mutable_data_ptr<T>(), exp_avg.mutable_data_ptr<T>(), exp_avg_sq.mutable_data_ptr<T>(),
-          a[0], a[1], a[2], a[3], a[4], a[5], a[6], a[7] != 0, a[8] != 0};
 }
 
 // Checks the arguments of masked_linear's backward passes and calls body(T{}, Packed, LinearGradient, n).
@@ -308,126 +210,20 @@ double affine_output_squared_norm(const Tensor& grad_z, const Tensor& grad_ladj,
   });
 }
 
-// ---- chains of blocks
-
-void check_chain(const char* op, TensorList weights, TensorList biases, TensorList prefixes, TensorList tiles,
-                 std::size_t blocks, TensorList permutations, at::ArrayRef<double> bounds, const c10::List<bool>& softs) {
-  TORCH_CHECK(weights.size() == biases.size() && weights.size() == prefixes.size() && weights.size() == tiles.size(), op,
-              ": weights, biases, prefixes and tiles must have one entry per layer; found ", weights.size(), ", ", biases.size(),
-              ", ", prefixes.size(), ", ", tiles.size());
-  TORCH_CHECK(bounds.size() == blocks && softs.size() == blocks && permutations.size() == blocks + 1 && blocks > 0 &&
-                  !weights.empty(),
-              op, ": bounds and softs must have one entry per block and permutations one more; found ", blocks, " blocks, ",
-              bounds.size(), ", ", softs.size(), ", ", permutations.size());
-}
-
-std::tuple<Tensor, Tensor> chain_forward(const Tensor& input, TensorList weights, TensorList biases, TensorList prefixes,
-                                         TensorList tiles, at::IntArrayRef depths, TensorList permutations, bool relu,
-                                         at::ArrayRef<double> bounds, c10::List<bool> softs) {
-  const char* op = "chain_forward";
-  batch(op, "x", input);
-  check_chain(op, weights, biases, prefixes, tiles, depths.size(), permutations, bounds, softs);
-  Tensor x = input, ladj = at::zeros({input.size(0)}, input.options());
-  std::size_t layer = 0;
-  for (std::size_t b = 0; b < depths.size(); ++b) {
-    TORCH_CHECK(depths[b] >= 2 && layer + depths[b] <= weights.size(), op, ": block ", b, " has ", depths[b], " layers, but only ",
-                weights.size() - layer, " weights are left");
-    if (permutations[b].numel() > 0) x = at::index_select(x, 1, permutations[b]);
-    Tensor h = x;
-    for (long k = 0; k + 1 < depths[b]; ++k, ++layer)
-      h = masked_linear(h, weights[layer], biases[layer], prefixes[layer], tiles[layer], relu);
-    Tensor z, term, log_scale;
-    std::tie(z, term, log_scale) =
-        affine_output(h, weights[layer], biases[layer], x, prefixes[layer], tiles[layer], bounds[b], softs.get(b));
-    ++layer;
-    x = z;
-    ladj.add_(term);
-  }
-  TORCH_CHECK(layer == weights.size(), op, ": ", weights.size() - layer, " weights belong to no block");
-  if (permutations.back().numel() > 0) x = at::index_select(x, 1, permutations.back());
-  return std::make_tuple(x, ladj);
-}
-
-std::tuple<Tensor, Tensor> level_inverse(const Tensor& z, TensorList weights, TensorList biases, TensorList prefixes,
-                                         TensorList tiles, TensorList schedules, TensorList permutations, bool relu,
-                                         at::ArrayRef<double> bounds, c10::List<bool> softs) {
-  const char* op = "level_inverse";
-  const long n = batch(op, "z", z), features = z.size(1), blocks = schedules.size();
-  check_chain(op, weights, biases, prefixes, tiles, blocks, permutations, bounds, softs);
-  return for_dtypes(op, z, weights[0], [&](auto t, auto w) {
-    using T = decltype(t);
-    using W = decltype(w);
-    std::vector<fastmaf::Layer<T, W>> layers;
-    layers.reserve(weights.size());
-    std::vector<fastmaf::Block<T, W>> chain;
-    std::vector<const int64_t*> orders;
-    for (const Tensor& order : permutations) {
-      if (order.numel() > 0) check(op, "permutation", order, at::kLong, {features});
-      orders.push_back(order.numel() > 0 ? order.const_data_ptr<int64_t>() : nullptr);
-      for (long d = 0; orders.back() && d < features; ++d)
-        TORCH_CHECK(orders.back()[d] >= 0 && orders.back()[d] < features, op, ": permutation holds ", orders.back()[d],
-                    ", outside 0..", features - 1);
-    }
-    for (long b = 0; b < blocks; ++b) {
-      const Tensor& schedule = schedules[b];
-      check_cpu(op, "schedule", schedule);
-      TORCH_CHECK(schedule.scalar_type() == at::kInt && schedule.dim() == 2 && schedule.size(1) >= 2, op,
-                  ": schedule must be int32 [steps, 1 + hidden layers], with at least one hidden layer; found ",
-                  schedule.scalar_type(), " ", schedule.sizes());
-      const long depth = schedule.size(1);
-      TORCH_CHECK(layers.size() + depth <= weights.size(), op, ": block ", b, " has ", depth, " layers, but only ",
-                  weights.size() - layers.size(), " weights are left");
-      const std::size_t first = layers.size();
-      long columns = features;
-      for (long k = 0; k < depth; ++k) {
-        const std::size_t i = first + k;
-        const auto p = packed<const W>(op, weights[i], prefixes[i], tiles[i], columns);
-        check(op, "bias", biases[i], z.scalar_type(), {p.rows});
-        layers.push_back({p, biases[i].const_data_ptr<T>()});
-        columns = p.rows;
-      }
-      TORCH_CHECK(columns == 2 * features, op, ": the last layer of block ", b, " must have ", 2 * features, " rows; found ",
-                  columns);
-      // Every step must be computable from what the steps before it finished.
-      const auto* table = schedule.const_data_ptr<int32_t>();
-      std::vector<long> before(depth, 0);
-      for (long s = 0; s < schedule.size(0); ++s) {
-        const int32_t* after = table + s * depth;
-        for (long k = 0; k < depth; ++k) {
-          const long limit = k == 0 ? features : layers[first + k - 1].p.rows;
-          TORCH_CHECK(after[k] >= before[k] && after[k] <= limit, op, ": step ", s, " of block ", b, " ends at ", after[k],
-                      " in column ", k, ", outside ", before[k], "..", limit);
-        }
-        TORCH_CHECK(after[0] == 0 || layers[first + depth - 1].p.prefix[2 * after[0] - 1] <= before[depth - 1], op, ": step ", s,
-                    " of block ", b, " reads units that are not finished: the schedule belongs to other degrees");
-        for (long k = 1; k < depth; ++k)
-          TORCH_CHECK(after[k] == 0 || layers[first + k - 1].p.prefix[after[k] - 1] <= after[k - 1], op, ": step ", s,
-                      " of block ", b, " finishes units of hidden layer ", k - 1, " before what they read");
-        before.assign(after, after + depth);
-      }
-      TORCH_CHECK(before[0] == features, op, ": the schedule of block ", b, " ends at dimension ", before[0], " of ", features);
-      chain.push_back({&layers[first], depth, table, schedule.size(0), relu, Bound{bounds[b], softs.get(b)}, orders[b]});
-    }
-    TORCH_CHECK(layers.size() == weights.size(), op, ": ", weights.size() - layers.size(), " weights belong to no block");
-    Tensor x = at::empty_like(z), ladj = at::empty({n}, z.options());
-    fastmaf::level_inverse<T, W>(chain.data(), blocks, orders.back(), z.const_data_ptr<T>(), n, features,
-                                 x.mutable_data_ptr<T>(), ladj.mutable_data_ptr<T>(), threads());
-    return std::make_tuple(x, ladj);
-  });
-}
-
 // ---- the library itself
 
-// Asks the system to back a large tensor with huge pages: streaming it then meets fewer page walks.
-void prefer_huge_pages(const Tensor& t) {
+// Memory that starts and ends with a huge page, which the system is asked to back it with: streaming it then meets fewer page walks
+// (within the memory of an allocator some 15 % of such a tensor would be left out).
+Tensor empty_on_huge_pages(int64_t numel, at::ScalarType dtype) {
+  constexpr std::size_t kHuge = std::size_t{1} << 21;
+  TORCH_CHECK(numel > 0, "empty_on_huge_pages: numel must be positive; found ", numel);
+  const std::size_t bytes = (static_cast<std::size_t>(numel) * at::elementSize(dtype) + kHuge - 1) / kHuge * kHuge;
+  void* memory = std::aligned_alloc(kHuge, bytes);
+  TORCH_CHECK(memory != nullptr, "empty_on_huge_pages: no memory for ", bytes, " bytes");
 #if defined(__linux__) && defined(MADV_HUGEPAGE)
-  constexpr uintptr_t kHuge = uintptr_t{1} << 21;
-  const auto begin = reinterpret_cast<uintptr_t>(t.const_data_ptr());
-  const uintptr_t first = (begin + kHuge - 1) / kHuge * kHuge, last = (begin + t.nbytes()) / kHuge * kHuge;
-  if (t.device().is_cpu() && last > first) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
-#else
-  (void)t;
+  madvise(memory, bytes, MADV_HUGEPAGE);  // a wish; without it the memory is as good as any
 #endif
+  return at::from_blob(memory, {numel}, [](void* p) { std::free(p); }, at::TensorOptions().dtype(dtype));
 }
 
 std::string missing_cpu_features() {
@@ -454,6 +250,9 @@ std::string missing_cpu_features() {
 std::string build_info() { return FASTMAF_BUILD_INFO; }
 
 }  // namespace
+}  // namespace fastmaf_native
+
+using namespace fastmaf_native;
 
 #define FASTMAF_LAYER "Tensor prefix, Tensor tiles"
 #define FASTMAF_LINEAR "Tensor grad_y, Tensor x, Tensor y, "
@@ -475,11 +274,7 @@ TORCH_LIBRARY(fastmaf_native, m) {
         ", float bound, bool soft, bool need_inputs, float scale, float[] adam) -> (Tensor, Tensor, Tensor)");
   m.def("affine_output_squared_norm(" FASTMAF_AFFINE "Tensor weight, Tensor z, Tensor log_scale, " FASTMAF_LAYER
         ", float bound, bool soft) -> float");
-  m.def("chain_forward(Tensor x, Tensor[] weights, Tensor[] biases, Tensor[] prefixes, Tensor[] tiles, int[] depths, "
-        "Tensor[] permutations, bool relu, float[] bounds, bool[] softs) -> (Tensor, Tensor)");
-  m.def("level_inverse(Tensor z, Tensor[] weights, Tensor[] biases, Tensor[] prefixes, Tensor[] tiles, Tensor[] schedules, "
-        "Tensor[] permutations, bool relu, float[] bounds, bool[] softs) -> (Tensor, Tensor)");
-  m.def("prefer_huge_pages(Tensor t) -> ()", &prefer_huge_pages);
+  m.def("empty_on_huge_pages(int numel, ScalarType dtype) -> Tensor", &empty_on_huge_pages);
   m.def("missing_cpu_features() -> str", &missing_cpu_features);
   m.def("build_info() -> str", &build_info);
 }
@@ -493,6 +288,4 @@ TORCH_LIBRARY_IMPL(fastmaf_native, CPU, m) {
   m.impl("affine_output_backward", &affine_output_backward);
   m.impl("affine_output_adam_", &affine_output_adam_);
   m.impl("affine_output_squared_norm", &affine_output_squared_norm);
-  m.impl("chain_forward", &chain_forward);
-  m.impl("level_inverse", &level_inverse);
 }

@@ -145,7 +145,9 @@ inline Vec<T> broadcast(T s) {
 // For what is used several times: else GCC may make a memory operand of every use, and loads are what is scarce.
 template <class V>
 inline V in_register(V v) {
-#if defined(__GNUC__) && defined(__AVX__)
+#if defined(__GNUC__) && defined(__AVX512F__)
+  asm("" : "+v"(v));
+#elif defined(__GNUC__) && defined(__AVX__)
   asm("" : "+x"(v));
 #endif
   return v;

@@ -1,9 +1,11 @@
 // A team of torch's threads, and memory for one call that is not given back to the system after it.
 #pragma once
 
+#include <algorithm>
 #include <atomic>
 #include <cstdlib>
 #include <new>
+#include <vector>
 
 #if defined(_OPENMP)
 #include <omp.h>
@@ -28,11 +30,25 @@ inline long available_cores() {
   return cores > 0 ? cores : 1;
 }
 
-// A barrier in two halves: what does not depend on the others can be done between arriving and waiting.
-class Barrier {
+// Cuts work into parts for `size` threads that each take the next one when done: large ones first, then ever smaller ones, down to
+// a sixteenth of a thread's share, so that all end together though one may be slower. Part i is cuts[i]..cuts[i + 1] of 0..1.
+inline std::vector<double> guided_cuts(long size) {
+  std::vector<double> cuts{0};
+  if (size > 1)
+    for (double left = 1; left > 1.0 / (16 * size);) {
+      left -= std::max(left / (2 * size), 1.0 / (16 * size));
+      cuts.push_back(1 - left);
+    }
+  cuts.push_back(1);
+  return cuts;
+}
+
+// What the threads of a team share.
+class TeamState {
  public:
-  explicit Barrier(long size) : size_(size) {}
-  // Returns the ticket to wait with.
+  explicit TeamState(long size) : cuts(guided_cuts(size)), size_(size) {}
+  // A barrier in two halves: what does not depend on the others can be done between arriving and waiting. Returns the ticket to
+  // wait with.
   long arrive(long phase) {
     arrived_.fetch_add(1, std::memory_order_acq_rel);
     return (phase + 1) * size_;
@@ -47,23 +63,26 @@ class Barrier {
 #endif
     }
   }
+  long take() { return taken_.fetch_add(1, std::memory_order_relaxed); }
+  const std::vector<double> cuts;
 
  private:
   alignas(64) std::atomic<long> arrived_{0};
+  alignas(64) std::atomic<long> taken_{0};
   const long size_;
 };
 
 // One thread's view of its team.
 class Team {
  public:
-  Team(long rank, long size, Barrier& barrier) : rank(rank), size(size), barrier_(barrier) {}
+  Team(long rank, long size, TeamState& state) : rank(rank), size(size), state_(state) {}
   const long rank, size;
 
   void arrive() {
-    if (size > 1) ticket_ = barrier_.arrive(phase_++);
+    if (size > 1) ticket_ = state_.arrive(phase_++);
   }
   void wait() {
-    if (size > 1) barrier_.wait(ticket_);
+    if (size > 1) state_.wait(ticket_);
   }
   void sync() {
     arrive();
@@ -77,22 +96,38 @@ class Team {
     begin = begin < n ? begin : n;
     end = end < n ? end : n;
   }
+  // Calls body(i) for i = 0..count, each on the thread that comes first. All threads call it with the same count, and meet before
+  // they call it again.
+  template <class Body>
+  void each(long count, const Body& body) {
+    for (long i; (i = state_.take() - before_) < count;) body(i);
+    before_ += count + size;  // every thread has taken one number too many
+  }
+  // The same over the parts of guided_cuts: body(i, cuts[i], cuts[i + 1]).
+  long parts() const { return static_cast<long>(state_.cuts.size()) - 1; }
+  template <class Body>
+  void each_part(const Body& body) {
+    each(parts(), [&](long i) { body(i, state_.cuts[i], state_.cuts[i + 1]); });
+  }
 
  private:
-  Barrier& barrier_;
-  long phase_ = 0, ticket_ = 0;
+  TeamState& state_;
+  long phase_ = 0, ticket_ = 0, before_ = 0;
 };
+
+// How many parts each_part has at most in a team of up to `threads`.
+inline long most_parts(long threads) { return static_cast<long>(guided_cuts(threads).size()) - 1; }
 
 // Runs body(Team&) on up to `threads` threads of torch's OpenMP pool; they may wait for each other.
 template <class Body>
 void run_team(long threads, const Body& body) {
 #if defined(_OPENMP)
   if (threads > 1 && !omp_in_parallel()) {
-    Barrier* shared = nullptr;
+    TeamState* shared = nullptr;
 #pragma omp parallel num_threads(static_cast<int>(threads))
     {
 #pragma omp single
-      shared = new Barrier(omp_get_num_threads());  // it may be fewer than asked for
+      shared = new TeamState(omp_get_num_threads());  // it may be fewer than asked for
       Team team(omp_get_thread_num(), omp_get_num_threads(), *shared);
       body(team);
     }
@@ -102,8 +137,8 @@ void run_team(long threads, const Body& body) {
 #else
   (void)threads;
 #endif
-  Barrier barrier(1);
-  Team team(0, 1, barrier);
+  TeamState state(1);
+  Team team(0, 1, state);
   body(team);
 }
 

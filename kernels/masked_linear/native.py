@@ -1,4 +1,4 @@
-"""Masked linear layer by the C++ kernels of ``csrc/`` (masked_linear.cpp, backward.cpp); as ``reference.py``.
+"""Masked linear layer by the C++ kernels of ``csrc/`` (layers.cpp, forward.h, backward.h); as ``reference.py``.
 
 Up to 8 samples a pass is bound by streaming the weight once; from about 32 on by multiply-adds.
 """

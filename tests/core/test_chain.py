@@ -1,7 +1,8 @@
-"""The inverse of a whole flow in one call is that of its transforms one by one; what torch.compile makes of it too."""
+"""A whole flow in one call, there and back, is its transforms one by one; what torch.compile makes of it too."""
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
@@ -11,8 +12,10 @@ from torch import Tensor
 import fastmaf
 from fastmaf import kernels
 from fastmaf.flows import Flow
+from fastmaf.kernels.block import chain
 from fastmaf.transforms import AffineAutoregressive, Permutation, Transform
 from tests.core.helpers import blocks_of, build, generator, normal
+from tests.kernels.cases import permutations_of
 from tests.tolerances import F32, F64, assert_close
 
 pytestmark = pytest.mark.usefixtures("backend")
@@ -99,6 +102,87 @@ def test_orders(order: str, dtype: torch.dtype) -> None:
             assert torch.equal(view, found)
 
 
+def forward_one_by_one(flow: Flow, x: Tensor) -> tuple[Tensor, Tensor]:
+    ladj = x.new_zeros(x.shape[0])
+    for transform in flow.transforms:
+        x, term = transform(x)
+        ladj = ladj + term
+    return x, ladj
+
+
+@pytest.mark.parametrize("batch", [0, 1, 5, 33])
+@pytest.mark.parametrize("name", [name for name, parts in FLOWS.items() if any(list(p.parameters()) for p in parts)])
+def test_forward_and_its_gradients(name: str, batch: int) -> None:
+    flow, x = Flow(D, FLOWS[name]), normal(batch, D)
+    with torch.no_grad():
+        quiet = flow(x)
+    leaf = x.clone().requires_grad_()
+    leaves = [leaf, *flow.parameters()]
+    weights = normal(batch, D, seed=1), normal(batch, seed=2)
+    values = [flow(leaf), forward_one_by_one(flow, leaf)]
+    for found, silent, expected in zip(values[0], quiet, values[1], strict=True):
+        assert_close("values", found, expected)
+        assert not silent.requires_grad
+        assert torch.equal(silent, found), "keeping activations changes the numbers"
+    grads = [torch.autograd.grad(v, leaves, weights) for v in values]
+    for found, expected in zip(*grads, strict=True):
+        assert_close("gradients", found, expected)
+    for k in (0, 1):  # through z alone, and through ladj alone
+        found, expected = (
+            torch.autograd.grad(v[k], leaves, weights[k], allow_unused=True)
+            for v in (flow(leaf), forward_one_by_one(flow, leaf))
+        )
+        for one, other in zip(found, expected, strict=True):
+            assert_close("gradients", one, torch.zeros_like(one) if other is None else other)
+
+
+def test_frozen_weights_get_no_gradient() -> None:
+    flow, x = build(D, blocks=3, order="random"), normal(5, D)
+    twin = copy.deepcopy(flow)
+    frozen = blocks_of(flow)[1].made.output.weight.requires_grad_(False)
+    for one in (flow, twin):
+        one.log_prob(x).sum().backward()
+    assert frozen.grad is None
+    for (name, found), expected in zip(flow.named_parameters(), twin.parameters(), strict=True):
+        if found is not frozen:
+            assert_close("gradients", found.grad, expected.grad, name)
+
+
+def test_a_pass_that_kept_nothing_has_no_way_back() -> None:
+    flow = build(D, blocks=2, order="natural")
+    with torch.no_grad():
+        z, _ = flow(normal(3, D))
+    assert not z.requires_grad
+    arguments = chain([b.block() for b in blocks_of(flow)], [None] * 3)
+    z, _, kept = torch.ops.fastmaf.chain_forward(normal(3, D), *arguments, False)
+    assert kept.numel() == 0
+    with pytest.raises(RuntimeError, match="keep=False"):
+        z.sum().backward()
+
+
+@pytest.mark.parametrize("need_grad_x", [False, True])
+@pytest.mark.parametrize("keep", [False, True])
+@pytest.mark.parametrize("batch", [0, 3])
+def test_opcheck_forward(batch: int, keep: bool, need_grad_x: bool) -> None:
+    flow = build(D, blocks=3, order=[torch.arange(D), torch.randperm(D, generator=generator()), torch.arange(D)])
+    arguments = chain([b.block() for b in blocks_of(flow)], permutations_of(flow))
+    if not keep:
+        arguments = arguments._replace(
+            weights=[w.detach() for w in arguments.weights], biases=[b.detach() for b in arguments.biases]
+        )
+    x = normal(batch, D).requires_grad_(keep and need_grad_x)
+    torch.library.opcheck(torch.ops.fastmaf.chain_forward.default, (x, *arguments, keep))
+    if keep:
+        detached = [
+            [t.detach() for t in part] if isinstance(part, list) and part and isinstance(part[0], Tensor) else part
+            for part in arguments
+        ]
+        with torch.no_grad():
+            _, _, kept = torch.ops.fastmaf.chain_forward(x, *detached, True)
+        grads = normal(batch, D, seed=1), normal(batch, seed=2)
+        torch.library.opcheck(torch.ops.fastmaf.chain_backward.default, (*grads, kept, *detached, need_grad_x))
+
+
 @pytest.mark.parametrize("batch", [0, 1, 3])
 def test_opcheck(batch: int) -> None:
     blocks = [block.block() for block in blocks_of(build(D, blocks=3, order="natural"))]
@@ -123,6 +207,8 @@ def test_what_is_no_chain_is_refused() -> None:
     for blocks, permutations in (([], [None]), ([made], [None]), ([made, block(1, "identity").block()], [None] * 3)):
         with pytest.raises(ValueError, match="chain"):
             kernels.chain_inverse(z, blocks, permutations)
+        with pytest.raises(ValueError, match="chain"):
+            kernels.chain_forward(z, blocks, permutations)
     with pytest.raises(ValueError, match="tanh"):
         kernels.chain_inverse(z, [made._replace(activation="tanh")], [None, None])
 

@@ -10,7 +10,9 @@ import torch
 from torch import Tensor
 
 from fastmaf import kernels
-from tests.core.helpers import blocks_of, build, normal
+from fastmaf.flows import Flow
+from fastmaf.transforms import Permutation
+from tests.core.helpers import blocks_of, build, generator, normal
 from tests.tolerances import F32, F64, assert_float32, distance
 
 OPS = {
@@ -23,6 +25,9 @@ OPS = {
     "inverse": ("level_inverse", ("relu", 5.0, False)),
     "inverse, soft": ("level_inverse", ("identity", 0.5, True)),
     "inverse, free": ("level_inverse", ("relu", float("inf"), False)),
+    "chain": ("chain", ("relu", 5.0, False)),
+    "chain, soft": ("chain", ("identity", 0.5, True)),
+    "chain, free": ("chain", ("relu", float("inf"), False)),
 }
 
 
@@ -31,15 +36,20 @@ class Case(NamedTuple):
 
     tensors: dict[str, Tensor]
     call: Callable[[dict[str, Tensor]], Any]
-    made: Any
+    layers: list[Any]
 
 
 def make(kind: str, batch: int, features: int = 13, *, seed: int = 0, **options: Any) -> Case:
-    """Makes a call of one of ``OPS`` on the layers of a MADE that ``build`` makes of ``options``."""
+    """Makes a call of one of ``OPS`` on the layers of ``build(options)``: of a block, or of a chain of three."""
     name, rest = OPS[kind]
     options = {"degrees": "random", "hidden_features": (9, 31), "scale": 1.5, "seed": seed, **options}
-    made = blocks_of(build(features, blocks=1, order="natural", **options))[0].made
-    layers = {"masked_linear": [made.hidden[0]], "affine_output": [made.output], "level_inverse": made.layers}[name]
+    if name == "chain":
+        options = {"blocks": 3, "order": [torch.arange(features), *_orders(features, seed)], **options}
+    flow = build(features, **{"blocks": 1, "order": "natural", **options})
+    mades = [block.made for block in blocks_of(flow)]
+    made = mades[0]
+    layers = {"masked_linear": [made.hidden[0]], "affine_output": [made.output]}.get(name)
+    layers = [layer for each in mades for layer in each.layers] if layers is None else layers
     tables = [layer.layout.table for layer in layers]
     prefixes = [layer.prefix for layer in layers]
     x = normal(batch, features, seed=seed + 100)
@@ -55,9 +65,36 @@ def make(kind: str, batch: int, features: int = 13, *, seed: int = 0, **options:
             return kernels.masked_linear(t["x"], weights[0], biases[0], prefixes[0], tables[0], *rest)
         if name == "affine_output":
             return kernels.affine_output(t["h"], weights[0], biases[0], t["x"], prefixes[0], tables[0], *rest)
+        if name == "chain":
+            activation, bound, soft = rest
+            depth = len(made.layers)
+            parts = [slice(k, k + depth) for k in range(0, len(layers), depth)]
+            blocks = [
+                kernels.Block(
+                    *(part[of] for part in (weights, biases, prefixes, tables)), m.schedule, activation, bound, soft
+                )
+                for of, m in zip(parts, mades, strict=True)
+            ]
+            return kernels.chain_forward(t["x"], blocks, permutations_of(flow))
         return kernels.level_inverse(t["x"], weights, biases, prefixes, tables, made.schedule, *rest)
 
-    return Case({key: value.to(F32).to(F64) for key, value in tensors.items()}, call, made)
+    return Case({key: value.to(F32).to(F64) for key, value in tensors.items()}, call, layers)
+
+
+def _orders(features: int, seed: int) -> list[Tensor]:
+    """Returns an order for the second block, and the same for the third: one block without a permutation before it."""
+    return [torch.randperm(features, generator=generator(seed))] * 2
+
+
+def permutations_of(flow: Flow) -> list[Tensor | None]:
+    """Returns the permutation before each block of a flow and after the last, or None."""
+    result: list[Tensor | None] = [None]
+    for transform in flow.transforms:
+        if isinstance(transform, Permutation):
+            result[-1] = transform.permutation
+        else:
+            result.append(None)
+    return result
 
 
 def leaves(case: Case, dtype: torch.dtype) -> dict[str, Tensor]:

@@ -103,8 +103,10 @@ def test_the_choice_reaches_every_op_and_every_backward(monkeypatch: pytest.Monk
     flow = build(7)
     with fastmaf.use_backend("reference"):
         flow.log_prob(normal(3, 7)).sum().backward()
+        flow.nll_per_dim(normal(3, 7)).sum().backward()
         flow.sample(2).detach()
-    expected = {f"{op} {way} reference" for op in ("masked_linear", "affine_output") for way in ("forward", "backward")}
+    both_ways = ("masked_linear", "affine_output", "chain")
+    expected = {f"{op} {way} reference" for op in both_ways for way in ("forward", "backward")}
     assert set(calls) == expected | {"level_inverse forward reference"}
     calls.clear()
     with fastmaf.use_backend("reference"):

@@ -130,6 +130,8 @@ int main() {
   std::printf("backward passes: %ld\n", checks.load());
   test_inverse();
   std::printf("inverse: %ld\n", checks.load());
+  test_chain();
+  std::printf("chains: %ld\n", checks.load());
   test_again<float, float>();
   test_again<double, double>();
   test_again<float, bfloat16>();
