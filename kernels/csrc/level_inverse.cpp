@@ -23,6 +23,9 @@ namespace {
 
 // Multiply-adds over the newest columns from which on finishing hidden units is shared.
 constexpr long kSharedWork = 32768;
+// Steps whose hidden units are summed ahead together where there are many samples: the activations of all dimensions are more than
+// a cache holds, and one pass over them then serves as many units as fill the registers.
+constexpr long kAheadSteps = 24;
 // Outputs summed ahead: their partial sums should stay in cache.
 constexpr long kAheadRows = 20 * kGroupRows;
 
@@ -41,9 +44,9 @@ class BlockInverse {
     }
     outputs_ = own;
     newest_ = outputs_ + kAheadRows * ld_;
-    for (long k = 0; k < hidden_; ++k) {  // [step modulo 3][thread][unit][sample]
+    for (long k = 0; k < hidden_; ++k) {  // [thread][unit][sample]
       partial_.push_back(shared);
-      shared += 3 * team.size * block.layers[k].p.rows * ld_;
+      shared += team.size * block.layers[k].p.rows * partial_ld(shape);
       finished_.push_back(shared);
       shared += block.layers[k].p.rows * ld_;
     }
@@ -59,7 +62,7 @@ class BlockInverse {
   }
   static long shared_numel(const Block<T, W>& block, Shape shape, long threads) {
     long total = 0;
-    for (long k = 0; k + 1 < block.layer_count; ++k) total += (3 * threads + 1) * block.layers[k].p.rows * shape.padded;
+    for (long k = 0; k + 1 < block.layer_count; ++k) total += block.layers[k].p.rows * (threads * partial_ld(shape) + shape.padded);
     return total;
   }
 
@@ -100,14 +103,19 @@ class BlockInverse {
     start(out.bias, row0, row1, outputs_);
     // Units beyond the finished ones are zero in this thread's own memory, so whole cache lines may be read.
     multiply(out.p, row0, row1, 0, round_up(done(hidden_ - 1, s - 2), kLineNumbers<T>), values_[hidden_ - 1], product(outputs_));
+    const long group = shape_.dot ? 1 : kAheadSteps, begin = s / group * group;
     for (long k = 0; k < hidden_; ++k) {
-      const long first = done(k, s - 1), last = done(k, s);
+      // At the group's first step for all its units; at the others for their own, over what has been finished since.
+      const bool all = s == begin;
+      const long first = done(k, s - 1), last = done(k, all ? std::min(s + group, block_.steps) - 1 : s);
       if (last == first) continue;
-      T* c = partial(k, s, team_.rank);
-      std::fill(c, c + (last - first) * ld_, T(0));
+      const long ld = partial_ld(shape_);
+      T* c = partial(k, team_.rank, first);
+      if (all) std::fill(c, c + (last - first) * ld, T(0));
+      const long from = all ? 0 : done(k - 1, begin - 2);
       long c0, c1;
-      team_.share(done(k - 1, s - 2), 64, c0, c1);
-      multiply(block_.layers[k].p, first, last, c0, c1, input(k, x), product(c));
+      team_.share(done(k - 1, s - 2) - from, 64, c0, c1);
+      multiply(block_.layers[k].p, first, last, from + c0, from + c1, input(k, x), {c, ld, 1});
     }
   }
 
@@ -158,8 +166,9 @@ class BlockInverse {
     T* c = (shared ? finished_[k] : newest_) + r0 * ld_;
     start(layer.bias, first + r0, first + r1, c);
     for (long t = 0; t < team_.size; ++t) {
-      const T* from = partial(k, s, t) + r0 * ld_;
-      for (long i = 0; i < (r1 - r0) * ld_; ++i) c[i] += from[i];
+      const T* from = partial(k, t, first + r0);
+      for (long r = 0; r < r1 - r0; ++r, from += partial_ld(shape_))
+        for (long n = 0; n < ld_; ++n) c[r * ld_ + n] += from[n];
     }
     multiply(layer.p, first + r0, first + r1, c0, c1, input(k, x), product(c));
     if (shared) {
@@ -179,10 +188,11 @@ class BlockInverse {
 
   const Activations<T>& input(long k, const Activations<T>& x) const { return k == 0 ? x : values_[k - 1]; }
 
-  // Three in turn: when a thread sums ahead for step s, another may still be finishing the units of step s - 2.
-  T* partial(long k, long s, long thread) const {
-    return partial_[k] + ((s % 3) * team_.size + thread) * block_.layers[k].p.rows * ld_;
+  T* partial(long k, long thread, long unit) const {
+    return partial_[k] + (thread * block_.layers[k].p.rows + unit) * partial_ld(shape_);
   }
+  // Each unit in lines of its own: one thread reads a unit of this step while another writes one of the next.
+  static long partial_ld(Shape shape) { return round_up(shape.padded, 2 * kLineNumbers<T>); }
 
   void start(const T* bias, long row0, long row1, T* c) const {
     for (long r = row0; r < row1; ++r)
