@@ -27,13 +27,15 @@ struct Chain {
   const int64_t* permutation;  // after the last block
 };
 
-const int64_t* order_of(const char* op, const Tensor& permutation, long features) {
+// `scattered`: a gradient will be written to these places, of which none may then be met twice.
+const int64_t* order_of(const char* op, const Tensor& permutation, long features, bool scattered) {
   if (permutation.numel() == 0) return nullptr;
   check(op, "permutation", permutation, at::kLong, {features});
   const auto* order = permutation.const_data_ptr<int64_t>();
-  std::vector<bool> met(features);  // a place met twice would have two threads add up one gradient
-  for (long d = 0; d < features; ++d) {
+  for (long d = 0; d < features; ++d)
     TORCH_CHECK(order[d] >= 0 && order[d] < features, op, ": permutation holds ", order[d], ", outside 0..", features - 1);
+  std::vector<bool> met(scattered ? features : 0);
+  for (long d = 0; d < static_cast<long>(met.size()); ++d) {
     TORCH_CHECK(!met[order[d]], op, ": permutation holds ", order[d], " twice");
     met[order[d]] = true;
   }
@@ -41,7 +43,7 @@ const int64_t* order_of(const char* op, const Tensor& permutation, long features
 }
 
 template <class T, class W>
-Chain<T, W> checked(const char* op, const Tensor& x, const ChainOf& of) {
+Chain<T, W> checked(const char* op, const Tensor& x, const ChainOf& of, bool backward = false) {
   const std::size_t count = of.depths.size();
   TORCH_CHECK(of.weights.size() == of.biases.size() && of.weights.size() == of.prefixes.size() &&
                   of.weights.size() == of.tiles.size(),
@@ -69,11 +71,11 @@ Chain<T, W> checked(const char* op, const Tensor& x, const ChainOf& of) {
     TORCH_CHECK(columns == 2 * features, op, ": the last layer of block ", b, " must have ", 2 * features, " rows; found ",
                 columns);
     chain.blocks.push_back({&chain.layers[first], depth, nullptr, 0, of.relu, Bound{of.bounds[b], of.softs.get(b)},
-                            order_of(op, of.permutations[b], features)});
+                            order_of(op, of.permutations[b], features, backward)});
   }
   TORCH_CHECK(chain.layers.size() == of.weights.size(), op, ": ", of.weights.size() - chain.layers.size(),
               " weights belong to no block");
-  chain.permutation = order_of(op, of.permutations[count], features);
+  chain.permutation = order_of(op, of.permutations[count], features, backward);
   return chain;
 }
 
@@ -106,7 +108,7 @@ auto with_backward(const char* op, const Tensor& grad_z, const Tensor& grad_ladj
   const long n = batch(op, "grad_z", grad_z), features = grad_z.size(1);
   return for_dtype(op, grad_z, [&](auto t) {
     using T = decltype(t);
-    const auto chain = checked<T, T>(op, grad_z, of);
+    const auto chain = checked<T, T>(op, grad_z, of, true);
     const auto *blocks = chain.blocks.data();
     const long count = chain.blocks.size();
     check(op, "grad_ladj", grad_ladj, grad_z.scalar_type(), {n});
