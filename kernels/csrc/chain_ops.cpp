@@ -138,7 +138,7 @@ std::tuple<Tensor, std::vector<Tensor>, std::vector<Tensor>> chain_backward(cons
     std::vector<Tensor> grad_weights;
     std::vector<fastmaf::WriteGradient<T>> targets;
     for (const Tensor& weight : weights) {
-      grad_weights.push_back(at::empty_like(weight));
+      grad_weights.push_back(gradient_of(weight));
       targets.push_back({grad_weights.back().mutable_data_ptr<T>()});
     }
     auto [grad_x, grad_biases] = run(targets);

@@ -2,16 +2,10 @@
 // This file is compiled for the baseline of the architecture, so that it can tell whether the processor can run the others.
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
-#include <ATen/ops/from_blob.h>
 
-#include <cstdlib>
 #include <cstring>
 #include <string>
 #include <tuple>
-
-#if defined(__linux__)
-#include <sys/mman.h>
-#endif
 
 #include "checks.h"
 
@@ -57,7 +51,7 @@ std::tuple<Tensor, Tensor, Tensor> masked_linear_backward(const Tensor& grad_y, 
   return with_linear(op, grad_y, x, y, weight, prefix, tiles, relu, 1, [&](auto t, const auto& p, const auto& source, long n) {
     using T = decltype(t);
     Tensor grad_x = need_grad_x ? at::empty_like(x) : at::empty({0}, x.options());
-    Tensor grad_weight = need_grad_weight ? at::empty_like(weight) : at::empty({0}, x.options());
+    Tensor grad_weight = need_grad_weight ? gradient_of(weight) : at::empty({0}, x.options());
     Tensor grad_bias = at::empty({p.rows}, x.options());
     T* into = need_grad_x ? grad_x.mutable_data_ptr<T>() : nullptr;
     const auto run = [&](const auto& target) {
@@ -164,7 +158,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> affine_output_backward(const Tensor& 
   return with_affine("affine_output_backward", saved, &grad_x, [&](auto t, const auto& p, const auto& source, long n) {
     using T = decltype(t);
     Tensor grad_h = at::empty_like(h), grad_bias = at::empty({p.rows}, h.options());
-    Tensor grad_weight = need_grad_weight ? at::empty_like(weight) : at::empty({0}, h.options());
+    Tensor grad_weight = need_grad_weight ? gradient_of(weight) : at::empty({0}, h.options());
     const auto run = [&](const auto& target) {
       fastmaf::linear_backward(p, source, h.const_data_ptr<T>(), n, grad_h.mutable_data_ptr<T>(),
                                grad_bias.mutable_data_ptr<T>(), target, threads());
@@ -211,20 +205,6 @@ double affine_output_squared_norm(const Tensor& grad_z, const Tensor& grad_ladj,
 }
 
 // ---- the library itself
-
-// Memory that starts and ends with a huge page, which the system is asked to back it with: streaming it then meets fewer page walks
-// (within the memory of an allocator some 15 % of such a tensor would be left out).
-Tensor empty_on_huge_pages(int64_t numel, at::ScalarType dtype) {
-  constexpr std::size_t kHuge = std::size_t{1} << 21;
-  TORCH_CHECK(numel > 0, "empty_on_huge_pages: numel must be positive; found ", numel);
-  const std::size_t bytes = (static_cast<std::size_t>(numel) * at::elementSize(dtype) + kHuge - 1) / kHuge * kHuge;
-  void* memory = std::aligned_alloc(kHuge, bytes);
-  TORCH_CHECK(memory != nullptr, "empty_on_huge_pages: no memory for ", bytes, " bytes");
-#if defined(__linux__) && defined(MADV_HUGEPAGE)
-  madvise(memory, bytes, MADV_HUGEPAGE);  // a wish; without it the memory is as good as any
-#endif
-  return at::from_blob(memory, {numel}, [](void* p) { std::free(p); }, at::TensorOptions().dtype(dtype));
-}
 
 std::string missing_cpu_features() {
   std::string missing;
