@@ -177,14 +177,17 @@ class AffineAutoregressive(Transform):
 
     def block(self) -> Block:
         """Returns the block as the ops that take several of them see it."""
-        layers = self.made.layers
+        made = self.made  # once: nn.Module searches for every attribute, and a flow asks for hundreds
+        weights, biases, prefixes, tables = zip(
+            *((layer.weight, layer.bias, layer.prefix, layer.layout.table) for layer in made.layers), strict=True
+        )
         return Block(
-            [layer.weight for layer in layers],
-            [layer.bias for layer in layers],
-            [layer.prefix for layer in layers],
-            [layer.layout.table for layer in layers],
-            self.made.schedule,
-            self.made.activation,
+            list(weights),
+            list(biases),
+            list(prefixes),
+            list(tables),
+            made.schedule,
+            made.activation,
             self._bound,
             self.soft_bound,
         )

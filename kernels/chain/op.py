@@ -17,8 +17,6 @@ from fastmaf.kernels.block import CHAIN_SCHEMA, Block, Chain, chain
 from fastmaf.kernels.chain import kept as way
 from fastmaf.kernels.factors import Factors, Taker, taker_of
 
-_FIELDS = len(Chain._fields)
-
 
 @torch.library.custom_op(
     "fastmaf::chain_forward",
@@ -66,27 +64,22 @@ def _(grad_z: Tensor, grad_ladj: Tensor, kept: Tensor, *arguments: Any) -> tuple
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-    of, keep = Chain(*inputs[1:-1]), inputs[-1]
-    ctx.shapes = [len(part) if isinstance(part, (list, tuple)) else None for part in of]
-    ctx.rest = of[_TENSORS:]
-    ctx.kept = keep
+    z, ladj, kept = output
+    of, ctx.keeps = Chain(*inputs[1:-1]), inputs[-1]
     ctx.set_materialize_grads(False)  # that of `kept` would be as large as it is
-    ctx.mark_non_differentiable(output[2])
-    ctx.save_for_backward(output[0], output[1], output[2], *(t for part in of[:_TENSORS] for t in part))
+    ctx.mark_non_differentiable(kept)
+    ctx.save_for_backward(z, ladj, kept, *of.weights, *of.biases)
+    ctx.chain = of._replace(weights=[], biases=[])  # the rest is never written to
 
 
 def _autograd(ctx: Any, grad_z: Tensor | None, grad_ladj: Tensor | None, _: Any) -> tuple[Any, ...]:
-    if not ctx.kept:
+    if not ctx.keeps:
         raise RuntimeError(
             "chain_forward was called with keep=False, for passes that record no gradients: it has kept nothing to "
             "go back with"
         )
     z, ladj, kept, *tensors = ctx.saved_tensors
-    parts: list[list[Tensor]] = []
-    for length in ctx.shapes[:_TENSORS]:
-        parts.append(tensors[:length])
-        tensors = tensors[length:]
-    of = Chain(*parts, *ctx.rest)  # type: ignore[arg-type]
+    of: Chain = ctx.chain._replace(weights=tensors[: len(tensors) // 2], biases=tensors[len(tensors) // 2 :])
     grad_z = torch.zeros_like(z) if grad_z is None else grad_z
     grad_ladj = torch.zeros_like(ladj) if grad_ladj is None else grad_ladj
     need_grad_x = ctx.needs_input_grad[0]
@@ -96,8 +89,8 @@ def _autograd(ctx: Any, grad_z: Tensor | None, grad_ladj: Tensor | None, _: Any)
         grad_x, grad_weights, grad_biases = _backward(grad_z, grad_ladj, kept, *of, need_grad_x)
     else:
         grad_x, grad_weights, grad_biases = _to_takers(takers, grad_z, grad_ladj, kept, of, need_grad_x)
-    none = [[None] * len(part) for part in of[2:_TENSORS]]
-    return grad_x if need_grad_x else None, grad_weights, grad_biases, *none, *(None for _ in ctx.rest), None
+    none = ([None] * len(part) for part in (of.prefixes, of.tiles, of.schedules, of.permutations))
+    return grad_x if need_grad_x else None, grad_weights, grad_biases, *none, None, None, None, None
 
 
 def _to_takers(
@@ -123,7 +116,6 @@ def _to_takers(
     return grad_x, grad_weights, grad_biases
 
 
-_TENSORS = Chain._fields.index("activation")  # the fields before it are lists of tensors
 _forward.register_autograd(_autograd, setup_context=_setup_context)
 
 
