@@ -1,0 +1,67 @@
+"""Tiny training runs: their settings, and what is read of what they wrote."""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from fastmaf.capsule import train as training
+from fastmaf.capsule.checkpoints import MODEL_FILE
+from fastmaf.capsule.data import to_unit
+from fastmaf.capsule.train import LOG_FILE, TrainConfig, train
+
+ROOT = Path(__file__).parents[2]
+IMAGES, HELD_OUT = 10, 2
+TINY = TrainConfig(size=8, blocks=2, hidden_features=(16, 16), epochs=2, batch_size=4, lr=1e-3, holdout=0.2)
+STEPS = 2  # an epoch: eight images to train on, in batches of four
+
+
+def run(data: Path, out: Path, config: TrainConfig = TINY, **options: Any) -> training.TrainResult:
+    return train(data, out, config, progress=False, **options)
+
+
+def with_(**changes: Any) -> TrainConfig:
+    return dataclasses.replace(TINY, **changes)
+
+
+def tensors_of(out: Path) -> dict[str, Tensor]:
+    return load_file(out / MODEL_FILE)
+
+
+def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+def rows(out: Path) -> list[dict[str, str]]:
+    with open(out / LOG_FILE, newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def without_seconds(out: Path) -> list[dict[str, str]]:
+    return [{k: v for k, v in row.items() if k != "seconds"} for row in rows(out)]
+
+
+def at_batch(monkeypatch: pytest.MonkeyPatch, number: int, do: Callable[[Tensor], Tensor]) -> None:
+    """Lets ``do`` have the pixels of the batch of that number (validation batches count too), as numbers in [0, 1]."""
+    seen = 0
+
+    def poisoned(pixels: Tensor) -> Tensor:
+        nonlocal seen
+        seen += 1
+        x = to_unit(pixels)
+        return do(x) if seen == number else x
+
+    monkeypatch.setattr(training, "to_unit", poisoned)
+
+
+def epoch(number: int) -> int:
+    """The number of an epoch's first batch: each has its steps and one batch of validation."""
+    return (number - 1) * (STEPS + 1) + 1
