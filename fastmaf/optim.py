@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastmaf.kernels import empty_on_huge_pages
 from fastmaf.kernels.factors import AdamNumbers, Factors, Update, give_to, joined
-from fastmaf.kernels.native_library import empty_on_huge_pages
 
 _TWICE = "minimize() met a weight that takes part in the loss twice: use loss.backward() and step() instead"
 

@@ -39,7 +39,7 @@ class AdamNumbers(NamedTuple):
 
     @property
     def step_size(self) -> float:
-        """Lr / (1 - beta1^step)."""
+        """The step size, lr / (1 - beta1^step)."""
         return self.lr / (1 - self.beta1**self.step)
 
     @property

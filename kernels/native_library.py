@@ -59,10 +59,6 @@ def adam_floats(numbers: AdamNumbers) -> list[float]:
     ]
 
 
-# Below it the last huge page, of which a tensor needs a part, would cost too much memory for what it brings.
-_HUGE_BYTES = 8 * 2**20
-
-
 def empty_on_huge_pages(numel: int, *, device: torch.device | str | None, dtype: torch.dtype | None) -> Tensor:
     """Returns an uninitialised tensor ``[numel]``; a large one on the CPU on huge pages, where the library is there.
 
@@ -70,7 +66,7 @@ def empty_on_huge_pages(numel: int, *, device: torch.device | str | None, dtype:
     """
     like = torch.empty(0, device=device, dtype=dtype)
     # A fake tensor, as under torch.compile, has no memory.
-    if type(like) is Tensor and like.device.type == "cpu" and numel * like.element_size() >= _HUGE_BYTES:
+    if type(like) is Tensor and like.device.type == "cpu":
         try:
             load()
         except ImportError:

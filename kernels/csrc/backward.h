@@ -123,7 +123,7 @@ void layer_backward(Team& team, const Packed<const T>& p, const Source& source, 
     team.each((p.columns + strip - 1) / strip, [&](long item) {
       const long k0 = item * strip, k1 = std::min(k0 + strip, p.columns);
       take_columns(x, n, p.columns, k0, k1, x_strip);
-      clear(grad_strip, n, k1 - k0);
+      if (grad_x) clear(grad_strip, n, k1 - k0);
       for (long r0 = 0; r0 < p.rows; r0 += kStripRows)
         backward.block(r0, std::min(r0 + kStripRows, p.rows), k0, k1, g_of(r0), x_strip, grad);
       if (grad_x)
@@ -136,7 +136,7 @@ void layer_backward(Team& team, const Packed<const T>& p, const Source& source, 
     if (once) take_columns(x, n, p.columns, 0, p.columns, x_strip);
     team.each_part([&](long part, double from, double to) {
       T* mine = shared + part * n * wide;
-      std::fill(mine, mine + n * wide, T(0));
+      if (grad_x) std::fill(mine, mine + n * wide, T(0));
       const long row1 = p.row_at(to, kDeepBlockRows);
       for (long r0 = p.row_at(from, kDeepBlockRows); r0 < row1; r0 += kStripRows) {
         const long r1 = std::min(r0 + kStripRows, row1);
@@ -145,7 +145,7 @@ void layer_backward(Team& team, const Packed<const T>& p, const Source& source, 
           const long k1 = std::min(k0 + strip, p.columns);
           if (!once) take_columns(x, n, p.columns, k0, k1, x_strip);
           const long seen = std::min(k1, round_up(p.prefix[r1 - 1], kLanes<T>)) - k0;
-          clear(grad_strip, n, seen);
+          if (grad_x) clear(grad_strip, n, seen);
           backward.block(r0, r1, k0, k1, g_strip, x_strip, grad);
           if (grad_x)
             for (long s = 0; s < n; ++s)

@@ -3,7 +3,7 @@
 
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
-#include <ATen/ops/empty_like.h>
+#include <ATen/ops/empty.h>
 #include <ATen/ops/from_blob.h>
 #include <torch/library.h>
 
@@ -118,20 +118,21 @@ fastmaf::AdamStep<T> adam_step(const char* op, const Tensor& weight, const Tenso
 // (within the memory of an allocator some 15 % of such a tensor would be left out).
 inline Tensor empty_on_huge_pages(int64_t numel, at::ScalarType dtype) {
   constexpr std::size_t kHuge = std::size_t{1} << 21;
-  TORCH_CHECK(numel > 0, "empty_on_huge_pages: numel must be positive; found ", numel);
-  const std::size_t bytes = (static_cast<std::size_t>(numel) * at::elementSize(dtype) + kHuge - 1) / kHuge * kHuge;
+  TORCH_CHECK(numel >= 0, "empty_on_huge_pages: numel must not be negative; found ", numel);
+  const auto options = at::TensorOptions().dtype(dtype);
+  const std::size_t needed = static_cast<std::size_t>(numel) * at::elementSize(dtype);
+  // A smaller tensor would waste more of its last page than it gains.
+  if (needed < 4 * kHuge) return at::empty({numel}, options);
+  const std::size_t bytes = (needed + kHuge - 1) / kHuge * kHuge;
   void* memory = std::aligned_alloc(kHuge, bytes);
   TORCH_CHECK(memory != nullptr, "empty_on_huge_pages: no memory for ", bytes, " bytes");
 #if defined(__linux__) && defined(MADV_HUGEPAGE)
   madvise(memory, bytes, MADV_HUGEPAGE);  // a wish; without it the memory is as good as any
 #endif
-  return at::from_blob(memory, {numel}, [](void* p) { std::free(p); }, at::TensorOptions().dtype(dtype));
+  return at::from_blob(memory, {numel}, [](void* p) { std::free(p); }, options);
 }
 
 // Room for a weight's gradient. A large one comes from the system anew in every step, in pages that are cleared one by one.
-inline Tensor gradient_of(const Tensor& weight) {
-  constexpr std::size_t kLarge = std::size_t{8} << 20;
-  return weight.nbytes() < kLarge ? at::empty_like(weight) : empty_on_huge_pages(weight.numel(), weight.scalar_type());
-}
+inline Tensor gradient_of(const Tensor& weight) { return empty_on_huge_pages(weight.numel(), weight.scalar_type()); }
 
 }  // namespace fastmaf_native

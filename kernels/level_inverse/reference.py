@@ -95,9 +95,8 @@ def forward(
 ) -> tuple[Tensor, Tensor]:
     """Returns ``x`` ``[N, D]`` and ``ladj`` ``[N]`` = log |det dx/dz|."""
     with _one_thread_if_small(z):
-        weights = [
-            weight.to(z.dtype) for weight in weights
-        ]  # stored in fewer bits: the same function of rounded weights
+        # Stored in fewer bits, they are the same function of rounded weights.
+        weights = [weight.to(z.dtype) for weight in weights]
         x_t, log_scale_t = _walk(z, weights, biases, _plan(tiles, schedule), activation, bound, soft)
     return x_t.t().contiguous(), log_scale_t.sum(0)
 
