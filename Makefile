@@ -14,6 +14,8 @@ CSRC = $(wildcard kernels/csrc/*.cpp kernels/csrc/*.h)
 PIP = "$(BIN)/python" -m pip --disable-pip-version-check --no-input
 # --no-build-isolation: the pinned setuptools of the environment builds, not the newest one.
 INSTALL = $(PIP) install --no-build-isolation -c "$(VENV)/constraints.txt"
+# Triton as it is beside the last torch with Pascal, in a folder of its own: the tests compile for sm_61 with it.
+PASCAL = $(VENV)/triton-3.3.1
 # A PYTHON given by hand is taken or refused; a python3 that is too old gives way to a newer one beside it.
 PYTHONS = $(if $(filter file,$(origin PYTHON)),$(PYTHON) python3.13 python3.12 python3.11 python3.10,"$(PYTHON)")
 
@@ -40,7 +42,7 @@ native: install  ## build the native library, or fail and say why; what has not 
 reproduce: install  ## train, sample and evaluate on the synthetic capsules, or on DATA="/path/to/capsule"; writes to OUT
 	"$(BIN)/fastmaf" reproduce --out "$$OUT" $${DATA:+--data "$$DATA"} $${EPOCHS:+--epochs "$$EPOCHS"}
 
-test: $(VENV)/.installed-test  ## run the tests
+test: $(VENV)/.installed-test $(PASCAL)  ## run the tests
 	"$(BIN)/python" -m pytest
 
 # Needs no torch: the sources that include it, ops.cpp and its like, are left out. Twice: with vector instructions and without.
@@ -95,11 +97,17 @@ $(VENV)/torch.txt: FORCE | $(BIN)/python
 
 # torch comes first: with it the native library is built against. What became of that is said last.
 $(VENV)/.installed: pyproject.toml setup.py constraints.txt $(CSRC) $(VENV)/torch.txt
-	@grep -v '^torch==' constraints.txt > "$(VENV)/constraints.txt"
+	@grep -vE '^(torch|triton)==' constraints.txt > "$(VENV)/constraints.txt"
 	$(INSTALL) pip setuptools
 	$(INSTALL) $(TORCH)
+	@"$(BIN)/python" -c 'import triton' 2>/dev/null || grep '^triton==' constraints.txt >> "$(VENV)/constraints.txt"
 	$(INSTALL) -e .
 	@echo "native library $$(cat kernels/_native.txt)"
+	@touch "$@"
+
+# Only where it exists; the tests say so where it does not.
+$(PASCAL): $(VENV)/.installed
+	$(PIP) install -q --no-deps --target "$@" triton==3.3.1 || mkdir -p "$@"
 	@touch "$@"
 
 $(VENV)/.installed-%: $(VENV)/.installed

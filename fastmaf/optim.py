@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -32,9 +33,40 @@ class _Taker:
 
     def take(self, factors: Factors, need_inputs: bool) -> tuple[Tensor, ...]:
         if self.begin is not None:
-            return factors.adam_(*self.begin(), need_inputs=need_inputs)
+            return factors.adam_(self.begin(), need_inputs=need_inputs)
         self.kept.append(factors)
         return factors.grad_inputs(need_inputs)
+
+
+class NotCapturableError(RuntimeError):
+    """A step that cannot be captured in a CUDA graph; the message says why."""
+
+
+class CapturedUpdates:
+    """The updates of a step that was captured in a CUDA graph: which they are, and the scalars that replays read.
+
+    Args:
+        device: of the parameters.
+        most: how many updates there can be.
+    """
+
+    def __init__(self, device: torch.device, most: int) -> None:
+        self.parameters: dict[Tensor, dict[str, Any]] = {}  # with their groups, in the order of their rows
+        self._rows: dict[Tensor, int] = {}
+        width = len(AdamNumbers(1, 1.0, 0.0, 0.0, 1.0, 0.0, False, False).kernel_scalars())
+        self._host = torch.zeros(most, width, device="cpu", pin_memory=device.type == "cuda")
+        self._device = torch.zeros(most, width, device=device)
+
+    def add(self, parameter: Tensor, group: dict[str, Any]) -> Tensor:
+        """Adds an update; returns where its scalars will be."""
+        self.parameters[parameter] = group
+        row = self._rows.setdefault(parameter, len(self._rows))
+        return self._device[row]
+
+    def set(self, scalars: list[list[float]]) -> None:
+        """Sends the scalars of the next replay. The one before must have been waited for: it may still be reading."""
+        self._host[: len(scalars)] = torch.tensor(scalars, device="cpu")
+        self._device.copy_(self._host, non_blocking=True)
 
 
 class FusedAdam(torch.optim.Adam):
@@ -69,6 +101,7 @@ class FusedAdam(torch.optim.Adam):
         decoupled_weight_decay: bool = False,
     ) -> None:
         self._takers: dict[Tensor, _Taker] = {}
+        self._capturing: CapturedUpdates | None = None
         super().__init__(
             params,
             lr,
@@ -109,11 +142,20 @@ class FusedAdam(torch.optim.Adam):
                     continue
                 factors = self._taken(parameter)
                 if parameter.grad is None:
-                    factors.adam_(*self._begin(parameter, group))
+                    factors.adam_(self._begin(parameter, group))
                 else:  # another part of the graph, such as a compiled one, has left a gradient
                     parameter.grad += factors.grad_weight()
-        super().step()
+        self._step_stored()
         return loss
+
+    def _step_stored(self) -> None:
+        """Lets torch take the step of every parameter that has a gradient in ``grad``."""
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                state = self.state.get(parameter)
+                if parameter.grad is not None and state and group["fused"]:
+                    state["step"] = state["step"].to(parameter.device)  # where torch's fused step counts
+        super().step()
 
     def minimize(self, loss: Tensor) -> None:
         """Does what ``loss.backward()``, ``step()`` and ``zero_grad()`` do, in one pass over each weight.
@@ -146,9 +188,45 @@ class FusedAdam(torch.optim.Adam):
         if any(parameter.grad is not None for parameter in updated):
             self.zero_grad()
             raise RuntimeError(_TWICE)
+        if self._capturing is not None and any(parameter.grad is not None for parameter in self._takers):
+            self.zero_grad()
+            raise NotCapturableError("a parameter that is not of the flow's blocks got a gradient")
         with torch.no_grad():
-            super().step()
+            self._step_stored()
         self.zero_grad()
+
+    def updates_to_capture(self) -> CapturedUpdates:
+        """Returns an empty record for ``capturing``."""
+        return CapturedUpdates(self.param_groups[0]["params"][0].device, len(self._takers))
+
+    @contextmanager
+    def capturing(self, updates: CapturedUpdates) -> Iterator[None]:
+        """Within the block, ``minimize`` counts no step and uses the scalars that ``advance`` sends before each replay.
+
+        For a CUDA graph of ``minimize``. Every parameter must have taken a step before, so that its state is there.
+
+        Raises:
+            NotCapturableError: in ``minimize``, where a parameter's state is missing or its gradient reaches it in
+                ``grad``: then torch's own step would have to be captured with it.
+        """
+        self._capturing = updates
+        try:
+            yield
+        finally:
+            self._capturing = None
+
+    @torch.no_grad()
+    def advance(self, updates: CapturedUpdates) -> None:
+        """Counts a step of the parameters that a captured ``minimize`` updates, and sends its scalars to the device."""
+        known: dict[tuple[int, int], list[float]] = {}  # most parameters share a group and a step
+        scalars = []
+        for parameter, group in updates.parameters.items():
+            step = self._count(parameter)
+            key = id(group), step
+            if key not in known:
+                known[key] = _numbers(step, group).kernel_scalars()
+            scalars.append(known[key])
+        updates.set(scalars)
 
     @torch.no_grad()
     def clip_grad_norm_(self, max_norm: float) -> float:
@@ -192,22 +270,37 @@ class FusedAdam(torch.optim.Adam):
     def _begin(self, parameter: Tensor, group: dict[str, Any]) -> Update:
         """Counts a step of a parameter and returns what it is to be updated with."""
         state = self.state[parameter]
+        if self._capturing is not None:
+            if not state:
+                raise NotCapturableError("a parameter has no optimiser state yet: it makes that in its first step")
+            scalars = self._capturing.add(parameter, group)
+            return Update(state["exp_avg"], state["exp_avg_sq"], _numbers(1, group), scalars)
         if not state:
-            state["step"] = torch.zeros((), dtype=torch.float32, device=parameter.device)
+            state["step"] = torch.zeros((), dtype=torch.float32, device="cpu")
             for name in ("exp_avg", "exp_avg_sq"):
                 memory = empty_on_huge_pages(parameter.numel(), device=parameter.device, dtype=parameter.dtype)
                 state[name] = memory.zero_().view(parameter.shape)
-        state["step"] += 1
-        beta1, beta2 = group["betas"]
-        numbers = AdamNumbers(
-            int(state["step"]),
-            float(group["lr"]),
-            beta1,
-            beta2,
-            group["eps"],
-            group["weight_decay"],
-            bool(group.get("decoupled_weight_decay", False)),
-            bool(group["maximize"]),
-        )
+        numbers = _numbers(self._count(parameter), group)
         torch.autograd.graph.increment_version(parameter)  # autograd refuses graphs that still need the old values
         return Update(state["exp_avg"], state["exp_avg_sq"], numbers)
+
+    def _count(self, parameter: Tensor) -> int:
+        """Counts a step of a parameter and returns its number. Counting on a GPU would wait for it each time."""
+        state = self.state[parameter]
+        state["step"] = state["step"].cpu()
+        state["step"] += 1
+        return int(state["step"])
+
+
+def _numbers(step: int, group: dict[str, Any]) -> AdamNumbers:
+    beta1, beta2 = group["betas"]
+    return AdamNumbers(
+        step,
+        float(group["lr"]),
+        beta1,
+        beta2,
+        group["eps"],
+        group["weight_decay"],
+        bool(group.get("decoupled_weight_decay", False)),
+        bool(group["maximize"]),
+    )

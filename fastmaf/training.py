@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from fastmaf.flows import Flow
+from fastmaf.graphs import GraphedSteps
 from fastmaf.optim import FusedAdam
 
 
@@ -62,14 +63,25 @@ class TrainingStep:
         flow: the model.
         optimizer: any torch optimiser over its parameters; its learning rates at this moment are what warm-up rises to.
         guards: see ``Guards``.
+        graphs: on a GPU, replay steps as CUDA graphs, from the second batch of a shape on: for ``FusedAdam`` without
+            ``max_grad_norm``; other steps are taken without.
     """
 
     _MEMORY = 0.9  # of the running mean of the loss, per step
 
-    def __init__(self, flow: Flow, optimizer: torch.optim.Optimizer, guards: Guards | None = None) -> None:
+    def __init__(
+        self,
+        flow: Flow,
+        optimizer: torch.optim.Optimizer,
+        guards: Guards | None = None,
+        *,
+        graphs: bool = False,
+    ) -> None:
         self.flow = flow
         self.optimizer = optimizer
         self.guards = guards or Guards()
+        in_one_pass = isinstance(optimizer, FusedAdam) and self.guards.max_grad_norm is None
+        self._graphs = GraphedSteps(flow, optimizer) if graphs and in_one_pass else None
         self.steps = 0
         self._lr = [float(group["lr"]) for group in optimizer.param_groups]
         self._usual_nll: float | None = None
@@ -82,7 +94,8 @@ class TrainingStep:
             NonFiniteLossError: the loss is not finite; nothing was changed.
         """
         self.optimizer.zero_grad(set_to_none=True)
-        loss = -self.flow.log_prob(x).mean()
+        graphed = None if self._graphs is None else self._graphs.of(x)
+        loss = -self.flow.log_prob(x).mean() if graphed is None else graphed.forward(x)
         nll = float(loss.detach())
         if not math.isfinite(nll):
             raise NonFiniteLossError(f"the NLL of a batch became {nll} at step {self.steps + 1}")
@@ -94,8 +107,13 @@ class TrainingStep:
                 group["lr"] = lr * min(1.0, self.steps / self.guards.warmup_steps)
             # Afterwards the learning rates are the user's: a scheduler may set them.
             self._warming = self.steps < self.guards.warmup_steps
+        if graphed is not None:
+            graphed.minimize()
+            return StepReport(nll, skipped=False)
         if self.guards.max_grad_norm is None and isinstance(self.optimizer, FusedAdam):
             self.optimizer.minimize(loss)
+            if self._graphs is not None:
+                self._graphs.stepped(x)
             return StepReport(nll, skipped=False)
         loss.backward()
         if not self._clip():

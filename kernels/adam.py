@@ -6,18 +6,19 @@ import torch
 from torch import Tensor
 from torch.optim.adam import adam
 
-from fastmaf.kernels.factors import AdamNumbers
+from fastmaf.kernels.factors import Update
 
 
 @torch.no_grad()
-def adam_step_(weight: Tensor, grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, numbers: AdamNumbers) -> None:
+def adam_step_(weight: Tensor, grad: Tensor, update: Update) -> None:
     """Updates ``weight`` and its moments in place, as ``torch.optim.Adam`` does."""
+    numbers = update.numbers
     fused = weight.device.type in ("cpu", "cuda")
     adam(
         [weight],
         [grad],
-        [exp_avg],
-        [exp_avg_sq],
+        [update.exp_avg],
+        [update.exp_avg_sq],
         [],
         [torch.tensor(float(numbers.step - 1), device=weight.device)],
         foreach=False,

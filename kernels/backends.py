@@ -15,6 +15,8 @@ from types import ModuleType, TracebackType
 import torch
 from torch import Tensor
 
+from fastmaf.kernels.launch_table import take_cpu_tensors
+
 OPS = ("masked_linear", "affine_output", "level_inverse", "chain")
 
 # backend → (module in the op's folder, device types that it serves; None = any)
@@ -109,13 +111,20 @@ def _default(op: str, device: torch.device, dtype: torch.dtype) -> ModuleType:
 
 def default_backend(op: str, like: Tensor) -> str:
     """Returns the name of the fastest backend present for ``op`` on tensors like this one."""
-    return next(name for name in _BACKENDS if why_not(op, name, like) is None)
+    return next(name for name in _BACKENDS if _serves(name, like) and why_not(op, name, like) is None)
+
+
+def _serves(backend: str, like: Tensor) -> bool:
+    serves = _BACKENDS[backend][1]
+    return serves is None or like.device.type in serves
 
 
 def why_not(op: str, backend: str, like: Tensor) -> str | None:
     """Returns why ``backend`` cannot serve ``op`` on tensors like this one, or None when it can."""
     serves = _BACKENDS[backend][1]
-    if serves is not None and like.device.type not in serves:
+    # The Triton kernels may take tensors of the CPU too: of who asks for them, never by default.
+    elsewhere = backend == "triton" and like.device.type == "cpu" and take_cpu_tensors()
+    if serves is not None and not _serves(backend, like) and not elsewhere:
         return f"backend {backend!r} runs on {', '.join(sorted(serves))} tensors; {op} was given one on {like.device}"
     reason = missing(op, backend)
     if reason is None and hasattr(module := _load(op, backend), "why_not"):

@@ -47,13 +47,35 @@ class AdamNumbers(NamedTuple):
         """sqrt(1 - beta2^step)."""
         return math.sqrt(1 - self.beta2**self.step)
 
+    def kernel_scalars(self, scale: float = 1.0) -> list[float]:
+        """Returns what ``triton_parts.adam`` reads, for ``scale`` times the gradient."""
+        return [
+            -scale if self.maximize else scale,
+            0.0 if self.decoupled else self.weight_decay,
+            1 - self.lr * self.weight_decay if self.decoupled else 1.0,
+            1 - self.beta1,
+            self.beta2,
+            1 - self.beta2,
+            self.step_size,
+            self.correction2_sqrt,
+            self.eps,
+        ]
+
 
 class Update(NamedTuple):
-    """What one step of Adam on one weight needs beside its gradient: its moments, packed like it, and the scalars."""
+    """What one step of Adam on one weight needs beside its gradient: its moments, packed like it, and the scalars.
+
+    Attributes:
+        exp_avg, exp_avg_sq: the moments.
+        numbers: the scalars of this step.
+        scalars: the same where a GPU reads them when a CUDA graph is replayed, at a later step: float32
+            ``[len(numbers.kernel_scalars())]``; None outside of graphs.
+    """
 
     exp_avg: Tensor
     exp_avg_sq: Tensor
     numbers: AdamNumbers
+    scalars: Tensor | None = None
 
 
 # How many of an op's batch tensors, the first ones, are gradients.
@@ -90,16 +112,12 @@ class Factors(NamedTuple):
         result: tuple[Tensor, ...] = self._backend().grad_inputs(*self._arguments(), need_inputs)
         return result
 
-    def adam_(
-        self, exp_avg: Tensor, exp_avg_sq: Tensor, numbers: AdamNumbers, *, need_inputs: bool = False
-    ) -> tuple[Tensor, ...]:
+    def adam_(self, update: Update, *, need_inputs: bool = False) -> tuple[Tensor, ...]:
         """Takes a step of Adam with the gradient, in place; returns what ``grad_inputs`` does.
 
         Scaled factors are for the step alone: the gradients returned with them mean nothing.
         """
-        result: tuple[Tensor, ...] = self._backend().adam_(
-            *self._arguments(), need_inputs, exp_avg, exp_avg_sq, numbers, self.scale
-        )
+        result: tuple[Tensor, ...] = self._backend().adam_(*self._arguments(), need_inputs, update, self.scale)
         return result
 
     def scaled(self, factor: float) -> Factors:

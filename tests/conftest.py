@@ -6,7 +6,13 @@ import os
 from collections.abc import Iterator
 
 import pytest
+import torch
 from hypothesis import settings
+
+# Where no GPU can run the Triton kernels they are interpreted on the CPU. Triton reads this when it defines a kernel,
+# so it is set before fastmaf is imported. Nothing else changes: CPU tensors go to them only where a test asks for it.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 from fastmaf.kernels import backends
 

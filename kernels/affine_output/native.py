@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fastmaf.kernels import native_library
-from fastmaf.kernels.factors import AdamNumbers
+from fastmaf.kernels.factors import Update
 
 native_library.load()
 _ops = torch.ops.fastmaf_native
@@ -104,9 +104,7 @@ def adam_(
     bound: float,
     soft: bool,
     need_inputs: bool,
-    exp_avg: Tensor,
-    exp_avg_sq: Tensor,
-    numbers: AdamNumbers,
+    update: Update,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Takes a step of Adam with ``scale`` times the gradient of ``weight``; returns what ``grad_inputs`` does."""
@@ -114,8 +112,8 @@ def adam_(
         *_contiguous(grad_z, grad_ladj, grad_log_scale),
         h,
         weight,
-        exp_avg,
-        exp_avg_sq,
+        update.exp_avg,
+        update.exp_avg_sq,
         z,
         log_scale,
         prefix,
@@ -124,7 +122,7 @@ def adam_(
         soft,
         need_inputs,
         scale,
-        native_library.adam_floats(numbers),
+        native_library.adam_floats(update.numbers),
     )
     return result
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from fastmaf.kernels.adam import adam_step_
-from fastmaf.kernels.factors import AdamNumbers
+from fastmaf.kernels.factors import Update
 from fastmaf.kernels.masked_linear import reference as linear
 
 
@@ -129,16 +129,14 @@ def adam_(
     bound: float,
     soft: bool,
     need_inputs: bool,
-    exp_avg: Tensor,
-    exp_avg_sq: Tensor,
-    numbers: AdamNumbers,
+    update: Update,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Takes a step of Adam with ``scale`` times the gradient of ``weight``; returns what ``grad_inputs`` does."""
     batch = grad_z, grad_ladj, grad_log_scale, h, z, log_scale
     result = grad_inputs(*batch, weight, prefix, tiles, bound, soft, need_inputs)
     grad = grad_weight_of(*batch, weight, prefix, tiles, bound, soft)
-    adam_step_(weight, grad.mul_(scale), exp_avg, exp_avg_sq, numbers)
+    adam_step_(weight, grad.mul_(scale), update)
     return result
 
 

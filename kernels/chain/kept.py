@@ -76,7 +76,7 @@ def backward(
     """
     grad_biases = [bias.new_empty(0) for bias in chain.biases]
     blocks = list(zip(chain.layers_of_blocks(), activations(chain, kept, grad_z.shape[0]), strict=True))
-    grad = _through(grad_z, chain.permutations[-1])
+    grad = through(grad_z, chain.permutations[-1])
     for b, (layers, at) in reversed(list(enumerate(blocks))):
         wanted = b > 0 or need_grad_x
         *hidden, output = layers
@@ -91,7 +91,7 @@ def backward(
             factors = _factors("masked_linear", (grad_h, below, at.hidden[k]), chain, hidden[k], (chain.activation,))
             grad_h, grad_biases[hidden[k]] = step(hidden[k], factors, wanted or k > 0)
         if wanted:
-            grad = _through(direct + grad_h, chain.permutations[b])
+            grad = through(direct + grad_h, chain.permutations[b])
     return grad if need_grad_x else grad.new_empty(0, grad.shape[1]), grad_biases
 
 
@@ -99,7 +99,7 @@ def _factors(op: str, batch: tuple[Tensor, ...], chain: Chain, layer: int, optio
     return Factors(op, batch, chain.weights[layer], chain.prefixes[layer], chain.tiles[layer], options)
 
 
-def _through(grad: Tensor, permutation: Tensor) -> Tensor:
+def through(grad: Tensor, permutation: Tensor) -> Tensor:
     """Returns the gradient before ``x[:, permutation]``, given the one after it."""
     if not permutation.numel():
         return grad.contiguous()

@@ -10,7 +10,10 @@ from torch import Tensor
 
 from fastmaf.kernels import native_library
 from fastmaf.kernels.block import Chain
+from fastmaf.kernels.chain.reference import UPDATES_BIASES
 from fastmaf.kernels.factors import Update
+
+__all__ = ["UPDATES_BIASES", "adam_", "backward", "forward", "why_not"]
 
 native_library.load()
 _ops = torch.ops.fastmaf_native
@@ -35,11 +38,17 @@ def backward(
 
 
 def adam_(
-    grad_z: Tensor, grad_ladj: Tensor, kept: Tensor, chain: Chain, need_grad_x: bool, updates: Sequence[Update]
+    grad_z: Tensor,
+    grad_ladj: Tensor,
+    kept: Tensor,
+    chain: Chain,
+    need_grad_x: bool,
+    updates: Sequence[Update],
+    bias_updates: None,
 ) -> tuple[Tensor, list[Tensor]]:
     """Takes a step of Adam on every weight, in place; returns the gradients of ``x`` and of the biases."""
-    exp_avgs, exp_avg_sqs, numbers = zip(*updates, strict=True)
-    adam = [number for one in numbers for number in native_library.adam_floats(one)]
+    exp_avgs, exp_avg_sqs = [update.exp_avg for update in updates], [update.exp_avg_sq for update in updates]
+    adam = [number for update in updates for number in native_library.adam_floats(update.numbers)]
     result: tuple[Tensor, list[Tensor]] = _ops.chain_adam_(
         grad_z.contiguous(), grad_ladj.contiguous(), kept, *_arguments(chain), need_grad_x, exp_avgs, exp_avg_sqs, adam
     )

@@ -85,6 +85,7 @@ def _autograd(ctx: Any, grad_z: Tensor | None, grad_ladj: Tensor | None, _: Any)
     need_grad_x = ctx.needs_input_grad[0]
     takers = [taker_of(weight) if weight.requires_grad else None for weight in of.weights]
     grad_weights: Sequence[Tensor | None]
+    grad_biases: Sequence[Tensor | None]
     if not any(takers):
         grad_x, grad_weights, grad_biases = _backward(grad_z, grad_ladj, kept, *of, need_grad_x)
     else:
@@ -95,14 +96,19 @@ def _autograd(ctx: Any, grad_z: Tensor | None, grad_ladj: Tensor | None, _: Any)
 
 def _to_takers(
     takers: Sequence[Taker | None], grad_z: Tensor, grad_ladj: Tensor, kept: Tensor, of: Chain, need_grad_x: bool
-) -> tuple[Tensor, list[Tensor | None], list[Tensor]]:
+) -> tuple[Tensor, list[Tensor | None], Sequence[Tensor | None]]:
     """Goes back with the gradients of the weights given to those that take them."""
     grad_weights: list[Tensor | None] = [None] * len(takers)
     ready = [taker for taker in takers if taker is not None and taker.updates_at_once]
     if len(ready) == len(takers):
-        updates = [taker.begin_update() for taker in ready]
-        grad_x, grad_biases = implementation("chain", grad_z).adam_(grad_z, grad_ladj, kept, of, need_grad_x, updates)
-        return grad_x, grad_weights, grad_biases
+        backend = implementation("chain", grad_z)
+        updates, bias_updates = [taker.begin_update() for taker in ready], None
+        if backend.UPDATES_BIASES:
+            of_biases = [taker for bias in of.biases if (taker := taker_of(bias)) and taker.updates_at_once]
+            if len(of_biases) == len(of.biases):
+                bias_updates = [taker.begin_update() for taker in of_biases]
+        grad_x, grad_biases = backend.adam_(grad_z, grad_ladj, kept, of, need_grad_x, updates, bias_updates)
+        return grad_x, grad_weights, [None] * len(of.biases) if bias_updates else grad_biases
 
     def step(layer: int, factors: Factors, need_inputs: bool) -> tuple[Tensor, ...]:
         taker = takers[layer]

@@ -11,6 +11,9 @@ from fastmaf.kernels.block import Chain
 from fastmaf.kernels.chain import kept as way
 from fastmaf.kernels.factors import Factors, Update
 
+# Whether adam_ takes steps on the biases as well. A few small tensors: here torch's optimiser does as well.
+UPDATES_BIASES = False
+
 
 def forward(x: Tensor, chain: Chain, keep: bool) -> tuple[Tensor, Tensor, Tensor]:
     """Returns ``z`` ``[N, D]``, ``ladj`` ``[N]`` = log |det dz/dx|, and what ``backward`` needs if ``keep``."""
@@ -53,11 +56,17 @@ def backward(
 
 
 def adam_(
-    grad_z: Tensor, grad_ladj: Tensor, kept: Tensor, chain: Chain, need_grad_x: bool, updates: Sequence[Update]
+    grad_z: Tensor,
+    grad_ladj: Tensor,
+    kept: Tensor,
+    chain: Chain,
+    need_grad_x: bool,
+    updates: Sequence[Update],
+    bias_updates: None,
 ) -> tuple[Tensor, list[Tensor]]:
     """Takes a step of Adam on every weight, in place; returns the gradients of ``x`` and of the biases."""
 
     def step(layer: int, factors: Factors, need_inputs: bool) -> tuple[Tensor, ...]:
-        return factors.adam_(*updates[layer], need_inputs=need_inputs)
+        return factors.adam_(updates[layer], need_inputs=need_inputs)
 
     return way.backward(grad_z, grad_ladj, kept, chain, need_grad_x, step)

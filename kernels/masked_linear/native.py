@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fastmaf.kernels import native_library
-from fastmaf.kernels.factors import AdamNumbers
+from fastmaf.kernels.factors import Update
 
 native_library.load()
 _ops = torch.ops.fastmaf_native
@@ -72,25 +72,23 @@ def adam_(
     tiles: Tensor,
     activation: str,
     need_grad_x: bool,
-    exp_avg: Tensor,
-    exp_avg_sq: Tensor,
-    numbers: AdamNumbers,
+    update: Update,
     scale: float,
 ) -> tuple[Tensor, Tensor]:
     """Takes a step of Adam with ``scale`` times the gradient of ``weight``; returns what ``grad_inputs`` does."""
-    moments = exp_avg, exp_avg_sq
     result: tuple[Tensor, Tensor] = _ops.masked_linear_adam_(
         grad_y.contiguous(),
         x,
         y,
         weight,
-        *moments,
+        update.exp_avg,
+        update.exp_avg_sq,
         prefix,
         tiles,
         activation == "relu",
         need_grad_x,
         scale,
-        native_library.adam_floats(numbers),
+        native_library.adam_floats(update.numbers),
     )
     return result
 

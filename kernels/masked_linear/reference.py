@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from fastmaf.kernels.adam import adam_step_
-from fastmaf.kernels.factors import AdamNumbers
+from fastmaf.kernels.factors import Update
 from fastmaf.kernels.layout import tiles_of, zero_padding
 
 
@@ -76,15 +76,13 @@ def adam_(
     tiles: Tensor,
     activation: str,
     need_grad_x: bool,
-    exp_avg: Tensor,
-    exp_avg_sq: Tensor,
-    numbers: AdamNumbers,
+    update: Update,
     scale: float,
 ) -> tuple[Tensor, Tensor]:
     """Takes a step of Adam with ``scale`` times the gradient of ``weight``; returns what ``grad_inputs`` does."""
     result = grad_inputs(grad_y, x, y, weight, prefix, tiles, activation, need_grad_x)
     grad = grad_weight_of(grad_y, x, y, weight, prefix, tiles, activation)
-    adam_step_(weight, grad.mul_(scale), exp_avg, exp_avg_sq, numbers)
+    adam_step_(weight, grad.mul_(scale), update)
     return result
 
 

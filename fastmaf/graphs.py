@@ -1,0 +1,182 @@
+"""CUDA graphs of a training step and of a flow's log-density: some hundred small kernels, launched as one.
+
+A kernel of a GPU takes a few microseconds to launch from Python and often less to run, so that at small batches
+launching is most of the time. A graph is recorded once per shape and then replayed; its results are the same numbers.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections import OrderedDict
+from collections.abc import Callable
+from typing import Generic, TypeAlias, TypeVar
+
+import torch
+from torch import Tensor
+
+from fastmaf.flows import Flow
+from fastmaf.kernels import backends, launch_table
+from fastmaf.optim import FusedAdam, NotCapturableError
+
+# Graphs that are kept, each with memory of its own: an epoch has two batch sizes.
+_MOST = 4
+
+Key: TypeAlias = tuple[object, ...]
+T = TypeVar("T")
+
+
+def record(run: Callable[[], None], pool: tuple[int, int] | None = None) -> torch.cuda.CUDAGraph:
+    """Records what ``run`` launches; that happens in replays only. ``pool``: of a graph to share memory with."""
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, pool=pool):
+        run()
+    return graph
+
+
+def can_replay(flow: Flow) -> bool:
+    """Says whether graphs of the flow can be recorded: it is on a GPU, where the Triton kernels serve it."""
+    like = flow._like()
+    if like.device.type != "cuda":
+        return False
+    return (backends.chosen() or backends.default_backend("chain", like)) == "triton"
+
+
+def _key(flow: Flow, x: Tensor) -> Key:
+    """Returns all that a graph depends on beside the numbers: a weight that moved would be read where it was."""
+    addresses = tuple(parameter.data_ptr() for parameter in flow.parameters())
+    return x.shape, x.dtype, x.device, addresses, backends.chosen(), launch_table.chosen_precision()
+
+
+class _Recent(Generic[T]):
+    """What was made for each of the last few keys, after it had been met once without.
+
+    The first time makes what the kernels look up, and compiles them: neither can be recorded.
+    """
+
+    def __init__(self) -> None:
+        self._made: OrderedDict[Key, T | None] = OrderedDict()
+
+    def get(self, key: Key, make: Callable[[], T]) -> T | None:
+        """Returns what was or is now made for the key; None if ``met`` has not been called for it."""
+        if key not in self._made:
+            return None
+        self._made.move_to_end(key)
+        made = self._made[key]
+        if made is None:
+            made = self._made[key] = make()
+        return made
+
+    def met(self, key: Key) -> None:
+        """Notes that the key was met."""
+        self._made.setdefault(key, None)
+        while len(self._made) > _MOST:
+            self._made.popitem(last=False)
+
+
+class _GraphedLogProb:
+    def __init__(self, flow: Flow, x: Tensor) -> None:
+        self._flow, self._x = flow, x.clone()
+        self._graph = record(self._run)
+
+    def _run(self) -> None:
+        self._result = self._flow.log_prob(self._x)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        self._x.copy_(x)
+        self._graph.replay()
+        return self._result.clone()
+
+
+class ReplayedLogProb:
+    """``flow.log_prob`` without gradients, replayed as a CUDA graph from the second batch of a shape on.
+
+    Where graphs cannot be recorded, as on the CPU, it calls ``flow.log_prob``. Weights may be updated in place.
+
+    Args:
+        flow: the model.
+    """
+
+    def __init__(self, flow: Flow) -> None:
+        self.flow = flow
+        self._recent: _Recent[_GraphedLogProb] = _Recent()
+
+    @torch.no_grad()
+    def __call__(self, x: Tensor) -> Tensor:
+        """Returns the log-density of ``x`` ``[N, D]``, ``[N]`` nats."""
+        if not can_replay(self.flow):
+            return self.flow.log_prob(x)
+        key = _key(self.flow, x)
+        graphed = self._recent.get(key, lambda: _GraphedLogProb(self.flow, x))
+        if graphed is not None:
+            return graphed(x)
+        result = self.flow.log_prob(x)
+        self._recent.met(key)
+        return result
+
+
+class GraphedStep:
+    """A forward pass to the mean NLL of a batch, and ``FusedAdam.minimize`` of it, as two CUDA graphs.
+
+    Two, so that the loss can be looked at before anything is changed.
+
+    Args:
+        flow: the model, every parameter of which has taken a step.
+        optimizer: over its parameters.
+        x: ``[N, D]``, a batch of the shape to be replayed.
+
+    Raises:
+        NotCapturableError: see ``FusedAdam.capturing``.
+    """
+
+    def __init__(self, flow: Flow, optimizer: FusedAdam, x: Tensor) -> None:
+        self._flow, self._optimizer, self._x = flow, optimizer, x.clone()
+        self._updates = optimizer.updates_to_capture()
+        self._forward = record(self._run_forward)
+        self._backward = record(self._run_backward, self._forward.pool())
+
+    def _run_forward(self) -> None:
+        self._loss = -self._flow.log_prob(self._x).mean()
+
+    def _run_backward(self) -> None:
+        with self._optimizer.capturing(self._updates):
+            self._optimizer.minimize(self._loss)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Returns the mean NLL of ``x``, in nats."""
+        self._x.copy_(x)
+        self._forward.replay()
+        return self._loss.detach()
+
+    def minimize(self) -> None:
+        """Takes the step of ``FusedAdam.minimize`` on the loss of the last ``forward``, which must have been read."""
+        self._optimizer.advance(self._updates)
+        self._backward.replay()
+
+
+class GraphedSteps:
+    """The graphs of training steps by the shape of their batch; see ``GraphedStep``."""
+
+    def __init__(self, flow: Flow, optimizer: FusedAdam) -> None:
+        self._flow, self._optimizer = flow, optimizer
+        self._recent: _Recent[GraphedStep] = _Recent()
+        self._refused = False
+
+    def of(self, x: Tensor) -> GraphedStep | None:
+        """Returns the graphs for batches like ``x``, or None where a step has to be taken without.
+
+        Warns:
+            UserWarning: once, where such steps cannot be recorded.
+        """
+        if self._refused or not can_replay(self._flow):
+            return None
+        try:
+            return self._recent.get(_key(self._flow, x), lambda: GraphedStep(self._flow, self._optimizer, x))
+        except NotCapturableError as error:
+            self._refused = True
+            warnings.warn(f"training steps are not replayed as CUDA graphs: {error}", stacklevel=3)
+            return None
+
+    def stepped(self, x: Tensor) -> None:
+        """Notes that a step on a batch like ``x`` was taken without."""
+        if not self._refused and can_replay(self._flow):
+            self._recent.met(_key(self._flow, x))

@@ -1,0 +1,174 @@
+"""How the Triton kernels are launched: one table per architecture family, and the precision of their matrix products.
+
+The numbers were chosen from what the compiler reports (registers, spills, shared memory, instructions per weight) and
+from the memory system of each family; ``bench/tune.py`` times the alternatives on a card and prints a table to replace
+one of these.
+"""
+
+from __future__ import annotations
+
+import os
+from types import TracebackType
+from typing import Literal, NamedTuple, TypeAlias, get_args
+
+Precision: TypeAlias = Literal["ieee", "tf32x3", "tf32", "bf16"]
+
+
+class Launch(NamedTuple):
+    """Launch parameters of one kernel.
+
+    Attributes:
+        rows, columns: of the tile of weights that a program takes at a time.
+        warps: of a program; 32 threads each.
+        stages: depth of the software pipeline over a loop of matrix products.
+        programs_per_sm: how many programs per multiprocessor the work is cut into, where it can be cut.
+    """
+
+    rows: int
+    columns: int
+    warps: int = 4
+    stages: int = 1
+    programs_per_sm: int = 4
+
+
+class Table(NamedTuple):
+    """Launch parameters of all kernels on one family of cards.
+
+    Attributes:
+        lanes: ``product`` of one sample: a stream of weights, a few numbers per thread, summed across threads at the
+            end.
+        dot: ``product`` of more samples, by matrix products.
+        backward: gradients of a tile of weights, with or without Adam.
+        most_samples: that one program takes; more are shared out, and read the weights again.
+        inverse_warps: of the level inverse, one program for a tile of samples.
+        inverse_numbers: how many weights such a program has in flight.
+    """
+
+    lanes: Launch
+    dot: Launch
+    backward: Launch
+    most_samples: int
+    inverse_warps: int
+    inverse_numbers: int
+
+
+TABLES: dict[int, Table] = {
+    # Pascal: 6 SMs and no asynchronous copies, so the loads of many resident programs hide the latency; 48 KB shared.
+    61: Table(
+        lanes=Launch(16, 256, programs_per_sm=8),  # 8 loads of 16 bytes a thread in flight before the first use
+        dot=Launch(64, 32, programs_per_sm=8),  # 64 rows share each load of the samples; 96 to 192 registers
+        backward=Launch(16, 32, programs_per_sm=8),  # 128-byte row segments; w, m, v and sums in 128 registers
+        most_samples=64,  # 255 registers in the backward pass; with 128 samples they would spill
+        inverse_warps=8,  # 210 registers are there for 256 threads
+        inverse_numbers=8192,  # 32 KB of weights in flight, what one SM's latency times bandwidth asks for
+    ),
+    # Turing: as Pascal, but half as many threads a multiprocessor.
+    75: Table(
+        lanes=Launch(16, 256, programs_per_sm=8),
+        dot=Launch(64, 32, programs_per_sm=4),
+        backward=Launch(16, 32, programs_per_sm=8),
+        most_samples=64,
+        inverse_warps=16,  # the compiler gives a thread 128 registers here, however few there are
+        inverse_numbers=4096,  # 8192 spill
+    ),
+    # Ampere and Ada: asynchronous copies into shared memory of the next tiles of a matrix product.
+    80: Table(
+        lanes=Launch(16, 256, programs_per_sm=8),
+        dot=Launch(64, 32, stages=2, programs_per_sm=4),  # a third stage spills
+        backward=Launch(16, 64, warps=8, programs_per_sm=8),  # 256-byte row segments; stages would only cost registers
+        most_samples=64,
+        inverse_warps=8,
+        inverse_numbers=8192,
+    ),
+    # Hopper: 25 to 36 GB/s a multiprocessor, so more bytes in flight.
+    90: Table(
+        lanes=Launch(16, 256, programs_per_sm=8),
+        dot=Launch(64, 32, stages=4, programs_per_sm=4),
+        backward=Launch(16, 64, warps=8, programs_per_sm=8),
+        most_samples=64,
+        inverse_warps=16,  # 128 registers are there for 512 threads
+        inverse_numbers=8192,  # 16384 spill
+    ),
+}
+
+# Below Ampere there are no matrix units for these.
+_NEEDS = {"ieee": 61, "tf32x3": 80, "tf32": 80, "bf16": 80}
+
+_precision: Precision = "ieee"
+
+
+def family(capability: int) -> int:
+    """Returns the table's key for a compute capability such as 61 or 89.
+
+    Raises:
+        ValueError: the capability is below 6.1.
+    """
+    found = [key for key in TABLES if key <= capability]
+    if not found:
+        raise ValueError(f"the Triton kernels need compute capability 6.1 or newer; found {capability / 10:.1f}")
+    return max(found)
+
+
+class use_precision:
+    """Chooses how the Triton kernels multiply float32 matrices, from now on or for the length of a ``with`` block.
+
+    Sums are float32 in all of them, and so is everything but the matrix products; a single sample is always multiplied
+    in full float32. Relative error of one product, about:
+
+        ``"ieee"``    6e-8   plain float32 multiply-adds: the default, and the only one that the tests' contract covers
+        ``"tf32x3"``  1e-7   three products of TF32 matrix units per product
+        ``"tf32"``    5e-4   one product of TF32 matrix units
+        ``"bf16"``    4e-3   operands rounded to bfloat16
+
+    Args:
+        name: one of these. All but ``"ieee"`` need compute capability 8.0 or newer: older cards refuse them when a
+            kernel is launched.
+
+    Raises:
+        ValueError: there is no precision of that name.
+    """
+
+    def __init__(self, name: Precision) -> None:
+        global _precision
+        if name not in get_args(Precision):
+            raise ValueError(f"precision must be one of {', '.join(map(repr, get_args(Precision)))}; found {name!r}")
+        self._before = _precision
+        _precision = name
+
+    def __enter__(self) -> use_precision:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        global _precision
+        _precision = self._before
+
+
+def chosen_precision() -> Precision:
+    """Returns the precision set by ``use_precision``."""
+    return _precision
+
+
+def precision(capability: int) -> Precision:
+    """Returns the precision chosen by ``use_precision``.
+
+    Raises:
+        ValueError: a card of this compute capability does not have it.
+    """
+    if capability < _NEEDS[_precision]:
+        raise ValueError(
+            f"precision {_precision!r} needs compute capability {_NEEDS[_precision] / 10:.1f} or newer; this card has "
+            f"{capability / 10:.1f}: fastmaf.use_precision('ieee') runs everywhere"
+        )
+    return _precision
+
+
+# Compute capability and multiprocessors of the card that launches are recorded for; see ``triton_parts.recording``.
+recorded_card: tuple[int, int] | None = None
+
+
+def take_cpu_tensors() -> bool:
+    """Says whether the Triton kernels take tensors of the CPU: interpreted (``TRITON_INTERPRET=1``), or recorded."""
+    interpreted = os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes", "y")
+    return interpreted or recorded_card is not None

@@ -1,0 +1,241 @@
+"""The way back through a masked linear layer by Triton kernels.
+
+    g = grad_y act'(y)          grad_x = g W          grad_W = gᵀ x          grad_b = sum_n g
+
+A program takes a chunk of columns of W and walks down the blocks of rows that see it. It reads a tile of W once for
+everything: its share of grad_x, its gradient, and a step of Adam on it. Where chunks are few, several programs share
+one; ``sum_slots`` adds up their partial sums of grad_x in a fixed order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Literal, NamedTuple, TypeAlias
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fastmaf.kernels import work_lists
+from fastmaf.kernels.factors import Update
+from fastmaf.kernels.triton_parts import MIN_DOT, adam, cdiv, launch, matmul, power_of_two, target, weights
+
+WeightMode: TypeAlias = Literal["none", "store", "adam", "norm"]
+
+
+class Step(NamedTuple):
+    """A step of Adam on one tensor: its moments, and ``AdamNumbers.kernel_scalars`` on the device."""
+
+    exp_avg: Tensor
+    exp_avg_sq: Tensor
+    scalars: Tensor
+
+
+@triton.jit
+def _sum_slots_kernel(
+    partial_ptr, counts_ptr, bias_ptr, act_ptr, add_ptr, out_ptr, n, features,
+    BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr, BIAS: tl.constexpr, RELU: tl.constexpr, MASK: tl.constexpr,
+    ADD: tl.constexpr,
+):  # fmt: skip
+    """Adds up partial sums ``[slots, n, features]``, of which column c has ``counts[c]``, in a fixed order."""
+    chunks = tl.cdiv(features, BLOCK_C)
+    sample = (tl.program_id(0) // chunks).to(tl.int64)
+    c = tl.program_id(0) % chunks * BLOCK_C + tl.arange(0, BLOCK_C)
+    ok = c < features
+    count = tl.load(counts_ptr + c, mask=ok, other=0)
+    at = sample * features + c
+    y = tl.zeros([BLOCK_C], tl.float32)
+    for start in range(0, tl.max(count, 0), BLOCK_S):
+        slot = start + tl.arange(0, BLOCK_S)
+        from_ = partial_ptr + slot.to(tl.int64)[:, None] * n * features + at[None, :]
+        y += tl.sum(tl.load(from_, mask=(slot[:, None] < count[None, :]) & ok[None, :], other=0.0), 0)
+    if BIAS:
+        y += tl.load(bias_ptr + c, mask=ok, other=0.0)
+    if RELU:
+        y = tl.where(y < 0, 0.0, y)
+    if MASK:  # back through a ReLU whose value was act
+        y = tl.where(tl.load(act_ptr + at, mask=ok, other=0.0) > 0, y, 0.0)
+    if ADD:
+        y += tl.load(add_ptr + at, mask=ok, other=0.0)
+    tl.store(out_ptr + at, y, mask=ok)
+
+
+@triton.jit
+def _masked_linear_bwd_kernel(
+    g_ptr, x_ptr, w_ptr, base_ptr, width_ptr, prefix_ptr, items_ptr, grad_x_ptr, grad_w_ptr, grad_bias_ptr,
+    exp_avg_ptr, exp_avg_sq_ptr, scalars_ptr, bias_ptr, bias_exp_avg_ptr, bias_exp_avg_sq_ptr, bias_scalars_ptr,
+    n, in_features, out_features,
+    BLOCK_N: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK_K: tl.constexpr, NEED_X: tl.constexpr, WEIGHT: tl.constexpr,
+    BIAS_ADAM: tl.constexpr, ALIGNED: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """With both NEED_X and WEIGHT all samples must fit into BLOCK_N; NEED_X alone has a program per tile of them."""
+    tiles = tl.cdiv(n, BLOCK_N) if NEED_X else 1
+    number = tl.program_id(0) // tiles
+    item = items_ptr + number * 4
+    column, begin, end, slot = tl.load(item), tl.load(item + 1), tl.load(item + 2), tl.load(item + 3)
+    k = column + tl.arange(0, BLOCK_K)
+    k_ok = k < in_features
+    first = tl.program_id(0) % tiles * BLOCK_N
+    grad_x = tl.zeros([BLOCK_N, BLOCK_K], tl.float32)
+    square = tl.zeros([BLOCK_J, BLOCK_K], tl.float32)
+    for block in range(begin, end):
+        j = block * BLOCK_J + tl.arange(0, BLOCK_J)
+        row_ok = j < out_features
+        base = tl.load(base_ptr + j, mask=row_ok, other=0)
+        width = tl.load(width_ptr + j, mask=row_ok, other=0)
+        if ALIGNED:
+            base = tl.multiple_of(base, 16)
+            width = tl.multiple_of(width, 16)
+        at = base[:, None] + k[None, :]
+        stored = row_ok[:, None] & (k[None, :] < width[:, None])
+        if NEED_X or WEIGHT == "adam":
+            w = weights(w_ptr, base, width, k, row_ok, ALIGNED)
+        grad_w = tl.zeros([BLOCK_J, BLOCK_K], tl.float32)
+        grad_bias = tl.zeros([BLOCK_J], tl.float32)
+        for start in range(first, n if WEIGHT != "none" else first + 1, BLOCK_N):
+            sample = start + tl.arange(0, BLOCK_N)
+            sample_ok = sample < n
+            row = sample.to(tl.int64)[:, None]
+            g = tl.load(g_ptr + row * out_features + j[None, :], mask=sample_ok[:, None] & row_ok[None, :], other=0.0)
+            if NEED_X:
+                grad_x = matmul(g, w, grad_x, PRECISION)
+            if WEIGHT != "none":
+                x = tl.load(x_ptr + row * in_features + k[None, :], mask=sample_ok[:, None] & k_ok[None, :], other=0.0)
+                grad_w = matmul(tl.trans(g), x, grad_w, PRECISION)
+                grad_bias += tl.sum(g, 0)
+        if WEIGHT != "none":
+            prefix = tl.load(prefix_ptr + j, mask=row_ok, other=0)
+            grad_w = tl.where(k[None, :] < prefix[:, None], grad_w, 0.0)  # the padding stays zero
+            if WEIGHT == "store":
+                tl.store(grad_w_ptr + at, grad_w, mask=stored)
+            if WEIGHT == "norm":
+                square += grad_w * grad_w
+            if WEIGHT == "adam":
+                m = tl.load(exp_avg_ptr + at, mask=stored, other=0.0)
+                v = tl.load(exp_avg_sq_ptr + at, mask=stored, other=0.0)
+                w, m, v = adam(w, grad_w, m, v, scalars_ptr)
+                tl.store(w_ptr + at, w, mask=stored)
+                tl.store(exp_avg_ptr + at, m, mask=stored)
+                tl.store(exp_avg_sq_ptr + at, v, mask=stored)
+            if column == 0:
+                if BIAS_ADAM:
+                    bias = tl.load(bias_ptr + j, mask=row_ok, other=0.0)
+                    bias_m = tl.load(bias_exp_avg_ptr + j, mask=row_ok, other=0.0)
+                    bias_v = tl.load(bias_exp_avg_sq_ptr + j, mask=row_ok, other=0.0)
+                    bias, bias_m, bias_v = adam(bias, grad_bias, bias_m, bias_v, bias_scalars_ptr)
+                    tl.store(bias_ptr + j, bias, mask=row_ok)
+                    tl.store(bias_exp_avg_ptr + j, bias_m, mask=row_ok)
+                    tl.store(bias_exp_avg_sq_ptr + j, bias_v, mask=row_ok)
+                else:
+                    tl.store(grad_bias_ptr + j, grad_bias, mask=row_ok)
+    if NEED_X:
+        sample = first + tl.arange(0, BLOCK_N)
+        to = (slot.to(tl.int64) * n + sample)[:, None] * in_features + k[None, :]
+        tl.store(grad_x_ptr + to, grad_x, mask=(sample < n)[:, None] & k_ok[None, :])
+    if WEIGHT == "norm":
+        tl.store(grad_w_ptr + number, tl.sum(tl.sum(square, 1), 0))
+
+
+def sum_slots(
+    out: Tensor,
+    partial: Tensor,
+    counts: Tensor,
+    *,
+    bias: Tensor | None = None,
+    relu: bool = False,
+    act: Tensor | None = None,
+    add: Tensor | None = None,
+) -> Tensor:
+    """Adds up partial sums ``[slots, N, C]`` into ``out`` ``[N, C]``, which it returns.
+
+    Args:
+        counts: int32 ``[C]``, how many of them each column has.
+        bias: ``[C]``, added; then a ReLU, if ``relu``.
+        act: ``[N, C]``, a ReLU's value: only where it is positive does the sum pass.
+        add: ``[N, C]``, added last.
+    """
+    n, features = out.shape
+    slots = power_of_two(partial.numel() // max(1, out.numel()), 1, 32)
+    columns = 32 if slots > 1 else 256
+    launch(
+        _sum_slots_kernel,
+        n * cdiv(features, columns),
+        partial, counts, bias, act, add, out, n, features,
+        BLOCK_S=slots, BLOCK_C=columns, BIAS=bias is not None, RELU=relu, MASK=act is not None, ADD=add is not None,
+        num_warps=4 if slots > 4 else 1,
+    )  # fmt: skip
+    return out
+
+
+def products(
+    g: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    prefix: Tensor,
+    tiles: Tensor,
+    *,
+    need_x: bool,
+    mode: WeightMode = "none",
+    grad_w: Tensor | None = None,
+    step: Step | None = None,
+    bias: Tensor | None = None,
+    bias_step: Step | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Forms what the gradient ``g`` ``[N, out]`` of a layer's product gives, in one pass over the weight if it can.
+
+    Args:
+        need_x: form the gradient of x.
+        mode: what becomes of the weight's gradient: nothing, stored in ``grad_w``, a step of Adam on the weight, or the
+            squares of its numbers added up, one sum per program, in ``grad_w``.
+        step: of Adam on the weight.
+        bias, bias_step: with the step on the weight, take one on the bias, whose gradient is then not returned.
+
+    Returns:
+        Partial sums ``[slots, N, in]`` of the gradient of x, and their counts for ``sum_slots`` (both empty when not
+        needed); the gradient of the bias (empty without the weight's). With ``mode="norm"`` the sums of squares come
+        first.
+    """
+    table, sms, precision = target(x)
+    (n, out_features), in_features, one = g.shape, x.shape[1], table.backward
+    samples = power_of_two(n, MIN_DOT, table.most_samples)
+    if need_x and mode != "none" and n > samples:  # the gradient of x first: Adam changes the weight
+        partial, counts, _ = products(g, x, weight, prefix, tiles, need_x=True)
+        of_weight: dict[str, Any] = {"mode": mode, "grad_w": grad_w, "step": step, "bias": bias, "bias_step": bias_step}
+        return partial, counts, products(g, x, weight, prefix, tiles, need_x=False, **of_weight)[2]
+    rows = work_lists.rows(tiles, x.device)
+    programs = cdiv(sms * one.programs_per_sm, max(1, cdiv(n, samples)) if mode == "none" else 1)
+    work = work_lists.backward(tiles, x.device, in_features, one.rows, one.columns, programs)
+    partial = x.new_empty(work.slots if need_x else 0, n, in_features)
+    grad_bias = x.new_empty(out_features if mode != "none" and bias_step is None else 0)
+    if mode == "norm":
+        assert grad_w is None
+        grad_w = x.new_empty(len(work.items))
+    none = (None, None, None)
+    launch(
+        _masked_linear_bwd_kernel,
+        len(work.items) * (cdiv(n, samples) if mode == "none" else 1),
+        g, x, weight, rows.base, rows.width, prefix, work.items, partial, grad_w, grad_bias, *(step or none), bias,
+        *(bias_step or none), n, in_features, out_features,
+        BLOCK_N=samples, BLOCK_J=one.rows, BLOCK_K=one.columns, NEED_X=need_x, WEIGHT=mode,
+        BIAS_ADAM=bias_step is not None, ALIGNED=rows.aligned, PRECISION=precision,
+        num_warps=one.warps, num_stages=one.stages,
+    )  # fmt: skip
+    if mode == "norm":
+        assert grad_w is not None
+        return grad_w, work.counts, grad_bias
+    return partial, work.counts, grad_bias
+
+
+def adam_steps(updates: Sequence[Update], device: torch.device, scale: float = 1.0) -> list[Step]:
+    """Returns steps of Adam with ``scale`` times the gradient as the kernels take them."""
+    ready = [update.scalars for update in updates]
+    if None in ready:
+        rows = [update.numbers.kernel_scalars(scale) for update in updates]
+        ready = list(torch.tensor(rows, dtype=torch.float32, device="cpu").to(device).unbind())
+    return [Step(u.exp_avg, u.exp_avg_sq, scalars) for u, scalars in zip(updates, ready, strict=True)]
+
+
+def adam_step(update: Update, device: torch.device, scale: float = 1.0) -> Step:
+    """Returns one of ``adam_steps``."""
+    return adam_steps([update], device, scale)[0]

@@ -1,0 +1,162 @@
+"""Replayed training steps and log-densities: the bookkeeping on the CPU, with replays that run the code again, and the
+graphs themselves on a GPU.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+
+import fastmaf
+from fastmaf import graphs
+from fastmaf.kernels import backends
+from tests.core.helpers import build, normal
+from tests.tolerances import F32
+
+CUDA = torch.cuda.is_available()
+MISSING = next((why for op in backends.OPS if (why := backends.missing(op, "triton")) is not None), None)
+DEVICES = [
+    "cpu",
+    pytest.param("cuda", marks=[pytest.mark.gpu, pytest.mark.skipif(not CUDA, reason="needs an NVIDIA GPU")]),
+]
+pytestmark = pytest.mark.skipif(MISSING is not None, reason=str(MISSING))
+
+
+class RunAgain:
+    """Stands in for a CUDA graph where there is none: a replay runs the recorded code, recording it changes nothing."""
+
+    recorded = 0
+
+    def __init__(self, run: Callable[[], None], pool: Any = None) -> None:
+        RunAgain.recorded += 1
+        self.replay = run
+        owner = run.__self__  # type: ignore[attr-defined]
+        weights = [p.detach().clone() for p in owner._flow.parameters()]
+        state = copy.deepcopy(owner._optimizer.state_dict()) if hasattr(owner, "_optimizer") else None
+        try:
+            run()
+        finally:
+            self.put_back(owner, weights, state)
+
+    @staticmethod
+    def put_back(owner: Any, weights: list[torch.Tensor], state: dict[str, Any] | None) -> None:
+        with torch.no_grad():
+            for parameter, before in zip(owner._flow.parameters(), weights, strict=True):
+                if not torch.equal(parameter, before):  # a write is seen by autograd, even of the same numbers
+                    parameter.copy_(before)
+            if state is not None:
+                for key, tensors in state["state"].items():
+                    for name, before in tensors.items():
+                        owner._optimizer.state_dict()["state"][key][name].copy_(before)
+
+    def pool(self) -> None:
+        return None
+
+
+@pytest.fixture(params=DEVICES)
+def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    RunAgain.recorded = 0
+    if request.param == "cpu":
+        monkeypatch.setattr(graphs, "record", RunAgain)
+        monkeypatch.setattr(graphs, "can_replay", lambda flow: True)
+    with fastmaf.use_backend("triton"):
+        yield request.param
+
+
+def flow_on(device: str, **options: Any) -> fastmaf.MAF:
+    return build(13, seed=3, hidden_features=(9, 11), dtype=F32, **options).to(device)
+
+
+def batches(device: str, sizes: list[int]) -> list[torch.Tensor]:
+    return [normal(n, 13, seed=i, dtype=F32).to(device) for i, n in enumerate(sizes)]
+
+
+def test_replayed_steps_are_the_eager_ones(device: str) -> None:
+    """With two batch sizes in turn, a learning rate that changes, and counts of steps that both kinds share."""
+    losses, flows, states = [], [], []
+    for graphed in (False, True):
+        flow = flow_on(device)
+        optimizer = fastmaf.optim.FusedAdam(flow.parameters(), lr=1e-2, weight_decay=0.01)
+        step = fastmaf.TrainingStep(flow, optimizer, fastmaf.Guards(warmup_steps=4), graphs=graphed)
+        losses.append([step(x).nll for x in batches(device, [4, 4, 4, 2, 4, 2, 2, 4])])
+        flows.append(flow)
+        states.append(optimizer.state_dict()["state"])
+    assert losses[0] == losses[1]
+    for a, b in zip(flows[0].parameters(), flows[1].parameters(), strict=True):
+        assert torch.equal(a, b)
+    for key, tensors in states[0].items():
+        for name, value in tensors.items():
+            assert torch.equal(value, states[1][key][name]), name
+    if device == "cpu":
+        assert RunAgain.recorded == 4, "a forward and a backward graph for each of two batch sizes"
+
+
+def test_a_skipped_step_leaves_everything(device: str) -> None:
+    flow = flow_on(device)
+    optimizer = fastmaf.optim.FusedAdam(flow.parameters(), lr=1e-2)
+    step = fastmaf.TrainingStep(flow, optimizer, fastmaf.Guards(max_leap=1.0), graphs=True)
+    for x in batches(device, [4, 4, 4]):
+        step(x)
+    before = [p.detach().clone() for p in flow.parameters()]
+    counts = [float(s["step"]) for s in optimizer.state.values()]
+    assert step(100 * batches(device, [4])[0]).skipped
+    with pytest.raises(fastmaf.NonFiniteLossError):
+        step(torch.full((4, 13), float("nan"), device=device))
+    assert all(torch.equal(a, b) for a, b in zip(flow.parameters(), before, strict=True))
+    assert counts == [float(s["step"]) for s in optimizer.state.values()] == [3.0] * len(counts)
+    assert not step(batches(device, [4])[0]).skipped
+
+
+def test_a_flow_with_other_parameters_is_trained_without(device: str) -> None:
+    flow = flow_on(device)
+    extra = torch.nn.Parameter(torch.ones(13, device=device))
+    optimizer = fastmaf.optim.FusedAdam([*flow.parameters(), extra], lr=1e-2)
+    log_prob = flow.log_prob
+    flow.log_prob = lambda x: log_prob(x * extra)  # type: ignore[method-assign]
+    step = fastmaf.TrainingStep(flow, optimizer, graphs=True)
+    x = batches(device, [4])[0]
+    step(x)
+    with pytest.warns(UserWarning, match="not replayed"):
+        step(x)
+    losses = [step(x).nll for _ in range(3)]
+    assert losses[2] < losses[0], "steps taken without graphs do not train"
+    assert not torch.equal(extra, torch.ones_like(extra))
+
+
+def test_replayed_log_prob(device: str) -> None:
+    flow = flow_on(device)
+    replayed = graphs.ReplayedLogProb(flow)
+    for x in batches(device, [3, 3, 5, 3, 5, 5]):
+        with torch.no_grad():
+            assert torch.equal(replayed(x), flow.log_prob(x))
+    with torch.no_grad():
+        for parameter in flow.parameters():
+            parameter.mul_(0.5)
+        x = batches(device, [3])[0]
+        assert torch.equal(replayed(x), flow.log_prob(x)), "weights changed in place"
+        flow.load_state_dict({k: v.clone() for k, v in flow.state_dict().items()}, assign=True)
+        assert torch.equal(replayed(x), flow.log_prob(x)), "weights that lie elsewhere now"
+    first = replayed(x)
+    kept = first.clone()
+    replayed(x + 1)
+    assert torch.equal(first, kept), "a result was overwritten by the next replay"
+
+
+def test_few_graphs_are_kept(device: str) -> None:
+    replayed = graphs.ReplayedLogProb(flow_on(device))
+    for _ in range(2):
+        for x in batches(device, [1, 2, 3, 4, 5, 6]):
+            replayed(x)
+    assert len(replayed._recent._made) == graphs._MOST
+
+
+def test_on_the_cpu_nothing_is_replayed() -> None:
+    flow = flow_on("cpu")
+    assert not graphs.can_replay(flow)
+    x = normal(3, 13, dtype=F32)
+    with torch.no_grad():
+        assert torch.equal(graphs.ReplayedLogProb(flow)(x), flow.log_prob(x))
