@@ -61,6 +61,42 @@ def seconds_once(call: Callable[[], object]) -> float:
     return time.perf_counter() - start
 
 
+def cuda_seconds_once(call: Callable[[], object]) -> float:
+    """Returns the time of one call on the GPU, waits for its launches from Python included."""
+    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    torch.cuda.synchronize()
+    start.record()
+    call()
+    end.record()
+    torch.cuda.synchronize()
+    return start.elapsed_time(end) / 1e3
+
+
+def cuda_limits() -> dict[str, float]:
+    """Measures what nothing on this GPU can beat: copy rate (read and written) in GB/s, float32 matrix rate in GFLOP/s,
+    and the time of an empty kernel within a graph in microseconds.
+    """
+    numbers, side, kernels = 256 * 2**20, 4096, 200
+    source, target = torch.rand(numbers, device="cuda"), torch.empty(numbers, device="cuda")
+    copy = min(cuda_seconds_once(lambda: target.copy_(source)) for _ in range(9))
+    a, b, c = (torch.randn(side, side, device="cuda") for _ in range(3))
+    before = torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = False
+    product = min(cuda_seconds_once(lambda: torch.mm(a, b, out=c)) for _ in range(9))
+    torch.backends.cuda.matmul.allow_tf32 = before
+    small, graph = torch.zeros(1, device="cuda"), torch.cuda.CUDAGraph()
+    small.add_(1)
+    with torch.cuda.graph(graph):
+        for _ in range(kernels):
+            small.add_(1)
+    launch = min(cuda_seconds_once(graph.replay) for _ in range(9)) / kernels
+    return {
+        "copy_gb_per_s": 8 * numbers / copy / 1e9,
+        "sgemm_gflop_per_s": 2 * side**3 / product / 1e9,
+        "launch_us": launch * 1e6,
+    }
+
+
 def limits() -> dict[str, float]:
     """Measures what nothing on this machine can beat: read, copy and fused Adam rates in GB/s, matrix rate in GFLOP/s.
 

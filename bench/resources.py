@@ -14,7 +14,7 @@ import json
 import re
 import subprocess
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -70,17 +70,26 @@ class Report:
     triton: str
 
 
-def launches(arch: int, batches: Sequence[int]) -> list[Launched]:
-    """Returns what the library launches on a card, in every mode."""
+def recorded(arch: int, use: Callable[[], object]) -> list[Launched]:
+    """Returns what the library launches on a card while ``use`` runs."""
     deterministic = torch.are_deterministic_algorithms_enabled()
     torch.use_deterministic_algorithms(True, warn_only=True)  # fills with NaN what nothing will write to
     try:
-        with recording(arch, CARDS[arch]) as recorded, fastmaf.use_backend("triton"):
-            _use(fastmaf.MAF(12_288, 1, (512, 512), order="natural", init="empty"), batches)
-            _use(fastmaf.MAF(101, 2, (37,), soft_bound=True, levels=9, seed=0), (9,))
+        with recording(arch, CARDS[arch]) as found, fastmaf.use_backend("triton"):
+            use()
     finally:
         torch.use_deterministic_algorithms(deterministic)
-    return recorded.launches
+    return found.launches
+
+
+def launches(arch: int, batches: Sequence[int]) -> list[Launched]:
+    """Returns what the library launches on a card, in every mode."""
+
+    def use() -> None:
+        _use(fastmaf.MAF(12_288, 1, (512, 512), order="natural", init="empty"), batches)
+        _use(fastmaf.MAF(101, 2, (37,), soft_bound=True, levels=9, seed=0), (9,))
+
+    return recorded(arch, use)
 
 
 def _use(flow: fastmaf.MAF, batches: Sequence[int]) -> None:

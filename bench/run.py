@@ -10,7 +10,6 @@ import argparse
 import copy
 import csv
 import statistics
-import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -88,17 +87,19 @@ def check(flow: fastmaf.MAF, sides: list[Side], naive: NaiveMAF, x: torch.Tensor
             raise WrongResultError(f"the naive inverse's first {passes} dimensions are off by {error:.1e}")
 
 
-def interleaved(calls: dict[str, Callable[[], object]], repeats: dict[str, int]) -> dict[str, list[float]]:
-    """Times the calls in turn, each as often as asked, after a warm-up of each."""
+def interleaved(
+    calls: dict[str, Callable[[], object]],
+    repeats: dict[str, int],
+    once: Callable[[Callable[[], object]], float] = machine.seconds_once,
+) -> dict[str, list[float]]:
+    """Times the calls in turn with ``once``, each as often as asked, after a warm-up of each."""
     for call in calls.values():
         call()
     times: dict[str, list[float]] = {name: [] for name in calls}
     for i in range(max(repeats.values())):
         for name, call in calls.items():
             if i < repeats[name]:
-                start = time.perf_counter()
-                call()
-                times[name].append(time.perf_counter() - start)
+                times[name].append(once(call))
     return times
 
 

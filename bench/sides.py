@@ -41,14 +41,16 @@ class Side:
     sample: Callable[[int], Tensor] | None = None
 
 
-def fast_side(flow: fastmaf.MAF) -> Side:
-    """Returns fastmaf as it is meant to be used."""
-    step = fastmaf.TrainingStep(flow, fastmaf.optim.FusedAdam(flow.parameters(), lr=1e-4))
+def fast_side(flow: fastmaf.MAF, *, graphs: bool = False) -> Side:
+    """Returns fastmaf as it is meant to be used; on a GPU that is with ``graphs``."""
+    optimizer = fastmaf.optim.FusedAdam(flow.parameters(), lr=1e-4)
+    step = fastmaf.TrainingStep(flow, optimizer, graphs=graphs)
 
     def train_step(x: Tensor) -> None:
         step(x)
 
-    return Side("fastmaf", flow.log_prob, train_step, flow.stored_weights, flow.sample)
+    log_prob = fastmaf.ReplayedLogProb(flow) if graphs else flow.log_prob
+    return Side("fastmaf", log_prob, train_step, flow.stored_weights, flow.sample)
 
 
 def torch_adam_side(flow: fastmaf.MAF) -> Side:
@@ -90,17 +92,18 @@ def bfloat16_side(flow: fastmaf.MAF) -> Side:
     return Side("bfloat16", small.log_prob, train_step, flow.stored_weights, small.sample)
 
 
-def naive_side(naive: NaiveMAF) -> Side:
-    """Returns the naive model with torch's default Adam."""
+def naive_side(naive: NaiveMAF, *, compiled: bool = False) -> Side:
+    """Returns the naive model with torch's default Adam; ``compiled``: its density by ``torch.compile``."""
     optimizer = torch.optim.Adam(naive.parameters(), lr=1e-4)
+    log_prob: Callable[[Tensor], Tensor] = torch.compile(naive.log_prob) if compiled else naive.log_prob
 
     def train_step(x: Tensor) -> None:
         optimizer.zero_grad()
-        (-naive.log_prob(x).mean()).backward()
+        (-log_prob(x).mean()).backward()
         optimizer.step()
 
     weights = sum(w.numel() for block in blocks_of(naive) for w in block.weights)
-    return Side("naive", naive.log_prob, train_step, 2 * weights)
+    return Side("naive, compiled" if compiled else "naive", log_prob, train_step, 2 * weights)
 
 
 class MaskedOnce(nn.Module):
@@ -171,6 +174,28 @@ def masked_gradients_side(naive: NaiveMAF) -> Side:
         optimizer.step()
 
     return Side("masked gradients", model.log_prob, train_step, 2 * sum(w.numel() for w in model.weights))
+
+
+def nflows_side(features: int, blocks: int, hidden: int, device: torch.device) -> Side:
+    """Returns nflows as its documentation builds a MAF of this size, two hidden layers a block: of weights of its own.
+
+    Its affine form is another one (z = softplus(u) x + t), so its numbers cannot be the other sides'.
+
+    Raises:
+        ImportError: nflows is not installed.
+    """
+    from nflows.flows.autoregressive import MaskedAutoregressiveFlow
+
+    model = MaskedAutoregressiveFlow(features, hidden, blocks, 1, use_residual_blocks=False).to(device)
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-4)
+
+    def train_step(x: Tensor) -> None:
+        optimizer.zero_grad()
+        (-model.log_prob(x).mean()).backward()
+        optimizer.step()
+
+    numbers = sum(t.numel() for t in (*model.parameters(), *model.buffers()))
+    return Side("nflows", model.log_prob, train_step, numbers)
 
 
 def blocks_of(naive: NaiveMAF) -> list[NaiveMADE]:

@@ -55,15 +55,18 @@ def forward(x: Tensor, chain: Chain, keep: bool) -> tuple[Tensor, Tensor, Tensor
 
 def _rotating(x: Tensor, chain: Chain) -> list[way.Activations]:
     """Returns room for each block's activations that the next but one may write over."""
-    log_scale, permuted = torch.empty_like(x), torch.empty_like(x)
-    z = [torch.empty_like(x), torch.empty_like(x)]
+    log_scale = torch.empty_like(x)
+    permuted = torch.empty_like(x) if any(p.numel() for p in chain.permutations[:-1]) else x
+    z = [torch.empty_like(x) for _ in chain.schedules[:2]]
     hidden: dict[tuple[int, int], Tensor] = {}
     places = []
     for b, layers in enumerate(chain.layers_of_blocks()):
-        own = [
-            hidden.setdefault((k, width), x.new_empty(x.shape[0], width))
-            for k, width in enumerate(chain.biases[i].shape[0] for i in layers[:-1])
-        ]
+        own = []
+        for k, i in enumerate(layers[:-1]):
+            width = chain.biases[i].shape[0]
+            if (k, width) not in hidden:
+                hidden[k, width] = x.new_empty(x.shape[0], width)
+            own.append(hidden[k, width])
         places.append(way.Activations(permuted, own, log_scale, z[b % 2]))
     return places
 
