@@ -19,11 +19,11 @@ PASCAL = $(VENV)/triton-3.3.1
 # A PYTHON given by hand is taken or refused; a python3 that is too old gives way to a newer one beside it.
 PYTHONS = $(if $(filter file,$(origin PYTHON)),$(PYTHON) python3.13 python3.12 python3.11 python3.10,"$(PYTHON)")
 
-.PHONY: help venv install native reproduce test sanitize lint format bench doctor clean FORCE
+.PHONY: help venv install native reproduce test gpu-check sanitize lint format bench doctor clean FORCE
 .DELETE_ON_ERROR:
 
 help:  ## list the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
 	@echo
 	@echo '  PYTHON=$(PYTHON)  the interpreter, 3.10 or newer'
 	@echo '  VENV=$(VENV)  the virtual environment (a path without spaces)'
@@ -44,6 +44,16 @@ reproduce: install  ## train, sample and evaluate on the synthetic capsules, or 
 
 test: $(VENV)/.installed-test $(PASCAL)  ## run the tests
 	"$(BIN)/python" -m pytest
+
+# compute-sanitizer comes with the CUDA toolkit; on Windows and in some sandboxes it cannot watch a process. It is slow: two
+# small tests of every kernel, with torch's allocator out of the way, whose pools would hide what lies beyond a tensor.
+SANITIZER ?= compute-sanitizer
+gpu-check: $(VENV)/.installed-test  ## on a GPU: the marked tests, then memory and races under compute-sanitizer
+	"$(BIN)/python" -m pytest -m gpu
+	for tool in memcheck racecheck; do \
+		PYTORCH_NO_CUDA_MEMORY_CACHING=1 $(SANITIZER) --tool $$tool --error-exitcode 1 \
+			"$(BIN)/python" -m pytest -m gpu -k 'odd_shapes or sanitizer' tests/kernels || exit 1; \
+	done
 
 # Needs no torch: the sources that include it, ops.cpp and its like, are left out. Twice: with vector instructions and without.
 SANITIZE = -std=c++17 -g -O1 -fsanitize=address,undefined -fno-sanitize-recover=all -fopenmp -Ikernels/csrc \

@@ -42,8 +42,8 @@ class Card(NamedTuple):
     sm_bytes_per_s: float
 
 
-# By the data sheet 112 GB/s, and 768 multiply-adds a cycle at 1.39 GHz: 85 % and 50 % of them. 5 µs a launch is what old
-# drivers take. A phase of a step: some 1,300 cycles. One multiprocessor of the six: a quarter of the memory's rate.
+# By the data sheet 112 GB/s, and 768 multiply-adds a cycle at 1.39 GHz: 85 % and 50 % of them. 5 µs a launch is what
+# old drivers take. A phase of a step: some 1,300 cycles. One SM of the six: a quarter of the memory's rate.
 GTX_1050_TI = Card("GTX 1050 Ti", 61, 6, 0.85 * 112e9, 0.5 * 768 * 1.39e9, 5e-6, 1e-6, 28e9)
 
 

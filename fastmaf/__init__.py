@@ -16,7 +16,10 @@ from fastmaf.checkpoint import CheckpointError, load, read_tensors, write_tensor
 from fastmaf.convert import LeakyMaskError, from_reference
 from fastmaf.degrees import ConnectivityWarning
 from fastmaf.flows import MAF, Flow
+from fastmaf.graphs import ReplayedLogProb
 from fastmaf.kernels.backends import BackendUnavailableError, use_backend
+from fastmaf.kernels.launch_table import use_precision
+from fastmaf.memory import memory_estimate
 from fastmaf.nn import MADE, MaskedLinear
 from fastmaf.training import Guards, NonFiniteLossError, StepReport, TrainingStep
 from fastmaf.transforms import AffineAutoregressive, NotInvertibleError, Permutation, Transform
@@ -35,13 +38,16 @@ __all__ = [
     "NonFiniteLossError",
     "NotInvertibleError",
     "Permutation",
+    "ReplayedLogProb",
     "StepReport",
     "TrainingStep",
     "Transform",
     "from_reference",
     "load",
+    "memory_estimate",
     "optim",
     "read_tensors",
     "use_backend",
+    "use_precision",
     "write_tensors",
 ]

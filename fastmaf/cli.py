@@ -68,6 +68,9 @@ SkipOption = Annotated[
     bool, typer.Option("--skip-bad", help="Leave out files that cannot be read, naming them, instead of stopping.")
 ]
 DeviceOption = Annotated[str, typer.Option(help="auto, cpu, or cuda.")]
+GraphsOption = Annotated[
+    bool, typer.Option("--cuda-graphs/--no-cuda-graphs", help="On a GPU, replay training steps as CUDA graphs.")
+]
 QuietOption = Annotated[bool, typer.Option("--quiet", help="No progress bars.")]
 AlarmOption = Annotated[
     float, typer.Option(help="Share of normal images that the held-out threshold may call defective.")
@@ -114,6 +117,7 @@ def train(
     resume: ResumeOption = False,
     skip_bad: SkipOption = False,
     device: DeviceOption = "auto",
+    cuda_graphs: GraphsOption = True,
     quiet: QuietOption = False,
 ) -> None:
     """Train a flow on the good images of a folder."""
@@ -135,7 +139,16 @@ def train(
         **_guards_and_rate(order, guards, lr),
     )
     _say_masks(masks)
-    result = run(data, out, config, resume=resume, skip_bad=skip_bad, device=_device(device), progress=not quiet)
+    result = run(
+        data,
+        out,
+        config,
+        resume=resume,
+        skip_bad=skip_bad,
+        device=_device(device),
+        graphs=cuda_graphs,
+        progress=not quiet,
+    )
     if result.interrupted:
         typer.echo(f"stopped after {len(result.log)} whole epochs; the model is in {result.model}; --resume goes on")
         raise typer.Exit(130)
@@ -211,6 +224,7 @@ def reproduce(
     resume: ResumeOption = False,
     skip_bad: SkipOption = False,
     device: DeviceOption = "auto",
+    cuda_graphs: GraphsOption = True,
     quiet: QuietOption = False,
 ) -> None:
     """Repeat the published capsule run (train, sample, evaluate) and set both side by side."""
@@ -238,6 +252,7 @@ def reproduce(
         resume=resume,
         skip_bad=skip_bad,
         device=_device(device),
+        graphs=cuda_graphs,
         progress=not quiet,
         say=typer.echo,
     )

@@ -14,6 +14,8 @@ from torch import Tensor, nn
 
 from fastmaf.degrees import DegreeKind, OrderKind, hidden_degrees, orders, warn_if_disconnected
 from fastmaf.kernels import Block, chain_forward, chain_inverse
+from fastmaf.kernels.block import chain
+from fastmaf.kernels.chain.kept import kept_numel
 from fastmaf.nn import MADE, Init
 from fastmaf.transforms import AffineAutoregressive, Permutation, Transform
 
@@ -188,7 +190,26 @@ class Flow(nn.Module):
         return sum(layer.layout.numel for made in self._mades() for layer in made.layers)
 
     def _mades(self) -> list[MADE]:
-        return [module for module in self.modules() if isinstance(module, MADE)]
+        return _mades_of(self)
+
+    def _kept_numel(self, n: int) -> int:
+        """Returns how many numbers a forward pass over a batch of ``n`` keeps for the backward pass, its input and
+        output aside.
+
+        A transform of a class that is not fastmaf's own counts as a block: its input, log-scale and output are kept.
+        """
+        total = 0
+        for run in _runs(self._transforms()):
+            if _activation(run[0]) is None:
+                hidden = sum(layer.out_features for made in _mades_of(run[0]) for layer in made.layers[:-1])
+                total += n * (3 * self.features + hidden)
+            elif (found := _chain_of(run, inverse=False))[0]:
+                total += kept_numel(chain(*found), n)
+        return total
+
+
+def _mades_of(module: nn.Module) -> list[MADE]:
+    return [part for part in module.modules() if isinstance(part, MADE)]
 
 
 def _records_gradients(x: Tensor, flow: Flow) -> bool:
@@ -219,8 +240,17 @@ def _activation(transform: Transform) -> str | None:
 
 def _chained(run: Sequence[Transform], x: Tensor, *, inverse: bool) -> tuple[Tensor, Tensor]:
     """Applies the transforms of a run, or their inverses, in turn and in one call."""
+    blocks, permutations = _chain_of(run, inverse=inverse)
+    if not blocks:
+        assert permutations[0] is not None
+        return x[:, permutations[0]], x.new_zeros(x.shape[0])
+    return (chain_inverse if inverse else chain_forward)(x, blocks, permutations)
+
+
+def _chain_of(run: Sequence[Transform], *, inverse: bool) -> tuple[list[Block], list[Tensor | None]]:
+    """Returns the blocks of a run, and the permutations before each of them and after the last one."""
     blocks: list[Block] = []
-    permutations: list[Tensor | None] = [None]  # before each block, and after the last one
+    permutations: list[Tensor | None] = [None]
     for transform in run:
         if isinstance(transform, AffineAutoregressive):
             if inverse:
@@ -232,10 +262,7 @@ def _chained(run: Sequence[Transform], x: Tensor, *, inverse: bool) -> tuple[Ten
             own = transform.inverse_permutation if inverse else transform.permutation
             before = permutations[-1]
             permutations[-1] = own if before is None else before[own]
-    if not blocks:
-        assert permutations[0] is not None
-        return x[:, permutations[0]], x.new_zeros(x.shape[0])
-    return (chain_inverse if inverse else chain_forward)(x, blocks, permutations)
+    return blocks, permutations
 
 
 class MAF(Flow):
@@ -260,7 +287,8 @@ class MAF(Flow):
         soft_bound: bound the log-scales by a tanh instead of by a clamp.
         init: ``"linear"``, or ``"identity"``: output layers start at zero, so that z = x before training.
         strict: False takes the published notebook's leaky output mask: scores only, for comparison.
-        device, dtype: of the parameters.
+        device, dtype: of the parameters. On ``"meta"`` nothing is allocated: for ``memory_estimate`` of a flow that may
+            be too large for this machine.
 
     Raises:
         ValueError: an argument does not fit; the message says what was expected and found.
@@ -299,13 +327,21 @@ class MAF(Flow):
             for i in range(blocks)
         ]
         warn_if_disconnected(features, drawn)
-        make: dict[str, Any] = {"strict": strict, "init": init, "generator": generator, "device": "cpu", "dtype": dtype}
+        where = torch.device(torch.get_default_device() if device is None else device)
+        built_on = "meta" if where.type == "meta" else "cpu"
+        make: dict[str, Any] = {
+            "strict": strict,
+            "init": init,
+            "generator": generator,
+            "device": built_on,
+            "dtype": dtype,
+        }
         made_blocks = [MADE(features, hidden_features, degrees=d, **make) for d in drawn]
         affine = [
             AffineAutoregressive(made, log_scale_bound=log_scale_bound, soft_bound=soft_bound) for made in made_blocks
         ]
         super().__init__(features, interleave_permutations(affine, order_of_block))
-        self.to(torch.get_default_device() if device is None else device)
+        self.to(where)
 
     @classmethod
     def from_transforms(cls, features: int, transforms: Iterable[Transform]) -> MAF:

@@ -75,7 +75,7 @@ class MaskedLinear(nn.Module):
         """Draws the parameters anew; see the class for ``init``."""
         if init not in ("linear", "identity", "empty"):
             raise ValueError(f"init must be 'linear' or 'identity'; found {init!r}")
-        if init == "empty":
+        if init == "empty" or self.weight.is_meta:  # there are no numbers to draw
             return
         with torch.no_grad():
             if init == "identity":

@@ -187,6 +187,11 @@ def padding(prefix: Tensor, table: Tensor) -> Tensor:
     return known[1]
 
 
+def padding_is_held(table: Tensor) -> bool:
+    """Says whether the indices of a layout's padding lie in memory, found and kept by ``padding``."""
+    return table in _padding_of
+
+
 def _find_padding(prefix: Tensor, tiles: Sequence[Tile]) -> Tensor:
     parts = [prefix.new_empty(0)]
     for tile in tiles:

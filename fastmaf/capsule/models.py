@@ -58,5 +58,6 @@ def nll_of(flow: fastmaf.Flow, images: ImageSet, *, batch_size: int = 64, progre
     device = next(flow.parameters()).device
     parts = torch.arange(len(images)).split(batch_size)
     bar = tqdm(parts, desc="scoring", unit="batch", disable=not progress, leave=False)
-    scores = [-flow.log_prob(to_unit(images.pixels[part]).to(device)).cpu().double() for part in bar]
+    log_prob = fastmaf.ReplayedLogProb(flow)
+    scores = [-log_prob(to_unit(images.pixels[part]).to(device)).cpu().double() for part in bar]
     return torch.cat(scores).numpy() if scores else np.empty(0)

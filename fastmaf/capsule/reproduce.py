@@ -62,6 +62,7 @@ def reproduce(
     resume: bool = False,
     skip_bad: bool = False,
     device: str = "cpu",
+    graphs: bool = True,
     progress: bool = True,
     say: Callable[[str], None] = print,
 ) -> Reproduction | None:
@@ -72,7 +73,7 @@ def reproduce(
         config: the settings; the defaults of ``TrainConfig`` with ``degrees="random"`` are the reference's, but for
             strict masks.
         data: the capsule images; None draws the synthetic set into ``out/demo-data``.
-        resume, skip_bad, device, progress: see ``train``.
+        resume, skip_bad, device, graphs, progress: see ``train``.
         say: receives lines of text for the user.
 
     Returns:
@@ -85,7 +86,15 @@ def reproduce(
         say(f"drew the synthetic capsules into {data}; their figures are not those of the real images")
     reference = None if (Path(data) / MARKER).is_file() else REFERENCE_NLL
     training = train(
-        data, out, config, resume=resume, skip_bad=skip_bad, device=device, reference=reference, progress=progress
+        data,
+        out,
+        config,
+        resume=resume,
+        skip_bad=skip_bad,
+        device=device,
+        graphs=graphs,
+        reference=reference,
+        progress=progress,
     )
     if training.interrupted:
         say(f"stopped after {len(training.log)} whole epochs; the model is in {training.model}; --resume goes on")

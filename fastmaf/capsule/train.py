@@ -29,6 +29,7 @@ from fastmaf.capsule.checkpoints import MODEL_FILE, STATE_FILE, load_state, save
 from fastmaf.capsule.data import DataError, ImageSet, load_train, to_unit
 from fastmaf.capsule.plots import nll_curve
 from fastmaf.capsule.results import bits_per_dim, written_atomically
+from fastmaf.capsule.room import check_room
 
 LOG_FILE, CURVE_FILE = "train_log.csv", "nll_curve.png"
 LOG_COLUMNS = ("epoch", "nll", "val_nll", "bits_per_dim", "seconds", "skipped_steps")
@@ -102,8 +103,8 @@ class TrainConfig:
         """D, the numbers of one image."""
         return 3 * self.size**2
 
-    def build(self) -> fastmaf.MAF:
-        """Builds the untrained flow."""
+    def build(self, device: torch.device | str | None = None) -> fastmaf.MAF:
+        """Builds the untrained flow, on torch's default device if no other is given."""
         return fastmaf.MAF(
             self.features,
             self.blocks,
@@ -116,6 +117,7 @@ class TrainConfig:
             init=self.init,
             strict=self.masks == "strict",
             seed=self.seed,
+            device=device,
         )
 
 
@@ -139,6 +141,7 @@ def train(
     resume: bool = False,
     skip_bad: bool = False,
     device: str = "cpu",
+    graphs: bool = True,
     reference: Mapping[int, float] | None = None,
     progress: bool = True,
 ) -> TrainResult:
@@ -154,11 +157,13 @@ def train(
         resume: go on from the checkpoint in ``out``; the settings must be the same, but for ``epochs``.
         skip_bad: leave out files that cannot be read instead of refusing to start.
         device: where to train.
+        graphs: on a GPU, replay steps as CUDA graphs where they can be; see ``fastmaf.TrainingStep``.
         reference: published NLL by epoch, drawn beside the curve.
         progress: show a progress bar.
 
     Raises:
         DataError: the folder or a file in it is not what is needed.
+        DoesNotFitError: the run needs more memory than there is; nothing was written.
         TrainingStoppedError: the loss became non-finite.
         ValueError: a setting does not fit, or differs from the one of the run to resume.
     """
@@ -176,8 +181,9 @@ def train(
     normals = images.subset(sorted(split[len(held_out) :]))
     if not len(normals):
         raise DataError(f"holding out {config.holdout} of {len(images)} images leaves none to train on")
+    check_room(config, torch.device(device), images=len(normals), resume=resume)
     out.mkdir(parents=True, exist_ok=True)
-    run = _Run(config, out, normals, held_out, torch.device(device), reference)
+    run = _Run(config, out, normals, held_out, torch.device(device), graphs, reference)
     if resume:
         run.restore()
     return run.go(progress)
@@ -202,6 +208,7 @@ class _Run:
         normals: ImageSet,
         held_out: ImageSet,
         device: torch.device,
+        graphs: bool,
         reference: Mapping[int, float] | None,
     ) -> None:
         self.config, self.out, self.device, self.reference = config, out, device, reference
@@ -209,7 +216,8 @@ class _Run:
         self.flow = config.build().to(device)
         self.optimizer = fastmaf.optim.FusedAdam(self.flow.parameters(), lr=config.lr)
         guards = fastmaf.Guards(config.warmup_steps, config.max_grad_norm, config.max_leap)
-        self.step = fastmaf.TrainingStep(self.flow, self.optimizer, guards)
+        self.step = fastmaf.TrainingStep(self.flow, self.optimizer, guards, graphs=graphs)
+        self._log_prob = fastmaf.ReplayedLogProb(self.flow) if graphs else self.flow.log_prob
         self.log: list[Row] = []
         self.good_epoch: int | None = None  # after how many epochs the model file was written
         self._own_files = False  # until the first checkpoint, what lies in the folder is an earlier run's
@@ -217,7 +225,7 @@ class _Run:
 
     def restore(self) -> None:
         """Takes up the run whose checkpoint lies in the output folder."""
-        tensors, state = load_state(self.out)
+        _, state = load_state(self.out, tensors=False)
         before, now = state["config"], json.loads(json.dumps(asdict(self.config)))
         different = [k for k in now if k != "epochs" and before.get(k) != now[k]]
         if different:
@@ -232,6 +240,7 @@ class _Run:
                 f"{len(self.normals)} others or renamed ones for training"
             )
         self.flow.load_state_dict(fastmaf.load(self.out / MODEL_FILE).state_dict())
+        tensors, _ = load_state(self.out)  # only now, so that they and a second model are never held together
         by_name = dict(self.flow.named_parameters())
         moments = {
             i: {k: tensors[f"{name}/{k}"] for k in ("step", "exp_avg", "exp_avg_sq")}
@@ -321,9 +330,7 @@ class _Run:
         if not len(self.held_out):
             return None
         parts = torch.arange(len(self.held_out)).split(_SCORING_BATCH)
-        return float(
-            -torch.cat([self.flow.log_prob(self._batch(self.held_out, part)) for part in parts]).double().mean()
-        )
+        return float(-torch.cat([self._log_prob(self._batch(self.held_out, part)) for part in parts]).double().mean())
 
     def _save(self) -> None:
         if not all(bool(torch.isfinite(p).all()) for p in self.flow.parameters()):
