@@ -52,7 +52,7 @@ gpu-check: $(VENV)/.installed-test  ## on a GPU: the marked tests, then memory a
 	"$(BIN)/python" -m pytest -m gpu
 	for tool in memcheck racecheck; do \
 		PYTORCH_NO_CUDA_MEMORY_CACHING=1 $(SANITIZER) --tool $$tool --error-exitcode 1 \
-			"$(BIN)/python" -m pytest -m gpu -k 'odd_shapes or sanitizer' tests/kernels || exit 1; \
+			"$(BIN)/python" -m pytest -m gpu -k 'launch_paths or paths_of_the_inverse' tests/kernels || exit 1; \
 	done
 
 # Needs no torch: the sources that include it, ops.cpp and its like, are left out. Twice: with vector instructions and without.

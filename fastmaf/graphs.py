@@ -9,7 +9,7 @@ from __future__ import annotations
 import warnings
 from collections import OrderedDict
 from collections.abc import Callable
-from typing import Generic, TypeAlias, TypeVar
+from typing import Any, Generic, TypeAlias, TypeVar
 
 import torch
 from torch import Tensor
@@ -25,7 +25,7 @@ Key: TypeAlias = tuple[object, ...]
 T = TypeVar("T")
 
 
-def record(run: Callable[[], None], pool: tuple[int, int] | None = None) -> torch.cuda.CUDAGraph:
+def record(run: Callable[[], None], pool: Any = None) -> torch.cuda.CUDAGraph:
     """Records what ``run`` launches; that happens in replays only. ``pool``: of a graph to share memory with."""
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph, pool=pool):

@@ -80,8 +80,9 @@ class TrainingStep:
         self.flow = flow
         self.optimizer = optimizer
         self.guards = guards or Guards()
-        in_one_pass = isinstance(optimizer, FusedAdam) and self.guards.max_grad_norm is None
-        self._graphs = GraphedSteps(flow, optimizer) if graphs and in_one_pass else None
+        self._graphs: GraphedSteps | None = None
+        if graphs and isinstance(optimizer, FusedAdam) and self.guards.max_grad_norm is None:
+            self._graphs = GraphedSteps(flow, optimizer)
         self.steps = 0
         self._lr = [float(group["lr"]) for group in optimizer.param_groups]
         self._usual_nll: float | None = None

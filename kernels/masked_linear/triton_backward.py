@@ -229,8 +229,8 @@ def products(
 
 def adam_steps(updates: Sequence[Update], device: torch.device, scale: float = 1.0) -> list[Step]:
     """Returns steps of Adam with ``scale`` times the gradient as the kernels take them."""
-    ready = [update.scalars for update in updates]
-    if None in ready:
+    ready = [update.scalars for update in updates if update.scalars is not None]
+    if len(ready) < len(updates):
         rows = [update.numbers.kernel_scalars(scale) for update in updates]
         ready = list(torch.tensor(rows, dtype=torch.float32, device="cpu").to(device).unbind())
     return [Step(u.exp_avg, u.exp_avg_sq, scalars) for u, scalars in zip(updates, ready, strict=True)]
