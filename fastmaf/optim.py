@@ -188,9 +188,12 @@ class FusedAdam(torch.optim.Adam):
         if any(parameter.grad is not None for parameter in updated):
             self.zero_grad()
             raise RuntimeError(_TWICE)
-        if self._capturing is not None and any(parameter.grad is not None for parameter in self._takers):
-            self.zero_grad()
-            raise NotCapturableError("a parameter that is not of the flow's blocks got a gradient")
+        if self._capturing is not None:
+            # torch's own step refuses to be captured, even where it has nothing to do.
+            if any(parameter.grad is not None for parameter in self._takers):
+                self.zero_grad()
+                raise NotCapturableError("a parameter that is not of the flow's blocks got a gradient")
+            return
         with torch.no_grad():
             self._step_stored()
         self.zero_grad()

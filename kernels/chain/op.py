@@ -104,9 +104,9 @@ def _to_takers(
         backend = implementation("chain", grad_z)
         updates, bias_updates = [taker.begin_update() for taker in ready], None
         if backend.UPDATES_BIASES:
-            of_biases = [taker for bias in of.biases if (taker := taker_of(bias)) and taker.updates_at_once]
-            if len(of_biases) == len(of.biases):
-                bias_updates = [taker.begin_update() for taker in of_biases]
+            of_biases = [taker_of(bias) if bias.requires_grad else None for bias in of.biases]
+            if all(taker is not None and taker.updates_at_once for taker in of_biases):
+                bias_updates = [taker.begin_update() for taker in of_biases if taker is not None]
         grad_x, grad_biases = backend.adam_(grad_z, grad_ladj, kept, of, need_grad_x, updates, bias_updates)
         return grad_x, grad_weights, [None] * len(of.biases) if bias_updates else grad_biases
 

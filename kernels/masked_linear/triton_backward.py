@@ -70,7 +70,7 @@ def _masked_linear_bwd_kernel(
     BIAS_ADAM: tl.constexpr, ALIGNED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """With both NEED_X and WEIGHT all samples must fit into BLOCK_N; NEED_X alone has a program per tile of them."""
-    tiles = tl.cdiv(n, BLOCK_N) if NEED_X else 1
+    tiles = tl.maximum(tl.cdiv(n, BLOCK_N), 1) if NEED_X else 1  # an empty batch has gradients, zeros
     number = tl.program_id(0) // tiles
     item = items_ptr + number * 4
     column, begin, end, slot = tl.load(item), tl.load(item + 1), tl.load(item + 2), tl.load(item + 3)

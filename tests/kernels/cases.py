@@ -1,19 +1,23 @@
-"""One call of an op as data: what goes in, and its values and gradients on any backend and in any dtype."""
+"""One call of an op as data: what goes in, and its values and gradients on any backend, device and dtype."""
 
 from __future__ import annotations
 
+import contextlib
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
+import pytest
 import torch
 from torch import Tensor
 
 from fastmaf import kernels
 from fastmaf.flows import Flow
+from fastmaf.kernels import backends, launch_table
+from fastmaf.kernels.launch_table import Launch, Table, take_cpu_tensors
 from fastmaf.transforms import Permutation
 from tests.core.helpers import blocks_of, build, generator, normal
-from tests.tolerances import F32, F64, assert_float32, distance
+from tests.tolerances import F32, F64, assert_close, assert_float32, distance
 
 OPS = {
     "linear": ("masked_linear", ("identity",)),
@@ -30,6 +34,57 @@ OPS = {
     "chain, free": ("chain", ("relu", float("inf"), False)),
 }
 
+# Why there are no Triton kernels here, or None; and where they run: interpreted on the CPU (only where no GPU is, see
+# tests/conftest.py), and on a GPU.
+NO_TRITON = next((why for op in backends.OPS if (why := backends.missing(op, "triton")) is not None), None)
+INTERPRETED = pytest.param(
+    "cpu", marks=pytest.mark.skipif(not take_cpu_tensors(), reason="the Triton kernels are compiled here")
+)
+ON_GPU = pytest.param(
+    "cuda", marks=[pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
+)
+TRITON_MARKS = [
+    pytest.mark.skipif(NO_TRITON is not None, reason=str(NO_TRITON)),
+    pytest.mark.parametrize("device", [INTERPRETED, ON_GPU]),
+    # numpy, which interprets, warns of what tests do on purpose; but an index that was divided by zero is a fault.
+    pytest.mark.filterwarnings("ignore::RuntimeWarning"),
+    pytest.mark.filterwarnings("error:divide by zero encountered in (fmod|floor_divide):RuntimeWarning"),
+]
+
+
+@contextlib.contextmanager
+def poisoned(device: str) -> Iterator[None]:
+    """Fills all memory that torch hands out with NaN, and keeps the small products of the reference on one thread."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    # A warning, not an error, where torch's own kernels on a GPU are not deterministic: those are the reference's.
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        assert torch.empty(3, device=device).isnan().all(), "the tests want poisoned memory"
+        yield
+    finally:
+        torch.use_deterministic_algorithms(False)
+        torch.set_num_threads(threads)
+
+
+def set_launch(
+    monkeypatch: pytest.MonkeyPatch, device: str, rows: int, columns: int, programs: int, most_samples: int = 16
+) -> None:
+    """Sets the launch parameters of every card; no smaller than a matrix product may be where it is compiled."""
+    if device == "cuda":
+        rows, columns = max(rows, 16), max(columns, 16)
+    one = Launch(rows, columns, warps=1, programs_per_sm=programs)
+    for key in launch_table.TABLES:
+        table = Table(one, one, one, most_samples, inverse_warps=1, inverse_numbers=256)
+        monkeypatch.setitem(launch_table.TABLES, key, table)
+
+
+def same(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    """Fails where the results of ``evaluate`` differ by more than rounding."""
+    assert found.keys() == expected.keys()
+    for key, value in expected.items():
+        assert_close("gradients" if "gradient" in key else "values", found[key], value, key)
+
 
 class Case(NamedTuple):
     """An op's floating point inputs by name, rounded to float32, and its call on them."""
@@ -39,23 +94,25 @@ class Case(NamedTuple):
     layers: list[Any]
 
 
-def make(kind: str, batch: int, features: int = 13, *, seed: int = 0, **options: Any) -> Case:
-    """Makes a call of one of ``OPS`` on the layers of ``build(options)``: of a block, or of a chain of three."""
+def make(kind: str, batch: int, features: int = 13, *, seed: int = 0, device: str = "cpu", **options: Any) -> Case:
+    """Makes a call of one of ``OPS`` on the layers of ``build(options)``: of a block, or of a chain of three.
+
+    The numbers are the same on every device.
+    """
     name, rest = OPS[kind]
     options = {"degrees": "random", "hidden_features": (9, 31), "scale": 1.5, "seed": seed, **options}
     if name == "chain":
         options = {"blocks": 3, "order": [torch.arange(features), *_orders(features, seed)], **options}
-    flow = build(features, **{"blocks": 1, "order": "natural", **options})
+    flow = build(features, **{"blocks": 1, "order": "natural", **options}).to(device)
     mades = [block.made for block in blocks_of(flow)]
     made = mades[0]
     layers = {"masked_linear": [made.hidden[0]], "affine_output": [made.output]}.get(name)
     layers = [layer for each in mades for layer in each.layers] if layers is None else layers
     tables = [layer.layout.table for layer in layers]
     prefixes = [layer.prefix for layer in layers]
-    x = normal(batch, features, seed=seed + 100)
-    tensors = {"x": x}
+    tensors = {"x": normal(batch, features, seed=seed + 100).to(device)}
     if name == "affine_output":
-        tensors["h"] = normal(batch, layers[0].in_features, seed=seed + 101).relu()
+        tensors["h"] = normal(batch, layers[0].in_features, seed=seed + 101).relu().to(device)
     for k, layer in enumerate(layers):
         tensors |= {f"weight {k}": layer.weight.detach(), f"bias {k}": layer.bias.detach()}
 
@@ -109,15 +166,15 @@ def evaluate(
     with kernels.use_backend(backend):
         results = case.call(inputs)
         results = results if isinstance(results, tuple) else (results,)
-        upstream = [normal(*r.shape, seed=200 + i).to(F32).to(dtype) for i, r in enumerate(results)]
+        upstream = [normal(*r.shape, seed=200 + i).to(F32).to(r) for i, r in enumerate(results)]
         wanted = {key: t for key, t in inputs.items() if t.requires_grad}
         grads = torch.autograd.grad(results, list(wanted.values()), upstream) if wanted else ()
     values = {f"result {i}": r.detach() for i, r in enumerate(results)}
     return values | {f"gradient of {key}": g for key, g in zip(wanted, grads, strict=True)}
 
 
-def check_contract(make_draw: Callable[[int], Case], draws: int = 6) -> None:
-    """Checks that native float32 errs at most a factor more than the float32 reference, over several draws.
+def check_contract(make_draw: Callable[[int], Case], draws: int = 6, backend: str = "native") -> None:
+    """Checks that a backend's float32 errs at most a factor more than the float32 reference, over several draws.
 
     An image's log-determinant is one number, and its error a draw of one: ``draws`` times the batch should be 24 or
     more for the ratio of two such errors to exceed 2 by luck less than once in a thousand times.
@@ -127,7 +184,7 @@ def check_contract(make_draw: Callable[[int], Case], draws: int = 6) -> None:
     for seed in range(draws):
         case = make_draw(seed)
         truth = evaluate(case, "reference", F64)
-        for backend, errors in (("native", own), ("reference", peer)):
-            for key, found in evaluate(case, backend, F32).items():
+        for name, errors in ((backend, own), ("reference", peer)):
+            for key, found in evaluate(case, name, F32).items():
                 errors[key].append(distance(found, truth[key]))
     assert_float32(own, peer)
