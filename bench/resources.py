@@ -104,6 +104,9 @@ def _use(flow: fastmaf.MAF, batches: Sequence[int]) -> None:
         flow.log_prob(x.requires_grad_()).sum().backward()
         optimizer.clip_grad_norm_(1.0)
         optimizer.step()
+        flow.log_prob(x).sum().backward()
+        with optimizer.capturing(optimizer.updates_to_capture()):
+            optimizer.step()
         with torch.no_grad():
             for model in (flow, stored) if batch == batches[0] else (flow,):
                 model.log_prob(x)

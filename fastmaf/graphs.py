@@ -6,6 +6,7 @@ launching is most of the time. A graph is recorded once per shape and then repla
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections import OrderedDict
 from collections.abc import Callable
@@ -16,7 +17,7 @@ from torch import Tensor
 
 from fastmaf.flows import Flow
 from fastmaf.kernels import backends, launch_table
-from fastmaf.optim import FusedAdam, NotCapturableError
+from fastmaf.optim import FusedAdam, NotCapturableError, clip_scale
 
 # Graphs that are kept, each with memory of its own: an epoch has two batch sizes.
 _MOST = 4
@@ -115,31 +116,42 @@ class ReplayedLogProb:
 
 
 class GraphedStep:
-    """A forward pass to the mean NLL of a batch, and ``FusedAdam.minimize`` of it, as two CUDA graphs.
+    """A training step on the mean NLL of a batch as CUDA graphs: the forward pass, and ``FusedAdam.minimize``.
 
-    Two, so that the loss can be looked at before anything is changed.
+    Not one graph, so that the loss can be looked at before anything is changed. With ``clips`` the second is two: the
+    gradients' norm is looked at before the step.
 
     Args:
         flow: the model, every parameter of which has taken a step.
         optimizer: over its parameters.
         x: ``[N, D]``, a batch of the shape to be replayed.
+        clips: gradients are to be clipped.
 
     Raises:
         NotCapturableError: see ``FusedAdam.capturing``.
     """
 
-    def __init__(self, flow: Flow, optimizer: FusedAdam, x: Tensor) -> None:
+    def __init__(self, flow: Flow, optimizer: FusedAdam, x: Tensor, *, clips: bool = False) -> None:
         self._flow, self._optimizer, self._x = flow, optimizer, x.clone()
         self._updates = optimizer.updates_to_capture()
         self._forward = record(self._run_forward)
-        self._backward = record(self._run_backward, self._forward.pool())
+        self._backward = record(self._run_backward, self._forward.pool()) if clips else None
+        self._step = record(self._run_step if clips else self._run_minimize, self._forward.pool())
 
     def _run_forward(self) -> None:
         self._loss = -self._flow.log_prob(self._x).mean()
 
-    def _run_backward(self) -> None:
+    def _run_minimize(self) -> None:
         with self._optimizer.capturing(self._updates):
             self._optimizer.minimize(self._loss)
+
+    def _run_backward(self) -> None:
+        self._loss.backward()
+        self._squared_norm = self._optimizer.squared_grad_norm()
+
+    def _run_step(self) -> None:
+        with self._optimizer.capturing(self._updates):
+            self._optimizer.step()
 
     def forward(self, x: Tensor) -> Tensor:
         """Returns the mean NLL of ``x``, in nats."""
@@ -147,17 +159,32 @@ class GraphedStep:
         self._forward.replay()
         return self._loss.detach()
 
-    def minimize(self) -> None:
-        """Takes the step of ``FusedAdam.minimize`` on the loss of the last ``forward``, which must have been read."""
-        self._optimizer.advance(self._updates)
-        self._backward.replay()
+    def minimize(self, max_norm: float = math.inf) -> bool:
+        """Takes a step on the loss of the last ``forward``, which must have been read.
+
+        Args:
+            max_norm: limit on the norm of all gradients, for a step that clips.
+
+        Returns:
+            Whether it was taken: not where that norm is not finite.
+        """
+        scale = 1.0
+        if self._backward is not None:
+            self._backward.replay()
+            norm = math.sqrt(float(self._squared_norm))
+            if not math.isfinite(norm):
+                return False
+            scale = clip_scale(norm, max_norm)
+        self._optimizer.advance(self._updates, scale)
+        self._step.replay()
+        return True
 
 
 class GraphedSteps:
     """The graphs of training steps by the shape of their batch; see ``GraphedStep``."""
 
-    def __init__(self, flow: Flow, optimizer: FusedAdam) -> None:
-        self._flow, self._optimizer = flow, optimizer
+    def __init__(self, flow: Flow, optimizer: FusedAdam, *, clips: bool = False) -> None:
+        self._flow, self._optimizer, self._clips = flow, optimizer, clips
         self._recent: _Recent[GraphedStep] = _Recent()
         self._refused = False
 
@@ -169,8 +196,12 @@ class GraphedSteps:
         """
         if self._refused or not can_replay(self._flow):
             return None
+
+        def make() -> GraphedStep:
+            return GraphedStep(self._flow, self._optimizer, x, clips=self._clips)
+
         try:
-            return self._recent.get(_key(self._flow, x), lambda: GraphedStep(self._flow, self._optimizer, x))
+            return self._recent.get(_key(self._flow, x), make)
         except NotCapturableError as error:
             self._refused = True
             warnings.warn(f"training steps are not replayed as CUDA graphs: {error}", stacklevel=3)

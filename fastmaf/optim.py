@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from fastmaf.kernels import empty_on_huge_pages
+from fastmaf.kernels.adam import adam_step_
 from fastmaf.kernels.factors import AdamNumbers, Factors, Update, give_to, joined
 
 _TWICE = "minimize() met a weight that takes part in the loss twice: use loss.backward() and step() instead"
@@ -138,14 +139,19 @@ class FusedAdam(torch.optim.Adam):
                 loss = closure()
         for group in self.param_groups:
             for parameter in group["params"]:
-                if not self._takers[parameter].kept:
-                    continue
-                factors = self._taken(parameter)
-                if parameter.grad is None:
-                    factors.adam_(self._begin(parameter, group))
-                else:  # another part of the graph, such as a compiled one, has left a gradient
-                    parameter.grad += factors.grad_weight()
-        self._step_stored()
+                if self._takers[parameter].kept:
+                    factors = self._taken(parameter)
+                    if parameter.grad is None:
+                        factors.adam_(self._begin(parameter, group))
+                    else:  # another part of the graph, such as a compiled one, has left a gradient
+                        parameter.grad += factors.grad_weight()
+                if (
+                    self._capturing is not None and parameter.grad is not None
+                ):  # torch's own step refuses to be captured
+                    adam_step_(parameter, parameter.grad, self._begin(parameter, group))
+                    parameter.grad = None
+        if self._capturing is None:
+            self._step_stored()
         return loss
 
     def _step_stored(self) -> None:
@@ -204,9 +210,10 @@ class FusedAdam(torch.optim.Adam):
 
     @contextmanager
     def capturing(self, updates: CapturedUpdates) -> Iterator[None]:
-        """Within the block, ``minimize`` counts no step and uses the scalars that ``advance`` sends before each replay.
+        """Within the block, ``minimize`` and ``step`` count nothing and use the scalars that ``advance`` sends before a
+        replay.
 
-        For a CUDA graph of ``minimize``. Every parameter must have taken a step before, so that its state is there.
+        For CUDA graphs of them. Every parameter must have taken a step before, so that its state is there.
 
         Raises:
             NotCapturableError: in ``minimize``, where a parameter's state is missing or its gradient reaches it in
@@ -219,15 +226,18 @@ class FusedAdam(torch.optim.Adam):
             self._capturing = None
 
     @torch.no_grad()
-    def advance(self, updates: CapturedUpdates) -> None:
-        """Counts a step of the parameters that a captured ``minimize`` updates, and sends its scalars to the device."""
+    def advance(self, updates: CapturedUpdates, scale: float = 1.0) -> None:
+        """Counts a step of the parameters that a captured step updates, and sends its scalars to the device.
+
+        ``scale`` multiplies all gradients.
+        """
         known: dict[tuple[int, int], list[float]] = {}  # most parameters share a group and a step
         scalars = []
         for parameter, group in updates.parameters.items():
             step = self._count(parameter)
             key = id(group), step
             if key not in known:
-                known[key] = _numbers(step, group).kernel_scalars()
+                known[key] = _numbers(step, group).kernel_scalars(scale)
             scalars.append(known[key])
         updates.set(scalars)
 
@@ -240,18 +250,25 @@ class FusedAdam(torch.optim.Adam):
         Args:
             max_norm: limit on the norm; ``math.inf`` only measures. Where the norm is not finite nothing is scaled.
         """
-        waiting = {p: self._taken(p) for p, taker in self._takers.items() if taker.kept}
-        stored = [p.grad for p in self._takers if p.grad is not None]
-        total = sum(factors.squared_norm() for factors in waiting.values())
-        if stored:
-            total += float(torch.nn.utils.get_total_norm(stored).double().square())
-        norm = math.sqrt(total)
-        scale = max_norm / norm if math.isfinite(norm) and norm > max_norm else 1.0
-        if scale != 1.0 and stored:
-            torch._foreach_mul_(stored, scale)
-        for parameter, factors in waiting.items():
-            self._takers[parameter].kept = [factors if scale == 1.0 else factors.scaled(scale)]
+        norm = math.sqrt(float(self.squared_grad_norm()))
+        scale = clip_scale(norm, max_norm)
+        if scale != 1.0:
+            if stored := [p.grad for p in self._takers if p.grad is not None]:
+                torch._foreach_mul_(stored, scale)
+            for taker in self._takers.values():
+                taker.kept = [factors.scaled(scale) for factors in taker.kept]
         return norm
+
+    @torch.no_grad()
+    def squared_grad_norm(self) -> Tensor | float:
+        """Returns the square of all gradients' common L2 norm; on a GPU a tensor, so that nothing waits for it here."""
+        for taker in self._takers.values():
+            if taker.kept:
+                taker.kept = [joined(taker.kept)]
+        squares = [factors.squared_norm() for taker in self._takers.values() for factors in taker.kept]
+        if stored := [p.grad for p in self._takers if p.grad is not None]:
+            squares.append(torch.nn.utils.get_total_norm(stored).double().square())
+        return sum(squares)
 
     def _taken(self, parameter: Tensor) -> Factors:
         """Returns what was kept of a parameter's gradient, and keeps it no longer."""
@@ -293,6 +310,11 @@ class FusedAdam(torch.optim.Adam):
         state["step"] = state["step"].cpu()
         state["step"] += 1
         return int(state["step"])
+
+
+def clip_scale(norm: float, max_norm: float) -> float:
+    """Returns what gradients of this norm are scaled with to be within ``max_norm``: 1 if they are, or not finite."""
+    return max_norm / norm if math.isfinite(norm) and norm > max_norm else 1.0
 
 
 def _numbers(step: int, group: dict[str, Any]) -> AdamNumbers:

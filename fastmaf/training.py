@@ -63,8 +63,7 @@ class TrainingStep:
         flow: the model.
         optimizer: any torch optimiser over its parameters; its learning rates at this moment are what warm-up rises to.
         guards: see ``Guards``.
-        graphs: on a GPU, replay steps as CUDA graphs, from the second batch of a shape on: for ``FusedAdam`` without
-            ``max_grad_norm``; other steps are taken without.
+        graphs: on a GPU, replay steps of ``FusedAdam`` as CUDA graphs, from the second batch of a shape on.
     """
 
     _MEMORY = 0.9  # of the running mean of the loss, per step
@@ -81,8 +80,8 @@ class TrainingStep:
         self.optimizer = optimizer
         self.guards = guards or Guards()
         self._graphs: GraphedSteps | None = None
-        if graphs and isinstance(optimizer, FusedAdam) and self.guards.max_grad_norm is None:
-            self._graphs = GraphedSteps(flow, optimizer)
+        if graphs and isinstance(optimizer, FusedAdam):
+            self._graphs = GraphedSteps(flow, optimizer, clips=self.guards.max_grad_norm is not None)
         self.steps = 0
         self._lr = [float(group["lr"]) for group in optimizer.param_groups]
         self._usual_nll: float | None = None
@@ -109,8 +108,7 @@ class TrainingStep:
             # Afterwards the learning rates are the user's: a scheduler may set them.
             self._warming = self.steps < self.guards.warmup_steps
         if graphed is not None:
-            graphed.minimize()
-            return StepReport(nll, skipped=False)
+            return StepReport(nll, skipped=not graphed.minimize(self._max_norm()))
         if self.guards.max_grad_norm is None and isinstance(self.optimizer, FusedAdam):
             self.optimizer.minimize(loss)
             if self._graphs is not None:
@@ -120,6 +118,8 @@ class TrainingStep:
         if not self._clip():
             return StepReport(nll, skipped=True)
         self.optimizer.step()
+        if self._graphs is not None:
+            self._graphs.stepped(x)
         return StepReport(nll, skipped=False)
 
     def _leaps(self, nll: float) -> bool:
@@ -133,12 +133,17 @@ class TrainingStep:
         self._usual_nll = seen if usual is None else self._MEMORY * usual + (1 - self._MEMORY) * seen
         return leap
 
+    def _max_norm(self) -> float:
+        """Returns the limit on the norm of the loss's gradients."""
+        limit = self.guards.max_grad_norm
+        return math.inf if limit is None else limit * self.flow.features
+
     def _clip(self) -> bool:
         """Scales the gradients down where they exceed the limit; says whether they are finite."""
         if self.guards.max_grad_norm is None:
             return True
         if isinstance(self.optimizer, FusedAdam):
-            return math.isfinite(self.optimizer.clip_grad_norm_(self.guards.max_grad_norm * self.flow.features))
+            return math.isfinite(self.optimizer.clip_grad_norm_(self._max_norm()))
         grads = [p.grad for p in self.flow.parameters() if p.grad is not None]
         norm = float(torch.nn.utils.get_total_norm(grads)) / self.flow.features
         if not math.isfinite(norm):

@@ -11,7 +11,15 @@ from fastmaf.kernels.factors import Update
 
 @torch.no_grad()
 def adam_step_(weight: Tensor, grad: Tensor, update: Update) -> None:
-    """Updates ``weight`` and its moments in place, as ``torch.optim.Adam`` does."""
+    """Updates ``weight`` and its moments in place, as ``torch.optim.Adam`` does.
+
+    Where the scalars are to be read on the device, by the Triton kernel: torch would take them from here.
+    """
+    if update.scalars is not None:
+        from fastmaf.kernels.triton_adam import adam_dense_
+
+        adam_dense_(weight, grad, update.exp_avg, update.exp_avg_sq, update.scalars)
+        return
     numbers = update.numbers
     fused = weight.device.type in ("cpu", "cuda")
     adam(

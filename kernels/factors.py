@@ -129,9 +129,10 @@ class Factors(NamedTuple):
         n = _FROM_ABOVE[self.op]
         return self._replace(batch=(*(t * self.scale for t in self.batch[:n]), *self.batch[n:]), scale=1.0)
 
-    def squared_norm(self) -> float:
-        """Returns the sum of the squares of the gradient."""
-        return self.scale**2 * float(self._backend().squared_norm(*self._arguments()))
+    def squared_norm(self) -> Tensor | float:
+        """Returns the sum of the squares of the gradient; on a GPU a tensor, so that nothing waits for it here."""
+        square: Tensor | float = self._backend().squared_norm(*self._arguments())
+        return self.scale**2 * square
 
     def grad_weight(self) -> Tensor:
         """Returns the gradient itself, packed."""

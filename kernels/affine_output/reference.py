@@ -152,7 +152,7 @@ def squared_norm(
     tiles: Tensor,
     bound: float,
     soft: bool,
-) -> float:
+) -> Tensor:
     """Returns the sum of the squares of the gradient of ``weight``."""
     batch = grad_z, grad_ladj, grad_log_scale, h, z, log_scale
-    return float(grad_weight_of(*batch, weight, prefix, tiles, bound, soft).double().square().sum())
+    return grad_weight_of(*batch, weight, prefix, tiles, bound, soft).double().square().sum()

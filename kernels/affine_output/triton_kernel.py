@@ -283,8 +283,8 @@ def squared_norm(
     tiles: Tensor,
     bound: float,
     soft: bool,
-) -> float:
+) -> Tensor:
     """Returns the sum of the squares of the gradient of ``weight``."""
     g, _ = grad_out(grad_z, grad_ladj, grad_log_scale, z, log_scale, bound, soft)
     sums, _, _ = products(g, h, weight, prefix, tiles, need_x=False, mode="norm")
-    return float(sums.double().sum())
+    return sums.double().sum()

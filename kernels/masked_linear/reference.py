@@ -88,9 +88,9 @@ def adam_(
 
 def squared_norm(
     grad_y: Tensor, x: Tensor, y: Tensor, weight: Tensor, prefix: Tensor, tiles: Tensor, activation: str
-) -> float:
+) -> Tensor:
     """Returns the sum of the squares of the gradient of ``weight``."""
-    return float(grad_weight_of(grad_y, x, y, weight, prefix, tiles, activation).double().square().sum())
+    return grad_weight_of(grad_y, x, y, weight, prefix, tiles, activation).double().square().sum()
 
 
 def activate_(y: Tensor, activation: str) -> Tensor:

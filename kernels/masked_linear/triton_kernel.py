@@ -164,12 +164,12 @@ def adam_(
 
 def squared_norm(
     grad_y: Tensor, x: Tensor, y: Tensor, weight: Tensor, prefix: Tensor, tiles: Tensor, activation: str
-) -> float:
+) -> Tensor:
     """Returns the sum of the squares of the gradient of ``weight``."""
     sums, _, _ = products(
         _through(grad_y, y, activation), x, weight, prefix, tiles, need_x=False, mode="norm"
     )  # fmt: skip
-    return float(sums.double().sum())
+    return sums.double().sum()
 
 
 def _through(grad_y: Tensor, y: Tensor, activation: str) -> Tensor:

@@ -31,6 +31,7 @@ KERNELS = {
     "_affine_output_grad_kernel",
     "_ladj_kernel",
     "_level_inverse_kernel",
+    "_adam_kernel",
 }
 # Registers a thread, of which the hardware has 65,536 a multiprocessor; two programs of the largest kernels fit.
 MOST_REGISTERS = 255
