@@ -55,7 +55,7 @@ def _of_kernels(flow: Flow, n: int, device: torch.device, *, training: bool) -> 
             work = work_lists.forward(layer.layout.table, host, launch.rows, launch.columns, programs)
             numbers.append(work.slots * n * layer.out_features)
         if training:
-            one = table.backward
+            one = table.backward_of(min(n, table.most_samples))
             programs = sms * one.programs_per_sm
             work = work_lists.backward(layer.layout.table, host, layer.in_features, one.rows, one.columns, programs)
             above = 4 * plane if is_output else n * layer.out_features + 2 * plane

@@ -38,7 +38,8 @@ class Table(NamedTuple):
         lanes: ``product`` of one sample: a stream of weights, a few numbers per thread, summed across threads at the
             end.
         dot: ``product`` of more samples, by matrix products.
-        backward: gradients of a tile of weights, with or without Adam.
+        backward: gradients of a tile of weights, with or without Adam, from up to ``FEW`` samples.
+        backward_many: the same from more, whose sums take more registers.
         most_samples: that one program takes; more are shared out, and read the weights again.
         inverse_warps: of the level inverse, one program for a tile of samples.
         inverse_numbers: how many weights such a program has in flight.
@@ -47,17 +48,26 @@ class Table(NamedTuple):
     lanes: Launch
     dot: Launch
     backward: Launch
+    backward_many: Launch
     most_samples: int
     inverse_warps: int
     inverse_numbers: int
 
+    def backward_of(self, samples: int) -> Launch:
+        """Returns the entry for tiles of this many samples."""
+        return self.backward if samples <= FEW else self.backward_many
+
+
+# As few samples as a matrix product takes in every version of Triton.
+FEW = 16
 
 TABLES: dict[int, Table] = {
     # Pascal: 6 SMs and no asynchronous copies, so the loads of many resident programs hide the latency; 48 KB shared.
     61: Table(
         lanes=Launch(16, 256, programs_per_sm=8),  # 8 loads of 16 bytes a thread in flight before the first use
         dot=Launch(64, 32, programs_per_sm=8),  # 64 rows share each load of the samples; 96 to 192 registers
-        backward=Launch(16, 32, programs_per_sm=8),  # 128-byte row segments; w, m, v and sums in 128 registers
+        backward=Launch(16, 64, programs_per_sm=6),  # 256-byte row segments; 158 instructions a weight; 168 registers
+        backward_many=Launch(16, 32, programs_per_sm=4),  # 64 samples: 255 registers, 64 columns would spill
         most_samples=64,  # 255 registers in the backward pass; with 128 samples they would spill
         inverse_warps=8,  # 210 registers are there for 256 threads
         inverse_numbers=8192,  # 32 KB of weights in flight, what one SM's latency times bandwidth asks for
@@ -66,7 +76,8 @@ TABLES: dict[int, Table] = {
     75: Table(
         lanes=Launch(16, 256, programs_per_sm=8),
         dot=Launch(64, 32, programs_per_sm=4),
-        backward=Launch(16, 32, programs_per_sm=8),
+        backward=Launch(16, 64, programs_per_sm=6),
+        backward_many=Launch(16, 32, programs_per_sm=4),
         most_samples=64,
         inverse_warps=16,  # the compiler gives a thread 128 registers here, however few there are
         inverse_numbers=4096,  # 8192 spill
@@ -75,7 +86,8 @@ TABLES: dict[int, Table] = {
     80: Table(
         lanes=Launch(16, 256, programs_per_sm=8),
         dot=Launch(64, 32, stages=2, programs_per_sm=4),  # a third stage spills
-        backward=Launch(16, 64, warps=8, programs_per_sm=8),  # 256-byte row segments; stages would only cost registers
+        backward=Launch(16, 64, programs_per_sm=6),  # 152 instructions a weight; stages would only cost registers
+        backward_many=Launch(16, 64, warps=8, programs_per_sm=4),  # twice the threads for the sums of 64 samples
         most_samples=64,
         inverse_warps=8,
         inverse_numbers=8192,
@@ -84,7 +96,8 @@ TABLES: dict[int, Table] = {
     90: Table(
         lanes=Launch(16, 256, programs_per_sm=8),
         dot=Launch(64, 32, stages=4, programs_per_sm=4),
-        backward=Launch(16, 64, warps=8, programs_per_sm=8),
+        backward=Launch(16, 64, programs_per_sm=6),
+        backward_many=Launch(16, 64, warps=8, programs_per_sm=4),
         most_samples=64,
         inverse_warps=16,  # 128 registers are there for 512 threads
         inverse_numbers=8192,  # 16384 spill

@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastmaf.kernels.triton_parts import BLOCK, adam, cdiv, launch
+from fastmaf.kernels.triton_parts import BLOCK, adam, adam_scalars, cdiv, launch
 
 
 @triton.jit
@@ -16,7 +16,9 @@ def _adam_kernel(w_ptr, grad_ptr, exp_avg_ptr, exp_avg_sq_ptr, scalars_ptr, nume
     w = tl.load(w_ptr + i, mask=ok, other=0.0)
     m = tl.load(exp_avg_ptr + i, mask=ok, other=0.0)
     v = tl.load(exp_avg_sq_ptr + i, mask=ok, other=0.0)
-    w, m, v = adam(w, tl.load(grad_ptr + i, mask=ok, other=0.0), m, v, scalars_ptr)
+    g = tl.load(grad_ptr + i, mask=ok, other=0.0)
+    factor, l2, decay, rest1, beta2, rest2, step_size, root, eps = adam_scalars(scalars_ptr)
+    w, m, v = adam(w, g, m, v, factor, l2, decay, rest1, beta2, rest2, step_size, root, eps)
     tl.store(w_ptr + i, w, mask=ok)
     tl.store(exp_avg_ptr + i, m, mask=ok)
     tl.store(exp_avg_sq_ptr + i, v, mask=ok)

@@ -25,8 +25,8 @@ except ModuleNotFoundError as error:
 from fastmaf.kernels import launch_table
 from fastmaf.kernels.launch_table import Table
 
-# Triton before 3.4 takes no smaller matrix product.
-MIN_DOT = 16
+# No side of a matrix product may be smaller.
+MIN_DOT = launch_table.FEW
 # What a program of an elementwise kernel takes.
 BLOCK = 1024
 
@@ -140,10 +140,12 @@ def power_of_two(n: int, least: int, most: int) -> int:
 @triton.jit
 def exponential(x):
     """Exponential, to about one unit in the last place: exp2 of x log2(e) alone would lose |x| of them."""
+    x = tl.where(x > 120.0, 120.0, tl.where(x < -120.0, -120.0, x))  # beyond float32 on either side; NaN stays
     n = tl.floor(x * 1.4426950408889634 + 0.5)
     r = tl.fma(n, tl.full(x.shape, -0.693359375, tl.float32), x)  # ln 2 in two parts, the first exact in 9 bits
     r = tl.fma(n, tl.full(x.shape, 2.12194440054690583e-4, tl.float32), r)
-    return tl.exp2(r * 1.4426950408889634) * tl.exp2(n)
+    half = tl.floor(n * 0.5)  # 2^n itself may be too large where the result is not
+    return tl.exp2(r * 1.4426950408889634) * tl.exp2(half) * tl.exp2(n - half)
 
 
 @triton.jit
@@ -188,11 +190,12 @@ def matmul(a, b, acc, PRECISION: tl.constexpr):
 
 
 @triton.jit
-def weights(w_ptr, base, width, k, row_ok, ALIGNED: tl.constexpr):
-    """A tile of a packed weight ``[rows, k]``, zero outside it."""
-    if ALIGNED:  # tells the compiler that 16 bytes can be loaded at once
-        base = tl.multiple_of(base, 16)
-        width = tl.multiple_of(width, 16)
+def weights(w_ptr, base, width, k, row_ok):
+    """A tile of a packed weight ``[rows, k]``, zero outside it.
+
+    That 16 bytes can be loaded at once must be known where base, width and the first k are loaded (``tl.multiple_of``):
+    such a hint is lost on a function's argument.
+    """
     mask = row_ok[:, None] & (k[None, :] < width[:, None])
     return tl.load(w_ptr + base[:, None] + k[None, :], mask=mask, other=0.0).to(tl.float32)
 
@@ -200,8 +203,7 @@ def weights(w_ptr, base, width, k, row_ok, ALIGNED: tl.constexpr):
 @triton.jit
 def product(
     x_ptr, sample, sample_ok, stride, w_ptr, base, width, row_ok, k_begin, k_end,
-    BLOCK_N: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK_K: tl.constexpr, LANES: tl.constexpr, ALIGNED: tl.constexpr,
-    PRECISION: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK_K: tl.constexpr, LANES: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """The product x Wᵀ over columns k_begin..k_end: ``[BLOCK_N samples, BLOCK_J rows]``."""
     x_row = x_ptr + sample.to(tl.int64) * stride
@@ -209,7 +211,7 @@ def product(
         lanes = tl.zeros([BLOCK_N, BLOCK_J, BLOCK_K], tl.float32)
         for start in range(k_begin, k_end, BLOCK_K):
             k = start + tl.arange(0, BLOCK_K)
-            w = weights(w_ptr, base, width, k, row_ok, ALIGNED)
+            w = weights(w_ptr, base, width, k, row_ok)
             x = tl.load(x_row[:, None] + k[None, :], mask=sample_ok[:, None] & (k < k_end)[None, :], other=0.0)
             lanes += w[None, :, :] * x[:, None, :]
         return tl.sum(lanes, 2)
@@ -217,18 +219,24 @@ def product(
         acc = tl.zeros([BLOCK_N, BLOCK_J], tl.float32)
         for start in range(k_begin, k_end, BLOCK_K):
             k = start + tl.arange(0, BLOCK_K)
-            w = weights(w_ptr, base, width, k, row_ok, ALIGNED)
+            w = weights(w_ptr, base, width, k, row_ok)
             x = tl.load(x_row[:, None] + k[None, :], mask=sample_ok[:, None] & (k < k_end)[None, :], other=0.0)
             acc = matmul(x, tl.trans(w), acc, PRECISION)
         return acc
 
 
 @triton.jit
-def adam(w, g, m, v, scalars_ptr):
-    """One step of Adam: the new weight and moments. ``scalars_ptr`` holds ``adam_scalars``."""
-    factor, l2, decay = tl.load(scalars_ptr), tl.load(scalars_ptr + 1), tl.load(scalars_ptr + 2)
-    rest1, beta2, rest2 = tl.load(scalars_ptr + 3), tl.load(scalars_ptr + 4), tl.load(scalars_ptr + 5)
-    step_size, root, eps = tl.load(scalars_ptr + 6), tl.load(scalars_ptr + 7), tl.load(scalars_ptr + 8)
+def adam_scalars(ptr):
+    """Loads ``AdamNumbers.kernel_scalars``: once for a program, as within a loop they would be loaded each time."""
+    factor, l2, decay = tl.load(ptr), tl.load(ptr + 1), tl.load(ptr + 2)
+    rest1, beta2, rest2 = tl.load(ptr + 3), tl.load(ptr + 4), tl.load(ptr + 5)
+    step_size, root, eps = tl.load(ptr + 6), tl.load(ptr + 7), tl.load(ptr + 8)
+    return factor, l2, decay, rest1, beta2, rest2, step_size, root, eps
+
+
+@triton.jit
+def adam(w, g, m, v, factor, l2, decay, rest1, beta2, rest2, step_size, root, eps):
+    """One step of Adam: the new weight and moments."""
     g = g * factor + l2 * w
     m += (g - m) * rest1
     v = v * beta2 + rest2 * g * g

@@ -137,5 +137,5 @@ def _work(items: list[tuple[int, int, int, int]], costs: list[int], counts: Tens
 
 
 def on_device(schedule: Tensor, device: torch.device) -> Tensor:
-    """Returns a block's schedule on the device."""
-    return _once(schedule, ("schedule", device), lambda: schedule.to(device))
+    """Returns a block's schedule on the device; a copy, as a cache that held its own key would never let go of it."""
+    return _once(schedule, ("schedule", device), lambda: schedule.to(device, copy=True))

@@ -49,10 +49,14 @@ def _affine_output_fwd_kernel(
     row_ok = j < 2 * features
     base = tl.load(base_ptr + j, mask=row_ok, other=0)
     width = tl.load(width_ptr + j, mask=row_ok, other=0)
+    if ALIGNED:
+        base = tl.multiple_of(base, 16)
+        width = tl.multiple_of(width, 16)
+        k_end = tl.multiple_of(k_end, 16)
     sample = tl.program_id(0) % tiles * BLOCK_N + tl.arange(0, BLOCK_N)
     out = product(
         h_ptr, sample, sample < n, hidden, w_ptr, base, width, row_ok, 0, k_end,
-        BLOCK_N, BLOCK_J, BLOCK_K, LANES, ALIGNED, PRECISION,
+        BLOCK_N, BLOCK_J, BLOCK_K, LANES, PRECISION,
     )  # fmt: skip
     out += tl.load(bias_ptr + j, mask=row_ok, other=0.0)[None, :]
     shift, u = tl.split(tl.reshape(out, [BLOCK_N, BLOCK_J // 2, 2]))

@@ -41,7 +41,8 @@ __all__ = ["backward", "chain", "forward", "why_not"]
 
 # Steps of a panel: more of them stream longer at a time, and look at more columns in each step.
 PANEL = 16
-# Samples in one launch: their scratch memory is some four times their size.
+# Samples in one launch: their scratch memory is some four times their size. A multiple of 4, so that each launch's x
+# starts at a multiple of 16 bytes.
 MOST_SAMPLES = 512
 # int64 numbers of a block in the kernel's table, then of each of its layers.
 _OF_BLOCK = tl.constexpr(4)
@@ -55,13 +56,15 @@ def _sums(
 ):  # fmt: skip
     """What rows r of a layer take from columns c_begin..c_end of the values below: ``[BLOCK_N, BLOCK_R]``."""
     w_ptr = tl.load(layer).to(tl.pointer_type(W_TYPE))
-    if ALIGNED:
-        w_ptr = tl.multiple_of(w_ptr, 16)
     base = tl.load(tl.load(layer + 2).to(tl.pointer_type(tl.int64)) + r, mask=row_ok, other=0)
     width = tl.load(tl.load(layer + 3).to(tl.pointer_type(tl.int32)) + r, mask=row_ok, other=0)
+    if ALIGNED:
+        w_ptr = tl.multiple_of(w_ptr, 16)
+        base = tl.multiple_of(base, 16)
+        width = tl.multiple_of(width, 16)
     return product(
         values_ptr, sample, sample_ok, stride, w_ptr, base, width, row_ok, c_begin, c_end,
-        BLOCK_N, BLOCK_R, BLOCK_C, True, ALIGNED, "ieee",
+        BLOCK_N, BLOCK_R, BLOCK_C, True, "ieee",
     )  # fmt: skip
 
 

@@ -19,7 +19,17 @@ from torch import Tensor
 
 from fastmaf.kernels import work_lists
 from fastmaf.kernels.factors import Update
-from fastmaf.kernels.triton_parts import MIN_DOT, adam, cdiv, launch, matmul, power_of_two, target, weights
+from fastmaf.kernels.triton_parts import (
+    MIN_DOT,
+    adam,
+    adam_scalars,
+    cdiv,
+    launch,
+    matmul,
+    power_of_two,
+    target,
+    weights,
+)
 
 WeightMode: TypeAlias = Literal["none", "store", "adam", "norm"]
 
@@ -74,11 +84,14 @@ def _masked_linear_bwd_kernel(
     number = tl.program_id(0) // tiles
     item = items_ptr + number * 4
     column, begin, end, slot = tl.load(item), tl.load(item + 1), tl.load(item + 2), tl.load(item + 3)
+    column = tl.multiple_of(column, BLOCK_K)
     k = column + tl.arange(0, BLOCK_K)
     k_ok = k < in_features
     first = tl.program_id(0) % tiles * BLOCK_N
     grad_x = tl.zeros([BLOCK_N, BLOCK_K], tl.float32)
     square = tl.zeros([BLOCK_J, BLOCK_K], tl.float32)
+    if WEIGHT == "adam":
+        factor, l2, decay, rest1, beta2, rest2, step_size, root, eps = adam_scalars(scalars_ptr)
     for block in range(begin, end):
         j = block * BLOCK_J + tl.arange(0, BLOCK_J)
         row_ok = j < out_features
@@ -90,7 +103,7 @@ def _masked_linear_bwd_kernel(
         at = base[:, None] + k[None, :]
         stored = row_ok[:, None] & (k[None, :] < width[:, None])
         if NEED_X or WEIGHT == "adam":
-            w = weights(w_ptr, base, width, k, row_ok, ALIGNED)
+            w = weights(w_ptr, base, width, k, row_ok)
         grad_w = tl.zeros([BLOCK_J, BLOCK_K], tl.float32)
         grad_bias = tl.zeros([BLOCK_J], tl.float32)
         for start in range(first, n if WEIGHT != "none" else first + 1, BLOCK_N):
@@ -114,7 +127,7 @@ def _masked_linear_bwd_kernel(
             if WEIGHT == "adam":
                 m = tl.load(exp_avg_ptr + at, mask=stored, other=0.0)
                 v = tl.load(exp_avg_sq_ptr + at, mask=stored, other=0.0)
-                w, m, v = adam(w, grad_w, m, v, scalars_ptr)
+                w, m, v = adam(w, grad_w, m, v, factor, l2, decay, rest1, beta2, rest2, step_size, root, eps)
                 tl.store(w_ptr + at, w, mask=stored)
                 tl.store(exp_avg_ptr + at, m, mask=stored)
                 tl.store(exp_avg_sq_ptr + at, v, mask=stored)
@@ -123,7 +136,8 @@ def _masked_linear_bwd_kernel(
                     bias = tl.load(bias_ptr + j, mask=row_ok, other=0.0)
                     bias_m = tl.load(bias_exp_avg_ptr + j, mask=row_ok, other=0.0)
                     bias_v = tl.load(bias_exp_avg_sq_ptr + j, mask=row_ok, other=0.0)
-                    bias, bias_m, bias_v = adam(bias, grad_bias, bias_m, bias_v, bias_scalars_ptr)
+                    f, ridge, d, r1, b2, r2, s, r, e = adam_scalars(bias_scalars_ptr)
+                    bias, bias_m, bias_v = adam(bias, grad_bias, bias_m, bias_v, f, ridge, d, r1, b2, r2, s, r, e)
                     tl.store(bias_ptr + j, bias, mask=row_ok)
                     tl.store(bias_exp_avg_ptr + j, bias_m, mask=row_ok)
                     tl.store(bias_exp_avg_sq_ptr + j, bias_v, mask=row_ok)
@@ -197,8 +211,9 @@ def products(
         first.
     """
     table, sms, precision = target(x)
-    (n, out_features), in_features, one = g.shape, x.shape[1], table.backward
+    (n, out_features), in_features = g.shape, x.shape[1]
     samples = power_of_two(n, MIN_DOT, table.most_samples)
+    one = table.backward_of(samples)
     if need_x and mode != "none" and n > samples:  # the gradient of x first: Adam changes the weight
         partial, counts, _ = products(g, x, weight, prefix, tiles, need_x=True)
         of_weight: dict[str, Any] = {"mode": mode, "grad_w": grad_w, "step": step, "bias": bias, "bias_step": bias_step}
@@ -228,7 +243,10 @@ def products(
 
 
 def adam_steps(updates: Sequence[Update], device: torch.device, scale: float = 1.0) -> list[Step]:
-    """Returns steps of Adam with ``scale`` times the gradient as the kernels take them."""
+    """Returns steps of Adam with ``scale`` times the gradient as the kernels take them.
+
+    Scalars that lie on the device already are taken as they are, their own scale with them.
+    """
     ready = [update.scalars for update in updates if update.scalars is not None]
     if len(ready) < len(updates):
         rows = [update.numbers.kernel_scalars(scale) for update in updates]

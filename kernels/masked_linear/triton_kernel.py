@@ -37,10 +37,15 @@ def _masked_linear_fwd_kernel(
     row_ok = j < out_features
     base = tl.load(base_ptr + j, mask=row_ok, other=0)
     width = tl.load(width_ptr + j, mask=row_ok, other=0)
+    if ALIGNED:
+        base = tl.multiple_of(base, 16)
+        width = tl.multiple_of(width, 16)
+        k_end = tl.multiple_of(k_end, 16)
+        k_begin = tl.multiple_of(k_begin, 16)
     sample = tl.program_id(0) % tiles * BLOCK_N + tl.arange(0, BLOCK_N)
     y = product(
         x_ptr, sample, sample < n, in_features, w_ptr, base, width, row_ok, k_begin, k_end,
-        BLOCK_N, BLOCK_J, BLOCK_K, LANES, ALIGNED, PRECISION,
+        BLOCK_N, BLOCK_J, BLOCK_K, LANES, PRECISION,
     )  # fmt: skip
     if SPLIT:
         y_ptr += slot.to(tl.int64) * n * out_features

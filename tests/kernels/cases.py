@@ -75,7 +75,7 @@ def set_launch(
         rows, columns = max(rows, 16), max(columns, 16)
     one = Launch(rows, columns, warps=1, programs_per_sm=programs)
     for key in launch_table.TABLES:
-        table = Table(one, one, one, most_samples, inverse_warps=1, inverse_numbers=256)
+        table = Table(one, one, one, one, most_samples, inverse_warps=1, inverse_numbers=256)
         monkeypatch.setitem(launch_table.TABLES, key, table)
 
 

@@ -115,6 +115,7 @@ def test_the_choice_reaches_every_op_and_every_backward(monkeypatch: pytest.Monk
 
 
 def test_a_backend_is_refused_tensors_it_does_not_serve(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     monkeypatch.setattr(backends, "_chosen", "triton")
     with pytest.raises(fastmaf.BackendUnavailableError, match="triton.*cuda.*cpu"):
         backends.implementation("masked_linear", torch.zeros(2))
