@@ -45,7 +45,8 @@ def _of_kernels(flow: Flow, n: int, device: torch.device, *, training: bool) -> 
     sms = 6 if card is None else card.multi_processor_count
     table, host = TABLES[family(capability)], torch.device("cpu")
     layers = [layer for made in flow._mades() for layer in made.layers]
-    launch = table.lanes if n == 1 else table.dot
+    aligned = all(work_lists.rows(layer.layout.table, host).aligned for layer in layers)
+    launch = (table.lanes if n == 1 else table.dot).fitted(aligned)
     tiles = -(-n // table.most_samples)
     plane, numbers = n * flow.features, [0]
     for layer in layers:
@@ -55,7 +56,7 @@ def _of_kernels(flow: Flow, n: int, device: torch.device, *, training: bool) -> 
             work = work_lists.forward(layer.layout.table, host, launch.rows, launch.columns, programs)
             numbers.append(work.slots * n * layer.out_features)
         if training:
-            one = table.backward_of(min(n, table.most_samples))
+            one = table.backward_of(min(n, table.most_samples)).fitted(aligned)
             programs = sms * one.programs_per_sm
             work = work_lists.backward(layer.layout.table, host, layer.in_features, one.rows, one.columns, programs)
             above = 4 * plane if is_output else n * layer.out_features + 2 * plane

@@ -120,6 +120,8 @@ _recorder: recording | None = None
 
 def launch(kernel: Any, grid: int, *args: Any, **options: Any) -> None:
     """Launches ``grid`` programs of a kernel, if any, on the current stream of the first tensor's device."""
+    # All the registers that a program can have: left to itself the assembler spills some, so that more programs fit.
+    options["maxnreg"] = min(255, 65_536 // (32 * options.get("num_warps", 4)))
     if _recorder is not None:
         _recorder.launches.append(Launched(kernel, grid, args, options))
     elif grid:

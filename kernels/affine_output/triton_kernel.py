@@ -107,7 +107,7 @@ def _ladj_kernel(shares_ptr, ladj_ptr, n, count, sign, BLOCK_B: tl.constexpr):
 
 def shares_of(h: Tensor, features: int) -> int:
     """Returns how many shares of a sample's log-determinant ``forward_into`` writes."""
-    return cdiv(2 * features, shape_of(h, h.shape[0]).rows)
+    return cdiv(2 * features, shape_of(h, h.shape[0], True).rows)
 
 
 def forward(
@@ -133,8 +133,9 @@ def forward_into(
     soft: bool,
 ) -> None:
     """Writes ``z``, ``log_scale`` and the shares ``[shares_of, N]`` (float64) of the sums of log-scales."""
-    (n, hidden), features, shape = h.shape, x.shape[1], shape_of(h, h.shape[0])
+    (n, hidden), features = h.shape, x.shape[1]
     rows = work_lists.rows(tiles, h.device)
+    shape = shape_of(h, n, rows.aligned)
     work = work_lists.forward(tiles, h.device, shape.rows, shape.columns, 0)  # rows suffice: nothing is split
     launch(
         _affine_output_fwd_kernel,

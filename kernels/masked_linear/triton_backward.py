@@ -213,12 +213,12 @@ def products(
     table, sms, precision = target(x)
     (n, out_features), in_features = g.shape, x.shape[1]
     samples = power_of_two(n, MIN_DOT, table.most_samples)
-    one = table.backward_of(samples)
+    rows = work_lists.rows(tiles, x.device)
+    one = table.backward_of(samples).fitted(rows.aligned)
     if need_x and mode != "none" and n > samples:  # the gradient of x first: Adam changes the weight
         partial, counts, _ = products(g, x, weight, prefix, tiles, need_x=True)
         of_weight: dict[str, Any] = {"mode": mode, "grad_w": grad_w, "step": step, "bias": bias, "bias_step": bias_step}
         return partial, counts, products(g, x, weight, prefix, tiles, need_x=False, **of_weight)[2]
-    rows = work_lists.rows(tiles, x.device)
     programs = cdiv(sms * one.programs_per_sm, max(1, cdiv(n, samples)) if mode == "none" else 1)
     work = work_lists.backward(tiles, x.device, in_features, one.rows, one.columns, programs)
     partial = x.new_empty(work.slots if need_x else 0, n, in_features)

@@ -69,11 +69,11 @@ class Shape(NamedTuple):
     programs: int
 
 
-def shape_of(like: Tensor, n: int) -> Shape:
-    """Returns how ``product`` is launched for ``n`` samples."""
+def shape_of(like: Tensor, n: int, aligned: bool) -> Shape:
+    """Returns how ``product`` is launched for ``n`` samples and rows of weights that are ``aligned`` or not."""
     table, sms, _ = target(like)
     lanes = n <= 1
-    one = table.lanes if lanes else table.dot
+    one = (table.lanes if lanes else table.dot).fitted(aligned)
     samples = 1 if lanes else power_of_two(n, MIN_DOT, table.most_samples)
     programs = cdiv(sms * one.programs_per_sm, max(1, cdiv(n, samples)))
     return Shape(lanes, samples, one.rows, one.columns, one.warps, one.stages, programs)
@@ -87,8 +87,8 @@ def forward(x: Tensor, weight: Tensor, bias: Tensor, prefix: Tensor, tiles: Tens
 def forward_into(y: Tensor, x: Tensor, weight: Tensor, bias: Tensor, tiles: Tensor, activation: str) -> Tensor:
     """Writes ``forward`` to ``y`` and returns it."""
     (n, in_features), out_features = x.shape, y.shape[1]
-    shape, relu = shape_of(x, n), activation == "relu"
     rows = work_lists.rows(tiles, x.device)
+    shape, relu = shape_of(x, n, rows.aligned), activation == "relu"
     work = work_lists.forward(tiles, x.device, shape.rows, shape.columns, shape.programs)
     split = work.slots > 1
     product_to = x.new_empty(work.slots, n, out_features) if split else y
