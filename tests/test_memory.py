@@ -106,6 +106,26 @@ def test_the_estimate_is_what_cuda_counts(batch: int, update: Any) -> None:
     assert fastmaf.memory_estimate(flow, batch, optimiser, update=used) == pytest.approx(peak, rel=TOLERANCE)
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("blocks, most", [(7, 1.3e9), (20, 3.5e9)])
+def test_the_reference_model_trains_within_4_gb(blocks: int, most: float) -> None:
+    """Replayed steps too, whose graphs hold memory of their own, with this process capped as on such a card."""
+    torch.cuda.empty_cache()
+    torch.cuda.set_per_process_memory_fraction(3.5e9 / torch.cuda.get_device_properties(0).total_memory)
+    before = torch.cuda.memory_allocated()
+    try:
+        flow = fastmaf.MAF(12288, blocks, (512, 512), order="natural", seed=0, device="cuda")
+        step = fastmaf.TrainingStep(flow, fastmaf.optim.FusedAdam(flow.parameters(), lr=1e-4), graphs=True)
+        x = torch.rand(8, flow.features, device="cuda")
+        torch.cuda.reset_peak_memory_stats()
+        for _ in range(4):
+            step(x)
+        assert torch.cuda.max_memory_allocated() - before <= most
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+
+
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 def test_the_reference_model_keeps_its_promise(device: str) -> None:
     seven = fastmaf.MAF(12288, 7, (512, 512), order="alternate", device="meta")
