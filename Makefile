@@ -45,12 +45,13 @@ reproduce: install  ## train, sample and evaluate on the synthetic capsules, or 
 test: $(VENV)/.installed-test $(PASCAL)  ## run the tests
 	"$(BIN)/python" -m pytest
 
-# compute-sanitizer comes with the CUDA toolkit; on Windows and in some sandboxes it cannot watch a process. It is slow: two
-# small tests of every kernel, with torch's allocator out of the way, whose pools would hide what lies beyond a tensor.
+# compute-sanitizer comes with the CUDA toolkit; in some sandboxes it cannot watch a process. It is slow: two small tests of every
+# kernel, with torch's allocator out of the way, whose pools would hide what lies beyond a tensor. racecheck sees shared
+# memory only; races in global memory show in the tests that repeat a call 20 times.
 SANITIZER ?= compute-sanitizer
 gpu-check: $(VENV)/.installed-test  ## on a GPU: the marked tests, then memory and races under compute-sanitizer
 	"$(BIN)/python" -m pytest -m gpu
-	for tool in memcheck racecheck; do \
+	for tool in memcheck racecheck synccheck initcheck; do \
 		PYTORCH_NO_CUDA_MEMORY_CACHING=1 $(SANITIZER) --tool $$tool --error-exitcode 1 \
 			"$(BIN)/python" -m pytest -m gpu -k 'launch_paths or paths_of_the_inverse' tests/kernels || exit 1; \
 	done

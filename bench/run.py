@@ -204,15 +204,22 @@ def run(
     return rows, about
 
 
-def naive_sampling(naive: NaiveMAF, features: int, blocks: int) -> tuple[list[float], str]:
-    """Times a few dimensions of one block of the naive inverse and extrapolates, in the open."""
+def naive_sampling(
+    naive: NaiveMAF,
+    features: int,
+    blocks: int,
+    once: Callable[[Callable[[], object]], float] = machine.seconds_once,
+) -> tuple[list[float], str]:
+    """Times a few dimensions of one block of the naive inverse with ``once`` and extrapolates, in the open."""
     passes = min(features, 24)
-    z = torch.randn(1, features)
     block, order = blocks_of(naive)[-1], naive.orders[-1]
-    times = [
-        t / (passes + 1) * features * blocks
-        for t in machine.seconds(lambda: block.inverse(z, order=order, passes=passes), 3)
-    ]
+    z = torch.randn(1, features).to(block.weights[0].device)
+
+    def call() -> object:
+        return block.inverse(z, order=order, passes=passes)
+
+    call()
+    times = [once(call) / (passes + 1) * features * blocks for _ in range(3)]
     return times, f"extrapolated: {passes + 1} of {features * blocks} passes"
 
 

@@ -6,6 +6,7 @@ launching is most of the time. A graph is recorded once per shape and then repla
 
 from __future__ import annotations
 
+import functools
 import math
 import warnings
 from collections import OrderedDict
@@ -17,6 +18,7 @@ from torch import Tensor
 
 from fastmaf.flows import Flow
 from fastmaf.kernels import backends, launch_table
+from fastmaf.kernels.adam import compile_adam
 from fastmaf.optim import FusedAdam, NotCapturableError, clip_scale
 
 # Graphs that are kept, each with memory of its own: an epoch has two batch sizes.
@@ -26,12 +28,21 @@ Key: TypeAlias = tuple[object, ...]
 T = TypeVar("T")
 
 
-def record(run: Callable[[], None], pool: Any = None) -> torch.cuda.CUDAGraph:
-    """Records what ``run`` launches; that happens in replays only. ``pool``: of a graph to share memory with."""
+def record(run: Callable[[], None], device: torch.device, pool: Any = None) -> torch.cuda.CUDAGraph:
+    """Records what ``run`` launches on a device, for replays; ``pool`` is that of a graph to share memory with.
+
+    What it launches must have been compiled and loaded before.
+    """
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, pool=pool):
+    with torch.cuda.device(device), torch.cuda.graph(graph, pool=pool, stream=_stream(device)):
         run()
     return graph
+
+
+@functools.cache
+def _stream(device: torch.device) -> torch.cuda.Stream:
+    """Returns the stream on which graphs of a device are recorded: torch's own is that of the device it was made on."""
+    return torch.cuda.Stream(device)
 
 
 def can_replay(flow: Flow) -> bool:
@@ -77,7 +88,8 @@ class _Recent(Generic[T]):
 class _GraphedLogProb:
     def __init__(self, flow: Flow, x: Tensor) -> None:
         self._flow, self._x = flow, x.clone()
-        self._graph = record(self._run)
+        self._run()  # where x was aligned otherwise, other kernels ran
+        self._graph = record(self._run, x.device)
 
     def _run(self) -> None:
         self._result = self._flow.log_prob(self._x)
@@ -107,7 +119,8 @@ class ReplayedLogProb:
         if not can_replay(self.flow):
             return self.flow.log_prob(x)
         key = _key(self.flow, x)
-        graphed = self._recent.get(key, lambda: _GraphedLogProb(self.flow, x))
+        with torch.inference_mode(False):  # later calls may come from outside of it
+            graphed = self._recent.get(key, lambda: _GraphedLogProb(self.flow, x))
         if graphed is not None:
             return graphed(x)
         result = self.flow.log_prob(x)
@@ -131,12 +144,18 @@ class GraphedStep:
         NotCapturableError: see ``FusedAdam.capturing``.
     """
 
+    _loss: Tensor
+
     def __init__(self, flow: Flow, optimizer: FusedAdam, x: Tensor, *, clips: bool = False) -> None:
         self._flow, self._optimizer, self._x = flow, optimizer, x.clone()
         self._updates = optimizer.updates_to_capture()
-        self._forward = record(self._run_forward)
-        self._backward = record(self._run_backward, self._forward.pool()) if clips else None
-        self._step = record(self._run_step if clips else self._run_minimize, self._forward.pool())
+        if clips:
+            compile_adam(x.device)
+        self._forward = record(self._run_forward, x.device)
+        pool = self._forward.pool()
+        self._backward = record(self._run_backward, x.device, pool) if clips else None
+        self._step = record(self._run_step if clips else self._run_minimize, x.device, pool)
+        self._loss = self._loss.detach()  # nothing goes back through it any more
 
     def _run_forward(self) -> None:
         self._loss = -self._flow.log_prob(self._x).mean()
@@ -201,13 +220,20 @@ class GraphedSteps:
             return GraphedStep(self._flow, self._optimizer, x, clips=self._clips)
 
         try:
-            return self._recent.get(_key(self._flow, x), make)
+            return self._recent.get(self._key(x), make)
         except NotCapturableError as error:
             self._refused = True
+            self._optimizer.zero_grad()  # what was recorded has no values
             warnings.warn(f"training steps are not replayed as CUDA graphs: {error}", stacklevel=3)
             return None
+
+    def _key(self, x: Tensor) -> Key:
+        """Adds to a flow's key what a step depends on: which parameters are trained, and where their moments lie."""
+        states = [self._optimizer.state.get(parameter, {}) for parameter in self._flow.parameters()]
+        moments = tuple(t.data_ptr() for state in states for name, t in state.items() if name != "step")
+        return *_key(self._flow, x), tuple(p.requires_grad for p in self._flow.parameters()), moments
 
     def stepped(self, x: Tensor) -> None:
         """Notes that a step on a batch like ``x`` was taken without."""
         if not self._refused and can_replay(self._flow):
-            self._recent.met(_key(self._flow, x))
+            self._recent.met(self._key(x))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -54,12 +54,14 @@ class CapturedUpdates:
     def __init__(self, device: torch.device, most: int) -> None:
         self.parameters: dict[Tensor, dict[str, Any]] = {}  # with their groups, in the order of their rows
         self._rows: dict[Tensor, int] = {}
+        self._moments: list[Tensor] = []  # for as long as replays write to them
         width = len(AdamNumbers(1, 1.0, 0.0, 0.0, 1.0, 0.0, False, False).kernel_scalars())
         self._host = torch.zeros(most, width, device="cpu", pin_memory=device.type == "cuda")
         self._device = torch.zeros(most, width, device=device)
 
-    def add(self, parameter: Tensor, group: dict[str, Any]) -> Tensor:
+    def add(self, parameter: Tensor, group: dict[str, Any], moments: Sequence[Tensor]) -> Tensor:
         """Adds an update; returns where its scalars will be."""
+        self._moments += moments
         self.parameters[parameter] = group
         row = self._rows.setdefault(parameter, len(self._rows))
         return self._device[row]
@@ -293,8 +295,9 @@ class FusedAdam(torch.optim.Adam):
         if self._capturing is not None:
             if not state:
                 raise NotCapturableError("a parameter has no optimiser state yet: it makes that in its first step")
-            scalars = self._capturing.add(parameter, group)
-            return Update(state["exp_avg"], state["exp_avg_sq"], _numbers(1, group), scalars)
+            moments = state["exp_avg"], state["exp_avg_sq"]
+            scalars = self._capturing.add(parameter, group, moments)
+            return Update(*moments, _numbers(1, group), scalars)
         if not state:
             state["step"] = torch.zeros((), dtype=torch.float32, device="cpu")
             for name in ("exp_avg", "exp_avg_sq"):

@@ -40,3 +40,10 @@ def adam_step_(weight: Tensor, grad: Tensor, update: Update) -> None:
         maximize=numbers.maximize,
         decoupled_weight_decay=numbers.decoupled,
     )
+
+
+def compile_adam(device: torch.device) -> None:
+    """Compiles what ``adam_step_`` launches for scalars that are read on the device."""
+    from fastmaf.kernels.triton_adam import compile_for
+
+    compile_for(device)

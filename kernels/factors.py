@@ -48,8 +48,12 @@ class AdamNumbers(NamedTuple):
         return math.sqrt(1 - self.beta2**self.step)
 
     def kernel_scalars(self, scale: float = 1.0) -> list[float]:
-        """Returns what ``triton_parts.adam`` reads, for ``scale`` times the gradient."""
-        return [
+        """Returns what ``triton_parts.adam`` reads, for ``scale`` times the gradient.
+
+        Filled up to 64 bytes, so that rows of them all start at a multiple of 16: a kernel is compiled for the
+        alignment of its pointers, and must not have to be while a CUDA graph is captured.
+        """
+        numbers = [
             -scale if self.maximize else scale,
             0.0 if self.decoupled else self.weight_decay,
             1 - self.lr * self.weight_decay if self.decoupled else 1.0,
@@ -60,6 +64,7 @@ class AdamNumbers(NamedTuple):
             self.correction2_sqrt,
             self.eps,
         ]
+        return numbers + [0.0] * (16 - len(numbers))
 
 
 class Update(NamedTuple):

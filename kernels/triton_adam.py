@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -30,3 +31,11 @@ def adam_dense_(weight: Tensor, grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tenso
     launch(
         _adam_kernel, cdiv(numel, BLOCK), weight, grad.contiguous(), exp_avg, exp_avg_sq, scalars, numel, BLOCK=BLOCK
     )
+
+
+def compile_for(device: torch.device) -> None:
+    """Compiles and loads all that ``adam_dense_`` may launch: neither can be done while a CUDA graph is captured."""
+    scalars = torch.zeros(16, device=device)
+    for numel in (1, 2, 16):  # Triton compiles anew for 1, and for multiples of 16
+        weight, grad, exp_avg, exp_avg_sq = (torch.zeros(numel, device=device) for _ in range(4))
+        adam_dense_(weight, grad, exp_avg, exp_avg_sq, scalars)

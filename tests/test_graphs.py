@@ -31,7 +31,7 @@ class RunAgain:
 
     recorded = 0
 
-    def __init__(self, run: Callable[[], None], pool: Any = None) -> None:
+    def __init__(self, run: Callable[[], None], device: torch.device, pool: Any = None) -> None:
         RunAgain.recorded += 1
         self.replay = run
         owner = run.__self__  # type: ignore[attr-defined]
@@ -101,10 +101,71 @@ def test_replayed_steps_are_the_eager_ones(device: str, max_grad_norm: float | N
         torch.testing.assert_close(a, b, **close)
     for key, tensors in states[0].items():
         for name, value in tensors.items():
-            torch.testing.assert_close(value, states[1][key][name], **close)
+            torch.testing.assert_close(value.cpu(), states[1][key][name].cpu(), **close)
     if device == "cpu":
         graphs_of_a_step = 2 if max_grad_norm is None else 3
         assert RunAgain.recorded == 2 * graphs_of_a_step, "for each of two batch sizes"
+
+
+@pytest.mark.parametrize("clips", [False, True])
+def test_nothing_is_compiled_while_a_graph_is_recorded(clips: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A kernel is compiled for the alignment of its pointers too: all that a graph holds must have run before."""
+    from bench import resources
+    from fastmaf.kernels import triton_parts
+
+    flow, x = flow_on("cpu", blocks=3, order="alternate"), batches("cpu", [4])[0]
+    optimizer = fastmaf.optim.FusedAdam(flow.parameters())
+    in_graphs: list[triton_parts.Launched] = []
+
+    class Recorded:
+        def __init__(self, run: Callable[[], None], device: torch.device, pool: Any = None) -> None:
+            assert triton_parts._recorder is not None
+            before = len(triton_parts._recorder.launches)
+            run()
+            in_graphs.extend(triton_parts._recorder.launches[before:])
+
+        def pool(self) -> None:
+            return None
+
+    def steps() -> None:
+        loss = -flow.log_prob(x).mean()
+        if clips:
+            loss.backward()
+            optimizer.clip_grad_norm_(1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+        else:
+            optimizer.minimize(loss)
+        graphs.GraphedStep(flow, optimizer, x, clips=clips)
+        with torch.no_grad():
+            flow.log_prob(x)
+            graphs._GraphedLogProb(flow, x)
+
+    monkeypatch.setattr(graphs, "record", Recorded)
+    launches = resources.recorded(90, steps)
+    graphed = [id(one) for one in in_graphs]
+    known = {repr(resources._source(one)) for one in launches if id(one) not in graphed}
+    assert len(in_graphs) >= 40
+    assert {repr(resources._source(one)) for one in in_graphs} - known == set()
+
+
+def test_a_loaded_state_or_a_frozen_parameter_is_another_step(device: str) -> None:
+    flow = flow_on(device)
+    optimizer = fastmaf.optim.FusedAdam(flow.parameters(), lr=1e-2)
+    step = fastmaf.TrainingStep(flow, optimizer, graphs=True)
+    x = batches(device, [4])[0]
+    for _ in range(3):
+        step(x)
+    assert step._graphs is not None and step._graphs.of(x) is not None
+    optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    assert step._graphs.of(x) is None, "its moments lie elsewhere"
+    step(x)
+    assert step._graphs.of(x) is not None
+    frozen = next(flow.parameters()).requires_grad_(False)
+    before = frozen.detach().clone()
+    for _ in range(3):
+        step(x)
+    assert torch.equal(frozen, before)
 
 
 def test_a_skipped_step_leaves_everything(device: str) -> None:
