@@ -16,10 +16,11 @@ from typing import Any, Generic, TypeAlias, TypeVar
 import torch
 from torch import Tensor
 
+from fastmaf.captured import NotCapturableError
 from fastmaf.flows import Flow
 from fastmaf.kernels import backends, launch_table
 from fastmaf.kernels.adam import compile_adam
-from fastmaf.optim import FusedAdam, NotCapturableError, clip_scale
+from fastmaf.optim import FusedAdam, clip_scale
 
 # Graphs that are kept, each with memory of its own: an epoch has two batch sizes.
 _MOST = 4

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from fastmaf.captured import CapturedUpdates, NotCapturableError
 from fastmaf.kernels import empty_on_huge_pages
 from fastmaf.kernels.adam import adam_step_
 from fastmaf.kernels.factors import AdamNumbers, Factors, Update, give_to, joined
@@ -37,39 +38,6 @@ class _Taker:
             return factors.adam_(self.begin(), need_inputs=need_inputs)
         self.kept.append(factors)
         return factors.grad_inputs(need_inputs)
-
-
-class NotCapturableError(RuntimeError):
-    """A step that cannot be captured in a CUDA graph; the message says why."""
-
-
-class CapturedUpdates:
-    """The updates of a step that was captured in a CUDA graph: which they are, and the scalars that replays read.
-
-    Args:
-        device: of the parameters.
-        most: how many updates there can be.
-    """
-
-    def __init__(self, device: torch.device, most: int) -> None:
-        self.parameters: dict[Tensor, dict[str, Any]] = {}  # with their groups, in the order of their rows
-        self._rows: dict[Tensor, int] = {}
-        self._moments: list[Tensor] = []  # for as long as replays write to them
-        width = len(AdamNumbers(1, 1.0, 0.0, 0.0, 1.0, 0.0, False, False).kernel_scalars())
-        self._host = torch.zeros(most, width, device="cpu", pin_memory=device.type == "cuda")
-        self._device = torch.zeros(most, width, device=device)
-
-    def add(self, parameter: Tensor, group: dict[str, Any], moments: Sequence[Tensor]) -> Tensor:
-        """Adds an update; returns where its scalars will be."""
-        self._moments += moments
-        self.parameters[parameter] = group
-        row = self._rows.setdefault(parameter, len(self._rows))
-        return self._device[row]
-
-    def set(self, scalars: list[list[float]]) -> None:
-        """Sends the scalars of the next replay. The one before must have been waited for: it may still be reading."""
-        self._host[: len(scalars)] = torch.tensor(scalars, device="cpu")
-        self._device.copy_(self._host, non_blocking=True)
 
 
 class FusedAdam(torch.optim.Adam):

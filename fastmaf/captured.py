@@ -1,0 +1,44 @@
+"""What a step of ``fastmaf.optim.FusedAdam`` leaves behind when it is captured in a CUDA graph."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastmaf.kernels.factors import AdamNumbers
+
+
+class NotCapturableError(RuntimeError):
+    """A step that cannot be captured in a CUDA graph; the message says why."""
+
+
+class CapturedUpdates:
+    """The updates of a step that was captured in a CUDA graph: which they are, and the scalars that replays read.
+
+    Args:
+        device: of the parameters.
+        most: how many updates there can be.
+    """
+
+    def __init__(self, device: torch.device, most: int) -> None:
+        self.parameters: dict[Tensor, dict[str, Any]] = {}  # with their groups, in the order of their rows
+        self._rows: dict[Tensor, int] = {}
+        self._moments: list[Tensor] = []  # for as long as replays write to them
+        width = len(AdamNumbers(1, 1.0, 0.0, 0.0, 1.0, 0.0, False, False).kernel_scalars())
+        self._host = torch.zeros(most, width, device="cpu", pin_memory=device.type == "cuda")
+        self._device = torch.zeros(most, width, device=device)
+
+    def add(self, parameter: Tensor, group: dict[str, Any], moments: Sequence[Tensor]) -> Tensor:
+        """Adds an update; returns where its scalars will be."""
+        self._moments += moments
+        self.parameters[parameter] = group
+        row = self._rows.setdefault(parameter, len(self._rows))
+        return self._device[row]
+
+    def set(self, scalars: list[list[float]]) -> None:
+        """Sends the scalars of the next replay. The one before must have been waited for: it may still be reading."""
+        self._host[: len(scalars)] = torch.tensor(scalars, device="cpu")
+        self._device.copy_(self._host, non_blocking=True)
