@@ -71,42 +71,42 @@ TABLES: dict[int, Table] = {
     # Pascal: 6 SMs and no asynchronous copies, so the loads of many resident programs hide the latency; 48 KB shared.
     61: Table(
         lanes=Launch(16, 256, programs_per_sm=8),  # 8 loads of 16 bytes a thread in flight before the first use
-        dot=Launch(64, 32, programs_per_sm=8),  # 64 rows share each load of the samples; 96 to 192 registers
-        backward=Launch(16, 64, programs_per_sm=6),  # 256-byte row segments; 158 instructions a weight; 168 registers
-        backward_many=Launch(16, 32, programs_per_sm=4),  # 64 samples: 255 registers, 64 columns would spill
-        most_samples=64,  # 255 registers in the backward pass; with 128 samples they would spill
-        inverse_warps=8,  # 210 registers are there for 256 threads
+        dot=Launch(64, 32, programs_per_sm=8),  # 64 rows share each load of the samples; 4 programs fit an SM
+        backward=Launch(16, 64, programs_per_sm=6),  # 256-byte row segments; 158 instructions a weight
+        backward_many=Launch(16, 32, programs_per_sm=4),  # the sums of 64 samples fill the registers; 64 columns spill
+        most_samples=64,  # with 128 the backward pass spills
+        inverse_warps=8,  # 255 registers a thread, of which one sample takes 200 and 16 samples 236
         inverse_numbers=8192,  # 32 KB of weights in flight, what one SM's latency times bandwidth asks for
     ),
     # Turing: as Pascal, but half as many threads a multiprocessor.
     75: Table(
-        lanes=Launch(16, 256, programs_per_sm=8),
-        dot=Launch(64, 32, programs_per_sm=4),
-        backward=Launch(16, 64, programs_per_sm=6),
-        backward_many=Launch(16, 32, programs_per_sm=4),
-        most_samples=64,
-        inverse_warps=16,  # the compiler gives a thread 128 registers here, however few there are
-        inverse_numbers=4096,  # 8192 spill
+        lanes=Launch(16, 256, programs_per_sm=8),  # as on Pascal
+        dot=Launch(64, 32, programs_per_sm=4),  # half the threads, half the programs
+        backward=Launch(16, 64, programs_per_sm=6),  # as on Pascal
+        backward_many=Launch(16, 32, programs_per_sm=4),  # as on Pascal
+        most_samples=64,  # as on Pascal
+        inverse_warps=16,  # one program is all that runs on an SM: more threads issue its loads faster
+        inverse_numbers=8192,  # as on Pascal
     ),
     # Ampere and Ada: asynchronous copies into shared memory of the next tiles of a matrix product.
     80: Table(
-        lanes=Launch(16, 256, programs_per_sm=8),
-        dot=Launch(64, 32, stages=2, programs_per_sm=4),  # a third stage spills
+        lanes=Launch(16, 256, programs_per_sm=8),  # as on Pascal
+        dot=Launch(64, 32, stages=2, programs_per_sm=4),  # one tile multiplied, one on its way; a third spills
         backward=Launch(16, 64, programs_per_sm=6),  # 152 instructions a weight; stages would only cost registers
         backward_many=Launch(16, 64, warps=8, programs_per_sm=4),  # twice the threads for the sums of 64 samples
-        most_samples=64,
-        inverse_warps=8,
-        inverse_numbers=8192,
+        most_samples=64,  # with 128 the backward pass spills
+        inverse_warps=8,  # 255 registers a thread, for
+        inverse_numbers=16384,  # 64 KB in flight: 240 of them
     ),
     # Hopper: 25 to 36 GB/s a multiprocessor, so more bytes in flight.
     90: Table(
-        lanes=Launch(16, 256, programs_per_sm=8),
-        dot=Launch(64, 32, stages=4, programs_per_sm=4),
-        backward=Launch(16, 64, programs_per_sm=6),
-        backward_many=Launch(16, 64, warps=8, programs_per_sm=4),
-        most_samples=64,
-        inverse_warps=16,  # 128 registers are there for 512 threads
-        inverse_numbers=8192,  # 16384 spill
+        lanes=Launch(16, 256, programs_per_sm=8),  # as on Pascal
+        dot=Launch(64, 32, stages=4, programs_per_sm=4),  # three tiles of 12 KB on their way
+        backward=Launch(16, 64, programs_per_sm=6),  # as on Ampere; 3 programs of 12 KB in flight fit an SM
+        backward_many=Launch(16, 64, warps=8, programs_per_sm=4),  # as on Ampere
+        most_samples=64,  # with 128 the backward pass spills
+        inverse_warps=16,  # 512 threads, 128 registers each,
+        inverse_numbers=16384,  # issue the loads of 64 KB at once
     ),
 }
 

@@ -120,13 +120,18 @@ _recorder: recording | None = None
 
 def launch(kernel: Any, grid: int, *args: Any, **options: Any) -> None:
     """Launches ``grid`` programs of a kernel, if any, on the current stream of the first tensor's device."""
-    # All the registers that a program can have: left to itself the assembler spills some, so that more programs fit.
-    options["maxnreg"] = min(255, 65_536 // (32 * options.get("num_warps", 4)))
     if _recorder is not None:
         _recorder.launches.append(Launched(kernel, grid, args, options))
     elif grid:
         with torch.cuda.device_of(args[0]):
             kernel[(grid,)](*args, **options)
+
+
+def all_registers(warps: int) -> int:
+    """Returns how many registers a thread can have in a program of so many warps: for ``maxnreg``, where the assembler,
+    left to itself, would rather spill some so that more programs fit.
+    """
+    return min(255, 65_536 // (32 * warps))
 
 
 def cdiv(a: int, b: int) -> int:

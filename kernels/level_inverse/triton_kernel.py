@@ -27,6 +27,7 @@ from fastmaf.kernels import work_lists
 from fastmaf.kernels.launch_table import Table
 from fastmaf.kernels.level_inverse.reference import backward
 from fastmaf.kernels.triton_parts import (
+    all_registers,
     bounded,
     cdiv,
     exponential,
@@ -209,9 +210,9 @@ class _Plan(NamedTuple):
     panel_values: int
 
 
-def _plan(table: Table, sms: int, n: int, features: int, widest: int, steps: int) -> _Plan:
+def _plan(table: Table, sms: int, n: int, features: int, widest: int, steps: int, aligned: bool) -> _Plan:
     samples = power_of_two(cdiv(n, sms), 1, 16)
-    numbers = table.inverse_numbers // samples
+    numbers = table.inverse_numbers // samples // (1 if aligned else 2)  # as Launch.fitted
     dims = power_of_two(cdiv(features, steps), 8, 64)
     units = power_of_two(cdiv(widest, steps), 1, 16)
     return _Plan(
@@ -219,7 +220,7 @@ def _plan(table: Table, sms: int, n: int, features: int, widest: int, steps: int
         dims,
         units,
         16,
-        numbers // 16,
+        max(16, numbers // 16),
         power_of_two(PANEL * units, 16, max(16, numbers // dims)),
         power_of_two(PANEL * dims, 16, max(16, numbers // units)),
     )
@@ -279,11 +280,12 @@ def chain(
         sum(b.shape[0] for b in biases[f : f + d - 1]) for f, d in zip(_starts(depths), depths, strict=True)
     )
     steps = max(len(schedule) for schedule in schedules)
+    aligned = all(r.aligned for r in rows) and not any(w.data_ptr() % 16 for w in weights)
     x, ladj = torch.empty_like(z), z.new_empty(n)
     for start in range(0, n, MOST_SAMPLES):
         part = slice(start, start + MOST_SAMPLES)
         count = len(z[part])
-        plan = _plan(launches, sms, count, features, max(hidden), steps)
+        plan = _plan(launches, sms, count, features, max(hidden), steps, aligned)
         values = z.new_empty(count, per_block)
         ahead = z.new_empty(count, per_block + 2 * features)
         launch(
@@ -294,8 +296,8 @@ def chain(
             PANEL=PANEL, BLOCK_N=plan.samples, BLOCK_D=plan.dims, BLOCK_U=plan.units, BLOCK_R=plan.rows,
             BLOCK_C=plan.columns, BLOCK_P=plan.panel_units, BLOCK_W=plan.panel_values,
             W_TYPE=tl.bfloat16 if weights[0].dtype == torch.bfloat16 else tl.float32, RELU=activation == "relu",
-            ANY_SOFT=any(soft), ALIGNED=all(r.aligned for r in rows) and not any(w.data_ptr() % 16 for w in weights),
-            num_warps=launches.inverse_warps,
+            ANY_SOFT=any(soft), ALIGNED=aligned,
+            num_warps=launches.inverse_warps, maxnreg=all_registers(launches.inverse_warps),
         )  # fmt: skip
     return (x[:, permutations[-1]] if permutations[-1].numel() else x), ladj
 

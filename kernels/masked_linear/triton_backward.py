@@ -23,6 +23,7 @@ from fastmaf.kernels.triton_parts import (
     MIN_DOT,
     adam,
     adam_scalars,
+    all_registers,
     cdiv,
     launch,
     matmul,
@@ -234,7 +235,7 @@ def products(
         *(bias_step or none), n, in_features, out_features,
         BLOCK_N=samples, BLOCK_J=one.rows, BLOCK_K=one.columns, NEED_X=need_x, WEIGHT=mode,
         BIAS_ADAM=bias_step is not None, ALIGNED=rows.aligned, PRECISION=precision,
-        num_warps=one.warps, num_stages=one.stages,
+        num_warps=one.warps, num_stages=one.stages, maxnreg=all_registers(one.warps),
     )  # fmt: skip
     if mode == "norm":
         assert grad_w is not None
