@@ -115,9 +115,10 @@ class FusedAdam(torch.optim.Adam):
                         factors.adam_(self._begin(parameter, group))
                     else:  # another part of the graph, such as a compiled one, has left a gradient
                         parameter.grad += factors.grad_weight()
-                if (
-                    self._capturing is not None and parameter.grad is not None
-                ):  # torch's own step refuses to be captured
+                # Torch's own step refuses to be captured: the kernel that reads its scalars on the device takes it.
+                if self._capturing is not None and parameter.grad is not None:
+                    if parameter.dtype != torch.float32 or not parameter.is_contiguous():
+                        raise NotCapturableError("a parameter with a gradient in grad is not contiguous float32")
                     adam_step_(parameter, parameter.grad, self._begin(parameter, group))
                     parameter.grad = None
         if self._capturing is None:
@@ -186,8 +187,8 @@ class FusedAdam(torch.optim.Adam):
         For CUDA graphs of them. Every parameter must have taken a step before, so that its state is there.
 
         Raises:
-            NotCapturableError: in ``minimize``, where a parameter's state is missing or its gradient reaches it in
-                ``grad``: then torch's own step would have to be captured with it.
+            NotCapturableError: where a parameter's state is missing, or its gradient reaches it in ``grad``: in
+                ``minimize`` always, in ``step`` if it is not contiguous float32.
         """
         self._capturing = updates
         try:

@@ -110,6 +110,20 @@ TABLES: dict[int, Table] = {
     ),
 }
 
+# The most registers a thread may take, by the samples of a program's tile (0: any): a multiprocessor has 65,536.
+REGISTERS: dict[str, dict[int, int]] = {
+    "_masked_linear_fwd_kernel": {1: 128, 16: 128, 64: 255},  # up to 16 samples 4 programs hide each other's loads
+    "_affine_output_fwd_kernel": {1: 128, 16: 128, 64: 255},  # the same; 64 samples are bound by multiply-adds
+    "_masked_linear_bwd_kernel": {
+        0: 255
+    },  # weight, moments and both products: 2 or 3 programs, each with much in flight
+    "_level_inverse_kernel": {0: 255},  # one program is all that runs on a multiprocessor
+    "_sum_slots_kernel": {0: 64},  # the rest stream: all threads of a multiprocessor should fit
+    "_affine_output_grad_kernel": {0: 64},
+    "_ladj_kernel": {0: 64},
+    "_adam_kernel": {0: 64},
+}
+
 # Below Ampere there are no matrix units for these.
 _NEEDS = {"ieee": 61, "tf32x3": 80, "tf32": 80, "bf16": 80}
 

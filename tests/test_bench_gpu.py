@@ -72,6 +72,9 @@ def test_every_row_of_a_small_run_has_its_bound() -> None:
 
     rows, about = gpu.run(192, 2, 32, 3)
     assert about["card"] == torch.cuda.get_device_name()
-    timed = [row for row in rows if "median_s" in row]
-    assert {row["case"] for row in timed} == {"log_prob", "sample", "train step"}
-    assert all(float(row["median_s"]) > 0 and float(row["limit_s"]) > 0 for row in timed)
+    cases = {"log_prob": gpu.SCORE, "sample": gpu.SAMPLE, "train step": gpu.TRAIN}
+    found = {(row["case"], row["batch"]) for row in rows if row["side"] == "fastmaf" and "must_move" in row}
+    assert found == {(case, str(batch)) for case, batches in cases.items() for batch in batches}
+    assert all(row["must_move"].endswith(("MB", "GFLOP")) for row in rows if "must_move" in row)
+    sides = {row["side"] for row in rows if row["case"] == "train step"}
+    assert sides >= {"fastmaf", "fastmaf, no graphs", "naive", "masked once", "naive, compiled"}

@@ -200,6 +200,21 @@ def test_a_flow_with_other_parameters_is_trained_without(device: str) -> None:
     assert not torch.equal(extra, torch.ones_like(extra))
 
 
+def test_a_clipped_step_of_parameters_that_the_kernel_cannot_take_is_taken_without(device: str) -> None:
+    """The kernel walks memory in its order: of a transposed parameter that is not the gradient's."""
+    flow = flow_on(device)
+    extra = torch.nn.Parameter(torch.ones(2, 13, device=device).t())
+    optimizer = fastmaf.optim.FusedAdam([*flow.parameters(), extra], lr=1e-2)
+    log_prob = flow.log_prob
+    flow.log_prob = lambda x: log_prob(x * extra[:, 0])  # type: ignore[method-assign]
+    step = fastmaf.TrainingStep(flow, optimizer, fastmaf.Guards(max_grad_norm=1e9), graphs=True)
+    x = batches(device, [4])[0]
+    step(x)
+    with pytest.warns(UserWarning, match="not contiguous"):
+        step(x)
+    assert torch.equal(extra[:, 1], torch.ones(13, device=device)), "no gradient reaches this column"
+
+
 def test_replayed_log_prob(device: str) -> None:
     flow = flow_on(device)
     replayed = graphs.ReplayedLogProb(flow)
