@@ -19,7 +19,7 @@ PASCAL = $(VENV)/triton-3.3.1
 # A PYTHON given by hand is taken or refused; a python3 that is too old gives way to a newer one beside it.
 PYTHONS = $(if $(filter file,$(origin PYTHON)),$(PYTHON) python3.13 python3.12 python3.11 python3.10,"$(PYTHON)")
 
-.PHONY: help venv install native reproduce test gpu-check sanitize lint format bench doctor clean FORCE
+.PHONY: help venv install native reproduce test gpu-check sanitize lint format bench bench-full readme doctor clean FORCE
 .DELETE_ON_ERROR:
 
 help:  ## list the targets
@@ -67,22 +67,28 @@ sanitize:  ## run the native kernels under the address and undefined-behaviour s
 	$(CXX) -DFASTMAF_SCALAR $(SANITIZE) -o build/sanitize/scalar
 	build/sanitize/scalar
 
-# mypy cannot know that kernels/ is fastmaf.kernels, so it gets the tree as installed, with bench (which may use tests) beside it.
+# mypy cannot know that kernels/ is fastmaf.kernels, so it gets the tree as installed.
 lint: $(VENV)/.installed-dev  ## ruff check, ruff format --check, mypy
 	"$(BIN)/ruff" check .
 	"$(BIN)/ruff" format --check .
 	rm -rf build/lint
 	"$(BIN)/python" setup.py -q build_py --no-compile --build-lib build/lint
-	cp -R bench tests build/lint/
-	cd build/lint && "$(abspath $(BIN))/mypy" --config-file ../../pyproject.toml --cache-dir ../../.mypy_cache -p fastmaf -p bench
+	cd build/lint && "$(abspath $(BIN))/mypy" --config-file ../../pyproject.toml --cache-dir ../../.mypy_cache -p fastmaf
 
 format: $(VENV)/.installed-dev  ## let ruff sort the imports and format
 	"$(BIN)/ruff" check --fix .
 	"$(BIN)/ruff" format .
 
-bench: $(VENV)/.installed-bench  ## time fastmaf beside the naive model
-	"$(BIN)/python" -m bench.run
-	"$(BIN)/python" -m bench.ops
+bench: $(VENV)/.installed-bench  ## the quick benchmark suite: fastmaf beside other libraries, under two minutes
+	"$(BIN)/fastmaf" bench --quick
+
+bench-full: $(VENV)/.installed-bench  ## the full one, under thirty minutes, and every op by itself
+	"$(BIN)/fastmaf" bench
+	"$(BIN)/python" -m fastmaf.bench.ops
+
+# To bench/results/ goes what README.md quotes.
+readme: $(VENV)/.installed-bench  ## write README.md's tables anew from bench/results/cpu.csv
+	"$(BIN)/python" -m fastmaf.bench.readme
 
 doctor: install  ## versions, devices, the backends in use and why
 	"$(BIN)/fastmaf" doctor

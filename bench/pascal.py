@@ -1,6 +1,6 @@
 """A model of a card that is not here, the 4 GB GTX 1050 Ti: no measurement.
 
-    python -m bench.pascal
+    python -m fastmaf.bench.pascal
 
 Each kernel that the library would launch on it (``triton_parts.recording``) takes as long as the bytes that it must
 move, or the multiply-adds that it must do, at the rates below; launches and the dependent steps of a sample come on
@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 
 import fastmaf
-from bench.resources import recorded
+from fastmaf.bench.resources import recorded
 from fastmaf.kernels.triton_parts import Launched
 
 

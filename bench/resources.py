@@ -1,6 +1,6 @@
 """Compiles every Triton kernel ahead of time, for cards that need not be here, and reports what ptxas says of it.
 
-    python -m bench.resources --arch 61 --arch 90
+    python -m fastmaf.bench.resources --arch 61 --arch 90
 
 What is compiled is what the library would launch: training steps, densities and samples run on a card that is only
 described (``triton_parts.recording``), of the reference model and of an odd small one.

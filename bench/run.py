@@ -1,285 +1,323 @@
-"""Times fastmaf beside the naive model and a clever dense one: ``python -m bench.run``.
-
-Correctness comes first: sides whose log_prob or samples differ are not timed. Sides are interleaved; medians with the
-20th and 80th percentile are printed, beside the time in which the bytes that must move could move on this machine.
-"""
+"""Runs a plan: every side in a process of its own, checked first, then timed in turn with fastmaf."""
 
 from __future__ import annotations
 
-import argparse
-import copy
-import csv
+import secrets
+import shutil
 import statistics
-from collections.abc import Callable
-from functools import partial
+import tempfile
+import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
 import fastmaf
-from bench import machine, memory
-from bench.sides import (
-    Side,
-    bfloat16_side,
-    blocks_of,
-    fast_side,
-    masked_gradients_side,
-    masked_once_side,
-    naive_side,
-    reference_side,
-    torch_adam_side,
-)
-from fastmaf.reference import NaiveMAF
+from fastmaf.bench import machine
+from fastmaf.bench.cases import EPOCH_BATCH, Case, Plan, Sweep
+from fastmaf.bench.check import WrongResultError
+from fastmaf.bench.rows import Row, row_of
+from fastmaf.bench.sides import SIDES, Size
+from fastmaf.bench.worker import SideError, Timed, Worker
+from fastmaf.capsule.synthetic import draw_dataset
 
-RESULTS = Path(__file__).parent / "results"
-COLUMNS = (
-    "case",
-    "batch",
-    "side",
-    "median_s",
-    "p20_s",
-    "p80_s",
-    "must_move",
-    "limit_s",
-    "fraction_of_limit",
-    "times_faster",
-    "note",
-)
-
-Row = dict[str, str]
+FAST = "fastmaf"
+REST = 0.02  # seconds between two processes: the threads of the first still spin for a while after their work
+ENOUGH = 8.0  # seconds of a case after which three rounds will do
+BUSY = 0.1  # the share of the processors from which other processes are worth a note
+EPOCH = 8.0  # seconds of an epoch's steps after which the rest is extrapolated
 
 
-class WrongResultError(AssertionError):
-    """Two sides that should be the same function are not: nothing is timed."""
+class Measured(NamedTuple):
+    """What one side gave for one case."""
+
+    sweep: str
+    case: Case
+    side: str
+    size: Size
+    threads: int | None
+    values: Sequence[float]
+    times_fast: float | None = None  # how many times fastmaf's: the median of what the rounds gave
+    first: float | None = None
+    note: str = ""
+    error: float | None = None
 
 
-# Rounding the weights to bfloat16 changes the function itself, a little.
-ALLOWED = {"bfloat16": 1e-3}
+class Result(NamedTuple):
+    """What a run gave.
+
+    Attributes:
+        rows: one per case and side.
+        about: the machine, its versions and limits.
+        left_out: sentences about what was not measured, and why.
+        wrong: sentences about sides whose results were wrong, of which there are no rows.
+    """
+
+    rows: list[Row]
+    about: dict[str, str]
+    left_out: list[str]
+    wrong: list[str]
 
 
-def check(flow: fastmaf.MAF, sides: list[Side], naive: NaiveMAF, x: torch.Tensor) -> None:
-    """Holds the sides against each other: log_prob, round trip, and the first dimensions of the naive inverse."""
-    with torch.no_grad():
-        expected = flow.log_prob(x)
-        for side in sides:
-            error = float(((side.log_prob(x) - expected) / expected).abs().max())
-            if not error < ALLOWED.get(side.name, 1e-4):
-                raise WrongResultError(f"log_prob of {side.name!r} is off by a relative {error:.1e}")
-        samples = {}
-        for side in sides:
-            if side.sample is not None:
-                torch.manual_seed(0)
-                samples[side.name] = side.sample(3)
-        for name, found in samples.items():
-            error = float((found - next(iter(samples.values()))).norm() / found.norm())
-            if not error < 10 * ALLOWED.get(name, 1e-4):
-                raise WrongResultError(f"samples of {name!r} are off by a relative {error:.1e}")
-        z, _ = flow(x)
-        error = float((flow.inverse(z)[0] - x).abs().max())
-        if not error < 1e-3:
-            raise WrongResultError(f"inverse(forward(x)) is off by {error:.1e}")
-        block, order = flow.transforms[-1], naive.orders[-1]
-        assert isinstance(block, fastmaf.Transform)
-        passes = 16
-        slow, _ = blocks_of(naive)[-1].inverse(z, order=order, passes=passes)
-        error = float((slow - block.inverse(z)[0])[:, order[:passes]].abs().max())
-        if not error < 1e-4:
-            raise WrongResultError(f"the naive inverse's first {passes} dimensions are off by {error:.1e}")
+Say = Callable[[str, int], None]
 
 
-def interleaved(
-    calls: dict[str, Callable[[], object]],
-    repeats: dict[str, int],
-    once: Callable[[Callable[[], object]], float] = machine.seconds_once,
-) -> dict[str, list[float]]:
-    """Times the calls in turn with ``once``, each as often as asked, after a warm-up of each."""
-    for call in calls.values():
-        call()
-    times: dict[str, list[float]] = {name: [] for name in calls}
-    for i in range(max(repeats.values())):
-        for name, call in calls.items():
-            if i < repeats[name]:
-                times[name].append(once(call))
-    return times
-
-
-def rows_of(
-    case: str,
-    batch: int,
-    times: dict[str, list[float]],
-    must_move: str,
-    limit: float,
-    notes: dict[str, str] | None = None,
-) -> list[Row]:
-    """Turns the times of one case into rows; every side is compared with the first.
+def run(plan: Plan, say: Say = lambda _text, _parts: None, *, seed: int | None = None, device: str = "cpu") -> Result:
+    """Runs a plan.
 
     Args:
-        must_move: the bytes or operations that bound the case, in words.
-        limit: seconds in which the machine could move them.
+        plan: the cases and sweeps.
+        say: is told what is about to be done, and how many of the ``plan.parts`` parts of the run have been done since.
+        seed: of weights and inputs; None draws one.
+        device: cpu or cuda.
     """
-    first = statistics.median(next(iter(times.values())))
-    rows = []
-    for name, values in times.items():
-        median = statistics.median(values)
-        # inclusive: of few repeats the other method makes times that none of them took, even negative ones
-        cuts = statistics.quantiles(values, n=5, method="inclusive") if len(values) > 1 else [median] * 4
-        p20, p80 = cuts[0], cuts[3]
-        rows.append(
-            {
-                "case": case,
-                "batch": str(batch),
-                "side": name,
-                "median_s": f"{median:.6g}",
-                "p20_s": f"{p20:.6g}",
-                "p80_s": f"{p80:.6g}",
-                "must_move": must_move,
-                "limit_s": f"{limit:.6g}",
-                "fraction_of_limit": f"{limit / median:.4g}",
-                "times_faster": f"{median / first:.4g}",
-                "note": (notes or {}).get(name, ""),
-            }
-        )
-    return rows
+    about = machine.describe(device)
+    measure = machine.limits if device == "cpu" else machine.cuda_limits
+    seed = secrets.randbelow(2**31) if seed is None else seed
+    began = time.monotonic()
+    say("measuring the limits of this machine", 0)
+    limits = measure() | machine.file_limits()
+    if device != "cpu":
+        torch.cuda.empty_cache()  # what the limits were measured with: the sides need it
+    suite = _Suite(plan, seed, say, device)
+    try:
+        with tempfile.TemporaryDirectory(prefix="fastmaf-bench-") as folder:
+            suite.cases(folder)
+        for sweep in plan.sweeps:
+            for size, threads in sweep.sizes:
+                suite.point(sweep, size, threads)
+    except KeyboardInterrupt:
+        suite.left_out.append("whatever came after Ctrl-C")
+    say("measuring the limits of this machine again", 0)
+    # What nothing can beat is the best that was seen: the rates of a shared machine wander while a run lasts.
+    for name, value in measure().items():
+        limits[name] = min(limits[name], value) if name.endswith("_us") else max(limits[name], value)
+    about |= {name: f"{value:.4g}" for name, value in limits.items()}
+    about |= {"suite": plan.name, "seed": str(seed), "minutes": f"{(time.monotonic() - began) / 60:.1f}"}
+    rows = [_row(measured, limits) for measured in suite.measured]
+    return Result(rows, about, suite.left_out, suite.wrong)
 
 
-def run(
-    features: int, blocks: int, hidden: tuple[int, ...], repeats: int, with_memory: bool
-) -> tuple[list[Row], dict[str, str]]:
-    """Runs every case and returns its rows, and what they were measured on."""
-    limits = machine.limits()
-    about = machine.describe() | {k: f"{v:.4g}" for k, v in limits.items()}
-    about |= {"features": str(features), "blocks": str(blocks), "hidden_features": "x".join(map(str, hidden))}
-    # Natural order and the reference's clamp: the function that every side can hold without a permutation.
-    flow = fastmaf.MAF(features, blocks, hidden, order="natural", seed=0)
-    naive = flow.to_naive()
-    x = torch.rand(64, features, generator=torch.Generator().manual_seed(0))
-    fast, slow = fast_side(flow), naive_side(naive)
-    inference = [fast, reference_side(flow), bfloat16_side(flow), slow, masked_once_side(naive)]
-    check(flow, inference, naive, x[:8])
-    weights, rate = flow.visible_weights, limits["sgemm_gflop_per_s"] * 1e9
-    few = {"fastmaf": repeats, "torch Adam": max(3, repeats // 2), "bfloat16": repeats}
-    few |= {"reference": max(3, repeats // 2), "naive": max(2, repeats // 4)}
-    few |= {"masked once": max(3, repeats // 2), "masked gradients": max(2, repeats // 4)}
-    rows: list[Row] = []
+class _Suite:
+    """The state of a run."""
 
-    def bound(batch: int, number_bytes: int = 4) -> tuple[str, float]:
-        """What scoring or sampling must do: stream the weights once, or multiply them with the batch."""
-        moved = number_bytes * weights
-        stream, multiply = moved / limits["read_gb_per_s"] / 1e9, 2 * batch * weights / rate
-        if stream >= multiply:
-            return f"{moved / 1e6:.0f} MB read", stream
-        return f"{2 * batch * weights / 1e9:.2f} GFLOP", multiply
+    def __init__(self, plan: Plan, seed: int, say: Say, device: str) -> None:
+        self.plan, self.seed, self.say, self.device = plan, seed, say, device
+        self.measured: list[Measured] = []
+        self.left_out: list[str] = []
+        self.wrong: list[str] = []
+        self._told = 0  # of the plan's parts
 
-    def bounded(found: list[Row], batch: int) -> list[Row]:
-        """Gives the side whose weights take half the bytes its own bound."""
-        for row in found:
-            if row["side"] == "bfloat16":
-                words, limit = bound(batch, 2)
-                share = limit / float(row["median_s"])
-                row |= {"must_move": words, "limit_s": f"{limit:.6g}", "fraction_of_limit": f"{share:.4g}"}
-        return found
+    def cases(self, folder: str) -> None:
+        """Measures all cases, fastmaf's process staying while those of the others come and go."""
+        images, pixels = self.plan.images
+        if any(case.name == "epoch" for case in self.plan.cases):
+            self.say("drawing images", 0)
+            _draw_images(folder, images, pixels)
+        self._beside(self.plan.sides, "", self.plan.size, None, self.plan.cases, folder)
 
-    with torch.no_grad():
-        for batch in (1, 8, 64):
-            calls: dict[str, Callable[[], object]] = {s.name: partial(s.log_prob, x[:batch]) for s in inference}
-            rows += bounded(rows_of("log_prob", batch, interleaved(calls, few), *bound(batch)), batch)
-        for batch in (1, 5, 64):
-            calls = {s.name: partial(s.sample, batch) for s in inference if s.sample is not None}
-            times, notes = interleaved(calls, few), {}
-            if batch == 1:
-                times["naive"], notes["naive"] = naive_sampling(naive, features, blocks)
-            rows += bounded(rows_of("sample", batch, times, *bound(batch), notes), batch)
-    # Forward reads a weight; one pass more reads and writes it and both moments.
-    must_move = 7 * 4 * weights
-    # Copies: an optimiser that fuses takes its flow's gradients for itself.
-    copies = [torch_adam_side(copy.deepcopy(flow)), reference_side(copy.deepcopy(flow))]
-    training = [fast, *copies, slow, inference[-1], masked_gradients_side(naive)]
-    check(flow, [*copies, training[-1]], naive, x[:8])
-    calls = {side.name: partial(side.train_step, x[:8]) for side in training}
-    times = interleaved(calls, few)
-    rows += rows_of("train step", 8, times, f"{must_move / 1e6:.0f} MB", must_move / limits["adam_gb_per_s"] / 1e9)
-    if with_memory:
-        del flow, naive, inference, training, copies, fast, slow, calls
-        rows += memory_rows(features, blocks, hidden)
-    return rows, about
+    def point(self, sweep: Sweep, size: Size, threads: int | None) -> None:
+        """Measures one size of a sweep."""
+        self._beside(sweep.sides, sweep.name, size, threads, sweep.cases, None)
+
+    def _beside(
+        self,
+        sides: Sequence[str],
+        sweep: str,
+        size: Size,
+        threads: int | None,
+        cases: Sequence[Case],
+        folder: str | None,
+    ) -> None:
+        fast = self._start(FAST, size, threads)
+        try:
+            for name in sides:
+                own = [case for case in cases if name in case.sides]
+                end = self._told + len(own)
+                worker = fast if name == FAST else self._start(name, size, threads)
+                usable = fast
+                try:
+                    if worker is not None:
+                        self._measure(worker, fast, sweep, size, threads, own, folder)
+                except (ImportError, SideError) as error:
+                    self.left_out.append(f"{name} at {_words(size)}: {error}")
+                    usable = fast if fast is not None and fast is not worker and fast.alive else None
+                except WrongResultError as error:
+                    self.wrong.append(f"{name} at {_words(size)}: {error}")
+                    usable = None if fast is worker else fast
+                finally:
+                    if worker is not None and worker is not fast:
+                        worker.close()
+                if fast is not None and usable is None:
+                    fast.close()
+                fast = usable  # where it has failed, the others are measured without it, and compared with nothing
+                self._tell("", end - self._told)
+        finally:
+            if fast is not None:
+                fast.close()
+
+    def _tell(self, text: str, parts: int) -> None:
+        self.say(text, parts)
+        self._told += parts
+
+    def _start(self, name: str, size: Size, threads: int | None) -> Worker | None:
+        """Starts a side's process; where that cannot be, that is noted."""
+        self.say(f"building {name} at {_words(size)}", 0)
+        need, free = _needed(name, size), machine.free_bytes(self.device)
+        try:
+            if need > free:
+                raise SideError(f"needs about {need / 1e9:.1f} GB; {free / 1e9:.1f} GB are free")
+            return Worker(name, size, self.seed, threads, self.device)
+        except (ImportError, SideError) as error:
+            self.left_out.append(f"{name} at {_words(size)}: {error}")
+            return None
+
+    def _measure(
+        self,
+        worker: Worker,
+        fast: Worker | None,
+        sweep: str,
+        size: Size,
+        threads: int | None,
+        cases: Sequence[Case],
+        folder: str | None,
+    ) -> None:
+        found: dict[Case, Measured] = {}
+        for case in sorted(cases, key=lambda case: case.name != "sampling memory"):  # the peak never falls
+            if case.unit == "GB":
+                self._tell(f"{worker.name}: {case.label()}", 1)
+                peak = worker.ask("memory", case.name, case.batch)
+                if peak is not None:
+                    found[case] = Measured(sweep, case, worker.name, size, threads, [peak / 1e9])
+        self.say(f"{worker.name}: comparing its results", 0)
+        batches: dict[str, list[int]] = {}
+        for case in cases:
+            batches.setdefault(case.name, []).append(case.batch)
+        errors: dict[str, float] = worker.ask("check", self.seed, batches)
+        # Which part of the check vouches for a case; the density does for whatever trains or stores the weights.
+        parts = {"sample": "inverse", "sampling memory": "inverse", "train step": "train step", "epoch": "train step"}
+        for case in cases:
+            if case.unit != "GB":
+                self._tell(f"{worker.name}: {case.label()}", 1)
+                if case.name == "build":
+                    first, *times = worker.build_seconds
+                    own = Measured(sweep, case, worker.name, size, threads, times or [first], first=first)
+                    if fast is not None:
+                        # The first of each where one was built but once: the memory of a first one is new to it.
+                        warm = bool(times) and len(fast.build_seconds) > 1
+                        beside = fast.build_seconds[1:] if warm else fast.build_seconds[:1]
+                        own = own._replace(times_fast=statistics.median(times or [first]) / statistics.median(beside))
+                elif case.name == "epoch":
+                    own = self._epochs(worker, fast, case, str(folder))
+                else:
+                    own = self._in_turn(worker, fast, case)
+                found[case] = own._replace(sweep=sweep, size=size, threads=threads)
+        # In the order of the plan, whatever the order in which they had to be measured.
+        for case in cases:
+            if case in found:
+                error = errors[parts.get(case.name, "log_prob")]
+                self.measured.append(found[case]._replace(error=error))
+
+    def _in_turn(self, worker: Worker, fast: Worker | None, case: Case) -> Measured:
+        both = [worker] if fast is None or fast is worker else [fast, worker]
+        firsts = [side.ask("prepare", case.name, case.batch, self.plan.seconds) for side in both]
+        values: list[list[float]] = [[] for _ in both]
+        ratios: list[float] = []
+        others: list[float] = []
+        note = ""
+        began = time.monotonic()
+        for done in range(self.plan.rounds):
+            if done >= 3 and time.monotonic() - began > ENOUGH:
+                break
+            medians: list[float] = []
+            for i, side in enumerate(both):
+                time.sleep(REST)
+                timed: Timed = side.ask("time", case.name, case.batch, self.plan.seconds)
+                values[i] += timed.seconds
+                medians.append(statistics.median(timed.seconds))
+                others.append(timed.others)
+                note = timed.note
+            ratios.append(medians[-1] / medians[0])
+        if statistics.median(others) > BUSY:
+            words = f"other processes took {statistics.median(others):.0%} of the processors"
+            note = f"{note}; {words}" if note else words
+        ratio = None if fast is None else statistics.median(ratios)
+        return Measured("", case, worker.name, worker.size, None, values[-1], ratio, firsts[-1], note)
+
+    def _epochs(self, worker: Worker, fast: Worker | None, case: Case, folder: str) -> Measured:
+        side = round((worker.size.features / 3) ** 0.5)
+        own: Timed = worker.ask("epoch", folder, side, EPOCH_BATCH, EPOCH)
+        ratio = None
+        if fast is not None:
+            other = own if fast is worker else fast.ask("epoch", folder, side, EPOCH_BATCH, EPOCH)
+            ratio = own.seconds[0] / other.seconds[0]
+        return Measured("", case, worker.name, worker.size, None, own.seconds, ratio, None, own.note)
 
 
-def naive_sampling(
-    naive: NaiveMAF,
-    features: int,
-    blocks: int,
-    once: Callable[[Callable[[], object]], float] = machine.seconds_once,
-) -> tuple[list[float], str]:
-    """Times a few dimensions of one block of the naive inverse with ``once`` and extrapolates, in the open."""
-    passes = min(features, 24)
-    block, order = blocks_of(naive)[-1], naive.orders[-1]
-    z = torch.randn(1, features).to(block.weights[0].device)
-
-    def call() -> object:
-        return block.inverse(z, order=order, passes=passes)
-
-    call()
-    times = [once(call) / (passes + 1) * features * blocks for _ in range(3)]
-    return times, f"extrapolated: {passes + 1} of {features * blocks} passes"
+def _draw_images(folder: str, count: int, pixels: int) -> None:
+    """Draws a few synthetic capsules, and copies them until there are ``count``: decoding takes the same."""
+    drawn = min(count, 8)
+    draw_dataset(folder, train=drawn, good=0, defects={}, size=pixels, progress=False)
+    files = sorted(Path(folder, "train", "good").iterdir())
+    for i in range(drawn, count):
+        shutil.copyfile(files[i % drawn], files[0].with_name(f"{i:03d}.png"))
 
 
-def memory_rows(features: int, blocks: int, hidden: tuple[int, ...]) -> list[Row]:
-    """Measures the peak memory of training at batch 8, each side in its own process."""
-    rows = []
-    for side in memory.SIDES:
-        peak = memory.peak_gb(side, features=features, blocks=blocks, hidden=hidden, batch=8)
-        if peak is not None:
-            rows.append(
-                {"case": "training memory", "batch": "8", "side": side, "note": f"{peak:.2f} GB above importing torch"}
-            )
-    return rows
+def _needed(name: str, size: Size) -> float:
+    """Returns about how many bytes a side takes at its peak, its check included."""
+    if name.startswith(FAST):
+        return 12.0 * size.dense_weights + 24 * size.dense_weights  # packed with moments; then its naive twin's step
+    weights = 36.0 * size.dense_weights + 12 * size.dense_weights
+    return weights + 32.0 * size.features**2 if name == "zuko" else weights  # zuko compares all rows of a D x D matrix
 
 
-def table(rows: list[Row]) -> str:
-    """Returns the rows as text."""
-    head = f"{'case':<36}{'batch':>6}  {'side':<18}{'median':>12}{'20–80 %':>24}{'must move':>14}{'limit':>10}"
-    lines = [f"{head}{'of limit':>10}{'ratio':>10}  note"]
-    for row in rows:
-        if "median_s" not in row:
-            lines.append(f"{row['case']:<36}{row['batch']:>6}  {row['side']:<18}{'':>80}  {row['note']}")
-            continue
-        spread = f"{_time(float(row['p20_s']))} – {_time(float(row['p80_s']))}"
-        share, ratio = f"{float(row['fraction_of_limit']):.1%}", f"{float(row['times_faster']):,.1f}×"
-        head = f"{row['case']:<36}{row['batch']:>6}  {row['side']:<18}{_time(float(row['median_s'])):>12}"
-        bound = f"{row['must_move']:>14}{_time(float(row['limit_s'])):>10}"
-        lines.append(f"{head}{spread:>24}{bound}{share:>10}{ratio:>10}  {row['note']}")
-    return "\n".join(lines)
+def _words(size: Size) -> str:
+    return f"D = {size.features:,}, hidden {size.hidden}, {size.blocks} block{'s' if size.blocks > 1 else ''}"
 
 
-def _time(s: float) -> str:
-    return f"{s:,.2f} s" if s >= 1 else f"{s * 1e3:.1f} ms"
+def _row(measured: Measured, limits: dict[str, float]) -> Row:
+    size, case = measured.size, measured.case
+    flow = fastmaf.MAF(size.features, size.blocks, size.hidden, order="natural", levels=size.levels, device="meta")
+    limit, moved = limit_of(case, flow.visible_weights, SIDES[measured.side].weight_bytes, limits)
+    return row_of(
+        {
+            "sweep": measured.sweep,
+            "case": case.name,
+            "batch": str(case.batch or ""),
+            "side": measured.side,
+            "features": str(size.features),
+            "hidden_features": "x".join(map(str, size.hidden)),
+            "blocks": str(size.blocks),
+            "levels": "" if size.levels is None else str(size.levels),
+            "threads": str(measured.threads or torch.get_num_threads()),
+            "unit": case.unit,
+            "must_move": moved,
+            "note": measured.note,
+        },
+        measured.values,
+        measured.times_fast,
+        # The rates were measured with all threads.
+        limit if measured.threads is None else None,
+        measured.first,
+        measured.error,
+    )
 
 
-def write(rows: list[Row], about: dict[str, str], path: Path) -> None:
-    """Writes the rows as CSV, with what they were measured on in every row."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "w", newline="") as file:
-        writer = csv.DictWriter(file, [*COLUMNS, *about], restval="")
-        writer.writeheader()
-        writer.writerows({**row, **about} for row in rows)
+def limit_of(case: Case, weights: int, weight_bytes: int, limits: dict[str, float]) -> tuple[float, str]:
+    """Returns the least that a case can take on a machine, in its unit, and what must move, in words.
 
-
-def main() -> None:
-    """Parses the command line, runs, prints and writes."""
-    parser = argparse.ArgumentParser(description="Times fastmaf beside the naive model and a clever dense one.")
-    parser.add_argument("--features", type=int, default=12288)
-    parser.add_argument("--blocks", type=int, default=7)
-    parser.add_argument("--hidden", type=int, nargs="+", default=[512, 512])
-    parser.add_argument("--repeats", type=int, default=20, help="of the fast side; slow sides get fewer")
-    parser.add_argument("--no-memory", action="store_true", help="leave out the peak memory of training processes")
-    parser.add_argument("--csv", type=Path, help="where to write; default bench/results/cpu.csv")
-    asked = parser.parse_args()
-    rows, about = run(asked.features, asked.blocks, tuple(asked.hidden), asked.repeats, not asked.no_memory)
-    print("\n".join(f"{k}: {v}" for k, v in about.items()), table(rows), sep="\n\n")
-    path = asked.csv or RESULTS / "cpu.csv"
-    write(rows, about, path)
-    print(f"\nwritten to {path}")
-
-
-if __name__ == "__main__":
-    main()
+    Args:
+        weights: that the masks let through.
+        weight_bytes: of each.
+        limits: as ``machine.limits`` and ``machine.file_limits`` measure them.
+    """
+    moved = case.steps * case.moved * weight_bytes * weights
+    if case.unit == "GB":
+        return moved / 1e9, f"{moved / 1e9:.3g} GB"
+    move = moved / limits[f"{case.rate.replace(' ', '_')}_gb_per_s"] / 1e9
+    operations = 2.0 * case.batch * case.products * weights
+    multiply = operations / limits["sgemm_gflop_per_s"] / 1e9
+    if multiply > move:
+        return multiply, f"{operations / 1e9:.3g} GFLOP"
+    return max(move, limits["launch_us"] / 1e6), f"{moved / 1e6:,.3g} MB" if moved < 1e9 else f"{moved / 1e9:.3g} GB"

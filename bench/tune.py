@@ -1,6 +1,6 @@
 """Finds launch parameters on the GPU at hand: times alternatives to its entry in ``launch_table.TABLES``.
 
-    python -m bench.tune
+    python -m fastmaf.bench.tune
 
 One parameter set at a time, the others as they stand, at the reference model's size. Each alternative's results are
 held against the present ones before it is timed. Nothing is changed: what is faster is printed, to be entered by hand
@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 import fastmaf
-from bench import machine
+from fastmaf.bench import machine
 from fastmaf.kernels.launch_table import TABLES, Table, family
 
 

@@ -262,6 +262,40 @@ def reproduce(
 
 
 @app.command()
+def bench(
+    quick: Annotated[
+        bool, typer.Option("--quick", help="Small sizes, under two minutes. Without it: under thirty.")
+    ] = False,
+    out: Annotated[Path, typer.Option("--out", help="Folder for CSV, JSON and figures.")] = Path("bench-results"),
+    side: Annotated[
+        list[str] | None, typer.Option("--side", help="Only this one beside fastmaf, such as nflows; may be repeated.")
+    ] = None,
+    compare: Annotated[
+        tuple[Path, Path] | None,
+        typer.Option(metavar="A.csv B.csv", help="Measure nothing: show how B differs from A, as ratios."),
+    ] = None,
+    device: DeviceOption = "cpu",
+    quiet: QuietOption = False,
+) -> None:
+    """Time fastmaf beside the naive model, dense weights, nflows, zuko, normflows and flowjax, each checked first."""
+    try:
+        from fastmaf.bench import command
+    except ModuleNotFoundError as error:
+        raise ValueError(
+            f"the benchmarks need more than is installed ({error}): pip install 'fastmaf[bench]'"
+        ) from error
+
+    if compare:
+        text, worse = command.compare(*compare)
+        typer.echo(text)
+        raise typer.Exit(1 if worse else 0)
+    if not command.bench(
+        out, quick=quick, device=_device(device), sides=side or (), progress=not quiet, say=typer.echo
+    ):
+        raise typer.Exit(1)
+
+
+@app.command()
 def doctor() -> None:
     """Say what is installed, which devices there are, and which backends are in use and why."""
     from fastmaf.doctor import report

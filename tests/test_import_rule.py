@@ -1,8 +1,8 @@
 """Who may import whom, read from the sources: CONTRIBUTING.md states the rule, this file holds it.
 
 kernels → torch, triton and the standard library; the core of fastmaf → fastmaf.kernels; fastmaf.capsule and the command
-line → the names that `fastmaf` makes public; nobody but the tests → bench or tests. What is imported is declared in
-pyproject.toml.
+line → the names that `fastmaf` makes public; fastmaf.bench → all of fastmaf; nobody but the tests, and the command line
+for its command `bench`, → fastmaf.bench. What is imported is declared in pyproject.toml.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["
 # Modules of the core that the workflow and the command line may name besides `fastmaf` itself.
 PUBLIC_MODULES = {"fastmaf.doctor"}
 FRONT = ("fastmaf.capsule", "fastmaf.cli", "fastmaf.__main__")
+BENCH_USERS = ("fastmaf.bench", "fastmaf.cli", "tests")
 STDLIB = sys.stdlib_module_names | {"tomllib"}  # of every supported version, whichever runs this
 IMPORT_NAMES = {"pillow": "PIL", "scikit-learn": "sklearn", "pytest-benchmark": "pytest_benchmark"}
 
@@ -37,7 +38,7 @@ def within(name: str, package: str) -> bool:
 def module_of(path: Path, root: Path = ROOT) -> str:
     """The name that a source file has when installed: kernels/a/op.py is fastmaf.kernels.a.op."""
     parts = path.relative_to(root).with_suffix("").parts
-    parts = ("fastmaf", *parts) if parts[0] == "kernels" else parts
+    parts = ("fastmaf", *parts) if parts[0] in ("kernels", "bench") else parts
     return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 
 
@@ -65,18 +66,21 @@ def refusal(module: str, target: str, name: str | None, known: set[str]) -> str 
     """Why `module` may not import `target` (or `name` from it), or None. `known` are the modules of the project."""
     full = f"{target}.{name}" if name and f"{target}.{name}" in known else target
     top = target.partition(".")[0]
-    if top in ("bench", "tests") and not within(module, "tests") and not within(module, "bench"):
-        return "nobody imports bench or tests"
-    if top == "kernels":
-        return "kernels/ is installed, and imported, as fastmaf.kernels"
+    if top == "tests" and not within(module, "tests"):
+        return "nobody imports tests"
+    if top in ("kernels", "bench"):
+        return f"{top}/ is installed, and imported, as fastmaf.{top}"
+    if within(full, "fastmaf.bench") and not any(within(module, own) for own in BENCH_USERS):
+        return "nobody imports the bench but its own modules, the tests and the command line"
     if within(module, "fastmaf.kernels"):
         allowed = within(full, "fastmaf.kernels") or top in {"torch", "triton"} or top in STDLIB
         return None if allowed else "kernels import torch, triton, the standard library and themselves"
-    if any(within(module, front) for front in FRONT):
+    if any(within(module, front) for front in FRONT) and not within(full, "fastmaf.bench"):
         own = within(full, "fastmaf.capsule") or (module == "fastmaf.__main__" and full == "fastmaf.cli")
         allowed = top != "fastmaf" or own or full == "fastmaf" or full in PUBLIC_MODULES
         return None if allowed else "the capsule workflow and the command line use the public names of fastmaf"
-    if within(module, "fastmaf") and any(within(full, front) for front in FRONT):
+    core = within(module, "fastmaf") and not within(module, "fastmaf.bench")
+    if core and any(within(full, front) for front in FRONT):
         return "the core of fastmaf knows neither the capsule workflow nor the command line"
     return None
 
@@ -84,16 +88,17 @@ def refusal(module: str, target: str, name: str | None, known: set[str]) -> str 
 def undeclared(module: str, target: str) -> str | None:
     """Why a third-party import is not covered by the dependencies in pyproject.toml, or None."""
     top = target.partition(".")[0]
-    own = {"fastmaf", "kernels", "bench", "tests"}
+    own = {"fastmaf", "kernels", "tests"}
     if top in own or top in STDLIB or top in declared_for(module):
         return None
-    return f"{top} is declared in no dependency of {module.partition('.')[0]} in pyproject.toml"
+    part = "fastmaf.bench" if within(module, "fastmaf.bench") else module.partition(".")[0]
+    return f"{top} is declared in no dependency of {part} in pyproject.toml"
 
 
 def declared_for(module: str) -> set[str]:
     extras = PROJECT["optional-dependencies"]
     requirements = [*PROJECT["dependencies"]]
-    for folder, extra in (("fastmaf.kernels", "triton"), ("bench", "bench"), ("bench", "peers"), ("tests", "test")):
+    for folder, extra in (("fastmaf.kernels", "triton"), ("fastmaf.bench", "bench"), ("tests", "test")):
         if within(module, folder):
             requirements += extras[extra]
     names = [re.split(r"[^A-Za-z0-9._-]", requirement)[0].lower() for requirement in requirements]
@@ -137,6 +142,8 @@ KNOWN = {
     "fastmaf.capsule",
     "fastmaf.capsule.data",
     "fastmaf.kernels",
+    "fastmaf.bench",
+    "fastmaf.bench.run",
 }
 
 
@@ -155,8 +162,12 @@ KNOWN = {
         ("fastmaf/__init__.py", "from .capsule import data", "core of fastmaf"),
         ("fastmaf/doctor.py", "import importlib\nimportlib.import_module('fastmaf.cli')", "core of fastmaf"),
         ("fastmaf/convert/__init__.py", "from .. import cli", "core of fastmaf"),
-        ("fastmaf/nn.py", "import bench.run", "nobody imports bench"),
-        ("fastmaf/cli.py", "from tests import tolerances", "nobody imports bench"),
+        ("fastmaf/nn.py", "import bench.run", "imported, as fastmaf.bench"),
+        ("fastmaf/nn.py", "import fastmaf.bench.run", "nobody imports the bench"),
+        ("fastmaf/capsule/train.py", "from fastmaf.bench import run", "nobody imports the bench"),
+        ("kernels/layout.py", "from fastmaf.bench import run", "nobody imports the bench"),
+        ("bench/run.py", "from tests.tolerances import TABLE", "nobody imports tests"),
+        ("fastmaf/cli.py", "from tests import tolerances", "nobody imports tests"),
         ("fastmaf/nn.py", "from kernels import layout", "imported, as fastmaf.kernels"),
         ("fastmaf/cli.py", "from fastmaf.nn import MADE", "public names"),
         ("fastmaf/cli.py", "import fastmaf.nn", "public names"),
@@ -167,7 +178,7 @@ KNOWN = {
         ("fastmaf/capsule/train.py", "import fastmaf.cli", "public names"),
         ("fastmaf/nn.py", "import pandas", "pandas is declared in no dependency of fastmaf"),
         ("fastmaf/nn.py", "import pytest", "pytest is declared in no dependency of fastmaf"),
-        ("bench/run.py", "import zuko", "zuko is declared in no dependency of bench"),
+        ("bench/run.py", "import pandas", "pandas is declared in no dependency of fastmaf.bench"),
         ("tests/test_x.py", "import zuko", "zuko is declared in no dependency of tests"),
     ],
 )
@@ -194,9 +205,10 @@ def test_a_forbidden_import_is_named(path: str, source: str, why: str) -> None:
         ("fastmaf/__main__.py", "from fastmaf.cli import main"),
         (
             "bench/run.py",
-            "import fastmaf.kernels.backends\nfrom bench import cases\nfrom tests.tolerances import TABLE",
+            "import zuko\nimport fastmaf.kernels.backends\nfrom fastmaf.bench import cases\nimport fastmaf.capsule.data",
         ),
-        ("tests/test_x.py", "import pytest\nfrom fastmaf.capsule import data\nimport bench.run"),
+        ("fastmaf/cli.py", "def bench():\n    from fastmaf.bench import run"),
+        ("tests/test_x.py", "import pytest\nfrom fastmaf.capsule import data\nimport fastmaf.bench.run"),
     ],
 )
 def test_an_allowed_import_passes(path: str, source: str) -> None:

@@ -33,7 +33,7 @@ def reports(tmp_path: Path, *arguments: str, triton: Path | None = None) -> list
     if triton is not None:
         environment["PYTHONPATH"] = str(triton)
     run = subprocess.run(
-        [sys.executable, "-m", "bench.resources", "--json", *arguments],
+        [sys.executable, "-m", "fastmaf.bench.resources", "--json", *arguments],
         cwd=ROOT,
         env=environment,
         capture_output=True,

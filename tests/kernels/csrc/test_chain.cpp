@@ -43,6 +43,18 @@ struct Unit {
     m.for_visible([&](long, long, long i) { padding[static_cast<std::size_t>(i)] = false; });
   }
 
+  // What is added up to the log-scales of an output layer, squared: where there is but one, it may cancel.
+  double log_scale_terms(long n) const {
+    double result = 0;
+    for (long s = 0; s < n; ++s)
+      for (long r = 1; r < m.rows; r += 2) {
+        const double b = number(m.bias.data()[r]), *w = m.dense.data() + r * m.columns, *x = in.data() + s * m.columns;
+        result += b * b;
+        for (long c = 0; c < static_cast<long>(m.sees[static_cast<std::size_t>(r)]); ++c) result += w[c] * w[c] * x[c] * x[c];
+      }
+    return result;
+  }
+
   // From the gradient of the product, g [n][rows], the one of `in`.
   Numbers backward(const Numbers& g, long n) {
     Numbers grad_in(in.size());
@@ -212,11 +224,11 @@ struct Chain {
 
     Numbers values = in, ladj(static_cast<std::size_t>(c.n));
     long at = 0;
-    const auto next = [&](const char* what, const Numbers& expected) {
+    const auto next = [&](const char* what, const Numbers& expected, double terms = 0) {
       const long end = at + static_cast<long>(expected.size());
       if (end > kept->size) fail(name() + "kept is too short");
       const Numbers found(all_kept.begin() + std::exchange(at, end), all_kept.begin() + end);
-      check(what, found, expected);
+      check(what, found, expected, terms);
       return found;
     };
     for (const auto& part : parts) {
@@ -224,7 +236,7 @@ struct Chain {
       for (std::size_t k = 0; k < part->units.size(); ++k)
         if (k > 0 || part == parts[0] || !part->permutation.empty())
           part->units[k]->kept_in = next(k == 0 ? "kept x" : "kept hidden layer", part->units[k]->in);
-      part->kept_a = next("kept log_scale", part->a);
+      part->kept_a = next("kept log_scale", part->a, part->units.back()->log_scale_terms(c.n));
       next("kept z", part->z);
     }
     if (at != kept->size) fail(name() + "kept is too long");
