@@ -54,7 +54,8 @@ def machine(rows: list[Row], about: dict[str, str]) -> str:
     versions = [f"{name} {about[name]}" for name in ("torch", *_BESIDE, "flowjax") if about.get(name)]
     return (
         f"{about['processor']}, {about['torch_threads']} threads, which {', '.join(rates[:-1])} and {rates[-1]}; "
-        f"{', '.join(versions)}; float32; {about['date']}, commit {about['commit']}."
+        f"huge pages: {about.get('huge_pages', 'unknown')}; {', '.join(versions)}; float32; "
+        f"{about['date']}, commit {about['commit']}."
     )
 
 

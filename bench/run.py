@@ -95,7 +95,10 @@ def run(plan: Plan, say: Say = lambda _text, _parts: None, *, seed: int | None =
         limits[name] = min(limits[name], value) if name.endswith("_us") else max(limits[name], value)
     about |= {name: f"{value:.4g}" for name, value in limits.items()}
     about |= {"suite": plan.name, "seed": str(seed), "minutes": f"{(time.monotonic() - began) / 60:.1f}"}
-    rows = [_row(measured, limits) for measured in suite.measured]
+    by_threads: dict[int | None, dict[str, float]] = {None: limits}
+    for threads in {measured.threads for measured in suite.measured} - {None}:
+        by_threads[threads] = limits | _limits_with(threads)
+    rows = [_row(measured, by_threads[measured.threads]) for measured in suite.measured]
     return Result(rows, about, suite.left_out, suite.wrong)
 
 
@@ -255,6 +258,15 @@ class _Suite:
         return Measured("", case, worker.name, worker.size, None, own.seconds, ratio, None, own.note)
 
 
+def _limits_with(threads: int | None) -> dict[str, float]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads or before)
+    try:
+        return machine.limits()
+    finally:
+        torch.set_num_threads(before)
+
+
 def _draw_images(folder: str, count: int, pixels: int) -> None:
     """Draws a few synthetic capsules, and copies them until there are ``count``: decoding takes the same."""
     drawn = min(count, 8)
@@ -297,8 +309,7 @@ def _row(measured: Measured, limits: dict[str, float]) -> Row:
         },
         measured.values,
         measured.times_fast,
-        # The rates were measured with all threads.
-        limit if measured.threads is None else None,
+        limit,
         measured.first,
         measured.error,
     )

@@ -259,6 +259,9 @@ class Server:
         }
         own = self._sampling(batch, seconds) if case == "sample" else _Call(calls[case], note=self._words(case))
         before = self.side.log_prob(self._draw(8)) if case == "load" else None
+        if before is not None and self.side.trains:  # so that there is something to bring back
+            self.side.new_optimizer()
+            self.side.train_step(self._draw(8))
         first = self._clock(own.call)
         if before is not None and not torch.equal(before, self.side.log_prob(self._draw(8))):
             raise WrongResultError("what was loaded gives other densities than what was saved")

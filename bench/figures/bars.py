@@ -111,9 +111,14 @@ def _scale(axes: Axes, ratios: Sequence[float]) -> None:
     decades = range(math.ceil(low), math.floor(high) + 1)
     step = math.ceil(len(decades) / 4)
     ticks = [10.0**k for k in decades if k % step == 0]
-    ticks = (
-        ticks if len(ticks) > 2 else [t for t in (0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 20.0) if low < math.log10(t) < high]
-    )
+    if len(ticks) <= 2:
+        room, ticks = (high - low) / 5, [1.0]
+        for way in ((2.0, 5.0, 10.0, 20.0, 50.0), (0.5, 0.2, 0.1, 0.05)):
+            last = 1.0
+            for tick in way:
+                if low < math.log10(tick) < high and abs(math.log10(tick / last)) >= room:
+                    ticks.append(tick)
+                    last = tick
     axes.xaxis.set_major_locator(FixedLocator(ticks))
     axes.xaxis.set_minor_locator(NullLocator())
     axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: _tick(x)))
