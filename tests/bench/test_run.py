@@ -876,3 +876,11 @@ def test_all_constants_are_in_use() -> None:
     """A guard on this file: the tiny plan has one of each kind of case that the real plans have."""
     assert {case.name for case in every_case()} == {case.name for case in cases.FULL.cases}
     assert {FILES[0].name, FILES[1].name} <= {case.name for case in every_case()}
+
+
+def test_the_row_of_fastmaf_is_of_all_the_time_in_which_others_were_measured(pretended: type[Pretended]) -> None:
+    result = tiny_run(("fastmaf", "naive", "dense"), SCORE[1], TRAIN[0], rounds=3)
+    repeats = {(row["side"], row["case"]): row["repeats"] for row in result.rows}
+    for case in ("log_prob", "train step"):
+        assert repeats["fastmaf", case] == "9", "three rounds by itself, and three with each of two others"
+        assert repeats["naive", case] == repeats["dense", case] == "3"
