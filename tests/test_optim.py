@@ -130,6 +130,21 @@ def both(
     assert_same(flow, plain, start, tolerance=tolerance)
 
 
+def test_one_dimension_whose_layers_have_no_weights() -> None:
+    """Layers without a weight have no storage that could tell them apart."""
+    flow = fastmaf.MAF(1, 3, (4, 4), seed=0, dtype=torch.float64)
+    other = copy.deepcopy(flow)
+    own, theirs = FusedAdam(flow.parameters(), lr=1e-2), torch.optim.Adam(other.parameters(), lr=1e-2)
+    for i in range(3):
+        x = torch.randn(5, 1, dtype=torch.float64, generator=torch.Generator().manual_seed(i))
+        own.minimize(-flow.log_prob(x).mean())
+        theirs.zero_grad()
+        (-other.log_prob(x).mean()).backward()
+        theirs.step()
+    for mine, expected in zip(flow.parameters(), other.parameters(), strict=True):
+        torch.testing.assert_close(mine, expected, rtol=1e-12, atol=1e-14)
+
+
 def test_gradients_accumulate() -> None:
     def run(flow: fastmaf.MAF, optimizer: Any) -> None:
         for i in range(5):

@@ -90,7 +90,8 @@ class Side(ABC):
         """Returns the same function with the same weights, from code that this side does not share.
 
         For fastmaf's sides that is the naive model, for all others fastmaf's on its default backend. It has
-        ``log_prob``, returns (z, ladj) when called, and its attribute ``last`` is the block next to the base.
+        ``log_prob`` and returns (z, ladj) when called; where the side inverts by passes, its attribute ``last`` is the
+        block next to the base.
         """
 
     @abstractmethod

@@ -160,8 +160,8 @@ std::tuple<Tensor, std::vector<Tensor>> chain_adam_(const Tensor& grad_z, const 
     std::vector<fastmaf::AdamStep<T>> targets;
     for (std::size_t i = 0; i < weights.size(); ++i) {
       for (std::size_t j = 0; j < i; ++j)
-        TORCH_CHECK(weights[i].const_data_ptr() != weights[j].const_data_ptr(), op, ": layers ", j, " and ", i,
-                    " share a weight, which takes one step and not two");
+        TORCH_CHECK(weights[i].numel() == 0 || weights[i].const_data_ptr() != weights[j].const_data_ptr(), op, ": layers ", j,
+                    " and ", i, " share a weight, which takes one step and not two");
       targets.push_back(adam_step<T>(op, weights[i], exp_avgs[i], exp_avg_sqs[i], adam.slice(kAdamNumbers * i, kAdamNumbers)));
     }
     return run(targets);
