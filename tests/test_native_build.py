@@ -36,7 +36,9 @@ def tree(tmp_path: Path) -> Path:
     (tree / "fastmaf" / "__init__.py").write_text('__version__ = "1.0"\n', encoding="utf-8")
     csrc = tree / "kernels" / "csrc"
     csrc.mkdir(parents=True)
-    (tree / "kernels" / "__init__.py").touch()
+    for folder in ("kernels", "bench"):
+        (tree / folder).mkdir(exist_ok=True)
+        (tree / folder / "__init__.py").touch()
     for name, text in SOURCES.items():
         (csrc / name).write_text(text, encoding="utf-8")
     return tree
