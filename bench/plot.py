@@ -11,6 +11,7 @@ from pathlib import Path
 
 import matplotlib.style
 from matplotlib.figure import Figure
+from PIL import Image
 
 from fastmaf.bench.figures import bars, bounds
 from fastmaf.bench.figures.scaling import scaling, slope
@@ -38,6 +39,9 @@ def figures(rows: list[Row], about: dict[str, str], folder: Path, stem: str) -> 
         for name, figure in drawn(rows, about):
             paths.append(folder / f"{stem}-{name}.png")
             figure.savefig(paths[-1])
+            with Image.open(paths[-1]) as drawing:  # 128 colours are enough for it, and take a quarter of the room
+                few = drawing.convert("RGB").quantize(128)
+            few.save(paths[-1], optimize=True)
     return paths
 
 

@@ -23,7 +23,7 @@ from fastmaf.bench.worker import SideError, Timed, Worker
 from fastmaf.capsule.synthetic import draw_dataset
 
 FAST = "fastmaf"
-REST = 0.02  # seconds between two processes: the threads of the first still spin for a while after their work
+REST = 0.02  # seconds between two processes, in which the one is suspended and the other wakes up
 ENOUGH = 8.0  # seconds of a case after which three rounds will do
 BUSY = 0.1  # the share of the processors from which other processes are worth a note
 EPOCH = 8.0  # seconds of an epoch's steps after which the rest is extrapolated

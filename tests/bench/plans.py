@@ -20,6 +20,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from fastmaf.bench.cases import BUILD, FILES, MEMORY, SAMPLE, SCORE, TRAIN, Case, Plan, Sweep, epoch
 from fastmaf.bench.sides import SIDES, Entry, Side, Size
 from fastmaf.bench.sides.dense import Naive
+from fastmaf.degrees import hidden_degrees, input_degrees
+from fastmaf.reference import NaiveMADE
 
 LIMITS = {
     "read_gb_per_s": 30.0,
@@ -147,6 +149,15 @@ def plan_of(
 def with_sides(case: Case, sides: tuple[str, ...]) -> Case:
     """Returns a case that sides of these names do too."""
     return case._replace(sides=tuple(dict.fromkeys((*case.sides, *sides))))
+
+
+def visible_weights(size: Size) -> int:
+    """Counts what the masks let through, by comparing degrees."""
+    hidden = hidden_degrees("spread", size.features, size.hidden)
+    widths = (size.features, *size.hidden, 2 * size.features)
+    weights = [torch.zeros(out, into) for into, out in zip(widths, widths[1:], strict=False)]
+    block = NaiveMADE(input_degrees(size.features), hidden, weights, [torch.zeros(len(w)) for w in weights])
+    return size.blocks * sum(int(block.get_buffer(f"mask_{k}").sum()) for k in range(len(weights)))
 
 
 class Linears(TorchFunctionMode):
