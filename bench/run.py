@@ -162,9 +162,9 @@ class _Suite:
             if fast is not None:
                 fast.close()
             # fastmaf's own row is of all the minutes in which others were measured, not of the first one alone.
-            for i, own in enumerate(self.measured[first:], first):
-                if own.side == FAST:
-                    self.measured[i] = own._replace(values=[*own.values, *self._beside_others.get(own.case, [])])
+            for i, row in enumerate(self.measured[first:], first):
+                if row.side == FAST:
+                    self.measured[i] = row._replace(values=[*row.values, *self._beside_others.get(row.case, [])])
 
     def _tell(self, text: str, parts: int) -> None:
         self.say(text, parts)
