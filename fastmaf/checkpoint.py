@@ -23,19 +23,26 @@ from fastmaf.nn import MaskedLinear
 from fastmaf.transforms import TRANSFORMS, Transform
 
 FORMAT_VERSION = 1
+_EXTRA = "extra."
 
 
 class CheckpointError(ValueError):
     """The file is not a model that this version of fastmaf can load; the message says why."""
 
 
-def save(flow: Flow, path: str | os.PathLike[str], metadata: Mapping[str, str] | None = None) -> None:
+def save(
+    flow: Flow,
+    path: str | os.PathLike[str],
+    metadata: Mapping[str, str] | None = None,
+    extras: Mapping[str, Tensor] | None = None,
+) -> None:
     """Writes ``flow`` to ``path`` so that a crash leaves either the old file or the new one.
 
     Args:
         flow: any flow whose transforms are registered in ``fastmaf.transforms.TRANSFORMS``.
         path: a ``.safetensors`` file.
         metadata: further strings to keep beside the configuration.
+        extras: further tensors to keep beside the flow's; ``load`` passes over them, ``read_extras`` returns them.
 
     Raises:
         ValueError: ``metadata`` uses the key ``"fastmaf"``.
@@ -61,7 +68,8 @@ def save(flow: Flow, path: str | os.PathLike[str], metadata: Mapping[str, str] |
         "transforms": transforms,
         "tiles": tiles,
     }
-    tensors = {k: v.detach().contiguous() for k, v in flow.state_dict().items()}
+    kept = {**flow.state_dict(), **{f"{_EXTRA}{k}": v for k, v in (extras or {}).items()}}
+    tensors = {k: v.detach().contiguous() for k, v in kept.items()}
     write_tensors(tensors, path, {**(metadata or {}), "fastmaf": json.dumps(config)})
 
 
@@ -93,6 +101,7 @@ def load(path: str | os.PathLike[str], *, device: torch.device | str = "cpu") ->
             configuration.
     """
     tensors, metadata = read_tensors(path)
+    tensors = {k: v for k, v in tensors.items() if not k.startswith(_EXTRA)}
     config = _config(path, metadata)
     try:
         built = []
@@ -110,6 +119,11 @@ def load(path: str | os.PathLike[str], *, device: torch.device | str = "cpu") ->
             raise CheckpointError(f"{path}: {error}") from error
         raise CheckpointError(f"{path}: the tensors do not fit the configuration in the file: {error}") from error
     return flow.to(device)
+
+
+def read_extras(path: str | os.PathLike[str]) -> dict[str, Tensor]:
+    """Returns what was saved beside a flow as ``extras``, by name. Raises as ``read_tensors`` does."""
+    return {k.removeprefix(_EXTRA): v for k, v in read_tensors(path)[0].items() if k.startswith(_EXTRA)}
 
 
 def _umask() -> int:

@@ -18,6 +18,7 @@ from fastmaf.kernels.block import chain
 from fastmaf.kernels.chain.kept import kept_numel
 from fastmaf.nn import MADE, Init
 from fastmaf.transforms import AffineAutoregressive, Permutation, Transform
+from fastmaf.whitening import GaussianWhitening
 
 if TYPE_CHECKING:
     from fastmaf.reference import NaiveMAF
@@ -137,11 +138,16 @@ class Flow(nn.Module):
             first = tensor if first is None else first
         return torch.empty(0) if first is None else first
 
-    def save(self, path: str | os.PathLike[str], metadata: Mapping[str, str] | None = None) -> None:
+    def save(
+        self,
+        path: str | os.PathLike[str],
+        metadata: Mapping[str, str] | None = None,
+        extras: Mapping[str, Tensor] | None = None,
+    ) -> None:
         """Writes the flow to one safetensors file, configuration included; see ``fastmaf.checkpoint.save``."""
         from fastmaf.checkpoint import save
 
-        save(self, path, metadata)
+        save(self, path, metadata, extras)
 
     def to_inference(self, dtype: torch.dtype = torch.bfloat16) -> Flow:
         """Returns a copy for scoring and sampling whose weights are stored in ``dtype``.
@@ -287,6 +293,8 @@ class MAF(Flow):
         soft_bound: bound the log-scales by a tanh instead of by a clamp.
         init: ``"linear"``, or ``"identity"``: output layers start at zero, so that z = x before training.
         strict: False takes the published notebook's leaky output mask: scores only, for comparison.
+        whitening: put a ``GaussianWhitening`` of this rank in front, as ``transforms[0]``; it is the identity until its
+            ``fit_`` is called. None: blocks alone.
         device, dtype: of the parameters. On ``"meta"`` nothing is allocated: for ``memory_estimate`` of a flow that may
             be too large for this machine.
 
@@ -311,6 +319,7 @@ class MAF(Flow):
         soft_bound: bool = False,
         init: Init = "linear",
         strict: bool = True,
+        whitening: int | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -340,7 +349,8 @@ class MAF(Flow):
         affine = [
             AffineAutoregressive(made, log_scale_bound=log_scale_bound, soft_bound=soft_bound) for made in made_blocks
         ]
-        super().__init__(features, interleave_permutations(affine, order_of_block))
+        first = [] if whitening is None else [GaussianWhitening(features, whitening, device=built_on, dtype=dtype)]
+        super().__init__(features, [*first, *interleave_permutations(affine, order_of_block)])
         self.to(where)
 
     @classmethod

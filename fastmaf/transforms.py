@@ -106,6 +106,47 @@ class Permutation(Transform):
         return f"features={self.features}"
 
 
+class Logit(Transform):
+    """``z = logit(a + (1 - 2a) x)``: takes data in (0, 1), such as dequantised pixels, to the whole real line.
+
+    Dinh et al. 2017, Density estimation using Real NVP, section 4.1.
+
+    Args:
+        features: D.
+        alpha: a, in [0, ½): keeps 0 and 1 themselves within reach; 0 takes them to infinity.
+    """
+
+    def __init__(self, features: int, alpha: float = 0.05) -> None:
+        super().__init__()
+        if not 0 <= alpha < 0.5:
+            raise ValueError(f"alpha must lie in [0, 0.5); found {alpha}")
+        self.features, self.alpha = features, float(alpha)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        z, terms = self.forward_per_dim(x, torch.zeros_like(x))
+        return z, -terms.sum(dim=1)
+
+    def forward_per_dim(self, x: Tensor, terms: Tensor) -> tuple[Tensor, Tensor]:
+        p = self.alpha + (1 - 2 * self.alpha) * x
+        return torch.logit(p), terms + p.log() + (-p).log1p() - math.log(1 - 2 * self.alpha)
+
+    def inverse(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        x = (torch.sigmoid(z) - self.alpha) / (1 - 2 * self.alpha)
+        # log of sigmoid's slope, which is symmetric, without the product of two small numbers.
+        slopes = -z.abs() - 2 * torch.exp(-z.abs()).log1p()
+        return x, slopes.sum(dim=1) - self.features * math.log(1 - 2 * self.alpha)
+
+    def config(self) -> dict[str, Any]:
+        return {"features": self.features, "alpha": self.alpha}
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Logit:
+        return cls(config["features"], config["alpha"])
+
+    def extra_repr(self) -> str:
+        return f"features={self.features}, alpha={self.alpha}"
+
+
 class AffineAutoregressive(Transform):
     """One MAF block: ``z[d] = (x[d] - shift[d]) exp(-log_scale[d])``, where a MADE gives shift and log_scale from
     x[0..d-1].
@@ -225,4 +266,8 @@ class AffineAutoregressive(Transform):
         return f"log_scale_bound={self.log_scale_bound}, soft_bound={self.soft_bound}, steps={self.made.steps}"
 
 
-TRANSFORMS: dict[str, type[Transform]] = {"permutation": Permutation, "affine_autoregressive": AffineAutoregressive}
+TRANSFORMS: dict[str, type[Transform]] = {
+    "permutation": Permutation,
+    "logit": Logit,
+    "affine_autoregressive": AffineAutoregressive,
+}
