@@ -12,17 +12,19 @@ if not (_Path(__file__).parent / "kernels").is_dir():
     __path__.append(str(_Path(__file__).parent.parent))
 
 from fastmaf import optim
-from fastmaf.checkpoint import CheckpointError, load, read_tensors, write_tensors
+from fastmaf.checkpoint import CheckpointError, load, read_extras, read_tensors, write_tensors
 from fastmaf.convert import LeakyMaskError, from_reference
 from fastmaf.degrees import ConnectivityWarning
 from fastmaf.flows import MAF, Flow
 from fastmaf.graphs import ReplayedLogProb
 from fastmaf.kernels.backends import BackendUnavailableError, use_backend
 from fastmaf.kernels.launch_table import use_precision
+from fastmaf.local import LocalAutoregressive
 from fastmaf.memory import memory_estimate
 from fastmaf.nn import MADE, MaskedLinear
 from fastmaf.training import Guards, NonFiniteLossError, StepReport, TrainingStep
-from fastmaf.transforms import AffineAutoregressive, NotInvertibleError, Permutation, Transform
+from fastmaf.transforms import AffineAutoregressive, Logit, NotInvertibleError, Permutation, Transform
+from fastmaf.whitening import GaussianWhitening
 
 __all__ = [
     "MADE",
@@ -31,9 +33,13 @@ __all__ = [
     "BackendUnavailableError",
     "CheckpointError",
     "ConnectivityWarning",
+    "Detector",
     "Flow",
+    "GaussianWhitening",
     "Guards",
     "LeakyMaskError",
+    "LocalAutoregressive",
+    "Logit",
     "MaskedLinear",
     "NonFiniteLossError",
     "NotInvertibleError",
@@ -46,8 +52,23 @@ __all__ = [
     "load",
     "memory_estimate",
     "optim",
+    "read_extras",
     "read_tensors",
     "use_backend",
     "use_precision",
     "write_tensors",
 ]
+
+_LAZY = {"Detector": "fastmaf.inspection.detector"}  # scikit-learn and the inspection are imported by who asks for them
+
+
+def __getattr__(name: str) -> object:
+    if name in _LAZY:
+        from importlib import import_module
+
+        return getattr(import_module(_LAZY[name]), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_LAZY})

@@ -6,11 +6,38 @@ import io
 import logging
 import sys
 import warnings
-from enum import Enum
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+
+from fastmaf.cli_options import (
+    AlarmOption,
+    BatchOption,
+    BlocksOption,
+    DataOption,
+    Degrees,
+    DeviceOption,
+    EpochsOption,
+    GraphsOption,
+    HiddenOption,
+    LevelsOption,
+    Masks,
+    MasksOption,
+    ModelOption,
+    Order,
+    OrderOption,
+    OutOption,
+    QuietOption,
+    RateOption,
+    RecipeName,
+    ResumeOption,
+    SeedOption,
+    SizeOption,
+    SkipOption,
+    device_named,
+)
+from fastmaf.inspection.cli import register
 
 app = typer.Typer(
     help="Masked autoregressive flows: train on good images, sample, find defects by negative log-likelihood.",
@@ -19,62 +46,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-
-
-class Degrees(str, Enum):
-    """Degrees of the hidden units."""
-
-    spread = "spread"
-    random = "random"
-    cyclic = "cyclic"
-
-
-class Order(str, Enum):
-    """Order in which the blocks take the dimensions."""
-
-    natural = "natural"
-    alternate = "alternate"
-    random = "random"
-
-
-class Masks(str, Enum):
-    """Output masks."""
-
-    strict = "strict"
-    reference = "reference"
-
-
-DataOption = Annotated[
-    Path, typer.Option("--data", help="Folder with train/good, test/<class> and, optionally, ground_truth/<class>.")
-]
-ModelOption = Annotated[Path, typer.Option("--model", help="Model file, or the folder of a training run.")]
-OutOption = Annotated[Path, typer.Option("--out", help="Folder to write to.")]
-SizeOption = Annotated[int, typer.Option(help="Side of the square images in pixels.")]
-EpochsOption = Annotated[int, typer.Option(help="Passes over the training images.")]
-BatchOption = Annotated[int, typer.Option(help="Images a step.")]
-RateOption = Annotated[float | None, typer.Option("--lr", help="Adam's rate. Default: 1e-4, or 2e-5 with guards.")]
-BlocksOption = Annotated[int, typer.Option(help="Blocks of the flow.")]
-HiddenOption = Annotated[str, typer.Option("--hidden", help="Units of each hidden layer, with commas.")]
-OrderOption = Annotated[Order, typer.Option(help="natural in every block, reversed in every second one, or random.")]
-MasksOption = Annotated[
-    Masks, typer.Option(help="strict, or the published notebook's leaky output mask, which scores but cannot sample.")
-]
-LevelsOption = Annotated[
-    int | None, typer.Option(help="At most this many distinct hidden degrees: fewer dependent steps when sampling.")
-]
-SeedOption = Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Makes the run repeatable.")]
-ResumeOption = Annotated[bool, typer.Option("--resume", help="Go on from the checkpoint in the output folder.")]
-SkipOption = Annotated[
-    bool, typer.Option("--skip-bad", help="Leave out files that cannot be read, naming them, instead of stopping.")
-]
-DeviceOption = Annotated[str, typer.Option(help="auto, cpu, or cuda.")]
-GraphsOption = Annotated[
-    bool, typer.Option("--cuda-graphs/--no-cuda-graphs", help="On a GPU, replay training steps as CUDA graphs.")
-]
-QuietOption = Annotated[bool, typer.Option("--quiet", help="No progress bars.")]
-AlarmOption = Annotated[
-    float, typer.Option(help="Share of normal images that the held-out threshold may call defective.")
-]
 
 
 @app.command("demo-data")
@@ -94,7 +65,15 @@ def demo_data(
 
 @app.command()
 def train(
+    context: typer.Context,
     data: DataOption,
+    recipe: Annotated[
+        RecipeName,
+        typer.Option(
+            help="reference: a MAF as in the published run. inspection: whitening and local blocks, with a calibrated "
+            "score and heat maps; of the options below it takes --size, --seed, --skip-bad, --device and --quiet."
+        ),
+    ] = RecipeName.reference,
     out: OutOption = Path("results"),
     size: SizeOption = 64,
     epochs: EpochsOption = 100,
@@ -121,6 +100,9 @@ def train(
     quiet: QuietOption = False,
 ) -> None:
     """Train a flow on the good images of a folder."""
+    if recipe is RecipeName.inspection:
+        _train_inspection(context, data, out, size, seed, skip_bad, quiet)
+        return
     from fastmaf.capsule.train import TrainConfig
     from fastmaf.capsule.train import train as run
 
@@ -145,7 +127,7 @@ def train(
         config,
         resume=resume,
         skip_bad=skip_bad,
-        device=_device(device),
+        device=device_named(device),
         graphs=cuda_graphs,
         progress=not quiet,
     )
@@ -158,6 +140,21 @@ def train(
         bits = f"{last['bits_per_dim']:.3f} bits/dim on [0, 1]"
         typer.echo(f"epoch {len(result.log)}: NLL {last['nll']:,.0f} nats{validation}, {bits}")
     typer.echo(f"the model is in {result.model}")
+
+
+def _train_inspection(
+    context: typer.Context, data: Path, out: Path, size: int, seed: int, skip_bad: bool, quiet: bool
+) -> None:
+    from fastmaf.inspection.fit import Recipe
+    from fastmaf.inspection.workflow import train as run
+
+    taken = {"data", "recipe", "out", "size", "seed", "skip_bad", "device", "quiet"}
+    sources = {name: context.get_parameter_source(name) for name in context.params}
+    given = {name for name, source in sources.items() if source is not None and source.name == "COMMANDLINE"}
+    if given - taken:
+        names = ", ".join("--" + name.replace("_", "-") for name in sorted(given - taken))
+        raise typer.BadParameter(f"--recipe inspection does not take {names}: its settings come with the recipe")
+    run(data, out, Recipe(size=size, seed=seed), skip_bad=skip_bad, progress=not quiet, say=typer.echo)
 
 
 @app.command()
@@ -173,7 +170,7 @@ def sample(
     from fastmaf.capsule.models import load_model
     from fastmaf.capsule.sample import sample as run
 
-    result = run(load_model(model, device=_device(device)), out, n, seed=seed, progress=not quiet)
+    result = run(load_model(model, device=device_named(device)), out, n, seed=seed, progress=not quiet)
     typer.echo(f"{n} samples in {result.seconds:.2f} s: {result.files[0].parent}, all in one picture: {result.grid}")
 
 
@@ -188,12 +185,28 @@ def evaluate(
     device: DeviceOption = "auto",
     quiet: QuietOption = False,
 ) -> None:
-    """Score a labelled test set: scores.csv, metrics.json, histogram and ROC curve."""
+    """Score a labelled test set: scores.csv, metrics.json, histogram and ROC curve, or report.html."""
+    from fastmaf.inspection.model import is_inspection_model
+
+    if is_inspection_model(model):
+        from fastmaf.inspection.evaluation import evaluate as inspect
+
+        inspect(
+            model,
+            data,
+            out,
+            device=device_named(device),
+            skip_bad=skip_bad,
+            seed=seed,
+            progress=not quiet,
+            say=typer.echo,
+        )
+        return
     from fastmaf.capsule.evaluate import format_table
     from fastmaf.capsule.models import load_model
     from fastmaf.capsule.score import evaluate as run
 
-    loaded = load_model(model, device=_device(device))
+    loaded = load_model(model, device=device_named(device))
     evaluation = run(loaded, data, out, false_alarm=false_alarm, skip_bad=skip_bad, seed=seed, progress=not quiet)
     typer.echo(format_table(evaluation))
     typer.echo(f"scores, metrics and figures are in {out}")
@@ -251,7 +264,7 @@ def reproduce(
         data=data,
         resume=resume,
         skip_bad=skip_bad,
-        device=_device(device),
+        device=device_named(device),
         graphs=cuda_graphs,
         progress=not quiet,
         say=typer.echo,
@@ -290,9 +303,12 @@ def bench(
         typer.echo(text)
         raise typer.Exit(1 if worse else 0)
     if not command.bench(
-        out, quick=quick, device=_device(device), sides=side or (), progress=not quiet, say=typer.echo
+        out, quick=quick, device=device_named(device), sides=side or (), progress=not quiet, say=typer.echo
     ):
         raise typer.Exit(1)
+
+
+register(app)
 
 
 @app.command()
@@ -318,21 +334,6 @@ def _hidden(text: str) -> tuple[int, ...]:
         raise typer.BadParameter(
             f"expected units of each hidden layer with commas, such as 512,512; found {text!r}"
         ) from None
-
-
-def _device(name: str) -> str:
-    import torch
-
-    if name == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    kind, _, index = name.partition(":")
-    if kind == "cuda" and not torch.cuda.is_available():
-        raise typer.BadParameter("there is no usable CUDA device here; 'fastmaf doctor' says why")
-    if kind not in ("cpu", "cuda") or (index or "0") not in map(str, range(max(1, torch.cuda.device_count()))):
-        raise typer.BadParameter(
-            f"expected the device auto, cpu, cuda, or one that is there, as cuda:0; found {name!r}"
-        )
-    return name
 
 
 def _say_masks(masks: Masks) -> None:

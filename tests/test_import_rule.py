@@ -1,8 +1,9 @@
 """Who may import whom, read from the sources: CONTRIBUTING.md states the rule, this file holds it.
 
-kernels → torch, triton and the standard library; the core of fastmaf → fastmaf.kernels; fastmaf.capsule and the command
-line → the names that `fastmaf` makes public; fastmaf.bench → all of fastmaf; nobody but the tests, and the command line
-for its command `bench`, → fastmaf.bench. What is imported is declared in pyproject.toml.
+kernels → torch, triton and the standard library; the core of fastmaf → fastmaf.kernels; fastmaf.capsule,
+fastmaf.inspection and the command line → the names that `fastmaf` makes public, inspection also → capsule;
+fastmaf.bench → all of fastmaf; nobody but the tests, and the command line for its command `bench`, → fastmaf.bench.
+What is imported is declared in pyproject.toml.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["
 
 # Modules of the core that the workflow and the command line may name besides `fastmaf` itself.
 PUBLIC_MODULES = {"fastmaf.doctor"}
-FRONT = ("fastmaf.capsule", "fastmaf.cli", "fastmaf.__main__")
+FRONT = ("fastmaf.capsule", "fastmaf.inspection", "fastmaf.cli", "fastmaf.cli_options", "fastmaf.__main__")
 BENCH_USERS = ("fastmaf.bench", "fastmaf.cli", "tests")
 STDLIB = sys.stdlib_module_names | {"tomllib"}  # of every supported version, whichever runs this
 IMPORT_NAMES = {"pillow": "PIL", "scikit-learn": "sklearn", "pytest-benchmark": "pytest_benchmark"}
@@ -76,7 +77,12 @@ def refusal(module: str, target: str, name: str | None, known: set[str]) -> str 
         allowed = within(full, "fastmaf.kernels") or top in {"torch", "triton"} or top in STDLIB
         return None if allowed else "kernels import torch, triton, the standard library and themselves"
     if any(within(module, front) for front in FRONT) and not within(full, "fastmaf.bench"):
-        own = within(full, "fastmaf.capsule") or (module == "fastmaf.__main__" and full == "fastmaf.cli")
+        own = (
+            within(full, "fastmaf.capsule")
+            or full == "fastmaf.cli_options"
+            or (within(full, "fastmaf.inspection") and not within(module, "fastmaf.capsule"))
+            or (module == "fastmaf.__main__" and full == "fastmaf.cli")
+        )
         allowed = top != "fastmaf" or own or full == "fastmaf" or full in PUBLIC_MODULES
         return None if allowed else "the capsule workflow and the command line use the public names of fastmaf"
     core = within(module, "fastmaf") and not within(module, "fastmaf.bench")
@@ -98,7 +104,12 @@ def undeclared(module: str, target: str) -> str | None:
 def declared_for(module: str) -> set[str]:
     extras = PROJECT["optional-dependencies"]
     requirements = [*PROJECT["dependencies"]]
-    of = {"fastmaf.kernels": ["triton"], "fastmaf.bench": ["bench"], "tests": ["bench", "test"]}
+    of = {
+        "fastmaf.kernels": ["triton"],
+        "fastmaf.inspection": ["export"],
+        "fastmaf.bench": ["bench"],
+        "tests": ["bench", "export", "test"],
+    }
     for folder, extra in ((folder, extra) for folder, extras_of in of.items() for extra in extras_of):
         if within(module, folder):
             requirements += extras[extra]

@@ -70,7 +70,9 @@ def test_the_wheel_holds_every_module_once_and_nothing_else(installed: Path) -> 
     assert {path.relative_to(installed) for path in installed.rglob("*.py")} == expected
     other = {path.relative_to(installed).as_posix() for path in (installed / "fastmaf").rglob("*.*")}
     # Why there is no native library, for `fastmaf doctor`.
-    assert {name for name in other if not name.endswith(".py")} == {"fastmaf/py.typed", "fastmaf/kernels/_native.txt"}
+    page = {f"fastmaf/inspection/report/report.{suffix}" for suffix in ("css", "html.j2")}
+    found = {name for name in other if not name.endswith(".py")}
+    assert found == {"fastmaf/py.typed", "fastmaf/kernels/_native.txt", *page}
     assert sorted(path.name for path in installed.iterdir() if path.suffix != ".dist-info") == ["fastmaf"]
 
 
@@ -80,7 +82,7 @@ def test_metadata(installed: Path, metadata: Message) -> None:
     assert metadata["License-Expression"] == "Apache-2.0"
     assert metadata["Requires-Python"] == ">=3.10"
     assert metadata["Summary"]
-    assert {"triton", "test", "bench", "dev"} <= set(metadata.get_all("Provides-Extra", []))
+    assert {"triton", "test", "bench", "export", "dev"} <= set(metadata.get_all("Provides-Extra", []))
     assert any(requirement.startswith("torch>=2.7") for requirement in metadata.get_all("Requires-Dist", []))
     (entry_points,) = installed.glob("*.dist-info/entry_points.txt")
     assert "fastmaf = fastmaf.cli:main" in entry_points.read_text(encoding="utf-8")

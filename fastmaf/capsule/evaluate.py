@@ -14,6 +14,7 @@ from fractions import Fraction
 
 import numpy as np
 
+from fastmaf.capsule.ranks import auroc, auroc_interval
 from fastmaf.capsule.results import (
     NORMAL,
     ClassStats,
@@ -37,6 +38,7 @@ __all__ = [
     "Roc",
     "ThresholdReport",
     "auroc",
+    "auroc_interval",
     "conformal_threshold",
     "evaluate_scores",
     "format_table",
@@ -110,7 +112,7 @@ def evaluate_scores(
     return Evaluation(
         counts=counts,
         auroc=auroc(scores, defect),
-        auroc_interval=_bootstrap_interval(codes, defect, bootstrap, seed) if bootstrap else None,
+        auroc_interval=auroc_interval(scores, defect, bootstrap, seed) if bootstrap else None,
         bootstrap=bootstrap,
         per_class={name: _class_stats(name, scores, classes) for name in counts},
         roc=roc,
@@ -119,18 +121,6 @@ def evaluate_scores(
         held_out_reason=reason,
         features=features,
     )
-
-
-def auroc(nll: np.ndarray, defect: np.ndarray) -> float:
-    """P(score of a defect > score of a normal) + P(equal) / 2, exactly, in float64.
-
-    Args:
-        nll: [n] scores; infinities allowed, NaN not.
-        defect: bool [n], at least one of each.
-    """
-    values, codes = np.unique(np.asarray(nll, dtype=np.float64), return_inverse=True)
-    normals, defects = (np.bincount(codes[group], minlength=len(values)) for group in (~defect, defect))
-    return float(_auroc_of_counts(normals, defects))
 
 
 def conformal_threshold(held_out_nll: np.ndarray, false_alarm: float) -> tuple[float, str, float, float]:
@@ -175,30 +165,6 @@ def _roc(values: np.ndarray, codes: np.ndarray, defect: np.ndarray) -> Roc:
     fpr = np.concatenate([[0.0], np.cumsum(normals) / normals.sum()])
     tpr = np.concatenate([[0.0], np.cumsum(defects) / defects.sum()])
     return Roc(fpr, tpr, np.concatenate([[np.inf], values[::-1]]))
-
-
-def _auroc_of_counts(normals: np.ndarray, defects: np.ndarray) -> np.ndarray:
-    """AUROC from how often each rank occurs, ranks ascending along the last axis: [..., ranks] twice -> [...]."""
-    below = np.cumsum(normals, axis=-1) - normals / 2
-    return (defects * below).sum(-1) / (normals.sum(-1) * defects.sum(-1))
-
-
-def _bootstrap_interval(codes: np.ndarray, defect: np.ndarray, bootstrap: int, seed: int) -> tuple[float, float]:
-    """95% percentile interval; normals and defects are resampled separately, so every resample has both."""
-    rng = np.random.default_rng(seed)
-    ranks = int(codes.max()) + 1
-    chunk = max(1, 4_000_000 // len(codes))  # bounds the memory for large test sets
-    sampled = []
-    for start in range(0, bootstrap, chunk):
-        rows = min(chunk, bootstrap - start)
-        offset = ranks * np.arange(rows)[:, None]
-        counts = []
-        for group in (codes[~defect], codes[defect]):
-            drawn = group[rng.integers(0, len(group), (rows, len(group)))] + offset
-            counts.append(np.bincount(drawn.ravel(), minlength=rows * ranks).reshape(rows, ranks))
-        sampled.append(_auroc_of_counts(*counts))
-    low, high = np.quantile(np.concatenate(sampled), [0.025, 0.975])
-    return float(low), float(high)
 
 
 def _class_stats(name: str, scores: np.ndarray, classes: np.ndarray) -> ClassStats:

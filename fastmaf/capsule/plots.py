@@ -23,12 +23,27 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator
 from fastmaf.capsule.pictures import image_grid, save_png
 from fastmaf.capsule.results import NORMAL, Evaluation, nats, written_atomically
 
-__all__ = ["image_grid", "nll_curve", "nll_hist", "roc_curve", "save_png"]
+__all__ = [
+    "BLUE",
+    "GREEN",
+    "GREY",
+    "ORANGE",
+    "PURPLE",
+    "column",
+    "curve_limits",
+    "hist_limits",
+    "image_grid",
+    "nll_curve",
+    "nll_hist",
+    "roc_curve",
+    "save_png",
+    "tick_text",
+]
 
 _DPI = 120
 # Okabe-Ito: told apart with any colour vision, and each also differs in line style or marker.
-_BLUE, _ORANGE, _GREEN, _PURPLE, _GREY = "#0072B2", "#D55E00", "#009E73", "#8B4A83", "#666666"
-_THRESHOLD_STYLES = (("black", "--"), (_GREEN, "-."), (_PURPLE, ":"))
+BLUE, ORANGE, GREEN, PURPLE, GREY = "#0072B2", "#D55E00", "#009E73", "#8B4A83", "#666666"
+_THRESHOLD_STYLES = (("black", "--"), (GREEN, "-."), (PURPLE, ":"))
 
 
 @matplotlib.style.context("default")
@@ -50,25 +65,25 @@ def nll_curve(
         axes.set(xticks=[], yticks=[])
         _save(figure, path)
         return figure
-    epochs = _column(log, "epoch")
-    train, validation = _column(log, "nll"), _column(log, "val_nll")
+    epochs = column(log, "epoch")
+    train, validation = column(log, "nll"), column(log, "val_nll")
     last = float(np.nanmax(epochs))
     marks = {e: v for e, v in sorted((reference or {}).items()) if e <= last}
     ref_epochs, ref_values = np.array(list(marks), dtype=float), np.array(list(marks.values()), dtype=float)
-    low, high = _curve_limits(train, validation, ref_values)
+    low, high = curve_limits(train, validation, ref_values)
     dot: dict[str, Any] = {"marker": "o", "markersize": 4.0} if len(log) <= 40 else {}  # a single point has no line
-    axes.plot(epochs, train, color=_BLUE, linewidth=1.8, label="training", **dot)
+    axes.plot(epochs, train, color=BLUE, linewidth=1.8, label="training", **dot)
     known = ~np.isnan(validation)
     if known.any():
         axes.plot(
-            epochs[known], validation[known], color=_ORANGE, linewidth=1.5, linestyle="--", label="validation", **dot
+            epochs[known], validation[known], color=ORANGE, linewidth=1.5, linestyle="--", label="validation", **dot
         )
     if marks:
         label = "published reference run"
         axes.plot(ref_epochs, ref_values, "D", color="black", markerfacecolor="white", markersize=6, label=label)
     series = (
-        ("training", epochs, train, _BLUE),
-        ("validation", epochs, validation, _ORANGE),
+        ("training", epochs, train, BLUE),
+        ("validation", epochs, validation, ORANGE),
         ("reference", ref_epochs, ref_values, "black"),
     )
     above = []
@@ -79,7 +94,7 @@ def nll_curve(
             axes.plot(at[out], np.full(out.sum(), 0.985), "^", color=colour, markersize=7, transform=transform)
             above.append(f"{name} " + _few(at[out], values[out]))
     if above:
-        axes.plot([], [], "^", color=_GREY, markersize=7, label="above the axis: " + "\n".join(above))
+        axes.plot([], [], "^", color=GREY, markersize=7, label="above the axis: " + "\n".join(above))
     gaps = epochs[np.isnan(train)]
     if len(gaps):
         text = ", ".join(f"{e:.0f}" for e in gaps[:6]) + (", ..." if len(gaps) > 6 else "")
@@ -87,7 +102,7 @@ def nll_curve(
     axes.set_ylim(low, high)
     axes.set_xlim(min(0.0, float(np.nanmin(epochs)) - 1), last + max(0.5, 0.02 * last))
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
-    axes.yaxis.set_major_formatter(FuncFormatter(_tick))
+    axes.yaxis.set_major_formatter(FuncFormatter(tick_text))
     _bits_axis(axes, log, train)
     _legend_above(axes, 2)
     _save(figure, path)
@@ -117,7 +132,7 @@ def nll_hist(
             f"{int(np.isnan(nll).sum())} of them NaN, and {len(classes)} labels"
         )
     names = sorted(set(classes.tolist()), key=lambda name: (name != NORMAL, name))
-    low, high = _hist_limits(nll, classes == NORMAL, thresholds.values())
+    low, high = hist_limits(nll, classes == NORMAL, thresholds.values())
     edges = np.linspace(low, high, 33)
     width = edges[1] - edges[0]
     under, over = nll < low, nll > high
@@ -154,9 +169,9 @@ def nll_hist(
         _strips(points, names, classes, place, nll, width)
     bottom.set_xlabel("NLL of an image (nats): the higher, the more anomalous")
     ticks = [t for t in MaxNLocator(7).tick_values(low, high) if low <= t <= high]
-    texts = [_tick(t) for t in ticks]
+    texts = [tick_text(t) for t in ticks]
     for (centre, hit), text, furthest in zip(
-        spans, (f"below {_tick(low)}\ndown to ", f"above {_tick(high)}\nup to "), (np.min, np.max), strict=True
+        spans, (f"below {tick_text(low)}\ndown to ", f"above {tick_text(high)}\nup to "), (np.min, np.max), strict=True
     ):
         if hit.any():
             beyond = nll[hit & np.isfinite(nll)]
@@ -178,11 +193,11 @@ def roc_curve(path: str | Path, evaluation: Evaluation) -> Figure:
     if evaluation.auroc_interval is not None:
         label += " (95% interval {:.3f} to {:.3f})".format(*evaluation.auroc_interval)
     roc = evaluation.roc
-    axes.plot(roc.fpr, roc.tpr, color=_BLUE, linewidth=2, label=label)
-    axes.plot([0, 1], [0, 1], color=_GREY, linewidth=1, linestyle=":", label="chance")
+    axes.plot(roc.fpr, roc.tpr, color=BLUE, linewidth=2, label=label)
+    axes.plot([0, 1], [0, 1], color=GREY, linewidth=1, linestyle=":", label="chance")
     points = [(evaluation.youden, "o", "black", "Youden (chosen on the test labels)")]
     if evaluation.held_out is not None:
-        points.append((evaluation.held_out, "s", _GREEN, "held-out normals (no test labels)"))
+        points.append((evaluation.held_out, "s", GREEN, "held-out normals (no test labels)"))
     for report, marker, colour, name in points:
         text = f"{name}:\n{_minus(nats(report.threshold))} nats, {report.false_alarm_rate:.0%} false alarms, "
         text += f"{report.anomaly.recall:.0%} of defects found"
@@ -224,7 +239,7 @@ def _save(figure: Figure, path: str | Path) -> None:
         figure.savefig(file, format="png", dpi=_DPI, facecolor="white")
 
 
-def _curve_limits(train: np.ndarray, validation: np.ndarray, reference: np.ndarray) -> tuple[float, float]:
+def curve_limits(train: np.ndarray, validation: np.ndarray, reference: np.ndarray) -> tuple[float, float]:
     """Limits of the NLL axis: all low values; of the high ones what is not far above the bulk (a blown-up epoch)."""
     low, high = _reach(np.concatenate([train, reference]) if np.isfinite(train).any() else validation)
     val_low, val_high = _reach(validation)
@@ -249,7 +264,7 @@ def _reach(values: np.ndarray) -> tuple[float, float]:
     return float(values.min()), float(values[values <= median + 12 * spread].max())
 
 
-def _hist_limits(nll: np.ndarray, normal: np.ndarray, thresholds: Any) -> tuple[float, float]:
+def hist_limits(nll: np.ndarray, normal: np.ndarray, thresholds: Any) -> tuple[float, float]:
     """Where the histogram's bulk lies: whiskers of normals and defects, the latter at most 10 normal spreads away."""
     finite = nll[np.isfinite(nll)]
     if not len(finite):
@@ -280,8 +295,8 @@ def _bars(
     width = edges[1] - edges[0]
     far = np.any([hit for _, hit in spans], axis=0)
     for group, name, colour, style in (
-        (normal, "good", _BLUE, "-"),
-        (~normal, "defective", _ORANGE, (0, (4, 1.2))),
+        (normal, "good", BLUE, "-"),
+        (~normal, "defective", ORANGE, (0, (4, 1.2))),
     ):
         if not group.any():
             continue
@@ -304,7 +319,7 @@ def _strips(
     jitter = np.random.default_rng(0)
     for row, name in enumerate(names):
         own = classes == name
-        colour = _BLUE if name == NORMAL else _ORANGE
+        colour = BLUE if name == NORMAL else ORANGE
         y = row + jitter.uniform(-0.22, 0.22, len(nll))
         x = np.where(place == nll, nll, place + jitter.uniform(-1.4, 1.4, len(nll)) * width)
         for hit, marker in ((place == nll, "o"), (nll > place, ">"), (nll < place, "<")):
@@ -319,7 +334,7 @@ def _strips(
 
 def _bits_axis(axes: Axes, log: Sequence[Mapping[str, Any]], train: np.ndarray) -> None:
     """A second scale at the right, bits/dim; the factor is what the log's own two columns say."""
-    bits = _column(log, "bits_per_dim")
+    bits = column(log, "bits_per_dim")
     usable = np.isfinite(bits) & np.isfinite(train) & (bits != 0) & (train != 0)
     if usable.any():
         factor = float(np.median(bits[usable] / train[usable]))
@@ -334,8 +349,8 @@ def _bits_axis(axes: Axes, log: Sequence[Mapping[str, Any]], train: np.ndarray) 
         right.set_ylabel("bits per dimension")
 
 
-def _column(log: Sequence[Mapping[str, Any]], key: str) -> np.ndarray:
-    """float64 [rows]; NaN where the row has no such number."""
+def column(log: Sequence[Mapping[str, Any]], key: str) -> np.ndarray:
+    """The column of a log as float64 [rows]; NaN where the row has no such number."""
     return np.array([math.nan if row.get(key) in (None, "") else float(row[key]) for row in log], dtype=np.float64)
 
 
@@ -346,7 +361,8 @@ def _few(at: np.ndarray, values: np.ndarray) -> str:
     return f"in {len(at)} epochs, most at epoch {at[top]:.0f}: {_minus(nats(values[top]))}"
 
 
-def _tick(value: float, _position: int | None = None) -> str:
+def tick_text(value: float, _position: int | None = None) -> str:
+    """A number of nats for an axis."""
     text = f"{value:,.0f}" if abs(value) >= 100 or value == round(value) else f"{value:g}"
     return _minus(text if abs(value) < 1e7 else f"{value:.2g}")
 

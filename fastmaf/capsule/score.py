@@ -14,6 +14,7 @@ from tqdm import tqdm
 
 from fastmaf.capsule.data import ImageSet, load_test, load_train
 from fastmaf.capsule.evaluate import Evaluation, evaluate_scores, write_metrics, write_scores
+from fastmaf.capsule.folders import has_normals
 from fastmaf.capsule.models import Model, nll_of
 from fastmaf.capsule.plots import nll_hist, roc_curve
 
@@ -36,7 +37,7 @@ def evaluate(
 
     Args:
         model: a trained model.
-        data: folder with ``test/<class>``, and ``train/good`` for the normals that training held out.
+        data: folder with ``test/<class>``, and the normals that training held out where ``load_train`` finds them.
         out: folder to write to.
         false_alarm: rate for the threshold from held-out normals.
         skip_bad: leave out files that cannot be read.
@@ -75,7 +76,7 @@ def _held_out(model: Model, data: str | Path, *, skip_bad: bool, progress: bool)
     """Returns the normals that training never saw, or None when there are none; says so when some are gone."""
     if not model.held_out:
         return None
-    if not (Path(data).expanduser() / "train" / "good").is_dir():
+    if not has_normals(Path(data).expanduser()):
         tqdm.write(f"no folder train/good in {data}: no threshold can be taken from held-out normals")
         return None
     normals = load_train(data, size=model.size, skip_bad=skip_bad, progress=progress)

@@ -1,4 +1,4 @@
-"""Sets of images: their tensors, and which folders are read, or refused with which words."""
+"""Sets of images: their tensors, and what is read of their folders."""
 
 from __future__ import annotations
 
@@ -12,17 +12,7 @@ import torch
 from PIL import Image
 
 from fastmaf.capsule.data import DataError, ImageSet, load_test, load_train, to_images, to_unit
-from tests.capsule.pictures import picture
-
-
-def capsule_set(root: Path) -> Path:
-    for i in range(3):
-        picture(root / "train" / "good" / f"{i:03d}.png", (10 * i, 0, 0))
-    for name in ("crack", "good", "poke"):
-        for i in range(2):
-            picture(root / "test" / name / f"{i:03d}.png")
-    return root
-
+from tests.capsule.pictures import capsule_set, picture
 
 # ---- tensors
 
@@ -129,74 +119,6 @@ def test_bad_file_stops_or_is_skipped_and_logged(tmp_path: Path, caplog: pytest.
         file.write_text("no image")
     with pytest.raises(DataError, match="none of the 3 train images"):
         load_train(root, size=4, skip_bad=True, progress=False)
-
-
-def message_of(load: object, root: Path) -> str:
-    assert callable(load)
-    with pytest.raises(DataError) as caught:
-        load(root, size=4, progress=False)
-    message = str(caught.value)
-    assert "<folder>/train/good/*.png" in message and "found:" in message
-    return message
-
-
-def test_missing_folder_names_the_nearest(tmp_path: Path) -> None:
-    capsule_set(tmp_path / "capsule")
-    message = message_of(load_train, tmp_path / "capsul")
-    assert f"no such folder: {tmp_path / 'capsul'}" in message
-    assert f"did you mean {tmp_path / 'capsule'}?" in message
-
-
-@pytest.mark.parametrize("wrong", ["god", "Goood", "goods"])
-def test_misspelt_class_folder(tmp_path: Path, wrong: str) -> None:
-    root = capsule_set(tmp_path / "set")
-    (root / "train" / "good").rename(root / "train" / wrong)
-    message = message_of(load_train, root)
-    assert f"no folder train/good in {root}" in message
-    assert f"did you mean {root / 'train' / wrong} (expected the name good)?" in message
-    assert f"  train/{wrong}/  3 images" in message and "  test/crack/  2 images" in message
-
-
-def test_misspelt_split_folder(tmp_path: Path) -> None:
-    root = capsule_set(tmp_path / "set")
-    (root / "test").rename(root / "tests")
-    assert f"did you mean {root / 'tests'} (expected the name test)?" in message_of(load_test, root)
-
-
-@pytest.mark.parametrize("load", [load_train, load_test])
-def test_root_a_level_too_high_or_too_low(tmp_path: Path, load: object) -> None:
-    root = capsule_set(tmp_path / "a" / "capsule")
-    for given in (tmp_path / "a", tmp_path):
-        assert f"did you mean {root} (it holds" in message_of(load, given)
-    for given in (root / "train", root / "train" / "good", root / "test", root / "test" / "crack"):
-        assert f"did you mean {root} (the folder above" in message_of(load, given)
-
-
-def test_images_directly_in_train(tmp_path: Path) -> None:
-    for i in range(2):
-        picture(tmp_path / "train" / f"{i}.png")
-    assert f"did you mean {tmp_path / 'train' / 'good'} as the place of the 2 images in train/?" in message_of(
-        load_train, tmp_path
-    )
-
-
-def test_empty_folders(tmp_path: Path) -> None:
-    folder = tmp_path / "train" / "good"
-    folder.mkdir(parents=True)
-    assert f"no image in {folder}: it is empty" in message_of(load_train, tmp_path)
-    (folder / "a.webp").write_bytes(b"x")
-    (folder / "b.webp").write_bytes(b"x")
-    assert "found 2 x .webp; read are .png" in message_of(load_train, tmp_path)
-    (tmp_path / "test" / "good").mkdir(parents=True)
-    assert f"no test class with an image in {tmp_path / 'test'}" in message_of(load_test, tmp_path)
-    picture(tmp_path / "test" / "a.png")
-    assert "1 image directly in it" in message_of(load_test, tmp_path)
-
-
-def test_root_is_a_file(tmp_path: Path) -> None:
-    archive = tmp_path / "capsule.tar.xz"
-    archive.write_bytes(b"x")
-    assert "is a file, expected a folder" in message_of(load_train, archive)
 
 
 def test_progress_bar_goes_to_stderr_or_nowhere(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,0 +1,47 @@
+"""Copies of images that a model of normal images shall explain too."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+
+def shifted_copies(size: int, radius: int = 2, step: float = 0.5) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
+    """Copies of square RGB images shifted by up to ``radius`` steps along each axis, (2 radius + 1)² of them.
+
+    Positions between pixels are interpolated bilinearly, so that every copy is a mixture of copies shifted by whole
+    pixels: those are the basis, and ``fastmaf.GaussianWhitening.fit_`` pays for no others. Edges are repeated outwards.
+
+    Args:
+        size: side of the images in pixels.
+        radius: in steps; 0 for the images alone.
+        step: in pixels.
+
+    Returns:
+        A function from ``[n, 3 size²]`` to a basis ``[n, p, 3 size²]`` and weights ``[(2 radius + 1)², p]``.
+    """
+    if size < 1 or radius < 0 or not step > 0:
+        raise ValueError(f"size must be at least 1, radius at least 0, step positive; found {size}, {radius}, {step}")
+    whole = math.ceil(radius * step)
+    axis = torch.zeros(2 * radius + 1, 2 * whole + 1)
+    for row, k in enumerate(range(-radius, radius + 1)):
+        below = math.floor(k * step)
+        share = k * step - below
+        axis[row, below + whole] += 1 - share
+        if share:
+            axis[row, below + 1 + whole] += share
+    weights = torch.kron(axis, axis)
+
+    def augment(x: Tensor) -> tuple[Tensor, Tensor]:
+        images = x.unflatten(1, (3, size, size))
+        if whole:
+            images = pad(images, (whole,) * 4, mode="replicate")
+        steps = range(2 * whole + 1)
+        basis = [images[:, :, i : i + size, j : j + size].flatten(1) for i in steps for j in steps]
+        return torch.stack(basis, dim=1), weights.to(x)
+
+    return augment

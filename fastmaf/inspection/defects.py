@@ -1,0 +1,117 @@
+"""Defects drawn onto normal images of any object, to choose scores and constants without any defective image.
+
+They are generic: lines, spots, stains, patches that are erased, pasted, displaced or rough, and dents, from barely
+visible to obvious. What a score finds of them says how scores compare, not what it will find of real defects.
+
+References:
+    Li et al., "CutPaste: self-supervised learning for anomaly detection and localization", CVPR 2021, for pasted
+    patches; Zavrtanik et al., "DRÆM", ICCV 2021, for defects drawn onto normals in general.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from scipy.ndimage import maximum_filter, minimum_filter
+from torch import Tensor
+
+from fastmaf.inspection.brushes import BRUSHES
+from fastmaf.inspection.canvas import Array, Canvas
+
+__all__ = ["KINDS", "Drawn", "draw_defects"]
+
+KINDS: tuple[str, ...] = tuple(BRUSHES)
+"""The kinds of defects; ``fastmaf.inspection.brushes`` says what each is."""
+
+SEEN = 2
+"""A mask covers what differs by more than so many grey levels."""
+
+_TRIES = 12
+
+
+class Drawn(NamedTuple):
+    """Images with one defect each.
+
+    Attributes:
+        pixels: uint8 [n, 3, s, s].
+        masks: bool [n, s, s], where the defect is seen; nowhere empty.
+        kinds: the kind of each defect.
+    """
+
+    pixels: Tensor
+    masks: Tensor
+    kinds: tuple[str, ...]
+
+
+def draw_defects(pixels: Tensor, *, kinds: Sequence[str] = KINDS, seed: int = 0) -> Drawn:
+    """Draws one defect onto each image, its kind drawn so that all kinds are as frequent as can be.
+
+    Sizes are relative to the image's side; strengths of what is painted to the contrast of the place, 6 to 80 grey
+    levels for lines and spots, less for what is wider. Nearly all defects lie on the object. One that hardly shows (no
+    colour changed by 4 levels, or too few pixels by more than 2) is drawn anew, stronger each time. The same images,
+    kinds and seed give the same drawing.
+
+    Args:
+        pixels: normal images, uint8 [n, 3, s, s], s >= 8.
+        kinds: which kinds to draw, of ``KINDS``.
+        seed: any non-negative integer.
+
+    Returns:
+        The images with their defects. A mask covers where any colour differs by more than 2 grey levels from the normal
+        image, with gaps of a pixel closed. On an image without any structure, where nothing can be displaced, pasted or
+        erased, a spot is drawn, and named so.
+
+    Raises:
+        ValueError: ``pixels``, ``kinds`` or ``seed`` are not as above.
+    """
+    if pixels.dtype != torch.uint8 or pixels.ndim != 4 or pixels.shape[1] != 3 or pixels.shape[2] != pixels.shape[3]:
+        raise ValueError(f"pixels must be uint8 [n, 3, s, s]; found {pixels.dtype} {list(pixels.shape)}")
+    if pixels.shape[2] < 8:
+        raise ValueError(f"pixels must be images of at least 8 x 8; found {pixels.shape[2]} x {pixels.shape[3]}")
+    unknown = [kind for kind in kinds if kind not in BRUSHES]
+    if unknown or not kinds:
+        raise ValueError(f"kinds must be one or more of {', '.join(KINDS)}; found {', '.join(unknown) or 'none'}")
+    if seed < 0:
+        raise ValueError(f"seed must be at least 0; found {seed}")
+    clean = pixels.detach().cpu().permute(0, 2, 3, 1).contiguous().numpy()
+    n = len(clean)
+    order = np.random.default_rng(seed)
+    asked = np.resize(order.permutation(len(kinds)), n)  # which kinds are drawn once more than others is drawn, too
+    order.shuffle(asked)
+    drawn, names = np.empty_like(clean), []
+    for i in range(n):
+        drawn[i], name = _drawn(clean, i, kinds[asked[i]], np.random.default_rng([seed, i]))
+        names.append(name)
+    masks = _masks(clean, drawn)
+    return Drawn(torch.from_numpy(drawn).permute(0, 3, 1, 2).contiguous(), torch.from_numpy(masks), tuple(names))
+
+
+def _drawn(clean: Array, i: int, kind: str, rng: np.random.Generator) -> tuple[Array, str]:
+    """One image with its defect, uint8 [s, s, 3], and the kind that it is."""
+    image = clean[i].astype(np.float32)
+    enough = max(1, round(3 * (len(image) / 64) ** 2))
+    for attempt in range(2 * _TRIES):
+        if attempt == _TRIES:
+            kind = "spot"
+        donor = clean[int(rng.integers(len(clean)))].astype(np.float32)
+        changed = BRUSHES[kind](Canvas(image, donor, rng, boost=1.2**attempt))
+        changed = np.rint(np.clip(changed, 0, 255)).astype(np.uint8)
+        apart = _difference(clean[i], changed)
+        if (apart > SEEN).sum() >= enough and apart.max() >= 2 * SEEN:
+            return changed, kind
+    raise RuntimeError(f"no defect that shows could be drawn onto image {i}")
+
+
+def _difference(clean: Array, drawn: Array) -> Array:
+    """The largest difference of a colour, uint8 [..., 3] twice to uint8 [...]."""
+    return (np.maximum(clean, drawn) - np.minimum(clean, drawn)).max(axis=-1)
+
+
+def _masks(clean: Array, drawn: Array) -> Array:
+    """Where each image differs, gaps of a pixel closed; uint8 [n, s, s, 3] twice to bool [n, s, s]."""
+    seen = np.pad(_difference(clean, drawn) > SEEN, ((0, 0), (1, 1), (1, 1)))  # so that it may grow over the edge
+    closed = minimum_filter(maximum_filter(seen, size=(1, 3, 3)), size=(1, 3, 3))
+    return np.ascontiguousarray(closed[:, 1:-1, 1:-1])

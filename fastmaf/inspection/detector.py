@@ -1,0 +1,233 @@
+"""Inspection with scikit-learn's conventions: ``fastmaf.Detector``, for images and for rows of numbers."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Sequence
+from numbers import Integral
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from sklearn.base import BaseEstimator, OutlierMixin
+from sklearn.utils import check_random_state
+from sklearn.utils.validation import check_is_fitted
+from torch import Tensor
+
+from fastmaf.capsule.data import load_image
+from fastmaf.inspection.calibration import Calibration
+from fastmaf.inspection.fit import Recipe, fit
+from fastmaf.inspection.model import InspectionModel, load_inspection
+from fastmaf.inspection.rows import RowModel, fit_rows
+
+try:
+    from sklearn.utils.validation import validate_data
+except ImportError:  # scikit-learn before 1.6
+
+    def validate_data(estimator: Any, *args: Any, **options: Any) -> Any:
+        """Stands for the function, which was a method once."""
+        return estimator._validate_data(*args, **options)
+
+
+class Detector(OutlierMixin, BaseEstimator):
+    """Finds what is unlike the normal samples it was fitted to, at a false-alarm rate that is promised.
+
+    Fitted to images it is the model of ``fastmaf train --recipe inspection``: a Gaussian whitening on shifted copies,
+    the largest value of the standardised, smoothed map as the score, and heat maps. Fitted to rows it is the whitening
+    of the standardised columns, and the NLL in nats is the score. The threshold comes from samples scored by models
+    that have not seen them (K folds) and keeps the rate of false alarms that is asked for; no share of the samples is
+    taken for outliers (there is no ``contamination``): fit it to normal ones.
+
+    Everywhere X is either
+
+    - images: uint8 ``[n, h, w, 3]``, an array, a tensor or a sequence of ``[h, w, 3]`` of any sizes, R, G, B; or a
+      sequence of paths of image files. They are resized to ``size``;
+    - or rows: finite numbers ``[n, D]``.
+
+    Args:
+        size: images only: side in pixels of the square that each is resized to.
+        rank: factors of the whitening; fewer where the samples or columns do not support them.
+        blocks: images only: autoregressive blocks after the whitening. They lower the NLL that ``model_`` reports; the
+            score is taken before them, so that 0 gives the same scores sooner.
+        steps: images only: of the blocks' training.
+        folds: K, at least 2; as many as there are samples where those are fewer.
+        false_alarm: rate of false alarms on new normal samples, on average over calibration sets.
+        confidence: None, or the probability with which this very calibration set keeps that rate.
+        random_state: of folds and blocks. By default the same samples give the same model.
+        verbose: images only: show a progress bar.
+
+    Attributes:
+        model_: ``InspectionModel`` of images, or ``RowModel``.
+        calibration_: held-out scores and what they promise; ``print(detector.calibration_.describe())``.
+        offset_: minus the threshold: ``decision_function = score_samples - offset_``.
+        n_features_in_: D; of images the numbers in a resized one, 3 size².
+
+    Example:
+        >>> detector = fastmaf.Detector().fit(sorted(Path("parts/good").glob("*.png")))
+        >>> detector.predict(["parts/new.png"])
+        array([-1])
+    """
+
+    def __init__(
+        self,
+        *,
+        size: int = 64,
+        rank: int = 800,
+        blocks: int = 2,
+        steps: int = 300,
+        folds: int = 5,
+        false_alarm: float = 0.05,
+        confidence: float | None = None,
+        random_state: int | np.random.RandomState | None = 0,
+        verbose: bool = False,
+    ) -> None:
+        self.size = size
+        self.rank = rank
+        self.blocks = blocks
+        self.steps = steps
+        self.folds = folds
+        self.false_alarm = false_alarm
+        self.confidence = confidence
+        self.random_state = random_state
+        self.verbose = verbose
+
+    def fit(self, X: Any, y: Any = None) -> Detector:
+        """Fits to normal images, at least 3, or normal rows, at least 2; see the class for what X may be.
+
+        Warns:
+            UserWarning: there are too few samples for the rate that is asked for.
+
+        Raises:
+            ValueError: X or a parameter does not fit.
+            DataError: an image file cannot be read.
+        """
+        Calibration(np.zeros(1), self.false_alarm, self.confidence, "split")  # a wrong rate is said before the fitting
+        given = self.random_state
+        seed = int(given if isinstance(given, Integral) else check_random_state(given).randint(2**31 - 1))
+        images = _are_images(X)
+        samples = _pixels(X, self.size) if images else self._rows(X, ensure_min_samples=2)
+        n = len(samples)
+        if images and n < 3:
+            raise ValueError(f"X must hold at least 3 normal images; found {n}")
+        folds = self.folds if self.folds < 2 else min(self.folds, n)
+        recipe = Recipe(self.size, self.rank, blocks=self.blocks, steps=self.steps, folds=folds, seed=seed)
+        self.model_: InspectionModel | RowModel
+        if images:
+            model = fit(samples, recipe, progress=self.verbose).model
+            self._take(model.with_calibration(model.calibration.with_rate(self.false_alarm, self.confidence)))
+        else:
+            self.model_, scores = fit_rows(samples, self.rank, folds, seed)
+            self.calibration_ = Calibration(scores, self.false_alarm, self.confidence, "k-fold", folds)
+        self.offset_ = -self.calibration_.threshold
+        if not self.calibration_.met:
+            needed = self.calibration_.needed
+            warnings.warn(f"a false-alarm rate of {self.false_alarm:g} takes {needed} samples; found {n}", stacklevel=2)
+        return self
+
+    def anomaly_score(self, X: Any) -> np.ndarray:
+        """How anomalous each sample is: float64 [n], higher is more anomalous; of rows in nats."""
+        check_is_fitted(self)
+        if isinstance(self.model_, InspectionModel):
+            return self.model_.assess(self._images(X)).scores
+        if _are_images(X):
+            raise ValueError(f"this detector was fitted to rows: expected [n, {self.n_features_in_}]; found images")
+        return self.model_.nll(self._rows(X, reset=False))
+
+    def score_samples(self, X: Any) -> np.ndarray:
+        """Minus ``anomaly_score``: float64 [n], higher is more normal, as everywhere in scikit-learn."""
+        return -self.anomaly_score(X)
+
+    def decision_function(self, X: Any) -> np.ndarray:
+        """``score_samples`` minus ``offset_``: float64 [n], negative for outliers."""
+        return self.score_samples(X) - self.offset_
+
+    def predict(self, X: Any) -> np.ndarray:
+        """Returns -1 for outliers, whose score is above the threshold, and 1 for the others: int64 [n]."""
+        return np.where(self.decision_function(X) < 0, -1, 1)
+
+    def p_values(self, X: Any) -> np.ndarray:
+        """How often a normal sample scores at least as high: float64 [n], in (0, 1]; see ``Calibration.p_values``."""
+        scores = self.anomaly_score(X)
+        return self.calibration_.p_values(scores)
+
+    def anomaly_map(self, X: Any) -> np.ndarray:
+        """Where each image is anomalous: float32 [n, size, size], higher is more anomalous."""
+        check_is_fitted(self)
+        if not isinstance(self.model_, InspectionModel):
+            raise ValueError("maps are of images: this detector was fitted to rows")
+        return self.model_.assess(self._images(X)).maps
+
+    def save(self, path: str | Path) -> None:
+        """Writes a detector of images to one safetensors file, which the command line reads, too."""
+        check_is_fitted(self)
+        if not isinstance(self.model_, InspectionModel):
+            raise ValueError("only a detector that was fitted to images can be saved; this one was fitted to rows")
+        self.model_.save(path)
+
+    @classmethod
+    def load(cls, path: str | Path) -> Detector:
+        """Reads what ``save`` or the command line wrote; errors as ``load_inspection``."""
+        model = load_inspection(path)
+        recipe = model.about.get("recipe", {})
+        known = {name: recipe[name] for name in ("rank", "blocks", "steps", "folds") if name in recipe}
+        promise = {name: getattr(model.calibration, name) for name in ("false_alarm", "confidence")}
+        detector = cls(size=model.size, random_state=recipe.get("seed", 0), **known, **promise)
+        detector._take(model)
+        return detector
+
+    def _take(self, model: InspectionModel) -> None:
+        self.model_, self.calibration_ = model, model.calibration
+        self.offset_ = -model.calibration.threshold
+        self.n_features_in_ = model.flow.features
+        self.__dict__.pop("feature_names_in_", None)  # of rows that it was fitted to before
+
+    def _rows(self, X: Any, **options: Any) -> Tensor:
+        X = X.detach().cpu().numpy() if isinstance(X, Tensor) else X
+        rows = validate_data(self, X, dtype=np.float64, **options)
+        return torch.from_numpy(np.array(rows))  # a copy: what is read-only or strided backwards makes no tensor
+
+    def _images(self, X: Any) -> Tensor:
+        if not _are_images(X):
+            raise ValueError("this detector was fitted to images: expected uint8 [n, h, w, 3] or paths" + _found(X))
+        return _pixels(X, self.model_.size)  # type: ignore[union-attr]
+
+
+def _are_images(X: Any) -> bool:
+    """Whether X is meant as images: it has 3 axes or more, or its first element is a path or has 3."""
+    if isinstance(X, (str, os.PathLike)):
+        raise ValueError(f"X must be a sequence of paths or images; found the one path {os.fspath(X)!r}")
+    shape = getattr(X, "shape", None)
+    if shape is None and not isinstance(X, Sequence):
+        return False
+    if shape is not None and len(shape) != 1:
+        return len(shape) > 2
+    first: Any = next(iter(X), None)
+    return isinstance(first, (str, os.PathLike)) or (not isinstance(first, dict) and np.ndim(first) == 3)
+
+
+def _pixels(X: Any, size: int) -> Tensor:
+    """Images in any of their forms -> uint8 [n, 3, size, size], resized as files are."""
+    if isinstance(X, Tensor):
+        X = X.detach().cpu().numpy()
+    pixels = []
+    for i, image in enumerate(X):
+        if isinstance(image, (str, os.PathLike)):
+            pixels.append(load_image(os.fspath(image), size)[0])
+            continue
+        values = np.asarray(image)
+        if values.dtype != np.uint8 or values.ndim != 3 or values.shape[2] != 3 or 0 in values.shape:
+            found = f"{values.dtype} {list(values.shape)}"
+            raise ValueError(f"images must be uint8 [n, h, w, 3]; found {found} as image {i}")
+        resized = Image.fromarray(values).resize((size, size), Image.Resampling.BILINEAR)
+        pixels.append(torch.from_numpy(np.array(resized)).permute(2, 0, 1))
+    if not pixels:
+        raise ValueError(f"X must hold at least 1 image, uint8 [n, h, w, 3]{_found(X)}")
+    return torch.stack(pixels)
+
+
+def _found(X: Any) -> str:
+    shape = getattr(X, "shape", None)
+    return f"; found {type(X).__name__}" if shape is None else f"; found {getattr(X, 'dtype', '')} {list(shape)}"

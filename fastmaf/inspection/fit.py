@@ -1,0 +1,228 @@
+"""Fitting an inspection model to normal images: ``fastmaf train --recipe inspection``.
+
+1. A Gaussian whitening, in closed form, on shifted copies.
+2. K folds: each normal is whitened by the model of the fold that left it out. Blocks are trained on these terms, since
+   those of a model that has seen the image are far smaller than a new image's will be.
+3. The same once more for each fold without its own images, for terms, scores and NLLs that nothing has seen.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+import fastmaf
+from fastmaf.capsule.data import to_unit
+from fastmaf.inspection.augment import shifted_copies
+from fastmaf.inspection.calibration import Calibration, k_fold
+from fastmaf.inspection.model import InspectionModel
+from fastmaf.inspection.scores import ScoreSettings, TermStatistics, image_scores, maps_of, terms_and_nll
+
+QUANTISATION = 1 / (12 * 255**2)
+"""Variance of rounding to 8 bits, on [0, 1] data: no pixel's noise is taken for smaller."""
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Everything that determines an inspection model. No default was chosen by a test image; see ``fastmaf choose``.
+
+    Attributes:
+        size: side of the square images in pixels.
+        rank: factors of the whitening; fewer where the images do not support them.
+        shift_radius, shift_step: copies shifted by up to so many steps of so many pixels are explained too.
+        blocks: local autoregressive blocks after the whitening; every second one takes the pixels in reverse.
+        patch, kernel, hidden: of the blocks; see ``fastmaf.LocalAutoregressive``.
+        steps, batch_size, lr: of Adam on the blocks; the rate rises and falls once (one cycle).
+        folds: K.
+        score: how an image is scored.
+        seed: of folds and blocks.
+    """
+
+    size: int = 64
+    rank: int = 800
+    shift_radius: int = 2
+    shift_step: float = 0.5
+    blocks: int = 2
+    patch: int = 2
+    kernel: int = 3
+    hidden: int = 4
+    steps: int = 200
+    batch_size: int = 16
+    lr: float = 5e-3
+    folds: int = 5
+    score: ScoreSettings = field(default_factory=ScoreSettings)
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("size", "steps", "batch_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1; found {getattr(self, name)}")
+        if self.folds < 2:
+            raise ValueError(f"folds must be at least 2; found {self.folds}")
+        if self.blocks < 0:
+            raise ValueError(f"blocks must be at least 0; found {self.blocks}")
+        if self.blocks and self.size % self.patch:
+            raise ValueError(f"size must be a multiple of patch = {self.patch}; found {self.size}")
+
+    @property
+    def features(self) -> int:
+        """D, the numbers of one image."""
+        return 3 * self.size**2
+
+
+@dataclass(frozen=True, eq=False)
+class CrossFit:
+    """The models of the folds, and what they say of the images that each left out, in the order of the images.
+
+    Attributes:
+        folds: indices of the images of each fold.
+        flows: the flow fitted without each fold.
+        whitened_nll: NLL by the whitening alone, float64 [n] nats.
+        nll: NLL by the whole flow, float64 [n] nats.
+    """
+
+    folds: Sequence[np.ndarray]
+    flows: Sequence[fastmaf.Flow]
+    whitened_nll: np.ndarray
+    nll: np.ndarray
+
+
+@dataclass(frozen=True, eq=False)
+class Fitted:
+    """A fitted model, the fold models behind its statistics, and the blocks' training curve (rows of step and NLLs)."""
+
+    model: InspectionModel
+    cross: CrossFit
+    log: list[dict[str, float]]
+    seconds: dict[str, float]
+
+
+def fit(pixels: Tensor, recipe: Recipe | None = None, *, progress: bool = True) -> Fitted:
+    """Fits an inspection model to normal images and calibrates it at a false-alarm rate of 5 %.
+
+    Args:
+        pixels: uint8 ``[n, 3, size, size]``, n >= folds.
+        recipe: the settings.
+        progress: show a progress bar.
+
+    Raises:
+        ValueError: there are fewer images than folds, or they are of another size.
+    """
+    recipe = recipe or Recipe(size=int(pixels.shape[-1]))
+    if pixels.dtype != torch.uint8 or pixels.shape[1:] != (3, recipe.size, recipe.size):
+        expected = f"uint8 [n, 3, {recipe.size}, {recipe.size}]"
+        raise ValueError(f"pixels must be {expected}; found {pixels.dtype} {list(pixels.shape)}")
+    x = to_unit(pixels)
+    steps = 2 * (recipe.folds + 1) if recipe.blocks else recipe.folds + 1
+    began, seconds = time.perf_counter(), {}
+    with tqdm(total=steps, desc="fitting", unit="model", disable=not progress, leave=False) as bar:
+        folds = k_fold(len(x), recipe.folds, recipe.seed)
+        whitenings, z = [], torch.empty_like(x)
+        for fold in folds:
+            whitenings.append(fit_whitening(without(x, fold), recipe))
+            z[fold] = whitenings[-1](x[fold])[0]
+            bar.update()
+        whole = fit_whitening(x, recipe)
+        bar.update()
+        seconds["whitenings"] = time.perf_counter() - began
+        log: list[dict[str, float]] = []
+        flows: list[fastmaf.Flow] = []
+        for fold, whitening in zip(folds, whitenings, strict=True):
+            own = fit_blocks(without(z, fold), recipe, z[fold], log if not flows else None)
+            flows.append(fastmaf.Flow(recipe.features, [whitening, *own]).eval())
+            bar.update(bool(recipe.blocks))
+        flow = fastmaf.Flow(recipe.features, [whole, *fit_blocks(z, recipe)]).eval().requires_grad_(False)
+        bar.update(bool(recipe.blocks))
+        seconds["blocks"] = time.perf_counter() - began - seconds["whitenings"]
+    whitened = torch.zeros(len(x), dtype=torch.float64)
+    for fold, whitening in zip(folds, whitenings, strict=True):
+        whitened[fold] = terms_and_nll(fastmaf.Flow(recipe.features, [whitening]), x[fold], recipe.score)[1]
+    statistics, scores, nll, maps = cross_scores(x, flows, folds, recipe.score, recipe.size)
+    seconds["scores"] = time.perf_counter() - began - seconds["whitenings"] - seconds["blocks"]
+    cross = CrossFit(folds, flows, whitened.numpy(), nll.numpy())
+    about = {
+        "recipe": asdict(recipe),
+        "images": len(x),
+        "held_out_nll": float(nll.mean()),
+        "held_out_nll_of_whitening": float(whitened.mean()),
+        "images_of_folds": [len(fold) for fold in folds],
+        "held_out_nll_of_folds": [float(nll[fold].mean()) for fold in folds],
+        "map_levels": [float(np.quantile(maps.numpy(), 0.99)), float(maps.max())],
+    }
+    calibration = Calibration(scores.numpy(), 0.05, None, "k-fold", recipe.folds)
+    return Fitted(InspectionModel(flow, recipe.score, statistics, calibration, about), cross, log, seconds)
+
+
+def cross_scores(
+    x: Tensor, flows: Sequence[fastmaf.Flow], folds: Sequence[np.ndarray], settings: ScoreSettings, size: int
+) -> tuple[TermStatistics, Tensor, Tensor, Tensor]:
+    """Returns the statistics of held-out terms, and held-out scores, NLLs and maps.
+
+    A fold's terms are standardised by those of the other folds: by its own, the scores would be a little too small.
+    """
+    terms, nll = torch.empty_like(x), torch.empty(len(x), dtype=torch.float64)
+    for fold, flow in zip(folds, flows, strict=True):
+        terms[fold], nll[fold] = terms_and_nll(flow, x[fold], settings)
+    scores, maps = torch.empty(len(x), dtype=torch.float64), torch.empty(len(x), size, size)
+    for fold in folds:
+        others = TermStatistics.of(without(terms, fold), without(nll, fold))
+        maps[fold] = maps_of(terms[fold], others, settings, size)
+        scores[fold] = image_scores(maps[fold], nll[fold], others, settings)
+    return TermStatistics.of(terms, nll), scores, nll, maps
+
+
+def without(x: Tensor, fold: np.ndarray) -> Tensor:
+    """Returns the rows of ``x`` that are not in ``fold``."""
+    kept = torch.ones(len(x), dtype=torch.bool)
+    kept[fold] = False
+    return x[kept]
+
+
+def fit_whitening(x: Tensor, recipe: Recipe) -> fastmaf.GaussianWhitening:
+    """Returns the whitening of normals ``[n, D]`` and their shifted copies."""
+    copies = shifted_copies(recipe.size, recipe.shift_radius, recipe.shift_step)
+    made = fastmaf.GaussianWhitening(recipe.features, min(recipe.rank, recipe.features))
+    return made.fit_(x, augment=copies, folds=recipe.folds, floor=QUANTISATION, seed=recipe.seed)
+
+
+def fit_blocks(
+    z: Tensor, recipe: Recipe, held_out: Tensor | None = None, log: list[dict[str, float]] | None = None
+) -> list[fastmaf.Transform]:
+    """Trains blocks on whitened terms ``[n, D]``; with a log, writes the NLL of a batch and of ``held_out`` into it."""
+    generator = torch.Generator().manual_seed(recipe.seed)
+    shape = (3, recipe.size, recipe.size)
+    blocks: list[fastmaf.Transform] = [
+        fastmaf.LocalAutoregressive(
+            shape,
+            patch=recipe.patch,
+            kernel=recipe.kernel,
+            hidden=recipe.hidden,
+            reverse=bool(i % 2),
+            generator=generator,
+        )
+        for i in range(recipe.blocks)
+    ]
+    if not blocks:
+        return blocks
+    flow = fastmaf.Flow(recipe.features, blocks)
+    optimizer = torch.optim.Adam(flow.parameters(), lr=recipe.lr)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, recipe.lr, total_steps=recipe.steps)
+    for step in range(1, recipe.steps + 1):
+        batch = z[torch.randint(len(z), (min(recipe.batch_size, len(z)),), generator=generator)]
+        loss = -flow.log_prob(batch).mean() / recipe.features
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(flow.parameters(), 1.0)  # one odd image may not throw the weights away
+        optimizer.step()
+        schedule.step()
+        if log is not None and held_out is not None and (step % 10 == 0 or step == 1):
+            with torch.no_grad():
+                seen, unseen = (float(-flow.log_prob(part).double().mean()) for part in (batch, held_out))
+            log.append({"step": step, "nll": seen, "held_out_nll": unseen})
+    return blocks

@@ -1,0 +1,159 @@
+"""A model that is ready to inspect: a flow, how its terms become a score, and what that score is for normal images."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+import fastmaf
+from fastmaf.capsule.checkpoints import MODEL_FILE
+from fastmaf.capsule.data import to_unit
+from fastmaf.inspection.calibration import Calibration, CalibrationError
+from fastmaf.inspection.scores import ScoreSettings, TermStatistics, image_scores, maps_of, terms_and_nll
+
+_BATCH = 64
+
+
+@dataclass(frozen=True, eq=False)
+class Assessment:
+    """What a model says of images: ``scores`` float64 [n], ``maps`` float32 [n, s, s], ``nll`` float64 [n] in nats."""
+
+    scores: np.ndarray
+    maps: np.ndarray
+    nll: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.scores)
+
+
+@dataclass(frozen=True, eq=False)
+class InspectionModel:
+    """A flow over square RGB images, the score taken from it, and its calibration.
+
+    Attributes:
+        flow: D = 3 size².
+        settings: how terms become a score.
+        statistics: of the terms over normals that the flow had not seen.
+        calibration: scores of such normals and the threshold taken from them.
+        about: what the file says of the training, plain JSON types.
+    """
+
+    flow: fastmaf.Flow
+    settings: ScoreSettings
+    statistics: TermStatistics
+    calibration: Calibration
+    about: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def size(self) -> int:
+        """Side of the images in pixels."""
+        return math.isqrt(self.flow.features // 3)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model computes."""
+        return self.statistics.mean.device
+
+    @property
+    def map_levels(self) -> tuple[float, float]:
+        """Where a heat map's colours begin, the 99th percentile of normal maps, and where they end: at the threshold
+        for a score that is the map's maximum, else at the largest value of a normal map.
+        """
+        low, largest = (float(level) for level in self.about["map_levels"])
+        high = self.calibration.threshold if self.settings.kind == "map maximum" else largest
+        return low, max(high, low + 1e-6)
+
+    def assess(self, pixels: Tensor) -> Assessment:
+        """Scores images, uint8 ``[n, 3, size, size]``.
+
+        Raises:
+            ValueError: the images are of another size or type.
+        """
+        if pixels.dtype != torch.uint8 or pixels.shape[1:] != (3, self.size, self.size):
+            raise ValueError(
+                f"pixels must be uint8 [n, 3, {self.size}, {self.size}]; found {pixels.dtype} {list(pixels.shape)}"
+            )
+        scores, maps, nll = [], [], []
+        for part in pixels.split(_BATCH):
+            terms, found = terms_and_nll(self.flow, to_unit(part).to(self.device), self.settings)
+            drawn = maps_of(terms, self.statistics, self.settings, self.size)
+            scores.append(image_scores(drawn, found, self.statistics, self.settings).cpu())
+            maps.append(drawn.float().cpu())
+            nll.append(found.cpu())
+        if not scores:
+            return Assessment(np.empty(0), np.empty((0, self.size, self.size), np.float32), np.empty(0))
+        return Assessment(*(torch.cat(part).numpy() for part in (scores, maps, nll)))
+
+    def with_calibration(self, calibration: Calibration) -> InspectionModel:
+        """Returns the same model with another calibration."""
+        return replace(self, calibration=calibration)
+
+    def save(self, path: str | Path) -> None:
+        """Writes everything to one safetensors file; a crash leaves the old one or the new one."""
+        own = {
+            "settings": asdict(self.settings),
+            "nll": self.statistics.nll,
+            "about": dict(self.about),
+            "calibration": self.calibration.to_json(with_scores=False),
+        }
+        extras = {
+            "term_mean": self.statistics.mean,
+            "term_deviation": self.statistics.deviation,
+            "calibration_scores": torch.from_numpy(np.array(self.calibration.scores)),
+        }
+        self.flow.save(path, {"inspection": json.dumps(own)}, extras)
+
+
+def is_inspection_model(path: str | Path) -> bool:
+    """Says whether a file, or the model file in a run's folder, was written by ``InspectionModel.save``.
+
+    Raises:
+        FileNotFoundError: there is none.
+        fastmaf.CheckpointError: it is no safetensors file.
+    """
+    return "inspection" in fastmaf.read_tensors(model_file(path), tensors=False)[1]
+
+
+def model_file(path: str | Path) -> Path:
+    """Returns the model file that a path names: itself, or the one in a run's folder."""
+    path = Path(path)
+    return path / MODEL_FILE if path.is_dir() else path
+
+
+def load_inspection(path: str | Path, *, device: str = "cpu") -> InspectionModel:
+    """Loads what ``InspectionModel.save`` wrote, or the model file in a run's folder.
+
+    Raises:
+        FileNotFoundError: there is none.
+        fastmaf.CheckpointError: it is no inspection model, or damaged.
+    """
+    path = model_file(path)
+    _, metadata = fastmaf.read_tensors(path, tensors=False)
+    if "inspection" not in metadata:
+        raise fastmaf.CheckpointError(
+            f"{path} is not an inspection model: expected one that 'fastmaf train --recipe inspection' wrote"
+        )
+    flow = fastmaf.load(path).eval()
+    try:
+        own, extras = json.loads(metadata["inspection"]), fastmaf.read_extras(path)
+        settings = ScoreSettings(**own["settings"])
+        mean, deviation = (extras[f"term_{name}"] for name in ("mean", "deviation"))
+        size = math.isqrt(flow.features // 3)
+        for name, found in (("term_mean", mean), ("term_deviation", deviation)):
+            if found.shape != (3 * size**2,) or not bool(torch.isfinite(found).all()):
+                raise ValueError(f"{name} must be {3 * size**2} finite numbers; found {list(found.shape)}")
+        if not bool((deviation > 0).all()):
+            raise ValueError("term_deviation must be positive")
+        statistics = TermStatistics(mean.to(device), deviation.to(device), float(own["nll"]))
+        calibration = Calibration.from_json(own["calibration"], extras["calibration_scores"].numpy())
+        about = dict(own["about"])
+    except (KeyError, TypeError, ValueError, CalibrationError) as error:
+        raise fastmaf.CheckpointError(f"{path}: what it says of its scores cannot be used: {error}") from error
+    return InspectionModel(flow.to(device), settings, statistics, calibration, about)

@@ -1,0 +1,42 @@
+"""Images as PNG data URIs of a bounded size."""
+
+from __future__ import annotations
+
+import base64
+import io
+
+import numpy as np
+from PIL import Image, ImageChops, ImageFilter
+
+WIDEST = 200
+"""No embedded image is wider or taller than this, in pixels."""
+
+
+def data_uri(image: np.ndarray, mask: np.ndarray | None = None, widest: int = WIDEST) -> tuple[str, int, int]:
+    """uint8 [h, w, 3] as ("data:image/png;base64,...", width, height).
+
+    A small image is enlarged by a whole factor, so that each pixel stays an exact square; a large one is reduced.
+
+    Args:
+        image: uint8 [h, w, 3].
+        mask: bool [h, w]; the outline of what it covers is drawn over the image, white on black.
+        widest: the largest width and height.
+    """
+    height, width = image.shape[:2]
+    factor = max(1, widest // max(height, width))
+    pixels = np.ascontiguousarray(image).repeat(factor, 0).repeat(factor, 1)
+    picture = Image.fromarray(pixels)
+    if max(picture.size) > widest:
+        shrink = widest / max(picture.size)
+        size = (max(1, round(width * shrink)), max(1, round(height * shrink)))
+        picture = picture.resize(size, Image.Resampling.LANCZOS)
+    if mask is not None:
+        covered = Image.fromarray(np.asarray(mask, dtype=bool).astype(np.uint8) * 255)
+        # BOX keeps what is thinner than a pixel of a reduced image as a grey above 0
+        covered = covered.resize(picture.size, Image.Resampling.BOX).point(lambda level: 255 if level else 0)
+        wide, wider = covered.filter(ImageFilter.MaxFilter(3)), covered.filter(ImageFilter.MaxFilter(5))
+        picture.paste((0, 0, 0), mask=ImageChops.subtract(wider, wide))
+        picture.paste((255, 255, 255), mask=ImageChops.subtract(wide, covered))
+    file = io.BytesIO()
+    picture.save(file, format="PNG", optimize=True)
+    return "data:image/png;base64," + base64.b64encode(file.getvalue()).decode("ascii"), *picture.size

@@ -1,0 +1,71 @@
+"""Texts and numbers as the page prints them."""
+
+from __future__ import annotations
+
+import math
+import unicodedata
+from typing import Any
+
+import numpy as np
+
+# Characters that reorder the line around them: "gnp.exe" may be shown as "exe.png".
+_REORDERING = frozenset("\u061c\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")
+
+
+def visible(text: str) -> str:
+    r"""`text` with every character that cannot be printed, or would change what others look like, written out.
+
+    A byte of a file name that is no UTF-8 (Python's surrogate escape) becomes \xff, a line break \x0a, a mark that
+    reorders text \u202e. What remains can be encoded and stands in XML as in HTML.
+    """
+    return text if text.isprintable() else "".join(map(_visible, text))
+
+
+def _visible(character: str) -> str:
+    n = ord(character)
+    if 0xDC80 <= n <= 0xDCFF:  # surrogateescape: the byte n - 0xDC00
+        return f"\\x{n - 0xDC00:02x}"
+    kind = unicodedata.category(character)
+    if kind in ("Cc", "Cs", "Zl", "Zp") or character in _REORDERING or n & 0xFFFE == 0xFFFE:
+        return f"\\x{n:02x}" if n < 0x100 else f"\\u{n:04x}"
+    return character
+
+
+def finalize(value: Any) -> Any:
+    """For Jinja: every text that a template prints goes through `visible`, but for what is marked as HTML."""
+    return visible(value) if isinstance(value, str) and not hasattr(value, "__html__") else value
+
+
+def number(value: float | None, digits: int = 3, sign: bool = False) -> str:
+    """A number for people: thousands separated, a true minus, words for what is no number, a dash for None."""
+    if value is None:
+        return "\u2013"
+    if math.isnan(value):
+        return "not a number"
+    if math.isinf(value):
+        return "infinite" if value > 0 else "\u2212infinite"
+    plus = "+" if sign else ""
+    text = f"{value:{plus},.{digits}f}" if abs(value) < 1e7 else f"{value:{plus}.3g}"
+    return text.replace("-", "\u2212")
+
+
+def interval(ends: tuple[float, float] | None, digits: int = 3, sign: bool = False) -> str:
+    """The ends of an interval, "0.901 to 0.987"; a dash for None."""
+    return number(None) if ends is None else f"{number(ends[0], digits, sign)} to {number(ends[1], digits, sign)}"
+
+
+def percent(share: float | None) -> str:
+    """A share in 0..1 as "4.3%"; a dash for None, words for what is no number."""
+    return number(share) if share is None or not math.isfinite(share) else f"{share:.1%}"
+
+
+def images(n: int, kind: str = "") -> str:
+    """ "1 good image", "23 good images", "no good images"."""  # noqa: D210
+    return f"{f'{n:,}' if n else 'no'} {kind}{' ' if kind else ''}image{'' if n == 1 else 's'}"
+
+
+def score_digits(scores: np.ndarray) -> int:
+    """Decimals for anomaly scores, so that the width of their middle half has three digits."""
+    finite = scores[np.isfinite(scores)]
+    width = float(np.subtract(*np.quantile(finite, [0.75, 0.25]))) if len(finite) else 0.0
+    return 2 if width == 0 else min(max(2 - math.floor(math.log10(width)), 0), 6)

@@ -1,0 +1,173 @@
+"""What the commands train, calibrate, recalibrate, choose and export do."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+import fastmaf
+from fastmaf.capsule.checkpoints import MODEL_FILE, set_aside
+from fastmaf.capsule.data import ImageSet, load_train
+from fastmaf.capsule.results import bits_per_dim, written_atomically
+from fastmaf.inspection.calibration import Calibration
+from fastmaf.inspection.fit import Fitted, Recipe, fit
+from fastmaf.inspection.inputs import Unreadable, expand, read_each
+from fastmaf.inspection.model import InspectionModel, load_inspection, model_file
+
+LOG_FILE, REPORT_FILE = "training_log.csv", "report.html"
+
+Say = Callable[[str], Any]
+
+
+def train(
+    data: str | Path,
+    out: str | Path,
+    recipe: Recipe | None = None,
+    *,
+    skip_bad: bool = False,
+    progress: bool = True,
+    say: Say = print,
+) -> Fitted:
+    """Fits an inspection model to the good images of ``data`` and writes model, log and report to ``out``.
+
+    What an earlier run left in ``out`` is set aside as ``*.previous.*``.
+
+    Raises:
+        DataError: the folder or a file in it is not what is needed.
+        ValueError: a setting does not fit, or there are fewer images than folds.
+    """
+    from fastmaf.inspection.reporting import training_report
+
+    recipe, out = recipe or Recipe(), Path(out)
+    images = load_train(data, size=recipe.size, skip_bad=skip_bad, progress=progress)
+    for note in images.notes:
+        say(note)
+    fitted = fit(images.pixels, recipe, progress=progress)
+    model = fitted.model
+    own = {
+        "recipe": asdict(recipe),
+        "version": fastmaf.__version__,
+        "created": datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
+        "seconds": fitted.seconds,
+        "log": fitted.log,
+        "notes": list(images.notes),
+        "skipped": [[path.name, reason] for path, reason in images.skipped],
+    }
+    model.about.update(own)
+    out.mkdir(parents=True, exist_ok=True)
+    set_aside(out, LOG_FILE, REPORT_FILE)
+    model.save(out / MODEL_FILE)
+    _write_log(out / LOG_FILE, fitted)
+    training_report(out / REPORT_FILE, model, images)
+    about = model.about
+    whitened, whole = about["held_out_nll_of_whitening"], about["held_out_nll"]
+    say(
+        f"{len(images)} good images; held-out NLL ({recipe.folds} folds) {whole:,.0f} nats, "
+        f"{bits_per_dim(whole, recipe.features) + 8:.3f} bits/dim of 8-bit data; whitening alone {whitened:,.0f}"
+    )
+    say(model.calibration.describe())
+    say(f"the model is in {out / MODEL_FILE}, a report in {out / REPORT_FILE}")
+    return fitted
+
+
+def _write_log(path: Path, fitted: Fitted) -> None:
+    text = io.StringIO(newline="")
+    table = csv.writer(text, lineterminator="\n")
+    table.writerow(["step", "nll", "held_out_nll"])
+    table.writerows([row["step"], f"{row['nll']:.10g}", f"{row['held_out_nll']:.10g}"] for row in fitted.log)
+    with written_atomically(path) as file:
+        file.write(text.getvalue().encode())
+
+
+def calibrate(model: str | Path, false_alarm: float, confidence: float | None = None) -> Calibration:
+    """Sets the false-alarm rate of a model file from the calibration scores that it holds, and returns what follows.
+
+    Raises:
+        CalibrationError: a rate or confidence does not fit.
+        fastmaf.CheckpointError: the file is no inspection model.
+    """
+    path = model_file(model)
+    loaded = load_inspection(path)
+    return _save(path, loaded, loaded.calibration.with_rate(false_alarm, confidence))
+
+
+def recalibrate(
+    model: str | Path,
+    arguments: Sequence[str],
+    false_alarm: float,
+    confidence: float | None = None,
+    *,
+    skip_bad: bool = False,
+    device: str = "cpu",
+    progress: bool = True,
+    say: Say = print,
+) -> Calibration:
+    """Replaces the calibration of a model file by the scores of new good images; the flow stays as it is.
+
+    Raises:
+        DataError: an argument matches nothing, or a file cannot be read and ``skip_bad`` is not given.
+    """
+    path = model_file(model)
+    loaded = load_inspection(path, device=device)
+    images = read_images(arguments, loaded.size, skip_bad=skip_bad, progress=progress, say=say)
+    scores = loaded.assess(images.pixels).scores
+    return _save(path, loaded, Calibration(scores, false_alarm, confidence, "split"))
+
+
+def _save(path: Path, model: InspectionModel, calibration: Calibration) -> Calibration:
+    model.with_calibration(calibration).save(path)
+    return calibration
+
+
+def read_images(
+    arguments: Sequence[str], size: int, *, skip_bad: bool = False, progress: bool = True, say: Say = print
+) -> ImageSet:
+    """Reads the images that arguments name; see ``expand``. Labels are empty.
+
+    Raises:
+        DataError: an argument matches nothing, a file cannot be read and ``skip_bad`` is not given, or none can.
+    """
+    from fastmaf.capsule.data import DataError
+
+    found = expand(arguments)
+    for note in found.notes:
+        say(note)
+    pixels, paths = [], []
+    for one in tqdm(read_each(found.files, size), total=len(found.files), disable=not progress, leave=False):
+        if isinstance(one, Unreadable):
+            if not skip_bad:
+                raise DataError(one.reason)
+            say(f"skipped: {one.reason}")
+            continue
+        pixels.append(one.pixels)
+        paths.append(one.path)
+    if not pixels:
+        raise DataError(f"none of the {len(found.files)} images could be read")
+    return ImageSet(torch.stack(pixels), tuple(paths), ("",) * len(paths))
+
+
+def choose(
+    data: str | Path, *, size: int = 64, draws: int = 3, seed: int = 0, skip_bad: bool = False, progress: bool = True
+) -> str:
+    """Compares scores on the good images of a folder and on defects drawn onto them; returns the comparison as text."""
+    from fastmaf.inspection.choose import choose as judge
+    from fastmaf.inspection.choose import explain
+
+    images = load_train(data, size=size, skip_bad=skip_bad, progress=progress)
+    fitted = fit(images.pixels, Recipe(size=size, seed=seed), progress=progress)
+    return explain(judge(images.pixels, fitted.cross, draws=draws, seed=seed, progress=progress))
+
+
+def export(model: str | Path, onnx: str | Path, arguments: Sequence[str]) -> str:
+    """Writes the model as an ONNX graph, checked on the images that ``arguments`` name; returns what was found."""
+    from fastmaf.inspection.export import export_onnx
+
+    return export_onnx(load_inspection(model), onnx, expand(arguments).files).describe()

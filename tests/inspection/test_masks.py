@@ -1,0 +1,123 @@
+"""Masks of a labelled test set: where they are looked for, in which formats, and what is said of those that are odd."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from fastmaf.capsule.data import DataError, ImageSet, load_test
+from fastmaf.capsule.synthetic import draw_dataset
+from fastmaf.inspection.masks import load_masks
+
+DEFECT = np.array([[0, 1, 0, 0, 0], [0, 1, 1, 0, 0], [0, 0, 0, 0, 1]], dtype=bool)  # [3, 5]: not square
+
+
+def images(root: Path, *names: str) -> ImageSet:
+    """A test set of files that need not exist: class/name each."""
+    paths = tuple(root / "test" / name for name in names)
+    return ImageSet(torch.zeros(len(names), 3, 4, 4, dtype=torch.uint8), paths, tuple(p.parent.name for p in paths))
+
+
+def put(root: Path, name: str, mask: Image.Image) -> Path:
+    path = root / "ground_truth" / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    mask.save(path)
+    return path
+
+
+def grey(values: np.ndarray = DEFECT, white: int = 255) -> Image.Image:
+    return Image.fromarray(values.astype(np.uint8) * np.uint8(white))
+
+
+def test_drawn_set(tmp_path: Path) -> None:
+    root = draw_dataset(tmp_path / "d", train=1, good=2, defects={"crack": 2, "poke": 1}, size=48, progress=False)
+    test = load_test(root, size=16, progress=False)
+    found = load_masks(root, test)
+    assert [mask is None for mask in found.masks] == [True, True, False, False, False]
+    for path, mask in zip(test.paths[2:], found.masks[2:], strict=True):
+        file = root / "ground_truth" / path.parent.name / f"{path.stem}_mask.png"
+        assert mask is not None and mask.dtype == bool and mask.shape == (48, 48)  # the file's own, not the images'
+        np.testing.assert_array_equal(mask, np.asarray(Image.open(file)) > 127)
+    assert found.missing == found.notes == () and found.usable(test).tolist() == [True] * 5
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "P", "RGB", "I;16", "RGBA", "LA"])
+def test_modes(tmp_path: Path, mode: str) -> None:
+    mask = grey()
+    if mode == "1":
+        mask = Image.fromarray(DEFECT)
+    elif mode == "P":  # red on black, whose luminance is below a half
+        mask = Image.fromarray(DEFECT.astype(np.uint8))
+        mask.putpalette([0, 0, 0, 128, 0, 0])
+    elif mode == "I;16":
+        mask = Image.fromarray(np.where(DEFECT, 32768, 32767).astype(np.uint16))
+    elif mode != "L":
+        mask = mask.convert(mode)  # with an opaque alpha channel
+    assert mask.mode == mode
+    put(tmp_path, "ä crack/Bild 1_mask.png", mask)
+    found = load_masks(tmp_path, images(tmp_path, "ä crack/Bild 1.tiff"))
+    assert found.masks[0] is not None and found.masks[0].dtype == bool
+    np.testing.assert_array_equal(found.masks[0], DEFECT)
+    assert bool(found.notes) is (mode in ("RGBA", "LA"))  # said, since what is transparent would count as white
+
+
+def test_threshold_and_names(tmp_path: Path) -> None:
+    put(tmp_path, "x/a_mask.png", grey(DEFECT, 128))
+    put(tmp_path, "x/a.png", grey(~DEFECT))  # the mask's own name goes first
+    put(tmp_path, "x/b.png", grey())
+    put(tmp_path, "x/c_mask.png", grey(DEFECT, 127))
+    found = load_masks(tmp_path, images(tmp_path, "x/a.png", "x/b.JPG", "x/c.bmp"))
+    a, b, c = found.masks
+    assert a is not None and b is not None and c is not None
+    np.testing.assert_array_equal(a, DEFECT)
+    np.testing.assert_array_equal(b, DEFECT)
+    assert c.shape == (3, 5) and not c.any()
+    assert len(found.notes) == 1 and "x/c_mask.png" in found.notes[0] and "127 of 255" in found.notes[0]
+    assert found.missing == ()
+
+
+def test_missing_masks_are_told_from_no_defect(tmp_path: Path) -> None:
+    put(tmp_path, "x/1_mask.png", grey())
+    put(tmp_path, "good/0_mask.png", grey())  # not read: a good image has no defect
+    names = ("good/0.png", "x/1.png", "x/2.png", "y/3.png", "y/4.png", "y/5.png")
+    test = images(tmp_path, *names)
+    found = load_masks(str(tmp_path), test)
+    assert [mask is None for mask in found.masks] == [True, False, True, True, True, True]
+    assert found.usable(test).tolist() == [True, True, False, False, False, False]
+    assert found.missing == test.paths[2:]
+    (note,) = found.notes
+    assert "x/2.png, y/3.png, y/4.png and 1 more" in note
+
+
+def test_no_ground_truth_at_all(tmp_path: Path) -> None:
+    test = images(tmp_path, "good/0.png", "x/1.png")
+    found = load_masks(tmp_path, test)
+    assert found.masks == (None, None) and found.missing == test.paths[1:]
+    assert len(found.notes) == 1 and str(tmp_path / "ground_truth") in found.notes[0]
+    assert not found.usable(test).any()  # a good image alone is nothing to judge by
+    nothing = images(tmp_path)
+    assert load_masks(tmp_path, nothing).usable(nothing).shape == (0,)
+
+
+def test_only_empty_masks_are_nothing_to_judge_by(tmp_path: Path) -> None:
+    put(tmp_path, "x/1_mask.png", grey(DEFECT, 1))
+    test = images(tmp_path, "good/0.png", "x/1.png")
+    found = load_masks(tmp_path, test)
+    assert found.masks[1] is not None and found.missing == () and not found.usable(test).any()
+    assert "(largest value 1 of 255)" in found.notes[0]
+
+
+@pytest.mark.parametrize("damage", ["cut", "empty", "gif", "text"])
+def test_damaged_masks_are_named(tmp_path: Path, damage: str) -> None:
+    noise = np.random.default_rng(0).integers(0, 256, (64, 64), dtype=np.uint8)
+    file = put(tmp_path, "x/1_mask.png", Image.fromarray(noise))
+    if damage == "gif":
+        Image.fromarray(noise).save(file, format="GIF")
+    else:
+        file.write_bytes({"cut": file.read_bytes()[:2000], "empty": b"", "text": b"no picture"}[damage])
+    with pytest.raises(DataError, match="1_mask.png"):
+        load_masks(tmp_path, images(tmp_path, "x/1.png"))
