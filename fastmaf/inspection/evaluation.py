@@ -209,8 +209,13 @@ def format_lines(lines: Sequence[Line], called: Mapping[str, tuple[int, int]]) -
         numbers = ("" if value is None else f"{value:.3f}" for value in (line.pixel_auroc, line.au_pro))
         text.append(row + "  {:>5}  {:>6}".format(*numbers))
     default = next(line for line in lines if line.default)
-    winners = [line.name for line in lines if line.kind == "control" and line.auroc > default.auroc]
-    text.append("" if not winners else f"the control {', '.join(winners)} has the higher AUROC here")
+    for what, value in (("AUROC", "auroc"), ("pixel AUROC", "pixel_auroc"), ("AU-PRO", "au_pro")):
+        own = getattr(default, value)
+        controls_of = [(line.name, getattr(line, value)) for line in lines if line.kind == "control"]
+        winners = [name for name, found in controls_of if None not in (own, found) and found > own]
+        if winners:
+            text.append(f"higher {what} here: the control {', '.join(winners)}")
+    text.append("")
     text += [f"{label}: {alarms} of {n} called anomalous" for label, (n, alarms) in called.items()]
     return "\n".join(text)
 

@@ -1,0 +1,236 @@
+"""The way from a folder of good images to verdicts: fit, files, commands."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from typer.testing import CliRunner
+
+import fastmaf
+from fastmaf.capsule.data import load_train, to_unit
+from fastmaf.capsule.synthetic import draw_dataset
+from fastmaf.cli import app
+from fastmaf.inspection.choose import choose, explain
+from fastmaf.inspection.evaluation import evaluate
+from fastmaf.inspection.fit import Fitted, Recipe, cross_scores, fit
+from fastmaf.inspection.model import is_inspection_model, load_inspection
+from fastmaf.inspection.scores import ScoreSettings, TermStatistics, maps_of, smoothing, terms_and_nll
+from fastmaf.inspection.scoring import score
+from fastmaf.inspection.workflow import calibrate, recalibrate, train
+
+TINY = Recipe(size=16, rank=10, blocks=1, steps=5, batch_size=4, folds=3)
+
+
+def silent(_: str) -> None: ...
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("demo")
+    return draw_dataset(root, train=24, good=4, defects={"crack": 3, "squeeze": 3}, size=32, progress=False)
+
+
+@pytest.fixture(scope="module")
+def run(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("run")
+    train(data, out, TINY, progress=False, say=silent)
+    return out
+
+
+@pytest.fixture
+def own(run: Path, tmp_path: Path) -> Path:
+    """A copy of the model file that a test may change."""
+    path = tmp_path / "own.safetensors"
+    path.write_bytes((run / "model.safetensors").read_bytes())
+    return path
+
+
+@pytest.fixture(scope="module")
+def fitted(data: Path) -> tuple[torch.Tensor, Fitted]:
+    pixels = load_train(data, size=16, progress=False).pixels
+    return pixels, fit(pixels, TINY, progress=False)
+
+
+def rows_of(text: str) -> list[dict[str, str]]:
+    return list(csv.DictReader(io.StringIO(text)))
+
+
+def test_train_leaves_model_log_and_report(run: Path) -> None:
+    assert {path.name for path in run.iterdir()} == {"model.safetensors", "training_log.csv", "report.html"}
+    assert is_inspection_model(run)
+    model = load_inspection(run)
+    assert model.size == 16 and model.calibration.n == 24 and model.calibration.folds == 3
+    assert len((run / "training_log.csv").read_text().splitlines()) == 2  # steps 1 and, were there more, every tenth
+    assert isinstance(model.flow.transforms[0], fastmaf.GaussianWhitening)
+    assert isinstance(model.flow.transforms[1], fastmaf.LocalAutoregressive)
+
+
+def test_a_fold_is_scored_by_what_has_not_seen_it(fitted: tuple[torch.Tensor, Fitted]) -> None:
+    pixels, found = fitted
+    x = to_unit(pixels)
+    assert sorted(np.concatenate(found.cross.folds).tolist()) == list(range(24))
+    terms = torch.empty_like(x)
+    for fold, flow in zip(found.cross.folds, found.cross.flows, strict=True):
+        terms[fold], nll = terms_and_nll(flow, x[fold], TINY.score)
+        assert np.allclose(found.cross.nll[fold], nll)
+    assert torch.allclose(found.model.statistics.mean, terms.mean(dim=0), rtol=1e-4, atol=1e-5)
+    # The same once more, by hand: statistics of the other folds, the mean of the largest half percent (one pixel).
+    fold = found.cross.folds[1]
+    others = np.setdiff1d(np.arange(24), fold)
+    statistics = TermStatistics.of(terms[others], torch.zeros(len(others)))
+    expected = maps_of(terms[fold], statistics, TINY.score, 16).flatten(1).amax(dim=1)
+    scores = cross_scores(x, found.cross.flows, found.cross.folds, TINY.score, 16)[1]
+    assert np.allclose(scores[fold], expected, rtol=1e-4)
+    assert np.allclose(np.sort(scores), found.model.calibration.scores)
+
+
+def test_the_seed_repeats_a_fit(fitted: tuple[torch.Tensor, Fitted]) -> None:
+    pixels, found = fitted
+    again = fit(pixels, TINY, progress=False).model
+    assert np.allclose(again.calibration.scores, found.model.calibration.scores, rtol=1e-4)
+
+
+def test_saved_and_loaded(fitted: tuple[torch.Tensor, Fitted], tmp_path: Path) -> None:
+    pixels, found = fitted
+    found.model.save(tmp_path / "m.safetensors")
+    loaded = load_inspection(tmp_path / "m.safetensors")
+    one, other = found.model.assess(pixels[:5]), loaded.assess(pixels[:5])
+    assert np.array_equal(one.scores, other.scores) and np.array_equal(one.maps, other.maps)
+    assert loaded.settings == found.model.settings and loaded.map_levels == found.model.map_levels
+    assert np.array_equal(loaded.calibration.scores, found.model.calibration.scores)
+    assert len(loaded.assess(pixels[:0])) == 0
+    with pytest.raises(ValueError, match=r"uint8 \[n, 3, 16, 16\]; found torch.uint8 \[5, 3, 8, 16\]"):
+        loaded.assess(pixels[:5, :, :8])
+
+
+@pytest.mark.parametrize("name", ["term_mean", "term_deviation", "calibration_scores"])
+def test_a_damaged_model_is_refused(name: str, own: Path) -> None:
+    tensors, metadata = fastmaf.read_tensors(own)
+    tensors[f"extra.{name}"] = tensors[f"extra.{name}"] * float("nan")
+    fastmaf.write_tensors(tensors, own, metadata)
+    with pytest.raises(fastmaf.CheckpointError, match="own.safetensors"):
+        load_inspection(own)
+
+
+def test_another_model_is_no_inspection_model(tmp_path: Path) -> None:
+    fastmaf.MAF(48, 1, (8,), seed=0).save(tmp_path / "plain.safetensors")
+    assert not is_inspection_model(tmp_path / "plain.safetensors")
+    with pytest.raises(fastmaf.CheckpointError, match="recipe inspection"):
+        load_inspection(tmp_path / "plain.safetensors")
+
+
+def test_calibrate_changes_the_threshold_alone(own: Path) -> None:
+    before = load_inspection(own)
+    calibrate(own, 0.2)
+    after = load_inspection(own)
+    assert after.calibration.false_alarm == 0.2 and after.calibration.threshold < before.calibration.threshold
+    assert np.array_equal(after.calibration.scores, before.calibration.scores)
+    assert all(torch.equal(a, b) for a, b in zip(after.flow.buffers(), before.flow.buffers(), strict=True))
+
+
+def test_recalibrate_takes_scores_of_new_images(own: Path, data: Path) -> None:
+    found = recalibrate(own, [str(data / "test" / "good")], 0.2, progress=False, say=silent)
+    after = load_inspection(own)
+    assert found.how == after.calibration.how == "split" and after.calibration.n == 4
+
+
+def test_scores_as_csv_and_json_lines(run: Path, data: Path, tmp_path: Path) -> None:
+    files = [str(data / "test" / "crack"), str(data / "test" / "good" / "*.png")]
+    text, lines = io.StringIO(), io.StringIO()
+    heat, maps = tmp_path / "heat", tmp_path / "maps"
+    options = {"progress": False, "say": silent}
+    assert score(run, files, overlays=heat, maps=maps, stdout=text, **options) == 0
+    assert score(run, files, json_lines=True, stdout=lines, **options) == 0
+    rows, objects = rows_of(text.getvalue()), [json.loads(line) for line in lines.getvalue().splitlines()]
+    assert [row["file"] for row in rows] == [one["file"] for one in objects] and len(rows) == 7
+    model = load_inspection(run)
+    for row, one in zip(rows, objects, strict=True):
+        assert float(row["score"]) == one["score"] and row["verdict"] == one["verdict"]
+        assert (one["score"] > model.calibration.threshold) == (one["verdict"] == "anomalous")
+        assert one["p_value"] == model.calibration.p_values(np.array([one["score"]]))[0]
+    assert len(list(heat.iterdir())) == len(list(maps.iterdir())) == 7, "one name in two folders"
+
+
+def test_damaged_files_are_named_and_passed_over(run: Path, data: Path, tmp_path: Path) -> None:
+    (tmp_path / "schlecht ä.png").write_bytes(b"no image")
+    told: list[str] = []
+    out = tmp_path / "scores.csv"
+    files = [str(tmp_path / "schlecht ä.png"), str(data / "test" / "good")]
+    assert score(run, files, out=out, progress=False, stdout=io.StringIO(), say=told.append) == 1
+    assert any("schlecht ä.png" in text for text in told)
+    assert len(rows_of(out.read_text("utf-8"))) == 4
+    with pytest.raises(ValueError, match="csv or .jsonl"):
+        score(run, files, out=tmp_path / "scores.txt", progress=False, stdout=io.StringIO(), say=silent)
+
+
+def test_evaluation_writes_scores_metrics_and_report(run: Path, data: Path, tmp_path: Path) -> None:
+    told: list[str] = []
+    lines = evaluate(run, data, tmp_path, progress=False, say=told.append)
+    assert {path.name for path in tmp_path.iterdir()} == {"scores.csv", "metrics.json", "report.html"}
+    assert [line.default for line in lines].count(True) == 1 and {line.kind for line in lines} == {"score", "control"}
+    rows = rows_of((tmp_path / "scores.csv").read_text("utf-8"))
+    assert [row["label"] for row in rows].count("good") == 4 and len(rows) == 10
+    good = np.array([float(row["score"]) for row in rows if row["label"] == "good"])
+    defects = np.array([float(row["score"]) for row in rows if row["label"] != "good"])
+    assert lines[0].auroc == pytest.approx((defects[:, None] > good).mean())
+    metrics = json.loads((tmp_path / "metrics.json").read_text())
+    assert metrics["classes"]["squeeze"]["images"] == 3 and len(metrics["scores"]) == len(lines)
+    assert all(line.pixel_auroc is not None for line in lines if line.name.startswith("map"))
+
+
+def test_choosing_prefers_what_finds_drawn_defects(fitted: tuple[torch.Tensor, Fitted]) -> None:
+    pixels, found = fitted
+    candidates = [ScoreSettings("nll", "flow"), ScoreSettings(), replace(ScoreSettings(), source="flow")]
+    judged = choose(pixels, found.cross, candidates=candidates, draws=2, progress=False)
+    assert {one.settings for one in judged} == set(candidates)
+    assert [one.image_auroc for one in judged] == sorted((one.image_auroc for one in judged), reverse=True)
+    text = explain(judged)
+    assert text.count("(the default)") == 1 and "no image of a test set" in text
+
+
+def test_smoothing_keeps_a_constant_and_spreads_a_point() -> None:
+    matrix = smoothing(9, 1.5)
+    assert torch.allclose(matrix.sum(dim=1), torch.ones(9, dtype=torch.float64))
+    assert 0 < float(matrix[4, 2]) < float(matrix[4, 3]) < float(matrix[4, 4])
+
+
+def test_statistics_of_a_term_that_never_varied() -> None:
+    terms = torch.tensor([[1.0, 0.0], [1.0, 2.0], [1.0, 4.0]])
+    found = TermStatistics.of(terms, torch.zeros(3))
+    assert found.deviation.tolist() == [2.0, 2.0]
+    with pytest.raises(ValueError, match="at least 2"):
+        TermStatistics.of(terms[:1], torch.zeros(1))
+
+
+@pytest.mark.parametrize(
+    "wrong, message",
+    [
+        ({"kind": "best"}, "kind must be one of"),
+        ({"sigma": 0.0}, "sigma"),
+        ({"top": 2.0}, "top"),
+        ({"grain": -1.0}, "grain"),
+    ],
+)
+def test_wrong_settings_are_named(wrong: dict[str, object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        ScoreSettings(**wrong)  # type: ignore[arg-type]
+
+
+def test_the_commands(run: Path, own: Path, data: Path, tmp_path: Path) -> None:
+    invoke = CliRunner().invoke
+    (tmp_path / "bad.png").write_bytes(b"")
+    done = invoke(app, ["calibrate", "--model", str(own), "--false-alarm", "0.1"])
+    assert done.exit_code == 0 and "10%" in done.output
+    done = invoke(app, ["score", str(own), str(tmp_path / "bad.png"), str(data / "test" / "good"), "--quiet"])
+    assert done.exit_code == 2 and "bad.png" in done.output
+    done = invoke(app, ["eval", "--model", str(own), "--data", str(data), "--out", str(tmp_path / "e"), "--quiet"])
+    assert done.exit_code == 0 and "PCA residual" in done.output and (tmp_path / "e" / "report.html").is_file()
+    done = invoke(app, ["train", "--recipe", "inspection", "--data", str(data), "--out", str(tmp_path), "--lr", "1"])
+    assert done.exit_code != 0 and "--lr" in done.output
