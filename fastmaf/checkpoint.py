@@ -69,7 +69,9 @@ def save(
         "tiles": tiles,
     }
     kept = {**flow.state_dict(), **{f"{_EXTRA}{k}": v for k, v in (extras or {}).items()}}
+    # Copies of extras: safetensors refuses tensors that share memory, a file keeps values.
     tensors = {k: v.detach().contiguous() for k, v in kept.items()}
+    tensors |= {k: v.clone() for k, v in tensors.items() if k.startswith(_EXTRA)}
     write_tensors(tensors, path, {**(metadata or {}), "fastmaf": json.dumps(config)})
 
 

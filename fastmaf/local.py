@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import conv2d, pixel_shuffle, pixel_unshuffle, relu
+from torch.nn.functional import conv2d, relu
 
 from fastmaf.transforms import TRANSFORMS, Transform
 
@@ -130,10 +130,17 @@ class LocalAutoregressive(Transform):
 
     def _patches(self, x: Tensor) -> Tensor:
         """``[N, D]`` -> ``[N, C p², H/p, W/p]``, channels by degree."""
-        return pixel_unshuffle(x.unflatten(1, self.shape), self.patch)[:, self.order]
+        channels, height, width = self.shape
+        h, w, p = height // self.patch, width // self.patch, self.patch
+        u = x.reshape(-1, channels, h, p, w, p).permute(0, 1, 3, 5, 2, 4)
+        return u.reshape(-1, channels * p * p, h, w)[:, self.order]
 
     def _pixels(self, u: Tensor) -> Tensor:
-        return pixel_shuffle(u[:, self.get_buffer("_back")], self.patch).flatten(1)
+        """The way back; torch's pixel_shuffle gives an empty batch another shape."""
+        channels, height, width = self.shape
+        h, w, p = height // self.patch, width // self.patch, self.patch
+        x = u[:, self.get_buffer("_back")].reshape(-1, channels, p, p, h, w).permute(0, 1, 4, 2, 5, 3)
+        return x.reshape(-1, self.features)
 
     def _bounded(self, raw: Tensor) -> Tensor:
         return self.log_scale_bound * torch.tanh(raw / self.log_scale_bound)
