@@ -21,6 +21,8 @@ from tests.core.contract import DTYPES
 from tests.core.helpers import generator, normal
 from tests.tolerances import F32, F64, error
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 
 def covariance(of: FactorModel) -> Tensor:
     mean, scale, factors, variance = (t.double() for t in of)

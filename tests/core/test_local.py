@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import itertools
 import math
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -21,6 +20,8 @@ from fastmaf.local import MaskedConv2d
 from tests.core.contract import TransformContract
 from tests.core.helpers import correlated, generator, jacobian, normal, train
 from tests.tolerances import F32, F64, TOLERANCES, assert_close, assert_float32, distance
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 Shape = tuple[int, int, int]
 # Bayer's matrices, as they are printed in books.
@@ -42,15 +43,6 @@ CASES: list[tuple[Shape, dict[str, Any]]] = [
     ((3, 4, 6), {"reverse": True, "log_scale_bound": 0.3}),
 ]
 CASE = pytest.mark.parametrize("shape, options", CASES, ids=str)
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Convolutions this small are over before a second thread has started; on busy machines they wait for it."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def features_of(shape: Shape) -> int:

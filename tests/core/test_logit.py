@@ -16,6 +16,8 @@ from tests.core.contract import DTYPES, TransformContract, log_normal
 from tests.core.helpers import generator, normal
 from tests.tolerances import F32, F64, assert_close, assert_float32, distance
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 ALPHAS = (0.0, 1e-6, 0.05, 0.3, 0.49)
 
 

@@ -20,6 +20,8 @@ from tests.core.contract import DTYPES, TransformContract, log_normal
 from tests.core.helpers import blocks_of, build, generator, jacobian, normal, train
 from tests.tolerances import F32, F64, TOLERANCES, assert_close, assert_float32, distance, error
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 
 def model(features: int, rank: int, *, largest: float = 30.0, seed: int = 0) -> FactorModel:
     """Returns a covariance of which nothing is special: factors of variances up to ``largest`` in any direction."""
