@@ -163,7 +163,7 @@ def _cross_validated(
     without = [~torch.isin(owner, part) for part in parts]
     rank = min(rank, centred.shape[1], *(int(mask.sum()) for mask in without))
     squares = torch.zeros_like(noise)
-    components = torch.zeros(rank, dtype=torch.float64)
+    components = torch.zeros(rank, dtype=torch.float64, device=rows.device)
     for part, mask in zip(parts, without, strict=True):
         # Nor has the mean: less the mean of all, the samples add up to zero, and the others would betray the last one.
         kept = torch.ones(len(centred), dtype=torch.bool)

@@ -180,7 +180,9 @@ class LocalAutoregressive(Transform):
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> LocalAutoregressive:
-        found = cls(config["shape"], **{k: v for k, v in config.items() if k not in ("type", "shape")})
+        options = {k: v for k, v in config.items() if k not in ("type", "shape")}
+        # A generator of its own: what it draws is replaced, and loading leaves the global one alone.
+        found = cls(config["shape"], **options, generator=torch.Generator())
         return found.to(tensors["second.bias"].dtype)
 
     def extra_repr(self) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import itertools
 import math
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -481,3 +482,10 @@ def test_masked_convolution_starts_within_its_bounds() -> None:
     for parameter in layer.parameters():
         assert float(parameter.detach().abs().max()) <= 1 / math.sqrt(4 * 9)
     assert float(layer.weight.detach().abs().max()) > 0.8 / math.sqrt(4 * 9)
+
+
+def test_loading_draws_no_random_numbers(tmp_path: Path) -> None:
+    fastmaf.Flow(72, [block((3, 4, 6))]).save(tmp_path / "flow.safetensors")
+    before = torch.get_rng_state()
+    fastmaf.load(tmp_path / "flow.safetensors")
+    assert torch.equal(torch.get_rng_state(), before)

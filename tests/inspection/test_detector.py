@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import pickle
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -187,13 +186,6 @@ def test_in_a_pipeline_behind_other_steps() -> None:
     np.testing.assert_array_equal(line.decision_function(rows) < 0, verdict == -1)
     assert line[-1].n_features_in_ == 3
     assert clone(line).set_params(detector__false_alarm=0.3).fit(rows)[-1].offset_ > line[-1].offset_
-
-
-def test_a_fitted_detector_can_be_pickled() -> None:
-    rows = correlated(30)
-    detector = Detector().fit(rows)
-    again = pickle.loads(pickle.dumps(detector))
-    np.testing.assert_array_equal(again.anomaly_score(rows), detector.anomaly_score(rows))
 
 
 @pytest.mark.parametrize(
