@@ -71,7 +71,7 @@ def train(
         RecipeName,
         typer.Option(
             help="reference: a MAF as in the published run. inspection: whitening and local blocks, with a calibrated "
-            "score and heat maps; of the options below it takes --size, --seed, --skip-bad, --device and --quiet."
+            "score and heat maps; of the options below it takes --size, --seed, --skip-bad and --quiet; it is fitted on the CPU."
         ),
     ] = RecipeName.reference,
     out: OutOption = Path("results"),
@@ -148,13 +148,17 @@ def _train_inspection(
     from fastmaf.inspection.fit import Recipe
     from fastmaf.inspection.workflow import train as run
 
-    taken = {"data", "recipe", "out", "size", "seed", "skip_bad", "device", "quiet"}
-    sources = {name: context.get_parameter_source(name) for name in context.params}
-    given = {name for name, source in sources.items() if source is not None and source.name == "COMMANDLINE"}
-    if given - taken:
-        names = ", ".join("--" + name.replace("_", "-") for name in sorted(given - taken))
+    taken = {"data", "recipe", "out", "size", "seed", "skip_bad", "quiet"}
+    if foreign := _given(context) - taken:
+        names = ", ".join("--" + name.replace("_", "-") for name in sorted(foreign))
         raise typer.BadParameter(f"--recipe inspection does not take {names}: its settings come with the recipe")
     run(data, out, Recipe(size=size, seed=seed), skip_bad=skip_bad, progress=not quiet, say=typer.echo)
+
+
+def _given(context: typer.Context) -> set[str]:
+    """Returns the options that stand on the command line, as their parameters are called."""
+    sources = {name: context.get_parameter_source(name) for name in context.params}
+    return {name for name, source in sources.items() if source is not None and source.name == "COMMANDLINE"}
 
 
 @app.command()
@@ -176,6 +180,7 @@ def sample(
 
 @app.command("eval")
 def evaluate(
+    context: typer.Context,
     data: DataOption,
     model: ModelOption = Path("results"),
     out: OutOption = Path("results"),
@@ -191,6 +196,8 @@ def evaluate(
     if is_inspection_model(model):
         from fastmaf.inspection.evaluation import evaluate as inspect
 
+        if "false_alarm" in _given(context):
+            raise typer.BadParameter("the rate of an inspection model is in its file: fastmaf calibrate sets it")
         inspect(
             model,
             data,

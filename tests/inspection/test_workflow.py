@@ -234,3 +234,9 @@ def test_the_commands(run: Path, own: Path, data: Path, tmp_path: Path) -> None:
     assert done.exit_code == 0 and "PCA residual" in done.output and (tmp_path / "e" / "report.html").is_file()
     done = invoke(app, ["train", "--recipe", "inspection", "--data", str(data), "--out", str(tmp_path), "--lr", "1"])
     assert done.exit_code != 0 and "--lr" in done.output
+    done = invoke(app, ["eval", "--model", str(own), "--data", str(data), "--false-alarm", "0.2"])
+    assert done.exit_code != 0 and "fastmaf calibrate" in done.output
+    done = invoke(
+        app, ["train", "--recipe", "inspection", "--data", str(data), "--out", str(tmp_path), "--device", "cpu"]
+    )
+    assert done.exit_code != 0 and "--device" in done.output
