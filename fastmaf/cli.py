@@ -71,7 +71,7 @@ def train(
         RecipeName,
         typer.Option(
             help="reference: a MAF as in the published run. inspection: whitening and local blocks, with a calibrated "
-            "score and heat maps, fitted on the CPU; of the options below it takes --size, --seed, --skip-bad and --quiet."
+            "score and heat maps, on the CPU; of the options below it takes --size, --seed, --skip-bad and --quiet."
         ),
     ] = RecipeName.reference,
     out: OutOption = Path("results"),
