@@ -133,6 +133,21 @@ class TrainResult:
     interrupted: bool
 
 
+@contextmanager
+def _denormals_flushed() -> Iterator[None]:
+    """Moments of units that have died decay until they are denormal, which makes a step several times slower.
+
+    The setting is the caller's thread's, and given back to it; threads that torch starts meanwhile inherit it.
+    """
+    before = float(torch.tensor(1e-40) * 1) == 0
+    torch.set_flush_denormal(True)
+    try:
+        yield
+    finally:
+        torch.set_flush_denormal(before)
+
+
+@_denormals_flushed()
 def train(
     data: str | Path,
     out: str | Path,
@@ -167,9 +182,6 @@ def train(
         TrainingStoppedError: the loss became non-finite.
         ValueError: a setting does not fit, or differs from the one of the run to resume.
     """
-    # Moments of units that have died decay until they are denormal, which makes a step several times slower. Threads
-    # that torch starts from here on inherit the setting.
-    torch.set_flush_denormal(True)
     config, out = config or TrainConfig(), Path(out)
     if not resume and (out / STATE_FILE).exists() and (out / MODEL_FILE).exists():
         _refuse_to_overwrite(out)

@@ -61,6 +61,16 @@ def test_a_run_writes_its_model_log_and_curve(data: Path, tmp_path: Path, monkey
         assert row["skipped_steps"] == "0"
 
 
+@pytest.mark.parametrize("flushed", [False, True])
+def test_what_becomes_of_denormal_numbers_is_the_callers_own(data: Path, tmp_path: Path, flushed: bool) -> None:
+    torch.set_flush_denormal(flushed)
+    try:
+        run(data, tmp_path, with_(epochs=1))
+        assert (float(torch.tensor(1e-40) * 1) == 0) == flushed
+    finally:
+        torch.set_flush_denormal(False)
+
+
 def test_the_model_file_loads_and_names_what_training_never_saw(data: Path, tmp_path: Path) -> None:
     result = run(data, tmp_path)
     model = load_model(tmp_path)
