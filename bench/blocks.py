@@ -20,7 +20,8 @@ from torch import Tensor
 import fastmaf
 from fastmaf.capsule.data import load_train, to_unit
 from fastmaf.inspection.calibration import k_fold
-from fastmaf.inspection.fit import Recipe, fit_blocks, fit_whitening, without
+from fastmaf.inspection.cross import without
+from fastmaf.inspection.fit import Recipe, fit_blocks, fit_whitening
 
 DEFAULT = Recipe()
 LOCAL: dict[str, Recipe] = {

@@ -71,7 +71,8 @@ def train(
         RecipeName,
         typer.Option(
             help="reference: a MAF as in the published run. inspection: whitening and local blocks, with a calibrated "
-            "score and heat maps, on the CPU; of the options below it takes --size, --seed, --skip-bad and --quiet."
+            "score and heat maps, on the CPU; of the options below it takes --size, --seed, --skip-bad, --quiet and "
+            "those that name it."
         ),
     ] = RecipeName.reference,
     out: OutOption = Path("results"),
@@ -97,12 +98,29 @@ def train(
     skip_bad: SkipOption = False,
     device: DeviceOption = "auto",
     cuda_graphs: GraphsOption = True,
+    keep_folds: Annotated[
+        bool, typer.Option("--keep-folds", help="inspection: keep the folds' models, whose mean eval then judges, too.")
+    ] = False,
+    dequantize: Annotated[
+        bool, typer.Option("--dequantize", help="inspection: fit to 8-bit values spread over their bins.")
+    ] = False,
+    logit: Annotated[
+        float | None,
+        typer.Option(help="inspection: alpha of a logit of the pixels, such as 0.05; by default none."),
+    ] = None,
     quiet: QuietOption = False,
 ) -> None:
     """Train a flow on the good images of a folder."""
+    given = _given(context)
     if recipe is RecipeName.inspection:
-        _train_inspection(context, data, out, size, seed, skip_bad, quiet)
+        _refuse(given - _SHARED - _INSPECTION, "inspection")
+        from fastmaf.inspection.fit import Recipe
+        from fastmaf.inspection.workflow import train as inspect
+
+        settings = Recipe(size=size, seed=seed, dequantize=dequantize, logit=logit)
+        inspect(data, out, settings, keep_folds=keep_folds, skip_bad=skip_bad, progress=not quiet, say=typer.echo)
         return
+    _refuse(given & _INSPECTION, "reference")
     from fastmaf.capsule.train import TrainConfig
     from fastmaf.capsule.train import train as run
 
@@ -142,17 +160,15 @@ def train(
     typer.echo(f"the model is in {result.model}")
 
 
-def _train_inspection(
-    context: typer.Context, data: Path, out: Path, size: int, seed: int, skip_bad: bool, quiet: bool
-) -> None:
-    from fastmaf.inspection.fit import Recipe
-    from fastmaf.inspection.workflow import train as run
+_SHARED = {"data", "recipe", "out", "size", "seed", "skip_bad", "quiet"}
+_INSPECTION = {"keep_folds", "dequantize", "logit"}
 
-    taken = {"data", "recipe", "out", "size", "seed", "skip_bad", "quiet"}
-    if foreign := _given(context) - taken:
+
+def _refuse(foreign: set[str], recipe: str) -> None:
+    """Refuses options that a recipe would not heed."""
+    if foreign:
         names = ", ".join("--" + name.replace("_", "-") for name in sorted(foreign))
-        raise typer.BadParameter(f"--recipe inspection does not take {names}: its settings come with the recipe")
-    run(data, out, Recipe(size=size, seed=seed), skip_bad=skip_bad, progress=not quiet, say=typer.echo)
+        raise typer.BadParameter(f"--recipe {recipe} does not take {names}")
 
 
 def _given(context: typer.Context) -> set[str]:

@@ -17,9 +17,8 @@ from tqdm import tqdm
 
 from fastmaf.capsule.data import to_unit
 from fastmaf.capsule.evaluate import auroc
+from fastmaf.inspection.cross import CrossFit, without
 from fastmaf.inspection.defects import KINDS, draw_defects
-from fastmaf.inspection.fit import CrossFit, without
-from fastmaf.inspection.metrics import pixel_auroc
 from fastmaf.inspection.scores import (
     ScoreSettings,
     Source,
@@ -47,13 +46,12 @@ CANDIDATES: tuple[ScoreSettings, ...] = (
 
 @dataclass(frozen=True)
 class Candidate:
-    """A score with what it found: AUROC by kind of defect, their mean with its standard error, and pixel AUROC."""
+    """A score with what it found: AUROC by kind of defect, and their mean with its standard error."""
 
     settings: ScoreSettings
     by_kind: dict[str, float]
     image_auroc: float
     error: float
-    pixel_auroc: float
 
 
 def choose(
@@ -81,7 +79,6 @@ def choose(
     size = int(pixels.shape[-1])
     drawn = [draw_defects(pixels, seed=seed + i) for i in range(draws)]
     kinds = np.concatenate([np.asarray(one.kinds) for one in drawn])
-    masks = [np.asarray(mask) for one in drawn for mask in one.masks]
     result = []
     found, of = None, None
     # In the order of their terms, of which one kind at a time is held.
@@ -90,14 +87,11 @@ def choose(
         if found is None or of != (settings.source, settings.grain):
             found = _terms(pixels, [one.pixels for one in drawn], cross, settings)
             of = (settings.source, settings.grain)
-        scores, maps = _scored(found, cross, settings, size)
+        scores = _scored(found, cross, settings, size)
         normal, defect = scores[: len(pixels)], scores[len(pixels) :]
         by_kind = {kind: _auroc(normal, defect[kinds == kind]) for kind in KINDS if (kinds == kind).any()}
-        pixel = float("nan")
-        if settings.kind.startswith("map"):
-            pixel = pixel_auroc(list(maps), [*(None for _ in pixels), *masks])
         areas = np.array(list(by_kind.values()))
-        result.append(Candidate(settings, by_kind, float(areas.mean()), _error(normal, defect, kinds), pixel))
+        result.append(Candidate(settings, by_kind, float(areas.mean()), _error(normal, defect, kinds)))
     return sorted(result, key=lambda one: -one.image_auroc)
 
 
@@ -109,7 +103,7 @@ def explain(found: Sequence[Candidate], rows: int = 12) -> str:
         "it, averaged over the kinds of defects; no image of a test set was read. The best mean decides. Where others",
         "lie within its standard error (from resampled normals), which one is taken matters little.",
         "",
-        "score          terms     grain sigma  clip    top    mean  error  pixel  hardest kinds",
+        "score          terms     grain sigma  clip    top    mean  error  hardest kinds",
     ]
     others = [one for one in found[rows:] if one.settings == default or one.settings.kind in ("nll", "typicality")]
     for one in (*found[:rows], *others):
@@ -124,7 +118,6 @@ def explain(found: Sequence[Candidate], rows: int = 12) -> str:
             f"{format(s.top, 'g') if s.kind == 'map top' else '':>6}",
             f"{one.image_auroc:>7.4f}",
             f"{one.error:>6.4f}",
-            f"{format(one.pixel_auroc, '.4f') if is_map else '':>6}",
         ]
         hardest = sorted(one.by_kind.items(), key=lambda item: item[1])[:2]
         text = ", ".join(f"{kind} {area:.3f}" for kind, area in hardest)
@@ -150,18 +143,15 @@ def _terms(
     return terms, nll
 
 
-def _scored(
-    found: tuple[Tensor, Tensor], cross: CrossFit, settings: ScoreSettings, size: int
-) -> tuple[np.ndarray, np.ndarray]:
+def _scored(found: tuple[Tensor, Tensor], cross: CrossFit, settings: ScoreSettings, size: int) -> np.ndarray:
     terms, nll = found
     scores = torch.empty(nll.shape, dtype=torch.float64)
-    maps = torch.empty(*nll.shape, size, size)
     for fold in cross.folds:
         others = TermStatistics.of(without(terms[0], fold), without(nll[0], fold))
         for i in range(len(terms)):
-            maps[i, fold] = maps_of(terms[i, fold], others, settings, size)
-            scores[i, fold] = image_scores(maps[i, fold], nll[i, fold], others, settings)
-    return scores.flatten().numpy(), maps.flatten(0, 1).numpy()
+            heat = maps_of(terms[i, fold], others, settings, size)
+            scores[i, fold] = image_scores(heat, nll[i, fold], others, settings)
+    return scores.flatten().numpy()
 
 
 def _auroc(normal: np.ndarray, defect: np.ndarray) -> float:

@@ -9,7 +9,6 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 
 import numpy as np
@@ -21,8 +20,10 @@ import fastmaf
 from fastmaf.capsule.data import to_unit
 from fastmaf.inspection.augment import shifted_copies
 from fastmaf.inspection.calibration import Calibration, k_fold
+from fastmaf.inspection.cross import CrossFit, cross_maps, cross_scores, without
+from fastmaf.inspection.location import Location
 from fastmaf.inspection.model import InspectionModel
-from fastmaf.inspection.scores import ScoreSettings, TermStatistics, image_scores, maps_of, terms_and_nll
+from fastmaf.inspection.scores import ScoreSettings, terms_and_nll
 
 QUANTISATION = 1 / (12 * 255**2)
 """Variance of rounding to 8 bits, on [0, 1] data: no pixel's noise is taken for smaller."""
@@ -36,11 +37,15 @@ class Recipe:
         size: side of the square images in pixels.
         rank: factors of the whitening; fewer where the images do not support them.
         shift_radius, shift_step: copies shifted by up to so many steps of so many pixels are explained too.
+        dequantize: spread each 8-bit value evenly over its bin for fitting and for the held-out NLL, which then bounds
+            that of the 8-bit data. Scores are of the values as they are.
+        logit: None, or the alpha of a ``fastmaf.Logit`` before everything else.
         blocks: local autoregressive blocks after the whitening; every second one takes the pixels in reverse.
         patch, kernel, hidden: of the blocks; see ``fastmaf.LocalAutoregressive``.
         steps, batch_size, lr: of Adam on the blocks; the rate rises and falls once (one cycle).
         folds: K.
         score: how an image is scored.
+        location: how the map is made of where it is anomalous; its ``usual`` is fitted.
         seed: of folds and blocks.
     """
 
@@ -48,6 +53,8 @@ class Recipe:
     rank: int = 800
     shift_radius: int = 2
     shift_step: float = 0.5
+    dequantize: bool = False
+    logit: float | None = None
     blocks: int = 2
     patch: int = 2
     kernel: int = 3
@@ -57,6 +64,7 @@ class Recipe:
     lr: float = 5e-3
     folds: int = 5
     score: ScoreSettings = field(default_factory=ScoreSettings)
+    location: Location = field(default_factory=Location)
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -74,23 +82,6 @@ class Recipe:
     def features(self) -> int:
         """D, the numbers of one image."""
         return 3 * self.size**2
-
-
-@dataclass(frozen=True, eq=False)
-class CrossFit:
-    """The models of the folds, and what they say of the images that each left out, in the order of the images.
-
-    Attributes:
-        folds: indices of the images of each fold.
-        flows: the flow fitted without each fold.
-        whitened_nll: NLL by the whitening alone, float64 [n] nats.
-        nll: NLL by the whole flow, float64 [n] nats.
-    """
-
-    folds: Sequence[np.ndarray]
-    flows: Sequence[fastmaf.Flow]
-    whitened_nll: np.ndarray
-    nll: np.ndarray
 
 
 @dataclass(frozen=True, eq=False)
@@ -118,32 +109,38 @@ def fit(pixels: Tensor, recipe: Recipe | None = None, *, progress: bool = True) 
     if pixels.dtype != torch.uint8 or pixels.shape[1:] != (3, recipe.size, recipe.size):
         expected = f"uint8 [n, 3, {recipe.size}, {recipe.size}]"
         raise ValueError(f"pixels must be {expected}; found {pixels.dtype} {list(pixels.shape)}")
-    x = to_unit(pixels)
+    x, first = to_unit(pixels), [] if recipe.logit is None else [fastmaf.Logit(recipe.features, recipe.logit)]
+    given = dequantized(x, recipe.seed) if recipe.dequantize else x
+    y = fastmaf.Flow(recipe.features, first)(given)[0]  # what the whitening gets to see
     steps = 2 * (recipe.folds + 1) if recipe.blocks else recipe.folds + 1
     began, seconds = time.perf_counter(), {}
     with tqdm(total=steps, desc="fitting", unit="model", disable=not progress, leave=False) as bar:
         folds = k_fold(len(x), recipe.folds, recipe.seed)
         whitenings, z = [], torch.empty_like(x)
         for fold in folds:
-            whitenings.append(fit_whitening(without(x, fold), recipe))
-            z[fold] = whitenings[-1](x[fold])[0]
+            whitenings.append(fit_whitening(without(y, fold), recipe))
+            z[fold] = whitenings[-1](y[fold])[0]
             bar.update()
-        whole = fit_whitening(x, recipe)
+        whole = fit_whitening(y, recipe)
         bar.update()
         seconds["whitenings"] = time.perf_counter() - began
         log: list[dict[str, float]] = []
         flows: list[fastmaf.Flow] = []
         for fold, whitening in zip(folds, whitenings, strict=True):
             own = fit_blocks(without(z, fold), recipe, z[fold], log if not flows else None)
-            flows.append(fastmaf.Flow(recipe.features, [whitening, *own]).eval())
+            flows.append(fastmaf.Flow(recipe.features, [*first, whitening, *own]).eval())
             bar.update(bool(recipe.blocks))
-        flow = fastmaf.Flow(recipe.features, [whole, *fit_blocks(z, recipe)]).eval().requires_grad_(False)
+        blocks = fit_blocks(z, recipe)
+        flow = fastmaf.Flow(recipe.features, [*first, whole, *blocks]).eval().requires_grad_(False)
         bar.update(bool(recipe.blocks))
         seconds["blocks"] = time.perf_counter() - began - seconds["whitenings"]
-    whitened = torch.zeros(len(x), dtype=torch.float64)
-    for fold, whitening in zip(folds, whitenings, strict=True):
-        whitened[fold] = terms_and_nll(fastmaf.Flow(recipe.features, [whitening]), x[fold], recipe.score)[1]
-    statistics, scores, nll, maps = cross_scores(x, flows, folds, recipe.score, recipe.size)
+    whitened, nll = torch.empty(len(x), dtype=torch.float64), torch.empty(len(x), dtype=torch.float64)
+    for fold, whitening, own_flow in zip(folds, whitenings, flows, strict=True):
+        alone = fastmaf.Flow(recipe.features, [*first, whitening])
+        whitened[fold] = terms_and_nll(alone, given[fold], recipe.score)[1]
+        nll[fold] = terms_and_nll(own_flow, given[fold], recipe.score)[1]
+    statistics, scores = cross_scores(x, flows, folds, recipe.score, recipe.size)
+    location, maps = cross_maps(x, flows, folds, recipe.location)
     seconds["scores"] = time.perf_counter() - began - seconds["whitenings"] - seconds["blocks"]
     cross = CrossFit(folds, flows, whitened.numpy(), nll.numpy())
     about = {
@@ -156,39 +153,25 @@ def fit(pixels: Tensor, recipe: Recipe | None = None, *, progress: bool = True) 
         "map_levels": [float(np.quantile(maps.numpy(), 0.99)), float(maps.max())],
     }
     calibration = Calibration(scores.numpy(), 0.05, None, "k-fold", recipe.folds)
-    return Fitted(InspectionModel(flow, recipe.score, statistics, calibration, about), cross, log, seconds)
+    return Fitted(InspectionModel(flow, recipe.score, location, statistics, calibration, about), cross, log, seconds)
 
 
-def cross_scores(
-    x: Tensor, flows: Sequence[fastmaf.Flow], folds: Sequence[np.ndarray], settings: ScoreSettings, size: int
-) -> tuple[TermStatistics, Tensor, Tensor, Tensor]:
-    """Returns the statistics of held-out terms, and held-out scores, NLLs and maps.
+def dequantized(x: Tensor, seed: int) -> Tensor:
+    """Returns 8-bit values on [0, 1], each spread evenly over its bin, from half a step below to half a step above.
 
-    A fold's terms are standardised by those of the other folds: by its own, the scores would be a little too small.
+    A density's NLL of such data, in bits and over D, plus log2(255) is at least that of the values themselves.
     """
-    terms, nll = torch.empty_like(x), torch.empty(len(x), dtype=torch.float64)
-    for fold, flow in zip(folds, flows, strict=True):
-        terms[fold], nll[fold] = terms_and_nll(flow, x[fold], settings)
-    scores, maps = torch.empty(len(x), dtype=torch.float64), torch.empty(len(x), size, size)
-    for fold in folds:
-        others = TermStatistics.of(without(terms, fold), without(nll, fold))
-        maps[fold] = maps_of(terms[fold], others, settings, size)
-        scores[fold] = image_scores(maps[fold], nll[fold], others, settings)
-    return TermStatistics.of(terms, nll), scores, nll, maps
-
-
-def without(x: Tensor, fold: np.ndarray) -> Tensor:
-    """Returns the rows of ``x`` that are not in ``fold``."""
-    kept = torch.ones(len(x), dtype=torch.bool)
-    kept[fold] = False
-    return x[kept]
+    generator = torch.Generator().manual_seed(seed)
+    return x + (torch.rand(x.shape, generator=generator) - 0.5) / 255
 
 
 def fit_whitening(x: Tensor, recipe: Recipe) -> fastmaf.GaussianWhitening:
     """Returns the whitening of normals ``[n, D]`` and their shifted copies."""
     copies = shifted_copies(recipe.size, recipe.shift_radius, recipe.shift_step)
     made = fastmaf.GaussianWhitening(recipe.features, min(recipe.rank, recipe.features))
-    return made.fit_(x, augment=copies, folds=recipe.folds, floor=QUANTISATION, seed=recipe.seed)
+    # A logit stretches the steps of 8 bits by its slope, which is least in the middle.
+    floor = QUANTISATION if recipe.logit is None else QUANTISATION * (4 * (1 - 2 * recipe.logit)) ** 2
+    return made.fit_(x, augment=copies, folds=recipe.folds, floor=floor, seed=recipe.seed)
 
 
 def fit_blocks(

@@ -21,10 +21,9 @@ from fastmaf.capsule.results import written_atomically
 from fastmaf.inspection.pixels import resize_map
 
 SCALE = 512.0
-"""Levels of a 16-bit map per unit: steps of 1/512 from -64 to 64, more than three colours clipped at 20 add up to."""
+"""Levels of a 16-bit map per unit: steps of 1/512 up to 128 times what is usual."""
 
-ZERO = 32768
-"""The level of a 16-bit map that stands for the value 0: maps of standardised terms have values below it, too."""
+UNIT = "times the root mean square of normal images"
 
 _FAST = {"compress_level": 1, "compress_type": zlib.Z_RLE}  # of photographs, more effort saves little
 _TIFF_DESCRIPTION = 270
@@ -100,12 +99,12 @@ def write_overlay(path: str | Path, image: np.ndarray, values: np.ndarray, low: 
         picture.save(file, format="PNG", **_FAST)
 
 
-def write_map(path: str | Path, values: np.ndarray, *, scale: float = SCALE, unit: str = "standard deviations") -> None:
+def write_map(path: str | Path, values: np.ndarray, *, scale: float = SCALE, unit: str = UNIT) -> None:
     """Writes a map: 16-bit grey PNG, or 32-bit floating-point TIFF, by the suffix; ``read_map`` gives it back.
 
-    A PNG's levels are round(value · scale) + 32768, clipped to 0..65535: the same scale for all maps, so that they can
-    be compared. Its text chunks Scale, Zero and Unit say so, and Description the formula. A TIFF holds the values as
-    they are, NaN and infinities too, and the unit as its ImageDescription.
+    A PNG's levels are round(value · scale), clipped to 0..65535: the same scale for all maps, so that they can be
+    compared. Its text chunks Scale and Unit say so, and Description the formula. A TIFF holds the values as they are,
+    NaN and infinities too, and the unit as its ImageDescription.
 
     Args:
         path: the file: .png, .tif or .tiff.
@@ -126,12 +125,11 @@ def write_map(path: str | Path, values: np.ndarray, *, scale: float = SCALE, uni
             raise ValueError(f"scale must be a positive number; found {scale}")
         if np.isnan(values).any():
             raise ValueError(f"{path}: the map holds NaN, which a PNG cannot; write a .tiff")
-        levels = np.clip(np.rint(values.astype(np.float64) * scale) + ZERO, 0, 65535).astype(np.uint16)
+        levels = np.clip(np.rint(values.astype(np.float64) * scale), 0, 65535).astype(np.uint16)
         text = PngInfo()
         text.add_text("Scale", repr(float(scale)))
-        text.add_text("Zero", str(ZERO))
         text.add_itxt("Unit", unit)
-        text.add_text("Description", f"anomaly map: value = (level - {ZERO}) / {float(scale)!r}")
+        text.add_text("Description", f"anomaly map: value = level / {float(scale)!r}")
         with written_atomically(path) as file:
             Image.fromarray(levels).save(file, format="PNG", pnginfo=text, **_FAST)
     elif suffix in (".tif", ".tiff"):
@@ -154,13 +152,12 @@ def read_map(path: str | Path) -> np.ndarray:
         with Image.open(path, formats=("PNG", "TIFF")) as image:
             if image.width * image.height > MAX_PIXELS:
                 raise DataError(f"{path}: {image.width} x {image.height} pixels; at most {MAX_PIXELS:,} are decoded")
-            if image.format == "PNG" and image.mode in ("I;16", "I") and {"Scale", "Zero"} <= set(image.info):
-                scale, zero = float(image.info["Scale"]), int(image.info["Zero"])
-                return ((np.asarray(image).astype(np.float64) - zero) / scale).astype(np.float32)
+            if image.format == "PNG" and image.mode in ("I;16", "I") and "Scale" in image.info:
+                return (np.asarray(image).astype(np.float64) / float(image.info["Scale"])).astype(np.float32)
             if image.format == "TIFF" and image.mode == "F":
                 return np.array(image)
             raise DataError(
-                f"{path}: no anomaly map; expected a 16-bit grey PNG with the text chunks Scale and Zero, or a 32-bit "
+                f"{path}: no anomaly map; expected a 16-bit grey PNG with the text chunk Scale, or a 32-bit "
                 f"floating-point TIFF, found {image.format} of mode {image.mode}"
             )
     except DataError:

@@ -19,6 +19,7 @@ __all__ = [
     "auroc_interval",
     "class_auroc",
     "paired_bootstrap",
+    "paired_pixel_bootstrap",
     "pixel_auroc",
     "pixel_auroc_interval",
     "resize_map",
@@ -27,12 +28,12 @@ __all__ = [
 
 @dataclass(frozen=True)
 class PairedDifference:
-    """The image AUROC of one score minus that of another, over the same images.
+    """The AUROC of one score, or of the pixels of its maps, minus that of another, over the same images.
 
     Attributes:
         difference: on the images themselves.
         low, high: 95% percentile interval of it.
-        not_better: share of the resamples in which the first score's AUROC is not above the second's.
+        not_better: share of the resamples in which the first one's AUROC is not above the second's.
         resamples: how many there were.
     """
 
@@ -99,15 +100,50 @@ def pixel_auroc_interval(
     Images with and without a defect pixel are resampled separately. The pairs of pixels that are ranked rightly are
     counted once for each pair of images; a resample only weights these counts, so it is as exact as the area itself.
     """
+    low, high = np.quantile(_resampled([maps], masks, resamples, seed)[0], [0.025, 0.975])
+    return float(low), float(high)
+
+
+def paired_pixel_bootstrap(
+    a: Sequence[np.ndarray],
+    b: Sequence[np.ndarray],
+    masks: Sequence[np.ndarray | None],
+    *,
+    resamples: int = 2000,
+    seed: int = 0,
+) -> PairedDifference:
+    """Compares the maps of two scores by their pixel AUROC over the same resamples; see ``pixel_auroc_interval``.
+
+    Args:
+        a, b: as ``maps`` of ``pixel_auroc``, in any unit each.
+        masks: as there.
+        resamples, seed: as in ``paired_bootstrap``.
+
+    Raises:
+        EvaluationError: as ``pixel_auroc``.
+    """
+    first, second = _resampled([a, b], masks, resamples, seed)
+    low, high = np.quantile(first - second, [0.025, 0.975])
+    difference = pixel_auroc(a, masks) - pixel_auroc(b, masks)
+    return PairedDifference(difference, float(low), float(high), float((first <= second).mean()), len(first))
+
+
+def _resampled(
+    several: Sequence[Sequence[np.ndarray]], masks: Sequence[np.ndarray | None], resamples: int, seed: int
+) -> np.ndarray:
+    """Returns the pixel AUROC of several sets of maps ``[sets, resamples]``, over the same resamples of the images."""
     if resamples < 1:
         raise EvaluationError(f"resamples must be at least 1; found {resamples}")
-    pixels = PixelRanks(maps, masks)
-    n = len(pixels.maps)
-    right, free = np.empty((n, n)), np.empty(n)
-    for i, counts in enumerate(pixels.free()):
-        below = (np.cumsum(counts) - counts / 2)[1::2]
-        right[i] = np.bincount(pixels.image, weights=below[pixels.codes], minlength=n)
-        free[i] = counts.sum()
+    rights = []
+    for maps in several:
+        pixels = PixelRanks(maps, masks)
+        n = len(pixels.maps)
+        right, free = np.empty((n, n)), np.empty(n)
+        for i, counts in enumerate(pixels.free()):
+            below = (np.cumsum(counts) - counts / 2)[1::2]
+            right[i] = np.bincount(pixels.image, weights=below[pixels.codes], minlength=n)
+            free[i] = counts.sum()
+        rights.append(right)
     broken = np.bincount(pixels.image, minlength=n)
     rng = np.random.default_rng(seed)
     times = np.zeros((resamples, n))
@@ -116,9 +152,7 @@ def pixel_auroc_interval(
             times[:, group] = rng.multinomial(len(group), np.full(len(group), 1 / len(group)), resamples)
     pairs = (times @ free) * (times @ broken)
     usable = pairs > 0  # not where all images drawn are defect through and through
-    areas = ((times @ right) * times).sum(axis=1)[usable] / pairs[usable]
-    low, high = np.quantile(areas, [0.025, 0.975])
-    return float(low), float(high)
+    return np.stack([((times @ right) * times).sum(axis=1)[usable] / pairs[usable] for right in rights])
 
 
 def au_pro(maps: Sequence[np.ndarray], masks: Sequence[np.ndarray | None], fpr_limit: float = 0.3) -> float:

@@ -16,6 +16,7 @@ import fastmaf
 from fastmaf.capsule.checkpoints import MODEL_FILE
 from fastmaf.capsule.data import to_unit
 from fastmaf.inspection.calibration import Calibration, CalibrationError
+from fastmaf.inspection.location import Location, location_maps, residuals
 from fastmaf.inspection.scores import ScoreSettings, TermStatistics, image_scores, maps_of, terms_and_nll
 
 _BATCH = 64
@@ -23,7 +24,9 @@ _BATCH = 64
 
 @dataclass(frozen=True, eq=False)
 class Assessment:
-    """What a model says of images: ``scores`` float64 [n], ``maps`` float32 [n, s, s], ``nll`` float64 [n] in nats."""
+    """What a model says of images: ``scores`` float64 [n]; ``maps`` float32 [n, s, s], about 1 where all is as usual;
+    ``nll`` float64 [n] in nats.
+    """
 
     scores: np.ndarray
     maps: np.ndarray
@@ -40,6 +43,7 @@ class InspectionModel:
     Attributes:
         flow: D = 3 size².
         settings: how terms become a score.
+        location: how the map is made of where an image is anomalous.
         statistics: of the terms over normals that the flow had not seen.
         calibration: scores of such normals and the threshold taken from them.
         about: what the file says of the training, plain JSON types.
@@ -47,6 +51,7 @@ class InspectionModel:
 
     flow: fastmaf.Flow
     settings: ScoreSettings
+    location: Location
     statistics: TermStatistics
     calibration: Calibration
     about: dict[str, Any] = field(default_factory=dict)
@@ -63,11 +68,10 @@ class InspectionModel:
 
     @property
     def map_levels(self) -> tuple[float, float]:
-        """Where a heat map's colours begin, the 99th percentile of normal maps, and where they end: at the threshold
-        for a score that is the map's maximum, else at the largest value of a normal map.
+        """Where a heat map's colours begin, the 99th percentile of normal maps, and where they end, at their largest
+        value.
         """
-        low, largest = (float(level) for level in self.about["map_levels"])
-        high = self.calibration.threshold if self.settings.kind == "map maximum" else largest
+        low, high = (float(level) for level in self.about["map_levels"])
         return low, max(high, low + 1e-6)
 
     def assess(self, pixels: Tensor) -> Assessment:
@@ -82,10 +86,11 @@ class InspectionModel:
             )
         scores, maps, nll = [], [], []
         for part in pixels.split(_BATCH):
-            terms, found = terms_and_nll(self.flow, to_unit(part).to(self.device), self.settings)
-            drawn = maps_of(terms, self.statistics, self.settings, self.size)
-            scores.append(image_scores(drawn, found, self.statistics, self.settings).cpu())
-            maps.append(drawn.float().cpu())
+            x = to_unit(part).to(self.device)
+            terms, found = terms_and_nll(self.flow, x, self.settings)
+            heat = maps_of(terms, self.statistics, self.settings, self.size)
+            scores.append(image_scores(heat, found, self.statistics, self.settings).cpu())
+            maps.append(location_maps(residuals(self.flow, x, self.location), self.location).cpu())
             nll.append(found.cpu())
         if not scores:
             return Assessment(np.empty(0), np.empty((0, self.size, self.size), np.float32), np.empty(0))
@@ -99,6 +104,7 @@ class InspectionModel:
         """Writes everything to one safetensors file; a crash leaves the old one or the new one."""
         own = {
             "settings": asdict(self.settings),
+            "location": asdict(self.location),
             "nll": self.statistics.nll,
             "about": dict(self.about),
             "calibration": self.calibration.to_json(with_scores=False),
@@ -143,7 +149,7 @@ def load_inspection(path: str | Path, *, device: str = "cpu") -> InspectionModel
     flow = fastmaf.load(path).eval()
     try:
         own, extras = json.loads(metadata["inspection"]), fastmaf.read_extras(path)
-        settings = ScoreSettings(**own["settings"])
+        settings, location = ScoreSettings(**own["settings"]), Location(**own["location"])
         mean, deviation = (extras[f"term_{name}"] for name in ("mean", "deviation"))
         size = math.isqrt(flow.features // 3)
         for name, found in (("term_mean", mean), ("term_deviation", deviation)):
@@ -156,4 +162,4 @@ def load_inspection(path: str | Path, *, device: str = "cpu") -> InspectionModel
         about = dict(own["about"])
     except (KeyError, TypeError, ValueError, CalibrationError) as error:
         raise fastmaf.CheckpointError(f"{path}: what it says of its scores cannot be used: {error}") from error
-    return InspectionModel(flow.to(device), settings, statistics, calibration, about)
+    return InspectionModel(flow.to(device), settings, location, statistics, calibration, about)

@@ -19,7 +19,7 @@ import fastmaf
 from fastmaf.inspection.model import InspectionModel
 from fastmaf.inspection.onnx_resize import resized
 from fastmaf.inspection.onnx_values import ExportError, Graph, Value
-from fastmaf.inspection.scores import ScoreSettings, TermStatistics, smoothing
+from fastmaf.inspection.scores import ScoreSettings, TermStatistics, first_part, smoothing
 
 _HALF_LOG_2PI = 0.5 * math.log(2 * math.pi)
 
@@ -42,17 +42,18 @@ def inspection_graph(model: InspectionModel) -> Any:
     graph, size, settings = Graph(), model.size, model.settings
     image = graph.input("image", "uint8", ["height", "width", 3], "R, G, B, rows from the top, 0 to 255")
     x = resized(image, size).cast("float32").reshape(1, -1) / 255.0
-    first, shares, z = _flow(model.flow, x)
+    shares, steps = _flow(model.flow, x)
+    first, z = len(first_part(model.flow)) - 1, steps[-1]
     terms = shares + z * z * 0.5 + _HALF_LOG_2PI
     nll = terms.cast("float64").sum()
     if settings.source == "whitened":
-        z = _smoothed(first.reshape(3, size, size), settings.grain, size).reshape(1, -1)
+        z = _smoothed(steps[first].reshape(3, size, size), settings.grain, size).reshape(1, -1)
         terms = z * z * 0.5
-    heat = _map(terms, model.statistics, settings, size)
-    score = _score(heat, nll, model.statistics, settings, size)
+    score = _score(_map(terms, model.statistics, settings, size), nll, model.statistics, settings, size)
+    heat = _location([x, *steps][first], model)
     above = (graph.value(model.calibration.scores, "float64") >= score).cast("float64").sum()
     graph.output("score", score, [], "anomaly score: higher is more anomalous")
-    graph.output("map", heat, [size, size], "where the image is anomalous, rows from the top")
+    graph.output("map", heat, [size, size], "where the image is anomalous, rows from the top; usual places are near 1")
     graph.output("nll", nll, [], "negative log-likelihood of the resized image in nats")
     graph.output("p_value", (above + 1.0) / (model.calibration.n + 1), [], "share of normals that score as high")
     graph.output("anomalous", score > model.calibration.threshold, [], "whether the score is above the threshold")
@@ -65,6 +66,7 @@ def _properties(model: InspectionModel) -> dict[str, str]:
         "fastmaf_version": fastmaf.__version__,
         "size": str(model.size),
         "score": json.dumps(vars(model.settings)),
+        "location": json.dumps(vars(model.location)),
         "threshold": repr(calibration.threshold),
         "false_alarm": repr(calibration.false_alarm),
         "confidence": repr(calibration.confidence),
@@ -73,8 +75,8 @@ def _properties(model: InspectionModel) -> dict[str, str]:
     }
 
 
-def _flow(flow: fastmaf.Flow, x: Value) -> tuple[Value, Value, Value]:
-    """Returns z after the first transform, each dimension's share of -ladj, and z after the last; all ``[1, D]``."""
+def _flow(flow: fastmaf.Flow, x: Value) -> tuple[Value, list[Value]]:
+    """Returns each dimension's share of -ladj, and z after each transform; all ``[1, D]``."""
     shares = x.graph.value(np.zeros((1, flow.features)), "float32")
     steps = []
     for transform in flow.transforms:
@@ -84,7 +86,7 @@ def _flow(flow: fastmaf.Flow, x: Value) -> tuple[Value, Value, Value]:
             raise ExportError(f"a {kind.__name__} cannot be exported to ONNX; what can is {known}")
         x, shares = _TRANSFORMS[kind](transform, x, shares)
         steps.append(x)
-    return steps[0], shares, x
+    return shares, steps
 
 
 # Each takes x and shares [1, D], and returns z and shares with its own added: what forward_per_dim does.
@@ -174,6 +176,21 @@ def _map(terms: Value, statistics: TermStatistics, settings: ScoreSettings, size
     standard = (terms - statistics.mean) / statistics.deviation
     plain = standard.op("Clip", -settings.clip, settings.clip).reshape(3, size, size).sum(0)
     return _smoothed(plain, settings.sigma, size)
+
+
+def _location(x: Value, model: InspectionModel) -> Value:
+    """``location_maps`` of ``residuals``; ``x`` is what goes into the whitening."""
+    first, location, size = first_part(model.flow)[-1], model.location, model.size
+    if isinstance(first, fastmaf.GaussianWhitening):
+        variance, y = first.variance[: location.factors], (x - first.mean) / first.scale
+        root, basis = (1 + variance).sqrt(), x.graph.value(first.factors[:, : location.factors], "float32")
+        if len(variance):
+            y = y + ((y @ basis) * (-variance / (root * (1 + root)))).op("Gemm", basis, transB=1)
+        residual = y * first.scale**location.power
+    else:
+        residual = _TRANSFORMS[type(first)](first, x, x)[0]
+    squares = (residual * residual).reshape(3, size, size).sum(0)
+    return _smoothed(squares, location.sigma, size).op("Max", x.graph.value(0.0, "float32")).op("Sqrt") / location.usual
 
 
 def _score(heat: Value, nll: Value, statistics: TermStatistics, settings: ScoreSettings, size: int) -> Value:

@@ -41,7 +41,7 @@ from fastmaf.inspection.report import (
 from fastmaf.inspection.scoring import assess
 
 if TYPE_CHECKING:
-    from fastmaf.inspection.evaluation import Line
+    from fastmaf.inspection.table import Line
 
 _SAMPLES, _CASES, _TIMED = 5, 6, 30
 

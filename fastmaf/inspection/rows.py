@@ -11,7 +11,7 @@ from torch import Tensor
 
 import fastmaf
 from fastmaf.inspection.calibration import k_fold
-from fastmaf.inspection.fit import without
+from fastmaf.inspection.cross import without
 
 _FLOOR = 1e-6  # of the noise's variance in a column of variance 1: one that never varied still scores in finite nats
 

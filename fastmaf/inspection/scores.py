@@ -1,4 +1,4 @@
-"""From the terms of a likelihood to a map of what is surprising, and to one number an image.
+"""From the terms of a likelihood to a map of what is surprising, and from that to one number an image.
 
 A plain NLL adds 12,288 terms of very different spread, in which a defect of a few pixels drowns. Here each term is
 standardised by its mean and deviation over normal images that the model has not seen, clipped, added over the colours
@@ -17,6 +17,8 @@ from scipy.ndimage import gaussian_filter1d
 from torch import Tensor
 
 import fastmaf
+
+_HALF_LOG_2PI = 0.5 * math.log(2 * math.pi)
 
 Source: TypeAlias = Literal["whitened", "flow"]
 Kind: TypeAlias = Literal["nll", "typicality", "map maximum", "map top"]
@@ -79,15 +81,27 @@ class TermStatistics:
         return cls(mean.to(terms.dtype), deviation.to(terms.dtype), float(nll.double().mean()))
 
 
+def first_part(flow: fastmaf.Flow) -> list[fastmaf.Transform]:
+    """Returns the transforms up to the whitening, or the first one of a flow without."""
+    steps = [step for step in flow.transforms if isinstance(step, fastmaf.Transform)]
+    ends = [i for i, step in enumerate(steps) if isinstance(step, fastmaf.GaussianWhitening)] or [0]
+    return steps[: ends[0] + 1]
+
+
 @torch.no_grad()
 def terms_and_nll(flow: fastmaf.Flow, x: Tensor, settings: ScoreSettings) -> tuple[Tensor, Tensor]:
     """Returns the terms of a map ``[n, D]`` and the NLL ``[n]``, float64 nats."""
     if settings.source == "flow":
         terms = flow.nll_per_dim(x)
         return terms, terms.double().sum(dim=1)
-    first = flow.transforms[0]
-    assert isinstance(first, fastmaf.Transform)
-    return 0.5 * smoothed(first(x)[0], settings.grain).square(), -flow.log_prob(x).double()
+    last = first_part(flow)[-1]
+    terms, ladj = x, x.new_zeros(len(x), dtype=torch.float64)
+    for step in flow.transforms:  # what flow.log_prob does, but the whitening is computed once
+        x, change = step(x)
+        ladj += change
+        if step is last:
+            terms = 0.5 * smoothed(x, settings.grain).square()
+    return terms, 0.5 * x.double().square().sum(dim=1) + x.shape[1] * _HALF_LOG_2PI - ladj
 
 
 def smoothed(z: Tensor, sigma: float) -> Tensor:

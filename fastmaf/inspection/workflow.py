@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from datetime import datetime, timezone
@@ -20,6 +21,7 @@ from fastmaf.capsule.results import bits_per_dim, written_atomically
 from fastmaf.inspection.calibration import Calibration
 from fastmaf.inspection.fit import Fitted, Recipe, fit
 from fastmaf.inspection.inputs import Unreadable, expand, read_each
+from fastmaf.inspection.members import save_members
 from fastmaf.inspection.model import InspectionModel, load_inspection, model_file
 
 LOG_FILE, REPORT_FILE = "training_log.csv", "report.html"
@@ -32,13 +34,15 @@ def train(
     out: str | Path,
     recipe: Recipe | None = None,
     *,
+    keep_folds: bool = False,
     skip_bad: bool = False,
     progress: bool = True,
     say: Say = print,
 ) -> Fitted:
     """Fits an inspection model to the good images of ``data`` and writes model, log and report to ``out``.
 
-    What an earlier run left in ``out`` is set aside as ``*.previous.*``.
+    What an earlier run left in ``out`` is set aside as ``*.previous.*``. With ``keep_folds`` the models of the folds
+    are written, too, so that their ensemble can be judged.
 
     Raises:
         DataError: the folder or a file in it is not what is needed.
@@ -66,12 +70,15 @@ def train(
     set_aside(out, LOG_FILE, REPORT_FILE)
     model.save(out / MODEL_FILE)
     _write_log(out / LOG_FILE, fitted)
+    if keep_folds:
+        save_members(out, model, fitted.cross.flows)
     training_report(out / REPORT_FILE, model, images)
     about = model.about
     whitened, whole = about["held_out_nll_of_whitening"], about["held_out_nll"]
     say(
         f"{len(images)} good images; held-out NLL ({recipe.folds} folds) {whole:,.0f} nats, "
-        f"{bits_per_dim(whole, recipe.features) + 8:.3f} bits/dim of 8-bit data; whitening alone {whitened:,.0f}"
+        f"{bits_per_dim(whole, recipe.features) + math.log2(255):.3f} bits/dim of 8-bit data"
+        f"{' (at most)' if recipe.dequantize else ''}; whitening alone {whitened:,.0f}"
     )
     say(model.calibration.describe())
     say(f"the model is in {out / MODEL_FILE}, a report in {out / REPORT_FILE}")
@@ -157,13 +164,16 @@ def read_images(
 def choose(
     data: str | Path, *, size: int = 64, draws: int = 3, seed: int = 0, skip_bad: bool = False, progress: bool = True
 ) -> str:
-    """Compares scores on the good images of a folder and on defects drawn onto them; returns the comparison as text."""
+    """Compares scores and maps on the good images of a folder and on defects drawn onto them; returns it as text."""
     from fastmaf.inspection.choose import choose as judge
     from fastmaf.inspection.choose import explain
+    from fastmaf.inspection.choose_location import choose_location, explain_location
 
     images = load_train(data, size=size, skip_bad=skip_bad, progress=progress)
     fitted = fit(images.pixels, Recipe(size=size, seed=seed), progress=progress)
-    return explain(judge(images.pixels, fitted.cross, draws=draws, seed=seed, progress=progress))
+    scores = judge(images.pixels, fitted.cross, draws=draws, seed=seed, progress=progress)
+    places = choose_location(images.pixels, fitted.cross, draws=draws, seed=seed, progress=progress)
+    return f"{explain(scores)}\n\n{explain_location(places)}"
 
 
 def export(model: str | Path, onnx: str | Path, arguments: Sequence[str]) -> str:

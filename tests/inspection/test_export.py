@@ -24,6 +24,7 @@ from fastmaf.inspection import export, onnx_resize
 from fastmaf.inspection.calibration import Calibration
 from fastmaf.inspection.export import ExportError, export_onnx
 from fastmaf.inspection.fit import Recipe, fit
+from fastmaf.inspection.location import Location
 from fastmaf.inspection.model import InspectionModel
 from fastmaf.inspection.onnx_graph import inspection_graph
 from fastmaf.inspection.onnx_resize import resized
@@ -64,7 +65,8 @@ def perturbed(*transforms: fastmaf.Transform, scale: float = 0.05) -> list[fastm
 def model_of(transforms: list[fastmaf.Transform], settings: ScoreSettings | None = None) -> InspectionModel:
     flow, settings = fastmaf.Flow(D, transforms).eval().requires_grad_(False), settings or ScoreSettings()
     statistics = TermStatistics.of(*terms_and_nll(flow, to_unit(NORMALS), settings))
-    draft = InspectionModel(flow, settings, statistics, Calibration(np.arange(2.0), 0.1, None, "split"))
+    location = Location(factors=4, usual=1.3)  # fewer than the whitening has
+    draft = InspectionModel(flow, settings, location, statistics, Calibration(np.arange(2.0), 0.1, None, "split"))
     return draft.with_calibration(Calibration(draft.assess(NORMALS).scores, 0.1, None, "split"))
 
 
@@ -100,6 +102,7 @@ FLOWS: dict[str, Callable[[], list[fastmaf.Transform]]] = {
     "local, other patch and kernel": lambda: [whitening(), *perturbed(local(patch=4, kernel=1, log_scale_bound=0.1))],
     "permutation": lambda: [whitening(), shuffled(), *perturbed(local()), shuffled()],
     "logit first": lambda: [fastmaf.Logit(D, 0.1), *perturbed(local())],
+    "logit before the whitening": lambda: [fastmaf.Logit(D, 0.1), whitening(), *perturbed(local())],
     "affine, hard bound": lambda: [whitening(), affine(log_scale_bound=0.01)],
     "affine, soft bound": lambda: [whitening(), affine(log_scale_bound=0.3, soft_bound=True)],
     "affine, no bound": lambda: [whitening(), affine(hidden=(10,), activation="identity", log_scale_bound=None)],

@@ -19,6 +19,7 @@ from fastmaf.inspection.metrics import (
     auroc_interval,
     class_auroc,
     paired_bootstrap,
+    paired_pixel_bootstrap,
     pixel_auroc,
     pixel_auroc_interval,
     resize_map,
@@ -186,6 +187,21 @@ def test_pixel_interval_weights_whole_images() -> None:
     low, high = pixel_auroc_interval(maps, masks, resamples=resamples, seed=3)
     assert (low, high) == pytest.approx(tuple(np.quantile(areas, [0.025, 0.975])), abs=1e-12)
     assert low < pixel_auroc(maps, masks) < high
+
+
+def test_paired_pixel_difference_is_that_of_the_same_resamples() -> None:
+    (one, masks), other = drawn(0, digits=1), drawn(7, digits=1)[0]
+    found = paired_pixel_bootstrap(one, other, masks, resamples=300, seed=3)
+    assert found.difference == pixel_auroc(one, masks) - pixel_auroc(other, masks) and found.resamples == 300
+    assert found.low < found.difference < found.high
+    back = paired_pixel_bootstrap(other, one, masks, resamples=300, seed=3)
+    assert (found.low, found.high) == pytest.approx((-back.high, -back.low)) and found.low != found.high
+    same = paired_pixel_bootstrap(one, [np.exp(one_map.astype(np.float64)) for one_map in one], masks, resamples=50)
+    assert (same.difference, same.low, same.high, same.not_better) == (0, 0, 0, 1)
+    # Against maps that say nothing, the difference is the area less a half in every resample.
+    blank = paired_pixel_bootstrap(one, [np.zeros_like(one_map) for one_map in one], masks, resamples=300, seed=3)
+    interval = pixel_auroc_interval(one, masks, resamples=300, seed=3)
+    assert (blank.low + 0.5, blank.high + 0.5) == pytest.approx(interval)
 
 
 def test_pixel_interval_of_one_image_and_of_a_defect_throughout() -> None:

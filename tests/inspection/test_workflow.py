@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import io
 import json
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -14,34 +13,14 @@ import torch
 from typer.testing import CliRunner
 
 import fastmaf
-from fastmaf.capsule.data import load_train, to_unit
-from fastmaf.capsule.synthetic import draw_dataset
 from fastmaf.cli import app
-from fastmaf.inspection.choose import choose, explain
 from fastmaf.inspection.evaluation import evaluate
-from fastmaf.inspection.fit import Fitted, Recipe, cross_scores, fit
+from fastmaf.inspection.fit import Fitted
 from fastmaf.inspection.model import is_inspection_model, load_inspection
-from fastmaf.inspection.scores import ScoreSettings, TermStatistics, maps_of, smoothing, terms_and_nll
+from fastmaf.inspection.scores import ScoreSettings, TermStatistics, smoothing
 from fastmaf.inspection.scoring import score
-from fastmaf.inspection.workflow import calibrate, recalibrate, train
-
-TINY = Recipe(size=16, rank=10, blocks=1, steps=5, batch_size=4, folds=3)
-
-
-def silent(_: str) -> None: ...
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    root = tmp_path_factory.mktemp("demo")
-    return draw_dataset(root, train=24, good=4, defects={"crack": 3, "squeeze": 3}, size=32, progress=False)
-
-
-@pytest.fixture(scope="module")
-def run(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    out = tmp_path_factory.mktemp("run")
-    train(data, out, TINY, progress=False, say=silent)
-    return out
+from fastmaf.inspection.workflow import calibrate, recalibrate
+from tests.inspection.tiny import silent
 
 
 @pytest.fixture
@@ -50,12 +29,6 @@ def own(run: Path, tmp_path: Path) -> Path:
     path = tmp_path / "own.safetensors"
     path.write_bytes((run / "model.safetensors").read_bytes())
     return path
-
-
-@pytest.fixture(scope="module")
-def fitted(data: Path) -> tuple[torch.Tensor, Fitted]:
-    pixels = load_train(data, size=16, progress=False).pixels
-    return pixels, fit(pixels, TINY, progress=False)
 
 
 def rows_of(text: str) -> list[dict[str, str]]:
@@ -70,31 +43,6 @@ def test_train_leaves_model_log_and_report(run: Path) -> None:
     assert len((run / "training_log.csv").read_text().splitlines()) == 2  # steps 1 and, were there more, every tenth
     assert isinstance(model.flow.transforms[0], fastmaf.GaussianWhitening)
     assert isinstance(model.flow.transforms[1], fastmaf.LocalAutoregressive)
-
-
-def test_a_fold_is_scored_by_what_has_not_seen_it(fitted: tuple[torch.Tensor, Fitted]) -> None:
-    pixels, found = fitted
-    x = to_unit(pixels)
-    assert sorted(np.concatenate(found.cross.folds).tolist()) == list(range(24))
-    terms = torch.empty_like(x)
-    for fold, flow in zip(found.cross.folds, found.cross.flows, strict=True):
-        terms[fold], nll = terms_and_nll(flow, x[fold], TINY.score)
-        assert np.allclose(found.cross.nll[fold], nll)
-    assert torch.allclose(found.model.statistics.mean, terms.mean(dim=0), rtol=1e-4, atol=1e-5)
-    # The same once more, by hand: statistics of the other folds, the mean of the largest half percent (one pixel).
-    fold = found.cross.folds[1]
-    others = np.setdiff1d(np.arange(24), fold)
-    statistics = TermStatistics.of(terms[others], torch.zeros(len(others)))
-    expected = maps_of(terms[fold], statistics, TINY.score, 16).flatten(1).amax(dim=1)
-    scores = cross_scores(x, found.cross.flows, found.cross.folds, TINY.score, 16)[1]
-    assert np.allclose(scores[fold], expected, rtol=1e-4)
-    assert np.allclose(np.sort(scores), found.model.calibration.scores)
-
-
-def test_the_seed_repeats_a_fit(fitted: tuple[torch.Tensor, Fitted]) -> None:
-    pixels, found = fitted
-    again = fit(pixels, TINY, progress=False).model
-    assert np.allclose(again.calibration.scores, found.model.calibration.scores, rtol=1e-4)
 
 
 def test_saved_and_loaded(fitted: tuple[torch.Tensor, Fitted], tmp_path: Path) -> None:
@@ -182,17 +130,10 @@ def test_evaluation_writes_scores_metrics_and_report(run: Path, data: Path, tmp_
     assert lines[0].auroc == pytest.approx((defects[:, None] > good).mean())
     metrics = json.loads((tmp_path / "metrics.json").read_text())
     assert metrics["classes"]["squeeze"]["images"] == 3 and len(metrics["scores"]) == len(lines)
-    assert all(line.pixel_auroc is not None for line in lines if line.name.startswith("map"))
-
-
-def test_choosing_prefers_what_finds_drawn_defects(fitted: tuple[torch.Tensor, Fitted]) -> None:
-    pixels, found = fitted
-    candidates = [ScoreSettings("nll", "flow"), ScoreSettings(), replace(ScoreSettings(), source="flow")]
-    judged = choose(pixels, found.cross, candidates=candidates, draws=2, progress=False)
-    assert {one.settings for one in judged} == set(candidates)
-    assert [one.image_auroc for one in judged] == sorted((one.image_auroc for one in judged), reverse=True)
-    text = explain(judged)
-    assert text.count("(the default)") == 1 and "no image of a test set" in text
+    with_maps = [line for line in lines if line.pixel_auroc is not None]
+    assert {line.name for line in with_maps} >= {lines[0].name, "PCA residual (100)"}
+    assert lines[0].pixel_difference is None and all(line.pixel_difference is not None for line in with_maps[1:])
+    assert f"{lines[0].pixel_auroc:.3f}" in told[-2].splitlines()[1]
 
 
 def test_smoothing_keeps_a_constant_and_spreads_a_point() -> None:
@@ -234,6 +175,8 @@ def test_the_commands(run: Path, own: Path, data: Path, tmp_path: Path) -> None:
     assert done.exit_code == 0 and "PCA residual" in done.output and (tmp_path / "e" / "report.html").is_file()
     done = invoke(app, ["train", "--recipe", "inspection", "--data", str(data), "--out", str(tmp_path), "--lr", "1"])
     assert done.exit_code != 0 and "--lr" in done.output
+    done = invoke(app, ["train", "--data", str(data), "--out", str(tmp_path), "--logit", "0.1"])
+    assert done.exit_code != 0 and "--logit" in done.output
     done = invoke(app, ["eval", "--model", str(own), "--data", str(data), "--false-alarm", "0.2"])
     assert done.exit_code != 0 and "fastmaf calibrate" in done.output
     done = invoke(

@@ -1,0 +1,67 @@
+"""Where an image is anomalous: the map that is shown, saved and judged pixel by pixel.
+
+Another one than the map behind the score. Whether *some* place of an image is unusual takes terms that are standardised
+each by its own spread; but where the edge of an object varies from image to image, that hides a defect on it, and many
+factors explain away the inside of a large one. What is left by a few factors, in a unit common to all pixels, shows
+it.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+import fastmaf
+from fastmaf.inspection.scores import first_part, smoothing
+
+
+@dataclass(frozen=True)
+class Location:
+    """How the map of where an image is anomalous is made.
+
+    Attributes:
+        factors: so many of the whitening's largest explain the image; what they leave is the map.
+        power: residuals are taken in noise deviations times this power of them: 0 in deviations, 1 in the unit of x.
+        sigma: deviation in pixels of the Gaussian that smooths the squared residual.
+        usual: root mean square over normal images that the model has not seen, the map's unit.
+    """
+
+    factors: int = 150
+    power: float = 0.5
+    sigma: float = 1.0
+    usual: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.factors < 0:
+            raise ValueError(f"factors must be at least 0; found {self.factors}")
+        if not 0 <= self.power <= 1:
+            raise ValueError(f"power must lie in [0, 1]; found {self.power}")
+        for name in ("sigma", "usual"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise ValueError(f"{name} must be positive; found {getattr(self, name)}")
+
+
+@torch.no_grad()
+def residuals(flow: fastmaf.Flow, x: Tensor, location: Location) -> Tensor:
+    """Returns what the factors leave of images ``[n, D]``, before it is squared."""
+    *before, first = first_part(flow)
+    for transform in before:
+        x = transform(x)[0]
+    if not isinstance(first, fastmaf.GaussianWhitening):
+        return first(x)[0]
+    basis, variance = first.factors[:, : location.factors], first.variance[: location.factors]
+    y, root = (x - first.mean) / first.scale, (1 + variance).sqrt()
+    return (y - ((y @ basis) * (variance / (root * (1 + root)))) @ basis.T) * first.scale**location.power
+
+
+def location_maps(residual: Tensor, location: Location) -> Tensor:
+    """Returns the maps ``[n, s, s]`` of residuals ``[n, 3 s²]``: the root of their smoothed squares, all colours
+    together, in units of ``usual``: about 1 where nothing is the matter.
+    """
+    size = math.isqrt(residual.shape[1] // 3)
+    squares = residual.square().unflatten(1, (3, size, size)).sum(dim=1)
+    matrix = smoothing(size, location.sigma).to(squares)
+    return (matrix @ squares @ matrix.T).clamp_min(0).sqrt() / location.usual

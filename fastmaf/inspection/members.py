@@ -1,0 +1,37 @@
+"""The models of the folds beside a model: ``fastmaf train --recipe inspection --keep-folds``.
+
+Their mean is one more score in the table of ``fastmaf eval``. Each is as large as the model itself.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from pathlib import Path
+
+import fastmaf
+from fastmaf.inspection.model import InspectionModel
+
+FOLDS_FOLDER = "folds"
+
+
+def save_members(run: Path, model: InspectionModel, flows: Sequence[fastmaf.Flow]) -> None:
+    """Writes the flows of the folds into a run's folder, in place of those of an earlier run."""
+    folder = run / FOLDS_FOLDER
+    folder.mkdir(exist_ok=True)
+    for file in folder.glob("fold-*.safetensors"):
+        file.unlink()
+    for k, flow in enumerate(flows, 1):
+        flow.save(folder / f"fold-{k}.safetensors", {"statistics": _print_of(model)})
+
+
+def load_members(run: Path, model: InspectionModel) -> list[fastmaf.Flow]:
+    """Returns the flows of the folds of this model, on its device; none where they were not kept, or are another's."""
+    files = sorted((run / FOLDS_FOLDER).glob("fold-*.safetensors"))
+    own = [f for f in files if fastmaf.read_tensors(f, tensors=False)[1].get("statistics") == _print_of(model)]
+    return [fastmaf.load(file).eval().to(model.device) for file in own]
+
+
+def _print_of(model: InspectionModel) -> str:
+    """What tells whether folds belong to a model: the statistics of their terms."""
+    return hashlib.sha256(model.statistics.mean.cpu().numpy().tobytes()).hexdigest()[:16]

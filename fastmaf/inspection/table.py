@@ -1,0 +1,182 @@
+"""The score table of a labelled test set: every score of a model, and the controls, on the same images.
+
+The controls are fitted to the same good images, and everything is compared with the default score and its heat maps on
+the same resamples of the test images.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+import fastmaf
+from fastmaf.capsule.data import ImageSet, to_unit
+from fastmaf.capsule.results import NORMAL
+from fastmaf.inspection.controls import controls
+from fastmaf.inspection.masks import Masks
+from fastmaf.inspection.metrics import (
+    PairedDifference,
+    au_pro,
+    auroc,
+    auroc_interval,
+    paired_bootstrap,
+    paired_pixel_bootstrap,
+    pixel_auroc,
+)
+from fastmaf.inspection.model import Assessment, InspectionModel
+from fastmaf.inspection.scores import ScoreSettings, image_scores, maps_of, terms_and_nll
+
+
+@dataclass(frozen=True, eq=False)
+class Line:
+    """One row of the table: a score of the model, or a control.
+
+    Attributes:
+        name: of the score.
+        kind: ``"score"`` or ``"control"``.
+        auroc, interval: of images, with its 95 % bootstrap interval.
+        difference: to the default score, paired; None for that itself.
+        pixel_auroc, au_pro: of its maps; None without maps or masks. The default score's are the heat maps.
+        pixel_difference: of the pixel AUROC to the heat maps', paired.
+        default: this is the score that the model gives.
+    """
+
+    name: str
+    kind: str
+    auroc: float
+    interval: tuple[float, float]
+    difference: PairedDifference | None
+    pixel_auroc: float | None
+    au_pro: float | None
+    pixel_difference: PairedDifference | None
+    default: bool
+
+
+def scores_of(model: InspectionModel) -> list[tuple[str, ScoreSettings]]:
+    """The scores that a model can give, by name, its own first."""
+    own = model.settings
+    others = [
+        ScoreSettings("nll"),
+        ScoreSettings("typicality"),
+        replace(own, kind="map top"),
+        replace(own, kind="map maximum"),
+    ]
+    return [(name_of(settings), settings) for settings in (own, *(one for one in others if one.kind != own.kind))]
+
+
+def name_of(settings: ScoreSettings) -> str:
+    """A score's name for people."""
+    names = {
+        "nll": "NLL",
+        "typicality": "typicality |NLL - mean|",
+        "map maximum": "map maximum",
+        "map top": f"map, mean of top {settings.top:.1%}",
+    }
+    return names[settings.kind]
+
+
+def table(
+    model: InspectionModel,
+    images: ImageSet,
+    assessment: Assessment,
+    masks: Masks,
+    normals: ImageSet | None,
+    members: Sequence[fastmaf.Flow] = (),
+    *,
+    seed: int = 0,
+    progress: bool = True,
+) -> list[Line]:
+    """Returns the score table: the scores of a model, then the controls fitted to ``normals``.
+
+    Args:
+        model, images: what is judged, and on what.
+        assessment: what the model says of the images.
+        masks: of their defects.
+        normals: what controls are fitted to; None for no controls.
+        members: the models of the folds, for the score of their ensemble.
+        seed: of the bootstrap.
+        progress: show a progress bar.
+    """
+    found = _scores(model, images, assessment, members)
+    if normals is not None:
+        for control in tqdm(controls(), desc="controls", disable=not progress, leave=False):
+            found.append((control.name, "control", *control.fit(normals.pixels).score(images.pixels)))
+    defect = np.array([label != NORMAL for label in images.labels])
+    judged = np.flatnonzero(masks.usable(images)).tolist()
+    truth = [masks.masks[k] for k in judged]
+    heat = [assessment.maps[k] for k in judged]
+    lines = []
+    for i, (name, kind, scores, maps) in enumerate(found):
+        pixel = pro = apart = None
+        if maps is not None and judged:
+            own = [maps[k] for k in judged]
+            pixel, pro = pixel_auroc(own, truth), au_pro(own, truth)
+            apart = paired_pixel_bootstrap(own, heat, truth, seed=seed) if i else None
+        difference = None if i == 0 else paired_bootstrap(scores, found[0][2], defect, seed=seed)
+        interval = auroc_interval(scores, defect, 2000, seed)
+        lines.append(Line(name, kind, auroc(scores, defect), interval, difference, pixel, pro, apart, i == 0))
+    return lines
+
+
+def _scores(
+    model: InspectionModel, images: ImageSet, assessment: Assessment, members: Sequence[fastmaf.Flow]
+) -> list[tuple[str, str, np.ndarray, np.ndarray | None]]:
+    """Returns name, kind, scores and maps of each score that the model gives, its own first."""
+    own, terms = model.settings, terms_of(model.flow, model, images)[0]
+    nll = torch.from_numpy(assessment.nll).to(model.device)
+    heat = maps_of(terms, model.statistics, own, model.size)
+
+    def scored(settings: ScoreSettings, heat: Tensor) -> np.ndarray:
+        return image_scores(heat, nll, model.statistics, settings).cpu().numpy()
+
+    first, *others = scores_of(model)
+    result: list[tuple[str, str, np.ndarray, np.ndarray | None]]
+    result = [(first[0], "score", assessment.scores, assessment.maps)]
+    result += [(name, "score", scored(settings, heat), None) for name, settings in others]
+    if members and own.kind.startswith("map"):
+        parts = (terms_of(flow, model, images)[0] for flow in members)
+        several = torch.stack([maps_of(part, model.statistics, own, model.size) for part in parts])
+        result.append((f"{first[0]}, {len(members)} folds", "score", scored(own, several.mean(dim=0)), None))
+    return result
+
+
+def terms_of(flow: fastmaf.Flow, model: InspectionModel, images: ImageSet) -> tuple[Tensor, Tensor]:
+    """Returns terms ``[n, D]`` and NLLs ``[n]`` of images by a flow, the model's own or a fold's."""
+    parts = images.pixels.split(64)
+    found = [terms_and_nll(flow, to_unit(part).to(model.device), model.settings) for part in parts]
+    terms, nll = zip(*found, strict=True)
+    return torch.cat(terms), torch.cat(nll)
+
+
+def format_lines(lines: Sequence[Line], called: Mapping[str, tuple[int, int]]) -> str:
+    """The table as plain text for a terminal, and how many images of each class were called anomalous."""
+    wide = max(len(line.name) for line in lines)
+    head = f"{'':<{wide}}  {'AUROC':>6}  {'95% interval':<14}  {'to default':>10}  {'95% interval':<16}"
+    text = [f"{head}  {'pixel':>5}  {'95% to default':<16}  AU-PRO"]
+    for line in lines:
+        low, high = line.interval
+        row = f"{line.name:<{wide}}  {line.auroc:>6.3f}  {low:.3f} - {high:.3f}   "
+        if line.difference is None:
+            row += f"{'default':>10}  {'':<16}"
+        else:
+            d = line.difference
+            row += f"{d.difference:>+10.3f}  {d.low:+.3f} to {d.high:+.3f}"
+        pixel, pro = ("" if value is None else f"{value:.3f}" for value in (line.pixel_auroc, line.au_pro))
+        apart = line.pixel_difference
+        interval = "" if apart is None else f"{apart.low:+.3f} to {apart.high:+.3f}"
+        text.append(f"{row}  {pixel:>5}  {interval:<16}  {pro:>6}".rstrip())
+    default = next(line for line in lines if line.default)
+    for what, value in (("AUROC", "auroc"), ("pixel AUROC", "pixel_auroc"), ("AU-PRO", "au_pro")):
+        own = getattr(default, value)
+        controls_of = [(line.name, getattr(line, value)) for line in lines if line.kind == "control"]
+        winners = [name for name, found in controls_of if None not in (own, found) and found > own]
+        if winners:
+            text.append(f"higher {what} here: the control {', '.join(winners)}")
+    text.append("")
+    text += [f"{label}: {alarms} of {n} called anomalous" for label, (n, alarms) in called.items()]
+    return "\n".join(text)

@@ -1,0 +1,119 @@
+"""What a fit consists of: folds, statistics, units, dequantisation, and the choice of its constants."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import fastmaf
+from fastmaf.capsule.data import load_test, load_train, to_unit
+from fastmaf.inspection.choose import choose, explain
+from fastmaf.inspection.choose_location import choose_location, explain_location
+from fastmaf.inspection.cross import cross_scores
+from fastmaf.inspection.evaluation import evaluate
+from fastmaf.inspection.fit import Fitted, dequantized, fit
+from fastmaf.inspection.location import Location, location_maps, residuals
+from fastmaf.inspection.members import FOLDS_FOLDER, load_members
+from fastmaf.inspection.scores import ScoreSettings, TermStatistics, maps_of, terms_and_nll
+from fastmaf.inspection.workflow import train
+from tests.inspection.tiny import TINY, silent
+
+
+def test_a_fold_is_scored_by_what_has_not_seen_it(fitted: tuple[torch.Tensor, Fitted]) -> None:
+    pixels, found = fitted
+    x = to_unit(pixels)
+    assert sorted(np.concatenate(found.cross.folds).tolist()) == list(range(24))
+    terms = torch.empty_like(x)
+    for fold, flow in zip(found.cross.folds, found.cross.flows, strict=True):
+        terms[fold], nll = terms_and_nll(flow, x[fold], TINY.score)
+        assert np.allclose(found.cross.nll[fold], nll)
+        assert torch.allclose(nll, -copy.deepcopy(flow).double().log_prob(x[fold].double()), rtol=1e-6)
+    assert torch.allclose(found.model.statistics.mean, terms.mean(dim=0), rtol=1e-4, atol=1e-5)
+    # The same once more, by hand: statistics of the other folds, the mean of the largest half percent (one pixel).
+    fold = found.cross.folds[1]
+    others = np.setdiff1d(np.arange(24), fold)
+    statistics = TermStatistics.of(terms[others], torch.zeros(len(others)))
+    expected = maps_of(terms[fold], statistics, TINY.score, 16).flatten(1).amax(dim=1)
+    scores = cross_scores(x, found.cross.flows, found.cross.folds, TINY.score, 16)[1]
+    assert np.allclose(scores[fold], expected, rtol=1e-4)
+    assert np.allclose(np.sort(scores), found.model.calibration.scores)
+
+
+def test_the_seed_repeats_a_fit(fitted: tuple[torch.Tensor, Fitted]) -> None:
+    pixels, found = fitted
+    again = fit(pixels, TINY, progress=False).model
+    assert np.allclose(again.calibration.scores, found.model.calibration.scores, rtol=1e-4)
+
+
+def test_choosing_prefers_what_finds_drawn_defects(fitted: tuple[torch.Tensor, Fitted]) -> None:
+    pixels, found = fitted
+    candidates = [ScoreSettings("nll", "flow"), ScoreSettings(), replace(ScoreSettings(), source="flow")]
+    judged = choose(pixels, found.cross, candidates=candidates, draws=2, progress=False)
+    assert {one.settings for one in judged} == set(candidates)
+    assert [one.image_auroc for one in judged] == sorted((one.image_auroc for one in judged), reverse=True)
+    text = explain(judged)
+    assert text.count("(the default)") == 1 and "no image of a test set" in text
+
+
+def test_choosing_a_map_prefers_what_shows_drawn_defects(fitted: tuple[torch.Tensor, Fitted]) -> None:
+    pixels, found = fitted
+    candidates = [Location(0, 1.0), Location(), replace(Location(), sigma=6.0)]
+    judged = choose_location(pixels, found.cross, candidates=candidates, draws=2, progress=False)
+    assert {one.location for one in judged} == set(candidates) and judged[-1].location.sigma == 6.0
+    assert [one.mean for one in judged] == sorted((one.mean for one in judged), reverse=True)
+    assert explain_location(judged).count("(the default)") == 1
+
+
+def test_the_unit_of_maps_is_the_root_mean_square_of_held_out_ones(fitted: tuple[torch.Tensor, Fitted]) -> None:
+    pixels, found = fitted
+    x, location = to_unit(pixels), found.model.location
+    squares = [
+        location_maps(residuals(flow, x[fold], location), location).square()
+        for fold, flow in zip(found.cross.folds, found.cross.flows, strict=True)
+    ]
+    assert float(torch.cat(squares).mean()) == pytest.approx(1, rel=1e-5)
+    low, high = found.model.map_levels
+    assert high == pytest.approx(float(torch.cat(squares).max().sqrt()), rel=1e-5) and low < high
+
+
+def test_dequantised_values_stay_in_their_bins() -> None:
+    x = torch.linspace(0, 1, 256).expand(50, 256)
+    spread = (dequantized(x, 3) - x) * 255
+    assert -0.5 <= float(spread.min()) < -0.49 and 0.49 < float(spread.max()) <= 0.5
+    assert abs(float(spread.mean())) < 0.02 and float(spread.var()) == pytest.approx(1 / 12, rel=0.05)
+
+
+@pytest.mark.parametrize("logit", [None, 0.05])
+def test_dequantisation_and_logit_are_in_the_nll_alone(data: Path, logit: float | None) -> None:
+    recipe = replace(TINY, dequantize=True, logit=logit)
+    pixels = load_train(data, size=16, progress=False).pixels
+    found = fit(pixels, recipe, progress=False)
+    x = to_unit(pixels)
+    fold, flow = found.cross.folds[2], found.cross.flows[2]
+    assert isinstance(flow.transforms[0], fastmaf.GaussianWhitening if logit is None else fastmaf.Logit)
+    expected = -flow.log_prob(dequantized(x, recipe.seed)[fold])
+    assert np.allclose(found.cross.nll[fold], expected.detach(), rtol=1e-5)
+    scores = cross_scores(x, found.cross.flows, found.cross.folds, recipe.score, 16)[1]
+    assert np.allclose(np.sort(scores), found.model.calibration.scores)
+
+
+def test_the_ensemble_of_the_folds(data: Path, tmp_path: Path) -> None:
+    fitted = train(data, tmp_path, TINY, keep_folds=True, progress=False, say=silent)
+    members = load_members(tmp_path, fitted.model)
+    assert len(members) == 3
+    lines = evaluate(tmp_path, data, tmp_path / "e", progress=False, say=silent)
+    (line,) = [line for line in lines if "3 folds" in line.name]
+    images = load_test(data, size=16, progress=False)
+    parts = [terms_and_nll(flow, to_unit(images.pixels), TINY.score)[0] for flow in fitted.cross.flows]
+    maps = torch.stack([maps_of(part, fitted.model.statistics, TINY.score, 16) for part in parts]).mean(dim=0)
+    scores = maps.flatten(1).amax(dim=1)  # half a percent of 256 is one pixel
+    good = np.array([label == "good" for label in images.labels])
+    assert line.auroc == pytest.approx(float((scores[~good][:, None] > scores[good]).double().mean()))
+    # Those of another fit are not taken for this one's.
+    other = fit(load_train(data, size=16, progress=False).pixels, replace(TINY, rank=5), progress=False)
+    assert not load_members(tmp_path, other.model) and not load_members(tmp_path / FOLDS_FOLDER, fitted.model)
