@@ -126,7 +126,8 @@ def explain(found: Sequence[Candidate], rows: int = 12) -> str:
     if best is not None:
         gap = found[0].image_auroc - best.image_auroc
         within = "within" if gap <= found[0].error else "more than"
-        lines += ["", f"The default lies {gap:.4f} below the best: {within} one standard error."]
+        apart = f"The default lies {gap:.4f} below the best: {within} one standard error."
+        lines += ["", apart if gap else "The default is the best."]
     return "\n".join(lines)
 
 
