@@ -58,10 +58,10 @@ class Recipe:
     blocks: int = 2
     patch: int = 2
     kernel: int = 3
-    hidden: int = 4
+    hidden: int = 2
     steps: int = 200
     batch_size: int = 16
-    lr: float = 5e-3
+    lr: float = 2e-2
     folds: int = 5
     score: ScoreSettings = field(default_factory=ScoreSettings)
     location: Location = field(default_factory=Location)

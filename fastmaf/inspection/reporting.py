@@ -96,6 +96,7 @@ def test_report(
             None if line.difference is None else line.difference.difference,
             None if line.difference is None else (line.difference.low, line.difference.high),
             line.pixel_auroc,
+            None if line.pixel_difference is None else (line.pixel_difference.low, line.pixel_difference.high),
             line.au_pro,
             line.default,
         )

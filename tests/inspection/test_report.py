@@ -123,13 +123,14 @@ def ancestors(element: Element) -> list[Element]:
 def test_the_score_table_marks_the_default(page: Element) -> None:
     table = section(page, "scores").table("Every score")
     assert table[0] == [
-        "Name", "Kind", "Image AUROC", "95% interval", "Difference", "Paired 95% interval", "Pixel AUROC", "AU-PRO",
-        "Chosen",
+        "Name", "Kind", "Image AUROC", "95% interval", "Less default, 95%", "Pixel AUROC", "Less default, 95%", "AU-PRO",
     ]  # fmt: skip
-    assert table[1][1:] == ["score", "0.939", "0.851 to 0.988", "\u2013", "\u2013", "0.952", "0.871", "default"]
-    assert [row[0] for row in table[1:] if row[-1]] == ["map maximum"]
+    own = ["default score", "0.939", "0.851 to 0.988", "\u2013", "0.952", "\u2013", "0.871"]
+    assert table[1] == ["map maximum", *own] and not any("default" in row[1] for row in table[2:])
+    (pca,) = [row for row in table if row[0] == "PCA residual"]
+    assert pca[4:] == ["\u22120.133 to \u22120.031", "0.947", "\u22120.011 to +0.002", "0.853"]
     (plain,) = [row for row in table if row[0] == "plain NLL"]
-    assert plain[4:] == ["\u22120.057", "\u22120.104 to \u22120.018", "\u2013", "\u2013", ""]
+    assert plain[4:] == ["\u22120.104 to \u22120.018", "\u2013", "\u2013", "\u2013"]
 
 
 def test_verdicts_by_class_follow_from_scores_and_threshold(page: Element, report: Report) -> None:

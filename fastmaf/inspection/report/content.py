@@ -99,6 +99,7 @@ class ScoreRow:
         auroc: image AUROC, with `interval` the ends of its 95% interval.
         difference: image AUROC minus that of the default score, with the ends of its paired 95% interval.
         pixel_auroc: AUROC of the pixels of the heat map; None where there is no map or no mask.
+        pixel_interval: ends of the paired 95% interval of the pixel AUROC minus that of the default's heat maps.
         au_pro: area under the per-region overlap up to a false-positive rate of 0.3, of its largest value.
         default: this is the score that the model file uses; one row is.
     """
@@ -110,6 +111,7 @@ class ScoreRow:
     difference: float | None = None
     difference_interval: tuple[float, float] | None = None
     pixel_auroc: float | None = None
+    pixel_interval: tuple[float, float] | None = None
     au_pro: float | None = None
     default: bool = False
 
