@@ -93,7 +93,6 @@ def test_report(
             line.kind,
             line.auroc,
             line.interval,
-            None if line.difference is None else line.difference.difference,
             None if line.difference is None else (line.difference.low, line.difference.high),
             line.pixel_auroc,
             None if line.pixel_difference is None else (line.pixel_difference.low, line.pixel_difference.high),

@@ -97,7 +97,7 @@ class ScoreRow:
     Attributes:
         kind: "score" (from the model) or "control" (what needs no model: PCA residual, file size, ...).
         auroc: image AUROC, with `interval` the ends of its 95% interval.
-        difference: image AUROC minus that of the default score, with the ends of its paired 95% interval.
+        difference_interval: ends of the paired 95% interval of the image AUROC minus that of the default score.
         pixel_auroc: AUROC of the pixels of the heat map; None where there is no map or no mask.
         pixel_interval: ends of the paired 95% interval of the pixel AUROC minus that of the default's heat maps.
         au_pro: area under the per-region overlap up to a false-positive rate of 0.3, of its largest value.
@@ -108,7 +108,6 @@ class ScoreRow:
     kind: str
     auroc: float
     interval: tuple[float, float] | None = None
-    difference: float | None = None
     difference_interval: tuple[float, float] | None = None
     pixel_auroc: float | None = None
     pixel_interval: tuple[float, float] | None = None
