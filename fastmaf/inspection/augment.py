@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
+from torch.nn.functional import affine_grid, grid_sample, pad
 
 
 def shifted_copies(size: int, radius: int = 2, step: float = 0.5) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
@@ -43,5 +43,30 @@ def shifted_copies(size: int, radius: int = 2, step: float = 0.5) -> Callable[[T
         steps = range(2 * whole + 1)
         basis = [images[:, :, i : i + size, j : j + size].flatten(1) for i in steps for j in steps]
         return torch.stack(basis, dim=1), weights.to(x)
+
+    return augment
+
+
+def rotated_copies(size: int, angles: int = 12) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
+    """Copies of square RGB images turned about their centre by multiples of 360° / ``angles``: for objects that lie at
+    any angle.
+
+    Interpolated bilinearly; the corners that come from outside repeat the edge.
+
+    Returns:
+        A function from ``[n, 3 size²]`` to a basis ``[n, angles, 3 size²]`` and the weights, an identity.
+    """
+    if size < 1 or angles < 1:
+        raise ValueError(f"size and angles must be at least 1; found {size} and {angles}")
+    turns = torch.arange(angles) * (2 * math.pi / angles)
+    rows = torch.stack([turns.cos(), -turns.sin(), 0 * turns, turns.sin(), turns.cos(), 0 * turns], dim=1)
+
+    def augment(x: Tensor) -> tuple[Tensor, Tensor]:
+        images, basis = x.unflatten(1, (3, size, size)), []
+        for turn in rows.to(x).unflatten(1, (2, 3)):
+            grid = affine_grid(turn.expand(len(x), 2, 3), list(images.shape), align_corners=False)
+            turned = grid_sample(images, grid, padding_mode="border", align_corners=False)
+            basis.append(turned.flatten(1))
+        return torch.stack(basis, dim=1), torch.eye(angles).to(x)
 
     return augment

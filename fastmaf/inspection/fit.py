@@ -1,6 +1,7 @@
 """Fitting an inspection model to normal images: ``fastmaf train --recipe inspection``.
 
-1. A Gaussian whitening, in closed form, on shifted copies.
+1. A Gaussian whitening, in closed form, on shifted copies, or on turned ones where held-out normals of one fold are
+   likelier then: their objects lie at any angle.
 2. K folds: each normal is whitened by the model of the fold that left it out. Blocks are trained on these terms, since
    those of a model that has seen the image are far smaller than a new image's will be.
 3. The same once more for each fold without its own images, for terms, scores and NLLs that nothing has seen.
@@ -9,7 +10,9 @@
 from __future__ import annotations
 
 import time
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field, replace
+from typing import Literal
 
 import numpy as np
 import torch
@@ -18,12 +21,14 @@ from tqdm import tqdm
 
 import fastmaf
 from fastmaf.capsule.data import to_unit
-from fastmaf.inspection.augment import shifted_copies
+from fastmaf.inspection.augment import rotated_copies, shifted_copies
 from fastmaf.inspection.calibration import Calibration, k_fold
 from fastmaf.inspection.cross import CrossFit, cross_maps, cross_scores, without
 from fastmaf.inspection.location import Location
 from fastmaf.inspection.model import InspectionModel
 from fastmaf.inspection.scores import ScoreSettings, terms_and_nll
+
+COPIES: tuple[Literal["shifts", "rotations"], ...] = ("shifts", "rotations")
 
 QUANTISATION = 1 / (12 * 255**2)
 """Variance of rounding to 8 bits, on [0, 1] data: no pixel's noise is taken for smaller."""
@@ -36,7 +41,9 @@ class Recipe:
     Attributes:
         size: side of the square images in pixels.
         rank: factors of the whitening; fewer where the images do not support them.
-        shift_radius, shift_step: copies shifted by up to so many steps of so many pixels are explained too.
+        copies: what the whitening explains, too: ``"shifts"``, ``"rotations"``, or ``"auto"``, the likelier.
+        shift_radius, shift_step: shifts are by up to so many steps of so many pixels.
+        angles: rotations are by multiples of 360° over this.
         dequantize: spread each 8-bit value evenly over its bin for fitting and for the held-out NLL, which then bounds
             that of the 8-bit data. Scores are of the values as they are.
         logit: None, or the alpha of a ``fastmaf.Logit`` before everything else.
@@ -51,8 +58,10 @@ class Recipe:
 
     size: int = 64
     rank: int = 800
+    copies: Literal["auto", "shifts", "rotations"] = "auto"
     shift_radius: int = 2
     shift_step: float = 0.5
+    angles: int = 12
     dequantize: bool = False
     logit: float | None = None
     blocks: int = 2
@@ -71,6 +80,8 @@ class Recipe:
         for name in ("size", "steps", "batch_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1; found {getattr(self, name)}")
+        if self.copies not in ("auto", *COPIES):
+            raise ValueError(f"copies must be 'auto', 'shifts' or 'rotations'; found {self.copies!r}")
         if self.folds < 2:
             raise ValueError(f"folds must be at least 2; found {self.folds}")
         if self.blocks < 0:
@@ -112,15 +123,20 @@ def fit(pixels: Tensor, recipe: Recipe | None = None, *, progress: bool = True) 
     x, first = to_unit(pixels), [] if recipe.logit is None else [fastmaf.Logit(recipe.features, recipe.logit)]
     given = dequantized(x, recipe.seed) if recipe.dequantize else x
     y = fastmaf.Flow(recipe.features, first)(given)[0]  # what the whitening gets to see
-    steps = 2 * (recipe.folds + 1) if recipe.blocks else recipe.folds + 1
+    steps = recipe.folds + (1 if recipe.copies != "auto" else len(COPIES))
+    steps += recipe.folds + 1 if recipe.blocks else 0
     began, seconds = time.perf_counter(), {}
     with tqdm(total=steps, desc="fitting", unit="model", disable=not progress, leave=False) as bar:
         folds = k_fold(len(x), recipe.folds, recipe.seed)
-        whitenings, z = [], torch.empty_like(x)
-        for fold in folds:
+        whitenings, z, tried = [], torch.empty_like(x), {}
+        if recipe.copies == "auto":
+            recipe, first_whitening, tried = _likelier(y, folds[0], recipe, bar.update)
+            whitenings.append(first_whitening)
+        for fold in folds[len(whitenings) :]:
             whitenings.append(fit_whitening(without(y, fold), recipe))
-            z[fold] = whitenings[-1](y[fold])[0]
             bar.update()
+        for fold, whitening in zip(folds, whitenings, strict=True):
+            z[fold] = whitening(y[fold])[0]
         whole = fit_whitening(y, recipe)
         bar.update()
         seconds["whitenings"] = time.perf_counter() - began
@@ -146,6 +162,7 @@ def fit(pixels: Tensor, recipe: Recipe | None = None, *, progress: bool = True) 
     about = {
         "recipe": asdict(recipe),
         "images": len(x),
+        "held_out_nll_of_copies": tried,
         "held_out_nll": float(nll.mean()),
         "held_out_nll_of_whitening": float(whitened.mean()),
         "images_of_folds": [len(fold) for fold in folds],
@@ -154,6 +171,22 @@ def fit(pixels: Tensor, recipe: Recipe | None = None, *, progress: bool = True) 
     }
     calibration = Calibration(scores.numpy(), 0.05, None, "k-fold", recipe.folds)
     return Fitted(InspectionModel(flow, recipe.score, location, statistics, calibration, about), cross, log, seconds)
+
+
+def _likelier(
+    y: Tensor, fold: np.ndarray, recipe: Recipe, done: Callable[[], object]
+) -> tuple[Recipe, fastmaf.GaussianWhitening, dict[str, float]]:
+    """Returns the recipe with the copies by which the images of a fold are likeliest, its whitening without them, and
+    the mean NLL with each kind.
+    """
+    fitted, nll = {}, {}
+    for copies in COPIES:
+        fitted[copies] = fit_whitening(without(y, fold), replace(recipe, copies=copies))
+        flow = fastmaf.Flow(recipe.features, [fitted[copies]])
+        nll[copies] = float(terms_and_nll(flow, y[fold], recipe.score)[1].mean())
+        done()
+    best = min(COPIES, key=nll.__getitem__)
+    return replace(recipe, copies=best), fitted[best], nll
 
 
 def dequantized(x: Tensor, seed: int) -> Tensor:
@@ -166,8 +199,11 @@ def dequantized(x: Tensor, seed: int) -> Tensor:
 
 
 def fit_whitening(x: Tensor, recipe: Recipe) -> fastmaf.GaussianWhitening:
-    """Returns the whitening of normals ``[n, D]`` and their shifted copies."""
-    copies = shifted_copies(recipe.size, recipe.shift_radius, recipe.shift_step)
+    """Returns the whitening of normals ``[n, D]`` and their copies, shifted where the recipe leaves that open."""
+    if recipe.copies == "rotations":
+        copies = rotated_copies(recipe.size, recipe.angles)
+    else:
+        copies = shifted_copies(recipe.size, recipe.shift_radius, recipe.shift_step)
     made = fastmaf.GaussianWhitening(recipe.features, min(recipe.rank, recipe.features))
     # A logit stretches the steps of 8 bits by its slope, which is least in the middle.
     floor = QUANTISATION if recipe.logit is None else QUANTISATION * (4 * (1 - 2 * recipe.logit)) ** 2

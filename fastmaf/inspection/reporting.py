@@ -160,6 +160,8 @@ def _training(model: InspectionModel) -> Training | Absent:
         ("held-out NLL, nats", f"{about['held_out_nll']:,.0f}"),
         ("held-out NLL of the whitening alone, nats", f"{about['held_out_nll_of_whitening']:,.0f}"),
     ]
+    tried = about.get("held_out_nll_of_copies", {})
+    settings += [(f"held-out NLL of a fold with {copies}, nats", f"{nll:,.0f}") for copies, nll in tried.items()]
     settings += [(f"seconds for {what}", f"{value:.1f}") for what, value in about.get("seconds", {}).items()]
     curve = tuple(TrainingPoint(row["step"], row["nll"], row["held_out_nll"]) for row in about.get("log", ()))
     folds = tuple(Fold(n, nll) for n, nll in zip(about["images_of_folds"], about["held_out_nll_of_folds"], strict=True))

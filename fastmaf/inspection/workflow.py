@@ -6,7 +6,6 @@ import csv
 import io
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -57,7 +56,6 @@ def train(
     fitted = fit(images.pixels, recipe, progress=progress)
     model = fitted.model
     own = {
-        "recipe": asdict(recipe),
         "version": fastmaf.__version__,
         "created": datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
         "seconds": fitted.seconds,
@@ -74,6 +72,9 @@ def train(
         save_members(out, model, fitted.cross.flows)
     training_report(out / REPORT_FILE, model, images)
     about = model.about
+    if tried := about["held_out_nll_of_copies"]:
+        said = ", ".join(f"{copies} {nll:,.0f}" for copies, nll in tried.items())
+        say(f"copies explained, too: {about['recipe']['copies']} (held-out NLL of a fold: {said})")
     whitened, whole = about["held_out_nll_of_whitening"], about["held_out_nll"]
     say(
         f"{len(images)} good images; held-out NLL ({recipe.folds} folds) {whole:,.0f} nats, "

@@ -14,9 +14,9 @@ import fastmaf
 from fastmaf.capsule.data import load_test, load_train, to_unit
 from fastmaf.inspection.choose import choose, explain
 from fastmaf.inspection.choose_location import choose_location, explain_location
-from fastmaf.inspection.cross import cross_scores
+from fastmaf.inspection.cross import cross_scores, without
 from fastmaf.inspection.evaluation import evaluate
-from fastmaf.inspection.fit import Fitted, dequantized, fit
+from fastmaf.inspection.fit import Fitted, dequantized, fit, fit_whitening
 from fastmaf.inspection.location import Location, location_maps, residuals
 from fastmaf.inspection.members import FOLDS_FOLDER, load_members
 from fastmaf.inspection.scores import ScoreSettings, TermStatistics, maps_of, terms_and_nll
@@ -48,6 +48,29 @@ def test_the_seed_repeats_a_fit(fitted: tuple[torch.Tensor, Fitted]) -> None:
     pixels, found = fitted
     again = fit(pixels, TINY, progress=False).model
     assert np.allclose(again.calibration.scores, found.model.calibration.scores, rtol=1e-4)
+
+
+@pytest.mark.parametrize("turned", [False, True])
+def test_copies_are_those_by_which_held_out_normals_are_likelier(data: Path, turned: bool) -> None:
+    pixels = load_train(data, size=16, progress=False).pixels
+    generator = torch.Generator().manual_seed(0)
+    if turned:
+        turns = torch.randint(4, (len(pixels),), generator=generator).tolist()
+        pixels = torch.stack([image.rot90(k, (1, 2)) for image, k in zip(pixels, turns, strict=True)])
+    # Many factors, so that what a whole turn takes can be explained at all.
+    recipe = replace(TINY, rank=60, blocks=0, angles=4)
+    found = fit(pixels, recipe, progress=False)
+    chosen, tried = found.model.about["recipe"]["copies"], found.model.about["held_out_nll_of_copies"]
+    assert chosen == ("rotations" if turned else "shifts") == min(tried, key=tried.get)
+    fold, first = found.cross.folds[0], found.cross.flows[0].transforms[0]
+    x = to_unit(pixels)
+    for copies in tried:
+        own = fit_whitening(without(x, fold), replace(recipe, copies=copies))
+        nll = -fastmaf.Flow(768, [own]).log_prob(x[fold]).mean()
+        assert float(nll) == pytest.approx(tried[copies], rel=1e-4)
+        assert torch.allclose(own.variance, first.variance, rtol=1e-3) == (copies == chosen)
+    fixed = fit(pixels, replace(recipe, copies=chosen), progress=False)
+    assert np.allclose(fixed.model.calibration.scores, found.model.calibration.scores, rtol=1e-4)
 
 
 def test_choosing_prefers_what_finds_drawn_defects(fitted: tuple[torch.Tensor, Fitted]) -> None:

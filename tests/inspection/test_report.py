@@ -123,7 +123,8 @@ def ancestors(element: Element) -> list[Element]:
 def test_the_score_table_marks_the_default(page: Element) -> None:
     table = section(page, "scores").table("Every score")
     assert table[0] == [
-        "Name", "Kind", "Image AUROC", "95% interval", "Less default, 95%", "Pixel AUROC", "Less default, 95%", "AU-PRO",
+        "Name", "Kind", "Image AUROC", "95% interval", "Less default, 95%",
+        "Pixel AUROC", "Less default, 95%", "AU-PRO",
     ]  # fmt: skip
     own = ["default score", "0.939", "0.851 to 0.988", "\u2013", "0.952", "\u2013", "0.871"]
     assert table[1] == ["map maximum", *own] and not any("default" in row[1] for row in table[2:])
