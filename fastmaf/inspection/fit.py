@@ -12,7 +12,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
-from typing import Literal
+from typing import Literal, TypeAlias
 
 import numpy as np
 import torch
@@ -28,7 +28,8 @@ from fastmaf.inspection.location import Location
 from fastmaf.inspection.model import InspectionModel
 from fastmaf.inspection.scores import ScoreSettings, terms_and_nll
 
-COPIES: tuple[Literal["shifts", "rotations"], ...] = ("shifts", "rotations")
+Copies: TypeAlias = Literal["shifts", "rotations"]
+COPIES: tuple[Copies, ...] = ("shifts", "rotations")
 
 QUANTISATION = 1 / (12 * 255**2)
 """Variance of rounding to 8 bits, on [0, 1] data: no pixel's noise is taken for smaller."""
@@ -58,7 +59,7 @@ class Recipe:
 
     size: int = 64
     rank: int = 800
-    copies: Literal["auto", "shifts", "rotations"] = "auto"
+    copies: Copies | Literal["auto"] = "auto"
     shift_radius: int = 2
     shift_step: float = 0.5
     angles: int = 12
@@ -128,7 +129,8 @@ def fit(pixels: Tensor, recipe: Recipe | None = None, *, progress: bool = True) 
     began, seconds = time.perf_counter(), {}
     with tqdm(total=steps, desc="fitting", unit="model", disable=not progress, leave=False) as bar:
         folds = k_fold(len(x), recipe.folds, recipe.seed)
-        whitenings, z, tried = [], torch.empty_like(x), {}
+        whitenings, z = [], torch.empty_like(x)
+        tried: dict[str, float] = {}
         if recipe.copies == "auto":
             recipe, first_whitening, tried = _likelier(y, folds[0], recipe, bar.update)
             whitenings.append(first_whitening)
@@ -179,14 +181,15 @@ def _likelier(
     """Returns the recipe with the copies by which the images of a fold are likeliest, its whitening without them, and
     the mean NLL with each kind.
     """
-    fitted, nll = {}, {}
+    fitted: dict[Copies, fastmaf.GaussianWhitening] = {}
+    nll: dict[Copies, float] = {}
     for copies in COPIES:
         fitted[copies] = fit_whitening(without(y, fold), replace(recipe, copies=copies))
         flow = fastmaf.Flow(recipe.features, [fitted[copies]])
         nll[copies] = float(terms_and_nll(flow, y[fold], recipe.score)[1].mean())
         done()
     best = min(COPIES, key=nll.__getitem__)
-    return replace(recipe, copies=best), fitted[best], nll
+    return replace(recipe, copies=best), fitted[best], {str(copies): value for copies, value in nll.items()}
 
 
 def dequantized(x: Tensor, seed: int) -> Tensor:
