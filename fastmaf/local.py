@@ -75,7 +75,7 @@ class LocalAutoregressive(Transform):
     Args:
         shape: (C, H, W) of the images that rows of x are flattened from.
         patch: p, a power of two that divides H and W.
-        kernel: side of the window in patches, odd.
+        kernel: side of each convolution's window in patches, odd; through both a place is seen 2 kernel - 1 wide.
         hidden: hidden channels a degree; 0 for a shift that is linear and a log_scale that is constant.
         reverse: take the degrees in the opposite order.
         log_scale_bound: log-scales stay within ± this many nats, by ``B tanh(u / B)``.
@@ -100,8 +100,8 @@ class LocalAutoregressive(Transform):
         generator: torch.Generator | None = None,
     ) -> None:
         super().__init__()
-        if len(shape) != 3 or min(shape) < 1:
-            raise ValueError(f"shape must be (channels, height, width), each at least 1; found {tuple(shape)}")
+        if len(shape) != 3 or any(n < 1 or n != int(n) for n in shape):
+            raise ValueError(f"shape must be (channels, height, width), whole numbers from 1; found {tuple(shape)}")
         channels, height, width = (int(n) for n in shape)
         if patch < 1 or patch & (patch - 1) or height % patch or width % patch:
             raise ValueError(

@@ -162,7 +162,7 @@ def fit(pixels: Tensor, recipe: Recipe | None = None, *, progress: bool = True) 
     seconds["scores"] = time.perf_counter() - began - seconds["whitenings"] - seconds["blocks"]
     cross = CrossFit(folds, flows, whitened.numpy(), nll.numpy())
     about = {
-        "recipe": asdict(recipe),
+        "recipe": asdict(replace(recipe, location=location)),
         "images": len(x),
         "held_out_nll_of_copies": tried,
         "held_out_nll": float(nll.mean()),

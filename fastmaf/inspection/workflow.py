@@ -127,7 +127,9 @@ def recalibrate(
     loaded = load_inspection(path, device=device)
     images = read_images(arguments, loaded.size, skip_bad=skip_bad, progress=progress, say=say)
     scores = loaded.assess(images.pixels).scores
-    return _save(path, loaded, Calibration(scores, false_alarm, confidence, "split"))
+    today, source = datetime.now(timezone.utc).date().isoformat(), ", ".join(arguments)
+    source = source if len(source) <= 80 else f"{source[:77]}..."
+    return _save(path, loaded, Calibration(scores, false_alarm, confidence, "split", None, today, source))
 
 
 def _save(path: Path, model: InspectionModel, calibration: Calibration) -> Calibration:

@@ -419,8 +419,8 @@ def test_any_shape(
 @pytest.mark.parametrize("shape, options, words", [
     ((4, 4), {}, r"\(channels, height, width\).*found \(4, 4\)"),
     ((1, 3, 4, 4), {}, r"\(channels, height, width\).*found \(1, 3, 4, 4\)"),
-    ((0, 4, 4), {}, r"at least 1; found \(0, 4, 4\)"), ((3, 4, 0), {}, r"at least 1; found \(3, 4, 0\)"),
-    ((3, -4, 4), {}, r"at least 1; found \(3, -4, 4\)"),
+    ((0, 4, 4), {}, r"numbers from 1; found \(0, 4, 4\)"), ((3, 4, 0), {}, r"numbers from 1; found \(3, 4, 0\)"),
+    ((3, -4, 4), {}, r"numbers from 1; found \(3, -4, 4\)"), ((3, 4.5, 4), {}, r"numbers from 1; found \(3, 4.5, 4\)"),
     ((3, 6, 6), {"patch": 3}, "power of two.*found 3"), ((3, 6, 6), {"patch": 0}, "power of two.*found 0"),
     ((3, 6, 6), {"patch": -2}, "power of two.*found -2"), ((3, 6, 6), {"patch": 4}, "divides.*found 4 for 6 x 6"),
     ((3, 5, 4), {"patch": 2}, "divides.*found 2 for 5 x 4"), ((3, 4, 5), {}, "divides.*found 2 for 4 x 5"),

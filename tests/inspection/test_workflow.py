@@ -87,6 +87,8 @@ def test_recalibrate_takes_scores_of_new_images(own: Path, data: Path) -> None:
     found = recalibrate(own, [str(data / "test" / "good")], 0.2, progress=False, say=silent)
     after = load_inspection(own)
     assert found.how == after.calibration.how == "split" and after.calibration.n == 4
+    assert found.source == after.calibration.source and str(data)[:20] in found.describe()
+    assert found.created == after.calibration.created and found.created is not None
 
 
 def test_scores_as_csv_and_json_lines(run: Path, data: Path, tmp_path: Path) -> None:
