@@ -21,7 +21,8 @@ import fastmaf
 from fastmaf.capsule.data import load_train, to_unit
 from fastmaf.inspection.calibration import k_fold
 from fastmaf.inspection.cross import without
-from fastmaf.inspection.fit import Recipe, fit_blocks, fit_whitening
+from fastmaf.inspection.fit import fit_blocks, fit_whitening
+from fastmaf.inspection.recipe import Recipe
 
 DEFAULT = Recipe()
 LOCAL: dict[str, Recipe] = {

@@ -114,7 +114,7 @@ def train(
     given = _given(context)
     if recipe is RecipeName.inspection:
         _refuse(given - _SHARED - _INSPECTION, "inspection")
-        from fastmaf.inspection.fit import Recipe
+        from fastmaf.inspection.recipe import Recipe
         from fastmaf.inspection.workflow import train as inspect
 
         settings = Recipe(size=size, seed=seed, dequantize=dequantize, logit=logit)

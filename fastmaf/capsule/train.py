@@ -139,7 +139,7 @@ def _denormals_flushed() -> Iterator[None]:
 
     The setting is the caller's thread's, and given back to it; threads that torch starts meanwhile inherit it.
     """
-    before = float(torch.tensor(1e-40) * 1) == 0
+    before = float(torch.tensor(1e-40, dtype=torch.float32, device="cpu") * 1) == 0
     torch.set_flush_denormal(True)
     try:
         yield

@@ -131,7 +131,9 @@ def choose(
     skip_bad: SkipOption = False,
     quiet: QuietOption = False,
 ) -> None:
-    """Compare scores and their constants on normals and on defects drawn onto them: no test image is read."""
+    """Compare scores and heat maps, and their constants, on normals and on defects drawn onto them: no test image is
+    read.
+    """
     from fastmaf.inspection.workflow import choose as run
 
     typer.echo(run(data, size=size, draws=draws, seed=seed, skip_bad=skip_bad, progress=not quiet))

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fastmaf.capsule.data import to_unit
 from fastmaf.inspection.calibration import k_fold
-from fastmaf.inspection.fit import QUANTISATION
+from fastmaf.inspection.recipe import QUANTISATION
 from fastmaf.inspection.scores import ScoreSettings, TermStatistics, maps_of
 
 _STANDARDISED = ScoreSettings("map maximum", sigma=2.0, clip=10.0)

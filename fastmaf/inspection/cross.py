@@ -21,8 +21,8 @@ class CrossFit:
     Attributes:
         folds: indices of the images of each fold.
         flows: the flow fitted without each fold.
-        whitened_nll: NLL by the whitening alone, float64 [n] nats.
-        nll: NLL by the whole flow, float64 [n] nats.
+        whitened_nll: NLL by the whitening alone, float64 [n] nats; of dequantised values where the recipe says so.
+        nll: NLL by the whole flow, likewise.
     """
 
     folds: Sequence[np.ndarray]
@@ -56,7 +56,7 @@ def cross_maps(
     for fold, flow in zip(folds, flows, strict=True):
         residual[fold] = residuals(flow, x[fold], location)
     maps = location_maps(residual, replace(location, usual=1.0))
-    usual = float(maps.double().square().mean().sqrt())
+    usual = float(maps.double().square().mean().sqrt()) or 1.0  # images that are all the same leave nothing
     return replace(location, usual=usual), maps / usual
 
 

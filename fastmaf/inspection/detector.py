@@ -19,8 +19,9 @@ from torch import Tensor
 
 from fastmaf.capsule.data import load_image
 from fastmaf.inspection.calibration import Calibration
-from fastmaf.inspection.fit import Recipe, fit
+from fastmaf.inspection.fit import fit
 from fastmaf.inspection.model import InspectionModel, load_inspection
+from fastmaf.inspection.recipe import Recipe
 from fastmaf.inspection.rows import RowModel, fit_rows
 
 try:

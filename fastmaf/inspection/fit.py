@@ -4,15 +4,16 @@
    likelier then: their objects lie at any angle.
 2. K folds: each normal is whitened by the model of the fold that left it out. Blocks are trained on these terms, since
    those of a model that has seen the image are far smaller than a new image's will be.
-3. The same once more for each fold without its own images, for terms, scores and NLLs that nothing has seen.
+3. The same once more for each fold without its own images, for terms, scores and NLLs of images that neither a
+   whitening nor a step of its blocks has seen. (The terms that these blocks were trained on are of the other folds'
+   whitenings, which have; a score of the whitened terms, the default, has nothing to do with them.)
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field, replace
-from typing import Literal, TypeAlias
+from dataclasses import asdict, dataclass, replace
 
 import numpy as np
 import torch
@@ -24,76 +25,9 @@ from fastmaf.capsule.data import to_unit
 from fastmaf.inspection.augment import rotated_copies, shifted_copies
 from fastmaf.inspection.calibration import Calibration, k_fold
 from fastmaf.inspection.cross import CrossFit, cross_maps, cross_scores, without
-from fastmaf.inspection.location import Location
 from fastmaf.inspection.model import InspectionModel
-from fastmaf.inspection.scores import ScoreSettings, terms_and_nll
-
-Copies: TypeAlias = Literal["shifts", "rotations"]
-COPIES: tuple[Copies, ...] = ("shifts", "rotations")
-
-QUANTISATION = 1 / (12 * 255**2)
-"""Variance of rounding to 8 bits, on [0, 1] data: no pixel's noise is taken for smaller."""
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """Everything that determines an inspection model. No default was chosen by a test image; see ``fastmaf choose``.
-
-    Attributes:
-        size: side of the square images in pixels.
-        rank: factors of the whitening; fewer where the images do not support them.
-        copies: what the whitening explains, too: ``"shifts"``, ``"rotations"``, or ``"auto"``, the likelier.
-        shift_radius, shift_step: shifts are by up to so many steps of so many pixels.
-        angles: rotations are by multiples of 360° over this.
-        dequantize: spread each 8-bit value evenly over its bin for fitting and for the held-out NLL, which then bounds
-            that of the 8-bit data. Scores are of the values as they are.
-        logit: None, or the alpha of a ``fastmaf.Logit`` before everything else.
-        blocks: local autoregressive blocks after the whitening; every second one takes the pixels in reverse.
-        patch, kernel, hidden: of the blocks; see ``fastmaf.LocalAutoregressive``.
-        steps, batch_size, lr: of Adam on the blocks; the rate rises and falls once (one cycle).
-        folds: K.
-        score: how an image is scored.
-        location: how the map is made of where it is anomalous; its ``usual`` is fitted.
-        seed: of folds and blocks.
-    """
-
-    size: int = 64
-    rank: int = 800
-    copies: Copies | Literal["auto"] = "auto"
-    shift_radius: int = 2
-    shift_step: float = 0.5
-    angles: int = 12
-    dequantize: bool = False
-    logit: float | None = None
-    blocks: int = 2
-    patch: int = 2
-    kernel: int = 3
-    hidden: int = 2
-    steps: int = 200
-    batch_size: int = 16
-    lr: float = 2e-2
-    folds: int = 5
-    score: ScoreSettings = field(default_factory=ScoreSettings)
-    location: Location = field(default_factory=Location)
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        for name in ("size", "steps", "batch_size"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1; found {getattr(self, name)}")
-        if self.copies not in ("auto", *COPIES):
-            raise ValueError(f"copies must be 'auto', 'shifts' or 'rotations'; found {self.copies!r}")
-        if self.folds < 2:
-            raise ValueError(f"folds must be at least 2; found {self.folds}")
-        if self.blocks < 0:
-            raise ValueError(f"blocks must be at least 0; found {self.blocks}")
-        if self.blocks and self.size % self.patch:
-            raise ValueError(f"size must be a multiple of patch = {self.patch}; found {self.size}")
-
-    @property
-    def features(self) -> int:
-        """D, the numbers of one image."""
-        return 3 * self.size**2
+from fastmaf.inspection.recipe import COPIES, QUANTISATION, Copies, Recipe
+from fastmaf.inspection.scores import terms_and_nll
 
 
 @dataclass(frozen=True, eq=False)
@@ -132,8 +66,8 @@ def fit(pixels: Tensor, recipe: Recipe | None = None, *, progress: bool = True) 
         whitenings, z = [], torch.empty_like(x)
         tried: dict[str, float] = {}
         if recipe.copies == "auto":
-            recipe, first_whitening, tried = _likelier(y, folds[0], recipe, bar.update)
-            whitenings.append(first_whitening)
+            recipe, likeliest, tried = _likelier(given, first, folds[0], recipe, bar.update)
+            whitenings.append(likeliest)
         for fold in folds[len(whitenings) :]:
             whitenings.append(fit_whitening(without(y, fold), recipe))
             bar.update()
@@ -176,17 +110,18 @@ def fit(pixels: Tensor, recipe: Recipe | None = None, *, progress: bool = True) 
 
 
 def _likelier(
-    y: Tensor, fold: np.ndarray, recipe: Recipe, done: Callable[[], object]
+    x: Tensor, first: list[fastmaf.Logit], fold: np.ndarray, recipe: Recipe, done: Callable[[], object]
 ) -> tuple[Recipe, fastmaf.GaussianWhitening, dict[str, float]]:
     """Returns the recipe with the copies by which the images of a fold are likeliest, its whitening without them, and
-    the mean NLL with each kind.
+    the mean NLL in nats with each kind.
     """
+    y = fastmaf.Flow(recipe.features, first)(x)[0]
     fitted: dict[Copies, fastmaf.GaussianWhitening] = {}
     nll: dict[Copies, float] = {}
     for copies in COPIES:
         fitted[copies] = fit_whitening(without(y, fold), replace(recipe, copies=copies))
-        flow = fastmaf.Flow(recipe.features, [fitted[copies]])
-        nll[copies] = float(terms_and_nll(flow, y[fold], recipe.score)[1].mean())
+        flow = fastmaf.Flow(recipe.features, [*first, fitted[copies]])
+        nll[copies] = float(terms_and_nll(flow, x[fold], recipe.score)[1].mean())
         done()
     best = min(COPIES, key=nll.__getitem__)
     return replace(recipe, copies=best), fitted[best], {str(copies): value for copies, value in nll.items()}

@@ -59,7 +59,7 @@ def residuals(flow: fastmaf.Flow, x: Tensor, location: Location) -> Tensor:
 
 def location_maps(residual: Tensor, location: Location) -> Tensor:
     """Returns the maps ``[n, s, s]`` of residuals ``[n, 3 s²]``: the root of their smoothed squares, all colours
-    together, in units of ``usual``: about 1 where nothing is the matter.
+    together, in units of ``usual``, the root mean square over normal images and their pixels.
     """
     size = math.isqrt(residual.shape[1] // 3)
     squares = residual.square().unflatten(1, (3, size, size)).sum(dim=1)

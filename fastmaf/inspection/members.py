@@ -16,13 +16,20 @@ FOLDS_FOLDER = "folds"
 
 
 def save_members(run: Path, model: InspectionModel, flows: Sequence[fastmaf.Flow]) -> None:
-    """Writes the flows of the folds into a run's folder, in place of those of an earlier run."""
+    """Writes the flows of the folds into a run's folder."""
     folder = run / FOLDS_FOLDER
     folder.mkdir(exist_ok=True)
-    for file in folder.glob("fold-*.safetensors"):
-        file.unlink()
     for k, flow in enumerate(flows, 1):
         flow.save(folder / f"fold-{k}.safetensors", {"statistics": _print_of(model)})
+
+
+def remove_members(run: Path) -> None:
+    """Removes the flows of the folds from a run's folder: they are large, and of use with their own model alone."""
+    folder = run / FOLDS_FOLDER
+    for file in folder.glob("fold-*.safetensors"):
+        file.unlink()
+    if folder.is_dir() and not any(folder.iterdir()):
+        folder.rmdir()
 
 
 def load_members(run: Path, model: InspectionModel) -> list[fastmaf.Flow]:

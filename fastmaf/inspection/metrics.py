@@ -18,8 +18,8 @@ __all__ = [
     "auroc",
     "auroc_interval",
     "class_auroc",
+    "compare_pixels",
     "paired_bootstrap",
-    "paired_pixel_bootstrap",
     "pixel_auroc",
     "pixel_auroc_interval",
     "resize_map",
@@ -100,38 +100,46 @@ def pixel_auroc_interval(
     Images with and without a defect pixel are resampled separately. The pairs of pixels that are ranked rightly are
     counted once for each pair of images; a resample only weights these counts, so it is as exact as the area itself.
     """
-    low, high = np.quantile(_resampled([maps], masks, resamples, seed)[0], [0.025, 0.975])
+    low, high = np.quantile(_resampled([maps], masks, resamples, seed)[0, 1:], [0.025, 0.975])
     return float(low), float(high)
 
 
-def paired_pixel_bootstrap(
-    a: Sequence[np.ndarray],
-    b: Sequence[np.ndarray],
+def compare_pixels(
+    several: Sequence[Sequence[np.ndarray]],
     masks: Sequence[np.ndarray | None],
     *,
     resamples: int = 2000,
     seed: int = 0,
-) -> PairedDifference:
-    """Compares the maps of two scores by their pixel AUROC over the same resamples; see ``pixel_auroc_interval``.
+) -> tuple[list[float], list[PairedDifference]]:
+    """Compares sets of maps of the same images by their pixel AUROC, over the same resamples of the images.
 
     Args:
-        a, b: as ``maps`` of ``pixel_auroc``, in any unit each.
+        several: sets of maps, each as ``maps`` of ``pixel_auroc``, in any unit.
         masks: as there.
         resamples, seed: as in ``paired_bootstrap``.
+
+    Returns:
+        The pixel AUROC of each set, and each one's difference to the first; the first one's own is nothing.
 
     Raises:
         EvaluationError: as ``pixel_auroc``.
     """
-    first, second = _resampled([a, b], masks, resamples, seed)
-    low, high = np.quantile(first - second, [0.025, 0.975])
-    difference = pixel_auroc(a, masks) - pixel_auroc(b, masks)
-    return PairedDifference(difference, float(low), float(high), float((first <= second).mean()), len(first))
+    areas = _resampled(several, masks, resamples, seed)
+    differences = []
+    for own in areas:
+        apart = own[1:] - areas[0, 1:]
+        low, high = np.quantile(apart, [0.025, 0.975])
+        found = float(own[0] - areas[0, 0]), float(low), float(high), float((apart <= 0).mean())
+        differences.append(PairedDifference(*found, len(apart)))
+    return areas[:, 0].tolist(), differences
 
 
 def _resampled(
     several: Sequence[Sequence[np.ndarray]], masks: Sequence[np.ndarray | None], resamples: int, seed: int
 ) -> np.ndarray:
-    """Returns the pixel AUROC of several sets of maps ``[sets, resamples]``, over the same resamples of the images."""
+    """Returns the pixel AUROC of sets of maps ``[sets, 1 + resamples]``: of the images themselves, then of the same
+    resamples for all sets, but for those in which no pixel is free of defects.
+    """
     if resamples < 1:
         raise EvaluationError(f"resamples must be at least 1; found {resamples}")
     rights = []
@@ -146,10 +154,11 @@ def _resampled(
         rights.append(right)
     broken = np.bincount(pixels.image, minlength=n)
     rng = np.random.default_rng(seed)
-    times = np.zeros((resamples, n))
+    times = np.zeros((1 + resamples, n))
+    times[0] = 1
     for group in (np.flatnonzero(broken == 0), np.flatnonzero(broken)):
         if len(group):
-            times[:, group] = rng.multinomial(len(group), np.full(len(group), 1 / len(group)), resamples)
+            times[1:, group] = rng.multinomial(len(group), np.full(len(group), 1 / len(group)), resamples)
     pairs = (times @ free) * (times @ broken)
     usable = pairs > 0  # not where all images drawn are defect through and through
     return np.stack([((times @ right) * times).sum(axis=1)[usable] / pairs[usable] for right in rights])

@@ -24,8 +24,8 @@ _BATCH = 64
 
 @dataclass(frozen=True, eq=False)
 class Assessment:
-    """What a model says of images: ``scores`` float64 [n]; ``maps`` float32 [n, s, s], about 1 where all is as usual;
-    ``nll`` float64 [n] in nats.
+    """What a model says of images: ``scores`` float64 [n]; ``maps`` float32 [n, s, s], of root mean square 1 over
+    normal images; ``nll`` float64 [n] in nats.
     """
 
     scores: np.ndarray

@@ -50,10 +50,12 @@ def inspection_graph(model: InspectionModel) -> Any:
         z = _smoothed(steps[first].reshape(3, size, size), settings.grain, size).reshape(1, -1)
         terms = z * z * 0.5
     score = _score(_map(terms, model.statistics, settings, size), nll, model.statistics, settings, size)
-    heat = _location([x, *steps][first], model)
+    heat = _location([x, *steps][first], steps[first], model)
     above = (graph.value(model.calibration.scores, "float64") >= score).cast("float64").sum()
     graph.output("score", score, [], "anomaly score: higher is more anomalous")
-    graph.output("map", heat, [size, size], "where the image is anomalous, rows from the top; usual places are near 1")
+    graph.output(
+        "map", heat, [size, size], "where the image is anomalous, rows from the top; over normals, mean square 1"
+    )
     graph.output("nll", nll, [], "negative log-likelihood of the resized image in nats")
     graph.output("p_value", (above + 1.0) / (model.calibration.n + 1), [], "share of normals that score as high")
     graph.output("anomalous", score > model.calibration.threshold, [], "whether the score is above the threshold")
@@ -178,8 +180,10 @@ def _map(terms: Value, statistics: TermStatistics, settings: ScoreSettings, size
     return _smoothed(plain, settings.sigma, size)
 
 
-def _location(x: Value, model: InspectionModel) -> Value:
-    """``location_maps`` of ``residuals``; ``x`` is what goes into the whitening."""
+def _location(x: Value, residual: Value, model: InspectionModel) -> Value:
+    """``location_maps`` of ``residuals``; ``x`` is what goes into the whitening, ``residual`` what comes out of it, or
+    of the first transform of a flow without.
+    """
     first, location, size = first_part(model.flow)[-1], model.location, model.size
     if isinstance(first, fastmaf.GaussianWhitening):
         variance, y = first.variance[: location.factors], (x - first.mean) / first.scale
@@ -187,8 +191,6 @@ def _location(x: Value, model: InspectionModel) -> Value:
         if len(variance):
             y = y + ((y @ basis) * (-variance / (root * (1 + root)))).op("Gemm", basis, transB=1)
         residual = y * first.scale**location.power
-    else:
-        residual = _TRANSFORMS[type(first)](first, x, x)[0]
     squares = (residual * residual).reshape(3, size, size).sum(0)
     return _smoothed(squares, location.sigma, size).op("Max", x.graph.value(0.0, "float32")).op("Sqrt") / location.usual
 

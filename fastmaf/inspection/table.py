@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import TypeAlias
 
 import numpy as np
 import torch
@@ -24,12 +25,13 @@ from fastmaf.inspection.metrics import (
     au_pro,
     auroc,
     auroc_interval,
+    compare_pixels,
     paired_bootstrap,
-    paired_pixel_bootstrap,
-    pixel_auroc,
 )
 from fastmaf.inspection.model import Assessment, InspectionModel
 from fastmaf.inspection.scores import ScoreSettings, image_scores, maps_of, terms_and_nll
+
+_Found: TypeAlias = tuple[str, str, np.ndarray, np.ndarray | None]
 
 
 @dataclass(frozen=True, eq=False)
@@ -107,27 +109,35 @@ def table(
         for control in tqdm(controls(), desc="controls", disable=not progress, leave=False):
             found.append((control.name, "control", *control.fit(normals.pixels).score(images.pixels)))
     defect = np.array([label != NORMAL for label in images.labels])
-    judged = np.flatnonzero(masks.usable(images)).tolist()
-    truth = [masks.masks[k] for k in judged]
-    heat = [assessment.maps[k] for k in judged]
+    pixels = _pixels(found, masks, images, seed)
     lines = []
-    for i, (name, kind, scores, maps) in enumerate(found):
-        pixel = pro = apart = None
-        if maps is not None and judged:
-            own = [maps[k] for k in judged]
-            pixel, pro = pixel_auroc(own, truth), au_pro(own, truth)
-            apart = paired_pixel_bootstrap(own, heat, truth, seed=seed) if i else None
+    for i, (name, kind, scores, _) in enumerate(found):
         difference = None if i == 0 else paired_bootstrap(scores, found[0][2], defect, seed=seed)
         interval = auroc_interval(scores, defect, 2000, seed)
-        lines.append(Line(name, kind, auroc(scores, defect), interval, difference, pixel, pro, apart, i == 0))
+        lines.append(Line(name, kind, auroc(scores, defect), interval, difference, *pixels[i], i == 0))
     return lines
+
+
+def _pixels(
+    found: Sequence[_Found], masks: Masks, images: ImageSet, seed: int
+) -> list[tuple[float | None, float | None, PairedDifference | None]]:
+    """Returns pixel AUROC, AU-PRO and difference to the first of each score, None where it has no maps or no masks."""
+    judged = np.flatnonzero(masks.usable(images)).tolist()
+    result: list[tuple[float | None, float | None, PairedDifference | None]] = [(None, None, None)] * len(found)
+    if judged:
+        truth = [masks.masks[k] for k in judged]
+        several = {i: [maps[k] for k in judged] for i, (_, _, _, maps) in enumerate(found) if maps is not None}
+        areas, differences = compare_pixels(list(several.values()), truth, seed=seed)
+        for (i, own), area, apart in zip(several.items(), areas, differences, strict=True):
+            result[i] = area, au_pro(own, truth), apart if i else None
+    return result
 
 
 def _scores(
     model: InspectionModel, images: ImageSet, assessment: Assessment, members: Sequence[fastmaf.Flow]
-) -> list[tuple[str, str, np.ndarray, np.ndarray | None]]:
+) -> list[_Found]:
     """Returns name, kind, scores and maps of each score that the model gives, its own first."""
-    own, terms = model.settings, terms_of(model.flow, model, images)[0]
+    own, terms = model.settings, _terms(model.flow, model, images)
     nll = torch.from_numpy(assessment.nll).to(model.device)
     heat = maps_of(terms, model.statistics, own, model.size)
 
@@ -135,22 +145,19 @@ def _scores(
         return image_scores(heat, nll, model.statistics, settings).cpu().numpy()
 
     first, *others = scores_of(model)
-    result: list[tuple[str, str, np.ndarray, np.ndarray | None]]
-    result = [(first[0], "score", assessment.scores, assessment.maps)]
+    result: list[_Found] = [(first[0], "score", assessment.scores, assessment.maps)]
     result += [(name, "score", scored(settings, heat), None) for name, settings in others]
     if members and own.kind.startswith("map"):
-        parts = (terms_of(flow, model, images)[0] for flow in members)
+        parts = (_terms(flow, model, images) for flow in members)
         several = torch.stack([maps_of(part, model.statistics, own, model.size) for part in parts])
         result.append((f"{first[0]}, {len(members)} folds", "score", scored(own, several.mean(dim=0)), None))
     return result
 
 
-def terms_of(flow: fastmaf.Flow, model: InspectionModel, images: ImageSet) -> tuple[Tensor, Tensor]:
-    """Returns terms ``[n, D]`` and NLLs ``[n]`` of images by a flow, the model's own or a fold's."""
+def _terms(flow: fastmaf.Flow, model: InspectionModel, images: ImageSet) -> Tensor:
+    """Returns terms ``[n, D]`` of images by a flow, the model's own or a fold's."""
     parts = images.pixels.split(64)
-    found = [terms_and_nll(flow, to_unit(part).to(model.device), model.settings) for part in parts]
-    terms, nll = zip(*found, strict=True)
-    return torch.cat(terms), torch.cat(nll)
+    return torch.cat([terms_and_nll(flow, to_unit(part).to(model.device), model.settings)[0] for part in parts])
 
 
 def format_lines(lines: Sequence[Line], called: Mapping[str, tuple[int, int]]) -> str:

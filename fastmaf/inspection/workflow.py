@@ -18,10 +18,11 @@ from fastmaf.capsule.checkpoints import MODEL_FILE, set_aside
 from fastmaf.capsule.data import ImageSet, load_train
 from fastmaf.capsule.results import bits_per_dim, written_atomically
 from fastmaf.inspection.calibration import Calibration
-from fastmaf.inspection.fit import Fitted, Recipe, fit
+from fastmaf.inspection.fit import Fitted, fit
 from fastmaf.inspection.inputs import Unreadable, expand, read_each
-from fastmaf.inspection.members import save_members
+from fastmaf.inspection.members import remove_members, save_members
 from fastmaf.inspection.model import InspectionModel, load_inspection, model_file
+from fastmaf.inspection.recipe import Recipe
 
 LOG_FILE, REPORT_FILE = "training_log.csv", "report.html"
 
@@ -40,8 +41,8 @@ def train(
 ) -> Fitted:
     """Fits an inspection model to the good images of ``data`` and writes model, log and report to ``out``.
 
-    What an earlier run left in ``out`` is set aside as ``*.previous.*``. With ``keep_folds`` the models of the folds
-    are written, too, so that their ensemble can be judged.
+    What an earlier run left in ``out`` is set aside as ``*.previous.*``, but for the models of its folds, which go.
+    With ``keep_folds`` those of this run are written, so that their ensemble can be judged.
 
     Raises:
         DataError: the folder or a file in it is not what is needed.
@@ -68,6 +69,7 @@ def train(
     set_aside(out, LOG_FILE, REPORT_FILE)
     model.save(out / MODEL_FILE)
     _write_log(out / LOG_FILE, fitted)
+    remove_members(out)
     if keep_folds:
         save_members(out, model, fitted.cross.flows)
     training_report(out / REPORT_FILE, model, images)

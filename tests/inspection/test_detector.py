@@ -24,8 +24,9 @@ from fastmaf.capsule.data import DataError, load_train
 from fastmaf.capsule.synthetic import draw_dataset
 from fastmaf.inspection.calibration import CalibrationError
 from fastmaf.inspection.detector import Detector
-from fastmaf.inspection.fit import Recipe, fit
+from fastmaf.inspection.fit import fit
 from fastmaf.inspection.model import InspectionModel, load_inspection
+from fastmaf.inspection.recipe import Recipe
 from fastmaf.inspection.rows import RowModel
 
 SMALL: dict[str, Any] = {"size": 16, "rank": 20, "blocks": 1, "steps": 5, "folds": 3}

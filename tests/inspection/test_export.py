@@ -23,12 +23,13 @@ from fastmaf.capsule.data import DataError, load_image, to_unit
 from fastmaf.inspection import export, onnx_resize
 from fastmaf.inspection.calibration import Calibration
 from fastmaf.inspection.export import ExportError, export_onnx
-from fastmaf.inspection.fit import Recipe, fit
+from fastmaf.inspection.fit import fit
 from fastmaf.inspection.location import Location
 from fastmaf.inspection.model import InspectionModel
 from fastmaf.inspection.onnx_graph import inspection_graph
 from fastmaf.inspection.onnx_resize import resized
 from fastmaf.inspection.onnx_values import Graph
+from fastmaf.inspection.recipe import Recipe
 from fastmaf.inspection.scores import ScoreSettings, TermStatistics, terms_and_nll
 
 SIZE, D = 16, 3 * 16**2
@@ -110,6 +111,13 @@ FLOWS: dict[str, Callable[[], list[fastmaf.Transform]]] = {
     "MAF": lambda: list(fastmaf.MAF(D, 3, (16,), seed=0).transforms),  # type: ignore[arg-type]
     "bfloat16 weights": stored_as_bfloat16,
 }
+
+
+def test_large_constants_are_stored_once() -> None:
+    for name in ("affine, hard bound", "MAF"):
+        proto = inspection_graph(model_of(FLOWS[name]()))
+        large = [one.raw_data for one in proto.graph.initializer if len(one.raw_data) > 10_000]
+        assert large and len(large) == len(set(large))
 
 
 @pytest.mark.parametrize("source", ["whitened", "flow"])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ import torch
 
 import fastmaf
 from fastmaf.capsule.data import load_test, load_train, to_unit
+from fastmaf.inspection import workflow
 from fastmaf.inspection.choose import choose, explain
 from fastmaf.inspection.choose_location import choose_location, explain_location
 from fastmaf.inspection.cross import cross_scores, without
@@ -20,6 +22,7 @@ from fastmaf.inspection.fit import Fitted, dequantized, fit, fit_whitening
 from fastmaf.inspection.location import Location, location_maps, residuals
 from fastmaf.inspection.members import FOLDS_FOLDER, load_members
 from fastmaf.inspection.scores import ScoreSettings, TermStatistics, maps_of, terms_and_nll
+from fastmaf.inspection.table import _scores as scores_by_name
 from fastmaf.inspection.workflow import train
 from tests.inspection.tiny import TINY, silent
 
@@ -92,6 +95,11 @@ def test_choosing_a_map_prefers_what_shows_drawn_defects(fitted: tuple[torch.Ten
     assert explain_location(judged).count("(the default)") == 1
 
 
+def test_choosing_on_a_folder_judges_scores_and_maps(data: Path) -> None:
+    text = workflow.choose(data, size=8, draws=1, progress=False)
+    assert text.count("(the default)") == 2 and "AUROC" in text and "AU-PRO" in text
+
+
 def test_the_unit_of_maps_is_the_root_mean_square_of_held_out_ones(fitted: tuple[torch.Tensor, Fitted]) -> None:
     pixels, found = fitted
     x, location = to_unit(pixels), found.model.location
@@ -123,6 +131,39 @@ def test_dequantisation_and_logit_are_in_the_nll_alone(data: Path, logit: float 
     assert np.allclose(found.cross.nll[fold], expected.detach(), rtol=1e-5)
     scores = cross_scores(x, found.cross.flows, found.cross.folds, recipe.score, 16)[1]
     assert np.allclose(np.sort(scores), found.model.calibration.scores)
+    about = found.model.about
+    first = found.cross.folds[0]
+    assert about["held_out_nll_of_copies"][about["recipe"]["copies"]] == pytest.approx(
+        found.cross.whitened_nll[first].mean(), rel=1e-5
+    ), "of the pixels, whatever comes before the whitening"
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"logit": 0.5}, r"logit must lie in \(0, 0.5\); found 0.5"),
+        ({"logit": 0.0}, r"logit must lie in \(0, 0.5\); found 0.0"),
+        ({"logit": 1e-3, "dequantize": True}, r"logit must lie in \(0.00195312, 0.5\); found 0.001"),
+        ({"angles": 0}, "angles must be at least 1; found 0"),
+        ({"copies": "both"}, "copies must be 'auto', 'shifts' or 'rotations'; found 'both'"),
+    ],
+)
+def test_a_recipe_that_cannot_be_fitted_is_refused(wrong: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        replace(TINY, **wrong)
+
+
+def test_the_smallest_logit_takes_bins_beyond_black_and_white() -> None:
+    recipe = replace(TINY, logit=1 / 512 + 1e-6, dequantize=True)
+    assert recipe.logit is not None
+    ends = torch.tensor([[-0.5 / 255, 1 + 0.5 / 255]])
+    assert bool(torch.isfinite(fastmaf.Logit(2, recipe.logit)(ends)[0]).all())
+
+
+def test_images_that_are_all_the_same_can_be_fitted() -> None:
+    pixels = torch.full((6, 3, 16, 16), 128, dtype=torch.uint8)
+    model = fit(pixels, TINY, progress=False).model
+    assert np.isfinite(model.assess(pixels[:1]).maps).all() and model.location.usual == 1.0
 
 
 def test_the_ensemble_of_the_folds(data: Path, tmp_path: Path) -> None:
@@ -131,12 +172,18 @@ def test_the_ensemble_of_the_folds(data: Path, tmp_path: Path) -> None:
     assert len(members) == 3
     lines = evaluate(tmp_path, data, tmp_path / "e", progress=False, say=silent)
     (line,) = [line for line in lines if "3 folds" in line.name]
+    assert line.name == f"{lines[0].name}, 3 folds"
     images = load_test(data, size=16, progress=False)
     parts = [terms_and_nll(flow, to_unit(images.pixels), TINY.score)[0] for flow in fitted.cross.flows]
     maps = torch.stack([maps_of(part, fitted.model.statistics, TINY.score, 16) for part in parts]).mean(dim=0)
     scores = maps.flatten(1).amax(dim=1)  # half a percent of 256 is one pixel
-    good = np.array([label == "good" for label in images.labels])
-    assert line.auroc == pytest.approx(float((scores[~good][:, None] > scores[good]).double().mean()))
+    own = fitted.model.assess(images.pixels)
+    found = {name: values for name, _, values, _ in scores_by_name(fitted.model, images, own, members)}
+    assert np.allclose(found[line.name], scores, rtol=1e-5) and not np.allclose(own.scores, scores, rtol=1e-3)
     # Those of another fit are not taken for this one's.
     other = fit(load_train(data, size=16, progress=False).pixels, replace(TINY, rank=5), progress=False)
     assert not load_members(tmp_path, other.model) and not load_members(tmp_path / FOLDS_FOLDER, fitted.model)
+    train(data, tmp_path, replace(TINY, folds=2), keep_folds=True, progress=False, say=silent)
+    assert len(list((tmp_path / FOLDS_FOLDER).iterdir())) == 2
+    train(data, tmp_path, TINY, progress=False, say=silent)
+    assert not (tmp_path / FOLDS_FOLDER).exists()

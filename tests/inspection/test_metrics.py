@@ -18,8 +18,8 @@ from fastmaf.inspection.metrics import (
     auroc,
     auroc_interval,
     class_auroc,
+    compare_pixels,
     paired_bootstrap,
-    paired_pixel_bootstrap,
     pixel_auroc,
     pixel_auroc_interval,
     resize_map,
@@ -189,19 +189,20 @@ def test_pixel_interval_weights_whole_images() -> None:
     assert low < pixel_auroc(maps, masks) < high
 
 
-def test_paired_pixel_difference_is_that_of_the_same_resamples() -> None:
+def test_sets_of_maps_are_compared_over_the_same_resamples() -> None:
     (one, masks), other = drawn(0, digits=1), drawn(7, digits=1)[0]
-    found = paired_pixel_bootstrap(one, other, masks, resamples=300, seed=3)
-    assert found.difference == pixel_auroc(one, masks) - pixel_auroc(other, masks) and found.resamples == 300
-    assert found.low < found.difference < found.high
-    back = paired_pixel_bootstrap(other, one, masks, resamples=300, seed=3)
-    assert (found.low, found.high) == pytest.approx((-back.high, -back.low)) and found.low != found.high
-    same = paired_pixel_bootstrap(one, [2 * one_map.astype(np.float64) + 1 for one_map in one], masks, resamples=50)
-    assert (same.difference, same.low, same.high, same.not_better) == (0, 0, 0, 1)
-    # Against maps that say nothing, the difference is the area less a half in every resample.
-    blank = paired_pixel_bootstrap(one, [np.zeros_like(one_map) for one_map in one], masks, resamples=300, seed=3)
-    interval = pixel_auroc_interval(one, masks, resamples=300, seed=3)
-    assert (blank.low + 0.5, blank.high + 0.5) == pytest.approx(interval)
+    same, blank = [2 * one_map.astype(np.float64) + 1 for one_map in one], [np.zeros_like(one_map) for one_map in one]
+    areas, found = compare_pixels([one, other, same, blank], masks, resamples=300, seed=3)
+    assert areas == pytest.approx([pixel_auroc(maps, masks) for maps in (one, other, same, blank)], abs=1e-12)
+    assert found[1].difference == areas[1] - areas[0] and found[1].resamples == 300
+    assert found[1].low < found[1].difference < found[1].high
+    back = compare_pixels([other, one], masks, resamples=300, seed=3)[1][1]
+    assert (found[1].low, found[1].high) == pytest.approx((-back.high, -back.low))
+    for nothing in (found[0], found[2]):
+        assert (nothing.difference, nothing.low, nothing.high, nothing.not_better) == (0, 0, 0, 1)
+    # Maps that say nothing have a half in every resample.
+    low, high = pixel_auroc_interval(one, masks, resamples=300, seed=3)
+    assert (0.5 - found[3].high, 0.5 - found[3].low) == pytest.approx((low, high))
 
 
 def test_pixel_interval_of_one_image_and_of_a_defect_throughout() -> None:

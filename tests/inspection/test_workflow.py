@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import math
 from pathlib import Path
 
 import numpy as np
@@ -177,6 +178,13 @@ def test_the_commands(run: Path, own: Path, data: Path, tmp_path: Path) -> None:
     assert done.exit_code == 0 and "PCA residual" in done.output and (tmp_path / "e" / "report.html").is_file()
     done = invoke(app, ["train", "--recipe", "inspection", "--data", str(data), "--out", str(tmp_path), "--lr", "1"])
     assert done.exit_code != 0 and "--lr" in done.output
+    flags = ["--keep-folds", "--dequantize", "--logit", "0.1", "--size", "8", "--quiet"]
+    done = invoke(app, ["train", "--recipe", "inspection", "--data", str(data), "--out", str(tmp_path / "r"), *flags])
+    about = load_inspection(tmp_path / "r").about
+    assert done.exit_code == 0 and len(list((tmp_path / "r" / "folds").iterdir())) == 5
+    assert (about["recipe"]["dequantize"], about["recipe"]["logit"]) == (True, 0.1)
+    bits = about["held_out_nll"] / (192 * math.log(2)) + math.log2(255)
+    assert f"{bits:.3f} bits/dim of 8-bit data (at most)" in done.output and "copies explained, too: " in done.output
     done = invoke(app, ["train", "--data", str(data), "--out", str(tmp_path), "--logit", "0.1"])
     assert done.exit_code != 0 and "--logit" in done.output
     done = invoke(app, ["eval", "--model", str(own), "--data", str(data), "--false-alarm", "0.2"])

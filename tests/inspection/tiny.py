@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from fastmaf.inspection.fit import Recipe
+from fastmaf.inspection.recipe import Recipe
 
 TINY = Recipe(size=16, rank=10, blocks=1, steps=5, batch_size=4, folds=3)
 

@@ -206,18 +206,18 @@ def better(rows: Sequence[ScoreRow], kind: str) -> tuple[str, ...]:
     (default,) = [row for row in rows if row.default]
     said = []
     for row in rows:
-        for measure, theirs, ours in (
-            ("image AUROC", row.auroc, default.auroc),
-            ("pixel AUROC", row.pixel_auroc, default.pixel_auroc),
-            ("AU-PRO", row.au_pro, default.au_pro),
+        for measure, theirs, ours, apart in (
+            ("image AUROC", row.auroc, default.auroc, row.difference_interval),
+            ("pixel AUROC", row.pixel_auroc, default.pixel_auroc, row.pixel_interval),
+            ("AU-PRO", row.au_pro, default.au_pro, None),
         ):
             if row.kind != kind or theirs is None or ours is None or not theirs > ours:
                 continue
             digits = 3 if number(theirs) != number(ours) else 5
             text = f"The {kind} {row.name} has the higher {measure}: {number(theirs, digits)} against "
             text += f"{number(ours, digits)} for the default score ({default.name})"
-            if measure == "image AUROC" and row.difference_interval is not None:
-                low, high = row.difference_interval
+            if apart is not None:
+                low, high = apart
                 clear = "includes 0: these images do not separate the two" if low <= 0 <= high else "excludes 0"
                 text += f"; the paired 95% interval of the difference, {interval((low, high), 3, True)}, {clear}"
             said.append(text + ".")
