@@ -21,7 +21,7 @@ Augment: TypeAlias = Callable[[Tensor], tuple[Tensor, Tensor]]
 the rows of ``weights`` sum to 1. Many copies that are mixtures of few cost no more than those few."""
 
 _MOST_ROWS = 4096  # of the matrix whose singular vectors are sought: its Gram matrix is decomposed in one piece
-_ROUNDS = 2  # the noise is needed to scale the data, and is found from scaled data: the second round changes it by 1 %
+_ENOUGH = 40  # samples for a first estimate of the noise, which scales the data that it is then found from once more
 
 
 class FactorModel(NamedTuple):
@@ -75,9 +75,11 @@ def fit_factors(
     # A start for the scale; a tenth, as most of the variance is the factors'.
     noise = (0.1 * centred.double().square().mean(dim=0)).clamp_min(least)
     before, components = noise, torch.zeros(0, dtype=torch.float64)
-    for _ in range(_ROUNDS):
+    # What only scales the data may come from fewer folds.
+    enough = parts[: math.ceil(_ENOUGH * len(parts) / n)]
+    for folds_of_round in (enough, parts):
         before = noise
-        noise, components = _cross_validated(centred, rows, owner, part_of_mean, before, rank, parts)
+        noise, components = _cross_validated(centred, rows, owner, part_of_mean, before, rank, folds_of_round)
         noise = noise.clamp_min(least)
     scale = noise.sqrt().to(x.dtype)
     scaled = rows / before.sqrt().to(x.dtype)
@@ -162,7 +164,7 @@ def _cross_validated(
     gram = _gram(scaled)
     without = [~torch.isin(owner, part) for part in parts]
     rank = min(rank, centred.shape[1], *(int(mask.sum()) for mask in without))
-    squares = torch.zeros_like(noise)
+    squares, count = torch.zeros_like(noise), sum(len(part) for part in parts)
     components = torch.zeros(rank, dtype=torch.float64, device=rows.device)
     for part, mask in zip(parts, without, strict=True):
         # Nor has the mean: less the mean of all, the samples add up to zero, and the others would betray the last one.
@@ -181,7 +183,7 @@ def _cross_validated(
         squares += (y - along @ factors.T).double().square().sum(dim=0) / left
         components[: along.shape[1]] += along.double().square().sum(dim=0)
     # Factors of different folds are matched by rank: the k-th one of each explains about the same variance.
-    return noise * squares / len(centred), components / len(centred)
+    return noise * squares / count, components / count
 
 
 def _gram(rows: Tensor) -> Tensor | None:
