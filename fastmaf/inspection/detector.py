@@ -11,13 +11,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
 from sklearn.base import BaseEstimator, OutlierMixin
 from sklearn.utils import check_random_state
 from sklearn.utils.validation import check_is_fitted
 from torch import Tensor
 
-from fastmaf.capsule.data import load_image
+from fastmaf.capsule.decoding import load_image, resized
 from fastmaf.inspection.calibration import Calibration
 from fastmaf.inspection.fit import fit
 from fastmaf.inspection.model import InspectionModel, load_inspection
@@ -222,8 +221,7 @@ def _pixels(X: Any, size: int) -> Tensor:
         if values.dtype != np.uint8 or values.ndim != 3 or values.shape[2] != 3 or 0 in values.shape:
             found = f"{values.dtype} {list(values.shape)}"
             raise ValueError(f"images must be uint8 [n, h, w, 3]; found {found} as image {i}")
-        resized = Image.fromarray(values).resize((size, size), Image.Resampling.BILINEAR)
-        pixels.append(torch.from_numpy(np.array(resized)).permute(2, 0, 1))
+        pixels.append(resized(values, size))
     if not pixels:
         raise ValueError(f"X must hold at least 1 image, uint8 [n, h, w, 3]{_found(X)}")
     return torch.stack(pixels)

@@ -12,9 +12,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
 
-from fastmaf.capsule.data import load_frame
+from fastmaf.capsule.decoding import load_frame, resized
 from fastmaf.capsule.results import written_atomically
 from fastmaf.inspection.calibration import Calibration
 from fastmaf.inspection.model import InspectionModel
@@ -169,8 +168,7 @@ def _judge(model: InspectionModel, session: Any, image: str | Path | np.ndarray,
         if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or 0 in image.shape:
             raise ExportError(f"{name} must be uint8 [h, w, 3]; found {image.dtype} {list(image.shape)}")
         full, began = np.ascontiguousarray(image), perf_counter()
-        resized = Image.fromarray(full).resize((model.size, model.size), Image.Resampling.BILINEAR)
-        pixels, before = torch.from_numpy(np.array(resized)).permute(2, 0, 1), perf_counter() - began
+        pixels, before = resized(full, model.size), perf_counter() - began
     else:
         frame = load_frame(image, model.size, keep_full=True)
         assert frame.full is not None
