@@ -27,7 +27,8 @@ from fastmaf.inspection.calibration import Calibration, k_fold
 from fastmaf.inspection.cross import CrossFit, cross_maps, cross_scores, without
 from fastmaf.inspection.model import InspectionModel
 from fastmaf.inspection.recipe import COPIES, QUANTISATION, Copies, Recipe
-from fastmaf.inspection.scores import terms_and_nll
+from fastmaf.inspection.scores import ScoreSettings, terms_and_nll
+from fastmaf.inspection.settle import settled
 
 
 @dataclass(frozen=True, eq=False)
@@ -89,14 +90,16 @@ def fit(pixels: Tensor, recipe: Recipe | None = None, *, progress: bool = True) 
     whitened, nll = torch.empty(len(x), dtype=torch.float64), torch.empty(len(x), dtype=torch.float64)
     for fold, whitening, own_flow in zip(folds, whitenings, flows, strict=True):
         alone = fastmaf.Flow(recipe.features, [*first, whitening])
-        whitened[fold] = terms_and_nll(alone, given[fold], recipe.score)[1]
-        nll[fold] = terms_and_nll(own_flow, given[fold], recipe.score)[1]
-    statistics, scores = cross_scores(x, flows, folds, recipe.score, recipe.size)
-    location, maps = cross_maps(x, flows, folds, recipe.location)
-    seconds["scores"] = time.perf_counter() - began - seconds["whitenings"] - seconds["blocks"]
+        whitened[fold] = terms_and_nll(alone, given[fold], ScoreSettings())[1]
+        nll[fold] = terms_and_nll(own_flow, given[fold], ScoreSettings())[1]
     cross = CrossFit(folds, flows, whitened.numpy(), nll.numpy())
+    score, location, said = settled(recipe, pixels, cross)
+    statistics, scores = cross_scores(x, flows, folds, score, recipe.size)
+    location, maps = cross_maps(x, flows, folds, location)
+    seconds["scores"] = time.perf_counter() - began - seconds["whitenings"] - seconds["blocks"]
     about = {
-        "recipe": asdict(replace(recipe, location=location)),
+        "recipe": asdict(replace(recipe, score=score, location=location)),
+        **said,
         "images": len(x),
         "held_out_nll_of_copies": tried,
         "held_out_nll": float(nll.mean()),
@@ -106,7 +109,7 @@ def fit(pixels: Tensor, recipe: Recipe | None = None, *, progress: bool = True) 
         "map_levels": [float(np.quantile(maps.numpy(), 0.99)), float(maps.max())],
     }
     calibration = Calibration(scores.numpy(), 0.05, None, "k-fold", recipe.folds)
-    return Fitted(InspectionModel(flow, recipe.score, location, statistics, calibration, about), cross, log, seconds)
+    return Fitted(InspectionModel(flow, score, location, statistics, calibration, about), cross, log, seconds)
 
 
 def _likelier(
@@ -121,7 +124,7 @@ def _likelier(
     for copies in COPIES:
         fitted[copies] = fit_whitening(without(y, fold), replace(recipe, copies=copies))
         flow = fastmaf.Flow(recipe.features, [*first, fitted[copies]])
-        nll[copies] = float(terms_and_nll(flow, x[fold], recipe.score)[1].mean())
+        nll[copies] = float(terms_and_nll(flow, x[fold], ScoreSettings())[1].mean())
         done()
     best = min(COPIES, key=nll.__getitem__)
     return replace(recipe, copies=best), fitted[best], {str(copies): value for copies, value in nll.items()}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
 from fastmaf.inspection.location import Location
@@ -32,8 +32,8 @@ class Recipe:
         patch, kernel, hidden: of the blocks; see ``fastmaf.LocalAutoregressive``.
         steps, batch_size, lr: of Adam on the blocks; the rate rises and falls once (one cycle).
         folds: K.
-        score: how an image is scored.
-        location: how the map is made of where it is anomalous; its ``usual`` is fitted.
+        score: how an image is scored; None for the better of two on drawn defects, see ``fastmaf.inspection.settle``.
+        location: how the map is made of where it is anomalous, likewise; its ``usual`` is fitted.
         seed: of folds and blocks.
     """
 
@@ -53,8 +53,8 @@ class Recipe:
     batch_size: int = 16
     lr: float = 2e-2
     folds: int = 5
-    score: ScoreSettings = field(default_factory=ScoreSettings)
-    location: Location = field(default_factory=Location)
+    score: ScoreSettings | None = None
+    location: Location | None = None
     seed: int = 0
 
     def __post_init__(self) -> None:

@@ -162,6 +162,8 @@ def _training(model: InspectionModel) -> Training | Absent:
     ]
     tried = about.get("held_out_nll_of_copies", {})
     settings += [(f"held-out NLL of a fold with {copies}, nats", f"{nll:,.0f}") for copies, nll in tried.items()]
+    drawn = {**about.get("drawn_auroc", {}), **about.get("drawn_maps", {})}
+    settings += [(f"on drawn defects, {name}", f"{value:.3f}") for name, value in drawn.items()]
     settings += [(f"seconds for {what}", f"{value:.1f}") for what, value in about.get("seconds", {}).items()]
     curve = tuple(TrainingPoint(row["step"], row["nll"], row["held_out_nll"]) for row in about.get("log", ()))
     folds = tuple(Fold(n, nll) for n, nll in zip(about["images_of_folds"], about["held_out_nll_of_folds"], strict=True))

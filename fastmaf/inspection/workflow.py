@@ -20,9 +20,11 @@ from fastmaf.capsule.results import bits_per_dim, written_atomically
 from fastmaf.inspection.calibration import Calibration
 from fastmaf.inspection.fit import Fitted, fit
 from fastmaf.inspection.inputs import Unreadable, expand, read_each
+from fastmaf.inspection.location import Location
 from fastmaf.inspection.members import remove_members, save_members
 from fastmaf.inspection.model import InspectionModel, load_inspection, model_file
 from fastmaf.inspection.recipe import Recipe
+from fastmaf.inspection.scores import ScoreSettings
 
 LOG_FILE, REPORT_FILE = "training_log.csv", "report.html"
 
@@ -74,9 +76,8 @@ def train(
         save_members(out, model, fitted.cross.flows)
     training_report(out / REPORT_FILE, model, images)
     about = model.about
-    if tried := about["held_out_nll_of_copies"]:
-        said = ", ".join(f"{copies} {nll:,.0f}" for copies, nll in tried.items())
-        say(f"copies explained, too: {about['recipe']['copies']} (held-out NLL of a fold: {said})")
+    for line in _decisions(model):
+        say(line)
     whitened, whole = about["held_out_nll_of_whitening"], about["held_out_nll"]
     say(
         f"{len(images)} good images; held-out NLL ({recipe.folds} folds) {whole:,.0f} nats, "
@@ -86,6 +87,20 @@ def train(
     say(model.calibration.describe())
     say(f"the model is in {out / MODEL_FILE}, a report in {out / REPORT_FILE}")
     return fitted
+
+
+def _decisions(model: InspectionModel) -> list[str]:
+    """What the fit decided by itself, a line each, with the figures that decided it."""
+    about, lines = model.about, []
+    if tried := about["held_out_nll_of_copies"]:
+        nll = ", ".join(f"{copies} {value:,.0f}" for copies, value in tried.items())
+        lines.append(f"copies explained, too: {about['recipe']['copies']} (held-out NLL of a fold: {nll})")
+    chosen = {"drawn_auroc": f"score: grain {model.settings.grain:g} (image AUROC on drawn defects: "}
+    chosen["drawn_maps"] = f"heat map: {model.location.factors} factors (mean of pixel AUROC and AU-PRO there: "
+    for key, text in chosen.items():
+        if found := about.get(key):
+            lines.append(text + ", ".join(f"{name} {value:.3f}" for name, value in found.items()) + ")")
+    return lines
 
 
 def _write_log(path: Path, fitted: Fitted) -> None:
@@ -175,7 +190,8 @@ def choose(
     from fastmaf.inspection.choose_location import choose_location, explain_location
 
     images = load_train(data, size=size, skip_bad=skip_bad, progress=progress)
-    fitted = fit(images.pixels, Recipe(size=size, seed=seed), progress=progress)
+    recipe = Recipe(size=size, score=ScoreSettings(), location=Location(), seed=seed)
+    fitted = fit(images.pixels, recipe, progress=progress)
     scores = judge(images.pixels, fitted.cross, draws=draws, seed=seed, progress=progress)
     places = choose_location(images.pixels, fitted.cross, draws=draws, seed=seed, progress=progress)
     return f"{explain(scores)}\n\n{explain_location(places)}"
