@@ -121,7 +121,7 @@ def train(
         inspect(data, out, settings, keep_folds=keep_folds, skip_bad=skip_bad, progress=not quiet, say=typer.echo)
         return
     _refuse(given & _INSPECTION, "reference")
-    from fastmaf.capsule.train import TrainConfig
+    from fastmaf.capsule.config import TrainConfig
     from fastmaf.capsule.train import train as run
 
     config = TrainConfig(
@@ -264,8 +264,8 @@ def reproduce(
     quiet: QuietOption = False,
 ) -> None:
     """Repeat the published capsule run (train, sample, evaluate) and set both side by side."""
+    from fastmaf.capsule.config import TrainConfig
     from fastmaf.capsule.reproduce import reproduce as run
-    from fastmaf.capsule.train import TrainConfig
 
     config = TrainConfig(
         size=size,
@@ -344,7 +344,7 @@ def doctor() -> None:
 
 def _guards_and_rate(order: Order, guards: bool | None, lr: float | None) -> dict[str, Any]:
     """Returns the guards, by default for every order but the natural one, and the learning rate if one was given."""
-    from fastmaf.capsule.train import GUARDED
+    from fastmaf.capsule.config import GUARDED
 
     guarded = order is not Order.natural if guards is None else guards
     return {**(GUARDED if guarded else {}), **({} if lr is None else {"lr": lr})}

@@ -19,8 +19,8 @@ from PIL import Image
 import fastmaf
 from fastmaf import cli
 from fastmaf.capsule import reproduce, train
+from fastmaf.capsule.config import GUARDED, TrainConfig
 from fastmaf.capsule.synthetic import DEFECTS, draw_dataset
-from fastmaf.capsule.train import GUARDED, TrainConfig
 
 ROOT = Path(__file__).parents[1]
 COMMANDS = ("demo-data", "train", "sample", "eval", "reproduce", "doctor")

@@ -9,14 +9,11 @@ import warnings
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 
 import fastmaf
-
-if TYPE_CHECKING:
-    from fastmaf.capsule.train import TrainConfig
+from fastmaf.capsule.config import TrainConfig
 
 # For what the estimate leaves out or misjudges: the images, batches to validate on, the curve, the allocator's gaps.
 _RESERVE = 1.05

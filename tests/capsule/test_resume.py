@@ -22,9 +22,10 @@ import fastmaf
 from fastmaf import checkpoint
 from fastmaf.capsule import checkpoints
 from fastmaf.capsule.checkpoints import MODEL_FILE, STATE_FILE, load_state, training_of
+from fastmaf.capsule.config import GUARDED, TrainConfig
 from fastmaf.capsule.models import load_model
 from fastmaf.capsule.sample import sample
-from fastmaf.capsule.train import CURVE_FILE, GUARDED, LOG_FILE, TrainConfig, TrainingStoppedError
+from fastmaf.capsule.train import CURVE_FILE, LOG_FILE, TrainingStoppedError
 from tests.capsule.runs import ROOT, STEPS, TINY, at_batch, epoch, rows, run, same, tensors_of, with_, without_seconds
 
 pytestmark = [pytest.mark.usefixtures("undrawn"), pytest.mark.filterwarnings("ignore::fastmaf.ConnectivityWarning")]

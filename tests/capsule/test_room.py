@@ -11,8 +11,8 @@ import torch
 from typer.main import get_command
 
 from fastmaf.capsule import room
+from fastmaf.capsule.config import TrainConfig
 from fastmaf.capsule.room import DoesNotFitError, available_memory, needed_memory
-from fastmaf.capsule.train import TrainConfig
 from fastmaf.cli import app
 from tests.capsule.runs import IMAGES, run, with_
 

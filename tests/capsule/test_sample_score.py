@@ -17,13 +17,14 @@ from PIL import Image
 
 import fastmaf
 from fastmaf.capsule import plots, score
+from fastmaf.capsule.config import TrainConfig
 from fastmaf.capsule.data import DataError, load_test, load_train, to_images, to_unit
 from fastmaf.capsule.evaluate import Evaluation, EvaluationError
 from fastmaf.capsule.models import Model, load_model, nll_of
 from fastmaf.capsule.sample import GRID_FILE, SAMPLES_FOLDER, sample
 from fastmaf.capsule.score import HISTOGRAM_FILE, METRICS_FILE, ROC_FILE, SCORES_FILE, evaluate
 from fastmaf.capsule.synthetic import draw_dataset
-from fastmaf.capsule.train import TrainConfig, train
+from fastmaf.capsule.train import train
 
 CLASSES = {"crack": 2, "poke": 1, "squeeze": 2}
 

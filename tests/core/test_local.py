@@ -2,80 +2,23 @@
 
 from __future__ import annotations
 
-import copy
-import itertools
 import math
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
-from torch.nn.functional import conv2d
 
 import fastmaf
-from fastmaf.local import MaskedConv2d
 from tests.core.contract import TransformContract
 from tests.core.helpers import correlated, generator, jacobian, normal, train
-from tests.tolerances import F32, F64, TOLERANCES, assert_close, assert_float32, distance
+from tests.core.local_blocks import CASE, Shape, block, degrees, features_of, within
+from tests.tolerances import F32, F64, TOLERANCES, assert_close
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-
-Shape = tuple[int, int, int]
-# Bayer's matrices, as they are printed in books.
-DITHER = {
-    1: [[0]],
-    2: [[0, 2], [3, 1]],
-    4: [[0, 8, 2, 10], [12, 4, 14, 6], [3, 11, 1, 9], [15, 7, 13, 5]],
-}
-CASES: list[tuple[Shape, dict[str, Any]]] = [
-    ((3, 4, 6), {}),
-    ((1, 8, 4), {"patch": 4, "kernel": 3, "hidden": 1}),
-    ((2, 3, 5), {"patch": 1, "kernel": 3, "hidden": 2}),
-    ((3, 7, 1), {"patch": 1, "kernel": 5, "hidden": 2}),
-    ((1, 5, 5), {"patch": 1, "kernel": 1}),
-    ((2, 4, 2), {"patch": 2, "kernel": 1}),
-    ((2, 6, 10), {"patch": 2, "kernel": 5, "hidden": 1}),
-    ((3, 4, 4), {"hidden": 0}),
-    ((1, 6, 6), {"hidden": 0, "kernel": 1, "reverse": True}),
-    ((3, 4, 6), {"reverse": True, "log_scale_bound": 0.3}),
-]
-CASE = pytest.mark.parametrize("shape, options", CASES, ids=str)
-
-
-def features_of(shape: Shape) -> int:
-    return shape[0] * shape[1] * shape[2]
-
-
-def block(shape: Shape, *, scale: float = 0.3, seed: int = 0, dtype: torch.dtype = F64, **options: Any) -> Any:
-    """Returns a block with all parameters drawn: those that start at zero as well."""
-    found = fastmaf.LocalAutoregressive(shape, generator=generator(seed), **options).to(dtype)
-    draw = generator(seed + 1)
-    with torch.no_grad():
-        for parameter in found.parameters():
-            parameter.copy_(scale * torch.randn(parameter.shape, generator=draw, dtype=F64))
-    return found
-
-
-def places(shape: Shape) -> list[tuple[int, int, int]]:
-    """Returns channel, row and column of each dimension of x."""
-    return [(c, i, j) for c in range(shape[0]) for i in range(shape[1]) for j in range(shape[2])]
-
-
-def degrees(shape: Shape, *, patch: int = 2, reverse: bool = False, **_: Any) -> Tensor:
-    """Returns the degree of each dimension of x: by the dither matrix, then by channel."""
-    channels = shape[0]
-    found = torch.tensor([channels * DITHER[patch][i % patch][j % patch] + c for c, i, j in places(shape)])
-    return channels * patch**2 - 1 - found if reverse else found
-
-
-def within(shape: Shape, reach: int, *, patch: int = 2, **_: Any) -> Tensor:
-    """Returns which dimensions ``[D, D]`` lie in patches at most ``reach`` apart, in either direction."""
-    where = torch.tensor([(i // patch, j // patch) for _, i, j in places(shape)])
-    return (where[:, None] - where).abs().amax(dim=2) <= reach
 
 
 def conditioned(shape: Shape, options: dict[str, Any]) -> Tensor:
@@ -171,96 +114,6 @@ def test_it_leaves_the_identity_when_trained() -> None:
         if name.startswith("first"):
             moved, shown = moved[:-4], shown[:-4]  # no output sees the last degree's units: it is strictly greater
         assert float(moved[shown].double().mean()) > 0.9, name
-
-
-def dense(own: fastmaf.LocalAutoregressive) -> dict[str, np.ndarray]:
-    """Writes the block's three convolutions out as matrices over pixels and hidden units, by their definition."""
-    (channels, height, width), p, hidden = own.shape, own.patch, own.hidden
-    groups, rows, columns = channels * p * p, height // p, width // p
-    of = degrees(own.shape, patch=p, reverse=own.reverse)
-    pixel = {(int(of[d]), i // p, j // p): d for d, (_, i, j) in enumerate(places(own.shape))}
-    half, size = own.kernel // 2, len(pixel)
-    spots = [(a, b) for a in range(rows) for b in range(columns)]
-    unit = {(k, *spot): n for n, (k, spot) in enumerate((k, spot) for k in range(groups * hidden) for spot in spots)}
-    weights = {name: p.detach().double().numpy() for name, p in own.named_parameters()}
-    linear, first, second = np.zeros((size, size)), np.zeros((len(unit), size)), np.zeros((2 * size, len(unit)))
-    bias_first, bias_second = np.zeros(len(unit)), np.zeros(2 * size)
-    for a, b in spots:
-        for g in range(groups):
-            output = pixel[g, a, b]
-            bias_second[2 * output : 2 * output + 2] = weights["second.bias"][2 * g : 2 * g + 2]
-            for k in range(g * hidden, (g + 1) * hidden):
-                bias_first[unit[k, a, b]] = weights["first.bias"][k]
-            for i, j in itertools.product(range(own.kernel), repeat=2):
-                other = (a + i - half, b + j - half)
-                if other not in spots:
-                    continue
-                seen = [pixel[(m, *other)] for m in range(g + 1)]
-                linear[output, seen[:g]] = weights["linear.weight"][g, :g, i, j]
-                for k in range(g * hidden, (g + 1) * hidden):
-                    first[unit[k, a, b], seen] = weights["first.weight"][k, : g + 1, i, j]
-                units = [unit[(k, *other)] for k in range(g * hidden)]
-                for which in (0, 1):
-                    second[2 * output + which, units] = weights["second.weight"][2 * g + which, : len(units), i, j]
-    return {"linear": linear, "first": first, "second": second, "bias_first": bias_first, "bias_second": bias_second}
-
-
-NAMES = ("z", "ladj", "x", "ladj of x", "log_prob")
-
-
-def by_hand(own: fastmaf.LocalAutoregressive, x: Tensor, z: Tensor) -> dict[str, Tensor]:
-    """The same with dense matrices, every step in the dtype of x; the inverse takes a whole pass for each degree."""
-    matrix = {name: torch.from_numpy(value).to(x.dtype) for name, value in dense(own).items()}
-    of, bound = degrees(own.shape, patch=own.patch, reverse=own.reverse), own.log_scale_bound
-
-    def parameters(x: Tensor) -> tuple[Tensor, Tensor]:
-        units = (x @ matrix["first"].T + matrix["bias_first"]).clamp_min(0)
-        shift, raw = (units @ matrix["second"].T + matrix["bias_second"]).view(len(x), -1, 2).unbind(2)
-        return shift + x @ matrix["linear"].T, bound * torch.tanh(raw / bound)
-
-    shift, log_scale = parameters(x)
-    there, ladj = (x - shift) * torch.exp(-log_scale), -log_scale.sum(dim=1)
-    log_prob = ladj - 0.5 * (there * there + math.log(2 * math.pi)).sum(dim=1)
-    back = torch.zeros_like(z)
-    for degree in range(int(of.max()) + 1):
-        shift, log_scale = parameters(back)
-        back = torch.where(of == degree, z * torch.exp(log_scale) + shift, back)
-    return dict(zip(NAMES, (there, ladj, back, log_scale.sum(dim=1), log_prob), strict=True))
-
-
-@CASE
-def test_against_dense_matrices(shape: Shape, options: dict[str, Any]) -> None:
-    own, size = block(shape, **options), features_of(shape)
-    x, z = normal(4, size), normal(4, size, seed=1)
-    flow = fastmaf.Flow(size, [own])
-    expected = by_hand(own, x, z)
-    for name, found in zip(NAMES, (*flow(x), *flow.inverse(z), flow.log_prob(x)), strict=True):
-        assert_close("slogdet", found.detach(), expected[name], name)
-    terms = flow.nll_per_dim(x).detach()
-    assert_close("values", terms.sum(dim=1), -flow.log_prob(x))
-    _, log_scale = own.forward_per_dim(x, torch.zeros_like(x))
-    assert_close("slogdet", terms, 0.5 * expected["z"].square() + 0.5 * math.log(2 * math.pi) + log_scale)
-
-
-@pytest.mark.parametrize("shape, options", [CASES[0], CASES[1], CASES[6], CASES[7]], ids=str)
-def test_float32(shape: Shape, options: dict[str, Any]) -> None:
-    """No less exact than dense matrices in float32; the truth is the same block in float64."""
-    size = features_of(shape)
-    own: dict[str, list[tuple[float, float]]] = {}
-    peer: dict[str, list[tuple[float, float]]] = {}
-    for seed in range(6):
-        single = block(shape, dtype=F32, seed=10 * seed, scale=0.15, **options)
-        x, z = normal(33, size, seed=seed, dtype=F32), normal(33, size, seed=seed + 50, dtype=F32)
-        results = []
-        for transform, a, b in ((single, x, z), (copy.deepcopy(single).double(), x.double(), z.double())):
-            flow = fastmaf.Flow(size, [transform])
-            results.append(dict(zip(NAMES, (*flow(a), *flow.inverse(b), flow.log_prob(a)), strict=True)))
-        (found, truth), other = results, by_hand(single, x, z)
-        for name in NAMES:
-            assert found[name].dtype == other[name].dtype == F32
-            own.setdefault(name, []).append(distance(found[name], truth[name]))
-            peer.setdefault(name, []).append(distance(other[name], truth[name]))
-    assert_float32(own, peer)
 
 
 @pytest.mark.parametrize("dtype", [F64, F32], ids=str)
@@ -444,44 +297,6 @@ def test_wrong_inputs_are_named() -> None:
         flow.log_prob(normal(2, 3, 4, 4))
     with pytest.raises(ValueError, match="24 features, the flow 48"):
         fastmaf.Flow(48, [block((3, 4, 2))])
-
-
-def convolution(**options: Any) -> MaskedConv2d:
-    in_degrees, out_degrees = torch.tensor([0, 0, 1, 3]), torch.tensor([0, 1, 1, 2, 4])
-    return MaskedConv2d(in_degrees, out_degrees, 3, generator=generator(), **options).double()
-
-
-@pytest.mark.parametrize("strict", [False, True])
-@pytest.mark.parametrize("bias", [False, True])
-def test_masked_convolution_by_hand(strict: bool, bias: bool) -> None:
-    layer, x = convolution(strict=strict, bias=bias), normal(2, 4, 5, 3)
-    sees = torch.tensor(
-        [[0, 0, 0, 0], [1, 1, 0, 0], [1, 1, 0, 0], [1, 1, 1, 0], [1, 1, 1, 1]]
-        if strict
-        else [[1, 1, 0, 0], [1, 1, 1, 0], [1, 1, 1, 0], [1, 1, 1, 0], [1, 1, 1, 1]]
-    )
-    assert torch.equal(layer.mask[:, :, 0, 0].long(), sees)
-    assert (layer.bias is not None) == bias
-    with torch.no_grad():
-        layer.weight.copy_(normal(*layer.weight.shape, seed=1))
-    expected = conv2d(x, layer.weight * sees[:, :, None, None], layer.bias, padding=1)
-    assert_close("values", layer(x).detach(), expected)
-    for outputs in (slice(0, 2), slice(3, 5), slice(2, 2), slice(4, None)):
-        assert_close("values", layer(x, outputs).detach(), expected[:, outputs])
-    # Outputs see the first inputs only: the rest need not be there yet.
-    assert_close("values", layer(x[:, :2], slice(0, 1)).detach(), expected[:, :1])
-    assert_close("values", layer(x[:, :3], slice(0, 4)).detach(), expected[:, :4])
-    if strict:
-        assert_close("values", layer(x[:, :0], slice(0, 1)).detach(), expected[:, :1])
-
-
-def test_masked_convolution_starts_within_its_bounds() -> None:
-    layer, zero = convolution(), convolution(zero=True)
-    assert not any(p.any() for p in zero.parameters())
-    assert layer.weight.any() and not (layer.weight * (1 - layer.mask)).any()
-    for parameter in layer.parameters():
-        assert float(parameter.detach().abs().max()) <= 1 / math.sqrt(4 * 9)
-    assert float(layer.weight.detach().abs().max()) > 0.8 / math.sqrt(4 * 9)
 
 
 def test_loading_draws_no_random_numbers(tmp_path: Path) -> None:
