@@ -51,7 +51,7 @@ test: $(VENV)/.installed-test $(PASCAL)  ## run the tests
 SANITIZER ?= compute-sanitizer
 gpu-check: $(VENV)/.installed-test  ## on a GPU: the marked tests, then memory and races under compute-sanitizer
 	"$(BIN)/python" -m pytest -m gpu
-	for tool in memcheck racecheck synccheck initcheck; do \
+	for tool in memcheck racecheck synccheck; do \
 		PYTORCH_NO_CUDA_MEMORY_CACHING=1 $(SANITIZER) --tool $$tool --error-exitcode 1 \
 			"$(BIN)/python" -m pytest -m gpu -k 'launch_paths or paths_of_the_inverse' tests/kernels || exit 1; \
 	done

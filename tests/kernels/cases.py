@@ -70,12 +70,17 @@ def poisoned(device: str) -> Iterator[None]:
 def set_launch(
     monkeypatch: pytest.MonkeyPatch, device: str, rows: int, columns: int, programs: int, most_samples: int = 16
 ) -> None:
-    """Sets the launch parameters of every card; no smaller than a matrix product may be where it is compiled."""
+    """Sets the launch parameters of every card; no smaller than a matrix product may be where it is compiled.
+
+    Compiled programs have several warps: with one, a missing barrier could not show.
+    """
+    warps, inverse_warps = 1, 1
     if device == "cuda":
         rows, columns = max(rows, 16), max(columns, 16)
-    one = Launch(rows, columns, warps=1, programs_per_sm=programs)
+        warps, inverse_warps = 4, 8
+    one = Launch(rows, columns, warps=warps, programs_per_sm=programs)
     for key in launch_table.TABLES:
-        table = Table(one, one, one, one, most_samples, inverse_warps=1, inverse_numbers=256)
+        table = Table(one, one, one, one, most_samples, inverse_warps=inverse_warps, inverse_numbers=256)
         monkeypatch.setitem(launch_table.TABLES, key, table)
 
 
