@@ -36,7 +36,7 @@ if wanted smoke; then # side by side: most of it is compiling
 fi
 if wanted times; then
 	part times 90 python3 -W ignore -m fastmaf.bench.times --profile --out "$OUT/times.csv"
-	part times-tf32x3 40 python3 -W ignore -m fastmaf.bench.times --precision tf32x3 --samples --batches 8 64 1024 --out "$OUT/times-tf32x3.csv"
+	part times-tf32x3 40 python3 -W ignore -m fastmaf.bench.times --precision tf32x3 --profile --samples --batches 8 64 1024 --out "$OUT/times-tf32x3.csv"
 	cat "$OUT"/times*.log
 fi
 if wanted tests; then

@@ -20,8 +20,11 @@ from torch import Tensor
 
 import fastmaf
 
-# By how much each precision's error may exceed that of plain PyTorch in float32, with TF32 off.
-ALLOWED = {"ieee": 2.0, "tf32x3": 2.0, "tf32": 2e4, "bf16": 2e5}
+# By how much the error of densities and gradients may exceed that of plain PyTorch in float32, with TF32 off.
+ALLOWED = {"ieee": 2.0, "tf32x3": 2.0, "tf32": 2e5, "bf16": 1e6}
+# Adam divides a gradient by its own size, so that a small one's rounding becomes the step's; and a ReLU whose input is
+# within rounding of zero may pass a sample's gradient in one arithmetic and not in the other.
+ADAM = {"ieee": 1e-3, "tf32x3": 1e-3, "tf32": 0.2, "bf16": 0.5}
 
 
 class Line(NamedTuple):
@@ -36,6 +39,8 @@ class Line(NamedTuple):
     @property
     def right(self) -> bool:
         """Whether the error is within what the precision allows."""
+        if self.what.startswith("adam"):
+            return self.error <= ADAM[self.precision]
         return self.error <= ALLOWED[self.precision] * max(self.of_torch, 2e-7)  # below: one rounding
 
 

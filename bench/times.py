@@ -77,7 +77,7 @@ def main() -> None:
     parser.add_argument("--blocks", type=int, default=7)
     parser.add_argument("--order", default="natural")
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 8, 64, 1024])
-    parser.add_argument("--samples", type=int, nargs="+", default=[1, 5, 64, 1024])
+    parser.add_argument("--samples", type=int, nargs="*", default=[1, 5, 64, 1024])
     parser.add_argument("--precision", default="ieee")
     parser.add_argument("--budget", type=float, default=1.0, help="seconds per case")
     parser.add_argument("--profile", action="store_true")

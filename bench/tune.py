@@ -45,11 +45,12 @@ def alternatives(entry: str, present: Table) -> Iterator[Table]:
         return
     sizes = {
         "lanes": ((8, 256), (16, 256), (16, 512), (32, 128), (32, 256)),
+        "few": ((8, 64), (8, 128), (16, 32), (16, 64), (32, 32)),
         "dot": ((32, 32), (64, 32), (64, 64), (128, 32), (32, 64)),
         "backward": ((16, 32), (16, 64), (32, 32), (32, 64), (16, 128)),
     }[entry.removesuffix("_many")]
     for (rows, columns), warps, stages, programs in product(sizes, (2, 4, 8), (1, 2, 3), (2, 4, 8, 16)):
-        if entry == "lanes" and stages > 1:
+        if entry in ("lanes", "few") and stages > 1:
             continue  # there is nothing to copy ahead
         launch = getattr(present, entry)
         launch = launch._replace(rows=rows, columns=columns, warps=warps, stages=stages, programs_per_sm=programs)
@@ -78,7 +79,7 @@ def trials(flow: fastmaf.MAF) -> list[Trial]:
 
     return [
         Trial("lanes", 1, lambda: score(1)),
-        Trial("dot", 8, lambda: score(8)),
+        Trial("few", 8, lambda: score(8)),
         Trial("dot", 64, lambda: score(64)),
         Trial("backward", 8, lambda: back(8)),
         Trial("backward_many", 64, lambda: back(64)),

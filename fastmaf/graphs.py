@@ -7,6 +7,7 @@ launching is most of the time. A graph is recorded once per shape and then repla
 from __future__ import annotations
 
 import functools
+import gc
 import math
 import warnings
 from collections import OrderedDict
@@ -34,6 +35,9 @@ def record(run: Callable[[], None], device: torch.device, pool: Any = None) -> t
 
     What it launches must have been compiled and loaded before.
     """
+    # Autograd keeps one node per leaf that accumulates its gradient, on the stream of the pass that made it. One that an
+    # unreachable earlier pass still holds would make the recorded pass wait for a stream that is not recorded.
+    gc.collect()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.device(device), torch.cuda.graph(graph, pool=pool, stream=_stream(device)):
         run()

@@ -43,6 +43,7 @@ class Table(NamedTuple):
     Attributes:
         lanes: ``product`` of one sample: a stream of weights, a few numbers per thread, summed across threads at the
             end.
+        few: the same of up to ``MOST_LANES`` samples, which share each load of the weights.
         dot: ``product`` of more samples, by matrix products.
         backward: gradients of a tile of weights, with or without Adam, from up to ``FEW`` samples.
         backward_many: the same from more, whose sums take more registers.
@@ -52,6 +53,7 @@ class Table(NamedTuple):
     """
 
     lanes: Launch
+    few: Launch
     dot: Launch
     backward: Launch
     backward_many: Launch
@@ -66,11 +68,14 @@ class Table(NamedTuple):
 
 # As few samples as a matrix product takes in every version of Triton.
 FEW = 16
+# More samples than this are multiplied by matrix products, which take no fewer than ``FEW``.
+MOST_LANES = 8
 
 TABLES: dict[int, Table] = {
     # Pascal: 6 SMs and no asynchronous copies, so the loads of many resident programs hide the latency; 48 KB shared.
     61: Table(
         lanes=Launch(16, 256, programs_per_sm=8),  # 8 loads of 16 bytes a thread in flight before the first use
+        few=Launch(16, 64, programs_per_sm=8),  # the sums of 8 samples take 64 registers of a thread
         dot=Launch(64, 32, programs_per_sm=8),  # 64 rows share each load of the samples; 4 programs fit an SM
         backward=Launch(16, 64, programs_per_sm=6),  # 256-byte row segments; 158 instructions a weight
         backward_many=Launch(16, 32, programs_per_sm=4),  # the sums of 64 samples fill the registers; 64 columns spill
@@ -81,6 +86,7 @@ TABLES: dict[int, Table] = {
     # Turing: as Pascal, but half as many threads a multiprocessor.
     75: Table(
         lanes=Launch(16, 256, programs_per_sm=8),  # as on Pascal
+        few=Launch(16, 64, programs_per_sm=8),  # as on Pascal
         dot=Launch(64, 32, programs_per_sm=4),  # half the threads, half the programs
         backward=Launch(16, 64, programs_per_sm=6),  # as on Pascal
         backward_many=Launch(16, 32, programs_per_sm=4),  # as on Pascal
@@ -91,6 +97,7 @@ TABLES: dict[int, Table] = {
     # Ampere and Ada: asynchronous copies into shared memory of the next tiles of a matrix product.
     80: Table(
         lanes=Launch(16, 256, programs_per_sm=8),  # as on Pascal
+        few=Launch(16, 64, programs_per_sm=8),  # as on Pascal
         dot=Launch(64, 32, stages=2, programs_per_sm=4),  # one tile multiplied, one on its way; a third spills
         backward=Launch(16, 64, programs_per_sm=6),  # 152 instructions a weight; stages would only cost registers
         backward_many=Launch(16, 64, warps=8, programs_per_sm=4),  # twice the threads for the sums of 64 samples
@@ -101,6 +108,7 @@ TABLES: dict[int, Table] = {
     # Hopper: 25 to 36 GB/s a multiprocessor, so more bytes in flight.
     90: Table(
         lanes=Launch(16, 256, programs_per_sm=8),  # as on Pascal
+        few=Launch(16, 64, programs_per_sm=8),  # as on Pascal
         dot=Launch(64, 32, stages=4, programs_per_sm=4),  # three tiles of 12 KB on their way
         backward=Launch(16, 64, programs_per_sm=6),  # as on Ampere; 3 programs of 12 KB in flight fit an SM
         backward_many=Launch(16, 64, warps=8, programs_per_sm=4),  # as on Ampere

@@ -212,17 +212,32 @@ def product(
     x_ptr, sample, sample_ok, stride, w_ptr, base, width, row_ok, k_begin, k_end,
     BLOCK_N: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK_K: tl.constexpr, LANES: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """The product x Wᵀ over columns k_begin..k_end: ``[BLOCK_N samples, BLOCK_J rows]``."""
-    x_row = x_ptr + sample.to(tl.int64) * stride
-    if LANES:
-        lanes = tl.zeros([BLOCK_N, BLOCK_J, BLOCK_K], tl.float32)
+    """The product x Wᵀ over columns k_begin..k_end: ``[BLOCK_N samples, BLOCK_J rows]``.
+
+    With LANES each thread adds up a few columns of its own, and threads are summed at the end. One layout, from load to
+    sum: operands of other shapes would go through shared memory in every iteration.
+    """
+    if LANES and BLOCK_N == 1:
+        x_row = x_ptr + tl.sum(sample.to(tl.int64), 0) * stride
+        flat = tl.zeros([BLOCK_J, BLOCK_K], tl.float32)
         for start in range(k_begin, k_end, BLOCK_K):
             k = start + tl.arange(0, BLOCK_K)
             w = weights(w_ptr, base, width, k, row_ok)
-            x = tl.load(x_row[:, None] + k[None, :], mask=sample_ok[:, None] & (k < k_end)[None, :], other=0.0)
-            lanes += w[None, :, :] * x[:, None, :]
+            flat += w * tl.load(x_row + k, mask=k < k_end, other=0.0)[None, :]
+        return tl.sum(flat, 1)[None, :]
+    elif LANES:
+        lanes = tl.zeros([BLOCK_N, BLOCK_J, BLOCK_K], tl.float32)
+        x_row = x_ptr + (sample.to(tl.int64) * stride)[:, None, None]
+        w_row = w_ptr + base[None, :, None]
+        w_ok = row_ok[None, :, None]
+        for start in range(k_begin, k_end, BLOCK_K):
+            k = (start + tl.arange(0, BLOCK_K))[None, None, :]
+            w = tl.load(w_row + k, mask=w_ok & (k < width[None, :, None]), other=0.0).to(tl.float32)
+            x = tl.load(x_row + k, mask=sample_ok[:, None, None] & (k < k_end), other=0.0)
+            lanes += w * x
         return tl.sum(lanes, 2)
     else:
+        x_row = x_ptr + sample.to(tl.int64) * stride
         acc = tl.zeros([BLOCK_N, BLOCK_J], tl.float32)
         for start in range(k_begin, k_end, BLOCK_K):
             k = start + tl.arange(0, BLOCK_K)

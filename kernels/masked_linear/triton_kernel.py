@@ -18,6 +18,7 @@ from torch import Tensor
 
 from fastmaf.kernels import work_lists
 from fastmaf.kernels.factors import Update
+from fastmaf.kernels.launch_table import MOST_LANES
 from fastmaf.kernels.masked_linear.triton_backward import adam_step, products, sum_slots
 from fastmaf.kernels.triton_parts import MIN_DOT, cdiv, launch, power_of_two, product, target, why_not
 
@@ -72,9 +73,9 @@ class Shape(NamedTuple):
 def shape_of(like: Tensor, n: int, aligned: bool) -> Shape:
     """Returns how ``product`` is launched for ``n`` samples and rows of weights that are ``aligned`` or not."""
     table, sms, _ = target(like)
-    lanes = n <= 1
-    one = (table.lanes if lanes else table.dot).fitted(aligned)
-    samples = 1 if lanes else power_of_two(n, MIN_DOT, table.most_samples)
+    lanes = n <= MOST_LANES
+    one = (table.lanes if n <= 1 else table.few if lanes else table.dot).fitted(aligned)
+    samples = power_of_two(n, 1, MOST_LANES) if lanes else power_of_two(n, MIN_DOT, table.most_samples)
     programs = cdiv(sms * one.programs_per_sm, max(1, cdiv(n, samples)))
     return Shape(lanes, samples, one.rows, one.columns, one.warps, one.stages, programs)
 

@@ -80,7 +80,7 @@ def set_launch(
         warps, inverse_warps = 4, 8
     one = Launch(rows, columns, warps=warps, programs_per_sm=programs)
     for key in launch_table.TABLES:
-        table = Table(one, one, one, one, most_samples, inverse_warps=inverse_warps, inverse_numbers=256)
+        table = Table(one, one, one, one, one, most_samples, inverse_warps=inverse_warps, inverse_numbers=256)
         monkeypatch.setitem(launch_table.TABLES, key, table)
 
 

@@ -50,7 +50,7 @@ def test_families_without_the_matrix_units_refuse_them() -> None:
 def test_every_table_can_be_launched() -> None:
     """Blocks are powers of two, as the compiler demands, and no smaller than a matrix product may be."""
     for table in launch_table.TABLES.values():
-        for one in (table.lanes, table.dot, table.backward, table.backward_many):
+        for one in (table.lanes, table.few, table.dot, table.backward, table.backward_many):
             for number in (one.rows, one.columns, one.warps):
                 assert number & (number - 1) == 0
             assert one.rows >= 16 and one.columns >= 16 and one.stages >= 1 and one.programs_per_sm >= 1
