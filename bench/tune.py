@@ -1,17 +1,22 @@
 """Finds launch parameters on the GPU at hand: times alternatives to its entry in ``launch_table.TABLES``.
 
-    python -m fastmaf.bench.tune
+    python -m fastmaf.bench.tune [--entry few] [--precision tf32x3]
 
-One parameter set at a time, the others as they stand, at the reference model's size. Each alternative's results are
-held against the present ones before it is timed. Nothing is changed: what is faster is printed, to be entered by hand
-with a line that says why.
+One parameter set at a time, the others as they stand, at the reference model's size: first the tile and the warps, then
+the stages, then the programs, each with the best of what came before. An alternative's results are held against the
+present ones before it is timed, as replays of a CUDA graph, so that Python is not timed with it. Processes beside this
+one compile all of them first. Nothing is changed: what is faster is printed as a line to be entered by hand.
 """
 
 from __future__ import annotations
 
 import argparse
+import multiprocessing
+import os
 import statistics
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from itertools import product
 from typing import NamedTuple
 
@@ -20,117 +25,176 @@ from torch import Tensor
 
 import fastmaf
 from fastmaf.bench import machine
+from fastmaf.graphs import _stream, record
 from fastmaf.kernels.launch_table import TABLES, Table, family
+
+# The tiles (rows, columns) that are tried for each entry.
+TILES: dict[str, tuple[tuple[int, int], ...]] = {
+    "lanes": ((8, 256), (8, 512), (16, 128), (16, 256), (16, 512), (32, 128), (32, 256)),
+    "few": ((8, 64), (8, 128), (16, 32), (16, 64), (16, 128), (32, 32)),
+    "dot": ((16, 64), (16, 128), (32, 32), (32, 64), (64, 32), (64, 64), (128, 32)),
+    "backward": ((16, 32), (16, 64), (16, 128), (32, 32), (32, 64)),
+    "backward_many": ((16, 32), (16, 64), (16, 128), (32, 32), (32, 64)),
+}
+WARPS, STAGES, PROGRAMS = (2, 4, 8), (1, 2, 3, 4), (2, 4, 6, 8, 16, 32)
+# The batch at which an entry is tuned.
+BATCH = {"lanes": 1, "few": 8, "dot": 64, "backward": 8, "backward_many": 64, "inverse": 1}
 
 
 class Trial(NamedTuple):
     """What depends on one entry of the table.
 
     Attributes:
-        entry: the table's field.
-        batch: samples.
         run: returns what must stay the same.
+        replay: None, or records and returns what runs the same as a CUDA graph.
     """
 
-    entry: str
-    batch: int
     run: Callable[[], Tensor]
+    replay: Callable[[], Callable[[], object]] | None
 
 
-def alternatives(entry: str, present: Table) -> Iterator[Table]:
-    """Yields tables that differ from the present one in one entry."""
+def trial(flow: fastmaf.MAF, entry: str) -> Trial:
+    """Returns what is timed for an entry."""
+    n, device = BATCH[entry], torch.device("cuda", torch.cuda.current_device())
+    x = torch.rand(n, flow.features, generator=torch.Generator(device).manual_seed(0), device=device)
     if entry == "inverse":
-        for warps, numbers in product((4, 8, 16), (2048, 4096, 8192, 16384)):
-            yield present._replace(inverse_warps=warps, inverse_numbers=numbers)
-        return
-    sizes = {
-        "lanes": ((8, 256), (16, 256), (16, 512), (32, 128), (32, 256)),
-        "few": ((8, 64), (8, 128), (16, 32), (16, 64), (32, 32)),
-        "dot": ((32, 32), (64, 32), (64, 64), (128, 32), (32, 64)),
-        "backward": ((16, 32), (16, 64), (32, 32), (32, 64), (16, 128)),
-    }[entry.removesuffix("_many")]
-    for (rows, columns), warps, stages, programs in product(sizes, (2, 4, 8), (1, 2, 3), (2, 4, 8, 16)):
-        if entry in ("lanes", "few") and stages > 1:
-            continue  # there is nothing to copy ahead
-        launch = getattr(present, entry)
-        launch = launch._replace(rows=rows, columns=columns, warps=warps, stages=stages, programs_per_sm=programs)
-        yield present._replace(**{entry: launch})
 
+        def sample() -> Tensor:
+            with torch.no_grad():
+                return flow.inverse(x)[0]
 
-def trials(flow: fastmaf.MAF) -> list[Trial]:
-    """Returns what is timed, entry by entry."""
-    x = torch.rand(64, flow.features, device="cuda")
+        return Trial(sample, None)
+    if not entry.startswith("backward"):
 
-    def score(n: int) -> Tensor:
-        with torch.no_grad():
-            return flow.log_prob(x[:n])
+        def score() -> Tensor:
+            with torch.no_grad():
+                return flow.log_prob(x)
 
+        return Trial(score, lambda: record(lambda: (score(), None)[1], device).replay)
     # Without memory and without a step, its first moment is the gradient.
     optimizer = fastmaf.optim.FusedAdam(flow.parameters(), lr=0.0, betas=(0.0, 0.0))
     weight = next(flow.parameters())
 
-    def back(n: int) -> Tensor:
-        optimizer.minimize(-flow.log_prob(x[:n]).mean())
+    def back() -> Tensor:
+        optimizer.minimize(-flow.log_prob(x).mean())
         moment: Tensor = optimizer.state[weight]["exp_avg"]
         return moment.clone()
 
-    def sample(n: int) -> Tensor:
-        return flow.sample(n, generator=torch.Generator("cuda").manual_seed(0))
+    def recorded() -> Callable[[], object]:
+        updates = optimizer.updates_to_capture()
 
-    return [
-        Trial("lanes", 1, lambda: score(1)),
-        Trial("few", 8, lambda: score(8)),
-        Trial("dot", 64, lambda: score(64)),
-        Trial("backward", 8, lambda: back(8)),
-        Trial("backward_many", 64, lambda: back(64)),
-        Trial("inverse", 1, lambda: sample(1)),
-        Trial("inverse", 128, lambda: sample(128)),
-    ]
+        def step() -> None:
+            with optimizer.capturing(updates):
+                optimizer.minimize(-flow.log_prob(x).mean())
+
+        graph = record(step, device)
+        optimizer.advance(updates)
+        return graph.replay
+
+    return Trial(back, recorded)
 
 
-def tune(trial: Trial, key: int, repeats: int) -> list[tuple[float, str]]:
-    """Returns (seconds, parameters) of each alternative that gives the same results, fastest first."""
-    present, expected, found = TABLES[key], trial.run(), []
+def alternatives(entry: str, best: Table, stage: int) -> list[Table]:
+    """Returns tables that differ from the best so far in one entry: its tile, its stages or its programs."""
+    if entry == "inverse":
+        grid = product((4, 8, 16), (4096, 8192, 16384)) if stage == 0 else ()
+        return [best._replace(inverse_warps=warps, inverse_numbers=numbers) for warps, numbers in grid]
+    launch = getattr(best, entry)
+    if stage == 0:
+        found = [launch._replace(rows=r, columns=c, warps=w) for (r, c), w in product(TILES[entry], WARPS)]
+    elif stage == 1:
+        found = [] if entry in ("lanes", "few") else [launch._replace(stages=stages) for stages in STAGES]
+    else:
+        found = [launch._replace(programs_per_sm=programs) for programs in PROGRAMS]
+    return [best._replace(**{entry: one}) for one in found if one != launch]
+
+
+def seconds(trial: Trial, repeats: int = 15) -> float:
+    """Returns the median time of a call, replayed where it can be."""
+    call = trial.run if trial.replay is None else trial.replay()
+    return statistics.median(machine.cuda_seconds_once(call) for _ in range(repeats))
+
+
+def compile_them(asked: argparse.Namespace, key: int, work: Sequence[tuple[str, Table]]) -> None:
+    """Runs trials once each, in a process of its own: what they compile stays in Triton's cache."""
+    fastmaf.use_precision(asked.precision)
+    flow = model(asked)
+    for entry, table in work:
+        TABLES[key] = table
+        try:
+            trial(flow, entry).run()
+        except Exception:  # too large for the card, in one of several ways: said where it is timed
+            torch.cuda.empty_cache()
+
+
+def model(asked: argparse.Namespace) -> fastmaf.MAF:
+    """Returns the flow whose kernels are tuned."""
+    return fastmaf.MAF(12_288, asked.blocks, (512, 512), order="natural", seed=0, device="cuda")
+
+
+def tune(asked: argparse.Namespace, key: int, entry: str, flow: fastmaf.MAF, pool: ProcessPoolExecutor) -> None:
+    """Prints the fastest parameters of an entry."""
+    present = best = TABLES[key]
+    tried = trial(flow, entry)
+    expected = tried.run().clone()
+    fastest = seconds(tried)
+    print(f"\n{entry}, batch {BATCH[entry]}: now {fastest * 1e3:.4f} ms, {line(entry, present)}", flush=True)
     try:
-        for table in alternatives(trial.entry, present):
-            TABLES[key] = table
-            try:
-                error = float((trial.run() - expected).norm() / expected.norm())
-            except Exception as problem:  # too large for the card, in one of several ways
-                print(f"  {_parameters(trial.entry, table)}: {type(problem).__name__}")
-                continue
-            if not error < 1e-5:
-                raise AssertionError(f"{_parameters(trial.entry, table)} is off by a relative {error:.1e}")
-            times = [machine.cuda_seconds_once(trial.run) for _ in range(repeats)]
-            found.append((statistics.median(times), _parameters(trial.entry, table)))
+        for stage in range(3):
+            tables = alternatives(entry, best, stage)
+            workers = asked.workers
+            shares = [[(entry, table) for table in tables[i::workers]] for i in range(workers)]
+            for future in [pool.submit(compile_them, asked, key, share) for share in shares if share]:
+                future.result()
+            for table in tables:
+                TABLES[key] = table
+                tried = trial(flow, entry)
+                try:
+                    error = float((tried.run() - expected).norm() / expected.norm())
+                    if not error < 1e-5:
+                        print(f"  WRONG by a relative {error:.1e}: {line(entry, table)}")
+                        continue
+                    found = seconds(tried)
+                except Exception as problem:
+                    print(f"  {type(problem).__name__}: {line(entry, table)}")
+                    continue
+                if found < fastest:
+                    fastest, best = found, table
+                    print(f"  {found * 1e3:.4f} ms  {line(entry, table)}", flush=True)
     finally:
         TABLES[key] = present
-    return sorted(found)
+    if best is not present:
+        card, versions = torch.cuda.get_device_name(), f"torch {torch.__version__}"
+        print(f"{key}: {line(entry, best)},  # {fastest * 1e3:.4f} ms: {card}, {versions}, {time.strftime('%Y-%m-%d')}")
 
 
-def _parameters(entry: str, table: Table) -> str:
+def line(entry: str, table: Table) -> str:
+    """Returns an entry as it stands in the table."""
     if entry == "inverse":
         return f"inverse_warps={table.inverse_warps}, inverse_numbers={table.inverse_numbers}"
-    return str(getattr(table, entry))
+    return f"{entry}={getattr(table, entry)}"
 
 
 def main() -> None:
-    """Prints the fastest parameters of each trial beside the present ones."""
+    """Prints the fastest parameters of each entry beside the present ones."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--entry", action="append", choices=list(BATCH), help="all if left out")
     parser.add_argument("--blocks", type=int, default=2)
-    parser.add_argument("--repeats", type=int, default=10)
+    parser.add_argument("--precision", default="ieee")
+    parser.add_argument("--workers", type=int, default=min(12, os.cpu_count() or 1))
     asked = parser.parse_args()
     if not torch.cuda.is_available():
         parser.error("no NVIDIA GPU is here, or this torch is built without CUDA")
+    fastmaf.use_precision(asked.precision)
     major, minor = torch.cuda.get_device_capability()
     key = family(10 * major + minor)
-    flow = fastmaf.MAF(12_288, asked.blocks, (512, 512), order="natural", seed=0, device="cuda")
-    print(f"{torch.cuda.get_device_name()}: the table of {key}")
-    for trial in trials(flow):
-        now = statistics.median(machine.cuda_seconds_once(trial.run) for _ in range(asked.repeats + 2))
-        print(f"\n{trial.entry}, batch {trial.batch}: now {now * 1e3:.3f} ms, {_parameters(trial.entry, TABLES[key])}")
-        for time, parameters in tune(trial, key, asked.repeats)[:5]:
-            print(f"  {time * 1e3:.3f} ms  {parameters}")
+    flow = model(asked)
+    print(f"{torch.cuda.get_device_name()}: the table of {key}, precision {asked.precision}")
+    # Everything on the stream on which graphs are recorded: autograd goes back on the stream it came on.
+    on_stream = torch.cuda.stream(_stream(torch.device("cuda", torch.cuda.current_device())))
+    with on_stream, ProcessPoolExecutor(asked.workers, multiprocessing.get_context("spawn")) as pool:
+        for entry in asked.entry or BATCH:
+            tune(asked, key, entry, flow, pool)
 
 
 if __name__ == "__main__":

@@ -124,7 +124,9 @@ class ReplayedLogProb:
         if not can_replay(self.flow):
             return self.flow.log_prob(x)
         key = _key(self.flow, x)
-        with torch.inference_mode(False):  # later calls may come from outside of it
+        # Later calls may come from outside of inference mode. Leaving it switches gradients on, and a result with a graph
+        # would keep autograd's nodes, on this stream, for as long as it lives: no training step could be recorded then.
+        with torch.inference_mode(False), torch.no_grad():
             graphed = self._recent.get(key, lambda: _GraphedLogProb(self.flow, x))
         if graphed is not None:
             return graphed(x)

@@ -234,6 +234,28 @@ def test_replayed_log_prob(device: str) -> None:
     assert torch.equal(first, kept), "a result was overwritten by the next replay"
 
 
+def test_scores_and_steps_are_replayed_beside_each_other(device: str) -> None:
+    """A recorded score that kept an autograd graph would bind the parameters' nodes to its stream: on a GPU no training
+    step could be recorded after it.
+    """
+    flow, x = flow_on(device), batches(device, [3])[0]
+    log_prob, recorded_gradients = flow.log_prob, []
+
+    def watched(x: torch.Tensor) -> torch.Tensor:
+        recorded_gradients.append(torch.is_grad_enabled())
+        return log_prob(x)
+
+    flow.log_prob = watched  # type: ignore[method-assign]
+    replayed = graphs.ReplayedLogProb(flow)
+    for _ in range(3):
+        replayed(x)
+    assert len(recorded_gradients) >= 3 and not any(recorded_gradients)
+    step = fastmaf.TrainingStep(flow, fastmaf.optim.FusedAdam(flow.parameters(), lr=1e-2), graphs=True)
+    losses = [step(x).nll for _ in range(3)]
+    assert losses[2] < losses[0]
+    torch.testing.assert_close(replayed(x), flow.log_prob(x).detach())
+
+
 def test_few_graphs_are_kept(device: str) -> None:
     replayed = graphs.ReplayedLogProb(flow_on(device))
     for _ in range(2):
