@@ -35,8 +35,8 @@ def record(run: Callable[[], None], device: torch.device, pool: Any = None) -> t
 
     What it launches must have been compiled and loaded before.
     """
-    # Autograd keeps one node per leaf that accumulates its gradient, on the stream of the pass that made it. One that an
-    # unreachable earlier pass still holds would make the recorded pass wait for a stream that is not recorded.
+    # Autograd keeps one node per leaf that accumulates its gradient, on the stream of the pass that made it. If an
+    # earlier pass that is garbage still held it, the recorded pass would wait for a stream that is not recorded.
     gc.collect()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.device(device), torch.cuda.graph(graph, pool=pool, stream=_stream(device)):
@@ -124,8 +124,8 @@ class ReplayedLogProb:
         if not can_replay(self.flow):
             return self.flow.log_prob(x)
         key = _key(self.flow, x)
-        # Later calls may come from outside of inference mode. Leaving it switches gradients on, and a result with a graph
-        # would keep autograd's nodes, on this stream, for as long as it lives: no training step could be recorded then.
+        # Later calls may come from outside of inference mode. Leaving that switches gradients on, and a result with an
+        # autograd graph would keep the parameters' nodes on another stream: no training step could be recorded then.
         with torch.inference_mode(False), torch.no_grad():
             graphed = self._recent.get(key, lambda: _GraphedLogProb(self.flow, x))
         if graphed is not None:
