@@ -69,7 +69,7 @@ def trials(flow: fastmaf.MAF) -> list[Trial]:
     weight = next(flow.parameters())
 
     def back(n: int) -> Tensor:
-        optimizer.minimize(-flow.log_prob(x[:n]).mean())
+        optimizer.minimize(-flow.log_prob(x[:n]).mean(), check_finite=False)  # which would wait for the GPU
         moment: Tensor = optimizer.state[weight]["exp_avg"]
         return moment.clone()
 
