@@ -70,7 +70,7 @@ class _State(NamedTuple):
 
 def _state(module: nn.Module) -> _State:
     """Returns the state of a module and of those below it, faster than ``nn.Module.named_parameters`` finds them."""
-    parameters = [parameter for parameter in module._parameters.values() if parameter is not None]
+    parameters: list[Tensor] = [p for p in module._parameters.values() if p is not None]
     places = [parameter.data_ptr() for parameter in parameters]
     for buffer in module._buffers.values():
         if buffer is not None:
