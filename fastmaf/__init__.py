@@ -20,9 +20,10 @@ from fastmaf.graphs import ReplayedLogProb
 from fastmaf.kernels.backends import BackendUnavailableError, use_backend
 from fastmaf.kernels.launch_table import use_precision
 from fastmaf.local import LocalAutoregressive
+from fastmaf.loss_checks import NonFiniteLossError
 from fastmaf.memory import memory_estimate
 from fastmaf.nn import MADE, MaskedLinear
-from fastmaf.training import Guards, NonFiniteLossError, StepReport, TrainingStep
+from fastmaf.training import Guards, StepReport, TrainingStep
 from fastmaf.transforms import AffineAutoregressive, Logit, NotInvertibleError, Permutation, Transform
 from fastmaf.whitening import GaussianWhitening
 

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fastmaf.kernels.factors import AdamNumbers
+from fastmaf.kernels.factors import AdamNumbers, Update
 
 
 class NotCapturableError(RuntimeError):
@@ -18,25 +17,37 @@ class NotCapturableError(RuntimeError):
 class CapturedUpdates:
     """The updates of a step that was captured in a CUDA graph: which they are, and the scalars that replays read.
 
+    While it is captured nothing is counted: ``FusedAdam.advance`` counts and sends the scalars before each replay.
+
     Args:
         device: of the parameters.
         most: how many updates there can be.
+        state: of the optimiser, by parameter.
     """
 
-    def __init__(self, device: torch.device, most: int) -> None:
+    def __init__(self, device: torch.device, most: int, state: dict[Tensor, dict[str, Any]]) -> None:
         self.parameters: dict[Tensor, dict[str, Any]] = {}  # with their groups, in the order of their rows
+        self._state = state
         self._rows: dict[Tensor, int] = {}
         self._moments: list[Tensor] = []  # for as long as replays write to them
         width = len(AdamNumbers(1, 1.0, 0.0, 0.0, 1.0, 0.0, False, False).kernel_scalars())
         self._host = torch.zeros(most, width, device="cpu", pin_memory=device.type == "cuda")
         self._device = torch.zeros(most, width, device=device)
 
-    def add(self, parameter: Tensor, group: dict[str, Any], moments: Sequence[Tensor]) -> Tensor:
-        """Adds an update; returns where its scalars will be."""
+    def begin(self, parameter: Tensor, group: dict[str, Any]) -> Update:
+        """Adds an update of a parameter of this group; its scalars are read on the device.
+
+        Raises:
+            NotCapturableError: the parameter has no state.
+        """
+        state = self._state.get(parameter)
+        if not state:
+            raise NotCapturableError("a parameter has no optimiser state yet: it makes that in its first step")
+        moments = state["exp_avg"], state["exp_avg_sq"]
         self._moments += moments
         self.parameters[parameter] = group
         row = self._rows.setdefault(parameter, len(self._rows))
-        return self._device[row]
+        return Update(*moments, AdamNumbers.of(1, group), self._device[row])
 
     def set(self, scalars: list[list[float]]) -> None:
         """Sends the scalars of the next replay. The one before must have been waited for: it may still be reading."""

@@ -12,10 +12,10 @@ import math
 import warnings
 from collections import OrderedDict
 from collections.abc import Callable
-from typing import Any, Generic, TypeAlias, TypeVar
+from typing import Any, Generic, NamedTuple, TypeAlias, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fastmaf.captured import NotCapturableError
 from fastmaf.flows import Flow
@@ -58,10 +58,48 @@ def can_replay(flow: Flow) -> bool:
     return (backends.chosen() or backends.default_backend("chain", like)) == "triton"
 
 
-def _key(flow: Flow, x: Tensor) -> Key:
-    """Returns all that a graph depends on beside the numbers: a weight that moved would be read where it was."""
-    addresses = tuple(parameter.data_ptr() for parameter in flow.parameters())
-    return x.shape, x.dtype, x.device, addresses, backends.chosen(), launch_table.chosen_precision()
+class _State(NamedTuple):
+    """What a flow's modules hold at the moment.
+
+    Attributes:
+        parameters: all of them.
+        places: their addresses, and the addresses and versions of the buffers.
+        hooked: a module has hooks, which a replay would not call.
+    """
+
+    parameters: list[Tensor]
+    places: list[int]
+    hooked: bool
+
+
+def _state(module: nn.Module) -> _State:
+    """Returns the state of a module and of those below it, faster than ``nn.Module.named_parameters`` finds them."""
+    parameters: list[Tensor] = [p for p in module._parameters.values() if p is not None]
+    places = [parameter.data_ptr() for parameter in parameters]
+    for buffer in module._buffers.values():
+        if buffer is not None:
+            places += buffer.data_ptr(), 0 if buffer.is_inference() else buffer._version
+    hooked = bool(
+        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    )
+    for child in module._modules.values():
+        if child is not None:
+            below = _state(child)
+            parameters += below.parameters
+            places += below.places
+            hooked |= below.hooked
+    return _State(parameters, places, hooked)
+
+
+def _key(flow: Flow, x: Tensor, state: _State) -> Key:
+    """Returns all that a graph depends on beside the numbers that it reads.
+
+    A tensor that moved would be read where it was. What follows from buffers, such as the log-determinant of a fitted
+    whitening, may have been worked out on the host, so a buffer that was written to needs another graph as well.
+    """
+    autocast = torch.is_autocast_enabled(x.device.type) and torch.get_autocast_dtype(x.device.type)
+    modes = flow.training, autocast, torch.get_float32_matmul_precision()
+    return x.shape, x.dtype, x.device, *state.places, modes, backends.chosen(), launch_table.chosen_precision()
 
 
 class _Recent(Generic[T]):
@@ -108,7 +146,9 @@ class _GraphedLogProb:
 class ReplayedLogProb:
     """``flow.log_prob`` without gradients, replayed as a CUDA graph from the second batch of a shape on.
 
-    Where graphs cannot be recorded, as on the CPU, it calls ``flow.log_prob``. Weights may be updated in place.
+    Where graphs cannot be recorded, as on the CPU or with hooks on a module, it calls ``flow.log_prob``. Weights may be
+    updated in place; a buffer that is written to needs another graph. What a transform of your own reads from anything
+    but parameters and buffers is read when the graph is recorded.
 
     Args:
         flow: the model.
@@ -121,9 +161,9 @@ class ReplayedLogProb:
     @torch.no_grad()
     def __call__(self, x: Tensor) -> Tensor:
         """Returns the log-density of ``x`` ``[N, D]``, ``[N]`` nats."""
-        if not can_replay(self.flow):
+        if not can_replay(self.flow) or (state := _state(self.flow)).hooked:
             return self.flow.log_prob(x)
-        key = _key(self.flow, x)
+        key = _key(self.flow, x, state)
         # Later calls may come from outside of inference mode. Leaving that switches gradients on, and a result with an
         # autograd graph would keep the parameters' nodes on another stream: no training step could be recorded then.
         with torch.inference_mode(False), torch.no_grad():
@@ -148,14 +188,14 @@ class GraphedStep:
         clips: gradients are to be clipped.
 
     Raises:
-        NotCapturableError: see ``FusedAdam.capturing``.
+        NotCapturableError: see ``FusedAdam.capture_minimize`` and ``FusedAdam.capture_step``.
     """
 
     _loss: Tensor
 
     def __init__(self, flow: Flow, optimizer: FusedAdam, x: Tensor, *, clips: bool = False) -> None:
         self._flow, self._optimizer, self._x = flow, optimizer, x.clone()
-        self._updates = optimizer.updates_to_capture()
+        self._updates = optimizer.captured_updates()
         if clips:
             compile_adam(x.device)
         self._forward = record(self._run_forward, x.device)
@@ -168,16 +208,14 @@ class GraphedStep:
         self._loss = -self._flow.log_prob(self._x).mean()
 
     def _run_minimize(self) -> None:
-        with self._optimizer.capturing(self._updates):
-            self._optimizer.minimize(self._loss)
+        self._optimizer.capture_minimize(self._loss, self._updates)
 
     def _run_backward(self) -> None:
-        self._loss.backward()
-        self._squared_norm = self._optimizer.squared_grad_norm()
+        self._gradients = self._optimizer.capture_gradients(self._loss)
+        self._squared_norm = self._gradients.squared_norm()
 
     def _run_step(self) -> None:
-        with self._optimizer.capturing(self._updates):
-            self._optimizer.step()
+        self._optimizer.capture_step(self._gradients, self._updates)
 
     def forward(self, x: Tensor) -> Tensor:
         """Returns the mean NLL of ``x``, in nats."""
@@ -203,6 +241,7 @@ class GraphedStep:
             scale = clip_scale(norm, max_norm)
         self._optimizer.advance(self._updates, scale)
         self._step.replay()
+        torch.autograd.graph.increment_version(list(self._updates.parameters))  # autograd does not see the replay
         return True
 
 
@@ -220,27 +259,39 @@ class GraphedSteps:
         Warns:
             UserWarning: once, where such steps cannot be recorded.
         """
-        if self._refused or not can_replay(self._flow):
+        key = self._key(x)
+        if key is None:
             return None
 
         def make() -> GraphedStep:
             return GraphedStep(self._flow, self._optimizer, x, clips=self._clips)
 
         try:
-            return self._recent.get(self._key(x), make)
+            return self._recent.get(key, make)
         except NotCapturableError as error:
             self._refused = True
-            self._optimizer.zero_grad()  # what was recorded has no values
             warnings.warn(f"training steps are not replayed as CUDA graphs: {error}", stacklevel=3)
             return None
 
-    def _key(self, x: Tensor) -> Key:
-        """Adds to a flow's key what a step depends on: which parameters are trained, and where their moments lie."""
-        states = [self._optimizer.state.get(parameter, {}) for parameter in self._flow.parameters()]
-        moments = tuple(t.data_ptr() for state in states for name, t in state.items() if name != "step")
-        return *_key(self._flow, x), tuple(p.requires_grad for p in self._flow.parameters()), moments
-
     def stepped(self, x: Tensor) -> None:
         """Notes that a step on a batch like ``x`` was taken without."""
-        if not self._refused and can_replay(self._flow):
-            self._recent.met(self._key(x))
+        key = self._key(x)
+        if key is not None:
+            self._recent.met(key)
+
+    def _key(self, x: Tensor) -> Key | None:
+        """Adds to a flow's key what a step depends on: what is trained and how, and where the moments lie.
+
+        None where nothing can be replayed: a replay calls no hooks.
+        """
+        if self._refused or not can_replay(self._flow) or self._optimizer.has_step_hooks():
+            return None
+        state = _state(self._flow)
+        if state.hooked:
+            return None
+        moments: list[int] = []
+        for parameter in state.parameters:
+            known = self._optimizer.state.get(parameter)
+            if known:
+                moments += known["exp_avg"].data_ptr(), known["exp_avg_sq"].data_ptr()
+        return *_key(self._flow, x, state), *self._optimizer.modes(state.parameters), *moments

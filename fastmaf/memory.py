@@ -20,7 +20,7 @@ from fastmaf.kernels import backends
 from fastmaf.kernels.layout import padding_is_held
 from fastmaf.nn import MaskedLinear
 from fastmaf.optim import FusedAdam
-from fastmaf.optimiser_memory import Optimiser, is_fused, state_per_number, step_bytes
+from fastmaf.optimiser_memory import Optimiser, forms_no_gradients, state_per_number, step_bytes
 from fastmaf.transforms import Permutation
 from fastmaf.workspace import workspace_bytes
 
@@ -66,9 +66,9 @@ def memory_estimate(
             of a class that fastmaf does not know counts as if it kept three tensors ``[N, D]``.
         batch: N, at least 1.
         optimiser: a torch optimiser or its class; None for ``log_prob`` under ``torch.no_grad()``.
-        update: how ``FusedAdam`` is used: ``"minimize"``, as ``TrainingStep`` does; ``"step"`` after a backward pass;
-            or ``"clip"``, with ``clip_grad_norm_`` between the two, as ``TrainingStep`` does under
-            ``Guards(max_grad_norm=...)``.
+        update: how ``FusedAdam`` is used: ``"minimize"``, as ``TrainingStep`` does; ``"clip"``, with its
+            ``max_grad_norm``, as ``TrainingStep`` does under ``Guards(max_grad_norm=...)``; or ``"step"``, after a
+            backward pass that stores gradients, as any torch optimiser.
         device: where the flow is to run, if not where it is; a flow on ``"meta"`` is meant for the CPU.
 
     Returns:
@@ -99,11 +99,11 @@ def memory_parts(
     case = _Case(flow, batch, optimiser, update, where, _backend(where, like.dtype))
     held = sum(map(case.size, flow.parameters())) + sum(map(_bytes, flow.buffers())) + _padding(case)
     training = optimiser is not None
-    layer_by_layer = optimiser is not None and is_fused(optimiser) and update != "minimize"
+    layer_by_layer = case.factored and update == "clip"
     buffers = workspace_bytes(flow, batch, where, case.backend, training=training, layer_by_layer=layer_by_layer)
     if optimiser is None:
         return MemoryParts(held, 0, 0, case.plane, _scoring(case) + buffers)
-    size = case.size if is_fused(optimiser) else _bytes
+    size = case.size if case.factored else _bytes
     state = int(state_per_number(optimiser) * sum(map(size, case.trained)))
     moments = (
         MemoryParts(held, state, grads, activations, transient + buffers)
@@ -122,6 +122,11 @@ class _Case:
     update: Update
     device: torch.device
     backend: str
+
+    @cached_property
+    def factored(self) -> bool:
+        """Whether the gradients of packed weights are not stored."""
+        return self.optimiser is not None and self.update != "step" and forms_no_gradients(self.optimiser)
 
     @cached_property
     def plane(self) -> int:
@@ -204,27 +209,26 @@ def _moments(case: _Case, optimiser: Optimiser) -> Iterator[tuple[int, int, int]
     and of transients.
     """
     plane, reference, one = case.plane, case.backend == "reference", case.blocks == 1
-    fused = is_fused(optimiser)
     largest = max((_bytes(p) for p in case.trained if id(p) in case.packed), default=0)
-    stored = [p for p in case.trained if not (fused and id(p) in case.packed)]
+    stored = [p for p in case.trained if not (case.factored and id(p) in case.packed)]
     grads = sum(_bytes(p) if reference else case.size(p) for p in stored)
     kept = case.flow._kept_numel(case.batch) * case.item + plane  # and the batch itself
 
     # Going back through ½z²: z, and three tensors like it.
     yield 0, kept, 4 * plane
-    if fused and case.update != "minimize":
+    if case.factored and case.update == "clip":
         # Until the step, each layer's gradient from above waits with all that is kept, and a block's zeros beside it.
         kept += (2 * case.blocks - 1) * plane + case.hidden
         backward = (8 if reference else 3) if one else (10 if reference else 5)
         yield grads, kept, backward * plane
         # The reference forms a whole weight's gradient, and measures its norm in float64.
         yield grads, kept, max(6 * plane, 5 * plane + largest) if reference else 0
-        yield grads, kept, 16 * (largest // case.item) if reference and case.update == "clip" else 0
+        yield grads, kept, 16 * (largest // case.item) if reference else 0
     elif not reference:
         yield grads, kept, 2 * plane  # z and its gradient
     else:
         above = 1 if one else 4  # z, and what came from the block above
-        if fused:
+        if case.factored:
             yield grads, kept, max(9 * plane, 8 * plane + largest) + above * plane
         else:
             first = sum(_bytes(layer.weight) for layer in case.flow._mades()[0].layers[:-1]) if case.blocks else 0

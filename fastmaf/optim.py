@@ -1,200 +1,232 @@
-"""Adam that never stores the gradient of a packed weight: ``fastmaf.optim.FusedAdam``."""
+"""Adam that need not store the gradients of packed weights: ``fastmaf.optim.FusedAdam``."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.optim import optimizer as torch_optimizer
 
 from fastmaf.captured import CapturedUpdates, NotCapturableError
+from fastmaf.gradient_sinks import Applies, Gradients, Keeps, backward, single_uses
 from fastmaf.kernels import empty_on_huge_pages
 from fastmaf.kernels.adam import adam_step_
-from fastmaf.kernels.factors import AdamNumbers, Factors, Update, give_to, joined
-
-_TWICE = "minimize() met a weight that takes part in the loss twice: use loss.backward() and step() instead"
-
-
-class _Taker:
-    """Takes the gradient of one weight: keeps its factors until the step, or applies them at once."""
-
-    def __init__(self) -> None:
-        self.kept: list[Factors] = []
-        self.begin: Callable[[], Update] | None = None
-
-    @property
-    def updates_at_once(self) -> bool:
-        return self.begin is not None
-
-    def begin_update(self) -> Update:
-        assert self.begin is not None
-        return self.begin()
-
-    def take(self, factors: Factors, need_inputs: bool) -> tuple[Tensor, ...]:
-        if self.begin is not None:
-            return factors.adam_(self.begin(), need_inputs=need_inputs)
-        self.kept.append(factors)
-        return factors.grad_inputs(need_inputs)
+from fastmaf.kernels.factors import AdamNumbers, Update
+from fastmaf.loss_checks import check_loss, check_processes
+from fastmaf.step_counts import StepCounts
 
 
 class FusedAdam(torch.optim.Adam):
-    """``torch.optim.Adam`` for the packed weights of fastmaf's layers, with the same numbers to rounding.
+    """``torch.optim.Adam`` with ``minimize``, which forms no gradients of packed weights; the same numbers to rounding.
 
-    A backward pass leaves no gradient in ``weight.grad``: the optimiser keeps the small matrices that it is the product
-    of, and ``step`` forms it tile by tile and updates weight and moments there and then. Per step that saves writing
-    and reading one number per weight, and its memory. ``minimize`` saves reading the weights once more.
+    ``loss.backward()`` and ``step()`` behave as with ``torch.optim.Adam``: gradients are stored in ``grad``, where
+    other optimisers, hooks, ``torch.nn.utils.clip_grad_norm_``, ``GradScaler`` and ``DistributedDataParallel`` find
+    them. ``minimize(loss)`` takes the place of both: it updates each layer during the backward pass, from the small
+    matrices that the weight's gradient is the product of. Per step that saves writing and reading one number per
+    weight, and its memory.
 
-    Everything else (biases, other modules' parameters, a gradient that arrives in ``grad`` all the same) is updated as
-    ``torch.optim.Adam`` does. The state has its names and shapes, so that either can go on from the other's
-    ``state_dict``. Gradients add up over several backward passes, as usual.
+    The state has the names and shapes of Adam's, so that either can go on from the other's ``state_dict``.
 
     Args:
         params: parameters or groups, as for any torch optimiser.
-        lr, betas, eps, weight_decay, maximize, decoupled_weight_decay: as for ``torch.optim.Adam``;
-            ``decoupled_weight_decay`` makes it AdamW.
+        lr, betas, eps, weight_decay, amsgrad, foreach, maximize, capturable, differentiable, fused,
+            decoupled_weight_decay: as for ``torch.optim.Adam``, but that ``step`` uses torch's fused kernels where they
+            exist and none of ``foreach``, ``fused``, ``capturable`` and ``differentiable`` is given.
 
     References:
         Kingma and Ba 2015, Adam: A Method for Stochastic Optimization, algorithm 1.
+
+    Example:
+        >>> flow = fastmaf.MAF(6, 2, (16,), order="natural", seed=0)
+        >>> optimizer = FusedAdam(flow.parameters(), lr=1e-3)
+        >>> optimizer.minimize(-flow.log_prob(torch.zeros(4, 6)).mean())
+        True
     """
 
     def __init__(
         self,
         params: Iterable[Any],
-        lr: float = 1e-3,
-        betas: tuple[float, float] = (0.9, 0.999),
+        lr: float | Tensor = 1e-3,
+        betas: tuple[float | Tensor, float | Tensor] = (0.9, 0.999),
         eps: float = 1e-8,
         weight_decay: float = 0.0,
+        amsgrad: bool = False,
         *,
+        foreach: bool | None = None,
         maximize: bool = False,
+        capturable: bool = False,
+        differentiable: bool = False,
+        fused: bool | None = None,
         decoupled_weight_decay: bool = False,
     ) -> None:
-        self._takers: dict[Tensor, _Taker] = {}
-        self._capturing: CapturedUpdates | None = None
+        self._counts = StepCounts()
         super().__init__(
             params,
             lr,
             betas,
             eps,
             weight_decay,
+            amsgrad,
+            foreach=foreach,
             maximize=maximize,
+            capturable=capturable,
+            differentiable=differentiable,
+            fused=fused,
             decoupled_weight_decay=decoupled_weight_decay,
-            foreach=False,
         )
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Restores a pickled or copied optimiser, or a loaded ``state_dict``."""
+        self._counts = StepCounts()
+        super().__setstate__(state)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds a group of parameters; see ``torch.optim.Optimizer``."""
         super().add_param_group(param_group)
         group = self.param_groups[-1]
-        # torch's own fused step for the rest, where it exists.
-        group["fused"] = all(p.device.type in ("cpu", "cuda") and p.is_floating_point() for p in group["params"])
-        for parameter in group["params"]:
-            self._takers[parameter] = _Taker()
-            give_to(parameter, self._takers[parameter])
+        chosen = group["fused"] is not None or group["foreach"] is not None
+        if not (chosen or group["capturable"] or group["differentiable"]):
+            group["fused"] = all(p.device.type in ("cpu", "cuda") and p.is_floating_point() for p in group["params"])
 
-    def zero_grad(self, set_to_none: bool = True) -> None:
-        """Forgets all gradients, those kept as factors too."""
-        super().zero_grad(set_to_none)
-        for taker in self._takers.values():
-            taker.kept.clear()
+    def _init_group(self, group: dict[str, Any], params_with_grad: list[Tensor], *lists: Any) -> bool:
+        """Tells autograd which parameters a step writes to: torch's fused kernels, unlike its others, do not."""
+        has_complex: bool = super()._init_group(group, params_with_grad, *lists)
+        if group["fused"] and params_with_grad:
+            torch.autograd.graph.increment_version(params_with_grad)
+        return has_complex
 
-    @torch.no_grad()
-    def step(self, closure: Any = None) -> Any:
-        """Takes one step, as ``torch.optim.Adam.step``."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-        for group in self.param_groups:
-            for parameter in group["params"]:
-                if self._takers[parameter].kept:
-                    factors = self._taken(parameter)
-                    if parameter.grad is None:
-                        factors.adam_(self._begin(parameter, group))
-                    else:  # another part of the graph, such as a compiled one, has left a gradient
-                        parameter.grad += factors.grad_weight()
-                # Torch's own step refuses to be captured: the kernel that reads its scalars on the device takes it.
-                if self._capturing is not None and parameter.grad is not None:
-                    if parameter.dtype != torch.float32 or not parameter.is_contiguous():
-                        raise NotCapturableError("a parameter with a gradient in grad is not contiguous float32")
-                    adam_step_(parameter, parameter.grad, self._begin(parameter, group))
-                    parameter.grad = None
-        if self._capturing is None:
-            self._step_stored()
-        return loss
-
-    def _step_stored(self) -> None:
-        """Lets torch take the step of every parameter that has a gradient in ``grad``."""
-        for group in self.param_groups:
-            for parameter in group["params"]:
-                state = self.state.get(parameter)
-                if parameter.grad is not None and state and group["fused"]:
-                    state["step"] = state["step"].to(parameter.device)  # where torch's fused step counts
-        super().step()
-
-    def minimize(self, loss: Tensor) -> None:
-        """Does what ``loss.backward()``, ``step()`` and ``zero_grad()`` do, in one pass over each weight.
+    def minimize(self, loss: Tensor, max_grad_norm: float | None = None, *, check_finite: bool = True) -> bool:
+        """Does what ``loss.backward()``, ``step()`` and ``zero_grad()`` do, in one pass over each packed weight.
 
         Each layer is updated during the backward pass, right after the gradient of its input has been formed from the
-        same weights. A weight must take part in ``loss`` once: a second use is refused, but what came before it in the
-        backward pass has been updated by then.
+        same weights. With ``max_grad_norm`` the gradients are kept in factored form until their norm is known.
+
+        Gradients are stored in ``grad`` after all, and the step is that of ``torch.optim.Adam``, for parameters that do
+        not take part in ``loss`` exactly once, that have hooks, whose dtype is neither float32 nor float64, or whose
+        group has ``amsgrad`` or ``differentiable``; for all parameters where step hooks are registered. Hooks are
+        called once.
+
+        An error that is raised before the backward pass leaves everything as it was. One that is raised by the backward
+        pass itself, such as a lack of memory, leaves the layers that it has reached updated.
 
         Args:
             loss: a scalar.
+            max_grad_norm: the gradients of all parameters of this optimiser are scaled down to this common L2 norm;
+                None leaves them. With ``math.inf`` nothing is scaled, but a norm that is not finite is noticed.
+            check_finite: False where the loss is known to be finite; the check waits for a GPU.
+
+        Returns:
+            Whether the step was taken. With ``max_grad_norm`` nothing changes where the norm is not finite.
 
         Raises:
-            RuntimeError: gradients of an earlier backward pass wait for ``step`` (nothing was changed), or a weight is
-                used twice.
+            NonFiniteLossError: the loss is NaN or infinite.
+            ValueError: ``loss`` is not a scalar that requires grad, or ``max_grad_norm`` is not positive.
+            RuntimeError: gradients are waiting in ``grad``; ``loss`` was scaled by ``torch.amp.GradScaler``; several
+                processes train together, whose gradients would not be averaged; or another ``minimize`` of the same
+                weights is running.
         """
-        if any(taker.kept or p.grad is not None for p, taker in self._takers.items()):
+        groups = self._groups()
+        if max_grad_norm is not None and not max_grad_norm > 0:
+            raise ValueError(f"max_grad_norm must be positive, or None for no limit; found {max_grad_norm}")
+        if any(parameter.grad is not None for parameter in groups):
             raise RuntimeError(
-                "gradients of an earlier backward pass are waiting for step(): call step() or zero_grad() before "
-                "minimize()"
+                "gradients of an earlier backward pass are waiting in grad: call step(), or zero_grad() with "
+                "set_to_none=True, before minimize()"
             )
-        updated: set[Tensor] = set()
+        check_processes()
+        check_loss(loss, finite=check_finite)
+        updates = _Updates(self.state, self._counts)
+        uses = {} if self.has_step_hooks() else self._factorable(loss, groups)
         try:
-            for group in self.param_groups:
-                for parameter in group["params"]:
-                    self._takers[parameter].begin = self._beginner(parameter, group, updated)
-            loss.backward()
+            if max_grad_norm is None:
+                backward(loss, {p: Applies(node, updates, p, groups[p]) for p, node in uses.items()})
+                if any(parameter.grad is not None for parameter in updates.begun):
+                    raise RuntimeError(
+                        "a weight that was updated got another gradient, from a part of the graph that autograd does "
+                        "not show: use loss.backward() and step() for this loss"
+                    )
+            elif not self._clipped(loss, {p: Keeps(node) for p, node in uses.items()}, groups, updates, max_grad_norm):
+                return False
+            updates.count()
+            self.step()
         finally:
-            for taker in self._takers.values():
-                taker.begin = None
-        if any(parameter.grad is not None for parameter in updated):
-            self.zero_grad()
-            raise RuntimeError(_TWICE)
-        if self._capturing is not None:
-            # torch's own step refuses to be captured, even where it has nothing to do.
-            if any(parameter.grad is not None for parameter in self._takers):
-                self.zero_grad()
-                raise NotCapturableError("a parameter that is not of the flow's blocks got a gradient")
-            return
-        with torch.no_grad():
-            self._step_stored()
-        self.zero_grad()
+            updates.count()  # also what was updated before an error
+            for parameter in groups:
+                parameter.grad = None
+        return True
 
-    def updates_to_capture(self) -> CapturedUpdates:
-        """Returns an empty record for ``capturing``."""
-        return CapturedUpdates(self.param_groups[0]["params"][0].device, len(self._takers))
+    def clip_grad_norm_(self, max_norm: float) -> float:
+        """Calls ``torch.nn.utils.clip_grad_norm_`` on all parameters of the optimiser; returns the norm before.
 
-    @contextmanager
-    def capturing(self, updates: CapturedUpdates) -> Iterator[None]:
-        """Within the block, ``minimize`` and ``step`` count nothing and use the scalars that ``advance`` sends before a
-        replay.
+        For gradients in ``grad``, between ``loss.backward()`` and ``step()``; ``minimize`` has ``max_grad_norm``.
+        """
+        return float(torch.nn.utils.clip_grad_norm_(self._groups(), max_norm))
 
-        For CUDA graphs of them. Every parameter must have taken a step before, so that its state is there.
+    def has_step_hooks(self) -> bool:
+        """Says whether hooks are to be called before or after a step, by this optimiser or by all."""
+        return bool(
+            self._optimizer_step_pre_hooks
+            or self._optimizer_step_post_hooks
+            or torch_optimizer._global_optimizer_pre_hooks
+            or torch_optimizer._global_optimizer_post_hooks
+        )
+
+    def modes(self, parameters: Iterable[Tensor]) -> tuple[bool, ...]:
+        """Returns what a captured step of these parameters depends on beside numbers."""
+        of_groups = (group[name] for group in self.param_groups for name in ("amsgrad", "differentiable"))
+        return *of_groups, *(p.requires_grad and not _has_hooks(p) for p in parameters)
+
+    def captured_updates(self) -> CapturedUpdates:
+        """Returns an empty record for a step that is to be captured in a CUDA graph."""
+        groups = self._groups()
+        return CapturedUpdates(next(iter(groups)).device, len(groups), self.state)
+
+    def capture_minimize(self, loss: Tensor, updates: CapturedUpdates) -> None:
+        """Does what ``minimize`` does, for a CUDA graph: nothing is counted, and scalars are read on the device.
 
         Raises:
-            NotCapturableError: where a parameter's state is missing, or its gradient reaches it in ``grad``: in
-                ``minimize`` always, in ``step`` if it is not contiguous float32.
+            NotCapturableError: a parameter has no state yet, or its gradient must be stored.
         """
-        self._capturing = updates
-        try:
-            yield
-        finally:
-            self._capturing = None
+        groups = self._groups()
+        uses = self._factorable(loss, groups)
+        backward(loss, {p: Applies(node, updates, p, groups[p]) for p, node in uses.items()})
+        if any(parameter.grad is not None for parameter in groups):
+            self.zero_grad()
+            raise NotCapturableError("a parameter that is not of the flow's blocks, or that has hooks, got a gradient")
+
+    def capture_gradients(self, loss: Tensor) -> Gradients:
+        """Returns the gradients of a loss, for ``capture_step``; nothing is left in ``grad``.
+
+        Raises:
+            NotCapturableError: a parameter has hooks, which a replay would not call, or a group has ``amsgrad``.
+        """
+        groups = self._groups()
+        sinks = {parameter: Keeps(node) for parameter, node in self._factorable(loss, groups).items()}
+        backward(loss, sinks)
+        gradients = Gradients.collect(sinks, groups)
+        self.zero_grad()
+        if any(_has_hooks(p) or groups[p]["amsgrad"] or groups[p]["differentiable"] for p in gradients.stored):
+            raise NotCapturableError("a parameter has hooks, or its group amsgrad or differentiable")
+        return gradients
+
+    @torch.no_grad()
+    def capture_step(self, gradients: Gradients, updates: CapturedUpdates) -> None:
+        """Takes a step with gradients of ``capture_gradients``, for a CUDA graph.
+
+        Raises:
+            NotCapturableError: a parameter has no state yet, or is stored otherwise than the kernel needs it.
+        """
+        groups = self._groups()
+        for weight, factors in gradients.factored.items():
+            factors.adam_(updates.begin(weight, groups[weight]))
+        for parameter, grad in gradients.stored.items():
+            # torch's own step refuses to be captured: the kernel that reads its scalars on the device takes it.
+            if parameter.dtype != torch.float32 or not parameter.is_contiguous():
+                raise NotCapturableError("a parameter with a gradient in grad is not contiguous float32")
+            adam_step_(parameter, grad, updates.begin(parameter, groups[parameter]))
 
     @torch.no_grad()
     def advance(self, updates: CapturedUpdates, scale: float = 1.0) -> None:
@@ -202,102 +234,97 @@ class FusedAdam(torch.optim.Adam):
 
         ``scale`` multiplies all gradients.
         """
+        counters = {parameter: self.state[parameter]["step"] for parameter in updates.parameters}
         known: dict[tuple[int, int], list[float]] = {}  # most parameters share a group and a step
         scalars = []
         for parameter, group in updates.parameters.items():
-            step = self._count(parameter)
-            key = id(group), step
+            key = id(group), self._counts.of(parameter, counters[parameter]) + 1
             if key not in known:
-                known[key] = _numbers(step, group).kernel_scalars(scale)
+                known[key] = AdamNumbers.of(key[1], group).kernel_scalars(scale)
             scalars.append(known[key])
+        self._counts.add_one(counters)
         updates.set(scalars)
 
-    @torch.no_grad()
-    def clip_grad_norm_(self, max_norm: float) -> float:
-        """Scales all gradients so that their common L2 norm is at most ``max_norm``; returns the norm before.
+    def _groups(self) -> dict[Tensor, dict[str, Any]]:
+        """Returns all parameters, each with its group."""
+        return {parameter: group for group in self.param_groups for parameter in group["params"]}
 
-        ``torch.nn.utils.clip_grad_norm_`` does not see gradients that are kept as factors.
+    def _factorable(self, loss: Tensor, groups: dict[Tensor, dict[str, Any]]) -> dict[Tensor, object]:
+        """Returns the parameters whose gradients need not be stored, each with the node of the graph that uses it."""
+        return {
+            parameter: node
+            for parameter, node in single_uses(loss).items()
+            if (group := groups.get(parameter)) is not None
+            and parameter.dtype in (torch.float32, torch.float64)
+            and not (group["amsgrad"] or group["differentiable"] or _has_hooks(parameter))
+        }
 
-        Args:
-            max_norm: limit on the norm; ``math.inf`` only measures. Where the norm is not finite nothing is scaled.
-        """
-        norm = math.sqrt(float(self.squared_grad_norm()))
+    def _clipped(
+        self,
+        loss: Tensor,
+        sinks: dict[Tensor, Keeps],
+        groups: dict[Tensor, dict[str, Any]],
+        updates: _Updates,
+        max_norm: float,
+    ) -> bool:
+        """Goes back through a loss, and applies or leaves in ``grad`` the clipped gradients if their norm is finite."""
+        backward(loss, sinks)
+        gradients = Gradients.collect(sinks, groups)
+        norm = math.sqrt(float(gradients.squared_norm()))
+        if not math.isfinite(norm):
+            return False
         scale = clip_scale(norm, max_norm)
-        if scale != 1.0:
-            if stored := [p.grad for p in self._takers if p.grad is not None]:
-                torch._foreach_mul_(stored, scale)
-            for taker in self._takers.values():
-                taker.kept = [factors.scaled(scale) for factors in taker.kept]
-        return norm
+        with torch.no_grad():
+            if scale != 1.0 and gradients.stored:
+                torch._foreach_mul_(list(gradients.stored.values()), scale)
+            for weight, factors in gradients.factored.items():
+                factors.scaled(scale).adam_(updates.begin(weight, groups[weight]))
+        return True
 
-    @torch.no_grad()
-    def squared_grad_norm(self) -> Tensor | float:
-        """Returns the square of all gradients' common L2 norm; on a GPU a tensor, so that nothing waits for it here."""
-        for taker in self._takers.values():
-            if taker.kept:
-                taker.kept = [joined(taker.kept)]
-        squares = [factors.squared_norm() for taker in self._takers.values() for factors in taker.kept]
-        if stored := [p.grad for p in self._takers if p.grad is not None]:
-            squares.append(torch.nn.utils.get_total_norm(stored).double().square())
-        return sum(squares)
 
-    def _taken(self, parameter: Tensor) -> Factors:
-        """Returns what was kept of a parameter's gradient, and keeps it no longer."""
-        taker = self._takers[parameter]
-        factors = joined(taker.kept)
-        taker.kept = []
-        return factors
+class _Updates:
+    """Steps of Adam on single parameters, which are begun one by one and counted together."""
 
-    def _beginner(self, parameter: Tensor, group: dict[str, Any], updated: set[Tensor]) -> Callable[[], Update]:
-        def begin() -> Update:
-            if parameter in updated:
-                raise RuntimeError(_TWICE)
-            updated.add(parameter)
-            return self._begin(parameter, group)
+    def __init__(self, state: dict[Tensor, dict[str, Any]], counts: StepCounts) -> None:
+        self.begun: dict[Tensor, Tensor] = {}  # with their counters
+        self._state, self._counts, self._counted = state, counts, False
+        self._numbers: dict[tuple[int, int], AdamNumbers] = {}  # most parameters share a group and a step
 
-        return begin
-
-    @torch.no_grad()
-    def _begin(self, parameter: Tensor, group: dict[str, Any]) -> Update:
-        """Counts a step of a parameter and returns what it is to be updated with."""
-        state = self.state[parameter]
-        if self._capturing is not None:
-            if not state:
-                raise NotCapturableError("a parameter has no optimiser state yet: it makes that in its first step")
-            moments = state["exp_avg"], state["exp_avg_sq"]
-            scalars = self._capturing.add(parameter, group, moments)
-            return Update(*moments, _numbers(1, group), scalars)
+    def begin(self, parameter: Tensor, group: dict[str, Any]) -> Update:
+        """Returns what a parameter of this group is to be updated with, once."""
+        state = self._state[parameter]
         if not state:
-            state["step"] = torch.zeros((), dtype=torch.float32, device="cpu")
-            for name in ("exp_avg", "exp_avg_sq"):
-                memory = empty_on_huge_pages(parameter.numel(), device=parameter.device, dtype=parameter.dtype)
-                state[name] = memory.zero_().view(parameter.shape)
-        numbers = _numbers(self._count(parameter), group)
+            state.update(_fresh_state(parameter, group))
+        self.begun[parameter] = state["step"]
+        key = id(group), self._counts.of(parameter, state["step"]) + 1
+        if key not in self._numbers:
+            self._numbers[key] = AdamNumbers.of(key[1], group)
         torch.autograd.graph.increment_version(parameter)  # autograd refuses graphs that still need the old values
-        return Update(state["exp_avg"], state["exp_avg_sq"], numbers)
+        return Update(state["exp_avg"], state["exp_avg_sq"], self._numbers[key])
 
-    def _count(self, parameter: Tensor) -> int:
-        """Counts a step of a parameter and returns its number. Counting on a GPU would wait for it each time."""
-        state = self.state[parameter]
-        state["step"] = state["step"].cpu()
-        state["step"] += 1
-        return int(state["step"])
+    def count(self) -> None:
+        """Counts the steps that were begun; once."""
+        if not self._counted:
+            self._counted = True
+            with torch.no_grad():
+                self._counts.add_one(self.begun)
+
+
+def _fresh_state(parameter: Tensor, group: dict[str, Any]) -> dict[str, Tensor]:
+    """Returns the state that ``torch.optim.Adam`` begins with."""
+    on_device = group["fused"] or group["capturable"]
+    dtype = torch.float32 if on_device or torch.get_default_dtype() != torch.float64 else torch.float64
+    state = {"step": torch.zeros((), dtype=dtype, device=parameter.device if on_device else "cpu")}
+    for name in ("exp_avg", "exp_avg_sq"):
+        memory = empty_on_huge_pages(parameter.numel(), device=parameter.device, dtype=parameter.dtype)
+        state[name] = memory.zero_().view(parameter.shape)
+    return state
+
+
+def _has_hooks(parameter: Tensor) -> bool:
+    return bool(parameter._backward_hooks or getattr(parameter, "_post_accumulate_grad_hooks", None))
 
 
 def clip_scale(norm: float, max_norm: float) -> float:
     """Returns what gradients of this norm are scaled with to be within ``max_norm``: 1 if they are, or not finite."""
     return max_norm / norm if math.isfinite(norm) and norm > max_norm else 1.0
-
-
-def _numbers(step: int, group: dict[str, Any]) -> AdamNumbers:
-    beta1, beta2 = group["betas"]
-    return AdamNumbers(
-        step,
-        float(group["lr"]),
-        beta1,
-        beta2,
-        group["eps"],
-        group["weight_decay"],
-        bool(group.get("decoupled_weight_decay", False)),
-        bool(group["maximize"]),
-    )

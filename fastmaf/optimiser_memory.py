@@ -35,9 +35,10 @@ def state_per_number(optimiser: Optimiser) -> float:
     return sum(value.numel() for value in state) / stand_in.numel()
 
 
-def is_fused(optimiser: Optimiser) -> bool:
-    """Says whether the gradients of packed weights go to the optimiser without being stored."""
-    return issubclass(_kind(optimiser)[0], FusedAdam)
+def forms_no_gradients(optimiser: Optimiser) -> bool:
+    """Says whether ``minimize`` of this optimiser updates packed weights without storing their gradients."""
+    kind, settings = _kind(optimiser)
+    return issubclass(kind, FusedAdam) and not (settings.get("amsgrad") or settings.get("differentiable"))
 
 
 def _kind(optimiser: Optimiser) -> tuple[type[torch.optim.Optimizer], dict[str, Any]]:

@@ -17,11 +17,8 @@ from torch import Tensor
 
 from fastmaf.flows import Flow
 from fastmaf.graphs import GraphedSteps
+from fastmaf.loss_checks import NonFiniteLossError
 from fastmaf.optim import FusedAdam
-
-
-class NonFiniteLossError(FloatingPointError):
-    """The loss of a batch is NaN or infinite; the parameters were left as they were before that batch."""
 
 
 @dataclass(frozen=True)
@@ -109,18 +106,21 @@ class TrainingStep:
             self._warming = self.steps < self.guards.warmup_steps
         if graphed is not None:
             return StepReport(nll, skipped=not graphed.minimize(self._max_norm()))
-        if self.guards.max_grad_norm is None and isinstance(self.optimizer, FusedAdam):
-            self.optimizer.minimize(loss)
-            if self._graphs is not None:
-                self._graphs.stepped(x)
-            return StepReport(nll, skipped=False)
+        taken = self._minimize(loss)
+        if taken and self._graphs is not None:
+            self._graphs.stepped(x)
+        return StepReport(nll, skipped=not taken)
+
+    def _minimize(self, loss: Tensor) -> bool:
+        """Takes a step on a finite loss; says whether it was taken."""
+        if isinstance(self.optimizer, FusedAdam):
+            limit = None if self.guards.max_grad_norm is None else self._max_norm()
+            return self.optimizer.minimize(loss, limit, check_finite=False)
         loss.backward()
         if not self._clip():
-            return StepReport(nll, skipped=True)
+            return False
         self.optimizer.step()
-        if self._graphs is not None:
-            self._graphs.stepped(x)
-        return StepReport(nll, skipped=False)
+        return True
 
     def _leaps(self, nll: float) -> bool:
         usual, limit = self._usual_nll, self.guards.max_leap
@@ -142,8 +142,6 @@ class TrainingStep:
         """Scales the gradients down where they exceed the limit; says whether they are finite."""
         if self.guards.max_grad_norm is None:
             return True
-        if isinstance(self.optimizer, FusedAdam):
-            return math.isfinite(self.optimizer.clip_grad_norm_(self._max_norm()))
         grads = [p.grad for p in self.flow.parameters() if p.grad is not None]
         norm = float(torch.nn.utils.get_total_norm(grads)) / self.flow.features
         if not math.isfinite(norm):

@@ -1,21 +1,18 @@
-"""The gradient of a packed weight as what it is made of, for optimisers that never store it.
+"""Packed-weight gradients in factored (outer-product) form, for optimisers that never store them.
 
 The gradient of a weight is an outer product of small matrices: ``gradᵀ x`` over the batch. An optimiser that forms it
-tile by tile and updates the weight at once saves writing and reading as many numbers as the weight has. Such an
-optimiser registers as the *taker* of a weight; the backward passes of the ops then hand it these factors and return no
-gradient.
+tile by tile and updates the weight at once saves writing and reading as many numbers as the weight has. For one
+backward pass such an optimiser puts a ``GradientSink`` on a weight; the backward passes of the ops then hand these
+factors to the sink and return no gradient.
 """
 
 from __future__ import annotations
 
 import math
-import weakref
-from collections.abc import Sequence
+from collections.abc import Mapping
 from typing import Any, NamedTuple, Protocol
 
-import torch
 from torch import Tensor
-from torch.utils.weak import WeakIdKeyDictionary
 
 from fastmaf.kernels.backends import implementation
 
@@ -36,6 +33,14 @@ class AdamNumbers(NamedTuple):
     weight_decay: float
     decoupled: bool
     maximize: bool
+
+    @classmethod
+    def of(cls, step: int, group: Mapping[str, Any]) -> AdamNumbers:
+        """Returns those of a parameter in a group of ``torch.optim.Adam``."""
+        beta1, beta2 = (float(beta) for beta in group["betas"])
+        decoupled = bool(group.get("decoupled_weight_decay", False))
+        lr, eps, weight_decay = float(group["lr"]), float(group["eps"]), float(group["weight_decay"])
+        return cls(step, lr, beta1, beta2, eps, weight_decay, decoupled, bool(group["maximize"]))
 
     @property
     def step_size(self) -> float:
@@ -83,10 +88,6 @@ class Update(NamedTuple):
     scalars: Tensor | None = None
 
 
-# How many of an op's batch tensors, the first ones, are gradients.
-_FROM_ABOVE = {"masked_linear": 1, "affine_output": 3}
-
-
 class Factors(NamedTuple):
     """What one backward pass of an op makes the gradient of its weight from.
 
@@ -129,11 +130,6 @@ class Factors(NamedTuple):
         """Returns the factors of ``factor`` times this gradient."""
         return self._replace(scale=self.scale * factor)
 
-    def unscaled(self) -> Factors:
-        """Returns factors of the same gradient with scale 1: it is linear in the gradients that came from above."""
-        n = _FROM_ABOVE[self.op]
-        return self._replace(batch=(*(t * self.scale for t in self.batch[:n]), *self.batch[n:]), scale=1.0)
-
     def squared_norm(self) -> Tensor | float:
         """Returns the sum of the squares of the gradient; on a GPU a tensor, so that nothing waits for it here."""
         square: Tensor | float = self._backend().squared_norm(*self._arguments())
@@ -145,21 +141,17 @@ class Factors(NamedTuple):
         return result.mul_(self.scale)
 
 
-def joined(factors: Sequence[Factors]) -> Factors:
-    """Returns the factors of the sum of several gradients of one weight."""
-    if len(factors) == 1:
-        return factors[0]
-    if len({f.scale for f in factors}) > 1:  # some were clipped before others came
-        factors = [f.unscaled() for f in factors]
-    return factors[0]._replace(batch=tuple(torch.cat(parts) for parts in zip(*(f.batch for f in factors), strict=True)))
-
-
-class Taker(Protocol):
-    """What takes the gradient of a weight as factors.
+class GradientSink(Protocol):
+    """Consumes the gradient of a weight in factored form: applies it or keeps it, in place of the weight's ``grad``.
 
     Attributes:
+        node: the node of the autograd graph that the gradient comes from; what reaches the weight from others is not
+            for this sink.
         updates_at_once: the weight is updated as soon as its gradient is known; else the factors are kept.
     """
+
+    @property
+    def node(self) -> object: ...
 
     @property
     def updates_at_once(self) -> bool: ...
@@ -173,16 +165,19 @@ class Taker(Protocol):
         ...
 
 
-# By the identity of the weight; the taker lives as long as its optimiser.
-_takers: WeakIdKeyDictionary = WeakIdKeyDictionary()
+def set_sink(weight: Tensor, sink: GradientSink | None) -> None:
+    """Puts a sink on a weight, or removes the one that is there.
+
+    Raises:
+        RuntimeError: the weight has a sink already.
+    """
+    if sink is None:
+        weight.__dict__.pop("_gradient_sink", None)
+    elif weight.__dict__.setdefault("_gradient_sink", sink) is not sink:
+        raise RuntimeError("the weight has a gradient sink already: another minimize() of the same weight is running")
 
 
-def give_to(weight: Tensor, taker: Taker) -> None:
-    """Makes ``taker`` the taker of the gradient of ``weight``, in place of any other, for as long as it lives."""
-    _takers[weight] = weakref.ref(taker)
-
-
-def taker_of(weight: Tensor) -> Taker | None:
-    """Returns the taker of the gradient of ``weight``, if it has one."""
-    known: weakref.ref[Taker] | None = _takers.get(weight)
-    return None if known is None else known()
+def sink_of(weight: Tensor, node: object) -> GradientSink | None:
+    """Returns the sink of a weight for gradients from this node of the autograd graph, if it has one."""
+    sink: GradientSink | None = getattr(weight, "_gradient_sink", None)
+    return sink if sink is not None and sink.node is node else None

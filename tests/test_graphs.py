@@ -10,9 +10,12 @@ from typing import Any
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import fastmaf
 from fastmaf import graphs
+from fastmaf.gradient_sinks import Gradients
 from fastmaf.kernels import backends
 from tests.core.helpers import build, normal
 from tests.tolerances import F32
@@ -30,17 +33,25 @@ class RunAgain:
     """Stands in for a CUDA graph where there is none: a replay runs the recorded code, recording it changes nothing."""
 
     recorded = 0
+    running = False
 
     def __init__(self, run: Callable[[], None], device: torch.device, pool: Any = None) -> None:
         RunAgain.recorded += 1
-        self.replay = run
+        self._run = run
         owner = run.__self__  # type: ignore[attr-defined]
         weights = [p.detach().clone() for p in owner._flow.parameters()]
         state = copy.deepcopy(owner._optimizer.state_dict()) if hasattr(owner, "_optimizer") else None
         try:
-            run()
+            self.replay()
         finally:
             self.put_back(owner, weights, state)
+
+    def replay(self) -> None:
+        RunAgain.running = True
+        try:
+            self._run()
+        finally:
+            RunAgain.running = False
 
     @staticmethod
     def put_back(owner: Any, weights: list[torch.Tensor], state: dict[str, Any] | None) -> None:
@@ -64,7 +75,7 @@ def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> I
         step = torch.optim.Adam.step
 
         def refuse(optimizer: Any, closure: Any = None) -> Any:
-            assert optimizer._capturing is None, "torch refuses to let its own step be captured"
+            assert not RunAgain.running, "torch refuses to let its own step be captured"
             return step(optimizer, closure)
 
         monkeypatch.setattr(torch.optim.Adam, "step", refuse)
@@ -129,18 +140,18 @@ def test_nothing_is_compiled_while_a_graph_is_recorded(clips: bool, monkeypatch:
 
     def steps() -> None:
         loss = -flow.log_prob(x).mean()
-        if clips:
-            loss.backward()
-            optimizer.clip_grad_norm_(1.0)
-            optimizer.step()
-            optimizer.zero_grad()
-        else:
-            optimizer.minimize(loss)
+        optimizer.minimize(loss, 1.0 if clips else None, check_finite=False)
         graphs.GraphedStep(flow, optimizer, x, clips=clips)
         with torch.no_grad():
             flow.log_prob(x)
             graphs._GraphedLogProb(flow, x)
 
+    def squared_norm(gradients: Gradients) -> float:
+        measured(gradients)
+        return 1.0  # nothing has values here
+
+    measured = Gradients.squared_norm
+    monkeypatch.setattr(Gradients, "squared_norm", squared_norm)
     monkeypatch.setattr(graphs, "record", Recorded)
     launches = resources.recorded(90, steps)
     graphed = [id(one) for one in in_graphs]
@@ -254,6 +265,130 @@ def test_scores_and_steps_are_replayed_beside_each_other(device: str) -> None:
     losses = [step(x).nll for _ in range(3)]
     assert losses[2] < losses[0]
     torch.testing.assert_close(replayed(x), flow.log_prob(x).detach())
+
+
+class Tape(TorchDispatchMode):
+    """Stands in for a CUDA graph as one fails: a replay calls the recorded operators alone, on the tensors of then.
+
+    Whatever was worked out in Python stays as it was.
+    """
+
+    def __init__(self, run: Callable[[], None], device: torch.device, pool: Any = None) -> None:
+        super().__init__()
+        self.calls: list[tuple[Any, ...]] = []
+        with self:
+            run()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        self.calls.append((func, args, kwargs or {}, result))
+        return result
+
+    def replay(self) -> None:
+        for func, args, kwargs, result in self.calls:
+            for to, value in zip(tree_leaves(result), tree_leaves(func(*args, **kwargs)), strict=True):
+                if isinstance(to, torch.Tensor) and to.data_ptr() != value.data_ptr():
+                    to.copy_(value)
+
+
+@pytest.fixture
+def taped(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(graphs, "record", Tape)
+    monkeypatch.setattr(graphs, "can_replay", lambda flow: True)
+
+
+def replay_thrice(replayed: fastmaf.ReplayedLogProb, x: torch.Tensor) -> list[torch.Tensor]:
+    return [replayed(x) for _ in range(3)]  # as it is, recorded, replayed
+
+
+def test_a_replay_follows_buffers(taped: None) -> None:
+    """A whitening that is fitted anew, in place, changes numbers that were worked out in Python."""
+    flow = fastmaf.MAF(13, 1, (9,), whitening=3, seed=0)
+    x, replayed = normal(50, 13, dtype=F32), fastmaf.ReplayedLogProb(flow)
+    (whitening,) = (t for t in flow.transforms if isinstance(t, fastmaf.GaussianWhitening))
+    before = replay_thrice(replayed, x)[-1]
+    for scale in (5.0, 0.2):
+        whitening.fit_(scale * x)
+        with torch.no_grad():
+            expected = flow.log_prob(x)
+        assert not torch.allclose(expected, before, atol=1.0), "the test wants another density"
+        for found in replay_thrice(replayed, x):
+            torch.testing.assert_close(found, expected)
+    moved = flow.state_dict()
+    flow.load_state_dict({k: v.clone() for k, v in moved.items()}, assign=True)
+    whitening.mean.add_(1.0)
+    with torch.no_grad():
+        torch.testing.assert_close(replayed(x), flow.log_prob(x))
+
+
+def test_a_replay_follows_modes_and_hooks(taped: None) -> None:
+    class Doubled(fastmaf.Logit):
+        """Behaves in its own way in training, and rounds under autocast."""
+
+        def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            z = 2 * x if self.training else x @ torch.eye(13)
+            return z, torch.zeros(len(x))
+
+    flow = fastmaf.Flow(13, [Doubled(13), fastmaf.MAF(13, 1, (9,), order="natural", seed=0).transforms[0]])
+    x, replayed = normal(4, 13, dtype=F32), fastmaf.ReplayedLogProb(flow)
+    called: list[int] = []
+    for change in (
+        lambda: None,
+        flow.eval,
+        lambda: flow.transforms[0].register_forward_hook(lambda *_: called.append(1)),
+    ):
+        change()
+        with torch.no_grad():
+            for found in replay_thrice(replayed, x):
+                assert torch.equal(found, flow.log_prob(x))
+    assert len(called) == 6, "three calls and three replays"
+
+
+def test_steps_follow_buffers_hooks_and_amsgrad(device: str) -> None:
+    """Each of them needs a step without graphs first, and hooks never have any."""
+    flow = fastmaf.MAF(13, 1, (9,), whitening=3, seed=0).to(device)
+    optimizer = fastmaf.optim.FusedAdam(flow.parameters(), lr=1e-2)
+    step = fastmaf.TrainingStep(flow, optimizer, graphs=True)
+    x = batches(device, [8])[0]
+    graphed = step._graphs
+    assert graphed is not None
+    step(x)
+    step(x)
+    assert graphed.of(x) is not None
+    next(t for t in flow.transforms if isinstance(t, fastmaf.GaussianWhitening)).fit_(x)
+    assert graphed.of(x) is None
+    step(x)
+    assert graphed.of(x) is not None
+    calls: list[int] = []
+    handle = optimizer.register_step_post_hook(lambda *_: calls.append(1))
+    assert graphed.of(x) is None
+    step(x)
+    handle.remove()
+    handle = flow.transforms[0].register_forward_hook(lambda *_: calls.append(2))
+    assert graphed.of(x) is None
+    step(x)
+    handle.remove()
+    assert calls == [1, 2]
+    assert graphed.of(x) is not None
+    handle = next(flow.parameters()).register_hook(lambda grad: calls.append(3))
+    assert graphed.of(x) is None
+    step(x)
+    handle.remove()
+    assert calls == [1, 2, 3]
+    optimizer.param_groups[0]["amsgrad"] = True
+    assert graphed.of(x) is None
+
+
+def test_an_old_graph_of_autograd_is_refused_after_a_replay(device: str) -> None:
+    flow = flow_on(device)
+    step = fastmaf.TrainingStep(flow, fastmaf.optim.FusedAdam(flow.parameters()), graphs=True)
+    (x,) = batches(device, [4])
+    for _ in range(2):
+        step(x)
+    old = flow.log_prob(x).mean()
+    step(x)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        old.backward()
 
 
 def test_few_graphs_are_kept(device: str) -> None:

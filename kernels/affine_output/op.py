@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fastmaf.kernels.backends import implementation
-from fastmaf.kernels.factors import Factors, taker_of
+from fastmaf.kernels.factors import Factors, sink_of
 
 
 @torch.library.custom_op(
@@ -88,9 +88,9 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
 
 def _autograd(ctx: Any, grad_z: Tensor, grad_ladj: Tensor, grad_log_scale: Tensor) -> tuple[Tensor | None, ...]:
     h, weight, z, log_scale, prefix, tiles = ctx.saved_tensors
-    if ctx.needs_input_grad[1] and (taker := taker_of(weight)) is not None:
+    if (sink := sink_of(weight, ctx)) is not None:
         batch = grad_z, grad_ladj, grad_log_scale, h, z, log_scale
-        grad_h, grad_bias, grad_x = taker.take(
+        grad_h, grad_bias, grad_x = sink.take(
             Factors("affine_output", batch, weight, prefix, tiles, (ctx.bound, ctx.soft)), True
         )
         return grad_h, None, grad_bias, grad_x, None, None, None, None

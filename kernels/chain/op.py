@@ -15,7 +15,7 @@ from torch import Tensor
 from fastmaf.kernels.backends import implementation
 from fastmaf.kernels.block import CHAIN_SCHEMA, Block, Chain, chain
 from fastmaf.kernels.chain import kept as way
-from fastmaf.kernels.factors import Factors, Taker, taker_of
+from fastmaf.kernels.factors import Factors, GradientSink, sink_of
 
 
 @torch.library.custom_op(
@@ -83,37 +83,43 @@ def _autograd(ctx: Any, grad_z: Tensor | None, grad_ladj: Tensor | None, _: Any)
     grad_z = torch.zeros_like(z) if grad_z is None else grad_z
     grad_ladj = torch.zeros_like(ladj) if grad_ladj is None else grad_ladj
     need_grad_x = ctx.needs_input_grad[0]
-    takers = [taker_of(weight) if weight.requires_grad else None for weight in of.weights]
+    sinks = [sink_of(weight, ctx) for weight in of.weights]
     grad_weights: Sequence[Tensor | None]
     grad_biases: Sequence[Tensor | None]
-    if not any(takers):
+    if not any(sinks):
         grad_x, grad_weights, grad_biases = _backward(grad_z, grad_ladj, kept, *of, need_grad_x)
     else:
-        grad_x, grad_weights, grad_biases = _to_takers(takers, grad_z, grad_ladj, kept, of, need_grad_x)
+        grad_x, grad_weights, grad_biases = _to_sinks(ctx, sinks, grad_z, grad_ladj, kept, of, need_grad_x)
     none = ([None] * len(part) for part in (of.prefixes, of.tiles, of.schedules, of.permutations))
     return grad_x if need_grad_x else None, grad_weights, grad_biases, *none, None, None, None, None
 
 
-def _to_takers(
-    takers: Sequence[Taker | None], grad_z: Tensor, grad_ladj: Tensor, kept: Tensor, of: Chain, need_grad_x: bool
+def _to_sinks(
+    node: Any,
+    sinks: Sequence[GradientSink | None],
+    grad_z: Tensor,
+    grad_ladj: Tensor,
+    kept: Tensor,
+    of: Chain,
+    need_grad_x: bool,
 ) -> tuple[Tensor, list[Tensor | None], Sequence[Tensor | None]]:
-    """Goes back with the gradients of the weights given to those that take them."""
-    grad_weights: list[Tensor | None] = [None] * len(takers)
-    ready = [taker for taker in takers if taker is not None and taker.updates_at_once]
-    if len(ready) == len(takers):
+    """Goes back with the gradients of the weights handed to their sinks; a weight without one gets its gradient."""
+    grad_weights: list[Tensor | None] = [None] * len(sinks)
+    ready = [sink for sink in sinks if sink is not None and sink.updates_at_once]
+    if len(ready) == len(sinks):
         backend = implementation("chain", grad_z)
-        updates, bias_updates = [taker.begin_update() for taker in ready], None
+        updates, bias_updates = [sink.begin_update() for sink in ready], None
         if backend.UPDATES_BIASES:
-            of_biases = [taker_of(bias) if bias.requires_grad else None for bias in of.biases]
-            if all(taker is not None and taker.updates_at_once for taker in of_biases):
-                bias_updates = [taker.begin_update() for taker in of_biases if taker is not None]
+            of_biases = [sink_of(bias, node) for bias in of.biases]
+            if all(sink is not None and sink.updates_at_once for sink in of_biases):
+                bias_updates = [sink.begin_update() for sink in of_biases if sink is not None]
         grad_x, grad_biases = backend.adam_(grad_z, grad_ladj, kept, of, need_grad_x, updates, bias_updates)
         return grad_x, grad_weights, [None] * len(of.biases) if bias_updates else grad_biases
 
     def step(layer: int, factors: Factors, need_inputs: bool) -> tuple[Tensor, ...]:
-        taker = takers[layer]
-        if taker is not None:
-            return taker.take(factors, need_inputs)
+        sink = sinks[layer]
+        if sink is not None:
+            return sink.take(factors, need_inputs)
         if of.weights[layer].requires_grad:
             grad_weights[layer] = factors.grad_weight()
         return factors.grad_inputs(need_inputs)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fastmaf.kernels.backends import implementation
-from fastmaf.kernels.factors import Factors, taker_of
+from fastmaf.kernels.factors import Factors, sink_of
 
 # Each must be differentiable from its value alone: the backward pass keeps y, not what went into the activation.
 ACTIVATIONS = ("identity", "relu")
@@ -85,9 +85,9 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 def _autograd(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
     x, weight, prefix, tiles, y = ctx.saved_tensors
     need_grad_x = ctx.needs_input_grad[0]
-    if ctx.needs_input_grad[1] and (taker := taker_of(weight)) is not None:
+    if (sink := sink_of(weight, ctx)) is not None:
         factors = Factors("masked_linear", (grad_y, x, y), weight, prefix, tiles, (ctx.activation,))
-        grad_x, grad_bias = taker.take(factors, need_grad_x)
+        grad_x, grad_bias = sink.take(factors, need_grad_x)
         return grad_x if need_grad_x else None, None, grad_bias, None, None, None
     grad_x, grad_weight, grad_bias = _backward(grad_y, x, y, weight, prefix, tiles, ctx.activation, need_grad_x)
     return grad_x if need_grad_x else None, grad_weight, grad_bias, None, None, None

@@ -251,7 +251,9 @@ def adam_steps(updates: Sequence[Update], device: torch.device, scale: float = 1
     ready = [update.scalars for update in updates if update.scalars is not None]
     if len(ready) < len(updates):
         rows = [update.numbers.kernel_scalars(scale) for update in updates]
-        ready = list(torch.tensor(rows, dtype=torch.float32, device="cpu").to(device).unbind())
+        # From pinned memory, so that nothing waits for the device.
+        host = torch.tensor(rows, dtype=torch.float32, device="cpu", pin_memory=device.type == "cuda")
+        ready = list(host.to(device, non_blocking=True).unbind())
     return [Step(u.exp_avg, u.exp_avg_sq, scalars) for u, scalars in zip(updates, ready, strict=True)]
 
 
