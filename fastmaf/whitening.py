@@ -106,10 +106,11 @@ class GaussianWhitening(Transform):
     @property
     def terms(self) -> Tensor:
         """Each dimension's share of ``-ladj`` ``[D]``: of ½ log(1 + S²_k) it is P²_dk."""
-        squares = self.factors.square()
-        # A factor's squares sum to 1 up to rounding, and to 0 for one that the data did not support.
-        half_logs = 0.5 * self.variance.log1p() / squares.sum(dim=0).clamp_min(torch.finfo(squares.dtype).tiny)
-        return self.scale.log() + matmul(squares, half_logs[:, None])[:, 0]
+        half_logs = 0.5 * self.variance.log1p()
+        shares = matmul(self.factors.square(), half_logs[:, None])[:, 0]
+        # P² sums to 1 over the dimensions up to the rounding of the dtype that P was fitted in.
+        total = shares.sum().clamp_min(torch.finfo(shares.dtype).tiny)
+        return self.scale.log() + shares * (half_logs.sum() / total)
 
     def _along(self, y: Tensor) -> Tensor:
         """Returns the components ``y P`` ``[N, rank]``."""

@@ -29,6 +29,14 @@ def needed() -> bool:
     return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
+def needed_for(grads: Sequence[Tensor | None]) -> bool:
+    """Says whether a backward formula has to call ``gradients``: what it returns is differentiated, or ``grads`` are
+    batched (``torch.autograd.grad(..., is_grads_batched=True)``).
+    """
+    batched = any(grad is not None and torch._C._functorch.is_legacy_batchedtensor(grad) for grad in grads)
+    return batched or torch.is_grad_enabled() or needed()
+
+
 def masked_linear(x: Tensor, weight: Tensor, bias: Tensor, prefix: Tensor, tiles: Tensor, activation: str) -> Tensor:
     """Returns ``y`` ``[N, out]``."""
     parts, weight = [], _visible(weight.to(x.dtype), prefix, tiles)

@@ -91,7 +91,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
 @outside_autocast
 def _autograd(ctx: Any, grad_z: Tensor, grad_ladj: Tensor, grad_log_scale: Tensor) -> tuple[Tensor | None, ...]:
     h, weight, bias, x, prefix, tiles, z, log_scale = ctx.saved_tensors
-    if torch.is_grad_enabled() or composite.needed():
+    if composite.needed_for((grad_z, grad_ladj, grad_log_scale)):
 
         def function(h: Tensor, weight: Tensor, bias: Tensor, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
             return composite.affine_output(h, weight, bias, x, prefix, tiles, ctx.bound, ctx.soft)

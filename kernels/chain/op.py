@@ -90,7 +90,7 @@ def _autograd(ctx: Any, grad_z: Tensor | None, grad_ladj: Tensor | None, _: Any)
     weights, biases = _halves(tensors)
     of: Chain = ctx.chain._replace(weights=weights, biases=biases)
     none = ([None] * len(part) for part in (of.prefixes, of.tiles, of.schedules, of.permutations))
-    if torch.is_grad_enabled() or composite.needed():
+    if composite.needed_for((grad_z, grad_ladj)):
         x = x if x.requires_grad else way.first_x(of, kept, z.shape[0])
         grads = composite.gradients(partial(_composite, of), (x, *tensors), (grad_z, grad_ladj))
         return grads[0], *_halves(grads[1:]), *none, None, None, None, None

@@ -87,7 +87,7 @@ def _autograd(ctx: Any, grad_x: Tensor, grad_ladj: Tensor) -> tuple[Any, ...]:
     z, schedule, *tensors = ctx.saved_tensors
     k, options = ctx.layers, ctx.rest
     layers = [tensors[i * k : (i + 1) * k] for i in range(4)]
-    if torch.is_grad_enabled() or composite.needed():
+    if composite.needed_for((grad_x, grad_ladj)):
 
         def inverse(z: Tensor, *parameters: Tensor) -> tuple[Tensor, Tensor]:
             weights, biases, (_, _, prefixes, tiles) = parameters[:k], parameters[k:], layers

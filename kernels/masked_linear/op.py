@@ -88,7 +88,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 @outside_autocast
 def _autograd(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
     x, weight, bias, prefix, tiles, y = ctx.saved_tensors
-    if torch.is_grad_enabled() or composite.needed():
+    if composite.needed_for([grad_y]):
 
         def function(x: Tensor, weight: Tensor, bias: Tensor) -> list[Tensor]:
             return [composite.masked_linear(x, weight, bias, prefix, tiles, ctx.activation)]
