@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 
 
 class Constants(nn.Module):
-    """A module with constant tensors, which follow it from device to device and keep their dtype.
+    """A module with constant tensors.
 
     They are not buffers. Buffers are averaged with those of other models, broadcast, replaced by ``functional_call``
     and left uninitialised by ``to_empty``: an index that is rounded or not initialised makes another function.
@@ -18,32 +19,39 @@ class Constants(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self._constants: dict[str, Tensor] = {}  # as they are, on the CPU
+        self._constants: dict[str, Tensor] = {}  # on the CPU
+        self._placed: dict[str, Tensor] = {}  # where the module's other tensors are
         self._saved_constants: set[str] = set()
+        self.register_load_state_dict_post_hook(_follow)
 
     def set_constant(self, name: str, value: Tensor, device: torch.device, *, persistent: bool = False) -> None:
-        """Sets ``self.<name>`` to a tensor of the CPU, on ``device``.
+        """Sets a constant to a tensor of the CPU, and puts a copy on ``device``.
 
         Args:
             persistent: it is part of the ``state_dict``, and nothing but its value can be loaded.
         """
-        self._constants[name] = value
-        setattr(self, name, value.to(device))
+        self._constants[name], self._placed[name] = value, value.to(device)
         if persistent:
             self._saved_constants.add(name)
 
+    def constant(self, name: str, device: torch.device) -> Tensor:
+        """Returns a constant on a device: that of the tensors that it is used with, which may be another's here."""
+        placed = self._placed[name]
+        return placed if placed.device == device else self._constants[name].to(device)
+
+    def _place(self, device: torch.device) -> None:
+        self._placed = {name: self.constant(name, device) for name in self._constants}
+
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Constants:
         super()._apply(fn, recurse)
-        for name, value in self._constants.items():
-            before: Tensor = getattr(self, name)
-            if (device := fn(before).device) != before.device:
-                setattr(self, name, value.to(device))
+        for placed in list(self._placed.values())[:1]:
+            self._place(fn(placed).device)
         return self
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
         for name in sorted(self._saved_constants):
-            destination[prefix + name] = getattr(self, name)
+            destination[prefix + name] = self._placed[name]
 
     def _load_from_state_dict(
         self,
@@ -71,8 +79,15 @@ class Constants(nn.Module):
         return f"{name} differs from this module's: it was saved by a module of another architecture"
 
 
+def _follow(module: nn.Module, _: Any) -> None:
+    """Puts constants where the tensors are that ``load_state_dict(assign=True)`` brought."""
+    assert isinstance(module, Constants)
+    for tensor in itertools.islice(itertools.chain(module.parameters(), module.buffers()), 1):
+        module._place(tensor.device)
+
+
 def constants(module: nn.Module) -> Iterator[Tensor]:
-    """Yields the constants of a module and of those below it."""
+    """Yields the constants of a module and of those below it, where they lie."""
     for part in module.modules():
         if isinstance(part, Constants):
-            yield from (getattr(part, name) for name in part._constants)
+            yield from part._placed.values()

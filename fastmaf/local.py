@@ -31,8 +31,6 @@ class MaskedConv2d(Constants):
         generator: source of randomness.
     """
 
-    mask: Tensor
-
     def __init__(
         self,
         in_degrees: Tensor,
@@ -51,8 +49,13 @@ class MaskedConv2d(Constants):
         bound = 0.0 if zero else 1 / math.sqrt(max(1, shape[1]) * kernel**2)
         weight = torch.empty(shape).uniform_(-bound, bound, generator=generator)
         self.set_constant("mask", seen[:, :, None, None], weight.device)
-        self.weight = nn.Parameter(torch.where(self.mask, weight, 0.0))
+        self.weight = nn.Parameter(torch.where(self.constant("mask", weight.device), weight, 0.0))
         self.bias = nn.Parameter(torch.empty(shape[0]).uniform_(-bound, bound, generator=generator)) if bias else None
+
+    @property
+    def mask(self) -> Tensor:
+        """Which weights are let through, bool ``[out, in, 1, 1]``, where the weight is."""
+        return self.constant("mask", self.weight.device)
 
     def forward(self, x: Tensor, outputs: slice = slice(None)) -> Tensor:
         """Returns output channels ``outputs`` of the convolution of ``x`` ``[N, channels, h, w]``, where ``x`` holds
@@ -87,9 +90,6 @@ class LocalAutoregressive(Constants, Transform):
         Papamakarios et al. 2017 (MAF); van den Oord et al. 2016 (masked convolutions, PixelCNN); Bayer 1973 (the
         order).
     """
-
-    order: Tensor
-    back: Tensor
 
     def __init__(
         self,
@@ -134,18 +134,23 @@ class LocalAutoregressive(Constants, Transform):
         self.set_constant("order", order, device)
         self.set_constant("back", order.argsort(), device)
 
+    @property
+    def order(self) -> Tensor:
+        """The channel of a patch that has each degree, int64 ``[C p²]``."""
+        return self.constant("order", self.linear.weight.device)
+
     def _patches(self, x: Tensor) -> Tensor:
         """``[N, D]`` -> ``[N, C p², H/p, W/p]``, channels by degree."""
         channels, height, width = self.shape
         h, w, p = height // self.patch, width // self.patch, self.patch
         u = x.reshape(-1, channels, h, p, w, p).permute(0, 1, 3, 5, 2, 4)
-        return u.reshape(-1, channels * p * p, h, w)[:, self.order]
+        return u.reshape(-1, channels * p * p, h, w)[:, self.constant("order", x.device)]
 
     def _pixels(self, u: Tensor) -> Tensor:
         """The way back; torch's pixel_shuffle gives an empty batch another shape."""
         channels, height, width = self.shape
         h, w, p = height // self.patch, width // self.patch, self.patch
-        x = u[:, self.back].reshape(-1, channels, p, p, h, w).permute(0, 1, 4, 2, 5, 3)
+        x = u[:, self.constant("back", u.device)].reshape(-1, channels, p, p, h, w).permute(0, 1, 4, 2, 5, 3)
         return x.reshape(-1, self.features)
 
     def _bounded(self, raw: Tensor) -> Tensor:

@@ -41,7 +41,6 @@ class MaskedLinear(Constants):
 
     weight: nn.Parameter
     bias: nn.Parameter
-    prefix: Tensor
 
     def __init__(
         self,
@@ -71,6 +70,11 @@ class MaskedLinear(Constants):
         self.bias = nn.Parameter(torch.empty(self.out_features, device=device, dtype=dtype))
         self.set_constant("prefix", self.layout.prefix, self.weight.device)
         self.reset_parameters(init, generator)
+
+    @property
+    def prefix(self) -> Tensor:
+        """How many inputs each output sees, int64 ``[out_features]``, where the weight is."""
+        return self.constant("prefix", self.weight.device)
 
     def reset_parameters(self, init: Init = "linear", generator: torch.Generator | None = None) -> None:
         """Draws the parameters anew; see the class for ``init``."""
@@ -185,7 +189,8 @@ class MADE(Constants):
     @property
     def degrees(self) -> list[Tensor]:
         """The sorted degrees of each hidden layer, int32."""
-        return [getattr(self, f"degrees_{k}") for k in range(len(self.hidden_features))]
+        device = self.output.bias.device
+        return [self.constant(f"degrees_{k}", device) for k in range(len(self.hidden_features))]
 
     @property
     def steps(self) -> int:

@@ -7,6 +7,7 @@ differentiable operation used here whose derivatives are matrix products, too.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import itertools
 from collections.abc import Callable
@@ -33,7 +34,7 @@ def outside_autocast(function: F) -> F:
         if device == "meta" or not torch.is_autocast_enabled(device):
             return function(*args, **kwargs)
         dtype = _dtype_of(args[0])
-        with torch.autocast(device, enabled=False):
+        with _none(device):
             args = tuple(arg.to(dtype) if isinstance(arg, Tensor) and arg.dtype in _HALF else arg for arg in args)
             return function(*args, **kwargs)
 
@@ -66,17 +67,22 @@ class _Matmul(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    @outside_autocast
     def forward(a: Tensor, b: Tensor) -> Tensor:
-        return a @ b
+        with _none(a.device.type):
+            return a @ b
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
         ctx.save_for_backward(*inputs)
 
     @staticmethod
-    @outside_autocast
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
         a, b = ctx.saved_tensors
         needs_a, needs_b = ctx.needs_input_grad
-        return matmul(grad, b.mT) if needs_a else None, matmul(a.mT, grad) if needs_b else None
+        with _none(a.device.type):
+            return matmul(grad, b.mT) if needs_a else None, matmul(a.mT, grad) if needs_b else None
+
+
+def _none(device: str) -> contextlib.AbstractContextManager[Any]:
+    """Returns a region without autocast, entered even where there is none: a compiled one may be run within another."""
+    return contextlib.nullcontext() if device == "meta" else torch.autocast(device, enabled=False)
