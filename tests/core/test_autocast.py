@@ -156,7 +156,7 @@ def test_what_a_network_in_half_precision_made(half: torch.dtype) -> None:
                 assert given.dtype == half
                 found = flow.log_prob(given)
                 parts = [flow.nll_per_dim(given), *flow(given), *flow.inverse(given)]
-                    parts += next(t for t in flow._transforms() if list(t.parameters()))(given)
+                parts += next(t for t in flow._transforms() if list(t.parameters()))(given)
                 found.sum().backward()
             assert all(t.dtype == dtype for t in (found, *parts))
             assert torch.equal(found, flow.log_prob(given.to(dtype)))
