@@ -34,7 +34,7 @@ CARDS = {61: 6, 75: 40, 80: 108, 90: 132}
 # One sample, and the smallest and largest tile of samples.
 BATCHES = (1, 8, 64)
 _TYPES = {torch.float32: "fp32", torch.float64: "fp64", torch.bfloat16: "bf16", torch.int32: "i32", torch.int64: "i64"}
-_OPTIONS = ("num_warps", "num_stages", "maxnreg")
+_OPTIONS = ("num_warps", "num_stages", "maxnreg", "enable_fp_fusion")
 _TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
 

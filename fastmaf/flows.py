@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from fastmaf.degrees import DegreeKind, OrderKind, hidden_degrees, orders, warn_if_disconnected
 from fastmaf.kernels import Block, chain_forward, chain_inverse
+from fastmaf.kernels.autocast import outside_autocast
 from fastmaf.kernels.block import chain
 from fastmaf.kernels.chain.kept import kept_numel
 from fastmaf.nn import MADE, Init
@@ -28,6 +29,9 @@ _HALF_LOG_2PI = 0.5 * math.log(2 * math.pi)
 
 class Flow(nn.Module):
     """A normalizing flow: invertible transforms that carry data x to z ~ N(0, I).
+
+    Nothing here follows ambient ``torch.autocast``, neither forward nor backward: in half precision a density would be
+    off by nats. Within an autocast region, bfloat16 and float16 inputs are converted to the flow's dtype.
 
     Args:
         features: D.
@@ -58,6 +62,7 @@ class Flow(nn.Module):
                 f"{name} must be {own.dtype} on {own.device}, like the flow; found {x.dtype} on {x.device}"
             )
 
+    @outside_autocast
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Maps data to the base.
 
@@ -74,6 +79,7 @@ class Flow(nn.Module):
             ladj = ladj + term
         return x, ladj
 
+    @outside_autocast
     def inverse(self, z: Tensor) -> tuple[Tensor, Tensor]:
         """Maps the base to data, exactly.
 
@@ -94,6 +100,7 @@ class Flow(nn.Module):
             ladj = ladj + term
         return z, ladj
 
+    @outside_autocast
     def log_prob(self, x: Tensor) -> Tensor:
         """Returns the log-density of ``x`` ``[N, D]``, ``[N]`` nats."""
         z, ladj = self.forward(x)
@@ -102,6 +109,7 @@ class Flow(nn.Module):
     def _base_log_prob(self, z: Tensor) -> Tensor:
         return -0.5 * z.square().sum(dim=1) - self.features * _HALF_LOG_2PI
 
+    @outside_autocast
     def nll_per_dim(self, x: Tensor) -> Tensor:
         """Returns each dimension's share of the negative log-likelihood, ``[N, D]`` nats; the rows sum to
         ``-log_prob(x)``.

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from fastmaf.captured import NotCapturableError
 from fastmaf.flows import Flow
-from fastmaf.kernels import backends, launch_table
+from fastmaf.kernels import backends, composite, launch_table
 from fastmaf.kernels.adam import compile_adam
 from fastmaf.optim import FusedAdam, clip_scale
 
@@ -51,9 +51,12 @@ def _stream(device: torch.device) -> torch.cuda.Stream:
 
 
 def can_replay(flow: Flow) -> bool:
-    """Says whether graphs of the flow can be recorded: it is on a GPU, where the Triton kernels serve it."""
+    """Says whether graphs of the flow can be recorded: it is on a GPU, where the Triton kernels serve it.
+
+    Not within transforms of ``torch.func`` and forward mode, which a replay does not see.
+    """
     like = flow._like()
-    if like.device.type != "cuda":
+    if like.device.type != "cuda" or composite.needed():
         return False
     return (backends.chosen() or backends.default_backend("chain", like)) == "triton"
 

@@ -15,10 +15,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import conv2d, relu
 
+from fastmaf.constants import Constants
 from fastmaf.transforms import TRANSFORMS, Transform
 
 
-class MaskedConv2d(nn.Module):
+class MaskedConv2d(Constants):
     """A convolution of zero-padded patches in which an output channel sees the input channels of degree <= its own.
 
     Args:
@@ -29,8 +30,6 @@ class MaskedConv2d(nn.Module):
         zero: start at zero; else uniform within ±1/√(inputs seen by the last output).
         generator: source of randomness.
     """
-
-    mask: Tensor
 
     def __init__(
         self,
@@ -46,17 +45,23 @@ class MaskedConv2d(nn.Module):
         super().__init__()
         seen = in_degrees < out_degrees[:, None] if strict else in_degrees <= out_degrees[:, None]
         self.kernel = kernel
-        self.register_buffer("mask", seen[:, :, None, None].to(torch.get_default_dtype()), persistent=False)
         shape = (len(out_degrees), len(in_degrees), kernel, kernel)
         bound = 0.0 if zero else 1 / math.sqrt(max(1, shape[1]) * kernel**2)
-        self.weight = nn.Parameter(torch.empty(shape).uniform_(-bound, bound, generator=generator) * self.mask)
+        weight = torch.empty(shape).uniform_(-bound, bound, generator=generator)
+        self.set_constant("mask", seen[:, :, None, None], weight.device)
+        self.weight = nn.Parameter(torch.where(self.constant("mask", weight.device), weight, 0.0))
         self.bias = nn.Parameter(torch.empty(shape[0]).uniform_(-bound, bound, generator=generator)) if bias else None
+
+    @property
+    def mask(self) -> Tensor:
+        """Which weights are let through, bool ``[out, in, 1, 1]``, where the weight is."""
+        return self.constant("mask", self.weight.device)
 
     def forward(self, x: Tensor, outputs: slice = slice(None)) -> Tensor:
         """Returns output channels ``outputs`` of the convolution of ``x`` ``[N, channels, h, w]``, where ``x`` holds
         the first input channels, all that these outputs see.
         """
-        weight = (self.weight * self.mask)[outputs, : x.shape[1]]
+        weight = torch.where(self.mask, self.weight, 0.0)[outputs, : x.shape[1]]
         bias = None if self.bias is None else self.bias[outputs]
         if not weight.numel():  # nothing seen, or nothing asked for: conv2d refuses
             nothing = x.new_zeros(len(x), len(weight), *x.shape[2:])
@@ -64,7 +69,7 @@ class MaskedConv2d(nn.Module):
         return conv2d(x, weight, bias, padding=self.kernel // 2)
 
 
-class LocalAutoregressive(Transform):
+class LocalAutoregressive(Constants, Transform):
     """One MAF block with a convolutional conditioner: ``z[d] = (x[d] - shift[d]) exp(-log_scale[d])``, where shift and
     log_scale come from the pixels around d whose degree is smaller.
 
@@ -85,8 +90,6 @@ class LocalAutoregressive(Transform):
         Papamakarios et al. 2017 (MAF); van den Oord et al. 2016 (masked convolutions, PixelCNN); Bayer 1973 (the
         order).
     """
-
-    order: Tensor
 
     def __init__(
         self,
@@ -118,28 +121,36 @@ class LocalAutoregressive(Transform):
         self.reverse, self.log_scale_bound = reverse, log_scale_bound
         groups = channels * patch**2
         # The channel of a patch, c p² + place, that has each degree: places by the dither matrix, then channels.
-        order = (torch.arange(channels) * patch**2 + _dither(patch).flatten().argsort()[:, None]).flatten()
-        self.register_buffer("order", order.flip(0) if reverse else order, persistent=False)
-        self.register_buffer("_back", self.order.argsort(), persistent=False)
-        degrees = torch.arange(groups)
+        on_cpu = torch.arange(channels, device="cpu")
+        order = (on_cpu * patch**2 + _dither(patch).flatten().argsort()[:, None]).flatten()
+        order = order.flip(0) if reverse else order
+        degrees = torch.arange(groups, device="cpu")
         of_hidden = degrees.repeat_interleave(hidden)
         make: dict[str, Any] = {"generator": generator}
         self.linear = MaskedConv2d(degrees, degrees, kernel, strict=True, bias=False, zero=True, **make)
         self.first = MaskedConv2d(degrees, of_hidden, kernel, **make)
         self.second = MaskedConv2d(of_hidden, degrees.repeat_interleave(2), kernel, strict=True, zero=True, **make)
+        device = self.linear.weight.device
+        self.set_constant("order", order, device)
+        self.set_constant("back", order.argsort(), device)
+
+    @property
+    def order(self) -> Tensor:
+        """The channel of a patch that has each degree, int64 ``[C p²]``."""
+        return self.constant("order", self.linear.weight.device)
 
     def _patches(self, x: Tensor) -> Tensor:
         """``[N, D]`` -> ``[N, C p², H/p, W/p]``, channels by degree."""
         channels, height, width = self.shape
         h, w, p = height // self.patch, width // self.patch, self.patch
         u = x.reshape(-1, channels, h, p, w, p).permute(0, 1, 3, 5, 2, 4)
-        return u.reshape(-1, channels * p * p, h, w)[:, self.order]
+        return u.reshape(-1, channels * p * p, h, w)[:, self.constant("order", x.device)]
 
     def _pixels(self, u: Tensor) -> Tensor:
         """The way back; torch's pixel_shuffle gives an empty batch another shape."""
         channels, height, width = self.shape
         h, w, p = height // self.patch, width // self.patch, self.patch
-        x = u[:, self.get_buffer("_back")].reshape(-1, channels, p, p, h, w).permute(0, 1, 4, 2, 5, 3)
+        x = u[:, self.constant("back", u.device)].reshape(-1, channels, p, p, h, w).permute(0, 1, 4, 2, 5, 3)
         return x.reshape(-1, self.features)
 
     def _bounded(self, raw: Tensor) -> Tensor:
@@ -191,7 +202,7 @@ class LocalAutoregressive(Transform):
 
 def _dither(side: int) -> Tensor:
     """Returns the ordered-dither matrix ``[side, side]``: each of 0 .. side² - 1 once, neighbours far apart."""
-    matrix = torch.zeros(1, 1, dtype=torch.long)
+    matrix = torch.zeros(1, 1, dtype=torch.long, device="cpu")
     while len(matrix) < side:
         matrix = torch.cat(
             [torch.cat([4 * matrix, 4 * matrix + 2], dim=1), torch.cat([4 * matrix + 3, 4 * matrix + 1], dim=1)]

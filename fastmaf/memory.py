@@ -15,6 +15,7 @@ from typing import Literal, NamedTuple, TypeAlias, get_args
 import torch
 from torch import Tensor, nn
 
+from fastmaf.constants import constants
 from fastmaf.flows import Flow
 from fastmaf.kernels import backends
 from fastmaf.kernels.layout import padding_is_held
@@ -97,7 +98,8 @@ def memory_parts(
     like = flow._like()
     where = torch.device(("cpu" if like.is_meta else like.device) if device is None else device)
     case = _Case(flow, batch, optimiser, update, where, _backend(where, like.dtype))
-    held = sum(map(case.size, flow.parameters())) + sum(map(_bytes, flow.buffers())) + _padding(case)
+    fixed = sum(map(_bytes, (*flow.buffers(), *constants(flow))))
+    held = sum(map(case.size, flow.parameters())) + fixed + _padding(case)
     training = optimiser is not None
     layer_by_layer = case.factored and update == "clip"
     buffers = workspace_bytes(flow, batch, where, case.backend, training=training, layer_by_layer=layer_by_layer)

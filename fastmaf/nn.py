@@ -9,13 +9,15 @@ from typing import Any, Literal, TypeAlias
 import torch
 from torch import Tensor, nn
 
+from fastmaf.constants import Constants
 from fastmaf.degrees import DegreeKind, hidden_degrees, input_degrees, prefix
 from fastmaf.kernels import PackedLayout, empty_on_huge_pages, level_schedule, masked_linear
+from fastmaf.kernels.autocast import outside_autocast
 
 Init: TypeAlias = Literal["linear", "identity", "empty"]
 
 
-class MaskedLinear(nn.Module):
+class MaskedLinear(Constants):
     """A linear layer in which output unit j sees the inputs of degree <= its own (< when strict): ``y = act(W x + b)``.
 
     Args:
@@ -39,7 +41,6 @@ class MaskedLinear(nn.Module):
 
     weight: nn.Parameter
     bias: nn.Parameter
-    prefix: Tensor
 
     def __init__(
         self,
@@ -67,9 +68,13 @@ class MaskedLinear(nn.Module):
         self.in_features, self.out_features = self.layout.in_features, self.layout.out_features
         self.weight = nn.Parameter(empty_on_huge_pages(self.layout.numel, device=device, dtype=dtype))
         self.bias = nn.Parameter(torch.empty(self.out_features, device=device, dtype=dtype))
-        # Follows from the degrees: on the right device it is needed by every backend, in a state_dict by nobody.
-        self.register_buffer("prefix", self.layout.prefix.to(self.weight.device), persistent=False)
+        self.set_constant("prefix", self.layout.prefix, self.weight.device)
         self.reset_parameters(init, generator)
+
+    @property
+    def prefix(self) -> Tensor:
+        """How many inputs each output sees, int64 ``[out_features]``, where the weight is."""
+        return self.constant("prefix", self.weight.device)
 
     def reset_parameters(self, init: Init = "linear", generator: torch.Generator | None = None) -> None:
         """Draws the parameters anew; see the class for ``init``."""
@@ -86,6 +91,7 @@ class MaskedLinear(nn.Module):
                 self.layout.zero_padding_(self.weight.uniform_(-bound, bound, generator=generator))
                 self.bias.uniform_(-bound, bound, generator=generator)
 
+    @outside_autocast
     def forward(self, x: Tensor) -> Tensor:
         """Returns ``[..., out_features]`` for ``x`` ``[..., in_features]``."""
         if x.shape[-1] != self.in_features:
@@ -124,7 +130,7 @@ class MaskedLinear(nn.Module):
         return f"{self.in_features}, {self.out_features}, activation={self.activation!r}, {sizes}"
 
 
-class MADE(nn.Module):
+class MADE(Constants):
     """A masked autoencoder: the parameters of dimension d depend on the dimensions before it alone (Germain et al.
     2015).
 
@@ -176,13 +182,15 @@ class MADE(nn.Module):
         outputs = inputs.repeat_interleave(outputs_per_feature)
         self.output = MaskedLinear(drawn[-1], outputs, strict=strict, group=outputs_per_feature, init=init, **make)
         for k, layer_degrees in enumerate(drawn):
-            self.register_buffer(f"degrees_{k}", layer_degrees.to(self.output.bias.device, torch.int32))
+            name, value = f"degrees_{k}", layer_degrees.to(torch.int32)
+            self.set_constant(name, value, self.output.bias.device, persistent=True)
         self.schedule = level_schedule(inputs, drawn)
 
     @property
     def degrees(self) -> list[Tensor]:
         """The sorted degrees of each hidden layer, int32."""
-        return [self.get_buffer(f"degrees_{k}") for k in range(len(self.hidden_features))]
+        device = self.output.bias.device
+        return [self.constant(f"degrees_{k}", device) for k in range(len(self.hidden_features))]
 
     @property
     def steps(self) -> int:
@@ -216,13 +224,8 @@ class MADE(nn.Module):
         result: Tensor = self.output(self.hidden_units(x))
         return result.unflatten(-1, (self.features, self.outputs_per_feature))
 
-    def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any) -> None:
-        for k, own in enumerate(self.degrees):
-            found = state_dict.get(f"{prefix}degrees_{k}")
-            if isinstance(found, Tensor) and not torch.equal(found.to(own), own):
-                raise ValueError(
-                    f"{prefix}degrees_{k} differs from this model's degrees, so its packed weights mean another "
-                    f"function: build "
-                    "the model with the same degrees and seed, or use fastmaf.load, which restores them"
-                )
-        super()._load_from_state_dict(state_dict, prefix, *args)
+    def _differs(self, name: str) -> str:
+        return (
+            f"{name} differs from this model's degrees, so its packed weights mean another function: build the model "
+            f"with the same degrees and seed, or use fastmaf.load, which restores them"
+        )

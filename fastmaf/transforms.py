@@ -8,7 +8,7 @@ which lets it be saved.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from fastmaf.degrees import check_permutation
 from fastmaf.kernels import Block, affine_output, level_inverse
+from fastmaf.kernels.autocast import outside_autocast
 from fastmaf.nn import MADE
 
 
@@ -26,11 +27,21 @@ class NotInvertibleError(RuntimeError):
 class Transform(nn.Module):
     """An invertible map of ``[N, D]`` to ``[N, D]``.
 
+    ``forward``, ``inverse`` and ``forward_per_dim`` of every subclass run without ambient ``torch.autocast``, and take
+    bfloat16 and float16 inputs from within an autocast region in the transform's dtype. A conditioner that is to run in
+    half precision enters ``torch.autocast`` itself.
+
     Attributes:
         features: D.
     """
 
     features: int
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        for name in ("forward", "inverse", "forward_per_dim"):
+            if name in vars(cls):
+                setattr(cls, name, outside_autocast(vars(cls)[name]))
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Returns ``z`` ``[N, D]`` and ``ladj`` ``[N]`` = log |det dz/dx|."""
@@ -73,9 +84,8 @@ class Permutation(Transform):
     def __init__(self, permutation: Tensor) -> None:
         super().__init__()
         self.features = permutation.numel()
-        found = check_permutation("permutation", permutation, self.features)
-        self.register_buffer("permutation", found)
-        self.register_buffer("_inverse", found.argsort(), persistent=False)
+        self._first = check_permutation("permutation", permutation, self.features)
+        self.register_buffer("permutation", self._first.clone())
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         return x[:, self.permutation], x.new_zeros(x.shape[0])
@@ -86,14 +96,18 @@ class Permutation(Transform):
     @property
     def inverse_permutation(self) -> Tensor:
         """``[D]`` int64: where each dimension of the data stands."""
-        return self.get_buffer("_inverse")
+        places = torch.arange(self.features, device=self.permutation.device)
+        return torch.zeros_like(self.permutation).scatter(0, self.permutation, places)
 
     def forward_per_dim(self, x: Tensor, terms: Tensor) -> tuple[Tensor, Tensor]:
         return x[:, self.permutation], terms[:, self.permutation]
 
-    def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any) -> None:
-        super()._load_from_state_dict(state_dict, prefix, *args)
-        self.get_buffer("_inverse").copy_(self.permutation.argsort())
+    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Permutation:
+        was_meta = self.permutation.is_meta
+        super()._apply(fn, recurse)
+        if was_meta and not self.permutation.is_meta:  # ``to_empty`` of a flow that was planned without memory
+            self.permutation.copy_(self._first)
+        return self
 
     def config(self) -> dict[str, Any]:
         return {}

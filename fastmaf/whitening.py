@@ -6,13 +6,14 @@ blocks. ``fit_`` is in ``fastmaf.factor_analysis``.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fastmaf.factor_analysis import Augment, FactorModel, fit_factors, orthonormalised
+from fastmaf.factor_analysis import Augment, FactorModel, fit_factors
+from fastmaf.kernels.autocast import matmul
 from fastmaf.transforms import TRANSFORMS, Transform
 
 
@@ -64,10 +65,6 @@ class GaussianWhitening(Transform):
         self.register_buffer("scale", torch.ones(features, **make))
         self.register_buffer("factors", torch.zeros(features, rank, **make))
         self.register_buffer("variance", torch.zeros(rank, **make))
-        # Each dimension's share of -ladj. Follows from the others.
-        self.register_buffer("_terms", torch.zeros(features, **make), persistent=False)
-        self._ladj = 0.0
-        self._basis = self.factors
 
     @torch.no_grad()
     def fit_(
@@ -100,27 +97,37 @@ class GaussianWhitening(Transform):
         self.scale.copy_(model.scale)
         self.factors.zero_()[:, :found].copy_(model.factors)
         self.variance.zero_()[:found].copy_(model.variance)
-        self._refresh()
 
-    @torch.no_grad()
-    def _refresh(self) -> None:
-        """Works out the log-determinant, which is a constant, and how the dimensions share it."""
-        # Factors that came from float32 are orthonormal to its rounding only.
-        double = self.factors.dtype == torch.float64 and not self.factors.is_meta
-        self._basis = orthonormalised(self.factors) if double else self.factors
-        if self.mean.is_meta:
-            return
-        half_logs = 0.5 * self.variance.double().log1p()
-        # A factor's part of the log-determinant belongs to dimensions as its square does, which sums to 1.
-        shares = self._basis.double().square() @ half_logs
-        terms = self.scale.double().log() + shares
-        self.get_buffer("_terms").copy_(terms)
-        self._ladj = -float(terms.sum())
+    @property
+    def ladj(self) -> Tensor:
+        """The log-determinant log |det dz/dx| in nats, a float64 scalar that is taken from the buffers on each use."""
+        return -self.scale.double().log().sum() - 0.5 * self.variance.double().log1p().sum()
 
-    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> GaussianWhitening:
-        super()._apply(fn, recurse)
-        self._refresh()
-        return self
+    @property
+    def terms(self) -> Tensor:
+        """Each dimension's share of ``-ladj`` ``[D]``: of ½ log(1 + S²_k) it is P²_dk."""
+        half_logs = 0.5 * self.variance.log1p()
+        shares = matmul(self.factors.square(), half_logs[:, None])[:, 0]
+        # P² sums to 1 over the dimensions up to the rounding of the dtype that P was fitted in.
+        total = shares.sum().clamp_min(torch.finfo(shares.dtype).tiny)
+        return self.scale.log() + shares * (half_logs.sum() / total)
+
+    def _along(self, y: Tensor) -> Tensor:
+        """Returns the components ``y P`` ``[N, rank]``."""
+        return self._orthonormal(matmul(y, self.factors))
+
+    def _across(self, along: Tensor) -> Tensor:
+        """Returns ``along Pᵀ`` ``[N, D]``."""
+        return matmul(self._orthonormal(along), self.factors.mT)
+
+    def _orthonormal(self, along: Tensor) -> Tensor:
+        """Returns ``along (3I - PᵀP) / 2``: as if P were ``orthonormalised``, which it is to its own dtype's rounding.
+
+        In float64 P may have come from float32.
+        """
+        if along.dtype != torch.float64:
+            return along
+        return 1.5 * along - 0.5 * matmul(matmul(along, self.factors.mT), self.factors)
 
     def _scaled(self, y: Tensor, factor: Tensor, less_one: Tensor) -> Tensor:
         """Returns y with its components along the factors multiplied by ``factor``, which is 1 + ``less_one``.
@@ -129,25 +136,24 @@ class GaussianWhitening(Transform):
         """
         if not self.rank:
             return y
-        basis = self._basis
-        along = y @ basis
-        z = y + (along * less_one) @ basis.T
-        return z + (along * factor - z @ basis) @ basis.T
+        along = self._along(y)
+        z = y + self._across(along * less_one)
+        return z + self._across(along * factor - self._along(z))
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         root = (1 + self.variance).sqrt()
         # 1/root - 1 without the difference of two numbers near each other.
         z = self._scaled((x - self.mean) / self.scale, 1 / root, -self.variance / (root * (1 + root)))
-        return z, x.new_full((x.shape[0],), self._ladj)
+        return z, x.new_zeros(x.shape[0]) + self.ladj.to(x.dtype)
 
     def inverse(self, z: Tensor) -> tuple[Tensor, Tensor]:
         root = (1 + self.variance).sqrt()
         y = self._scaled(z, root, self.variance / (1 + root))
-        return y * self.scale + self.mean, z.new_full((z.shape[0],), -self._ladj)
+        return y * self.scale + self.mean, z.new_zeros(z.shape[0]) - self.ladj.to(z.dtype)
 
     def forward_per_dim(self, x: Tensor, terms: Tensor) -> tuple[Tensor, Tensor]:
         """See ``Transform``. ½ log(1 + S²_k) is shared among the dimensions as P²_dk."""
-        return self.forward(x)[0], terms + self.get_buffer("_terms")
+        return self.forward(x)[0], terms + self.terms
 
     def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any) -> None:
         for name, lowest in (("scale", "positive"), ("variance", "not negative")):
@@ -155,7 +161,6 @@ class GaussianWhitening(Transform):
             if isinstance(found, Tensor) and not bool(((found > 0) if name == "scale" else (found >= 0)).all()):
                 raise ValueError(f"{prefix}{name} must be {lowest}; found {float(found.min())}")
         super()._load_from_state_dict(state_dict, prefix, *args)
-        self._refresh()
 
     def config(self) -> dict[str, Any]:
         return {"features": self.features, "rank": self.rank}

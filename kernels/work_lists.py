@@ -5,7 +5,7 @@ Everything follows from a layout's table of tiles, is made once per table and st
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple, TypeVar
 
 import torch
@@ -134,6 +134,21 @@ def _work(items: list[tuple[int, int, int, int]], costs: list[int], counts: Tens
     order = sorted(range(len(items)), key=lambda i: -costs[i])
     table = torch.tensor([items[i] for i in order], dtype=torch.int32, device="cpu")
     return Work(table.to(device), counts.to(device), int(counts.max()))
+
+
+def numbers(owner: Tensor, rows: Sequence[Sequence[float]], device: torch.device) -> Tensor:
+    """Returns rows of numbers, int64 or float32, on the device, where they stay for as long as ``owner`` exists.
+
+    Sent once, as sending waits for the device and cannot be part of a CUDA graph. A recorded graph reads them for as
+    long as it is replayed, so that none may be dropped for others.
+    """
+    key = tuple(map(tuple, rows))
+
+    def make() -> Tensor:
+        dtype = torch.int64 if isinstance(rows[0][0], int) else torch.float32
+        return torch.tensor(rows, dtype=dtype, device="cpu").to(device)
+
+    return _once(owner, ("numbers", device, key), make)
 
 
 def on_device(schedule: Tensor, device: torch.device) -> Tensor:

@@ -100,7 +100,7 @@ def _gaussian_whitening(step: fastmaf.GaussianWhitening, x: Value, shares: Value
     if step.rank:
         factors = x.graph.value(step.factors, "float32")  # stored once, read as it lies and transposed
         y = y + ((y @ factors) * (-step.variance / (root * (1 + root)))).op("Gemm", factors, transB=1)
-    return y, shares + step.get_buffer("_terms")
+    return y, shares + step.terms
 
 
 def _permutation(step: fastmaf.Permutation, x: Value, shares: Value) -> tuple[Value, Value]:

@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastmaf.kernels import composite
+from fastmaf.kernels.autocast import outside_autocast
 from fastmaf.kernels.backends import implementation
 from fastmaf.kernels.factors import Factors, sink_of
 
@@ -81,13 +83,21 @@ def _(
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-    h, weight, _, _, prefix, tiles, ctx.bound, ctx.soft = inputs
+    *tensors, ctx.bound, ctx.soft = inputs
     z, _, log_scale = output
-    ctx.save_for_backward(h, weight, z, log_scale, prefix, tiles)
+    ctx.save_for_backward(*tensors, z, log_scale)
 
 
+@outside_autocast
 def _autograd(ctx: Any, grad_z: Tensor, grad_ladj: Tensor, grad_log_scale: Tensor) -> tuple[Tensor | None, ...]:
-    h, weight, z, log_scale, prefix, tiles = ctx.saved_tensors
+    h, weight, bias, x, prefix, tiles, z, log_scale = ctx.saved_tensors
+    if composite.needed_for((grad_z, grad_ladj, grad_log_scale)):
+
+        def function(h: Tensor, weight: Tensor, bias: Tensor, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+            return composite.affine_output(h, weight, bias, x, prefix, tiles, ctx.bound, ctx.soft)
+
+        grads = composite.gradients(function, (h, weight, bias, x), (grad_z, grad_ladj, grad_log_scale))
+        return *grads, None, None, None, None
     if (sink := sink_of(weight, ctx)) is not None:
         batch = grad_z, grad_ladj, grad_log_scale, h, z, log_scale
         grad_h, grad_bias, grad_x = sink.take(
@@ -122,6 +132,8 @@ def affine_output(
         ``z`` ``[N, D]``; ``ladj`` ``[N]``, the log absolute determinant in nats; ``log_scale`` ``[N, D]``, kept for
         the backward pass and for per-dimension terms.
     """
+    if composite.needed():
+        return composite.affine_output(h, weight, bias, x, prefix, tiles, bound, soft)
     result: tuple[Tensor, Tensor, Tensor] = _forward(
         h.contiguous(), weight.contiguous(), bias.contiguous(), x.contiguous(), prefix, tiles, bound, soft
     )

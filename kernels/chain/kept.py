@@ -57,6 +57,11 @@ def activations(chain: Chain, kept: Tensor, n: int) -> list[Activations]:
     return result
 
 
+def first_x(chain: Chain, kept: Tensor, n: int) -> Tensor:
+    """Returns the chain's input ``[N, D]``, from before its first permutation."""
+    return through(activations(chain, kept, n)[0].x, chain.permutations[0])
+
+
 # Of one layer: returns the gradients of its inputs and bias as Factors.grad_inputs does, and makes what it will of its
 # weight's.
 Step = Callable[[int, Factors, bool], tuple[Tensor, ...]]

@@ -7,15 +7,20 @@ scoring an image or a training step takes.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from functools import partial
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
+from fastmaf.kernels import composite
+from fastmaf.kernels.autocast import outside_autocast
 from fastmaf.kernels.backends import implementation
 from fastmaf.kernels.block import CHAIN_SCHEMA, Block, Chain, chain
 from fastmaf.kernels.chain import kept as way
 from fastmaf.kernels.factors import Factors, GradientSink, sink_of
+
+T = TypeVar("T")
 
 
 @torch.library.custom_op(
@@ -68,18 +73,27 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
     of, ctx.keeps = Chain(*inputs[1:-1]), inputs[-1]
     ctx.set_materialize_grads(False)  # that of `kept` would be as large as it is
     ctx.mark_non_differentiable(kept)
-    ctx.save_for_backward(z, ladj, kept, *of.weights, *of.biases)
+    # x is kept once already; for a second derivative it must be the tensor that came in.
+    x = inputs[0] if inputs[0].requires_grad else z.new_empty(0)
+    ctx.save_for_backward(z, ladj, kept, x, *of.weights, *of.biases)
     ctx.chain = of._replace(weights=[], biases=[])  # the rest is never written to
 
 
+@outside_autocast
 def _autograd(ctx: Any, grad_z: Tensor | None, grad_ladj: Tensor | None, _: Any) -> tuple[Any, ...]:
     if not ctx.keeps:
         raise RuntimeError(
             "chain_forward was called with keep=False, for passes that record no gradients: it has kept nothing to "
             "go back with"
         )
-    z, ladj, kept, *tensors = ctx.saved_tensors
-    of: Chain = ctx.chain._replace(weights=tensors[: len(tensors) // 2], biases=tensors[len(tensors) // 2 :])
+    z, ladj, kept, x, *tensors = ctx.saved_tensors
+    weights, biases = _halves(tensors)
+    of: Chain = ctx.chain._replace(weights=weights, biases=biases)
+    none = ([None] * len(part) for part in (of.prefixes, of.tiles, of.schedules, of.permutations))
+    if composite.needed_for((grad_z, grad_ladj)):
+        x = x if x.requires_grad else way.first_x(of, kept, z.shape[0])
+        grads = composite.gradients(partial(_composite, of), (x, *tensors), (grad_z, grad_ladj))
+        return grads[0], *_halves(grads[1:]), *none, None, None, None, None
     grad_z = torch.zeros_like(z) if grad_z is None else grad_z
     grad_ladj = torch.zeros_like(ladj) if grad_ladj is None else grad_ladj
     need_grad_x = ctx.needs_input_grad[0]
@@ -90,8 +104,17 @@ def _autograd(ctx: Any, grad_z: Tensor | None, grad_ladj: Tensor | None, _: Any)
         grad_x, grad_weights, grad_biases = _backward(grad_z, grad_ladj, kept, *of, need_grad_x)
     else:
         grad_x, grad_weights, grad_biases = _to_sinks(ctx, sinks, grad_z, grad_ladj, kept, of, need_grad_x)
-    none = ([None] * len(part) for part in (of.prefixes, of.tiles, of.schedules, of.permutations))
     return grad_x if need_grad_x else None, grad_weights, grad_biases, *none, None, None, None, None
+
+
+def _composite(of: Chain, x: Tensor, *tensors: Tensor) -> tuple[Tensor, Tensor]:
+    weights, biases = _halves(tensors)
+    return composite.chain_forward(x, of._replace(weights=weights, biases=biases))
+
+
+def _halves(sequence: Sequence[T]) -> tuple[list[T], list[T]]:
+    half = len(sequence) // 2
+    return list(sequence[:half]), list(sequence[half:])
 
 
 def _to_sinks(
@@ -147,6 +170,8 @@ def chain_forward(x: Tensor, blocks: Sequence[Block], permutations: Sequence[Ten
         ValueError: there is no block, an activation is unknown, they differ, or permutations are not one more.
     """
     of = chain(blocks, permutations)
+    if composite.needed():
+        return composite.chain_forward(x, of)
     keep = torch.is_grad_enabled() and any(t.requires_grad for t in (x, *of.weights, *of.biases))
     z, ladj, _ = _forward(x.contiguous(), *of, keep)
     return z, ladj

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastmaf.kernels import composite
+from fastmaf.kernels.autocast import outside_autocast
 from fastmaf.kernels.backends import implementation
 from fastmaf.kernels.block import CHAIN_SCHEMA, Block, chain
 from fastmaf.kernels.masked_linear.op import check_activation
@@ -80,11 +82,20 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
     ctx.save_for_backward(z, schedule, *weights, *biases, *prefixes, *tiles)
 
 
+@outside_autocast
 def _autograd(ctx: Any, grad_x: Tensor, grad_ladj: Tensor) -> tuple[Any, ...]:
     z, schedule, *tensors = ctx.saved_tensors
-    k = ctx.layers
+    k, options = ctx.layers, ctx.rest
     layers = [tensors[i * k : (i + 1) * k] for i in range(4)]
-    grad_z, *grads = _backward(grad_x, grad_ladj, z, *layers, schedule, *ctx.rest)
+    if composite.needed_for((grad_x, grad_ladj)):
+
+        def inverse(z: Tensor, *parameters: Tensor) -> tuple[Tensor, Tensor]:
+            weights, biases, (_, _, prefixes, tiles) = parameters[:k], parameters[k:], layers
+            return composite.level_inverse(z, weights, biases, prefixes, tiles, schedule, *options)
+
+        first, *rest = composite.gradients(inverse, (z, *layers[0], *layers[1]), (grad_x, grad_ladj))
+        return first, rest[:k], rest[k:], [None] * k, [None] * k, None, None, None, None
+    grad_z, *grads = _backward(grad_x, grad_ladj, z, *layers, schedule, *options)
     return grad_z, grads[:k], grads[k:], [None] * k, [None] * k, None, None, None, None
 
 
@@ -134,7 +145,10 @@ def chain_inverse(z: Tensor, blocks: Sequence[Block], permutations: Sequence[Ten
     Raises:
         ValueError: there is no block, an activation is unknown, they differ, or permutations are not one more.
     """
-    result: tuple[Tensor, Tensor] = _chain(z.contiguous(), *chain(blocks, permutations))
+    of = chain(blocks, permutations)
+    if composite.needed():
+        return composite.chain_inverse(z, of)
+    result: tuple[Tensor, Tensor] = _chain(z.contiguous(), *of)
     return result
 
 
@@ -166,6 +180,8 @@ def level_inverse(
         ``x`` ``[N, D]`` and ``ladj`` ``[N]`` = log |det dx/dz| in nats.
     """
     check_activation(activation)
+    if composite.needed():
+        return composite.level_inverse(z, weights, biases, prefixes, tiles, schedule, activation, bound, soft)
     result: tuple[Tensor, Tensor] = _forward(
         z.contiguous(),
         [weight.contiguous() for weight in weights],

@@ -59,15 +59,15 @@ def _cut(spans: Sequence[tuple[int, int]], finished: Sequence[int], tiles: Seque
 
 # The plan of a block, by the identity of its schedule, with the tiles that it was made for: made once, not for every
 # sample.
-_plan_of: WeakIdKeyDictionary = WeakIdKeyDictionary()
+_plans: WeakIdKeyDictionary = WeakIdKeyDictionary()
 
 
-def _plan(tiles: Sequence[Tensor], schedule: Tensor) -> list[list[list[_Piece]]]:
+def plan_of(tiles: Sequence[Tensor], schedule: Tensor) -> list[list[list[_Piece]]]:
     """Returns, per step, the pieces of each layer: hidden layers first, the output layer last."""
-    known: tuple[list[weakref.ref[Tensor]], list[list[list[_Piece]]]] | None = _plan_of.get(schedule)
+    known: tuple[list[weakref.ref[Tensor]], list[list[list[_Piece]]]] | None = _plans.get(schedule)
     if known is None or any(ref() is not table for ref, table in zip(known[0], tiles, strict=True)):
         known = ([weakref.ref(table) for table in tiles], _make_plan([tiles_of(table) for table in tiles], schedule))
-        _plan_of[schedule] = known
+        _plans[schedule] = known
     return known[1]
 
 
@@ -97,7 +97,7 @@ def forward(
     with _one_thread_if_small(z):
         # Stored in fewer bits, they are the same function of rounded weights.
         weights = [weight.to(z.dtype) for weight in weights]
-        x_t, log_scale_t = _walk(z, weights, biases, _plan(tiles, schedule), activation, bound, soft)
+        x_t, log_scale_t = _walk(z, weights, biases, plan_of(tiles, schedule), activation, bound, soft)
     return x_t.t().contiguous(), log_scale_t.sum(0)
 
 
@@ -206,7 +206,7 @@ def backward(
     scale, slope = torch.exp(a), bound_slope(a, bound, soft)
     grad_values = [grad_x.clone(), *(torch.zeros_like(value) for value in values[1:])]
     grad_rows = [*(torch.zeros_like(value) for value in values[1:]), torch.zeros_like(out)]
-    plan = _plan(tiles, schedule)
+    plan = plan_of(tiles, schedule)
     ends = [sum(piece.rows for step in plan for piece in step[k]) for k in range(len(weights))]
     for step in reversed(plan):
         for k in (*reversed(range(last)), last):  # the reverse of: outputs, then hidden layers from the first on

@@ -46,7 +46,7 @@ PANEL = 16
 # starts at a multiple of 16 bytes.
 MOST_SAMPLES = 512
 # int64 numbers of a block in the kernel's table, then of each of its layers.
-_OF_BLOCK = tl.constexpr(4)
+_OF_BLOCK = tl.constexpr(3)
 _OF_LAYER = tl.constexpr(5)
 
 
@@ -71,15 +71,15 @@ def _sums(
 
 @triton.jit
 def _level_inverse_kernel(
-    z_ptr, x_ptr, ladj_ptr, blocks_ptr, bounds_ptr, values_ptr, ahead_ptr, other_x_ptr, n, features, blocks,
-    stride_block, stride_values,
+    z_ptr, x_ptr, ladj_ptr, blocks_ptr, bounds_ptr, permutations_ptr, values_ptr, ahead_ptr, other_x_ptr, n, features,
+    blocks, stride_block, stride_values,
     PANEL: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_U: tl.constexpr, BLOCK_R: tl.constexpr,
     BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_W: tl.constexpr, W_TYPE: tl.constexpr, RELU: tl.constexpr,
     ANY_SOFT: tl.constexpr, ALIGNED: tl.constexpr,
 ):  # fmt: skip
     """values: hidden units [n, stride_values], layer after layer; ahead: partial sums of these, then of the 2D outputs.
 
-    Of a block in blocks_ptr: schedule, steps, permutation, hidden layers; of its layers: weight, bias, base, width of
+    Of a block in blocks_ptr: schedule, steps, hidden layers; of its layers: weight, bias, base, width of
     its rows, and how many rows it has.
     """
     sample = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -90,8 +90,8 @@ def _level_inverse_kernel(
         block = blocks_ptr + b * stride_block
         schedule = tl.load(block).to(tl.pointer_type(tl.int32))
         steps = tl.load(block + 1).to(tl.int32)
-        permutation = tl.load(block + 2).to(tl.pointer_type(tl.int64))
-        hidden = tl.load(block + 3).to(tl.int32)
+        hidden = tl.load(block + 2).to(tl.int32)
+        permutation = permutations_ptr + b * features
         bound, soft = tl.load(bounds_ptr + 2 * b), tl.load(bounds_ptr + 2 * b + 1)
         output = block + _OF_BLOCK + _OF_LAYER * hidden
         # The blocks' results alternate between two buffers; the last one's is x.
@@ -261,18 +261,18 @@ def chain(
     soft = [bends and not math.isinf(bound) for bends, bound in zip(softs, bounds, strict=True)]
     depths = [schedule.shape[1] for schedule in schedules]
     table, first = [], 0
-    for schedule, permutation, depth in zip(on_device, permutations[:-1], depths, strict=True):
-        places = permutation if permutation.numel() else _identity(features, z.device)
-        block = [schedule.data_ptr(), len(schedule), places.data_ptr(), depth - 1]
+    for schedule, depth in zip(on_device, depths, strict=True):
+        block = [schedule.data_ptr(), len(schedule), depth - 1]
         for i in range(first, first + depth):
             block += [weights[i].data_ptr(), biases[i].data_ptr(), rows[i].base.data_ptr(), rows[i].width.data_ptr()]
             block.append(biases[i].shape[0])
         table.append(block)
         first += depth
     stride = max(len(block) for block in table)
-    blocks = torch.tensor([block + [0] * (stride - len(block)) for block in table], dtype=torch.int64, device="cpu")
-    limits = torch.tensor(list(zip(bounds, soft, strict=True)), dtype=torch.float32, device="cpu")
-    blocks, limits = blocks.to(z.device), limits.to(z.device)
+    blocks = work_lists.numbers(schedules[0], [block + [0] * (stride - len(block)) for block in table], z.device)
+    limits = work_lists.numbers(schedules[0], list(zip(bounds, map(float, soft), strict=True)), z.device)
+    # Not by their addresses: they may be made anew for every call.
+    places = torch.stack([p if p.numel() else _identity(features, z.device) for p in permutations[:-1]])
 
     launches, sms, _ = target(z)
     hidden = [bias.shape[0] for bias, width in zip(biases, _is_hidden(depths), strict=True) if width]
@@ -291,8 +291,8 @@ def chain(
         launch(
             _level_inverse_kernel,
             cdiv(count, plan.samples),
-            z[part], x[part], ladj[part], blocks, limits, values, ahead, torch.empty_like(z[part]), count, features,
-            len(depths), stride, per_block,
+            z[part], x[part], ladj[part], blocks, limits, places, values, ahead, torch.empty_like(z[part]), count,
+            features, len(depths), stride, per_block,
             PANEL=PANEL, BLOCK_N=plan.samples, BLOCK_D=plan.dims, BLOCK_U=plan.units, BLOCK_R=plan.rows,
             BLOCK_C=plan.columns, BLOCK_P=plan.panel_units, BLOCK_W=plan.panel_values,
             W_TYPE=tl.bfloat16 if weights[0].dtype == torch.bfloat16 else tl.float32, RELU=activation == "relu",

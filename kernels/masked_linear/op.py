@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastmaf.kernels import composite
+from fastmaf.kernels.autocast import outside_autocast
 from fastmaf.kernels.backends import implementation
 from fastmaf.kernels.factors import Factors, sink_of
 
@@ -77,13 +79,22 @@ def _(
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, weight, _, prefix, tiles, ctx.activation = inputs
+    x, weight, bias, prefix, tiles, ctx.activation = inputs
     # The identity's backward never reads y: keep it alive only for an activation that does.
-    ctx.save_for_backward(x, weight, prefix, tiles, output if ctx.activation != "identity" else x.new_empty(0))
+    y = output if ctx.activation != "identity" else x.new_empty(0)
+    ctx.save_for_backward(x, weight, bias, prefix, tiles, y)
 
 
+@outside_autocast
 def _autograd(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
-    x, weight, prefix, tiles, y = ctx.saved_tensors
+    x, weight, bias, prefix, tiles, y = ctx.saved_tensors
+    if composite.needed_for([grad_y]):
+
+        def function(x: Tensor, weight: Tensor, bias: Tensor) -> list[Tensor]:
+            return [composite.masked_linear(x, weight, bias, prefix, tiles, ctx.activation)]
+
+        grads = composite.gradients(function, (x, weight, bias), [grad_y])
+        return *grads, None, None, None
     need_grad_x = ctx.needs_input_grad[0]
     if (sink := sink_of(weight, ctx)) is not None:
         factors = Factors("masked_linear", (grad_y, x, y), weight, prefix, tiles, (ctx.activation,))
@@ -116,5 +127,7 @@ def masked_linear(
         ValueError: the activation is unknown.
     """
     check_activation(activation)
+    if composite.needed():
+        return composite.masked_linear(x, weight, bias, prefix, tiles, activation)
     result: Tensor = _forward(x.contiguous(), weight.contiguous(), bias.contiguous(), prefix, tiles, activation)
     return result

@@ -229,3 +229,63 @@ def test_recorded_launches_are_not_made(device: str, capability: int, sms: int, 
     made = len(record.launches)
     evaluate(make("linear", 1, 5, device=device), "triton", F32)
     assert len(record.launches) == made, "launches are noted after the end of the block"
+
+
+def test_fused_multiply_adds_are_asked_for() -> None:
+    """Triton's default for them has changed between versions, and with it the rounding of every product."""
+    from fastmaf.kernels import triton_parts
+
+    flow = build(13, blocks=2, dtype=F32)
+    with fastmaf.use_backend("triton"), triton_parts.recording(61, 6) as record:
+        flow.log_prob(normal(2, 13, dtype=F32)).sum().backward()
+        flow.sample(2)
+    kernels = {launched.kernel.__name__ for launched in record.launches}
+    assert len(kernels) >= 5 and "_level_inverse_kernel" in kernels
+    assert all(launched.options["enable_fp_fusion"] is True for launched in record.launches)
+
+
+def test_an_inverse_sends_its_table_once() -> None:
+    """Sending waits for the device, and cannot be part of a CUDA graph; another weight has a table of its own."""
+    from fastmaf.kernels import triton_parts
+
+    flow, z = build(13, blocks=3, order="random", dtype=F32), normal(2, 13, dtype=F32)
+
+    def tables() -> list[Tensor]:
+        with torch.no_grad(), fastmaf.use_backend("triton"), triton_parts.recording(61, 6) as record:
+            flow.inverse(z)
+        [launched] = record.launches
+        return list(launched.args[3:5])
+
+    first = tables()
+    assert all(a is b for a, b in zip(first, tables(), strict=True))
+    with torch.no_grad():
+        for parameter in flow.parameters():
+            parameter.mul_(2)
+    assert all(a is b for a, b in zip(first, tables(), strict=True)), "weights that stayed where they were"
+    before = first[0].clone()
+    bias = flow.transforms[1].made.output.bias  # type: ignore[union-attr]
+    bias.data = bias.data.clone()
+    assert not torch.equal(tables()[0], before) and torch.equal(first[0], before)
+    assert tables()[1] is first[1]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+def test_samples_can_be_captured() -> None:
+    """In a CUDA graph of the user's, which follows weights and buffers that are written in place."""
+    flow = build(13, blocks=3, order="random", dtype=F32, whitening=4).to("cuda")
+    whitening = flow.transforms[0]
+    z = normal(5, 13, dtype=F32).cuda()
+    with torch.no_grad():
+        flow.inverse(z)
+        flow.log_prob(z)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            x, ladj = flow.inverse(z)
+            log_prob = flow.log_prob(z)
+        for seed in range(3):
+            whitening.fit_(normal(40, 13, seed=seed, dtype=F32).cuda())  # type: ignore[union-attr, operator]
+            flow.transforms[1].permutation.copy_(torch.randperm(13))  # type: ignore[union-attr, operator]
+            graph.replay()
+            for found, expected in zip((x, ladj, log_prob), (*flow.inverse(z), flow.log_prob(z)), strict=True):
+                assert torch.equal(found, expected)
