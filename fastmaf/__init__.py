@@ -12,6 +12,7 @@ if not (_Path(__file__).parent / "kernels").is_dir():
     __path__.append(str(_Path(__file__).parent.parent))
 
 from fastmaf import optim
+from fastmaf.blas import allocate_work_buffers
 from fastmaf.checkpoint import CheckpointError, load, read_extras, read_tensors, write_tensors
 from fastmaf.convert import LeakyMaskError, from_reference
 from fastmaf.degrees import ConnectivityWarning
@@ -49,6 +50,7 @@ __all__ = [
     "StepReport",
     "TrainingStep",
     "Transform",
+    "allocate_work_buffers",
     "from_reference",
     "load",
     "memory_estimate",

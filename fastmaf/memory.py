@@ -59,8 +59,10 @@ def memory_estimate(
     """Returns the bytes at the peak of a training step on the mean NLL of a batch, or of scoring a batch.
 
     It counts tensors and kernels' buffers, so what ``torch.cuda.max_memory_allocated`` shows; on the CPU what is
-    allocated, aside from Python and torch themselves. Nothing is run, and of the flow only shapes are read: one built
-    on ``device="meta"`` takes no memory itself.
+    allocated, aside from Python, torch and libraries: the work buffers that the torch backend's BLAS library allocates
+    on first use depend on the library, the CPU and the number of threads, and are not counted (see
+    ``allocate_work_buffers``). Nothing is run, and of the flow only shapes are read: one built on ``device="meta"``
+    takes no memory itself.
 
     Args:
         flow: any flow, also one of ``to_inference()``. Parameters that require no gradient are not trained. A transform
@@ -95,9 +97,8 @@ def memory_parts(
         raise ValueError(f"batch must be at least 1; found {batch}")
     if update not in get_args(Update):
         raise ValueError(f"update must be one of {', '.join(map(repr, get_args(Update)))}; found {update!r}")
-    like = flow._like()
-    where = torch.device(("cpu" if like.is_meta else like.device) if device is None else device)
-    case = _Case(flow, batch, optimiser, update, where, _backend(where, like.dtype))
+    where, backend = runs_on(flow, device)
+    case = _Case(flow, batch, optimiser, update, where, backend)
     fixed = sum(map(_bytes, (*flow.buffers(), *constants(flow))))
     held = sum(map(case.size, flow.parameters())) + fixed + _padding(case)
     training = optimiser is not None
@@ -175,13 +176,15 @@ def _bytes(tensor: Tensor) -> int:
     return tensor.numel() * tensor.element_size()
 
 
-def _backend(device: torch.device, dtype: torch.dtype) -> str:
-    """Returns the name of the backend that a flow will run on there."""
+def runs_on(flow: Flow, device: torch.device | str | None) -> tuple[torch.device, str]:
+    """Returns the device that a flow is to run on, ``device`` if given, and the name of its backend there."""
+    like = flow._like()
+    where = torch.device(("cpu" if like.is_meta else like.device) if device is None else device)
     if (chosen := backends.chosen()) is not None:
-        return chosen
-    if device.type == "cuda" and not torch.cuda.is_available():  # a plan for another machine
-        return "triton"
-    return backends.default_backend("affine_output", torch.empty(0, device=device, dtype=dtype))
+        return where, chosen
+    if where.type == "cuda" and not torch.cuda.is_available():  # a plan for another machine
+        return where, "triton"
+    return where, backends.default_backend("affine_output", torch.empty(0, device=where, dtype=like.dtype))
 
 
 def _padding(case: _Case) -> int:

@@ -24,15 +24,9 @@ def workspace_bytes(
     """
     if backend == "triton":
         return _of_kernels(flow, batch, device, training=training)
-    if device.type != "cpu":
-        return 0  # the ops of torch hold none
-    if backend == "native":
-        return _scratch(flow, batch, training=training, layer_by_layer=layer_by_layer)
-    if batch == 1:
-        return 0
-    # What MKL packs matrices into, and keeps: as measured at 3,072 to 12,288 features and batches of 2 to 512.
-    packed = min(800 * flow.features, 6_400_000)
-    return torch.get_num_threads() * ((packed if training else packed // 2) + 4096 * min(batch, 1024))
+    if device.type != "cpu" or backend != "native":
+        return 0  # torch's ops hold none of their own; for those of the BLAS library see fastmaf.blas
+    return _scratch(flow, batch, training=training, layer_by_layer=layer_by_layer)
 
 
 def _of_kernels(flow: Flow, n: int, device: torch.device, *, training: bool) -> int:

@@ -41,8 +41,12 @@ def check_room(config: TrainConfig, device: torch.device, *, images: int, resume
             blocks.
     """
     config = dataclasses.replace(config, batch_size=min(config.batch_size, images))
-    available = available_memory(device)
-    if available is None or (needed := needed_memory(config, device)) <= available:
+    available, needed = available_memory(device), needed_memory(config, device)
+    if available is not None and needed <= available:
+        # The estimate leaves out the buffers of the BLAS library: those are allocated now, and no longer available.
+        fastmaf.allocate_work_buffers(_planned(config), config.batch_size, device=device)
+        available = available_memory(device)
+    if available is None or needed <= available:
         return
     hidden = ",".join(map(str, config.hidden_features))
     advice = _advice(config, device, available)
@@ -73,13 +77,19 @@ def _largest(limit: int, fits: Callable[[int], bool]) -> int:
 
 
 def needed_memory(config: TrainConfig, device: torch.device) -> int:
-    """Returns the bytes that a run will take on a device, with some reserve."""
+    """Returns the bytes that a run will take on a device, with some reserve, aside from libraries' work buffers."""
+    clips = config.max_grad_norm is not None
+    estimate = fastmaf.memory_estimate(
+        _planned(config), config.batch_size, update="clip" if clips else "minimize", device=device
+    )
+    return int(_RESERVE * estimate)
+
+
+def _planned(config: TrainConfig) -> fastmaf.Flow:
+    """Returns the flow of a run without its numbers."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", fastmaf.ConnectivityWarning)  # it will come with the run itself
-        flow = config.build(device="meta")
-    clips = config.max_grad_norm is not None
-    estimate = fastmaf.memory_estimate(flow, config.batch_size, update="clip" if clips else "minimize", device=device)
-    return int(_RESERVE * estimate)
+        return config.build(device="meta")
 
 
 def _gb(size: int) -> str:

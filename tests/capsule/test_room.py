@@ -12,8 +12,9 @@ from typer.main import get_command
 
 from fastmaf.capsule import room
 from fastmaf.capsule.config import TrainConfig
-from fastmaf.capsule.room import DoesNotFitError, available_memory, needed_memory
+from fastmaf.capsule.room import DoesNotFitError, available_memory, check_room, needed_memory
 from fastmaf.cli import app
+from fastmaf.kernels import backends
 from tests.capsule.runs import IMAGES, run, with_
 
 pytestmark = [pytest.mark.usefixtures("undrawn"), pytest.mark.filterwarnings("ignore::fastmaf.ConnectivityWarning")]
@@ -122,6 +123,35 @@ def test_messages_name_only_options_that_exist(data: Path, tmp_path: Path, only:
 
 def test_clipping_and_guards_are_counted() -> None:
     assert needed_memory(with_(max_grad_norm=1.0), CPU) > needed_memory(with_(), CPU)
+
+
+@pytest.mark.parametrize(("backend", "fits"), [("reference", False), ("native", True)])
+def test_work_buffers_of_the_blas_library_come_off_what_is_available(
+    monkeypatch: pytest.MonkeyPatch, backend: str, fits: bool
+) -> None:
+    """No library tells their size: they are allocated by products of the run's shapes, then it is looked again."""
+    if (reason := backends.missing("chain", backend)) is not None:
+        pytest.skip(reason)
+    config, products = with_(batch_size=3), []
+    multiply = torch.addmm
+
+    def counted(bias: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, *, out: torch.Tensor) -> torch.Tensor:
+        products.append((tuple(x.shape), tuple(weight.shape)))
+        return multiply(bias, x, weight, out=out)
+
+    monkeypatch.setattr(torch, "addmm", counted)
+    with backends.use_backend(backend):
+        needed = needed_memory(config, CPU)
+        monkeypatch.setattr(room, "available_memory", lambda device: needed - len(products))
+        if fits:
+            check_room(config, CPU, images=TRAINED)
+            assert not products
+            return
+        with pytest.raises(DoesNotFitError):
+            check_room(config, CPU, images=TRAINED)
+    layers = [layer for made in config.build()._mades() for layer in made.layers]
+    tiles = [tile for layer in layers for tile in layer.layout.tiles if tile.width]
+    assert {((3, t.width), (t.width, t.row_end - t.row_start)) for t in tiles} <= set(products)
 
 
 class Machine:
