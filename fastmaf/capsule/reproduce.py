@@ -10,10 +10,10 @@ from pathlib import Path
 from types import MappingProxyType
 
 import fastmaf
+from fastmaf.atomic import written_atomically
 from fastmaf.capsule.config import TrainConfig
 from fastmaf.capsule.evaluate import Evaluation, ThresholdReport, format_table
 from fastmaf.capsule.models import Model, load_model
-from fastmaf.capsule.results import written_atomically
 from fastmaf.capsule.sample import sample
 from fastmaf.capsule.score import evaluate
 from fastmaf.capsule.synthetic import MARKER, draw_dataset

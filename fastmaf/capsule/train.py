@@ -25,11 +25,12 @@ from torch import Tensor
 from tqdm import tqdm
 
 import fastmaf
+from fastmaf.atomic import written_atomically
 from fastmaf.capsule.checkpoints import MODEL_FILE, STATE_FILE, load_state, save_state, set_aside
 from fastmaf.capsule.config import TrainConfig
 from fastmaf.capsule.data import DataError, ImageSet, load_train, to_unit
 from fastmaf.capsule.plots import nll_curve
-from fastmaf.capsule.results import bits_per_dim, written_atomically
+from fastmaf.capsule.results import bits_per_dim
 from fastmaf.capsule.room import check_room
 
 LOG_FILE, CURVE_FILE = "train_log.csv", "nll_curve.png"

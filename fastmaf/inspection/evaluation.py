@@ -12,9 +12,9 @@ from typing import Any
 
 import numpy as np
 
+from fastmaf.atomic import written_atomically
 from fastmaf.capsule.data import ImageSet, load_test, load_train
 from fastmaf.capsule.folders import has_normals
-from fastmaf.capsule.results import written_atomically
 from fastmaf.inspection.masks import load_masks
 from fastmaf.inspection.members import load_members
 from fastmaf.inspection.model import Assessment, InspectionModel, load_inspection, model_file

@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from fastmaf.atomic import written_atomically
 from fastmaf.capsule.decoding import load_frame, resized
-from fastmaf.capsule.results import written_atomically
 from fastmaf.inspection.calibration import Calibration
 from fastmaf.inspection.model import InspectionModel
 from fastmaf.inspection.onnx_graph import inspection_graph

@@ -14,8 +14,8 @@ from typing import Any, Protocol, TextIO
 import numpy as np
 from tqdm import tqdm
 
+from fastmaf.atomic import written_atomically
 from fastmaf.capsule.decoding import Frame
-from fastmaf.capsule.results import written_atomically
 from fastmaf.inspection.heatmaps import to_frame, write_map, write_overlay
 from fastmaf.inspection.inputs import Unreadable, expand, read_each
 from fastmaf.inspection.model import InspectionModel, load_inspection

@@ -14,9 +14,10 @@ import torch
 from tqdm import tqdm
 
 import fastmaf
+from fastmaf.atomic import written_atomically
 from fastmaf.capsule.checkpoints import MODEL_FILE, set_aside
 from fastmaf.capsule.data import ImageSet, load_train
-from fastmaf.capsule.results import bits_per_dim, written_atomically
+from fastmaf.capsule.results import bits_per_dim
 from fastmaf.inspection.calibration import Calibration
 from fastmaf.inspection.fit import Fitted, fit
 from fastmaf.inspection.inputs import Unreadable, expand, read_each
