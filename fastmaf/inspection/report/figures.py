@@ -14,6 +14,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
+from fastmaf.capsule.names import visible
 from fastmaf.capsule.plots import (
     BLUE,
     GREEN,
