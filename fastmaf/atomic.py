@@ -12,6 +12,9 @@ from typing import BinaryIO
 
 from safetensors import SafetensorError
 
+STDOUT = "standard output"
+"""What errors call it."""
+
 _OS_ERROR = re.compile(r"\(os error (\d+)\)")  # how safetensors, which writes by itself, reports what the system said
 
 

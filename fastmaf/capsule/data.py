@@ -1,9 +1,9 @@
 """Reading a folder of inspection images into one uint8 tensor.
 
 Layout: ``root/train/good``, ``root/test/<class>`` and, optional and not read here, ``root/ground_truth/<class>``, each
-with all folders below it; to train, a folder that holds nothing but normal images will do. Images are decoded as ``fastmaf.capsule.decoding`` says
-and kept as uint8. Whatever had to be done to an image that is not plain 8-bit RGB is said in ``ImageSet.notes``; a file
-that cannot be read stops the load with its name, or is skipped on demand.
+with all folders below it; to train, a folder that holds nothing but normal images will do. Images are decoded as
+``fastmaf.capsule.decoding`` says and kept as uint8. Whatever had to be done to an image that is not plain 8-bit RGB is
+said in ``ImageSet.notes``; a file that cannot be read stops the load with its name, or is skipped on demand.
 """
 
 from __future__ import annotations
@@ -165,7 +165,9 @@ def _load(
     kept: list[tuple[str, Path, Path]] = []
     shapes: list[tuple[int, int]] = []
     skipped: list[tuple[Path, str]] = []
-    for label, folder, file in tqdm(files, desc=f"reading {what} images", unit="image", disable=not progress, leave=False):
+    for label, folder, file in tqdm(
+        files, desc=f"reading {what} images", unit="image", disable=not progress, leave=False
+    ):
         try:
             frame = load_frame(file, size)
         except DataError as error:

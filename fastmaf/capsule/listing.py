@@ -13,7 +13,21 @@ from fastmaf.capsule.marks import is_output
 SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff")
 """Files with these suffixes, in any case, are taken for images; all others and hidden ones are left aside."""
 
-_NOT_READ = (".avif", ".dng", ".gif", ".heic", ".heif", ".jfif", ".jp2", ".jxl", ".pgm", ".ppm", ".raw", ".tga", ".webp")
+_NOT_READ = (
+    ".avif",
+    ".dng",
+    ".gif",
+    ".heic",
+    ".heif",
+    ".jfif",
+    ".jp2",
+    ".jxl",
+    ".pgm",
+    ".ppm",
+    ".raw",
+    ".tga",
+    ".webp",
+)
 _SYSTEM = ("__macosx", "@eadir")  # folders of thumbnails and attributes that macOS and Synology leave
 
 
@@ -121,7 +135,9 @@ def left_aside(files: Collection[Path], closed: Sequence[Path] = ()) -> list[str
     if written:
         where = Counter(f"{file.parent}" for file in written)
         places = ", ".join(f"{n} in {folder}" for folder, n in where.most_common(3))
-        notes.append(f"{count(len(written), 'picture')} that fastmaf wrote left aside: {places}" + ", ..." * (len(where) > 3))
+        notes.append(
+            f"{count(len(written), 'picture')} that fastmaf wrote left aside: {places}" + ", ..." * (len(where) > 3)
+        )
     for suffix, n in sorted(others.items()):
         notes.append(f"{count(n, 'file')} left aside: {suffix} is not read; save as PNG what is to be read")
     if rest := len(files) - len(written) - others.total():

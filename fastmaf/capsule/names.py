@@ -8,6 +8,7 @@ import unicodedata
 # Characters that reorder the line around them: "gnp.exe" may be shown as "exe.png".
 _REORDERING = frozenset("\u061c\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")
 _FORMULA = re.compile(r"(?:^|;)\s*[=+\-@'\uff1d\uff0b\uff0d\uff20]")  # the last four are full-width forms
+_BREAKS = ("Cc", "Zl", "Zp")  # Unicode's categories of control characters and line separators
 _ESCAPE = re.compile(r"\\(\\|x[0-9a-f]{2}|u[0-9a-f]{4})")
 
 
@@ -36,21 +37,23 @@ def _escaped(character: str) -> str:
     return f"\\x{n:02x}" if n < 0x100 else f"\\u{n:04x}"
 
 
-def to_cell(name: str) -> str:
+def to_cell(name: str, *, keep_bytes: bool = True) -> str:
     r"""A name as a CSV cell: one that a spreadsheet takes for a formula, or that breaks a line, is written as text.
 
     Such a name begins with ``= + - @`` or ``'``, holds one of these after a semicolon (which separates cells in some
     countries), or holds a control character or a line separator. Its cell is an apostrophe and the name, with each
     backslash doubled and each control character and semicolon as ``\xNN`` or ``\uNNNN``. Every other name is its own
     cell. ``from_cell`` gives the name back.
+
+    Bytes that are no UTF-8 (Python's surrogate escapes) are such characters, too, unless ``keep_bytes``: for a stream
+    that cannot hold them.
     """
-    if not _FORMULA.search(name) and not any(map(_breaks_lines, name)):
+    kinds = _BREAKS if keep_bytes else (*_BREAKS, "Cs")
+    written_out = {c for c in name if unicodedata.category(c) in kinds}
+    if not written_out and not _FORMULA.search(name):
         return name
-    return "'" + "".join("\\\\" if c == "\\" else _escaped(c) if c == ";" or _breaks_lines(c) else c for c in name)
-
-
-def _breaks_lines(character: str) -> bool:
-    return unicodedata.category(character) in ("Cc", "Zl", "Zp")
+    written_out.add(";")
+    return "'" + "".join("\\\\" if c == "\\" else _escaped(c) if c in written_out else c for c in name)
 
 
 def from_cell(cell: str) -> str:

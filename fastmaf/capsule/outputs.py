@@ -18,6 +18,9 @@ from typing import TypeAlias
 
 import fastmaf
 from fastmaf.capsule.marks import role_of
+from fastmaf.capsule.results import SCORE_COLUMNS
+
+INSPECTION_SCORES = ("file", "label", "score", "p_value", "verdict", "nll")
 
 _Key: TypeAlias = tuple[object, ...]
 
@@ -77,8 +80,23 @@ def text_file(name: str, *signs: str) -> Kind:
 
 
 def model(name: str, key: str = "fastmaf") -> Kind:
-    """safetensors files with this key in their metadata."""
+    """Safetensors files with this key in their metadata."""
     return Kind(name, lambda path: key in _metadata(path))
+
+
+def eval_scores() -> Kind:
+    """scores.csv of ``fastmaf eval``, of both recipes: they are written in one place."""
+    return table("the scores of an evaluation", SCORE_COLUMNS, INSPECTION_SCORES)
+
+
+def eval_metrics() -> Kind:
+    """metrics.json of ``fastmaf eval``, of both recipes."""
+    return json_file("the metrics of an evaluation", ("youden", "per_class"), ("threshold", "scores", "classes"))
+
+
+def report() -> Kind:
+    """report.html; those of versions without the generator's name are known by their title."""
+    return text_file("a report", '<meta name="generator" content="fastmaf ', "<title>Inspection report</title>")
 
 
 ONNX = Kind("an ONNX export", lambda path: b"\x12\x07fastmaf" in _content(path, 256))  # ModelProto.producer_name

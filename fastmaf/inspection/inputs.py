@@ -10,7 +10,17 @@ from pathlib import Path
 from typing import TextIO
 
 from fastmaf.capsule.data import DataError, Frame, load_frame
-from fastmaf.capsule.listing import contents, count, folders_in, closed_of, images_below, images_in, is_image, left_aside, walk
+from fastmaf.capsule.listing import (
+    closed_of,
+    contents,
+    count,
+    folders_in,
+    images_below,
+    images_in,
+    is_image,
+    left_aside,
+    walk,
+)
 from fastmaf.capsule.marks import is_output
 from fastmaf.inspection.patterns import hints, is_pattern, matches
 

@@ -27,6 +27,11 @@ def test_every_other_name_is_its_own_cell(name: str) -> None:
     assert to_cell(name) == name == from_cell(name)
 
 
+def test_a_stream_that_holds_no_bytes_gets_them_written_out() -> None:
+    assert to_cell("bad\udcff.png", keep_bytes=False) == r"'bad\udcff.png"
+    assert from_cell(r"'bad\udcff.png") == "bad\udcff.png"
+
+
 def test_no_two_names_share_a_cell() -> None:
     names = [*FORMULAS, *BREAKS, *PLAIN, "'=1+1", r"a\x0db", r"'a\x0db"]
     assert len({to_cell(name) for name in names}) == len(names)

@@ -9,6 +9,7 @@ import numpy as np
 
 from fastmaf.capsule.names import visible
 
+
 def finalize(value: Any) -> Any:
     """For Jinja: every text that a template prints goes through `visible`, but for what is marked as HTML."""
     return visible(value) if isinstance(value, str) and not hasattr(value, "__html__") else value
