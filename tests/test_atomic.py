@@ -81,7 +81,7 @@ def test_what_safetensors_says_of_a_full_disk(tmp_path: Path, monkeypatch: pytes
 
 def test_errors_of_other_files_keep_their_names(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError) as caught, written_atomically(tmp_path / "a"):
-        open(tmp_path / "nowhere")
+        (tmp_path / "nowhere").read_bytes()
     assert error_text(caught.value) == f"{tmp_path / 'nowhere'}: no such file or directory"
     with pytest.raises(OSError, match=r"b\.png: cannot be written: encoder error -2"), write_errors("b.png"):
         raise OSError("encoder error -2 when writing image file")

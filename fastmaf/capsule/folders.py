@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 
 from fastmaf.capsule.decoding import DataError
@@ -18,7 +19,9 @@ from fastmaf.capsule.listing import (
     folders_in,
     images_below,
     images_in,
+    is_image,
     is_unread_image,
+    left_aside,
     nearest,
     walk,
 )
@@ -61,7 +64,8 @@ def find_normals(root: Path) -> tuple[Path, list[str]]:
     loose = len(images_in(root)[0])
     directly = f"{count(loose, 'image')} directly in {os.path.basename(os.path.abspath(root))}/"
     if folder == root:
-        return root, [f"no folder {TRAIN}: {directly} taken for normal ones"]
+        written = [file for below in _others(root, root) for file in images_in(below)[1] if is_image(file)]
+        return root, [f"no folder {TRAIN}: {directly} taken for normal ones", *left_aside(written)]
     left = [f"{directly} left aside: not in good/"] * (loose > 0)
     return folder, [f"no folder {TRAIN}: the images in good/ taken for the normal ones", *left]
 
@@ -91,8 +95,19 @@ def _alone(root: Path) -> Path | None:
     above = _set_above(root, TRAIN)
     if above is not None and folder.resolve() != (above / TRAIN).resolve():
         return None  # such as the set's test images: never to be trained on by mistake
-    others = [child for child in folders_in(root) if child != folder and child.name not in ("test", "ground_truth")]
-    return None if any(images_in(below)[0] for child in others for below in walk(child)) else folder
+    return None if any(images_in(below)[0] for below in _others(folder, root)) else folder
+
+
+def _others(folder: Path, root: Path) -> Iterator[Path]:
+    """The folders below a root, but for one of its own and the parts of a set that hold no images to train on."""
+    for child in folders_in(root):
+        if child != folder and child.name not in ("test", "ground_truth"):
+            yield from walk(child)
+
+
+def _is_telling(file: Path) -> bool:
+    """Whether a file that is left aside looks like an image, so that its user may wonder why."""
+    return is_image(file) or is_unread_image(file)
 
 
 def _images_of(folder: Path, root: Path) -> list[Path]:
@@ -102,7 +117,7 @@ def _images_of(folder: Path, root: Path) -> list[Path]:
 def _missing(root: Path, wanted: str) -> DataError:
     if root.is_dir():
         aside = images_in(root)[1]
-        what = f"no folder {wanted} in {root}" + f": {contents(aside)}" * any(is_unread_image(file) for file in aside)
+        what = f"no folder {wanted} in {root}" + f": {contents(aside)}" * any(map(_is_telling, aside))
     elif root.exists():
         what = f"{root} is a file, expected a folder: unpack an archive first"
     else:

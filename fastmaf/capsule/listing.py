@@ -134,7 +134,7 @@ def left_aside(files: Collection[Path], closed: Sequence[Path] = ()) -> list[str
     notes = []
     if written:
         where = Counter(f"{file.parent}" for file in written)
-        places = ", ".join(f"{n} in {folder}" for folder, n in where.most_common(3))
+        places = ", ".join(f"{n} in {folder}" for folder, n in sorted(where.items())[:3])
         notes.append(
             f"{count(len(written), 'picture')} that fastmaf wrote left aside: {places}" + ", ..." * (len(where) > 3)
         )

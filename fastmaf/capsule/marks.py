@@ -61,7 +61,10 @@ def _png_role(file: BinaryIO) -> str | None:
         if kind in (b"IDAT", b"IEND"):
             return None
         if kind == b"tEXt" and length <= _LONGEST:
-            key, _, value = file.read(length).decode("latin-1").partition("\0")
+            content = file.read(length)
+            if len(content) < length:
+                return None
+            key, _, value = content.decode("latin-1").partition("\0")
             if key == KEYWORD:
                 return value
             if key == "Description" and value.startswith(f"{MAP_TITLE}: "):  # a map of a version without the mark

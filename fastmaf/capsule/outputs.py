@@ -135,8 +135,9 @@ def check_outputs(outputs: Iterable[Output], inputs: Iterable[str | os.PathLike[
         _check_replaced(output)
         folders.setdefault(os.path.dirname(os.path.realpath(output.path)), output.path.parent)
     for folder, given in folders.items():
-        if (file := written.get(_key(folder))) is not None:
-            raise OutputError(f"{given}: expected a folder to write to, found the place of {file.kind.name}")
+        for above in (folder, *map(str, Path(folder).parents)):
+            if (file := written.get(_key(above))) is not None:
+                raise OutputError(f"{given}: expected a folder to write to, found the place of {file.kind.name}")
         _check_folder(Path(folder))
 
 
