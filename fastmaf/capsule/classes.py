@@ -62,20 +62,24 @@ def require_both(labels: Sequence[str], root: str | Path) -> None:
 
 
 def like_normal(labels: Iterable[str], test: Path) -> list[Path]:
-    """The class folders whose names say that their images are normal, but for ``good`` itself; the nearest first."""
-    others = [test / label for label in sorted(set(labels)) if label != NORMAL]
-    words = [path for path in others if path.name.lower().replace("-", "_").replace(" ", "_") in _NORMAL_WORDS]
-    return list(dict.fromkeys([*nearest(NORMAL, others), *words]))
+    """The class folders that ``good`` may be called by mistake: by spelling, the nearest first, then by meaning."""
+    others = sorted(set(labels) - {NORMAL})
+    near = nearest(NORMAL, [test / label for label in others])
+    return list(dict.fromkeys([*near, *(test / label for label in others if _says_normal(label))]))
 
 
-def doubtful(labels: Iterable[str], root: str | Path) -> list[str]:
+def _says_normal(label: str) -> bool:
+    return label.lower().replace("-", "_").replace(" ", "_") in {NORMAL, *_NORMAL_WORDS}
+
+
+def doubtful(labels: Iterable[str]) -> list[str]:
     """A note on class folders that count as defects beside ``good``, though their names say normal."""
     counted = Counter(labels)
     if not counted[NORMAL]:
         return []
-    meant = like_normal(counted, Path(root).expanduser() / TEST)
     return [
-        f"class folder test/{path.name} ({count(counted[path.name], 'image')}) counts as a defect class: normal are "
+        f"class folder test/{label} ({count(counted[label], 'image')}) counts as a defect class: normal are "
         f"those in test/{NORMAL}"
-        for path in meant
+        for label in sorted(set(counted) - {NORMAL})
+        if _says_normal(label)
     ]

@@ -58,7 +58,7 @@ def evaluate(
     check_outputs(outputs_of(out), [model.path])
     out.mkdir(parents=True, exist_ok=True)
     images = load_test(data, size=model.size, skip_bad=skip_bad, progress=progress)
-    for note in (*images.notes, *doubtful(images.labels, data)):
+    for note in (*images.notes, *doubtful(images.labels)):
         tqdm.write(visible(note))
     require_both(images.labels, data)
     nll = nll_of(model.flow, images, progress=progress)

@@ -63,7 +63,7 @@ def evaluate(
     check_outputs([Output(out / name, kind) for name, kind in kinds.items()], [model_file(model)])
     loaded = load_inspection(model, device=device)
     images = load_test(data, size=loaded.size, skip_bad=skip_bad, progress=progress)
-    for note in (*images.notes, *doubtful(images.labels, data)):
+    for note in (*images.notes, *doubtful(images.labels)):
         say(note)
     require_both(images.labels, data)
     masks = load_masks(data, images, skip_bad=skip_bad)
