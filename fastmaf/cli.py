@@ -418,7 +418,7 @@ def main() -> None:
         say_aside(f"error: {error_text(error)}")
         sys.exit(1)
     except KeyboardInterrupt:
-        say("stopped", err=True)
+        say_aside("stopped")
         sys.exit(130)
 
 

@@ -71,7 +71,8 @@ def is_image(path: Path) -> bool:
 
 def images_in(folder: Path) -> tuple[list[Path], list[Path]]:
     """(image files by name, files left aside); pictures that fastmaf wrote as results are left aside."""
-    images, aside = [], []
+    images: list[Path] = []
+    aside: list[Path] = []
     for file in files_in(folder):
         (images if is_image(file) and not is_output(file) else aside).append(file)
     return images, aside

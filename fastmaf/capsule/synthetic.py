@@ -135,8 +135,8 @@ def _claim(root: Path, counts: Mapping[str, int], settings: Mapping[str, int]) -
             (root / _mask_folder(folder)).mkdir(parents=True, exist_ok=True)
     what = "synthetic capsule images, drawn by fastmaf from geometry alone"
     text = json.dumps({"what": what, "counts": dict(counts), "marked": True, **settings}, indent=1) + "\n"
-    with written_atomically(marker) as file:
-        file.write(text.encode())
+    with written_atomically(marker) as stream:
+        stream.write(text.encode())
 
 
 def _drawn(root: Path, folder: str, trusted: int) -> list[Path]:

@@ -161,7 +161,8 @@ def assess(model: InspectionModel, frame: Frame) -> tuple[Row, np.ndarray]:
 def _rows(out: Path | None, stdout: TextIO, json_lines: bool) -> Iterator[_Sink]:
     """A function that writes a row: to a file that replaces ``out`` at the end, or to ``stdout`` at once."""
     if out is None:
-        to_stdout = _writer(stdout, json_lines, keep_bytes=False)
+        with write_errors(STDOUT):
+            to_stdout = _writer(stdout, json_lines, keep_bytes=False)
 
         def write(row: Row) -> None:
             with write_errors(STDOUT):
