@@ -89,7 +89,7 @@ def reproduce(
     """
     out = Path(out)
     comparison = Output(out / COMPARISON_FILE, text_file("a comparison", "reference run"))
-    check_outputs([*train_outputs(out), *sample_outputs(out, SAMPLES), *eval_outputs(out), comparison])
+    check_outputs([*train_outputs(out, resume=resume), *sample_outputs(out, SAMPLES), *eval_outputs(out), comparison])
     if data is None:
         data = out / "demo-data"
         draw_dataset(data, progress=progress)

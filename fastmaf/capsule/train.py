@@ -115,7 +115,7 @@ def train(
     config, out = config or TrainConfig(), Path(out)
     if not resume and (out / STATE_FILE).exists() and (out / MODEL_FILE).exists():
         _refuse_to_overwrite(out)
-    check_outputs(outputs_of(out))
+    check_outputs(outputs_of(out, resume=resume))
     images = load_train(data, size=config.size, skip_bad=skip_bad, progress=progress)
     for note in images.notes:
         tqdm.write(visible(note))
@@ -132,8 +132,10 @@ def train(
     return run.go(progress)
 
 
-def outputs_of(out: Path) -> list[Output]:
-    """What ``train`` writes, and what it makes of an earlier run's files."""
+def outputs_of(out: Path, *, resume: bool) -> list[Output]:
+    """What ``train`` writes, and what it makes of an earlier run's files; a run that is resumed owns what is there."""
+    if resume:
+        return []
     log, previous = table("a training log", LOG_COLUMNS), previous_of
     return [
         Output(out / MODEL_FILE, model_kind("a model")),
