@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from fastmaf.atomic import write_errors
 from fastmaf.flows import MAF, Flow
 from fastmaf.kernels.layout import Tile
 from fastmaf.nn import MaskedLinear
@@ -76,18 +78,24 @@ def save(
 
 
 def write_tensors(tensors: Mapping[str, Tensor], path: str | os.PathLike[str], metadata: Mapping[str, str]) -> None:
-    """Writes a safetensors file through a temporary one: synced to disk, then moved into place."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")  # one name: what a killed process left is written over
-    try:
-        save_file(dict(tensors), temporary, dict(metadata))
-        with open(temporary, "rb+") as file:
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o666 & ~_umask())  # safetensors writes for the owner alone
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    """Writes a safetensors file through a temporary one: synced to disk, then moved into place.
+
+    Raises:
+        OSError: it cannot be written; the error names ``path``, and what was there before stays.
+    """
+    target = Path(os.path.realpath(path))  # a link stays, and what it points at is replaced
+    temporary = target.with_name(f".{target.name}.tmp")  # one name: what a killed process left is written over
+    with write_errors(path, temporary):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            save_file(dict(tensors), temporary, dict(metadata))
+            with open(temporary, "rb+") as file:
+                os.fsync(file.fileno())
+            os.chmod(temporary, 0o666 & ~_umask())  # safetensors writes for the owner alone
+            os.replace(temporary, target)
+        finally:
+            with suppress(OSError):
+                temporary.unlink()
 
 
 def load(path: str | os.PathLike[str], *, device: torch.device | str = "cpu") -> Flow:

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import io
 import logging
+import os
 import sys
 import warnings
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, TextIO
 
 import typer
 
+from fastmaf.atomic import STDOUT, write_errors
 from fastmaf.cli_options import (
     AlarmOption,
     BatchOption,
@@ -36,6 +38,9 @@ from fastmaf.cli_options import (
     SizeOption,
     SkipOption,
     device_named,
+    error_text,
+    say,
+    say_aside,
 )
 from fastmaf.inspection.cli import register
 
@@ -60,7 +65,7 @@ def demo_data(
     from fastmaf.capsule.synthetic import draw_dataset
 
     draw_dataset(folder, train=train, size=size, seed=seed, progress=not quiet)
-    typer.echo(f"drew the synthetic capsules into {folder}")
+    say(f"drew the synthetic capsules into {folder}")
 
 
 @app.command()
@@ -118,7 +123,7 @@ def train(
         from fastmaf.inspection.workflow import train as inspect
 
         settings = Recipe(size=size, seed=seed, dequantize=dequantize, logit=logit)
-        inspect(data, out, settings, keep_folds=keep_folds, skip_bad=skip_bad, progress=not quiet, say=typer.echo)
+        inspect(data, out, settings, keep_folds=keep_folds, skip_bad=skip_bad, progress=not quiet, say=say)
         return
     _refuse(given & _INSPECTION, "reference")
     from fastmaf.capsule.config import TrainConfig
@@ -150,14 +155,14 @@ def train(
         progress=not quiet,
     )
     if result.interrupted:
-        typer.echo(f"stopped after {len(result.log)} whole epochs; the model is in {result.model}; --resume goes on")
+        say(f"stopped after {len(result.log)} whole epochs; the model is in {result.model}; --resume goes on")
         raise typer.Exit(130)
     if result.log:
         last = result.log[-1]
         validation = "" if last["val_nll"] is None else f", held-out NLL {last['val_nll']:,.0f}"
         bits = f"{last['bits_per_dim']:.3f} bits/dim on [0, 1]"
-        typer.echo(f"epoch {len(result.log)}: NLL {last['nll']:,.0f} nats{validation}, {bits}")
-    typer.echo(f"the model is in {result.model}")
+        say(f"epoch {len(result.log)}: NLL {last['nll']:,.0f} nats{validation}, {bits}")
+    say(f"the model is in {result.model}")
 
 
 _SHARED = {"data", "recipe", "out", "size", "seed", "skip_bad", "quiet"}
@@ -191,7 +196,7 @@ def sample(
     from fastmaf.capsule.sample import sample as run
 
     result = run(load_model(model, device=device_named(device)), out, n, seed=seed, progress=not quiet)
-    typer.echo(f"{n} samples in {result.seconds:.2f} s: {result.files[0].parent}, all in one picture: {result.grid}")
+    say(f"{n} samples in {result.seconds:.2f} s: {result.files[0].parent}, all in one picture: {result.grid}")
 
 
 @app.command("eval")
@@ -222,7 +227,7 @@ def evaluate(
             skip_bad=skip_bad,
             seed=seed,
             progress=not quiet,
-            say=typer.echo,
+            say=say,
         )
         return
     from fastmaf.capsule.evaluate import format_table
@@ -231,8 +236,8 @@ def evaluate(
 
     loaded = load_model(model, device=device_named(device))
     evaluation = run(loaded, data, out, false_alarm=false_alarm, skip_bad=skip_bad, seed=seed, progress=not quiet)
-    typer.echo(format_table(evaluation))
-    typer.echo(f"scores, metrics and figures are in {out}")
+    say(format_table(evaluation))
+    say(f"scores, metrics and figures are in {out}")
 
 
 @app.command()
@@ -290,11 +295,11 @@ def reproduce(
         device=device_named(device),
         graphs=cuda_graphs,
         progress=not quiet,
-        say=typer.echo,
+        say=say,
     )
     if result is None:
         raise typer.Exit(130)
-    typer.echo(f"\n{result.table}\n\neverything is in {out}")
+    say(f"\n{result.table}\n\neverything is in {out}")
 
 
 @app.command()
@@ -323,11 +328,9 @@ def bench(
 
     if compare:
         text, worse = command.compare(*compare)
-        typer.echo(text)
+        say(text)
         raise typer.Exit(1 if worse else 0)
-    if not command.bench(
-        out, quick=quick, device=device_named(device), sides=side or (), progress=not quiet, say=typer.echo
-    ):
+    if not command.bench(out, quick=quick, device=device_named(device), sides=side or (), progress=not quiet, say=say):
         raise typer.Exit(1)
 
 
@@ -339,7 +342,7 @@ def doctor() -> None:
     """Say what is installed, which devices there are, and which backends are in use and why."""
     from fastmaf.doctor import report
 
-    typer.echo(report())
+    say(report())
 
 
 def _guards_and_rate(order: Order, guards: bool | None, lr: float | None) -> dict[str, Any]:
@@ -361,7 +364,7 @@ def _hidden(text: str) -> tuple[int, ...]:
 
 def _say_masks(masks: Masks) -> None:
     if masks is Masks.reference:
-        typer.echo(
+        say(
             "--masks reference: the notebook's output mask compares degrees with >= instead of >, so some outputs see "
             "their own input. There the log-determinant is wrong: what is called NLL below is no density, and the "
             "model cannot be sampled."
@@ -371,7 +374,16 @@ def _say_masks(masks: Masks) -> None:
 def _plain_warning(
     message: Any, category: Any, filename: str, lineno: int, file: Any = None, line: str | None = None
 ) -> None:
-    typer.echo(f"note: {message}", err=True)
+    say_aside(f"note: {message}")
+
+
+def _let_go_of(stream: TextIO) -> None:
+    """Points a stream whose end takes nothing more to nowhere, so that the interpreter does not try again."""
+    try:
+        stream.flush()
+    except OSError:
+        with open(os.devnull, "wb") as nowhere:
+            os.dup2(nowhere.fileno(), stream.fileno())
 
 
 def main() -> None:
@@ -396,12 +408,17 @@ def main() -> None:
         ValueError,
     )
     try:
-        app()
+        try:
+            app()
+        finally:
+            with write_errors(STDOUT):  # which may hold back what then finds no room
+                sys.stdout.flush()
     except known as error:
-        typer.echo(f"error: {error}", err=True)
+        _let_go_of(sys.stdout)
+        say_aside(f"error: {error_text(error)}")
         sys.exit(1)
     except KeyboardInterrupt:
-        typer.echo("stopped", err=True)
+        say_aside("stopped")
         sys.exit(130)
 
 

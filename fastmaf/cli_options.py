@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from enum import Enum
 from pathlib import Path
 from typing import Annotated
 
 import typer
+
+from fastmaf.atomic import STDOUT, write_errors
 
 
 class Degrees(str, Enum):
@@ -75,6 +78,31 @@ QuietOption = Annotated[bool, typer.Option("--quiet", help="No progress bars.")]
 AlarmOption = Annotated[
     float, typer.Option(help="Share of normal images that the held-out threshold may call defective.")
 ]
+
+
+def say(text: str) -> None:
+    """Prints text in which names of files and classes may stand: a terminal obeys nothing in it but line breaks."""
+    with write_errors(STDOUT):
+        typer.echo(_printable(text))
+
+
+def say_aside(text: str) -> None:
+    """``say`` to standard error."""
+    typer.echo(_printable(text), err=True)
+
+
+def _printable(text: str) -> str:
+    from fastmaf.capsule.names import visible
+
+    return visible(text, keep="\n")
+
+
+def error_text(error: BaseException) -> str:
+    """What went wrong, for a person; of an error of the system the file and the reason."""
+    if not isinstance(error, OSError) or not error.strerror:
+        return str(error)
+    reason = error.strerror[:1].lower() + error.strerror[1:]
+    return reason if error.filename is None else f"{os.fsdecode(error.filename)}: {reason}"
 
 
 def device_named(name: str) -> str:

@@ -42,9 +42,14 @@ def set_aside(out: Path, *names: str) -> None:
     """Renames the model of an earlier run, and files ``names``, to ``*.previous.*``; its state is of no more use."""
     for file in (out / MODEL_FILE, *(out / name for name in names)):
         if file.exists():
-            os.replace(file, file.with_suffix(f".previous{file.suffix}"))
+            os.replace(file, file.with_name(previous_of(file.name)))
     for name in (STATE_FILE, _NEXT_STATE_FILE):
         (out / name).unlink(missing_ok=True)
+
+
+def previous_of(name: str) -> str:
+    """The name under which a file of an earlier run is set aside."""
+    return str(Path(name).with_suffix(f".previous{Path(name).suffix}"))
 
 
 def load_state(out: Path, *, tensors: bool = True) -> tuple[dict[str, Tensor], dict[str, Any]]:

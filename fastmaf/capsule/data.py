@@ -1,9 +1,9 @@
 """Reading a folder of inspection images into one uint8 tensor.
 
-Layout: ``root/train/good``, ``root/test/<class>`` and, optional and not read here, ``root/ground_truth/<class>``;
-to train, a folder that holds nothing but normal images will do. Images are decoded as ``fastmaf.capsule.decoding`` says
-and kept as uint8. Whatever had to be done to an image that is not plain 8-bit RGB is said in ``ImageSet.notes``; a file
-that cannot be read stops the load with its name, or is skipped on demand.
+Layout: ``root/train/good``, ``root/test/<class>`` and, optional and not read here, ``root/ground_truth/<class>``, each
+with all folders below it; to train, a folder that holds nothing but normal images will do. Images are decoded as
+``fastmaf.capsule.decoding`` says and kept as uint8. Whatever had to be done to an image that is not plain 8-bit RGB is
+said in ``ImageSet.notes``; a file that cannot be read stops the load with its name, or is skipped on demand.
 """
 
 from __future__ import annotations
@@ -19,19 +19,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 from fastmaf.capsule.decoding import MAX_PIXELS, DataError, Frame, load_frame, load_image, sentences
-from fastmaf.capsule.folders import (
-    SUFFIXES,
-    TEST,
-    count,
-    expected,
-    find_normals,
-    find_test,
-    folders_in,
-    images_in,
-    left_aside,
-    no_image_in,
-    tree,
-)
+from fastmaf.capsule.folders import TEST, expected, find_normals, find_test, no_image_in, tree
+from fastmaf.capsule.listing import SUFFIXES, count, folders_in, images_below, images_in, left_aside
+from fastmaf.capsule.names import visible
 
 __all__ = [
     "MAX_PIXELS",
@@ -60,6 +50,9 @@ class ImageSet:
         labels: The class folder of each image: "good", "crack", ...
         notes: What was done to images that were not plain 8-bit RGB, and what was left aside, one sentence a kind.
         skipped: (file, reason) of each file that could not be read, under ``skip_bad``.
+        names: Each image's path within its class folder, with "/": "003.png", "monday/003.png". The files' own names
+            where a set was not read from class folders.
+        shapes: (height, width) of each image as it is to be seen; () where a set was not read from files.
     """
 
     pixels: Tensor
@@ -67,6 +60,12 @@ class ImageSet:
     labels: tuple[str, ...]
     notes: tuple[str, ...] = ()
     skipped: tuple[tuple[Path, str], ...] = ()
+    names: tuple[str, ...] = ()
+    shapes: tuple[tuple[int, int], ...] = ()
+
+    def __post_init__(self) -> None:
+        if not self.names:
+            object.__setattr__(self, "names", tuple(path.name for path in self.paths))
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -85,8 +84,11 @@ class ImageSet:
         """The images at these positions, in this order; notes and skipped files stay those of the whole set."""
         where = [int(i) for i in index]
         pixels = self.pixels[torch.tensor(where, dtype=torch.long)]
-        paths, labels = tuple(self.paths[i] for i in where), tuple(self.labels[i] for i in where)
-        return replace(self, pixels=pixels, paths=paths, labels=labels)
+        of_each = {
+            name: tuple(values[i] for i in where) if (values := getattr(self, name)) else ()
+            for name in ("paths", "labels", "names", "shapes")
+        }
+        return replace(self, pixels=pixels, **of_each)
 
 
 def to_unit(pixels: Tensor) -> Tensor:
@@ -108,11 +110,12 @@ def to_images(x: Tensor, size: int) -> Tensor:
 
 
 def load_train(root: str | Path, *, size: int = 64, skip_bad: bool = False, progress: bool = True) -> ImageSet:
-    """The normal images to train on: ``root/train/good``, or a root that holds nothing but normal images.
+    """The normal images to train on: all below ``root/train/good``, or a root that holds nothing but normal images.
 
     Args:
         root: The data set's folder; or one without ``train`` whose images, directly in it or in ``good``, are all
-            normal. No other folder in that but ``test`` and ``ground_truth`` may hold images.
+            normal. No other folder in that but ``test`` and ``ground_truth`` may hold images. Pictures that fastmaf
+            wrote as results are left aside everywhere.
         size: Side of the square that every image is resized to, in pixels.
         skip_bad: Record, log and pass over files that cannot be read instead of stopping at the first.
         progress: Show a progress bar.
@@ -122,62 +125,72 @@ def load_train(root: str | Path, *, size: int = 64, skip_bad: bool = False, prog
     """
     root = Path(root).expanduser()
     folder, notes = find_normals(root)
-    files, ignored = images_in(folder)
+    files, ignored, closed = (*images_in(root), []) if folder == root else images_below(folder)
     if not files:
         raise no_image_in(folder, root)
-    return _load([("good", file) for file in files], "train", notes, len(ignored), size, skip_bad, progress)
+    found = [("good", folder, file) for file in files]
+    return _load(found, "train", [*notes, *left_aside(ignored, closed)], size, skip_bad, progress)
 
 
 def load_test(root: str | Path, *, size: int = 64, skip_bad: bool = False, progress: bool = True) -> ImageSet:
-    """The test images, ``root/test/<class>``: "good" first, then the defect classes by name.
+    """The test images, all below ``root/test/<class>``: "good" first, then the defect classes by name.
 
     A set without "good" or without a defect class is loaded as it is. Arguments and errors as ``load_train``.
     """
     root = Path(root).expanduser()
     test = find_test(root)
     loose, ignored = images_in(test)
+    closed: list[Path] = []
     notes = [f"{count(len(loose), 'image')} directly in test/ left aside: not in a class folder"] if loose else []
-    found: list[tuple[str, Path]] = []
+    found: list[tuple[str, Path, Path]] = []
     for folder in sorted(folders_in(test), key=lambda folder: (folder.name != "good", folder.name)):
-        files, others = images_in(folder)
+        files, others, unopened = images_below(folder)
         ignored += others
-        found += [(folder.name, file) for file in files]
+        closed += unopened
+        found += [(folder.name, folder, file) for file in files]
         if not files:
             notes.append(f"class folder test/{folder.name} holds no image")
     if not found:
         where = f"; the {count(len(loose), 'image')} directly in it belong in test/<class>" if loose else ""
         raise DataError(f"no test class with an image in {test}{where}\n{expected(TEST)}\n{tree(root)}")
-    return _load(found, "test", notes, len(ignored), size, skip_bad, progress)
+    return _load(found, "test", [*notes, *left_aside(ignored, closed)], size, skip_bad, progress)
 
 
 def _load(
-    files: list[tuple[str, Path]], what: str, notes: list[str], ignored: int, size: int, skip_bad: bool, progress: bool
+    files: list[tuple[str, Path, Path]], what: str, notes: list[str], size: int, skip_bad: bool, progress: bool
 ) -> ImageSet:
+    """Reads files, each as (class, class folder, file)."""
     kinds: Counter[str] = Counter()
     pixels: list[Tensor] = []
-    kept: list[tuple[str, Path]] = []
+    kept: list[tuple[str, Path, Path]] = []
+    shapes: list[tuple[int, int]] = []
     skipped: list[tuple[Path, str]] = []
-    for label, file in tqdm(files, desc=f"reading {what} images", unit="image", disable=not progress, leave=False):
+    for label, folder, file in tqdm(
+        files, desc=f"reading {what} images", unit="image", disable=not progress, leave=False
+    ):
         try:
             frame = load_frame(file, size)
         except DataError as error:
             if not skip_bad:
                 raise
             skipped.append((file, str(error)))
-            _log.warning("skipped: %s", error)
+            _log.warning("skipped: %s", visible(str(error)))
             continue
         pixels.append(frame.pixels)
-        kept.append((label, file))
+        kept.append((label, folder, file))
+        shapes.append((frame.height, frame.width))
         kinds.update(frame.kinds)
     if not pixels:
         raise DataError(f"none of the {len(files)} {what} images could be read; the first one:\n{skipped[0][1]}")
-    said = [*sentences(kinds), *notes, *left_aside(ignored)]
+    said = [*sentences(kinds), *notes]
     if skipped:
         said.append(f"{count(len(skipped), 'file')} skipped: could not be read")
     return ImageSet(
         pixels=torch.stack(pixels),
-        paths=tuple(file for _, file in kept),
-        labels=tuple(label for label, _ in kept),
+        paths=tuple(file for _, _, file in kept),
+        labels=tuple(label for label, _, _ in kept),
         notes=tuple(said),
         skipped=tuple(skipped),
+        names=tuple(file.relative_to(folder).as_posix() for _, folder, file in kept),
+        shapes=tuple(shapes),
     )

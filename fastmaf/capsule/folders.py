@@ -1,4 +1,4 @@
-"""Which files of a data folder are images, and what to say about a folder that is not as expected.
+"""Which folders of a data set are read, and what to say about one that is not as expected.
 
 A set is laid out as ``root/train/good``, ``root/test/<class>``, ``root/ground_truth/<class>``. For training, a folder
 that holds nothing but normal images will do: directly, or in a folder ``good``.
@@ -6,16 +6,25 @@ that holds nothing but normal images will do: directly, or in a folder ``good``.
 
 from __future__ import annotations
 
-import difflib
 import os
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 from fastmaf.capsule.decoding import DataError
-
-SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff")
-"""Files with these suffixes, in any case, are taken for images; all others and hidden ones are left aside."""
+from fastmaf.capsule.listing import (
+    contents,
+    count,
+    files_in,
+    folders_in,
+    images_below,
+    images_in,
+    is_image,
+    is_unread_image,
+    left_aside,
+    nearest,
+    walk,
+)
 
 TRAIN, TEST = "train/good", "test"
 
@@ -28,11 +37,6 @@ _EXPECTED = """expected:
 _EXPECTED_TO_TRAIN = """
 or, to train, a folder with no other images than normal ones:
   <folder>/*.png or <folder>/good/*.png"""
-
-
-def count(n: int, noun: str) -> str:
-    """Number and noun, in the plural but for one: "3 images"."""
-    return f"{n} {noun}{'' if n == 1 else 's'}"
 
 
 def find_test(root: Path) -> Path:
@@ -60,7 +64,8 @@ def find_normals(root: Path) -> tuple[Path, list[str]]:
     loose = len(images_in(root)[0])
     directly = f"{count(loose, 'image')} directly in {os.path.basename(os.path.abspath(root))}/"
     if folder == root:
-        return root, [f"no folder {TRAIN}: {directly} taken for normal ones"]
+        written = [file for below in _others(root, root) for file in images_in(below)[1] if is_image(file)]
+        return root, [f"no folder {TRAIN}: {directly} taken for normal ones", *left_aside(written)]
     left = [f"{directly} left aside: not in good/"] * (loose > 0)
     return folder, [f"no folder {TRAIN}: the images in good/ taken for the normal ones", *left]
 
@@ -84,19 +89,35 @@ def _alone(root: Path) -> Path | None:
     """The folder of normal images in a root that has no ``train`` and no images of another kind, or None."""
     if (root / "train").is_dir():
         return None
-    folder = root / "good" if images_in(root / "good")[0] else root
-    if not images_in(folder)[0]:
+    folder = root / "good" if images_below(root / "good")[0] else root
+    if not _images_of(folder, root):
         return None
     above = _set_above(root, TRAIN)
     if above is not None and folder.resolve() != (above / TRAIN).resolve():
         return None  # such as the set's test images: never to be trained on by mistake
-    others = [child for child in folders_in(root) if child != folder and child.name not in ("test", "ground_truth")]
-    return None if any(images_in(below)[0] for child in others for below in walk(child)) else folder
+    return None if any(images_in(below)[0] for below in _others(folder, root)) else folder
+
+
+def _others(folder: Path, root: Path) -> Iterator[Path]:
+    """The folders below a root, but for one of its own and the parts of a set that hold no images to train on."""
+    for child in folders_in(root):
+        if child != folder and child.name not in ("test", "ground_truth"):
+            yield from walk(child)
+
+
+def _is_telling(file: Path) -> bool:
+    """Whether a file that is left aside looks like an image, so that its user may wonder why."""
+    return is_image(file) or is_unread_image(file)
+
+
+def _images_of(folder: Path, root: Path) -> list[Path]:
+    return (images_in(folder) if folder == root else images_below(folder))[0]
 
 
 def _missing(root: Path, wanted: str) -> DataError:
     if root.is_dir():
-        what = f"no folder {wanted} in {root}"
+        aside = images_in(root)[1]
+        what = f"no folder {wanted} in {root}" + f": {contents(aside)}" * any(map(_is_telling, aside))
     elif root.exists():
         what = f"{root} is a file, expected a folder: unpack an archive first"
     else:
@@ -129,7 +150,7 @@ def _proposals(root: Path, wanted: str) -> list[tuple[Path, str]]:
 
 def _classes(folder: Path) -> list[tuple[Path, str]]:
     """(path, why) of the folders in this one that could be trained on: ``good`` if there, else up to three."""
-    counted = [(child, len(images_in(child)[0])) for child in folders_in(folder) if child.name != "ground_truth"]
+    counted = [(child, len(images_below(child)[0])) for child in folders_in(folder) if child.name != "ground_truth"]
     holding = [(child, f" ({count(n, 'image')}, if all are normal)") for child, n in counted if n]
     return [(child, why) for child, why in holding if child.name == "good"] or holding[:3]
 
@@ -144,75 +165,22 @@ def _set_above(root: Path, wanted: str) -> Path | None:
     return None
 
 
-def nearest(name: str, among: Iterable[Path]) -> list[Path]:
-    """Up to three of these paths whose last part is spelt much like ``name``, the nearest first."""
-    by_name = {path.name.lower(): path for path in among}
-    return [by_name[close] for close in difflib.get_close_matches(name.lower(), list(by_name), n=3, cutoff=0.7)]
-
-
-def entries(folder: Path) -> list[Path]:
-    """All that is in a folder, by name."""
-    try:
-        return sorted(folder.iterdir())
-    except OSError:  # missing or not readable: shown as holding nothing
-        return []
-
-
-def folders_in(folder: Path) -> list[Path]:
-    """The folders in a folder, by name, but for hidden ones."""
-    return [entry for entry in entries(folder) if not entry.name.startswith(".") and os.path.isdir(entry)]
-
-
-def files_in(folder: Path) -> list[Path]:
-    """Whatever is no folder in a folder, by name."""
-    return [entry for entry in entries(folder) if not os.path.isdir(entry)]
-
-
-def is_image(path: Path) -> bool:
-    """Whether the name is that of an image; hidden ones are none, such as the ._x.png that macOS leaves."""
-    return path.suffix.lower() in SUFFIXES and not path.name.startswith(".")
-
-
-def images_in(folder: Path) -> tuple[list[Path], list[Path]]:
-    """(image files by name, files left aside)."""
-    files = files_in(folder)
-    return [file for file in files if is_image(file)], [file for file in files if not is_image(file)]
-
-
-def walk(folder: Path) -> Iterator[Path]:
-    """The folder and all below it, but for hidden ones, each once: links among them lead into no loop."""
-    seen: set[str] = set()
-    waiting = [folder]
-    while waiting:
-        at = waiting.pop()
-        real = os.path.realpath(at)
-        if real not in seen:
-            seen.add(real)
-            yield at
-            waiting += reversed(folders_in(at))
-
-
-def contents(files: Iterable[Path]) -> str:
-    """What kinds of file these are, for an error message."""
-    suffixes = Counter(f.name if f.name.startswith(".") else f.suffix.lower() or f.name for f in files)
-    if not suffixes:
-        return "it is empty"
-    listed = ", ".join(f"{n} x {suffix}" for suffix, n in suffixes.most_common(5))
-    return f"found {listed}; read are {' '.join(SUFFIXES)}"
-
-
-def left_aside(n: int) -> list[str]:
-    """The note on files that were taken for no images, if there were any."""
-    return [f"{count(n, 'file')} left aside (hidden, or without an image's suffix)"] * (n > 0)
-
-
 def tree(root: Path, limit: int = 24) -> str:
-    """What is there, two levels deep, with the number of images directly in each folder."""
+    """What is there, two levels deep, with the number of images directly in each folder, and below the deepest."""
     if not root.is_dir():
         return f"found: nothing at {root}" if not root.exists() else f"found: the file {root}"
     folders = [root, *(f for child in folders_in(root) for f in (child, *folders_in(child)))]
     names = [f"{root}", *(f"{folder.relative_to(root).as_posix()}/" for folder in folders[1:])]
-    lines = [f"  {n}  {count(len(images_in(f)[0]), 'image')}" for n, f in zip(names, folders, strict=True)]
+    lines = [f"  {name}  {_counted(folder, root)}" for name, folder in zip(names, folders, strict=True)]
     if len(lines) > limit:
         lines[limit:] = [f"  ... and {len(lines) - limit} more folders"]
     return "\n".join(["found:", *lines])
+
+
+def _counted(folder: Path, root: Path) -> str:
+    images, aside = images_in(folder)
+    others = Counter(file.suffix.lower() for file in aside if is_unread_image(file))
+    text = count(len(images), "image")
+    if folder.parent.parent == root and (n := len(images_below(folder)[0]) - len(images)):
+        text += f", {n} in folders below"
+    return text + "".join(f", {n} x {suffix} (not read)" for suffix, n in sorted(others.items()))

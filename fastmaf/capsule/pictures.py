@@ -11,7 +11,9 @@ import numpy as np
 from matplotlib.figure import Figure
 from PIL import Image
 
-from fastmaf.capsule.results import written_atomically
+from fastmaf.atomic import written_atomically
+from fastmaf.capsule.marks import GRID, KEYWORD, SAMPLE, png_text
+from fastmaf.capsule.names import visible
 
 _DPI = 120
 
@@ -54,19 +56,20 @@ def image_grid(
         canvas[top : top + h, left : left + w] = images[i].repeat(scale, 0).repeat(scale, 1)
         if titles is not None:
             fits = max(3, int(w / 7.5))  # characters of this font that find room above the image
-            text = titles[i] if len(titles[i]) <= fits else titles[i][: fits - 1] + "\u2026"
+            title = visible(titles[i])
+            text = title if len(title) <= fits else title[: fits - 1] + "\u2026"
             x, y = (left + w / 2) / canvas.shape[1], 1 - (top - 5) / canvas.shape[0]
             figure.text(x, y, text, ha="center", va="baseline", fontsize=7, color="black", parse_math=False)
     figure.figimage(canvas, 0, 0, origin="upper", zorder=-1)
     with written_atomically(path) as file:
-        figure.savefig(file, format="png", dpi=_DPI, facecolor="white")
+        figure.savefig(file, format="png", dpi=_DPI, facecolor="white", metadata={KEYWORD: GRID})
     return figure
 
 
-def save_png(path: str | Path, image: np.ndarray) -> None:
-    """Write one image, uint8 [h, w, 3], as it is."""
+def save_png(path: str | Path, image: np.ndarray, *, role: str = SAMPLE) -> None:
+    """Write one image, uint8 [h, w, 3], as it is, with the mark of a role; see `fastmaf.capsule.marks`."""
     image = np.asarray(image)
     if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8 or not image.size:
         raise ValueError(f"an image must be uint8 [h, w, 3], found {image.dtype} {list(image.shape)}")
     with written_atomically(path) as file:
-        Image.fromarray(np.ascontiguousarray(image)).save(file, format="PNG")
+        Image.fromarray(np.ascontiguousarray(image)).save(file, format="PNG", pnginfo=png_text(role))

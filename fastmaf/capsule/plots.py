@@ -20,8 +20,11 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
+from fastmaf.atomic import written_atomically
+from fastmaf.capsule.marks import CURVE, HISTOGRAM, KEYWORD, ROC
+from fastmaf.capsule.names import visible
 from fastmaf.capsule.pictures import image_grid, save_png
-from fastmaf.capsule.results import NORMAL, Evaluation, nats, written_atomically
+from fastmaf.capsule.results import NORMAL, Evaluation, nats
 
 __all__ = [
     "BLUE",
@@ -63,7 +66,7 @@ def nll_curve(
     if not log:
         axes.text(0.5, 0.5, "no epoch finished yet", ha="center", va="center", transform=axes.transAxes)
         axes.set(xticks=[], yticks=[])
-        _save(figure, path)
+        _save(figure, path, CURVE)
         return figure
     epochs = column(log, "epoch")
     train, validation = column(log, "nll"), column(log, "val_nll")
@@ -105,7 +108,7 @@ def nll_curve(
     axes.yaxis.set_major_formatter(FuncFormatter(tick_text))
     _bits_axis(axes, log, train)
     _legend_above(axes, 2)
-    _save(figure, path)
+    _save(figure, path, CURVE)
     return figure
 
 
@@ -181,7 +184,7 @@ def nll_hist(
             ticks.append(centre)
             texts.append(f"{hit.sum()} image{'' if hit.sum() == 1 else 's'}\n{text}")
     bottom.set_xticks(ticks, texts)
-    _save(figure, path)
+    _save(figure, path, HISTOGRAM)
     return figure
 
 
@@ -214,7 +217,7 @@ def roc_curve(path: str | Path, evaluation: Evaluation) -> Figure:
     )
     axes.set_aspect("equal")
     axes.legend(loc="lower right", fontsize=8.5, framealpha=0.9)
-    _save(figure, path)
+    _save(figure, path, ROC)
     return figure
 
 
@@ -229,14 +232,14 @@ def _legend_above(axes: Axes, columns: int) -> None:
     axes.legend(loc="lower left", bbox_to_anchor=(0, 1.0), ncols=columns, fontsize=9, frameon=False, borderaxespad=0.2)
 
 
-def _save(figure: Figure, path: str | Path) -> None:
+def _save(figure: Figure, path: str | Path, role: str) -> None:
     for axes in figure.axes:
         axes.spines[["top"]].set_visible(False)
         axes.set_axisbelow(True)
     if figure.axes:
         figure.axes[0].grid(alpha=0.25, linewidth=0.7)
     with written_atomically(path) as file:
-        figure.savefig(file, format="png", dpi=_DPI, facecolor="white")
+        figure.savefig(file, format="png", dpi=_DPI, facecolor="white", metadata={KEYWORD: role})
 
 
 def curve_limits(train: np.ndarray, validation: np.ndarray, reference: np.ndarray) -> tuple[float, float]:
@@ -372,5 +375,5 @@ def _minus(text: str) -> str:
 
 
 def _plain(text: str) -> str:
-    """Text from users, never mathematics: a lone $ in a class name must not stop a figure."""
-    return text.replace("$", r"\$")
+    """Text from users, never mathematics: a lone $ or a byte that is no UTF-8 must not stop a figure."""
+    return visible(text).replace("$", r"\$")

@@ -10,14 +10,18 @@ from pathlib import Path
 from types import MappingProxyType
 
 import fastmaf
+from fastmaf.atomic import written_atomically
 from fastmaf.capsule.config import TrainConfig
 from fastmaf.capsule.evaluate import Evaluation, ThresholdReport, format_table
 from fastmaf.capsule.models import Model, load_model
-from fastmaf.capsule.results import written_atomically
+from fastmaf.capsule.outputs import Output, check_outputs, text_file
+from fastmaf.capsule.sample import outputs_of as sample_outputs
 from fastmaf.capsule.sample import sample
 from fastmaf.capsule.score import evaluate
+from fastmaf.capsule.score import outputs_of as eval_outputs
 from fastmaf.capsule.synthetic import MARKER, draw_dataset
 from fastmaf.capsule.train import TrainResult, train
+from fastmaf.capsule.train import outputs_of as train_outputs
 
 # What the published notebook recorded on the real capsule images, on a GTX 1050 Ti.
 REFERENCE_NLL = MappingProxyType(
@@ -79,8 +83,13 @@ def reproduce(
 
     Returns:
         What was found, or None when Ctrl-C ended the training.
+
+    Raises:
+        OutputError: ``out`` holds a file of the name of one that is written, which is none; nothing was written.
     """
     out = Path(out)
+    comparison = Output(out / COMPARISON_FILE, text_file("a comparison", "reference run"))
+    check_outputs([*train_outputs(out, resume=resume), *sample_outputs(out, SAMPLES), *eval_outputs(out), comparison])
     if data is None:
         data = out / "demo-data"
         draw_dataset(data, progress=progress)

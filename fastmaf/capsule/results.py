@@ -12,15 +12,18 @@ import math
 import os
 import textwrap
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
+from fastmaf.atomic import written_atomically
+from fastmaf.capsule.names import to_cell, visible
+
 NORMAL = "good"
+SCORE_COLUMNS = ("file", "label", "nll", "bits_per_dim", "anomalous_youden", "anomalous_held_out")
 
 
 def bits_per_dim(nll: float, features: int) -> float:
@@ -158,7 +161,8 @@ def write_scores(
 ) -> None:
     """Write one CSV line per image, in the order given: file, label, nll (nats), bits_per_dim, both verdicts (1 or 0).
 
-    anomalous_held_out is empty without a held-out threshold. float() gives the written numbers back exactly.
+    anomalous_held_out is empty without a held-out threshold. float() gives the written numbers back exactly, and
+    `fastmaf.capsule.names.from_cell` files and labels.
     """
     scores = checked_scores(nll, "test", labels)
     if len(paths) != len(scores):
@@ -167,13 +171,14 @@ def write_scores(
     caught_held_out = None if evaluation.held_out is None else evaluation.held_out.is_anomalous(scores)
     text = io.StringIO(newline="")
     table = csv.writer(text, lineterminator="\n")
-    table.writerow(["file", "label", "nll", "bits_per_dim", "anomalous_youden", "anomalous_held_out"])
+    table.writerow(SCORE_COLUMNS)
     for i, score in enumerate(scores.tolist()):
         bits = bits_per_dim(score, features)
         held_out = "" if caught_held_out is None else int(caught_held_out[i])
-        table.writerow([os.fspath(paths[i]), labels[i], repr(score), repr(bits), int(caught[i]), held_out])
-    with written_atomically(path) as file:
-        file.write(text.getvalue().encode("utf-8", "surrogateescape"))  # file names need not be valid Unicode
+        file, label = to_cell(os.fspath(paths[i])), to_cell(labels[i])
+        table.writerow([file, label, repr(score), repr(bits), int(caught[i]), held_out])
+    with written_atomically(path) as stream:
+        stream.write(text.getvalue().encode("utf-8", "surrogateescape"))  # file names need not be valid Unicode
 
 
 def write_metrics(path: str | Path, evaluation: Evaluation, extra: Mapping[str, Any] | None = None) -> None:
@@ -196,7 +201,7 @@ def format_table(evaluation: Evaluation) -> str:
         low, high = e.auroc_interval
         interval = f"   95% interval {low:.3f} to {high:.3f} ({e.bootstrap} bootstrap resamples)"
     reports = [e.youden] + ([e.held_out] if e.held_out is not None else [])
-    wide = max(len("class"), *(len(name) for name in e.counts))
+    wide = max(len("class"), *(len(visible(name)) for name in e.counts))
     head = f"{'class':<{wide}} {'n':>5} {'mean NLL':>12} {'std':>12} {'median':>12}"
     head += (f" {'bits/dim':>9}" if bits else "") + f" {'AUROC':>6}" + "".join(f" {r.name:>10}" for r in reports)
     lines = [
@@ -206,7 +211,7 @@ def format_table(evaluation: Evaluation) -> str:
         head,
     ]
     for name, s in e.per_class.items():
-        line = f"{name:<{wide}} {s.n:>5} {nats(s.mean):>12} {nats(s.std):>12} {nats(s.median):>12}"
+        line = f"{visible(name):<{wide}} {s.n:>5} {nats(s.mean):>12} {nats(s.std):>12} {nats(s.median):>12}"
         line += f" {e.bits_per_dim(s.mean):>9.3f}" if bits else ""
         line += f" {'' if s.auroc is None else format(s.auroc, '.3f'):>6}"
         lines.append(line + "".join(f" {r.alarms[name]:>10}" for r in reports))
@@ -242,22 +247,6 @@ def nats(value: float, digits: int = 0) -> str:
     if abs(value) >= 1e7:
         return f"{value:.3g}"
     return f"{value:,.{digits if abs(value) >= 1000 else max(digits, 2)}f}"
-
-
-@contextmanager
-def written_atomically(path: str | Path) -> Iterator[BinaryIO]:
-    """A binary file that replaces `path` only when the block ends well: readers see the old content or the new."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def checked_scores(nll: np.ndarray, which: str, labels: Sequence[str] | None = None) -> np.ndarray:

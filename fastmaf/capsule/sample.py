@@ -10,7 +10,9 @@ import torch
 from tqdm import tqdm
 
 from fastmaf.capsule.data import to_images
+from fastmaf.capsule.marks import GRID, SAMPLE, role_of
 from fastmaf.capsule.models import Model
+from fastmaf.capsule.outputs import Output, check_outputs, picture
 from fastmaf.capsule.plots import image_grid, save_png
 
 SAMPLES_FOLDER, GRID_FILE = "samples", "samples.png"
@@ -30,6 +32,8 @@ class SampleResult:
 def sample(model: Model, out: str | Path, n: int = 5, *, seed: int = 0, progress: bool = True) -> SampleResult:
     """Draws ``n`` images into ``out/samples/`` and one grid picture of them all.
 
+    Samples of an earlier call are replaced or, where that drew more, deleted; other files there stay.
+
     Args:
         model: a trained model.
         out: folder to write to.
@@ -39,10 +43,14 @@ def sample(model: Model, out: str | Path, n: int = 5, *, seed: int = 0, progress
 
     Raises:
         ValueError: ``n`` is less than 1.
+        OutputError: a file of the name of a sample or of the grid is there, and is none.
         fastmaf.NotInvertibleError: the model was trained with the reference's leaky masks.
     """
     if n < 1:
         raise ValueError(f"the number of samples must be at least 1; found {n}")
+    outputs = outputs_of(Path(out), n)
+    check_outputs(outputs, [model.path])
+    files = [output.path for output in outputs[1:]]
     device = next(model.flow.parameters()).device
     generator = torch.Generator(device).manual_seed(seed)
     # A process's first call of an op loads much of torch: an empty batch keeps that out of the time.
@@ -58,10 +66,17 @@ def sample(model: Model, out: str | Path, n: int = 5, *, seed: int = 0, progress
     images = to_images(x, model.size).numpy()
     folder = Path(out) / SAMPLES_FOLDER
     folder.mkdir(parents=True, exist_ok=True)
-    files = [folder / f"{i:03d}.png" for i in range(n)]
     for stale in set(folder.glob("[0-9]*.png")) - set(files):
-        stale.unlink()  # an earlier call's, which drew more
+        if role_of(stale) == SAMPLE:
+            stale.unlink()  # an earlier call's, which drew more
     for file, image in zip(files, images, strict=True):
         save_png(file, image)
     image_grid(Path(out) / GRID_FILE, images)
     return SampleResult(files, Path(out) / GRID_FILE, seconds)
+
+
+def outputs_of(out: Path, n: int) -> list[Output]:
+    """What ``sample`` writes: the grid, then the samples."""
+    samples = picture(SAMPLE, "a sample")
+    files = [out / SAMPLES_FOLDER / f"{i:03d}.png" for i in range(n)]
+    return [Output(out / GRID_FILE, picture(GRID, "a picture of all samples")), *(Output(f, samples) for f in files)]

@@ -12,10 +12,14 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
+from fastmaf.capsule.classes import doubtful, require_both
 from fastmaf.capsule.data import ImageSet, load_test, load_train
 from fastmaf.capsule.evaluate import Evaluation, evaluate_scores, write_metrics, write_scores
 from fastmaf.capsule.folders import has_normals
+from fastmaf.capsule.marks import HISTOGRAM, ROC
 from fastmaf.capsule.models import Model, nll_of
+from fastmaf.capsule.names import visible
+from fastmaf.capsule.outputs import Output, check_outputs, eval_metrics, eval_scores, picture
 from fastmaf.capsule.plots import nll_hist, roc_curve
 
 SCORES_FILE, METRICS_FILE = "scores.csv", "metrics.json"
@@ -48,12 +52,15 @@ def evaluate(
     Raises:
         DataError: the folder or a file in it is not what is needed.
         EvaluationError: the test set has no normal or no defective images.
+        OutputError: ``out`` holds a file of the name of one that is written, which is none.
     """
     out = Path(out)
+    check_outputs(outputs_of(out), [model.path])
     out.mkdir(parents=True, exist_ok=True)
     images = load_test(data, size=model.size, skip_bad=skip_bad, progress=progress)
-    for note in images.notes:
-        tqdm.write(note)
+    for note in (*images.notes, *doubtful(images.labels)):
+        tqdm.write(visible(note))
+    require_both(images.labels, data)
     nll = nll_of(model.flow, images, progress=progress)
     held_out = _held_out(model, data, skip_bad=skip_bad, progress=progress)
     evaluation = evaluate_scores(
@@ -72,6 +79,16 @@ def evaluate(
     return evaluation
 
 
+def outputs_of(out: Path) -> list[Output]:
+    """What ``evaluate`` writes."""
+    return [
+        Output(out / SCORES_FILE, eval_scores()),
+        Output(out / METRICS_FILE, eval_metrics()),
+        Output(out / HISTOGRAM_FILE, picture(HISTOGRAM, "a histogram of NLLs")),
+        Output(out / ROC_FILE, picture(ROC, "a ROC curve")),
+    ]
+
+
 def _held_out(model: Model, data: str | Path, *, skip_bad: bool, progress: bool) -> ImageSet | None:
     """Returns the normals that training never saw, or None when there are none; says so when some are gone."""
     if not model.held_out:
@@ -81,7 +98,7 @@ def _held_out(model: Model, data: str | Path, *, skip_bad: bool, progress: bool)
         return None
     normals = load_train(data, size=model.size, skip_bad=skip_bad, progress=progress)
     wanted = set(model.held_out)
-    index = [i for i, path in enumerate(normals.paths) if path.name in wanted]
+    index = [i for i, name in enumerate(normals.names) if name in wanted]
     if len(index) < len(wanted):
         tqdm.write(
             f"{len(wanted) - len(index)} of the {len(wanted)} normal images that training held out are not in {data}: "

@@ -8,6 +8,7 @@ before the sensor's noise. The lengths below are in units of 1/192 of the pictur
 from __future__ import annotations
 
 import json
+import os
 import zlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -17,6 +18,7 @@ import numpy as np
 from PIL import Image, ImageFilter
 from tqdm import tqdm
 
+from fastmaf.atomic import written_atomically
 from fastmaf.capsule.data import DataError
 from fastmaf.capsule.drawing import (
     AXIS,
@@ -33,6 +35,7 @@ from fastmaf.capsule.drawing import (
     compose,
     imprint,
 )
+from fastmaf.capsule.marks import DRAWN, png_text, role_of
 
 __all__ = ["DEFAULT_COUNTS", "DEFECTS", "MARKER", "draw_dataset"]
 
@@ -71,7 +74,8 @@ def draw_dataset(
         progress: Show a progress bar.
 
     Raises:
-        DataError: ``root`` is a file, or holds anything and was not drawn here; nothing is written then.
+        DataError: ``root`` is a file, or holds anything and was not drawn here, or holds another picture in the place
+            of one to be drawn; nothing is written then.
         ValueError: An unknown defect class, a negative count or seed, or a size out of range.
     """
     unknown = sorted(set(defects) - set(DEFECTS))
@@ -87,9 +91,10 @@ def draw_dataset(
     jobs = [(folder, i) for folder, n in counts.items() for i in range(n)]
     for folder, i in tqdm(jobs, desc="drawing capsules", unit="image", disable=not progress, leave=False):
         picture, mask = _picture(folder, i, size, seed)
-        _save(picture, root / folder / f"{i:03d}.png")
+        file, mask_file = _files(root, folder, i)
+        _save(picture, file)
         if mask is not None:
-            _save(mask, root / _mask_folder(folder) / f"{i:03d}_mask.png")
+            _save(mask, mask_file)
     return root
 
 
@@ -98,16 +103,24 @@ def _claim(root: Path, counts: Mapping[str, int], settings: Mapping[str, int]) -
     if root.exists() and not root.is_dir():
         raise DataError(f"{root} is a file; expected a folder to draw into")
     marker = root / MARKER
+    known = ["train/good", "test/good", *(f"test/{name}" for name in DEFECTS)]
     if marker.is_file():
         try:
-            old = {str(folder): int(n) for folder, n in json.loads(marker.read_text("utf-8"))["counts"].items()}
+            before = json.loads(marker.read_text("utf-8"))
+            old = {str(folder): int(n) for folder, n in before["counts"].items()}
+            # Until pictures were marked, the marker alone said which of them were drawn.
+            trusted = {} if before.get("marked") else old
         except (ValueError, KeyError, AttributeError, TypeError) as error:
             raise DataError(f"{marker} cannot be read ({error}); draw into a new folder") from error
-        known = {"train/good", "test/good", *(f"test/{name}" for name in DEFECTS)}
-        for folder in known & set(old):
-            for i in range(old[folder]):
-                (root / folder / f"{i:03d}.png").unlink(missing_ok=True)
-                (root / _mask_folder(folder) / f"{i:03d}_mask.png").unlink(missing_ok=True)
+        drawn = {file for folder in known for file in _drawn(root, folder, trusted.get(folder, 0))}
+        planned = (file for folder, n in counts.items() for i in range(n) for file in _files(root, folder, i))
+        foreign = [file for file in planned if os.path.lexists(file) and file not in drawn]
+        if foreign:
+            raise DataError(
+                f"{foreign[0]} was not drawn by this command; nothing was written: move it away or name a new folder"
+            )
+        for file in drawn:
+            file.unlink()
     elif root.is_dir():
         found = sorted(entry.name for entry in root.iterdir())
         if found:
@@ -121,7 +134,21 @@ def _claim(root: Path, counts: Mapping[str, int], settings: Mapping[str, int]) -
         if folder.split("/")[1] in DEFECTS:
             (root / _mask_folder(folder)).mkdir(parents=True, exist_ok=True)
     what = "synthetic capsule images, drawn by fastmaf from geometry alone"
-    marker.write_text(json.dumps({"what": what, "counts": dict(counts), **settings}, indent=1) + "\n", "utf-8")
+    text = json.dumps({"what": what, "counts": dict(counts), "marked": True, **settings}, indent=1) + "\n"
+    with written_atomically(marker) as stream:
+        stream.write(text.encode())
+
+
+def _drawn(root: Path, folder: str, trusted: int) -> list[Path]:
+    """The files of an earlier drawing: those with its mark, and without one those of numbers below ``trusted``."""
+    named = [*(root / folder).glob("[0-9]*.png"), *(root / _mask_folder(folder)).glob("[0-9]*_mask.png")]
+    old = {file for file in named for i in [file.stem.removesuffix("_mask")] if i.isdecimal() and int(i) < trusted}
+    return [file for file in named if file in old or role_of(file) == DRAWN]
+
+
+def _files(root: Path, folder: str, index: int) -> tuple[Path, Path]:
+    """(picture, mask) of a number."""
+    return root / folder / f"{index:03d}.png", root / _mask_folder(folder) / f"{index:03d}_mask.png"
 
 
 def _mask_folder(folder: str) -> str:
@@ -129,7 +156,8 @@ def _mask_folder(folder: str) -> str:
 
 
 def _save(pixels: Array, path: Path) -> None:
-    Image.fromarray(pixels).save(path, format="PNG", compress_level=2)
+    with written_atomically(path) as file:
+        Image.fromarray(pixels).save(file, format="PNG", compress_level=2, pnginfo=png_text(DRAWN))
 
 
 def _picture(folder: str, index: int, size: int, seed: int) -> tuple[Array, Array | None]:

@@ -25,11 +25,16 @@ from torch import Tensor
 from tqdm import tqdm
 
 import fastmaf
-from fastmaf.capsule.checkpoints import MODEL_FILE, STATE_FILE, load_state, save_state, set_aside
+from fastmaf.atomic import written_atomically
+from fastmaf.capsule.checkpoints import MODEL_FILE, STATE_FILE, load_state, previous_of, save_state, set_aside
 from fastmaf.capsule.config import TrainConfig
 from fastmaf.capsule.data import DataError, ImageSet, load_train, to_unit
+from fastmaf.capsule.marks import CURVE
+from fastmaf.capsule.names import visible
+from fastmaf.capsule.outputs import Output, check_outputs, picture, table
+from fastmaf.capsule.outputs import model as model_kind
 from fastmaf.capsule.plots import nll_curve
-from fastmaf.capsule.results import bits_per_dim, written_atomically
+from fastmaf.capsule.results import bits_per_dim
 from fastmaf.capsule.room import check_room
 
 LOG_FILE, CURVE_FILE = "train_log.csv", "nll_curve.png"
@@ -104,14 +109,16 @@ def train(
         DataError: the folder or a file in it is not what is needed.
         DoesNotFitError: the run needs more memory than there is; nothing was written.
         TrainingStoppedError: the loss became non-finite.
+        OutputError: ``out`` holds a file of the name of one that is written, which is none.
         ValueError: a setting does not fit, or differs from the one of the run to resume.
     """
     config, out = config or TrainConfig(), Path(out)
     if not resume and (out / STATE_FILE).exists() and (out / MODEL_FILE).exists():
         _refuse_to_overwrite(out)
+    check_outputs(outputs_of(out, resume=resume))
     images = load_train(data, size=config.size, skip_bad=skip_bad, progress=progress)
     for note in images.notes:
-        tqdm.write(note)
+        tqdm.write(visible(note))
     split = torch.randperm(len(images), generator=torch.Generator().manual_seed(config.seed)).tolist()
     held_out = images.subset(sorted(split[: round(config.holdout * len(images))]))
     normals = images.subset(sorted(split[len(held_out) :]))
@@ -123,6 +130,21 @@ def train(
     if resume:
         run.restore()
     return run.go(progress)
+
+
+def outputs_of(out: Path, *, resume: bool) -> list[Output]:
+    """What ``train`` writes, and what it makes of an earlier run's files; a run that is resumed owns what is there."""
+    if resume:
+        return []
+    log, previous = table("a training log", LOG_COLUMNS), previous_of
+    return [
+        Output(out / MODEL_FILE, model_kind("a model")),
+        Output(out / previous(MODEL_FILE), model_kind("the model of an earlier run")),
+        Output(out / STATE_FILE, model_kind("the state of a training run", "state")),
+        Output(out / LOG_FILE, log),
+        Output(out / previous(LOG_FILE), log),
+        Output(out / CURVE_FILE, picture(CURVE, "a training curve")),
+    ]
 
 
 def _refuse_to_overwrite(out: Path) -> None:
@@ -170,7 +192,7 @@ class _Run:
                 f"cannot resume {self.out} with other settings ({changes}): repeat the first ones, or choose "
                 f"another --out"
             )
-        if state["files"] != [path.name for path in self.normals.paths]:
+        if state["files"] != list(self.normals.names):
             raise ValueError(
                 f"cannot resume {self.out}: it was trained on {len(state['files'])} images, the data now hold "
                 f"{len(self.normals)} others or renamed ones for training"
@@ -280,14 +302,14 @@ class _Run:
             "config": asdict(self.config),
             "epochs_done": len(self.log),
             "steps": self.step.steps,
-            "files": [path.name for path in self.normals.paths],
+            "files": list(self.normals.names),
             "guards": self.step.state_dict(),
             "log": self.log,
         }
         about = {
             "epochs_done": len(self.log),
             "steps": self.step.steps,
-            "held_out": [path.name for path in self.held_out.paths],
+            "held_out": list(self.held_out.names),
         }
         if not self._own_files:
             set_aside(self.out, LOG_FILE)

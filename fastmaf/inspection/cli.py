@@ -18,6 +18,8 @@ from fastmaf.cli_options import (
     SizeOption,
     SkipOption,
     device_named,
+    say,
+    say_aside,
 )
 
 ModelArgument = Annotated[Path, typer.Argument(help="Model file, or the folder of a training run.")]
@@ -47,7 +49,7 @@ def calibrate(
     """Set the false-alarm rate: the threshold comes from scores of held-out normals that the model file holds."""
     from fastmaf.inspection.workflow import calibrate as run
 
-    typer.echo(run(model, false_alarm, confidence).describe())
+    say(run(model, false_alarm, confidence).describe())
 
 
 def recalibrate(
@@ -70,9 +72,9 @@ def recalibrate(
         skip_bad=skip_bad,
         device=device_named(device),
         progress=not quiet,
-        say=lambda text: typer.echo(text, err=True),
+        say=say_aside,
     )
-    typer.echo(found.describe())
+    say(found.describe())
 
 
 def score(
@@ -103,7 +105,7 @@ def score(
         device=device_named(device),
         progress=not quiet,
         stdout=sys.stdout,
-        say=lambda text: typer.echo(text, err=True),
+        say=say_aside,
     )
     if damaged:
         raise typer.Exit(2)
@@ -120,7 +122,7 @@ def export(
     """Write the model as one ONNX graph from pixels to verdict, unless ONNX Runtime disagrees with fastmaf."""
     from fastmaf.inspection.workflow import export as run
 
-    typer.echo(run(model, onnx, check))
+    say(run(model, onnx, check, say=say_aside))
 
 
 def choose(
@@ -136,4 +138,4 @@ def choose(
     """
     from fastmaf.inspection.workflow import choose as run
 
-    typer.echo(run(data, size=size, draws=draws, seed=seed, skip_bad=skip_bad, progress=not quiet))
+    say(run(data, size=size, draws=draws, seed=seed, skip_bad=skip_bad, progress=not quiet))

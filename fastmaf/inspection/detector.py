@@ -16,7 +16,8 @@ from sklearn.utils import check_random_state
 from sklearn.utils.validation import check_is_fitted
 from torch import Tensor
 
-from fastmaf.capsule.decoding import load_image, resized
+from fastmaf.capsule.decoding import DataError, load_image, resized
+from fastmaf.capsule.marks import is_output
 from fastmaf.inspection.calibration import Calibration
 from fastmaf.inspection.fit import fit
 from fastmaf.inspection.model import InspectionModel, load_inspection
@@ -215,6 +216,8 @@ def _pixels(X: Any, size: int) -> Tensor:
     pixels = []
     for i, image in enumerate(X):
         if isinstance(image, (str, os.PathLike)):
+            if is_output(image):
+                raise DataError(f"{os.fspath(image)}: a picture that fastmaf wrote, which is never read as an image")
             pixels.append(load_image(os.fspath(image), size)[0])
             continue
         values = np.asarray(image)

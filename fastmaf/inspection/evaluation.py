@@ -12,9 +12,12 @@ from typing import Any
 
 import numpy as np
 
+from fastmaf.atomic import written_atomically
+from fastmaf.capsule.classes import doubtful, require_both
 from fastmaf.capsule.data import ImageSet, load_test, load_train
 from fastmaf.capsule.folders import has_normals
-from fastmaf.capsule.results import written_atomically
+from fastmaf.capsule.names import to_cell
+from fastmaf.capsule.outputs import INSPECTION_SCORES, Output, check_outputs, eval_metrics, eval_scores, report
 from fastmaf.inspection.masks import load_masks
 from fastmaf.inspection.members import load_members
 from fastmaf.inspection.model import Assessment, InspectionModel, load_inspection, model_file
@@ -52,14 +55,19 @@ def evaluate(
     Raises:
         DataError: the folder or a file in it is not what is needed.
         EvaluationError: the test set has no normal or no defective images.
+        OutputError: ``out`` holds a file of the name of one that is written, which is none.
     """
     from fastmaf.inspection.reporting import test_report
 
-    out = Path(out)
+    out, kinds = Path(out), {SCORES_FILE: eval_scores(), METRICS_FILE: eval_metrics(), REPORT_FILE: report()}
+    check_outputs([Output(out / name, kind) for name, kind in kinds.items()], [model_file(model)])
     loaded = load_inspection(model, device=device)
     images = load_test(data, size=loaded.size, skip_bad=skip_bad, progress=progress)
-    masks = load_masks(data, images)
-    for note in (*images.notes, *masks.notes):
+    for note in (*images.notes, *doubtful(images.labels)):
+        say(note)
+    require_both(images.labels, data)
+    masks = load_masks(data, images, skip_bad=skip_bad)
+    for note in masks.notes:
         say(note)
     normals = _normals(data, loaded.size, skip_bad, progress, say)
     found = loaded.assess(images.pixels)
@@ -95,10 +103,11 @@ def _write_scores(path: Path, model: InspectionModel, images: ImageSet, found: A
     p_values, called = model.calibration.p_values(found.scores), model.calibration.is_anomalous(found.scores)
     text = io.StringIO(newline="")
     table = csv.writer(text, lineterminator="\n")
-    table.writerow(["file", "label", "score", "p_value", "verdict", "nll"])
+    table.writerow(INSPECTION_SCORES)
     rows = zip(images.paths, images.labels, found.scores, p_values, called, found.nll, strict=True)
     for file, label, score, p_value, alarm, nll in rows:
-        table.writerow([file, label, repr(float(score)), repr(float(p_value)), VERDICTS[int(alarm)], repr(float(nll))])
+        names = to_cell(str(file)), to_cell(label)
+        table.writerow([*names, repr(float(score)), repr(float(p_value)), VERDICTS[int(alarm)], repr(float(nll))])
     with written_atomically(path) as stream:
         stream.write(text.getvalue().encode("utf-8", "surrogateescape"))
 

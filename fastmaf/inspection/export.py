@@ -13,8 +13,9 @@ from typing import Any
 import numpy as np
 import torch
 
+from fastmaf.atomic import written_atomically
 from fastmaf.capsule.decoding import load_frame, resized
-from fastmaf.capsule.results import written_atomically
+from fastmaf.capsule.outputs import ONNX, Output, check_outputs
 from fastmaf.inspection.calibration import Calibration
 from fastmaf.inspection.model import InspectionModel
 from fastmaf.inspection.onnx_graph import inspection_graph
@@ -102,18 +103,20 @@ def export_onnx(
 
     Args:
         model: calibrated.
-        path: of the file; what is there is replaced in the end, or stays.
+        path: of the file; an earlier export there is replaced in the end, or stays.
         check_images: files, or arrays uint8 [h, w, 3]; at least one. Good images, of the size that will come.
         tolerance: a positive number.
 
     Raises:
         ExportError: both disagree, the model cannot be exported, or a package is missing. Nothing is written.
+        OutputError: ``path`` is a check image, or another file that is no export.
         DataError: an image cannot be read.
     """
     if not len(check_images):
         raise ExportError("an export is checked on images; expected at least one, found none")
     if not 0 < tolerance < math.inf:
         raise ExportError(f"tolerance must be a positive number; found {tolerance}")
+    check_outputs([Output(Path(path), ONNX)], [image for image in check_images if not isinstance(image, np.ndarray)])
     spread = _spread(model.calibration)
     onnx, proto = require("onnx"), inspection_graph(model)
     with written_atomically(path) as file:

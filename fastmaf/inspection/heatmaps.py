@@ -7,17 +7,18 @@ The frame is that of the image as it is to be seen, that is after its EXIF rotat
 from __future__ import annotations
 
 import functools
+import io
 import zlib
 from pathlib import Path
 
 import matplotlib
 import numpy as np
 from PIL import Image
-from PIL.PngImagePlugin import PngInfo
 from PIL.TiffImagePlugin import ImageFileDirectory_v2
 
+from fastmaf.atomic import written_atomically
 from fastmaf.capsule.decoding import MAX_PIXELS, DataError
-from fastmaf.capsule.results import written_atomically
+from fastmaf.capsule.marks import MAP, MAP_TITLE, OVERLAY, png_text
 from fastmaf.inspection.pixels import resize_map
 
 SCALE = 512.0
@@ -96,7 +97,7 @@ def write_overlay(path: str | Path, image: np.ndarray, values: np.ndarray, low: 
         raise ValueError(f"{path}: overlays are written as .png; found {path.suffix or 'no suffix'}")
     picture = Image.fromarray(overlay(image, values, low=low, high=high))
     with written_atomically(path) as file:
-        picture.save(file, format="PNG", **_FAST)
+        picture.save(file, format="PNG", pnginfo=png_text(OVERLAY), **_FAST)
 
 
 def write_map(path: str | Path, values: np.ndarray, *, scale: float = SCALE, unit: str = UNIT) -> None:
@@ -126,17 +127,19 @@ def write_map(path: str | Path, values: np.ndarray, *, scale: float = SCALE, uni
         if np.isnan(values).any():
             raise ValueError(f"{path}: the map holds NaN, which a PNG cannot; write a .tiff")
         levels = np.clip(np.rint(values.astype(np.float64) * scale), 0, 65535).astype(np.uint16)
-        text = PngInfo()
+        text = png_text(MAP)
         text.add_text("Scale", repr(float(scale)))
         text.add_itxt("Unit", unit)
-        text.add_text("Description", f"anomaly map: value = level / {float(scale)!r}")
+        text.add_text("Description", f"{MAP_TITLE}: value = level / {float(scale)!r}")
         with written_atomically(path) as file:
             Image.fromarray(levels).save(file, format="PNG", pnginfo=text, **_FAST)
     elif suffix in (".tif", ".tiff"):
         tags = ImageFileDirectory_v2()
-        tags[_TIFF_DESCRIPTION] = f"anomaly map, {unit}"
+        tags[_TIFF_DESCRIPTION] = f"{MAP_TITLE}, {unit}"
+        encoded = io.BytesIO()  # Pillow writes a TIFF past Python's buffer, and overlooks a write that is cut short
+        Image.fromarray(values).save(encoded, format="TIFF", tiffinfo=tags)
         with written_atomically(path) as file:
-            Image.fromarray(values).save(file, format="TIFF", tiffinfo=tags)
+            file.write(encoded.getbuffer())
     else:
         raise ValueError(f"{path}: maps are written as .png, .tif or .tiff; found {path.suffix or 'no suffix'}")
 

@@ -10,7 +10,18 @@ from pathlib import Path
 from typing import TextIO
 
 from fastmaf.capsule.data import DataError, Frame, load_frame
-from fastmaf.capsule.folders import contents, count, folders_in, images_in, is_image, left_aside, walk
+from fastmaf.capsule.listing import (
+    closed_of,
+    contents,
+    count,
+    folders_in,
+    images_below,
+    images_in,
+    is_image,
+    left_aside,
+    walk,
+)
+from fastmaf.capsule.marks import is_output
 from fastmaf.inspection.patterns import hints, is_pattern, matches
 
 
@@ -61,11 +72,11 @@ def expand(arguments: Sequence[str | Path], *, stdin: TextIO | None = None, recu
             found.add_list(_lines(sys.stdin if stdin is None else stdin))
         else:
             found.add_argument(str(argument))
+    if not found.files and found.aside:
+        raise DataError(f"nothing to read: {'; '.join(left_aside(found.aside))}")
     if not found.files:
         raise DataError("no path: expected image files, folders, patterns such as 'parts/*.png', or - for a list")
-    notes = left_aside(len(found.aside))
-    if found.closed:
-        notes.append(f"{count(len(found.closed), 'folder')} could not be opened: {', '.join(map(str, found.closed))}")
+    notes = left_aside(found.aside, list(found.closed))
     if found.again:
         notes.append(f"{count(found.again, 'file')} given again left out")
     return Inputs(tuple(found.files.values()), tuple(notes))
@@ -120,7 +131,7 @@ class _Found:
 
     def add_existing(self, path: Path) -> None:
         if not os.path.isdir(path):
-            return self.add([path])
+            return self.add_named(path)
         images = self.images_below(path)
         if not images:
             raise DataError(f"no image in {path}: {self.why_none(path)}")
@@ -137,7 +148,7 @@ class _Found:
             if os.path.isdir(path):
                 self.add_existing(path)
             else:
-                self.add([path])
+                self.add_named(path)
 
     def add_matches(self, pattern: Path) -> None:
         matching = list(matches(pattern))
@@ -148,7 +159,7 @@ class _Found:
         for path in matching:
             if os.path.isdir(path):
                 images += self.images_below(path)
-            elif named or is_image(path):
+            elif (named or is_image(path)) and not is_output(path):
                 images.append(path)
             else:
                 self.aside[path] = None
@@ -161,6 +172,12 @@ class _Found:
             once.setdefault(_file(path), path)
         self.add(once.values())
 
+    def add_named(self, path: Path) -> None:
+        if is_output(path):
+            self.aside[path] = None
+        else:
+            self.add([path])
+
     def add(self, paths: Iterable[Path]) -> None:
         for path in paths:
             file = _file(path)
@@ -168,14 +185,10 @@ class _Found:
             self.files.setdefault(file, path)
 
     def images_below(self, folder: Path) -> list[Path]:
-        found: list[Path] = []
-        for below in walk(folder) if self.recursive else [folder]:
-            images, others = images_in(below)
-            found += images
-            self.aside.update(dict.fromkeys(others))
-            if not os.access(below, os.R_OK | os.X_OK):
-                self.closed[below] = None
-        return sorted(found)
+        images, others, closed = images_below(folder) if self.recursive else (*images_in(folder), closed_of([folder]))
+        self.aside.update(dict.fromkeys(others))
+        self.closed.update(dict.fromkeys(closed))
+        return images
 
     def why_none(self, folder: Path) -> str:
         if folder in self.closed:

@@ -1,19 +1,23 @@
 """Where the defects of labelled test images are: the masks in ``root/ground_truth``.
 
-The mask of ``root/test/<class>/NAME.ext`` is ``root/ground_truth/<class>/NAME_mask.png`` or ``NAME.png``, read as every
-other image is; a pixel is a defect where any channel is above 127 of 255.
+The mask of ``root/test/<class>/NAME.ext`` is ``root/ground_truth/<class>/NAME_mask.png`` or ``NAME.png``, or one with
+another image's suffix; that of an image in a folder below its class lies in the same folder below
+``root/ground_truth/<class>``. A mask is read as every other image is; a pixel is a defect where any channel is above
+127 of 255.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from functools import cache
+from pathlib import Path, PurePosixPath
 
 import numpy as np
 
 from fastmaf.capsule.data import ImageSet
-from fastmaf.capsule.decoding import load_frame
+from fastmaf.capsule.decoding import DataError, load_frame
+from fastmaf.capsule.listing import SUFFIXES, count, images_in
 from fastmaf.capsule.results import NORMAL
 
 
@@ -23,8 +27,8 @@ class Masks:
 
     Attributes:
         masks: bool [h, w] at the resolution of the mask's file; None for an image of class "good", which has no defect
-            anywhere, and for one whose mask is missing.
-        missing: the defective images without a mask.
+            anywhere, and for one whose mask is missing or was skipped.
+        missing: the defective images that have no mask file.
         notes: what was unusual, one sentence a kind.
     """
 
@@ -41,37 +45,48 @@ class Masks:
         return np.array(known, dtype=bool) & any(mask is not None and bool(mask.any()) for mask in self.masks)
 
 
-def load_masks(root: str | Path, images: ImageSet) -> Masks:
+def load_masks(root: str | Path, images: ImageSet, *, skip_bad: bool = False) -> Masks:
     """Reads the masks of a test set.
 
     Args:
         root: the data set's folder. Without ``root/ground_truth`` every mask is missing, which the notes say.
         images: what ``load_test`` read from it.
+        skip_bad: take a mask that cannot be read, or does not fit its image, for a missing one, and say so.
 
     Raises:
-        DataError: a mask cannot be read; it is named.
+        DataError: a mask cannot be read, or has another aspect ratio than its image; it is named.
     """
     folder = Path(root).expanduser() / "ground_truth"
+    found = cache(_masks_in)
     masks: list[np.ndarray | None] = []
-    missing, empty, see_through = [], [], []
-    for path, label in zip(images.paths, images.labels, strict=True):
+    missing, bad, empty, see_through = [], [], [], []
+    shapes = images.shapes or (None,) * len(images)
+    for path, name, label, shape in zip(images.paths, images.names, images.labels, shapes, strict=True):
         mask = None
         if label != NORMAL:
-            file = _file(folder / label, path.stem)
-            if file is None:
-                missing.append(path)
-            else:
-                mask, largest, alpha = _read(file)
+            at = folder / label / PurePosixPath(name).parent
+            file = _file(found(at), PurePosixPath(name).stem)
+            try:
+                mask, largest, alpha = (None, 0, False) if file is None else _read(file, path, shape)
+            except DataError as error:
+                if not skip_bad:
+                    raise
+                bad.append(str(error))
+            if file is not None and mask is not None:
                 if alpha:
                     see_through.append(_name(file))
                 if not mask.any():
                     empty.append(f"{_name(file)} (largest value {largest} of 255)")
+            elif file is None:
+                missing.append(path)
         masks.append(mask)
     notes = []
     if not folder.is_dir():
         notes.append(f"no folder {folder}: where the defects are is not known")
     elif missing:
         notes.append(f"no mask in {folder} for {_some([_name(path) for path in missing])}")
+    if bad:
+        notes.append(f"{count(len(bad), 'mask')} skipped, as if missing: {_some(bad)}")
     if empty:
         notes.append(f"no defect (no value above 127) in the mask of a defective image: {_some(empty)}")
     if see_through:
@@ -79,16 +94,32 @@ def load_masks(root: str | Path, images: ImageSet) -> Masks:
     return Masks(tuple(masks), tuple(missing), tuple(notes))
 
 
-def _file(folder: Path, stem: str) -> Path | None:
-    return next((file for file in (folder / f"{stem}_mask.png", folder / f"{stem}.png") if file.is_file()), None)
+def _masks_in(folder: Path) -> dict[str, Path]:
+    """The images in a folder by stem; of several with one, the suffix that comes first in ``SUFFIXES`` is taken."""
+    files = sorted(images_in(folder)[0], key=lambda file: SUFFIXES.index(file.suffix.lower()), reverse=True)
+    return {file.stem: file for file in files}
 
 
-def _read(file: Path) -> tuple[np.ndarray, int, bool]:
+def _file(masks: dict[str, Path], stem: str) -> Path | None:
+    return masks.get(f"{stem}_mask", masks.get(stem))
+
+
+def _read(file: Path, image: Path, shape: tuple[int, int] | None) -> tuple[np.ndarray, int, bool]:
     """(bool [h, w], largest value of 255, whether there is an alpha channel)."""
     frame = load_frame(file, 1, keep_full=True)
     assert frame.full is not None
+    if shape is not None and not _fits((frame.height, frame.width), shape):
+        raise DataError(
+            f"{file}: a mask of {frame.width} x {frame.height} pixels does not fit {_name(image)} of {shape[1]} x "
+            f"{shape[0]}; expected the image's size, or the same aspect ratio"
+        )
     values = frame.full.amax(dim=0)
     return (values > 127).numpy(), int(values.max()), "alpha" in frame.kinds
+
+
+def _fits(mask: tuple[int, int], image: tuple[int, int]) -> bool:
+    """Whether both have one aspect ratio, but for the rounding of a resized side to whole pixels."""
+    return abs(mask[0] * image[1] - mask[1] * image[0]) < max(*mask, *image)
 
 
 def _name(path: Path) -> str:

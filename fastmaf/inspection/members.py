@@ -17,17 +17,24 @@ FOLDS_FOLDER = "folds"
 
 def save_members(run: Path, model: InspectionModel, flows: Sequence[fastmaf.Flow]) -> None:
     """Writes the flows of the folds into a run's folder."""
-    folder = run / FOLDS_FOLDER
-    folder.mkdir(exist_ok=True)
-    for k, flow in enumerate(flows, 1):
-        flow.save(folder / f"fold-{k}.safetensors", {"statistics": _print_of(model)})
+    for file, flow in zip(member_files(run, len(flows)), flows, strict=True):
+        flow.save(file, {"statistics": _print_of(model)})
+
+
+def member_files(run: Path, n: int) -> list[Path]:
+    """The files of so many folds."""
+    return [run / FOLDS_FOLDER / f"fold-{k}.safetensors" for k in range(1, n + 1)]
 
 
 def remove_members(run: Path) -> None:
-    """Removes the flows of the folds from a run's folder: they are large, and of use with their own model alone."""
+    """Removes the flows of the folds from a run's folder: they are large, and of use with their own model alone.
+
+    Other files there stay, whatever their names.
+    """
     folder = run / FOLDS_FOLDER
     for file in folder.glob("fold-*.safetensors"):
-        file.unlink()
+        if _statistics(file) is not None:
+            file.unlink()
     if folder.is_dir() and not any(folder.iterdir()):
         folder.rmdir()
 
@@ -35,8 +42,16 @@ def remove_members(run: Path) -> None:
 def load_members(run: Path, model: InspectionModel) -> list[fastmaf.Flow]:
     """Returns the flows of the folds of this model, on its device; none where they were not kept, or are another's."""
     files = sorted((run / FOLDS_FOLDER).glob("fold-*.safetensors"))
-    own = [f for f in files if fastmaf.read_tensors(f, tensors=False)[1].get("statistics") == _print_of(model)]
+    own = [file for file in files if _statistics(file) == _print_of(model)]
     return [fastmaf.load(file).eval().to(model.device) for file in own]
+
+
+def _statistics(file: Path) -> str | None:
+    """What a file says of the model that it belongs to; None for a file that is no fold's model."""
+    try:
+        return fastmaf.read_tensors(file, tensors=False)[1].get("statistics")
+    except (OSError, fastmaf.CheckpointError):
+        return None
 
 
 def _print_of(model: InspectionModel) -> str:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import csv
 import json
-from collections.abc import Callable, Iterator, Sequence
+import os
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -14,11 +16,15 @@ from typing import Any, Protocol, TextIO
 import numpy as np
 from tqdm import tqdm
 
+from fastmaf.atomic import STDOUT, write_errors, written_atomically
 from fastmaf.capsule.decoding import Frame
-from fastmaf.capsule.results import written_atomically
+from fastmaf.capsule.marks import MAP, OVERLAY
+from fastmaf.capsule.names import to_cell
+from fastmaf.capsule.outputs import Output, check_outputs, picture, table
+from fastmaf.capsule.outputs import json_lines as json_lines_file
 from fastmaf.inspection.heatmaps import to_frame, write_map, write_overlay
 from fastmaf.inspection.inputs import Unreadable, expand, read_each
-from fastmaf.inspection.model import InspectionModel, load_inspection
+from fastmaf.inspection.model import InspectionModel, load_inspection, model_file
 
 VERDICTS = ("good", "anomalous")
 
@@ -28,7 +34,7 @@ class Row:
     """What is said of one image.
 
     Attributes:
-        file: its path as it was found.
+        file: its path as it was found; in a CSV as ``fastmaf.capsule.names.to_cell`` writes it.
         score: the anomaly score.
         p_value: share of normal images expected to score at least as high.
         verdict: ``"good"`` or ``"anomalous"``.
@@ -83,15 +89,17 @@ def score(
 
     Raises:
         DataError: an argument matches nothing.
+        OutputError: a file to be written is an image or the model, another output, or a file that is no such output.
         ValueError: ``out`` has another suffix.
     """
     if out is not None and out.suffix not in (".csv", ".jsonl"):
         raise ValueError(f"rows are written to a .csv or .jsonl file; found {out}")
-    loaded = load_inspection(model, device=device)
     found = expand(arguments)
     for note in found.notes:
         say(note)
     names = _unique_names(found.files)
+    check_outputs(_outputs_of(names.values(), out, overlays, maps, map_suffix), [model_file(model), *found.files])
+    loaded = load_inspection(model, device=device)
     damaged = alarms = 0
     pictures = overlays is not None or maps is not None
     low, high = loaded.map_levels
@@ -122,6 +130,21 @@ def score(
     return damaged
 
 
+def _outputs_of(
+    names: Iterable[str], out: Path | None, overlays: Path | None, maps: Path | None, map_suffix: str
+) -> Iterator[Output]:
+    """What ``score`` writes."""
+    rows, columns = "the scores of images", tuple(Row.__dataclass_fields__)
+    overlay, heat = picture(OVERLAY, "a heat map laid over an image"), picture(MAP, "an anomaly map")
+    if out is not None:
+        yield Output(out, json_lines_file(rows, columns) if out.suffix == ".jsonl" else table(rows, columns))
+    for name in names:
+        if overlays is not None:
+            yield Output(overlays / f"{name}.png", overlay)
+        if maps is not None:
+            yield Output(maps / f"{name}{map_suffix}", heat)
+
+
 def assess(model: InspectionModel, frame: Frame) -> tuple[Row, np.ndarray]:
     """Returns the row of one image and its map ``[s, s]``."""
     began = perf_counter()
@@ -138,7 +161,14 @@ def assess(model: InspectionModel, frame: Frame) -> tuple[Row, np.ndarray]:
 def _rows(out: Path | None, stdout: TextIO, json_lines: bool) -> Iterator[_Sink]:
     """A function that writes a row: to a file that replaces ``out`` at the end, or to ``stdout`` at once."""
     if out is None:
-        yield _writer(stdout, json_lines)
+        with write_errors(STDOUT):
+            to_stdout = _writer(stdout, json_lines, keep_bytes=False)
+
+        def write(row: Row) -> None:
+            with write_errors(STDOUT):
+                to_stdout(row)
+
+        yield write
         return
     import io
 
@@ -148,7 +178,7 @@ def _rows(out: Path | None, stdout: TextIO, json_lines: bool) -> Iterator[_Sink]
         text.detach()
 
 
-def _writer(stream: TextIO, json_lines: bool) -> _Sink:
+def _writer(stream: TextIO, json_lines: bool, keep_bytes: bool = True) -> _Sink:
     if json_lines:
 
         def write_json(row: Row) -> None:
@@ -156,13 +186,13 @@ def _writer(stream: TextIO, json_lines: bool) -> _Sink:
             print(json.dumps(asdict(row)), file=stream, flush=True)
 
         return write_json
-    table = csv.writer(stream, lineterminator="\n")
-    table.writerow(Row.__dataclass_fields__)
+    rows = csv.writer(stream, lineterminator="\n")
+    rows.writerow(Row.__dataclass_fields__)
 
     def write(row: Row) -> None:
-        values = asdict(row)
-        values.update({name: f"{values[name]:.2f}" for name in ("decode_ms", "latency_ms")})
-        table.writerow(values.values())
+        values, file = asdict(row), to_cell(row.file, keep_bytes=keep_bytes)
+        values.update({name: f"{values[name]:.2f}" for name in ("decode_ms", "latency_ms")}, file=file)
+        rows.writerow(values.values())
         stream.flush()
 
     return write
@@ -177,10 +207,18 @@ def _unique_names(files: Sequence[Path]) -> dict[Path, str]:
     taken: set[str] = set()
     for file in files:
         parts = [part for part in file.with_suffix("").parts if part not in (file.anchor, "..", ".")]
-        name = file.stem if stems[file.stem.lower()] == 1 else "_".join(parts[-3:])
+        name = _shortened(file.stem if stems[file.stem.lower()] == 1 else "_".join(parts[-3:]))
         unique, k = name, 2
         while unique.lower() in taken:
             unique, k = f"{name}_{k}", k + 1
         taken.add(unique.lower())
         result[file] = unique
     return result
+
+
+def _shortened(name: str, longest: int = 200) -> str:
+    """A name that leaves room for a number and a suffix in the 255 bytes that file systems allow."""
+    encoded = os.fsencode(name)
+    if len(encoded) <= longest:
+        return name
+    return f"{encoded[: longest - 9].decode('utf-8', 'ignore')}-{zlib.crc32(encoded):08x}"

@@ -17,6 +17,7 @@ from tqdm import tqdm
 
 import fastmaf
 from fastmaf.capsule.data import ImageSet, to_unit
+from fastmaf.capsule.names import visible
 from fastmaf.capsule.results import NORMAL
 from fastmaf.inspection.controls import controls
 from fastmaf.inspection.masks import Masks
@@ -185,5 +186,5 @@ def format_lines(lines: Sequence[Line], called: Mapping[str, tuple[int, int]]) -
         if winners:
             text.append(f"higher {what} here: the control {', '.join(winners)}")
     text.append("")
-    text += [f"{label}: {alarms} of {n} called anomalous" for label, (n, alarms) in called.items()]
+    text += [f"{visible(label)}: {alarms} of {n} called anomalous" for label, (n, alarms) in called.items()]
     return "\n".join(text)

@@ -14,19 +14,23 @@ import torch
 from tqdm import tqdm
 
 import fastmaf
-from fastmaf.capsule.checkpoints import MODEL_FILE, set_aside
+from fastmaf.atomic import written_atomically
+from fastmaf.capsule.checkpoints import MODEL_FILE, STATE_FILE, previous_of, set_aside
 from fastmaf.capsule.data import ImageSet, load_train
-from fastmaf.capsule.results import bits_per_dim, written_atomically
+from fastmaf.capsule.outputs import ONNX, Output, check_outputs, report, table
+from fastmaf.capsule.outputs import model as model_kind
+from fastmaf.capsule.results import bits_per_dim
 from fastmaf.inspection.calibration import Calibration
 from fastmaf.inspection.fit import Fitted, fit
 from fastmaf.inspection.inputs import Unreadable, expand, read_each
 from fastmaf.inspection.location import Location
-from fastmaf.inspection.members import remove_members, save_members
+from fastmaf.inspection.members import member_files, remove_members, save_members
 from fastmaf.inspection.model import InspectionModel, load_inspection, model_file
 from fastmaf.inspection.recipe import Recipe
 from fastmaf.inspection.scores import ScoreSettings
 
 LOG_FILE, REPORT_FILE = "training_log.csv", "report.html"
+_LOG_COLUMNS = ("step", "nll", "held_out_nll")
 
 Say = Callable[[str], Any]
 
@@ -48,11 +52,13 @@ def train(
 
     Raises:
         DataError: the folder or a file in it is not what is needed.
+        OutputError: ``out`` holds a file of the name of one that is written, which is none.
         ValueError: a setting does not fit, or there are fewer images than folds.
     """
     from fastmaf.inspection.reporting import training_report
 
     recipe, out = recipe or Recipe(), Path(out)
+    check_outputs(_outputs_of(out, recipe.folds if keep_folds else 0))
     images = load_train(data, size=recipe.size, skip_bad=skip_bad, progress=progress)
     for note in images.notes:
         say(note)
@@ -89,6 +95,16 @@ def train(
     return fitted
 
 
+def _outputs_of(out: Path, folds: int) -> list[Output]:
+    """What ``train`` writes, and what it makes of an earlier run's files."""
+    kinds = {MODEL_FILE: model_kind("a model"), LOG_FILE: table("a training log", _LOG_COLUMNS), REPORT_FILE: report()}
+    outputs = [Output(out / place, kind) for name, kind in kinds.items() for place in (name, previous_of(name))]
+    outputs.append(Output(out / STATE_FILE, model_kind("the state of a training run", "state")))
+    return outputs + [
+        Output(file, model_kind("the model of a fold", "statistics")) for file in member_files(out, folds)
+    ]
+
+
 def _decisions(model: InspectionModel) -> list[str]:
     """What the fit decided by itself, a line each, with the figures that decided it."""
     about, lines = model.about, []
@@ -105,9 +121,9 @@ def _decisions(model: InspectionModel) -> list[str]:
 
 def _write_log(path: Path, fitted: Fitted) -> None:
     text = io.StringIO(newline="")
-    table = csv.writer(text, lineterminator="\n")
-    table.writerow(["step", "nll", "held_out_nll"])
-    table.writerows([row["step"], f"{row['nll']:.10g}", f"{row['held_out_nll']:.10g}"] for row in fitted.log)
+    rows = csv.writer(text, lineterminator="\n")
+    rows.writerow(_LOG_COLUMNS)
+    rows.writerows([row["step"], f"{row['nll']:.10g}", f"{row['held_out_nll']:.10g}"] for row in fitted.log)
     with written_atomically(path) as file:
         file.write(text.getvalue().encode())
 
@@ -197,8 +213,17 @@ def choose(
     return f"{explain(scores)}\n\n{explain_location(places)}"
 
 
-def export(model: str | Path, onnx: str | Path, arguments: Sequence[str]) -> str:
-    """Writes the model as an ONNX graph, checked on the images that ``arguments`` name; returns what was found."""
+def export(model: str | Path, onnx: str | Path, arguments: Sequence[str], *, say: Say = print) -> str:
+    """Writes the model as an ONNX graph, checked on the images that ``arguments`` name; returns what was found.
+
+    Raises:
+        OutputError: ``onnx`` is the model, one of the images, or another file that is no export.
+    """
     from fastmaf.inspection.export import export_onnx
 
-    return export_onnx(load_inspection(model), onnx, expand(arguments).files).describe()
+    found = expand(arguments)
+    for note in found.notes:
+        say(note)
+    path = model_file(model)
+    check_outputs([Output(Path(onnx), ONNX)], [path, *found.files])
+    return export_onnx(load_inspection(path), onnx, found.files).describe()

@@ -192,3 +192,82 @@ def test_has_normals_says_whether_there_is_what_to_train_on(tmp_path: Path) -> N
     assert not any(
         has_normals(folder) for folder in (tmp_path, tmp_path / "none", root / "test", root / "test" / "good")
     )
+
+
+# ---- what lies deeper, and what is not read
+
+
+def test_folders_below_a_class_are_read(tmp_path: Path) -> None:
+    root = capsule_set(tmp_path / "set")
+    for name in ("train/good/monday", "train/good/monday/late", "test/crack/b", "test/good/b"):
+        for i in range(2):
+            picture(root / name / f"{i:03d}.png")
+    train = load_train(root, size=4, progress=False)
+    assert len(train) == 7 and train.labels == ("good",) * 7 and train.notes == ()
+    assert train.names == (
+        "000.png", "001.png", "002.png", "monday/000.png", "monday/001.png", "monday/late/000.png",
+        "monday/late/001.png",
+    )  # fmt: skip
+    test = load_test(root, size=4, progress=False)
+    assert (test.labels.count("good"), test.labels.count("crack"), test.labels.count("poke")) == (4, 4, 2)
+    assert test.names[2:4] == ("b/000.png", "b/001.png") and test.shapes == ((8, 8),) * 10
+    part = test.subset([3, 0])
+    assert part.names == ("b/001.png", "000.png") and len(part.shapes) == 2
+    for file in [*(root / "train" / "good").glob("*.png"), *(root / "test" / "crack").glob("*.png")]:
+        file.unlink()  # none directly in the class folder
+    assert len(load_train(root, size=4, progress=False)) == 4
+    assert load_test(root, size=4, progress=False).labels.count("crack") == 2
+
+
+def test_a_folder_good_alone_is_read_with_all_below_it(tmp_path: Path) -> None:
+    picture(tmp_path / "good" / "a" / "0.png")
+    picture(tmp_path / "good" / "b" / "0.png")
+    assert load_train(tmp_path, size=4, progress=False).names == ("a/0.png", "b/0.png")
+
+
+@pytest.mark.parametrize("left", ["__MACOSX", ".thumbnails", "@eaDir", ".ipynb_checkpoints"])
+def test_what_systems_leave_is_no_image_and_no_class(tmp_path: Path, left: str) -> None:
+    root = capsule_set(tmp_path / "set")
+    for part in ("train/good", "test/good", "test", "."):
+        picture(root / part / left / "x.png")
+    (root / "train" / "good" / "._000.png").write_bytes(b"\0\x05\x16\x07")
+    assert len(load_train(root, size=4, progress=False)) == 3
+    test = load_test(root, size=4, progress=False)
+    assert set(test.labels) == {"good", "crack", "poke"} and len(test) == 6 and test.notes == ()
+    for i in range(2):
+        picture(tmp_path / "flat" / f"{i}.png")
+    picture(tmp_path / "flat" / left / "x.png")
+    assert len(load_train(tmp_path / "flat", size=4, progress=False)) == 2
+
+
+def test_formats_that_are_not_read_are_counted(tmp_path: Path) -> None:
+    root = capsule_set(tmp_path / "set")
+    for name in ("train/good/a.webp", "train/good/b.WEBP", "train/good/c.heic", "train/good/d.txt"):
+        (root / name).write_bytes(b"x")
+    assert load_train(root, size=4, progress=False).notes == (
+        "1 file left aside: .heic is not read; save as PNG what is to be read",
+        "2 files left aside: .webp is not read; save as PNG what is to be read",
+        "1 file left aside (hidden, or without an image's suffix)",
+    )
+    for file in (root / "test" / "poke").iterdir():
+        file.rename(file.with_suffix(".webp"))
+    notes = load_test(root, size=4, progress=False).notes
+    assert "class folder test/poke holds no image" in notes
+    assert "2 files left aside: .webp is not read; save as PNG what is to be read" in notes
+    flat = tmp_path / "flat"
+    flat.mkdir()
+    for i in range(3):
+        (flat / f"{i}.webp").write_bytes(b"x")
+    message = message_of(load_train, flat)
+    assert f"no folder train/good in {flat}: found 3 x .webp; read are .png" in message
+    assert f"{flat}  0 images, 3 x .webp (not read)" in message
+
+
+def test_a_folder_that_cannot_be_opened_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    root = capsule_set(tmp_path / "set")
+    for part in ("train/good", "test/crack"):
+        (root / part / "closed").mkdir()
+    monkeypatch.setattr("os.access", lambda path, mode: Path(path).name != "closed")  # root may open all
+    for load, part in ((load_train, "train/good"), (load_test, "test/crack")):
+        notes = load(root, size=4, progress=False).notes
+        assert notes == (f"1 folder could not be opened: {root / part / 'closed'}",)

@@ -205,7 +205,7 @@ def with_one_scale(_: onnx.TensorProto, array: np.ndarray) -> np.ndarray:
         (with_one_scale, "score|map|NLL"),
     ],
 )
-@pytest.mark.parametrize("before", [None, b"an older export"])
+@pytest.mark.parametrize("before", [None, b"\x08\x08\x12\x07fastmaf, an older export"])
 def test_tampering_is_caught_and_leaves_nothing(
     change: Any, what: str, before: bytes | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -12,6 +12,7 @@ from PIL import Image
 from fastmaf.capsule.data import DataError, ImageSet, load_test
 from fastmaf.capsule.synthetic import draw_dataset
 from fastmaf.inspection.masks import load_masks
+from tests.capsule.pictures import picture
 
 DEFECT = np.array([[0, 1, 0, 0, 0], [0, 1, 1, 0, 0], [0, 0, 0, 0, 1]], dtype=bool)  # [3, 5]: not square
 
@@ -121,3 +122,57 @@ def test_damaged_masks_are_named(tmp_path: Path, damage: str) -> None:
         file.write_bytes({"cut": file.read_bytes()[:2000], "empty": b"", "text": b"no picture"}[damage])
     with pytest.raises(DataError, match="1_mask.png"):
         load_masks(tmp_path, images(tmp_path, "x/1.png"))
+
+
+@pytest.mark.parametrize("name", ["1_mask.PNG", "1.Png", "1_mask.jpg", "1.JPG", "1_mask.bmp", "1.tif"])
+def test_suffixes_in_any_case_and_of_any_image(tmp_path: Path, name: str) -> None:
+    put(tmp_path, f"x/{name}", grey(np.kron(DEFECT, np.ones((8, 8), bool))))  # JPEG blurs what is smaller
+    found = load_masks(tmp_path, images(tmp_path, "x/1.png"))
+    assert found.missing == () and found.notes == ()
+    np.testing.assert_array_equal(found.masks[0], np.kron(DEFECT, np.ones((8, 8), bool)))
+
+
+def test_masks_of_images_in_folders_below_a_class(tmp_path: Path) -> None:
+    for folder, value in (("a", 255), ("b", 0)):
+        picture(tmp_path / "test" / "x" / folder / "1.png", size=4)
+        put(tmp_path, f"x/{folder}/1_mask.png", Image.new("L", (4, 4), value))
+    picture(tmp_path / "test" / "x" / "1.png", size=4)
+    test = load_test(tmp_path, size=4, progress=False)
+    found = load_masks(tmp_path, test)
+    assert test.names == ("1.png", "a/1.png", "b/1.png")
+    assert [None if mask is None else bool(mask.all()) for mask in found.masks] == [None, True, False]
+    assert found.missing == (tmp_path / "test" / "x" / "1.png",)
+
+
+@pytest.mark.parametrize(
+    ("mask", "fits"),
+    [
+        ((24, 12), True), ((12, 6), True), ((48, 24), True), ((5, 2), True), ((5, 3), True), ((2400, 1200), True),
+        ((12, 24), False), ((24, 24), False), ((24, 10), False), ((60, 6), False), ((240, 110), False),
+    ],
+)  # fmt: skip
+def test_a_mask_of_another_shape_than_its_image(tmp_path: Path, mask: tuple[int, int], fits: bool) -> None:
+    path = tmp_path / "test" / "x" / "1.png"
+    path.parent.mkdir(parents=True)
+    Image.new("RGB", (24, 12)).save(path)
+    put(tmp_path, "x/1.png", Image.new("L", mask, 255))
+    test = load_test(tmp_path, size=4, progress=False)
+    if fits:
+        assert load_masks(tmp_path, test).masks[0] is not None
+        return
+    words = rf"1\.png: a mask of {mask[0]} x {mask[1]} pixels does not fit x/1\.png of 24 x 12; expected"
+    with pytest.raises(DataError, match=words):
+        load_masks(tmp_path, test)
+    (note,) = load_masks(tmp_path, test, skip_bad=True).notes
+    assert note.startswith("1 mask skipped, as if missing: ") and "24 x 12" in note
+
+
+def test_damaged_masks_are_skipped_on_demand(tmp_path: Path) -> None:
+    put(tmp_path, "x/1.png", grey()).write_bytes(b"")
+    put(tmp_path, "x/2.png", grey())
+    test = images(tmp_path, "good/0.png", "x/1.png", "x/2.png")
+    found = load_masks(tmp_path, test, skip_bad=True)
+    assert [mask is None for mask in found.masks] == [True, True, False] and found.missing == ()
+    assert found.usable(test).tolist() == [True, False, True]
+    (note,) = found.notes
+    assert note.startswith("1 mask skipped, as if missing: ") and "x/1.png: no image that can be read" in note

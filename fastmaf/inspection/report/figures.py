@@ -14,6 +14,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
+from fastmaf.capsule.names import visible
 from fastmaf.capsule.plots import (
     BLUE,
     GREEN,
@@ -29,7 +30,7 @@ from fastmaf.capsule.results import NORMAL, Evaluation
 from fastmaf.inspection.report.content import Outcome, Threshold, TrainingPoint
 from fastmaf.inspection.report.findings import Verdicts
 from fastmaf.inspection.report.svg import INK, SHADE, drawing, inline_svg
-from fastmaf.inspection.report.text import images, number, score_digits, visible
+from fastmaf.inspection.report.text import images, number, score_digits
 
 _BINS = 32
 

@@ -3,32 +3,11 @@
 from __future__ import annotations
 
 import math
-import unicodedata
 from typing import Any
 
 import numpy as np
 
-# Characters that reorder the line around them: "gnp.exe" may be shown as "exe.png".
-_REORDERING = frozenset("\u061c\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")
-
-
-def visible(text: str) -> str:
-    r"""`text` with every character that cannot be printed, or would change what others look like, written out.
-
-    A byte of a file name that is no UTF-8 (Python's surrogate escape) becomes \xff, a line break \x0a, a mark that
-    reorders text \u202e. What remains can be encoded and stands in XML as in HTML.
-    """
-    return text if text.isprintable() else "".join(map(_visible, text))
-
-
-def _visible(character: str) -> str:
-    n = ord(character)
-    if 0xDC80 <= n <= 0xDCFF:  # surrogateescape: the byte n - 0xDC00
-        return f"\\x{n - 0xDC00:02x}"
-    kind = unicodedata.category(character)
-    if kind in ("Cc", "Cs", "Zl", "Zp") or character in _REORDERING or n & 0xFFFE == 0xFFFE:
-        return f"\\x{n:02x}" if n < 0x100 else f"\\u{n:04x}"
-    return character
+from fastmaf.capsule.names import visible
 
 
 def finalize(value: Any) -> Any:
