@@ -20,7 +20,8 @@ def workspace_bytes(
         device: where it runs.
         backend: ``"reference"``, ``"native"`` or ``"triton"``.
         training: the backward pass runs too.
-        layer_by_layer: it goes through the layers in calls of their own, as for ``FusedAdam.minimize`` with ``max_grad_norm``.
+        layer_by_layer: it goes through the layers in calls of their own, as ``FusedAdam.minimize`` with ``max_grad_norm``
+            does.
     """
     if backend == "triton":
         return _of_kernels(flow, batch, device, training=training)
