@@ -131,7 +131,7 @@ class Detector(OutlierMixin, BaseEstimator):
         """How anomalous each sample is: float64 [n], higher is more anomalous; of rows in nats."""
         check_is_fitted(self)
         if isinstance(self.model_, InspectionModel):
-            return self.model_.assess(self._images(X)).scores
+            return self.model_.scores(self._images(X))
         if _are_images(X):
             raise ValueError(f"this detector was fitted to rows: expected [n, {self.n_features_in_}]; found images")
         return self.model_.nll(self._rows(X, reset=False))
@@ -158,7 +158,7 @@ class Detector(OutlierMixin, BaseEstimator):
         check_is_fitted(self)
         if not isinstance(self.model_, InspectionModel):
             raise ValueError("maps are of images: this detector was fitted to rows")
-        return self.model_.assess(self._images(X)).maps
+        return self.model_.maps(self._images(X))
 
     def save(self, path: str | Path) -> None:
         """Writes a detector of images to one safetensors file, which the command line reads, too."""

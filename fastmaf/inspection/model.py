@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -16,8 +17,9 @@ import fastmaf
 from fastmaf.capsule.checkpoints import MODEL_FILE
 from fastmaf.capsule.data import to_unit
 from fastmaf.inspection.calibration import Calibration, CalibrationError
-from fastmaf.inspection.location import Location, location_maps, residuals
-from fastmaf.inspection.scores import ScoreSettings, TermStatistics, image_scores, maps_of, terms_and_nll
+from fastmaf.inspection.float64 import Evaluated, Float64Flow
+from fastmaf.inspection.location import Location, location_maps, residuals_of
+from fastmaf.inspection.scores import ScoreSettings, TermStatistics, image_scores, maps_of, terms_of
 
 _BATCH = 64
 
@@ -55,6 +57,7 @@ class InspectionModel:
     statistics: TermStatistics
     calibration: Calibration
     about: dict[str, Any] = field(default_factory=dict)
+    _double: dict[str, Any] = field(default_factory=dict, init=False, repr=False)
 
     @property
     def size(self) -> int:
@@ -74,27 +77,55 @@ class InspectionModel:
         low, high = (float(level) for level in self.about["map_levels"])
         return low, max(high, low + 1e-6)
 
+    @property
+    def float64_flow(self) -> Float64Flow:
+        """The flow in float64, by which images are scored; made anew where a tensor of the flow has changed."""
+        tensors = (*self.flow.parameters(), *self.flow.buffers())
+        state = tuple((t.data_ptr(), None if t.is_inference() else t._version) for t in tensors)
+        if self._double.get("state") != state:
+            self._double.update(state=state, flow=Float64Flow(self.flow))
+        found: Float64Flow = self._double["flow"]
+        return found
+
     def assess(self, pixels: Tensor) -> Assessment:
         """Scores images, uint8 ``[n, 3, size, size]``.
+
+        What is said of an image depends on that image alone, not on the batch: see ``fastmaf.inspection.float64``.
 
         Raises:
             ValueError: the images are of another size or type.
         """
+        scores, maps, nll = [], [], []
+        for part in self._parts(pixels):
+            scores.append(self._scores(part))
+            maps.append(self._maps(part))
+            nll.append(part.nll.cpu())
+        return Assessment(*(torch.cat(part).numpy() for part in (scores, maps, nll)))
+
+    def scores(self, pixels: Tensor) -> np.ndarray:
+        """Returns the scores of ``assess`` alone, float64 ``[n]``; no NLL is computed where they are not made of it."""
+        return torch.cat([self._scores(part) for part in self._parts(pixels)]).numpy()
+
+    def maps(self, pixels: Tensor) -> np.ndarray:
+        """Returns the maps of ``assess`` alone, float32 ``[n, size, size]``."""
+        return torch.cat([self._maps(part) for part in self._parts(pixels)]).numpy()
+
+    def _parts(self, pixels: Tensor) -> Iterator[Evaluated]:
+        """Yields images that are being evaluated, a batch at a time; an empty one where there are none."""
         if pixels.dtype != torch.uint8 or pixels.shape[1:] != (3, self.size, self.size):
             raise ValueError(
                 f"pixels must be uint8 [n, 3, {self.size}, {self.size}]; found {pixels.dtype} {list(pixels.shape)}"
             )
-        scores, maps, nll = [], [], []
         for part in pixels.split(_BATCH):
-            x = to_unit(part).to(self.device)
-            terms, found = terms_and_nll(self.flow, x, self.settings)
-            heat = maps_of(terms, self.statistics, self.settings, self.size)
-            scores.append(image_scores(heat, found, self.statistics, self.settings).cpu())
-            maps.append(location_maps(residuals(self.flow, x, self.location), self.location).cpu())
-            nll.append(found.cpu())
-        if not scores:
-            return Assessment(np.empty(0), np.empty((0, self.size, self.size), np.float32), np.empty(0))
-        return Assessment(*(torch.cat(part).numpy() for part in (scores, maps, nll)))
+            yield Evaluated(self.float64_flow, to_unit(part).to(self.device))
+
+    def _scores(self, part: Evaluated) -> Tensor:
+        nll = part.nll if self.settings.needs_nll else part.x.new_zeros(len(part.x))
+        heat = maps_of(terms_of(part, self.settings), self.statistics, self.settings, self.size)
+        return image_scores(heat, nll, self.statistics, self.settings).cpu()
+
+    def _maps(self, part: Evaluated) -> Tensor:
+        return location_maps(residuals_of(part, self.location), self.location).float().cpu()
 
     def with_calibration(self, calibration: Calibration) -> InspectionModel:
         """Returns the same model with another calibration."""

@@ -143,7 +143,7 @@ def recalibrate(
     path = model_file(model)
     loaded = load_inspection(path, device=device)
     images = read_images(arguments, loaded.size, skip_bad=skip_bad, progress=progress, say=say)
-    scores = loaded.assess(images.pixels).scores
+    scores = loaded.scores(images.pixels)
     today, source = datetime.now(timezone.utc).date().isoformat(), ", ".join(arguments)
     source = source if len(source) <= 80 else f"{source[:77]}..."
     return _save(path, loaded, Calibration(scores, false_alarm, confidence, "split", None, today, source))
