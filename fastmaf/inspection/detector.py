@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Sequence
 from numbers import Integral
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -50,8 +50,9 @@ class Detector(OutlierMixin, BaseEstimator):
     Args:
         size: images only: side in pixels of the square that each is resized to.
         rank: factors of the whitening; fewer where the samples or columns do not support them.
-        blocks: images only: autoregressive blocks after the whitening. They lower the NLL that ``model_`` reports; the
-            score is taken before them, so that 0 gives the same scores sooner.
+        blocks: images only: autoregressive blocks after the whitening; ``"auto"``: two, where held-out images are
+            likelier with them, else none. They lower the NLL that ``model_`` reports; the score is taken before them:
+            0 gives the same scores sooner.
         steps: images only: of the blocks' training.
         folds: K, at least 2; as many as there are samples where those are fewer.
         false_alarm: rate of false alarms on new normal samples, on average over calibration sets.
@@ -76,7 +77,7 @@ class Detector(OutlierMixin, BaseEstimator):
         *,
         size: int = 64,
         rank: int = 800,
-        blocks: int = 2,
+        blocks: int | Literal["auto"] = "auto",
         steps: int = 200,
         folds: int = 5,
         false_alarm: float = 0.05,
@@ -172,7 +173,8 @@ class Detector(OutlierMixin, BaseEstimator):
         """Reads what ``save`` or the command line wrote; errors as ``load_inspection``."""
         model = load_inspection(path)
         recipe = model.about.get("recipe", {})
-        known = {name: recipe[name] for name in ("rank", "blocks", "steps", "folds") if name in recipe}
+        given = {**recipe, **model.about.get("asked", {})}
+        known = {name: given[name] for name in ("rank", "blocks", "steps", "folds") if name in given}
         promise = {name: getattr(model.calibration, name) for name in ("false_alarm", "confidence")}
         detector = cls(size=model.size, random_state=recipe.get("seed", 0), **known, **promise)
         detector._take(model)

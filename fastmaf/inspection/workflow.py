@@ -95,6 +95,12 @@ def _decisions(model: InspectionModel) -> list[str]:
     if tried := about["held_out_nll_of_copies"]:
         nll = ", ".join(f"{copies} {value:,.0f}" for copies, value in tried.items())
         lines.append(f"copies explained, too: {about['recipe']['copies']} (held-out NLL of a fold: {nll})")
+    if (plain := about["held_out_nll_without_logit"]) is not None:
+        lines.append(f"logit: kept, as asked (held-out NLL of a fold without it: {plain:,.0f})")
+    if (nll_with := about["held_out_nll_with_blocks"]) is not None:
+        kept = "kept" if about["recipe"]["blocks"] else "left out"
+        alone = about["held_out_nll_of_whitening"]
+        lines.append(f"blocks: {kept} (held-out NLL: {nll_with:,.0f} with them, {alone:,.0f} without)")
     chosen = {"drawn_auroc": f"score: grain {model.settings.grain:g} (image AUROC on drawn defects: "}
     chosen["drawn_maps"] = f"heat map: {model.location.factors} factors (mean of pixel AUROC and AU-PRO there: "
     for key, text in chosen.items():
