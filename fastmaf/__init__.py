@@ -22,6 +22,7 @@ from fastmaf.kernels.launch_table import use_precision
 from fastmaf.local import LocalAutoregressive
 from fastmaf.memory import memory_estimate
 from fastmaf.nn import MADE, MaskedLinear
+from fastmaf.torch_defaults import torch_defaults
 from fastmaf.training import Guards, NonFiniteLossError, StepReport, TrainingStep
 from fastmaf.transforms import AffineAutoregressive, Logit, NotInvertibleError, Permutation, Transform
 from fastmaf.whitening import GaussianWhitening
@@ -54,6 +55,7 @@ __all__ = [
     "optim",
     "read_extras",
     "read_tensors",
+    "torch_defaults",
     "use_backend",
     "use_precision",
     "write_tensors",

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+import fastmaf
 from fastmaf.capsule.decoding import MAX_PIXELS, DataError, Frame, load_frame, load_image, sentences
 from fastmaf.capsule.folders import (
     SUFFIXES,
@@ -81,6 +82,7 @@ class ImageSet:
         """Numbers in one flattened image: 3 * size * size."""
         return 3 * self.size * self.size
 
+    @fastmaf.torch_defaults()
     def subset(self, index: Sequence[int]) -> ImageSet:
         """The images at these positions, in this order; notes and skipped files stay those of the whole set."""
         where = [int(i) for i in index]
@@ -107,6 +109,7 @@ def to_images(x: Tensor, size: int) -> Tensor:
     return scaled.to(torch.uint8).reshape(-1, 3, size, size).permute(0, 2, 3, 1).contiguous()
 
 
+@fastmaf.torch_defaults()
 def load_train(root: str | Path, *, size: int = 64, skip_bad: bool = False, progress: bool = True) -> ImageSet:
     """The normal images to train on: ``root/train/good``, or a root that holds nothing but normal images.
 
@@ -128,6 +131,7 @@ def load_train(root: str | Path, *, size: int = 64, skip_bad: bool = False, prog
     return _load([("good", file) for file in files], "train", notes, len(ignored), size, skip_bad, progress)
 
 
+@fastmaf.torch_defaults()
 def load_test(root: str | Path, *, size: int = 64, skip_bad: bool = False, progress: bool = True) -> ImageSet:
     """The test images, ``root/test/<class>``: "good" first, then the defect classes by name.
 

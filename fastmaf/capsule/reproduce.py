@@ -55,6 +55,7 @@ class Reproduction:
     table: str
 
 
+@fastmaf.torch_defaults()
 def reproduce(
     out: str | Path,
     config: TrainConfig,

@@ -75,7 +75,7 @@ def choose_blocks(
         warnings.warn(
             f"blocks={recipe.blocks} do not make held-out images likelier: an NLL of {mean:,.0f} nats with them, "
             f"{without_them:,.0f} without; they were asked for and kept; blocks='auto' leaves them out",
-            stacklevel=2,
+            stacklevel=4,
         )
     return BlocksFound(extended, recipe.most_blocks, alone, nll, mean, log)
 

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+import fastmaf
 from fastmaf.capsule.data import to_unit
 from fastmaf.capsule.evaluate import auroc
 from fastmaf.inspection.cross import CrossFit, without
@@ -55,6 +56,7 @@ class Candidate:
     error: float
 
 
+@fastmaf.torch_defaults()
 def choose(
     pixels: Tensor,
     cross: CrossFit,

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+import fastmaf
 from fastmaf.capsule.data import to_unit
 from fastmaf.inspection.cross import CrossFit
 from fastmaf.inspection.defects import draw_defects
@@ -38,6 +39,7 @@ class Place:
         return (self.pixel_auroc + self.au_pro) / 2
 
 
+@fastmaf.torch_defaults()
 def choose_location(
     pixels: Tensor,
     cross: CrossFit,

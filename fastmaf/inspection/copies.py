@@ -89,7 +89,7 @@ def _warn(part: str, nll: float, other: float, instead: str) -> None:
     warnings.warn(
         f"{part} makes held-out images less likely: an NLL of {nll:,.0f} nats with it, {other:,.0f} without; it was "
         f"asked for and kept; {instead} leaves it out",
-        stacklevel=2,
+        stacklevel=5,
     )
 
 

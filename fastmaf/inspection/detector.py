@@ -16,6 +16,7 @@ from sklearn.utils import check_random_state
 from sklearn.utils.validation import check_is_fitted
 from torch import Tensor
 
+import fastmaf
 from fastmaf.capsule.decoding import load_image, resized
 from fastmaf.inspection.calibration import Calibration
 from fastmaf.inspection.fit import fit
@@ -95,6 +96,7 @@ class Detector(OutlierMixin, BaseEstimator):
         self.random_state = random_state
         self.verbose = verbose
 
+    @fastmaf.torch_defaults()
     def fit(self, X: Any, y: Any = None) -> Detector:
         """Fits to normal images, at least 3, or normal rows, at least 2; see the class for what X may be.
 
@@ -125,9 +127,10 @@ class Detector(OutlierMixin, BaseEstimator):
         self.offset_ = -self.calibration_.threshold
         if not self.calibration_.met:
             needed = self.calibration_.needed
-            warnings.warn(f"a false-alarm rate of {self.false_alarm:g} takes {needed} samples; found {n}", stacklevel=2)
+            warnings.warn(f"a false-alarm rate of {self.false_alarm:g} takes {needed} samples; found {n}", stacklevel=4)
         return self
 
+    @fastmaf.torch_defaults()
     def anomaly_score(self, X: Any) -> np.ndarray:
         """How anomalous each sample is: float64 [n], higher is more anomalous; of rows in nats."""
         check_is_fitted(self)
@@ -154,6 +157,7 @@ class Detector(OutlierMixin, BaseEstimator):
         scores = self.anomaly_score(X)
         return self.calibration_.p_values(scores)
 
+    @fastmaf.torch_defaults()
     def anomaly_map(self, X: Any) -> np.ndarray:
         """Where each image is anomalous: float32 [n, size, size], higher is more anomalous."""
         check_is_fitted(self)
@@ -161,6 +165,7 @@ class Detector(OutlierMixin, BaseEstimator):
             raise ValueError("maps are of images: this detector was fitted to rows")
         return self.model_.maps(self._images(X))
 
+    @fastmaf.torch_defaults()
     def save(self, path: str | Path) -> None:
         """Writes a detector of images to one safetensors file, which the command line reads, too."""
         check_is_fitted(self)
@@ -169,6 +174,7 @@ class Detector(OutlierMixin, BaseEstimator):
         self.model_.save(path)
 
     @classmethod
+    @fastmaf.torch_defaults()
     def load(cls, path: str | Path) -> Detector:
         """Reads what ``save`` or the command line wrote; errors as ``load_inspection``."""
         model = load_inspection(path)

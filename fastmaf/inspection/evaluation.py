@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+import fastmaf
 from fastmaf.capsule.data import ImageSet, load_test, load_train
 from fastmaf.capsule.folders import has_normals
 from fastmaf.capsule.results import written_atomically
@@ -26,6 +27,7 @@ SCORES_FILE, METRICS_FILE, REPORT_FILE = "scores.csv", "metrics.json", "report.h
 Say = Callable[[str], Any]
 
 
+@fastmaf.torch_defaults()
 def evaluate(
     model: str | Path,
     data: str | Path,

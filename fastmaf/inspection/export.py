@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
+import fastmaf
 from fastmaf.capsule.decoding import load_frame, resized
 from fastmaf.capsule.results import written_atomically
 from fastmaf.inspection.calibration import Calibration
@@ -79,6 +80,7 @@ class _Said:
     seconds: float
 
 
+@fastmaf.torch_defaults()
 def export_onnx(
     model: InspectionModel,
     path: str | Path,

@@ -41,6 +41,7 @@ class Fitted:
     seconds: dict[str, float]
 
 
+@fastmaf.torch_defaults()
 def fit(pixels: Tensor, recipe: Recipe | None = None, *, progress: bool = True) -> Fitted:
     """Fits an inspection model to normal images and calibrates it at a false-alarm rate of 5 %.
 

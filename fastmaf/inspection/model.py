@@ -22,6 +22,7 @@ from fastmaf.inspection.location import Location, location_maps, residuals_of
 from fastmaf.inspection.scores import ScoreSettings, TermStatistics, image_scores, maps_of, terms_of
 
 _BATCH = 64
+_SCORED_IN = "float64"  # what a file says of its calibration scores
 
 
 @dataclass(frozen=True, eq=False)
@@ -87,6 +88,7 @@ class InspectionModel:
         found: Float64Flow = self._double["flow"]
         return found
 
+    @fastmaf.torch_defaults()
     def assess(self, pixels: Tensor) -> Assessment:
         """Scores images, uint8 ``[n, 3, size, size]``.
 
@@ -102,10 +104,12 @@ class InspectionModel:
             nll.append(part.nll.cpu())
         return Assessment(*(torch.cat(part).numpy() for part in (scores, maps, nll)))
 
+    @fastmaf.torch_defaults()
     def scores(self, pixels: Tensor) -> np.ndarray:
         """Returns the scores of ``assess`` alone, float64 ``[n]``; no NLL is computed where they are not made of it."""
         return torch.cat([self._scores(part) for part in self._parts(pixels)]).numpy()
 
+    @fastmaf.torch_defaults()
     def maps(self, pixels: Tensor) -> np.ndarray:
         """Returns the maps of ``assess`` alone, float32 ``[n, size, size]``."""
         return torch.cat([self._maps(part) for part in self._parts(pixels)]).numpy()
@@ -131,13 +135,14 @@ class InspectionModel:
         """Returns the same model with another calibration."""
         return replace(self, calibration=calibration)
 
+    @fastmaf.torch_defaults()
     def save(self, path: str | Path) -> None:
         """Writes everything to one safetensors file; a crash leaves the old one or the new one."""
         own = {
             "settings": asdict(self.settings),
             "location": asdict(self.location),
             "nll": self.statistics.nll,
-            "about": dict(self.about),
+            "about": {**self.about, "scored_in": _SCORED_IN},
             "calibration": self.calibration.to_json(with_scores=False),
         }
         extras = {
@@ -164,6 +169,7 @@ def model_file(path: str | Path) -> Path:
     return path / MODEL_FILE if path.is_dir() else path
 
 
+@fastmaf.torch_defaults()
 def load_inspection(path: str | Path, *, device: str = "cpu") -> InspectionModel:
     """Loads what ``InspectionModel.save`` wrote, or the model file in a run's folder.
 
@@ -191,6 +197,9 @@ def load_inspection(path: str | Path, *, device: str = "cpu") -> InspectionModel
         statistics = TermStatistics(mean.to(device), deviation.to(device), float(own["nll"]))
         calibration = Calibration.from_json(own["calibration"], extras["calibration_scores"].numpy())
         about = dict(own["about"])
+        # Scores used to be float32, and those of a "split" are this very model's: an image may have been the threshold.
+        if about.get("scored_in") != _SCORED_IN and calibration.how == "split":
+            calibration = calibration.raised()
     except (KeyError, TypeError, ValueError, CalibrationError) as error:
         raise fastmaf.CheckpointError(f"{path}: what it says of its scores cannot be used: {error}") from error
     return InspectionModel(flow.to(device), settings, location, statistics, calibration, about)

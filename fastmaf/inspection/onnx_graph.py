@@ -31,6 +31,7 @@ _MEANING = (
 )
 
 
+@fastmaf.torch_defaults()
 def inspection_graph(model: InspectionModel) -> Any:
     """Returns the ``onnx.ModelProto`` of a model, opset 18.
 

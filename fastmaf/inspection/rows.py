@@ -36,6 +36,7 @@ class RowModel:
         whitening.fit_(standard, folds=folds, floor=_FLOOR, seed=seed)
         return cls(scaler.mean_, scaler.scale_, fastmaf.Flow(features, [whitening]))
 
+    @fastmaf.torch_defaults()
     @torch.no_grad()
     def nll(self, rows: Tensor) -> np.ndarray:
         """Returns the NLL of float64 ``[n, D]``, float64 ``[n]`` nats in the units of the rows.
@@ -50,6 +51,7 @@ class RowModel:
         return np.nan_to_num(rounded(found).numpy(), nan=largest, posinf=largest)
 
 
+@fastmaf.torch_defaults()
 def fit_rows(rows: Tensor, rank: int, folds: int, seed: int) -> tuple[RowModel, np.ndarray]:
     """Fits a model to float64 ``[n >= 2, D]`` and returns the NLL of each row by the model of the other folds, too."""
     scores = np.empty(len(rows))

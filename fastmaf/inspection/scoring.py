@@ -14,6 +14,7 @@ from typing import Any, Protocol, TextIO
 import numpy as np
 from tqdm import tqdm
 
+import fastmaf
 from fastmaf.capsule.decoding import Frame
 from fastmaf.capsule.results import written_atomically
 from fastmaf.inspection.heatmaps import to_frame, write_map, write_overlay
@@ -50,6 +51,7 @@ class _Sink(Protocol):
     def __call__(self, row: Row) -> None: ...
 
 
+@fastmaf.torch_defaults()
 def score(
     model: str | Path,
     arguments: Sequence[str],

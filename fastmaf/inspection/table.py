@@ -83,6 +83,7 @@ def name_of(settings: ScoreSettings) -> str:
     return names[settings.kind]
 
 
+@fastmaf.torch_defaults()
 def table(
     model: InspectionModel,
     images: ImageSet,

@@ -31,6 +31,7 @@ LOG_FILE, REPORT_FILE = "training_log.csv", "report.html"
 Say = Callable[[str], Any]
 
 
+@fastmaf.torch_defaults()
 def train(
     data: str | Path,
     out: str | Path,
@@ -118,6 +119,7 @@ def _write_log(path: Path, fitted: Fitted) -> None:
         file.write(text.getvalue().encode())
 
 
+@fastmaf.torch_defaults()
 def calibrate(model: str | Path, false_alarm: float, confidence: float | None = None) -> Calibration:
     """Sets the false-alarm rate of a model file from the calibration scores that it holds, and returns what follows.
 
@@ -130,6 +132,7 @@ def calibrate(model: str | Path, false_alarm: float, confidence: float | None = 
     return _save(path, loaded, loaded.calibration.with_rate(false_alarm, confidence))
 
 
+@fastmaf.torch_defaults()
 def recalibrate(
     model: str | Path,
     arguments: Sequence[str],
@@ -160,6 +163,7 @@ def _save(path: Path, model: InspectionModel, calibration: Calibration) -> Calib
     return calibration
 
 
+@fastmaf.torch_defaults()
 def read_images(
     arguments: Sequence[str], size: int, *, skip_bad: bool = False, progress: bool = True, say: Say = print
 ) -> ImageSet:
@@ -187,6 +191,7 @@ def read_images(
     return ImageSet(torch.stack(pixels), tuple(paths), ("",) * len(paths))
 
 
+@fastmaf.torch_defaults()
 def choose(
     data: str | Path, *, size: int = 64, draws: int = 3, seed: int = 0, skip_bad: bool = False, progress: bool = True
 ) -> str:
@@ -203,6 +208,7 @@ def choose(
     return f"{explain(scores)}\n\n{explain_location(places)}"
 
 
+@fastmaf.torch_defaults()
 def export(model: str | Path, onnx: str | Path, arguments: Sequence[str]) -> str:
     """Writes the model as an ONNX graph, checked on the images that ``arguments`` name; returns what was found."""
     from fastmaf.inspection.export import export_onnx
