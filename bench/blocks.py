@@ -19,12 +19,13 @@ from torch import Tensor
 
 import fastmaf
 from fastmaf.capsule.data import load_train, to_unit
+from fastmaf.inspection.blocks import fit_blocks
 from fastmaf.inspection.calibration import k_fold
+from fastmaf.inspection.copies import fit_whitening
 from fastmaf.inspection.cross import without
-from fastmaf.inspection.fit import fit_blocks, fit_whitening
 from fastmaf.inspection.recipe import Recipe
 
-DEFAULT = Recipe()
+DEFAULT = Recipe(copies="shifts", blocks=2)
 LOCAL: dict[str, Recipe] = {
     "1 local block, the colours of a pixel alone": replace(DEFAULT, blocks=1, patch=1, kernel=1, hidden=0),
     "1 local block, linear": replace(DEFAULT, blocks=1, hidden=0),

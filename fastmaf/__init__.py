@@ -24,6 +24,7 @@ from fastmaf.local import LocalAutoregressive
 from fastmaf.loss_checks import NonFiniteLossError
 from fastmaf.memory import memory_estimate
 from fastmaf.nn import MADE, MaskedLinear
+from fastmaf.torch_defaults import torch_defaults
 from fastmaf.training import Guards, StepReport, TrainingStep
 from fastmaf.transforms import AffineAutoregressive, Logit, NotInvertibleError, Permutation, Transform
 from fastmaf.whitening import GaussianWhitening
@@ -57,6 +58,7 @@ __all__ = [
     "optim",
     "read_extras",
     "read_tensors",
+    "torch_defaults",
     "use_backend",
     "use_precision",
     "write_tensors",

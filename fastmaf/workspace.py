@@ -20,8 +20,8 @@ def workspace_bytes(
         device: where it runs.
         backend: ``"reference"``, ``"native"`` or ``"triton"``.
         training: the backward pass runs too.
-        layer_by_layer: it goes through the layers in calls of their own, as ``FusedAdam.minimize`` with ``max_grad_norm``
-            does.
+        layer_by_layer: it goes through the layers in calls of their own, as ``FusedAdam.minimize`` does with
+            ``max_grad_norm``.
     """
     if backend == "triton":
         return _of_kernels(flow, batch, device, training=training)

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+import fastmaf
 from fastmaf.capsule.decoding import MAX_PIXELS, DataError, Frame, load_frame, load_image, sentences
 from fastmaf.capsule.folders import TEST, expected, find_normals, find_test, no_image_in, tree
 from fastmaf.capsule.listing import SUFFIXES, count, folders_in, images_below, images_in, left_aside
@@ -80,6 +81,7 @@ class ImageSet:
         """Numbers in one flattened image: 3 * size * size."""
         return 3 * self.size * self.size
 
+    @fastmaf.torch_defaults()
     def subset(self, index: Sequence[int]) -> ImageSet:
         """The images at these positions, in this order; notes and skipped files stay those of the whole set."""
         where = [int(i) for i in index]
@@ -109,6 +111,7 @@ def to_images(x: Tensor, size: int) -> Tensor:
     return scaled.to(torch.uint8).reshape(-1, 3, size, size).permute(0, 2, 3, 1).contiguous()
 
 
+@fastmaf.torch_defaults()
 def load_train(root: str | Path, *, size: int = 64, skip_bad: bool = False, progress: bool = True) -> ImageSet:
     """The normal images to train on: all below ``root/train/good``, or a root that holds nothing but normal images.
 
@@ -132,6 +135,7 @@ def load_train(root: str | Path, *, size: int = 64, skip_bad: bool = False, prog
     return _load(found, "train", [*notes, *left_aside(ignored, closed)], size, skip_bad, progress)
 
 
+@fastmaf.torch_defaults()
 def load_test(root: str | Path, *, size: int = 64, skip_bad: bool = False, progress: bool = True) -> ImageSet:
     """The test images, all below ``root/test/<class>``: "good" first, then the defect classes by name.
 

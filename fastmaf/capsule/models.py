@@ -32,6 +32,7 @@ class Model:
     held_out: tuple[str, ...]
 
 
+@fastmaf.torch_defaults()
 def load_model(path: str | Path, *, device: str = "cpu") -> Model:
     """Loads a model file, or the one in a run's folder.
 
@@ -52,6 +53,7 @@ def load_model(path: str | Path, *, device: str = "cpu") -> Model:
     return Model(flow.eval(), size, path, tuple(training_of(path).get("held_out", ())))
 
 
+@fastmaf.torch_defaults()
 @torch.no_grad()
 def nll_of(flow: fastmaf.Flow, images: ImageSet, *, batch_size: int = 64, progress: bool = True) -> np.ndarray:
     """Returns the negative log-likelihood of each image, float64 ``[n]`` nats."""

@@ -59,6 +59,7 @@ class Reproduction:
     table: str
 
 
+@fastmaf.torch_defaults()
 def reproduce(
     out: str | Path,
     config: TrainConfig,

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
+import fastmaf
 from fastmaf.capsule.data import to_images
 from fastmaf.capsule.marks import GRID, SAMPLE, role_of
 from fastmaf.capsule.models import Model
@@ -28,6 +29,7 @@ class SampleResult:
     seconds: float
 
 
+@fastmaf.torch_defaults()
 @torch.no_grad()
 def sample(model: Model, out: str | Path, n: int = 5, *, seed: int = 0, progress: bool = True) -> SampleResult:
     """Draws ``n`` images into ``out/samples/`` and one grid picture of them all.

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
+import fastmaf
 from fastmaf.capsule.classes import doubtful, require_both
 from fastmaf.capsule.data import ImageSet, load_test, load_train
 from fastmaf.capsule.evaluate import Evaluation, evaluate_scores, write_metrics, write_scores
@@ -26,6 +27,7 @@ SCORES_FILE, METRICS_FILE = "scores.csv", "metrics.json"
 HISTOGRAM_FILE, ROC_FILE = "nll_hist_good_defect.png", "roc_curve.png"
 
 
+@fastmaf.torch_defaults()
 def evaluate(
     model: Model,
     data: str | Path,

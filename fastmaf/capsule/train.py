@@ -76,6 +76,7 @@ def _denormals_flushed() -> Iterator[None]:
         torch.set_flush_denormal(before)
 
 
+@fastmaf.torch_defaults()
 @_denormals_flushed()
 def train(
     data: str | Path,

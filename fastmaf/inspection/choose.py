@@ -9,12 +9,14 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
+import fastmaf
 from fastmaf.capsule.data import to_unit
 from fastmaf.capsule.evaluate import auroc
 from fastmaf.inspection.cross import CrossFit, without
@@ -25,7 +27,7 @@ from fastmaf.inspection.scores import (
     TermStatistics,
     image_scores,
     maps_of,
-    terms_and_nll,
+    terms_of,
 )
 
 _TERMS: tuple[tuple[Source, float], ...] = (("whitened", 0.0), ("whitened", 0.7), ("flow", 0.0))
@@ -54,6 +56,7 @@ class Candidate:
     error: float
 
 
+@fastmaf.torch_defaults()
 def choose(
     pixels: Tensor,
     cross: CrossFit,
@@ -79,15 +82,19 @@ def choose(
     size = int(pixels.shape[-1])
     drawn = [draw_defects(pixels, seed=seed + i) for i in range(draws)]
     kinds = np.concatenate([np.asarray(one.kinds) for one in drawn])
-    result = []
-    found, of = None, None
+    sets = [to_unit(part) for part in (pixels, *(one.pixels for one in drawn))]
+    result: list[Candidate] = []
+    terms, of = torch.empty(0), None
     # In the order of their terms, of which one kind at a time is held.
     candidates = sorted(candidates, key=lambda one: (one.source, one.grain))
+    nll = torch.zeros(len(sets), len(pixels), dtype=torch.float64)
+    if any(one.needs_nll for one in candidates):
+        nll = cross.held_out(sets, lambda found: found.nll).double()
     for settings in tqdm(candidates, desc="judging scores", unit="score", disable=not progress, leave=False):
-        if found is None or of != (settings.source, settings.grain):
-            found = _terms(pixels, [one.pixels for one in drawn], cross, settings)
+        if of != (settings.source, settings.grain):
+            terms = cross.held_out(sets, partial(terms_of, settings=settings)).float()
             of = (settings.source, settings.grain)
-        scores = _scored(found, cross, settings, size)
+        scores = _scored(terms, nll, cross, settings, size)
         normal, defect = scores[: len(pixels)], scores[len(pixels) :]
         by_kind = {kind: _auroc(normal, defect[kinds == kind]) for kind in KINDS if (kinds == kind).any()}
         areas = np.array(list(by_kind.values()))
@@ -131,22 +138,8 @@ def explain(found: Sequence[Candidate], rows: int = 12) -> str:
     return "\n".join(lines)
 
 
-def _terms(
-    pixels: Tensor, defective: Sequence[Tensor], cross: CrossFit, settings: ScoreSettings
-) -> tuple[Tensor, Tensor]:
-    """Returns terms ``[1 + draws, n, D]`` and NLLs ``[1 + draws, n]``, by the models that have not seen the image."""
-    sets = [to_unit(part) for part in (pixels, *defective)]
-    terms = torch.empty(len(sets), *sets[0].shape)
-    nll = torch.empty(len(sets), len(pixels), dtype=torch.float64)
-    for i, x in enumerate(sets):
-        for fold, flow in zip(cross.folds, cross.flows, strict=True):
-            terms[i, fold], nll[i, fold] = terms_and_nll(flow, x[fold], settings)
-    return terms, nll
-
-
-def _scored(found: tuple[Tensor, Tensor], cross: CrossFit, settings: ScoreSettings, size: int) -> np.ndarray:
-    terms, nll = found
-    scores = torch.empty(nll.shape, dtype=torch.float64)
+def _scored(terms: Tensor, nll: Tensor, cross: CrossFit, settings: ScoreSettings, size: int) -> np.ndarray:
+    scores = torch.empty_like(nll)
     for fold in cross.folds:
         others = TermStatistics.of(without(terms[0], fold), without(nll[0], fold))
         for i in range(len(terms)):

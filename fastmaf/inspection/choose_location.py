@@ -5,16 +5,18 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
+import fastmaf
 from fastmaf.capsule.data import to_unit
 from fastmaf.inspection.cross import CrossFit
 from fastmaf.inspection.defects import draw_defects
-from fastmaf.inspection.location import Location, location_maps, residuals
+from fastmaf.inspection.location import Location, location_maps, residuals_of
 from fastmaf.inspection.metrics import au_pro, pixel_auroc
 
 CANDIDATES: tuple[Location, ...] = tuple(
@@ -37,6 +39,7 @@ class Place:
         return (self.pixel_auroc + self.au_pro) / 2
 
 
+@fastmaf.torch_defaults()
 def choose_location(
     pixels: Tensor,
     cross: CrossFit,
@@ -54,24 +57,17 @@ def choose_location(
     drawn = [draw_defects(pixels, seed=seed + i) for i in range(draws)]
     sets = [to_unit(part) for part in (pixels, *(one.pixels for one in drawn))]
     masks = [*(None for _ in pixels), *(np.asarray(mask) for one in drawn for mask in one.masks)]
-    result, found, of = [], torch.empty(0), None
+    result: list[Place] = []
+    found, of = torch.empty(0), None
     # In the order of their residuals, of which one kind at a time is held.
     ordered = sorted(candidates, key=lambda one: (one.factors, one.power))
     for location in tqdm(ordered, desc="judging maps", unit="map", disable=not progress, leave=False):
         if of != (location.factors, location.power):
-            found, of = _residuals(sets, cross, location), (location.factors, location.power)
+            found = cross.held_out(sets, partial(residuals_of, location=location)).flatten(0, 1).float()
+            of = (location.factors, location.power)
         maps = list(location_maps(found, location).numpy())
         result.append(Place(location, pixel_auroc(maps, masks), au_pro(maps, masks)))
     return sorted(result, key=lambda one: -one.mean)
-
-
-def _residuals(sets: Sequence[Tensor], cross: CrossFit, location: Location) -> Tensor:
-    """Returns those of all sets, one after the other, by the models that have not seen the image."""
-    found = torch.empty(len(sets), *sets[0].shape)
-    for i, x in enumerate(sets):
-        for fold, flow in zip(cross.folds, cross.flows, strict=True):
-            found[i, fold] = residuals(flow, x[fold], location)
-    return found.flatten(0, 1)
 
 
 def explain_location(found: Sequence[Place], rows: int = 8) -> str:

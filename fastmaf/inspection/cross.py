@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import numpy as np
 import torch
 from torch import Tensor
 
 import fastmaf
-from fastmaf.inspection.location import Location, location_maps, residuals
-from fastmaf.inspection.scores import ScoreSettings, TermStatistics, image_scores, maps_of, terms_and_nll
+from fastmaf.inspection.float64 import Evaluated, Float64Flow
+from fastmaf.inspection.location import Location, location_maps, residuals_of
+from fastmaf.inspection.scores import ScoreSettings, TermStatistics, image_scores, maps_of, terms_of
 
 
 @dataclass(frozen=True, eq=False)
@@ -30,6 +32,34 @@ class CrossFit:
     whitened_nll: np.ndarray
     nll: np.ndarray
 
+    def held_out(self, sets: Sequence[Tensor], quantity: Callable[[Evaluated], Tensor]) -> Tensor:
+        """Returns a quantity of each image by the model that has not seen it; see ``held_out``."""
+        return held_out(sets, self.flows, self.folds, quantity)
+
+
+def held_out(
+    sets: Sequence[Tensor],
+    flows: Sequence[fastmaf.Flow],
+    folds: Sequence[np.ndarray],
+    quantity: Callable[[Evaluated], Tensor],
+) -> Tensor:
+    """Returns a quantity of each image by the model of the fold that left it out, float64 ``[len(sets), n, ...]``.
+
+    Args:
+        sets: images ``[n, D]``, each in the order of the folds: the normals, or those with something drawn onto them.
+        flows, folds: the models, and the images that each left out.
+        quantity: of images that are being evaluated.
+    """
+    found: Tensor | None = None
+    for fold, flow in zip(folds, flows, strict=True):
+        double = Float64Flow(flow)  # one at a time: each takes twice the memory of its flow
+        for i, x in enumerate(sets):
+            values = quantity(Evaluated(double, x[fold]))
+            found = values.new_empty(len(sets), len(x), *values.shape[1:]) if found is None else found
+            found[i, fold] = values
+    assert found is not None
+    return found
+
 
 def cross_scores(
     x: Tensor, flows: Sequence[fastmaf.Flow], folds: Sequence[np.ndarray], settings: ScoreSettings, size: int
@@ -38,9 +68,12 @@ def cross_scores(
 
     A fold's terms are standardised by those of the other folds: by its own, the scores would be a little too small.
     """
-    terms, nll = torch.empty_like(x), torch.empty(len(x), dtype=torch.float64)
-    for fold, flow in zip(folds, flows, strict=True):
-        terms[fold], nll[fold] = terms_and_nll(flow, x[fold], settings)
+
+    def both(found: Evaluated) -> Tensor:
+        return torch.cat([terms_of(found, settings), found.nll[:, None]], dim=1)
+
+    terms, nll = held_out([x], flows, folds, both)[0].split([x.shape[1], 1], dim=1)
+    nll = nll[:, 0]
     scores = torch.empty(len(x), dtype=torch.float64)
     for fold in folds:
         others = TermStatistics.of(without(terms, fold), without(nll, fold))
@@ -52,12 +85,10 @@ def cross_maps(
     x: Tensor, flows: Sequence[fastmaf.Flow], folds: Sequence[np.ndarray], location: Location
 ) -> tuple[Location, Tensor]:
     """Returns ``location`` with its unit, and the maps of held-out images."""
-    residual = torch.empty_like(x)
-    for fold, flow in zip(folds, flows, strict=True):
-        residual[fold] = residuals(flow, x[fold], location)
+    (residual,) = held_out([x], flows, folds, partial(residuals_of, location=location))
     maps = location_maps(residual, replace(location, usual=1.0))
-    usual = float(maps.double().square().mean().sqrt()) or 1.0  # images that are all the same leave nothing
-    return replace(location, usual=usual), maps / usual
+    usual = float(maps.square().mean().sqrt()) or 1.0  # images that are all the same leave nothing
+    return replace(location, usual=usual), (maps / usual).float()
 
 
 def without(x: Tensor, fold: np.ndarray) -> Tensor:

@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Sequence
 from numbers import Integral
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -16,6 +16,7 @@ from sklearn.utils import check_random_state
 from sklearn.utils.validation import check_is_fitted
 from torch import Tensor
 
+import fastmaf
 from fastmaf.capsule.decoding import DataError, load_image, resized
 from fastmaf.capsule.marks import is_output
 from fastmaf.inspection.calibration import Calibration
@@ -51,8 +52,9 @@ class Detector(OutlierMixin, BaseEstimator):
     Args:
         size: images only: side in pixels of the square that each is resized to.
         rank: factors of the whitening; fewer where the samples or columns do not support them.
-        blocks: images only: autoregressive blocks after the whitening. They lower the NLL that ``model_`` reports; the
-            score is taken before them, so that 0 gives the same scores sooner.
+        blocks: images only: autoregressive blocks after the whitening; ``"auto"``: two, where held-out images are
+            likelier with them, else none. They lower the NLL that ``model_`` reports; the score is taken before them:
+            0 gives the same scores sooner.
         steps: images only: of the blocks' training.
         folds: K, at least 2; as many as there are samples where those are fewer.
         false_alarm: rate of false alarms on new normal samples, on average over calibration sets.
@@ -77,7 +79,7 @@ class Detector(OutlierMixin, BaseEstimator):
         *,
         size: int = 64,
         rank: int = 800,
-        blocks: int = 2,
+        blocks: int | Literal["auto"] = "auto",
         steps: int = 200,
         folds: int = 5,
         false_alarm: float = 0.05,
@@ -95,6 +97,7 @@ class Detector(OutlierMixin, BaseEstimator):
         self.random_state = random_state
         self.verbose = verbose
 
+    @fastmaf.torch_defaults()
     def fit(self, X: Any, y: Any = None) -> Detector:
         """Fits to normal images, at least 3, or normal rows, at least 2; see the class for what X may be.
 
@@ -125,14 +128,15 @@ class Detector(OutlierMixin, BaseEstimator):
         self.offset_ = -self.calibration_.threshold
         if not self.calibration_.met:
             needed = self.calibration_.needed
-            warnings.warn(f"a false-alarm rate of {self.false_alarm:g} takes {needed} samples; found {n}", stacklevel=2)
+            warnings.warn(f"a false-alarm rate of {self.false_alarm:g} takes {needed} samples; found {n}", stacklevel=4)
         return self
 
+    @fastmaf.torch_defaults()
     def anomaly_score(self, X: Any) -> np.ndarray:
         """How anomalous each sample is: float64 [n], higher is more anomalous; of rows in nats."""
         check_is_fitted(self)
         if isinstance(self.model_, InspectionModel):
-            return self.model_.assess(self._images(X)).scores
+            return self.model_.scores(self._images(X))
         if _are_images(X):
             raise ValueError(f"this detector was fitted to rows: expected [n, {self.n_features_in_}]; found images")
         return self.model_.nll(self._rows(X, reset=False))
@@ -154,13 +158,15 @@ class Detector(OutlierMixin, BaseEstimator):
         scores = self.anomaly_score(X)
         return self.calibration_.p_values(scores)
 
+    @fastmaf.torch_defaults()
     def anomaly_map(self, X: Any) -> np.ndarray:
         """Where each image is anomalous: float32 [n, size, size], higher is more anomalous."""
         check_is_fitted(self)
         if not isinstance(self.model_, InspectionModel):
             raise ValueError("maps are of images: this detector was fitted to rows")
-        return self.model_.assess(self._images(X)).maps
+        return self.model_.maps(self._images(X))
 
+    @fastmaf.torch_defaults()
     def save(self, path: str | Path) -> None:
         """Writes a detector of images to one safetensors file, which the command line reads, too."""
         check_is_fitted(self)
@@ -169,11 +175,13 @@ class Detector(OutlierMixin, BaseEstimator):
         self.model_.save(path)
 
     @classmethod
+    @fastmaf.torch_defaults()
     def load(cls, path: str | Path) -> Detector:
         """Reads what ``save`` or the command line wrote; errors as ``load_inspection``."""
         model = load_inspection(path)
         recipe = model.about.get("recipe", {})
-        known = {name: recipe[name] for name in ("rank", "blocks", "steps", "folds") if name in recipe}
+        given = {**recipe, **model.about.get("asked", {})}
+        known = {name: given[name] for name in ("rank", "blocks", "steps", "folds") if name in given}
         promise = {name: getattr(model.calibration, name) for name in ("false_alarm", "confidence")}
         detector = cls(size=model.size, random_state=recipe.get("seed", 0), **known, **promise)
         detector._take(model)

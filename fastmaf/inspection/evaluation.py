@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+import fastmaf
 from fastmaf.atomic import written_atomically
 from fastmaf.capsule.classes import doubtful, require_both
 from fastmaf.capsule.data import ImageSet, load_test, load_train
@@ -29,6 +30,7 @@ SCORES_FILE, METRICS_FILE, REPORT_FILE = "scores.csv", "metrics.json", "report.h
 Say = Callable[[str], Any]
 
 
+@fastmaf.torch_defaults()
 def evaluate(
     model: str | Path,
     data: str | Path,

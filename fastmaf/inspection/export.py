@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
+import fastmaf
 from fastmaf.atomic import written_atomically
 from fastmaf.capsule.decoding import load_frame, resized
 from fastmaf.capsule.outputs import ONNX, Output, check_outputs
@@ -80,6 +81,7 @@ class _Said:
     seconds: float
 
 
+@fastmaf.torch_defaults()
 def export_onnx(
     model: InspectionModel,
     path: str | Path,

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 import fastmaf
-from fastmaf.inspection.scores import first_part, smoothing
+from fastmaf.inspection.float64 import Evaluated, Float64Flow, Whitening64
+from fastmaf.inspection.scores import smoothing
 
 
 @dataclass(frozen=True)
@@ -44,17 +45,18 @@ class Location:
                 raise ValueError(f"{name} must be positive; found {getattr(self, name)}")
 
 
+def residuals(flow: fastmaf.Flow | Float64Flow, x: Tensor, location: Location) -> Tensor:
+    """Returns what the factors leave of images ``[n, D]``, before it is squared, in the dtype of x."""
+    return residuals_of(Evaluated(flow, x), location).to(x.dtype)
+
+
 @torch.no_grad()
-def residuals(flow: fastmaf.Flow, x: Tensor, location: Location) -> Tensor:
-    """Returns what the factors leave of images ``[n, D]``, before it is squared."""
-    *before, first = first_part(flow)
-    for transform in before:
-        x = transform(x)[0]
-    if not isinstance(first, fastmaf.GaussianWhitening):
-        return first(x)[0]
-    basis, variance = first.factors[:, : location.factors], first.variance[: location.factors]
-    y, root = (x - first.mean) / first.scale, (1 + variance).sqrt()
-    return (y - ((y @ basis) * (variance / (root * (1 + root)))) @ basis.T) * first.scale**location.power
+def residuals_of(found: Evaluated, location: Location) -> Tensor:
+    """Returns ``residuals`` of images that are being evaluated, float64."""
+    whitening = found.flow.first
+    if not isinstance(whitening, Whitening64):
+        return found.whitened[0]
+    return whitening(found.given[0], location.factors) * whitening.scale**location.power
 
 
 def location_maps(residual: Tensor, location: Location) -> Tensor:

@@ -15,6 +15,7 @@ from fastmaf.inspection.model import InspectionModel
 FOLDS_FOLDER = "folds"
 
 
+@fastmaf.torch_defaults()
 def save_members(run: Path, model: InspectionModel, flows: Sequence[fastmaf.Flow]) -> None:
     """Writes the flows of the folds into a run's folder."""
     for file, flow in zip(member_files(run, len(flows)), flows, strict=True):
@@ -39,6 +40,7 @@ def remove_members(run: Path) -> None:
         folder.rmdir()
 
 
+@fastmaf.torch_defaults()
 def load_members(run: Path, model: InspectionModel) -> list[fastmaf.Flow]:
     """Returns the flows of the folds of this model, on its device; none where they were not kept, or are another's."""
     files = sorted((run / FOLDS_FOLDER).glob("fold-*.safetensors"))

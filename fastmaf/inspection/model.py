@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -16,10 +17,12 @@ import fastmaf
 from fastmaf.capsule.checkpoints import MODEL_FILE
 from fastmaf.capsule.data import to_unit
 from fastmaf.inspection.calibration import Calibration, CalibrationError
-from fastmaf.inspection.location import Location, location_maps, residuals
-from fastmaf.inspection.scores import ScoreSettings, TermStatistics, image_scores, maps_of, terms_and_nll
+from fastmaf.inspection.float64 import Evaluated, Float64Flow
+from fastmaf.inspection.location import Location, location_maps, residuals_of
+from fastmaf.inspection.scores import ScoreSettings, TermStatistics, image_scores, maps_of, terms_of
 
 _BATCH = 64
+_SCORED_IN = "float64"  # what a file says of its calibration scores
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,6 +58,7 @@ class InspectionModel:
     statistics: TermStatistics
     calibration: Calibration
     about: dict[str, Any] = field(default_factory=dict)
+    _double: dict[str, Any] = field(default_factory=dict, init=False, repr=False)
 
     @property
     def size(self) -> int:
@@ -74,39 +78,71 @@ class InspectionModel:
         low, high = (float(level) for level in self.about["map_levels"])
         return low, max(high, low + 1e-6)
 
+    @property
+    def float64_flow(self) -> Float64Flow:
+        """The flow in float64, by which images are scored; made anew where a tensor of the flow has changed."""
+        tensors = (*self.flow.parameters(), *self.flow.buffers())
+        state = tuple((t.data_ptr(), None if t.is_inference() else t._version) for t in tensors)
+        if self._double.get("state") != state:
+            self._double.update(state=state, flow=Float64Flow(self.flow))
+        found: Float64Flow = self._double["flow"]
+        return found
+
+    @fastmaf.torch_defaults()
     def assess(self, pixels: Tensor) -> Assessment:
         """Scores images, uint8 ``[n, 3, size, size]``.
+
+        What is said of an image depends on that image alone, not on the batch: see ``fastmaf.inspection.float64``.
 
         Raises:
             ValueError: the images are of another size or type.
         """
+        scores, maps, nll = [], [], []
+        for part in self._parts(pixels):
+            scores.append(self._scores(part))
+            maps.append(self._maps(part))
+            nll.append(part.nll.cpu())
+        return Assessment(*(torch.cat(part).numpy() for part in (scores, maps, nll)))
+
+    @fastmaf.torch_defaults()
+    def scores(self, pixels: Tensor) -> np.ndarray:
+        """Returns the scores of ``assess`` alone, float64 ``[n]``; no NLL is computed where they are not made of it."""
+        return torch.cat([self._scores(part) for part in self._parts(pixels)]).numpy()
+
+    @fastmaf.torch_defaults()
+    def maps(self, pixels: Tensor) -> np.ndarray:
+        """Returns the maps of ``assess`` alone, float32 ``[n, size, size]``."""
+        return torch.cat([self._maps(part) for part in self._parts(pixels)]).numpy()
+
+    def _parts(self, pixels: Tensor) -> Iterator[Evaluated]:
+        """Yields images that are being evaluated, a batch at a time; an empty one where there are none."""
         if pixels.dtype != torch.uint8 or pixels.shape[1:] != (3, self.size, self.size):
             raise ValueError(
                 f"pixels must be uint8 [n, 3, {self.size}, {self.size}]; found {pixels.dtype} {list(pixels.shape)}"
             )
-        scores, maps, nll = [], [], []
         for part in pixels.split(_BATCH):
-            x = to_unit(part).to(self.device)
-            terms, found = terms_and_nll(self.flow, x, self.settings)
-            heat = maps_of(terms, self.statistics, self.settings, self.size)
-            scores.append(image_scores(heat, found, self.statistics, self.settings).cpu())
-            maps.append(location_maps(residuals(self.flow, x, self.location), self.location).cpu())
-            nll.append(found.cpu())
-        if not scores:
-            return Assessment(np.empty(0), np.empty((0, self.size, self.size), np.float32), np.empty(0))
-        return Assessment(*(torch.cat(part).numpy() for part in (scores, maps, nll)))
+            yield Evaluated(self.float64_flow, to_unit(part).to(self.device))
+
+    def _scores(self, part: Evaluated) -> Tensor:
+        nll = part.nll if self.settings.needs_nll else part.x.new_zeros(len(part.x))
+        heat = maps_of(terms_of(part, self.settings), self.statistics, self.settings, self.size)
+        return image_scores(heat, nll, self.statistics, self.settings).cpu()
+
+    def _maps(self, part: Evaluated) -> Tensor:
+        return location_maps(residuals_of(part, self.location), self.location).float().cpu()
 
     def with_calibration(self, calibration: Calibration) -> InspectionModel:
         """Returns the same model with another calibration."""
         return replace(self, calibration=calibration)
 
+    @fastmaf.torch_defaults()
     def save(self, path: str | Path) -> None:
         """Writes everything to one safetensors file; a crash leaves the old one or the new one."""
         own = {
             "settings": asdict(self.settings),
             "location": asdict(self.location),
             "nll": self.statistics.nll,
-            "about": dict(self.about),
+            "about": {**self.about, "scored_in": _SCORED_IN},
             "calibration": self.calibration.to_json(with_scores=False),
         }
         extras = {
@@ -133,6 +169,7 @@ def model_file(path: str | Path) -> Path:
     return path / MODEL_FILE if path.is_dir() else path
 
 
+@fastmaf.torch_defaults()
 def load_inspection(path: str | Path, *, device: str = "cpu") -> InspectionModel:
     """Loads what ``InspectionModel.save`` wrote, or the model file in a run's folder.
 
@@ -160,6 +197,9 @@ def load_inspection(path: str | Path, *, device: str = "cpu") -> InspectionModel
         statistics = TermStatistics(mean.to(device), deviation.to(device), float(own["nll"]))
         calibration = Calibration.from_json(own["calibration"], extras["calibration_scores"].numpy())
         about = dict(own["about"])
+        # Scores used to be float32, and those of a "split" are this very model's: an image may have been the threshold.
+        if about.get("scored_in") != _SCORED_IN and calibration.how == "split":
+            calibration = calibration.raised()
     except (KeyError, TypeError, ValueError, CalibrationError) as error:
         raise fastmaf.CheckpointError(f"{path}: what it says of its scores cannot be used: {error}") from error
     return InspectionModel(flow.to(device), settings, location, statistics, calibration, about)

@@ -16,10 +16,11 @@ import torch
 from torch import Tensor
 
 import fastmaf
+from fastmaf.inspection.float64 import first_part
 from fastmaf.inspection.model import InspectionModel
 from fastmaf.inspection.onnx_resize import resized
 from fastmaf.inspection.onnx_values import ExportError, Graph, Value
-from fastmaf.inspection.scores import ScoreSettings, TermStatistics, first_part, smoothing
+from fastmaf.inspection.scores import ScoreSettings, TermStatistics, smoothing
 
 _HALF_LOG_2PI = 0.5 * math.log(2 * math.pi)
 
@@ -30,6 +31,7 @@ _MEANING = (
 )
 
 
+@fastmaf.torch_defaults()
 def inspection_graph(model: InspectionModel) -> Any:
     """Returns the ``onnx.ModelProto`` of a model, opset 18.
 

@@ -161,7 +161,10 @@ def _training(model: InspectionModel) -> Training | Absent:
         ("held-out NLL of the whitening alone, nats", f"{about['held_out_nll_of_whitening']:,.0f}"),
     ]
     tried = about.get("held_out_nll_of_copies", {})
-    settings += [(f"held-out NLL of a fold with {copies}, nats", f"{nll:,.0f}") for copies, nll in tried.items()]
+    settings += [(f"held-out NLL of a fold, copies: {copies}, nats", f"{nll:,.0f}") for copies, nll in tried.items()]
+    if (nll_with := about.get("held_out_nll_with_blocks")) is not None:
+        kept = "kept" if about["recipe"]["blocks"] else "left out"
+        settings.append((f"held-out NLL with blocks ({kept}), nats", f"{nll_with:,.0f}"))
     drawn = {**about.get("drawn_auroc", {}), **about.get("drawn_maps", {})}
     settings += [(f"on drawn defects, {name}", f"{value:.3f}") for name, value in drawn.items()]
     settings += [(f"seconds for {what}", f"{value:.1f}") for what, value in about.get("seconds", {}).items()]

@@ -17,8 +17,7 @@ from scipy.ndimage import gaussian_filter1d
 from torch import Tensor
 
 import fastmaf
-
-_HALF_LOG_2PI = 0.5 * math.log(2 * math.pi)
+from fastmaf.inspection.float64 import Evaluated, Float64Flow, rounded
 
 Source: TypeAlias = Literal["whitened", "flow"]
 Kind: TypeAlias = Literal["nll", "typicality", "map maximum", "map top"]
@@ -60,10 +59,17 @@ class ScoreSettings:
         if self.top > 1:
             raise ValueError(f"top is a share of the map's pixels, at most 1; found {self.top}")
 
+    @property
+    def needs_nll(self) -> bool:
+        """Whether the score is made of the NLL, not of the map."""
+        return self.kind in ("nll", "typicality")
+
 
 @dataclass(frozen=True, eq=False)
 class TermStatistics:
-    """Mean and deviation of each term ``[D]`` over normals that the model has not seen, and the mean of their NLLs."""
+    """Mean and deviation of each term ``[D]``, float32, over normals that the model has not seen, and the mean of their
+    NLLs.
+    """
 
     mean: Tensor
     deviation: Tensor
@@ -78,30 +84,20 @@ class TermStatistics:
         # A term that never varied says nothing about what a deviation is: the usual one of all terms stands for it.
         usual = deviation[deviation > 0].median() if bool((deviation > 0).any()) else deviation.new_ones(())
         deviation = torch.where(deviation > 1e-3 * usual, deviation, usual)
-        return cls(mean.to(terms.dtype), deviation.to(terms.dtype), float(nll.double().mean()))
+        return cls(mean.float(), deviation.float(), float(nll.double().mean()))
 
 
-def first_part(flow: fastmaf.Flow) -> list[fastmaf.Transform]:
-    """Returns the transforms up to the whitening, or the first one of a flow without."""
-    steps = [step for step in flow.transforms if isinstance(step, fastmaf.Transform)]
-    ends = [i for i, step in enumerate(steps) if isinstance(step, fastmaf.GaussianWhitening)] or [0]
-    return steps[: ends[0] + 1]
-
-
-@torch.no_grad()
-def terms_and_nll(flow: fastmaf.Flow, x: Tensor, settings: ScoreSettings) -> tuple[Tensor, Tensor]:
-    """Returns the terms of a map ``[n, D]`` and the NLL ``[n]``, float64 nats."""
+def terms_of(found: Evaluated, settings: ScoreSettings) -> Tensor:
+    """Returns the terms of a map, float64 ``[n, D]``."""
     if settings.source == "flow":
-        terms = flow.nll_per_dim(x)
-        return terms, terms.double().sum(dim=1)
-    last = first_part(flow)[-1]
-    terms, ladj = x, x.new_zeros(len(x), dtype=torch.float64)
-    for step in flow.transforms:  # what flow.log_prob does, but the whitening is computed once
-        x, change = step(x)
-        ladj += change
-        if step is last:
-            terms = 0.5 * smoothed(x, settings.grain).square()
-    return terms, 0.5 * x.double().square().sum(dim=1) + x.shape[1] * _HALF_LOG_2PI - ladj
+        return found.nll_per_dim()
+    return 0.5 * smoothed(found.whitened[0], settings.grain).square()
+
+
+def terms_and_nll(flow: fastmaf.Flow | Float64Flow, x: Tensor, settings: ScoreSettings) -> tuple[Tensor, Tensor]:
+    """Returns the terms of a map ``[n, D]``, in the dtype of x, and the NLL ``[n]`` in nats, float64."""
+    found = Evaluated(flow, x)
+    return terms_of(found, settings).to(x.dtype), found.nll
 
 
 def smoothed(z: Tensor, sigma: float) -> Tensor:
@@ -129,12 +125,12 @@ def maps_of(terms: Tensor, statistics: TermStatistics, settings: ScoreSettings, 
 
 
 def image_scores(maps: Tensor, nll: Tensor, statistics: TermStatistics, settings: ScoreSettings) -> Tensor:
-    """Returns one anomaly score an image, float64 ``[n]``, higher is more anomalous."""
+    """Returns one anomaly score an image, float64 ``[n]``, higher is more anomalous; rounded, see ``rounded``."""
     if settings.kind == "nll":
-        return nll.double()
+        return rounded(nll.double())
     if settings.kind == "typicality":
-        return (nll.double() - statistics.nll).abs()
+        return (rounded(nll.double()) - statistics.nll).abs()
     values = maps.flatten(1).double()
     if settings.kind == "map maximum":
-        return values.amax(dim=1)
-    return values.topk(max(1, round(settings.top * values.shape[1])), dim=1).values.mean(dim=1)
+        return rounded(values.amax(dim=1))
+    return rounded(values.topk(max(1, round(settings.top * values.shape[1])), dim=1).values.mean(dim=1))

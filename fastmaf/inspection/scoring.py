@@ -16,6 +16,7 @@ from typing import Any, Protocol, TextIO
 import numpy as np
 from tqdm import tqdm
 
+import fastmaf
 from fastmaf.atomic import STDOUT, write_errors, written_atomically
 from fastmaf.capsule.decoding import Frame
 from fastmaf.capsule.marks import MAP, OVERLAY
@@ -56,6 +57,7 @@ class _Sink(Protocol):
     def __call__(self, row: Row) -> None: ...
 
 
+@fastmaf.torch_defaults()
 def score(
     model: str | Path,
     arguments: Sequence[str],

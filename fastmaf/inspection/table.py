@@ -20,6 +20,7 @@ from fastmaf.capsule.data import ImageSet, to_unit
 from fastmaf.capsule.names import visible
 from fastmaf.capsule.results import NORMAL
 from fastmaf.inspection.controls import controls
+from fastmaf.inspection.float64 import Evaluated, Float64Flow
 from fastmaf.inspection.masks import Masks
 from fastmaf.inspection.metrics import (
     PairedDifference,
@@ -30,7 +31,7 @@ from fastmaf.inspection.metrics import (
     paired_bootstrap,
 )
 from fastmaf.inspection.model import Assessment, InspectionModel
-from fastmaf.inspection.scores import ScoreSettings, image_scores, maps_of, terms_and_nll
+from fastmaf.inspection.scores import ScoreSettings, image_scores, maps_of, terms_of
 
 _Found: TypeAlias = tuple[str, str, np.ndarray, np.ndarray | None]
 
@@ -83,6 +84,7 @@ def name_of(settings: ScoreSettings) -> str:
     return names[settings.kind]
 
 
+@fastmaf.torch_defaults()
 def table(
     model: InspectionModel,
     images: ImageSet,
@@ -138,7 +140,7 @@ def _scores(
     model: InspectionModel, images: ImageSet, assessment: Assessment, members: Sequence[fastmaf.Flow]
 ) -> list[_Found]:
     """Returns name, kind, scores and maps of each score that the model gives, its own first."""
-    own, terms = model.settings, _terms(model.flow, model, images)
+    own, terms = model.settings, _terms(model.float64_flow, model, images)
     nll = torch.from_numpy(assessment.nll).to(model.device)
     heat = maps_of(terms, model.statistics, own, model.size)
 
@@ -149,16 +151,16 @@ def _scores(
     result: list[_Found] = [(first[0], "score", assessment.scores, assessment.maps)]
     result += [(name, "score", scored(settings, heat), None) for name, settings in others]
     if members and own.kind.startswith("map"):
-        parts = (_terms(flow, model, images) for flow in members)
+        parts = (_terms(Float64Flow(flow), model, images) for flow in members)
         several = torch.stack([maps_of(part, model.statistics, own, model.size) for part in parts])
         result.append((f"{first[0]}, {len(members)} folds", "score", scored(own, several.mean(dim=0)), None))
     return result
 
 
-def _terms(flow: fastmaf.Flow, model: InspectionModel, images: ImageSet) -> Tensor:
+def _terms(flow: Float64Flow, model: InspectionModel, images: ImageSet) -> Tensor:
     """Returns terms ``[n, D]`` of images by a flow, the model's own or a fold's."""
-    parts = images.pixels.split(64)
-    return torch.cat([terms_and_nll(flow, to_unit(part).to(model.device), model.settings)[0] for part in parts])
+    parts = (Evaluated(flow, to_unit(part).to(model.device)) for part in images.pixels.split(64))
+    return torch.cat([terms_of(part, model.settings) for part in parts])
 
 
 def format_lines(lines: Sequence[Line], called: Mapping[str, tuple[int, int]]) -> str:

@@ -35,6 +35,7 @@ _LOG_COLUMNS = ("step", "nll", "held_out_nll")
 Say = Callable[[str], Any]
 
 
+@fastmaf.torch_defaults()
 def train(
     data: str | Path,
     out: str | Path,
@@ -111,6 +112,12 @@ def _decisions(model: InspectionModel) -> list[str]:
     if tried := about["held_out_nll_of_copies"]:
         nll = ", ".join(f"{copies} {value:,.0f}" for copies, value in tried.items())
         lines.append(f"copies explained, too: {about['recipe']['copies']} (held-out NLL of a fold: {nll})")
+    if (plain := about["held_out_nll_without_logit"]) is not None:
+        lines.append(f"logit: kept, as asked (held-out NLL of a fold without it: {plain:,.0f})")
+    if (nll_with := about["held_out_nll_with_blocks"]) is not None:
+        kept = "kept" if about["recipe"]["blocks"] else "left out"
+        alone = about["held_out_nll_of_whitening"]
+        lines.append(f"blocks: {kept} (held-out NLL: {nll_with:,.0f} with them, {alone:,.0f} without)")
     chosen = {"drawn_auroc": f"score: grain {model.settings.grain:g} (image AUROC on drawn defects: "}
     chosen["drawn_maps"] = f"heat map: {model.location.factors} factors (mean of pixel AUROC and AU-PRO there: "
     for key, text in chosen.items():
@@ -128,6 +135,7 @@ def _write_log(path: Path, fitted: Fitted) -> None:
         file.write(text.getvalue().encode())
 
 
+@fastmaf.torch_defaults()
 def calibrate(model: str | Path, false_alarm: float, confidence: float | None = None) -> Calibration:
     """Sets the false-alarm rate of a model file from the calibration scores that it holds, and returns what follows.
 
@@ -140,6 +148,7 @@ def calibrate(model: str | Path, false_alarm: float, confidence: float | None = 
     return _save(path, loaded, loaded.calibration.with_rate(false_alarm, confidence))
 
 
+@fastmaf.torch_defaults()
 def recalibrate(
     model: str | Path,
     arguments: Sequence[str],
@@ -159,7 +168,7 @@ def recalibrate(
     path = model_file(model)
     loaded = load_inspection(path, device=device)
     images = read_images(arguments, loaded.size, skip_bad=skip_bad, progress=progress, say=say)
-    scores = loaded.assess(images.pixels).scores
+    scores = loaded.scores(images.pixels)
     today, source = datetime.now(timezone.utc).date().isoformat(), ", ".join(arguments)
     source = source if len(source) <= 80 else f"{source[:77]}..."
     return _save(path, loaded, Calibration(scores, false_alarm, confidence, "split", None, today, source))
@@ -170,6 +179,7 @@ def _save(path: Path, model: InspectionModel, calibration: Calibration) -> Calib
     return calibration
 
 
+@fastmaf.torch_defaults()
 def read_images(
     arguments: Sequence[str], size: int, *, skip_bad: bool = False, progress: bool = True, say: Say = print
 ) -> ImageSet:
@@ -197,6 +207,7 @@ def read_images(
     return ImageSet(torch.stack(pixels), tuple(paths), ("",) * len(paths))
 
 
+@fastmaf.torch_defaults()
 def choose(
     data: str | Path, *, size: int = 64, draws: int = 3, seed: int = 0, skip_bad: bool = False, progress: bool = True
 ) -> str:
@@ -213,6 +224,7 @@ def choose(
     return f"{explain(scores)}\n\n{explain_location(places)}"
 
 
+@fastmaf.torch_defaults()
 def export(model: str | Path, onnx: str | Path, arguments: Sequence[str], *, say: Say = print) -> str:
     """Writes the model as an ONNX graph, checked on the images that ``arguments`` name; returns what was found.
 

@@ -16,9 +16,10 @@ from fastmaf.capsule.data import load_test, load_train, to_unit
 from fastmaf.inspection import workflow
 from fastmaf.inspection.choose import choose, explain
 from fastmaf.inspection.choose_location import choose_location, explain_location
+from fastmaf.inspection.copies import fit_whitening
 from fastmaf.inspection.cross import cross_scores, without
 from fastmaf.inspection.evaluation import evaluate
-from fastmaf.inspection.fit import Fitted, dequantized, fit, fit_whitening
+from fastmaf.inspection.fit import Fitted, dequantized, fit
 from fastmaf.inspection.location import Location, location_maps, residuals
 from fastmaf.inspection.members import FOLDS_FOLDER, load_members
 from fastmaf.inspection.scores import ScoreSettings, TermStatistics, maps_of, terms_and_nll
@@ -145,7 +146,7 @@ def test_dequantisation_and_logit_are_in_the_nll_alone(data: Path, logit: float 
         ({"logit": 0.0}, r"logit must lie in \(0, 0.5\); found 0.0"),
         ({"logit": 1e-3, "dequantize": True}, r"logit must lie in \(0.00195312, 0.5\); found 0.001"),
         ({"angles": 0}, "angles must be at least 1; found 0"),
-        ({"copies": "both"}, "copies must be 'auto', 'shifts' or 'rotations'; found 'both'"),
+        ({"copies": "both"}, "copies must be 'auto', 'none', 'shifts' or 'rotations'; found 'both'"),
     ],
 )
 def test_a_recipe_that_cannot_be_fitted_is_refused(wrong: dict[str, Any], message: str) -> None:
