@@ -12,7 +12,15 @@ if not (_Path(__file__).parent / "kernels").is_dir():
     __path__.append(str(_Path(__file__).parent.parent))
 
 from fastmaf import optim
-from fastmaf.checkpoint import CheckpointError, load, read_extras, read_tensors, write_tensors
+from fastmaf.checkpoint import (
+    CheckpointError,
+    SavedFlow,
+    load,
+    load_with_extras,
+    read_extras,
+    read_tensors,
+    write_tensors,
+)
 from fastmaf.convert import LeakyMaskError, from_reference
 from fastmaf.degrees import ConnectivityWarning
 from fastmaf.flows import MAF, Flow
@@ -45,11 +53,13 @@ __all__ = [
     "NotInvertibleError",
     "Permutation",
     "ReplayedLogProb",
+    "SavedFlow",
     "StepReport",
     "TrainingStep",
     "Transform",
     "from_reference",
     "load",
+    "load_with_extras",
     "memory_estimate",
     "optim",
     "read_extras",
