@@ -33,6 +33,8 @@ from fastmaf.capsule.drawing import (
     compose,
     imprint,
 )
+from fastmaf.io.safe_json import parse
+from fastmaf.io.schema import Anything, MapOf, Record, Whole
 
 __all__ = ["DEFAULT_COUNTS", "DEFECTS", "MARKER", "draw_dataset"]
 
@@ -44,6 +46,8 @@ DEFAULT_COUNTS: Mapping[str, int] = MappingProxyType(
 
 MARKER = "fastmaf-demo.json"
 """The file that says a folder was drawn here, with what counts, so that it may be drawn again."""
+
+_DRAWN = Record({"counts": MapOf(Whole(high=1_000_000))}, others=Anything())
 
 
 def draw_dataset(
@@ -100,8 +104,10 @@ def _claim(root: Path, counts: Mapping[str, int], settings: Mapping[str, int]) -
     marker = root / MARKER
     if marker.is_file():
         try:
-            old = {str(folder): int(n) for folder, n in json.loads(marker.read_text("utf-8"))["counts"].items()}
-        except (ValueError, KeyError, AttributeError, TypeError) as error:
+            found = parse(marker.read_text("utf-8"), "marker")
+            _DRAWN.check(found, "marker")
+            old: dict[str, int] = found["counts"]
+        except ValueError as error:
             raise DataError(f"{marker} cannot be read ({error}); draw into a new folder") from error
         known = {"train/good", "test/good", *(f"test/{name}" for name in DEFECTS)}
         for folder in known & set(old):
@@ -109,9 +115,9 @@ def _claim(root: Path, counts: Mapping[str, int], settings: Mapping[str, int]) -
                 (root / folder / f"{i:03d}.png").unlink(missing_ok=True)
                 (root / _mask_folder(folder) / f"{i:03d}_mask.png").unlink(missing_ok=True)
     elif root.is_dir():
-        found = sorted(entry.name for entry in root.iterdir())
-        if found:
-            shown = ", ".join(found[:5]) + (", ..." if len(found) > 5 else "")
+        names = sorted(entry.name for entry in root.iterdir())
+        if names:
+            shown = ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
             raise DataError(
                 f"{root} is not empty (it holds {shown}) and was not drawn by this command (no {MARKER} in it); "
                 "nothing was written: name a new folder"

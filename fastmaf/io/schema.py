@@ -48,20 +48,25 @@ class Whole(Field):
 
 @dataclass(frozen=True)
 class Number(Field):
-    """A finite number, at least ``low``, at most ``high``, greater than ``above`` and less than ``below``."""
+    """A number, at least ``low``, at most ``high``, greater than ``above``, less than ``below``, finite or also not."""
 
     low: float = -math.inf
     high: float = math.inf
     above: float = -math.inf
     below: float = math.inf
+    finite: bool = True
 
     def accepts(self, value: Any) -> bool:
-        return type(value) in (int, float) and self.low <= value <= self.high and self.above < value < self.below
+        if type(value) not in (int, float):
+            return False
+        if not self.finite and not math.isfinite(value):
+            return True
+        return bool(self.low <= value <= self.high and self.above < value < self.below)
 
     def __str__(self) -> str:
         limits = ("at least", self.low), ("at most", self.high), ("greater than", self.above), ("less than", self.below)
         said = [f"{words} {limit:g}" for words, limit in limits if math.isfinite(limit)]
-        return " ".join(["a finite number", " and ".join(said)]).strip()
+        return " ".join(["a finite number" if self.finite else "a number", " and ".join(said)]).strip()
 
 
 @dataclass(frozen=True)
