@@ -8,6 +8,7 @@ the state: a process that dies at any moment leaves a model and a state of the s
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -124,11 +125,15 @@ def moments_by_parameter(
         raise fastmaf.CheckpointError(f"{out / STATE_FILE}: tensor {shown(odd[0])} is missing or unexpected")
     for name, (shape, dtype) in expected.items():
         found = tensors[name]
-        if found.shape != shape or found.dtype != dtype or not bool(torch.isfinite(found).all()):
+        if found.shape != shape or found.dtype != dtype:
+            what = f"{shown(tuple(found.shape))} {found.dtype}"
             raise fastmaf.CheckpointError(
-                f"{out / STATE_FILE}: tensor {name}: expected finite numbers, {tuple(shape)} {dtype}; found "
-                f"{shown(tuple(found.shape))} {found.dtype}"
+                f"{out / STATE_FILE}: tensor {name}: expected {tuple(shape)} {dtype}; found {what}"
             )
+        signed = name.endswith("/exp_avg")  # steps and second moments are not
+        if not bool((torch.isfinite(found) & (found >= (-math.inf if signed else 0))).all()):
+            numbers = "finite numbers" if signed else "finite numbers that are not negative"
+            raise fastmaf.CheckpointError(f"{out / STATE_FILE}: tensor {name}: expected {numbers}; found others")
     names = ("step", *_MOMENTS)
     return {i: {key: tensors[f"{name}/{key}"] for key in names} for i, name in enumerate(parameters)}
 

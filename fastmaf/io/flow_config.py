@@ -14,7 +14,20 @@ from typing import Any, Literal, NamedTuple, TypeAlias
 import torch
 
 from fastmaf.io.safe_json import parse, shown
-from fastmaf.io.schema import Anything, Field, Flag, ListOf, MapOf, Maybe, Number, OneOf, Record, SchemaError, Whole
+from fastmaf.io.schema import (
+    Anything,
+    Field,
+    Flag,
+    ListOf,
+    MapOf,
+    Maybe,
+    Number,
+    OneOf,
+    Record,
+    SchemaError,
+    Text,
+    Whole,
+)
 from fastmaf.kernels.masked_linear.op import ACTIVATIONS
 
 FORMAT_VERSION = 1
@@ -102,6 +115,7 @@ def _local(config: Config, features: int) -> dict[str, Expected]:
     }
 
 
+_TEXT = Text(10_000_000)  # a hundred blocks of 12,288 dimensions take 200 kB
 _FEATURES = Whole(1, 2**28)
 _NATS = Number(low=1e-30, high=1e30)  # within float32, in which it is used
 _LAYERS = ListOf(Whole(1, 2**28), shortest=1, longest=1024)
@@ -152,6 +166,7 @@ def flow_config(metadata: Mapping[str, str], types: tuple[str, ...]) -> dict[str
             f"a safetensors file, but not a fastmaf model: its metadata has no {KEY!r} entry (found "
             f"{shown(sorted(metadata)) if metadata else 'none'})"
         )
+    _TEXT.check(metadata[KEY], _WHERE)
     config: dict[str, Any] = parse(metadata[KEY], _WHERE)
     version = config.get("version") if isinstance(config, dict) else None
     if type(version) is int and version != FORMAT_VERSION:

@@ -5,11 +5,10 @@ from __future__ import annotations
 import json
 import math
 import reprlib
-from collections.abc import Iterator
+from collections.abc import Iterable
 from typing import Any
 
 MAX_DEPTH = 32
-_MAX_DIGITS = 300  # of a whole number: all of them convert to float
 
 _short = reprlib.Repr()
 _short.maxstring = _short.maxother = _short.maxlong = 60
@@ -45,29 +44,41 @@ def parse(text: str, where: str, *, finite: bool = True) -> Any:
         JSONError: the text is not JSON, is nested more than ``MAX_DEPTH`` deep, names a key twice, or holds a number
             that is not finite.
     """
+    odd: list[str] = []
     try:
-        value = json.loads(text, object_pairs_hook=_unique, parse_int=_whole)
+        value = json.loads(
+            text,
+            object_pairs_hook=_unique,
+            parse_float=lambda digits: _number(digits, odd),
+            parse_constant=lambda name: _number(name, odd),
+        )
     except RecursionError:
         raise JSONError(f"{where}: nested more than {MAX_DEPTH} deep") from None
     except ValueError as error:
         raise JSONError(f"{where}: not valid JSON: {error}") from None
-    # Level by level instead of by recursion.
-    level, depth = [(where, value)], 0
-    while level:
+    level, depth = [value], 0
+    while level:  # level by level instead of by recursion
         if depth > MAX_DEPTH:
             raise JSONError(f"{where}: nested more than {MAX_DEPTH} deep")
-        level, depth = [entry for path, found in level for entry in _entries(path, found, finite)], depth + 1
+        level, depth = [inner for outer in level for inner in _entries(outer) if type(inner) in (dict, list)], depth + 1
+    if odd and finite:
+        raise JSONError(f"{_first_odd(value, where)}: expected a finite number; found {odd[0][:60]}")
     return value
 
 
-def _entries(where: str, value: Any, finite: bool) -> Iterator[tuple[str, Any]]:
-    """Yields the lists, objects and infinite numbers among the entries of a list or an object."""
-    if isinstance(value, float) and finite and not math.isfinite(value):
-        raise JSONError(f"{where}: expected a finite number; found {value}")
+def _entries(value: Any) -> Iterable[Any]:
+    return value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+
+
+def _first_odd(value: Any, where: str) -> str | None:
+    """Returns the path of the first number that is not finite, of which there is one."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return where
     pairs = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
     for key, found in pairs:
-        if isinstance(found, (dict, list)) or (isinstance(found, float) and not math.isfinite(found)):
-            yield child(where, key), found
+        if isinstance(found, (dict, list, float)) and (path := _first_odd(found, "")) is not None:
+            return child(where, key) + path
+    return None
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -79,7 +90,8 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return found
 
 
-def _whole(text: str) -> int:
-    if len(text) > _MAX_DIGITS:
-        raise JSONError(f"a whole number has {len(text)} digits; at most {_MAX_DIGITS} are read")
-    return int(text)
+def _number(text: str, odd: list[str]) -> float:
+    value = float(text)
+    if not math.isfinite(value):
+        odd.append(text)
+    return value

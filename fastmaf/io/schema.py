@@ -7,9 +7,11 @@ POINT.check({"x": 1.5, "label": 3}, "point")   # SchemaError: point.label: expec
 from __future__ import annotations
 
 import math
+import sys
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import reduce
 from typing import Any
 
 from fastmaf.io.safe_json import child, shown
@@ -19,6 +21,14 @@ class SchemaError(ValueError):
     """A value is not what the schema allows; the message says where it is, what was expected and what was found."""
 
 
+class _MismatchError(Exception):
+    """What is wrong, and the keys that lead to it, the innermost first."""
+
+    def __init__(self, words: str) -> None:
+        super().__init__(words)
+        self.keys: list[str | int] = []
+
+
 class Field(ABC):
     """What one value may be. ``str(field)`` completes "expected ..."."""
 
@@ -26,10 +36,26 @@ class Field(ABC):
     def accepts(self, value: Any) -> bool:
         """Whether the value is of the right type and in range, its entries aside."""
 
+    def entries(self, value: Any) -> Iterator[tuple[str | int, Field, Any]]:
+        """Yields key, field and value of each entry of a value that is accepted."""
+        yield from ()
+
     def check(self, value: Any, where: str) -> None:
         """Raises SchemaError unless the value, with all that it holds, is allowed; ``where`` is its path."""
+        try:
+            self._check(value)
+        except _MismatchError as error:
+            raise SchemaError(f"{reduce(child, reversed(error.keys), where)}: {error}") from None
+
+    def _check(self, value: Any) -> None:
         if not self.accepts(value):
-            raise SchemaError(f"{where}: expected {self}; found {shown(value)}")
+            raise _MismatchError(f"expected {self}; found {shown(value)}")
+        for key, item, found in self.entries(value):
+            try:
+                item._check(found)
+            except _MismatchError as error:
+                error.keys.append(key)
+                raise
 
 
 @dataclass(frozen=True)
@@ -59,8 +85,8 @@ class Number(Field):
     def accepts(self, value: Any) -> bool:
         if type(value) not in (int, float):
             return False
-        if not self.finite and not math.isfinite(value):
-            return True
+        if not -sys.float_info.max <= value <= sys.float_info.max:  # NaN and infinities, and integers too large
+            return not self.finite and isinstance(value, float)
         return bool(self.low <= value <= self.high and self.above < value < self.below)
 
     def __str__(self) -> str:
@@ -124,10 +150,8 @@ class Maybe(Field):
     def accepts(self, value: Any) -> bool:
         return value is None or self.field.accepts(value)
 
-    def check(self, value: Any, where: str) -> None:
-        super().check(value, where)
-        if value is not None:
-            self.field.check(value, where)
+    def entries(self, value: Any) -> Iterator[tuple[str | int, Field, Any]]:
+        return iter(()) if value is None else self.field.entries(value)
 
     def __str__(self) -> str:
         return f"{self.field} or null"
@@ -144,10 +168,8 @@ class ListOf(Field):
     def accepts(self, value: Any) -> bool:
         return isinstance(value, list) and self.shortest <= len(value) <= self.longest
 
-    def check(self, value: Any, where: str) -> None:
-        super().check(value, where)
-        for i, found in enumerate(value):
-            self.item.check(found, child(where, i))
+    def entries(self, value: Any) -> Iterator[tuple[str | int, Field, Any]]:
+        return ((i, self.item, found) for i, found in enumerate(value))
 
     def __str__(self) -> str:
         count = self.shortest if self.shortest == self.longest else f"{self.shortest} to {self.longest}"
@@ -156,20 +178,19 @@ class ListOf(Field):
 
 @dataclass(frozen=True)
 class MapOf(Field):
-    """An object whose values ``item`` allows, under any names."""
+    """An object of at most ``longest`` entries that ``item`` allows, under any names."""
 
     item: Field
+    longest: int = 65_536
 
     def accepts(self, value: Any) -> bool:
-        return isinstance(value, dict)
+        return isinstance(value, dict) and len(value) <= self.longest
 
-    def check(self, value: Any, where: str) -> None:
-        super().check(value, where)
-        for key, found in value.items():
-            self.item.check(found, child(where, key))
+    def entries(self, value: Any) -> Iterator[tuple[str | int, Field, Any]]:
+        return ((key, self.item, found) for key, found in value.items())
 
     def __str__(self) -> str:
-        return "an object"
+        return f"an object of at most {self.longest} entries"
 
 
 @dataclass(frozen=True)
@@ -183,17 +204,16 @@ class Record(Field):
     def accepts(self, value: Any) -> bool:
         return isinstance(value, dict)
 
-    def check(self, value: Any, where: str) -> None:
-        super().check(value, where)
+    def entries(self, value: Any) -> Iterator[tuple[str | int, Field, Any]]:
         missing = [name for name in self.required if name not in value]
         if missing:
-            raise SchemaError(f"{where}: the entry {missing[0]!r} is missing; found {shown(sorted(value))}")
+            raise _MismatchError(f"the entry {missing[0]!r} is missing; found {shown(sorted(value))}")
         for key, found in value.items():
             item = self.required.get(key) or self.optional.get(key) or self.others
             if item is None:
                 known = ", ".join(map(repr, (*self.required, *self.optional)))
-                raise SchemaError(f"{where}: unknown entry {shown(key)}; known are {known}")
-            item.check(found, child(where, key))
+                raise _MismatchError(f"unknown entry {shown(key)}; known are {known}")
+            yield key, item, found
 
     def __str__(self) -> str:
         return "an object"

@@ -50,7 +50,7 @@ _TENSOR = Record(
         "data_offsets": ListOf(_SIZE, shortest=2, longest=2),
     }
 )
-_HEADER = Record(optional={"__metadata__": MapOf(Text(_MAX_HEADER))}, others=_TENSOR)
+_TENSORS, _METADATA = MapOf(_TENSOR), MapOf(Text(_MAX_HEADER))
 
 
 class CheckpointError(ValueError):
@@ -125,8 +125,9 @@ class TensorFile:
             raise self._damaged(f"expected a header of at most {min(max(size - 8, 0), _MAX_HEADER)} bytes")
         try:
             header = parse(self._file.read(length).decode("utf-8"), "header")
-            _HEADER.check(header, "header")
-            metadata: dict[str, str] = header.pop("__metadata__", {})
+            metadata: dict[str, str] = header.pop("__metadata__", {}) if isinstance(header, dict) else {}
+            _METADATA.check(metadata, "header.__metadata__")
+            _TENSORS.check(header, "header")
             return _tensors(header, 8 + length, size), metadata
         except UnicodeDecodeError:
             raise self._damaged("its header is not UTF-8 text") from None
