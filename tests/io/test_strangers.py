@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import struct
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from fastmaf.capsule.models import load_model
 from fastmaf.inspection.detector import Detector
 from fastmaf.inspection.members import load_members
 from fastmaf.inspection.model import load_inspection
+from fastmaf.transforms import TRANSFORMS
 from tests.core.helpers import normal
 from tests.io.model_files import RAW, D, Parts, flows, set_at, use, write_all
 
@@ -24,14 +26,20 @@ BLOCK, WHITENING, LOCAL = ("transforms", 0), ("transforms", 1), ("transforms", 2
 
 
 @pytest.fixture(scope="module")
-def written(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
-    return write_all(tmp_path_factory.mktemp("files"))
+def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, bytes]]:
+    folder = tmp_path_factory.mktemp("files")
+    return folder, write_all(folder)
 
 
 @pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    write_all(tmp_path)
-    return tmp_path
+def written(whole: tuple[Path, dict[str, bytes]]) -> dict[str, bytes]:
+    return whole[1]
+
+
+@pytest.fixture
+def folder(whole: tuple[Path, dict[str, bytes]], tmp_path: Path) -> Path:
+    """Returns a folder with a file of each kind."""
+    return Path(shutil.copytree(whole[0], tmp_path / "files"))
 
 
 def changed(content: bytes, key: str, place: tuple[Any, ...], value: Any) -> bytes:
@@ -341,3 +349,52 @@ def test_a_file_of_the_first_version_byte_by_byte(tmp_path: Path) -> None:
     expected = (1.0 - 0.5) * np.exp(-0.25), (4.0 - (3 * hidden - 0.5)) * np.exp(-0.125 * hidden)
     np.testing.assert_allclose(z.detach().numpy()[0], expected, rtol=1e-14)
     np.testing.assert_allclose(ladj.item(), -0.25 - 0.125 * hidden, rtol=1e-14)
+
+
+class Shift(fastmaf.Transform):
+    """A transform that a user registered; ``from_config`` fails as its class attribute says."""
+
+    error: Exception | None = None
+
+    def __init__(self, shift: torch.Tensor) -> None:
+        super().__init__()
+        self.features = len(shift)
+        self.register_buffer("shift", shift.clone())
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return x - self.get_buffer("shift"), x.new_zeros(len(x))
+
+    def config(self) -> dict[str, Any]:
+        return {"made by": "a user"}
+
+    @classmethod
+    def from_config(cls, config: Any, tensors: Any) -> Shift:
+        if cls.error is not None:
+            raise cls.error
+        return cls(tensors["shift"])
+
+
+def test_a_registered_transform_may_fail_in_any_way(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(TRANSFORMS, "shift", Shift)
+    flow, x, path = fastmaf.Flow(3, [Shift(torch.arange(3.0))]), normal(2, 3, dtype=torch.float32), tmp_path / "a"
+    flow.save(path)
+    assert torch.equal(fastmaf.load(path).log_prob(x), flow.log_prob(x))
+    for error in (RecursionError("deep"), MemoryError("large"), IndexError("far"), OverflowError("wide")):
+        monkeypatch.setattr(Shift, "error", error)
+        with pytest.raises(fastmaf.CheckpointError, match=str(error)) as caught:
+            fastmaf.load(path)
+        assert str(path) in str(caught.value)
+
+
+def test_loading_does_not_depend_on_global_settings(folder: Path) -> None:
+    for name, flow in flows().items():
+        before = torch.get_default_dtype()
+        torch.set_default_dtype(torch.float64)
+        try:
+            with torch.device("meta"):
+                again = fastmaf.load(folder / f"{name}.safetensors")
+        finally:
+            torch.set_default_dtype(before)
+        assert all(torch.equal(again.state_dict()[key], value) for key, value in flow.state_dict().items())
+        x = normal(4, D, dtype=torch.float32).sigmoid()
+        assert torch.equal(again.log_prob(x), flow.log_prob(x))
