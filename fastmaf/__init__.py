@@ -13,7 +13,15 @@ if not (_Path(__file__).parent / "kernels").is_dir():
 
 from fastmaf import optim
 from fastmaf.blas import allocate_work_buffers
-from fastmaf.checkpoint import CheckpointError, load, read_extras, read_tensors, write_tensors
+from fastmaf.checkpoint import (
+    CheckpointError,
+    SavedFlow,
+    load,
+    load_with_extras,
+    read_extras,
+    read_tensors,
+    write_tensors,
+)
 from fastmaf.convert import LeakyMaskError, from_reference
 from fastmaf.degrees import ConnectivityWarning
 from fastmaf.flows import MAF, Flow
@@ -48,12 +56,14 @@ __all__ = [
     "NotInvertibleError",
     "Permutation",
     "ReplayedLogProb",
+    "SavedFlow",
     "StepReport",
     "TrainingStep",
     "Transform",
     "allocate_work_buffers",
     "from_reference",
     "load",
+    "load_with_extras",
     "memory_estimate",
     "optim",
     "read_extras",

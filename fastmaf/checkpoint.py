@@ -8,28 +8,34 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from fastmaf.atomic import write_errors
 from fastmaf.flows import MAF, Flow
-from fastmaf.kernels.layout import Tile
+from fastmaf.io.flow_config import FORMAT_VERSION, TILES, flow_config
+from fastmaf.io.flow_tensors import EXTRA, flow_tensors
+from fastmaf.io.safe_json import shown
+from fastmaf.io.tensor_file import CheckpointError, TensorFile
 from fastmaf.nn import MaskedLinear
 from fastmaf.transforms import TRANSFORMS, Transform
 
-FORMAT_VERSION = 1
-_EXTRA = "extra."
-
-
-class CheckpointError(ValueError):
-    """The file is not a model that this version of fastmaf can load; the message says why."""
+__all__ = [
+    "CheckpointError",
+    "SavedFlow",
+    "load",
+    "load_with_extras",
+    "read_extras",
+    "read_tensors",
+    "save",
+    "write_tensors",
+]
 
 
 def save(
@@ -70,10 +76,10 @@ def save(
         "transforms": transforms,
         "tiles": tiles,
     }
-    kept = {**flow.state_dict(), **{f"{_EXTRA}{k}": v for k, v in (extras or {}).items()}}
+    kept = {**flow.state_dict(), **{f"{EXTRA}{k}": v for k, v in (extras or {}).items()}}
     # Copies of extras: safetensors refuses tensors that share memory, a file keeps values.
     tensors = {k: v.detach().contiguous() for k, v in kept.items()}
-    tensors |= {k: v.clone() for k, v in tensors.items() if k.startswith(_EXTRA)}
+    tensors |= {k: v.clone() for k, v in tensors.items() if k.startswith(EXTRA)}
     write_tensors(tensors, path, {**(metadata or {}), "fastmaf": json.dumps(config)})
 
 
@@ -98,8 +104,18 @@ def write_tensors(tensors: Mapping[str, Tensor], path: str | os.PathLike[str], m
                 temporary.unlink()
 
 
+class SavedFlow(NamedTuple):
+    """All that a model file holds: the flow, and the strings and tensors that were saved beside it."""
+
+    flow: Flow
+    metadata: dict[str, str]
+    extras: dict[str, Tensor]
+
+
 def load(path: str | os.PathLike[str], *, device: torch.device | str = "cpu") -> Flow:
     """Loads a flow that ``save`` wrote.
+
+    The file may come from anywhere: nothing in it is executed, and every value and size is checked before it is used.
 
     Args:
         path: the file.
@@ -110,36 +126,23 @@ def load(path: str | os.PathLike[str], *, device: torch.device | str = "cpu") ->
         CheckpointError: it is no fastmaf model, of a newer format, damaged, or its tensors do not fit its
             configuration.
     """
-    tensors, metadata = read_tensors(path)
-    tensors = {k: v for k, v in tensors.items() if not k.startswith(_EXTRA)}
-    config = _config(path, metadata)
-    try:
-        built = []
-        for i, entry in enumerate(config["transforms"]):
-            own = {
-                k.removeprefix(f"transforms.{i}."): v for k, v in tensors.items() if k.startswith(f"transforms.{i}.")
-            }
-            built.append(TRANSFORMS[entry["type"]].from_config(entry, own))
-        flow = (MAF.from_transforms if config["class"] == "MAF" else Flow)(config["features"], built)
-        _repack(flow, tensors, config["tiles"])
-        _check_tensors(flow, tensors)
-        flow.load_state_dict(tensors)
-    except (KeyError, TypeError, ValueError, RuntimeError) as error:
-        if isinstance(error, CheckpointError):
-            raise CheckpointError(f"{path}: {error}") from error
-        raise CheckpointError(f"{path}: the tensors do not fit the configuration in the file: {error}") from error
-    return flow.to(device)
+    with TensorFile(path) as file:
+        return _flow(file).to(device)
+
+
+def load_with_extras(path: str | os.PathLike[str], *, device: torch.device | str = "cpu") -> SavedFlow:
+    """Loads a flow and what was saved beside it, all of one version of the file; see ``load``.
+
+    ``device`` is that of the flow; extras stay on the CPU.
+    """
+    with TensorFile(path) as file:
+        return SavedFlow(_flow(file).to(device), file.metadata, _extras(file))
 
 
 def read_extras(path: str | os.PathLike[str]) -> dict[str, Tensor]:
     """Returns what was saved beside a flow as ``extras``, by name. Raises as ``read_tensors`` does."""
-    return {k.removeprefix(_EXTRA): v for k, v in read_tensors(path)[0].items() if k.startswith(_EXTRA)}
-
-
-def _umask() -> int:
-    mask = os.umask(0)  # there is no way to read it but to set it
-    os.umask(mask)
-    return mask
+    with TensorFile(path) as file:
+        return _extras(file)
 
 
 def read_tensors(path: str | os.PathLike[str], *, tensors: bool = True) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -149,62 +152,54 @@ def read_tensors(path: str | os.PathLike[str], *, tensors: bool = True) -> tuple
         FileNotFoundError: there is no such file.
         CheckpointError: it is not a safetensors file, or is damaged.
     """
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"no model file at {path}")
+    with TensorFile(path) as file:
+        return ({name: file.read(name) for name in file.tensors} if tensors else {}), file.metadata
+
+
+def _extras(file: TensorFile) -> dict[str, Tensor]:
+    return {name.removeprefix(EXTRA): file.read(name) for name in file.tensors if name.startswith(EXTRA)}
+
+
+def _flow(file: TensorFile) -> Flow:
     try:
-        with safe_open(path, framework="pt") as file:
-            # Copies: what get_tensor returns is a map of the file, which Windows would not let the next save replace.
-            found = {key: file.get_tensor(key).clone() for key in file.keys()} if tensors else {}  # noqa: SIM118
-            return found, dict(file.metadata() or {})
-    except SafetensorError as error:
-        raise CheckpointError(f"{path} is not a safetensors file, or is damaged: {error}") from error
+        config = flow_config(file.metadata, tuple(TRANSFORMS))
+        tensors = flow_tensors(file, config)
+        with torch.device("cpu"):
+            flow = _built(config, tensors)
+        _load_tensors(flow, tensors, config["tiles"])
+    except CheckpointError:
+        raise
+    except Exception as error:  # a class that was registered in TRANSFORMS may raise anything
+        raise CheckpointError(f"{file.path}: {error}") from error
+    return flow
 
 
-def _config(path: str | os.PathLike[str], metadata: Mapping[str, str]) -> dict[str, Any]:
-    if "fastmaf" not in metadata:
-        raise CheckpointError(
-            f"{path} is a safetensors file, but not a fastmaf model: its metadata has no 'fastmaf' entry (found "
-            f"{sorted(metadata) or 'none'})"
-        )
-    try:
-        config: dict[str, Any] = json.loads(metadata["fastmaf"])
-        version, kinds = config["version"], [entry["type"] for entry in config["transforms"]]
-    except (ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{path}: the configuration in its metadata cannot be read: {error!r}") from error
-    if version != FORMAT_VERSION:
-        raise CheckpointError(
-            f"{path} has format version {version}; this fastmaf reads version {FORMAT_VERSION}: update fastmaf"
-        )
-    unknown = sorted(set(kinds) - set(TRANSFORMS))
-    if unknown:
-        raise CheckpointError(
-            f"{path} holds transforms unknown to this version: {unknown}; known are {sorted(TRANSFORMS)}"
-        )
-    return config
+def _built(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Flow:
+    own: list[dict[str, Tensor]] = [{} for _ in config["transforms"]]
+    for name, tensor in tensors.items():
+        _, place, rest = name.split(".", 2)
+        own[int(place)][rest] = tensor
+    entries = zip(config["transforms"], own, strict=True)
+    transforms = [TRANSFORMS[entry["type"]].from_config(entry, found) for entry, found in entries]
+    return (MAF.from_transforms if config["class"] == "MAF" else Flow)(config["features"], transforms)
 
 
-def _repack(flow: Flow, tensors: dict[str, Tensor], tiles: Mapping[str, Sequence[Sequence[int]]]) -> None:
-    """Brings weights that were packed with other tiles into this version's layout."""
-    for name, module in flow.named_modules():
-        if isinstance(module, MaskedLinear) and (found := [Tile(*tile) for tile in tiles[name]]) != module.layout.tiles:
-            dense = module.layout.unpack(tensors[f"{name}.weight"], found)
-            tensors[f"{name}.weight"] = module.layout.pack(dense)
-
-
-def _check_tensors(flow: Flow, tensors: Mapping[str, Tensor]) -> None:
+def _load_tensors(flow: Flow, tensors: dict[str, Tensor], tiles: Mapping[str, Any]) -> None:
+    """Copies tensors into a flow that was built for them, each of the same shape and dtype."""
+    layers = {name: module.layout for name, module in flow.named_modules() if isinstance(module, MaskedLinear)}
+    if tiles.keys() != layers.keys():
+        odd = min(tiles.keys() ^ layers.keys())
+        raise ValueError(f"{TILES}: expected the layers of the flow; {shown(odd)} is missing or unexpected")
     own = flow.state_dict()
-    missing, extra = sorted(own.keys() - tensors.keys()), sorted(tensors.keys() - own.keys())
-    if missing or extra:
-        raise CheckpointError(
-            f"tensor names do not fit the configuration: missing {missing[:3] or 'none'}, unexpected "
-            f"{extra[:3] or 'none'}"
-        )
     for name, expected in own.items():
-        found = tensors[name]
-        if found.shape != expected.shape or found.dtype != expected.dtype:
-            raise CheckpointError(
-                f"tensor {name}: expected {tuple(expected.shape)} {expected.dtype}, found {tuple(found.shape)} "
-                f"{found.dtype}"
-            )
-        if found.is_floating_point() and not bool(torch.isfinite(found).all()):
-            raise CheckpointError(f"tensor {name} holds values that are not finite")
+        found = tensors.get(name)
+        if found is None or found.shape != expected.shape or found.dtype != expected.dtype:
+            what = "nothing" if found is None else f"{tuple(found.shape)} {found.dtype}"
+            raise ValueError(f"tensor {name}: expected {tuple(expected.shape)} {expected.dtype}, found {what}")
+    flow.load_state_dict(tensors)
+
+
+def _umask() -> int:
+    mask = os.umask(0)  # there is no way to read it but to set it
+    os.umask(mask)
+    return mask

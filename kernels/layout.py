@@ -136,15 +136,14 @@ class PackedLayout:
             tile.of(packed).copy_(dense[tile.row_start : tile.row_end, : tile.width])
         return self.zero_padding_(packed)
 
-    def unpack(self, packed: Tensor, tiles: Sequence[Tile] | None = None) -> Tensor:
+    def unpack(self, packed: Tensor) -> Tensor:
         """Returns the dense weight ``[out_features, in_features]``, zero where the mask hides.
 
-        For export and inspection only. ``tiles`` reads a storage that was packed with other tiles than this layout's.
+        For export and inspection only.
         """
-        if tiles is None:
-            self.check_storage(packed)
+        self.check_storage(packed)
         dense = packed.new_zeros(self.out_features, self.in_features)
-        for tile in self.tiles if tiles is None else tiles:
+        for tile in self.tiles:
             dense[tile.row_start : tile.row_end, : tile.width] = tile.of(packed)
         return dense
 

@@ -8,17 +8,49 @@ the state: a process that dies at any moment leaves a model and a state of the s
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 import fastmaf
+from fastmaf.io.safe_json import parse, shown
+from fastmaf.io.schema import Anything, Flag, ListOf, Maybe, Number, Record, Text, Whole
 
 MODEL_FILE, STATE_FILE = "model.safetensors", "training_state.safetensors"
 _NEXT_STATE_FILE = "training_state.next.safetensors"
+
+_MOMENTS = ("exp_avg", "exp_avg_sq")
+_STEPS = Whole(high=2**62)
+_NAMES = ListOf(Text())
+_NLL = Number(finite=False)
+_ROW = Record(
+    {
+        "epoch": Whole(1),
+        "nll": _NLL,
+        "val_nll": Maybe(_NLL),
+        "bits_per_dim": _NLL,
+        "seconds": Number(low=0),
+        "skipped_steps": Whole(),
+    },
+    others=Anything(),
+)
+_STATE = Record(
+    {
+        "config": Record({"epochs": Whole(1)}, others=Anything()),
+        "epochs_done": Whole(),
+        "steps": _STEPS,
+        "files": _NAMES,
+        "guards": Record({"steps": _STEPS, "usual_nll": Maybe(Number()), "warming": Flag()}),
+        "log": ListOf(_ROW),
+    },
+    others=Anything(),
+)
+_TRAINING = Record(optional={"epochs_done": Whole(), "steps": _STEPS, "held_out": _NAMES}, others=Anything())
 
 
 def save_state(
@@ -67,10 +99,14 @@ def load_state(out: Path, *, tensors: bool = True) -> tuple[dict[str, Tensor], d
         )
     step_of_model = training_of(out / MODEL_FILE).get("steps")
     for file in states:
-        _, metadata = fastmaf.read_tensors(file, tensors=False)
-        state: dict[str, Any] = json.loads(metadata.get("state", "{}"))
-        if state and state["steps"] == step_of_model:
-            return (fastmaf.read_tensors(file)[0] if tensors else {}), state
+        found, metadata = fastmaf.read_tensors(file, tensors=tensors)
+        state = _record(metadata, "state", _STATE, file, finite=False)  # a validation NLL may be infinite
+        if len(state["log"]) != state["epochs_done"]:
+            raise fastmaf.CheckpointError(
+                f"{file}: state.log: expected {state['epochs_done']} rows, one an epoch; found {len(state['log'])}"
+            )
+        if state["steps"] == step_of_model:
+            return found, state
     raise fastmaf.CheckpointError(
         f"{out / STATE_FILE} does not belong to {out / MODEL_FILE}, which is from step {step_of_model}: one of them "
         f"was "
@@ -78,8 +114,55 @@ def load_state(out: Path, *, tensors: bool = True) -> tuple[dict[str, Tensor], d
     )
 
 
+def moments_by_parameter(
+    out: Path, tensors: Mapping[str, Tensor], parameters: Mapping[str, Tensor]
+) -> dict[int, dict[str, Tensor]]:
+    """Returns the optimiser's state by each parameter's place, from the tensors that ``load_state`` returned.
+
+    Raises:
+        fastmaf.CheckpointError: a tensor is missing, unexpected, or not as its parameter.
+    """
+    if not tensors:  # every step so far was skipped
+        return {}
+    expected = {f"{name}/{key}": (p.shape, p.dtype) for name, p in parameters.items() for key in _MOMENTS}
+    expected |= {f"{name}/step": (torch.Size(()), torch.float32) for name in parameters}
+    if odd := sorted(expected.keys() ^ tensors.keys()):
+        raise fastmaf.CheckpointError(f"{out / STATE_FILE}: tensor {shown(odd[0])} is missing or unexpected")
+    for name, (shape, dtype) in expected.items():
+        found = tensors[name]
+        if found.shape != shape or found.dtype != dtype:
+            what = f"{shown(tuple(found.shape))} {found.dtype}"
+            raise fastmaf.CheckpointError(
+                f"{out / STATE_FILE}: tensor {name}: expected {tuple(shape)} {dtype}; found {what}"
+            )
+        signed = name.endswith("/exp_avg")  # steps and second moments are not
+        if not bool((torch.isfinite(found) & (found >= (-math.inf if signed else 0))).all()):
+            numbers = "finite numbers" if signed else "finite numbers that are not negative"
+            raise fastmaf.CheckpointError(f"{out / STATE_FILE}: tensor {name}: expected {numbers}; found others")
+    names = ("step", *_MOMENTS)
+    return {i: {key: tensors[f"{name}/{key}"] for key in names} for i, name in enumerate(parameters)}
+
+
 def training_of(model: Path) -> dict[str, Any]:
-    """Returns what a model file says of its training; empty for a model that ``fastmaf train`` did not write."""
-    _, metadata = fastmaf.read_tensors(model, tensors=False)
-    found: dict[str, Any] = json.loads(metadata.get("training", "{}"))
+    """Returns what a model file says of its training; empty for a model that ``fastmaf train`` did not write.
+
+    Raises:
+        fastmaf.CheckpointError: the file is damaged.
+    """
+    return training_in(fastmaf.read_tensors(model, tensors=False)[1], model)
+
+
+def training_in(metadata: Mapping[str, str], model: Path) -> dict[str, Any]:
+    """Returns what the metadata of the file ``model`` say of its training; see ``training_of``."""
+    return _record(metadata, "training", _TRAINING, model) if "training" in metadata else {}
+
+
+def _record(
+    metadata: Mapping[str, str], key: str, schema: Record, file: Path, *, finite: bool = True
+) -> dict[str, Any]:
+    try:
+        found: dict[str, Any] = parse(metadata.get(key, "{}"), key, finite=finite)
+        schema.check(found, key)
+    except ValueError as error:
+        raise fastmaf.CheckpointError(f"{file}: {error}") from error
     return found

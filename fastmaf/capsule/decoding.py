@@ -41,6 +41,21 @@ _NOTES = {
 }
 
 
+_SIGNATURES = {
+    b"\x89PNG": "a damaged PNG",
+    b"\xff\xd8": "a damaged JPEG",
+    b"BM": "a damaged BMP",
+    b"II*\0": "a damaged TIFF",
+    b"MM\0*": "a damaged TIFF",
+    b"GIF8": "a GIF",
+    b"RIFF": "a WebP, AVI or WAV file",
+    b"PK": "a ZIP archive",
+    b"\x1f\x8b": "a gzip archive",
+    b"%PDF": "a PDF",
+    b"<": "HTML, XML or SVG",
+}
+
+
 class DataError(ValueError):
     """A data folder or an image file that cannot be used; the message names it and what was expected and found."""
 
@@ -142,14 +157,23 @@ def _decode(path: Path) -> tuple[Image.Image, list[str]]:
     except DataError:
         raise
     except UnidentifiedImageError:
-        found = f"a file that starts with {start[:12]!r}" if start else "an empty file"
         raise DataError(
-            f"{path}: no image that can be read, or one cut short; expected {', '.join(FORMATS)}, found {found}"
+            f"{path}: no image that can be read, or one cut short; expected {', '.join(FORMATS)}, found "
+            f"{_kind_of(start)}"
         ) from None
     except Exception as error:  # a damaged file makes Pillow raise almost anything, from SyntaxError to struct.error
         raise DataError(f"{path}: cannot be read ({type(error).__name__}: {error})") from error
     finally:
         ImageFile.LOAD_TRUNCATED_IMAGES = lenient
+
+
+def _kind_of(start: bytes) -> str:
+    """Returns what a file seems to be, by its first bytes, quoting none: a name may be a link to any file."""
+    if not start:
+        return "an empty file"
+    return next(
+        (name for signature, name in _SIGNATURES.items() if start.startswith(signature)), "another kind of file"
+    )
 
 
 def _read_rgb(stream: BinaryIO, start: bytes, path: Path) -> tuple[Image.Image, list[str]]:

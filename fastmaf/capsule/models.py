@@ -8,10 +8,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from torch import Tensor
 from tqdm import tqdm
 
 import fastmaf
-from fastmaf.capsule.checkpoints import MODEL_FILE, training_of
+from fastmaf.capsule.checkpoints import MODEL_FILE, training_in
 from fastmaf.capsule.data import ImageSet, to_unit
 
 
@@ -43,21 +44,39 @@ def load_model(path: str | Path, *, device: str = "cpu") -> Model:
     path = Path(path)
     if path.is_dir():
         path = path / MODEL_FILE
-    flow = fastmaf.load(path, device=device)
+    flow, metadata, _ = fastmaf.load_with_extras(path, device=device)
+    size = check_takes_images(flow, path)
+    return Model(flow.eval(), size, path, tuple(training_in(metadata, path).get("held_out", ())))
+
+
+def check_takes_images(flow: fastmaf.Flow, path: Path) -> int:
+    """Returns the side in pixels of the square RGB images that a flow from a file is over.
+
+    Raises:
+        fastmaf.CheckpointError: it is over something else, or not float32.
+    """
     size = math.isqrt(flow.features // 3)
     if 3 * size**2 != flow.features:
         raise fastmaf.CheckpointError(
             f"{path} models {flow.features} numbers, which are no square RGB image (3 x size x size): it is not "
             f"from the capsule workflow"
         )
-    return Model(flow.eval(), size, path, tuple(training_of(path).get("held_out", ())))
+    dtypes = {tensor.dtype for tensor in _tensors(flow) if tensor.is_floating_point()}
+    if dtypes and torch.float32 not in dtypes:
+        raise fastmaf.CheckpointError(f"{path}: expected a float32 model of images; found {dtypes.pop()}")
+    return size
+
+
+def _tensors(flow: fastmaf.Flow) -> list[Tensor]:
+    return [*flow.parameters(), *flow.buffers()]
 
 
 @fastmaf.torch_defaults()
 @torch.no_grad()
 def nll_of(flow: fastmaf.Flow, images: ImageSet, *, batch_size: int = 64, progress: bool = True) -> np.ndarray:
     """Returns the negative log-likelihood of each image, float64 ``[n]`` nats."""
-    device = next(flow.parameters()).device
+    tensors = _tensors(flow)
+    device = tensors[0].device if tensors else torch.device("cpu")
     parts = torch.arange(len(images)).split(batch_size)
     bar = tqdm(parts, desc="scoring", unit="batch", disable=not progress, leave=False)
     log_prob = fastmaf.ReplayedLogProb(flow)

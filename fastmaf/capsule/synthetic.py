@@ -36,6 +36,8 @@ from fastmaf.capsule.drawing import (
     imprint,
 )
 from fastmaf.capsule.marks import DRAWN, png_text, role_of
+from fastmaf.io.safe_json import parse
+from fastmaf.io.schema import Anything, MapOf, Record, Whole
 
 __all__ = ["DEFAULT_COUNTS", "DEFECTS", "MARKER", "draw_dataset"]
 
@@ -47,6 +49,8 @@ DEFAULT_COUNTS: Mapping[str, int] = MappingProxyType(
 
 MARKER = "fastmaf-demo.json"
 """The file that says a folder was drawn here, with what counts, so that it may be drawn again."""
+
+_DRAWN = Record({"counts": MapOf(Whole(high=1_000_000))}, others=Anything())
 
 
 def draw_dataset(
@@ -106,11 +110,12 @@ def _claim(root: Path, counts: Mapping[str, int], settings: Mapping[str, int]) -
     known = ["train/good", "test/good", *(f"test/{name}" for name in DEFECTS)]
     if marker.is_file():
         try:
-            before = json.loads(marker.read_text("utf-8"))
-            old = {str(folder): int(n) for folder, n in before["counts"].items()}
+            before = parse(marker.read_text("utf-8"), "marker")
+            _DRAWN.check(before, "marker")
+            old: dict[str, int] = before["counts"]
             # Until pictures were marked, the marker alone said which of them were drawn.
             trusted = {} if before.get("marked") else old
-        except (ValueError, KeyError, AttributeError, TypeError) as error:
+        except ValueError as error:
             raise DataError(f"{marker} cannot be read ({error}); draw into a new folder") from error
         drawn = {file for folder in known for file in _drawn(root, folder, trusted.get(folder, 0))}
         planned = (file for folder, n in counts.items() for i in range(n) for file in _files(root, folder, i))
@@ -122,9 +127,9 @@ def _claim(root: Path, counts: Mapping[str, int], settings: Mapping[str, int]) -
         for file in drawn:
             file.unlink()
     elif root.is_dir():
-        found = sorted(entry.name for entry in root.iterdir())
-        if found:
-            shown = ", ".join(found[:5]) + (", ..." if len(found) > 5 else "")
+        names = sorted(entry.name for entry in root.iterdir())
+        if names:
+            shown = ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
             raise DataError(
                 f"{root} is not empty (it holds {shown}) and was not drawn by this command (no {MARKER} in it); "
                 "nothing was written: name a new folder"

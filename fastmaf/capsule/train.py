@@ -26,7 +26,15 @@ from tqdm import tqdm
 
 import fastmaf
 from fastmaf.atomic import written_atomically
-from fastmaf.capsule.checkpoints import MODEL_FILE, STATE_FILE, load_state, previous_of, save_state, set_aside
+from fastmaf.capsule.checkpoints import (
+    MODEL_FILE,
+    STATE_FILE,
+    load_state,
+    moments_by_parameter,
+    previous_of,
+    save_state,
+    set_aside,
+)
 from fastmaf.capsule.config import TrainConfig
 from fastmaf.capsule.data import DataError, ImageSet, load_train, to_unit
 from fastmaf.capsule.marks import CURVE
@@ -36,6 +44,7 @@ from fastmaf.capsule.outputs import model as model_kind
 from fastmaf.capsule.plots import nll_curve
 from fastmaf.capsule.results import bits_per_dim
 from fastmaf.capsule.room import check_room
+from fastmaf.io.safe_json import shown
 
 LOG_FILE, CURVE_FILE = "train_log.csv", "nll_curve.png"
 LOG_COLUMNS = ("epoch", "nll", "val_nll", "bits_per_dim", "seconds", "skipped_steps")
@@ -188,7 +197,7 @@ class _Run:
         before, now = state["config"], json.loads(json.dumps(asdict(self.config)))
         different = [k for k in now if k != "epochs" and before.get(k) != now[k]]
         if different:
-            changes = ", ".join(f"{k}: was {before.get(k)!r}, now {now[k]!r}" for k in different)
+            changes = ", ".join(f"{k}: was {shown(before.get(k))}, now {shown(now[k])}" for k in different)
             raise ValueError(
                 f"cannot resume {self.out} with other settings ({changes}): repeat the first ones, or choose "
                 f"another --out"
@@ -198,14 +207,15 @@ class _Run:
                 f"cannot resume {self.out}: it was trained on {len(state['files'])} images, the data now hold "
                 f"{len(self.normals)} others or renamed ones for training"
             )
-        self.flow.load_state_dict(fastmaf.load(self.out / MODEL_FILE).state_dict())
+        model = self.out / MODEL_FILE
+        try:
+            self.flow.load_state_dict(fastmaf.load(model).state_dict())
+        except RuntimeError:
+            raise fastmaf.CheckpointError(
+                f"{model}: the flow is not of the settings in {self.out / STATE_FILE}"
+            ) from None
         tensors, _ = load_state(self.out)  # only now, so that they and a second model are never held together
-        by_name = dict(self.flow.named_parameters())
-        moments = {
-            i: {k: tensors[f"{name}/{k}"] for k in ("step", "exp_avg", "exp_avg_sq")}
-            for i, name in enumerate(by_name)
-            if tensors  # none if every step so far was skipped
-        }
+        moments = moments_by_parameter(self.out, tensors, dict(self.flow.named_parameters()))
         groups = self.optimizer.state_dict()["param_groups"]
         self.optimizer.load_state_dict({"state": moments, "param_groups": groups})
         self.step.load_state_dict(state["guards"])

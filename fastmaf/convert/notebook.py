@@ -16,6 +16,7 @@ from torch import Tensor
 
 from fastmaf.degrees import input_degrees, warn_if_disconnected
 from fastmaf.flows import MAF
+from fastmaf.io.safe_json import shown
 from fastmaf.nn import MADE
 from fastmaf.transforms import AffineAutoregressive, Transform
 
@@ -62,17 +63,22 @@ def from_reference(state_dict: Mapping[str, Tensor], *, strict: bool = True) -> 
     blocks: list[Transform] = []
     for block, (block_degrees, leaks) in zip(layers, degrees, strict=True):
         blocks.append(_build(block, block_degrees, strict=not leaks))
-    features = layers[0][0].mask.shape[1]
+    features, dtype = layers[0][0].mask.shape[1], layers[0][0].weight.dtype
+    for i, block in enumerate(layers):
+        if (found := (block[0].mask.shape[1], block[0].weight.dtype)) != (features, dtype):
+            raise ValueError(f"flows.{i}.made: expected {features} features in {dtype}, as in flows.0; found {found}")
     warn_if_disconnected(features, [[d.sort().values for d in found] for found, _ in degrees])
     return MAF.from_transforms(features, blocks)
 
 
 def _count_blocks(state_dict: Mapping[str, Tensor]) -> int:
-    found = {int(m[1]) for key in state_dict if (m := re.match(r"flows\.(\d+)\.made\.(?:fc[123]|net\.[024])\.", key))}
+    pattern = re.compile(r"flows\.(0|[1-9][0-9]{0,5})\.made\.(?:fc[123]|net\.[024])\.")
+    found = {int(m[1]) for key in state_dict if isinstance(key, str) and (m := pattern.match(key))}
     if not found or found != set(range(len(found))):
         raise ValueError(
             "not a model of the reference notebook: expected keys flows.{i}.made.fc{1,2,3}.{weight,bias,mask}; "
-            f"found blocks {sorted(found) or 'none'} among {len(state_dict)} keys such as {sorted(state_dict)[:3]}"
+            f"found blocks {shown(sorted(found)) if found else 'none'} among {len(state_dict)} keys such as "
+            f"{shown(sorted(map(str, state_dict))[:3])}"
         )
     return len(found)
 
@@ -83,23 +89,40 @@ def _layers_of(state_dict: Mapping[str, Tensor], block: int) -> tuple[_Layer, _L
         fields = []
         for field in _FIELDS:
             keys = [f"flows.{block}.made.{name}.{field}" for name in names]
-            key = next((key for key in keys if key in state_dict), None)
-            if key is None:
+            found = [_tensor(key, state_dict[key], 1 if field == "bias" else 2) for key in keys if key in state_dict]
+            if not found:
                 raise ValueError(f"the state_dict has neither {keys[0]} nor {keys[1]}")
-            fields.append(state_dict[key].detach().cpu())
+            if len(found) == 2 and not (found[0].dtype == found[1].dtype and torch.equal(*found)):
+                raise ValueError(f"{keys[0]} and {keys[1]} must be the same tensor; found two that differ")
+            fields.append(found[0])
         layers.append(_Layer(*fields))
     first, second, third = layers
+    dtypes = {tensor.dtype for layer in layers for tensor in (layer.weight, layer.bias)}
+    if len(dtypes) > 1 or not first.weight.is_floating_point():
+        raise ValueError(
+            f"flows.{block}.made: weights and biases must have one floating-point dtype; found "
+            f"{', '.join(sorted(map(str, dtypes)))}"
+        )
     features, h1, h2 = first.mask.shape[1], first.mask.shape[0], second.mask.shape[0]
     for layer, expected in ((first, (h1, features)), (second, (h2, h1)), (third, (2 * features, h2))):
-        found = tuple(layer.weight.shape), tuple(layer.mask.shape), tuple(layer.bias.shape)
-        if found != (expected, expected, expected[:1]):
+        shapes = tuple(layer.weight.shape), tuple(layer.mask.shape), tuple(layer.bias.shape)
+        if shapes != (expected, expected, expected[:1]):
             raise ValueError(
                 f"flows.{block}.made: expected weight and mask {expected} and bias {expected[:1]}; "
-                f"found weight {found[0]}, mask {found[1]}, bias {found[2]}"
+                f"found weight {shapes[0]}, mask {shapes[1]}, bias {shapes[2]}"
             )
+        if not bool(torch.isfinite(layer.weight).all() and torch.isfinite(layer.bias).all()):
+            raise ValueError(f"flows.{block}.made: weights and biases must be finite; found NaN or infinities")
         if not bool(((layer.mask == 0) | (layer.mask == 1)).all()):
             raise ValueError(f"flows.{block}.made: masks must hold 0 and 1 alone; found other numbers")
     return first, second, third
+
+
+def _tensor(key: str, value: object, axes: int) -> Tensor:
+    if not isinstance(value, Tensor) or value.layout != torch.strided or value.is_meta or value.dim() != axes:
+        what = f"a tensor {list(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+        raise ValueError(f"{key} must be a tensor of {axes} axes that holds numbers; found {what}")
+    return value.detach().cpu()
 
 
 def _recover_degrees(block: int, layers: tuple[_Layer, _Layer, _Layer]) -> tuple[list[Tensor], int]:

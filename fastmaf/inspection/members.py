@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import fastmaf
+from fastmaf.capsule.models import check_takes_images
 from fastmaf.inspection.model import InspectionModel
 
 FOLDS_FOLDER = "folds"
@@ -42,10 +43,21 @@ def remove_members(run: Path) -> None:
 
 @fastmaf.torch_defaults()
 def load_members(run: Path, model: InspectionModel) -> list[fastmaf.Flow]:
-    """Returns the flows of the folds of this model, on its device; none where they were not kept, or are another's."""
+    """Returns the flows of the folds of this model, on its device; none where they were not kept, or are another's.
+
+    Raises:
+        fastmaf.CheckpointError: a file is damaged.
+    """
     files = sorted((run / FOLDS_FOLDER).glob("fold-*.safetensors"))
-    own = [file for file in files if _statistics(file) == _print_of(model)]
-    return [fastmaf.load(file).eval().to(model.device) for file in own]
+    own = [f for f in files if fastmaf.read_tensors(f, tensors=False)[1].get("statistics") == _print_of(model)]
+    flows = [fastmaf.load(file, device=model.device).eval() for file in own]
+    for file, flow in zip(own, flows, strict=True):
+        check_takes_images(flow, file)
+        if flow.features != model.flow.features:
+            raise fastmaf.CheckpointError(
+                f"{file}: expected a flow of {model.flow.features} features, as its model's; found {flow.features}"
+            )
+    return flows
 
 
 def _statistics(file: Path) -> str | None:

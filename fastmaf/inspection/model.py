@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -16,13 +16,17 @@ from torch import Tensor
 import fastmaf
 from fastmaf.capsule.checkpoints import MODEL_FILE
 from fastmaf.capsule.data import to_unit
-from fastmaf.inspection.calibration import Calibration, CalibrationError
+from fastmaf.capsule.models import check_takes_images
+from fastmaf.inspection.calibration import Calibration
 from fastmaf.inspection.float64 import Evaluated, Float64Flow
 from fastmaf.inspection.location import Location, location_maps, residuals_of
+from fastmaf.inspection.model_schema import KEY, inspection_record
 from fastmaf.inspection.scores import ScoreSettings, TermStatistics, image_scores, maps_of, terms_of
+from fastmaf.io.safe_json import shown
 
 _BATCH = 64
 _SCORED_IN = "float64"  # what a file says of its calibration scores
+_LARGEST = 1e18  # of a statistic of the terms; its square is finite in float32
 
 
 @dataclass(frozen=True, eq=False)
@@ -150,7 +154,7 @@ class InspectionModel:
             "term_deviation": self.statistics.deviation,
             "calibration_scores": torch.from_numpy(np.array(self.calibration.scores)),
         }
-        self.flow.save(path, {"inspection": json.dumps(own)}, extras)
+        self.flow.save(path, {KEY: json.dumps(own)}, extras)
 
 
 def is_inspection_model(path: str | Path) -> bool:
@@ -160,7 +164,7 @@ def is_inspection_model(path: str | Path) -> bool:
         FileNotFoundError: there is none.
         fastmaf.CheckpointError: it is no safetensors file.
     """
-    return "inspection" in fastmaf.read_tensors(model_file(path), tensors=False)[1]
+    return KEY in fastmaf.read_tensors(model_file(path), tensors=False)[1]
 
 
 def model_file(path: str | Path) -> Path:
@@ -178,28 +182,45 @@ def load_inspection(path: str | Path, *, device: str = "cpu") -> InspectionModel
         fastmaf.CheckpointError: it is no inspection model, or damaged.
     """
     path = model_file(path)
-    _, metadata = fastmaf.read_tensors(path, tensors=False)
-    if "inspection" not in metadata:
+    flow, metadata, extras = fastmaf.load_with_extras(path)
+    if KEY not in metadata:
         raise fastmaf.CheckpointError(
             f"{path} is not an inspection model: expected one that 'fastmaf train --recipe inspection' wrote"
         )
-    flow = fastmaf.load(path).eval()
+    check_takes_images(flow, path)
     try:
-        own, extras = json.loads(metadata["inspection"]), fastmaf.read_extras(path)
-        settings, location = ScoreSettings(**own["settings"]), Location(**own["location"])
-        mean, deviation = (extras[f"term_{name}"] for name in ("mean", "deviation"))
-        size = math.isqrt(flow.features // 3)
-        for name, found in (("term_mean", mean), ("term_deviation", deviation)):
-            if found.shape != (3 * size**2,) or not bool(torch.isfinite(found).all()):
-                raise ValueError(f"{name} must be {3 * size**2} finite numbers; found {list(found.shape)}")
-        if not bool((deviation > 0).all()):
-            raise ValueError("term_deviation must be positive")
-        statistics = TermStatistics(mean.to(device), deviation.to(device), float(own["nll"]))
-        calibration = Calibration.from_json(own["calibration"], extras["calibration_scores"].numpy())
-        about = dict(own["about"])
+        record = inspection_record(metadata)
+        if not len(flow.transforms):
+            raise ValueError("a flow without a transform has no terms to score")
+        mean, deviation = (_terms(f"term_{name}", extras, flow.features) for name in ("mean", "deviation"))
+        scores = extras.get("calibration_scores")
+        if scores is None or scores.dtype != torch.float64:
+            found = "nothing" if scores is None else scores.dtype
+            raise ValueError(f"tensor calibration_scores: expected torch.float64; found {found}")
+        calibration = Calibration.from_json(record["calibration"], scores.numpy())
         # Scores used to be float32, and those of a "split" are this very model's: an image may have been the threshold.
-        if about.get("scored_in") != _SCORED_IN and calibration.how == "split":
+        if record["about"].get("scored_in") != _SCORED_IN and calibration.how == "split":
             calibration = calibration.raised()
-    except (KeyError, TypeError, ValueError, CalibrationError) as error:
-        raise fastmaf.CheckpointError(f"{path}: what it says of its scores cannot be used: {error}") from error
-    return InspectionModel(flow.to(device), settings, location, statistics, calibration, about)
+    except ValueError as error:
+        raise fastmaf.CheckpointError(f"{path}: {error}") from error
+    return InspectionModel(
+        flow.eval().to(device),
+        ScoreSettings(**record["settings"]),
+        Location(**record["location"]),
+        TermStatistics(mean.to(device), deviation.to(device), float(record["nll"])),
+        calibration,
+        record["about"],
+    )
+
+
+def _terms(name: str, extras: Mapping[str, Tensor], features: int) -> Tensor:
+    """Returns a statistic of the terms, whose values neither overflow nor divide by zero in float32."""
+    found = extras.get(name)
+    if found is None or found.shape != (features,) or found.dtype not in (torch.float32, torch.float64):
+        what = "nothing" if found is None else f"{shown(tuple(found.shape))} {found.dtype}"
+        raise ValueError(f"tensor {name}: expected ({features},) torch.float32; found {what}")
+    sizes = found.abs()
+    if not bool((sizes <= _LARGEST).all()) or (name == "term_deviation" and not bool((found >= 1 / _LARGEST).all())):
+        least = f"at least {1 / _LARGEST:g} and " if name == "term_deviation" else ""
+        raise ValueError(f"tensor {name}: expected finite numbers, {least}at most {_LARGEST:g} in size")
+    return found

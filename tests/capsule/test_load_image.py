@@ -217,11 +217,11 @@ def test_files_that_are_no_image(tmp_path: Path) -> None:
     path = tmp_path / "a.png"
     path.write_text("hello, this is text")
     message = refused(path)
-    assert "PNG, JPEG, BMP, TIFF" in message and "hello" in message
+    assert "PNG, JPEG, BMP, TIFF" in message and "found another kind of file" in message and "hello" not in message
     path.write_bytes(b"")
     assert "empty file" in refused(path)
     Image.new("RGB", (4, 4)).save(path, "GIF")  # an image, but of none of the formats that are meant
-    assert "GIF8" in refused(path)
+    assert "found a GIF" in refused(path)
     path.unlink()
     assert "No such file" in refused(path)
     path.mkdir()

@@ -73,7 +73,7 @@ IMAGE_DAMAGE: dict[str, tuple[Callable[[dict[str, Tensor], dict[str, str]], None
     "other patch": (edit_transform(2, patch=1), "weight"),
     "patch that does not divide": (edit_transform(2, patch=4), "patch.*4"),
     "words for a shape": (edit_transform(2, shape="large"), "shape|large|configuration"),
-    "flat shape": (edit_transform(2, shape=[12]), r"shape.*\(12,\)"),
+    "flat shape": (edit_transform(2, shape=[12]), r"shape.*\[12\]"),
     "shape of other features": (edit_transform(2, shape=[3, 4, 4]), "48"),
     "no shape": (edit_transform(2, shape=None), "shape"),
     "no bound": (edit_transform(2, log_scale_bound=-1), "log_scale_bound.*-1"),

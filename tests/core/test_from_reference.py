@@ -319,14 +319,32 @@ def test_other_keys_are_refused(state: dict[str, Tensor]) -> None:
         quiet(state)
 
 
-def test_non_finite_weights_are_not_hidden() -> None:
-    """A NaN in a visible weight is either refused or shows in the score; it must not be dropped."""
-    state = changed(fc2_weight=lambda weight: torch.where(torch.ones_like(weight, dtype=torch.bool), torch.nan, weight))
-    try:
-        flow = quiet(state)
-    except ValueError:
-        return
-    assert not torch.isfinite(flow.log_prob(normal(2, 13).float())).any()
+@pytest.mark.parametrize("changes, words", [
+    ({"fc2_weight": lambda weight: weight * torch.inf}, "flows.0.made: weights and biases must be finite"),
+    ({"fc1_bias": lambda bias: bias + torch.inf}, "flows.0.made: weights and biases must be finite"),
+    ({"fc1_mask": lambda mask: mask[0]}, r"fc1.mask must be a tensor of 2 axes .*found a tensor \[13\]"),
+    ({"fc3_bias": lambda bias: bias.sum()}, r"fc3.bias must be a tensor of 1 axes .*found a tensor \[\]"),
+    ({"fc2_weight": lambda weight: weight.tolist()}, "fc2.weight must be a tensor of 2 axes .*found list"),
+    ({"fc2_weight": lambda weight: weight.to("meta")}, "fc2.weight must be a tensor .* holds numbers"),
+    ({"fc2_weight": lambda weight: weight.to_sparse()}, "fc2.weight must be a tensor .* holds numbers"),
+    ({"fc1_weight": lambda weight: weight.double()}, "one floating-point dtype; found torch.float32, torch.float64"),
+], ids=lambda value: ",".join(value) if isinstance(value, dict) else None)  # fmt: skip
+def test_tensors_that_cannot_be_used_are_named(changes: dict[str, Any], words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        quiet(changed(**changes))
+
+
+def test_two_copies_of_a_layer_that_differ_are_refused() -> None:
+    for other in (torch.zeros(6, 13), torch.zeros(6, 13, dtype=torch.float64), torch.zeros(5, 13)):
+        state = {**no_ties(strict=True).state_dict(), "flows.1.made.net.0.weight": other}
+        with pytest.raises(ValueError, match=r"flows.1.made.fc1.weight and flows.1.made.net.0.weight must be the same"):
+            quiet(state)
+
+
+def test_blocks_of_other_dtypes_are_refused() -> None:
+    state = {k: v.double() if k.startswith("flows.1.") else v for k, v in no_ties(strict=True).state_dict().items()}
+    with pytest.raises(ValueError, match=r"flows.1.made: expected 13 features in torch.float32.*float64"):
+        quiet(state)
 
 
 def test_gaps_of_an_imported_model_are_reported() -> None:

@@ -1,0 +1,204 @@
+"""The configuration of a flow in a model file: what it may say, and the tensors that belong to it.
+
+    {"version": 1, "class": "MAF", "features": D, "transforms": [{"type": ..., ...}, ...], "tiles": {layer: [...]}}
+
+The sizes of all tensors but the packed weights follow from it, so that a file is checked before anything is built.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple, TypeAlias
+
+import torch
+
+from fastmaf.io.safe_json import parse, shown
+from fastmaf.io.schema import (
+    Anything,
+    Field,
+    Flag,
+    ListOf,
+    MapOf,
+    Maybe,
+    Number,
+    OneOf,
+    Record,
+    SchemaError,
+    Text,
+    Whole,
+)
+from fastmaf.kernels.masked_linear.op import ACTIVATIONS
+
+FORMAT_VERSION = 1
+KEY = "fastmaf"  # of the configuration in a file's metadata
+_WHERE = "configuration"  # paths in messages begin with it
+TILES = f"{_WHERE}.tiles"
+CLASSES = ("MAF", "Flow")
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+Config: TypeAlias = Mapping[str, Any]
+Dtype: TypeAlias = torch.dtype | Literal["flow", "weight"]
+
+
+class Expected(NamedTuple):
+    """A tensor that a configuration asks for.
+
+    Attributes:
+        shape: None for packed weights, whose length follows from the degrees.
+        dtype: ``"flow"`` for that of the whole flow, ``"weight"`` for that of packed weights.
+    """
+
+    shape: tuple[int, ...] | None
+    dtype: Dtype = "flow"
+
+
+@dataclass(frozen=True)
+class Kind:
+    """What a file says of one type of transform.
+
+    Attributes:
+        fields: of its configuration, all of them required.
+        tensors: those that it asks for, by name, of the configuration and the flow's number of features. Raises
+            SchemaError where two entries contradict each other.
+        optional: fields that may be missing.
+    """
+
+    fields: Mapping[str, Field]
+    tensors: Callable[[Config, int], dict[str, Expected]]
+    optional: Mapping[str, Field]
+
+
+def _permutation(config: Config, features: int) -> dict[str, Expected]:
+    return {"permutation": Expected((features,), torch.int64)}
+
+
+def _logit(config: Config, features: int) -> dict[str, Expected]:
+    return {}
+
+
+def _affine(config: Config, features: int) -> dict[str, Expected]:
+    if config["soft_bound"] and config["log_scale_bound"] is None:
+        raise SchemaError("log_scale_bound: expected a number, as soft_bound is true; found None")
+    found: dict[str, Expected] = {}
+    for k, units in enumerate(config["hidden_features"]):
+        found[f"made.degrees_{k}"] = Expected((units,), torch.int32)
+        found[f"made.hidden.{k}.weight"] = Expected(None, "weight")
+        found[f"made.hidden.{k}.bias"] = Expected((units,))
+    return {**found, "made.output.weight": Expected(None, "weight"), "made.output.bias": Expected((2 * features,))}
+
+
+def _whitening(config: Config, features: int) -> dict[str, Expected]:
+    rank = config["rank"]
+    if rank > features:
+        raise SchemaError(f"rank: expected at most {features}, the features; found {rank}")
+    line, factors = Expected((features,)), Expected((features, rank))
+    return {"mean": line, "scale": line, "factors": factors, "variance": Expected((rank,))}
+
+
+def _local(config: Config, features: int) -> dict[str, Expected]:
+    (channels, height, width), patch, kernel = config["shape"], config["patch"], config["kernel"]
+    if (numbers := channels * height * width) != features:
+        raise SchemaError(f"shape: expected {features} numbers, the features; found {numbers} in {config['shape']}")
+    if patch & (patch - 1) or height % patch or width % patch:
+        raise SchemaError(f"patch: expected a power of two that divides {height} and {width}; found {patch}")
+    if kernel % 2 == 0:
+        raise SchemaError(f"kernel: expected an odd number; found {kernel}")
+    degrees, window = channels * patch**2, (kernel, kernel)
+    units = degrees * config["hidden"]
+    return {
+        "linear.weight": Expected((degrees, degrees, *window)),
+        "first.weight": Expected((units, degrees, *window)),
+        "first.bias": Expected((units,)),
+        "second.weight": Expected((2 * degrees, units, *window)),
+        "second.bias": Expected((2 * degrees,)),
+    }
+
+
+_TEXT = Text(10_000_000)  # a hundred blocks of 12,288 dimensions take 200 kB
+_FEATURES = Whole(1, 2**28)
+_NATS = Number(low=1e-30, high=1e30)  # within float32, in which it is used
+_LAYERS = ListOf(Whole(1, 2**28), shortest=1, longest=1024)
+
+KINDS: dict[str, Kind] = {
+    "permutation": Kind({}, _permutation, {}),
+    "logit": Kind({"features": _FEATURES, "alpha": Number(low=0, below=0.5)}, _logit, {}),
+    "affine_autoregressive": Kind(
+        {
+            "features": _FEATURES,
+            "hidden_features": _LAYERS,
+            "activation": OneOf(tuple(ACTIVATIONS)),
+            "strict": Flag(),
+            "log_scale_bound": Maybe(_NATS),
+            "soft_bound": Flag(),
+        },
+        _affine,
+        {"weight_dtype": OneOf((str(torch.bfloat16),))},
+    ),
+    "gaussian_whitening": Kind({"features": _FEATURES, "rank": Whole()}, _whitening, {}),
+    "local_autoregressive": Kind(
+        {
+            "shape": ListOf(_FEATURES, shortest=3, longest=3),
+            "patch": Whole(1),
+            "kernel": Whole(1, 2**16),
+            "hidden": Whole(),
+            "reverse": Flag(),
+            "log_scale_bound": _NATS,
+        },
+        _local,
+        {},
+    ),
+}
+
+
+def flow_config(metadata: Mapping[str, str], types: tuple[str, ...]) -> dict[str, Any]:
+    """Returns the configuration in a file's metadata.
+
+    Args:
+        metadata: of the file.
+        types: the transforms that can be built. Those that are not in ``KINDS`` check their configuration themselves.
+
+    Raises:
+        ValueError: there is none, or a value is not what it may be.
+    """
+    if KEY not in metadata:
+        raise SchemaError(
+            f"a safetensors file, but not a fastmaf model: its metadata has no {KEY!r} entry (found "
+            f"{shown(sorted(metadata)) if metadata else 'none'})"
+        )
+    _TEXT.check(metadata[KEY], _WHERE)
+    config: dict[str, Any] = parse(metadata[KEY], _WHERE)
+    version = config.get("version") if isinstance(config, dict) else None
+    if type(version) is int and version != FORMAT_VERSION:
+        raise SchemaError(
+            f"format version {shown(version)}; this fastmaf reads version {FORMAT_VERSION}: update fastmaf"
+        )
+    _record(types).check(config, _WHERE)
+    for i, entry in enumerate(config["transforms"]):
+        if entry["type"] in KINDS:
+            _check_transform(entry, config["features"], f"{_WHERE}.transforms[{i}]")
+    return config
+
+
+def _record(types: tuple[str, ...]) -> Record:
+    transform = Record({"type": OneOf(types)}, others=Anything())
+    return Record(
+        {
+            "version": Whole(),
+            "class": OneOf(CLASSES),
+            "features": _FEATURES,
+            "transforms": ListOf(transform, longest=4096),
+            "tiles": MapOf(ListOf(Anything())),
+        }
+    )
+
+
+def _check_transform(entry: Config, features: int, where: str) -> None:
+    kind = KINDS[entry["type"]]
+    Record({"type": Anything(), **kind.fields}, kind.optional).check(entry, where)
+    if entry.get("features", features) != features:
+        raise SchemaError(f"{where}.features: expected {features}, the flow's; found {entry['features']}")
+    try:
+        kind.tensors(entry, features)
+    except SchemaError as error:
+        raise SchemaError(f"{where}.{error}") from None

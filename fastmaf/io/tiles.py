@@ -1,0 +1,84 @@
+"""The packing of weights in a model file, which may be that of a version whose tiles were cut by other constants.
+
+Tiles follow from the degrees. A file states its own, so that they can be told from this version's; they are taken
+only if they are a complete packing of the same layer, and then moved into this version's tiles to the bit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor
+
+from fastmaf.io.flow_config import TILES
+from fastmaf.io.safe_json import child
+from fastmaf.io.schema import ListOf, SchemaError, Whole
+from fastmaf.kernels import PackedLayout
+from fastmaf.kernels.layout import Tile
+
+_TILE = ListOf(Whole(), shortest=4, longest=4)
+# Other constants change the padding, not the order of magnitude: a few numbers may not unfold into very many.
+_GROWTH, _SMALL = 4, 65_536
+
+
+def repacked(layout: PackedLayout, tiles: Sequence[Any], packed: Tensor, name: str) -> Tensor:
+    """Returns ``packed``, which lies in the tiles that a file states, in those of ``layout``.
+
+    Args:
+        layout: of this version, derived from the degrees.
+        tiles: as in the file, unchecked.
+        packed: the weight as in the file.
+        name: of the layer in the file.
+
+    Raises:
+        SchemaError: the tiles are not a packing of this layer, or the weight is of another size.
+    """
+    where = child(TILES, name)
+    stored = _checked(layout, tiles, where)
+    numel = stored[-1].offset + (stored[-1].row_end - stored[-1].row_start) * stored[-1].width
+    if packed.numel() != numel:
+        raise SchemaError(
+            f"tensor {name}.weight: expected {numel} numbers, as many as its tiles hold; found {packed.numel()}"
+        )
+    if stored == layout.tiles:
+        return packed
+    if layout.numel > _GROWTH * numel + _SMALL:
+        raise SchemaError(f"{where}: expected tiles like this version's, of {layout.numel} numbers; found {numel}")
+    result, i = packed.new_zeros(layout.numel), 0
+    for tile in layout.tiles:
+        row = tile.row_start
+        while row < tile.row_end:
+            source = stored[i]
+            end, width = min(tile.row_end, source.row_end), min(tile.width, source.width)
+            rows = source.of(packed)[row - source.row_start : end - source.row_start]
+            if rows[:, width:].count_nonzero():
+                raise SchemaError(
+                    f"tensor {name}.weight holds numbers where the mask hides the weight, in rows {row} to {end}"
+                )
+            tile.of(result)[row - tile.row_start : end - tile.row_start, :width] = rows[:, :width]
+            row, i = end, i + (end == source.row_end)
+    return result
+
+
+def _checked(layout: PackedLayout, tiles: Sequence[Any], where: str) -> list[Tile]:
+    """Returns tiles that cover every row once and hold all that a row sees, one after another."""
+    if not 0 < len(tiles) <= layout.out_features:
+        raise SchemaError(f"{where}: expected 1 to {layout.out_features} tiles; found {len(tiles)}")
+    row = offset = 0
+    found = []
+    for i, entry in enumerate(tiles):
+        _TILE.check(entry, child(where, i))
+        tile = Tile(*entry)
+        if tile.row_start != row or not row < tile.row_end <= layout.out_features or tile.offset != offset:
+            raise SchemaError(f"{child(where, i)}: expected rows from {row} at offset {offset}; found {entry}")
+        least = int(layout.prefix[tile.row_end - 1])
+        if not least <= tile.width <= layout.in_features:
+            raise SchemaError(
+                f"{child(where, i)}: expected a width of {least} to {layout.in_features}; found {tile.width}"
+            )
+        row, offset = tile.row_end, offset + (tile.row_end - row) * tile.width
+        found.append(tile)
+    if row != layout.out_features:
+        raise SchemaError(f"{where}: expected tiles that cover {layout.out_features} rows; found {row}")
+    return found

@@ -1,0 +1,400 @@
+"""Model files from strangers: what each wrong value and size is refused with, and that files of today still load."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import struct
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import fastmaf
+from fastmaf.capsule.checkpoints import load_state, moments_by_parameter
+from fastmaf.capsule.models import load_model
+from fastmaf.inspection.detector import Detector
+from fastmaf.inspection.members import load_members
+from fastmaf.inspection.model import load_inspection
+from fastmaf.transforms import TRANSFORMS
+from tests.core.helpers import normal
+from tests.io.model_files import RAW, D, Parts, flows, set_at, use, write_all
+
+BLOCK, WHITENING, LOCAL = ("transforms", 0), ("transforms", 1), ("transforms", 2)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, bytes]]:
+    folder = tmp_path_factory.mktemp("files")
+    return folder, write_all(folder)
+
+
+@pytest.fixture
+def written(whole: tuple[Path, dict[str, bytes]]) -> dict[str, bytes]:
+    return whole[1]
+
+
+@pytest.fixture
+def folder(whole: tuple[Path, dict[str, bytes]], tmp_path: Path) -> Path:
+    """Returns a folder with a file of each kind."""
+    return Path(shutil.copytree(whole[0], tmp_path / "files"))
+
+
+def changed(content: bytes, key: str, place: tuple[Any, ...], value: Any) -> bytes:
+    """Returns a file with another value in the JSON of its metadata."""
+    parts = Parts.of(content)
+    text = json.dumps(set_at(json.loads(parts.header["__metadata__"][key]), place, value))
+    for mark, raw in RAW.items():
+        text = text.replace(mark, raw)
+    parts.header["__metadata__"][key] = text
+    return parts.joined()
+
+
+def refused(kind: str, folder: Path, content: bytes) -> str:
+    """Loads a file and returns the message, less the folder; it names the file, is short and holds no control signs."""
+    with pytest.raises(fastmaf.CheckpointError) as caught:
+        use(kind, folder, content)
+    message = str(caught.value)
+    assert str(folder) in message and ".safetensors" in message
+    assert len(message) < 1000 and message.isprintable(), message
+    return message.replace(str(folder), "")
+
+
+CONFIGURATION: list[tuple[str, tuple[Any, ...], Any, str]] = [
+    ("maf", ("class",), "Evil", "configuration.class: expected one of 'MAF', 'Flow'; found 'Evil'"),
+    ("maf", ("class",), ["MAF"], "configuration.class: expected one of 'MAF', 'Flow'; found ['MAF']"),
+    ("maf", ("version",), 1.0, "configuration.version: expected a whole number"),
+    ("maf", ("version",), 2, "format version 2; this fastmaf reads version 1"),
+    ("maf", ("features",), 48.0, "configuration.features: expected a whole number from 1 to 268435456; found 48.0"),
+    ("maf", ("features",), True, "configuration.features: expected a whole number from 1 to 268435456; found True"),
+    ("maf", ("features",), 10**9, "configuration.features: expected a whole number"),
+    ("maf", ("features",), "@nan", "configuration.features: expected a finite number; found NaN"),
+    ("maf", ("features",), "@nested", "configuration: nested more than 32 deep"),
+    ("maf", ("features",), "@repeated", "the key 'a' appears twice in one object"),
+    ("maf", ("transforms",), {}, "configuration.transforms: expected a list"),
+    ("maf", ("transforms",), [{}] * 100_000, "configuration.transforms: expected a list of 0 to 4096 entries"),
+    ("maf", (*BLOCK, "type"), "__class__", "configuration.transforms[0].type: expected one of"),
+    ("maf", (*BLOCK, "type"), [], "configuration.transforms[0].type: expected one of"),
+    ("maf", (*BLOCK, "activation"), "nope", "transforms[0].activation: expected one of 'identity', 'relu'"),
+    ("maf", (*BLOCK, "soft_bound"), "x", "transforms[0].soft_bound: expected true or false; found 'x'"),
+    ("maf", (*BLOCK, "strict"), 1, "transforms[0].strict: expected true or false; found 1"),
+    ("maf", (*BLOCK, "features"), 12.0, "transforms[0].features: expected a whole number"),
+    ("maf", (*BLOCK, "features"), 47, "transforms[0].features: expected 48, the flow's; found 47"),
+    ("maf", (*BLOCK, "log_scale_bound"), 1e308, "transforms[0].log_scale_bound: expected a finite number at least"),
+    ("maf", (*BLOCK, "log_scale_bound"), 0, "transforms[0].log_scale_bound: expected a finite number at least"),
+    ("maf", (*BLOCK, "log_scale_bound"), 10**400, "transforms[0].log_scale_bound: expected a finite number"),
+    ("random orders", (*BLOCK[:1], 1, "log_scale_bound"), None, "transforms[1].log_scale_bound: expected a number, as"),
+    ("maf", (*BLOCK, "hidden_features"), [], "transforms[0].hidden_features: expected a list of 1 to 1024"),
+    ("maf", (*BLOCK, "hidden_features", 1), 7.0, "transforms[0].hidden_features[1]: expected a whole number"),
+    ("maf", (*BLOCK, "hidden_features", 1), 10**8, "transforms.0.made.degrees_1: expected (100000000,) torch.int32"),
+    ("maf", (*BLOCK, "\x1b[2J"), 1, r"transforms[0]: unknown entry '\x1b[2J'"),
+    ("maf", (*BLOCK, "activation"), "x" * 10**6, "activation: expected one of 'identity', 'relu'; found 'xxx"),
+    ("inference copy", (*BLOCK, "weight_dtype"), "float", "transforms[0].weight_dtype: expected one of"),
+    ("images", (*BLOCK, "alpha"), 0.5, "transforms[0].alpha: expected a finite number at least 0 and less than 0.5"),
+    ("images", (*WHITENING, "rank"), 10**9, "transforms[1].rank: expected at most 48, the features"),
+    ("images", (*WHITENING, "rank"), 48, "transforms.1.factors: expected (48, 48) torch.float32, found (48, 3)"),
+    ("images", (*LOCAL, "shape"), [3, 4], "transforms[2].shape: expected a list of 3 entries; found [3, 4]"),
+    ("images", (*LOCAL, "shape"), [48, 10**6, 10**6], "transforms[2].shape: expected 48 numbers"),
+    ("images", (*LOCAL, "patch"), 3, "transforms[2].patch: expected a power of two that divides 4 and 4; found 3"),
+    ("images", (*LOCAL, "kernel"), 65_535, "linear.weight: expected (12, 12, 65535, 65535)"),
+    ("images", (*LOCAL, "hidden"), 10**9, "first.weight: expected (12000000000, 12, 3, 3)"),
+    ("images", (*LOCAL, "reverse"), 0, "transforms[2].reverse: expected true or false; found 0"),
+]
+
+
+@pytest.mark.parametrize(("kind", "place", "value", "words"), CONFIGURATION, ids=range(len(CONFIGURATION)))
+def test_each_value_of_a_configuration_is_checked(
+    folder: Path, written: dict[str, bytes], kind: str, place: tuple[Any, ...], value: Any, words: str
+) -> None:
+    assert words in refused(kind, folder, changed(written[kind], "fastmaf", place, value))
+
+
+RECORDS: list[tuple[str, str, tuple[Any, ...], Any, str]] = [
+    ("inspection", "inspection", ("settings", "kind"), "nope", "inspection.settings.kind: expected one of"),
+    ("inspection", "inspection", ("settings", "sigma"), 1e308, "inspection.settings.sigma: expected a finite number"),
+    ("inspection", "inspection", ("settings", "sigma"), 1e-300, "inspection.settings.sigma: expected a finite number"),
+    ("inspection", "inspection", ("settings", "grain"), 1e-300, "inspection.settings.grain: expected 0 or at least"),
+    ("inspection", "inspection", ("settings", "top"), True, "inspection.settings.top: expected a finite number"),
+    ("inspection", "inspection", ("settings", "clip"), 1e308, "inspection.settings.clip: expected a finite number"),
+    ("inspection", "inspection", ("settings",), [], "inspection.settings: expected an object; found []"),
+    ("inspection", "inspection", ("location", "factors"), 2.0, "inspection.location.factors: expected a whole number"),
+    ("inspection", "inspection", ("location", "usual"), 0, "inspection.location.usual: expected a finite number"),
+    ("inspection", "inspection", ("nll",), None, "inspection.nll: expected a finite number; found None"),
+    ("inspection", "inspection", ("nll",), "@nan", "inspection.nll: expected a finite number; found NaN"),
+    ("inspection", "inspection", ("calibration", "how"), "x", "inspection.calibration.how: expected one of"),
+    ("inspection", "inspection", ("calibration", "folds"), 3.0, "inspection.calibration.folds: expected a whole"),
+    ("inspection", "inspection", ("calibration", "false_alarm"), 5e-324, "calibration.false_alarm: expected a finite"),
+    ("inspection", "inspection", ("calibration", "created"), "yesterday", "created must be an ISO date or None"),
+    ("inspection", "inspection", ("about",), [], "inspection.about: expected an object; found []"),
+    ("inspection", "inspection", ("about", "recipe"), [], "inspection.about.recipe: expected an object; found []"),
+    ("inspection", "inspection", ("about", "recipe", "rank"), "3", "inspection.about.recipe.rank: expected a whole"),
+    ("inspection", "inspection", ("about", "map_levels"), [1], "inspection.about.map_levels: expected a list of 2"),
+    ("inspection", "inspection", ("about", "map_levels", 0), "@nan", "map_levels[0]: expected a finite number"),
+    ("inspection", "inspection", ("about", "images_of_folds"), [3], "held_out_nll_of_folds: expected 1 numbers"),
+    ("inspection", "inspection", ("about", "held_out_nll"), "x", "inspection.about.held_out_nll: expected a finite"),
+    ("inspection", "inspection", (), [], "inspection: expected an object; found []"),
+    ("maf", "training", ("held_out",), "a.png", "training.held_out: expected a list"),
+    ("maf", "training", ("held_out", 0), 3, "training.held_out[0]: expected text"),
+    ("maf", "training", (), "@nested", "training: nested more than 32 deep"),
+    ("training_state", "state", ("epochs_done",), 2, "state.log: expected 2 rows, one an epoch; found 1"),
+    ("training_state", "state", ("guards", "warming"), 1, "state.guards.warming: expected true or false; found 1"),
+    ("training_state", "state", ("guards", "usual_nll"), "@nan", "state.guards.usual_nll: expected a finite number"),
+    ("training_state", "state", ("log", 0, "nll"), "4", "state.log[0].nll: expected a number; found '4'"),
+    ("training_state", "state", ("config",), None, "state.config: expected an object; found None"),
+    ("training_state", "state", ("steps",), 2.5, "state.steps: expected a whole number"),
+    ("training_state", "state", (), {}, "state: the entry 'config' is missing; found []"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("kind", "key", "place", "value", "words"), RECORDS, ids=range(len(RECORDS)))
+def test_each_value_beside_a_flow_is_checked(
+    folder: Path, written: dict[str, bytes], kind: str, key: str, place: tuple[Any, ...], value: Any, words: str
+) -> None:
+    assert words in refused(kind, folder, changed(written[kind], key, place, value))
+
+
+@pytest.mark.parametrize(("name", "value", "words"), [
+    ("scale", 3e38, "scale must be at most"),
+    ("scale", 1e-45, "scale must be at least"),
+    ("mean", -3e38, "mean must be at most"),
+    ("variance", 3e38, "variance must be at most"),
+    ("factors", 3e38, "factors must have columns of norm 1, or 0"),
+    ("factors", 0.5, "factors must have columns of norm 1, or 0"),
+])  # fmt: skip
+def test_a_whitening_that_cannot_compute_is_refused(
+    folder: Path, written: dict[str, bytes], name: str, value: float, words: str
+) -> None:
+    for kind, place in (("images", 1), ("inspection", 0)):
+        parts = Parts.of(written[kind])
+        tensor = parts.tensor(f"transforms.{place}.{name}")
+        tensor[:2] = value
+        parts.replace(f"transforms.{place}.{name}", tensor)
+        assert f"tensor transforms.{place}.{words}" in refused(kind, folder, parts.joined())
+
+
+@pytest.mark.parametrize(("name", "value"), [("term_mean", 3e38), ("term_deviation", 1e-45), ("term_deviation", -1.0)])
+def test_statistics_that_cannot_compute_are_refused(
+    folder: Path, written: dict[str, bytes], name: str, value: float
+) -> None:
+    parts = Parts.of(written["inspection"])
+    tensor = parts.tensor(f"extra.{name}")
+    tensor[3] = value
+    parts.replace(f"extra.{name}", tensor)
+    assert f"tensor {name}: expected finite numbers" in refused("inspection", folder, parts.joined())
+
+
+def tiles_of(content: bytes) -> dict[str, list[list[int]]]:
+    tiles: dict[str, list[list[int]]] = json.loads(Parts.of(content).header["__metadata__"]["fastmaf"])["tiles"]
+    return tiles
+
+
+HIDDEN = "transforms.0.made.hidden.0"  # 9 rows, the last of which sees 47 of 48 inputs
+
+
+@pytest.mark.parametrize(("tiles", "words"), [
+    ([], "expected 1 to 9 tiles; found 0"),
+    ([[0, 9, 48, 0]] * 100_000, "expected 1 to 9 tiles; found 100000"),
+    ([[0, 8, 48, 0]], "expected tiles that cover 9 rows; found 8"),
+    ([[1, 9, 48, 0]], "[0]: expected rows from 0 at offset 0; found [1, 9, 48, 0]"),
+    ([[0, 10, 48, 0]], "[0]: expected rows from 0"),
+    ([[0, 0, 48, 0]], "[0]: expected rows from 0"),
+    ([[0, 9, 46, 0]], "[0]: expected a width of 47 to 48; found 46"),
+    ([[0, 9, 49, 0]], "[0]: expected a width of 47 to 48; found 49"),
+    ([[0, 9, 47, 0]], "hidden.0.weight: expected 423 numbers, as many as its tiles hold; found 432"),
+    ([[0, 4, 48, 0], [4, 9, 48, 0]], "[1]: expected rows from 4 at offset 192"),
+    ([[0, 4, 48, 0], [0, 9, 48, 192]], "[1]: expected rows from 4 at offset 192"),
+    ([[0, 9, 48.0, 0]], "[0][2]: expected a whole number"),
+    ([[0, 9, 48]], "[0]: expected a list of 4 entries"),
+    (None, "expected a list"),
+])  # fmt: skip
+def test_tiles_that_are_no_packing_of_the_layer_are_refused(
+    folder: Path, written: dict[str, bytes], tiles: Any, words: str
+) -> None:
+    assert tiles_of(written["maf"])[HIDDEN] == [[0, 9, 48, 0]], "the table above is of another layer"
+    assert words in refused("maf", folder, changed(written["maf"], "fastmaf", ("tiles", HIDDEN), tiles))
+
+
+def test_tiles_of_layers_that_are_not_there_are_refused(folder: Path, written: dict[str, bytes]) -> None:
+    content = changed(written["maf"], "fastmaf", ("tiles", "made.hidden.9"), [[0, 1, 1, 0]])
+    assert "configuration.tiles: expected the layers of the flow; 'made.hidden.9'" in refused("maf", folder, content)
+
+
+def test_tiles_cut_otherwise_give_the_same_density_to_the_bit(folder: Path, written: dict[str, bytes]) -> None:
+    """Each tile cut in two at the same width: the same numbers in the same places."""
+    halves = [[0, 4, 48, 0], [4, 9, 48, 192]]
+    (folder / "halves.safetensors").write_bytes(changed(written["maf"], "fastmaf", ("tiles", HIDDEN), halves))
+    one, other = (fastmaf.load(folder / f"{name}.safetensors") for name in ("maf", "halves"))
+    assert all(torch.equal(a, b) for a, b in zip(one.state_dict().values(), other.state_dict().values(), strict=True))
+
+
+def test_few_numbers_do_not_unfold_into_many(tmp_path: Path) -> None:
+    """4,095 rows that see one input and one that sees all: in exact tiles 136 kB, in this version's 491 MB."""
+    features, units = 30_000, 4096
+    block = {
+        "type": "affine_autoregressive", "features": features, "hidden_features": [units, 1], "activation": "relu",
+        "strict": True, "log_scale_bound": 5.0, "soft_bound": False,
+    }  # fmt: skip
+    name = "transforms.0.made"
+    tiles = {
+        f"{name}.hidden.0": [[0, units - 1, 1, 0], [units - 1, units, features, units - 1]],
+        f"{name}.hidden.1": [[0, 1, units, 0]],
+        f"{name}.output": [[0, 2 * features, 0, 0]],
+    }
+    tensors = {
+        f"{name}.degrees_0": torch.tensor([1] * (units - 1) + [features], dtype=torch.int32),
+        f"{name}.degrees_1": torch.tensor([features], dtype=torch.int32),
+        f"{name}.hidden.0.weight": torch.zeros(units - 1 + features),
+        f"{name}.hidden.0.bias": torch.zeros(units),
+        f"{name}.hidden.1.weight": torch.zeros(units),
+        f"{name}.hidden.1.bias": torch.zeros(1),
+        f"{name}.output.weight": torch.zeros(0),
+        f"{name}.output.bias": torch.zeros(2 * features),
+    }
+    config = {"version": 1, "class": "MAF", "features": features, "transforms": [block], "tiles": tiles}
+    path = tmp_path / "long.safetensors"
+    fastmaf.write_tensors(tensors, path, {"fastmaf": json.dumps(config)})
+    with pytest.raises(fastmaf.CheckpointError, match=r"expected tiles like this version's, of 122880000 numbers"):
+        fastmaf.load(path)
+
+
+@pytest.mark.parametrize(("change", "words"), [
+    ({"F32": "F64"}, "bytes for shape"),
+    ({"F32": "I32"}, "output.bias: expected (96,) torch.float32, found (96,) torch.int32|floating-point dtype"),
+    ({"I32": "F32"}, "degrees_0: expected (9,) torch.int32, found (9,) torch.float32"),
+])  # fmt: skip
+def test_dtypes_are_checked(folder: Path, written: dict[str, bytes], change: dict[str, str], words: str) -> None:
+    parts = Parts.of(written["maf"])
+    for name, entry in parts.header.items():
+        if name != "__metadata__":
+            entry["dtype"] = change.get(entry["dtype"], entry["dtype"])
+    assert any(word in refused("maf", folder, parts.joined()) for word in words.split("|"))
+
+
+def test_fold_models_of_another_size_are_refused(folder: Path) -> None:
+    model = load_inspection(folder / "inspection.safetensors")
+    mark = fastmaf.read_tensors(folder / "folds" / "fold-1.safetensors", tensors=False)[1]
+    fastmaf.MAF(12, 1, (4,), seed=0).save(folder / "folds" / "fold-1.safetensors", {"statistics": mark["statistics"]})
+    with pytest.raises(fastmaf.CheckpointError, match=r"fold-1.safetensors: expected a flow of 48 features"):
+        load_members(folder, model)
+
+
+def test_a_model_of_float64_is_no_model_of_images(folder: Path) -> None:
+    flows()["maf"].double().save(folder / "double.safetensors")
+    with pytest.raises(fastmaf.CheckpointError, match=r"double.safetensors: expected a float32 model of images"):
+        load_model(folder / "double.safetensors")
+
+
+@pytest.mark.parametrize(("change", "words"), [
+    (lambda moments: moments.pop(min(moments)), "is missing or unexpected"),
+    (lambda moments: moments.update(more=torch.zeros(1)), "'more' is missing or unexpected"),
+    (lambda moments: moments.update({min(moments): torch.zeros(1)}), r"expected \(\d+,\) torch.float32; found \(1,\)"),
+    (lambda moments: moments[min(moments)].fill_(torch.nan), "expected finite numbers"),
+    (lambda moments: moments[max(k for k in moments if k.endswith("step"))].fill_(-1), "that are not negative"),
+])  # fmt: skip
+def test_moments_of_other_parameters_are_refused(folder: Path, change: Any, words: str) -> None:
+    moments, _ = load_state(folder)
+    parameters = dict(flows()["maf"].named_parameters())
+    assert moments_by_parameter(folder, moments, parameters)[0]["step"] == 3
+    change(moments)
+    with pytest.raises(fastmaf.CheckpointError, match=words):
+        moments_by_parameter(folder, moments, parameters)
+
+
+def test_a_validation_loss_that_overflowed_does_not_stand_in_the_way(folder: Path, written: dict[str, bytes]) -> None:
+    path = folder / "training_state.safetensors"
+    path.write_bytes(changed(written["training_state"], "state", ("log", 0, "val_nll"), float("inf")))
+    assert load_state(folder)[1]["log"][0]["val_nll"] == float("inf")
+
+
+def test_what_was_saved_loads_to_the_bit(folder: Path) -> None:
+    for name, flow in flows().items():
+        again, x = fastmaf.load(folder / f"{name}.safetensors"), normal(4, D, dtype=torch.float32).sigmoid()
+        assert all(torch.equal(again.state_dict()[key], value) for key, value in flow.state_dict().items())
+        assert torch.equal(again.log_prob(x), flow.log_prob(x))
+    detector = Detector.load(folder / "inspection.safetensors")
+    assert (detector.rank, detector.blocks, detector.steps, detector.folds) == (3, 1, 5, 3)
+    assert detector.calibration_.source == "line 3"
+
+
+def test_a_file_of_the_first_version_byte_by_byte(tmp_path: Path) -> None:
+    """z = (x - shift) exp(-log_scale) of two dimensions and one hidden unit, h = relu(2 x_1 - 1)."""
+    block = {
+        "type": "affine_autoregressive", "features": 2, "hidden_features": [1], "activation": "relu", "strict": True,
+        "log_scale_bound": 5.0, "soft_bound": False,
+    }  # fmt: skip
+    tiles = {"transforms.0.made.hidden.0": [[0, 1, 2, 0]], "transforms.0.made.output": [[0, 2, 0, 0], [2, 4, 1, 0]]}
+    config = {"version": 1, "class": "MAF", "features": 2, "transforms": [block], "tiles": tiles}
+    values: dict[str, tuple[str, bytes, int]] = {
+        "hidden.0.bias": ("F64", struct.pack("<d", -1.0), 1),
+        "hidden.0.weight": ("F64", struct.pack("<2d", 2.0, 0.0), 2),
+        "output.bias": ("F64", struct.pack("<4d", 0.5, 0.25, -0.5, 0.0), 4),
+        "output.weight": ("F64", struct.pack("<2d", 3.0, 0.125), 2),
+        "degrees_0": ("I32", struct.pack("<i", 1), 1),
+    }
+    header: dict[str, Any] = {"__metadata__": {"fastmaf": json.dumps(config)}}
+    data = b""
+    for name, (dtype, content, n) in values.items():
+        offsets = [len(data), len(data) + len(content)]
+        header[f"transforms.0.made.{name}"] = {"dtype": dtype, "shape": [n], "data_offsets": offsets}
+        data += content
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    path = tmp_path / "old.safetensors"
+    path.write_bytes(struct.pack("<Q", len(text)) + text + data)
+    flow = fastmaf.load(path)
+    z, ladj = flow(torch.tensor([[1.0, 4.0]], dtype=torch.float64))
+    hidden = 2 * 1.0 - 1
+    expected = (1.0 - 0.5) * np.exp(-0.25), (4.0 - (3 * hidden - 0.5)) * np.exp(-0.125 * hidden)
+    np.testing.assert_allclose(z.detach().numpy()[0], expected, rtol=1e-14)
+    np.testing.assert_allclose(ladj.item(), -0.25 - 0.125 * hidden, rtol=1e-14)
+
+
+class Shift(fastmaf.Transform):
+    """A transform that a user registered; ``from_config`` fails as its class attribute says."""
+
+    error: Exception | None = None
+
+    def __init__(self, shift: torch.Tensor) -> None:
+        super().__init__()
+        self.features = len(shift)
+        self.register_buffer("shift", shift.clone())
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return x - self.get_buffer("shift"), x.new_zeros(len(x))
+
+    def config(self) -> dict[str, Any]:
+        return {"made by": "a user"}
+
+    @classmethod
+    def from_config(cls, config: Any, tensors: Any) -> Shift:
+        if cls.error is not None:
+            raise cls.error
+        return cls(tensors["shift"])
+
+
+def test_a_registered_transform_may_fail_in_any_way(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(TRANSFORMS, "shift", Shift)
+    flow, x, path = fastmaf.Flow(3, [Shift(torch.arange(3.0))]), normal(2, 3, dtype=torch.float32), tmp_path / "a"
+    flow.save(path)
+    assert torch.equal(fastmaf.load(path).log_prob(x), flow.log_prob(x))
+    for error in (RecursionError("deep"), MemoryError("large"), IndexError("far"), OverflowError("wide")):
+        monkeypatch.setattr(Shift, "error", error)
+        with pytest.raises(fastmaf.CheckpointError, match=str(error)) as caught:
+            fastmaf.load(path)
+        assert str(path) in str(caught.value)
+
+
+def test_loading_does_not_depend_on_global_settings(folder: Path) -> None:
+    for name, flow in flows().items():
+        before = torch.get_default_dtype()
+        torch.set_default_dtype(torch.float64)
+        try:
+            with torch.device("meta"):
+                again = fastmaf.load(folder / f"{name}.safetensors")
+        finally:
+            torch.set_default_dtype(before)
+        assert all(torch.equal(again.state_dict()[key], value) for key, value in flow.state_dict().items())
+        x = normal(4, D, dtype=torch.float32).sigmoid()
+        assert torch.equal(again.log_prob(x), flow.log_prob(x))

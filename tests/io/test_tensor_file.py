@@ -1,0 +1,109 @@
+"""The header of a safetensors file: its length, its JSON, and where the tensors lie."""
+
+from __future__ import annotations
+
+import json
+import os
+import struct
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+import fastmaf
+from fastmaf.io.tensor_file import TensorFile
+
+ONE = {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}
+DEEP = '{"a": ' + "[" * 100_000 + "]" * 100_000 + "}"
+
+
+def content(header: Any, data: bytes = b"\0" * 4, length: int | None = None) -> bytes:
+    text = (header if isinstance(header, str) else json.dumps(header)).encode()
+    return struct.pack("<Q", len(text) if length is None else length) + text + data
+
+
+FILES: dict[str, tuple[bytes, str]] = {
+    "no length": (b"\x02\0\0", "expected a header of at most 0 bytes"),
+    "length beyond the file": (content({"a": ONE}, length=2**32), "expected a header of at most"),
+    "largest length": (content({"a": ONE}, length=2**64 - 1), "expected a header of at most"),
+    "no UTF-8": (struct.pack("<Q", 4) + b'{"\xff"', "its header is not UTF-8 text"),
+    "no JSON": (content("{"), "header: not valid JSON"),
+    "no object": (content([1]), "header: expected an object"),
+    "nested": (content(DEEP), "header: nested more than 32 deep"),
+    "name twice": (content(f'{{"a": {json.dumps(ONE)}, "a": {json.dumps(ONE)}}}'), "the key 'a' appears twice"),
+    "unknown dtype": (content({"a": {**ONE, "dtype": "F31"}}), "header.a.dtype: expected one of"),
+    "dtype of a list": (content({"a": {**ONE, "dtype": []}}), "header.a.dtype: expected one of"),
+    "fraction": (content({"a": {**ONE, "shape": [1.0]}}), r"header.a.shape\[0\]: expected a whole number"),
+    "negative": (content({"a": {**ONE, "shape": [-1]}}), r"header.a.shape\[0\]: expected a whole number"),
+    "no offsets": (content({"a": {"dtype": "F32", "shape": [1]}}), "header.a: the entry 'data_offsets' is missing"),
+    "more entries": (content({"a": {**ONE, "stride": [1]}}), "header.a: unknown entry 'stride'"),
+    "many axes": (content({"a": {**ONE, "shape": [1] * 65}}), "header.a.shape: expected a list of 0 to 64"),
+    "other size": (content({"a": {**ONE, "shape": [2]}}), "'a' has 4 bytes for shape"),
+    "huge and empty": (content({"a": {**ONE, "shape": [0, 2**62, 2], "data_offsets": [0, 0]}}, b""), "has 0 bytes for"),
+    "backwards": (content({"a": {**ONE, "data_offsets": [4, 0]}}), "'a' has -4 bytes"),
+    "gap": (content({"a": {**ONE, "data_offsets": [4, 8]}}, b"\0" * 8), "'a' begins at byte"),
+    "shared": (content({"a": ONE, "b": ONE}), "'b' begins at byte"),
+    "more bytes": (content({"a": ONE}, b"\0" * 5), "the tensors end at byte"),
+    "fewer bytes": (content({"a": ONE}, b"\0" * 3), "the tensors end at byte"),
+    "metadata of numbers": (content({"a": ONE, "__metadata__": {"n": 1}}), "header.__metadata__.n: expected text"),
+    "metadata of a list": (content({"a": ONE, "__metadata__": ["n"]}), "header.__metadata__: expected an object"),
+    "control signs": (content({"\x1b[2J\n": {**ONE, "dtype": "\r\n"}}), r"header\['\\x1b\[2J\\n'\].dtype: .*'\\r\\n'"),
+}
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_damaged_header_is_refused(tmp_path: Path, name: str) -> None:
+    path = tmp_path / "a.safetensors"
+    data, words = FILES[name]
+    path.write_bytes(data)
+    for read in (fastmaf.load, fastmaf.read_tensors, fastmaf.read_extras):
+        with pytest.raises(fastmaf.CheckpointError, match=words) as caught:
+            read(path)
+        assert str(path) in str(caught.value) and str(caught.value).isprintable()
+
+
+def test_another_file_is_not_quoted(tmp_path: Path) -> None:
+    path = tmp_path / "shadow"
+    path.write_text("root:$6$secret:19000:0:99999:7:::\n" * 10)
+    with pytest.raises(fastmaf.CheckpointError) as caught:
+        fastmaf.load(path)
+    assert not any(word in str(caught.value) for word in ("$6$", "secret", "19000"))
+
+
+def test_a_fifo_does_not_block(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "a.safetensors")
+    with pytest.raises(FileNotFoundError, match="no model file"):
+        fastmaf.load(tmp_path / "a.safetensors")
+
+
+def test_every_dtype_as_safetensors_writes_it(tmp_path: Path) -> None:
+    bits = torch.arange(64, dtype=torch.uint8)
+    tensors = {
+        str(dtype): bits.view(dtype).clone()
+        for dtype in (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64, torch.uint16, torch.uint32,
+                      torch.uint64, torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.float8_e4m3fn,
+                      torch.float8_e5m2)
+    }  # fmt: skip
+    tensors |= {"bool": torch.tensor([True, False]), "empty": torch.zeros(0, 3), "number": torch.tensor(2.5)}
+    save_file(tensors, tmp_path / "a.safetensors", {"note": "ß"})
+    found, metadata = fastmaf.read_tensors(tmp_path / "a.safetensors")
+    assert metadata == {"note": "ß"} and found.keys() == tensors.keys()
+    for name, expected in tensors.items():
+        assert found[name].dtype == expected.dtype and found[name].shape == expected.shape
+        assert torch.equal(*(tensor.reshape(-1).view(torch.uint8) for tensor in (found[name], expected))), name
+
+
+def test_a_file_that_is_replaced_or_cut_while_it_is_read(tmp_path: Path) -> None:
+    """The tensors belong to the header that was read, or an error says that they are gone."""
+    path = tmp_path / "a.safetensors"
+    save_file({"a": torch.ones(10_000)}, path)
+    with TensorFile(path) as file:
+        save_file({"a": torch.zeros(10_000)}, tmp_path / "b.safetensors")
+        os.replace(tmp_path / "b.safetensors", path)
+        assert torch.equal(file.read("a"), torch.ones(10_000))
+    with TensorFile(path) as file:
+        os.truncate(path, path.stat().st_size - 1)
+        with pytest.raises(fastmaf.CheckpointError, match="it ends within the tensor 'a'"):
+            file.read("a")
