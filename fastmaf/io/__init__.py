@@ -1,0 +1,1 @@
+"""Reading and writing files: checkpoints, atomic replacement, JSON from strangers."""
