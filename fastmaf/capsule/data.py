@@ -125,7 +125,7 @@ def load_train(root: str | Path, *, size: int = 64, skip_bad: bool = False, prog
     files, ignored = images_in(folder)
     if not files:
         raise no_image_in(folder, root)
-    return _load([("good", file) for file in files], "train", notes, len(ignored), size, skip_bad, progress)
+    return _load([("good", file) for file in files], "train", notes, ignored, size, skip_bad, progress)
 
 
 def load_test(root: str | Path, *, size: int = 64, skip_bad: bool = False, progress: bool = True) -> ImageSet:
@@ -147,11 +147,17 @@ def load_test(root: str | Path, *, size: int = 64, skip_bad: bool = False, progr
     if not found:
         where = f"; the {count(len(loose), 'image')} directly in it belong in test/<class>" if loose else ""
         raise DataError(f"no test class with an image in {test}{where}\n{expected(TEST)}\n{tree(root)}")
-    return _load(found, "test", notes, len(ignored), size, skip_bad, progress)
+    return _load(found, "test", notes, ignored, size, skip_bad, progress)
 
 
 def _load(
-    files: list[tuple[str, Path]], what: str, notes: list[str], ignored: int, size: int, skip_bad: bool, progress: bool
+    files: list[tuple[str, Path]],
+    what: str,
+    notes: list[str],
+    ignored: list[Path],
+    size: int,
+    skip_bad: bool,
+    progress: bool,
 ) -> ImageSet:
     kinds: Counter[str] = Counter()
     pixels: list[Tensor] = []

@@ -9,10 +9,11 @@ from __future__ import annotations
 import difflib
 import os
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
 
 from fastmaf.capsule.decoding import DataError
+from fastmaf.io.regular import is_regular, kind_of
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff")
 """Files with these suffixes, in any case, are taken for images; all others and hidden ones are left aside."""
@@ -174,9 +175,12 @@ def is_image(path: Path) -> bool:
 
 
 def images_in(folder: Path) -> tuple[list[Path], list[Path]]:
-    """(image files by name, files left aside)."""
-    files = files_in(folder)
-    return [file for file in files if is_image(file)], [file for file in files if not is_image(file)]
+    """(image files by name, files left aside): among those is whatever has an image's name and is no regular file."""
+    images: list[Path] = []
+    aside: list[Path] = []
+    for file in files_in(folder):
+        (images if is_image(file) and is_regular(file) else aside).append(file)
+    return images, aside
 
 
 def walk(folder: Path) -> Iterator[Path]:
@@ -201,9 +205,16 @@ def contents(files: Iterable[Path]) -> str:
     return f"found {listed}; read are {' '.join(SUFFIXES)}"
 
 
-def left_aside(n: int) -> list[str]:
-    """The note on files that were taken for no images, if there were any."""
-    return [f"{count(n, 'file')} left aside (hidden, or without an image's suffix)"] * (n > 0)
+def left_aside(files: Collection[Path]) -> list[str]:
+    """The notes on files that were taken for no images, if there were any."""
+    odd = [file for file in files if is_image(file)]
+    notes = []
+    if odd:
+        first = f"{odd[0].name} is {kind_of(odd[0])}"
+        notes.append(f"{count(len(odd), 'path')} left aside: named as images, but no regular files ({first})")
+    if others := len(files) - len(odd):
+        notes.append(f"{count(others, 'file')} left aside (hidden, or without an image's suffix)")
+    return notes
 
 
 def tree(root: Path, limit: int = 24) -> str:

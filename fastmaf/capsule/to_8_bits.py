@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -34,8 +35,7 @@ def to_8_bits(image: Image.Image, bits: int, path: Path, kinds: list[str]) -> Im
         # grey level from value / 257, and is exact where 8-bit values were widened (times 256 or 257).
         kinds.append("colour16")
         if mode in ("RGB", "LA", "RGBA"):
-            colours = image.getextrema()[: 1 if mode == "LA" else 3]
-            _note_dim(max(high for _, high in colours) * 256, 65535, kinds)
+            _note_dim(max(band * 256 for band in _largest_of(image)[: 1 if mode == "LA" else 3]), 65535, kinds)
         if isinstance(key := image.info.get("transparency"), tuple):
             image.info["transparency"] = tuple(value >> 8 for value in key)
     if mode in ("P", "PA"):
@@ -106,6 +106,12 @@ def _scaled(image: Image.Image, bits: int, path: Path, kinds: list[str]) -> Imag
 
 def _values(image: Image.Image) -> Iterator[tuple[int, np.ndarray]]:
     return ((top, np.asarray(strip)) for top, strip in strips(image))
+
+
+def _largest_of(image: Image.Image) -> list[int]:
+    """The largest value of each band."""
+    extrema: Any = image.getextrema()
+    return [high for _, high in extrema]
 
 
 def _note_dim(high: float, white: float, kinds: list[str]) -> None:

@@ -63,7 +63,7 @@ def expand(arguments: Sequence[str | Path], *, stdin: TextIO | None = None, recu
             found.add_argument(str(argument))
     if not found.files:
         raise DataError("no path: expected image files, folders, patterns such as 'parts/*.png', or - for a list")
-    notes = left_aside(len(found.aside))
+    notes = left_aside(found.aside)
     if found.closed:
         notes.append(f"{count(len(found.closed), 'folder')} could not be opened: {', '.join(map(str, found.closed))}")
     if found.again:

@@ -40,6 +40,19 @@ def why_not_regular(path: str | os.PathLike[str]) -> str | None:
         return "a link in a loop of links"
 
 
+def kind_of(path: str | os.PathLike[str]) -> str:
+    """Returns what a path leads to, ``"a regular file"`` or ``"a socket"``, say; for notes, so nothing is raised."""
+    try:
+        return why_not_regular(path) or "a regular file"
+    except (OSError, ValueError) as error:
+        return f"not to be looked at: {getattr(error, 'strerror', None) or error}"
+
+
+def is_regular(path: str | os.PathLike[str]) -> bool:
+    """Whether a path leads to a regular file: for scans of folders, which pass over all else."""
+    return os.path.isfile(path)
+
+
 def check_regular(path: str | os.PathLike[str]) -> None:
     """Raises unless ``path`` leads to a regular file: for readers that open a path themselves.
 
