@@ -9,6 +9,7 @@ from collections.abc import Collection, Iterable, Iterator, Sequence
 from pathlib import Path
 
 from fastmaf.capsule.marks import is_output
+from fastmaf.io.regular import is_regular, kind_of
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff")
 """Files with these suffixes, in any case, are taken for images; all others and hidden ones are left aside."""
@@ -70,11 +71,14 @@ def is_image(path: Path) -> bool:
 
 
 def images_in(folder: Path) -> tuple[list[Path], list[Path]]:
-    """(image files by name, files left aside); pictures that fastmaf wrote as results are left aside."""
+    """(image files by name, files left aside).
+
+    Left aside are also pictures that fastmaf wrote as results, and what has an image's name and is no regular file.
+    """
     images: list[Path] = []
     aside: list[Path] = []
     for file in files_in(folder):
-        (images if is_image(file) and not is_output(file) else aside).append(file)
+        (images if is_image(file) and is_regular(file) and not is_output(file) else aside).append(file)
     return images, aside
 
 
@@ -119,6 +123,8 @@ def contents(files: Iterable[Path]) -> str:
 
 def _kind_of(file: Path) -> str:
     if is_image(file):
+        if not is_regular(file):
+            return kind_of(file)
         return "a picture that fastmaf wrote" if is_output(file) else file.suffix.lower()
     return file.name if file.name.startswith(".") else file.suffix.lower() or file.name
 
@@ -130,9 +136,13 @@ def is_unread_image(file: Path) -> bool:
 
 def left_aside(files: Collection[Path], closed: Sequence[Path] = ()) -> list[str]:
     """The notes on files that were taken for no images and on folders that cannot be opened, if there are any."""
-    written = [file for file in files if is_image(file)]
+    odd = [file for file in files if is_image(file) and not is_regular(file)]
+    written = [file for file in files if is_image(file) and is_regular(file)]
     others = Counter(file.suffix.lower() for file in files if is_unread_image(file))
     notes = []
+    if odd:
+        first = f"{odd[0].name} is {kind_of(odd[0])}"
+        notes.append(f"{count(len(odd), 'path')} left aside: named as images, but no regular files ({first})")
     if written:
         where = Counter(f"{file.parent}" for file in written)
         places = ", ".join(f"{n} in {folder}" for folder, n in sorted(where.items())[:3])
@@ -141,7 +151,7 @@ def left_aside(files: Collection[Path], closed: Sequence[Path] = ()) -> list[str
         )
     for suffix, n in sorted(others.items()):
         notes.append(f"{count(n, 'file')} left aside: {suffix} is not read; save as PNG what is to be read")
-    if rest := len(files) - len(written) - others.total():
+    if rest := len(files) - len(odd) - len(written) - others.total():
         notes.append(f"{count(rest, 'file')} left aside (hidden, or without an image's suffix)")
     if closed:
         notes.append(f"{count(len(closed), 'folder')} could not be opened: {', '.join(map(str, closed))}")

@@ -20,6 +20,7 @@ from fastmaf.atomic import written_atomically
 from fastmaf.capsule.decoding import MAX_PIXELS, DataError
 from fastmaf.capsule.marks import MAP, MAP_TITLE, OVERLAY, png_text
 from fastmaf.inspection.pixels import resize_map
+from fastmaf.io.regular import NotRegularError, open_regular
 
 SCALE = 512.0
 """Levels of a 16-bit map per unit: steps of 1/512 up to 128 times what is usual."""
@@ -152,7 +153,7 @@ def read_map(path: str | Path) -> np.ndarray:
     """
     path = Path(path)
     try:
-        with Image.open(path, formats=("PNG", "TIFF")) as image:
+        with open_regular(path) as file, Image.open(file, formats=("PNG", "TIFF")) as image:
             if image.width * image.height > MAX_PIXELS:
                 raise DataError(f"{path}: {image.width} x {image.height} pixels; at most {MAX_PIXELS:,} are decoded")
             if image.format == "PNG" and image.mode in ("I;16", "I") and "Scale" in image.info:
@@ -165,6 +166,8 @@ def read_map(path: str | Path) -> np.ndarray:
             )
     except DataError:
         raise
+    except NotRegularError as error:
+        raise DataError(str(error)) from None
     except Exception as error:  # a damaged file makes Pillow raise almost anything
         raise DataError(f"{path}: cannot be read ({type(error).__name__}: {error})") from error
 

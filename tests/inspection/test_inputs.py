@@ -84,11 +84,16 @@ def test_links_between_folders_lead_into_no_loop(tmp_path: Path) -> None:
         assert sorted(path.name for path in inputs.files) == ["1.png", "2.png"] and inputs.notes == ()
 
 
-def test_a_link_that_leads_nowhere_is_left_to_the_reader(tmp_path: Path) -> None:
+def test_a_link_that_leads_nowhere_is_left_aside_in_a_folder_and_to_the_reader_when_named(tmp_path: Path) -> None:
     picture(tmp_path / "a.png")
     link(tmp_path / "b.png", tmp_path / "gone.png")
     link(tmp_path / "c.png", tmp_path / "c.png")
-    kinds = [type(read) for read in read_each(expand([tmp_path]).files, 4)]
+    inputs = expand([tmp_path])
+    assert [path.name for path in inputs.files] == ["a.png"]
+    assert inputs.notes[0].startswith("2 paths left aside: named as images, but no regular files (b.png is a link to")
+    kinds = [
+        type(read) for read in read_each(expand([tmp_path / name for name in ("a.png", "b.png", "c.png")]).files, 4)
+    ]
     assert kinds == [Frame, Unreadable, Unreadable]
 
 

@@ -1,0 +1,95 @@
+"""Opening files for reading, regular ones only: a FIFO, a device or a socket could block or never end."""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat
+from typing import BinaryIO
+
+_KINDS = (
+    (stat.S_ISDIR, "a folder"),
+    (stat.S_ISFIFO, "a FIFO (named pipe)"),
+    (stat.S_ISSOCK, "a socket"),
+    (stat.S_ISCHR, "a character device"),
+    (stat.S_ISBLK, "a block device"),
+)
+_FLAGS = os.O_RDONLY
+for _name in ("O_BINARY", "O_CLOEXEC", "O_NOCTTY", "O_NONBLOCK"):  # each is missing on some system
+    _FLAGS |= getattr(os, _name, 0)
+
+
+class NotRegularError(OSError):
+    """A path that leads to something else than a regular file; the message names it and what it is."""
+
+
+def why_not_regular(path: str | os.PathLike[str]) -> str | None:
+    """Returns what a path leads to if that is no regular file, such as ``"a socket"``; None for a regular file.
+
+    Links are followed; nothing is opened. Errors as ``open_regular``, but for those about links.
+    """
+    try:
+        return _kind(os.stat(path).st_mode)
+    except FileNotFoundError:
+        if not os.path.islink(path):
+            raise
+        return f"a link to {os.readlink(path)!r}, which does not exist"
+    except OSError as error:
+        if error.errno != errno.ELOOP:
+            raise
+        return "a link in a loop of links"
+
+
+def kind_of(path: str | os.PathLike[str]) -> str:
+    """Returns what a path leads to, ``"a regular file"`` or ``"a socket"``, say; for notes, so nothing is raised."""
+    try:
+        return why_not_regular(path) or "a regular file"
+    except (OSError, ValueError) as error:
+        return f"not to be looked at: {getattr(error, 'strerror', None) or error}"
+
+
+def is_regular(path: str | os.PathLike[str]) -> bool:
+    """Whether a path leads to a regular file: for scans of folders, which pass over all else."""
+    return os.path.isfile(path)
+
+
+def check_regular(path: str | os.PathLike[str]) -> None:
+    """Raises unless ``path`` leads to a regular file: for readers that open a path themselves.
+
+    Raises:
+        NotRegularError: it is something else, or a link to nothing.
+        FileNotFoundError: there is nothing of that name.
+        OSError: it cannot be looked at.
+    """
+    if (kind := why_not_regular(path)) is not None:
+        raise _refusal(path, kind)
+
+
+def open_regular(path: str | os.PathLike[str]) -> BinaryIO:
+    """Opens a regular file for reading bytes, and never blocks on anything else.
+
+    What it is, is asked before it is opened, since opening alone can act on a device, and again afterwards, since the
+    name may lead elsewhere by then.
+
+    Raises:
+        As ``check_regular``; and OSError where it cannot be opened.
+    """
+    check_regular(path)
+    descriptor = os.open(path, _FLAGS)
+    try:
+        if (kind := _kind(os.fstat(descriptor).st_mode)) is not None:
+            raise _refusal(path, kind)
+        return os.fdopen(descriptor, "rb")
+    except BaseException:
+        os.close(descriptor)
+        raise
+
+
+def _kind(mode: int) -> str | None:
+    if stat.S_ISREG(mode):
+        return None
+    return next((words for holds, words in _KINDS if holds(mode)), "no regular file")
+
+
+def _refusal(path: str | os.PathLike[str], kind: str) -> NotRegularError:
+    return NotRegularError(f"{os.fspath(path)}: expected a regular file, found {kind}")
