@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 import fastmaf
+from fastmaf.kernels.launch_table import Precision
 
 # By how much the error of densities and gradients may exceed that of plain PyTorch in float32, with TF32 off.
 ALLOWED = {"ieee": 2.0, "tf32x3": 2.0, "tf32": 2e5, "bf16": 1e6}
@@ -79,8 +80,8 @@ def results(flow: fastmaf.MAF, x: Tensor, z: Tensor) -> dict[str, Tensor]:
 def adam_step(flow: fastmaf.MAF, x: Tensor, *, fused: bool, graphs: bool = False) -> Tensor:
     """Returns by how much two steps of Adam change a copy of the flow."""
     own = copy.deepcopy(flow)
-    options = {"lr": 1e-3, "eps": 1e-4}  # an eps above what rounding makes of gradients that are zero
-    optimizer = (fastmaf.optim.FusedAdam if fused else torch.optim.Adam)(own.parameters(), **options)
+    kind = fastmaf.optim.FusedAdam if fused else torch.optim.Adam
+    optimizer = kind(own.parameters(), lr=1e-3, eps=1e-4)  # above what rounding makes of gradients that are zero
     step = fastmaf.TrainingStep(own, optimizer, graphs=graphs)
     for _ in range(3):  # with graphs: the first runs, the second is recorded, the third replayed
         step(x)
@@ -94,7 +95,7 @@ def error(found: Tensor, truth: Tensor) -> float:
     return value if value == value else float("inf")
 
 
-def lines(flow: fastmaf.MAF, batches: list[int], precisions: list[str], backend: str) -> Iterator[Line]:
+def lines(flow: fastmaf.MAF, batches: list[int], precisions: list[Precision], backend: str) -> Iterator[Line]:
     """Yields every comparison."""
     device = next(flow.parameters()).device
     truth_flow = copy.deepcopy(flow).double()

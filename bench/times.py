@@ -13,6 +13,7 @@ import argparse
 import csv
 import statistics
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -37,16 +38,18 @@ def cases(flow: fastmaf.MAF, batches: list[int], samples: list[int]) -> list[Tim
     generator = torch.Generator("cuda").manual_seed(0)
     x = torch.rand(max([*batches, 1]), flow.features, device="cuda")
     scored = fastmaf.ReplayedLogProb(flow)
-    found = [Timed("log_prob", n, 1, 1, lambda n=n: scored(x[:n])) for n in batches]
     optimizer = fastmaf.optim.FusedAdam(flow.parameters(), lr=1e-6)
     step = fastmaf.TrainingStep(flow, optimizer, graphs=True)
-    found += [Timed("train step", n, 7, 3, lambda n=n: step(x[:n])) for n in batches if 1 < n <= 64]
 
     def sample(n: int) -> torch.Tensor:
         with torch.no_grad():
             return flow.sample(n, generator=generator)
 
-    return [*found, *(Timed("sample", n, 1, 1, lambda n=n: sample(n)) for n in samples)]
+    return [
+        *(Timed("log_prob", n, 1, 1, partial(scored, x[:n])) for n in batches),
+        *(Timed("train step", n, 7, 3, partial(step, x[:n])) for n in batches if 1 < n <= 64),
+        *(Timed("sample", n, 1, 1, partial(sample, n)) for n in samples),
+    ]
 
 
 def seconds(call: Callable[[], object], budget: float) -> list[float]:

@@ -81,13 +81,8 @@ def trial(flow: fastmaf.MAF, entry: str) -> Trial:
         return moment.clone()
 
     def recorded() -> Callable[[], object]:
-        updates = optimizer.updates_to_capture()
-
-        def step() -> None:
-            with optimizer.capturing(updates):
-                optimizer.minimize(-flow.log_prob(x).mean(), check_finite=False)
-
-        graph = record(step, device)
+        updates = optimizer.captured_updates()
+        graph = record(lambda: optimizer.capture_minimize(-flow.log_prob(x).mean(), updates), device)
         optimizer.advance(updates)
         return graph.replay
 
