@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from fastmaf.flows import MAF, Flow
+from fastmaf.io.atomic import replace, staging, sync_file
 from fastmaf.kernels.layout import Tile
 from fastmaf.nn import MaskedLinear
 from fastmaf.transforms import TRANSFORMS, Transform
@@ -76,18 +78,27 @@ def save(
 
 
 def write_tensors(tensors: Mapping[str, Tensor], path: str | os.PathLike[str], metadata: Mapping[str, str]) -> None:
-    """Writes a safetensors file through a temporary one: synced to disk, then moved into place."""
+    """Writes a safetensors file through a temporary one: synced to disk, then moved into place.
+
+    Raises:
+        OSError: it cannot be written, as on a full disk; what was at ``path`` stays.
+    """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")  # one name: what a killed process left is written over
-    try:
-        save_file(dict(tensors), temporary, dict(metadata))
-        with open(temporary, "rb+") as file:
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o666 & ~_umask())  # safetensors writes for the owner alone
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with staging(path.parent) as folder:
+        temporary = folder / path.name
+        try:
+            save_file(dict(tensors), temporary, dict(metadata))
+        except SafetensorError as error:
+            raise _as_os_error(error, path) from error
+        os.chmod(temporary, folder.stat().st_mode & 0o666)  # safetensors writes for the owner alone
+        sync_file(temporary)
+        replace(temporary, path)
+
+
+def _as_os_error(error: SafetensorError, path: Path) -> Exception:
+    """Returns what the system said, such as that the disk is full, where safetensors only quotes it."""
+    found = re.search(r"os error (\d+)", str(error))
+    return OSError(int(found[1]), os.strerror(int(found[1])), str(path)) if found else error
 
 
 def load(path: str | os.PathLike[str], *, device: torch.device | str = "cpu") -> Flow:
@@ -126,12 +137,6 @@ def load(path: str | os.PathLike[str], *, device: torch.device | str = "cpu") ->
 def read_extras(path: str | os.PathLike[str]) -> dict[str, Tensor]:
     """Returns what was saved beside a flow as ``extras``, by name. Raises as ``read_tensors`` does."""
     return {k.removeprefix(_EXTRA): v for k, v in read_tensors(path)[0].items() if k.startswith(_EXTRA)}
-
-
-def _umask() -> int:
-    mask = os.umask(0)  # there is no way to read it but to set it
-    os.umask(mask)
-    return mask
 
 
 def read_tensors(path: str | os.PathLike[str], *, tensors: bool = True) -> tuple[dict[str, Tensor], dict[str, str]]:

@@ -25,7 +25,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 
 # Modules of the core that the workflow and the command line may name besides `fastmaf` itself.
-PUBLIC_MODULES = {"fastmaf.doctor"}
+PUBLIC_MODULES = {"fastmaf.doctor", "fastmaf.io.atomic", "fastmaf.io.locks"}
 FRONT = ("fastmaf.capsule", "fastmaf.inspection", "fastmaf.cli", "fastmaf.cli_options", "fastmaf.__main__")
 BENCH_USERS = ("fastmaf.bench", "fastmaf.cli", "tests")
 STDLIB = sys.stdlib_module_names | {"tomllib"}  # of every supported version, whichever runs this

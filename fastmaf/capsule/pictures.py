@@ -11,7 +11,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from PIL import Image
 
-from fastmaf.capsule.results import written_atomically
+from fastmaf.io.atomic import written_atomically
 
 _DPI = 120
 

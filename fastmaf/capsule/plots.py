@@ -21,7 +21,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from fastmaf.capsule.pictures import image_grid, save_png
-from fastmaf.capsule.results import NORMAL, Evaluation, nats, written_atomically
+from fastmaf.capsule.results import NORMAL, Evaluation, nats
+from fastmaf.io.atomic import written_atomically
 
 __all__ = [
     "BLUE",

@@ -12,13 +12,14 @@ import math
 import os
 import textwrap
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
+
+from fastmaf.io.atomic import written_atomically
 
 NORMAL = "good"
 
@@ -242,22 +243,6 @@ def nats(value: float, digits: int = 0) -> str:
     if abs(value) >= 1e7:
         return f"{value:.3g}"
     return f"{value:,.{digits if abs(value) >= 1000 else max(digits, 2)}f}"
-
-
-@contextmanager
-def written_atomically(path: str | Path) -> Iterator[BinaryIO]:
-    """A binary file that replaces `path` only when the block ends well: readers see the old content or the new."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def checked_scores(nll: np.ndarray, which: str, labels: Sequence[str] | None = None) -> np.ndarray:

@@ -14,12 +14,12 @@ import numpy as np
 
 from fastmaf.capsule.data import ImageSet, load_test, load_train
 from fastmaf.capsule.folders import has_normals
-from fastmaf.capsule.results import written_atomically
 from fastmaf.inspection.masks import load_masks
 from fastmaf.inspection.members import load_members
 from fastmaf.inspection.model import Assessment, InspectionModel, load_inspection, model_file
 from fastmaf.inspection.scoring import VERDICTS
 from fastmaf.inspection.table import Line, format_lines, table
+from fastmaf.io.atomic import written_atomically
 
 SCORES_FILE, METRICS_FILE, REPORT_FILE = "scores.csv", "metrics.json", "report.html"
 

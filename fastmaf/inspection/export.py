@@ -14,11 +14,11 @@ import numpy as np
 import torch
 
 from fastmaf.capsule.decoding import load_frame, resized
-from fastmaf.capsule.results import written_atomically
 from fastmaf.inspection.calibration import Calibration
 from fastmaf.inspection.model import InspectionModel
 from fastmaf.inspection.onnx_graph import inspection_graph
 from fastmaf.inspection.onnx_values import ExportError, require
+from fastmaf.io.atomic import written_atomically
 
 __all__ = ["ExportError", "ExportReport", "export_onnx"]
 

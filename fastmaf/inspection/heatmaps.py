@@ -17,8 +17,8 @@ from PIL.PngImagePlugin import PngInfo
 from PIL.TiffImagePlugin import ImageFileDirectory_v2
 
 from fastmaf.capsule.decoding import MAX_PIXELS, DataError
-from fastmaf.capsule.results import written_atomically
 from fastmaf.inspection.pixels import resize_map
+from fastmaf.io.atomic import written_atomically
 
 SCALE = 512.0
 """Levels of a 16-bit map per unit: steps of 1/512 up to 128 times what is usual."""

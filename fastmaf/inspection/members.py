@@ -11,6 +11,7 @@ from pathlib import Path
 
 import fastmaf
 from fastmaf.inspection.model import InspectionModel
+from fastmaf.io.atomic import replace
 
 FOLDS_FOLDER = "folds"
 
@@ -23,19 +24,29 @@ def save_members(run: Path, model: InspectionModel, flows: Sequence[fastmaf.Flow
         flow.save(folder / f"fold-{k}.safetensors", {"statistics": _print_of(model)})
 
 
-def remove_members(run: Path) -> None:
-    """Removes the flows of the folds from a run's folder: they are large, and of use with their own model alone."""
+def replace_members(new: Path, run: Path) -> None:
+    """Moves the flows of the folds from one folder into a run's, if there are any, in place of an earlier model's.
+
+    Those are large, and of use with their own model alone.
+    """
     folder = run / FOLDS_FOLDER
     for file in folder.glob("fold-*.safetensors"):
         file.unlink()
+    for file in sorted((new / FOLDS_FOLDER).glob("fold-*.safetensors")):
+        folder.mkdir(exist_ok=True)
+        replace(file, folder / file.name)
     if folder.is_dir() and not any(folder.iterdir()):
         folder.rmdir()
 
 
 def load_members(run: Path, model: InspectionModel) -> list[fastmaf.Flow]:
-    """Returns the flows of the folds of this model, on its device; none where they were not kept, or are another's."""
+    """Returns the flows of the folds of this model, on its device; none where they were not kept, are another's, or
+    one is missing.
+    """
     files = sorted((run / FOLDS_FOLDER).glob("fold-*.safetensors"))
     own = [f for f in files if fastmaf.read_tensors(f, tensors=False)[1].get("statistics") == _print_of(model)]
+    if len(own) != len(model.about.get("images_of_folds", own)):
+        return []
     return [fastmaf.load(file).eval().to(model.device) for file in own]
 
 

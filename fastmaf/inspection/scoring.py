@@ -15,10 +15,10 @@ import numpy as np
 from tqdm import tqdm
 
 from fastmaf.capsule.decoding import Frame
-from fastmaf.capsule.results import written_atomically
 from fastmaf.inspection.heatmaps import to_frame, write_map, write_overlay
 from fastmaf.inspection.inputs import Unreadable, expand, read_each
 from fastmaf.inspection.model import InspectionModel, load_inspection
+from fastmaf.io.atomic import written_atomically
 
 VERDICTS = ("good", "anomalous")
 
