@@ -64,10 +64,11 @@ def train(
     recipe, out = recipe or Recipe(), Path(out)
     with run_folder(out, "training", LOG_FILE, REPORT_FILE):
         refuse_unfinished(out)
-        images = _load_normals(data, recipe, skip_bad=skip_bad, progress=progress)
-        check_disk(out, _disk_needed(recipe, keep_folds))
+        images = load_train(data, size=recipe.size, skip_bad=skip_bad, progress=progress)
         for note in images.notes:
             say(note)
+        _check_count(images, recipe)
+        check_disk(out, _disk_needed(recipe, keep_folds))
         fitted = fit(images.pixels, recipe, progress=progress)
         fitted.model.about.update(
             version=fastmaf.__version__,
@@ -93,8 +94,7 @@ def train(
     return fitted
 
 
-def _load_normals(data: str | Path, recipe: Recipe, *, skip_bad: bool, progress: bool) -> ImageSet:
-    images = load_train(data, size=recipe.size, skip_bad=skip_bad, progress=progress)
+def _check_count(images: ImageSet, recipe: Recipe) -> None:
     needed = max(recipe.folds, 3)
     if len(images) < needed:
         skipped = f" besides {count(len(images.skipped), 'file')} that cannot be read" if images.skipped else ""
@@ -103,7 +103,6 @@ def _load_normals(data: str | Path, recipe: Recipe, *, skip_bad: bool, progress:
             f"least {needed} to be fitted and calibrated on, better some dozens: add images there, or name another "
             "folder with --data"
         )
-    return images
 
 
 def _disk_needed(recipe: Recipe, keep_folds: bool) -> int:
@@ -243,7 +242,8 @@ def choose(
     from fastmaf.inspection.choose_location import choose_location, explain_location
 
     recipe = Recipe(size=size, score=ScoreSettings(), location=Location(), seed=seed)
-    images = _load_normals(data, recipe, skip_bad=skip_bad, progress=progress)
+    images = load_train(data, size=size, skip_bad=skip_bad, progress=progress)
+    _check_count(images, recipe)
     fitted = fit(images.pixels, recipe, progress=progress)
     scores = judge(images.pixels, fitted.cross, draws=draws, seed=seed, progress=progress)
     places = choose_location(images.pixels, fitted.cross, draws=draws, seed=seed, progress=progress)
