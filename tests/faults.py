@@ -71,10 +71,16 @@ def outcome(number: int, fault: str, work: Callable[[], object]) -> str:
     return OUTCOMES[os.WEXITSTATUS(status)]
 
 
-def every_fault(fault: str, before: Path, folder: Path, work: Callable[[Path], object]) -> None:
+def every_fault(
+    fault: str,
+    before: Path,
+    folder: Path,
+    work: Callable[[Path], object],
+    check: Callable[[Path], object] = lambda out: None,
+) -> None:
     """Does ``work`` on copies ``folder/0``, ``folder/1``, ... of ``before``, with the fault one operation later each.
 
-    Prints what came of each, and ends with the number that no operation has.
+    Prints what came of each, checks it, and ends with the number that no operation has.
     """
     for number in itertools.count():
         out = folder / str(number)
@@ -83,6 +89,7 @@ def every_fault(fault: str, before: Path, folder: Path, work: Callable[[Path], o
         if ended == "untouched":
             return
         print(number, ended, flush=True)
+        check(out)
 
 
 def hidden(folder: Path) -> list[str]:
