@@ -26,6 +26,7 @@ from fastmaf.cli import app
 from fastmaf.inspection import reporting, workflow
 from fastmaf.inspection.members import FOLDS_FOLDER, load_members
 from fastmaf.inspection.model import load_inspection
+from fastmaf.inspection.recipe import Recipe
 from fastmaf.inspection.workflow import REPORT_FILE, calibrate, choose, recalibrate, train
 from fastmaf.io.locks import InUseError, run_lock
 from tests.faults import hidden
