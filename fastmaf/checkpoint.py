@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from fastmaf.flows import MAF, Flow
-from fastmaf.io.atomic import replace, staging, sync_file
+from fastmaf.io.atomic import replace, staging, sync_file, write_errors
 from fastmaf.kernels.layout import Tile
 from fastmaf.nn import MaskedLinear
 from fastmaf.transforms import TRANSFORMS, Transform
@@ -81,24 +80,15 @@ def write_tensors(tensors: Mapping[str, Tensor], path: str | os.PathLike[str], m
     """Writes a safetensors file through a temporary one: synced to disk, then moved into place.
 
     Raises:
-        OSError: it cannot be written, as on a full disk; what was at ``path`` stays.
+        OSError: it cannot be written; the error names ``path``, and what was there before stays.
     """
-    path = Path(path)
-    with staging(path.parent) as folder:
-        temporary = folder / path.name
-        try:
-            save_file(dict(tensors), temporary, dict(metadata))
-        except SafetensorError as error:
-            raise _as_os_error(error, path) from error
+    target = Path(os.path.realpath(path))  # a link stays, and what it points at is replaced
+    with write_errors(path), staging(target.parent) as folder:
+        temporary = folder / target.name
+        save_file(dict(tensors), temporary, dict(metadata))
         os.chmod(temporary, folder.stat().st_mode & 0o666)  # safetensors writes for the owner alone
         sync_file(temporary)
-        replace(temporary, path)
-
-
-def _as_os_error(error: SafetensorError, path: Path) -> Exception:
-    """Returns what the system said, such as that the disk is full, where safetensors only quotes it."""
-    found = re.search(r"os error (\d+)", str(error))
-    return OSError(int(found[1]), os.strerror(int(found[1])), str(path)) if found else error
+        replace(temporary, target)
 
 
 def load(path: str | os.PathLike[str], *, device: torch.device | str = "cpu") -> Flow:

@@ -33,10 +33,10 @@ def names_of(paths: Sequence[Path]) -> list[str]:
     return [Path(os.path.relpath(path, root)).as_posix() for path in paths]
 
 
-def contents_of(paths: Sequence[Path]) -> Contents:
+def contents_of(names: Sequence[str], paths: Sequence[Path]) -> Contents:
     """Returns what tells files of the same name apart."""
     found: Contents = {}
-    for name, path in zip(names_of(paths), paths, strict=True):
+    for name, path in zip(names, paths, strict=True):
         data = path.read_bytes()
         found[name] = [len(data), hashlib.sha256(data).hexdigest()]
     return found

@@ -28,7 +28,7 @@ from fastmaf.capsule.data import DataError, ImageSet, load_train, to_unit
 from fastmaf.capsule.interrupts import interruptible
 from fastmaf.capsule.plots import nll_curve
 from fastmaf.capsule.results import bits_per_dim
-from fastmaf.capsule.resuming import TrainedOn, check_images, check_settings, contents_of
+from fastmaf.capsule.resuming import TrainedOn, check_images, check_settings, contents_of, names_of
 from fastmaf.capsule.room import check_disk, check_room, disk_needed
 from fastmaf.capsule.run_folder import run_folder
 from fastmaf.io.atomic import written_atomically
@@ -152,8 +152,8 @@ def train_in(
         raise DataError(f"holding out {config.holdout} of {len(images)} images leaves none to train on")
     check_room(config, torch.device(device), images=len(normals), resume=resume)
     check_disk(out, disk_needed(config))
-    contents = contents_of(images.paths)
-    trained_on = TrainedOn([list(contents)[i] for i in index], contents)
+    names = names_of(images.paths)
+    trained_on = TrainedOn([names[i] for i in index], contents_of(names, images.paths))
     run = _Run(config, out, normals, held_out, trained_on, torch.device(device), graphs, reference)
     if resume:
         run.restore()

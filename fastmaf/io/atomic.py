@@ -8,6 +8,7 @@ next one that writes there.
 from __future__ import annotations
 
 import os
+import re
 import secrets
 import shutil
 from collections.abc import Iterator
@@ -15,9 +16,12 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
+from safetensors import SafetensorError
+
 from fastmaf.io.locks import FileLock, try_lock
 
 _PREFIX, _SUFFIX, _LOCK = ".fastmaf-", ".tmp", "lock"
+_OS_ERROR = re.compile(r"\(os error (\d+)\)")  # how safetensors, which writes by itself, reports what the system said
 _swept: set[str] = set()  # folders that this process has freed of leftovers
 
 
@@ -25,16 +29,44 @@ _swept: set[str] = set()  # folders that this process has freed of leftovers
 def written_atomically(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
     """Opens a binary file that replaces ``path`` only when the block ends well: readers see the old content or the new.
 
-    The folder of ``path`` is created if it is missing.
+    The folder of ``path`` is created if it is missing. A link is followed: what it points at is replaced.
+
+    Raises:
+        OSError: the file cannot be written; the error names ``path``, and what was there before stays.
     """
-    path = Path(path)
-    with staging(path.parent) as folder:
-        temporary = folder / path.name
+    target = Path(os.path.realpath(path))
+    with write_errors(path), staging(target.parent) as folder:
+        temporary = folder / target.name
         with open(temporary, "wb") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
-        replace(temporary, path)
+        replace(temporary, target)
+
+
+@contextmanager
+def write_errors(path: str | os.PathLike[str]) -> Iterator[None]:
+    """Turns what goes wrong with a write into an OSError that names ``path``, whoever wrote.
+
+    Errors that name another file than ``path`` and what is in a staging folder pass unchanged.
+    """
+    try:
+        yield
+    except SafetensorError as error:
+        found = _OS_ERROR.search(str(error))
+        if found is None:
+            raise OSError(f"{os.fspath(path)}: cannot be written: {error}") from error
+        raise OSError(int(found[1]), os.strerror(int(found[1])), os.fspath(path)) from error
+    except OSError as error:
+        if error.filename is not None and not any(map(_is_staging, Path(os.fsdecode(error.filename)).parts)):
+            raise
+        if error.errno is None:  # Pillow's, about an encoder
+            raise OSError(f"{os.fspath(path)}: cannot be written: {error}") from error
+        raise OSError(error.errno, error.strerror or os.strerror(error.errno), os.fspath(path)) from error
+
+
+def _is_staging(name: str) -> bool:
+    return name.startswith(_PREFIX) and name.endswith(_SUFFIX)
 
 
 @contextmanager
@@ -129,11 +161,12 @@ def keep_previous(path: Path) -> None:
     """
     if not path.is_file():
         return
-    with staging(path.parent) as folder:
+    source = os.path.realpath(path)  # what a link points at is what will be replaced
+    with write_errors(previous(path)), staging(path.parent) as folder:
         kept = folder / path.name
         try:
-            os.link(path, kept)
+            os.link(source, kept)
         except OSError:
-            shutil.copyfile(path, kept)
+            shutil.copyfile(source, kept)
             sync_file(kept)
         replace(kept, previous(path))

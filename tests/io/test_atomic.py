@@ -163,6 +163,7 @@ def test_a_staging_folder_that_is_taken_for_a_leftover_is_made_anew(
     assert swept and os.listdir(tmp_path) == ["a.txt"]
 
 
+@pytest.mark.skipif(os.name == "nt", reason="links need a privilege")
 @pytest.mark.parametrize("links", [True, False])
 def test_the_previous_content_is_kept_while_the_file_stays(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, links: bool
@@ -179,4 +180,49 @@ def test_the_previous_content_is_kept_while_the_file_stays(
     write(path, b"new")
     assert (path.read_bytes(), (tmp_path / "a.previous.txt").read_bytes()) == (b"new", b"old")
     keep_previous(tmp_path / "missing.txt")
+    (tmp_path / "link.txt").symlink_to(path)
+    keep_previous(tmp_path / "link.txt")
+    write(tmp_path / "link.txt", b"newer")
+    assert (tmp_path / "link.previous.txt").read_bytes() == b"new"
+    for name in ("link.txt", "link.previous.txt"):
+        (tmp_path / name).unlink()
     assert sorted(os.listdir(tmp_path)) == ["a.previous.txt", "a.txt"]
+
+
+@pytest.mark.skipif(os.name == "nt", reason="links need a privilege")
+def test_a_link_stays_and_what_it_points_at_is_replaced(tmp_path: Path) -> None:
+    (tmp_path / "store").mkdir()
+    for name, new in (("a.txt", b"new"), ("a.safetensors", None)):
+        target, link = tmp_path / "store" / name, tmp_path / name
+        target.write_bytes(b"old")
+        link.symlink_to(target)
+        if new is None:
+            fastmaf.write_tensors({"a": torch.ones(2)}, link, {})
+            assert fastmaf.read_tensors(target)[0]["a"].tolist() == [1.0, 1.0]
+        else:
+            write(link, new)
+            assert target.read_bytes() == new
+        assert link.is_symlink()
+    assert hidden(tmp_path) == hidden(tmp_path / "store") == []
+
+
+def test_errors_name_the_file_and_not_its_temporary_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(source: Path, target: Path) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(source), None, str(target))
+
+    monkeypatch.setattr(os, "replace", full)
+    for name, put in (
+        ("a.txt", lambda path: write(path, b"1")),
+        ("a.safetensors", lambda path: fastmaf.write_tensors({}, path, {})),
+    ):
+        with pytest.raises(OSError) as caught:
+            put(tmp_path / name)
+        assert (caught.value.errno, caught.value.filename) == (errno.ENOSPC, str(tmp_path / name))
+    with pytest.raises(FileNotFoundError) as missing, written_atomically(tmp_path / "b.txt"):
+        (tmp_path / "another").read_bytes()
+    assert missing.value.filename == str(tmp_path / "another")
+    with (
+        pytest.raises(OSError, match="b.txt: cannot be written: encoder error"),
+        written_atomically(tmp_path / "b.txt"),
+    ):
+        raise OSError("encoder error")
