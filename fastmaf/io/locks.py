@@ -87,17 +87,7 @@ def run_lock(target: Path, doing: str) -> Iterator[None]:
             raise InUseError(_refusal(target, path, _read(path)))
         _held.add(key)
     try:
-        lock = try_lock(path)
-        if lock is None:
-            raise InUseError(_refusal(target, path, _read(path)))
-        try:
-            holder = _parsed(lock.file)
-            if holder and not _gone(holder, lock.enforced):
-                raise InUseError(_refusal(target, path, holder))
-            _write(lock.file, doing)
-        except BaseException:
-            lock.release()
-            raise
+        lock = _taken(target, path, doing)
         try:
             yield
         finally:
@@ -105,6 +95,31 @@ def run_lock(target: Path, doing: str) -> Iterator[None]:
     finally:
         with _held_guard:
             _held.discard(key)
+
+
+def _taken(target: Path, path: Path, doing: str) -> FileLock:
+    """Returns the lock of ``target``, with the text of its new holder in it."""
+    try:
+        lock = try_lock(path)
+        if lock is None:
+            raise InUseError(_refusal(target, path, _read(path)))
+        try:
+            holder = _parsed(lock.file)
+            if holder and not _gone(holder, lock.enforced):
+                raise InUseError(_refusal(target, path, holder))
+        except BaseException:
+            lock.release()
+            raise
+        try:
+            _write(lock.file, doing)
+        except BaseException:
+            _remove(path, lock)
+            raise
+        return lock
+    except InUseError:
+        raise
+    except OSError as error:  # the user knows of no lock file
+        raise OSError(error.errno, error.strerror, str(target.parent)) from error
 
 
 def _remove(path: Path, lock: FileLock) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import platform
@@ -134,5 +135,22 @@ def test_where_there_are_no_locks_the_process_id_decides(model: Path, monkeypatc
 
 
 def test_a_folder_that_is_not_there_is_an_ordinary_error(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError), run_lock(tmp_path / "missing" / "m.safetensors", "training"):
+    folder = tmp_path / "missing"
+    with pytest.raises(FileNotFoundError) as caught, run_lock(folder / "m.safetensors", "training"):
+        pass
+    assert caught.value.filename == str(folder)
+
+
+def test_a_lock_that_finds_no_room_leaves_nothing_and_names_the_folder(
+    model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*args: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(locks, "_write", full)
+    with pytest.raises(OSError, match="No space left") as caught, run_lock(model, "training"):
+        pass
+    assert caught.value.filename == str(model.parent) and os.listdir(model.parent) == []
+    monkeypatch.undo()
+    with run_lock(model, "training"):
         pass
