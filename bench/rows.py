@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
 import statistics
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+
+from fastmaf.io.atomic import written_atomically
 
 Row = dict[str, str]
 
@@ -82,13 +85,14 @@ def write(rows: Iterable[Row], about: dict[str, str], path: Path) -> None:
     rows = list(rows)
     if both := set(about) & set(COLUMNS):
         raise ValueError(f"what rows were measured on has the name of a column: {', '.join(sorted(both))}")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, [*COLUMNS, *about], restval="", lineterminator="\n")
-        writer.writeheader()
-        writer.writerows({**row, **about} for row in rows)
-    text = json.dumps({"about": about, "rows": rows}, indent=1, ensure_ascii=False)
-    path.with_suffix(".json").write_text(text + "\n", encoding="utf-8")
+    table = io.StringIO(newline="")
+    writer = csv.DictWriter(table, [*COLUMNS, *about], restval="", lineterminator="\n")
+    writer.writeheader()
+    writer.writerows({**row, **about} for row in rows)
+    text = json.dumps({"about": about, "rows": rows}, indent=1, ensure_ascii=False) + "\n"
+    for place, content in ((path, table.getvalue()), (path.with_suffix(".json"), text)):
+        with written_atomically(place) as file:
+            file.write(content.encode())
 
 
 class NotABenchError(ValueError):

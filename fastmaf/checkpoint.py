@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping
-from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,8 +16,8 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from fastmaf.atomic import write_errors
 from fastmaf.flows import MAF, Flow
+from fastmaf.io.atomic import replace, staging, sync_file, write_errors
 from fastmaf.io.flow_config import FORMAT_VERSION, TILES, flow_config
 from fastmaf.io.flow_tensors import EXTRA, flow_tensors
 from fastmaf.io.safe_json import shown
@@ -90,18 +89,12 @@ def write_tensors(tensors: Mapping[str, Tensor], path: str | os.PathLike[str], m
         OSError: it cannot be written; the error names ``path``, and what was there before stays.
     """
     target = Path(os.path.realpath(path))  # a link stays, and what it points at is replaced
-    temporary = target.with_name(f".{target.name}.tmp")  # one name: what a killed process left is written over
-    with write_errors(path, temporary):
-        target.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            save_file(dict(tensors), temporary, dict(metadata))
-            with open(temporary, "rb+") as file:
-                os.fsync(file.fileno())
-            os.chmod(temporary, 0o666 & ~_umask())  # safetensors writes for the owner alone
-            os.replace(temporary, target)
-        finally:
-            with suppress(OSError):
-                temporary.unlink()
+    with write_errors(path), staging(target.parent) as folder:
+        temporary = folder / target.name
+        save_file(dict(tensors), temporary, dict(metadata))
+        os.chmod(temporary, folder.stat().st_mode & 0o666)  # safetensors writes for the owner alone
+        sync_file(temporary)
+        replace(temporary, target)
 
 
 class SavedFlow(NamedTuple):

@@ -12,7 +12,6 @@ from typing import Annotated, Any, TextIO
 
 import typer
 
-from fastmaf.atomic import STDOUT, write_errors
 from fastmaf.cli_options import (
     AlarmOption,
     BatchOption,
@@ -43,6 +42,7 @@ from fastmaf.cli_options import (
     say_aside,
 )
 from fastmaf.inspection.cli import register
+from fastmaf.io.atomic import STDOUT, write_errors
 
 app = typer.Typer(
     help="Masked autoregressive flows: train on good images, sample, find defects by negative log-likelihood.",

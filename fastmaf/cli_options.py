@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from fastmaf.atomic import STDOUT, write_errors
+from fastmaf.io.atomic import STDOUT, write_errors
 
 
 class Degrees(str, Enum):

@@ -17,10 +17,10 @@ from safetensors import SafetensorError
 
 import fastmaf
 from fastmaf import checkpoint
-from fastmaf.atomic import write_errors, written_atomically
 from fastmaf.capsule import plots
 from fastmaf.cli_options import error_text
 from fastmaf.inspection.heatmaps import write_map, write_overlay
+from fastmaf.io.atomic import write_errors, written_atomically
 
 resource = pytest.importorskip("resource")
 

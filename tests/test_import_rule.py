@@ -25,7 +25,8 @@ ROOT = Path(__file__).resolve().parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 
 # Modules of the core that the workflow and the command line may name besides `fastmaf` itself.
-PUBLIC_MODULES = {"fastmaf.atomic", "fastmaf.doctor", "fastmaf.io.regular", "fastmaf.io.safe_json", "fastmaf.io.schema"}
+_PUBLIC = ("doctor", "io.atomic", "io.locks", "io.regular", "io.safe_json", "io.schema")
+PUBLIC_MODULES = {f"fastmaf.{name}" for name in _PUBLIC}
 FRONT = ("fastmaf.capsule", "fastmaf.inspection", "fastmaf.cli", "fastmaf.cli_options", "fastmaf.__main__")
 BENCH_USERS = ("fastmaf.bench", "fastmaf.cli", "tests")
 STDLIB = sys.stdlib_module_names | {"tomllib"}  # of every supported version, whichever runs this

@@ -1,16 +1,15 @@
 """The two files of a training run: the model, and what resuming needs beside it.
 
-Both name the step that they belong to. The new state is written under another name first, then the model is replaced,
-then
-the state: a process that dies at any moment leaves a model and a state of the same step.
+Both name the checkpoint that they belong to. The new state is written under another name first, then the model is
+replaced, then the state: a process that dies at any moment leaves a model and a state of the same checkpoint.
 """
 
 from __future__ import annotations
 
 import json
 import math
-import os
-from collections.abc import Mapping
+import secrets
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +17,9 @@ import torch
 from torch import Tensor
 
 import fastmaf
+from fastmaf.io.atomic import keep_previous, replace
 from fastmaf.io.safe_json import parse, shown
-from fastmaf.io.schema import Anything, Flag, ListOf, Maybe, Number, Record, Text, Whole
+from fastmaf.io.schema import Anything, Flag, ListOf, MapOf, Maybe, Number, Record, Text, Whole
 
 MODEL_FILE, STATE_FILE = "model.safetensors", "training_state.safetensors"
 _NEXT_STATE_FILE = "training_state.next.safetensors"
@@ -48,13 +48,28 @@ _STATE = Record(
         "guards": Record({"steps": _STEPS, "usual_nll": Maybe(Number()), "warming": Flag()}),
         "log": ListOf(_ROW),
     },
+    optional={  # what earlier versions did not write
+        "checkpoint": Text(),
+        "contents": MapOf(Record({"bytes": Whole(high=2**62), "sha256": Text()})),
+        "epoch_so_far": Record(
+            {"batches": Whole(), "total_nll": Number(), "skipped": Whole(), "seconds": Number(low=0)}
+        ),
+    },
     others=Anything(),
 )
-_TRAINING = Record(optional={"epochs_done": Whole(), "steps": _STEPS, "held_out": _NAMES}, others=Anything())
+_TRAINING = Record(
+    optional={"epochs_done": Whole(), "steps": _STEPS, "held_out": _NAMES, "checkpoint": Text()}, others=Anything()
+)
 
 
 def save_state(
-    out: Path, flow: fastmaf.Flow, moments: Mapping[str, Tensor], state: Mapping[str, Any], about: Mapping[str, Any]
+    out: Path,
+    flow: fastmaf.Flow,
+    moments: Mapping[str, Tensor],
+    state: Mapping[str, Any],
+    about: Mapping[str, Any],
+    *,
+    keep: Sequence[str] = (),
 ) -> None:
     """Writes both files of a run.
 
@@ -64,24 +79,28 @@ def save_state(
         moments: the optimiser's tensors by name.
         state: counters and log, plain JSON types.
         about: what the model file should say of its training, plain JSON types.
+        keep: files of an earlier run to keep as ``*.previous.*``, before the model is replaced.
+
+    Raises:
+        OSError: a file cannot be written, as on a full disk; the model and the state before stay.
     """
-    fastmaf.write_tensors(moments, out / _NEXT_STATE_FILE, {"state": json.dumps(state)})
-    flow.save(out / MODEL_FILE, {"training": json.dumps(about)})
-    os.replace(out / _NEXT_STATE_FILE, out / STATE_FILE)
+    checkpoint = secrets.token_hex(8)
+    fastmaf.write_tensors(moments, out / _NEXT_STATE_FILE, {"state": json.dumps({**state, "checkpoint": checkpoint})})
+    try:
+        for name in keep:
+            keep_previous(out / name)
+        flow.save(out / MODEL_FILE, {"training": json.dumps({**about, "checkpoint": checkpoint})})
+    except BaseException:
+        if not (out / MODEL_FILE).is_file() or training_of(out / MODEL_FILE).get("checkpoint") != checkpoint:
+            (out / _NEXT_STATE_FILE).unlink(missing_ok=True)  # on a full disk its room is needed
+        raise
+    replace(out / _NEXT_STATE_FILE, out / STATE_FILE)
 
 
-def set_aside(out: Path, *names: str) -> None:
-    """Renames the model of an earlier run, and files ``names``, to ``*.previous.*``; its state is of no more use."""
-    for file in (out / MODEL_FILE, *(out / name for name in names)):
-        if file.exists():
-            os.replace(file, file.with_name(previous_of(file.name)))
+def remove_state(out: Path) -> None:
+    """Removes the training state from a folder whose model another kind of training has replaced."""
     for name in (STATE_FILE, _NEXT_STATE_FILE):
         (out / name).unlink(missing_ok=True)
-
-
-def previous_of(name: str) -> str:
-    """The name under which a file of an earlier run is set aside."""
-    return str(Path(name).with_suffix(f".previous{Path(name).suffix}"))
 
 
 def load_state(out: Path, *, tensors: bool = True) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -97,7 +116,7 @@ def load_state(out: Path, *, tensors: bool = True) -> tuple[dict[str, Tensor], d
         raise FileNotFoundError(
             f"nothing to resume in {out}: expected {MODEL_FILE} and {STATE_FILE}, and {absent} is not there"
         )
-    step_of_model = training_of(out / MODEL_FILE).get("steps")
+    about = training_of(out / MODEL_FILE)
     for file in states:
         found, metadata = fastmaf.read_tensors(file, tensors=tensors)
         state = _record(metadata, "state", _STATE, file, finite=False)  # a validation NLL may be infinite
@@ -105,13 +124,29 @@ def load_state(out: Path, *, tensors: bool = True) -> tuple[dict[str, Tensor], d
             raise fastmaf.CheckpointError(
                 f"{file}: state.log: expected {state['epochs_done']} rows, one an epoch; found {len(state['log'])}"
             )
-        if state["steps"] == step_of_model:
+        # Files of earlier versions name no checkpoint; their steps have to do.
+        if all(state.get(key) == about.get(key) for key in ("steps", "checkpoint")):
             return found, state
     raise fastmaf.CheckpointError(
-        f"{out / STATE_FILE} does not belong to {out / MODEL_FILE}, which is from step {step_of_model}: one of them "
-        f"was "
-        "replaced. The model is usable; training cannot go on from it (choose another --out)"
+        f"{out / STATE_FILE} does not belong to {out / MODEL_FILE}, which is from step {about.get('steps')}: one of "
+        "them was replaced. The model is usable; training cannot go on from it (choose another --out)"
     )
+
+
+def refuse_unfinished(out: Path) -> None:
+    """Refuses to start a new run in a folder that holds an unfinished one.
+
+    Raises:
+        ValueError: it does; says how many epochs are done.
+    """
+    if not ((out / STATE_FILE).exists() and (out / MODEL_FILE).exists()):
+        return
+    state = load_state(out, tensors=False)[1]
+    if state["epochs_done"] < state["config"]["epochs"]:
+        raise ValueError(
+            f"{out} holds an unfinished run ({state['epochs_done']} of {state['config']['epochs']} epochs): "
+            "go on with --resume, choose another --out, or delete it"
+        )
 
 
 def moments_by_parameter(

@@ -11,9 +11,9 @@ import numpy as np
 from matplotlib.figure import Figure
 from PIL import Image
 
-from fastmaf.atomic import written_atomically
 from fastmaf.capsule.marks import GRID, KEYWORD, SAMPLE, png_text
 from fastmaf.capsule.names import visible
+from fastmaf.io.atomic import written_atomically
 
 _DPI = 120
 

@@ -20,11 +20,11 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-from fastmaf.atomic import written_atomically
 from fastmaf.capsule.marks import CURVE, HISTOGRAM, KEYWORD, ROC
 from fastmaf.capsule.names import visible
 from fastmaf.capsule.pictures import image_grid, save_png
 from fastmaf.capsule.results import NORMAL, Evaluation, nats
+from fastmaf.io.atomic import written_atomically
 
 __all__ = [
     "BLUE",

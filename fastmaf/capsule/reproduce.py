@@ -10,18 +10,19 @@ from pathlib import Path
 from types import MappingProxyType
 
 import fastmaf
-from fastmaf.atomic import written_atomically
 from fastmaf.capsule.config import TrainConfig
 from fastmaf.capsule.evaluate import Evaluation, ThresholdReport, format_table
 from fastmaf.capsule.models import Model, load_model
 from fastmaf.capsule.outputs import Output, check_outputs, text_file
+from fastmaf.capsule.run_folder import run_folder
 from fastmaf.capsule.sample import outputs_of as sample_outputs
 from fastmaf.capsule.sample import sample
 from fastmaf.capsule.score import evaluate
 from fastmaf.capsule.score import outputs_of as eval_outputs
 from fastmaf.capsule.synthetic import MARKER, draw_dataset
-from fastmaf.capsule.train import TrainResult, train
+from fastmaf.capsule.train import TrainResult, train_in
 from fastmaf.capsule.train import outputs_of as train_outputs
+from fastmaf.io.atomic import written_atomically
 
 # What the published notebook recorded on the real capsule images, on a GTX 1050 Ti.
 REFERENCE_NLL = MappingProxyType(
@@ -91,34 +92,35 @@ def reproduce(
     out = Path(out)
     comparison = Output(out / COMPARISON_FILE, text_file("a comparison", "reference run"))
     check_outputs([*train_outputs(out, resume=resume), *sample_outputs(out, SAMPLES), *eval_outputs(out), comparison])
-    if data is None:
-        data = out / "demo-data"
-        draw_dataset(data, progress=progress)
-        say(f"drew the synthetic capsules into {data}; their figures are not those of the real images")
-    reference = None if (Path(data) / MARKER).is_file() else REFERENCE_NLL
-    training = train(
-        data,
-        out,
-        config,
-        resume=resume,
-        skip_bad=skip_bad,
-        device=device,
-        graphs=graphs,
-        reference=reference,
-        progress=progress,
-    )
-    if training.interrupted:
-        say(f"stopped after {len(training.log)} whole epochs; the model is in {training.model}; --resume goes on")
-        return None
-    model = load_model(training.model, device=device)
-    seconds = _sample(model, out, progress, say)
-    extra = {"train_config": json.loads(json.dumps(vars(config))), "seconds_per_sample": seconds}
-    evaluation = evaluate(model, data, out, skip_bad=skip_bad, extra=extra, progress=progress)
-    say(format_table(evaluation))
-    table = compare(training, evaluation, seconds, real=reference is not None)
-    with written_atomically(out / COMPARISON_FILE) as file:
-        file.write((table + "\n").encode())
-    return Reproduction(training, evaluation, seconds, table)
+    with run_folder(out, "reproducing the published run", COMPARISON_FILE):
+        if data is None:
+            data = out / "demo-data"
+            draw_dataset(data, progress=progress)
+            say(f"drew the synthetic capsules into {data}; their figures are not those of the real images")
+        reference = None if (Path(data) / MARKER).is_file() else REFERENCE_NLL
+        training = train_in(
+            out,
+            data,
+            config,
+            resume=resume,
+            skip_bad=skip_bad,
+            device=device,
+            graphs=graphs,
+            reference=reference,
+            progress=progress,
+        )
+        if training.interrupted:
+            say(f"stopped after {len(training.log)} whole epochs; the model is in {training.model}; --resume goes on")
+            return None
+        model = load_model(training.model, device=device)
+        seconds = _sample(model, out, progress, say)
+        extra = {"train_config": json.loads(json.dumps(vars(config))), "seconds_per_sample": seconds}
+        evaluation = evaluate(model, data, out, skip_bad=skip_bad, extra=extra, progress=progress)
+        say(format_table(evaluation))
+        table = compare(training, evaluation, seconds, real=reference is not None)
+        with written_atomically(out / COMPARISON_FILE) as file:
+            file.write((table + "\n").encode())
+        return Reproduction(training, evaluation, seconds, table)
 
 
 def _sample(model: Model, out: Path, progress: bool, say: Callable[[str], None]) -> float | None:

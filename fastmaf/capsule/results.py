@@ -19,8 +19,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from fastmaf.atomic import written_atomically
 from fastmaf.capsule.names import to_cell, visible
+from fastmaf.io.atomic import written_atomically
 
 NORMAL = "good"
 SCORE_COLUMNS = ("file", "label", "nll", "bits_per_dim", "anomalous_youden", "anomalous_held_out")

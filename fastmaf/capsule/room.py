@@ -1,10 +1,11 @@
-"""Whether a training run fits into memory, asked before anything large is allocated."""
+"""Whether a training run fits into memory and on the disk, asked before anything large is allocated."""
 
 from __future__ import annotations
 
 import bisect
 import contextlib
 import dataclasses
+import shutil
 import warnings
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -22,7 +23,7 @@ _UNLIMITED = 1 << 60  # cgroups of version 1 say "no limit" with a number above 
 
 
 class DoesNotFitError(ValueError):
-    """A training run needs more memory than there is; the message says how much, and what would fit."""
+    """A training run needs more memory or disk than there is; the message says how much."""
 
 
 def check_room(config: TrainConfig, device: torch.device, *, images: int, resume: bool = False) -> None:
@@ -54,7 +55,8 @@ def check_room(config: TrainConfig, device: torch.device, *, images: int, resume
         advice = f"free memory, or start a new run in another --out, as --resume keeps the settings: {advice}"
     raise DoesNotFitError(
         f"training {config.blocks} blocks of {config.features:,} dimensions and hidden units {hidden} at batch size "
-        f"{config.batch_size} needs about {_gb(needed)} on {device}, where {_gb(available)} are available; {advice}"
+        f"{config.batch_size} needs about {in_bytes(needed)} on {device}, where {in_bytes(available)} are available; "
+        f"{advice}"
     )
 
 
@@ -92,7 +94,33 @@ def _planned(config: TrainConfig) -> fastmaf.Flow:
         return config.build(device="meta")
 
 
-def _gb(size: int) -> str:
+def disk_needed(config: TrainConfig) -> int:
+    """Returns the bytes of a checkpoint, model and the optimiser's two moments: written before the last one goes."""
+    flow = _planned(config)
+    weights = sum(tensor.nbytes for tensor in flow.state_dict().values())
+    return weights + 2 * sum(parameter.nbytes for parameter in flow.parameters())
+
+
+def check_disk(out: Path, needed: int) -> None:
+    """Refuses a run whose files will not fit on the disk beside those that they replace.
+
+    Args:
+        out: the folder; it exists.
+        needed: bytes.
+
+    Raises:
+        DoesNotFitError: there is less room; says how much.
+    """
+    free = shutil.disk_usage(out).free
+    if free < needed:
+        raise DoesNotFitError(
+            f"the files of the run take about {in_bytes(needed)} in {out}, where {in_bytes(free)} are free; what is "
+            "there is replaced only after they are written. Free some room, or choose another --out"
+        )
+
+
+def in_bytes(size: int) -> str:
+    """Returns a number of bytes for people: "1.23 GB"."""
     return f"{size / 1e9:.2f} GB" if size >= 1e9 else f"{size / 1e6:,.1f} MB"
 
 

@@ -9,15 +9,12 @@ What it writes into the output folder, as it goes:
 
 from __future__ import annotations
 
-import json
-import signal
 import threading
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from types import FrameType
 from typing import Any, TypeAlias
 
 import torch
@@ -25,26 +22,27 @@ from torch import Tensor
 from tqdm import tqdm
 
 import fastmaf
-from fastmaf.atomic import written_atomically
 from fastmaf.capsule.checkpoints import (
     MODEL_FILE,
     STATE_FILE,
     load_state,
     moments_by_parameter,
-    previous_of,
+    refuse_unfinished,
     save_state,
-    set_aside,
 )
 from fastmaf.capsule.config import TrainConfig
 from fastmaf.capsule.data import DataError, ImageSet, load_train, to_unit
+from fastmaf.capsule.interrupts import interruptible
 from fastmaf.capsule.marks import CURVE
 from fastmaf.capsule.names import visible
 from fastmaf.capsule.outputs import Output, check_outputs, picture, table
 from fastmaf.capsule.outputs import model as model_kind
 from fastmaf.capsule.plots import nll_curve
 from fastmaf.capsule.results import bits_per_dim
-from fastmaf.capsule.room import check_room
-from fastmaf.io.safe_json import shown
+from fastmaf.capsule.resuming import TrainedOn, check_images, check_settings, contents_of
+from fastmaf.capsule.room import check_disk, check_room, disk_needed
+from fastmaf.capsule.run_folder import run_folder
+from fastmaf.io.atomic import previous, written_atomically
 
 LOG_FILE, CURVE_FILE = "train_log.csv", "nll_curve.png"
 LOG_COLUMNS = ("epoch", "nll", "val_nll", "bits_per_dim", "seconds", "skipped_steps")
@@ -86,7 +84,6 @@ def _denormals_flushed() -> Iterator[None]:
 
 
 @fastmaf.torch_defaults()
-@_denormals_flushed()
 def train(
     data: str | Path,
     out: str | Path,
@@ -101,14 +98,16 @@ def train(
 ) -> TrainResult:
     """Trains a flow on the normal images of ``data/train/good``.
 
-    Ctrl-C ends the run after the current step, with a model that can be used and resumed. What a finished run left in
-    ``out`` is set aside as ``*.previous.*`` when the first checkpoint of a new one is written.
+    Ctrl-C ends the run after the current step, with a model that can be used; a resumed run equals an unbroken one to
+    the bit. The model and log of a finished run in ``out`` stay until the first checkpoint of the new one is complete,
+    and are kept as ``*.previous.*``. ``out`` is locked meanwhile: a second run is refused.
 
     Args:
         data: folder with ``train/good``.
         out: folder for the model, the log and the curve.
         config: the run's settings.
-        resume: go on from the checkpoint in ``out``; the settings must be the same, but for ``epochs``.
+        resume: go on from the checkpoint in ``out``; the settings must be the same, but for ``epochs``, and so must
+            the images.
         skip_bad: leave out files that cannot be read instead of refusing to start.
         device: where to train.
         graphs: on a GPU, replay steps as CUDA graphs where they can be; see ``fastmaf.TrainingStep``.
@@ -117,15 +116,46 @@ def train(
 
     Raises:
         DataError: the folder or a file in it is not what is needed.
-        DoesNotFitError: the run needs more memory than there is; nothing was written.
+        DoesNotFitError: the run needs more memory or disk than there is; nothing was written.
+        InUseError: another process or thread is writing a run to ``out``.
+        OSError: ``out`` cannot be written to; nothing was read or trained.
         TrainingStoppedError: the loss became non-finite.
         OutputError: ``out`` holds a file of the name of one that is written, which is none.
-        ValueError: a setting does not fit, or differs from the one of the run to resume.
+        ValueError: a setting does not fit, or settings or images differ from those of the run to resume.
     """
-    config, out = config or TrainConfig(), Path(out)
-    if not resume and (out / STATE_FILE).exists() and (out / MODEL_FILE).exists():
-        _refuse_to_overwrite(out)
+    out = Path(out)
     check_outputs(outputs_of(out, resume=resume))
+    with run_folder(out, "training", LOG_FILE, CURVE_FILE):
+        return train_in(
+            out,
+            data,
+            config or TrainConfig(),
+            resume=resume,
+            skip_bad=skip_bad,
+            device=device,
+            graphs=graphs,
+            reference=reference,
+            progress=progress,
+        )
+
+
+@fastmaf.torch_defaults()
+@_denormals_flushed()
+def train_in(
+    out: Path,
+    data: str | Path,
+    config: TrainConfig,
+    *,
+    resume: bool,
+    skip_bad: bool,
+    device: str,
+    graphs: bool,
+    reference: Mapping[int, float] | None,
+    progress: bool,
+) -> TrainResult:
+    """Does what ``train`` does, in a folder that its caller has locked."""
+    if not resume:
+        refuse_unfinished(out)
     images = load_train(data, size=config.size, skip_bad=skip_bad, progress=progress)
     for note in images.notes:
         tqdm.write(visible(note))
@@ -135,8 +165,9 @@ def train(
     if not len(normals):
         raise DataError(f"holding out {config.holdout} of {len(images)} images leaves none to train on")
     check_room(config, torch.device(device), images=len(normals), resume=resume)
-    out.mkdir(parents=True, exist_ok=True)
-    run = _Run(config, out, normals, held_out, torch.device(device), graphs, reference)
+    check_disk(out, disk_needed(config))
+    trained_on = TrainedOn(list(normals.names), contents_of(images.names, images.paths))
+    run = _Run(config, out, normals, held_out, trained_on, torch.device(device), graphs, reference)
     if resume:
         run.restore()
     return run.go(progress)
@@ -146,24 +177,25 @@ def outputs_of(out: Path, *, resume: bool) -> list[Output]:
     """What ``train`` writes, and what it makes of an earlier run's files; a run that is resumed owns what is there."""
     if resume:
         return []
-    log, previous = table("a training log", LOG_COLUMNS), previous_of
+    log = table("a training log", LOG_COLUMNS)
     return [
         Output(out / MODEL_FILE, model_kind("a model")),
-        Output(out / previous(MODEL_FILE), model_kind("the model of an earlier run")),
+        Output(previous(out / MODEL_FILE), model_kind("the model of an earlier run")),
         Output(out / STATE_FILE, model_kind("the state of a training run", "state")),
         Output(out / LOG_FILE, log),
-        Output(out / previous(LOG_FILE), log),
+        Output(previous(out / LOG_FILE), log),
         Output(out / CURVE_FILE, picture(CURVE, "a training curve")),
     ]
 
 
-def _refuse_to_overwrite(out: Path) -> None:
-    state = load_state(out, tensors=False)[1]
-    if state["epochs_done"] < state["config"]["epochs"]:
-        raise ValueError(
-            f"{out} holds an unfinished run ({state['epochs_done']} of {state['config']['epochs']} epochs): "
-            "go on with --resume, choose another --out, or delete it"
-        )
+@dataclass
+class _EpochSoFar:
+    """How far an epoch has come, for a checkpoint in its middle."""
+
+    batches: int = 0
+    total_nll: float = 0.0
+    skipped: int = 0
+    seconds: float = 0.0
 
 
 class _Run:
@@ -175,18 +207,20 @@ class _Run:
         out: Path,
         normals: ImageSet,
         held_out: ImageSet,
+        trained_on: TrainedOn,
         device: torch.device,
         graphs: bool,
         reference: Mapping[int, float] | None,
     ) -> None:
         self.config, self.out, self.device, self.reference = config, out, device, reference
-        self.normals, self.held_out = normals, held_out
+        self.normals, self.held_out, self.trained_on = normals, held_out, trained_on
         self.flow = config.build().to(device)
         self.optimizer = fastmaf.optim.FusedAdam(self.flow.parameters(), lr=config.lr)
         guards = fastmaf.Guards(config.warmup_steps, config.max_grad_norm, config.max_leap)
         self.step = fastmaf.TrainingStep(self.flow, self.optimizer, guards, graphs=graphs)
         self._log_prob = fastmaf.ReplayedLogProb(self.flow) if graphs else self.flow.log_prob
         self.log: list[Row] = []
+        self.so_far = _EpochSoFar()  # of the epoch after those in the log
         self.good_epoch: int | None = None  # after how many epochs the model file was written
         self._own_files = False  # until the first checkpoint, what lies in the folder is an earlier run's
         self._saved = self._drawn = time.monotonic()
@@ -194,19 +228,9 @@ class _Run:
     def restore(self) -> None:
         """Takes up the run whose checkpoint lies in the output folder."""
         _, state = load_state(self.out, tensors=False)
-        before, now = state["config"], json.loads(json.dumps(asdict(self.config)))
-        different = [k for k in now if k != "epochs" and before.get(k) != now[k]]
-        if different:
-            changes = ", ".join(f"{k}: was {shown(before.get(k))}, now {shown(now[k])}" for k in different)
-            raise ValueError(
-                f"cannot resume {self.out} with other settings ({changes}): repeat the first ones, or choose "
-                f"another --out"
-            )
-        if state["files"] != list(self.normals.names):
-            raise ValueError(
-                f"cannot resume {self.out}: it was trained on {len(state['files'])} images, the data now hold "
-                f"{len(self.normals)} others or renamed ones for training"
-            )
+        check_settings(self.out, state, self.config)
+        if note := check_images(self.out, state, self.trained_on):
+            tqdm.write(visible(note))
         model = self.out / MODEL_FILE
         try:
             self.flow.load_state_dict(fastmaf.load(model).state_dict())
@@ -220,6 +244,7 @@ class _Run:
         self.optimizer.load_state_dict({"state": moments, "param_groups": groups})
         self.step.load_state_dict(state["guards"])
         self.log = state["log"]
+        self.so_far = _EpochSoFar(**state.get("epoch_so_far", {}))
         self.good_epoch = state["epochs_done"]
         self._own_files = True
 
@@ -228,10 +253,10 @@ class _Run:
         steps = -(-len(self.normals) // self.config.batch_size)
         first = len(self.log)
         with (
-            _interruptible() as stop,
+            interruptible() as stop,
             tqdm(
                 total=self.config.epochs * steps,
-                initial=first * steps,
+                initial=first * steps + self.so_far.batches,
                 desc="training",
                 unit="step",
                 disable=not progress,
@@ -256,20 +281,24 @@ class _Run:
     def _epoch(self, epoch: int, bar: tqdm[Any], stop: threading.Event) -> None:
         # Each epoch shuffles by a generator of its own: a resumed run sees the batches that an unbroken one would.
         shuffler = torch.Generator().manual_seed((self.config.seed << 32) + epoch)
-        began, total, skipped = time.perf_counter(), 0.0, 0
-        for index in torch.randperm(len(self.normals), generator=shuffler).split(self.config.batch_size):
+        batches = torch.randperm(len(self.normals), generator=shuffler).split(self.config.batch_size)
+        so_far = self.so_far
+        began = time.perf_counter() - so_far.seconds
+        for index in batches[so_far.batches :]:
             if stop.is_set():
                 return
             try:
                 report = self.step(self._batch(self.normals, index))
             except fastmaf.NonFiniteLossError as error:
                 raise self._stopped(str(error)) from error
-            total += report.nll * len(index)
-            skipped += report.skipped
+            so_far.batches += 1
+            so_far.total_nll += report.nll * len(index)
+            so_far.skipped += report.skipped
+            so_far.seconds = time.perf_counter() - began
             bar.update()
             bits = bits_per_dim(report.nll, self.config.features)
             bar.set_postfix_str(f"epoch {epoch}, NLL {report.nll:,.0f} nats, {bits:.3f} bits/dim")
-        nll = total / len(self.normals)
+        nll = so_far.total_nll / len(self.normals)
         self.log.append(
             {
                 "epoch": epoch,
@@ -277,9 +306,10 @@ class _Run:
                 "val_nll": self._validate(),
                 "bits_per_dim": bits_per_dim(nll, self.config.features),
                 "seconds": time.perf_counter() - began,
-                "skipped_steps": skipped,
+                "skipped_steps": so_far.skipped,
             }
         )
+        self.so_far = _EpochSoFar()
 
     def _stopped(self, reason: str) -> TrainingStoppedError:
         if self.good_epoch is None:
@@ -313,7 +343,8 @@ class _Run:
             "config": asdict(self.config),
             "epochs_done": len(self.log),
             "steps": self.step.steps,
-            "files": list(self.normals.names),
+            **asdict(self.trained_on),
+            "epoch_so_far": asdict(self.so_far),
             "guards": self.step.state_dict(),
             "log": self.log,
         }
@@ -322,10 +353,9 @@ class _Run:
             "steps": self.step.steps,
             "held_out": list(self.held_out.names),
         }
-        if not self._own_files:
-            set_aside(self.out, LOG_FILE)
-            self._own_files = True
-        save_state(self.out, self.flow, moments, state, about)
+        keep = () if self._own_files else (MODEL_FILE, LOG_FILE)
+        save_state(self.out, self.flow, moments, state, about, keep=keep)
+        self._own_files = True
         self.good_epoch = len(self.log)
         self._saved = time.monotonic()
 
@@ -337,25 +367,3 @@ class _Run:
         if curve:
             nll_curve(self.out / CURVE_FILE, self.log, self.reference)
             self._drawn = time.monotonic()
-
-
-@contextmanager
-def _interruptible() -> Iterator[threading.Event]:
-    """Turns the first Ctrl-C into a request to stop; a second one interrupts at once, and loses what came after the
-    last checkpoint.
-    """
-    stop = threading.Event()
-    if threading.current_thread() is not threading.main_thread():
-        yield stop  # only the main thread may handle signals
-        return
-    before = signal.getsignal(signal.SIGINT)
-
-    def ask(signum: int, frame: FrameType | None) -> None:
-        stop.set()
-        signal.signal(signal.SIGINT, before)
-
-    signal.signal(signal.SIGINT, ask)
-    try:
-        yield stop
-    finally:
-        signal.signal(signal.SIGINT, before)

@@ -13,7 +13,6 @@ from typing import Any
 import numpy as np
 
 import fastmaf
-from fastmaf.atomic import written_atomically
 from fastmaf.capsule.classes import doubtful, require_both
 from fastmaf.capsule.data import ImageSet, load_test, load_train
 from fastmaf.capsule.folders import has_normals
@@ -24,6 +23,7 @@ from fastmaf.inspection.members import load_members
 from fastmaf.inspection.model import Assessment, InspectionModel, load_inspection, model_file
 from fastmaf.inspection.scoring import VERDICTS
 from fastmaf.inspection.table import Line, format_lines, table
+from fastmaf.io.atomic import written_atomically
 
 SCORES_FILE, METRICS_FILE, REPORT_FILE = "scores.csv", "metrics.json", "report.html"
 

@@ -16,10 +16,10 @@ import numpy as np
 from PIL import Image
 from PIL.TiffImagePlugin import ImageFileDirectory_v2
 
-from fastmaf.atomic import written_atomically
 from fastmaf.capsule.decoding import MAX_PIXELS, DataError
 from fastmaf.capsule.marks import MAP, MAP_TITLE, OVERLAY, png_text
 from fastmaf.inspection.pixels import resize_map
+from fastmaf.io.atomic import written_atomically
 from fastmaf.io.regular import NotRegularError, open_regular
 
 SCALE = 512.0

@@ -12,6 +12,7 @@ from pathlib import Path
 import fastmaf
 from fastmaf.capsule.models import check_takes_images
 from fastmaf.inspection.model import InspectionModel
+from fastmaf.io.atomic import replace
 
 FOLDS_FOLDER = "folds"
 
@@ -28,28 +29,34 @@ def member_files(run: Path, n: int) -> list[Path]:
     return [run / FOLDS_FOLDER / f"fold-{k}.safetensors" for k in range(1, n + 1)]
 
 
-def remove_members(run: Path) -> None:
-    """Removes the flows of the folds from a run's folder: they are large, and of use with their own model alone.
+def replace_members(new: Path, run: Path) -> None:
+    """Moves the flows of the folds from one folder into a run's, if there are any, in place of an earlier model's.
 
-    Other files there stay, whatever their names.
+    Those are large, and of use with their own model alone. Other files there stay, whatever their names.
     """
     folder = run / FOLDS_FOLDER
     for file in folder.glob("fold-*.safetensors"):
         if _statistics(file) is not None:
             file.unlink()
+    for file in sorted((new / FOLDS_FOLDER).glob("fold-*.safetensors")):
+        folder.mkdir(exist_ok=True)
+        replace(file, folder / file.name)
     if folder.is_dir() and not any(folder.iterdir()):
         folder.rmdir()
 
 
 @fastmaf.torch_defaults()
 def load_members(run: Path, model: InspectionModel) -> list[fastmaf.Flow]:
-    """Returns the flows of the folds of this model, on its device; none where they were not kept, or are another's.
+    """Returns the flows of the folds of this model, on its device; none where they were not kept, are another's, or
+    one is missing.
 
     Raises:
         fastmaf.CheckpointError: a file is damaged.
     """
     files = sorted((run / FOLDS_FOLDER).glob("fold-*.safetensors"))
     own = [f for f in files if fastmaf.read_tensors(f, tensors=False)[1].get("statistics") == _print_of(model)]
+    if len(own) != len(model.about.get("images_of_folds", own)):
+        return []
     flows = [fastmaf.load(file, device=model.device).eval() for file in own]
     for file, flow in zip(own, flows, strict=True):
         check_takes_images(flow, file)

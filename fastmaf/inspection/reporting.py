@@ -53,8 +53,8 @@ ASSUMPTIONS = (
 )
 
 
-def training_report(path: Path, model: InspectionModel, images: ImageSet) -> None:
-    """Writes the report of a training run, before there are test images."""
+def training_report(path: Path, model: InspectionModel, images: ImageSet, *, name: str) -> None:
+    """Writes the report of a training run of that name, before there are test images."""
     absent = Absent("no test images were scored yet: run fastmaf eval --data with labelled ones")
     data = Data(
         (Count("train", NORMAL, len(images)), Count("calibration", NORMAL, model.calibration.n)),
@@ -63,7 +63,7 @@ def training_report(path: Path, model: InspectionModel, images: ImageSet) -> Non
         (Samples(NORMAL, _strip(images, NORMAL)),),
     )
     gallery = Gallery(absent, absent, absent)
-    report = _report(path, model, path.parent.name, data, absent, absent, gallery, _timings(model, images.paths))
+    report = _report(path, model, name, data, absent, absent, gallery, _timings(model, images.paths))
     write_report(path, report)
 
 

@@ -17,7 +17,6 @@ import numpy as np
 from tqdm import tqdm
 
 import fastmaf
-from fastmaf.atomic import STDOUT, write_errors, written_atomically
 from fastmaf.capsule.decoding import Frame
 from fastmaf.capsule.marks import MAP, OVERLAY
 from fastmaf.capsule.names import to_cell
@@ -26,6 +25,7 @@ from fastmaf.capsule.outputs import json_lines as json_lines_file
 from fastmaf.inspection.heatmaps import to_frame, write_map, write_overlay
 from fastmaf.inspection.inputs import Unreadable, expand, read_each
 from fastmaf.inspection.model import InspectionModel, load_inspection, model_file
+from fastmaf.io.atomic import STDOUT, write_errors, written_atomically
 
 VERDICTS = ("good", "anomalous")
 

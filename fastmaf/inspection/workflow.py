@@ -5,7 +5,8 @@ from __future__ import annotations
 import csv
 import io
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -14,20 +15,25 @@ import torch
 from tqdm import tqdm
 
 import fastmaf
-from fastmaf.atomic import written_atomically
-from fastmaf.capsule.checkpoints import MODEL_FILE, STATE_FILE, previous_of, set_aside
-from fastmaf.capsule.data import ImageSet, load_train
+from fastmaf.capsule.checkpoints import MODEL_FILE, STATE_FILE, refuse_unfinished, remove_state
+from fastmaf.capsule.data import DataError, ImageSet, load_train
+from fastmaf.capsule.interrupts import interruptible
+from fastmaf.capsule.listing import count
 from fastmaf.capsule.outputs import ONNX, Output, check_outputs, report, table
 from fastmaf.capsule.outputs import model as model_kind
 from fastmaf.capsule.results import bits_per_dim
+from fastmaf.capsule.room import check_disk
+from fastmaf.capsule.run_folder import run_folder
 from fastmaf.inspection.calibration import Calibration
 from fastmaf.inspection.fit import Fitted, fit
 from fastmaf.inspection.inputs import Unreadable, expand, read_each
 from fastmaf.inspection.location import Location
-from fastmaf.inspection.members import member_files, remove_members, save_members
-from fastmaf.inspection.model import InspectionModel, load_inspection, model_file
+from fastmaf.inspection.members import member_files, replace_members, save_members
+from fastmaf.inspection.model import InspectionModel, is_inspection_model, load_inspection, model_file
 from fastmaf.inspection.recipe import Recipe
 from fastmaf.inspection.scores import ScoreSettings
+from fastmaf.io.atomic import keep_previous, previous, replace, staging, sweep, written_atomically
+from fastmaf.io.locks import run_lock
 
 LOG_FILE, REPORT_FILE = "training_log.csv", "report.html"
 _LOG_COLUMNS = ("step", "nll", "held_out_nll")
@@ -48,40 +54,38 @@ def train(
 ) -> Fitted:
     """Fits an inspection model to the good images of ``data`` and writes model, log and report to ``out``.
 
-    What an earlier run left in ``out`` is set aside as ``*.previous.*``, but for the models of its folds, which go.
-    With ``keep_folds`` those of this run are written, so that their ensemble can be judged.
+    What an earlier run left in ``out`` stays until all of this one is written, and is kept as ``*.previous.*``, but for
+    the models of its folds, which go. With ``keep_folds`` those of this run are written, so that their ensemble can be
+    judged. ``out`` is locked meanwhile: a second run is refused.
 
     Raises:
-        DataError: the folder or a file in it is not what is needed.
+        DataError: the folder or a file in it is not what is needed, or there are too few images.
+        DoesNotFitError: the disk has too little room.
+        InUseError: another process or thread is writing a run to ``out``.
+        OSError: ``out`` cannot be written to; if a disk is full, what was there stays.
         OutputError: ``out`` holds a file of the name of one that is written, which is none.
-        ValueError: a setting does not fit, or there are fewer images than folds.
+        ValueError: a setting does not fit, or ``out`` holds an unfinished run of the other recipe.
     """
-    from fastmaf.inspection.reporting import training_report
-
     recipe, out = recipe or Recipe(), Path(out)
     check_outputs(_outputs_of(out, recipe.folds if keep_folds else 0))
-    images = load_train(data, size=recipe.size, skip_bad=skip_bad, progress=progress)
-    for note in images.notes:
-        say(note)
-    fitted = fit(images.pixels, recipe, progress=progress)
+    with run_folder(out, "training", LOG_FILE, REPORT_FILE):
+        refuse_unfinished(out)
+        images = load_train(data, size=recipe.size, skip_bad=skip_bad, progress=progress)
+        for note in images.notes:
+            say(note)
+        _check_count(images, recipe)
+        check_disk(out, _disk_needed(recipe, keep_folds))
+        fitted = fit(images.pixels, recipe, progress=progress)
+        fitted.model.about.update(
+            version=fastmaf.__version__,
+            created=datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
+            seconds=fitted.seconds,
+            log=fitted.log,
+            notes=list(images.notes),
+            skipped=[[path.name, reason] for path, reason in images.skipped],
+        )
+        _write(out, fitted, images, keep_folds)
     model = fitted.model
-    own = {
-        "version": fastmaf.__version__,
-        "created": datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
-        "seconds": fitted.seconds,
-        "log": fitted.log,
-        "notes": list(images.notes),
-        "skipped": [[path.name, reason] for path, reason in images.skipped],
-    }
-    model.about.update(own)
-    out.mkdir(parents=True, exist_ok=True)
-    set_aside(out, LOG_FILE, REPORT_FILE)
-    model.save(out / MODEL_FILE)
-    _write_log(out / LOG_FILE, fitted)
-    remove_members(out)
-    if keep_folds:
-        save_members(out, model, fitted.cross.flows)
-    training_report(out / REPORT_FILE, model, images)
     about = model.about
     for line in _decisions(model):
         say(line)
@@ -99,11 +103,50 @@ def train(
 def _outputs_of(out: Path, folds: int) -> list[Output]:
     """What ``train`` writes, and what it makes of an earlier run's files."""
     kinds = {MODEL_FILE: model_kind("a model"), LOG_FILE: table("a training log", _LOG_COLUMNS), REPORT_FILE: report()}
-    outputs = [Output(out / place, kind) for name, kind in kinds.items() for place in (name, previous_of(name))]
+    outputs = [Output(out / place, kind) for name, kind in kinds.items() for place in (name, previous(Path(name)).name)]
     outputs.append(Output(out / STATE_FILE, model_kind("the state of a training run", "state")))
     return outputs + [
         Output(file, model_kind("the model of a fold", "statistics")) for file in member_files(out, folds)
     ]
+
+
+def _check_count(images: ImageSet, recipe: Recipe) -> None:
+    needed = max(recipe.folds, 3)
+    if len(images) < needed:
+        skipped = f" besides {count(len(images.skipped), 'file')} that cannot be read" if images.skipped else ""
+        raise DataError(
+            f"{images.paths[0].parent} holds {count(len(images), 'good image')}{skipped}; an inspection model needs at "
+            f"least {needed} to be fitted and calibrated on, better some dozens: add images there, or name another "
+            "folder with --data"
+        )
+
+
+def _disk_needed(recipe: Recipe, keep_folds: bool) -> int:
+    """Returns the bytes of the whitening's factors, which are nearly all of a model, and of those of the folds."""
+    factors = 4 * recipe.features * min(recipe.rank, recipe.features)
+    return factors * (1 + recipe.folds * keep_folds)
+
+
+def _write(out: Path, fitted: Fitted, images: ImageSet, keep_folds: bool) -> None:
+    """Writes all files of a run, and only then puts them in place of those of an earlier one."""
+    from fastmaf.inspection.reporting import training_report
+
+    with staging(out) as new:
+        fitted.model.save(new / MODEL_FILE)
+        _write_log(new / LOG_FILE, fitted)
+        if keep_folds:
+            save_members(new, fitted.model, fitted.cross.flows)
+        training_report(new / REPORT_FILE, fitted.model, images, name=out.name)
+        with interruptible() as stop:  # Ctrl-C now would leave files of two runs beside each other
+            files = (MODEL_FILE, LOG_FILE, REPORT_FILE)
+            for name in files:
+                keep_previous(out / name)
+            for name in files:
+                replace(new / name, out / name)
+            replace_members(new, out)
+            remove_state(out)
+    if stop.is_set():
+        raise KeyboardInterrupt
 
 
 def _decisions(model: InspectionModel) -> list[str]:
@@ -142,10 +185,24 @@ def calibrate(model: str | Path, false_alarm: float, confidence: float | None = 
     Raises:
         CalibrationError: a rate or confidence does not fit.
         fastmaf.CheckpointError: the file is no inspection model.
+        InUseError: another process or thread is writing to the file.
     """
+    with _model_to_change(model, "calibrating") as (path, loaded):
+        calibration = loaded.calibration.with_rate(false_alarm, confidence)
+        loaded.with_calibration(calibration).save(path)
+    return calibration
+
+
+@contextmanager
+def _model_to_change(model: str | Path, doing: str, device: str = "cpu") -> Iterator[tuple[Path, InspectionModel]]:
+    """Yields a model and its file, locked against everyone else who would replace it meanwhile."""
     path = model_file(model)
-    loaded = load_inspection(path)
-    return _save(path, loaded, loaded.calibration.with_rate(false_alarm, confidence))
+    is_inspection_model(path)  # a missing file is said as such, not as a lock that cannot be taken
+    with run_lock(path, doing):
+        sweep(path.parent)
+        loaded = load_inspection(path, device=device)
+        check_disk(path.parent, path.stat().st_size)
+        yield path, loaded
 
 
 @fastmaf.torch_defaults()
@@ -165,17 +222,13 @@ def recalibrate(
     Raises:
         DataError: an argument matches nothing, or a file cannot be read and ``skip_bad`` is not given.
     """
-    path = model_file(model)
-    loaded = load_inspection(path, device=device)
-    images = read_images(arguments, loaded.size, skip_bad=skip_bad, progress=progress, say=say)
-    scores = loaded.scores(images.pixels)
-    today, source = datetime.now(timezone.utc).date().isoformat(), ", ".join(arguments)
-    source = source if len(source) <= 80 else f"{source[:77]}..."
-    return _save(path, loaded, Calibration(scores, false_alarm, confidence, "split", None, today, source))
-
-
-def _save(path: Path, model: InspectionModel, calibration: Calibration) -> Calibration:
-    model.with_calibration(calibration).save(path)
+    with _model_to_change(model, "recalibrating", device) as (path, loaded):
+        images = read_images(arguments, loaded.size, skip_bad=skip_bad, progress=progress, say=say)
+        scores = loaded.scores(images.pixels)
+        today, source = datetime.now(timezone.utc).date().isoformat(), ", ".join(arguments)
+        source = source if len(source) <= 80 else f"{source[:77]}..."
+        calibration = Calibration(scores, false_alarm, confidence, "split", None, today, source)
+        loaded.with_calibration(calibration).save(path)
     return calibration
 
 
@@ -188,8 +241,6 @@ def read_images(
     Raises:
         DataError: an argument matches nothing, a file cannot be read and ``skip_bad`` is not given, or none can.
     """
-    from fastmaf.capsule.data import DataError
-
     found = expand(arguments)
     for note in found.notes:
         say(note)
@@ -216,8 +267,9 @@ def choose(
     from fastmaf.inspection.choose import explain
     from fastmaf.inspection.choose_location import choose_location, explain_location
 
-    images = load_train(data, size=size, skip_bad=skip_bad, progress=progress)
     recipe = Recipe(size=size, score=ScoreSettings(), location=Location(), seed=seed)
+    images = load_train(data, size=size, skip_bad=skip_bad, progress=progress)
+    _check_count(images, recipe)
     fitted = fit(images.pixels, recipe, progress=progress)
     scores = judge(images.pixels, fitted.cross, draws=draws, seed=seed, progress=progress)
     places = choose_location(images.pixels, fitted.cross, draws=draws, seed=seed, progress=progress)

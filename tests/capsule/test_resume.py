@@ -83,6 +83,89 @@ def test_resuming_with_other_files_is_refused(data: Path, finished: Path, tmp_pa
     assert len(rows(out)) == 2
 
 
+def copied(data: Path, finished: Path, tmp_path: Path) -> tuple[Path, Path, list[Path]]:
+    """Copies of the data and of the run, and the files in the first one."""
+    other, out = Path(shutil.copytree(data, tmp_path / "data")), Path(shutil.copytree(finished, tmp_path / "run"))
+    return other, out, sorted((other / "train" / "good").iterdir())
+
+
+@pytest.mark.parametrize("held_out", [False, True])
+def test_resuming_with_other_contents_under_the_same_name_names_the_file(
+    data: Path, finished: Path, tmp_path: Path, held_out: bool
+) -> None:
+    other, out, files = copied(data, finished, tmp_path)
+    trained_on = load_state(out)[1]["files"]
+    one, another = [file for file in files if (file.name not in trained_on) is held_out][:2]
+    before = {path.name: path.read_bytes() for path in out.iterdir()}
+    longer = one.read_bytes() + b"\0"  # beyond the end of a PNG: the same picture
+    one.write_bytes(longer)
+    words = rf"cannot resume .*: 1 of 10 images changed .* began: {one.name} \(was {len(longer) - 1:,} bytes, now "
+    with pytest.raises(ValueError, match=words):
+        run(other, out, with_(epochs=3), resume=True)
+    content = bytearray(another.read_bytes())
+    content[-1] ^= 1
+    another.write_bytes(content)
+    words = rf"2 of 10 images changed .*{another.name} \(of the same size, but with other contents\)"
+    with pytest.raises(ValueError, match=words):
+        run(other, out, with_(epochs=3), resume=True)
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == before, "a refusal changes nothing"
+
+
+def test_resuming_with_two_pictures_exchanged_names_both(data: Path, finished: Path, tmp_path: Path) -> None:
+    other, out, files = copied(data, finished, tmp_path)
+    first, second = files[0].read_bytes(), files[1].read_bytes()
+    files[0].write_bytes(second)
+    files[1].write_bytes(first)
+    with pytest.raises(ValueError, match=rf"2 of 10 images changed .*{files[0].name} .*{files[1].name} "):
+        run(other, out, with_(epochs=3), resume=True)
+
+
+def test_resuming_with_a_renamed_image_names_the_old_and_the_new(data: Path, finished: Path, tmp_path: Path) -> None:
+    other, out, files = copied(data, finished, tmp_path)
+    files[4].rename(files[4].with_name("renamed.png"))
+    with pytest.raises(ValueError, match=rf"cannot resume .*\(missing: {files[4].name}; new: renamed.png\)"):
+        run(other, out, with_(epochs=3), resume=True)
+
+
+def test_resuming_elsewhere_with_the_same_images_is_the_same_run(data: Path, finished: Path, tmp_path: Path) -> None:
+    """Neither the place nor the times of the files count; nor does it for a folder of images without train/good."""
+    other, out, files = copied(data, finished, tmp_path)
+    for file in files:
+        os.utime(file, (0, 0))
+    assert len(run(other / "train" / "good", out, with_(epochs=3), resume=True).log) == 3
+
+
+def test_a_state_of_an_earlier_version_resumes_with_a_note(
+    data: Path, finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    _, out, _ = copied(data, finished, tmp_path)
+    rewrite_as_before(out)
+    run(data, out, with_(epochs=3), resume=True)
+    assert "without the contents of its images: they were compared by their names alone" in capsys.readouterr().out
+    run(data, tmp_path / "whole", with_(epochs=3))
+    assert same(tensors_of(out), tensors_of(tmp_path / "whole"))
+    assert "contents" in load_state(out)[1], "from now on they are known"
+
+
+def test_a_state_of_an_earlier_version_still_compares_names(data: Path, finished: Path, tmp_path: Path) -> None:
+    other, out, files = copied(data, finished, tmp_path)
+    rewrite_as_before(out)
+    files[3].unlink()
+    with pytest.raises(ValueError, match=r"trained on 8 images, the data now hold 7 others"):
+        run(other, out, with_(epochs=3), resume=True)
+
+
+def rewrite_as_before(out: Path) -> None:
+    """Takes away what states and models of earlier versions did not say."""
+    for file, key, new in (
+        (STATE_FILE, "state", ("contents", "epoch_so_far", "checkpoint")),
+        (MODEL_FILE, "training", ("checkpoint",)),
+    ):
+        tensors, metadata = fastmaf.read_tensors(out / file)
+        found = {name: value for name, value in json.loads(metadata[key]).items() if name not in new}
+        fastmaf.write_tensors(tensors, out / file, {**metadata, key: json.dumps(found)})
+
+
 @pytest.mark.parametrize("missing", [MODEL_FILE, STATE_FILE, "both"])
 def test_nothing_to_resume(data: Path, finished: Path, tmp_path: Path, missing: str) -> None:
     out = tmp_path / "run"

@@ -21,7 +21,7 @@ from fastmaf.capsule.names import from_cell
 from fastmaf.capsule.outputs import OutputError
 from fastmaf.inspection.evaluation import evaluate
 from fastmaf.inspection.inputs import expand
-from fastmaf.inspection.members import remove_members
+from fastmaf.inspection.members import replace_members
 from fastmaf.inspection.model import load_inspection
 from fastmaf.inspection.scoring import score
 from fastmaf.inspection.workflow import calibrate, export, train
@@ -185,7 +185,7 @@ def test_models_of_folds_are_removed_and_other_files_stay(tmp_path: Path) -> Non
     flow.save(folder / "fold-1.safetensors", {"statistics": "x"})
     flow.save(folder / "fold-2.safetensors")
     (folder / "fold-of-mine.safetensors").write_text("mine")
-    remove_members(tmp_path)
+    replace_members(tmp_path / "new", tmp_path)
     assert sorted(path.name for path in folder.iterdir()) == ["fold-2.safetensors", "fold-of-mine.safetensors"]
 
 

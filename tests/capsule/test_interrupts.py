@@ -1,0 +1,227 @@
+"""Ctrl-C at any moment, then --resume: the same run to the bit as one that nobody interrupted."""
+
+from __future__ import annotations
+
+import itertools
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from torch import Tensor
+
+import fastmaf
+from fastmaf import checkpoint
+from fastmaf.capsule import reproduce as reproduction
+from fastmaf.capsule import train as training
+from fastmaf.capsule.checkpoints import MODEL_FILE, load_state
+from fastmaf.capsule.config import GUARDED, TrainConfig
+from fastmaf.capsule.reproduce import reproduce
+from tests.capsule.runs import STEPS, at_batch, epoch, run, same, tensors_of, with_, without_seconds
+from tests.faults import hidden
+
+pytestmark = [pytest.mark.usefixtures("undrawn"), pytest.mark.filterwarnings("ignore::fastmaf.ConnectivityWarning")]
+THREE = with_(epochs=3)
+BATCHES = 3 * (STEPS + 1)  # of three epochs, with one of validation each
+WARMING = with_(epochs=3, **{**GUARDED, "order": "alternate", "warmup_steps": 4, "lr": 1e-3})
+
+
+def ctrl_c(x: Any = None) -> Any:
+    signal.raise_signal(signal.SIGINT)
+    return x
+
+
+@pytest.fixture(scope="module")
+def whole(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[TrainConfig], Path]:
+    """Returns the folder of an unbroken run."""
+    made: dict[TrainConfig, Path] = {}
+
+    def of(config: TrainConfig) -> Path:
+        if config not in made:
+            made[config] = tmp_path_factory.mktemp("whole")
+            run(data, made[config], config)
+        return made[config]
+
+    return of
+
+
+def assert_equal(out: Path, other: Path) -> None:
+    """Model, moments, counters and log are the same; only the seconds are not."""
+    assert same(tensors_of(out), tensors_of(other))
+    (moments, state), (others, expected) = load_state(out), load_state(other)
+    assert moments and same(moments, others)
+    for found in (state, expected):
+        found.pop("checkpoint")
+        for row in found["log"]:
+            row.pop("seconds")
+    assert state == expected
+    assert without_seconds(out) == without_seconds(other)
+    assert hidden(out) == []
+
+
+@pytest.mark.parametrize("config", [THREE, WARMING], ids=["plain", "guarded"])
+@pytest.mark.parametrize("batch", range(1, BATCHES + 1))
+def test_interrupted_at_any_batch(
+    data: Path, tmp_path: Path, interrupts: None, whole: Callable[[TrainConfig], Path], config: TrainConfig, batch: int
+) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        at_batch(patch, batch, ctrl_c)
+        result = run(data, tmp_path, config)
+    assert result.interrupted
+    steps, left = divmod(batch, STEPS + 1)
+    assert load_state(tmp_path)[1]["steps"] == steps * STEPS + left, "the step that was interrupted is the last one"
+    run(data, tmp_path, config, resume=True)
+    assert_equal(tmp_path, whole(config))
+
+
+def test_interrupted_after_every_step(
+    data: Path, tmp_path: Path, interrupts: None, whole: Callable[[TrainConfig], Path]
+) -> None:
+    for turn in itertools.count():
+        with pytest.MonkeyPatch.context() as patch:
+            at_batch(patch, 1, ctrl_c)
+            run(data, tmp_path, WARMING, resume=turn > 0)
+        if len(load_state(tmp_path)[1]["log"]) == WARMING.epochs:
+            break
+    assert turn >= 3 * STEPS - 1
+    assert_equal(tmp_path, whole(WARMING))
+
+
+def test_interrupted_again_before_a_step_was_taken(
+    data: Path, tmp_path: Path, interrupts: None, monkeypatch: pytest.MonkeyPatch, whole: Callable[[TrainConfig], Path]
+) -> None:
+    """A resumed run that is stopped at once keeps how far its epoch had come."""
+    with monkeypatch.context() as patch:
+        at_batch(patch, epoch(2), ctrl_c)
+        run(data, tmp_path, THREE)
+    before = load_state(tmp_path)[1]["epoch_so_far"]
+    assert before["batches"] == 1
+    with monkeypatch.context() as patch:
+        patch.setattr(training, "load_state", lambda *args, **kwargs: ctrl_c())
+        with pytest.raises(KeyboardInterrupt):  # there is nothing new to save yet
+            run(data, tmp_path, THREE, resume=True)
+    with monkeypatch.context() as patch:
+        patch.setattr(training, "tqdm", lambda *args, bar=training.tqdm, **kwargs: ctrl_c(bar(*args, **kwargs)))
+        patch.setattr(training.tqdm, "write", lambda text: None, raising=False)
+        assert run(data, tmp_path, THREE, resume=True).interrupted
+    assert load_state(tmp_path)[1]["epoch_so_far"] == before
+    run(data, tmp_path, THREE, resume=True)
+    assert_equal(tmp_path, whole(THREE))
+
+
+@pytest.mark.parametrize("times", [1, 2])
+@pytest.mark.parametrize("write", range(4))
+def test_interrupted_while_saving(
+    data: Path,
+    tmp_path: Path,
+    interrupts: None,
+    every_epoch: None,
+    whole: Callable[[TrainConfig], Path],
+    times: int,
+    write: int,
+) -> None:
+    """Once, the checkpoint is finished; twice in a row, the one before is what there is."""
+    save, calls = checkpoint.save_file, itertools.count()
+
+    def interrupted(*args: Any) -> None:
+        if next(calls) == write:
+            for _ in range(times):
+                ctrl_c()
+        save(*args)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(checkpoint, "save_file", interrupted)
+        if times == 1:
+            assert run(data, tmp_path, THREE).interrupted
+        else:
+            with pytest.raises(KeyboardInterrupt):
+                run(data, tmp_path, THREE)
+    assert hidden(tmp_path) == []
+    run(data, tmp_path, THREE, resume=(tmp_path / MODEL_FILE).exists())
+    assert_equal(tmp_path, whole(THREE))
+
+
+@pytest.mark.parametrize("batch", range(1, BATCHES + 1))
+def test_interrupted_twice_in_a_row(
+    data: Path,
+    tmp_path: Path,
+    interrupts: None,
+    every_epoch: None,
+    whole: Callable[[TrainConfig], Path],
+    batch: int,
+) -> None:
+    def twice(x: Tensor) -> Tensor:
+        return ctrl_c(ctrl_c(x))
+
+    with pytest.MonkeyPatch.context() as patch:
+        at_batch(patch, batch, twice)
+        with pytest.raises(KeyboardInterrupt):
+            run(data, tmp_path, THREE)
+    assert hidden(tmp_path) == []
+    run(data, tmp_path, THREE, resume=(tmp_path / MODEL_FILE).exists())
+    assert_equal(tmp_path, whole(THREE))
+
+
+def test_interrupted_while_reading_images_leaves_nothing(
+    data: Path, tmp_path: Path, interrupts: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(training, "load_train", lambda *args, **kwargs: ctrl_c())
+    with pytest.raises(KeyboardInterrupt):
+        run(data, tmp_path / "run")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_state_of_an_earlier_version_begins_its_broken_epoch_again(
+    data: Path, tmp_path: Path, interrupts: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It does not say how far that had come."""
+    from tests.capsule.test_resume import rewrite_as_before
+
+    with monkeypatch.context() as patch:
+        at_batch(patch, epoch(2), ctrl_c)
+        run(data, tmp_path, THREE)
+    rewrite_as_before(tmp_path)
+    run(data, tmp_path, THREE, resume=True)
+    assert load_state(tmp_path)[1]["steps"] == 3 * STEPS + 1
+
+
+@pytest.mark.parametrize("batch", [2, 3, 4])
+def test_reproduce_interrupted_and_resumed(
+    data: Path, tmp_path: Path, interrupts: None, monkeypatch: pytest.MonkeyPatch, batch: int
+) -> None:
+    """In the first epoch, in its validation, in the second one."""
+    monkeypatch.setattr(reproduction, "evaluate", lambda *args, **kwargs: None)
+    monkeypatch.setattr(reproduction, "format_table", lambda evaluation: "")
+    monkeypatch.setattr(reproduction, "compare", lambda *args, **kwargs: "a table")
+    config = with_(epochs=2)
+    options: dict[str, Any] = {"data": data, "progress": False, "say": lambda text: None}
+    assert reproduce(tmp_path / "whole", config, **options) is not None
+    with monkeypatch.context() as patch:
+        at_batch(patch, batch, ctrl_c)
+        assert reproduce(tmp_path / "broken", config, **options) is None
+    assert not (tmp_path / "broken" / "comparison.txt").exists()
+    assert reproduce(tmp_path / "broken", config, resume=True, **options) is not None
+    assert_equal(tmp_path / "broken", tmp_path / "whole")
+    names = [{path.name for path in (tmp_path / run).iterdir()} for run in ("broken", "whole")]
+    assert names[0] == names[1]
+
+
+def test_a_resumed_run_counts_its_progress_from_where_it_was(
+    data: Path, tmp_path: Path, interrupts: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        at_batch(patch, epoch(2), ctrl_c)
+        run(data, tmp_path, THREE)
+    bars: list[Any] = []
+    bar = training.tqdm
+
+    class Seen(bar):  # type: ignore[misc, valid-type]
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            bars.append(kwargs)
+            super().__init__(*args, **kwargs)
+
+    monkeypatch.setattr(training, "tqdm", Seen)
+    run(data, tmp_path, THREE, resume=True)
+    assert (bars[0]["initial"], bars[0]["total"]) == (STEPS + 1, 3 * STEPS)
+    assert fastmaf.load(tmp_path / MODEL_FILE).features == 192
