@@ -21,7 +21,7 @@ class Constants(nn.Module):
         super().__init__()
         self._constants: dict[str, Tensor] = {}  # on the CPU
         self._placed: dict[str, Tensor] = {}  # where the module's other tensors are
-        self._saved_constants: set[str] = set()
+        self._saved_constants: list[str] = []
         self.register_load_state_dict_post_hook(_follow)
 
     def set_constant(self, name: str, value: Tensor, device: torch.device, *, persistent: bool = False) -> None:
@@ -32,7 +32,7 @@ class Constants(nn.Module):
         """
         self._constants[name], self._placed[name] = value, value.to(device)
         if persistent:
-            self._saved_constants.add(name)
+            self._saved_constants.append(name)
 
     def constant(self, name: str, device: torch.device) -> Tensor:
         """Returns a constant on a device: that of the tensors that it is used with, which may be another's here."""
@@ -50,7 +50,7 @@ class Constants(nn.Module):
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        for name in sorted(self._saved_constants):
+        for name in self._saved_constants:
             destination[prefix + name] = self._placed[name]
 
     def _load_from_state_dict(

@@ -158,7 +158,9 @@ class GaussianWhitening(Transform):
     def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any) -> None:
         for name, lowest in (("scale", "positive"), ("variance", "not negative")):
             found = state_dict.get(f"{prefix}{name}")
-            if isinstance(found, Tensor) and not bool(((found > 0) if name == "scale" else (found >= 0)).all()):
+            if not isinstance(found, Tensor) or found.is_meta:
+                continue
+            if not bool(((found > 0) if name == "scale" else (found >= 0)).all()):
                 raise ValueError(f"{prefix}{name} must be {lowest}; found {float(found.min())}")
         super()._load_from_state_dict(state_dict, prefix, *args)
 
