@@ -20,7 +20,7 @@ def workspace_bytes(
         device: where it runs.
         backend: ``"reference"``, ``"native"`` or ``"triton"``.
         training: the backward pass runs too.
-        layer_by_layer: it goes through the layers in calls of their own, as for ``FusedAdam.minimize`` with ``max_grad_norm``.
+        layer_by_layer: it goes through the layers in calls of their own, as for ``FusedAdam.minimize`` that clips.
     """
     if backend == "triton":
         return _of_kernels(flow, batch, device, training=training)
