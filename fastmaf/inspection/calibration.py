@@ -169,13 +169,13 @@ class Calibration:
         return replace(self, false_alarm=false_alarm, confidence=confidence)
 
     def raised(self) -> Calibration:
-        """Returns a calibration for scores that differ from these in their last digits: each is raised by a thousandth
-        of the interquartile range, so that an image is not above its own score. That changes no promise, as fewer
-        images are anomalous.
+        """Returns a calibration for scores that differ from these in their last digits: each is raised by 5e-4 of the
+        interquartile range, so that no image is above its own score. The promise still holds, as no more images are
+        anomalous.
         """
         finite = self.scores[np.isfinite(self.scores)]
         spread = float(np.subtract(*np.quantile(finite, (0.75, 0.25)))) if len(finite) else 0.0
-        return replace(self, scores=self.scores + 1e-3 * spread + 1e-5 * np.abs(self.scores))
+        return replace(self, scores=self.scores + 5e-4 * spread + 1e-5 * np.abs(self.scores))
 
     def describe(self) -> str:
         """What was done, what may be expected and what it assumes: lines of plain text, a sentence or two each."""
