@@ -9,8 +9,10 @@ from typing import Any, Literal, TypeAlias
 import torch
 from torch import Tensor, nn
 
+from fastmaf import hooks
 from fastmaf.degrees import DegreeKind, hidden_degrees, input_degrees, prefix
 from fastmaf.kernels import PackedLayout, empty_on_huge_pages, level_schedule, masked_linear
+from fastmaf.kernels.padding import keep_zero, without_padding
 
 Init: TypeAlias = Literal["linear", "identity", "empty"]
 
@@ -30,7 +32,8 @@ class MaskedLinear(nn.Module):
         device, dtype: of the parameters.
 
     Attributes:
-        weight: the packed weight, 1-D, zero in the padding (``layout`` says where each number lies).
+        weight: the packed weight, 1-D (``layout`` says where each number lies). Its padding is zero: what others write
+            there is undone before the weight is used or saved.
         bias: ``[out_features]``.
 
     Raises:
@@ -92,13 +95,39 @@ class MaskedLinear(nn.Module):
             raise ValueError(f"MaskedLinear expects [..., {self.in_features}]; found {tuple(x.shape)}")
         y = masked_linear(
             x.reshape(-1, self.in_features),
-            self.weight,
+            self.packed_weight,
             self.bias,
             self.prefix,
             self.layout.table,
             self.activation,
         )
         return y.reshape(*x.shape[:-1], self.out_features)
+
+    @property
+    def packed_weight(self) -> Tensor:
+        """The weight as ops take it: the parameter, whose padding they keep zero in place, or, where ``weight`` is a
+        tensor that was computed (by a parametrisation, pruning, ``torch.func.functional_call``), a copy without it.
+        """
+        weight = self.weight
+        if type(weight) is nn.Parameter:
+            return weight
+        return without_padding(weight, self.prefix, self.layout.table)
+
+    def zero_padding_(self) -> None:
+        """Makes the padding of the stored weight zero, where it may have been written to.
+
+        Ops do so themselves before they read it; CUDA graphs of them do not.
+        """
+        for name, parameter in self._parameters.items():
+            # "weight_orig" and its kin: what pruning and its kin compute the weight from
+            if not name.startswith("weight") or type(parameter) is not nn.Parameter or parameter.is_meta:
+                continue
+            if parameter.shape == (self.layout.numel,) and parameter.is_contiguous():
+                keep_zero([parameter], [self.prefix], [self.layout.table])
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        self.zero_padding_()
+        super()._save_to_state_dict(destination, prefix, keep_vars)
 
     def dense_weight(self) -> Tensor:
         """Returns the masked weight as a dense ``[out_features, in_features]`` matrix: for export and inspection."""
@@ -193,6 +222,17 @@ class MADE(nn.Module):
     def layers(self) -> list[MaskedLinear]:
         """The hidden layers, then the output layer."""
         return [layer for layer in (*self.hidden, self.output) if isinstance(layer, MaskedLinear)]
+
+    @property
+    def is_called(self) -> bool:
+        """Whether it must be called as a module, and so must its layers: see ``fastmaf.hooks``."""
+        hidden = self.hidden
+        if type(hidden) is not nn.ModuleList or hooks.is_called(self):
+            return True
+        for layer in (*hidden._modules.values(), self.output):
+            if type(layer) is not MaskedLinear or hooks.is_called(layer):
+                return True
+        return False
 
     @property
     def weight_dtype(self) -> torch.dtype | None:

@@ -14,8 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastmaf import hooks
 from fastmaf.degrees import check_permutation
 from fastmaf.kernels import Block, affine_output, level_inverse
+from fastmaf.kernels.affine_output.reference import bound_log_scale
 from fastmaf.nn import MADE
 
 
@@ -177,11 +179,27 @@ class AffineAutoregressive(Transform):
         self.log_scale_bound = log_scale_bound
         self.soft_bound = soft_bound
 
+    @property
+    def calls_modules(self) -> bool:
+        """Whether its network must be called as a module: hooks or parametrisations hang on its parts, or one of them
+        is of another class than ``MADE`` and ``MaskedLinear``.
+        """
+        made = self.made
+        return type(made) is not MADE or made.is_called or hooks.any_global()
+
+    def _shift_and_log_scale(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Returns both ``[N, D]``, of the network called as a module."""
+        shift, raw = self.made(x).unbind(-1)
+        return shift, bound_log_scale(raw, self._bound, self.soft_bound)
+
     def _affine(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        if self.calls_modules:
+            shift, log_scale = self._shift_and_log_scale(x)
+            return (x - shift) * torch.exp(-log_scale), -log_scale.sum(dim=1), log_scale
         out = self.made.output
         return affine_output(
             self.made.hidden_units(x),
-            out.weight,
+            out.packed_weight,
             out.bias,
             x,
             out.prefix,
@@ -204,7 +222,20 @@ class AffineAutoregressive(Transform):
 
     def inverse(self, z: Tensor) -> tuple[Tensor, Tensor]:
         self.check_invertible()
+        if self.calls_modules:
+            return self._inverse_by_modules(z)
         return level_inverse(z, *self.block())
+
+    def _inverse_by_modules(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        """Inverts with one call of the network per step, each of which finishes the dimensions of one level."""
+        x, log_scale = torch.zeros_like(z), torch.zeros_like(z)
+        place = torch.arange(self.features, device=z.device)
+        for finished in self.made.schedule[:, 0].tolist():
+            shift, log_scale = self._shift_and_log_scale(x)
+            # The others are of no use yet; left at zero they cannot overflow, which would reach the finished ones as
+            # infinity times a weight of zero.
+            x = torch.where(place < finished, z * torch.exp(log_scale) + shift, 0)
+        return x, log_scale.sum(dim=1)
 
     def check_invertible(self) -> None:
         """Raises NotInvertibleError where the output mask leaks."""
@@ -220,7 +251,7 @@ class AffineAutoregressive(Transform):
         """Returns the block as the ops that take several of them see it."""
         made = self.made  # once: nn.Module searches for every attribute, and a flow asks for hundreds
         weights, biases, prefixes, tables = zip(
-            *((layer.weight, layer.bias, layer.prefix, layer.layout.table) for layer in made.layers), strict=True
+            *((layer.packed_weight, layer.bias, layer.prefix, layer.layout.table) for layer in made.layers), strict=True
         )
         return Block(
             list(weights),

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from fastmaf.kernels.backends import implementation
 from fastmaf.kernels.factors import Factors, taker_of
+from fastmaf.kernels.padding import keep_zero
 
 
 @torch.library.custom_op(
@@ -22,6 +23,7 @@ from fastmaf.kernels.factors import Factors, taker_of
 def _forward(
     h: Tensor, weight: Tensor, bias: Tensor, x: Tensor, prefix: Tensor, tiles: Tensor, bound: float, soft: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
+    keep_zero([weight], [prefix], [tiles])
     backend = implementation("affine_output", x)
     result: tuple[Tensor, Tensor, Tensor] = backend.forward(h, weight, bias, x, prefix, tiles, bound, soft)
     return result

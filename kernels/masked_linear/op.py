@@ -9,6 +9,7 @@ from torch import Tensor
 
 from fastmaf.kernels.backends import implementation
 from fastmaf.kernels.factors import Factors, taker_of
+from fastmaf.kernels.padding import keep_zero
 
 # Each must be differentiable from its value alone: the backward pass keeps y, not what went into the activation.
 ACTIVATIONS = ("identity", "relu")
@@ -26,6 +27,7 @@ def check_activation(activation: str) -> None:
     schema="(Tensor x, Tensor weight, Tensor bias, Tensor prefix, Tensor tiles, str activation) -> Tensor",
 )
 def _forward(x: Tensor, weight: Tensor, bias: Tensor, prefix: Tensor, tiles: Tensor, activation: str) -> Tensor:
+    keep_zero([weight], [prefix], [tiles])
     result: Tensor = implementation("masked_linear", x).forward(x, weight, bias, prefix, tiles, activation)
     return result
 
