@@ -20,6 +20,7 @@ from torch import Tensor
 from fastmaf.flows import MAF, Flow
 from fastmaf.kernels.layout import Tile
 from fastmaf.nn import MaskedLinear
+from fastmaf.sharing import check_parts, names_below, share_again, shared_parts
 from fastmaf.transforms import TRANSFORMS, Transform
 
 FORMAT_VERSION = 1
@@ -45,8 +46,9 @@ def save(
         extras: further tensors to keep beside the flow's; ``load`` passes over them, ``read_extras`` returns them.
 
     Raises:
-        ValueError: ``metadata`` uses the key ``"fastmaf"``.
-        TypeError: a transform is not registered.
+        ValueError: ``metadata`` uses the key ``"fastmaf"``, or two tensors of the flow overlap in memory without being
+            one. A block, layer or parameter that stands in several places does so again once it is loaded.
+        TypeError: a transform is not registered, or a part of it is pruned, parametrised or of another class.
     """
     if metadata and "fastmaf" in metadata:
         raise ValueError("metadata key 'fastmaf' is reserved for the configuration")
@@ -59,18 +61,23 @@ def save(
                 f"known are {sorted(cls.__name__ for cls in kinds)}"
             )
         transforms.append({"type": kinds[type(transform)], **transform.config()})
+    check_parts(flow)
+    shared = shared_parts(flow)
     # How the weights are packed depends on constants that are tuned from time to time: a file says it for itself.
-    tiles = {name: module.layout.tiles for name, module in flow.named_modules() if isinstance(module, MaskedLinear)}
+    modules = flow.named_modules(remove_duplicate=False)
+    tiles = {name: module.layout.tiles for name, module in modules if isinstance(module, MaskedLinear)}
     config = {
         "version": FORMAT_VERSION,
         "class": "MAF" if isinstance(flow, MAF) else "Flow",
         "features": flow.features,
         "transforms": transforms,
         "tiles": tiles,
+        **({"shared": shared} if shared else {}),
     }
     kept = {**flow.state_dict(), **{f"{_EXTRA}{k}": v for k, v in (extras or {}).items()}}
-    # Copies of extras: safetensors refuses tensors that share memory, a file keeps values.
+    # Copies of extras and of what is shared: safetensors refuses tensors that share memory, a file keeps values.
     tensors = {k: v.detach().contiguous() for k, v in kept.items()}
+    tensors |= {k: tensors[k].clone() for k in names_below(tensors, shared)}
     tensors |= {k: v.clone() for k, v in tensors.items() if k.startswith(_EXTRA)}
     write_tensors(tensors, path, {**(metadata or {}), "fastmaf": json.dumps(config)})
 
@@ -116,6 +123,7 @@ def load(path: str | os.PathLike[str], *, device: torch.device | str = "cpu") ->
         _repack(flow, tensors, config["tiles"])
         _check_tensors(flow, tensors)
         flow.load_state_dict(tensors)
+        share_again(flow, config.get("shared", {}))
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
         if isinstance(error, CheckpointError):
             raise CheckpointError(f"{path}: {error}") from error

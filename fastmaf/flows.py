@@ -17,7 +17,7 @@ from fastmaf.degrees import DegreeKind, OrderKind, hidden_degrees, orders, warn_
 from fastmaf.kernels import Block, chain_forward, chain_inverse
 from fastmaf.kernels.block import chain
 from fastmaf.kernels.chain.kept import kept_numel
-from fastmaf.nn import MADE, Init
+from fastmaf.nn import MADE, Init, MaskedLinear, zero_padding_
 from fastmaf.noise import normal_rows
 from fastmaf.transforms import AffineAutoregressive, Permutation, Transform
 from fastmaf.validation import check_density, check_finite, check_samples, validates
@@ -53,9 +53,7 @@ class Flow(nn.Module):
 
     validate_args: bool | None = None  # of flows that were pickled without it, too
 
-    def __init__(
-        self, features: int, transforms: Iterable[Transform], *, validate_args: bool | None = None
-    ) -> None:
+    def __init__(self, features: int, transforms: Iterable[Transform], *, validate_args: bool | None = None) -> None:
         super().__init__()
         self.features = features
         self.validate_args = validate_args
@@ -202,8 +200,8 @@ class Flow(nn.Module):
     def rsample_and_log_prob(
         self, n: int, *, generator: torch.Generator | None = None, seed: int | None = None, start: int = 0
     ) -> tuple[Tensor, Tensor]:
-        """Draws ``n`` samples ``[n, D]`` and their log-densities ``[n]``, both differentiable with respect to the flow's
-        parameters; see ``sample`` for the arguments.
+        """Draws ``n`` samples ``[n, D]`` and their log-densities ``[n]``, both differentiable with respect to the
+        flow's parameters; see ``sample`` for the arguments.
         """
         z = self._base_sample(n, generator, seed, start)
         x, ladj = self.inverse(z)
@@ -216,7 +214,7 @@ class Flow(nn.Module):
         own = self._like()
         if seed is None:
             if start:
-                raise ValueError(f"start numbers the rows of a seed's noise: give a seed with it; found start = {start}")
+                raise ValueError(f"start numbers the rows of a seed's noise; found start = {start} without a seed")
             return torch.randn(n, self.features, generator=generator, device=own.device, dtype=own.dtype)
         if generator is not None:
             raise ValueError("noise comes from a generator or from a seed: give one of them")
@@ -262,7 +260,7 @@ class Flow(nn.Module):
                 f"weights for inference are stored as torch.bfloat16 beside float32, or in the flow's dtype {own}; "
                 f"found {dtype}"
             )
-        layers = [layer for made in self._mades() for layer in made.layers]
+        layers = self._layers()
         # Known to deepcopy beforehand, so that the weights are never copied in full.
         rounded: dict[int, Any] = {
             id(layer.weight): nn.Parameter(layer.weight.detach().to(dtype, copy=True), requires_grad=False)
@@ -282,12 +280,23 @@ class Flow(nn.Module):
     @property
     def visible_weights(self) -> int:
         """Weights that the masks let through."""
-        return sum(layer.layout.visible for made in self._mades() for layer in made.layers)
+        return sum(layer.layout.visible for layer in self._layers())
 
     @property
     def stored_weights(self) -> int:
         """Numbers that hold them: visible weights and padding."""
-        return sum(layer.layout.numel for made in self._mades() for layer in made.layers)
+        return sum(layer.layout.numel for layer in self._layers())
+
+    def zero_padding_(self) -> None:
+        """Makes the padding of all packed weights zero, where it may have been written to.
+
+        Every op does so itself before it reads them, and ``state_dict`` before it returns them. It is for whoever reads
+        ``weight`` otherwise, such as a CUDA graph, after writing to parameters.
+        """
+        zero_padding_(self._layers())
+
+    def _layers(self) -> list[MaskedLinear]:
+        return [layer for made in self._mades() for layer in made.layers]
 
     def _mades(self) -> list[MADE]:
         return _mades_of(self)

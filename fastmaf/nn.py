@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal, TypeAlias
 
 import torch
@@ -113,20 +113,8 @@ class MaskedLinear(nn.Module):
             return weight
         return without_padding(weight, self.prefix, self.layout.table)
 
-    def zero_padding_(self) -> None:
-        """Makes the padding of the stored weight zero, where it may have been written to.
-
-        Ops do so themselves before they read it; CUDA graphs of them do not.
-        """
-        for name, parameter in self._parameters.items():
-            # "weight_orig" and its kin: what pruning and its kin compute the weight from
-            if not name.startswith("weight") or type(parameter) is not nn.Parameter or parameter.is_meta:
-                continue
-            if parameter.shape == (self.layout.numel,) and parameter.is_contiguous():
-                keep_zero([parameter], [self.prefix], [self.layout.table])
-
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
-        self.zero_padding_()
+        zero_padding_([self])
         super()._save_to_state_dict(destination, prefix, keep_vars)
 
     def dense_weight(self) -> Tensor:
@@ -151,6 +139,20 @@ class MaskedLinear(nn.Module):
     def extra_repr(self) -> str:
         sizes = f"stored={self.layout.numel}, visible={self.layout.visible}"
         return f"{self.in_features}, {self.out_features}, activation={self.activation!r}, {sizes}"
+
+
+def zero_padding_(layers: Iterable[MaskedLinear]) -> None:
+    """Makes the padding of the layers' weights zero, where it may have been written to; see ``kernels/padding.py``."""
+    found: list[tuple[Tensor, Tensor, Tensor]] = []
+    for layer in layers:
+        for name, parameter in layer._parameters.items():
+            # "weight_orig" and its kin, too: what pruning and its kin compute the weight from.
+            if not name.startswith("weight") or type(parameter) is not nn.Parameter or parameter.is_meta:
+                continue
+            if parameter.shape == (layer.layout.numel,) and parameter.is_contiguous():
+                found.append((parameter, layer.prefix, layer.layout.table))
+    if found:
+        keep_zero(*zip(*found, strict=True))
 
 
 class MADE(nn.Module):

@@ -29,7 +29,7 @@ def validates(wanted: bool | None, x: Tensor) -> bool:
         return False
     if x.device.type == "cuda":
         return not torch.cuda.is_current_stream_capturing()
-    return not torch.jit.is_tracing()
+    return not torch.jit.is_tracing()  # type: ignore[attr-defined]
 
 
 def total(x: Tensor) -> float:

@@ -7,9 +7,9 @@ of weights. Each op therefore calls ``keep_zero`` first, which
 - compares the weight's version counter and address with those at which its padding was last known to be zero, and
 - reads some numbers of the padding, since writes through ``weight.data`` change neither.
 
-Where one of them differs, all of the padding is read, and set to zero where it is not: a small part of what the op reads
-anyway. On a GPU nothing is read, as that would wait for the device: after a change of version or address the padding is
-set to zero whatever it holds. Writes through ``weight.data`` go unnoticed there until the version changes.
+Where one of them differs, all of the padding is read, and set to zero where it is not: a small part of what the op
+reads anyway. On a GPU nothing is read, as that would wait for the device: after a change of version or address the
+padding is set to zero whatever it holds. Writes through ``weight.data`` go unnoticed there until the version changes.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ class _Known:
                 return False
         except RuntimeError:  # inference tensors have no version
             return False
-        for probe, zeros in self.probes:  # noqa: SIM110: a generator costs more than the comparisons
+        for probe, zeros in self.probes:  # noqa: SIM110 (a generator costs more than the comparisons)
             if probe.raw != zeros:
                 return False
         return True
