@@ -52,6 +52,7 @@ def save(
     """
     if metadata and "fastmaf" in metadata:
         raise ValueError("metadata key 'fastmaf' is reserved for the configuration")
+    check_parts(flow)
     kinds = {cls: name for name, cls in TRANSFORMS.items()}
     transforms = []
     for transform in flow.transforms:
@@ -61,7 +62,6 @@ def save(
                 f"known are {sorted(cls.__name__ for cls in kinds)}"
             )
         transforms.append({"type": kinds[type(transform)], **transform.config()})
-    check_parts(flow)
     shared = shared_parts(flow)
     # How the weights are packed depends on constants that are tuned from time to time: a file says it for itself.
     modules = flow.named_modules(remove_duplicate=False)

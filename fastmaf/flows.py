@@ -77,8 +77,6 @@ class Flow(nn.Module):
             raise ValueError(
                 f"{name} must be {own.dtype} on {own.device}, like the flow; found {x.dtype} on {x.device}"
             )
-        if validates(self.validate_args, x):
-            check_finite(name, x)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Maps data to the base.
@@ -90,6 +88,11 @@ class Flow(nn.Module):
             ``z`` ``[N, D]`` and ``ladj`` ``[N]`` = log |det dz/dx| in nats.
         """
         self._check("x", x)
+        if validates(self.validate_args, x):
+            check_finite("x", x)
+        return self._forward(x)
+
+    def _forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         ladj = x.new_zeros(x.shape[0])
         for run in _runs(self._transforms()):
             alone = len(run) == 1 and _activation(run[0]) is None
@@ -110,6 +113,8 @@ class Flow(nn.Module):
             NotInvertibleError: a block has the leaky output mask of the published notebook.
         """
         self._check("z", z)
+        if validates(self.validate_args, z):
+            check_finite("z", z)
         ladj = z.new_zeros(z.shape[0])
         transforms = list(reversed(self._transforms()))
         for run in [[t] for t in transforms] if _records_gradients(z, self) else _runs(transforms):
@@ -126,7 +131,9 @@ class Flow(nn.Module):
             ValueError: ``x`` does not fit the flow, or, with ``validate_args``, is not finite.
             FloatingPointError: with ``validate_args``, the result is NaN; the message names the transform or parameter.
         """
-        z, ladj = self(x)
+        called = type(self).forward is not Flow.forward or hooks.is_called(self) or hooks.any_global()
+        self._check("x", x)
+        z, ladj = self(x) if called else self._forward(x)
         result = ladj + self._base_log_prob(z)
         if validates(self.validate_args, x):
             check_density(self, "log_prob", result, x)
@@ -319,12 +326,13 @@ class Flow(nn.Module):
 
 def _parameters(module: nn.Module) -> Iterator[Tensor]:
     """Yields what ``module.parameters()`` does, shared ones again: the first of them at a tenth of the price."""
-    for parameter in module._parameters.values():
-        if parameter is not None:
-            yield parameter
-    for child in module._modules.values():
-        if child is not None:
-            yield from _parameters(child)
+    modules = [module]
+    while modules:
+        one = modules.pop()
+        for parameter in one._parameters.values():
+            if parameter is not None:
+                yield parameter
+        modules += [child for child in reversed(one._modules.values()) if child is not None]
 
 
 def _mades_of(module: nn.Module) -> list[MADE]:

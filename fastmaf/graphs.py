@@ -22,6 +22,7 @@ from fastmaf.kernels import backends, launch_table
 from fastmaf.kernels.adam import compile_adam
 from fastmaf.nn import zero_padding_
 from fastmaf.optim import FusedAdam, clip_scale
+from fastmaf.validation import check_density, validates
 
 # Graphs that are kept, each with memory of its own: an epoch has two batch sizes.
 _MOST = 4
@@ -126,8 +127,10 @@ class ReplayedLogProb:
         with torch.inference_mode(False):  # later calls may come from outside of it
             graphed = self._recent.get(key, lambda: _GraphedLogProb(self.flow, x))
         if graphed is not None:
-            self.flow._check("x", x)
-            return graphed(x)
+            result = graphed(x)
+            if validates(self.flow.validate_args, x):
+                check_density(self.flow, "log_prob", result, x)
+            return result
         result = self.flow.log_prob(x)
         self._recent.met(key)
         return result

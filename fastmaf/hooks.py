@@ -22,10 +22,11 @@ def any_global() -> bool:
 
 def is_called(module: nn.Module) -> bool:
     """Returns whether hooks of its own, or a ``forward`` set on the instance, want the module to be called."""
+    own = module.__dict__  # past nn.Module's own look-ups: a flow asks this of every module at every call
     return bool(
-        module._forward_hooks
-        or module._forward_pre_hooks
-        or module._backward_hooks
-        or module._backward_pre_hooks
-        or "forward" in module.__dict__
+        own["_forward_hooks"]
+        or own["_forward_pre_hooks"]
+        or own["_backward_hooks"]
+        or own["_backward_pre_hooks"]
+        or "forward" in own
     )

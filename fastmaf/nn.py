@@ -108,10 +108,10 @@ class MaskedLinear(nn.Module):
         """The weight as ops take it: the parameter, whose padding they keep zero in place, or, where ``weight`` is a
         tensor that was computed (by a parametrisation, pruning, ``torch.func.functional_call``), a copy without it.
         """
-        weight = self.weight
+        weight = self._parameters.get("weight")
         if type(weight) is nn.Parameter:
             return weight
-        return without_padding(weight, self.prefix, self.layout.table)
+        return without_padding(self.weight, self.prefix, self.layout.table)
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         zero_padding_([self])
@@ -223,18 +223,23 @@ class MADE(nn.Module):
     @property
     def layers(self) -> list[MaskedLinear]:
         """The hidden layers, then the output layer."""
-        return [layer for layer in (*self.hidden, self.output) if isinstance(layer, MaskedLinear)]
+        hidden = self._modules["hidden"]
+        assert hidden is not None
+        parts = (*hidden._modules.values(), self._modules["output"])
+        return [layer for layer in parts if isinstance(layer, MaskedLinear)]
 
-    @property
-    def is_called(self) -> bool:
-        """Whether it must be called as a module, and so must its layers: see ``fastmaf.hooks``."""
-        hidden = self.hidden
-        if type(hidden) is not nn.ModuleList or hooks.is_called(self):
-            return True
-        for layer in (*hidden._modules.values(), self.output):
+    def plain_layers(self) -> list[MaskedLinear] | None:
+        """Returns ``layers`` if an op may take them without calling a module, else None: see ``fastmaf.hooks``."""
+        # Past nn.Module.__getattr__, which is slow, as a flow asks for every layer at every call.
+        hidden = self._modules["hidden"]
+        if type(self) is not MADE or type(hidden) is not nn.ModuleList or hooks.is_called(self):
+            return None
+        layers: list[MaskedLinear] = []
+        for layer in (*hidden._modules.values(), self._modules["output"]):
             if type(layer) is not MaskedLinear or hooks.is_called(layer):
-                return True
-        return False
+                return None
+            layers.append(layer)
+        return layers
 
     @property
     def weight_dtype(self) -> torch.dtype | None:

@@ -27,6 +27,7 @@ def check_parts(flow: nn.Module) -> None:
                 "keep: make it permanent first, with torch.nn.utils.prune.remove or "
                 "torch.nn.utils.parametrize.remove_parametrizations"
             )
+    for name, module in flow.named_modules():
         if isinstance(module, MADE):
             for part, layer in (*module.hidden.named_children(), ("output", module.output)):
                 if type(layer) is not MaskedLinear:

@@ -18,7 +18,7 @@ from fastmaf import hooks
 from fastmaf.degrees import check_permutation
 from fastmaf.kernels import Block, affine_output, level_inverse
 from fastmaf.kernels.affine_output.reference import bound_log_scale
-from fastmaf.nn import MADE
+from fastmaf.nn import MADE, MaskedLinear
 
 
 class NotInvertibleError(RuntimeError):
@@ -195,8 +195,11 @@ class AffineAutoregressive(Transform):
         """Whether its network must be called as a module: hooks or parametrisations hang on its parts, or one of them
         is of another class than ``MADE`` and ``MaskedLinear``.
         """
-        made = self.made
-        return type(made) is not MADE or made.is_called or hooks.any_global()
+        return self._plain_layers() is None
+
+    def _plain_layers(self) -> list[MaskedLinear] | None:
+        made = self._modules["made"]
+        return made.plain_layers() if type(made) is MADE and not hooks.any_global() else None
 
     def _shift_and_log_scale(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Returns both ``[N, D]``, of the network called as a module."""
@@ -261,8 +264,9 @@ class AffineAutoregressive(Transform):
     def block(self) -> Block:
         """Returns the block as the ops that take several of them see it."""
         made = self.made  # once: nn.Module searches for every attribute, and a flow asks for hundreds
+        layers = made.layers
         weights, biases, prefixes, tables = zip(
-            *((layer.packed_weight, layer.bias, layer.prefix, layer.layout.table) for layer in made.layers), strict=True
+            *((layer.packed_weight, layer.bias, layer.prefix, layer.layout.table) for layer in layers), strict=True
         )
         return Block(
             list(weights),

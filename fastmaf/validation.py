@@ -37,7 +37,7 @@ def total(x: Tensor) -> float:
     within a functorch transform.
     """
     try:
-        return float(x.detach().sum())
+        return float(x.item() if x.numel() == 1 else x.sum().item())
     except RuntimeError:
         return 0.0
 
@@ -89,9 +89,12 @@ def explain(flow: Flow, x: Tensor, row: int, *, inverse: bool) -> str:
 
 
 def check_density(flow: Flow, name: str, result: Tensor, x: Tensor) -> None:
-    """Raises FloatingPointError if a density ``[N]`` or its terms ``[N, D]`` are NaN for finite ``x``."""
-    if not math.isnan(total(result)):
+    """Raises ValueError if a density ``[N]`` or its terms ``[N, D]`` are not finite because ``x`` is not, and
+    FloatingPointError if they are NaN although it is.
+    """
+    if math.isfinite(total(result)):  # nothing that is not finite passes through a block without a trace
         return
+    check_finite("x", x)
     bad = result.isnan().reshape(len(result), -1).any(dim=1)
     if bool(bad.any()):  # not only the sum of infinities
         row = int(bad.nonzero()[0])

@@ -17,7 +17,7 @@ from __future__ import annotations
 import ctypes
 import functools
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -25,58 +25,63 @@ from torch import Tensor
 from fastmaf.kernels import native_library
 from fastmaf.kernels.layout import padding, tiles_of
 
-_NAME = "_fastmaf_padding"  # the attribute of a layout's table that holds what is known of its weight's padding
-_PROBES = 4  # places that are read at every use
-_PROBE_BYTES = 32  # at most, of each
+T = TypeVar("T")
+
+# Attributes of tables: what is known of the weights of a run that starts with it, by the length of the run; and where
+# its own padding is probed.
+_KNOWN, _PLACES = "_fastmaf_known_padding", "_fastmaf_probed_padding"
+_PROBES = 2  # places of a weight that are read at every use
+_INTEGERS = (ctypes.c_uint64, ctypes.c_uint32, ctypes.c_uint16)
 _NATIVE = (torch.float32, torch.float64, torch.bfloat16)
 
 
 class _Known:
-    """The state of a weight in which its padding was zero.
+    """The state of some weights in which their padding was zero.
 
     Attributes:
-        version, address: of the weight.
-        probes: memory within the padding, each with as many zero bytes. Valid as long as the address is.
-        runs: where that memory lies: first number and count.
+        versions, addresses: of the weights.
+        probes: integers of up to 64 bits within the padding, valid as long as the addresses are.
     """
 
-    __slots__ = ("address", "probes", "runs", "version")
+    __slots__ = ("addresses", "probes", "versions")
 
-    def __init__(self, runs: Sequence[tuple[int, int]]) -> None:
-        self.version, self.address = -1, 0
-        self.probes: list[tuple[Any, bytes]] = []
-        self.runs = runs
+    def __init__(self) -> None:
+        self.versions: list[int] = []
+        self.addresses: list[int] = []
+        self.probes: list[Any] = []
 
-    def holds(self, weight: Tensor) -> bool:
-        """Returns whether the padding of ``weight`` is still zero, as far as version, address and probes tell."""
+    def holds(self, weights: Sequence[Tensor]) -> bool:
+        """Returns whether the padding is still zero, as far as versions, addresses and probes tell."""
         try:
-            if weight._version != self.version or weight.data_ptr() != self.address:
-                return False
+            return (
+                [weight._version for weight in weights] == self.versions
+                and [weight.data_ptr() for weight in weights] == self.addresses
+                and not any([probe.value for probe in self.probes])
+            )
         except RuntimeError:  # inference tensors have no version
             return False
-        for probe, zeros in self.probes:  # noqa: SIM110 (a generator costs more than the comparisons)
-            if probe.raw != zeros:
-                return False
-        return True
 
-    def note(self, weight: Tensor) -> None:
-        """Records the weight's present state."""
-        if weight.is_inference():
+    def note(self, weights: Sequence[Tensor], prefixes: Sequence[Tensor], tables: Sequence[Tensor]) -> None:
+        """Records the present state of the weights."""
+        if any(weight.is_inference() for weight in weights):
             return
-        address, size = weight.data_ptr(), weight.element_size()
-        self.probes = []
-        if weight.device.type == "cpu" and address:
-            for first, count in self.runs:
-                length = min(_PROBE_BYTES, count * size)
-                self.probes.append(((ctypes.c_char * length).from_address(address + first * size), bytes(length)))
-        self.version, self.address = weight._version, address
+        addresses = [weight.data_ptr() for weight in weights]
+        if addresses != self.addresses:
+            self.versions, self.probes = [], []
+            for weight, prefix, table in zip(weights, prefixes, tables, strict=True):
+                size = weight.element_size()
+                for first, count in _places(weight, prefix, table):
+                    kind = next(kind for kind in _INTEGERS if ctypes.sizeof(kind) <= count * size)
+                    self.probes.append(kind.from_address(weight.data_ptr() + first * size))
+            self.addresses = addresses
+        self.versions = [weight._version for weight in weights]
 
-    # A copy belongs to another weight, of which nothing is known; addresses mean nothing in another process.
+    # A copy belongs to other weights, of which nothing is known; addresses mean nothing in another process.
     def __deepcopy__(self, memo: object) -> _Known:
-        return _Known(self.runs)
+        return _Known()
 
-    def __reduce__(self) -> tuple[type[_Known], tuple[Sequence[tuple[int, int]]]]:
-        return _Known, (self.runs,)
+    def __reduce__(self) -> tuple[type[_Known], tuple[()]]:
+        return _Known, ()
 
 
 def keep_zero(weights: Sequence[Tensor], prefixes: Sequence[Tensor], tables: Sequence[Tensor]) -> None:
@@ -85,17 +90,17 @@ def keep_zero(weights: Sequence[Tensor], prefixes: Sequence[Tensor], tables: Seq
     Neither autograd nor a version counter sees it: the padding takes no part in any function of the weights.
 
     Args:
-        weights: packed, contiguous.
+        weights: packed, contiguous, at least one.
         prefixes: of each weight, int64, on its device.
         tables: ``PackedLayout.table`` of each, on the CPU.
     """
-    stale: list[int] = []
-    for i, (weight, table) in enumerate(zip(weights, tables, strict=True)):
-        known: _Known | None = getattr(table, _NAME, None)
-        if known is None or not known.holds(weight):
-            stale.append(i)
-    if stale:
-        _zero([weights[i] for i in stale], [prefixes[i] for i in stale], [tables[i] for i in stale])
+    runs: dict[int, _Known] | None = getattr(tables[0], _KNOWN, None)
+    if runs is not None and (known := runs.get(len(weights))) is not None and known.holds(weights):
+        return
+    _zero(weights, prefixes, tables)
+    if runs is None:
+        setattr(tables[0], _KNOWN, runs := {})
+    runs.setdefault(len(weights), _Known()).note(weights, prefixes, tables)
 
 
 def without_padding(weight: Tensor, prefix: Tensor, table: Tensor) -> Tensor:
@@ -112,14 +117,6 @@ def _zero(weights: Sequence[Tensor], prefixes: Sequence[Tensor], tables: Sequenc
     else:
         for weight, prefix, table in zip(weights, prefixes, tables, strict=True):
             _zero_with_torch(weight, prefix, table)
-    for weight, prefix, table in zip(weights, prefixes, tables, strict=True):
-        if weight.is_meta:
-            continue
-        known: _Known | None = getattr(table, _NAME, None)
-        if known is None:
-            known = _Known(_places(prefix, table) if weight.device.type == "cpu" else [])
-            setattr(table, _NAME, known)
-        known.note(weight)
 
 
 def _zero_with_torch(weight: Tensor, prefix: Tensor, table: Tensor) -> None:
@@ -137,16 +134,26 @@ def _zero_with_torch(weight: Tensor, prefix: Tensor, table: Tensor) -> None:
             tile.of(packed)[:, ragged:].masked_fill_(hidden, 0)
 
 
-def _places(prefix: Tensor, table: Tensor) -> list[tuple[int, int]]:
-    """Returns runs of padding, spread over a weight: first number and count of each."""
-    runs = []
-    for tile in tiles_of(table):
-        sees = prefix[tile.row_start : tile.row_end]
-        rows = (sees < tile.width).nonzero().flatten()
-        rows = rows[torch.linspace(0, len(rows) - 1, min(len(rows), _PROBES), device="cpu").long()]
-        for row, first in zip(rows.tolist(), sees[rows].tolist(), strict=True):
-            runs.append((tile.offset + row * tile.width + first, tile.width - first))
-    return [runs[i] for i in torch.linspace(0, len(runs) - 1, min(len(runs), _PROBES), device="cpu").long().tolist()]
+def _places(weight: Tensor, prefix: Tensor, table: Tensor) -> list[tuple[int, int]]:
+    """Returns runs of padding to probe, spread over a weight: first number and count of each."""
+    if weight.device.type != "cpu" or not weight.data_ptr():
+        return []
+    known: list[tuple[int, int]] | None = getattr(table, _PLACES, None)
+    if known is None:
+        runs = []
+        for tile in tiles_of(table):
+            sees = prefix[tile.row_start : tile.row_end]
+            rows = _spread((sees < tile.width).nonzero().flatten().tolist())
+            runs += [(tile.offset + row * tile.width + int(sees[row]), tile.width - int(sees[row])) for row in rows]
+        setattr(table, _PLACES, known := _spread(runs))
+    return known
+
+
+def _spread(found: list[T]) -> list[T]:
+    """Returns at most ``_PROBES`` of them, the first and the last among them."""
+    if len(found) <= _PROBES:
+        return found
+    return [found[i * (len(found) - 1) // (_PROBES - 1)] for i in range(_PROBES)]
 
 
 @functools.cache
