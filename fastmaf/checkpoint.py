@@ -23,6 +23,7 @@ from fastmaf.io.flow_tensors import EXTRA, flow_tensors
 from fastmaf.io.safe_json import shown
 from fastmaf.io.tensor_file import CheckpointError, TensorFile
 from fastmaf.nn import MaskedLinear
+from fastmaf.sharing import check_parts, names_below, shared_parts
 from fastmaf.transforms import TRANSFORMS, Transform
 
 __all__ = [
@@ -52,11 +53,13 @@ def save(
         extras: further tensors to keep beside the flow's; ``load`` passes over them, ``read_extras`` returns them.
 
     Raises:
-        ValueError: ``metadata`` uses the key ``"fastmaf"``.
-        TypeError: a transform is not registered.
+        ValueError: ``metadata`` uses the key ``"fastmaf"``, or two tensors of the flow overlap in memory without being
+            one. A block, layer or parameter that stands in several places does so again once it is loaded.
+        TypeError: a transform is not registered, or a part of it is pruned, parametrised or of another class.
     """
     if metadata and "fastmaf" in metadata:
         raise ValueError("metadata key 'fastmaf' is reserved for the configuration")
+    check_parts(flow)
     kinds = {cls: name for name, cls in TRANSFORMS.items()}
     transforms = []
     for transform in flow.transforms:
@@ -66,18 +69,22 @@ def save(
                 f"known are {sorted(cls.__name__ for cls in kinds)}"
             )
         transforms.append({"type": kinds[type(transform)], **transform.config()})
+    shared = shared_parts(flow)
     # How the weights are packed depends on constants that are tuned from time to time: a file says it for itself.
-    tiles = {name: module.layout.tiles for name, module in flow.named_modules() if isinstance(module, MaskedLinear)}
+    modules = flow.named_modules(remove_duplicate=False)
+    tiles = {name: module.layout.tiles for name, module in modules if isinstance(module, MaskedLinear)}
     config = {
         "version": FORMAT_VERSION,
         "class": "MAF" if isinstance(flow, MAF) else "Flow",
         "features": flow.features,
         "transforms": transforms,
         "tiles": tiles,
+        **({"shared": shared} if shared else {}),
     }
     kept = {**flow.state_dict(), **{f"{EXTRA}{k}": v for k, v in (extras or {}).items()}}
-    # Copies of extras: safetensors refuses tensors that share memory, a file keeps values.
+    # Copies of extras and of what is shared: safetensors refuses tensors that share memory, a file keeps values.
     tensors = {k: v.detach().contiguous() for k, v in kept.items()}
+    tensors |= {k: tensors[k].clone() for k in names_below(tensors, shared)}
     tensors |= {k: v.clone() for k, v in tensors.items() if k.startswith(EXTRA)}
     write_tensors(tensors, path, {**(metadata or {}), "fastmaf": json.dumps(config)})
 
@@ -160,6 +167,7 @@ def _flow(file: TensorFile) -> Flow:
         with torch.device("cpu"):
             flow = _built(config, tensors)
         _load_tensors(flow, tensors, config["tiles"])
+        share_again(flow, config.get("shared", {}))
     except CheckpointError:
         raise
     except Exception as error:  # a class that was registered in TRANSFORMS may raise anything
@@ -190,9 +198,3 @@ def _load_tensors(flow: Flow, tensors: dict[str, Tensor], tiles: Mapping[str, An
             what = "nothing" if found is None else f"{tuple(found.shape)} {found.dtype}"
             raise ValueError(f"tensor {name}: expected {tuple(expected.shape)} {expected.dtype}, found {what}")
     flow.load_state_dict(tensors)
-
-
-def _umask() -> int:
-    mask = os.umask(0)  # there is no way to read it but to set it
-    os.umask(mask)
-    return mask

@@ -6,19 +6,22 @@ import copy
 import itertools
 import math
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
+from fastmaf import hooks
 from fastmaf.degrees import DegreeKind, OrderKind, hidden_degrees, orders, warn_if_disconnected
 from fastmaf.kernels import Block, chain_forward, chain_inverse
 from fastmaf.kernels.autocast import outside_autocast
 from fastmaf.kernels.block import chain
 from fastmaf.kernels.chain.kept import kept_numel
-from fastmaf.nn import MADE, Init
+from fastmaf.nn import MADE, Init, MaskedLinear, zero_padding_
+from fastmaf.noise import normal_rows
 from fastmaf.transforms import AffineAutoregressive, Permutation, Transform
+from fastmaf.validation import check_density, check_finite, check_samples, validates
 from fastmaf.whitening import GaussianWhitening
 
 if TYPE_CHECKING:
@@ -30,17 +33,34 @@ _HALF_LOG_2PI = 0.5 * math.log(2 * math.pi)
 class Flow(nn.Module):
     """A normalizing flow: invertible transforms that carry data x to z ~ N(0, I).
 
+    Blocks in a row run as one op. Where hooks are registered on modules, or parameters are parametrised, pruned, or
+    belong to modules of other classes, the modules are called instead: slower, above all ``inverse``, which then takes
+    one call of a block's network per level.
+
+    As with all of torch, a process that is forked after an op has run on several threads hangs at its first op that
+    does so: start processes with the method ``"spawn"`` or ``"forkserver"``, fork before the first op, or call
+    ``torch.set_num_threads(1)`` before it.
+
     Nothing here follows ambient ``torch.autocast``, neither forward nor backward: in half precision a density would be
     off by nats. Within an autocast region, bfloat16 and float16 inputs are converted to the flow's dtype.
 
     Args:
         features: D.
         transforms: in the order in which x passes through them.
+        validate_args: look at values, as ``torch.distributions`` does; also an attribute. ``log_prob``,
+            ``nll_per_dim``, ``forward`` and ``inverse`` then raise ValueError where their argument is not finite,
+            ``log_prob`` and ``nll_per_dim`` FloatingPointError where their result is NaN all the same, and sampling
+            FloatingPointError where a sample or its density is not finite. Without it such numbers are returned: each
+            in its own row, for rows do not mix. None: on the CPU only, since a GPU would have to be waited for. Never
+            within ``torch.compile``, a trace, a CUDA graph or a functorch transform.
     """
 
-    def __init__(self, features: int, transforms: Iterable[Transform]) -> None:
+    validate_args: bool | None = None  # of flows that were pickled without it, too
+
+    def __init__(self, features: int, transforms: Iterable[Transform], *, validate_args: bool | None = None) -> None:
         super().__init__()
         self.features = features
+        self.validate_args = validate_args
         self.transforms = nn.ModuleList(transforms)
         for i, transform in enumerate(self.transforms):
             if not isinstance(transform, Transform):
@@ -73,9 +93,15 @@ class Flow(nn.Module):
             ``z`` ``[N, D]`` and ``ladj`` ``[N]`` = log |det dz/dx| in nats.
         """
         self._check("x", x)
+        if validates(self.validate_args, x):
+            check_finite("x", x)
+        return self._forward(x)
+
+    def _forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         ladj = x.new_zeros(x.shape[0])
         for run in _runs(self._transforms()):
-            x, term = run[0](x) if _activation(run[0]) is None else _chained(run, x, inverse=False)
+            alone = len(run) == 1 and _activation(run[0]) is None
+            x, term = run[0](x) if alone else _chained(run, x, inverse=False)
             ladj = ladj + term
         return x, ladj
 
@@ -93,6 +119,8 @@ class Flow(nn.Module):
             NotInvertibleError: a block has the leaky output mask of the published notebook.
         """
         self._check("z", z)
+        if validates(self.validate_args, z):
+            check_finite("z", z)
         ladj = z.new_zeros(z.shape[0])
         transforms = list(reversed(self._transforms()))
         for run in [[t] for t in transforms] if _records_gradients(z, self) else _runs(transforms):
@@ -102,9 +130,21 @@ class Flow(nn.Module):
 
     @outside_autocast
     def log_prob(self, x: Tensor) -> Tensor:
-        """Returns the log-density of ``x`` ``[N, D]``, ``[N]`` nats."""
-        z, ladj = self.forward(x)
-        return ladj + self._base_log_prob(z)
+        """Returns the log-density of ``x`` ``[N, D]``, ``[N]`` nats.
+
+        It is −inf outside of the domain of a transform (``Logit``), and where ½z² overflows.
+
+        Raises:
+            ValueError: ``x`` does not fit the flow, or, with ``validate_args``, is not finite.
+            FloatingPointError: with ``validate_args``, the result is NaN; the message names the transform or parameter.
+        """
+        called = type(self).forward is not Flow.forward or hooks.is_called(self) or hooks.any_global()
+        self._check("x", x)
+        z, ladj = self(x) if called else self._forward(x)
+        result = ladj + self._base_log_prob(z)
+        if validates(self.validate_args, x):
+            check_density(self, "log_prob", result, x)
+        return result
 
     def _base_log_prob(self, z: Tensor) -> Tensor:
         return -0.5 * z.square().sum(dim=1) - self.features * _HALF_LOG_2PI
@@ -117,30 +157,89 @@ class Flow(nn.Module):
         A dimension's term is ½z² + ½log 2π + Σ over blocks of its log-scale, at the place of that dimension in ``x``.
         """
         self._check("x", x)
-        terms = torch.zeros_like(x)
+        z, terms = x, torch.zeros_like(x)
         for transform in self._transforms():
-            x, terms = transform.forward_per_dim(x, terms)
-        return terms + 0.5 * x.square() + _HALF_LOG_2PI
+            called = transform(z)[0] if hooks.is_called(transform) or hooks.any_global() else None
+            z, terms = transform.forward_per_dim(z, terms)
+            z = z if called is None else called
+        result = terms + 0.5 * z.square() + _HALF_LOG_2PI
+        if validates(self.validate_args, x):
+            check_density(self, "nll_per_dim", result, x)
+        return result
 
-    def sample(self, n: int, *, generator: torch.Generator | None = None) -> Tensor:
-        """Draws ``n`` samples ``[n, D]``. ``generator`` makes them repeatable; it must live on the flow's device."""
-        return self.inverse(self._base_sample(n, generator))[0]
+    @torch.no_grad()
+    def sample(
+        self, n: int, *, generator: torch.Generator | None = None, seed: int | None = None, start: int = 0
+    ) -> Tensor:
+        """Draws ``n`` samples ``[n, D]``, without gradients; ``rsample`` records them.
 
-    def sample_and_log_prob(self, n: int, *, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
-        """Draws ``n`` samples ``[n, D]`` and their log-densities ``[n]``, at the price of the samples alone."""
-        z = self._base_sample(n, generator)
+        Args:
+            n: how many.
+            generator: makes a call repeatable; it must live on the flow's device. Which noise a row gets depends on
+                ``n``.
+            seed: makes every row repeatable: its noise depends on nothing but ``seed`` and its number, so that
+                ``sample(8, seed=1)`` has the noise of ``sample(3, seed=1)`` and ``sample(5, seed=1, start=3)``, bit for
+                bit on one machine, and to float64's rounding before it is cast on all devices. The samples then agree
+                to the rounding of the flow's dtype, which grows with the flow's scales (1e-6 of a sample's size is
+                usual in float32): batches of other sizes are summed in another order.
+            start: the number of the first row; with ``seed`` only.
+
+        Raises:
+            ValueError: arguments do not fit.
+            FloatingPointError: with ``validate_args``, a sample is not finite; the message names the transform.
+            NotInvertibleError: a block has the leaky output mask of the published notebook.
+        """
+        return self.rsample(n, generator=generator, seed=seed, start=start)
+
+    @torch.no_grad()
+    def sample_and_log_prob(
+        self, n: int, *, generator: torch.Generator | None = None, seed: int | None = None, start: int = 0
+    ) -> tuple[Tensor, Tensor]:
+        """Draws ``n`` samples ``[n, D]`` and their log-densities ``[n]``, at the price of the samples alone and without
+        gradients; see ``sample``.
+        """
+        return self.rsample_and_log_prob(n, generator=generator, seed=seed, start=start)
+
+    def rsample(
+        self, n: int, *, generator: torch.Generator | None = None, seed: int | None = None, start: int = 0
+    ) -> Tensor:
+        """Draws ``n`` samples ``[n, D]`` that are differentiable with respect to the flow's parameters; see ``sample``
+        for the arguments.
+        """
+        z = self._base_sample(n, generator, seed, start)
+        x, _ = self.inverse(z)
+        if validates(self.validate_args, x):
+            check_samples(self, z, x)
+        return x
+
+    def rsample_and_log_prob(
+        self, n: int, *, generator: torch.Generator | None = None, seed: int | None = None, start: int = 0
+    ) -> tuple[Tensor, Tensor]:
+        """Draws ``n`` samples ``[n, D]`` and their log-densities ``[n]``, both differentiable with respect to the
+        flow's parameters; see ``sample`` for the arguments.
+        """
+        z = self._base_sample(n, generator, seed, start)
         x, ladj = self.inverse(z)
-        return x, self._base_log_prob(z) - ladj
+        log_prob = self._base_log_prob(z) - ladj
+        if validates(self.validate_args, x):
+            check_samples(self, z, x, log_prob)
+        return x, log_prob
 
-    def _base_sample(self, n: int, generator: torch.Generator | None) -> Tensor:
+    def _base_sample(self, n: int, generator: torch.Generator | None, seed: int | None, start: int) -> Tensor:
         own = self._like()
-        return torch.randn(n, self.features, generator=generator, device=own.device, dtype=own.dtype)
+        if seed is None:
+            if start:
+                raise ValueError(f"start numbers the rows of a seed's noise; found start = {start} without a seed")
+            return torch.randn(n, self.features, generator=generator, device=own.device, dtype=own.dtype)
+        if generator is not None:
+            raise ValueError("noise comes from a generator or from a seed: give one of them")
+        return normal_rows(n, self.features, seed, start, own)
 
     def _like(self) -> Tensor:
         """Returns a tensor of the flow's dtype and device. Weights stored in fewer bits than the rest do not count."""
         floating = (b for b in self.buffers() if b.is_floating_point())
         first = None
-        for tensor in itertools.chain(self.parameters(), floating):
+        for tensor in itertools.chain(_parameters(self), floating):
             if tensor.dtype != torch.bfloat16:
                 return tensor
             first = tensor if first is None else first
@@ -176,7 +275,7 @@ class Flow(nn.Module):
                 f"weights for inference are stored as torch.bfloat16 beside float32, or in the flow's dtype {own}; "
                 f"found {dtype}"
             )
-        layers = [layer for made in self._mades() for layer in made.layers]
+        layers = self._layers()
         # Known to deepcopy beforehand, so that the weights are never copied in full.
         rounded: dict[int, Any] = {
             id(layer.weight): nn.Parameter(layer.weight.detach().to(dtype, copy=True), requires_grad=False)
@@ -196,12 +295,23 @@ class Flow(nn.Module):
     @property
     def visible_weights(self) -> int:
         """Weights that the masks let through."""
-        return sum(layer.layout.visible for made in self._mades() for layer in made.layers)
+        return sum(layer.layout.visible for layer in self._layers())
 
     @property
     def stored_weights(self) -> int:
         """Numbers that hold them: visible weights and padding."""
-        return sum(layer.layout.numel for made in self._mades() for layer in made.layers)
+        return sum(layer.layout.numel for layer in self._layers())
+
+    def zero_padding_(self) -> None:
+        """Makes the padding of all packed weights zero, where it may have been written to.
+
+        Every op does so itself before it reads them, and ``state_dict`` before it returns them. It is for whoever reads
+        ``weight`` otherwise, such as a CUDA graph, after writing to parameters.
+        """
+        zero_padding_(self._layers())
+
+    def _layers(self) -> list[MaskedLinear]:
+        return [layer for made in self._mades() for layer in made.layers]
 
     def _mades(self) -> list[MADE]:
         return _mades_of(self)
@@ -220,6 +330,17 @@ class Flow(nn.Module):
             elif (found := _chain_of(run, inverse=False))[0]:
                 total += kept_numel(chain(*found), n)
         return total
+
+
+def _parameters(module: nn.Module) -> Iterator[Tensor]:
+    """Yields what ``module.parameters()`` does, shared ones again: the first of them at a tenth of the price."""
+    modules = [module]
+    while modules:
+        one = modules.pop()
+        for parameter in one._parameters.values():
+            if parameter is not None:
+                yield parameter
+        modules += [child for child in reversed(one._modules.values()) if child is not None]
 
 
 def _mades_of(module: nn.Module) -> list[MADE]:
@@ -247,8 +368,10 @@ def _runs(transforms: Iterable[Transform]) -> list[list[Transform]]:
 
 def _activation(transform: Transform) -> str | None:
     """Returns the activation of a chain that holds this transform, "" where any will do; None: no chain can hold it."""
+    if hooks.is_called(transform) or hooks.any_global():
+        return None
     if type(transform) is AffineAutoregressive:
-        return transform.made.activation
+        return None if transform.calls_modules else transform.made.activation
     return "" if type(transform) is Permutation else None
 
 
@@ -305,6 +428,7 @@ class MAF(Flow):
             ``fit_`` is called. None: blocks alone.
         device, dtype: of the parameters. On ``"meta"`` nothing is allocated: for ``memory_estimate`` of a flow that may
             be too large for this machine.
+        validate_args: see ``Flow``.
 
     Raises:
         ValueError: an argument does not fit; the message says what was expected and found.
@@ -330,6 +454,7 @@ class MAF(Flow):
         whitening: int | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
+        validate_args: bool | None = None,
     ) -> None:
         if blocks < 1:
             raise ValueError(f"blocks must be at least 1; found {blocks}")
@@ -358,7 +483,8 @@ class MAF(Flow):
             AffineAutoregressive(made, log_scale_bound=log_scale_bound, soft_bound=soft_bound) for made in made_blocks
         ]
         first = [] if whitening is None else [GaussianWhitening(features, whitening, device=built_on, dtype=dtype)]
-        super().__init__(features, [*first, *interleave_permutations(affine, order_of_block)])
+        transforms = [*first, *interleave_permutations(affine, order_of_block)]
+        super().__init__(features, transforms, validate_args=validate_args)
         self.to(where)
 
     @classmethod

@@ -21,7 +21,9 @@ from fastmaf.captured import NotCapturableError
 from fastmaf.flows import Flow
 from fastmaf.kernels import backends, composite, launch_table
 from fastmaf.kernels.adam import compile_adam
+from fastmaf.nn import zero_padding_
 from fastmaf.optim import FusedAdam, clip_scale
+from fastmaf.validation import check_density, validates
 
 # Graphs that are kept, each with memory of its own: an epoch has two batch sizes.
 _MOST = 4
@@ -134,6 +136,7 @@ class _Recent(Generic[T]):
 class _GraphedLogProb:
     def __init__(self, flow: Flow, x: Tensor) -> None:
         self._flow, self._x = flow, x.clone()
+        self._layers = flow._layers()
         self._run()  # where x was aligned otherwise, other kernels ran
         self._graph = record(self._run, x.device)
 
@@ -141,6 +144,7 @@ class _GraphedLogProb:
         self._result = self._flow.log_prob(self._x)
 
     def __call__(self, x: Tensor) -> Tensor:
+        zero_padding_(self._layers)  # a replay runs none of the ops' own checks
         self._x.copy_(x)
         self._graph.replay()
         return self._result.clone()
@@ -172,7 +176,10 @@ class ReplayedLogProb:
         with torch.inference_mode(False), torch.no_grad():
             graphed = self._recent.get(key, lambda: _GraphedLogProb(self.flow, x))
         if graphed is not None:
-            return graphed(x)
+            result = graphed(x)
+            if validates(self.flow.validate_args, x):
+                check_density(self.flow, "log_prob", result, x)
+            return result
         result = self.flow.log_prob(x)
         self._recent.met(key)
         return result
@@ -198,6 +205,7 @@ class GraphedStep:
 
     def __init__(self, flow: Flow, optimizer: FusedAdam, x: Tensor, *, clips: bool = False) -> None:
         self._flow, self._optimizer, self._x = flow, optimizer, x.clone()
+        self._layers = flow._layers()
         self._updates = optimizer.captured_updates()
         if clips:
             compile_adam(x.device)
@@ -222,6 +230,7 @@ class GraphedStep:
 
     def forward(self, x: Tensor) -> Tensor:
         """Returns the mean NLL of ``x``, in nats."""
+        zero_padding_(self._layers)  # a replay runs none of the ops' own checks
         self._x.copy_(x)
         self._forward.replay()
         return self._loss.detach()

@@ -189,10 +189,12 @@ def runs_on(flow: Flow, device: torch.device | str | None) -> tuple[torch.device
 
 def _padding(case: _Case) -> int:
     """The int64 indices of the padding of weights. Each weight's are found once: on the CPU when it is drawn or loaded,
-    elsewhere when the reference backend makes its gradient.
+    elsewhere when it is first used, or when the reference backend makes its gradient.
     """
     on_cpu = case.device.type == "cpu"
-    needed = (case.optimiser is not None and case.backend == "reference") or (on_cpu and case.flow._like().is_meta)
+    # On a GPU padding is zeroed by its indices, whenever a weight has been written to.
+    by_index = case.device.type == "cuda" or (case.optimiser is not None and case.backend == "reference")
+    needed = by_index or (on_cpu and case.flow._like().is_meta)
     layouts = [layer.layout for layer in case.layers]
     return sum(8 * (of.numel - of.visible) for of in layouts if needed or (on_cpu and padding_is_held(of.table)))
 

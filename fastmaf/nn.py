@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal, TypeAlias
 
 import torch
 from torch import Tensor, nn
 
+from fastmaf import hooks
 from fastmaf.constants import Constants
 from fastmaf.degrees import DegreeKind, hidden_degrees, input_degrees, prefix
 from fastmaf.kernels import PackedLayout, empty_on_huge_pages, level_schedule, masked_linear
 from fastmaf.kernels.autocast import outside_autocast
+from fastmaf.kernels.padding import keep_zero, without_padding
 
 Init: TypeAlias = Literal["linear", "identity", "empty"]
 
@@ -32,7 +34,8 @@ class MaskedLinear(Constants):
         device, dtype: of the parameters.
 
     Attributes:
-        weight: the packed weight, 1-D, zero in the padding (``layout`` says where each number lies).
+        weight: the packed weight, 1-D (``layout`` says where each number lies). Its padding is zero: what others write
+            there is undone before the weight is used or saved.
         bias: ``[out_features]``.
 
     Raises:
@@ -98,13 +101,27 @@ class MaskedLinear(Constants):
             raise ValueError(f"MaskedLinear expects [..., {self.in_features}]; found {tuple(x.shape)}")
         y = masked_linear(
             x.reshape(-1, self.in_features),
-            self.weight,
+            self.packed_weight,
             self.bias,
             self.prefix,
             self.layout.table,
             self.activation,
         )
         return y.reshape(*x.shape[:-1], self.out_features)
+
+    @property
+    def packed_weight(self) -> Tensor:
+        """The weight as ops take it: the parameter, whose padding they keep zero in place, or, where ``weight`` is a
+        tensor that was computed (by a parametrisation, pruning, ``torch.func.functional_call``), a copy without it.
+        """
+        weight = self._parameters.get("weight")
+        if type(weight) is nn.Parameter:
+            return weight
+        return without_padding(self.weight, self.prefix, self.layout.table)
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        zero_padding_([self])
+        super()._save_to_state_dict(destination, prefix, keep_vars)
 
     def dense_weight(self) -> Tensor:
         """Returns the masked weight as a dense ``[out_features, in_features]`` matrix: for export and inspection."""
@@ -128,6 +145,20 @@ class MaskedLinear(Constants):
     def extra_repr(self) -> str:
         sizes = f"stored={self.layout.numel}, visible={self.layout.visible}"
         return f"{self.in_features}, {self.out_features}, activation={self.activation!r}, {sizes}"
+
+
+def zero_padding_(layers: Iterable[MaskedLinear]) -> None:
+    """Makes the padding of the layers' weights zero, where it may have been written to; see ``kernels/padding.py``."""
+    found: list[tuple[Tensor, Tensor, Tensor]] = []
+    for layer in layers:
+        for name, parameter in layer._parameters.items():
+            # "weight_orig" and its kin, too: what pruning and its kin compute the weight from.
+            if not name.startswith("weight") or type(parameter) is not nn.Parameter or parameter.is_meta:
+                continue
+            if parameter.shape == (layer.layout.numel,) and parameter.is_contiguous():
+                found.append((parameter, layer.prefix, layer.layout.table))
+    if found:
+        keep_zero(*zip(*found, strict=True))
 
 
 class MADE(Constants):
@@ -200,7 +231,23 @@ class MADE(Constants):
     @property
     def layers(self) -> list[MaskedLinear]:
         """The hidden layers, then the output layer."""
-        return [layer for layer in (*self.hidden, self.output) if isinstance(layer, MaskedLinear)]
+        hidden = self._modules["hidden"]
+        assert hidden is not None
+        parts = (*hidden._modules.values(), self._modules["output"])
+        return [layer for layer in parts if isinstance(layer, MaskedLinear)]
+
+    def plain_layers(self) -> list[MaskedLinear] | None:
+        """Returns ``layers`` if an op may take them without calling a module, else None: see ``fastmaf.hooks``."""
+        # Past nn.Module.__getattr__, which is slow, as a flow asks for every layer at every call.
+        hidden = self._modules["hidden"]
+        if type(self) is not MADE or type(hidden) is not nn.ModuleList or hooks.is_called(self):
+            return None
+        layers: list[MaskedLinear] = []
+        for layer in (*hidden._modules.values(), self._modules["output"]):
+            if type(layer) is not MaskedLinear or hooks.is_called(layer):
+                return None
+            layers.append(layer)
+        return layers
 
     @property
     def weight_dtype(self) -> torch.dtype | None:

@@ -14,10 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastmaf import hooks
 from fastmaf.degrees import check_permutation
 from fastmaf.kernels import Block, affine_output, level_inverse
+from fastmaf.kernels.affine_output.reference import bound_log_scale
 from fastmaf.kernels.autocast import outside_autocast
-from fastmaf.nn import MADE
+from fastmaf.nn import MADE, MaskedLinear
 
 
 class NotInvertibleError(RuntimeError):
@@ -127,7 +129,11 @@ class Logit(Transform):
 
     Args:
         features: D.
-        alpha: a, in [0, ½): keeps 0 and 1 themselves within reach; 0 takes them to infinity.
+        alpha: a, in [0, ½): keeps 0 and 1 themselves within reach; 0 leaves them out.
+
+    The domain is ``0 < a + (1 - 2a) x < 1``. ``forward`` takes values outside of it to the z of the nearest number
+    inside, with ``ladj`` −inf, so that the density of such a row is zero: ``log_prob`` −inf. ``inverse`` takes every
+    real z to a number within the domain: where its sigmoid rounds to 0 or 1, to the nearest number beside it.
     """
 
     def __init__(self, features: int, alpha: float = 0.05) -> None:
@@ -141,11 +147,18 @@ class Logit(Transform):
         return z, -terms.sum(dim=1)
 
     def forward_per_dim(self, x: Tensor, terms: Tensor) -> tuple[Tensor, Tensor]:
-        p = self.alpha + (1 - 2 * self.alpha) * x
-        return torch.logit(p), terms + p.log() + (-p).log1p() - math.log(1 - 2 * self.alpha)
+        p, numbers = self.alpha + (1 - 2 * self.alpha) * x, torch.finfo(x.dtype)
+        outside = (p <= 0) | (p >= 1)
+        p = torch.where(outside, p.clamp(numbers.tiny, 1 - numbers.eps / 2), p)
+        terms = terms + p.log() + (-p).log1p() - math.log(1 - 2 * self.alpha)
+        return torch.logit(p), terms.masked_fill(outside, math.inf)
 
     def inverse(self, z: Tensor) -> tuple[Tensor, Tensor]:
-        x = (torch.sigmoid(z) - self.alpha) / (1 - 2 * self.alpha)
+        # As far within (0, 1) that the roundings of x, and of forward, do not leave it again.
+        numbers = torch.finfo(z.dtype)
+        margin = 4 * numbers.eps if self.alpha else numbers.eps / 2
+        p = torch.sigmoid(z).clamp(numbers.tiny + self.alpha * margin, 1 - margin)
+        x = (p - self.alpha) / (1 - 2 * self.alpha)
         # log of sigmoid's slope, which is symmetric, without the product of two small numbers.
         slopes = -z.abs() - 2 * torch.exp(-z.abs()).log1p()
         return x, slopes.sum(dim=1) - self.features * math.log(1 - 2 * self.alpha)
@@ -191,11 +204,30 @@ class AffineAutoregressive(Transform):
         self.log_scale_bound = log_scale_bound
         self.soft_bound = soft_bound
 
+    @property
+    def calls_modules(self) -> bool:
+        """Whether its network must be called as a module: hooks or parametrisations hang on its parts, or one of them
+        is of another class than ``MADE`` and ``MaskedLinear``.
+        """
+        return self._plain_layers() is None
+
+    def _plain_layers(self) -> list[MaskedLinear] | None:
+        made = self._modules["made"]
+        return made.plain_layers() if type(made) is MADE and not hooks.any_global() else None
+
+    def _shift_and_log_scale(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Returns both ``[N, D]``, of the network called as a module."""
+        shift, raw = self.made(x).unbind(-1)
+        return shift, bound_log_scale(raw, self._bound, self.soft_bound)
+
     def _affine(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        if self.calls_modules:
+            shift, log_scale = self._shift_and_log_scale(x)
+            return (x - shift) * torch.exp(-log_scale), -log_scale.sum(dim=1), log_scale
         out = self.made.output
         return affine_output(
             self.made.hidden_units(x),
-            out.weight,
+            out.packed_weight,
             out.bias,
             x,
             out.prefix,
@@ -218,7 +250,20 @@ class AffineAutoregressive(Transform):
 
     def inverse(self, z: Tensor) -> tuple[Tensor, Tensor]:
         self.check_invertible()
+        if self.calls_modules:
+            return self._inverse_by_modules(z)
         return level_inverse(z, *self.block())
+
+    def _inverse_by_modules(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        """Inverts with one call of the network per step, each of which finishes the dimensions of one level."""
+        x, log_scale = torch.zeros_like(z), torch.zeros_like(z)
+        place = torch.arange(self.features, device=z.device)
+        for finished in self.made.schedule[:, 0].tolist():
+            shift, log_scale = self._shift_and_log_scale(x)
+            # The others are of no use yet; left at zero they cannot overflow, which would reach the finished ones as
+            # infinity times a weight of zero.
+            x = torch.where(place < finished, z * torch.exp(log_scale) + shift, 0)
+        return x, log_scale.sum(dim=1)
 
     def check_invertible(self) -> None:
         """Raises NotInvertibleError where the output mask leaks."""
@@ -233,8 +278,9 @@ class AffineAutoregressive(Transform):
     def block(self) -> Block:
         """Returns the block as the ops that take several of them see it."""
         made = self.made  # once: nn.Module searches for every attribute, and a flow asks for hundreds
+        layers = made.layers
         weights, biases, prefixes, tables = zip(
-            *((layer.weight, layer.bias, layer.prefix, layer.layout.table) for layer in made.layers), strict=True
+            *((layer.packed_weight, layer.bias, layer.prefix, layer.layout.table) for layer in layers), strict=True
         )
         return Block(
             list(weights),

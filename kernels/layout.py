@@ -6,8 +6,9 @@ tile as wide as its last row sees (rounded up), one after another in a single 1-
 
     tile t holds rows row_start..row_end, columns 0..width, row-major from offset.
 
-What lies inside a tile but beyond its row's prefix is padding. It is zero, for ever: every gradient is written as zero
-there, so that no forward pass needs a mask. Whole tiles are therefore plain dense matrices.
+What lies inside a tile but beyond its row's prefix is padding. It is always zero, so that no forward pass needs a mask:
+every gradient is written as zero there, and ``padding.py`` undoes what others write. Whole tiles are therefore plain
+dense matrices.
 """
 
 from __future__ import annotations
@@ -145,7 +146,7 @@ class PackedLayout:
         dense = packed.new_zeros(self.out_features, self.in_features)
         for tile in self.tiles:
             dense[tile.row_start : tile.row_end, : tile.width] = tile.of(packed)
-        return dense
+        return dense.masked_fill_(~self.mask().to(dense.device), 0)
 
     def mask(self) -> Tensor:
         """Returns the dense boolean mask ``[out_features, in_features]``. For export and inspection only."""

@@ -2,6 +2,9 @@
 
 setup.py leaves a note beside it, ``_native.txt``: the torch version that the library was built for and what it consists
 of, or why there is none. A library of another torch version can crash when loaded, so the note is read first.
+
+Its threads are torch's own. A process that is forked after they have run hangs at its first op of several threads, as
+with torch's ops: start processes with the methods "spawn" or "forkserver", or use one thread.
 """
 
 from __future__ import annotations

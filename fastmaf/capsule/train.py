@@ -215,6 +215,7 @@ class _Run:
         self.config, self.out, self.device, self.reference = config, out, device, reference
         self.normals, self.held_out, self.trained_on = normals, held_out, trained_on
         self.flow = config.build().to(device)
+        self.flow.validate_args = False  # losses are looked at here
         self.optimizer = fastmaf.optim.FusedAdam(self.flow.parameters(), lr=config.lr)
         guards = fastmaf.Guards(config.warmup_steps, config.max_grad_norm, config.max_leap)
         self.step = fastmaf.TrainingStep(self.flow, self.optimizer, guards, graphs=graphs)

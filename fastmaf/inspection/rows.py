@@ -34,7 +34,7 @@ class RowModel:
         whitening = fastmaf.GaussianWhitening(features, min(rank, features), dtype=torch.float64)
         standard = torch.from_numpy((rows.numpy() - scaler.mean_) / scaler.scale_)
         whitening.fit_(standard, folds=folds, floor=_FLOOR, seed=seed)
-        return cls(scaler.mean_, scaler.scale_, fastmaf.Flow(features, [whitening]))
+        return cls(scaler.mean_, scaler.scale_, fastmaf.Flow(features, [whitening], validate_args=False))
 
     @fastmaf.torch_defaults()
     @torch.no_grad()

@@ -189,7 +189,8 @@ def _record(types: tuple[str, ...]) -> Record:
             "features": _FEATURES,
             "transforms": ListOf(transform, longest=4096),
             "tiles": MapOf(ListOf(Anything())),
-        }
+        },
+        optional={"shared": MapOf(Text())},  # names of parts, and of the parts that they are one with
     )
 
 

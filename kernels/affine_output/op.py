@@ -11,6 +11,7 @@ from fastmaf.kernels import composite
 from fastmaf.kernels.autocast import outside_autocast
 from fastmaf.kernels.backends import implementation
 from fastmaf.kernels.factors import Factors, sink_of
+from fastmaf.kernels.padding import keep_zero
 
 
 @torch.library.custom_op(
@@ -24,6 +25,7 @@ from fastmaf.kernels.factors import Factors, sink_of
 def _forward(
     h: Tensor, weight: Tensor, bias: Tensor, x: Tensor, prefix: Tensor, tiles: Tensor, bound: float, soft: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
+    keep_zero([weight], [prefix], [tiles])
     backend = implementation("affine_output", x)
     result: tuple[Tensor, Tensor, Tensor] = backend.forward(h, weight, bias, x, prefix, tiles, bound, soft)
     return result

@@ -19,6 +19,7 @@ from fastmaf.kernels.backends import implementation
 from fastmaf.kernels.block import CHAIN_SCHEMA, Block, Chain, chain
 from fastmaf.kernels.chain import kept as way
 from fastmaf.kernels.factors import Factors, GradientSink, sink_of
+from fastmaf.kernels.padding import keep_zero
 
 T = TypeVar("T")
 
@@ -30,6 +31,7 @@ T = TypeVar("T")
 )
 def _forward(x: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     *fields, keep = arguments
+    keep_zero(fields[0], fields[2], fields[3])
     result: tuple[Tensor, Tensor, Tensor] = implementation("chain", x).forward(x, Chain(*fields), keep)
     return result
 

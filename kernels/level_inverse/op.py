@@ -13,6 +13,7 @@ from fastmaf.kernels.autocast import outside_autocast
 from fastmaf.kernels.backends import implementation
 from fastmaf.kernels.block import CHAIN_SCHEMA, Block, chain
 from fastmaf.kernels.masked_linear.op import check_activation
+from fastmaf.kernels.padding import keep_zero
 
 _LAYERS = (
     "Tensor[] weights, Tensor[] biases, Tensor[] prefixes, Tensor[] tiles, Tensor schedule,"
@@ -32,6 +33,7 @@ def _forward(
     bound: float,
     soft: bool,
 ) -> tuple[Tensor, Tensor]:
+    keep_zero(weights, prefixes, tiles)
     backend = implementation("level_inverse", z)
     result: tuple[Tensor, Tensor] = backend.forward(
         z, weights, biases, prefixes, tiles, schedule, activation, bound, soft
@@ -119,6 +121,7 @@ def _chain(
     bounds: Sequence[float],
     softs: Sequence[bool],
 ) -> tuple[Tensor, Tensor]:
+    keep_zero(weights, prefixes, tiles)
     result: tuple[Tensor, Tensor] = implementation("level_inverse", z).chain(
         z, weights, biases, prefixes, tiles, schedules, permutations, activation, bounds, softs
     )

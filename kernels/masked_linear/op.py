@@ -11,6 +11,7 @@ from fastmaf.kernels import composite
 from fastmaf.kernels.autocast import outside_autocast
 from fastmaf.kernels.backends import implementation
 from fastmaf.kernels.factors import Factors, sink_of
+from fastmaf.kernels.padding import keep_zero
 
 # Each must be differentiable from its value alone: the backward pass keeps y, not what went into the activation.
 ACTIVATIONS = ("identity", "relu")
@@ -28,6 +29,7 @@ def check_activation(activation: str) -> None:
     schema="(Tensor x, Tensor weight, Tensor bias, Tensor prefix, Tensor tiles, str activation) -> Tensor",
 )
 def _forward(x: Tensor, weight: Tensor, bias: Tensor, prefix: Tensor, tiles: Tensor, activation: str) -> Tensor:
+    keep_zero([weight], [prefix], [tiles])
     result: Tensor = implementation("masked_linear", x).forward(x, weight, bias, prefix, tiles, activation)
     return result
 

@@ -75,11 +75,11 @@ def test_gradcheck(method: str, options: dict[str, Any]) -> None:
 
 
 def test_gradients_of_samples_and_their_log_prob() -> None:
-    """sample_and_log_prob is inverse and base density of the same noise: its gradients are those of the naive model."""
+    """rsample_and_log_prob is inverse and base density of the same noise: its gradients are the naive model's."""
     flow = build(7, hidden_features=(9, 6), degrees="random", order="random")
     naive = flow.to_naive()
     noise = torch.randn(4, 7, generator=generator(3), dtype=torch.float64)
-    x, log_prob = flow.sample_and_log_prob(4, generator=generator(3))
+    x, log_prob = flow.rsample_and_log_prob(4, generator=generator(3))
     x_naive, _ = naive.inverse(noise)
     assert_close("inverse", x, x_naive)
     (x.square().sum() + log_prob.sum()).backward()

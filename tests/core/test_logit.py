@@ -81,9 +81,56 @@ def test_edges_are_within_reach(alpha: float, dtype: torch.dtype) -> None:
     assert torch.isfinite(slopes).all()
 
 
-def test_without_alpha_edges_are_infinite() -> None:
-    z, ladj = fastmaf.Logit(2, 0.0)(torch.tensor([[0.0, 1.0]], dtype=F64))
-    assert z.tolist() == [[-math.inf, math.inf]] and ladj.tolist() == [math.inf]
+@DTYPES
+@pytest.mark.parametrize("alpha", ALPHAS)
+def test_there_is_no_density_outside_of_the_domain(alpha: float, dtype: torch.dtype) -> None:
+    """-inf, for that row alone, whatever comes after it; the terms say which dimension it is; NaN stays NaN."""
+    margin = alpha / (1 - 2 * alpha)
+    values = [-math.inf, -margin - 3.0, -margin - 0.1, 1 + margin + 0.1, math.inf] + ([0.0, 1.0] if alpha == 0 else [])
+    after = fastmaf.GaussianWhitening(3, 1, dtype=dtype)
+    flow = fastmaf.Flow(3, [fastmaf.Logit(3, alpha), after], validate_args=False)
+    x = torch.full((len(values) + 2, 3), 0.4, dtype=dtype)
+    x[: len(values), 1] = torch.tensor(values, dtype=dtype)
+    x[-1, 1] = math.nan
+    inside = flow.log_prob(x[-2:-1])
+    assert torch.isfinite(inside).all()
+    found, terms, (z, ladj) = flow.log_prob(x), flow.nll_per_dim(x), fastmaf.Logit(3, alpha)(x)
+    assert (found[:-2] == -math.inf).all() and (ladj[:-2] == -math.inf).all()
+    assert_close("values", found[-2:-1], inside)
+    assert torch.isfinite(z[:-1]).all() and z[-1].isnan().tolist() == [False, True, False]
+    assert (terms[:-2, 1] == math.inf).all() and torch.isfinite(terms[:-1, ::2]).all()
+    assert found[-1].isnan() and terms[-1, 1].isnan()
+    blocks = fastmaf.MAF(3, 2, (8,), seed=0, dtype=dtype).transforms
+    deep = fastmaf.Flow(3, [fastmaf.Logit(3, alpha), *blocks])  # type: ignore[list-item]
+    finite = x[:-1][x[:-1].isfinite().all(dim=1)]
+    assert (deep.log_prob(finite)[:-1] == -math.inf).all() and torch.isfinite(deep.log_prob(finite)[-1])
+
+
+def test_gradients_of_a_row_outside_are_zero() -> None:
+    flow = fastmaf.Flow(2, [fastmaf.Logit(2), fastmaf.GaussianWhitening(2, 0, dtype=F64)])
+    x = torch.tensor([[0.3, 1.5], [0.3, 0.5]], dtype=F64, requires_grad=True)
+    (gradient,) = torch.autograd.grad(flow.log_prob(x).sum(), x)
+    assert torch.isfinite(gradient).all() and gradient[0, 1] == 0 and gradient[0, 0] != 0
+
+
+@DTYPES
+@pytest.mark.parametrize("alpha", [*ALPHAS, 1e-8, 0.2])
+def test_samples_lie_in_the_domain(alpha: float, dtype: torch.dtype) -> None:
+    """However far away the noise: the density of what inverse returns is finite."""
+    z = torch.linspace(-200, 200, 4_001, dtype=dtype)[:, None]
+    flow = fastmaf.Flow(1, [fastmaf.Logit(1, alpha), fastmaf.GaussianWhitening(1, 0, dtype=dtype)])
+    x, _ = flow.inverse(z)
+    assert torch.isfinite(flow.log_prob(x)).all()
+    assert (x[1:] >= x[:-1]).all()
+
+
+@DTYPES
+def test_the_last_numbers_inside_are_not_moved(dtype: torch.dtype) -> None:
+    last = 1 - torch.finfo(dtype).eps / 2
+    x = torch.tensor([[last], [torch.finfo(dtype).tiny]], dtype=dtype)
+    z, ladj = fastmaf.Logit(1, 0.0)(x)
+    assert_close("values", z, torch.logit(x.double()))
+    assert torch.isfinite(ladj).all()
 
 
 @DTYPES

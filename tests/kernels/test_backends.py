@@ -104,13 +104,13 @@ def test_the_choice_reaches_every_op_and_every_backward(monkeypatch: pytest.Monk
     with fastmaf.use_backend("reference"):
         flow.log_prob(normal(3, 7)).sum().backward()
         flow.nll_per_dim(normal(3, 7)).sum().backward()
-        flow.sample(2).detach()
+        flow.rsample(2).detach()
     both_ways = ("masked_linear", "affine_output", "chain")
     expected = {f"{op} {way} reference" for op in both_ways for way in ("forward", "backward")}
     assert set(calls) == expected | {"level_inverse forward reference"}
     calls.clear()
     with fastmaf.use_backend("reference"):
-        flow.sample(2).sum().backward()
+        flow.rsample(2).sum().backward()
     assert "level_inverse backward reference" in calls
 
 

@@ -1,0 +1,32 @@
+"""Which modules must be called as modules, because someone hangs on to their calls.
+
+A flow's blocks run as one op, which reads parameters and calls no module. Hooks, parametrisations, pruning and modules
+that replace others only work where modules are called.
+"""
+
+from __future__ import annotations
+
+from torch import nn
+from torch.nn.modules import module as torch_module
+
+
+def any_global() -> bool:
+    """Returns whether hooks are registered for all modules."""
+    return bool(
+        torch_module._global_forward_hooks
+        or torch_module._global_forward_pre_hooks
+        or torch_module._global_backward_hooks
+        or torch_module._global_backward_pre_hooks
+    )
+
+
+def is_called(module: nn.Module) -> bool:
+    """Returns whether hooks of its own, or a ``forward`` set on the instance, want the module to be called."""
+    own = module.__dict__  # past nn.Module's own look-ups: a flow asks this of every module at every call
+    return bool(
+        own["_forward_hooks"]
+        or own["_forward_pre_hooks"]
+        or own["_backward_hooks"]
+        or own["_backward_pre_hooks"]
+        or "forward" in own
+    )

@@ -1,0 +1,72 @@
+"""Normal noise whose rows depend on nothing but a seed and their number.
+
+torch's generators hand out numbers in the order in which they are asked for, so that a row depends on the batch that it
+is drawn in. A counter-based generator computes them from their place instead.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+_MASK = 0xFFFFFFFF
+_ROUNDS = 10
+_MOST_BLOCKS = 1 << 18  # of four numbers that are worked on at once, some 20 MB
+
+
+def philox(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[int, int]) -> tuple[Tensor, ...]:
+    """Returns four random 32-bit numbers for each counter: Philox4x32-10.
+
+    Args:
+        counter: four int64 tensors of 32-bit numbers, the lowest word first.
+        key: two 32-bit numbers.
+
+    References:
+        Salmon, Moraes, Dror and Shaw 2011, Parallel random numbers: as easy as 1, 2, 3.
+    """
+    c0, c1, c2, c3 = counter
+    k0, k1 = key
+    for _ in range(_ROUNDS):
+        # Products of 64 bits: int64 wraps, and keeps their bits.
+        p0, p1 = c0 * 0xD2511F53, c2 * 0xCD9E8D57
+        c0, c1, c2, c3 = (p1 >> 32 & _MASK) ^ c1 ^ k0, p1 & _MASK, (p0 >> 32 & _MASK) ^ c3 ^ k1, p0 & _MASK
+        k0, k1 = (k0 + 0x9E3779B9) & _MASK, (k1 + 0xBB67AE85) & _MASK
+    return c0, c1, c2, c3
+
+
+def normal_rows(n: int, features: int, seed: int, start: int, like: Tensor) -> Tensor:
+    """Returns rows ``start .. start + n - 1`` of the standard normal noise of a seed, ``[n, features]``.
+
+    The random bits are the same on every device; the normal numbers are computed from them in float64 (Box and Muller
+    1958), and rounded to the dtype of ``like``.
+
+    Args:
+        seed: 0 .. 2^64 - 1.
+        start: number of the first row, 0 .. 2^63 - 1 - n.
+        like: has the dtype and device of the result.
+
+    Raises:
+        ValueError: an argument lies outside of its range.
+    """
+    if n < 0:
+        raise ValueError(f"the number of samples must be 0 or more; found {n}")
+    if not 0 <= seed < 1 << 64:
+        raise ValueError(f"seed must lie in 0..2^64 - 1; found {seed}")
+    if not 0 <= start < (1 << 63) - n:
+        raise ValueError(f"start must lie in 0..2^63 - 1 - n; found {start} for n = {n}")
+    blocks = -(-features // 4)
+    result = like.new_empty(n, features)
+    step = max(1, _MOST_BLOCKS // max(1, blocks))
+    for first in range(0, n, step):
+        count = min(step, n - first)
+        rows = torch.arange(start + first, start + first + count, device=like.device)[:, None].expand(count, blocks)
+        block = torch.arange(blocks, device=like.device).expand(count, blocks)
+        counter = block, rows & _MASK, rows >> 32, torch.zeros_like(block)
+        bits = torch.stack(philox(counter, (seed & _MASK, seed >> 32)), dim=2)
+        uniform = (bits.double() + 0.5) / (1 << 32)
+        radius, angle = (-2 * uniform[..., 0::2].log()).sqrt(), 2 * math.pi * uniform[..., 1::2]
+        normal = torch.stack((radius * angle.cos(), radius * angle.sin()), dim=3).flatten(1)
+        result[first : first + count] = normal[:, :features]
+    return result

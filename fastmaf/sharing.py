@@ -1,0 +1,111 @@
+"""What a flow uses in several places, and what only looks like a part of a flow: what a file says of both.
+
+A block, a layer or a parameter may stand in several places. A file keeps its numbers for each of them, and which of
+them are one; ``share_again`` makes them one again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from fastmaf.nn import MADE, MaskedLinear
+
+
+def check_parts(flow: nn.Module) -> None:
+    """Raises TypeError where a part of the flow is none that a file can describe."""
+    for name, module in flow.named_modules():
+        # Pruning, and torch's older weight_norm and spectral_norm, compute a weight in a hook.
+        origins = [type(hook).__module__ for hook in module._forward_pre_hooks.values()]
+        computing = any(origin.startswith("torch.nn.utils.") for origin in origins)
+        if computing or parametrize.is_parametrized(module):
+            raise TypeError(
+                f"{name} computes its parameters from others (pruning or a parametrisation), which a file cannot "
+                "keep: make it permanent first, with torch.nn.utils.prune.remove or "
+                "torch.nn.utils.parametrize.remove_parametrizations"
+            )
+    for name, module in flow.named_modules():
+        if isinstance(module, MADE):
+            for part, layer in (*module.hidden.named_children(), ("output", module.output)):
+                if type(layer) is not MaskedLinear:
+                    raise TypeError(
+                        f"layer {part} of {name} must be a MaskedLinear to be saved; found {type(layer).__name__}: "
+                        "merge it into one first"
+                    )
+
+
+def shared_parts(flow: nn.Module) -> dict[str, str]:
+    """Returns the names of modules and parameters that have another name as well, each with the first of them.
+
+    Of modules within such a module nothing is said.
+
+    Raises:
+        ValueError: two tensors overlap in memory, but are not one.
+    """
+    first: dict[int, str] = {}
+    shared: dict[str, str] = {}
+    for name, module in flow.named_modules(remove_duplicate=False):
+        if not _within(name, shared) and (known := first.setdefault(id(module), name)) != name:
+            shared[name] = known
+    spans: list[tuple[int, int, str]] = []
+    for name, tensor in flow.state_dict(keep_vars=True).items():
+        if _within(name, shared):
+            continue
+        if (known := first.setdefault(id(tensor), name)) != name:
+            shared[name] = known
+        elif tensor.numel():
+            last = sum((n - 1) * stride for n, stride in zip(tensor.shape, tensor.stride(), strict=True))
+            begin = tensor.data_ptr()
+            spans.append((begin, begin + (last + 1) * tensor.element_size(), name))
+    spans.sort()
+    for (_, end, name), (begin, _, other) in zip(spans, spans[1:], strict=False):
+        if begin < end:
+            raise ValueError(
+                f"{name} and {other} overlap in memory, but are two tensors, which a file cannot keep: use one "
+                "parameter in both places, or copy one of them"
+            )
+    return shared
+
+
+def names_below(names: Mapping[str, Tensor], shared: Mapping[str, str]) -> Iterator[str]:
+    """Yields the names of tensors that are shared, or belong to a module that is."""
+    return (name for name in names if _within(name, shared))
+
+
+def _within(name: str, shared: Mapping[str, str]) -> bool:
+    return any(name == one or name.startswith(f"{one}.") for one in shared)
+
+
+def share_again(flow: nn.Module, shared: Mapping[str, str]) -> None:
+    """Makes one module or parameter of what ``shared_parts`` of the saved flow named.
+
+    Raises:
+        ValueError: there is nothing of a name, or what is to be one differs.
+    """
+    for name, first in shared.items():
+        path, _, last = name.rpartition(".")
+        try:
+            owner = flow.get_submodule(path)
+            kinds = owner._modules if last in owner._modules else owner._parameters
+            own: object = kinds[last]
+            other: object = flow.get_submodule(first) if kinds is owner._modules else flow.get_parameter(first)
+        except (AttributeError, KeyError) as error:
+            raise ValueError(f"{name} is to be shared with {first}, but there are no two such parts") from error
+        if not _equal(own, other):
+            raise ValueError(f"{name} is to be shared with {first}, but differs from it")
+        kinds[last] = other  # type: ignore[assignment]
+
+
+def _equal(a: object, b: object) -> bool:
+    if isinstance(a, Tensor) and isinstance(b, Tensor):
+        return a.dtype == b.dtype and torch.equal(a, b)
+    if not isinstance(a, nn.Module) or not isinstance(b, nn.Module) or type(a) is not type(b) or repr(a) != repr(b):
+        return False
+    if isinstance(a, MaskedLinear) and isinstance(b, MaskedLinear) and a.layout.tiles != b.layout.tiles:
+        return False
+    pairs = zip(a.named_parameters(), b.named_parameters(), strict=True)
+    buffers = zip(a.named_buffers(), b.named_buffers(), strict=True)
+    return all(key == other and _equal(x, y) for (key, x), (other, y) in (*pairs, *buffers))

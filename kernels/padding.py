@@ -1,0 +1,165 @@
+"""Keeps the padding of packed weights zero, whoever writes to the weights.
+
+Kernels multiply with whole tiles, so the padding must be zero when an op reads a weight. The gradients of fastmaf's
+ops are zero there, but anything else may write to a parameter: an initialiser, an optimiser that adds noise, an average
+of weights. Each op therefore calls ``keep_zero`` first, which
+
+- compares the weight's version counter and address with those at which its padding was last known to be zero, and
+- reads some numbers of the padding, since writes through ``weight.data`` change neither.
+
+Where one of them differs, all of the padding is read, and set to zero where it is not: a small part of what the op
+reads anyway. On a GPU nothing is read, as that would wait for the device: after a change of version or address the
+padding is set to zero whatever it holds. Writes through ``weight.data`` go unnoticed there until the version changes.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+from collections.abc import Sequence
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from fastmaf.kernels import native_library
+from fastmaf.kernels.layout import padding, tiles_of
+
+T = TypeVar("T")
+
+# Attributes of tables: what is known of the weights of a run that starts with it, by the length of the run; and where
+# its own padding is probed.
+_KNOWN, _PLACES = "_fastmaf_known_padding", "_fastmaf_probed_padding"
+_PROBES = 2  # places of a weight that are read at every use
+_INTEGERS = (ctypes.c_uint64, ctypes.c_uint32, ctypes.c_uint16)
+_NATIVE = (torch.float32, torch.float64, torch.bfloat16)
+
+
+class _Known:
+    """The state of some weights in which their padding was zero.
+
+    Attributes:
+        versions, addresses: of the weights.
+        probes: integers of up to 64 bits within the padding, valid as long as the addresses are.
+    """
+
+    __slots__ = ("addresses", "probes", "versions")
+
+    def __init__(self) -> None:
+        self.versions: list[int] = []
+        self.addresses: list[int] = []
+        self.probes: list[Any] = []
+
+    def holds(self, weights: Sequence[Tensor]) -> bool:
+        """Returns whether the padding is still zero, as far as versions, addresses and probes tell."""
+        try:
+            return (
+                [weight._version for weight in weights] == self.versions
+                and [weight.data_ptr() for weight in weights] == self.addresses
+                and not any([probe.value for probe in self.probes])
+            )
+        except RuntimeError:  # inference tensors have no version
+            return False
+
+    def note(self, weights: Sequence[Tensor], prefixes: Sequence[Tensor], tables: Sequence[Tensor]) -> None:
+        """Records the present state of the weights."""
+        if any(weight.is_inference() for weight in weights):
+            return
+        addresses = [weight.data_ptr() for weight in weights]
+        if addresses != self.addresses:
+            self.versions, self.probes = [], []
+            for weight, prefix, table in zip(weights, prefixes, tables, strict=True):
+                size = weight.element_size()
+                for first, count in _places(weight, prefix, table):
+                    kind = next(kind for kind in _INTEGERS if ctypes.sizeof(kind) <= count * size)
+                    self.probes.append(kind.from_address(weight.data_ptr() + first * size))
+            self.addresses = addresses
+        self.versions = [weight._version for weight in weights]
+
+    # A copy belongs to other weights, of which nothing is known; addresses mean nothing in another process.
+    def __deepcopy__(self, memo: object) -> _Known:
+        return _Known()
+
+    def __reduce__(self) -> tuple[type[_Known], tuple[()]]:
+        return _Known, ()
+
+
+def keep_zero(weights: Sequence[Tensor], prefixes: Sequence[Tensor], tables: Sequence[Tensor]) -> None:
+    """Makes the padding of packed weights zero, in place, where it may have been written to.
+
+    Neither autograd nor a version counter sees it: the padding takes no part in any function of the weights.
+
+    Args:
+        weights: packed, contiguous, at least one.
+        prefixes: of each weight, int64, on its device.
+        tables: ``PackedLayout.table`` of each, on the CPU.
+    """
+    runs: dict[int, _Known] | None = getattr(tables[0], _KNOWN, None)
+    if runs is not None and (known := runs.get(len(weights))) is not None and known.holds(weights):
+        return
+    _zero(weights, prefixes, tables)
+    if runs is None:
+        setattr(tables[0], _KNOWN, runs := {})
+    runs.setdefault(len(weights), _Known()).note(weights, prefixes, tables)
+
+
+def without_padding(weight: Tensor, prefix: Tensor, table: Tensor) -> Tensor:
+    """Returns a copy of ``weight`` whose padding is zero, differentiable: for weights that were computed, and whose
+    memory may be needed by the backward pass of whatever computed them.
+    """
+    return weight.index_fill(0, padding(prefix, table), 0)
+
+
+def _zero(weights: Sequence[Tensor], prefixes: Sequence[Tensor], tables: Sequence[Tensor]) -> None:
+    if all(weight.device.type == "cpu" and weight.dtype in _NATIVE for weight in weights) and _has_native():
+        with torch.no_grad():
+            torch.ops.fastmaf_native.zero_padding_(list(weights), list(prefixes), list(tables))
+    else:
+        for weight, prefix, table in zip(weights, prefixes, tables, strict=True):
+            _zero_with_torch(weight, prefix, table)
+
+
+def _zero_with_torch(weight: Tensor, prefix: Tensor, table: Tensor) -> None:
+    # In inference mode, and through .data, neither a leaf that requires gradients nor an inference tensor refuses, and
+    # the weight's own version stays.
+    with torch.inference_mode():
+        packed = weight.data
+        if weight.device.type != "cpu":
+            packed.index_fill_(0, padding(prefix, table), 0)
+            return
+        for tile in tiles_of(table):
+            rows = prefix[tile.row_start : tile.row_end, None]
+            ragged = int(rows[0])  # up to here every row of the tile sees everything
+            hidden = torch.arange(ragged, tile.width, device="cpu") >= rows
+            tile.of(packed)[:, ragged:].masked_fill_(hidden, 0)
+
+
+def _places(weight: Tensor, prefix: Tensor, table: Tensor) -> list[tuple[int, int]]:
+    """Returns runs of padding to probe, spread over a weight: first number and count of each."""
+    if weight.device.type != "cpu" or not weight.data_ptr():
+        return []
+    known: list[tuple[int, int]] | None = getattr(table, _PLACES, None)
+    if known is None:
+        runs = []
+        for tile in tiles_of(table):
+            sees = prefix[tile.row_start : tile.row_end]
+            rows = _spread((sees < tile.width).nonzero().flatten().tolist())
+            runs += [(tile.offset + row * tile.width + int(sees[row]), tile.width - int(sees[row])) for row in rows]
+        setattr(table, _PLACES, known := _spread(runs))
+    return known
+
+
+def _spread(found: list[T]) -> list[T]:
+    """Returns at most ``_PROBES`` of them, the first and the last among them."""
+    if len(found) <= _PROBES:
+        return found
+    return [found[i * (len(found) - 1) // (_PROBES - 1)] for i in range(_PROBES)]
+
+
+@functools.cache
+def _has_native() -> bool:
+    try:
+        native_library.load()
+    except ImportError:
+        return False
+    return True
