@@ -23,7 +23,7 @@ from fastmaf.io.flow_tensors import EXTRA, flow_tensors
 from fastmaf.io.safe_json import shown
 from fastmaf.io.tensor_file import CheckpointError, TensorFile
 from fastmaf.nn import MaskedLinear
-from fastmaf.sharing import check_parts, names_below, shared_parts
+from fastmaf.sharing import check_parts, names_below, share_again, shared_parts
 from fastmaf.transforms import TRANSFORMS, Transform
 
 __all__ = [
