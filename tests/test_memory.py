@@ -145,7 +145,8 @@ def test_a_flow_on_meta_is_estimated_as_one_on_the_cpu() -> None:
     assert {k: v.shape for k, v in built.state_dict().items()} == {k: v.shape for k, v in planned.state_dict().items()}
     for optimiser in (fastmaf.optim.FusedAdam, torch.optim.SGD, None):
         assert memory_parts(planned, 5, optimiser) == memory_parts(built, 5, optimiser)
-    assert memory_parts(planned, 5, device="cuda").weights < memory_parts(planned, 5).weights  # its padding stays here
+    # Where its padding lies is known on either device.
+    assert memory_parts(planned, 5, device="cuda").weights == memory_parts(planned, 5).weights
 
 
 def test_the_parts() -> None:
