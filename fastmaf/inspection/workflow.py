@@ -32,7 +32,7 @@ from fastmaf.inspection.members import member_files, replace_members, save_membe
 from fastmaf.inspection.model import InspectionModel, is_inspection_model, load_inspection, model_file
 from fastmaf.inspection.recipe import Recipe
 from fastmaf.inspection.scores import ScoreSettings
-from fastmaf.io.atomic import keep_previous, previous, replace, staging, sweep, written_atomically
+from fastmaf.io.atomic import errors_of_staged, keep_previous, previous, replace, staging, sweep, written_atomically
 from fastmaf.io.locks import run_lock
 
 LOG_FILE, REPORT_FILE = "training_log.csv", "report.html"
@@ -131,7 +131,7 @@ def _write(out: Path, fitted: Fitted, images: ImageSet, keep_folds: bool) -> Non
     """Writes all files of a run, and only then puts them in place of those of an earlier one."""
     from fastmaf.inspection.reporting import training_report
 
-    with staging(out) as new:
+    with staging(out) as new, errors_of_staged(new, out):
         fitted.model.save(new / MODEL_FILE)
         _write_log(new / LOG_FILE, fitted)
         if keep_folds:

@@ -68,6 +68,17 @@ def write_errors(path: str | os.PathLike[str]) -> Iterator[None]:
         raise OSError(error.errno, error.strerror or os.strerror(error.errno), os.fspath(path)) from error
 
 
+@contextmanager
+def errors_of_staged(staged: Path, folder: Path) -> Iterator[None]:
+    """Makes write errors of files in the staging folder ``staged`` name the places in ``folder`` that they are for."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is not None and staged in (file := Path(os.fsdecode(error.filename))).parents:
+            raise OSError(error.errno, error.strerror, str(folder / file.relative_to(staged))) from error
+        raise
+
+
 def _is_staging(name: str) -> bool:
     return name.startswith(_PREFIX) and name.endswith(_SUFFIX)
 
