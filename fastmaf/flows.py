@@ -100,8 +100,7 @@ class Flow(nn.Module):
     def _forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         ladj = x.new_zeros(x.shape[0])
         for run in _runs(self._transforms()):
-            alone = len(run) == 1 and _activation(run[0]) is None
-            x, term = run[0](x) if alone else _chained(run, x, inverse=False)
+            x, term = run(x) if isinstance(run, Transform) else _chained(run, x, inverse=False)
             ladj = ladj + term
         return x, ladj
 
@@ -122,9 +121,10 @@ class Flow(nn.Module):
         if validates(self.validate_args, z):
             check_finite("z", z)
         ladj = z.new_zeros(z.shape[0])
-        transforms = list(reversed(self._transforms()))
-        for run in [[t] for t in transforms] if _records_gradients(z, self) else _runs(transforms):
-            z, term = _chained(run, z, inverse=True) if len(run) > 1 else run[0].inverse(z)
+        transforms = self._transforms()[::-1]
+        for run in transforms if _records_gradients(z, self) else _runs(transforms):
+            alone = run if isinstance(run, Transform) else run[0] if len(run) == 1 else None
+            z, term = _chained(run, z, inverse=True) if alone is None else alone.inverse(z)
             ladj = ladj + term
         return z, ladj
 
@@ -237,9 +237,10 @@ class Flow(nn.Module):
 
     def _like(self) -> Tensor:
         """Returns a tensor of the flow's dtype and device. Weights stored in fewer bits than the rest do not count."""
-        floating = (b for b in self.buffers() if b.is_floating_point())
         first = None
-        for tensor in itertools.chain(_parameters(self), floating):
+        for tensor in itertools.chain(_parameters(self), self.buffers()):
+            if not tensor.is_floating_point():
+                continue
             if tensor.dtype != torch.bfloat16:
                 return tensor
             first = tensor if first is None else first
@@ -324,8 +325,8 @@ class Flow(nn.Module):
         """
         total = 0
         for run in _runs(self._transforms()):
-            if _activation(run[0]) is None:
-                hidden = sum(layer.out_features for made in _mades_of(run[0]) for layer in made.layers[:-1])
+            if isinstance(run, Transform):
+                hidden = sum(layer.out_features for made in _mades_of(run) for layer in made.layers[:-1])
                 total += n * (3 * self.features + hidden)
             elif (found := _chain_of(run, inverse=False))[0]:
                 total += kept_numel(chain(*found), n)
@@ -351,27 +352,34 @@ def _records_gradients(x: Tensor, flow: Flow) -> bool:
     return torch.is_grad_enabled() and (x.requires_grad or any(p.requires_grad for p in flow.parameters()))
 
 
-def _runs(transforms: Iterable[Transform]) -> list[list[Transform]]:
-    """Cuts transforms into runs that one op can take together."""
-    runs: list[list[Transform]] = []
-    activation: str | None = None  # of the last run's blocks; "" while it has none, None where it is no chain
+def _runs(transforms: Sequence[Transform]) -> Sequence[Transform | list[Transform]]:
+    """Cuts transforms into lists that one op can take together, and the transforms between them that none can."""
+    if hooks.any_global():
+        return transforms
+    runs: list[Transform | list[Transform]] = []
+    run: list[Transform] | None = None
+    activation = ""  # of the run's blocks; "" while it has none
     for transform in transforms:
         own = _activation(transform)
-        if own is not None and activation is not None and (own == activation or "" in (own, activation)):
-            runs[-1].append(transform)
+        if own is None:
+            runs.append(transform)
+            run = None
+        elif run is not None and (own == activation or "" in (own, activation)):
+            run.append(transform)
             activation = activation or own
         else:
-            runs.append([transform])
+            runs.append(run := [transform])
             activation = own
     return runs
 
 
 def _activation(transform: Transform) -> str | None:
     """Returns the activation of a chain that holds this transform, "" where any will do; None: no chain can hold it."""
-    if hooks.is_called(transform) or hooks.any_global():
+    if hooks.is_called(transform):
         return None
     if type(transform) is AffineAutoregressive:
-        return None if transform.calls_modules else transform.made.activation
+        made = transform._modules["made"]
+        return None if type(made) is not MADE or made.calls_modules else made.activation
     return "" if type(transform) is Permutation else None
 
 

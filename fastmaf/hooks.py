@@ -23,10 +23,6 @@ def any_global() -> bool:
 def is_called(module: nn.Module) -> bool:
     """Returns whether hooks of its own, or a ``forward`` set on the instance, want the module to be called."""
     own = module.__dict__  # past nn.Module's own look-ups: a flow asks this of every module at every call
-    return bool(
-        own["_forward_hooks"]
-        or own["_forward_pre_hooks"]
-        or own["_backward_hooks"]
-        or own["_backward_pre_hooks"]
-        or "forward" in own
-    )
+    if own["_forward_hooks"] or own["_forward_pre_hooks"] or own["_backward_hooks"] or own["_backward_pre_hooks"]:
+        return True
+    return "forward" in own

@@ -99,25 +99,22 @@ class MaskedLinear(Constants):
         """Returns ``[..., out_features]`` for ``x`` ``[..., in_features]``."""
         if x.shape[-1] != self.in_features:
             raise ValueError(f"MaskedLinear expects [..., {self.in_features}]; found {tuple(x.shape)}")
-        y = masked_linear(
-            x.reshape(-1, self.in_features),
-            self.packed_weight,
-            self.bias,
-            self.prefix,
-            self.layout.table,
-            self.activation,
-        )
+        y = masked_linear(x.reshape(-1, self.in_features), *self.operands(), self.activation)
         return y.reshape(*x.shape[:-1], self.out_features)
 
-    @property
-    def packed_weight(self) -> Tensor:
-        """The weight as ops take it: the parameter, whose padding they keep zero in place, or, where ``weight`` is a
-        tensor that was computed (by a parametrisation, pruning, ``torch.func.functional_call``), a copy without it.
+    def operands(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Returns the weight, the bias, the prefix and the table of tiles as ops take them.
+
+        The weight is the parameter, whose padding ops keep zero in place, or, where ``weight`` is a tensor that was
+        computed (by a parametrisation, pruning, ``torch.func.functional_call``), a copy with zeros there.
         """
-        weight = self._parameters.get("weight")
-        if type(weight) is nn.Parameter:
-            return weight
-        return without_padding(self.weight, self.prefix, self.layout.table)
+        table = self.layout.table
+        # Past nn.Module.__getattr__, which is slow, as a flow asks for every layer at every call.
+        weight, bias = self._parameters.get("weight"), self._parameters.get("bias")
+        if type(weight) is not nn.Parameter or bias is None:
+            prefix = self.prefix
+            return without_padding(self.weight, prefix, table), self.bias, prefix, table
+        return weight, bias, self.constant("prefix", weight.device), table
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         zero_padding_([self])
@@ -236,18 +233,17 @@ class MADE(Constants):
         parts = (*hidden._modules.values(), self._modules["output"])
         return [layer for layer in parts if isinstance(layer, MaskedLinear)]
 
-    def plain_layers(self) -> list[MaskedLinear] | None:
-        """Returns ``layers`` if an op may take them without calling a module, else None: see ``fastmaf.hooks``."""
+    @property
+    def calls_modules(self) -> bool:
+        """Whether modules must be called, for hooks, parametrisations or other classes: see ``fastmaf.hooks``."""
         # Past nn.Module.__getattr__, which is slow, as a flow asks for every layer at every call.
-        hidden = self._modules["hidden"]
+        hidden, output = self._modules["hidden"], self._modules["output"]
         if type(self) is not MADE or type(hidden) is not nn.ModuleList or hooks.is_called(self):
-            return None
-        layers: list[MaskedLinear] = []
-        for layer in (*hidden._modules.values(), self._modules["output"]):
+            return True
+        for layer in hidden._modules.values():
             if type(layer) is not MaskedLinear or hooks.is_called(layer):
-                return None
-            layers.append(layer)
-        return layers
+                return True
+        return type(output) is not MaskedLinear or hooks.is_called(output)
 
     @property
     def weight_dtype(self) -> torch.dtype | None:

@@ -131,7 +131,7 @@ class FusedAdam(torch.optim.Adam):
         groups = self._groups()
         if max_grad_norm is not None and not max_grad_norm > 0:
             raise ValueError(f"max_grad_norm must be positive, or None for no limit; found {max_grad_norm}")
-        if any(parameter.grad is not None for parameter in groups):
+        if any([parameter.grad is not None for parameter in groups]):
             raise RuntimeError(
                 "gradients of an earlier backward pass are waiting in grad: call step(), or zero_grad() with "
                 "set_to_none=True, before minimize()"

@@ -19,7 +19,7 @@ from fastmaf.degrees import check_permutation
 from fastmaf.kernels import Block, affine_output, level_inverse
 from fastmaf.kernels.affine_output.reference import bound_log_scale
 from fastmaf.kernels.autocast import outside_autocast
-from fastmaf.nn import MADE, MaskedLinear
+from fastmaf.nn import MADE
 
 
 class NotInvertibleError(RuntimeError):
@@ -98,8 +98,11 @@ class Permutation(Transform):
     @property
     def inverse_permutation(self) -> Tensor:
         """``[D]`` int64: where each dimension of the data stands."""
-        places = torch.arange(self.features, device=self.permutation.device)
-        return torch.zeros_like(self.permutation).scatter(0, self.permutation, places)
+        permutation = self.permutation
+        if self.features <= 512:  # one op, where calling several takes longer than sorting
+            return permutation.argsort()
+        places = torch.arange(self.features, device=permutation.device)
+        return torch.empty_like(permutation).scatter_(0, permutation, places)
 
     def forward_per_dim(self, x: Tensor, terms: Tensor) -> tuple[Tensor, Tensor]:
         return x[:, self.permutation], terms[:, self.permutation]
@@ -209,11 +212,8 @@ class AffineAutoregressive(Transform):
         """Whether its network must be called as a module: hooks or parametrisations hang on its parts, or one of them
         is of another class than ``MADE`` and ``MaskedLinear``.
         """
-        return self._plain_layers() is None
-
-    def _plain_layers(self) -> list[MaskedLinear] | None:
-        made = self._modules["made"]
-        return made.plain_layers() if type(made) is MADE and not hooks.any_global() else None
+        made = self.made
+        return hooks.any_global() or type(made) is not MADE or made.calls_modules
 
     def _shift_and_log_scale(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Returns both ``[N, D]``, of the network called as a module."""
@@ -224,17 +224,8 @@ class AffineAutoregressive(Transform):
         if self.calls_modules:
             shift, log_scale = self._shift_and_log_scale(x)
             return (x - shift) * torch.exp(-log_scale), -log_scale.sum(dim=1), log_scale
-        out = self.made.output
-        return affine_output(
-            self.made.hidden_units(x),
-            out.packed_weight,
-            out.bias,
-            x,
-            out.prefix,
-            out.layout.table,
-            self._bound,
-            self.soft_bound,
-        )
+        weight, bias, prefix, table = self.made.output.operands()
+        return affine_output(self.made.hidden_units(x), weight, bias, x, prefix, table, self._bound, self.soft_bound)
 
     @property
     def _bound(self) -> float:
@@ -278,10 +269,7 @@ class AffineAutoregressive(Transform):
     def block(self) -> Block:
         """Returns the block as the ops that take several of them see it."""
         made = self.made  # once: nn.Module searches for every attribute, and a flow asks for hundreds
-        layers = made.layers
-        weights, biases, prefixes, tables = zip(
-            *((layer.packed_weight, layer.bias, layer.prefix, layer.layout.table) for layer in layers), strict=True
-        )
+        weights, biases, prefixes, tables = zip(*[layer.operands() for layer in made.layers], strict=True)
         return Block(
             list(weights),
             list(biases),

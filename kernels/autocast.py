@@ -30,7 +30,12 @@ def outside_autocast(function: F) -> F:
 
     @functools.wraps(function)
     def wrapped(*args: Any, **kwargs: Any) -> Any:
-        device = next((arg.device.type for arg in args if isinstance(arg, Tensor)), "meta")
+        for arg in args:  # no generator: every call of a flow comes this way
+            if isinstance(arg, Tensor):
+                device = arg.device.type
+                break
+        else:
+            return function(*args, **kwargs)
         if device == "meta" or not torch.is_autocast_enabled(device):
             return function(*args, **kwargs)
         dtype = _dtype_of(args[0])
