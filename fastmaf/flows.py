@@ -123,8 +123,10 @@ class Flow(nn.Module):
         ladj = z.new_zeros(z.shape[0])
         transforms = self._transforms()[::-1]
         for run in transforms if _records_gradients(z, self) else _runs(transforms):
-            alone = run if isinstance(run, Transform) else run[0] if len(run) == 1 else None
-            z, term = _chained(run, z, inverse=True) if alone is None else alone.inverse(z)
+            if isinstance(run, Transform):
+                z, term = run.inverse(z)
+            else:
+                z, term = _chained(run, z, inverse=True) if len(run) > 1 else run[0].inverse(z)
             ladj = ladj + term
         return z, ladj
 
