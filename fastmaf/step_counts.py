@@ -7,6 +7,9 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+# On the CPU torch wraps a number in a tensor for each counter, its op on lists of them included.
+_ONE = torch.ones((), dtype=torch.float32, device="cpu")
+
 
 class StepCounts:
     """Reads and raises the counters in ``state["step"]``, wherever torch keeps them, without waiting for a device.
@@ -31,7 +34,7 @@ class StepCounts:
         on_device = {}
         for parameter, counter in counters.items():
             if counter.device.type == "cpu":
-                counter += 1  # torch's own op on lists of these is slower
+                counter.add_(_ONE)
             else:
                 on_device[parameter] = counter, self.of(parameter, counter)
         if on_device:
