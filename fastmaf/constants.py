@@ -1,4 +1,4 @@
-"""Tensors of a module that follow from its architecture and are nobody's to write."""
+"""Constant tensors of a module, which follow from its architecture."""
 
 from __future__ import annotations
 

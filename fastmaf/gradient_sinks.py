@@ -1,4 +1,4 @@
-"""What ``FusedAdam.minimize`` does with the gradients of packed weights: gradient sinks for one backward pass."""
+"""Gradient sinks of ``FusedAdam.minimize``, which consume the gradients of packed weights in one backward pass."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ class Updates(Protocol):
     """Begins steps of Adam on single parameters."""
 
     def begin(self, parameter: Tensor, group: dict[str, Any]) -> Update:
-        """Returns what the parameter of this group is now to be updated with."""
+        """Begins the update of a parameter of this group and returns its moments and scalars."""
         ...
 
 
@@ -107,7 +107,7 @@ class Gradients(NamedTuple):
     @classmethod
     @torch.no_grad()
     def collect(cls, sinks: Mapping[Tensor, Keeps], parameters: Iterable[Tensor]) -> Gradients:
-        """Returns what a backward pass has left in ``sinks`` and in the ``grad`` of ``parameters``."""
+        """Returns the gradients that a backward pass has left in ``sinks`` and in the ``grad`` of ``parameters``."""
         factored = {weight: sink.factors for weight, sink in sinks.items() if sink.factors is not None}
         stored = {parameter: parameter.grad for parameter in parameters if parameter.grad is not None}
         for both in factored.keys() & stored.keys():  # a part of the graph that was not seen

@@ -1,7 +1,7 @@
-"""Which modules must be called as modules, because someone hangs on to their calls.
+"""Detects modules that must be called, because hooks are registered on them or their ``forward`` was replaced.
 
-A flow's blocks run as one op, which reads parameters and calls no module. Hooks, parametrisations, pruning and modules
-that replace others only work where modules are called.
+A flow's blocks run as one op, which reads parameters and calls no module. Hooks, parametrisations, pruning and replaced
+modules have an effect only where modules are called.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ def any_global() -> bool:
 
 
 def is_called(module: nn.Module) -> bool:
-    """Returns whether hooks of its own, or a ``forward`` set on the instance, want the module to be called."""
-    own = module.__dict__  # past nn.Module's own look-ups: a flow asks this of every module at every call
+    """Returns whether the module has hooks or a ``forward`` set on the instance, which only a call runs."""
+    own = module.__dict__  # past nn.Module's own look-ups: a flow checks every module at every call
     if own["_forward_hooks"] or own["_forward_pre_hooks"] or own["_backward_hooks"] or own["_backward_pre_hooks"]:
         return True
     return "forward" in own

@@ -1,4 +1,4 @@
-"""What ``FusedAdam.minimize`` refuses before it changes anything."""
+"""Checks that ``FusedAdam.minimize`` makes before it changes anything."""
 
 from __future__ import annotations
 

@@ -291,7 +291,7 @@ class _Updates:
         self._numbers: dict[tuple[int, int], AdamNumbers] = {}  # most parameters share a group and a step
 
     def begin(self, parameter: Tensor, group: dict[str, Any]) -> Update:
-        """Returns what a parameter of this group is to be updated with, once."""
+        """Begins the one update of a parameter of this group and returns its moments and scalars."""
         state = self._state[parameter]
         if not state:
             state.update(_fresh_state(parameter, group))

@@ -1,4 +1,4 @@
-"""What a flow uses in several places, and what only looks like a part of a flow: what a file says of both.
+"""Parts of a flow that are used in several places, and checks that a file can describe every part.
 
 A block, a layer or a parameter may stand in several places. A file keeps its numbers for each of them, and which of
 them are one; ``share_again`` makes them one again.

@@ -1,4 +1,4 @@
-"""What a flow says about numbers that are not finite: in its arguments, and in what it makes of finite ones."""
+"""Checks for values that are not finite, in the arguments and the results of a flow."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ if TYPE_CHECKING:
 
 
 def validates(wanted: bool | None, x: Tensor) -> bool:
-    """Returns whether values are to be looked at.
+    """Returns whether values are to be checked.
 
     Args:
-        wanted: True, False, or None for the default: on the CPU only, since on a GPU looking at a value waits for the
+        wanted: True, False, or None for the default: on the CPU only, since on a GPU reading a value waits for the
             device.
         x: the tensor in question. Not while something records what is done with it (``torch.compile``, a trace, a CUDA
             graph), since it has no values then.
@@ -92,7 +92,7 @@ def check_density(flow: Flow, name: str, result: Tensor, x: Tensor) -> None:
     """Raises ValueError if a density ``[N]`` or its terms ``[N, D]`` are not finite because ``x`` is not, and
     FloatingPointError if they are NaN although it is.
     """
-    if math.isfinite(total(result)):  # nothing that is not finite passes through a block without a trace
+    if math.isfinite(total(result)):  # a non-finite value anywhere makes the sum non-finite
         return
     check_finite("x", x)
     bad = result.isnan().reshape(len(result), -1).any(dim=1)
@@ -119,7 +119,10 @@ def check_samples(flow: Flow, z: Tensor, *results: Tensor) -> None:
 
 @contextmanager
 def not_validating(flow: Flow) -> Iterator[None]:
-    """Within the block, ``flow`` takes and returns what is not finite: for callers that look for it themselves."""
+    """Disables the value checks of ``flow`` within the block, for callers that check results themselves.
+
+    Not for flows that several threads train at once: the setting belongs to the flow.
+    """
     before, flow.validate_args = flow.validate_args, False
     try:
         yield
