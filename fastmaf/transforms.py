@@ -280,7 +280,8 @@ class AffineAutoregressive(Transform):
         made = self.made  # once: nn.Module searches for every attribute, and a flow asks for hundreds
         layers = made.layers
         weights, biases, prefixes, tables = zip(
-            *((layer.packed_weight, layer.bias, layer.prefix, layer.layout.table) for layer in layers), strict=True
+            *((layer.packed_weight, layer._parameters["bias"], layer.prefix, layer.layout.table) for layer in layers),
+            strict=True,
         )
         return Block(
             list(weights),
