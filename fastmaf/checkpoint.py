@@ -54,7 +54,8 @@ def save(
 
     Raises:
         ValueError: ``metadata`` uses the key ``"fastmaf"``, a number of the flow is not finite, or two tensors of the
-            flow overlap in memory without being one. A block, layer or parameter that stands in several places does so again once it is loaded.
+            flow overlap in memory without being one.
+            A block, layer or parameter that stands in several places does so again once it is loaded.
         TypeError: a transform is not registered, or a part of it is pruned, parametrised or of another class.
     """
     if metadata and "fastmaf" in metadata:

@@ -69,8 +69,8 @@ def train(
         ValueError: a setting does not fit, or ``out`` holds an unfinished run of the other recipe.
     """
     recipe, out = recipe or Recipe(), Path(out)
-    check_outputs(_outputs_of(out, recipe.folds if keep_folds else 0))
     with run_folder(out, "training", LOG_FILE, REPORT_FILE):
+        check_outputs(_outputs_of(out, recipe.folds if keep_folds else 0))
         refuse_unfinished(out)
         images = load_train(data, size=recipe.size, skip_bad=skip_bad, progress=progress)
         for note in images.notes:
