@@ -53,8 +53,9 @@ def save(
         extras: further tensors to keep beside the flow's; ``load`` passes over them, ``read_extras`` returns them.
 
     Raises:
-        ValueError: ``metadata`` uses the key ``"fastmaf"``, or two tensors of the flow overlap in memory without being
-            one. A block, layer or parameter that stands in several places does so again once it is loaded.
+        ValueError: ``metadata`` uses the key ``"fastmaf"``, a number of the flow is not finite, or two tensors of the
+            flow overlap in memory without being one.
+            A block, layer or parameter that stands in several places does so again once it is loaded.
         TypeError: a transform is not registered, or a part of it is pruned, parametrised or of another class.
     """
     if metadata and "fastmaf" in metadata:
@@ -86,6 +87,11 @@ def save(
     tensors = {k: v.detach().contiguous() for k, v in kept.items()}
     tensors |= {k: tensors[k].clone() for k in names_below(tensors, shared)}
     tensors |= {k: v.clone() for k, v in tensors.items() if k.startswith(EXTRA)}
+    for name, tensor in tensors.items():
+        if not name.startswith(EXTRA) and tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+            raise ValueError(
+                f"{name} holds numbers that are not finite, which load would refuse; nothing was written to {path}"
+            )
     write_tensors(tensors, path, {**(metadata or {}), "fastmaf": json.dumps(config)})
 
 

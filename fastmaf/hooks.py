@@ -6,6 +6,10 @@ modules have an effect only where modules are called.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
+import torch
 from torch import nn
 from torch.nn.modules import module as torch_module
 
@@ -26,3 +30,21 @@ def is_called(module: nn.Module) -> bool:
     if own["_forward_hooks"] or own["_forward_pre_hooks"] or own["_backward_hooks"] or own["_backward_pre_hooks"]:
         return True
     return "forward" in own
+
+
+def that_compute(module: nn.Module) -> list[Callable[..., Any]]:
+    """Returns the hooks that compute a parameter before each call: pruning's, also of classes derived from torch's, and
+    those of the older ``weight_norm`` and ``spectral_norm``.
+    """
+    return [
+        hook
+        for hook in module._forward_pre_hooks.values()
+        if any(base.__module__.startswith("torch.nn.utils.") for base in type(hook).__mro__)
+    ]
+
+
+@torch.no_grad()
+def compute_parameters(module: nn.Module) -> None:
+    """Lets ``that_compute`` do so now: a step of an optimiser changes what they compute from, not the result."""
+    for hook in that_compute(module):
+        hook(module, ())

@@ -119,9 +119,19 @@ class MaskedLinear(Constants):
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         zero_padding_([self])
         super()._save_to_state_dict(destination, prefix, keep_vars)
+        weight = self._parameters.get("weight")
+        if weight is None or keep_vars or weight.is_meta or weight.shape != (self.layout.numel,):
+            return
+        if not _can_be_zeroed(weight):
+            saved = without_padding(weight.detach(), self.prefix, self.layout.table)
+            destination[f"{prefix}weight"] = saved
 
     def dense_weight(self) -> Tensor:
-        """Returns the masked weight as a dense ``[out_features, in_features]`` matrix: for export and inspection."""
+        """Returns the masked weight as a dense ``[out_features, in_features]`` matrix: for export and inspection.
+
+        Where the weight or the bias is computed in a hook, such as by pruning, both are up to date afterwards.
+        """
+        hooks.compute_parameters(self)
         return self.layout.unpack(self.weight.detach())
 
     @torch.no_grad()
@@ -150,12 +160,17 @@ def zero_padding_(layers: Iterable[MaskedLinear]) -> None:
     for layer in layers:
         for name, parameter in layer._parameters.items():
             # "weight_orig" and its kin, too: what pruning and its kin compute the weight from.
-            if not name.startswith("weight") or type(parameter) is not nn.Parameter or parameter.is_meta:
+            if not name.startswith("weight") or parameter is None or parameter.is_meta:
                 continue
-            if parameter.shape == (layer.layout.numel,) and parameter.is_contiguous():
+            if parameter.shape == (layer.layout.numel,) and _can_be_zeroed(parameter):
                 found.append((parameter, layer.prefix, layer.layout.table))
     if found:
         keep_zero(*zip(*found, strict=True))
+
+
+def _can_be_zeroed(parameter: nn.Parameter) -> bool:
+    """Says whether padding can be zeroed in place: not of other classes of parameters, nor of strided memory."""
+    return type(parameter) is nn.Parameter and parameter.is_contiguous()
 
 
 class MADE(Constants):

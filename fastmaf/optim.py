@@ -92,8 +92,13 @@ class FusedAdam(torch.optim.Adam):
             group["fused"] = all(p.device.type in ("cpu", "cuda") and p.is_floating_point() for p in group["params"])
 
     def _init_group(self, group: dict[str, Any], params_with_grad: list[Tensor], *lists: Any) -> bool:
-        """Tells autograd which parameters a step writes to: torch's fused kernels, unlike its others, do not."""
+        """Tells autograd which parameters a step writes to: torch's fused kernels, unlike its others, do not.
+
+        Nor do they look at strides: from the first step with strided memory on, a group does without them.
+        """
         has_complex: bool = super()._init_group(group, params_with_grad, *lists)
+        if not all(tensor.is_contiguous() for tensor in (*params_with_grad, *lists[0])):
+            group["fused"] = False
         if group["fused"] and params_with_grad:
             torch.autograd.graph.increment_version(params_with_grad)
         return has_complex
@@ -105,9 +110,9 @@ class FusedAdam(torch.optim.Adam):
         same weights. With ``max_grad_norm`` the gradients are kept in factored form until their norm is known.
 
         Gradients are stored in ``grad`` after all, and the step is that of ``torch.optim.Adam``, for parameters that do
-        not take part in ``loss`` exactly once, that have hooks, whose dtype is neither float32 nor float64, or whose
-        group has ``amsgrad`` or ``differentiable``; for all parameters where step hooks are registered. Hooks are
-        called once.
+        not take part in ``loss`` exactly once, that have hooks, that are not contiguous, whose dtype is neither float32
+        nor float64, or whose group has ``amsgrad`` or ``differentiable``; for all parameters where step hooks are
+        registered. Hooks are called once.
 
         An error that is raised before the backward pass leaves everything as it was. One that is raised by the backward
         pass itself, such as a lack of memory, leaves the layers that it has reached updated.
@@ -256,6 +261,7 @@ class FusedAdam(torch.optim.Adam):
             for parameter, node in single_uses(loss).items()
             if (group := groups.get(parameter)) is not None
             and parameter.dtype in (torch.float32, torch.float64)
+            and parameter.is_contiguous()
             and not (group["amsgrad"] or group["differentiable"] or _has_hooks(parameter))
         }
 

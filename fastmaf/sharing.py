@@ -12,16 +12,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from fastmaf import hooks
 from fastmaf.nn import MADE, MaskedLinear
 
 
 def check_parts(flow: nn.Module) -> None:
     """Raises TypeError where a part of the flow is none that a file can describe."""
     for name, module in flow.named_modules():
-        # Pruning, and torch's older weight_norm and spectral_norm, compute a weight in a hook.
-        origins = [type(hook).__module__ for hook in module._forward_pre_hooks.values()]
-        computing = any(origin.startswith("torch.nn.utils.") for origin in origins)
-        if computing or parametrize.is_parametrized(module):
+        if hooks.that_compute(module) or parametrize.is_parametrized(module):
             raise TypeError(
                 f"{name} computes its parameters from others (pruning or a parametrisation), which a file cannot "
                 "keep: make it permanent first, with torch.nn.utils.prune.remove or "

@@ -41,9 +41,14 @@ class Tile(NamedTuple):
     offset: int
 
     def of(self, packed: Tensor) -> Tensor:
-        """Returns this tile as a matrix ``[row_end - row_start, width]`` that shares the memory of ``packed``."""
+        """Returns this tile as a matrix ``[row_end - row_start, width]`` that shares the memory of ``packed``, which
+        need not be contiguous.
+        """
+        step = packed.stride(0)
         return packed.as_strided(
-            (self.row_end - self.row_start, self.width), (self.width, 1), packed.storage_offset() + self.offset
+            (self.row_end - self.row_start, self.width),
+            (self.width * step, step),
+            packed.storage_offset() + self.offset * step,
         )
 
 

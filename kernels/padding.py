@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import operator
 from collections.abc import Sequence
 from typing import Any, TypeVar
 
@@ -31,6 +32,7 @@ T = TypeVar("T")
 # its own padding is probed.
 _KNOWN, _PLACES = "_fastmaf_known_padding", "_fastmaf_probed_padding"
 _PROBES = 2  # places of a weight that are read at every use
+_version, _value = operator.attrgetter("_version"), operator.attrgetter("value")
 _INTEGERS = (ctypes.c_uint64, ctypes.c_uint32, ctypes.c_uint16)
 _NATIVE = (torch.float32, torch.float64, torch.bfloat16)
 
@@ -53,10 +55,10 @@ class _Known:
     def holds(self, weights: Sequence[Tensor]) -> bool:
         """Returns whether the padding is still zero, as far as versions, addresses and probes tell."""
         try:
-            return (
-                [weight._version for weight in weights] == self.versions
-                and [weight.data_ptr() for weight in weights] == self.addresses
-                and not any([probe.value for probe in self.probes])
+            return (  # without bytecode for each of them: a small flow's log_prob takes but 0.2 ms
+                list(map(_version, weights)) == self.versions
+                and list(map(Tensor.data_ptr, weights)) == self.addresses
+                and not any(map(_value, self.probes))
             )
         except RuntimeError:  # inference tensors have no version
             return False

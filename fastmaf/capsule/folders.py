@@ -21,6 +21,7 @@ from fastmaf.capsule.listing import (
     images_in,
     is_image,
     is_unread_image,
+    kind_for_people,
     left_aside,
     nearest,
     walk,
@@ -179,8 +180,8 @@ def tree(root: Path, limit: int = 24) -> str:
 
 def _counted(folder: Path, root: Path) -> str:
     images, aside = images_in(folder)
-    others = Counter(file.suffix.lower() for file in aside if is_unread_image(file))
+    others = Counter(kind_for_people(file) for file in aside if _is_telling(file))
     text = count(len(images), "image")
     if folder.parent.parent == root and (n := len(images_below(folder)[0]) - len(images)):
         text += f", {n} in folders below"
-    return text + "".join(f", {n} x {suffix} (not read)" for suffix, n in sorted(others.items()))
+    return text + "".join(f", {n} x {kind} (not read)" for kind, n in sorted(others.items()))

@@ -114,14 +114,15 @@ def walk(folder: Path) -> Iterator[Path]:
 
 def contents(files: Iterable[Path]) -> str:
     """What kinds of file these are, for an error message."""
-    suffixes = Counter(_kind_of(file) for file in files)
+    suffixes = Counter(kind_for_people(file) for file in files)
     if not suffixes:
         return "it is empty"
     listed = ", ".join(f"{n} x {suffix}" for suffix, n in suffixes.most_common(5))
     return f"found {listed}; read are {' '.join(SUFFIXES)}"
 
 
-def _kind_of(file: Path) -> str:
+def kind_for_people(file: Path) -> str:
+    """What kind of file this is: its suffix, unless its name is that of an image and it cannot be one."""
     if is_image(file):
         if not is_regular(file):
             return kind_of(file)

@@ -90,9 +90,10 @@ def reproduce(
         OutputError: ``out`` holds a file of the name of one that is written, which is none; nothing was written.
     """
     out = Path(out)
-    comparison = Output(out / COMPARISON_FILE, text_file("a comparison", "reference run"))
-    check_outputs([*train_outputs(out, resume=resume), *sample_outputs(out, SAMPLES), *eval_outputs(out), comparison])
     with run_folder(out, "reproducing the published run", COMPARISON_FILE):
+        comparison = Output(out / COMPARISON_FILE, text_file("a comparison", "reference run"))
+        results = [*train_outputs(out, resume=resume), *sample_outputs(out, SAMPLES), *eval_outputs(out), comparison]
+        check_outputs(results)
         if data is None:
             data = out / "demo-data"
             draw_dataset(data, progress=progress)

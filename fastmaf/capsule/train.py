@@ -124,8 +124,8 @@ def train(
         ValueError: a setting does not fit, or settings or images differ from those of the run to resume.
     """
     out = Path(out)
-    check_outputs(outputs_of(out, resume=resume))
     with run_folder(out, "training", LOG_FILE, CURVE_FILE):
+        check_outputs(outputs_of(out, resume=resume))
         return train_in(
             out,
             data,

@@ -138,4 +138,4 @@ def choose(
     """
     from fastmaf.inspection.workflow import choose as run
 
-    say(run(data, size=size, draws=draws, seed=seed, skip_bad=skip_bad, progress=not quiet))
+    say(run(data, size=size, draws=draws, seed=seed, skip_bad=skip_bad, progress=not quiet, say=say_aside))

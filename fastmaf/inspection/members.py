@@ -55,8 +55,6 @@ def load_members(run: Path, model: InspectionModel) -> list[fastmaf.Flow]:
     """
     files = sorted((run / FOLDS_FOLDER).glob("fold-*.safetensors"))
     own = [f for f in files if fastmaf.read_tensors(f, tensors=False)[1].get("statistics") == _print_of(model)]
-    if len(own) != len(model.about.get("images_of_folds", own)):
-        return []
     flows = [fastmaf.load(file, device=model.device).eval() for file in own]
     for file, flow in zip(own, flows, strict=True):
         check_takes_images(flow, file)
@@ -64,7 +62,7 @@ def load_members(run: Path, model: InspectionModel) -> list[fastmaf.Flow]:
             raise fastmaf.CheckpointError(
                 f"{file}: expected a flow of {model.flow.features} features, as its model's; found {flow.features}"
             )
-    return flows
+    return flows if len(own) == len(model.about.get("images_of_folds", own)) else []
 
 
 def _statistics(file: Path) -> str | None:

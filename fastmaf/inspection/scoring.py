@@ -6,6 +6,7 @@ import csv
 import json
 import os
 import zlib
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -17,7 +18,7 @@ import numpy as np
 from tqdm import tqdm
 
 import fastmaf
-from fastmaf.capsule.decoding import Frame
+from fastmaf.capsule.decoding import Frame, sentences
 from fastmaf.capsule.marks import MAP, OVERLAY
 from fastmaf.capsule.names import to_cell
 from fastmaf.capsule.outputs import Output, check_outputs, picture, table
@@ -84,7 +85,7 @@ def score(
         device: where to compute.
         progress: show a progress bar.
         stdout: where rows go without ``out``.
-        say: told of damaged files and of a summary.
+        say: told of files left aside, of damaged ones, of images that were not plain 8-bit RGB, and of a summary.
 
     Returns:
         How many files could not be read.
@@ -103,6 +104,7 @@ def score(
     check_outputs(_outputs_of(names.values(), out, overlays, maps, map_suffix), [model_file(model), *found.files])
     loaded = load_inspection(model, device=device)
     damaged = alarms = 0
+    kinds: Counter[str] = Counter()
     pictures = overlays is not None or maps is not None
     low, high = loaded.map_levels
     with _rows(out, stdout, json_lines) as write:
@@ -114,6 +116,7 @@ def score(
                 damaged += 1
                 say(f"skipped: {one.reason}")
                 continue
+            kinds.update(one.kinds)
             row, heat = assess(loaded, one)
             alarms += row.verdict == VERDICTS[1]
             write(row)
@@ -124,6 +127,8 @@ def score(
                     write_overlay(overlays / f"{names[one.path]}.png", full, drawn, low, high)
                 if maps is not None:
                     write_map(maps / f"{names[one.path]}{map_suffix}", drawn)
+    for note in sentences(kinds):
+        say(note)
     read = len(found.files) - damaged
     say(
         f"{read} images: {read - alarms} good, {alarms} anomalous"

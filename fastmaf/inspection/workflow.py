@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import math
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import datetime, timezone
@@ -17,6 +18,7 @@ from tqdm import tqdm
 import fastmaf
 from fastmaf.capsule.checkpoints import MODEL_FILE, STATE_FILE, refuse_unfinished, remove_state
 from fastmaf.capsule.data import DataError, ImageSet, load_train
+from fastmaf.capsule.decoding import sentences
 from fastmaf.capsule.interrupts import interruptible
 from fastmaf.capsule.listing import count
 from fastmaf.capsule.outputs import ONNX, Output, check_outputs, report, table
@@ -67,8 +69,8 @@ def train(
         ValueError: a setting does not fit, or ``out`` holds an unfinished run of the other recipe.
     """
     recipe, out = recipe or Recipe(), Path(out)
-    check_outputs(_outputs_of(out, recipe.folds if keep_folds else 0))
     with run_folder(out, "training", LOG_FILE, REPORT_FILE):
+        check_outputs(_outputs_of(out, recipe.folds if keep_folds else 0))
         refuse_unfinished(out)
         images = load_train(data, size=recipe.size, skip_bad=skip_bad, progress=progress)
         for note in images.notes:
@@ -245,22 +247,34 @@ def read_images(
     for note in found.notes:
         say(note)
     pixels, paths = [], []
+    kinds: Counter[str] = Counter()
     for one in tqdm(read_each(found.files, size), total=len(found.files), disable=not progress, leave=False):
         if isinstance(one, Unreadable):
             if not skip_bad:
                 raise DataError(one.reason)
             say(f"skipped: {one.reason}")
             continue
+        kinds.update(one.kinds)
         pixels.append(one.pixels)
         paths.append(one.path)
     if not pixels:
         raise DataError(f"none of the {len(found.files)} images could be read")
-    return ImageSet(torch.stack(pixels), tuple(paths), ("",) * len(paths))
+    notes = tuple(sentences(kinds))
+    for note in notes:
+        say(note)
+    return ImageSet(torch.stack(pixels), tuple(paths), ("",) * len(paths), notes)
 
 
 @fastmaf.torch_defaults()
 def choose(
-    data: str | Path, *, size: int = 64, draws: int = 3, seed: int = 0, skip_bad: bool = False, progress: bool = True
+    data: str | Path,
+    *,
+    size: int = 64,
+    draws: int = 3,
+    seed: int = 0,
+    skip_bad: bool = False,
+    progress: bool = True,
+    say: Say = print,
 ) -> str:
     """Compares scores and maps on the good images of a folder and on defects drawn onto them; returns it as text."""
     from fastmaf.inspection.choose import choose as judge
@@ -269,6 +283,8 @@ def choose(
 
     recipe = Recipe(size=size, score=ScoreSettings(), location=Location(), seed=seed)
     images = load_train(data, size=size, skip_bad=skip_bad, progress=progress)
+    for note in images.notes:
+        say(note)
     _check_count(images, recipe)
     fitted = fit(images.pixels, recipe, progress=progress)
     scores = judge(images.pixels, fitted.cross, draws=draws, seed=seed, progress=progress)

@@ -16,7 +16,7 @@ needs_triton = pytest.mark.skipif(MISSING is not None, reason=str(MISSING))
 
 
 def flow() -> fastmaf.MAF:
-    return fastmaf.MAF(12_288, 1, (512, 512), order="natural", init="empty")
+    return fastmaf.MAF(12_288, 1, (512, 512), order="natural", init="empty", validate_args=False)
 
 
 @needs_triton

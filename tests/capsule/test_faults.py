@@ -32,8 +32,10 @@ pytestmark = [pytest.mark.usefixtures("undrawn"), pytest.mark.filterwarnings("ig
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 @pytest.mark.parametrize("fault", ["killed", "full"])
 def test_a_fault_at_any_operation_leaves_the_old_run_or_the_new_one(
-    data: Path, finished: Path, tmp_path: Path, fault: str
+    data: Path, tmp_path: Path, fault: str, one_thread: None
 ) -> None:
+    """On one thread, as the process that forks must be: how many there are decides the last bits."""
+    run(data, finished := tmp_path / "finished")
     command = [sys.executable, "-m", "tests.capsule.faulty_runs", fault, str(data), str(finished), str(tmp_path)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)

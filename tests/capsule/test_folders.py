@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from fastmaf.capsule.data import DataError, load_test, load_train
 from fastmaf.capsule.folders import has_normals
+from fastmaf.capsule.marks import OVERLAY, png_text
 from tests.capsule.pictures import capsule_set, picture
 
 
@@ -271,3 +274,11 @@ def test_a_folder_that_cannot_be_opened_is_said(tmp_path: Path, monkeypatch: pyt
     for load, part in ((load_train, "train/good"), (load_test, "test/crack")):
         notes = load(root, size=4, progress=False).notes
         assert notes == (f"1 folder could not be opened: {root / part / 'closed'}",)
+
+
+def test_a_folder_of_nothing_that_can_be_read_is_said_to_hold_what_it_holds(tmp_path: Path) -> None:
+    for name in ("a.png", "b.png"):
+        Image.new("L", (4, 4)).save(tmp_path / name, pnginfo=png_text(OVERLAY))
+    os.mkfifo(tmp_path / "c.png")
+    found = "0 images, 1 x a FIFO (named pipe) (not read), 2 x a picture that fastmaf wrote (not read)"
+    assert f"{tmp_path}  {found}" in message_of(load_train, tmp_path)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -279,3 +280,17 @@ def test_changing_dtype_and_back() -> None:
     assert torch.equal(flow.double().float().log_prob(x), before)
     train(flow.double(), normal(64, 13), steps=2)
     assert all(layer.layout.padding_is_zero(layer.weight) for layer in layers_of(flow).values())
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_a_flow_that_is_not_finite_does_not_replace_a_good_file(tmp_path: Path, value: float) -> None:
+    """``load`` refuses such numbers: what a diverged run saves last must not be all that is left."""
+    flow, path = build(6, hidden_features=(5,), seed=0), tmp_path / "model.safetensors"
+    flow.save(path)
+    before = path.read_bytes()
+    with torch.no_grad():
+        next(p for name, p in flow.named_parameters() if name.endswith("output.bias"))[3] = value
+    with pytest.raises(ValueError, match=r"output\.bias holds numbers that are not finite"):
+        flow.save(path)
+    assert path.read_bytes() == before
+    fastmaf.load(path)

@@ -176,7 +176,20 @@ def normed_in_a_hook(layer: fastmaf.MaskedLinear) -> None:
         nn.utils.weight_norm(layer, dim=None)
 
 
-WEIGHTS = {f.__name__: f for f in (pruned, parametrised, normed, spectral, normed_in_a_hook)}
+class EverySecond(prune.BasePruningMethod):
+    PRUNING_TYPE = "unstructured"
+
+    def compute_mask(self, t: Tensor, default_mask: Tensor) -> Tensor:
+        mask = default_mask.clone()
+        mask.view(-1)[::2] = 0
+        return mask
+
+
+def pruned_by_an_own_class(layer: fastmaf.MaskedLinear) -> None:
+    EverySecond.apply(layer, "weight")
+
+
+WEIGHTS = {f.__name__: f for f in (pruned, pruned_by_an_own_class, parametrised, normed, spectral, normed_in_a_hook)}
 
 
 @pytest.mark.parametrize("which", ["hidden", "output", "all"])
@@ -217,6 +230,23 @@ def test_training_computed_weights(weights: str, backend: str) -> None:
     loss = -flow.rsample(5).square().mean()
     loss.backward()
     flow.rsample(5).square().mean().backward()
+
+
+@pytest.mark.parametrize("name", ["weight", "bias"])
+@pytest.mark.parametrize("kind", ["pruned", "old weight_norm"])
+def test_dense_models_of_weights_that_hooks_compute(kind: str, name: str, backend: str) -> None:
+    """A step of an optimiser changes what a hook computes from; no call has computed it yet."""
+    flow, x = model(), normal(64, FEATURES)
+    for layer in layers_of(flow).values():
+        if kind == "pruned":
+            prune.random_unstructured(layer, name, amount=0.5)
+        else:
+            with _old_api():
+                nn.utils.weight_norm(layer, name, dim=None)
+    (-flow.log_prob(x).mean()).backward()
+    torch.optim.SGD(flow.parameters(), lr=0.1).step()
+    naive = flow.to_naive()
+    assert_close("values", naive.log_prob(x), flow.log_prob(x))
 
 
 @pytest.mark.parametrize("use", USES)

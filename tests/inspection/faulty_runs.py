@@ -18,7 +18,7 @@ from fastmaf.inspection.model import load_inspection
 from fastmaf.inspection.workflow import LOG_FILE, REPORT_FILE
 from fastmaf.io.atomic import written_atomically
 from tests.faults import every_fault, hidden
-from tests.inspection.tiny import TINY, silent
+from tests.inspection.tiny import A_REPORT, TINY, silent
 
 NEW = replace(TINY, size=8, seed=7)
 FILES = {MODEL_FILE, LOG_FILE, REPORT_FILE}
@@ -32,7 +32,7 @@ def main(fault: str, data: Path, before: Path, folder: Path) -> None:
 
     def report(path: Path, *args: Any, **kwargs: Any) -> None:
         with written_atomically(path) as file:
-            file.write(b"the new report")
+            file.write(A_REPORT.encode())
 
     def train(out: Path) -> None:
         workflow.train(data, out, NEW, keep_folds=True, progress=False, say=silent)

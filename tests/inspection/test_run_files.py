@@ -31,7 +31,7 @@ from fastmaf.inspection.workflow import REPORT_FILE, calibrate, choose, recalibr
 from fastmaf.io.locks import InUseError, run_lock
 from tests.faults import hidden
 from tests.inspection.faulty_runs import FILES, PREVIOUS
-from tests.inspection.tiny import TINY, silent
+from tests.inspection.tiny import A_REPORT, TINY, silent
 
 ROOT = Path(__file__).parents[2]
 
@@ -55,7 +55,7 @@ def interrupts() -> Iterator[None]:
 def fitted_already(fitted: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     """Fits in no time, and writes a report of a line."""
     monkeypatch.setattr(workflow, "fit", lambda *args, **kwargs: fitted[1])
-    monkeypatch.setattr(reporting, "training_report", lambda path, *args, **kwargs: path.write_text("a report"))
+    monkeypatch.setattr(reporting, "training_report", lambda path, *args, **kwargs: path.write_text(A_REPORT))
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -137,7 +137,7 @@ def test_ctrl_c_while_writing(
     if place == "report":
         assert contents(own) == before
     else:
-        assert (own / REPORT_FILE).read_text() == "a report"
+        assert (own / REPORT_FILE).read_text() == A_REPORT
         assert all(contents(own)[name] != before[name] for name in (MODEL_FILE, REPORT_FILE))
     assert hidden(own) == []
 

@@ -11,16 +11,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from typer.testing import CliRunner
 
 import fastmaf
+from fastmaf.capsule.data import DataError
 from fastmaf.cli import app
 from fastmaf.inspection.evaluation import evaluate
 from fastmaf.inspection.fit import Fitted
 from fastmaf.inspection.model import is_inspection_model, load_inspection
 from fastmaf.inspection.scores import ScoreSettings, TermStatistics, smoothing
 from fastmaf.inspection.scoring import score
-from fastmaf.inspection.workflow import calibrate, recalibrate
+from fastmaf.inspection.workflow import calibrate, choose, recalibrate
 from tests.inspection.tiny import silent
 
 
@@ -119,6 +121,36 @@ def test_damaged_files_are_named_and_passed_over(run: Path, data: Path, tmp_path
     assert len(rows_of(out.read_text("utf-8"))) == 4
     with pytest.raises(ValueError, match="csv or .jsonl"):
         score(run, files, out=tmp_path / "scores.txt", progress=False, stdout=io.StringIO(), say=silent)
+
+
+def _odd(folder: Path) -> Path:
+    """Three images, each of which is changed in another way on being read."""
+    folder.mkdir()
+    values = np.arange(256, dtype=np.uint8).reshape(16, 16)
+    Image.fromarray(values.astype(np.uint16)).save(folder / "dark.png")
+    Image.fromarray(values.astype(np.uint16) * 257).save(folder / "scaled.png")
+    Image.fromarray(np.dstack([values] * 4)).save(folder / "alpha.png")
+    return folder
+
+
+def test_every_command_says_how_images_were_changed_on_being_read(run: Path, own: Path, tmp_path: Path) -> None:
+    odd = _odd(tmp_path / "odd")
+    expected = [
+        "2 16-bit grey images scaled to 8 bits (value / 257)",
+        "1 image of more than 8 bits with no value above 255, or 1/255 of white: almost black. If the file holds "
+        "8-bit values, save it with 8 bits",
+        "1 image with an alpha channel composited on white",
+    ]
+    told: list[str] = []
+    score(run, [str(odd)], progress=False, stdout=io.StringIO(), say=told.append)
+    assert told[:-1] == expected
+    told = []
+    recalibrate(own, [str(odd)], 0.2, progress=False, say=told.append)
+    assert told == expected
+    told = []
+    with pytest.raises(DataError, match="3 good images"):  # said before it is refused
+        choose(odd, size=16, progress=False, say=told.append)
+    assert [text for text in told if text in expected] == expected
 
 
 def test_evaluation_writes_scores_metrics_and_report(run: Path, data: Path, tmp_path: Path) -> None:

@@ -10,3 +10,7 @@ TINY = Recipe(size=16, rank=10, blocks=1, steps=5, batch_size=4, folds=3, score=
 
 
 def silent(_: str) -> None: ...
+
+
+A_REPORT = '<meta name="generator" content="fastmaf tests">'
+"""What passes for a report of this software."""
