@@ -55,12 +55,17 @@ class Whitening64:
         """Each dimension's share of -ladj ``[D]``: that of a factor belongs to dimensions as its square does."""
         return self.scale.log() + self.factors.square() @ (0.5 * self.variance.log1p())
 
-    def __call__(self, x: Tensor, factors: int | None = None) -> Tensor:
-        """Returns what the first ``factors`` (None: all) leave of ``x`` ``[n, D]``, in deviations of the noise."""
-        basis, variance = self.factors[:, :factors], self.variance[:factors]
-        y, root = (x - self.mean) / self.scale, (1 + variance).sqrt()
+    def projected(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Returns ``x`` ``[n, D]`` in deviations of the noise, and its components along the factors ``[n, rank]``."""
+        y = (x - self.mean) / self.scale
+        return y, y @ self.factors
+
+    def unexplained(self, y: Tensor, along: Tensor, factors: int | None = None) -> Tensor:
+        """Returns what the first ``factors`` (None: all) leave of what ``projected`` returned."""
+        root = (1 + self.variance[:factors]).sqrt()
         # 1/root - 1 without the difference of two numbers near each other.
-        return torch.addmm(y, (y @ basis) * (-variance / (root * (1 + root))), basis.T)
+        less_one = -self.variance[:factors] / (root * (1 + root))
+        return torch.addmm(y, along[:, :factors] * less_one, self.factors[:, :factors].T)
 
 
 def _copies(steps: Iterable[fastmaf.Transform]) -> list[fastmaf.Transform]:
@@ -115,11 +120,18 @@ class Evaluated:
 
     @cached_property
     @torch.no_grad()
+    def projected(self) -> tuple[Tensor, Tensor]:
+        """What ``Whitening64.projected`` makes of it."""
+        assert isinstance(self.flow.first, Whitening64)
+        return self.flow.first.projected(self.given[0])
+
+    @cached_property
+    @torch.no_grad()
     def whitened(self) -> tuple[Tensor, Tensor]:
         """What comes out of it, and the log-determinant up to there."""
         (x, ladj), step = self.given, self.flow.first
         if isinstance(step, Whitening64):
-            return step(x), ladj + step.ladj
+            return step.unexplained(*self.projected), ladj + step.ladj
         x, change = step(x)
         return x, ladj + change
 

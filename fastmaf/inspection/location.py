@@ -56,7 +56,7 @@ def residuals_of(found: Evaluated, location: Location) -> Tensor:
     whitening = found.flow.first
     if not isinstance(whitening, Whitening64):
         return found.whitened[0]
-    return whitening(found.given[0], location.factors) * whitening.scale**location.power
+    return whitening.unexplained(*found.projected, location.factors) * whitening.scale**location.power
 
 
 def location_maps(residual: Tensor, location: Location) -> Tensor:
