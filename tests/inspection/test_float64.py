@@ -59,7 +59,8 @@ def made(normals: Tensor, settings: ScoreSettings, logit: float | None = None) -
     blocks = fit_blocks(whitening(y)[0], recipe)
     flow = fastmaf.Flow(recipe.features, [*first, whitening, *blocks]).eval().requires_grad_(False)
     statistics = TermStatistics.of(*terms_and_nll(flow, x, settings))
-    draft = InspectionModel(flow, settings, Location(8), statistics, Calibration(np.zeros(1), 0.1, None, "split"))
+    calibration, about = Calibration(np.zeros(1), 0.1, None, "split"), {"map_levels": [0.0, 1.0]}
+    draft = InspectionModel(flow, settings, Location(8), statistics, calibration, about)
     return draft.with_calibration(Calibration(draft.scores(normals), 0.1, None, "split"))
 
 
