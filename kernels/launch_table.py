@@ -120,8 +120,8 @@ TABLES: dict[int, Table] = {
 
 # The most registers a thread may take, by the samples of a program's tile (0: any): a multiprocessor has 65,536.
 REGISTERS: dict[str, dict[int, int]] = {
-    "_masked_linear_fwd_kernel": {1: 128, 16: 128, 64: 255},  # up to 16 samples 4 programs hide each other's loads
-    "_affine_output_fwd_kernel": {1: 128, 16: 128, 64: 255},  # the same; 64 samples are bound by multiply-adds
+    "_masked_linear_fwd_kernel": {1: 128, 2: 128, 4: 128, 8: 128, 16: 128, 64: 255},  # 4 programs an SM
+    "_affine_output_fwd_kernel": {1: 128, 2: 128, 4: 128, 8: 128, 16: 128, 64: 255},  # 64 are bound by multiply-adds
     "_masked_linear_bwd_kernel": {
         0: 255
     },  # weight, moments and both products: 2 or 3 programs, each with much in flight

@@ -83,16 +83,19 @@ def test_standard_output_without_room_is_named(model: Path, arguments: tuple[str
 
 def test_an_output_in_the_place_of_a_file(run: Fastmaf, model: Path, tmp_path: Path) -> None:  # noqa: F811
     (tmp_path / "file").write_text("mine")
-    images = model.parent / "good"
+    images, file = model.parent / "good", tmp_path / "file"
     for arguments in (
-        ("score", model, images, "--overlays", tmp_path / "file"),
-        ("score", model, images, "--out", tmp_path / "file" / "rows.csv"),
-        ("train", "--data", images, "--out", tmp_path / "file"),
-        ("train", "--recipe", "inspection", "--data", images, "--out", tmp_path / "file"),
-        ("eval", "--data", capsule_set(tmp_path / "set"), "--model", model, "--out", tmp_path / "file" / "deep"),
-        ("reproduce", "--out", tmp_path / "file"),
+        ("score", model, images, "--overlays", file),
+        ("score", model, images, "--out", file / "rows.csv"),
+        ("eval", "--data", capsule_set(tmp_path / "set"), "--model", model, "--out", file / "deep"),
     ):
-        assert_one_error(run(*arguments, "--quiet"), f"{tmp_path / 'file'}: not a directory")
+        assert_one_error(run(*arguments, "--quiet"), f"{file}: not a directory")
+    for arguments in (
+        ("train", "--data", images, "--out", file),
+        ("train", "--recipe", "inspection", "--data", images, "--out", file),
+        ("reproduce", "--out", file),
+    ):
+        assert_one_error(run(*arguments, "--quiet"), f"expected a folder to write the run to; found the file {file}")
     assert (tmp_path / "file").read_text() == "mine"
 
 

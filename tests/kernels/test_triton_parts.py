@@ -236,6 +236,7 @@ def test_fused_multiply_adds_are_asked_for() -> None:
     from fastmaf.kernels import triton_parts
 
     flow = build(13, blocks=2, dtype=F32)
+    flow.validate_args = False  # launches that are recorded leave results as they were allocated
     with fastmaf.use_backend("triton"), triton_parts.recording(61, 6) as record:
         flow.log_prob(normal(2, 13, dtype=F32)).sum().backward()
         flow.sample(2)

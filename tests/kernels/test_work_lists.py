@@ -118,7 +118,7 @@ def test_rows_agree_with_the_layout(layout: PackedLayout) -> None:
     found = work_lists.rows(layout.table, CPU)
     assert found.base.dtype == torch.int64 and found.width.dtype == torch.int32
     assert torch.equal(found.widths, found.width) and torch.equal(found.width.long(), widths_of(layout))
-    packed = torch.arange(1, layout.numel + 1, dtype=torch.float64)
+    packed = layout.zero_padding_(torch.arange(1, layout.numel + 1, dtype=torch.float64))
     dense, read = layout.unpack(packed), torch.zeros(layout.out_features, layout.in_features, dtype=torch.float64)
     for j, (base, width) in enumerate(zip(found.base.tolist(), found.width.tolist(), strict=True)):
         read[j, :width] = packed[base : base + width]
@@ -162,6 +162,7 @@ def test_lists_die_with_what_they_were_made_for(kind: str) -> None:
     else:
         assert torch.equal(work_lists.on_device(one, CPU), one)
         assert work_lists.on_device(one, torch.device("meta")).is_meta
+    gc.collect()  # of what other tests left
     alive, entries = weakref.ref(one), len(work_lists._made)
     del one
     gc.collect()
