@@ -28,7 +28,7 @@ wanted() { case " $PARTS " in *" $1 "*) ;; *) return 1 ;; esac; }
 python3 -c 'import torch, triton; print(torch.cuda.get_device_name(), torch.__version__, "triton", triton.__version__)'
 if wanted smoke; then # side by side: most of it is compiling
 	for precision in ieee tf32x3 tf32 bf16; do
-		part "smoke-$precision" 100 python3 -W ignore -m fastmaf.bench.smoke --precisions $precision &
+		part "smoke-$precision" 240 python3 -W ignore -m fastmaf.bench.smoke --precisions $precision &
 	done
 	wait
 	tail -n 40 "$OUT"/smoke-*.log
