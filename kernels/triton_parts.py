@@ -226,6 +226,15 @@ def product(
             w = weights(w_ptr, base, width, k, row_ok)
             flat += w * tl.load(x_row + k, mask=k < k_end, other=0.0)[None, :]
         return tl.sum(flat, 1)[None, :]
+    elif LANES and BLOCK_N > 8:  # in one layout, the sums of more samples would spill on Pascal
+        x_row = x_ptr + sample.to(tl.int64) * stride
+        lanes = tl.zeros([BLOCK_N, BLOCK_J, BLOCK_K], tl.float32)
+        for start in range(k_begin, k_end, BLOCK_K):
+            k = start + tl.arange(0, BLOCK_K)
+            w = weights(w_ptr, base, width, k, row_ok)
+            x = tl.load(x_row[:, None] + k[None, :], mask=sample_ok[:, None] & (k < k_end)[None, :], other=0.0)
+            lanes += w[None, :, :] * x[:, None, :]
+        return tl.sum(lanes, 2)
     elif LANES:
         lanes = tl.zeros([BLOCK_N, BLOCK_J, BLOCK_K], tl.float32)
         x_row = x_ptr + (sample.to(tl.int64) * stride)[:, None, None]
