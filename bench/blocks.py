@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 import fastmaf
-from fastmaf.capsule.data import load_train, to_unit
+from fastmaf.images.dataset import load_train, to_unit
 from fastmaf.inspection.blocks import fit_blocks
 from fastmaf.inspection.calibration import k_fold
 from fastmaf.inspection.copies import fit_whitening

@@ -25,8 +25,8 @@ from torch import Tensor
 
 import fastmaf
 from fastmaf.bench import machine
-from fastmaf.graphs import _stream, record
 from fastmaf.kernels.launch_table import TABLES, Table, family
+from fastmaf.training.cuda_graphs import _stream, record
 
 # The tiles (rows, columns) that are tried for each entry.
 TILES: dict[str, tuple[tuple[int, int], ...]] = {

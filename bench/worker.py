@@ -31,7 +31,7 @@ from torch import Tensor
 from fastmaf.bench import machine
 from fastmaf.bench.check import BATCHES, WrongResultError, check
 from fastmaf.bench.sides import SIDES, Side, Size, side_class
-from fastmaf.capsule.data import load_train, to_unit
+from fastmaf.images.dataset import load_train, to_unit
 
 
 class Timed(NamedTuple):

@@ -12,8 +12,10 @@ if not (_Path(__file__).parent / "kernels").is_dir():
     __path__.append(str(_Path(__file__).parent.parent))
 
 from fastmaf import optim
-from fastmaf.blas import allocate_work_buffers
-from fastmaf.checkpoint import (
+from fastmaf.convert import LeakyMaskError, from_reference
+from fastmaf.degrees import ConnectivityWarning
+from fastmaf.flows import MAF, Flow
+from fastmaf.io.checkpoint import (
     CheckpointError,
     SavedFlow,
     load,
@@ -22,20 +24,18 @@ from fastmaf.checkpoint import (
     read_tensors,
     write_tensors,
 )
-from fastmaf.convert import LeakyMaskError, from_reference
-from fastmaf.degrees import ConnectivityWarning
-from fastmaf.flows import MAF, Flow
-from fastmaf.graphs import ReplayedLogProb
 from fastmaf.kernels.backends import BackendUnavailableError, use_backend
 from fastmaf.kernels.launch_table import use_precision
-from fastmaf.local import LocalAutoregressive
-from fastmaf.loss_checks import NonFiniteLossError
-from fastmaf.memory import memory_estimate
 from fastmaf.nn import MADE, MaskedLinear
 from fastmaf.torch_defaults import torch_defaults
-from fastmaf.training import Guards, StepReport, TrainingStep
+from fastmaf.training.blas import allocate_work_buffers
+from fastmaf.training.cuda_graphs import ReplayedLogProb
+from fastmaf.training.loss_checks import NonFiniteLossError
+from fastmaf.training.memory_estimate import memory_estimate
+from fastmaf.training.step import Guards, StepReport, TrainingStep
 from fastmaf.transforms import AffineAutoregressive, Logit, NotInvertibleError, Permutation, Transform
-from fastmaf.whitening import GaussianWhitening
+from fastmaf.transforms.local import LocalAutoregressive
+from fastmaf.transforms.whitening import GaussianWhitening
 
 __all__ = [
     "MADE",

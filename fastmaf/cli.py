@@ -230,9 +230,9 @@ def evaluate(
             say=say,
         )
         return
-    from fastmaf.capsule.evaluate import format_table
+    from fastmaf.capsule.evaluate import evaluate as run
     from fastmaf.capsule.models import load_model
-    from fastmaf.capsule.score import evaluate as run
+    from fastmaf.metrics.evaluate import format_table
 
     loaded = load_model(model, device=device_named(device))
     evaluation = run(loaded, data, out, false_alarm=false_alarm, skip_bad=skip_bad, seed=seed, progress=not quiet)
@@ -389,9 +389,9 @@ def _let_go_of(stream: TextIO) -> None:
 def main() -> None:
     """Runs the command; errors that a user can mend are printed without a traceback."""
     import fastmaf
-    from fastmaf.capsule.data import DataError
-    from fastmaf.capsule.evaluate import EvaluationError
     from fastmaf.capsule.train import TrainingStoppedError
+    from fastmaf.images.dataset import DataError
+    from fastmaf.metrics.evaluate import EvaluationError
 
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     warnings.showwarning = _plain_warning

@@ -92,7 +92,7 @@ def say_aside(text: str) -> None:
 
 
 def _printable(text: str) -> str:
-    from fastmaf.capsule.names import visible
+    from fastmaf.images.names import visible
 
     return visible(text, keep="\n")
 

@@ -21,11 +21,11 @@ from fastmaf.kernels.chain.kept import kept_numel
 from fastmaf.nn import MADE, Init, MaskedLinear, zero_padding_
 from fastmaf.noise import normal_rows
 from fastmaf.transforms import AffineAutoregressive, Permutation, Transform
+from fastmaf.transforms.whitening import GaussianWhitening
 from fastmaf.validation import check_density, check_finite, check_samples, validates
-from fastmaf.whitening import GaussianWhitening
 
 if TYPE_CHECKING:
-    from fastmaf.reference import NaiveMAF
+    from fastmaf.naive import NaiveMAF
 
 _HALF_LOG_2PI = 0.5 * math.log(2 * math.pi)
 
@@ -254,8 +254,8 @@ class Flow(nn.Module):
         metadata: Mapping[str, str] | None = None,
         extras: Mapping[str, Tensor] | None = None,
     ) -> None:
-        """Writes the flow to one safetensors file, configuration included; see ``fastmaf.checkpoint.save``."""
-        from fastmaf.checkpoint import save
+        """Writes the flow to one safetensors file, configuration included; see ``fastmaf.io.checkpoint.save``."""
+        from fastmaf.io.checkpoint import save
 
         save(self, path, metadata, extras)
 
@@ -291,7 +291,7 @@ class Flow(nn.Module):
         """Returns the same function as a dense, mask-times-weight model that inverts with D passes: the baseline of
         tests and benches.
         """
-        from fastmaf.reference import NaiveMAF
+        from fastmaf.naive import NaiveMAF
 
         return NaiveMAF.from_transforms(self.features, self._transforms())
 

@@ -39,3 +39,12 @@ def backend(request: pytest.FixtureRequest) -> Iterator[str]:
             pytest.skip(reason)
     with backends.use_backend(name):
         yield name
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """Runs a test on one thread: small work is over before a second one starts, and busy machines wait for it."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)

@@ -16,7 +16,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from fastmaf import checkpoint
+from fastmaf.io import checkpoint
 
 OPERATIONS = ("fsync", "replace", "link", "rmdir")
 OUTCOMES = ("untouched", "done", "failed")

@@ -1,9 +1,9 @@
-"""Who may import whom, read from the sources: CONTRIBUTING.md states the rule, this file holds it.
+"""Who may import whom, read from the sources: CONTRIBUTING.md states the rule, this file tests it.
 
-kernels → torch, triton and the standard library; the core of fastmaf → fastmaf.kernels; fastmaf.capsule,
-fastmaf.inspection and the command line → the names that `fastmaf` makes public, inspection also → capsule;
-fastmaf.bench → all of fastmaf; nobody but the tests, and the command line for its command `bench`, → fastmaf.bench.
-What is imported is declared in pyproject.toml.
+kernels → torch, triton and the standard library; the core of fastmaf → fastmaf.kernels; images → the core; metrics →
+images; capsule and inspection → those, but not each other; the command line → all of these; fastmaf.bench → all of
+fastmaf. Nothing imports fastmaf.bench but the tests, and the command line for its command ``bench``. Above the core,
+only the public modules of it are imported. What is imported is declared in pyproject.toml.
 """
 
 from __future__ import annotations
@@ -24,10 +24,17 @@ else:
 ROOT = Path(__file__).resolve().parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 
-# Modules of the core that the workflow and the command line may name besides `fastmaf` itself.
-_PUBLIC = ("doctor", "io.atomic", "io.locks", "io.regular", "io.safe_json", "io.schema")
-PUBLIC_MODULES = {f"fastmaf.{name}" for name in _PUBLIC}
-FRONT = ("fastmaf.capsule", "fastmaf.inspection", "fastmaf.cli", "fastmaf.cli_options", "fastmaf.__main__")
+# The rooms above the core, each with those below it that it may import.
+ROOMS = {
+    "images": ("images",),
+    "metrics": ("metrics", "images"),
+    "capsule": ("capsule", "metrics", "images"),
+    "inspection": ("inspection", "metrics", "images"),
+    "cli": ("cli", "cli_options", "capsule", "inspection", "metrics", "images"),
+}
+ROOM_OF = {"__main__": "cli", "cli_options": "cli"}
+# What rooms above the core may import of it, besides the names of ``fastmaf`` itself.
+PUBLIC_CORE = ("fastmaf.doctor", "fastmaf.io", "fastmaf.optim", "fastmaf.training")
 BENCH_USERS = ("fastmaf.bench", "fastmaf.cli", "tests")
 STDLIB = sys.stdlib_module_names | {"tomllib"}  # of every supported version, whichever runs this
 IMPORT_NAMES = {"pillow": "PIL", "scikit-learn": "sklearn", "pytest-benchmark": "pytest_benchmark"}
@@ -77,19 +84,25 @@ def refusal(module: str, target: str, name: str | None, known: set[str]) -> str 
     if within(module, "fastmaf.kernels"):
         allowed = within(full, "fastmaf.kernels") or top in {"torch", "triton"} or top in STDLIB
         return None if allowed else "kernels import torch, triton, the standard library and themselves"
-    if any(within(module, front) for front in FRONT) and not within(full, "fastmaf.bench"):
-        own = (
-            within(full, "fastmaf.capsule")
-            or full == "fastmaf.cli_options"
-            or (within(full, "fastmaf.inspection") and not within(module, "fastmaf.capsule"))
-            or (module == "fastmaf.__main__" and full == "fastmaf.cli")
-        )
-        allowed = top != "fastmaf" or own or full == "fastmaf" or full in PUBLIC_MODULES
-        return None if allowed else "the capsule workflow and the command line use the public names of fastmaf"
-    core = within(module, "fastmaf") and not within(module, "fastmaf.bench")
-    if core and any(within(full, front) for front in FRONT):
-        return "the core of fastmaf knows neither the capsule workflow nor the command line"
-    return None
+    room, target_room = room_of(module), room_of(full)
+    if room is None:
+        core = within(module, "fastmaf") and not within(module, "fastmaf.bench")
+        return "the core of fastmaf imports no room above it" if core and target_room else None
+    if target_room:
+        return None if target_room in ROOMS[room] else f"{room} imports {', '.join(ROOMS[room])} and the core"
+    if within(full, "fastmaf.bench"):
+        return None
+    allowed = top != "fastmaf" or full == "fastmaf" or any(within(full, public) for public in PUBLIC_CORE)
+    return None if allowed else f"{room} uses the public names of fastmaf"
+
+
+def room_of(module: str) -> str | None:
+    """Returns the room above the core that a module is in, None for the core and whatever is not fastmaf."""
+    parts = module.split(".")
+    if parts[0] != "fastmaf" or len(parts) == 1:
+        return None
+    name = ROOM_OF.get(parts[1], parts[1])
+    return name if name in ROOMS else None
 
 
 def undeclared(module: str, target: str) -> str | None:
@@ -153,7 +166,8 @@ KNOWN = {
     "fastmaf.doctor",
     "fastmaf.cli",
     "fastmaf.capsule",
-    "fastmaf.capsule.data",
+    "fastmaf.capsule.train",
+    "fastmaf.images.dataset",
     "fastmaf.kernels",
     "fastmaf.bench",
     "fastmaf.bench.run",
@@ -169,12 +183,12 @@ KNOWN = {
         ("kernels/masked_linear/op.py", "from ...nn import MADE", "kernels import torch"),
         ("kernels/masked_linear/op.py", "def f():\n    from fastmaf.nn import MADE", "kernels import torch"),
         ("kernels/layout.py", "import kernels.backends", "imported, as fastmaf.kernels"),
-        ("fastmaf/nn.py", "from fastmaf.capsule.data import load_image", "core of fastmaf"),
-        ("fastmaf/nn.py", "from fastmaf import capsule", "core of fastmaf"),
-        ("fastmaf/nn.py", "from . import cli", "core of fastmaf"),
-        ("fastmaf/__init__.py", "from .capsule import data", "core of fastmaf"),
-        ("fastmaf/doctor.py", "import importlib\nimportlib.import_module('fastmaf.cli')", "core of fastmaf"),
-        ("fastmaf/convert/__init__.py", "from .. import cli", "core of fastmaf"),
+        ("fastmaf/nn.py", "from fastmaf.images.dataset import load_image", "core of fastmaf imports"),
+        ("fastmaf/nn.py", "from fastmaf import capsule", "core of fastmaf imports"),
+        ("fastmaf/nn.py", "from . import cli", "core of fastmaf imports"),
+        ("fastmaf/__init__.py", "from .capsule import train", "core of fastmaf imports"),
+        ("fastmaf/doctor.py", "import importlib\nimportlib.import_module('fastmaf.cli')", "core of fastmaf imports"),
+        ("fastmaf/convert/__init__.py", "from .. import cli", "core of fastmaf imports"),
         ("fastmaf/nn.py", "import bench.run", "imported, as fastmaf.bench"),
         ("fastmaf/nn.py", "import fastmaf.bench.run", "nobody imports the bench"),
         ("fastmaf/capsule/train.py", "from fastmaf.bench import run", "nobody imports the bench"),
@@ -188,7 +202,7 @@ KNOWN = {
         ("fastmaf/cli.py", "from . import kernels", "public names"),
         ("fastmaf/capsule/train.py", "from fastmaf.kernels import backends", "public names"),
         ("fastmaf/capsule/train.py", "from ..nn import MADE", "public names"),
-        ("fastmaf/capsule/train.py", "import fastmaf.cli", "public names"),
+        ("fastmaf/capsule/train.py", "import fastmaf.cli", "capsule imports"),
         ("fastmaf/nn.py", "import pandas", "pandas is declared in no dependency of fastmaf"),
         ("fastmaf/nn.py", "import pytest", "pytest is declared in no dependency of fastmaf"),
         ("bench/run.py", "import pandas", "pandas is declared in no dependency of fastmaf.bench"),
@@ -212,16 +226,16 @@ def test_a_forbidden_import_is_named(path: str, source: str, why: str) -> None:
         ("fastmaf/nn.py", "import numpy\nfrom fastmaf import degrees\nfrom fastmaf.kernels.layout import PackedLayout"),
         (
             "fastmaf/cli.py",
-            "import fastmaf\nfrom fastmaf import MAF, doctor\nfrom fastmaf.capsule import data\nimport typer",
+            "import fastmaf\nfrom fastmaf import MAF, doctor\nfrom fastmaf.capsule import train\nimport typer",
         ),
-        ("fastmaf/capsule/train.py", "import PIL.Image, sklearn.metrics\nfrom . import data\nfrom .. import MAF"),
+        ("fastmaf/capsule/train.py", "import PIL.Image, sklearn.metrics\nfrom . import train\nfrom .. import MAF"),
         ("fastmaf/__main__.py", "from fastmaf.cli import main"),
         (
             "bench/run.py",
-            "import zuko\nimport fastmaf.kernels\nfrom fastmaf.bench import cases\nfrom fastmaf.capsule import data",
+            "import zuko\nimport fastmaf.kernels\nfrom fastmaf.bench import cases\nfrom fastmaf.capsule import train",
         ),
         ("fastmaf/cli.py", "def bench():\n    from fastmaf.bench import run"),
-        ("tests/test_x.py", "import pytest\nfrom fastmaf.capsule import data\nimport fastmaf.bench.run"),
+        ("tests/test_x.py", "import pytest\nfrom fastmaf.capsule import train\nimport fastmaf.bench.run"),
     ],
 )
 def test_an_allowed_import_passes(path: str, source: str) -> None:

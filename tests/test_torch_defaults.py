@@ -146,7 +146,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 def trained(data: Any, out: Any) -> list[np.ndarray]:
     """The weights of a run of the reference recipe, and the NLLs of images by its loaded model."""
-    from fastmaf.capsule.data import load_test
+    from fastmaf.images.dataset import load_test
 
     config = TrainConfig(size=8, epochs=2, batch_size=3, blocks=2, hidden_features=(8,), order="alternate")
     flow = train(data, out, config, progress=False).flow

@@ -13,7 +13,7 @@ from torch.nn import functional
 from fastmaf.bench.converted import DenseBlock, Twin, degrees_of_masks
 from fastmaf.bench.sides.side import LEARNING_RATE, Size, TorchSide
 from fastmaf.degrees import hidden_degrees, input_degrees
-from fastmaf.reference import NaiveMADE, NaiveMAF
+from fastmaf.naive import NaiveMADE, NaiveMAF
 
 BOUND = 5.0
 

@@ -1,217 +1,109 @@
-"""Judging image scores: AUROC, thresholds and what they cost, from NLLs alone.
+"""Judging a trained model on a labelled test set: ``fastmaf eval``.
 
-No model in here: numbers and class names in, an `Evaluation` out. A score is an image's NLL in nats, higher meaning
-more anomalous; the class "good" is normal and every other class a defect. Everything is ranked in float64: NLLs near
--4e4 that pass through a sigmoid or float32 become ties.
+Writes scores.csv, metrics.json, nll_hist_good_defect.png and roc_curve.png.
 """
 
 from __future__ import annotations
 
-import math
-from collections import Counter
-from collections.abc import Mapping, Sequence
-from fractions import Fraction
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
 
 import numpy as np
+from tqdm import tqdm
 
-from fastmaf.capsule.ranks import auroc, auroc_interval
-from fastmaf.capsule.results import (
-    NORMAL,
-    ClassStats,
-    Evaluation,
-    EvaluationError,
-    Prf,
-    Roc,
-    ThresholdReport,
-    checked_scores,
-    format_table,
-    write_metrics,
-    write_scores,
-)
+import fastmaf
+from fastmaf.capsule.models import Model, nll_of
+from fastmaf.images.dataset import ImageSet, load_test, load_train
+from fastmaf.images.folders import has_normals
+from fastmaf.images.names import visible
+from fastmaf.io.marks import HISTOGRAM, ROC
+from fastmaf.io.outputs import Output, check_outputs, eval_metrics, eval_scores, picture
+from fastmaf.metrics.classes import doubtful, require_both
+from fastmaf.metrics.evaluate import Evaluation, evaluate_scores, write_metrics, write_scores
+from fastmaf.metrics.plots import nll_hist, roc_curve
 
-__all__ = [
-    "NORMAL",
-    "ClassStats",
-    "Evaluation",
-    "EvaluationError",
-    "Prf",
-    "Roc",
-    "ThresholdReport",
-    "auroc",
-    "auroc_interval",
-    "conformal_threshold",
-    "evaluate_scores",
-    "format_table",
-    "write_metrics",
-    "write_scores",
-]
-
-_YOUDEN_HOW = "Youden's J on the test labels themselves: optimistic, chosen with the answers"
+SCORES_FILE, METRICS_FILE = "scores.csv", "metrics.json"
+HISTOGRAM_FILE, ROC_FILE = "nll_hist_good_defect.png", "roc_curve.png"
 
 
-def evaluate_scores(
-    nll: np.ndarray,
-    labels: Sequence[str],
+@fastmaf.torch_defaults()
+def evaluate(
+    model: Model,
+    data: str | Path,
+    out: str | Path,
     *,
-    held_out_nll: np.ndarray | None = None,
     false_alarm: float = 0.05,
-    bootstrap: int = 2000,
+    skip_bad: bool = False,
     seed: int = 0,
-    features: int | None = None,
+    extra: Mapping[str, Any] | None = None,
+    progress: bool = True,
 ) -> Evaluation:
-    """Evaluate the scores of a labelled test set.
+    """Scores the images of ``data/test`` and writes what was found.
 
     Args:
-        nll: float64 [n], nats. +inf counts as more anomalous than any number; NaN and -inf are errors.
-        labels: n class names; "good" is normal, every other class a defect.
-        held_out_nll: float64 [m], the NLLs of normals that neither trained the model nor are in the test set. They
-            give a second threshold, by split conformal prediction, that no test label has touched.
-        false_alarm: the rate of false alarms (alpha) that the held-out threshold shall promise, in (0, 1).
-        bootstrap: resamples behind the AUROC's interval; 0 for no interval.
+        model: a trained model.
+        data: folder with ``test/<class>``, and the normals that training held out where ``load_train`` finds them.
+        out: folder to write to.
+        false_alarm: rate for the threshold from held-out normals.
+        skip_bad: leave out files that cannot be read.
         seed: of the bootstrap.
-        features: dimensions of an image, for bits/dim.
+        extra: further entries for metrics.json.
+        progress: show progress bars.
 
     Raises:
-        EvaluationError: lengths differ, a score is NaN or -inf, there is no normal or no defect, or an option is out of
-            range.
+        DataError: the folder or a file in it is not what is needed.
+        EvaluationError: the test set has no normal or no defective images.
+        OutputError: ``out`` holds a file of the name of one that is written, which is none.
     """
-    scores = checked_scores(nll, "test", labels)
-    if not 0 < false_alarm < 1:
-        raise EvaluationError(f"false_alarm must lie strictly between 0 and 1, found {false_alarm!r}")
-    if bootstrap < 0:
-        raise EvaluationError(f"bootstrap must be 0 (no interval) or a number of resamples, found {bootstrap!r}")
-    if features is not None and features < 1:
-        raise EvaluationError(f"features must be the number of dimensions of an image, found {features!r}")
-    classes = np.asarray([str(label) for label in labels])
-    found = Counter(classes.tolist())
-    others = sorted(set(found) - {NORMAL})
-    if not found[NORMAL] or not others:
-        absent = "normal" if not found[NORMAL] else "defect"
-        listing = ", ".join(f"{name} {n}" for name, n in sorted(found.items())) or "no images at all"
-        raise EvaluationError(
-            f'an AUROC needs normals (class "{NORMAL}") and defects (other classes), but there is no {absent}; '
-            f"images found: {listing}"
-        )
-    counts = {name: found[name] for name in [NORMAL, *others]}
-    defect = classes != NORMAL
-
-    values, codes = np.unique(scores, return_inverse=True)
-    roc = _roc(values, codes, defect)
-    # J = tpr - fpr over real scores only: point 0 (nothing anomalous, J = 0) has no threshold to report.
-    best = 1 + int(np.argmax((roc.tpr - roc.fpr)[1:]))
-    youden = _report("Youden", float(roc.thresholds[best]), True, _YOUDEN_HOW, scores, classes, counts)
-    held_out, reason = None, None
-    if held_out_nll is None:
-        reason = "no scores of held-out normals were given"
-    elif np.size(held_out_nll) == 0:
-        reason = "the set of held-out normals is empty"
-    else:
-        threshold, how, promised, rate_95 = conformal_threshold(held_out_nll, false_alarm)
-        held_out = _report("held-out", threshold, False, how, scores, classes, counts, promised, rate_95)
-
-    return Evaluation(
-        counts=counts,
-        auroc=auroc(scores, defect),
-        auroc_interval=auroc_interval(scores, defect, bootstrap, seed) if bootstrap else None,
-        bootstrap=bootstrap,
-        per_class={name: _class_stats(name, scores, classes) for name in counts},
-        roc=roc,
-        youden=youden,
-        held_out=held_out,
-        held_out_reason=reason,
-        features=features,
+    out = Path(out)
+    check_outputs(outputs_of(out), [model.path])
+    out.mkdir(parents=True, exist_ok=True)
+    images = load_test(data, size=model.size, skip_bad=skip_bad, progress=progress)
+    for note in (*images.notes, *doubtful(images.labels)):
+        tqdm.write(visible(note))
+    require_both(images.labels, data)
+    nll = nll_of(model.flow, images, progress=progress)
+    held_out = _held_out(model, data, skip_bad=skip_bad, progress=progress)
+    evaluation = evaluate_scores(
+        nll,
+        images.labels,
+        held_out_nll=None if held_out is None else nll_of(model.flow, held_out, progress=progress),
+        false_alarm=false_alarm,
+        seed=seed,
+        features=model.flow.features,
     )
+    write_scores(out / SCORES_FILE, images.paths, images.labels, nll, evaluation, model.flow.features)
+    write_metrics(out / METRICS_FILE, evaluation, {"model": model.path.name, **(extra or {})})
+    thresholds = {report.name: report.threshold for report in (evaluation.youden, evaluation.held_out) if report}
+    nll_hist(out / HISTOGRAM_FILE, np.asarray(nll), images.labels, thresholds)
+    roc_curve(out / ROC_FILE, evaluation)
+    return evaluation
 
 
-def conformal_threshold(held_out_nll: np.ndarray, false_alarm: float) -> tuple[float, str, float, float]:
-    """Split conformal: the ceil((n+1)(1-alpha))-th smallest of n held-out normals; alarm iff nll > threshold.
+def outputs_of(out: Path) -> list[Output]:
+    """What ``evaluate`` writes."""
+    return [
+        Output(out / SCORES_FILE, eval_scores()),
+        Output(out / METRICS_FILE, eval_metrics()),
+        Output(out / HISTOGRAM_FILE, picture(HISTOGRAM, "a histogram of NLLs")),
+        Output(out / ROC_FILE, picture(ROC, "a ROC curve")),
+    ]
 
-    For exchangeable normals the alarm rate on a new one is then at most alpha (Vovk et al. 2005; Papadopoulos 2008).
-    Below n = 1/alpha - 1 that rank does not exist: the largest score is used, which promises 1/(n+1).
 
-    Returns:
-        threshold (nats); how it was chosen; the rate promised on average over held-out sets; and the rate that 95% of
-        held-out sets of this size stay below (the Beta(n+1-k, k) quantile for rank k).
-    """
-    from scipy.special import betaincinv
-
-    scores = np.sort(checked_scores(held_out_nll, "held-out"))
-    n = len(scores)
-    alpha = Fraction(str(float(false_alarm)))  # the decimal that was meant: in floats 100 * (1 - 0.07) exceeds 93
-    rank = math.ceil((n + 1) * (1 - alpha))
-    if rank <= n:
-        promised = float(false_alarm)
-        how = (
-            f"split conformal: the ceil((n+1)(1-alpha))-th smallest NLL of n held-out normals (the {_ordinal(rank)} of "
-            f"{n}, alpha = {promised:g}); no label of the test set was used"
+def _held_out(model: Model, data: str | Path, *, skip_bad: bool, progress: bool) -> ImageSet | None:
+    """Returns the normals that training never saw, or None when there are none; says so when some are gone."""
+    if not model.held_out:
+        return None
+    if not has_normals(Path(data).expanduser()):
+        tqdm.write(f"no folder train/good in {data}: no threshold can be taken from held-out normals")
+        return None
+    normals = load_train(data, size=model.size, skip_bad=skip_bad, progress=progress)
+    wanted = set(model.held_out)
+    index = [i for i, name in enumerate(normals.names) if name in wanted]
+    if len(index) < len(wanted):
+        tqdm.write(
+            f"{len(wanted) - len(index)} of the {len(wanted)} normal images that training held out are not in {data}: "
+            + ("the threshold is taken from the others" if index else "no threshold can be taken from held-out normals")
         )
-    else:
-        rank, promised = n, 1 / (n + 1)
-        how = (
-            f"split conformal: {n} held-out normals are too few for a false-alarm rate of {float(false_alarm):g} (that "
-            f"takes {math.ceil(1 / alpha) - 1}), so this is their largest NLL, which promises a rate of 1/(n+1) = "
-            f"{promised:.3g}; no label of the test set was used"
-        )
-    threshold = float(scores[rank - 1])
-    if math.isinf(threshold):
-        how += "; that held-out NLL is infinite, so nothing can exceed it"
-    return threshold, how, promised, float(betaincinv(n + 1 - rank, rank, 0.95))
-
-
-def _roc(values: np.ndarray, codes: np.ndarray, defect: np.ndarray) -> Roc:
-    """The ROC over sorted distinct `values`; own code because sklearn refuses infinite scores."""
-    normals = np.bincount(codes[~defect], minlength=len(values))[::-1]
-    defects = np.bincount(codes[defect], minlength=len(values))[::-1]
-    fpr = np.concatenate([[0.0], np.cumsum(normals) / normals.sum()])
-    tpr = np.concatenate([[0.0], np.cumsum(defects) / defects.sum()])
-    return Roc(fpr, tpr, np.concatenate([[np.inf], values[::-1]]))
-
-
-def _class_stats(name: str, scores: np.ndarray, classes: np.ndarray) -> ClassStats:
-    own = scores[classes == name]
-    area = None
-    if name != NORMAL:
-        pair = (classes == name) | (classes == NORMAL)
-        area = auroc(scores[pair], classes[pair] != NORMAL)
-    with np.errstate(invalid="ignore", over="ignore"):  # an infinite score: mean inf, std NaN, which is the truth
-        return ClassStats(len(own), float(own.mean()), float(own.std()), float(np.median(own)), area)
-
-
-def _report(
-    name: str,
-    threshold: float,
-    inclusive: bool,
-    how: str,
-    scores: np.ndarray,
-    classes: np.ndarray,
-    counts: Mapping[str, int],
-    promised: float | None = None,
-    rate_95: float | None = None,
-) -> ThresholdReport:
-    from sklearn.metrics import precision_recall_fscore_support  # takes a second to import; `plots` needs none of it
-
-    truth = classes != NORMAL
-    called = scores >= threshold if inclusive else scores > threshold
-    tn, fp = int((~truth & ~called).sum()), int((~truth & called).sum())
-    fn, tp = int((truth & ~called).sum()), int((truth & called).sum())
-    table = precision_recall_fscore_support(truth, called, labels=[False, True], zero_division=0)
-    return ThresholdReport(
-        name=name,
-        threshold=threshold,
-        inclusive=inclusive,
-        how=how,
-        confusion=((tn, fp), (fn, tp)),
-        accuracy=(tn + tp) / len(scores),
-        normal=Prf(*(float(column[0]) for column in table[:3])),
-        anomaly=Prf(*(float(column[1]) for column in table[:3])),
-        alarms={label: int(called[classes == label].sum()) for label in counts},
-        false_alarm_rate=fp / (tn + fp),
-        baseline_accuracy=float(truth.mean()),
-        promised_rate=promised,
-        rate_95=rate_95,
-    )
-
-
-def _ordinal(n: int) -> str:
-    suffix = "th" if 10 <= n % 100 <= 20 else {1: "st", 2: "nd", 3: "rd"}.get(n % 10, "th")
-    return f"{n}{suffix}"
+    return normals.subset(index) if index else None

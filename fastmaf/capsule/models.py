@@ -12,8 +12,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 import fastmaf
-from fastmaf.capsule.checkpoints import MODEL_FILE, training_in
-from fastmaf.capsule.data import ImageSet, to_unit
+from fastmaf.images.dataset import ImageSet, to_unit
+from fastmaf.training.checkpoints import MODEL_FILE, training_in
 
 
 @dataclass(frozen=True)

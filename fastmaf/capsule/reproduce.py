@@ -11,18 +11,18 @@ from types import MappingProxyType
 
 import fastmaf
 from fastmaf.capsule.config import TrainConfig
-from fastmaf.capsule.evaluate import Evaluation, ThresholdReport, format_table
+from fastmaf.capsule.evaluate import evaluate
+from fastmaf.capsule.evaluate import outputs_of as eval_outputs
 from fastmaf.capsule.models import Model, load_model
-from fastmaf.capsule.outputs import Output, check_outputs, text_file
-from fastmaf.capsule.run_folder import run_folder
 from fastmaf.capsule.sample import outputs_of as sample_outputs
 from fastmaf.capsule.sample import sample
-from fastmaf.capsule.score import evaluate
-from fastmaf.capsule.score import outputs_of as eval_outputs
 from fastmaf.capsule.synthetic import MARKER, draw_dataset
 from fastmaf.capsule.train import TrainResult, train_in
 from fastmaf.capsule.train import outputs_of as train_outputs
 from fastmaf.io.atomic import written_atomically
+from fastmaf.io.outputs import Output, check_outputs, text_file
+from fastmaf.io.run_folder import run_folder
+from fastmaf.metrics.evaluate import Evaluation, ThresholdReport, format_table
 
 # What the published notebook recorded on the real capsule images, on a GTX 1050 Ti.
 REFERENCE_NLL = MappingProxyType(

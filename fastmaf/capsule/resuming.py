@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 from fastmaf.capsule.config import TrainConfig
-from fastmaf.capsule.listing import count
+from fastmaf.images.listing import count
 from fastmaf.io.safe_json import shown
 
 Contents: TypeAlias = dict[str, dict[str, Any]]

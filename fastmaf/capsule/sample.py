@@ -10,11 +10,11 @@ import torch
 from tqdm import tqdm
 
 import fastmaf
-from fastmaf.capsule.data import to_images
-from fastmaf.capsule.marks import GRID, SAMPLE, role_of
 from fastmaf.capsule.models import Model
-from fastmaf.capsule.outputs import Output, check_outputs, picture
-from fastmaf.capsule.plots import image_grid, save_png
+from fastmaf.images.dataset import to_images
+from fastmaf.io.marks import GRID, SAMPLE, role_of
+from fastmaf.io.outputs import Output, check_outputs, picture
+from fastmaf.metrics.plots import image_grid, save_png
 
 SAMPLES_FOLDER, GRID_FILE = "samples", "samples.png"
 _BATCH = 64

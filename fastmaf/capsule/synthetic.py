@@ -18,7 +18,6 @@ import numpy as np
 from PIL import Image, ImageFilter
 from tqdm import tqdm
 
-from fastmaf.capsule.data import DataError
 from fastmaf.capsule.drawing import (
     AXIS,
     HALF,
@@ -34,8 +33,9 @@ from fastmaf.capsule.drawing import (
     compose,
     imprint,
 )
-from fastmaf.capsule.marks import DRAWN, png_text, role_of
+from fastmaf.images.dataset import DataError
 from fastmaf.io.atomic import written_atomically
+from fastmaf.io.marks import DRAWN, png_text, role_of
 from fastmaf.io.safe_json import parse
 from fastmaf.io.schema import Anything, MapOf, Record, Whole
 

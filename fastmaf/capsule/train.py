@@ -22,7 +22,19 @@ from torch import Tensor
 from tqdm import tqdm
 
 import fastmaf
-from fastmaf.capsule.checkpoints import (
+from fastmaf.capsule.config import TrainConfig
+from fastmaf.capsule.memory_check import check_disk, check_room, disk_needed
+from fastmaf.capsule.resuming import TrainedOn, check_images, check_settings, contents_of
+from fastmaf.images.dataset import DataError, ImageSet, load_train, to_unit
+from fastmaf.images.names import visible
+from fastmaf.io.atomic import previous, written_atomically
+from fastmaf.io.marks import CURVE
+from fastmaf.io.outputs import Output, check_outputs, picture, table
+from fastmaf.io.outputs import model as model_kind
+from fastmaf.io.run_folder import run_folder
+from fastmaf.metrics.plots import nll_curve
+from fastmaf.metrics.results import bits_per_dim
+from fastmaf.training.checkpoints import (
     MODEL_FILE,
     STATE_FILE,
     load_state,
@@ -30,19 +42,7 @@ from fastmaf.capsule.checkpoints import (
     refuse_unfinished,
     save_state,
 )
-from fastmaf.capsule.config import TrainConfig
-from fastmaf.capsule.data import DataError, ImageSet, load_train, to_unit
-from fastmaf.capsule.interrupts import interruptible
-from fastmaf.capsule.marks import CURVE
-from fastmaf.capsule.names import visible
-from fastmaf.capsule.outputs import Output, check_outputs, picture, table
-from fastmaf.capsule.outputs import model as model_kind
-from fastmaf.capsule.plots import nll_curve
-from fastmaf.capsule.results import bits_per_dim
-from fastmaf.capsule.resuming import TrainedOn, check_images, check_settings, contents_of
-from fastmaf.capsule.room import check_disk, check_room, disk_needed
-from fastmaf.capsule.run_folder import run_folder
-from fastmaf.io.atomic import previous, written_atomically
+from fastmaf.training.interrupts import interruptible
 
 LOG_FILE, CURVE_FILE = "train_log.csv", "nll_curve.png"
 LOG_COLUMNS = ("epoch", "nll", "val_nll", "bits_per_dim", "seconds", "skipped_steps")

@@ -1,5 +1,5 @@
 """Models that were trained elsewhere, taken over with an equal density."""
 
-from fastmaf.convert.notebook import LeakyMaskError, from_reference
+from fastmaf.convert.published import LeakyMaskError, from_reference
 
 __all__ = ["LeakyMaskError", "from_reference"]

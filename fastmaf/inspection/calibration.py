@@ -16,8 +16,8 @@ from typing import Any
 import numpy as np
 from scipy.special import betainc, betaincinv
 
-from fastmaf.capsule.results import checked_scores
 from fastmaf.inspection.calibration_text import described
+from fastmaf.metrics.results import checked_scores
 
 __all__ = ["Calibration", "CalibrationError", "k_fold"]
 

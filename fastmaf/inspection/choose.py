@@ -17,8 +17,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 import fastmaf
-from fastmaf.capsule.data import to_unit
-from fastmaf.capsule.evaluate import auroc
+from fastmaf.images.dataset import to_unit
 from fastmaf.inspection.cross import CrossFit, without
 from fastmaf.inspection.defects import KINDS, draw_defects
 from fastmaf.inspection.scores import (
@@ -29,6 +28,7 @@ from fastmaf.inspection.scores import (
     maps_of,
     terms_of,
 )
+from fastmaf.metrics.evaluate import auroc
 
 _TERMS: tuple[tuple[Source, float], ...] = (("whitened", 0.0), ("whitened", 0.7), ("flow", 0.0))
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 import fastmaf
-from fastmaf.capsule.data import to_unit
+from fastmaf.images.dataset import to_unit
 from fastmaf.inspection.cross import CrossFit
 from fastmaf.inspection.defects import draw_defects
 from fastmaf.inspection.location import Location, location_maps, residuals_of

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from fastmaf.capsule.data import to_unit
+from fastmaf.images.dataset import to_unit
 from fastmaf.inspection.calibration import k_fold
 from fastmaf.inspection.recipe import QUANTISATION
 from fastmaf.inspection.scores import ScoreSettings, TermStatistics, maps_of

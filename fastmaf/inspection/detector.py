@@ -17,13 +17,13 @@ from sklearn.utils.validation import check_is_fitted
 from torch import Tensor
 
 import fastmaf
-from fastmaf.capsule.decoding import DataError, load_image, resized
-from fastmaf.capsule.marks import is_output
+from fastmaf.images.decode import DataError, load_image, resized
 from fastmaf.inspection.calibration import Calibration
 from fastmaf.inspection.fit import fit
 from fastmaf.inspection.model import InspectionModel, load_inspection
 from fastmaf.inspection.recipe import Recipe
 from fastmaf.inspection.rows import RowModel, fit_rows
+from fastmaf.io.marks import is_output
 
 try:
     from sklearn.utils.validation import validate_data

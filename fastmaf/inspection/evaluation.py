@@ -13,17 +13,17 @@ from typing import Any
 import numpy as np
 
 import fastmaf
-from fastmaf.capsule.classes import doubtful, require_both
-from fastmaf.capsule.data import ImageSet, load_test, load_train
-from fastmaf.capsule.folders import has_normals
-from fastmaf.capsule.names import to_cell
-from fastmaf.capsule.outputs import INSPECTION_SCORES, Output, check_outputs, eval_metrics, eval_scores, report
+from fastmaf.images.dataset import ImageSet, load_test, load_train
+from fastmaf.images.folders import has_normals
+from fastmaf.images.names import to_cell
 from fastmaf.inspection.masks import load_masks
 from fastmaf.inspection.members import load_members
 from fastmaf.inspection.model import Assessment, InspectionModel, load_inspection, model_file
 from fastmaf.inspection.scoring import VERDICTS
 from fastmaf.inspection.table import Line, format_lines, table
 from fastmaf.io.atomic import written_atomically
+from fastmaf.io.outputs import INSPECTION_SCORES, Output, check_outputs, eval_metrics, eval_scores, report
+from fastmaf.metrics.classes import doubtful, require_both
 
 SCORES_FILE, METRICS_FILE, REPORT_FILE = "scores.csv", "metrics.json", "report.html"
 

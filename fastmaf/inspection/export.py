@@ -14,13 +14,13 @@ import numpy as np
 import torch
 
 import fastmaf
-from fastmaf.capsule.decoding import load_frame, resized
-from fastmaf.capsule.outputs import ONNX, Output, check_outputs
+from fastmaf.images.decode import load_frame, resized
 from fastmaf.inspection.calibration import Calibration
 from fastmaf.inspection.model import InspectionModel
 from fastmaf.inspection.onnx_graph import inspection_graph
 from fastmaf.inspection.onnx_values import ExportError, require
 from fastmaf.io.atomic import written_atomically
+from fastmaf.io.outputs import ONNX, Output, check_outputs
 
 __all__ = ["ExportError", "ExportReport", "export_onnx"]
 

@@ -21,7 +21,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 import fastmaf
-from fastmaf.capsule.data import to_unit
+from fastmaf.images.dataset import to_unit
 from fastmaf.inspection.blocks import choose_blocks, fit_blocks
 from fastmaf.inspection.calibration import Calibration, k_fold
 from fastmaf.inspection.copies import before_whitening, choose_copies, compared_whitenings, fit_whitening

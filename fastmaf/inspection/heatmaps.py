@@ -1,7 +1,7 @@
 """Anomaly maps in the frame of the image that was scored: overlays to look at, and files that keep the numbers.
 
 The frame is that of the image as it is to be seen, that is after its EXIF rotation: ``Frame.height`` and ``width`` of
-``fastmaf.capsule.decoding``. The image was squeezed to a square before it was scored, so a map is only resized.
+``fastmaf.images.decode``. The image was squeezed to a square before it was scored, so a map is only resized.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ import numpy as np
 from PIL import Image
 from PIL.TiffImagePlugin import ImageFileDirectory_v2
 
-from fastmaf.capsule.decoding import MAX_PIXELS, DataError
-from fastmaf.capsule.marks import MAP, MAP_TITLE, OVERLAY, png_text
+from fastmaf.images.decode import MAX_PIXELS, DataError
 from fastmaf.inspection.pixels import resize_map
 from fastmaf.io.atomic import written_atomically
+from fastmaf.io.marks import MAP, MAP_TITLE, OVERLAY, png_text
 from fastmaf.io.regular import NotRegularError, open_regular
 
 SCALE = 512.0

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TextIO
 
-from fastmaf.capsule.data import DataError, Frame, load_frame
-from fastmaf.capsule.listing import (
+from fastmaf.images.dataset import DataError, Frame, load_frame
+from fastmaf.images.listing import (
     closed_of,
     contents,
     count,
@@ -21,8 +21,8 @@ from fastmaf.capsule.listing import (
     left_aside,
     walk,
 )
-from fastmaf.capsule.marks import is_output
 from fastmaf.inspection.patterns import hints, is_pattern, matches
+from fastmaf.io.marks import is_output
 
 
 @dataclass(frozen=True)

@@ -15,10 +15,10 @@ from pathlib import Path, PurePosixPath
 
 import numpy as np
 
-from fastmaf.capsule.data import ImageSet
-from fastmaf.capsule.decoding import DataError, load_frame
-from fastmaf.capsule.listing import SUFFIXES, count, images_in
-from fastmaf.capsule.results import NORMAL
+from fastmaf.images.dataset import ImageSet
+from fastmaf.images.decode import DataError, load_frame
+from fastmaf.images.listing import SUFFIXES, count, images_in
+from fastmaf.metrics.results import NORMAL
 
 
 @dataclass(frozen=True, eq=False)

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 import numpy as np
 from scipy.ndimage import label
 
-from fastmaf.capsule.ranks import auroc, auroc_interval, auroc_of_counts, bootstrap_auroc
-from fastmaf.capsule.results import NORMAL, EvaluationError, checked_scores
 from fastmaf.inspection.pixels import PixelRanks, resize_map
+from fastmaf.metrics.auroc import auroc, auroc_interval, auroc_of_counts, bootstrap_auroc
+from fastmaf.metrics.results import NORMAL, EvaluationError, checked_scores
 
 __all__ = [
     "PairedDifference",

@@ -14,15 +14,15 @@ import torch
 from torch import Tensor
 
 import fastmaf
-from fastmaf.capsule.checkpoints import MODEL_FILE
-from fastmaf.capsule.data import to_unit
 from fastmaf.capsule.models import check_takes_images
+from fastmaf.images.dataset import to_unit
 from fastmaf.inspection.calibration import Calibration
 from fastmaf.inspection.float64 import Evaluated, Float64Flow
 from fastmaf.inspection.location import Location, location_maps, residuals_of
 from fastmaf.inspection.model_schema import KEY, inspection_record
 from fastmaf.inspection.scores import ScoreSettings, TermStatistics, image_scores, maps_of, terms_of
 from fastmaf.io.safe_json import shown
+from fastmaf.training.checkpoints import MODEL_FILE
 
 _BATCH = 64
 _SCORED_IN = "float64"  # what a file says of its calibration scores

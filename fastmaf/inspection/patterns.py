@@ -7,7 +7,7 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-from fastmaf.capsule.listing import contents, count, entries, files_in, folders_in, nearest, walk
+from fastmaf.images.listing import contents, count, entries, files_in, folders_in, nearest, walk
 
 
 def is_pattern(text: str) -> bool:

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from fastmaf.capsule.results import EvaluationError
+from fastmaf.metrics.results import EvaluationError
 
 
 def resize_map(values: np.ndarray, shape: tuple[int, int]) -> np.ndarray:

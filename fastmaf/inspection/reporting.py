@@ -14,9 +14,8 @@ import torch
 from PIL import Image
 
 import fastmaf
-from fastmaf.capsule.data import ImageSet
-from fastmaf.capsule.decoding import load_frame
-from fastmaf.capsule.results import NORMAL
+from fastmaf.images.dataset import ImageSet
+from fastmaf.images.decode import load_frame
 from fastmaf.inspection.heatmaps import overlay, to_frame
 from fastmaf.inspection.masks import Masks
 from fastmaf.inspection.model import Assessment, InspectionModel
@@ -39,6 +38,7 @@ from fastmaf.inspection.report import (
     write_report,
 )
 from fastmaf.inspection.scoring import assess
+from fastmaf.metrics.results import NORMAL
 
 if TYPE_CHECKING:
     from fastmaf.inspection.table import Line

@@ -18,15 +18,15 @@ import numpy as np
 from tqdm import tqdm
 
 import fastmaf
-from fastmaf.capsule.decoding import Frame, sentences
-from fastmaf.capsule.marks import MAP, OVERLAY
-from fastmaf.capsule.names import to_cell
-from fastmaf.capsule.outputs import Output, check_outputs, picture, table
-from fastmaf.capsule.outputs import json_lines as json_lines_file
+from fastmaf.images.decode import Frame, sentences
+from fastmaf.images.names import to_cell
 from fastmaf.inspection.heatmaps import to_frame, write_map, write_overlay
 from fastmaf.inspection.inputs import Unreadable, expand, read_each
 from fastmaf.inspection.model import InspectionModel, load_inspection, model_file
 from fastmaf.io.atomic import STDOUT, write_errors, written_atomically
+from fastmaf.io.marks import MAP, OVERLAY
+from fastmaf.io.outputs import Output, check_outputs, picture, table
+from fastmaf.io.outputs import json_lines as json_lines_file
 
 VERDICTS = ("good", "anomalous")
 
@@ -36,7 +36,7 @@ class Row:
     """What is said of one image.
 
     Attributes:
-        file: its path as it was found; in a CSV as ``fastmaf.capsule.names.to_cell`` writes it.
+        file: its path as it was found; in a CSV as ``fastmaf.images.names.to_cell`` writes it.
         score: the anomaly score.
         p_value: share of normal images expected to score at least as high.
         verdict: ``"good"`` or ``"anomalous"``.

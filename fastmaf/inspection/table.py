@@ -16,9 +16,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 import fastmaf
-from fastmaf.capsule.data import ImageSet, to_unit
-from fastmaf.capsule.names import visible
-from fastmaf.capsule.results import NORMAL
+from fastmaf.images.dataset import ImageSet, to_unit
+from fastmaf.images.names import visible
 from fastmaf.inspection.controls import controls
 from fastmaf.inspection.float64 import Evaluated, Float64Flow
 from fastmaf.inspection.masks import Masks
@@ -32,6 +31,7 @@ from fastmaf.inspection.metrics import (
 )
 from fastmaf.inspection.model import Assessment, InspectionModel
 from fastmaf.inspection.scores import ScoreSettings, image_scores, maps_of, terms_of
+from fastmaf.metrics.results import NORMAL
 
 _Found: TypeAlias = tuple[str, str, np.ndarray, np.ndarray | None]
 

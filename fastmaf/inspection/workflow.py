@@ -16,16 +16,10 @@ import torch
 from tqdm import tqdm
 
 import fastmaf
-from fastmaf.capsule.checkpoints import MODEL_FILE, STATE_FILE, refuse_unfinished, remove_state
-from fastmaf.capsule.data import DataError, ImageSet, load_train
-from fastmaf.capsule.decoding import sentences
-from fastmaf.capsule.interrupts import interruptible
-from fastmaf.capsule.listing import count
-from fastmaf.capsule.outputs import ONNX, Output, check_outputs, report, table
-from fastmaf.capsule.outputs import model as model_kind
-from fastmaf.capsule.results import bits_per_dim
-from fastmaf.capsule.room import check_disk
-from fastmaf.capsule.run_folder import run_folder
+from fastmaf.capsule.memory_check import check_disk
+from fastmaf.images.dataset import DataError, ImageSet, load_train
+from fastmaf.images.decode import sentences
+from fastmaf.images.listing import count
 from fastmaf.inspection.calibration import Calibration
 from fastmaf.inspection.fit import Fitted, fit
 from fastmaf.inspection.inputs import Unreadable, expand, read_each
@@ -36,6 +30,12 @@ from fastmaf.inspection.recipe import Recipe
 from fastmaf.inspection.scores import ScoreSettings
 from fastmaf.io.atomic import errors_of_staged, keep_previous, previous, replace, staging, sweep, written_atomically
 from fastmaf.io.locks import run_lock
+from fastmaf.io.outputs import ONNX, Output, check_outputs, report, table
+from fastmaf.io.outputs import model as model_kind
+from fastmaf.io.run_folder import run_folder
+from fastmaf.metrics.results import bits_per_dim
+from fastmaf.training.checkpoints import MODEL_FILE, STATE_FILE, refuse_unfinished, remove_state
+from fastmaf.training.interrupts import interruptible
 
 LOG_FILE, REPORT_FILE = "training_log.csv", "report.html"
 _LOG_COLUMNS = ("step", "nll", "held_out_nll")

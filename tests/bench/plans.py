@@ -21,7 +21,7 @@ from fastmaf.bench.cases import BUILD, FILES, MEMORY, SAMPLE, SCORE, TRAIN, Case
 from fastmaf.bench.sides import SIDES, Entry, Side, Size
 from fastmaf.bench.sides.dense import Naive
 from fastmaf.degrees import hidden_degrees, input_degrees
-from fastmaf.reference import NaiveMADE
+from fastmaf.naive import NaiveMADE
 
 LIMITS = {
     "read_gb_per_s": 30.0,

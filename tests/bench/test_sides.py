@@ -21,7 +21,7 @@ from fastmaf.bench.sides import SIDES, Side, Size, side_class
 from fastmaf.bench.sides.dense import MaskedOnce
 from fastmaf.bench.sides.side import LEARNING_RATE
 from fastmaf.kernels import backends
-from fastmaf.reference import NaiveMAF
+from fastmaf.naive import NaiveMAF
 from tests.bench.plans import Linears, Namespaces, entries, normal, one_thread, uniform
 
 WIDE = Size(47, (24, 24), 3)  # more dimensions than units: several outputs share what they depend on

@@ -7,7 +7,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import torch
 
 from fastmaf.capsule import train as training
 from fastmaf.capsule.synthetic import draw_dataset
@@ -26,15 +25,6 @@ def undrawn() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(training, "nll_curve", lambda path, *_: path.touch())
         yield
-
-
-@pytest.fixture
-def one_thread() -> Iterator[None]:
-    """Keeps torch to one thread."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture

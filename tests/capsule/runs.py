@@ -14,10 +14,10 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from fastmaf.capsule import train as training
-from fastmaf.capsule.checkpoints import MODEL_FILE
 from fastmaf.capsule.config import TrainConfig
-from fastmaf.capsule.data import to_unit
 from fastmaf.capsule.train import LOG_FILE, train
+from fastmaf.images.dataset import to_unit
+from fastmaf.training.checkpoints import MODEL_FILE
 
 ROOT = Path(__file__).parents[2]
 IMAGES, HELD_OUT = 10, 2

@@ -16,12 +16,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastmaf.capsule import checkpoints, room
+from fastmaf.capsule import memory_check as room
 from fastmaf.capsule import train as training
-from fastmaf.capsule.checkpoints import MODEL_FILE, STATE_FILE, load_state
+from fastmaf.capsule.memory_check import DoesNotFitError
 from fastmaf.capsule.models import load_model
-from fastmaf.capsule.room import DoesNotFitError
 from fastmaf.io.locks import InUseError, run_lock
+from fastmaf.training import checkpoints
+from fastmaf.training.checkpoints import MODEL_FILE, STATE_FILE, load_state
 from tests.capsule.faulty_runs import NEW
 from tests.capsule.runs import ROOT, TINY, at_batch, run, same, tensors_of, with_
 from tests.faults import hidden
@@ -189,7 +190,7 @@ def test_after_a_kill_the_next_run_takes_the_folder_and_clears_it(data: Path, tm
     script = f"""
 import os, signal
 from pathlib import Path
-from fastmaf import checkpoint
+from fastmaf.io import checkpoint
 from tests.capsule.runs import run
 def killed(tensors, path, metadata):
     Path(path).write_bytes(b"half a model")

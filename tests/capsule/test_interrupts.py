@@ -12,12 +12,12 @@ import pytest
 from torch import Tensor
 
 import fastmaf
-from fastmaf import checkpoint
 from fastmaf.capsule import reproduce as reproduction
 from fastmaf.capsule import train as training
-from fastmaf.capsule.checkpoints import MODEL_FILE, load_state
 from fastmaf.capsule.config import GUARDED, TrainConfig
 from fastmaf.capsule.reproduce import reproduce
+from fastmaf.io import checkpoint
+from fastmaf.training.checkpoints import MODEL_FILE, load_state
 from tests.capsule.runs import STEPS, at_batch, epoch, run, same, tensors_of, with_, without_seconds
 from tests.faults import hidden
 

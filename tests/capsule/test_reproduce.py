@@ -19,9 +19,9 @@ from torch import Tensor
 from fastmaf.capsule import reproduce as reproduction
 from fastmaf.capsule import train as training
 from fastmaf.capsule.config import TrainConfig
-from fastmaf.capsule.data import to_unit
 from fastmaf.capsule.reproduce import REFERENCE_NLL, Reproduction, reproduce
 from fastmaf.capsule.synthetic import draw_dataset
+from fastmaf.images.dataset import to_unit
 
 # Random degrees at a tiny size leave gaps, and that is said.
 pytestmark = pytest.mark.filterwarnings("ignore::fastmaf.ConnectivityWarning")

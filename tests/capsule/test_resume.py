@@ -19,13 +19,13 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 import fastmaf
-from fastmaf import checkpoint
-from fastmaf.capsule import checkpoints
-from fastmaf.capsule.checkpoints import MODEL_FILE, STATE_FILE, load_state, training_of
 from fastmaf.capsule.config import GUARDED, TrainConfig
 from fastmaf.capsule.models import load_model
 from fastmaf.capsule.sample import sample
 from fastmaf.capsule.train import CURVE_FILE, LOG_FILE, TrainingStoppedError
+from fastmaf.io import checkpoint
+from fastmaf.training import checkpoints
+from fastmaf.training.checkpoints import MODEL_FILE, STATE_FILE, load_state, training_of
 from tests.capsule.runs import ROOT, STEPS, TINY, at_batch, epoch, rows, run, same, tensors_of, with_, without_seconds
 
 pytestmark = [pytest.mark.usefixtures("undrawn"), pytest.mark.filterwarnings("ignore::fastmaf.ConnectivityWarning")]
@@ -336,7 +336,7 @@ KILLED = """
     import torch
     import fastmaf
     from fastmaf.capsule import train as training
-    from fastmaf.capsule.checkpoints import MODEL_FILE, load_state
+    from fastmaf.training.checkpoints import MODEL_FILE, load_state
 
     torch.set_num_threads(1)
     parameter = torch.nn.Parameter(torch.zeros(1))

@@ -16,15 +16,16 @@ import torch
 from PIL import Image
 
 import fastmaf
-from fastmaf.capsule import plots, score
+from fastmaf.capsule import evaluate as score
 from fastmaf.capsule.config import TrainConfig
-from fastmaf.capsule.data import DataError, load_test, load_train, to_images, to_unit
-from fastmaf.capsule.evaluate import Evaluation, EvaluationError
+from fastmaf.capsule.evaluate import HISTOGRAM_FILE, METRICS_FILE, ROC_FILE, SCORES_FILE, evaluate
 from fastmaf.capsule.models import Model, load_model, nll_of
 from fastmaf.capsule.sample import GRID_FILE, SAMPLES_FOLDER, sample
-from fastmaf.capsule.score import HISTOGRAM_FILE, METRICS_FILE, ROC_FILE, SCORES_FILE, evaluate
 from fastmaf.capsule.synthetic import draw_dataset
 from fastmaf.capsule.train import train
+from fastmaf.images.dataset import DataError, load_test, load_train, to_images, to_unit
+from fastmaf.metrics import plots
+from fastmaf.metrics.evaluate import Evaluation, EvaluationError
 
 CLASSES = {"crack": 2, "poke": 1, "squeeze": 2}
 

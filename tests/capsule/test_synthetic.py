@@ -10,8 +10,8 @@ import pytest
 from PIL import Image
 
 from fastmaf.capsule import synthetic
-from fastmaf.capsule.data import DataError, load_test, load_train
 from fastmaf.capsule.synthetic import DEFAULT_COUNTS, DEFECTS, MARKER, draw_dataset
+from fastmaf.images.dataset import DataError, load_test, load_train
 
 FEW = dict.fromkeys(DEFECTS, 1)
 

@@ -15,14 +15,14 @@ from typer.main import get_command
 
 import fastmaf
 from fastmaf.capsule import train as training
-from fastmaf.capsule.checkpoints import MODEL_FILE, STATE_FILE, load_state, training_of
 from fastmaf.capsule.config import GUARDED
-from fastmaf.capsule.data import DataError, load_train
 from fastmaf.capsule.models import load_model, nll_of
-from fastmaf.capsule.plots import nll_curve
 from fastmaf.capsule.sample import sample
 from fastmaf.capsule.train import CURVE_FILE, LOG_COLUMNS, LOG_FILE, TrainingStoppedError
 from fastmaf.cli import app
+from fastmaf.images.dataset import DataError, load_train
+from fastmaf.metrics.plots import nll_curve
+from fastmaf.training.checkpoints import MODEL_FILE, STATE_FILE, load_state, training_of
 from tests.capsule.runs import (
     HELD_OUT,
     IMAGES,

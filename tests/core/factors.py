@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 import fastmaf
-from fastmaf.factor_analysis import FactorModel
+from fastmaf.transforms.factor_analysis import FactorModel
 from tests.core.helpers import generator, normal
 from tests.tolerances import F64, error
 

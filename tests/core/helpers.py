@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import fastmaf
 from fastmaf.kernels import layout
-from fastmaf.reference import NaiveMAF
+from fastmaf.naive import NaiveMAF
 
 
 @contextlib.contextmanager

@@ -11,8 +11,8 @@ from torch import Tensor
 
 import fastmaf
 from tests.core.helpers import build, generator, normal
-from tests.core.local_blocks import block as local_block
 from tests.tolerances import F32, assert_close
+from tests.transforms.local_blocks import block as local_block
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 D = 24

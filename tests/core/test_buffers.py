@@ -16,8 +16,8 @@ from torch.optim.swa_utils import AveragedModel, get_ema_avg_fn
 import fastmaf
 from fastmaf.constants import constants
 from tests.core.helpers import build, generator, jacobian, normal
-from tests.core.local_blocks import block as local_block
 from tests.tolerances import F32, F64, assert_close
+from tests.transforms.local_blocks import block as local_block
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 D = 12

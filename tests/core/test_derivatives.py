@@ -15,8 +15,8 @@ from torch.autograd import forward_ad, functional
 
 import fastmaf
 from tests.core.helpers import build, naive_gradients, normal, padding_of
-from tests.core.local_blocks import block as local_block
 from tests.tolerances import F32, F64, assert_close
+from tests.transforms.local_blocks import block as local_block
 
 pytestmark = [
     pytest.mark.usefixtures("one_thread"),

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 import fastmaf
-from fastmaf.reference import NaiveMAF
+from fastmaf.naive import NaiveMAF
 from tests.core.helpers import build, correlated, generator, layers_of, naive_gradients, normal, train
 from tests.tolerances import FLOAT32_FACTOR, FLOAT32_FLOOR, TOLERANCES, assert_close, assert_float32, distance, error
 

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from fastmaf.capsule.data import load_train
 from fastmaf.capsule.synthetic import draw_dataset
+from fastmaf.images.dataset import load_train
 from fastmaf.inspection.fit import Fitted, fit
 from fastmaf.inspection.workflow import train
 from tests.inspection.tiny import TINY, silent

@@ -9,14 +9,14 @@ from typing import Any
 
 import torch
 
-from fastmaf.capsule.checkpoints import MODEL_FILE
-from fastmaf.capsule.data import load_train
+from fastmaf.images.dataset import load_train
 from fastmaf.inspection import reporting, workflow
 from fastmaf.inspection.fit import fit
 from fastmaf.inspection.members import FOLDS_FOLDER, load_members
 from fastmaf.inspection.model import load_inspection
 from fastmaf.inspection.workflow import LOG_FILE, REPORT_FILE
 from fastmaf.io.atomic import written_atomically
+from fastmaf.training.checkpoints import MODEL_FILE
 from tests.faults import every_fault, hidden
 from tests.inspection.tiny import A_REPORT, TINY, silent
 

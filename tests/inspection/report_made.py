@@ -7,9 +7,8 @@ from pathlib import Path
 
 import numpy as np
 
-from fastmaf.capsule.data import ImageSet, load_test, load_train
-from fastmaf.capsule.evaluate import auroc
 from fastmaf.capsule.synthetic import draw_dataset
+from fastmaf.images.dataset import ImageSet, load_test, load_train
 from fastmaf.inspection.report import (
     Absent,
     Count,
@@ -27,6 +26,7 @@ from fastmaf.inspection.report import (
     TrainingPoint,
     worst_cases,
 )
+from fastmaf.metrics.evaluate import auroc
 
 DEFECTS = {"crack": 5, "faulty_imprint": 4, "poke": 4, "scratch": 5, "squeeze": 4}
 THRESHOLD = 11.62

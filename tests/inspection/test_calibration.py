@@ -9,8 +9,8 @@ import pytest
 from scipy.special import betaincinv
 from scipy.stats import binom
 
-from fastmaf.capsule.evaluate import conformal_threshold
 from fastmaf.inspection.calibration import Calibration, CalibrationError, k_fold
+from fastmaf.metrics.evaluate import conformal_threshold
 
 ALPHAS = [0.01, 0.05, 0.07, 0.1, 0.13, 0.29, 1 / 3, 0.5, 0.9]
 

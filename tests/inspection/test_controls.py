@@ -10,7 +10,7 @@ from scipy.stats import norm
 from sklearn.decomposition import PCA
 from torch import Tensor
 
-from fastmaf.capsule.data import to_unit
+from fastmaf.images.dataset import to_unit
 from fastmaf.inspection.calibration import k_fold
 from fastmaf.inspection.controls import Control, PCAResidual, PixelGaussian, PNGSize, controls
 

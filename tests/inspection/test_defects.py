@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastmaf.capsule.data import load_train
 from fastmaf.capsule.synthetic import draw_dataset
+from fastmaf.images.dataset import load_train
 from fastmaf.inspection.brushes import BRUSHES
 from fastmaf.inspection.canvas import Canvas
 from fastmaf.inspection.defects import KINDS, draw_defects

@@ -19,7 +19,7 @@ from PIL import Image
 from torch import Tensor
 
 import fastmaf
-from fastmaf.capsule.data import DataError, load_image, to_unit
+from fastmaf.images.dataset import DataError, load_image, to_unit
 from fastmaf.inspection import export, onnx_resize
 from fastmaf.inspection.calibration import Calibration
 from fastmaf.inspection.export import ExportError, export_onnx

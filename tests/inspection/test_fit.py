@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import fastmaf
-from fastmaf.capsule.data import load_test, load_train, to_unit
+from fastmaf.images.dataset import load_test, load_train, to_unit
 from fastmaf.inspection import workflow
 from fastmaf.inspection.choose import choose, explain
 from fastmaf.inspection.choose_location import choose_location, explain_location

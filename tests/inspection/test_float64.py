@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 import fastmaf
-from fastmaf.capsule.data import to_unit
+from fastmaf.images.dataset import to_unit
 from fastmaf.inspection.blocks import fit_blocks
 from fastmaf.inspection.calibration import Calibration
 from fastmaf.inspection.copies import fit_whitening

@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from fastmaf.capsule.data import DataError
+from fastmaf.images.dataset import DataError
 from fastmaf.inspection.heatmaps import (
     SCALE,
     mask_outline,

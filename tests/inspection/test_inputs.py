@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from fastmaf.capsule.data import DataError, Frame
+from fastmaf.images.dataset import DataError, Frame
 from fastmaf.inspection.inputs import Unreadable, expand, read_each
-from tests.capsule.pictures import picture
+from tests.images.pictures import picture
 
 
 def names(root: Path, *arguments: str | Path, recursive: bool = True) -> list[str]:

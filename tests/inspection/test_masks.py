@@ -9,10 +9,10 @@ import pytest
 import torch
 from PIL import Image
 
-from fastmaf.capsule.data import DataError, ImageSet, load_test
 from fastmaf.capsule.synthetic import draw_dataset
+from fastmaf.images.dataset import DataError, ImageSet, load_test
 from fastmaf.inspection.masks import load_masks
-from tests.capsule.pictures import picture
+from tests.images.pictures import picture
 
 DEFECT = np.array([[0, 1, 0, 0, 0], [0, 1, 1, 0, 0], [0, 0, 0, 0, 1]], dtype=bool)  # [3, 5]: not square
 

@@ -12,7 +12,6 @@ import torch
 from scipy.ndimage import label
 from sklearn.metrics import roc_auc_score
 
-from fastmaf.capsule.results import EvaluationError
 from fastmaf.inspection.metrics import (
     au_pro,
     auroc,
@@ -24,6 +23,7 @@ from fastmaf.inspection.metrics import (
     pixel_auroc_interval,
     resize_map,
 )
+from fastmaf.metrics.results import EvaluationError
 
 Masks = list[np.ndarray | None]
 

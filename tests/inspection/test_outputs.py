@@ -15,16 +15,16 @@ import pytest
 from PIL import Image
 
 import fastmaf
-from fastmaf.capsule.data import DataError, load_train
-from fastmaf.capsule.marks import MAP, OVERLAY, role_of
-from fastmaf.capsule.names import from_cell
-from fastmaf.capsule.outputs import OutputError
+from fastmaf.images.dataset import DataError, load_train
+from fastmaf.images.names import from_cell
 from fastmaf.inspection.evaluation import evaluate
 from fastmaf.inspection.inputs import expand
 from fastmaf.inspection.members import replace_members
 from fastmaf.inspection.model import load_inspection
 from fastmaf.inspection.scoring import score
 from fastmaf.inspection.workflow import calibrate, export, train
+from fastmaf.io.marks import MAP, OVERLAY, role_of
+from fastmaf.io.outputs import OutputError
 from tests.inspection.tiny import TINY, silent
 
 

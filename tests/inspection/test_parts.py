@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 import fastmaf
-from fastmaf.capsule.data import to_unit
+from fastmaf.images.dataset import to_unit
 from fastmaf.inspection import blocks as blocks_module
 from fastmaf.inspection.detector import Detector
 from fastmaf.inspection.fit import fit

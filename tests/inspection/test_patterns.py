@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from fastmaf.capsule.data import DataError
+from fastmaf.images.dataset import DataError
 from fastmaf.inspection.inputs import expand
-from tests.capsule.pictures import picture
+from tests.images.pictures import picture
 
 
 def names(root: Path, pattern: Path) -> list[str]:

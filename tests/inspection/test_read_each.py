@@ -9,10 +9,10 @@ import pytest
 import torch
 from PIL import Image
 
-from fastmaf.capsule import decoding
-from fastmaf.capsule.data import DataError, Frame, load_image
+from fastmaf.images import decode as decoding
+from fastmaf.images.dataset import DataError, Frame, load_image
 from fastmaf.inspection.inputs import Unreadable, expand, read_each
-from tests.capsule.pictures import picture
+from tests.images.pictures import picture
 
 
 def test_damaged_files_are_named_and_do_not_stop_the_others(tmp_path: Path) -> None:

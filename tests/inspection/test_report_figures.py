@@ -14,13 +14,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from fastmaf.capsule.evaluate import evaluate_scores
 from fastmaf.inspection.report import Absent, Outcome, Threshold, TrainingPoint
 from fastmaf.inspection.report import figures as drawn
 from fastmaf.inspection.report.figures import Drawing, roc, score_histogram, training_curve
 from fastmaf.inspection.report.findings import verdicts
 from fastmaf.inspection.report.pictures import WIDEST, data_uri
 from fastmaf.inspection.report.svg import COLOURS
+from fastmaf.metrics.evaluate import evaluate_scores
 
 CSS = (Path(drawn.__file__).parent / "report.css").read_text("utf-8")
 RNG = np.random.default_rng(2)

@@ -18,17 +18,17 @@ import pytest
 from PIL import Image
 from typer.testing import CliRunner
 
-from fastmaf.capsule.checkpoints import MODEL_FILE, STATE_FILE
 from fastmaf.capsule.config import TrainConfig
-from fastmaf.capsule.data import DataError
-from fastmaf.capsule.room import DoesNotFitError
+from fastmaf.capsule.memory_check import DoesNotFitError
 from fastmaf.cli import app
+from fastmaf.images.dataset import DataError
 from fastmaf.inspection import reporting, workflow
 from fastmaf.inspection.members import FOLDS_FOLDER, load_members
 from fastmaf.inspection.model import load_inspection
 from fastmaf.inspection.recipe import Recipe
 from fastmaf.inspection.workflow import REPORT_FILE, calibrate, choose, recalibrate, train
 from fastmaf.io.locks import InUseError, run_lock
+from fastmaf.training.checkpoints import MODEL_FILE, STATE_FILE
 from tests.faults import hidden
 from tests.inspection.faulty_runs import FILES, PREVIOUS
 from tests.inspection.tiny import A_REPORT, TINY, silent

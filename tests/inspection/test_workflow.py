@@ -15,8 +15,8 @@ from PIL import Image
 from typer.testing import CliRunner
 
 import fastmaf
-from fastmaf.capsule.data import DataError
 from fastmaf.cli import app
+from fastmaf.images.dataset import DataError
 from fastmaf.inspection.evaluation import evaluate
 from fastmaf.inspection.fit import Fitted
 from fastmaf.inspection.model import is_inspection_model, load_inspection

@@ -15,7 +15,6 @@ import numpy as np
 import torch
 
 import fastmaf
-from fastmaf.capsule.checkpoints import MODEL_FILE, STATE_FILE, load_state, moments_by_parameter, save_state
 from fastmaf.capsule.models import load_model, nll_of
 from fastmaf.inspection.calibration import Calibration
 from fastmaf.inspection.detector import Detector
@@ -23,6 +22,7 @@ from fastmaf.inspection.location import Location
 from fastmaf.inspection.members import load_members, save_members
 from fastmaf.inspection.model import InspectionModel, load_inspection
 from fastmaf.inspection.scores import ScoreSettings, TermStatistics
+from fastmaf.training.checkpoints import MODEL_FILE, STATE_FILE, load_state, moments_by_parameter, save_state
 from tests.core.helpers import build, generator, normal
 
 SIZE = 4  # of images
@@ -149,7 +149,7 @@ def use(kind: str, folder: Path, content: bytes) -> None:
 
 
 def _images(pixels: torch.Tensor) -> Any:
-    from fastmaf.capsule.data import ImageSet
+    from fastmaf.images.dataset import ImageSet
 
     return ImageSet(pixels, (Path("a"), Path("b")), ("", ""))
 

@@ -16,8 +16,7 @@ import torch
 from safetensors import SafetensorError
 
 import fastmaf
-from fastmaf import checkpoint
-from fastmaf.io import atomic, locks
+from fastmaf.io import atomic, checkpoint, locks
 from fastmaf.io.atomic import keep_previous, staging, sweep, written_atomically
 from tests.faults import hidden
 

@@ -13,11 +13,11 @@ import pytest
 import torch
 
 import fastmaf
-from fastmaf.capsule.checkpoints import load_state, moments_by_parameter
 from fastmaf.capsule.models import load_model
 from fastmaf.inspection.detector import Detector
 from fastmaf.inspection.members import load_members
 from fastmaf.inspection.model import load_inspection
+from fastmaf.training.checkpoints import load_state, moments_by_parameter
 from fastmaf.transforms import TRANSFORMS
 from tests.core.helpers import normal
 from tests.io.model_files import RAW, D, Parts, flows, set_at, use, write_all

@@ -16,7 +16,7 @@ from fastmaf.kernels.adam import adam_step_
 from fastmaf.kernels.backends import implementation
 from fastmaf.kernels.block import chain
 from fastmaf.kernels.factors import AdamNumbers, Factors, Update
-from fastmaf.optim import FusedAdam
+from fastmaf.training.fused_adam import FusedAdam
 from tests.core.helpers import blocks_of, build, correlated, layers_of, normal, padding_of
 from tests.kernels.cases import OPS, TRITON_MARKS, make, permutations_of, poisoned, set_launch
 from tests.tolerances import F32, F64, assert_close, error

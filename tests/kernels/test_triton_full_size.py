@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 import fastmaf
-from fastmaf.optim import FusedAdam
+from fastmaf.training.fused_adam import FusedAdam
 from tests.core.helpers import build, layers_of, normal, padding_of
 from tests.kernels.cases import NO_TRITON
 from tests.tolerances import F32, F64, assert_close, error

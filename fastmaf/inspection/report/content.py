@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from fastmaf.capsule.results import checked_scores
+from fastmaf.metrics.results import checked_scores
 
 
 @dataclass(frozen=True)

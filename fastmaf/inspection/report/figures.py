@@ -1,7 +1,7 @@
 """The figures of the page: training curve, histogram of anomaly scores, ROC. Drawn small, so that a phone shows them.
 
 The colours, and the guards that keep one blown-up score from flattening all others, are those of
-`fastmaf.capsule.plots`.
+`fastmaf.metrics.plots`.
 """
 
 from __future__ import annotations
@@ -14,8 +14,12 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-from fastmaf.capsule.names import visible
-from fastmaf.capsule.plots import (
+from fastmaf.images.names import visible
+from fastmaf.inspection.report.content import Outcome, Threshold, TrainingPoint
+from fastmaf.inspection.report.findings import Verdicts
+from fastmaf.inspection.report.svg import INK, SHADE, drawing, inline_svg
+from fastmaf.inspection.report.text import images, number, score_digits
+from fastmaf.metrics.plots import (
     BLUE,
     GREEN,
     GREY,
@@ -26,11 +30,7 @@ from fastmaf.capsule.plots import (
     hist_limits,
     tick_text,
 )
-from fastmaf.capsule.results import NORMAL, Evaluation
-from fastmaf.inspection.report.content import Outcome, Threshold, TrainingPoint
-from fastmaf.inspection.report.findings import Verdicts
-from fastmaf.inspection.report.svg import INK, SHADE, drawing, inline_svg
-from fastmaf.inspection.report.text import images, number, score_digits
+from fastmaf.metrics.results import NORMAL, Evaluation
 
 _BINS = 32
 

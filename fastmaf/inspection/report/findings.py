@@ -8,10 +8,10 @@ from typing import NamedTuple
 
 import numpy as np
 
-from fastmaf.capsule.evaluate import evaluate_scores
-from fastmaf.capsule.results import NORMAL, Evaluation
 from fastmaf.inspection.report.content import Absent, Outcome, Report, ScoreRow, Threshold
 from fastmaf.inspection.report.text import images, interval, number, percent
+from fastmaf.metrics.evaluate import evaluate_scores
+from fastmaf.metrics.results import NORMAL, Evaluation
 
 
 class Cases(NamedTuple):

@@ -9,11 +9,11 @@ from typing import Any
 import numpy as np
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from fastmaf.capsule.results import NORMAL
 from fastmaf.inspection.report import figures, findings, text
 from fastmaf.inspection.report.content import Absent, Exhibit, Report
 from fastmaf.inspection.report.pictures import data_uri
 from fastmaf.io.atomic import written_atomically
+from fastmaf.metrics.results import NORMAL
 
 _SAMPLE_WIDTH = 128
 _SECTIONS = (

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from fastmaf.capsule.names import visible
+from fastmaf.images.names import visible
 
 
 def finalize(value: Any) -> Any:

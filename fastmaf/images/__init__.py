@@ -1,0 +1,1 @@
+"""Images: finding, decoding and resizing image files, and writing pictures."""

@@ -1,0 +1,187 @@
+"""Which folders of a data set are read, and what to say about one that is not as expected.
+
+A set is laid out as ``root/train/good``, ``root/test/<class>``, ``root/ground_truth/<class>``. For training, a folder
+that holds nothing but normal images will do: directly, or in a folder ``good``.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+
+from fastmaf.images.decode import DataError
+from fastmaf.images.listing import (
+    contents,
+    count,
+    files_in,
+    folders_in,
+    images_below,
+    images_in,
+    is_image,
+    is_unread_image,
+    kind_for_people,
+    left_aside,
+    nearest,
+    walk,
+)
+
+TRAIN, TEST = "train/good", "test"
+
+_EXPECTED = """expected:
+  <folder>/train/good/*.png          normal images to train on
+  <folder>/test/good/*.png           normal images to test on
+  <folder>/test/<defect class>/*.png defective images to test on
+  <folder>/ground_truth/<defect class>/*.png  masks (optional)"""
+
+_EXPECTED_TO_TRAIN = """
+or, to train, a folder with no other images than normal ones:
+  <folder>/*.png or <folder>/good/*.png"""
+
+
+def find_test(root: Path) -> Path:
+    """The folder ``root/test``.
+
+    Raises:
+        DataError: It is missing; says what is there instead and proposes the likely path.
+    """
+    if (root / TEST).is_dir():
+        return root / TEST
+    raise _missing(root, TEST)
+
+
+def find_normals(root: Path) -> tuple[Path, list[str]]:
+    """(the folder with the normal images to train on, notes); errors as ``find_test``.
+
+    That is ``root/train/good``; where there is no ``root/train``, ``root/good`` or ``root`` itself, if no other folder
+    but ``test`` and ``ground_truth`` holds images, and if they are no other part of a set than its ``train/good``.
+    """
+    if (root / TRAIN).is_dir():
+        return root / TRAIN, []
+    folder = _alone(root)
+    if folder is None:
+        raise _missing(root, TRAIN)
+    loose = len(images_in(root)[0])
+    directly = f"{count(loose, 'image')} directly in {os.path.basename(os.path.abspath(root))}/"
+    if folder == root:
+        written = [file for below in _others(root, root) for file in images_in(below)[1] if is_image(file)]
+        return root, [f"no folder {TRAIN}: {directly} taken for normal ones", *left_aside(written)]
+    left = [f"{directly} left aside: not in good/"] * (loose > 0)
+    return folder, [f"no folder {TRAIN}: the images in good/ taken for the normal ones", *left]
+
+
+def has_normals(root: Path) -> bool:
+    """Whether ``find_normals`` finds a folder."""
+    return (root / TRAIN).is_dir() or _alone(root) is not None
+
+
+def no_image_in(folder: Path, root: Path) -> DataError:
+    """The error about a folder for training that holds no image."""
+    return DataError(f"no image in {folder}: {contents(files_in(folder))}\n{expected(TRAIN)}\n{tree(root)}")
+
+
+def expected(wanted: str) -> str:
+    """The layouts that are read, for an error message."""
+    return _EXPECTED + _EXPECTED_TO_TRAIN * (wanted == TRAIN)
+
+
+def _alone(root: Path) -> Path | None:
+    """The folder of normal images in a root that has no ``train`` and no images of another kind, or None."""
+    if (root / "train").is_dir():
+        return None
+    folder = root / "good" if images_below(root / "good")[0] else root
+    if not _images_of(folder, root):
+        return None
+    above = _set_above(root, TRAIN)
+    if above is not None and folder.resolve() != (above / TRAIN).resolve():
+        return None  # such as the set's test images: never to be trained on by mistake
+    return None if any(images_in(below)[0] for below in _others(folder, root)) else folder
+
+
+def _others(folder: Path, root: Path) -> Iterator[Path]:
+    """The folders below a root, but for one of its own and the parts of a set that hold no images to train on."""
+    for child in folders_in(root):
+        if child != folder and child.name not in ("test", "ground_truth"):
+            yield from walk(child)
+
+
+def _is_telling(file: Path) -> bool:
+    """Whether a file that is left aside looks like an image, so that its user may wonder why."""
+    return is_image(file) or is_unread_image(file)
+
+
+def _images_of(folder: Path, root: Path) -> list[Path]:
+    return (images_in(folder) if folder == root else images_below(folder))[0]
+
+
+def _missing(root: Path, wanted: str) -> DataError:
+    if root.is_dir():
+        aside = images_in(root)[1]
+        what = f"no folder {wanted} in {root}" + f": {contents(aside)}" * any(map(_is_telling, aside))
+    elif root.exists():
+        what = f"{root} is a file, expected a folder: unpack an archive first"
+    else:
+        what = f"no such folder: {root}"
+    hints = "".join(f"\ndid you mean {path}{why}?" for path, why in _proposals(root, wanted))
+    return DataError(f"{what}{hints}\n{expected(wanted)}\n{tree(root)}")
+
+
+def _proposals(root: Path, wanted: str) -> list[tuple[Path, str]]:
+    """(path, why) of the folders that were probably meant, the surest kind only."""
+    above = _set_above(root, wanted)
+    if above is not None:
+        return [(above, f" (the folder above: it holds {wanted})")]
+    children = folders_in(root)
+    below = [f for f in [*children, *(g for f in children for g in folders_in(f))] if (f / wanted).is_dir()]
+    if below:
+        return [(path, f" (it holds {wanted})") for path in below[:3]]
+    if not root.is_dir():
+        return [(path, "") for path in nearest(root.name, folders_in(root.parent))]
+    at = root
+    for part in wanted.split("/"):
+        if not (at / part).is_dir():
+            near = [(path, f" (expected the name {part})") for path in nearest(part, folders_in(at))]
+            loose = len(images_in(at)[0])
+            to_move = [(at / part, f" as the place of the {count(loose, 'image')} in {at.name}/")] * (loose > 0)
+            return near or [*to_move, *(_classes(at) if wanted == TRAIN else [])]
+        at = at / part
+    return []
+
+
+def _classes(folder: Path) -> list[tuple[Path, str]]:
+    """(path, why) of the folders in this one that could be trained on: ``good`` if there, else up to three."""
+    counted = [(child, len(images_below(child)[0])) for child in folders_in(folder) if child.name != "ground_truth"]
+    holding = [(child, f" ({count(n, 'image')}, if all are normal)") for child, n in counted if n]
+    return [(child, why) for child, why in holding if child.name == "good"] or holding[:3]
+
+
+def _set_above(root: Path, wanted: str) -> Path | None:
+    """The root of the set in one of whose parts this folder lies, if it is one that holds ``wanted``."""
+    whole = root.resolve()
+    for above in list(whole.parents)[:3]:
+        inside = whole.relative_to(above).parts[0] in ("train", "test", "ground_truth")
+        if inside and (above / wanted).is_dir():
+            return above
+    return None
+
+
+def tree(root: Path, limit: int = 24) -> str:
+    """What is there, two levels deep, with the number of images directly in each folder, and below the deepest."""
+    if not root.is_dir():
+        return f"found: nothing at {root}" if not root.exists() else f"found: the file {root}"
+    folders = [root, *(f for child in folders_in(root) for f in (child, *folders_in(child)))]
+    names = [f"{root}", *(f"{folder.relative_to(root).as_posix()}/" for folder in folders[1:])]
+    lines = [f"  {name}  {_counted(folder, root)}" for name, folder in zip(names, folders, strict=True)]
+    if len(lines) > limit:
+        lines[limit:] = [f"  ... and {len(lines) - limit} more folders"]
+    return "\n".join(["found:", *lines])
+
+
+def _counted(folder: Path, root: Path) -> str:
+    images, aside = images_in(folder)
+    others = Counter(kind_for_people(file) for file in aside if _is_telling(file))
+    text = count(len(images), "image")
+    if folder.parent.parent == root and (n := len(images_below(folder)[0]) - len(images)):
+        text += f", {n} in folders below"
+    return text + "".join(f", {n} x {kind} (not read)" for kind, n in sorted(others.items()))

@@ -1,0 +1,206 @@
+"""Decoding one image file as it is: which decoders are tried, what is refused, and which way up it is.
+
+No global setting of Pillow's is changed, nor relied on: whatever ``ImageFile.LOAD_TRUNCATED_IMAGES`` is, in whichever
+thread, half an image does not pass for a whole one.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from PIL import Image, ImageFile, UnidentifiedImageError
+
+from fastmaf.images import jpeg_scans, png_rows
+from fastmaf.io.regular import NotRegularError, open_regular
+
+FORMATS = ("PNG", "JPEG", "BMP", "TIFF")
+"""The only decoders Pillow may try: fewer parsers for a hostile or mislabelled file to reach."""
+
+MAX_PIXELS = 64_000_000
+"""Largest width x height that is decoded; Pillow's own bomb warning starts at 89,478,485."""
+
+_ORIENTATION = 0x0112
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+_START = 26  # bytes, up to the bit depth in the header of a PNG
+_KNOWN = (  # (where, bytes there, name): formats that are not read, to be named
+    (0, b"GIF8", "GIF"),
+    (8, b"WEBP", "WebP"),
+    (4, b"ftypavif", "AVIF"),
+    (4, b"ftyp", "HEIF or a video"),
+    (4, b"jP  ", "JPEG 2000"),
+    (0, b"\xff\x0a", "JPEG XL"),
+    (4, b"JXL ", "JPEG XL"),
+    (0, b"8BPS", "Photoshop"),
+    (0, b"%PDF", "PDF"),
+    (0, b"PK\x03\x04", "a ZIP archive"),
+    (0, b"\x89PNG", "a damaged PNG"),
+    (0, b"\xff\xd8\xff", "a damaged JPEG"),
+    (0, b"II*\0", "a damaged TIFF, or one of a kind that is not read"),
+    (0, b"MM\0*", "a damaged TIFF, or one of a kind that is not read"),
+    (0, b"BM", "a damaged BMP"),
+)
+
+
+class DataError(ValueError):
+    """A data folder or an image file that cannot be used; the message names it and what was expected and found."""
+
+
+class _CutShortError(OSError):
+    """Image data that end before the last pixel."""
+
+
+def decode(path: Path) -> tuple[Image.Image, int, Image.Transpose | None, list[str]]:
+    """Returns the first image of a file.
+
+    Args:
+        path: the file; a leading ~ is taken as it is.
+
+    Returns:
+        The image as stored, in Pillow's mode for it; the bits of one value in the file; how it is to be turned; and
+        kinds of note.
+
+    Raises:
+        DataError: as ``load_frame``, but for values of unknown range.
+    """
+    start = b""
+    try:
+        with open_regular(path) as stream:
+            start = stream.read(_START)
+            stream.seek(0)
+            return _decode(stream, start, path)
+    except DataError:
+        raise
+    except NotRegularError as error:
+        raise DataError(str(error)) from None
+    except UnidentifiedImageError:
+        found = next((name for at, magic, name in _KNOWN if start[at:].startswith(magic)), "none of these")
+        raise DataError(
+            f"{path}: no image that can be read, or one cut short; expected {', '.join(FORMATS)}, "
+            f"found {found if start else 'an empty file'}"
+        ) from None
+    except Exception as error:  # a damaged file makes Pillow raise almost anything, from SyntaxError to struct.error
+        raise DataError(f"{path}: cannot be read ({type(error).__name__}: {error})") from error
+
+
+def _decode(stream: BinaryIO, start: bytes, path: Path) -> tuple[Image.Image, int, Image.Transpose | None, list[str]]:
+    kinds: list[str] = []
+    image = Image.open(stream, formats=FORMATS)
+    width, height = image.size
+    if width * height > MAX_PIXELS:
+        raise DataError(f"{path}: {width} x {height} = {width * height:,} pixels; at most {MAX_PIXELS:,} are decoded")
+    if getattr(image, "is_animated", False):  # n_frames would walk through all pages of a TIFF
+        kinds.append("frames")
+    # Pillow turns a TIFF while it loads it and drops the tag; of a PNG, the EXIF data may lie behind the pixels.
+    turn = _turn(image, kinds) if image.format == "TIFF" else None
+    _load(image, stream)
+    turn = _turn(image, kinds) if image.format != "TIFF" else turn
+    if turn is not None:
+        kinds.append("exif")
+    return image, _bits(image, start), turn if image.format != "TIFF" else None, kinds
+
+
+def _turn(image: ImageFile.ImageFile, kinds: list[str]) -> Image.Transpose | None:
+    """Returns how to turn an image for its EXIF orientation; damaged EXIF data are noted and give none."""
+    try:
+        if isinstance(data := image.info.get("exif"), bytes):
+            Image.Exif().load(data)  # of a JPEG, Pillow has met the damage before, and is silent the second time
+        orientation = image.getexif().get(_ORIENTATION, 1)
+    except Exception:  # whatever Pillow makes of damaged tags
+        kinds.append("bad_exif")
+        return None
+    return _TURNS.get(orientation) if isinstance(orientation, int) else None
+
+
+def _load(image: ImageFile.ImageFile, stream: BinaryIO) -> None:
+    """Decodes all pixels, or raises."""
+    if image.format not in ("JPEG", "MPO"):
+        _make_strict(image)
+        image.load()
+        if image.format == "PNG" and png_rows.are_missing(stream, image):
+            raise _CutShortError("the image data end before the last row")
+        return
+    position, scans = stream.tell(), jpeg_scans.read_scans(stream)
+    # Before the image itself, so that not both are in memory at once.
+    progressive = scans.is_checkable and not scans.is_sequential and not scans.lack_coefficients
+    with_more = jpeg_scans.digest_with_more(stream, scans) if progressive else 0
+    stream.seek(position)
+    _make_strict(image)
+    # Pillow's own reader may write the end marker that a file lacks.
+    image.load_read = stream.read  # type: ignore[attr-defined]
+    image.load()
+    cut = scans.is_checkable and (
+        scans.lack_coefficients
+        or (progressive and jpeg_scans.digest(image) != with_more)
+        or (scans.is_sequential and jpeg_scans.is_cut_short(stream, scans, image))
+    )
+    if cut:
+        raise _CutShortError("the image data end before the last pixels")
+
+
+def _make_strict(image: ImageFile.ImageFile) -> None:
+    """Makes the decoders of an image raise wherever Pillow can be told to pass over errors.
+
+    Compressed TIFFs are left alone: there Pillow always raises.
+    """
+    if getattr(image, "use_load_libtiff", False):
+        return
+    tiles = []
+    for tile in image.tile:
+        codec, extents, offset, args = tile
+        wrapped = (codec, *(args if isinstance(args, tuple) else () if args is None else (args,)))
+        new: Any = (_STRICT, extents, offset, wrapped)
+        tiles.append(type(tile)(*new) if hasattr(tile, "_fields") else new)
+    image.tile = tiles
+
+
+class _StrictDecoder:
+    """One of Pillow's decoders, with errors and data that end too soon raised whatever the settings are."""
+
+    def __init__(self, mode: str, codec: str, *args: Any) -> None:
+        self._decoder = Image._getdecoder(mode, codec, args, ())
+        self._ended = False
+
+    @property
+    def pulls_fd(self) -> bool:
+        return bool(self._decoder.pulls_fd)
+
+    def setimage(self, image: Any, extents: Any = None) -> None:
+        self._decoder.setimage(image, extents)
+
+    def setfd(self, file: Any) -> None:
+        self._decoder.setfd(file)
+
+    def decode(self, data: bytes) -> tuple[int, int]:
+        consumed, error = self._decoder.decode(data)
+        if error < 0:
+            self._ended = True
+            raise OSError(f"decoder error {error}: the image data are damaged")
+        self._ended = self._ended or consumed < 0 or self.pulls_fd
+        return consumed, error
+
+    def cleanup(self) -> None:
+        self._decoder.cleanup()
+        if not self._ended:
+            raise _CutShortError("the image data end before the last pixel")
+
+
+_STRICT = "fastmaf_strict"
+Image.register_decoder(_STRICT, _StrictDecoder)  # type: ignore[arg-type]
+
+
+def _bits(image: ImageFile.ImageFile, start: bytes) -> int:
+    """Bits of one value in the file, which Pillow's mode does not tell."""
+    if image.format == "PNG":
+        return start[24]  # IHDR: after the signature (8), length and name (8), width and height (8)
+    tags = getattr(image, "tag_v2", None)
+    found = tags.get(258, 8) if tags is not None else 8
+    return int(max(found) if isinstance(found, tuple) else found)

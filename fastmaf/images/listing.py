@@ -1,0 +1,159 @@
+"""Which files in a folder are images, and what is said of all others."""
+
+from __future__ import annotations
+
+import difflib
+import os
+from collections import Counter
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from pathlib import Path
+
+from fastmaf.io.marks import is_output
+from fastmaf.io.regular import is_regular, kind_of
+
+SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff")
+"""Files with these suffixes, in any case, are taken for images; all others and hidden ones are left aside."""
+
+_NOT_READ = (
+    ".avif",
+    ".dng",
+    ".gif",
+    ".heic",
+    ".heif",
+    ".jfif",
+    ".jp2",
+    ".jxl",
+    ".pgm",
+    ".ppm",
+    ".raw",
+    ".tga",
+    ".webp",
+)
+_SYSTEM = ("__macosx", "@eadir")  # folders of thumbnails and attributes that macOS and Synology leave
+
+
+def count(n: int, noun: str) -> str:
+    """Number and noun, in the plural but for one: "3 images"."""
+    return f"{n} {noun}{'' if n == 1 else 's'}"
+
+
+def nearest(name: str, among: Iterable[Path]) -> list[Path]:
+    """Up to three of these paths whose last part is spelt much like ``name``, the nearest first."""
+    by_name = {path.name.lower(): path for path in among}
+    return [by_name[close] for close in difflib.get_close_matches(name.lower(), list(by_name), n=3, cutoff=0.7)]
+
+
+def entries(folder: Path) -> list[Path]:
+    """All that is in a folder, by name."""
+    try:
+        return sorted(folder.iterdir())
+    except OSError:  # missing or not readable: shown as holding nothing
+        return []
+
+
+def folders_in(folder: Path) -> list[Path]:
+    """The folders in a folder, by name, but for hidden ones and those that systems keep for themselves."""
+    return [entry for entry in entries(folder) if not _is_hidden(entry) and os.path.isdir(entry)]
+
+
+def _is_hidden(folder: Path) -> bool:
+    return folder.name.startswith(".") or folder.name.lower() in _SYSTEM
+
+
+def files_in(folder: Path) -> list[Path]:
+    """Whatever is no folder in a folder, by name."""
+    return [entry for entry in entries(folder) if not os.path.isdir(entry)]
+
+
+def is_image(path: Path) -> bool:
+    """Whether the name is that of an image; hidden ones are none, such as the ._x.png that macOS leaves."""
+    return path.suffix.lower() in SUFFIXES and not path.name.startswith(".")
+
+
+def images_in(folder: Path) -> tuple[list[Path], list[Path]]:
+    """(image files by name, files left aside).
+
+    Left aside are also pictures that fastmaf wrote as results, and what has an image's name and is no regular file.
+    """
+    images: list[Path] = []
+    aside: list[Path] = []
+    for file in files_in(folder):
+        (images if is_image(file) and is_regular(file) and not is_output(file) else aside).append(file)
+    return images, aside
+
+
+def images_below(folder: Path) -> tuple[list[Path], list[Path], list[Path]]:
+    """(image files in a folder and all below it, files left aside, folders that cannot be opened), each sorted."""
+    images: list[Path] = []
+    aside: list[Path] = []
+    folders = list(walk(folder))
+    for below in folders:
+        found, others = images_in(below)
+        images += found
+        aside += others
+    return sorted(images), sorted(aside), closed_of(folders)
+
+
+def closed_of(folders: Iterable[Path]) -> list[Path]:
+    """Those of some folders that are there and cannot be opened."""
+    return [folder for folder in folders if os.path.isdir(folder) and not os.access(folder, os.R_OK | os.X_OK)]
+
+
+def walk(folder: Path) -> Iterator[Path]:
+    """The folder and all below it, but for hidden ones, each once: links among them lead into no loop."""
+    seen: set[str] = set()
+    waiting = [folder]
+    while waiting:
+        at = waiting.pop()
+        real = os.path.realpath(at)
+        if real not in seen:
+            seen.add(real)
+            yield at
+            waiting += reversed(folders_in(at))
+
+
+def contents(files: Iterable[Path]) -> str:
+    """What kinds of file these are, for an error message."""
+    suffixes = Counter(kind_for_people(file) for file in files)
+    if not suffixes:
+        return "it is empty"
+    listed = ", ".join(f"{n} x {suffix}" for suffix, n in suffixes.most_common(5))
+    return f"found {listed}; read are {' '.join(SUFFIXES)}"
+
+
+def kind_for_people(file: Path) -> str:
+    """What kind of file this is: its suffix, unless its name is that of an image and it cannot be one."""
+    if is_image(file):
+        if not is_regular(file):
+            return kind_of(file)
+        return "a picture that fastmaf wrote" if is_output(file) else file.suffix.lower()
+    return file.name if file.name.startswith(".") else file.suffix.lower() or file.name
+
+
+def is_unread_image(file: Path) -> bool:
+    """Whether the name is that of an image in a format that is not read."""
+    return file.suffix.lower() in _NOT_READ and not file.name.startswith(".")
+
+
+def left_aside(files: Collection[Path], closed: Sequence[Path] = ()) -> list[str]:
+    """The notes on files that were taken for no images and on folders that cannot be opened, if there are any."""
+    odd = [file for file in files if is_image(file) and not is_regular(file)]
+    written = [file for file in files if is_image(file) and is_regular(file)]
+    others = Counter(file.suffix.lower() for file in files if is_unread_image(file))
+    notes = []
+    if odd:
+        first = f"{odd[0].name} is {kind_of(odd[0])}"
+        notes.append(f"{count(len(odd), 'path')} left aside: named as images, but no regular files ({first})")
+    if written:
+        where = Counter(f"{file.parent}" for file in written)
+        places = ", ".join(f"{n} in {folder}" for folder, n in sorted(where.items())[:3])
+        notes.append(
+            f"{count(len(written), 'picture')} that fastmaf wrote left aside: {places}" + ", ..." * (len(where) > 3)
+        )
+    for suffix, n in sorted(others.items()):
+        notes.append(f"{count(n, 'file')} left aside: {suffix} is not read; save as PNG what is to be read")
+    if rest := len(files) - len(odd) - len(written) - others.total():
+        notes.append(f"{count(rest, 'file')} left aside (hidden, or without an image's suffix)")
+    if closed:
+        notes.append(f"{count(len(closed), 'folder')} could not be opened: {', '.join(map(str, closed))}")
+    return notes

@@ -1,0 +1,122 @@
+"""Turning what a file holds into 8-bit grey or RGB, a strip at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from fastmaf.images.image_file import DataError
+from fastmaf.images.strips import strips
+
+_WHITE_IS_ZERO = 262  # the TIFF tag that says so with a 0: PhotometricInterpretation
+
+
+def to_8_bits(image: Image.Image, bits: int, path: Path, kinds: list[str]) -> Image.Image:
+    """Returns an image of mode L or RGB; what had to be done is added to ``kinds``.
+
+    Args:
+        image: As decoded, of whatever mode. It may be what is returned.
+        bits: Of one value in the file.
+        path: The file, for messages.
+        kinds: Kinds of note.
+
+    Raises:
+        DataError: The image is of a range whose white is unknown.
+    """
+    mode, transparent = image.mode, "transparency" in image.info
+    if mode in ("I", "F") or mode.startswith("I;16"):
+        return _scaled(image, bits, path, kinds)
+    if mode in ("RGB", "RGBA", "RGBX", "RGBa", "LA", "La", "CMYK") and bits > 8:
+        # Pillow holds no 16-bit colour: it keeps each value's high byte, which neither clips nor is more than one
+        # grey level from value / 257, and is exact where 8-bit values were widened (times 256 or 257).
+        kinds.append("colour16")
+        if mode in ("RGB", "LA", "RGBA"):
+            _note_dim(max(band * 256 for band in _largest_of(image)[: 1 if mode == "LA" else 3]), 65535, kinds)
+        if isinstance(key := image.info.get("transparency"), tuple):
+            image.info["transparency"] = tuple(value >> 8 for value in key)
+    if mode in ("P", "PA"):
+        kinds.append("palette")
+    if mode in ("LA", "La", "PA", "RGBA", "RGBa") or transparent:
+        kinds.append("alpha")
+        return _on_white(image)
+    if mode in ("1", "L"):
+        kinds.append("grey")
+        return image if mode == "L" else image.convert("L")
+    if mode == "CMYK":
+        kinds.append("cmyk")
+    elif mode not in ("RGB", "RGBX", "P"):
+        kinds.append("mode")
+    if mode == "RGB":
+        return image
+    result = Image.new("RGB", image.size)
+    for top, strip in strips(image):
+        result.paste(strip.convert("RGB"), (0, top))
+    return result
+
+
+def _on_white(image: Image.Image) -> Image.Image:
+    result = Image.new("RGB", image.size)
+    for top, strip in strips(image):
+        strip = strip.convert("RGBA")
+        white = Image.new("RGBA", strip.size, "white")
+        result.paste(Image.alpha_composite(white, strip).convert("RGB"), (0, top))
+    return result
+
+
+def _scaled(image: Image.Image, bits: int, path: Path, kinds: list[str]) -> Image.Image:
+    """Grey of more than 8 bits -> mode L, scaled: ``convert("RGB")`` would clip everything above 255 to white.
+
+    The white is that of the file's format, the same for all images of a set, never one image's largest value.
+    """
+    ranges = [(values.min(), values.max()) for _, values in _values(image)]
+    low, high = float(np.min([r[0] for r in ranges])), float(np.max([r[1] for r in ranges]))
+    if image.mode == "F":
+        kind, white = "float", 1.0
+    elif bits == 12:
+        kind, white = "grey12", 4095.0
+    else:
+        kind, white = "grey16" if bits == 16 else "int32", 65535.0
+    # Also refused: NaN, signed values, and 32-bit files that may as well hold 8-bit values.
+    if not (low >= 0.0 and high <= white) or (kind == "int32" and high <= 255):
+        found = f"{'floating-point' if kind == 'float' else f'{bits}-bit'} grey from {low:g} to {high:g}"
+        raise DataError(f"{path}: {found}, whose white is unknown: save it with 8 or 16 bits, unsigned")
+    kinds.append(kind)
+    if kind == "float":
+        kinds += ["dark16"] * (high <= 1 / 255)
+    else:
+        _note_dim(high, white, kinds)
+    tags = getattr(image, "tag_v2", None)
+    inverted = tags is not None and tags.get(_WHITE_IS_ZERO) == 0
+    clear = image.info.get("transparency")
+    if isinstance(clear, int):
+        kinds.append("alpha")
+    result = Image.new("L", image.size)
+    for top, values in _values(image):
+        scaled = values.astype(np.float64) * (255.0 / white)
+        grey = np.rint(255.0 - scaled if inverted else scaled).astype(np.uint8)
+        if isinstance(clear, int):
+            grey[values == clear] = 255
+        result.paste(Image.fromarray(grey), (0, top))
+    return result
+
+
+def _values(image: Image.Image) -> Iterator[tuple[int, np.ndarray]]:
+    return ((top, np.asarray(strip)) for top, strip in strips(image))
+
+
+def _largest_of(image: Image.Image) -> list[int]:
+    """The largest value of each band."""
+    extrema: Any = image.getextrema()
+    return [high for _, high in extrema]
+
+
+def _note_dim(high: float, white: float, kinds: list[str]) -> None:
+    """Notes a largest value that is likely to have been meant for another white than this one."""
+    if high <= 255:
+        kinds.append("dark16")
+    elif high <= 4095 < white:
+        kinds.append("dim16")

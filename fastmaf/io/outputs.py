@@ -1,0 +1,233 @@
+"""What a command is about to write, checked before its work begins: no file of the user's is ever replaced.
+
+A command lists every file that it will write as an ``Output`` and calls ``check_outputs``. An output may not be a file
+that the command reads, nor another of its outputs; what is there already may only be replaced if the same command wrote
+it, which its content shows, or if it is empty.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import TypeAlias
+
+import fastmaf
+from fastmaf.io.marks import role_of
+from fastmaf.metrics.results import SCORE_COLUMNS
+
+INSPECTION_SCORES = ("file", "label", "score", "p_value", "verdict", "nll")
+
+_Key: TypeAlias = tuple[object, ...]
+
+
+class OutputError(ValueError):
+    """A command would replace a file that is not its own, or write two things into one; nothing was written."""
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A kind of file that fastmaf writes.
+
+    Attributes:
+        name: in words, with its article.
+        is_own: whether a file is one that fastmaf wrote, by its content.
+    """
+
+    name: str
+    is_own: Callable[[Path], bool]
+
+
+@dataclass(frozen=True)
+class Output:
+    """A file that will be written, and of which kind."""
+
+    path: Path
+    kind: Kind
+
+
+def picture(role: str, name: str) -> Kind:
+    """Pictures of a role; see ``fastmaf.io.marks``."""
+    return Kind(name, lambda path: role_of(path) == role)
+
+
+def table(name: str, *headers: Sequence[str]) -> Kind:
+    """CSV files whose first line is one of these headers."""
+    lines = {",".join(header).encode() for header in headers}
+    return Kind(name, lambda path: _first_line(path) in lines)
+
+
+def json_file(name: str, *keys: Iterable[str]) -> Kind:
+    """JSON files that hold one object with all of these keys, or all of the next ones."""
+    wanted = [set(some) for some in keys]
+    return Kind(name, lambda path: any(some <= _keys(_content(path)) for some in wanted))
+
+
+def json_lines(name: str, keys: Iterable[str]) -> Kind:
+    """Files of JSON lines whose first object has exactly these keys."""
+    wanted = set(keys)
+    return Kind(name, lambda path: _keys(_first_line(path)) == wanted)
+
+
+def text_file(name: str, *signs: str) -> Kind:
+    """Text files with one of these signs in their first 4096 bytes."""
+    encoded = [sign.encode() for sign in signs]
+    return Kind(name, lambda path: any(sign in _content(path, 4096) for sign in encoded))
+
+
+def model(name: str, key: str = "fastmaf") -> Kind:
+    """Safetensors files with this key in their metadata."""
+    return Kind(name, lambda path: key in _metadata(path))
+
+
+def eval_scores() -> Kind:
+    """scores.csv of ``fastmaf eval``, of both recipes: they are written in one place."""
+    return table("the scores of an evaluation", SCORE_COLUMNS, INSPECTION_SCORES)
+
+
+def eval_metrics() -> Kind:
+    """metrics.json of ``fastmaf eval``, of both recipes."""
+    return json_file("the metrics of an evaluation", ("youden", "per_class"), ("threshold", "scores", "classes"))
+
+
+def report() -> Kind:
+    """report.html; those of versions without the generator's name are known by their title."""
+    return text_file("a report", '<meta name="generator" content="fastmaf ', "<title>Inspection report</title>")
+
+
+ONNX = Kind("an ONNX export", lambda path: b"\x12\x07fastmaf" in _content(path, 256))  # ModelProto.producer_name
+
+
+def check_outputs(outputs: Iterable[Output], inputs: Iterable[str | os.PathLike[str]] = ()) -> None:
+    """Refuses outputs that would replace what is not theirs to replace.
+
+    Args:
+        outputs: every file that will be written.
+        inputs: files that are read meanwhile.
+
+    Raises:
+        OutputError: an output is an input, another output or in the place of one, or would replace a file that this
+            command did not write.
+        OSError: a folder cannot be written to.
+    """
+    _identity.cache_clear()
+    _folds_case.cache_clear()
+    read = {_key(path) for path in inputs}
+    written: dict[_Key, Output] = {}
+    folders: dict[str, Path] = {}
+    for output in outputs:
+        key = _key(output.path)
+        if key in read:
+            raise OutputError(
+                f"{output.path}: {output.kind.name} would replace a file that is to be read: name another place for it"
+            )
+        if key in written:
+            other = written[key]
+            raise OutputError(
+                f"{output.path}: {output.kind.name} would replace {other.kind.name}, {other.path}, which this command "
+                "writes, too: name another place for one of them"
+            )
+        written[key] = output
+        _check_replaced(output)
+        folders.setdefault(os.path.dirname(os.path.realpath(output.path)), output.path.parent)
+    for folder, given in folders.items():
+        for above in (folder, *map(str, Path(folder).parents)):
+            if (file := written.get(_key(above))) is not None:
+                raise OutputError(f"{given}: expected a folder to write to, found the place of {file.kind.name}")
+        _check_folder(Path(folder))
+
+
+def _check_replaced(output: Output) -> None:
+    path = output.path
+    if os.path.isdir(path):
+        raise OutputError(f"{path} is a folder; expected a place for {output.kind.name}")
+    if not os.path.exists(path):
+        return
+    if not os.path.isfile(path):
+        raise OutputError(f"{path}: expected a place for {output.kind.name}, found a device, a pipe or a socket")
+    if os.path.getsize(path) and not output.kind.is_own(path):
+        raise OutputError(
+            f"{path} is there already, and is not {output.kind.name} that this command wrote: nothing was written. "
+            "Move it away, or name another place"
+        )
+
+
+def _check_folder(folder: Path) -> None:
+    """Refuses a folder that is none, or that cannot be made or written to."""
+    there = next(path for path in (folder, *folder.parents) if os.path.lexists(path))
+    if not os.path.isdir(there):
+        raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(there))
+    if not os.access(there, os.W_OK | os.X_OK):
+        code = errno.EROFS if _is_read_only(there) else errno.EACCES
+        raise OSError(code, os.strerror(code), str(there))
+
+
+def _is_read_only(folder: Path) -> bool:
+    if not hasattr(os, "statvfs"):
+        return False
+    return bool(os.statvfs(folder).f_flag & os.ST_RDONLY)
+
+
+def _key(path: str | os.PathLike[str]) -> _Key:
+    """What is equal for two paths that lead to one place, whether or not there is a file yet."""
+    whole = os.path.realpath(path)
+    folder, name = os.path.split(whole)
+    identity, folds = _identity(folder)
+    return (*identity, name.casefold() if folds else name)
+
+
+@cache
+def _identity(folder: str) -> tuple[_Key, bool]:
+    """(identity of a folder that may be still to be made, whether names in it differ by more than their case)."""
+    try:
+        status = os.stat(folder)
+        return (status.st_dev, status.st_ino), _folds_case(folder)
+    except OSError:
+        above, name = os.path.split(folder)
+        if not name or above == folder:
+            return (folder,), False
+        identity, folds = _identity(above)
+        return (*identity, name.casefold() if folds else name), folds
+
+
+@cache
+def _folds_case(folder: str) -> bool:
+    """Whether the file system takes "A" and "a" for one name, as those of Windows and macOS do."""
+    for path in (Path(folder), *Path(folder).parents):
+        if path.name.swapcase() != path.name:
+            try:
+                return os.path.samefile(path, path.with_name(path.name.swapcase()))
+            except OSError:
+                return False
+    return False
+
+
+def _content(path: Path, size: int = -1) -> bytes:
+    try:
+        with open(path, "rb") as file:
+            return file.read(size)
+    except OSError:
+        return b""
+
+
+def _first_line(path: Path) -> bytes:
+    return _content(path, 65536).split(b"\n", 1)[0].rstrip(b"\r")
+
+
+def _keys(content: bytes) -> set[str]:
+    try:
+        found = json.loads(content)
+    except (ValueError, RecursionError):
+        return set()
+    return set(found) if isinstance(found, dict) else set()
+
+
+def _metadata(path: Path) -> dict[str, str]:
+    try:
+        return fastmaf.read_tensors(path, tensors=False)[1]
+    except (OSError, fastmaf.CheckpointError):
+        return {}

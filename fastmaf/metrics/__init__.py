@@ -1,0 +1,1 @@
+"""Metrics of detection: areas under curves, thresholds, and their uncertainty."""

@@ -1,0 +1,217 @@
+"""Judging image scores: AUROC, thresholds and what they cost, from NLLs alone.
+
+No model in here: numbers and class names in, an `Evaluation` out. A score is an image's NLL in nats, higher meaning
+more anomalous; the class "good" is normal and every other class a defect. Everything is ranked in float64: NLLs near
+-4e4 that pass through a sigmoid or float32 become ties.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from fractions import Fraction
+
+import numpy as np
+
+from fastmaf.metrics.auroc import auroc, auroc_interval
+from fastmaf.metrics.results import (
+    NORMAL,
+    ClassStats,
+    Evaluation,
+    EvaluationError,
+    Prf,
+    Roc,
+    ThresholdReport,
+    checked_scores,
+    format_table,
+    write_metrics,
+    write_scores,
+)
+
+__all__ = [
+    "NORMAL",
+    "ClassStats",
+    "Evaluation",
+    "EvaluationError",
+    "Prf",
+    "Roc",
+    "ThresholdReport",
+    "auroc",
+    "auroc_interval",
+    "conformal_threshold",
+    "evaluate_scores",
+    "format_table",
+    "write_metrics",
+    "write_scores",
+]
+
+_YOUDEN_HOW = "Youden's J on the test labels themselves: optimistic, chosen with the answers"
+
+
+def evaluate_scores(
+    nll: np.ndarray,
+    labels: Sequence[str],
+    *,
+    held_out_nll: np.ndarray | None = None,
+    false_alarm: float = 0.05,
+    bootstrap: int = 2000,
+    seed: int = 0,
+    features: int | None = None,
+) -> Evaluation:
+    """Evaluate the scores of a labelled test set.
+
+    Args:
+        nll: float64 [n], nats. +inf counts as more anomalous than any number; NaN and -inf are errors.
+        labels: n class names; "good" is normal, every other class a defect.
+        held_out_nll: float64 [m], the NLLs of normals that neither trained the model nor are in the test set. They
+            give a second threshold, by split conformal prediction, that no test label has touched.
+        false_alarm: the rate of false alarms (alpha) that the held-out threshold shall promise, in (0, 1).
+        bootstrap: resamples behind the AUROC's interval; 0 for no interval.
+        seed: of the bootstrap.
+        features: dimensions of an image, for bits/dim.
+
+    Raises:
+        EvaluationError: lengths differ, a score is NaN or -inf, there is no normal or no defect, or an option is out of
+            range.
+    """
+    scores = checked_scores(nll, "test", labels)
+    if not 0 < false_alarm < 1:
+        raise EvaluationError(f"false_alarm must lie strictly between 0 and 1, found {false_alarm!r}")
+    if bootstrap < 0:
+        raise EvaluationError(f"bootstrap must be 0 (no interval) or a number of resamples, found {bootstrap!r}")
+    if features is not None and features < 1:
+        raise EvaluationError(f"features must be the number of dimensions of an image, found {features!r}")
+    classes = np.asarray([str(label) for label in labels])
+    found = Counter(classes.tolist())
+    others = sorted(set(found) - {NORMAL})
+    if not found[NORMAL] or not others:
+        absent = "normal" if not found[NORMAL] else "defect"
+        listing = ", ".join(f"{name} {n}" for name, n in sorted(found.items())) or "no images at all"
+        raise EvaluationError(
+            f'an AUROC needs normals (class "{NORMAL}") and defects (other classes), but there is no {absent}; '
+            f"images found: {listing}"
+        )
+    counts = {name: found[name] for name in [NORMAL, *others]}
+    defect = classes != NORMAL
+
+    values, codes = np.unique(scores, return_inverse=True)
+    roc = _roc(values, codes, defect)
+    # J = tpr - fpr over real scores only: point 0 (nothing anomalous, J = 0) has no threshold to report.
+    best = 1 + int(np.argmax((roc.tpr - roc.fpr)[1:]))
+    youden = _report("Youden", float(roc.thresholds[best]), True, _YOUDEN_HOW, scores, classes, counts)
+    held_out, reason = None, None
+    if held_out_nll is None:
+        reason = "no scores of held-out normals were given"
+    elif np.size(held_out_nll) == 0:
+        reason = "the set of held-out normals is empty"
+    else:
+        threshold, how, promised, rate_95 = conformal_threshold(held_out_nll, false_alarm)
+        held_out = _report("held-out", threshold, False, how, scores, classes, counts, promised, rate_95)
+
+    return Evaluation(
+        counts=counts,
+        auroc=auroc(scores, defect),
+        auroc_interval=auroc_interval(scores, defect, bootstrap, seed) if bootstrap else None,
+        bootstrap=bootstrap,
+        per_class={name: _class_stats(name, scores, classes) for name in counts},
+        roc=roc,
+        youden=youden,
+        held_out=held_out,
+        held_out_reason=reason,
+        features=features,
+    )
+
+
+def conformal_threshold(held_out_nll: np.ndarray, false_alarm: float) -> tuple[float, str, float, float]:
+    """Split conformal: the ceil((n+1)(1-alpha))-th smallest of n held-out normals; alarm iff nll > threshold.
+
+    For exchangeable normals the alarm rate on a new one is then at most alpha (Vovk et al. 2005; Papadopoulos 2008).
+    Below n = 1/alpha - 1 that rank does not exist: the largest score is used, which promises 1/(n+1).
+
+    Returns:
+        threshold (nats); how it was chosen; the rate promised on average over held-out sets; and the rate that 95% of
+        held-out sets of this size stay below (the Beta(n+1-k, k) quantile for rank k).
+    """
+    from scipy.special import betaincinv
+
+    scores = np.sort(checked_scores(held_out_nll, "held-out"))
+    n = len(scores)
+    alpha = Fraction(str(float(false_alarm)))  # the decimal that was meant: in floats 100 * (1 - 0.07) exceeds 93
+    rank = math.ceil((n + 1) * (1 - alpha))
+    if rank <= n:
+        promised = float(false_alarm)
+        how = (
+            f"split conformal: the ceil((n+1)(1-alpha))-th smallest NLL of n held-out normals (the {_ordinal(rank)} of "
+            f"{n}, alpha = {promised:g}); no label of the test set was used"
+        )
+    else:
+        rank, promised = n, 1 / (n + 1)
+        how = (
+            f"split conformal: {n} held-out normals are too few for a false-alarm rate of {float(false_alarm):g} (that "
+            f"takes {math.ceil(1 / alpha) - 1}), so this is their largest NLL, which promises a rate of 1/(n+1) = "
+            f"{promised:.3g}; no label of the test set was used"
+        )
+    threshold = float(scores[rank - 1])
+    if math.isinf(threshold):
+        how += "; that held-out NLL is infinite, so nothing can exceed it"
+    return threshold, how, promised, float(betaincinv(n + 1 - rank, rank, 0.95))
+
+
+def _roc(values: np.ndarray, codes: np.ndarray, defect: np.ndarray) -> Roc:
+    """The ROC over sorted distinct `values`; own code because sklearn refuses infinite scores."""
+    normals = np.bincount(codes[~defect], minlength=len(values))[::-1]
+    defects = np.bincount(codes[defect], minlength=len(values))[::-1]
+    fpr = np.concatenate([[0.0], np.cumsum(normals) / normals.sum()])
+    tpr = np.concatenate([[0.0], np.cumsum(defects) / defects.sum()])
+    return Roc(fpr, tpr, np.concatenate([[np.inf], values[::-1]]))
+
+
+def _class_stats(name: str, scores: np.ndarray, classes: np.ndarray) -> ClassStats:
+    own = scores[classes == name]
+    area = None
+    if name != NORMAL:
+        pair = (classes == name) | (classes == NORMAL)
+        area = auroc(scores[pair], classes[pair] != NORMAL)
+    with np.errstate(invalid="ignore", over="ignore"):  # an infinite score: mean inf, std NaN, which is the truth
+        return ClassStats(len(own), float(own.mean()), float(own.std()), float(np.median(own)), area)
+
+
+def _report(
+    name: str,
+    threshold: float,
+    inclusive: bool,
+    how: str,
+    scores: np.ndarray,
+    classes: np.ndarray,
+    counts: Mapping[str, int],
+    promised: float | None = None,
+    rate_95: float | None = None,
+) -> ThresholdReport:
+    from sklearn.metrics import precision_recall_fscore_support  # takes a second to import; `plots` needs none of it
+
+    truth = classes != NORMAL
+    called = scores >= threshold if inclusive else scores > threshold
+    tn, fp = int((~truth & ~called).sum()), int((~truth & called).sum())
+    fn, tp = int((truth & ~called).sum()), int((truth & called).sum())
+    table = precision_recall_fscore_support(truth, called, labels=[False, True], zero_division=0)
+    return ThresholdReport(
+        name=name,
+        threshold=threshold,
+        inclusive=inclusive,
+        how=how,
+        confusion=((tn, fp), (fn, tp)),
+        accuracy=(tn + tp) / len(scores),
+        normal=Prf(*(float(column[0]) for column in table[:3])),
+        anomaly=Prf(*(float(column[1]) for column in table[:3])),
+        alarms={label: int(called[classes == label].sum()) for label in counts},
+        false_alarm_rate=fp / (tn + fp),
+        baseline_accuracy=float(truth.mean()),
+        promised_rate=promised,
+        rate_95=rate_95,
+    )
+
+
+def _ordinal(n: int) -> str:
+    suffix = "th" if 10 <= n % 100 <= 20 else {1: "st", 2: "nd", 3: "rd"}.get(n % 10, "th")
+    return f"{n}{suffix}"

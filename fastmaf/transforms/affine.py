@@ -1,0 +1,153 @@
+"""Affine autoregressive transforms: the blocks of a MAF."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastmaf import hooks
+from fastmaf.kernels import Block, affine_output, level_inverse
+from fastmaf.kernels.affine_output.reference import bound_log_scale
+from fastmaf.nn import MADE
+from fastmaf.transforms.base import NotInvertibleError, Transform
+
+
+class AffineAutoregressive(Transform):
+    """One MAF block: ``z[d] = (x[d] - shift[d]) exp(-log_scale[d])``, where a MADE gives shift and log_scale from
+    x[0..d-1].
+
+    Papamakarios et al. 2017, Masked Autoregressive Flow, eq. 3-5. The inverse is exact and takes one step per distinct
+    degree of the last hidden layer (``made.steps``), reading each weight once.
+
+    Args:
+        made: the network, with two outputs per feature: shift and raw log-scale.
+        log_scale_bound: log-scales stay within ± this; None leaves them free.
+        soft_bound: bound by ``B tanh(u / B)``, which never loses its gradient, instead of by a clamp.
+    """
+
+    def __init__(self, made: MADE, *, log_scale_bound: float | None = 5.0, soft_bound: bool = False) -> None:
+        super().__init__()
+        if made.outputs_per_feature != 2:
+            raise ValueError(
+                f"an affine block needs a MADE with 2 outputs per feature; found {made.outputs_per_feature}"
+            )
+        if log_scale_bound is not None and not 0 < log_scale_bound < math.inf:
+            raise ValueError(
+                f"log_scale_bound must be a positive number of nats, or None for no bound; found {log_scale_bound}"
+            )
+        if soft_bound and log_scale_bound is None:
+            raise ValueError("soft_bound needs a log_scale_bound to be soft about; found None")
+        self.features = made.features
+        self.made = made
+        self.log_scale_bound = log_scale_bound
+        self.soft_bound = soft_bound
+
+    @property
+    def calls_modules(self) -> bool:
+        """Whether its network must be called as a module: hooks or parametrisations hang on its parts, or one of them
+        is of another class than ``MADE`` and ``MaskedLinear``.
+        """
+        made = self.made
+        return hooks.any_global() or type(made) is not MADE or made.calls_modules
+
+    def _shift_and_log_scale(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Returns both ``[N, D]``, of the network called as a module."""
+        shift, raw = self.made(x).unbind(-1)
+        return shift, bound_log_scale(raw, self._bound, self.soft_bound)
+
+    def _affine(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        if self.calls_modules:
+            shift, log_scale = self._shift_and_log_scale(x)
+            return (x - shift) * torch.exp(-log_scale), -log_scale.sum(dim=1), log_scale
+        weight, bias, prefix, table = self.made.output.operands()
+        return affine_output(self.made.hidden_units(x), weight, bias, x, prefix, table, self._bound, self.soft_bound)
+
+    @property
+    def _bound(self) -> float:
+        return math.inf if self.log_scale_bound is None else float(self.log_scale_bound)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        z, ladj, _ = self._affine(x)
+        return z, ladj
+
+    def forward_per_dim(self, x: Tensor, terms: Tensor) -> tuple[Tensor, Tensor]:
+        z, _, log_scale = self._affine(x)
+        return z, terms + log_scale
+
+    def inverse(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        self.check_invertible()
+        if self.calls_modules:
+            return self._inverse_by_modules(z)
+        return level_inverse(z, *self.block())
+
+    def _inverse_by_modules(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        """Inverts with one call of the network per step, each of which finishes the dimensions of one level."""
+        x, log_scale = torch.zeros_like(z), torch.zeros_like(z)
+        place = torch.arange(self.features, device=z.device)
+        for finished in self.made.schedule[:, 0].tolist():
+            shift, log_scale = self._shift_and_log_scale(x)
+            # The others are of no use yet; left at zero they cannot overflow, which would reach the finished ones as
+            # infinity times a weight of zero.
+            x = torch.where(place < finished, z * torch.exp(log_scale) + shift, 0)
+        return x, log_scale.sum(dim=1)
+
+    def check_invertible(self) -> None:
+        """Raises NotInvertibleError where the output mask leaks."""
+        if not self.made.strict:
+            raise NotInvertibleError(
+                "this block has the leaky output mask (>= where it must be >): where an output shares its degree with "
+                "a unit in every hidden layer it reads its own input, so the map has no autoregressive inverse, its "
+                "log-determinant is not the sum of the log-scales and its NLL is no density. It can score, not "
+                "sample; train with strict masks to sample"
+            )
+
+    def block(self) -> Block:
+        """Returns the block as the ops that take several of them see it."""
+        made = self.made  # once: nn.Module searches for every attribute, and a flow asks for hundreds
+        weights, biases, prefixes, tables = zip(*[layer.operands() for layer in made.layers], strict=True)
+        return Block(
+            list(weights),
+            list(biases),
+            list(prefixes),
+            list(tables),
+            made.schedule,
+            made.activation,
+            self._bound,
+            self.soft_bound,
+        )
+
+    def config(self) -> dict[str, Any]:
+        return {
+            "features": self.features,
+            "hidden_features": list(self.made.hidden_features),
+            "activation": self.made.activation,
+            "strict": self.made.strict,
+            "log_scale_bound": self.log_scale_bound,
+            "soft_bound": self.soft_bound,
+            **({} if self.made.weight_dtype is None else {"weight_dtype": str(self.made.weight_dtype)}),
+        }
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> AffineAutoregressive:
+        hidden: Sequence[int] = config["hidden_features"]
+        degrees = [tensors[f"made.degrees_{k}"] for k in range(len(hidden))]
+        dtype = tensors["made.output.bias"].dtype
+        made = MADE(
+            config["features"],
+            hidden,
+            degrees=degrees,
+            activation=config["activation"],
+            strict=config["strict"],
+            init="empty",
+            dtype=dtype,
+        )
+        if config.get("weight_dtype") == str(torch.bfloat16):
+            made.store_weights_as_(torch.bfloat16)
+        return cls(made, log_scale_bound=config["log_scale_bound"], soft_bound=config["soft_bound"])
+
+    def extra_repr(self) -> str:
+        return f"log_scale_bound={self.log_scale_bound}, soft_bound={self.soft_bound}, steps={self.made.steps}"

@@ -1,0 +1,63 @@
+"""Reordering of the dimensions."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastmaf.degrees import check_permutation
+from fastmaf.transforms.base import Transform
+
+
+class Permutation(Transform):
+    """Reorders the dimensions: ``z[:, k] = x[:, permutation[k]]``. Its log-determinant is 0.
+
+    Args:
+        permutation: ``[D]`` integers, each of 0..D-1 once.
+    """
+
+    permutation: Tensor
+
+    def __init__(self, permutation: Tensor) -> None:
+        super().__init__()
+        self.features = permutation.numel()
+        self._first = check_permutation("permutation", permutation, self.features)
+        self.register_buffer("permutation", self._first.clone())
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return x[:, self.permutation], x.new_zeros(x.shape[0])
+
+    def inverse(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        return z[:, self.inverse_permutation], z.new_zeros(z.shape[0])
+
+    @property
+    def inverse_permutation(self) -> Tensor:
+        """``[D]`` int64: where each dimension of the data stands."""
+        permutation = self.permutation
+        if self.features <= 512:  # one op, where calling several takes longer than sorting
+            return permutation.argsort()
+        places = torch.arange(self.features, device=permutation.device)
+        return torch.empty_like(permutation).scatter_(0, permutation, places)
+
+    def forward_per_dim(self, x: Tensor, terms: Tensor) -> tuple[Tensor, Tensor]:
+        return x[:, self.permutation], terms[:, self.permutation]
+
+    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Permutation:
+        was_meta = self.permutation.is_meta
+        super()._apply(fn, recurse)
+        if was_meta and not self.permutation.is_meta:  # ``to_empty`` of a flow that was planned without memory
+            self.permutation.copy_(self._first)
+        return self
+
+    def config(self) -> dict[str, Any]:
+        return {}
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Permutation:
+        return cls(tensors["permutation"])
+
+    def extra_repr(self) -> str:
+        return f"features={self.features}"

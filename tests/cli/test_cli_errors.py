@@ -1,0 +1,125 @@
+"""Errors of the system at the command line: one line that names the file, exit code 1, no traceback."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import fastmaf
+from fastmaf import cli
+from tests.cli.test_cli import Fastmaf, assert_one_error, run  # noqa: F401 - a fixture
+from tests.images.pictures import capsule_set
+
+linux = pytest.mark.skipif(sys.platform != "linux", reason="needs /dev/full and limits of file sizes")
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model file of a detector; its images lie beside it in ``good``."""
+    root = tmp_path_factory.mktemp("model")
+    (root / "good").mkdir()
+    for i in range(6):
+        values = np.random.default_rng(i).integers(100, 150, (24, 24, 3)).astype(np.uint8)
+        Image.fromarray(values).save(root / "good" / f"{i}.png")
+    with pytest.warns(UserWarning, match="takes 19 samples"):
+        fastmaf.Detector(size=8, steps=2).fit(sorted((root / "good").iterdir())).save(root / "m.safetensors")
+    return root / "m.safetensors"
+
+
+def limited(size: int, *arguments: object) -> subprocess.CompletedProcess[str]:
+    """Runs a command of which no file may grow beyond ``size`` bytes: it fails as on a full disk, but with EFBIG."""
+    code = (
+        "import resource, sys; from fastmaf.cli import main;"
+        f"resource.setrlimit(resource.RLIMIT_FSIZE, ({size}, {size}));"
+        "sys.argv = ['fastmaf', *sys.argv[1:]]; main()"
+    )
+    command = [sys.executable, "-c", code, *map(str, arguments)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
+
+
+@linux
+@pytest.mark.parametrize(
+    ("arguments", "file"),
+    [
+        (("calibrate", "--model", "{model}"), "{model}"),
+        (("score", "{model}", "{images}", "--quiet", "--overlays", "{out}/heat"), "{out}/heat/0.png"),
+        (("score", "{model}", "{images}", "--quiet", "--maps", "{out}/m", "--tiff"), "{out}/m/0.tiff"),
+        (("train", "--recipe", "inspection", "--data", "{images}", "--out", "{out}/run", "--size", "8", "--quiet"),
+         "{out}/run/model.safetensors"),
+        (("train", "--data", "{images}", "--out", "{out}/run", "--size", "8", "--quiet", "--epochs", "1",
+          "--blocks", "1", "--hidden", "16"), "{out}/run/"),
+        (("demo-data", "{out}/demo", "--train", "1", "--size", "64", "--quiet"), "{out}/demo/train/good/000.png"),
+    ],
+)  # fmt: skip
+def test_no_room_is_one_line(model: Path, tmp_path: Path, arguments: tuple[str, ...], file: str) -> None:
+    own = tmp_path / "m.safetensors"
+    own.write_bytes(model.read_bytes())
+    names = {"model": own, "images": model.parent / "good", "out": tmp_path / "out"}
+    done = limited(600, *(argument.format(**names) for argument in arguments))
+    last = done.stderr.strip().splitlines()[-1]
+    assert done.returncode == 1 and "Traceback" not in done.stderr, done.stderr
+    assert last.startswith(f"error: {file.format(**names)}") and last.endswith(": file too large")
+    assert own.read_bytes() == model.read_bytes()
+    assert [path.name for path in tmp_path.rglob("*") if path.name.endswith(".tmp")] == []
+
+
+@linux
+@pytest.mark.parametrize("arguments", [("doctor",), ("score", "{model}", "{images}", "--quiet")])
+def test_standard_output_without_room_is_named(model: Path, arguments: tuple[str, ...]) -> None:
+    command = [argument.format(model=model, images=model.parent / "good") for argument in arguments]
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(
+            [sys.executable, "-m", "fastmaf.cli", *command], stdout=full, stderr=subprocess.PIPE, text=True, timeout=300
+        )
+    assert (done.returncode, done.stderr) == (1, "error: standard output: no space left on device\n")
+
+
+def test_an_output_in_the_place_of_a_file(run: Fastmaf, model: Path, tmp_path: Path) -> None:  # noqa: F811
+    (tmp_path / "file").write_text("mine")
+    images, file = model.parent / "good", tmp_path / "file"
+    for arguments in (
+        ("score", model, images, "--overlays", file),
+        ("score", model, images, "--out", file / "rows.csv"),
+        ("eval", "--data", capsule_set(tmp_path / "set"), "--model", model, "--out", file / "deep"),
+    ):
+        assert_one_error(run(*arguments, "--quiet"), f"{file}: not a directory")
+    for arguments in (
+        ("train", "--data", images, "--out", file),
+        ("train", "--recipe", "inspection", "--data", images, "--out", file),
+        ("reproduce", "--out", file),
+    ):
+        assert_one_error(run(*arguments, "--quiet"), f"expected a folder to write the run to; found the file {file}")
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_a_refused_output_is_one_line(run: Fastmaf, model: Path) -> None:  # noqa: F811
+    images = model.parent / "good"
+    before = {path: path.read_bytes() for path in images.iterdir()}
+    done = run("score", model, images, "--quiet", "--overlays", images)
+    assert (done.code, done.out) == (1, "")
+    assert_one_error(done, f"{images / '0.png'}: a heat map laid over an image would replace a file that is to be read")
+    done = run("export", model, "--onnx", model, "--check", images)
+    assert_one_error(done, f"{model}: an ONNX export would replace a file that is to be read")
+    assert {path: path.read_bytes() for path in images.iterdir()} == before
+
+
+def test_a_terminal_obeys_no_name(run: Fastmaf, model: Path, tmp_path: Path) -> None:  # noqa: F811
+    done = run("score", model, tmp_path / "\x1b[2J\x07nowhere.png")
+    assert_one_error(done, r"\x1b[2J\x07nowhere.png")
+    assert "\x1b" not in done.err and "\x07" not in done.err
+
+
+def test_ctrl_c_is_said(run: Fastmaf, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
+    def interrupted() -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "app", interrupted)
+    done = run("doctor")
+    assert (done.code, done.err) == (130, "stopped\n")

@@ -1,0 +1,70 @@
+"""FIFOs, devices, folders and broken links under an image's name: named, or left aside in a scan, never waited for."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from fastmaf.images.dataset import DataError, load_image, load_train
+from fastmaf.inspection.heatmaps import read_map
+from fastmaf.inspection.inputs import Unreadable, expand, read_each
+from tests.images.pictures import picture
+
+pytestmark = pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs a system with FIFOs")
+
+ODD = {
+    "fifo.png": "a FIFO",
+    "folder.png": "a folder",
+    "zero.png": "a character device",
+    "dangling.png": "a link to 'nowhere', which does not exist",
+    "loop.png": "a link in a loop",
+}
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Two images, and something of each other kind under an image's name."""
+    picture(tmp_path / "a.png")
+    picture(tmp_path / "b.png", (1, 2, 3))
+    os.mkfifo(tmp_path / "fifo.png")
+    (tmp_path / "folder.png").mkdir()
+    for name, to in (("zero.png", "/dev/zero"), ("dangling.png", "nowhere"), ("loop.png", "loop.png")):
+        (tmp_path / name).symlink_to(to)
+    return tmp_path
+
+
+@pytest.mark.parametrize("name", ODD)
+@pytest.mark.parametrize("read", [lambda path: load_image(path, 4), read_map], ids=["image", "map"])
+def test_a_named_path_that_is_no_regular_file_is_an_error(folder: Path, name: str, read: object) -> None:
+    assert callable(read)
+    with pytest.raises(DataError) as error:
+        read(folder / name)
+    assert str(error.value).startswith(f"{folder / name}: expected a regular file, found {ODD[name]}")
+
+
+def test_in_a_folder_they_are_left_aside_and_counted(folder: Path) -> None:
+    found = load_train(folder, size=8, progress=False)
+    assert [path.name for path in found.paths] == ["a.png", "b.png"]
+    note = "4 paths left aside: named as images, but no regular files (dangling.png is a link to 'nowhere', "
+    assert any(found.startswith(note) for found in found.notes)
+    inputs = expand([folder])
+    assert [path.name for path in inputs.files] == ["a.png", "b.png"]
+    assert any(found.startswith(note) for found in inputs.notes)
+
+
+def test_in_a_list_of_files_they_are_named(folder: Path) -> None:
+    names = ["a.png", "fifo.png", "zero.png", "loop.png"]
+    reads = list(read_each([folder / name for name in names], 8))
+    assert [isinstance(read, Unreadable) for read in reads] == [False, True, True, True]
+    for name, read in zip(names[1:], reads[1:], strict=True):
+        assert isinstance(read, Unreadable) and ODD[name] in read.reason
+
+
+def test_a_pipe_on_standard_input_is_no_image() -> None:
+    code = "from fastmaf.images.decode import load_image; load_image('/dev/stdin', 4)"
+    run = subprocess.run([sys.executable, "-c", code], input="x", capture_output=True, text=True, timeout=600)
+    assert run.returncode == 1 and "/dev/stdin: expected a regular file, found a FIFO" in run.stderr

@@ -1,0 +1,64 @@
+"""Test sets whose class folders are called otherwise, or of one kind alone."""
+
+from __future__ import annotations
+
+import shutil
+import warnings
+from pathlib import Path
+
+import pytest
+
+import fastmaf
+from fastmaf.capsule.evaluate import evaluate
+from fastmaf.capsule.models import Model
+from fastmaf.metrics.classes import doubtful, require_both
+from fastmaf.metrics.evaluate import EvaluationError
+from tests.images.pictures import capsule_set
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Model:
+    return Model(fastmaf.MAF(48, 1, (8,), seed=0), 4, tmp_path / "model.safetensors", ())
+
+
+@pytest.mark.parametrize("called", ["Good", "GOOD", "goood", "ok", "OK", "normal", "Normals", "no defect", "IO"])
+def test_the_folder_of_normals_is_named_where_it_is_called_otherwise(model: Model, tmp_path: Path, called: str) -> None:
+    root = capsule_set(tmp_path / "set")
+    (root / "test" / "good").rename(root / "test" / called)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with pytest.raises(EvaluationError) as caught:
+            evaluate(model, root, tmp_path / "out", progress=False)
+    message = str(caught.value)
+    assert "there is no normal; images found: " in message and f"{called} 2" in message and "poke 2" in message
+    assert f"did you mean {root / 'test' / called} (expected the name good)?" in message
+    assert f"expected: {root / 'test' / 'good'} with normal images" in message
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+def test_sets_of_one_kind_alone(model: Model, tmp_path: Path) -> None:
+    root = capsule_set(tmp_path / "set")
+    shutil.rmtree(root / "test" / "good")
+    with pytest.raises(EvaluationError) as caught:
+        evaluate(model, root, tmp_path / "out", progress=False)
+    assert "no normal; images found: crack 2, poke 2, in the folders of" in str(caught.value)
+    assert "did you mean" not in str(caught.value)
+    (root / "test" / "crack").rename(root / "test" / "good")
+    shutil.rmtree(root / "test" / "poke")
+    with pytest.raises(
+        EvaluationError, match=r"no defect; images found: good 2, in the folders of .*\nexpected: .*test"
+    ):
+        evaluate(model, root, tmp_path / "out", progress=False)
+
+
+def test_a_class_that_seems_normal_beside_good_is_said(tmp_path: Path) -> None:
+    assert doubtful(["good", "Good", "ok", "ok", "crack"]) == [
+        "class folder test/Good (1 image) counts as a defect class: normal are those in test/good",
+        "class folder test/ok (2 images) counts as a defect class: normal are those in test/good",
+    ]
+    assert doubtful(["good", "crack", "wood"]) == [] == doubtful(["Good", "crack"])
+    require_both(["good", "crack"], tmp_path)
+
+
+def test_a_drawn_set_is_beyond_doubt() -> None:
+    assert doubtful(["good", "crack", "faulty_imprint", "poke", "scratch", "squeeze"]) == []
