@@ -19,7 +19,7 @@ PASCAL = $(VENV)/triton-3.3.1
 # A PYTHON given by hand is taken or refused; a python3 that is too old gives way to a newer one beside it.
 PYTHONS = $(if $(filter file,$(origin PYTHON)),$(PYTHON) python3.13 python3.12 python3.11 python3.10,"$(PYTHON)")
 
-.PHONY: help venv install native reproduce test gpu-check sanitize lint format bench bench-full readme doctor clean FORCE
+.PHONY: help venv install native reproduce test test-all gpu-check sanitize lint format bench bench-full readme doctor clean FORCE
 .DELETE_ON_ERROR:
 
 help:  ## list the targets
@@ -42,8 +42,11 @@ native: install  ## build the native library, or fail and say why; what has not 
 reproduce: install  ## train, sample and evaluate on the synthetic capsules, or on DATA="/path/to/capsule"; writes to OUT
 	"$(BIN)/fastmaf" reproduce --out "$$OUT" $${DATA:+--data "$$DATA"} $${EPOCHS:+--epochs "$$EPOCHS"}
 
-test: $(VENV)/.installed-test $(PASCAL)  ## run the tests
-	"$(BIN)/python" -m pytest
+test: $(VENV)/.installed-test  ## run the tests that a change needs, under five minutes
+	"$(BIN)/python" -m pytest -m "not slow"
+
+test-all: test $(PASCAL)  ## those, then the slow ones: interpreted and compiled GPU kernels, benchmarks, interruptions
+	"$(BIN)/python" -m pytest -m slow
 
 # compute-sanitizer comes with the CUDA toolkit; in some sandboxes it cannot watch a process. It is slow: two small tests of every
 # kernel, with torch's allocator out of the way, whose pools would hide what lies beyond a tensor. racecheck sees shared
