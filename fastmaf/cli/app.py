@@ -17,9 +17,9 @@ from fastmaf.cli.options import error_text, say, say_aside
 from fastmaf.io.atomic import STDOUT, write_errors
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
-app.add_typer(inspection.app, name="inspection", help="Find defects: the commands above for good images of any object.")
-app.add_typer(capsule.app, name="capsule", help="The published run: the commands above for images of capsules.")
-# A command is found without the name of its group, too; train is both groups' and is chosen below.
+app.add_typer(inspection.app, name="inspection", help="Find defects in images of any object, from good images alone.")
+app.add_typer(capsule.app, name="capsule", help="The published run on images of capsules.")
+# Commands are found without the name of their group, too; train, which both groups have, is replaced below.
 app.registered_commands += inspection.app.registered_commands + capsule.app.registered_commands
 app.command()(tools.bench)
 app.command()(tools.doctor)
@@ -37,15 +37,19 @@ def fastmaf_command(
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
     ] = False,
 ) -> None:
-    """Masked autoregressive flows: train on good images, sample, and find defects by negative log-likelihood."""
+    """Masked autoregressive flows: train on good images, sample, and find defects by negative log-likelihood.
+
+    All commands but bench and doctor belong to a group, inspection or capsule, whose name can be omitted.
+    """
 
 
 @app.command(add_help_option=False, context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
 def train(context: typer.Context, recipe: Literal["published", "reference", "inspection"] = "published") -> None:
     """Train a flow on good images: fastmaf capsule train, or with --recipe inspection, fastmaf inspection train."""
     root: Any = context.find_root().command
-    command = root.commands["inspection" if recipe == "inspection" else "capsule"].commands["train"]
-    with command.make_context(context.info_name, context.args, parent=context.parent) as forwarded:
+    group = "inspection" if recipe == "inspection" else "capsule"
+    command = root.commands[group].commands["train"]
+    with command.make_context(f"{group} train", context.args, parent=context.parent) as forwarded:
         command.invoke(forwarded)
 
 

@@ -166,9 +166,9 @@ def _config(given: dict[str, Any], **defaults: Any) -> TrainConfig:
         )
     if config.masks != "strict":
         say(
-            "--masks reference: the output mask of the published notebook compares degrees with >= instead of >, so "
-            "that some outputs depend on their own input. Their log-determinant is wrong: what is reported as NLL is "
-            "no density, and the model cannot sample."
+            f"--masks {config.masks}: the output mask of the published run compares degrees with >= instead of >, so "
+            "that some outputs depend on their own input. The log-determinant is wrong there: what is reported as NLL "
+            "is no density, and the model cannot sample."
         )
     return config
 

@@ -55,7 +55,7 @@ def device_named(name: str) -> str:
     if name == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
     if name.startswith("cuda") and not torch.cuda.is_available():
-        refuse("no CUDA device is available; 'fastmaf doctor' shows why")
+        refuse("no usable CUDA device was found; 'fastmaf doctor' shows why")
     if name.startswith("cuda:") and int(name[5:]) >= torch.cuda.device_count():
         refuse(f"there is no device {name}: {torch.cuda.device_count()} CUDA devices are available")
     return name
@@ -127,8 +127,8 @@ Order = Annotated[
 ]
 Degrees = Annotated[Literal["spread", "random", "cyclic"], typer.Option(help="Degrees of the hidden units.")]
 Masks = Annotated[
-    Literal["strict", "reference"],
-    typer.Option(help="Output masks: strict, or those of the published notebook, with which a model cannot sample."),
+    Literal["strict", "published", "reference"],
+    typer.Option(help="Output masks: strict, or the leaky ones of the published run, once called reference."),
 ]
 Levels = Annotated[
     int | None,

@@ -131,7 +131,7 @@ def test_a_usage_error(answers: Any, line: tuple[str, ...], words: tuple[str, ..
 def test_help(answers: Any, line: tuple[str, ...]) -> None:
     done, slow = answers[(*line, "--help")]
     assert (done.code, done.err, slow) == (0, "", [])
-    assert done.out.startswith(f"Usage: {' '.join(('fastmaf', *line))} ")
+    assert done.out.startswith(f"Usage: fastmaf {'capsule ' * (line == ('train',))}{' '.join(line)}")
     if not line:
         listed = re.findall(r"^  ([a-z][a-z-]+) ", done.out.partition("Commands:")[2], re.MULTILINE)
         assert sorted(listed) == sorted([*SHORT, *COMMANDS])
@@ -139,7 +139,7 @@ def test_help(answers: Any, line: tuple[str, ...]) -> None:
 
 def test_help_of_a_recipe_is_that_of_its_group(run: Any) -> None:
     short, full = run("train", "--recipe", "inspection", "--help"), run("inspection", "train", "--help")
-    assert short.out == full.out.replace("fastmaf inspection train", "fastmaf train", 1)
+    assert short.out == full.out
     assert "--keep-folds" in short.out and "--lr" not in short.out
 
 
