@@ -403,7 +403,7 @@ def test_ctrl_c_on_the_command_line(data: Path, tmp_path: Path) -> None:
     assert "Traceback" not in progress
     assert "stopping after this step" in text
     done = len(rows(out))
-    assert f"stopped after {done} whole epochs; the model is in {out / MODEL_FILE}; --resume goes on" in text
+    assert f"stopped after {done} whole epochs; the model is in {out / MODEL_FILE}; --resume continues" in text
     assert "NLL" in progress
     assert "bits/dim" in progress
     files = sample(load_model(out), out, 1, progress=False).files
