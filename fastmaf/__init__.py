@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path as _Path
+from typing import TYPE_CHECKING
 
 __version__ = "0.1.0"
 
@@ -11,31 +12,32 @@ __version__ = "0.1.0"
 if not (_Path(__file__).parent / "kernels").is_dir():
     __path__.append(str(_Path(__file__).parent.parent))
 
-from fastmaf import optim
-from fastmaf.convert import LeakyMaskError, from_reference
-from fastmaf.degrees import ConnectivityWarning
-from fastmaf.flows import MAF, Flow
-from fastmaf.io.checkpoint import (
-    CheckpointError,
-    SavedFlow,
-    load,
-    load_with_extras,
-    read_extras,
-    read_tensors,
-    write_tensors,
-)
-from fastmaf.kernels.backends import BackendUnavailableError, use_backend
-from fastmaf.kernels.launch_table import use_precision
-from fastmaf.nn import MADE, MaskedLinear
-from fastmaf.torch_defaults import torch_defaults
-from fastmaf.training.blas import allocate_work_buffers
-from fastmaf.training.cuda_graphs import ReplayedLogProb
-from fastmaf.training.loss_checks import NonFiniteLossError
-from fastmaf.training.memory_estimate import memory_estimate
-from fastmaf.training.step import Guards, StepReport, TrainingStep
-from fastmaf.transforms import AffineAutoregressive, Logit, NotInvertibleError, Permutation, Transform
-from fastmaf.transforms.local import LocalAutoregressive
-from fastmaf.transforms.whitening import GaussianWhitening
+if TYPE_CHECKING:
+    from fastmaf import optim
+    from fastmaf.convert import LeakyMaskError, from_reference
+    from fastmaf.defaults import torch_defaults
+    from fastmaf.degrees import ConnectivityWarning
+    from fastmaf.flows import MAF, Flow
+    from fastmaf.io.checkpoint import (
+        CheckpointError,
+        SavedFlow,
+        load,
+        load_with_extras,
+        read_extras,
+        read_tensors,
+        write_tensors,
+    )
+    from fastmaf.kernels.backends import BackendUnavailableError, use_backend
+    from fastmaf.kernels.launch_table import use_precision
+    from fastmaf.nn import MADE, MaskedLinear
+    from fastmaf.training.blas import allocate_work_buffers
+    from fastmaf.training.cuda_graphs import ReplayedLogProb
+    from fastmaf.training.loss_checks import NonFiniteLossError
+    from fastmaf.training.memory_estimate import memory_estimate
+    from fastmaf.training.step import Guards, StepReport, TrainingStep
+    from fastmaf.transforms import AffineAutoregressive, Logit, NotInvertibleError, Permutation, Transform
+    from fastmaf.transforms.local import LocalAutoregressive
+    from fastmaf.transforms.whitening import GaussianWhitening
 
 __all__ = [
     "MADE",
@@ -74,16 +76,56 @@ __all__ = [
     "write_tensors",
 ]
 
-_LAZY = {"Detector": "fastmaf.inspection.detector"}  # scikit-learn and the inspection are imported by who asks for them
+_LAZY = {
+    "MADE": "fastmaf.nn",
+    "MAF": "fastmaf.flows",
+    "AffineAutoregressive": "fastmaf.transforms",
+    "BackendUnavailableError": "fastmaf.kernels.backends",
+    "CheckpointError": "fastmaf.io.checkpoint",
+    "ConnectivityWarning": "fastmaf.degrees",
+    "Detector": "fastmaf.inspection.detector",
+    "Flow": "fastmaf.flows",
+    "GaussianWhitening": "fastmaf.transforms.whitening",
+    "Guards": "fastmaf.training.step",
+    "LeakyMaskError": "fastmaf.convert",
+    "LocalAutoregressive": "fastmaf.transforms.local",
+    "Logit": "fastmaf.transforms",
+    "MaskedLinear": "fastmaf.nn",
+    "NonFiniteLossError": "fastmaf.training.loss_checks",
+    "NotInvertibleError": "fastmaf.transforms",
+    "Permutation": "fastmaf.transforms",
+    "ReplayedLogProb": "fastmaf.training.cuda_graphs",
+    "SavedFlow": "fastmaf.io.checkpoint",
+    "StepReport": "fastmaf.training.step",
+    "TrainingStep": "fastmaf.training.step",
+    "Transform": "fastmaf.transforms",
+    "allocate_work_buffers": "fastmaf.training.blas",
+    "from_reference": "fastmaf.convert",
+    "load": "fastmaf.io.checkpoint",
+    "load_with_extras": "fastmaf.io.checkpoint",
+    "memory_estimate": "fastmaf.training.memory_estimate",
+    "read_extras": "fastmaf.io.checkpoint",
+    "read_tensors": "fastmaf.io.checkpoint",
+    "torch_defaults": "fastmaf.defaults",
+    "use_backend": "fastmaf.kernels.backends",
+    "use_precision": "fastmaf.kernels.launch_table",
+    "write_tensors": "fastmaf.io.checkpoint",
+}
+"""The module of each public name, imported with torch when the name is first used: the command line needs neither."""
 
 
 def __getattr__(name: str) -> object:
-    if name in _LAZY:
-        from importlib import import_module
+    from importlib import import_module
 
-        return getattr(import_module(_LAZY[name]), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    if name in _LAZY:
+        value = getattr(import_module(_LAZY[name]), name)
+    elif name in __all__:  # a module
+        value = import_module(f"{__name__}.{name}")
+    else:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    globals()[name] = value  # found without this function from now on
+    return value
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *_LAZY})
+    return sorted({*globals(), *__all__})

@@ -33,7 +33,7 @@ from fastmaf.capsule.drawing import (
     compose,
     imprint,
 )
-from fastmaf.images.dataset import DataError
+from fastmaf.images.image_file import DataError
 from fastmaf.io.atomic import written_atomically
 from fastmaf.io.marks import DRAWN, png_text, role_of
 from fastmaf.io.safe_json import parse

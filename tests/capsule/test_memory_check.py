@@ -13,7 +13,7 @@ from typer.main import get_command
 from fastmaf.capsule import memory_check as room
 from fastmaf.capsule.config import TrainConfig
 from fastmaf.capsule.memory_check import DoesNotFitError, available_memory, check_room, needed_memory
-from fastmaf.cli import app
+from fastmaf.cli.capsule import app
 from fastmaf.kernels import backends
 from tests.capsule.runs import IMAGES, run, with_
 

@@ -20,7 +20,7 @@ from typer.testing import CliRunner
 
 from fastmaf.capsule.config import TrainConfig
 from fastmaf.capsule.memory_check import DoesNotFitError
-from fastmaf.cli import app
+from fastmaf.cli.app import app
 from fastmaf.images.dataset import DataError
 from fastmaf.inspection import reporting, workflow
 from fastmaf.inspection.members import FOLDS_FOLDER, load_members

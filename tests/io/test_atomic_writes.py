@@ -16,7 +16,7 @@ from PIL import Image
 from safetensors import SafetensorError
 
 import fastmaf
-from fastmaf.cli_options import error_text
+from fastmaf.cli.options import error_text
 from fastmaf.inspection.heatmaps import write_map, write_overlay
 from fastmaf.io import checkpoint
 from fastmaf.io.atomic import write_errors, written_atomically
