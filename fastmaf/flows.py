@@ -22,6 +22,7 @@ from fastmaf.kernels.chain.kept import kept_numel
 from fastmaf.naive import NaiveMAF
 from fastmaf.nn import MADE, Init, MaskedLinear, zero_padding_
 from fastmaf.noise import normal_rows
+from fastmaf.sharing import check_parts
 from fastmaf.transforms import AffineAutoregressive, Permutation, Transform, transform_config
 from fastmaf.transforms.whitening import GaussianWhitening
 from fastmaf.validation import as_sizes, as_tensor, check_density, check_finite, check_samples, validates
@@ -454,8 +455,10 @@ class Flow(nn.Module):
         """Returns the configuration of the flow as it is saved: class, features and transforms, in plain JSON types.
 
         Raises:
-            TypeError: the class of a transform is not in ``fastmaf.transforms.TRANSFORMS``.
+            TypeError: the class of a transform is not in ``fastmaf.transforms.TRANSFORMS``, or a module is pruned,
+                parametrised or of another class.
         """
+        check_parts(self)
         transforms = [transform_config(transform) for transform in self.transforms]
         return {"class": self._class_in_files, "features": self.features, "transforms": transforms}
 

@@ -31,6 +31,10 @@ class SavedFlow(NamedTuple):
         flow: the flow.
         metadata: the strings saved beside it, and the configuration under ``"fastmaf"``.
         extras: the tensors saved beside it, on the CPU.
+
+    Example:
+        >>> fastmaf.SavedFlow._fields
+        ('flow', 'metadata', 'extras')
     """
 
     flow: Flow

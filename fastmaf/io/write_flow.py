@@ -14,7 +14,7 @@ from fastmaf.io.flow_config import FORMAT_VERSION, KEY
 from fastmaf.io.flow_tensors import EXTRA
 from fastmaf.io.tensor_file import write_tensors
 from fastmaf.nn import MaskedLinear
-from fastmaf.sharing import check_parts, names_below, shared_parts
+from fastmaf.sharing import names_below, shared_parts
 
 
 def write_flow(
@@ -35,7 +35,6 @@ def write_flow(
     """
     if metadata and KEY in metadata:
         raise ValueError(f"metadata key {KEY!r} is reserved for the configuration")
-    check_parts(flow)
     shared = shared_parts(flow)
     # Tiles depend on constants that are tuned from time to time, so each file states its own.
     modules = flow.named_modules(remove_duplicate=False)

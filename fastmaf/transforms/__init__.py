@@ -1,4 +1,4 @@
-"""Invertible transforms: the steps that a flow is a sequence of; one per file."""
+"""Invertible transforms, one class per file."""
 
 from __future__ import annotations
 
