@@ -130,6 +130,7 @@ def test_nothing_is_recorded_without_need() -> None:
     assert not flow.log_prob(x).requires_grad and not flow.sample(2).requires_grad
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["log_prob", "forward", "inverse", "nll_per_dim"])
 def test_compile_fullgraph(method: str) -> None:
     torch.compiler.reset()

@@ -110,6 +110,7 @@ def check_float32(draws: Sequence[tuple[fastmaf.MAF, Tensor]]) -> None:
 
 
 @pytest.mark.parametrize("order, degrees", [("alternate", "spread"), ("alternate", "random"), ("random", "spread")])
+@pytest.mark.slow
 def test_float32_on_trained_weights(backend: str, order: str, degrees: str) -> None:
     draws = [correlated(301, FEATURES, seed=5 + i, dtype=torch.float32) for i in range(DRAWS)]
     flow, _ = trained(torch.float32, degrees=degrees, order=order)
@@ -117,7 +118,15 @@ def test_float32_on_trained_weights(backend: str, order: str, degrees: str) -> N
 
 
 @pytest.mark.parametrize(
-    "features, hidden", [(1, (4,)), (2, (8, 8)), (13, (13, 13)), (127, (64, 200)), (37, (8,))], ids=str
+    "features, hidden",
+    [
+        (1, (4,)),
+        (2, (8, 8)),
+        (13, (13, 13)),
+        (37, (8,)),
+        pytest.param(127, (64, 200), marks=pytest.mark.slow),
+    ],
+    ids=str,
 )
 @pytest.mark.parametrize(
     "options", [{}, {"soft_bound": True, "log_scale_bound": 1.0}, {"log_scale_bound": None}], ids=str
@@ -132,6 +141,7 @@ def test_float32_on_fresh_weights(
     check_float32(draws)
 
 
+@pytest.mark.slow
 def test_float32_at_full_size() -> None:
     """One block of the reference size. Its truth is the packed model in float64, as tested above."""
     flow = build(
