@@ -29,7 +29,7 @@ def trained(
     return flow, tuple(train(flow, correlated(2048, FEATURES, dtype=dtype)))
 
 
-@pytest.mark.parametrize("order", ["natural", "alternate", "random"])
+@pytest.mark.parametrize("order", ["natural", "random", pytest.param("alternate", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
 def test_round_trip_of_a_trained_model(
     dtype: torch.dtype, order: str, record_property: Callable[[str, object], None]
@@ -52,7 +52,7 @@ def test_round_trip_of_a_trained_model(
     assert_close("round_trip", ladj_back, -ladj)
 
 
-@pytest.mark.parametrize("degrees", ["spread", "random"])
+@pytest.mark.parametrize("degrees", ["random", pytest.param("spread", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
 def test_the_level_inverse_is_the_d_pass_inverse(dtype: torch.dtype, degrees: str) -> None:
     flow, _ = trained(dtype, degrees=degrees)
