@@ -23,7 +23,7 @@ from fastmaf.capsule.config import GUARDED, TrainConfig
 from fastmaf.capsule.models import load_model
 from fastmaf.capsule.sample import sample
 from fastmaf.capsule.train import CURVE_FILE, LOG_FILE, TrainingStoppedError
-from fastmaf.io import checkpoint
+from fastmaf.io import tensor_file
 from fastmaf.io.tensor_file import read_tensors, write_tensors
 from fastmaf.training import checkpoints
 from fastmaf.training.checkpoints import MODEL_FILE, STATE_FILE, load_state, training_of
@@ -229,7 +229,7 @@ def test_a_crash_while_saving_leaves_the_checkpoint_before_or_the_one_after(
             raise Crash
         move(source, target)
 
-    monkeypatch.setattr(checkpoint, "save_file", write_half)
+    monkeypatch.setattr(tensor_file, "save_file", write_half)
     monkeypatch.setattr(os, "replace", move_not)
     with pytest.raises(Crash):
         run(data, out, with_(epochs=3), resume=True)
