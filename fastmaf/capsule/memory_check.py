@@ -15,6 +15,7 @@ import torch
 
 import fastmaf
 from fastmaf.capsule.config import TrainConfig
+from fastmaf.training.blas import allocate_work_buffers
 
 # For what the estimate leaves out or misjudges: the images, batches to validate on, the curve, the allocator's gaps.
 _RESERVE = 1.05
@@ -45,7 +46,7 @@ def check_room(config: TrainConfig, device: torch.device, *, images: int, resume
     available, needed = available_memory(device), needed_memory(config, device)
     if available is not None and needed <= available:
         # The estimate leaves out the buffers of the BLAS library: those are allocated now, and no longer available.
-        fastmaf.allocate_work_buffers(_planned(config), config.batch_size, device=device)
+        allocate_work_buffers(_planned(config), config.batch_size, device=device)
         available = available_memory(device)
     if available is None or needed <= available:
         return

@@ -1,5 +1,9 @@
-"""Models that were trained elsewhere, taken over with an equal density."""
+"""Import of models from other libraries, with equal densities."""
 
-from fastmaf.convert.published import LeakyMaskError, from_reference
+from __future__ import annotations
 
-__all__ = ["LeakyMaskError", "from_reference"]
+from fastmaf.convert.published import LeakyMaskError, from_published
+
+__all__ = ["LeakyMaskError", "from_published", "from_reference"]
+
+from_reference = from_published  # its name in earlier versions

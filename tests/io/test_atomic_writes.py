@@ -18,8 +18,9 @@ from safetensors import SafetensorError
 import fastmaf
 from fastmaf.cli.options import error_text
 from fastmaf.inspection.heatmaps import write_map, write_overlay
-from fastmaf.io import checkpoint
+from fastmaf.io import tensor_file
 from fastmaf.io.atomic import write_errors, written_atomically
+from fastmaf.io.tensor_file import write_tensors
 from fastmaf.metrics import plots
 
 resource = pytest.importorskip("resource")
@@ -71,9 +72,9 @@ def test_what_safetensors_says_of_a_full_disk(tmp_path: Path, monkeypatch: pytes
     def full(*_: object) -> None:
         raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
 
-    monkeypatch.setattr(checkpoint, "save_file", full)
+    monkeypatch.setattr(tensor_file, "save_file", full)
     with pytest.raises(OSError) as caught:
-        fastmaf.write_tensors({"a": torch.zeros(1)}, tmp_path / "m.safetensors", {})
+        write_tensors({"a": torch.zeros(1)}, tmp_path / "m.safetensors", {})
     assert caught.value.errno == errno.ENOSPC
     assert error_text(caught.value) == f"{tmp_path / 'm.safetensors'}: no space left on device"
     assert list(tmp_path.iterdir()) == []
