@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 import fastmaf
 from fastmaf.capsule.config import TrainConfig
-from fastmaf.capsule.memory_check import check_disk, check_room, disk_needed
+from fastmaf.capsule.memory_check import check_fits, disk_needed
 from fastmaf.capsule.resuming import TrainedOn, check_images, check_settings, contents_of
 from fastmaf.images.dataset import DataError, ImageSet, load_train, to_unit
 from fastmaf.images.names import visible
@@ -31,7 +31,7 @@ from fastmaf.io.atomic import previous, written_atomically
 from fastmaf.io.marks import CURVE
 from fastmaf.io.outputs import Output, check_outputs, picture, table
 from fastmaf.io.outputs import model as model_kind
-from fastmaf.io.run_folder import run_folder
+from fastmaf.io.run_folder import check_disk, run_folder
 from fastmaf.metrics.plots import nll_curve
 from fastmaf.metrics.results import bits_per_dim
 from fastmaf.training.checkpoints import (
@@ -164,7 +164,7 @@ def train_in(
     normals = images.subset(sorted(split[len(held_out) :]))
     if not len(normals):
         raise DataError(f"holding out {config.holdout} of {len(images)} images leaves none to train on")
-    check_room(config, torch.device(device), images=len(normals), resume=resume)
+    check_fits(config, torch.device(device), images=len(normals), resume=resume)
     check_disk(out, disk_needed(config))
     trained_on = TrainedOn(list(normals.names), contents_of(images.names, images.paths))
     run = _Run(config, out, normals, held_out, trained_on, torch.device(device), graphs, reference)

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import fastmaf
-from fastmaf.capsule.models import check_takes_images
+from fastmaf.images.dataset import check_takes_images
 from fastmaf.inspection.model import InspectionModel
 from fastmaf.io.atomic import replace
 

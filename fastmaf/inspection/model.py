@@ -14,8 +14,7 @@ import torch
 from torch import Tensor
 
 import fastmaf
-from fastmaf.capsule.models import check_takes_images
-from fastmaf.images.dataset import to_unit
+from fastmaf.images.dataset import check_takes_images, to_unit
 from fastmaf.inspection.calibration import Calibration
 from fastmaf.inspection.float64 import Evaluated, Float64Flow
 from fastmaf.inspection.location import Location, location_maps, residuals_of

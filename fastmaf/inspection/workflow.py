@@ -16,7 +16,6 @@ import torch
 from tqdm import tqdm
 
 import fastmaf
-from fastmaf.capsule.memory_check import check_disk
 from fastmaf.images.dataset import DataError, ImageSet, load_train
 from fastmaf.images.decode import sentences
 from fastmaf.images.listing import count
@@ -32,7 +31,7 @@ from fastmaf.io.atomic import errors_of_staged, keep_previous, previous, replace
 from fastmaf.io.locks import run_lock
 from fastmaf.io.outputs import ONNX, Output, check_outputs, report, table
 from fastmaf.io.outputs import model as model_kind
-from fastmaf.io.run_folder import run_folder
+from fastmaf.io.run_folder import check_disk, run_folder
 from fastmaf.metrics.results import bits_per_dim
 from fastmaf.training.checkpoints import MODEL_FILE, STATE_FILE, refuse_unfinished, remove_state
 from fastmaf.training.interrupts import interruptible

@@ -19,7 +19,6 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from fastmaf.capsule.config import TrainConfig
-from fastmaf.capsule.memory_check import DoesNotFitError
 from fastmaf.cli import app
 from fastmaf.images.dataset import DataError
 from fastmaf.inspection import reporting, workflow
@@ -28,6 +27,7 @@ from fastmaf.inspection.model import load_inspection
 from fastmaf.inspection.recipe import Recipe
 from fastmaf.inspection.workflow import REPORT_FILE, calibrate, choose, recalibrate, train
 from fastmaf.io.locks import InUseError, run_lock
+from fastmaf.io.run_folder import DoesNotFitError
 from fastmaf.training.checkpoints import MODEL_FILE, STATE_FILE
 from tests.faults import hidden
 from tests.inspection.faulty_runs import FILES, PREVIOUS
