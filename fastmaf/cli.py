@@ -232,7 +232,7 @@ def evaluate(
         return
     from fastmaf.capsule.evaluate import evaluate as run
     from fastmaf.capsule.models import load_model
-    from fastmaf.metrics.evaluate import format_table
+    from fastmaf.metrics.result_files import format_table
 
     loaded = load_model(model, device=device_named(device))
     evaluation = run(loaded, data, out, false_alarm=false_alarm, skip_bad=skip_bad, seed=seed, progress=not quiet)
@@ -391,7 +391,7 @@ def main() -> None:
     import fastmaf
     from fastmaf.capsule.train import TrainingStoppedError
     from fastmaf.images.dataset import DataError
-    from fastmaf.metrics.evaluate import EvaluationError
+    from fastmaf.metrics.results import EvaluationError
 
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     warnings.showwarning = _plain_warning

@@ -22,7 +22,8 @@ from fastmaf.capsule.train import outputs_of as train_outputs
 from fastmaf.io.atomic import written_atomically
 from fastmaf.io.outputs import Output, check_outputs, text_file
 from fastmaf.io.run_folder import run_folder
-from fastmaf.metrics.evaluate import Evaluation, ThresholdReport, format_table
+from fastmaf.metrics.result_files import format_table
+from fastmaf.metrics.results import Evaluation, ThresholdReport
 
 # What the published notebook recorded on the real capsule images, on a GTX 1050 Ti.
 REFERENCE_NLL = MappingProxyType(

@@ -34,8 +34,9 @@ from fastmaf.capsule.drawing import (
     imprint,
 )
 from fastmaf.images.dataset import DataError
+from fastmaf.images.png import png_text
 from fastmaf.io.atomic import written_atomically
-from fastmaf.io.marks import DRAWN, png_text, role_of
+from fastmaf.io.marks import DRAWN, role_of
 from fastmaf.io.safe_json import parse
 from fastmaf.io.schema import Anything, MapOf, Record, Whole
 

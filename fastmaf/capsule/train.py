@@ -93,7 +93,7 @@ def train(
     skip_bad: bool = False,
     device: str = "cpu",
     graphs: bool = True,
-    reference: Mapping[int, float] | None = None,
+    published: Mapping[int, float] | None = None,
     progress: bool = True,
 ) -> TrainResult:
     """Trains a flow on the normal images of ``data/train/good``.
@@ -111,7 +111,7 @@ def train(
         skip_bad: leave out files that cannot be read instead of refusing to start.
         device: where to train.
         graphs: on a GPU, replay steps as CUDA graphs where they can be; see ``fastmaf.TrainingStep``.
-        reference: published NLL by epoch, drawn beside the curve.
+        published: published NLL by epoch, drawn beside the curve.
         progress: show a progress bar.
 
     Raises:
@@ -134,7 +134,7 @@ def train(
             skip_bad=skip_bad,
             device=device,
             graphs=graphs,
-            reference=reference,
+            published=published,
             progress=progress,
         )
 
@@ -150,7 +150,7 @@ def train_in(
     skip_bad: bool,
     device: str,
     graphs: bool,
-    reference: Mapping[int, float] | None,
+    published: Mapping[int, float] | None,
     progress: bool,
 ) -> TrainResult:
     """Does what ``train`` does, in a folder that its caller has locked."""
@@ -167,7 +167,7 @@ def train_in(
     check_fits(config, torch.device(device), images=len(normals), resume=resume)
     check_disk(out, disk_needed(config))
     trained_on = TrainedOn(list(normals.names), contents_of(images.names, images.paths))
-    run = _Run(config, out, normals, held_out, trained_on, torch.device(device), graphs, reference)
+    run = _Run(config, out, normals, held_out, trained_on, torch.device(device), graphs, published)
     if resume:
         run.restore()
     return run.go(progress)
@@ -210,9 +210,9 @@ class _Run:
         trained_on: TrainedOn,
         device: torch.device,
         graphs: bool,
-        reference: Mapping[int, float] | None,
+        published: Mapping[int, float] | None,
     ) -> None:
-        self.config, self.out, self.device, self.reference = config, out, device, reference
+        self.config, self.out, self.device, self.published = config, out, device, published
         self.normals, self.held_out, self.trained_on = normals, held_out, trained_on
         self.flow = config.build().to(device)
         self.flow.validate_args = False  # losses are looked at here
@@ -366,5 +366,5 @@ class _Run:
             lines += [",".join("" if row[c] is None else f"{row[c]:.10g}" for c in LOG_COLUMNS) for row in self.log]
             file.write(("\n".join(lines) + "\n").encode())
         if curve:
-            nll_curve(self.out / CURVE_FILE, self.log, self.reference)
+            nll_curve(self.out / CURVE_FILE, self.log, self.published)
             self._drawn = time.monotonic()

@@ -28,7 +28,7 @@ from fastmaf.inspection.scores import (
     maps_of,
     terms_of,
 )
-from fastmaf.metrics.evaluate import auroc
+from fastmaf.metrics.auroc import auroc
 
 _TERMS: tuple[tuple[Source, float], ...] = (("whitened", 0.0), ("whitened", 0.7), ("flow", 0.0))
 

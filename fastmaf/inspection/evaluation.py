@@ -22,8 +22,9 @@ from fastmaf.inspection.model import Assessment, InspectionModel, load_inspectio
 from fastmaf.inspection.scoring import VERDICTS
 from fastmaf.inspection.table import Line, format_lines, table
 from fastmaf.io.atomic import written_atomically
-from fastmaf.io.outputs import INSPECTION_SCORES, Output, check_outputs, eval_metrics, eval_scores, report
+from fastmaf.io.outputs import Output, check_outputs, report
 from fastmaf.metrics.classes import doubtful, require_both
+from fastmaf.metrics.result_files import INSPECTION_SCORES, eval_metrics, eval_scores
 
 SCORES_FILE, METRICS_FILE, REPORT_FILE = "scores.csv", "metrics.json", "report.html"
 

@@ -17,9 +17,10 @@ from PIL import Image
 from PIL.TiffImagePlugin import ImageFileDirectory_v2
 
 from fastmaf.images.decode import MAX_PIXELS, DataError
+from fastmaf.images.png import png_text
 from fastmaf.inspection.pixels import resize_map
 from fastmaf.io.atomic import written_atomically
-from fastmaf.io.marks import MAP, MAP_TITLE, OVERLAY, png_text
+from fastmaf.io.marks import MAP, MAP_TITLE, OVERLAY
 from fastmaf.io.regular import NotRegularError, open_regular
 
 SCALE = 512.0

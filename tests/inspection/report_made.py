@@ -26,7 +26,7 @@ from fastmaf.inspection.report import (
     TrainingPoint,
     worst_cases,
 )
-from fastmaf.metrics.evaluate import auroc
+from fastmaf.metrics.auroc import auroc
 
 DEFECTS = {"crack": 5, "faulty_imprint": 4, "poke": 4, "scratch": 5, "squeeze": 4}
 THRESHOLD = 11.62

@@ -1,7 +1,7 @@
 """The figures of the page: training curve, histogram of anomaly scores, ROC. Drawn small, so that a phone shows them.
 
 The colours, and the guards that keep one blown-up score from flattening all others, are those of
-`fastmaf.metrics.plots`.
+`fastmaf.metrics.figure_parts`.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from fastmaf.inspection.report.content import Outcome, Threshold, TrainingPoint
 from fastmaf.inspection.report.findings import Verdicts
 from fastmaf.inspection.report.svg import INK, SHADE, drawing, inline_svg
 from fastmaf.inspection.report.text import images, number, score_digits
-from fastmaf.metrics.plots import (
+from fastmaf.metrics.figure_parts import (
     BLUE,
     GREEN,
     GREY,

@@ -14,7 +14,7 @@ from xml.etree import ElementTree
 import matplotlib.style
 from matplotlib.figure import Figure
 
-from fastmaf.metrics.plots import BLUE, GREEN, GREY, ORANGE, PURPLE
+from fastmaf.metrics.figure_parts import BLUE, GREEN, GREY, ORANGE, PURPLE
 
 INK, PAPER, SHADE = "#1a1d21", "#fefefe", "#ededed"
 
