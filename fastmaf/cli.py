@@ -389,7 +389,7 @@ def _let_go_of(stream: TextIO) -> None:
 def main() -> None:
     """Runs the command; errors that a user can mend are printed without a traceback."""
     import fastmaf
-    from fastmaf.capsule.train import TrainingStoppedError
+    from fastmaf.capsule.training_run import TrainingStoppedError
     from fastmaf.images.dataset import DataError
     from fastmaf.metrics.results import EvaluationError
 

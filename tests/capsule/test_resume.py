@@ -22,7 +22,7 @@ import fastmaf
 from fastmaf.capsule.config import GUARDED, TrainConfig
 from fastmaf.capsule.models import load_model
 from fastmaf.capsule.sample import sample
-from fastmaf.capsule.train import CURVE_FILE, LOG_FILE, TrainingStoppedError
+from fastmaf.capsule.training_run import CURVE_FILE, LOG_FILE, TrainingStoppedError
 from fastmaf.io import checkpoint
 from fastmaf.training import checkpoints
 from fastmaf.training.checkpoints import MODEL_FILE, STATE_FILE, load_state, training_of
@@ -141,7 +141,7 @@ def test_a_state_of_an_earlier_version_resumes_with_a_note(
     _, out, _ = copied(data, finished, tmp_path)
     rewrite_as_before(out)
     run(data, out, with_(epochs=3), resume=True)
-    assert "without the contents of its images: they were compared by their names alone" in capsys.readouterr().out
+    assert "without the contents of its images: only their names were compared" in capsys.readouterr().out
     run(data, tmp_path / "whole", with_(epochs=3))
     assert same(tensors_of(out), tensors_of(tmp_path / "whole"))
     assert "contents" in load_state(out)[1], "from now on they are known"
@@ -335,22 +335,24 @@ KILLED = """
     from pathlib import Path
     import torch
     import fastmaf
-    from fastmaf.capsule import train as training
+    from fastmaf.capsule import training_run
+    from fastmaf.capsule.config import TrainConfig
+    from fastmaf.capsule.train import train
     from fastmaf.training.checkpoints import MODEL_FILE, load_state
 
     torch.set_num_threads(1)
     parameter = torch.nn.Parameter(torch.zeros(1))
     parameter.grad = torch.zeros(1)
     torch.optim.Adam([parameter], fused=True).step()  # imports what takes a second, once for all children
-    training._SECONDS_BETWEEN_CHECKPOINTS = -1.0
-    training._SECONDS_BETWEEN_CURVES = 1e9
+    training_run._SECONDS_BETWEEN_CHECKPOINTS = -1.0
+    training_run._SECONDS_BETWEEN_CURVES = 1e9
     data, out, rounds = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3])
-    config = training.TrainConfig(size=8, blocks=2, hidden_features=(64, 64), epochs=10**6, batch_size=8, holdout=0.2)
+    config = TrainConfig(size=8, blocks=2, hidden_features=(64, 64), epochs=10**6, batch_size=8, holdout=0.2)
     last = 0
     for i in range(rounds):
         child = os.fork()
         if child == 0:
-            training.train(data, out / str(i), config, progress=False)
+            train(data, out / str(i), config, progress=False)
         while not (out / str(i) / MODEL_FILE).exists():
             time.sleep(0.001)
         time.sleep(random.random() * 0.2)
