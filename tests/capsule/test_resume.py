@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import os
@@ -153,6 +154,20 @@ def test_a_state_of_an_earlier_version_still_compares_names(data: Path, finished
     files[3].unlink()
     with pytest.raises(ValueError, match=r"trained on 8 images, the data now hold 7 others"):
         run(other, out, with_(epochs=3), resume=True)
+
+
+def test_settings_of_earlier_versions_resume_under_their_new_names(data: Path, tmp_path: Path) -> None:
+    config = with_(epochs=1, masks="published", degrees="random", max_loss_jump=50.0)
+    assert with_(masks="reference") == with_(masks="published")
+    run(data, tmp_path, config)
+    tensors, metadata = fastmaf.read_tensors(tmp_path / STATE_FILE)
+    state = json.loads(metadata["state"])
+    state["config"]["max_leap"] = state["config"].pop("max_loss_jump")
+    state["config"]["masks"] = "reference"
+    fastmaf.write_tensors(tensors, tmp_path / STATE_FILE, {"state": json.dumps(state)})
+    with pytest.raises(ValueError, match=r"max_loss_jump: was 50\.0, now 5\.0\)"):
+        run(data, tmp_path, dataclasses.replace(config, epochs=2, max_loss_jump=5.0), resume=True)
+    assert len(run(data, tmp_path, dataclasses.replace(config, epochs=2), resume=True).log) == 2
 
 
 def rewrite_as_before(out: Path) -> None:
