@@ -30,6 +30,7 @@ from tests.faults import hidden
 pytestmark = [pytest.mark.usefixtures("undrawn"), pytest.mark.filterwarnings("ignore::fastmaf.ConnectivityWarning")]
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 @pytest.mark.parametrize("fault", ["killed", "full"])
 def test_a_fault_at_any_operation_leaves_the_old_run_or_the_new_one(
@@ -185,6 +186,7 @@ def test_reproduce_is_refused_before_it_draws(data: Path, tmp_path: Path) -> Non
     assert os.listdir(tmp_path) == []
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(os.name == "nt", reason="sends SIGKILL")
 def test_after_a_kill_the_next_run_takes_the_folder_and_clears_it(data: Path, tmp_path: Path) -> None:
     script = f"""

@@ -25,6 +25,8 @@ from tests.faults import hidden
 pytestmark = [pytest.mark.usefixtures("undrawn"), pytest.mark.filterwarnings("ignore::fastmaf.ConnectivityWarning")]
 THREE = with_(epochs=3)
 BATCHES = 3 * (STEPS + 1)  # of three epochs, with one of validation each
+FIFTH = 5  # in the middle of the second epoch
+EVERY_BATCH = [pytest.param(n, marks=[pytest.mark.slow] * (n != FIFTH)) for n in range(1, BATCHES + 1)]
 WARMING = with_(epochs=3, **{**GUARDED, "order": "alternate", "warmup_steps": 4, "lr": 1e-3})
 
 
@@ -62,7 +64,7 @@ def assert_equal(out: Path, other: Path) -> None:
 
 
 @pytest.mark.parametrize("config", [THREE, WARMING], ids=["plain", "guarded"])
-@pytest.mark.parametrize("batch", range(1, BATCHES + 1))
+@pytest.mark.parametrize("batch", EVERY_BATCH)
 def test_interrupted_at_any_batch(
     data: Path, tmp_path: Path, interrupts: None, whole: Callable[[TrainConfig], Path], config: TrainConfig, batch: int
 ) -> None:
@@ -143,7 +145,7 @@ def test_interrupted_while_saving(
     assert_equal(tmp_path, whole(THREE))
 
 
-@pytest.mark.parametrize("batch", range(1, BATCHES + 1))
+@pytest.mark.parametrize("batch", EVERY_BATCH)
 def test_interrupted_twice_in_a_row(
     data: Path,
     tmp_path: Path,

@@ -106,6 +106,7 @@ def test_the_published_curve_is_as_recorded() -> None:
     }  # fmt: skip
 
 
+@pytest.mark.slow
 def test_without_data_the_synthetic_set_is_drawn_and_said(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ten_epochs: tuple[Path, Reproduction, str]
 ) -> None:

@@ -261,7 +261,9 @@ def test_an_unfinished_run_is_not_overwritten(
     assert run(data, tmp_path, with_(epochs=5)).interrupted
     monkeypatch.undo()
     before = tensors_of(tmp_path)
-    with pytest.raises(ValueError, match=r"unfinished run \(2 of 5 epochs\): go on with --resume, .* another --out"):
+    with pytest.raises(
+        ValueError, match=r"unfinished run \(2 of 5 epochs\): continue it with --resume"
+    ):
         run(data, tmp_path, with_(epochs=5))
     assert same(tensors_of(tmp_path), before)
 
@@ -385,6 +387,7 @@ KILLED = """
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 def test_a_kill_at_any_moment_leaves_a_model_that_loads(data: Path, tmp_path: Path) -> None:
     driver = tmp_path / "driver.py"
@@ -399,6 +402,7 @@ def environment() -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform == "win32", reason="sends SIGINT")
 def test_ctrl_c_on_the_command_line(data: Path, tmp_path: Path) -> None:
     out, settings = tmp_path / "run", ("--size", "8", "--blocks", "2", "--hidden", "16,16", "--batch-size", "4")

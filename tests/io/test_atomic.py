@@ -105,6 +105,7 @@ KILLED = """
 
 
 @pytest.mark.skipif(os.name == "nt", reason="sends SIGKILL")
+@pytest.mark.slow
 def test_what_a_killed_process_left_is_removed_and_what_a_living_one_writes_is_not(tmp_path: Path) -> None:
     script = [sys.executable, "-c", textwrap.dedent(KILLED), str(tmp_path)]
     dead = subprocess.run([*script, "killed"], cwd=ROOT, timeout=120)

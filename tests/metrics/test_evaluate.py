@@ -199,7 +199,7 @@ def test_bootstrap_is_the_same_in_chunks() -> None:
         ([1.0, 2.0], ["crack", "poke"], {}, ["no normal", "crack 1, poke 1"]),
         ([1.0, 2.0], ["good", "good"], {}, ["no defect", "good 2"]),
         ([1.0, 2.0], ["Good", "crack"], {}, ["no normal", "Good 1"]),
-        ([], [], {}, ["no images at all"]),
+        ([], [], {}, ["images found: none"]),
         ([1.0, 2.0, 3.0], ["good", "x"], {}, ["3 scores", "2 labels"]),
         ([[1.0], [2.0]], ["good", "x"], {}, ["[2, 1]"]),
         ([1.0, math.nan, math.nan], ["good", "x", "x"], {}, ["2 of 3", "NaN", "x 2", "index 1"]),
