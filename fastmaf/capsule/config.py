@@ -30,14 +30,14 @@ class TrainConfig:
     """All settings of a training run. The defaults are those of the published run, except for strict masks.
 
     Attributes:
-        size: Side of the square images in pixels; D = 3 size².
-        blocks, hidden_features, degrees, order, levels, log_scale_bound, soft_bound, init: See ``fastmaf.MAF``.
+        size: side of the square images in pixels; D = 3 size².
+        blocks, hidden_features, degrees, order, levels, log_scale_bound, soft_bound, init: see ``fastmaf.MAF``.
         masks: ``"strict"``, or ``"published"`` for the leaky output mask of the published run. ``"reference"``, its
             name in earlier versions, is accepted and replaced by ``"published"``.
-        epochs, batch_size, lr: Training with Adam.
-        holdout: Share of the normal images kept out of training, for the validation NLL and for thresholds.
-        warmup_steps, max_grad_norm, max_loss_jump: See ``fastmaf.Guards``.
-        seed: Seed of the split, the model and the shuffling.
+        epochs, batch_size, lr: training with Adam.
+        holdout: share of the normal images kept out of training, for the validation NLL and for thresholds.
+        warmup_steps, max_grad_norm, max_loss_jump: see ``fastmaf.Guards``.
+        seed: seed of the split, the model and the shuffling.
     """
 
     size: int = 64

@@ -41,7 +41,7 @@ def check_settings(out: Path, state: Mapping[str, Any], config: TrainConfig) -> 
     """Checks that all settings except ``epochs`` are those of the run to resume.
 
     Raises:
-        ValueError: Settings differ; the message names them.
+        ValueError: settings differ; the message names them.
     """
     before = {_RENAMED.get(k, k): _RENAMED_VALUES.get((k, str(v)), v) for k, v in state["config"].items()}
     now = json.loads(json.dumps(asdict(config)))
@@ -57,15 +57,15 @@ def check_images(out: Path, state: Mapping[str, Any], now: TrainedOn) -> str | N
     """Checks that the images, held-out ones included, are those of the run to resume.
 
     Args:
-        out: The run's folder.
-        state: Its saved state; earlier versions stored only the names of the training images.
-        now: The images of the data folder.
+        out: the run's folder.
+        state: its saved state; earlier versions stored only the names of the training images.
+        now: the images of the data folder.
 
     Returns:
         A note if contents could not be compared, else None.
 
     Raises:
-        ValueError: Images differ; the message names them.
+        ValueError: images differ; the message names them.
     """
     before: Contents | None = state.get("contents")
     contents = now.contents

@@ -65,24 +65,24 @@ def train(
     kept as ``*.previous.*``. ``out`` is locked during training: a second run is refused.
 
     Args:
-        data: Folder with ``train/good``.
-        out: Folder for the model, the log and the curve.
-        config: The settings.
-        resume: Continue from the checkpoint in ``out``, with the same images and the same settings except ``epochs``.
-        skip_bad: Skip files that cannot be read instead of stopping.
-        device: Where to train.
-        graphs: On a GPU, replay steps as CUDA graphs where possible; see ``fastmaf.TrainingStep``.
+        data: folder with ``train/good``.
+        out: folder for the model, the log and the curve.
+        config: the settings.
+        resume: continue from the checkpoint in ``out``, with the same images and the same settings except ``epochs``.
+        skip_bad: skip files that cannot be read instead of stopping.
+        device: where to train.
+        graphs: on a GPU, replay steps as CUDA graphs where possible; see ``fastmaf.TrainingStep``.
         published: NLL of the published run by epoch, drawn beside the curve.
-        progress: Show a progress bar.
+        progress: show a progress bar.
 
     Raises:
-        DataError: A folder or an image cannot be used.
-        DoesNotFitError: The run needs more memory or disk space than is available; nothing was written.
-        InUseError: Another process or thread is writing a run to ``out``.
+        DataError: a folder or an image cannot be used.
+        DoesNotFitError: the run needs more memory or disk space than is available; nothing was written.
+        InUseError: another process or thread is writing a run to ``out``.
         OSError: ``out`` cannot be written to; nothing was read or trained.
-        TrainingStoppedError: The loss became non-finite.
-        OutputError: A file in ``out`` that this command did not write would be replaced.
-        ValueError: A setting is out of range, or settings or images differ from those of the run to resume.
+        TrainingStoppedError: the loss became non-finite.
+        OutputError: a file in ``out`` that this command did not write would be replaced.
+        ValueError: a setting is out of range, or settings or images differ from those of the run to resume.
     """
     out = Path(out)
     with run_folder(out, "training", LOG_FILE, CURVE_FILE):

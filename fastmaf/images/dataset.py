@@ -50,11 +50,11 @@ class ImageSet:
 
     Attributes:
         pixels: uint8 [n, 3, size, size], channels R, G, B, rows from the top.
-        paths: The file of each image.
-        labels: The class folder of each image: "good", "crack", ...
-        notes: Conversions of images that were not plain 8-bit RGB and files left aside, one sentence per kind.
+        paths: the file of each image.
+        labels: the class folder of each image: "good", "crack", ...
+        notes: conversions of images that were not plain 8-bit RGB and files left aside, one sentence per kind.
         skipped: (file, reason) of each file that could not be read, with ``skip_bad``.
-        names: Path of each image within its class folder, with "/": "003.png", "monday/003.png"; by default the names
+        names: path of each image within its class folder, with "/": "003.png", "monday/003.png"; by default the names
             of the files.
         shapes: (height, width) of each upright image at full resolution; () if the set was not read from files.
     """
@@ -100,14 +100,14 @@ def check_takes_images(flow: fastmaf.Flow, path: Path) -> int:
     """Checks that a flow models square RGB images in float32.
 
     Args:
-        flow: The flow.
-        path: The file it was loaded from, for the message.
+        flow: the flow.
+        path: the file it was loaded from, for the message.
 
     Returns:
         The side of the images in pixels.
 
     Raises:
-        fastmaf.CheckpointError: The flow models something else, or is not float32.
+        fastmaf.CheckpointError: the flow models something else, or is not float32.
     """
     size = math.isqrt(flow.features // 3)
     if 3 * size**2 != flow.features:
@@ -143,15 +143,15 @@ def load_train(root: str | Path, *, size: int = 64, skip_bad: bool = False, prog
     """Loads the normal images to train on, all below ``root/train/good``.
 
     Args:
-        root: Folder of the data set. Without ``train``, its images (directly in it, or in ``good``) must all be normal:
+        root: folder of the data set. Without ``train``, its images (directly in it, or in ``good``) must all be normal:
             no other folder in it except ``test`` and ``ground_truth`` may hold images. Pictures that fastmaf wrote as
             results are ignored everywhere.
-        size: Side of the square that every image is resized to, in pixels.
-        skip_bad: Record, log and skip files that cannot be read instead of stopping.
-        progress: Show a progress bar.
+        size: side of the square that every image is resized to, in pixels.
+        skip_bad: record, log and skip files that cannot be read instead of stopping.
+        progress: show a progress bar.
 
     Raises:
-        DataError: The folder is missing or holds no image, or a file cannot be read.
+        DataError: the folder is missing or holds no image, or a file cannot be read.
     """
     root = Path(root).expanduser()
     folder, notes = find_normals(root)

@@ -54,13 +54,13 @@ class Frame:
     """One image file, decoded and resized.
 
     Attributes:
-        path: The file.
+        path: the file.
         pixels: uint8 [3, size, size], channels R, G, B, rows from the top.
-        height, width: Size in pixels, after applying the EXIF orientation.
-        kinds: Kinds of conversion that were needed; see ``sentences``.
-        decode_seconds: Time from opening the file to RGB values at full resolution.
-        resize_seconds: Time from those values to ``pixels``.
-        full: The image at full resolution, uint8 [3, height, width]; None unless requested. Read-only: it is not
+        height, width: size in pixels, after applying the EXIF orientation.
+        kinds: kinds of conversion that were needed; see ``sentences``.
+        decode_seconds: time from opening the file to RGB values at full resolution.
+        resize_seconds: time from those values to ``pixels``.
+        full: the image at full resolution, uint8 [3, height, width]; None unless requested. Read-only: it is not
             contiguous, and the channels of a grey image share memory.
     """
 
@@ -87,12 +87,12 @@ def load_frame(path: str | Path, size: int, *, keep_full: bool = False) -> Frame
     image).
 
     Args:
-        path: The file; a leading ~ is not expanded. Only regular files are opened.
-        size: Side of the square that the image is resized to, in pixels.
-        keep_full: Keep the image at full resolution as well.
+        path: the file; a leading ~ is not expanded. Only regular files are opened.
+        size: side of the square that the image is resized to, in pixels.
+        keep_full: keep the image at full resolution as well.
 
     Raises:
-        DataError: The file is missing, not a regular file, truncated, not a PNG, JPEG, BMP or TIFF, has more than
+        DataError: the file is missing, not a regular file, truncated, not a PNG, JPEG, BMP or TIFF, has more than
             ``MAX_PIXELS`` pixels, or has an unknown white level.
     """
     if size < 1:

@@ -44,7 +44,7 @@ def find_test(root: Path) -> Path:
     """Returns the folder ``root/test``.
 
     Raises:
-        DataError: It is missing; the message lists what was found and proposes a path.
+        DataError: it is missing; the message lists what was found and proposes a path.
     """
     if (root / TEST).is_dir():
         return root / TEST

@@ -19,13 +19,13 @@ def to_8_bits(image: Image.Image, bits: int, path: Path, kinds: list[str]) -> Im
     """Converts an image to mode L or RGB.
 
     Args:
-        image: The decoded image, of any mode; returned as it is where no conversion is needed.
-        bits: Bits of one value in the file.
-        path: The file, for messages.
-        kinds: Kinds of conversion; new ones are appended.
+        image: the decoded image, of any mode; returned as it is where no conversion is needed.
+        bits: bits of one value in the file.
+        path: the file, for messages.
+        kinds: kinds of conversion; new ones are appended.
 
     Raises:
-        DataError: The white level is unknown.
+        DataError: the white level is unknown.
     """
     mode, transparent = image.mode, "transparency" in image.info
     if mode in ("I", "F") or mode.startswith("I;16"):

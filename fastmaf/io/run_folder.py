@@ -52,11 +52,11 @@ def check_disk(out: Path, needed: int) -> None:
     """Refuses a run whose files would not fit on the disk beside those that they replace.
 
     Args:
-        out: An existing folder.
-        needed: Size of the files, in bytes.
+        out: an existing folder.
+        needed: size of the files, in bytes.
 
     Raises:
-        DoesNotFitError: Less disk space is free.
+        DoesNotFitError: less disk space is free.
     """
     free = shutil.disk_usage(out).free
     if free < needed:

@@ -31,10 +31,10 @@ class ScoreAxis:
     """The axis of a score histogram: bins over the bulk, and one wide edge bin for all scores below or above it.
 
     Attributes:
-        low, high: Limits of the bulk.
-        width: Width of its bins.
-        left, right: Centres of the edge bins, which are three bins wide and one bin away from the bulk.
-        edges: Edges of all bins, those of the edge bins in use included.
+        low, high: limits of the bulk.
+        width: width of its bins.
+        left, right: centres of the edge bins, which are three bins wide and one bin away from the bulk.
+        edges: edges of all bins, those of the edge bins in use included.
         beyond: (start, end) of each edge bin in use.
     """
 
@@ -82,7 +82,7 @@ def hist_limits(scores: np.ndarray, normal: np.ndarray, thresholds: Iterable[flo
     Args:
         scores: [n] scores; infinities are ignored.
         normal: bool [n], which of them are normal.
-        thresholds: Scores to include where they are near the bulk.
+        thresholds: scores to include where they are near the bulk.
     """
     finite = scores[np.isfinite(scores)]
     if not len(finite):

@@ -195,7 +195,7 @@ def test_missing_held_out_images_are_said(
     (other / "train" / "good" / gone).unlink()
     report = judge(data=other).held_out
     said = capsys.readouterr().out
-    assert "1 of the 3 normal images that training held out are not in" in said
+    assert "1 of the 3 held-out normal images are missing in" in said
     assert "taken from the others" in said
     assert report is not None
     assert "2 held-out normals" in report.how
