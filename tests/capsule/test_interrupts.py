@@ -19,7 +19,7 @@ from fastmaf.capsule.config import GUARDED, TrainConfig
 from fastmaf.capsule.reproduce import reproduce
 from fastmaf.io import checkpoint
 from fastmaf.training.checkpoints import MODEL_FILE, load_state
-from tests.capsule.runs import STEPS, at_batch, epoch, run, same, tensors_of, with_, without_seconds
+from tests.capsule.runs import STEPS, as_earlier_version, at_batch, epoch, run, same, tensors_of, with_, without_seconds
 from tests.faults import hidden
 
 pytestmark = [pytest.mark.usefixtures("undrawn"), pytest.mark.filterwarnings("ignore::fastmaf.ConnectivityWarning")]
@@ -179,12 +179,10 @@ def test_a_state_of_an_earlier_version_begins_its_broken_epoch_again(
     data: Path, tmp_path: Path, interrupts: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It does not say how far that had come."""
-    from tests.capsule.test_resume import rewrite_as_before
-
     with monkeypatch.context() as patch:
         at_batch(patch, epoch(2), ctrl_c)
         run(data, tmp_path, THREE)
-    rewrite_as_before(tmp_path)
+    as_earlier_version(tmp_path)
     run(data, tmp_path, THREE, resume=True)
     assert load_state(tmp_path)[1]["steps"] == 3 * STEPS + 1
 
