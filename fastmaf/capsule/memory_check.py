@@ -14,6 +14,7 @@ import fastmaf
 from fastmaf.capsule.config import TrainConfig
 from fastmaf.io.run_folder import DoesNotFitError, format_bytes
 from fastmaf.training.available_memory import available_memory
+from fastmaf.training.blas import allocate_work_buffers
 
 # Covers what the estimate does not include: images, validation batches, the curve, fragmentation.
 _RESERVE = 1.05
@@ -36,7 +37,7 @@ def check_fits(config: TrainConfig, device: torch.device, *, images: int, resume
     available, needed = available_memory(device), needed_memory(config, device)
     if available is not None and needed <= available:
         # The estimate does not include the buffers of the BLAS library: they are allocated here, before looking again.
-        fastmaf.allocate_work_buffers(_planned(config), config.batch_size, device=device)
+        allocate_work_buffers(_planned(config), config.batch_size, device=device)
         available = available_memory(device)
     if available is None or needed <= available:
         return

@@ -69,8 +69,10 @@ class Detector(OutlierMixin, BaseEstimator):
         n_features_in_: D; of images the numbers in a resized one, 3 size².
 
     Example:
-        >>> detector = fastmaf.Detector().fit(sorted(Path("parts/good").glob("*.png")))
-        >>> detector.predict(["parts/new.png"])
+        >>> import numpy as np, fastmaf
+        >>> rows = np.random.default_rng(0).normal(size=(200, 4))
+        >>> detector = fastmaf.Detector(false_alarm=0.05).fit(rows)
+        >>> detector.predict([[9.0, 9.0, 9.0, 9.0]])
         array([-1])
     """
 

@@ -13,6 +13,7 @@ import fastmaf
 from fastmaf.images.dataset import check_takes_images
 from fastmaf.inspection.model import InspectionModel
 from fastmaf.io.atomic import replace
+from fastmaf.io.tensor_file import read_tensors
 
 FOLDS_FOLDER = "folds"
 
@@ -54,7 +55,7 @@ def load_members(run: Path, model: InspectionModel) -> list[fastmaf.Flow]:
         fastmaf.CheckpointError: a file is damaged.
     """
     files = sorted((run / FOLDS_FOLDER).glob("fold-*.safetensors"))
-    own = [f for f in files if fastmaf.read_tensors(f, tensors=False)[1].get("statistics") == _print_of(model)]
+    own = [f for f in files if read_tensors(f, tensors=False)[1].get("statistics") == _print_of(model)]
     flows = [fastmaf.load(file, device=model.device).eval() for file in own]
     for file, flow in zip(own, flows, strict=True):
         check_takes_images(flow, file)
@@ -68,7 +69,7 @@ def load_members(run: Path, model: InspectionModel) -> list[fastmaf.Flow]:
 def _statistics(file: Path) -> str | None:
     """What a file says of the model that it belongs to; None for a file that is no fold's model."""
     try:
-        return fastmaf.read_tensors(file, tensors=False)[1].get("statistics")
+        return read_tensors(file, tensors=False)[1].get("statistics")
     except (OSError, fastmaf.CheckpointError):
         return None
 

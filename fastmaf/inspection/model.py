@@ -21,6 +21,7 @@ from fastmaf.inspection.location import Location, location_maps, residuals_of
 from fastmaf.inspection.model_schema import KEY, inspection_record
 from fastmaf.inspection.scores import ScoreSettings, TermStatistics, image_scores, maps_of, terms_of
 from fastmaf.io.safe_json import shown
+from fastmaf.io.tensor_file import read_tensors
 from fastmaf.training.checkpoints import MODEL_FILE
 
 _BATCH = 64
@@ -163,7 +164,7 @@ def is_inspection_model(path: str | Path) -> bool:
         FileNotFoundError: there is none.
         fastmaf.CheckpointError: it is no safetensors file.
     """
-    return KEY in fastmaf.read_tensors(model_file(path), tensors=False)[1]
+    return KEY in read_tensors(model_file(path), tensors=False)[1]
 
 
 def model_file(path: str | Path) -> Path:

@@ -16,8 +16,8 @@ from functools import cache
 from pathlib import Path
 from typing import TypeAlias
 
-import fastmaf
 from fastmaf.io.marks import role_of
+from fastmaf.io.tensor_file import CheckpointError, read_tensors
 
 _Key: TypeAlias = tuple[object, ...]
 
@@ -214,6 +214,6 @@ def _keys(content: bytes) -> set[str]:
 
 def _metadata(path: Path) -> dict[str, str]:
     try:
-        return fastmaf.read_tensors(path, tensors=False)[1]
-    except (OSError, fastmaf.CheckpointError):
+        return read_tensors(path, tensors=False)[1]
+    except (OSError, CheckpointError):
         return {}

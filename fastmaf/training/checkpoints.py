@@ -20,6 +20,7 @@ import fastmaf
 from fastmaf.io.atomic import keep_previous, replace
 from fastmaf.io.safe_json import parse, shown
 from fastmaf.io.schema import Anything, Flag, ListOf, MapOf, Maybe, Number, Record, Text, Whole
+from fastmaf.io.tensor_file import read_tensors, write_tensors
 
 MODEL_FILE, STATE_FILE = "model.safetensors", "training_state.safetensors"
 _NEXT_STATE_FILE = "training_state.next.safetensors"
@@ -85,7 +86,7 @@ def save_state(
         OSError: a file cannot be written, as on a full disk; the previous model and state are kept.
     """
     checkpoint = secrets.token_hex(8)
-    fastmaf.write_tensors(moments, out / _NEXT_STATE_FILE, {"state": json.dumps({**state, "checkpoint": checkpoint})})
+    write_tensors(moments, out / _NEXT_STATE_FILE, {"state": json.dumps({**state, "checkpoint": checkpoint})})
     try:
         for name in keep:
             keep_previous(out / name)
@@ -118,7 +119,7 @@ def load_state(out: Path, *, tensors: bool = True) -> tuple[dict[str, Tensor], d
         )
     about = training_of(out / MODEL_FILE)
     for file in states:
-        found, metadata = fastmaf.read_tensors(file, tensors=tensors)
+        found, metadata = read_tensors(file, tensors=tensors)
         state = _record(metadata, "state", _STATE, file, finite=False)  # validation NLLs may be infinite
         if len(state["log"]) != state["epochs_done"]:
             raise fastmaf.CheckpointError(
@@ -184,7 +185,7 @@ def training_of(model: Path) -> dict[str, Any]:
     Raises:
         fastmaf.CheckpointError: the file is damaged.
     """
-    return training_in(fastmaf.read_tensors(model, tensors=False)[1], model)
+    return training_in(read_tensors(model, tensors=False)[1], model)
 
 
 def training_in(metadata: Mapping[str, str], model: Path) -> dict[str, Any]:

@@ -14,12 +14,12 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-import fastmaf
 from fastmaf.capsule import training_run
 from fastmaf.capsule.config import TrainConfig
 from fastmaf.capsule.train import train
 from fastmaf.capsule.training_run import LOG_FILE, TrainResult
 from fastmaf.images.dataset import to_unit
+from fastmaf.io.tensor_file import read_tensors, write_tensors
 from fastmaf.training.checkpoints import MODEL_FILE, STATE_FILE
 
 ROOT = Path(__file__).parents[2]
@@ -78,6 +78,6 @@ def as_earlier_version(out: Path) -> None:
         (STATE_FILE, "state", ("contents", "epoch_so_far", "checkpoint")),
         (MODEL_FILE, "training", ("checkpoint",)),
     ):
-        tensors, metadata = fastmaf.read_tensors(out / file)
+        tensors, metadata = read_tensors(out / file)
         found = {name: value for name, value in json.loads(metadata[key]).items() if name not in new}
-        fastmaf.write_tensors(tensors, out / file, {**metadata, key: json.dumps(found)})
+        write_tensors(tensors, out / file, {**metadata, key: json.dumps(found)})

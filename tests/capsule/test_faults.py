@@ -192,12 +192,12 @@ def test_after_a_kill_the_next_run_takes_the_folder_and_clears_it(data: Path, tm
     script = f"""
 import os, signal
 from pathlib import Path
-from fastmaf.io import checkpoint
+from fastmaf.io import tensor_file
 from tests.capsule.runs import run
 def killed(tensors, path, metadata):
     Path(path).write_bytes(b"half a model")
     os.kill(os.getpid(), signal.SIGKILL)
-checkpoint.save_file = killed
+tensor_file.save_file = killed
 run(Path({str(data)!r}), Path({str(tmp_path)!r}))
 """
     done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, timeout=120)

@@ -17,7 +17,7 @@ from fastmaf.capsule import train as training
 from fastmaf.capsule import training_run
 from fastmaf.capsule.config import GUARDED, TrainConfig
 from fastmaf.capsule.reproduce import reproduce
-from fastmaf.io import checkpoint
+from fastmaf.io import tensor_file
 from fastmaf.training.checkpoints import MODEL_FILE, load_state
 from tests.capsule.runs import STEPS, as_earlier_version, at_batch, epoch, run, same, tensors_of, with_, without_seconds
 from tests.faults import hidden
@@ -125,7 +125,7 @@ def test_interrupted_while_saving(
     write: int,
 ) -> None:
     """Once, the checkpoint is finished; twice in a row, the one before is what there is."""
-    save, calls = checkpoint.save_file, itertools.count()
+    save, calls = tensor_file.save_file, itertools.count()
 
     def interrupted(*args: Any) -> None:
         if next(calls) == write:
@@ -134,7 +134,7 @@ def test_interrupted_while_saving(
         save(*args)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(checkpoint, "save_file", interrupted)
+        patch.setattr(tensor_file, "save_file", interrupted)
         if times == 1:
             assert run(data, tmp_path, THREE).interrupted
         else:

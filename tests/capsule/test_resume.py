@@ -23,7 +23,8 @@ from fastmaf.capsule.config import GUARDED, TrainConfig
 from fastmaf.capsule.models import load_model
 from fastmaf.capsule.sample import sample
 from fastmaf.capsule.training_run import CURVE_FILE, LOG_FILE, TrainingStoppedError
-from fastmaf.io import checkpoint
+from fastmaf.io import tensor_file
+from fastmaf.io.tensor_file import read_tensors, write_tensors
 from fastmaf.training import checkpoints
 from fastmaf.training.checkpoints import MODEL_FILE, STATE_FILE, load_state, training_of
 from tests.capsule.runs import ROOT, STEPS, TINY, at_batch, epoch, rows, run, same, tensors_of, with_, without_seconds
@@ -116,7 +117,7 @@ def test_a_crash_while_saving_leaves_the_checkpoint_before_or_the_one_after(
             raise Crash
         move(source, target)
 
-    monkeypatch.setattr(checkpoint, "save_file", write_half)
+    monkeypatch.setattr(tensor_file, "save_file", write_half)
     monkeypatch.setattr(os, "replace", move_not)
     with pytest.raises(Crash):
         run(data, out, with_(epochs=3), resume=True)
@@ -331,8 +332,8 @@ def test_a_run_that_fails_before_its_first_checkpoint_leaves_an_earlier_one_alon
 def test_a_state_of_the_same_epoch_but_another_step_is_not_taken(data: Path, finished: Path, tmp_path: Path) -> None:
     """Ctrl-C saves in the middle of an epoch: the number of whole epochs does not tell two checkpoints apart."""
     out = Path(shutil.copytree(finished, tmp_path / "run"))
-    tensors, metadata = fastmaf.read_tensors(out / STATE_FILE)
+    tensors, metadata = read_tensors(out / STATE_FILE)
     state = json.loads(metadata["state"])
-    fastmaf.write_tensors(tensors, out / STATE_FILE, {"state": json.dumps({**state, "steps": state["steps"] - 1})})
+    write_tensors(tensors, out / STATE_FILE, {"state": json.dumps({**state, "steps": state["steps"] - 1})})
     with pytest.raises(fastmaf.CheckpointError, match="does not belong to"):
         run(data, out, with_(epochs=3), resume=True)

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-import fastmaf
+from fastmaf.io.tensor_file import read_tensors, write_tensors
 from fastmaf.training.checkpoints import STATE_FILE, load_state
 from tests.capsule.runs import as_earlier_version, rows, run, same, tensors_of, with_
 
@@ -123,11 +123,11 @@ def test_settings_of_earlier_versions_resume_under_their_new_names(data: Path, t
     config = with_(epochs=1, masks="published", degrees="random", max_loss_jump=50.0)
     assert with_(masks="reference") == with_(masks="published")
     run(data, tmp_path, config)
-    tensors, metadata = fastmaf.read_tensors(tmp_path / STATE_FILE)
+    tensors, metadata = read_tensors(tmp_path / STATE_FILE)
     state = json.loads(metadata["state"])
     state["config"]["max_leap"] = state["config"].pop("max_loss_jump")
     state["config"]["masks"] = "reference"
-    fastmaf.write_tensors(tensors, tmp_path / STATE_FILE, {"state": json.dumps(state)})
+    write_tensors(tensors, tmp_path / STATE_FILE, {"state": json.dumps(state)})
     with pytest.raises(ValueError, match=r"max_loss_jump: was 50\.0, now 5\.0\)"):
         run(data, tmp_path, dataclasses.replace(config, epochs=2, max_loss_jump=5.0), resume=True)
     assert len(run(data, tmp_path, dataclasses.replace(config, epochs=2), resume=True).log) == 2

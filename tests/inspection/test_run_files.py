@@ -28,6 +28,7 @@ from fastmaf.inspection.recipe import Recipe
 from fastmaf.inspection.workflow import REPORT_FILE, calibrate, choose, recalibrate, train
 from fastmaf.io.locks import InUseError, run_lock
 from fastmaf.io.run_folder import DoesNotFitError
+from fastmaf.io.tensor_file import read_tensors, write_tensors
 from fastmaf.training.checkpoints import MODEL_FILE, STATE_FILE
 from tests.faults import hidden
 from tests.inspection.faulty_runs import FILES, PREVIOUS
@@ -160,9 +161,9 @@ def test_an_unfinished_run_of_the_other_recipe_is_not_overwritten(data: Path, tm
     config = TrainConfig(size=8, blocks=1, hidden_features=(8,), epochs=1, batch_size=16)
     training.train(data, tmp_path, config, progress=False)
     state = tmp_path / STATE_FILE
-    tensors, metadata = training.fastmaf.read_tensors(state)
+    tensors, metadata = read_tensors(state)
     metadata["state"] = metadata["state"].replace('"epochs": 1', '"epochs": 5')
-    training.fastmaf.write_tensors(tensors, state, metadata)
+    write_tensors(tensors, state, metadata)
     before = contents(tmp_path)
     with pytest.raises(ValueError, match=r"holds an unfinished run \(1 of 5 epochs\)"):
         train(data, tmp_path, TINY, progress=False, say=silent)

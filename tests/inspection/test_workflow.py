@@ -23,6 +23,7 @@ from fastmaf.inspection.model import is_inspection_model, load_inspection
 from fastmaf.inspection.scores import ScoreSettings, TermStatistics, smoothing
 from fastmaf.inspection.scoring import score
 from fastmaf.inspection.workflow import calibrate, choose, recalibrate
+from fastmaf.io.tensor_file import read_tensors, write_tensors
 from tests.inspection.tiny import silent
 
 
@@ -63,9 +64,9 @@ def test_saved_and_loaded(fitted: tuple[torch.Tensor, Fitted], tmp_path: Path) -
 
 @pytest.mark.parametrize("name", ["term_mean", "term_deviation", "calibration_scores"])
 def test_a_damaged_model_is_refused(name: str, own: Path) -> None:
-    tensors, metadata = fastmaf.read_tensors(own)
+    tensors, metadata = read_tensors(own)
     tensors[f"extra.{name}"] = tensors[f"extra.{name}"] * float("nan")
-    fastmaf.write_tensors(tensors, own, metadata)
+    write_tensors(tensors, own, metadata)
     with pytest.raises(fastmaf.CheckpointError, match="own.safetensors"):
         load_inspection(own)
 
