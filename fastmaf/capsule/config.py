@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Any, Literal
-
-import torch
+from typing import TYPE_CHECKING, Any, Literal
 
 import fastmaf
+
+if TYPE_CHECKING:
+    import torch
 
 # Settings that keep orders other than "natural" stable at image size, measured on the real capsule images.
 GUARDED: Mapping[str, Any] = MappingProxyType(

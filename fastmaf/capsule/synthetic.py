@@ -17,7 +17,7 @@ from PIL import Image, ImageFilter
 from tqdm import tqdm
 
 from fastmaf.capsule.defects import DEFECTS, draw_pair
-from fastmaf.images.dataset import DataError
+from fastmaf.images.image_file import DataError
 from fastmaf.images.png import png_text
 from fastmaf.io.atomic import written_atomically
 from fastmaf.io.marks import DRAWN, role_of

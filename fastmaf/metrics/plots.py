@@ -7,6 +7,7 @@ whatever the user's style is, writes its PNG atomically and returns the Figure.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from itertools import cycle
 from pathlib import Path
 from typing import Any
@@ -228,7 +229,9 @@ def _bits_axis(axes: Axes, log: Sequence[Mapping[str, Any]], train: np.ndarray) 
     usable = np.isfinite(bits) & np.isfinite(train) & (bits != 0) & (train != 0)
     if usable.any():
         factor = float(np.median(bits[usable] / train[usable]))
-        right = axes.secondary_yaxis("right", functions=(lambda nll: nll * factor, lambda bits: bits / factor))
+        right = axes.secondary_yaxis(
+            "right", functions=(partial(np.multiply, factor), partial(np.multiply, 1 / factor))
+        )
         right.set_ylabel("bits per dimension")
 
 
