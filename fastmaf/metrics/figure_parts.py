@@ -69,8 +69,9 @@ class ScoreAxis:
         jitter = np.random.default_rng(0)
         for row, (_, scores, colour, _) in enumerate(rows):
             x, y = self.place(scores), row + jitter.uniform(-0.22, 0.22, len(scores))
+            scattered = np.where(x == scores, x, x + jitter.uniform(-1.4, 1.4, len(scores)) * self.width)
             for hit, marker in ((x == scores, "o"), (scores > x, ">"), (scores < x, "<")):
-                axes.plot(x[hit], y[hit], marker, color=colour, markersize=size, alpha=0.6, markeredgewidth=0)
+                axes.plot(scattered[hit], y[hit], marker, color=colour, markersize=size, alpha=0.6, markeredgewidth=0)
             axes.plot([np.median(x)], [row], "|", color=ink, markersize=3 * size, markeredgewidth=1.5)
         axes.set_yticks(range(len(rows)), [group.name for group in rows])
         axes.set_ylim(len(rows) - 0.5, -0.5)
