@@ -16,7 +16,6 @@ from fastmaf.capsule.drawing import (
     HALF,
     RADIUS,
     SEAM,
-    TEXELS,
     Array,
     Change,
     Grid,
@@ -24,8 +23,8 @@ from fastmaf.capsule.drawing import (
     Scene,
     background,
     compose,
-    imprint,
 )
+from fastmaf.capsule.imprint import TEXELS, imprint
 
 
 def _jagged(rng: np.random.Generator, u: float, v: float, heading: float, length: float, wander: float) -> Points:
