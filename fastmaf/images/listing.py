@@ -15,20 +15,8 @@ SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff")
 """Suffixes of image files, in any case; other files and hidden ones are ignored."""
 
 _NOT_READ = (
-    ".avif",
-    ".dng",
-    ".gif",
-    ".heic",
-    ".heif",
-    ".jfif",
-    ".jp2",
-    ".jxl",
-    ".pgm",
-    ".ppm",
-    ".raw",
-    ".tga",
-    ".webp",
-)
+    ".avif", ".dng", ".gif", ".heic", ".heif", ".jfif", ".jp2", ".jxl", ".pgm", ".ppm", ".raw", ".tga", ".webp",
+)  # fmt: skip
 _SYSTEM = ("__macosx", "@eadir")  # folders of attributes and thumbnails, from macOS and Synology
 
 

@@ -10,25 +10,10 @@ from fastmaf.images.folders import TEST
 from fastmaf.images.listing import count, nearest
 from fastmaf.metrics.results import NORMAL, EvaluationError, missing_kind
 
-_NORMAL_WORDS = {
-    "bon",
-    "clean",
-    "correct",
-    "defect_free",
-    "fine",
-    "gut",
-    "intact",
-    "io",
-    "no_defect",
-    "non_defective",
-    "normal",
-    "normals",
-    "ok",
-    "okay",
-    "pass",
-    "passed",
-    "undamaged",
-}
+_NORMAL_WORDS = (
+    "bon", "clean", "correct", "defect_free", "fine", "gut", "intact", "io", "no_defect",
+    "non_defective", "normal", "normals", "ok", "okay", "pass", "passed", "undamaged",
+)  # fmt: skip
 
 
 def require_both(labels: Sequence[str], root: str | Path) -> None:
@@ -63,7 +48,7 @@ def like_normal(labels: Iterable[str], test: Path) -> list[Path]:
 
 
 def _means_normal(label: str) -> bool:
-    return label.lower().replace("-", "_").replace(" ", "_") in {NORMAL, *_NORMAL_WORDS}
+    return label.lower().replace("-", "_").replace(" ", "_") in (NORMAL, *_NORMAL_WORDS)
 
 
 def doubtful(labels: Iterable[str]) -> list[str]:
