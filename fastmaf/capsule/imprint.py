@@ -38,6 +38,6 @@ def sample(texture: np.ndarray, along: np.ndarray, around: np.ndarray) -> np.nda
     column = np.rint(along * TEXELS + wide / 2).astype(np.int32)
     row = np.rint(around * TEXELS + tall / 2).astype(np.int32)
     inside = (column >= 0) & (column < wide) & (row >= 0) & (row < tall)
-    found = np.zeros(along.shape, dtype=np.float32)
-    found[inside] = texture[row[inside], column[inside]]
-    return found
+    values = np.zeros(along.shape, dtype=np.float32)
+    values[inside] = texture[row[inside], column[inside]]
+    return values

@@ -30,11 +30,11 @@ class TrainedOn:
 
 def contents_of(names: Sequence[str], paths: Sequence[Path]) -> Contents:
     """Returns sizes and hashes of files, by which files of the same name are told apart."""
-    found: Contents = {}
+    contents: Contents = {}
     for name, path in zip(names, paths, strict=True):
         data = path.read_bytes()
-        found[name] = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
-    return found
+        contents[name] = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+    return contents
 
 
 def check_settings(out: Path, state: Mapping[str, Any], config: TrainConfig) -> None:
@@ -73,10 +73,10 @@ def check_images(out: Path, state: Mapping[str, Any], now: TrainedOn) -> str | N
     if before is not None:
         lacking, extra = sorted(before.keys() - contents.keys()), sorted(contents.keys() - before.keys())
     if lacking or extra or state["files"] != now.files:
-        found = [f"{what}: {_listed(names)}" for what, names in (("missing", lacking), ("new", extra)) if names]
+        listed = [f"{what}: {_listed(names)}" for what, names in (("missing", lacking), ("new", extra)) if names]
         raise ValueError(
             f"cannot resume {out}: it was trained on {count(len(state['files']), 'image')}, the data now hold "
-            f"{len(now.files)} others or renamed ones for training" + (f" ({'; '.join(found)})" if found else "")
+            f"{len(now.files)} others or renamed ones for training" + (f" ({'; '.join(listed)})" if listed else "")
         )
     if before is None:
         return (

@@ -158,8 +158,8 @@ def load_train(root: str | Path, *, size: int = 64, skip_bad: bool = False, prog
     files, ignored, closed = (*images_in(root), []) if folder == root else images_below(folder)
     if not files:
         raise no_image_in(folder, root)
-    found = [("good", folder, file) for file in files]
-    return _load(found, "train", [*notes, *left_aside(ignored, closed)], size, skip_bad, progress)
+    labelled = [("good", folder, file) for file in files]
+    return _load(labelled, "train", [*notes, *left_aside(ignored, closed)], size, skip_bad, progress)
 
 
 @fastmaf.torch_defaults()
@@ -173,18 +173,18 @@ def load_test(root: str | Path, *, size: int = 64, skip_bad: bool = False, progr
     loose, ignored = images_in(test)
     closed: list[Path] = []
     notes = [f"{count(len(loose), 'image')} directly in test/ left aside: not in a class folder"] if loose else []
-    found: list[tuple[str, Path, Path]] = []
+    labelled: list[tuple[str, Path, Path]] = []
     for folder in sorted(folders_in(test), key=lambda folder: (folder.name != "good", folder.name)):
         files, others, unopened = images_below(folder)
         ignored += others
         closed += unopened
-        found += [(folder.name, folder, file) for file in files]
+        labelled += [(folder.name, folder, file) for file in files]
         if not files:
             notes.append(f"class folder test/{folder.name} holds no image")
-    if not found:
+    if not labelled:
         where = f"; the {count(len(loose), 'image')} directly in it belong in test/<class>" if loose else ""
         raise DataError(f"no test class with an image in {test}{where}\n{expected(TEST)}\n{tree(root)}")
-    return _load(found, "test", [*notes, *left_aside(ignored, closed)], size, skip_bad, progress)
+    return _load(labelled, "test", [*notes, *left_aside(ignored, closed)], size, skip_bad, progress)
 
 
 def _load(
@@ -193,7 +193,7 @@ def _load(
     """Loads files, given as (class, class folder, file)."""
     kinds: Counter[str] = Counter()
     pixels: list[Tensor] = []
-    kept: list[tuple[str, Path, Path]] = []
+    loaded: list[tuple[str, Path, Path]] = []
     shapes: list[tuple[int, int]] = []
     skipped: list[tuple[Path, str]] = []
     for label, folder, file in tqdm(
@@ -208,7 +208,7 @@ def _load(
             _log.warning("skipped: %s", visible(str(error)))
             continue
         pixels.append(frame.pixels)
-        kept.append((label, folder, file))
+        loaded.append((label, folder, file))
         shapes.append((frame.height, frame.width))
         kinds.update(frame.kinds)
     if not pixels:
@@ -218,10 +218,10 @@ def _load(
         notes.append(f"{count(len(skipped), 'file')} skipped: could not be read")
     return ImageSet(
         pixels=torch.stack(pixels),
-        paths=tuple(file for _, _, file in kept),
-        labels=tuple(label for label, _, _ in kept),
+        paths=tuple(file for _, _, file in loaded),
+        labels=tuple(label for label, _, _ in loaded),
         notes=tuple(notes),
         skipped=tuple(skipped),
-        names=tuple(file.relative_to(folder).as_posix() for _, folder, file in kept),
+        names=tuple(file.relative_to(folder).as_posix() for _, folder, file in loaded),
         shapes=tuple(shapes),
     )

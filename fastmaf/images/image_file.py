@@ -82,10 +82,10 @@ def decode(path: Path) -> tuple[Image.Image, int, Image.Transpose | None, list[s
     except NotRegularError as error:
         raise DataError(str(error)) from None
     except UnidentifiedImageError:
-        found = next((name for at, magic, name in _KNOWN if start[at:].startswith(magic)), "none of these")
+        kind = next((name for at, magic, name in _KNOWN if start[at:].startswith(magic)), "none of these")
         raise DataError(
             f"{path}: no image that can be read, or one cut short; expected {', '.join(FORMATS)}, "
-            f"found {found if start else 'an empty file'}"
+            f"found {kind if start else 'an empty file'}"
         ) from None
     except Exception as error:  # on damaged files Pillow raises anything from SyntaxError to struct.error
         raise DataError(f"{path}: cannot be read ({type(error).__name__}: {error})") from error
@@ -202,5 +202,5 @@ def _bits(image: ImageFile.ImageFile, start: bytes) -> int:
     if image.format == "PNG":
         return start[24]  # IHDR: after the signature (8), length and name (8), width and height (8)
     tags = getattr(image, "tag_v2", None)
-    found = tags.get(258, 8) if tags is not None else 8
-    return int(max(found) if isinstance(found, tuple) else found)
+    bits = tags.get(258, 8) if tags is not None else 8
+    return int(max(bits) if isinstance(bits, tuple) else bits)

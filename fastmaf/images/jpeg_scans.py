@@ -65,7 +65,7 @@ class Scans:
 
 def read_scans(stream: BinaryIO) -> Scans:
     """Reads the markers up to the end of the image; damage is left for the decoder to refuse."""
-    found = Scans()
+    scans = Scans()
     stream.seek(2)
     while (marker := _next_marker(stream)) not in (None, _EOI):
         if marker in _LONE:
@@ -73,13 +73,13 @@ def read_scans(stream: BinaryIO) -> Scans:
         length = int.from_bytes(stream.read(2), "big")
         body = stream.read(max(0, length - 2))
         if 0xC0 <= (marker or 0) <= 0xCF and marker not in (_DHT, _DAC, _JPG) and len(body) > 5:
-            found.process = marker or 0
-            found.known = {body[i]: [99] * 64 for i in range(6, len(body) - 2, 3)}
+            scans.process = marker or 0
+            scans.known = {body[i]: [99] * 64 for i in range(6, len(body) - 2, 3)}
         elif marker == _SOS and body:
-            _note_scan(found, body)
-            found.count += 1
-            found.end, found.restarts = _skip_data(stream)
-    return found
+            _note_scan(scans, body)
+            scans.count += 1
+            scans.end, scans.restarts = _skip_data(stream)
+    return scans
 
 
 def _next_marker(stream: BinaryIO) -> int | None:
@@ -91,12 +91,12 @@ def _next_marker(stream: BinaryIO) -> int | None:
     return byte[0] if byte else None
 
 
-def _note_scan(found: Scans, body: bytes) -> None:
+def _note_scan(scans: Scans, body: bytes) -> None:
     number, (first, last, shift) = body[0], body[-3:]
     for component in body[1 : 1 + 2 * number : 2]:
-        bits = (found.known or {}).get(component)
+        bits = (scans.known or {}).get(component)
         if bits is not None:
-            if found.is_sequential or found.process == 0xC3:  # lossless: the three bytes mean something else
+            if scans.is_sequential or scans.process == 0xC3:  # lossless: the three bytes mean something else
                 first, last, shift = 0, 63, 0
             bits[first : last + 1] = [shift & 15] * len(bits[first : last + 1])
 
@@ -135,10 +135,10 @@ def is_cut_short(stream: BinaryIO, scans: Scans, image: Image.Image) -> bool:
 
 def digest(image: Image.Image) -> int:
     """Returns a checksum of the pixels."""
-    found = 0
+    checksum = 0
     for _, strip in strips(image):
-        found = zlib.crc32(strip.tobytes(), found)
-    return found
+        checksum = zlib.crc32(strip.tobytes(), checksum)
+    return checksum
 
 
 def _ends_grey(image: Image.Image) -> bool:

@@ -76,8 +76,8 @@ def images_below(folder: Path) -> tuple[list[Path], list[Path], list[Path]]:
     aside: list[Path] = []
     folders = list(walk(folder))
     for below in folders:
-        found, others = images_in(below)
-        images += found
+        here, others = images_in(below)
+        images += here
         aside += others
     return sorted(images), sorted(aside), closed_of(folders)
 

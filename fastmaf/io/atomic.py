@@ -57,10 +57,10 @@ def write_errors(path: str | os.PathLike[str]) -> Iterator[None]:
     try:
         yield
     except SafetensorError as error:
-        found = _OS_ERROR.search(str(error))
-        if found is None:
+        code = _OS_ERROR.search(str(error))
+        if code is None:
             raise OSError(f"{os.fspath(path)}: cannot be written: {error}") from error
-        raise OSError(int(found[1]), os.strerror(int(found[1])), os.fspath(path)) from error
+        raise OSError(int(code[1]), os.strerror(int(code[1])), os.fspath(path)) from error
     except OSError as error:
         if error.filename is not None and not any(map(_is_staging, Path(os.fsdecode(error.filename)).parts)):
             raise

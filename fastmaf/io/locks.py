@@ -148,8 +148,8 @@ def _read(path: Path) -> dict[str, Any]:
 
 def _parsed(file: BinaryIO) -> dict[str, Any]:
     try:
-        found = json.loads(file.read(4096))
-        return {"pid": int(found["pid"]), **{key: str(found[key]) for key in ("host", "since", "doing")}}
+        holder = json.loads(file.read(4096))
+        return {"pid": int(holder["pid"]), **{key: str(holder[key]) for key in ("host", "since", "doing")}}
     except (ValueError, KeyError, TypeError, OSError):
         return {}  # not written yet, or only in part
 

@@ -144,12 +144,12 @@ def _check_replaced(output: Output) -> None:
 
 def _check_folder(folder: Path) -> None:
     """Checks that a folder exists or can be created, and can be written to."""
-    there = next(path for path in (folder, *folder.parents) if os.path.lexists(path))
-    if not os.path.isdir(there):
-        raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(there))
-    if not os.access(there, os.W_OK | os.X_OK):
-        code = errno.EROFS if _is_read_only(there) else errno.EACCES
-        raise OSError(code, os.strerror(code), str(there))
+    existing = next(path for path in (folder, *folder.parents) if os.path.lexists(path))
+    if not os.path.isdir(existing):
+        raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(existing))
+    if not os.access(existing, os.W_OK | os.X_OK):
+        code = errno.EROFS if _is_read_only(existing) else errno.EACCES
+        raise OSError(code, os.strerror(code), str(existing))
 
 
 def _is_read_only(folder: Path) -> bool:
@@ -206,10 +206,10 @@ def _first_line(path: Path) -> bytes:
 
 def _keys(content: bytes) -> set[str]:
     try:
-        found = json.loads(content)
+        parsed = json.loads(content)
     except (ValueError, RecursionError):
         return set()
-    return set(found) if isinstance(found, dict) else set()
+    return set(parsed) if isinstance(parsed, dict) else set()
 
 
 def _metadata(path: Path) -> dict[str, str]:

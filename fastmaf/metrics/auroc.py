@@ -52,5 +52,5 @@ def bootstrap_auroc(scores: np.ndarray, defect: np.ndarray, resamples: int, seed
 def _counts(codes: np.ndarray, images: np.ndarray) -> np.ndarray:
     """Counts each code [n] among the images [rows, m] of each row: [rows, codes]."""
     rows, size = len(images), int(codes.max()) + 1
-    own = codes[images] + size * np.arange(rows)[:, None]
-    return np.bincount(own.ravel(), minlength=rows * size).reshape(rows, size)
+    offset_codes = codes[images] + size * np.arange(rows)[:, None]
+    return np.bincount(offset_codes.ravel(), minlength=rows * size).reshape(rows, size)

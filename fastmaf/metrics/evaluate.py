@@ -66,8 +66,8 @@ def evaluate_scores(
     classes = np.asarray([str(label) for label in labels])
     if message := missing_kind(classes.tolist()):
         raise EvaluationError(message)
-    found = Counter(classes.tolist())
-    counts = {name: found[name] for name in sorted(found, key=lambda name: (name != NORMAL, name))}
+    tally = Counter(classes.tolist())
+    counts = {name: tally[name] for name in sorted(tally, key=lambda name: (name != NORMAL, name))}
     defect = classes != NORMAL
 
     values, codes = np.unique(scores, return_inverse=True)
@@ -146,13 +146,13 @@ def _roc(values: np.ndarray, codes: np.ndarray, defect: np.ndarray) -> Roc:
 
 
 def _class_stats(name: str, scores: np.ndarray, classes: np.ndarray) -> ClassStats:
-    own = scores[classes == name]
+    nlls = scores[classes == name]
     area = None
     if name != NORMAL:
         pair = (classes == name) | (classes == NORMAL)
         area = auroc(scores[pair], classes[pair] != NORMAL)
     with np.errstate(invalid="ignore", over="ignore"):  # infinite scores: mean inf, std NaN
-        return ClassStats(len(own), float(own.mean()), float(own.std()), float(np.median(own)), area)
+        return ClassStats(len(nlls), float(nlls.mean()), float(nlls.std()), float(np.median(nlls)), area)
 
 
 def _report(

@@ -141,13 +141,13 @@ def nats(value: float, digits: int = 0) -> str:
 
 def missing_kind(labels: Sequence[str]) -> str | None:
     """Returns an error message if normals or defects are missing among the labels, else None."""
-    found = Counter(labels)
-    if found[NORMAL] and len(found) > 1:
+    counts = Counter(labels)
+    if counts[NORMAL] and len(counts) > 1:
         return None
-    listing = ", ".join(f"{name} {n}" for name, n in sorted(found.items()) if n) or "none"
+    listing = ", ".join(f"{name} {n}" for name, n in sorted(counts.items()) if n) or "none"
     return (
         f'an AUROC needs normals (class "{NORMAL}") and defects (other classes), but there is no '
-        f"{'defect' if found[NORMAL] else 'normal'}; images found: {listing}"
+        f"{'defect' if counts[NORMAL] else 'normal'}; images found: {listing}"
     )
 
 

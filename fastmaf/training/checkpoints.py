@@ -119,7 +119,7 @@ def load_state(out: Path, *, tensors: bool = True) -> tuple[dict[str, Tensor], d
         )
     about = training_of(out / MODEL_FILE)
     for file in states:
-        found, metadata = read_tensors(file, tensors=tensors)
+        moments, metadata = read_tensors(file, tensors=tensors)
         state = _record(metadata, "state", _STATE, file, finite=False)  # validation NLLs may be infinite
         if len(state["log"]) != state["epochs_done"]:
             raise fastmaf.CheckpointError(
@@ -127,7 +127,7 @@ def load_state(out: Path, *, tensors: bool = True) -> tuple[dict[str, Tensor], d
             )
         # Files of earlier versions have no identifier and are compared by their steps alone.
         if all(state.get(key) == about.get(key) for key in ("steps", "checkpoint")):
-            return found, state
+            return moments, state
     raise fastmaf.CheckpointError(
         f"{out / STATE_FILE} does not belong to {out / MODEL_FILE}, which is from step {about.get('steps')}: one of "
         "them was replaced. The model is usable, but its training cannot be resumed (choose another --out)"
@@ -165,14 +165,14 @@ def moments_by_parameter(
     if odd := sorted(expected.keys() ^ tensors.keys()):
         raise fastmaf.CheckpointError(f"{out / STATE_FILE}: tensor {shown(odd[0])} is missing or unexpected")
     for name, (shape, dtype) in expected.items():
-        found = tensors[name]
-        if found.shape != shape or found.dtype != dtype:
-            what = f"{shown(tuple(found.shape))} {found.dtype}"
+        tensor = tensors[name]
+        if tensor.shape != shape or tensor.dtype != dtype:
+            what = f"{shown(tuple(tensor.shape))} {tensor.dtype}"
             raise fastmaf.CheckpointError(
                 f"{out / STATE_FILE}: tensor {name}: expected {tuple(shape)} {dtype}; found {what}"
             )
         signed = name.endswith("/exp_avg")  # steps and second moments are not
-        if not bool((torch.isfinite(found) & (found >= (-math.inf if signed else 0))).all()):
+        if not bool((torch.isfinite(tensor) & (tensor >= (-math.inf if signed else 0))).all()):
             numbers = "finite numbers" if signed else "finite numbers that are not negative"
             raise fastmaf.CheckpointError(f"{out / STATE_FILE}: tensor {name}: expected {numbers}; found others")
     names = ("step", *_MOMENTS)
@@ -197,8 +197,8 @@ def _record(
     metadata: Mapping[str, str], key: str, schema: Record, file: Path, *, finite: bool = True
 ) -> dict[str, Any]:
     try:
-        found: dict[str, Any] = parse(metadata.get(key, "{}"), key, finite=finite)
-        schema.check(found, key)
+        record: dict[str, Any] = parse(metadata.get(key, "{}"), key, finite=finite)
+        schema.check(record, key)
     except ValueError as error:
         raise fastmaf.CheckpointError(f"{file}: {error}") from error
-    return found
+    return record

@@ -124,16 +124,16 @@ def test_the_bootstrap_repeats_by_seed(judge: Callable[..., Evaluation]) -> None
     assert judge(seed=1).auroc_interval == judge(seed=1).auroc_interval
 
 
-def test_missing_held_out_images_are_said(
+def test_missing_held_out_images_are_reported(
     model: Model, labelled: Path, judge: Callable[..., Evaluation], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     other = Path(shutil.copytree(labelled, tmp_path / "data"))
     gone, *left = sorted(model.held_out)
     (other / "train" / "good" / gone).unlink()
     report = judge(data=other).held_out
-    said = capsys.readouterr().out
-    assert "1 of the 3 held-out normal images are missing in" in said
-    assert "taken from the others" in said
+    output = capsys.readouterr().out
+    assert "1 of the 3 held-out normal images are missing in" in output
+    assert "taken from the others" in output
     assert report is not None
     assert "2 held-out normals" in report.how
     for name in left:
@@ -152,8 +152,8 @@ def test_a_test_set_without_training_images_is_judged_all_the_same(
     evaluation = judge(data=other)
     assert evaluation.held_out is None
     assert evaluation.auroc == judge().auroc
-    said = capsys.readouterr().out
-    assert f"no folder train/good in {other}: no threshold can be taken from held-out normals" in said
+    output = capsys.readouterr().out
+    assert f"no folder train/good in {other}: no threshold can be taken from held-out normals" in output
     assert (tmp_path / "out" / ROC_FILE).is_file()
 
 

@@ -16,7 +16,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastmaf.capsule import memory_check as room
+from fastmaf.capsule import memory_check
 from fastmaf.capsule import train as training
 from fastmaf.capsule.models import load_model
 from fastmaf.io.locks import InUseError, run_lock
@@ -133,15 +133,15 @@ def test_too_small_a_disk_is_noticed_before_training(
     """A model of 4 bytes a weight, and two moments of the same size: what a checkpoint writes, but for its headers."""
     weights = sum(tensor.nbytes for tensor in tensors_of(finished).values())
     written = (finished / MODEL_FILE).stat().st_size + (finished / STATE_FILE).stat().st_size
-    assert 2 * weights < room.disk_needed(TINY) <= written
+    assert 2 * weights < memory_check.disk_needed(TINY) <= written
     usage = shutil.disk_usage(tmp_path)
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=room.disk_needed(TINY) - 1))
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=memory_check.disk_needed(TINY) - 1))
     with pytest.raises(
         DoesNotFitError, match=r"needs about 0\.\d MB of disk space in .*run, but only 0\.\d MB are free"
     ):
         run(data, tmp_path / "run")
     assert os.listdir(tmp_path) == [], "nothing was written, and the folder is gone again"
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=room.disk_needed(TINY)))
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=memory_check.disk_needed(TINY)))
     run(data, tmp_path / "run")
 
 

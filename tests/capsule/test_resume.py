@@ -279,9 +279,9 @@ def environment() -> dict[str, str]:
 def test_ctrl_c_on_the_command_line(data: Path, tmp_path: Path) -> None:
     out, settings = tmp_path / "run", ("--size", "8", "--blocks", "2", "--hidden", "16,16", "--batch-size", "4")
     command = [sys.executable, "-m", "fastmaf", "train", "--data", str(data), "--out", str(out), *settings]
-    with open(tmp_path / "out.txt", "w") as said, open(tmp_path / "err.txt", "w") as bar:
+    with open(tmp_path / "out.txt", "w") as stdout, open(tmp_path / "err.txt", "w") as bar:
         process = subprocess.Popen(
-            [*command, "--epochs", "1000000"], cwd=ROOT, env=environment(), stdout=said, stderr=bar
+            [*command, "--epochs", "1000000"], cwd=ROOT, env=environment(), stdout=stdout, stderr=bar
         )
         try:
             give_up = time.monotonic() + 60

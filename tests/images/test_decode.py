@@ -164,7 +164,7 @@ def test_palette_with_transparency(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("name", "kind"), [("a.jpg", "JPEG"), ("a.tif", "TIFF"), ("a.png", "PNG")])
-def test_exif_orientation_is_applied_once_and_said(tmp_path: Path, name: str, kind: str) -> None:
+def test_exif_orientation_is_applied_once_and_reported(tmp_path: Path, name: str, kind: str) -> None:
     image = Image.new("RGB", (16, 16), (0, 0, 0))
     image.paste((255, 255, 255), (0, 0, 16, 8))  # white above
     exif = Image.Exif()

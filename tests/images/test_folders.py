@@ -267,7 +267,7 @@ def test_formats_that_are_not_read_are_counted(tmp_path: Path) -> None:
     assert f"{flat}  0 images, 3 x .webp (not read)" in message
 
 
-def test_a_folder_that_cannot_be_opened_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_folder_that_cannot_be_opened_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     root = capsule_set(tmp_path / "set")
     for part in ("train/good", "test/crack"):
         (root / part / "closed").mkdir()
@@ -277,7 +277,7 @@ def test_a_folder_that_cannot_be_opened_is_said(tmp_path: Path, monkeypatch: pyt
         assert notes == (f"1 folder could not be opened: {root / part / 'closed'}",)
 
 
-def test_a_folder_of_nothing_that_can_be_read_is_said_to_hold_what_it_holds(tmp_path: Path) -> None:
+def test_a_folder_of_nothing_that_can_be_read_is_described(tmp_path: Path) -> None:
     for name in ("a.png", "b.png"):
         Image.new("L", (4, 4)).save(tmp_path / name, pnginfo=png_text(OVERLAY))
     os.mkfifo(tmp_path / "c.png")

@@ -168,7 +168,7 @@ def test_errors_say_what_was_found(nll: list, labels: list[str], options: dict, 
 
 
 @pytest.mark.parametrize(("held_out", "words"), [(None, "no scores"), (np.array([]), "empty")])
-def test_missing_held_out_set_is_said(held_out: np.ndarray | None, words: str) -> None:
+def test_missing_held_out_set_is_reported(held_out: np.ndarray | None, words: str) -> None:
     e = evaluate_scores(np.array([1.0, 2.0]), ["good", "x"], held_out_nll=held_out)
     assert e.held_out is None and e.held_out_reason is not None and words in e.held_out_reason
     assert e.held_out_reason in format_table(e) and to_json(e)["held_out"] is None
