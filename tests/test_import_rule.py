@@ -206,10 +206,6 @@ def test_cycles_are_found_at_any_depth_of_a_file() -> None:
     assert cycles(module_graph({**texts, "fastmaf/c.py": "import fastmaf.e"})) == []
 
 
-def test_no_folder_of_kernels_hides_triton() -> None:
-    assert [path for path in (ROOT / "kernels").rglob("triton*") if path.stem == "triton"] == []
-
-
 KNOWN = {
     "fastmaf",
     "fastmaf.nn",
