@@ -66,9 +66,9 @@ def find_normals(root: Path) -> tuple[Path, list[str]]:
     directly = f"{count(loose, 'image')} directly in {os.path.basename(os.path.abspath(root))}/"
     if folder == root:
         written = [file for below in _others(root, root) for file in images_in(below)[1] if is_image(file)]
-        return root, [f"no folder {TRAIN}: {directly} taken for normal ones", *left_aside(written)]
+        return root, [f"no folder {TRAIN}: {directly} used as normal images", *left_aside(written)]
     left = [f"{directly} left aside: not in good/"] * (loose > 0)
-    return folder, [f"no folder {TRAIN}: the images in good/ taken for the normal ones", *left]
+    return folder, [f"no folder {TRAIN}: the images in good/ are used as normal images", *left]
 
 
 def has_normals(root: Path) -> bool:

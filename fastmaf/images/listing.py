@@ -139,7 +139,7 @@ def left_aside(files: Collection[Path], closed: Sequence[Path] = ()) -> list[str
             f"{count(len(written), 'picture')} that fastmaf wrote left aside: {places}" + ", ..." * (len(where) > 3)
         )
     for suffix, n in sorted(others.items()):
-        notes.append(f"{count(n, 'file')} left aside: {suffix} is not read; save as PNG what is to be read")
+        notes.append(f"{count(n, 'file')} left aside: {suffix} is not supported; convert to PNG to include them")
     if rest := len(files) - len(odd) - len(written) - others.total():
         notes.append(f"{count(rest, 'file')} left aside (hidden, or without an image's suffix)")
     if closed:
