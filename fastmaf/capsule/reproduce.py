@@ -18,7 +18,7 @@ from fastmaf.capsule.sample import outputs_of as sample_outputs
 from fastmaf.capsule.sample import sample
 from fastmaf.capsule.synthetic import MARKER, draw_dataset
 from fastmaf.capsule.train import outputs_of as train_outputs
-from fastmaf.capsule.train import train_in
+from fastmaf.capsule.train import train
 from fastmaf.capsule.training_run import TrainResult
 from fastmaf.io.atomic import written_atomically
 from fastmaf.io.outputs import Output, check_outputs, text_file
@@ -86,9 +86,9 @@ def reproduce(
             draw_dataset(data, progress=progress)
             say(f"drew the synthetic capsules into {data}; their results are not those of the real images")
         real = not (Path(data) / MARKER).is_file()
-        training = train_in(
-            out,
+        training = train(
             data,
+            out,
             config,
             resume=resume,
             skip_bad=skip_bad,
@@ -96,6 +96,7 @@ def reproduce(
             graphs=graphs,
             published=published.PUBLISHED_NLL if real else None,
             progress=progress,
+            locked=True,
         )
         if training.interrupted:
             say(f"stopped after {len(training.log)} whole epochs; the model is in {training.model}; --resume continues")
