@@ -32,9 +32,9 @@ ROOMS = {
     "metrics": ("metrics", "images"),
     "capsule": ("capsule", "metrics", "images"),
     "inspection": ("inspection", "metrics", "images"),
-    "cli": ("cli", "cli_options", "capsule", "inspection", "metrics", "images"),
+    "cli": ("cli", "capsule", "inspection", "metrics", "images"),
 }
-ROOM_OF = {"__main__": "cli", "cli_options": "cli"}
+ROOM_OF = {"__main__": "cli"}
 # What rooms above the core may import of it, besides the names of ``fastmaf`` itself.
 PUBLIC_CORE = ("fastmaf.doctor", "fastmaf.io", "fastmaf.optim", "fastmaf.training")
 CORE_NEEDS = {"torch", "numpy", "safetensors"}
@@ -184,7 +184,7 @@ def sources() -> dict[str, str]:
 
 def test_every_source_keeps_the_rule() -> None:
     texts = sources()
-    assert {"fastmaf/__init__.py", "fastmaf/cli.py", "kernels/__init__.py"} <= set(texts)
+    assert {"fastmaf/__init__.py", "fastmaf/cli/app.py", "kernels/__init__.py"} <= set(texts)
     known = {module_of(ROOT / path) for path in texts}
     known |= {name.rpartition(".")[0] for name in known}  # folders without an __init__.py
     assert [line for path, source in texts.items() for line in check(source, path, known)] == []
@@ -211,6 +211,7 @@ KNOWN = {
     "fastmaf.nn",
     "fastmaf.doctor",
     "fastmaf.cli",
+    "fastmaf.cli.app",
     "fastmaf.capsule",
     "fastmaf.capsule.train",
     "fastmaf.inspection",
@@ -243,12 +244,12 @@ KNOWN = {
         ("fastmaf/capsule/train.py", "from fastmaf.bench import run", "nobody imports the bench"),
         ("kernels/layout.py", "from fastmaf.bench import run", "nobody imports the bench"),
         ("bench/run.py", "from tests.tolerances import TABLE", "nobody imports tests"),
-        ("fastmaf/cli.py", "from tests import tolerances", "nobody imports tests"),
+        ("fastmaf/cli/app.py", "from tests import tolerances", "nobody imports tests"),
         ("fastmaf/nn.py", "from kernels import layout", "imported, as fastmaf.kernels"),
-        ("fastmaf/cli.py", "from fastmaf.nn import MADE", "public names"),
-        ("fastmaf/cli.py", "import fastmaf.nn", "public names"),
-        ("fastmaf/cli.py", "from fastmaf import nn", "public names"),
-        ("fastmaf/cli.py", "from . import kernels", "public names"),
+        ("fastmaf/cli/app.py", "from fastmaf.nn import MADE", "public names"),
+        ("fastmaf/cli/app.py", "import fastmaf.nn", "public names"),
+        ("fastmaf/cli/app.py", "from fastmaf import nn", "public names"),
+        ("fastmaf/cli/app.py", "from .. import kernels", "public names"),
         ("fastmaf/capsule/train.py", "from fastmaf.kernels import backends", "public names"),
         ("fastmaf/capsule/train.py", "from ..nn import MADE", "public names"),
         ("fastmaf/capsule/train.py", "import fastmaf.cli", "capsule imports"),
@@ -282,7 +283,7 @@ def test_a_forbidden_import_is_named(path: str, source: str, why: str) -> None:
         ("kernels/masked_linear/op.py", "from fastmaf.kernels import backends\nfrom . import reference"),
         ("fastmaf/nn.py", "import numpy\nfrom fastmaf import degrees\nfrom fastmaf.kernels.layout import PackedLayout"),
         (
-            "fastmaf/cli.py",
+            "fastmaf/cli/app.py",
             "import fastmaf\nfrom fastmaf import MAF, doctor\nfrom fastmaf.capsule import train\nimport typer",
         ),
         ("fastmaf/capsule/train.py", "import PIL.Image, sklearn.metrics\nfrom . import train\nfrom .. import MAF"),
@@ -291,7 +292,7 @@ def test_a_forbidden_import_is_named(path: str, source: str, why: str) -> None:
             "bench/run.py",
             "import zuko\nimport fastmaf.kernels\nfrom fastmaf.bench import cases\nfrom fastmaf.capsule import train",
         ),
-        ("fastmaf/cli.py", "def bench():\n    from fastmaf.bench import run"),
+        ("fastmaf/cli/app.py", "def bench():\n    from fastmaf.bench import run"),
         ("tests/test_x.py", "import pytest\nfrom fastmaf.capsule import train\nimport fastmaf.bench.run"),
     ],
 )

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, TypeAlias
+from typing import TYPE_CHECKING, Literal, TypeAlias
 
-from fastmaf.inspection.location import Location
-from fastmaf.inspection.scores import ScoreSettings
+if TYPE_CHECKING:
+    from fastmaf.inspection.location import Location
+    from fastmaf.inspection.scores import ScoreSettings
 
 Copies: TypeAlias = Literal["none", "shifts", "rotations"]
 COPIES: tuple[Copies, ...] = ("none", "shifts", "rotations")

@@ -13,7 +13,7 @@ from typer.main import get_command
 from fastmaf.capsule import memory_check
 from fastmaf.capsule.config import TrainConfig
 from fastmaf.capsule.memory_check import check_fits, needed_memory
-from fastmaf.cli import app
+from fastmaf.cli.capsule import app
 from fastmaf.io.run_folder import DoesNotFitError
 from fastmaf.kernels import backends
 from tests.capsule.runs import IMAGES, run, with_

@@ -278,7 +278,7 @@ def environment() -> dict[str, str]:
 @pytest.mark.skipif(sys.platform == "win32", reason="sends SIGINT")
 def test_ctrl_c_on_the_command_line(data: Path, tmp_path: Path) -> None:
     out, settings = tmp_path / "run", ("--size", "8", "--blocks", "2", "--hidden", "16,16", "--batch-size", "4")
-    command = [sys.executable, "-m", "fastmaf.cli", "train", "--data", str(data), "--out", str(out), *settings]
+    command = [sys.executable, "-m", "fastmaf", "train", "--data", str(data), "--out", str(out), *settings]
     with open(tmp_path / "out.txt", "w") as stdout, open(tmp_path / "err.txt", "w") as bar:
         process = subprocess.Popen(
             [*command, "--epochs", "1000000"], cwd=ROOT, env=environment(), stdout=stdout, stderr=bar

@@ -19,7 +19,7 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from fastmaf.capsule.config import TrainConfig
-from fastmaf.cli import app
+from fastmaf.cli.app import app
 from fastmaf.images.dataset import DataError
 from fastmaf.inspection import reporting, workflow
 from fastmaf.inspection.members import FOLDS_FOLDER, load_members

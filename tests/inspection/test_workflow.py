@@ -15,7 +15,7 @@ from PIL import Image
 from typer.testing import CliRunner
 
 import fastmaf
-from fastmaf.cli import app
+from fastmaf.cli.app import app
 from fastmaf.images.dataset import DataError
 from fastmaf.inspection.evaluation import evaluate
 from fastmaf.inspection.fit import Fitted

@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 import fastmaf
-from fastmaf.cli_options import error_text
+from fastmaf.cli.options import error_text
 from fastmaf.images.png import save_grid, save_png
 from fastmaf.inspection.heatmaps import write_map, write_overlay
 from fastmaf.io.atomic import written_atomically
