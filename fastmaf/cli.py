@@ -120,7 +120,7 @@ def train(
     if recipe is RecipeName.inspection:
         _refuse(given - _SHARED - _INSPECTION, "inspection")
         from fastmaf.inspection.recipe import Recipe
-        from fastmaf.inspection.workflow import train as inspect
+        from fastmaf.inspection.workflow.train import train as inspect
 
         settings = Recipe(size=size, seed=seed, dequantize=dequantize, logit=logit)
         inspect(data, out, settings, keep_folds=keep_folds, skip_bad=skip_bad, progress=not quiet, say=say)
@@ -215,7 +215,7 @@ def evaluate(
     from fastmaf.inspection.model import is_inspection_model
 
     if is_inspection_model(model):
-        from fastmaf.inspection.evaluation import evaluate as inspect
+        from fastmaf.inspection.workflow.evaluate import evaluate as inspect
 
         if "false_alarm" in _given(context):
             raise typer.BadParameter("the rate of an inspection model is in its file: fastmaf calibrate sets it")
@@ -232,7 +232,7 @@ def evaluate(
         return
     from fastmaf.capsule.evaluate import evaluate as run
     from fastmaf.capsule.models import load_model
-    from fastmaf.metrics.evaluate import format_table
+    from fastmaf.metrics.result_files import format_table
 
     loaded = load_model(model, device=device_named(device))
     evaluation = run(loaded, data, out, false_alarm=false_alarm, skip_bad=skip_bad, seed=seed, progress=not quiet)
@@ -389,9 +389,9 @@ def _let_go_of(stream: TextIO) -> None:
 def main() -> None:
     """Runs the command; errors that a user can mend are printed without a traceback."""
     import fastmaf
-    from fastmaf.capsule.train import TrainingStoppedError
+    from fastmaf.capsule.training_run import TrainingStoppedError
     from fastmaf.images.dataset import DataError
-    from fastmaf.metrics.evaluate import EvaluationError
+    from fastmaf.metrics.results import EvaluationError
 
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     warnings.showwarning = _plain_warning

@@ -18,10 +18,12 @@ from fastmaf.images.dataset import ImageSet, load_test, load_train
 from fastmaf.images.folders import has_normals
 from fastmaf.images.names import visible
 from fastmaf.io.marks import HISTOGRAM, ROC
-from fastmaf.io.outputs import Output, check_outputs, eval_metrics, eval_scores, picture
+from fastmaf.io.outputs import Output, check_outputs, picture
 from fastmaf.metrics.classes import doubtful, require_both
-from fastmaf.metrics.evaluate import Evaluation, evaluate_scores, write_metrics, write_scores
+from fastmaf.metrics.evaluate import evaluate_scores
 from fastmaf.metrics.plots import nll_hist, roc_curve
+from fastmaf.metrics.result_files import eval_metrics, eval_scores, write_metrics, write_scores
+from fastmaf.metrics.results import Evaluation
 
 SCORES_FILE, METRICS_FILE = "scores.csv", "metrics.json"
 HISTOGRAM_FILE, ROC_FILE = "nll_hist_good_defect.png", "roc_curve.png"

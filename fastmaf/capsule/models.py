@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor
 from tqdm import tqdm
 
 import fastmaf
-from fastmaf.images.dataset import ImageSet, to_unit
+from fastmaf.images.dataset import ImageSet, check_takes_images, to_unit
 from fastmaf.training.checkpoints import MODEL_FILE, training_in
 
 
@@ -50,34 +49,11 @@ def load_model(path: str | Path, *, device: str = "cpu") -> Model:
     return Model(flow.eval(), size, path, tuple(training_in(metadata, path).get("held_out", ())))
 
 
-def check_takes_images(flow: fastmaf.Flow, path: Path) -> int:
-    """Returns the side in pixels of the square RGB images that a flow from a file is over.
-
-    Raises:
-        fastmaf.CheckpointError: it is over something else, or not float32.
-    """
-    size = math.isqrt(flow.features // 3)
-    if 3 * size**2 != flow.features:
-        raise fastmaf.CheckpointError(
-            f"{path} models {flow.features} numbers, which are no square RGB image (3 x size x size): it is not "
-            f"from the capsule workflow"
-        )
-    dtypes = {tensor.dtype for tensor in _tensors(flow) if tensor.is_floating_point()}
-    if dtypes and torch.float32 not in dtypes:
-        raise fastmaf.CheckpointError(f"{path}: expected a float32 model of images; found {dtypes.pop()}")
-    return size
-
-
-def _tensors(flow: fastmaf.Flow) -> list[Tensor]:
-    return [*flow.parameters(), *flow.buffers()]
-
-
 @fastmaf.torch_defaults()
 @torch.no_grad()
 def nll_of(flow: fastmaf.Flow, images: ImageSet, *, batch_size: int = 64, progress: bool = True) -> np.ndarray:
     """Returns the negative log-likelihood of each image, float64 ``[n]`` nats."""
-    tensors = _tensors(flow)
-    device = tensors[0].device if tensors else torch.device("cpu")
+    device = next(chain(flow.parameters(), flow.buffers()), torch.empty(0)).device
     parts = torch.arange(len(images)).split(batch_size)
     bar = tqdm(parts, desc="scoring", unit="batch", disable=not progress, leave=False)
     log_prob = fastmaf.ReplayedLogProb(flow)

@@ -12,9 +12,9 @@ from tqdm import tqdm
 import fastmaf
 from fastmaf.capsule.models import Model
 from fastmaf.images.dataset import to_images
+from fastmaf.images.png import save_grid, save_png
 from fastmaf.io.marks import GRID, SAMPLE, role_of
 from fastmaf.io.outputs import Output, check_outputs, picture
-from fastmaf.metrics.plots import image_grid, save_png
 
 SAMPLES_FOLDER, GRID_FILE = "samples", "samples.png"
 _BATCH = 64
@@ -73,7 +73,7 @@ def sample(model: Model, out: str | Path, n: int = 5, *, seed: int = 0, progress
             stale.unlink()  # an earlier call's, which drew more
     for file, image in zip(files, images, strict=True):
         save_png(file, image)
-    image_grid(Path(out) / GRID_FILE, images)
+    save_grid(Path(out) / GRID_FILE, images)
     return SampleResult(files, Path(out) / GRID_FILE, seconds)
 
 

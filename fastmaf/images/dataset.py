@@ -9,9 +9,11 @@ said in ``ImageSet.notes``; a file that cannot be read stops the load with its n
 from __future__ import annotations
 
 import logging
+import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
 from pathlib import Path
 
 import torch
@@ -30,6 +32,7 @@ __all__ = [
     "DataError",
     "Frame",
     "ImageSet",
+    "check_takes_images",
     "load_frame",
     "load_image",
     "load_test",
@@ -91,6 +94,30 @@ class ImageSet:
             for name in ("paths", "labels", "names", "shapes")
         }
         return replace(self, pixels=pixels, **of_each)
+
+
+def check_takes_images(flow: fastmaf.Flow, path: Path) -> int:
+    """Checks that a flow models square RGB images in float32.
+
+    Args:
+        flow: The flow.
+        path: The file it was loaded from, for the message.
+
+    Returns:
+        The side of the images in pixels.
+
+    Raises:
+        fastmaf.CheckpointError: The flow models something else, or is not float32.
+    """
+    size = math.isqrt(flow.features // 3)
+    if 3 * size**2 != flow.features:
+        raise fastmaf.CheckpointError(
+            f"{path}: expected a model of square RGB images (3 x size x size values); found {flow.features} features"
+        )
+    dtypes = {tensor.dtype for tensor in chain(flow.parameters(), flow.buffers()) if tensor.is_floating_point()}
+    if dtypes and torch.float32 not in dtypes:
+        raise fastmaf.CheckpointError(f"{path}: expected a float32 model of images; found {dtypes.pop()}")
+    return size
 
 
 def to_unit(pixels: Tensor) -> Tensor:

@@ -47,7 +47,7 @@ def calibrate(
     confidence: ConfidenceOption = None,
 ) -> None:
     """Set the false-alarm rate: the threshold comes from scores of held-out normals that the model file holds."""
-    from fastmaf.inspection.workflow import calibrate as run
+    from fastmaf.inspection.workflow.calibrate import calibrate as run
 
     say(run(model, false_alarm, confidence).describe())
 
@@ -62,7 +62,7 @@ def recalibrate(
     quiet: QuietOption = False,
 ) -> None:
     """Take a new threshold from new good images, without training: another camera, light or batch of parts."""
-    from fastmaf.inspection.workflow import recalibrate as run
+    from fastmaf.inspection.workflow.calibrate import recalibrate as run
 
     found = run(
         model,
@@ -92,7 +92,7 @@ def score(
     quiet: QuietOption = False,
 ) -> None:
     """Score images: anomaly score, p-value, verdict and latency of each; exit code 2 when files could not be read."""
-    from fastmaf.inspection.scoring import score as run
+    from fastmaf.inspection.workflow.score import score as run
 
     damaged = run(
         model,
@@ -120,7 +120,7 @@ def export(
     ],
 ) -> None:
     """Write the model as one ONNX graph from pixels to verdict, unless ONNX Runtime disagrees with fastmaf."""
-    from fastmaf.inspection.workflow import export as run
+    from fastmaf.inspection.workflow.export import export as run
 
     say(run(model, onnx, check, say=say_aside))
 
@@ -136,6 +136,6 @@ def choose(
     """Compare scores and heat maps, and their constants, on normals and on defects drawn onto them: no test image is
     read.
     """
-    from fastmaf.inspection.workflow import choose as run
+    from fastmaf.inspection.workflow.choose import choose as run
 
     say(run(data, size=size, draws=draws, seed=seed, skip_bad=skip_bad, progress=not quiet, say=say_aside))

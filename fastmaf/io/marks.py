@@ -10,8 +10,6 @@ import os
 import struct
 from typing import BinaryIO
 
-from PIL.PngImagePlugin import PngInfo
-
 KEYWORD = "fastmaf"
 """Of the text chunk."""
 
@@ -25,13 +23,6 @@ _PNG = b"\x89PNG\r\n\x1a\n"
 _LONGEST = 4096  # bytes of a text chunk that is looked at
 _CHUNKS = 256
 _TIFF_DESCRIPTION, _TIFF_ASCII = 270, 2
-
-
-def png_text(role: str) -> PngInfo:
-    """The text chunks of a picture with this role."""
-    text = PngInfo()
-    text.add_text(KEYWORD, role)
-    return text
 
 
 def role_of(path: str | os.PathLike[str]) -> str | None:

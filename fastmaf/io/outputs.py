@@ -18,9 +18,6 @@ from typing import TypeAlias
 
 import fastmaf
 from fastmaf.io.marks import role_of
-from fastmaf.metrics.results import SCORE_COLUMNS
-
-INSPECTION_SCORES = ("file", "label", "score", "p_value", "verdict", "nll")
 
 _Key: TypeAlias = tuple[object, ...]
 
@@ -82,16 +79,6 @@ def text_file(name: str, *signs: str) -> Kind:
 def model(name: str, key: str = "fastmaf") -> Kind:
     """Safetensors files with this key in their metadata."""
     return Kind(name, lambda path: key in _metadata(path))
-
-
-def eval_scores() -> Kind:
-    """scores.csv of ``fastmaf eval``, of both recipes: they are written in one place."""
-    return table("the scores of an evaluation", SCORE_COLUMNS, INSPECTION_SCORES)
-
-
-def eval_metrics() -> Kind:
-    """metrics.json of ``fastmaf eval``, of both recipes."""
-    return json_file("the metrics of an evaluation", ("youden", "per_class"), ("threshold", "scores", "classes"))
 
 
 def report() -> Kind:

@@ -1,7 +1,8 @@
-"""The folder that a run is written to: checked and locked before any work is done."""
+"""The output folder of a run, checked and locked before any work is done."""
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -9,6 +10,10 @@ from pathlib import Path
 from fastmaf.io.atomic import sweep
 from fastmaf.io.locks import run_lock
 from fastmaf.training.checkpoints import MODEL_FILE
+
+
+class DoesNotFitError(ValueError):
+    """A run needs more memory or disk space than is available."""
 
 
 @contextmanager
@@ -41,6 +46,30 @@ def run_folder(out: Path, doing: str, *files: str) -> Iterator[None]:
             yield
     finally:
         _remove_empty(missing)
+
+
+def check_disk(out: Path, needed: int) -> None:
+    """Refuses a run whose files would not fit on the disk beside those that they replace.
+
+    Args:
+        out: An existing folder.
+        needed: Size of the files, in bytes.
+
+    Raises:
+        DoesNotFitError: Less disk space is free.
+    """
+    free = shutil.disk_usage(out).free
+    if free < needed:
+        raise DoesNotFitError(
+            f"the run needs about {format_bytes(needed)} of disk space in {out}, but only {format_bytes(free)} are "
+            "free (existing files are replaced only after the new ones are written); free disk space, or choose "
+            "another --out"
+        )
+
+
+def format_bytes(size: int) -> str:
+    """Formats a number of bytes, such as ``"1.23 GB"``."""
+    return f"{size / 1e9:.2f} GB" if size >= 1e9 else f"{size / 1e6:,.1f} MB"
 
 
 def _remove_empty(folders: list[Path]) -> None:

@@ -24,27 +24,7 @@ from fastmaf.metrics.results import (
     Roc,
     ThresholdReport,
     checked_scores,
-    format_table,
-    write_metrics,
-    write_scores,
 )
-
-__all__ = [
-    "NORMAL",
-    "ClassStats",
-    "Evaluation",
-    "EvaluationError",
-    "Prf",
-    "Roc",
-    "ThresholdReport",
-    "auroc",
-    "auroc_interval",
-    "conformal_threshold",
-    "evaluate_scores",
-    "format_table",
-    "write_metrics",
-    "write_scores",
-]
 
 _YOUDEN_HOW = "Youden's J on the test labels themselves: optimistic, chosen with the answers"
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from fastmaf.capsule import train as training
+from fastmaf.capsule import training_run
 from fastmaf.capsule.synthetic import draw_dataset
 from tests.capsule.runs import IMAGES, run
 
@@ -23,14 +23,14 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def undrawn() -> Iterator[None]:
     """Leaves the curve undrawn: that takes most of the time of a tiny run."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(training, "nll_curve", lambda path, *_: path.touch())
+        patch.setattr(training_run, "nll_curve", lambda path, *_: path.touch())
         yield
 
 
 @pytest.fixture
 def every_epoch(monkeypatch: pytest.MonkeyPatch) -> None:
     """Checkpoints after every epoch, not twice a minute."""
-    monkeypatch.setattr(training, "_SECONDS_BETWEEN_CHECKPOINTS", -1.0)
+    monkeypatch.setattr(training_run, "_SECONDS_BETWEEN_CHECKPOINTS", -1.0)
 
 
 @pytest.fixture

@@ -13,9 +13,10 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from fastmaf.capsule import train as training
+from fastmaf.capsule import training_run
 from fastmaf.capsule.config import TrainConfig
-from fastmaf.capsule.train import LOG_FILE, train
+from fastmaf.capsule.train import train
+from fastmaf.capsule.training_run import LOG_FILE, TrainResult
 from fastmaf.images.dataset import to_unit
 from fastmaf.training.checkpoints import MODEL_FILE
 
@@ -25,7 +26,7 @@ TINY = TrainConfig(size=8, blocks=2, hidden_features=(16, 16), epochs=2, batch_s
 STEPS = 2  # an epoch: eight images to train on, in batches of four
 
 
-def run(data: Path, out: Path, config: TrainConfig = TINY, **options: Any) -> training.TrainResult:
+def run(data: Path, out: Path, config: TrainConfig = TINY, **options: Any) -> TrainResult:
     return train(data, out, config, progress=False, **options)
 
 
@@ -60,7 +61,7 @@ def at_batch(monkeypatch: pytest.MonkeyPatch, number: int, do: Callable[[Tensor]
         x = to_unit(pixels)
         return do(x) if seen == number else x
 
-    monkeypatch.setattr(training, "to_unit", poisoned)
+    monkeypatch.setattr(training_run, "to_unit", poisoned)
 
 
 def epoch(number: int) -> int:

@@ -18,9 +18,9 @@ from torch import Tensor
 
 from fastmaf.capsule import memory_check as room
 from fastmaf.capsule import train as training
-from fastmaf.capsule.memory_check import DoesNotFitError
 from fastmaf.capsule.models import load_model
 from fastmaf.io.locks import InUseError, run_lock
+from fastmaf.io.run_folder import DoesNotFitError
 from fastmaf.training import checkpoints
 from fastmaf.training.checkpoints import MODEL_FILE, STATE_FILE, load_state
 from tests.capsule.faulty_runs import NEW
@@ -136,7 +136,7 @@ def test_too_small_a_disk_is_noticed_before_training(
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=room.disk_needed(TINY) - 1))
     with pytest.raises(
-        DoesNotFitError, match=r"files of the run take about 0\.\d MB in .*run, where 0\.\d MB are free"
+        DoesNotFitError, match=r"needs about 0\.\d MB of disk space in .*run, but only 0\.\d MB are free"
     ):
         run(data, tmp_path / "run")
     assert os.listdir(tmp_path) == [], "nothing was written, and the folder is gone again"

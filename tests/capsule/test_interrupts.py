@@ -14,6 +14,7 @@ from torch import Tensor
 import fastmaf
 from fastmaf.capsule import reproduce as reproduction
 from fastmaf.capsule import train as training
+from fastmaf.capsule import training_run
 from fastmaf.capsule.config import GUARDED, TrainConfig
 from fastmaf.capsule.reproduce import reproduce
 from fastmaf.io import checkpoint
@@ -98,12 +99,12 @@ def test_interrupted_again_before_a_step_was_taken(
     before = load_state(tmp_path)[1]["epoch_so_far"]
     assert before["batches"] == 1
     with monkeypatch.context() as patch:
-        patch.setattr(training, "load_state", lambda *args, **kwargs: ctrl_c())
+        patch.setattr(training_run, "load_state", lambda *args, **kwargs: ctrl_c())
         with pytest.raises(KeyboardInterrupt):  # there is nothing new to save yet
             run(data, tmp_path, THREE, resume=True)
     with monkeypatch.context() as patch:
-        patch.setattr(training, "tqdm", lambda *args, bar=training.tqdm, **kwargs: ctrl_c(bar(*args, **kwargs)))
-        patch.setattr(training.tqdm, "write", lambda text: None, raising=False)
+        patch.setattr(training_run, "tqdm", lambda *args, bar=training_run.tqdm, **kwargs: ctrl_c(bar(*args, **kwargs)))
+        patch.setattr(training_run.tqdm, "write", lambda text: None, raising=False)
         assert run(data, tmp_path, THREE, resume=True).interrupted
     assert load_state(tmp_path)[1]["epoch_so_far"] == before
     run(data, tmp_path, THREE, resume=True)
@@ -214,14 +215,14 @@ def test_a_resumed_run_counts_its_progress_from_where_it_was(
         at_batch(patch, epoch(2), ctrl_c)
         run(data, tmp_path, THREE)
     bars: list[Any] = []
-    bar = training.tqdm
+    bar = training_run.tqdm
 
     class Seen(bar):  # type: ignore[misc, valid-type]
         def __init__(self, *args: Any, **kwargs: Any) -> None:
             bars.append(kwargs)
             super().__init__(*args, **kwargs)
 
-    monkeypatch.setattr(training, "tqdm", Seen)
+    monkeypatch.setattr(training_run, "tqdm", Seen)
     run(data, tmp_path, THREE, resume=True)
     assert (bars[0]["initial"], bars[0]["total"]) == (STEPS + 1, 3 * STEPS)
     assert fastmaf.load(tmp_path / MODEL_FILE).features == 192

@@ -16,7 +16,7 @@ from PIL import Image
 
 import fastmaf
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 NOTEBOOK = ROOT / "notebooks" / "maf_made_capsule.ipynb"
 TINY = {"SIZE": 8, "EPOCHS": 2, "BLOCKS": 2, "HIDDEN": "16,16", "RATE": 1e-3, "DRAW": 22, "DRAW_TEST": 2}
 

@@ -17,9 +17,10 @@ from PIL import Image
 from torch import Tensor
 
 from fastmaf.capsule import reproduce as reproduction
-from fastmaf.capsule import train as training
+from fastmaf.capsule import training_run
 from fastmaf.capsule.config import TrainConfig
-from fastmaf.capsule.reproduce import REFERENCE_NLL, Reproduction, reproduce
+from fastmaf.capsule.published import PUBLISHED_NLL
+from fastmaf.capsule.reproduce import Reproduction, reproduce
 from fastmaf.capsule.synthetic import draw_dataset
 from fastmaf.images.dataset import to_unit
 
@@ -55,7 +56,7 @@ def line(table: str, start: str) -> list[str]:
     return re.split(r"\s{2,}", found.strip())
 
 
-def test_every_file_of_the_reference_is_there(ten_epochs: tuple[Path, Reproduction, str]) -> None:
+def test_every_file_of_the_published_run_is_there(ten_epochs: tuple[Path, Reproduction, str]) -> None:
     out, _, _ = ten_epochs
     assert {*PICTURES, *TEXTS, "samples"} <= {path.name for path in out.iterdir()}
     assert [path.name for path in sorted((out / "samples").iterdir())] == [f"{i:03d}.png" for i in range(5)]
@@ -71,7 +72,7 @@ def test_the_table_sets_both_runs_side_by_side(ten_epochs: tuple[Path, Reproduct
     out, result, said = ten_epochs
     table = (out / "comparison.txt").read_text(encoding="utf-8")
     assert table == result.table + "\n"
-    assert re.split(r"\s{2,}", table.splitlines()[0].strip()) == ["reference run", "this run (synthetic)"]
+    assert re.split(r"\s{2,}", table.splitlines()[0].strip()) == ["published run", "this run (synthetic)"]
     log = result.training.log
     assert line(table, "NLL, epoch 1 ")[1:] == ["8,003", f"{log[0]['nll']:,.0f}"]
     assert line(table, "NLL, epoch 10 ")[1:] == ["-29,277", f"{log[9]['nll']:,.0f}"]
@@ -100,7 +101,7 @@ def test_the_metrics_say_with_what_settings(ten_epochs: tuple[Path, Reproduction
 
 
 def test_the_published_curve_is_as_recorded() -> None:
-    assert {e: round(v) for e, v in REFERENCE_NLL.items() if e in (1, 10, 50, 100)} == {
+    assert {e: round(v) for e, v in PUBLISHED_NLL.items() if e in (1, 10, 50, 100)} == {
         1: 8003, 10: -29277, 50: -39320, 100: -42192,
     }  # fmt: skip
 
@@ -127,7 +128,7 @@ def test_without_data_the_synthetic_set_is_drawn_and_said(
 
 def test_leaky_masks_are_compared_without_samples(data: Path, tmp_path: Path) -> None:
     said: list[str] = []
-    config = dataclasses.replace(TINY, masks="reference")
+    config = dataclasses.replace(TINY, masks="published")
     result = reproduce(tmp_path, config, data=data, progress=False, say=said.append)
     assert result.seconds_per_sample is None
     assert line(result.table, "seconds a sample")[1:] == ["266.8", "refused"]
@@ -144,7 +145,7 @@ def test_ctrl_c_in_training_ends_the_whole_run_with_a_model(
         return to_unit(pixels)
 
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    monkeypatch.setattr(training, "to_unit", interrupting)
+    monkeypatch.setattr(training_run, "to_unit", interrupting)
     try:
         said: list[str] = []
         assert reproduce(tmp_path, TINY, data=data, progress=False, say=said.append) is None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import os
@@ -22,7 +23,7 @@ import fastmaf
 from fastmaf.capsule.config import GUARDED, TrainConfig
 from fastmaf.capsule.models import load_model
 from fastmaf.capsule.sample import sample
-from fastmaf.capsule.train import CURVE_FILE, LOG_FILE, TrainingStoppedError
+from fastmaf.capsule.training_run import CURVE_FILE, LOG_FILE, TrainingStoppedError
 from fastmaf.io import checkpoint
 from fastmaf.training import checkpoints
 from fastmaf.training.checkpoints import MODEL_FILE, STATE_FILE, load_state, training_of
@@ -141,7 +142,7 @@ def test_a_state_of_an_earlier_version_resumes_with_a_note(
     _, out, _ = copied(data, finished, tmp_path)
     rewrite_as_before(out)
     run(data, out, with_(epochs=3), resume=True)
-    assert "without the contents of its images: they were compared by their names alone" in capsys.readouterr().out
+    assert "without the contents of its images: only their names were compared" in capsys.readouterr().out
     run(data, tmp_path / "whole", with_(epochs=3))
     assert same(tensors_of(out), tensors_of(tmp_path / "whole"))
     assert "contents" in load_state(out)[1], "from now on they are known"
@@ -153,6 +154,20 @@ def test_a_state_of_an_earlier_version_still_compares_names(data: Path, finished
     files[3].unlink()
     with pytest.raises(ValueError, match=r"trained on 8 images, the data now hold 7 others"):
         run(other, out, with_(epochs=3), resume=True)
+
+
+def test_settings_of_earlier_versions_resume_under_their_new_names(data: Path, tmp_path: Path) -> None:
+    config = with_(epochs=1, masks="published", degrees="random", max_loss_jump=50.0)
+    assert with_(masks="reference") == with_(masks="published")
+    run(data, tmp_path, config)
+    tensors, metadata = fastmaf.read_tensors(tmp_path / STATE_FILE)
+    state = json.loads(metadata["state"])
+    state["config"]["max_leap"] = state["config"].pop("max_loss_jump")
+    state["config"]["masks"] = "reference"
+    fastmaf.write_tensors(tensors, tmp_path / STATE_FILE, {"state": json.dumps(state)})
+    with pytest.raises(ValueError, match=r"max_loss_jump: was 50\.0, now 5\.0\)"):
+        run(data, tmp_path, dataclasses.replace(config, epochs=2, max_loss_jump=5.0), resume=True)
+    assert len(run(data, tmp_path, dataclasses.replace(config, epochs=2), resume=True).log) == 2
 
 
 def rewrite_as_before(out: Path) -> None:
@@ -335,22 +350,24 @@ KILLED = """
     from pathlib import Path
     import torch
     import fastmaf
-    from fastmaf.capsule import train as training
+    from fastmaf.capsule import training_run
+    from fastmaf.capsule.config import TrainConfig
+    from fastmaf.capsule.train import train
     from fastmaf.training.checkpoints import MODEL_FILE, load_state
 
     torch.set_num_threads(1)
     parameter = torch.nn.Parameter(torch.zeros(1))
     parameter.grad = torch.zeros(1)
     torch.optim.Adam([parameter], fused=True).step()  # imports what takes a second, once for all children
-    training._SECONDS_BETWEEN_CHECKPOINTS = -1.0
-    training._SECONDS_BETWEEN_CURVES = 1e9
+    training_run._SECONDS_BETWEEN_CHECKPOINTS = -1.0
+    training_run._SECONDS_BETWEEN_CURVES = 1e9
     data, out, rounds = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3])
-    config = training.TrainConfig(size=8, blocks=2, hidden_features=(64, 64), epochs=10**6, batch_size=8, holdout=0.2)
+    config = TrainConfig(size=8, blocks=2, hidden_features=(64, 64), epochs=10**6, batch_size=8, holdout=0.2)
     last = 0
     for i in range(rounds):
         child = os.fork()
         if child == 0:
-            training.train(data, out / str(i), config, progress=False)
+            train(data, out / str(i), config, progress=False)
         while not (out / str(i) / MODEL_FILE).exists():
             time.sleep(0.001)
         time.sleep(random.random() * 0.2)

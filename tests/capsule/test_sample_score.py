@@ -25,7 +25,7 @@ from fastmaf.capsule.synthetic import draw_dataset
 from fastmaf.capsule.train import train
 from fastmaf.images.dataset import DataError, load_test, load_train, to_images, to_unit
 from fastmaf.metrics import plots
-from fastmaf.metrics.evaluate import Evaluation, EvaluationError
+from fastmaf.metrics.results import Evaluation, EvaluationError
 
 CLASSES = {"crack": 2, "poke": 1, "squeeze": 2}
 
@@ -260,7 +260,7 @@ def test_no_test_folder(data: Path, judge: Callable[..., Evaluation], tmp_path: 
 def test_a_model_of_another_shape_is_refused_with_its_size(tmp_path: Path, features: int) -> None:
     path = tmp_path / "other.safetensors"
     fastmaf.MAF(features, 1, (8,), seed=0).save(path)
-    with pytest.raises(fastmaf.CheckpointError, match=rf"models {features} numbers, .*3 x size x size"):
+    with pytest.raises(fastmaf.CheckpointError, match=rf"square RGB images .*; found {features} features"):
         load_model(path)
 
 

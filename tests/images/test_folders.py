@@ -11,7 +11,8 @@ from PIL import Image
 
 from fastmaf.images.dataset import DataError, load_test, load_train
 from fastmaf.images.folders import has_normals
-from fastmaf.io.marks import OVERLAY, png_text
+from fastmaf.images.png import png_text
+from fastmaf.io.marks import OVERLAY
 from tests.images.pictures import capsule_set, picture
 
 

@@ -13,15 +13,15 @@ from torch import Tensor
 
 import fastmaf
 from fastmaf.images.dataset import to_unit
-from fastmaf.inspection import blocks as blocks_module
 from fastmaf.inspection.detector import Detector
 from fastmaf.inspection.fit import fit
-from fastmaf.inspection.location import Location
 from fastmaf.inspection.recipe import Recipe
-from fastmaf.inspection.scores import ScoreSettings
-from fastmaf.inspection.workflow import _decisions
+from fastmaf.inspection.scoring.anomaly_map import AnomalyMapConfig
+from fastmaf.inspection.scoring.score import ScoreSettings
+from fastmaf.inspection.selection import blocks as blocks_module
+from fastmaf.inspection.workflow.train import _decisions
 
-FIXED = Recipe(size=16, score=ScoreSettings(), location=Location())
+FIXED = Recipe(size=16, score=ScoreSettings(), map_config=AnomalyMapConfig())
 
 
 def waves(n: int, seed: int = 0) -> Tensor:
@@ -63,7 +63,7 @@ def test_blocks_that_worsen_the_held_out_nll_are_left_out() -> None:
     (line,) = [line for line in _decisions(model) if line.startswith("blocks")]
     for nll in (about["held_out_nll_with_blocks"], about["held_out_nll"]):
         assert f"{nll:,.0f}" in line
-    assert "left out" in line
+    assert "dropped" in line
 
 
 def test_blocks_that_help_are_kept() -> None:
@@ -76,7 +76,7 @@ def test_blocks_that_help_are_kept() -> None:
 
 
 def test_blocks_that_are_asked_for_are_kept_with_a_warning() -> None:
-    with pytest.warns(UserWarning, match=r"blocks=2 do not make .*blocks='auto' leaves them out"):
+    with pytest.warns(UserWarning, match=r"blocks=2 do not make .*blocks='auto' drops them"):
         model = fit(waves(20), replace(FIXED, blocks=2), progress=False).model
     assert len(model.flow.transforms) == 3
     assert model.about["held_out_nll"] == model.about["held_out_nll_with_blocks"] > 0
@@ -94,29 +94,31 @@ def test_nan_is_no_improvement(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("n", [12, 60])
-def test_aligned_images_take_no_copies(n: int) -> None:
+def test_aligned_images_need_no_augmentation(n: int) -> None:
     recipe = replace(FIXED, blocks=0)
     found = fit(boards(n), recipe, progress=False).model
-    tried = found.about["held_out_nll_of_copies"]
-    assert found.about["recipe"]["copies"] == "none" == min(tried, key=tried.get) and len(tried) == 3
+    tried = found.about["held_out_nll_of_augmentations"]
+    assert found.about["recipe"]["augmentation"] == "none" == min(tried, key=tried.get) and len(tried) == 3
     assert tried["none"] + 1000 < min(tried["shifts"], tried["rotations"])
-    plain = fit(boards(n), replace(recipe, copies="none"), progress=False).model
-    zero = fit(boards(n), replace(recipe, copies="shifts", shift_radius=0), progress=False).model
+    plain = fit(boards(n), replace(recipe, augmentation="none"), progress=False).model
+    zero = fit(boards(n), replace(recipe, augmentation="shifts", shift_radius=0), progress=False).model
     for other in (plain, zero):
         assert other.about["held_out_nll"] == pytest.approx(found.about["held_out_nll"], rel=1e-4)
-    assert plain.about["held_out_nll_of_copies"] == {}
-    assert any(line.startswith("copies explained, too: none (") for line in _decisions(found))
+    assert plain.about["held_out_nll_of_augmentations"] == {}
+    assert any(line.startswith("augmentation selected: none (") for line in _decisions(found))
 
 
-def test_copies_that_are_asked_for_are_kept_with_a_warning() -> None:
-    with pytest.warns(UserWarning, match=r"copies='shifts' makes held-out images less likely: .*copies='auto'"):
-        model = fit(boards(20), replace(FIXED, blocks=0, copies="shifts"), progress=False).model
-    assert model.about["recipe"]["copies"] == "shifts"
-    assert set(model.about["held_out_nll_of_copies"]) == {"shifts", "none"}
+def test_a_requested_augmentation_is_kept_with_a_warning() -> None:
+    with pytest.warns(
+        UserWarning, match=r"augmentation='shifts' makes held-out images less likely .*augmentation='auto'"
+    ):
+        model = fit(boards(20), replace(FIXED, blocks=0, augmentation="shifts"), progress=False).model
+    assert model.about["recipe"]["augmentation"] == "shifts"
+    assert set(model.about["held_out_nll_of_augmentations"]) == {"shifts", "none"}
 
 
 def test_a_logit_that_is_asked_for_is_compared() -> None:
-    recipe = replace(FIXED, blocks=0, copies="none", dequantize=True)
+    recipe = replace(FIXED, blocks=0, augmentation="none", dequantize=True)
     plain = fit(waves(20), recipe, progress=False).model.about["held_out_nll"]
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")

@@ -17,7 +17,8 @@ from safetensors import SafetensorError
 
 import fastmaf
 from fastmaf.cli_options import error_text
-from fastmaf.inspection.heatmaps import write_map, write_overlay
+from fastmaf.images.png import save_grid, save_png
+from fastmaf.inspection.map_images import write_map, write_overlay
 from fastmaf.io import checkpoint
 from fastmaf.io.atomic import write_errors, written_atomically
 from fastmaf.metrics import plots
@@ -42,8 +43,8 @@ WRITERS: dict[str, Callable[[Path], object]] = {
     "model.safetensors": lambda path: fastmaf.MAF(48, 1, (64,), seed=0).save(path),
     "a.bin": lambda path: _bytes(path),
     "curve.png": lambda path: plots.nll_curve(path, [{"epoch": 1, "nll": 0.0}]),
-    "grid.png": lambda path: plots.image_grid(path, NOISE[None]),
-    "sample.png": lambda path: plots.save_png(path, NOISE),
+    "grid.png": lambda path: save_grid(path, NOISE[None]),
+    "sample.png": lambda path: save_png(path, NOISE),
     "overlay.png": lambda path: write_overlay(path, NOISE, np.ones((64, 64), np.float32), 0, 1),
     "map.png": lambda path: write_map(path, np.random.default_rng(0).random((64, 64)).astype(np.float32) * 100),
     "map.tiff": lambda path: write_map(path, np.random.default_rng(0).random((64, 64)).astype(np.float32)),

@@ -21,10 +21,10 @@ from fastmaf.capsule.sample import sample
 from fastmaf.capsule.synthetic import MARKER, draw_dataset
 from fastmaf.capsule.train import train
 from fastmaf.images.dataset import DataError, load_test, load_train
+from fastmaf.images.png import save_grid, save_png
 from fastmaf.io import outputs
 from fastmaf.io.marks import DRAWN, KEYWORD, MAP, SAMPLE, is_output, role_of
 from fastmaf.io.outputs import Kind, Output, OutputError, check_outputs
-from fastmaf.metrics import plots
 from tests.images.pictures import capsule_set, picture
 
 FREE = Kind("anything", lambda _: True)
@@ -105,8 +105,8 @@ def test_a_folder_that_cannot_be_written_to(tmp_path: Path, monkeypatch: pytest.
 
 
 def test_marks_are_read_from_headers_alone(tmp_path: Path) -> None:
-    plots.save_png(tmp_path / "sample.png", np.zeros((4, 4, 3), np.uint8))
-    plots.image_grid(tmp_path / "grid.png", np.zeros((2, 4, 4, 3), np.uint8))
+    save_png(tmp_path / "sample.png", np.zeros((4, 4, 3), np.uint8))
+    save_grid(tmp_path / "grid.png", np.zeros((2, 4, 4, 3), np.uint8))
     text = PngInfo()
     text.add_text("Comment", "x" * 10_000)
     text.add_text(KEYWORD, SAMPLE)

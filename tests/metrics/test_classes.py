@@ -12,7 +12,7 @@ import fastmaf
 from fastmaf.capsule.evaluate import evaluate
 from fastmaf.capsule.models import Model
 from fastmaf.metrics.classes import doubtful, require_both
-from fastmaf.metrics.evaluate import EvaluationError
+from fastmaf.metrics.results import EvaluationError
 from tests.images.pictures import capsule_set
 
 

@@ -14,26 +14,20 @@ import pytest
 from sklearn.metrics import roc_auc_score
 from sklearn.metrics import roc_curve as sklearn_roc_curve
 
-from fastmaf.metrics.evaluate import (
-    Evaluation,
-    EvaluationError,
-    auroc,
-    conformal_threshold,
-    evaluate_scores,
-    format_table,
-    write_metrics,
-    write_scores,
-)
+from fastmaf.metrics.auroc import auroc
+from fastmaf.metrics.evaluate import conformal_threshold, evaluate_scores
+from fastmaf.metrics.result_files import format_table, to_json, write_metrics, write_scores
+from fastmaf.metrics.results import Evaluation, EvaluationError
 
 
-def reference_confusion() -> Evaluation:
+def published_confusion() -> Evaluation:
     """Scores of only two values that give the published run's confusion matrix [[12, 11], [8, 101]]."""
     nll = np.array([0.0] * 12 + [1.0] * 11 + [0.0] * 8 + [1.0] * 101)
     return evaluate_scores(nll, ["good"] * 23 + ["crack"] * 60 + ["poke"] * 49, bootstrap=50)
 
 
-def test_reference_confusion_gives_the_published_numbers() -> None:
-    e = reference_confusion()
+def test_published_confusion_gives_the_published_numbers() -> None:
+    e = published_confusion()
     r = e.youden
     assert r.confusion == ((12, 11), (8, 101))
     assert round(r.accuracy, 3) == 0.856 and round(r.baseline_accuracy, 3) == 0.826
@@ -226,7 +220,7 @@ def test_errors_say_what_was_found(nll: list, labels: list[str], options: dict, 
 def test_missing_held_out_set_is_said(held_out: np.ndarray | None, words: str) -> None:
     e = evaluate_scores(np.array([1.0, 2.0]), ["good", "x"], held_out_nll=held_out)
     assert e.held_out is None and e.held_out_reason is not None and words in e.held_out_reason
-    assert e.held_out_reason in format_table(e) and e.to_json()["held_out"] is None
+    assert e.held_out_reason in format_table(e) and to_json(e)["held_out"] is None
 
 
 def test_scores_file(tmp_path: Path) -> None:
@@ -253,7 +247,7 @@ def test_scores_file(tmp_path: Path) -> None:
 
 
 def test_metrics_file_holds_everything_and_is_replaced_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    e = reference_confusion()
+    e = published_confusion()
     target = tmp_path / "metrics.json"
     extra = {"model": Path("m.safetensors"), "seconds": np.float32(1.5), "worst": math.nan, "settings": {"lr": 1e-4}}
     write_metrics(target, e, extra)
@@ -264,7 +258,7 @@ def test_metrics_file_holds_everything_and_is_replaced_whole(tmp_path: Path, mon
     assert content["auroc"] == e.auroc and content["roc"]["thresholds"] == ["inf", 1.0, 0.0]
     assert content["model"] == "m.safetensors" and content["seconds"] == 1.5 and content["worst"] is None
     assert content["settings"] == {"lr": 1e-4}
-    assert json.loads(json.dumps(e.to_json())) == e.to_json()
+    assert json.loads(json.dumps(to_json(e))) == to_json(e)
     with pytest.raises(EvaluationError, match="auroc"):
         write_metrics(target, e, {"auroc": 1})
 
