@@ -18,10 +18,10 @@ import fastmaf
 from fastmaf.images.dataset import ImageSet, to_unit
 from fastmaf.images.names import visible
 from fastmaf.inspection.baselines import all_baselines
-from fastmaf.inspection.masks import Masks
+from fastmaf.inspection.masks import LabelledSet
 from fastmaf.inspection.model import InspectionModel, Prediction
 from fastmaf.inspection.scoring.float64_flow import Float64Flow, FlowValues
-from fastmaf.inspection.scoring.score import ScoreSettings, image_scores, score_maps, terms_of
+from fastmaf.inspection.scoring.score import Kind, ScoreSettings, image_scores, score_maps, terms_of
 from fastmaf.metrics.aupro import au_pro, compare_pixels
 from fastmaf.metrics.auroc import auroc, auroc_interval
 from fastmaf.metrics.bootstrap import PairedDifference, paired_bootstrap
@@ -58,7 +58,7 @@ class TableRow:
 
 def scores_of(model: InspectionModel) -> list[tuple[str, ScoreSettings]]:
     """Returns name and settings of all scores of a model, its own first."""
-    names = {
+    names: dict[Kind, str] = {
         "nll": "NLL",
         "typicality": "typicality |NLL - mean|",
         "map top": f"map, mean of top {model.settings.top:.1%}",
@@ -72,33 +72,30 @@ def scores_of(model: InspectionModel) -> list[tuple[str, ScoreSettings]]:
 @fastmaf.torch_defaults()
 def score_table(
     model: InspectionModel,
-    images: ImageSet,
+    test: LabelledSet,
     prediction: Prediction,
-    masks: Masks,
-    normals: ImageSet | None,
     fold_models: Sequence[fastmaf.Flow] = (),
     *,
     seed: int = 0,
     progress: bool = True,
 ) -> list[TableRow]:
-    """Returns the score table: the scores of a model, then the baselines fitted to ``normals``.
+    """Returns the score table: the scores of a model, then the baselines fitted to ``test.normals``, if any.
 
     Args:
-        model: what is evaluated.
-        images: the test set.
-        prediction: the model's prediction for ``images``.
-        masks: of the defects in ``images``.
-        normals: normal images that baselines are fitted to; None for no baselines.
+        model: the model to evaluate.
+        test: the test set.
+        prediction: the model's prediction for ``test.images``.
         fold_models: the models of the folds, for the score of their ensemble.
         seed: of the bootstrap.
         progress: show a progress bar.
     """
+    images = test.images
     scored = _model_scores(model, images, prediction, fold_models)
-    if normals is not None:
+    if test.normals is not None:
         for baseline in tqdm(all_baselines(), desc="baselines", disable=not progress, leave=False):
-            scored.append((baseline.name, "baseline", *baseline.fit(normals.pixels).score(images.pixels)))
+            scored.append((baseline.name, "baseline", *baseline.fit(test.normals.pixels).score(images.pixels)))
     defect = np.array([label != NORMAL for label in images.labels])
-    pixels = _pixel_metrics(scored, masks, images, seed)
+    pixels = _pixel_metrics(scored, test, seed)
     rows = []
     for i, (name, kind, scores, _) in enumerate(scored):
         difference = None if i == 0 else paired_bootstrap(scores, scored[0][2], defect, seed=seed)
@@ -108,13 +105,13 @@ def score_table(
 
 
 def _pixel_metrics(
-    scored: Sequence[_Scored], masks: Masks, images: ImageSet, seed: int
+    scored: Sequence[_Scored], test: LabelledSet, seed: int
 ) -> list[tuple[float | None, float | None, PairedDifference | None]]:
     """Returns pixel AUROC, AU-PRO and difference to the first of each score, None if it has no maps or no masks."""
-    usable = np.flatnonzero(masks.usable(images)).tolist()
+    usable = np.flatnonzero(test.masks.usable(test.images)).tolist()
     result: list[tuple[float | None, float | None, PairedDifference | None]] = [(None, None, None)] * len(scored)
     if usable:
-        truth = [masks.masks[k] for k in usable]
+        truth = [test.masks.masks[k] for k in usable]
         maps_of = {i: [maps[k] for k in usable] for i, (_, _, _, maps) in enumerate(scored) if maps is not None}
         areas, differences = compare_pixels(list(maps_of.values()), truth, seed=seed)
         for (i, maps), area, difference in zip(maps_of.items(), areas, differences, strict=True):
@@ -167,8 +164,8 @@ def format_table(rows: Sequence[TableRow], alarms: Mapping[str, tuple[int, int]]
             d = row.difference
             line += f"{d.difference:>+10.3f}  {d.low:+.3f} to {d.high:+.3f}"
         pixel, pro = ("" if value is None else f"{value:.3f}" for value in (row.pixel_auroc, row.au_pro))
-        d = row.pixel_difference
-        interval = "" if d is None else f"{d.low:+.3f} to {d.high:+.3f}"
+        p = row.pixel_difference
+        interval = "" if p is None else f"{p.low:+.3f} to {p.high:+.3f}"
         text.append(f"{line}  {pixel:>5}  {interval:<16}  {pro:>6}".rstrip())
     default = next(row for row in rows if row.default)
     for metric, name in (("AUROC", "auroc"), ("pixel AUROC", "pixel_auroc"), ("AU-PRO", "au_pro")):

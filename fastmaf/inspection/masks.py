@@ -45,6 +45,21 @@ class Masks:
         return np.array(known, dtype=bool) & any(mask is not None and bool(mask.any()) for mask in self.masks)
 
 
+@dataclass(frozen=True, eq=False)
+class LabelledSet:
+    """A labelled test set.
+
+    Attributes:
+        images: the test images.
+        masks: of their defects.
+        normals: normal images that baselines are fitted to; None if there are none.
+    """
+
+    images: ImageSet
+    masks: Masks
+    normals: ImageSet | None
+
+
 def load_masks(root: str | Path, images: ImageSet, *, skip_bad: bool = False) -> Masks:
     """Reads the masks of a test set.
 

@@ -148,7 +148,7 @@ class InspectionModel:
             "map_config": asdict(self.map_config),
             "nll": self.statistics.nll,
             "about": {**self.about, "scored_in": _SCORED_IN},
-            "calibration": self.calibration.to_json(with_scores=False),
+            "calibration": self.calibration.to_json(),
         }
         extras = {
             "term_mean": self.statistics.mean,

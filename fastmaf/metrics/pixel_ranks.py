@@ -68,8 +68,8 @@ class PixelRanks:
             raise EvaluationError("pixel metrics need defect-free pixels; found none in any mask")
         shapes = Counter((mask.shape[0], mask.shape[1]) for mask in given)
         self.shape = shapes.most_common(1)[0][0]
-        values = [self._resized(i)[mask] for i, mask in enumerate(self.masks) if mask is not None]
-        self.values, self.codes = np.unique(np.concatenate(values), return_inverse=True)
+        defects = [self._resized(i)[mask] for i, mask in enumerate(self.masks) if mask is not None]
+        self.values, self.codes = np.unique(np.concatenate(defects), return_inverse=True)
         counts = [0 if mask is None else int(mask.sum()) for mask in self.masks]
         self.image = np.repeat(np.arange(len(maps)), counts)
 

@@ -72,7 +72,7 @@ def test_the_score_of_rows_is_their_negative_log_likelihood_in_nats() -> None:
     np.testing.assert_allclose(covariance, np.corrcoef(rows.T), rtol=0.1)
 
 
-def test_a_broken_correlation_is_found_though_each_column_is_usual() -> None:
+def test_a_broken_correlation_is_found_though_each_column_is_normal() -> None:
     rows, odd = correlated(100), correlated(200, 1)
     odd[:, 1] = np.random.default_rng(2).permutation(odd[:, 1])
     scores = Detector().fit(rows).anomaly_score(np.concatenate([correlated(200, 3), odd]))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any
@@ -55,40 +54,26 @@ class Calibration(ConformalThreshold):
         """Returns the threshold, its guarantee and its assumptions as lines of plain text."""
         return describe(self)
 
-    def to_json(self, with_scores: bool = True) -> dict[str, Any]:
-        """Returns the fields as JSON types, an infinite score as "inf"; the scores only if ``with_scores``."""
-        data = {item.name: getattr(self, item.name) for item in fields(self) if item.name != "scores"}
-        if with_scores:
-            data["scores"] = ["inf" if math.isinf(score) else score for score in self.scores.tolist()]
-        return data
+    def to_json(self) -> dict[str, Any]:
+        """Returns all fields except the scores, as JSON types; the scores are stored separately."""
+        return {item.name: getattr(self, item.name) for item in fields(self) if item.name != "scores"}
 
     @classmethod
-    def from_json(cls, data: Mapping[str, Any], scores: np.ndarray | None = None) -> Calibration:
-        """Reads the output of ``to_json``.
-
-        Args:
-            data: the fields, with "scores" iff ``scores`` is None.
-            scores: [n], if stored separately.
+    def from_json(cls, data: Mapping[str, Any], scores: np.ndarray) -> Calibration:
+        """Reads the output of ``to_json``, with the scores ``[n]`` in ascending order.
 
         Raises:
             CalibrationError: a field is missing, unknown or invalid, or the scores are not ascending.
         """
         if not isinstance(data, Mapping):
             raise CalibrationError(f"a calibration must be a mapping; found {type(data).__name__}")
-        expected = {item.name for item in fields(cls)} - ({"scores"} if scores is not None else set())
+        expected = {item.name for item in fields(cls)} - {"scores"}
         if set(data) != expected:
             names = ", ".join(sorted(map(str, data))) or "nothing"
             raise CalibrationError(f"a calibration must have the fields {', '.join(sorted(expected))}; found {names}")
-        listed: Any = data["scores"] if scores is None else scores
-        if scores is None:
-            if not isinstance(listed, list):
-                raise CalibrationError(f"scores must be a list of numbers; found {type(listed).__name__}")
-            odd = [item for item in listed if item != "inf" and type(item) not in (int, float)]
-            if odd:
-                raise CalibrationError(f'scores must be numbers or "inf"; found {odd[0]!r}')
-        scores = valid_scores(listed, "calibration")
+        scores = valid_scores(scores, "calibration")
         if (scores[1:] < scores[:-1]).any():
             first = int(np.argmax(scores[1:] < scores[:-1])) + 1
             found = f"{scores[first]:g} after {scores[first - 1]:g} at index {first}"
             raise CalibrationError(f"scores must ascend; found {found}")
-        return cls(**{**data, "scores": scores})
+        return cls(scores, **data)

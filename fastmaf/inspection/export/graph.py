@@ -74,7 +74,7 @@ def _properties(model: InspectionModel) -> dict[str, str]:
         "threshold": repr(calibration.threshold),
         "false_alarm": repr(calibration.false_alarm),
         "confidence": repr(calibration.confidence),
-        "calibration": json.dumps(calibration.to_json(with_scores=False)),
+        "calibration": json.dumps(calibration.to_json()),
         "calibration_scores": str(calibration.n),
     }
 

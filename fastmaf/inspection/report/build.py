@@ -18,7 +18,7 @@ from fastmaf.images.dataset import ImageSet
 from fastmaf.images.decode import load_frame
 from fastmaf.inspection.evaluate import TableRow
 from fastmaf.inspection.map_images import overlay, to_frame
-from fastmaf.inspection.masks import Masks
+from fastmaf.inspection.masks import LabelledSet
 from fastmaf.inspection.model import InspectionModel, Prediction
 from fastmaf.inspection.report.content import (
     Absent,
@@ -65,13 +65,12 @@ def test_report(
     path: Path,
     model: InspectionModel,
     name: str,
-    images: ImageSet,
-    masks: Masks,
-    normals: ImageSet | None,
+    test: LabelledSet,
     prediction: Prediction,
     table: Sequence[TableRow],
 ) -> None:
     """Writes the report of a labelled test set."""
+    images, normals = test.images, test.normals
     counts = [Count("calibration", NORMAL, model.calibration.n)]
     counts += [Count("test", label, n) for label, n in Counter(images.labels).items()]
     samples = []
@@ -81,13 +80,13 @@ def test_report(
     samples += [Samples(label, _samples(images, label)) for label in dict.fromkeys(images.labels)]
     cases = worst_cases(prediction.scores, images.labels, model.calibration.threshold, _CASES)
     p_values = model.calibration.p_values(prediction.scores)
-    exhibits = (tuple(_exhibit(model, images, masks, prediction, p_values, int(i)) for i in group) for group in cases)
+    exhibits = (tuple(_exhibit(model, test, prediction, p_values, int(i)) for i in group) for group in cases)
     report = _report(
         model,
         name,
         images,
         counts=tuple(counts),
-        notes=(*images.notes, *masks.notes),
+        notes=(*images.notes, *test.masks.notes),
         samples=tuple(samples),
         test=TestResults(prediction.scores, images.labels, tuple(table), Gallery(*exhibits)),
     )
@@ -142,11 +141,12 @@ def _samples(images: ImageSet, label: str) -> np.ndarray:
 
 
 def _exhibit(
-    model: InspectionModel, images: ImageSet, masks: Masks, prediction: Prediction, p_values: np.ndarray, i: int
+    model: InspectionModel, test: LabelledSet, prediction: Prediction, p_values: np.ndarray, i: int
 ) -> Exhibit:
+    images = test.images
     picture = load_frame(images.paths[i], 192).pixels.permute(1, 2, 0).numpy()
     low, high = model.map_levels
-    mask = masks.masks[i]
+    mask = test.masks.masks[i]
     if mask is not None:
         # A reduced pixel belongs to the defect if any of its pixels does.
         reduced = Image.fromarray(mask).convert("L").resize(picture.shape[1::-1], Image.Resampling.BOX)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -55,7 +55,7 @@ def training_curve(log: Sequence[Mapping[str, float]]) -> Drawing:
             ("held-out normals", held_out, ORANGE, "--"),
         ):
             if np.isfinite(values).any():
-                options = {"linewidth": 1.6, "marker": marker, "markersize": 3.2, "label": name}
+                options: dict[str, Any] = {"linewidth": 1.6, "marker": marker, "markersize": 3.2, "label": name}
                 axes.plot(at, values, color=colour, linestyle=style, **options)
             above = mark_above(axes, at, values, high, colour)
             if above.any():
@@ -128,7 +128,13 @@ def roc(evaluation: Evaluation, counts: Verdicts) -> Drawing:
         alt = f"ROC of good against defective test images, {area}"
         text = f"{counts.detected} of {counts.defective} defects, {counts.false_alarms} of {counts.good} false alarms"
         point = [counts.false_alarms / counts.good], [counts.detected / counts.defective]
-        options = {"markersize": 7, "markeredgewidth": 0, "clip_on": False, "zorder": 5, "linestyle": "none"}
+        options: dict[str, Any] = {
+            "markersize": 7,
+            "markeredgewidth": 0,
+            "clip_on": False,
+            "zorder": 5,
+            "linestyle": "none",
+        }
         axes.plot(*point, "s", color=INK, label=f"chosen threshold:\n{text}", **options)
         alt += f"; at the chosen threshold {text}"
         axes.set(

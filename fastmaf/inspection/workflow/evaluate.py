@@ -17,7 +17,7 @@ from fastmaf.images.folders import has_normals
 from fastmaf.images.names import to_cell
 from fastmaf.inspection.evaluate import TableRow, format_table, score_table
 from fastmaf.inspection.fold_models import load_fold_models
-from fastmaf.inspection.masks import load_masks
+from fastmaf.inspection.masks import LabelledSet, load_masks
 from fastmaf.inspection.model import InspectionModel, Prediction, load_inspection, model_file
 from fastmaf.inspection.workflow.inputs import Say
 from fastmaf.inspection.workflow.score import VERDICTS
@@ -77,14 +77,14 @@ def evaluate(
         normals = load_train(data, size=loaded.size, skip_bad=skip_bad, progress=progress)
     else:
         say(f"no good images to train on in {data}: baselines are left out")
-    prediction = loaded.predict(images.pixels)
+    test, prediction = LabelledSet(images, masks, normals), loaded.predict(images.pixels)
     fold_models = load_fold_models(model_file(model).parent, loaded)
-    rows = score_table(loaded, images, prediction, masks, normals, fold_models, seed=seed, progress=progress)
+    rows = score_table(loaded, test, prediction, fold_models, seed=seed, progress=progress)
     alarms = alarms_by_class(loaded, images, prediction)
     out.mkdir(parents=True, exist_ok=True)
     _write_scores(out / SCORES_FILE, loaded, images, prediction)
     _write_metrics(out / METRICS_FILE, model_file(model).name, loaded, rows, alarms)
-    test_report(out / REPORT_FILE, loaded, model_file(model).name, images, masks, normals, prediction, rows)
+    test_report(out / REPORT_FILE, loaded, model_file(model).name, test, prediction, rows)
     say(format_table(rows, alarms))
     say(f"scores, metrics and {REPORT_FILE} are in {out}")
     return rows

@@ -26,11 +26,11 @@ def test_agrees_with_the_threshold_of_the_evaluation(alpha: float) -> None:
     for n in [*range(1, 60), 99, 100, 219, 220, 500, 999]:
         scores = rng.normal(-4e4, 2e3, n)
         c = Calibration(scores, alpha, None, "split")
-        threshold, how, promised, rate_95 = conformal_threshold(scores, alpha)
+        threshold, how, guaranteed, rate_95 = conformal_threshold(scores, alpha)
         assert c.threshold == threshold and c.bound() == rate_95
         assert c.attainable is ("too few" not in how) is (n >= c.min_samples)
-        assert c.expected_rate <= promised + 1e-15
-        assert c.expected_rate == promised or c.attainable
+        assert c.expected_rate <= guaranteed + 1e-15
+        assert c.expected_rate == guaranteed or c.attainable
 
 
 @pytest.mark.parametrize("confidence", [0.5, 0.9, 0.95, 0.99])
@@ -84,14 +84,14 @@ def test_rate_on_average_and_bound_for_a_set(n: int, alpha: float) -> None:
 
 
 @pytest.mark.parametrize("n", [59, 100, 219])
-def test_promise_with_confidence(n: int) -> None:
+def test_guarantee_with_confidence(n: int) -> None:
     rng = np.random.default_rng(n)
     rates = np.array([1 - Calibration(rng.uniform(size=n), 0.05, 0.95, "split").threshold for _ in range(4000)])
     broken = (rates > 0.05).mean()
     assert broken <= 0.05 + 4.5 * math.sqrt(0.05 * 0.95 / 4000)
     assert broken > 0.015  # a much higher rank would keep it too, at the price of misses
     on_average = np.array([1 - Calibration(rng.uniform(size=n), 0.05, None, "split").threshold for _ in range(500)])
-    assert (on_average > 0.05).mean() > 0.2  # what the average promises nothing about
+    assert (on_average > 0.05).mean() > 0.2  # not guaranteed on average
 
 
 def test_p_values_are_valid() -> None:

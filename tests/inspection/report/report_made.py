@@ -59,9 +59,9 @@ def pixels(images: ImageSet) -> np.ndarray:
 def overlay(image: np.ndarray, x: float, y: float, much: float) -> np.ndarray:
     """A warm spot at (x, y), like an overlay of an anomaly map."""
     rows, columns = np.mgrid[: image.shape[0], : image.shape[1]]
-    heat = much * np.exp(-((columns - x) ** 2 + (rows - y) ** 2) / (2 * 5.0**2))[..., None]
+    warmth = much * np.exp(-((columns - x) ** 2 + (rows - y) ** 2) / (2 * 5.0**2))[..., None]
     warm = np.array([235.0, 60.0, 20.0])
-    return np.rint((1 - heat) * (0.75 * image + 30) + heat * warm).clip(0, 255).astype(np.uint8)
+    return np.rint((1 - warmth) * (0.75 * image + 30) + warmth * warm).clip(0, 255).astype(np.uint8)
 
 
 def made(folder: Path) -> Report:

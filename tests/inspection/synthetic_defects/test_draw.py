@@ -1,4 +1,4 @@
-"""SyntheticDefects defects: what is asked for, where it is said to be, and the same again from the same seed."""
+"""Synthetic defects: the requested kinds, masks that cover them, and the same defects from the same seed."""
 
 from __future__ import annotations
 

@@ -89,19 +89,19 @@ def test_score_replaces_neither_images_nor_its_own_outputs(
 def test_score_replaces_its_own_rows_and_pictures_and_nothing_else(
     judged: Callable[..., int], images: Path, tmp_path: Path
 ) -> None:
-    heat, maps, out = tmp_path / "heat", tmp_path / "maps", tmp_path / "rows.csv"
+    shown, maps, out = tmp_path / "overlays", tmp_path / "maps", tmp_path / "rows.csv"
     for _ in range(2):
-        assert judged(overlays=heat, maps=maps, out=out) == 0
+        assert judged(overlays=shown, maps=maps, out=out) == 0
         assert judged(out=tmp_path / "rows.jsonl", maps=tmp_path / "floats", map_suffix=".tiff") == 0
-    assert {role_of(path) for path in heat.iterdir()} == {OVERLAY}
+    assert {role_of(path) for path in shown.iterdir()} == {OVERLAY}
     assert {role_of(path) for folder in ("maps", "floats") for path in (tmp_path / folder).iterdir()} == {MAP}
     with pytest.raises(OutputError, match="is there already, and is not an anomaly map"):
-        judged(maps=heat)
-    noise(heat / "001.png", 5)
-    mine = (heat / "001.png").read_bytes()
+        judged(maps=shown)
+    noise(shown / "001.png", 5)
+    mine = (shown / "001.png").read_bytes()
     with pytest.raises(OutputError, match="is not an overlay of an anomaly map that this command wrote"):
-        judged(overlays=heat)
-    assert (heat / "001.png").read_bytes() == mine
+        judged(overlays=shown)
+    assert (shown / "001.png").read_bytes() == mine
     for name in ("rows.csv", "rows.jsonl"):
         (tmp_path / name).write_text("part,price\n1,2\n")
         with pytest.raises(OutputError, match=f"{name} is there already"):
@@ -112,19 +112,19 @@ def test_score_replaces_its_own_rows_and_pictures_and_nothing_else(
 
 
 def test_outputs_are_skipped_or_refused_as_images(judged: Callable[..., int], images: Path) -> None:
-    heat, told = images / "heat", []
-    judged(overlays=heat, maps=images / "floats", map_suffix=".tiff")
+    shown, told = images / "overlays", []
+    judged(overlays=shown, maps=images / "floats", map_suffix=".tiff")
     found = expand([images])
     assert [path.name for path in found.files] == ["000.png", "001.png", "002.png", "x.tiff"]
-    assert found.notes[0].startswith("8 pictures that fastmaf wrote left aside: ") and f"4 in {heat}" in found.notes[0]
-    assert judged(heat / "000.png", images / "000.png", say=told.append) == 0
-    assert told == [f"1 picture that fastmaf wrote left aside: 1 in {heat}", told[1]]
+    assert found.notes[0].startswith("8 pictures that fastmaf wrote left aside: ") and f"4 in {shown}" in found.notes[0]
+    assert judged(shown / "000.png", images / "000.png", say=told.append) == 0
+    assert told == [f"1 picture that fastmaf wrote left aside: 1 in {shown}", told[1]]
     assert told[1].startswith("1 images: ")
-    for argument in (heat / "000.png", heat, heat / "*.png", heat / "**"):
+    for argument in (shown / "000.png", shown, shown / "*.png", shown / "**"):
         with pytest.raises(DataError, match="that fastmaf wrote"):
             expand([argument])
     with pytest.raises(DataError, match="000.png: a picture written by fastmaf"):
-        fastmaf.Detector(size=8).fit([images / "000.png", heat / "000.png"])
+        fastmaf.Detector(size=8).fit([images / "000.png", shown / "000.png"])
 
 
 def test_a_results_folder_below_the_data_is_not_trained_on(run: Path, tmp_path: Path) -> None:
@@ -208,13 +208,13 @@ def test_a_row_for_each_image_whatever_its_name(
     for i, name in enumerate(names[:-1]):
         noise(Path("./") / "x.png", i + 1).rename(name)
     told: list[str] = []
-    assert judged(*map(Path, names), out=tmp_path / "rows.csv", overlays=tmp_path / "heat", say=told.append) == 0
+    assert judged(*map(Path, names), out=tmp_path / "rows.csv", overlays=tmp_path / "overlays", say=told.append) == 0
     text = (tmp_path / "rows.csv").read_bytes().decode()
     assert len(text.splitlines()) == 10
     cells = [row["file"] for row in csv.DictReader(io.StringIO(text))]
     assert [from_cell(cell) for cell in cells] == names
     assert cells[-1] == "a.png" and not any(cell[0] in "=+-@\t\r" for cell in cells)
-    assert len(list((tmp_path / "heat").iterdir())) == 9
+    assert len(list((tmp_path / "overlays").iterdir())) == 9
 
 
 def test_names_of_pictures_are_never_too_long(judged: Callable[..., int], tmp_path: Path) -> None:

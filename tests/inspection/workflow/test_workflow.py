@@ -1,4 +1,4 @@
-"""The way from a folder of good images to verdicts: fit, files, commands."""
+"""From a folder of good images to verdicts: files and commands."""
 
 from __future__ import annotations
 
@@ -17,9 +17,7 @@ from typer.testing import CliRunner
 import fastmaf
 from fastmaf.cli import app
 from fastmaf.images.dataset import DataError
-from fastmaf.inspection.fit import Fitted
 from fastmaf.inspection.model import is_inspection_model, load_inspection
-from fastmaf.inspection.scoring.score import ScoreSettings, TermStatistics, smoothing
 from fastmaf.inspection.workflow.calibrate import calibrate, recalibrate
 from fastmaf.inspection.workflow.choose import choose
 from fastmaf.inspection.workflow.evaluate import evaluate
@@ -47,35 +45,6 @@ def test_train_leaves_model_log_and_report(run: Path) -> None:
     assert len((run / "training_log.csv").read_text().splitlines()) == 2  # steps 1 and, were there more, every tenth
     assert isinstance(model.flow.transforms[0], fastmaf.GaussianWhitening)
     assert isinstance(model.flow.transforms[1], fastmaf.LocalAutoregressive)
-
-
-def test_saved_and_loaded(fitted: tuple[torch.Tensor, Fitted], tmp_path: Path) -> None:
-    pixels, found = fitted
-    found.model.save(tmp_path / "m.safetensors")
-    loaded = load_inspection(tmp_path / "m.safetensors")
-    one, other = found.model.predict(pixels[:5]), loaded.predict(pixels[:5])
-    assert np.array_equal(one.scores, other.scores) and np.array_equal(one.anomaly_maps, other.anomaly_maps)
-    assert loaded.settings == found.model.settings and loaded.map_levels == found.model.map_levels
-    assert np.array_equal(loaded.calibration.scores, found.model.calibration.scores)
-    assert len(loaded.predict(pixels[:0])) == 0
-    with pytest.raises(ValueError, match=r"uint8 \[n, 3, 16, 16\]; found torch.uint8 \[5, 3, 8, 16\]"):
-        loaded.predict(pixels[:5, :, :8])
-
-
-@pytest.mark.parametrize("name", ["term_mean", "term_deviation", "calibration_scores"])
-def test_a_damaged_model_is_refused(name: str, own: Path) -> None:
-    tensors, metadata = fastmaf.read_tensors(own)
-    tensors[f"extra.{name}"] = tensors[f"extra.{name}"] * float("nan")
-    fastmaf.write_tensors(tensors, own, metadata)
-    with pytest.raises(fastmaf.CheckpointError, match="own.safetensors"):
-        load_inspection(own)
-
-
-def test_another_model_is_no_inspection_model(tmp_path: Path) -> None:
-    fastmaf.MAF(48, 1, (8,), seed=0).save(tmp_path / "plain.safetensors")
-    assert not is_inspection_model(tmp_path / "plain.safetensors")
-    with pytest.raises(fastmaf.CheckpointError, match="recipe inspection"):
-        load_inspection(tmp_path / "plain.safetensors")
 
 
 def test_calibrate_changes_the_threshold_alone(own: Path) -> None:
@@ -173,34 +142,6 @@ def test_evaluation_writes_scores_metrics_and_report(run: Path, data: Path, tmp_
     assert f"{lines[0].pixel_auroc:.3f}" in told[-2].splitlines()[1]
 
 
-def test_smoothing_keeps_a_constant_and_spreads_a_point() -> None:
-    matrix = smoothing(9, 1.5)
-    assert torch.allclose(matrix.sum(dim=1), torch.ones(9, dtype=torch.float64))
-    assert 0 < float(matrix[4, 2]) < float(matrix[4, 3]) < float(matrix[4, 4])
-
-
-def test_statistics_of_a_term_that_never_varied() -> None:
-    terms = torch.tensor([[1.0, 0.0], [1.0, 2.0], [1.0, 4.0]])
-    found = TermStatistics.of(terms, torch.zeros(3))
-    assert found.deviation.tolist() == [2.0, 2.0]
-    with pytest.raises(ValueError, match="at least 2"):
-        TermStatistics.of(terms[:1], torch.zeros(1))
-
-
-@pytest.mark.parametrize(
-    "wrong, message",
-    [
-        ({"kind": "best"}, "kind must be one of"),
-        ({"sigma": 0.0}, "sigma"),
-        ({"top": 2.0}, "top"),
-        ({"presmooth_sigma": -1.0}, "presmooth_sigma"),
-    ],
-)
-def test_wrong_settings_are_named(wrong: dict[str, object], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        ScoreSettings(**wrong)  # type: ignore[arg-type]
-
-
 def test_the_commands(run: Path, own: Path, data: Path, tmp_path: Path) -> None:
     invoke = CliRunner().invoke
     (tmp_path / "bad.png").write_bytes(b"")
@@ -229,3 +170,8 @@ def test_the_commands(run: Path, own: Path, data: Path, tmp_path: Path) -> None:
         app, ["train", "--recipe", "inspection", "--data", str(data), "--out", str(tmp_path), "--device", "cpu"]
     )
     assert done.exit_code != 0 and "--device" in done.output
+
+
+def test_choose_ranks_scores_and_maps(data: Path) -> None:
+    text = choose(data, size=8, draws=1, progress=False)
+    assert text.count("(default)") == 2 and "AUROC" in text and "AU-PRO" in text

@@ -1,8 +1,7 @@
-"""Parts of a fit with which held-out images are no likelier are left out; those that are asked for stay."""
+"""The blocks of a fit: dropped if held-out images are no more likely with them, unless they are requested."""
 
 from __future__ import annotations
 
-import warnings
 from dataclasses import replace
 from pathlib import Path
 
@@ -30,17 +29,6 @@ def waves(n: int, seed: int = 0) -> Tensor:
     wave = 128 + 40 * np.sin(np.linspace(0, 6, 16))[None, :, None]
     pixels = wave + rng.normal(0, 10, (n, 1, 1, 1)) + rng.normal(0, 4, (n, 16, 16, 3))
     return torch.from_numpy(np.clip(pixels, 0, 255).astype(np.uint8)).permute(0, 3, 1, 2).contiguous()
-
-
-def boards(n: int, seed: int = 0) -> Tensor:
-    """Fine structure that always lies at the same place."""
-    rng = np.random.default_rng(seed)
-    board = np.full((16, 16, 3), 90.0)
-    for _ in range(20):
-        (h, w), (y, x) = rng.integers(1, 4, 2), rng.integers(0, 13, 2)
-        board[y : y + h, x : x + w] = rng.uniform(30, 230, 3)
-    pixels = board * (1 + 0.03 * rng.normal(size=(n, 1, 1, 1))) + rng.normal(0, 2, (n, 16, 16, 3))
-    return torch.from_numpy(np.clip(np.rint(pixels), 0, 255).astype(np.uint8)).permute(0, 3, 1, 2).contiguous()
 
 
 def noise_of_neighbours(n: int) -> Tensor:
@@ -91,42 +79,6 @@ def test_nan_is_no_improvement(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(blocks_module, "fit_blocks", broken)
     model = fit(waves(6), FIXED, progress=False).model
     assert len(model.flow.transforms) == 1 and np.isfinite(model.calibration.scores).all()
-
-
-@pytest.mark.parametrize("n", [12, 60])
-def test_aligned_images_need_no_augmentation(n: int) -> None:
-    recipe = replace(FIXED, blocks=0)
-    found = fit(boards(n), recipe, progress=False).model
-    tried = found.about["held_out_nll_of_augmentations"]
-    assert found.about["recipe"]["augmentation"] == "none" == min(tried, key=tried.get) and len(tried) == 3
-    assert tried["none"] + 1000 < min(tried["shifts"], tried["rotations"])
-    plain = fit(boards(n), replace(recipe, augmentation="none"), progress=False).model
-    zero = fit(boards(n), replace(recipe, augmentation="shifts", shift_radius=0), progress=False).model
-    for other in (plain, zero):
-        assert other.about["held_out_nll"] == pytest.approx(found.about["held_out_nll"], rel=1e-4)
-    assert plain.about["held_out_nll_of_augmentations"] == {}
-    assert any(line.startswith("augmentation selected: none (") for line in _decisions(found))
-
-
-def test_a_requested_augmentation_is_kept_with_a_warning() -> None:
-    with pytest.warns(
-        UserWarning, match=r"augmentation='shifts' makes held-out images less likely .*augmentation='auto'"
-    ):
-        model = fit(boards(20), replace(FIXED, blocks=0, augmentation="shifts"), progress=False).model
-    assert model.about["recipe"]["augmentation"] == "shifts"
-    assert set(model.about["held_out_nll_of_augmentations"]) == {"shifts", "none"}
-
-
-def test_a_logit_that_is_asked_for_is_compared() -> None:
-    recipe = replace(FIXED, blocks=0, augmentation="none", dequantize=True)
-    plain = fit(waves(20), recipe, progress=False).model.about["held_out_nll"]
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        about = fit(waves(20), replace(recipe, logit=0.05), progress=False).model.about
-    # Of the folds that decide, two of five.
-    assert about["held_out_nll_without_logit"] == pytest.approx(plain, abs=60)
-    worse = about["held_out_nll"] > plain
-    assert any("logit=0.05" in str(one.message) for one in caught) == worse
 
 
 def test_a_detector_leaves_out_as_a_fit_does_and_loads_as_it_was_asked(tmp_path: Path) -> None:
