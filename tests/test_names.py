@@ -17,7 +17,7 @@ import fastmaf
 from fastmaf.capsule.evaluate import evaluate as judge
 from fastmaf.capsule.models import Model
 from fastmaf.images.names import from_cell
-from fastmaf.inspection.evaluation import evaluate as inspect
+from fastmaf.inspection.workflow.evaluate import evaluate as inspect
 from tests.images.pictures import capsule_set, picture
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="file systems elsewhere allow fewer names")

@@ -30,7 +30,7 @@ def evaluate(
     if is_inspection_model(model):
         if false_alarm is not None:
             refuse("--false-alarm: an inspection model has its own rate, which fastmaf calibrate sets")
-        from fastmaf.inspection.evaluation import evaluate as inspect
+        from fastmaf.inspection.workflow.evaluate import evaluate as inspect
 
         name = device_named(device)
         inspect(model, data, out, device=name, skip_bad=skip_bad, seed=seed, progress=not quiet, say=say)

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from fastmaf.images.dataset import DataError, load_image, load_train
-from fastmaf.inspection.heatmaps import read_map
-from fastmaf.inspection.inputs import Unreadable, expand, read_each
+from fastmaf.inspection.map_images import read_map
+from fastmaf.inspection.workflow.inputs import Unreadable, expand, read_each
 from tests.images.pictures import picture
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs a system with FIFOs")
