@@ -20,12 +20,11 @@ from torch import Tensor
 import fastmaf
 from fastmaf.images.dataset import load_train, to_unit
 from fastmaf.inspection.blocks import fit_blocks
-from fastmaf.inspection.calibration import k_fold
-from fastmaf.inspection.copies import fit_whitening
-from fastmaf.inspection.cross import without
+from fastmaf.inspection.folds import drop_fold, k_fold
 from fastmaf.inspection.recipe import Recipe
+from fastmaf.inspection.whitening import fit_whitening
 
-DEFAULT = Recipe(copies="shifts", blocks=2)
+DEFAULT = Recipe(augmentation="shifts", blocks=2)
 LOCAL: dict[str, Recipe] = {
     "1 local block, the colours of a pixel alone": replace(DEFAULT, blocks=1, patch=1, kernel=1, hidden=0),
     "1 local block, linear": replace(DEFAULT, blocks=1, hidden=0),
@@ -70,7 +69,7 @@ def main() -> None:
     folds = k_fold(len(x), DEFAULT.folds, DEFAULT.seed)
     z, alone = torch.empty_like(x), torch.empty(len(x), dtype=torch.float64)
     for fold in folds:
-        whitening = fit_whitening(without(x, fold), DEFAULT)
+        whitening = fit_whitening(drop_fold(x, fold), DEFAULT)
         z[fold] = whitening(x[fold])[0]
         alone[fold] = -fastmaf.Flow(DEFAULT.features, [whitening]).log_prob(x[fold]).double()
     normal = fastmaf.Flow(DEFAULT.features, [])
@@ -81,9 +80,9 @@ def main() -> None:
         seen: list[float] = []
         began = time.perf_counter()
         for fold in folds:
-            flow = train(without(z, fold))
+            flow = train(drop_fold(z, fold))
             with torch.no_grad():
-                for part, kept in ((z[fold], gains), (without(z, fold), seen)):
+                for part, kept in ((z[fold], gains), (drop_fold(z, fold), seen)):
                     kept.append(float((normal.log_prob(part) - flow.log_prob(part)).double().mean()))
         numbers = sum(parameter.numel() for parameter in flow.parameters())
         gain, spread = sum(gains) / len(gains), f"{min(gains):+,.0f} to {max(gains):+,.0f}"

@@ -17,7 +17,6 @@ if TYPE_CHECKING:
     from fastmaf.defaults import torch_defaults
     from fastmaf.degrees import ConnectivityWarning
     from fastmaf.flows import MAF, Flow
-    from fastmaf.inspection.detector import Detector
     from fastmaf.io.checkpoint import SavedFlow, load, load_with_extras
     from fastmaf.io.tensor_file import CheckpointError
     from fastmaf.kernels.backends import BackendUnavailableError, use_backend

@@ -17,7 +17,7 @@ import fastmaf
 from fastmaf.capsule.evaluate import evaluate as judge
 from fastmaf.capsule.models import Model
 from fastmaf.images.names import from_cell
-from fastmaf.inspection.evaluation import evaluate as inspect
+from fastmaf.inspection.workflow.evaluate import evaluate as inspect
 from tests.images.pictures import capsule_set, picture
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="file systems elsewhere allow fewer names")
@@ -57,7 +57,7 @@ def test_eval_of_the_reference_recipe(odd: Path, tmp_path: Path, capfd: pytest.C
     for name in ("nll_hist_good_defect.png", "roc_curve.png"):
         with Image.open(tmp_path / "out" / name) as image:
             image.load()
-    from fastmaf.metrics.evaluate import format_table
+    from fastmaf.metrics.result_files import format_table
 
     assert "\x1b" not in format_table(evaluation) and r"lat\xfcn" in format_table(evaluation)
     assert "\x1b" not in "".join(capfd.readouterr())

@@ -119,9 +119,16 @@ def inspected(folder: Any) -> list[np.ndarray]:
     assert all((t.dtype, t.device.type, t.is_inference()) == (torch.float32, "cpu", False) for t in tensors)
     scores = [loaded.anomaly_score(new), found.score_samples(new), found.p_values(new), found.predict(new)]
     pixels = torch.from_numpy(new).permute(0, 3, 1, 2).contiguous()
-    assessed = loaded.model_.assess(pixels)
+    predicted = loaded.model_.predict(pixels)
     held_out = [found.calibration_.scores, rows.calibration_.scores, rows.anomaly_score(np.ones((2, 6)))]
-    return [*scores, found.anomaly_map(new), assessed.nll, assessed.maps, *held_out, *(t.numpy() for t in tensors)]
+    return [
+        *scores,
+        found.anomaly_map(new),
+        predicted.nll,
+        predicted.anomaly_maps,
+        *held_out,
+        *(t.numpy() for t in tensors),
+    ]
 
 
 @pytest.fixture(scope="module")

@@ -1,4 +1,4 @@
-"""The settings of a training run, and those that keep orders other than natural stable."""
+"""The settings of a training run."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import fastmaf
 if TYPE_CHECKING:
     import torch
 
-# What makes orders other than natural trainable at image size; measured on the real capsule images (see the README).
+# Settings that keep orders other than "natural" stable at image size, measured on the real capsule images.
 GUARDED: Mapping[str, Any] = MappingProxyType(
     {
         "init": "identity",
@@ -20,7 +20,7 @@ GUARDED: Mapping[str, Any] = MappingProxyType(
         "log_scale_bound": 1.0,
         "warmup_steps": 100,
         "max_grad_norm": 50.0,
-        "max_leap": 10.0,
+        "max_loss_jump": 10.0,
         "lr": 2e-5,
     }
 )
@@ -28,16 +28,17 @@ GUARDED: Mapping[str, Any] = MappingProxyType(
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """Everything that determines a training run; the defaults are the published reference run's but for strict masks.
+    """All settings of a training run. The defaults are those of the published run, except for strict masks.
 
     Attributes:
         size: side of the square images in pixels; D = 3 size².
         blocks, hidden_features, degrees, order, levels, log_scale_bound, soft_bound, init: see ``fastmaf.MAF``.
-        masks: ``"strict"``, or ``"reference"`` for the published notebook's leaky output mask.
-        epochs, batch_size, lr: of Adam.
+        masks: ``"strict"``, or ``"published"`` for the leaky output mask of the published run. ``"reference"``, its
+            name in earlier versions, is accepted and replaced by ``"published"``.
+        epochs, batch_size, lr: training with Adam.
         holdout: share of the normal images kept out of training, for the validation NLL and for thresholds.
-        warmup_steps, max_grad_norm, max_leap: see ``fastmaf.Guards``.
-        seed: of the split, the model and the shuffling.
+        warmup_steps, max_grad_norm, max_loss_jump: see ``fastmaf.Guards``.
+        seed: seed of the split, the model and the shuffling.
     """
 
     size: int = 64
@@ -46,7 +47,7 @@ class TrainConfig:
     degrees: Literal["spread", "random", "cyclic"] = "spread"
     order: Literal["natural", "alternate", "random"] = "natural"
     levels: int | None = None
-    masks: Literal["strict", "reference"] = "strict"
+    masks: Literal["strict", "published", "reference"] = "strict"
     log_scale_bound: float | None = 5.0
     soft_bound: bool = False
     init: Literal["linear", "identity"] = "linear"
@@ -56,7 +57,7 @@ class TrainConfig:
     holdout: float = 0.1
     warmup_steps: int = 0
     max_grad_norm: float | None = None
-    max_leap: float | None = None
+    max_loss_jump: float | None = None
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -67,14 +68,18 @@ class TrainConfig:
             raise ValueError(f"lr must be positive; found {self.lr}")
         if not 0 <= self.holdout < 1:
             raise ValueError(f"holdout is a share of the normal images, 0 <= holdout < 1; found {self.holdout}")
+        if self.masks not in ("strict", "published", "reference"):
+            raise ValueError(f"masks must be 'strict' or 'published'; found {self.masks!r}")
+        if self.masks == "reference":
+            object.__setattr__(self, "masks", "published")
 
     @property
     def features(self) -> int:
-        """D, the numbers of one image."""
+        """Number of values of one image, 3 size²."""
         return 3 * self.size**2
 
     def build(self, device: torch.device | str | None = None) -> fastmaf.MAF:
-        """Builds the untrained flow, on torch's default device if no other is given."""
+        """Builds the untrained flow, on torch's default device if ``device`` is None."""
         return fastmaf.MAF(
             self.features,
             self.blocks,

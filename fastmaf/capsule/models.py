@@ -1,30 +1,29 @@
-"""A trained model as the capsule commands use it: the flow, the size of its images, and what its training kept out."""
+"""Trained models of the capsule commands: the flow, the size of its images, and its held-out images."""
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor
 from tqdm import tqdm
 
 import fastmaf
-from fastmaf.images.dataset import ImageSet, to_unit
+from fastmaf.images.dataset import ImageSet, check_takes_images, to_unit
 from fastmaf.training.checkpoints import MODEL_FILE, training_in
 
 
 @dataclass(frozen=True)
 class Model:
-    """A flow over images.
+    """A flow over square RGB images.
 
     Attributes:
-        flow: the flow, D = 3 size².
-        size: side of its square images in pixels.
-        path: the file it came from.
-        held_out: names of the normal images that its training never saw; empty when unknown.
+        flow: the flow, with D = 3 size².
+        size: side of its images in pixels.
+        path: the file it was loaded from.
+        held_out: names of the normal images that were held out of training; empty if unknown.
     """
 
     flow: fastmaf.Flow
@@ -35,10 +34,10 @@ class Model:
 
 @fastmaf.torch_defaults()
 def load_model(path: str | Path, *, device: str = "cpu") -> Model:
-    """Loads a model file, or the one in a run's folder.
+    """Loads a model from a file or from the folder of a run.
 
     Raises:
-        FileNotFoundError: there is none.
+        FileNotFoundError: the file does not exist.
         fastmaf.CheckpointError: it is not a model of square RGB images.
     """
     path = Path(path)
@@ -46,38 +45,15 @@ def load_model(path: str | Path, *, device: str = "cpu") -> Model:
         path = path / MODEL_FILE
     flow, metadata, _ = fastmaf.load_with_extras(path, device=device)
     size = check_takes_images(flow, path)
-    flow.validate_args = False  # a model that blows up has NLLs that are not finite, which are reported as they are
+    flow.validate_args = False  # NLLs that are not finite are reported, not refused
     return Model(flow.eval(), size, path, tuple(training_in(metadata, path).get("held_out", ())))
-
-
-def check_takes_images(flow: fastmaf.Flow, path: Path) -> int:
-    """Returns the side in pixels of the square RGB images that a flow from a file is over.
-
-    Raises:
-        fastmaf.CheckpointError: it is over something else, or not float32.
-    """
-    size = math.isqrt(flow.features // 3)
-    if 3 * size**2 != flow.features:
-        raise fastmaf.CheckpointError(
-            f"{path} models {flow.features} numbers, which are no square RGB image (3 x size x size): it is not "
-            f"from the capsule workflow"
-        )
-    dtypes = {tensor.dtype for tensor in _tensors(flow) if tensor.is_floating_point()}
-    if dtypes and torch.float32 not in dtypes:
-        raise fastmaf.CheckpointError(f"{path}: expected a float32 model of images; found {dtypes.pop()}")
-    return size
-
-
-def _tensors(flow: fastmaf.Flow) -> list[Tensor]:
-    return [*flow.parameters(), *flow.buffers()]
 
 
 @fastmaf.torch_defaults()
 @torch.no_grad()
 def nll_of(flow: fastmaf.Flow, images: ImageSet, *, batch_size: int = 64, progress: bool = True) -> np.ndarray:
     """Returns the negative log-likelihood of each image, float64 ``[n]`` nats."""
-    tensors = _tensors(flow)
-    device = tensors[0].device if tensors else torch.device("cpu")
+    device = next(chain(flow.parameters(), flow.buffers()), torch.empty(0)).device
     parts = torch.arange(len(images)).split(batch_size)
     bar = tqdm(parts, desc="scoring", unit="batch", disable=not progress, leave=False)
     log_prob = fastmaf.ReplayedLogProb(flow)

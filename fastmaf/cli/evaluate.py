@@ -30,14 +30,14 @@ def evaluate(
     if is_inspection_model(model):
         if false_alarm is not None:
             refuse("--false-alarm: an inspection model has its own rate, which fastmaf calibrate sets")
-        from fastmaf.inspection.evaluation import evaluate as inspect
+        from fastmaf.inspection.workflow.evaluate import evaluate as inspect
 
         name = device_named(device)
         inspect(model, data, out, device=name, skip_bad=skip_bad, seed=seed, progress=not quiet, say=say)
         return
     from fastmaf.capsule.evaluate import evaluate as run
     from fastmaf.capsule.models import load_model
-    from fastmaf.metrics.evaluate import format_table
+    from fastmaf.metrics.result_files import format_table
 
     loaded = load_model(model, device=device_named(device))
     rate = 0.05 if false_alarm is None else false_alarm

@@ -38,7 +38,7 @@ def train(
 
     with checked_settings():
         recipe = Recipe(size=size, seed=seed, dequantize=dequantize, logit=logit)
-    from fastmaf.inspection.workflow import train as run
+    from fastmaf.inspection.workflow.train import train as run
 
     run(data, out, recipe, keep_folds=keep_folds, skip_bad=skip_bad, progress=not quiet, say=say)
 
@@ -50,7 +50,7 @@ def calibrate(
     confidence: options.Confidence = None,
 ) -> None:
     """Set the false-alarm rate, from the scores of held-out normal images in the model file."""
-    from fastmaf.inspection.workflow import calibrate as run
+    from fastmaf.inspection.workflow.calibrate import calibrate as run
 
     say(run(model, false_alarm, confidence).describe())
 
@@ -66,7 +66,7 @@ def recalibrate(
     quiet: options.Quiet = False,
 ) -> None:
     """Set the threshold from new good images without training, for another camera, light or batch of parts."""
-    from fastmaf.inspection.workflow import recalibrate as run
+    from fastmaf.inspection.workflow.calibrate import recalibrate as run
 
     settings = (model, images, false_alarm, confidence)
     done = run(*settings, skip_bad=skip_bad, device=device_named(device), progress=not quiet, say=say_aside)
@@ -90,7 +90,7 @@ def score(
     """Score images: anomaly score, p-value, verdict and latency. The exit code is 2 if files could not be read."""
     if out is not None and out.suffix not in (".csv", ".jsonl"):
         refuse(f"expected a .csv or .jsonl file for --out; found {out}")
-    from fastmaf.inspection.scoring import score as run
+    from fastmaf.inspection.workflow.score import score as run
 
     damaged = run(
         model,
@@ -119,7 +119,7 @@ def export(
     check: options.CheckImages,
 ) -> None:
     """Write the model as an ONNX graph from pixels to verdict, if ONNX Runtime agrees with fastmaf on --check."""
-    from fastmaf.inspection.workflow import export as run
+    from fastmaf.inspection.workflow.export import export as run
 
     say(run(model, onnx, check, say=say_aside))
 
@@ -138,6 +138,6 @@ def choose(
 
     with checked_settings():
         Recipe(size=size)
-    from fastmaf.inspection.workflow import choose as run
+    from fastmaf.inspection.workflow.choose import choose as run
 
     say(run(data, size=size, draws=draws, seed=seed, skip_bad=skip_bad, progress=not quiet, say=say_aside))

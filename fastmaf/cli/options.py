@@ -81,7 +81,7 @@ def _existing(path: Path | None) -> Path | None:
 
 
 def _existing_images(arguments: list[str]) -> list[str]:
-    from fastmaf.inspection.patterns import hints, is_pattern, matches
+    from fastmaf.inspection.workflow.path_patterns import hints, is_pattern, matches
 
     for text in arguments:
         path = Path(os.path.expanduser(text))

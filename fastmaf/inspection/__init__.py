@@ -1,1 +1,1 @@
-"""Inspection: fit on good images, find defects and where they are, at a false-alarm rate that is promised."""
+"""Visual inspection: fitted to good images, finds and locates defects at a guaranteed false-alarm rate."""

@@ -1,4 +1,4 @@
-"""Inspection with scikit-learn's conventions: ``fastmaf.Detector``, for images and for rows of numbers."""
+"""Anomaly detection with scikit-learn's interface: ``fastmaf.Detector``, for images and for rows of numbers."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from torch import Tensor
 
 import fastmaf
 from fastmaf.images.decode import DataError, load_image, resized
-from fastmaf.inspection.calibration import Calibration
+from fastmaf.inspection.calibration.calibration import Calibration
 from fastmaf.inspection.fit import fit
 from fastmaf.inspection.model import InspectionModel, load_inspection
 from fastmaf.inspection.recipe import Recipe
-from fastmaf.inspection.rows import RowModel, fit_rows
+from fastmaf.inspection.row_model import RowModel, fit_rows
 from fastmaf.io.marks import is_output
 
 try:
@@ -30,20 +30,20 @@ try:
 except ImportError:  # scikit-learn before 1.6
 
     def validate_data(estimator: Any, *args: Any, **options: Any) -> Any:
-        """Stands for the function, which was a method once."""
+        """Calls the method that this function used to be."""
         return estimator._validate_data(*args, **options)
 
 
 class Detector(OutlierMixin, BaseEstimator):
-    """Finds what is unlike the normal samples it was fitted to, at a false-alarm rate that is promised.
+    """Anomaly detector, fitted to normal samples, with a guaranteed false-alarm rate.
 
-    Fitted to images it is the model of ``fastmaf train --recipe inspection``: a Gaussian whitening on shifted or turned
-    copies, the mean of the highest half percent of a standardised, smoothed map as the score, and heat maps. Fitted to
-    rows it is the whitening of the standardised columns, and the NLL in nats is the score. The threshold comes from
-    samples scored by models that have not seen them (K folds) and keeps the rate of false alarms that is asked for; no
-    share of the samples is taken for outliers (there is no ``contamination``): fit it to normal ones.
+    For images it is the model of ``fastmaf train --recipe inspection``: a Gaussian whitening with augmentation, whose
+    score is the mean of the highest values of a standardised, smoothed score map, and anomaly maps. For rows it is the
+    whitening of the standardised columns, and the score is the NLL in nats. The threshold comes from samples scored by
+    models that have not seen them (K folds) and keeps the requested false-alarm rate. There is no ``contamination``
+    parameter: all samples that it is fitted to must be normal.
 
-    Everywhere X is either
+    X is always either
 
     - images: uint8 ``[n, h, w, 3]``, an array, a tensor or a sequence of ``[h, w, 3]`` of any sizes, R, G, B; or a
       sequence of paths of image files. They are resized to ``size``;
@@ -51,22 +51,22 @@ class Detector(OutlierMixin, BaseEstimator):
 
     Args:
         size: images only: side in pixels of the square that each is resized to.
-        rank: factors of the whitening; fewer where the samples or columns do not support them.
-        blocks: images only: autoregressive blocks after the whitening; ``"auto"``: two, where held-out images are
-            likelier with them, else none. They lower the NLL that ``model_`` reports; the score is taken before them:
-            0 gives the same scores sooner.
-        steps: images only: of the blocks' training.
-        folds: K, at least 2; as many as there are samples where those are fewer.
-        false_alarm: rate of false alarms on new normal samples, on average over calibration sets.
-        confidence: None, or the probability with which this very calibration set keeps that rate.
+        rank: factors of the whitening; fewer if the samples or columns do not support them.
+        blocks: images only: autoregressive blocks after the whitening; ``"auto"``: two if held-out images are more
+            likely with them, else none. They lower the NLL that ``model_`` reports; the score does not use them: 0
+            gives the same scores faster.
+        steps: images only: training steps of the blocks.
+        folds: K, at least 2; at most the number of samples is used.
+        false_alarm: false-alarm rate on new normal samples, on average over calibration sets.
+        confidence: None, or the probability with which this calibration set keeps that rate.
         random_state: of folds and blocks. By default the same samples give the same model.
         verbose: images only: show a progress bar.
 
     Attributes:
-        model_: ``InspectionModel`` of images, or ``RowModel``.
-        calibration_: held-out scores and what they promise; ``print(detector.calibration_.describe())``.
+        model_: ``InspectionModel`` for images, or ``RowModel``.
+        calibration_: held-out scores and their guarantee; ``print(detector.calibration_.describe())``.
         offset_: minus the threshold: ``decision_function = score_samples - offset_``.
-        n_features_in_: D; of images the numbers in a resized one, 3 size².
+        n_features_in_: D; for images the number of values of a resized one, 3 size².
 
     Example:
         >>> import numpy as np, fastmaf
@@ -101,16 +101,16 @@ class Detector(OutlierMixin, BaseEstimator):
 
     @fastmaf.torch_defaults()
     def fit(self, X: Any, y: Any = None) -> Detector:
-        """Fits to normal images, at least 3, or normal rows, at least 2; see the class for what X may be.
+        """Fits to at least 3 normal images, or at least 2 normal rows; see the class for X. ``y`` is ignored.
 
         Warns:
-            UserWarning: there are too few samples for the rate that is asked for.
+            UserWarning: there are too few samples for the requested false-alarm rate.
 
         Raises:
-            ValueError: X or a parameter does not fit.
+            ValueError: X or a parameter is invalid.
             DataError: an image file cannot be read.
         """
-        Calibration(np.zeros(1), self.false_alarm, self.confidence, "split")  # a wrong rate is said before the fitting
+        Calibration(np.zeros(1), self.false_alarm, self.confidence, "split")  # reports an invalid rate before fitting
         given = self.random_state
         seed = int(given if isinstance(given, Integral) else check_random_state(given).randint(2**31 - 1))
         images = _are_images(X)
@@ -123,19 +123,19 @@ class Detector(OutlierMixin, BaseEstimator):
         self.model_: InspectionModel | RowModel
         if images:
             model = fit(samples, recipe, progress=self.verbose).model
-            self._take(model.with_calibration(model.calibration.with_rate(self.false_alarm, self.confidence)))
+            self._use(model.with_calibration(model.calibration.with_rate(self.false_alarm, self.confidence)))
         else:
             self.model_, scores = fit_rows(samples, self.rank, folds, seed)
             self.calibration_ = Calibration(scores, self.false_alarm, self.confidence, "k-fold", folds)
         self.offset_ = -self.calibration_.threshold
-        if not self.calibration_.met:
-            needed = self.calibration_.needed
-            warnings.warn(f"a false-alarm rate of {self.false_alarm:g} takes {needed} samples; found {n}", stacklevel=4)
+        if not self.calibration_.attainable:
+            least = self.calibration_.min_samples
+            warnings.warn(f"a false-alarm rate of {self.false_alarm:g} needs {least} samples; found {n}", stacklevel=4)
         return self
 
     @fastmaf.torch_defaults()
     def anomaly_score(self, X: Any) -> np.ndarray:
-        """How anomalous each sample is: float64 [n], higher is more anomalous; of rows in nats."""
+        """Returns anomaly scores, float64 [n], higher is more anomalous; for rows in nats."""
         check_is_fitted(self)
         if isinstance(self.model_, InspectionModel):
             return self.model_.scores(self._images(X))
@@ -144,33 +144,33 @@ class Detector(OutlierMixin, BaseEstimator):
         return self.model_.nll(self._rows(X, reset=False))
 
     def score_samples(self, X: Any) -> np.ndarray:
-        """Minus ``anomaly_score``: float64 [n], higher is more normal, as everywhere in scikit-learn."""
+        """Returns minus ``anomaly_score``, float64 [n], higher is more normal, as everywhere in scikit-learn."""
         return -self.anomaly_score(X)
 
     def decision_function(self, X: Any) -> np.ndarray:
-        """``score_samples`` minus ``offset_``: float64 [n], negative for outliers."""
+        """Returns ``score_samples`` minus ``offset_``, float64 [n], negative for outliers."""
         return self.score_samples(X) - self.offset_
 
     def predict(self, X: Any) -> np.ndarray:
-        """Returns -1 for outliers, whose score is above the threshold, and 1 for the others: int64 [n]."""
+        """Returns -1 for outliers, whose score is above the threshold, and 1 for the others, int64 [n]."""
         return np.where(self.decision_function(X) < 0, -1, 1)
 
     def p_values(self, X: Any) -> np.ndarray:
-        """How often a normal sample scores at least as high: float64 [n], in (0, 1]; see ``Calibration.p_values``."""
+        """Returns the probability that a normal sample scores at least as high, float64 [n]; see ``Calibration``."""
         scores = self.anomaly_score(X)
         return self.calibration_.p_values(scores)
 
     @fastmaf.torch_defaults()
     def anomaly_map(self, X: Any) -> np.ndarray:
-        """Where each image is anomalous: float32 [n, size, size], higher is more anomalous."""
+        """Returns anomaly maps of images, float32 [n, size, size], higher is more anomalous."""
         check_is_fitted(self)
         if not isinstance(self.model_, InspectionModel):
-            raise ValueError("maps are of images: this detector was fitted to rows")
-        return self.model_.maps(self._images(X))
+            raise ValueError("anomaly maps need images: this detector was fitted to rows")
+        return self.model_.anomaly_maps(self._images(X))
 
     @fastmaf.torch_defaults()
     def save(self, path: str | Path) -> None:
-        """Writes a detector of images to one safetensors file, which the command line reads, too."""
+        """Writes a detector of images to one safetensors file, which the command line can read."""
         check_is_fitted(self)
         if not isinstance(self.model_, InspectionModel):
             raise ValueError("only a detector that was fitted to images can be saved; this one was fitted to rows")
@@ -179,26 +179,26 @@ class Detector(OutlierMixin, BaseEstimator):
     @classmethod
     @fastmaf.torch_defaults()
     def load(cls, path: str | Path) -> Detector:
-        """Reads what ``save`` or the command line wrote; errors as ``load_inspection``."""
+        """Loads a file written by ``save`` or by the command line; errors as ``load_inspection``."""
         model = load_inspection(path)
         recipe = model.about.get("recipe", {})
         given = {**recipe, **model.about.get("asked", {})}
         known = {name: given[name] for name in ("rank", "blocks", "steps", "folds") if name in given}
-        promise = {name: getattr(model.calibration, name) for name in ("false_alarm", "confidence")}
-        detector = cls(size=model.size, random_state=recipe.get("seed", 0), **known, **promise)
-        detector._take(model)
+        rate = {name: getattr(model.calibration, name) for name in ("false_alarm", "confidence")}
+        detector = cls(size=model.size, random_state=recipe.get("seed", 0), **known, **rate)
+        detector._use(model)
         return detector
 
-    def _take(self, model: InspectionModel) -> None:
+    def _use(self, model: InspectionModel) -> None:
         self.model_, self.calibration_ = model, model.calibration
         self.offset_ = -model.calibration.threshold
         self.n_features_in_ = model.flow.features
-        self.__dict__.pop("feature_names_in_", None)  # of rows that it was fitted to before
+        self.__dict__.pop("feature_names_in_", None)  # of an earlier fit to rows
 
     def _rows(self, X: Any, **options: Any) -> Tensor:
         X = X.detach().cpu().numpy() if isinstance(X, Tensor) else X
         rows = validate_data(self, X, dtype=np.float64, **options)
-        return torch.from_numpy(np.array(rows))  # a copy: what is read-only or strided backwards makes no tensor
+        return torch.from_numpy(np.array(rows))  # a copy: torch takes neither read-only arrays nor negative strides
 
     def _images(self, X: Any) -> Tensor:
         if not _are_images(X):
@@ -207,7 +207,7 @@ class Detector(OutlierMixin, BaseEstimator):
 
 
 def _are_images(X: Any) -> bool:
-    """Whether X is meant as images: it has 3 axes or more, or its first element is a path or has 3."""
+    """Returns whether X holds images: it has at least 3 axes, or its first element is a path or has 3 axes."""
     if isinstance(X, (str, os.PathLike)):
         raise ValueError(f"X must be a sequence of paths or images; found the one path {os.fspath(X)!r}")
     shape = getattr(X, "shape", None)
@@ -220,14 +220,14 @@ def _are_images(X: Any) -> bool:
 
 
 def _pixels(X: Any, size: int) -> Tensor:
-    """Images in any of their forms -> uint8 [n, 3, size, size], resized as files are."""
+    """Converts images of any accepted form to uint8 [n, 3, size, size], resized as files are."""
     if isinstance(X, Tensor):
         X = X.detach().cpu().numpy()
     pixels = []
     for i, image in enumerate(X):
         if isinstance(image, (str, os.PathLike)):
             if is_output(image):
-                raise DataError(f"{os.fspath(image)}: a picture that fastmaf wrote, which is never read as an image")
+                raise DataError(f"{os.fspath(image)}: a picture written by fastmaf, which is never read as an image")
             pixels.append(load_image(os.fspath(image), size)[0])
             continue
         values = np.asarray(image)

@@ -1,13 +1,13 @@
-"""Fitting an inspection model to normal images: ``fastmaf train --recipe inspection``.
+"""Fitting an inspection model to normal images.
 
-1. A Gaussian whitening, in closed form, on the images or on shifted or turned copies of them: that of the three by
-   which held-out images are likeliest.
-2. K folds: each normal is whitened by the model of the fold that left it out. Blocks are trained on these terms, since
+1. A Gaussian whitening, in closed form, of the images with the augmentation under which held-out images are most
+   likely.
+2. K folds: each image is whitened by the model of the fold that left it out. Blocks are trained on these values, as
    those of a model that has seen the image are far smaller than a new image's will be.
-3. The same once more for each fold without its own images, for terms, scores and NLLs of images that neither a
-   whitening nor a step of its blocks has seen. (The terms that these blocks were trained on are of the other folds'
-   whitenings, which have; a score of the whitened terms, the default, has nothing to do with them.) Blocks with which
-   these images are no likelier than without are left out.
+3. The same without the images of each fold, for terms, scores and NLLs of images that neither the whitening nor the
+   blocks have seen. (The values that these blocks were trained on come from the other folds' whitenings, which have
+   seen them; this does not affect a score of the whitened terms, the default.) Blocks that do not make these images
+   more likely are dropped.
 """
 
 from __future__ import annotations
@@ -22,21 +22,31 @@ from tqdm import tqdm
 
 import fastmaf
 from fastmaf.images.dataset import to_unit
-from fastmaf.inspection.blocks import choose_blocks, fit_blocks
-from fastmaf.inspection.calibration import Calibration, k_fold
-from fastmaf.inspection.copies import before_whitening, choose_copies, compared_whitenings, fit_whitening
-from fastmaf.inspection.cross import CrossFit, cross_maps, cross_scores, without
+from fastmaf.inspection.blocks import fit_blocks
+from fastmaf.inspection.calibration import Calibration
+from fastmaf.inspection.folds import drop_fold, k_fold
 from fastmaf.inspection.model import InspectionModel
+from fastmaf.inspection.out_of_fold import OutOfFoldModels, out_of_fold_maps, out_of_fold_scores
 from fastmaf.inspection.recipe import Recipe
-from fastmaf.inspection.settle import settled
+from fastmaf.inspection.selection.augmentation import compared_whitenings, select_augmentation
+from fastmaf.inspection.selection.blocks import select_blocks
+from fastmaf.inspection.selection.select import select_score_and_map
+from fastmaf.inspection.whitening import before_whitening, fit_whitening
 
 
 @dataclass(frozen=True, eq=False)
 class Fitted:
-    """A fitted model, the fold models behind its statistics, and the blocks' training curve (rows of step and NLLs)."""
+    """A fitted model, the models of the folds behind its statistics, and the training curve of the blocks.
+
+    Attributes:
+        model: the calibrated model.
+        out_of_fold: the models of the folds.
+        log: rows of step and NLLs.
+        seconds: duration of each stage.
+    """
 
     model: InspectionModel
-    cross: CrossFit
+    out_of_fold: OutOfFoldModels
     log: list[dict[str, float]]
     seconds: dict[str, float]
 
@@ -45,7 +55,7 @@ class Fitted:
 def fit(pixels: Tensor, recipe: Recipe | None = None, *, progress: bool = True) -> Fitted:
     """Fits an inspection model to normal images and calibrates it at a false-alarm rate of 5 %.
 
-    Copies and blocks that the recipe leaves open are kept only where held-out images are likelier with them;
+    Augmentation and blocks that the recipe leaves open are kept only if held-out images are more likely with them;
     ``model.about`` holds the NLLs that were compared.
 
     Args:
@@ -54,7 +64,7 @@ def fit(pixels: Tensor, recipe: Recipe | None = None, *, progress: bool = True) 
         progress: show a progress bar.
 
     Raises:
-        ValueError: there are fewer images than folds, or they are of another size.
+        ValueError: there are fewer images than folds, or they have another size.
 
     Warns:
         UserWarning: held-out images are less likely with a part that the recipe asks for.
@@ -63,53 +73,52 @@ def fit(pixels: Tensor, recipe: Recipe | None = None, *, progress: bool = True) 
     if pixels.dtype != torch.uint8 or pixels.shape[1:] != (3, asked.size, asked.size):
         expected = f"uint8 [n, 3, {asked.size}, {asked.size}]"
         raise ValueError(f"pixels must be {expected}; found {pixels.dtype} {list(pixels.shape)}")
-    x = to_unit(pixels)
-    given = dequantized(x, asked.seed) if asked.dequantize else x
+    images = to_unit(pixels)
+    x = dequantized(images, asked.seed) if asked.dequantize else images
     folds = k_fold(len(x), asked.folds, asked.seed)
     steps = compared_whitenings(asked, len(x)) + asked.folds + 1 + asked.folds * bool(asked.most_blocks)
-    began, seconds = time.perf_counter(), {}
+    times = [time.perf_counter()]
     with tqdm(total=steps, desc="fitting", unit="model", disable=not progress, leave=False) as bar:
-        copies = choose_copies(given, folds, asked, bar.update)
-        recipe, whitenings = copies.recipe, copies.whitenings
+        augmentation = select_augmentation(x, folds, asked, bar.update)
+        recipe, whitenings = augmentation.recipe, augmentation.whitenings
         first = before_whitening(recipe)
-        y = fastmaf.Flow(recipe.features, first)(given)[0]  # what the whitening gets to see
+        y = fastmaf.Flow(recipe.features, first)(x)[0]
         for fold in folds[len(whitenings) :]:
-            whitenings.append(fit_whitening(without(y, fold), recipe))
+            whitenings.append(fit_whitening(drop_fold(y, fold), recipe))
             bar.update()
-        whole = fit_whitening(y, recipe)
+        whitening = fit_whitening(y, recipe)
         bar.update()
-        alone = [fastmaf.Flow(recipe.features, [*first, whitening]).eval() for whitening in whitenings]
-        seconds["whitenings"] = time.perf_counter() - began
+        times.append(time.perf_counter())
         z = torch.empty_like(x)
-        for fold, whitening in zip(folds, whitenings, strict=True):
-            z[fold] = whitening(y[fold])[0]
-        blocks = choose_blocks(given, z, folds, alone, recipe, bar.update)
+        for fold, fold_whitening in zip(folds, whitenings, strict=True):
+            z[fold] = fold_whitening(y[fold])[0]
+        flows = [fastmaf.Flow(recipe.features, [*first, fold_whitening]).eval() for fold_whitening in whitenings]
+        blocks = select_blocks(x, z, OutOfFoldModels(folds, flows), recipe, bar.update)
         recipe = replace(recipe, blocks=blocks.kept)
-        flow = fastmaf.Flow(recipe.features, [*first, whole, *fit_blocks(z, recipe)]).eval().requires_grad_(False)
-        seconds["blocks"] = time.perf_counter() - began - seconds["whitenings"]
-    whitened, nll = blocks.nll_alone, blocks.nll
-    cross = CrossFit(folds, blocks.flows, whitened.numpy(), nll.numpy())
-    score, location, said = settled(recipe, pixels, cross)
-    statistics, scores = cross_scores(x, cross.flows, folds, score, recipe.size)
-    location, maps = cross_maps(x, cross.flows, folds, location)
-    seconds["scores"] = time.perf_counter() - began - seconds["whitenings"] - seconds["blocks"]
+        flow = fastmaf.Flow(recipe.features, [*first, whitening, *fit_blocks(z, recipe)]).eval().requires_grad_(False)
+        times.append(time.perf_counter())
+    score, map_config, figures = select_score_and_map(recipe, pixels, blocks.models)
+    statistics, scores = out_of_fold_scores(images, blocks.models, score)
+    map_config, maps = out_of_fold_maps(images, blocks.models, map_config)
+    times.append(time.perf_counter())
     about = {
-        "recipe": asdict(replace(recipe, score=score, location=location)),
-        "asked": {"blocks": asked.blocks, "copies": asked.copies},
-        **said,
+        "recipe": asdict(replace(recipe, score=score, map_config=map_config)),
+        "asked": {"blocks": asked.blocks, "augmentation": asked.augmentation},
+        **figures,
         "images": len(x),
-        "held_out_nll_of_copies": copies.nll,
-        "held_out_nll_without_logit": copies.nll_without_logit,
+        "held_out_nll_of_augmentations": augmentation.nll,
+        "held_out_nll_without_logit": augmentation.nll_without_logit,
         "held_out_nll_with_blocks": blocks.nll_with,
-        "held_out_nll": float(nll.mean()),
-        "held_out_nll_of_whitening": float(whitened.mean()),
+        "held_out_nll": float(blocks.nll.mean()),
+        "held_out_nll_of_whitening": float(blocks.whitening_nll.mean()),
         "images_of_folds": [len(fold) for fold in folds],
-        "held_out_nll_of_folds": [float(nll[fold].mean()) for fold in folds],
+        "held_out_nll_of_folds": [float(blocks.nll[fold].mean()) for fold in folds],
         "map_levels": [float(np.quantile(maps.numpy(), 0.99)), float(maps.max())],
     }
     calibration = Calibration(scores.numpy(), 0.05, None, "k-fold", asked.folds)
-    model = InspectionModel(flow, score, location, statistics, calibration, about)
-    return Fitted(model, cross, blocks.log, seconds)
+    model = InspectionModel(flow, score, map_config, statistics, calibration, about)
+    seconds = dict(zip(("whitenings", "blocks", "scores"), np.diff(times).tolist(), strict=True))
+    return Fitted(model, blocks.models, blocks.log, seconds)
 
 
 def dequantized(x: Tensor, seed: int) -> Tensor:

@@ -1,9 +1,9 @@
-"""Where the defects of labelled test images are: the masks in ``root/ground_truth``.
+"""Masks of the defects in labelled test images, read from ``root/ground_truth``.
 
 The mask of ``root/test/<class>/NAME.ext`` is ``root/ground_truth/<class>/NAME_mask.png`` or ``NAME.png``, or one with
-another image's suffix; that of an image in a folder below its class lies in the same folder below
-``root/ground_truth/<class>``. A mask is read as every other image is; a pixel is a defect where any channel is above
-127 of 255.
+another image suffix; that of an image in a folder below its class lies in the same folder below
+``root/ground_truth/<class>``. A mask is read as every other image is; a pixel is a defect if any channel is above 127
+of 255.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ class Masks:
     """The masks of an ``ImageSet``, in its order.
 
     Attributes:
-        masks: bool [h, w] at the resolution of the mask's file; None for an image of class "good", which has no defect
-            anywhere, and for one whose mask is missing or was skipped.
+        masks: bool [h, w] at the resolution of the mask's file; None for an image of class "good", which has no defect,
+            and for one whose mask is missing or was skipped.
         missing: the defective images that have no mask file.
-        notes: what was unusual, one sentence a kind.
+        notes: on unusual masks, one sentence per kind.
     """
 
     masks: tuple[np.ndarray | None, ...]
@@ -37,78 +37,91 @@ class Masks:
     notes: tuple[str, ...]
 
     def usable(self, images: ImageSet) -> np.ndarray:
-        """Returns which of the images pixels are judged on, bool [n]: those whose defects are known.
+        """Returns which images have known defects and can be used for pixel metrics, bool [n].
 
-        All False where no mask shows a defect, as there are then no pixel metrics.
+        All False if no mask shows a defect, as there are no pixel metrics then.
         """
         known = [mask is not None or label == NORMAL for mask, label in zip(self.masks, images.labels, strict=True)]
         return np.array(known, dtype=bool) & any(mask is not None and bool(mask.any()) for mask in self.masks)
+
+
+@dataclass(frozen=True, eq=False)
+class LabelledSet:
+    """A labelled test set.
+
+    Attributes:
+        images: the test images.
+        masks: of their defects.
+        normals: normal images that baselines are fitted to; None if there are none.
+    """
+
+    images: ImageSet
+    masks: Masks
+    normals: ImageSet | None
 
 
 def load_masks(root: str | Path, images: ImageSet, *, skip_bad: bool = False) -> Masks:
     """Reads the masks of a test set.
 
     Args:
-        root: the data set's folder. Without ``root/ground_truth`` every mask is missing, which the notes say.
-        images: what ``load_test`` read from it.
-        skip_bad: take a mask that cannot be read, or does not fit its image, for a missing one, and say so.
+        root: the data set's folder. Without ``root/ground_truth`` every mask is missing, which the notes state.
+        images: returned by ``load_test`` for it.
+        skip_bad: treat a mask that cannot be read, or does not fit its image, as missing, and add a note.
 
     Raises:
-        DataError: a mask cannot be read, or has another aspect ratio than its image; it is named.
+        DataError: a mask cannot be read, or has another aspect ratio than its image; the message names it.
     """
     folder = Path(root).expanduser() / "ground_truth"
-    found = cache(_masks_in)
+    masks_in = cache(_masks_in)
     masks: list[np.ndarray | None] = []
-    missing, bad, empty, see_through = [], [], [], []
+    missing, bad, empty, transparent = [], [], [], []
     shapes = images.shapes or (None,) * len(images)
     for path, name, label, shape in zip(images.paths, images.names, images.labels, shapes, strict=True):
-        mask = None
-        if label != NORMAL:
-            at = folder / label / PurePosixPath(name).parent
-            file = _file(found(at), PurePosixPath(name).stem)
-            try:
-                mask, largest, alpha = (None, 0, False) if file is None else _read(file, path, shape)
-            except DataError as error:
-                if not skip_bad:
-                    raise
-                bad.append(str(error))
-            if file is not None and mask is not None:
-                if alpha:
-                    see_through.append(_name(file))
-                if not mask.any():
-                    empty.append(f"{_name(file)} (largest value {largest} of 255)")
-            elif file is None:
-                missing.append(path)
-        masks.append(mask)
+        masks.append(None)
+        if label == NORMAL:
+            continue
+        available, stem = masks_in(folder / label / PurePosixPath(name).parent), PurePosixPath(name).stem
+        file = available.get(f"{stem}_mask", available.get(stem))
+        if file is None:
+            missing.append(path)
+            continue
+        try:
+            mask, largest, alpha = _read(file, path, shape)
+        except DataError as error:
+            if not skip_bad:
+                raise
+            bad.append(str(error))
+            continue
+        masks[-1] = mask
+        if alpha:
+            transparent.append(_name(file))
+        if not mask.any():
+            empty.append(f"{_name(file)} (largest value {largest} of 255)")
     notes = []
     if not folder.is_dir():
-        notes.append(f"no folder {folder}: where the defects are is not known")
+        notes.append(f"no folder {folder}: the location of the defects is not known")
     elif missing:
         notes.append(f"no mask in {folder} for {_some([_name(path) for path in missing])}")
     if bad:
         notes.append(f"{count(len(bad), 'mask')} skipped, as if missing: {_some(bad)}")
     if empty:
         notes.append(f"no defect (no value above 127) in the mask of a defective image: {_some(empty)}")
-    if see_through:
-        notes.append(f"transparent counts as white, a defect, in masks with an alpha channel: {_some(see_through)}")
+    if transparent:
+        notes.append(f"transparent counts as white, a defect, in masks with an alpha channel: {_some(transparent)}")
     return Masks(tuple(masks), tuple(missing), tuple(notes))
 
 
 def _masks_in(folder: Path) -> dict[str, Path]:
-    """The images in a folder by stem; of several with one, the suffix that comes first in ``SUFFIXES`` is taken."""
+    """Returns the images in a folder by stem; of several with one stem, the first suffix in ``SUFFIXES`` wins."""
     files = sorted(images_in(folder)[0], key=lambda file: SUFFIXES.index(file.suffix.lower()), reverse=True)
     return {file.stem: file for file in files}
 
 
-def _file(masks: dict[str, Path], stem: str) -> Path | None:
-    return masks.get(f"{stem}_mask", masks.get(stem))
-
-
 def _read(file: Path, image: Path, shape: tuple[int, int] | None) -> tuple[np.ndarray, int, bool]:
-    """(bool [h, w], largest value of 255, whether there is an alpha channel)."""
+    """Returns (bool [h, w], largest value of 255, whether there is an alpha channel)."""
     frame = load_frame(file, 1, keep_full=True)
     assert frame.full is not None
-    if shape is not None and not _fits((frame.height, frame.width), shape):
+    if shape is not None and not _same_aspect((frame.height, frame.width), shape):
         raise DataError(
             f"{file}: a mask of {frame.width} x {frame.height} pixels does not fit {_name(image)} of {shape[1]} x "
             f"{shape[0]}; expected the image's size, or the same aspect ratio"
@@ -117,8 +130,8 @@ def _read(file: Path, image: Path, shape: tuple[int, int] | None) -> tuple[np.nd
     return (values > 127).numpy(), int(values.max()), "alpha" in frame.kinds
 
 
-def _fits(mask: tuple[int, int], image: tuple[int, int]) -> bool:
-    """Whether both have one aspect ratio, but for the rounding of a resized side to whole pixels."""
+def _same_aspect(mask: tuple[int, int], image: tuple[int, int]) -> bool:
+    """Returns whether both have the same aspect ratio, up to rounding a side to whole pixels."""
     return abs(mask[0] * image[1] - mask[1] * image[0]) < max(*mask, *image)
 
 

@@ -1,11 +1,11 @@
-"""What the metadata of an inspection model may say, as ``InspectionModel.save`` writes it."""
+"""The schema of an inspection model's metadata, as ``InspectionModel.save`` writes it."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import Any, get_args
 
-from fastmaf.inspection.scores import Kind, Source
+from fastmaf.inspection.scoring.score import Kind, Source
 from fastmaf.io.safe_json import parse
 from fastmaf.io.schema import Anything, ListOf, MapOf, Maybe, Number, OneOf, Record, SchemaError, Text, Whole
 
@@ -20,13 +20,13 @@ _SETTINGS = Record(
     {
         "kind": OneOf(get_args(Kind)),
         "source": OneOf(get_args(Source)),
-        "grain": Number(low=0, high=_LARGEST),
+        "presmooth_sigma": Number(low=0, high=_LARGEST),
         "sigma": _DEVIATION,
         "clip": _WITHIN_FLOAT32,
         "top": Number(above=0, high=1),
     }
 )
-_LOCATION = Record({"factors": Whole(), "power": Number(low=0, high=1), "sigma": _DEVIATION, "usual": _WITHIN_FLOAT32})
+_MAP_CONFIG = Record({"factors": Whole(), "power": Number(low=0, high=1), "sigma": _DEVIATION, "rms": _WITHIN_FLOAT32})
 _CALIBRATION = Record(
     {
         "false_alarm": Number(low=1e-12, below=1),
@@ -48,7 +48,7 @@ _RECIPE = Record(
     others=Anything(),
 )
 _ROW = Record({"step": Number(), "nll": Number(), "held_out_nll": Number()}, others=Anything())
-# What the report shows of a training; all or nothing.
+# The figures of a training that a report shows; either all or none of them.
 _TRAINING = {
     "recipe": _RECIPE,
     "held_out_nll": Number(),
@@ -60,7 +60,7 @@ _ABOUT = Record(
     {"map_levels": ListOf(Number(low=0, high=1e9), shortest=2, longest=2)},
     {
         **_TRAINING,
-        "held_out_nll_of_copies": MapOf(Number()),
+        "held_out_nll_of_augmentations": MapOf(Number()),
         "drawn_auroc": MapOf(Number()),
         "drawn_maps": MapOf(Number()),
         "seconds": MapOf(Number()),
@@ -69,22 +69,30 @@ _ABOUT = Record(
     others=Anything(),
 )
 _MODEL = Record(
-    {"settings": _SETTINGS, "location": _LOCATION, "nll": Number(), "calibration": _CALIBRATION, "about": _ABOUT}
+    {"settings": _SETTINGS, "map_config": _MAP_CONFIG, "nll": Number(), "calibration": _CALIBRATION, "about": _ABOUT}
 )
+
+# What files of earlier versions call the settings.
+_OLD_NAMES = {
+    "location": "map_config",
+    "usual": "rms",
+    "grain": "presmooth_sigma",
+    "copies": "augmentation",
+    "held_out_nll_of_augmentations": "held_out_nll_of_augmentations",
+}
 
 
 def inspection_record(metadata: Mapping[str, str]) -> dict[str, Any]:
-    """Returns the record in a file's metadata, every value checked.
+    """Returns the record in a file's metadata with every value checked, under today's names.
 
     Raises:
-        ValueError: a value is not what it may be; the message gives its path.
+        ValueError: a value is invalid; the message gives its path.
     """
-    record: dict[str, Any] = parse(metadata[KEY], KEY)
+    record: dict[str, Any] = _renamed(parse(metadata[KEY], KEY))
     _MODEL.check(record, KEY)
-    if 0 < record["settings"]["grain"] < _LEAST:
-        raise SchemaError(
-            f"{KEY}.settings.grain: expected 0 or at least {_LEAST:g}; found {record['settings']['grain']}"
-        )
+    presmooth = record["settings"]["presmooth_sigma"]
+    if 0 < presmooth < _LEAST:
+        raise SchemaError(f"{KEY}.settings.presmooth_sigma: expected 0 or at least {_LEAST:g}; found {presmooth}")
     about = record["about"]
     if "recipe" in about:
         Record(_TRAINING, others=Anything()).check(about, f"{KEY}.about")
@@ -92,3 +100,9 @@ def inspection_record(metadata: Mapping[str, str]) -> dict[str, Any]:
         if counts[0] != counts[1]:
             raise SchemaError(f"{KEY}.about.held_out_nll_of_folds: expected {counts[0]} numbers; found {counts[1]}")
     return record
+
+
+def _renamed(value: Any, depth: int = 4) -> Any:
+    if not isinstance(value, dict) or not depth:
+        return value
+    return {_OLD_NAMES.get(key, key): _renamed(item, depth - 1) for key, item in value.items()}

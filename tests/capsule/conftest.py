@@ -8,9 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from fastmaf.capsule import train as training
+from fastmaf.capsule import training_run
+from fastmaf.capsule.models import Model, load_model
 from fastmaf.capsule.synthetic import draw_dataset
-from tests.capsule.runs import IMAGES, run
+from tests.capsule.runs import CLASSES, IMAGES, run, with_
 
 
 @pytest.fixture(scope="module")
@@ -19,18 +20,32 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return draw_dataset(root, train=IMAGES, good=0, defects={}, size=32, progress=False)
 
 
+@pytest.fixture(scope="session")
+def labelled(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a data set with test images; not to be changed."""
+    root = tmp_path_factory.mktemp("labelled")
+    return draw_dataset(root, train=12, good=4, defects=CLASSES, size=32, progress=False)
+
+
+@pytest.fixture(scope="session")
+def model(labelled: Path, tmp_path_factory: pytest.TempPathFactory) -> Model:
+    """A model trained on the labelled set, with three images held out."""
+    out = tmp_path_factory.mktemp("model")
+    return load_model(run(labelled, out, with_(epochs=3, holdout=0.25)).model)
+
+
 @pytest.fixture
 def undrawn() -> Iterator[None]:
     """Leaves the curve undrawn: that takes most of the time of a tiny run."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(training, "nll_curve", lambda path, *_: path.touch())
+        patch.setattr(training_run, "nll_curve", lambda path, *_: path.touch())
         yield
 
 
 @pytest.fixture
 def every_epoch(monkeypatch: pytest.MonkeyPatch) -> None:
     """Checkpoints after every epoch, not twice a minute."""
-    monkeypatch.setattr(training, "_SECONDS_BETWEEN_CHECKPOINTS", -1.0)
+    monkeypatch.setattr(training_run, "_SECONDS_BETWEEN_CHECKPOINTS", -1.0)
 
 
 @pytest.fixture

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from fastmaf.capsule import train as training
+from fastmaf.capsule import training_run
 from tests.capsule.runs import run, with_
 from tests.faults import every_fault
 
@@ -16,8 +16,8 @@ NEW = with_(seed=7, epochs=1)
 
 def main(fault: str, data: Path, finished: Path, folder: Path) -> None:
     torch.set_num_threads(1)
-    training._SECONDS_BETWEEN_CHECKPOINTS = -1.0
-    training.nll_curve = lambda path, *_: path.write_bytes(b"a curve")  # type: ignore[assignment]
+    training_run._SECONDS_BETWEEN_CHECKPOINTS = -1.0
+    training_run.nll_curve = lambda path, *_: path.write_bytes(b"a curve")  # type: ignore[assignment]
     run(data, folder / "warm-up", NEW)  # imports what takes a second, once for all children
     every_fault(fault, finished, folder, lambda out: run(data, out, NEW))
 

@@ -14,16 +14,19 @@ from torch import Tensor
 import fastmaf
 from fastmaf.capsule import reproduce as reproduction
 from fastmaf.capsule import train as training
+from fastmaf.capsule import training_run
 from fastmaf.capsule.config import GUARDED, TrainConfig
 from fastmaf.capsule.reproduce import reproduce
 from fastmaf.io import tensor_file
 from fastmaf.training.checkpoints import MODEL_FILE, load_state
-from tests.capsule.runs import STEPS, at_batch, epoch, run, same, tensors_of, with_, without_seconds
+from tests.capsule.runs import STEPS, as_earlier_version, at_batch, epoch, run, same, tensors_of, with_, without_seconds
 from tests.faults import hidden
 
 pytestmark = [pytest.mark.usefixtures("undrawn"), pytest.mark.filterwarnings("ignore::fastmaf.ConnectivityWarning")]
 THREE = with_(epochs=3)
 BATCHES = 3 * (STEPS + 1)  # of three epochs, with one of validation each
+FIFTH = 5  # in the middle of the second epoch
+EVERY_BATCH = [pytest.param(n, marks=[pytest.mark.slow] * (n != FIFTH)) for n in range(1, BATCHES + 1)]
 WARMING = with_(epochs=3, **{**GUARDED, "order": "alternate", "warmup_steps": 4, "lr": 1e-3})
 
 
@@ -61,7 +64,7 @@ def assert_equal(out: Path, other: Path) -> None:
 
 
 @pytest.mark.parametrize("config", [THREE, WARMING], ids=["plain", "guarded"])
-@pytest.mark.parametrize("batch", range(1, BATCHES + 1))
+@pytest.mark.parametrize("batch", EVERY_BATCH)
 def test_interrupted_at_any_batch(
     data: Path, tmp_path: Path, interrupts: None, whole: Callable[[TrainConfig], Path], config: TrainConfig, batch: int
 ) -> None:
@@ -98,12 +101,12 @@ def test_interrupted_again_before_a_step_was_taken(
     before = load_state(tmp_path)[1]["epoch_so_far"]
     assert before["batches"] == 1
     with monkeypatch.context() as patch:
-        patch.setattr(training, "load_state", lambda *args, **kwargs: ctrl_c())
+        patch.setattr(training_run, "load_state", lambda *args, **kwargs: ctrl_c())
         with pytest.raises(KeyboardInterrupt):  # there is nothing new to save yet
             run(data, tmp_path, THREE, resume=True)
     with monkeypatch.context() as patch:
-        patch.setattr(training, "tqdm", lambda *args, bar=training.tqdm, **kwargs: ctrl_c(bar(*args, **kwargs)))
-        patch.setattr(training.tqdm, "write", lambda text: None, raising=False)
+        patch.setattr(training_run, "tqdm", lambda *args, bar=training_run.tqdm, **kwargs: ctrl_c(bar(*args, **kwargs)))
+        patch.setattr(training_run.tqdm, "write", lambda text: None, raising=False)
         assert run(data, tmp_path, THREE, resume=True).interrupted
     assert load_state(tmp_path)[1]["epoch_so_far"] == before
     run(data, tmp_path, THREE, resume=True)
@@ -142,7 +145,7 @@ def test_interrupted_while_saving(
     assert_equal(tmp_path, whole(THREE))
 
 
-@pytest.mark.parametrize("batch", range(1, BATCHES + 1))
+@pytest.mark.parametrize("batch", EVERY_BATCH)
 def test_interrupted_twice_in_a_row(
     data: Path,
     tmp_path: Path,
@@ -176,12 +179,10 @@ def test_a_state_of_an_earlier_version_begins_its_broken_epoch_again(
     data: Path, tmp_path: Path, interrupts: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It does not say how far that had come."""
-    from tests.capsule.test_resume import rewrite_as_before
-
     with monkeypatch.context() as patch:
         at_batch(patch, epoch(2), ctrl_c)
         run(data, tmp_path, THREE)
-    rewrite_as_before(tmp_path)
+    as_earlier_version(tmp_path)
     run(data, tmp_path, THREE, resume=True)
     assert load_state(tmp_path)[1]["steps"] == 3 * STEPS + 1
 
@@ -214,14 +215,14 @@ def test_a_resumed_run_counts_its_progress_from_where_it_was(
         at_batch(patch, epoch(2), ctrl_c)
         run(data, tmp_path, THREE)
     bars: list[Any] = []
-    bar = training.tqdm
+    bar = training_run.tqdm
 
     class Seen(bar):  # type: ignore[misc, valid-type]
         def __init__(self, *args: Any, **kwargs: Any) -> None:
             bars.append(kwargs)
             super().__init__(*args, **kwargs)
 
-    monkeypatch.setattr(training, "tqdm", Seen)
+    monkeypatch.setattr(training_run, "tqdm", Seen)
     run(data, tmp_path, THREE, resume=True)
     assert (bars[0]["initial"], bars[0]["total"]) == (STEPS + 1, 3 * STEPS)
     assert fastmaf.load(tmp_path / MODEL_FILE).features == 192

@@ -10,10 +10,11 @@ import pytest
 import torch
 from typer.main import get_command
 
-from fastmaf.capsule import memory_check as room
+from fastmaf.capsule import memory_check
 from fastmaf.capsule.config import TrainConfig
-from fastmaf.capsule.memory_check import DoesNotFitError, available_memory, check_room, needed_memory
+from fastmaf.capsule.memory_check import check_fits, needed_memory
 from fastmaf.cli.capsule import app
+from fastmaf.io.run_folder import DoesNotFitError
 from fastmaf.kernels import backends
 from tests.capsule.runs import IMAGES, run, with_
 
@@ -25,8 +26,8 @@ TRAINED = IMAGES - 2  # images, two being held out
 
 @pytest.fixture
 def only(monkeypatch: pytest.MonkeyPatch) -> Callable[[int | None], None]:
-    """Sets the bytes that are said to be available."""
-    return lambda size: monkeypatch.setattr(room, "available_memory", lambda device: size)
+    """Sets the bytes that count as available."""
+    return lambda size: monkeypatch.setattr(memory_check, "available_memory", lambda device: size)
 
 
 def option(message: str, name: str) -> int:
@@ -48,8 +49,10 @@ def test_a_batch_that_does_not_fit_is_refused_with_the_largest_that_does(
     only(available)
     message = refused(data, tmp_path / "out", config)
     assert not (tmp_path / "out").exists()
-    said = r"training 2 blocks of 192 dimensions and hidden units 16,16 at batch size 8 needs about 0\.\d MB on cpu, "
-    assert re.search(said + r"where 0\.\d MB are available", message)
+    pattern = (
+        r"training 2 blocks of 192 dimensions and hidden units 16,16 at batch size 8 needs about 0\.\d MB on cpu, "
+    )
+    assert re.search(pattern + r"where 0\.\d MB are available", message)
     best = option(message, "batch-size")
     assert best == 5
     assert needed_memory(with_(batch_size=best), CPU) <= available < needed_memory(with_(batch_size=best + 1), CPU)
@@ -142,89 +145,13 @@ def test_work_buffers_of_the_blas_library_come_off_what_is_available(
     monkeypatch.setattr(torch, "addmm", counted)
     with backends.use_backend(backend):
         needed = needed_memory(config, CPU)
-        monkeypatch.setattr(room, "available_memory", lambda device: needed - len(products))
+        monkeypatch.setattr(memory_check, "available_memory", lambda device: needed - len(products))
         if fits:
-            check_room(config, CPU, images=TRAINED)
+            check_fits(config, CPU, images=TRAINED)
             assert not products
             return
         with pytest.raises(DoesNotFitError):
-            check_room(config, CPU, images=TRAINED)
+            check_fits(config, CPU, images=TRAINED)
     layers = [layer for made in config.build()._mades() for layer in made.layers]
     tiles = [tile for layer in layers for tile in layer.layout.tiles if tile.width]
     assert {((3, t.width), (t.width, t.row_end - t.row_start)) for t in tiles} <= set(products)
-
-
-class Machine:
-    """Files as Linux has them."""
-
-    def __init__(self, root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.root = root
-        monkeypatch.setattr(room, "_PROC", root / "proc")
-        monkeypatch.setattr(room, "_CGROUPS", root / "cgroup")
-
-    def write(self, name: str, text: object) -> None:
-        (self.root / name).parent.mkdir(parents=True, exist_ok=True)
-        (self.root / name).write_text(f"{text}\n")
-
-
-@pytest.fixture
-def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Machine:
-    return Machine(tmp_path, monkeypatch)
-
-
-def test_what_the_system_says_is_available(machine: Machine) -> None:
-    assert available_memory(CPU) is None
-    machine.write("proc/meminfo", "MemTotal:  900 kB\nMemFree:  10 kB\nMemAvailable:     700 kB\n")
-    assert available_memory(CPU) == 700 * 1024
-
-
-def test_the_limit_of_a_container_of_cgroups_2(machine: Machine) -> None:
-    machine.write("proc/meminfo", "MemAvailable: 700 kB")
-    machine.write("proc/self/cgroup", "0::/jobs/one")
-    machine.write("cgroup/jobs/one/memory.max", "max")
-    machine.write("cgroup/jobs/one/memory.current", 100)
-    machine.write("cgroup/jobs/memory.max", 5000)
-    machine.write("cgroup/jobs/memory.current", 3000)
-    machine.write("cgroup/jobs/memory.stat", "anon 7\ninactive_file 500\n\n")
-    assert available_memory(CPU) == 2500
-    machine.write("cgroup/jobs/memory.current", 9000)
-    assert available_memory(CPU) == 0
-
-
-def test_the_limit_of_a_container_of_cgroups_1(machine: Machine) -> None:
-    machine.write("proc/self/cgroup", "5:cpu,cpuacct:/x\n4:memory:/not/visible/here\n0::/")
-    machine.write("cgroup/memory/memory.limit_in_bytes", 5000)
-    machine.write("cgroup/memory/memory.usage_in_bytes", 4000)
-    assert available_memory(CPU) == 1000
-    machine.write("cgroup/memory/memory.limit_in_bytes", 9223372036854771712)
-    assert available_memory(CPU) is None
-
-
-def test_the_limit_of_the_process(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
-    resource = pytest.importorskip("resource")
-    machine.write("proc/self/status", "Name:\tpython\nVmSize:\t   3 kB\nVmData:\t  1 kB\n")
-    limits = {resource.RLIMIT_AS: resource.RLIM_INFINITY, resource.RLIMIT_DATA: 3000}
-    monkeypatch.setattr(resource, "getrlimit", lambda which: (limits[which], limits[which]))
-    assert available_memory(CPU) == 3000 - 1024
-    limits[resource.RLIMIT_AS] = 4000
-    assert available_memory(CPU) == 4000 - 3 * 1024
-
-
-def test_the_room_on_a_cuda_device(monkeypatch: pytest.MonkeyPatch) -> None:
-    cuda = torch.cuda
-    monkeypatch.setattr(cuda, "mem_get_info", lambda device: (700, 1000))
-    monkeypatch.setattr(cuda, "memory_reserved", lambda device: 200)
-    monkeypatch.setattr(cuda, "memory_allocated", lambda device: 150)
-    monkeypatch.setattr(cuda, "get_per_process_memory_fraction", lambda device: 0.5, raising=False)
-    device = torch.device("cuda", 0)
-    assert available_memory(device) == 500 - 150
-    monkeypatch.setattr(cuda, "get_per_process_memory_fraction", lambda device: 1.0, raising=False)
-    assert available_memory(device) == 700 + 50
-    monkeypatch.delattr(cuda, "get_per_process_memory_fraction", raising=False)
-    assert available_memory(device) == 700 + 50
-
-    def silent(device: torch.device) -> None:
-        raise RuntimeError("no driver")
-
-    monkeypatch.setattr(cuda, "mem_get_info", silent)
-    assert available_memory(device) is None

@@ -10,6 +10,7 @@ import pytest
 from PIL import Image
 
 from fastmaf.capsule import synthetic
+from fastmaf.capsule.defects import draw_pair
 from fastmaf.capsule.synthetic import DEFAULT_COUNTS, DEFECTS, MARKER, draw_dataset
 from fastmaf.images.dataset import DataError, load_test, load_train
 
@@ -41,7 +42,7 @@ def test_what_is_drawn_loads_as_plain_rgb(drawn: Path) -> None:
     assert {name: test.labels.count(name) for name in set(test.labels)} == {"good": 2, **dict.fromkeys(DEFECTS, 3)}
 
 
-def test_default_counts_are_those_of_the_reference_layout() -> None:
+def test_default_counts_are_those_of_the_published_data() -> None:
     assert dict(DEFAULT_COUNTS) == {"crack": 23, "faulty_imprint": 22, "poke": 21, "scratch": 23, "squeeze": 20}
     assert tuple(DEFAULT_COUNTS) == DEFECTS
 
@@ -68,7 +69,7 @@ def test_counts_may_change_without_changing_the_images(tmp_path: Path) -> None:
 @pytest.mark.parametrize("size", [64, 192])
 def test_masks_lie_where_the_defect_changes_the_picture(defect: str, size: int) -> None:
     for seed in range(4):
-        clean, broken = synthetic._pair(np.random.default_rng(seed), size, defect)
+        clean, broken = draw_pair(np.random.default_rng(seed), size, defect)
         mask = synthetic._mask(clean, broken)
         difference = np.abs(broken - clean).max(2)
         assert mask.shape == (size, size) and set(np.unique(mask)) == {0, 255}
@@ -112,7 +113,7 @@ def test_the_severities_vary() -> None:
     for defect in ("crack", "poke", "scratch", "squeeze"):
         amounts = []
         for seed in range(10):
-            clean, broken = synthetic._pair(np.random.default_rng(seed), 64, defect)
+            clean, broken = draw_pair(np.random.default_rng(seed), 64, defect)
             amounts.append(float(np.abs(broken - clean).sum()))
         assert max(amounts) > 5 * min(amounts), defect
 

@@ -142,7 +142,7 @@ def test_a_model_of_another_shape(run: Fastmaf, data: Path, tmp_path: Path) -> N
     other = tmp_path / "other.safetensors"
     fastmaf.MAF(7, 1, (8,), seed=0).save(other)
     done = run("eval", "--data", data, "--model", other, "--out", tmp_path)
-    assert_one_error(done, f"{other} models 7 numbers", "3 x size x size")
+    assert_one_error(done, f"{other}: expected a model of square RGB images", "found 7 features")
 
 
 def test_resuming_a_model_of_another_size(run: Fastmaf, data: Path, trained: Path) -> None:
@@ -253,7 +253,7 @@ def test_reproduce_takes_the_settings_of_the_reference(
 def test_reproduce_prints_both_runs(run: Fastmaf, data: Path, tmp_path: Path) -> None:
     done = run("reproduce", "--data", data, "--out", tmp_path, *SMALL)
     assert done.code == 0, done.err
-    assert "reference run" in done.out
+    assert "published run" in done.out
     assert "8,003" in done.out
     assert (tmp_path / "comparison.txt").read_text(encoding="utf-8").strip() in done.out
     assert "note: " in done.err, "gaps between random degrees at this size are said in one line"

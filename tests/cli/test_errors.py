@@ -27,7 +27,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for i in range(6):
         values = np.random.default_rng(i).integers(100, 150, (24, 24, 3)).astype(np.uint8)
         Image.fromarray(values).save(root / "good" / f"{i}.png")
-    with pytest.warns(UserWarning, match="takes 19 samples"):
+    with pytest.warns(UserWarning, match="needs 19 samples"):
         fastmaf.Detector(size=8, steps=2).fit(sorted((root / "good").iterdir())).save(root / "m.safetensors")
     return root / "m.safetensors"
 
@@ -104,7 +104,7 @@ def test_a_refused_output_is_one_line(run: Fastmaf, model: Path) -> None:
     before = {path: path.read_bytes() for path in images.iterdir()}
     done = run("score", model, images, "--quiet", "--overlays", images)
     assert (done.code, done.out) == (1, "")
-    assert_one_error(done, f"{images / '0.png'}: a heat map laid over an image would replace a file that is to be read")
+    assert_one_error(done, f"{images / '0.png'}: an overlay of an anomaly map would replace a file that is to be read")
     done = run("export", model, "--onnx", model, "--check", images)
     assert_one_error(done, f"{model}: an ONNX export would replace a file that is to be read")
     assert {path: path.read_bytes() for path in images.iterdir()} == before

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from fastmaf.images.dataset import DataError, load_image, load_train
-from fastmaf.inspection.heatmaps import read_map
-from fastmaf.inspection.inputs import Unreadable, expand, read_each
+from fastmaf.inspection.map_images import read_map
+from fastmaf.inspection.workflow.inputs import Unreadable, expand, read_each
 from tests.images.pictures import picture
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs a system with FIFOs")
@@ -64,6 +64,7 @@ def test_in_a_list_of_files_they_are_named(folder: Path) -> None:
         assert isinstance(read, Unreadable) and ODD[name] in read.reason
 
 
+@pytest.mark.slow
 def test_a_pipe_on_standard_input_is_no_image() -> None:
     code = "from fastmaf.images.decode import load_image; load_image('/dev/stdin', 4)"
     run = subprocess.run([sys.executable, "-c", code], input="x", capture_output=True, text=True, timeout=600)

@@ -10,7 +10,7 @@ import torch
 from fastmaf.capsule.synthetic import draw_dataset
 from fastmaf.images.dataset import load_train
 from fastmaf.inspection.fit import Fitted, fit
-from fastmaf.inspection.workflow import train
+from fastmaf.inspection.workflow.train import train
 from tests.inspection.tiny import TINY, silent
 
 

@@ -27,7 +27,7 @@ from fastmaf.inspection.detector import Detector
 from fastmaf.inspection.fit import fit
 from fastmaf.inspection.model import InspectionModel, load_inspection
 from fastmaf.inspection.recipe import Recipe
-from fastmaf.inspection.rows import RowModel
+from fastmaf.inspection.row_model import RowModel
 
 SMALL: dict[str, Any] = {"size": 16, "rank": 20, "blocks": 1, "steps": 5, "folds": 3}
 
@@ -72,14 +72,14 @@ def test_the_score_of_rows_is_their_negative_log_likelihood_in_nats() -> None:
     np.testing.assert_allclose(covariance, np.corrcoef(rows.T), rtol=0.1)
 
 
-def test_a_broken_correlation_is_found_though_each_column_is_usual() -> None:
+def test_a_broken_correlation_is_found_though_each_column_is_normal() -> None:
     rows, odd = correlated(100), correlated(200, 1)
     odd[:, 1] = np.random.default_rng(2).permutation(odd[:, 1])
     scores = Detector().fit(rows).anomaly_score(np.concatenate([correlated(200, 3), odd]))
     assert roc_auc_score([0] * 200 + [1] * 200, scores) > 0.85
 
 
-def test_false_alarms_are_as_rare_as_promised() -> None:
+def test_false_alarms_are_as_rare_as_guaranteed() -> None:
     rng = np.random.default_rng(0)
     rates = []
     for _ in range(5):
@@ -112,11 +112,11 @@ def test_one_column_and_what_never_varies() -> None:
 
 
 @pytest.mark.parametrize("n", [2, 3, 4])
-def test_few_rows_fit_and_the_broken_promise_is_said(n: int) -> None:
-    with pytest.warns(UserWarning, match=f"0.05 takes 19 samples; found {n}"):
+def test_few_rows_fit_with_a_warning_that_the_guarantee_is_not_attainable(n: int) -> None:
+    with pytest.warns(UserWarning, match=f"0.05 needs 19 samples; found {n}"):
         detector = Detector().fit(correlated(n))
     assert np.isfinite(detector.anomaly_score(correlated(5, 1))).all()
-    assert detector.calibration_.n == n and not detector.calibration_.met
+    assert detector.calibration_.n == n and not detector.calibration_.attainable
 
 
 def test_enough_rows_fit_without_a_warning() -> None:
@@ -244,12 +244,12 @@ def test_it_is_the_model_of_the_recipe(fitted: Detector, root: Path, images: np.
     pixels = load_train(root, size=16, progress=False).pixels
     expected = fit(pixels, Recipe(16, 20, blocks=1, steps=5, folds=3), progress=False).model
     assert isinstance(fitted.model_, InspectionModel)
-    found = expected.assess(pixels)
+    found = expected.predict(pixels)
     np.testing.assert_array_equal(fitted.anomaly_score(images), found.scores)
-    np.testing.assert_array_equal(fitted.anomaly_map(images), found.maps)
+    np.testing.assert_array_equal(fitted.anomaly_map(images), found.anomaly_maps)
     assert fitted.offset_ == -expected.calibration.threshold
     assert fitted.n_features_in_ == 3 * 16 * 16
-    assert fitted.anomaly_map(images[:2]).shape == (2, 16, 16) and found.maps.dtype == np.float32
+    assert fitted.anomaly_map(images[:2]).shape == (2, 16, 16) and found.anomaly_maps.dtype == np.float32
 
 
 def test_every_form_of_the_images_gives_the_same_scores(
@@ -293,14 +293,14 @@ def test_blocks_change_no_score(fitted: Detector, images: np.ndarray) -> None:
     assert without_blocks.offset_ == fitted.offset_
 
 
-def test_the_promise_is_that_of_the_parameters(images: np.ndarray, fitted: Detector) -> None:
+def test_the_guarantee_is_that_of_the_parameters(images: np.ndarray, fitted: Detector) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         loose = clone(fitted).set_params(false_alarm=0.3, confidence=0.9, blocks=0).fit(images)
     assert (loose.calibration_.false_alarm, loose.calibration_.confidence) == (0.3, 0.9)
     assert loose.model_.calibration is loose.calibration_  # type: ignore[union-attr]
     assert loose.offset_ > fitted.offset_
-    with pytest.warns(UserWarning, match="0.01 takes 99 samples; found 30"):
+    with pytest.warns(UserWarning, match="0.01 needs 99 samples; found 30"):
         clone(fitted).set_params(false_alarm=0.01, blocks=0).fit(images)
 
 
@@ -360,7 +360,7 @@ def test_a_damaged_file_is_named_and_two_images_are_too_few(tmp_path: Path, file
         Detector(**SMALL).fit([*files[:3], tmp_path / "broken.png"])
     with pytest.raises(ValueError, match="at least 3 normal images; found 2"):
         Detector(**SMALL).fit(files[:2])
-    with pytest.warns(UserWarning, match="takes 19 samples; found 3"):
+    with pytest.warns(UserWarning, match="needs 19 samples; found 3"):
         few = Detector(**{**SMALL, "blocks": 0}).fit(files[:3])
     assert np.isfinite(few.anomaly_score(files[:5])).all()
 

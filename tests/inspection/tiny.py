@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from fastmaf.inspection.location import Location
 from fastmaf.inspection.recipe import Recipe
-from fastmaf.inspection.scores import ScoreSettings
+from fastmaf.inspection.scoring.anomaly_map import AnomalyMapConfig
+from fastmaf.inspection.scoring.score import ScoreSettings
 
-TINY = Recipe(size=16, rank=10, blocks=1, steps=5, batch_size=4, folds=3, score=ScoreSettings(), location=Location())
+TINY = Recipe(
+    size=16, rank=10, blocks=1, steps=5, batch_size=4, folds=3, score=ScoreSettings(), map_config=AnomalyMapConfig()
+)
 
 
 def silent(_: str) -> None: ...

@@ -18,10 +18,10 @@ import fastmaf
 from fastmaf.capsule.models import load_model, nll_of
 from fastmaf.inspection.calibration import Calibration
 from fastmaf.inspection.detector import Detector
-from fastmaf.inspection.location import Location
-from fastmaf.inspection.members import load_members, save_members
+from fastmaf.inspection.fold_models import load_fold_models, save_fold_models
 from fastmaf.inspection.model import InspectionModel, load_inspection
-from fastmaf.inspection.scores import ScoreSettings, TermStatistics
+from fastmaf.inspection.scoring.anomaly_map import AnomalyMapConfig
+from fastmaf.inspection.scoring.score import ScoreSettings, TermStatistics
 from fastmaf.training.checkpoints import MODEL_FILE, STATE_FILE, load_state, moments_by_parameter, save_state
 from tests.core.helpers import build, generator, normal
 
@@ -87,7 +87,7 @@ def inspection_model() -> InspectionModel:
         "map_levels": [0.5, 2.0],
     }
     calibration = Calibration(np.arange(20.0), 0.1, None, "k-fold", 3, "2025-03-01", "line 3")
-    return InspectionModel(flow, ScoreSettings(), Location(factors=2), statistics, calibration, about)
+    return InspectionModel(flow, ScoreSettings(), AnomalyMapConfig(factors=2), statistics, calibration, about)
 
 
 def write_all(folder: Path) -> dict[str, bytes]:
@@ -97,7 +97,7 @@ def write_all(folder: Path) -> dict[str, bytes]:
     model = inspection_model()
     (folder / "folds").mkdir()
     model.save(folder / "inspection.safetensors")
-    save_members(folder, model, [model.flow])
+    save_fold_models(folder, model, [model.flow])
     flow = flows()["maf"]
     moments = {
         f"{name}/{key}": torch.zeros_like(p) for name, p in flow.named_parameters() for key in ("exp_avg", "exp_avg_sq")
@@ -126,12 +126,12 @@ def use(kind: str, folder: Path, content: bytes) -> None:
         detector = Detector.load(path)
         model = detector.model_
         assert isinstance(model, InspectionModel) and len(model.map_levels) == 2
-        scores = model.assess(pixels).scores
+        scores = model.predict(pixels).scores
         if np.isfinite(scores).all():
             model.calibration.p_values(scores)
         model.calibration.describe()
     elif kind.startswith("fold"):
-        for flow in load_members(folder, load_inspection(folder / "inspection.safetensors")):
+        for flow in load_fold_models(folder, load_inspection(folder / "inspection.safetensors")):
             flow.log_prob(torch.zeros(2, D))
     elif kind == Path(STATE_FILE).stem:
         tensors, state = load_state(folder)

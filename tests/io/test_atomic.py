@@ -61,12 +61,6 @@ def test_an_interrupt_in_the_block_leaves_the_old_content_alone(tmp_path: Path) 
     assert (tmp_path / "a.txt").read_bytes() == b"old" and os.listdir(tmp_path) == ["a.txt"]
 
 
-def test_names_as_long_as_the_file_system_allows(tmp_path: Path) -> None:
-    name = "x" * 251 + ".png"
-    write(tmp_path / name, b"1")
-    assert os.listdir(tmp_path) == [name]
-
-
 @pytest.mark.skipif(os.name == "nt", reason="POSIX permissions")
 @pytest.mark.parametrize("mask", [0o022, 0o077, 0o002])
 def test_permissions_follow_the_umask(tmp_path: Path, mask: int) -> None:
@@ -105,6 +99,7 @@ KILLED = """
 
 
 @pytest.mark.skipif(os.name == "nt", reason="sends SIGKILL")
+@pytest.mark.slow
 def test_what_a_killed_process_left_is_removed_and_what_a_living_one_writes_is_not(tmp_path: Path) -> None:
     script = [sys.executable, "-c", textwrap.dedent(KILLED), str(tmp_path)]
     dead = subprocess.run([*script, "killed"], cwd=ROOT, timeout=120)

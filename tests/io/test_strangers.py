@@ -15,7 +15,7 @@ import torch
 import fastmaf
 from fastmaf.capsule.models import load_model
 from fastmaf.inspection.detector import Detector
-from fastmaf.inspection.members import load_members
+from fastmaf.inspection.fold_models import load_fold_models
 from fastmaf.inspection.model import load_inspection
 from fastmaf.io.tensor_file import read_tensors, write_tensors
 from fastmaf.training.checkpoints import load_state, moments_by_parameter
@@ -116,12 +116,12 @@ RECORDS: list[tuple[str, str, tuple[Any, ...], Any, str]] = [
     ("inspection", "inspection", ("settings", "kind"), "nope", "inspection.settings.kind: expected one of"),
     ("inspection", "inspection", ("settings", "sigma"), 1e308, "inspection.settings.sigma: expected a finite number"),
     ("inspection", "inspection", ("settings", "sigma"), 1e-300, "inspection.settings.sigma: expected a finite number"),
-    ("inspection", "inspection", ("settings", "grain"), 1e-300, "inspection.settings.grain: expected 0 or at least"),
+    ("inspection", "inspection", ("settings", "presmooth_sigma"), 1e-300, "presmooth_sigma: expected 0 or at least"),
     ("inspection", "inspection", ("settings", "top"), True, "inspection.settings.top: expected a finite number"),
     ("inspection", "inspection", ("settings", "clip"), 1e308, "inspection.settings.clip: expected a finite number"),
     ("inspection", "inspection", ("settings",), [], "inspection.settings: expected an object; found []"),
-    ("inspection", "inspection", ("location", "factors"), 2.0, "inspection.location.factors: expected a whole number"),
-    ("inspection", "inspection", ("location", "usual"), 0, "inspection.location.usual: expected a finite number"),
+    ("inspection", "inspection", ("map_config", "factors"), 2.0, "inspection.map_config.factors: expected a whole"),
+    ("inspection", "inspection", ("map_config", "rms"), 0, "inspection.map_config.rms: expected a finite number"),
     ("inspection", "inspection", ("nll",), None, "inspection.nll: expected a finite number; found None"),
     ("inspection", "inspection", ("nll",), "@nan", "inspection.nll: expected a finite number; found NaN"),
     ("inspection", "inspection", ("calibration", "how"), "x", "inspection.calibration.how: expected one of"),
@@ -278,7 +278,7 @@ def test_fold_models_of_another_size_are_refused(folder: Path) -> None:
     mark = read_tensors(folder / "folds" / "fold-1.safetensors", tensors=False)[1]
     fastmaf.MAF(12, 1, (4,), seed=0).save(folder / "folds" / "fold-1.safetensors", {"statistics": mark["statistics"]})
     with pytest.raises(fastmaf.CheckpointError, match=r"fold-1.safetensors: expected a flow of 48 features"):
-        load_members(folder, model)
+        load_fold_models(folder, model)
 
 
 def test_a_model_of_float64_is_no_model_of_images(folder: Path) -> None:

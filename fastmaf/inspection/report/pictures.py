@@ -9,17 +9,17 @@ import numpy as np
 from PIL import Image, ImageChops, ImageFilter
 
 WIDEST = 200
-"""No embedded image is wider or taller than this, in pixels."""
+"""Largest width and height of an embedded image, in pixels."""
 
 
 def data_uri(image: np.ndarray, mask: np.ndarray | None = None, widest: int = WIDEST) -> tuple[str, int, int]:
-    """uint8 [h, w, 3] as ("data:image/png;base64,...", width, height).
+    """Encodes uint8 [h, w, 3] as ("data:image/png;base64,...", width, height).
 
-    A small image is enlarged by a whole factor, so that each pixel stays an exact square; a large one is reduced.
+    A small image is enlarged by an integer factor, so that its pixels stay squares; a large one is reduced.
 
     Args:
         image: uint8 [h, w, 3].
-        mask: bool [h, w]; the outline of what it covers is drawn over the image, white on black.
+        mask: bool [h, w]; its outline is drawn over the image, white on black.
         widest: the largest width and height.
     """
     height, width = image.shape[:2]
@@ -32,7 +32,7 @@ def data_uri(image: np.ndarray, mask: np.ndarray | None = None, widest: int = WI
         picture = picture.resize(size, Image.Resampling.LANCZOS)
     if mask is not None:
         covered = Image.fromarray(np.asarray(mask, dtype=bool).astype(np.uint8) * 255)
-        # BOX keeps what is thinner than a pixel of a reduced image as a grey above 0
+        # BOX keeps structures thinner than a pixel of the reduced image as a grey above 0
         covered = covered.resize(picture.size, Image.Resampling.BOX).point(lambda level: 255 if level else 0)
         wide, wider = covered.filter(ImageFilter.MaxFilter(3)), covered.filter(ImageFilter.MaxFilter(5))
         picture.paste((0, 0, 0), mask=ImageChops.subtract(wider, wide))

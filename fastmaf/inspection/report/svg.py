@@ -1,4 +1,4 @@
-"""A matplotlib figure as SVG to stand within a page: text stays text, colours follow the page, light or dark."""
+"""A matplotlib figure as inline SVG: text stays text, colours follow the page, light or dark."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from xml.etree import ElementTree
 import matplotlib.style
 from matplotlib.figure import Figure
 
-from fastmaf.metrics.plots import BLUE, GREEN, GREY, ORANGE, PURPLE
+from fastmaf.metrics.figure_parts import BLUE, GREEN, GREY, ORANGE, PURPLE
 
 INK, PAPER, SHADE = "#1a1d21", "#fefefe", "#ededed"
 
@@ -30,13 +30,13 @@ COLOURS: Mapping[str, str] = MappingProxyType(
         SHADE: "--shade",
     }
 )
-"""Every colour that a figure may use, and the CSS variable of the page that takes its place."""
+"""The colours that a figure may use, and the CSS variables of the page that replace them."""
 
 _SETTINGS: Mapping[str, Any] = MappingProxyType(
     {
-        "svg.fonttype": "none",  # the page's font: smaller, sharper, found by a search
-        "svg.hashsalt": "fastmaf",  # the same figure, the same bytes
-        "text.parse_math": False,  # a $ in a class name is a $
+        "svg.fonttype": "none",  # the page's font: smaller, sharper, searchable
+        "svg.hashsalt": "fastmaf",  # reproducible bytes
+        "text.parse_math": False,  # a $ in a class name is no formula
         "font.size": 9.0,
         "axes.labelsize": 9.0,
         "legend.fontsize": 8.5,
@@ -56,27 +56,27 @@ _SETTINGS: Mapping[str, Any] = MappingProxyType(
 
 @contextmanager
 def drawing() -> Iterator[None]:
-    """The style that figures for the page are drawn and saved under, whatever the user's own is."""
+    """Sets the style in which figures of the page are drawn and saved, independent of the user's style."""
     with matplotlib.style.context(["default", dict(_SETTINGS)]), warnings.catch_warnings():
-        # A class name in Chinese: the browser has the font that matplotlib lacks.
+        # For example a Chinese class name: the browser has the font that matplotlib lacks.
         warnings.filterwarnings("ignore", "Glyph .* missing from", UserWarning)
         yield
 
 
 def inline_svg(figure: Figure, name: str, alt: str) -> str:
-    """`figure` as an <svg> element.
+    """Returns ``figure`` as an <svg> element.
 
     Args:
-        figure: drawn within `drawing()`, and saved within it.
-        name: of this figure alone; every id starts with it, since all figures of a page share one space of ids.
-        alt: what the figure shows, for those who do not see it.
+        figure: drawn within ``drawing()``; call this function within it, too.
+        name: unique in the page; prefix of all ids, which are shared by all figures of a page.
+        alt: alternative text.
     """
     text = io.StringIO()
     figure.savefig(text, format="svg", metadata={"Date": None})
     root = ElementTree.fromstring(text.getvalue())
     for parent in list(root.iter()):
         for child in list(parent):
-            if _local(child.tag) in ("metadata", "style"):  # a <style> here would hold for the whole page
+            if _local(child.tag) in ("metadata", "style"):  # a <style> would apply to the whole page
                 parent.remove(child)
     for element in root.iter():
         element.tag = _local(element.tag)
@@ -91,7 +91,7 @@ def inline_svg(figure: Figure, name: str, alt: str) -> str:
 
 
 def _local(name: str) -> str:
-    """The name without its namespace: an HTML parser knows that of <svg>, and href needs none since SVG 2."""
+    """Returns the name without its namespace, which HTML parsers add for <svg>; href needs none since SVG 2."""
     return name.rpartition("}")[2]
 
 

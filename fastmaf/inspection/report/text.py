@@ -1,4 +1,4 @@
-"""Texts and numbers as the page prints them."""
+"""Formatting of texts and numbers on the page."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from fastmaf.images.names import visible
 
 
 def finalize(value: Any) -> Any:
-    """For Jinja: every text that a template prints goes through `visible`, but for what is marked as HTML."""
+    """Jinja's finalize: passes every text through ``visible``, except markup."""
     return visible(value) if isinstance(value, str) and not hasattr(value, "__html__") else value
 
 
 def number(value: float | None, digits: int = 3, sign: bool = False) -> str:
-    """A number for people: thousands separated, a true minus, words for what is no number, a dash for None."""
+    """Formats a number: thousands separators, a typographic minus, words for NaN and infinities, a dash for None."""
     if value is None:
         return "\u2013"
     if math.isnan(value):
@@ -29,22 +29,22 @@ def number(value: float | None, digits: int = 3, sign: bool = False) -> str:
 
 
 def interval(ends: tuple[float, float] | None, digits: int = 3, sign: bool = False) -> str:
-    """The ends of an interval, "0.901 to 0.987"; a dash for None."""
+    """Formats an interval, "0.901 to 0.987"; a dash for None."""
     return number(None) if ends is None else f"{number(ends[0], digits, sign)} to {number(ends[1], digits, sign)}"
 
 
 def percent(share: float | None) -> str:
-    """A share in 0..1 as "4.3%"; a dash for None, words for what is no number."""
+    """Formats a share in 0..1, "4.3%"; a dash for None, words for NaN and infinities."""
     return number(share) if share is None or not math.isfinite(share) else f"{share:.1%}"
 
 
 def images(n: int, kind: str = "") -> str:
-    """ "1 good image", "23 good images", "no good images"."""  # noqa: D210
+    """Formats a number of images: "1 good image", "23 good images", "no good images"."""
     return f"{f'{n:,}' if n else 'no'} {kind}{' ' if kind else ''}image{'' if n == 1 else 's'}"
 
 
 def score_digits(scores: np.ndarray) -> int:
-    """Decimals for anomaly scores, so that the width of their middle half has three digits."""
+    """Returns the decimals of anomaly scores such that their interquartile range has three digits."""
     finite = scores[np.isfinite(scores)]
     width = float(np.subtract(*np.quantile(finite, [0.75, 0.25]))) if len(finite) else 0.0
     return 2 if width == 0 else min(max(2 - math.floor(math.log10(width)), 0), 6)

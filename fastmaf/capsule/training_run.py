@@ -1,0 +1,243 @@
+"""One training run: the loop over epochs, its checkpoints, its log and its curve."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+import fastmaf
+from fastmaf.capsule.config import TrainConfig
+from fastmaf.capsule.resuming import TrainedOn, check_images, check_settings
+from fastmaf.images.dataset import ImageSet, to_unit
+from fastmaf.images.names import visible
+from fastmaf.io.atomic import written_atomically
+from fastmaf.metrics.plots import nll_curve
+from fastmaf.metrics.results import bits_per_dim
+from fastmaf.training.checkpoints import MODEL_FILE, STATE_FILE, load_state, moments_by_parameter, save_state
+from fastmaf.training.interrupts import interruptible
+
+LOG_FILE, CURVE_FILE = "train_log.csv", "nll_curve.png"
+LOG_COLUMNS = ("epoch", "nll", "val_nll", "bits_per_dim", "seconds", "skipped_steps")
+_SECONDS_BETWEEN_CHECKPOINTS = 30.0
+_SECONDS_BETWEEN_CURVES = 15.0
+_SCORING_BATCH = 64
+
+Row: TypeAlias = dict[str, float | None]
+
+
+class TrainingStoppedError(RuntimeError):
+    """The loss or the parameters became non-finite; the message names the last good model."""
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """A finished or interrupted run.
+
+    Attributes:
+        flow: the trained flow.
+        log: one row per epoch.
+        model: the model file.
+        interrupted: whether Ctrl-C ended the run.
+    """
+
+    flow: fastmaf.MAF
+    log: list[Row]
+    model: Path
+    interrupted: bool
+
+
+@dataclass
+class _EpochProgress:
+    """Progress within an epoch, for checkpoints in its middle."""
+
+    batches: int = 0
+    total_nll: float = 0.0
+    skipped: int = 0
+    seconds: float = 0.0
+
+
+class TrainingRun:
+    """The state of a run: model, optimiser, log, and which files in the output folder are its own.
+
+    Args:
+        config: the settings.
+        out: the output folder, locked by the caller.
+        normals: images to train on.
+        held_out: images to validate on.
+        trained_on: names and contents of the images, stored in checkpoints.
+        device: where to train.
+        graphs: replay steps as CUDA graphs on a GPU.
+        published: NLL of the published run by epoch, drawn beside the curve.
+    """
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        out: Path,
+        normals: ImageSet,
+        held_out: ImageSet,
+        trained_on: TrainedOn,
+        device: torch.device,
+        graphs: bool,
+        published: Mapping[int, float] | None,
+    ) -> None:
+        self.config, self.out, self.device, self.published = config, out, device, published
+        self.normals, self.held_out, self.trained_on = normals, held_out, trained_on
+        self.flow = config.build().to(device)
+        self.flow.validate_args = False  # the training step checks the loss
+        self.optimizer = fastmaf.optim.FusedAdam(self.flow.parameters(), lr=config.lr)
+        guards = fastmaf.Guards(config.warmup_steps, config.max_grad_norm, config.max_loss_jump)
+        self.step = fastmaf.TrainingStep(self.flow, self.optimizer, guards, graphs=graphs)
+        self._log_prob = fastmaf.ReplayedLogProb(self.flow) if graphs else self.flow.log_prob
+        self.log: list[Row] = []
+        self.so_far = _EpochProgress()  # of the epoch after those in the log
+        self.good_epoch: int | None = None  # number of epochs in the model file
+        self._owns_files = False  # until the first checkpoint, files in the folder belong to an earlier run
+        self._saved = self._drawn = time.monotonic()
+
+    def restore(self) -> None:
+        """Continues from the checkpoint in the output folder."""
+        _, state = load_state(self.out, tensors=False)
+        check_settings(self.out, state, self.config)
+        if note := check_images(self.out, state, self.trained_on):
+            tqdm.write(visible(note))
+        model = self.out / MODEL_FILE
+        try:
+            self.flow.load_state_dict(fastmaf.load(model).state_dict())
+        except RuntimeError:
+            raise fastmaf.CheckpointError(
+                f"{model}: expected a flow with the settings in {self.out / STATE_FILE}; found another one"
+            ) from None
+        tensors, _ = load_state(self.out)  # loaded only now: never in memory together with a second model
+        moments = moments_by_parameter(self.out, tensors, dict(self.flow.named_parameters()))
+        groups = self.optimizer.state_dict()["param_groups"]
+        self.optimizer.load_state_dict({"state": moments, "param_groups": groups})
+        self.step.load_state_dict(state["guards"])
+        self.log = state["log"]
+        self.so_far = _EpochProgress(**state.get("epoch_so_far", {}))
+        self.good_epoch = state["epochs_done"]
+        self._owns_files = True
+
+    def train(self, progress: bool) -> TrainResult:
+        """Trains to the last epoch, or until interrupted."""
+        steps = -(-len(self.normals) // self.config.batch_size)
+        first = len(self.log)
+        with (
+            interruptible() as stop,
+            tqdm(
+                total=self.config.epochs * steps,
+                initial=first * steps + self.so_far.batches,
+                desc="training",
+                unit="step",
+                disable=not progress,
+                dynamic_ncols=True,
+            ) as bar,
+        ):
+            for epoch in range(first + 1, self.config.epochs + 1):
+                self._epoch(epoch, bar, stop)
+                if stop.is_set():
+                    break
+                if time.monotonic() - self._saved > _SECONDS_BETWEEN_CHECKPOINTS or self.good_epoch is None:
+                    self._save()
+                self._write_log(curve=time.monotonic() - self._drawn > _SECONDS_BETWEEN_CURVES)
+            if stop.is_set():
+                tqdm.write(
+                    "stopping after this step and writing a checkpoint; Ctrl-C again stops at once and loses the "
+                    "steps since the last checkpoint"
+                )
+            self._save()
+            self._write_log(curve=True)
+        return TrainResult(self.flow, self.log, self.out / MODEL_FILE, stop.is_set())
+
+    def _epoch(self, epoch: int, bar: tqdm[Any], stop: threading.Event) -> None:
+        # Each epoch shuffles with a generator of its own, so that a resumed run sees the same batches.
+        shuffler = torch.Generator().manual_seed((self.config.seed << 32) + epoch)
+        batches = torch.randperm(len(self.normals), generator=shuffler).split(self.config.batch_size)
+        so_far = self.so_far
+        began = time.perf_counter() - so_far.seconds
+        for index in batches[so_far.batches :]:
+            if stop.is_set():
+                return
+            try:
+                report = self.step(self._batch(self.normals, index))
+            except fastmaf.NonFiniteLossError as error:
+                raise self._stopped(str(error)) from error
+            so_far.batches += 1
+            so_far.total_nll += report.nll * len(index)
+            so_far.skipped += report.skipped
+            so_far.seconds = time.perf_counter() - began
+            bar.update()
+            bits = bits_per_dim(report.nll, self.config.features)
+            bar.set_postfix_str(f"epoch {epoch}, NLL {report.nll:,.0f} nats, {bits:.3f} bits/dim")
+        nll = so_far.total_nll / len(self.normals)
+        self.log.append(
+            {
+                "epoch": epoch,
+                "nll": nll,
+                "val_nll": self._validate(),
+                "bits_per_dim": bits_per_dim(nll, self.config.features),
+                "seconds": time.perf_counter() - began,
+                "skipped_steps": so_far.skipped,
+            }
+        )
+        self.so_far = _EpochProgress()
+
+    def _stopped(self, reason: str) -> TrainingStoppedError:
+        if self.good_epoch is None:
+            kept = "no model was written before that"
+            if (self.out / MODEL_FILE).exists():
+                kept += f"; the model of an earlier run in {self.out} is untouched"
+        else:
+            self._write_log(curve=True)
+            kept = f"the last good model, after epoch {self.good_epoch}, is kept in {self.out / MODEL_FILE}"
+        return TrainingStoppedError(f"{reason}; {kept}. A smaller --lr, --order natural, or --guards help")
+
+    def _batch(self, images: ImageSet, index: Tensor) -> Tensor:
+        return to_unit(images.pixels[index]).to(self.device)
+
+    @torch.no_grad()
+    def _validate(self) -> float | None:
+        if not len(self.held_out):
+            return None
+        parts = torch.arange(len(self.held_out)).split(_SCORING_BATCH)
+        return float(-torch.cat([self._log_prob(self._batch(self.held_out, part)) for part in parts]).double().mean())
+
+    def _save(self) -> None:
+        if not all(bool(torch.isfinite(p).all()) for p in self.flow.parameters()):
+            raise self._stopped(f"the parameters are no longer finite after epoch {len(self.log)}")
+        moments = {
+            f"{name}/{key}": value
+            for name, parameter in self.flow.named_parameters()
+            for key, value in self.optimizer.state.get(parameter, {}).items()
+        }
+        counters = {"epochs_done": len(self.log), "steps": self.step.steps}
+        state = {
+            "config": asdict(self.config),
+            **counters,
+            **asdict(self.trained_on),
+            "epoch_so_far": asdict(self.so_far),
+            "guards": self.step.state_dict(),
+            "log": self.log,
+        }
+        keep = () if self._owns_files else (MODEL_FILE, LOG_FILE)
+        save_state(self.out, self.flow, moments, state, {**counters, "held_out": list(self.held_out.names)}, keep=keep)
+        self._owns_files = True
+        self.good_epoch = len(self.log)
+        self._saved = time.monotonic()
+
+    def _write_log(self, *, curve: bool) -> None:
+        lines = [",".join(LOG_COLUMNS)]
+        lines += [",".join("" if row[c] is None else f"{row[c]:.10g}" for c in LOG_COLUMNS) for row in self.log]
+        with written_atomically(self.out / LOG_FILE) as file:
+            file.write(("\n".join(lines) + "\n").encode())
+        if curve:
+            nll_curve(self.out / CURVE_FILE, self.log, self.published)
+            self._drawn = time.monotonic()

@@ -1,0 +1,179 @@
+"""The score table of a labelled test set: every score of a model, and the baselines, on the same images.
+
+Everything is compared with the default score and its anomaly maps on the same resamples of the test images.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TypeAlias
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+import fastmaf
+from fastmaf.images.dataset import ImageSet, to_unit
+from fastmaf.images.names import visible
+from fastmaf.inspection.baselines import all_baselines
+from fastmaf.inspection.masks import LabelledSet
+from fastmaf.inspection.model import InspectionModel, Prediction
+from fastmaf.inspection.scoring.float64_flow import Float64Flow, FlowValues
+from fastmaf.inspection.scoring.score import Kind, ScoreSettings, image_scores, score_maps, terms_of
+from fastmaf.metrics.aupro import au_pro, compare_pixels
+from fastmaf.metrics.auroc import auroc, auroc_interval
+from fastmaf.metrics.bootstrap import PairedDifference, paired_bootstrap
+from fastmaf.metrics.results import NORMAL
+
+_Scored: TypeAlias = tuple[str, str, np.ndarray, np.ndarray | None]
+"""Name, kind, scores and anomaly maps."""
+
+
+@dataclass(frozen=True, eq=False)
+class TableRow:
+    """One row of the table: a score of the model, or a baseline.
+
+    Attributes:
+        name: of the score.
+        kind: ``"score"`` or ``"baseline"``.
+        auroc, interval: image AUROC with its 95 % bootstrap interval.
+        difference: paired difference to the default score; None for the default itself.
+        pixel_auroc, au_pro: of its anomaly maps; None without maps or masks.
+        pixel_difference: paired difference of the pixel AUROC to the default's.
+        default: whether this is the score that the model uses.
+    """
+
+    name: str
+    kind: str
+    auroc: float
+    interval: tuple[float, float]
+    difference: PairedDifference | None
+    pixel_auroc: float | None
+    au_pro: float | None
+    pixel_difference: PairedDifference | None
+    default: bool
+
+
+def scores_of(model: InspectionModel) -> list[tuple[str, ScoreSettings]]:
+    """Returns name and settings of all scores of a model, its own first."""
+    names: dict[Kind, str] = {
+        "nll": "NLL",
+        "typicality": "typicality |NLL - mean|",
+        "map top": f"map, mean of top {model.settings.top:.1%}",
+        "map maximum": "map maximum",
+    }
+    own = model.settings
+    others = [replace(own, kind=kind) for kind in names if kind != own.kind]
+    return [(names[settings.kind], settings) for settings in (own, *others)]
+
+
+@fastmaf.torch_defaults()
+def score_table(
+    model: InspectionModel,
+    test: LabelledSet,
+    prediction: Prediction,
+    fold_models: Sequence[fastmaf.Flow] = (),
+    *,
+    seed: int = 0,
+    progress: bool = True,
+) -> list[TableRow]:
+    """Returns the score table: the scores of a model, then the baselines fitted to ``test.normals``, if any.
+
+    Args:
+        model: the model to evaluate.
+        test: the test set.
+        prediction: the model's prediction for ``test.images``.
+        fold_models: the models of the folds, for the score of their ensemble.
+        seed: of the bootstrap.
+        progress: show a progress bar.
+    """
+    images = test.images
+    scored = _model_scores(model, images, prediction, fold_models)
+    if test.normals is not None:
+        for baseline in tqdm(all_baselines(), desc="baselines", disable=not progress, leave=False):
+            scored.append((baseline.name, "baseline", *baseline.fit(test.normals.pixels).score(images.pixels)))
+    defect = np.array([label != NORMAL for label in images.labels])
+    pixels = _pixel_metrics(scored, test, seed)
+    rows = []
+    for i, (name, kind, scores, _) in enumerate(scored):
+        difference = None if i == 0 else paired_bootstrap(scores, scored[0][2], defect, seed=seed)
+        interval = auroc_interval(scores, defect, 2000, seed)
+        rows.append(TableRow(name, kind, auroc(scores, defect), interval, difference, *pixels[i], i == 0))
+    return rows
+
+
+def _pixel_metrics(
+    scored: Sequence[_Scored], test: LabelledSet, seed: int
+) -> list[tuple[float | None, float | None, PairedDifference | None]]:
+    """Returns pixel AUROC, AU-PRO and difference to the first of each score, None if it has no maps or no masks."""
+    usable = np.flatnonzero(test.masks.usable(test.images)).tolist()
+    result: list[tuple[float | None, float | None, PairedDifference | None]] = [(None, None, None)] * len(scored)
+    if usable:
+        truth = [test.masks.masks[k] for k in usable]
+        maps_of = {i: [maps[k] for k in usable] for i, (_, _, _, maps) in enumerate(scored) if maps is not None}
+        areas, differences = compare_pixels(list(maps_of.values()), truth, seed=seed)
+        for (i, maps), area, difference in zip(maps_of.items(), areas, differences, strict=True):
+            result[i] = area, au_pro(maps, truth), difference if i else None
+    return result
+
+
+def _model_scores(
+    model: InspectionModel, images: ImageSet, prediction: Prediction, fold_models: Sequence[fastmaf.Flow]
+) -> list[_Scored]:
+    """Returns all scores of the model, its own first."""
+    nll = torch.from_numpy(prediction.nll).to(model.device)
+    maps = _score_maps(model.float64_flow, model, images)
+
+    def scored(settings: ScoreSettings, maps: Tensor) -> np.ndarray:
+        return image_scores(maps, nll, model.statistics, settings).cpu().numpy()
+
+    (name, own), *others = scores_of(model)
+    result: list[_Scored] = [(name, "score", prediction.scores, prediction.anomaly_maps)]
+    result += [(other, "score", scored(settings, maps), None) for other, settings in others]
+    if fold_models and not own.needs_nll:
+        several = torch.stack([_score_maps(Float64Flow(flow), model, images) for flow in fold_models])
+        result.append((f"{name}, {len(fold_models)} folds", "score", scored(own, several.mean(dim=0)), None))
+    return result
+
+
+def _score_maps(flow: Float64Flow, model: InspectionModel, images: ImageSet) -> Tensor:
+    """Returns the score maps of images under the model's flow or a fold's."""
+    batches = (FlowValues(flow, to_unit(part).to(model.device)) for part in images.pixels.split(64))
+    terms = torch.cat([terms_of(values, model.settings) for values in batches])
+    return score_maps(terms, model.statistics, model.settings)
+
+
+def format_table(rows: Sequence[TableRow], alarms: Mapping[str, tuple[int, int]]) -> str:
+    """Returns the table as text for a terminal.
+
+    Args:
+        rows: of the table.
+        alarms: (images, images classified as anomalous) of each class.
+    """
+    wide = max(len(row.name) for row in rows)
+    head = f"{'':<{wide}}  {'AUROC':>6}  {'95% interval':<14}  {'to default':>10}  {'95% interval':<16}"
+    text = [f"{head}  {'pixel':>5}  {'95% to default':<16}  AU-PRO"]
+    for row in rows:
+        low, high = row.interval
+        line = f"{row.name:<{wide}}  {row.auroc:>6.3f}  {low:.3f} - {high:.3f}   "
+        if row.difference is None:
+            line += f"{'default':>10}  {'':<16}"
+        else:
+            d = row.difference
+            line += f"{d.difference:>+10.3f}  {d.low:+.3f} to {d.high:+.3f}"
+        pixel, pro = ("" if value is None else f"{value:.3f}" for value in (row.pixel_auroc, row.au_pro))
+        p = row.pixel_difference
+        interval = "" if p is None else f"{p.low:+.3f} to {p.high:+.3f}"
+        text.append(f"{line}  {pixel:>5}  {interval:<16}  {pro:>6}".rstrip())
+    default = next(row for row in rows if row.default)
+    for metric, name in (("AUROC", "auroc"), ("pixel AUROC", "pixel_auroc"), ("AU-PRO", "au_pro")):
+        own = getattr(default, name)
+        baselines = [(row.name, getattr(row, name)) for row in rows if row.kind == "baseline"]
+        better = [baseline for baseline, value in baselines if None not in (own, value) and value > own]
+        if better:
+            text.append(f"baselines with a higher {metric} than the default score: {', '.join(better)}")
+    text.append("")
+    text += [f"{visible(label)}: {count} of {n} anomalous" for label, (n, count) in alarms.items()]
+    return "\n".join(text)

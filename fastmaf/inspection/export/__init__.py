@@ -1,0 +1,1 @@
+"""Export of an inspection model to ONNX."""

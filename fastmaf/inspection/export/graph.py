@@ -1,0 +1,213 @@
+"""An inspection model as one ONNX graph, from the pixels of an image of any size to the verdict.
+
+Values are float32, except for sums over all dimensions, scores and p-values, which are float64. Each exportable
+transform has one function, registered in ``_TRANSFORMS``.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from typing import Any, cast
+
+import numpy as np
+import torch
+from torch import Tensor
+
+import fastmaf
+from fastmaf.inspection.export.graph_builder import ExportError, Graph, Value
+from fastmaf.inspection.export.resize import resized
+from fastmaf.inspection.model import InspectionModel
+from fastmaf.inspection.scoring.float64_flow import first_part
+from fastmaf.inspection.scoring.score import ScoreSettings, TermStatistics, smoothing
+
+_HALF_LOG_2PI = 0.5 * math.log(2 * math.pi)
+
+_MEANING = (
+    "fastmaf inspection model: feed 'image', uint8 [height, width, 3], one decoded RGB image of any size at full "
+    "resolution, not resized, not normalised; EXIF rotation applied, transparency laid on white, 16-bit grey scaled to "
+    "8 bits."
+)
+
+
+@fastmaf.torch_defaults()
+def inspection_graph(model: InspectionModel) -> Any:
+    """Returns the ``onnx.ModelProto`` of a model, opset 18.
+
+    Input ``image``, uint8 [height, width, 3]. Outputs ``score`` (float64), ``map`` (float32 [s, s]), ``nll`` (float64
+    nats), ``p_value`` (float64) and ``anomalous`` (bool).
+
+    Raises:
+        ExportError: onnx is missing, the flow holds a transform that cannot be exported, or the graph is too large.
+    """
+    graph, size, settings = Graph(), model.size, model.settings
+    image = graph.input("image", "uint8", ["height", "width", 3], "R, G, B, rows from the top, 0 to 255")
+    x = resized(image, size).cast("float32").reshape(1, -1) / 255.0
+    shares, steps = _flow(model.flow, x)
+    first, z = len(first_part(model.flow)) - 1, steps[-1]
+    terms = shares + z * z * 0.5 + _HALF_LOG_2PI
+    nll = terms.cast("float64").sum()
+    if settings.source == "whitened":
+        z = _smoothed(steps[first].reshape(3, size, size), settings.presmooth_sigma, size).reshape(1, -1)
+        terms = z * z * 0.5
+    score_map = _score_map(terms, model.statistics, settings, size)
+    score = _score(score_map, nll, model.statistics, settings, size)
+    anomaly_map = _anomaly_map([x, *steps][first], steps[first], model)
+    above = (graph.value(model.calibration.scores, "float64") >= score).cast("float64").sum()
+    graph.output("score", score, [], "anomaly score: higher is more anomalous")
+    graph.output("map", anomaly_map, [size, size], "anomaly map, rows from the top; mean square 1 over normal images")
+    graph.output("nll", nll, [], "negative log-likelihood of the resized image in nats")
+    p_value = (above + 1.0) / (model.calibration.n + 1)
+    graph.output("p_value", p_value, [], "share of normal images expected to score at least as high")
+    graph.output("anomalous", score > model.calibration.threshold, [], "whether the score is above the threshold")
+    return graph.model("fastmaf_inspection", _MEANING, _properties(model), fastmaf.__version__)
+
+
+def _properties(model: InspectionModel) -> dict[str, str]:
+    calibration = model.calibration
+    return {
+        "fastmaf_version": fastmaf.__version__,
+        "size": str(model.size),
+        "score": json.dumps(vars(model.settings)),
+        "map_config": json.dumps(vars(model.map_config)),
+        "threshold": repr(calibration.threshold),
+        "false_alarm": repr(calibration.false_alarm),
+        "confidence": repr(calibration.confidence),
+        "calibration": json.dumps(calibration.to_json()),
+        "calibration_scores": str(calibration.n),
+    }
+
+
+def _flow(flow: fastmaf.Flow, x: Value) -> tuple[Value, list[Value]]:
+    """Returns each dimension's share of -ladj, and z after each transform; all ``[1, D]``."""
+    shares = x.graph.value(np.zeros((1, flow.features)), "float32")
+    steps = []
+    for transform in flow.transforms:
+        kind = type(transform)
+        if kind not in _TRANSFORMS:
+            known = ", ".join(known.__name__ for known in _TRANSFORMS)
+            raise ExportError(f"a {kind.__name__} cannot be exported to ONNX; expected one of {known}")
+        x, shares = _TRANSFORMS[kind](transform, x, shares)
+        steps.append(x)
+    return shares, steps
+
+
+# Each takes x and shares [1, D], and returns z and the shares with its own added, as forward_per_dim does.
+
+
+def _gaussian_whitening(step: fastmaf.GaussianWhitening, x: Value, shares: Value) -> tuple[Value, Value]:
+    return _unexplained(step, (x - step.mean) / step.scale), shares + step.terms
+
+
+def _unexplained(step: fastmaf.GaussianWhitening, y: Value, factors: int | None = None) -> Value:
+    """Returns the residual of ``y`` after the first factors (None: all); see ``Whitening64.unexplained``."""
+    variance = step.variance[:factors]
+    if not len(variance):
+        return y
+    root = (1 + variance).sqrt()
+    basis = y.graph.value(step.factors[:, :factors], "float32")  # one constant, used both as it is and transposed
+    return y + ((y @ basis) * (-variance / (root * (1 + root)))).op("Gemm", basis, transB=1)
+
+
+def _permutation(step: fastmaf.Permutation, x: Value, shares: Value) -> tuple[Value, Value]:
+    return x.take(step.permutation.cpu().numpy(), axis=1), shares.take(step.permutation.cpu().numpy(), axis=1)
+
+
+def _logit(step: fastmaf.Logit, x: Value, shares: Value) -> tuple[Value, Value]:
+    p = x * (1 - 2 * step.alpha) + step.alpha
+    log, log_rest = p.op("Log"), (-p + 1.0).op("Log")
+    return log - log_rest, shares + log + log_rest - math.log(1 - 2 * step.alpha)
+
+
+def _affine_autoregressive(step: fastmaf.AffineAutoregressive, x: Value, shares: Value) -> tuple[Value, Value]:
+    units = x
+    for layer in step.made.layers[:-1]:
+        units = units.op("Gemm", layer.dense_weight().float(), layer.bias, transB=1)
+        units = units.op("Relu") if layer.activation == "relu" else units
+    # Rows 2d and 2d + 1 are a dimension's shift and raw log-scale.
+    weight, bias = step.made.output.dense_weight().float(), step.made.output.bias
+    shift, raw = (units.op("Gemm", weight[i::2], bias[i::2], transB=1) for i in (0, 1))
+    bound = step.log_scale_bound
+    if bound is None:
+        return (x - shift) * (-raw).op("Exp"), shares + raw
+    log_scale = _bounded(raw, bound) if step.soft_bound else raw.op("Clip", -bound, bound)
+    return (x - shift) * (-log_scale).op("Exp"), shares + log_scale
+
+
+def _bounded(raw: Value, bound: float) -> Value:
+    return (raw / bound).op("Tanh") * bound
+
+
+def _local_autoregressive(step: fastmaf.LocalAutoregressive, x: Value, shares: Value) -> tuple[Value, Value]:
+    p, groups, (channels, height, width) = step.patch, len(step.order), step.shape
+    # ONNX orders the channels of a patch by position, torch by channel.
+    channel, position = (part.cpu().numpy() for part in (step.order // p**2, step.order % p**2))
+    u = (
+        x.reshape(1, channels, height, width)
+        .op("SpaceToDepth", blocksize=p)
+        .take(position * channels + channel, axis=1)
+    )
+
+    def convolved(value: Value, layer: Any, outputs: slice) -> Value:
+        bias = None if layer.bias is None else layer.bias[outputs]
+        if bias is not None and not layer.weight.numel():  # no hidden channels: no inputs
+            return value.graph.value(bias.view(1, -1, 1, 1).expand(-1, -1, height // p, width // p), "float32")
+        weight = (layer.weight * layer.mask)[outputs]
+        return value.op("Conv", weight, *(() if bias is None else (bias,)), pads=[layer.kernel // 2] * 4)
+
+    def pixels(value: Value) -> Value:
+        back = value.take(step.order.argsort().cpu().numpy(), axis=1)
+        return back.op("DepthToSpace", blocksize=p, mode="CRD").reshape(1, -1)
+
+    units = convolved(u, step.first, slice(None)).op("Relu") if step.hidden else u
+    shift, raw = (convolved(units, step.second, slice(i, 2 * groups, 2)) for i in (0, 1))
+    log_scale = _bounded(raw, step.log_scale_bound)
+    z = (u - shift - convolved(u, step.linear, slice(None))) * (-log_scale).op("Exp")
+    return pixels(z), shares + pixels(log_scale)
+
+
+_Rule = Callable[[Any, Value, Value], "tuple[Value, Value]"]
+_TRANSFORMS: dict[type, _Rule] = {
+    fastmaf.GaussianWhitening: cast(_Rule, _gaussian_whitening),
+    fastmaf.LocalAutoregressive: cast(_Rule, _local_autoregressive),
+    fastmaf.AffineAutoregressive: cast(_Rule, _affine_autoregressive),
+    fastmaf.Permutation: cast(_Rule, _permutation),
+    fastmaf.Logit: cast(_Rule, _logit),
+}
+
+
+def _smoothed(planes: Value, sigma: float, size: int) -> Value:
+    """Returns ``S @ planes @ S.T`` of ``[..., size, size]``; unchanged for sigma 0."""
+    if sigma == 0:
+        return planes
+    matrix: Tensor = smoothing(size, sigma).to(torch.float32)
+    return planes.graph.value(matrix, "float32") @ planes @ matrix.T
+
+
+def _score_map(terms: Value, statistics: TermStatistics, settings: ScoreSettings, size: int) -> Value:
+    standard = (terms - statistics.mean) / statistics.deviation
+    plain = standard.op("Clip", -settings.clip, settings.clip).reshape(3, size, size).sum(0)
+    return _smoothed(plain, settings.sigma, size)
+
+
+def _anomaly_map(x: Value, residual: Value, model: InspectionModel) -> Value:
+    """Returns the anomaly map; ``x`` is the input of the whitening (or first transform), ``residual`` its output."""
+    first, config, size = first_part(model.flow)[-1], model.map_config, model.size
+    if isinstance(first, fastmaf.GaussianWhitening):
+        y = _unexplained(first, (x - first.mean) / first.scale, config.factors)
+        residual = y * first.scale**config.power
+    squares = (residual * residual).reshape(3, size, size).sum(0)
+    return _smoothed(squares, config.sigma, size).op("Max", x.graph.value(0.0, "float32")).op("Sqrt") / config.rms
+
+
+def _score(score_map: Value, nll: Value, statistics: TermStatistics, settings: ScoreSettings, size: int) -> Value:
+    if settings.kind == "nll":
+        return nll
+    if settings.kind == "typicality":
+        return (nll - statistics.nll).op("Abs")
+    values = score_map.cast("float64").reshape(-1)
+    if settings.kind == "map maximum":
+        return values.op("ReduceMax", keepdims=0)
+    taken = max(1, round(settings.top * size**2))
+    return values.op("TopK", values.graph.value(np.array([taken]), "int64"), unused=1).sum() / taken

@@ -1,0 +1,78 @@
+"""Files of the fold models beside a model: ``fastmaf train --recipe inspection --keep-folds``.
+
+Their mean is one more score in the table of ``fastmaf eval``. Each is as large as the model itself.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from pathlib import Path
+
+import fastmaf
+from fastmaf.images.dataset import check_takes_images
+from fastmaf.inspection.model import InspectionModel
+from fastmaf.io.atomic import replace
+from fastmaf.io.tensor_file import read_tensors
+
+FOLDS_FOLDER = "folds"
+
+
+@fastmaf.torch_defaults()
+def save_fold_models(run: Path, model: InspectionModel, flows: Sequence[fastmaf.Flow]) -> None:
+    """Writes the fold models of ``model`` into a run's folder."""
+    for file, flow in zip(fold_model_files(run, len(flows)), flows, strict=True):
+        flow.save(file, {"statistics": _fingerprint(model)})
+
+
+def fold_model_files(run: Path, n: int) -> list[Path]:
+    """Returns the files of n fold models."""
+    return [run / FOLDS_FOLDER / f"fold-{k}.safetensors" for k in range(1, n + 1)]
+
+
+def replace_fold_models(new: Path, run: Path) -> None:
+    """Moves the fold models of one folder, if any, into a run's folder, in place of those of an earlier model.
+
+    Earlier fold models are large and useful with their own model only. Other files in the folder are kept.
+    """
+    folder = run / FOLDS_FOLDER
+    for file in folder.glob("fold-*.safetensors"):
+        if _owner(file) is not None:
+            file.unlink()
+    for file in sorted((new / FOLDS_FOLDER).glob("fold-*.safetensors")):
+        folder.mkdir(exist_ok=True)
+        replace(file, folder / file.name)
+    if folder.is_dir() and not any(folder.iterdir()):
+        folder.rmdir()
+
+
+@fastmaf.torch_defaults()
+def load_fold_models(run: Path, model: InspectionModel) -> list[fastmaf.Flow]:
+    """Returns the fold models of ``model``, on its device; none if they were not kept or one is missing.
+
+    Raises:
+        fastmaf.CheckpointError: a file is damaged.
+    """
+    files = sorted((run / FOLDS_FOLDER).glob("fold-*.safetensors"))
+    own = [f for f in files if read_tensors(f, tensors=False)[1].get("statistics") == _fingerprint(model)]
+    flows = [fastmaf.load(file, device=model.device).eval() for file in own]
+    for file, flow in zip(own, flows, strict=True):
+        check_takes_images(flow, file)
+        if flow.features != model.flow.features:
+            raise fastmaf.CheckpointError(
+                f"{file}: expected a flow of {model.flow.features} features, as its model's; found {flow.features}"
+            )
+    return flows if len(own) == len(model.about.get("images_of_folds", own)) else []
+
+
+def _owner(file: Path) -> str | None:
+    """Returns the fingerprint of the model that a fold model belongs to; None for other files."""
+    try:
+        return read_tensors(file, tensors=False)[1].get("statistics")
+    except (OSError, fastmaf.CheckpointError):
+        return None
+
+
+def _fingerprint(model: InspectionModel) -> str:
+    """Returns a hash of the term statistics, which identifies the model that fold models belong to."""
+    return hashlib.sha256(model.statistics.mean.cpu().numpy().tobytes()).hexdigest()[:16]

@@ -1,0 +1,160 @@
+"""Anomaly maps in the frame of the scored image: overlays to look at, and files that keep the values.
+
+The frame is that of the upright image, after its EXIF rotation: ``Frame.height`` and ``width`` of
+``fastmaf.images.decode``. The image was squeezed to a square before scoring, so a map only needs resizing.
+"""
+
+from __future__ import annotations
+
+import functools
+import io
+import zlib
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+from PIL import Image
+from PIL.TiffImagePlugin import ImageFileDirectory_v2
+
+from fastmaf.images.decode import MAX_PIXELS, DataError
+from fastmaf.images.png import png_text
+from fastmaf.io.atomic import written_atomically
+from fastmaf.io.marks import MAP, MAP_TITLE, OVERLAY
+from fastmaf.io.regular import NotRegularError, open_regular
+from fastmaf.metrics.pixel_ranks import resize_map
+
+SCALE = 512.0
+"""Levels of a 16-bit map per unit: steps of 1/512, up to 128 times the root mean square of normal images."""
+
+UNIT = "times the root mean square of normal images"
+
+_FAST = {"compress_level": 1, "compress_type": zlib.Z_RLE}  # more effort saves little on photographs
+_TIFF_DESCRIPTION = 270
+_OPACITY = 0.6  # of the strongest colour: the image stays visible below it
+
+
+def to_frame(values: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
+    """Returns a map [s, t] resized by ``resize_map`` to ``shape`` = (height, width), float32 [h, w]."""
+    return resize_map(values, shape).astype(np.float32)
+
+
+def overlay(image: np.ndarray, values: np.ndarray, *, low: float, high: float) -> np.ndarray:
+    """Returns the image with its anomaly map laid over it, more opaque for higher values; a new uint8 [h, w, 3].
+
+    The colours are those of matplotlib's inferno from dark violet to orange. Its lightness increases monotonically, so
+    higher values look higher, also in greyscale and to the colour-blind; those of turbo and jet do not. Black and pale
+    yellow are left out: they would look like a dark spot, and be invisible on a white background.
+
+    Args:
+        image: uint8 [h, w, 3].
+        values: the map in the image's frame, [h, w], without NaN.
+        low: the image is unchanged up to this value; a high quantile of the maps of normal images.
+        high: colour and opacity are strongest from this value on; above ``low``.
+
+    Raises:
+        ValueError: an argument has another shape or type, or the map holds NaN.
+    """
+    image, values = np.ascontiguousarray(image), np.asarray(values, dtype=np.float32)
+    if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or not image.size:
+        raise ValueError(f"an image must be uint8 [h, w, 3]; found {image.dtype} {list(image.shape)}")
+    if values.shape != image.shape[:2]:
+        raise ValueError(f"the map must have the image's shape {list(image.shape[:2])}; found {list(values.shape)}")
+    if not (np.isfinite([low, high]).all() and low < high):
+        raise ValueError(f"low and high must be finite, low < high; found {low} and {high}")
+    if np.isnan(values).any():
+        raise ValueError("the map holds NaN")
+    level = np.clip((values - np.float32(low)) * np.float32(255 / (high - low)), 0, 255).astype(np.uint8)
+    colours, opacity = _palette()
+    index = Image.fromarray(level)
+    mask = index.point(opacity)
+    index.putpalette(colours)
+    return np.array(Image.composite(index.convert("RGB"), Image.fromarray(image), mask))
+
+
+def write_overlay(path: str | Path, image: np.ndarray, values: np.ndarray, low: float, high: float) -> None:
+    """Writes ``overlay`` as a PNG; arguments and errors as there, and the file's suffix must be .png."""
+    path = Path(path)
+    if path.suffix.lower() != ".png":
+        raise ValueError(f"{path}: overlays are written as .png; found {path.suffix or 'no suffix'}")
+    picture = Image.fromarray(overlay(image, values, low=low, high=high))
+    with written_atomically(path) as file:
+        picture.save(file, format="PNG", pnginfo=png_text(OVERLAY), **_FAST)
+
+
+def write_map(path: str | Path, values: np.ndarray, *, scale: float = SCALE, unit: str = UNIT) -> None:
+    """Writes a map as a 16-bit grey PNG or a 32-bit floating-point TIFF, by the suffix; ``read_map`` reads it.
+
+    A PNG's levels are round(value · scale), clipped to 0..65535: the same scale for all maps, so that they can be
+    compared. Its text chunks Scale, Unit and Description document this. A TIFF holds the exact values, including NaN
+    and infinities, and the unit as its ImageDescription.
+
+    Args:
+        path: the file: .png, .tif or .tiff.
+        values: [h, w]; for a PNG without NaN.
+        scale: levels per unit, of a PNG.
+        unit: of the values, in words.
+
+    Raises:
+        ValueError: another suffix, a map that is empty or not two-dimensional, NaN in a PNG, or a scale that is not
+            positive.
+    """
+    path, values = Path(path), np.asarray(values, dtype=np.float32)
+    if values.ndim != 2 or not values.size:
+        raise ValueError(f"{path}: a map must be [h, w], neither of them 0; found {list(values.shape)}")
+    suffix = path.suffix.lower()
+    if suffix == ".png":
+        if not (np.isfinite(scale) and scale > 0):
+            raise ValueError(f"scale must be a positive number; found {scale}")
+        if np.isnan(values).any():
+            raise ValueError(f"{path}: the map holds NaN, which a PNG cannot; write a .tiff")
+        levels = np.clip(np.rint(values.astype(np.float64) * scale), 0, 65535).astype(np.uint16)
+        text = png_text(MAP)
+        text.add_text("Scale", repr(float(scale)))
+        text.add_itxt("Unit", unit)
+        text.add_text("Description", f"{MAP_TITLE}: value = level / {float(scale)!r}")
+        with written_atomically(path) as file:
+            Image.fromarray(levels).save(file, format="PNG", pnginfo=text, **_FAST)
+    elif suffix in (".tif", ".tiff"):
+        tags = ImageFileDirectory_v2()
+        tags[_TIFF_DESCRIPTION] = f"{MAP_TITLE}, {unit}"
+        encoded = io.BytesIO()  # Pillow's TIFF writer bypasses Python's buffer and ignores short writes
+        Image.fromarray(values).save(encoded, format="TIFF", tiffinfo=tags)
+        with written_atomically(path) as file:
+            file.write(encoded.getbuffer())
+    else:
+        raise ValueError(f"{path}: maps are written as .png, .tif or .tiff; found {path.suffix or 'no suffix'}")
+
+
+def read_map(path: str | Path) -> np.ndarray:
+    """Reads a file of ``write_map``, float32 [h, w]: from a PNG within half a step, 0.5 / scale, unless clipped.
+
+    Raises:
+        DataError: the file is missing, damaged, or not a map.
+    """
+    path = Path(path)
+    try:
+        with open_regular(path) as file, Image.open(file, formats=("PNG", "TIFF")) as image:
+            if image.width * image.height > MAX_PIXELS:
+                raise DataError(f"{path}: {image.width} x {image.height} pixels; at most {MAX_PIXELS:,} are decoded")
+            if image.format == "PNG" and image.mode in ("I;16", "I") and "Scale" in image.info:
+                return (np.asarray(image).astype(np.float64) / float(image.info["Scale"])).astype(np.float32)
+            if image.format == "TIFF" and image.mode == "F":
+                return np.array(image)
+            raise DataError(
+                f"{path}: no anomaly map; expected a 16-bit grey PNG with the text chunk Scale, or a 32-bit "
+                f"floating-point TIFF, found {image.format} of mode {image.mode}"
+            )
+    except DataError:
+        raise
+    except NotRegularError as error:
+        raise DataError(str(error)) from None
+    except Exception as error:  # a damaged file makes Pillow raise almost anything
+        raise DataError(f"{path}: cannot be read ({type(error).__name__}: {error})") from error
+
+
+@functools.cache
+def _palette() -> tuple[bytes, list[int]]:
+    """Returns the colours of the levels 0 to 255, R, G, B, and their opacity, 0 to 255; level 0 is transparent."""
+    share = np.linspace(0, 1, 256)
+    colours = matplotlib.colormaps["inferno"](0.2 + 0.6 * share, bytes=True)[:, :3]
+    return colours.tobytes(), np.rint(255 * _OPACITY * share**0.75).astype(int).tolist()

@@ -1,0 +1,89 @@
+"""Quantities of normal images under the models of the folds that left them out: for statistics and calibration."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+
+import numpy as np
+import torch
+from torch import Tensor
+
+import fastmaf
+from fastmaf.inspection.folds import drop_fold
+from fastmaf.inspection.scoring.anomaly_map import AnomalyMapConfig, anomaly_maps, residuals_of
+from fastmaf.inspection.scoring.float64_flow import Float64Flow, FlowValues
+from fastmaf.inspection.scoring.score import ScoreSettings, TermStatistics, image_scores, score_maps, terms_of
+
+
+@dataclass(frozen=True, eq=False)
+class OutOfFoldModels:
+    """One model per fold, fitted without the images of that fold.
+
+    Attributes:
+        folds: indices of the images of each fold.
+        flows: the flow fitted without each fold.
+    """
+
+    folds: Sequence[np.ndarray]
+    flows: Sequence[fastmaf.Flow]
+
+    def held_out(self, sets: Sequence[Tensor], quantity: Callable[[FlowValues], Tensor]) -> Tensor:
+        """Returns a quantity of each image under the model that has not seen it, float64 ``[len(sets), n, ...]``.
+
+        Args:
+            sets: sets of images ``[n, D]``, each in the order of the folds: the normal images, or the same images with
+                a synthetic defect.
+            quantity: a function of the images of one fold.
+        """
+        result: Tensor | None = None
+        for fold, flow in zip(self.folds, self.flows, strict=True):
+            double = Float64Flow(flow)  # one at a time: each needs twice the memory of its flow
+            for i, x in enumerate(sets):
+                values = quantity(FlowValues(double, x[fold]))
+                result = values.new_empty(len(sets), len(x), *values.shape[1:]) if result is None else result
+                result[i, fold] = values
+        assert result is not None
+        return result
+
+    def nll(self, x: Tensor) -> Tensor:
+        """Returns the held-out NLL of images ``[n, D]``, float64 ``[n]`` nats."""
+        return self.held_out([x], lambda values: values.nll)[0]
+
+    def scores(self, terms: Tensor, nll: Tensor, settings: ScoreSettings) -> Tensor:
+        """Returns held-out scores, float64 ``[sets, n]``.
+
+        The terms of a fold are standardised by the statistics of the other folds of the first set: by its own
+        statistics its scores would be slightly too small.
+
+        Args:
+            terms: held-out terms ``[sets, n, D]``.
+            nll: held-out NLLs ``[sets, n]``.
+            settings: how terms become a score.
+        """
+        scores = torch.empty(nll.shape, dtype=torch.float64)
+        for fold in self.folds:
+            others = TermStatistics.of(drop_fold(terms[0], fold), drop_fold(nll[0], fold))
+            for i in range(len(terms)):
+                maps = score_maps(terms[i, fold], others, settings)
+                scores[i, fold] = image_scores(maps, nll[i, fold], others, settings)
+        return scores
+
+
+def out_of_fold_scores(x: Tensor, models: OutOfFoldModels, settings: ScoreSettings) -> tuple[TermStatistics, Tensor]:
+    """Returns the statistics of held-out terms of images ``[n, D]``, and held-out scores, float64 ``[n]``."""
+
+    def terms_and_nll(values: FlowValues) -> Tensor:
+        return torch.cat([terms_of(values, settings), values.nll[:, None]], dim=1)
+
+    terms, nll = models.held_out([x], terms_and_nll).split([x.shape[1], 1], dim=2)
+    return TermStatistics.of(terms[0], nll[0, :, 0]), models.scores(terms, nll[..., 0], settings)[0]
+
+
+def out_of_fold_maps(x: Tensor, models: OutOfFoldModels, config: AnomalyMapConfig) -> tuple[AnomalyMapConfig, Tensor]:
+    """Returns ``config`` with its unit fitted, and the anomaly maps of held-out images ``[n, s, s]``."""
+    (residuals,) = models.held_out([x], partial(residuals_of, config=config))
+    maps = anomaly_maps(residuals, replace(config, rms=1.0))
+    rms = float(maps.square().mean().sqrt()) or 1.0  # identical images leave no residual
+    return replace(config, rms=rms), (maps / rms).float()

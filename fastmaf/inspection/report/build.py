@@ -1,0 +1,197 @@
+"""Building the reports of a training run and of a labelled test set from their results."""
+
+from __future__ import annotations
+
+import platform
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+import fastmaf
+from fastmaf.images.dataset import ImageSet
+from fastmaf.images.decode import load_frame
+from fastmaf.inspection.evaluate import TableRow
+from fastmaf.inspection.map_images import overlay, to_frame
+from fastmaf.inspection.masks import LabelledSet
+from fastmaf.inspection.model import InspectionModel, Prediction
+from fastmaf.inspection.report.content import (
+    Absent,
+    Count,
+    Exhibit,
+    Fold,
+    Gallery,
+    Report,
+    Samples,
+    TestResults,
+    Timing,
+    Training,
+)
+from fastmaf.inspection.report.findings import worst_cases
+from fastmaf.inspection.report.page import write_report
+from fastmaf.inspection.workflow.score import predict_row
+from fastmaf.metrics.results import NORMAL
+
+_SAMPLES, _CASES, _TIMED = 5, 6, 30
+
+ASSUMPTIONS = (
+    "The guaranteed false-alarm rate holds for new images from the same process as the calibration images: the same "
+    "object, camera, light and placement. After a change, recalibrate on new good images.",
+    "No score, constant or threshold was chosen with the labels of the test images; they are used for evaluation only.",
+    "Intervals are bootstrap intervals over these test images; with few good images they are wide.",
+)
+
+
+def training_report(path: Path, model: InspectionModel, images: ImageSet, *, name: str) -> None:
+    """Writes the report of a training run with this name, before there are test images."""
+    report = _report(
+        model,
+        name,
+        images,
+        counts=(Count("train", NORMAL, len(images)), Count("calibration", NORMAL, model.calibration.n)),
+        notes=images.notes,
+        samples=(Samples(NORMAL, _samples(images, NORMAL)),),
+        test=Absent("no test images were scored yet: run fastmaf eval --data with labelled images"),
+    )
+    write_report(path, report)
+
+
+def test_report(
+    path: Path,
+    model: InspectionModel,
+    name: str,
+    test: LabelledSet,
+    prediction: Prediction,
+    table: Sequence[TableRow],
+) -> None:
+    """Writes the report of a labelled test set."""
+    images, normals = test.images, test.normals
+    counts = [Count("calibration", NORMAL, model.calibration.n)]
+    counts += [Count("test", label, n) for label, n in Counter(images.labels).items()]
+    samples = []
+    if normals is not None:
+        counts.insert(0, Count("train", NORMAL, len(normals)))
+        samples.append(Samples(f"{NORMAL} (train)", _samples(normals, NORMAL)))
+    samples += [Samples(label, _samples(images, label)) for label in dict.fromkeys(images.labels)]
+    cases = worst_cases(prediction.scores, images.labels, model.calibration.threshold, _CASES)
+    p_values = model.calibration.p_values(prediction.scores)
+    exhibits = (tuple(_exhibit(model, test, prediction, p_values, int(i)) for i in group) for group in cases)
+    report = _report(
+        model,
+        name,
+        images,
+        counts=tuple(counts),
+        notes=(*images.notes, *test.masks.notes),
+        samples=tuple(samples),
+        test=TestResults(prediction.scores, images.labels, tuple(table), Gallery(*exhibits)),
+    )
+    write_report(path, report)
+
+
+def _report(model: InspectionModel, name: str, images: ImageSet, **parts: Any) -> Report:
+    return Report(
+        title="Inspection report",
+        model=name,
+        date=datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
+        version=fastmaf.__version__,
+        skipped=tuple((file.name, reason) for file, reason in images.skipped),
+        training=_training(model),
+        calibration=model.calibration,
+        timings=_timings(model, images.paths),
+        environment=environment(),
+        assumptions=ASSUMPTIONS,
+        **parts,
+    )
+
+
+def _training(model: InspectionModel) -> Training | Absent:
+    about: Mapping[str, Any] = model.about
+    if "recipe" not in about:
+        return Absent("the model file does not record its training")
+    settings: list[tuple[str, str]] = []
+    for key, value in about["recipe"].items():
+        pairs = [(f"{key}: {k}", v) for k, v in value.items()] if isinstance(value, Mapping) else [(key, value)]
+        settings += [(k.replace("_", " "), f"{v:g}" if isinstance(v, float) else str(v)) for k, v in pairs]
+    settings += [
+        ("held-out NLL, nats", f"{about['held_out_nll']:,.0f}"),
+        ("held-out NLL of the whitening alone, nats", f"{about['held_out_nll_of_whitening']:,.0f}"),
+    ]
+    for kind, nll in about.get("held_out_nll_of_augmentations", {}).items():
+        settings.append((f"held-out NLL of the first folds, augmentation {kind}, nats", f"{nll:,.0f}"))
+    if (nll_with := about.get("held_out_nll_with_blocks")) is not None:
+        kept = "kept" if about["recipe"]["blocks"] else "dropped"
+        settings.append((f"held-out NLL with blocks ({kept}), nats", f"{nll_with:,.0f}"))
+    synthetic = {**about.get("drawn_auroc", {}), **about.get("drawn_maps", {})}
+    settings += [(f"on synthetic defects, {name}", f"{value:.3f}") for name, value in synthetic.items()]
+    settings += [(f"seconds for {stage}", f"{value:.1f}") for stage, value in about.get("seconds", {}).items()]
+    folds = tuple(Fold(n, nll) for n, nll in zip(about["images_of_folds"], about["held_out_nll_of_folds"], strict=True))
+    return Training(tuple(settings), tuple(about.get("log", ())), folds)
+
+
+def _samples(images: ImageSet, label: str) -> np.ndarray:
+    """Returns a few images of one class, uint8 ``[k, h, w, 3]``, evenly spread over it."""
+    index = [i for i, other in enumerate(images.labels) if other == label]
+    chosen = [index[round(k)] for k in np.linspace(0, len(index) - 1, min(_SAMPLES, len(index)))]
+    return images.pixels[chosen].permute(0, 2, 3, 1).numpy()
+
+
+def _exhibit(
+    model: InspectionModel, test: LabelledSet, prediction: Prediction, p_values: np.ndarray, i: int
+) -> Exhibit:
+    images = test.images
+    picture = load_frame(images.paths[i], 192).pixels.permute(1, 2, 0).numpy()
+    low, high = model.map_levels
+    mask = test.masks.masks[i]
+    if mask is not None:
+        # A reduced pixel belongs to the defect if any of its pixels does.
+        reduced = Image.fromarray(mask).convert("L").resize(picture.shape[1::-1], Image.Resampling.BOX)
+        mask = np.asarray(reduced) > 0
+    return Exhibit(
+        f"{images.labels[i]}/{images.paths[i].name}",
+        images.labels[i],
+        float(prediction.scores[i]),
+        float(p_values[i]),
+        picture,
+        overlay(picture, to_frame(prediction.anomaly_maps[i], picture.shape[:2]), low=low, high=high),
+        mask,
+    )
+
+
+def _timings(model: InspectionModel, paths: Sequence[Path]) -> tuple[Timing, ...]:
+    """Times single images from file to verdict, after three images as warm-up."""
+    times: dict[str, list[float]] = {"decode": [], "decoded to verdict": [], "file to verdict": []}
+    files = [paths[i % len(paths)] for i in range(_TIMED + 3)]
+    for k, file in enumerate(files):
+        row, _ = predict_row(model, load_frame(file, model.size))
+        if k >= 3:
+            parts = (row.decode_ms, row.latency_ms, row.decode_ms + row.latency_ms)
+            for values, ms in zip(times.values(), parts, strict=True):
+                values.append(ms)
+    return tuple(
+        Timing(step, float(np.quantile(ms, 0.5)), float(np.quantile(ms, 0.95)), len(ms)) for step, ms in times.items()
+    )
+
+
+def environment() -> tuple[tuple[str, str], ...]:
+    """Returns the environment of the timings as (name, value) pairs."""
+    return (
+        ("fastmaf", fastmaf.__version__),
+        ("torch", torch.__version__),
+        ("threads", str(torch.get_num_threads())),
+        ("Python", platform.python_version()),
+        ("system", platform.platform()),
+        ("processor", _processor()),
+    )
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text("utf-8").splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())

@@ -1,0 +1,1 @@
+"""From a flow to a score map, an image score and an anomaly map."""

@@ -1,0 +1,1 @@
+"""Selecting augmentation, blocks, score and anomaly map without a defective image."""

@@ -1,0 +1,63 @@
+"""Selecting the score and the anomaly map of a fit on synthetic defects.
+
+Objects that lie at any angle need another score and another map than aligned ones: neighbouring residuals share their
+sign, and every factor is needed; see ``Recipe``. The first candidate is kept unless another is better beyond chance.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from fastmaf.inspection.out_of_fold import OutOfFoldModels
+from fastmaf.inspection.recipe import Recipe
+from fastmaf.inspection.scoring.anomaly_map import AnomalyMapConfig
+from fastmaf.inspection.scoring.score import ScoreSettings
+from fastmaf.inspection.selection.maps import MapCandidate, rank_maps
+from fastmaf.inspection.selection.scores import ScoreCandidate, rank_scores
+
+SCORE_CANDIDATES = (ScoreSettings(), ScoreSettings(presmooth_sigma=0.7))
+MAP_CANDIDATES = (AnomalyMapConfig(), AnomalyMapConfig(factors=800))
+
+_STANDARD_ERRORS = 2.0  # another score must be better by this many standard errors of the first one's mean AUROC
+_GAIN = 0.01  # another map must be better by this much in the mean of pixel AUROC and AU-PRO
+
+
+def select_score_and_map(
+    recipe: Recipe, pixels: Tensor, models: OutOfFoldModels
+) -> tuple[ScoreSettings, AnomalyMapConfig, dict[str, Any]]:
+    """Returns the score and the map of a recipe, selected where it leaves them open, and the candidates' figures.
+
+    Args:
+        recipe: as fitted.
+        pixels: the normal images, uint8 ``[n, 3, s, s]``.
+        models: the models of the folds.
+    """
+    figures: dict[str, Any] = {}
+    score, map_config = recipe.score, recipe.map_config
+    options: dict[str, Any] = {"draws": 1, "seed": recipe.seed, "progress": False}
+    if score is None:
+        scores = rank_scores(pixels, models, candidates=SCORE_CANDIDATES, **options)
+        score = select_score(scores)
+        aurocs = {found.settings: found.image_auroc for found in scores}
+        figures["drawn_auroc"] = {f"presmooth {s.presmooth_sigma:g}": aurocs[s] for s in SCORE_CANDIDATES}
+    if map_config is None:
+        maps = rank_maps(pixels, models, candidates=MAP_CANDIDATES, **options)
+        map_config = select_map(maps)
+        means = {found.config: found.mean for found in maps}
+        figures["drawn_maps"] = {f"{config.factors} factors": means[config] for config in MAP_CANDIDATES}
+    return score, map_config, figures
+
+
+def select_score(ranked: list[ScoreCandidate]) -> ScoreSettings:
+    """Returns the best of ``SCORE_CANDIDATES`` if it beats the first by two standard errors, else the first."""
+    best, first = ranked[0], next(found for found in ranked if found.settings == SCORE_CANDIDATES[0])
+    better = best.image_auroc > first.image_auroc + _STANDARD_ERRORS * first.error
+    return best.settings if better else first.settings
+
+
+def select_map(ranked: list[MapCandidate]) -> AnomalyMapConfig:
+    """Returns the best of ``MAP_CANDIDATES`` if it beats the first by 0.01, else the first."""
+    best, first = ranked[0], next(found for found in ranked if found.config == MAP_CANDIDATES[0])
+    return best.config if best.mean > first.mean + _GAIN else first.config

@@ -1,0 +1,1 @@
+"""Synthetic defects drawn onto normal images."""

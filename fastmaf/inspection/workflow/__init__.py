@@ -1,0 +1,1 @@
+"""What the inspection commands do, one module per command."""

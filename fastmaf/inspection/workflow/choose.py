@@ -1,0 +1,35 @@
+"""``fastmaf choose``: compare scores and anomaly maps on normal images and synthetic defects."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import fastmaf
+from fastmaf.inspection.fit import fit
+from fastmaf.inspection.recipe import Recipe
+from fastmaf.inspection.scoring.anomaly_map import AnomalyMapConfig
+from fastmaf.inspection.scoring.score import ScoreSettings
+from fastmaf.inspection.selection.maps import describe_maps, rank_maps
+from fastmaf.inspection.selection.scores import describe_scores, rank_scores
+from fastmaf.inspection.workflow.inputs import Say
+from fastmaf.inspection.workflow.train import load_normals
+
+
+@fastmaf.torch_defaults()
+def choose(
+    data: str | Path,
+    *,
+    size: int = 64,
+    draws: int = 3,
+    seed: int = 0,
+    skip_bad: bool = False,
+    progress: bool = True,
+    say: Say = print,
+) -> str:
+    """Ranks scores and maps on the good images of a folder and on synthetic defects; returns the ranking as text."""
+    recipe = Recipe(size=size, score=ScoreSettings(), map_config=AnomalyMapConfig(), seed=seed)
+    images = load_normals(data, recipe, skip_bad=skip_bad, progress=progress, say=say)
+    models = fit(images.pixels, recipe, progress=progress).out_of_fold
+    scores = rank_scores(images.pixels, models, draws=draws, seed=seed, progress=progress)
+    maps = rank_maps(images.pixels, models, draws=draws, seed=seed, progress=progress)
+    return f"{describe_scores(scores)}\n\n{describe_maps(maps)}"

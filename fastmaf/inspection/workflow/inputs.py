@@ -1,0 +1,233 @@
+"""The arguments of ``fastmaf score MODEL PATH...``: files, folders, patterns or a list, read one after the other."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TextIO, TypeAlias
+
+import torch
+from tqdm import tqdm
+
+from fastmaf.images.dataset import DataError, Frame, ImageSet, load_frame
+from fastmaf.images.decode import sentences
+from fastmaf.images.listing import contents, count, images_below, images_in, is_image, left_aside, walk
+from fastmaf.inspection.workflow.path_patterns import hints, is_pattern, matches
+from fastmaf.io.marks import is_output
+
+Say: TypeAlias = Callable[[str], Any]
+"""Receives a message for the user."""
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """Files to read, in the order in which they were given.
+
+    Attributes:
+        files: each once, however often it was given.
+        notes: on ignored files, one sentence per kind.
+    """
+
+    files: tuple[Path, ...]
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Unreadable:
+    """A file that could not be read.
+
+    Attributes:
+        path: the file.
+        reason: a message that names it.
+    """
+
+    path: Path
+    reason: str
+
+
+def expand(arguments: Sequence[str | Path], *, stdin: TextIO | None = None) -> Inputs:
+    """Returns the files that a command's arguments stand for.
+
+    Args:
+        arguments: each an image file with any suffix (the decoder decides); a folder, for the images in it and in the
+            folders below it, sorted; a pattern with ``*``, ``?``, ``[...]`` or ``**`` (any number of folders), for
+            shells that do not expand patterns, unless a file has that very name; or ``-`` for a list of files and
+            folders, one per line, in UTF-8. A missing file of that list is left for ``read_each`` to report, unless
+            all are missing. Hidden files, and unnamed files without an image suffix, are ignored; hidden folders are
+            not entered, and no link is followed into a loop.
+        stdin: source of the list; by default the standard input of the process.
+
+    Raises:
+        DataError: an argument matches nothing; the message names the nearest match.
+    """
+    collected = _Collector()
+    for argument in arguments:
+        if str(argument) == "-":
+            collected.add_list(_lines(sys.stdin if stdin is None else stdin))
+        else:
+            collected.add_argument(str(argument))
+    if not collected.files and collected.ignored:
+        raise DataError(f"nothing to read: {'; '.join(left_aside(collected.ignored))}")
+    if not collected.files:
+        raise DataError("no path: expected image files, folders, patterns such as 'parts/*.png', or - for a list")
+    notes = left_aside(collected.ignored, list(collected.closed))
+    if collected.repeated:
+        notes.append(f"{count(collected.repeated, 'file')} given again left out")
+    return Inputs(tuple(collected.files.values()), tuple(notes))
+
+
+def read_each(files: Iterable[Path], size: int, *, keep_full: bool = False) -> Iterator[Frame | Unreadable]:
+    """Reads files one after the other, each when it is requested.
+
+    Args:
+        files: the image files.
+        size: side of the square that each is resized to, in pixels.
+        keep_full: keep each image at full resolution, too (``Frame.full``).
+
+    Yields:
+        A ``Frame`` per file, in order, or an ``Unreadable`` for a file that cannot be read.
+    """
+    for file in files:
+        try:
+            frame: Frame | Unreadable = load_frame(file, size, keep_full=keep_full)
+        except DataError as error:
+            frame = Unreadable(file, str(error))
+        yield frame
+
+
+def read_images(
+    arguments: Sequence[str], size: int, *, skip_bad: bool = False, progress: bool = True, say: Say = print
+) -> ImageSet:
+    """Reads the images that arguments name; see ``expand``. Labels are empty.
+
+    Raises:
+        DataError: an argument matches nothing, a file cannot be read and ``skip_bad`` is False, or none can be read.
+    """
+    inputs = expand(arguments)
+    for note in inputs.notes:
+        say(note)
+    pixels, paths = [], []
+    kinds: Counter[str] = Counter()
+    frames = read_each(inputs.files, size)
+    for frame in tqdm(frames, total=len(inputs.files), disable=not progress, leave=False):
+        if isinstance(frame, Unreadable):
+            if not skip_bad:
+                raise DataError(frame.reason)
+            say(f"skipped: {frame.reason}")
+            continue
+        kinds.update(frame.kinds)
+        pixels.append(frame.pixels)
+        paths.append(frame.path)
+    if not pixels:
+        raise DataError(f"none of the {len(inputs.files)} images could be read")
+    notes = tuple(sentences(kinds))
+    for note in notes:
+        say(note)
+    return ImageSet(torch.stack(pixels), tuple(paths), ("",) * len(paths), notes)
+
+
+class _Collector:
+    """Collects files, and notes about them."""
+
+    def __init__(self) -> None:
+        self.files: dict[str, Path] = {}  # by resolved path
+        self.repeated = 0
+        self.ignored: dict[Path, None] = {}
+        self.closed: dict[Path, None] = {}
+
+    def add_argument(self, argument: str) -> None:
+        if not argument:
+            raise DataError("an empty path: use . for the current folder")
+        path = Path(argument)
+        if argument.startswith("~") and not os.path.lexists(path):
+            path = Path(os.path.expanduser(argument))
+        if os.path.lexists(path):
+            self.add_existing(path)
+        elif is_pattern(argument):
+            self.add_matches(path)
+        else:
+            raise DataError(f"no such file or folder: {path}{hints(path)}")
+
+    def add_existing(self, path: Path) -> None:
+        if not os.path.isdir(path):
+            return self.add_file(path)
+        images = self.images_below(path)
+        if not images:
+            raise DataError(f"no image in {path}: {self.why_none(path)}")
+        self.add(images)
+
+    def add_list(self, lines: list[str]) -> None:
+        if not any(os.path.lexists(line) for line in lines):
+            if not lines:
+                raise DataError("no path on standard input: expected a list of files, one per line")
+            first = Path(lines[0])
+            raise DataError(f"standard input: none of its {count(len(lines), 'path')} exists: {first}{hints(first)}")
+        for path in map(Path, lines):
+            self.add_existing(path)
+
+    def add_matches(self, pattern: Path) -> None:
+        matching = list(matches(pattern))
+        if not matching:
+            raise DataError(f"nothing matches {pattern}{hints(pattern)}")
+        named = pattern.suffix and not is_pattern(pattern.suffix)  # *.dat asks for those files, * does not
+        images: list[Path] = []
+        for path in matching:
+            if os.path.isdir(path):
+                images += self.images_below(path)
+            elif (named or is_image(path)) and not is_output(path):
+                images.append(path)
+            else:
+                self.ignored[path] = None
+        if not images:
+            files = [path for path in matching if not os.path.isdir(path)]
+            found = contents(files) if files else f"{count(len(matching), 'folder')} without one"
+            raise DataError(f"no image matches {pattern}: {found}")
+        once: dict[str, Path] = {}  # "a/**" matches a file in more than one way
+        for path in images:
+            once.setdefault(_resolved(path), path)
+        self.add(once.values())
+
+    def add_file(self, path: Path) -> None:
+        if is_output(path):
+            self.ignored[path] = None
+        else:
+            self.add([path])
+
+    def add(self, paths: Iterable[Path]) -> None:
+        for path in paths:
+            file = _resolved(path)
+            self.repeated += file in self.files
+            self.files.setdefault(file, path)
+
+    def images_below(self, folder: Path) -> list[Path]:
+        images, others, closed = images_below(folder)
+        self.ignored.update(dict.fromkeys(others))
+        self.closed.update(dict.fromkeys(closed))
+        return images
+
+    def why_none(self, folder: Path) -> str:
+        if folder in self.closed:
+            return "it cannot be opened"
+        return contents(file for below in walk(folder) for file in images_in(below)[1])
+
+
+def _resolved(path: Path) -> str:
+    """Returns the path with all links followed."""
+    try:
+        return os.path.realpath(path)
+    except (OSError, ValueError):  # an impossible name, such as one with a zero byte: left for the reader to report
+        return str(path)
+
+
+def _lines(stream: TextIO | None) -> list[str]:
+    """Returns the lines that are not blank; names that are not valid UTF-8 keep their bytes."""
+    if stream is None:
+        raise DataError("no standard input to read a list of files from")
+    binary = getattr(stream, "buffer", None)
+    text = stream.read() if binary is None else binary.read().decode("utf-8", "surrogateescape")
+    # Not splitlines(): names may hold its rarer line breaks. PowerShell starts a list with a byte order mark.
+    return [line.removesuffix("\r") for line in text.removeprefix("\ufeff").split("\n") if line.strip()]

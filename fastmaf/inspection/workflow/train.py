@@ -1,0 +1,175 @@
+"""``fastmaf train --recipe inspection``: fit a model and write it, its log and its report to a run's folder."""
+
+from __future__ import annotations
+
+import csv
+import io
+import math
+from datetime import datetime, timezone
+from pathlib import Path
+
+import fastmaf
+from fastmaf.images.dataset import DataError, ImageSet, load_train
+from fastmaf.images.listing import count
+from fastmaf.inspection.fit import Fitted, fit
+from fastmaf.inspection.fold_models import fold_model_files, replace_fold_models, save_fold_models
+from fastmaf.inspection.model import InspectionModel
+from fastmaf.inspection.recipe import Recipe
+from fastmaf.inspection.workflow.inputs import Say
+from fastmaf.io.atomic import errors_of_staged, keep_previous, previous, replace, staging, written_atomically
+from fastmaf.io.outputs import Output, check_outputs, report, table
+from fastmaf.io.outputs import model as model_kind
+from fastmaf.io.run_folder import check_disk, run_folder
+from fastmaf.metrics.results import bits_per_dim
+from fastmaf.training.checkpoints import MODEL_FILE, STATE_FILE, refuse_unfinished, remove_state
+from fastmaf.training.interrupts import interruptible
+
+LOG_FILE, REPORT_FILE = "training_log.csv", "report.html"
+_LOG_COLUMNS = ("step", "nll", "held_out_nll")
+
+
+@fastmaf.torch_defaults()
+def train(
+    data: str | Path,
+    out: str | Path,
+    recipe: Recipe | None = None,
+    *,
+    keep_folds: bool = False,
+    skip_bad: bool = False,
+    progress: bool = True,
+    say: Say = print,
+) -> Fitted:
+    """Fits an inspection model to the good images of ``data`` and writes model, log and report to ``out``.
+
+    Files of an earlier run in ``out`` stay until all new files are written, and are kept as ``*.previous.*``, except
+    its fold models, which are deleted. ``out`` is locked meanwhile: a second run is refused.
+
+    Args:
+        data: folder with ``train/good``, or a folder of good images.
+        out: folder to write to.
+        recipe: the settings.
+        keep_folds: write the fold models, too, so that ``fastmaf eval`` can evaluate their ensemble.
+        skip_bad: leave out files that cannot be read.
+        progress: show progress bars.
+        say: receives messages.
+
+    Raises:
+        DataError: the folder or a file in it is unsuitable, or there are too few images.
+        DoesNotFitError: the disk has too little free space.
+        InUseError: another process or thread is writing a run to ``out``.
+        OSError: ``out`` cannot be written to; if a disk is full, the previous files stay.
+        OutputError: ``out`` holds a file of another origin under the name of an output.
+        ValueError: a setting is invalid, or ``out`` holds an unfinished run of the other recipe.
+    """
+    recipe, out = recipe or Recipe(), Path(out)
+    with run_folder(out, "training", LOG_FILE, REPORT_FILE):
+        check_outputs(_outputs(out, recipe.folds if keep_folds else 0))
+        refuse_unfinished(out)
+        images = load_normals(data, recipe, skip_bad=skip_bad, progress=progress, say=say)
+        check_disk(out, _disk_needed(recipe, keep_folds))
+        fitted = fit(images.pixels, recipe, progress=progress)
+        fitted.model.about.update(
+            version=fastmaf.__version__,
+            created=datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
+            seconds=fitted.seconds,
+            log=fitted.log,
+            notes=list(images.notes),
+            skipped=[[path.name, reason] for path, reason in images.skipped],
+        )
+        _write(out, fitted, images, keep_folds)
+    model = fitted.model
+    for line in _decisions(model):
+        say(line)
+    whitening_nll, nll = model.about["held_out_nll_of_whitening"], model.about["held_out_nll"]
+    say(
+        f"{len(images)} good images; held-out NLL ({recipe.folds} folds) {nll:,.0f} nats, "
+        f"{bits_per_dim(nll, recipe.features) + math.log2(255):.3f} bits/dim of 8-bit data"
+        f"{' (upper bound)' if recipe.dequantize else ''}; whitening alone {whitening_nll:,.0f}"
+    )
+    say(model.calibration.describe())
+    say(f"model: {out / MODEL_FILE}; report: {out / REPORT_FILE}")
+    return fitted
+
+
+def load_normals(data: str | Path, recipe: Recipe, *, skip_bad: bool, progress: bool, say: Say) -> ImageSet:
+    """Reads the good images of a folder; raises a DataError for too few."""
+    images = load_train(data, size=recipe.size, skip_bad=skip_bad, progress=progress)
+    for note in images.notes:
+        say(note)
+    needed = max(recipe.folds, 3)
+    if len(images) < needed:
+        skipped = f" besides {count(len(images.skipped), 'file')} that cannot be read" if images.skipped else ""
+        raise DataError(
+            f"{images.paths[0].parent} holds {count(len(images), 'good image')}{skipped}; an inspection model needs at "
+            f"least {needed} for fitting and calibration, better some dozens: add images there, or name another folder "
+            "with --data"
+        )
+    return images
+
+
+def _outputs(out: Path, folds: int) -> list[Output]:
+    """Returns the files that ``train`` writes, and those of an earlier run that it moves or removes."""
+    kinds = {MODEL_FILE: model_kind("a model"), LOG_FILE: table("a training log", _LOG_COLUMNS), REPORT_FILE: report()}
+    outputs = [Output(out / place, kind) for name, kind in kinds.items() for place in (name, previous(Path(name)).name)]
+    outputs.append(Output(out / STATE_FILE, model_kind("the state of a training run", "state")))
+    fold_model = model_kind("the model of a fold", "statistics")
+    return outputs + [Output(file, fold_model) for file in fold_model_files(out, folds)]
+
+
+def _disk_needed(recipe: Recipe, keep_folds: bool) -> int:
+    """Returns the bytes of the whitening's factors, which are nearly all of a model, times the number of models."""
+    factors = 4 * recipe.features * min(recipe.rank, recipe.features)
+    return factors * (1 + recipe.folds * keep_folds)
+
+
+def _write(out: Path, fitted: Fitted, images: ImageSet, keep_folds: bool) -> None:
+    """Writes all files of a run to a temporary folder, then replaces those of an earlier run."""
+    from fastmaf.inspection.report.build import training_report
+
+    with staging(out) as new, errors_of_staged(new, out):
+        fitted.model.save(new / MODEL_FILE)
+        _write_log(new / LOG_FILE, fitted)
+        if keep_folds:
+            save_fold_models(new, fitted.model, fitted.out_of_fold.flows)
+        training_report(new / REPORT_FILE, fitted.model, images, name=out.name)
+        with interruptible() as stop:  # Ctrl-C here would leave a mixture of two runs
+            files = (MODEL_FILE, LOG_FILE, REPORT_FILE)
+            for name in files:
+                keep_previous(out / name)
+            for name in files:
+                replace(new / name, out / name)
+            replace_fold_models(new, out)
+            remove_state(out)
+    if stop.is_set():
+        raise KeyboardInterrupt
+
+
+def _decisions(model: InspectionModel) -> list[str]:
+    """Returns what the fit selected, with the figures that decided it, one line each."""
+    about, lines = model.about, []
+    if tried := about["held_out_nll_of_augmentations"]:
+        nll = ", ".join(f"{kind} {value:,.0f}" for kind, value in tried.items())
+        lines.append(
+            f"augmentation selected: {about['recipe']['augmentation']} (held-out NLL of the first folds: {nll})"
+        )
+    if (plain := about["held_out_nll_without_logit"]) is not None:
+        lines.append(f"logit: kept as requested (held-out NLL of the first folds without it: {plain:,.0f})")
+    if (nll_with := about["held_out_nll_with_blocks"]) is not None:
+        kept = "kept" if about["recipe"]["blocks"] else "dropped"
+        alone = about["held_out_nll_of_whitening"]
+        lines.append(f"blocks: {kept} (held-out NLL: {nll_with:,.0f} with them, {alone:,.0f} without)")
+    score = f"score selected: presmooth_sigma {model.settings.presmooth_sigma:g} (image AUROC on synthetic defects: "
+    anomaly_map = f"anomaly map selected: {model.map_config.factors} factors (mean of pixel AUROC and AU-PRO there: "
+    for key, text in (("drawn_auroc", score), ("drawn_maps", anomaly_map)):
+        if figures := about.get(key):
+            lines.append(text + ", ".join(f"{name} {value:.3f}" for name, value in figures.items()) + ")")
+    return lines
+
+
+def _write_log(path: Path, fitted: Fitted) -> None:
+    text = io.StringIO(newline="")
+    rows = csv.writer(text, lineterminator="\n")
+    rows.writerow(_LOG_COLUMNS)
+    rows.writerows([row["step"], f"{row['nll']:.10g}", f"{row['held_out_nll']:.10g}"] for row in fitted.log)
+    with written_atomically(path) as file:
+        file.write(text.getvalue().encode())

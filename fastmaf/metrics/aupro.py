@@ -1,0 +1,124 @@
+"""Pixel metrics of anomaly maps: pixel AUROC and area under the per-region overlap (AU-PRO), both exact."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from scipy.ndimage import label
+
+from fastmaf.metrics.auroc import auroc_of_counts
+from fastmaf.metrics.bootstrap import PairedDifference, check_resamples
+from fastmaf.metrics.pixel_ranks import PixelRanks
+from fastmaf.metrics.results import EvaluationError
+
+
+def pixel_auroc(maps: Sequence[np.ndarray], masks: Sequence[np.ndarray | None]) -> float:
+    """P(a defect pixel's value > a defect-free one's) + P(equal) / 2, over the pixels of all images together.
+
+    Args:
+        maps: an anomaly map [s, t] per image, finite; resized to its mask's resolution by ``resize_map``.
+        masks: bool [h, w] per image; None for an image without a defect, which is resized to the masks' most common
+            shape. Leave out defective images whose mask is missing.
+
+    Raises:
+        EvaluationError: numbers or shapes do not match, a map is not finite, or all pixels are of one kind.
+    """
+    pixels = PixelRanks(maps, masks)
+    return float(auroc_of_counts(pixels.total(), pixels.spread(np.ones(len(pixels.codes)))))
+
+
+def compare_pixels(
+    several: Sequence[Sequence[np.ndarray]],
+    masks: Sequence[np.ndarray | None],
+    *,
+    resamples: int = 2000,
+    seed: int = 0,
+) -> tuple[list[float], list[PairedDifference]]:
+    """Compares sets of maps of the same images by their pixel AUROC, over the same resamples of the images.
+
+    Args:
+        several: sets of maps, each as ``maps`` of ``pixel_auroc``, in any unit.
+        masks: as there.
+        resamples, seed: as in ``paired_bootstrap``.
+
+    Returns:
+        The pixel AUROC of each set, and its difference to that of the first set.
+
+    Raises:
+        EvaluationError: as ``pixel_auroc``.
+    """
+    areas = _bootstrap(several, masks, resamples, seed)
+    differences = [PairedDifference.of(own[0], areas[0, 0], (own[1:], areas[0, 1:])) for own in areas]
+    return areas[:, 0].tolist(), differences
+
+
+def _bootstrap(
+    several: Sequence[Sequence[np.ndarray]], masks: Sequence[np.ndarray | None], resamples: int, seed: int
+) -> np.ndarray:
+    """Returns the pixel AUROC of sets of maps ``[sets, 1 + resamples]``: of the images, then of the same resamples.
+
+    Images with and without a defect pixel are resampled separately. Correctly ranked pairs of pixels are counted once
+    per pair of images; a resample only weights these counts. Resamples without a defect-free pixel are left out.
+    """
+    check_resamples(resamples)
+    correct_pairs = []
+    for maps in several:
+        pixels = PixelRanks(maps, masks)
+        n = len(pixels.maps)
+        correct, free = np.empty((n, n)), np.empty(n)
+        for i, counts in enumerate(pixels.free()):
+            below = (np.cumsum(counts) - counts / 2)[1::2]
+            correct[i] = np.bincount(pixels.image, weights=below[pixels.codes], minlength=n)
+            free[i] = counts.sum()
+        correct_pairs.append(correct)
+    defect = np.bincount(pixels.image, minlength=n)
+    rng = np.random.default_rng(seed)
+    times = np.zeros((1 + resamples, n))
+    times[0] = 1
+    for group in (np.flatnonzero(defect == 0), np.flatnonzero(defect)):
+        if len(group):
+            times[1:, group] = rng.multinomial(len(group), np.full(len(group), 1 / len(group)), resamples)
+    pairs = (times @ free) * (times @ defect)
+    usable = pairs > 0
+    return np.stack([((times @ correct) * times).sum(axis=1)[usable] / pairs[usable] for correct in correct_pairs])
+
+
+def au_pro(maps: Sequence[np.ndarray], masks: Sequence[np.ndarray | None], fpr_limit: float = 0.3) -> float:
+    """Area under the per-region overlap, divided by the limit: 1 is perfect, chance is about fpr_limit / 2.
+
+        PRO(t) = mean over regions of the share of the region with map >= t
+        FPR(t) = share of all defect-free pixels with map >= t
+
+    Regions are the connected components of the masks, including diagonal neighbours. PRO is linear between the points
+    of the thresholds, and at the limit.
+
+    Args:
+        maps: as in ``pixel_auroc``.
+        masks: as in ``pixel_auroc``.
+        fpr_limit: PRO is integrated over FPR from 0 to this limit, in (0, 1].
+
+    Raises:
+        EvaluationError: as ``pixel_auroc``, or the limit is out of range.
+
+    References:
+        Bergmann et al., "The MVTec Anomaly Detection Dataset", IJCV 129, 2021, section 5.
+    """
+    if not 0 < fpr_limit <= 1:
+        raise EvaluationError(f"fpr_limit must lie in (0, 1]; found {fpr_limit}")
+    pixels = PixelRanks(maps, masks)
+    shares = []
+    for mask in pixels.masks:
+        if mask is not None:
+            region = label(mask, np.ones((3, 3)))[0][mask]
+            shares.append(1 / np.bincount(region)[region])
+    weights = np.concatenate(shares)
+    total = pixels.total()[::-1]
+    fpr = np.append(0, np.cumsum(total)) / total.sum()
+    pro = np.append(0.0, np.cumsum(pixels.spread(weights)[::-1])) / weights.sum()
+    # Slots between two values change FPR only, those of a value change both at once: exactly the polyline.
+    end = int(np.searchsorted(fpr, fpr_limit))
+    part = (fpr_limit - fpr[end - 1]) / (fpr[end] - fpr[end - 1])
+    fpr = np.append(fpr[:end], fpr_limit)
+    pro = np.append(pro[:end], pro[end - 1] + part * (pro[end] - pro[end - 1]))
+    return float((np.diff(fpr) * (pro[1:] + pro[:-1])).sum() / 2 / fpr_limit)

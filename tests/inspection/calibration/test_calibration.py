@@ -1,0 +1,113 @@
+from __future__ import annotations
+
+import json
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+
+from fastmaf.inspection.calibration import Calibration, CalibrationError
+
+
+def made(n: int, alpha: float = 0.05, confidence: float | None = None) -> Calibration:
+    return Calibration(np.arange(1.0, n + 1), alpha, confidence, "split")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"false_alarm": 0}, "false_alarm .* found 0"),
+        ({"false_alarm": 10**400}, "false_alarm .* found 1000"),
+        ({"false_alarm": 1.0}, "false_alarm .* found 1.0"),
+        ({"false_alarm": math.nan}, "false_alarm .* found nan"),
+        ({"false_alarm": "0.05"}, "false_alarm .* found '0.05'"),
+        ({"false_alarm": None}, "false_alarm .* found None"),
+        ({"confidence": 1}, "confidence .* found 1"),
+        ({"confidence": True}, "confidence .* found True"),
+        ({"how": "jackknife"}, 'how must be "k-fold" or "split"; found \'jackknife\''),
+        ({"how": "split"}, "folds must be None"),
+        ({"folds": None}, "folds .* found None"),
+        ({"folds": 1}, "folds .* found 1"),
+        ({"folds": 6}, "from 2 to 5, the number of scores; found 6"),
+        ({"folds": 2.0}, "folds .* found 2.0"),
+        ({"created": "yesterday"}, "ISO date .* found 'yesterday'"),
+        ({"created": 20250301}, "created must be text"),
+        ({"source": ["x"]}, "source must be text"),
+        ({"colour": 1}, "found .*colour"),
+    ],
+)
+def test_a_damaged_record_is_refused(change: dict[str, Any], message: str) -> None:
+    one = Calibration(np.arange(5.0), 0.05, 0.9, "k-fold", 5, "2025-03-01", "x")
+    with pytest.raises(CalibrationError, match=message):
+        Calibration.from_json({**one.to_json(), **change}, one.scores)
+
+
+@pytest.mark.parametrize(
+    ("scores", "message"),
+    [([], "found none"), ([1, 3, 2], "found 2 after 3 at index 2"), ([1, math.nan], "NaN"), ([[1.0]], r"shape \[n\]")],
+)
+def test_damaged_scores_are_refused(scores: list[Any], message: str) -> None:
+    with pytest.raises(CalibrationError, match=message):
+        Calibration.from_json(made(5).to_json(), np.array(scores, dtype=np.float64))
+
+
+def test_a_record_of_another_kind_is_refused() -> None:
+    one = made(5)
+    whole = one.to_json()
+    with pytest.raises(CalibrationError, match="mapping; found list"):
+        Calibration.from_json([], one.scores)  # type: ignore[arg-type]
+    for name in whole:
+        with pytest.raises(CalibrationError, match=f"must have the fields .*{name}"):
+            Calibration.from_json({key: value for key, value in whole.items() if key != name}, one.scores)
+    with pytest.raises(CalibrationError, match="found .*scores"):
+        Calibration.from_json({**whole, "scores": [1.0]}, one.scores)
+
+
+@pytest.mark.parametrize("confidence", [None, 0.95])
+def test_round_trip(confidence: float | None) -> None:
+    scores = np.append(np.random.default_rng(0).normal(-4e4, 2e3, 70), np.inf)
+    one = Calibration(scores, np.float64(0.07), confidence, "k-fold", 5, "2025-03-01T12:30:00+00:00", "Straße 7")
+    other = Calibration.from_json(json.loads(json.dumps(one.to_json(), allow_nan=False)), one.scores)
+    assert np.array_equal(other.scores, one.scores) and other.to_json() == one.to_json()
+    assert (other.threshold, other.describe()) == (one.threshold, one.describe())
+
+
+def test_with_rate_keeps_the_rest() -> None:
+    one = Calibration(np.arange(300.0), 0.05, None, "k-fold", 5, "2025-03-01", "x")
+    other = one.with_rate(0.01, 0.95)
+    assert one.rank == 286 and other.rank == 300 and other.attainable
+    assert {**one.to_json(), "false_alarm": 0.01, "confidence": 0.95} == other.to_json()
+    for rate, confidence in ((0, None), (0.05, 0.0)):
+        with pytest.raises(CalibrationError, match="strictly between 0 and 1"):
+            one.with_rate(rate, confidence)
+
+
+def test_description() -> None:
+    c = Calibration(np.arange(1.0, 220), 0.05, None, "k-fold", 5, "2025-03-01", "line 3")
+    text = c.describe()
+    figures = (
+        "219 calibration images (line 3, 2025-03-01)",
+        "5 folds",
+        "Threshold 209,",
+        "5% on average",
+        "at most 7.62% with 95%",
+        "Guarantee: at most 5% false alarms on average (needs 19 calibration images; 219 available).",
+        "the threshold becomes 214 (needs 59 calibration images)",
+        "new normal images come from the same process as these",
+        "twice the rate, 10%",
+    )
+    for figure in figures:
+        assert figure in text
+    assert "NOT" not in text and all(0 < len(line) <= 125 for line in text.splitlines())
+    strict = c.with_rate(0.01, 0.95).describe()
+    assert "Guarantee NOT attainable: at most 1% false alarms" in strict and "Threshold 219," in strict
+    assert "(needs 299 calibration images; 219 available)" in strict
+    assert "--confidence" not in strict
+
+
+def test_description_of_a_split() -> None:
+    text = Calibration(np.arange(30.0), 0.05, None, "split").describe()
+    assert "all by one model" in text and "fold" not in text and "30 calibration images, scored" in text
+    assert "which needs 59 calibration images: 29 more" in text
+    assert "8.8% with 99%" in made(50, 0.05, 0.99).describe() and "99" not in made(50, 0.05, 0.95).describe()

@@ -1,0 +1,103 @@
+"""The augmentation of a fit: the one under which held-out images are most likely, or the requested one."""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+import fastmaf
+from fastmaf.images.dataset import load_train, to_unit
+from fastmaf.inspection.fit import fit
+from fastmaf.inspection.folds import drop_fold
+from fastmaf.inspection.recipe import Recipe
+from fastmaf.inspection.scoring.anomaly_map import AnomalyMapConfig
+from fastmaf.inspection.scoring.score import ScoreSettings
+from fastmaf.inspection.whitening import fit_whitening
+from fastmaf.inspection.workflow.train import _decisions
+from tests.inspection.tiny import TINY
+
+FIXED = Recipe(size=16, score=ScoreSettings(), map_config=AnomalyMapConfig())
+
+
+def waves(n: int, seed: int = 0) -> Tensor:
+    """A wave in changing light: what the whitening explains all of."""
+    rng = np.random.default_rng(seed)
+    wave = 128 + 40 * np.sin(np.linspace(0, 6, 16))[None, :, None]
+    pixels = wave + rng.normal(0, 10, (n, 1, 1, 1)) + rng.normal(0, 4, (n, 16, 16, 3))
+    return torch.from_numpy(np.clip(pixels, 0, 255).astype(np.uint8)).permute(0, 3, 1, 2).contiguous()
+
+
+def boards(n: int, seed: int = 0) -> Tensor:
+    """Fine structure that always lies at the same place."""
+    rng = np.random.default_rng(seed)
+    board = np.full((16, 16, 3), 90.0)
+    for _ in range(20):
+        (h, w), (y, x) = rng.integers(1, 4, 2), rng.integers(0, 13, 2)
+        board[y : y + h, x : x + w] = rng.uniform(30, 230, 3)
+    pixels = board * (1 + 0.03 * rng.normal(size=(n, 1, 1, 1))) + rng.normal(0, 2, (n, 16, 16, 3))
+    return torch.from_numpy(np.clip(np.rint(pixels), 0, 255).astype(np.uint8)).permute(0, 3, 1, 2).contiguous()
+
+
+@pytest.mark.parametrize("n", [12, 60])
+def test_aligned_images_need_no_augmentation(n: int) -> None:
+    recipe = replace(FIXED, blocks=0)
+    found = fit(boards(n), recipe, progress=False).model
+    tried = found.about["held_out_nll_of_augmentations"]
+    assert found.about["recipe"]["augmentation"] == "none" == min(tried, key=tried.get) and len(tried) == 3
+    assert tried["none"] + 1000 < min(tried["shifts"], tried["rotations"])
+    plain = fit(boards(n), replace(recipe, augmentation="none"), progress=False).model
+    zero = fit(boards(n), replace(recipe, augmentation="shifts", shift_radius=0), progress=False).model
+    for other in (plain, zero):
+        assert other.about["held_out_nll"] == pytest.approx(found.about["held_out_nll"], rel=1e-4)
+    assert plain.about["held_out_nll_of_augmentations"] == {}
+    assert any(line.startswith("augmentation selected: none (") for line in _decisions(found))
+
+
+def test_a_requested_augmentation_is_kept_with_a_warning() -> None:
+    with pytest.warns(
+        UserWarning, match=r"augmentation='shifts' makes held-out images less likely .*augmentation='auto'"
+    ):
+        model = fit(boards(20), replace(FIXED, blocks=0, augmentation="shifts"), progress=False).model
+    assert model.about["recipe"]["augmentation"] == "shifts"
+    assert set(model.about["held_out_nll_of_augmentations"]) == {"shifts", "none"}
+
+
+def test_a_logit_that_is_asked_for_is_compared() -> None:
+    recipe = replace(FIXED, blocks=0, augmentation="none", dequantize=True)
+    plain = fit(waves(20), recipe, progress=False).model.about["held_out_nll"]
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        about = fit(waves(20), replace(recipe, logit=0.05), progress=False).model.about
+    # Of the folds that decide, two of five.
+    assert about["held_out_nll_without_logit"] == pytest.approx(plain, abs=60)
+    worse = about["held_out_nll"] > plain
+    assert any("logit=0.05" in str(one.message) for one in caught) == worse
+
+
+@pytest.mark.parametrize("turned", [False, True])
+def test_the_augmentation_makes_held_out_images_most_likely(data: Path, turned: bool) -> None:
+    pixels = load_train(data, size=16, progress=False).pixels
+    generator = torch.Generator().manual_seed(0)
+    if turned:
+        turns = torch.randint(4, (len(pixels),), generator=generator).tolist()
+        pixels = torch.stack([image.rot90(k, (1, 2)) for image, k in zip(pixels, turns, strict=True)])
+    # Many factors, so that what a whole turn takes can be explained at all.
+    recipe = replace(TINY, rank=60, blocks=0, angles=4)
+    found = fit(pixels, recipe, progress=False)
+    chosen, tried = found.model.about["recipe"]["augmentation"], found.model.about["held_out_nll_of_augmentations"]
+    assert chosen == ("rotations" if turned else "shifts") == min(tried, key=tried.get)
+    fold, first = found.out_of_fold.folds[0], found.out_of_fold.flows[0].transforms[0]
+    x = to_unit(pixels)
+    for kind in tried:
+        own = fit_whitening(drop_fold(x, fold), replace(recipe, augmentation=kind))
+        nll = -fastmaf.Flow(768, [own]).log_prob(x[fold]).mean()
+        assert float(nll) == pytest.approx(tried[kind], rel=1e-4)
+        assert torch.allclose(own.variance, first.variance, rtol=1e-3) == (kind == chosen)
+    fixed = fit(pixels, replace(recipe, augmentation=chosen), progress=False)
+    assert np.allclose(fixed.model.calibration.scores, found.model.calibration.scores, rtol=1e-4)

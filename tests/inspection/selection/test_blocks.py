@@ -1,0 +1,96 @@
+"""The blocks of a fit: dropped if held-out images are no more likely with them, unless they are requested."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+import fastmaf
+from fastmaf.images.dataset import to_unit
+from fastmaf.inspection.detector import Detector
+from fastmaf.inspection.fit import fit
+from fastmaf.inspection.recipe import Recipe
+from fastmaf.inspection.scoring.anomaly_map import AnomalyMapConfig
+from fastmaf.inspection.scoring.score import ScoreSettings
+from fastmaf.inspection.selection import blocks as blocks_module
+from fastmaf.inspection.workflow.train import _decisions
+
+FIXED = Recipe(size=16, score=ScoreSettings(), map_config=AnomalyMapConfig())
+
+
+def waves(n: int, seed: int = 0) -> Tensor:
+    """A wave in changing light: what the whitening explains all of."""
+    rng = np.random.default_rng(seed)
+    wave = 128 + 40 * np.sin(np.linspace(0, 6, 16))[None, :, None]
+    pixels = wave + rng.normal(0, 10, (n, 1, 1, 1)) + rng.normal(0, 4, (n, 16, 16, 3))
+    return torch.from_numpy(np.clip(pixels, 0, 255).astype(np.uint8)).permute(0, 3, 1, 2).contiguous()
+
+
+def noise_of_neighbours(n: int) -> Tensor:
+    """Pixels that follow their neighbours, which few factors cannot explain and blocks can."""
+    rng = np.random.default_rng(0)
+    white = rng.normal(size=(n, 3, 18, 18))
+    field = sum(white[:, :, i : i + 16, j : j + 16] for i in range(3) for j in range(3))
+    return torch.from_numpy(np.clip(128 + 8 * field, 0, 255).astype(np.uint8))
+
+
+def test_blocks_that_worsen_the_held_out_nll_are_left_out() -> None:
+    model = fit(waves(20), FIXED, progress=False).model
+    about = model.about
+    assert about["held_out_nll_with_blocks"] > about["held_out_nll_of_whitening"] + 1000
+    assert about["held_out_nll"] == about["held_out_nll_of_whitening"] < -1900
+    assert [type(step) for step in model.flow.transforms] == [fastmaf.GaussianWhitening]
+    assert about["recipe"]["blocks"] == 0 and about["asked"]["blocks"] == "auto"
+    new = float(-model.flow.log_prob(to_unit(waves(20, 1))).mean())
+    assert new == pytest.approx(about["held_out_nll"], abs=60)
+    (line,) = [line for line in _decisions(model) if line.startswith("blocks")]
+    for nll in (about["held_out_nll_with_blocks"], about["held_out_nll"]):
+        assert f"{nll:,.0f}" in line
+    assert "dropped" in line
+
+
+def test_blocks_that_help_are_kept() -> None:
+    recipe = replace(FIXED, rank=5, steps=60, folds=3)
+    model = fit(noise_of_neighbours(60), recipe, progress=False).model
+    about = model.about
+    assert about["held_out_nll"] == about["held_out_nll_with_blocks"] < about["held_out_nll_of_whitening"]
+    assert len(model.flow.transforms) == 3 and about["recipe"]["blocks"] == 2
+    assert any("blocks: kept" in line for line in _decisions(model))
+
+
+def test_blocks_that_are_asked_for_are_kept_with_a_warning() -> None:
+    with pytest.warns(UserWarning, match=r"blocks=2 do not make .*blocks='auto' drops them"):
+        model = fit(waves(20), replace(FIXED, blocks=2), progress=False).model
+    assert len(model.flow.transforms) == 3
+    assert model.about["held_out_nll"] == model.about["held_out_nll_with_blocks"] > 0
+
+
+def test_nan_is_no_improvement(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(z: Tensor, recipe: Recipe, *_: object) -> list[fastmaf.Transform]:
+        block = fastmaf.LocalAutoregressive((3, 16, 16), patch=2, generator=torch.Generator())
+        torch.nn.init.constant_(block.second.bias, float("nan"))  # type: ignore[arg-type]
+        return [block]
+
+    monkeypatch.setattr(blocks_module, "fit_blocks", broken)
+    model = fit(waves(6), FIXED, progress=False).model
+    assert len(model.flow.transforms) == 1 and np.isfinite(model.calibration.scores).all()
+
+
+def test_a_detector_leaves_out_as_a_fit_does_and_loads_as_it_was_asked(tmp_path: Path) -> None:
+    images = waves(20).permute(0, 2, 3, 1).numpy()
+    detector = Detector(size=16).fit(images)
+    assert len(detector.model_.flow.transforms) == 1  # type: ignore[union-attr]
+    detector.save(tmp_path / "d.safetensors")
+    loaded = Detector.load(tmp_path / "d.safetensors")
+    assert loaded.get_params() == detector.get_params() and loaded.blocks == "auto"
+
+
+@pytest.mark.parametrize("blocks", ["two", -1])
+def test_blocks_that_are_no_number_are_refused(blocks: object) -> None:
+    with pytest.raises(ValueError, match=f"blocks must be 'auto' or at least 0; found {blocks!r}"):
+        replace(FIXED, blocks=blocks)

@@ -1,0 +1,177 @@
+"""From a folder of good images to verdicts: files and commands."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from typer.testing import CliRunner
+
+import fastmaf
+from fastmaf.cli.app import app
+from fastmaf.images.dataset import DataError
+from fastmaf.inspection.model import is_inspection_model, load_inspection
+from fastmaf.inspection.workflow.calibrate import calibrate, recalibrate
+from fastmaf.inspection.workflow.choose import choose
+from fastmaf.inspection.workflow.evaluate import evaluate
+from fastmaf.inspection.workflow.score import score
+from tests.inspection.tiny import silent
+
+
+@pytest.fixture
+def own(run: Path, tmp_path: Path) -> Path:
+    """A copy of the model file that a test may change."""
+    path = tmp_path / "own.safetensors"
+    path.write_bytes((run / "model.safetensors").read_bytes())
+    return path
+
+
+def rows_of(text: str) -> list[dict[str, str]]:
+    return list(csv.DictReader(io.StringIO(text)))
+
+
+def test_train_leaves_model_log_and_report(run: Path) -> None:
+    assert {path.name for path in run.iterdir()} == {"model.safetensors", "training_log.csv", "report.html"}
+    assert is_inspection_model(run)
+    model = load_inspection(run)
+    assert model.size == 16 and model.calibration.n == 24 and model.calibration.folds == 3
+    assert len((run / "training_log.csv").read_text().splitlines()) == 2  # steps 1 and, were there more, every tenth
+    assert isinstance(model.flow.transforms[0], fastmaf.GaussianWhitening)
+    assert isinstance(model.flow.transforms[1], fastmaf.LocalAutoregressive)
+
+
+def test_calibrate_changes_the_threshold_alone(own: Path) -> None:
+    before = load_inspection(own)
+    calibrate(own, 0.2)
+    after = load_inspection(own)
+    assert after.calibration.false_alarm == 0.2 and after.calibration.threshold < before.calibration.threshold
+    assert np.array_equal(after.calibration.scores, before.calibration.scores)
+    assert all(torch.equal(a, b) for a, b in zip(after.flow.buffers(), before.flow.buffers(), strict=True))
+
+
+def test_recalibrate_takes_scores_of_new_images(own: Path, data: Path) -> None:
+    found = recalibrate(own, [str(data / "test" / "good")], 0.2, progress=False, say=silent)
+    after = load_inspection(own)
+    assert found.how == after.calibration.how == "split" and after.calibration.n == 4
+    assert found.source == after.calibration.source and str(data)[:20] in found.describe()
+    assert found.created == after.calibration.created and found.created is not None
+
+
+def test_scores_as_csv_and_json_lines(run: Path, data: Path, tmp_path: Path) -> None:
+    files = [str(data / "test" / "crack"), str(data / "test" / "good" / "*.png")]
+    text, lines = io.StringIO(), io.StringIO()
+    overlays, maps = tmp_path / "overlays", tmp_path / "maps"
+    options = {"progress": False, "say": silent}
+    assert score(run, files, overlays=overlays, maps=maps, stdout=text, **options) == 0
+    assert score(run, files, json_lines=True, stdout=lines, **options) == 0
+    rows, objects = rows_of(text.getvalue()), [json.loads(line) for line in lines.getvalue().splitlines()]
+    assert [row["file"] for row in rows] == [one["file"] for one in objects] and len(rows) == 7
+    model = load_inspection(run)
+    for row, one in zip(rows, objects, strict=True):
+        assert float(row["score"]) == one["score"] and row["verdict"] == one["verdict"]
+        assert (one["score"] > model.calibration.threshold) == (one["verdict"] == "anomalous")
+        assert one["p_value"] == model.calibration.p_values(np.array([one["score"]]))[0]
+    assert len(list(overlays.iterdir())) == len(list(maps.iterdir())) == 7, "one name in two folders"
+
+
+def test_damaged_files_are_named_and_passed_over(run: Path, data: Path, tmp_path: Path) -> None:
+    (tmp_path / "schlecht ä.png").write_bytes(b"no image")
+    told: list[str] = []
+    out = tmp_path / "scores.csv"
+    files = [str(tmp_path / "schlecht ä.png"), str(data / "test" / "good")]
+    assert score(run, files, out=out, progress=False, stdout=io.StringIO(), say=told.append) == 1
+    assert any("schlecht ä.png" in text for text in told)
+    assert len(rows_of(out.read_text("utf-8"))) == 4
+    with pytest.raises(ValueError, match="csv or .jsonl"):
+        score(run, files, out=tmp_path / "scores.txt", progress=False, stdout=io.StringIO(), say=silent)
+
+
+def _odd(folder: Path) -> Path:
+    """Three images, each of which is changed in another way on being read."""
+    folder.mkdir()
+    values = np.arange(256, dtype=np.uint8).reshape(16, 16)
+    Image.fromarray(values.astype(np.uint16)).save(folder / "dark.png")
+    Image.fromarray(values.astype(np.uint16) * 257).save(folder / "scaled.png")
+    Image.fromarray(np.dstack([values] * 4)).save(folder / "alpha.png")
+    return folder
+
+
+def test_every_command_says_how_images_were_changed_on_being_read(run: Path, own: Path, tmp_path: Path) -> None:
+    odd = _odd(tmp_path / "odd")
+    expected = [
+        "2 16-bit grey images scaled to 8 bits (value / 257)",
+        "1 image of more than 8 bits with no value above 255, or 1/255 of white: almost black. If the file holds "
+        "8-bit values, save it with 8 bits",
+        "1 image with an alpha channel composited on white",
+    ]
+    told: list[str] = []
+    score(run, [str(odd)], progress=False, stdout=io.StringIO(), say=told.append)
+    assert told[:-1] == expected
+    told = []
+    recalibrate(own, [str(odd)], 0.2, progress=False, say=told.append)
+    assert told == expected
+    told = []
+    with pytest.raises(DataError, match="3 good images"):  # said before it is refused
+        choose(odd, size=16, progress=False, say=told.append)
+    assert [text for text in told if text in expected] == expected
+
+
+def test_evaluation_writes_scores_metrics_and_report(run: Path, data: Path, tmp_path: Path) -> None:
+    told: list[str] = []
+    lines = evaluate(run, data, tmp_path, progress=False, say=told.append)
+    assert {path.name for path in tmp_path.iterdir()} == {"scores.csv", "metrics.json", "report.html"}
+    assert [line.default for line in lines].count(True) == 1 and {line.kind for line in lines} == {"score", "baseline"}
+    rows = rows_of((tmp_path / "scores.csv").read_text("utf-8"))
+    assert [row["label"] for row in rows].count("good") == 4 and len(rows) == 10
+    good = np.array([float(row["score"]) for row in rows if row["label"] == "good"])
+    defects = np.array([float(row["score"]) for row in rows if row["label"] != "good"])
+    assert lines[0].auroc == pytest.approx((defects[:, None] > good).mean())
+    metrics = json.loads((tmp_path / "metrics.json").read_text())
+    assert metrics["classes"]["squeeze"]["images"] == 3 and len(metrics["scores"]) == len(lines)
+    assert {row["kind"] for row in metrics["scores"]} == {"score", "control"}, "the file's own names"
+    with_maps = [line for line in lines if line.pixel_auroc is not None]
+    assert {line.name for line in with_maps} >= {lines[0].name, "PCA residual (100)"}
+    assert lines[0].pixel_difference is None and all(line.pixel_difference is not None for line in with_maps[1:])
+    assert f"{lines[0].pixel_auroc:.3f}" in told[-2].splitlines()[1]
+
+
+def test_the_commands(run: Path, own: Path, data: Path, tmp_path: Path) -> None:
+    invoke = CliRunner().invoke
+    (tmp_path / "bad.png").write_bytes(b"")
+    done = invoke(app, ["calibrate", "--model", str(own), "--false-alarm", "0.1"])
+    assert done.exit_code == 0 and "10%" in done.output
+    done = invoke(app, ["score", str(own), str(tmp_path / "bad.png"), str(data / "test" / "good"), "--quiet"])
+    assert done.exit_code == 2 and "bad.png" in done.output
+    done = invoke(app, ["eval", "--model", str(own), "--data", str(data), "--out", str(tmp_path / "e"), "--quiet"])
+    assert done.exit_code == 0 and "PCA residual" in done.output and (tmp_path / "e" / "report.html").is_file()
+    done = invoke(app, ["train", "--recipe", "inspection", "--data", str(data), "--out", str(tmp_path), "--lr", "1"])
+    assert done.exit_code != 0 and "--lr" in done.output
+    flags = ["--keep-folds", "--dequantize", "--logit", "0.1", "--size", "8", "--quiet"]
+    done = invoke(app, ["train", "--recipe", "inspection", "--data", str(data), "--out", str(tmp_path / "r"), *flags])
+    about = load_inspection(tmp_path / "r").about
+    assert done.exit_code == 0 and len(list((tmp_path / "r" / "folds").iterdir())) == 5
+    assert (about["recipe"]["dequantize"], about["recipe"]["logit"]) == (True, 0.1)
+    bits = about["held_out_nll"] / (192 * math.log(2)) + math.log2(255)
+    assert (
+        f"{bits:.3f} bits/dim of 8-bit data (upper bound)" in done.output and "augmentation selected: " in done.output
+    )
+    done = invoke(app, ["train", "--data", str(data), "--out", str(tmp_path), "--logit", "0.1"])
+    assert done.exit_code != 0 and "--logit" in done.output
+    done = invoke(app, ["eval", "--model", str(own), "--data", str(data), "--false-alarm", "0.2"])
+    assert done.exit_code != 0 and "fastmaf calibrate" in done.output
+    done = invoke(
+        app, ["train", "--recipe", "inspection", "--data", str(data), "--out", str(tmp_path), "--device", "cpu"]
+    )
+    assert done.exit_code != 0 and "--device" in done.output
+
+
+def test_choose_ranks_scores_and_maps(data: Path) -> None:
+    text = choose(data, size=8, draws=1, progress=False)
+    assert text.count("(default)") == 2 and "AUROC" in text and "AU-PRO" in text
