@@ -28,11 +28,11 @@ from fastmaf.kernels.backends import BackendUnavailableError, use_backend
 from fastmaf.kernels.launch_table import use_precision
 from fastmaf.nn import MADE, MaskedLinear
 from fastmaf.torch_defaults import torch_defaults
-from fastmaf.training.blas import allocate_work_buffers
 from fastmaf.training.cuda_graphs import ReplayedLogProb
-from fastmaf.training.loss_checks import NonFiniteLossError
+from fastmaf.training.guards import Guards, NonFiniteLossError
 from fastmaf.training.memory_estimate import memory_estimate
-from fastmaf.training.step import Guards, StepReport, TrainingStep
+from fastmaf.training.step import StepReport, TrainingStep
+from fastmaf.training.workspace import allocate_work_buffers
 from fastmaf.transforms import AffineAutoregressive, Logit, NotInvertibleError, Permutation, Transform
 from fastmaf.transforms.local import LocalAutoregressive
 from fastmaf.transforms.whitening import GaussianWhitening

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
@@ -12,6 +13,13 @@ from torch import Tensor
 
 if TYPE_CHECKING:
     from fastmaf.flows import Flow
+
+
+class _Thread(threading.local):
+    disabled = False
+
+
+_thread = _Thread()
 
 
 def validates(wanted: bool | None, x: Tensor) -> bool:
@@ -25,7 +33,7 @@ def validates(wanted: bool | None, x: Tensor) -> bool:
     """
     if torch.compiler.is_compiling():
         return False
-    if not (x.device.type == "cpu" if wanted is None else wanted) or x.is_meta:
+    if _thread.disabled or not (x.device.type == "cpu" if wanted is None else wanted) or x.is_meta:
         return False
     if x.device.type == "cuda":
         return not torch.cuda.is_current_stream_capturing()
@@ -118,13 +126,10 @@ def check_samples(flow: Flow, z: Tensor, *results: Tensor) -> None:
 
 
 @contextmanager
-def not_validating(flow: Flow) -> Iterator[None]:
-    """Disables the value checks of ``flow`` within the block, for callers that check results themselves.
-
-    Not for flows that several threads train at once: the setting belongs to the flow.
-    """
-    before, flow.validate_args = flow.validate_args, False
+def not_validating() -> Iterator[None]:
+    """Disables value checks in this thread within the block, for callers that check results themselves."""
+    previous, _thread.disabled = _thread.disabled, True
     try:
         yield
     finally:
-        flow.validate_args = before
+        _thread.disabled = previous

@@ -1,4 +1,4 @@
-"""Gradient sinks of ``FusedAdam.minimize``, which consume the gradients of packed weights in one backward pass."""
+"""The gradient sinks of ``FusedAdam.minimize``, and the backward pass that fills them."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from fastmaf.kernels.factors import Factors, GradientSink, Update, set_sink
 
 
 class Updates(Protocol):
-    """Begins steps of Adam on single parameters."""
+    """Begins Adam updates of single parameters."""
 
     def begin(self, parameter: Tensor, group: dict[str, Any]) -> Update:
-        """Begins the update of a parameter of this group and returns its moments and scalars."""
+        """Begins the update of a parameter of this group; returns its moments and scalars."""
         ...
 
 
-class Applies:
-    """A sink that updates its weight as soon as the gradient is known."""
+class ApplyingSink:
+    """Updates its weight as soon as the gradient is known."""
 
     updates_at_once = True
 
@@ -34,8 +34,8 @@ class Applies:
         return factors.adam_(self.begin_update(), need_inputs=need_inputs)
 
 
-class Keeps:
-    """A sink that keeps the gradient, in factored form."""
+class StoringSink:
+    """Stores the gradient in factored form."""
 
     updates_at_once = False
 
@@ -44,7 +44,7 @@ class Keeps:
         self.factors: Factors | None = None
 
     def begin_update(self) -> Update:
-        raise NotImplementedError("this sink keeps the gradient: give it to take()")
+        raise NotImplementedError("this sink stores the gradient: pass it to take()")
 
     def take(self, factors: Factors, need_inputs: bool) -> tuple[Tensor, ...]:
         self.factors = factors
@@ -52,35 +52,35 @@ class Keeps:
 
 
 def single_uses(loss: Tensor) -> dict[Tensor, object]:
-    """Returns the leaves that take part in a loss exactly once, each with the node of the graph that uses it.
+    """Returns the leaves that a loss uses exactly once, each with the node of the autograd graph that uses it.
 
-    Of other leaves the gradient is a sum over several nodes, which none of them knows.
+    The gradient of any other leaf is a sum over several nodes, of which each knows only its own term.
     """
     uses: dict[Tensor, object] = {}
-    several: set[Tensor] = set()
-    ahead: list[Any] = [loss.grad_fn]
+    used_again: set[Tensor] = set()
+    stack: list[Any] = [loss.grad_fn]
     seen = {loss.grad_fn}
-    while ahead:
-        node = ahead.pop()
-        for below, _ in node.next_functions:
-            if type(below).__name__ == "AccumulateGrad":
-                leaf = below.variable
+    while stack:
+        node = stack.pop()
+        for next_node, _ in node.next_functions:
+            if type(next_node).__name__ == "AccumulateGrad":
+                leaf = next_node.variable
                 if leaf in uses:
-                    several.add(leaf)
+                    used_again.add(leaf)
                 uses[leaf] = node
-            elif below is not None and below not in seen:
-                seen.add(below)
-                ahead.append(below)
-    for leaf in several:
+            elif next_node is not None and next_node not in seen:
+                seen.add(next_node)
+                stack.append(next_node)
+    for leaf in used_again:
         del uses[leaf]
     return uses
 
 
 def backward(loss: Tensor, sinks: Mapping[Tensor, GradientSink]) -> None:
-    """Runs ``loss.backward()`` with sinks on some weights, which have none afterwards.
+    """Runs ``loss.backward()`` with sinks on some weights, and removes the sinks.
 
     Raises:
-        RuntimeError: a weight has a sink already; nothing was changed.
+        RuntimeError: a weight already has a sink; nothing was changed.
     """
     placed: list[Tensor] = []
     try:
@@ -97,8 +97,8 @@ class Gradients(NamedTuple):
     """The gradients of one backward pass.
 
     Attributes:
-        factored: by weight, in factored form.
-        stored: by parameter, as tensors.
+        factored: factored gradients by weight.
+        stored: gradient tensors by parameter.
     """
 
     factored: dict[Tensor, Factors]
@@ -106,17 +106,17 @@ class Gradients(NamedTuple):
 
     @classmethod
     @torch.no_grad()
-    def collect(cls, sinks: Mapping[Tensor, Keeps], parameters: Iterable[Tensor]) -> Gradients:
-        """Returns the gradients that a backward pass has left in ``sinks`` and in the ``grad`` of ``parameters``."""
+    def collect(cls, sinks: Mapping[Tensor, StoringSink], parameters: Iterable[Tensor]) -> Gradients:
+        """Returns the gradients that a backward pass left in ``sinks`` and in the ``grad`` of ``parameters``."""
         factored = {weight: sink.factors for weight, sink in sinks.items() if sink.factors is not None}
         stored = {parameter: parameter.grad for parameter in parameters if parameter.grad is not None}
-        for both in factored.keys() & stored.keys():  # a part of the graph that was not seen
-            stored[both].add_(factored.pop(both).grad_weight())
+        for weight in factored.keys() & stored.keys():  # also used in a part of the graph that autograd does not show
+            stored[weight].add_(factored.pop(weight).grad_weight())
         return cls(factored, stored)
 
     @torch.no_grad()
     def squared_norm(self) -> Tensor | float:
-        """Returns the square of the gradients' common L2 norm; on a GPU a tensor, so that nothing waits for it here."""
+        """Returns the square of the common L2 norm of all gradients; on a GPU a tensor, so as not to wait for it."""
         squares = [factors.squared_norm() for factors in self.factored.values()]
         if self.stored:
             squares.append(torch.nn.utils.get_total_norm(list(self.stored.values())).double().square())

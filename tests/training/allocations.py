@@ -1,4 +1,6 @@
-"""What malloc is asked for while a flow trains or scores: ``python -m tests.allocations LIBRARY CASES``, Linux only.
+"""Measures what malloc is asked for while a flow trains or scores, on Linux.
+
+    python -m tests.training.allocations LIBRARY CASES
 
 Run with the library compiled from ``allocations.c`` in LD_PRELOAD. Prints, for each case of the JSON list CASES, the
 peak above what was held before the flow was built, and the estimate that it is to be held against. The work buffers
