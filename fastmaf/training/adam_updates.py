@@ -26,7 +26,7 @@ class StepCounts:
 
     def of(self, parameter: Tensor, counter: Tensor) -> int:
         """Returns the value of a parameter's counter."""
-        if counter.device.type == "cpu":
+        if counter.is_cpu:
             return int(counter)
         known = self._known.get(parameter)
         if known is None or known[0] is not counter or known[1] != counter._version:
@@ -38,12 +38,12 @@ class StepCounts:
         """Adds one to the counters of some parameters."""
         on_cpu, on_gpu = [], {}
         for parameter, counter in counters.items():
-            if counter.device.type == "cpu":
+            if counter.is_cpu:
                 on_cpu.append(counter)
             else:
                 on_gpu[parameter] = counter, self.of(parameter, counter)
         if on_cpu:
-            torch._foreach_add_(on_cpu, _ONE)
+            torch._foreach_add_(on_cpu, [_ONE] * len(on_cpu))
         if on_gpu:
             torch._foreach_add_([counter for counter, _ in on_gpu.values()], 1)
         for parameter, (counter, value) in on_gpu.items():

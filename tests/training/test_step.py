@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import threading
 from typing import Any
 
 import pytest
@@ -180,6 +181,43 @@ def test_a_loss_that_is_not_finite_raises_and_changes_nothing(value: float, guar
     after = [v for s in optimizer.state.values() for v in s.values()]
     assert all(torch.equal(a, b) for a, b in zip(after, moments, strict=True))
     assert math.isfinite(step(walks(8)).nll), "training can go on"
+
+
+def test_a_step_leaves_the_value_checks_of_other_threads() -> None:
+    flow, bad = build(), torch.full((1, D), math.nan)
+    errors: list[str] = []
+
+    def score() -> None:
+        try:
+            flow.log_prob(bad)
+        except ValueError as error:
+            errors.append(str(error))
+
+    def within_a_step(*_: object) -> None:
+        handle.remove()
+        thread = threading.Thread(target=score)
+        thread.start()
+        thread.join()
+
+    handle = flow.transforms[0].register_forward_hook(within_a_step)
+    assert math.isfinite(TrainingStep(flow, sgd(flow, 1e-9))(walks(4)).nll)
+    assert len(errors) == 1 and "x must be finite" in errors[0]
+
+
+@pytest.mark.parametrize("kind", [torch.optim.Adam, fastmaf.optim.FusedAdam])
+def test_gradients_of_parameters_without_an_optimiser_do_not_count_in_the_norm(kind: Any) -> None:
+    """Nobody clears them: they add up from step to step."""
+    steps = []
+    for size in (0.0, 1e6):
+        flow = build()
+        frozen, *rest = flow.transforms
+        for parameter in frozen.parameters():
+            parameter.grad = torch.full_like(parameter, size)
+        trained = [p for part in rest for p in part.parameters()]
+        TrainingStep(flow, kind(trained, eps=1.0), Guards(max_grad_norm=1e-3))(walks(64))
+        steps.append(flat(flow))
+    assert torch.equal(*steps)
+    assert not torch.equal(steps[0], flat(build()))
 
 
 def test_non_finite_gradients_of_a_finite_loss_are_skipped() -> None:
