@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -50,8 +50,16 @@ class StepCounts:
             self._known[parameter] = counter, counter._version, value + 1
 
 
+class Updates(Protocol):
+    """The Adam updates of single parameters in one step."""
+
+    def begin(self, parameter: Tensor, group: dict[str, Any]) -> Update:
+        """Begins the one update of a parameter of this group; returns its moments and scalars."""
+        ...
+
+
 class EagerUpdates:
-    """Adam updates of single parameters, begun one by one and counted together.
+    """Updates that are executed at once, and counted together when all are begun.
 
     Attributes:
         counters: the step counters of the parameters whose updates were begun.
@@ -63,7 +71,7 @@ class EagerUpdates:
         self._numbers: dict[tuple[int, int], AdamNumbers] = {}  # most parameters share a group and a step
 
     def begin(self, parameter: Tensor, group: dict[str, Any]) -> Update:
-        """Begins the one update of a parameter of this group; returns its moments and scalars."""
+        """See ``Updates``; creates the state of a parameter that has none."""
         state = self._state[parameter]
         if not state:
             state.update(_initial_state(parameter, group))

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from functools import cached_property, partial
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.optim import optimizer as torch_optimizer
 
-from fastmaf.training.adam_updates import EagerUpdates, StepCounts
+from fastmaf.training.adam_updates import EagerUpdates, StepCounts, Updates
 from fastmaf.training.gradient_sink import ApplyingSink, Gradients, StoringSink, backward, single_uses
 from fastmaf.training.guards import check_loss, check_processes, clip_scale
 
@@ -52,42 +52,9 @@ class FusedAdam(torch.optim.Adam):
         True
     """
 
-    def __init__(
-        self,
-        params: Iterable[Any],
-        lr: float | Tensor = 1e-3,
-        betas: tuple[float | Tensor, float | Tensor] = (0.9, 0.999),
-        eps: float = 1e-8,
-        weight_decay: float = 0.0,
-        amsgrad: bool = False,
-        *,
-        foreach: bool | None = None,
-        maximize: bool = False,
-        capturable: bool = False,
-        differentiable: bool = False,
-        fused: bool | None = None,
-        decoupled_weight_decay: bool = False,
-    ) -> None:
-        self._counts = StepCounts()
-        super().__init__(
-            params,
-            lr,
-            betas,
-            eps,
-            weight_decay,
-            amsgrad,
-            foreach=foreach,
-            maximize=maximize,
-            capturable=capturable,
-            differentiable=differentiable,
-            fused=fused,
-            decoupled_weight_decay=decoupled_weight_decay,
-        )
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        """Restores a pickled or copied optimiser, or a loaded ``state_dict``."""
-        self._counts = StepCounts()
-        super().__setstate__(state)
+    @cached_property
+    def _counts(self) -> StepCounts:
+        return StepCounts()
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds a group of parameters; see ``torch.optim.Optimizer``."""
@@ -150,16 +117,15 @@ class FusedAdam(torch.optim.Adam):
         check_processes()
         check_loss(loss, finite=check_finite)
         updates = EagerUpdates(self.state, self._counts)
-        uses = {} if self.has_step_hooks() else self._factorable(loss, groups)
         try:
             if max_grad_norm is None:
-                backward(loss, {p: ApplyingSink(node, updates, p, groups[p]) for p, node in uses.items()})
+                self._update_in_backward(loss, updates)
                 if any(parameter.grad is not None for parameter in updates.counters):
                     raise RuntimeError(
                         "a weight that was updated got another gradient, from a part of the graph that autograd does "
                         "not show: use loss.backward() and step() for this loss"
                     )
-            elif not self._clipped(loss, {p: StoringSink(node) for p, node in uses.items()}, updates, max_grad_norm):
+            elif not self._update_clipped(loss, updates, max_grad_norm):
                 return False
             updates.count()
             self.step()
@@ -192,8 +158,11 @@ class FusedAdam(torch.optim.Adam):
         """Returns all parameters, each with its group."""
         return {parameter: group for group in self.param_groups for parameter in group["params"]}
 
-    def _factorable(self, loss: Tensor, groups: dict[Tensor, dict[str, Any]]) -> dict[Tensor, object]:
+    def _factorable(self, loss: Tensor) -> dict[Tensor, object]:
         """Returns the parameters whose gradients need not be stored, each with the node of the graph that uses it."""
+        if self.has_step_hooks():
+            return {}
+        groups = self._groups()
         return {
             parameter: node
             for parameter, node in single_uses(loss).items()
@@ -203,24 +172,34 @@ class FusedAdam(torch.optim.Adam):
             and not (group["amsgrad"] or group["differentiable"] or has_hooks(parameter))
         }
 
-    def _clipped(self, loss: Tensor, sinks: dict[Tensor, StoringSink], updates: EagerUpdates, max_norm: float) -> bool:
-        """Runs the backward pass and applies the clipped gradients, or leaves them in ``grad`` for ``step``.
+    def _update_in_backward(self, loss: Tensor, updates: Updates) -> None:
+        """Runs the backward pass, which updates factorable parameters; the other gradients are left in ``grad``."""
+        groups, uses = self._groups(), self._factorable(loss)
+        backward(loss, {p: ApplyingSink(node, partial(updates.begin, p, groups[p])) for p, node in uses.items()})
 
-        Returns:
-            False where the norm is not finite; then nothing is applied.
-        """
-        groups = self._groups()
+    def _gradients(self, loss: Tensor) -> Gradients:
+        """Runs the backward pass; returns the gradients of all parameters."""
+        sinks = {parameter: StoringSink(node) for parameter, node in self._factorable(loss).items()}
         backward(loss, sinks)
-        gradients = Gradients.collect(sinks, groups)
+        return Gradients.collect(sinks, self._groups())
+
+    def _apply_factored(self, gradients: Gradients, updates: Updates, scale: float = 1.0) -> None:
+        """Updates the parameters whose gradients are factored, with ``scale`` times the gradient."""
+        groups = self._groups()
+        for weight, factors in gradients.factored.items():
+            factors.scaled(scale).adam_(updates.begin(weight, groups[weight]))
+
+    @torch.no_grad()
+    def _update_clipped(self, loss: Tensor, updates: Updates, max_norm: float) -> bool:
+        """Applies the clipped gradients, or leaves them in ``grad`` for ``step``; False if the norm is not finite."""
+        gradients = self._gradients(loss)
         norm = math.sqrt(float(gradients.squared_norm()))
         if not math.isfinite(norm):
             return False
         scale = clip_scale(norm, max_norm)
-        with torch.no_grad():
-            if scale != 1.0 and gradients.stored:
-                torch._foreach_mul_(list(gradients.stored.values()), scale)
-            for weight, factors in gradients.factored.items():
-                factors.scaled(scale).adam_(updates.begin(weight, groups[weight]))
+        if scale != 1.0 and gradients.stored:
+            torch._foreach_mul_(list(gradients.stored.values()), scale)
+        self._apply_factored(gradients, updates, scale)
         return True
 
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from typing import Any, NamedTuple, Protocol
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -11,24 +11,18 @@ from torch import Tensor
 from fastmaf.kernels.factors import Factors, GradientSink, Update, set_sink
 
 
-class Updates(Protocol):
-    """Begins Adam updates of single parameters."""
-
-    def begin(self, parameter: Tensor, group: dict[str, Any]) -> Update:
-        """Begins the update of a parameter of this group; returns its moments and scalars."""
-        ...
-
-
 class ApplyingSink:
-    """Updates its weight as soon as the gradient is known."""
+    """Updates its weight as soon as the gradient is known.
+
+    Args:
+        node: the node of the autograd graph that the gradient comes from.
+        begin_update: returns the moments and scalars of the weight's update.
+    """
 
     updates_at_once = True
 
-    def __init__(self, node: object, updates: Updates, parameter: Tensor, group: dict[str, Any]) -> None:
-        self.node, self._updates, self._parameter, self._group = node, updates, parameter, group
-
-    def begin_update(self) -> Update:
-        return self._updates.begin(self._parameter, self._group)
+    def __init__(self, node: object, begin_update: Callable[[], Update]) -> None:
+        self.node, self.begin_update = node, begin_update
 
     def take(self, factors: Factors, need_inputs: bool) -> tuple[Tensor, ...]:
         return factors.adam_(self.begin_update(), need_inputs=need_inputs)

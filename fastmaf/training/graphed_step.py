@@ -15,7 +15,7 @@ from fastmaf.kernels.factors import AdamNumbers, Update
 from fastmaf.nn import zero_padding_
 from fastmaf.training.cuda_graphs import GraphCache, Key, ModuleState, can_replay, graph_key, record
 from fastmaf.training.fused_adam import FusedAdam, has_hooks
-from fastmaf.training.gradient_sink import ApplyingSink, Gradients, StoringSink, backward
+from fastmaf.training.gradient_sink import Gradients
 from fastmaf.training.guards import clip_scale
 
 
@@ -84,10 +84,8 @@ def capture_minimize(optimizer: FusedAdam, loss: Tensor, updates: CapturedUpdate
     Raises:
         NotCapturableError: a parameter has no state yet, or its gradient must be stored.
     """
-    groups = optimizer._groups()
-    uses = optimizer._factorable(loss, groups)
-    backward(loss, {p: ApplyingSink(node, updates, p, groups[p]) for p, node in uses.items()})
-    if any(parameter.grad is not None for parameter in groups):
+    optimizer._update_in_backward(loss, updates)
+    if any(parameter.grad is not None for parameter in optimizer._groups()):
         optimizer.zero_grad()
         raise NotCapturableError("a parameter that is not of the flow's blocks, or that has hooks, got a gradient")
 
@@ -98,10 +96,7 @@ def capture_gradients(optimizer: FusedAdam, loss: Tensor) -> Gradients:
     Raises:
         NotCapturableError: a parameter has hooks, which a replay would not call, or a group has ``amsgrad``.
     """
-    groups = optimizer._groups()
-    sinks = {parameter: StoringSink(node) for parameter, node in optimizer._factorable(loss, groups).items()}
-    backward(loss, sinks)
-    gradients = Gradients.collect(sinks, groups)
+    gradients, groups = optimizer._gradients(loss), optimizer._groups()
     optimizer.zero_grad()
     if any(has_hooks(p) or groups[p]["amsgrad"] or groups[p]["differentiable"] for p in gradients.stored):
         raise NotCapturableError("a parameter has hooks, or its group amsgrad or differentiable")
@@ -116,8 +111,7 @@ def capture_step(optimizer: FusedAdam, gradients: Gradients, updates: CapturedUp
         NotCapturableError: a parameter has no state yet, or does not have the memory layout that the kernel needs.
     """
     groups = optimizer._groups()
-    for weight, factors in gradients.factored.items():
-        factors.adam_(updates.begin(weight, groups[weight]))
+    optimizer._apply_factored(gradients, updates)
     for parameter, grad in gradients.stored.items():
         # torch's own step refuses to be captured; the kernel that reads its scalars on the device does not.
         if parameter.dtype != torch.float32 or not parameter.is_contiguous():
