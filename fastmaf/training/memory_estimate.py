@@ -70,9 +70,10 @@ def memory_estimate(
             transform counts as if it saved three tensors ``[N, D]``.
         batch: N, at least 1.
         optimiser: a torch optimiser or its class; None for ``log_prob`` under ``torch.no_grad()``.
-        update: how ``FusedAdam`` is used: ``"minimize"``, as by ``TrainingStep``; ``"clip"``, with ``max_grad_norm``,
-            as by ``TrainingStep`` under ``Guards(max_grad_norm=...)``, which may need less; or ``"step"``, after a
-            backward pass that stores gradients, as any torch optimiser.
+        update: how ``FusedAdam`` is used: ``"minimize"``, as by ``TrainingStep`` (which stores the gradients of a flow
+            of at most 65,536 weights); ``"clip"``, with ``max_grad_norm``, as by ``TrainingStep`` under
+            ``Guards(max_grad_norm=...)``, which may need less; or ``"step"``, after a backward pass that stores
+            gradients, as any torch optimiser.
         device: the device to run on, if not the flow's own; the CPU for a flow on ``"meta"``.
 
     Returns:

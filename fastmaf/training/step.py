@@ -12,8 +12,10 @@ from torch import Tensor
 from fastmaf.flows import Flow
 from fastmaf.training.fused_adam import FusedAdam
 from fastmaf.training.graphed_step import GraphedSteps
-from fastmaf.training.guards import Guards, NonFiniteLossError, clip_scale
+from fastmaf.training.guards import Guards, NonFiniteLossError, check_processes, clip_scale
 from fastmaf.validation import not_validating
+
+_FEW_WEIGHTS = 1 << 16
 
 
 class StepReport(NamedTuple):
@@ -69,7 +71,11 @@ class TrainingStep:
         self._running_nll: float | None = None
         self._warming = self.guards.warmup_steps > 0
         limit = self.guards.max_grad_norm
+        self._clips = limit is not None
         self._max_norm = math.inf if limit is None else limit * flow.features  # of the gradients of the loss
+        layers = flow._layers()
+        self._weights = sum(layer.layout.numel for layer in layers)
+        self._factors_per_sample = sum(layer.in_features + layer.out_features for layer in layers)
 
     def __call__(self, x: Tensor) -> StepReport:
         """Takes one step on the batch ``x`` ``[N, D]``.
@@ -101,20 +107,23 @@ class TrainingStep:
 
     def _minimize(self, loss: Tensor, batch: int) -> bool:
         """Takes a step on a finite loss; returns whether it was taken."""
-        clips = self.guards.max_grad_norm is not None
-        if isinstance(self.optimizer, FusedAdam) and not (clips and self._stores_gradients(batch)):
-            return self.optimizer.minimize(loss, self._max_norm if clips else None, check_finite=False)
+        if isinstance(self.optimizer, FusedAdam):
+            check_processes()
+            if not self._stores_gradients(batch):
+                return self.optimizer.minimize(loss, self._max_norm if self._clips else None, check_finite=False)
         loss.backward()
-        if clips and not self._clip():
+        if self._clips and not self._clip():
             return False
         self.optimizer.step()
         return True
 
     def _stores_gradients(self, batch: int) -> bool:
-        """Returns whether the gradients of a clipped step take less memory, and less time, than their factors."""
-        layers = self.flow._layers()
-        factors = batch * sum(layer.in_features + layer.out_features for layer in layers)
-        return self._graphs is None and factors > sum(layer.layout.numel for layer in layers)
+        """Returns whether to store gradients instead of factors: where they are smaller, a step is faster that way.
+
+        Without clipping no factors are kept, so gradients are stored only if they are small anyway.
+        """
+        small = self._clips or self._weights <= _FEW_WEIGHTS
+        return small and self._graphs is None and batch * self._factors_per_sample > self._weights
 
     def _jumps(self, nll: float) -> bool:
         """Returns whether the loss exceeds its running mean by more than the limit, and updates that mean."""

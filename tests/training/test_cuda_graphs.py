@@ -97,7 +97,10 @@ def batches(device: str, sizes: list[int]) -> list[torch.Tensor]:
 
 
 def train_twice(device: str, max_grad_norm: float | None, sizes: list[int]) -> None:
-    """Takes eager and replayed steps from one start, with two batch sizes and a learning rate that changes."""
+    """Takes eager and replayed steps from one start, with two batch sizes and a learning rate that changes.
+
+    The batches are so small that eager steps are in factored form, too.
+    """
     losses, flows, states = [], [], []
     guards = fastmaf.Guards(warmup_steps=4, max_grad_norm=max_grad_norm)
     for graphed in (False, True):
@@ -120,7 +123,7 @@ def train_twice(device: str, max_grad_norm: float | None, sizes: list[int]) -> N
 @on_gpu
 @pytest.mark.parametrize("max_grad_norm", [None, 0.05, 1e9])
 def test_replayed_steps_are_the_eager_ones(max_grad_norm: float | None) -> None:
-    train_twice("cuda", max_grad_norm, [4, 4, 4, 2, 4, 2, 2, 4])
+    train_twice("cuda", max_grad_norm, [2, 2, 2, 1, 2, 1, 1, 2])
 
 
 @pytest.mark.slow

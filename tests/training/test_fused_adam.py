@@ -231,7 +231,7 @@ def test_clipping(limit: float, way: str) -> None:
     Guards(), Guards(warmup_steps=4), Guards(max_grad_norm=1e-2), Guards(max_loss_jump=5.0),
     Guards(warmup_steps=3, max_grad_norm=0.1, max_loss_jump=5.0),
 ], ids=str)  # fmt: skip
-@pytest.mark.parametrize("rows", [2, 16])  # few rows: a clipped step keeps the gradients in factored form
+@pytest.mark.parametrize("rows", [2, 16])  # few rows: gradients are in factored form
 def test_guarded_training(guards: Guards, rows: int) -> None:
     def run(flow: fastmaf.MAF, optimizer: Any) -> list[float]:
         step = TrainingStep(flow, optimizer, guards)
