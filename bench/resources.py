@@ -28,6 +28,7 @@ from triton.compiler import ASTSource
 
 import fastmaf
 from fastmaf.kernels.triton_parts import Launched, recording
+from fastmaf.training.graphed_step import CapturedUpdates, capture_gradients, capture_step
 
 # Compute capability: multiprocessors of a card that has it, for the size of grids.
 CARDS = {61: 6, 75: 40, 80: 108, 90: 132}
@@ -101,9 +102,9 @@ def _use(flow: fastmaf.MAF, batches: Sequence[int]) -> None:
         optimizer = fastmaf.optim.FusedAdam(flow.parameters())
         optimizer.zero_grad()
         optimizer.minimize(flow.log_prob(x).sum(), check_finite=False)  # nothing has values
-        gradients = optimizer.capture_gradients(flow.log_prob(x.requires_grad_()).sum())
+        gradients = capture_gradients(optimizer, flow.log_prob(x.requires_grad_()).sum())
         gradients.squared_norm()
-        optimizer.capture_step(gradients, optimizer.captured_updates())
+        capture_step(optimizer, gradients, CapturedUpdates(optimizer))
         with torch.no_grad():
             for model in (flow, stored) if batch == batches[0] else (flow,):
                 model.log_prob(x)

@@ -27,6 +27,7 @@ import fastmaf
 from fastmaf.bench import machine
 from fastmaf.kernels.launch_table import TABLES, Table, family
 from fastmaf.training.cuda_graphs import _stream, record
+from fastmaf.training.graphed_step import CapturedUpdates, capture_minimize
 
 # The tiles (rows, columns) that are tried for each entry.
 TILES: dict[str, tuple[tuple[int, int], ...]] = {
@@ -81,9 +82,9 @@ def trial(flow: fastmaf.MAF, entry: str) -> Trial:
         return moment.clone()
 
     def recorded() -> Callable[[], object]:
-        updates = optimizer.captured_updates()
-        graph = record(lambda: optimizer.capture_minimize(-flow.log_prob(x).mean(), updates), device)
-        optimizer.advance(updates)
+        updates = CapturedUpdates(optimizer)
+        graph = record(lambda: capture_minimize(optimizer, -flow.log_prob(x).mean(), updates), device)
+        updates.advance()
         return graph.replay
 
     return Trial(back, recorded)

@@ -23,9 +23,9 @@ if TYPE_CHECKING:
     from fastmaf.kernels.launch_table import use_precision
     from fastmaf.nn import MADE, MaskedLinear
     from fastmaf.training.cuda_graphs import ReplayedLogProb
-    from fastmaf.training.loss_checks import NonFiniteLossError
+    from fastmaf.training.guards import Guards, NonFiniteLossError
     from fastmaf.training.memory_estimate import memory_estimate
-    from fastmaf.training.step import Guards, StepReport, TrainingStep
+    from fastmaf.training.step import StepReport, TrainingStep
     from fastmaf.transforms import (
         AffineAutoregressive,
         GaussianWhitening,
@@ -77,14 +77,14 @@ _MODULE_OF = {
     "Detector": "fastmaf.inspection.detector",
     "Flow": "fastmaf.flows",
     "GaussianWhitening": "fastmaf.transforms",
-    "Guards": "fastmaf.training.step",
+    "Guards": "fastmaf.training.guards",
     "LeakyMaskError": "fastmaf.convert",
     "LocalAutoregressive": "fastmaf.transforms",
     "Logit": "fastmaf.transforms",
     "MADE": "fastmaf.nn",
     "MAF": "fastmaf.flows",
     "MaskedLinear": "fastmaf.nn",
-    "NonFiniteLossError": "fastmaf.training.loss_checks",
+    "NonFiniteLossError": "fastmaf.training.guards",
     "NotInvertibleError": "fastmaf.transforms",
     "Permutation": "fastmaf.transforms",
     "ReplayedLogProb": "fastmaf.training.cuda_graphs",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import operator
+import threading
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Protocol
@@ -69,6 +70,13 @@ def as_sizes(name: str, sizes: int | Sequence[int]) -> tuple[int, ...]:
     return result
 
 
+class _Thread(threading.local):
+    disabled = False
+
+
+_thread = _Thread()
+
+
 def validates(setting: bool | None, x: Tensor) -> bool:
     """Returns whether values are to be checked.
 
@@ -80,7 +88,7 @@ def validates(setting: bool | None, x: Tensor) -> bool:
     """
     if torch.compiler.is_compiling():
         return False
-    if not (x.device.type == "cpu" if setting is None else setting) or x.is_meta:
+    if _thread.disabled or not (x.device.type == "cpu" if setting is None else setting) or x.is_meta:
         return False
     if x.device.type == "cuda":
         return not torch.cuda.is_current_stream_capturing()
@@ -174,13 +182,10 @@ def check_samples(flow: ValidatedFlow, z: Tensor, *results: Tensor) -> None:
 
 
 @contextmanager
-def not_validating(flow: ValidatedFlow) -> Iterator[None]:
-    """Disables the value checks of a flow within a block, for callers that check results themselves.
-
-    The setting belongs to the flow, so several threads must not train one flow at the same time.
-    """
-    before, flow.validate_args = flow.validate_args, False
+def not_validating() -> Iterator[None]:
+    """Disables value checks in this thread within the block, for callers that check results themselves."""
+    previous, _thread.disabled = _thread.disabled, True
     try:
         yield
     finally:
-        flow.validate_args = before
+        _thread.disabled = previous

@@ -14,7 +14,7 @@ import fastmaf
 from fastmaf.capsule.config import TrainConfig
 from fastmaf.io.run_folder import DoesNotFitError, format_bytes
 from fastmaf.training.available_memory import available_memory
-from fastmaf.training.blas import allocate_work_buffers
+from fastmaf.training.workspace import allocate_work_buffers
 
 # Covers what the estimate does not include: images, validation batches, the curve, fragmentation.
 _RESERVE = 1.05

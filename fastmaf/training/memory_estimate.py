@@ -1,8 +1,8 @@
-"""How much memory a flow takes to train or to score, computed from the shapes of its layers: nothing is run.
+"""The memory that a flow takes to train or to score, computed from the shapes of its layers without running anything.
 
-A training step holds the parameters, the optimiser's state, the gradients and what the forward pass keeps for the
-backward pass; its peak lies in one of a few moments, each of which holds something of its own beside these. What those
-are follows from the code of the backends, and tests hold it against the allocators' own counts.
+A training step holds the parameters, the optimiser's state, the gradients and the activations saved for the backward
+pass. Its peak lies in one of a few moments, each with transient tensors of its own. They follow from the code of the
+backends; tests compare them with the allocators' counts.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from fastmaf.kernels import backends
 from fastmaf.kernels.layout import padding_is_held
 from fastmaf.nn import MaskedLinear
 from fastmaf.training.fused_adam import FusedAdam
-from fastmaf.training.optimiser_memory import Optimiser, forms_no_gradients, state_per_number, step_bytes
-from fastmaf.training.workspace import workspace_bytes
+from fastmaf.training.optimiser_memory import Optimiser, state_per_number, step_bytes, stores_no_gradients
+from fastmaf.training.workspace import runs_on, workspace_bytes
 from fastmaf.transforms import Permutation
 
 Update: TypeAlias = Literal["minimize", "step", "clip"]
@@ -31,14 +31,14 @@ _HUGE_PAGE = 2 << 20  # see empty_on_huge_pages
 
 
 class MemoryParts(NamedTuple):
-    """What lies in memory at the peak of a training step or of a scoring pass, in bytes; ``sum`` gives the whole.
+    """The bytes in memory at the peak of a training step or of a scoring pass; ``sum`` gives the total.
 
     Attributes:
-        weights: parameters, buffers, and where the padding of packed weights lies.
+        weights: parameters, buffers, and the indices of the padding of packed weights.
         optimiser: the optimiser's state.
-        gradients: of the parameters, as far as they are stored at that moment.
-        activations: the batch ``[N, D]``, z, and what is kept for the backward pass.
-        transient: what one op or another needs while it runs, and what it keeps for its next call.
+        gradients: the gradients that are stored at that moment.
+        activations: the batch ``[N, D]``, z, and the activations saved for the backward pass.
+        transient: temporary tensors of the ops, and the work buffers that backends keep for their next call.
     """
 
     weights: int
@@ -58,28 +58,35 @@ def memory_estimate(
 ) -> int:
     """Returns the bytes at the peak of a training step on the mean NLL of a batch, or of scoring a batch.
 
-    It counts tensors and kernels' buffers, so what ``torch.cuda.max_memory_allocated`` shows; on the CPU what is
-    allocated, aside from Python, torch and libraries: the work buffers that the torch backend's BLAS library allocates
-    on first use depend on the library, the CPU and the number of threads, and are not counted (see
-    ``allocate_work_buffers``). Nothing is run, and of the flow only shapes are read: one built on ``device="meta"``
-    takes no memory itself.
+        bytes = weights + optimiser + gradients + activations + transient       (see ``MemoryParts``)
+
+    It counts tensors and backends' work buffers: on a GPU what ``torch.cuda.max_memory_allocated`` shows; on the CPU
+    what is allocated, other than by Python, torch and libraries. The work buffers of the BLAS library, which the torch
+    backend uses, are not counted (see ``allocate_work_buffers``). Nothing is run, and only shapes of the flow are read:
+    it may be on ``device="meta"``, where it takes no memory.
 
     Args:
-        flow: any flow, also one of ``to_inference()``. Parameters that require no gradient are not trained. A transform
-            of a class that fastmaf does not know counts as if it kept three tensors ``[N, D]``.
+        flow: any flow, also one of ``to_inference()``. Parameters that require no gradient are not trained. A custom
+            transform counts as if it saved three tensors ``[N, D]``.
         batch: N, at least 1.
         optimiser: a torch optimiser or its class; None for ``log_prob`` under ``torch.no_grad()``.
-        update: how ``FusedAdam`` is used: ``"minimize"``, as ``TrainingStep`` does; ``"clip"``, with its
-            ``max_grad_norm``, as ``TrainingStep`` does under ``Guards(max_grad_norm=...)``; or ``"step"``, after a
-            backward pass that stores gradients, as any torch optimiser.
-        device: where the flow is to run, if not where it is; a flow on ``"meta"`` is meant for the CPU.
+        update: how ``FusedAdam`` is used: ``"minimize"``, as by ``TrainingStep`` (which stores the gradients of a flow
+            of at most 65,536 weights); ``"clip"``, with ``max_grad_norm``, as by ``TrainingStep`` under
+            ``Guards(max_grad_norm=...)``, which may need less; or ``"step"``, after a backward pass that stores
+            gradients, as any torch optimiser.
+        device: the device to run on, if not the flow's own; the CPU for a flow on ``"meta"``.
 
     Returns:
-        Bytes. For ``sum``'s terms see ``memory_parts``, which takes the same arguments.
+        Bytes. ``memory_parts`` takes the same arguments and returns the terms.
 
     Raises:
         ValueError: ``batch`` is less than 1, or ``update`` is unknown.
-        TypeError: the optimiser's state cannot be found out.
+        TypeError: the size of the optimiser's state cannot be determined.
+
+    Example:
+        >>> flow = fastmaf.MAF(12288, 7, (512, 512), device="meta")
+        >>> 0.8e9 < fastmaf.memory_estimate(flow, 8) < 1.3e9
+        True
     """
     return sum(memory_parts(flow, batch, optimiser, update=update, device=device))
 
@@ -92,7 +99,7 @@ def memory_parts(
     update: Update = "minimize",
     device: torch.device | str | None = None,
 ) -> MemoryParts:
-    """Returns what ``memory_estimate`` adds up."""
+    """Returns the terms of ``memory_estimate``, which documents the arguments."""
     if batch < 1:
         raise ValueError(f"batch must be at least 1; found {batch}")
     if update not in get_args(Update):
@@ -117,7 +124,7 @@ def memory_parts(
 
 @dataclass(frozen=True)
 class _Case:
-    """What an estimate is made for, and the sizes that it is made of."""
+    """The arguments of an estimate, and the sizes that it is computed from."""
 
     flow: Flow
     batch: int
@@ -129,7 +136,7 @@ class _Case:
     @cached_property
     def factored(self) -> bool:
         """Whether the gradients of packed weights are not stored."""
-        return self.optimiser is not None and self.update != "step" and forms_no_gradients(self.optimiser)
+        return self.optimiser is not None and self.update != "step" and stores_no_gradients(self.optimiser)
 
     @cached_property
     def plane(self) -> int:
@@ -146,7 +153,7 @@ class _Case:
 
     @cached_property
     def layers(self) -> list[MaskedLinear]:
-        return [layer for made in self.flow._mades() for layer in made.layers]
+        return self.flow._layers()
 
     @cached_property
     def hidden(self) -> int:
@@ -156,11 +163,11 @@ class _Case:
 
     @cached_property
     def packed(self) -> set[int]:
-        """The identities of the packed weights."""
+        """The ids of the packed weights."""
         return {id(layer.weight) for layer in self.layers if layer.weight.dtype == layer.bias.dtype}
 
     def size(self, parameter: Tensor) -> int:
-        """The bytes of a parameter, or of what is allocated like it: see ``empty_on_huge_pages``."""
+        """Returns the bytes allocated for a parameter, its gradient or a moment; see ``empty_on_huge_pages``."""
         size = _bytes(parameter)
         on_huge_pages = id(parameter) in self.packed and self.device.type == "cpu" and size >= 4 * _HUGE_PAGE
         if not on_huge_pages or backends.missing("chain", "native") is not None:
@@ -176,23 +183,14 @@ def _bytes(tensor: Tensor) -> int:
     return tensor.numel() * tensor.element_size()
 
 
-def runs_on(flow: Flow, device: torch.device | str | None) -> tuple[torch.device, str]:
-    """Returns the device that a flow is to run on, ``device`` if given, and the name of its backend there."""
-    like = flow._like()
-    where = torch.device(("cpu" if like.is_meta else like.device) if device is None else device)
-    if (chosen := backends.chosen()) is not None:
-        return where, chosen
-    if where.type == "cuda" and not torch.cuda.is_available():  # a plan for another machine
-        return where, "triton"
-    return where, backends.default_backend("affine_output", torch.empty(0, device=where, dtype=like.dtype))
-
-
 def _padding(case: _Case) -> int:
-    """The int64 indices of the padding of weights. Each weight's are found once: on the CPU when it is drawn or loaded,
-    elsewhere when it is first used, or when the reference backend makes its gradient.
+    """Returns the bytes of the int64 indices of the weights' padding.
+
+    They are computed once per weight: on the CPU when it is initialised or loaded; elsewhere when it is first used, or
+    when the torch backend computes its gradient.
     """
     on_cpu = case.device.type == "cpu"
-    # On a GPU padding is zeroed by its indices, whenever a weight has been written to.
+    # On a GPU the padding is zeroed by index after each write to a weight.
     by_index = case.device.type == "cuda" or (case.optimiser is not None and case.backend == "reference")
     needed = by_index or (on_cpu and case.flow._like().is_meta)
     layouts = [layer.layout for layer in case.layers]
@@ -200,45 +198,43 @@ def _padding(case: _Case) -> int:
 
 
 def _scoring(case: _Case) -> int:
-    """The transient bytes of a pass that keeps nothing."""
+    """Returns the transient bytes of a forward pass without gradients."""
     plane = case.plane
     if case.backend != "reference":
         return 2 * plane  # z and its square
-    # The product [N, 2D], log-scale, z and what they are made of; x and log-scale of the block before; x reordered. A
-    # weight stored in fewer bits is widened for the product.
+    # The product [N, 2D], log-scale, z and their terms; x and log-scale of the previous block; the permuted x. A weight
+    # stored in fewer bits is converted for the product.
     planes = (6 if case.blocks == 1 else 8) + any(isinstance(t, Permutation) for t in case.flow.transforms)
     widened = [layer.layout.numel * case.item for layer in case.layers if layer.weight.dtype != layer.bias.dtype]
     return max(planes * plane, 4 * plane + max(widened, default=0))
 
 
 def _moments(case: _Case, optimiser: Optimiser) -> Iterator[tuple[int, int, int]]:
-    """Yields the moments in which the peak of a training step can lie: the bytes of stored gradients, of activations
-    and of transients.
-    """
-    plane, reference, one = case.plane, case.backend == "reference", case.blocks == 1
+    """Yields the bytes of stored gradients, activations and transients at each possible peak of a step."""
+    plane, reference, one_block = case.plane, case.backend == "reference", case.blocks == 1
     largest = max((_bytes(p) for p in case.trained if id(p) in case.packed), default=0)
     stored = [p for p in case.trained if not (case.factored and id(p) in case.packed)]
     grads = sum(_bytes(p) if reference else case.size(p) for p in stored)
-    kept = case.flow._kept_numel(case.batch) * case.item + plane  # and the batch itself
+    saved = case.flow._kept_numel(case.batch) * case.item + plane  # activations and the batch
 
-    # Going back through ½z²: z, and three tensors like it.
-    yield 0, kept, 4 * plane
+    # The backward pass of ½z²: z and three tensors like it.
+    yield 0, saved, 4 * plane
     if case.factored and case.update == "clip":
-        # Until the step, each layer's gradient from above waits with all that is kept, and a block's zeros beside it.
-        kept += (2 * case.blocks - 1) * plane + case.hidden
-        backward = (8 if reference else 3) if one else (10 if reference else 5)
-        yield grads, kept, backward * plane
-        # The reference forms a whole weight's gradient, and measures its norm in float64.
-        yield grads, kept, max(6 * plane, 5 * plane + largest) if reference else 0
-        yield grads, kept, 16 * (largest // case.item) if reference else 0
+        # Until the step, the factors hold each layer's output gradient and the saved activations.
+        saved += (2 * case.blocks - 1) * plane + case.hidden
+        backward = (8 if reference else 3) if one_block else (10 if reference else 5)
+        yield grads, saved, backward * plane
+        # The torch backend forms the gradient of one whole weight, and its norm in float64.
+        yield grads, saved, max(6 * plane, 5 * plane + largest) if reference else 0
+        yield grads, saved, 16 * (largest // case.item) if reference else 0
     elif not reference:
-        yield grads, kept, 2 * plane  # z and its gradient
+        yield grads, saved, 2 * plane  # z and its gradient
     else:
-        above = 1 if one else 4  # z, and what came from the block above
+        above = 1 if one_block else 4  # z, and the gradients of the block above
         if case.factored:
-            yield grads, kept, max(9 * plane, 8 * plane + largest) + above * plane
+            yield grads, saved, max(9 * plane, 8 * plane + largest) + above * plane
         else:
             first = sum(_bytes(layer.weight) for layer in case.flow._mades()[0].layers[:-1]) if case.blocks else 0
-            yield grads - first, kept, (8 + above) * plane
-            yield grads, kept, 6 * plane
+            yield grads - first, saved, (8 + above) * plane
+            yield grads, saved, 6 * plane
     yield grads, plane, step_bytes(optimiser, [_bytes(p) for p in stored], case.device)

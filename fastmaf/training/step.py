@@ -1,70 +1,56 @@
-"""Maximum-likelihood training steps, with the guards that keep deep flows in mixed orders from blowing up.
-
-A flow of several blocks multiplies its scales: one step too far at one block, and the next batch's NLL is off by
-orders of magnitude, from which Adam's moments take epochs to recover. Natural order in every block is tame; orders that
-alternate are not. The guards act on quantities *per dimension*, so that one setting serves every image size.
-"""
+"""Guarded maximum-likelihood training steps."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from fastmaf.flows import Flow
-from fastmaf.training.cuda_graphs import GraphedSteps
 from fastmaf.training.fused_adam import FusedAdam
-from fastmaf.training.loss_checks import NonFiniteLossError
+from fastmaf.training.graphed_step import GraphedSteps
+from fastmaf.training.guards import Guards, NonFiniteLossError, check_processes, clip_scale
 from fastmaf.validation import not_validating
 
-
-@dataclass(frozen=True)
-class Guards:
-    """What holds a training step back; the default holds nothing.
-
-    Attributes:
-        warmup_steps: the learning rate rises linearly over this many steps.
-        max_grad_norm: gradients of the loss per dimension (nats/dim) are scaled down to this L2 norm; None to leave
-            them.
-        max_leap: a step whose loss lies more than this many nats/dim above the running mean is skipped; None to take
-            all.
-    """
-
-    warmup_steps: int = 0
-    max_grad_norm: float | None = None
-    max_leap: float | None = None
-
-    def __post_init__(self) -> None:
-        if self.warmup_steps < 0:
-            raise ValueError(f"warmup_steps must be 0 or more; found {self.warmup_steps}")
-        for name in ("max_grad_norm", "max_leap"):
-            value = getattr(self, name)
-            if value is not None and not 0 < value < math.inf:
-                raise ValueError(f"{name} must be a positive number, or None for no limit; found {value}")
+_FEW_WEIGHTS = 1 << 16
 
 
 class StepReport(NamedTuple):
-    """What one step did: the batch's mean NLL in nats, before the step, and whether its update was skipped."""
+    """The result of one training step.
+
+    Attributes:
+        nll: mean negative log-likelihood of the batch before the step, in nats.
+        skipped: whether the parameters were left as they were.
+    """
 
     nll: float
     skipped: bool
 
 
 class TrainingStep:
-    """One guarded step of maximum likelihood: ``step(x)`` minimises the mean NLL of a batch.
+    """One guarded step of maximum likelihood on a batch x ``[N, D]``:
+
+        minimise  -(1/N) Σ_n log p(x_n)
 
     Args:
         flow: the model.
-        optimizer: any torch optimiser over its parameters; its learning rates at this moment are what warm-up rises to.
-        guards: see ``Guards``.
+        optimizer: any torch optimiser over its parameters; ``FusedAdam`` is the fastest. Warm-up rises to the learning
+            rates that it has now.
+        guards: limits on the step; see ``Guards``. None for no limits.
         graphs: on a GPU, replay steps of ``FusedAdam`` as CUDA graphs, from the second batch of a shape on.
+
+    Example:
+        >>> flow = fastmaf.MAF(6, 2, (16,), order="natural", seed=0)
+        >>> step = fastmaf.TrainingStep(flow, fastmaf.optim.FusedAdam(flow.parameters(), lr=1e-2))
+        >>> reports = [step(torch.zeros(4, 6)) for _ in range(2)]
+        >>> reports[1].nll < reports[0].nll
+        True
     """
 
-    _MEMORY = 0.9  # of the running mean of the loss, per step
+    _DECAY = 0.9  # of the running mean of the loss, per step
 
     def __init__(
         self,
@@ -82,8 +68,14 @@ class TrainingStep:
             self._graphs = GraphedSteps(flow, optimizer, clips=self.guards.max_grad_norm is not None)
         self.steps = 0
         self._lr = [float(group["lr"]) for group in optimizer.param_groups]
-        self._usual_nll: float | None = None
+        self._running_nll: float | None = None
         self._warming = self.guards.warmup_steps > 0
+        limit = self.guards.max_grad_norm
+        self._clips = limit is not None
+        self._max_norm = math.inf if limit is None else limit * flow.features  # of the gradients of the loss
+        layers = flow._layers()
+        self._weights = sum(layer.layout.numel for layer in layers)
+        self._factors_per_sample = sum(layer.in_features + layer.out_features for layer in layers)
 
     def __call__(self, x: Tensor) -> StepReport:
         """Takes one step on the batch ``x`` ``[N, D]``.
@@ -92,14 +84,14 @@ class TrainingStep:
             NonFiniteLossError: the loss is not finite; nothing was changed.
         """
         self.optimizer.zero_grad(set_to_none=True)
-        graphed = None if self._graphs is None else self._graphs.of(x)
-        with not_validating(self.flow):  # the loss is looked at below
+        graphed = None if self._graphs is None else self._graphs.get(x)
+        with not_validating():  # the loss is checked below
             loss = -self.flow.log_prob(x).mean() if graphed is None else graphed.forward(x)
         nll = float(loss.detach())
         if not math.isfinite(nll):
             raise NonFiniteLossError(f"the NLL of a batch became {nll} at step {self.steps + 1}")
         self.steps += 1
-        if self._leaps(nll):
+        if self._jumps(nll):
             return StepReport(nll, skipped=True)
         if self._warming:
             for group, lr in zip(self.optimizer.param_groups, self._lr, strict=True):
@@ -107,55 +99,55 @@ class TrainingStep:
             # Afterwards the learning rates are the user's: a scheduler may set them.
             self._warming = self.steps < self.guards.warmup_steps
         if graphed is not None:
-            return StepReport(nll, skipped=not graphed.minimize(self._max_norm()))
-        taken = self._minimize(loss)
+            return StepReport(nll, skipped=not graphed.minimize(self._max_norm))
+        taken = self._minimize(loss, len(x))
         if taken and self._graphs is not None:
-            self._graphs.stepped(x)
+            self._graphs.ran_eagerly(x)
         return StepReport(nll, skipped=not taken)
 
-    def _minimize(self, loss: Tensor) -> bool:
-        """Takes a step on a finite loss; says whether it was taken."""
+    def _minimize(self, loss: Tensor, batch: int) -> bool:
+        """Takes a step on a finite loss; returns whether it was taken."""
         if isinstance(self.optimizer, FusedAdam):
-            limit = None if self.guards.max_grad_norm is None else self._max_norm()
-            return self.optimizer.minimize(loss, limit, check_finite=False)
+            check_processes()
+            if not self._stores_gradients(batch):
+                return self.optimizer.minimize(loss, self._max_norm if self._clips else None, check_finite=False)
         loss.backward()
-        if not self._clip():
+        if self._clips and not self._clip():
             return False
         self.optimizer.step()
         return True
 
-    def _leaps(self, nll: float) -> bool:
-        usual, limit = self._usual_nll, self.guards.max_leap
+    def _stores_gradients(self, batch: int) -> bool:
+        """Returns whether to store gradients instead of factors: where they are smaller, a step is faster that way.
+
+        Without clipping no factors are kept, so gradients are stored only if they are small anyway.
+        """
+        small = self._clips or self._weights <= _FEW_WEIGHTS
+        return small and self._graphs is None and batch * self._factors_per_sample > self._weights
+
+    def _jumps(self, nll: float) -> bool:
+        """Returns whether the loss exceeds its running mean by more than the limit, and updates that mean."""
+        mean, limit = self._running_nll, self.guards.max_loss_jump
         if limit is None:
             return False
-        leap = usual is not None and (nll - usual) / self.flow.features > limit
-        # A leap counts as no more than the limit, but it does count: if the loss stays high, training goes on from
-        # there.
-        seen = nll if usual is None else min(nll, usual + limit * self.flow.features)
-        self._usual_nll = seen if usual is None else self._MEMORY * usual + (1 - self._MEMORY) * seen
-        return leap
-
-    def _max_norm(self) -> float:
-        """Returns the limit on the norm of the loss's gradients."""
-        limit = self.guards.max_grad_norm
-        return math.inf if limit is None else limit * self.flow.features
+        jumps = mean is not None and (nll - mean) / self.flow.features > limit
+        # A jump counts as much as the limit: if the loss stays high, the mean rises and training goes on.
+        capped = nll if mean is None else min(nll, mean + limit * self.flow.features)
+        self._running_nll = capped if mean is None else self._DECAY * mean + (1 - self._DECAY) * capped
+        return jumps
 
     def _clip(self) -> bool:
-        """Scales the gradients down where they exceed the limit; says whether they are finite."""
-        if self.guards.max_grad_norm is None:
-            return True
-        grads = [p.grad for p in self.flow.parameters() if p.grad is not None]
-        norm = float(torch.nn.utils.get_total_norm(grads)) / self.flow.features
-        if not math.isfinite(norm):
-            return False
-        if norm > self.guards.max_grad_norm:
-            torch._foreach_mul_(grads, self.guards.max_grad_norm / norm)
-        return True
+        """Scales the gradients down where they exceed the limit; returns whether they are finite."""
+        grads = [p.grad for group in self.optimizer.param_groups for p in group["params"] if p.grad is not None]
+        norm = float(torch.nn.utils.get_total_norm(grads))
+        if (scale := clip_scale(norm, self._max_norm)) != 1.0:
+            torch._foreach_mul_(grads, scale)
+        return math.isfinite(norm)
 
     def state_dict(self) -> dict[str, Any]:
-        """Returns the guards' own state; plain JSON types."""
-        return {"steps": self.steps, "usual_nll": self._usual_nll, "warming": self._warming}
+        """Returns the state of the guards, as plain JSON types."""
+        return {"steps": self.steps, "usual_nll": self._running_nll, "warming": self._warming}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restores what ``state_dict`` returned."""
-        self.steps, self._usual_nll, self._warming = state["steps"], state["usual_nll"], state["warming"]
+        """Restores the state that ``state_dict`` returned."""
+        self.steps, self._running_nll, self._warming = state["steps"], state["usual_nll"], state["warming"]

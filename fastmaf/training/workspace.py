@@ -1,80 +1,143 @@
-"""The buffers that backends hold on to from call to call, as part of ``fastmaf.memory_estimate``."""
+"""Work buffers that backends and the BLAS library keep from call to call, as part of ``fastmaf.memory_estimate``.
+
+The size of the backends' buffers follows from shapes. Those of BLAS libraries, which pack matrices, depend on the
+library, the CPU and the number of threads, from nothing to tens of megabytes, and no library reports them. So they are
+not predicted; ``allocate_work_buffers`` allocates them before the remaining memory is measured.
+"""
 
 from __future__ import annotations
 
 import torch
 
 from fastmaf.flows import Flow
-from fastmaf.kernels import work_lists
+from fastmaf.kernels import PackedLayout, backends, work_lists
 from fastmaf.kernels.launch_table import TABLES, family
+
+
+def runs_on(flow: Flow, device: torch.device | str | None) -> tuple[torch.device, str]:
+    """Returns the device that a flow is to run on, ``device`` if given, and the name of its backend there."""
+    like = flow._like()
+    where = torch.device(("cpu" if like.is_meta else like.device) if device is None else device)
+    if (chosen := backends.chosen()) is not None:
+        return where, chosen
+    if where.type == "cuda" and not torch.cuda.is_available():  # an estimate for another machine
+        return where, "triton"
+    return where, backends.default_backend("affine_output", torch.empty(0, device=where, dtype=like.dtype))
+
+
+@torch.no_grad()
+def allocate_work_buffers(
+    flow: Flow, batch: int, *, training: bool = True, device: torch.device | str | None = None
+) -> None:
+    """Makes the BLAS library allocate the work buffers that it keeps while a flow runs.
+
+    For use before free memory is compared with ``memory_estimate``, which does not count them. Where the flow runs on
+    the torch backend and the CPU, matrices of zeros are multiplied, with the shapes and strides of the products of each
+    layer. This takes about the time of one block's part of a training step, and the memory of one layer's inputs,
+    outputs and largest tile. On other backends nothing is done, as they use no BLAS library.
+
+    Args:
+        flow: gives the shapes; it is not run and may be on ``device="meta"``.
+        batch: N.
+        training: whether to include the products of the backward pass.
+        device: the device to run on, if not the flow's own; the CPU for a flow on ``"meta"``.
+
+    Example:
+        >>> flow = fastmaf.MAF(6, 2, (16,), order="natural", device="meta")
+        >>> fastmaf.allocate_work_buffers(flow, 8)
+    """
+    where, backend = runs_on(flow, device)
+    if where.type != "cpu" or backend != "reference":
+        return
+    dtype = flow._like().dtype
+    layouts = {(layer.in_features, *layer.layout.tiles): layer.layout for layer in flow._layers()}
+    for layout in layouts.values():
+        _multiply(layout, batch, dtype, training)
+
+
+def _multiply(layout: PackedLayout, batch: int, dtype: torch.dtype, training: bool) -> None:
+    """Computes the products of ``kernels/masked_linear/reference.py``, tile by tile."""
+    inputs = torch.zeros(batch, layout.in_features, dtype=dtype, device="cpu")
+    outputs = torch.zeros(batch, layout.out_features, dtype=dtype, device="cpu")
+    outputs_t = outputs.t().contiguous()
+    bias = torch.zeros(layout.out_features, dtype=dtype, device="cpu")
+    for tile in layout.tiles:
+        if not tile.width:
+            continue
+        rows = slice(tile.row_start, tile.row_end)
+        x, y = inputs[:, : tile.width], outputs[:, rows]
+        weight = torch.zeros(tile.row_end - tile.row_start, tile.width, dtype=dtype, device="cpu")
+        torch.addmm(bias[rows], x, weight.t(), out=y)
+        if training:
+            x.addmm_(y, weight)
+            torch.mm(outputs_t[rows], x, out=weight)
 
 
 def workspace_bytes(
     flow: Flow, batch: int, device: torch.device, backend: str, *, training: bool, layer_by_layer: bool
 ) -> int:
-    """Returns the bytes that a backend's own buffers come to.
+    """Returns the bytes of a backend's own buffers.
 
     Args:
-        flow: what runs; shapes alone are read.
+        flow: gives the shapes.
         batch: N.
         device: where it runs.
         backend: ``"reference"``, ``"native"`` or ``"triton"``.
-        training: the backward pass runs too.
-        layer_by_layer: it goes through the layers in calls of their own, as ``FusedAdam.minimize`` does with
+        training: whether the backward pass runs too.
+        layer_by_layer: whether the backward pass calls the kernels layer by layer, as ``FusedAdam.minimize`` does with
             ``max_grad_norm``.
     """
     if backend == "triton":
-        return _of_kernels(flow, batch, device, training=training)
-    if device.type != "cpu" or backend != "native":
-        return 0  # torch's ops hold none of their own; for those of the BLAS library see fastmaf.training.blas
-    return _scratch(flow, batch, training=training, layer_by_layer=layer_by_layer)
+        return _triton_bytes(flow, batch, device, training=training)
+    if device.type == "cpu" and backend == "native":
+        return _native_bytes(flow, batch, training=training, layer_by_layer=layer_by_layer)
+    return 0
 
 
-def _of_kernels(flow: Flow, n: int, device: torch.device, *, training: bool) -> int:
-    """What chain/triton_kernel.py asks for beside what is kept: partial sums, and planes ``[N, D]`` between kernels.
+def _triton_bytes(flow: Flow, n: int, device: torch.device, *, training: bool) -> int:
+    """Returns the buffers of chain/triton_kernel.py: partial sums, and planes ``[N, D]`` between kernels.
 
-    The memory model counts two planes of a pass already: z with its square, or with its gradient.
+    The estimate counts two planes of a pass already: z with its square, or with its gradient.
     """
     card = torch.cuda.get_device_properties(device) if torch.cuda.is_available() and device.type == "cuda" else None
     capability = 61 if card is None else 10 * card.major + card.minor
     sms = 6 if card is None else card.multi_processor_count
     table, host = TABLES[family(capability)], torch.device("cpu")
-    layers = [layer for made in flow._mades() for layer in made.layers]
+    layers = flow._layers()
     aligned = all(work_lists.rows(layer.layout.table, host).aligned for layer in layers)
     launch = (table.lanes if n == 1 else table.dot).fitted(aligned)
     tiles = -(-n // table.most_samples)
     plane, numbers = n * flow.features, [0]
     for layer in layers:
         is_output = layer.in_features < layer.out_features and layer.layout.out_features == 2 * flow.features
-        if not training and not is_output:
+        if training:
+            shape = table.backward_of(min(n, table.most_samples)).fitted(aligned)
+            programs = sms * shape.programs_per_sm
+            work = work_lists.backward(layer.layout.table, host, layer.in_features, shape.rows, shape.columns, programs)
+            from_above = 4 * plane if is_output else n * layer.out_features + 2 * plane
+            numbers.append(work.slots * n * layer.in_features + from_above)
+        elif not is_output:
             programs = -(-sms * launch.programs_per_sm // tiles)
             work = work_lists.forward(layer.layout.table, host, launch.rows, launch.columns, programs)
             numbers.append(work.slots * n * layer.out_features)
-        if training:
-            one = table.backward_of(min(n, table.most_samples)).fitted(aligned)
-            programs = sms * one.programs_per_sm
-            work = work_lists.backward(layer.layout.table, host, layer.in_features, one.rows, one.columns, programs)
-            above = 4 * plane if is_output else n * layer.out_features + 2 * plane
-            numbers.append(work.slots * n * layer.in_features + above)
-    # Shares of log-determinants are float64; where a row lies and how wide it is takes 12 bytes of it.
+    # Partial log-determinants are float64; the base and the width of a row take 12 bytes.
     lists = sum(12 * layer.out_features + 4 * (layer.in_features + layer.out_features) for layer in layers)
-    shares = 8 * n * len(flow._mades()) * -(-2 * flow.features // launch.rows)
+    partial_sums = 8 * n * len(flow._mades()) * -(-2 * flow.features // launch.rows)
     planes = 0 if training else 2 * plane + n * sum(made.hidden_features[0] for made in flow._mades()[:1])
-    return 4 * (max(numbers) + planes) + lists + shares
+    return 4 * (max(numbers) + planes) + lists + partial_sums
 
 
-def _scratch(flow: Flow, n: int, *, training: bool, layer_by_layer: bool) -> int:
-    """What chain.cpp, forward.h and backward.h ask of ``Scratch`` in csrc/team.h, in all slots and threads."""
+def _native_bytes(flow: Flow, n: int, *, training: bool, layer_by_layer: bool) -> int:
+    """Returns the bytes that chain.cpp, forward.h and backward.h request from ``Scratch`` (csrc/team.h)."""
     threads = torch.get_num_threads()
-    mades = flow._mades()
-    layers = [layer for made in mades for layer in made.layers]
+    mades, layers = flow._mades(), flow._layers()
     widest = max((layer.in_features for layer in layers), default=0)
     # Activations in panels of 16 samples (small batches: in blocks of 512 columns), 64 samples at a time.
     pack = n * 528 * -(-widest // 512) if n <= 8 else 16 * -(-min(n, 64) // 16) * widest
     if not training:
         numbers = pack + n * (2 * flow.features + max((sum(made.hidden_features) for made in mades), default=0))
     else:
-        strips = n * (2 * 528 + 80)  # of each thread; in the first one's the forward pass has its pack
+        strips = n * (2 * 528 + 80)  # of each thread; the first one's holds the pack of the forward pass as well
         parts = 1 if threads == 1 else round(6.2 * threads)  # most_parts
         shared = [
             80 * n * -(-layer.out_features // 64)

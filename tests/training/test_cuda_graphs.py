@@ -1,6 +1,4 @@
-"""Replayed training steps and log-densities: the bookkeeping on the CPU, with replays that run the code again, and the
-graphs themselves on a GPU.
-"""
+"""Replayed training steps and log-densities: on a GPU the graphs themselves; on the CPU what surrounds them."""
 
 from __future__ import annotations
 
@@ -16,35 +14,44 @@ from torch.utils._pytree import tree_leaves
 import fastmaf
 from fastmaf.kernels import backends
 from fastmaf.training import cuda_graphs as graphs
-from fastmaf.training.gradient_sinks import Gradients
+from fastmaf.training import graphed_step
+from fastmaf.training.gradient_sink import Gradients
 from tests.core.helpers import build, normal
 from tests.tolerances import F32
 
-CUDA = torch.cuda.is_available()
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
 MISSING = next((why for op in backends.OPS if (why := backends.missing(op, "triton")) is not None), None)
-DEVICES = [
-    "cpu",
-    pytest.param("cuda", marks=[pytest.mark.gpu, pytest.mark.skipif(not CUDA, reason="needs an NVIDIA GPU")]),
-]
 pytestmark = pytest.mark.skipif(MISSING is not None, reason=str(MISSING))
 
 
-class RunAgain:
-    """Stands in for a CUDA graph where there is none: a replay runs the recorded code, recording it changes nothing."""
+def on_gpu(test: Callable[..., None]) -> Callable[..., None]:
+    """Marks a test for a GPU, where it runs with the Triton kernels."""
+    return pytest.mark.usefixtures("triton")(needs_gpu(pytest.mark.gpu(test)))
 
-    recorded = 0
+
+@pytest.fixture
+def triton() -> Iterator[None]:
+    with fastmaf.use_backend("triton"):
+        yield
+
+
+class RunAgain:
+    """Replaces a CUDA graph on the CPU: a replay runs the recorded code again; recording it changes nothing."""
+
     running = False
 
     def __init__(self, run: Callable[[], None], device: torch.device, pool: Any = None) -> None:
-        RunAgain.recorded += 1
         self._run = run
         owner = run.__self__  # type: ignore[attr-defined]
-        weights = [p.detach().clone() for p in owner._flow.parameters()]
-        state = copy.deepcopy(owner._optimizer.state_dict()) if hasattr(owner, "_optimizer") else None
+        tensors = [p.detach() for p in owner._flow.parameters()]
+        tensors += [v for state in owner._optimizer.state.values() for v in state.values()]
+        before = [tensor.clone() for tensor in tensors]
         try:
             self.replay()
         finally:
-            self.put_back(owner, weights, state)
+            for tensor, value in zip(tensors, before, strict=True):
+                if not torch.equal(tensor, value):  # autograd sees every write, also of the same numbers
+                    tensor.copy_(value)
 
     def replay(self) -> None:
         RunAgain.running = True
@@ -53,36 +60,32 @@ class RunAgain:
         finally:
             RunAgain.running = False
 
-    @staticmethod
-    def put_back(owner: Any, weights: list[torch.Tensor], state: dict[str, Any] | None) -> None:
-        with torch.no_grad():
-            for parameter, before in zip(owner._flow.parameters(), weights, strict=True):
-                if not torch.equal(parameter, before):  # a write is seen by autograd, even of the same numbers
-                    parameter.copy_(before)
-            if state is not None:
-                for key, tensors in state["state"].items():
-                    for name, before in tensors.items():
-                        owner._optimizer.state_dict()["state"][key][name].copy_(before)
-
     def pool(self) -> None:
         return None
 
 
-@pytest.fixture(params=DEVICES)
-def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    RunAgain.recorded = 0
+@pytest.fixture
+def run_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    step = torch.optim.Adam.step
+
+    def refuse(optimizer: Any, closure: Any = None) -> Any:
+        assert not RunAgain.running, "torch's own step cannot be captured"
+        return step(optimizer, closure)
+
+    monkeypatch.setattr(torch.optim.Adam, "step", refuse)
+    monkeypatch.setattr(graphed_step, "record", RunAgain)
+    monkeypatch.setattr(graphed_step, "can_replay", lambda flow: True)
+
+
+@pytest.fixture(
+    params=[pytest.param("cpu", marks=pytest.mark.slow), pytest.param("cuda", marks=[pytest.mark.gpu, needs_gpu])]
+)
+def device(request: pytest.FixtureRequest) -> str:
+    """For tests of which steps are replayed, which the CPU shows as well as a GPU."""
+    request.getfixturevalue("triton")
     if request.param == "cpu":
-        step = torch.optim.Adam.step
-
-        def refuse(optimizer: Any, closure: Any = None) -> Any:
-            assert not RunAgain.running, "torch refuses to let its own step be captured"
-            return step(optimizer, closure)
-
-        monkeypatch.setattr(torch.optim.Adam, "step", refuse)
-        monkeypatch.setattr(graphs, "record", RunAgain)
-        monkeypatch.setattr(graphs, "can_replay", lambda flow: True)
-    with fastmaf.use_backend("triton"):
-        yield request.param
+        request.getfixturevalue("run_again")
+    return str(request.param)
 
 
 def flow_on(device: str, **options: Any) -> fastmaf.MAF:
@@ -93,19 +96,21 @@ def batches(device: str, sizes: list[int]) -> list[torch.Tensor]:
     return [normal(n, 13, seed=i, dtype=F32).to(device) for i, n in enumerate(sizes)]
 
 
-@pytest.mark.parametrize("max_grad_norm", [None, 0.05, 1e9])
-def test_replayed_steps_are_the_eager_ones(device: str, max_grad_norm: float | None) -> None:
-    """With two batch sizes in turn, a learning rate that changes, and counts of steps that both kinds share."""
+def train_twice(device: str, max_grad_norm: float | None, sizes: list[int]) -> None:
+    """Takes eager and replayed steps from one start, with two batch sizes and a learning rate that changes.
+
+    The batches are so small that eager steps are in factored form, too.
+    """
     losses, flows, states = [], [], []
     guards = fastmaf.Guards(warmup_steps=4, max_grad_norm=max_grad_norm)
     for graphed in (False, True):
         flow = flow_on(device)
         optimizer = fastmaf.optim.FusedAdam(flow.parameters(), lr=1e-2, weight_decay=0.01)
         step = fastmaf.TrainingStep(flow, optimizer, guards, graphs=graphed)
-        losses.append([step(x).nll for x in batches(device, [4, 4, 4, 2, 4, 2, 2, 4])])
+        losses.append([step(x).nll for x in batches(device, sizes)])
         flows.append(flow)
         states.append(optimizer.state_dict()["state"])
-    # A clipped step's biases are torch's to update without graphs, and the kernel's with them: equal to rounding.
+    # In a clipped step the biases are updated by torch without graphs, and by the kernel with them.
     close = {"rtol": 0.0, "atol": 0.0} if max_grad_norm is None else {"rtol": 1e-5, "atol": 1e-7}
     torch.testing.assert_close(losses[0], losses[1], **close)
     for a, b in zip(flows[0].parameters(), flows[1].parameters(), strict=True):
@@ -113,11 +118,24 @@ def test_replayed_steps_are_the_eager_ones(device: str, max_grad_norm: float | N
     for key, tensors in states[0].items():
         for name, value in tensors.items():
             torch.testing.assert_close(value.cpu(), states[1][key][name].cpu(), **close)
-    if device == "cpu":
-        graphs_of_a_step = 2 if max_grad_norm is None else 3
-        assert RunAgain.recorded == 2 * graphs_of_a_step, "for each of two batch sizes"
 
 
+@on_gpu
+@pytest.mark.parametrize("max_grad_norm", [None, 0.05, 1e9])
+def test_replayed_steps_are_the_eager_ones(max_grad_norm: float | None) -> None:
+    train_twice("cuda", max_grad_norm, [2, 2, 2, 1, 2, 1, 1, 2])
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("triton", "run_again")
+@pytest.mark.parametrize("max_grad_norm", [None, 0.05])
+def test_the_code_of_replayed_steps_on_the_cpu(max_grad_norm: float | None) -> None:
+    """Without the faults that only a capture has, but with the counters and scalars of each replay."""
+    train_twice("cpu", max_grad_norm, [2, 2, 1, 2, 1])
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("triton")
 @pytest.mark.parametrize("clips", [False, True])
 def test_nothing_is_compiled_while_a_graph_is_recorded(clips: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """A kernel is compiled for the alignment of its pointers too: all that a graph holds must have run before."""
@@ -142,7 +160,7 @@ def test_nothing_is_compiled_while_a_graph_is_recorded(clips: bool, monkeypatch:
     def steps() -> None:
         loss = -flow.log_prob(x).mean()
         optimizer.minimize(loss, 1.0 if clips else None, check_finite=False)
-        graphs.GraphedStep(flow, optimizer, x, clips=clips)
+        graphed_step.GraphedStep(flow, optimizer, x, clips=clips)
         with torch.no_grad():
             flow.log_prob(x)
             graphs._GraphedLogProb(flow, x)
@@ -154,6 +172,7 @@ def test_nothing_is_compiled_while_a_graph_is_recorded(clips: bool, monkeypatch:
     measured = Gradients.squared_norm
     monkeypatch.setattr(Gradients, "squared_norm", squared_norm)
     monkeypatch.setattr(graphs, "record", Recorded)
+    monkeypatch.setattr(graphed_step, "record", Recorded)
     launches = resources.recorded(90, steps)
     graphed = [id(one) for one in in_graphs]
     known = {repr(resources._source(one)) for one in launches if id(one) not in graphed}
@@ -168,11 +187,11 @@ def test_a_loaded_state_or_a_frozen_parameter_is_another_step(device: str) -> No
     x = batches(device, [4])[0]
     for _ in range(3):
         step(x)
-    assert step._graphs is not None and step._graphs.of(x) is not None
+    assert step._graphs is not None and step._graphs.get(x) is not None
     optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
-    assert step._graphs.of(x) is None, "its moments lie elsewhere"
+    assert step._graphs.get(x) is None, "its moments lie elsewhere"
     step(x)
-    assert step._graphs.of(x) is not None
+    assert step._graphs.get(x) is not None
     frozen = next(flow.parameters()).requires_grad_(False)
     before = frozen.detach().clone()
     for _ in range(3):
@@ -180,20 +199,21 @@ def test_a_loaded_state_or_a_frozen_parameter_is_another_step(device: str) -> No
     assert torch.equal(frozen, before)
 
 
-def test_a_skipped_step_leaves_everything(device: str) -> None:
-    flow = flow_on(device)
+@on_gpu
+def test_a_skipped_step_leaves_everything() -> None:
+    flow = flow_on("cuda")
     optimizer = fastmaf.optim.FusedAdam(flow.parameters(), lr=1e-2)
-    step = fastmaf.TrainingStep(flow, optimizer, fastmaf.Guards(max_leap=1.0), graphs=True)
-    for x in batches(device, [4, 4, 4]):
+    step = fastmaf.TrainingStep(flow, optimizer, fastmaf.Guards(max_loss_jump=1.0), graphs=True)
+    for x in batches("cuda", [4, 4, 4]):
         step(x)
     before = [p.detach().clone() for p in flow.parameters()]
     counts = [float(s["step"]) for s in optimizer.state.values()]
-    assert step(100 * batches(device, [4])[0]).skipped
+    assert step(100 * batches("cuda", [4])[0]).skipped
     with pytest.raises(fastmaf.NonFiniteLossError):
-        step(torch.full((4, 13), float("nan"), device=device))
+        step(torch.full((4, 13), float("nan"), device="cuda"))
     assert all(torch.equal(a, b) for a, b in zip(flow.parameters(), before, strict=True))
     assert counts == [float(s["step"]) for s in optimizer.state.values()] == [3.0] * len(counts)
-    assert not step(batches(device, [4])[0]).skipped
+    assert not step(batches("cuda", [4])[0]).skipped
 
 
 def test_a_flow_with_other_parameters_is_trained_without(device: str) -> None:
@@ -212,31 +232,33 @@ def test_a_flow_with_other_parameters_is_trained_without(device: str) -> None:
     assert not torch.equal(extra, torch.ones_like(extra))
 
 
-def test_a_clipped_step_of_parameters_that_the_kernel_cannot_take_is_taken_without(device: str) -> None:
+@on_gpu
+def test_a_clipped_step_of_parameters_that_the_kernel_cannot_take_is_taken_without() -> None:
     """The kernel walks memory in its order: of a transposed parameter that is not the gradient's."""
-    flow = flow_on(device)
-    extra = torch.nn.Parameter(torch.ones(2, 13, device=device).t())
+    flow = flow_on("cuda")
+    extra = torch.nn.Parameter(torch.ones(2, 13, device="cuda").t())
     optimizer = fastmaf.optim.FusedAdam([*flow.parameters(), extra], lr=1e-2)
     log_prob = flow.log_prob
     flow.log_prob = lambda x: log_prob(x * extra[:, 0])  # type: ignore[method-assign]
     step = fastmaf.TrainingStep(flow, optimizer, fastmaf.Guards(max_grad_norm=1e9), graphs=True)
-    x = batches(device, [4])[0]
+    x = batches("cuda", [4])[0]
     step(x)
     with pytest.warns(UserWarning, match="not contiguous"):
         step(x)
-    assert torch.equal(extra[:, 1], torch.ones(13, device=device)), "no gradient reaches this column"
+    assert torch.equal(extra[:, 1], torch.ones(13, device="cuda")), "no gradient reaches this column"
 
 
-def test_replayed_log_prob(device: str) -> None:
-    flow = flow_on(device)
+@on_gpu
+def test_replayed_log_prob() -> None:
+    flow = flow_on("cuda")
     replayed = graphs.ReplayedLogProb(flow)
-    for x in batches(device, [3, 3, 5, 3, 5, 5]):
+    for x in batches("cuda", [3, 3, 5, 3, 5, 5]):
         with torch.no_grad():
             assert torch.equal(replayed(x), flow.log_prob(x))
     with torch.no_grad():
         for parameter in flow.parameters():
             parameter.mul_(0.5)
-        x = batches(device, [3])[0]
+        x = batches("cuda", [3])[0]
         assert torch.equal(replayed(x), flow.log_prob(x)), "weights changed in place"
         flow.load_state_dict({k: v.clone() for k, v in flow.state_dict().items()}, assign=True)
         assert torch.equal(replayed(x), flow.log_prob(x)), "weights that lie elsewhere now"
@@ -246,11 +268,12 @@ def test_replayed_log_prob(device: str) -> None:
     assert torch.equal(first, kept), "a result was overwritten by the next replay"
 
 
-def test_scores_and_steps_are_replayed_beside_each_other(device: str) -> None:
+@on_gpu
+def test_scores_and_steps_are_replayed_beside_each_other() -> None:
     """A recorded score that kept an autograd graph would bind the parameters' nodes to its stream: on a GPU no training
     step could be recorded after it.
     """
-    flow, x = flow_on(device), batches(device, [3])[0]
+    flow, x = flow_on("cuda"), batches("cuda", [3])[0]
     log_prob, recorded_gradients = flow.log_prob, []
 
     def watched(x: torch.Tensor) -> torch.Tensor:
@@ -355,35 +378,36 @@ def test_steps_follow_buffers_hooks_and_amsgrad(device: str) -> None:
     assert graphed is not None
     step(x)
     step(x)
-    assert graphed.of(x) is not None
+    assert graphed.get(x) is not None
     next(t for t in flow.transforms if isinstance(t, fastmaf.GaussianWhitening)).fit_(x)
-    assert graphed.of(x) is None
+    assert graphed.get(x) is None
     step(x)
-    assert graphed.of(x) is not None
+    assert graphed.get(x) is not None
     calls: list[int] = []
     handle = optimizer.register_step_post_hook(lambda *_: calls.append(1))
-    assert graphed.of(x) is None
+    assert graphed.get(x) is None
     step(x)
     handle.remove()
     handle = flow.transforms[0].register_forward_hook(lambda *_: calls.append(2))
-    assert graphed.of(x) is None
+    assert graphed.get(x) is None
     step(x)
     handle.remove()
     assert calls == [1, 2]
-    assert graphed.of(x) is not None
+    assert graphed.get(x) is not None
     handle = next(flow.parameters()).register_hook(lambda grad: calls.append(3))
-    assert graphed.of(x) is None
+    assert graphed.get(x) is None
     step(x)
     handle.remove()
     assert calls == [1, 2, 3]
     optimizer.param_groups[0]["amsgrad"] = True
-    assert graphed.of(x) is None
+    assert graphed.get(x) is None
 
 
-def test_an_old_graph_of_autograd_is_refused_after_a_replay(device: str) -> None:
-    flow = flow_on(device)
+@on_gpu
+def test_an_old_graph_of_autograd_is_refused_after_a_replay() -> None:
+    flow = flow_on("cuda")
     step = fastmaf.TrainingStep(flow, fastmaf.optim.FusedAdam(flow.parameters()), graphs=True)
-    (x,) = batches(device, [4])
+    (x,) = batches("cuda", [4])
     for _ in range(2):
         step(x)
     old = flow.log_prob(x).mean()
@@ -392,12 +416,13 @@ def test_an_old_graph_of_autograd_is_refused_after_a_replay(device: str) -> None
         old.backward()
 
 
-def test_few_graphs_are_kept(device: str) -> None:
-    replayed = graphs.ReplayedLogProb(flow_on(device))
+@on_gpu
+def test_few_graphs_are_kept() -> None:
+    replayed = graphs.ReplayedLogProb(flow_on("cuda"))
     for _ in range(2):
-        for x in batches(device, [1, 2, 3, 4, 5, 6]):
+        for x in batches("cuda", [1, 2, 3, 4, 5, 6]):
             replayed(x)
-    assert len(replayed._recent._made) == graphs._MOST
+    assert len(replayed._cache) == graphs._MAX_GRAPHS
 
 
 def test_on_the_cpu_nothing_is_replayed() -> None:

@@ -228,14 +228,15 @@ def test_clipping(limit: float, way: str) -> None:
 
 
 @pytest.mark.parametrize("guards", [
-    Guards(), Guards(warmup_steps=4), Guards(max_grad_norm=1e-2), Guards(max_leap=0.5),
-    Guards(warmup_steps=3, max_grad_norm=0.1, max_leap=0.5),
+    Guards(), Guards(warmup_steps=4), Guards(max_grad_norm=1e-2), Guards(max_loss_jump=5.0),
+    Guards(warmup_steps=3, max_grad_norm=0.1, max_loss_jump=5.0),
 ], ids=str)  # fmt: skip
-def test_guarded_training(guards: Guards) -> None:
+@pytest.mark.parametrize("rows", [2, 16])  # few rows: gradients are in factored form
+def test_guarded_training(guards: Guards, rows: int) -> None:
     def run(flow: fastmaf.MAF, optimizer: Any) -> list[float]:
         step = TrainingStep(flow, optimizer, guards)
-        reports = [step(batch(i) * (30 if i == 5 else 1)) for i in range(10)]
-        assert [r.skipped for r in reports] == [guards.max_leap is not None and i == 5 for i in range(10)]
+        reports = [step(batch(i, rows) * (30 if i == 5 else 1)) for i in range(10)]
+        assert [r.skipped for r in reports] == [guards.max_loss_jump is not None and i == 5 for i in range(10)]
         return [r.nll for r in reports]
 
     both(run)

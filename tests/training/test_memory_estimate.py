@@ -19,7 +19,7 @@ from fastmaf.kernels import backends
 from fastmaf.training.memory_estimate import memory_parts
 from fastmaf.transforms import Transform
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 TOLERANCE = 0.05
 
 BASE: dict[str, Any] = {"features": 3072, "hidden": [256, 256], "blocks": 3, "batch": 8, "order": "natural"}
@@ -57,7 +57,7 @@ def measured(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, in
     keys = [f"{name}: {case}" for name in present for case in CASES]
     cases = [{**BASE, **case, "backend": name} for name in present for case in CASES.values()]
     run = subprocess.run(
-        [sys.executable, "-m", "tests.allocations", str(library), json.dumps(cases)],
+        [sys.executable, "-m", "tests.training.allocations", str(library), json.dumps(cases)],
         cwd=ROOT,
         env={**os.environ, "LD_PRELOAD": str(library)},
         capture_output=True,
@@ -210,5 +210,5 @@ def test_what_cannot_be_estimated_is_refused() -> None:
         fastmaf.memory_estimate(flow, 0)
     with pytest.raises(ValueError, match="update must be one of 'minimize', 'step', 'clip'; found 'guess'"):
         fastmaf.memory_estimate(flow, 1, update="guess")  # type: ignore[arg-type]
-    with pytest.raises(TypeError, match="memory of Refuses cannot be found out.*not today"):
+    with pytest.raises(TypeError, match="memory of Refuses cannot be determined.*not today"):
         fastmaf.memory_estimate(flow, 1, Refuses)

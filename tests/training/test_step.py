@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import threading
 from typing import Any
 
 import pytest
@@ -120,7 +121,7 @@ def test_the_limit_does_not_depend_on_how_the_loss_scales_with_the_dimensions() 
 def test_a_leaping_batch_changes_nothing() -> None:
     flow = build()
     optimizer = torch.optim.Adam(flow.parameters(), lr=1e-3)
-    step = TrainingStep(flow, optimizer, Guards(max_leap=0.5))
+    step = TrainingStep(flow, optimizer, Guards(max_loss_jump=0.5))
     for i in range(5):
         assert not step(walks(8, seed=i)).skipped
     before = flat(flow)
@@ -140,7 +141,7 @@ def test_a_smaller_rise_than_the_leap_is_taken_and_a_larger_one_is_not() -> None
         flow = build()
         low, high = walks(8), 3 * walks(8)
         gap = float((flow.log_prob(low).mean() - flow.log_prob(high).mean()).detach()) / D
-        step = TrainingStep(flow, sgd(flow, lr=0.0), Guards(max_leap=gap / factor))
+        step = TrainingStep(flow, sgd(flow, lr=0.0), Guards(max_loss_jump=gap / factor))
         step(low)
         assert step(high).skipped is skipped
 
@@ -148,7 +149,7 @@ def test_a_smaller_rise_than_the_leap_is_taken_and_a_larger_one_is_not() -> None
 def test_a_loss_that_stays_high_is_accepted_in_the_end() -> None:
     flow, low, high = build(), walks(8), 3 * walks(8)
     gap = float((flow.log_prob(low).mean() - flow.log_prob(high).mean()).detach()) / D
-    step = TrainingStep(flow, sgd(flow, lr=0.0), Guards(max_leap=gap / 3))  # nothing moves but the running mean
+    step = TrainingStep(flow, sgd(flow, lr=0.0), Guards(max_loss_jump=gap / 3))  # nothing moves but the running mean
     step(low)
     skipped = [step(high).skipped for _ in range(40)]
     # Each skipped step raises the running mean by a tenth of the limit: two limits take twenty steps.
@@ -158,11 +159,11 @@ def test_a_loss_that_stays_high_is_accepted_in_the_end() -> None:
 
 def test_the_very_first_batch_is_never_a_leap() -> None:
     flow = build()
-    assert not TrainingStep(flow, sgd(flow, 1e-9), Guards(max_leap=1e-6))(100 * walks(4)).skipped
+    assert not TrainingStep(flow, sgd(flow, 1e-9), Guards(max_loss_jump=1e-6))(100 * walks(4)).skipped
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, 1e30])
-@pytest.mark.parametrize("guards", [Guards(), Guards(warmup_steps=5, max_grad_norm=1.0, max_leap=1.0)])
+@pytest.mark.parametrize("guards", [Guards(), Guards(warmup_steps=5, max_grad_norm=1.0, max_loss_jump=1.0)])
 def test_a_loss_that_is_not_finite_raises_and_changes_nothing(value: float, guards: Guards) -> None:
     flow = build()
     optimizer = torch.optim.Adam(flow.parameters(), lr=1e-3)
@@ -182,6 +183,43 @@ def test_a_loss_that_is_not_finite_raises_and_changes_nothing(value: float, guar
     assert math.isfinite(step(walks(8)).nll), "training can go on"
 
 
+def test_a_step_leaves_the_value_checks_of_other_threads() -> None:
+    flow, bad = build(), torch.full((1, D), math.nan)
+    errors: list[str] = []
+
+    def score() -> None:
+        try:
+            flow.log_prob(bad)
+        except ValueError as error:
+            errors.append(str(error))
+
+    def within_a_step(*_: object) -> None:
+        handle.remove()
+        thread = threading.Thread(target=score)
+        thread.start()
+        thread.join()
+
+    handle = flow.transforms[0].register_forward_hook(within_a_step)
+    assert math.isfinite(TrainingStep(flow, sgd(flow, 1e-9))(walks(4)).nll)
+    assert len(errors) == 1 and "x must be finite" in errors[0]
+
+
+@pytest.mark.parametrize("kind", [torch.optim.Adam, fastmaf.optim.FusedAdam])
+def test_gradients_of_parameters_without_an_optimiser_do_not_count_in_the_norm(kind: Any) -> None:
+    """Nobody clears them: they add up from step to step."""
+    steps = []
+    for size in (0.0, 1e6):
+        flow = build()
+        frozen, *rest = flow.transforms
+        for parameter in frozen.parameters():
+            parameter.grad = torch.full_like(parameter, size)
+        trained = [p for part in rest for p in part.parameters()]
+        TrainingStep(flow, kind(trained, eps=1.0), Guards(max_grad_norm=1e-3))(walks(64))
+        steps.append(flat(flow))
+    assert torch.equal(*steps)
+    assert not torch.equal(steps[0], flat(build()))
+
+
 def test_non_finite_gradients_of_a_finite_loss_are_skipped() -> None:
     flow = build()
     step = TrainingStep(flow, sgd(flow), Guards(max_grad_norm=1.0))
@@ -194,7 +232,7 @@ def test_non_finite_gradients_of_a_finite_loss_are_skipped() -> None:
 
 
 def test_a_step_restored_from_its_state_goes_on_as_if_nothing_had_happened() -> None:
-    guards = Guards(warmup_steps=6, max_grad_norm=0.5, max_leap=0.3)
+    guards = Guards(warmup_steps=6, max_grad_norm=0.5, max_loss_jump=0.3)
     batches = [walks(8, seed=i) * (10 if i == 4 else 1) for i in range(8)]
 
     def fresh() -> tuple[fastmaf.MAF, torch.optim.SGD, TrainingStep]:
@@ -224,8 +262,8 @@ def test_a_step_restored_from_its_state_goes_on_as_if_nothing_had_happened() -> 
         ({"warmup_steps": -1}, r"warmup_steps must be 0 or more; found -1"),
         ({"max_grad_norm": 0.0}, r"max_grad_norm must be a positive number, or None for no limit; found 0\.0"),
         ({"max_grad_norm": math.nan}, r"max_grad_norm .* found nan"),
-        ({"max_leap": -0.5}, r"max_leap .* found -0\.5"),
-        ({"max_leap": math.inf}, r"max_leap .* found inf"),
+        ({"max_loss_jump": -0.5}, r"max_loss_jump .* found -0\.5"),
+        ({"max_loss_jump": math.inf}, r"max_loss_jump .* found inf"),
     ],
 )
 def test_bad_guards_are_refused(options: dict[str, Any], words: str) -> None:

@@ -1,4 +1,6 @@
-"""What malloc is asked for while a flow trains or scores: ``python -m tests.allocations LIBRARY CASES``, Linux only.
+"""Measures what malloc is asked for while a flow trains or scores, on Linux.
+
+    python -m tests.training.allocations LIBRARY CASES
 
 Run with the library compiled from ``allocations.c`` in LD_PRELOAD. Prints, for each case of the JSON list CASES, the
 peak above what was held before the flow was built, and the estimate that it is to be held against. The work buffers
@@ -38,7 +40,7 @@ def measure(case: dict[str, Any], counter: Any) -> dict[str, int]:
     import torch
 
     import fastmaf
-    from fastmaf.training.blas import allocate_work_buffers
+    from fastmaf.training.workspace import allocate_work_buffers
 
     fastmaf.use_backend(case["backend"])
     dtype = getattr(torch, case.get("dtype", "float32"))

@@ -1,0 +1,100 @@
+"""Adam's state and step counters, as ``FusedAdam`` updates them parameter by parameter."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from fastmaf.kernels import empty_on_huge_pages
+from fastmaf.kernels.factors import AdamNumbers, Update
+
+# torch would convert a Python number to a tensor for each counter.
+_ONE = torch.ones((), dtype=torch.float32, device="cpu")
+
+
+class StepCounts:
+    """Reads and increments the counters in ``state["step"]``, on any device, without waiting for a GPU.
+
+    A counter on a GPU is read once; from then on its value is known on the host until other code writes to it.
+    """
+
+    def __init__(self) -> None:
+        self._known: dict[Tensor, tuple[Tensor, int, int]] = {}  # counter, its version and its value, by parameter
+
+    def of(self, parameter: Tensor, counter: Tensor) -> int:
+        """Returns the value of a parameter's counter."""
+        if counter.is_cpu:
+            return int(counter)
+        known = self._known.get(parameter)
+        if known is None or known[0] is not counter or known[1] != counter._version:
+            known = self._known[parameter] = counter, counter._version, int(counter)
+        return known[2]
+
+    @torch.no_grad()
+    def increment(self, counters: Mapping[Tensor, Tensor]) -> None:
+        """Adds one to the counters of some parameters."""
+        on_cpu, on_gpu = [], {}
+        for parameter, counter in counters.items():
+            if counter.is_cpu:
+                on_cpu.append(counter)
+            else:
+                on_gpu[parameter] = counter, self.of(parameter, counter)
+        if on_cpu:
+            torch._foreach_add_(on_cpu, [_ONE] * len(on_cpu))
+        if on_gpu:
+            torch._foreach_add_([counter for counter, _ in on_gpu.values()], 1)
+        for parameter, (counter, value) in on_gpu.items():
+            self._known[parameter] = counter, counter._version, value + 1
+
+
+class Updates(Protocol):
+    """The Adam updates of single parameters in one step."""
+
+    def begin(self, parameter: Tensor, group: dict[str, Any]) -> Update:
+        """Begins the one update of a parameter of this group; returns its moments and scalars."""
+        ...
+
+
+class EagerUpdates:
+    """Updates that are executed at once, and counted together when all are begun.
+
+    Attributes:
+        counters: the step counters of the parameters whose updates were begun.
+    """
+
+    def __init__(self, state: dict[Tensor, dict[str, Any]], counts: StepCounts) -> None:
+        self.counters: dict[Tensor, Tensor] = {}
+        self._state, self._counts, self._counted = state, counts, False
+        self._numbers: dict[tuple[int, int], AdamNumbers] = {}  # most parameters share a group and a step
+
+    def begin(self, parameter: Tensor, group: dict[str, Any]) -> Update:
+        """See ``Updates``; creates the state of a parameter that has none."""
+        state = self._state[parameter]
+        if not state:
+            state.update(_initial_state(parameter, group))
+        counter = self.counters[parameter] = state["step"]
+        key = id(group), self._counts.of(parameter, counter) + 1
+        if key not in self._numbers:
+            self._numbers[key] = AdamNumbers.of(key[1], group)
+        torch.autograd.graph.increment_version(parameter)  # autograd then refuses graphs that need the old values
+        return Update(state["exp_avg"], state["exp_avg_sq"], self._numbers[key])
+
+    def count(self) -> None:
+        """Counts the updates that were begun; further calls do nothing."""
+        if not self._counted:
+            self._counted = True
+            self._counts.increment(self.counters)
+
+
+def _initial_state(parameter: Tensor, group: dict[str, Any]) -> dict[str, Tensor]:
+    """Returns the initial state of ``torch.optim.Adam``."""
+    on_device = group["fused"] or group["capturable"]
+    dtype = torch.float32 if on_device or torch.get_default_dtype() != torch.float64 else torch.float64
+    state = {"step": torch.zeros((), dtype=dtype, device=parameter.device if on_device else "cpu")}
+    for name in ("exp_avg", "exp_avg_sq"):
+        memory = empty_on_huge_pages(parameter.numel(), device=parameter.device, dtype=parameter.dtype)
+        state[name] = memory.zero_().view(parameter.shape)
+    return state

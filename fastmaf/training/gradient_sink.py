@@ -1,0 +1,117 @@
+"""The gradient sinks of ``FusedAdam.minimize``, and the backward pass that fills them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastmaf.kernels.factors import Factors, GradientSink, Update, set_sink
+
+
+class ApplyingSink:
+    """Updates its weight as soon as the gradient is known.
+
+    Args:
+        node: the node of the autograd graph that the gradient comes from.
+        begin_update: returns the moments and scalars of the weight's update.
+    """
+
+    updates_at_once = True
+
+    def __init__(self, node: object, begin_update: Callable[[], Update]) -> None:
+        self.node, self.begin_update = node, begin_update
+
+    def take(self, factors: Factors, need_inputs: bool) -> tuple[Tensor, ...]:
+        return factors.adam_(self.begin_update(), need_inputs=need_inputs)
+
+
+class StoringSink:
+    """Stores the gradient in factored form."""
+
+    updates_at_once = False
+
+    def __init__(self, node: object) -> None:
+        self.node = node
+        self.factors: Factors | None = None
+
+    def begin_update(self) -> Update:
+        raise NotImplementedError("this sink stores the gradient: pass it to take()")
+
+    def take(self, factors: Factors, need_inputs: bool) -> tuple[Tensor, ...]:
+        self.factors = factors
+        return factors.grad_inputs(need_inputs)
+
+
+def single_uses(loss: Tensor) -> dict[Tensor, object]:
+    """Returns the leaves that a loss uses exactly once, each with the node of the autograd graph that uses it.
+
+    The gradient of any other leaf is a sum over several nodes, of which each knows only its own term.
+    """
+    uses: dict[Tensor, object] = {}
+    used_again: set[Tensor] = set()
+    stack: list[Any] = [loss.grad_fn]
+    seen = {loss.grad_fn}
+    while stack:
+        node = stack.pop()
+        for next_node, _ in node.next_functions:
+            if type(next_node).__name__ == "AccumulateGrad":
+                leaf = next_node.variable
+                if leaf in uses:
+                    used_again.add(leaf)
+                uses[leaf] = node
+            elif next_node is not None and next_node not in seen:
+                seen.add(next_node)
+                stack.append(next_node)
+    for leaf in used_again:
+        del uses[leaf]
+    return uses
+
+
+def backward(loss: Tensor, sinks: Mapping[Tensor, GradientSink]) -> None:
+    """Runs ``loss.backward()`` with sinks on some weights, and removes the sinks.
+
+    Raises:
+        RuntimeError: a weight already has a sink; nothing was changed.
+    """
+    placed: list[Tensor] = []
+    try:
+        for weight, sink in sinks.items():
+            set_sink(weight, sink)
+            placed.append(weight)
+        loss.backward()
+    finally:
+        for weight in placed:
+            set_sink(weight, None)
+
+
+class Gradients(NamedTuple):
+    """The gradients of one backward pass.
+
+    Attributes:
+        factored: factored gradients by weight.
+        stored: gradient tensors by parameter.
+    """
+
+    factored: dict[Tensor, Factors]
+    stored: dict[Tensor, Tensor]
+
+    @classmethod
+    @torch.no_grad()
+    def collect(cls, sinks: Mapping[Tensor, StoringSink], parameters: Iterable[Tensor]) -> Gradients:
+        """Returns the gradients that a backward pass left in ``sinks`` and in the ``grad`` of ``parameters``."""
+        factored = {weight: sink.factors for weight, sink in sinks.items() if sink.factors is not None}
+        stored = {parameter: parameter.grad for parameter in parameters if parameter.grad is not None}
+        for weight in factored.keys() & stored.keys():  # also used in a part of the graph that autograd does not show
+            stored[weight].add_(factored.pop(weight).grad_weight())
+        return cls(factored, stored)
+
+    @torch.no_grad()
+    def squared_norm(self) -> Tensor | float:
+        """Returns the square of the common L2 norm of all gradients; on a GPU a tensor, so as not to wait for it."""
+        squares = [factors.squared_norm() for factors in self.factored.values()]
+        if self.stored:
+            squares.append(torch.nn.utils.get_total_norm(list(self.stored.values())).double().square())
+        return sum(squares)
