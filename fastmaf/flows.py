@@ -7,7 +7,7 @@ import itertools
 import math
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -427,11 +427,13 @@ class MAF(Flow):
             blocks, or one such list per block.
         order: ``"natural"``, ``"alternate"`` (reversed in every second block), ``"random"``, or one permutation per
             block.
-        log_scale_bound: log-scales stay within ± this many nats; None leaves them free.
+        log_scale_bound: log-scales of each block stay within ± this many nats; None leaves them free. ``"auto"`` is
+            ``max(1, 7 / blocks)``, so that up to 7 blocks reach ±7 nats together.
         levels: at most this many distinct hidden degrees, hence at most ``levels + 1`` dependent steps per block when
             sampling.
         seed: makes degrees, orders and parameters repeatable; None draws from torch's global generator.
-        soft_bound: bound the log-scales by a tanh instead of by a clamp.
+        soft_bound: bound the log-scales by ``B tanh(u / B)`` instead of by a clamp, which has no gradient beyond the
+            bound.
         init: ``"linear"``, or ``"identity"``: output layers start at zero, so that z = x before training.
         strict: False takes the published notebook's leaky output mask: scores only, for comparison.
         whitening: put a ``GaussianWhitening`` of this rank in front, as ``transforms[0]``; it is the identity until its
@@ -455,10 +457,10 @@ class MAF(Flow):
         *,
         degrees: DegreeKind | Sequence[Tensor] | Sequence[Sequence[Tensor]] = "spread",
         order: OrderKind | Sequence[Tensor] = "alternate",
-        log_scale_bound: float | None = 5.0,
+        log_scale_bound: float | Literal["auto"] | None = "auto",
         levels: int | None = None,
         seed: int | None = None,
-        soft_bound: bool = False,
+        soft_bound: bool = True,
         init: Init = "linear",
         strict: bool = True,
         whitening: int | None = None,
@@ -489,9 +491,9 @@ class MAF(Flow):
             "dtype": dtype,
         }
         made_blocks = [MADE(features, hidden_features, degrees=d, **make) for d in drawn]
-        affine = [
-            AffineAutoregressive(made, log_scale_bound=log_scale_bound, soft_bound=soft_bound) for made in made_blocks
-        ]
+        bound = max(1.0, 7 / blocks) if log_scale_bound == "auto" else log_scale_bound
+        soft = soft_bound and bound is not None
+        affine = [AffineAutoregressive(made, log_scale_bound=bound, soft_bound=soft) for made in made_blocks]
         first = [] if whitening is None else [GaussianWhitening(features, whitening, device=built_on, dtype=dtype)]
         transforms = [*first, *interleave_permutations(affine, order_of_block)]
         super().__init__(features, transforms, validate_args=validate_args)

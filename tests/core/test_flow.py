@@ -110,7 +110,7 @@ def test_clamp_and_soft_bound_by_hand() -> None:
     raw = torch.tensor([-9.0, -0.5, 0.25, 9.0], dtype=torch.float64)
     x = torch.ones(1, 4, dtype=torch.float64)
     for options, expected in (
-        ({"log_scale_bound": 2.0}, raw.clamp(-2, 2)),
+        ({"log_scale_bound": 2.0, "soft_bound": False}, raw.clamp(-2, 2)),
         ({"log_scale_bound": 2.0, "soft_bound": True}, 2 * torch.tanh(raw / 2)),
         ({"log_scale_bound": None}, raw),
     ):
