@@ -419,6 +419,10 @@ class MAF(Flow):
     Where a block's order is not that of the block before it, a ``Permutation`` stands between them, and a last one
     brings z back into the order of x, so that ``z[:, d]`` belongs to ``x[:, d]``.
 
+    The defaults are meant for ``torch.optim.Adam`` with a learning rate of 1e-3 up to about a thousand dimensions, and
+    of 2e-5 for images of 12,288. The bound on log-scales was chosen by measurement (``bench/stability.py``): a clamp at
+    ±5 in every block gives a higher held-out NLL, and lets the density of outliers vanish.
+
     Args:
         features: D.
         blocks: affine autoregressive blocks.
