@@ -230,7 +230,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             print(f"| {' | '.join(str(row.get(column, '')) for column in COLUMNS)} |", flush=True)
     if asked.out:
         with open(asked.out, "w", newline="") as stream:
-            writer = csv.DictWriter(stream, COLUMNS)
+            writer = csv.DictWriter(stream, COLUMNS, lineterminator="\n")
             writer.writeheader()
             writer.writerows(rows)
 
