@@ -63,7 +63,7 @@ class Op(NamedTuple):
 
 def flow_of(features: int = FEATURES, blocks: int = BLOCKS) -> fastmaf.MAF:
     """Returns the flow whose ops are timed; its blocks are in natural order, as in the published run."""
-    return fastmaf.MAF(features, blocks, HIDDEN, order="natural", seed=0).requires_grad_(False)
+    return fastmaf.MAF(features, blocks, HIDDEN, order="natural", soft_bound=False, seed=0).requires_grad_(False)
 
 
 def present() -> list[str]:

@@ -79,7 +79,7 @@ def sample_seconds(flow: fastmaf.MAF, n: int, card: Card) -> float:
 
 def predictions(card: Card = GTX_1050_TI) -> list[tuple[str, float]]:
     """Returns (what, seconds) for the reference model."""
-    flow = fastmaf.MAF(12_288, 7, (512, 512), order="natural", init="empty", validate_args=False)
+    flow = fastmaf.MAF(12_288, 7, (512, 512), order="natural", soft_bound=False, init="empty", validate_args=False)
     rows = []
     for batch in (8, 64):
         step = recorded(card.arch, lambda b=batch: _train(flow, b))  # type: ignore[misc]

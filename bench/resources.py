@@ -87,8 +87,8 @@ def launches(arch: int, batches: Sequence[int]) -> list[Launched]:
     """Returns what the library launches on a card, in every mode."""
 
     def use() -> None:
-        _use(fastmaf.MAF(12_288, 1, (512, 512), order="natural", init="empty", validate_args=False), batches)
-        _use(fastmaf.MAF(101, 2, (37,), soft_bound=True, levels=9, seed=0, validate_args=False), (9,))
+        _use(fastmaf.MAF(12_288, 1, (512, 512), soft_bound=False, init="empty", validate_args=False), batches)
+        _use(fastmaf.MAF(101, 2, (37,), levels=9, seed=0, validate_args=False), (9,))
 
     return recorded(arch, use)
 

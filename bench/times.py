@@ -88,7 +88,8 @@ def main() -> None:
     asked = parser.parse_args()
     fastmaf.use_precision(asked.precision)
     limits, about = machine.cuda_limits(), machine.describe("cuda")
-    flow = fastmaf.MAF(asked.features, asked.blocks, (512, 512), order=asked.order, seed=0, device="cuda")
+    size = (asked.features, asked.blocks, (512, 512))
+    flow = fastmaf.MAF(*size, order=asked.order, soft_bound=False, seed=0, device="cuda")
     torch.cuda.synchronize()
     print(about["card"], {name: f"{value:.4g}" for name, value in limits.items()}, f"precision {asked.precision}")
     rows, weights = [], flow.visible_weights

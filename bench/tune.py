@@ -125,7 +125,7 @@ def compile_them(asked: argparse.Namespace, key: int, work: Sequence[tuple[str, 
 
 def model(asked: argparse.Namespace) -> fastmaf.MAF:
     """Returns the flow whose kernels are tuned."""
-    return fastmaf.MAF(12_288, asked.blocks, (512, 512), order="natural", seed=0, device="cuda")
+    return fastmaf.MAF(12_288, asked.blocks, (512, 512), order="natural", soft_bound=False, seed=0, device="cuda")
 
 
 def tune(asked: argparse.Namespace, key: int, entry: str, flow: fastmaf.MAF, pool: ProcessPoolExecutor) -> None:

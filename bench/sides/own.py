@@ -111,7 +111,16 @@ class BFloat16(Fastmaf):
 
 
 def build(size: Size, seed: int) -> fastmaf.MAF:
-    """Builds a flow in natural order, as in the published run: the others then hold the function without a
+    """Builds a flow in natural order, with the published run's bound: the others then hold the function without a
     permutation.
     """
-    return fastmaf.MAF(size.features, size.blocks, size.hidden, order="natural", levels=size.levels, seed=seed)
+    return fastmaf.MAF(
+        size.features,
+        size.blocks,
+        size.hidden,
+        order="natural",
+        log_scale_bound=5.0,
+        soft_bound=False,
+        levels=size.levels,
+        seed=seed,
+    )

@@ -18,8 +18,8 @@ from tests.tolerances import assert_close
 FEATURES = (1, 2, 3, 13, 37)
 HIDDEN = ((4,), (13, 5), (40, 8, 21))
 BOUNDS: tuple[dict[str, Any], ...] = (
-    {"log_scale_bound": 5.0},
-    {"log_scale_bound": 0.3},
+    {"log_scale_bound": 5.0, "soft_bound": False},
+    {"log_scale_bound": 0.3, "soft_bound": False},
     {"log_scale_bound": 0.5, "soft_bound": True},
     {"log_scale_bound": None},
 )
@@ -173,7 +173,7 @@ def test_the_naive_model_against_the_formula(bound: dict[str, Any]) -> None:
         h = torch.stack(rows)
     expected = torch.tensor(0.0, dtype=torch.float64)
     weight, bias = made.layers[-1].dense_weight(), made.layers[-1].bias
-    limit, soft = bound["log_scale_bound"], bound.get("soft_bound", False)
+    limit, soft = bound["log_scale_bound"], bound.get("soft_bound")
     for d in range(5):
         seen = [i for i in range(4) if degrees[-1][i] < d + 1]
         shift, log_scale = (bias[r] + sum(weight[r, i] * h[i] for i in seen) for r in (2 * d, 2 * d + 1))

@@ -22,7 +22,7 @@ OPTIONS: list[dict[str, Any]] = [
         "order": "natural",
         "log_scale_bound": None,
     },
-    {"degrees": "random", "order": "natural", "log_scale_bound": 0.2},
+    {"degrees": "random", "order": "natural", "log_scale_bound": 0.2, "soft_bound": False},
 ]
 
 

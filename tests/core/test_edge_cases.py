@@ -82,7 +82,7 @@ def test_a_plain_flow_stays_one_through_a_file(tmp_path: Path) -> None:
 
 def test_a_soft_bound_needs_a_bound() -> None:
     with pytest.raises(ValueError, match="soft_bound needs a log_scale_bound"):
-        fastmaf.MAF(4, 1, (4,), soft_bound=True, log_scale_bound=None)
+        fastmaf.AffineAutoregressive(fastmaf.MADE(4, (4,)), soft_bound=True, log_scale_bound=None)
 
 
 def test_the_default_device_is_where_a_flow_ends_and_not_where_it_is_drawn() -> None:

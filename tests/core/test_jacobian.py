@@ -125,7 +125,7 @@ def test_a_leaky_mask_is_seen() -> None:
     {"degrees": "random", "order": "random", "blocks": 3},
     {"degrees": "cyclic", "order": "natural", "log_scale_bound": None},
     {"degrees": "random", "log_scale_bound": 0.4, "soft_bound": True},
-    {"degrees": "random", "log_scale_bound": 0.2},
+    {"degrees": "random", "log_scale_bound": 0.2, "soft_bound": False},
 ], ids=str)  # fmt: skip
 @pytest.mark.parametrize("features", [1, 2, 13])
 def test_ladj_is_the_log_determinant(features: int, options: dict[str, Any]) -> None:
