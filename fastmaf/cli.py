@@ -308,8 +308,9 @@ def bench(
         bool, typer.Option("--quick", help="Small sizes, under two minutes. Without it: under thirty.")
     ] = False,
     out: Annotated[Path, typer.Option("--out", help="Folder for CSV, JSON and figures.")] = Path("bench-results"),
-    side: Annotated[
-        list[str] | None, typer.Option("--side", help="Only this one beside fastmaf, such as nflows; may be repeated.")
+    library: Annotated[
+        list[str] | None,
+        typer.Option("--library", help="Compare only with this library, such as nflows; may be repeated."),
     ] = None,
     compare: Annotated[
         tuple[Path, Path] | None,
@@ -330,7 +331,10 @@ def bench(
         text, worse = command.compare(*compare)
         say(text)
         raise typer.Exit(1 if worse else 0)
-    if not command.bench(out, quick=quick, device=device_named(device), sides=side or (), progress=not quiet, say=say):
+    correct = command.bench(
+        out, quick=quick, device=device_named(device), libraries=library or (), progress=not quiet, say=say
+    )
+    if not correct:
         raise typer.Exit(1)
 
 

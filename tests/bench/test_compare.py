@@ -1,4 +1,4 @@
-"""Two runs of the benchmark side by side: what is slower, what is not, and what is the machine's doing."""
+"""Comparing two runs: which rows are slower or faster, and which changed with the machine."""
 
 from __future__ import annotations
 
@@ -7,20 +7,20 @@ from pathlib import Path
 import pytest
 
 from fastmaf.bench import rows
-from fastmaf.bench.compare import IMPROVEMENT, LARGER, MACHINE, REGRESSION, SLOWER, Pair, compare
+from fastmaf.bench.compare import IMPROVEMENT, MACHINE, REGRESSION, Pair, compare
 from fastmaf.bench.rows import Row
-from tests.bench.rows_made import ABOUT, made
+from tests.bench.example_rows import ABOUT, row
 
 
 def timed(median: float, limit: float | None = None, **others: str) -> Row:
-    return made("train step", "8", "fastmaf", median, limit, **others)
+    return row("train step", "8", "fastmaf", median, limit, **others)
 
 
 def held(median: float) -> Row:
-    return made("training memory", "8", "fastmaf", median, 1.0, unit="GB", p20="", p80="")
+    return row("training memory", "8", "fastmaf", median, 1.0, unit="GB", p20="", p80="")
 
 
-def compared(
+def comparison(
     tmp_path: Path,
     before: list[Row],
     after: list[Row],
@@ -75,14 +75,10 @@ def test_verdict(before: Row, after: Row, verdict: str) -> None:
     assert Pair(before, after).verdict == verdict
 
 
-def test_thresholds() -> None:
-    assert (SLOWER, LARGER) == (1.1, 1.05)
-
-
 def test_the_worst_comes_first_with_what_was_before_and_after(tmp_path: Path) -> None:
-    before = [timed(0.1), made("log_prob", "8", "fastmaf", 0.02, 0.01), made("sample", "1", "naive", 600.0), held(1.0)]
-    after = [timed(0.1), made("log_prob", "8", "fastmaf", 0.03, 0.01), made("sample", "1", "naive", 300.0), held(1.2)]
-    lines, regressions = compared(tmp_path, before, after)
+    before = [timed(0.1), row("log_prob", "8", "fastmaf", 0.02, 0.01), row("sample", "1", "naive", 600.0), held(1.0)]
+    after = [timed(0.1), row("log_prob", "8", "fastmaf", 0.03, 0.01), row("sample", "1", "naive", 300.0), held(1.2)]
+    lines, regressions = comparison(tmp_path, before, after)
     start = next(i for i, line in enumerate(lines) if line.startswith("B / A"))
     table = [line.split("  ") for line in lines[start + 1 : start + 5]]
     assert [[cell.strip() for cell in line if cell] for line in table] == [
@@ -111,43 +107,43 @@ def test_rows_are_matched_by_size_and_sweep_and_not_by_place(tmp_path: Path) -> 
         {"hidden_features": "64x64"},
         {"sweep": "features"},
         {"batch": "64"},
-        {"side": "naive"},
+        {"library": "naive"},
         {"case": "epoch"},
     ]
     before = [timed(1.0 + i) | size for i, size in enumerate(sizes)]
-    lines, regressions = compared(tmp_path, before, before[::-1])
+    lines, regressions = comparison(tmp_path, before, before[::-1])
     assert sum(line.strip().startswith("1.00") for line in lines) == len(sizes) and not regressions
 
 
 def test_a_row_of_a_sweep_says_where_it_lies(tmp_path: Path) -> None:
     swept = [timed(1.0, sweep="features", features="768"), timed(1.0, sweep="levels")]
     slower = [timed(2.0, sweep="features", features="768"), timed(3.0, sweep="levels")]
-    _, regressions = compared(tmp_path, swept, slower)
+    _, regressions = comparison(tmp_path, swept, slower)
     assert [line.split(":")[0] for line in regressions] == [
         "train step 8, fastmaf at all levels",
         "train step 8, fastmaf at 768 features",
     ]
 
 
-def test_the_limits_of_the_machine_are_compared(tmp_path: Path) -> None:
+def test_the_limits_of_the_machine_are_comparison(tmp_path: Path) -> None:
     now = ABOUT | {
         "read_gb_per_s": "31.7",
         "adam_gb_per_s": "23",
         "write_file_gb_per_s": "0.6",
         "sgemm_gflop_per_s": "none",
     }
-    lines, _ = compared(tmp_path, [timed(1.0)], [timed(1.0)], now=now)
-    (said,) = [line for line in lines if line.startswith("This machine's limits, B / A")]
+    lines, _ = comparison(tmp_path, [timed(1.0)], [timed(1.0)], now=now)
+    (line,) = [line for line in lines if line.startswith("Limits of the machine, B / A")]
     assert (
-        "read 0.93, copy 1.00, fused Adam 0.50, writing files 0.50, reading files 1.00; median 0.93" in said
-        and "matrix" not in said
+        "read 0.93, copy 1.00, fused Adam 0.50, writing files 0.50, reading files 1.00; median 0.93" in line
+        and "matrix" not in line
     )
-    lines, _ = compared(tmp_path, [timed(1.0)], [timed(1.0)], now={})
+    lines, _ = comparison(tmp_path, [timed(1.0)], [timed(1.0)], now={})
     assert any("limits of the machine are not in both files" in line for line in lines)
 
 
 def test_other_machines_are_said_first(tmp_path: Path) -> None:
-    lines, _ = compared(tmp_path, [timed(1.0)], [timed(1.0)])
+    lines, _ = comparison(tmp_path, [timed(1.0)], [timed(1.0)])
     assert lines[0].startswith(f"A: {tmp_path / 'a.csv'}, 2026-01-31, commit abc1234")
     assert lines[2].startswith("Both were measured on Some Processor 1234") and "2 threads" in lines[2]
     for after, now in (
@@ -155,28 +151,28 @@ def test_other_machines_are_said_first(tmp_path: Path) -> None:
         ([timed(1.0, threads="4")], ABOUT),
         ([timed(1.0, features="768")], ABOUT),
     ):
-        lines, _ = compared(tmp_path, [timed(1.0)], after, now=now)
+        lines, _ = comparison(tmp_path, [timed(1.0)], after, now=now)
         assert lines[2].startswith("A was measured on Some Processor 1234") and "; B on " in lines[2]
-        assert lines[2].endswith("ratios compare machines too.")
+        assert lines[2].endswith("ratios compare the machines too.")
 
 
 def test_rows_of_one_file_are_counted_and_named(tmp_path: Path) -> None:
-    more = [made("log_prob", "8", f"library {i}", 1.0) for i in range(23)]
-    lines, _ = compared(tmp_path, [timed(1.0), made("epoch", "", "naive", 9.0)], [timed(1.0), *more])
+    more = [row("log_prob", "8", f"library {i}", 1.0) for i in range(23)]
+    lines, _ = comparison(tmp_path, [timed(1.0), row("epoch", "", "naive", 9.0)], [timed(1.0), *more])
     assert "Only in A: 1 row: epoch, naive." in lines
-    (said,) = [line for line in lines if line.startswith("Only in B: 23 rows: log_prob 8, library 0;")]
-    assert said.endswith("log_prob 8, library 19; 3 more.")
-    lines, _ = compared(tmp_path, [timed(1.0)], [timed(1.0)])
+    (line,) = [line for line in lines if line.startswith("Only in B: 23 rows: log_prob 8, library 0;")]
+    assert line.endswith("log_prob 8, library 19; 3 more.")
+    lines, _ = comparison(tmp_path, [timed(1.0)], [timed(1.0)])
     assert not any(line.startswith("Only in") for line in lines)
 
 
 def test_a_row_without_a_median_is_no_row(tmp_path: Path) -> None:
-    lines, regressions = compared(tmp_path, [timed(1.0), held(1.0)], [timed(1.0), held(1.0) | {"median": ""}])
+    lines, regressions = comparison(tmp_path, [timed(1.0), held(1.0)], [timed(1.0), held(1.0) | {"median": ""}])
     assert "Only in A: 1 row: training memory 8, fastmaf." in lines and not regressions
 
 
 def test_nothing_in_both(tmp_path: Path) -> None:
-    lines, regressions = compared(tmp_path, [timed(1.0)], [held(1.0)])
+    lines, regressions = comparison(tmp_path, [timed(1.0)], [held(1.0)])
     assert "No row is in both files." in lines and not regressions
 
 
