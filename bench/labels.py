@@ -53,6 +53,13 @@ SWEEPS = {
     "levels": ("levels", "levels (dependent steps of a block)"),
     "threads": ("threads", "threads"),
 }
+_MACHINE = (
+    ("card", "on {}"),
+    ("processor", "on {}"),
+    ("torch_threads", "with {} threads"),
+    ("huge_pages", "huge pages: {}"),
+    ("date", "on {}"),
+)
 _UNITS = {"gb_per_s": "GB/s", "gflop_per_s": "GFLOP/s"}
 _RATES = {
     "adam": "fused Adam",
@@ -138,10 +145,9 @@ def machine_in_words(about: dict[str, str]) -> list[str]:
     """Returns what a run was measured on, in sentences that leave out what is unknown."""
     parts = [
         words.format(about[name])
-        for name, words in (("card", "on {}"), ("processor", "on {}"), ("torch_threads", "with {} threads"))
+        for name, words in _MACHINE
         if about.get(name) and not (name == "processor" and about.get("card"))
     ]
-    parts += [f"on {about['date']}"] if about.get("date") else []
     names = ("fastmaf", "commit", "torch", "python", "cuda", *LABELS)
     versions = [f"{name} {about[name]}" for name in dict.fromkeys(names) if about.get(name)]
     rates = [

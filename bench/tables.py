@@ -8,7 +8,7 @@ from itertools import groupby
 
 import numpy as np
 
-from fastmaf.bench.labels import SWEEPS, amount, case_in_words, digits, labels, percent
+from fastmaf.bench.labels import SWEEPS, amount, case_in_words, digits, labels, machine_in_words, percent
 from fastmaf.bench.rows import Row, is_extrapolated, value
 
 About = dict[str, str]
@@ -68,15 +68,8 @@ def _cells(row: Row) -> tuple[str, ...]:
 
 
 def machine(rows: list[Row], about: About) -> str:
-    """Returns what the tables of README.md were measured on, as a sentence."""
-    rate = {name: f"{float(about[f'{name}_per_s']):.0f}" for name in ("read_gb", "copy_gb", "adam_gb", "sgemm_gflop")}
-    versions = [f"{name} {about[name]}" for name in ("torch", *labels(rows)) if about.get(name) and name != "fastmaf"]
-    return (
-        f"{about['processor']}, {about['torch_threads']} threads, which reads {rate['read_gb']} GB/s, copies "
-        f"{rate['copy_gb']} GB/s, moves {rate['adam_gb']} GB/s in torch's fused Adam and multiplies matrices at "
-        f"{rate['sgemm_gflop']} GFLOP/s; huge pages: {about.get('huge_pages', 'unknown')}; {', '.join(versions)}; "
-        f"float32; {about['date']}, commit {about['commit']}."
-    )
+    """Returns what the run was measured on."""
+    return " ".join(machine_in_words(about))
 
 
 def speed(rows: list[Row], about: About) -> str:

@@ -3,8 +3,8 @@
     python -m fastmaf.bench.dev.ops -k "inverse and native" --benchmark-autosave --benchmark-compare
 
 takes all options of pytest. ``FASTMAF_BENCH_FEATURES`` sets D. The results of each part are compared with the float64
-reference before it is timed. The name of each group states the bytes that the part must move and the time that this
-takes at the rates of the machine (with ``--benchmark-disable`` these are not measured).
+reference before it is timed. The name of each group states the bytes or operations that the part needs and the time
+that they take at the measured rates of the machine.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from __future__ import annotations
 import copy
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import cache, partial
 from typing import Any, NamedTuple
 
@@ -23,6 +23,7 @@ from torch import Tensor
 
 import fastmaf.bench
 from fastmaf.bench import machine
+from fastmaf.bench.cases import Case, log_prob, train_step
 from fastmaf.bench.check import WrongResultError
 from fastmaf.bench.labels import amount
 from fastmaf.kernels import backends
@@ -33,6 +34,8 @@ ROUNDS = 15
 LARGEST = 1e-5  # norm-wise relative error of a float32 result
 
 Call = Callable[[], Any]
+FORWARD, STEP = log_prob(0), train_step(0)
+GRADIENTS = Case("gradients", 0, (), 2, "copy", 2)  # reads a weight and writes its gradient
 
 
 class Op(NamedTuple):
@@ -40,29 +43,24 @@ class Op(NamedTuple):
 
     Attributes:
         prepare: returns a call of it for a flow and a batch of x, from which its other inputs are derived.
-        weights: returns how many visible weights it uses.
-        products: how often each weight is multiplied with the batch.
-        moved: how often each weight, or a number beside it, is read or written.
-        rate: the machine's limit for that.
+        layers: of the first block that it uses; None for the whole flow.
+        case: the bytes and operations that it needs.
     """
 
     prepare: Callable[[fastmaf.MAF, Tensor], Call]
-    weights: Callable[[fastmaf.MAF], int]
-    products: int = 1
-    moved: int = 1
-    rate: str = "read"
+    layers: tuple[int, ...] | None
+    case: Case = FORWARD
+
+    def limit(self, flow: fastmaf.MAF, batch: int, rates: dict[str, float]) -> tuple[float, str]:
+        """Returns the least seconds that it can take, and the bytes or operations that decide it."""
+        layers = _block(flow).made.layers
+        used = [layers[i].layout.visible for i in self.layers or ()]
+        weights = flow.visible_weights if self.layers is None else sum(used)
+        return self.case._replace(batch=batch).limit(weights, 4, rates)
 
 
 def _block(flow: fastmaf.MAF) -> fastmaf.AffineAutoregressive:
     return next(part for part in flow.transforms if isinstance(part, fastmaf.AffineAutoregressive))
-
-
-def _input(flow: fastmaf.MAF, layer: int, x: Tensor) -> Tensor:
-    """Returns the input of a layer of the first block."""
-    with torch.no_grad():
-        for k in range(layer):
-            x = _block(flow).made.layers[k](x)
-    return x
 
 
 def _backward(call: Callable[[Tensor], Any], x: Tensor, parameters: list[Tensor]) -> Call:
@@ -76,21 +74,20 @@ def _backward(call: Callable[[Tensor], Any], x: Tensor, parameters: list[Tensor]
 
 def _layer(index: int, kind: str = "forward") -> Op:
     def prepare(flow: fastmaf.MAF, x: Tensor) -> Call:
-        layer, x = _block(flow).made.layers[index], _input(flow, index, x)
+        layers = _block(flow).made.layers
+        for k in range(index):
+            x = layers[k](x)
+        layer = layers[index].requires_grad_(kind == "gradients")
         if kind == "forward":
             return partial(layer, x)
-        layer.requires_grad_(kind == "grads")
-        return _backward(layer, x, list(layer.parameters()) if kind == "grads" else [])
+        return _backward(layer, x, list(layer.parameters()) if kind == "gradients" else [])
 
-    def weights(flow: fastmaf.MAF) -> int:
-        return _block(flow).made.layers[index].layout.visible
-
-    # Backward reads a weight and writes its gradient.
-    return Op(prepare, weights, 2, 2, "copy") if kind == "grads" else Op(prepare, weights)
+    return Op(prepare, (index,), GRADIENTS if kind == "gradients" else FORWARD)
 
 
-def _of_block(flow: fastmaf.MAF) -> int:
-    return sum(layer.layout.visible for layer in _block(flow).made.layers)
+def _gradients_of_block(flow: fastmaf.MAF, x: Tensor) -> Call:
+    block = _block(flow).requires_grad_()
+    return _backward(block, x, list(block.parameters()))
 
 
 def _step(flow: fastmaf.MAF, x: Tensor) -> Call:
@@ -105,24 +102,19 @@ def _step(flow: fastmaf.MAF, x: Tensor) -> Call:
     return call
 
 
-def _grads_of_block(flow: fastmaf.MAF, x: Tensor) -> Call:
-    block = _block(flow).requires_grad_()
-    return _backward(block, x, list(block.parameters()))
-
-
 OPS = {
     "masked_linear D to H": _layer(0),
     "masked_linear H to H": _layer(1),
     "masked_linear H to 2D": _layer(2),
     "masked_linear D to H, gradient of input": _layer(0, "gradient of input"),
-    "masked_linear D to H, gradients": _layer(0, "grads"),
-    "masked_linear H to 2D, gradients": _layer(2, "grads"),
-    "block, forward": Op(lambda flow, x: partial(_block(flow), x), _of_block),
-    "block, gradients": Op(_grads_of_block, _of_block, 2, 2, "copy"),
-    "block, inverse": Op(lambda flow, x: partial(_block(flow).inverse, x), _of_block),
-    "flow, forward": Op(lambda flow, x: partial(flow, x), lambda flow: flow.visible_weights),
-    "flow, inverse": Op(lambda flow, x: partial(flow.inverse, x), lambda flow: flow.visible_weights),
-    "flow, training step": Op(_step, lambda flow: flow.visible_weights, 3, 7, "adam"),
+    "masked_linear D to H, gradients": _layer(0, "gradients"),
+    "masked_linear H to 2D, gradients": _layer(2, "gradients"),
+    "block, forward": Op(lambda flow, x: partial(_block(flow), x), (0, 1, 2)),
+    "block, gradients": Op(_gradients_of_block, (0, 1, 2), GRADIENTS),
+    "block, inverse": Op(lambda flow, x: partial(_block(flow).inverse, x), (0, 1, 2)),
+    "flow, forward": Op(lambda flow, x: partial(flow, x), None),
+    "flow, inverse": Op(lambda flow, x: partial(flow.inverse, x), None),
+    "flow, training step": Op(_step, None, STEP),
 }
 
 
@@ -168,36 +160,27 @@ def check(name: str, flow: fastmaf.MAF, batch: int, backend: str) -> float:
     return max(errors)
 
 
-@pytest.fixture(scope="session")
-def limits(request: pytest.FixtureRequest) -> dict[str, float]:
-    """The rates of the machine."""
-    return {} if request.config.getoption("benchmark_disable") else machine.limits()
+@cache
+def rates() -> dict[str, float]:
+    return machine.limits()
 
 
-@pytest.fixture(scope="session")
-def flush() -> Iterator[Callable[[], None]]:
-    """Empties the caches, as the other layers of a flow would between two calls."""
-    large = torch.ones(32 * 2**20)
-    yield lambda: (large.sum(), None)[1]
+@cache
+def large() -> Tensor:
+    """Larger than any cache: the other layers of a flow would empty them between two calls."""
+    return torch.ones(32 * 2**20)
 
 
 @pytest.mark.parametrize("backend", present())
 @pytest.mark.parametrize("batch", BATCHES)
 @pytest.mark.parametrize("name", OPS)
-def test_op(
-    benchmark: BenchmarkFixture, name: str, batch: int, backend: str, limits: dict[str, float], flush: Call
-) -> None:
-    op, flow = OPS[name], flow_of()
-    error = check(name, flow, batch, backend)
-    weights = op.weights(flow)
-    move, multiply = 4.0 * op.moved * weights, 2.0 * op.products * batch * weights
-    benchmark.group = f"{name}, batch {batch}: {move / 1e6:,.4g} MB"
-    if limits:
-        times = (move / limits[f"{op.rate}_gb_per_s"] / 1e9, multiply / limits["sgemm_gflop_per_s"] / 1e9)
-        benchmark.group += f", at least {amount(max(*times, limits['launch_us'] / 1e6), 's')}"
-    benchmark.extra_info |= {"must_move_bytes": move, "operations": multiply, "error": error}
-    call = prepared(op, flow, batch, backend, torch.float32)
-    benchmark.pedantic(call, setup=flush, rounds=ROUNDS, warmup_rounds=1)
+def test_op(benchmark: BenchmarkFixture, name: str, batch: int, backend: str) -> None:
+    error = check(name, flow_of(), batch, backend)
+    limit, must_move = OPS[name].limit(flow_of(), batch, rates())
+    benchmark.group = f"{name}, batch {batch}: at least {amount(limit, 's')} ({must_move})"
+    benchmark.extra_info |= {"limit_s": limit, "error": error}
+    call = prepared(OPS[name], flow_of(), batch, backend, torch.float32)
+    benchmark.pedantic(call, setup=lambda: (large().sum(), None)[1], rounds=ROUNDS, warmup_rounds=1)
 
 
 def main() -> None:

@@ -12,44 +12,24 @@ from __future__ import annotations
 import argparse
 import copy
 import sys
-from collections.abc import Iterator
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 import fastmaf
-from fastmaf.kernels.launch_table import Precision
 
 # Largest multiple of the error of plain PyTorch in float32 (TF32 off) for densities and gradients.
 ALLOWED = {"ieee": 2.0, "tf32x3": 2.0, "tf32": 2e5, "bf16": 1e6}
+ROUNDING = 2e-7  # the smallest error of plain PyTorch that is taken seriously
 # Adam divides a gradient by its own size, so that the step has the relative rounding error of a small gradient; and a
 # ReLU whose input is almost zero may pass a sample's gradient in one precision and not in the other.
 ADAM = {"ieee": 1e-3, "tf32x3": 1e-3, "tf32": 0.2, "bf16": 0.5}
 
 
-class Line(NamedTuple):
-    """One comparison: relative errors of the kernels and of plain PyTorch in float32, against float64."""
-
-    what: str
-    batch: int
-    precision: str
-    error: float
-    of_torch: float
-
-    @property
-    def right(self) -> bool:
-        """Whether the error is within what the precision allows."""
-        if self.what.startswith("adam"):
-            return self.error <= ADAM[self.precision]
-        return self.error <= ALLOWED[self.precision] * max(self.of_torch, 2e-7)  # below: one rounding
-
-
 def trained(features: int, blocks: int, hidden: int, device: str) -> fastmaf.MAF:
     """Returns a flow whose every weight differs from its initial value."""
-    flow = fastmaf.MAF(
-        features, blocks, (hidden, hidden), degrees="random", log_scale_bound=1.0, soft_bound=True, seed=0
-    ).to(device)
+    options = {"degrees": "random", "log_scale_bound": 1.0, "soft_bound": True, "seed": 0}
+    flow = fastmaf.MAF(features, blocks, (hidden, hidden), **options).to(device)  # type: ignore[arg-type]
     optimizer = torch.optim.Adam(flow.parameters(), lr=1e-3)
     generator = torch.Generator().manual_seed(1)
     with fastmaf.use_backend("reference"):
@@ -61,23 +41,24 @@ def trained(features: int, blocks: int, hidden: int, device: str) -> fastmaf.MAF
     return flow
 
 
-def results(flow: fastmaf.MAF, x: Tensor, z: Tensor) -> dict[str, Tensor]:
-    """Returns densities, the inverse and its log-determinant, and gradients of all parameters and x."""
-    found: dict[str, Tensor] = {}
+def results(flow: fastmaf.MAF, x: Tensor, z: Tensor, fused: bool) -> dict[str, Tensor]:
+    """Returns densities, the inverse, gradients of all parameters and x, and the change by three steps of Adam."""
+    values: dict[str, Tensor] = {}
     with torch.no_grad():
-        found["log_prob, no grad"] = flow.log_prob(x)
-        found["z"] = flow(x)[0]
-        found["inverse"], found["inverse ladj"] = flow.inverse(z)
+        values["log_prob, no grad"] = flow.log_prob(x)
+        values["z"] = flow(x)[0]
+        values["inverse"], values["inverse ladj"] = flow.inverse(z)
     leaf = x.clone().requires_grad_()
     log_prob = flow.log_prob(leaf)
     grads = torch.autograd.grad(log_prob.mean(), [leaf, *flow.parameters()])
-    found["log_prob"] = log_prob.detach()
-    found["gradient of x"] = grads[0]
-    found["gradients of weights"] = torch.cat([g.flatten() for g in grads[1:]])
-    return found
+    values |= {"log_prob": log_prob.detach(), "gradient of x": grads[0]}
+    values["gradients of weights"] = torch.cat([grad.flatten() for grad in grads[1:]])
+    values["adam"] = adam_steps(flow, x, fused=fused)
+    values["adam, graphs"] = adam_steps(flow, x, fused=True, graphs=True) if fused else values["adam"]
+    return values
 
 
-def adam_step(flow: fastmaf.MAF, x: Tensor, *, fused: bool, graphs: bool = False) -> Tensor:
+def adam_steps(flow: fastmaf.MAF, x: Tensor, *, fused: bool, graphs: bool = False) -> Tensor:
     """Returns how three steps of Adam change a copy of the flow."""
     trained = copy.deepcopy(flow)
     kind = fastmaf.optim.FusedAdam if fused else torch.optim.Adam
@@ -89,37 +70,8 @@ def adam_step(flow: fastmaf.MAF, x: Tensor, *, fused: bool, graphs: bool = False
     return torch.cat([(a.detach().double() - b.detach().double()).flatten() for a, b in pairs])
 
 
-def error(found: Tensor, truth: Tensor) -> float:
-    """Returns the norm-wise relative error; infinity where something is not finite."""
-    value = float((found.double() - truth).norm() / truth.norm())
-    return value if value == value else float("inf")
-
-
-def lines(flow: fastmaf.MAF, batches: list[int], precisions: list[Precision], backend: str) -> Iterator[Line]:
-    """Yields every comparison."""
-    device = next(flow.parameters()).device
-    truth_flow = copy.deepcopy(flow).double()
-    for batch in batches:
-        generator = torch.Generator().manual_seed(batch)
-        x = torch.randn(batch, flow.features, generator=generator).to(device)
-        z = torch.randn(batch, flow.features, generator=generator).to(device)
-        with fastmaf.use_backend("reference"):
-            truth = results(truth_flow, x.double(), z.double())
-            plain = results(flow, x, z)
-            truth["adam"] = adam_step(truth_flow, x.double(), fused=False)
-            plain["adam"] = adam_step(flow, x, fused=False)
-        truth["adam, graphs"], plain["adam, graphs"] = truth["adam"], plain["adam"]
-        for precision in precisions:
-            with fastmaf.use_backend(backend), fastmaf.use_precision(precision):
-                found = results(flow, x, z)
-                found["adam"] = adam_step(flow, x, fused=True)
-                found["adam, graphs"] = adam_step(flow, x, fused=True, graphs=True)
-            for what, value in found.items():
-                yield Line(what, batch, precision, error(value, truth[what]), error(plain[what], truth[what]))
-
-
 def main() -> int:
-    """Prints the lines; returns 1 if one is wrong."""
+    """Prints the comparisons; returns 1 if one is wrong."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--features", type=int, default=12_288)
     parser.add_argument("--blocks", type=int, default=2)
@@ -128,19 +80,28 @@ def main() -> int:
     parser.add_argument("--precisions", nargs="+", default=["ieee", "tf32x3", "tf32", "bf16"])
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--backend", default="triton")
-    asked = parser.parse_args()
+    options = parser.parse_args()
     torch.backends.cuda.matmul.allow_tf32 = False
     torch.use_deterministic_algorithms(True, warn_only=True)  # fills new memory with NaN
-    flow = trained(asked.features, asked.blocks, asked.hidden, asked.device)
-    wrong = 0
+    flow = trained(options.features, options.blocks, options.hidden, options.device)
+    exact, wrong = copy.deepcopy(flow).double(), 0
     print(f"{'what':22} {'batch':>5} {'precision':9} {'error':>9} {'torch':>9}")
-    for line in lines(flow, asked.batches, asked.precisions, asked.backend):
-        wrong += not line.right
-        verdict = "" if line.right else "  WRONG"
-        print(
-            f"{line.what:22} {line.batch:5} {line.precision:9} {line.error:9.2e} {line.of_torch:9.2e}{verdict}",
-            flush=True,
-        )
+    for batch in options.batches:
+        generator = torch.Generator().manual_seed(batch)
+        x, z = (torch.randn(batch, flow.features, generator=generator).to(options.device) for _ in range(2))
+        with fastmaf.use_backend("reference"):
+            truths, plain = results(exact, x.double(), z.double(), False), results(flow, x, z, False)
+        for precision in options.precisions:
+            with fastmaf.use_backend(options.backend), fastmaf.use_precision(precision):
+                values = results(flow, x, z, True)
+            for what, truth in truths.items():
+                error, of_torch = (float((v[what].double() - truth).norm() / truth.norm()) for v in (values, plain))
+                adam = what.startswith("adam")
+                allowed = ADAM[precision] if adam else ALLOWED[precision] * max(of_torch, ROUNDING)
+                correct = error <= allowed  # NaN is not
+                wrong += not correct
+                verdict = "" if correct else "  WRONG"
+                print(f"{what:22} {batch:5} {precision:9} {error:9.2e} {of_torch:9.2e}{verdict}", flush=True)
     print(f"{wrong} wrong")
     return int(wrong > 0)
 

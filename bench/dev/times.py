@@ -1,4 +1,4 @@
-"""Times a flow of the published run's size on a GPU, by kernel if options.
+"""Times a flow of the published run's size on a GPU, by kernel if asked.
 
     python -m fastmaf.bench.dev.times --out times.csv [--profile]
 
@@ -11,65 +11,48 @@ from __future__ import annotations
 import argparse
 import csv
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 
 import fastmaf
-from fastmaf.bench import machine
+from fastmaf.bench import cases, machine
+
+Call = Callable[[], object]
 
 
-class Timed(NamedTuple):
-    """A case: how often each visible weight must be moved and multiplied, and the call."""
-
-    name: str
-    batch: int
-    moved: int
-    products: int
-    call: Callable[[], object]
-
-
-def cases(flow: fastmaf.MAF, batches: list[int], samples: list[int]) -> list[Timed]:
-    """Returns the cases."""
+def calls(flow: fastmaf.MAF, batches: list[int], samples: list[int]) -> Iterator[tuple[cases.Case, Call]]:
+    """Yields the cases."""
     generator = torch.Generator("cuda").manual_seed(0)
     x = torch.rand(max([*batches, 1]), flow.features, device="cuda")
-    scored = fastmaf.ReplayedLogProb(flow)
-    optimizer = fastmaf.optim.FusedAdam(flow.parameters(), lr=1e-6)
-    step = fastmaf.TrainingStep(flow, optimizer, graphs=True)
-
-    def sample(n: int) -> torch.Tensor:
-        with torch.no_grad():
-            return flow.sample(n, generator=generator)
-
-    return [
-        *(Timed("log_prob", n, 1, 1, partial(scored, x[:n])) for n in batches),
-        *(Timed("train step", n, 7, 3, partial(step, x[:n])) for n in batches if 1 < n <= 64),
-        *(Timed("sample", n, 1, 1, partial(sample, n)) for n in samples),
-    ]
+    log_prob = fastmaf.ReplayedLogProb(flow)
+    step = fastmaf.TrainingStep(flow, fastmaf.optim.FusedAdam(flow.parameters(), lr=1e-6), graphs=True)
+    sample = torch.no_grad()(flow.sample)
+    yield from ((cases.log_prob(n), partial(log_prob, x[:n])) for n in batches)
+    yield from ((cases.train_step(n), partial(step, x[:n])) for n in batches if 1 < n <= 64)
+    yield from ((cases.sample(n), partial(sample, n, generator=generator)) for n in samples)
 
 
-def seconds(call: Callable[[], object], budget: float) -> list[float]:
+def seconds(call: Call, budget: float) -> list[float]:
     """Returns the times of as many calls as fit in ``budget`` seconds, at least three, after three to warm up."""
     first = [machine.cuda_seconds_once(call) for _ in range(3)][-1]
     return [machine.cuda_seconds_once(call) for _ in range(max(3, min(200, int(budget / max(first, 1e-5)))))]
 
 
-def kernels(call: Callable[[], object], repeats: int = 5) -> list[tuple[str, float, int]]:
-    """Returns (kernel, milliseconds, launches) of one call, the longest first."""
-    activities = [torch.profiler.ProfilerActivity.CUDA]
+def print_kernels(call: Call, repeats: int = 5) -> None:
+    """Prints milliseconds and launches of the kernels of one call, the longest first."""
     torch.cuda.synchronize()
-    with torch.profiler.profile(activities=activities) as profile:
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
         for _ in range(repeats):
             call()
         torch.cuda.synchronize()
-    found = [
-        (event.key, event.self_device_time_total / 1e3 / repeats, event.count // repeats)
-        for event in profile.key_averages()
-    ]
-    return sorted((row for row in found if row[1] > 0), key=lambda row: -row[1])
+    events = sorted(profile.key_averages(), key=lambda event: -event.self_device_time_total)
+    print(f"    on the GPU {sum(event.self_device_time_total for event in events) / 1e3 / repeats:.3f} ms")
+    for event in events[:6]:
+        time = event.self_device_time_total / 1e3 / repeats
+        print(f"    {time:8.3f} ms  {event.count // repeats:4} x  {event.key[:90]}", flush=True)
 
 
 def main() -> None:
@@ -88,37 +71,32 @@ def main() -> None:
     fastmaf.use_precision(options.precision)
     limits, about = machine.cuda_limits(), machine.describe("cuda")
     flow = fastmaf.MAF(options.features, options.blocks, (512, 512), order=options.order, seed=0, device="cuda")
-    torch.cuda.synchronize()
-    print(about["card"], {name: f"{value:.4g}" for name, value in limits.items()}, f"precision {options.precision}")
-    rows, weights = [], flow.visible_weights
-    for case in cases(flow, options.batches, options.samples):
+    print(about["card"], {name: f"{rate:.4g}" for name, rate in limits.items()}, f"precision {options.precision}")
+    rows = []
+    for case, call in calls(flow, options.batches, options.samples):
         torch.cuda.reset_peak_memory_stats()
         try:
-            times = seconds(case.call, options.budget)
+            times = seconds(call, options.budget)
         except RuntimeError as error:  # the other cases should still be timed
-            print(f"FAILED: {case.name} {case.batch}: {error}", flush=True)
+            print(f"FAILED: {case.label}: {error}", flush=True)
             continue
-        by_bytes = 4 * weights * case.moved / limits["copy_gb_per_s"] / 1e9
-        by_products = 2 * weights * case.products * case.batch / limits["sgemm_gflop_per_s"] / 1e9
-        limit, median = max(by_bytes, by_products), statistics.median(times)
-        row = {
-            "case": case.name,
-            "batch": case.batch,
-            "precision": options.precision,
-            "median_ms": f"{median * 1e3:.4g}",
-            "best_ms": f"{min(times) * 1e3:.4g}",
-            "limit_ms": f"{limit * 1e3:.4g}",
-            "fraction_of_limit": f"{limit / median:.3f}",
-            "peak_gb": f"{torch.cuda.max_memory_allocated() / 1e9:.3f}",
-            "repeats": len(times),
-        }
-        print("  ".join(f"{name} {value}" for name, value in row.items()), flush=True)
-        rows.append(row)
+        limit, median = case.limit(flow.visible_weights, 4, limits)[0], statistics.median(times)
+        rows.append(
+            {
+                "case": case.name,
+                "batch": case.batch,
+                "precision": options.precision,
+                "median_ms": f"{median * 1e3:.4g}",
+                "best_ms": f"{min(times) * 1e3:.4g}",
+                "limit_ms": f"{limit * 1e3:.4g}",
+                "fraction_of_limit": f"{limit / median:.3f}",
+                "peak_gb": f"{torch.cuda.max_memory_allocated() / 1e9:.3f}",
+                "repeats": len(times),
+            }
+        )
+        print("  ".join(f"{name} {value}" for name, value in rows[-1].items()), flush=True)
         if options.profile:
-            shares = kernels(case.call)
-            print(f"    on the GPU {sum(share[1] for share in shares):.3f} ms")
-            for name, time, launches in shares[:6]:
-                print(f"    {time:8.3f} ms  {launches:4} x  {name[:90]}", flush=True)
+            print_kernels(call)
     if options.out:
         with options.out.open("w", newline="") as file:
             file.writelines(f"# {name}: {value}\n" for name, value in {**about, **limits}.items())
