@@ -137,8 +137,8 @@ def _cells(pair: Pair) -> list[str]:
     return [f"{pair.ratio:.2f}", *medians, of_limit, pair.verdict, _name(pair.after)]
 
 
-def _only_in(name: str, found: Sequence[Row]) -> list[str]:
-    if not found:
+def _only_in(name: str, only: Sequence[Row]) -> list[str]:
+    if not only:
         return []
-    names = [_name(row) for row in found[:_NAMED]] + ([f"{len(found) - _NAMED} more"] if len(found) > _NAMED else [])
-    return [f"Only in {name}: {len(found)} row{'s' * (len(found) != 1)}: {'; '.join(names)}."]
+    names = [_name(row) for row in only[:_NAMED]] + ([f"{len(only) - _NAMED} more"] if len(only) > _NAMED else [])
+    return [f"Only in {name}: {len(only)} row{'s' * (len(only) != 1)}: {'; '.join(names)}."]

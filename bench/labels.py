@@ -71,10 +71,10 @@ _RATES = {
 
 def labels(rows: Iterable[Row]) -> dict[str, Label]:
     """Returns the labels of the libraries that occur, in order; unknown libraries come last."""
-    found = {row["library"] for row in rows}
-    unknown = sorted(found - set(LABELS))
+    names = {row["library"] for row in rows}
+    unknown = sorted(names - set(LABELS))
     markers = zip(unknown, "dpHdpH" * (1 + len(unknown) // 6), strict=False)
-    known = {name: label for name, label in LABELS.items() if name in found}
+    known = {name: label for name, label in LABELS.items() if name in names}
     return known | {name: Label("", f"C{i % 10}", marker) for i, (name, marker) in enumerate(markers)}
 
 

@@ -92,14 +92,14 @@ class Busy:
 
     @staticmethod
     def _now() -> tuple[float, float, float]:
-        total, own = psutil.cpu_times(), psutil.Process().cpu_times()
+        total, this = psutil.cpu_times(), psutil.Process().cpu_times()
         busy = sum(getattr(total, name, 0.0) for name in ("user", "nice", "system", "irq", "softirq", "steal"))
-        return time.monotonic(), busy, own.user + own.system
+        return time.monotonic(), busy, this.user + this.system
 
     def others(self) -> float:
         """Returns the share, 0 to 1; 0 after less than a tenth of a second, as the clock ticks in hundredths."""
-        wall, busy, own = (now - before for now, before in zip(self._now(), self._before, strict=True))
-        return max(0.0, busy - own) / (wall * (psutil.cpu_count() or 1)) if wall > 0.1 else 0.0
+        wall, busy, this = (now - before for now, before in zip(self._now(), self._before, strict=True))
+        return max(0.0, busy - this) / (wall * (psutil.cpu_count() or 1)) if wall > 0.1 else 0.0
 
 
 def seconds_once(call: Callable[[], object]) -> float:

@@ -28,11 +28,11 @@ def table(rows: list[Row]) -> str:
     lines: list[str] = []
     first = {title: i for i, title in reversed(list(enumerate(map(_title, rows))))}
     for title, group in groupby(sorted(rows, key=lambda row: first[_title(row)]), key=_title):
-        found = list(group)
-        known = next((row for row in found if row["limit"]), None)
+        members = list(group)
+        known = next((row for row in members if row["limit"]), None)
         limit = f"   limit {_amount(known, 'limit')} ({known['must_move']})" if known else ""
         head = ("library", "median", "20–80 %", "of limit", "× fastmaf", "error", "note")
-        lines += ["", title + limit, *(f"  {line}" for line in aligned([head, *map(_cells, found)], (0, 6)))]
+        lines += ["", title + limit, *(f"  {line}" for line in aligned([head, *map(_cells, members)], (0, 6)))]
     return "\n".join(lines[1:])
 
 

@@ -149,10 +149,10 @@ def check(name: str, flow: fastmaf.MAF, batch: int, backend: str) -> float:
     Raises:
         WrongResultError: it is too large.
     """
-    found, expected = (
+    results, truths = (
         prepared(OPS[name], flow, batch, *how)() for how in ((backend, torch.float32), ("reference", torch.float64))
     )
-    pairs = zip(*(r if isinstance(r, tuple) else (r,) for r in (found, expected)), strict=True)
+    pairs = zip(*(r if isinstance(r, tuple) else (r,) for r in (results, truths)), strict=True)
     errors = [float((y.detach().double() - truth).norm() / truth.norm().clamp_min(1e-30)) for y, truth in pairs]
     for error in errors:
         if not error < LARGEST:  # NaN as well

@@ -81,14 +81,14 @@ def recorded(arch: int, use: Callable[[], object]) -> list[Launched]:
     return recorder.launches
 
 
-def launches(arch: int, batches: Sequence[int]) -> list[Launched]:
-    """Returns what the library launches on a card in every mode."""
+def sources(arch: int, batches: Sequence[int] = BATCHES) -> list[Source]:
+    """Returns the distinct specialisations that the library launches on a card in every mode."""
 
     def use() -> None:
         _use(fastmaf.MAF(12_288, 1, (512, 512), order="natural", init="empty", validate_args=False), batches)
         _use(fastmaf.MAF(101, 2, (37,), soft_bound=True, levels=9, seed=0, validate_args=False), (9,))
 
-    return recorded(arch, use)
+    return list({repr(source): source for source in map(_source, recorded(arch, use))}.values())
 
 
 def _use(flow: fastmaf.MAF, batches: Sequence[int]) -> None:
@@ -107,11 +107,6 @@ def _use(flow: fastmaf.MAF, batches: Sequence[int]) -> None:
             for model in (flow, stored) if batch == batches[0] else (flow,):
                 model.log_prob(x)
                 model.sample(batch)
-
-
-def sources(arch: int, batches: Sequence[int] = BATCHES) -> list[Source]:
-    """Returns the distinct specialisations among ``launches``."""
-    return list({repr(source): source for source in map(_source, launches(arch, batches))}.values())
 
 
 def _source(launched: Launched) -> Source:
@@ -133,9 +128,8 @@ def _source(launched: Launched) -> Source:
                 aligned.append(i)
         else:
             signature[name], constants[name] = "constexpr", value
-    return Source(
-        launched.kernel.fn.__module__, launched.kernel.fn.__name__, signature, constants, tuple(aligned), options
-    )
+    function = launched.kernel.fn
+    return Source(function.__module__, function.__name__, signature, constants, tuple(aligned), options)
 
 
 def compiled(source: Source, arch: int) -> Report:

@@ -96,12 +96,12 @@ def alternatives(entry: str, best: Table, stage: int) -> list[Table]:
         return [best._replace(inverse_warps=warps, inverse_numbers=numbers) for warps, numbers in grid]
     launch = getattr(best, entry)
     if stage == 0:
-        found = [launch._replace(rows=r, columns=c, warps=w) for (r, c), w in product(TILES[entry], WARPS)]
+        launches = [launch._replace(rows=r, columns=c, warps=w) for (r, c), w in product(TILES[entry], WARPS)]
     elif stage == 1:
-        found = [] if entry in ("lanes", "few") else [launch._replace(stages=stages) for stages in STAGES]
+        launches = [] if entry in ("lanes", "few") else [launch._replace(stages=stages) for stages in STAGES]
     else:
-        found = [launch._replace(programs_per_sm=programs) for programs in PROGRAMS]
-    return [best._replace(**{entry: changed}) for changed in found if changed != launch]
+        launches = [launch._replace(programs_per_sm=programs) for programs in PROGRAMS]
+    return [best._replace(**{entry: changed}) for changed in launches if changed != launch]
 
 
 def seconds(trial: Trial, repeats: int = 15) -> float:
@@ -148,13 +148,13 @@ def tune(options: argparse.Namespace, key: int, entry: str, flow: fastmaf.MAF, p
                     if not error < 1e-5:
                         print(f"  WRONG by a relative {error:.1e}: {line(entry, table)}")
                         continue
-                    found = seconds(tried)
+                    elapsed = seconds(tried)
                 except Exception as problem:
                     print(f"  {type(problem).__name__}: {line(entry, table)}")
                     continue
-                if found < fastest:
-                    fastest, best = found, table
-                    print(f"  {found * 1e3:.4f} ms  {line(entry, table)}", flush=True)
+                if elapsed < fastest:
+                    fastest, best = elapsed, table
+                    print(f"  {elapsed * 1e3:.4f} ms  {line(entry, table)}", flush=True)
     finally:
         TABLES[key] = present
     if best is not present:

@@ -16,7 +16,8 @@ import pytest
 
 from fastmaf.bench.check import BATCHES, WrongResultError
 from fastmaf.bench.libraries import LIBRARIES, Size
-from fastmaf.bench.worker import LibraryError, Server, Worker
+from fastmaf.bench.server import Server
+from fastmaf.bench.worker import LibraryError, Worker
 from fastmaf.capsule.synthetic import draw_dataset
 from tests.bench.helpers import TINY, register_failing
 
