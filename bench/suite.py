@@ -91,15 +91,17 @@ class Suite:
 
     def _try(self, worker: Worker) -> None:
         """Measures a library, or notes why that is not possible."""
+        usable = False
         try:
             self._measure(worker)
-            if worker is self.baseline:
-                return
+            usable = worker is self.baseline
         except (ImportError, LibraryError) as error:
             self.left_out.append(f"{worker.name} at {self.group.size}: {error}")
         except WrongResultError as error:
             self.wrong.append(f"{worker.name} at {self.group.size}: {error}")
-        worker.close()
+        finally:
+            if not usable:
+                worker.close()
         if self.baseline is not None and not self.baseline.alive:
             self.baseline = None
 

@@ -8,6 +8,7 @@ import multiprocessing
 import os
 import signal
 import sys
+import threading
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures import TimeoutError as FutureTimeoutError
@@ -77,7 +78,7 @@ class Worker:
         except (ImportError, WrongResultError):
             raise
         except FutureTimeoutError as error:
-            self.close()
+            self.close(patience=0.0)
             raise LibraryError(f"{self.name} did not answer within {self.timeout:.0f} s") from error
         except (BrokenProcessPool, psutil.Error) as error:
             self.close()
@@ -88,12 +89,19 @@ class Worker:
             with contextlib.suppress(psutil.Error):
                 self.process.suspend()
 
-    def close(self) -> None:
-        """Ends the process."""
+    def close(self, patience: float = 5.0) -> None:
+        """Ends the process, by force if it is still busy after ``patience`` seconds."""
         self.alive = False
+        timer = threading.Timer(patience, self._kill)
+        timer.start()
+        with contextlib.suppress(psutil.Error, AttributeError):
+            self.process.resume()
+        self._pool.shutdown()
+        timer.cancel()
+
+    def _kill(self) -> None:
         with contextlib.suppress(psutil.Error, AttributeError):
             self.process.kill()
-        self._pool.shutdown()
 
     def __enter__(self) -> Worker:
         return self

@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 from typing import NamedTuple
 
+import psutil
 import pytest
 from typer.testing import CliRunner, Result
 
@@ -144,6 +145,23 @@ def test_a_failing_library_does_not_stop_the_run(monkeypatch: pytest.MonkeyPatch
     assert "absent is not installed" in reasons["absent"] and "pip install 'fastmaf[bench]'" in reasons["absent"]
     assert reasons["raising"] == "ArithmeticError: no samples today"
     assert reasons["dying"].startswith("the process of dying ended")
+
+
+@pytest.mark.slow
+def test_ctrl_c_ends_the_run_and_its_processes_and_keeps_its_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    set_rates(monkeypatch)
+    before = set(psutil.Process().children(recursive=True))
+
+    def progress(text: str, done: int) -> None:
+        if text == "naive: train step 8":
+            raise KeyboardInterrupt
+
+    plan = tiny_plan("fastmaf", "naive")
+    result = run(plan, progress)
+    assert result.left_out == ["everything after Ctrl-C"]
+    assert [row["library"] for row in result.rows] == ["fastmaf"] * len(plan.cases)
+    left = [child for child in psutil.Process().children(recursive=True) if child not in before]
+    assert not [child for child in left if "spawn_main" in " ".join(child.cmdline())]
 
 
 @pytest.mark.slow
