@@ -82,7 +82,7 @@ def test_the_counterpart_maps_the_inverse_back_to_the_base_points(name: str, siz
     assert library.sample(4).shape == (4, size.features)
 
 
-@over((*DENSE, *PEERS, "flowjax"))
+@over((*DENSE, *PEERS, "flowjax"), (NARROW, SINGLE))
 def test_passes_finish_the_first_dimensions(name: str, size: Size) -> None:
     library, z = library_of(name, size), normal(3, size.features, 3)
     last = library.counterpart().last
@@ -116,7 +116,7 @@ class Linears(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-@over((*DENSE, *PEERS))
+@over((*DENSE, *PEERS), (NARROW, SINGLE))
 def test_an_inverse_takes_as_many_passes_as_are_extrapolated(name: str, size: Size) -> None:
     library, layers = library_of(name, size), len(size.hidden) + 1
     with Linears() as few:

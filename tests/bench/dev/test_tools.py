@@ -59,6 +59,7 @@ def test_tune_refuses_to_run_without_a_gpu(monkeypatch: pytest.MonkeyPatch, caps
 
 
 @needs_triton
+@pytest.mark.filterwarnings("ignore::fastmaf.ConnectivityWarning")
 def test_smoke_compares_a_backend_with_float64(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
     smoke = importlib.import_module("fastmaf.bench.dev.smoke")
     size = ["--features", "24", "--hidden", "32", "--batches", "3", "--precisions", "ieee"]
