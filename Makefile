@@ -76,6 +76,7 @@ lint: $(VENV)/.installed-dev  ## ruff check, ruff format --check, mypy
 	"$(BIN)/ruff" format --check .
 	rm -rf build/lint
 	"$(BIN)/python" setup.py -q build_py --no-compile --build-lib build/lint
+	cp -r bench/dev build/lint/fastmaf/bench/
 	cd build/lint && "$(abspath $(BIN))/mypy" --config-file ../../pyproject.toml --cache-dir ../../.mypy_cache -p fastmaf
 
 format: $(VENV)/.installed-dev  ## let ruff sort the imports and format
@@ -85,13 +86,13 @@ format: $(VENV)/.installed-dev  ## let ruff sort the imports and format
 bench: $(VENV)/.installed-bench  ## the quick benchmark suite: fastmaf beside other libraries, under two minutes
 	"$(BIN)/fastmaf" bench --quick
 
-bench-full: $(VENV)/.installed-bench  ## the full one, under thirty minutes, and every op by itself
+bench-full: $(VENV)/.installed-test  ## the full one, under thirty minutes, and every op by itself
 	"$(BIN)/fastmaf" bench
-	"$(BIN)/python" -m fastmaf.bench.ops
+	"$(BIN)/python" -m fastmaf.bench.dev.ops
 
 # To bench/results/ goes what README.md quotes.
-readme: $(VENV)/.installed-bench  ## write README.md's tables anew from bench/results/cpu.csv
-	"$(BIN)/python" -m fastmaf.bench.readme
+readme: $(VENV)/.installed-bench  ## write README.md's tables and figures from bench/results/cpu.csv
+	"$(BIN)/python" -m fastmaf.bench.dev.readme
 
 doctor: install  ## versions, devices, the backends in use and why
 	"$(BIN)/fastmaf" doctor

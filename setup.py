@@ -243,7 +243,7 @@ setup(
         "fastmaf.kernels",
         *(f"fastmaf.kernels.{name}" for name in find_packages("kernels")),
         "fastmaf.bench",
-        *(f"fastmaf.bench.{name}" for name in find_packages("bench")),
+        *(f"fastmaf.bench.{name}" for name in find_packages("bench", exclude=["dev*"])),
     ],
     package_dir={"fastmaf.kernels": "kernels", "fastmaf.bench": "bench"},
     ext_modules=[Extension("fastmaf.kernels._native", sorted(map(str, CSRC.glob("*.cpp"))))],

@@ -1,9 +1,8 @@
-"""Benchmarks, installed as ``fastmaf.bench``: correctness first, then times beside the limits of the machine.
+"""Benchmarks, installed as ``fastmaf.bench`` and run by ``fastmaf bench``.
 
-``fastmaf bench`` runs them. ``cases.py`` says what is measured, ``sides/`` holds one file per way of running a MAF,
-``worker.py`` is the process that each side has to itself, ``run.py`` asks them in turn, and ``report.py``, ``plot.py``,
-``compare.py`` and ``readme.py`` show what came out. ``ops.py``, ``tune.py``, ``resources.py`` and ``pascal.py`` are
-for developers.
+``cases.py`` lists what is measured, ``libraries/`` holds one adapter per library, ``check.py`` compares the results of
+a library before it is timed, ``worker.py`` runs it in a process of its own, and ``run.py`` goes through the cases.
+``dev/`` holds tools for developers; neither it nor ``results/`` is part of the wheel.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What ``fastmaf bench`` does."""
+"""The command ``fastmaf bench``."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from fastmaf.bench import plot, report, rows
+from fastmaf.bench import figures, rows, tables
 from fastmaf.bench.cases import planned
 from fastmaf.bench.compare import compare
 from fastmaf.bench.run import Result, run
 
-__all__ = ["bench", "compare", "show"]
+__all__ = ["bench", "compare"]
 
 
 def bench(
@@ -20,7 +20,7 @@ def bench(
     *,
     quick: bool,
     device: str = "cpu",
-    sides: Sequence[str] = (),
+    libraries: Sequence[str] = (),
     progress: bool = True,
     say: Callable[[str], None] = print,
 ) -> bool:
@@ -30,42 +30,41 @@ def bench(
         out: folder to write to.
         quick: small sizes, under two minutes.
         device: cpu or cuda.
-        sides: only these beside fastmaf; () for all.
-        progress: show a bar.
+        libraries: only these and fastmaf; () for all.
+        progress: show a progress bar.
         say: prints.
 
     Returns:
-        Whether all sides that were measured gave right results.
+        Whether the results of all measured libraries were correct.
 
     Raises:
-        ValueError: there is no such side.
+        ValueError: there is no such library.
     """
     if device not in ("cpu", "cuda"):
         raise ValueError(
-            f"the device must be cpu or cuda (CUDA_VISIBLE_DEVICES chooses among several); found {device!r}"
+            f"the device must be cpu or cuda (CUDA_VISIBLE_DEVICES selects one of several); found {device!r}"
         )
-    out.mkdir(parents=True, exist_ok=True)  # now, rather than after half an hour, does a folder show that cannot be
-    plan = planned("quick" if quick else "full", device, sides)
-    with tqdm(total=plan.parts, unit="number", disable=not progress, dynamic_ncols=True) as bar:
+    out.mkdir(parents=True, exist_ok=True)  # fails now rather than after the measurement
+    plan = planned("quick" if quick else "full", device, libraries)
+    with tqdm(total=plan.total, unit="result", disable=not progress, dynamic_ncols=True) as bar:
 
-        def tell(text: str, parts: int) -> None:
+        def show(text: str, done: int) -> None:
             bar.set_description_str(text)
-            bar.update(parts)
+            bar.update(done)
 
-        result = run(plan, tell, device=device)
-    show(result, out, f"{device}{'-quick' if quick else ''}", say)
+        result = run(plan, show, device=device)
+    _report(result, out, f"{device}{'-quick' if quick else ''}", say)
     return not result.wrong
 
 
-def show(result: Result, out: Path, stem: str, say: Callable[[str], None]) -> None:
-    """Prints a run and writes its files."""
+def _report(result: Result, out: Path, stem: str, say: Callable[[str], None]) -> None:
     path = out / f"{stem}.csv"
     rows.write(result.rows, result.about, path)
-    say(report.table(result.rows))
-    figures = plot.figures(result.rows, result.about, out, stem)
-    say("\n" + report.about_lines(result.about))
-    for heading, sentences in (("not measured:", result.left_out), ("WRONG, and not timed:", result.wrong)):
-        if sentences:
-            say("\n".join(["", heading, *(f"  {sentence}" for sentence in sentences)]))
-    say("\nEach side was compared with fastmaf on the same weights before it was timed: 'error' is how far it was off.")
-    say(f"Written: {path}, the same as JSON, and {', '.join(figure.name for figure in figures)}")
+    say(tables.table(result.rows))
+    written = figures.write(result.rows, result.about, out, stem)
+    say("\n" + tables.about_lines(result.about))
+    for heading, lines in (("Not measured:", result.left_out), ("WRONG, and not timed:", result.wrong)):
+        if lines:
+            say("\n".join(["", heading, *(f"  {line}" for line in lines)]))
+    say("\nThe results of each library were compared with another implementation's before timing; see 'error'.")
+    say(f"Written: {', '.join(map(str, (path, path.with_suffix('.json'), *written)))}")

@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
-# The first minutes on a card, without pip and without network: what is most worth knowing first, each part within a time
-# limit of its own, everything into the folder $OUT (default bench-results/gpu). Needs python3 with torch and triton; pytest with
+# A first run on a GPU without pip and without network: the most important checks first, each part within a time
+# limit of its own, all output to the folder $OUT (default bench-results/gpu). Needs python3 with torch and triton; pytest with
 # xdist for the tests, compute-sanitizer for the last part. PARTS="smoke times" runs only those.
 set -u
-cd "$(dirname "$0")/.."
+cd "$(dirname "$0")/../.."
 OUT=$(realpath -m "${OUT:-bench-results/gpu}")
 PARTS=${PARTS:-smoke times tests sanitize}
 mkdir -p "$OUT"
@@ -28,15 +28,15 @@ wanted() { case " $PARTS " in *" $1 "*) ;; *) return 1 ;; esac; }
 python3 -c 'import torch, triton; print(torch.cuda.get_device_name(), torch.__version__, "triton", triton.__version__)'
 if wanted smoke; then # side by side: most of it is compiling
 	for precision in ieee tf32x3 tf32 bf16; do
-		part "smoke-$precision" 240 python3 -W ignore -m fastmaf.bench.smoke --precisions $precision &
+		part "smoke-$precision" 240 python3 -W ignore -m fastmaf.bench.dev.smoke --precisions $precision &
 	done
 	wait
 	tail -n 40 "$OUT"/smoke-*.log
 	! grep -qE 'WRONG|Error' "$OUT"/smoke-*.log || failed=1
 fi
 if wanted times; then
-	part times 90 python3 -W ignore -m fastmaf.bench.times --profile --out "$OUT/times.csv"
-	part times-tf32x3 40 python3 -W ignore -m fastmaf.bench.times --precision tf32x3 --profile --samples --batches 8 64 1024 --out "$OUT/times-tf32x3.csv"
+	part times 90 python3 -W ignore -m fastmaf.bench.dev.times --profile --out "$OUT/times.csv"
+	part times-tf32x3 40 python3 -W ignore -m fastmaf.bench.dev.times --precision tf32x3 --profile --samples --batches 8 64 1024 --out "$OUT/times-tf32x3.csv"
 	cat "$OUT"/times*.log
 fi
 if wanted tests; then

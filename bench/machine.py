@@ -1,4 +1,4 @@
-"""The machine a benchmark runs on: its name, its versions, and its limits as measured in the same process."""
+"""The machine of a run: its name, its versions, its rates as measured in the same process, clocks and peak memory."""
 
 from __future__ import annotations
 
@@ -26,14 +26,13 @@ PEERS = ("triton", "nflows", "zuko", "normflows", "flowjax", "jax")
 
 
 def free_bytes(device: str) -> int:
-    """Returns how much memory a device has free."""
-    free: int = psutil.virtual_memory().available if device == "cpu" else torch.cuda.mem_get_info()[0]
-    return free
+    """Returns the free memory of a device."""
+    return psutil.virtual_memory().available if device == "cpu" else torch.cuda.mem_get_info()[0]
 
 
 def describe(device: str = "cpu") -> dict[str, str]:
     """Returns processor, thread count, versions and commit."""
-    return {
+    about = {
         "date": time.strftime("%Y-%m-%d"),
         "commit": _commit(),
         "processor": _processor(),
@@ -44,31 +43,27 @@ def describe(device: str = "cpu") -> dict[str, str]:
         "backend": backends.default_backend("chain", torch.empty(0, device=device)),
         "torch": torch.__version__,
         "python": platform.python_version(),
-        **{name: version for name in PEERS if (version := _version(name))},
     }
-
-
-def _version(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
+    for name in PEERS:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            about[name] = importlib.metadata.version(name)
+    return about
 
 
 def _commit() -> str:
-    if _git("ls-files", "--error-unmatch", Path(__file__).name) in ("", UNKNOWN):  # no checkout, or another one's
+    if _git("ls-files", "--error-unmatch", Path(__file__).name) in ("", UNKNOWN):  # not a checkout of this file
         return UNKNOWN
     return _git("rev-parse", "--short", "HEAD") + ("+changes" if _git("status", "--porcelain") else "")
 
 
 def _git(*arguments: str) -> str:
+    command = ["git", *arguments]
     try:
-        found = subprocess.run(
-            ["git", *arguments], cwd=Path(__file__).parent, capture_output=True, text=True, check=True
-        )
+        return subprocess.run(
+            command, cwd=Path(__file__).parent, capture_output=True, text=True, check=True
+        ).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         return UNKNOWN
-    return found.stdout.strip()
 
 
 def _processor() -> str:
@@ -76,49 +71,35 @@ def _processor() -> str:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
         return platform.processor() or platform.machine()
-    name = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
-    details = {line.split(":")[0].strip(): line.split(":", 1)[1].strip() for line in lines if ":" in line}
-    return f"{name} (family {details.get('cpu family')}, model {details.get('model')}), {os.cpu_count()} cores"
+    info = {key.strip(): text.strip() for key, _, text in (line.partition(":") for line in reversed(lines))}
+    name = info.get("model name", platform.machine())
+    return f"{name} (family {info.get('cpu family')}, model {info.get('model')}), {os.cpu_count()} cores"
 
 
 def _huge_pages() -> str:
-    """Returns who gets huge pages: always, madvise (whoever asks, as fastmaf does) or never."""
+    """Returns which memory gets huge pages: always, madvise (on request, as by fastmaf) or never."""
     with contextlib.suppress(OSError):
         modes = Path("/sys/kernel/mm/transparent_hugepage/enabled").read_text()
         return modes[modes.index("[") + 1 : modes.index("]")]
     return UNKNOWN
 
 
-def reset_peak(device: str) -> None:
-    """Lets the peak of memory start again from what is held now; does nothing where that cannot be."""
-    if device != "cpu":
-        torch.cuda.reset_peak_memory_stats()
-    else:
-        with contextlib.suppress(OSError):
-            Path("/proc/self/clear_refs").write_text("5")
-
-
 class Busy:
-    """Tells what share of the processors' time other processes took since it was made."""
+    """Measures the share of the processors that other processes have taken since it was created."""
 
     def __init__(self) -> None:
         self._before = self._now()
 
-    def _now(self) -> tuple[float, float, float]:
-        every, own = psutil.cpu_times(), psutil.Process().cpu_times()
-        busy = sum(getattr(every, name, 0.0) for name in ("user", "nice", "system", "irq", "softirq", "steal"))
-        return time.monotonic(), busy, own.user + own.system
+    @staticmethod
+    def _now() -> tuple[float, float, float]:
+        total, this = psutil.cpu_times(), psutil.Process().cpu_times()
+        busy = sum(getattr(total, name, 0.0) for name in ("user", "nice", "system", "irq", "softirq", "steal"))
+        return time.monotonic(), busy, this.user + this.system
 
     def others(self) -> float:
         """Returns the share, 0 to 1; 0 after less than a tenth of a second, as the clock ticks in hundredths."""
-        wall, every, own = (now - before for now, before in zip(self._now(), self._before, strict=True))
-        return max(0.0, every - own) / (wall * (psutil.cpu_count() or 1)) if wall > 0.1 else 0.0
-
-
-def seconds(call: Callable[[], object], repeats: int) -> list[float]:
-    """Returns the time of each of ``repeats`` calls, after one that is not counted."""
-    call()
-    return [seconds_once(call) for _ in range(repeats)]
+        wall, busy, this = (now - before for now, before in zip(self._now(), self._before, strict=True))
+        return max(0.0, busy - this) / (wall * (psutil.cpu_count() or 1)) if wall > 0.1 else 0.0
 
 
 def seconds_once(call: Callable[[], object]) -> float:
@@ -129,7 +110,7 @@ def seconds_once(call: Callable[[], object]) -> float:
 
 
 def cuda_seconds_once(call: Callable[[], object]) -> float:
-    """Returns the time of one call on the GPU, waits for its launches from Python included."""
+    """Returns the time of one call on the GPU, including waits for its launches from Python."""
     start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
     torch.cuda.synchronize()
     start.record()
@@ -139,101 +120,111 @@ def cuda_seconds_once(call: Callable[[], object]) -> float:
     return start.elapsed_time(end) / 1e3
 
 
+def clock(device: str) -> Callable[[Callable[[], object]], float]:
+    """Returns the function that times one call on a device."""
+    return seconds_once if device == "cpu" else cuda_seconds_once
+
+
+def _best(call: Callable[[], object], repeats: int, device: str = "cpu") -> float:
+    """Returns the shortest time of some calls, after one to warm up."""
+    call()
+    return min(clock(device)(call) for _ in range(repeats))
+
+
+def limits() -> dict[str, float]:
+    """Measures this machine's read, copy and fused Adam rates in GB/s, matrix rate in GFLOP/s, and the time of a call.
+
+    Adam's rate is that of torch's fused step, which reads four numbers and writes three per parameter. The call is the
+    smallest one of torch, in microseconds.
+    """
+    numbers, side = 64 * 2**20, 2048
+    # On huge pages, as fastmaf's weights: they are read faster.
+    source, target = (empty_on_huge_pages(numbers, device=None, dtype=None).fill_(1.0) for _ in range(2))
+    matrix, vector = source.view(-1, 8 * side), torch.ones(8 * side)
+    read = min(_best(source.sum, 7), _best(lambda: torch.mv(matrix, vector), 7))
+    copy = _best(lambda: target.copy_(source), 7)
+    parameter = torch.nn.Parameter(source)
+    parameter.grad = target
+    adam = _best(torch.optim.Adam([parameter], fused=True).step, 7)
+    a, b, c = torch.randn(side, side), torch.randn(side, side), torch.empty(side, side)
+    product = _best(lambda: torch.mm(a, b, out=c), 7)
+    small = torch.zeros(1)
+    calls = [seconds_once(lambda: [small.add_(1) for _ in range(1000)]) / 1000 for _ in range(8)]
+    return {
+        "read_gb_per_s": 4 * numbers / read / 1e9,
+        "copy_gb_per_s": 8 * numbers / copy / 1e9,
+        "adam_gb_per_s": 28 * numbers / adam / 1e9,
+        "sgemm_gflop_per_s": 2 * side**3 / product / 1e9,
+        "launch_us": statistics.median(calls) * 1e6,
+    }
+
+
 def cuda_limits() -> dict[str, float]:
-    """Measures what nothing on this GPU can beat: copy rate (read and written) in GB/s, float32 matrix rate in GFLOP/s,
-    and the time of an empty kernel within a graph in microseconds.
+    """Measures this GPU's copy rate (read and written), float32 matrix rate, and the time of an empty kernel in a
+    graph, in the units of ``limits``.
     """
     numbers, side, kernels = 256 * 2**20, 4096, 200
     source, target = torch.rand(numbers, device="cuda"), torch.empty(numbers, device="cuda")
-    copy = min(cuda_seconds_once(lambda: target.copy_(source)) for _ in range(9))
+    copy = _best(lambda: target.copy_(source), 9, "cuda")
     a, b, c = (torch.randn(side, side, device="cuda") for _ in range(3))
     before = torch.backends.cuda.matmul.allow_tf32
     torch.backends.cuda.matmul.allow_tf32 = False
-    product = min(cuda_seconds_once(lambda: torch.mm(a, b, out=c)) for _ in range(9))
+    product = _best(lambda: torch.mm(a, b, out=c), 9, "cuda")
     torch.backends.cuda.matmul.allow_tf32 = before
     small, graph = torch.zeros(1, device="cuda"), torch.cuda.CUDAGraph()
     small.add_(1)
     with torch.cuda.graph(graph):
         for _ in range(kernels):
             small.add_(1)
-    launch = min(cuda_seconds_once(graph.replay) for _ in range(9)) / kernels
     return {
-        # Whatever is read or written, by Adam too, goes over the same bus.
+        # Everything that is read or written, also by Adam, uses the same bus.
         **dict.fromkeys(("read_gb_per_s", "copy_gb_per_s", "adam_gb_per_s"), 8 * numbers / copy / 1e9),
         "sgemm_gflop_per_s": 2 * side**3 / product / 1e9,
-        "launch_us": launch * 1e6,
-    }
-
-
-def clock(device: str) -> Callable[[Callable[[], object]], float]:
-    """Returns what times one call on a device."""
-    return seconds_once if device == "cpu" else cuda_seconds_once
-
-
-def peak(device: str) -> Callable[[], int | None]:
-    """Returns what tells the peak of memory of this process so far, in bytes: its own, or what it allocated on the
-    GPU.
-    """
-    return peak_bytes if device == "cpu" else torch.cuda.max_memory_allocated
-
-
-def limits() -> dict[str, float]:
-    """Measures what nothing on this machine can beat: read, copy and fused Adam rates in GB/s, matrix rate in GFLOP/s,
-    and the time of the smallest call of torch in microseconds.
-
-    Adam's is that of torch's fused step: four numbers read and three written per parameter.
-    """
-    numbers, side = 64 * 2**20, 2048
-    # On huge pages, which read faster: fastmaf's own weights lie on them too.
-    source, target = (empty_on_huge_pages(numbers, device=None, dtype=None).fill_(1.0) for _ in range(2))
-    matrix, vector = source.view(-1, 8 * side), torch.ones(8 * side)
-    read = min(*seconds(source.sum, 7), *seconds(lambda: torch.mv(matrix, vector), 7))
-    copy = min(seconds(lambda: target.copy_(source), 7))
-    parameter = torch.nn.Parameter(source)
-    parameter.grad = target
-    optimizer = torch.optim.Adam([parameter], fused=True)
-    adam = min(seconds(optimizer.step, 7))
-    a, b, c = torch.randn(side, side), torch.randn(side, side), torch.empty(side, side)
-    product = min(seconds(lambda: torch.mm(a, b, out=c), 7))
-    small = torch.zeros(1)
-    launch = statistics.median(seconds(lambda: [small.add_(1) for _ in range(1000)], 7)) / 1000
-    return {
-        "read_gb_per_s": 4 * numbers / read / 1e9,
-        "copy_gb_per_s": 8 * numbers / copy / 1e9,
-        "adam_gb_per_s": 28 * numbers / adam / 1e9,
-        "sgemm_gflop_per_s": 2 * side**3 / product / 1e9,
-        "launch_us": launch * 1e6,
+        "launch_us": _best(graph.replay, 9, "cuda") / kernels * 1e6,
     }
 
 
 def file_limits(megabytes: int = 256) -> dict[str, float]:
-    """Measures at what rate a file is written and read, in GB/s, the operating system's cache included."""
+    """Measures the rates of writing and reading a file in GB/s, with the operating system's cache."""
     data = torch.rand(megabytes * 2**18).numpy()
-    target = memoryview(bytearray(data.nbytes))
-    held = np.frombuffer(target, dtype=np.uint8)
+    target = np.empty_like(data)
+    target.fill(0)  # new pages would cost more than the copy
 
-    def into() -> None:
+    def read() -> None:
         with open(path, "rb") as file:
-            file.readinto(target)  # memory that is there already: new pages cost more than the copy
+            file.readinto(target.data)
 
     with tempfile.TemporaryDirectory(prefix="fastmaf-bench-") as folder:
         path = Path(folder, "file")
-        write = min(seconds(lambda: path.write_bytes(data.data), 3))
-        mapped = np.memmap(path, dtype=np.uint8)
-        read = min(*seconds(into, 3), *seconds(lambda: np.copyto(held, mapped), 3))  # the latter as safetensors does
-    return {"write_file_gb_per_s": data.nbytes / write / 1e9, "read_file_gb_per_s": data.nbytes / read / 1e9}
+        write = _best(lambda: path.write_bytes(data.data), 3)
+        mapped = np.memmap(path, dtype=data.dtype)
+        best = min(_best(read, 3), _best(lambda: np.copyto(target, mapped), 3))  # the latter as in safetensors
+    return {"write_file_gb_per_s": data.nbytes / write / 1e9, "read_file_gb_per_s": data.nbytes / best / 1e9}
+
+
+def reset_peak(device: str) -> None:
+    """Restarts the peak memory from the current one, where this is possible."""
+    if device != "cpu":
+        torch.cuda.reset_peak_memory_stats()
+    else:
+        with contextlib.suppress(OSError):
+            Path("/proc/self/clear_refs").write_text("5")
+
+
+def peak(device: str) -> Callable[[], int | None]:
+    """Returns the function that returns this process's peak memory in bytes, on the GPU that which it allocated."""
+    return peak_bytes if device == "cpu" else torch.cuda.max_memory_allocated
 
 
 def peak_bytes() -> int | None:
-    """Returns the peak of this process's resident memory; None where the operating system does not tell."""
-    # Linux hands getrusage's peak on from the process that started this one, so a large parent would hide all growth.
+    """Returns the peak of this process's resident memory; None where it is unknown."""
+    # On Linux getrusage's peak is inherited from the parent process, which may be larger.
     with contextlib.suppress(OSError), open("/proc/self/status") as file:
-        found = next((int(line.split()[1]) * 1024 for line in file if line.startswith("VmHWM")), None)
-        if found is not None:
-            return found
+        for line in file:
+            if line.startswith("VmHWM"):
+                return int(line.split()[1]) * 1024
     try:
         import resource
     except ImportError:  # Windows
         return None
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

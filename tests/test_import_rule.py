@@ -129,6 +129,7 @@ def declared_for(module: str) -> set[str]:
         "fastmaf.kernels": ["triton"],
         "fastmaf.inspection": ["export"],
         "fastmaf.bench": ["bench"],
+        "fastmaf.bench.dev": ["test"],
         "tests": ["bench", "export", "test"],
     }
     for folder, extra in ((folder, extra) for folder, extras_of in of.items() for extra in extras_of):

@@ -27,13 +27,13 @@ SHARED = {61: 48 * 1024, 75: 64 * 1024, 80: 163 * 1024, 90: 227 * 1024}
 
 
 def reports(tmp_path: Path, *arguments: str, triton: Path | None = None) -> list[dict[str, Any]]:
-    """Returns what bench.resources reports, compiled anew."""
+    """Returns what bench.dev.resources reports, compiled anew."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     environment |= {"TRITON_CACHE_DIR": str(tmp_path), "PYTHONWARNINGS": "ignore"}
     if triton is not None:
         environment["PYTHONPATH"] = str(triton)
     run = subprocess.run(
-        [sys.executable, "-m", "fastmaf.bench.resources", "--json", *arguments],
+        [sys.executable, "-m", "fastmaf.bench.dev.resources", "--json", *arguments],
         cwd=ROOT,
         env=environment,
         capture_output=True,

@@ -139,7 +139,7 @@ def test_the_code_of_replayed_steps_on_the_cpu(max_grad_norm: float | None) -> N
 @pytest.mark.parametrize("clips", [False, True])
 def test_nothing_is_compiled_while_a_graph_is_recorded(clips: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """A kernel is compiled for the alignment of its pointers too: all that a graph holds must have run before."""
-    from fastmaf.bench import resources
+    from fastmaf.bench.dev import resources
     from fastmaf.kernels import triton_parts
 
     flow, x = flow_on("cpu", blocks=3, order="alternate"), batches("cpu", [4])[0]

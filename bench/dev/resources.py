@@ -1,0 +1,194 @@
+"""Compiles every Triton kernel ahead of time, also for cards that are not available, and reports its resources.
+
+    python -m fastmaf.bench.dev.resources --arch 61 --arch 90
+
+The kernels are those that the library would launch: training steps, densities and samples of the published run's model
+and of an odd small one run on a card that is only described (``triton_parts.recording``).
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import re
+import subprocess
+import tempfile
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+import fastmaf
+from fastmaf.kernels.triton_parts import Launched, recording
+from fastmaf.training.graphed_step import CapturedUpdates, capture_gradients, capture_step
+
+# Compute capability: number of multiprocessors of a card, for the size of grids.
+CARDS = {61: 6, 75: 40, 80: 108, 90: 132}
+BATCHES = (1, 8, 64)  # one sample, and the smallest and largest tile of samples
+_TYPES = {torch.float32: "fp32", torch.float64: "fp64", torch.bfloat16: "bf16", torch.int32: "i32", torch.int64: "i64"}
+_OPTIONS = ("num_warps", "num_stages", "maxnreg", "enable_fp_fusion")
+_TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+
+
+class Source(NamedTuple):
+    """A kernel and its specialisation."""
+
+    module: str
+    kernel: str
+    signature: dict[str, str]
+    constants: dict[str, Any]
+    aligned: tuple[int, ...]
+    options: dict[str, int]
+
+
+@dataclass(frozen=True)
+class Report:
+    """One compiled kernel.
+
+    Attributes:
+        kernel, arch, options: name, compute capability and constants.
+        registers, spills, stack: per thread; the last two in bytes.
+        shared: bytes per program.
+        triton: version of the compiler.
+    """
+
+    kernel: str
+    arch: int
+    options: dict[str, Any]
+    registers: int
+    spills: int
+    stack: int
+    shared: int
+    triton: str
+
+
+def recorded(arch: int, use: Callable[[], object]) -> list[Launched]:
+    """Returns what the library launches on a card while ``use`` runs."""
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True, warn_only=True)  # fills new memory with NaN
+    try:
+        with recording(arch, CARDS[arch]) as recorder, fastmaf.use_backend("triton"):
+            use()
+    finally:
+        torch.use_deterministic_algorithms(deterministic)
+    return recorder.launches
+
+
+def sources(arch: int, batches: Sequence[int] = BATCHES) -> list[Source]:
+    """Returns the distinct specialisations that the library launches on a card in every mode."""
+
+    def use() -> None:
+        _use(fastmaf.MAF(12_288, 1, (512, 512), soft_bound=False, init="empty", validate_args=False), batches)
+        _use(fastmaf.MAF(101, 2, (37,), levels=9, seed=0, validate_args=False), (9,))
+
+    return list({repr(source): source for source in map(_source, recorded(arch, use))}.values())
+
+
+def _use(flow: fastmaf.MAF, batches: Sequence[int]) -> None:
+    stored = flow.to_inference()
+    for batch in batches:
+        x = torch.zeros(batch, flow.features)
+        flow.log_prob(x).sum().backward()
+        flow.nll_per_dim(x)
+        optimizer = fastmaf.optim.FusedAdam(flow.parameters())
+        optimizer.zero_grad()
+        optimizer.minimize(flow.log_prob(x).sum(), check_finite=False)  # the tensors have no values
+        gradients = capture_gradients(optimizer, flow.log_prob(x.requires_grad_()).sum())
+        gradients.squared_norm()
+        capture_step(optimizer, gradients, CapturedUpdates(optimizer))
+        with torch.no_grad():
+            for model in (flow, stored) if batch == batches[0] else (flow,):
+                model.log_prob(x)
+                model.sample(batch)
+
+
+def _source(launched: Launched) -> Source:
+    names = launched.kernel.arg_names
+    values = {**dict(zip(names, launched.args, strict=False)), **launched.options}
+    options = {name: values.pop(name) for name in _OPTIONS if name in values}
+    signature, constants, aligned = {}, {}, []
+    for i, name in enumerate(names):
+        value = values[name]
+        if isinstance(value, Tensor):
+            signature[name] = f"*{_TYPES[value.dtype]}"
+            if value.data_ptr() % 16 == 0:
+                aligned.append(i)
+        elif isinstance(value, float):
+            signature[name] = "fp32"
+        elif isinstance(value, int) and not isinstance(value, bool) and value != 1 and name.islower():
+            signature[name] = "i32"
+            if value % 16 == 0:
+                aligned.append(i)
+        else:
+            signature[name], constants[name] = "constexpr", value
+    function = launched.kernel.fn
+    return Source(function.__module__, function.__name__, signature, constants, tuple(aligned), options)
+
+
+def compiled(source: Source, arch: int) -> Report:
+    """Compiles a kernel to machine code."""
+    kernel = getattr(importlib.import_module(source.module), source.kernel)
+    attributes = {(i,): [["tt.divisibility", 16]] for i in source.aligned}
+    result = triton.compile(
+        ASTSource(kernel, source.signature, constexprs=source.constants, attrs=attributes),
+        target=GPUTarget("cuda", arch, 32),
+        options=source.options,
+    )
+    constants = {name: str(value) for name, value in source.constants.items() if name.isupper()}
+    ptx = result.asm["ptx"]
+    return Report(
+        source.kernel, arch, {**constants, **source.options}, *_ptxas(ptx), result.metadata.shared, triton.__version__
+    )
+
+
+def _ptxas(ptx: str) -> tuple[int, int, int]:
+    """Returns registers, bytes of spills and bytes of stack per thread, as reported by ptxas."""
+    arch = re.findall(r"^\.target (\w+)", ptx, re.M)[0]
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "kernel.ptx"
+        file.write_text(ptx)
+        for tool in sorted(_TOOLS.glob("ptxas*")):  # Triton has an older and a newer one, for different targets
+            command = [str(tool), "-v", f"-arch={arch}", str(file), "-o", str(file.with_suffix(".cubin"))]
+            run = subprocess.run(command, capture_output=True, text=True)
+            if run.returncode == 0:
+                break
+        else:
+            raise RuntimeError(f"no ptxas assembles a kernel for {arch}: {run.stderr}")
+    sizes = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", run.stderr)
+    stack, stores, loads = map(int, sizes[0])
+    return int(re.findall(r"Used (\d+) registers", run.stderr)[0]), stores + loads, stack
+
+
+def report(archs: Sequence[int], batches: Sequence[int] = BATCHES, workers: int = 2) -> list[Report]:
+    """Compiles all kernels that the given batch sizes need, for each of ``archs``."""
+    work = [(source, arch) for arch in archs for source in sources(arch, batches)]
+    with ProcessPoolExecutor(workers) as pool:
+        return list(pool.map(compiled, *zip(*work, strict=True)))
+
+
+def main() -> None:
+    """Prints a table, or JSON."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--arch", type=int, action="append", choices=CARDS, help="compute capability (default: all)")
+    parser.add_argument("--batch", type=int, action="append", help="batch sizes (default: 1, 8, 64)")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    args = parser.parse_args()
+    reports = report(args.arch or list(CARDS), args.batch or BATCHES)
+    if args.json:
+        print(json.dumps([asdict(report) for report in reports]))
+        return
+    for r in reports:
+        resources = f"{r.registers:3d} registers {r.spills:4d} spilled {r.stack:4d} stack {r.shared:6d} shared"
+        print(f"sm_{r.arch} {resources}  {r.kernel} {' '.join(f'{k}={v}' for k, v in r.options.items())}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,94 @@
+"""The tools for GPUs as far as they run without one, and the tables of README.md."""
+
+from __future__ import annotations
+
+import importlib
+import math
+from typing import Any
+
+import pytest
+import torch
+
+import fastmaf
+from fastmaf.bench.dev import readme
+from fastmaf.bench.rows import read
+from fastmaf.bench.tables import MARKDOWN
+from fastmaf.kernels import backends
+from tests.bench.example_rows import ABOUT, example_run
+
+MISSING = next((why for op in backends.OPS if (why := backends.missing(op, "triton")) is not None), None)
+needs_triton = pytest.mark.skipif(MISSING is not None, reason=str(MISSING))
+
+
+def flow() -> fastmaf.MAF:
+    return fastmaf.MAF(12_288, 1, (512, 512), order="natural", init="empty", validate_args=False)
+
+
+@needs_triton
+def test_the_model_of_pascal_counts_every_byte_once() -> None:
+    """A step moves the weights seven times: forward reads them, Adam reads and writes them and both moments."""
+    from fastmaf.bench.dev import pascal, resources
+
+    model, card = flow(), pascal.GTX_1050_TI
+    launches = resources.recorded(card.arch, lambda: pascal.train_step(model, 8))
+    least = 7 * 4 * model.stored_weights / card.bytes_per_s
+    assert least < pascal.seconds(launches, card) - len(launches) * card.launch_s < 1.3 * least
+    faster = card._replace(bytes_per_s=2 * card.bytes_per_s)
+    assert pascal.seconds(launches, faster) < 0.7 * pascal.seconds(launches, card)
+
+
+@needs_triton
+def test_the_model_of_pascal_counts_the_steps_of_a_sample() -> None:
+    from fastmaf.bench.dev import pascal
+
+    card = pascal.GTX_1050_TI._replace(bytes_per_s=math.inf, sm_bytes_per_s=math.inf)
+    one = pascal.sample_seconds(flow(), 1, card)
+    assert one == pytest.approx(513 * 3 * card.step_s), "512 levels and the first dimension, of three layers each"
+    assert pascal.sample_seconds(flow(), 6 * 16, card) == pytest.approx(one), "a tile of 16 on each multiprocessor"
+    assert pascal.sample_seconds(flow(), 6 * 16 + 1, card) == pytest.approx(2 * one)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+@needs_triton
+def test_tune_refuses_to_run_without_a_gpu(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    tune = importlib.import_module("fastmaf.bench.dev.tune")
+    monkeypatch.setattr("sys.argv", ["tune"])
+    with pytest.raises(SystemExit) as ended:
+        tune.main()
+    assert ended.value.code == 2 and "no NVIDIA GPU was found" in capsys.readouterr().err
+
+
+@needs_triton
+@pytest.mark.filterwarnings("ignore::fastmaf.ConnectivityWarning")
+def test_smoke_compares_a_backend_with_float64(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    smoke = importlib.import_module("fastmaf.bench.dev.smoke")
+    size = ["--features", "24", "--hidden", "32", "--batches", "3", "--precisions", "ieee"]
+    monkeypatch.setattr("sys.argv", ["smoke", *size, "--device", "cpu", "--backend", "reference"])
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    try:
+        assert smoke.main() == 0
+        monkeypatch.setattr(smoke, "ALLOWED", {"ieee": 0.0})
+        assert smoke.main() == 1
+    finally:
+        torch.use_deterministic_algorithms(deterministic)
+    output = capsys.readouterr().out
+    assert "0 wrong" in output and "WRONG" in output
+    assert {"z", "inverse", "log_prob", "gradient", "gradients", "adam"} <= {
+        line.split()[0] for line in output.splitlines()
+    }
+
+
+def test_readme_s_tables_are_replaced_and_nothing_else() -> None:
+    text = "before\n<!-- bench speed -->\nold\n<!-- end -->\nafter\n"
+    rows = list(example_run())
+    expected = f"before\n<!-- bench speed -->\n{MARKDOWN['speed'](rows, ABOUT)}\n<!-- end -->\nafter\n"
+    assert readme.rendered(text, rows, ABOUT) == readme.rendered(expected, rows, ABOUT) == expected
+    with pytest.raises(ValueError, match="no table 'sped'; expected one of machine, speed"):
+        readme.rendered("<!-- bench sped -->\n<!-- end -->", rows, ABOUT)
+
+
+def test_readme_has_every_table_and_the_committed_results_fill_them() -> None:
+    text = (readme.ROOT / "README.md").read_text(encoding="utf-8")
+    rendered = readme.rendered(text, *read(readme.ROOT / "bench" / "results" / "cpu.csv"))
+    for name in MARKDOWN:
+        assert f"<!-- bench {name} -->\n" in text and f"<!-- bench {name} -->\n<!-- end -->" not in rendered

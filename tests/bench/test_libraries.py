@@ -1,0 +1,315 @@
+"""Every adapter at small odd sizes: it computes the function of its counterpart, forward, inverse and through training;
+its passes do the work that is extrapolated; its files restore it.
+"""
+
+from __future__ import annotations
+
+import functools
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import fastmaf
+from fastmaf.bench.check import check
+from fastmaf.bench.libraries import LIBRARIES, Library, Size, library_class
+from fastmaf.bench.libraries.base import LEARNING_RATE
+from fastmaf.naive import NaiveMAF
+from tests.bench.helpers import FAILING, build, normal, uniform
+
+WIDE = Size(47, (24, 24), 3)  # more dimensions than units: several outputs depend on the same inputs
+NARROW = Size(12, (31, 31), 3)  # more units than dimensions: every output depends on all dimensions before it
+SINGLE = Size(47, (24,), 1)
+LEVELS = Size(47, (24, 24), 2, levels=6)
+
+OWN = ("fastmaf", "fastmaf (torch)", "fastmaf, bfloat16")
+DENSE = ("naive", "dense")
+PEERS = ("nflows", "zuko", "normflows")
+SLOW = pytest.mark.slow  # JAX compiles each function for seconds, so flowjax has one size
+ALL = [
+    *((name, size) for name in (*OWN, *DENSE, *PEERS) for size in (WIDE, NARROW, SINGLE)),
+    *(("fastmaf", LEVELS), ("naive", LEVELS)),
+    ("flowjax", NARROW),
+]
+
+
+@functools.cache
+def library_of(name: str, size: Size) -> Library:
+    """Returns a library, built once: its counterpart is new whenever training has changed it."""
+    return build(name, size, 5)
+
+
+def over(names: tuple[str, ...] = (*OWN, *DENSE, *PEERS, "flowjax"), sizes: tuple[Size, ...] = ()) -> Any:
+    """Parametrizes a test over some libraries and sizes, by default over all."""
+    pairs = [
+        pytest.param(name, size, id=f"{name} {'x'.join(map(str, size[:2]))}", marks=SLOW if name == "flowjax" else ())
+        for name, size in ALL
+        if name in names and (not sizes or size in sizes)
+    ]
+    return pytest.mark.parametrize(("name", "size"), pairs)
+
+
+def density(module: Any, x: Tensor) -> Tensor:
+    with torch.no_grad():
+        return module.log_prob(x).clone()
+
+
+@over()
+def test_densities_are_those_of_the_counterpart(name: str, size: Size) -> None:
+    library = library_of(name, size)
+    x = uniform(7, size.features, 1)
+    log_prob = library.log_prob(x)
+    torch.testing.assert_close(log_prob, density(library.counterpart(), x), rtol=1e-5, atol=0)
+    assert log_prob.shape == (7,) and not log_prob.requires_grad
+    assert torch.equal(x, uniform(7, size.features, 1)), "it wrote into its input"
+    assert float(log_prob.std()) > 0, "all images have the same density"
+
+
+@over()
+def test_the_counterpart_maps_the_inverse_back_to_the_base_points(name: str, size: Size) -> None:
+    library, z = library_of(name, size), normal(3, size.features, 2)
+    x = library.inverse(z)
+    assert x.shape == z.shape and not torch.allclose(x, z, atol=1e-2)
+    with torch.no_grad():
+        torch.testing.assert_close(library.counterpart()(x)[0], z, rtol=0, atol=1e-5)
+    assert torch.equal(z, normal(3, size.features, 2)), "it wrote into its input"
+    assert library.sample(4).shape == (4, size.features)
+
+
+@over((*DENSE, *PEERS, "flowjax"), (NARROW, SINGLE))
+def test_passes_finish_the_first_dimensions(name: str, size: Size) -> None:
+    library, z = library_of(name, size), normal(3, size.features, 3)
+    last = library.counterpart().last
+    for count in (1, 5, size.features):
+        with torch.no_grad():
+            recovered = last(library.passes(z, count))[0]
+        torch.testing.assert_close(recovered[:, :count], z[:, :count], rtol=0, atol=1e-5, msg=f"after {count} passes")
+
+
+@over((*DENSE, *PEERS), (NARROW,))
+def test_passes_finish_no_later_dimension(name: str, size: Size) -> None:
+    library: Any = build(name, size, 5)
+    library.model.double()  # fresh weights are small: unfinished dimensions differ by little
+    z = normal(16, size.features, 3).double()
+    complete = library.passes(z, size.features)
+    for count in (1, 2):
+        off = (library.passes(z, count) - complete).abs().amax(0)
+        assert float(off[:count].max()) < 1e-14 and float(off[count:].min()) > 1e-7
+
+
+class Linears(TorchFunctionMode):
+    """Records the number of rows of every call of ``linear``."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rows: list[int] = []
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.nn.functional.linear:
+            self.rows.append(args[0].shape[0])
+        return func(*args, **(kwargs or {}))
+
+
+@over((*DENSE, *PEERS), (NARROW, SINGLE))
+def test_an_inverse_takes_as_many_passes_as_are_extrapolated(name: str, size: Size) -> None:
+    library, layers = library_of(name, size), len(size.hidden) + 1
+    with Linears() as few:
+        library.passes(normal(5, size.features, 0), 4)
+    assert few.rows == [5] * 4 * layers, "a pass is one run of one block's network"
+    with Linears() as inverse:
+        library.inverse(normal(3, size.features, 0))
+    with Linears() as sample:
+        library.sample(3)
+    passes = size.features * size.blocks * layers
+    # Some run the network once more for the log-determinant.
+    assert passes <= len(inverse.rows) <= passes + size.blocks * layers
+    assert sample.rows == inverse.rows
+
+
+def train(library: Library, counterpart: Any, seeds: range, scale: float = 1.0) -> None:
+    """Takes the same steps with both, each with a new optimiser."""
+    library.new_optimizer()
+    optimizer = torch.optim.Adam(counterpart.parameters(), lr=LEARNING_RATE)
+    for seed in seeds:
+        batch = scale * uniform(8, library.size.features, seed)
+        library.train_step(batch)
+        optimizer.zero_grad()
+        (-counterpart.log_prob(batch).mean()).backward()
+        optimizer.step()
+
+
+@over(("fastmaf", "fastmaf (torch)", *DENSE, *PEERS, "flowjax"))
+def test_training_steps_are_those_of_the_counterpart(name: str, size: Size) -> None:
+    library, x = library_of(name, size), uniform(7, size.features, 4)
+    # Twice, so that the second optimiser has to start without the moments of the first.
+    for seeds, scale in ((range(10, 13), 3.0), (range(20, 23), -1.0)):
+        counterpart = library.counterpart()
+        before = density(counterpart, x)
+        train(library, counterpart, seeds, scale)
+        change, expected = library.log_prob(x) - before, density(counterpart, x) - before
+        assert float(expected.abs().max()) > 1e-4, "nothing changed"
+        assert float((change - expected).norm() / expected.norm()) < 5e-3
+        torch.testing.assert_close(density(library.counterpart(), x), library.log_prob(x), rtol=1e-5, atol=0)
+
+
+@over(("fastmaf", "fastmaf (torch)", *DENSE, *PEERS, "flowjax"), (NARROW, SINGLE))
+def test_saved_weights_are_restored_and_used(name: str, size: Size, tmp_path: Path) -> None:
+    library, x, path = library_of(name, size), uniform(7, size.features, 4), tmp_path / "weights.safetensors"
+    before = library.log_prob(x).clone()
+    library.save(path)
+    train(library, library.counterpart(), range(3))
+    assert float((library.log_prob(x) - before).abs().min()) > 1e-4, "training changed nothing"
+    library.load(path)
+    assert torch.equal(library.log_prob(x), before)
+    library.new_optimizer()
+    library.train_step(x)
+    assert float(library.log_prob(x).mean() - before.mean()) > 1e-4, "other weights were trained"
+    z = normal(2, size.features, 0)
+    with torch.no_grad():
+        torch.testing.assert_close(library.counterpart()(library.inverse(z))[0], z, rtol=0, atol=1e-5)
+
+
+def test_bfloat16_weights_are_rounded_restored_and_not_trained(tmp_path: Path) -> None:
+    library: Any = build("fastmaf, bfloat16", NARROW, 5)
+    x, exact = uniform(7, 12, 0), build("fastmaf", NARROW, 5)
+    before = library.log_prob(x).clone()
+    error = ((before - exact.log_prob(x)) / before).abs().max()
+    assert 1e-5 < float(error) < 1e-2
+    assert not library.trains and LIBRARIES["fastmaf, bfloat16"].weight_bytes == 2
+    with pytest.raises(NotImplementedError):
+        library.new_optimizer()
+    library.save(tmp_path / "weights.safetensors")
+    with torch.no_grad():
+        for parameter in library.flow.parameters():
+            parameter.mul_(1.5)
+    assert not torch.allclose(library.log_prob(x), before)
+    library.load(tmp_path / "weights.safetensors")
+    assert torch.equal(library.log_prob(x), before)
+    assert torch.bfloat16 in {parameter.dtype for parameter in library.flow.parameters()}
+
+
+@pytest.mark.parametrize("name", [*OWN, *DENSE, *PEERS])
+def test_the_weights_depend_on_the_seed_alone(name: str) -> None:
+    x = uniform(3, 12, 0)
+    first, same, other = (build(name, Size(12, (8, 8), 2), seed).log_prob(x) for seed in (1, 1, 2))
+    assert torch.equal(first, same) and not torch.allclose(first, other)
+
+
+class Namespaces(TorchDispatchMode):
+    """Records the namespaces of the operators that are called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.called: set[str] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.called.add(func.namespace)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("name", [*OWN, *DENSE, *PEERS])
+def test_a_library_and_its_counterpart_share_no_code(name: str) -> None:
+    library, x = library_of(name, NARROW), uniform(4, NARROW.features, 0)
+    counterpart = library.counterpart()
+    assert isinstance(counterpart, NaiveMAF if name in OWN else fastmaf.Flow)
+    with Namespaces() as namespaces:
+        library.log_prob(x)
+        library.inverse(x)
+        if library.trains:
+            library.new_optimizer()
+            library.train_step(x)
+    assert ("fastmaf" in namespaces.called) == (name in OWN)
+
+
+def test_the_dense_library_is_the_naive_model_masked_after_every_step() -> None:
+    naive, dense, x = build("naive", WIDE, 9), build("dense", WIDE, 9), uniform(7, WIDE.features, 0)
+    torch.testing.assert_close(dense.log_prob(x), naive.log_prob(x), rtol=1e-6, atol=0)
+    z = normal(3, WIDE.features, 0)
+    torch.testing.assert_close(dense.passes(z, 7), naive.passes(z, 7), rtol=1e-5, atol=1e-6)
+    train(dense, dense.counterpart(), range(2))
+    for block in dense.model.blocks:  # type: ignore[attr-defined]
+        for weight, mask in zip(block.weights, block.masks(), strict=True):
+            assert bool((weight[~mask] == 0).all()) and bool((weight[mask] != 0).any())
+
+
+@pytest.mark.parametrize("size", [WIDE, NARROW, LEVELS], ids=str)
+def test_the_naive_library_has_the_connections_of_fastmaf(size: Size) -> None:
+    fast: Any = build("fastmaf", size, 0)
+    naive: Any = build("naive", size, 0)
+    masks = [buffer for name, buffer in naive.model.named_buffers() if "mask" in name]
+    assert fast.flow.visible_weights == sum(int(mask.sum()) for mask in masks)
+
+
+@pytest.mark.parametrize("hidden", [(5, 24), (24, 5), (9, 31, 4)])
+@pytest.mark.parametrize("name", ["fastmaf", "naive", "dense", "zuko"])
+def test_hidden_layers_of_different_widths_pass_the_check(name: str, hidden: tuple[int, ...]) -> None:
+    check(build(name, Size(47, hidden, 2), 5), 7)
+
+
+@pytest.mark.parametrize("name", ["nflows", "normflows", pytest.param("flowjax", marks=pytest.mark.slow)])
+def test_libraries_of_one_width_refuse_others(name: str) -> None:
+    with pytest.raises(ValueError, match=rf"{name} needs hidden layers of equal width; found \(5, 24\)"):
+        build(name, Size(12, (5, 24), 1), 0)
+
+
+def generated(library: Library) -> list[list[int]]:
+    """Returns, for each block of the counterpart, the dimensions in the order in which it generates them."""
+    order, orders = torch.arange(library.size.features), []
+    for transform in library.counterpart().transforms:
+        if isinstance(transform, fastmaf.Permutation):
+            order = order[transform.permutation]
+        else:
+            orders.append(order.tolist())
+    return orders
+
+
+def latent_of(name: str) -> Callable[[Any, Tensor], Tensor]:
+    latents: dict[str, Callable[[Any, Tensor], Tensor]] = {
+        "nflows": lambda model, x: model._transform(x)[0],
+        "zuko": lambda model, x: model().transform(x),
+        "normflows": lambda model, x: model.inverse(x),
+    }
+    return latents[name]
+
+
+@pytest.mark.parametrize("name", PEERS)
+def test_the_order_of_generation_is_that_of_the_library(name: str) -> None:
+    """The dimension that is generated first depends on itself alone, the last one on all: by the library's Jacobian."""
+    library: Any = library_of(name, Size(12, (31, 31), 1))
+    (order,) = generated(library)
+    x = normal(32, 12, 0)  # many, as an inactive unit hides a dependence
+    jacobian = torch.autograd.functional.jacobian(lambda x: latent_of(name)(library.model, x).sum(0), x).abs().sum(1)
+    seen = sorted((row.count_nonzero().item(), row.nonzero().flatten().tolist()) for row in jacobian)
+    assert seen == [(count, sorted(order[:count])) for count in range(1, 13)]
+
+
+def test_missing_libraries_name_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ImportError, match=r"^absent is not installed .*pip install 'fastmaf\[bench\]'"):
+        library_class(FAILING["absent"])
+    for name in (*PEERS, "flowjax"):
+        for module in [*sys.modules]:
+            if module == name or module.startswith((f"{name}.", f"fastmaf.bench.libraries.{name}")):
+                monkeypatch.delitem(sys.modules, module)
+        monkeypatch.setitem(sys.modules, name, None)
+        with pytest.raises(ImportError, match=f"^{name} is not installed"):
+            library_class(LIBRARIES[name])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["dense, compiled", "naive, compiled"])
+def test_compiled_libraries_are_the_same_function(name: str) -> None:
+    try:
+        torch.compile(lambda x: x + 1)(torch.zeros(2))
+    except Exception as problem:
+        pytest.skip(f"torch.compile does not work here: {type(problem).__name__}")
+    size = Size(12, (8, 8), 2)
+    library, eager = build(name, size, 3), build(name.partition(",")[0], size, 3)
+    x = uniform(8, 12, 0)
+    torch.testing.assert_close(library.log_prob(x), eager.log_prob(x), rtol=1e-5, atol=0)
+    check(library, 7)
