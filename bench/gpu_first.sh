@@ -3,7 +3,7 @@
 # limit of its own, all output to the folder $OUT (default bench-results/gpu). Needs python3 with torch and triton; pytest with
 # xdist for the tests, compute-sanitizer for the last part. PARTS="smoke times" runs only those.
 set -u
-cd "$(dirname "$0")/../.."
+cd "$(dirname "$0")/.."
 OUT=$(realpath -m "${OUT:-bench-results/gpu}")
 PARTS=${PARTS:-smoke times tests sanitize}
 mkdir -p "$OUT"

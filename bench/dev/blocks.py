@@ -21,10 +21,9 @@ from torch import Tensor
 import fastmaf
 from fastmaf.images.dataset import load_train, to_unit
 from fastmaf.inspection.blocks import fit_blocks
-from fastmaf.inspection.calibration import k_fold
-from fastmaf.inspection.copies import fit_whitening
-from fastmaf.inspection.cross import without
+from fastmaf.inspection.folds import drop_fold, k_fold
 from fastmaf.inspection.recipe import Recipe
+from fastmaf.inspection.whitening import fit_whitening
 
 RECIPE = Recipe(copies="shifts", blocks=2)
 
@@ -65,7 +64,7 @@ def main() -> None:
     folds = k_fold(len(x), RECIPE.folds, RECIPE.seed)
     z, alone = torch.empty_like(x), torch.empty(len(x), dtype=torch.float64)
     for fold in folds:
-        whitening = fit_whitening(without(x, fold), RECIPE)
+        whitening = fit_whitening(drop_fold(x, fold), RECIPE)
         z[fold] = whitening(x[fold])[0]
         alone[fold] = -fastmaf.Flow(RECIPE.features, [whitening]).log_prob(x[fold]).double()
     normal = fastmaf.Flow(RECIPE.features, [])
@@ -76,9 +75,9 @@ def main() -> None:
         trained_on: list[float] = []
         start = time.perf_counter()
         for fold in folds:
-            flow = train(without(z, fold))
+            flow = train(drop_fold(z, fold))
             with torch.no_grad():
-                for part, gains in ((z[fold], held_out), (without(z, fold), trained_on)):
+                for part, gains in ((z[fold], held_out), (drop_fold(z, fold), trained_on)):
                     gains.append(float((normal.log_prob(part) - flow.log_prob(part)).double().mean()))
         count = sum(parameter.numel() for parameter in flow.parameters())
         spread = f"{min(held_out):+,.0f} to {max(held_out):+,.0f}"
