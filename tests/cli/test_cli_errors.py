@@ -104,7 +104,7 @@ def test_a_refused_output_is_one_line(run: Fastmaf, model: Path) -> None:  # noq
     before = {path: path.read_bytes() for path in images.iterdir()}
     done = run("score", model, images, "--quiet", "--overlays", images)
     assert (done.code, done.out) == (1, "")
-    assert_one_error(done, f"{images / '0.png'}: a heat map laid over an image would replace a file that is to be read")
+    assert_one_error(done, f"{images / '0.png'}: an overlay of an anomaly map would replace a file that is to be read")
     done = run("export", model, "--onnx", model, "--check", images)
     assert_one_error(done, f"{model}: an ONNX export would replace a file that is to be read")
     assert {path: path.read_bytes() for path in images.iterdir()} == before

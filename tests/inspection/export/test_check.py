@@ -132,6 +132,7 @@ def test_every_transform(name: str, source: Any, tmp_path: Path) -> None:
     assert not report.undecided
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("source", ["whitened", "flow"])
 @pytest.mark.parametrize("kind", ["nll", "typicality", "map maximum", "map top"])
 @pytest.mark.parametrize("presmooth, top", [(0.0, 0.001), (0.7, 1.0)])

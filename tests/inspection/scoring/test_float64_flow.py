@@ -65,7 +65,7 @@ def made(normals: Tensor, settings: ScoreSettings, logit: float | None = None) -
     return draft.with_calibration(Calibration(draft.scores(normals), 0.1, None, "split"))
 
 
-@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("seed", [0, *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(1, 6))])
 def test_scores_verdicts_and_p_values_do_not_depend_on_the_batch(seed: int) -> None:
     rng, settings = np.random.default_rng(seed), SETTINGS[seed % len(SETTINGS)]
     normals = pictures(rng, (8, 12, 16)[seed % 3])

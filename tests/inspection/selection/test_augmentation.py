@@ -44,7 +44,7 @@ def boards(n: int, seed: int = 0) -> Tensor:
     return torch.from_numpy(np.clip(np.rint(pixels), 0, 255).astype(np.uint8)).permute(0, 3, 1, 2).contiguous()
 
 
-@pytest.mark.parametrize("n", [12, 60])
+@pytest.mark.parametrize("n", [12, pytest.param(60, marks=pytest.mark.slow)])
 def test_aligned_images_need_no_augmentation(n: int) -> None:
     recipe = replace(FIXED, blocks=0)
     found = fit(boards(n), recipe, progress=False).model
