@@ -27,7 +27,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for i in range(6):
         values = np.random.default_rng(i).integers(100, 150, (24, 24, 3)).astype(np.uint8)
         Image.fromarray(values).save(root / "good" / f"{i}.png")
-    with pytest.warns(UserWarning, match="takes 19 samples"):
+    with pytest.warns(UserWarning, match="needs 19 samples"):
         fastmaf.Detector(size=8, steps=2).fit(sorted((root / "good").iterdir())).save(root / "m.safetensors")
     return root / "m.safetensors"
 
