@@ -3,39 +3,38 @@
 from __future__ import annotations
 
 from pathlib import Path as _Path
+from typing import TYPE_CHECKING
 
 __version__ = "0.1.0"
 
-# In a checkout the kernels stand beside this folder instead of inside it, where an installation puts them: look there
-# too, so that `import fastmaf` works from a clone's root.
+# An installation has kernels/ within this folder, a clone beside it; this lets `import fastmaf` work in a clone's root.
 if not (_Path(__file__).parent / "kernels").is_dir():
     __path__.append(str(_Path(__file__).parent.parent))
 
-from fastmaf import optim
-from fastmaf.convert import LeakyMaskError, from_reference
-from fastmaf.degrees import ConnectivityWarning
-from fastmaf.flows import MAF, Flow
-from fastmaf.io.checkpoint import (
-    CheckpointError,
-    SavedFlow,
-    load,
-    load_with_extras,
-    read_extras,
-    read_tensors,
-    write_tensors,
-)
-from fastmaf.kernels.backends import BackendUnavailableError, use_backend
-from fastmaf.kernels.launch_table import use_precision
-from fastmaf.nn import MADE, MaskedLinear
-from fastmaf.torch_defaults import torch_defaults
-from fastmaf.training.blas import allocate_work_buffers
-from fastmaf.training.cuda_graphs import ReplayedLogProb
-from fastmaf.training.loss_checks import NonFiniteLossError
-from fastmaf.training.memory_estimate import memory_estimate
-from fastmaf.training.step import Guards, StepReport, TrainingStep
-from fastmaf.transforms import AffineAutoregressive, Logit, NotInvertibleError, Permutation, Transform
-from fastmaf.transforms.local import LocalAutoregressive
-from fastmaf.transforms.whitening import GaussianWhitening
+if TYPE_CHECKING:
+    from fastmaf import optim
+    from fastmaf.convert import LeakyMaskError, from_published
+    from fastmaf.defaults import torch_defaults
+    from fastmaf.degrees import ConnectivityWarning
+    from fastmaf.flows import MAF, Flow
+    from fastmaf.io.checkpoint import SavedFlow, load, load_with_extras
+    from fastmaf.io.tensor_file import CheckpointError
+    from fastmaf.kernels.backends import BackendUnavailableError, use_backend
+    from fastmaf.kernels.launch_table import use_precision
+    from fastmaf.nn import MADE, MaskedLinear
+    from fastmaf.training.cuda_graphs import ReplayedLogProb
+    from fastmaf.training.loss_checks import NonFiniteLossError
+    from fastmaf.training.memory_estimate import memory_estimate
+    from fastmaf.training.step import Guards, StepReport, TrainingStep
+    from fastmaf.transforms import (
+        AffineAutoregressive,
+        GaussianWhitening,
+        LocalAutoregressive,
+        Logit,
+        NotInvertibleError,
+        Permutation,
+        Transform,
+    )
 
 __all__ = [
     "MADE",
@@ -60,30 +59,64 @@ __all__ = [
     "StepReport",
     "TrainingStep",
     "Transform",
-    "allocate_work_buffers",
-    "from_reference",
+    "from_published",
     "load",
     "load_with_extras",
     "memory_estimate",
     "optim",
-    "read_extras",
-    "read_tensors",
     "torch_defaults",
     "use_backend",
     "use_precision",
-    "write_tensors",
 ]
 
-_LAZY = {"Detector": "fastmaf.inspection.detector"}  # scikit-learn and the inspection are imported by who asks for them
+_LAZY = {
+    "MADE": "fastmaf.nn",
+    "MAF": "fastmaf.flows",
+    "AffineAutoregressive": "fastmaf.transforms",
+    "BackendUnavailableError": "fastmaf.kernels.backends",
+    "CheckpointError": "fastmaf.io.tensor_file",
+    "ConnectivityWarning": "fastmaf.degrees",
+    "Detector": "fastmaf.inspection.detector",
+    "Flow": "fastmaf.flows",
+    "GaussianWhitening": "fastmaf.transforms",
+    "Guards": "fastmaf.training.step",
+    "LeakyMaskError": "fastmaf.convert",
+    "LocalAutoregressive": "fastmaf.transforms",
+    "Logit": "fastmaf.transforms",
+    "MaskedLinear": "fastmaf.nn",
+    "NonFiniteLossError": "fastmaf.training.loss_checks",
+    "NotInvertibleError": "fastmaf.transforms",
+    "Permutation": "fastmaf.transforms",
+    "ReplayedLogProb": "fastmaf.training.cuda_graphs",
+    "SavedFlow": "fastmaf.io.checkpoint",
+    "StepReport": "fastmaf.training.step",
+    "TrainingStep": "fastmaf.training.step",
+    "Transform": "fastmaf.transforms",
+    "from_published": "fastmaf.convert",
+    "load": "fastmaf.io.checkpoint",
+    "load_with_extras": "fastmaf.io.checkpoint",
+    "memory_estimate": "fastmaf.training.memory_estimate",
+    "torch_defaults": "fastmaf.defaults",
+    "use_backend": "fastmaf.kernels.backends",
+    "use_precision": "fastmaf.kernels.launch_table",
+}
+"""The module of each public name, imported with torch when the name is first used: the command line needs neither."""
 
 
 def __getattr__(name: str) -> object:
-    if name in _LAZY:
-        from importlib import import_module
+    from importlib import import_module
 
-        return getattr(import_module(_LAZY[name]), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    if name == "from_reference":  # its name in earlier versions
+        name = "from_published"
+    if name in _LAZY:
+        value = getattr(import_module(_LAZY[name]), name)
+    elif name in __all__:  # a module
+        value = import_module(f"{__name__}.{name}")
+    else:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    globals()[name] = value  # found without this function from now on
+    return value
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *_LAZY})
+    return sorted({*globals(), *__all__})

@@ -1,14 +1,18 @@
-"""Degrees: which unit of a MADE may see which.
+"""Degrees of the units of a MADE, which determine the masks.
 
-Inputs have the degrees 1..D in the order in which they are generated. A hidden unit of degree m sees what has degree
-<= m in the layer before it; the output of degree d sees hidden units of degree < d. Units are kept sorted by degree, a
-relabelling that leaves the function unchanged and makes every mask a staircase (Germain et al. 2015, MADE, section 3).
+Inputs have the degrees 1..D in the order in which they are generated. A hidden unit of degree m sees the units of
+degree <= m in the layer below; the output of degree d sees the hidden units of degree < d. Units are sorted by degree,
+a relabelling that leaves the function unchanged and makes every mask a staircase.
+
+References:
+    Germain, Gregor, Murray and Larochelle 2015, MADE: Masked Autoencoder for Distribution Estimation, section 3.
 """
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from operator import index
 from typing import Literal, NamedTuple, TypeAlias
 
 import torch
@@ -19,7 +23,34 @@ OrderKind: TypeAlias = Literal["natural", "alternate", "random"]
 
 
 class ConnectivityWarning(UserWarning):
-    """The chosen degrees leave inputs that nothing reads, or outputs that nothing conditions."""
+    """The degrees leave inputs that no output reads, or outputs that depend on no input.
+
+    Example:
+        >>> import warnings
+        >>> with warnings.catch_warnings(record=True) as caught:
+        ...     warnings.simplefilter("always")
+        ...     flow = fastmaf.MAF(features=100, blocks=1, hidden_features=16, degrees="cyclic")
+        >>> caught[0].category.__name__
+        'ConnectivityWarning'
+    """
+
+
+def layer_sizes(hidden_features: int | Sequence[int]) -> tuple[int, ...]:
+    """Returns the number of units of each hidden layer; an integer gives one layer.
+
+    Raises:
+        TypeError: ``hidden_features`` is neither an integer nor a sequence of integers.
+        ValueError: there is no layer, or one without units.
+    """
+    try:
+        sizes = tuple(map(index, hidden_features if isinstance(hidden_features, Iterable) else (hidden_features,)))
+    except TypeError:
+        raise TypeError(
+            f"hidden_features must be an integer or a sequence of integers; found {hidden_features!r}"
+        ) from None
+    if not sizes or min(sizes) < 1:
+        raise ValueError(f"hidden_features must name at least one layer, each of at least one unit; found {sizes}")
+    return sizes
 
 
 def input_degrees(features: int) -> Tensor:
@@ -30,35 +61,38 @@ def input_degrees(features: int) -> Tensor:
 def hidden_degrees(
     degrees: DegreeKind | Sequence[Tensor],
     features: int,
-    hidden_features: Sequence[int],
+    hidden_features: int | Sequence[int],
     *,
     levels: int | None = None,
     generator: torch.Generator | None = None,
 ) -> list[Tensor]:
-    """Returns the sorted degrees of each hidden layer's units.
+    """Returns the sorted degrees of the units of each hidden layer.
 
     Args:
         degrees: ``"spread"``: evenly over 1..D-1, the same in every layer, so that every input is read and every
-            output but the first is conditioned. ``"random"``: drawn uniformly from 1..D-1, anew for each layer
-            (Papamakarios et al. 2017). ``"cyclic"``: 1, 2, .., D-1, 1, 2, .. as nflows, zuko and normflows have it.
-            Or the degrees themselves, an integer tensor per hidden layer, each entry in 0..D (0 sees nothing).
+            output but the first is conditioned. ``"random"``: drawn uniformly from 1..D-1 for each layer
+            (Papamakarios et al. 2017). ``"cyclic"``: 1, 2, .., D-1, 1, 2, .. as in nflows, zuko and normflows.
+            Explicit degrees: one integer tensor per hidden layer, entries in 0..D (a unit of degree 0 sees no input).
         features: D.
-        hidden_features: units of each hidden layer.
-        levels: at most this many distinct degrees over all hidden layers.
-        generator: for ``"random"``; None takes torch's global one.
+        hidden_features: number of units of each hidden layer.
+        levels: maximum number of distinct degrees over all hidden layers.
+        generator: source of randomness for ``"random"``; None uses torch's global generator.
 
     Returns:
         One int64 tensor ``[H]`` per hidden layer, in ascending order.
 
     Raises:
-        ValueError: an argument does not fit; the message says what was expected and found.
+        TypeError: ``hidden_features`` is neither an integer nor a sequence of integers.
+        ValueError: an argument is out of range; the message states what was expected and found.
+
+    Example:
+        >>> from fastmaf.degrees import hidden_degrees
+        >>> hidden_degrees("spread", features=9, hidden_features=(4, 3))
+        [tensor([1, 3, 6, 8]), tensor([1, 5, 8])]
     """
     if features < 1:
         raise ValueError(f"features must be at least 1; found {features}")
-    if not hidden_features or min(hidden_features) < 1:
-        raise ValueError(
-            f"hidden_features must name at least one layer, each of at least one unit; found {tuple(hidden_features)}"
-        )
+    hidden_features = layer_sizes(hidden_features)
     if levels is not None and levels < 1:
         raise ValueError(f"levels must be at least 1, or None for no limit; found {levels}")
     if not isinstance(degrees, str):
@@ -116,19 +150,19 @@ def _check_explicit(layer: int, degrees: Tensor, hidden: int, features: int) -> 
 def _spread(hidden: int, top: int) -> Tensor:
     if hidden == 1:
         return torch.tensor([(top + 1) // 2], device="cpu")
-    # Both ends are met: the first unit lets output 2 be conditioned, the last one lets input D-1 be read.
+    # Degree 1 conditions output 2; degree D-1 reads input D-1.
     return 1 + (torch.arange(hidden, device="cpu") * (top - 1) + (hidden - 1) // 2) // (hidden - 1)
 
 
 def _group(degrees: list[Tensor], levels: int) -> list[Tensor]:
-    """Moves every degree to the nearest (by rank) of ``levels`` of the distinct ones, spread evenly, both ends
-    included.
+    """Replaces every degree by the nearest (by rank) of ``levels`` distinct ones, which are spread evenly and include
+    the smallest and the largest.
     """
     distinct = torch.unique(torch.cat(degrees))
     count = distinct.numel()
     if count <= levels:
         return degrees
-    kept = _spread(levels, count) - 1  # ranks of the degrees that stay
+    kept = _spread(levels, count) - 1  # ranks of the remaining degrees
     nearest = torch.bucketize(torch.arange(count, device="cpu"), (kept[1:] + kept[:-1]) / 2)
     return [distinct[kept[nearest[torch.searchsorted(distinct, d)]]] for d in degrees]
 
@@ -136,18 +170,25 @@ def _group(degrees: list[Tensor], levels: int) -> list[Tensor]:
 def orders(
     order: OrderKind | Sequence[Tensor], features: int, blocks: int, *, generator: torch.Generator | None = None
 ) -> list[Tensor]:
-    """Returns, for each block, the dimensions in the order in which it generates them.
+    """Returns the order in which each block generates the dimensions.
 
     Args:
         order: ``"natural"``: 0, 1, .., D-1 in every block. ``"alternate"``: reversed in every second block.
-            ``"random"``: a permutation drawn for each block. Or the permutations themselves, ``blocks`` integer
-                tensors ``[D]``.
+            ``"random"``: a random permutation for each block. Explicit orders: ``blocks`` integer tensors ``[D]``.
         features: D.
-        blocks: how many blocks.
-        generator: for ``"random"``; None takes torch's global one.
+        blocks: number of blocks.
+        generator: source of randomness for ``"random"``; None uses torch's global generator.
+
+    Returns:
+        One int64 tensor ``[D]`` per block.
 
     Raises:
-        ValueError: an argument does not fit.
+        ValueError: an argument is out of range; the message states what was expected and found.
+
+    Example:
+        >>> from fastmaf.degrees import orders
+        >>> orders("alternate", features=3, blocks=2)
+        [tensor([0, 1, 2]), tensor([2, 1, 0])]
     """
     natural = torch.arange(features, device="cpu")
     if not isinstance(order, str):
@@ -166,7 +207,11 @@ def orders(
 
 
 def check_permutation(name: str, permutation: Tensor, features: int) -> Tensor:
-    """Returns a copy of ``permutation`` as int64 on the CPU; raises ValueError unless it holds each of 0..D-1 once."""
+    """Returns a copy of ``permutation`` as int64 on the CPU.
+
+    Raises:
+        ValueError: it is not a permutation of 0..D-1.
+    """
     if permutation.is_floating_point() or permutation.dtype == torch.bool or permutation.shape != (features,):
         raise ValueError(
             f"{name} must hold {features} integers, a permutation of 0..{features - 1}; "
@@ -179,17 +224,24 @@ def check_permutation(name: str, permutation: Tensor, features: int) -> Tensor:
 
 
 def prefix(in_degrees: Tensor, out_degrees: Tensor, *, strict: bool) -> Tensor:
-    """Returns how many units each output unit sees: ``#{i: in[i] < out[j]}`` when strict, ``<=`` otherwise. Both
-    must be sorted.
+    """Returns how many input units each output unit sees: ``#{i: in[i] <= out[j]}``, or ``<`` with ``strict``.
+
+    Args:
+        in_degrees: ``[in]``, ascending.
+        out_degrees: ``[out]``, ascending.
+        strict: an output sees only inputs of smaller degree.
+
+    Returns:
+        int64 ``[out]``.
     """
     return torch.searchsorted(in_degrees, out_degrees, right=not strict)
 
 
 class Connectivity(NamedTuple):
-    """What a MADE's degrees leave out.
+    """The dependencies that the degrees of a MADE allow.
 
     Attributes:
-        read: inputs of degree 1..read can condition some output; those beyond cannot.
+        read: inputs of degree 1..read condition some output; those of higher degree do not.
         unconditioned: outputs of degree 1..unconditioned depend on no input (the first never does).
         features: D.
     """
@@ -220,7 +272,7 @@ class Connectivity(NamedTuple):
 
 
 def connectivity(features: int, degrees: Sequence[Tensor]) -> Connectivity:
-    """Returns what the sorted hidden degrees of one MADE leave unread and unconditioned."""
+    """Returns the dependencies that the sorted hidden degrees of a MADE allow."""
     read, lowest = features - 1, 1
     for layer in reversed(degrees):
         below = layer[layer <= read]
@@ -232,14 +284,14 @@ def connectivity(features: int, degrees: Sequence[Tensor]) -> Connectivity:
 
 
 def warn_if_disconnected(features: int, degrees_of_blocks: Sequence[Sequence[Tensor]]) -> None:
-    """Warns once, in words, where the degrees of some blocks leave inputs unread or outputs unconditioned."""
+    """Warns once if the degrees of some blocks leave inputs unread or outputs unconditioned."""
     reports = [connectivity(features, degrees) for degrees in degrees_of_blocks]
-    lacking = [report for report in reports if not report.complete]
-    if not lacking:
+    incomplete = [report for report in reports if not report.complete]
+    if not incomplete:
         return
-    worst = max(lacking, key=lambda report: (features - report.read) + report.unconditioned)
+    worst = max(incomplete, key=lambda report: (features - report.read) + report.unconditioned)
     warnings.warn(
-        f"in {len(lacking)} of {len(reports)} MADE blocks the hidden degrees leave gaps; the widest: {worst}. "
+        f"in {len(incomplete)} of {len(reports)} MADE blocks the hidden degrees leave gaps; the widest: {worst}. "
         "The density stays exact, but those dependencies cannot be learnt: use degrees='spread', or at least "
         f"{features - 1} hidden units where degrees are 'cyclic' (in nflows, zuko and normflows fewer have the same "
         f"gap).",

@@ -1,4 +1,4 @@
-"""What this installation consists of, which backend serves which device, and why: ``fastmaf doctor``."""
+"""The report of ``fastmaf doctor``: versions, devices, and the backend of each op."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _PACKAGES = ("torch", "triton", "numpy", "pillow", "scikit-learn", "matplotlib",
 
 
 def report() -> str:
-    """Returns versions, devices and backends as text for a terminal."""
+    """Returns versions, devices, the backend of each op, and why other backends are unavailable, as text."""
     lines = [f"fastmaf {fastmaf.__version__}", f"python  {platform.python_version()} on {platform.platform()}"]
     lines += [f"{name:<13} {_version(name)}" for name in _PACKAGES]
     lines += ["", "devices", *(f"  {line}" for line in _devices())]
@@ -59,7 +59,9 @@ def _devices() -> list[str]:
     else:
         built = torch.version.cuda
         why = (
-            "torch has no CUDA in it" if built is None else f"torch is built for CUDA {built}, but finds no usable GPU"
+            "this torch is built without CUDA"
+            if built is None
+            else f"torch is built for CUDA {built}, but found no usable GPU"
         )
         lines.append(f"cuda: {why}")
     return lines

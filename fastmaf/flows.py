@@ -1,4 +1,4 @@
-"""Flows: a sequence of invertible transforms over a standard normal base, and the masked autoregressive flow (MAF)."""
+"""Normalizing flows: ``Flow``, a sequence of transforms over a standard normal base, and ``MAF``."""
 
 from __future__ import annotations
 
@@ -6,56 +6,82 @@ import copy
 import itertools
 import math
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from fastmaf import hooks
-from fastmaf.degrees import DegreeKind, OrderKind, hidden_degrees, orders, warn_if_disconnected
+from fastmaf.degrees import DegreeKind, OrderKind, hidden_degrees, layer_sizes, orders, warn_if_disconnected
+from fastmaf.io.write_flow import write_flow
 from fastmaf.kernels import Block, chain_forward, chain_inverse
 from fastmaf.kernels.autocast import outside_autocast
 from fastmaf.kernels.block import chain
 from fastmaf.kernels.chain.kept import kept_numel
+from fastmaf.naive import NaiveMAF
 from fastmaf.nn import MADE, Init, MaskedLinear, zero_padding_
 from fastmaf.noise import normal_rows
-from fastmaf.transforms import AffineAutoregressive, Permutation, Transform
+from fastmaf.sharing import check_parts
+from fastmaf.transforms import AffineAutoregressive, Permutation, Transform, transform_config
 from fastmaf.transforms.whitening import GaussianWhitening
-from fastmaf.validation import check_density, check_finite, check_samples, validates
+from fastmaf.validation import as_sizes, as_tensor, check_density, check_finite, check_samples, validates
 
 if TYPE_CHECKING:
-    from fastmaf.naive import NaiveMAF
+    from numpy.typing import ArrayLike
 
 _HALF_LOG_2PI = 0.5 * math.log(2 * math.pi)
 
 
 class Flow(nn.Module):
-    """A normalizing flow: invertible transforms that carry data x to z ~ N(0, I).
+    """A normalizing flow: invertible transforms f = f_k ∘ … ∘ f_1 from data x to a standard normal base z::
 
-    Blocks in a row run as one op. Where hooks are registered on modules, or parameters are parametrised, pruned, or
-    belong to modules of other classes, the modules are called instead: slower, above all ``inverse``, which then takes
-    one call of a block's network per level.
+        log p(x) = log N(f(x); 0, I) + log |det df/dx|
 
-    As with all of torch, a process that is forked after an op has run on several threads hangs at its first op that
-    does so: start processes with the method ``"spawn"`` or ``"forkserver"``, fork before the first op, or call
-    ``torch.set_num_threads(1)`` before it.
+    ``log_prob``, ``nll_per_dim``, ``forward`` and ``inverse`` accept tensors ``[..., D]`` of the dtype and device of
+    the flow, and NumPy arrays and nested lists, which are converted to these. Each vector of D numbers is called a row;
+    rows are numbered in row-major order. The transforms themselves operate on ``[N, D]``. Densities and
+    log-determinants are in nats.
 
-    Nothing here follows ambient ``torch.autocast``, neither forward nor backward: in half precision a density would be
-    off by nats. Within an autocast region, bfloat16 and float16 inputs are converted to the flow's dtype.
+    Consecutive affine autoregressive blocks run as one op. Blocks with hooks, pruned or parametrised weights or modules
+    of other classes are called as modules instead, which is slower: ``inverse`` then calls the network of a block once
+    per level.
+
+    Ambient ``torch.autocast`` has no effect, forward or backward, since half precision would change densities by nats.
+    Within an autocast region, bfloat16 and float16 inputs are converted to the dtype of the flow.
+
+    As with every PyTorch model, a process that is forked after an op ran on several threads hangs at its next such op.
+    Start processes with the method ``"spawn"`` or ``"forkserver"``, fork before the first op, or call
+    ``torch.set_num_threads(1)`` first.
 
     Args:
         features: D.
-        transforms: in the order in which x passes through them.
-        validate_args: look at values, as ``torch.distributions`` does; also an attribute. ``log_prob``,
-            ``nll_per_dim``, ``forward`` and ``inverse`` then raise ValueError where their argument is not finite,
-            ``log_prob`` and ``nll_per_dim`` FloatingPointError where their result is NaN all the same, and sampling
-            FloatingPointError where a sample or its density is not finite. Without it such numbers are returned: each
-            in its own row, for rows do not mix. None: on the CPU only, since a GPU would have to be waited for. Never
-            within ``torch.compile``, a trace, a CUDA graph or a functorch transform.
+        transforms: the transforms, in the order in which they are applied to x.
+        validate_args: whether values are checked, as in ``torch.distributions``; also an attribute. If so, methods
+            raise ValueError for arguments that are not finite, and FloatingPointError for densities that are NaN and
+            for samples that are not finite. Otherwise such numbers are returned; they affect only their own row. None
+            checks on the CPU only, since checking on a GPU would wait for it. Values are never checked within
+            ``torch.compile``, a trace, a CUDA graph or a functorch transform.
+
+    Raises:
+        TypeError: a transform is not a ``fastmaf.Transform``.
+        ValueError: the transforms and the flow have different numbers of features.
+
+    References:
+        Papamakarios, Nalisnick, Rezende, Mohamed and Lakshminarayanan 2021, Normalizing Flows for Probabilistic
+        Modeling and Inference.
+
+    Example:
+        >>> made = fastmaf.MADE(features=3, hidden_features=16)
+        >>> flow = fastmaf.Flow(3, [fastmaf.Logit(3), fastmaf.AffineAutoregressive(made)])
+        >>> flow.log_prob(torch.rand(5, 3)).shape
+        torch.Size([5])
+        >>> flow.sample((2, 4)).shape
+        torch.Size([2, 4, 3])
     """
 
-    validate_args: bool | None = None  # of flows that were pickled without it, too
+    validate_args: bool | None = None  # also of flows that were pickled without the attribute
+    _class_in_files = "Flow"
 
     def __init__(self, features: int, transforms: Iterable[Transform], *, validate_args: bool | None = None) -> None:
         super().__init__()
@@ -74,24 +100,47 @@ class Flow(nn.Module):
         return [transform for transform in self.transforms if isinstance(transform, Transform)]
 
     def _check(self, name: str, x: Tensor) -> None:
-        if x.dim() != 2 or x.shape[1] != self.features:
-            raise ValueError(f"{name} must have shape [N, {self.features}]; found {list(x.shape)}")
-        own = self._like()
-        if x.dtype != own.dtype or x.device != own.device:
+        if x.shape[-1:] != (self.features,):
+            raise ValueError(f"{name} must have shape [..., {self.features}]; found {list(x.shape)}")
+        like = self._like()
+        if x.dtype != like.dtype or x.device != like.device:
             raise ValueError(
-                f"{name} must be {own.dtype} on {own.device}, like the flow; found {x.dtype} on {x.device}"
+                f"{name} must be {like.dtype} on {like.device}, like the flow; found {x.dtype} on {x.device}"
             )
 
+    def _by_rows(self, method: Callable[[Flow, Tensor], Any], name: str, x: Tensor | ArrayLike) -> Any:
+        """Calls a method of ``[N, D]`` with the rows of ``x``, and restores the batch shape of ``x`` in its results."""
+        x = as_tensor(name, x, self._like())
+        self._check(name, x)
+        batch, results = x.shape[:-1], method(self, x.reshape(-1, self.features))
+        if isinstance(results, Tensor):
+            return results.reshape(batch + results.shape[1:])
+        return tuple(result.reshape(batch + result.shape[1:]) for result in results)
+
     @outside_autocast
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Maps data to the base.
+    def forward(self, x: Tensor | ArrayLike) -> tuple[Tensor, Tensor]:
+        """Maps data to the base: z = f(x).
 
         Args:
-            x: ``[N, D]``, of the flow's dtype and device.
+            x: ``[..., D]``.
 
         Returns:
-            ``z`` ``[N, D]`` and ``ladj`` ``[N]`` = log |det dz/dx| in nats.
+            ``z`` ``[..., D]`` and ``ladj`` ``[...]``, log |det dz/dx| in nats.
+
+        Raises:
+            ValueError: the shape, dtype or device of ``x`` does not fit the flow, or, with ``validate_args``, ``x`` is
+                not finite.
+            TypeError: ``x`` is neither a tensor nor an array of numbers.
+
+        Example:
+            >>> flow = fastmaf.MAF(features=3, blocks=2, hidden_features=16)
+            >>> z, ladj = flow(torch.randn(5, 3))
+            >>> z.shape, ladj.shape
+            (torch.Size([5, 3]), torch.Size([5]))
         """
+        if not isinstance(x, Tensor) or x.dim() != 2:
+            z, ladj = self._by_rows(Flow.forward, "x", x)
+            return z, ladj
         self._check("x", x)
         if validates(self.validate_args, x):
             check_finite("x", x)
@@ -105,18 +154,28 @@ class Flow(nn.Module):
         return x, ladj
 
     @outside_autocast
-    def inverse(self, z: Tensor) -> tuple[Tensor, Tensor]:
-        """Maps the base to data, exactly.
+    def inverse(self, z: Tensor | ArrayLike) -> tuple[Tensor, Tensor]:
+        """Maps the base to data: x = f⁻¹(z), exactly.
 
         Args:
-            z: ``[N, D]``.
+            z: ``[..., D]``.
 
         Returns:
-            ``x`` ``[N, D]`` and ``ladj`` ``[N]`` = log |det dx/dz| in nats.
+            ``x`` ``[..., D]`` and ``ladj`` ``[...]``, log |det dx/dz| in nats.
 
         Raises:
+            ValueError, TypeError: as ``forward``.
             NotInvertibleError: a block has the leaky output mask of the published notebook.
+
+        Example:
+            >>> flow = fastmaf.MAF(features=3, blocks=2, hidden_features=16)
+            >>> x, ladj = flow.inverse(torch.randn(5, 3))
+            >>> torch.allclose(flow(x)[1], -ladj, atol=1e-4)
+            True
         """
+        if not isinstance(z, Tensor) or z.dim() != 2:
+            x, ladj = self._by_rows(Flow.inverse, "z", z)
+            return x, ladj
         self._check("z", z)
         if validates(self.validate_args, z):
             check_finite("z", z)
@@ -131,15 +190,32 @@ class Flow(nn.Module):
         return z, ladj
 
     @outside_autocast
-    def log_prob(self, x: Tensor) -> Tensor:
-        """Returns the log-density of ``x`` ``[N, D]``, ``[N]`` nats.
+    def log_prob(self, x: Tensor | ArrayLike) -> Tensor:
+        """Returns the log-density of data, in nats.
 
         It is −inf outside of the domain of a transform (``Logit``), and where ½z² overflows.
 
+        Args:
+            x: ``[..., D]``.
+
+        Returns:
+            ``[...]``.
+
         Raises:
-            ValueError: ``x`` does not fit the flow, or, with ``validate_args``, is not finite.
-            FloatingPointError: with ``validate_args``, the result is NaN; the message names the transform or parameter.
+            ValueError, TypeError: as ``forward``.
+            FloatingPointError: with ``validate_args``, a density is NaN. The message names the transform or parameter
+                that causes it.
+
+        Example:
+            >>> flow = fastmaf.MAF(features=2, blocks=2, hidden_features=16)
+            >>> flow.log_prob([[0.0, 1.0], [0.5, -0.5]]).shape
+            torch.Size([2])
+            >>> loss = -flow.log_prob(torch.randn(64, 2)).mean()
+            >>> loss.backward()
         """
+        if not isinstance(x, Tensor) or x.dim() != 2:
+            densities: Tensor = self._by_rows(Flow.log_prob, "x", x)
+            return densities
         called = type(self).forward is not Flow.forward or hooks.is_called(self) or hooks.any_global()
         self._check("x", x)
         z, ladj = self(x) if called else self._forward(x)
@@ -152,12 +228,32 @@ class Flow(nn.Module):
         return -0.5 * z.square().sum(dim=1) - self.features * _HALF_LOG_2PI
 
     @outside_autocast
-    def nll_per_dim(self, x: Tensor) -> Tensor:
-        """Returns each dimension's share of the negative log-likelihood, ``[N, D]`` nats; the rows sum to
-        ``-log_prob(x)``.
+    def nll_per_dim(self, x: Tensor | ArrayLike) -> Tensor:
+        """Returns the contribution of each dimension to the negative log-likelihood, in nats::
 
-        A dimension's term is ½z² + ½log 2π + Σ over blocks of its log-scale, at the place of that dimension in ``x``.
+            nll_per_dim(x)[d] = ½ z[d]² + ½ log 2π + Σ over blocks log_scale[d],    Σ_d nll_per_dim(x)[d] = −log_prob(x)
+
+        The log-scales of each block are assigned to the dimensions of x that they belong to.
+
+        Args:
+            x: ``[..., D]``.
+
+        Returns:
+            ``[..., D]``.
+
+        Raises:
+            ValueError, TypeError, FloatingPointError: as ``log_prob``.
+            NotImplementedError: a transform of a user's class lacks ``forward_per_dim``.
+
+        Example:
+            >>> flow = fastmaf.MAF(features=3, blocks=2, hidden_features=16)
+            >>> x = torch.randn(5, 3)
+            >>> torch.allclose(flow.nll_per_dim(x).sum(dim=-1), -flow.log_prob(x), atol=1e-4)
+            True
         """
+        if not isinstance(x, Tensor) or x.dim() != 2:
+            per_dim: Tensor = self._by_rows(Flow.nll_per_dim, "x", x)
+            return per_dim
         self._check("x", x)
         z, terms = x, torch.zeros_like(x)
         for transform in self._transforms():
@@ -171,74 +267,150 @@ class Flow(nn.Module):
 
     @torch.no_grad()
     def sample(
-        self, n: int, *, generator: torch.Generator | None = None, seed: int | None = None, start: int = 0
+        self,
+        shape: int | Sequence[int] = (),
+        *,
+        generator: torch.Generator | None = None,
+        seed: int | None = None,
+        start: int = 0,
     ) -> Tensor:
-        """Draws ``n`` samples ``[n, D]``, without gradients; ``rsample`` records them.
+        """Draws samples without recording gradients; ``rsample`` records them.
 
         Args:
-            n: how many.
-            generator: makes a call repeatable; it must live on the flow's device. Which noise a row gets depends on
-                ``n``.
-            seed: makes every row repeatable: its noise depends on nothing but ``seed`` and its number, so that
-                ``sample(8, seed=1)`` has the noise of ``sample(3, seed=1)`` and ``sample(5, seed=1, start=3)``, bit for
-                bit on one machine, and to float64's rounding before it is cast on all devices. The samples then agree
-                to the rounding of the flow's dtype, which grows with the flow's scales (1e-6 of a sample's size is
-                usual in float32): batches of other sizes are summed in another order.
-            start: the number of the first row; with ``seed`` only.
+            shape: the batch shape: ``()`` draws one sample ``[D]``, an integer n draws ``[n, D]``, and a shape draws
+                ``[*shape, D]``.
+            generator: the source of the noise, on the device of the flow. A row's noise depends on the number of rows.
+            seed: makes each row repeatable, since its noise depends only on ``seed`` and the number of the row:
+                ``sample(8, seed=1)`` has the noise of ``sample(3, seed=1)`` and ``sample(5, seed=1, start=3)``. The
+                noise is bitwise equal on one machine, and on all devices to the rounding of float64 before it is
+                converted to the dtype of the flow. The samples then agree to the rounding of that dtype, which grows
+                with the scales of the flow (usually to 1e-6 of the size of a sample in float32), since batches of
+                different sizes are summed in different orders.
+            start: the number of the first row; requires ``seed``.
+
+        Returns:
+            ``[*shape, D]``.
 
         Raises:
-            ValueError: arguments do not fit.
-            FloatingPointError: with ``validate_args``, a sample is not finite; the message names the transform.
+            TypeError: ``shape`` is neither an integer nor a sequence of integers.
+            ValueError: ``shape`` has a negative entry, or ``generator``, ``seed`` and ``start`` contradict each other.
+            FloatingPointError: with ``validate_args``, a sample is not finite. The message names the transform.
             NotInvertibleError: a block has the leaky output mask of the published notebook.
+
+        Example:
+            >>> flow = fastmaf.MAF(features=3, blocks=2, hidden_features=16)
+            >>> flow.sample().shape, flow.sample(5).shape, flow.sample((5, 2)).shape
+            (torch.Size([3]), torch.Size([5, 3]), torch.Size([5, 2, 3]))
+            >>> torch.allclose(flow.sample(8, seed=1)[3:], flow.sample(5, seed=1, start=3), atol=1e-4)
+            True
         """
-        return self.rsample(n, generator=generator, seed=seed, start=start)
+        return self.rsample(shape, generator=generator, seed=seed, start=start)
 
     @torch.no_grad()
     def sample_and_log_prob(
-        self, n: int, *, generator: torch.Generator | None = None, seed: int | None = None, start: int = 0
+        self,
+        shape: int | Sequence[int] = (),
+        *,
+        generator: torch.Generator | None = None,
+        seed: int | None = None,
+        start: int = 0,
     ) -> tuple[Tensor, Tensor]:
-        """Draws ``n`` samples ``[n, D]`` and their log-densities ``[n]``, at the price of the samples alone and without
-        gradients; see ``sample``.
+        """Draws samples and computes their log-densities in one pass, without recording gradients.
+
+        Args:
+            shape, generator, seed, start: as ``sample``.
+
+        Returns:
+            The samples ``[*shape, D]`` and their log-densities ``[*shape]`` in nats.
+
+        Raises:
+            TypeError, ValueError, FloatingPointError, NotInvertibleError: as ``sample``.
+
+        Example:
+            >>> flow = fastmaf.MAF(features=3, blocks=2, hidden_features=16)
+            >>> x, log_prob = flow.sample_and_log_prob(100)
+            >>> entropy = -log_prob.mean()
         """
-        return self.rsample_and_log_prob(n, generator=generator, seed=seed, start=start)
+        return self.rsample_and_log_prob(shape, generator=generator, seed=seed, start=start)
 
     def rsample(
-        self, n: int, *, generator: torch.Generator | None = None, seed: int | None = None, start: int = 0
+        self,
+        shape: int | Sequence[int] = (),
+        *,
+        generator: torch.Generator | None = None,
+        seed: int | None = None,
+        start: int = 0,
     ) -> Tensor:
-        """Draws ``n`` samples ``[n, D]`` that are differentiable with respect to the flow's parameters; see ``sample``
-        for the arguments.
+        """Draws samples that are differentiable with respect to the parameters of the flow.
+
+        Args:
+            shape, generator, seed, start: as ``sample``.
+
+        Returns:
+            ``[*shape, D]``.
+
+        Raises:
+            TypeError, ValueError, FloatingPointError, NotInvertibleError: as ``sample``.
+
+        Example:
+            >>> flow = fastmaf.MAF(features=3, blocks=2, hidden_features=16)
+            >>> flow.rsample(5).square().mean().backward()
         """
-        z = self._base_sample(n, generator, seed, start)
+        batch, z = self._base_sample(shape, generator, seed, start)
         x, _ = self.inverse(z)
         if validates(self.validate_args, x):
             check_samples(self, z, x)
-        return x
+        return x if len(batch) == 1 else x.reshape(*batch, self.features)
 
     def rsample_and_log_prob(
-        self, n: int, *, generator: torch.Generator | None = None, seed: int | None = None, start: int = 0
+        self,
+        shape: int | Sequence[int] = (),
+        *,
+        generator: torch.Generator | None = None,
+        seed: int | None = None,
+        start: int = 0,
     ) -> tuple[Tensor, Tensor]:
-        """Draws ``n`` samples ``[n, D]`` and their log-densities ``[n]``, both differentiable with respect to the
-        flow's parameters; see ``sample`` for the arguments.
+        """Draws samples and computes their log-densities, both differentiable with respect to the parameters.
+
+        Args:
+            shape, generator, seed, start: as ``sample``.
+
+        Returns:
+            The samples ``[*shape, D]`` and their log-densities ``[*shape]`` in nats.
+
+        Raises:
+            TypeError, ValueError, FloatingPointError, NotInvertibleError: as ``sample``.
+
+        Example:
+            >>> flow = fastmaf.MAF(features=3, blocks=2, hidden_features=16)
+            >>> x, log_prob = flow.rsample_and_log_prob(64)
+            >>> target = torch.distributions.Normal(1.0, 2.0)
+            >>> kl = (log_prob - target.log_prob(x).sum(dim=-1)).mean()
+            >>> kl.backward()
         """
-        z = self._base_sample(n, generator, seed, start)
+        batch, z = self._base_sample(shape, generator, seed, start)
         x, ladj = self.inverse(z)
         log_prob = self._base_log_prob(z) - ladj
         if validates(self.validate_args, x):
             check_samples(self, z, x, log_prob)
-        return x, log_prob
+        return (x, log_prob) if len(batch) == 1 else (x.reshape(*batch, self.features), log_prob.reshape(batch))
 
-    def _base_sample(self, n: int, generator: torch.Generator | None, seed: int | None, start: int) -> Tensor:
-        own = self._like()
+    def _base_sample(
+        self, shape: int | Sequence[int], generator: torch.Generator | None, seed: int | None, start: int
+    ) -> tuple[tuple[int, ...], Tensor]:
+        """Returns the batch shape of the samples and noise ``[N, D]`` for all of them."""
+        batch, like = as_sizes("shape", shape), self._like()
+        n = math.prod(batch)
         if seed is None:
             if start:
                 raise ValueError(f"start numbers the rows of a seed's noise; found start = {start} without a seed")
-            return torch.randn(n, self.features, generator=generator, device=own.device, dtype=own.dtype)
+            return batch, torch.randn(n, self.features, generator=generator, device=like.device, dtype=like.dtype)
         if generator is not None:
-            raise ValueError("noise comes from a generator or from a seed: give one of them")
-        return normal_rows(n, self.features, seed, start, own)
+            raise ValueError("expected a generator or a seed as the source of the noise; found both")
+        return batch, normal_rows(n, self.features, seed, start, like)
 
     def _like(self) -> Tensor:
-        """Returns a tensor of the flow's dtype and device. Weights stored in fewer bits than the rest do not count."""
+        """Returns a tensor of the flow's dtype and device, not a weight that ``to_inference`` stored in bfloat16."""
         first = None
         for tensor in itertools.chain(_parameters(self), self.buffers()):
             if not tensor.is_floating_point():
@@ -254,32 +426,68 @@ class Flow(nn.Module):
         metadata: Mapping[str, str] | None = None,
         extras: Mapping[str, Tensor] | None = None,
     ) -> None:
-        """Writes the flow to one safetensors file, configuration included; see ``fastmaf.io.checkpoint.save``."""
-        from fastmaf.io.checkpoint import save
+        """Writes the flow to a safetensors file; ``fastmaf.load`` reads it.
 
-        save(self, path, metadata, extras)
-
-    def to_inference(self, dtype: torch.dtype = torch.bfloat16) -> Flow:
-        """Returns a copy for scoring and sampling whose weights are stored in ``dtype``.
-
-        With bfloat16 the weights take half the memory. Activations, biases and every sum stay in the flow's dtype
-        (float32). The copy is an exact flow of its own: ``inverse`` inverts its ``forward``; but its densities differ
-        from the original's by the rounding of the weights, a relative 2⁻⁹ each. Its parameters take no gradients.
+        The file is replaced atomically: a crash leaves either the old file or the new one. Blocks, layers and
+        parameters that are used in several places are shared again after loading.
 
         Args:
-            dtype: ``torch.bfloat16``, or the flow's own dtype for a plain frozen copy.
+            path: the file, usually named ``*.safetensors``.
+            metadata: further strings; ``fastmaf.load_with_extras`` returns them.
+            extras: further tensors; ``fastmaf.load_with_extras`` returns them.
 
         Raises:
-            ValueError: ``dtype`` is neither.
+            ValueError: ``metadata`` contains the reserved key ``"fastmaf"``, a tensor of the flow is not finite, or
+                two tensors of the flow overlap in memory without being the same tensor.
+            TypeError: the class of a transform is not in ``fastmaf.transforms.TRANSFORMS``, or a module is pruned,
+                parametrised or of another class.
+            OSError: the file cannot be written; an earlier file stays intact.
+
+        Example:
+            >>> import pathlib, tempfile
+            >>> flow = fastmaf.MAF(features=3, blocks=1, hidden_features=16)
+            >>> with tempfile.TemporaryDirectory() as folder:
+            ...     flow.save(pathlib.Path(folder, "flow.safetensors"), metadata={"unit": "mm"})
         """
-        own = self._like().dtype
-        if dtype not in (own, torch.bfloat16) or (dtype == torch.bfloat16 and own != torch.float32):
+        write_flow(self, self.config(), path, metadata, extras)
+
+    def config(self) -> dict[str, Any]:
+        """Returns the configuration of the flow as it is saved: class, features and transforms, in plain JSON types.
+
+        Raises:
+            TypeError: the class of a transform is not in ``fastmaf.transforms.TRANSFORMS``, or a module is pruned,
+                parametrised or of another class.
+        """
+        check_parts(self)
+        transforms = [transform_config(transform) for transform in self.transforms]
+        return {"class": self._class_in_files, "features": self.features, "transforms": transforms}
+
+    def to_inference(self, dtype: torch.dtype = torch.bfloat16) -> Flow:
+        """Returns a frozen copy for scoring and sampling, with weights stored in ``dtype``.
+
+        With bfloat16 the weights take half the memory; activations, biases and sums keep the dtype of the flow
+        (float32). The copy is an exact flow: ``inverse`` inverts ``forward``. Its densities differ from the original's
+        by the rounding of the weights, a relative 2⁻⁹ each. Its parameters require no gradients.
+
+        Args:
+            dtype: ``torch.bfloat16`` for a float32 flow, or the dtype of the flow for a plain frozen copy.
+
+        Raises:
+            ValueError: another ``dtype``.
+
+        Example:
+            >>> flow = fastmaf.MAF(features=3, blocks=2, hidden_features=16)
+            >>> flow.to_inference().sample(4).shape
+            torch.Size([4, 3])
+        """
+        dtype_of_flow = self._like().dtype
+        if dtype not in (dtype_of_flow, torch.bfloat16) or (dtype == torch.bfloat16 and dtype_of_flow != torch.float32):
             raise ValueError(
-                f"weights for inference are stored as torch.bfloat16 beside float32, or in the flow's dtype {own}; "
-                f"found {dtype}"
+                f"weights for inference are stored as torch.bfloat16 beside float32, or in the flow's dtype "
+                f"{dtype_of_flow}; found {dtype}"
             )
         layers = self._layers()
-        # Known to deepcopy beforehand, so that the weights are never copied in full.
+        # Given to deepcopy as its memo, so that the weights are not copied in full first.
         rounded: dict[int, Any] = {
             id(layer.weight): nn.Parameter(layer.weight.detach().to(dtype, copy=True), requires_grad=False)
             for layer in layers
@@ -288,28 +496,34 @@ class Flow(nn.Module):
         return result.requires_grad_(False).eval()
 
     def to_naive(self) -> NaiveMAF:
-        """Returns the same function as a dense, mask-times-weight model that inverts with D passes: the baseline of
-        tests and benches.
-        """
-        from fastmaf.naive import NaiveMAF
+        """Returns a copy as a dense model, which multiplies masks and weights and inverts with one pass per dimension.
 
+        Raises:
+            TypeError: the flow has transforms other than permutations and affine autoregressive blocks.
+
+        Example:
+            >>> flow = fastmaf.MAF(features=3, blocks=2, hidden_features=16)
+            >>> x = torch.randn(5, 3)
+            >>> torch.allclose(flow.to_naive().log_prob(x), flow.log_prob(x), atol=1e-4)
+            True
+        """
         return NaiveMAF.from_transforms(self.features, self._transforms())
 
     @property
     def visible_weights(self) -> int:
-        """Weights that the masks let through."""
+        """Number of weights that the masks let through."""
         return sum(layer.layout.visible for layer in self._layers())
 
     @property
     def stored_weights(self) -> int:
-        """Numbers that hold them: visible weights and padding."""
+        """Number of stored weights: the visible ones and padding."""
         return sum(layer.layout.numel for layer in self._layers())
 
     def zero_padding_(self) -> None:
-        """Makes the padding of all packed weights zero, where it may have been written to.
+        """Sets the padding of all packed weights to zero.
 
-        Every op does so itself before it reads them, and ``state_dict`` before it returns them. It is for whoever reads
-        ``weight`` otherwise, such as a CUDA graph, after writing to parameters.
+        Ops do so before they read a weight, and ``state_dict`` does before it returns one. Call it after writing to
+        parameters where other code reads ``weight``, such as a CUDA graph.
         """
         zero_padding_(self._layers())
 
@@ -336,7 +550,7 @@ class Flow(nn.Module):
 
 
 def _parameters(module: nn.Module) -> Iterator[Tensor]:
-    """Yields what ``module.parameters()`` does, shared ones again: the first of them at a tenth of the price."""
+    """Yields the parameters of a module, shared ones repeatedly; far faster to its first item than ``parameters()``."""
     modules = [module]
     while modules:
         one = modules.pop()
@@ -413,45 +627,66 @@ def _chain_of(run: Sequence[Transform], *, inverse: bool) -> tuple[list[Block], 
 
 
 class MAF(Flow):
-    """A masked autoregressive flow (Papamakarios et al. 2017): blocks of affine autoregressive transforms, each with
-    its order.
+    """A masked autoregressive flow: affine autoregressive blocks, each with an order of the dimensions::
 
-    Where a block's order is not that of the block before it, a ``Permutation`` stands between them, and a last one
-    brings z back into the order of x, so that ``z[:, d]`` belongs to ``x[:, d]``.
+        z[d] = (x[d] − shift[d]) exp(−log_scale[d]),    shift[d], log_scale[d] = MADE(x[0..d−1])
+
+    in the order of the block. Where consecutive blocks have different orders, a ``Permutation`` stands between them,
+    and a last one restores the order of x, so that ``z[..., d]`` belongs to ``x[..., d]``. Sampling costs the
+    arithmetic of one forward pass.
 
     Args:
         features: D.
-        blocks: affine autoregressive blocks.
-        hidden_features: units of each hidden layer of each block's MADE.
-        degrees: of the hidden units: ``"spread"``, ``"random"``, ``"cyclic"``, one tensor per hidden layer for all
-            blocks, or one such list per block.
+        blocks: number of affine autoregressive blocks.
+        hidden_features: number of units of each hidden layer of the MADE of a block; an integer gives one hidden layer.
+        degrees: degrees of the hidden units: ``"spread"``, ``"random"``, ``"cyclic"``, one tensor per hidden layer for
+            all blocks, or one such list per block. See ``fastmaf.degrees.hidden_degrees``.
         order: ``"natural"``, ``"alternate"`` (reversed in every second block), ``"random"``, or one permutation per
             block.
         log_scale_bound: log-scales stay within ± this many nats; None leaves them free.
-        levels: at most this many distinct hidden degrees, hence at most ``levels + 1`` dependent steps per block when
-            sampling.
+        levels: maximum number of distinct hidden degrees. Sampling takes at most ``levels + 1`` dependent steps per
+            block.
         seed: makes degrees, orders and parameters repeatable; None draws from torch's global generator.
         soft_bound: bound the log-scales by a tanh instead of by a clamp.
         init: ``"linear"``, or ``"identity"``: output layers start at zero, so that z = x before training.
-        strict: False takes the published notebook's leaky output mask: scores only, for comparison.
-        whitening: put a ``GaussianWhitening`` of this rank in front, as ``transforms[0]``; it is the identity until its
-            ``fit_`` is called. None: blocks alone.
-        device, dtype: of the parameters. On ``"meta"`` nothing is allocated: for ``memory_estimate`` of a flow that may
-            be too large for this machine.
-        validate_args: see ``Flow``.
+        strict: False uses the leaky output mask of the published notebook, for comparison; such a model has no
+            inverse.
+        whitening: rank of a ``GaussianWhitening`` in front of the blocks, ``transforms[0]``, which is the identity
+            until its ``fit_`` is called. None: no whitening.
+        device: the device of the parameters. ``"meta"`` allocates nothing, for ``memory_estimate`` of flows that may be
+            too large for the machine.
+        dtype: the dtype of the parameters.
+        validate_args: as ``Flow``.
 
     Raises:
-        ValueError: an argument does not fit; the message says what was expected and found.
+        ValueError: an argument is out of range; the message states what was expected and found.
 
     Warns:
         ConnectivityWarning: the degrees leave inputs unread or outputs unconditioned.
+
+    References:
+        Papamakarios, Pavlakou and Murray 2017, Masked Autoregressive Flow for Density Estimation.
+
+    Example:
+        >>> flow = fastmaf.MAF(features=2, blocks=3, hidden_features=(64, 64), seed=0)
+        >>> x = torch.randn(256, 2) * torch.tensor([1.0, 3.0])
+        >>> optimizer = torch.optim.Adam(flow.parameters(), lr=1e-3)
+        >>> for _ in range(20):
+        ...     loss = -flow.log_prob(x).mean()
+        ...     optimizer.zero_grad()
+        ...     loss.backward()
+        ...     optimizer.step()
+        >>> flow.sample(5).shape
+        torch.Size([5, 2])
     """
+
+    _class_in_files = "MAF"
 
     def __init__(
         self,
         features: int,
         blocks: int = 7,
-        hidden_features: Sequence[int] = (512, 512),
+        hidden_features: int | Sequence[int] = (512, 512),
         *,
         degrees: DegreeKind | Sequence[Tensor] | Sequence[Sequence[Tensor]] = "spread",
         order: OrderKind | Sequence[Tensor] = "alternate",
@@ -468,10 +703,11 @@ class MAF(Flow):
     ) -> None:
         if blocks < 1:
             raise ValueError(f"blocks must be at least 1; found {blocks}")
+        hidden_features = layer_sizes(hidden_features)
         generator = None if seed is None else torch.Generator().manual_seed(seed)
         order_of_block = orders(order, features, blocks, generator=generator)
-        # Degrees before weights, so that a seed gives the same ones whatever the weights' dtype and start are; and all
-        # on the CPU, so that it gives one model on every device.
+        # Degrees are drawn before weights, so that they do not depend on dtype and init; both are drawn on the CPU, so
+        # that a seed gives the same model on every device.
         drawn = [
             hidden_degrees(
                 _degrees_of_block(degrees, i, blocks), features, hidden_features, levels=levels, generator=generator
@@ -499,7 +735,20 @@ class MAF(Flow):
 
     @classmethod
     def from_transforms(cls, features: int, transforms: Iterable[Transform]) -> MAF:
-        """Builds a MAF from transforms that exist already."""
+        """Builds a MAF from existing transforms.
+
+        Args:
+            features: D.
+            transforms: the transforms, in the order in which they are applied to x.
+
+        Raises:
+            TypeError, ValueError: as ``Flow``.
+
+        Example:
+            >>> block = fastmaf.AffineAutoregressive(fastmaf.MADE(3, 16))
+            >>> fastmaf.MAF.from_transforms(3, [block]).sample(2).shape
+            torch.Size([2, 3])
+        """
         flow = cls.__new__(cls)
         Flow.__init__(flow, features, transforms)
         return flow
@@ -507,23 +756,22 @@ class MAF(Flow):
 
 def _degrees_of_block(degrees: Any, block: int, blocks: int) -> DegreeKind | Sequence[Tensor]:
     if isinstance(degrees, str) or not len(degrees) or isinstance(degrees[0], Tensor):
-        return degrees  # type: ignore[return-value]  # a kind, or tensors per hidden layer for all blocks
+        return degrees  # type: ignore[return-value]  # a kind, or one tensor per hidden layer for all blocks
     if len(degrees) != blocks:
         raise ValueError(f"degrees given per block need one entry per block: expected {blocks}, found {len(degrees)}")
-    found: Sequence[Tensor] = degrees[block]
-    return found
+    degrees_of_block: Sequence[Tensor] = degrees[block]
+    return degrees_of_block
 
 
 def interleave_permutations(blocks: Sequence[Transform], order_of_block: Sequence[Tensor]) -> list[Transform]:
-    """Puts a Permutation wherever the frame changes: before a block whose order differs, and after the last to end in
-    x's frame.
+    """Returns the blocks with a ``Permutation`` where the order changes, and a last one that restores the order of x.
 
     Args:
-        blocks: transforms that take dimensions in the order in which they stand.
-        order_of_block: for each, the dimensions in the order in which it is to take them.
+        blocks: transforms that process the dimensions in the order in which they are given.
+        order_of_block: the order of the dimensions of x for each block, int64 ``[D]``.
     """
     natural = torch.arange(order_of_block[0].numel(), device="cpu")
-    frame = natural  # frame[k]: the dimension that stands at place k
+    frame = natural  # frame[k]: the dimension of x at position k
     result: list[Transform] = []
     for block, order in zip((*blocks, None), (*order_of_block, natural), strict=True):
         if not torch.equal(frame, order):

@@ -26,15 +26,15 @@ def any_global() -> bool:
 
 def is_called(module: nn.Module) -> bool:
     """Returns whether the module has hooks or a ``forward`` set on the instance, which only a call runs."""
-    own = module.__dict__  # past nn.Module's own look-ups: a flow checks every module at every call
-    if own["_forward_hooks"] or own["_forward_pre_hooks"] or own["_backward_hooks"] or own["_backward_pre_hooks"]:
+    attributes = module.__dict__  # nn.Module.__getattr__ is slow, and a flow checks every module on every call
+    if attributes["_forward_hooks"] or attributes["_forward_pre_hooks"]:
         return True
-    return "forward" in own
+    return bool(attributes["_backward_hooks"] or attributes["_backward_pre_hooks"]) or "forward" in attributes
 
 
-def that_compute(module: nn.Module) -> list[Callable[..., Any]]:
-    """Returns the hooks that compute a parameter before each call: pruning's, also of classes derived from torch's, and
-    those of the older ``weight_norm`` and ``spectral_norm``.
+def computing_hooks(module: nn.Module) -> list[Callable[..., Any]]:
+    """Returns the hooks that compute parameters before each call: those of pruning (including subclasses of torch's
+    classes) and of the older ``weight_norm`` and ``spectral_norm``.
     """
     return [
         hook
@@ -45,6 +45,6 @@ def that_compute(module: nn.Module) -> list[Callable[..., Any]]:
 
 @torch.no_grad()
 def compute_parameters(module: nn.Module) -> None:
-    """Lets ``that_compute`` do so now: a step of an optimiser changes what they compute from, not the result."""
-    for hook in that_compute(module):
+    """Runs the hooks of ``computing_hooks``: an optimiser changes their inputs, but not the computed parameters."""
+    for hook in computing_hooks(module):
         hook(module, ())

@@ -1,8 +1,7 @@
-"""The naive MAF: dense weights times dense masks on every pass, and an inverse of one whole network pass per dimension.
+"""The naive MAF, as it is usually implemented: masked dense weights, and an inverse of one network pass per dimension.
 
-This is how MAFs are usually written, and what fastmaf is compared with in tests and benches. It shares no code with
-the fast
-model: degrees stay at the units, dimensions in the order of the data, and masks are compared entry by entry.
+Tests and benchmarks compare fastmaf with it. It shares no code with the fast model: units are not sorted by degree,
+dimensions are in the order of the data, and masks are compared entry by entry.
 """
 
 from __future__ import annotations
@@ -18,15 +17,17 @@ from fastmaf.transforms import AffineAutoregressive, Permutation, Transform
 
 
 class NaiveMADE(nn.Module):
-    """One affine autoregressive block with dense masks.
+    """An affine autoregressive block with dense masks; see ``fastmaf.AffineAutoregressive`` for the equation.
 
     Args:
-        in_degrees: ``[D]`` degrees 1..D of the dimensions, in the order of the data.
-        hidden_degrees: per hidden layer, ``[H]``.
-        weights: dense ``[out, in]`` per layer; the output layer's rows are all shifts, then all log-scales.
-        biases: ``[out]`` per layer.
-        log_scale_bound: clamp (or tanh bound when ``soft_bound``) of the log-scale; inf for none.
-        strict: output masks are ``>`` (True) or the notebook's leaky ``>=``.
+        in_degrees: degrees 1..D of the dimensions ``[D]``, in the order of the data.
+        hidden_degrees: the degrees ``[H]`` of each hidden layer.
+        weights: the dense weight ``[out, in]`` of each layer. The rows of the output layer are all shifts, then all
+            log-scales.
+        biases: the bias ``[out]`` of each layer.
+        log_scale_bound: bound of the log-scales in nats, infinity for none.
+        soft_bound: bound the log-scales by a tanh instead of a clamp.
+        strict: output masks compare with ``>``; False uses the leaky ``>=`` of the published notebook.
     """
 
     def __init__(
@@ -70,8 +71,12 @@ class NaiveMADE(nn.Module):
         return (x - shift) * torch.exp(-log_scale), -log_scale.sum(dim=1)
 
     def inverse(self, z: Tensor, *, order: Tensor, passes: int | None = None) -> tuple[Tensor, Tensor]:
-        """Returns ``x`` and ``ladj``, one whole pass per dimension in ``order``; ``passes`` stops early, for timing
-        alone.
+        """Returns ``x`` ``[N, D]`` and ``ladj`` ``[N]`` after one network pass per dimension.
+
+        Args:
+            z: ``[N, D]``.
+            order: the dimensions in the order in which they are generated.
+            passes: stop after this many passes, for timing only.
         """
         x = torch.zeros_like(z)
         log_scale = torch.zeros_like(z)
@@ -84,11 +89,21 @@ class NaiveMADE(nn.Module):
 
 
 class NaiveMAF(nn.Module):
-    """A stack of ``NaiveMADE`` blocks over a standard normal base, all in the frame of the data.
+    """A MAF of ``NaiveMADE`` blocks over a standard normal base, with dimensions in the order of the data.
 
     Args:
-        blocks: in the order in which x passes through them.
-        orders: per block, the dimensions in the order in which it generates them.
+        blocks: the blocks, in the order in which they are applied to x.
+        orders: the order in which each block generates the dimensions, ``[D]``.
+
+    References:
+        Papamakarios, Pavlakou and Murray 2017, Masked Autoregressive Flow for Density Estimation.
+
+    Example:
+        >>> flow = fastmaf.MAF(features=3, blocks=2, hidden_features=16)
+        >>> naive = flow.to_naive()
+        >>> z = torch.randn(5, 3)
+        >>> torch.allclose(naive.inverse(z)[0], flow.inverse(z)[0], atol=1e-4)
+        True
     """
 
     def __init__(self, blocks: Iterable[NaiveMADE], orders: Sequence[Tensor]) -> None:
@@ -99,12 +114,16 @@ class NaiveMAF(nn.Module):
     @classmethod
     @torch.no_grad()
     def from_transforms(cls, features: int, transforms: Iterable[Transform]) -> NaiveMAF:
-        """Copies a flow of permutations and affine autoregressive blocks into dense form.
+        """Converts permutations and affine autoregressive blocks to dense form.
+
+        Args:
+            features: D.
+            transforms: the transforms, in the order in which they are applied to x.
 
         Raises:
-            TypeError: another kind of transform is among them.
+            TypeError: a transform is of another class, or the last one does not restore the order of the data.
         """
-        frame = torch.arange(features)  # frame[k]: the dimension of x that stands at place k
+        frame = torch.arange(features)  # frame[k]: the dimension of x at position k
         blocks, orders = [], []
         for transform in transforms:
             if isinstance(transform, Permutation):
@@ -129,7 +148,7 @@ class NaiveMAF(nn.Module):
         return x, ladj
 
     def inverse(self, z: Tensor) -> tuple[Tensor, Tensor]:
-        """Returns ``x`` and ``ladj`` after blocks × D network passes."""
+        """Returns ``x`` ``[N, D]`` and ``ladj`` ``[N]`` after D network passes per block."""
         ladj = z.new_zeros(z.shape[0])
         for block, order in zip(reversed(list(self.blocks)), reversed(self.orders), strict=True):
             assert isinstance(block, NaiveMADE)
@@ -138,25 +157,22 @@ class NaiveMAF(nn.Module):
         return z, ladj
 
     def log_prob(self, x: Tensor) -> Tensor:
-        """Returns the log-density ``[N]`` in nats."""
+        """Returns the log-density ``[N]`` of ``x`` ``[N, D]`` in nats."""
         z, ladj = self.forward(x)
         return ladj - 0.5 * z.square().sum(dim=1) - 0.5 * z.shape[1] * math.log(2 * math.pi)
 
 
 def _dense_block(block: AffineAutoregressive, frame: Tensor) -> NaiveMADE:
-    made, device = block.made, block.made.output.bias.device
-    features = made.features
-    place = frame.argsort().to(device)  # place[d]: where dimension d stands in the block's order
+    made = block.made
+    position = frame.argsort().to(made.output.bias.device)  # of each dimension of x in the order of the block
     weights = [layer.dense_weight() for layer in made.layers]
     biases = [layer.bias.detach() for layer in made.layers]
-    weights[0] = weights[0][:, place]
-    rows = torch.cat(
-        (2 * place, 2 * place + 1)
-    )  # interleaved, in the block's order → all shifts, then all log-scales, in x's
+    weights[0] = weights[0][:, position]
+    # From interleaved rows in the order of the block to all shifts, then all log-scales, in the order of x.
+    rows = torch.cat((2 * position, 2 * position + 1))
     weights[-1], biases[-1] = weights[-1][rows], biases[-1][rows]
     bound = math.inf if block.log_scale_bound is None else block.log_scale_bound
     degrees = [d.to(torch.int64) for d in made.degrees]
-    assert features == place.numel()
     return NaiveMADE(
-        place + 1, degrees, weights, biases, log_scale_bound=bound, soft_bound=block.soft_bound, strict=made.strict
+        position + 1, degrees, weights, biases, log_scale_bound=bound, soft_bound=block.soft_bound, strict=made.strict
     )

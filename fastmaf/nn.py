@@ -1,4 +1,4 @@
-"""Masked layers and the MADE network, with their parameters in packed staircase storage."""
+"""Masked linear layers and the MADE network, with weights in packed staircase storage."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from fastmaf import hooks
 from fastmaf.constants import Constants
-from fastmaf.degrees import DegreeKind, hidden_degrees, input_degrees, prefix
+from fastmaf.degrees import DegreeKind, hidden_degrees, input_degrees, layer_sizes, prefix
 from fastmaf.kernels import PackedLayout, empty_on_huge_pages, level_schedule, masked_linear
 from fastmaf.kernels.autocast import outside_autocast
 from fastmaf.kernels.padding import keep_zero, without_padding
@@ -20,26 +20,37 @@ Init: TypeAlias = Literal["linear", "identity", "empty"]
 
 
 class MaskedLinear(Constants):
-    """A linear layer in which output unit j sees the inputs of degree <= its own (< when strict): ``y = act(W x + b)``.
+    """A linear layer in which an output unit sees the input units of degree up to its own::
+
+        y[j] = act(b[j] + Σ_{i: in_degrees[i] ≤ out_degrees[j]} W[j, i] x[i])
 
     Args:
-        in_degrees: ``[in_features]`` integers in ascending order.
-        out_degrees: ``[out_features]`` integers in ascending order.
-        strict: an output sees only inputs of smaller degree, as the last layer of a MADE must.
+        in_degrees: integers ``[in_features]`` in ascending order.
+        out_degrees: integers ``[out_features]`` in ascending order.
+        strict: an output sees only inputs of smaller degree (``<``), as the last layer of a MADE requires.
         activation: ``"identity"`` or ``"relu"``.
-        group: keep this many consecutive rows in one tile.
-        init: ``"linear"``: uniform within ±1/√in_features, as torch.nn.Linear; ``"identity"``: zeros; ``"empty"``: for
-            loading.
-        generator: source of randomness; None takes torch's global one.
-        device, dtype: of the parameters.
+        group: number of consecutive rows that are kept in one tile.
+        init: ``"linear"``: uniform within ±1/√in_features, as ``torch.nn.Linear``; ``"identity"``: zeros; ``"empty"``:
+            uninitialised, for loading.
+        generator: source of randomness; None uses torch's global generator.
+        device: the device of the parameters.
+        dtype: the dtype of the parameters.
 
     Attributes:
-        weight: the packed weight, 1-D (``layout`` says where each number lies). Its padding is zero: what others write
-            there is undone before the weight is used or saved.
+        weight: the packed weight, 1-D; ``layout`` maps it to the matrix. Its padding is zero: values written there are
+            cleared before the weight is used or saved.
         bias: ``[out_features]``.
 
     Raises:
-        ValueError: degrees are not sorted.
+        ValueError: the degrees are not sorted, or ``init`` is unknown.
+
+    Example:
+        >>> layer = fastmaf.MaskedLinear(torch.tensor([1, 2, 3]), torch.tensor([1, 3]))
+        >>> layer(torch.randn(5, 3)).shape
+        torch.Size([5, 2])
+        >>> layer.dense_weight() != 0
+        tensor([[ True, False, False],
+                [ True,  True,  True]])
     """
 
     weight: nn.Parameter
@@ -76,14 +87,14 @@ class MaskedLinear(Constants):
 
     @property
     def prefix(self) -> Tensor:
-        """How many inputs each output sees, int64 ``[out_features]``, where the weight is."""
+        """Number of inputs that each output sees, int64 ``[out_features]``, on the device of the weight."""
         return self.constant("prefix", self.weight.device)
 
     def reset_parameters(self, init: Init = "linear", generator: torch.Generator | None = None) -> None:
-        """Draws the parameters anew; see the class for ``init``."""
+        """Reinitialises the parameters; see the class for ``init``."""
         if init not in ("linear", "identity", "empty"):
             raise ValueError(f"init must be 'linear' or 'identity'; found {init!r}")
-        if init == "empty" or self.weight.is_meta:  # there are no numbers to draw
+        if init == "empty" or self.weight.is_meta:
             return
         with torch.no_grad():
             if init == "identity":
@@ -103,13 +114,13 @@ class MaskedLinear(Constants):
         return y.reshape(*x.shape[:-1], self.out_features)
 
     def operands(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Returns the weight, the bias, the prefix and the table of tiles as ops take them.
+        """Returns the arguments of the ops: weight, bias, prefix and table of tiles.
 
-        The weight is the parameter, whose padding ops keep zero in place, or, where ``weight`` is a tensor that was
-        computed (by a parametrisation, pruning, ``torch.func.functional_call``), a copy with zeros there.
+        The weight is the parameter, whose padding the ops clear in place. If it is computed (by a parametrisation,
+        pruning or ``torch.func.functional_call``), it is a copy with cleared padding.
         """
         table = self.layout.table
-        # Past nn.Module.__getattr__, which is slow, as a flow asks for every layer at every call.
+        # nn.Module.__getattr__ is slow, and a flow calls this for every layer on every call.
         weight, bias = self._parameters.get("weight"), self._parameters.get("bias")
         if type(weight) is not nn.Parameter or bias is None:
             prefix = self.prefix
@@ -127,16 +138,21 @@ class MaskedLinear(Constants):
             destination[f"{prefix}weight"] = saved
 
     def dense_weight(self) -> Tensor:
-        """Returns the masked weight as a dense ``[out_features, in_features]`` matrix: for export and inspection.
+        """Returns the masked weight as a dense matrix ``[out_features, in_features]``, for export and inspection.
 
-        Where the weight or the bias is computed in a hook, such as by pruning, both are up to date afterwards.
+        Parameters that are computed in a hook, such as by pruning, are updated first.
         """
         hooks.compute_parameters(self)
         return self.layout.unpack(self.weight.detach())
 
     @torch.no_grad()
     def load_dense_(self, weight: Tensor, bias: Tensor) -> None:
-        """Copies a dense weight and a bias, rows and columns sorted by degree; what the mask hides is dropped."""
+        """Copies a dense weight and a bias into the layer; masked entries of the weight are dropped.
+
+        Args:
+            weight: ``[out_features, in_features]``, with rows and columns sorted by degree.
+            bias: ``[out_features]``.
+        """
         self.weight.copy_(self.layout.pack(weight.to(self.weight)))
         self.bias.copy_(bias)
 
@@ -155,48 +171,64 @@ class MaskedLinear(Constants):
 
 
 def zero_padding_(layers: Iterable[MaskedLinear]) -> None:
-    """Makes the padding of the layers' weights zero, where it may have been written to; see ``kernels/padding.py``."""
-    found: list[tuple[Tensor, Tensor, Tensor]] = []
+    """Sets the padding of the weights to zero; see ``kernels/padding.py``."""
+    operands: list[tuple[Tensor, Tensor, Tensor]] = []
     for layer in layers:
         for name, parameter in layer._parameters.items():
-            # "weight_orig" and its kin, too: what pruning and its kin compute the weight from.
+            # Also "weight_orig" and the like, from which pruning computes the weight.
             if not name.startswith("weight") or parameter is None or parameter.is_meta:
                 continue
             if parameter.shape == (layer.layout.numel,) and _can_be_zeroed(parameter):
-                found.append((parameter, layer.prefix, layer.layout.table))
-    if found:
-        keep_zero(*zip(*found, strict=True))
+                operands.append((parameter, layer.prefix, layer.layout.table))
+    if operands:
+        keep_zero(*zip(*operands, strict=True))
 
 
 def _can_be_zeroed(parameter: nn.Parameter) -> bool:
-    """Says whether padding can be zeroed in place: not of other classes of parameters, nor of strided memory."""
+    """Returns whether padding can be cleared in place: only in contiguous parameters of torch's own class."""
     return type(parameter) is nn.Parameter and parameter.is_contiguous()
 
 
 class MADE(Constants):
-    """A masked autoencoder: the parameters of dimension d depend on the dimensions before it alone (Germain et al.
-    2015).
+    """A masked autoencoder: the outputs of dimension d depend only on the dimensions before it::
 
-    Dimensions are taken in their natural order; put a ``Permutation`` in front for another one. Hidden units are kept
-    sorted by degree.
+        h_1 = act(W_1 x + b_1), …, h_k = act(W_k h_{k-1} + b_k),    y[d] = W h_k + b    with masked W
+
+    Dimensions are processed in their natural order; a ``Permutation`` in front changes it. Hidden units are sorted by
+    degree.
 
     Args:
         features: D.
-        hidden_features: units of each hidden layer.
+        hidden_features: number of units of each hidden layer; an integer gives one hidden layer.
         degrees: ``"spread"``, ``"random"``, ``"cyclic"`` or explicit; see ``fastmaf.degrees.hidden_degrees``.
-        outputs_per_feature: numbers that the network gives for each dimension.
-        levels: at most this many distinct hidden degrees.
+        outputs_per_feature: number of outputs for each dimension.
+        levels: maximum number of distinct hidden degrees.
         activation: of the hidden layers, ``"relu"`` or ``"identity"``.
-        strict: False lets an output see hidden units of its own degree, as the published notebook does. It is then no
-            autoregressive network; for comparison alone.
-        init: of the output layer: ``"linear"`` or ``"identity"`` (all zeros).
-        generator, device, dtype: as in ``MaskedLinear``.
+        strict: False lets an output see hidden units of its own degree, as the published notebook does. The network is
+            then not autoregressive; for comparison only.
+        init: initialisation of the output layer, ``"linear"`` or ``"identity"`` (zeros); see ``MaskedLinear``.
+        generator: source of randomness; None uses torch's global generator.
+        device: the device of the parameters.
+        dtype: the dtype of the parameters.
+
+    Raises:
+        TypeError, ValueError: an argument is out of range; the message states what was expected and found.
+
+    References:
+        Germain, Gregor, Murray and Larochelle 2015, MADE: Masked Autoencoder for Distribution Estimation.
+
+    Example:
+        >>> made = fastmaf.MADE(features=4, hidden_features=(32, 32))
+        >>> x = torch.randn(4)
+        >>> jacobian = torch.autograd.functional.jacobian(lambda x: made(x)[:, 0], x)
+        >>> torch.equal(jacobian, jacobian.tril(-1))
+        True
     """
 
     def __init__(
         self,
         features: int,
-        hidden_features: Sequence[int] = (512, 512),
+        hidden_features: int | Sequence[int] = (512, 512),
         *,
         degrees: DegreeKind | Sequence[Tensor] = "spread",
         outputs_per_feature: int = 2,
@@ -210,24 +242,26 @@ class MADE(Constants):
     ) -> None:
         super().__init__()
         self.features = features
-        self.hidden_features = tuple(hidden_features)
+        self.hidden_features = layer_sizes(hidden_features)
         self.outputs_per_feature = outputs_per_feature
         self.activation = activation
         self.strict = strict
-        drawn = hidden_degrees(degrees, features, self.hidden_features, levels=levels, generator=generator)
+        degrees_of_layers = hidden_degrees(degrees, features, self.hidden_features, levels=levels, generator=generator)
         inputs = input_degrees(features)
         make: dict[str, Any] = {"generator": generator, "device": device, "dtype": dtype}
         hidden_init: Init = "empty" if init == "empty" else "linear"
         self.hidden = nn.ModuleList(
             MaskedLinear(below, above, activation=activation, init=hidden_init, **make)
-            for below, above in zip((inputs, *drawn), drawn, strict=False)
+            for below, above in zip((inputs, *degrees_of_layers), degrees_of_layers, strict=False)
         )
         outputs = inputs.repeat_interleave(outputs_per_feature)
-        self.output = MaskedLinear(drawn[-1], outputs, strict=strict, group=outputs_per_feature, init=init, **make)
-        for k, layer_degrees in enumerate(drawn):
+        self.output = MaskedLinear(
+            degrees_of_layers[-1], outputs, strict=strict, group=outputs_per_feature, init=init, **make
+        )
+        for k, layer_degrees in enumerate(degrees_of_layers):
             name, value = f"degrees_{k}", layer_degrees.to(torch.int32)
             self.set_constant(name, value, self.output.bias.device, persistent=True)
-        self.schedule = level_schedule(inputs, drawn)
+        self.schedule = level_schedule(inputs, degrees_of_layers)
 
     @property
     def degrees(self) -> list[Tensor]:
@@ -237,7 +271,7 @@ class MADE(Constants):
 
     @property
     def steps(self) -> int:
-        """Dependent steps of an inverse: one per distinct degree of the last hidden layer, and one for the rest."""
+        """Number of dependent steps of an inverse: one per distinct degree of the last hidden layer, and a last one."""
         return self.schedule.shape[0]
 
     @property
@@ -250,8 +284,8 @@ class MADE(Constants):
 
     @property
     def calls_modules(self) -> bool:
-        """Whether modules must be called, for hooks, parametrisations or other classes: see ``fastmaf.hooks``."""
-        # Past nn.Module.__getattr__, which is slow, as a flow asks for every layer at every call.
+        """Whether modules must be called because of hooks, parametrisations or other classes; see ``fastmaf.hooks``."""
+        # nn.Module.__getattr__ is slow, and a flow calls this for every layer on every call.
         hidden, output = self._modules["hidden"], self._modules["output"]
         if type(self) is not MADE or type(hidden) is not nn.ModuleList or hooks.is_called(self):
             return True
@@ -262,23 +296,23 @@ class MADE(Constants):
 
     @property
     def weight_dtype(self) -> torch.dtype | None:
-        """The dtype in which the weights are stored where it is not that of the biases, else None."""
-        stored = self.output.weight.dtype
-        return None if stored == self.output.bias.dtype else stored
+        """The dtype of the weights if it differs from that of the biases, else None."""
+        dtype = self.output.weight.dtype
+        return None if dtype == self.output.bias.dtype else dtype
 
     def store_weights_as_(self, dtype: torch.dtype) -> None:
-        """Rounds the weights to ``dtype``, in which they take no more gradients; biases stay as they are."""
+        """Rounds the weights to ``dtype`` and freezes them; the biases keep their dtype."""
         for layer in self.layers:
             layer.weight = nn.Parameter(layer.weight.detach().to(dtype), requires_grad=False)
 
     def hidden_units(self, x: Tensor) -> Tensor:
-        """Returns the last hidden layer ``[N, H]`` for ``x`` ``[N, D]``."""
+        """Returns the last hidden layer ``[..., H]`` for ``x`` ``[..., D]``."""
         for layer in self.hidden:
             x = layer(x)
         return x
 
     def forward(self, x: Tensor) -> Tensor:
-        """Returns ``[N, D, outputs_per_feature]`` for ``x`` ``[N, D]``."""
+        """Returns ``[..., D, outputs_per_feature]`` for ``x`` ``[..., D]``."""
         result: Tensor = self.output(self.hidden_units(x))
         return result.unflatten(-1, (self.features, self.outputs_per_feature))
 

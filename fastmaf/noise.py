@@ -1,7 +1,7 @@
-"""Normal noise whose rows depend on nothing but a seed and their number.
+"""Normal noise whose rows depend only on a seed and their index.
 
-torch's generators hand out numbers in the order in which they are asked for, so that a row depends on the batch that it
-is drawn in. A counter-based generator computes them from their place instead.
+torch's generators produce a sequence, so that the noise of a row depends on the batch that it is drawn in. The
+counter-based generator used here computes each number from its position.
 """
 
 from __future__ import annotations
@@ -13,14 +13,14 @@ from torch import Tensor
 
 _MASK = 0xFFFFFFFF
 _ROUNDS = 10
-_MOST_BLOCKS = 1 << 18  # of four numbers that are worked on at once, some 20 MB
+_MAX_BLOCKS = 1 << 18  # blocks of four numbers processed at once, about 20 MB
 
 
 def philox(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[int, int]) -> tuple[Tensor, ...]:
-    """Returns four random 32-bit numbers for each counter: Philox4x32-10.
+    """Returns four random 32-bit numbers for each counter, by Philox4x32-10.
 
     Args:
-        counter: four int64 tensors of 32-bit numbers, the lowest word first.
+        counter: four int64 tensors of 32-bit numbers, the least significant word first.
         key: two 32-bit numbers.
 
     References:
@@ -29,7 +29,7 @@ def philox(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[int, int])
     c0, c1, c2, c3 = counter
     k0, k1 = key
     for _ in range(_ROUNDS):
-        # Products of 64 bits: int64 wraps, and keeps their bits.
+        # 64-bit products: int64 wraps around, which keeps their bits.
         p0, p1 = c0 * 0xD2511F53, c2 * 0xCD9E8D57
         c0, c1, c2, c3 = (p1 >> 32 & _MASK) ^ c1 ^ k0, p1 & _MASK, (p0 >> 32 & _MASK) ^ c3 ^ k1, p0 & _MASK
         k0, k1 = (k0 + 0x9E3779B9) & _MASK, (k1 + 0xBB67AE85) & _MASK
@@ -39,16 +39,22 @@ def philox(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[int, int])
 def normal_rows(n: int, features: int, seed: int, start: int, like: Tensor) -> Tensor:
     """Returns rows ``start .. start + n - 1`` of the standard normal noise of a seed, ``[n, features]``.
 
-    The random bits are the same on every device; the normal numbers are computed from them in float64 (Box and Muller
-    1958), and rounded to the dtype of ``like``.
+    The random bits are equal on all devices. The normal numbers are computed from them in float64 (Box and Muller 1958)
+    and rounded to the dtype of ``like``.
 
     Args:
+        n: number of rows.
+        features: D.
         seed: 0 .. 2^64 - 1.
-        start: number of the first row, 0 .. 2^63 - 1 - n.
-        like: has the dtype and device of the result.
+        start: index of the first row, 0 .. 2^63 - 1 - n.
+        like: a tensor of the dtype and device of the result.
 
     Raises:
-        ValueError: an argument lies outside of its range.
+        ValueError: an argument is out of range.
+
+    References:
+        Salmon, Moraes, Dror and Shaw 2011, Parallel random numbers: as easy as 1, 2, 3. Box and Muller 1958, A Note on
+        the Generation of Random Normal Deviates.
     """
     if n < 0:
         raise ValueError(f"the number of samples must be 0 or more; found {n}")
@@ -58,7 +64,7 @@ def normal_rows(n: int, features: int, seed: int, start: int, like: Tensor) -> T
         raise ValueError(f"start must lie in 0..2^63 - 1 - n; found {start} for n = {n}")
     blocks = -(-features // 4)
     result = like.new_empty(n, features)
-    step = max(1, _MOST_BLOCKS // max(1, blocks))
+    step = max(1, _MAX_BLOCKS // max(1, blocks))
     for first in range(0, n, step):
         count = min(step, n - first)
         rows = torch.arange(start + first, start + first + count, device=like.device)[:, None].expand(count, blocks)

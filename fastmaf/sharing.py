@@ -1,7 +1,7 @@
-"""Parts of a flow that are used in several places, and checks that a file can describe every part.
+"""Modules and parameters of a flow that are used in several places, and checks that a file can describe all of them.
 
-A block, a layer or a parameter may stand in several places. A file keeps its numbers for each of them, and which of
-them are one; ``share_again`` makes them one again.
+A file stores a copy of a shared block, layer or parameter for each place, and the names of the places that share it;
+``share_again`` restores the sharing.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ from fastmaf.nn import MADE, MaskedLinear
 
 
 def check_parts(flow: nn.Module) -> None:
-    """Raises TypeError where a part of the flow is none that a file can describe."""
+    """Raises TypeError if a file cannot describe a module of the flow."""
     for name, module in flow.named_modules():
-        if hooks.that_compute(module) or parametrize.is_parametrized(module):
+        if hooks.computing_hooks(module) or parametrize.is_parametrized(module):
             raise TypeError(
                 f"{name} computes its parameters from others (pruning or a parametrisation), which a file cannot "
-                "keep: make it permanent first, with torch.nn.utils.prune.remove or "
+                "store: make it permanent first, with torch.nn.utils.prune.remove or "
                 "torch.nn.utils.parametrize.remove_parametrizations"
             )
     for name, module in flow.named_modules():
@@ -36,12 +36,12 @@ def check_parts(flow: nn.Module) -> None:
 
 
 def shared_parts(flow: nn.Module) -> dict[str, str]:
-    """Returns the names of modules and parameters that have another name as well, each with the first of them.
+    """Returns a mapping from the further names of shared modules and parameters to their first name.
 
-    Of modules within such a module nothing is said.
+    Modules and parameters within a shared module are not listed.
 
     Raises:
-        ValueError: two tensors overlap in memory, but are not one.
+        ValueError: two tensors overlap in memory without being the same tensor.
     """
     first: dict[int, str] = {}
     shared: dict[str, str] = {}
@@ -62,39 +62,39 @@ def shared_parts(flow: nn.Module) -> dict[str, str]:
     for (_, end, name), (begin, _, other) in zip(spans, spans[1:], strict=False):
         if begin < end:
             raise ValueError(
-                f"{name} and {other} overlap in memory, but are two tensors, which a file cannot keep: use one "
+                f"{name} and {other} overlap in memory, but are two tensors, which a file cannot store: use one "
                 "parameter in both places, or copy one of them"
             )
     return shared
 
 
 def names_below(names: Mapping[str, Tensor], shared: Mapping[str, str]) -> Iterator[str]:
-    """Yields the names of tensors that are shared, or belong to a module that is."""
+    """Yields the names of shared tensors and of tensors of shared modules."""
     return (name for name in names if _within(name, shared))
 
 
 def _within(name: str, shared: Mapping[str, str]) -> bool:
-    return any(name == one or name.startswith(f"{one}.") for one in shared)
+    return any(name == other or name.startswith(f"{other}.") for other in shared)
 
 
 def share_again(flow: nn.Module, shared: Mapping[str, str]) -> None:
-    """Makes one module or parameter of what ``shared_parts`` of the saved flow named.
+    """Restores the sharing that ``shared_parts`` returned for the saved flow.
 
     Raises:
-        ValueError: there is nothing of a name, or what is to be one differs.
+        ValueError: a name does not exist, or the modules or parameters of a pair differ.
     """
     for name, first in shared.items():
         path, _, last = name.rpartition(".")
         try:
             owner = flow.get_submodule(path)
             kinds = owner._modules if last in owner._modules else owner._parameters
-            own: object = kinds[last]
-            other: object = flow.get_submodule(first) if kinds is owner._modules else flow.get_parameter(first)
+            copy: object = kinds[last]
+            original: object = flow.get_submodule(first) if kinds is owner._modules else flow.get_parameter(first)
         except (AttributeError, KeyError) as error:
             raise ValueError(f"{name} is to be shared with {first}, but there are no two such parts") from error
-        if not _equal(own, other):
+        if not _equal(copy, original):
             raise ValueError(f"{name} is to be shared with {first}, but differs from it")
-        kinds[last] = other  # type: ignore[assignment]
+        kinds[last] = original  # type: ignore[assignment]
 
 
 def _equal(a: object, b: object) -> bool:

@@ -1,31 +1,86 @@
-"""Checks for values that are not finite, in the arguments and the results of a flow."""
+"""Checks of the arguments and results of a flow: types, shapes, and values that are not finite."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+import operator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from fastmaf.transforms import Transform
+
 if TYPE_CHECKING:
-    from fastmaf.flows import Flow
+    from numpy.typing import ArrayLike
 
 
-def validates(wanted: bool | None, x: Tensor) -> bool:
+class ValidatedFlow(Protocol):
+    """The interface of a flow that these checks use."""
+
+    validate_args: bool | None
+
+    def named_parameters(self) -> Iterator[tuple[str, Any]]: ...
+
+    def named_buffers(self) -> Iterator[tuple[str, Tensor]]: ...
+
+    def _transforms(self) -> list[Transform]: ...
+
+
+def as_tensor(name: str, x: Tensor | ArrayLike, like: Tensor) -> Tensor:
+    """Returns a tensor as it is, and a NumPy array or nested list of numbers with the dtype and device of ``like``.
+
+    Raises:
+        TypeError: ``x`` is none of these.
+    """
+    if isinstance(x, Tensor):
+        return x
+    found = type(x).__name__
+    try:
+        array = np.asarray(x)
+        if array.dtype.kind in "biuf":
+            dtype = np.float32 if array.dtype == np.float32 else np.float64
+            return torch.from_numpy(array.astype(dtype)).to(like)
+        if array.ndim:
+            found = f"{found} with entries that are not numbers"
+    except ValueError:
+        found = f"{found} with entries of different lengths"
+    except RuntimeError as error:  # of tensors within the list that require gradients
+        found = f"{found}: {error}"
+    raise TypeError(f"{name} must be a tensor, a NumPy array or a nested list of numbers; found {found}")
+
+
+def as_sizes(name: str, sizes: int | Sequence[int]) -> tuple[int, ...]:
+    """Returns an integer, or a sequence of them, as a tuple.
+
+    Raises:
+        TypeError: ``sizes`` is neither.
+        ValueError: an entry is negative.
+    """
+    try:
+        result = tuple(map(operator.index, sizes if isinstance(sizes, Iterable) else (sizes,)))
+    except TypeError:
+        raise TypeError(f"{name} must be an integer or a sequence of integers; found {sizes!r}") from None
+    if any(size < 0 for size in result):
+        raise ValueError(f"{name} must have entries of 0 or more; found {sizes!r}")
+    return result
+
+
+def validates(setting: bool | None, x: Tensor) -> bool:
     """Returns whether values are to be checked.
 
     Args:
-        wanted: True, False, or None for the default: on the CPU only, since on a GPU reading a value waits for the
-            device.
-        x: the tensor in question. Not while something records what is done with it (``torch.compile``, a trace, a CUDA
-            graph), since it has no values then.
+        setting: ``validate_args``: True, False, or None to check on the CPU only, since reading a value of a GPU waits
+            for it.
+        x: the tensor in question. While it is recorded (``torch.compile``, a trace, a CUDA graph) it has no values, and
+            nothing is checked.
     """
     if torch.compiler.is_compiling():
         return False
-    if not (x.device.type == "cpu" if wanted is None else wanted) or x.is_meta:
+    if not (x.device.type == "cpu" if setting is None else setting) or x.is_meta:
         return False
     if x.device.type == "cuda":
         return not torch.cuda.is_current_stream_capturing()
@@ -33,8 +88,8 @@ def validates(wanted: bool | None, x: Tensor) -> bool:
 
 
 def total(x: Tensor) -> float:
-    """Returns the sum of a tensor, which is finite only if each number is; 0 where it has no values to look at, as
-    within a functorch transform.
+    """Returns the sum of a tensor, which is finite only if every entry is; 0 within a functorch transform, where values
+    cannot be read.
     """
     try:
         return float(x.item() if x.numel() == 1 else x.sum().item())
@@ -43,31 +98,30 @@ def total(x: Tensor) -> float:
 
 
 def check_finite(name: str, x: Tensor) -> None:
-    """Raises ValueError if ``x`` ``[N, D]`` holds NaN or infinity."""
+    """Raises ValueError if ``x`` ``[N, D]`` contains NaN or infinities."""
     if math.isfinite(total(x)):
         return
     nan, infinite = x.isnan(), x.isinf()
     bad = nan | infinite
-    if not bool(bad.any()):  # only their sum overflowed
+    if not bool(bad.any()):  # only the sum overflowed
         return
     row, column = bad.nonzero()[0].tolist()
     raise ValueError(
         f"{name} must be finite; found {int(nan.sum())} NaN and {int(infinite.sum())} infinite values in "
         f"{int(bad.any(dim=1).sum())} of {len(x)} rows, the first in row {row}, column {column}. With "
-        "validate_args = False each such row gives NaN or an infinity, and no other row is touched"
+        "validate_args = False each such row gives NaN or an infinity, and no other row is affected"
     )
 
 
 @torch.no_grad()
-def explain(flow: Flow, x: Tensor, row: int, *, inverse: bool) -> str:
-    """Returns why a finite row of ``x`` does not stay finite: the parameter that is not, or the transform that it
-    overflows in.
+def explain(flow: ValidatedFlow, x: Tensor, row: int, *, inverse: bool) -> str:
+    """Returns why a finite row does not stay finite: a parameter that is not finite, or the transform that overflows.
 
     Args:
         flow: the flow.
-        x: ``[N, D]``, of the base where ``inverse``.
-        row: the row in question.
-        inverse: whether it went through the inverse.
+        x: ``[N, D]``: data, or, with ``inverse``, base noise.
+        row: the index of the row.
+        inverse: whether the row passes through the inverse.
     """
     for name, tensor in (*flow.named_parameters(), *flow.named_buffers()):
         if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
@@ -77,9 +131,8 @@ def explain(flow: Flow, x: Tensor, row: int, *, inverse: bool) -> str:
     for i, transform in reversed(steps) if inverse else steps:
         x, ladj = transform.inverse(x) if inverse else transform(x)
         if not bool(x.isfinite().all() & ladj.isfinite().all()):
-            bounds = [b for _, t in steps if (b := getattr(t, "log_scale_bound", None)) is not None]
-            own = getattr(transform, "log_scale_bound", None)
-            bound = f", log_scale_bound={own}" if hasattr(transform, "log_scale_bound") else ""
+            bounds = [getattr(t, "log_scale_bound", None) or 0.0 for _, t in steps]
+            bound = f", log_scale_bound={transform.log_scale_bound}" if hasattr(transform, "log_scale_bound") else ""
             return (
                 f"numbers overflow {x.dtype} in transforms[{i}] ({type(transform).__name__}{bound}); log-scales add "
                 f"up over the transforms, here to as much as {sum(bounds):g} nats within their bounds. A smaller "
@@ -88,15 +141,18 @@ def explain(flow: Flow, x: Tensor, row: int, *, inverse: bool) -> str:
     return f"½z² overflows {x.dtype}"
 
 
-def check_density(flow: Flow, name: str, result: Tensor, x: Tensor) -> None:
-    """Raises ValueError if a density ``[N]`` or its terms ``[N, D]`` are not finite because ``x`` is not, and
-    FloatingPointError if they are NaN although it is.
+def check_density(flow: ValidatedFlow, name: str, result: Tensor, x: Tensor) -> None:
+    """Checks log-densities ``[N]``, or their terms ``[N, D]``, of ``x`` ``[N, D]``.
+
+    Raises:
+        ValueError: they are not finite because ``x`` is not.
+        FloatingPointError: they are NaN although ``x`` is finite.
     """
-    if math.isfinite(total(result)):  # a non-finite value anywhere makes the sum non-finite
+    if math.isfinite(total(result)):
         return
     check_finite("x", x)
     bad = result.isnan().reshape(len(result), -1).any(dim=1)
-    if bool(bad.any()):  # not only the sum of infinities
+    if bool(bad.any()):  # else the sum was not finite because it overflowed, or because of infinities
         row = int(bad.nonzero()[0])
         raise FloatingPointError(
             f"{name} is NaN in {int(bad.sum())} of {len(bad)} rows, the first of them row {row}, though x is finite: "
@@ -104,8 +160,8 @@ def check_density(flow: Flow, name: str, result: Tensor, x: Tensor) -> None:
         )
 
 
-def check_samples(flow: Flow, z: Tensor, *results: Tensor) -> None:
-    """Raises FloatingPointError if samples, or their log-densities, that were made from ``z`` are not finite."""
+def check_samples(flow: ValidatedFlow, z: Tensor, *results: Tensor) -> None:
+    """Raises FloatingPointError if results ``[N, ...]``, computed from noise ``z`` ``[N, D]``, are not finite."""
     if all(math.isfinite(total(result)) for result in results):
         return
     bad = torch.stack([~result.isfinite().reshape(len(z), -1).all(dim=1) for result in results]).any(dim=0)
@@ -118,10 +174,10 @@ def check_samples(flow: Flow, z: Tensor, *results: Tensor) -> None:
 
 
 @contextmanager
-def not_validating(flow: Flow) -> Iterator[None]:
-    """Disables the value checks of ``flow`` within the block, for callers that check results themselves.
+def not_validating(flow: ValidatedFlow) -> Iterator[None]:
+    """Disables the value checks of a flow within a block, for callers that check results themselves.
 
-    Not for flows that several threads train at once: the setting belongs to the flow.
+    The setting belongs to the flow, so several threads must not train one flow at the same time.
     """
     before, flow.validate_args = flow.validate_args, False
     try:

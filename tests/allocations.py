@@ -38,6 +38,7 @@ def measure(case: dict[str, Any], counter: Any) -> dict[str, int]:
     import torch
 
     import fastmaf
+    from fastmaf.training.blas import allocate_work_buffers
 
     fastmaf.use_backend(case["backend"])
     dtype = getattr(torch, case.get("dtype", "float32"))
@@ -46,7 +47,7 @@ def measure(case: dict[str, Any], counter: Any) -> dict[str, int]:
         shape = case["features"], case["blocks"], case["hidden"]
         return fastmaf.MAF(*shape, order=case["order"], seed=0, dtype=dtype, device=device)
 
-    fastmaf.allocate_work_buffers(build("meta"), case["batch"], training=case["optimiser"] is not None)
+    allocate_work_buffers(build("meta"), case["batch"], training=case["optimiser"] is not None)
     before = counter.bytes_held()
     flow = build("cpu")
     if case.get("inference"):

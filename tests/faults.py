@@ -16,7 +16,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from fastmaf.io import checkpoint
+from fastmaf.io import tensor_file
 
 OPERATIONS = ("fsync", "replace", "link", "rmdir")
 OUTCOMES = ("untouched", "done", "failed")
@@ -43,7 +43,7 @@ def at_operation(number: int, fault: str) -> list[int]:
 
     for name in OPERATIONS:
         counted(os, name)
-    counted(checkpoint, "save_file")
+    counted(tensor_file, "save_file")
     return met
 
 

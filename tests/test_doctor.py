@@ -58,7 +58,8 @@ def test_it_names_the_devices() -> None:
 
 
 @pytest.mark.parametrize(
-    ("built", "words"), [(None, "torch has no CUDA in it"), ("12.6", "built for CUDA 12.6, but finds no usable GPU")]
+    ("built", "words"),
+    [(None, "this torch is built without CUDA"), ("12.6", "built for CUDA 12.6, but found no usable GPU")],
 )
 def test_it_says_why_there_is_no_gpu(monkeypatch: pytest.MonkeyPatch, built: str | None, words: str) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)

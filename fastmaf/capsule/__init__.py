@@ -1,1 +1,1 @@
-"""The capsule workflow: images in, a trained flow, samples and an evaluation out."""
+"""The published run on images of capsules: synthetic data, training, sampling, evaluation, reproduction."""

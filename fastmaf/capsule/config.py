@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Any, Literal
-
-import torch
+from typing import TYPE_CHECKING, Any, Literal
 
 import fastmaf
+
+if TYPE_CHECKING:
+    import torch
 
 # Settings that keep orders other than "natural" stable at image size, measured on the real capsule images.
 GUARDED: Mapping[str, Any] = MappingProxyType(
@@ -30,14 +31,14 @@ class TrainConfig:
     """All settings of a training run. The defaults are those of the published run, except for strict masks.
 
     Attributes:
-        size: Side of the square images in pixels; D = 3 size².
-        blocks, hidden_features, degrees, order, levels, log_scale_bound, soft_bound, init: See ``fastmaf.MAF``.
+        size: side of the square images in pixels; D = 3 size².
+        blocks, hidden_features, degrees, order, levels, log_scale_bound, soft_bound, init: see ``fastmaf.MAF``.
         masks: ``"strict"``, or ``"published"`` for the leaky output mask of the published run. ``"reference"``, its
             name in earlier versions, is accepted and replaced by ``"published"``.
-        epochs, batch_size, lr: Training with Adam.
-        holdout: Share of the normal images kept out of training, for the validation NLL and for thresholds.
-        warmup_steps, max_grad_norm, max_loss_jump: See ``fastmaf.Guards``.
-        seed: Seed of the split, the model and the shuffling.
+        epochs, batch_size, lr: training with Adam.
+        holdout: share of the normal images kept out of training, for the validation NLL and for thresholds.
+        warmup_steps, max_grad_norm, max_loss_jump: see ``fastmaf.Guards``.
+        seed: seed of the split, the model and the shuffling.
     """
 
     size: int = 64

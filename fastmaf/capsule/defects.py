@@ -16,7 +16,6 @@ from fastmaf.capsule.drawing import (
     HALF,
     RADIUS,
     SEAM,
-    TEXELS,
     Array,
     Change,
     Grid,
@@ -24,12 +23,12 @@ from fastmaf.capsule.drawing import (
     Scene,
     background,
     compose,
-    imprint,
 )
+from fastmaf.capsule.imprint import TEXELS, imprint
 
 
 def _jagged(rng: np.random.Generator, u: float, v: float, heading: float, length: float, wander: float) -> Points:
-    """A broken line on the visible face, from (u, v) in this direction (radians)."""
+    """Draws a random walk on the visible face, from (u, v) in a direction in radians."""
     points = [(u, v)]
     for _ in range(max(2, round(length / 2.5))):
         heading += rng.normal(0.0, wander)
@@ -39,7 +38,7 @@ def _jagged(rng: np.random.Generator, u: float, v: float, heading: float, length
 
 
 def _blob(rng: np.random.Generator, u: float, v: float, radius: float, rough: float) -> Points:
-    """A closed irregular outline."""
+    """Returns a closed irregular outline."""
     turns = np.sort(rng.uniform(0, 2 * np.pi, 11))
     far = radius * np.exp(rng.normal(0, rough, 11))
     long, tilt = rng.uniform(1.0, 1.5), rng.uniform(0, np.pi)
@@ -48,7 +47,7 @@ def _blob(rng: np.random.Generator, u: float, v: float, radius: float, rough: fl
 
 
 def _blotches(rng: np.random.Generator, shape: tuple[int, ...], cell: float) -> Array:
-    """Smooth noise in 0..1 with patches about ``cell`` pixels wide."""
+    """Returns smooth noise in 0..1 with patches about ``cell`` pixels wide."""
     rows, columns = shape[0], shape[1]
     few = rng.integers(0, 256, (int(rows / cell) + 3, int(columns / cell) + 3), dtype=np.uint8)
     wide = Image.fromarray(few).resize((columns, rows), Image.Resampling.BICUBIC)
@@ -56,7 +55,7 @@ def _blotches(rng: np.random.Generator, shape: tuple[int, ...], cell: float) -> 
 
 
 def _place(rng: np.random.Generator) -> tuple[float, float]:
-    """A point well on the visible face."""
+    """Returns a random point on the visible face, away from its edge."""
     return float(rng.uniform(-68, 68)), float(rng.uniform(-0.7, 0.7)) * RADIUS
 
 
@@ -227,14 +226,14 @@ DEFECTS = tuple(_MAKERS)
 
 
 def draw_pair(rng: np.random.Generator, size: int, defect: str | None) -> tuple[Array, Array]:
-    """The same capsule without and with a defect, float32 [size, size, 3] in grey levels, without noise."""
+    """Draws a capsule without and with a defect, float32 [size, size, 3] in grey levels, without sensor noise."""
     scene = Scene.draw(rng, size)
     grid = Grid(scene)
     ground = background(scene)
     clean = compose(scene, grid, ground, Change())
     if defect is None:
         return clean, clean
-    while True:  # a defect that came to lie out of sight is drawn anew
+    while True:  # a defect that is not visible is drawn again
         broken = compose(scene, grid, ground, _MAKERS[defect](rng, scene, grid))
         if (np.abs(broken - clean).max(2) > 5.0).sum() >= max(2.0, 5 * (size / 192) ** 2):
             return clean, broken

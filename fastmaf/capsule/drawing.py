@@ -1,36 +1,35 @@
-"""One synthetic capsule, drawn from geometry alone: its scene, its background and its shaded surface.
+"""Drawing of a synthetic capsule: its scene, its background and its shaded surface.
 
-Lengths are in units of 1/192 of the picture's side. The capsule lies along u (its axis, to the right) and v (across,
-down); its outline is a pair of half-widths ``top(u)``, ``bottom(u)``, so that a squeeze is a change of two curves.
-The capsule is shaded on a finer grid (at least twice) than the picture, averaged down and laid over a background with a
-soft shadow. ``fastmaf.capsule.synthetic`` makes data sets of it.
+Lengths are in units of 1/192 of the picture's side. Coordinates are u along the capsule's axis (to the right) and v
+across (down). The outline is a pair of half-widths ``top(u)``, ``bottom(u)``. The capsule is shaded on a grid at least
+twice as fine as the picture, averaged down and composited over a background with a soft shadow.
 """
 
 from __future__ import annotations
 
-import functools
 from dataclasses import dataclass, field
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFilter, ImageFont
+from PIL import Image, ImageDraw, ImageFilter
+
+from fastmaf.capsule.imprint import imprint, sample
 
 Array = np.ndarray
 Points = list[tuple[float, float]]
 
-HALF, RADIUS, SEAM = 81.0, 25.8, 2.0  # half length, radius of the body, where the cap ends
-_LIP = 0.9  # the cap is pushed over the body: so much wider
+HALF, RADIUS, SEAM = 81.0, 25.8, 2.0  # half length, radius of the body, position of the cap's edge
+_LIP = 0.9  # difference of the radii of cap and body
 _CAP, _BODY = (20.0, 20.0, 23.0), (150.0, 80.0, 62.0)
-TEXELS = 5  # texels of an imprint per unit of length
 
 
 def _gauss(rng: np.random.Generator) -> float:
-    """A normal draw without its far tails: no capsule leaves the picture."""
+    """Draws from a normal distribution clipped at 2.5 sigma, so that no capsule leaves the picture."""
     return float(np.clip(rng.normal(), -2.5, 2.5))
 
 
 @dataclass(frozen=True)
 class Scene:
-    """One capsule before any defect: pose, light, colours and how its halves are turned about the axis."""
+    """Pose, light and colours of one capsule without defects."""
 
     size: int
     centre: tuple[float, float]
@@ -46,7 +45,7 @@ class Scene:
 
     @staticmethod
     def draw(rng: np.random.Generator, size: int) -> Scene:
-        """A normal capsule of a picture of ``size`` pixels."""
+        """Draws a random scene for a picture of ``size`` pixels."""
         dust = [
             (*rng.uniform(4, 188, 2).tolist(), float(rng.uniform(0.35, 0.8)), float(rng.uniform(-45, -8)))
             for _ in range(rng.poisson(2.5))
@@ -68,7 +67,7 @@ class Scene:
 
 @dataclass
 class Change:
-    """What a defect does to a capsule. An empty one does nothing."""
+    """The changes of a defect to a capsule; by default none."""
 
     top: Array | None = None  # factor on the upper outline along AXIS
     bottom: Array | None = None
@@ -82,7 +81,7 @@ AXIS = np.linspace(-HALF - 4, HALF + 4, 1361)  # steps of 1/8 unit
 
 
 class Grid:
-    """The fine grid over the band of the picture that holds the capsule, in the capsule's own frame."""
+    """The fine grid over the rows of the picture that hold the capsule, in the capsule's coordinates."""
 
     def __init__(self, scene: Scene) -> None:
         size, (cx, cy) = scene.size, scene.centre
@@ -97,7 +96,7 @@ class Grid:
         self.v = (y[:, None] * self.cos - x[None, :] * self.sin).astype(np.float32)
 
     def down(self, fine: Array) -> Array:
-        """Average of each scale x scale block of the last two axes."""
+        """Averages each scale x scale block of the last two axes."""
         k = self.scale
         total = np.zeros((*fine.shape[:-2], fine.shape[-2] // k, fine.shape[-1] // k), dtype=np.float32)
         for i in range(k):
@@ -106,7 +105,7 @@ class Grid:
         return total / k**2
 
     def strokes(self, lines: list[tuple[Points, float]], fill: bool = False) -> Array:
-        """Cover (0..1) of lines (points in u, v; width), or of filled polygons."""
+        """Returns the coverage (0..1) of lines (points in u, v; width), or of filled polygons."""
         canvas = Image.new("L", (self.u.shape[1], self.u.shape[0]))
         pen = ImageDraw.Draw(canvas)
         for points, width in lines:
@@ -124,7 +123,7 @@ class Grid:
 
 
 def compose(scene: Scene, grid: Grid, ground: Array, change: Change) -> Array:
-    """The capsule over its background, as the camera sees it before the noise: float32 [size, size, 3]."""
+    """Composites the capsule over its background, without sensor noise: float32 [size, size, 3]."""
     colour, cover = _capsule(scene, grid, change)
     picture = ground.copy()
     alpha = grid.down(cover)
@@ -138,7 +137,7 @@ def compose(scene: Scene, grid: Grid, ground: Array, change: Change) -> Array:
 
 
 def background(scene: Scene) -> Array:
-    """Light grey paper, brighter at the top, with the soft shadow of the capsule and its glow: [3, size, size]."""
+    """Draws light grey paper with the capsule's soft shadow and glow: [3, size, size]."""
     size, (cx, cy) = scene.size, scene.centre
     at = ((np.arange(size) + 0.5) * 192.0 / size).astype(np.float32)
     x, y = at[None, :] - np.float32(cx), at[:, None] - np.float32(cy)
@@ -159,18 +158,18 @@ def background(scene: Scene) -> Array:
 
 
 def _outline(radius: float) -> Array:
-    """Half-width along AXIS: straight sides, round ends, 0 beyond them."""
+    """Returns the half-width along AXIS: straight sides, round ends, 0 beyond them."""
     past = np.maximum(np.abs(AXIS) - (HALF - RADIUS), 0) / RADIUS
     return radius * np.sqrt(np.maximum(1 - past**2, 0))
 
 
 def _planes(colour: Array) -> Array:
-    """Three numbers as float32 [3, 1, 1], to be spread over the planes of a picture."""
+    """Converts a colour to float32 [3, 1, 1]."""
     return np.asarray(colour, dtype=np.float32)[:, None, None]
 
 
 def _capsule(scene: Scene, grid: Grid, change: Change) -> tuple[Array, Array]:
-    """Colour [3, .., ..] in grey levels and cover [.., ..] (0..1) of the capsule on the fine grid, float32."""
+    """Shades the capsule on the fine grid: colour [3, .., ..] in grey levels and coverage [.., ..] (0..1)."""
     u, v, step = grid.u, grid.v, grid.step
     widths = np.where(AXIS < SEAM, _outline(RADIUS + _LIP), _outline(RADIUS))
     top = widths if change.top is None else widths * change.top
@@ -219,44 +218,11 @@ def _capsule(scene: Scene, grid: Grid, change: Change) -> tuple[Array, Array]:
 
 
 def _along(u: Array, curve: Array) -> Array:
-    """A curve over AXIS at these places; its points are dense enough to take the nearest one."""
+    """Evaluates a curve over AXIS at the nearest points."""
     place = np.rint((u - AXIS[0]) * ((len(AXIS) - 1) / float(AXIS[-1] - AXIS[0]))).astype(np.int32)
     return curve.astype(np.float32)[np.clip(place, 0, len(AXIS) - 1)]
 
 
 def _bump(a: Array, b: Array | None = None) -> Array:
-    """A bell, exp(-a^2 - b^2)."""
+    """Returns exp(-a^2 - b^2)."""
     return np.exp(-a * a if b is None else -a * a - b * b)
-
-
-@functools.lru_cache(maxsize=8)
-def imprint(text: str, height: float = 15.0, bold: float = 1.5) -> Array:
-    """The imprint laid flat: float32 cover (0..1), TEXELS a unit, margins of 4 units."""
-    font = ImageFont.load_default(size=height * TEXELS * 1.38)
-    stroke = round(bold * TEXELS / 2)
-    pen = ImageDraw.Draw(Image.new("L", (1, 1)))
-    gap = round(1.6 * TEXELS)
-    boxes = [pen.textbbox((0, 0), letter, font=font, stroke_width=stroke) for letter in text]
-    margin = 4 * TEXELS
-    wide = sum(int(b[2] - b[0]) for b in boxes) + gap * (len(text) - 1) + 2 * margin
-    tall = max(int(b[3] - b[1]) for b in boxes) + 2 * margin
-    image = Image.new("L", (wide, tall))
-    pen = ImageDraw.Draw(image)
-    x = margin
-    for letter, box in zip(text, boxes, strict=True):
-        pen.text((x - box[0], margin - box[1]), letter, fill=255, font=font, stroke_width=stroke)
-        x += int(box[2] - box[0]) + gap
-    flat = np.asarray(image.filter(ImageFilter.GaussianBlur(0.3 * TEXELS)), dtype=np.float32) / 255.0
-    flat.setflags(write=False)
-    return flat
-
-
-def sample(texture: Array, along: Array, around: Array) -> Array:
-    """The texture's value at these distances (units) from its centre, 0 outside it."""
-    tall, wide = texture.shape
-    column = np.rint(along * TEXELS + wide / 2).astype(np.int32)
-    row = np.rint(around * TEXELS + tall / 2).astype(np.int32)
-    inside = (column >= 0) & (column < wide) & (row >= 0) & (row < tall)
-    found = np.zeros(along.shape, dtype=np.float32)
-    found[inside] = texture[row[inside], column[inside]]
-    return found

@@ -1,4 +1,4 @@
-"""Judging a trained model on a labelled test set: ``fastmaf eval``.
+"""Evaluating a trained model on a labelled test set: ``fastmaf eval``.
 
 Writes scores.csv, metrics.json, nll_hist_good_defect.png and roc_curve.png.
 """
@@ -41,22 +41,22 @@ def evaluate(
     extra: Mapping[str, Any] | None = None,
     progress: bool = True,
 ) -> Evaluation:
-    """Scores the images of ``data/test`` and writes what was found.
+    """Scores the images of ``data/test`` and writes the results to ``out``.
 
     Args:
         model: a trained model.
-        data: folder with ``test/<class>``, and the normals that training held out where ``load_train`` finds them.
+        data: folder with ``test/<class>``; the images held out of training are looked up by ``load_train``.
         out: folder to write to.
-        false_alarm: rate for the threshold from held-out normals.
-        skip_bad: leave out files that cannot be read.
-        seed: of the bootstrap.
+        false_alarm: false-alarm rate of the threshold from held-out normals.
+        skip_bad: skip files that cannot be read.
+        seed: seed of the bootstrap.
         extra: further entries for metrics.json.
         progress: show progress bars.
 
     Raises:
-        DataError: the folder or a file in it is not what is needed.
+        DataError: a folder or an image cannot be used.
         EvaluationError: the test set has no normal or no defective images.
-        OutputError: ``out`` holds a file of the name of one that is written, which is none.
+        OutputError: a file in ``out`` that this command did not write would be replaced.
     """
     out = Path(out)
     check_outputs(outputs_of(out), [model.path])
@@ -84,7 +84,7 @@ def evaluate(
 
 
 def outputs_of(out: Path) -> list[Output]:
-    """What ``evaluate`` writes."""
+    """Returns the files that ``evaluate`` writes."""
     return [
         Output(out / SCORES_FILE, eval_scores()),
         Output(out / METRICS_FILE, eval_metrics()),
@@ -94,7 +94,7 @@ def outputs_of(out: Path) -> list[Output]:
 
 
 def _held_out(model: Model, data: str | Path, *, skip_bad: bool, progress: bool) -> ImageSet | None:
-    """Returns the normals that training never saw, or None when there are none; says so when some are gone."""
+    """Returns the normals that were held out of training, or None without any; notes missing ones."""
     if not model.held_out:
         return None
     if not has_normals(Path(data).expanduser()):
@@ -105,7 +105,7 @@ def _held_out(model: Model, data: str | Path, *, skip_bad: bool, progress: bool)
     index = [i for i, name in enumerate(normals.names) if name in wanted]
     if len(index) < len(wanted):
         tqdm.write(
-            f"{len(wanted) - len(index)} of the {len(wanted)} normal images that training held out are not in {data}: "
+            f"{len(wanted) - len(index)} of the {len(wanted)} held-out normal images are missing in {data}: "
             + ("the threshold is taken from the others" if index else "no threshold can be taken from held-out normals")
         )
     return normals.subset(index) if index else None

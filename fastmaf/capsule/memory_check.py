@@ -14,31 +14,30 @@ import fastmaf
 from fastmaf.capsule.config import TrainConfig
 from fastmaf.io.run_folder import DoesNotFitError, format_bytes
 from fastmaf.training.available_memory import available_memory
+from fastmaf.training.blas import allocate_work_buffers
 
-# For what the estimate leaves out or misjudges: the images, batches to validate on, the curve, the allocator's gaps.
+# Covers what the estimate does not include: images, validation batches, the curve, fragmentation.
 _RESERVE = 1.05
 
 
 def check_fits(config: TrainConfig, device: torch.device, *, images: int, resume: bool = False) -> None:
-    """Refuses a run that will not fit.
-
-    Where it cannot be found out what is available, nothing is refused.
+    """Checks that a run fits into memory; does nothing if the available memory is unknown.
 
     Args:
-        config: of the run.
+        config: the settings of the run.
         device: where it trains.
-        images: how many there are to train on: no batch is larger.
-        resume: it goes on from a checkpoint.
+        images: number of images to train on, which limits the batch size.
+        resume: whether the run continues from a checkpoint.
 
     Raises:
-        DoesNotFitError: with the largest batch size that fits, or, where even one image does not, the largest number of
-            blocks.
+        DoesNotFitError: it does not fit; the message names the largest batch size that fits or, if not even one image
+            does, the largest number of blocks.
     """
     config = dataclasses.replace(config, batch_size=min(config.batch_size, images))
     available, needed = available_memory(device), needed_memory(config, device)
     if available is not None and needed <= available:
-        # The estimate leaves out the buffers of the BLAS library: those are allocated now, and no longer available.
-        fastmaf.allocate_work_buffers(_planned(config), config.batch_size, device=device)
+        # The estimate does not include the buffers of the BLAS library: they are allocated here, before looking again.
+        allocate_work_buffers(_planned(config), config.batch_size, device=device)
         available = available_memory(device)
     if available is None or needed <= available:
         return
@@ -67,12 +66,12 @@ def _advice(config: TrainConfig, device: torch.device, available: int) -> str:
 
 
 def _largest(limit: int, fits: Callable[[int], bool]) -> int:
-    """Returns the largest number of 1..limit that fits, 0 if none does; what fits goes on fitting when smaller."""
+    """Returns the largest of 1..limit that fits, or 0; everything below a number that fits must fit as well."""
     return bisect.bisect_left(range(1, limit + 1), True, key=lambda n: not fits(n))
 
 
 def needed_memory(config: TrainConfig, device: torch.device) -> int:
-    """Returns the bytes that a run will take on a device, with some reserve, aside from libraries' work buffers."""
+    """Returns the bytes that a run needs on a device, with some reserve, without work buffers of libraries."""
     clips = config.max_grad_norm is not None
     estimate = fastmaf.memory_estimate(
         _planned(config), config.batch_size, update="clip" if clips else "minimize", device=device
@@ -81,14 +80,14 @@ def needed_memory(config: TrainConfig, device: torch.device) -> int:
 
 
 def _planned(config: TrainConfig) -> fastmaf.Flow:
-    """Returns the flow of a run without its numbers."""
+    """Returns the flow of a run on the meta device."""
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", fastmaf.ConnectivityWarning)  # it will come with the run itself
+        warnings.simplefilter("ignore", fastmaf.ConnectivityWarning)  # issued by the run itself
         return config.build(device="meta")
 
 
 def disk_needed(config: TrainConfig) -> int:
-    """Returns the bytes of a checkpoint, model and the optimiser's two moments: written before the last one goes."""
+    """Returns the bytes of a checkpoint: the model and the optimiser's two moments."""
     flow = _planned(config)
     weights = sum(tensor.nbytes for tensor in flow.state_dict().values())
     return weights + 2 * sum(parameter.nbytes for parameter in flow.parameters())

@@ -1,4 +1,4 @@
-"""A trained model as the capsule commands use it: the flow, the size of its images, and what its training kept out."""
+"""Trained models of the capsule commands: the flow, the size of its images, and its held-out images."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from fastmaf.training.checkpoints import MODEL_FILE, training_in
 
 @dataclass(frozen=True)
 class Model:
-    """A flow over images.
+    """A flow over square RGB images.
 
     Attributes:
-        flow: the flow, D = 3 size².
-        size: side of its square images in pixels.
-        path: the file it came from.
-        held_out: names of the normal images that its training never saw; empty when unknown.
+        flow: the flow, with D = 3 size².
+        size: side of its images in pixels.
+        path: the file it was loaded from.
+        held_out: names of the normal images that were held out of training; empty if unknown.
     """
 
     flow: fastmaf.Flow
@@ -34,10 +34,10 @@ class Model:
 
 @fastmaf.torch_defaults()
 def load_model(path: str | Path, *, device: str = "cpu") -> Model:
-    """Loads a model file, or the one in a run's folder.
+    """Loads a model from a file or from the folder of a run.
 
     Raises:
-        FileNotFoundError: there is none.
+        FileNotFoundError: the file does not exist.
         fastmaf.CheckpointError: it is not a model of square RGB images.
     """
     path = Path(path)
@@ -45,7 +45,7 @@ def load_model(path: str | Path, *, device: str = "cpu") -> Model:
         path = path / MODEL_FILE
     flow, metadata, _ = fastmaf.load_with_extras(path, device=device)
     size = check_takes_images(flow, path)
-    flow.validate_args = False  # a model that blows up has NLLs that are not finite, which are reported as they are
+    flow.validate_args = False  # NLLs that are not finite are reported, not refused
     return Model(flow.eval(), size, path, tuple(training_in(metadata, path).get("held_out", ())))
 
 

@@ -18,7 +18,7 @@ from fastmaf.capsule.sample import outputs_of as sample_outputs
 from fastmaf.capsule.sample import sample
 from fastmaf.capsule.synthetic import MARKER, draw_dataset
 from fastmaf.capsule.train import outputs_of as train_outputs
-from fastmaf.capsule.train import train_in
+from fastmaf.capsule.train import train
 from fastmaf.capsule.training_run import TrainResult
 from fastmaf.io.atomic import written_atomically
 from fastmaf.io.outputs import Output, check_outputs, text_file
@@ -35,10 +35,10 @@ class Reproduction:
     """The results of a reproduction.
 
     Attributes:
-        training: The training run.
-        evaluation: The evaluation on the test images.
-        seconds_per_sample: Mean time of drawing a sample; None if the model cannot be sampled.
-        table: The published run beside this one.
+        training: the training run.
+        evaluation: the evaluation on the test images.
+        seconds_per_sample: mean time of drawing a sample; None if the model cannot be sampled.
+        table: the published run beside this one.
     """
 
     training: TrainResult
@@ -63,18 +63,18 @@ def reproduce(
     """Trains, samples and evaluates with the given settings, and compares the results with the published run.
 
     Args:
-        out: Folder for everything that is written.
-        config: The settings; the defaults of ``TrainConfig`` with ``degrees="random"`` are those of the published run,
+        out: folder for everything that is written.
+        config: the settings; the defaults of ``TrainConfig`` with ``degrees="random"`` are those of the published run,
             except for strict masks.
-        data: The capsule images; None draws the synthetic set into ``out/demo-data``.
-        resume, skip_bad, device, graphs, progress: See ``train``.
-        say: Receives lines of text for the user.
+        data: the capsule images; None draws the synthetic set into ``out/demo-data``.
+        resume, skip_bad, device, graphs, progress: see ``train``.
+        say: receives lines of text for the user.
 
     Returns:
         The results, or None if Ctrl-C ended the training.
 
     Raises:
-        OutputError: A file in ``out`` that this command did not write would be replaced; nothing was written.
+        OutputError: a file in ``out`` that this command did not write would be replaced; nothing was written.
     """
     out = Path(out)
     with run_folder(out, "reproducing the published run", COMPARISON_FILE):
@@ -86,9 +86,9 @@ def reproduce(
             draw_dataset(data, progress=progress)
             say(f"drew the synthetic capsules into {data}; their results are not those of the real images")
         real = not (Path(data) / MARKER).is_file()
-        training = train_in(
-            out,
+        training = train(
             data,
+            out,
             config,
             resume=resume,
             skip_bad=skip_bad,
@@ -96,6 +96,7 @@ def reproduce(
             graphs=graphs,
             published=published.PUBLISHED_NLL if real else None,
             progress=progress,
+            locked=True,
         )
         if training.interrupted:
             say(f"stopped after {len(training.log)} whole epochs; the model is in {training.model}; --resume continues")

@@ -30,18 +30,18 @@ class TrainedOn:
 
 def contents_of(names: Sequence[str], paths: Sequence[Path]) -> Contents:
     """Returns sizes and hashes of files, by which files of the same name are told apart."""
-    found: Contents = {}
+    contents: Contents = {}
     for name, path in zip(names, paths, strict=True):
         data = path.read_bytes()
-        found[name] = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
-    return found
+        contents[name] = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+    return contents
 
 
 def check_settings(out: Path, state: Mapping[str, Any], config: TrainConfig) -> None:
     """Checks that all settings except ``epochs`` are those of the run to resume.
 
     Raises:
-        ValueError: Settings differ; the message names them.
+        ValueError: settings differ; the message names them.
     """
     before = {_RENAMED.get(k, k): _RENAMED_VALUES.get((k, str(v)), v) for k, v in state["config"].items()}
     now = json.loads(json.dumps(asdict(config)))
@@ -57,15 +57,15 @@ def check_images(out: Path, state: Mapping[str, Any], now: TrainedOn) -> str | N
     """Checks that the images, held-out ones included, are those of the run to resume.
 
     Args:
-        out: The run's folder.
-        state: Its saved state; earlier versions stored only the names of the training images.
-        now: The images of the data folder.
+        out: the run's folder.
+        state: its saved state; earlier versions stored only the names of the training images.
+        now: the images of the data folder.
 
     Returns:
         A note if contents could not be compared, else None.
 
     Raises:
-        ValueError: Images differ; the message names them.
+        ValueError: images differ; the message names them.
     """
     before: Contents | None = state.get("contents")
     contents = now.contents
@@ -73,10 +73,10 @@ def check_images(out: Path, state: Mapping[str, Any], now: TrainedOn) -> str | N
     if before is not None:
         lacking, extra = sorted(before.keys() - contents.keys()), sorted(contents.keys() - before.keys())
     if lacking or extra or state["files"] != now.files:
-        found = [f"{what}: {_listed(names)}" for what, names in (("missing", lacking), ("new", extra)) if names]
+        listed = [f"{what}: {_listed(names)}" for what, names in (("missing", lacking), ("new", extra)) if names]
         raise ValueError(
             f"cannot resume {out}: it was trained on {count(len(state['files']), 'image')}, the data now hold "
-            f"{len(now.files)} others or renamed ones for training" + (f" ({'; '.join(found)})" if found else "")
+            f"{len(now.files)} others or renamed ones for training" + (f" ({'; '.join(listed)})" if listed else "")
         )
     if before is None:
         return (

@@ -1,4 +1,4 @@
-"""Drawing images from a trained model: ``fastmaf sample``."""
+"""Sampling images from a trained model: ``fastmaf sample``."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _BATCH = 64
 
 @dataclass(frozen=True)
 class SampleResult:
-    """Where the images are, and how long drawing them took in seconds (writing files aside)."""
+    """The files of the samples, their grid picture, and the seconds that sampling took, without writing files."""
 
     files: list[Path]
     grid: Path
@@ -32,21 +32,21 @@ class SampleResult:
 @fastmaf.torch_defaults()
 @torch.no_grad()
 def sample(model: Model, out: str | Path, n: int = 5, *, seed: int = 0, progress: bool = True) -> SampleResult:
-    """Draws ``n`` images into ``out/samples/`` and one grid picture of them all.
+    """Samples ``n`` images into ``out/samples/``, and writes a grid picture of all.
 
-    Samples of an earlier call are replaced or, where that drew more, deleted; other files there stay.
+    Samples of an earlier call are replaced or deleted; other files in the folder are kept.
 
     Args:
         model: a trained model.
         out: folder to write to.
-        n: how many.
-        seed: makes them repeatable.
+        n: number of samples.
+        seed: seed of the samples.
         progress: show a progress bar.
 
     Raises:
         ValueError: ``n`` is less than 1.
-        OutputError: a file of the name of a sample or of the grid is there, and is none.
-        fastmaf.NotInvertibleError: the model was trained with the reference's leaky masks.
+        OutputError: a sample or the grid would replace a file that is neither.
+        fastmaf.NotInvertibleError: the model was trained with the leaky masks of the published run.
     """
     if n < 1:
         raise ValueError(f"the number of samples must be at least 1; found {n}")
@@ -55,7 +55,7 @@ def sample(model: Model, out: str | Path, n: int = 5, *, seed: int = 0, progress
     files = [output.path for output in outputs[1:]]
     device = next(model.flow.parameters()).device
     generator = torch.Generator(device).manual_seed(seed)
-    # A process's first call of an op loads much of torch: an empty batch keeps that out of the time.
+    # The first call of an op loads parts of torch: an empty batch keeps that out of the measured time.
     model.flow.inverse(torch.zeros(0, model.flow.features, device=device))
     began, parts = time.perf_counter(), []
     for start in tqdm(range(0, n, _BATCH), desc="sampling", unit="batch", disable=not progress, leave=False):
@@ -64,13 +64,13 @@ def sample(model: Model, out: str | Path, n: int = 5, *, seed: int = 0, progress
     x = torch.cat(parts)
     if not bool(torch.isfinite(x).all()):
         bad = int((~torch.isfinite(x).all(dim=1)).sum())
-        tqdm.write(f"{bad} of {n} samples hold values that are not finite (shown black): the model blows up there")
+        tqdm.write(f"{bad} of {n} samples hold values that are not finite (shown black)")
     images = to_images(x, model.size).numpy()
     folder = Path(out) / SAMPLES_FOLDER
     folder.mkdir(parents=True, exist_ok=True)
     for stale in set(folder.glob("[0-9]*.png")) - set(files):
         if role_of(stale) == SAMPLE:
-            stale.unlink()  # an earlier call's, which drew more
+            stale.unlink()  # from an earlier call with more samples
     for file, image in zip(files, images, strict=True):
         save_png(file, image)
     save_grid(Path(out) / GRID_FILE, images)
@@ -78,7 +78,7 @@ def sample(model: Model, out: str | Path, n: int = 5, *, seed: int = 0, progress
 
 
 def outputs_of(out: Path, n: int) -> list[Output]:
-    """What ``sample`` writes: the grid, then the samples."""
+    """Returns the files that ``sample`` writes: the grid, then the samples."""
     samples = picture(SAMPLE, "a sample")
     files = [out / SAMPLES_FOLDER / f"{i:03d}.png" for i in range(n)]
     return [Output(out / GRID_FILE, picture(GRID, "a picture of all samples")), *(Output(f, samples) for f in files)]

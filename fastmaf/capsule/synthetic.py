@@ -17,7 +17,7 @@ from PIL import Image, ImageFilter
 from tqdm import tqdm
 
 from fastmaf.capsule.defects import DEFECTS, draw_pair
-from fastmaf.images.dataset import DataError
+from fastmaf.images.image_file import DataError
 from fastmaf.images.png import png_text
 from fastmaf.io.atomic import written_atomically
 from fastmaf.io.marks import DRAWN, role_of
@@ -31,7 +31,7 @@ DEFAULT_COUNTS: Mapping[str, int] = MappingProxyType(
 )
 
 MARKER = "fastmaf-demo.json"
-"""The file that says a folder was drawn here, with what counts, so that it may be drawn again."""
+"""Marks a folder as drawn by ``draw_dataset``, with the counts, so that it may be drawn again."""
 
 _DRAWN = Record({"counts": MapOf(Whole(high=1_000_000))}, others=Anything())
 
@@ -46,24 +46,27 @@ def draw_dataset(
     seed: int = 0,
     progress: bool = True,
 ) -> Path:
-    """Draw a data set in the layout train/good, test/<class>, ground_truth/<class> and return its folder.
+    """Draws a data set with the folders train/good, test/<class> and ground_truth/<class>.
 
-    The same seed and size give the same files; each image has a seed of its own, so other counts leave the images
-    that both sets hold unchanged.
+    The same seed and size give the same files. Each image has its own seed, so other counts do not change the images
+    that both sets have.
 
     Args:
-        root: A new or empty folder, or one drawn here before, whose images are then replaced.
-        train: Number of normal images to train on.
-        good: Number of normal images to test on.
-        defects: Number of test images (and masks) of each defect class.
-        size: Side of the square pictures, in pixels, 32 to 1024.
-        seed: Any non-negative integer.
-        progress: Show a progress bar.
+        root: a new or empty folder, or one drawn by this function, whose images are then replaced.
+        train: number of normal images to train on.
+        good: number of normal images to test on.
+        defects: number of test images (and masks) of each defect class.
+        size: side of the square pictures in pixels, 32 to 1024.
+        seed: any non-negative integer.
+        progress: show a progress bar.
+
+    Returns:
+        The folder.
 
     Raises:
-        DataError: ``root`` is a file, or holds anything and was not drawn here, or holds another picture in the place
-            of one to be drawn; nothing is written then.
-        ValueError: An unknown defect class, a negative count or seed, or a size out of range.
+        DataError: ``root`` is a file, is not empty and was not drawn by this function, or holds a foreign picture in
+            place of one to be drawn; nothing was written.
+        ValueError: a defect class is unknown, a count or the seed is negative, or the size is out of range.
     """
     unknown = sorted(set(defects) - set(DEFECTS))
     if unknown:
@@ -86,7 +89,7 @@ def draw_dataset(
 
 
 def _claim(root: Path, counts: Mapping[str, int], settings: Mapping[str, int]) -> None:
-    """Make sure that the folder may be written to, and clear it of the images of an earlier drawing."""
+    """Checks that the folder may be written to, and removes the images of an earlier drawing."""
     if root.exists() and not root.is_dir():
         raise DataError(f"{root} is a file; expected a folder to draw into")
     marker = root / MARKER
@@ -96,7 +99,7 @@ def _claim(root: Path, counts: Mapping[str, int], settings: Mapping[str, int]) -
             before = parse(marker.read_text("utf-8"), "marker")
             _DRAWN.check(before, "marker")
             old: dict[str, int] = before["counts"]
-            # Until pictures were marked, the marker alone said which of them were drawn.
+            # Earlier versions did not mark pictures: only the counts of the marker identify them.
             trusted = {} if before.get("marked") else old
         except ValueError as error:
             raise DataError(f"{marker} cannot be read ({error}); draw into a new folder") from error
@@ -128,14 +131,14 @@ def _claim(root: Path, counts: Mapping[str, int], settings: Mapping[str, int]) -
 
 
 def _drawn(root: Path, folder: str, trusted: int) -> list[Path]:
-    """The files of an earlier drawing: those with its mark, and without one those of numbers below ``trusted``."""
+    """Returns the files of an earlier drawing: marked ones, and those with numbers below ``trusted``."""
     named = [*(root / folder).glob("[0-9]*.png"), *(root / _mask_folder(folder)).glob("[0-9]*_mask.png")]
     old = {file for file in named for i in [file.stem.removesuffix("_mask")] if i.isdecimal() and int(i) < trusted}
     return [file for file in named if file in old or role_of(file) == DRAWN]
 
 
 def _files(root: Path, folder: str, index: int) -> tuple[Path, Path]:
-    """(picture, mask) of a number."""
+    """Returns the paths of a picture and its mask."""
     return root / folder / f"{index:03d}.png", root / _mask_folder(folder) / f"{index:03d}_mask.png"
 
 
@@ -149,7 +152,7 @@ def _save(pixels: np.ndarray, path: Path) -> None:
 
 
 def _picture(folder: str, index: int, size: int, seed: int) -> tuple[np.ndarray, np.ndarray | None]:
-    """(uint8 [size, size, 3], mask uint8 [size, size] of 0 and 255, or None for a good one)."""
+    """Draws a picture, uint8 [size, size, 3], and its mask, uint8 [size, size] of 0 and 255; None for good ones."""
     rng = np.random.default_rng([seed, zlib.crc32(folder.encode()), index])
     defect = folder.split("/")[1]
     clean, broken = draw_pair(rng, size, defect if defect in DEFECTS else None)
@@ -159,7 +162,7 @@ def _picture(folder: str, index: int, size: int, seed: int) -> tuple[np.ndarray,
 
 
 def _mask(clean: np.ndarray, broken: np.ndarray) -> np.ndarray:
-    """Where the pictures differ by over a sixth of the largest difference (2 to 10 grey levels), grown by a pixel."""
+    """Marks where pictures differ by over a sixth of the largest difference (2 to 10 grey levels), plus a pixel."""
     difference = np.abs(broken - clean).max(2)
     seen = difference > np.clip(difference.max() / 6, 2.0, 10.0)
     grown = Image.fromarray(seen.astype(np.uint8) * 255).filter(ImageFilter.MaxFilter(3))

@@ -9,8 +9,8 @@ Files written to the output folder during training:
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -31,7 +31,7 @@ from fastmaf.io.run_folder import check_disk, run_folder
 from fastmaf.training.checkpoints import MODEL_FILE, STATE_FILE, refuse_unfinished
 
 
-@contextmanager
+@contextlib.contextmanager
 def _denormals_flushed() -> Iterator[None]:
     """Flushes denormal numbers to zero: the moments of dead units decay into them, which slows steps down several fold.
 
@@ -46,6 +46,7 @@ def _denormals_flushed() -> Iterator[None]:
 
 
 @fastmaf.torch_defaults()
+@_denormals_flushed()
 def train(
     data: str | Path,
     out: str | Path,
@@ -57,6 +58,7 @@ def train(
     graphs: bool = True,
     published: Mapping[int, float] | None = None,
     progress: bool = True,
+    locked: bool = False,
 ) -> TrainResult:
     """Trains a flow on the normal images of ``data/train/good``.
 
@@ -65,73 +67,52 @@ def train(
     kept as ``*.previous.*``. ``out`` is locked during training: a second run is refused.
 
     Args:
-        data: Folder with ``train/good``.
-        out: Folder for the model, the log and the curve.
-        config: The settings.
-        resume: Continue from the checkpoint in ``out``, with the same images and the same settings except ``epochs``.
-        skip_bad: Skip files that cannot be read instead of stopping.
-        device: Where to train.
-        graphs: On a GPU, replay steps as CUDA graphs where possible; see ``fastmaf.TrainingStep``.
+        data: folder with ``train/good``.
+        out: folder for the model, the log and the curve.
+        config: the settings.
+        resume: continue from the checkpoint in ``out``, with the same images and the same settings except ``epochs``.
+        skip_bad: skip files that cannot be read instead of stopping.
+        device: where to train.
+        graphs: on a GPU, replay steps as CUDA graphs where possible; see ``fastmaf.TrainingStep``.
         published: NLL of the published run by epoch, drawn beside the curve.
-        progress: Show a progress bar.
+        progress: show a progress bar.
+        locked: the caller has locked ``out`` and checked its files.
 
     Raises:
-        DataError: A folder or an image cannot be used.
-        DoesNotFitError: The run needs more memory or disk space than is available; nothing was written.
-        InUseError: Another process or thread is writing a run to ``out``.
+        DataError: a folder or an image cannot be used.
+        DoesNotFitError: the run needs more memory or disk space than is available; nothing was written.
+        InUseError: another process or thread is writing a run to ``out``.
         OSError: ``out`` cannot be written to; nothing was read or trained.
-        TrainingStoppedError: The loss became non-finite.
-        OutputError: A file in ``out`` that this command did not write would be replaced.
-        ValueError: A setting is out of range, or settings or images differ from those of the run to resume.
+        TrainingStoppedError: the loss became non-finite.
+        OutputError: a file in ``out`` that this command did not write would be replaced.
+        ValueError: a setting is out of range, or settings or images differ from those of the run to resume.
     """
-    out = Path(out)
+    out, config = Path(out), config or TrainConfig()
+    with contextlib.nullcontext() if locked else _locked(out, resume):
+        if not resume:
+            refuse_unfinished(out)
+        images = load_train(data, size=config.size, skip_bad=skip_bad, progress=progress)
+        for note in images.notes:
+            tqdm.write(visible(note))
+        split = torch.randperm(len(images), generator=torch.Generator().manual_seed(config.seed)).tolist()
+        held_out = images.subset(sorted(split[: round(config.holdout * len(images))]))
+        normals = images.subset(sorted(split[len(held_out) :]))
+        if not len(normals):
+            raise DataError(f"holding out {config.holdout} of {len(images)} images leaves none to train on")
+        check_fits(config, torch.device(device), images=len(normals), resume=resume)
+        check_disk(out, disk_needed(config))
+        trained_on = TrainedOn(list(normals.names), contents_of(images.names, images.paths))
+        run = TrainingRun(config, out, normals, held_out, trained_on, torch.device(device), graphs, published)
+        if resume:
+            run.restore()
+        return run.train(progress)
+
+
+@contextlib.contextmanager
+def _locked(out: Path, resume: bool) -> Iterator[None]:
     with run_folder(out, "training", LOG_FILE, CURVE_FILE):
         check_outputs(outputs_of(out, resume=resume))
-        return train_in(
-            out,
-            data,
-            config or TrainConfig(),
-            resume=resume,
-            skip_bad=skip_bad,
-            device=device,
-            graphs=graphs,
-            published=published,
-            progress=progress,
-        )
-
-
-@fastmaf.torch_defaults()
-@_denormals_flushed()
-def train_in(
-    out: Path,
-    data: str | Path,
-    config: TrainConfig,
-    *,
-    resume: bool,
-    skip_bad: bool,
-    device: str,
-    graphs: bool,
-    published: Mapping[int, float] | None,
-    progress: bool,
-) -> TrainResult:
-    """Trains as ``train`` does, in a folder that the caller has locked and checked."""
-    if not resume:
-        refuse_unfinished(out)
-    images = load_train(data, size=config.size, skip_bad=skip_bad, progress=progress)
-    for note in images.notes:
-        tqdm.write(visible(note))
-    split = torch.randperm(len(images), generator=torch.Generator().manual_seed(config.seed)).tolist()
-    held_out = images.subset(sorted(split[: round(config.holdout * len(images))]))
-    normals = images.subset(sorted(split[len(held_out) :]))
-    if not len(normals):
-        raise DataError(f"holding out {config.holdout} of {len(images)} images leaves none to train on")
-    check_fits(config, torch.device(device), images=len(normals), resume=resume)
-    check_disk(out, disk_needed(config))
-    trained_on = TrainedOn(list(normals.names), contents_of(images.names, images.paths))
-    run = TrainingRun(config, out, normals, held_out, trained_on, torch.device(device), graphs, published)
-    if resume:
-        run.restore()
-    return run.train(progress)
+        yield
 
 
 def outputs_of(out: Path, *, resume: bool) -> list[Output]:

@@ -42,10 +42,10 @@ class TrainResult:
     """A finished or interrupted run.
 
     Attributes:
-        flow: The trained flow.
-        log: One row per epoch.
-        model: The model file.
-        interrupted: Whether Ctrl-C ended the run.
+        flow: the trained flow.
+        log: one row per epoch.
+        model: the model file.
+        interrupted: whether Ctrl-C ended the run.
     """
 
     flow: fastmaf.MAF
@@ -68,13 +68,13 @@ class TrainingRun:
     """The state of a run: model, optimiser, log, and which files in the output folder are its own.
 
     Args:
-        config: The settings.
-        out: The output folder, locked by the caller.
-        normals: Images to train on.
-        held_out: Images to validate on.
-        trained_on: Names and contents of the images, stored in checkpoints.
-        device: Where to train.
-        graphs: Replay steps as CUDA graphs on a GPU.
+        config: the settings.
+        out: the output folder, locked by the caller.
+        normals: images to train on.
+        held_out: images to validate on.
+        trained_on: names and contents of the images, stored in checkpoints.
+        device: where to train.
+        graphs: replay steps as CUDA graphs on a GPU.
         published: NLL of the published run by epoch, drawn beside the curve.
     """
 

@@ -1,5 +1,5 @@
-"""Models that were trained elsewhere, taken over with an equal density."""
+"""Import of models from other libraries, with equal densities."""
 
-from fastmaf.convert.published import LeakyMaskError, from_reference
+from fastmaf.convert.published import LeakyMaskError, from_published
 
-__all__ = ["LeakyMaskError", "from_reference"]
+__all__ = ["LeakyMaskError", "from_published"]

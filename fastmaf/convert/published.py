@@ -1,8 +1,8 @@
 """Import of models trained by the published capsule notebook.
 
-Its keys are ``flows.{i}.made.fc{1,2,3}.{weight,bias,mask}`` (repeated under ``made.net.{0,2,4}``), output rows are all
-means, then all log-scales, and the log-scale is clamped to ±5. Degrees are not stored: they are recovered from the
-masks. Its output mask compares with ``>=`` where an autoregressive network needs ``>``.
+Its keys are ``flows.{i}.made.fc{1,2,3}.{weight,bias,mask}``, repeated under ``made.net.{0,2,4}``. The rows of the
+output layer are all shifts, then all log-scales, and log-scales are clamped to ±5. Degrees are not stored; they are
+recovered from the masks. The output mask compares with ``>=`` where an autoregressive network needs ``>``.
 """
 
 from __future__ import annotations
@@ -27,7 +27,15 @@ _LOG_SCALE_BOUND = 5.0
 
 
 class LeakyMaskError(ValueError):
-    """The model's output mask lets some outputs see their own input, so its NLL is no density."""
+    """The output mask of a model lets outputs depend on their own input, so its NLL is not that of a density.
+
+    Example:
+        >>> try:
+        ...     raise fastmaf.LeakyMaskError("5 outputs see their own input")
+        ... except ValueError as error:
+        ...     print(error)
+        5 outputs see their own input
+    """
 
 
 class _Layer(NamedTuple):
@@ -36,19 +44,36 @@ class _Layer(NamedTuple):
     mask: Tensor
 
 
-def from_reference(state_dict: Mapping[str, Tensor], *, strict: bool = True) -> MAF:
-    """Takes over a model trained by the reference notebook, with equal log_prob.
+def from_published(state_dict: Mapping[str, Tensor], *, strict: bool = True) -> MAF:
+    """Converts a model trained by the published notebook to a MAF of equal density.
 
     Args:
-        state_dict: of the notebook's model; masks included.
-        strict: refuse a model whose output mask leaks. False takes it for scoring alone: its inverse raises.
+        state_dict: the ``state_dict`` of the notebook's model, masks included.
+        strict: refuse models whose output mask leaks. False accepts them for scoring; their inverse raises.
 
     Returns:
-        A MAF in natural order, of the dtype of the weights.
+        A MAF in natural order, with the dtype of the weights.
 
     Raises:
-        LeakyMaskError: some outputs see their own input, and ``strict``.
-        ValueError: keys, shapes or masks are not the notebook's.
+        LeakyMaskError: with ``strict``, some outputs depend on their own input.
+        ValueError: keys, shapes or masks differ from the notebook's.
+
+    Example:
+        One block with D = 3 and two hidden layers of 2 units of degrees 1 and 2:
+
+        >>> inputs, hidden = torch.tensor([1, 2, 3]), torch.tensor([1, 2])
+        >>> masks = {
+        ...     "fc1": hidden[:, None] >= inputs,
+        ...     "fc2": hidden[:, None] >= hidden,
+        ...     "fc3": (inputs[:, None] > hidden).repeat(2, 1),
+        ... }
+        >>> state_dict = {}
+        >>> for name, mask in masks.items():
+        ...     state_dict[f"flows.0.made.{name}.mask"] = mask.float()
+        ...     state_dict[f"flows.0.made.{name}.weight"] = torch.randn(mask.shape)
+        ...     state_dict[f"flows.0.made.{name}.bias"] = torch.randn(mask.shape[0])
+        >>> fastmaf.from_published(state_dict).log_prob(torch.randn(5, 3)).shape
+        torch.Size([5])
     """
     count = _count_blocks(state_dict)
     layers = [_layers_of(state_dict, i) for i in range(count)]
@@ -58,7 +83,7 @@ def from_reference(state_dict: Mapping[str, Tensor], *, strict: bool = True) -> 
         raise LeakyMaskError(
             f"{leaking} outputs over {count} blocks see their own input: the output mask was built with '>=' where it "
             "must be '>'. There the log-determinant is wrong, so the NLL is no density and the model has no inverse. "
-            "from_reference(..., strict=False) takes it for scoring alone"
+            "from_published(..., strict=False) accepts it for scoring only"
         )
     blocks: list[Transform] = []
     for block, (block_degrees, leaks) in zip(layers, degrees, strict=True):
@@ -76,7 +101,7 @@ def _count_blocks(state_dict: Mapping[str, Tensor]) -> int:
     found = {int(m[1]) for key in state_dict if isinstance(key, str) and (m := pattern.match(key))}
     if not found or found != set(range(len(found))):
         raise ValueError(
-            "not a model of the reference notebook: expected keys flows.{i}.made.fc{1,2,3}.{weight,bias,mask}; "
+            "not a model of the published notebook: expected keys flows.{i}.made.fc{1,2,3}.{weight,bias,mask}; "
             f"found blocks {shown(sorted(found)) if found else 'none'} among {len(state_dict)} keys such as "
             f"{shown(sorted(map(str, state_dict))[:3])}"
         )
@@ -126,25 +151,25 @@ def _tensor(key: str, value: object, axes: int) -> Tensor:
 
 
 def _recover_degrees(block: int, layers: tuple[_Layer, _Layer, _Layer]) -> tuple[list[Tensor], int]:
-    """Returns both hidden layers' degrees, in the order of their units, and how many outputs see their own input.
+    """Returns the degrees of both hidden layers, in the order of their units, and the number of leaking outputs.
 
-    Where nothing leaks, the degrees are those under which a strict output mask shows exactly what this one shows.
-    Where outputs leak, they are the notebook's own, for which its mask is ``>=``.
+    Without leaks, a strict output mask of these degrees equals the mask of the model. With leaks, the degrees are the
+    notebook's own, for which its mask is ``>=``.
     """
     features = layers[0].mask.shape[1]
     inputs = input_degrees(features)
-    first = layers[0].mask.ne(0).sum(1)  # a unit of degree m sees inputs 1..m
-    # A unit of degree m is seen by the outputs of degree > m (strict) or >= m (leaky): by the last ones either way.
+    first = layers[0].mask.ne(0).sum(1)  # the number of inputs that a unit sees is its degree
+    # The outputs of degree > m (strict) or >= m (leaky) see a unit of degree m.
     seen_by = layers[2].mask[:features].ne(0).sum(0)
     readings = [(features - seen_by, True), (features + 1 - seen_by, False)]
     for second, strict in readings:
         if _masks_agree(layers, inputs, first, second, strict):
-            # The strict reading fails only where units of both layers share a degree: the output of that degree leaks.
+            # The strict reading fails only if units of both layers share a degree; the output of that degree leaks.
             shared = first[torch.isin(first, second)].unique()
             return [first, second], 0 if strict else shared.numel()
     raise ValueError(
         f"flows.{block}.made: the masks do not come from degrees 1..D in natural order, compared by >= (> at the "
-        "output), so they are not the reference notebook's"
+        "output), so they are not the published notebook's"
     )
 
 
@@ -158,7 +183,7 @@ def _masks_agree(
         lambda rows: (outputs[rows, None] > second) if strict else (outputs[rows, None] >= second),
     )
     for layer, expected in zip(layers, expected_of, strict=True):
-        # In slices: the whole comparison would be as large as the dense model.
+        # In slices, since the whole comparison would be as large as the dense model.
         for start in range(0, layer.mask.shape[0], 1024):
             rows = slice(start, start + 1024)
             if not torch.equal(layer.mask[rows].ne(0), expected(rows)):
@@ -170,9 +195,8 @@ def _masks_agree(
 def _build(layers: tuple[_Layer, _Layer, _Layer], degrees: list[Tensor], *, strict: bool) -> AffineAutoregressive:
     features = layers[0].mask.shape[1]
     by_degree = [d.argsort(stable=True) for d in degrees]
-    interleaved = (
-        torch.arange(2 * features).view(2, features).t().flatten()
-    )  # shift and log-scale of a dimension become neighbours
+    # The shift and the log-scale of a dimension become adjacent rows.
+    interleaved = torch.arange(2 * features).view(2, features).t().flatten()
     made = MADE(
         features,
         [d.numel() for d in degrees],

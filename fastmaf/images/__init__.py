@@ -1,1 +1,1 @@
-"""Images: finding, decoding and resizing image files, and writing pictures."""
+"""Image files: finding, decoding and resizing them, and writing PNGs."""

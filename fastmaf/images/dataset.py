@@ -1,9 +1,9 @@
-"""Reading a folder of inspection images into one uint8 tensor.
+"""Reading a folder of images into one uint8 tensor.
 
-Layout: ``root/train/good``, ``root/test/<class>`` and, optional and not read here, ``root/ground_truth/<class>``, each
-with all folders below it; to train, a folder that holds nothing but normal images will do. Images are decoded as
-``fastmaf.images.decode`` says and kept as uint8. Whatever had to be done to an image that is not plain 8-bit RGB is
-said in ``ImageSet.notes``; a file that cannot be read stops the load with its name, or is skipped on demand.
+Layout: ``root/train/good``, ``root/test/<class>`` and optionally ``root/ground_truth/<class>`` (not read here), each
+with all folders below it. For training, a folder of normal images alone is accepted as well. Conversions of images that
+are not plain 8-bit RGB are described in ``ImageSet.notes``. A file that cannot be read is an error, or is skipped on
+request.
 """
 
 from __future__ import annotations
@@ -46,17 +46,17 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, eq=False)
 class ImageSet:
-    """Images of one split, decoded.
+    """Decoded images of one split.
 
     Attributes:
         pixels: uint8 [n, 3, size, size], channels R, G, B, rows from the top.
-        paths: The file of each image.
-        labels: The class folder of each image: "good", "crack", ...
-        notes: What was done to images that were not plain 8-bit RGB, and what was left aside, one sentence a kind.
-        skipped: (file, reason) of each file that could not be read, under ``skip_bad``.
-        names: Each image's path within its class folder, with "/": "003.png", "monday/003.png". The files' own names
-            where a set was not read from class folders.
-        shapes: (height, width) of each image as it is to be seen; () where a set was not read from files.
+        paths: the file of each image.
+        labels: the class folder of each image: "good", "crack", ...
+        notes: conversions of images that were not plain 8-bit RGB and files left aside, one sentence per kind.
+        skipped: (file, reason) of each file that could not be read, with ``skip_bad``.
+        names: path of each image within its class folder, with "/": "003.png", "monday/003.png"; by default the names
+            of the files.
+        shapes: (height, width) of each upright image at full resolution; () if the set was not read from files.
     """
 
     pixels: Tensor
@@ -76,17 +76,17 @@ class ImageSet:
 
     @property
     def size(self) -> int:
-        """Side of the square images, in pixels."""
+        """Side of the square images in pixels."""
         return int(self.pixels.shape[-1])
 
     @property
     def features(self) -> int:
-        """Numbers in one flattened image: 3 * size * size."""
+        """Number of values of one image: 3 * size * size."""
         return 3 * self.size * self.size
 
     @fastmaf.torch_defaults()
     def subset(self, index: Sequence[int]) -> ImageSet:
-        """The images at these positions, in this order; notes and skipped files stay those of the whole set."""
+        """Returns the images at these positions, in this order, with the notes and skipped files of the whole set."""
         where = [int(i) for i in index]
         pixels = self.pixels[torch.tensor(where, dtype=torch.long)]
         of_each = {
@@ -100,14 +100,14 @@ def check_takes_images(flow: fastmaf.Flow, path: Path) -> int:
     """Checks that a flow models square RGB images in float32.
 
     Args:
-        flow: The flow.
-        path: The file it was loaded from, for the message.
+        flow: the flow.
+        path: the file it was loaded from, for the message.
 
     Returns:
         The side of the images in pixels.
 
     Raises:
-        fastmaf.CheckpointError: The flow models something else, or is not float32.
+        fastmaf.CheckpointError: the flow models something else, or is not float32.
     """
     size = math.isqrt(flow.features // 3)
     if 3 * size**2 != flow.features:
@@ -121,16 +121,16 @@ def check_takes_images(flow: fastmaf.Flow, path: Path) -> int:
 
 
 def to_unit(pixels: Tensor) -> Tensor:
-    """uint8 [n, 3, s, s] -> float32 [n, 3*s*s] in [0, 1], flattened in C, H, W order (pixel / 255, as ToTensor)."""
+    """Converts uint8 [n, 3, s, s] to float32 [n, 3*s*s] in [0, 1], in C, H, W order (pixel / 255, as ToTensor)."""
     if pixels.dtype != torch.uint8 or pixels.ndim != 4 or pixels.shape[1] != 3:
         raise ValueError(f"pixels: expected uint8 [n, 3, s, s], found {pixels.dtype} {list(pixels.shape)}")
     return pixels.to(torch.float32).div_(255.0).flatten(1)
 
 
 def to_images(x: Tensor, size: int) -> Tensor:
-    """Turn float [n, 3*size*size] in C, H, W order into uint8 [n, size, size, 3], clamped to [0, 1] and rounded.
+    """Converts float [n, 3*size*size] in C, H, W order to uint8 [n, size, size, 3], clamped to [0, 1] and rounded.
 
-    The inverse of ``to_unit`` up to the axis order, bit for bit. NaN becomes 0.
+    The exact inverse of ``to_unit`` up to the order of the axes. NaN becomes 0.
     """
     if x.ndim != 2 or x.shape[1] != 3 * size * size:
         raise ValueError(f"x: expected [n, {3 * size * size}] for images of {size} pixels, found {list(x.shape)}")
@@ -140,60 +140,60 @@ def to_images(x: Tensor, size: int) -> Tensor:
 
 @fastmaf.torch_defaults()
 def load_train(root: str | Path, *, size: int = 64, skip_bad: bool = False, progress: bool = True) -> ImageSet:
-    """The normal images to train on: all below ``root/train/good``, or a root that holds nothing but normal images.
+    """Loads the normal images to train on, all below ``root/train/good``.
 
     Args:
-        root: The data set's folder; or one without ``train`` whose images, directly in it or in ``good``, are all
-            normal. No other folder in that but ``test`` and ``ground_truth`` may hold images. Pictures that fastmaf
-            wrote as results are left aside everywhere.
-        size: Side of the square that every image is resized to, in pixels.
-        skip_bad: Record, log and pass over files that cannot be read instead of stopping at the first.
-        progress: Show a progress bar.
+        root: folder of the data set. Without ``train``, its images (directly in it, or in ``good``) must all be normal:
+            no other folder in it except ``test`` and ``ground_truth`` may hold images. Pictures that fastmaf wrote as
+            results are ignored everywhere.
+        size: side of the square that every image is resized to, in pixels.
+        skip_bad: record, log and skip files that cannot be read instead of stopping.
+        progress: show a progress bar.
 
     Raises:
-        DataError: The folder is missing or holds no image, or a file cannot be read.
+        DataError: the folder is missing or holds no image, or a file cannot be read.
     """
     root = Path(root).expanduser()
     folder, notes = find_normals(root)
     files, ignored, closed = (*images_in(root), []) if folder == root else images_below(folder)
     if not files:
         raise no_image_in(folder, root)
-    found = [("good", folder, file) for file in files]
-    return _load(found, "train", [*notes, *left_aside(ignored, closed)], size, skip_bad, progress)
+    labelled = [("good", folder, file) for file in files]
+    return _load(labelled, "train", [*notes, *left_aside(ignored, closed)], size, skip_bad, progress)
 
 
 @fastmaf.torch_defaults()
 def load_test(root: str | Path, *, size: int = 64, skip_bad: bool = False, progress: bool = True) -> ImageSet:
-    """The test images, all below ``root/test/<class>``: "good" first, then the defect classes by name.
+    """Loads the test images, all below ``root/test/<class>``: "good" first, then the defect classes by name.
 
-    A set without "good" or without a defect class is loaded as it is. Arguments and errors as ``load_train``.
+    "good" or defect classes may be missing. Arguments and errors as ``load_train``.
     """
     root = Path(root).expanduser()
     test = find_test(root)
     loose, ignored = images_in(test)
     closed: list[Path] = []
     notes = [f"{count(len(loose), 'image')} directly in test/ left aside: not in a class folder"] if loose else []
-    found: list[tuple[str, Path, Path]] = []
+    labelled: list[tuple[str, Path, Path]] = []
     for folder in sorted(folders_in(test), key=lambda folder: (folder.name != "good", folder.name)):
         files, others, unopened = images_below(folder)
         ignored += others
         closed += unopened
-        found += [(folder.name, folder, file) for file in files]
+        labelled += [(folder.name, folder, file) for file in files]
         if not files:
             notes.append(f"class folder test/{folder.name} holds no image")
-    if not found:
+    if not labelled:
         where = f"; the {count(len(loose), 'image')} directly in it belong in test/<class>" if loose else ""
         raise DataError(f"no test class with an image in {test}{where}\n{expected(TEST)}\n{tree(root)}")
-    return _load(found, "test", [*notes, *left_aside(ignored, closed)], size, skip_bad, progress)
+    return _load(labelled, "test", [*notes, *left_aside(ignored, closed)], size, skip_bad, progress)
 
 
 def _load(
     files: list[tuple[str, Path, Path]], what: str, notes: list[str], size: int, skip_bad: bool, progress: bool
 ) -> ImageSet:
-    """Reads files, each as (class, class folder, file)."""
+    """Loads files, given as (class, class folder, file)."""
     kinds: Counter[str] = Counter()
     pixels: list[Tensor] = []
-    kept: list[tuple[str, Path, Path]] = []
+    loaded: list[tuple[str, Path, Path]] = []
     shapes: list[tuple[int, int]] = []
     skipped: list[tuple[Path, str]] = []
     for label, folder, file in tqdm(
@@ -208,20 +208,20 @@ def _load(
             _log.warning("skipped: %s", visible(str(error)))
             continue
         pixels.append(frame.pixels)
-        kept.append((label, folder, file))
+        loaded.append((label, folder, file))
         shapes.append((frame.height, frame.width))
         kinds.update(frame.kinds)
     if not pixels:
         raise DataError(f"none of the {len(files)} {what} images could be read; the first one:\n{skipped[0][1]}")
-    said = [*sentences(kinds), *notes]
+    notes = [*sentences(kinds), *notes]
     if skipped:
-        said.append(f"{count(len(skipped), 'file')} skipped: could not be read")
+        notes.append(f"{count(len(skipped), 'file')} skipped: could not be read")
     return ImageSet(
         pixels=torch.stack(pixels),
-        paths=tuple(file for _, _, file in kept),
-        labels=tuple(label for label, _, _ in kept),
-        notes=tuple(said),
+        paths=tuple(file for _, _, file in loaded),
+        labels=tuple(label for label, _, _ in loaded),
+        notes=tuple(notes),
         skipped=tuple(skipped),
-        names=tuple(file.relative_to(folder).as_posix() for _, folder, file in kept),
+        names=tuple(file.relative_to(folder).as_posix() for _, folder, file in loaded),
         shapes=tuple(shapes),
     )

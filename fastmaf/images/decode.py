@@ -1,7 +1,7 @@
-"""Reading one image file: whatever it holds becomes 8-bit RGB, and what had to be done to it is said.
+"""Reading one image file as 8-bit RGB.
 
-Every image is decoded once, turned to RGB and resized as torchvision's ``Resize`` does on a PIL image (bilinear with
-antialiasing, straight to a square).
+Every image is decoded once, converted to RGB and resized as torchvision's ``Resize`` does on a PIL image: bilinear with
+antialiasing, directly to a square. Conversions are recorded and described by ``sentences``.
 """
 
 from __future__ import annotations
@@ -17,11 +17,36 @@ from PIL import Image
 from torch import Tensor
 
 from fastmaf.images.image_file import MAX_PIXELS, DataError, decode
-from fastmaf.images.notes import sentences
 from fastmaf.images.strips import to_array
 from fastmaf.images.to_8_bits import to_8_bits
 
 __all__ = ["MAX_PIXELS", "DataError", "Frame", "load_frame", "load_image", "resized", "sentences"]
+
+# {images} becomes "image" or "images", {its} becomes "its" or "their".
+_NOTES = {
+    "grey": "{n} grey {images} read as RGB",
+    "grey16": "{n} 16-bit grey {images} scaled to 8 bits (value / 257)",
+    "grey12": "{n} 12-bit grey {images} scaled to 8 bits (value / 4095 * 255)",
+    "dim16": "{n} 16-bit {images} with no value above 4095: too dark if the camera wrote 12-bit values",
+    "dark16": "{n} {images} of more than 8 bits with no value above 255, or 1/255 of white: almost black. If the file "
+    "holds 8-bit values, save it with 8 bits",
+    "int32": "{n} 32-bit grey {images} read as 16-bit (no value above 65535) and scaled to 8 bits",
+    "float": "{n} floating-point grey {images} scaled from 0..1 to 8 bits",
+    "colour16": "{n} 16-bit colour {images} read at 8 bits (the high byte of each value)",
+    "palette": "{n} palette {images} read as RGB",
+    "alpha": "{n} {images} with an alpha channel composited on white",
+    "cmyk": "{n} CMYK {images} converted to RGB (no colour profile applied)",
+    "mode": "{n} {images} in another colour space converted to RGB",
+    "exif": "{n} {images} turned by {its} EXIF orientation",
+    "bad_exif": "{n} {images} with damaged EXIF data: an orientation in them is ignored",
+    "frames": "{n} {images} with several frames or pages: only the first one read",
+}
+
+
+def sentences(kinds: Counter[str]) -> list[str]:
+    """Describes the conversions of images that were not plain 8-bit RGB, one sentence per kind."""
+    forms = {True: {"images": "image", "its": "its"}, False: {"images": "images", "its": "their"}}
+    return [text.format(n=kinds[kind], **forms[kinds[kind] == 1]) for kind, text in _NOTES.items() if kinds[kind]]
 
 
 @dataclass(frozen=True, eq=False)
@@ -29,15 +54,14 @@ class Frame:
     """One image file, decoded and resized.
 
     Attributes:
-        path: The file.
+        path: the file.
         pixels: uint8 [3, size, size], channels R, G, B, rows from the top.
-        height: Of the image as it is to be seen, that is after its EXIF rotation, in pixels; so is ``width``.
-        width: See ``height``.
-        kinds: What was not plain 8-bit RGB about it, for ``sentences``, which counts over many.
-        decode_seconds: From the opening of the file to its RGB values at full resolution.
-        resize_seconds: From those values to ``pixels``.
-        full: The image at full resolution, uint8 [3, height, width], to be read only: its strides are not those of a
-            contiguous tensor, and the channels of a grey image share their memory. None unless asked for.
+        height, width: size in pixels, after applying the EXIF orientation.
+        kinds: kinds of conversion that were needed; see ``sentences``.
+        decode_seconds: time from opening the file to RGB values at full resolution.
+        resize_seconds: time from those values to ``pixels``.
+        full: the image at full resolution, uint8 [3, height, width]; None unless requested. Read-only: it is not
+            contiguous, and the channels of a grey image share memory.
     """
 
     path: Path
@@ -51,25 +75,25 @@ class Frame:
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """What was done to an image that was not plain 8-bit RGB, in words."""
+        """Sentences on the conversions of this image."""
         return tuple(sentences(Counter(self.kinds)))
 
 
 def load_frame(path: str | Path, size: int, *, keep_full: bool = False) -> Frame:
-    """One file, decoded once and resized.
+    """Reads one image file.
 
-    At its peak this takes about 8 bytes for each pixel of the file: what Pillow holds, and an 8-bit copy. Of a
-    progressive JPEG libjpeg keeps all coefficients (up to 10 bytes in all), of a compressed TIFF libtiff a strip, which
-    may be the whole image (up to 12).
+    Peak memory is about 8 bytes per pixel of the file: Pillow's image and an 8-bit copy. A progressive JPEG needs up to
+    10 bytes (libjpeg keeps all coefficients), a compressed TIFF up to 12 (libtiff keeps a strip, possibly the whole
+    image).
 
     Args:
-        path: The file; a leading ~ is taken as it is. Only regular files are opened.
-        size: Side of the square that it is resized to, in pixels.
-        keep_full: Keep the image at full resolution, too.
+        path: the file; a leading ~ is not expanded. Only regular files are opened.
+        size: side of the square that the image is resized to, in pixels.
+        keep_full: keep the image at full resolution as well.
 
     Raises:
-        DataError: The file is missing, no regular file, truncated, no PNG, JPEG, BMP or TIFF, of more than
-            ``MAX_PIXELS`` pixels, or of a range whose white is unknown.
+        DataError: the file is missing, not a regular file, truncated, not a PNG, JPEG, BMP or TIFF, has more than
+            ``MAX_PIXELS`` pixels, or has an unknown white level.
     """
     if size < 1:
         raise ValueError(f"size: expected at least 1 pixel, found {size}")
@@ -92,30 +116,26 @@ def load_frame(path: str | Path, size: int, *, keep_full: bool = False) -> Frame
 
 
 def load_image(path: str | Path, size: int) -> tuple[Tensor, list[str]]:
-    """One file -> (uint8 [3, size, size], notes in words).
-
-    Raises:
-        DataError: As ``load_frame``.
-    """
+    """Reads one image file; returns its pixels, uint8 [3, size, size], and notes. Errors as ``load_frame``."""
     frame = load_frame(Path(path).expanduser(), size)
     return frame.pixels, list(frame.notes)
 
 
 def resized(image: Image.Image | np.ndarray, size: int) -> Tensor:
-    """RGB or grey image, or uint8 [h, w, 3] -> uint8 [3, size, size]: the one way in which fastmaf resizes."""
+    """Resizes an RGB or grey image, or an array uint8 [h, w, 3], to uint8 [3, size, size]."""
     image = Image.fromarray(image) if isinstance(image, np.ndarray) else image
     return _channels_first(image.resize((size, size), Image.Resampling.BILINEAR)).contiguous()
 
 
 def _decode(path: Path) -> tuple[Image.Image, list[str]]:
-    """(RGB or grey image at full resolution, as it is to be seen, and kinds of note)."""
+    """Returns the upright RGB or grey image at full resolution, and the kinds of conversion."""
     stored, bits, turn, kinds = decode(path)
     image = to_8_bits(stored, bits, path, kinds)
-    del stored  # it is as large as what is made of it
+    del stored  # as large as the converted image
     return (image if turn is None else image.transpose(turn)), kinds
 
 
 def _channels_first(image: Image.Image) -> Tensor:
-    """RGB or grey image -> uint8 [3, h, w]; grey is held once for all three channels."""
+    """Converts an RGB or grey image to uint8 [3, h, w]; the channels of a grey image share memory."""
     pixels = torch.from_numpy(to_array(image))
     return pixels.permute(2, 0, 1) if pixels.ndim == 3 else pixels.expand(3, -1, -1)

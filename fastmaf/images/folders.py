@@ -1,7 +1,7 @@
-"""Which folders of a data set are read, and what to say about one that is not as expected.
+"""Finding the folders of a data set, with errors that describe what was found and propose what was meant.
 
-A set is laid out as ``root/train/good``, ``root/test/<class>``, ``root/ground_truth/<class>``. For training, a folder
-that holds nothing but normal images will do: directly, or in a folder ``good``.
+A data set has the folders ``root/train/good``, ``root/test/<class>``, ``root/ground_truth/<class>``. For training, a
+folder of normal images alone is accepted as well: directly in it, or in a folder ``good``.
 """
 
 from __future__ import annotations
@@ -41,10 +41,10 @@ or, to train, a folder with no other images than normal ones:
 
 
 def find_test(root: Path) -> Path:
-    """The folder ``root/test``.
+    """Returns the folder ``root/test``.
 
     Raises:
-        DataError: It is missing; says what is there instead and proposes the likely path.
+        DataError: it is missing; the message lists what was found and proposes a path.
     """
     if (root / TEST).is_dir():
         return root / TEST
@@ -52,10 +52,10 @@ def find_test(root: Path) -> Path:
 
 
 def find_normals(root: Path) -> tuple[Path, list[str]]:
-    """(the folder with the normal images to train on, notes); errors as ``find_test``.
+    """Returns the folder of the normal images to train on, and notes; errors as ``find_test``.
 
-    That is ``root/train/good``; where there is no ``root/train``, ``root/good`` or ``root`` itself, if no other folder
-    but ``test`` and ``ground_truth`` holds images, and if they are no other part of a set than its ``train/good``.
+    This is ``root/train/good``. Without ``root/train`` it is ``root/good`` or ``root`` itself, provided that no other
+    folder except ``test`` and ``ground_truth`` holds images and that it is not another part of a data set.
     """
     if (root / TRAIN).is_dir():
         return root / TRAIN, []
@@ -66,28 +66,28 @@ def find_normals(root: Path) -> tuple[Path, list[str]]:
     directly = f"{count(loose, 'image')} directly in {os.path.basename(os.path.abspath(root))}/"
     if folder == root:
         written = [file for below in _others(root, root) for file in images_in(below)[1] if is_image(file)]
-        return root, [f"no folder {TRAIN}: {directly} taken for normal ones", *left_aside(written)]
+        return root, [f"no folder {TRAIN}: {directly} used as normal images", *left_aside(written)]
     left = [f"{directly} left aside: not in good/"] * (loose > 0)
-    return folder, [f"no folder {TRAIN}: the images in good/ taken for the normal ones", *left]
+    return folder, [f"no folder {TRAIN}: the images in good/ are used as normal images", *left]
 
 
 def has_normals(root: Path) -> bool:
-    """Whether ``find_normals`` finds a folder."""
+    """Returns whether ``find_normals`` finds a folder."""
     return (root / TRAIN).is_dir() or _alone(root) is not None
 
 
 def no_image_in(folder: Path, root: Path) -> DataError:
-    """The error about a folder for training that holds no image."""
+    """Returns the error for a training folder without images."""
     return DataError(f"no image in {folder}: {contents(files_in(folder))}\n{expected(TRAIN)}\n{tree(root)}")
 
 
 def expected(wanted: str) -> str:
-    """The layouts that are read, for an error message."""
+    """Returns the supported layouts, for an error message."""
     return _EXPECTED + _EXPECTED_TO_TRAIN * (wanted == TRAIN)
 
 
 def _alone(root: Path) -> Path | None:
-    """The folder of normal images in a root that has no ``train`` and no images of another kind, or None."""
+    """Returns the folder of normal images in a root without ``train`` and without other images, or None."""
     if (root / "train").is_dir():
         return None
     folder = root / "good" if images_below(root / "good")[0] else root
@@ -95,19 +95,19 @@ def _alone(root: Path) -> Path | None:
         return None
     above = _set_above(root, TRAIN)
     if above is not None and folder.resolve() != (above / TRAIN).resolve():
-        return None  # such as the set's test images: never to be trained on by mistake
+        return None  # such as the test images of a data set
     return None if any(images_in(below)[0] for below in _others(folder, root)) else folder
 
 
 def _others(folder: Path, root: Path) -> Iterator[Path]:
-    """The folders below a root, but for one of its own and the parts of a set that hold no images to train on."""
+    """Yields the folders below a root, except ``folder``, ``test`` and ``ground_truth``."""
     for child in folders_in(root):
         if child != folder and child.name not in ("test", "ground_truth"):
             yield from walk(child)
 
 
 def _is_telling(file: Path) -> bool:
-    """Whether a file that is left aside looks like an image, so that its user may wonder why."""
+    """Returns whether a file that is ignored looks like an image."""
     return is_image(file) or is_unread_image(file)
 
 
@@ -128,7 +128,7 @@ def _missing(root: Path, wanted: str) -> DataError:
 
 
 def _proposals(root: Path, wanted: str) -> list[tuple[Path, str]]:
-    """(path, why) of the folders that were probably meant, the surest kind only."""
+    """Returns (path, reason) of the folders that were probably meant, of the most likely kind only."""
     above = _set_above(root, wanted)
     if above is not None:
         return [(above, f" (the folder above: it holds {wanted})")]
@@ -150,14 +150,14 @@ def _proposals(root: Path, wanted: str) -> list[tuple[Path, str]]:
 
 
 def _classes(folder: Path) -> list[tuple[Path, str]]:
-    """(path, why) of the folders in this one that could be trained on: ``good`` if there, else up to three."""
+    """Returns (path, reason) of folders that could be trained on: ``good`` if it exists, else up to three."""
     counted = [(child, len(images_below(child)[0])) for child in folders_in(folder) if child.name != "ground_truth"]
     holding = [(child, f" ({count(n, 'image')}, if all are normal)") for child, n in counted if n]
     return [(child, why) for child, why in holding if child.name == "good"] or holding[:3]
 
 
 def _set_above(root: Path, wanted: str) -> Path | None:
-    """The root of the set in one of whose parts this folder lies, if it is one that holds ``wanted``."""
+    """Returns the root of the data set that this folder is part of, if that root holds ``wanted``."""
     whole = root.resolve()
     for above in list(whole.parents)[:3]:
         inside = whole.relative_to(above).parts[0] in ("train", "test", "ground_truth")
@@ -167,7 +167,7 @@ def _set_above(root: Path, wanted: str) -> Path | None:
 
 
 def tree(root: Path, limit: int = 24) -> str:
-    """What is there, two levels deep, with the number of images directly in each folder, and below the deepest."""
+    """Lists folders two levels deep, with the number of images in each and below the deepest."""
     if not root.is_dir():
         return f"found: nothing at {root}" if not root.exists() else f"found: the file {root}"
     folders = [root, *(f for child in folders_in(root) for f in (child, *folders_in(child)))]

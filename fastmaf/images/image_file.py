@@ -1,7 +1,7 @@
-"""Decoding one image file as it is: which decoders are tried, what is refused, and which way up it is.
+"""Decoding one image file completely or not at all, with Pillow.
 
-No global setting of Pillow's is changed, nor relied on: whatever ``ImageFile.LOAD_TRUNCATED_IMAGES`` is, in whichever
-thread, half an image does not pass for a whole one.
+No global setting of Pillow is changed or relied on: truncated images are refused whatever
+``ImageFile.LOAD_TRUNCATED_IMAGES`` is, in any thread.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ from fastmaf.images import jpeg_scans, png_rows
 from fastmaf.io.regular import NotRegularError, open_regular
 
 FORMATS = ("PNG", "JPEG", "BMP", "TIFF")
-"""The only decoders Pillow may try: fewer parsers for a hostile or mislabelled file to reach."""
+"""The only decoders that Pillow may try, which limits the parsers that a hostile file can reach."""
 
 MAX_PIXELS = 64_000_000
-"""Largest width x height that is decoded; Pillow's own bomb warning starts at 89,478,485."""
+"""Largest width x height that is decoded."""
 
 _ORIENTATION = 0x0112
 _TURNS = {
@@ -31,7 +31,7 @@ _TURNS = {
     8: Image.Transpose.ROTATE_90,
 }
 _START = 26  # bytes, up to the bit depth in the header of a PNG
-_KNOWN = (  # (where, bytes there, name): formats that are not read, to be named
+_KNOWN = (  # (offset, magic bytes, name) of formats that are not read
     (0, b"GIF8", "GIF"),
     (8, b"WEBP", "WebP"),
     (4, b"ftypavif", "AVIF"),
@@ -44,32 +44,32 @@ _KNOWN = (  # (where, bytes there, name): formats that are not read, to be named
     (0, b"PK\x03\x04", "a ZIP archive"),
     (0, b"\x89PNG", "a damaged PNG"),
     (0, b"\xff\xd8\xff", "a damaged JPEG"),
-    (0, b"II*\0", "a damaged TIFF, or one of a kind that is not read"),
-    (0, b"MM\0*", "a damaged TIFF, or one of a kind that is not read"),
+    (0, b"II*\0", "a damaged TIFF, or one of an unsupported kind"),
+    (0, b"MM\0*", "a damaged TIFF, or one of an unsupported kind"),
     (0, b"BM", "a damaged BMP"),
 )
 
 
 class DataError(ValueError):
-    """A data folder or an image file that cannot be used; the message names it and what was expected and found."""
+    """A data folder or an image file cannot be used."""
 
 
 class _CutShortError(OSError):
-    """Image data that end before the last pixel."""
+    """The image data end before the last pixel."""
 
 
 def decode(path: Path) -> tuple[Image.Image, int, Image.Transpose | None, list[str]]:
-    """Returns the first image of a file.
+    """Decodes the first image of a file.
 
     Args:
-        path: the file; a leading ~ is taken as it is.
+        path: the file; a leading ~ is not expanded.
 
     Returns:
-        The image as stored, in Pillow's mode for it; the bits of one value in the file; how it is to be turned; and
-        kinds of note.
+        The image as stored, in Pillow's mode for it; the bits of one value in the file; the transposition that turns it
+        upright, if any; and kinds of conversion.
 
     Raises:
-        DataError: as ``load_frame``, but for values of unknown range.
+        DataError: as ``load_frame``, except for unknown white levels.
     """
     start = b""
     try:
@@ -82,12 +82,12 @@ def decode(path: Path) -> tuple[Image.Image, int, Image.Transpose | None, list[s
     except NotRegularError as error:
         raise DataError(str(error)) from None
     except UnidentifiedImageError:
-        found = next((name for at, magic, name in _KNOWN if start[at:].startswith(magic)), "none of these")
+        kind = next((name for at, magic, name in _KNOWN if start[at:].startswith(magic)), "none of these")
         raise DataError(
             f"{path}: no image that can be read, or one cut short; expected {', '.join(FORMATS)}, "
-            f"found {found if start else 'an empty file'}"
+            f"found {kind if start else 'an empty file'}"
         ) from None
-    except Exception as error:  # a damaged file makes Pillow raise almost anything, from SyntaxError to struct.error
+    except Exception as error:  # on damaged files Pillow raises anything from SyntaxError to struct.error
         raise DataError(f"{path}: cannot be read ({type(error).__name__}: {error})") from error
 
 
@@ -97,9 +97,9 @@ def _decode(stream: BinaryIO, start: bytes, path: Path) -> tuple[Image.Image, in
     width, height = image.size
     if width * height > MAX_PIXELS:
         raise DataError(f"{path}: {width} x {height} = {width * height:,} pixels; at most {MAX_PIXELS:,} are decoded")
-    if getattr(image, "is_animated", False):  # n_frames would walk through all pages of a TIFF
+    if getattr(image, "is_animated", False):  # n_frames would read all pages of a TIFF
         kinds.append("frames")
-    # Pillow turns a TIFF while it loads it and drops the tag; of a PNG, the EXIF data may lie behind the pixels.
+    # Pillow transposes a TIFF while loading and drops the tag; in a PNG, EXIF data may come after the pixels.
     turn = _turn(image, kinds) if image.format == "TIFF" else None
     _load(image, stream)
     turn = _turn(image, kinds) if image.format != "TIFF" else turn
@@ -109,12 +109,12 @@ def _decode(stream: BinaryIO, start: bytes, path: Path) -> tuple[Image.Image, in
 
 
 def _turn(image: ImageFile.ImageFile, kinds: list[str]) -> Image.Transpose | None:
-    """Returns how to turn an image for its EXIF orientation; damaged EXIF data are noted and give none."""
+    """Returns the transposition for the EXIF orientation, if any; damaged EXIF data are noted and ignored."""
     try:
         if isinstance(data := image.info.get("exif"), bytes):
-            Image.Exif().load(data)  # of a JPEG, Pillow has met the damage before, and is silent the second time
+            Image.Exif().load(data)  # Pillow reports damage in a JPEG only the first time
         orientation = image.getexif().get(_ORIENTATION, 1)
-    except Exception:  # whatever Pillow makes of damaged tags
+    except Exception:  # Pillow raises various errors on damaged tags
         kinds.append("bad_exif")
         return None
     return _TURNS.get(orientation) if isinstance(orientation, int) else None
@@ -129,12 +129,12 @@ def _load(image: ImageFile.ImageFile, stream: BinaryIO) -> None:
             raise _CutShortError("the image data end before the last row")
         return
     position, scans = stream.tell(), jpeg_scans.read_scans(stream)
-    # Before the image itself, so that not both are in memory at once.
+    # Decoded before the image itself, so that both are never in memory together.
     progressive = scans.is_checkable and not scans.is_sequential and not scans.lack_coefficients
     with_more = jpeg_scans.digest_with_more(stream, scans) if progressive else 0
     stream.seek(position)
     _make_strict(image)
-    # Pillow's own reader may write the end marker that a file lacks.
+    # Pillow's own reader may append a missing end marker.
     image.load_read = stream.read  # type: ignore[attr-defined]
     image.load()
     cut = scans.is_checkable and (
@@ -147,9 +147,9 @@ def _load(image: ImageFile.ImageFile, stream: BinaryIO) -> None:
 
 
 def _make_strict(image: ImageFile.ImageFile) -> None:
-    """Makes the decoders of an image raise wherever Pillow can be told to pass over errors.
+    """Makes the decoders of an image raise errors that Pillow can be configured to ignore.
 
-    Compressed TIFFs are left alone: there Pillow always raises.
+    Not needed for compressed TIFFs, for which Pillow always raises.
     """
     if getattr(image, "use_load_libtiff", False):
         return
@@ -163,7 +163,7 @@ def _make_strict(image: ImageFile.ImageFile) -> None:
 
 
 class _StrictDecoder:
-    """One of Pillow's decoders, with errors and data that end too soon raised whatever the settings are."""
+    """Wraps a decoder of Pillow's to raise on errors and truncated data, whatever Pillow's settings are."""
 
     def __init__(self, mode: str, codec: str, *args: Any) -> None:
         self._decoder = Image._getdecoder(mode, codec, args, ())
@@ -198,9 +198,9 @@ Image.register_decoder(_STRICT, _StrictDecoder)  # type: ignore[arg-type]
 
 
 def _bits(image: ImageFile.ImageFile, start: bytes) -> int:
-    """Bits of one value in the file, which Pillow's mode does not tell."""
+    """Returns the bits of one value in the file, which Pillow's mode does not determine."""
     if image.format == "PNG":
         return start[24]  # IHDR: after the signature (8), length and name (8), width and height (8)
     tags = getattr(image, "tag_v2", None)
-    found = tags.get(258, 8) if tags is not None else 8
-    return int(max(found) if isinstance(found, tuple) else found)
+    bits = tags.get(258, 8) if tags is not None else 8
+    return int(max(bits) if isinstance(bits, tuple) else bits)

@@ -1,4 +1,4 @@
-"""Which files in a folder are images, and what is said of all others."""
+"""Listing the images in folders, with notes on files that are ignored."""
 
 from __future__ import annotations
 
@@ -12,47 +12,35 @@ from fastmaf.io.marks import is_output
 from fastmaf.io.regular import is_regular, kind_of
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff")
-"""Files with these suffixes, in any case, are taken for images; all others and hidden ones are left aside."""
+"""Suffixes of image files, in any case; other files and hidden ones are ignored."""
 
 _NOT_READ = (
-    ".avif",
-    ".dng",
-    ".gif",
-    ".heic",
-    ".heif",
-    ".jfif",
-    ".jp2",
-    ".jxl",
-    ".pgm",
-    ".ppm",
-    ".raw",
-    ".tga",
-    ".webp",
-)
-_SYSTEM = ("__macosx", "@eadir")  # folders of thumbnails and attributes that macOS and Synology leave
+    ".avif", ".dng", ".gif", ".heic", ".heif", ".jfif", ".jp2", ".jxl", ".pgm", ".ppm", ".raw", ".tga", ".webp",
+)  # fmt: skip
+_SYSTEM = ("__macosx", "@eadir")  # folders of attributes and thumbnails, from macOS and Synology
 
 
 def count(n: int, noun: str) -> str:
-    """Number and noun, in the plural but for one: "3 images"."""
+    """Formats a number and a noun: "1 image", "3 images"."""
     return f"{n} {noun}{'' if n == 1 else 's'}"
 
 
 def nearest(name: str, among: Iterable[Path]) -> list[Path]:
-    """Up to three of these paths whose last part is spelt much like ``name``, the nearest first."""
+    """Returns up to three of these paths whose name is similar to ``name``, the most similar first."""
     by_name = {path.name.lower(): path for path in among}
     return [by_name[close] for close in difflib.get_close_matches(name.lower(), list(by_name), n=3, cutoff=0.7)]
 
 
 def entries(folder: Path) -> list[Path]:
-    """All that is in a folder, by name."""
+    """Lists all entries of a folder by name."""
     try:
         return sorted(folder.iterdir())
-    except OSError:  # missing or not readable: shown as holding nothing
+    except OSError:  # missing or not readable
         return []
 
 
 def folders_in(folder: Path) -> list[Path]:
-    """The folders in a folder, by name, but for hidden ones and those that systems keep for themselves."""
+    """Lists the folders in a folder by name, except hidden ones and system folders."""
     return [entry for entry in entries(folder) if not _is_hidden(entry) and os.path.isdir(entry)]
 
 
@@ -61,19 +49,19 @@ def _is_hidden(folder: Path) -> bool:
 
 
 def files_in(folder: Path) -> list[Path]:
-    """Whatever is no folder in a folder, by name."""
+    """Lists everything in a folder that is not a folder, by name."""
     return [entry for entry in entries(folder) if not os.path.isdir(entry)]
 
 
 def is_image(path: Path) -> bool:
-    """Whether the name is that of an image; hidden ones are none, such as the ._x.png that macOS leaves."""
+    """Returns whether the name is that of an image; hidden files, such as ._x.png from macOS, are not."""
     return path.suffix.lower() in SUFFIXES and not path.name.startswith(".")
 
 
 def images_in(folder: Path) -> tuple[list[Path], list[Path]]:
-    """(image files by name, files left aside).
+    """Returns the image files in a folder and the files left aside, by name.
 
-    Left aside are also pictures that fastmaf wrote as results, and what has an image's name and is no regular file.
+    Pictures that fastmaf wrote as results and image names that are not regular files are left aside as well.
     """
     images: list[Path] = []
     aside: list[Path] = []
@@ -83,24 +71,24 @@ def images_in(folder: Path) -> tuple[list[Path], list[Path]]:
 
 
 def images_below(folder: Path) -> tuple[list[Path], list[Path], list[Path]]:
-    """(image files in a folder and all below it, files left aside, folders that cannot be opened), each sorted."""
+    """Returns image files in a folder and all below it, files left aside, and folders that cannot be opened."""
     images: list[Path] = []
     aside: list[Path] = []
     folders = list(walk(folder))
     for below in folders:
-        found, others = images_in(below)
-        images += found
+        here, others = images_in(below)
+        images += here
         aside += others
     return sorted(images), sorted(aside), closed_of(folders)
 
 
 def closed_of(folders: Iterable[Path]) -> list[Path]:
-    """Those of some folders that are there and cannot be opened."""
+    """Returns those of the folders that exist but cannot be opened."""
     return [folder for folder in folders if os.path.isdir(folder) and not os.access(folder, os.R_OK | os.X_OK)]
 
 
 def walk(folder: Path) -> Iterator[Path]:
-    """The folder and all below it, but for hidden ones, each once: links among them lead into no loop."""
+    """Yields the folder and all below it, except hidden ones, each once, even with links in a loop."""
     seen: set[str] = set()
     waiting = [folder]
     while waiting:
@@ -113,7 +101,7 @@ def walk(folder: Path) -> Iterator[Path]:
 
 
 def contents(files: Iterable[Path]) -> str:
-    """What kinds of file these are, for an error message."""
+    """Describes the kinds of these files, for an error message."""
     suffixes = Counter(kind_for_people(file) for file in files)
     if not suffixes:
         return "it is empty"
@@ -122,7 +110,7 @@ def contents(files: Iterable[Path]) -> str:
 
 
 def kind_for_people(file: Path) -> str:
-    """What kind of file this is: its suffix, unless its name is that of an image and it cannot be one."""
+    """Returns the kind of a file: its suffix, or why a file with an image's name is not an image."""
     if is_image(file):
         if not is_regular(file):
             return kind_of(file)
@@ -131,12 +119,12 @@ def kind_for_people(file: Path) -> str:
 
 
 def is_unread_image(file: Path) -> bool:
-    """Whether the name is that of an image in a format that is not read."""
+    """Returns whether the name is that of an image in an unsupported format."""
     return file.suffix.lower() in _NOT_READ and not file.name.startswith(".")
 
 
 def left_aside(files: Collection[Path], closed: Sequence[Path] = ()) -> list[str]:
-    """The notes on files that were taken for no images and on folders that cannot be opened, if there are any."""
+    """Returns notes on files that were left aside and on folders that cannot be opened."""
     odd = [file for file in files if is_image(file) and not is_regular(file)]
     written = [file for file in files if is_image(file) and is_regular(file)]
     others = Counter(file.suffix.lower() for file in files if is_unread_image(file))
@@ -151,7 +139,7 @@ def left_aside(files: Collection[Path], closed: Sequence[Path] = ()) -> list[str
             f"{count(len(written), 'picture')} that fastmaf wrote left aside: {places}" + ", ..." * (len(where) > 3)
         )
     for suffix, n in sorted(others.items()):
-        notes.append(f"{count(n, 'file')} left aside: {suffix} is not read; save as PNG what is to be read")
+        notes.append(f"{count(n, 'file')} left aside: {suffix} is not supported; convert to PNG to include them")
     if rest := len(files) - len(odd) - len(written) - others.total():
         notes.append(f"{count(rest, 'file')} left aside (hidden, or without an image's suffix)")
     if closed:

@@ -1,11 +1,11 @@
-"""Names of files and classes, which may hold anything, as they are shown and as they are written into a CSV."""
+"""Safe display of file and class names, which may hold any character, in text and in CSV files."""
 
 from __future__ import annotations
 
 import re
 import unicodedata
 
-# Characters that reorder the line around them: "gnp.exe" may be shown as "exe.png".
+# Characters that reorder the text around them: "gnp.exe" may be displayed as "exe.png".
 _REORDERING = frozenset("\u061c\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")
 _FORMULA = re.compile(r"(?:^|;)\s*[=+\-@'\uff1d\uff0b\uff0d\uff20]")  # the last four are full-width forms
 _BREAKS = ("Cc", "Zl", "Zp")  # Unicode's categories of control characters and line separators
@@ -13,11 +13,10 @@ _ESCAPE = re.compile(r"\\(\\|x[0-9a-f]{2}|u[0-9a-f]{4})")
 
 
 def visible(text: str, keep: str = "") -> str:
-    r"""`text` with every character that cannot be printed, or would change what others look like, written out.
+    r"""Escapes all characters that cannot be printed or that change the display of others, except those in ``keep``.
 
-    A byte of a file name that is no UTF-8 (Python's surrogate escape) becomes \xff, a line break \x0a, a mark that
-    reorders text \u202e. What remains can be encoded and stands in XML as in HTML, and a terminal obeys none of it.
-    Characters of `keep` stay as they are.
+    An undecodable byte of a file name (Python's surrogate escape) becomes \xff, a line break \x0a, a mark that reorders
+    text \u202e. The result can be encoded, is valid in XML and HTML, and contains no terminal control codes.
     """
     return text if text.isprintable() else "".join(c if c in keep else _visible(c) for c in text)
 
@@ -38,15 +37,15 @@ def _escaped(character: str) -> str:
 
 
 def to_cell(name: str, *, keep_bytes: bool = True) -> str:
-    r"""A name as a CSV cell: one that a spreadsheet takes for a formula, or that breaks a line, is written as text.
+    r"""Returns a name as a CSV cell that no spreadsheet interprets as a formula and that breaks no line.
 
-    Such a name begins with ``= + - @`` or ``'``, holds one of these after a semicolon (which separates cells in some
-    countries), or holds a control character or a line separator. Its cell is an apostrophe and the name, with each
-    backslash doubled and each control character and semicolon as ``\xNN`` or ``\uNNNN``. Every other name is its own
-    cell. ``from_cell`` gives the name back.
+    A name that begins with ``= + - @`` or ``'``, holds one of these after a semicolon (the separator in some locales),
+    or holds a control character or line separator is written as an apostrophe and the name, with backslashes doubled
+    and control characters and semicolons escaped as ``\xNN`` or ``\uNNNN``. Every other name is its own cell.
+    ``from_cell`` is the inverse.
 
-    Bytes that are no UTF-8 (Python's surrogate escapes) are such characters, too, unless ``keep_bytes``: for a stream
-    that cannot hold them.
+    Without ``keep_bytes``, undecodable bytes (Python's surrogate escapes) are escaped too, for streams that cannot hold
+    them.
     """
     kinds = _BREAKS if keep_bytes else (*_BREAKS, "Cs")
     written_out = {c for c in name if unicodedata.category(c) in kinds}
@@ -57,7 +56,7 @@ def to_cell(name: str, *, keep_bytes: bool = True) -> str:
 
 
 def from_cell(cell: str) -> str:
-    """The name that ``to_cell`` wrote: without the leading apostrophe, if there is one, and its escapes decoded."""
+    """Returns the name that ``to_cell`` wrote as this cell."""
     return _ESCAPE.sub(_decoded, cell[1:]) if cell.startswith("'") else cell
 
 

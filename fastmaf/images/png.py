@@ -35,10 +35,10 @@ def save_grid(path: str | Path, images: np.ndarray, *, columns: int | None = Non
     """Writes many images into one picture, row by row, each pixel enlarged to a square of scale x scale.
 
     Args:
-        path: The PNG to write.
+        path: the PNG to write.
         images: uint8 [n, h, w, 3].
-        columns: Images in a row; by default all of up to six, else a near-square grid.
-        scale: Enlargement; by default images become about 192 pixels wide, less in large grids.
+        columns: images in a row; by default all of up to six, else a near-square grid.
+        scale: enlargement; by default images become about 192 pixels wide, less in large grids.
     """
     images = np.asarray(images)
     if images.ndim != 4 or images.shape[3] != 3 or images.dtype != np.uint8 or not images.size:

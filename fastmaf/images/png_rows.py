@@ -1,6 +1,6 @@
-"""Whether a PNG file holds the data of all its rows.
+"""Detection of PNG files with missing rows.
 
-A compressed stream that ends too soon, but properly, is no error to Pillow: the rows that it lacks are left zero.
+Pillow accepts a compressed stream that ends early but correctly, and leaves the missing rows zero.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ _BLOCK = 65536
 
 
 def are_missing(stream: BinaryIO, image: Image.Image) -> bool:
-    """Whether rows are missing; ``image`` is what was decoded, and rows are counted only if its last ones are zero."""
+    """Returns whether rows are missing; counts them only if the last rows of the decoded ``image`` are zero."""
     if image.height > 1:
         last = [image.crop((0, y, image.width, y + 1)) for y in range(image.height - 2, image.height)]
         if all(np.asarray(row).any() for row in last):
@@ -35,14 +35,14 @@ def are_missing(stream: BinaryIO, image: Image.Image) -> bool:
 
 
 def _sizes(width: int, height: int, interlaced: bool) -> list[tuple[int, int]]:
-    """(columns, rows) of each pass."""
+    """Returns (columns, rows) of each pass."""
     if not interlaced:
         return [(width, height)]
     return [(len(range(x, width, dx)), len(range(y, height, dy))) for x, dx, y, dy in _PASSES]
 
 
 def _inflated(stream: BinaryIO, enough: int) -> int:
-    """Returns how many bytes the IDAT chunks unpack to, up to about ``enough``."""
+    """Returns the number of bytes that the IDAT chunks inflate to, counted up to about ``enough``."""
     unpacker, count = zlib.decompressobj(), 0
     while len(header := stream.read(8)) == 8 and count < enough and not unpacker.eof:
         left, kind = struct.unpack(">I4s", header)

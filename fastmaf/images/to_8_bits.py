@@ -1,4 +1,4 @@
-"""Turning what a file holds into 8-bit grey or RGB, a strip at a time."""
+"""Conversion of decoded images to 8-bit grey or RGB, one strip at a time."""
 
 from __future__ import annotations
 
@@ -12,27 +12,27 @@ from PIL import Image
 from fastmaf.images.image_file import DataError
 from fastmaf.images.strips import strips
 
-_WHITE_IS_ZERO = 262  # the TIFF tag that says so with a 0: PhotometricInterpretation
+_WHITE_IS_ZERO = 262  # TIFF tag PhotometricInterpretation; its value 0 means that white is zero
 
 
 def to_8_bits(image: Image.Image, bits: int, path: Path, kinds: list[str]) -> Image.Image:
-    """Returns an image of mode L or RGB; what had to be done is added to ``kinds``.
+    """Converts an image to mode L or RGB.
 
     Args:
-        image: As decoded, of whatever mode. It may be what is returned.
-        bits: Of one value in the file.
-        path: The file, for messages.
-        kinds: Kinds of note.
+        image: the decoded image, of any mode; returned as it is where no conversion is needed.
+        bits: bits of one value in the file.
+        path: the file, for messages.
+        kinds: kinds of conversion; new ones are appended.
 
     Raises:
-        DataError: The image is of a range whose white is unknown.
+        DataError: the white level is unknown.
     """
     mode, transparent = image.mode, "transparency" in image.info
     if mode in ("I", "F") or mode.startswith("I;16"):
         return _scaled(image, bits, path, kinds)
     if mode in ("RGB", "RGBA", "RGBX", "RGBa", "LA", "La", "CMYK") and bits > 8:
-        # Pillow holds no 16-bit colour: it keeps each value's high byte, which neither clips nor is more than one
-        # grey level from value / 257, and is exact where 8-bit values were widened (times 256 or 257).
+        # Pillow has no 16-bit colour and keeps each value's high byte: at most one grey level from value / 257, and
+        # exact where 8-bit values were widened (times 256 or 257).
         kinds.append("colour16")
         if mode in ("RGB", "LA", "RGBA"):
             _note_dim(max(band * 256 for band in _largest_of(image)[: 1 if mode == "LA" else 3]), 65535, kinds)
@@ -68,9 +68,9 @@ def _on_white(image: Image.Image) -> Image.Image:
 
 
 def _scaled(image: Image.Image, bits: int, path: Path, kinds: list[str]) -> Image.Image:
-    """Grey of more than 8 bits -> mode L, scaled: ``convert("RGB")`` would clip everything above 255 to white.
+    """Scales grey values of more than 8 bits to mode L; ``convert("RGB")`` would clip them at 255.
 
-    The white is that of the file's format, the same for all images of a set, never one image's largest value.
+    The white level is that of the file's format, the same for all images of a set.
     """
     ranges = [(values.min(), values.max()) for _, values in _values(image)]
     low, high = float(np.min([r[0] for r in ranges])), float(np.max([r[1] for r in ranges]))
@@ -80,10 +80,10 @@ def _scaled(image: Image.Image, bits: int, path: Path, kinds: list[str]) -> Imag
         kind, white = "grey12", 4095.0
     else:
         kind, white = "grey16" if bits == 16 else "int32", 65535.0
-    # Also refused: NaN, signed values, and 32-bit files that may as well hold 8-bit values.
+    # This also refuses NaN, negative values, and 32-bit files that may hold 8-bit values.
     if not (low >= 0.0 and high <= white) or (kind == "int32" and high <= 255):
         found = f"{'floating-point' if kind == 'float' else f'{bits}-bit'} grey from {low:g} to {high:g}"
-        raise DataError(f"{path}: {found}, whose white is unknown: save it with 8 or 16 bits, unsigned")
+        raise DataError(f"{path}: {found} has an unknown white level: save it with 8 or 16 bits, unsigned")
     kinds.append(kind)
     if kind == "float":
         kinds += ["dark16"] * (high <= 1 / 255)
@@ -109,13 +109,13 @@ def _values(image: Image.Image) -> Iterator[tuple[int, np.ndarray]]:
 
 
 def _largest_of(image: Image.Image) -> list[int]:
-    """The largest value of each band."""
+    """Returns the largest value of each band."""
     extrema: Any = image.getextrema()
     return [high for _, high in extrema]
 
 
 def _note_dim(high: float, white: float, kinds: list[str]) -> None:
-    """Notes a largest value that is likely to have been meant for another white than this one."""
+    """Notes a largest value that suggests another white level than the assumed one."""
     if high <= 255:
         kinds.append("dark16")
     elif high <= 4095 < white:

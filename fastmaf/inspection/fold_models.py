@@ -13,6 +13,7 @@ import fastmaf
 from fastmaf.images.dataset import check_takes_images
 from fastmaf.inspection.model import InspectionModel
 from fastmaf.io.atomic import replace
+from fastmaf.io.tensor_file import read_tensors
 
 FOLDS_FOLDER = "folds"
 
@@ -53,7 +54,7 @@ def load_fold_models(run: Path, model: InspectionModel) -> list[fastmaf.Flow]:
         fastmaf.CheckpointError: a file is damaged.
     """
     files = sorted((run / FOLDS_FOLDER).glob("fold-*.safetensors"))
-    own = [f for f in files if fastmaf.read_tensors(f, tensors=False)[1].get("statistics") == _fingerprint(model)]
+    own = [f for f in files if read_tensors(f, tensors=False)[1].get("statistics") == _fingerprint(model)]
     flows = [fastmaf.load(file, device=model.device).eval() for file in own]
     for file, flow in zip(own, flows, strict=True):
         check_takes_images(flow, file)
@@ -67,7 +68,7 @@ def load_fold_models(run: Path, model: InspectionModel) -> list[fastmaf.Flow]:
 def _owner(file: Path) -> str | None:
     """Returns the fingerprint of the model that a fold model belongs to; None for other files."""
     try:
-        return fastmaf.read_tensors(file, tensors=False)[1].get("statistics")
+        return read_tensors(file, tensors=False)[1].get("statistics")
     except (OSError, fastmaf.CheckpointError):
         return None
 

@@ -5,8 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
-from fastmaf.inspection.scoring.anomaly_map import AnomalyMapConfig
-from fastmaf.inspection.scoring.score import ScoreSettings
+from fastmaf.inspection.scoring.settings import AnomalyMapConfig, ScoreSettings
 
 Augmentation: TypeAlias = Literal["none", "shifts", "rotations"]
 AUGMENTATIONS: tuple[Augmentation, ...] = ("none", "shifts", "rotations")

@@ -1,1 +1,1 @@
-"""Reading and writing files: checkpoints, atomic replacement, JSON from strangers."""
+"""Reading and writing files: models, atomic writes, locks, JSON from untrusted files."""

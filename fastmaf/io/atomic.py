@@ -1,8 +1,8 @@
-"""Files that appear whole or not at all.
+"""Atomic writing: files appear complete or not at all.
 
-Everything new is written into a staging folder, ``.fastmaf-<random>.tmp``, beside its place, flushed to the disk and
-only then renamed. A staging folder holds a lock while its process lives: what a killed process left is removed by the
-next one that writes there.
+New files are written into a staging folder, ``.fastmaf-<random>.tmp``, next to their target, flushed to disk and then
+renamed. A staging folder is locked while its process lives; the leftovers of a killed process are removed by the next
+one that writes there.
 """
 
 from __future__ import annotations
@@ -21,21 +21,22 @@ from safetensors import SafetensorError
 from fastmaf.io.locks import FileLock, try_lock
 
 STDOUT = "standard output"
-"""What errors call it."""
+"""Name of the stream in errors."""
 
 _PREFIX, _SUFFIX, _LOCK = ".fastmaf-", ".tmp", "lock"
-_OS_ERROR = re.compile(r"\(os error (\d+)\)")  # how safetensors, which writes by itself, reports what the system said
-_swept: set[str] = set()  # folders that this process has freed of leftovers
+_OS_ERROR = re.compile(r"\(os error (\d+)\)")  # in errors of safetensors, which writes files itself
+_swept: set[str] = set()  # folders that this process has already swept
 
 
 @contextmanager
 def written_atomically(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
-    """Opens a binary file that replaces ``path`` only when the block ends well: readers see the old content or the new.
+    """Opens a binary file that replaces ``path`` when the block ends without an error.
 
-    The folder of ``path`` is created if it is missing. A link is followed: what it points at is replaced.
+    Readers see either the old or the new content. The folder of ``path`` is created if it is missing. Links are
+    followed: the file that they lead to is replaced.
 
     Raises:
-        OSError: the file cannot be written; the error names ``path``, and what was there before stays.
+        OSError: the file cannot be written; the error names ``path``, and the old content is kept.
     """
     target = Path(os.path.realpath(path))
     with write_errors(path), staging(target.parent) as folder:
@@ -49,17 +50,17 @@ def written_atomically(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
 
 @contextmanager
 def write_errors(path: str | os.PathLike[str]) -> Iterator[None]:
-    """Turns what goes wrong with a write into an OSError that names ``path``, whoever wrote.
+    """Converts errors of writing, by any library, to an OSError that names ``path``.
 
-    Errors that name another file than ``path`` and what is in a staging folder pass unchanged.
+    Errors that name another file, outside of staging folders, pass unchanged.
     """
     try:
         yield
     except SafetensorError as error:
-        found = _OS_ERROR.search(str(error))
-        if found is None:
+        code = _OS_ERROR.search(str(error))
+        if code is None:
             raise OSError(f"{os.fspath(path)}: cannot be written: {error}") from error
-        raise OSError(int(found[1]), os.strerror(int(found[1])), os.fspath(path)) from error
+        raise OSError(int(code[1]), os.strerror(int(code[1])), os.fspath(path)) from error
     except OSError as error:
         if error.filename is not None and not any(map(_is_staging, Path(os.fsdecode(error.filename)).parts)):
             raise
@@ -70,7 +71,7 @@ def write_errors(path: str | os.PathLike[str]) -> Iterator[None]:
 
 @contextmanager
 def errors_of_staged(staged: Path, folder: Path) -> Iterator[None]:
-    """Makes write errors of files in the staging folder ``staged`` name the places in ``folder`` that they are for."""
+    """Makes errors of writing files in the staging folder ``staged`` name their targets in ``folder``."""
     try:
         yield
     except OSError as error:
@@ -85,7 +86,7 @@ def _is_staging(name: str) -> bool:
 
 @contextmanager
 def staging(folder: str | os.PathLike[str]) -> Iterator[Path]:
-    """Yields a new hidden folder inside ``folder``, on the same file system; it is removed with all that is left in it.
+    """Yields a new hidden folder inside ``folder``, and removes it with its content afterwards.
 
     ``folder`` is created if it is missing.
     """
@@ -106,7 +107,7 @@ def _claim(folder: Path) -> tuple[Path, FileLock]:
     while True:
         made = folder / f"{_PREFIX}{secrets.token_hex(8)}{_SUFFIX}"
         made.mkdir()
-        # A process that sweeps the folder at this moment takes it for a leftover: it is made anew then.
+        # Another process may sweep the folder between both calls; it is created again then.
         try:
             lock = try_lock(made / _LOCK)
         except FileNotFoundError:
@@ -124,14 +125,14 @@ def _discard(made: Path, lock: FileLock) -> None:
 
 
 def sweep(folder: str | os.PathLike[str]) -> None:
-    """Removes the staging folders that killed processes left in ``folder``; those of living ones are locked, and stay.
+    """Removes the staging folders of killed processes from ``folder``; those of living ones are locked.
 
-    Where the file system has no locks, nothing is removed.
+    On file systems without locks, nothing is removed.
     """
     for left in Path(folder).glob(f"{_PREFIX}*{_SUFFIX}"):
         if left.is_symlink() or not left.is_dir():
             continue
-        with suppress(OSError):  # gone by itself, or another user's
+        with suppress(OSError):  # already removed, or another user's
             lock = try_lock(left / _LOCK)
             if lock is not None and lock.enforced:
                 _discard(left, lock)
@@ -140,19 +141,19 @@ def sweep(folder: str | os.PathLike[str]) -> None:
 
 
 def replace(source: Path, target: Path) -> None:
-    """Renames a file whose content is on the disk already, and waits until its new name is there, too."""
+    """Renames a file that is already flushed to disk, and flushes its new name."""
     os.replace(source, target)
     sync_folder(target.parent)
 
 
 def sync_file(path: Path) -> None:
-    """Waits until the content of a file is on the disk."""
+    """Flushes the content of a file to disk."""
     with open(path, "rb+") as file:
         os.fsync(file.fileno())
 
 
 def sync_folder(folder: Path) -> None:
-    """Waits until the names in a folder are on the disk, where the system can do that."""
+    """Flushes the names in a folder to disk, where the system supports it."""
     if os.name == "nt":
         return
     descriptor = os.open(folder, os.O_RDONLY)
@@ -164,18 +165,15 @@ def sync_folder(folder: Path) -> None:
 
 
 def previous(path: Path) -> Path:
-    """Returns the name under which ``keep_previous`` keeps a file: ``model.previous.safetensors``."""
+    """Returns the path at which ``keep_previous`` keeps a file, such as ``model.previous.safetensors``."""
     return path.with_suffix(f".previous{path.suffix}")
 
 
 def keep_previous(path: Path) -> None:
-    """Keeps the content of a file, if it exists, under its previous name as well; it stays in its place until replaced.
-
-    A second name for the same file where the file system has hard links, else a copy.
-    """
+    """Keeps a file, if it exists, at ``previous(path)`` as well: as a hard link if possible, else as a copy."""
     if not path.is_file():
         return
-    source = os.path.realpath(path)  # what a link points at is what will be replaced
+    source = os.path.realpath(path)  # links are followed on replacing
     with write_errors(previous(path)), staging(path.parent) as folder:
         kept = folder / path.name
         try:

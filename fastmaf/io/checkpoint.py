@@ -1,117 +1,41 @@
-"""Saving and loading flows: one safetensors file, nothing executable in it.
+"""Loading of flows from safetensors files, which contain nothing executable.
 
-The tensors are the flow's ``state_dict``; the file's metadata holds the configuration as JSON under ``"fastmaf"``.
-Before any of it is used, names, shapes, dtypes and finiteness are checked against the configuration.
+The tensors are the ``state_dict`` of the flow; the metadata holds its configuration as JSON under the key
+``"fastmaf"``. Names, shapes, dtypes and finiteness are checked against the configuration before a flow is built.
+``fastmaf.io.write_flow`` writes these files.
 """
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from fastmaf.flows import MAF, Flow
-from fastmaf.io.atomic import replace, staging, sync_file, write_errors
-from fastmaf.io.flow_config import FORMAT_VERSION, TILES, flow_config
+from fastmaf.io.flow_config import TILES, flow_config
 from fastmaf.io.flow_tensors import EXTRA, flow_tensors
 from fastmaf.io.safe_json import shown
 from fastmaf.io.tensor_file import CheckpointError, TensorFile
 from fastmaf.nn import MaskedLinear
-from fastmaf.sharing import check_parts, names_below, share_again, shared_parts
-from fastmaf.transforms import TRANSFORMS, Transform
-
-__all__ = [
-    "CheckpointError",
-    "SavedFlow",
-    "load",
-    "load_with_extras",
-    "read_extras",
-    "read_tensors",
-    "save",
-    "write_tensors",
-]
-
-
-def save(
-    flow: Flow,
-    path: str | os.PathLike[str],
-    metadata: Mapping[str, str] | None = None,
-    extras: Mapping[str, Tensor] | None = None,
-) -> None:
-    """Writes ``flow`` to ``path`` so that a crash leaves either the old file or the new one.
-
-    Args:
-        flow: any flow whose transforms are registered in ``fastmaf.transforms.TRANSFORMS``.
-        path: a ``.safetensors`` file.
-        metadata: further strings to keep beside the configuration.
-        extras: further tensors to keep beside the flow's; ``load`` passes over them, ``read_extras`` returns them.
-
-    Raises:
-        ValueError: ``metadata`` uses the key ``"fastmaf"``, a number of the flow is not finite, or two tensors of the
-            flow overlap in memory without being one.
-            A block, layer or parameter that stands in several places does so again once it is loaded.
-        TypeError: a transform is not registered, or a part of it is pruned, parametrised or of another class.
-    """
-    if metadata and "fastmaf" in metadata:
-        raise ValueError("metadata key 'fastmaf' is reserved for the configuration")
-    check_parts(flow)
-    kinds = {cls: name for name, cls in TRANSFORMS.items()}
-    transforms = []
-    for transform in flow.transforms:
-        if not isinstance(transform, Transform) or type(transform) not in kinds:
-            raise TypeError(
-                f"{type(transform).__name__} cannot be saved: list it in fastmaf.transforms.TRANSFORMS; "
-                f"known are {sorted(cls.__name__ for cls in kinds)}"
-            )
-        transforms.append({"type": kinds[type(transform)], **transform.config()})
-    shared = shared_parts(flow)
-    # How the weights are packed depends on constants that are tuned from time to time: a file says it for itself.
-    modules = flow.named_modules(remove_duplicate=False)
-    tiles = {name: module.layout.tiles for name, module in modules if isinstance(module, MaskedLinear)}
-    config = {
-        "version": FORMAT_VERSION,
-        "class": "MAF" if isinstance(flow, MAF) else "Flow",
-        "features": flow.features,
-        "transforms": transforms,
-        "tiles": tiles,
-        **({"shared": shared} if shared else {}),
-    }
-    kept = {**flow.state_dict(), **{f"{EXTRA}{k}": v for k, v in (extras or {}).items()}}
-    # Copies of extras and of what is shared: safetensors refuses tensors that share memory, a file keeps values.
-    tensors = {k: v.detach().contiguous() for k, v in kept.items()}
-    tensors |= {k: tensors[k].clone() for k in names_below(tensors, shared)}
-    tensors |= {k: v.clone() for k, v in tensors.items() if k.startswith(EXTRA)}
-    for name, tensor in tensors.items():
-        if not name.startswith(EXTRA) and tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
-            raise ValueError(
-                f"{name} holds numbers that are not finite, which load would refuse; nothing was written to {path}"
-            )
-    write_tensors(tensors, path, {**(metadata or {}), "fastmaf": json.dumps(config)})
-
-
-def write_tensors(tensors: Mapping[str, Tensor], path: str | os.PathLike[str], metadata: Mapping[str, str]) -> None:
-    """Writes a safetensors file through a temporary one: synced to disk, then moved into place.
-
-    Raises:
-        OSError: it cannot be written; the error names ``path``, and what was there before stays.
-    """
-    target = Path(os.path.realpath(path))  # a link stays, and what it points at is replaced
-    with write_errors(path), staging(target.parent) as folder:
-        temporary = folder / target.name
-        save_file(dict(tensors), temporary, dict(metadata))
-        os.chmod(temporary, folder.stat().st_mode & 0o666)  # safetensors writes for the owner alone
-        sync_file(temporary)
-        replace(temporary, target)
+from fastmaf.sharing import share_again
+from fastmaf.transforms import TRANSFORMS
 
 
 class SavedFlow(NamedTuple):
-    """All that a model file holds: the flow, and the strings and tensors that were saved beside it."""
+    """The contents of a model file; returned by ``fastmaf.load_with_extras``.
+
+    Attributes:
+        flow: the flow.
+        metadata: the strings saved beside it, and the configuration under ``"fastmaf"``.
+        extras: the tensors saved beside it, on the CPU.
+
+    Example:
+        >>> fastmaf.SavedFlow._fields
+        ('flow', 'metadata', 'extras')
+    """
 
     flow: Flow
     metadata: dict[str, str]
@@ -119,47 +43,70 @@ class SavedFlow(NamedTuple):
 
 
 def load(path: str | os.PathLike[str], *, device: torch.device | str = "cpu") -> Flow:
-    """Loads a flow that ``save`` wrote.
+    """Loads a flow that ``Flow.save`` wrote.
 
-    The file may come from anywhere: nothing in it is executed, and every value and size is checked before it is used.
+    Untrusted files are safe to load: nothing in a file is executed, and every value and size is checked before use.
 
     Args:
         path: the file.
-        device: where its tensors go.
+        device: the device of the flow.
+
+    Returns:
+        A ``MAF`` or ``Flow``, as saved.
 
     Raises:
-        FileNotFoundError: there is no such file.
-        CheckpointError: it is no fastmaf model, of a newer format, damaged, or its tensors do not fit its
-            configuration.
+        FileNotFoundError: the file does not exist.
+        CheckpointError: the file is not a fastmaf model, has a newer format or is damaged, or its tensors do not fit
+            its configuration.
+
+    Example:
+        >>> import pathlib, tempfile
+        >>> flow = fastmaf.MAF(features=3, blocks=2, hidden_features=16)
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     path = pathlib.Path(folder, "flow.safetensors")
+        ...     flow.save(path)
+        ...     loaded = fastmaf.load(path)
+        >>> x = torch.randn(4, 3)
+        >>> torch.allclose(loaded.log_prob(x), flow.log_prob(x))
+        True
     """
     with TensorFile(path) as file:
         return _flow(file).to(device)
 
 
 def load_with_extras(path: str | os.PathLike[str], *, device: torch.device | str = "cpu") -> SavedFlow:
-    """Loads a flow and what was saved beside it, all of one version of the file; see ``load``.
+    """Loads a flow with the metadata and the extra tensors of its file, all from the same version of the file.
 
-    ``device`` is that of the flow; extras stay on the CPU.
+    Args:
+        path: the file.
+        device: the device of the flow; the extras stay on the CPU.
+
+    Raises:
+        FileNotFoundError, CheckpointError: as ``load``.
+
+    Example:
+        >>> import pathlib, tempfile
+        >>> flow = fastmaf.MAF(features=3, blocks=1, hidden_features=16)
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     path = pathlib.Path(folder, "flow.safetensors")
+        ...     flow.save(path, metadata={"unit": "mm"}, extras={"mean": torch.ones(3)})
+        ...     saved = fastmaf.load_with_extras(path)
+        >>> saved.metadata["unit"], saved.extras["mean"]
+        ('mm', tensor([1., 1., 1.]))
     """
     with TensorFile(path) as file:
         return SavedFlow(_flow(file).to(device), file.metadata, _extras(file))
 
 
 def read_extras(path: str | os.PathLike[str]) -> dict[str, Tensor]:
-    """Returns what was saved beside a flow as ``extras``, by name. Raises as ``read_tensors`` does."""
-    with TensorFile(path) as file:
-        return _extras(file)
-
-
-def read_tensors(path: str | os.PathLike[str], *, tensors: bool = True) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Returns the tensors of a safetensors file, or none of them, and its metadata.
+    """Returns the tensors saved beside a flow as ``extras``, by name, without loading the flow.
 
     Raises:
-        FileNotFoundError: there is no such file.
-        CheckpointError: it is not a safetensors file, or is damaged.
+        FileNotFoundError: the file does not exist.
+        CheckpointError: the file is not a safetensors file, or is damaged.
     """
     with TensorFile(path) as file:
-        return ({name: file.read(name) for name in file.tensors} if tensors else {}), file.metadata
+        return _extras(file)
 
 
 def _extras(file: TensorFile) -> dict[str, Tensor]:
@@ -171,36 +118,36 @@ def _flow(file: TensorFile) -> Flow:
         config = flow_config(file.metadata, tuple(TRANSFORMS))
         tensors = flow_tensors(file, config)
         with torch.device("cpu"):
-            flow = _built(config, tensors)
+            flow = _build(config, tensors)
         _load_tensors(flow, tensors, config["tiles"])
         share_again(flow, config.get("shared", {}))
     except CheckpointError:
         raise
-    except Exception as error:  # a class that was registered in TRANSFORMS may raise anything
+    except Exception as error:  # registered classes of users may raise anything
         raise CheckpointError(f"{file.path}: {error}") from error
     return flow
 
 
-def _built(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Flow:
-    own: list[dict[str, Tensor]] = [{} for _ in config["transforms"]]
+def _build(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Flow:
+    tensors_of: list[dict[str, Tensor]] = [{} for _ in config["transforms"]]
     for name, tensor in tensors.items():
-        _, place, rest = name.split(".", 2)
-        own[int(place)][rest] = tensor
-    entries = zip(config["transforms"], own, strict=True)
-    transforms = [TRANSFORMS[entry["type"]].from_config(entry, found) for entry, found in entries]
+        _, index, rest = name.split(".", 2)
+        tensors_of[int(index)][rest] = tensor
+    entries = zip(config["transforms"], tensors_of, strict=True)
+    transforms = [TRANSFORMS[entry["type"]].from_config(entry, its_tensors) for entry, its_tensors in entries]
     return (MAF.from_transforms if config["class"] == "MAF" else Flow)(config["features"], transforms)
 
 
 def _load_tensors(flow: Flow, tensors: dict[str, Tensor], tiles: Mapping[str, Any]) -> None:
-    """Copies tensors into a flow that was built for them, each of the same shape and dtype."""
-    layers = {name: module.layout for name, module in flow.named_modules() if isinstance(module, MaskedLinear)}
-    if tiles.keys() != layers.keys():
-        odd = min(tiles.keys() ^ layers.keys())
-        raise ValueError(f"{TILES}: expected the layers of the flow; {shown(odd)} is missing or unexpected")
-    own = flow.state_dict()
-    for name, expected in own.items():
-        found = tensors.get(name)
-        if found is None or found.shape != expected.shape or found.dtype != expected.dtype:
-            what = "nothing" if found is None else f"{tuple(found.shape)} {found.dtype}"
+    """Copies tensors into a flow that was built for them; shapes and dtypes must be equal."""
+    layers = {name for name, module in flow.named_modules() if isinstance(module, MaskedLinear)}
+    if tiles.keys() != layers:
+        raise ValueError(
+            f"{TILES}: expected the layers of the flow; {shown(min(tiles.keys() ^ layers))} is missing or unexpected"
+        )
+    for name, expected in flow.state_dict().items():
+        tensor = tensors.get(name)
+        if tensor is None or tensor.shape != expected.shape or tensor.dtype != expected.dtype:
+            what = "nothing" if tensor is None else f"{tuple(tensor.shape)} {tensor.dtype}"
             raise ValueError(f"tensor {name}: expected {tuple(expected.shape)} {expected.dtype}, found {what}")
     flow.load_state_dict(tensors)

@@ -1,8 +1,8 @@
-"""The configuration of a flow in a model file: what it may say, and the tensors that belong to it.
+"""The schema of a flow's configuration in a model file, and the tensors that it requires::
 
     {"version": 1, "class": "MAF", "features": D, "transforms": [{"type": ..., ...}, ...], "tiles": {layer: [...]}}
 
-The sizes of all tensors but the packed weights follow from it, so that a file is checked before anything is built.
+The sizes of all tensors except packed weights follow from it, so that a file is checked before anything is built.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ from fastmaf.io.schema import (
 from fastmaf.kernels.masked_linear.op import ACTIVATIONS
 
 FORMAT_VERSION = 1
-KEY = "fastmaf"  # of the configuration in a file's metadata
-_WHERE = "configuration"  # paths in messages begin with it
+KEY = "fastmaf"  # the key of the configuration in the metadata
+_WHERE = "configuration"  # the beginning of paths in messages
 TILES = f"{_WHERE}.tiles"
 CLASSES = ("MAF", "Flow")
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -42,11 +42,11 @@ Dtype: TypeAlias = torch.dtype | Literal["flow", "weight"]
 
 
 class Expected(NamedTuple):
-    """A tensor that a configuration asks for.
+    """A tensor that a configuration requires.
 
     Attributes:
         shape: None for packed weights, whose length follows from the degrees.
-        dtype: ``"flow"`` for that of the whole flow, ``"weight"`` for that of packed weights.
+        dtype: a dtype, ``"flow"`` for the dtype of the flow, or ``"weight"`` for that of the packed weights.
     """
 
     shape: tuple[int, ...] | None
@@ -55,13 +55,13 @@ class Expected(NamedTuple):
 
 @dataclass(frozen=True)
 class Kind:
-    """What a file says of one type of transform.
+    """The schema of one type of transform.
 
     Attributes:
-        fields: of its configuration, all of them required.
-        tensors: those that it asks for, by name, of the configuration and the flow's number of features. Raises
-            SchemaError where two entries contradict each other.
-        optional: fields that may be missing.
+        fields: the required fields of its configuration.
+        tensors: a function from the configuration and the number of features to the required tensors by name. Raises
+            SchemaError if entries contradict each other.
+        optional: the optional fields.
     """
 
     fields: Mapping[str, Field]
@@ -80,12 +80,12 @@ def _logit(config: Config, features: int) -> dict[str, Expected]:
 def _affine(config: Config, features: int) -> dict[str, Expected]:
     if config["soft_bound"] and config["log_scale_bound"] is None:
         raise SchemaError("log_scale_bound: expected a number, as soft_bound is true; found None")
-    found: dict[str, Expected] = {}
+    tensors: dict[str, Expected] = {}
     for k, units in enumerate(config["hidden_features"]):
-        found[f"made.degrees_{k}"] = Expected((units,), torch.int32)
-        found[f"made.hidden.{k}.weight"] = Expected(None, "weight")
-        found[f"made.hidden.{k}.bias"] = Expected((units,))
-    return {**found, "made.output.weight": Expected(None, "weight"), "made.output.bias": Expected((2 * features,))}
+        tensors[f"made.degrees_{k}"] = Expected((units,), torch.int32)
+        tensors[f"made.hidden.{k}.weight"] = Expected(None, "weight")
+        tensors[f"made.hidden.{k}.bias"] = Expected((units,))
+    return {**tensors, "made.output.weight": Expected(None, "weight"), "made.output.bias": Expected((2 * features,))}
 
 
 def _whitening(config: Config, features: int) -> dict[str, Expected]:
@@ -115,9 +115,9 @@ def _local(config: Config, features: int) -> dict[str, Expected]:
     }
 
 
-_TEXT = Text(10_000_000)  # a hundred blocks of 12,288 dimensions take 200 kB
+_TEXT = Text(10_000_000)  # a configuration of a hundred blocks of 12,288 dimensions has 200 kB
 _FEATURES = Whole(1, 2**28)
-_NATS = Number(low=1e-30, high=1e30)  # within float32, in which it is used
+_NATS = Number(low=1e-30, high=1e30)  # within the range of float32
 _LAYERS = ListOf(Whole(1, 2**28), shortest=1, longest=1024)
 
 KINDS: dict[str, Kind] = {
@@ -152,14 +152,14 @@ KINDS: dict[str, Kind] = {
 
 
 def flow_config(metadata: Mapping[str, str], types: tuple[str, ...]) -> dict[str, Any]:
-    """Returns the configuration in a file's metadata.
+    """Returns the validated configuration in the metadata of a file.
 
     Args:
-        metadata: of the file.
-        types: the transforms that can be built. Those that are not in ``KINDS`` check their configuration themselves.
+        metadata: the metadata of the file.
+        types: the names of the known transforms. Those not in ``KINDS`` validate their configuration themselves.
 
     Raises:
-        ValueError: there is none, or a value is not what it may be.
+        ValueError: there is no configuration, or it violates the schema.
     """
     if KEY not in metadata:
         raise SchemaError(
@@ -190,7 +190,7 @@ def _record(types: tuple[str, ...]) -> Record:
             "transforms": ListOf(transform, longest=4096),
             "tiles": MapOf(ListOf(Anything())),
         },
-        optional={"shared": MapOf(Text())},  # names of parts, and of the parts that they are one with
+        optional={"shared": MapOf(Text())},  # see ``fastmaf.sharing.shared_parts``
     )
 
 

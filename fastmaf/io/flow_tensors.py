@@ -1,4 +1,4 @@
-"""The tensors of a flow in a model file, checked against its configuration before anything is built from them."""
+"""Validation of the tensors of a flow in a model file against its configuration."""
 
 from __future__ import annotations
 
@@ -16,23 +16,23 @@ from fastmaf.io.tensor_file import TensorFile, TensorInfo
 from fastmaf.io.tiles import repacked
 from fastmaf.kernels import PackedLayout
 
-EXTRA = "extra."  # begins the names of tensors that are not the flow's
+EXTRA = "extra."  # prefix of the names of further tensors
 
-_ORTHONORMAL = 1e-2  # how far a factor's norm may be from 1: that of float16's rounding
+_ORTHONORMAL = 1e-2  # tolerance of the norm of a factor, for float16
 
 
 def flow_tensors(file: TensorFile, config: Config) -> dict[str, Tensor]:
-    """Returns the tensors of the flow that a checked configuration describes, in this version's packing.
+    """Returns the tensors of the flow that a validated configuration describes, packed as in this version.
 
     Raises:
-        ValueError: a tensor is missing, unexpected, of another shape or dtype, or holds values that it may not.
-        CheckpointError: the file has become shorter.
+        ValueError: a tensor is missing or unexpected, or has another shape or dtype or invalid values.
+        CheckpointError: the file was truncated.
     """
-    found = {name: info for name, info in file.tensors.items() if not name.startswith(EXTRA)}
+    infos = {name: info for name, info in file.tensors.items() if not name.startswith(EXTRA)}
     expected = {f"transforms.{i}.{name}": tensor for i, _, own in _kinds(config) for name, tensor in own.items()}
-    _check_names(found, expected, config)
-    _check_shapes(found, expected)
-    tensors = {name: file.read(name) for name in found}
+    _check_names(infos, expected, config)
+    _check_shapes(infos, expected)
+    tensors = {name: file.read(name) for name in infos}
     for name, tensor in tensors.items():
         if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
             raise SchemaError(f"tensor {shown(name)} holds values that are not finite")
@@ -48,17 +48,17 @@ def flow_tensors(file: TensorFile, config: Config) -> dict[str, Tensor]:
 
 
 def _kinds(config: Config) -> Iterator[tuple[int, Config, dict[str, Expected]]]:
-    """Yields place, configuration and expected tensors of each transform of a known kind."""
+    """Yields index, configuration and required tensors of each transform of a known kind."""
     for i, entry in enumerate(config["transforms"]):
         if entry["type"] in KINDS:
             yield i, entry, KINDS[entry["type"]].tensors(entry, config["features"])
 
 
-def _check_names(found: Mapping[str, TensorInfo], expected: Mapping[str, Expected], config: Config) -> None:
-    # A transform of a registered class that is not fastmaf's own knows its tensors itself.
-    own = {f"transforms.{i}" for i, entry in enumerate(config["transforms"]) if entry["type"] not in KINDS}
-    missing = sorted(expected.keys() - found.keys())
-    extra = sorted(name for name in found.keys() - expected.keys() if ".".join(name.split(".", 2)[:2]) not in own)
+def _check_names(infos: Mapping[str, TensorInfo], expected: Mapping[str, Expected], config: Config) -> None:
+    # Transforms of registered classes of users validate their tensors themselves.
+    of_users = {f"transforms.{i}" for i, entry in enumerate(config["transforms"]) if entry["type"] not in KINDS}
+    missing = sorted(expected.keys() - infos.keys())
+    extra = sorted(name for name in infos.keys() - expected.keys() if ".".join(name.split(".", 2)[:2]) not in of_users)
     if missing or extra:
         raise SchemaError(
             f"tensor names do not fit the configuration: missing {shown(missing[:3]) if missing else 'none'}, "
@@ -66,15 +66,15 @@ def _check_names(found: Mapping[str, TensorInfo], expected: Mapping[str, Expecte
         )
 
 
-def _check_shapes(found: Mapping[str, TensorInfo], expected: Mapping[str, Expected]) -> None:
-    """Checks shapes and dtypes; all floating-point tensors have that of the first, but for rounded weights."""
-    floating = [found[name].dtype for name, tensor in expected.items() if tensor.dtype == "flow"]
+def _check_shapes(infos: Mapping[str, TensorInfo], expected: Mapping[str, Expected]) -> None:
+    """Checks shapes and dtypes; all floating-point tensors have the same dtype, except rounded weights."""
+    floating = [infos[name].dtype for name, tensor in expected.items() if tensor.dtype == "flow"]
     dtype = floating[0] if floating else torch.float32
     if dtype not in FLOATS:
         first = next(name for name, tensor in expected.items() if tensor.dtype == "flow")
         raise SchemaError(f"tensor {first}: expected a floating-point dtype; found {dtype}")
     for name, tensor in expected.items():
-        info = found[name]
+        info = infos[name]
         weights = tensor.dtype == "weight" and info.dtype == torch.bfloat16
         wanted = tensor.dtype if isinstance(tensor.dtype, torch.dtype) else info.dtype if weights else dtype
         shape = info.shape if tensor.shape is None and len(info.shape) == 1 else tensor.shape
@@ -85,7 +85,7 @@ def _check_shapes(found: Mapping[str, TensorInfo], expected: Mapping[str, Expect
 
 def _check_whitening(tensors: Mapping[str, Tensor], name: str) -> None:
     scale, variance, factors = (tensors[f"{name}{field}"] for field in ("scale", "variance", "factors"))
-    # Beyond the root of the largest number, products of two values overflow.
+    # Products of two larger values overflow.
     largest = math.sqrt(torch.finfo(scale.dtype).max)
     for field, tensor in (("scale", scale), ("variance", variance), ("mean", tensors[f"{name}mean"])):
         if tensor.numel() and float(tensor.abs().max()) > largest:
@@ -96,13 +96,13 @@ def _check_whitening(tensors: Mapping[str, Tensor], name: str) -> None:
     if variance.numel() and float(variance.min()) < 0:
         raise SchemaError(f"tensor {name}variance must be not negative; found {float(variance.min())}")
     norms = torch.linalg.vector_norm(factors, dim=0, dtype=torch.float64)
-    odd = norms[((norms - 1).abs() > _ORTHONORMAL) & (norms != 0)]
-    if len(odd):
-        raise SchemaError(f"tensor {name}factors must have columns of norm 1, or 0; found {float(odd[0])}")
+    wrong = norms[((norms - 1).abs() > _ORTHONORMAL) & (norms != 0)]
+    if len(wrong):
+        raise SchemaError(f"tensor {name}factors must have columns of norm 1, or 0; found {float(wrong[0])}")
 
 
 def _layouts(tensors: Mapping[str, Tensor], name: str, entry: Config, features: int) -> dict[str, PackedLayout]:
-    """Returns the layouts of a block's layers, by name, none of them larger than the weights' tensors allow."""
+    """Returns the layouts of the layers of a block by name, after checking that the weights have enough entries."""
     inputs = input_degrees(features)
     hidden = [tensors[f"{name}degrees_{k}"].long() for k in range(len(entry["hidden_features"]))]
     for k, degrees in enumerate(hidden):
@@ -114,8 +114,8 @@ def _layouts(tensors: Mapping[str, Tensor], name: str, entry: Config, features: 
     for layer, below, above in zip(names, units[:-1], units[1:], strict=True):
         last = layer == names[-1]
         seen = prefix(below, above, strict=last and entry["strict"])
-        stored = tensors[f"{layer}.weight"].numel()
-        if int(seen.sum()) > stored:
-            raise SchemaError(f"tensor {layer}.weight must hold {int(seen.sum())} weights or more; found {stored}")
+        numel = tensors[f"{layer}.weight"].numel()
+        if int(seen.sum()) > numel:
+            raise SchemaError(f"tensor {layer}.weight must hold {int(seen.sum())} weights or more; found {numel}")
         layouts[layer] = PackedLayout(seen, below.numel(), group=2 if last else 1)
     return layouts

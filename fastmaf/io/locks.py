@@ -1,7 +1,7 @@
-"""File locks that the operating system frees when their process dies, and the lock of a run's folder.
+"""File locks that the operating system releases when their process dies, and the lock of a run's folder.
 
-``flock`` on POSIX, ``msvcrt.locking`` on Windows. Both belong to the open file, so that two threads of one process
-exclude each other as well. The text in a lock file serves the error message alone, except on file systems without
+Uses ``flock`` on POSIX and ``msvcrt.locking`` on Windows. Both belong to the open file, so that threads of one process
+exclude each other as well. The text in a lock file is for error messages, and decides only on file systems without
 locks.
 """
 
@@ -20,12 +20,12 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 _UNSUPPORTED = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, errno.EINVAL}
-_held: set[str] = set()  # lock files of this process: some network file systems do not keep its threads apart
+_held: set[str] = set()  # lock files of this process, as some network file systems do not exclude its threads
 _held_guard = threading.Lock()
 
 
 class InUseError(OSError):
-    """Another process or thread is writing to the same run or model; the message names it."""
+    """Another process or thread is writing to the same run or model."""
 
 
 @dataclass
@@ -38,17 +38,17 @@ class FileLock:
     def release(self) -> None:
         """Unlocks and closes the file."""
         if self.enforced:
-            _unlock(self.file)  # closing would not do while a forked child holds a copy of the descriptor
+            _unlock(self.file)  # closing does not suffice if a forked child has the descriptor
         self.file.close()
 
 
 def try_lock(path: Path) -> FileLock | None:
-    """Opens ``path``, creates it if it is missing, and locks it; returns None where someone else holds the lock."""
+    """Opens or creates ``path`` and locks it; returns None if the lock is held elsewhere."""
     while True:
         file = open(path, "rb+", buffering=0, opener=_open_or_create)  # noqa: SIM115
         try:
             enforced = _lock(file)
-            # The holder before may have removed the file after it was opened here: that lock would exclude nobody.
+            # The previous holder may have removed the file since it was opened: such a lock would exclude nobody.
             with suppress(FileNotFoundError):
                 if os.path.samestat(os.fstat(file.fileno()), os.stat(path)):
                     return FileLock(file, enforced)
@@ -67,14 +67,14 @@ def _open_or_create(path: str, flags: int) -> int:
 
 @contextmanager
 def run_lock(target: Path, doing: str) -> Iterator[None]:
-    """Holds the lock of a model file while a command rewrites it and what belongs to it.
+    """Holds the lock of a model file while a command rewrites it and the files that belong to it.
 
-    The lock is the hidden file ``.<name>.lock`` beside ``target``. It is removed in the end; what a killed process left
-    is taken over.
+    The lock is the hidden file ``.<name>.lock`` next to ``target``, removed at the end. The lock of a killed process is
+    taken over.
 
     Args:
-        target: the model file; it need not exist, its folder must.
-        doing: what the holder does, for the message of the one that is refused, such as "training".
+        target: the model file; its folder must exist.
+        doing: activity of the holder, such as "training", for the message of a refused process.
 
     Raises:
         InUseError: another process or thread holds the lock, or a process of another host left it.
@@ -98,7 +98,7 @@ def run_lock(target: Path, doing: str) -> Iterator[None]:
 
 
 def _taken(target: Path, path: Path, doing: str) -> FileLock:
-    """Returns the lock of ``target``, with the text of its new holder in it."""
+    """Acquires the lock of ``target`` and writes the new holder into it."""
     try:
         lock = try_lock(path)
         if lock is None:
@@ -118,7 +118,7 @@ def _taken(target: Path, path: Path, doing: str) -> FileLock:
         return lock
     except InUseError:
         raise
-    except OSError as error:  # the user knows of no lock file
+    except OSError as error:  # users know the folder, not its lock file
         raise OSError(error.errno, error.strerror, str(target.parent)) from error
 
 
@@ -148,16 +148,16 @@ def _read(path: Path) -> dict[str, Any]:
 
 def _parsed(file: BinaryIO) -> dict[str, Any]:
     try:
-        found = json.loads(file.read(4096))
-        return {"pid": int(found["pid"]), **{key: str(found[key]) for key in ("host", "since", "doing")}}
+        holder = json.loads(file.read(4096))
+        return {"pid": int(holder["pid"]), **{key: str(holder[key]) for key in ("host", "since", "doing")}}
     except (ValueError, KeyError, TypeError, OSError):
-        return {}  # its writer was killed, or has not come to it yet
+        return {}  # not written yet, or only in part
 
 
 def _gone(holder: dict[str, Any], enforced: bool) -> bool:
-    """Whether the process that wrote a lock file, whose lock is free or cannot be held, has ended for certain."""
+    """Returns whether the process that wrote a lock file has certainly ended."""
     if holder["host"] != platform.node():
-        return False  # locks need not reach from one host to another
+        return False  # locks may not reach other hosts
     return enforced or not _alive(holder["pid"])
 
 
@@ -186,7 +186,7 @@ def _refusal(target: Path, path: Path, holder: dict[str, Any]) -> str:
 if os.name == "nt":  # pragma: no cover
     import msvcrt
 
-    _FAR = 1 << 30  # a locked byte cannot be read by others: one beyond the text
+    _FAR = 1 << 30  # beyond the text, as others cannot read a locked byte
 
     def _lock(file: BinaryIO) -> bool:
         file.seek(_FAR)
@@ -206,10 +206,10 @@ else:
     import fcntl
 
     def _lock(file: BinaryIO) -> bool:
-        """Locks an open file; returns False where the file system has no locks.
+        """Locks an open file; returns False if the file system has no locks.
 
         Raises:
-            BlockingIOError: someone else holds the lock.
+            BlockingIOError: the lock is held elsewhere.
         """
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -1,7 +1,7 @@
-"""The mark in every picture that fastmaf writes, by which it knows its own: they are never read as data.
+"""Marks in the pictures that fastmaf writes, so that results are never read as data.
 
-A PNG carries the text chunk ``fastmaf`` with the picture's role ("sample", "overlay", ...); a TIFF, of which only maps
-are written, its ImageDescription. Only the header of a file is read.
+A PNG has a text chunk ``fastmaf`` with the role of the picture ("sample", "overlay", ...). TIFF is written only for
+maps, which are recognised by their ImageDescription. Only the header of a file is read.
 """
 
 from __future__ import annotations
@@ -11,23 +11,23 @@ import struct
 from typing import BinaryIO
 
 KEYWORD = "fastmaf"
-"""Of the text chunk."""
+"""Keyword of the text chunk."""
 
 MAP_TITLE = "anomaly map"
-"""How the description of a map begins, in PNG and TIFF."""
+"""Beginning of the description of a map, in PNG and TIFF."""
 
 SAMPLE, GRID, CURVE, HISTOGRAM, ROC = "sample", "grid", "nll curve", "nll histogram", "roc curve"
 OVERLAY, MAP, DRAWN = "overlay", "map", "drawn"
 
 _PNG = b"\x89PNG\r\n\x1a\n"
-_LONGEST = 4096  # bytes of a text chunk that is looked at
+_LONGEST = 4096  # bytes of a text chunk that is read
 _CHUNKS = 256
 _TIFF_DESCRIPTION, _TIFF_ASCII = 270, 2
 
 
 def role_of(path: str | os.PathLike[str]) -> str | None:
-    """The role of a picture that fastmaf wrote; None for every other file."""
-    if not os.path.isfile(path):  # a pipe would be waited for
+    """Returns the role of a picture that fastmaf wrote; None for every other file."""
+    if not os.path.isfile(path):  # opening a pipe would block
         return None
     try:
         with open(path, "rb") as file:
@@ -42,7 +42,7 @@ def role_of(path: str | os.PathLike[str]) -> str | None:
 
 
 def is_output(path: str | os.PathLike[str]) -> bool:
-    """Whether a file is a picture that fastmaf wrote as a result; the images of a drawn data set are data."""
+    """Returns whether a file is a result of fastmaf; the images of a drawn data set are data, not results."""
     return role_of(path) not in (None, DRAWN)
 
 

@@ -1,8 +1,8 @@
-"""What a command is about to write, checked before its work begins: no file of the user's is ever replaced.
+"""Checks of the files that a command will write, before its work begins: no file of the user is ever replaced.
 
-A command lists every file that it will write as an ``Output`` and calls ``check_outputs``. An output may not be a file
-that the command reads, nor another of its outputs; what is there already may only be replaced if the same command wrote
-it, which its content shows, or if it is empty.
+A command lists every file that it will write as an ``Output`` and calls ``check_outputs``. An output may be neither a
+file that the command reads nor another of its outputs. An existing file is replaced only if it is empty, or if its
+content shows that the same command wrote it.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ from functools import cache
 from pathlib import Path
 from typing import TypeAlias
 
-import fastmaf
 from fastmaf.io.marks import role_of
+from fastmaf.io.tensor_file import CheckpointError, read_tensors
 
 _Key: TypeAlias = tuple[object, ...]
 
 
 class OutputError(ValueError):
-    """A command would replace a file that is not its own, or write two things into one; nothing was written."""
+    """A command would replace a foreign file or write two outputs to one file; nothing was written."""
 
 
 @dataclass(frozen=True)
@@ -31,8 +31,8 @@ class Kind:
     """A kind of file that fastmaf writes.
 
     Attributes:
-        name: in words, with its article.
-        is_own: whether a file is one that fastmaf wrote, by its content.
+        name: name with its article, for messages.
+        is_own: returns whether fastmaf wrote a file, by its content.
     """
 
     name: str
@@ -41,48 +41,48 @@ class Kind:
 
 @dataclass(frozen=True)
 class Output:
-    """A file that will be written, and of which kind."""
+    """A file that will be written, and its kind."""
 
     path: Path
     kind: Kind
 
 
 def picture(role: str, name: str) -> Kind:
-    """Pictures of a role; see ``fastmaf.io.marks``."""
+    """Returns the kind of pictures with a role; see ``fastmaf.io.marks``."""
     return Kind(name, lambda path: role_of(path) == role)
 
 
 def table(name: str, *headers: Sequence[str]) -> Kind:
-    """CSV files whose first line is one of these headers."""
+    """Returns the kind of CSV files whose first line is one of these headers."""
     lines = {",".join(header).encode() for header in headers}
     return Kind(name, lambda path: _first_line(path) in lines)
 
 
 def json_file(name: str, *keys: Iterable[str]) -> Kind:
-    """JSON files that hold one object with all of these keys, or all of the next ones."""
+    """Returns the kind of JSON files that hold one object with all keys of one of these sets."""
     wanted = [set(some) for some in keys]
     return Kind(name, lambda path: any(some <= _keys(_content(path)) for some in wanted))
 
 
 def json_lines(name: str, keys: Iterable[str]) -> Kind:
-    """Files of JSON lines whose first object has exactly these keys."""
+    """Returns the kind of JSON-lines files whose first object has exactly these keys."""
     wanted = set(keys)
     return Kind(name, lambda path: _keys(_first_line(path)) == wanted)
 
 
 def text_file(name: str, *signs: str) -> Kind:
-    """Text files with one of these signs in their first 4096 bytes."""
+    """Returns the kind of text files with one of these strings in their first 4096 bytes."""
     encoded = [sign.encode() for sign in signs]
     return Kind(name, lambda path: any(sign in _content(path, 4096) for sign in encoded))
 
 
 def model(name: str, key: str = "fastmaf") -> Kind:
-    """Safetensors files with this key in their metadata."""
+    """Returns the kind of safetensors files with this key in their metadata."""
     return Kind(name, lambda path: key in _metadata(path))
 
 
 def report() -> Kind:
-    """report.html; those of versions without the generator's name are known by their title."""
+    """Returns the kind of report.html; reports of earlier versions are recognised by their title."""
     return text_file("a report", '<meta name="generator" content="fastmaf ', "<title>Inspection report</title>")
 
 
@@ -90,15 +90,14 @@ ONNX = Kind("an ONNX export", lambda path: b"\x12\x07fastmaf" in _content(path, 
 
 
 def check_outputs(outputs: Iterable[Output], inputs: Iterable[str | os.PathLike[str]] = ()) -> None:
-    """Refuses outputs that would replace what is not theirs to replace.
+    """Checks that outputs replace neither inputs, nor each other, nor files that the command did not write.
 
     Args:
-        outputs: every file that will be written.
-        inputs: files that are read meanwhile.
+        outputs: all files that will be written.
+        inputs: files that will be read.
 
     Raises:
-        OutputError: an output is an input, another output or in the place of one, or would replace a file that this
-            command did not write.
+        OutputError: an output is an input, another output or a folder of one, or would replace a foreign file.
         OSError: a folder cannot be written to.
     """
     _identity.cache_clear()
@@ -144,13 +143,13 @@ def _check_replaced(output: Output) -> None:
 
 
 def _check_folder(folder: Path) -> None:
-    """Refuses a folder that is none, or that cannot be made or written to."""
-    there = next(path for path in (folder, *folder.parents) if os.path.lexists(path))
-    if not os.path.isdir(there):
-        raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(there))
-    if not os.access(there, os.W_OK | os.X_OK):
-        code = errno.EROFS if _is_read_only(there) else errno.EACCES
-        raise OSError(code, os.strerror(code), str(there))
+    """Checks that a folder exists or can be created, and can be written to."""
+    existing = next(path for path in (folder, *folder.parents) if os.path.lexists(path))
+    if not os.path.isdir(existing):
+        raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(existing))
+    if not os.access(existing, os.W_OK | os.X_OK):
+        code = errno.EROFS if _is_read_only(existing) else errno.EACCES
+        raise OSError(code, os.strerror(code), str(existing))
 
 
 def _is_read_only(folder: Path) -> bool:
@@ -160,7 +159,7 @@ def _is_read_only(folder: Path) -> bool:
 
 
 def _key(path: str | os.PathLike[str]) -> _Key:
-    """What is equal for two paths that lead to one place, whether or not there is a file yet."""
+    """Returns a key that is equal for paths that lead to one place, whether or not the file exists."""
     whole = os.path.realpath(path)
     folder, name = os.path.split(whole)
     identity, folds = _identity(folder)
@@ -169,7 +168,7 @@ def _key(path: str | os.PathLike[str]) -> _Key:
 
 @cache
 def _identity(folder: str) -> tuple[_Key, bool]:
-    """(identity of a folder that may be still to be made, whether names in it differ by more than their case)."""
+    """Returns the identity of a folder, which need not exist, and whether names in it ignore case."""
     try:
         status = os.stat(folder)
         return (status.st_dev, status.st_ino), _folds_case(folder)
@@ -183,7 +182,7 @@ def _identity(folder: str) -> tuple[_Key, bool]:
 
 @cache
 def _folds_case(folder: str) -> bool:
-    """Whether the file system takes "A" and "a" for one name, as those of Windows and macOS do."""
+    """Returns whether the file system ignores the case of names, as those of Windows and macOS do."""
     for path in (Path(folder), *Path(folder).parents):
         if path.name.swapcase() != path.name:
             try:
@@ -207,14 +206,14 @@ def _first_line(path: Path) -> bytes:
 
 def _keys(content: bytes) -> set[str]:
     try:
-        found = json.loads(content)
+        parsed = json.loads(content)
     except (ValueError, RecursionError):
         return set()
-    return set(found) if isinstance(found, dict) else set()
+    return set(parsed) if isinstance(parsed, dict) else set()
 
 
 def _metadata(path: Path) -> dict[str, str]:
     try:
-        return fastmaf.read_tensors(path, tensors=False)[1]
-    except (OSError, fastmaf.CheckpointError):
+        return read_tensors(path, tensors=False)[1]
+    except (OSError, CheckpointError):
         return {}

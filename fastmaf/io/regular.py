@@ -1,4 +1,4 @@
-"""Opening files for reading, regular ones only: a FIFO, a device or a socket could block or never end."""
+"""Opening regular files only: reading a FIFO, a device or a socket could block or never end."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ for _name in ("O_BINARY", "O_CLOEXEC", "O_NOCTTY", "O_NONBLOCK"):  # each is mis
 
 
 class NotRegularError(OSError):
-    """A path that leads to something else than a regular file; the message names it and what it is."""
+    """A path does not lead to a regular file."""
 
 
 def why_not_regular(path: str | os.PathLike[str]) -> str | None:
-    """Returns what a path leads to if that is no regular file, such as ``"a socket"``; None for a regular file.
+    """Returns the kind of file that a path leads to, such as ``"a socket"``; None for a regular file.
 
-    Links are followed; nothing is opened. Errors as ``open_regular``, but for those about links.
+    Links are followed; nothing is opened. Errors as ``open_regular``, except for broken links.
     """
     try:
         return _kind(os.stat(path).st_mode)
@@ -41,38 +41,39 @@ def why_not_regular(path: str | os.PathLike[str]) -> str | None:
 
 
 def kind_of(path: str | os.PathLike[str]) -> str:
-    """Returns what a path leads to, ``"a regular file"`` or ``"a socket"``, say; for notes, so nothing is raised."""
+    """Returns the kind of file that a path leads to, for messages: never raises."""
     try:
         return why_not_regular(path) or "a regular file"
     except (OSError, ValueError) as error:
-        return f"not to be looked at: {getattr(error, 'strerror', None) or error}"
+        return f"inaccessible: {getattr(error, 'strerror', None) or error}"
 
 
 def is_regular(path: str | os.PathLike[str]) -> bool:
-    """Whether a path leads to a regular file: for scans of folders, which pass over all else."""
+    """Returns whether a path leads to a regular file; never raises."""
     return os.path.isfile(path)
 
 
 def check_regular(path: str | os.PathLike[str]) -> None:
-    """Raises unless ``path`` leads to a regular file: for readers that open a path themselves.
+    """Checks that ``path`` leads to a regular file, for readers that open a path themselves.
 
     Raises:
-        NotRegularError: it is something else, or a link to nothing.
-        FileNotFoundError: there is nothing of that name.
-        OSError: it cannot be looked at.
+        NotRegularError: it leads to something else, or is a broken link.
+        FileNotFoundError: it does not exist.
+        OSError: it cannot be accessed.
     """
     if (kind := why_not_regular(path)) is not None:
         raise _refusal(path, kind)
 
 
 def open_regular(path: str | os.PathLike[str]) -> BinaryIO:
-    """Opens a regular file for reading bytes, and never blocks on anything else.
+    """Opens a regular file for reading bytes; never blocks on other kinds of files.
 
-    What it is, is asked before it is opened, since opening alone can act on a device, and again afterwards, since the
-    name may lead elsewhere by then.
+    The kind is checked before opening, as opening a device can have effects, and again afterwards, as the path may lead
+    elsewhere by then.
 
     Raises:
-        As ``check_regular``; and OSError where it cannot be opened.
+        NotRegularError: it leads to something else, or is a broken link.
+        OSError: it does not exist, or cannot be opened.
     """
     check_regular(path)
     descriptor = os.open(path, _FLAGS)

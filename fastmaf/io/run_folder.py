@@ -18,18 +18,18 @@ class DoesNotFitError(ValueError):
 
 @contextmanager
 def run_folder(out: Path, doing: str, *files: str) -> Iterator[None]:
-    """Creates the folder of a run if it is missing, locks it, and frees it of what killed runs left half-written.
+    """Creates the folder of a run if it is missing, locks it, and removes partial files of killed runs.
 
-    A folder that was created here and in which nothing was written is removed again.
+    A folder that was created here and stays empty is removed again.
 
     Args:
         out: the folder.
-        doing: for the message of a second process that is refused, such as "training".
-        files: names of files that will be written there, beside the model.
+        doing: activity for the message of a refused second process, such as "training".
+        files: names of files that will be written there, in addition to the model.
 
     Raises:
         InUseError: another process or thread is writing a run there.
-        OSError: ``out`` is no folder, cannot be written to, or one of the files is a folder.
+        OSError: ``out`` is not a folder, cannot be written to, or one of the files is a folder.
     """
     lineage = (out, *out.parents)
     missing = [folder for folder in lineage if not folder.exists()]
@@ -40,7 +40,7 @@ def run_folder(out: Path, doing: str, *files: str) -> Iterator[None]:
         out.mkdir(parents=True, exist_ok=True)
         for file in (out / name for name in (MODEL_FILE, *files)):
             if file.is_dir():
-                raise IsADirectoryError(f"{file} is to be written; found a folder of that name")
+                raise IsADirectoryError(f"expected a file or nothing at {file}; found a folder")
         with run_lock(out / MODEL_FILE, doing):
             sweep(out)
             yield
@@ -52,11 +52,11 @@ def check_disk(out: Path, needed: int) -> None:
     """Refuses a run whose files would not fit on the disk beside those that they replace.
 
     Args:
-        out: An existing folder.
-        needed: Size of the files, in bytes.
+        out: an existing folder.
+        needed: size of the files, in bytes.
 
     Raises:
-        DoesNotFitError: Less disk space is free.
+        DoesNotFitError: less disk space is free.
     """
     free = shutil.disk_usage(out).free
     if free < needed:
@@ -76,5 +76,5 @@ def _remove_empty(folders: list[Path]) -> None:
     for folder in folders:
         try:
             folder.rmdir()
-        except OSError:  # something was written, or it was never made
+        except OSError:  # not empty, or never created
             return

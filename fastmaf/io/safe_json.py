@@ -1,10 +1,11 @@
-"""JSON from strangers: bounded nesting, no key twice, no number that is not finite."""
+"""Parsing of untrusted JSON: bounded nesting, unique keys, finite numbers."""
 
 from __future__ import annotations
 
 import json
 import math
 import reprlib
+from collections import Counter
 from collections.abc import Iterable
 from typing import Any
 
@@ -17,52 +18,52 @@ _short.maxlevel = 2
 
 
 class JSONError(ValueError):
-    """A text is not the JSON that was expected; the message says where and why."""
+    """The text is not valid JSON of the expected form; the message names the place and the reason."""
 
 
 def shown(value: object) -> str:
-    """Returns a value as a message may show it: short and escaped, whatever it holds."""
+    """Returns a short, escaped representation of a value for messages."""
     return _short.repr(value)
 
 
 def child(where: str, key: str | int) -> str:
-    """Returns the path of an entry of a list or an object: ``transforms[0].features``."""
+    """Returns the path of an entry of a list or an object, such as ``transforms[0].features``."""
     if isinstance(key, int):
         return f"{where}[{key}]"
     return f"{where}.{key}" if key.isidentifier() and len(key) <= 60 else f"{where}[{shown(key)}]"
 
 
 def parse(text: str, where: str, *, finite: bool = True) -> Any:
-    """Parses JSON that may come from anywhere.
+    """Parses untrusted JSON.
 
     Args:
         text: the JSON.
-        where: what it is, for messages: paths of values begin with it.
+        where: the name of the text, with which the paths of values in messages begin.
         finite: refuse NaN and infinities.
 
     Raises:
-        JSONError: the text is not JSON, is nested more than ``MAX_DEPTH`` deep, names a key twice, or holds a number
-            that is not finite.
+        JSONError: the text is not JSON, is nested more than ``MAX_DEPTH`` deep, repeats a key of an object, or, with
+            ``finite``, contains a number that is not finite.
     """
-    odd: list[str] = []
+    not_finite: list[str] = []
     try:
         value = json.loads(
             text,
             object_pairs_hook=_unique,
-            parse_float=lambda digits: _number(digits, odd),
-            parse_constant=lambda name: _number(name, odd),
+            parse_float=lambda digits: _number(digits, not_finite),
+            parse_constant=lambda name: _number(name, not_finite),
         )
     except RecursionError:
         raise JSONError(f"{where}: nested more than {MAX_DEPTH} deep") from None
     except ValueError as error:
         raise JSONError(f"{where}: not valid JSON: {error}") from None
     level, depth = [value], 0
-    while level:  # level by level instead of by recursion
+    while level:  # level by level, without recursion
         if depth > MAX_DEPTH:
             raise JSONError(f"{where}: nested more than {MAX_DEPTH} deep")
         level, depth = [inner for outer in level for inner in _entries(outer) if type(inner) in (dict, list)], depth + 1
-    if odd and finite:
-        raise JSONError(f"{_first_odd(value, where)}: expected a finite number; found {odd[0][:60]}")
+    if not_finite and finite:
+        raise JSONError(f"{_first_not_finite(value, where)}: expected a finite number; found {not_finite[0][:60]}")
     return value
 
 
@@ -70,28 +71,27 @@ def _entries(value: Any) -> Iterable[Any]:
     return value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
 
 
-def _first_odd(value: Any, where: str) -> str | None:
-    """Returns the path of the first number that is not finite, of which there is one."""
+def _first_not_finite(value: Any, where: str) -> str | None:
+    """Returns the path of the first number that is not finite, or None."""
     if isinstance(value, float) and not math.isfinite(value):
         return where
     pairs = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
-    for key, found in pairs:
-        if isinstance(found, (dict, list, float)) and (path := _first_odd(found, "")) is not None:
+    for key, entry in pairs:
+        if isinstance(entry, (dict, list, float)) and (path := _first_not_finite(entry, "")) is not None:
             return child(where, key) + path
     return None
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        seen: set[str] = set()
-        twice = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
-        raise JSONError(f"the key {shown(twice)} appears twice in one object")
-    return found
+    entries = dict(pairs)
+    if len(entries) < len(pairs):
+        counts = Counter(key for key, _ in pairs)
+        raise JSONError(f"the key {shown(counts.most_common(1)[0][0])} appears twice in one object")
+    return entries
 
 
-def _number(text: str, odd: list[str]) -> float:
+def _number(text: str, not_finite: list[str]) -> float:
     value = float(text)
     if not math.isfinite(value):
-        odd.append(text)
+        not_finite.append(text)
     return value

@@ -1,7 +1,11 @@
-"""What the values of a JSON document may be: a description of each entry, and the check of a document against it.
+"""Schemas of JSON documents, and the validation of documents against them.
 
-POINT = Record({"x": Number(), "label": Maybe(Text())})
-POINT.check({"x": 1.5, "label": 3}, "point")   # SchemaError: point.label: expected text or null; found 3
+Example:
+    >>> from fastmaf.io.schema import Maybe, Number, Record, Text
+    >>> point = Record({"x": Number(), "label": Maybe(Text())})
+    >>> point.check({"x": 1.5, "label": 3}, "point")
+    Traceback (most recent call last):
+    fastmaf.io.schema.SchemaError: point.label: expected text of at most 10000 characters or null; found 3
 """
 
 from __future__ import annotations
@@ -18,30 +22,30 @@ from fastmaf.io.safe_json import child, shown
 
 
 class SchemaError(ValueError):
-    """A value is not what the schema allows; the message says where it is, what was expected and what was found."""
+    """A value violates the schema; the message names its path, what was expected and what was found."""
 
 
 class _MismatchError(Exception):
-    """What is wrong, and the keys that lead to it, the innermost first."""
+    """A violation, and the keys that lead to it, the innermost first."""
 
-    def __init__(self, words: str) -> None:
-        super().__init__(words)
+    def __init__(self, message: str) -> None:
+        super().__init__(message)
         self.keys: list[str | int] = []
 
 
 class Field(ABC):
-    """What one value may be. ``str(field)`` completes "expected ..."."""
+    """The schema of a value; ``str(field)`` completes a message that begins with "expected"."""
 
     @abstractmethod
     def accepts(self, value: Any) -> bool:
-        """Whether the value is of the right type and in range, its entries aside."""
+        """Returns whether the type and range of the value are allowed, without checking its entries."""
 
     def entries(self, value: Any) -> Iterator[tuple[str | int, Field, Any]]:
-        """Yields key, field and value of each entry of a value that is accepted."""
+        """Yields the key, the schema and the value of each entry of an accepted value."""
         yield from ()
 
     def check(self, value: Any, where: str) -> None:
-        """Raises SchemaError unless the value, with all that it holds, is allowed; ``where`` is its path."""
+        """Raises SchemaError if the value or one of its entries is not allowed; ``where`` is the path of the value."""
         try:
             self._check(value)
         except _MismatchError as error:
@@ -50,9 +54,9 @@ class Field(ABC):
     def _check(self, value: Any) -> None:
         if not self.accepts(value):
             raise _MismatchError(f"expected {self}; found {shown(value)}")
-        for key, item, found in self.entries(value):
+        for key, field_of_entry, entry in self.entries(value):
             try:
-                item._check(found)
+                field_of_entry._check(entry)
             except _MismatchError as error:
                 error.keys.append(key)
                 raise
@@ -60,7 +64,7 @@ class Field(ABC):
 
 @dataclass(frozen=True)
 class Whole(Field):
-    """A whole number from ``low`` to ``high``; neither a float without a fraction nor a boolean."""
+    """An integer from ``low`` to ``high``; floats and booleans are not allowed."""
 
     low: int = 0
     high: int = 2**31 - 1
@@ -74,7 +78,7 @@ class Whole(Field):
 
 @dataclass(frozen=True)
 class Number(Field):
-    """A number, at least ``low``, at most ``high``, greater than ``above``, less than ``below``, finite or also not."""
+    """A number from ``low`` to ``high``, greater than ``above`` and less than ``below``, finite by default."""
 
     low: float = -math.inf
     high: float = math.inf
@@ -91,8 +95,8 @@ class Number(Field):
 
     def __str__(self) -> str:
         limits = ("at least", self.low), ("at most", self.high), ("greater than", self.above), ("less than", self.below)
-        said = [f"{words} {limit:g}" for words, limit in limits if math.isfinite(limit)]
-        return " ".join(["a finite number" if self.finite else "a number", " and ".join(said)]).strip()
+        bounds = [f"{words} {limit:g}" for words, limit in limits if math.isfinite(limit)]
+        return " ".join(["a finite number" if self.finite else "a number", " and ".join(bounds)]).strip()
 
 
 @dataclass(frozen=True)
@@ -119,7 +123,7 @@ class Flag(Field):
 
 
 class Anything(Field):
-    """Any JSON: what ``safe_json.parse`` lets through."""
+    """Any value that ``safe_json.parse`` returns."""
 
     def accepts(self, value: Any) -> bool:
         return True
@@ -130,7 +134,7 @@ class Anything(Field):
 
 @dataclass(frozen=True)
 class OneOf(Field):
-    """One of a few strings."""
+    """One of the strings ``known``."""
 
     known: tuple[str, ...]
 
@@ -143,7 +147,7 @@ class OneOf(Field):
 
 @dataclass(frozen=True)
 class Maybe(Field):
-    """Null, or what ``field`` allows."""
+    """Null, or a value that ``field`` allows."""
 
     field: Field
 
@@ -169,7 +173,7 @@ class ListOf(Field):
         return isinstance(value, list) and self.shortest <= len(value) <= self.longest
 
     def entries(self, value: Any) -> Iterator[tuple[str | int, Field, Any]]:
-        return ((i, self.item, found) for i, found in enumerate(value))
+        return ((i, self.item, entry) for i, entry in enumerate(value))
 
     def __str__(self) -> str:
         count = self.shortest if self.shortest == self.longest else f"{self.shortest} to {self.longest}"
@@ -178,7 +182,7 @@ class ListOf(Field):
 
 @dataclass(frozen=True)
 class MapOf(Field):
-    """An object of at most ``longest`` entries that ``item`` allows, under any names."""
+    """An object of at most ``longest`` entries that ``item`` allows, with any keys."""
 
     item: Field
     longest: int = 65_536
@@ -187,7 +191,7 @@ class MapOf(Field):
         return isinstance(value, dict) and len(value) <= self.longest
 
     def entries(self, value: Any) -> Iterator[tuple[str | int, Field, Any]]:
-        return ((key, self.item, found) for key, found in value.items())
+        return ((key, self.item, entry) for key, entry in value.items())
 
     def __str__(self) -> str:
         return f"an object of at most {self.longest} entries"
@@ -195,7 +199,7 @@ class MapOf(Field):
 
 @dataclass(frozen=True)
 class Record(Field):
-    """An object with the entries ``required``, some of ``optional``, and no others unless they are ``others``."""
+    """An object with the entries ``required``, any of ``optional``, and others that ``others`` allows."""
 
     required: Mapping[str, Field] = field(default_factory=dict)
     optional: Mapping[str, Field] = field(default_factory=dict)
@@ -208,12 +212,12 @@ class Record(Field):
         missing = [name for name in self.required if name not in value]
         if missing:
             raise _MismatchError(f"the entry {missing[0]!r} is missing; found {shown(sorted(value))}")
-        for key, found in value.items():
+        for key, entry in value.items():
             item = self.required.get(key) or self.optional.get(key) or self.others
             if item is None:
                 known = ", ".join(map(repr, (*self.required, *self.optional)))
                 raise _MismatchError(f"unknown entry {shown(key)}; known are {known}")
-            yield key, item, found
+            yield key, item, entry
 
     def __str__(self) -> str:
         return "an object"

@@ -1,23 +1,26 @@
-"""Reading safetensors files that may come from anywhere.
+"""Safetensors files: checked reading of untrusted files, and atomic writing.
 
-A file is eight bytes with the length of a header, the header, and the tensors' bytes. The header is JSON: for each
-tensor its dtype, its shape and where its bytes begin and end, and a map of strings for whatever else there is to say.
+A file holds the length of the header in eight bytes, the header, and the bytes of the tensors. The header is JSON: the
+dtype, the shape and the byte range of each tensor, and a map of strings, the metadata.
 
-All of it is read through one open file. A file that is replaced meanwhile gives the header and the tensors of one
-version, and, as nothing is mapped into memory, one that is cut short meanwhile gives an error.
+A file is read through one open descriptor and is not memory-mapped. If it is replaced during reading, header and
+tensors come from the same version; if it is truncated, reading raises an error.
 """
 
 from __future__ import annotations
 
 import math
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple
 
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
 
+from fastmaf.io.atomic import replace, staging, sync_file, write_errors
 from fastmaf.io.safe_json import JSONError, parse, shown
 from fastmaf.io.schema import ListOf, MapOf, OneOf, Record, SchemaError, Text, Whole
 
@@ -40,7 +43,7 @@ _DTYPES = {
     "F8_E5M2": torch.float8_e5m2,
 }
 _MAX_HEADER = 100_000_000  # bytes, the format's own limit
-_MAX_NUMEL = 2**62  # of a shape with its zeros taken for ones: strides are 64-bit integers
+_MAX_NUMEL = 2**62  # zeros in a shape count as ones, since strides are 64-bit integers
 
 _SIZE = Whole(0, 2**62)
 _TENSOR = Record(
@@ -54,11 +57,23 @@ _TENSORS, _METADATA = MapOf(_TENSOR), MapOf(Text(_MAX_HEADER))
 
 
 class CheckpointError(ValueError):
-    """The file is not a model that this version of fastmaf can load; the message says why."""
+    """The file is not a model that this version of fastmaf can load; the message gives the reason.
+
+    Example:
+        >>> import pathlib, tempfile
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     path = pathlib.Path(folder, "flow.safetensors")
+        ...     _ = path.write_bytes(b"no model")
+        ...     try:
+        ...         fastmaf.load(path)
+        ...     except fastmaf.CheckpointError:
+        ...         print("refused")
+        refused
+    """
 
 
 class TensorInfo(NamedTuple):
-    """What a header says of a tensor: its dtype, its shape, and where its bytes begin and end in the file."""
+    """Header entry of a tensor: dtype, shape, and the offsets of its first byte and of the byte after its last one."""
 
     dtype: torch.dtype
     shape: tuple[int, ...]
@@ -67,21 +82,21 @@ class TensorInfo(NamedTuple):
 
 
 class TensorFile:
-    """An open safetensors file whose header has been read and checked; a context manager.
+    """An open safetensors file with a validated header; a context manager.
 
     Attributes:
-        path: of the file.
-        tensors: by name.
-        metadata: the strings of the header.
+        path: the path of the file.
+        tensors: the header entries, by the names of the tensors.
+        metadata: the strings in the header.
 
     Raises:
-        FileNotFoundError: there is no such file.
-        CheckpointError: it is not a safetensors file, or is damaged.
+        FileNotFoundError: the file does not exist.
+        CheckpointError: the file is not a safetensors file, or is damaged.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(path)
-        if not self.path.is_file():  # asked before opening, as a FIFO would block
+        if not self.path.is_file():  # checked before opening, since opening a FIFO blocks
             raise FileNotFoundError(f"no model file at {path}")
         self._file = open(path, "rb")  # noqa: SIM115
         try:
@@ -100,10 +115,10 @@ class TensorFile:
         self._file.close()
 
     def read(self, name: str) -> Tensor:
-        """Returns a tensor, on the CPU, in memory of its own.
+        """Returns a tensor on the CPU that owns its memory.
 
         Raises:
-            CheckpointError: it cannot be allocated, or the file has become shorter.
+            CheckpointError: the memory cannot be allocated, or the file was truncated.
         """
         dtype, shape, begin, end = self.tensors[name]
         try:
@@ -113,7 +128,7 @@ class TensorFile:
         self._file.seek(begin)
         if self._file.readinto(buffer.numpy().data) != end - begin:
             raise self._damaged(f"it ends within the tensor {shown(name)}")
-        # A byte of a boolean other than 0 and 1 would be undefined behaviour.
+        # Booleans with bytes other than 0 and 1 are undefined behaviour.
         return (buffer.ne(0) if dtype == torch.bool else buffer.view(dtype)).reshape(shape)
 
     def _damaged(self, why: str) -> CheckpointError:
@@ -136,19 +151,55 @@ class TensorFile:
 
 
 def _tensors(header: dict[str, Any], start: int, size: int) -> dict[str, TensorInfo]:
-    """Returns the tensors of a checked header, each of whose bytes belong to one tensor; ``start`` is that of all."""
-    found: dict[str, TensorInfo] = {}
+    """Returns the entries of a validated header, and checks that the tensors fill the file without gap or overlap.
+
+    Args:
+        header: the validated header.
+        start: the offset of the first tensor's first byte.
+        size: the size of the file.
+    """
+    tensors: dict[str, TensorInfo] = {}
     for name, entry in header.items():
         dtype, shape = _DTYPES[entry["dtype"]], tuple(entry["shape"])
         begin, end = entry["data_offsets"]
         if math.prod(max(1, n) for n in shape) > _MAX_NUMEL or math.prod(shape) * dtype.itemsize != end - begin:
             raise SchemaError(f"header: {shown(name)} has {end - begin} bytes for shape {shown(shape)} of {dtype}")
-        found[name] = TensorInfo(dtype, shape, start + begin, start + end)
+        tensors[name] = TensorInfo(dtype, shape, start + begin, start + end)
     place = start
-    for name, info in sorted(found.items(), key=lambda item: item[1][2:]):
+    for name, info in sorted(tensors.items(), key=lambda item: item[1][2:]):
         if info.begin != place:
             raise SchemaError(f"header: {shown(name)} begins at byte {info.begin}; expected {place}")
         place = info.end
     if place != size:
         raise SchemaError(f"header: the tensors end at byte {place}, the file at {size}")
-    return found
+    return tensors
+
+
+def read_tensors(path: str | os.PathLike[str], *, tensors: bool = True) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Returns the tensors of a safetensors file by name, and its metadata.
+
+    Args:
+        path: the file.
+        tensors: False reads the metadata only; the dictionary of tensors is then empty.
+
+    Raises:
+        FileNotFoundError: the file does not exist.
+        CheckpointError: the file is not a safetensors file, or is damaged.
+    """
+    with TensorFile(path) as file:
+        return ({name: file.read(name) for name in file.tensors} if tensors else {}), file.metadata
+
+
+def write_tensors(tensors: Mapping[str, Tensor], path: str | os.PathLike[str], metadata: Mapping[str, str]) -> None:
+    """Writes a safetensors file atomically: a temporary file is synced to disk, then moved to ``path``.
+
+    Raises:
+        OSError: the file cannot be written. The error names ``path``, and an earlier file stays intact.
+    """
+    target = Path(os.path.realpath(path))  # a symbolic link is kept, and its target is replaced
+    with write_errors(path), staging(target.parent) as folder:
+        temporary = folder / target.name
+        save_file(dict(tensors), temporary, dict(metadata))
+        os.chmod(temporary, folder.stat().st_mode & 0o666)  # safetensors grants access to the owner only
+        sync_file(temporary)
+        replace(temporary, target)

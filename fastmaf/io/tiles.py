@@ -1,7 +1,7 @@
-"""The packing of weights in a model file, which may be that of a version whose tiles were cut by other constants.
+"""Conversion of packed weights in a model file, whose tiles may differ from those of this version.
 
-Tiles follow from the degrees. A file states its own, so that they can be told from this version's; they are taken
-only if they are a complete packing of the same layer, and then moved into this version's tiles to the bit.
+Tiles follow from the degrees and from constants that change between versions. A file states its tiles. They are
+accepted only if they are a complete packing of the layer; the weights are then copied into the tiles of this version.
 """
 
 from __future__ import annotations
@@ -18,21 +18,21 @@ from fastmaf.kernels import PackedLayout
 from fastmaf.kernels.layout import Tile
 
 _TILE = ListOf(Whole(), shortest=4, longest=4)
-# Other constants change the padding, not the order of magnitude: a few numbers may not unfold into very many.
+# Limits how much larger a layer may be than its weights in the file, which differ by padding only.
 _GROWTH, _SMALL = 4, 65_536
 
 
 def repacked(layout: PackedLayout, tiles: Sequence[Any], packed: Tensor, name: str) -> Tensor:
-    """Returns ``packed``, which lies in the tiles that a file states, in those of ``layout``.
+    """Returns a packed weight, which has the tiles of a file, in the tiles of ``layout``.
 
     Args:
-        layout: of this version, derived from the degrees.
-        tiles: as in the file, unchecked.
-        packed: the weight as in the file.
-        name: of the layer in the file.
+        layout: the layout of the layer in this version.
+        tiles: the tiles in the file, unchecked.
+        packed: the weight in the file.
+        name: the name of the layer in the file.
 
     Raises:
-        SchemaError: the tiles are not a packing of this layer, or the weight is of another size.
+        SchemaError: the tiles are not a packing of the layer, or the weight has another size.
     """
     where = child(TILES, name)
     stored = _checked(layout, tiles, where)
@@ -62,11 +62,11 @@ def repacked(layout: PackedLayout, tiles: Sequence[Any], packed: Tensor, name: s
 
 
 def _checked(layout: PackedLayout, tiles: Sequence[Any], where: str) -> list[Tile]:
-    """Returns tiles that cover every row once and hold all that a row sees, one after another."""
+    """Returns the tiles after checking that they cover every row once, in order, and every weight that a row sees."""
     if not 0 < len(tiles) <= layout.out_features:
         raise SchemaError(f"{where}: expected 1 to {layout.out_features} tiles; found {len(tiles)}")
     row = offset = 0
-    found = []
+    checked = []
     for i, entry in enumerate(tiles):
         _TILE.check(entry, child(where, i))
         tile = Tile(*entry)
@@ -78,7 +78,7 @@ def _checked(layout: PackedLayout, tiles: Sequence[Any], where: str) -> list[Til
                 f"{child(where, i)}: expected a width of {least} to {layout.in_features}; found {tile.width}"
             )
         row, offset = tile.row_end, offset + (tile.row_end - row) * tile.width
-        found.append(tile)
+        checked.append(tile)
     if row != layout.out_features:
         raise SchemaError(f"{where}: expected tiles that cover {layout.out_features} rows; found {row}")
-    return found
+    return checked

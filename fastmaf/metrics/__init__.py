@@ -1,1 +1,1 @@
-"""Metrics of detection: areas under curves, thresholds, and their uncertainty."""
+"""Metrics of defect detection: areas under curves, thresholds, their uncertainty, and figures."""

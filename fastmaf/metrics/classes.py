@@ -1,4 +1,4 @@
-"""Which class folders a test set must have to be judged, and what to say where they are called otherwise."""
+"""Checks of a test set's class folders, with proposals where they have other names than expected."""
 
 from __future__ import annotations
 
@@ -8,52 +8,31 @@ from pathlib import Path
 
 from fastmaf.images.folders import TEST
 from fastmaf.images.listing import count, nearest
-from fastmaf.metrics.results import NORMAL, EvaluationError
+from fastmaf.metrics.results import NORMAL, EvaluationError, missing_kind
 
-_NORMAL_WORDS = {
-    "bon",
-    "clean",
-    "correct",
-    "defect_free",
-    "fine",
-    "gut",
-    "intact",
-    "io",
-    "no_defect",
-    "non_defective",
-    "normal",
-    "normals",
-    "ok",
-    "okay",
-    "pass",
-    "passed",
-    "undamaged",
-}
+_NORMAL_WORDS = (
+    "bon", "clean", "correct", "defect_free", "fine", "gut", "intact", "io", "no_defect",
+    "non_defective", "normal", "normals", "ok", "okay", "pass", "passed", "undamaged",
+)  # fmt: skip
 
 
 def require_both(labels: Sequence[str], root: str | Path) -> None:
-    """Refuses a test set without normals or without defects, before anything is scored.
+    """Checks that a test set has normals and defects, before anything is scored.
 
     Args:
-        labels: the class of each image that was read.
-        root: the data set's folder, for the message.
+        labels: class of each image that was read.
+        root: folder of the data set, for the message.
 
     Raises:
-        EvaluationError: with the folders that were found, their numbers of images, and the one that was meant.
+        EvaluationError: one of them is missing; the message lists what was found and proposes what was meant.
     """
-    found, test = Counter(labels), Path(root).expanduser() / TEST
-    absent = [
-        what for what, there in (("normal", found[NORMAL]), ("defect", len(found) - (NORMAL in found))) if not there
-    ]
-    if not absent:
+    test = Path(root).expanduser() / TEST
+    message = missing_kind(labels)
+    if message is None:
         return
-    listing = ", ".join(f"{name} {n}" for name, n in sorted(found.items())) or "none"
-    message = (
-        f'an AUROC needs normals (class "{NORMAL}") and defects (other classes), but there is no {absent[0]}; images '
-        f"found: {listing}, in the folders of {test}"
-    )
-    if absent[0] == "normal":
-        meant = like_normal(found, test)
+    message += f", in the folders of {test}"
+    if NORMAL not in labels:
+        meant = like_normal(labels, test)
         message += "".join(f"\ndid you mean {path} (expected the name {NORMAL})?" for path in meant)
         message += f"\nexpected: {test / NORMAL} with normal images"
     else:
@@ -62,18 +41,18 @@ def require_both(labels: Sequence[str], root: str | Path) -> None:
 
 
 def like_normal(labels: Iterable[str], test: Path) -> list[Path]:
-    """The class folders that ``good`` may be called by mistake: by spelling, the nearest first, then by meaning."""
+    """Returns class folders that are probably meant to be ``good``: similar names first, then synonyms."""
     others = sorted(set(labels) - {NORMAL})
     near = nearest(NORMAL, [test / label for label in others])
-    return list(dict.fromkeys([*near, *(test / label for label in others if _says_normal(label))]))
+    return list(dict.fromkeys([*near, *(test / label for label in others if _means_normal(label))]))
 
 
-def _says_normal(label: str) -> bool:
-    return label.lower().replace("-", "_").replace(" ", "_") in {NORMAL, *_NORMAL_WORDS}
+def _means_normal(label: str) -> bool:
+    return label.lower().replace("-", "_").replace(" ", "_") in (NORMAL, *_NORMAL_WORDS)
 
 
 def doubtful(labels: Iterable[str]) -> list[str]:
-    """A note on class folders that count as defects beside ``good``, though their names say normal."""
+    """Returns notes on class folders that count as defects though their names mean normal."""
     counted = Counter(labels)
     if not counted[NORMAL]:
         return []
@@ -81,5 +60,5 @@ def doubtful(labels: Iterable[str]) -> list[str]:
         f"class folder test/{label} ({count(counted[label], 'image')}) counts as a defect class: normal are "
         f"those in test/{NORMAL}"
         for label in sorted(set(counted) - {NORMAL})
-        if _says_normal(label)
+        if _means_normal(label)
     ]

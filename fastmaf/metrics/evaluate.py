@@ -1,8 +1,7 @@
-"""Judging image scores: AUROC, thresholds and what they cost, from NLLs alone.
+"""Evaluation of image scores: AUROC, thresholds and their error rates.
 
-No model in here: numbers and class names in, an `Evaluation` out. A score is an image's NLL in nats, higher meaning
-more anomalous; the class "good" is normal and every other class a defect. Everything is ranked in float64: NLLs near
--4e4 that pass through a sigmoid or float32 become ties.
+A score is an image's NLL in nats; higher scores are more anomalous. The class "good" is normal, every other class a
+defect. Scores are ranked in float64: NLLs near -4e4 that pass through a sigmoid or float32 become ties.
 """
 
 from __future__ import annotations
@@ -24,9 +23,10 @@ from fastmaf.metrics.results import (
     Roc,
     ThresholdReport,
     checked_scores,
+    missing_kind,
 )
 
-_YOUDEN_HOW = "Youden's J on the test labels themselves: optimistic, chosen with the answers"
+_YOUDEN_HOW = "maximises Youden's J on the test labels themselves, so its results are optimistic"
 
 
 def evaluate_scores(
@@ -39,20 +39,21 @@ def evaluate_scores(
     seed: int = 0,
     features: int | None = None,
 ) -> Evaluation:
-    """Evaluate the scores of a labelled test set.
+    """Evaluates the scores of a labelled test set.
 
     Args:
-        nll: float64 [n], nats. +inf counts as more anomalous than any number; NaN and -inf are errors.
-        labels: n class names; "good" is normal, every other class a defect.
-        held_out_nll: float64 [m], the NLLs of normals that neither trained the model nor are in the test set. They
-            give a second threshold, by split conformal prediction, that no test label has touched.
-        false_alarm: the rate of false alarms (alpha) that the held-out threshold shall promise, in (0, 1).
-        bootstrap: resamples behind the AUROC's interval; 0 for no interval.
-        seed: of the bootstrap.
-        features: dimensions of an image, for bits/dim.
+        nll: NLLs of the test images, float64 [n], in nats. +inf is more anomalous than any number; NaN and -inf are
+            errors.
+        labels: n class names.
+        held_out_nll: NLLs [m] of normals that are neither in the training set nor in the test set. They give a second
+            threshold, by split conformal prediction, that does not depend on test labels.
+        false_alarm: false-alarm rate (alpha) guaranteed by the held-out threshold, in (0, 1).
+        bootstrap: number of resamples for the interval of the AUROC; 0 for no interval.
+        seed: seed of the bootstrap.
+        features: number of dimensions of an image, for bits/dim.
 
     Raises:
-        EvaluationError: lengths differ, a score is NaN or -inf, there is no normal or no defect, or an option is out of
+        EvaluationError: lengths differ, a score is NaN or -inf, normals or defects are missing, or an option is out of
             range.
     """
     scores = checked_scores(nll, "test", labels)
@@ -63,21 +64,15 @@ def evaluate_scores(
     if features is not None and features < 1:
         raise EvaluationError(f"features must be the number of dimensions of an image, found {features!r}")
     classes = np.asarray([str(label) for label in labels])
-    found = Counter(classes.tolist())
-    others = sorted(set(found) - {NORMAL})
-    if not found[NORMAL] or not others:
-        absent = "normal" if not found[NORMAL] else "defect"
-        listing = ", ".join(f"{name} {n}" for name, n in sorted(found.items())) or "no images at all"
-        raise EvaluationError(
-            f'an AUROC needs normals (class "{NORMAL}") and defects (other classes), but there is no {absent}; '
-            f"images found: {listing}"
-        )
-    counts = {name: found[name] for name in [NORMAL, *others]}
+    if message := missing_kind(classes.tolist()):
+        raise EvaluationError(message)
+    tally = Counter(classes.tolist())
+    counts = {name: tally[name] for name in sorted(tally, key=lambda name: (name != NORMAL, name))}
     defect = classes != NORMAL
 
     values, codes = np.unique(scores, return_inverse=True)
     roc = _roc(values, codes, defect)
-    # J = tpr - fpr over real scores only: point 0 (nothing anomalous, J = 0) has no threshold to report.
+    # Point 0 of the ROC (nothing anomalous, J = 0) has no finite threshold and is skipped.
     best = 1 + int(np.argmax((roc.tpr - roc.fpr)[1:]))
     youden = _report("Youden", float(roc.thresholds[best]), True, _YOUDEN_HOW, scores, classes, counts)
     held_out, reason = None, None
@@ -86,8 +81,8 @@ def evaluate_scores(
     elif np.size(held_out_nll) == 0:
         reason = "the set of held-out normals is empty"
     else:
-        threshold, how, promised, rate_95 = conformal_threshold(held_out_nll, false_alarm)
-        held_out = _report("held-out", threshold, False, how, scores, classes, counts, promised, rate_95)
+        threshold, how, guaranteed, rate_95 = conformal_threshold(held_out_nll, false_alarm)
+        held_out = _report("held-out", threshold, False, how, scores, classes, counts, guaranteed, rate_95)
 
     return Evaluation(
         counts=counts,
@@ -104,42 +99,45 @@ def evaluate_scores(
 
 
 def conformal_threshold(held_out_nll: np.ndarray, false_alarm: float) -> tuple[float, str, float, float]:
-    """Split conformal: the ceil((n+1)(1-alpha))-th smallest of n held-out normals; alarm iff nll > threshold.
+    """Returns the split conformal threshold: the ceil((n+1)(1-alpha))-th smallest score of n held-out normals.
 
-    For exchangeable normals the alarm rate on a new one is then at most alpha (Vovk et al. 2005; Papadopoulos 2008).
-    Below n = 1/alpha - 1 that rank does not exist: the largest score is used, which promises 1/(n+1).
+    An image is anomalous if its NLL exceeds the threshold. For exchangeable normals the false-alarm rate is at most
+    alpha. Below n = 1/alpha - 1 that rank does not exist; the largest score is used, which guarantees 1/(n+1).
 
     Returns:
-        threshold (nats); how it was chosen; the rate promised on average over held-out sets; and the rate that 95% of
-        held-out sets of this size stay below (the Beta(n+1-k, k) quantile for rank k).
+        The threshold in nats; a description of how it was chosen; the guaranteed rate, on average over held-out sets;
+        and the rate that 95% of held-out sets of this size stay below (the Beta(n+1-k, k) quantile for rank k).
+
+    References:
+        Vovk et al., Algorithmic Learning in a Random World, 2005. Papadopoulos, Inductive Conformal Prediction, 2008.
     """
     from scipy.special import betaincinv
 
     scores = np.sort(checked_scores(held_out_nll, "held-out"))
     n = len(scores)
-    alpha = Fraction(str(float(false_alarm)))  # the decimal that was meant: in floats 100 * (1 - 0.07) exceeds 93
+    alpha = Fraction(str(float(false_alarm)))  # exact: in floats, 100 * (1 - 0.07) exceeds 93
     rank = math.ceil((n + 1) * (1 - alpha))
     if rank <= n:
-        promised = float(false_alarm)
+        guaranteed = float(false_alarm)
         how = (
             f"split conformal: the ceil((n+1)(1-alpha))-th smallest NLL of n held-out normals (the {_ordinal(rank)} of "
-            f"{n}, alpha = {promised:g}); no label of the test set was used"
+            f"{n}, alpha = {guaranteed:g}); no label of the test set was used"
         )
     else:
-        rank, promised = n, 1 / (n + 1)
+        rank, guaranteed = n, 1 / (n + 1)
         how = (
             f"split conformal: {n} held-out normals are too few for a false-alarm rate of {float(false_alarm):g} (that "
-            f"takes {math.ceil(1 / alpha) - 1}), so this is their largest NLL, which promises a rate of 1/(n+1) = "
-            f"{promised:.3g}; no label of the test set was used"
+            f"takes {math.ceil(1 / alpha) - 1}), so this is their largest NLL, which guarantees a rate of 1/(n+1) = "
+            f"{guaranteed:.3g}; no label of the test set was used"
         )
     threshold = float(scores[rank - 1])
     if math.isinf(threshold):
         how += "; that held-out NLL is infinite, so nothing can exceed it"
-    return threshold, how, promised, float(betaincinv(n + 1 - rank, rank, 0.95))
+    return threshold, how, guaranteed, float(betaincinv(n + 1 - rank, rank, 0.95))
 
 
 def _roc(values: np.ndarray, codes: np.ndarray, defect: np.ndarray) -> Roc:
-    """The ROC over sorted distinct `values`; own code because sklearn refuses infinite scores."""
+    """Returns the ROC over sorted distinct values; scikit-learn's refuses infinite scores."""
     normals = np.bincount(codes[~defect], minlength=len(values))[::-1]
     defects = np.bincount(codes[defect], minlength=len(values))[::-1]
     fpr = np.concatenate([[0.0], np.cumsum(normals) / normals.sum()])
@@ -148,13 +146,13 @@ def _roc(values: np.ndarray, codes: np.ndarray, defect: np.ndarray) -> Roc:
 
 
 def _class_stats(name: str, scores: np.ndarray, classes: np.ndarray) -> ClassStats:
-    own = scores[classes == name]
+    nlls = scores[classes == name]
     area = None
     if name != NORMAL:
         pair = (classes == name) | (classes == NORMAL)
         area = auroc(scores[pair], classes[pair] != NORMAL)
-    with np.errstate(invalid="ignore", over="ignore"):  # an infinite score: mean inf, std NaN, which is the truth
-        return ClassStats(len(own), float(own.mean()), float(own.std()), float(np.median(own)), area)
+    with np.errstate(invalid="ignore", over="ignore"):  # infinite scores: mean inf, std NaN
+        return ClassStats(len(nlls), float(nlls.mean()), float(nlls.std()), float(np.median(nlls)), area)
 
 
 def _report(
@@ -165,10 +163,10 @@ def _report(
     scores: np.ndarray,
     classes: np.ndarray,
     counts: Mapping[str, int],
-    promised: float | None = None,
+    guaranteed: float | None = None,
     rate_95: float | None = None,
 ) -> ThresholdReport:
-    from sklearn.metrics import precision_recall_fscore_support  # takes a second to import; `plots` needs none of it
+    from sklearn.metrics import precision_recall_fscore_support  # slow to import
 
     truth = classes != NORMAL
     called = scores >= threshold if inclusive else scores > threshold
@@ -187,7 +185,7 @@ def _report(
         alarms={label: int(called[classes == label].sum()) for label in counts},
         false_alarm_rate=fp / (tn + fp),
         baseline_accuracy=float(truth.mean()),
-        promised_rate=promised,
+        promised_rate=guaranteed,
         rate_95=rate_95,
     )
 

@@ -31,10 +31,10 @@ class ScoreAxis:
     """The axis of a score histogram: bins over the bulk, and one wide edge bin for all scores below or above it.
 
     Attributes:
-        low, high: Limits of the bulk.
-        width: Width of its bins.
-        left, right: Centres of the edge bins, which are three bins wide and one bin away from the bulk.
-        edges: Edges of all bins, those of the edge bins in use included.
+        low, high: limits of the bulk.
+        width: width of its bins.
+        left, right: centres of the edge bins, which are three bins wide and one bin away from the bulk.
+        edges: edges of all bins, those of the edge bins in use included.
         beyond: (start, end) of each edge bin in use.
     """
 
@@ -69,8 +69,9 @@ class ScoreAxis:
         jitter = np.random.default_rng(0)
         for row, (_, scores, colour, _) in enumerate(rows):
             x, y = self.place(scores), row + jitter.uniform(-0.22, 0.22, len(scores))
+            scattered = np.where(x == scores, x, x + jitter.uniform(-1.4, 1.4, len(scores)) * self.width)
             for hit, marker in ((x == scores, "o"), (scores > x, ">"), (scores < x, "<")):
-                axes.plot(x[hit], y[hit], marker, color=colour, markersize=size, alpha=0.6, markeredgewidth=0)
+                axes.plot(scattered[hit], y[hit], marker, color=colour, markersize=size, alpha=0.6, markeredgewidth=0)
             axes.plot([np.median(x)], [row], "|", color=ink, markersize=3 * size, markeredgewidth=1.5)
         axes.set_yticks(range(len(rows)), [group.name for group in rows])
         axes.set_ylim(len(rows) - 0.5, -0.5)
@@ -82,7 +83,7 @@ def hist_limits(scores: np.ndarray, normal: np.ndarray, thresholds: Iterable[flo
     Args:
         scores: [n] scores; infinities are ignored.
         normal: bool [n], which of them are normal.
-        thresholds: Scores to include where they are near the bulk.
+        thresholds: scores to include where they are near the bulk.
     """
     finite = scores[np.isfinite(scores)]
     if not len(finite):

@@ -7,6 +7,7 @@ whatever the user's style is, writes its PNG atomically and returns the Figure.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from itertools import cycle
 from pathlib import Path
 from typing import Any
@@ -48,8 +49,8 @@ def nll_curve(
     """Draws training and validation NLL by epoch.
 
     Args:
-        path: The PNG to write.
-        log: One row per epoch with "epoch", "nll" and, where known, "val_nll" and "bits_per_dim" (None or NaN if not).
+        path: the PNG to write.
+        log: one row per epoch with "epoch", "nll" and, where known, "val_nll" and "bits_per_dim" (None or NaN if not).
         published: NLL of the published run by epoch, drawn as markers up to the last epoch of the log.
     """
     figure, axes = _figure(8.0, 5.2)
@@ -107,10 +108,10 @@ def nll_hist(path: str | Path, nll: np.ndarray, labels: Sequence[str], threshold
     which is labelled with their number and the furthest of them.
 
     Args:
-        path: The PNG to write.
+        path: the PNG to write.
         nll: [n] in nats; infinities are counted in the bin at the edge.
         labels: n class names; "good" is normal.
-        thresholds: Name and NLL of each threshold, drawn as vertical lines.
+        thresholds: name and NLL of each threshold, drawn as vertical lines.
     """
     nll, classes = np.asarray(nll, dtype=np.float64), np.asarray([str(label) for label in labels])
     if nll.ndim != 1 or len(nll) != len(classes) or not len(nll) or np.isnan(nll).any():
@@ -228,7 +229,9 @@ def _bits_axis(axes: Axes, log: Sequence[Mapping[str, Any]], train: np.ndarray) 
     usable = np.isfinite(bits) & np.isfinite(train) & (bits != 0) & (train != 0)
     if usable.any():
         factor = float(np.median(bits[usable] / train[usable]))
-        right = axes.secondary_yaxis("right", functions=(lambda nll: nll * factor, lambda bits: bits / factor))
+        right = axes.secondary_yaxis(
+            "right", functions=(partial(np.multiply, factor), partial(np.multiply, 1 / factor))
+        )
         right.set_ylabel("bits per dimension")
 
 

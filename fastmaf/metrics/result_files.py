@@ -52,10 +52,10 @@ def write_scores(
     evaluation: Evaluation,
     features: int,
 ) -> None:
-    """Write one CSV line per image, in the order given: file, label, nll (nats), bits_per_dim, both verdicts (1 or 0).
+    """Writes one CSV line per image: file, label, NLL in nats, bits per dimension, and both verdicts (1 or 0).
 
-    anomalous_held_out is empty without a held-out threshold. float() gives the written numbers back exactly, and
-    `fastmaf.images.names.from_cell` files and labels.
+    ``anomalous_held_out`` is empty without a held-out threshold. Numbers are written exactly;
+    ``fastmaf.images.names.from_cell`` restores files and labels.
     """
     scores = checked_scores(nll, "test", labels)
     if len(paths) != len(scores):
@@ -71,7 +71,7 @@ def write_scores(
         file, label = to_cell(os.fspath(paths[i])), to_cell(labels[i])
         table.writerow([file, label, repr(score), repr(bits), int(caught[i]), held_out])
     with written_atomically(path) as stream:
-        stream.write(text.getvalue().encode("utf-8", "surrogateescape"))  # file names need not be valid Unicode
+        stream.write(text.getvalue().encode("utf-8", "surrogateescape"))  # file names may hold undecodable bytes
 
 
 def write_metrics(path: str | Path, evaluation: Evaluation, extra: Mapping[str, Any] | None = None) -> None:
@@ -79,7 +79,7 @@ def write_metrics(path: str | Path, evaluation: Evaluation, extra: Mapping[str, 
     content = to_json(evaluation)
     clash = sorted(set(content) & set(extra or {}))
     if clash:
-        raise EvaluationError(f"extra may not replace keys of the evaluation, found {', '.join(clash)}")
+        raise EvaluationError(f"extra: expected other keys than those of the evaluation; found {', '.join(clash)}")
     content.update(_plain(dict(extra or {})))
     text = json.dumps(content, indent=2, allow_nan=False) + "\n"
     with written_atomically(path) as file:
@@ -87,7 +87,7 @@ def write_metrics(path: str | Path, evaluation: Evaluation, extra: Mapping[str, 
 
 
 def format_table(evaluation: Evaluation) -> str:
-    """The evaluation as plain text for a terminal, at most about 100 columns wide."""
+    """Returns an evaluation as plain text for a terminal, about 100 columns wide."""
     e, bits = evaluation, evaluation.features is not None
     interval = ""
     if e.auroc_interval is not None:
@@ -125,7 +125,7 @@ def format_table(evaluation: Evaluation) -> str:
         ]
         if r.promised_rate is not None and r.rate_95 is not None:
             lines.append(
-                f"  promised for new normals: false alarms <= {r.promised_rate:.1%} on average over held-out sets; "
+                f"  guaranteed on new normals: <= {r.promised_rate:.1%} on average over held-out sets; "
                 f"with 95% confidence, <= {r.rate_95:.1%}"
             )
     if e.held_out_reason is not None:
@@ -134,7 +134,7 @@ def format_table(evaluation: Evaluation) -> str:
 
 
 def _plain(value: Any) -> Any:
-    """`value` in the types json knows, without NaN or infinities."""
+    """Converts a value to JSON types, without NaN and infinities."""
     if is_dataclass(value) and not isinstance(value, type):
         return {field.name: _plain(getattr(value, field.name)) for field in fields(value)}
     if isinstance(value, tuple) and hasattr(value, "_asdict"):

@@ -1,7 +1,4 @@
-"""What an evaluation found, and how it is written down: JSON, CSV, a table for the terminal.
-
-`fastmaf.metrics.evaluate` computes it and passes these names on; this half needs numpy alone.
-"""
+"""Results of an evaluation: classes of values, and checks of the scores that they are computed from."""
 
 from __future__ import annotations
 
@@ -17,16 +14,16 @@ NORMAL = "good"
 
 
 def bits_per_dim(nll: float, features: int) -> float:
-    """`nll` (nats) as bits per dimension of data in [0, 1]; add 8 for the nominal figure of 8-bit data."""
+    """Converts an NLL in nats to bits per dimension of data in [0, 1]; 8-bit data have 8 more."""
     return nll / (features * math.log(2))
 
 
 class EvaluationError(ValueError):
-    """Scores or labels that cannot be evaluated; the message says what was found."""
+    """Scores or labels cannot be evaluated."""
 
 
 class Prf(NamedTuple):
-    """Precision, recall and F1 of one of the two classes; 0 where a denominator is 0."""
+    """Precision, recall and F1 of normals or anomalies; 0 where a denominator is 0."""
 
     precision: float
     recall: float
@@ -34,9 +31,9 @@ class Prf(NamedTuple):
 
 
 class Roc(NamedTuple):
-    """The ROC by falling threshold, one point per distinct score (float64 [k + 1] each).
+    """The ROC curve by decreasing threshold, one point per distinct score (float64 [k + 1] each).
 
-    Point i calls an image anomalous iff nll >= thresholds[i]; point 0 is "nothing is anomalous", its threshold inf.
+    At point i an image is anomalous iff nll >= thresholds[i]; at point 0, with threshold inf, no image is.
     """
 
     fpr: np.ndarray
@@ -46,7 +43,7 @@ class Roc(NamedTuple):
 
 @dataclass(frozen=True)
 class ClassStats:
-    """The NLLs of one class in nats; `std` has divisor n, `auroc` is against "good" (None for "good" itself)."""
+    """NLLs of one class in nats; ``std`` has divisor n, ``auroc`` is against "good" (None for "good" itself)."""
 
     n: int
     mean: float
@@ -57,19 +54,19 @@ class ClassStats:
 
 @dataclass(frozen=True)
 class ThresholdReport:
-    """One operating point: a threshold, where it came from, and what it does to the test images.
+    """One operating point: a threshold, how it was chosen, and its results on the test images.
 
     Attributes:
         name: "Youden" or "held-out".
-        threshold: in nats.
-        inclusive: anomalous iff nll >= threshold (Youden, as in sklearn's roc_curve) rather than nll > threshold
-            (held-out, as the conformal guarantee wants it).
-        how: how the threshold was chosen, in words.
-        confusion: ((TN, FP), (FN, TP)): rows are the truth, normal first.
-        alarms: images called anomalous, by class.
+        threshold: threshold in nats.
+        inclusive: an image is anomalous iff nll >= threshold (Youden, as in scikit-learn's ``roc_curve``) rather than
+            nll > threshold (held-out, as the conformal guarantee requires).
+        how: description of how the threshold was chosen.
+        confusion: ((TN, FP), (FN, TP)): rows are the true classes, normal first.
+        alarms: number of images called anomalous, by class.
         false_alarm_rate: FP / normals of the test set.
-        baseline_accuracy: the accuracy of calling every image anomalous.
-        promised_rate: held-out only: the false-alarm rate that the threshold promises on average over held-out sets.
+        baseline_accuracy: accuracy of calling every image anomalous.
+        promised_rate: held-out only: the guaranteed false-alarm rate, on average over held-out sets.
         rate_95: held-out only: the false-alarm rate that 95% of held-out sets of this size stay below.
     """
 
@@ -88,23 +85,23 @@ class ThresholdReport:
     rate_95: float | None = None
 
     def is_anomalous(self, nll: np.ndarray) -> np.ndarray:
-        """Bool array of nll's shape: which scores (nats) this threshold calls anomalous."""
+        """Returns which NLLs (nats) are anomalous at this threshold, as a bool array."""
         nll = np.asarray(nll, dtype=np.float64)
         return nll >= self.threshold if self.inclusive else nll > self.threshold
 
 
 @dataclass(frozen=True, eq=False)
 class Evaluation:
-    """What `evaluate_scores` found.
+    """The results of ``evaluate_scores``.
 
     Attributes:
-        counts: images by class, "good" first.
-        auroc: P(NLL of a defect > NLL of a normal) + half the ties.
-        auroc_interval: 95% stratified percentile bootstrap; None when bootstrap = 0.
+        counts: number of images by class, "good" first.
+        auroc: area under the ROC curve, ties counted half.
+        auroc_interval: 95% interval by the stratified percentile bootstrap; None if ``bootstrap`` is 0.
         per_class: statistics of each class, "good" first.
-        youden: at the threshold chosen on the test labels.
-        held_out: at the threshold from held-out normals; None when there were none, `held_out_reason` says why.
-        features: dimensions of an image, for bits/dim; None when not given.
+        youden: results at the threshold chosen on the test labels.
+        held_out: results at the threshold from held-out normals; None without them, for ``held_out_reason``.
+        features: number of dimensions of an image, for bits/dim; None if not given.
     """
 
     counts: Mapping[str, int]
@@ -129,12 +126,12 @@ class Evaluation:
         return sum(self.counts.values()) - self.n_normal
 
     def bits_per_dim(self, nll: float) -> float | None:
-        """`nll` (nats) as bits per dimension, nll / (features * ln 2); None without `features`."""
+        """Converts an NLL in nats to bits per dimension; None without ``features``."""
         return None if self.features is None else bits_per_dim(float(nll), self.features)
 
 
 def nats(value: float, digits: int = 0) -> str:
-    """A number of nats for people: thousands separated, decimals only where they matter, powers of ten when huge."""
+    """Formats a number of nats, with thousands separators and few digits."""
     if not math.isfinite(value):
         return str(float(value))
     if abs(value) >= 1e7:
@@ -142,8 +139,20 @@ def nats(value: float, digits: int = 0) -> str:
     return f"{value:,.{digits if abs(value) >= 1000 else max(digits, 2)}f}"
 
 
+def missing_kind(labels: Sequence[str]) -> str | None:
+    """Returns an error message if normals or defects are missing among the labels, else None."""
+    counts = Counter(labels)
+    if counts[NORMAL] and len(counts) > 1:
+        return None
+    listing = ", ".join(f"{name} {n}" for name, n in sorted(counts.items()) if n) or "none"
+    return (
+        f'an AUROC needs normals (class "{NORMAL}") and defects (other classes), but there is no '
+        f"{'defect' if counts[NORMAL] else 'normal'}; images found: {listing}"
+    )
+
+
 def checked_scores(nll: np.ndarray, which: str, labels: Sequence[str] | None = None) -> np.ndarray:
-    """`nll` as float64 [n] without NaN or -inf, or an EvaluationError."""
+    """Returns scores as float64 [n]; raises EvaluationError for other shapes, NaN and -inf."""
     scores = np.asarray(nll, dtype=np.float64)
     if scores.ndim != 1:
         raise EvaluationError(f"the {which} scores must be one NLL per image, shape [n]; found {list(scores.shape)}")

@@ -14,8 +14,8 @@ _UNLIMITED = 1 << 60  # version 1 of cgroups reports "no limit" as a larger numb
 
 def available_memory(device: torch.device) -> int | None:
     """Returns the bytes that this process can still allocate on a device, or None if that is unknown."""
-    found = list(_on_cuda(device) if device.type == "cuda" else _on_cpu())
-    return max(0, min(found)) if found else None
+    limits = list(_on_cuda(device) if device.type == "cuda" else _on_cpu())
+    return max(0, min(limits)) if limits else None
 
 
 def _on_cuda(device: torch.device) -> Iterator[int]:
@@ -38,11 +38,11 @@ def _on_cpu() -> Iterator[int]:
     with contextlib.suppress(ImportError, OSError, ValueError):
         import resource  # not on Windows
 
-        own = _table(_PROC / "self" / "status")
+        process = _table(_PROC / "self" / "status")
         for limit, used in ((resource.RLIMIT_AS, "VmSize"), (resource.RLIMIT_DATA, "VmData")):
             most = resource.getrlimit(limit)[0]
-            if most != resource.RLIM_INFINITY and used in own:
-                yield most - own[used]
+            if most != resource.RLIM_INFINITY and used in process:
+                yield most - process[used]
 
 
 def _cgroup_limits() -> Iterator[int]:
@@ -74,10 +74,10 @@ def _number(file: Path) -> int | None:
 
 def _table(file: Path) -> dict[str, int]:
     """Parses lines of a name and a size, in bytes or kB, into sizes in bytes."""
-    found: dict[str, int] = {}
+    sizes: dict[str, int] = {}
     with contextlib.suppress(OSError):
         for line in file.read_text().splitlines():
             name, *rest = line.replace(":", " ").split() or [""]
             if rest and rest[0].isdigit():
-                found[name] = int(rest[0]) * (1024 if rest[1:] == ["kB"] else 1)
-    return found
+                sizes[name] = int(rest[0]) * (1024 if rest[1:] == ["kB"] else 1)
+    return sizes

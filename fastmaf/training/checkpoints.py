@@ -1,6 +1,6 @@
-"""The two files of a training run: the model, and what resuming needs beside it.
+"""The two files of a training run: the model, and the training state that is needed to resume it.
 
-Both name the checkpoint that they belong to. The new state is written under another name first, then the model is
+Both contain the identifier of their checkpoint. The new state is first written under another name, then the model is
 replaced, then the state: a process that dies at any moment leaves a model and a state of the same checkpoint.
 """
 
@@ -20,6 +20,7 @@ import fastmaf
 from fastmaf.io.atomic import keep_previous, replace
 from fastmaf.io.safe_json import parse, shown
 from fastmaf.io.schema import Anything, Flag, ListOf, MapOf, Maybe, Number, Record, Text, Whole
+from fastmaf.io.tensor_file import read_tensors, write_tensors
 
 MODEL_FILE, STATE_FILE = "model.safetensors", "training_state.safetensors"
 _NEXT_STATE_FILE = "training_state.next.safetensors"
@@ -48,7 +49,7 @@ _STATE = Record(
         "guards": Record({"steps": _STEPS, "usual_nll": Maybe(Number()), "warming": Flag()}),
         "log": ListOf(_ROW),
     },
-    optional={  # what earlier versions did not write
+    optional={  # not written by earlier versions
         "checkpoint": Text(),
         "contents": MapOf(Record({"bytes": Whole(high=2**62), "sha256": Text()})),
         "epoch_so_far": Record(
@@ -77,38 +78,38 @@ def save_state(
         out: the run's folder.
         flow: the model.
         moments: the optimiser's tensors by name.
-        state: counters and log, plain JSON types.
-        about: what the model file should say of its training, plain JSON types.
-        keep: files of an earlier run to keep as ``*.previous.*``, before the model is replaced.
+        state: counters and log, as JSON types.
+        about: metadata on the training for the model file, as JSON types.
+        keep: files of an earlier run to keep as ``*.previous.*`` before the model is replaced.
 
     Raises:
-        OSError: a file cannot be written, as on a full disk; the model and the state before stay.
+        OSError: a file cannot be written, as on a full disk; the previous model and state are kept.
     """
     checkpoint = secrets.token_hex(8)
-    fastmaf.write_tensors(moments, out / _NEXT_STATE_FILE, {"state": json.dumps({**state, "checkpoint": checkpoint})})
+    write_tensors(moments, out / _NEXT_STATE_FILE, {"state": json.dumps({**state, "checkpoint": checkpoint})})
     try:
         for name in keep:
             keep_previous(out / name)
         flow.save(out / MODEL_FILE, {"training": json.dumps({**about, "checkpoint": checkpoint})})
     except BaseException:
         if not (out / MODEL_FILE).is_file() or training_of(out / MODEL_FILE).get("checkpoint") != checkpoint:
-            (out / _NEXT_STATE_FILE).unlink(missing_ok=True)  # on a full disk its room is needed
+            (out / _NEXT_STATE_FILE).unlink(missing_ok=True)  # frees its space on a full disk
         raise
     replace(out / _NEXT_STATE_FILE, out / STATE_FILE)
 
 
 def remove_state(out: Path) -> None:
-    """Removes the training state from a folder whose model another kind of training has replaced."""
+    """Removes the training state from a folder whose model was replaced by another kind of training."""
     for name in (STATE_FILE, _NEXT_STATE_FILE):
         (out / name).unlink(missing_ok=True)
 
 
 def load_state(out: Path, *, tensors: bool = True) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Returns the moments and the state of a run.
+    """Returns the optimiser's moments and the state of a run.
 
     Raises:
         FileNotFoundError: there is no checkpoint in ``out``.
-        fastmaf.CheckpointError: its files are damaged, or belong to different steps.
+        fastmaf.CheckpointError: its files are damaged, or belong to different checkpoints.
     """
     states = [out / name for name in (STATE_FILE, _NEXT_STATE_FILE) if (out / name).is_file()]
     absent = MODEL_FILE if not (out / MODEL_FILE).is_file() else STATE_FILE if not states else None
@@ -118,26 +119,26 @@ def load_state(out: Path, *, tensors: bool = True) -> tuple[dict[str, Tensor], d
         )
     about = training_of(out / MODEL_FILE)
     for file in states:
-        found, metadata = fastmaf.read_tensors(file, tensors=tensors)
-        state = _record(metadata, "state", _STATE, file, finite=False)  # a validation NLL may be infinite
+        moments, metadata = read_tensors(file, tensors=tensors)
+        state = _record(metadata, "state", _STATE, file, finite=False)  # validation NLLs may be infinite
         if len(state["log"]) != state["epochs_done"]:
             raise fastmaf.CheckpointError(
                 f"{file}: state.log: expected {state['epochs_done']} rows, one an epoch; found {len(state['log'])}"
             )
-        # Files of earlier versions name no checkpoint; their steps have to do.
+        # Files of earlier versions have no identifier and are compared by their steps alone.
         if all(state.get(key) == about.get(key) for key in ("steps", "checkpoint")):
-            return found, state
+            return moments, state
     raise fastmaf.CheckpointError(
         f"{out / STATE_FILE} does not belong to {out / MODEL_FILE}, which is from step {about.get('steps')}: one of "
-        "them was replaced. The model is usable; training cannot go on from it (choose another --out)"
+        "them was replaced. The model is usable, but its training cannot be resumed (choose another --out)"
     )
 
 
 def refuse_unfinished(out: Path) -> None:
-    """Refuses to start a new run in a folder that holds an unfinished one.
+    """Checks that a folder does not hold an unfinished run, before a new one is started in it.
 
     Raises:
-        ValueError: it does; says how many epochs are done.
+        ValueError: it does.
     """
     if not ((out / STATE_FILE).exists() and (out / MODEL_FILE).exists()):
         return
@@ -145,33 +146,33 @@ def refuse_unfinished(out: Path) -> None:
     if state["epochs_done"] < state["config"]["epochs"]:
         raise ValueError(
             f"{out} holds an unfinished run ({state['epochs_done']} of {state['config']['epochs']} epochs): "
-            "go on with --resume, choose another --out, or delete it"
+            "continue it with --resume, choose another --out, or delete it"
         )
 
 
 def moments_by_parameter(
     out: Path, tensors: Mapping[str, Tensor], parameters: Mapping[str, Tensor]
 ) -> dict[int, dict[str, Tensor]]:
-    """Returns the optimiser's state by each parameter's place, from the tensors that ``load_state`` returned.
+    """Returns the optimiser's state by index of the parameter, from the tensors that ``load_state`` returned.
 
     Raises:
-        fastmaf.CheckpointError: a tensor is missing, unexpected, or not as its parameter.
+        fastmaf.CheckpointError: a tensor is missing, unexpected, or does not match its parameter.
     """
-    if not tensors:  # every step so far was skipped
+    if not tensors:  # all steps were skipped
         return {}
     expected = {f"{name}/{key}": (p.shape, p.dtype) for name, p in parameters.items() for key in _MOMENTS}
     expected |= {f"{name}/step": (torch.Size(()), torch.float32) for name in parameters}
     if odd := sorted(expected.keys() ^ tensors.keys()):
         raise fastmaf.CheckpointError(f"{out / STATE_FILE}: tensor {shown(odd[0])} is missing or unexpected")
     for name, (shape, dtype) in expected.items():
-        found = tensors[name]
-        if found.shape != shape or found.dtype != dtype:
-            what = f"{shown(tuple(found.shape))} {found.dtype}"
+        tensor = tensors[name]
+        if tensor.shape != shape or tensor.dtype != dtype:
+            what = f"{shown(tuple(tensor.shape))} {tensor.dtype}"
             raise fastmaf.CheckpointError(
                 f"{out / STATE_FILE}: tensor {name}: expected {tuple(shape)} {dtype}; found {what}"
             )
         signed = name.endswith("/exp_avg")  # steps and second moments are not
-        if not bool((torch.isfinite(found) & (found >= (-math.inf if signed else 0))).all()):
+        if not bool((torch.isfinite(tensor) & (tensor >= (-math.inf if signed else 0))).all()):
             numbers = "finite numbers" if signed else "finite numbers that are not negative"
             raise fastmaf.CheckpointError(f"{out / STATE_FILE}: tensor {name}: expected {numbers}; found others")
     names = ("step", *_MOMENTS)
@@ -179,16 +180,16 @@ def moments_by_parameter(
 
 
 def training_of(model: Path) -> dict[str, Any]:
-    """Returns what a model file says of its training; empty for a model that ``fastmaf train`` did not write.
+    """Returns the metadata on the training in a model file; empty if ``fastmaf train`` did not write it.
 
     Raises:
         fastmaf.CheckpointError: the file is damaged.
     """
-    return training_in(fastmaf.read_tensors(model, tensors=False)[1], model)
+    return training_in(read_tensors(model, tensors=False)[1], model)
 
 
 def training_in(metadata: Mapping[str, str], model: Path) -> dict[str, Any]:
-    """Returns what the metadata of the file ``model`` say of its training; see ``training_of``."""
+    """Returns the training entry of the metadata of the file ``model``; see ``training_of``."""
     return _record(metadata, "training", _TRAINING, model) if "training" in metadata else {}
 
 
@@ -196,8 +197,8 @@ def _record(
     metadata: Mapping[str, str], key: str, schema: Record, file: Path, *, finite: bool = True
 ) -> dict[str, Any]:
     try:
-        found: dict[str, Any] = parse(metadata.get(key, "{}"), key, finite=finite)
-        schema.check(found, key)
+        record: dict[str, Any] = parse(metadata.get(key, "{}"), key, finite=finite)
+        schema.check(record, key)
     except ValueError as error:
         raise fastmaf.CheckpointError(f"{file}: {error}") from error
-    return found
+    return record

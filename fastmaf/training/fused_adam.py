@@ -41,7 +41,7 @@ class FusedAdam(torch.optim.Adam):
 
     Example:
         >>> flow = fastmaf.MAF(6, 2, (16,), order="natural", seed=0)
-        >>> optimizer = FusedAdam(flow.parameters(), lr=1e-3)
+        >>> optimizer = fastmaf.optim.FusedAdam(flow.parameters(), lr=1e-3)
         >>> optimizer.minimize(-flow.log_prob(torch.zeros(4, 6)).mean())
         True
     """

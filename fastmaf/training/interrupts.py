@@ -1,4 +1,4 @@
-"""Ctrl-C as a request to stop, where stopping in the middle would lose work."""
+"""Ctrl-C as a request to stop at the next safe point."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from types import FrameType
 
 @contextmanager
 def interruptible() -> Iterator[threading.Event]:
-    """Turns the first Ctrl-C into a request to stop; a second one interrupts at once."""
+    """Yields an event that the first Ctrl-C sets; a second one interrupts immediately."""
     stop = threading.Event()
     if threading.current_thread() is not threading.main_thread():
-        yield stop  # only the main thread may handle signals
+        yield stop  # only the main thread can handle signals
         return
-    before = signal.getsignal(signal.SIGINT) or signal.SIG_DFL  # None: set by other code than Python's
+    before = signal.getsignal(signal.SIGINT) or signal.SIG_DFL  # None: not set by Python
 
     def ask(signum: int, frame: FrameType | None) -> None:
         stop.set()

@@ -1,6 +1,10 @@
-"""Invertible transforms: the steps that a flow is a sequence of; one per file."""
+"""Invertible transforms, one class per file."""
 
 from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
 
 from fastmaf.transforms.affine import AffineAutoregressive
 from fastmaf.transforms.base import NotInvertibleError, Transform
@@ -18,6 +22,7 @@ __all__ = [
     "NotInvertibleError",
     "Permutation",
     "Transform",
+    "transform_config",
 ]
 
 TRANSFORMS: dict[str, type[Transform]] = {
@@ -27,4 +32,19 @@ TRANSFORMS: dict[str, type[Transform]] = {
     "local_autoregressive": LocalAutoregressive,
     "gaussian_whitening": GaussianWhitening,
 }
-"""The transforms that can be saved, by the name that a file gives them; add a class here to save it."""
+"""The classes of transforms that can be saved, by their names in files. Add a class here to make it savable."""
+
+
+def transform_config(transform: nn.Module) -> dict[str, Any]:
+    """Returns the entry of a transform in the configuration of a flow: its name in files and its ``config()``.
+
+    Raises:
+        TypeError: the class of the transform is not in ``TRANSFORMS``.
+    """
+    for name, cls in TRANSFORMS.items():
+        if isinstance(transform, Transform) and type(transform) is cls:
+            return {"type": name, **transform.config()}
+    raise TypeError(
+        f"{type(transform).__name__} cannot be saved: list it in fastmaf.transforms.TRANSFORMS; "
+        f"known are {sorted(cls.__name__ for cls in TRANSFORMS.values())}"
+    )

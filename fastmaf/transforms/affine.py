@@ -17,16 +17,31 @@ from fastmaf.transforms.base import NotInvertibleError, Transform
 
 
 class AffineAutoregressive(Transform):
-    """One MAF block: ``z[d] = (x[d] - shift[d]) exp(-log_scale[d])``, where a MADE gives shift and log_scale from
-    x[0..d-1].
+    """An affine autoregressive transform, the block of a MAF::
 
-    Papamakarios et al. 2017, Masked Autoregressive Flow, eq. 3-5. The inverse is exact and takes one step per distinct
-    degree of the last hidden layer (``made.steps``), reading each weight once.
+        z[d] = (x[d] − shift[d]) exp(−log_scale[d]),    shift[d], log_scale[d] = MADE(x[0..d−1])
+        ladj = −Σ_d log_scale[d]
+
+    The inverse x[d] = z[d] exp(log_scale[d]) + shift[d] is exact. It takes one step per distinct degree of the last
+    hidden layer (``made.steps``) and reads each weight once.
 
     Args:
-        made: the network, with two outputs per feature: shift and raw log-scale.
-        log_scale_bound: log-scales stay within ± this; None leaves them free.
-        soft_bound: bound by ``B tanh(u / B)``, which never loses its gradient, instead of by a clamp.
+        made: the network, with two outputs per feature: the shift and the unbounded log-scale.
+        log_scale_bound: bound of the absolute log-scales in nats; None for no bound.
+        soft_bound: bound by ``B tanh(u / B)``, which keeps a gradient everywhere, instead of a clamp.
+
+    Raises:
+        ValueError: an argument is out of range; the message states what was expected and found.
+
+    References:
+        Papamakarios, Pavlakou and Murray 2017, Masked Autoregressive Flow for Density Estimation, eq. 3-5.
+
+    Example:
+        >>> block = fastmaf.AffineAutoregressive(fastmaf.MADE(features=3, hidden_features=16))
+        >>> x = torch.randn(5, 3)
+        >>> z, ladj = block(x)
+        >>> torch.allclose(block.inverse(z)[0], x, atol=1e-4)
+        True
     """
 
     def __init__(self, made: MADE, *, log_scale_bound: float | None = 5.0, soft_bound: bool = False) -> None:
@@ -40,7 +55,7 @@ class AffineAutoregressive(Transform):
                 f"log_scale_bound must be a positive number of nats, or None for no bound; found {log_scale_bound}"
             )
         if soft_bound and log_scale_bound is None:
-            raise ValueError("soft_bound needs a log_scale_bound to be soft about; found None")
+            raise ValueError("soft_bound needs a log_scale_bound; found None")
         self.features = made.features
         self.made = made
         self.log_scale_bound = log_scale_bound
@@ -48,14 +63,12 @@ class AffineAutoregressive(Transform):
 
     @property
     def calls_modules(self) -> bool:
-        """Whether its network must be called as a module: hooks or parametrisations hang on its parts, or one of them
-        is of another class than ``MADE`` and ``MaskedLinear``.
-        """
+        """Whether the network must be called as a module, because of hooks, parametrisations or other classes."""
         made = self.made
         return hooks.any_global() or type(made) is not MADE or made.calls_modules
 
     def _shift_and_log_scale(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Returns both ``[N, D]``, of the network called as a module."""
+        """Returns shift and log-scale ``[N, D]``; calls the network as a module."""
         shift, raw = self.made(x).unbind(-1)
         return shift, bound_log_scale(raw, self._bound, self.soft_bound)
 
@@ -85,24 +98,23 @@ class AffineAutoregressive(Transform):
         return level_inverse(z, *self.block())
 
     def _inverse_by_modules(self, z: Tensor) -> tuple[Tensor, Tensor]:
-        """Inverts with one call of the network per step, each of which finishes the dimensions of one level."""
+        """Inverts with one call of the network per level."""
         x, log_scale = torch.zeros_like(z), torch.zeros_like(z)
-        place = torch.arange(self.features, device=z.device)
+        dimension = torch.arange(self.features, device=z.device)
         for finished in self.made.schedule[:, 0].tolist():
             shift, log_scale = self._shift_and_log_scale(x)
-            # The others are of no use yet; left at zero they cannot overflow, which would reach the finished ones as
-            # infinity times a weight of zero.
-            x = torch.where(place < finished, z * torch.exp(log_scale) + shift, 0)
+            # Unfinished dimensions are zero: they could overflow, and infinity times a weight of zero is NaN.
+            x = torch.where(dimension < finished, z * torch.exp(log_scale) + shift, 0)
         return x, log_scale.sum(dim=1)
 
     def check_invertible(self) -> None:
-        """Raises NotInvertibleError where the output mask leaks."""
+        """Raises NotInvertibleError if the output mask leaks."""
         if not self.made.strict:
             raise NotInvertibleError(
-                "this block has the leaky output mask (>= where it must be >): where an output shares its degree with "
-                "a unit in every hidden layer it reads its own input, so the map has no autoregressive inverse, its "
-                "log-determinant is not the sum of the log-scales and its NLL is no density. It can score, not "
-                "sample; train with strict masks to sample"
+                "this block has the leaky output mask (>= where it must be >): an output whose degree also occurs in "
+                "every hidden layer depends on its own input, so the map has no autoregressive inverse, its "
+                "log-determinant is not the sum of the log-scales, and its NLL is not that of a density. It can "
+                "score but not sample; train with strict masks to sample"
             )
 
     def block(self) -> Block:

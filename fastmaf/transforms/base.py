@@ -1,9 +1,4 @@
-"""The base class of invertible transforms: the steps that a flow is a sequence of.
-
-``forward`` maps data towards the base distribution (x to z), ``inverse`` maps it back; both return the log absolute
-determinant of their own Jacobian, in nats. A new transform subclasses ``Transform`` and is listed in
-``fastmaf.transforms.TRANSFORMS``, which lets it be saved.
-"""
+"""The base class of invertible transforms, of which a flow is a sequence."""
 
 from __future__ import annotations
 
@@ -16,18 +11,50 @@ from fastmaf.kernels.autocast import outside_autocast
 
 
 class NotInvertibleError(RuntimeError):
-    """The inverse of a model was asked for that has none, such as one with the notebook's leaky output mask."""
+    """The model has no inverse, such as one with the leaky output mask of the published notebook.
+
+    Example:
+        >>> flow = fastmaf.MAF(features=3, blocks=1, hidden_features=16, strict=False)
+        >>> try:
+        ...     flow.sample()
+        ... except fastmaf.NotInvertibleError:
+        ...     print("no inverse")
+        no inverse
+    """
 
 
 class Transform(nn.Module):
-    """An invertible map of ``[N, D]`` to ``[N, D]``.
+    """An invertible map f from ``x`` ``[N, D]`` to ``z`` ``[N, D]``, row by row.
 
-    ``forward``, ``inverse`` and ``forward_per_dim`` of every subclass run without ambient ``torch.autocast``, and take
-    bfloat16 and float16 inputs from within an autocast region in the transform's dtype. A conditioner that is to run in
+    ``forward`` maps data towards the base (x to z) and ``inverse`` maps it back. Both return the log-determinant of
+    their own Jacobian in nats. A ``Flow`` of transforms also accepts other batch shapes.
+
+    A subclass implements ``forward`` and ``inverse``; ``forward_per_dim`` for ``Flow.nll_per_dim``; and ``config`` and
+    ``from_config``, with an entry in ``fastmaf.transforms.TRANSFORMS``, for ``Flow.save``.
+
+    ``forward``, ``inverse`` and ``forward_per_dim`` of subclasses run outside of ambient ``torch.autocast``; bfloat16
+    and float16 inputs from an autocast region are converted to the dtype of the transform. A transform that computes in
     half precision enters ``torch.autocast`` itself.
 
     Attributes:
         features: D.
+
+    Example:
+        >>> import math
+        >>> class Scale(fastmaf.Transform):
+        ...     def __init__(self, features, factor):
+        ...         super().__init__()
+        ...         self.features, self.log_factor = features, math.log(factor)
+        ...
+        ...     def forward(self, x):
+        ...         return x * math.exp(self.log_factor), x.new_full(x.shape[:1], self.features * self.log_factor)
+        ...
+        ...     def inverse(self, z):
+        ...         return z * math.exp(-self.log_factor), z.new_full(z.shape[:1], -self.features * self.log_factor)
+        >>> block = fastmaf.AffineAutoregressive(fastmaf.MADE(features=3, hidden_features=16))
+        >>> flow = fastmaf.Flow(3, [Scale(3, 0.5), block])
+        >>> flow.log_prob(torch.randn(5, 3)).shape
+        torch.Size([5])
     """
 
     features: int
@@ -39,29 +66,32 @@ class Transform(nn.Module):
                 setattr(cls, name, outside_autocast(vars(cls)[name]))
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Returns ``z`` ``[N, D]`` and ``ladj`` ``[N]`` = log |det dz/dx|."""
+        """Returns ``z`` ``[N, D]`` and ``ladj`` ``[N]``, log |det dz/dx| in nats, for ``x`` ``[N, D]``."""
         raise NotImplementedError
 
     def inverse(self, z: Tensor) -> tuple[Tensor, Tensor]:
-        """Returns ``x`` ``[N, D]`` and ``ladj`` ``[N]`` = log |det dx/dz|."""
+        """Returns ``x`` ``[N, D]`` and ``ladj`` ``[N]``, log |det dx/dz| in nats, for ``z`` ``[N, D]``."""
         raise NotImplementedError
 
     def forward_per_dim(self, x: Tensor, terms: Tensor) -> tuple[Tensor, Tensor]:
-        """Returns ``z`` and ``terms`` with each dimension's share of −ladj added, both in the frame of ``z``.
+        """Maps x to z, and adds the contribution of each dimension to −ladj to ``terms``.
 
         Args:
             x: ``[N, D]``.
-            terms: ``[N, D]``, what the transforms before this one contributed, in the frame of ``x``.
+            terms: the contributions of the preceding transforms ``[N, D]``, in the order of the dimensions of ``x``.
+
+        Returns:
+            ``z`` and ``terms``, ``[N, D]``, in the order of the dimensions of ``z``.
         """
         raise NotImplementedError(
-            f"{type(self).__name__} does not say how its log-determinant is shared among the dimensions"
+            f"{type(self).__name__} does not define how its log-determinant is shared among the dimensions"
         )
 
     def config(self) -> dict[str, Any]:
-        """Returns what ``from_config`` needs beside the tensors of ``state_dict``; plain JSON types."""
+        """Returns the arguments of ``from_config`` other than the ``state_dict``, in plain JSON types."""
         raise NotImplementedError
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Transform:
-        """Builds the transform that ``config`` describes; ``tensors`` are then loaded into it as its state_dict."""
+        """Builds a transform from its ``config()``; ``tensors``, its ``state_dict``, are loaded into it afterwards."""
         raise NotImplementedError

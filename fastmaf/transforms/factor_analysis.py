@@ -1,10 +1,10 @@
-"""Fitting a covariance of factors and noise to few samples of many dimensions.
+"""Estimation of a factor-analysis covariance from few samples of many dimensions.
 
     x ~ N(μ, Ψ^½ (I + P S² Pᵀ) Ψ^½)
 
-P comes from a singular value decomposition; the noise Ψ of each dimension and the variance S² of each factor come from
-samples that the decomposition has not seen. Taken from the same samples they are far too small wherever there are fewer
-samples than dimensions: each direction of P was chosen to explain them.
+P comes from a singular value decomposition. The variances of the noise, Ψ, and of the factors, S², are estimated from
+samples that were held out from the decomposition. Estimated from the same samples they would be far too small when
+there are fewer samples than dimensions, since the directions P were chosen to explain these samples.
 """
 
 from __future__ import annotations
@@ -17,15 +17,22 @@ import torch
 from torch import Tensor
 
 Augment: TypeAlias = Callable[[Tensor], tuple[Tensor, Tensor]]
-"""Turns ``x [n, D]`` into ``(basis [n, p, D], weights [c, p])``: copy k of sample i is ``weights[k] @ basis[i]``, and
-the rows of ``weights`` sum to 1. Many copies that are mixtures of few cost no more than those few."""
+"""Maps ``x`` ``[n, D]`` to ``basis`` ``[n, p, D]`` and ``weights`` ``[c, p]``, whose rows sum to 1: augmented sample k
+of sample i is ``weights[k] @ basis[i]``. The cost grows with p, not with c."""
 
-_MOST_ROWS = 4096  # of the matrix whose singular vectors are sought: its Gram matrix is decomposed in one piece
-_ENOUGH = 40  # samples for a first estimate of the noise, which scales the data that it is then found from once more
+_MAX_ROWS = 4096  # of the decomposed matrix, whose Gram matrix is decomposed as a whole
+_FIRST_SAMPLES = 40  # for a first estimate of the noise, which scales the data for the final one
 
 
 class FactorModel(NamedTuple):
-    """A fitted covariance: ``mean [D]``, ``scale [D]`` = Ψ^½, ``factors [D, r]`` = P, ``variance [r]`` = S²."""
+    """A fitted covariance.
+
+    Attributes:
+        mean: μ ``[D]``.
+        scale: Ψ^½ ``[D]``.
+        factors: P ``[D, r]``.
+        variance: S² ``[r]``.
+    """
 
     mean: Tensor
     scale: Tensor
@@ -46,16 +53,25 @@ def fit_factors(
 
     Args:
         x: ``[n, D]``, n >= 2, floating point, finite.
-        rank: at most this many factors; fewer where n does not support them.
-        augment: copies that the factors shall explain too, such as shifted images. Noise and variances are those of the
-            samples themselves. Where there are more than 4,096 rows (samples x basis), the factors are found from as
-            many samples, drawn by the seed, as make up those.
-        folds: of the cross-validation, each sample's residual being that of factors found without it.
-        floor: smallest variance of the noise, in the unit of x squared; None takes a millionth of the mean variance.
-        seed: of the split into folds.
+        rank: maximum number of factors; fewer are returned if n does not support them.
+        augment: augmented samples, such as shifted images, that the factors must explain as well. Noise and variances
+            are those of the samples themselves. If there are more than 4,096 rows (n times p), the factors are found
+            from a random subset of the samples.
+        folds: number of cross-validation folds; residuals of a sample are those of factors fitted without its fold.
+        floor: smallest variance of the noise, in units of x squared; None uses a millionth of the mean variance.
+        seed: of the folds.
 
     Raises:
-        ValueError: ``x`` or an argument does not fit.
+        ValueError: ``x`` or an argument is out of range.
+
+    References:
+        Rubin and Thayer 1982, EM algorithms for ML factor analysis.
+
+    Example:
+        >>> from fastmaf.transforms.factor_analysis import fit_factors
+        >>> model = fit_factors(torch.randn(50, 6), rank=2)
+        >>> model.factors.shape, model.scale.shape
+        (torch.Size([6, 2]), torch.Size([6]))
     """
     if x.dim() != 2 or x.shape[0] < 2 or not x.is_floating_point():
         raise ValueError(f"x must be floating point [n, D] with n >= 2; found {x.dtype} {list(x.shape)}")
@@ -72,26 +88,26 @@ def fit_factors(
     least = max(1e-6 * total, torch.finfo(x.dtype).tiny) if floor is None else floor
     if not 0 < least < math.inf:
         raise ValueError(f"floor must be positive and finite; found {floor}")
-    # A start for the scale; a tenth, as most of the variance is the factors'.
+    # An initial scale: the factors explain most of the variance.
     noise = (0.1 * centred.double().square().mean(dim=0)).clamp_min(least)
     before, components = noise, torch.zeros(0, dtype=torch.float64)
-    # What only scales the data may come from fewer folds.
-    enough = parts[: math.ceil(_ENOUGH * len(parts) / n)]
-    for folds_of_round in (enough, parts):
+    # The first round only scales the data, for which fewer folds suffice.
+    first_parts = parts[: math.ceil(_FIRST_SAMPLES * len(parts) / n)]
+    for parts_of_round in (first_parts, parts):
         before = noise
-        noise, components = _cross_validated(centred, rows, owner, part_of_mean, before, rank, folds_of_round)
+        noise, components = _cross_validated(centred, rows, owner, part_of_mean, before, rank, parts_of_round)
         noise = noise.clamp_min(least)
     scale = noise.sqrt().to(x.dtype)
     scaled = rows / before.sqrt().to(x.dtype)
-    found = _leading(scaled, _gram(scaled), len(components)).double()
-    # Along a factor lies its own variance and the noise's, both in units of the noise before the last round.
-    own = (components[: found.shape[1]] - (noise / before) @ found.square()).clamp_min(0)
-    factors, variance = _orthogonal(found * own.sqrt() * (before / noise).sqrt()[:, None])
+    directions = _leading(scaled, _gram(scaled), len(components)).double()
+    # The variance along a direction includes the noise, both in units of the noise before the last round.
+    excess = (components[: directions.shape[1]] - (noise / before) @ directions.square()).clamp_min(0)
+    factors, variance = _orthogonal(directions * excess.sqrt() * (before / noise).sqrt()[:, None])
     return FactorModel(mean, scale, factors.to(x.dtype), variance.to(x.dtype))
 
 
 def _orthogonal(loadings: Tensor) -> tuple[Tensor, Tensor]:
-    """Returns P and S² with P S² Pᵀ = ``loadings @ loadings.T``, strongest first; float64 ``[D, r]``."""
+    """Returns P and S² with P S² Pᵀ = ``loadings @ loadings.T``, in descending order of S², float64."""
     if not loadings.shape[1]:
         return loadings, loadings.new_zeros(0)
     q, r = torch.linalg.qr(loadings)
@@ -101,35 +117,35 @@ def _orthogonal(loadings: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _rows(x: Tensor, augment: Augment | None, order: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Returns the mean of all copies, centred rows with the copies' second moment, which sample each row is of, and how
-    much of the mean was taken from it.
+    """Returns the mean of all augmented samples, centred rows with their second moment, and, for each row, its sample
+    and the factor of the mean that was subtracted.
     """
     if augment is None:
         mean = x.double().mean(dim=0).to(x.dtype)
-        index = order[:_MOST_ROWS].sort().values
+        index = order[:_MAX_ROWS].sort().values
         return mean, x[index] - mean, index, x.new_ones(len(index))
     total = torch.zeros(x.shape[1], dtype=torch.float64, device=x.device)
-    kept: list[Tensor] = []
+    mixed: list[Tensor] = []
     owners: list[Tensor] = []
-    mixing, room = None, torch.zeros(len(x), dtype=torch.bool)
-    for index in torch.arange(len(x)).split(32):  # the copies of all samples at once may be too large
+    mixing, selected = None, torch.zeros(len(x), dtype=torch.bool)
+    for index in torch.arange(len(x)).split(32):  # in batches, since all augmented samples may need too much memory
         basis, weights = augment(x[index])
         if mixing is None:
             _check(basis, weights, x[index])
-            # The copies' second moment about any centre is basisᵀ M basis, M = weightsᵀ weights / c: its root mixes the
-            # basis into as few rows as it has dimensions.
+            # The second moment of the augmented samples is basisᵀ M basis with M = weightsᵀ weights / c. A root of M
+            # mixes the basis into at most p rows.
             values, vectors = torch.linalg.eigh(weights.double().T @ weights.double() / len(weights))
             used = values > 1e-9 * values[-1]
             mixing = (vectors[:, used] * values[used].sqrt()).T.to(x.dtype)
-            room[order[: max(2, _MOST_ROWS // len(mixing))]] = True
+            selected[order[: max(2, _MAX_ROWS // len(mixing))]] = True
         total += torch.einsum("npd,p->d", basis.double(), weights.double().mean(dim=0))
-        chosen = room[index]
-        kept.append(torch.einsum("qp,npd->nqd", mixing, basis[chosen]))
+        chosen = selected[index]
+        mixed.append(torch.einsum("qp,npd->nqd", mixing, basis[chosen]))
         owners.append(index[chosen])
     assert mixing is not None
     mean = (total / len(x)).to(x.dtype)
     part = mixing.sum(dim=1)
-    rows, owner = torch.cat(kept) - part[:, None] * mean, torch.cat(owners)
+    rows, owner = torch.cat(mixed) - part[:, None] * mean, torch.cat(owners)
     return mean, rows.flatten(0, 1), owner.repeat_interleave(len(mixing)), part.repeat(len(owner))
 
 
@@ -156,46 +172,44 @@ def _cross_validated(
     rank: int,
     parts: list[Tensor],
 ) -> tuple[Tensor, Tensor]:
-    """Returns the noise, and the variance along factors in its unit (float64), that samples show which the factors have
-    not seen.
-    """
+    """Returns the variances of the noise, and along the factors in its units, of held-out samples (float64)."""
     scale = noise.sqrt().to(centred.dtype)
     scaled = rows / scale
     gram = _gram(scaled)
-    without = [~torch.isin(owner, part) for part in parts]
-    rank = min(rank, centred.shape[1], *(int(mask.sum()) for mask in without))
+    training = [~torch.isin(owner, part) for part in parts]
+    rank = min(rank, centred.shape[1], *(int(mask.sum()) for mask in training))
     squares, count = torch.zeros_like(noise), sum(len(part) for part in parts)
     components = torch.zeros(rank, dtype=torch.float64, device=rows.device)
-    for part, mask in zip(parts, without, strict=True):
-        # Nor has the mean: less the mean of all, the samples add up to zero, and the others would betray the last one.
-        kept = torch.ones(len(centred), dtype=torch.bool)
-        kept[part] = False
-        shift, share = centred[kept].mean(dim=0) / scale, part_of_mean[mask]
-        own, products = scaled[mask] - share[:, None] * shift, None
+    for part, mask in zip(parts, training, strict=True):
+        # The mean of the training samples is subtracted, since centred samples reveal the held-out ones: they sum to 0.
+        in_training = torch.ones(len(centred), dtype=torch.bool)
+        in_training[part] = False
+        shift, share = centred[in_training].mean(dim=0) / scale, part_of_mean[mask]
+        recentred, products = scaled[mask] - share[:, None] * shift, None
         if gram is not None:
             cross = torch.outer(share, scaled[mask] @ shift)
             products = gram[mask][:, mask] - cross - cross.T + torch.outer(share, share) * (shift @ shift)
-        factors = _leading(own, products, rank)
+        factors = _leading(recentred, products, rank)
         y = centred[part] / scale - shift
         along = y @ factors
-        # A residual lacks the share of its own noise that lies along the factors.
-        left = (1 - factors.double().square().sum(dim=1)).clamp_min(1e-3)
-        squares += (y - along @ factors.T).double().square().sum(dim=0) / left
+        # A residual lacks the noise along the factors.
+        remaining = (1 - factors.double().square().sum(dim=1)).clamp_min(1e-3)
+        squares += (y - along @ factors.T).double().square().sum(dim=0) / remaining
         components[: along.shape[1]] += along.double().square().sum(dim=0)
-    # Factors of different folds are matched by rank: the k-th one of each explains about the same variance.
+    # Factors of different folds are matched by their rank, which determines their variance approximately.
     return noise * squares / count, components / count
 
 
 def _gram(rows: Tensor) -> Tensor | None:
-    """Returns the rows' Gram matrix, or None where there are no fewer rows than dimensions: theirs is smaller then."""
+    """Returns the Gram matrix of the rows, or None if there are at least as many rows as dimensions."""
     return rows @ rows.T if rows.shape[0] < rows.shape[1] else None
 
 
 def _leading(rows: Tensor, gram: Tensor | None, rank: int) -> Tensor:
-    """Returns the leading right singular vectors of ``rows``, ``[D, <= rank]``, orthonormal to their dtype's rounding.
+    """Returns the leading right singular vectors of ``rows``, ``[D, <= rank]``, orthonormal up to rounding.
 
-    Through the rows' Gram matrix, or the dimensions' where ``gram`` is None, in float64: its square root of precision
-    is lost on directions that hold less than 1e-10 of the largest variance, which are left out.
+    They are computed from the Gram matrix of the rows, or of the dimensions if ``gram`` is None, in float64. Squaring
+    halves the precision, so directions with less than 1e-10 of the largest variance are omitted.
     """
     if rank == 0:
         return rows.new_zeros(rows.shape[1], 0)
@@ -204,14 +218,13 @@ def _leading(rows: Tensor, gram: Tensor | None, rank: int) -> Tensor:
     used = values > 1e-10 * values[0].clamp_min(torch.finfo(torch.float64).tiny)
     if gram is None:
         return vectors[:, used].to(rows.dtype)
-    found = rows.T @ (vectors[:, used] * values[used].rsqrt()).to(rows.dtype)
-    return orthonormalised(found)
+    return orthonormalised(rows.T @ (vectors[:, used] * values[used].rsqrt()).to(rows.dtype))
 
 
 def orthonormalised(factors: Tensor) -> Tensor:
-    """Returns the orthonormal columns nearest to nearly orthonormal ones, or zero where they are zero.
+    """Orthonormalises nearly orthonormal columns; columns of zeros stay zero.
 
-    One step of the Newton-Schulz iteration, ``P (3I - PᵀP) / 2``: the error is squared.
+    One step of the Newton-Schulz iteration, P (3I − PᵀP) / 2, which squares the error.
     """
     identity = torch.eye(factors.shape[1], dtype=factors.dtype, device=factors.device)
     return factors @ (1.5 * identity - 0.5 * (factors.T @ factors))

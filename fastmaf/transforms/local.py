@@ -1,8 +1,8 @@
-"""A masked autoregressive block for images, whose network sees a neighbourhood and is the same at every place.
+"""A masked autoregressive block for images whose network is a masked convolution.
 
-A MADE over 12,288 pixels has millions of weights, which a few hundred images cannot determine. Here the degrees are
-grouped: pixels at the same place of each p x p patch share one degree a channel, so a block has C p² degrees, its
-masked layers are convolutions over the patches, and a handful of weights is learnt from all patches of all images.
+A MADE over 12,288 pixels has millions of weights, which a few hundred images cannot determine. Here pixels at the same
+position of each p x p patch share one degree per channel. A block then has C p² degrees, its masked layers are
+convolutions over the patches, and its few weights are learnt from all patches of all images.
 """
 
 from __future__ import annotations
@@ -20,15 +20,16 @@ from fastmaf.transforms.base import Transform
 
 
 class MaskedConv2d(Constants):
-    """A convolution of zero-padded patches in which an output channel sees the input channels of degree <= its own.
+    """A zero-padded convolution in which an output channel sees the input channels of degree up to its own.
 
     Args:
-        in_degrees, out_degrees: of the channels, ascending.
+        in_degrees: the degrees of the input channels, ascending.
+        out_degrees: the degrees of the output channels, ascending.
         kernel: side of the window, odd.
         strict: an output sees only inputs of smaller degree.
-        bias: add one.
-        zero: start at zero; else uniform within ±1/√(inputs seen by the last output).
-        generator: source of randomness.
+        bias: whether to add a bias.
+        zero: initialise with zeros; else uniformly within ±1/√(number of inputs that the last output sees).
+        generator: source of randomness; None uses torch's global generator.
     """
 
     def __init__(
@@ -54,41 +55,56 @@ class MaskedConv2d(Constants):
 
     @property
     def mask(self) -> Tensor:
-        """Which weights are let through, bool ``[out, in, 1, 1]``, where the weight is."""
+        """The mask of the weight, bool ``[out, in, 1, 1]``, on its device."""
         return self.constant("mask", self.weight.device)
 
     def forward(self, x: Tensor, outputs: slice = slice(None)) -> Tensor:
-        """Returns output channels ``outputs`` of the convolution of ``x`` ``[N, channels, h, w]``, where ``x`` holds
-        the first input channels, all that these outputs see.
+        """Returns some output channels ``[N, len(outputs), h, w]`` of the convolution.
+
+        Args:
+            x: the first input channels ``[N, channels, h, w]``, at least those that the outputs see.
+            outputs: the output channels.
         """
         weight = torch.where(self.mask, self.weight, 0.0)[outputs, : x.shape[1]]
         bias = None if self.bias is None else self.bias[outputs]
-        if not weight.numel():  # nothing seen, or nothing asked for: conv2d refuses
-            nothing = x.new_zeros(len(x), len(weight), *x.shape[2:])
-            return nothing if bias is None else nothing + bias[:, None, None]
+        if not weight.numel():  # conv2d refuses empty weights
+            zeros = x.new_zeros(len(x), len(weight), *x.shape[2:])
+            return zeros if bias is None else zeros + bias[:, None, None]
         return conv2d(x, weight, bias, padding=self.kernel // 2)
 
 
 class LocalAutoregressive(Constants, Transform):
-    """One MAF block with a convolutional conditioner: ``z[d] = (x[d] - shift[d]) exp(-log_scale[d])``, where shift and
-    log_scale come from the pixels around d whose degree is smaller.
+    """An affine autoregressive transform of images with a convolutional network::
 
-    Degrees follow the ordered-dither matrix of a patch, so that consecutive ones are far apart and later ones see
-    neighbours on all sides; within a place, channels follow one another. The inverse is exact and takes one step per
-    degree, C p² in all, in each of which a share of both convolutions is computed: the arithmetic of one forward pass.
+        z[d] = (x[d] − shift[d]) exp(−log_scale[d])
+
+    where shift and log_scale depend on the pixels around d of smaller degree. Degrees follow the ordered-dither matrix
+    of a patch, so that consecutive degrees are far apart and later ones see neighbours on all sides; the channels of a
+    pixel have consecutive degrees. The inverse is exact and takes C p² steps, one per degree. Each step computes a part
+    of both convolutions, so that a sample costs the arithmetic of one forward pass. It starts as the identity.
 
     Args:
-        shape: (C, H, W) of the images that rows of x are flattened from.
+        shape: (C, H, W) of the images whose flattened values are the rows of x.
         patch: p, a power of two that divides H and W.
-        kernel: side of each convolution's window in patches, odd; through both a place is seen 2 kernel - 1 wide.
-        hidden: hidden channels a degree; 0 for a shift that is linear and a log_scale that is constant.
-        reverse: take the degrees in the opposite order.
-        log_scale_bound: log-scales stay within ± this many nats, by ``B tanh(u / B)``.
-        generator: makes the parameters repeatable. The block starts as the identity.
+        kernel: side of the window of each convolution in patches, odd. Both together see 2 · kernel − 1 patches.
+        hidden: number of hidden channels per degree; 0 gives a linear shift and a constant log_scale.
+        reverse: use the degrees in reverse order.
+        log_scale_bound: bound B of the absolute log-scales in nats, by ``B tanh(u / B)``.
+        generator: source of randomness of the parameters; None uses torch's global generator.
+
+    Raises:
+        ValueError: an argument is out of range; the message states what was expected and found.
 
     References:
-        Papamakarios et al. 2017 (MAF); van den Oord et al. 2016 (masked convolutions, PixelCNN); Bayer 1973 (the
-        order).
+        Papamakarios, Pavlakou and Murray 2017 (MAF). Van den Oord, Kalchbrenner and Kavukcuoglu 2016, Pixel Recurrent
+        Neural Networks (masked convolutions). Bayer 1973 (ordered dither).
+
+    Example:
+        >>> block = fastmaf.LocalAutoregressive((3, 8, 8), hidden=2)
+        >>> x = torch.rand(5, 3 * 8 * 8)
+        >>> z, ladj = block(x)
+        >>> torch.allclose(block.inverse(z)[0], x, atol=1e-5)
+        True
     """
 
     def __init__(
@@ -120,7 +136,7 @@ class LocalAutoregressive(Constants, Transform):
         self.shape, self.patch, self.kernel, self.hidden = (channels, height, width), patch, kernel, hidden
         self.reverse, self.log_scale_bound = reverse, log_scale_bound
         groups = channels * patch**2
-        # The channel of a patch, c p² + place, that has each degree: places by the dither matrix, then channels.
+        # The channel of a patch, c p² + position, of each degree: positions by the dither matrix, then channels.
         on_cpu = torch.arange(channels, device="cpu")
         order = (on_cpu * patch**2 + _dither(patch).flatten().argsort()[:, None]).flatten()
         order = order.flip(0) if reverse else order
@@ -136,18 +152,18 @@ class LocalAutoregressive(Constants, Transform):
 
     @property
     def order(self) -> Tensor:
-        """The channel of a patch that has each degree, int64 ``[C p²]``."""
+        """The channel of a patch of each degree, int64 ``[C p²]``."""
         return self.constant("order", self.linear.weight.device)
 
     def _patches(self, x: Tensor) -> Tensor:
-        """``[N, D]`` -> ``[N, C p², H/p, W/p]``, channels by degree."""
+        """Returns ``x`` ``[N, D]`` as patches ``[N, C p², H/p, W/p]``, with channels sorted by degree."""
         channels, height, width = self.shape
         h, w, p = height // self.patch, width // self.patch, self.patch
         u = x.reshape(-1, channels, h, p, w, p).permute(0, 1, 3, 5, 2, 4)
         return u.reshape(-1, channels * p * p, h, w)[:, self.constant("order", x.device)]
 
     def _pixels(self, u: Tensor) -> Tensor:
-        """The way back; torch's pixel_shuffle gives an empty batch another shape."""
+        """Inverts ``_patches``; torch's pixel_shuffle returns another shape for empty batches."""
         channels, height, width = self.shape
         h, w, p = height // self.patch, width // self.patch, self.patch
         x = u[:, self.constant("back", u.device)].reshape(-1, channels, p, p, h, w).permute(0, 1, 4, 2, 5, 3)
@@ -179,8 +195,8 @@ class LocalAutoregressive(Constants, Transform):
         for g in range(groups):
             shift, raw = self.second(units, slice(2 * g, 2 * g + 2)).unbind(1)
             log_scale = self._bounded(raw)
-            own = v[:, g] * torch.exp(log_scale) + shift + self.linear(u, slice(g, g + 1))[:, 0]
-            u = torch.cat([u, own[:, None]], dim=1)
+            pixels = v[:, g] * torch.exp(log_scale) + shift + self.linear(u, slice(g, g + 1))[:, 0]
+            u = torch.cat([u, pixels[:, None]], dim=1)
             units = torch.cat([units, relu(self.first(u, slice(g * self.hidden, (g + 1) * self.hidden)))], dim=1)
             ladj = ladj + log_scale.sum(dim=(1, 2))
         return self._pixels(u), ladj
@@ -192,16 +208,15 @@ class LocalAutoregressive(Constants, Transform):
     @classmethod
     def from_config(cls, config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> LocalAutoregressive:
         options = {k: v for k, v in config.items() if k not in ("type", "shape")}
-        # A generator of its own: what it draws is replaced, and loading leaves the global one alone.
-        found = cls(config["shape"], **options, generator=torch.Generator())
-        return found.to(tensors["second.bias"].dtype)
+        # The parameters are overwritten; a generator of its own leaves torch's global one unchanged.
+        return cls(config["shape"], **options, generator=torch.Generator()).to(tensors["second.bias"].dtype)
 
     def extra_repr(self) -> str:
         return ", ".join(f"{name}={value}" for name, value in self.config().items())
 
 
 def _dither(side: int) -> Tensor:
-    """Returns the ordered-dither matrix ``[side, side]``: each of 0 .. side² - 1 once, neighbours far apart."""
+    """Returns the ordered-dither matrix ``[side, side]`` of 0 .. side² − 1."""
     matrix = torch.zeros(1, 1, dtype=torch.long, device="cpu")
     while len(matrix) < side:
         matrix = torch.cat(

@@ -13,17 +13,30 @@ from fastmaf.transforms.base import Transform
 
 
 class Logit(Transform):
-    """``z = logit(a + (1 - 2a) x)``: takes data in (0, 1), such as dequantised pixels, to the whole real line.
+    """The logit transform of data in (0, 1), such as dequantised pixels, to the real line::
 
-    Dinh et al. 2017, Density estimation using Real NVP, section 4.1.
+        z = logit(a + (1 − 2a) x)
+
+    The domain is 0 < a + (1 − 2a) x < 1. ``forward`` maps values outside of it to the z of the nearest number inside,
+    with ``ladj`` −inf, so that ``log_prob`` of such a row is −inf. ``inverse`` maps every real z into the domain: where
+    the sigmoid rounds to 0 or 1, to the nearest number inside.
 
     Args:
         features: D.
-        alpha: a, in [0, ½): keeps 0 and 1 themselves within reach; 0 leaves them out.
+        alpha: a in [0, ½). A positive value includes x = 0 and x = 1 in the domain.
 
-    The domain is ``0 < a + (1 - 2a) x < 1``. ``forward`` takes values outside of it to the z of the nearest number
-    inside, with ``ladj`` −inf, so that the density of such a row is zero: ``log_prob`` −inf. ``inverse`` takes every
-    real z to a number within the domain: where its sigmoid rounds to 0 or 1, to the nearest number beside it.
+    Raises:
+        ValueError: ``alpha`` is out of range.
+
+    References:
+        Dinh, Sohl-Dickstein and Bengio 2017, Density estimation using Real NVP, section 4.1.
+
+    Example:
+        >>> logit = fastmaf.Logit(features=3)
+        >>> x = torch.tensor([[0.0, 0.5, 1.0]])
+        >>> z, ladj = logit(x)
+        >>> torch.allclose(logit.inverse(z)[0], x, atol=1e-6)
+        True
     """
 
     def __init__(self, features: int, alpha: float = 0.05) -> None:
@@ -44,12 +57,12 @@ class Logit(Transform):
         return torch.logit(p), terms.masked_fill(outside, math.inf)
 
     def inverse(self, z: Tensor) -> tuple[Tensor, Tensor]:
-        # As far within (0, 1) that the roundings of x, and of forward, do not leave it again.
+        # The margin keeps the rounding of x, and of forward, within (0, 1).
         numbers = torch.finfo(z.dtype)
         margin = 4 * numbers.eps if self.alpha else numbers.eps / 2
         p = torch.sigmoid(z).clamp(numbers.tiny + self.alpha * margin, 1 - margin)
         x = (p - self.alpha) / (1 - 2 * self.alpha)
-        # log of sigmoid's slope, which is symmetric, without the product of two small numbers.
+        # The log of the sigmoid's derivative, which is symmetric, without the product of two small numbers.
         slopes = -z.abs() - 2 * torch.exp(-z.abs()).log1p()
         return x, slopes.sum(dim=1) - self.features * math.log(1 - 2 * self.alpha)
 

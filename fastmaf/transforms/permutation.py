@@ -1,4 +1,4 @@
-"""Reordering of the dimensions."""
+"""Permutation of the dimensions."""
 
 from __future__ import annotations
 
@@ -13,10 +13,18 @@ from fastmaf.transforms.base import Transform
 
 
 class Permutation(Transform):
-    """Reorders the dimensions: ``z[:, k] = x[:, permutation[k]]``. Its log-determinant is 0.
+    """A permutation of the dimensions, z[k] = x[permutation[k]], with log-determinant 0.
 
     Args:
-        permutation: ``[D]`` integers, each of 0..D-1 once.
+        permutation: integers ``[D]``, a permutation of 0..D−1.
+
+    Raises:
+        ValueError: ``permutation`` is not a permutation.
+
+    Example:
+        >>> permutation = fastmaf.Permutation(torch.tensor([2, 0, 1]))
+        >>> permutation(torch.tensor([[10.0, 11.0, 12.0]]))[0]
+        tensor([[12., 10., 11.]])
     """
 
     permutation: Tensor
@@ -35,12 +43,12 @@ class Permutation(Transform):
 
     @property
     def inverse_permutation(self) -> Tensor:
-        """``[D]`` int64: where each dimension of the data stands."""
+        """The inverse permutation, int64 ``[D]``."""
         permutation = self.permutation
-        if self.features <= 512:  # one op, where calling several takes longer than sorting
+        if self.features <= 512:  # one op is faster than the three below
             return permutation.argsort()
-        places = torch.arange(self.features, device=permutation.device)
-        return torch.empty_like(permutation).scatter_(0, permutation, places)
+        indices = torch.arange(self.features, device=permutation.device)
+        return torch.empty_like(permutation).scatter_(0, permutation, indices)
 
     def forward_per_dim(self, x: Tensor, terms: Tensor) -> tuple[Tensor, Tensor]:
         return x[:, self.permutation], terms[:, self.permutation]
@@ -48,7 +56,7 @@ class Permutation(Transform):
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Permutation:
         was_meta = self.permutation.is_meta
         super()._apply(fn, recurse)
-        if was_meta and not self.permutation.is_meta:  # ``to_empty`` of a flow that was planned without memory
+        if was_meta and not self.permutation.is_meta:  # ``to_empty`` of a flow on the meta device
             self.permutation.copy_(self._first)
         return self
 

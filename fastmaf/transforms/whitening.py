@@ -1,8 +1,4 @@
-"""Gaussian whitening: the part of a density that a covariance of factors and noise explains, in closed form.
-
-The first step of a flow over few images of many dimensions: what ``MAF(..., whitening=rank)`` puts in front of its
-blocks. ``fit_`` is in ``fastmaf.transforms.factor_analysis``.
-"""
+"""Gaussian whitening by a factor-analysis covariance, fitted in closed form."""
 
 from __future__ import annotations
 
@@ -18,27 +14,41 @@ from fastmaf.transforms.factor_analysis import Augment, FactorModel, fit_factors
 
 
 class GaussianWhitening(Transform):
-    """Whitens x ~ N(μ, Ψ^½ (I + P S² Pᵀ) Ψ^½), each dimension at its place:
-    ``z = y + P ((1 + S²)^(-½) - 1) Pᵀ y`` with ``y = Ψ^(-½) (x - μ)``.
+    """Whitening of a Gaussian with a factor-analysis covariance, x ~ N(μ, Ψ^½ (I + P S² Pᵀ) Ψ^½)::
 
-    The symmetric root of the inverse covariance (ZCA in the units of the noise): of all whitenings the one whose z
-    stays closest to y, so that ``z[:, d]`` is what is surprising about ``x[:, d]``. It takes O(D · rank) operations,
-    and so does its inverse. Unfitted it is the identity. In float32 the inverse is as exact as the covariance is
-    well-conditioned: errors grow with the largest factor's deviation, √(1 + S²).
+        y = Ψ^(−½) (x − μ),    z = y + P ((1 + S²)^(−½) − 1) Pᵀ y
+        ladj = −½ log det Ψ − ½ Σ_k log(1 + S²_k)
+
+    The transform is the symmetric root of the inverse covariance (ZCA in units of the noise). Of all whitenings it
+    gives the z closest to y, so that z[d] belongs to x[d]. Both directions take O(D · rank) operations. Before ``fit_``
+    it is the identity. In float32 the error of the inverse grows with the standard deviation of the strongest factor,
+    √(1 + S²). ``MAF(..., whitening=rank)`` puts it in front of its blocks, for few samples of many dimensions.
 
     Args:
         features: D.
-        rank: factors, the columns of P.
-        device, dtype: of the buffers.
+        rank: number of factors, the columns of P.
+        device: the device of the buffers.
+        dtype: the dtype of the buffers.
 
     Attributes:
         mean: μ ``[D]``.
-        scale: Ψ^½ ``[D]``, the noise's standard deviation, in the unit of x.
-        factors: P ``[D, rank]``, orthonormal columns; those that the data did not support are zero.
-        variance: S² ``[rank]``, in units of the noise's variance.
+        scale: Ψ^½ ``[D]``, the standard deviation of the noise in units of x.
+        factors: P ``[D, rank]`` with orthonormal columns; unsupported factors are zero.
+        variance: S² ``[rank]`` in units of the variance of the noise.
+
+    Raises:
+        ValueError: an argument is out of range.
 
     References:
-        Factor analysis: Rubin and Thayer 1982. Optimal whitening: Kessy, Lewin and Strimmer 2018 (ZCA).
+        Rubin and Thayer 1982, EM algorithms for ML factor analysis. Kessy, Lewin and Strimmer 2018, Optimal Whitening
+        and Decorrelation.
+
+    Example:
+        >>> x = torch.randn(500, 3) @ torch.tensor([[1.0, 0.9, 0.0], [0.0, 0.5, 0.0], [0.0, 0.0, 2.0]])
+        >>> whitening = fastmaf.GaussianWhitening(features=3, rank=1).fit_(x)
+        >>> z, ladj = whitening(x)
+        >>> torch.allclose(whitening.inverse(z)[0], x, atol=1e-4)
+        True
     """
 
     mean: Tensor
@@ -76,14 +86,17 @@ class GaussianWhitening(Transform):
         floor: float | None = None,
         seed: int = 0,
     ) -> GaussianWhitening:
-        """Fits the covariance to data, in closed form; see ``fit_factors`` of
-        ``fastmaf.transforms.factor_analysis`` for the arguments.
+        """Fits the covariance to data in closed form.
+
+        Args:
+            x: ``[n, D]``, n >= 2, finite.
+            augment, folds, floor, seed: as ``fastmaf.transforms.factor_analysis.fit_factors``.
 
         Returns:
-            Itself.
+            The transform itself.
 
         Raises:
-            ValueError: ``x`` is not ``[n >= 2, D]``, not finite, or an argument does not fit.
+            ValueError: ``x`` has another shape or is not finite, or an argument is out of range.
         """
         if x.dim() != 2 or x.shape[1] != self.features:
             raise ValueError(f"x must have shape [n, {self.features}]; found {list(x.shape)}")
@@ -92,24 +105,24 @@ class GaussianWhitening(Transform):
 
     @torch.no_grad()
     def set_(self, model: FactorModel) -> None:
-        """Takes over a fitted model; factors that it lacks stay zero."""
-        found = model.factors.shape[1]
+        """Copies a fitted model; missing factors are zero."""
+        rank = model.factors.shape[1]
         self.mean.copy_(model.mean)
         self.scale.copy_(model.scale)
-        self.factors.zero_()[:, :found].copy_(model.factors)
-        self.variance.zero_()[:found].copy_(model.variance)
+        self.factors.zero_()[:, :rank].copy_(model.factors)
+        self.variance.zero_()[:rank].copy_(model.variance)
 
     @property
     def ladj(self) -> Tensor:
-        """The log-determinant log |det dz/dx| in nats, a float64 scalar that is taken from the buffers on each use."""
+        """The log-determinant log |det dz/dx| in nats, float64 ``[]``, computed from the buffers."""
         return -self.scale.double().log().sum() - 0.5 * self.variance.double().log1p().sum()
 
     @property
     def terms(self) -> Tensor:
-        """Each dimension's share of ``-ladj`` ``[D]``: of ½ log(1 + S²_k) it is P²_dk."""
+        """The contribution of each dimension to ``-ladj`` ``[D]``; its share of ½ log(1 + S²_k) is P²_dk."""
         half_logs = 0.5 * self.variance.log1p()
         shares = matmul(self.factors.square(), half_logs[:, None])[:, 0]
-        # P² sums to 1 over the dimensions up to the rounding of the dtype that P was fitted in.
+        # P² sums to 1 over the dimensions only up to the rounding of P.
         total = shares.sum().clamp_min(torch.finfo(shares.dtype).tiny)
         return self.scale.log() + shares * (half_logs.sum() / total)
 
@@ -122,18 +135,18 @@ class GaussianWhitening(Transform):
         return matmul(self._orthonormal(along), self.factors.mT)
 
     def _orthonormal(self, along: Tensor) -> Tensor:
-        """Returns ``along (3I - PᵀP) / 2``: as if P were ``orthonormalised``, which it is to its own dtype's rounding.
+        """Returns ``along (3I − PᵀP) / 2``, which corrects for the rounding of P (see ``orthonormalised``).
 
-        In float64 P may have come from float32.
+        Only in float64, where P may have been fitted in float32.
         """
         if along.dtype != torch.float64:
             return along
         return 1.5 * along - 0.5 * matmul(matmul(along, self.factors.mT), self.factors)
 
     def _scaled(self, y: Tensor, factor: Tensor, less_one: Tensor) -> Tensor:
-        """Returns y with its components along the factors multiplied by ``factor``, which is 1 + ``less_one``.
+        """Multiplies the components of y along the factors by ``factor``, which equals 1 + ``less_one``.
 
-        Twice: a component of 1,000 that becomes 1 leaves what was rounded at 1,000; the second product takes it away.
+        A second correction removes the rounding error of large components that become small.
         """
         if not self.rank:
             return y
@@ -143,7 +156,7 @@ class GaussianWhitening(Transform):
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         root = (1 + self.variance).sqrt()
-        # 1/root - 1 without the difference of two numbers near each other.
+        # 1/root - 1 without cancellation.
         z = self._scaled((x - self.mean) / self.scale, 1 / root, -self.variance / (root * (1 + root)))
         return z, x.new_zeros(x.shape[0]) + self.ladj.to(x.dtype)
 
@@ -153,16 +166,15 @@ class GaussianWhitening(Transform):
         return y * self.scale + self.mean, z.new_zeros(z.shape[0]) - self.ladj.to(z.dtype)
 
     def forward_per_dim(self, x: Tensor, terms: Tensor) -> tuple[Tensor, Tensor]:
-        """See ``Transform``. ½ log(1 + S²_k) is shared among the dimensions as P²_dk."""
         return self.forward(x)[0], terms + self.terms
 
     def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any) -> None:
         for name, lowest in (("scale", "positive"), ("variance", "not negative")):
-            found = state_dict.get(f"{prefix}{name}")
-            if not isinstance(found, Tensor) or found.is_meta:
+            value = state_dict.get(f"{prefix}{name}")
+            if not isinstance(value, Tensor) or value.is_meta:
                 continue
-            if not bool(((found > 0) if name == "scale" else (found >= 0)).all()):
-                raise ValueError(f"{prefix}{name} must be {lowest}; found {float(found.min())}")
+            if not bool(((value > 0) if name == "scale" else (value >= 0)).all()):
+                raise ValueError(f"{prefix}{name} must be {lowest}; found {float(value.min())}")
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def config(self) -> dict[str, Any]:

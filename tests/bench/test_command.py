@@ -14,11 +14,11 @@ import pytest
 from typer.testing import CliRunner, Result
 
 import fastmaf
-from fastmaf import cli
 from fastmaf.bench import cases, command
 from fastmaf.bench import run as running
 from fastmaf.bench.cases import Plan, Sweep, planned
 from fastmaf.bench.rows import read
+from fastmaf.cli import app as cli
 from tests.bench.plans import LIMITS, Size, every_case, known_limits, one_thread, plan_of
 from tests.bench.rows_made import ABOUT, made
 

@@ -9,14 +9,29 @@ from pathlib import Path
 import pytest
 
 from fastmaf.capsule import training_run
+from fastmaf.capsule.models import Model, load_model
 from fastmaf.capsule.synthetic import draw_dataset
-from tests.capsule.runs import IMAGES, run
+from tests.capsule.runs import CLASSES, IMAGES, run, with_
 
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("capsules")
     return draw_dataset(root, train=IMAGES, good=0, defects={}, size=32, progress=False)
+
+
+@pytest.fixture(scope="session")
+def labelled(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a data set with test images; not to be changed."""
+    root = tmp_path_factory.mktemp("labelled")
+    return draw_dataset(root, train=12, good=4, defects=CLASSES, size=32, progress=False)
+
+
+@pytest.fixture(scope="session")
+def model(labelled: Path, tmp_path_factory: pytest.TempPathFactory) -> Model:
+    """A model trained on the labelled set, with three images held out."""
+    out = tmp_path_factory.mktemp("model")
+    return load_model(run(labelled, out, with_(epochs=3, holdout=0.25)).model)
 
 
 @pytest.fixture

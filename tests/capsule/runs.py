@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import dataclasses
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,10 +19,12 @@ from fastmaf.capsule.config import TrainConfig
 from fastmaf.capsule.train import train
 from fastmaf.capsule.training_run import LOG_FILE, TrainResult
 from fastmaf.images.dataset import to_unit
-from fastmaf.training.checkpoints import MODEL_FILE
+from fastmaf.io.tensor_file import read_tensors, write_tensors
+from fastmaf.training.checkpoints import MODEL_FILE, STATE_FILE
 
 ROOT = Path(__file__).parents[2]
 IMAGES, HELD_OUT = 10, 2
+CLASSES = {"crack": 2, "poke": 1, "squeeze": 2}  # defects of the labelled set
 TINY = TrainConfig(size=8, blocks=2, hidden_features=(16, 16), epochs=2, batch_size=4, lr=1e-3, holdout=0.2)
 STEPS = 2  # an epoch: eight images to train on, in batches of four
 
@@ -67,3 +70,14 @@ def at_batch(monkeypatch: pytest.MonkeyPatch, number: int, do: Callable[[Tensor]
 def epoch(number: int) -> int:
     """The number of an epoch's first batch: each has its steps and one batch of validation."""
     return (number - 1) * (STEPS + 1) + 1
+
+
+def as_earlier_version(out: Path) -> None:
+    """Removes from a state and its model what earlier versions did not write."""
+    for file, key, new in (
+        (STATE_FILE, "state", ("contents", "epoch_so_far", "checkpoint")),
+        (MODEL_FILE, "training", ("checkpoint",)),
+    ):
+        tensors, metadata = read_tensors(out / file)
+        found = {name: value for name, value in json.loads(metadata[key]).items() if name not in new}
+        write_tensors(tensors, out / file, {**metadata, key: json.dumps(found)})

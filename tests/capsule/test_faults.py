@@ -16,7 +16,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastmaf.capsule import memory_check as room
+from fastmaf.capsule import memory_check
 from fastmaf.capsule import train as training
 from fastmaf.capsule.models import load_model
 from fastmaf.io.locks import InUseError, run_lock
@@ -30,6 +30,7 @@ from tests.faults import hidden
 pytestmark = [pytest.mark.usefixtures("undrawn"), pytest.mark.filterwarnings("ignore::fastmaf.ConnectivityWarning")]
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 @pytest.mark.parametrize("fault", ["killed", "full"])
 def test_a_fault_at_any_operation_leaves_the_old_run_or_the_new_one(
@@ -132,15 +133,15 @@ def test_too_small_a_disk_is_noticed_before_training(
     """A model of 4 bytes a weight, and two moments of the same size: what a checkpoint writes, but for its headers."""
     weights = sum(tensor.nbytes for tensor in tensors_of(finished).values())
     written = (finished / MODEL_FILE).stat().st_size + (finished / STATE_FILE).stat().st_size
-    assert 2 * weights < room.disk_needed(TINY) <= written
+    assert 2 * weights < memory_check.disk_needed(TINY) <= written
     usage = shutil.disk_usage(tmp_path)
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=room.disk_needed(TINY) - 1))
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=memory_check.disk_needed(TINY) - 1))
     with pytest.raises(
         DoesNotFitError, match=r"needs about 0\.\d MB of disk space in .*run, but only 0\.\d MB are free"
     ):
         run(data, tmp_path / "run")
     assert os.listdir(tmp_path) == [], "nothing was written, and the folder is gone again"
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=room.disk_needed(TINY)))
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=memory_check.disk_needed(TINY)))
     run(data, tmp_path / "run")
 
 
@@ -185,17 +186,18 @@ def test_reproduce_is_refused_before_it_draws(data: Path, tmp_path: Path) -> Non
     assert os.listdir(tmp_path) == []
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(os.name == "nt", reason="sends SIGKILL")
 def test_after_a_kill_the_next_run_takes_the_folder_and_clears_it(data: Path, tmp_path: Path) -> None:
     script = f"""
 import os, signal
 from pathlib import Path
-from fastmaf.io import checkpoint
+from fastmaf.io import tensor_file
 from tests.capsule.runs import run
 def killed(tensors, path, metadata):
     Path(path).write_bytes(b"half a model")
     os.kill(os.getpid(), signal.SIGKILL)
-checkpoint.save_file = killed
+tensor_file.save_file = killed
 run(Path({str(data)!r}), Path({str(tmp_path)!r}))
 """
     done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, timeout=120)

@@ -17,14 +17,16 @@ from fastmaf.capsule import train as training
 from fastmaf.capsule import training_run
 from fastmaf.capsule.config import GUARDED, TrainConfig
 from fastmaf.capsule.reproduce import reproduce
-from fastmaf.io import checkpoint
+from fastmaf.io import tensor_file
 from fastmaf.training.checkpoints import MODEL_FILE, load_state
-from tests.capsule.runs import STEPS, at_batch, epoch, run, same, tensors_of, with_, without_seconds
+from tests.capsule.runs import STEPS, as_earlier_version, at_batch, epoch, run, same, tensors_of, with_, without_seconds
 from tests.faults import hidden
 
 pytestmark = [pytest.mark.usefixtures("undrawn"), pytest.mark.filterwarnings("ignore::fastmaf.ConnectivityWarning")]
 THREE = with_(epochs=3)
 BATCHES = 3 * (STEPS + 1)  # of three epochs, with one of validation each
+FIFTH = 5  # in the middle of the second epoch
+EVERY_BATCH = [pytest.param(n, marks=[pytest.mark.slow] * (n != FIFTH)) for n in range(1, BATCHES + 1)]
 WARMING = with_(epochs=3, **{**GUARDED, "order": "alternate", "warmup_steps": 4, "lr": 1e-3})
 
 
@@ -62,7 +64,7 @@ def assert_equal(out: Path, other: Path) -> None:
 
 
 @pytest.mark.parametrize("config", [THREE, WARMING], ids=["plain", "guarded"])
-@pytest.mark.parametrize("batch", range(1, BATCHES + 1))
+@pytest.mark.parametrize("batch", EVERY_BATCH)
 def test_interrupted_at_any_batch(
     data: Path, tmp_path: Path, interrupts: None, whole: Callable[[TrainConfig], Path], config: TrainConfig, batch: int
 ) -> None:
@@ -123,7 +125,7 @@ def test_interrupted_while_saving(
     write: int,
 ) -> None:
     """Once, the checkpoint is finished; twice in a row, the one before is what there is."""
-    save, calls = checkpoint.save_file, itertools.count()
+    save, calls = tensor_file.save_file, itertools.count()
 
     def interrupted(*args: Any) -> None:
         if next(calls) == write:
@@ -132,7 +134,7 @@ def test_interrupted_while_saving(
         save(*args)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(checkpoint, "save_file", interrupted)
+        patch.setattr(tensor_file, "save_file", interrupted)
         if times == 1:
             assert run(data, tmp_path, THREE).interrupted
         else:
@@ -143,7 +145,7 @@ def test_interrupted_while_saving(
     assert_equal(tmp_path, whole(THREE))
 
 
-@pytest.mark.parametrize("batch", range(1, BATCHES + 1))
+@pytest.mark.parametrize("batch", EVERY_BATCH)
 def test_interrupted_twice_in_a_row(
     data: Path,
     tmp_path: Path,
@@ -177,12 +179,10 @@ def test_a_state_of_an_earlier_version_begins_its_broken_epoch_again(
     data: Path, tmp_path: Path, interrupts: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It does not say how far that had come."""
-    from tests.capsule.test_resume import rewrite_as_before
-
     with monkeypatch.context() as patch:
         at_batch(patch, epoch(2), ctrl_c)
         run(data, tmp_path, THREE)
-    rewrite_as_before(tmp_path)
+    as_earlier_version(tmp_path)
     run(data, tmp_path, THREE, resume=True)
     assert load_state(tmp_path)[1]["steps"] == 3 * STEPS + 1
 

@@ -10,10 +10,10 @@ import pytest
 import torch
 from typer.main import get_command
 
-from fastmaf.capsule import memory_check as memory_check
+from fastmaf.capsule import memory_check
 from fastmaf.capsule.config import TrainConfig
 from fastmaf.capsule.memory_check import check_fits, needed_memory
-from fastmaf.cli import app
+from fastmaf.cli.capsule import app
 from fastmaf.io.run_folder import DoesNotFitError
 from fastmaf.kernels import backends
 from tests.capsule.runs import IMAGES, run, with_
@@ -26,7 +26,7 @@ TRAINED = IMAGES - 2  # images, two being held out
 
 @pytest.fixture
 def only(monkeypatch: pytest.MonkeyPatch) -> Callable[[int | None], None]:
-    """Sets the bytes that are said to be available."""
+    """Sets the bytes that count as available."""
     return lambda size: monkeypatch.setattr(memory_check, "available_memory", lambda device: size)
 
 
@@ -49,8 +49,10 @@ def test_a_batch_that_does_not_fit_is_refused_with_the_largest_that_does(
     only(available)
     message = refused(data, tmp_path / "out", config)
     assert not (tmp_path / "out").exists()
-    said = r"training 2 blocks of 192 dimensions and hidden units 16,16 at batch size 8 needs about 0\.\d MB on cpu, "
-    assert re.search(said + r"where 0\.\d MB are available", message)
+    pattern = (
+        r"training 2 blocks of 192 dimensions and hidden units 16,16 at batch size 8 needs about 0\.\d MB on cpu, "
+    )
+    assert re.search(pattern + r"where 0\.\d MB are available", message)
     best = option(message, "batch-size")
     assert best == 5
     assert needed_memory(with_(batch_size=best), CPU) <= available < needed_memory(with_(batch_size=best + 1), CPU)

@@ -71,10 +71,10 @@ def test_it_runs_and_draws(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     drawn = {"nll_curve.png", "samples.png", "nll_hist_good_defect.png", "roc_curve.png", "model.safetensors"}
     assert {path.name for path in out.iterdir()} == {*drawn, "demo-data"}
     assert fastmaf.load(out / "model.safetensors").features == 192
-    said = "".join(output.text for cell in notebook.cells for output in cell.get("outputs", []) if "text" in output)
-    assert "19 images to train on, 3 held out, 12 to test; D = 192" in said
-    assert "Threshold held-out" in said
-    assert "Warning" not in said
+    text = "".join(output.text for cell in notebook.cells for output in cell.get("outputs", []) if "text" in output)
+    assert "19 images to train on, 3 held out, 12 to test; D = 192" in text
+    assert "Threshold held-out" in text
+    assert "Warning" not in text
 
 
 def images(cell: NotebookNode) -> list[Image.Image]:

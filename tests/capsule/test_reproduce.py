@@ -24,7 +24,7 @@ from fastmaf.capsule.reproduce import Reproduction, reproduce
 from fastmaf.capsule.synthetic import draw_dataset
 from fastmaf.images.dataset import to_unit
 
-# Random degrees at a tiny size leave gaps, and that is said.
+# Random degrees at a tiny size leave gaps, and a warning is issued.
 pytestmark = pytest.mark.filterwarnings("ignore::fastmaf.ConnectivityWarning")
 TINY = TrainConfig(
     size=8, blocks=2, hidden_features=(16, 16), epochs=1, batch_size=4, lr=1e-3, degrees="random", holdout=0.0, seed=1
@@ -45,9 +45,9 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def ten_epochs(data: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Reproduction, str]:
-    out, said = tmp_path_factory.mktemp("results"), list[str]()
-    result = reproduce(out, dataclasses.replace(TINY, epochs=10), data=data, progress=False, say=said.append)
-    return out, result, "\n".join(said)
+    out, messages = tmp_path_factory.mktemp("results"), list[str]()
+    result = reproduce(out, dataclasses.replace(TINY, epochs=10), data=data, progress=False, say=messages.append)
+    return out, result, "\n".join(messages)
 
 
 def line(table: str, start: str) -> list[str]:
@@ -69,7 +69,7 @@ def test_every_file_of_the_published_run_is_there(ten_epochs: tuple[Path, Reprod
 
 
 def test_the_table_sets_both_runs_side_by_side(ten_epochs: tuple[Path, Reproduction, str]) -> None:
-    out, result, said = ten_epochs
+    out, result, messages = ten_epochs
     table = (out / "comparison.txt").read_text(encoding="utf-8")
     assert table == result.table + "\n"
     assert re.split(r"\s{2,}", table.splitlines()[0].strip()) == ["published run", "this run (synthetic)"]
@@ -87,7 +87,7 @@ def test_the_table_sets_both_runs_side_by_side(ten_epochs: tuple[Path, Reproduct
     assert line(table, "P/R/F1 of defects")[1] == ".90/.93/.91"
     assert line(table, "P/R/F1 of normals")[1] == ".60/.52/.56"
     assert "none: no normals were held out" in table
-    assert f"AUROC {result.evaluation.auroc:.4f}" in said, "the evaluation is told as well"
+    assert f"AUROC {result.evaluation.auroc:.4f}" in messages, "the evaluation is printed as well"
 
 
 def test_the_metrics_say_with_what_settings(ten_epochs: tuple[Path, Reproduction, str]) -> None:
@@ -106,33 +106,36 @@ def test_the_published_curve_is_as_recorded() -> None:
     }  # fmt: skip
 
 
-def test_without_data_the_synthetic_set_is_drawn_and_said(
+@pytest.mark.slow
+def test_without_data_the_synthetic_set_is_drawn_and_reported(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ten_epochs: tuple[Path, Reproduction, str]
 ) -> None:
     monkeypatch.setattr(reproduction, "draw_dataset", draw_tiny)
-    said: list[str] = []
+    messages: list[str] = []
     config = dataclasses.replace(TINY, holdout=0.25)
-    result = reproduce(tmp_path, config, progress=False, say=said.append)
+    result = reproduce(tmp_path, config, progress=False, say=messages.append)
     assert (tmp_path / "demo-data" / "train" / "good" / "000.png").is_file()
     assert {*PICTURES, *TEXTS, "samples"} <= {path.name for path in tmp_path.iterdir()}
-    assert "synthetic capsules" in said[0]
+    assert "synthetic capsules" in messages[0]
     assert "this run (synthetic)" in result.table.splitlines()[0]
     assert result.evaluation.held_out is not None
     assert line(result.table, "at the threshold from held-out normals") == ["at the threshold from held-out normals:"]
     assert len(re.findall(r"^  accuracy ", result.table, re.MULTILINE)) == 2
     # Going on draws the same images again and takes up the run.
-    result = reproduce(tmp_path, dataclasses.replace(config, epochs=2), resume=True, progress=False, say=said.append)
+    result = reproduce(
+        tmp_path, dataclasses.replace(config, epochs=2), resume=True, progress=False, say=messages.append
+    )
     assert [row["epoch"] for row in result.training.log] == [1, 2]
     assert "epoch 2" in result.table
 
 
 def test_leaky_masks_are_compared_without_samples(data: Path, tmp_path: Path) -> None:
-    said: list[str] = []
+    messages: list[str] = []
     config = dataclasses.replace(TINY, masks="published")
-    result = reproduce(tmp_path, config, data=data, progress=False, say=said.append)
+    result = reproduce(tmp_path, config, data=data, progress=False, say=messages.append)
     assert result.seconds_per_sample is None
     assert line(result.table, "seconds a sample")[1:] == ["266.8", "refused"]
-    assert any(text.startswith("no samples: ") and "no density" in text for text in said)
+    assert any(text.startswith("no samples: ") and "leaky output mask" in text for text in messages)
     assert not (tmp_path / "samples").exists()
     assert (tmp_path / "roc_curve.png").is_file()
 
@@ -147,9 +150,9 @@ def test_ctrl_c_in_training_ends_the_whole_run_with_a_model(
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     monkeypatch.setattr(training_run, "to_unit", interrupting)
     try:
-        said: list[str] = []
-        assert reproduce(tmp_path, TINY, data=data, progress=False, say=said.append) is None
-        assert "--resume" in said[-1]
+        messages: list[str] = []
+        assert reproduce(tmp_path, TINY, data=data, progress=False, say=messages.append) is None
+        assert "--resume" in messages[-1]
     finally:
         signal.signal(signal.SIGINT, before)
     assert (tmp_path / "model.safetensors").is_file()

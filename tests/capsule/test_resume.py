@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import math
 import os
@@ -24,7 +23,8 @@ from fastmaf.capsule.config import GUARDED, TrainConfig
 from fastmaf.capsule.models import load_model
 from fastmaf.capsule.sample import sample
 from fastmaf.capsule.training_run import CURVE_FILE, LOG_FILE, TrainingStoppedError
-from fastmaf.io import checkpoint
+from fastmaf.io import tensor_file
+from fastmaf.io.tensor_file import read_tensors, write_tensors
 from fastmaf.training import checkpoints
 from fastmaf.training.checkpoints import MODEL_FILE, STATE_FILE, load_state, training_of
 from tests.capsule.runs import ROOT, STEPS, TINY, at_batch, epoch, rows, run, same, tensors_of, with_, without_seconds
@@ -53,132 +53,6 @@ def test_resuming_a_finished_run_changes_nothing(data: Path, tmp_path: Path) -> 
     assert len(result.log) == 2
     assert same(tensors_of(tmp_path), before)
     assert rows(tmp_path) == log
-
-
-@pytest.mark.parametrize(
-    ("changes", "words"),
-    [
-        ({"lr": 2e-3}, r"lr: was 0\.001, now 0\.002"),
-        ({"size": 16}, r"size: was 8, now 16"),
-        ({"hidden_features": (16, 8), "seed": 5}, r"hidden_features: was \[16, 16\], now \[16, 8\], seed: was 0"),
-        ({"order": "alternate", "epochs": 9}, r"order: was 'natural', now 'alternate'\)"),
-        ({"holdout": 0.3}, r"holdout: was 0\.2, now 0\.3"),
-    ],
-)
-def test_resuming_with_other_settings_names_them(
-    data: Path, finished: Path, tmp_path: Path, changes: dict[str, Any], words: str
-) -> None:
-    out = Path(shutil.copytree(finished, tmp_path / "run"))
-    before = {p.name: p.read_bytes() for p in out.iterdir()}
-    with pytest.raises(ValueError, match=r"cannot resume .* with other settings .*" + words):
-        run(data, out, with_(**changes), resume=True)
-    assert {p.name: p.read_bytes() for p in out.iterdir()} == before, "a refusal changes nothing"
-
-
-def test_resuming_with_other_files_is_refused(data: Path, finished: Path, tmp_path: Path) -> None:
-    other, out = tmp_path / "data", Path(shutil.copytree(finished, tmp_path / "run"))
-    shutil.copytree(data, other)
-    (other / "train" / "good" / load_state(finished)[1]["files"][3]).unlink()
-    with pytest.raises(ValueError, match=r"cannot resume .* trained on 8 images, the data now hold 7 others"):
-        run(other, out, with_(epochs=3), resume=True)
-    assert len(rows(out)) == 2
-
-
-def copied(data: Path, finished: Path, tmp_path: Path) -> tuple[Path, Path, list[Path]]:
-    """Copies of the data and of the run, and the files in the first one."""
-    other, out = Path(shutil.copytree(data, tmp_path / "data")), Path(shutil.copytree(finished, tmp_path / "run"))
-    return other, out, sorted((other / "train" / "good").iterdir())
-
-
-@pytest.mark.parametrize("held_out", [False, True])
-def test_resuming_with_other_contents_under_the_same_name_names_the_file(
-    data: Path, finished: Path, tmp_path: Path, held_out: bool
-) -> None:
-    other, out, files = copied(data, finished, tmp_path)
-    trained_on = load_state(out)[1]["files"]
-    one, another = [file for file in files if (file.name not in trained_on) is held_out][:2]
-    before = {path.name: path.read_bytes() for path in out.iterdir()}
-    longer = one.read_bytes() + b"\0"  # beyond the end of a PNG: the same picture
-    one.write_bytes(longer)
-    words = rf"cannot resume .*: 1 of 10 images changed .* began: {one.name} \(was {len(longer) - 1:,} bytes, now "
-    with pytest.raises(ValueError, match=words):
-        run(other, out, with_(epochs=3), resume=True)
-    content = bytearray(another.read_bytes())
-    content[-1] ^= 1
-    another.write_bytes(content)
-    words = rf"2 of 10 images changed .*{another.name} \(of the same size, but with other contents\)"
-    with pytest.raises(ValueError, match=words):
-        run(other, out, with_(epochs=3), resume=True)
-    assert {path.name: path.read_bytes() for path in out.iterdir()} == before, "a refusal changes nothing"
-
-
-def test_resuming_with_two_pictures_exchanged_names_both(data: Path, finished: Path, tmp_path: Path) -> None:
-    other, out, files = copied(data, finished, tmp_path)
-    first, second = files[0].read_bytes(), files[1].read_bytes()
-    files[0].write_bytes(second)
-    files[1].write_bytes(first)
-    with pytest.raises(ValueError, match=rf"2 of 10 images changed .*{files[0].name} .*{files[1].name} "):
-        run(other, out, with_(epochs=3), resume=True)
-
-
-def test_resuming_with_a_renamed_image_names_the_old_and_the_new(data: Path, finished: Path, tmp_path: Path) -> None:
-    other, out, files = copied(data, finished, tmp_path)
-    files[4].rename(files[4].with_name("renamed.png"))
-    with pytest.raises(ValueError, match=rf"cannot resume .*\(missing: {files[4].name}; new: renamed.png\)"):
-        run(other, out, with_(epochs=3), resume=True)
-
-
-def test_resuming_elsewhere_with_the_same_images_is_the_same_run(data: Path, finished: Path, tmp_path: Path) -> None:
-    """Neither the place nor the times of the files count; nor does it for a folder of images without train/good."""
-    other, out, files = copied(data, finished, tmp_path)
-    for file in files:
-        os.utime(file, (0, 0))
-    assert len(run(other / "train" / "good", out, with_(epochs=3), resume=True).log) == 3
-
-
-def test_a_state_of_an_earlier_version_resumes_with_a_note(
-    data: Path, finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    _, out, _ = copied(data, finished, tmp_path)
-    rewrite_as_before(out)
-    run(data, out, with_(epochs=3), resume=True)
-    assert "without the contents of its images: only their names were compared" in capsys.readouterr().out
-    run(data, tmp_path / "whole", with_(epochs=3))
-    assert same(tensors_of(out), tensors_of(tmp_path / "whole"))
-    assert "contents" in load_state(out)[1], "from now on they are known"
-
-
-def test_a_state_of_an_earlier_version_still_compares_names(data: Path, finished: Path, tmp_path: Path) -> None:
-    other, out, files = copied(data, finished, tmp_path)
-    rewrite_as_before(out)
-    files[3].unlink()
-    with pytest.raises(ValueError, match=r"trained on 8 images, the data now hold 7 others"):
-        run(other, out, with_(epochs=3), resume=True)
-
-
-def test_settings_of_earlier_versions_resume_under_their_new_names(data: Path, tmp_path: Path) -> None:
-    config = with_(epochs=1, masks="published", degrees="random", max_loss_jump=50.0)
-    assert with_(masks="reference") == with_(masks="published")
-    run(data, tmp_path, config)
-    tensors, metadata = fastmaf.read_tensors(tmp_path / STATE_FILE)
-    state = json.loads(metadata["state"])
-    state["config"]["max_leap"] = state["config"].pop("max_loss_jump")
-    state["config"]["masks"] = "reference"
-    fastmaf.write_tensors(tensors, tmp_path / STATE_FILE, {"state": json.dumps(state)})
-    with pytest.raises(ValueError, match=r"max_loss_jump: was 50\.0, now 5\.0\)"):
-        run(data, tmp_path, dataclasses.replace(config, epochs=2, max_loss_jump=5.0), resume=True)
-    assert len(run(data, tmp_path, dataclasses.replace(config, epochs=2), resume=True).log) == 2
-
-
-def rewrite_as_before(out: Path) -> None:
-    """Takes away what states and models of earlier versions did not say."""
-    for file, key, new in (
-        (STATE_FILE, "state", ("contents", "epoch_so_far", "checkpoint")),
-        (MODEL_FILE, "training", ("checkpoint",)),
-    ):
-        tensors, metadata = fastmaf.read_tensors(out / file)
-        found = {name: value for name, value in json.loads(metadata[key]).items() if name not in new}
-        fastmaf.write_tensors(tensors, out / file, {**metadata, key: json.dumps(found)})
 
 
 @pytest.mark.parametrize("missing", [MODEL_FILE, STATE_FILE, "both"])
@@ -243,7 +117,7 @@ def test_a_crash_while_saving_leaves_the_checkpoint_before_or_the_one_after(
             raise Crash
         move(source, target)
 
-    monkeypatch.setattr(checkpoint, "save_file", write_half)
+    monkeypatch.setattr(tensor_file, "save_file", write_half)
     monkeypatch.setattr(os, "replace", move_not)
     with pytest.raises(Crash):
         run(data, out, with_(epochs=3), resume=True)
@@ -261,7 +135,7 @@ def test_an_unfinished_run_is_not_overwritten(
     assert run(data, tmp_path, with_(epochs=5)).interrupted
     monkeypatch.undo()
     before = tensors_of(tmp_path)
-    with pytest.raises(ValueError, match=r"unfinished run \(2 of 5 epochs\): go on with --resume, .* another --out"):
+    with pytest.raises(ValueError, match=r"unfinished run \(2 of 5 epochs\): continue it with --resume"):
         run(data, tmp_path, with_(epochs=5))
     assert same(tensors_of(tmp_path), before)
 
@@ -385,6 +259,7 @@ KILLED = """
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 def test_a_kill_at_any_moment_leaves_a_model_that_loads(data: Path, tmp_path: Path) -> None:
     driver = tmp_path / "driver.py"
@@ -399,13 +274,14 @@ def environment() -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform == "win32", reason="sends SIGINT")
 def test_ctrl_c_on_the_command_line(data: Path, tmp_path: Path) -> None:
     out, settings = tmp_path / "run", ("--size", "8", "--blocks", "2", "--hidden", "16,16", "--batch-size", "4")
-    command = [sys.executable, "-m", "fastmaf.cli", "train", "--data", str(data), "--out", str(out), *settings]
-    with open(tmp_path / "out.txt", "w") as said, open(tmp_path / "err.txt", "w") as bar:
+    command = [sys.executable, "-m", "fastmaf", "train", "--data", str(data), "--out", str(out), *settings]
+    with open(tmp_path / "out.txt", "w") as stdout, open(tmp_path / "err.txt", "w") as bar:
         process = subprocess.Popen(
-            [*command, "--epochs", "1000000"], cwd=ROOT, env=environment(), stdout=said, stderr=bar
+            [*command, "--epochs", "1000000"], cwd=ROOT, env=environment(), stdout=stdout, stderr=bar
         )
         try:
             give_up = time.monotonic() + 60
@@ -420,7 +296,7 @@ def test_ctrl_c_on_the_command_line(data: Path, tmp_path: Path) -> None:
     assert "Traceback" not in progress
     assert "stopping after this step" in text
     done = len(rows(out))
-    assert f"stopped after {done} whole epochs; the model is in {out / MODEL_FILE}; --resume goes on" in text
+    assert f"stopped after {done} whole epochs; the model is in {out / MODEL_FILE}" in text
     assert "NLL" in progress
     assert "bits/dim" in progress
     files = sample(load_model(out), out, 1, progress=False).files
@@ -456,8 +332,8 @@ def test_a_run_that_fails_before_its_first_checkpoint_leaves_an_earlier_one_alon
 def test_a_state_of_the_same_epoch_but_another_step_is_not_taken(data: Path, finished: Path, tmp_path: Path) -> None:
     """Ctrl-C saves in the middle of an epoch: the number of whole epochs does not tell two checkpoints apart."""
     out = Path(shutil.copytree(finished, tmp_path / "run"))
-    tensors, metadata = fastmaf.read_tensors(out / STATE_FILE)
+    tensors, metadata = read_tensors(out / STATE_FILE)
     state = json.loads(metadata["state"])
-    fastmaf.write_tensors(tensors, out / STATE_FILE, {"state": json.dumps({**state, "steps": state["steps"] - 1})})
+    write_tensors(tensors, out / STATE_FILE, {"state": json.dumps({**state, "steps": state["steps"] - 1})})
     with pytest.raises(fastmaf.CheckpointError, match="does not belong to"):
         run(data, out, with_(epochs=3), resume=True)

@@ -19,7 +19,7 @@ from fastmaf.capsule.config import GUARDED
 from fastmaf.capsule.models import load_model, nll_of
 from fastmaf.capsule.sample import sample
 from fastmaf.capsule.training_run import CURVE_FILE, LOG_COLUMNS, LOG_FILE, TrainingStoppedError
-from fastmaf.cli import app
+from fastmaf.cli.capsule import app
 from fastmaf.images.dataset import DataError, load_train
 from fastmaf.metrics.plots import nll_curve
 from fastmaf.training.checkpoints import MODEL_FILE, STATE_FILE, load_state, training_of
@@ -202,7 +202,7 @@ def test_a_model_with_leaky_masks_trains_scores_and_says_why_it_does_not_sample(
     model = load_model(tmp_path)
     scores = nll_of(model.flow, load_train(data, size=8, progress=False), progress=False)
     assert all(math.isfinite(score) for score in scores)
-    with pytest.raises(fastmaf.NotInvertibleError, match=r"leaky output mask.*no density.*train with strict masks"):
+    with pytest.raises(fastmaf.NotInvertibleError, match=r"leaky output mask.*train with strict masks"):
         sample(model, tmp_path, 1, progress=False)
     assert not (tmp_path / "samples").exists()
 

@@ -119,7 +119,7 @@ def quiet(model: Notebook | dict[str, Tensor], **options: Any) -> fastmaf.MAF:
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", fastmaf.ConnectivityWarning)
-        return fastmaf.from_reference(model if isinstance(model, dict) else model.state_dict(), **options)
+        return fastmaf.from_published(model if isinstance(model, dict) else model.state_dict(), **options)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
@@ -349,5 +349,5 @@ def test_blocks_of_other_dtypes_are_refused() -> None:
 
 def test_gaps_of_an_imported_model_are_reported() -> None:
     with pytest.warns(fastmaf.ConnectivityWarning) as seen:
-        fastmaf.from_reference(no_ties(strict=True).state_dict())
+        fastmaf.from_published(no_ties(strict=True).state_dict())
     assert len(seen) == 1

@@ -113,8 +113,8 @@ def test_wrong_shapes_are_named(method: str) -> None:
     for wrong, found in (
         ((4, 12), "12"),
         ((4, 14), "14"),
-        ((FEATURES,), r"\(13,\)|\[13\]|1-D"),
-        ((2, 3, FEATURES), "2, 3, 13|3-D"),
+        ((12,), "12"),
+        ((2, 13, 3), "2, 13, 3"),
     ):
         with pytest.raises(ValueError, match="13") as caught:
             call(normal(*wrong))

@@ -50,7 +50,7 @@ def test_rows_depend_on_seed_and_number_alone(features: int, dtype: torch.dtype)
 def test_blocks_of_work_leave_no_seam(monkeypatch: pytest.MonkeyPatch) -> None:
     like = torch.empty(0, dtype=F64)
     whole = normal_rows(50, 9, 3, 5, like)
-    monkeypatch.setattr("fastmaf.noise._MOST_BLOCKS", 8)
+    monkeypatch.setattr("fastmaf.noise._MAX_BLOCKS", 8)
     assert torch.equal(normal_rows(50, 9, 3, 5, like), whole)
 
 
@@ -114,7 +114,7 @@ def test_arguments_that_do_not_fit(draw: str) -> None:
     call = getattr(build(5), draw)
     for options, message in (
         ({"start": 3}, "start = 3 without a seed"),
-        ({"seed": 1, "generator": generator()}, "generator or from a seed"),
+        ({"seed": 1, "generator": generator()}, "a generator or a seed"),
         ({"seed": -1}, r"seed must lie in .* found -1"),
         ({"seed": 1 << 64}, "seed must lie in"),
         ({"seed": 1, "start": -2}, r"start must lie in .* found -2"),

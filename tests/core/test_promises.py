@@ -130,4 +130,4 @@ def test_reading_a_complete_model_of_the_notebook_warns_of_nothing() -> None:
         state[f"flows.0.made.fc{k + 1}.bias"] = torch.randn(mask.shape[0])
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        fastmaf.from_reference(state)
+        fastmaf.from_published(state)

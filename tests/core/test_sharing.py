@@ -10,6 +10,7 @@ import torch
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
 import fastmaf
+from fastmaf.io.tensor_file import read_tensors, write_tensors
 from tests.core.helpers import blocks_of, build, correlated, normal, train
 from tests.tolerances import assert_close
 
@@ -69,7 +70,7 @@ def test_modules_are_the_same_object_again(tmp_path: Path) -> None:
 def test_other_flows_say_nothing_of_sharing(tmp_path: Path) -> None:
     path = tmp_path / "flow.safetensors"
     build(6).save(path)
-    assert "shared" not in json.loads(fastmaf.read_tensors(path)[1]["fastmaf"])
+    assert "shared" not in json.loads(read_tensors(path)[1]["fastmaf"])
 
 
 @pytest.mark.parametrize(
@@ -84,9 +85,9 @@ def test_other_flows_say_nothing_of_sharing(tmp_path: Path) -> None:
 def test_files_that_share_what_differs_are_refused(shared: dict[str, str], message: str, tmp_path: Path) -> None:
     path = tmp_path / "flow.safetensors"
     build(6).save(path)
-    tensors, metadata = fastmaf.read_tensors(path)
+    tensors, metadata = read_tensors(path)
     config = json.loads(metadata["fastmaf"]) | {"shared": shared}
-    fastmaf.write_tensors(tensors, path, {"fastmaf": json.dumps(config)})
+    write_tensors(tensors, path, {"fastmaf": json.dumps(config)})
     with pytest.raises(fastmaf.CheckpointError, match=message):
         fastmaf.load(path)
 

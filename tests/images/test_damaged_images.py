@@ -225,7 +225,7 @@ def test_a_tiff_whose_exif_directory_is_damaged(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("suffix", ["png", "tif"])
-def test_8_bit_values_in_16_bits_are_said_and_scaled_as_all_others(tmp_path: Path, suffix: str) -> None:
+def test_8_bit_values_in_16_bits_are_reported_and_scaled_as_all_others(tmp_path: Path, suffix: str) -> None:
     path = tmp_path / f"a.{suffix}"
     Image.fromarray(noise(8, 8).astype(np.uint16)).save(path)
     pixels, notes = load_image(path, 8)
@@ -234,7 +234,7 @@ def test_8_bit_values_in_16_bits_are_said_and_scaled_as_all_others(tmp_path: Pat
     assert "no value above 255, or 1/255 of white: almost black" in notes[1] and "save it with 8 bits" in notes[1]
 
 
-def test_8_and_12_bit_values_in_16_bit_colour_and_floats_are_said(tmp_path: Path) -> None:
+def test_8_and_12_bit_values_in_16_bit_colour_and_floats_are_reported(tmp_path: Path) -> None:
     for high, words in ((255, "no value above 255"), (4095, "no value above 4095"), (65535, None)):
         values = np.random.default_rng(0).integers(0, high + 1, (8, 8, 3))
         values[0, 0] = high

@@ -101,7 +101,7 @@ def test_float_and_32_bit_grey(tmp_path: Path) -> None:
     assert pixels[0].tolist() == [[0, 255], [1, 2]] and "32-bit" in notes[0]
     for wrong in (70000, 200, -3):
         Image.fromarray(np.array([[0, wrong]], dtype=np.int32)).save(path)
-        assert "whose white is unknown" in refused(path)
+        assert "unknown white level" in refused(path)
 
 
 def test_16_bit_colour_keeps_the_high_byte(tmp_path: Path) -> None:
@@ -164,7 +164,7 @@ def test_palette_with_transparency(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("name", "kind"), [("a.jpg", "JPEG"), ("a.tif", "TIFF"), ("a.png", "PNG")])
-def test_exif_orientation_is_applied_once_and_said(tmp_path: Path, name: str, kind: str) -> None:
+def test_exif_orientation_is_applied_once_and_reported(tmp_path: Path, name: str, kind: str) -> None:
     image = Image.new("RGB", (16, 16), (0, 0, 0))
     image.paste((255, 255, 255), (0, 0, 16, 8))  # white above
     exif = Image.Exif()

@@ -79,7 +79,7 @@ def test_a_folder_of_normal_images_alone(tmp_path: Path) -> None:
     train = load_train(root, size=4, progress=False)
     assert train.pixels[:, 0, 0, 0].tolist() == [0, 10, 20] and train.labels == ("good",) * 3
     assert train.notes == (
-        "no folder train/good: 3 images directly in Gute Teile 良品 (3)/ taken for normal ones",
+        "no folder train/good: 3 images directly in Gute Teile 良品 (3)/ used as normal images",
         "1 file left aside (hidden, or without an image's suffix)",
     )
 
@@ -88,7 +88,7 @@ def test_a_folder_of_normal_images_from_inside_it(tmp_path: Path, monkeypatch: p
     picture(tmp_path / "parts" / "a.png")
     monkeypatch.chdir(tmp_path / "parts")
     (note,) = load_train(".", size=4, progress=False).notes
-    assert "1 image directly in parts/ taken" in note
+    assert "1 image directly in parts/ used" in note
 
 
 def test_a_folder_good_alone(tmp_path: Path) -> None:
@@ -96,7 +96,7 @@ def test_a_folder_good_alone(tmp_path: Path) -> None:
         picture(tmp_path / "good" / f"{i}.png", (10 * i, 0, 0))
     train = load_train(tmp_path, size=4, progress=False)
     assert [path.parent.name for path in train.paths] == ["good", "good"] and train.labels == ("good", "good")
-    assert train.notes == ("no folder train/good: the images in good/ taken for the normal ones",)
+    assert train.notes == ("no folder train/good: the images in good/ are used as normal images",)
     picture(tmp_path / "overview.png")
     train = load_train(tmp_path, size=4, progress=False)
     assert len(train) == 2
@@ -249,15 +249,15 @@ def test_formats_that_are_not_read_are_counted(tmp_path: Path) -> None:
     for name in ("train/good/a.webp", "train/good/b.WEBP", "train/good/c.heic", "train/good/d.txt"):
         (root / name).write_bytes(b"x")
     assert load_train(root, size=4, progress=False).notes == (
-        "1 file left aside: .heic is not read; save as PNG what is to be read",
-        "2 files left aside: .webp is not read; save as PNG what is to be read",
+        "1 file left aside: .heic is not supported; convert to PNG to include them",
+        "2 files left aside: .webp is not supported; convert to PNG to include them",
         "1 file left aside (hidden, or without an image's suffix)",
     )
     for file in (root / "test" / "poke").iterdir():
         file.rename(file.with_suffix(".webp"))
     notes = load_test(root, size=4, progress=False).notes
     assert "class folder test/poke holds no image" in notes
-    assert "2 files left aside: .webp is not read; save as PNG what is to be read" in notes
+    assert "2 files left aside: .webp is not supported; convert to PNG to include them" in notes
     flat = tmp_path / "flat"
     flat.mkdir()
     for i in range(3):
@@ -267,7 +267,7 @@ def test_formats_that_are_not_read_are_counted(tmp_path: Path) -> None:
     assert f"{flat}  0 images, 3 x .webp (not read)" in message
 
 
-def test_a_folder_that_cannot_be_opened_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_folder_that_cannot_be_opened_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     root = capsule_set(tmp_path / "set")
     for part in ("train/good", "test/crack"):
         (root / part / "closed").mkdir()
@@ -277,7 +277,7 @@ def test_a_folder_that_cannot_be_opened_is_said(tmp_path: Path, monkeypatch: pyt
         assert notes == (f"1 folder could not be opened: {root / part / 'closed'}",)
 
 
-def test_a_folder_of_nothing_that_can_be_read_is_said_to_hold_what_it_holds(tmp_path: Path) -> None:
+def test_a_folder_of_nothing_that_can_be_read_is_described(tmp_path: Path) -> None:
     for name in ("a.png", "b.png"):
         Image.new("L", (4, 4)).save(tmp_path / name, pnginfo=png_text(OVERLAY))
     os.mkfifo(tmp_path / "c.png")

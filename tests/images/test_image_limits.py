@@ -83,6 +83,7 @@ def peaks(tmp_path_factory: pytest.TempPathFactory) -> dict[str, int]:
     return {name: max(found[2 * i : 2 * i + 2]) for i, (_, name, _) in enumerate(_LARGE)}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [name for _, name, _ in _LARGE])
 def test_eight_bytes_a_pixel_at_the_peak(peaks: dict[str, int], name: str) -> None:
     # A strip's worth of copies comes on top; at least the pixels themselves must have been there.

@@ -64,6 +64,7 @@ def test_in_a_list_of_files_they_are_named(folder: Path) -> None:
         assert isinstance(read, Unreadable) and ODD[name] in read.reason
 
 
+@pytest.mark.slow
 def test_a_pipe_on_standard_input_is_no_image() -> None:
     code = "from fastmaf.images.decode import load_image; load_image('/dev/stdin', 4)"
     run = subprocess.run([sys.executable, "-c", code], input="x", capture_output=True, text=True, timeout=600)

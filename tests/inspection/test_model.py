@@ -13,6 +13,7 @@ import torch
 import fastmaf
 from fastmaf.inspection.fit import Fitted
 from fastmaf.inspection.model import is_inspection_model, load_inspection
+from fastmaf.io.tensor_file import read_tensors, write_tensors
 
 
 @pytest.fixture
@@ -44,11 +45,11 @@ def test_a_file_of_an_earlier_version_gives_the_same_predictions(
     pixels, model = fitted[0], fitted[1].model
     new, old = tmp_path / "new.safetensors", tmp_path / "old.safetensors"
     model.save(new)
-    tensors, metadata = fastmaf.read_tensors(new)
+    tensors, metadata = read_tensors(new)
     record = renamed(json.loads(metadata["inspection"]))
     assert {"location", "settings"} <= set(record) and "grain" in record["settings"] and "usual" in record["location"]
     assert "copies" in record["about"]["recipe"] and "grain" in record["about"]["recipe"]["score"]
-    fastmaf.write_tensors(tensors, old, {**metadata, "inspection": json.dumps(record)})
+    write_tensors(tensors, old, {**metadata, "inspection": json.dumps(record)})
     loaded = load_inspection(old)
     expected, found = load_inspection(new).predict(pixels), loaded.predict(pixels)
     for name in ("scores", "anomaly_maps", "nll"):
@@ -56,7 +57,7 @@ def test_a_file_of_an_earlier_version_gives_the_same_predictions(
     assert (loaded.settings, loaded.map_config) == (model.settings, model.map_config)
     assert loaded.about["recipe"] == load_inspection(new).about["recipe"]
     loaded.save(old)
-    assert "map_config" in json.loads(fastmaf.read_tensors(old)[1]["inspection"])
+    assert "map_config" in json.loads(read_tensors(old)[1]["inspection"])
 
 
 def test_saved_and_loaded(fitted: tuple[torch.Tensor, Fitted], tmp_path: Path) -> None:
@@ -74,9 +75,9 @@ def test_saved_and_loaded(fitted: tuple[torch.Tensor, Fitted], tmp_path: Path) -
 
 @pytest.mark.parametrize("name", ["term_mean", "term_deviation", "calibration_scores"])
 def test_a_damaged_model_is_refused(name: str, own: Path) -> None:
-    tensors, metadata = fastmaf.read_tensors(own)
+    tensors, metadata = read_tensors(own)
     tensors[f"extra.{name}"] = tensors[f"extra.{name}"] * float("nan")
-    fastmaf.write_tensors(tensors, own, metadata)
+    write_tensors(tensors, own, metadata)
     with pytest.raises(fastmaf.CheckpointError, match="own.safetensors"):
         load_inspection(own)
 

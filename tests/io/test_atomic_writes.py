@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import errno
-import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -11,16 +9,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
-from safetensors import SafetensorError
 
 import fastmaf
-from fastmaf.cli_options import error_text
+from fastmaf.cli.options import error_text
 from fastmaf.images.png import save_grid, save_png
 from fastmaf.inspection.map_images import write_map, write_overlay
-from fastmaf.io import checkpoint
-from fastmaf.io.atomic import write_errors, written_atomically
+from fastmaf.io.atomic import written_atomically
 from fastmaf.metrics import plots
 
 resource = pytest.importorskip("resource")
@@ -68,26 +63,6 @@ def test_a_write_without_room_names_the_file_and_leaves_the_old_one(tmp_path: Pa
     assert [file.name for file in path.parent.iterdir()] == [name] and path.read_bytes() == b"old"
 
 
-def test_what_safetensors_says_of_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def full(*_: object) -> None:
-        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
-
-    monkeypatch.setattr(checkpoint, "save_file", full)
-    with pytest.raises(OSError) as caught:
-        fastmaf.write_tensors({"a": torch.zeros(1)}, tmp_path / "m.safetensors", {})
-    assert caught.value.errno == errno.ENOSPC
-    assert error_text(caught.value) == f"{tmp_path / 'm.safetensors'}: no space left on device"
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_errors_of_other_files_keep_their_names(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError) as caught, written_atomically(tmp_path / "a"):
-        (tmp_path / "nowhere").read_bytes()
-    assert error_text(caught.value) == f"{tmp_path / 'nowhere'}: no such file or directory"
-    with pytest.raises(OSError, match=r"b\.png: cannot be written: encoder error -2"), write_errors("b.png"):
-        raise OSError("encoder error -2 when writing image file")
-
-
 def test_a_parent_that_is_a_file(tmp_path: Path) -> None:
     (tmp_path / "file").write_bytes(b"mine")
     for write in (_bytes, WRITERS["model.safetensors"]):
@@ -102,18 +77,6 @@ def test_a_name_as_long_as_may_be_can_be_written_and_a_longer_one_is_named(tmp_p
     with pytest.raises(OSError) as caught:
         _bytes(tmp_path / ("n" * 256))
     assert error_text(caught.value) == f"{tmp_path / ('n' * 256)}: file name too long"
-
-
-def test_a_link_stays_a_link(tmp_path: Path) -> None:
-    target, link = tmp_path / "deep" / "target", tmp_path / "link"
-    target.parent.mkdir()
-    target.write_bytes(b"old")
-    link.symlink_to(target)
-    _bytes(link)
-    assert link.is_symlink() and target.stat().st_size == 10_000
-    WRITERS["model.safetensors"](link)
-    assert link.is_symlink() and fastmaf.load(target).features == 48
-    assert os.listdir(tmp_path / "deep") == ["target"]
 
 
 def test_pictures_are_whole(tmp_path: Path) -> None:

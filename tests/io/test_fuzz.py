@@ -53,6 +53,7 @@ print(loaded, "loaded", refused, "refused")
 
 @pytest.mark.skipif(sys.platform != "linux", reason="limits the memory of a process as Linux does")
 @pytest.mark.parametrize("seed", [0])
+@pytest.mark.slow
 def test_damaged_files_are_refused_or_compute(tmp_path: Path, seed: int) -> None:
     count = 600
     command = [sys.executable, "-c", CHILD, str(tmp_path), str(count), str(seed)]

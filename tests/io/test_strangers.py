@@ -17,6 +17,7 @@ from fastmaf.capsule.models import load_model
 from fastmaf.inspection.detector import Detector
 from fastmaf.inspection.fold_models import load_fold_models
 from fastmaf.inspection.model import load_inspection
+from fastmaf.io.tensor_file import read_tensors, write_tensors
 from fastmaf.training.checkpoints import load_state, moments_by_parameter
 from fastmaf.transforms import TRANSFORMS
 from tests.core.helpers import normal
@@ -254,7 +255,7 @@ def test_few_numbers_do_not_unfold_into_many(tmp_path: Path) -> None:
     }
     config = {"version": 1, "class": "MAF", "features": features, "transforms": [block], "tiles": tiles}
     path = tmp_path / "long.safetensors"
-    fastmaf.write_tensors(tensors, path, {"fastmaf": json.dumps(config)})
+    write_tensors(tensors, path, {"fastmaf": json.dumps(config)})
     with pytest.raises(fastmaf.CheckpointError, match=r"expected tiles like this version's, of 122880000 numbers"):
         fastmaf.load(path)
 
@@ -274,7 +275,7 @@ def test_dtypes_are_checked(folder: Path, written: dict[str, bytes], change: dic
 
 def test_fold_models_of_another_size_are_refused(folder: Path) -> None:
     model = load_inspection(folder / "inspection.safetensors")
-    mark = fastmaf.read_tensors(folder / "folds" / "fold-1.safetensors", tensors=False)[1]
+    mark = read_tensors(folder / "folds" / "fold-1.safetensors", tensors=False)[1]
     fastmaf.MAF(12, 1, (4,), seed=0).save(folder / "folds" / "fold-1.safetensors", {"statistics": mark["statistics"]})
     with pytest.raises(fastmaf.CheckpointError, match=r"fold-1.safetensors: expected a flow of 48 features"):
         load_fold_models(folder, model)

@@ -13,7 +13,8 @@ import torch
 from safetensors.torch import save_file
 
 import fastmaf
-from fastmaf.io.tensor_file import TensorFile
+from fastmaf.io.checkpoint import read_extras
+from fastmaf.io.tensor_file import TensorFile, read_tensors
 
 ONE = {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}
 DEEP = '{"a": ' + "[" * 100_000 + "]" * 100_000 + "}"
@@ -58,7 +59,7 @@ def test_a_damaged_header_is_refused(tmp_path: Path, name: str) -> None:
     path = tmp_path / "a.safetensors"
     data, words = FILES[name]
     path.write_bytes(data)
-    for read in (fastmaf.load, fastmaf.read_tensors, fastmaf.read_extras):
+    for read in (fastmaf.load, read_tensors, read_extras):
         with pytest.raises(fastmaf.CheckpointError, match=words) as caught:
             read(path)
         assert str(path) in str(caught.value) and str(caught.value).isprintable()
@@ -88,7 +89,7 @@ def test_every_dtype_as_safetensors_writes_it(tmp_path: Path) -> None:
     }  # fmt: skip
     tensors |= {"bool": torch.tensor([True, False]), "empty": torch.zeros(0, 3), "number": torch.tensor(2.5)}
     save_file(tensors, tmp_path / "a.safetensors", {"note": "ß"})
-    found, metadata = fastmaf.read_tensors(tmp_path / "a.safetensors")
+    found, metadata = read_tensors(tmp_path / "a.safetensors")
     assert metadata == {"note": "ß"} and found.keys() == tensors.keys()
     for name, expected in tensors.items():
         assert found[name].dtype == expected.dtype and found[name].shape == expected.shape

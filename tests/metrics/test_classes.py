@@ -51,7 +51,7 @@ def test_sets_of_one_kind_alone(model: Model, tmp_path: Path) -> None:
         evaluate(model, root, tmp_path / "out", progress=False)
 
 
-def test_a_class_that_seems_normal_beside_good_is_said(tmp_path: Path) -> None:
+def test_a_class_that_seems_normal_beside_good_is_reported(tmp_path: Path) -> None:
     assert doubtful(["good", "Good", "ok", "ok", "crack"]) == [
         "class folder test/Good (1 image) counts as a defect class: normal are those in test/good",
         "class folder test/ok (2 images) counts as a defect class: normal are those in test/good",

@@ -26,7 +26,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def test_many_samples_give_the_distribution_back(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(factor_analysis, "_MOST_ROWS", 500)  # the Gram matrix of 4,096 rows takes seconds
+    monkeypatch.setattr(factor_analysis, "_MAX_ROWS", 500)  # the Gram matrix of 4,096 rows takes seconds
     world = World(30, 3)
     found, x = fit_factors(world.draw(20_000), 3), world.draw(20_000, seed=1)
     entropy = 0.5 * (torch.logdet(world.covariance).item() / 30 + math.log(2 * math.pi) + 1)

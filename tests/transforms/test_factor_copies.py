@@ -99,7 +99,7 @@ def test_more_rows_than_are_decomposed(augment: Augment | None, monkeypatch: pyt
     world = World(40, 3)
     x, new = world.draw(300), world.draw(600, seed=1)
     whole = fit_factors(x, 3, augment=augment)
-    monkeypatch.setattr(factor_analysis, "_MOST_ROWS", 180)
+    monkeypatch.setattr(factor_analysis, "_MAX_ROWS", 180)
     one, again, other = (fit_factors(x, 3, augment=augment, seed=seed) for seed in (0, 0, 1))
     assert all(torch.equal(a, b) for a, b in zip(one, again, strict=True))
     assert not torch.equal(one.factors, other.factors) and not torch.equal(one.factors, whole.factors)
@@ -117,7 +117,7 @@ def test_no_more_rows_than_it_says_are_decomposed(monkeypatch: pytest.MonkeyPatc
         return eigh(matrix)
 
     monkeypatch.setattr(torch.linalg, "eigh", counted)
-    monkeypatch.setattr(factor_analysis, "_MOST_ROWS", 100)
+    monkeypatch.setattr(factor_analysis, "_MAX_ROWS", 100)
     x = World(150, 2).draw(300)
     for augment in AUGMENTS:
         fit_factors(x, 2, augment=augment)

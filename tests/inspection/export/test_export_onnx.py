@@ -30,9 +30,9 @@ from fastmaf.inspection.export.resize import resized
 from fastmaf.inspection.fit import fit
 from fastmaf.inspection.model import InspectionModel
 from fastmaf.inspection.recipe import Recipe
-from fastmaf.inspection.scoring.anomaly_map import AnomalyMapConfig
 from fastmaf.inspection.scoring.float64_flow import FlowValues
-from fastmaf.inspection.scoring.score import ScoreSettings, TermStatistics, terms_of
+from fastmaf.inspection.scoring.score import TermStatistics, terms_of
+from fastmaf.inspection.scoring.settings import AnomalyMapConfig, ScoreSettings
 
 SIZE, D = 16, 3 * 16**2
 SHAPES = [(SIZE, SIZE), (40, 33), (1000, 1000), (7, 5), (SIZE, 61), (60, 20), (1, 1), (90, 15), (15, 90)]

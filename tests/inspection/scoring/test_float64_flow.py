@@ -19,10 +19,11 @@ from fastmaf.inspection.calibration import Calibration
 from fastmaf.inspection.detector import Detector
 from fastmaf.inspection.model import InspectionModel, load_inspection
 from fastmaf.inspection.recipe import Recipe
-from fastmaf.inspection.scoring.anomaly_map import AnomalyMapConfig
 from fastmaf.inspection.scoring.float64_flow import FlowValues, rounded
-from fastmaf.inspection.scoring.score import ScoreSettings, TermStatistics, terms_of
+from fastmaf.inspection.scoring.score import TermStatistics, terms_of
+from fastmaf.inspection.scoring.settings import AnomalyMapConfig, ScoreSettings
 from fastmaf.inspection.whitening import fit_whitening
+from fastmaf.io.tensor_file import read_tensors, write_tensors
 
 SETTINGS = (
     ScoreSettings(),
@@ -129,10 +130,10 @@ def test_the_image_at_the_threshold_of_an_older_file_is_good(seed: int, tmp_path
     lower = Calibration(model.calibration.scores - 5e-5, 0.1, None, "split")
     file = tmp_path / "old.safetensors"
     model.with_calibration(lower).save(file)
-    tensors, metadata = fastmaf.read_tensors(file)
+    tensors, metadata = read_tensors(file)
     own = json.loads(metadata["inspection"])
     del own["about"]["scored_in"]
-    fastmaf.write_tensors(tensors, file, {**metadata, "inspection": json.dumps(own)})
+    write_tensors(tensors, file, {**metadata, "inspection": json.dumps(own)})
     loaded = load_inspection(file)
     scores = loaded.scores(normals)
     assert loaded.calibration.is_anomalous(scores).sum() == 30 - loaded.calibration.rank

@@ -16,8 +16,7 @@ from fastmaf.images.dataset import load_train, to_unit
 from fastmaf.inspection.fit import fit
 from fastmaf.inspection.folds import drop_fold
 from fastmaf.inspection.recipe import Recipe
-from fastmaf.inspection.scoring.anomaly_map import AnomalyMapConfig
-from fastmaf.inspection.scoring.score import ScoreSettings
+from fastmaf.inspection.scoring.settings import AnomalyMapConfig, ScoreSettings
 from fastmaf.inspection.whitening import fit_whitening
 from fastmaf.inspection.workflow.train import _decisions
 from tests.inspection.tiny import TINY

@@ -15,8 +15,7 @@ from fastmaf.images.dataset import to_unit
 from fastmaf.inspection.detector import Detector
 from fastmaf.inspection.fit import fit
 from fastmaf.inspection.recipe import Recipe
-from fastmaf.inspection.scoring.anomaly_map import AnomalyMapConfig
-from fastmaf.inspection.scoring.score import ScoreSettings
+from fastmaf.inspection.scoring.settings import AnomalyMapConfig, ScoreSettings
 from fastmaf.inspection.selection import blocks as blocks_module
 from fastmaf.inspection.workflow.train import _decisions
 

@@ -19,7 +19,7 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from fastmaf.capsule.config import TrainConfig
-from fastmaf.cli import app
+from fastmaf.cli.app import app
 from fastmaf.images.dataset import DataError
 from fastmaf.inspection.fold_models import FOLDS_FOLDER, load_fold_models
 from fastmaf.inspection.model import load_inspection
@@ -32,6 +32,7 @@ from fastmaf.inspection.workflow.choose import choose
 from fastmaf.inspection.workflow.train import REPORT_FILE, train
 from fastmaf.io.locks import InUseError, run_lock
 from fastmaf.io.run_folder import DoesNotFitError
+from fastmaf.io.tensor_file import read_tensors, write_tensors
 from fastmaf.training.checkpoints import MODEL_FILE, STATE_FILE
 from tests.faults import hidden
 from tests.inspection.tiny import A_REPORT, TINY, silent
@@ -165,9 +166,9 @@ def test_an_unfinished_run_of_the_other_recipe_is_not_overwritten(data: Path, tm
     config = TrainConfig(size=8, blocks=1, hidden_features=(8,), epochs=1, batch_size=16)
     other.train(data, tmp_path, config, progress=False)
     state = tmp_path / STATE_FILE
-    tensors, metadata = other.fastmaf.read_tensors(state)
+    tensors, metadata = read_tensors(state)
     metadata["state"] = metadata["state"].replace('"epochs": 1', '"epochs": 5')
-    other.fastmaf.write_tensors(tensors, state, metadata)
+    write_tensors(tensors, state, metadata)
     before = contents(tmp_path)
     with pytest.raises(ValueError, match=r"holds an unfinished run \(1 of 5 epochs\)"):
         train(data, tmp_path, TINY, progress=False, say=silent)

@@ -15,7 +15,7 @@ from PIL import Image
 from typer.testing import CliRunner
 
 import fastmaf
-from fastmaf.cli import app
+from fastmaf.cli.app import app
 from fastmaf.images.dataset import DataError
 from fastmaf.inspection.model import is_inspection_model, load_inspection
 from fastmaf.inspection.workflow.calibrate import calibrate, recalibrate

@@ -12,8 +12,8 @@ import pytest
 from PIL import Image
 
 import fastmaf
-from fastmaf import cli
-from tests.cli.test_cli import Fastmaf, assert_one_error, run  # noqa: F401 - a fixture
+from fastmaf.cli import app
+from tests.cli.command import Fastmaf, assert_one_error
 from tests.images.pictures import capsule_set
 
 linux = pytest.mark.skipif(sys.platform != "linux", reason="needs /dev/full and limits of file sizes")
@@ -76,12 +76,12 @@ def test_standard_output_without_room_is_named(model: Path, arguments: tuple[str
     command = [argument.format(model=model, images=model.parent / "good") for argument in arguments]
     with open("/dev/full", "w") as full:
         done = subprocess.run(
-            [sys.executable, "-m", "fastmaf.cli", *command], stdout=full, stderr=subprocess.PIPE, text=True, timeout=300
+            [sys.executable, "-m", "fastmaf", *command], stdout=full, stderr=subprocess.PIPE, text=True, timeout=300
         )
     assert (done.returncode, done.stderr) == (1, "error: standard output: no space left on device\n")
 
 
-def test_an_output_in_the_place_of_a_file(run: Fastmaf, model: Path, tmp_path: Path) -> None:  # noqa: F811
+def test_an_output_in_the_place_of_a_file(run: Fastmaf, model: Path, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("mine")
     images, file = model.parent / "good", tmp_path / "file"
     for arguments in (
@@ -99,7 +99,7 @@ def test_an_output_in_the_place_of_a_file(run: Fastmaf, model: Path, tmp_path: P
     assert (tmp_path / "file").read_text() == "mine"
 
 
-def test_a_refused_output_is_one_line(run: Fastmaf, model: Path) -> None:  # noqa: F811
+def test_a_refused_output_is_one_line(run: Fastmaf, model: Path) -> None:
     images = model.parent / "good"
     before = {path: path.read_bytes() for path in images.iterdir()}
     done = run("score", model, images, "--quiet", "--overlays", images)
@@ -110,16 +110,16 @@ def test_a_refused_output_is_one_line(run: Fastmaf, model: Path) -> None:  # noq
     assert {path: path.read_bytes() for path in images.iterdir()} == before
 
 
-def test_a_terminal_obeys_no_name(run: Fastmaf, model: Path, tmp_path: Path) -> None:  # noqa: F811
+def test_a_terminal_obeys_no_name(run: Fastmaf, model: Path, tmp_path: Path) -> None:
     done = run("score", model, tmp_path / "\x1b[2J\x07nowhere.png")
     assert_one_error(done, r"\x1b[2J\x07nowhere.png")
     assert "\x1b" not in done.err and "\x07" not in done.err
 
 
-def test_ctrl_c_is_said(run: Fastmaf, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
+def test_ctrl_c_is_said(run: Fastmaf, monkeypatch: pytest.MonkeyPatch) -> None:
     def interrupted() -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(cli, "app", interrupted)
+    monkeypatch.setattr(app, "app", interrupted)
     done = run("doctor")
     assert (done.code, done.err) == (130, "stopped\n")

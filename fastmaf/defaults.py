@@ -1,4 +1,4 @@
-"""torch's factory settings for a while, whatever the process has set."""
+"""Temporary use of torch's factory settings."""
 
 from __future__ import annotations
 
@@ -15,20 +15,18 @@ _before: tuple[torch.dtype, str | None] = (torch.float32, None)
 
 @contextmanager
 def torch_defaults() -> Iterator[None]:
-    """Runs a block, or a decorated function, with torch's factory settings, and restores the caller's.
+    """Runs a block or a decorated function with torch's factory settings, and restores the caller's afterwards.
 
-    The default dtype is float32, the default device the CPU; gradients are recorded; there is no inference mode and no
-    autocast; float32 matrix products are computed in float32. So a workflow with a dtype and a device of its own gives
-    the same results in every process, and ordinary tensors.
+    The default dtype is float32 and the default device the CPU; gradients are recorded, without inference mode and
+    autocast; float32 matrix products are computed in float32. A workflow thus gives the same results in every process.
 
-    The default dtype and the precision of matrix products belong to the process, the rest to the thread. Those two are
-    changed only where they differ from the factory's, and restored when the last thread has left.
+    The default dtype and the precision of matrix products belong to the process, the other settings to the thread. The
+    former are changed only if they differ from the factory settings, and restored when the last thread leaves.
 
     Example:
-        >>> torch.set_default_dtype(torch.float64)
-        >>> with fastmaf.torch_defaults():
-        ...     torch.zeros(1).dtype
-        torch.float32
+        >>> with torch.inference_mode(), fastmaf.torch_defaults():
+        ...     torch.zeros(1, requires_grad=True).requires_grad
+        True
     """
     with ExitStack() as stack:
         stack.enter_context(_process_wide())
@@ -37,7 +35,7 @@ def torch_defaults() -> Iterator[None]:
         for kind in ("cpu", "cuda"):
             if torch.is_autocast_enabled(kind):
                 stack.enter_context(torch.autocast(kind, enabled=False))
-        # A device as a context makes every call of torch dearer: only where it is needed.
+        # A device context slows every call of torch down, so it is entered only if needed.
         if torch.empty(0).device.type != "cpu":
             stack.enter_context(torch.device("cpu"))
         yield
@@ -61,7 +59,7 @@ def _process_wide() -> Iterator[None]:
 
 
 def _matmul_precision() -> str | None:
-    """Returns the precision of float32 matrix products; None where it was set backend by backend, and is left alone."""
+    """Returns the precision of float32 matrix products; None if it was set for each backend."""
     try:
         return torch.get_float32_matmul_precision()
     except RuntimeError:

@@ -1,0 +1,153 @@
+"""Options that several commands share, checks of their values that do not need torch, and output to the terminal."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Literal, NoReturn
+
+import typer
+
+from fastmaf.images.names import visible
+from fastmaf.io.atomic import STDOUT, write_errors
+
+
+def say(text: str) -> None:
+    """Prints text that may hold names of files and classes; control characters other than line breaks are escaped."""
+    with write_errors(STDOUT):
+        typer.echo(visible(text, keep="\n"))
+
+
+def say_aside(text: str) -> None:
+    """``say`` to standard error."""
+    typer.echo(visible(text, keep="\n"), err=True)
+
+
+def error_text(error: BaseException) -> str:
+    """Returns the message of an error; of a system error the file and the reason."""
+    if not isinstance(error, OSError) or not error.strerror:
+        return str(error)
+    reason = error.strerror[:1].lower() + error.strerror[1:]
+    return reason if error.filename is None else f"{os.fsdecode(error.filename)}: {reason}"
+
+
+def refuse(message: str) -> NoReturn:
+    """Ends the command with a usage error: exit code 2."""
+    raise typer.BadParameter(visible(message, keep="\n"))
+
+
+@contextmanager
+def checked_settings() -> Iterator[None]:
+    """Turns a ValueError of a settings class into a usage error."""
+    try:
+        yield
+    except ValueError as error:
+        refuse(str(error))
+
+
+def device_named(name: str) -> str:
+    """Returns the torch device of a checked ``--device``; ``auto`` is CUDA where it is available."""
+    import torch
+
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    if name.startswith("cuda") and not torch.cuda.is_available():
+        refuse("no usable CUDA device was found; 'fastmaf doctor' shows why")
+    if name.startswith("cuda:") and int(name[5:]) >= torch.cuda.device_count():
+        refuse(f"there is no device {name}: {torch.cuda.device_count()} CUDA devices are available")
+    return name
+
+
+def _device(name: str) -> str:
+    if not re.fullmatch(r"auto|cpu(:0)?|cuda(:\d+)?", name, re.ASCII):
+        refuse(f"expected auto, cpu, cuda or a CUDA device such as cuda:0; found {name!r}")
+    return name
+
+
+def share(value: float | None) -> float | None:
+    """Refuses a rate or probability that is not between 0 and 1."""
+    if value is not None and not 0 < value < 1:
+        refuse(f"expected a number between 0 and 1; found {value:g}")
+    return value
+
+
+def _existing(path: Path | None) -> Path | None:
+    if path is not None and not path.expanduser().exists():
+        refuse(f"no such file or folder: {path}")
+    return path
+
+
+def _existing_images(arguments: list[str]) -> list[str]:
+    from fastmaf.inspection.workflow.path_patterns import hints, is_pattern, matches
+
+    for text in arguments:
+        path = Path(os.path.expanduser(text))
+        if text == "-" or os.path.lexists(path) or is_pattern(text) and any(matches(path)):
+            continue
+        refuse(f"{'nothing matches' if is_pattern(text) else 'no such file or folder:'} {text}{hints(path)}")
+    return arguments
+
+
+Data = Annotated[
+    Path,
+    typer.Option(
+        "--data",
+        callback=_existing,
+        help="Folder with train/good, test/<class> and, optionally, ground_truth/<class>; for training also a folder "
+        "of good images.",
+    ),
+]
+OptionalData = Annotated[
+    Path | None,
+    typer.Option("--data", callback=_existing, help="The capsule images; by default a synthetic set is drawn."),
+]
+_MODEL = "Model file, or the folder of a training run."
+Model = Annotated[Path, typer.Option("--model", callback=_existing, help=_MODEL)]
+ModelArgument = Annotated[Path, typer.Argument(callback=_existing, help=_MODEL)]
+_IMAGES = "files, folders, patterns such as 'in/*.png', or - for a list on standard input."
+Images = Annotated[list[str], typer.Argument(callback=_existing_images, help=f"Images: {_IMAGES}")]
+CheckImages = Annotated[
+    list[str], typer.Option("--check", callback=_existing_images, help=f"Good images to compare on: {_IMAGES}")
+]
+Out = Annotated[Path, typer.Option("--out", help="Output folder.")]
+Size = Annotated[int, typer.Option(min=1, help="Side of the square images in pixels.")]
+Epochs = Annotated[int, typer.Option(min=1, help="Passes over the training images.")]
+BatchSize = Annotated[int, typer.Option(min=1, help="Images per step.")]
+LearningRate = Annotated[
+    float | None, typer.Option("--lr", help="Learning rate of Adam. Default: 1e-4, or 2e-5 with guards.")
+]
+Blocks = Annotated[int, typer.Option(min=1, help="Blocks of the flow.")]
+Hidden = Annotated[str, typer.Option("--hidden", help="Units of each hidden layer, separated by commas.")]
+Order = Annotated[
+    Literal["natural", "alternate", "random"],
+    typer.Option(help="Order of the dimensions: the same in all blocks, reversed in every second one, or random."),
+]
+Degrees = Annotated[Literal["spread", "random", "cyclic"], typer.Option(help="Degrees of the hidden units.")]
+Masks = Annotated[
+    Literal["strict", "published", "reference"],
+    typer.Option(help="Output masks: strict, or the leaky ones of the published run, once called reference."),
+]
+Levels = Annotated[
+    int | None,
+    typer.Option(min=1, help="Maximum number of distinct hidden degrees: fewer dependent steps when sampling."),
+]
+Seed = Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Seed of the random numbers.")]
+Resume = Annotated[bool, typer.Option("--resume", help="Continue from the checkpoint in the output folder.")]
+SkipBad = Annotated[bool, typer.Option("--skip-bad", help="Skip and list unreadable files instead of stopping.")]
+Device = Annotated[str, typer.Option(callback=_device, help="auto, cpu, cuda, or a CUDA device such as cuda:0.")]
+CudaGraphs = Annotated[
+    bool, typer.Option("--cuda-graphs/--no-cuda-graphs", help="On a GPU, replay training steps as CUDA graphs.")
+]
+Quiet = Annotated[bool, typer.Option("--quiet", help="Show no progress bars.")]
+FalseAlarm = Annotated[float, typer.Option(callback=share, help="Accepted share of normal images above the threshold.")]
+Confidence = Annotated[
+    float | None,
+    typer.Option(
+        callback=share,
+        help="Guarantee the rate for this calibration set with this probability, such as 0.95; by default on average "
+        "over calibration sets.",
+    ),
+]

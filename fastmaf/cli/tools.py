@@ -1,0 +1,49 @@
+"""Commands about fastmaf itself: ``fastmaf bench`` and ``fastmaf doctor``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from fastmaf.cli import options
+from fastmaf.cli.options import device_named, say
+
+
+def bench(
+    quick: Annotated[bool, typer.Option("--quick", help="Small sizes: two minutes instead of thirty.")] = False,
+    out: Annotated[Path, typer.Option("--out", help="Folder for CSV, JSON and figures.")] = Path("bench-results"),
+    library: Annotated[
+        list[str] | None,
+        typer.Option("--library", "--side", help="Compare only with this library, such as nflows; may be repeated."),
+    ] = None,
+    compare: Annotated[
+        tuple[Path, Path] | None,
+        typer.Option(metavar="A.csv B.csv", help="Print how B differs from A, as ratios, without measuring."),
+    ] = None,
+    device: options.Device = "cpu",
+    quiet: options.Quiet = False,
+) -> None:
+    """Time fastmaf beside the naive model, dense weights, nflows, zuko, normflows and flowjax, each checked first."""
+    try:
+        if compare:
+            from fastmaf.bench.compare import compare as run_compare
+
+            text, worse = run_compare(*compare)
+            say(text)
+            raise typer.Exit(1 if worse else 0)
+        from fastmaf.bench import command
+    except ModuleNotFoundError as error:
+        raise ValueError(f"the benchmarks need more packages ({error}): pip install 'fastmaf[bench]'") from error
+
+    name = device_named(device)
+    if not command.bench(out, quick=quick, device=name, sides=library or (), progress=not quiet, say=say):
+        raise typer.Exit(1)
+
+
+def doctor() -> None:
+    """Show versions, devices, and which backend serves each of them and why."""
+    from fastmaf.doctor import report
+
+    say(report())

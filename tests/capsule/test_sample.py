@@ -1,0 +1,67 @@
+"""Samples of a trained model: exact, repeatable, in batches."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from fastmaf.capsule.models import Model
+from fastmaf.capsule.sample import GRID_FILE, SAMPLES_FOLDER, sample
+from fastmaf.images.dataset import to_images
+
+
+def pixels(path: Path) -> np.ndarray:
+    with Image.open(path) as image:
+        assert image.format == "PNG"
+        return np.asarray(image)
+
+
+def test_samples_are_those_of_the_flow(model: Model, tmp_path: Path) -> None:
+    result = sample(model, tmp_path, 7, seed=3, progress=False)
+    with torch.no_grad():
+        x = model.flow.sample(7, generator=torch.Generator().manual_seed(3))
+    expected = to_images(x, 8).numpy()
+    assert result.files == [tmp_path / SAMPLES_FOLDER / f"{i:03d}.png" for i in range(7)]
+    assert sorted((tmp_path / SAMPLES_FOLDER).iterdir()) == result.files
+    assert all(np.array_equal(pixels(file), image) for file, image in zip(result.files, expected, strict=True))
+    assert result.seconds > 0
+
+
+def test_the_grid_shows_all_of_them(model: Model, tmp_path: Path) -> None:
+    result = sample(model, tmp_path, 3, progress=False)
+    assert result.grid == tmp_path / GRID_FILE
+    grid = pixels(result.grid)[..., :3].astype(int)
+    for file in result.files:
+        image = pixels(file).astype(int)
+        enlarged = image.repeat(24, 0).repeat(24, 1)  # to 192 pixels
+        at = [x for x in range(grid.shape[1] - 191) if abs(grid[6:198, x : x + 192] - enlarged).max() <= 1]
+        assert len(at) == 1, f"{file.name} stands in the grid once"
+
+
+def test_the_seed_makes_samples_repeatable(model: Model, tmp_path: Path) -> None:
+    drawn = [sample(model, tmp_path / str(i), 2, seed=seed, progress=False) for i, seed in enumerate((0, 0, 1))]
+    contents = [[file.read_bytes() for file in result.files] for result in drawn]
+    assert contents[0] == contents[1]
+    assert contents[0] != contents[2]
+    assert contents[0][0] != contents[0][1], "two samples are two images"
+
+
+def test_more_samples_than_a_batch(model: Model, tmp_path: Path) -> None:
+    result = sample(model, tmp_path, 65, progress=False)
+    assert len(set(result.files)) == 65
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        x = torch.cat([model.flow.sample(n, generator=generator) for n in (64, 1)])
+    expected = to_images(x, 8).numpy()
+    assert np.array_equal(np.stack([pixels(file) for file in result.files]), expected)
+
+
+@pytest.mark.parametrize("n", [0, -1])
+def test_no_samples_is_an_error(model: Model, tmp_path: Path, n: int) -> None:
+    with pytest.raises(ValueError, match=f"number of samples must be at least 1; found {n}"):
+        sample(model, tmp_path, n, progress=False)
+    assert list(tmp_path.iterdir()) == []
