@@ -25,7 +25,7 @@ from fastmaf.inspection.folds import drop_fold, k_fold
 from fastmaf.inspection.recipe import Recipe
 from fastmaf.inspection.whitening import fit_whitening
 
-RECIPE = Recipe(copies="shifts", blocks=2)
+RECIPE = Recipe(augmentation="shifts", blocks=2)
 
 
 def dense(z: Tensor, blocks: int, hidden: tuple[int, ...], lr: float) -> fastmaf.Flow:

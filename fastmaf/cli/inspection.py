@@ -1,4 +1,4 @@
-"""``fastmaf inspection``: training on good images, calibration, scores and heat maps."""
+"""``fastmaf inspection``: training on good images, calibration, scores and anomaly maps."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def train(
     skip_bad: options.SkipBad = False,
     quiet: options.Quiet = False,
 ) -> None:
-    """Fit whitening and local blocks to good images, on the CPU, with a calibrated score and heat maps."""
+    """Fit whitening and local blocks to good images, on the CPU, with a calibrated score and anomaly maps."""
     from fastmaf.inspection.recipe import Recipe
 
     with checked_settings():
@@ -81,7 +81,7 @@ def score(
         Path | None, typer.Option("--out", help="Output file, .csv or .jsonl. Default: CSV on standard output.")
     ] = None,
     json_lines: Annotated[bool, typer.Option("--jsonl", help="Print JSON lines instead of CSV.")] = False,
-    overlays: Annotated[Path | None, typer.Option(help="Folder for heat maps over the images, PNG.")] = None,
+    overlays: Annotated[Path | None, typer.Option(help="Folder for anomaly maps over the images, PNG.")] = None,
     maps: Annotated[Path | None, typer.Option(help="Folder for the maps as numbers, 16-bit PNG.")] = None,
     tiff: Annotated[bool, typer.Option("--tiff", help="Write the maps as 32-bit TIFF instead.")] = False,
     device: options.Device = "auto",
@@ -133,7 +133,7 @@ def choose(
     skip_bad: options.SkipBad = False,
     quiet: options.Quiet = False,
 ) -> None:
-    """Compare scores and heat maps on normal images and on defects drawn onto them, without any test image."""
+    """Compare scores and anomaly maps on normal images and on defects drawn onto them, without any test image."""
     from fastmaf.inspection.recipe import Recipe
 
     with checked_settings():

@@ -18,7 +18,7 @@ from torch import Tensor
 
 import fastmaf
 from fastmaf.images.decode import DataError, load_image, resized
-from fastmaf.inspection.calibration.calibration import Calibration
+from fastmaf.inspection.calibration import Calibration
 from fastmaf.inspection.fit import fit
 from fastmaf.inspection.model import InspectionModel, load_inspection
 from fastmaf.inspection.recipe import Recipe

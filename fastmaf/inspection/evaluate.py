@@ -21,7 +21,8 @@ from fastmaf.inspection.baselines import all_baselines
 from fastmaf.inspection.masks import LabelledSet
 from fastmaf.inspection.model import InspectionModel, Prediction
 from fastmaf.inspection.scoring.float64_flow import Float64Flow, FlowValues
-from fastmaf.inspection.scoring.score import Kind, ScoreSettings, image_scores, score_maps, terms_of
+from fastmaf.inspection.scoring.score import image_scores, score_maps, terms_of
+from fastmaf.inspection.scoring.settings import Kind, ScoreSettings
 from fastmaf.metrics.aupro import au_pro, compare_pixels
 from fastmaf.metrics.auroc import auroc, auroc_interval
 from fastmaf.metrics.bootstrap import PairedDifference, paired_bootstrap

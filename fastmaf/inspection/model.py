@@ -17,9 +17,10 @@ import fastmaf
 from fastmaf.images.dataset import check_takes_images, to_unit
 from fastmaf.inspection.calibration import Calibration
 from fastmaf.inspection.model_schema import KEY, inspection_record
-from fastmaf.inspection.scoring.anomaly_map import AnomalyMapConfig, anomaly_maps, residuals_of
+from fastmaf.inspection.scoring.anomaly_map import anomaly_maps, residuals_of
 from fastmaf.inspection.scoring.float64_flow import Float64Flow, FlowValues
-from fastmaf.inspection.scoring.score import ScoreSettings, TermStatistics, image_scores, score_maps, terms_of
+from fastmaf.inspection.scoring.score import TermStatistics, image_scores, score_maps, terms_of
+from fastmaf.inspection.scoring.settings import AnomalyMapConfig, ScoreSettings
 from fastmaf.io.safe_json import shown
 from fastmaf.io.tensor_file import read_tensors
 from fastmaf.training.checkpoints import MODEL_FILE

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, get_args
 
-from fastmaf.inspection.scoring.score import Kind, Source
+from fastmaf.inspection.scoring.settings import Kind, Source
 from fastmaf.io.safe_json import parse
 from fastmaf.io.schema import Anything, ListOf, MapOf, Maybe, Number, OneOf, Record, SchemaError, Text, Whole
 

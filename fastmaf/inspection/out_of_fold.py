@@ -12,9 +12,10 @@ from torch import Tensor
 
 import fastmaf
 from fastmaf.inspection.folds import drop_fold
-from fastmaf.inspection.scoring.anomaly_map import AnomalyMapConfig, anomaly_maps, residuals_of
+from fastmaf.inspection.scoring.anomaly_map import anomaly_maps, residuals_of
 from fastmaf.inspection.scoring.float64_flow import Float64Flow, FlowValues
-from fastmaf.inspection.scoring.score import ScoreSettings, TermStatistics, image_scores, score_maps, terms_of
+from fastmaf.inspection.scoring.score import TermStatistics, image_scores, score_maps, terms_of
+from fastmaf.inspection.scoring.settings import AnomalyMapConfig, ScoreSettings
 
 
 @dataclass(frozen=True, eq=False)

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, TypeAlias
+from typing import Literal, TypeAlias
 
-if TYPE_CHECKING:
-    from fastmaf.inspection.scoring.anomaly_map import AnomalyMapConfig
-    from fastmaf.inspection.scoring.score import ScoreSettings
+from fastmaf.inspection.scoring.settings import AnomalyMapConfig, ScoreSettings
 
 Augmentation: TypeAlias = Literal["none", "shifts", "rotations"]
 AUGMENTATIONS: tuple[Augmentation, ...] = ("none", "shifts", "rotations")

@@ -26,13 +26,9 @@ def resize_map(values: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
         raise EvaluationError(f"a map [s, t] is resized to [h, w], none of them 0; found {list(out.shape)} to {shape}")
     for axis, length in enumerate(shape):
         size = out.shape[axis]
-        if size == length:
-            continue
-        at = ((np.arange(length) + 0.5) * (size / length) - 0.5).clip(0, size - 1)
-        first = at.astype(np.intp)
-        low, high = out.take(first, axis), out.take(np.minimum(first + 1, size - 1), axis)
-        share = at - first
-        out = low + (high - low) * (share[:, None] if axis == 0 else share)
+        if size != length:
+            at = (np.arange(length) + 0.5) * (size / length) - 0.5
+            out = np.apply_along_axis(lambda line, at=at: np.interp(at, np.arange(len(line)), line), axis, out)
     return out
 
 

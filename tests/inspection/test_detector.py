@@ -317,6 +317,7 @@ def test_saved_and_loaded_it_says_the_same(fitted: Detector, images: np.ndarray,
         Detector.load(tmp_path / "none.safetensors")
 
 
+@pytest.mark.slow
 def test_in_a_pipeline_behind_a_function(images: np.ndarray, fitted: Detector) -> None:
     line = make_pipeline(FunctionTransformer(lambda x: x[:, :, ::-1]), clone(fitted).set_params(blocks=0))
     verdict = line.fit(images).predict(images[:, :, ::-1])
@@ -324,6 +325,7 @@ def test_in_a_pipeline_behind_a_function(images: np.ndarray, fitted: Detector) -
     assert line.fit_predict(images).tolist() == line.predict(images).tolist()
 
 
+@pytest.mark.slow
 def test_refitted_to_rows_nothing_of_the_images_is_left(images: np.ndarray, fitted: Detector) -> None:
     detector = clone(fitted).set_params(blocks=0).fit(images)
     rows = images.reshape(30, -1)[:, :7]

@@ -20,6 +20,7 @@ from fastmaf.metrics.auroc import auroc
 from tests.inspection.tiny import TINY, silent
 
 
+@pytest.mark.slow
 def test_the_ensemble_of_the_folds(data: Path, tmp_path: Path) -> None:
     fitted = train(data, tmp_path, TINY, keep_folds=True, progress=False, say=silent)
     assert len(load_fold_models(tmp_path, fitted.model)) == 3

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from fastmaf.inspection.recipe import Recipe
-from fastmaf.inspection.scoring.anomaly_map import AnomalyMapConfig
-from fastmaf.inspection.scoring.score import ScoreSettings
+from fastmaf.inspection.scoring.settings import AnomalyMapConfig, ScoreSettings
 
 TINY = Recipe(
     size=16, rank=10, blocks=1, steps=5, batch_size=4, folds=3, score=ScoreSettings(), map_config=AnomalyMapConfig()

@@ -20,8 +20,8 @@ from fastmaf.inspection.calibration import Calibration
 from fastmaf.inspection.detector import Detector
 from fastmaf.inspection.fold_models import load_fold_models, save_fold_models
 from fastmaf.inspection.model import InspectionModel, load_inspection
-from fastmaf.inspection.scoring.anomaly_map import AnomalyMapConfig
-from fastmaf.inspection.scoring.score import ScoreSettings, TermStatistics
+from fastmaf.inspection.scoring.score import TermStatistics
+from fastmaf.inspection.scoring.settings import AnomalyMapConfig, ScoreSettings
 from fastmaf.training.checkpoints import MODEL_FILE, STATE_FILE, load_state, moments_by_parameter, save_state
 from tests.core.helpers import build, generator, normal
 

@@ -9,7 +9,8 @@ from torch import Tensor
 
 from fastmaf.inspection.baselines.base import images_like_fitted, normal_images, sum_over_colours
 from fastmaf.inspection.folds import drop_fold, k_fold
-from fastmaf.inspection.scoring.score import ScoreSettings, TermStatistics, score_maps
+from fastmaf.inspection.scoring.score import TermStatistics, score_maps
+from fastmaf.inspection.scoring.settings import ScoreSettings
 
 _STANDARDISED = ScoreSettings("map maximum", sigma=2.0, clip=10.0)
 _FOLDS = 5

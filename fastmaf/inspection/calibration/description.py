@@ -37,11 +37,11 @@ def describe(c: ConformalThreshold) -> str:
 
 
 def _images(c: ConformalThreshold) -> str:
-    models = (
-        "all by one model" if c.folds is None else f"each by the model of the fold that left it out ({c.folds} folds)"
-    )
     origin = ", ".join(part for part in (c.source, c.created) if part)
-    return f"Calibrated on {_count(c.n)}{f' ({origin})' if origin else ''}, scored {models}."
+    images = f"{c.n:,} normal image{'' if c.n == 1 else 's'}{f' ({origin})' if origin else ''}"
+    if c.folds is None:
+        return f"Calibrated on {images}, all scored by one model."
+    return f"Calibrated on {images}, each scored by the model of the fold that left it out ({c.folds} folds)."
 
 
 def _threshold(c: ConformalThreshold) -> str:

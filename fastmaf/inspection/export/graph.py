@@ -20,7 +20,8 @@ from fastmaf.inspection.export.graph_builder import ExportError, Graph, Value
 from fastmaf.inspection.export.resize import resized
 from fastmaf.inspection.model import InspectionModel
 from fastmaf.inspection.scoring.float64_flow import first_part
-from fastmaf.inspection.scoring.score import ScoreSettings, TermStatistics, smoothing
+from fastmaf.inspection.scoring.score import TermStatistics, smoothing
+from fastmaf.inspection.scoring.settings import ScoreSettings
 
 _HALF_LOG_2PI = 0.5 * math.log(2 * math.pi)
 

@@ -8,40 +8,13 @@ explain away the inside of a large defect. The residual of a few factors, in a u
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from fastmaf.inspection.scoring.float64_flow import FlowValues, Whitening64
 from fastmaf.inspection.scoring.score import smoothed
-
-
-@dataclass(frozen=True)
-class AnomalyMapConfig:
-    """How the anomaly map is computed.
-
-    Attributes:
-        factors: the map is the residual after this many of the whitening's largest factors.
-        power: residuals are in noise standard deviations times this power of them: 0 for deviations, 1 for the unit of
-            x.
-        sigma: standard deviation, in pixels, of the Gaussian that smooths the squared residual.
-        rms: root mean square of the map over unseen normal images; the map's unit.
-    """
-
-    factors: int = 150
-    power: float = 0.5
-    sigma: float = 1.0
-    rms: float = 1.0
-
-    def __post_init__(self) -> None:
-        if self.factors < 0:
-            raise ValueError(f"factors must be at least 0; found {self.factors}")
-        if not 0 <= self.power <= 1:
-            raise ValueError(f"power must lie in [0, 1]; found {self.power}")
-        for name in ("sigma", "rms"):
-            if not 0 < getattr(self, name) < math.inf:
-                raise ValueError(f"{name} must be positive; found {getattr(self, name)}")
+from fastmaf.inspection.scoring.settings import AnomalyMapConfig
 
 
 @torch.no_grad()

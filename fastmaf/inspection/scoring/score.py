@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal, TypeAlias, get_args
 
 import numpy as np
 import torch
@@ -17,51 +16,7 @@ from scipy.ndimage import gaussian_filter1d
 from torch import Tensor
 
 from fastmaf.inspection.scoring.float64_flow import FlowValues, rounded
-
-Source: TypeAlias = Literal["whitened", "flow"]
-Kind: TypeAlias = Literal["nll", "typicality", "map maximum", "map top"]
-
-
-@dataclass(frozen=True)
-class ScoreSettings:
-    """How an image is scored.
-
-    Attributes:
-        kind: ``"nll"``, ``"typicality"`` (distance of the NLL from the mean NLL of normal images), ``"map maximum"``,
-            or ``"map top"`` (mean of the largest values of the score map).
-        source: the terms of the score map: ``"whitened"``, ½z² after the whitening alone, or ``"flow"``, each
-            dimension's share of the NLL of the whole flow.
-        presmooth_sigma: standard deviation, in pixels, of the Gaussian that smooths the whitened z of each colour
-            before it is squared; 0 for none. The sign of a defect's residual is shared by neighbouring pixels, that of
-            noise is not. Ignored for ``"flow"``.
-        sigma: standard deviation, in pixels, of the Gaussian that smooths the score map.
-        clip: largest absolute standardised value of one term.
-        top: share of the score map's pixels that ``"map top"`` averages.
-    """
-
-    kind: Kind = "map top"
-    source: Source = "whitened"
-    presmooth_sigma: float = 0.0
-    sigma: float = 1.5
-    clip: float = 10.0
-    top: float = 0.005
-
-    def __post_init__(self) -> None:
-        for name, value, known in (("kind", self.kind, get_args(Kind)), ("source", self.source, get_args(Source))):
-            if value not in known:
-                raise ValueError(f"{name} must be one of {', '.join(map(repr, known))}; found {value!r}")
-        for name in ("sigma", "clip", "top"):
-            if not 0 < getattr(self, name) < math.inf:
-                raise ValueError(f"{name} must be positive; found {getattr(self, name)}")
-        if not 0 <= self.presmooth_sigma < math.inf:
-            raise ValueError(f"presmooth_sigma must be at least 0; found {self.presmooth_sigma}")
-        if self.top > 1:
-            raise ValueError(f"top is a share of the score map's pixels, at most 1; found {self.top}")
-
-    @property
-    def needs_nll(self) -> bool:
-        """Whether the score is computed from the NLL instead of the score map."""
-        return self.kind in ("nll", "typicality")
+from fastmaf.inspection.scoring.settings import ScoreSettings
 
 
 @dataclass(frozen=True, eq=False)

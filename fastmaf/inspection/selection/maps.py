@@ -14,7 +14,8 @@ from tqdm import tqdm
 import fastmaf
 from fastmaf.images.dataset import to_unit
 from fastmaf.inspection.out_of_fold import OutOfFoldModels
-from fastmaf.inspection.scoring.anomaly_map import AnomalyMapConfig, anomaly_maps, residuals_of
+from fastmaf.inspection.scoring.anomaly_map import anomaly_maps, residuals_of
+from fastmaf.inspection.scoring.settings import AnomalyMapConfig
 from fastmaf.inspection.synthetic_defects.draw import draw_defects
 from fastmaf.metrics.aupro import au_pro, pixel_auroc
 

@@ -19,7 +19,8 @@ from tqdm import tqdm
 import fastmaf
 from fastmaf.images.dataset import to_unit
 from fastmaf.inspection.out_of_fold import OutOfFoldModels
-from fastmaf.inspection.scoring.score import ScoreSettings, Source, terms_of
+from fastmaf.inspection.scoring.score import terms_of
+from fastmaf.inspection.scoring.settings import ScoreSettings, Source
 from fastmaf.inspection.synthetic_defects.draw import KINDS, draw_defects
 from fastmaf.metrics.auroc import auroc
 

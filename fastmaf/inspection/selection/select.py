@@ -12,8 +12,7 @@ from torch import Tensor
 
 from fastmaf.inspection.out_of_fold import OutOfFoldModels
 from fastmaf.inspection.recipe import Recipe
-from fastmaf.inspection.scoring.anomaly_map import AnomalyMapConfig
-from fastmaf.inspection.scoring.score import ScoreSettings
+from fastmaf.inspection.scoring.settings import AnomalyMapConfig, ScoreSettings
 from fastmaf.inspection.selection.maps import MapCandidate, rank_maps
 from fastmaf.inspection.selection.scores import ScoreCandidate, rank_scores
 

@@ -7,8 +7,7 @@ from pathlib import Path
 import fastmaf
 from fastmaf.inspection.fit import fit
 from fastmaf.inspection.recipe import Recipe
-from fastmaf.inspection.scoring.anomaly_map import AnomalyMapConfig
-from fastmaf.inspection.scoring.score import ScoreSettings
+from fastmaf.inspection.scoring.settings import AnomalyMapConfig, ScoreSettings
 from fastmaf.inspection.selection.maps import describe_maps, rank_maps
 from fastmaf.inspection.selection.scores import describe_scores, rank_scores
 from fastmaf.inspection.workflow.inputs import Say

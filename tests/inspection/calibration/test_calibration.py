@@ -87,7 +87,7 @@ def test_description() -> None:
     c = Calibration(np.arange(1.0, 220), 0.05, None, "k-fold", 5, "2025-03-01", "line 3")
     text = c.describe()
     figures = (
-        "219 calibration images (line 3, 2025-03-01)",
+        "219 normal images (line 3, 2025-03-01)",
         "5 folds",
         "Threshold 209,",
         "5% on average",
@@ -108,6 +108,6 @@ def test_description() -> None:
 
 def test_description_of_a_split() -> None:
     text = Calibration(np.arange(30.0), 0.05, None, "split").describe()
-    assert "all by one model" in text and "fold" not in text and "30 calibration images, scored" in text
+    assert "30 normal images, all scored by one model" in text and "fold" not in text
     assert "which needs 59 calibration images: 29 more" in text
     assert "8.8% with 99%" in made(50, 0.05, 0.99).describe() and "99" not in made(50, 0.05, 0.95).describe()

@@ -17,11 +17,14 @@ from tests.inspection.report.report_made import made, named_badly, untested
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 DRIVER = shutil.which("chromedriver")
 
-pytestmark = pytest.mark.skipif(
-    BROWSER is None or DRIVER is None,
-    reason="the report is not opened in a browser: chromium or chromedriver is not on the PATH "
-    "(Debian packages chromium and chromium-driver)",
-)
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(
+        BROWSER is None or DRIVER is None,
+        reason="the report is not opened in a browser: chromium or chromedriver is not on the PATH "
+        "(Debian packages chromium and chromium-driver)",
+    ),
+]
 
 PAGES = ("full", "untested", "badly named")
 WIDTHS = (1280, 390)

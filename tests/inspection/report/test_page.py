@@ -169,11 +169,12 @@ def test_the_summary_in_words(report: Report, page: Element) -> None:
     assert f"found {found} of 22 defective images ({found / 22:.1%})" in said
 
 
-@pytest.mark.parametrize("part", ["training", "scores", "threshold", "detection", "images"])
-def test_an_absent_part_is_named_with_its_reason(part: str, report: Report, tmp_path: Path) -> None:
-    lines = [each.text for each in section(written(untested(report), tmp_path), part).all("p", class_="absent")]
-    reason = "it was not recorded" if part == "training" else "no test images were scored yet"
-    assert lines and all(line.endswith(f": not shown, as {reason}.") for line in lines)
+def test_an_absent_part_is_named_with_its_reason(report: Report, tmp_path: Path) -> None:
+    page = written(untested(report), tmp_path)
+    for part in ("training", "scores", "threshold", "detection", "images"):
+        lines = [each.text for each in section(page, part).all("p", class_="absent")]
+        reason = "it was not recorded" if part == "training" else "no test images were scored yet"
+        assert lines and all(line.endswith(f": not shown, as {reason}.") for line in lines), part
 
 
 def test_a_report_without_blocks_and_without_misses(report: Report, tmp_path: Path) -> None:
@@ -216,6 +217,7 @@ def test_texts_of_others_are_shown_and_never_obeyed(report: Report, tmp_path: Pa
     assert [each.text for each in section(page, "assumptions").all("li")] == [SHOWN]
 
 
+@pytest.mark.slow
 def test_the_same_report_gives_the_same_bytes_whatever_the_users_style(report: Report, tmp_path: Path) -> None:
     first = write_report(tmp_path / "a.html", report).read_bytes()
     with matplotlib.rc_context({"lines.color": "red", "text.color": "red", "svg.fonttype": "path", "font.size": 30}):

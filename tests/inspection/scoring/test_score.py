@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from fastmaf.inspection.scoring.score import ScoreSettings, TermStatistics, smoothing
+from fastmaf.inspection.scoring.score import TermStatistics, smoothing
+from fastmaf.inspection.scoring.settings import ScoreSettings
 
 
 def test_smoothing_keeps_a_constant_and_spreads_a_point() -> None:

@@ -16,8 +16,7 @@ from fastmaf.images.dataset import load_train, to_unit
 from fastmaf.inspection.fit import fit
 from fastmaf.inspection.folds import drop_fold
 from fastmaf.inspection.recipe import Recipe
-from fastmaf.inspection.scoring.anomaly_map import AnomalyMapConfig
-from fastmaf.inspection.scoring.score import ScoreSettings
+from fastmaf.inspection.scoring.settings import AnomalyMapConfig, ScoreSettings
 from fastmaf.inspection.whitening import fit_whitening
 from fastmaf.inspection.workflow.train import _decisions
 from tests.inspection.tiny import TINY
@@ -44,7 +43,7 @@ def boards(n: int, seed: int = 0) -> Tensor:
     return torch.from_numpy(np.clip(np.rint(pixels), 0, 255).astype(np.uint8)).permute(0, 3, 1, 2).contiguous()
 
 
-@pytest.mark.parametrize("n", [12, 60])
+@pytest.mark.parametrize("n", [12, pytest.param(60, marks=pytest.mark.slow)])
 def test_aligned_images_need_no_augmentation(n: int) -> None:
     recipe = replace(FIXED, blocks=0)
     found = fit(boards(n), recipe, progress=False).model

@@ -15,8 +15,7 @@ from fastmaf.images.dataset import to_unit
 from fastmaf.inspection.detector import Detector
 from fastmaf.inspection.fit import fit
 from fastmaf.inspection.recipe import Recipe
-from fastmaf.inspection.scoring.anomaly_map import AnomalyMapConfig
-from fastmaf.inspection.scoring.score import ScoreSettings
+from fastmaf.inspection.scoring.settings import AnomalyMapConfig, ScoreSettings
 from fastmaf.inspection.selection import blocks as blocks_module
 from fastmaf.inspection.workflow.train import _decisions
 
@@ -39,6 +38,7 @@ def noise_of_neighbours(n: int) -> Tensor:
     return torch.from_numpy(np.clip(128 + 8 * field, 0, 255).astype(np.uint8))
 
 
+@pytest.mark.slow
 def test_blocks_that_worsen_the_held_out_nll_are_left_out() -> None:
     model = fit(waves(20), FIXED, progress=False).model
     about = model.about
@@ -54,6 +54,7 @@ def test_blocks_that_worsen_the_held_out_nll_are_left_out() -> None:
     assert "dropped" in line
 
 
+@pytest.mark.slow
 def test_blocks_that_help_are_kept() -> None:
     recipe = replace(FIXED, rank=5, steps=60, folds=3)
     model = fit(noise_of_neighbours(60), recipe, progress=False).model
@@ -63,6 +64,7 @@ def test_blocks_that_help_are_kept() -> None:
     assert any("blocks: kept" in line for line in _decisions(model))
 
 
+@pytest.mark.slow
 def test_blocks_that_are_asked_for_are_kept_with_a_warning() -> None:
     with pytest.warns(UserWarning, match=r"blocks=2 do not make .*blocks='auto' drops them"):
         model = fit(waves(20), replace(FIXED, blocks=2), progress=False).model
@@ -81,6 +83,7 @@ def test_nan_is_no_improvement(monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(model.flow.transforms) == 1 and np.isfinite(model.calibration.scores).all()
 
 
+@pytest.mark.slow
 def test_a_detector_leaves_out_as_a_fit_does_and_loads_as_it_was_asked(tmp_path: Path) -> None:
     images = waves(20).permute(0, 2, 3, 1).numpy()
     detector = Detector(size=16).fit(images)

@@ -7,7 +7,7 @@ from dataclasses import replace
 import torch
 
 from fastmaf.inspection.fit import Fitted
-from fastmaf.inspection.scoring.anomaly_map import AnomalyMapConfig
+from fastmaf.inspection.scoring.settings import AnomalyMapConfig
 from fastmaf.inspection.selection.maps import describe_maps, rank_maps
 
 

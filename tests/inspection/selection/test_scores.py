@@ -7,7 +7,7 @@ from dataclasses import replace
 import torch
 
 from fastmaf.inspection.fit import Fitted
-from fastmaf.inspection.scoring.score import ScoreSettings
+from fastmaf.inspection.scoring.settings import ScoreSettings
 from fastmaf.inspection.selection.scores import describe_scores, rank_scores
 
 

@@ -9,8 +9,7 @@ import pytest
 import torch
 
 from fastmaf.inspection.fit import Fitted, fit
-from fastmaf.inspection.scoring.anomaly_map import AnomalyMapConfig
-from fastmaf.inspection.scoring.score import ScoreSettings
+from fastmaf.inspection.scoring.settings import AnomalyMapConfig, ScoreSettings
 from fastmaf.inspection.selection.maps import MapCandidate, rank_maps
 from fastmaf.inspection.selection.scores import ScoreCandidate, rank_scores
 from fastmaf.inspection.selection.select import (

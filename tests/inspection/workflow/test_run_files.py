@@ -67,6 +67,7 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 @pytest.mark.parametrize("fault", ["killed", "full"])
 def test_a_fault_at_any_operation_leaves_the_old_model_or_the_new_one(
@@ -288,6 +289,7 @@ def test_too_few_images_are_counted_before_the_fit(tmp_path: Path, monkeypatch: 
     assert not out.exists()
 
 
+@pytest.mark.slow
 def test_as_many_images_as_are_needed(tmp_path: Path) -> None:
     folder = pictures(tmp_path / "images", 5)
     arguments = ["train", "--recipe", "inspection", "--out", str(tmp_path / "run"), "--data", str(folder)]

@@ -142,6 +142,7 @@ def test_evaluation_writes_scores_metrics_and_report(run: Path, data: Path, tmp_
     assert f"{lines[0].pixel_auroc:.3f}" in told[-2].splitlines()[1]
 
 
+@pytest.mark.slow
 def test_the_commands(run: Path, own: Path, data: Path, tmp_path: Path) -> None:
     invoke = CliRunner().invoke
     (tmp_path / "bad.png").write_bytes(b"")
@@ -172,6 +173,7 @@ def test_the_commands(run: Path, own: Path, data: Path, tmp_path: Path) -> None:
     assert done.exit_code != 0 and "--device" in done.output
 
 
+@pytest.mark.slow
 def test_choose_ranks_scores_and_maps(data: Path) -> None:
     text = choose(data, size=8, draws=1, progress=False)
     assert text.count("(default)") == 2 and "AUROC" in text and "AU-PRO" in text

@@ -21,17 +21,18 @@ from torch import Tensor
 import fastmaf
 from fastmaf.images.dataset import DataError, load_image, to_unit
 from fastmaf.inspection.calibration import Calibration
-from fastmaf.inspection.export import check, resize
-from fastmaf.inspection.export.check import export_onnx
+from fastmaf.inspection.export import export_onnx as module
+from fastmaf.inspection.export import resize
+from fastmaf.inspection.export.export_onnx import export_onnx
 from fastmaf.inspection.export.graph import inspection_graph
 from fastmaf.inspection.export.graph_builder import ExportError, Graph
 from fastmaf.inspection.export.resize import resized
 from fastmaf.inspection.fit import fit
 from fastmaf.inspection.model import InspectionModel
 from fastmaf.inspection.recipe import Recipe
-from fastmaf.inspection.scoring.anomaly_map import AnomalyMapConfig
 from fastmaf.inspection.scoring.float64_flow import FlowValues
-from fastmaf.inspection.scoring.score import ScoreSettings, TermStatistics, terms_of
+from fastmaf.inspection.scoring.score import TermStatistics, terms_of
+from fastmaf.inspection.scoring.settings import AnomalyMapConfig, ScoreSettings
 
 SIZE, D = 16, 3 * 16**2
 SHAPES = [(SIZE, SIZE), (40, 33), (1000, 1000), (7, 5), (SIZE, 61), (60, 20), (1, 1), (90, 15), (15, 90)]
@@ -132,6 +133,7 @@ def test_every_transform(name: str, source: Any, tmp_path: Path) -> None:
     assert not report.undecided
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("source", ["whitened", "flow"])
 @pytest.mark.parametrize("kind", ["nll", "typicality", "map maximum", "map top"])
 @pytest.mark.parametrize("presmooth, top", [(0.0, 0.001), (0.7, 1.0)])
@@ -215,7 +217,7 @@ def test_tampering_is_caught_and_leaves_nothing(
     if before is not None:
         file.write_bytes(before)
     model = model_of([whitening()])
-    monkeypatch.setattr(check, "inspection_graph", lambda given: changed(given, change))
+    monkeypatch.setattr(module, "inspection_graph", lambda given: changed(given, change))
     with pytest.raises(ExportError, match=rf"^check image 0: ({what}).*expected .*found .*may differ.*[Nn]othing"):
         export_onnx(model, file, [pictures(1, seed=9)[0]])
     assert [path.read_bytes() for path in tmp_path.iterdir()] == ([] if before is None else [before])
@@ -224,7 +226,7 @@ def test_tampering_is_caught_and_leaves_nothing(
 def test_a_wrong_threshold_is_caught(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = model_of([whitening()])
     higher = model.with_calibration(Calibration(model.calibration.scores, 0.9, None, "split"))
-    monkeypatch.setattr(check, "inspection_graph", lambda _: inspection_graph(higher))
+    monkeypatch.setattr(module, "inspection_graph", lambda _: inspection_graph(higher))
     scores = model.predict(NORMALS).scores
     between = [
         NORMALS[i].permute(1, 2, 0).numpy()
@@ -240,7 +242,7 @@ def test_a_graph_that_is_no_onnx_is_caught(tmp_path: Path, monkeypatch: pytest.M
         proto.graph.node[0].op_type = "NoSuchOperator"
         return proto
 
-    monkeypatch.setattr(check, "inspection_graph", broken)
+    monkeypatch.setattr(module, "inspection_graph", broken)
     with pytest.raises(ExportError, match="NoSuchOperator"):
         export_onnx(model_of([whitening()]), tmp_path / "model.onnx", CHECKS[:1])
     assert not list(tmp_path.iterdir())
@@ -260,10 +262,10 @@ def test_at_the_threshold_rounding_may_decide_and_is_named(tmp_path: Path, monke
     scores = np.array([model.predict(image[None]).scores[0] for image in NORMALS])
     model = model.with_calibration(Calibration(scores, 0.1, None, "split"))
     at = int(np.flatnonzero(scores == model.calibration.threshold)[0])
-    monkeypatch.setattr(check, "inspection_graph", lambda given: inspection_graph(nudged(given, 3e-5)))
+    monkeypatch.setattr(module, "inspection_graph", lambda given: inspection_graph(nudged(given, 3e-5)))
     report = export_onnx(model, tmp_path / "model.onnx", images)
     assert report.undecided == (f"check image {at}",) and f"check image {at}" in report.describe()
-    monkeypatch.setattr(check, "inspection_graph", lambda given: inspection_graph(nudged(given, 0.1)))
+    monkeypatch.setattr(module, "inspection_graph", lambda given: inspection_graph(nudged(given, 0.1)))
     with pytest.raises(ExportError):
         export_onnx(model, tmp_path / "model.onnx", images)
 
