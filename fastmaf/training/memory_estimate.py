@@ -20,6 +20,7 @@ from fastmaf.flows import Flow
 from fastmaf.kernels import backends
 from fastmaf.kernels.layout import padding_is_held
 from fastmaf.nn import MaskedLinear
+from fastmaf.runs import saved_numel
 from fastmaf.training.fused_adam import FusedAdam
 from fastmaf.training.optimiser_memory import Optimiser, forms_no_gradients, state_per_number, step_bytes
 from fastmaf.training.workspace import workspace_bytes
@@ -219,7 +220,7 @@ def _moments(case: _Case, optimiser: Optimiser) -> Iterator[tuple[int, int, int]
     largest = max((_bytes(p) for p in case.trained if id(p) in case.packed), default=0)
     stored = [p for p in case.trained if not (case.factored and id(p) in case.packed)]
     grads = sum(_bytes(p) if reference else case.size(p) for p in stored)
-    kept = case.flow._kept_numel(case.batch) * case.item + plane  # and the batch itself
+    kept = saved_numel(case.flow._transforms(), case.batch) * case.item + plane  # and the batch itself
 
     # Going back through ½z²: z, and three tensors like it.
     yield 0, kept, 4 * plane

@@ -13,10 +13,10 @@ from torch import Tensor
 
 import fastmaf
 from fastmaf import MADE, AffineAutoregressive, Permutation
-from fastmaf.flows import _chain_of
 from fastmaf.kernels import chain_inverse
 from fastmaf.kernels.backends import implementation
 from fastmaf.kernels.block import chain
+from fastmaf.runs import _chain_of
 from tests.core.helpers import build, correlated, generator, layers_of, many_tiles, normal, train
 from tests.kernels.cases import TRITON_MARKS, poisoned, set_launch
 from tests.tolerances import F32, TOLERANCES, assert_close, error
