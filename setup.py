@@ -3,7 +3,7 @@
 The top-level folders `kernels/` and `bench/` are installed as `fastmaf.kernels` and `fastmaf.bench`. The C++ sources
 in `kernels/csrc/` become `_native.so` beside the kernels: a plain library without Python symbols that torch loads.
 Building needs torch; it is imported where that happens, so that a build without it gives the pure-Python package, which
-works on the backend `reference`.
+works on the backend `torch`.
 
     FASTMAF_BUILD   auto (default): build it where torch and a compiler are, else say why not; 1: build or fail; 0: no
     FASTMAF_MARCH   native (default), another value of -march such as x86-64-v3, or baseline: for a portable build

@@ -15,9 +15,11 @@ from torch import Tensor
 
 import fastmaf
 from fastmaf.bench.check import WrongResultError
-from fastmaf.kernels import backends
-from fastmaf.kernels.block import Block, chain
-from fastmaf.kernels.factors import AdamNumbers, Update
+from fastmaf.kernels import dispatch
+from fastmaf.kernels.adam.update import AdamNumbers, Update
+from fastmaf.kernels.affine_output.args import AffineArgs, AffineBatch
+from fastmaf.kernels.flow.args import Block, flow_args
+from fastmaf.kernels.masked_linear.args import LinearArgs, LinearBatch
 
 ADAM = AdamNumbers(1, 1e-4, 0.9, 0.999, 1e-8, 0.0, False, False)
 BATCHES = (1, 8, 64)
@@ -68,13 +70,13 @@ def flow_of(features: int = FEATURES, blocks: int = BLOCKS) -> fastmaf.MAF:
 
 def present() -> list[str]:
     """Returns the CPU's backends that are here, fastest first."""
-    return [name for name in ("native", "reference") if all(backends.missing(op, name) is None for op in backends.OPS)]
+    return [name for name in ("native", "torch") if all(dispatch.missing(op, name) is None for op in dispatch.OPS)]
 
 
 def module(op: str, backend: str) -> Any:
     """Returns a backend's module of an op, as the op would call it."""
     with fastmaf.use_backend(backend):
-        return backends.implementation(op, torch.empty(0))
+        return dispatch.implementation(op, torch.empty(0))
 
 
 def ops_of(flow: fastmaf.Flow, batch: int) -> list[Op]:
@@ -88,8 +90,8 @@ def ops_of(flow: fastmaf.Flow, batch: int) -> list[Op]:
     def one(name: str, prepare: Prepare, weights: int, products: int = 1, moved: int = 1, rate: str = "read") -> Op:
         return Op(name, prepare, batch, 1, weights, products, moved, f"{rate}_gb_per_s")
 
-    def whole(name: str, op: str, function: str, order: int) -> Op:
-        prepare = _chain([block.block() for block in blocks[::order]], given, op, function)
+    def whole(name: str, function: str, order: int) -> Op:
+        prepare = _flow([block.block() for block in blocks[::order]], given, function)
         return Op(name, prepare, batch, len(blocks), flow.visible_weights, 1, 1, "read_gb_per_s")
 
     # The way back reads a weight and writes its gradient; with Adam it reads and writes the weight and two moments.
@@ -104,9 +106,9 @@ def ops_of(flow: fastmaf.Flow, batch: int) -> list[Op]:
         one("affine_output, grads", affine("backward"), sizes[2], *grads),
         one("masked_linear D → H, grad and Adam", linear(first, "x", "adam_"), sizes[0], *adam),
         one("affine_output, grad and Adam", affine("adam_"), sizes[2], *adam),
-        one("level_inverse", _inverse(blocks[0].block(), given), sum(sizes)),
-        whole("chain_forward", "chain", "forward", 1),
-        whole("chain_inverse", "level_inverse", "chain", -1),
+        one("flow_inverse, one block", _flow([blocks[0].block()], given, "inverse"), sum(sizes)),
+        whole("flow_forward", "forward", 1),
+        whole("flow_inverse", "inverse", -1),
     ]
 
 
@@ -119,7 +121,7 @@ def check(op: Op, backend: str) -> float:
     Raises:
         WrongResultError: it is too large.
     """
-    results = (op.prepare(*how)() for how in ((backend, torch.float32), ("reference", torch.float64)))
+    results = (op.prepare(*how)() for how in ((backend, torch.float32), ("torch", torch.float64)))
     pairs = zip(*(r if isinstance(r, tuple) else (r,) for r in results), strict=True)
     errors = [float((own.double() - truth).norm() / truth.norm().clamp_min(1e-30)) for own, truth in pairs]
     for error in errors:
@@ -150,11 +152,6 @@ def _to(dtype: torch.dtype, *tensors: Tensor) -> tuple[Tensor, ...]:
     return tuple(tensor.detach().to(dtype) for tensor in tensors)
 
 
-def _layer(layer: fastmaf.MaskedLinear, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    weight, bias = _to(dtype, layer.weight, layer.bias)
-    return weight, bias, layer.prefix, layer.layout.table
-
-
 def _stepping(weight: Tensor, step: Callable[[Tensor, Update], tuple[Tensor, ...]]) -> Callable[[], Any]:
     """Returns a call that takes a step of Adam on a copy of the weight, the same one each time, and returns it too."""
     own = weight.clone()
@@ -164,59 +161,57 @@ def _stepping(weight: Tensor, step: Callable[[Tensor, Update], tuple[Tensor, ...
 
 def _linear(given: _Inputs, layer: fastmaf.MaskedLinear, below: str, function: str) -> Prepare:
     def prepare(backend: str, dtype: torch.dtype) -> Callable[[], Any]:
-        own = getattr(module("masked_linear", backend), function)
-        weight, bias, *mask = _layer(layer, dtype)
+        own = module("masked_linear", backend)
+        weight, bias = _to(dtype, layer.weight, layer.bias)
+        args = LinearArgs(weight, bias, layer.prefix, layer.layout.table, "relu")
         x, h, grad_h = _to(dtype, getattr(given, below), given.h, given.grad_h)
-        if function == "forward":
-            return partial(own, x, weight, bias, *mask, "relu")
-        rest = (*mask, "relu", True)
-        if function == "adam_":
-            return _stepping(weight, lambda moving, update: own(grad_h, x, h, moving, *rest, update, 1.0))
-        return partial(own, grad_h, x, h, weight, *rest)
+        return _call(own, function, (x,), LinearBatch(grad_h, x, h), args)
 
     return prepare
 
 
 def _affine(block: fastmaf.AffineAutoregressive, given: _Inputs, function: str) -> Prepare:
     def prepare(backend: str, dtype: torch.dtype) -> Callable[[], Any]:
-        own = getattr(module("affine_output", backend), function)
-        weight, bias, *mask = _layer(block.made.output, dtype)
-        rest = (*mask, *block.block()[-2:])
+        own, layer, whole = module("affine_output", backend), block.made.output, block.block()
+        weight, bias = _to(dtype, layer.weight, layer.bias)
+        args = AffineArgs(weight, bias, layer.prefix, layer.layout.table, whole.bound, whole.soft)
         x, h, grad_z, grad_ladj = _to(dtype, given.x, given.h, given.grad_z, given.grad_ladj)
-        if function == "forward":
-            return partial(own, h, weight, bias, x, *rest)
         # Any z and log-scales will do: those that go with these inputs would take no other time.
-        grads, made = (grad_z, grad_ladj, grad_z), (x, 0.1 * x)
-        if function == "backward":
-            return partial(own, *grads, h, weight, *made, *rest)
-        if function == "adam_":
-            return _stepping(weight, lambda moving, update: own(*grads, h, *made, moving, *rest, True, update, 1.0))
-        return partial(own, *grads, h, *made, weight, *rest, True)
+        return _call(own, function, (h, x), AffineBatch(grad_z, grad_ladj, grad_z, h, x, 0.1 * x), args)
 
     return prepare
 
 
-def _inverse(block: Block, given: _Inputs) -> Prepare:
-    def prepare(backend: str, dtype: torch.dtype) -> Callable[[], Any]:
-        own = block._replace(weights=list(_to(dtype, *block.weights)), biases=list(_to(dtype, *block.biases)))
-        return partial(module("level_inverse", backend).forward, *_to(dtype, given.x), *own)
+def _call(own: Any, function: str, inputs: tuple[Tensor, ...], batch: Any, args: Any) -> Callable[[], Any]:
+    """Returns a call of a backend's function of one layer."""
+    if function == "forward":
+        return partial(own.forward, *inputs, args)
+    if function == "adam_":
+        return _stepping(
+            args.weight, lambda weight, update: own.adam_(batch, args._replace(weight=weight), True, update, 1.0)
+        )
+    if function == "grad_inputs":
+        return lambda: _without_weight(own.backward(batch, args, True, need_weight=False))
+    return partial(own.backward, batch, args, True)
 
-    return prepare
+
+def _without_weight(grads: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    return grads[0], *grads[2:]
 
 
-def _chain(blocks: list[Block], given: _Inputs, op: str, function: str) -> Prepare:
+def _flow(blocks: list[Block], given: _Inputs, function: str) -> Prepare:
     """Makes ready the op of a whole flow without permutations."""
-    flat = chain(blocks, [None] * (len(blocks) + 1))
+    args = flow_args(blocks, [None] * (len(blocks) + 1))
 
     def prepare(backend: str, dtype: torch.dtype) -> Callable[[], Any]:
-        own = getattr(module(op, backend), function)
+        own = getattr(module("flow", backend), function)
         (x,) = _to(dtype, given.x)
-        through = flat._replace(weights=list(_to(dtype, *flat.weights)), biases=list(_to(dtype, *flat.biases)))
+        through = args.with_parameters(_to(dtype, *args.weights), _to(dtype, *args.biases))
 
         def call() -> Any:
-            # The reference takes the ops of layers, on the backend chosen when it runs.
+            # The torch backend takes the ops of layers, on the backend chosen when it runs.
             with fastmaf.use_backend(backend):
-                return own(x, through, False) if function == "forward" else own(x, *through)
+                return own(x, through, False) if function == "forward" else own(x, through)
 
         return call
 

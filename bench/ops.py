@@ -2,7 +2,7 @@
 
 At the size of the capsule run, batches 1, 8 and 64. The limit of an op is the larger of the time to move its bytes at
 this machine's read (or, for gradients and Adam, copy and fused Adam's) rate and the time of its multiply-adds at the
-matrix rate, all measured in the same process. Results are checked against the reference backend in float64 first; then
+matrix rate, all measured in the same process. Results are checked against the torch backend in float64 first; then
 the backends take turns.
 """
 

@@ -27,7 +27,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 import fastmaf
-from fastmaf.kernels.triton_parts import Launched, recording
+from fastmaf.kernels.triton_common.device import Launched, recording
 
 # Compute capability: multiprocessors of a card that has it, for the size of grids.
 CARDS = {61: 6, 75: 40, 80: 108, 90: 132}

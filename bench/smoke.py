@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 import fastmaf
-from fastmaf.kernels.launch_table import Precision
+from fastmaf.kernels.triton_common.launch_table import Precision
 
 # By how much the error of densities and gradients may exceed that of plain PyTorch in float32, with TF32 off.
 ALLOWED = {"ieee": 2.0, "tf32x3": 2.0, "tf32": 2e5, "bf16": 1e6}
@@ -52,7 +52,7 @@ def trained(features: int, blocks: int, hidden: int, device: str) -> fastmaf.MAF
     ).to(device)
     optimizer = torch.optim.Adam(flow.parameters(), lr=1e-3)
     generator = torch.Generator().manual_seed(1)
-    with fastmaf.use_backend("reference"):
+    with fastmaf.use_backend("torch"):
         for _ in range(5):
             optimizer.zero_grad()
             x = torch.randn(16, features, generator=generator).to(device)
@@ -103,7 +103,7 @@ def lines(flow: fastmaf.MAF, batches: list[int], precisions: list[Precision], ba
         generator = torch.Generator().manual_seed(batch)
         x = torch.randn(batch, flow.features, generator=generator).to(device)
         z = torch.randn(batch, flow.features, generator=generator).to(device)
-        with fastmaf.use_backend("reference"):
+        with fastmaf.use_backend("torch"):
             truth = results(truth_flow, x.double(), z.double())
             plain = results(flow, x, z)
             truth["adam"] = adam_step(truth_flow, x.double(), fused=False)

@@ -24,8 +24,8 @@ from fastmaf.io.checkpoint import (
     read_tensors,
     write_tensors,
 )
-from fastmaf.kernels.backends import BackendUnavailableError, use_backend
-from fastmaf.kernels.launch_table import use_precision
+from fastmaf.kernels.dispatch import BackendUnavailableError, use_backend
+from fastmaf.kernels.triton_common.launch_table import use_precision
 from fastmaf.nn import MADE, MaskedLinear
 from fastmaf.torch_defaults import torch_defaults
 from fastmaf.training.blas import allocate_work_buffers

@@ -12,11 +12,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from fastmaf import hooks, runs
+from fastmaf import hooks
 from fastmaf.degrees import DegreeKind, OrderKind, hidden_degrees, orders, warn_if_disconnected
 from fastmaf.kernels.autocast import outside_autocast
 from fastmaf.nn import MADE, Init, MaskedLinear, zero_padding_
 from fastmaf.noise import normal_rows
+from fastmaf.runs import Runs, mades_of
 from fastmaf.transforms import AffineAutoregressive, Permutation, Transform
 from fastmaf.transforms.whitening import GaussianWhitening
 from fastmaf.validation import check_density, check_finite, check_samples, validates
@@ -53,11 +54,13 @@ class Flow(nn.Module):
     """
 
     validate_args: bool | None = None  # of flows that were pickled without it, too
+    _runs = Runs()  # the same; any other flow has its own
 
     def __init__(self, features: int, transforms: Iterable[Transform], *, validate_args: bool | None = None) -> None:
         super().__init__()
         self.features = features
         self.validate_args = validate_args
+        self._runs = Runs()
         self.transforms = nn.ModuleList(transforms)
         for i, transform in enumerate(self.transforms):
             if not isinstance(transform, Transform):
@@ -95,7 +98,7 @@ class Flow(nn.Module):
         return self._forward(x)
 
     def _forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        return runs.forward(self._transforms(), x)
+        return self._runs.forward(self._transforms(), x)
 
     @outside_autocast
     def inverse(self, z: Tensor) -> tuple[Tensor, Tensor]:
@@ -113,7 +116,7 @@ class Flow(nn.Module):
         self._check("z", z)
         if validates(self.validate_args, z):
             check_finite("z", z)
-        return runs.inverse(self._transforms(), z)
+        return self._runs.inverse(self._transforms(), z)
 
     @outside_autocast
     def log_prob(self, x: Tensor) -> Tensor:
@@ -301,8 +304,11 @@ class Flow(nn.Module):
     def _layers(self) -> list[MaskedLinear]:
         return [layer for made in self._mades() for layer in made.layers]
 
+    def _saved_numel(self, n: int) -> int:
+        return self._runs.saved_numel(self._transforms(), n)
+
     def _mades(self) -> list[MADE]:
-        return runs.mades_of(self)
+        return mades_of(self)
 
 
 def _parameters(module: nn.Module) -> Iterator[Tensor]:

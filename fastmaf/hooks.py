@@ -26,10 +26,13 @@ def any_global() -> bool:
 
 def is_called(module: nn.Module) -> bool:
     """Returns whether the module has hooks or a ``forward`` set on the instance, which only a call runs."""
-    own = module.__dict__  # past nn.Module's own look-ups: a flow checks every module at every call
-    if own["_forward_hooks"] or own["_forward_pre_hooks"] or own["_backward_hooks"] or own["_backward_pre_hooks"]:
-        return True
-    return "forward" in own
+    return any(of(module)) or "forward" in module.__dict__
+
+
+def of(module: nn.Module) -> list[dict[Any, Any]]:
+    """Returns a module's dictionaries of hooks."""
+    own = module.__dict__  # past nn.Module's own look-ups, which are slow
+    return [own["_forward_hooks"], own["_forward_pre_hooks"], own["_backward_hooks"], own["_backward_pre_hooks"]]
 
 
 def that_compute(module: nn.Module) -> list[Callable[..., Any]]:

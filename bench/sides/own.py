@@ -80,7 +80,7 @@ class NoGraphs(Fastmaf):
 class Reference(Fastmaf):
     """fastmaf's plain torch backend, with torch's fused Adam."""
 
-    backend = "reference"
+    backend = "torch"
     graphs = False
 
     def new_optimizer(self) -> None:

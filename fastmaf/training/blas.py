@@ -32,7 +32,7 @@ def allocate_work_buffers(
         device: where the flow is to run, if not where it is; a flow on ``"meta"`` is meant for the CPU.
     """
     where, backend = runs_on(flow, device)
-    if where.type != "cpu" or backend != "reference":
+    if where.type != "cpu" or backend != "torch":
         return
     dtype = flow._like().dtype
     done: set[tuple[object, ...]] = set()
@@ -44,7 +44,7 @@ def allocate_work_buffers(
 
 
 def _multiply(layout: PackedLayout, batch: int, dtype: torch.dtype, training: bool) -> None:
-    """The products of ``kernels/masked_linear/reference.py``, tile by tile."""
+    """The products of ``kernels/masked_linear/torch.py``, tile by tile."""
     inputs = torch.zeros(batch, layout.in_features, dtype=dtype, device="cpu")
     outputs = torch.zeros(batch, layout.out_features, dtype=dtype, device="cpu")
     outputs_t = outputs.t().contiguous()

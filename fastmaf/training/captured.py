@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastmaf.kernels.factors import AdamNumbers, Update
+from fastmaf.kernels.adam.update import AdamNumbers, Update
 
 
 class NotCapturableError(RuntimeError):

@@ -11,8 +11,8 @@ from torch import Tensor
 from torch.optim import optimizer as torch_optimizer
 
 from fastmaf.kernels import empty_on_huge_pages
-from fastmaf.kernels.adam import adam_step_
-from fastmaf.kernels.factors import AdamNumbers, Update
+from fastmaf.kernels.adam.op import adam_step_
+from fastmaf.kernels.adam.update import AdamNumbers, Update
 from fastmaf.training.captured import CapturedUpdates, NotCapturableError
 from fastmaf.training.gradient_sinks import Applies, Gradients, Keeps, backward, single_uses
 from fastmaf.training.loss_checks import check_loss, check_processes

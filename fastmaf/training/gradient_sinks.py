@@ -8,7 +8,8 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from fastmaf.kernels.factors import Factors, GradientSink, Update, set_sink
+from fastmaf.kernels.adam.update import Update
+from fastmaf.kernels.factored_grad import FactoredGrad, GradientSink, set_sink
 
 
 class Updates(Protocol):
@@ -30,7 +31,7 @@ class Applies:
     def begin_update(self) -> Update:
         return self._updates.begin(self._parameter, self._group)
 
-    def take(self, factors: Factors, need_inputs: bool) -> tuple[Tensor, ...]:
+    def take(self, factors: FactoredGrad, need_inputs: bool) -> tuple[Tensor, ...]:
         return factors.adam_(self.begin_update(), need_inputs=need_inputs)
 
 
@@ -41,12 +42,12 @@ class Keeps:
 
     def __init__(self, node: object) -> None:
         self.node = node
-        self.factors: Factors | None = None
+        self.factors: FactoredGrad | None = None
 
     def begin_update(self) -> Update:
         raise NotImplementedError("this sink keeps the gradient: give it to take()")
 
-    def take(self, factors: Factors, need_inputs: bool) -> tuple[Tensor, ...]:
+    def take(self, factors: FactoredGrad, need_inputs: bool) -> tuple[Tensor, ...]:
         self.factors = factors
         return factors.grad_inputs(need_inputs)
 
@@ -101,7 +102,7 @@ class Gradients(NamedTuple):
         stored: by parameter, as tensors.
     """
 
-    factored: dict[Tensor, Factors]
+    factored: dict[Tensor, FactoredGrad]
     stored: dict[Tensor, Tensor]
 
     @classmethod

@@ -17,10 +17,9 @@ from torch import Tensor, nn
 
 from fastmaf.constants import constants
 from fastmaf.flows import Flow
-from fastmaf.kernels import backends
+from fastmaf.kernels import dispatch
 from fastmaf.kernels.layout import padding_is_held
 from fastmaf.nn import MaskedLinear
-from fastmaf.runs import saved_numel
 from fastmaf.training.fused_adam import FusedAdam
 from fastmaf.training.optimiser_memory import Optimiser, forms_no_gradients, state_per_number, step_bytes
 from fastmaf.training.workspace import workspace_bytes
@@ -164,7 +163,7 @@ class _Case:
         """The bytes of a parameter, or of what is allocated like it: see ``empty_on_huge_pages``."""
         size = _bytes(parameter)
         on_huge_pages = id(parameter) in self.packed and self.device.type == "cpu" and size >= 4 * _HUGE_PAGE
-        if not on_huge_pages or backends.missing("chain", "native") is not None:
+        if not on_huge_pages or dispatch.missing("flow", "native") is not None:
             return size
         return -(-size // _HUGE_PAGE) * _HUGE_PAGE
 
@@ -181,20 +180,20 @@ def runs_on(flow: Flow, device: torch.device | str | None) -> tuple[torch.device
     """Returns the device that a flow is to run on, ``device`` if given, and the name of its backend there."""
     like = flow._like()
     where = torch.device(("cpu" if like.is_meta else like.device) if device is None else device)
-    if (chosen := backends.chosen()) is not None:
+    if (chosen := dispatch.chosen()) is not None:
         return where, chosen
     if where.type == "cuda" and not torch.cuda.is_available():  # a plan for another machine
         return where, "triton"
-    return where, backends.default_backend("affine_output", torch.empty(0, device=where, dtype=like.dtype))
+    return where, dispatch.default_backend("affine_output", torch.empty(0, device=where, dtype=like.dtype))
 
 
 def _padding(case: _Case) -> int:
     """The int64 indices of the padding of weights. Each weight's are found once: on the CPU when it is drawn or loaded,
-    elsewhere when it is first used, or when the reference backend makes its gradient.
+    elsewhere when it is first used, or when the torch backend makes its gradient.
     """
     on_cpu = case.device.type == "cpu"
     # On a GPU padding is zeroed by its indices, whenever a weight has been written to.
-    by_index = case.device.type == "cuda" or (case.optimiser is not None and case.backend == "reference")
+    by_index = case.device.type == "cuda" or (case.optimiser is not None and case.backend == "torch")
     needed = by_index or (on_cpu and case.flow._like().is_meta)
     layouts = [layer.layout for layer in case.layers]
     return sum(8 * (of.numel - of.visible) for of in layouts if needed or (on_cpu and padding_is_held(of.table)))
@@ -203,7 +202,7 @@ def _padding(case: _Case) -> int:
 def _scoring(case: _Case) -> int:
     """The transient bytes of a pass that keeps nothing."""
     plane = case.plane
-    if case.backend != "reference":
+    if case.backend != "torch":
         return 2 * plane  # z and its square
     # The product [N, 2D], log-scale, z and what they are made of; x and log-scale of the block before; x reordered. A
     # weight stored in fewer bits is widened for the product.
@@ -216,11 +215,11 @@ def _moments(case: _Case, optimiser: Optimiser) -> Iterator[tuple[int, int, int]
     """Yields the moments in which the peak of a training step can lie: the bytes of stored gradients, of activations
     and of transients.
     """
-    plane, reference, one = case.plane, case.backend == "reference", case.blocks == 1
+    plane, reference, one = case.plane, case.backend == "torch", case.blocks == 1
     largest = max((_bytes(p) for p in case.trained if id(p) in case.packed), default=0)
     stored = [p for p in case.trained if not (case.factored and id(p) in case.packed)]
     grads = sum(_bytes(p) if reference else case.size(p) for p in stored)
-    kept = saved_numel(case.flow._transforms(), case.batch) * case.item + plane  # and the batch itself
+    kept = case.flow._saved_numel(case.batch) * case.item + plane  # and the batch itself
 
     # Going back through ½z²: z, and three tensors like it.
     yield 0, kept, 4 * plane

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 
 from fastmaf.flows import Flow
-from fastmaf.kernels import work_lists
-from fastmaf.kernels.launch_table import TABLES, family
+from fastmaf.kernels.triton_common import work_lists
+from fastmaf.kernels.triton_common.launch_table import TABLES, family
 
 
 def workspace_bytes(
@@ -18,7 +18,7 @@ def workspace_bytes(
         flow: what runs; shapes alone are read.
         batch: N.
         device: where it runs.
-        backend: ``"reference"``, ``"native"`` or ``"triton"``.
+        backend: ``"torch"``, ``"native"`` or ``"triton"``.
         training: the backward pass runs too.
         layer_by_layer: it goes through the layers in calls of their own, as ``FusedAdam.minimize`` does with
             ``max_grad_norm``.
@@ -31,7 +31,7 @@ def workspace_bytes(
 
 
 def _of_kernels(flow: Flow, n: int, device: torch.device, *, training: bool) -> int:
-    """What chain/triton_kernel.py asks for beside what is kept: partial sums, and planes ``[N, D]`` between kernels.
+    """What flow/triton/forward.py asks for beside what is kept: partial sums, and planes ``[N, D]`` between kernels.
 
     The memory model counts two planes of a pass already: z with its square, or with its gradient.
     """
@@ -64,7 +64,7 @@ def _of_kernels(flow: Flow, n: int, device: torch.device, *, training: bool) -> 
 
 
 def _scratch(flow: Flow, n: int, *, training: bool, layer_by_layer: bool) -> int:
-    """What chain.cpp, forward.h and backward.h ask of ``Scratch`` in csrc/team.h, in all slots and threads."""
+    """What flow_forward.cpp, forward.h and backward.h ask of ``Scratch`` (thread_team.h), in all slots and threads."""
     threads = torch.get_num_threads()
     mades = flow._mades()
     layers = [layer for made in mades for layer in made.layers]

@@ -9,9 +9,9 @@ import pytest
 import torch
 
 import fastmaf
-from fastmaf.kernels import backends
+from fastmaf.kernels import dispatch
 
-MISSING = next((why for op in backends.OPS if (why := backends.missing(op, "triton")) is not None), None)
+MISSING = next((why for op in dispatch.OPS if (why := dispatch.missing(op, "triton")) is not None), None)
 needs_triton = pytest.mark.skipif(MISSING is not None, reason=str(MISSING))
 
 

@@ -20,7 +20,7 @@ from fastmaf.bench.check import check
 from fastmaf.bench.sides import SIDES, Side, Size, side_class
 from fastmaf.bench.sides.dense import MaskedOnce
 from fastmaf.bench.sides.side import LEARNING_RATE
-from fastmaf.kernels import backends
+from fastmaf.kernels import dispatch
 from fastmaf.naive import NaiveMAF
 from tests.bench.plans import Linears, Namespaces, entries, normal, one_thread, uniform
 
@@ -290,7 +290,7 @@ def namespaces(side: Side) -> set[str]:
 
 @pytest.mark.parametrize("name", ["fastmaf", "fastmaf (reference)"])
 def test_each_side_of_fastmaf_runs_on_its_backend(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    expected = {"fastmaf": backends.default_backend("chain", torch.empty(0)), "fastmaf (reference)": "reference"}[name]
+    expected = {"fastmaf": dispatch.default_backend("flow", torch.empty(0)), "fastmaf (reference)": "torch"}[name]
     side: Any = side_class(name)(NARROW, 5)
     chosen: list[str | None] = []
     for method in ("log_prob", "inverse", "sample"):
@@ -304,12 +304,12 @@ def test_each_side_of_fastmaf_runs_on_its_backend(name: str, monkeypatch: pytest
     side.step = spy(side.step, chosen)
     side.train_step(x)
     assert len(chosen) >= 4 and {one or expected for one in chosen} == {expected}
-    assert backends.chosen() is None, "the choice outlives the call"
+    assert dispatch.chosen() is None, "the choice outlives the call"
 
 
 def spy(call: Callable[..., Any], chosen: list[str | None]) -> Callable[..., Any]:
     def called(*arguments: Any, **options: Any) -> Any:
-        chosen.append(backends.chosen())
+        chosen.append(dispatch.chosen())
         return call(*arguments, **options)
 
     return called

@@ -14,14 +14,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import fastmaf
-from fastmaf.kernels import backends
+from fastmaf.kernels import dispatch
 from fastmaf.training import cuda_graphs as graphs
 from fastmaf.training.gradient_sinks import Gradients
 from tests.core.helpers import build, normal
 from tests.tolerances import F32
 
 CUDA = torch.cuda.is_available()
-MISSING = next((why for op in backends.OPS if (why := backends.missing(op, "triton")) is not None), None)
+MISSING = next((why for op in dispatch.OPS if (why := dispatch.missing(op, "triton")) is not None), None)
 DEVICES = [
     "cpu",
     pytest.param("cuda", marks=[pytest.mark.gpu, pytest.mark.skipif(not CUDA, reason="needs an NVIDIA GPU")]),
@@ -122,7 +122,7 @@ def test_replayed_steps_are_the_eager_ones(device: str, max_grad_norm: float | N
 def test_nothing_is_compiled_while_a_graph_is_recorded(clips: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """A kernel is compiled for the alignment of its pointers too: all that a graph holds must have run before."""
     from fastmaf.bench import resources
-    from fastmaf.kernels import triton_parts
+    from fastmaf.kernels.triton_common import device as triton_parts
 
     flow, x = flow_on("cpu", blocks=3, order="alternate"), batches("cpu", [4])[0]
     flow.validate_args = False  # kernels are recorded, not run: there are no values
