@@ -1,6 +1,6 @@
-"""What the Triton kernels share: functions of the device, and how a kernel is launched.
+"""Device functions that the Triton kernels share, and how a kernel is launched.
 
-Importing this module needs Triton; every ``triton_kernel.py`` does, so that a missing Triton is said once, here.
+Importing this module needs Triton. Every backend ``triton`` imports it: a missing Triton is reported in one place.
 """
 
 from __future__ import annotations

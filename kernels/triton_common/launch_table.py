@@ -205,11 +205,11 @@ def precision(capability: int) -> Precision:
     return _precision
 
 
-# Compute capability and multiprocessors of the card that launches are recorded for; see ``triton_parts.recording``.
+# Compute capability and multiprocessors of the card that launches are recorded for; see ``device.recording``.
 recorded_card: tuple[int, int] | None = None
 
 
 def take_cpu_tensors() -> bool:
-    """Says whether the Triton kernels take tensors of the CPU: interpreted (``TRITON_INTERPRET=1``), or recorded."""
+    """Returns whether the Triton kernels accept CPU tensors: interpreted (``TRITON_INTERPRET=1``), or recorded."""
     interpreted = os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes", "y")
     return interpreted or recorded_card is not None

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import copy
+import pickle
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import fastmaf
 from fastmaf.flows import Flow
@@ -207,6 +209,93 @@ def test_what_is_no_flow_is_refused() -> None:
             flow_args(blocks, permutations)
     with pytest.raises(ValueError, match="tanh"):
         flow_args([made._replace(activation="tanh")], [None, None])
+
+
+def _reorder(flow: Flow) -> None:
+    flow.transforms = nn.ModuleList(reversed(list(flow.transforms)))
+
+
+def _swap(flow: Flow) -> None:
+    blocks = blocks_of(flow)
+    blocks[0].made, blocks[1].made = blocks[1].made, blocks[0].made
+
+
+def _rewrite_permutation(flow: Flow) -> None:
+    for transform in flow.transforms:
+        if isinstance(transform, Permutation):
+            transform.permutation.copy_(torch.randperm(D, generator=generator(9)))
+
+
+def _replace_parameter(flow: Flow) -> None:
+    layer = blocks_of(flow)[0].made.output
+    layer.weight = nn.Parameter(2 * layer.weight.detach())
+
+
+def _assign(flow: Flow) -> None:
+    flow.load_state_dict(
+        {name: 0.5 * t if t.is_floating_point() else t for name, t in flow.state_dict().items()}, assign=True
+    )
+
+
+def _add_hook(flow: Flow) -> None:
+    blocks_of(flow)[1].made.hidden[0].register_forward_hook(lambda module, given, y: 2 * y)
+
+
+def _data(flow: Flow) -> None:
+    for parameter in flow.parameters():
+        parameter.data = parameter.data.float()
+
+
+CHANGES: dict[str, Callable[[Flow], Any]] = {
+    "transforms in another order": _reorder,
+    "a transform replaced": lambda flow: flow.transforms.__setitem__(0, block(7)),
+    "networks swapped": _swap,
+    "a permutation written to": _rewrite_permutation,
+    "a parameter replaced": _replace_parameter,
+    "parameters written to": lambda flow: flow.load_state_dict({k: v.clone() for k, v in flow.state_dict().items()}),
+    "parameters assigned": _assign,
+    "a bound": lambda flow: setattr(blocks_of(flow)[0], "log_scale_bound", 1e-3),
+    "a soft bound": lambda flow: setattr(blocks_of(flow)[0], "soft_bound", True),
+    "a hook": _add_hook,
+    "dtype": lambda flow: flow.float(),
+    "dtype of the data": _data,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_change_is_noticed(change: str) -> None:
+    """What is made once for a flow is made anew: it then agrees with a copy, which begins without it."""
+    flow, x = build(D, blocks=3, order="random", scale=1.5), normal(4, D)
+    with torch.no_grad():
+        for _ in range(2):
+            before = flow.log_prob(x)
+            flow.inverse(x)
+        CHANGES[change](flow)
+        twin = copy.deepcopy(flow)
+        x = x.to(next(flow.parameters()).dtype)
+        for found, expected in zip(
+            (flow.log_prob(x), *flow.inverse(x)), (twin.log_prob(x), *twin.inverse(x)), strict=True
+        ):
+            assert torch.equal(found, expected)
+        if change != "parameters written to":
+            assert not torch.equal(flow.log_prob(x), before), "the change changes nothing"
+
+
+def test_a_hook_that_is_removed_leaves_no_trace() -> None:
+    flow, x = build(D, blocks=2, order="random"), normal(4, D)
+    with torch.no_grad():
+        before = flow.log_prob(x)
+        handle = blocks_of(flow)[0].register_forward_hook(lambda module, given, result: (result[0] + 1, result[1]))
+        assert not torch.equal(flow.log_prob(x), before)
+        handle.remove()
+        assert torch.equal(flow.log_prob(x), before)
+
+
+def test_a_pickled_flow_is_the_same_flow() -> None:
+    flow, x = build(D, blocks=2, order="random"), normal(4, D)
+    with torch.no_grad():
+        expected = flow.log_prob(x)
+        assert torch.equal(pickle.loads(pickle.dumps(flow)).log_prob(x), expected)
 
 
 def test_compiled_without_graph_breaks() -> None:
