@@ -3,7 +3,7 @@
 The top-level folders `kernels/` and `bench/` are installed as `fastmaf.kernels` and `fastmaf.bench`. The C++ sources
 in `kernels/csrc/` become `_native.so` beside the kernels: a plain library without Python symbols that torch loads.
 Building needs torch; it is imported where that happens, so that a build without it gives the pure-Python package, which
-works on the backend `reference`.
+works on the backend `torch`.
 
     FASTMAF_BUILD   auto (default): build it where torch and a compiler are, else say why not; 1: build or fail; 0: no
     FASTMAF_MARCH   native (default), another value of -march such as x86-64-v3, or baseline: for a portable build
@@ -128,7 +128,7 @@ def build() -> tuple[Path, str, str]:
     common = [*FLAGS, f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}"]
     common += ["-fopenmp"] if probe else []
     standard = re.search(r"C\+\+ Version: 20(\d\d)", torch.__config__.show())
-    # ops.cpp asks the CPU what it has before anything else runs: it and its like must run on every CPU.
+    # layer_ops.cpp reads the CPU's features before anything else runs: files of its kind must run on every CPU.
     ops = [*common, f"-std=c++{standard[1] if standard else 17}", *(f"-I{path}" for path in include_paths())]
     ops += [f"-DFASTMAF_TORCH_VERSION={quoted(torch.__version__)}", f"-DFASTMAF_BUILD_INFO={quoted(info)}"]
     kernels = [*common, "-std=c++17", *arch]

@@ -19,7 +19,7 @@ import psutil
 import torch
 
 import fastmaf
-from fastmaf.kernels import backends, empty_on_huge_pages
+from fastmaf.kernels import dispatch, empty_on_huge_pages
 
 UNKNOWN = "unknown"
 PEERS = ("triton", "nflows", "zuko", "normflows", "flowjax", "jax")
@@ -40,7 +40,7 @@ def describe(device: str = "cpu") -> dict[str, str]:
         "torch_threads": str(torch.get_num_threads()),
         **({} if device == "cpu" else {"card": torch.cuda.get_device_name(), "cuda": str(torch.version.cuda)}),
         "fastmaf": fastmaf.__version__,
-        "backend": backends.default_backend("chain", torch.empty(0, device=device)),
+        "backend": dispatch.default_backend("flow", torch.empty(0, device=device)),
         "torch": torch.__version__,
         "python": platform.python_version(),
     }

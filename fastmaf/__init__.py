@@ -19,8 +19,8 @@ if TYPE_CHECKING:
     from fastmaf.flows import MAF, Flow
     from fastmaf.io.checkpoint import SavedFlow, load, load_with_extras
     from fastmaf.io.tensor_file import CheckpointError
-    from fastmaf.kernels.backends import BackendUnavailableError, use_backend
-    from fastmaf.kernels.launch_table import use_precision
+    from fastmaf.kernels.dispatch import BackendUnavailableError, use_backend
+    from fastmaf.kernels.triton_common.launch_table import use_precision
     from fastmaf.nn import MADE, MaskedLinear
     from fastmaf.training.cuda_graphs import ReplayedLogProb
     from fastmaf.training.guards import Guards, NonFiniteLossError
@@ -71,7 +71,7 @@ __all__ = [
 
 _MODULE_OF = {
     "AffineAutoregressive": "fastmaf.transforms",
-    "BackendUnavailableError": "fastmaf.kernels.backends",
+    "BackendUnavailableError": "fastmaf.kernels.dispatch",
     "CheckpointError": "fastmaf.io.tensor_file",
     "ConnectivityWarning": "fastmaf.degrees",
     "Detector": "fastmaf.inspection.detector",
@@ -98,8 +98,8 @@ _MODULE_OF = {
     "load_with_extras": "fastmaf.io.checkpoint",
     "memory_estimate": "fastmaf.training.memory_estimate",
     "torch_defaults": "fastmaf.defaults",
-    "use_backend": "fastmaf.kernels.backends",
-    "use_precision": "fastmaf.kernels.launch_table",
+    "use_backend": "fastmaf.kernels.dispatch",
+    "use_precision": "fastmaf.kernels.triton_common.launch_table",
 }
 """The module of each public name, imported with torch when the name is first used: the command line needs neither."""
 

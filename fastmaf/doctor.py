@@ -9,7 +9,7 @@ import platform
 import torch
 
 import fastmaf
-from fastmaf.kernels import backends, native_library
+from fastmaf.kernels import dispatch, native_library
 
 _PACKAGES = ("torch", "triton", "numpy", "pillow", "scikit-learn", "matplotlib", "safetensors")
 
@@ -21,12 +21,12 @@ def report() -> str:
     lines += ["", "devices", *(f"  {line}" for line in _devices())]
     lines += ["", "native library", *(f"  {line}" for line in _native()), "", "backends"]
     for device in ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]:
-        for op in backends.OPS:
-            lines.append(f"  {device:<5} {op:<14} → {backends.default_backend(op, torch.empty(0, device=device))}")
+        for op in dispatch.OPS:
+            lines.append(f"  {device:<5} {op:<14} → {dispatch.default_backend(op, torch.empty(0, device=device))}")
     missing: dict[str, None] = {}
-    for name in backends.names():
-        for op in backends.OPS:
-            reason = backends.missing(op, name)
+    for name in dispatch.names():
+        for op in dispatch.OPS:
+            reason = dispatch.missing(op, name)
             if reason is not None:  # the same for every op, but for its name
                 missing.setdefault(f"  {name}: {reason.replace(f' for {op}', '').replace(f' of {op}', '')}")
     return "\n".join([*lines, *(["", "not in use", *missing] if missing else [])])
@@ -43,7 +43,7 @@ def _native() -> list[str]:
     try:
         info = native_library.build_info()
     except ImportError as error:
-        return [f"none: {error}", "without it the ops run on the CPU as plain torch (backend 'reference'): slower"]
+        return [f"none: {error}", "without it the ops run on the CPU as plain torch (backend 'torch'): slower"]
     return [info, f"threads: {1 if 'no OpenMP' in info else torch.get_num_threads()}"]
 
 

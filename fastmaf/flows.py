@@ -15,13 +15,11 @@ from torch import Tensor, nn
 from fastmaf import hooks
 from fastmaf.degrees import DegreeKind, OrderKind, hidden_degrees, layer_sizes, orders, warn_if_disconnected
 from fastmaf.io.write_flow import write_flow
-from fastmaf.kernels import Block, chain_forward, chain_inverse
 from fastmaf.kernels.autocast import outside_autocast
-from fastmaf.kernels.block import chain
-from fastmaf.kernels.chain.kept import kept_numel
 from fastmaf.naive import NaiveMAF
 from fastmaf.nn import MADE, Init, MaskedLinear, zero_padding_
 from fastmaf.noise import normal_rows
+from fastmaf.runs import Runs, mades_of
 from fastmaf.sharing import check_parts
 from fastmaf.transforms import AffineAutoregressive, Permutation, Transform, transform_config
 from fastmaf.transforms.whitening import GaussianWhitening
@@ -81,12 +79,14 @@ class Flow(nn.Module):
     """
 
     validate_args: bool | None = None  # also of flows that were pickled without the attribute
+    _runs = Runs()  # the same; any other flow has its own
     _class_in_files = "Flow"
 
     def __init__(self, features: int, transforms: Iterable[Transform], *, validate_args: bool | None = None) -> None:
         super().__init__()
         self.features = features
         self.validate_args = validate_args
+        self._runs = Runs()
         self.transforms = nn.ModuleList(transforms)
         for i, transform in enumerate(self.transforms):
             if not isinstance(transform, Transform):
@@ -147,11 +147,7 @@ class Flow(nn.Module):
         return self._forward(x)
 
     def _forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        ladj = x.new_zeros(x.shape[0])
-        for run in _runs(self._transforms()):
-            x, term = run(x) if isinstance(run, Transform) else _chained(run, x, inverse=False)
-            ladj = ladj + term
-        return x, ladj
+        return self._runs.forward(self._transforms(), x)
 
     @outside_autocast
     def inverse(self, z: Tensor | ArrayLike) -> tuple[Tensor, Tensor]:
@@ -179,15 +175,7 @@ class Flow(nn.Module):
         self._check("z", z)
         if validates(self.validate_args, z):
             check_finite("z", z)
-        ladj = z.new_zeros(z.shape[0])
-        transforms = self._transforms()[::-1]
-        for run in transforms if _records_gradients(z, self) else _runs(transforms):
-            if isinstance(run, Transform):
-                z, term = run.inverse(z)
-            else:
-                z, term = _chained(run, z, inverse=True) if len(run) > 1 else run[0].inverse(z)
-            ladj = ladj + term
-        return z, ladj
+        return self._runs.inverse(self._transforms(), z)
 
     @outside_autocast
     def log_prob(self, x: Tensor | ArrayLike) -> Tensor:
@@ -530,23 +518,11 @@ class Flow(nn.Module):
     def _layers(self) -> list[MaskedLinear]:
         return [layer for made in self._mades() for layer in made.layers]
 
+    def _saved_numel(self, n: int) -> int:
+        return self._runs.saved_numel(self._transforms(), n)
+
     def _mades(self) -> list[MADE]:
-        return _mades_of(self)
-
-    def _kept_numel(self, n: int) -> int:
-        """Returns how many numbers a forward pass over a batch of ``n`` keeps for the backward pass, its input and
-        output aside.
-
-        A transform of a class that is not fastmaf's own counts as a block: its input, log-scale and output are kept.
-        """
-        total = 0
-        for run in _runs(self._transforms()):
-            if isinstance(run, Transform):
-                hidden = sum(layer.out_features for made in _mades_of(run) for layer in made.layers[:-1])
-                total += n * (3 * self.features + hidden)
-            elif (found := _chain_of(run, inverse=False))[0]:
-                total += kept_numel(chain(*found), n)
-        return total
+        return mades_of(self)
 
 
 def _parameters(module: nn.Module) -> Iterator[Tensor]:
@@ -558,72 +534,6 @@ def _parameters(module: nn.Module) -> Iterator[Tensor]:
             if parameter is not None:
                 yield parameter
         modules += [child for child in reversed(one._modules.values()) if child is not None]
-
-
-def _mades_of(module: nn.Module) -> list[MADE]:
-    return [part for part in module.modules() if isinstance(part, MADE)]
-
-
-def _records_gradients(x: Tensor, flow: Flow) -> bool:
-    return torch.is_grad_enabled() and (x.requires_grad or any(p.requires_grad for p in flow.parameters()))
-
-
-def _runs(transforms: Sequence[Transform]) -> Sequence[Transform | list[Transform]]:
-    """Cuts transforms into lists that one op can take together, and the transforms between them that none can."""
-    if hooks.any_global():
-        return transforms
-    runs: list[Transform | list[Transform]] = []
-    run: list[Transform] | None = None
-    activation = ""  # of the run's blocks; "" while it has none
-    for transform in transforms:
-        own = _activation(transform)
-        if own is None:
-            runs.append(transform)
-            run = None
-        elif run is not None and (own == activation or "" in (own, activation)):
-            run.append(transform)
-            activation = activation or own
-        else:
-            runs.append(run := [transform])
-            activation = own
-    return runs
-
-
-def _activation(transform: Transform) -> str | None:
-    """Returns the activation of a chain that holds this transform, "" where any will do; None: no chain can hold it."""
-    if hooks.is_called(transform):
-        return None
-    if type(transform) is AffineAutoregressive:
-        made = transform._modules["made"]
-        return None if type(made) is not MADE or made.calls_modules else made.activation
-    return "" if type(transform) is Permutation else None
-
-
-def _chained(run: Sequence[Transform], x: Tensor, *, inverse: bool) -> tuple[Tensor, Tensor]:
-    """Applies the transforms of a run, or their inverses, in turn and in one call."""
-    blocks, permutations = _chain_of(run, inverse=inverse)
-    if not blocks:
-        assert permutations[0] is not None
-        return x[:, permutations[0]], x.new_zeros(x.shape[0])
-    return (chain_inverse if inverse else chain_forward)(x, blocks, permutations)
-
-
-def _chain_of(run: Sequence[Transform], *, inverse: bool) -> tuple[list[Block], list[Tensor | None]]:
-    """Returns the blocks of a run, and the permutations before each of them and after the last one."""
-    blocks: list[Block] = []
-    permutations: list[Tensor | None] = [None]
-    for transform in run:
-        if isinstance(transform, AffineAutoregressive):
-            if inverse:
-                transform.check_invertible()
-            blocks.append(transform.block())
-            permutations.append(None)
-        else:
-            assert isinstance(transform, Permutation)
-            own = transform.inverse_permutation if inverse else transform.permutation
-            before = permutations[-1]
-            permutations[-1] = own if before is None else before[own]
-    return blocks, permutations
 
 
 class MAF(Flow):

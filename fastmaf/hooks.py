@@ -26,10 +26,18 @@ def any_global() -> bool:
 
 def is_called(module: nn.Module) -> bool:
     """Returns whether the module has hooks or a ``forward`` set on the instance, which only a call runs."""
+    return any(of(module)) or "forward" in module.__dict__
+
+
+def of(module: nn.Module) -> list[dict[Any, Any]]:
+    """Returns a module's dictionaries of hooks."""
     attributes = module.__dict__  # nn.Module.__getattr__ is slow, and a flow checks every module on every call
-    if attributes["_forward_hooks"] or attributes["_forward_pre_hooks"]:
-        return True
-    return bool(attributes["_backward_hooks"] or attributes["_backward_pre_hooks"]) or "forward" in attributes
+    return [
+        attributes["_forward_hooks"],
+        attributes["_forward_pre_hooks"],
+        attributes["_backward_hooks"],
+        attributes["_backward_pre_hooks"],
+    ]
 
 
 def computing_hooks(module: nn.Module) -> list[Callable[..., Any]]:

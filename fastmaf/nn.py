@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from fastmaf import hooks
 from fastmaf.constants import Constants
 from fastmaf.degrees import DegreeKind, hidden_degrees, input_degrees, layer_sizes, prefix
-from fastmaf.kernels import PackedLayout, empty_on_huge_pages, level_schedule, masked_linear
+from fastmaf.kernels import LinearArgs, PackedLayout, empty_on_huge_pages, level_schedule, masked_linear
 from fastmaf.kernels.autocast import outside_autocast
 from fastmaf.kernels.padding import keep_zero, without_padding
 
@@ -110,22 +110,21 @@ class MaskedLinear(Constants):
         """Returns ``[..., out_features]`` for ``x`` ``[..., in_features]``."""
         if x.shape[-1] != self.in_features:
             raise ValueError(f"MaskedLinear expects [..., {self.in_features}]; found {tuple(x.shape)}")
-        y = masked_linear(x.reshape(-1, self.in_features), *self.operands(), self.activation)
+        y = masked_linear(x.reshape(-1, self.in_features), self.args())
         return y.reshape(*x.shape[:-1], self.out_features)
 
-    def operands(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Returns the arguments of the ops: weight, bias, prefix and table of tiles.
+    def args(self) -> LinearArgs:
+        """Returns the layer as the argument of the ops.
 
         The weight is the parameter, whose padding the ops clear in place. If it is computed (by a parametrisation,
         pruning or ``torch.func.functional_call``), it is a copy with cleared padding.
         """
-        table = self.layout.table
         # nn.Module.__getattr__ is slow, and a flow calls this for every layer on every call.
-        weight, bias = self._parameters.get("weight"), self._parameters.get("bias")
-        if type(weight) is not nn.Parameter or bias is None:
-            prefix = self.prefix
-            return without_padding(self.weight, prefix, table), self.bias, prefix, table
-        return weight, bias, self.constant("prefix", weight.device), table
+        weight, bias, table = self._parameters.get("weight"), self._parameters.get("bias"), self.layout.table
+        if type(weight) is nn.Parameter and bias is not None:
+            return LinearArgs(weight, bias, self.constant("prefix", weight.device), table, self.activation)
+        prefix = self.prefix
+        return LinearArgs(without_padding(self.weight, prefix, table), self.bias, prefix, table, self.activation)
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         zero_padding_([self])

@@ -1,7 +1,8 @@
 """The ops of fastmaf and their backends, installed as ``fastmaf.kernels``.
 
-One folder per op: ``op.py`` registers it with torch, ``reference.py`` is the plain torch truth, and each faster
-backend adds one module beside it with the same signatures. ``backends.py`` is the only place that chooses between them.
+One folder per op: ``op.py`` (of a flow: ``forward.py`` and ``inverse.py``) is its interface, ``torch`` the truth in
+plain torch, and each faster backend a module or folder beside it with the same functions. ``dispatch.py`` is the only
+place that chooses between them.
 """
 
 from __future__ import annotations
@@ -12,25 +13,30 @@ if __name__ != "fastmaf.kernels":
         "install fastmaf (pip install .) or run from the root of its checkout and 'import fastmaf'"
     )
 
+from fastmaf.kernels.affine_output.args import AffineArgs
 from fastmaf.kernels.affine_output.op import affine_output
-from fastmaf.kernels.backends import BackendUnavailableError, use_backend
-from fastmaf.kernels.block import Block
-from fastmaf.kernels.chain.op import chain_forward
+from fastmaf.kernels.dispatch import BackendUnavailableError, use_backend
+from fastmaf.kernels.flow.args import Block, FlowArgs, flow_args
+from fastmaf.kernels.flow.forward import flow_forward
+from fastmaf.kernels.flow.inverse import flow_inverse
+from fastmaf.kernels.flow.schedule import level_schedule
 from fastmaf.kernels.layout import PackedLayout
-from fastmaf.kernels.level_inverse.op import chain_inverse, level_inverse
-from fastmaf.kernels.level_inverse.schedule import level_schedule
+from fastmaf.kernels.masked_linear.args import LinearArgs
 from fastmaf.kernels.masked_linear.op import masked_linear
 from fastmaf.kernels.native_library import empty_on_huge_pages
 
 __all__ = [
+    "AffineArgs",
     "BackendUnavailableError",
     "Block",
+    "FlowArgs",
+    "LinearArgs",
     "PackedLayout",
     "affine_output",
-    "chain_forward",
-    "chain_inverse",
     "empty_on_huge_pages",
-    "level_inverse",
+    "flow_args",
+    "flow_forward",
+    "flow_inverse",
     "level_schedule",
     "masked_linear",
     "use_backend",

@@ -2,85 +2,80 @@
 
 An op has a first derivative in reverse mode. ``torch.func`` transforms, forward-mode AD, double backward and batched
 gradients need one that consists of PyTorch's own operations, none of them in place and none that reads a value. The
-functions here are that, with the arguments of the ops; ``needed`` says when the ops have to call them. They are slower,
-and keep more for the backward pass.
+functions here do, with the arguments of the ops; ``needed`` returns whether an op must call them. They are slower, and
+save more for the backward pass.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from fastmaf.kernels.affine_output.reference import bound_log_scale
+from fastmaf.kernels.affine_output.args import AffineArgs
+from fastmaf.kernels.affine_output.torch import bound_log_scale
 from fastmaf.kernels.autocast import matmul
+from fastmaf.kernels.flow.args import FlowArgs
+from fastmaf.kernels.flow.torch.inverse import plan_of
 from fastmaf.kernels.layout import tiles_of
-from fastmaf.kernels.level_inverse.reference import plan_of
-
-if TYPE_CHECKING:
-    from fastmaf.kernels.block import Chain
+from fastmaf.kernels.masked_linear.args import LinearArgs
 
 
 def needed() -> bool:
-    """Says whether a ``torch.func`` transform or a level of forward-mode AD is active."""
+    """Returns whether a ``torch.func`` transform or a level of forward-mode AD is active."""
     return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
 def needed_for(grads: Sequence[Tensor | None]) -> bool:
-    """Says whether a backward formula has to call ``gradients``: what it returns is differentiated, or ``grads`` are
+    """Returns whether a backward formula must call ``gradients``: its results are differentiated, or ``grads`` are
     batched (``torch.autograd.grad(..., is_grads_batched=True)``).
     """
     batched = any(grad is not None and torch._C._functorch.is_legacy_batchedtensor(grad) for grad in grads)
     return batched or torch.is_grad_enabled() or needed()
 
 
-def masked_linear(x: Tensor, weight: Tensor, bias: Tensor, prefix: Tensor, tiles: Tensor, activation: str) -> Tensor:
+def masked_linear(x: Tensor, args: LinearArgs) -> Tensor:
     """Returns ``y`` ``[N, out]``."""
-    parts, weight = [], _visible(weight.to(x.dtype), prefix, tiles)
-    for start, stop, width, offset in tiles_of(tiles):
+    parts, weight = [], _visible(args.weight.to(x.dtype), args.prefix, args.tiles)
+    for start, stop, width, offset in tiles_of(args.tiles):
         rows = _matrix(weight, offset, stop - start, width)
-        parts.append(matmul(x[:, :width], rows.mT) + bias[start:stop])
-    return _activated(torch.cat(parts, dim=1), activation)
+        parts.append(matmul(x[:, :width], rows.mT) + args.bias[start:stop])
+    return _activated(torch.cat(parts, dim=1), args.activation)
 
 
-def affine_output(
-    h: Tensor, weight: Tensor, bias: Tensor, x: Tensor, prefix: Tensor, tiles: Tensor, bound: float, soft: bool
-) -> tuple[Tensor, Tensor, Tensor]:
+def affine_output(h: Tensor, x: Tensor, args: AffineArgs) -> tuple[Tensor, Tensor, Tensor]:
     """Returns ``z`` ``[N, D]``, ``ladj`` ``[N]`` and ``log_scale`` ``[N, D]``."""
-    shift, raw = masked_linear(h, weight, bias, prefix, tiles, "identity").unflatten(1, (-1, 2)).unbind(2)
-    log_scale = bound_log_scale(raw, bound, soft)
+    shift, raw = masked_linear(h, LinearArgs(*args[:4])).unflatten(1, (-1, 2)).unbind(2)
+    log_scale = bound_log_scale(raw, args.bound, args.soft)
     return (x - shift) * torch.exp(-log_scale), -log_scale.sum(1), log_scale
 
 
-def chain_forward(x: Tensor, chain: Chain) -> tuple[Tensor, Tensor]:
+def flow_forward(x: Tensor, args: FlowArgs) -> tuple[Tensor, Tensor]:
     """Returns ``z`` ``[N, D]`` and ``ladj`` ``[N]``."""
     ladj = x.new_zeros(x.shape[0])
-    for b, (*hidden, output) in enumerate(chain.layers_of_blocks()):
-        x = h = _permuted(x, chain.permutations[b])
+    for b, (*hidden, output) in enumerate(args.layers_of_blocks()):
+        x = h = _permuted(x, args.permutations[b])
         for k in hidden:
-            h = masked_linear(h, *chain.layer(k), chain.activation)
-        weight, bias, prefix, tiles = chain.layer(output)
-        x, term, _ = affine_output(h, weight, bias, x, prefix, tiles, chain.bounds[b], chain.softs[b])
+            h = masked_linear(h, args.hidden(k))
+        x, term, _ = affine_output(h, x, args.output(b, output))
         ladj = ladj + term
-    return _permuted(x, chain.permutations[-1]), ladj
+    return _permuted(x, args.permutations[-1]), ladj
 
 
-def level_inverse(
-    z: Tensor,
-    weights: Sequence[Tensor],
-    biases: Sequence[Tensor],
-    prefixes: Sequence[Tensor],
-    tiles: Sequence[Tensor],
-    schedule: Tensor,
-    activation: str,
-    bound: float,
-    soft: bool,
-) -> tuple[Tensor, Tensor]:
-    """Returns ``x`` ``[N, D]`` and ``ladj`` ``[N]``."""
-    weights = [_visible(w.to(z.dtype), *of) for w, *of in zip(weights, prefixes, tiles, strict=True)]
+def flow_inverse(z: Tensor, args: FlowArgs) -> tuple[Tensor, Tensor]:
+    """Returns ``x`` ``[N, D]`` and ``ladj`` ``[N]``; the blocks are in the order of inversion."""
+    ladj = z.new_zeros(z.shape[0])
+    for b, layers in enumerate(args.layers_of_blocks()):
+        z, term = _inverse_of_block(_permuted(z, args.permutations[b]), args, b, layers)
+        ladj = ladj + term
+    return _permuted(z, args.permutations[-1]), ladj
+
+
+def _inverse_of_block(z: Tensor, args: FlowArgs, block: int, layers: range) -> tuple[Tensor, Tensor]:
+    biases, tiles = [args.biases[i] for i in layers], [args.tiles[i] for i in layers]
+    weights = [_visible(args.weights[i].to(z.dtype), args.prefixes[i], args.tiles[i]) for i in layers]
     ladj = z.new_zeros(z.shape[0])
     last = len(weights) - 1
     finished = [z[:, :0] for _ in weights]  # of x, then of each hidden layer's units
@@ -92,30 +87,18 @@ def level_inverse(
         weight = _matrix(weights[layer], offset, count, stride)[:, :width]
         return matmul(finished[layer][:, :width], weight.mT) + biases[layer][start : start + count]
 
-    for *hidden, output in plan_of(tiles, schedule):
+    for *hidden, output in plan_of(tiles, args.schedules[block]):
         for piece in output:
             shift, raw = product(last, piece).unflatten(1, (-1, 2)).unbind(2)
-            log_scale = bound_log_scale(raw, bound, soft)
+            log_scale = bound_log_scale(raw, args.bounds[block], args.softs[block])
             known = finished[0].shape[1]
             x = z[:, known : known + shift.shape[1]] * torch.exp(log_scale) + shift
             finished[0] = torch.cat((finished[0], x), dim=1)
             ladj = ladj + log_scale.sum(1)
         for k, pieces in enumerate(hidden):
-            units = [_activated(product(k, piece), activation) for piece in pieces]
+            units = [_activated(product(k, piece), args.activation) for piece in pieces]
             finished[k + 1] = torch.cat((finished[k + 1], *units), dim=1)
     return finished[0], ladj
-
-
-def chain_inverse(z: Tensor, chain: Chain) -> tuple[Tensor, Tensor]:
-    """Returns ``x`` ``[N, D]`` and ``ladj`` ``[N]``; the blocks are in the order of inversion."""
-    ladj = z.new_zeros(z.shape[0])
-    for b, layers in enumerate(chain.layers_of_blocks()):
-        weights, biases, prefixes, tiles = zip(*(chain.layer(k) for k in layers), strict=True)
-        z = _permuted(z, chain.permutations[b])
-        options = chain.activation, chain.bounds[b], chain.softs[b]
-        z, term = level_inverse(z, weights, biases, prefixes, tiles, chain.schedules[b], *options)
-        ladj = ladj + term
-    return _permuted(z, chain.permutations[-1]), ladj
 
 
 def gradients(
@@ -126,9 +109,9 @@ def gradients(
     They can be differentiated in turn, and batched.
 
     Args:
-        function: returns what the op does, of ``tensors``, by the functions of this module.
-        tensors: as the op received them.
-        grads: of what the op returned; None for zero.
+        function: computes the op's results from ``tensors`` by the functions of this module.
+        tensors: the op's differentiable arguments.
+        grads: the gradients of its results; None for zero.
     """
     differentiable = torch.is_grad_enabled()
     with torch.enable_grad():

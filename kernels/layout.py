@@ -1,4 +1,4 @@
-"""Packed staircase storage: all that a kernel needs to know of a MADE mask.
+"""Packed staircase storage: the only description of a MADE mask that a kernel needs.
 
 With the units of every layer sorted by degree, unit ``j`` sees exactly the first ``prefix[j]`` units of the layer
 before it, and ``prefix`` does not decrease. The visible weights form a staircase. They are kept in row tiles, each
@@ -6,20 +6,20 @@ tile as wide as its last row sees (rounded up), one after another in a single 1-
 
     tile t holds rows row_start..row_end, columns 0..width, row-major from offset.
 
-What lies inside a tile but beyond its row's prefix is padding. It is always zero, so that no forward pass needs a mask:
-every gradient is written as zero there, and ``padding.py`` undoes what others write. Whole tiles are therefore plain
+Numbers inside a tile but beyond its row's prefix are padding. Padding is always zero, so that no forward pass needs a
+mask: every gradient is zero there, and ``padding.py`` undoes the writes of others. Whole tiles are therefore plain
 dense matrices.
 """
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils.weak import WeakIdKeyDictionary
+
+from fastmaf.kernels.tensor_cache import cached, is_cached
 
 # Columns are rounded up to this many numbers: one 64-byte cache line or vector register of float32.
 ALIGNMENT = 16
@@ -163,7 +163,7 @@ class PackedLayout:
         return packed.index_fill_(0, self._padding.to(packed.device), 0)
 
     def padding_is_zero(self, packed: Tensor) -> bool:
-        """Says whether every number of the padding is exactly zero."""
+        """Returns whether every number of the padding is exactly zero."""
         self.check_storage(packed)
         return not bool(packed[self._padding.to(packed.device)].count_nonzero())
 
@@ -178,23 +178,16 @@ class PackedLayout:
         )
 
 
-# The padding of a layout, by the identity of its table of tiles, with the prefix that it was derived from: found once,
-# not on every step.
-_padding_of: WeakIdKeyDictionary = WeakIdKeyDictionary()
-
-
 def padding(prefix: Tensor, table: Tensor) -> Tensor:
     """Returns where the padding lies: int64 indices into the packed storage, on the device of ``prefix``."""
-    known: tuple[weakref.ref[Tensor], Tensor] | None = _padding_of.get(table)
-    if known is None or known[0]() is not prefix:
-        known = (weakref.ref(prefix), _find_padding(prefix.cpu(), tiles_of(table)).to(prefix.device))
-        _padding_of[table] = known
-    return known[1]
+    return cached(
+        table, "padding", lambda: _find_padding(prefix.cpu(), tiles_of(table)).to(prefix.device), also=[prefix]
+    )
 
 
 def padding_is_held(table: Tensor) -> bool:
-    """Says whether the indices of a layout's padding lie in memory, found and kept by ``padding``."""
-    return table in _padding_of
+    """Returns whether the indices of a layout's padding lie in memory, found and kept by ``padding``."""
+    return is_cached(table, "padding")
 
 
 def _find_padding(prefix: Tensor, tiles: Sequence[Tile]) -> Tensor:

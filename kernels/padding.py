@@ -25,12 +25,10 @@ from torch import Tensor
 
 from fastmaf.kernels import native_library
 from fastmaf.kernels.layout import padding, tiles_of
+from fastmaf.kernels.tensor_cache import cached
 
 T = TypeVar("T")
 
-# Attributes of tables: what is known of the weights of a run that starts with it, by the length of the run; and where
-# its own padding is probed.
-_KNOWN, _PLACES = "_fastmaf_known_padding", "_fastmaf_probed_padding"
 _PROBES = 2  # places of a weight that are read at every use
 _version, _value = operator.attrgetter("_version"), operator.attrgetter("value")
 _INTEGERS = (ctypes.c_uint64, ctypes.c_uint32, ctypes.c_uint16)
@@ -55,7 +53,7 @@ class _Known:
     def holds(self, weights: Sequence[Tensor]) -> bool:
         """Returns whether the padding is still zero, as far as versions, addresses and probes tell."""
         try:
-            return (  # without bytecode for each of them: a small flow's log_prob takes but 0.2 ms
+            return (  # by maps and not in a loop: this is a tenth of a small flow's log_prob
                 list(map(_version, weights)) == self.versions
                 and list(map(Tensor.data_ptr, weights)) == self.addresses
                 and not any(map(_value, self.probes))
@@ -78,13 +76,6 @@ class _Known:
             self.addresses = addresses
         self.versions = [weight._version for weight in weights]
 
-    # A copy belongs to other weights, of which nothing is known; addresses mean nothing in another process.
-    def __deepcopy__(self, memo: object) -> _Known:
-        return _Known()
-
-    def __reduce__(self) -> tuple[type[_Known], tuple[()]]:
-        return _Known, ()
-
 
 def keep_zero(weights: Sequence[Tensor], prefixes: Sequence[Tensor], tables: Sequence[Tensor]) -> None:
     """Makes the padding of packed weights zero, in place, where it may have been written to.
@@ -96,13 +87,10 @@ def keep_zero(weights: Sequence[Tensor], prefixes: Sequence[Tensor], tables: Seq
         prefixes: of each weight, int64, on its device.
         tables: ``PackedLayout.table`` of each, on the CPU.
     """
-    runs: dict[int, _Known] | None = getattr(tables[0], _KNOWN, None)
-    if runs is not None and (known := runs.get(len(weights))) is not None and known.holds(weights):
-        return
-    _zero(weights, prefixes, tables)
-    if runs is None:
-        setattr(tables[0], _KNOWN, runs := {})
-    runs.setdefault(len(weights), _Known()).note(weights, prefixes, tables)
+    known = cached(tables[0], ("known padding", len(weights)), _Known)
+    if not known.holds(weights):
+        _zero(weights, prefixes, tables)
+        known.note(weights, prefixes, tables)
 
 
 def without_padding(weight: Tensor, prefix: Tensor, table: Tensor) -> Tensor:
@@ -140,15 +128,16 @@ def _places(weight: Tensor, prefix: Tensor, table: Tensor) -> list[tuple[int, in
     """Returns runs of padding to probe, spread over a weight: first number and count of each."""
     if weight.device.type != "cpu" or not weight.data_ptr():
         return []
-    known: list[tuple[int, int]] | None = getattr(table, _PLACES, None)
-    if known is None:
+
+    def find() -> list[tuple[int, int]]:
         runs = []
         for tile in tiles_of(table):
             sees = prefix[tile.row_start : tile.row_end]
             rows = _spread((sees < tile.width).nonzero().flatten().tolist())
             runs += [(tile.offset + row * tile.width + int(sees[row]), tile.width - int(sees[row])) for row in rows]
-        setattr(table, _PLACES, known := _spread(runs))
-    return known
+        return _spread(runs)
+
+    return cached(table, "probed padding", find)
 
 
 def _spread(found: list[T]) -> list[T]:

@@ -14,7 +14,7 @@ from hypothesis import settings
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
-from fastmaf.kernels import backends
+from fastmaf.kernels import dispatch
 
 # HYPOTHESIS_PROFILE=explore looks for new failures; the default repeats the same examples on every machine.
 settings.register_profile("repeatable", deadline=None, derandomize=True, database=None)
@@ -25,19 +25,19 @@ settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "repeatable"))
 @pytest.fixture(autouse=True)
 def default_backend() -> Iterator[None]:
     """Undoes a backend that a test has set for the whole process."""
-    before = backends.chosen()
+    before = dispatch.chosen()
     yield
-    backends.use_backend(before)
+    dispatch.use_backend(before)
 
 
-@pytest.fixture(params=["reference", "native"])
+@pytest.fixture(params=["torch", "native"])
 def backend(request: pytest.FixtureRequest) -> Iterator[str]:
     """Runs a test on each backend of the CPU; skips those that this installation lacks, and says why."""
     name: str = request.param
-    for op in backends.OPS:
-        if (reason := backends.missing(op, name)) is not None:
+    for op in dispatch.OPS:
+        if (reason := dispatch.missing(op, name)) is not None:
             pytest.skip(reason)
-    with backends.use_backend(name):
+    with dispatch.use_backend(name):
         yield name
 
 

@@ -11,15 +11,15 @@ import torch
 
 import fastmaf
 from fastmaf import doctor
-from fastmaf.kernels import backends, native_library
+from fastmaf.kernels import dispatch, native_library
 
 
 def is_absent(backend: str) -> bool:
     """Whether this installation lacks the backend for some op."""
     try:
-        with backends.use_backend(backend):
+        with dispatch.use_backend(backend):
             return False
-    except backends.BackendUnavailableError:
+    except dispatch.BackendUnavailableError:
         return True
 
 
@@ -95,12 +95,12 @@ def test_it_says_what_the_lack_of_the_native_library_costs(monkeypatch: pytest.M
 
 def test_it_names_the_backend_of_every_op_and_why_not_the_others() -> None:
     in_use = section("backends")
-    for op in backends.OPS:
+    for op in dispatch.OPS:
         (line,) = [line for line in in_use if line.split()[:2] == ["cpu", op]]
         used = line.split()[-1]
-        assert used in backends.names()
+        assert used in dispatch.names()
         assert not is_absent(used)
-    absent = {name for name in backends.names() if is_absent(name)}
+    absent = {name for name in dispatch.names() if is_absent(name)}
     if absent:
         reasons = section("not in use")
         assert {line.split(":")[0] for line in reasons} == absent
@@ -108,11 +108,11 @@ def test_it_names_the_backend_of_every_op_and_why_not_the_others() -> None:
 
 
 def test_a_reason_is_passed_on(monkeypatch: pytest.MonkeyPatch) -> None:
-    missing = backends.missing
+    missing = dispatch.missing
 
     def without(op: str, backend: str) -> str | None:
         return "no compiler was found when fastmaf was installed" if backend == "native" else missing(op, backend)
 
-    monkeypatch.setattr(backends, "missing", without)
+    monkeypatch.setattr(dispatch, "missing", without)
     assert "native: no compiler was found when fastmaf was installed" in section("not in use")
     assert not any(line.endswith("native") for line in section("backends"))

@@ -26,7 +26,7 @@ from fastmaf.bench import machine
 from fastmaf.bench.cases import Case, log_prob, train_step
 from fastmaf.bench.check import WrongResultError
 from fastmaf.bench.labels import amount
-from fastmaf.kernels import backends
+from fastmaf.kernels import dispatch
 
 BATCHES = (1, 8, 64)
 FEATURES = int(os.environ.get("FASTMAF_BENCH_FEATURES", 12_288))
@@ -126,7 +126,7 @@ def flow_of(features: int = FEATURES, blocks: int = 7) -> fastmaf.MAF:
 
 def present() -> list[str]:
     """Returns the available backends of the CPU, fastest first."""
-    return [name for name in ("native", "reference") if all(backends.missing(op, name) is None for op in backends.OPS)]
+    return [name for name in ("native", "torch") if all(dispatch.missing(op, name) is None for op in dispatch.OPS)]
 
 
 def prepared(op: Op, flow: fastmaf.MAF, batch: int, backend: str, dtype: torch.dtype) -> Call:
@@ -150,7 +150,7 @@ def check(name: str, flow: fastmaf.MAF, batch: int, backend: str) -> float:
         WrongResultError: it is too large.
     """
     results, truths = (
-        prepared(OPS[name], flow, batch, *how)() for how in ((backend, torch.float32), ("reference", torch.float64))
+        prepared(OPS[name], flow, batch, *how)() for how in ((backend, torch.float32), ("torch", torch.float64))
     )
     pairs = zip(*(r if isinstance(r, tuple) else (r,) for r in (results, truths)), strict=True)
     errors = [float((y.detach().double() - truth).norm() / truth.norm().clamp_min(1e-30)) for y, truth in pairs]

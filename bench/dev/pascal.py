@@ -16,7 +16,7 @@ import torch
 
 import fastmaf
 from fastmaf.bench.dev.resources import recorded
-from fastmaf.kernels.triton_parts import Launched
+from fastmaf.kernels.triton_common.device import Launched
 
 
 class Card(NamedTuple):

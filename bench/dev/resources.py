@@ -27,7 +27,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 import fastmaf
-from fastmaf.kernels.triton_parts import Launched, recording
+from fastmaf.kernels.triton_common.device import Launched, recording
 from fastmaf.training.graphed_step import CapturedUpdates, capture_gradients, capture_step
 
 # Compute capability: number of multiprocessors of a card, for the size of grids.

@@ -32,7 +32,7 @@ def trained(features: int, blocks: int, hidden: int, device: str) -> fastmaf.MAF
     flow = fastmaf.MAF(features, blocks, (hidden, hidden), **options).to(device)  # type: ignore[arg-type]
     optimizer = torch.optim.Adam(flow.parameters(), lr=1e-3)
     generator = torch.Generator().manual_seed(1)
-    with fastmaf.use_backend("reference"):
+    with fastmaf.use_backend("torch"):
         for _ in range(5):
             optimizer.zero_grad()
             x = torch.randn(16, features, generator=generator).to(device)
@@ -89,7 +89,7 @@ def main() -> int:
     for batch in options.batches:
         generator = torch.Generator().manual_seed(batch)
         x, z = (torch.randn(batch, flow.features, generator=generator).to(options.device) for _ in range(2))
-        with fastmaf.use_backend("reference"):
+        with fastmaf.use_backend("torch"):
             truths, plain = results(exact, x.double(), z.double(), False), results(flow, x, z, False)
         for precision in options.precisions:
             with fastmaf.use_backend(options.backend), fastmaf.use_precision(precision):

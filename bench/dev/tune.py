@@ -25,7 +25,7 @@ from torch import Tensor
 
 import fastmaf
 from fastmaf.bench import machine
-from fastmaf.kernels.launch_table import TABLES, Table, family
+from fastmaf.kernels.triton_common.launch_table import TABLES, Table, family
 from fastmaf.training.cuda_graphs import _stream, record
 from fastmaf.training.graphed_step import CapturedUpdates, capture_minimize
 

@@ -78,7 +78,7 @@ class NoGraphs(Fastmaf):
 class TorchBackend(Fastmaf):
     """fastmaf's plain torch backend, with torch's fused Adam."""
 
-    backend = "reference"
+    backend = "torch"
     graphs = False
 
     def new_optimizer(self) -> None:

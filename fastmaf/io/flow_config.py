@@ -28,7 +28,7 @@ from fastmaf.io.schema import (
     Text,
     Whole,
 )
-from fastmaf.kernels.masked_linear.op import ACTIVATIONS
+from fastmaf.kernels.masked_linear.args import ACTIVATIONS
 
 FORMAT_VERSION = 1
 KEY = "fastmaf"  # the key of the configuration in the metadata

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fastmaf.kernels import empty_on_huge_pages
-from fastmaf.kernels.factors import AdamNumbers, Update
+from fastmaf.kernels.adam.update import AdamNumbers, Update
 
 # torch would convert a Python number to a tensor for each counter.
 _ONE = torch.ones((), dtype=torch.float32, device="cpu")

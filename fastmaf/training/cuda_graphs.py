@@ -17,7 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from fastmaf.flows import Flow
-from fastmaf.kernels import backends, composite, launch_table
+from fastmaf.kernels import composite, dispatch
+from fastmaf.kernels.triton_common import launch_table
 from fastmaf.nn import zero_padding_
 from fastmaf.validation import check_density, validates
 
@@ -58,7 +59,7 @@ def can_replay(flow: Flow) -> bool:
     like = flow._like()
     if like.device.type != "cuda" or composite.needed():
         return False
-    return (backends.chosen() or backends.default_backend("chain", like)) == "triton"
+    return (dispatch.chosen() or dispatch.default_backend("flow", like)) == "triton"
 
 
 class ModuleState(NamedTuple):
@@ -103,7 +104,7 @@ def graph_key(flow: Flow, x: Tensor, state: ModuleState) -> Key:
     """
     autocast = torch.is_autocast_enabled(x.device.type) and torch.get_autocast_dtype(x.device.type)
     modes = flow.training, autocast, torch.get_float32_matmul_precision()
-    return x.shape, x.dtype, x.device, *state.places, modes, backends.chosen(), launch_table.chosen_precision()
+    return x.shape, x.dtype, x.device, *state.places, modes, dispatch.chosen(), launch_table.chosen_precision()
 
 
 class GraphCache(Generic[T]):

@@ -8,7 +8,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastmaf.kernels.factors import Factors, GradientSink, Update, set_sink
+from fastmaf.kernels.adam.update import Update
+from fastmaf.kernels.factored_grad import FactoredGrad, GradientSink, set_sink
 
 
 class ApplyingSink:
@@ -24,7 +25,7 @@ class ApplyingSink:
     def __init__(self, node: object, begin_update: Callable[[], Update]) -> None:
         self.node, self.begin_update = node, begin_update
 
-    def take(self, factors: Factors, need_inputs: bool) -> tuple[Tensor, ...]:
+    def take(self, factors: FactoredGrad, need_inputs: bool) -> tuple[Tensor, ...]:
         return factors.adam_(self.begin_update(), need_inputs=need_inputs)
 
 
@@ -35,12 +36,12 @@ class StoringSink:
 
     def __init__(self, node: object) -> None:
         self.node = node
-        self.factors: Factors | None = None
+        self.factors: FactoredGrad | None = None
 
     def begin_update(self) -> Update:
         raise NotImplementedError("this sink stores the gradient: pass it to take()")
 
-    def take(self, factors: Factors, need_inputs: bool) -> tuple[Tensor, ...]:
+    def take(self, factors: FactoredGrad, need_inputs: bool) -> tuple[Tensor, ...]:
         self.factors = factors
         return factors.grad_inputs(need_inputs)
 
@@ -95,7 +96,7 @@ class Gradients(NamedTuple):
         stored: gradient tensors by parameter.
     """
 
-    factored: dict[Tensor, Factors]
+    factored: dict[Tensor, FactoredGrad]
     stored: dict[Tensor, Tensor]
 
     @classmethod

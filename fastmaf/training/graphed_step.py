@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from fastmaf.flows import Flow
-from fastmaf.kernels.adam import adam_step_, compile_adam
-from fastmaf.kernels.factors import AdamNumbers, Update
+from fastmaf.kernels.adam.op import adam_step_, compile_adam
+from fastmaf.kernels.adam.update import AdamNumbers, Update
 from fastmaf.nn import zero_padding_
 from fastmaf.training.cuda_graphs import GraphCache, Key, ModuleState, can_replay, graph_key, record
 from fastmaf.training.fused_adam import FusedAdam, has_hooks

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from fastmaf.constants import constants
 from fastmaf.flows import Flow
-from fastmaf.kernels import backends
+from fastmaf.kernels import dispatch
 from fastmaf.kernels.layout import padding_is_held
 from fastmaf.nn import MaskedLinear
 from fastmaf.training.fused_adam import FusedAdam
@@ -170,7 +170,7 @@ class _Case:
         """Returns the bytes allocated for a parameter, its gradient or a moment; see ``empty_on_huge_pages``."""
         size = _bytes(parameter)
         on_huge_pages = id(parameter) in self.packed and self.device.type == "cpu" and size >= 4 * _HUGE_PAGE
-        if not on_huge_pages or backends.missing("chain", "native") is not None:
+        if not on_huge_pages or dispatch.missing("flow", "native") is not None:
             return size
         return -(-size // _HUGE_PAGE) * _HUGE_PAGE
 
@@ -191,7 +191,7 @@ def _padding(case: _Case) -> int:
     """
     on_cpu = case.device.type == "cpu"
     # On a GPU the padding is zeroed by index after each write to a weight.
-    by_index = case.device.type == "cuda" or (case.optimiser is not None and case.backend == "reference")
+    by_index = case.device.type == "cuda" or (case.optimiser is not None and case.backend == "torch")
     needed = by_index or (on_cpu and case.flow._like().is_meta)
     layouts = [layer.layout for layer in case.layers]
     return sum(8 * (of.numel - of.visible) for of in layouts if needed or (on_cpu and padding_is_held(of.table)))
@@ -200,7 +200,7 @@ def _padding(case: _Case) -> int:
 def _scoring(case: _Case) -> int:
     """Returns the transient bytes of a forward pass without gradients."""
     plane = case.plane
-    if case.backend != "reference":
+    if case.backend != "torch":
         return 2 * plane  # z and its square
     # The product [N, 2D], log-scale, z and their terms; x and log-scale of the previous block; the permuted x. A weight
     # stored in fewer bits is converted for the product.
@@ -211,23 +211,23 @@ def _scoring(case: _Case) -> int:
 
 def _moments(case: _Case, optimiser: Optimiser) -> Iterator[tuple[int, int, int]]:
     """Yields the bytes of stored gradients, activations and transients at each possible peak of a step."""
-    plane, reference, one_block = case.plane, case.backend == "reference", case.blocks == 1
+    plane, on_torch, one_block = case.plane, case.backend == "torch", case.blocks == 1
     largest = max((_bytes(p) for p in case.trained if id(p) in case.packed), default=0)
     stored = [p for p in case.trained if not (case.factored and id(p) in case.packed)]
-    grads = sum(_bytes(p) if reference else case.size(p) for p in stored)
-    saved = case.flow._kept_numel(case.batch) * case.item + plane  # activations and the batch
+    grads = sum(_bytes(p) if on_torch else case.size(p) for p in stored)
+    saved = case.flow._saved_numel(case.batch) * case.item + plane  # activations and the batch
 
     # The backward pass of ½z²: z and three tensors like it.
     yield 0, saved, 4 * plane
     if case.factored and case.update == "clip":
         # Until the step, the factors hold each layer's output gradient and the saved activations.
         saved += (2 * case.blocks - 1) * plane + case.hidden
-        backward = (8 if reference else 3) if one_block else (10 if reference else 5)
+        backward = (8 if on_torch else 3) if one_block else (10 if on_torch else 5)
         yield grads, saved, backward * plane
         # The torch backend forms the gradient of one whole weight, and its norm in float64.
-        yield grads, saved, max(6 * plane, 5 * plane + largest) if reference else 0
-        yield grads, saved, 16 * (largest // case.item) if reference else 0
-    elif not reference:
+        yield grads, saved, max(6 * plane, 5 * plane + largest) if on_torch else 0
+        yield grads, saved, 16 * (largest // case.item) if on_torch else 0
+    elif not on_torch:
         yield grads, saved, 2 * plane  # z and its gradient
     else:
         above = 1 if one_block else 4  # z, and the gradients of the block above

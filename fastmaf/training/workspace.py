@@ -10,19 +10,20 @@ from __future__ import annotations
 import torch
 
 from fastmaf.flows import Flow
-from fastmaf.kernels import PackedLayout, backends, work_lists
-from fastmaf.kernels.launch_table import TABLES, family
+from fastmaf.kernels import PackedLayout, dispatch
+from fastmaf.kernels.triton_common import work_lists
+from fastmaf.kernels.triton_common.launch_table import TABLES, family
 
 
 def runs_on(flow: Flow, device: torch.device | str | None) -> tuple[torch.device, str]:
     """Returns the device that a flow is to run on, ``device`` if given, and the name of its backend there."""
     like = flow._like()
     where = torch.device(("cpu" if like.is_meta else like.device) if device is None else device)
-    if (chosen := backends.chosen()) is not None:
+    if (chosen := dispatch.chosen()) is not None:
         return where, chosen
     if where.type == "cuda" and not torch.cuda.is_available():  # an estimate for another machine
         return where, "triton"
-    return where, backends.default_backend("affine_output", torch.empty(0, device=where, dtype=like.dtype))
+    return where, dispatch.default_backend("affine_output", torch.empty(0, device=where, dtype=like.dtype))
 
 
 @torch.no_grad()
@@ -47,7 +48,7 @@ def allocate_work_buffers(
         >>> fastmaf.allocate_work_buffers(flow, 8)
     """
     where, backend = runs_on(flow, device)
-    if where.type != "cpu" or backend != "reference":
+    if where.type != "cpu" or backend != "torch":
         return
     dtype = flow._like().dtype
     layouts = {(layer.in_features, *layer.layout.tiles): layer.layout for layer in flow._layers()}
@@ -56,7 +57,7 @@ def allocate_work_buffers(
 
 
 def _multiply(layout: PackedLayout, batch: int, dtype: torch.dtype, training: bool) -> None:
-    """Computes the products of ``kernels/masked_linear/reference.py``, tile by tile."""
+    """Computes the products of ``kernels/masked_linear/torch.py``, tile by tile."""
     inputs = torch.zeros(batch, layout.in_features, dtype=dtype, device="cpu")
     outputs = torch.zeros(batch, layout.out_features, dtype=dtype, device="cpu")
     outputs_t = outputs.t().contiguous()
@@ -82,7 +83,7 @@ def workspace_bytes(
         flow: gives the shapes.
         batch: N.
         device: where it runs.
-        backend: ``"reference"``, ``"native"`` or ``"triton"``.
+        backend: ``"torch"``, ``"native"`` or ``"triton"``.
         training: whether the backward pass runs too.
         layer_by_layer: whether the backward pass calls the kernels layer by layer, as ``FusedAdam.minimize`` does with
             ``max_grad_norm``.
@@ -95,7 +96,7 @@ def workspace_bytes(
 
 
 def _triton_bytes(flow: Flow, n: int, device: torch.device, *, training: bool) -> int:
-    """Returns the buffers of chain/triton_kernel.py: partial sums, and planes ``[N, D]`` between kernels.
+    """Returns the buffers of flow/triton/forward.py: partial sums, and planes ``[N, D]`` between kernels.
 
     The estimate counts two planes of a pass already: z with its square, or with its gradient.
     """
@@ -128,7 +129,7 @@ def _triton_bytes(flow: Flow, n: int, device: torch.device, *, training: bool) -
 
 
 def _native_bytes(flow: Flow, n: int, *, training: bool, layer_by_layer: bool) -> int:
-    """Returns the bytes that chain.cpp, forward.h and backward.h request from ``Scratch`` (csrc/team.h)."""
+    """Returns the bytes that flow_forward.cpp, forward.h and backward.h request from ``Scratch`` (thread_team.h)."""
     threads = torch.get_num_threads()
     mades, layers = flow._mades(), flow._layers()
     widest = max((layer.in_features for layer in layers), default=0)

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from fastmaf import hooks
-from fastmaf.kernels import Block, affine_output, level_inverse
-from fastmaf.kernels.affine_output.reference import bound_log_scale
+from fastmaf.kernels import AffineArgs, Block, affine_output, flow_args, flow_forward, flow_inverse
+from fastmaf.kernels.affine_output.torch import bound_log_scale
 from fastmaf.nn import MADE
 from fastmaf.transforms.base import NotInvertibleError, Transform
 
@@ -76,16 +76,18 @@ class AffineAutoregressive(Transform):
         if self.calls_modules:
             shift, log_scale = self._shift_and_log_scale(x)
             return (x - shift) * torch.exp(-log_scale), -log_scale.sum(dim=1), log_scale
-        weight, bias, prefix, table = self.made.output.operands()
-        return affine_output(self.made.hidden_units(x), weight, bias, x, prefix, table, self._bound, self.soft_bound)
+        args = AffineArgs(*self.made.output.args()[:4], self._bound, self.soft_bound)
+        return affine_output(self.made.hidden_units(x), x, args)
 
     @property
     def _bound(self) -> float:
         return math.inf if self.log_scale_bound is None else float(self.log_scale_bound)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        z, ladj, _ = self._affine(x)
-        return z, ladj
+        if self.calls_modules:
+            z, ladj, _ = self._affine(x)
+            return z, ladj
+        return flow_forward(x, flow_args([self.block()], [None, None]))
 
     def forward_per_dim(self, x: Tensor, terms: Tensor) -> tuple[Tensor, Tensor]:
         z, _, log_scale = self._affine(x)
@@ -95,7 +97,7 @@ class AffineAutoregressive(Transform):
         self.check_invertible()
         if self.calls_modules:
             return self._inverse_by_modules(z)
-        return level_inverse(z, *self.block())
+        return flow_inverse(z, flow_args([self.block()], [None, None]))
 
     def _inverse_by_modules(self, z: Tensor) -> tuple[Tensor, Tensor]:
         """Inverts with one call of the network per level."""
@@ -118,18 +120,11 @@ class AffineAutoregressive(Transform):
             )
 
     def block(self) -> Block:
-        """Returns the block as the ops that take several of them see it."""
-        made = self.made  # once: nn.Module searches for every attribute, and a flow asks for hundreds
-        weights, biases, prefixes, tables = zip(*[layer.operands() for layer in made.layers], strict=True)
+        """Returns the block as the ops of whole flows see it."""
+        made = self.made
+        weights, biases, prefixes, tables, _ = zip(*[layer.args() for layer in made.layers], strict=True)
         return Block(
-            list(weights),
-            list(biases),
-            list(prefixes),
-            list(tables),
-            made.schedule,
-            made.activation,
-            self._bound,
-            self.soft_bound,
+            weights, biases, prefixes, tables, made.schedule, made.activation, self._bound, bool(self.soft_bound)
         )
 
     def config(self) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Output layer fused with the affine transform by the C++ kernels of ``csrc/``; as ``reference.py``.
+"""Output layer fused with the affine transform by the C++ kernels of ``csrc/``; as ``torch.py``.
 
 The ``[N, 2D]`` product exists for a block of rows at a time, in cache.
 """
@@ -9,142 +9,48 @@ import torch
 from torch import Tensor
 
 from fastmaf.kernels import native_library
-from fastmaf.kernels.factors import Update
+from fastmaf.kernels.adam.update import Update
+from fastmaf.kernels.affine_output.args import AffineArgs, AffineBatch
 
 native_library.load()
 _ops = torch.ops.fastmaf_native
 why_not = native_library.why_not
 
 
-def forward(
-    h: Tensor, weight: Tensor, bias: Tensor, x: Tensor, prefix: Tensor, tiles: Tensor, bound: float, soft: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Returns ``z`` ``[N, D]``, ``ladj`` ``[N]`` and ``log_scale`` ``[N, D]``; ``weight`` may be bfloat16."""
-    result: tuple[Tensor, Tensor, Tensor] = _ops.affine_output(h, weight, bias, x, prefix, tiles, bound, soft)
+def forward(h: Tensor, x: Tensor, args: AffineArgs) -> tuple[Tensor, Tensor, Tensor]:
+    """Returns ``z`` ``[N, D]``, ``ladj`` ``[N]`` and ``log_scale`` ``[N, D]``; the weight may be bfloat16."""
+    result: tuple[Tensor, Tensor, Tensor] = _ops.affine_output(h, x, *args)
     return result
 
 
 def backward(
-    grad_z: Tensor,
-    grad_ladj: Tensor,
-    grad_log_scale: Tensor,
-    h: Tensor,
-    weight: Tensor,
-    z: Tensor,
-    log_scale: Tensor,
-    prefix: Tensor,
-    tiles: Tensor,
-    bound: float,
-    soft: bool,
+    batch: AffineBatch, args: AffineArgs, need_inputs: bool = True, need_weight: bool = True
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Returns the gradients of ``h``, packed ``weight`` (zero in the padding), ``bias`` and ``x``."""
-    grads: tuple[Tensor, Tensor, Tensor, Tensor] = _ops.affine_output_backward(
-        *_contiguous(grad_z, grad_ladj, grad_log_scale),
-        h,
-        weight.to(h.dtype),
-        z,
-        log_scale,
-        prefix,
-        tiles,
-        bound,
-        soft,
-        True,
-    )
+    """Returns the gradients of ``h``, the packed weight, the bias and ``x``; those not needed may be empty."""
+    grads: tuple[Tensor, Tensor, Tensor, Tensor] = _ops.affine_output_backward(*_arguments(batch, args), need_weight)
     return grads
 
 
-def grad_inputs(
-    grad_z: Tensor,
-    grad_ladj: Tensor,
-    grad_log_scale: Tensor,
-    h: Tensor,
-    z: Tensor,
-    log_scale: Tensor,
-    weight: Tensor,
-    prefix: Tensor,
-    tiles: Tensor,
-    bound: float,
-    soft: bool,
-    need_inputs: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Returns the gradients of ``h``, ``bias`` and ``x``."""
-    grad_h, _, grad_bias, grad_x = _ops.affine_output_backward(
-        *_contiguous(grad_z, grad_ladj, grad_log_scale), h, weight, z, log_scale, prefix, tiles, bound, soft, False
-    )
-    return grad_h, grad_bias, grad_x
-
-
-def grad_weight_of(
-    grad_z: Tensor,
-    grad_ladj: Tensor,
-    grad_log_scale: Tensor,
-    h: Tensor,
-    z: Tensor,
-    log_scale: Tensor,
-    weight: Tensor,
-    prefix: Tensor,
-    tiles: Tensor,
-    bound: float,
-    soft: bool,
-) -> Tensor:
-    """Returns the gradient of the packed ``weight``, zero in the padding."""
-    return backward(grad_z, grad_ladj, grad_log_scale, h, weight, z, log_scale, prefix, tiles, bound, soft)[1]
-
-
 def adam_(
-    grad_z: Tensor,
-    grad_ladj: Tensor,
-    grad_log_scale: Tensor,
-    h: Tensor,
-    z: Tensor,
-    log_scale: Tensor,
-    weight: Tensor,
-    prefix: Tensor,
-    tiles: Tensor,
-    bound: float,
-    soft: bool,
-    need_inputs: bool,
-    update: Update,
-    scale: float,
+    batch: AffineBatch, args: AffineArgs, need_inputs: bool, update: Update, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Takes a step of Adam with ``scale`` times the gradient of ``weight``; returns what ``grad_inputs`` does."""
+    """Takes a step of Adam with ``scale`` times the weight's gradient; returns the gradients of ``h``, the bias and
+    ``x``.
+    """
+    moments = update.exp_avg, update.exp_avg_sq
     result: tuple[Tensor, Tensor, Tensor] = _ops.affine_output_adam_(
-        *_contiguous(grad_z, grad_ladj, grad_log_scale),
-        h,
-        weight,
-        update.exp_avg,
-        update.exp_avg_sq,
-        z,
-        log_scale,
-        prefix,
-        tiles,
-        bound,
-        soft,
-        need_inputs,
-        scale,
-        native_library.adam_floats(update.numbers),
+        *_arguments(batch, args), need_inputs, *moments, scale, update.numbers.native_floats()
     )
     return result
 
 
-def squared_norm(
-    grad_z: Tensor,
-    grad_ladj: Tensor,
-    grad_log_scale: Tensor,
-    h: Tensor,
-    z: Tensor,
-    log_scale: Tensor,
-    weight: Tensor,
-    prefix: Tensor,
-    tiles: Tensor,
-    bound: float,
-    soft: bool,
-) -> float:
-    """Returns the sum of the squares of the gradient of ``weight``."""
-    grads = _contiguous(grad_z, grad_ladj, grad_log_scale)
-    return float(_ops.affine_output_squared_norm(*grads, h, weight, z, log_scale, prefix, tiles, bound, soft))
+def squared_norm(batch: AffineBatch, args: AffineArgs) -> float:
+    """Returns the sum of the squares of the weight's gradient."""
+    return float(_ops.affine_output_squared_norm(*_arguments(batch, args)))
 
 
-def _contiguous(*grads: Tensor) -> tuple[Tensor, ...]:
-    """Autograd hands on gradients of any strides, such as an expanded sum's."""
-    return tuple(grad.contiguous() for grad in grads)
+def _arguments(batch: AffineBatch, args: AffineArgs) -> tuple[object, ...]:
+    # Autograd hands on gradients of any strides, such as an expanded sum's.
+    weight, _, *rest = args
+    grads = (grad.contiguous() for grad in batch[:3])
+    return *grads, *batch[3:], weight.to(batch.h.dtype), *rest

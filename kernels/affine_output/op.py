@@ -1,142 +1,100 @@
-"""Registers ``fastmaf::affine_output`` and its backward with torch."""
+"""``affine_output``: a MADE's output layer and the affine transform that it parametrises."""
 
 from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from fastmaf.kernels import composite
+from fastmaf.kernels.affine_output.args import AFFINE_SCHEMA, AffineArgs, AffineBatch
 from fastmaf.kernels.autocast import outside_autocast
-from fastmaf.kernels.backends import implementation
-from fastmaf.kernels.factors import Factors, sink_of
+from fastmaf.kernels.dispatch import implementation
+from fastmaf.kernels.factored_grad import FactoredGrad, sink_of
+from fastmaf.kernels.op import call, define, differentiable, is_recorded
 from fastmaf.kernels.padding import keep_zero
 
 
-@torch.library.custom_op(
-    "fastmaf::affine_output",
-    mutates_args=(),
-    schema=(
-        "(Tensor h, Tensor weight, Tensor bias, Tensor x, Tensor prefix, Tensor tiles, float bound, bool soft)"
-        " -> (Tensor, Tensor, Tensor)"
-    ),
-)
-def _forward(
-    h: Tensor, weight: Tensor, bias: Tensor, x: Tensor, prefix: Tensor, tiles: Tensor, bound: float, soft: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    keep_zero([weight], [prefix], [tiles])
-    backend = implementation("affine_output", x)
-    result: tuple[Tensor, Tensor, Tensor] = backend.forward(h, weight, bias, x, prefix, tiles, bound, soft)
+def _forward(h: Tensor, x: Tensor, *fields: Any) -> tuple[Tensor, Tensor, Tensor]:
+    args = AffineArgs(*fields)
+    keep_zero([args.weight], [args.prefix], [args.tiles])
+    result: tuple[Tensor, Tensor, Tensor] = implementation("affine_output", x).forward(h, x, args)
     return result
 
 
-@_forward.register_fake
-def _(
-    h: Tensor, weight: Tensor, bias: Tensor, x: Tensor, prefix: Tensor, tiles: Tensor, bound: float, soft: bool
-) -> tuple[Tensor, Tensor, Tensor]:
+def _forward_fake(h: Tensor, x: Tensor, *fields: Any) -> tuple[Tensor, Tensor, Tensor]:
     return x.new_empty(x.shape), x.new_empty(x.shape[0]), x.new_empty(x.shape)
 
 
-@torch.library.custom_op(
-    "fastmaf::affine_output_backward",
-    mutates_args=(),
-    schema=(
-        "(Tensor grad_z, Tensor grad_ladj, Tensor grad_log_scale, Tensor h, Tensor weight, Tensor z, Tensor "
-        "log_scale, Tensor prefix,"
-        " Tensor tiles, float bound, bool soft) -> (Tensor, Tensor, Tensor, Tensor)"
-    ),
-)
-def _backward(
-    grad_z: Tensor,
-    grad_ladj: Tensor,
-    grad_log_scale: Tensor,
-    h: Tensor,
-    weight: Tensor,
-    z: Tensor,
-    log_scale: Tensor,
-    prefix: Tensor,
-    tiles: Tensor,
-    bound: float,
-    soft: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    backend = implementation("affine_output", z)
-    grads: tuple[Tensor, Tensor, Tensor, Tensor] = backend.backward(
-        grad_z, grad_ladj, grad_log_scale, h, weight, z, log_scale, prefix, tiles, bound, soft
-    )
+def _backward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    batch, args = AffineBatch(*arguments[:6]), AffineArgs(*arguments[6:])
+    grads: tuple[Tensor, Tensor, Tensor, Tensor] = implementation("affine_output", batch.z).backward(batch, args)
     return grads
 
 
-@_backward.register_fake
-def _(
-    grad_z: Tensor,
-    grad_ladj: Tensor,
-    grad_log_scale: Tensor,
-    h: Tensor,
-    weight: Tensor,
-    z: Tensor,
-    log_scale: Tensor,
-    prefix: Tensor,
-    tiles: Tensor,
-    bound: float,
-    soft: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return h.new_empty(h.shape), weight.new_empty(weight.shape), z.new_empty(prefix.shape[0]), z.new_empty(z.shape)
+def _backward_fake(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    batch, args = AffineBatch(*arguments[:6]), AffineArgs(*arguments[6:])
+    z, h = batch.z, batch.h
+    return h.new_empty(h.shape), h.new_empty(args.weight.shape), z.new_empty(args.bias.shape), z.new_empty(z.shape)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
     *tensors, ctx.bound, ctx.soft = inputs
+    ctx.differentiable = 4
     z, _, log_scale = output
     ctx.save_for_backward(*tensors, z, log_scale)
 
 
 @outside_autocast
-def _autograd(ctx: Any, grad_z: Tensor, grad_ladj: Tensor, grad_log_scale: Tensor) -> tuple[Tensor | None, ...]:
-    h, weight, bias, x, prefix, tiles, z, log_scale = ctx.saved_tensors
-    if composite.needed_for((grad_z, grad_ladj, grad_log_scale)):
+def _autograd(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+    h, x, weight, bias, prefix, tiles, z, log_scale = ctx.saved_tensors
+    args, batch = AffineArgs(weight, bias, prefix, tiles, ctx.bound, ctx.soft), AffineBatch(*grads[:3], h, z, log_scale)
+    if composite.needed_for(grads):
 
-        def function(h: Tensor, weight: Tensor, bias: Tensor, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-            return composite.affine_output(h, weight, bias, x, prefix, tiles, ctx.bound, ctx.soft)
+        def function(h: Tensor, x: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+            return composite.affine_output(h, x, args._replace(weight=weight, bias=bias))
 
-        grads = composite.gradients(function, (h, weight, bias, x), (grad_z, grad_ladj, grad_log_scale))
-        return *grads, None, None, None, None
+        return *composite.gradients(function, (h, x, weight, bias), grads), None, None, None, None
+    grad_weight: Tensor | None = None
     if (sink := sink_of(weight, ctx)) is not None:
-        batch = grad_z, grad_ladj, grad_log_scale, h, z, log_scale
-        grad_h, grad_bias, grad_x = sink.take(
-            Factors("affine_output", batch, weight, prefix, tiles, (ctx.bound, ctx.soft)), True
-        )
-        return grad_h, None, grad_bias, grad_x, None, None, None, None
-    grad_h, grad_weight, grad_bias, grad_x = _backward(
-        grad_z, grad_ladj, grad_log_scale, h, weight, z, log_scale, prefix, tiles, ctx.bound, ctx.soft
-    )
-    return grad_h, grad_weight, grad_bias, grad_x, None, None, None, None
+        grad_h, grad_bias, grad_x = sink.take(FactoredGrad("affine_output", batch, args), True)
+    else:
+        backward = _BACKWARD if is_recorded(h) else _backward
+        grad_h, grad_weight, grad_bias, grad_x = backward(*batch, *args)
+    return grad_h, grad_x, grad_weight, grad_bias, None, None, None, None
 
 
-_forward.register_autograd(_autograd, setup_context=_setup_context)
+_BACKWARD = define(
+    "affine_output_backward",
+    f"(Tensor grad_z, Tensor grad_ladj, Tensor grad_log_scale, Tensor h, Tensor z, Tensor log_scale, {AFFINE_SCHEMA})"
+    " -> (Tensor, Tensor, Tensor, Tensor)",
+    _backward,
+    _backward_fake,
+)
+_FORWARD = differentiable(
+    define(
+        "affine_output", f"(Tensor h, Tensor x, {AFFINE_SCHEMA}) -> (Tensor, Tensor, Tensor)", _forward, _forward_fake
+    ),
+    _forward,
+    _setup_context,
+    _autograd,
+)
 
 
-def affine_output(
-    h: Tensor, weight: Tensor, bias: Tensor, x: Tensor, prefix: Tensor, tiles: Tensor, bound: float, soft: bool
-) -> tuple[Tensor, Tensor, Tensor]:
+def affine_output(h: Tensor, x: Tensor, args: AffineArgs) -> tuple[Tensor, Tensor, Tensor]:
     """Applies a MADE's output layer and the affine transform that it parametrises: ``z = (x - shift) exp(-log_scale)``.
 
     Args:
         h: ``[N, H]``, the last hidden layer.
-        weight: ``[numel]``, packed; rows ``2d`` and ``2d + 1`` give the shift and the raw log-scale of dimension ``d``.
-        bias: ``[2D]``, interleaved in the same way.
         x: ``[N, D]``, the data.
-        prefix: ``[2D]`` int64, how many hidden units each row sees.
-        tiles: ``PackedLayout.table``, int32 ``[T, 4]``, on the CPU.
-        bound: log-scales stay within ``±bound``; ``inf`` leaves them free.
-        soft: bound by ``bound * tanh(u / bound)`` instead of by a clamp.
+        args: the layer.
 
     Returns:
-        ``z`` ``[N, D]``; ``ladj`` ``[N]``, the log absolute determinant in nats; ``log_scale`` ``[N, D]``, kept for
+        ``z`` ``[N, D]``; ``ladj`` ``[N]``, the log absolute determinant in nats; ``log_scale`` ``[N, D]``, saved for
         the backward pass and for per-dimension terms.
     """
     if composite.needed():
-        return composite.affine_output(h, weight, bias, x, prefix, tiles, bound, soft)
-    result: tuple[Tensor, Tensor, Tensor] = _forward(
-        h.contiguous(), weight.contiguous(), bias.contiguous(), x.contiguous(), prefix, tiles, bound, soft
-    )
+        return composite.affine_output(h, x, args)
+    tensors = h.contiguous(), x.contiguous(), args.weight.contiguous(), args.bias.contiguous()
+    result: tuple[Tensor, Tensor, Tensor] = call(_FORWARD, (*tensors, *args[2:]), tensors)
     return result

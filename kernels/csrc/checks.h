@@ -43,6 +43,12 @@ inline void check_dtype(const char* op, const Tensor& x) {
               ": the native kernels take float32 and float64; found ", x.scalar_type());
 }
 
+inline bool is_relu(const char* op, c10::string_view activation) {
+  TORCH_CHECK(activation == "relu" || activation == "identity", op, ": activation must be 'relu' or 'identity'; found '",
+              activation, "'");
+  return activation == "relu";
+}
+
 // Checks that tiles, prefix and storage fit one another: a kernel trusts them.
 template <class W>
 Packed<W> packed(const char* op, const Tensor& weight, const Tensor& prefix, const Tensor& tiles, long columns) {

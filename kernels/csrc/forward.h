@@ -3,7 +3,7 @@
 
 #include "bound.h"
 #include "matmul.h"
-#include "team.h"
+#include "thread_team.h"
 
 namespace fastmaf {
 

@@ -3,7 +3,7 @@
 
 #include "bound.h"
 #include "products.h"
-#include "team.h"
+#include "thread_team.h"
 
 namespace fastmaf {
 

@@ -82,23 +82,23 @@ struct Block {
 };
 
 // z [n][features] and ladj [n] of blocks in a row; `permutation` is applied to the last one's result (null: none). What the backward
-// pass needs goes to `kept` (null: nothing is kept), kept_numel numbers: for each block x [n][features], only for the first and
+// pass needs goes to `saved` (null: nothing is saved), saved_numel numbers: for each block x [n][features], only for the first and
 // where there is a permutation before it, then its hidden layers, log_scale and z.
 template <class T, class W>
-void chain_forward(const Block<T, W>* blocks, long block_count, const int64_t* permutation, const T* x, long n, long features, T* z,
-                   T* ladj, T* kept, long threads);
+void flow_forward(const Block<T, W>* blocks, long block_count, const int64_t* permutation, const T* x, long n, long features, T* z,
+                   T* ladj, T* saved, long threads);
 template <class T, class W>
-long kept_numel(const Block<T, W>* blocks, long block_count, long n, long features);
+long saved_numel(const Block<T, W>* blocks, long block_count, long n, long features);
 
 // The backward pass: grad_x [n][features] (null: not wanted), the gradients of the biases, and what `targets` say of the weights:
 // one entry per layer of the blocks, in their order.
 template <class T, class Target>
-void chain_backward(const Block<T, T>* blocks, long block_count, const int64_t* permutation, const T* grad_z, const T* grad_ladj,
-                    const T* kept, long n, long features, T* grad_x, T* const* grad_biases, const Target* targets, long threads);
+void flow_backward(const Block<T, T>* blocks, long block_count, const int64_t* permutation, const T* grad_z, const T* grad_ladj,
+                    const T* saved, long n, long features, T* grad_x, T* const* grad_biases, const Target* targets, long threads);
 
 // x [n][features] and ladj [n] of a sequence of inverses; `permutation` is applied to the last one's result (null: none).
 template <class T, class W>
-void level_inverse(const Block<T, W>* blocks, long block_count, const int64_t* permutation, const T* z, long n, long features,
+void flow_inverse(const Block<T, W>* blocks, long block_count, const int64_t* permutation, const T* z, long n, long features,
                    T* x, T* ladj, long threads);
 
 // The instruction sets beyond the baseline that these kernels were compiled for: what the processor must have.

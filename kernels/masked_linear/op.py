@@ -1,87 +1,47 @@
-"""Registers ``fastmaf::masked_linear`` and its backward with torch."""
+"""``masked_linear``: a linear layer on packed storage, ``y = act(W x + b)``."""
 
 from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from fastmaf.kernels import composite
 from fastmaf.kernels.autocast import outside_autocast
-from fastmaf.kernels.backends import implementation
-from fastmaf.kernels.factors import Factors, sink_of
+from fastmaf.kernels.dispatch import implementation
+from fastmaf.kernels.factored_grad import FactoredGrad, sink_of
+from fastmaf.kernels.masked_linear.args import LINEAR_SCHEMA, LinearArgs, LinearBatch, check_activation
+from fastmaf.kernels.op import call, define, differentiable, is_recorded
 from fastmaf.kernels.padding import keep_zero
 
-# Each must be differentiable from its value alone: the backward pass keeps y, not what went into the activation.
-ACTIVATIONS = ("identity", "relu")
 
-
-def check_activation(activation: str) -> None:
-    """Raises ValueError unless the ops know the activation."""
-    if activation not in ACTIVATIONS:
-        raise ValueError(f"activation must be one of {ACTIVATIONS}; found {activation!r}")
-
-
-@torch.library.custom_op(
-    "fastmaf::masked_linear",
-    mutates_args=(),
-    schema="(Tensor x, Tensor weight, Tensor bias, Tensor prefix, Tensor tiles, str activation) -> Tensor",
-)
-def _forward(x: Tensor, weight: Tensor, bias: Tensor, prefix: Tensor, tiles: Tensor, activation: str) -> Tensor:
-    keep_zero([weight], [prefix], [tiles])
-    result: Tensor = implementation("masked_linear", x).forward(x, weight, bias, prefix, tiles, activation)
+def _forward(x: Tensor, *fields: Any) -> Tensor:
+    args = LinearArgs(*fields)
+    keep_zero([args.weight], [args.prefix], [args.tiles])
+    result: Tensor = implementation("masked_linear", x).forward(x, args)
     return result
 
 
-@_forward.register_fake
-def _(x: Tensor, weight: Tensor, bias: Tensor, prefix: Tensor, tiles: Tensor, activation: str) -> Tensor:
-    return x.new_empty(x.shape[0], bias.shape[0])
+def _forward_fake(x: Tensor, *fields: Any) -> Tensor:
+    return x.new_empty(x.shape[0], fields[1].shape[0])
 
 
-@torch.library.custom_op(
-    "fastmaf::masked_linear_backward",
-    mutates_args=(),
-    schema=(
-        "(Tensor grad_y, Tensor x, Tensor y, Tensor weight, Tensor prefix, Tensor tiles, str activation, bool "
-        "need_grad_x)"
-        " -> (Tensor, Tensor, Tensor)"
-    ),
-)
-def _backward(
-    grad_y: Tensor,
-    x: Tensor,
-    y: Tensor,
-    weight: Tensor,
-    prefix: Tensor,
-    tiles: Tensor,
-    activation: str,
-    need_grad_x: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
+def _backward(grad_y: Tensor, x: Tensor, y: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+    *fields, need_grad_x = arguments
     backend = implementation("masked_linear", x)
-    grads: tuple[Tensor, Tensor, Tensor] = backend.backward(
-        grad_y, x, y, weight, prefix, tiles, activation, need_grad_x
-    )
+    grads: tuple[Tensor, Tensor, Tensor] = backend.backward(LinearBatch(grad_y, x, y), LinearArgs(*fields), need_grad_x)
     return grads
 
 
-@_backward.register_fake
-def _(
-    grad_y: Tensor,
-    x: Tensor,
-    y: Tensor,
-    weight: Tensor,
-    prefix: Tensor,
-    tiles: Tensor,
-    activation: str,
-    need_grad_x: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
+def _backward_fake(grad_y: Tensor, x: Tensor, y: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+    weight, need_grad_x = arguments[0], arguments[-1]
     grad_x = x.new_empty(x.shape) if need_grad_x else x.new_empty(0)
-    return grad_x, weight.new_empty(weight.shape), grad_y.new_empty(grad_y.shape[1])
+    return grad_x, x.new_empty(weight.shape), grad_y.new_empty(grad_y.shape[1])
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     x, weight, bias, prefix, tiles, ctx.activation = inputs
+    ctx.differentiable, ctx.need_grad_x = 3, x.requires_grad
     # The identity's backward never reads y: keep it alive only for an activation that does.
     y = output if ctx.activation != "identity" else x.new_empty(0)
     ctx.save_for_backward(x, weight, bias, prefix, tiles, y)
@@ -90,46 +50,53 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 @outside_autocast
 def _autograd(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
     x, weight, bias, prefix, tiles, y = ctx.saved_tensors
+    args, need_grad_x = LinearArgs(weight, bias, prefix, tiles, ctx.activation), ctx.need_grad_x
     if composite.needed_for([grad_y]):
 
         def function(x: Tensor, weight: Tensor, bias: Tensor) -> list[Tensor]:
-            return [composite.masked_linear(x, weight, bias, prefix, tiles, ctx.activation)]
+            return [composite.masked_linear(x, args._replace(weight=weight, bias=bias))]
 
-        grads = composite.gradients(function, (x, weight, bias), [grad_y])
-        return *grads, None, None, None
-    need_grad_x = ctx.needs_input_grad[0]
+        return *composite.gradients(function, (x, weight, bias), [grad_y]), None, None, None
+    grad_weight: Tensor | None = None
     if (sink := sink_of(weight, ctx)) is not None:
-        factors = Factors("masked_linear", (grad_y, x, y), weight, prefix, tiles, (ctx.activation,))
-        grad_x, grad_bias = sink.take(factors, need_grad_x)
-        return grad_x if need_grad_x else None, None, grad_bias, None, None, None
-    grad_x, grad_weight, grad_bias = _backward(grad_y, x, y, weight, prefix, tiles, ctx.activation, need_grad_x)
+        grad = FactoredGrad("masked_linear", LinearBatch(grad_y, x, y), args)
+        grad_x, grad_bias = sink.take(grad, need_grad_x)
+    else:
+        backward = _BACKWARD if is_recorded(grad_y) else _backward
+        grad_x, grad_weight, grad_bias = backward(grad_y, x, y, *args, need_grad_x)
     return grad_x if need_grad_x else None, grad_weight, grad_bias, None, None, None
 
 
-_forward.register_autograd(_autograd, setup_context=_setup_context)
+_BACKWARD = define(
+    "masked_linear_backward",
+    f"(Tensor grad_y, Tensor x, Tensor y, {LINEAR_SCHEMA}, bool need_grad_x) -> (Tensor, Tensor, Tensor)",
+    _backward,
+    _backward_fake,
+)
+_FORWARD = differentiable(
+    define("masked_linear", f"(Tensor x, {LINEAR_SCHEMA}) -> Tensor", _forward, _forward_fake),
+    _forward,
+    _setup_context,
+    _autograd,
+)
 
 
-def masked_linear(
-    x: Tensor, weight: Tensor, bias: Tensor, prefix: Tensor, tiles: Tensor, activation: str = "identity"
-) -> Tensor:
+def masked_linear(x: Tensor, args: LinearArgs) -> Tensor:
     """Applies a masked linear layer, ``y = act(W x + b)``, with ``W`` in packed staircase storage.
 
     Args:
         x: ``[N, in]``.
-        weight: ``[numel]``, packed as ``PackedLayout`` lays it out, zero in the padding.
-        bias: ``[out]``.
-        prefix: ``[out]`` int64, how many inputs each output sees; on the device of ``x``.
-        tiles: ``PackedLayout.table``, int32 ``[T, 4]``, on the CPU.
-        activation: ``"identity"`` or ``"relu"``.
+        args: the layer.
 
     Returns:
-        ``y`` ``[N, out]``. The gradient of ``weight`` is zero in the padding.
+        ``y`` ``[N, out]``. The gradient of the weight is zero in the padding.
 
     Raises:
         ValueError: the activation is unknown.
     """
-    check_activation(activation)
+    check_activation(args.activation)
     if composite.needed():
-        return composite.masked_linear(x, weight, bias, prefix, tiles, activation)
-    result: Tensor = _forward(x.contiguous(), weight.contiguous(), bias.contiguous(), prefix, tiles, activation)
+        return composite.masked_linear(x, args)
+    x, weight, bias = x.contiguous(), args.weight.contiguous(), args.bias.contiguous()
+    result: Tensor = call(_FORWARD, (x, weight, bias, *args[2:]), (x, weight, bias))
     return result

@@ -1,4 +1,4 @@
-"""The way back through a masked linear layer by Triton kernels.
+"""The backward pass of a masked linear layer by Triton kernels.
 
     g = grad_y act'(y)          grad_x = g W          grad_W = gᵀ x          grad_b = sum_n g
 
@@ -17,9 +17,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastmaf.kernels import work_lists
-from fastmaf.kernels.factors import Update
-from fastmaf.kernels.triton_parts import (
+from fastmaf.kernels.adam.update import Update
+from fastmaf.kernels.affine_output.args import AffineArgs
+from fastmaf.kernels.masked_linear.args import LinearArgs
+from fastmaf.kernels.triton_common import work_lists
+from fastmaf.kernels.triton_common.device import (
     MIN_DOT,
     adam,
     adam_scalars,
@@ -186,25 +188,23 @@ def sum_slots(
 def products(
     g: Tensor,
     x: Tensor,
-    weight: Tensor,
-    prefix: Tensor,
-    tiles: Tensor,
+    args: LinearArgs | AffineArgs,
     *,
     need_x: bool,
     mode: WeightMode = "none",
     grad_w: Tensor | None = None,
     step: Step | None = None,
-    bias: Tensor | None = None,
     bias_step: Step | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Forms what the gradient ``g`` ``[N, out]`` of a layer's product gives, in one pass over the weight if it can.
+    """Forms the gradients that follow from ``g`` ``[N, out]``, that of a layer's product, in one pass over the weight
+    where possible.
 
     Args:
         need_x: form the gradient of x.
-        mode: what becomes of the weight's gradient: nothing, stored in ``grad_w``, a step of Adam on the weight, or the
-            squares of its numbers added up, one sum per program, in ``grad_w``.
+        mode: how the weight gradient is consumed: not formed, stored in ``grad_w``, applied as a step of Adam, or its
+            squares added up, one sum per program, in ``grad_w``.
         step: of Adam on the weight.
-        bias, bias_step: with the step on the weight, take one on the bias, whose gradient is then not returned.
+        bias_step: with the step on the weight, take one on the bias, whose gradient is then not returned.
 
     Returns:
         Partial sums ``[slots, N, in]`` of the gradient of x, and their counts for ``sum_slots`` (both empty when not
@@ -214,14 +214,14 @@ def products(
     table, sms, precision = target(x)
     (n, out_features), in_features = g.shape, x.shape[1]
     samples = power_of_two(n, MIN_DOT, table.most_samples)
-    rows = work_lists.rows(tiles, x.device)
+    rows = work_lists.rows(args.tiles, x.device)
     one = table.backward_of(samples).fitted(rows.aligned)
     if need_x and mode != "none" and n > samples:  # the gradient of x first: Adam changes the weight
-        partial, counts, _ = products(g, x, weight, prefix, tiles, need_x=True)
-        of_weight: dict[str, Any] = {"mode": mode, "grad_w": grad_w, "step": step, "bias": bias, "bias_step": bias_step}
-        return partial, counts, products(g, x, weight, prefix, tiles, need_x=False, **of_weight)[2]
+        partial, counts, _ = products(g, x, args, need_x=True)
+        of_weight: dict[str, Any] = {"mode": mode, "grad_w": grad_w, "step": step, "bias_step": bias_step}
+        return partial, counts, products(g, x, args, need_x=False, **of_weight)[2]
     programs = cdiv(sms * one.programs_per_sm, max(1, cdiv(n, samples)) if mode == "none" else 1)
-    work = work_lists.backward(tiles, x.device, in_features, one.rows, one.columns, programs)
+    work = work_lists.backward(args.tiles, x.device, in_features, one.rows, one.columns, programs)
     partial = x.new_empty(work.slots if need_x else 0, n, in_features)
     grad_bias = x.new_empty(out_features if mode != "none" and bias_step is None else 0)
     if mode == "norm":
@@ -231,8 +231,8 @@ def products(
     launch(
         _masked_linear_bwd_kernel,
         len(work.items) * (cdiv(n, samples) if mode == "none" else 1),
-        g, x, weight, rows.base, rows.width, prefix, work.items, partial, grad_w, grad_bias, *(step or none), bias,
-        *(bias_step or none), n, in_features, out_features,
+        g, x, args.weight, rows.base, rows.width, args.prefix, work.items, partial, grad_w, grad_bias, *(step or none),
+        args.bias if bias_step is not None else None, *(bias_step or none), n, in_features, out_features,
         BLOCK_N=samples, BLOCK_J=one.rows, BLOCK_K=one.columns, NEED_X=need_x, WEIGHT=mode,
         BIAS_ADAM=bias_step is not None, ALIGNED=rows.aligned, PRECISION=precision,
         num_warps=one.warps, num_stages=one.stages, maxnreg=all_registers(one.warps),

@@ -15,7 +15,7 @@ from fastmaf.capsule.config import TrainConfig
 from fastmaf.capsule.memory_check import check_fits, needed_memory
 from fastmaf.cli.capsule import app
 from fastmaf.io.run_folder import DoesNotFitError
-from fastmaf.kernels import backends
+from fastmaf.kernels import dispatch
 from tests.capsule.runs import IMAGES, run, with_
 
 pytestmark = [pytest.mark.usefixtures("undrawn"), pytest.mark.filterwarnings("ignore::fastmaf.ConnectivityWarning")]
@@ -128,12 +128,12 @@ def test_clipping_and_guards_are_counted() -> None:
     assert needed_memory(with_(max_grad_norm=1.0), CPU) > needed_memory(with_(), CPU)
 
 
-@pytest.mark.parametrize(("backend", "fits"), [("reference", False), ("native", True)])
+@pytest.mark.parametrize(("backend", "fits"), [("torch", False), ("native", True)])
 def test_work_buffers_of_the_blas_library_come_off_what_is_available(
     monkeypatch: pytest.MonkeyPatch, backend: str, fits: bool
 ) -> None:
     """No library tells their size: they are allocated by products of the run's shapes, then it is looked again."""
-    if (reason := backends.missing("chain", backend)) is not None:
+    if (reason := dispatch.missing("flow", backend)) is not None:
         pytest.skip(reason)
     config, products = with_(batch_size=3), []
     multiply = torch.addmm
@@ -143,7 +143,7 @@ def test_work_buffers_of_the_blas_library_come_off_what_is_available(
         return multiply(bias, x, weight, out=out)
 
     monkeypatch.setattr(torch, "addmm", counted)
-    with backends.use_backend(backend):
+    with dispatch.use_backend(backend):
         needed = needed_memory(config, CPU)
         monkeypatch.setattr(memory_check, "available_memory", lambda device: needed - len(products))
         if fits:

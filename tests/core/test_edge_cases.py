@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 import fastmaf
-from fastmaf.kernels import PackedLayout, layout, masked_linear
+from fastmaf.kernels import LinearArgs, PackedLayout, layout, masked_linear
 from tests.core.helpers import build, many_tiles, normal
 
 
@@ -38,7 +38,7 @@ def test_two_tilings_of_one_prefix_have_a_padding_each() -> None:
     grads = []
     for tiling in (one, other):
         weight = torch.zeros(tiling.numel, dtype=torch.float64, requires_grad=True)
-        masked_linear(x, weight, bias, prefix, tiling.table).sum().backward()
+        masked_linear(x, LinearArgs(weight, bias, prefix, tiling.table)).sum().backward()
         assert weight.grad is not None
         assert tiling.padding_is_zero(weight.grad)
         grads.append(tiling.unpack(weight.grad))
@@ -51,7 +51,7 @@ def test_a_weight_with_gaps_in_memory_is_read_right() -> None:
     spread = torch.full((2 * tiling.numel,), torch.nan, dtype=torch.float64)
     spread[::2] = tiling.pack(dense)
     x, bias = normal(4, 3, seed=1), torch.zeros(3, dtype=torch.float64)
-    assert torch.allclose(masked_linear(x, spread[::2], bias, tiling.prefix, tiling.table), x @ dense.t())
+    assert torch.allclose(masked_linear(x, LinearArgs(spread[::2], bias, tiling.prefix, tiling.table)), x @ dense.t())
 
 
 def test_a_flow_refuses_what_is_no_transform() -> None:

@@ -153,7 +153,7 @@ def test_negative_sample_counts_are_refused() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_half_precision_runs(dtype: torch.dtype) -> None:
-    """The reference backend takes any float dtype; its result is that of float64 to the precision of the dtype."""
+    """The torch backend takes any float dtype; its result is that of float64 to the precision of the dtype."""
     flow = build(FEATURES, scale=0.5)
     x = normal(4, FEATURES)
     expected = flow(x)[0].detach()

@@ -12,7 +12,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastmaf
 from fastmaf import degrees as degree_rules
-from fastmaf.kernels import PackedLayout
+from fastmaf.kernels import PackedLayout, flow_args
+from fastmaf.kernels.flow.torch import inverse
 from tests.core.helpers import blocks_of, build, layers_of, normal
 
 FEATURES, HIDDEN = 12_288, (512, 512)
@@ -111,24 +112,9 @@ def test_adam_state_follows_the_packed_parameters() -> None:
 
 def test_samples_at_reference_size_make_nothing_dense() -> None:
     flow = build(FEATURES, blocks=1, hidden_features=HIDDEN, tiles="production", dtype=torch.float32)
-    from fastmaf.kernels.level_inverse import reference
-
-    made = blocks_of(flow)[0].made
-    layers = made.layers
-    tiles = [layer.layout.table for layer in layers]
-    arguments: Any = (
-        torch.randn(2, FEATURES),
-        [layer.weight for layer in layers],
-        [layer.bias for layer in layers],
-        [layer.prefix for layer in layers],
-        tiles,
-        made.schedule,
-        "relu",
-        5.0,
-        False,
-    )
+    args = flow_args([blocks_of(flow)[0].block()], [None, None])
     with torch.no_grad(), Allocations() as seen:
-        x, _ = reference.forward(*arguments)
+        x, _ = inverse(torch.randn(2, FEATURES), args)
     assert torch.isfinite(x).all()
     assert seen.largest <= 4 * 2 * FEATURES
 

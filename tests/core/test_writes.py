@@ -273,7 +273,7 @@ def test_without_the_native_library(monkeypatch: pytest.MonkeyPatch) -> None:
     from fastmaf.kernels import padding
 
     monkeypatch.setattr(padding, "_has_native", lambda: False)
-    with fastmaf.use_backend("reference"):
+    with fastmaf.use_backend("torch"):
         for name, write in WRITES.items():
             flow, x = model(), normal(5, 29, seed=1)
             write(flow)

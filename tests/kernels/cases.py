@@ -13,8 +13,9 @@ from torch import Tensor
 
 from fastmaf import kernels
 from fastmaf.flows import Flow
-from fastmaf.kernels import backends, launch_table
-from fastmaf.kernels.launch_table import Launch, Table, take_cpu_tensors
+from fastmaf.kernels import AffineArgs, LinearArgs, dispatch, flow_args
+from fastmaf.kernels.triton_common import launch_table
+from fastmaf.kernels.triton_common.launch_table import Launch, Table, take_cpu_tensors
 from fastmaf.transforms import Permutation
 from tests.core.helpers import blocks_of, build, generator, normal
 from tests.tolerances import F32, F64, assert_close, assert_float32, distance
@@ -26,17 +27,17 @@ OPS = {
     "affine, clamp": ("affine_output", (0.2, False)),
     "affine, soft": ("affine_output", (0.5, True)),
     "affine, free": ("affine_output", (float("inf"), False)),
-    "inverse": ("level_inverse", ("relu", 5.0, False)),
-    "inverse, soft": ("level_inverse", ("identity", 0.5, True)),
-    "inverse, free": ("level_inverse", ("relu", float("inf"), False)),
-    "chain": ("chain", ("relu", 5.0, False)),
-    "chain, soft": ("chain", ("identity", 0.5, True)),
-    "chain, free": ("chain", ("relu", float("inf"), False)),
+    "inverse": ("inverse", ("relu", 5.0, False)),
+    "inverse, soft": ("inverse", ("identity", 0.5, True)),
+    "inverse, free": ("inverse", ("relu", float("inf"), False)),
+    "flow": ("flow", ("relu", 5.0, False)),
+    "flow, soft": ("flow", ("identity", 0.5, True)),
+    "flow, free": ("flow", ("relu", float("inf"), False)),
 }
 
 # Why there are no Triton kernels here, or None; and where they run: interpreted on the CPU (only where no GPU is, see
 # tests/conftest.py), and on a GPU.
-NO_TRITON = next((why for op in backends.OPS if (why := backends.missing(op, "triton")) is not None), None)
+NO_TRITON = next((why for op in dispatch.OPS if (why := dispatch.missing(op, "triton")) is not None), None)
 INTERPRETED = pytest.param(
     "cpu", marks=pytest.mark.skipif(not take_cpu_tensors(), reason="the Triton kernels are compiled here")
 )
@@ -44,6 +45,7 @@ ON_GPU = pytest.param(
     "cuda", marks=[pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
 )
 TRITON_MARKS = [
+    pytest.mark.slow,  # the interpreter
     pytest.mark.skipif(NO_TRITON is not None, reason=str(NO_TRITON)),
     pytest.mark.parametrize("device", [INTERPRETED, ON_GPU]),
     # numpy, which interprets, warns of what tests do on purpose; but an index that was divided by zero is a fault.
@@ -100,13 +102,13 @@ class Case(NamedTuple):
 
 
 def make(kind: str, batch: int, features: int = 13, *, seed: int = 0, device: str = "cpu", **options: Any) -> Case:
-    """Makes a call of one of ``OPS`` on the layers of ``build(options)``: of a block, or of a chain of three.
+    """Makes a call of one of ``OPS`` on the layers of ``build(options)``: of a block, or of a flow of three.
 
     The numbers are the same on every device.
     """
     name, rest = OPS[kind]
     options = {"degrees": "random", "hidden_features": (9, 31), "scale": 1.5, "seed": seed, **options}
-    if name == "chain":
+    if name == "flow":
         options = {"blocks": 3, "order": [torch.arange(features), *_orders(features, seed)], **options}
     flow = build(features, **{"blocks": 1, "order": "natural", **options}).to(device)
     mades = [block.made for block in blocks_of(flow)]
@@ -124,21 +126,18 @@ def make(kind: str, batch: int, features: int = 13, *, seed: int = 0, device: st
     def call(t: dict[str, Tensor]) -> Any:
         weights, biases = ([t[f"{what} {k}"] for k in range(len(layers))] for what in ("weight", "bias"))
         if name == "masked_linear":
-            return kernels.masked_linear(t["x"], weights[0], biases[0], prefixes[0], tables[0], *rest)
+            return kernels.masked_linear(t["x"], LinearArgs(weights[0], biases[0], prefixes[0], tables[0], *rest))
         if name == "affine_output":
-            return kernels.affine_output(t["h"], weights[0], biases[0], t["x"], prefixes[0], tables[0], *rest)
-        if name == "chain":
-            activation, bound, soft = rest
-            depth = len(made.layers)
-            parts = [slice(k, k + depth) for k in range(0, len(layers), depth)]
-            blocks = [
-                kernels.Block(
-                    *(part[of] for part in (weights, biases, prefixes, tables)), m.schedule, activation, bound, soft
-                )
-                for of, m in zip(parts, mades, strict=True)
-            ]
-            return kernels.chain_forward(t["x"], blocks, permutations_of(flow))
-        return kernels.level_inverse(t["x"], weights, biases, prefixes, tables, made.schedule, *rest)
+            args = AffineArgs(weights[0], biases[0], prefixes[0], tables[0], *rest)
+            return kernels.affine_output(t["h"], t["x"], args)
+        depth = len(made.layers)
+        parts = [slice(k, k + depth) for k in range(0, len(layers), depth)]
+        blocks = [
+            kernels.Block(*(part[of] for part in (weights, biases, prefixes, tables)), m.schedule, *rest)
+            for of, m in zip(parts, mades, strict=True)
+        ]
+        op = kernels.flow_forward if name == "flow" else kernels.flow_inverse
+        return op(t["x"], flow_args(blocks, permutations_of(flow)))
 
     return Case({key: value.to(F32).to(F64) for key, value in tensors.items()}, call, layers)
 
@@ -188,8 +187,8 @@ def check_contract(make_draw: Callable[[int], Case], draws: int = 6, backend: st
     peer: dict[str, list[tuple[float, float]]] = defaultdict(list)
     for seed in range(draws):
         case = make_draw(seed)
-        truth = evaluate(case, "reference", F64)
-        for name, errors in ((backend, own), ("reference", peer)):
+        truth = evaluate(case, "torch", F64)
+        for name, errors in ((backend, own), ("torch", peer)):
             for key, found in evaluate(case, name, F32).items():
                 errors[key].append(distance(found, truth[key]))
     assert_float32(own, peer)

@@ -12,12 +12,12 @@ import torch
 from torch import Tensor
 
 from fastmaf import kernels
-from fastmaf.kernels import backends
+from fastmaf.kernels import dispatch
 from tests.core.helpers import normal, padding_of
 from tests.kernels.cases import OPS, check_contract, evaluate, leaves, make
 from tests.tolerances import F32, F64, assert_close
 
-MISSING = next((why for op in backends.OPS if (why := backends.missing(op, "native")) is not None), None)
+MISSING = next((why for op in dispatch.OPS if (why := dispatch.missing(op, "native")) is not None), None)
 pytestmark = pytest.mark.skipif(MISSING is not None, reason=str(MISSING))
 
 # The native loops change at 8 and 64 samples and at whole vectors; the C++ test goes through all the others.
@@ -45,8 +45,9 @@ def test_float32_contract(kind: str, batch: int) -> None:
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("batch", [1, 65])
-@pytest.mark.parametrize("kind", ["relu", "affine", "inverse", "chain"])
+@pytest.mark.parametrize("kind", ["relu", "affine", "inverse", "flow"])
 def test_float32_contract_at_larger_sizes(kind: str, batch: int) -> None:
     check_contract(
         lambda seed: make(kind, batch, 1501, seed=seed, hidden_features=(64, 48), tiles="production", levels=20),
@@ -54,7 +55,8 @@ def test_float32_contract_at_larger_sizes(kind: str, batch: int) -> None:
     )
 
 
-@pytest.mark.parametrize("kind", ["relu", "affine", "inverse", "chain"])
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["relu", "affine", "inverse", "flow"])
 def test_float32_contract_at_full_width(kind: str) -> None:
     check_contract(
         lambda seed: make(kind, 8, 12_288, seed=seed, hidden_features=(96,), tiles="production", scale=1.0), draws=4
@@ -66,7 +68,7 @@ def test_float32_contract_at_full_width(kind: str) -> None:
 def test_it_is_the_reference(kind: str, batch: int) -> None:
     for tiles in ("many", "one"):
         case = make(kind, batch, 61, tiles=tiles, hidden_features=(48, 32))
-        same(evaluate(case, "native", F64), evaluate(case, "reference", F64))
+        same(evaluate(case, "native", F64), evaluate(case, "torch", F64))
 
 
 @pytest.mark.parametrize(
@@ -90,7 +92,7 @@ def test_degrees(kind: str, features: int, degrees: list[list[int]]) -> None:
     options: dict[str, Any] = {"degrees": [torch.tensor(d) for d in degrees]}
     for batch in (0, 1, 5, 17):
         case = make(kind, batch, features, hidden_features=tuple(map(len, degrees)), **options)
-        same(evaluate(case, "native", F64), evaluate(case, "reference", F64))
+        same(evaluate(case, "native", F64), evaluate(case, "torch", F64))
 
 
 @pytest.mark.parametrize("kind", OPS)
@@ -122,7 +124,7 @@ def test_views(kind: str, dtype: torch.dtype, offset: int) -> None:
     same(evaluate(case, "native", dtype, views), evaluate(case, "native", dtype))
 
 
-@pytest.mark.parametrize("kind", ["relu", "affine", "inverse", "chain"])
+@pytest.mark.parametrize("kind", ["relu", "affine", "inverse", "flow"])
 def test_transposed_and_expanded_inputs(kind: str) -> None:
     case = make(kind, 9, 37)
     inputs = leaves(case, F32)
@@ -133,14 +135,15 @@ def test_transposed_and_expanded_inputs(kind: str) -> None:
     same(evaluate(case, "native", F32, inputs), evaluate(case, "native", F32, twin))
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("threads")
 @pytest.mark.parametrize("batch", [5, 130])  # of one image the error of the log-determinant is a draw of one
-@pytest.mark.parametrize("kind", ["relu", "affine", "inverse", "chain"])
+@pytest.mark.parametrize("kind", ["relu", "affine", "inverse", "flow"])
 def test_any_number_of_threads(kind: str, batch: int) -> None:
     """One, two, and more threads than cores: equal to rounding, and to the bit when repeated."""
     for features, hidden, tiles, levels in ((61, (48, 32), "many", None), (1501, (64, 48), "production", 5)):
         case = make(kind, batch, features, hidden_features=hidden, tiles=tiles, levels=levels)
-        expected = evaluate(case, "reference", F64)
+        expected = evaluate(case, "torch", F64)
         for n in (1, 2, 5):
             torch.set_num_threads(n)
             first = evaluate(case, "native", F32)

@@ -9,12 +9,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastmaf.kernels import backends, level_schedule
+from fastmaf.kernels import dispatch, level_schedule
 from tests.core.helpers import blocks_of, build, normal
 from tests.kernels.cases import OPS, evaluate, leaves, make
 from tests.tolerances import F32, F64, assert_close
 
-MISSING = next((why for op in backends.OPS if (why := backends.missing(op, "native")) is not None), None)
+MISSING = next((why for op in dispatch.OPS if (why := dispatch.missing(op, "native")) is not None), None)
 pytestmark = pytest.mark.skipif(MISSING is not None, reason=str(MISSING))
 
 NONE = torch.empty(0, dtype=torch.int64)
@@ -29,14 +29,14 @@ def arguments(op: str) -> dict[str, Any]:
     layer, rows = (output, 26) if out else (hidden, 9)
     everything: dict[str, Any] = {
         "x": x, "z": x, "h": h, "weight": layer.weight.detach(), "bias": layer.bias.detach(), "prefix": layer.prefix,
-        "tiles": layer.layout.table, "relu": True, "bound": 5.0, "soft": False, "y": normal(4, rows, dtype=F32),
+        "tiles": layer.layout.table, "activation": "relu", "bound": 5.0, "soft": False, "y": normal(4, rows, dtype=F32),
         "grad_y": normal(4, rows, dtype=F32), "grad_z": x, "grad_ladj": normal(4, dtype=F32), "grad_log_scale": x,
         "log_scale": x.tanh(), "need_grad_x": True, "need_grad_weight": True, "need_inputs": True, "scale": 1.0,
         "exp_avg": torch.zeros(layer.weight.shape), "exp_avg_sq": torch.zeros(layer.weight.shape),
         "adam": [1e-3, 0.9, 0.999, 1e-8, 0.1, 0.0, 1e-3, 0.0, 0.0], "schedules": [made.schedule],
         "permutations": [NONE, NONE], "bounds": [5.0], "softs": [False],
     }  # fmt: skip
-    if op == "level_inverse":
+    if op == "flow_inverse":
         everything |= {
             "weights": [k.weight.detach() for k in made.layers], "biases": [k.bias.detach() for k in made.layers],
             "prefixes": [k.prefix for k in made.layers], "tiles": [k.layout.table for k in made.layers],
@@ -114,10 +114,10 @@ def changed(schedule: Tensor, step: int, column: int, by: int) -> Tensor:
 
 
 def test_broken_inverses_are_refused() -> None:
-    good = arguments("level_inverse")
+    good = arguments("flow_inverse")
     schedule, identity = good["schedules"][0], torch.arange(13)
-    native("level_inverse")(**good)
-    native("level_inverse")(**{**good, "permutations": [identity, identity.flip(0)]})
+    native("flow_inverse")(**good)
+    native("flow_inverse")(**{**good, "permutations": [identity, identity.flip(0)]})
     broken: dict[str, list[Any]] = {
         "z": [good["z"].double(), good["z"].half(), good["z"][:, :-1].contiguous(), good["z"][0], good["z"].t()],
         "schedules": [[], [schedule, schedule]] + [[s] for s in (
@@ -137,12 +137,12 @@ def test_broken_inverses_are_refused() -> None:
         broken[name] += [[t[:-1] for t in layers], [t[None] for t in layers]]
     for name, values in broken.items():
         for i, value in enumerate(values):
-            with pytest.raises(RuntimeError, match="level_inverse"):
-                native("level_inverse")(**{**good, name: value})
+            with pytest.raises(RuntimeError, match="flow_inverse"):
+                native("flow_inverse")(**{**good, name: value})
                 raise AssertionError(f"{name} {i}: accepted")
 
 
-@pytest.mark.parametrize("op", [*LAYER_OPS, "level_inverse"])
+@pytest.mark.parametrize("op", [*LAYER_OPS, "flow_inverse"])
 def test_inputs_are_not_written_to(op: str) -> None:
     good = arguments(op)
     writable = {a.name for a in native(op)._schema.arguments if a.alias_info is not None and a.alias_info.is_write}
@@ -172,7 +172,7 @@ def poison() -> Iterator[None]:
 def test_every_output_is_written(kind: str, batch: int) -> None:
     for dtype in (F32, F64):
         case = make(kind, batch, 61, hidden_features=(48, 32))
-        inputs, expected = leaves(case, dtype), evaluate(case, "reference", dtype)
+        inputs, expected = leaves(case, dtype), evaluate(case, "torch", dtype)
         sizes = {t.numel() for t in (*inputs.values(), *expected.values())}
         waste = [torch.full((n,), torch.nan, dtype=dtype) for n in sizes for _ in range(4)]
         del waste  # what the allocator hands out next is full of NaN, workspaces included
@@ -193,7 +193,7 @@ def test_what_is_not_finite_stays_in_its_sample(kind: str, value: float, batch: 
     for key in ("result 0", "gradient of x"):
         assert torch.equal(found[key][others], clean[key][others]), key
     assert not found["result 0"][sample].isfinite().all()
-    reference = evaluate(case, "reference", F32, inputs)["result 0"][sample]
+    reference = evaluate(case, "torch", F32, inputs)["result 0"][sample]
     assert torch.equal(found["result 0"][sample].isfinite(), reference.isfinite())
 
 
@@ -208,7 +208,7 @@ def test_overflow_is_infinite_and_underflow_zero(kind: str, sign: float, dtype: 
     with torch.no_grad():
         found, expected = (
             evaluate(case, backend, dtype, {k: t.to(dtype) for k, t in case.tensors.items()})
-            for backend in ("native", "reference")
+            for backend in ("native", "torch")
         )
     if sign == (-1.0 if kind.startswith("affine") else 1.0):
         assert expected["result 0"][:, -1].isinf().all(), "the test wants an overflow"

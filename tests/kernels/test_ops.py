@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from fastmaf import kernels
-from fastmaf.kernels.level_inverse.schedule import level_schedule, steps
+from fastmaf.kernels import AffineArgs, FlowArgs, LinearArgs
+from fastmaf.kernels.flow.schedule import level_schedule, steps
 from tests.core.helpers import blocks_of, build, normal, padding_of
 from tests.tolerances import assert_close
 
@@ -39,7 +40,7 @@ def affine_arguments(made: Any, batch: int, dtype: torch.dtype = torch.float64, 
     h = normal(batch, layer.layout.in_features, dtype=dtype).abs().requires_grad_(grad)
     x = normal(batch, FEATURES, seed=1, dtype=dtype).requires_grad_(grad)
     weight, bias = layer.weight.detach().requires_grad_(grad), layer.bias.detach().requires_grad_(grad)
-    return h, weight, bias, x, layer.prefix, layer.layout.table
+    return h, x, weight, bias, layer.prefix, layer.layout.table
 
 
 def inverse_arguments(made: Any, batch: int, dtype: torch.dtype = torch.float64, grad: bool = False) -> Any:
@@ -50,9 +51,18 @@ def inverse_arguments(made: Any, batch: int, dtype: torch.dtype = torch.float64,
         [layer.bias.detach().requires_grad_(grad) for layer in layers],
         [layer.prefix for layer in layers],
         [layer.layout.table for layer in layers],
-        made.schedule,
+        [made.schedule],
+        [torch.empty(0, dtype=torch.int64)] * 2,
         "relu",
     )
+
+
+def call(op: str, arguments: Any) -> Any:
+    """Calls an op with arguments as its schema takes them."""
+    inputs, args = {"masked_linear": (1, LinearArgs), "affine_output": (2, AffineArgs), "flow_inverse": (1, FlowArgs)}[
+        op
+    ]
+    return getattr(kernels, op)(*arguments[:inputs], args(*arguments[inputs:]))
 
 
 def detached(arguments: Any) -> Any:
@@ -65,9 +75,9 @@ def test_opcheck_masked_linear(backend: str, batch: int, activation: str) -> Non
     arguments = (*linear_arguments(parts(), batch, grad=True), activation)
     torch.library.opcheck(torch.ops.fastmaf.masked_linear.default, arguments)
     x, weight, bias, prefix, tiles, _ = detached(arguments)
-    y = kernels.masked_linear(x, weight, bias, prefix, tiles, activation)
+    y = kernels.masked_linear(x, LinearArgs(weight, bias, prefix, tiles, activation))
     for need_grad_x in (True, False):
-        backward = (normal(*y.shape, seed=2), x, y, weight, prefix, tiles, activation, need_grad_x)
+        backward = (normal(*y.shape, seed=2), x, y, weight, bias, prefix, tiles, activation, need_grad_x)
         torch.library.opcheck(torch.ops.fastmaf.masked_linear_backward.default, backward)
 
 
@@ -76,21 +86,21 @@ def test_opcheck_affine_output(backend: str, bound: float, soft: bool) -> None:
     for batch in (0, 3):
         arguments = (*affine_arguments(parts(), batch, grad=True), bound, soft)
         torch.library.opcheck(torch.ops.fastmaf.affine_output.default, arguments)
-        h, weight, bias, x, prefix, tiles, *_ = detached(arguments)
-        z, ladj, log_scale = kernels.affine_output(h, weight, bias, x, prefix, tiles, bound, soft)
+        h, x, *rest = detached(arguments)
+        z, ladj, log_scale = kernels.affine_output(h, x, AffineArgs(*rest))
         grads = normal(batch, FEATURES, seed=2), normal(batch, seed=3), normal(batch, FEATURES, seed=4)
-        backward = (*grads, h, weight, z, log_scale, prefix, tiles, bound, soft)
+        backward = (*grads, h, z, log_scale, *rest)
         torch.library.opcheck(torch.ops.fastmaf.affine_output_backward.default, backward)
 
 
 @pytest.mark.parametrize("grad", [False, True])
-def test_opcheck_level_inverse(backend: str, grad: bool) -> None:
+def test_opcheck_flow_inverse(backend: str, grad: bool) -> None:
     z, weights, biases, prefixes, tiles, *rest = inverse_arguments(parts(), 3, grad=grad)
-    arguments = (z, weights, biases, prefixes, tiles, *rest, 5.0, False)
-    torch.library.opcheck(torch.ops.fastmaf.level_inverse.default, arguments)
+    arguments = (z, weights, biases, prefixes, tiles, *rest, [5.0], [False])
+    torch.library.opcheck(torch.ops.fastmaf.flow_inverse.default, arguments)
 
 
-def test_opcheck_level_inverse_backward(backend: str) -> None:
+def test_opcheck_flow_inverse_backward(backend: str) -> None:
     z, weights, biases, prefixes, tiles, *rest = inverse_arguments(parts(), 3)
     arguments = (
         normal(3, FEATURES, seed=2),
@@ -101,10 +111,10 @@ def test_opcheck_level_inverse_backward(backend: str) -> None:
         prefixes,
         tiles,
         *rest,
-        5.0,
-        False,
+        [5.0],
+        [False],
     )
-    torch.library.opcheck(torch.ops.fastmaf.level_inverse_backward.default, arguments)
+    torch.library.opcheck(torch.ops.fastmaf.flow_inverse_backward.default, arguments)
 
 
 @pytest.mark.parametrize("activation", ["identity", "relu"])
@@ -114,7 +124,7 @@ def test_masked_linear_against_dense(backend: str, batch: int, activation: str) 
     layer = made.hidden[0]
     assert len(layer.layout.tiles) > 1
     arguments = linear_arguments(made, batch, grad=True)
-    y = kernels.masked_linear(*(*arguments, activation))
+    y = kernels.masked_linear(arguments[0], LinearArgs(*arguments[1:], activation))
     x, dense, bias = (t.detach().clone().requires_grad_() for t in (arguments[0], layer.dense_weight(), layer.bias))
     expected = torch.nn.functional.linear(x, dense, bias)
     expected = expected.relu() if activation == "relu" else expected
@@ -138,9 +148,9 @@ def test_affine_output_against_dense(backend: str, batch: int, bound: float, sof
     layer = made.output
     assert len(layer.layout.tiles) > 1
     arguments = affine_arguments(made, batch, grad=True)
-    results = kernels.affine_output(*(*arguments, bound, soft))
-    h, dense, bias, x = (
-        t.detach().clone().requires_grad_() for t in (arguments[0], layer.dense_weight(), arguments[2], arguments[3])
+    results = kernels.affine_output(*arguments[:2], AffineArgs(*arguments[2:], bound, soft))
+    h, x, dense, bias = (
+        t.detach().clone().requires_grad_() for t in (*arguments[:2], layer.dense_weight(), arguments[3])
     )
     out = torch.nn.functional.linear(h, dense, bias)
     shift, u = out[:, 0::2], out[:, 1::2]
@@ -154,22 +164,22 @@ def test_affine_output_against_dense(backend: str, batch: int, bound: float, sof
     assert dense.grad is not None
     for name, found, truth in (
         ("h", arguments[0].grad, h.grad),
-        ("weight", layer.layout.unpack(arguments[1].grad), dense.grad * layer.layout.mask()),
-        ("bias", arguments[2].grad, bias.grad),
-        ("x", arguments[3].grad, x.grad),
+        ("x", arguments[1].grad, x.grad),
+        ("weight", layer.layout.unpack(arguments[2].grad), dense.grad * layer.layout.mask()),
+        ("bias", arguments[3].grad, bias.grad),
     ):
         assert_close("gradients", found, truth, f"gradient of {name}")
     assert torch.equal(
-        arguments[1].grad[padding_of(layer)], torch.zeros(int(padding_of(layer).sum()), dtype=torch.float64)
+        arguments[2].grad[padding_of(layer)], torch.zeros(int(padding_of(layer).sum()), dtype=torch.float64)
     )
 
 
 def test_unknown_activations_are_refused() -> None:
     with pytest.raises(ValueError, match="tanh"):
-        kernels.masked_linear(*(*linear_arguments(parts(), 2), "tanh"))
+        call("masked_linear", (*linear_arguments(parts(), 2), "tanh"))
 
 
-@pytest.mark.parametrize("op", ["masked_linear", "affine_output", "level_inverse"])
+@pytest.mark.parametrize("op", ["masked_linear", "affine_output", "flow_inverse"])
 def test_fake_shapes(op: str) -> None:
     """On meta tensors, as compilers trace them: the same shapes and dtypes as the real op."""
     for dtype in (torch.float32, torch.float64):
@@ -180,7 +190,7 @@ def test_fake_shapes(op: str) -> None:
         elif op == "affine_output":
             arguments = (*affine_arguments(made, 3, dtype), 5.0, False)
         else:
-            arguments = (*inverse_arguments(made, 3, dtype), 5.0, False)
+            arguments = (*inverse_arguments(made, 3, dtype), [5.0], [False])
         meta = tuple(
             a.to("meta")
             if isinstance(a, Tensor)
@@ -189,7 +199,7 @@ def test_fake_shapes(op: str) -> None:
             else a
             for a in arguments
         )
-        real, fake = getattr(kernels, op)(*arguments), getattr(kernels, op)(*meta)
+        real, fake = call(op, arguments), call(op, meta)
         for one, other in zip(*((r if isinstance(r, tuple) else (r,)) for r in (real, fake)), strict=True):
             assert one.shape == other.shape and one.dtype == other.dtype and other.is_meta
 
@@ -200,11 +210,11 @@ def test_inputs_are_not_written_to(backend: str) -> None:
     for op, arguments in (
         ("masked_linear", (*linear_arguments(made, 3), "relu")),
         ("affine_output", (*affine_arguments(made, 3), 0.3, False)),
-        ("level_inverse", (*inverse_arguments(made, 3), 0.3, False)),
+        ("flow_inverse", (*inverse_arguments(made, 3), [0.3], [False])),
     ):
         tensors = [t for a in arguments for t in (a if isinstance(a, list) else [a]) if isinstance(t, Tensor)]
         before = [t.clone() for t in tensors]
-        getattr(kernels, op)(*arguments)
+        call(op, arguments)
         assert all(torch.equal(a, b) for a, b in zip(tensors, before, strict=True)), op
 
 

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from fastmaf import kernels
+from fastmaf.kernels import LinearArgs
 from tests.core.helpers import padding_of
 from tests.kernels.cases import (
     OPS,
@@ -33,7 +34,7 @@ from tests.tolerances import F32, F64
 pytestmark = TRITON_MARKS
 
 SMALL: dict[str, Any] = {"hidden_features": (9,), "levels": 3}
-ONE_OF_EACH = ["relu", "affine", "inverse", "chain"]
+ONE_OF_EACH = ["relu", "affine", "inverse", "flow"]
 
 
 @pytest.fixture(autouse=True)
@@ -43,21 +44,21 @@ def poison(device: str) -> Iterator[None]:
 
 
 def small(kind: str, batch: int, features: int = 13, **options: Any) -> Case:
-    """Makes a call on a small block with many tiles, or on a chain of two."""
-    if kind.startswith("chain"):
+    """Makes a call on a small block with many tiles, or on a flow of two."""
+    if kind.startswith("flow"):
         order = [torch.arange(features).roll(3), torch.arange(features).flip(0)]
         options = {"blocks": 2, "order": order, **options}
     return make(kind, batch, features, **{**SMALL, **options})
 
 
 def against_reference(case: Case, inputs: dict[str, Tensor] | None = None) -> None:
-    same(evaluate(case, "triton", F32, inputs), evaluate(case, "reference", F64))
+    same(evaluate(case, "triton", F32, inputs), evaluate(case, "torch", F64))
 
 
 @pytest.mark.parametrize("batch, draws", [(1, 4), (3, 4), (17, 4)])
 @pytest.mark.parametrize("kind", OPS)
 def test_float32_contract(device: str, kind: str, batch: int, draws: int) -> None:
-    if device == "cpu" and batch != 3 and kind.startswith(("affine, ", "inverse, ", "chain, ")):
+    if device == "cpu" and batch != 3 and kind.startswith(("affine, ", "inverse, ", "flow, ")):
         pytest.skip("too long where it is interpreted: how log-scales are bounded is no matter of the batch")
     check_contract(lambda seed: small(kind, batch, seed=seed, device=device), draws, "triton")
 
@@ -81,9 +82,9 @@ def test_aligned_rows(device: str, kind: str) -> None:
         ("linear", 8, 16, 2, 33),
         ("affine", 4, 2, 64, 1),
         ("affine", 4, 4, 64, 17),
-        ("chain", 8, 4, 64, 1),
-        ("chain", 4, 8, 1, 3),
-        ("chain", 16, 16, 64, 17),
+        ("flow", 8, 4, 64, 1),
+        ("flow", 4, 8, 1, 3),
+        ("flow", 16, 16, 64, 17),
     ],
 )
 def test_launch_paths(
@@ -91,7 +92,7 @@ def test_launch_paths(
 ) -> None:
     """Split and unsplit sums, several tiles of samples, of rows and of columns, several segments of each."""
     set_launch(monkeypatch, device, rows, columns, programs)
-    features, hidden = {"affine": (13, (11,)), "chain": (13, (9, 5))}.get(kind, (21, (11,)))
+    features, hidden = {"affine": (13, (11,)), "flow": (13, (9, 5))}.get(kind, (21, (11,)))
     against_reference(small(kind, batch, features, hidden_features=hidden, levels=None, device=device))
 
 
@@ -102,7 +103,7 @@ def test_more_partial_sums_than_are_added_at_a_time(monkeypatch: pytest.MonkeyPa
 
 def test_launches_take_the_paths_meant(monkeypatch: pytest.MonkeyPatch, device: str) -> None:
     """What the test above relies on: many programs split the sums, few do not; and no path is left out."""
-    from fastmaf.kernels import triton_parts
+    from fastmaf.kernels.triton_common import device as triton_parts
 
     seen: list[tuple[str, dict[str, Any]]] = []
 
@@ -146,7 +147,7 @@ def test_paths_of_the_inverse(
     monkeypatch: pytest.MonkeyPatch, device: str, options: dict[str, Any], most: int, panel: int, batch: int
 ) -> None:
     """Several launches, panels of few steps, blocks of rows and columns smaller than what they walk over."""
-    from fastmaf.kernels.level_inverse import triton_kernel
+    from fastmaf.kernels.flow.triton import inverse as triton_kernel
 
     set_launch(monkeypatch, device, 16, 16, 1)
     monkeypatch.setattr(triton_kernel, "MOST_SAMPLES", most)
@@ -174,7 +175,7 @@ def test_paths_of_the_inverse(
 def test_degrees(device: str, kind: str, features: int, degrees: list[list[int]]) -> None:
     """Duplicates, units that see nothing or all, one and two dimensions, fewer, as many and more units than those."""
     options: dict[str, Any] = {"degrees": [torch.tensor(d) for d in degrees], "levels": None}
-    for batch in (3,) if kind in ("inverse", "chain") else (1, 5):
+    for batch in (3,) if kind in ("inverse", "flow") else (1, 5):
         against_reference(
             small(kind, batch, features, hidden_features=tuple(map(len, degrees)), device=device, **options)
         )
@@ -237,7 +238,7 @@ def test_gradients_of_some_inputs_only(device: str, kind: str) -> None:
 
 @pytest.mark.parametrize("kind", OPS)
 def test_bfloat16_weights_are_rounded_weights(device: str, kind: str) -> None:
-    for batch in (3,) if kind.startswith(("inverse", "chain")) else (1, 3):
+    for batch in (3,) if kind.startswith(("inverse", "flow")) else (1, 3):
         case = small(kind, batch, device=device)
         stored, rounded = leaves(case, F32), leaves(case, F64)
         for key in case.tensors:
@@ -246,10 +247,10 @@ def test_bfloat16_weights_are_rounded_weights(device: str, kind: str) -> None:
                 rounded[key] = stored[key].double()
         found = evaluate(case, "triton", F32, stored)
         assert all(value.dtype == F32 for value in found.values())
-        same(found, evaluate(case, "reference", F64, rounded))
+        same(found, evaluate(case, "torch", F64, rounded))
 
 
-@pytest.mark.parametrize("kind, batch", [("linear", 1), ("linear", 33), ("affine, soft", 17), ("chain, free", 3)])
+@pytest.mark.parametrize("kind, batch", [("linear", 1), ("linear", 33), ("affine, soft", 17), ("flow, free", 3)])
 def test_the_gradient_of_the_padding_is_exactly_zero(
     monkeypatch: pytest.MonkeyPatch, device: str, kind: str, batch: int
 ) -> None:
@@ -263,7 +264,7 @@ def test_the_gradient_of_the_padding_is_exactly_zero(
 
 @pytest.mark.parametrize(
     "kind, batch",
-    [("relu", 17), ("affine", 3), ("affine, soft", 17), ("inverse", 3), ("inverse, soft", 3), ("chain", 3)],
+    [("relu", 17), ("affine", 3), ("affine, soft", 17), ("inverse", 3), ("inverse, soft", 3), ("flow", 3)],
 )
 def test_nan_stays_in_its_sample(device: str, kind: str, batch: int) -> None:
     case = small(kind, batch, device=device)
@@ -308,4 +309,4 @@ def test_unknown_activations_are_refused(device: str) -> None:
     case = small("relu", 1, device=device)
     t, layer = leaves(case, F32), case.layers[0]
     with kernels.use_backend("triton"), pytest.raises(ValueError, match="tanh"):
-        kernels.masked_linear(t["x"], t["weight 0"], t["bias 0"], layer.prefix, layer.layout.table, "tanh")
+        kernels.masked_linear(t["x"], LinearArgs(t["weight 0"], t["bias 0"], layer.prefix, layer.layout.table, "tanh"))

@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import fastmaf
-from fastmaf.kernels import backends
+from fastmaf.kernels import dispatch
 from fastmaf.training import cuda_graphs as graphs
 from fastmaf.training import graphed_step
 from fastmaf.training.gradient_sink import Gradients
@@ -20,7 +20,7 @@ from tests.core.helpers import build, normal
 from tests.tolerances import F32
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
-MISSING = next((why for op in backends.OPS if (why := backends.missing(op, "triton")) is not None), None)
+MISSING = next((why for op in dispatch.OPS if (why := dispatch.missing(op, "triton")) is not None), None)
 pytestmark = pytest.mark.skipif(MISSING is not None, reason=str(MISSING))
 
 
@@ -140,7 +140,7 @@ def test_the_code_of_replayed_steps_on_the_cpu(max_grad_norm: float | None) -> N
 def test_nothing_is_compiled_while_a_graph_is_recorded(clips: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """A kernel is compiled for the alignment of its pointers too: all that a graph holds must have run before."""
     from fastmaf.bench.dev import resources
-    from fastmaf.kernels import triton_parts
+    from fastmaf.kernels.triton_common import device as triton_parts
 
     flow, x = flow_on("cpu", blocks=3, order="alternate"), batches("cpu", [4])[0]
     flow.validate_args = False  # kernels are recorded, not run: there are no values

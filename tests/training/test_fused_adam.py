@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 import fastmaf
 from fastmaf import Guards, TrainingStep
-from fastmaf.kernels.chain import op as chain_op
-from fastmaf.kernels.factors import Factors
+from fastmaf.kernels.factored_grad import FactoredGrad
+from fastmaf.kernels.flow import forward as flow_op
 from fastmaf.training.fused_adam import FusedAdam
 from tests.core.helpers import build, correlated, layers_of, padding_of
 from tests.tolerances import error
@@ -66,8 +66,8 @@ def stores_no_gradient() -> Iterator[None]:
     """Fails where an op forms the gradient of a weight."""
     message = "the gradient of a weight was formed"
     with (
-        mock.patch.object(chain_op, "_backward", side_effect=AssertionError(message)),
-        mock.patch.object(Factors, "grad_weight", side_effect=AssertionError(message)),
+        mock.patch.object(flow_op, "_backward", side_effect=AssertionError(message)),
+        mock.patch.object(FactoredGrad, "grad_weight", side_effect=AssertionError(message)),
     ):
         yield
 

@@ -330,7 +330,7 @@ def test_steps_and_minimize_in_turn_on_a_gpu() -> None:
     for i in range(9):
         x = batch(i, dtype=torch.float32).cuda()
         WAYS[i % 3](flow, fused, -flow.log_prob(x).mean())
-        with fastmaf.use_backend("reference"):
+        with fastmaf.use_backend("torch"):
             backward_and_step(plain, adam, -plain.log_prob(x.double()).mean())
         if i == 5:
             fused.load_state_dict(copy.deepcopy(fused.state_dict()))

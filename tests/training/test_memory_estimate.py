@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 import fastmaf
-from fastmaf.kernels import backends
+from fastmaf.kernels import dispatch
 from fastmaf.training.memory_estimate import memory_parts
 from fastmaf.transforms import Transform
 
@@ -39,7 +39,7 @@ CASES: dict[str, dict[str, Any]] = {
     "scoring, batch 64, alternate": {"optimiser": None, "batch": 64, "order": "alternate"},
     "scoring, bfloat16": {"optimiser": None, "inference": True},
 }
-BACKENDS = ("native", "reference")
+BACKENDS = ("native", "torch")
 
 
 @pytest.fixture(scope="module")
@@ -49,11 +49,11 @@ def measured(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, in
     if not sys.platform.startswith("linux") or compiler is None:
         pytest.skip("counting what malloc is asked for needs Linux and a C compiler")
     library = tmp_path_factory.mktemp("allocations") / "allocations.so"
-    source = Path(__file__).with_name("allocations.c")
+    source = ROOT / "tests" / "allocations.c"
     subprocess.run(
         [compiler, "-O1", "-Wall", "-Werror", "-shared", "-fPIC", str(source), "-o", str(library)], check=True
     )
-    present = [name for name in BACKENDS if backends.missing("chain", name) is None]
+    present = [name for name in BACKENDS if dispatch.missing("flow", name) is None]
     keys = [f"{name}: {case}" for name in present for case in CASES]
     cases = [{**BASE, **case, "backend": name} for name in present for case in CASES.values()]
     run = subprocess.run(

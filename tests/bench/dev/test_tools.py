@@ -13,10 +13,10 @@ import fastmaf
 from fastmaf.bench.dev import readme
 from fastmaf.bench.rows import read
 from fastmaf.bench.tables import MARKDOWN
-from fastmaf.kernels import backends
+from fastmaf.kernels import dispatch
 from tests.bench.example_rows import ABOUT, example_run
 
-MISSING = next((why for op in backends.OPS if (why := backends.missing(op, "triton")) is not None), None)
+MISSING = next((why for op in dispatch.OPS if (why := dispatch.missing(op, "triton")) is not None), None)
 needs_triton = pytest.mark.skipif(MISSING is not None, reason=str(MISSING))
 
 
@@ -63,7 +63,7 @@ def test_tune_refuses_to_run_without_a_gpu(monkeypatch: pytest.MonkeyPatch, caps
 def test_smoke_compares_a_backend_with_float64(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
     smoke = importlib.import_module("fastmaf.bench.dev.smoke")
     size = ["--features", "24", "--hidden", "32", "--batches", "3", "--precisions", "ieee"]
-    monkeypatch.setattr("sys.argv", ["smoke", *size, "--device", "cpu", "--backend", "reference"])
+    monkeypatch.setattr("sys.argv", ["smoke", *size, "--device", "cpu", "--backend", "torch"])
     deterministic = torch.are_deterministic_algorithms_enabled()
     try:
         assert smoke.main() == 0

@@ -276,7 +276,7 @@ Numbers inverse_case(long n, long features, long threads, uint64_t seed, bool na
 void test_forward();
 void test_backward();
 void test_inverse();
-void test_chain();
+void test_flow();
 
 template <class T>
 const char* type_name() {

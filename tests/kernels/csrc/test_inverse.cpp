@@ -27,7 +27,7 @@ Degrees draw_degrees(long units, long features, Random& random) {
   return result;
 }
 
-// level_inverse/schedule.py
+// flow/schedule.py
 std::vector<int32_t> level_schedule(const Degrees& in, const std::vector<Degrees>& hidden) {
   std::vector<int32_t> table;
   Degrees thresholds = hidden.back();
@@ -147,7 +147,7 @@ Numbers chain_case(const std::vector<std::unique_ptr<Made<T, W>>>& chain, long n
     blocks.push_back(made->block());
     for (const auto& layer : made->layers) length += static_cast<double>(layer->columns);
   }
-  fastmaf::level_inverse<T, W>(blocks.data(), static_cast<long>(blocks.size()), last.empty() ? nullptr : last_of.data(),
+  fastmaf::flow_inverse<T, W>(blocks.data(), static_cast<long>(blocks.size()), last.empty() ? nullptr : last_of.data(),
                                z_of.data(), n, features, x_of.data(), ladj_of.data(), threads);
   Numbers written = x_of.numbers();
   const Numbers found = written, found_ladj = ladj_of.numbers();
@@ -189,7 +189,7 @@ Numbers inverse_case(long n, long features, long threads, uint64_t seed, bool na
   const long models[][2] = {{1, 40}, {2 + random.below(3), 12}, {1, features > 90 && n < 4 ? 700 : 20}};
   for (const auto& [blocks, most_units] : models) {
     std::vector<std::unique_ptr<Made<T, W>>> chain;
-    std::string name = std::string("level_inverse ") + type_name<W>() + " n=" + std::to_string(n) + " D=" +
+    std::string name = std::string("flow_inverse ") + type_name<W>() + " n=" + std::to_string(n) + " D=" +
                        std::to_string(features) + " threads=" + std::to_string(threads) + " seed=" + std::to_string(seed);
     for (long b = 0; b < blocks; ++b) {
       chain.push_back(std::make_unique<Made<T, W>>(features, most_units, random));

@@ -130,7 +130,7 @@ int main() {
   std::printf("backward passes: %ld\n", checks.load());
   test_inverse();
   std::printf("inverse: %ld\n", checks.load());
-  test_chain();
+  test_flow();
   std::printf("chains: %ld\n", checks.load());
   test_again<float, float>();
   test_again<double, double>();

@@ -1,0 +1,1 @@
+"""Affine autoregressive blocks in a row, forward and inverse, in one call."""

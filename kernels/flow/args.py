@@ -1,0 +1,132 @@
+"""The arguments of ``flow_forward`` and ``flow_inverse``: autoregressive blocks with permutations between them."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastmaf.kernels.affine_output.args import AffineArgs
+from fastmaf.kernels.masked_linear.args import LinearArgs, check_activation
+
+
+class Block(NamedTuple):
+    """One affine autoregressive block.
+
+    Attributes:
+        weights, biases, prefixes, tiles: of the hidden layers, then of the output layer, whose rows are interleaved
+            (shift, raw log-scale).
+        schedule: ``level_schedule`` of the block.
+        activation: of the hidden layers.
+        bound: log-scales stay within ± this; ``inf`` leaves them free.
+        soft: bound by tanh instead of by a clamp.
+    """
+
+    weights: Sequence[Tensor]
+    biases: Sequence[Tensor]
+    prefixes: Sequence[Tensor]
+    tiles: Sequence[Tensor]
+    schedule: Tensor
+    activation: str
+    bound: float
+    soft: bool
+
+
+class FlowArgs(NamedTuple):
+    """Blocks in a row, flat: the form in which the ops of both directions receive them.
+
+    Attributes:
+        weights, biases, prefixes, tiles: of all layers of the first block, then of the second, and so on; contiguous.
+        schedules, bounds, softs: one entry per block; a schedule has as many columns as its block has layers.
+        permutations: one entry per block, applied before it (``x[:, permutation]``), and one for after the last; empty
+            where there is none.
+        activation: of all hidden layers.
+    """
+
+    weights: list[Tensor]
+    biases: list[Tensor]
+    prefixes: list[Tensor]
+    tiles: list[Tensor]
+    schedules: list[Tensor]
+    permutations: list[Tensor]
+    activation: str
+    bounds: list[float]
+    softs: list[bool]
+
+    def layers_of_blocks(self) -> list[range]:
+        """Returns the numbers of each block's layers, the output layer last."""
+        ends = list(itertools.accumulate((schedule.shape[1] for schedule in self.schedules), initial=0))
+        return [range(*pair) for pair in itertools.pairwise(ends)]
+
+    def hidden(self, layer: int) -> LinearArgs:
+        """Returns a hidden layer, by its number."""
+        return LinearArgs(
+            self.weights[layer], self.biases[layer], self.prefixes[layer], self.tiles[layer], self.activation
+        )
+
+    def output(self, block: int, layer: int) -> AffineArgs:
+        """Returns the output layer of a block, by the numbers of both."""
+        layers = self.weights[layer], self.biases[layer], self.prefixes[layer], self.tiles[layer]
+        return AffineArgs(*layers, self.bounds[block], self.softs[block])
+
+    def with_parameters(self, weights: Sequence[Tensor], biases: Sequence[Tensor]) -> FlowArgs:
+        """Returns the same blocks with other parameters."""
+        return self._replace(weights=list(weights), biases=list(biases))
+
+    def inverted(self) -> FlowArgs:
+        """Returns the blocks in the order of inversion, with the inverses of the permutations."""
+        layers = [i for block in reversed(self.layers_of_blocks()) for i in block]
+        weights, biases, prefixes, tiles = ([part[i] for i in layers] for part in self[:4])
+        permutations = [p.argsort() if p.numel() else p for p in reversed(self.permutations)]
+        return FlowArgs(
+            weights,
+            biases,
+            prefixes,
+            tiles,
+            self.schedules[::-1],
+            permutations,
+            self.activation,
+            self.bounds[::-1],
+            self.softs[::-1],
+        )
+
+
+FLOW_SCHEMA = (
+    "Tensor[] weights, Tensor[] biases, Tensor[] prefixes, Tensor[] tiles, Tensor[] schedules,"
+    " Tensor[] permutations, str activation, float[] bounds, bool[] softs"
+)
+
+
+def flow_args(blocks: Sequence[Block], permutations: Sequence[Tensor | None]) -> FlowArgs:
+    """Returns ``blocks``, with the permutations before each and after the last, as arguments of the ops.
+
+    Args:
+        blocks: in the order in which x passes through them, all of one activation.
+        permutations: int64 ``[D]``, one per block, applied before it as ``x[:, permutation]``, and one for after the
+            last; None where there is none.
+
+    Raises:
+        ValueError: there is no block, an activation is unknown, they differ, or permutations are not one more.
+    """
+    activations = {block.activation for block in blocks}
+    if len(activations) != 1 or len(permutations) != len(blocks) + 1:
+        raise ValueError(
+            f"a flow needs blocks of one activation and one permutation more than blocks; found {len(blocks)} blocks, "
+            f"activations {sorted(activations)}, {len(permutations)} permutations"
+        )
+    check_activation(activation := activations.pop())
+    none = torch.empty(0, dtype=torch.int64, device=blocks[0].biases[0].device)
+    return FlowArgs(
+        [weight.contiguous() for block in blocks for weight in block.weights],
+        [bias.contiguous() for block in blocks for bias in block.biases],
+        [prefix for block in blocks for prefix in block.prefixes],
+        [table for block in blocks for table in block.tiles],
+        [block.schedule for block in blocks],
+        [none if permutation is None else permutation for permutation in permutations],
+        activation,
+        [block.bound for block in blocks],
+        [block.soft for block in blocks],
+    )

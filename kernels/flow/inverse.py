@@ -1,0 +1,91 @@
+"""``flow_inverse``: a flow's blocks and permutations, from base to data, in one call."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from fastmaf.kernels import composite
+from fastmaf.kernels.autocast import outside_autocast
+from fastmaf.kernels.dispatch import implementation
+from fastmaf.kernels.flow.args import FLOW_SCHEMA, FlowArgs
+from fastmaf.kernels.op import call, define, differentiable, is_recorded
+from fastmaf.kernels.padding import keep_zero
+
+
+def _inverse(z: Tensor, *fields: Any) -> tuple[Tensor, Tensor]:
+    args = FlowArgs(*fields)
+    keep_zero(args.weights, args.prefixes, args.tiles)
+    result: tuple[Tensor, Tensor] = implementation("flow", z).inverse(z, args)
+    return result
+
+
+def _inverse_fake(z: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+    return z.new_empty(z.shape), z.new_empty(z.shape[0])
+
+
+def _backward(grad_x: Tensor, grad_ladj: Tensor, z: Tensor, *fields: Any) -> list[Tensor]:
+    args = FlowArgs(*fields)
+    grads: list[Tensor] = implementation("flow", z).inverse_backward(grad_x, grad_ladj, z, args)
+    return grads
+
+
+def _backward_fake(grad_x: Tensor, grad_ladj: Tensor, z: Tensor, *fields: Any) -> list[Tensor]:
+    return [z.new_empty(t.shape) for t in (z, *fields[0], *fields[1])]
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    args = FlowArgs(*inputs[1:])
+    ctx.differentiable = 3
+    ctx.save_for_backward(inputs[0], *args.weights, *args.biases)
+    ctx.args = args.with_parameters([], [])  # the rest is never written to
+
+
+@outside_autocast
+def _autograd(ctx: Any, grad_x: Tensor, grad_ladj: Tensor) -> tuple[Any, ...]:
+    z, *tensors = ctx.saved_tensors
+    k = len(tensors) // 2
+    args: FlowArgs = ctx.args.with_parameters(tensors[:k], tensors[k:])
+    if composite.needed_for((grad_x, grad_ladj)):
+
+        def function(z: Tensor, *tensors: Tensor) -> tuple[Tensor, Tensor]:
+            return composite.flow_inverse(z, args.with_parameters(tensors[:k], tensors[k:]))
+
+        grads: Any = composite.gradients(function, (z, *tensors), (grad_x, grad_ladj))
+    else:
+        grads = (_BACKWARD if is_recorded(z) else _backward)(grad_x, grad_ladj, z, *args)
+    none = ([None] * len(part) for part in args[2:6])
+    return grads[0], grads[1 : k + 1], grads[k + 1 :], *none, None, None, None
+
+
+_BACKWARD = define(
+    "flow_inverse_backward",
+    f"(Tensor grad_x, Tensor grad_ladj, Tensor z, {FLOW_SCHEMA}) -> Tensor[]",
+    _backward,
+    _backward_fake,
+)
+_INVERSE = differentiable(
+    define("flow_inverse", f"(Tensor z, {FLOW_SCHEMA}) -> (Tensor, Tensor)", _inverse, _inverse_fake),
+    _inverse,
+    _setup_context,
+    _autograd,
+)
+
+
+def flow_inverse(z: Tensor, args: FlowArgs) -> tuple[Tensor, Tensor]:
+    """Inverts blocks and permutations in turn, exactly; of each block, ``x = z exp(log_scale(x)) + shift(x)``, one step
+    per level.
+
+    Args:
+        z: ``[N, D]``.
+        args: the blocks in the order of inversion: ``FlowArgs.inverted`` of those of ``flow_forward``.
+
+    Returns:
+        ``x`` ``[N, D]`` and ``ladj`` ``[N]`` = log |det dx/dz| in nats.
+    """
+    if composite.needed():
+        return composite.flow_inverse(z, args)
+    z = z.contiguous()
+    result: tuple[Tensor, Tensor] = call(_INVERSE, (z, *args), (z, *args.weights, *args.biases))
+    return result

@@ -1,0 +1,275 @@
+"""A flow's level-scheduled inverse by one Triton kernel.
+
+One program takes a tile of samples through all blocks in one launch: it waits for nobody, so it needs no more than the
+barriers of its own threads. Steps are taken in panels:
+
+    for each panel: sum what all rows of the panel take from units finished before it, streaming their weights;
+        for each step in it: outputs += what the panel's own units add;  x = z exp(a) + m;
+                             units of each layer in turn += what the panel's own x and units add
+
+so that a step's critical path touches a few columns, which the stream before it has brought into the cache. Values live
+in scratch memory, partial sums beside them; every weight is read once, but for the panel's columns.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fastmaf.kernels.flow.args import FlowArgs
+from fastmaf.kernels.triton_common import work_lists
+from fastmaf.kernels.triton_common.device import (
+    all_registers,
+    bounded,
+    cdiv,
+    exponential,
+    launch,
+    power_of_two,
+    product,
+    target,
+)
+from fastmaf.kernels.triton_common.launch_table import Table
+
+# Steps of a panel: more of them stream longer at a time, and look at more columns in each step.
+PANEL = 16
+# Samples in one launch: their scratch memory is some four times their size. A multiple of 4, so that each launch's x
+# starts at a multiple of 16 bytes.
+MOST_SAMPLES = 512
+# int64 numbers of a block in the kernel's table, then of each of its layers.
+_OF_BLOCK = tl.constexpr(3)
+_OF_LAYER = tl.constexpr(5)
+
+
+@triton.jit
+def _sums(
+    values_ptr, sample, sample_ok, stride, layer, r, row_ok, c_begin, c_end, W_TYPE: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, ALIGNED: tl.constexpr,
+):  # fmt: skip
+    """What rows r of a layer take from columns c_begin..c_end of the values below: ``[BLOCK_N, BLOCK_R]``."""
+    w_ptr = tl.load(layer).to(tl.pointer_type(W_TYPE))
+    base = tl.load(tl.load(layer + 2).to(tl.pointer_type(tl.int64)) + r, mask=row_ok, other=0)
+    width = tl.load(tl.load(layer + 3).to(tl.pointer_type(tl.int32)) + r, mask=row_ok, other=0)
+    if ALIGNED:
+        w_ptr = tl.multiple_of(w_ptr, 16)
+        base = tl.multiple_of(base, 16)
+        width = tl.multiple_of(width, 16)
+    return product(
+        values_ptr, sample, sample_ok, stride, w_ptr, base, width, row_ok, c_begin, c_end,
+        BLOCK_N, BLOCK_R, BLOCK_C, True, "ieee",
+    )  # fmt: skip
+
+
+@triton.jit
+def _flow_inverse_kernel(
+    z_ptr, x_ptr, ladj_ptr, blocks_ptr, bounds_ptr, permutations_ptr, values_ptr, ahead_ptr, other_x_ptr, n, features,
+    blocks, stride_block, stride_values,
+    PANEL: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_U: tl.constexpr, BLOCK_R: tl.constexpr,
+    BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_W: tl.constexpr, W_TYPE: tl.constexpr, RELU: tl.constexpr,
+    ANY_SOFT: tl.constexpr, ALIGNED: tl.constexpr,
+):  # fmt: skip
+    """values: hidden units [n, stride_values], layer after layer; ahead: partial sums of these, then of the 2D outputs.
+
+    Of a block in blocks_ptr: schedule, steps, hidden layers; of its layers: weight, bias, base, width of
+    its rows, and how many rows it has.
+    """
+    sample = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    sample_ok = sample < n
+    stride_ahead = stride_values + 2 * features
+    ladj = tl.zeros([BLOCK_N], tl.float64)
+    for b in range(blocks):
+        block = blocks_ptr + b * stride_block
+        schedule = tl.load(block).to(tl.pointer_type(tl.int32))
+        steps = tl.load(block + 1).to(tl.int32)
+        hidden = tl.load(block + 2).to(tl.int32)
+        permutation = permutations_ptr + b * features
+        bound, soft = tl.load(bounds_ptr + 2 * b), tl.load(bounds_ptr + 2 * b + 1)
+        output = block + _OF_BLOCK + _OF_LAYER * hidden
+        # The blocks' results alternate between two buffers; the last one's is x.
+        even = (blocks - 1 - b) % 2 == 0
+        to = tl.where(even, x_ptr.to(tl.int64), other_x_ptr.to(tl.int64)).to(tl.pointer_type(tl.float32))
+        from_ = tl.where(even, other_x_ptr.to(tl.int64), x_ptr.to(tl.int64))
+        from_ = tl.where(b == 0, z_ptr.to(tl.int64), from_).to(tl.pointer_type(tl.float32))
+        to = tl.multiple_of(to, 16)
+        for first in range(0, steps, PANEL):
+            last = tl.minimum(first + PANEL, steps)
+            before = schedule + (first - 1) * (hidden + 1)
+            after = schedule + (last - 1) * (hidden + 1)
+            # Hidden layers, over what is finished below them.
+            below_at = to
+            below_stride = features
+            value_at = 0
+            for k in range(hidden):
+                layer = block + _OF_BLOCK + _OF_LAYER * k
+                bias_ptr = tl.load(layer + 1).to(tl.pointer_type(tl.float32))
+                begin = tl.load(before + 1 + k, mask=first > 0, other=0)
+                end = tl.load(after + 1 + k)
+                c_end = tl.load(before + k, mask=first > 0, other=0)
+                for start in range(begin, end, BLOCK_R):
+                    r = start + tl.arange(0, BLOCK_R)
+                    ok = r < end
+                    sums = _sums(
+                        below_at, sample, sample_ok, below_stride, layer, r, ok, 0, c_end, W_TYPE, BLOCK_N, BLOCK_R,
+                        BLOCK_C, ALIGNED,
+                    )  # fmt: skip
+                    sums += tl.load(bias_ptr + r, mask=ok, other=0.0)[None, :]
+                    at = ahead_ptr + sample[:, None] * stride_ahead + value_at + r[None, :]
+                    tl.store(at, sums, mask=sample_ok[:, None] & ok[None, :])
+                below_at = values_ptr + value_at
+                below_stride = stride_values
+                value_at += tl.load(layer + 4).to(tl.int32)
+            # Outputs, over the finished units of the last hidden layer.
+            bias_ptr = tl.load(output + 1).to(tl.pointer_type(tl.float32))
+            begin = 2 * tl.load(before, mask=first > 0, other=0)
+            end = 2 * tl.load(after)
+            h_begin = tl.load(before + hidden, mask=first > 0, other=0)
+            for start in range(begin, end, BLOCK_R):
+                r = start + tl.arange(0, BLOCK_R)
+                ok = r < end
+                sums = _sums(
+                    below_at, sample, sample_ok, below_stride, output, r, ok, 0, h_begin, W_TYPE, BLOCK_N, BLOCK_R,
+                    BLOCK_C, ALIGNED,
+                )  # fmt: skip
+                sums += tl.load(bias_ptr + r, mask=ok, other=0.0)[None, :]
+                at = ahead_ptr + sample[:, None] * stride_ahead + stride_values + r[None, :]
+                tl.store(at, sums, mask=sample_ok[:, None] & ok[None, :])
+            tl.debug_barrier()
+            for s in range(first, last):
+                now = schedule + s * (hidden + 1)
+                past = now - (hidden + 1)
+                d_begin = tl.load(past, mask=s > 0, other=0)
+                d_end = tl.load(now)
+                h_end = tl.load(past + hidden, mask=s > 0, other=0)
+                for start in range(d_begin, d_end, BLOCK_D):
+                    d = start + tl.arange(0, BLOCK_D)
+                    d_ok = d < d_end
+                    ok = sample_ok[:, None] & d_ok[None, :]
+                    place = tl.load(permutation + d, mask=d_ok, other=0)
+                    z = tl.load(from_ + sample[:, None] * features + place[None, :], mask=ok, other=0.0)
+                    at = ahead_ptr + sample[:, None] * stride_ahead + stride_values + 2 * d[None, :]
+                    shift = tl.load(at, mask=ok, other=0.0) + _sums(
+                        below_at, sample, sample_ok, below_stride, output, 2 * d, d_ok, h_begin, h_end, W_TYPE, BLOCK_N,
+                        BLOCK_D, BLOCK_P, False,
+                    )  # fmt: skip
+                    u = tl.load(at + 1, mask=ok, other=0.0) + _sums(
+                        below_at, sample, sample_ok, below_stride, output, 2 * d + 1, d_ok, h_begin, h_end, W_TYPE,
+                        BLOCK_N, BLOCK_D, BLOCK_P, False,
+                    )  # fmt: skip
+                    a = bounded(u, bound, False)
+                    if ANY_SOFT:
+                        a = tl.where(soft != 0, bounded(u, bound, True), a)
+                    tl.store(to + sample[:, None] * features + d[None, :], z * exponential(a) + shift, mask=ok)
+                    ladj += tl.sum(tl.where(ok, a, 0.0).to(tl.float64), 1)
+                tl.debug_barrier()
+                below_at = to
+                below_stride = features
+                value_at = 0
+                for k in range(hidden):
+                    layer = block + _OF_BLOCK + _OF_LAYER * k
+                    begin = tl.load(past + 1 + k, mask=s > 0, other=0)
+                    end = tl.load(now + 1 + k)
+                    c_begin = tl.load(before + k, mask=first > 0, other=0)
+                    c_end = tl.load(now + k)
+                    for start in range(begin, end, BLOCK_U):
+                        r = start + tl.arange(0, BLOCK_U)
+                        row_ok = r < end
+                        ok = sample_ok[:, None] & row_ok[None, :]
+                        at = sample[:, None] * stride_ahead + value_at + r[None, :]
+                        h = tl.load(ahead_ptr + at, mask=ok, other=0.0) + _sums(
+                            below_at, sample, sample_ok, below_stride, layer, r, row_ok, c_begin, c_end, W_TYPE,
+                            BLOCK_N, BLOCK_U, BLOCK_W, False,
+                        )  # fmt: skip
+                        if RELU:
+                            h = tl.where(h < 0, 0.0, h)
+                        tl.store(values_ptr + sample[:, None] * stride_values + value_at + r[None, :], h, mask=ok)
+                    tl.debug_barrier()
+                    below_at = values_ptr + value_at
+                    below_stride = stride_values
+                    value_at += tl.load(layer + 4).to(tl.int32)
+    tl.store(ladj_ptr + sample, ladj.to(tl.float32), mask=sample_ok)
+
+
+class _Plan(NamedTuple):
+    """Launch parameters of the kernel for some blocks and a batch."""
+
+    samples: int
+    dims: int
+    units: int
+    rows: int
+    columns: int
+    panel_units: int
+    panel_values: int
+
+
+def _plan(table: Table, sms: int, n: int, features: int, widest: int, steps: int, aligned: bool) -> _Plan:
+    samples = power_of_two(cdiv(n, sms), 1, 16)
+    numbers = table.inverse_numbers // samples // (1 if aligned else 2)  # as Launch.fitted
+    dims = power_of_two(cdiv(features, steps), 8, 64)
+    units = power_of_two(cdiv(widest, steps), 1, 16)
+    return _Plan(
+        samples,
+        dims,
+        units,
+        16,
+        max(16, numbers // 16),
+        power_of_two(PANEL * units, 16, max(16, numbers // dims)),
+        power_of_two(PANEL * dims, 16, max(16, numbers // units)),
+    )
+
+
+def inverse(z: Tensor, args: FlowArgs) -> tuple[Tensor, Tensor]:
+    """Returns ``x`` ``[N, D]`` and ``ladj`` ``[N]`` = log |det dx/dz|."""
+    n, features = z.shape
+    weights, biases, tiles, schedules = args.weights, args.biases, args.tiles, args.schedules
+    rows = [work_lists.rows(table, z.device) for table in tiles]
+    on_device = [work_lists.on_device(schedule, z.device) for schedule in schedules]
+    soft = [bends and not math.isinf(bound) for bends, bound in zip(args.softs, args.bounds, strict=True)]
+    blocks_layers = args.layers_of_blocks()
+    table = []
+    for schedule, layers in zip(on_device, blocks_layers, strict=True):
+        block = [schedule.data_ptr(), len(schedule), len(layers) - 1]
+        for i in layers:
+            block += [weights[i].data_ptr(), biases[i].data_ptr(), rows[i].base.data_ptr(), rows[i].width.data_ptr()]
+            block.append(biases[i].shape[0])
+        table.append(block)
+    stride = max(len(block) for block in table)
+    blocks = work_lists.numbers(schedules[0], [block + [0] * (stride - len(block)) for block in table], z.device)
+    limits = work_lists.numbers(schedules[0], list(zip(args.bounds, map(float, soft), strict=True)), z.device)
+    # Not by their addresses: they may be made anew for every call.
+    places = torch.stack([p if p.numel() else _identity(features, z.device) for p in args.permutations[:-1]])
+
+    launches, sms, _ = target(z)
+    hidden = [[biases[i].shape[0] for i in layers[:-1]] for layers in blocks_layers]
+    widest, per_block = max(map(max, hidden)), max(map(sum, hidden))
+    steps = max(len(schedule) for schedule in schedules)
+    aligned = all(r.aligned for r in rows) and not any(w.data_ptr() % 16 for w in weights)
+    x, ladj = torch.empty_like(z), z.new_empty(n)
+    for start in range(0, n, MOST_SAMPLES):
+        part = slice(start, start + MOST_SAMPLES)
+        count = len(z[part])
+        plan = _plan(launches, sms, count, features, widest, steps, aligned)
+        values = z.new_empty(count, per_block)
+        ahead = z.new_empty(count, per_block + 2 * features)
+        launch(
+            _flow_inverse_kernel,
+            cdiv(count, plan.samples),
+            z[part], x[part], ladj[part], blocks, limits, places, values, ahead, torch.empty_like(z[part]), count,
+            features, len(table), stride, per_block,
+            PANEL=PANEL, BLOCK_N=plan.samples, BLOCK_D=plan.dims, BLOCK_U=plan.units, BLOCK_R=plan.rows,
+            BLOCK_C=plan.columns, BLOCK_P=plan.panel_units, BLOCK_W=plan.panel_values,
+            W_TYPE=tl.bfloat16 if weights[0].dtype == torch.bfloat16 else tl.float32, RELU=args.activation == "relu",
+            ANY_SOFT=any(soft), ALIGNED=aligned,
+            num_warps=launches.inverse_warps, maxnreg=all_registers(launches.inverse_warps),
+        )  # fmt: skip
+    last = args.permutations[-1]
+    return (x[:, last] if last.numel() else x), ladj
+
+
+@functools.cache
+def _identity(features: int, device: torch.device) -> Tensor:
+    return torch.arange(features, device=device)

@@ -1,1 +1,0 @@
-"""Exact level-scheduled inverse of an affine autoregressive block."""

@@ -1,0 +1,143 @@
+"""Masked linear layer by Triton kernels; the same functions as ``torch.py``.
+
+    y = act(b + x Wᵀ)
+
+A program takes a block of rows of W and walks along the staircase, never outside it. Few rows cannot fill a GPU: then
+several programs share a block, write partial sums, and a second kernel adds these up in a fixed order, so that a result
+never depends on timing. The way back is in ``triton_backward.py``.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fastmaf.kernels.adam.update import Update
+from fastmaf.kernels.masked_linear.args import LinearArgs, LinearBatch
+from fastmaf.kernels.masked_linear.triton_backward import adam_step, products, sum_slots
+from fastmaf.kernels.triton_common import work_lists
+from fastmaf.kernels.triton_common.device import MIN_DOT, cdiv, launch, power_of_two, product, target, why_not
+from fastmaf.kernels.triton_common.launch_table import MOST_LANES
+
+__all__ = ["adam_", "backward", "forward", "squared_norm", "why_not"]
+
+
+@triton.jit
+def _masked_linear_fwd_kernel(
+    x_ptr, w_ptr, bias_ptr, base_ptr, width_ptr, items_ptr, y_ptr, n, in_features, out_features,
+    BLOCK_N: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK_K: tl.constexpr, RELU: tl.constexpr, SPLIT: tl.constexpr,
+    LANES: tl.constexpr, ALIGNED: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    tiles = tl.cdiv(n, BLOCK_N)  # neighbours take the same weights
+    item = items_ptr + tl.program_id(0) // tiles * 4
+    block, k_begin, k_end, slot = tl.load(item), tl.load(item + 1), tl.load(item + 2), tl.load(item + 3)
+    j = block * BLOCK_J + tl.arange(0, BLOCK_J)
+    row_ok = j < out_features
+    base = tl.load(base_ptr + j, mask=row_ok, other=0)
+    width = tl.load(width_ptr + j, mask=row_ok, other=0)
+    if ALIGNED:
+        base = tl.multiple_of(base, 16)
+        width = tl.multiple_of(width, 16)
+        k_end = tl.multiple_of(k_end, 16)
+        k_begin = tl.multiple_of(k_begin, 16)
+    sample = tl.program_id(0) % tiles * BLOCK_N + tl.arange(0, BLOCK_N)
+    y = product(
+        x_ptr, sample, sample < n, in_features, w_ptr, base, width, row_ok, k_begin, k_end,
+        BLOCK_N, BLOCK_J, BLOCK_K, LANES, PRECISION,
+    )  # fmt: skip
+    if SPLIT:
+        y_ptr += slot.to(tl.int64) * n * out_features
+    else:
+        y += tl.load(bias_ptr + j, mask=row_ok, other=0.0)[None, :]
+        if RELU:
+            y = tl.where(y < 0, 0.0, y)
+    to = sample.to(tl.int64)[:, None] * out_features + j[None, :]
+    tl.store(y_ptr + to, y, mask=(sample < n)[:, None] & row_ok[None, :])
+
+
+class Shape(NamedTuple):
+    """How ``product`` is launched for a batch."""
+
+    lanes: bool
+    samples: int
+    rows: int
+    columns: int
+    warps: int
+    stages: int
+    programs: int
+
+
+def shape_of(like: Tensor, n: int, aligned: bool) -> Shape:
+    """Returns how ``product`` is launched for ``n`` samples and rows of weights that are ``aligned`` or not."""
+    table, sms, _ = target(like)
+    lanes = n <= MOST_LANES
+    one = (table.lanes if n <= 1 else table.few if lanes else table.dot).fitted(aligned)
+    samples = power_of_two(n, 1, MOST_LANES) if lanes else power_of_two(n, MIN_DOT, table.most_samples)
+    programs = cdiv(sms * one.programs_per_sm, max(1, cdiv(n, samples)))
+    return Shape(lanes, samples, one.rows, one.columns, one.warps, one.stages, programs)
+
+
+def forward(x: Tensor, args: LinearArgs) -> Tensor:
+    """Returns ``y`` ``[N, out]``; the weight may be bfloat16 beside float32 ``x``."""
+    return forward_into(x.new_empty(x.shape[0], args.bias.shape[0]), x, args)
+
+
+def forward_into(y: Tensor, x: Tensor, args: LinearArgs) -> Tensor:
+    """Writes ``forward`` to ``y`` and returns it."""
+    (n, in_features), out_features = x.shape, y.shape[1]
+    rows = work_lists.rows(args.tiles, x.device)
+    shape, relu = shape_of(x, n, rows.aligned), args.activation == "relu"
+    work = work_lists.forward(args.tiles, x.device, shape.rows, shape.columns, shape.programs)
+    split = work.slots > 1
+    product_to = x.new_empty(work.slots, n, out_features) if split else y
+    launch(
+        _masked_linear_fwd_kernel,
+        len(work.items) * cdiv(n, shape.samples),
+        x, args.weight, args.bias, rows.base, rows.width, work.items, product_to, n, in_features, out_features,
+        BLOCK_N=shape.samples, BLOCK_J=shape.rows, BLOCK_K=shape.columns, RELU=relu, SPLIT=split, LANES=shape.lanes,
+        ALIGNED=rows.aligned, PRECISION=target(x).precision, num_warps=shape.warps, num_stages=shape.stages,
+    )  # fmt: skip
+    return sum_slots(y, product_to, work.counts, bias=args.bias, relu=relu) if split else y
+
+
+def backward(
+    batch: LinearBatch, args: LinearArgs, need_inputs: bool, need_weight: bool = True
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Returns the gradients of ``x``, the packed weight and the bias; the first two empty when not needed."""
+    x, g = batch.x, _grad_product(batch, args)
+    if not need_weight:
+        return _grad_x(g, x, args) if need_inputs else x.new_empty(0), x.new_empty(0), g.sum(0)
+    grad_w = torch.empty_like(args.weight, dtype=x.dtype)
+    partial, counts, grad_bias = products(g, x, args, need_x=need_inputs, mode="store", grad_w=grad_w)
+    return sum_slots(torch.empty_like(x), partial, counts) if need_inputs else x.new_empty(0), grad_w, grad_bias
+
+
+def adam_(
+    batch: LinearBatch, args: LinearArgs, need_inputs: bool, update: Update, scale: float
+) -> tuple[Tensor, Tensor]:
+    """Takes a step of Adam with ``scale`` times the weight's gradient; returns the gradients of ``x`` and the bias."""
+    x, g = batch.x, _grad_product(batch, args)
+    step = adam_step(update, x.device, scale)
+    partial, counts, grad_bias = products(g, x, args, need_x=need_inputs, mode="adam", step=step)
+    return sum_slots(torch.empty_like(x), partial, counts) if need_inputs else x.new_empty(0), grad_bias
+
+
+def squared_norm(batch: LinearBatch, args: LinearArgs) -> Tensor:
+    """Returns the sum of the squares of the weight's gradient."""
+    sums, _, _ = products(_grad_product(batch, args), batch.x, args, need_x=False, mode="norm")
+    return sums.double().sum()
+
+
+def _grad_product(batch: LinearBatch, args: LinearArgs) -> Tensor:
+    """Returns the gradient before the activation."""
+    grad_y = batch.grad_y.contiguous()
+    return torch.where(batch.y > 0, grad_y, 0) if args.activation == "relu" else grad_y
+
+
+def _grad_x(g: Tensor, x: Tensor, args: LinearArgs) -> Tensor:
+    partial, counts, _ = products(g, x, args, need_x=True)
+    return sum_slots(torch.empty_like(x), partial, counts)

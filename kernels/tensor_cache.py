@@ -1,0 +1,46 @@
+"""Values that follow from a tensor, kept on it: the one cache of the kernels.
+
+The rule: the owner is a tensor that is never written to (a table of tiles, a schedule). A value depends only on the
+owner, on its key, and on the tensors in ``also``; it is made anew where these are other tensors than before, and lives
+as long as the owner.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
+
+from torch import Tensor
+
+T = TypeVar("T")
+_NAME = "fastmaf_cache"
+
+
+class TensorCache(dict[Any, tuple[list["weakref.ref[Tensor]"], Any]]):
+    """The values of one tensor by key; a copy of the tensor, or one from another process, begins without any."""
+
+    def __deepcopy__(self, memo: object) -> TensorCache:
+        return TensorCache()
+
+    def __reduce__(self) -> tuple[type[TensorCache], tuple[()]]:
+        return TensorCache, ()
+
+
+def cached(owner: Tensor, key: object, make: Callable[[], T], also: Sequence[Tensor] = ()) -> T:
+    """Returns the value of ``key``, made by ``make`` where it is not there or was made for other tensors."""
+    cache: TensorCache | None = getattr(owner, _NAME, None)
+    if cache is None:
+        cache = TensorCache()
+        setattr(owner, _NAME, cache)
+    known = cache.get(key)
+    if known is None or not all([ref() is tensor for ref, tensor in zip(known[0], also, strict=True)]):
+        known = [weakref.ref(tensor) for tensor in also], make()
+        cache[key] = known
+    value: T = known[1]
+    return value
+
+
+def is_cached(owner: Tensor, key: object) -> bool:
+    """Returns whether there is a value of ``key``."""
+    return key in getattr(owner, _NAME, ())

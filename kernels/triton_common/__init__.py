@@ -1,0 +1,1 @@
+"""What the Triton kernels share: launch parameters, work lists, device functions."""

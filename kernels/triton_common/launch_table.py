@@ -1,0 +1,215 @@
+"""How the Triton kernels are launched: one table per architecture family, and the precision of their matrix products.
+
+The numbers were chosen from what the compiler reports (registers, spills, shared memory, instructions per weight) and
+from the memory system of each family; ``bench/tune.py`` times the alternatives on a card and prints a table to replace
+one of these.
+"""
+
+from __future__ import annotations
+
+import os
+from types import TracebackType
+from typing import Literal, NamedTuple, TypeAlias, get_args
+
+Precision: TypeAlias = Literal["ieee", "tf32x3", "tf32", "bf16"]
+
+
+class Launch(NamedTuple):
+    """Launch parameters of one kernel.
+
+    Attributes:
+        rows, columns: of the tile of weights that a program takes at a time.
+        warps: of a program; 32 threads each.
+        stages: depth of the software pipeline over a loop of matrix products.
+        programs_per_sm: how many programs per multiprocessor the work is cut into, where it can be cut.
+    """
+
+    rows: int
+    columns: int
+    warps: int = 4
+    stages: int = 1
+    programs_per_sm: int = 4
+
+    def fitted(self, aligned: bool) -> Launch:
+        """Returns the parameters for weights whose rows start anywhere: loaded 4 bytes at a time, half the columns fill
+        the registers.
+        """
+        return self if aligned else self._replace(columns=max(16, self.columns // 2))
+
+
+class Table(NamedTuple):
+    """Launch parameters of all kernels on one family of cards.
+
+    Attributes:
+        lanes: ``product`` of one sample: a stream of weights, a few numbers per thread, summed across threads at the
+            end.
+        few: the same of up to ``MOST_LANES`` samples, which share each load of the weights.
+        dot: ``product`` of more samples, by matrix products.
+        backward: gradients of a tile of weights, with or without Adam, from up to ``FEW`` samples.
+        backward_many: the same from more, whose sums take more registers.
+        most_samples: that one program takes; more are shared out, and read the weights again.
+        inverse_warps: of the level inverse, one program for a tile of samples.
+        inverse_numbers: how many weights such a program has in flight.
+    """
+
+    lanes: Launch
+    few: Launch
+    dot: Launch
+    backward: Launch
+    backward_many: Launch
+    most_samples: int
+    inverse_warps: int
+    inverse_numbers: int
+
+    def backward_of(self, samples: int) -> Launch:
+        """Returns the entry for tiles of this many samples."""
+        return self.backward if samples <= FEW else self.backward_many
+
+
+# As few samples as a matrix product takes in every version of Triton.
+FEW = 16
+# More samples than this are multiplied by matrix products, which take no fewer than ``FEW``.
+MOST_LANES = 8
+
+TABLES: dict[int, Table] = {
+    # Pascal: 6 SMs and no asynchronous copies, so the loads of many resident programs hide the latency; 48 KB shared.
+    61: Table(
+        lanes=Launch(16, 256, programs_per_sm=8),  # 8 loads of 16 bytes a thread in flight before the first use
+        few=Launch(16, 64, programs_per_sm=8),  # the sums of 8 samples take 64 registers of a thread
+        dot=Launch(64, 32, programs_per_sm=8),  # 64 rows share each load of the samples; 4 programs fit an SM
+        backward=Launch(16, 64, programs_per_sm=6),  # 256-byte row segments; 158 instructions a weight
+        backward_many=Launch(16, 32, programs_per_sm=4),  # the sums of 64 samples fill the registers; 64 columns spill
+        most_samples=64,  # with 128 the backward pass spills
+        inverse_warps=8,  # 255 registers a thread, of which one sample takes 200 and 16 samples 236
+        inverse_numbers=8192,  # 32 KB of weights in flight, what one SM's latency times bandwidth asks for
+    ),
+    # Turing: as Pascal, but half as many threads a multiprocessor.
+    75: Table(
+        lanes=Launch(16, 256, programs_per_sm=8),  # as on Pascal
+        few=Launch(16, 64, programs_per_sm=8),  # as on Pascal
+        dot=Launch(64, 32, programs_per_sm=4),  # half the threads, half the programs
+        backward=Launch(16, 64, programs_per_sm=6),  # as on Pascal
+        backward_many=Launch(16, 32, programs_per_sm=4),  # as on Pascal
+        most_samples=64,  # as on Pascal
+        inverse_warps=16,  # one program is all that runs on an SM: more threads issue its loads faster
+        inverse_numbers=8192,  # as on Pascal
+    ),
+    # Ampere and Ada: asynchronous copies into shared memory of the next tiles of a matrix product.
+    80: Table(
+        lanes=Launch(16, 256, programs_per_sm=8),  # as on Pascal
+        few=Launch(16, 64, programs_per_sm=8),  # as on Pascal
+        dot=Launch(64, 32, stages=2, programs_per_sm=4),  # one tile multiplied, one on its way; a third spills
+        backward=Launch(16, 64, programs_per_sm=6),  # 152 instructions a weight; stages would only cost registers
+        backward_many=Launch(16, 64, warps=8, programs_per_sm=4),  # twice the threads for the sums of 64 samples
+        most_samples=64,  # with 128 the backward pass spills
+        inverse_warps=8,  # 255 registers a thread, for
+        inverse_numbers=16384,  # 64 KB in flight: 240 of them
+    ),
+    # Hopper: 25 to 36 GB/s a multiprocessor, so more bytes in flight.
+    90: Table(
+        lanes=Launch(16, 256, programs_per_sm=8),  # as on Pascal
+        few=Launch(16, 64, programs_per_sm=8),  # as on Pascal
+        dot=Launch(64, 32, stages=4, programs_per_sm=4),  # three tiles of 12 KB on their way
+        backward=Launch(16, 64, programs_per_sm=6),  # as on Ampere; 3 programs of 12 KB in flight fit an SM
+        backward_many=Launch(16, 64, warps=8, programs_per_sm=4),  # as on Ampere
+        most_samples=64,  # with 128 the backward pass spills
+        inverse_warps=16,  # 512 threads, 128 registers each,
+        inverse_numbers=16384,  # issue the loads of 64 KB at once
+    ),
+}
+
+# The most registers a thread may take, by the samples of a program's tile (0: any): a multiprocessor has 65,536.
+REGISTERS: dict[str, dict[int, int]] = {
+    "_masked_linear_fwd_kernel": {1: 128, 2: 128, 4: 128, 8: 128, 16: 128, 64: 255},  # 4 programs an SM
+    "_affine_output_fwd_kernel": {1: 128, 2: 128, 4: 128, 8: 128, 16: 128, 64: 255},  # 64 are bound by multiply-adds
+    "_masked_linear_bwd_kernel": {
+        0: 255
+    },  # weight, moments and both products: 2 or 3 programs, each with much in flight
+    "_flow_inverse_kernel": {0: 255},  # one program is all that runs on a multiprocessor
+    "_sum_slots_kernel": {0: 64},  # the rest stream: all threads of a multiprocessor should fit
+    "_affine_output_grad_kernel": {0: 64},
+    "_ladj_kernel": {0: 64},
+    "_adam_kernel": {0: 64},
+}
+
+# Below Ampere there are no matrix units for these.
+_NEEDS = {"ieee": 61, "tf32x3": 80, "tf32": 80, "bf16": 80}
+
+_precision: Precision = "ieee"
+
+
+def family(capability: int) -> int:
+    """Returns the table's key for a compute capability such as 61 or 89.
+
+    Raises:
+        ValueError: the capability is below 6.1.
+    """
+    found = [key for key in TABLES if key <= capability]
+    if not found:
+        raise ValueError(f"the Triton kernels need compute capability 6.1 or newer; found {capability / 10:.1f}")
+    return max(found)
+
+
+class use_precision:
+    """Chooses how the Triton kernels multiply float32 matrices, from now on or for the length of a ``with`` block.
+
+    Sums are float32 in all of them, and so is everything but the matrix products; a single sample is always multiplied
+    in full float32. Relative error of one product, about:
+
+        ``"ieee"``    6e-8   plain float32 multiply-adds: the default, and the only one that the tests' contract covers
+        ``"tf32x3"``  1e-7   three products of TF32 matrix units per product
+        ``"tf32"``    5e-4   one product of TF32 matrix units
+        ``"bf16"``    4e-3   operands rounded to bfloat16
+
+    Args:
+        name: one of these. All but ``"ieee"`` need compute capability 8.0 or newer: older cards refuse them when a
+            kernel is launched.
+
+    Raises:
+        ValueError: there is no precision of that name.
+    """
+
+    def __init__(self, name: Precision) -> None:
+        global _precision
+        if name not in get_args(Precision):
+            raise ValueError(f"precision must be one of {', '.join(map(repr, get_args(Precision)))}; found {name!r}")
+        self._before = _precision
+        _precision = name
+
+    def __enter__(self) -> use_precision:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        global _precision
+        _precision = self._before
+
+
+def chosen_precision() -> Precision:
+    """Returns the precision set by ``use_precision``."""
+    return _precision
+
+
+def precision(capability: int) -> Precision:
+    """Returns the precision chosen by ``use_precision``.
+
+    Raises:
+        ValueError: a card of this compute capability does not have it.
+    """
+    if capability < _NEEDS[_precision]:
+        raise ValueError(
+            f"precision {_precision!r} needs compute capability {_NEEDS[_precision] / 10:.1f} or newer; this card has "
+            f"{capability / 10:.1f}: fastmaf.use_precision('ieee') runs everywhere"
+        )
+    return _precision
+
+
+# Compute capability and multiprocessors of the card that launches are recorded for; see ``device.recording``.
+recorded_card: tuple[int, int] | None = None
+
+
+def take_cpu_tensors() -> bool:
+    """Returns whether the Triton kernels accept CPU tensors: interpreted (``TRITON_INTERPRET=1``), or recorded."""
+    interpreted = os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes", "y")
+    return interpreted or recorded_card is not None

@@ -1,0 +1,145 @@
+"""Where the rows of a packed weight lie and what its work is cut into, as tensors that a GPU kernel reads.
+
+Everything follows from a layout's table of tiles, is made once per table and stays on the device.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastmaf.kernels.layout import ALIGNMENT, tiles_of
+from fastmaf.kernels.tensor_cache import cached
+
+
+class Rows(NamedTuple):
+    """Row j of a packed weight is ``weight[base[j] : base[j] + width[j]]``.
+
+    Attributes:
+        base: int64 ``[out]``.
+        width: int32 ``[out]``, padding included.
+        aligned: every base and width is a multiple of ``ALIGNMENT``.
+        widths: ``width`` on the CPU.
+    """
+
+    base: Tensor
+    width: Tensor
+    aligned: bool
+    widths: Tensor
+
+
+class Work(NamedTuple):
+    """What each program does, the longest first.
+
+    Attributes:
+        items: int32 ``[items, 4]``; see ``forward`` and ``backward``.
+        counts: int32, how many partial sums there are of each output unit (forward) or input unit (backward).
+        slots: the largest of these.
+    """
+
+    items: Tensor
+    counts: Tensor
+    slots: int
+
+
+def rows(tiles: Tensor, device: torch.device) -> Rows:
+    """Returns where the rows of a table of tiles lie."""
+
+    def make() -> Rows:
+        bases, widths = [], []
+        for tile in tiles_of(tiles):
+            numbers = torch.arange(tile.row_end - tile.row_start, device="cpu")
+            bases.append(tile.offset + numbers * tile.width)
+            widths.append(torch.full_like(numbers, tile.width))
+        base, width = torch.cat(bases), torch.cat(widths).to(torch.int32)
+        aligned = not bool((base % ALIGNMENT).any() or (width % ALIGNMENT).any())
+        return Rows(base.to(device), width.to(device), aligned, width)
+
+    return cached(tiles, ("rows", device), make)
+
+
+def forward(tiles: Tensor, device: torch.device, block_rows: int, block_columns: int, programs: int) -> Work:
+    """Cuts the product with a weight into about ``programs`` items, or one per block of rows where these are more.
+
+    An item is (block of rows, first column, end column, slot of its partial sum).
+    """
+
+    def make() -> Work:
+        widths = rows(tiles, device).widths
+        ends = _ends(widths, block_rows)
+        segment = _segment(sum(-(-end // block_columns) for end in ends), len(ends), programs) * block_columns
+        items, counts = [], torch.zeros_like(widths)
+        for block, end in enumerate(ends):
+            starts = range(0, max(end, 1), segment)
+            items += [(block, start, min(start + segment, end), slot) for slot, start in enumerate(starts)]
+            counts[block * block_rows : (block + 1) * block_rows] = len(starts)
+        return _work(items, [end - start for _, start, end, _ in items], counts, device)
+
+    return cached(tiles, ("forward", device, block_rows, block_columns, programs), make)
+
+
+def backward(
+    tiles: Tensor, device: torch.device, in_features: int, block_rows: int, block_columns: int, programs: int
+) -> Work:
+    """Cuts a weight into columns of tiles, about ``programs`` of them, or one per chunk of columns where these are
+    more.
+
+    An item is (first column, first block of rows, end block, slot of its partial sum over rows). The items of column 0
+    cover every row, those that see nothing too.
+    """
+
+    def make() -> Work:
+        ends = _ends(rows(tiles, device).widths, block_rows)
+        chunks = range(0, in_features, block_columns)
+        firsts = [0 if c == 0 else next((b for b, end in enumerate(ends) if end > c), len(ends)) for c in chunks]
+        segment = _segment(sum(len(ends) - first for first in firsts), len(chunks), programs)
+        items, counts = [], torch.zeros(in_features, dtype=torch.int32, device="cpu")
+        for column, first in zip(chunks, firsts, strict=True):
+            starts = range(first, max(len(ends), first + 1), segment)
+            items += [(column, start, min(start + segment, len(ends)), slot) for slot, start in enumerate(starts)]
+            counts[column : column + block_columns] = len(starts)
+        return _work(items, [end - start for _, start, end, _ in items], counts, device)
+
+    return cached(tiles, ("backward", device, in_features, block_rows, block_columns, programs), make)
+
+
+def _ends(widths: Tensor, block_rows: int) -> list[int]:
+    """Returns how many columns each block of rows sees: those of its last row, as widths do not decrease."""
+    last = torch.arange(block_rows - 1, widths.numel() + block_rows - 1, block_rows, device="cpu")
+    found: list[int] = widths[last.clamp_(max=widths.numel() - 1)].tolist()
+    return found
+
+
+def _segment(steps: int, items: int, programs: int) -> int:
+    """Returns how many steps one item may take, so that there are about ``programs`` items."""
+    return max(1, steps) if items >= programs else max(1, -(-steps // programs))
+
+
+def _work(items: list[tuple[int, int, int, int]], costs: list[int], counts: Tensor, device: torch.device) -> Work:
+    # The hardware starts programs in order: the longest first leaves the least waiting at the end.
+    order = sorted(range(len(items)), key=lambda i: -costs[i])
+    table = torch.tensor([items[i] for i in order], dtype=torch.int32, device="cpu")
+    return Work(table.to(device), counts.to(device), int(counts.max()))
+
+
+def numbers(owner: Tensor, rows: Sequence[Sequence[float]], device: torch.device) -> Tensor:
+    """Returns rows of numbers, int64 or float32, on the device, where they stay for as long as ``owner`` exists.
+
+    Sent once, as sending waits for the device and cannot be part of a CUDA graph. A recorded graph reads them for as
+    long as it is replayed, so that none may be dropped for others.
+    """
+    key = tuple(map(tuple, rows))
+
+    def make() -> Tensor:
+        dtype = torch.int64 if isinstance(rows[0][0], int) else torch.float32
+        return torch.tensor(rows, dtype=dtype, device="cpu").to(device)
+
+    return cached(owner, ("numbers", device, key), make)
+
+
+def on_device(schedule: Tensor, device: torch.device) -> Tensor:
+    """Returns a block's schedule on the device; a copy, as a cache that held its own key would never let go of it."""
+    return cached(schedule, ("schedule", device), lambda: schedule.to(device, copy=True))

@@ -1,0 +1,77 @@
+"""The Triton kernels compiled ahead of time, for cards that need not be here, with what ptxas says held to limits.
+
+In processes of their own: this one may have Triton interpret its kernels.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fastmaf.kernels import dispatch
+from fastmaf.kernels.triton_common.launch_table import REGISTERS, TABLES
+
+ROOT = Path(__file__).resolve().parents[3]
+PASCAL = Path(sys.prefix) / "triton-3.3.1"
+MISSING = next((why for op in dispatch.OPS if (why := dispatch.missing(op, "triton")) is not None), None)
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(MISSING is not None, reason=str(MISSING))]
+
+SHARED = {61: 48 * 1024, 75: 64 * 1024, 80: 163 * 1024, 90: 227 * 1024}
+
+
+def reports(tmp_path: Path, *arguments: str, triton: Path | None = None) -> list[dict[str, Any]]:
+    """Returns what bench.dev.resources reports, compiled anew."""
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    environment |= {"TRITON_CACHE_DIR": str(tmp_path), "PYTHONWARNINGS": "ignore"}
+    if triton is not None:
+        environment["PYTHONPATH"] = str(triton)
+    run = subprocess.run(
+        [sys.executable, "-m", "fastmaf.bench.dev.resources", "--json", *arguments],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode == 0, run.stderr[-3000:]
+    found: list[dict[str, Any]] = json.loads(run.stdout)
+    return found
+
+
+def check(found: list[dict[str, Any]], arch: int) -> None:
+    """Checks that every kernel is there, in every mode, and stays within the limits of the card."""
+    assert {one["kernel"] for one in found} == set(REGISTERS)
+    assert {one["arch"] for one in found} == {arch}
+    modes = {one["options"]["WEIGHT"] for one in found if one["kernel"] == "_masked_linear_bwd_kernel"}
+    assert modes == {"none", "store", "adam", "norm"}
+    inverse = [one["options"] for one in found if one["kernel"] == "_flow_inverse_kernel"]
+    assert {one["W_TYPE"] for one in inverse} == {"fp32", "bf16"}
+    assert len({one["BLOCK_N"] for one in inverse}) > (arch == 61), "one sample a program, and several"
+    for one in found:
+        assert one["spills"] == 0, f"spills registers: {one}"
+        limits = REGISTERS[one["kernel"]]
+        assert one["registers"] <= limits.get(int(one["options"].get("BLOCK_N", 0)), limits.get(0, 0)), one
+        assert one["shared"] <= SHARED[arch], one
+        warps = one["options"].get("num_warps", 4)
+        assert one["registers"] * 32 * warps <= 65_536, f"does not fit a multiprocessor: {one}"
+
+
+@pytest.mark.parametrize("arch", sorted(TABLES))
+def test_kernels_fit(arch: int, tmp_path: Path) -> None:
+    batches = [] if arch == 61 else ["--batch", "1", "--batch", "64"]
+    found = reports(tmp_path, "--arch", str(arch), *batches)
+    check(found, arch)
+
+
+def test_kernels_fit_pascal_under_the_triton_of_its_last_torch(tmp_path: Path) -> None:
+    if not (PASCAL / "triton").is_dir():
+        pytest.skip(f"Triton 3.3.1 is not in {PASCAL.name}: make test installs it, where it exists for this Python")
+    found = reports(tmp_path, "--arch", "61", triton=PASCAL)
+    assert Counter(one["triton"] for one in found) == {"3.3.1": len(found)}
+    check(found, 61)
