@@ -162,9 +162,9 @@ def _group(degrees: list[Tensor], levels: int) -> list[Tensor]:
     count = distinct.numel()
     if count <= levels:
         return degrees
-    kept = _spread(levels, count) - 1  # ranks of the remaining degrees
-    nearest = torch.bucketize(torch.arange(count, device="cpu"), (kept[1:] + kept[:-1]) / 2)
-    return [distinct[kept[nearest[torch.searchsorted(distinct, d)]]] for d in degrees]
+    remaining = _spread(levels, count) - 1  # ranks of the remaining degrees
+    nearest = torch.bucketize(torch.arange(count, device="cpu"), (remaining[1:] + remaining[:-1]) / 2)
+    return [distinct[remaining[nearest[torch.searchsorted(distinct, d)]]] for d in degrees]
 
 
 def orders(

@@ -659,7 +659,7 @@ class MAF(Flow):
         validate_args: as ``Flow``.
 
     Raises:
-        ValueError: an argument is out of range; the message states what was expected and found.
+        TypeError, ValueError: an argument is out of range; the message states what was expected and found.
 
     Warns:
         ConnectivityWarning: the degrees leave inputs unread or outputs unconditioned.

@@ -90,22 +90,22 @@ def from_published(state_dict: Mapping[str, Tensor], *, strict: bool = True) -> 
         blocks.append(_build(block, block_degrees, strict=not leaks))
     features, dtype = layers[0][0].mask.shape[1], layers[0][0].weight.dtype
     for i, block in enumerate(layers):
-        if (found := (block[0].mask.shape[1], block[0].weight.dtype)) != (features, dtype):
-            raise ValueError(f"flows.{i}.made: expected {features} features in {dtype}, as in flows.0; found {found}")
-    warn_if_disconnected(features, [[d.sort().values for d in found] for found, _ in degrees])
+        if (kind := (block[0].mask.shape[1], block[0].weight.dtype)) != (features, dtype):
+            raise ValueError(f"flows.{i}.made: expected {features} features in {dtype}, as in flows.0; found {kind}")
+    warn_if_disconnected(features, [[d.sort().values for d in block_degrees] for block_degrees, _ in degrees])
     return MAF.from_transforms(features, blocks)
 
 
 def _count_blocks(state_dict: Mapping[str, Tensor]) -> int:
     pattern = re.compile(r"flows\.(0|[1-9][0-9]{0,5})\.made\.(?:fc[123]|net\.[024])\.")
-    found = {int(m[1]) for key in state_dict if isinstance(key, str) and (m := pattern.match(key))}
-    if not found or found != set(range(len(found))):
+    blocks = {int(m[1]) for key in state_dict if isinstance(key, str) and (m := pattern.match(key))}
+    if blocks != set(range(len(blocks))) or not blocks:
         raise ValueError(
             "not a model of the published notebook: expected keys flows.{i}.made.fc{1,2,3}.{weight,bias,mask}; "
-            f"found blocks {shown(sorted(found)) if found else 'none'} among {len(state_dict)} keys such as "
+            f"found blocks {shown(sorted(blocks)) if blocks else 'none'} among {len(state_dict)} keys such as "
             f"{shown(sorted(map(str, state_dict))[:3])}"
         )
-    return len(found)
+    return len(blocks)
 
 
 def _layers_of(state_dict: Mapping[str, Tensor], block: int) -> tuple[_Layer, _Layer, _Layer]:
@@ -114,12 +114,12 @@ def _layers_of(state_dict: Mapping[str, Tensor], block: int) -> tuple[_Layer, _L
         fields = []
         for field in _FIELDS:
             keys = [f"flows.{block}.made.{name}.{field}" for name in names]
-            found = [_tensor(key, state_dict[key], 1 if field == "bias" else 2) for key in keys if key in state_dict]
-            if not found:
+            tensors = [_tensor(key, state_dict[key], 1 if field == "bias" else 2) for key in keys if key in state_dict]
+            if not tensors:
                 raise ValueError(f"the state_dict has neither {keys[0]} nor {keys[1]}")
-            if len(found) == 2 and not (found[0].dtype == found[1].dtype and torch.equal(*found)):
+            if len(tensors) == 2 and not (tensors[0].dtype == tensors[1].dtype and torch.equal(*tensors)):
                 raise ValueError(f"{keys[0]} and {keys[1]} must be the same tensor; found two that differ")
-            fields.append(found[0])
+            fields.append(tensors[0])
         layers.append(_Layer(*fields))
     first, second, third = layers
     dtypes = {tensor.dtype for layer in layers for tensor in (layer.weight, layer.bias)}

@@ -1,5 +1,4 @@
-"""What every transform promises, as tests: a test file subclasses ``TransformContract`` for each transform it is
-about."""
+"""Tests of the guarantees of every transform; the test file of a transform subclasses ``TransformContract``."""
 
 from __future__ import annotations
 
@@ -19,7 +18,7 @@ from tests.tolerances import F32, F64, assert_close
 
 DTYPES = pytest.mark.parametrize("dtype", [F64, F32], ids=str)
 
-# Each takes an x and gives another of its values, laid out otherwise.
+# Each returns the values of x in another memory layout.
 LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
     "transposed": lambda x: x.t().contiguous().t(),
     "column slice": lambda x: torch.cat((x, x, x), dim=1)[:, x.shape[1] : 2 * x.shape[1]],
@@ -31,7 +30,7 @@ LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 class TransformContract:
-    """Subclasses say how their transform is made, well away from the identity, and what data it is for."""
+    """Subclasses define how their transform is built, far from the identity, and its data."""
 
     features: int
 

@@ -201,6 +201,7 @@ def test_training_steps(flow: fastmaf.Flow, optimiser: Any, guards: fastmaf.Guar
         assert torch.equal(a, b)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["affine", "local"])
 def test_compiled(name: str) -> None:
     flow = FLOWS[name]()

@@ -61,7 +61,10 @@ class Call(torch.nn.Module):
         return getattr(self.flow, method)(x)
 
 
-@pytest.mark.parametrize("method", ["log_prob", "nll_per_dim", "forward", "inverse"])
+@pytest.mark.parametrize(
+    "method",
+    ["log_prob", "inverse", *(pytest.param(method, marks=pytest.mark.slow) for method in ("nll_per_dim", "forward"))],
+)
 @pytest.mark.parametrize("options", OPTIONS, ids=lambda o: f"{o['order']}-{o.get('log_scale_bound', 5.0)}")
 def test_gradcheck(method: str, options: dict[str, Any]) -> None:
     flow = build(4, hidden_features=(5, 4), scale=1.5, **options)
@@ -130,6 +133,7 @@ def test_nothing_is_recorded_without_need() -> None:
     assert not flow.log_prob(x).requires_grad and not flow.sample(2).requires_grad
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["log_prob", "forward", "inverse", "nll_per_dim"])
 def test_compile_fullgraph(method: str) -> None:
     torch.compiler.reset()
@@ -156,6 +160,7 @@ def test_compile_fullgraph(method: str) -> None:
     torch.compiler.reset()
 
 
+@pytest.mark.slow
 def test_compiled_training_keeps_the_padding() -> None:
     torch.compiler.reset()
     flow = build(29, hidden_features=(23, 17), degrees="random", dtype=torch.float32)

@@ -160,6 +160,7 @@ def test_a_pass_that_kept_nothing_has_no_way_back() -> None:
         z.sum().backward()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("need_grad_x", [False, True])
 @pytest.mark.parametrize("keep", [False, True])
 @pytest.mark.parametrize("batch", [0, 3])
@@ -183,6 +184,7 @@ def test_opcheck_forward(batch: int, keep: bool, need_grad_x: bool) -> None:
         torch.library.opcheck(torch.ops.fastmaf.chain_backward.default, (*grads, kept, *detached, need_grad_x))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("batch", [0, 1, 3])
 def test_opcheck(batch: int) -> None:
     blocks = [block.block() for block in blocks_of(build(D, blocks=3, order="natural"))]
@@ -213,6 +215,7 @@ def test_what_is_no_chain_is_refused() -> None:
         kernels.chain_inverse(z, [made._replace(activation="tanh")], [None, None])
 
 
+@pytest.mark.slow
 def test_compiled_without_graph_breaks() -> None:
     flow, x = build(D, blocks=2, order="random"), normal(5, D)
     names = [name for name, _ in flow.named_parameters()]

@@ -50,7 +50,13 @@ METHODS: dict[str, Callable[[Any], Function]] = {
     "ladj of the inverse": lambda flow: lambda z: flow.inverse(z)[1],
 }
 METHOD = pytest.mark.parametrize("method", list(METHODS))
-FLOW = pytest.mark.parametrize("make", [maf, others], ids=["affine", "others"])
+FAST = ("log_prob", "x")
+SOME_SLOW = pytest.mark.parametrize(
+    "method", [method if method in FAST else pytest.param(method, marks=pytest.mark.slow) for method in METHODS]
+)
+FLOW = pytest.mark.parametrize(
+    "make", [pytest.param(maf, id="affine"), pytest.param(others, id="others", marks=pytest.mark.slow)]
+)
 
 
 def tangent(function: Function, x: Tensor, v: Tensor) -> Tensor | None:
@@ -60,8 +66,8 @@ def tangent(function: Function, x: Tensor, v: Tensor) -> Tensor | None:
 
 
 @FLOW
-@METHOD
-@pytest.mark.parametrize("frozen", [False, True])
+@SOME_SLOW
+@pytest.mark.parametrize("frozen", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_forward_mode(make: Callable[[], fastmaf.Flow], method: str, frozen: bool) -> None:
     """The tangent is the Jacobian's product, whether or not anything records gradients."""
     flow, x, v = make(), data(), normal(3, D, seed=1)
@@ -79,7 +85,7 @@ def test_forward_mode(make: Callable[[], fastmaf.Flow], method: str, frozen: boo
 
 
 @FLOW
-@METHOD
+@SOME_SLOW
 def test_jacobians_and_vmap(make: Callable[[], fastmaf.Flow], method: str) -> None:
     flow, x = make(), data()
     function = METHODS[method](flow)
@@ -96,7 +102,7 @@ def test_jacobians_and_vmap(make: Callable[[], fastmaf.Flow], method: str) -> No
 
 
 @FLOW
-@METHOD
+@SOME_SLOW
 def test_second_derivatives(make: Callable[[], fastmaf.Flow], method: str) -> None:
     """All ways agree with central differences of the first derivative."""
     flow, x, v = make(), data(2), normal(2, D, seed=1)

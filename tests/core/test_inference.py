@@ -135,6 +135,7 @@ def test_a_copy_of_the_copy() -> None:
         assert torch.equal(twin.log_prob(x), small.log_prob(x))
 
 
+@pytest.mark.slow
 def test_what_it_costs_on_a_trained_model() -> None:
     """Measured on both backends: -1.9e-4 nats/dim in the mean, 7e-3 at most in 512 samples; the bounds leave room."""
     flow = build(61, blocks=3, hidden_features=(48, 32), dtype=F32)

@@ -29,7 +29,7 @@ def trained(
     return flow, tuple(train(flow, correlated(2048, FEATURES, dtype=dtype)))
 
 
-@pytest.mark.parametrize("order", ["natural", "alternate", "random"])
+@pytest.mark.parametrize("order", ["natural", "random", pytest.param("alternate", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
 def test_round_trip_of_a_trained_model(
     dtype: torch.dtype, order: str, record_property: Callable[[str, object], None]
@@ -52,7 +52,7 @@ def test_round_trip_of_a_trained_model(
     assert_close("round_trip", ladj_back, -ladj)
 
 
-@pytest.mark.parametrize("degrees", ["spread", "random"])
+@pytest.mark.parametrize("degrees", ["random", pytest.param("spread", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
 def test_the_level_inverse_is_the_d_pass_inverse(dtype: torch.dtype, degrees: str) -> None:
     flow, _ = trained(dtype, degrees=degrees)
@@ -110,6 +110,7 @@ def check_float32(draws: Sequence[tuple[fastmaf.MAF, Tensor]]) -> None:
 
 
 @pytest.mark.parametrize("order, degrees", [("alternate", "spread"), ("alternate", "random"), ("random", "spread")])
+@pytest.mark.slow
 def test_float32_on_trained_weights(backend: str, order: str, degrees: str) -> None:
     draws = [correlated(301, FEATURES, seed=5 + i, dtype=torch.float32) for i in range(DRAWS)]
     flow, _ = trained(torch.float32, degrees=degrees, order=order)
@@ -117,7 +118,15 @@ def test_float32_on_trained_weights(backend: str, order: str, degrees: str) -> N
 
 
 @pytest.mark.parametrize(
-    "features, hidden", [(1, (4,)), (2, (8, 8)), (13, (13, 13)), (127, (64, 200)), (37, (8,))], ids=str
+    "features, hidden",
+    [
+        (1, (4,)),
+        (2, (8, 8)),
+        (13, (13, 13)),
+        (37, (8,)),
+        pytest.param(127, (64, 200), marks=pytest.mark.slow),
+    ],
+    ids=str,
 )
 @pytest.mark.parametrize(
     "options", [{}, {"soft_bound": True, "log_scale_bound": 1.0}, {"log_scale_bound": None}], ids=str
@@ -132,6 +141,7 @@ def test_float32_on_fresh_weights(
     check_float32(draws)
 
 
+@pytest.mark.slow
 def test_float32_at_full_size() -> None:
     """One block of the reference size. Its truth is the packed model in float64, as tested above."""
     flow = build(

@@ -1,4 +1,4 @@
-"""Promises that one line each keeps, and that a later change could break without notice."""
+"""Behaviour of single lines of code that no other test needs."""
 
 from __future__ import annotations
 
