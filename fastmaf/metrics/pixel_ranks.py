@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from functools import partial
 
 import numpy as np
 
@@ -28,7 +29,7 @@ def resize_map(values: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
         size = out.shape[axis]
         if size != length:
             at = (np.arange(length) + 0.5) * (size / length) - 0.5
-            out = np.apply_along_axis(lambda line, at=at: np.interp(at, np.arange(len(line)), line), axis, out)
+            out = np.apply_along_axis(partial(np.interp, at, np.arange(size)), axis, out)
     return out
 
 
