@@ -144,9 +144,6 @@ class Flow(nn.Module):
         self._check("x", x)
         if validates(self.validate_args, x):
             check_finite("x", x)
-        return self._forward(x)
-
-    def _forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         return self._runs.forward(self._transforms(), x)
 
     @outside_autocast
@@ -206,7 +203,7 @@ class Flow(nn.Module):
             return densities
         called = type(self).forward is not Flow.forward or hooks.is_called(self) or hooks.any_global()
         self._check("x", x)
-        z, ladj = self(x) if called else self._forward(x)
+        z, ladj = self(x) if called else self._runs.forward(self._transforms(), x)
         result = ladj + self._base_log_prob(z)
         if validates(self.validate_args, x):
             check_density(self, "log_prob", result, x)

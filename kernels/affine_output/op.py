@@ -46,9 +46,10 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
 
 
 @outside_autocast
-def _autograd(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+def _autograd(ctx: Any, grad_z: Tensor, grad_ladj: Tensor, grad_log_scale: Tensor) -> tuple[Tensor | None, ...]:
     h, x, weight, bias, prefix, tiles, z, log_scale = ctx.saved_tensors
-    args, batch = AffineArgs(weight, bias, prefix, tiles, ctx.bound, ctx.soft), AffineBatch(*grads[:3], h, z, log_scale)
+    grads, args = (grad_z, grad_ladj, grad_log_scale), AffineArgs(weight, bias, prefix, tiles, ctx.bound, ctx.soft)
+    batch = AffineBatch(grad_z, grad_ladj, grad_log_scale, h, z, log_scale)
     if composite.needed_for(grads):
 
         def function(h: Tensor, x: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor, Tensor]:

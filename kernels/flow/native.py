@@ -48,7 +48,8 @@ def adam_(
 ) -> tuple[Tensor, list[Tensor]]:
     """Takes a step of Adam on every weight, in place; returns the gradients of ``x`` and of the biases."""
     exp_avgs, exp_avg_sqs = [update.exp_avg for update in updates], [update.exp_avg_sq for update in updates]
-    adam = [number for update in updates for number in update.numbers.native_floats()]
+    floats = {numbers: numbers.native_floats() for numbers in {update.numbers for update in updates}}  # mostly one
+    adam = [number for update in updates for number in floats[update.numbers]]
     result: tuple[Tensor, list[Tensor]] = _ops.flow_adam_(
         grad_z.contiguous(), grad_ladj.contiguous(), saved, *args, need_grad_x, exp_avgs, exp_avg_sqs, adam
     )

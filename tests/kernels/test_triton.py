@@ -147,7 +147,8 @@ def test_paths_of_the_inverse(
     monkeypatch: pytest.MonkeyPatch, device: str, options: dict[str, Any], most: int, panel: int, batch: int
 ) -> None:
     """Several launches, panels of few steps, blocks of rows and columns smaller than what they walk over."""
-    from fastmaf.kernels.flow.triton import inverse as triton_kernel
+    # Not by its dotted path: there the function hides the module of the same name.
+    triton_kernel = sys.modules["fastmaf.kernels.flow.triton.inverse"]
 
     set_launch(monkeypatch, device, 16, 16, 1)
     monkeypatch.setattr(triton_kernel, "MOST_SAMPLES", most)

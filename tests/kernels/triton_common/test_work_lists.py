@@ -157,14 +157,15 @@ def test_lists_die_with_what_they_were_made_for(kind: str) -> None:
     """Else a process that builds many models keeps what belongs to all of them."""
     one = table() if kind == "table" else schedule()
     if kind == "table":
-        work_lists.rows(one, CPU)
         work_lists.forward(one, CPU, 2, 4, 8)
         work_lists.backward(one, CPU, 6, 2, 4, 8)
+        kept = weakref.ref(work_lists.rows(one, CPU).base)
     else:
         assert torch.equal(work_lists.on_device(one, CPU), one)
         assert work_lists.on_device(one, torch.device("meta")).is_meta
-    gc.collect()  # of what other tests left
-    alive, entries = weakref.ref(one), len(work_lists._made)
+        kept = weakref.ref(work_lists.on_device(one, CPU))
+    alive = weakref.ref(one)
+    assert kept() is not None
     del one
     gc.collect()
-    assert alive() is None and len(work_lists._made) == entries - 1
+    assert alive() is None and kept() is None
