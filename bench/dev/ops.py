@@ -121,7 +121,7 @@ OPS = {
 @cache
 def flow_of(features: int = FEATURES, blocks: int = 7) -> fastmaf.MAF:
     """Returns a flow of the published run's size, in natural order."""
-    return fastmaf.MAF(features, blocks, (512, 512), order="natural", seed=0)
+    return fastmaf.MAF(features, blocks, (512, 512), order="natural", log_scale_bound=5.0, soft_bound=False, seed=0)
 
 
 def present() -> list[str]:

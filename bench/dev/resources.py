@@ -86,7 +86,12 @@ def sources(arch: int, batches: Sequence[int] = BATCHES) -> list[Source]:
     """Returns the distinct specialisations that the library launches on a card in every mode."""
 
     def use() -> None:
-        _use(fastmaf.MAF(12_288, 1, (512, 512), soft_bound=False, init="empty", validate_args=False), batches)
+        _use(
+            fastmaf.MAF(
+                12_288, 1, (512, 512), log_scale_bound=5.0, soft_bound=False, init="empty", validate_args=False
+            ),
+            batches,
+        )
         _use(fastmaf.MAF(101, 2, (37,), levels=9, seed=0, validate_args=False), (9,))
 
     return list({repr(source): source for source in map(_source, recorded(arch, use))}.values())

@@ -125,7 +125,16 @@ def compile_trials(options: argparse.Namespace, key: int, work: Sequence[tuple[s
 
 def model(options: argparse.Namespace) -> fastmaf.MAF:
     """Returns the flow whose kernels are tuned."""
-    return fastmaf.MAF(12_288, options.blocks, (512, 512), order="natural", soft_bound=False, seed=0, device="cuda")
+    return fastmaf.MAF(
+        12_288,
+        options.blocks,
+        (512, 512),
+        order="natural",
+        log_scale_bound=5.0,
+        soft_bound=False,
+        seed=0,
+        device="cuda",
+    )
 
 
 def tune(options: argparse.Namespace, key: int, entry: str, flow: fastmaf.MAF, pool: ProcessPoolExecutor) -> None:

@@ -27,9 +27,11 @@ class Fastmaf(Library):
         self._set_flow(self._build())
 
     def _build(self) -> fastmaf.Flow:
-        # In natural order, as in the published run, so that the other libraries need no permutation.
-        size = self.size
-        return fastmaf.MAF(size.features, size.blocks, size.hidden, order="natural", levels=size.levels, seed=self.seed)
+        # With the order and the bound of the published run, so that the other libraries need no permutation.
+        size, bound = self.size, {"log_scale_bound": 5.0, "soft_bound": False}
+        return fastmaf.MAF(
+            size.features, size.blocks, size.hidden, order="natural", levels=size.levels, seed=self.seed, **bound
+        )
 
     def _set_flow(self, flow: fastmaf.Flow) -> None:
         self.flow = flow.to(self.device)
