@@ -71,8 +71,7 @@ def main() -> None:
     fastmaf.use_precision(options.precision)
     limits, about = machine.cuda_limits(), machine.describe("cuda")
     size = options.features, options.blocks, (512, 512)
-    bound = {"log_scale_bound": 5.0, "soft_bound": False}  # of the published run
-    flow = fastmaf.MAF(*size, order=options.order, seed=0, device="cuda", **bound)
+    flow = fastmaf.MAF(*size, order=options.order, log_scale_bound=5.0, seed=0, soft_bound=False, device="cuda")
     print(about["card"], {name: f"{rate:.4g}" for name, rate in limits.items()}, f"precision {options.precision}")
     rows = []
     for case, call in calls(flow, options.batches, options.samples):

@@ -28,9 +28,16 @@ class Fastmaf(Library):
 
     def _build(self) -> fastmaf.Flow:
         # With the order and the bound of the published run, so that the other libraries need no permutation.
-        size, bound = self.size, {"log_scale_bound": 5.0, "soft_bound": False}
+        size = self.size
         return fastmaf.MAF(
-            size.features, size.blocks, size.hidden, order="natural", levels=size.levels, seed=self.seed, **bound
+            size.features,
+            size.blocks,
+            size.hidden,
+            order="natural",
+            log_scale_bound=5.0,
+            levels=size.levels,
+            seed=self.seed,
+            soft_bound=False,
         )
 
     def _set_flow(self, flow: fastmaf.Flow) -> None:

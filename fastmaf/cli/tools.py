@@ -38,7 +38,7 @@ def bench(
         raise ValueError(f"the benchmarks need more packages ({error}): pip install 'fastmaf[bench]'") from error
 
     name = device_named(device)
-    if not command.bench(out, quick=quick, device=name, sides=library or (), progress=not quiet, say=say):
+    if not command.bench(out, quick=quick, device=name, libraries=library or (), progress=not quiet, say=say):
         raise typer.Exit(1)
 
 
