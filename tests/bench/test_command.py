@@ -11,7 +11,7 @@ import pytest
 from typer.testing import CliRunner, Result
 
 import fastmaf
-from fastmaf import cli
+from fastmaf.cli import app as cli
 from fastmaf.bench import command, rows
 from fastmaf.bench import run as running
 from fastmaf.bench.cases import Plan

@@ -12,7 +12,7 @@ import pytest
 from typer.testing import CliRunner, Result
 
 import fastmaf
-from fastmaf import cli
+from fastmaf.cli import app as cli
 from fastmaf.bench import cases
 from fastmaf.bench.cases import Plan
 from fastmaf.bench.rows import COLUMNS, Row, read
