@@ -26,6 +26,7 @@ from fastmaf.kernels.flow.schedule import steps
 from fastmaf.kernels.layout import Tile, tiles_of
 from fastmaf.kernels.masked_linear import torch as linear
 from fastmaf.kernels.masked_linear.args import LinearArgs
+from fastmaf.kernels.native_library import empty_on_huge_pages
 from fastmaf.kernels.tensor_cache import cached
 
 
@@ -196,7 +197,8 @@ def _backward_of_block(
                     grad = torch.stack((grad_shift, grad_a * slope[:, dims]), dim=2).flatten(1)
                 grad_rows[k][:, rows] = grad
                 grad_values[k][:, : piece.width] += grad @ piece.of(layers[k].weight)
-    grad_weights = [
-        linear.grad_weight(grad, value, layer) for grad, value, layer in zip(grad_rows, values, layers, strict=True)
-    ]
+    grad_weights = []
+    for grad, value, layer in zip(grad_rows, values, layers, strict=True):
+        memory = empty_on_huge_pages(layer.weight.shape[0], device=grad.device, dtype=grad.dtype)
+        grad_weights.append(linear.grad_weight(grad, value, layer, memory))
     return grad_values[0] * scale, grad_weights, [grad.sum(0) for grad in grad_rows]
