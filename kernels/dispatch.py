@@ -30,7 +30,15 @@ _chosen: str | None = None
 
 
 class BackendUnavailableError(RuntimeError):
-    """The requested backend is not available; the message gives the reason and a remedy."""
+    """The requested backend is not available; the message gives the reason and a remedy.
+
+    Example:
+        >>> try:
+        ...     with fastmaf.use_backend("native"):
+        ...         available = True
+        ... except fastmaf.BackendUnavailableError:
+        ...     available = False
+    """
 
 
 class use_backend:
@@ -46,6 +54,12 @@ class use_backend:
     Raises:
         ValueError: there is no backend of that name.
         BackendUnavailableError: it is not present in this installation.
+
+    Example:
+        >>> flow = fastmaf.MAF(features=3, blocks=2, hidden_features=16)
+        >>> with fastmaf.use_backend("torch"):
+        ...     flow.log_prob(torch.randn(5, 3)).shape
+        torch.Size([5])
     """
 
     def __init__(self, name: str | None) -> None:

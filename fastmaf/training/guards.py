@@ -10,7 +10,18 @@ from torch import Tensor
 
 
 class NonFiniteLossError(FloatingPointError):
-    """The loss of a batch is NaN or infinite; the parameters are as they were before that batch."""
+    """The loss of a batch is NaN or infinite; the parameters are as they were before that batch.
+
+    Example:
+        >>> flow = fastmaf.MAF(features=2, blocks=1, hidden_features=8, validate_args=False)
+        >>> optimizer = fastmaf.optim.FusedAdam(flow.parameters())
+        >>> loss = -flow.log_prob(torch.full((4, 2), torch.nan)).mean()
+        >>> try:
+        ...     optimizer.minimize(loss)
+        ... except fastmaf.NonFiniteLossError:
+        ...     print("skipped")
+        skipped
+    """
 
 
 @dataclass(frozen=True)

@@ -24,6 +24,12 @@ class StepReport(NamedTuple):
     Attributes:
         nll: mean negative log-likelihood of the batch before the step, in nats.
         skipped: whether the parameters were left as they were.
+
+    Example:
+        >>> flow = fastmaf.MAF(features=2, blocks=1, hidden_features=8)
+        >>> step = fastmaf.TrainingStep(flow, fastmaf.optim.FusedAdam(flow.parameters()))
+        >>> step(torch.randn(16, 2)).skipped
+        False
     """
 
     nll: float

@@ -44,8 +44,9 @@ def allocate_work_buffers(
         device: the device to run on, if not the flow's own; the CPU for a flow on ``"meta"``.
 
     Example:
+        >>> from fastmaf.training.workspace import allocate_work_buffers
         >>> flow = fastmaf.MAF(6, 2, (16,), order="natural", device="meta")
-        >>> fastmaf.allocate_work_buffers(flow, 8)
+        >>> allocate_work_buffers(flow, 8)
     """
     where, backend = runs_on(flow, device)
     if where.type != "cpu" or backend != "torch":

@@ -167,6 +167,10 @@ class use_precision:
 
     Raises:
         ValueError: there is no precision of that name.
+
+    Example:
+        >>> with fastmaf.use_precision("tf32x3"):  # has an effect on a GPU only
+        ...     log_prob = fastmaf.MAF(features=3, blocks=2, hidden_features=16).log_prob(torch.randn(5, 3))
     """
 
     def __init__(self, name: Precision) -> None:

@@ -11,10 +11,10 @@ import pytest
 from typer.testing import CliRunner, Result
 
 import fastmaf
-from fastmaf.cli import app as cli
 from fastmaf.bench import command, rows
 from fastmaf.bench import run as running
 from fastmaf.bench.cases import Plan
+from fastmaf.cli import app as cli
 from tests.bench.example_rows import ABOUT, row
 
 

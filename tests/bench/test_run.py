@@ -12,11 +12,11 @@ import pytest
 from typer.testing import CliRunner, Result
 
 import fastmaf
-from fastmaf.cli import app as cli
 from fastmaf.bench import cases
 from fastmaf.bench.cases import Plan
 from fastmaf.bench.rows import COLUMNS, Row, read
 from fastmaf.bench.run import run
+from fastmaf.cli import app as cli
 from tests.bench.helpers import FAILING, RATES, TINY, register_failing, set_rates, tiny_plan
 
 

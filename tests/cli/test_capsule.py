@@ -36,6 +36,7 @@ def trained(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
+@pytest.mark.slow
 def test_from_drawing_to_evaluation(run: Fastmaf, tmp_path: Path) -> None:
     """Every command in turn on what the one before left; the long ones as processes of their own."""
     data, out = tmp_path / "capsules", tmp_path / "run"
@@ -264,4 +265,4 @@ def test_doctor_on_a_console_without_arrows() -> None:
     """A Windows console, or a pipe there, may be able to write Latin letters only."""
     done = fastmaf_process("doctor", PYTHONIOENCODING="ascii")
     assert done.code == 0, done.err
-    assert "level_inverse" in done.out
+    assert "affine_output" in done.out

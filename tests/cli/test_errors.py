@@ -44,6 +44,7 @@ def limited(size: int, *arguments: object) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
 
 
+@pytest.mark.slow
 @linux
 @pytest.mark.parametrize(
     ("arguments", "file"),

@@ -92,7 +92,7 @@ def test_masked_linear_by_hand() -> None:
 
 def test_made_parameters_by_hand() -> None:
     """Its outputs are [N, D, outputs_per_feature]; two of them are shift and raw log-scale."""
-    flow = build(FEATURES, blocks=1, order="natural")
+    flow = build(FEATURES, blocks=1, order="natural", log_scale_bound=5.0, soft_bound=False)
     block, x = blocks_of(flow)[0], normal(4, FEATURES)
     out = block.made(x)
     assert out.shape == (4, FEATURES, 2)

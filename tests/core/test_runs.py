@@ -255,7 +255,7 @@ CHANGES: dict[str, Callable[[Flow], Any]] = {
     "parameters written to": lambda flow: flow.load_state_dict(_halved(flow)),
     "parameters assigned": lambda flow: flow.load_state_dict(_halved(flow), assign=True),
     "a bound": lambda flow: setattr(blocks_of(flow)[0], "log_scale_bound", 1e-3),
-    "a soft bound": lambda flow: setattr(blocks_of(flow)[0], "soft_bound", True),
+    "a soft bound": lambda flow: setattr(blocks_of(flow)[0], "soft_bound", False),
     "a hook": _add_hook,
     "dtype": lambda flow: flow.float(),
     "dtype of the data": _data,

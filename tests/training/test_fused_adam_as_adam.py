@@ -304,6 +304,7 @@ def one_of_two_processes(rank: int, folder: str) -> None:
     distributed.destroy_process_group()
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not torch.distributed.is_available(), reason="this torch has no distributed package")
 def test_two_processes_train_one_model(tmp_path: Path) -> None:
     torch.multiprocessing.spawn(one_of_two_processes, (str(tmp_path),), nprocs=2)
