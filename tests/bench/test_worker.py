@@ -137,6 +137,8 @@ KILLED = """
 import os
 from fastmaf.bench.libraries import Size
 from fastmaf.bench.worker import Worker
+
+pytestmark = pytest.mark.slow  # processes that are started, stopped and killed
 if __name__ == "__main__":
     print(Worker("naive", Size(12, (8, 8), 1), 0).process.pid, flush=True)
     os.kill(os.getpid(), 9)
