@@ -21,6 +21,8 @@ from fastmaf.bench.worker import LibraryError, Worker
 from fastmaf.capsule.synthetic import draw_dataset
 from tests.bench.helpers import TINY, register_failing
 
+pytestmark = pytest.mark.slow  # processes are started, stopped and killed
+
 ROOT = Path(__file__).parents[2]
 SMALL = Size(12, (8, 8), 1)
 
@@ -138,7 +140,6 @@ import os
 from fastmaf.bench.libraries import Size
 from fastmaf.bench.worker import Worker
 
-pytestmark = pytest.mark.slow  # processes that are started, stopped and killed
 if __name__ == "__main__":
     print(Worker("naive", Size(12, (8, 8), 1), 0).process.pid, flush=True)
     os.kill(os.getpid(), 9)
