@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from fastmaf import hooks
 from fastmaf.kernels import Block, FlowArgs, flow_args, flow_forward, flow_inverse
+from fastmaf.kernels.flow.args import inverse_permutation
 from fastmaf.kernels.flow.saved import saved_numel as saved_numel_of
 from fastmaf.nn import MADE
 from fastmaf.transforms import AffineAutoregressive, Permutation, Transform
@@ -25,12 +26,14 @@ class Run(NamedTuple):
         transforms: in the order in which x passes through them.
         forward, inverse: the arguments of the op; None where there is no block.
         permutation: of all transforms together where there is no block.
+        copies: of a run that is kept, pairs of a permutation and a copy of it from when ``inverse`` was made.
     """
 
     transforms: list[Transform]
     forward: FlowArgs | None
     inverse: FlowArgs | None
     permutation: Tensor | None
+    copies: tuple[tuple[Tensor, Tensor], ...] = ()
 
     @classmethod
     def of(cls, transforms: list[Transform]) -> Run:
@@ -49,6 +52,20 @@ class Run(NamedTuple):
             return cls(transforms, None, None, permutations[0])
         args = flow_args(blocks, permutations)
         return cls(transforms, args, args.inverted(), None)
+
+    def kept(self) -> Run:
+        """Returns the run for later calls, which compare its permutations."""
+        permutations = [] if self.forward is None else self.forward.permutations
+        return self._replace(copies=tuple((p, p.clone()) for p in permutations if p.numel()))
+
+    def inverse_args(self) -> FlowArgs | None:
+        """Returns ``inverse``, made anew if a permutation was written to through ``.data`` or NumPy, which no counter
+        shows. On a GPU, which would have to be waited for, it is always made anew.
+        """
+        if all(p.device.type == "cpu" and torch.equal(p, copy) for p, copy in self.copies):
+            return self.inverse
+        assert self.forward is not None
+        return self.forward.inverted()
 
 
 class Runs:
@@ -70,13 +87,14 @@ class Runs:
         """Returns the runs, and the transforms between them that no op takes, in the order of ``transforms``."""
         if hooks.any_global():
             return list(transforms)
-        if torch.compiler.is_compiling():  # a graph has guards of its own
+        if _in_a_mode():
             return _cut(transforms)
         known = self._known
         if known is not None and known[0].holds(transforms):
             return known[1]
-        runs = _cut(transforms)
-        state = _State.of(transforms)
+        runs, state = _cut(transforms), _State.of(transforms)
+        if state is not None:
+            runs = [run.kept() if isinstance(run, Run) else run for run in runs]
         self._known = None if state is None else (state, runs)
         return runs
 
@@ -99,14 +117,14 @@ class Runs:
         for run in reversed(self.of(transforms)):
             if isinstance(run, Transform):
                 z, term = run.inverse(z)
-            elif run.inverse is None:
+            elif (args := run.inverse_args()) is None:
                 assert run.permutation is not None
-                z, term = z[:, run.permutation.argsort()], z.new_zeros(z.shape[0])
+                z, term = z[:, inverse_permutation(run.permutation)], z.new_zeros(z.shape[0])
             else:
                 for transform in run.transforms:
                     if isinstance(transform, AffineAutoregressive):
                         transform.check_invertible()
-                z, term = flow_inverse(z, run.inverse)
+                z, term = flow_inverse(z, args)
             ladj = term if ladj is None else ladj + term
         return z, z.new_zeros(z.shape[0]) if ladj is None else ladj
 
@@ -159,8 +177,10 @@ class _State(NamedTuple):
         modules: list[nn.Module] = []
         parameters: list[Tensor] = []
         permutations: list[Tensor] = []
-        for transform in transforms:
+        for before, transform in zip((None, *transforms), transforms, strict=False):
             if type(transform) is Permutation:
+                if type(before) is Permutation:  # a run holds their product, which no write to either changes
+                    return None
                 modules.append(transform)
                 places.append((transform._buffers, "permutation"))
                 permutations.append(transform.permutation)
@@ -209,6 +229,15 @@ class _State(NamedTuple):
             and all(map(_is_contiguous, self.parameters))
             and list(map(_version, self.permutations)) == self.versions
         )
+
+
+def _in_a_mode() -> bool:
+    """Returns whether tensors may belong to a graph, a functorch transform or a dispatch mode: none must be kept."""
+    return (
+        torch.compiler.is_compiling()
+        or torch._C._are_functorch_transforms_active()
+        or torch._C._len_torch_dispatch_stack() > 0
+    )
 
 
 def mades_of(module: nn.Module) -> list[MADE]:

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from fastmaf.degrees import check_permutation
+from fastmaf.kernels.flow.args import inverse_permutation
 from fastmaf.transforms.base import Transform
 
 
@@ -44,11 +44,7 @@ class Permutation(Transform):
     @property
     def inverse_permutation(self) -> Tensor:
         """The inverse permutation, int64 ``[D]``."""
-        permutation = self.permutation
-        if self.features <= 512:  # one op is faster than the three below
-            return permutation.argsort()
-        indices = torch.arange(self.features, device=permutation.device)
-        return torch.empty_like(permutation).scatter_(0, permutation, indices)
+        return inverse_permutation(self.permutation)
 
     def forward_per_dim(self, x: Tensor, terms: Tensor) -> tuple[Tensor, Tensor]:
         return x[:, self.permutation], terms[:, self.permutation]

@@ -27,53 +27,19 @@ struct Flow {
   const int64_t* permutation;  // after the last block
 };
 
-void check_permutation(const char* op, const Tensor& permutation, long features) {
+// Checked on every call: a write through `.data` or NumPy shows in nothing but the values, and one that is out of range
+// would read foreign memory.
+const int64_t* order_of(const char* op, const Tensor& permutation, long features) {
+  if (permutation.numel() == 0) return nullptr;
   check(op, "permutation", permutation, at::kLong, {features});
   const auto* order = permutation.const_data_ptr<int64_t>();
-  std::vector<bool> met(features);
+  std::vector<char> met(features);
   for (long d = 0; d < features; ++d) {
     TORCH_CHECK(order[d] >= 0 && order[d] < features, op, ": permutation holds ", order[d], ", outside 0..", features - 1);
     TORCH_CHECK(!met[order[d]], op, ": permutation holds ", order[d], " twice");
-    met[order[d]] = true;
+    met[order[d]] = 1;
   }
-}
-
-// Permutations that were found to be some, by tensor: checked once, and again after a write that autograd counts.
-class KnownPermutations {
- public:
-  bool holds(const Tensor& t, long features) {
-    const std::lock_guard<std::mutex> lock(mutex_);
-    const auto known = known_.find(t.unsafeGetTensorImpl());
-    return known != known_.end() && !known->second.tensor.expired() && known->second.is(t, features);
-  }
-  void add(const Tensor& t, long features) {
-    const std::lock_guard<std::mutex> lock(mutex_);
-    if (known_.size() >= 1024) known_.clear();
-    known_.insert_or_assign(t.unsafeGetTensorImpl(), Known{Weak(t.getIntrusivePtr()), t.const_data_ptr(), t._version(), features});
-  }
-
- private:
-  using Weak = c10::weak_intrusive_ptr<c10::TensorImpl, c10::UndefinedTensorImpl>;
-  struct Known {
-    Weak tensor;
-    const void* data;
-    int64_t version;
-    long features;
-    bool is(const Tensor& t, long n) const { return data == t.const_data_ptr() && version == t._version() && features == n; }
-  };
-  std::mutex mutex_;
-  std::unordered_map<const c10::TensorImpl*, Known> known_;
-};
-
-const int64_t* order_of(const char* op, const Tensor& permutation, long features) {
-  static KnownPermutations known;
-  if (permutation.numel() == 0) return nullptr;
-  const bool counted = !permutation.is_inference();  // inference tensors have no version
-  if (!counted || !known.holds(permutation, features)) {
-    check_permutation(op, permutation, features);
-    if (counted) known.add(permutation, features);
-  }
-  return permutation.const_data_ptr<int64_t>();
+  return order;
 }
 
 template <class T, class W>

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import fastmaf
 from fastmaf.flows import Flow
@@ -228,6 +229,18 @@ def _rewrite_permutation(flow: Flow) -> None:
             transform.permutation.copy_(torch.randperm(D, generator=generator(9)))
 
 
+def _rewrite_permutation_uncounted(flow: Flow) -> None:
+    for transform in flow.transforms:
+        if isinstance(transform, Permutation):
+            transform.permutation.numpy()[:] = torch.randperm(D, generator=generator(9)).numpy()
+
+
+def _replace_permutation_data(flow: Flow) -> None:
+    for transform in flow.transforms:
+        if isinstance(transform, Permutation):
+            transform.permutation.data = torch.randperm(D, generator=generator(9))
+
+
 def _replace_parameter(flow: Flow) -> None:
     layer = blocks_of(flow)[0].made.output
     layer.weight = nn.Parameter(2 * layer.weight.detach())
@@ -251,6 +264,8 @@ CHANGES: dict[str, Callable[[Flow], Any]] = {
     "a transform replaced": lambda flow: flow.transforms.__setitem__(0, block(7)),
     "networks swapped": _swap,
     "a permutation written to": _rewrite_permutation,
+    "a permutation written to through NumPy": _rewrite_permutation_uncounted,
+    "a permutation's data replaced": _replace_permutation_data,
     "a parameter replaced": _replace_parameter,
     "parameters written to": lambda flow: flow.load_state_dict(_halved(flow)),
     "parameters assigned": lambda flow: flow.load_state_dict(_halved(flow), assign=True),
@@ -276,6 +291,34 @@ def test_a_change_is_noticed(change: str) -> None:
         results = zip((flow.log_prob(x), *flow.inverse(x)), (twin.log_prob(x), *twin.inverse(x)), strict=True)
         assert all(torch.equal(found, expected) for found, expected in results)
         assert not torch.equal(flow.log_prob(x), before), "the change changes nothing"
+
+
+def test_two_permutations_in_a_row_follow_writes_that_nothing_counts() -> None:
+    orders = [torch.randperm(D, generator=generator(seed)) for seed in range(3)]
+    flow = fastmaf.Flow(D, [*build(D).transforms, Permutation(orders[0]), Permutation(orders[1])])  # type: ignore[list-item]
+    x = normal(4, D)
+    flow(x)
+    flow.transforms[-1].permutation.numpy()[:] = orders[2].numpy()
+    z, _ = flow(x)
+    assert torch.equal(z, copy.deepcopy(flow)(x)[0])
+    assert_close("round_trip", flow.inverse(z)[0], x)
+
+
+def test_a_permutation_that_is_none_is_an_error_and_reads_nothing() -> None:
+    flow, x = build(D, order="random"), normal(4, D)
+    flow.log_prob(x)
+    permutation = next(t for t in flow.transforms if isinstance(t, Permutation)).permutation
+    permutation.numpy()[0] = 10**9
+    with pytest.raises((RuntimeError, IndexError)):
+        flow.log_prob(x)
+
+
+def test_a_first_call_on_fake_tensors_leaves_nothing_behind() -> None:
+    flow, x = build(D), normal(4, D)
+    expected = copy.deepcopy(flow).log_prob(x)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        flow.log_prob(torch.empty(4, D, dtype=torch.float64))
+    assert torch.equal(flow.log_prob(x), expected)
 
 
 def test_a_hook_that_is_removed_leaves_no_trace() -> None:

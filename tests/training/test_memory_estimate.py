@@ -49,7 +49,7 @@ def measured(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, in
     if not sys.platform.startswith("linux") or compiler is None:
         pytest.skip("counting what malloc is asked for needs Linux and a C compiler")
     library = tmp_path_factory.mktemp("allocations") / "allocations.so"
-    source = ROOT / "tests" / "allocations.c"
+    source = ROOT / "tests" / "training" / "allocations.c"
     subprocess.run(
         [compiler, "-O1", "-Wall", "-Werror", "-shared", "-fPIC", str(source), "-o", str(library)], check=True
     )
