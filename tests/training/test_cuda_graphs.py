@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -66,13 +67,15 @@ class RunAgain:
 
 @pytest.fixture
 def run_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.optim.Adam([torch.zeros(1, requires_grad=True)])  # the first one makes its class's step call hooks
     step = torch.optim.Adam.step
 
+    @functools.wraps(step)  # with torch's mark that hooks are called
     def refuse(optimizer: Any, closure: Any = None) -> Any:
         assert not RunAgain.running, "torch's own step cannot be captured"
         return step(optimizer, closure)
 
-    monkeypatch.setattr(torch.optim.Adam, "step", refuse)
+    monkeypatch.setattr(fastmaf.optim.FusedAdam, "step", refuse)
     monkeypatch.setattr(graphed_step, "record", RunAgain)
     monkeypatch.setattr(graphed_step, "can_replay", lambda flow: True)
 
