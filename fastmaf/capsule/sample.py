@@ -53,10 +53,10 @@ def sample(model: Model, out: str | Path, n: int = 5, *, seed: int = 0, progress
     outputs = outputs_of(Path(out), n)
     check_outputs(outputs, [model.path])
     files = [output.path for output in outputs[1:]]
-    device = next(model.flow.parameters()).device
+    # The first call of an op loads parts of torch: an empty batch keeps that out of the measured time. It also tells the
+    # device, as a whitening alone has no parameters.
+    device = model.flow.sample(0).device
     generator = torch.Generator(device).manual_seed(seed)
-    # The first call of an op loads parts of torch: an empty batch keeps that out of the measured time.
-    model.flow.inverse(torch.zeros(0, model.flow.features, device=device))
     began, parts = time.perf_counter(), []
     for start in tqdm(range(0, n, _BATCH), desc="sampling", unit="batch", disable=not progress, leave=False):
         parts.append(model.flow.sample(min(_BATCH, n - start), generator=generator).cpu())

@@ -9,6 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
+import fastmaf
 from fastmaf.capsule.models import Model
 from fastmaf.capsule.sample import GRID_FILE, SAMPLES_FOLDER, sample
 from fastmaf.images.dataset import to_images
@@ -65,3 +66,9 @@ def test_no_samples_is_an_error(model: Model, tmp_path: Path, n: int) -> None:
     with pytest.raises(ValueError, match=f"number of samples must be at least 1; found {n}"):
         sample(model, tmp_path, n, progress=False)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_model_without_parameters(tmp_path: Path) -> None:
+    whitening = fastmaf.GaussianWhitening(3 * 8 * 8, 2).fit_(torch.rand(9, 3 * 8 * 8))
+    model = Model(fastmaf.Flow(3 * 8 * 8, [whitening]), 8, tmp_path / "model.safetensors", ())
+    assert len(sample(model, tmp_path / "out", 2, progress=False).files) == 2
