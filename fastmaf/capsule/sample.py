@@ -53,8 +53,8 @@ def sample(model: Model, out: str | Path, n: int = 5, *, seed: int = 0, progress
     outputs = outputs_of(Path(out), n)
     check_outputs(outputs, [model.path])
     files = [output.path for output in outputs[1:]]
-    # The first call of an op loads parts of torch: an empty batch keeps that out of the measured time. It also tells the
-    # device, as a whitening alone has no parameters.
+    # The first call of an op loads parts of torch: an empty batch keeps that out of the measured time. It also gives
+    # the device, as a whitening alone has no parameters.
     device = model.flow.sample(0).device
     generator = torch.Generator(device).manual_seed(seed)
     began, parts = time.perf_counter(), []
