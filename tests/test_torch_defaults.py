@@ -164,8 +164,9 @@ def trained(data: Any, out: Any) -> list[np.ndarray]:
     return [nll, *(t.detach().numpy() for t in tensors)]
 
 
+@pytest.mark.slow
 @every_setting
-def test_a_run_of_the_reference_recipe_has_its_own_settings(name: str, data: Any, tmp_path: Any) -> None:
+def test_a_run_of_the_published_recipe_has_its_own_settings(name: str, data: Any, tmp_path: Any) -> None:
     plain = trained(data, tmp_path / "plain")
     with FOREIGN[name]():
         found = trained(data, tmp_path / "foreign")
@@ -173,6 +174,7 @@ def test_a_run_of_the_reference_recipe_has_its_own_settings(name: str, data: Any
         np.testing.assert_array_equal(one, other)
 
 
+@pytest.mark.slow
 def test_choosing_and_fitting_take_inference_tensors() -> None:
     from fastmaf.inspection.fit import fit
 

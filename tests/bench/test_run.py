@@ -19,6 +19,8 @@ from fastmaf.bench.run import run
 from fastmaf.cli import app as cli
 from tests.bench.helpers import FAILING, RATES, TINY, register_failing, set_rates, tiny_plan
 
+pytestmark = pytest.mark.slow  # real runs, with a process for each library
+
 
 def invoke(*arguments: object) -> Result:
     return CliRunner().invoke(cli.app, ["bench", *map(str, arguments)])
