@@ -21,6 +21,8 @@ from fastmaf.inspection.report.findings import verdicts
 from fastmaf.inspection.report.pictures import WIDEST, data_uri
 from fastmaf.metrics.evaluate import evaluate_scores
 
+pytestmark = pytest.mark.slow  # documents that are built and parsed
+
 RNG = np.random.default_rng(2)
 LABELS = ("good",) * 20 + ("a $1 & $2 <b> \u5b57", "cut") * 15
 SCORES = np.concatenate([RNG.normal(5, 1, 20), RNG.normal(9, 2, 30)])

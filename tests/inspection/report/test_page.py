@@ -19,6 +19,8 @@ from fastmaf.inspection.report.text import interval, number, percent, score_digi
 from tests.inspection.report.report_made import DEFECTS, made, row, untested
 from tests.inspection.report.report_read import Element, read
 
+pytestmark = pytest.mark.slow  # documents that are built and parsed
+
 NASTY = "<script>alert(1)</script>&\"'`{{ 7*7 }}</title>$\\frac$ \u5b57\u00e9 \udcff\u202egnp.exe\n\x00."
 SHOWN = "<script>alert(1)</script>&\"'`{{ 7*7 }}</title>$\\frac$ \u5b57\u00e9 \\xff\\u202egnp.exe\\x0a\\x00."
 
