@@ -2,65 +2,22 @@
 
 from __future__ import annotations
 
-import json
-import shutil
-import struct
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 
 import fastmaf
 from fastmaf.capsule.models import load_model
-from fastmaf.inspection.detector import Detector
 from fastmaf.inspection.fold_models import load_fold_models
 from fastmaf.inspection.model import load_inspection
-from fastmaf.io.tensor_file import read_tensors, write_tensors
+from fastmaf.io.tensor_file import read_tensors
 from fastmaf.training.checkpoints import load_state, moments_by_parameter
-from fastmaf.transforms import TRANSFORMS
-from tests.core.helpers import normal
-from tests.io.model_files import RAW, D, Parts, flows, set_at, use, write_all
+from tests.io.damage import changed, refused
+from tests.io.model_files import Parts, flows
 
 BLOCK, WHITENING, LOCAL = ("transforms", 0), ("transforms", 1), ("transforms", 2)
-
-
-@pytest.fixture(scope="module")
-def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, bytes]]:
-    folder = tmp_path_factory.mktemp("files")
-    return folder, write_all(folder)
-
-
-@pytest.fixture
-def written(whole: tuple[Path, dict[str, bytes]]) -> dict[str, bytes]:
-    return whole[1]
-
-
-@pytest.fixture
-def folder(whole: tuple[Path, dict[str, bytes]], tmp_path: Path) -> Path:
-    """Returns a folder with a file of each kind."""
-    return Path(shutil.copytree(whole[0], tmp_path / "files"))
-
-
-def changed(content: bytes, key: str, place: tuple[Any, ...], value: Any) -> bytes:
-    """Returns a file with another value in the JSON of its metadata."""
-    parts = Parts.of(content)
-    text = json.dumps(set_at(json.loads(parts.header["__metadata__"][key]), place, value))
-    for mark, raw in RAW.items():
-        text = text.replace(mark, raw)
-    parts.header["__metadata__"][key] = text
-    return parts.joined()
-
-
-def refused(kind: str, folder: Path, content: bytes) -> str:
-    """Loads a file and returns the message, less the folder; it names the file, is short and holds no control signs."""
-    with pytest.raises(fastmaf.CheckpointError) as caught:
-        use(kind, folder, content)
-    message = str(caught.value)
-    assert str(folder) in message and ".safetensors" in message
-    assert len(message) < 1000 and message.isprintable(), message
-    return message.replace(str(folder), "")
 
 
 CONFIGURATION: list[tuple[str, tuple[Any, ...], Any, str]] = [
@@ -186,80 +143,6 @@ def test_statistics_that_cannot_compute_are_refused(
     assert f"tensor {name}: expected finite numbers" in refused("inspection", folder, parts.joined())
 
 
-def tiles_of(content: bytes) -> dict[str, list[list[int]]]:
-    tiles: dict[str, list[list[int]]] = json.loads(Parts.of(content).header["__metadata__"]["fastmaf"])["tiles"]
-    return tiles
-
-
-HIDDEN = "transforms.0.made.hidden.0"  # 9 rows, the last of which sees 47 of 48 inputs
-
-
-@pytest.mark.parametrize(("tiles", "words"), [
-    ([], "expected 1 to 9 tiles; found 0"),
-    ([[0, 9, 48, 0]] * 100_000, "expected 1 to 9 tiles; found 100000"),
-    ([[0, 8, 48, 0]], "expected tiles that cover 9 rows; found 8"),
-    ([[1, 9, 48, 0]], "[0]: expected rows from 0 at offset 0; found [1, 9, 48, 0]"),
-    ([[0, 10, 48, 0]], "[0]: expected rows from 0"),
-    ([[0, 0, 48, 0]], "[0]: expected rows from 0"),
-    ([[0, 9, 46, 0]], "[0]: expected a width of 47 to 48; found 46"),
-    ([[0, 9, 49, 0]], "[0]: expected a width of 47 to 48; found 49"),
-    ([[0, 9, 47, 0]], "hidden.0.weight: expected 423 numbers, as many as its tiles hold; found 432"),
-    ([[0, 4, 48, 0], [4, 9, 48, 0]], "[1]: expected rows from 4 at offset 192"),
-    ([[0, 4, 48, 0], [0, 9, 48, 192]], "[1]: expected rows from 4 at offset 192"),
-    ([[0, 9, 48.0, 0]], "[0][2]: expected a whole number"),
-    ([[0, 9, 48]], "[0]: expected a list of 4 entries"),
-    (None, "expected a list"),
-])  # fmt: skip
-def test_tiles_that_are_no_packing_of_the_layer_are_refused(
-    folder: Path, written: dict[str, bytes], tiles: Any, words: str
-) -> None:
-    assert tiles_of(written["maf"])[HIDDEN] == [[0, 9, 48, 0]], "the table above is of another layer"
-    assert words in refused("maf", folder, changed(written["maf"], "fastmaf", ("tiles", HIDDEN), tiles))
-
-
-def test_tiles_of_layers_that_are_not_there_are_refused(folder: Path, written: dict[str, bytes]) -> None:
-    content = changed(written["maf"], "fastmaf", ("tiles", "made.hidden.9"), [[0, 1, 1, 0]])
-    assert "configuration.tiles: expected the layers of the flow; 'made.hidden.9'" in refused("maf", folder, content)
-
-
-def test_tiles_cut_otherwise_give_the_same_density_to_the_bit(folder: Path, written: dict[str, bytes]) -> None:
-    """Each tile cut in two at the same width: the same numbers in the same places."""
-    halves = [[0, 4, 48, 0], [4, 9, 48, 192]]
-    (folder / "halves.safetensors").write_bytes(changed(written["maf"], "fastmaf", ("tiles", HIDDEN), halves))
-    one, other = (fastmaf.load(folder / f"{name}.safetensors") for name in ("maf", "halves"))
-    assert all(torch.equal(a, b) for a, b in zip(one.state_dict().values(), other.state_dict().values(), strict=True))
-
-
-def test_few_numbers_do_not_unfold_into_many(tmp_path: Path) -> None:
-    """4,095 rows that see one input and one that sees all: in exact tiles 136 kB, in this version's 491 MB."""
-    features, units = 30_000, 4096
-    block = {
-        "type": "affine_autoregressive", "features": features, "hidden_features": [units, 1], "activation": "relu",
-        "strict": True, "log_scale_bound": 5.0, "soft_bound": False,
-    }  # fmt: skip
-    name = "transforms.0.made"
-    tiles = {
-        f"{name}.hidden.0": [[0, units - 1, 1, 0], [units - 1, units, features, units - 1]],
-        f"{name}.hidden.1": [[0, 1, units, 0]],
-        f"{name}.output": [[0, 2 * features, 0, 0]],
-    }
-    tensors = {
-        f"{name}.degrees_0": torch.tensor([1] * (units - 1) + [features], dtype=torch.int32),
-        f"{name}.degrees_1": torch.tensor([features], dtype=torch.int32),
-        f"{name}.hidden.0.weight": torch.zeros(units - 1 + features),
-        f"{name}.hidden.0.bias": torch.zeros(units),
-        f"{name}.hidden.1.weight": torch.zeros(units),
-        f"{name}.hidden.1.bias": torch.zeros(1),
-        f"{name}.output.weight": torch.zeros(0),
-        f"{name}.output.bias": torch.zeros(2 * features),
-    }
-    config = {"version": 1, "class": "MAF", "features": features, "transforms": [block], "tiles": tiles}
-    path = tmp_path / "long.safetensors"
-    write_tensors(tensors, path, {"fastmaf": json.dumps(config)})
-    with pytest.raises(fastmaf.CheckpointError, match=r"expected tiles like this version's, of 122880000 numbers"):
-        fastmaf.load(path)
-
-
 @pytest.mark.parametrize(("change", "words"), [
     ({"F32": "F64"}, "bytes for shape"),
     ({"F32": "I32"}, "output.bias: expected (96,) torch.float32, found (96,) torch.int32|floating-point dtype"),
@@ -307,95 +190,3 @@ def test_a_validation_loss_that_overflowed_does_not_stand_in_the_way(folder: Pat
     path = folder / "training_state.safetensors"
     path.write_bytes(changed(written["training_state"], "state", ("log", 0, "val_nll"), float("inf")))
     assert load_state(folder)[1]["log"][0]["val_nll"] == float("inf")
-
-
-def test_what_was_saved_loads_to_the_bit(folder: Path) -> None:
-    for name, flow in flows().items():
-        again, x = fastmaf.load(folder / f"{name}.safetensors"), normal(4, D, dtype=torch.float32).sigmoid()
-        assert all(torch.equal(again.state_dict()[key], value) for key, value in flow.state_dict().items())
-        assert torch.equal(again.log_prob(x), flow.log_prob(x))
-    detector = Detector.load(folder / "inspection.safetensors")
-    assert (detector.rank, detector.blocks, detector.steps, detector.folds) == (3, 1, 5, 3)
-    assert detector.calibration_.source == "line 3"
-
-
-def test_a_file_of_the_first_version_byte_by_byte(tmp_path: Path) -> None:
-    """z = (x - shift) exp(-log_scale) of two dimensions and one hidden unit, h = relu(2 x_1 - 1)."""
-    block = {
-        "type": "affine_autoregressive", "features": 2, "hidden_features": [1], "activation": "relu", "strict": True,
-        "log_scale_bound": 5.0, "soft_bound": False,
-    }  # fmt: skip
-    tiles = {"transforms.0.made.hidden.0": [[0, 1, 2, 0]], "transforms.0.made.output": [[0, 2, 0, 0], [2, 4, 1, 0]]}
-    config = {"version": 1, "class": "MAF", "features": 2, "transforms": [block], "tiles": tiles}
-    values: dict[str, tuple[str, bytes, int]] = {
-        "hidden.0.bias": ("F64", struct.pack("<d", -1.0), 1),
-        "hidden.0.weight": ("F64", struct.pack("<2d", 2.0, 0.0), 2),
-        "output.bias": ("F64", struct.pack("<4d", 0.5, 0.25, -0.5, 0.0), 4),
-        "output.weight": ("F64", struct.pack("<2d", 3.0, 0.125), 2),
-        "degrees_0": ("I32", struct.pack("<i", 1), 1),
-    }
-    header: dict[str, Any] = {"__metadata__": {"fastmaf": json.dumps(config)}}
-    data = b""
-    for name, (dtype, content, n) in values.items():
-        offsets = [len(data), len(data) + len(content)]
-        header[f"transforms.0.made.{name}"] = {"dtype": dtype, "shape": [n], "data_offsets": offsets}
-        data += content
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    path = tmp_path / "old.safetensors"
-    path.write_bytes(struct.pack("<Q", len(text)) + text + data)
-    flow = fastmaf.load(path)
-    z, ladj = flow(torch.tensor([[1.0, 4.0]], dtype=torch.float64))
-    hidden = 2 * 1.0 - 1
-    expected = (1.0 - 0.5) * np.exp(-0.25), (4.0 - (3 * hidden - 0.5)) * np.exp(-0.125 * hidden)
-    np.testing.assert_allclose(z.detach().numpy()[0], expected, rtol=1e-14)
-    np.testing.assert_allclose(ladj.item(), -0.25 - 0.125 * hidden, rtol=1e-14)
-
-
-class Shift(fastmaf.Transform):
-    """A transform that a user registered; ``from_config`` fails as its class attribute says."""
-
-    error: Exception | None = None
-
-    def __init__(self, shift: torch.Tensor) -> None:
-        super().__init__()
-        self.features = len(shift)
-        self.register_buffer("shift", shift.clone())
-
-    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        return x - self.get_buffer("shift"), x.new_zeros(len(x))
-
-    def config(self) -> dict[str, Any]:
-        return {"made by": "a user"}
-
-    @classmethod
-    def from_config(cls, config: Any, tensors: Any) -> Shift:
-        if cls.error is not None:
-            raise cls.error
-        return cls(tensors["shift"])
-
-
-def test_a_registered_transform_may_fail_in_any_way(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(TRANSFORMS, "shift", Shift)
-    flow, x, path = fastmaf.Flow(3, [Shift(torch.arange(3.0))]), normal(2, 3, dtype=torch.float32), tmp_path / "a"
-    flow.save(path)
-    assert torch.equal(fastmaf.load(path).log_prob(x), flow.log_prob(x))
-    for error in (RecursionError("deep"), MemoryError("large"), IndexError("far"), OverflowError("wide")):
-        monkeypatch.setattr(Shift, "error", error)
-        with pytest.raises(fastmaf.CheckpointError, match=str(error)) as caught:
-            fastmaf.load(path)
-        assert str(path) in str(caught.value)
-
-
-def test_loading_does_not_depend_on_global_settings(folder: Path) -> None:
-    for name, flow in flows().items():
-        before = torch.get_default_dtype()
-        torch.set_default_dtype(torch.float64)
-        try:
-            with torch.device("meta"):
-                again = fastmaf.load(folder / f"{name}.safetensors")
-        finally:
-            torch.set_default_dtype(before)
-        assert all(torch.equal(again.state_dict()[key], value) for key, value in flow.state_dict().items())
-        x = normal(4, D, dtype=torch.float32).sigmoid()
-        assert torch.equal(again.log_prob(x), flow.log_prob(x))

@@ -1,0 +1,176 @@
+"""Masked autoregressive flows (MAF)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from fastmaf.degrees import DegreeKind, OrderKind, hidden_degrees, layer_sizes, orders, warn_if_disconnected
+from fastmaf.flows.base import Flow
+from fastmaf.nn import MADE, Init
+from fastmaf.transforms import AffineAutoregressive, GaussianWhitening, Permutation, Transform
+
+
+class MAF(Flow):
+    """A masked autoregressive flow: affine autoregressive blocks, each with an order of the dimensions::
+
+        z[d] = (x[d] − shift[d]) exp(−log_scale[d]),    shift[d], log_scale[d] = MADE(x[0..d−1])
+
+    in the order of the block. Where consecutive blocks have different orders, a ``Permutation`` stands between them,
+    and a last one restores the order of x, so that ``z[..., d]`` belongs to ``x[..., d]``. Sampling costs the
+    arithmetic of one forward pass.
+
+    The defaults are meant for ``torch.optim.Adam`` with a learning rate of 1e-3 up to about a thousand dimensions, and
+    of 2e-5 for images of 12,288. The bound on log-scales was chosen by measurement (``bench/stability.py``): a clamp at
+    ±5 in every block gives a higher held-out NLL, and lets the density of outliers vanish.
+
+    Args:
+        features: D.
+        blocks: number of affine autoregressive blocks.
+        hidden_features: number of units of each hidden layer of the MADE of a block; an integer gives one hidden layer.
+        degrees: degrees of the hidden units: ``"spread"``, ``"random"``, ``"cyclic"``, one tensor per hidden layer for
+            all blocks, or one such list per block. See ``fastmaf.degrees.hidden_degrees``.
+        order: ``"natural"``, ``"alternate"`` (reversed in every second block), ``"random"``, or one permutation per
+            block.
+        log_scale_bound: log-scales of each block stay within ± this many nats; None leaves them free. ``"auto"`` is
+            ``max(1, 7 / blocks)``, so that up to 7 blocks reach ±7 nats together.
+        levels: maximum number of distinct hidden degrees. Sampling takes at most ``levels + 1`` dependent steps per
+            block.
+        seed: makes degrees, orders and parameters repeatable; None draws from torch's global generator.
+        soft_bound: bound the log-scales by ``B tanh(u / B)`` instead of by a clamp, which has no gradient beyond the
+            bound.
+        init: ``"linear"``, or ``"identity"``: output layers start at zero, so that z = x before training.
+        strict: False uses the leaky output mask of the published notebook, for comparison; such a model has no
+            inverse.
+        whitening: rank of a ``GaussianWhitening`` in front of the blocks, ``transforms[0]``, which is the identity
+            until its ``fit_`` is called. None: no whitening.
+        device: the device of the parameters. ``"meta"`` allocates nothing, for ``memory_estimate`` of flows that may be
+            too large for the machine.
+        dtype: the dtype of the parameters.
+        validate_args: as ``Flow``.
+
+    Raises:
+        TypeError, ValueError: an argument is out of range; the message states what was expected and found.
+
+    Warns:
+        ConnectivityWarning: the degrees leave inputs unread or outputs unconditioned.
+
+    References:
+        Papamakarios, Pavlakou and Murray 2017, Masked Autoregressive Flow for Density Estimation.
+
+    Example:
+        >>> flow = fastmaf.MAF(features=2, blocks=3, hidden_features=(64, 64), seed=0)
+        >>> x = torch.randn(256, 2) * torch.tensor([1.0, 3.0])
+        >>> optimizer = torch.optim.Adam(flow.parameters(), lr=1e-3)
+        >>> for _ in range(20):
+        ...     loss = -flow.log_prob(x).mean()
+        ...     optimizer.zero_grad()
+        ...     loss.backward()
+        ...     optimizer.step()
+        >>> flow.sample(5).shape
+        torch.Size([5, 2])
+    """
+
+    _class_in_files = "MAF"
+
+    def __init__(
+        self,
+        features: int,
+        blocks: int = 7,
+        hidden_features: int | Sequence[int] = (512, 512),
+        *,
+        degrees: DegreeKind | Sequence[Tensor] | Sequence[Sequence[Tensor]] = "spread",
+        order: OrderKind | Sequence[Tensor] = "alternate",
+        log_scale_bound: float | Literal["auto"] | None = "auto",
+        levels: int | None = None,
+        seed: int | None = None,
+        soft_bound: bool = True,
+        init: Init = "linear",
+        strict: bool = True,
+        whitening: int | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        validate_args: bool | None = None,
+    ) -> None:
+        if blocks < 1:
+            raise ValueError(f"blocks must be at least 1; found {blocks}")
+        hidden_features = layer_sizes(hidden_features)
+        generator = None if seed is None else torch.Generator().manual_seed(seed)
+        order_of_block = orders(order, features, blocks, generator=generator)
+        # Degrees are drawn before weights, so that they do not depend on dtype and init; both are drawn on the CPU, so
+        # that a seed gives the same model on every device.
+        drawn = [
+            hidden_degrees(
+                _degrees_of_block(degrees, i, blocks), features, hidden_features, levels=levels, generator=generator
+            )
+            for i in range(blocks)
+        ]
+        warn_if_disconnected(features, drawn)
+        where = torch.device(torch.get_default_device() if device is None else device)
+        built_on = "meta" if where.type == "meta" else "cpu"
+        make: dict[str, Any] = {
+            "strict": strict,
+            "init": init,
+            "generator": generator,
+            "device": built_on,
+            "dtype": dtype,
+        }
+        made_blocks = [MADE(features, hidden_features, degrees=d, **make) for d in drawn]
+        bound = max(1.0, 7 / blocks) if log_scale_bound == "auto" else log_scale_bound
+        soft = soft_bound and bound is not None
+        affine = [AffineAutoregressive(made, log_scale_bound=bound, soft_bound=soft) for made in made_blocks]
+        first = [] if whitening is None else [GaussianWhitening(features, whitening, device=built_on, dtype=dtype)]
+        transforms = [*first, *interleave_permutations(affine, order_of_block)]
+        super().__init__(features, transforms, validate_args=validate_args)
+        self.to(where)
+
+    @classmethod
+    def from_transforms(cls, features: int, transforms: Iterable[Transform]) -> MAF:
+        """Builds a MAF from existing transforms.
+
+        Args:
+            features: D.
+            transforms: the transforms, in the order in which they are applied to x.
+
+        Raises:
+            TypeError, ValueError: as ``Flow``.
+
+        Example:
+            >>> block = fastmaf.AffineAutoregressive(fastmaf.MADE(3, 16))
+            >>> fastmaf.MAF.from_transforms(3, [block]).sample(2).shape
+            torch.Size([2, 3])
+        """
+        flow = cls.__new__(cls)
+        Flow.__init__(flow, features, transforms)
+        return flow
+
+
+def _degrees_of_block(degrees: Any, block: int, blocks: int) -> DegreeKind | Sequence[Tensor]:
+    if isinstance(degrees, str) or not len(degrees) or isinstance(degrees[0], Tensor):
+        return degrees  # type: ignore[return-value]  # a kind, or one tensor per hidden layer for all blocks
+    if len(degrees) != blocks:
+        raise ValueError(f"degrees given per block need one entry per block: expected {blocks}, found {len(degrees)}")
+    degrees_of_block: Sequence[Tensor] = degrees[block]
+    return degrees_of_block
+
+
+def interleave_permutations(blocks: Sequence[Transform], order_of_block: Sequence[Tensor]) -> list[Transform]:
+    """Returns the blocks with a ``Permutation`` where the order changes, and a last one that restores the order of x.
+
+    Args:
+        blocks: transforms that process the dimensions in the order in which they are given.
+        order_of_block: the order of the dimensions of x for each block, int64 ``[D]``.
+    """
+    natural = torch.arange(order_of_block[0].numel(), device="cpu")
+    frame = natural  # frame[k]: the dimension of x at position k
+    result: list[Transform] = []
+    for block, order in zip((*blocks, None), (*order_of_block, natural), strict=True):
+        if not torch.equal(frame, order):
+            result.append(Permutation(frame.argsort()[order]))
+            frame = order
+        if block is not None:
+            result.append(block)
+    return result
