@@ -40,7 +40,7 @@ if wanted times; then
 	cat "$OUT"/times*.log
 fi
 if wanted tests; then
-	part tests 160 python3 -m pytest -q -m gpu -n 12 -p no:cacheprovider tests/kernels tests/test_graphs.py
+	part tests 160 python3 -m pytest -q -m gpu -n 12 -p no:cacheprovider tests/kernels tests/training/test_cuda_graphs.py tests/training/test_graphed_step.py
 	tail -n 30 "$OUT/tests.log"
 fi
 if wanted sanitize; then

@@ -76,7 +76,7 @@ def speed(rows: list[Row], about: About) -> str:
     """Returns fastmaf's times, their limits, and the times of the others as multiples, in Markdown."""
     rows = [row for row in rows if not row["sweep"] and row["unit"] == "s"]
     others = [name for name in labels(rows) if name != "fastmaf"]
-    lines = [["", "fastmaf", "limit", "of it", *others]]
+    lines = [["", "fastmaf", "limit", "% of limit", *others]]
     for case, group in _by_case(rows).items():
         if (fast := group.get("fastmaf")) is not None:
             share = percent(value(fast, "fraction_of_limit") or math.nan)
@@ -90,7 +90,7 @@ def memory(rows: list[Row], about: About) -> str:
     """Returns the peak memory, in Markdown."""
     rows = [row for row in rows if not row["sweep"] and row["unit"] == "GB"]
     names = list(labels(rows))
-    lines = [["", *names, "must be held"]]
+    lines = [["", *names, "minimum"]]
     for case, group in _by_case(rows).items():
         cells = [_amount(group[name]) if name in group else "–" for name in names]
         lines.append([case_in_words(*case), *cells, _amount(next(iter(group.values())), "limit")])

@@ -104,12 +104,15 @@ _MODULE_OF = {
 """The module of each public name, imported with torch when the name is first used: the command line needs neither."""
 
 
+_MODULES = ("convert", "degrees", "flows", "io", "kernels", "naive", "nn", "optim", "training", "transforms")
+
+
 def __getattr__(name: str) -> object:
     from importlib import import_module
 
     if name in _MODULE_OF:
         value = getattr(import_module(_MODULE_OF[name]), name)
-    elif name in __all__:  # a module
+    elif name in _MODULES:
         value = import_module(f"{__name__}.{name}")
     else:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

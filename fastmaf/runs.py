@@ -26,14 +26,14 @@ class Run(NamedTuple):
         transforms: in the order in which x passes through them.
         forward, inverse: the arguments of the op; None where there is no block.
         permutation: of all transforms together where there is no block.
-        copies: of a run that is kept, pairs of a permutation and a copy of it from when ``inverse`` was made.
+        permutation_copies: of a cached run, pairs of a permutation and a copy of it from when ``inverse`` was made.
     """
 
     transforms: list[Transform]
     forward: FlowArgs | None
     inverse: FlowArgs | None
     permutation: Tensor | None
-    copies: tuple[tuple[Tensor, Tensor], ...] = ()
+    permutation_copies: tuple[tuple[Tensor, Tensor], ...] = ()
 
     @classmethod
     def of(cls, transforms: list[Transform]) -> Run:
@@ -53,16 +53,16 @@ class Run(NamedTuple):
         args = flow_args(blocks, permutations)
         return cls(transforms, args, args.inverted(), None)
 
-    def kept(self) -> Run:
+    def with_permutation_copies(self) -> Run:
         """Returns the run for later calls, which compare its permutations."""
         permutations = [] if self.forward is None else self.forward.permutations
-        return self._replace(copies=tuple((p, p.clone()) for p in permutations if p.numel()))
+        return self._replace(permutation_copies=tuple((p, p.clone()) for p in permutations if p.numel()))
 
     def inverse_args(self) -> FlowArgs | None:
         """Returns ``inverse``, made anew if a permutation was written to through ``.data`` or NumPy, which no counter
         shows. On a GPU, which would have to be waited for, it is always made anew.
         """
-        if all(p.device.type == "cpu" and torch.equal(p, copy) for p, copy in self.copies):
+        if all(p.device.type == "cpu" and torch.equal(p, copy) for p, copy in self.permutation_copies):
             return self.inverse
         assert self.forward is not None
         return self.forward.inverted()
@@ -92,9 +92,10 @@ class Runs:
         known = self._known
         if known is not None and known[0].holds(transforms):
             return known[1]
-        runs, state = _cut(transforms), _State.of(transforms)
-        if state is not None:
-            runs = [run.kept() if isinstance(run, Run) else run for run in runs]
+        with torch.inference_mode(False):  # later calls may record gradients
+            runs, state = _cut(transforms), _State.of(transforms)
+            if state is not None:
+                runs = [run.with_permutation_copies() if isinstance(run, Run) else run for run in runs]
         self._known = None if state is None else (state, runs)
         return runs
 
@@ -251,16 +252,16 @@ def _cut(transforms: Sequence[Transform]) -> list[Transform | Run]:
     group: list[Transform] | None = None
     activation = ""  # of the group's blocks; "" while it has none
     for transform in transforms:
-        own = _activation(transform)
-        if own is None:
+        kind = _activation(transform)
+        if kind is None:
             groups.append(transform)
             group = None
-        elif group is not None and (own == activation or "" in (own, activation)):
+        elif group is not None and (kind == activation or "" in (kind, activation)):
             group.append(transform)
-            activation = activation or own
+            activation = activation or kind
         else:
             groups.append(group := [transform])
-            activation = own
+            activation = kind
     return [Run.of(group) if isinstance(group, list) else group for group in groups]
 
 

@@ -18,7 +18,7 @@ import ctypes
 import functools
 import operator
 from collections.abc import Sequence
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -30,25 +30,23 @@ from fastmaf.kernels.tensor_cache import cached
 T = TypeVar("T")
 
 _PROBES = 2  # places of a weight that are read at every use
-_version, _value = operator.attrgetter("_version"), operator.attrgetter("value")
+_version, _dtype, _value = map(operator.attrgetter, ("_version", "dtype", "value"))
 _INTEGERS = (ctypes.c_uint64, ctypes.c_uint32, ctypes.c_uint16)
 _NATIVE = (torch.float32, torch.float64, torch.bfloat16)
 
 
-class _Known:
-    """The state of some weights in which their padding was zero.
+class _Known(NamedTuple):
+    """A state of some weights in which their padding was zero; never written to, as other threads may read it.
 
     Attributes:
-        versions, addresses: of the weights.
-        probes: integers of up to 64 bits within the padding, valid as long as the addresses are.
+        versions, addresses, dtypes: of the weights.
+        probes: integers of up to 64 bits within the padding, valid for weights at these addresses of these dtypes.
     """
 
-    __slots__ = ("addresses", "probes", "versions")
-
-    def __init__(self) -> None:
-        self.versions: list[int] = []
-        self.addresses: list[int] = []
-        self.probes: list[Any] = []
+    versions: list[int]
+    addresses: list[int]
+    dtypes: list[torch.dtype]
+    probes: list[Any]
 
     def holds(self, weights: Sequence[Tensor]) -> bool:
         """Returns whether the padding is still zero, as far as versions, addresses and probes tell."""
@@ -56,25 +54,27 @@ class _Known:
             return (  # by maps and not in a loop: this is a tenth of a small flow's log_prob
                 list(map(_version, weights)) == self.versions
                 and list(map(Tensor.data_ptr, weights)) == self.addresses
+                and list(map(_dtype, weights)) == self.dtypes
                 and not any(map(_value, self.probes))
             )
         except RuntimeError:  # inference tensors have no version
             return False
 
-    def note(self, weights: Sequence[Tensor], prefixes: Sequence[Tensor], tables: Sequence[Tensor]) -> None:
-        """Records the present state of the weights."""
+    def updated(self, weights: Sequence[Tensor], prefixes: Sequence[Tensor], tables: Sequence[Tensor]) -> _Known:
+        """Returns the present state of the weights; this one where it cannot be told."""
         if any(weight.is_inference() for weight in weights):
-            return
-        addresses = [weight.data_ptr() for weight in weights]
-        if addresses != self.addresses:
-            self.versions, self.probes = [], []
-            for weight, prefix, table in zip(weights, prefixes, tables, strict=True):
-                size = weight.element_size()
-                for first, count in _places(weight, prefix, table):
-                    kind = next(kind for kind in _INTEGERS if ctypes.sizeof(kind) <= count * size)
-                    self.probes.append(kind.from_address(weight.data_ptr() + first * size))
-            self.addresses = addresses
-        self.versions = [weight._version for weight in weights]
+            return self
+        versions, addresses = [weight._version for weight in weights], [weight.data_ptr() for weight in weights]
+        dtypes = [weight.dtype for weight in weights]
+        if addresses == self.addresses and dtypes == self.dtypes:
+            return self._replace(versions=versions)
+        probes = []
+        for weight, prefix, table in zip(weights, prefixes, tables, strict=True):
+            size = weight.element_size()
+            for first, count in _places(weight, prefix, table):
+                kind = next(kind for kind in _INTEGERS if ctypes.sizeof(kind) <= count * size)
+                probes.append(kind.from_address(weight.data_ptr() + first * size))
+        return _Known(versions, addresses, dtypes, probes)
 
 
 def keep_zero(weights: Sequence[Tensor], prefixes: Sequence[Tensor], tables: Sequence[Tensor]) -> None:
@@ -87,10 +87,11 @@ def keep_zero(weights: Sequence[Tensor], prefixes: Sequence[Tensor], tables: Seq
         prefixes: of each weight, int64, on its device.
         tables: ``PackedLayout.table`` of each, on the CPU.
     """
-    known = cached(tables[0], ("known padding", len(weights)), _Known)
-    if not known.holds(weights):
+    known = cached(tables[0], ("known padding", len(weights)), lambda: [_Known([], [], [], [])])
+    state = known[0]
+    if not state.holds(weights):
         _zero(weights, prefixes, tables)
-        known.note(weights, prefixes, tables)
+        known[0] = state.updated(weights, prefixes, tables)
 
 
 def without_padding(weight: Tensor, prefix: Tensor, table: Tensor) -> Tensor:

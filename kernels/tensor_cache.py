@@ -11,6 +11,7 @@ import weakref
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
+import torch
 from torch import Tensor
 
 T = TypeVar("T")
@@ -35,7 +36,8 @@ def cached(owner: Tensor, key: object, make: Callable[[], T], also: Sequence[Ten
         setattr(owner, _NAME, cache)
     known = cache.get(key)
     if known is None or not all([ref() is tensor for ref, tensor in zip(known[0], also, strict=True)]):
-        known = [weakref.ref(tensor) for tensor in also], make()
+        with torch.inference_mode(False):  # later calls may record gradients
+            known = [weakref.ref(tensor) for tensor in also], make()
         cache[key] = known
     value: T = known[1]
     return value

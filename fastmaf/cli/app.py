@@ -45,7 +45,7 @@ def fastmaf_command(
 
 @app.command(add_help_option=False, context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
 def train(context: typer.Context, recipe: Literal["published", "reference", "inspection"] = "published") -> None:
-    """Train a flow on good images: fastmaf capsule train, or with --recipe inspection, fastmaf inspection train."""
+    """Train a flow on good images, as fastmaf capsule train or, with --recipe inspection, fastmaf inspection train."""
     root: Any = context.find_root().command
     group = "inspection" if recipe == "inspection" else "capsule"
     command = root.commands[group].commands["train"]

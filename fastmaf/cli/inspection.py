@@ -49,7 +49,7 @@ def calibrate(
     false_alarm: options.FalseAlarm = 0.05,
     confidence: options.Confidence = None,
 ) -> None:
-    """Set the false-alarm rate, from the scores of held-out normal images in the model file."""
+    """Set the threshold for a false-alarm rate, from the scores of held-out normal images in the model file."""
     from fastmaf.inspection.workflow.calibrate import calibrate as run
 
     say(run(model, false_alarm, confidence).describe())
@@ -90,6 +90,8 @@ def score(
     """Score images: anomaly score, p-value, verdict and latency. The exit code is 2 if files could not be read."""
     if out is not None and out.suffix not in (".csv", ".jsonl"):
         refuse(f"expected a .csv or .jsonl file for --out; found {out}")
+    if tiff and maps is None:
+        refuse("--tiff is the format of --maps; found no --maps")
     from fastmaf.inspection.workflow.score import score as run
 
     damaged = run(

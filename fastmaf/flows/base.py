@@ -77,7 +77,6 @@ class Flow(nn.Module):
     """
 
     validate_args: bool | None = None  # also of flows that were pickled without the attribute
-    _runs = Runs()  # the same; any other flow has its own
     _class_in_files = "Flow"
 
     def __init__(self, features: int, transforms: Iterable[Transform], *, validate_args: bool | None = None) -> None:
@@ -93,6 +92,10 @@ class Flow(nn.Module):
                 raise ValueError(
                     f"transform {i} ({type(transform).__name__}) has {transform.features} features, the flow {features}"
                 )
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self.__dict__.setdefault("_runs", Runs())  # flows that were pickled without the attribute
 
     def _transforms(self) -> list[Transform]:
         return [transform for transform in self.transforms if isinstance(transform, Transform)]

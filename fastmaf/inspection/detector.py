@@ -35,7 +35,7 @@ except ImportError:  # scikit-learn before 1.6
 
 
 class Detector(OutlierMixin, BaseEstimator):
-    """Anomaly detector, fitted to normal samples, with a guaranteed false-alarm rate.
+    """Anomaly detector, fitted to normal samples, with a calibrated false-alarm rate.
 
     For images it is the model of ``fastmaf train --recipe inspection``: a Gaussian whitening with augmentation, whose
     score is the mean of the highest values of a standardised, smoothed score map, and anomaly maps. For rows it is the

@@ -56,4 +56,8 @@ def step_bytes(optimiser: Optimiser, sizes: list[int], device: torch.device) -> 
 
 
 def _kind(optimiser: Optimiser) -> tuple[type[torch.optim.Optimizer], dict[str, Any]]:
-    return (optimiser, {}) if isinstance(optimiser, type) else (type(optimiser), optimiser.defaults)
+    if isinstance(optimiser, torch.optim.Optimizer):
+        return type(optimiser), optimiser.defaults
+    if isinstance(optimiser, type) and issubclass(optimiser, torch.optim.Optimizer):
+        return optimiser, {}
+    raise TypeError(f"optimiser must be a torch optimiser or its class; found {optimiser!r}")

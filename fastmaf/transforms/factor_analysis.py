@@ -196,7 +196,7 @@ def _cross_validated(
         remaining = (1 - factors.double().square().sum(dim=1)).clamp_min(1e-3)
         squares += (y - along @ factors.T).double().square().sum(dim=0) / remaining
         components[: along.shape[1]] += along.double().square().sum(dim=0)
-    # FactoredGrad of different folds are matched by their rank, which determines their variance approximately.
+    # Factors of different folds are matched by their rank, which determines their variance approximately.
     return noise * squares / count, components / count
 
 

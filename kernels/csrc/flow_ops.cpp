@@ -33,11 +33,11 @@ const int64_t* order_of(const char* op, const Tensor& permutation, long features
   if (permutation.numel() == 0) return nullptr;
   check(op, "permutation", permutation, at::kLong, {features});
   const auto* order = permutation.const_data_ptr<int64_t>();
-  std::vector<char> met(features);
+  std::vector<char> seen(features);
   for (long d = 0; d < features; ++d) {
     TORCH_CHECK(order[d] >= 0 && order[d] < features, op, ": permutation holds ", order[d], ", outside 0..", features - 1);
-    TORCH_CHECK(!met[order[d]], op, ": permutation holds ", order[d], " twice");
-    met[order[d]] = 1;
+    TORCH_CHECK(!seen[order[d]], op, ": permutation holds ", order[d], " twice");
+    seen[order[d]] = 1;
   }
   return order;
 }

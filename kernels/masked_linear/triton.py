@@ -4,7 +4,7 @@
 
 A program takes a block of rows of W and walks along the staircase, never outside it. Few rows cannot fill a GPU: then
 several programs share a block, write partial sums, and a second kernel adds these up in a fixed order, so that a result
-never depends on timing. The way back is in ``triton_backward.py``.
+never depends on timing. The backward pass is in ``triton_backward.py``.
 """
 
 from __future__ import annotations

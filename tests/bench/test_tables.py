@@ -41,7 +41,7 @@ def test_the_text_table_groups_rows_by_case_and_size() -> None:
 
 def test_the_table_of_times_has_fastmaf_s_times_and_multiples() -> None:
     markdown = speed(ROWS, ABOUT)
-    assert cells(markdown, " |") == ["", "fastmaf", "limit", "of it", "fastmaf (torch)", "naive", "nflows"]
+    assert cells(markdown, " |") == ["", "fastmaf", "limit", "% of limit", "fastmaf (torch)", "naive", "nflows"]
     assert cells(markdown, "log_prob of 8") == [
         "log_prob of 8", "**250 ms**", "125 ms: 268 MB", "50 %", "2.00×", "8.00×", "16.0×",
     ]  # fmt: skip

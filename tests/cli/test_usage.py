@@ -66,6 +66,7 @@ ERRORS: list[tuple[tuple[str, ...], tuple[str, ...]]] = [
     (("calibrate", "--model", "folder", "--confidence", "nan"), ("--confidence", "nan")),
     (("eval", "--model", "folder", "--data", "folder", "--false-alarm", "0"), ("--false-alarm",)),
     (("score", "folder", "folder", "--out", "rows.txt"), (".csv or .jsonl", "rows.txt")),
+    (("score", "folder", "folder", "--tiff"), ("--tiff", "--maps")),
     (("train", "--data", "nowhere"), ("--data", "no such file or folder: nowhere")),
     (("reproduce", "--data", "nowhere"), ("no such file or folder: nowhere",)),
     (("calibrate", "--model", "nowhere"), ("--model", "no such file or folder: nowhere")),

@@ -37,6 +37,12 @@ def test_names() -> None:
         _ = fastmaf.MAFF
 
 
+def test_submodules_are_attributes() -> None:
+    code = "import fastmaf; print(len(fastmaf.transforms.TRANSFORMS), fastmaf.degrees.__name__, fastmaf.naive.__name__)"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert result.stdout.split() == ["5", "fastmaf.degrees", "fastmaf.naive"]
+
+
 def test_import_needs_little() -> None:
     code = f"""
 import sys, torch

@@ -321,6 +321,29 @@ def test_a_first_call_on_fake_tensors_leaves_nothing_behind() -> None:
     assert torch.equal(flow.log_prob(x), expected)
 
 
+def test_a_first_call_in_inference_mode_leaves_nothing_behind() -> None:
+    flow, z = build(D, order="random"), normal(4, D).requires_grad_()
+    with torch.inference_mode():
+        flow.sample(3)
+    x, _ = flow.inverse(z)
+    (gradient,) = torch.autograd.grad(x.square().sum(), z, create_graph=True)
+    gradient.sum().backward()
+    twin = copy.deepcopy(flow)
+    with torch.inference_mode():
+        twin.log_prob(normal(4, D))
+    weights = {name: 1.0 * parameter for name, parameter in twin.named_parameters()}
+    torch.func.functional_call(twin, weights, (normal(4, D),))[0].sum().backward()
+    assert all(parameter.grad is not None for parameter in twin.parameters())
+
+
+def test_a_flow_that_was_pickled_without_runs() -> None:
+    flow, x = build(D), normal(4, D)
+    state = {name: value for name, value in vars(flow).items() if name != "_runs"}
+    other = fastmaf.MAF.__new__(fastmaf.MAF)
+    other.__setstate__(state)
+    assert torch.equal(other.log_prob(x), flow.log_prob(x))
+
+
 def test_a_hook_that_is_removed_leaves_no_trace() -> None:
     flow, x = build(D, blocks=2, order="random"), normal(4, D)
     with torch.no_grad():

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import math
+import re
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -18,6 +21,22 @@ from tests.bench.example_rows import ABOUT, example_run
 
 MISSING = next((why for op in dispatch.OPS if (why := dispatch.missing(op, "triton")) is not None), None)
 needs_triton = pytest.mark.skipif(MISSING is not None, reason=str(MISSING))
+
+
+ROOT = Path(__file__).parents[3]
+
+
+@pytest.mark.parametrize("name", ["bench/gpu_first.sh", "Makefile", ".ci/run", "README.md", "CONTRIBUTING.md"])
+def test_what_scripts_and_pages_name_exists(name: str) -> None:
+    """Most of it runs on a GPU or by hand only, so nothing else notices that a file was moved."""
+    text = (ROOT / name).read_text(encoding="utf-8")
+    paths = re.findall(r"(?<!/)\b((?:tests|kernels|fastmaf|bench)/[\w/.-]*\w)", text)
+    assert [path for path in paths if not (ROOT / path).exists()] == []
+    modules = re.findall(r"-m (fastmaf[\w.]*\w)", text)
+    assert [module for module in modules if importlib.util.find_spec(module) is None] == []
+    tests = "\n".join(path.read_text(encoding="utf-8") for path in (ROOT / "tests").rglob("test_*.py"))
+    selected = [word for words in re.findall(r"-k '([^']+)'", text) for word in words.split(" or ")]
+    assert [word for word in selected if not re.search(rf"def test_\w*{word}", tests)] == []
 
 
 def flow() -> fastmaf.MAF:
