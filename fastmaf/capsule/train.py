@@ -21,7 +21,8 @@ from fastmaf.capsule.config import TrainConfig
 from fastmaf.capsule.memory_check import check_fits, disk_needed
 from fastmaf.capsule.resuming import TrainedOn, contents_of
 from fastmaf.capsule.training_run import CURVE_FILE, LOG_COLUMNS, LOG_FILE, TrainingRun, TrainResult
-from fastmaf.images.dataset import DataError, load_train
+from fastmaf.images.dataset import load_train
+from fastmaf.images.decode import DataError
 from fastmaf.images.names import visible
 from fastmaf.io.atomic import previous
 from fastmaf.io.marks import CURVE

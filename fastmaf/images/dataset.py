@@ -21,25 +21,10 @@ from torch import Tensor
 from tqdm import tqdm
 
 import fastmaf
-from fastmaf.images.decode import MAX_PIXELS, DataError, Frame, load_frame, load_image, sentences
+from fastmaf.images.decode import DataError, Frame, load_frame, sentences
 from fastmaf.images.folders import TEST, expected, find_normals, find_test, no_image_in, tree
-from fastmaf.images.listing import SUFFIXES, count, folders_in, images_below, images_in, left_aside
+from fastmaf.images.listing import count, folders_in, images_below, images_in, left_aside
 from fastmaf.images.names import visible
-
-__all__ = [
-    "MAX_PIXELS",
-    "SUFFIXES",
-    "DataError",
-    "Frame",
-    "ImageSet",
-    "check_takes_images",
-    "load_frame",
-    "load_image",
-    "load_test",
-    "load_train",
-    "to_images",
-    "to_unit",
-]
 
 _log = logging.getLogger(__name__)
 
@@ -191,37 +176,29 @@ def _load(
     files: list[tuple[str, Path, Path]], what: str, notes: list[str], size: int, skip_bad: bool, progress: bool
 ) -> ImageSet:
     """Loads files, given as (class, class folder, file)."""
-    kinds: Counter[str] = Counter()
-    pixels: list[Tensor] = []
-    loaded: list[tuple[str, Path, Path]] = []
-    shapes: list[tuple[int, int]] = []
+    loaded: list[tuple[str, str, Frame]] = []
     skipped: list[tuple[Path, str]] = []
-    for label, folder, file in tqdm(
-        files, desc=f"reading {what} images", unit="image", disable=not progress, leave=False
-    ):
+    bar = tqdm(files, desc=f"reading {what} images", unit="image", disable=not progress, leave=False)
+    for label, folder, file in bar:
         try:
-            frame = load_frame(file, size)
+            loaded.append((label, file.relative_to(folder).as_posix(), load_frame(file, size)))
         except DataError as error:
             if not skip_bad:
                 raise
             skipped.append((file, str(error)))
             _log.warning("skipped: %s", visible(str(error)))
-            continue
-        pixels.append(frame.pixels)
-        loaded.append((label, folder, file))
-        shapes.append((frame.height, frame.width))
-        kinds.update(frame.kinds)
-    if not pixels:
+    if not loaded:
         raise DataError(f"none of the {len(files)} {what} images could be read; the first one:\n{skipped[0][1]}")
-    notes = [*sentences(kinds), *notes]
+    labels, names, frames = zip(*loaded, strict=True)
+    notes = [*sentences(Counter(kind for frame in frames for kind in frame.kinds)), *notes]
     if skipped:
         notes.append(f"{count(len(skipped), 'file')} skipped: could not be read")
     return ImageSet(
-        pixels=torch.stack(pixels),
-        paths=tuple(file for _, _, file in loaded),
-        labels=tuple(label for label, _, _ in loaded),
+        pixels=torch.stack([frame.pixels for frame in frames]),
+        paths=tuple(frame.path for frame in frames),
+        labels=labels,
         notes=tuple(notes),
         skipped=tuple(skipped),
-        names=tuple(file.relative_to(folder).as_posix() for _, folder, file in loaded),
-        shapes=tuple(shapes),
+        names=names,
+        shapes=tuple((frame.height, frame.width) for frame in frames),
     )

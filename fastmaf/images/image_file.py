@@ -9,9 +9,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, BinaryIO
 
+import numpy as np
 from PIL import Image, ImageFile, UnidentifiedImageError
 
-from fastmaf.images import jpeg_scans, png_rows
+from fastmaf.images import jpeg_scans
+from fastmaf.images.jpeg_scans import CutShortError
 from fastmaf.io.regular import NotRegularError, open_regular
 
 FORMATS = ("PNG", "JPEG", "BMP", "TIFF")
@@ -52,10 +54,6 @@ _KNOWN = (  # (offset, magic bytes, name) of formats that are not read
 
 class DataError(ValueError):
     """A data folder or an image file cannot be used."""
-
-
-class _CutShortError(OSError):
-    """The image data end before the last pixel."""
 
 
 def decode(path: Path) -> tuple[Image.Image, int, Image.Transpose | None, list[str]]:
@@ -99,13 +97,14 @@ def _decode(stream: BinaryIO, start: bytes, path: Path) -> tuple[Image.Image, in
         raise DataError(f"{path}: {width} x {height} = {width * height:,} pixels; at most {MAX_PIXELS:,} are decoded")
     if getattr(image, "is_animated", False):  # n_frames would read all pages of a TIFF
         kinds.append("frames")
-    # Pillow transposes a TIFF while loading and drops the tag; in a PNG, EXIF data may come after the pixels.
-    turn = _turn(image, kinds) if image.format == "TIFF" else None
+    if is_tiff := image.format == "TIFF":  # Pillow transposes it while loading, and drops the tag
+        turn = _turn(image, kinds)
     _load(image, stream)
-    turn = _turn(image, kinds) if image.format != "TIFF" else turn
+    if not is_tiff:  # in a PNG, EXIF data may come after the pixels
+        turn = _turn(image, kinds)
     if turn is not None:
         kinds.append("exif")
-    return image, _bits(image, start), turn if image.format != "TIFF" else None, kinds
+    return image, _bits(image, start), None if is_tiff else turn, kinds
 
 
 def _turn(image: ImageFile.ImageFile, kinds: list[str]) -> Image.Transpose | None:
@@ -122,28 +121,32 @@ def _turn(image: ImageFile.ImageFile, kinds: list[str]) -> Image.Transpose | Non
 
 def _load(image: ImageFile.ImageFile, stream: BinaryIO) -> None:
     """Decodes all pixels, or raises."""
-    if image.format not in ("JPEG", "MPO"):
-        _make_strict(image)
-        image.load()
-        if image.format == "PNG" and png_rows.are_missing(stream, image):
-            raise _CutShortError("the image data end before the last row")
-        return
-    position, scans = stream.tell(), jpeg_scans.read_scans(stream)
-    # Decoded before the image itself, so that both are never in memory together.
-    progressive = scans.is_checkable and not scans.is_sequential and not scans.lack_coefficients
-    with_more = jpeg_scans.digest_with_more(stream, scans) if progressive else 0
-    stream.seek(position)
     _make_strict(image)
-    # Pillow's own reader may append a missing end marker.
-    image.load_read = stream.read  # type: ignore[attr-defined]
+    if image.format in ("JPEG", "MPO"):
+        jpeg_scans.load(image, stream)
+        return
     image.load()
-    cut = scans.is_checkable and (
-        scans.lack_coefficients
-        or (progressive and jpeg_scans.digest(image) != with_more)
-        or (scans.is_sequential and jpeg_scans.is_cut_short(stream, scans, image))
-    )
-    if cut:
-        raise _CutShortError("the image data end before the last pixels")
+    if image.format == "PNG" and _rows_are_missing(stream, image):
+        raise CutShortError("the image data end before the last row")
+
+
+def _rows_are_missing(stream: BinaryIO, image: Image.Image) -> bool:
+    """Returns whether the compressed stream of a PNG ends early but correctly, for which Pillow leaves rows zero.
+
+    If the last rows are zero, the file is decoded again into an image of ones, of which missing rows are left.
+    """
+
+    def last_rows(image: Image.Image) -> np.ndarray:
+        return np.asarray(image.crop((0, max(0, image.height - 2), image.width, image.height)))
+
+    rows = last_rows(image)
+    if len(rows) > 1 and all(row.any() for row in rows):
+        return False
+    stream.seek(0)
+    again = Image.open(stream, formats=("PNG",))
+    again.im = Image.new(again.mode, again.size, 1).im
+    again.load()
+    return not np.array_equal(last_rows(again), rows)
 
 
 def _make_strict(image: ImageFile.ImageFile) -> None:
@@ -169,15 +172,8 @@ class _StrictDecoder:
         self._decoder = Image._getdecoder(mode, codec, args, ())
         self._ended = False
 
-    @property
-    def pulls_fd(self) -> bool:
-        return bool(self._decoder.pulls_fd)
-
-    def setimage(self, image: Any, extents: Any = None) -> None:
-        self._decoder.setimage(image, extents)
-
-    def setfd(self, file: Any) -> None:
-        self._decoder.setfd(file)
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._decoder, name)
 
     def decode(self, data: bytes) -> tuple[int, int]:
         consumed, error = self._decoder.decode(data)
@@ -190,7 +186,7 @@ class _StrictDecoder:
     def cleanup(self) -> None:
         self._decoder.cleanup()
         if not self._ended:
-            raise _CutShortError("the image data end before the last pixel")
+            raise CutShortError("the image data end before the last pixel")
 
 
 _STRICT = "fastmaf_strict"

@@ -15,66 +15,85 @@ from __future__ import annotations
 import random
 import re
 import zlib
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import BinaryIO
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageFile
 
 from fastmaf.images.strips import strips
 
-_SOS, _EOI, _DHT, _DAC, _JPG = 0xDA, 0xD9, 0xC4, 0xCC, 0xC8
+_SOS, _EOI = 0xDA, 0xD9
+_FRAMES = {*range(0xC0, 0xD0)} - {0xC4, 0xC8, 0xCC}  # markers that start a frame, without DHT, JPG and DAC
 _LONE = {0x01, *range(0xD0, 0xD9)}  # markers without a length: TEM, RSTn, SOI
 _AFTER_DATA = re.compile(rb"\xff[\x01-\xfe]")  # FF00 is a stuffed byte; a run of FF is fill
 _BLOCK = 65536
 _GREY = 128  # libjpeg's value for missing pixels
 
 
+class CutShortError(OSError):
+    """The image data end before the last pixel."""
+
+
 @dataclass
-class Scans:
+class _Scans:
     """Structure of a JPEG file, read from its markers.
 
     Attributes:
         process: second byte of the start-of-frame marker.
-        known: number of missing low bits of each of the 64 coefficients, by component; 99 if no scan holds any.
+        missing: number of missing low bits of each of the 64 coefficients, by component; 99 if no scan holds any.
         count: number of scans.
         end: offset at which the data of the last scan end.
         restarts: number of restart markers in the last scan.
     """
 
     process: int = 0
-    known: dict[int, list[int]] | None = None
+    missing: dict[int, list[int]] = field(default_factory=dict)
     count: int = 0
     end: int = 0
     restarts: int = 0
 
     @property
-    def is_checkable(self) -> bool:
-        """Whether it is Huffman-coded; an arithmetic coder may omit zeros at the end of complete data."""
-        return 0xC0 <= self.process < 0xC8 and self.count > 0
-
-    @property
     def is_sequential(self) -> bool:
         return self.process in (0xC0, 0xC1)
 
-    @property
-    def lack_coefficients(self) -> bool:
-        """Whether whole scans are missing, of a component or of low bits in a progressive file."""
-        return any(bits for component in (self.known or {}).values() for bits in component)
+
+def load(image: ImageFile.ImageFile, stream: BinaryIO) -> None:
+    """Decodes all pixels of a JPEG that was opened from a stream.
+
+    Raises:
+        CutShortError: data are missing.
+    """
+    position, scans = stream.tell(), _read_scans(stream)
+    lacks_scans = any(any(bits) for bits in scans.missing.values())  # of a component, or of low bits
+    # An arithmetic coder may omit zeros at the end of complete data.
+    is_checkable = 0xC0 <= scans.process < 0xC8 and scans.count > 0
+    is_progressive = is_checkable and not scans.is_sequential and not lacks_scans
+    # Decoded before the image itself, so that both are never in memory together.
+    with_more = _digest_with_more(stream, scans) if is_progressive else 0
+    stream.seek(position)
+    image.load_read = stream.read  # type: ignore[attr-defined]  # Pillow's own may append a missing end marker
+    image.load()
+    if is_checkable and (
+        lacks_scans
+        or (is_progressive and _digest(image) != with_more)
+        or (scans.is_sequential and _is_cut_short(stream, scans, image))
+    ):
+        raise CutShortError("the image data end before the last pixels")
 
 
-def read_scans(stream: BinaryIO) -> Scans:
+def _read_scans(stream: BinaryIO) -> _Scans:
     """Reads the markers up to the end of the image; damage is left for the decoder to refuse."""
-    scans = Scans()
+    scans = _Scans()
     stream.seek(2)
     while (marker := _next_marker(stream)) not in (None, _EOI):
         if marker in _LONE:
             continue
         length = int.from_bytes(stream.read(2), "big")
         body = stream.read(max(0, length - 2))
-        if 0xC0 <= (marker or 0) <= 0xCF and marker not in (_DHT, _DAC, _JPG) and len(body) > 5:
-            scans.process = marker or 0
-            scans.known = {body[i]: [99] * 64 for i in range(6, len(body) - 2, 3)}
+        if marker in _FRAMES and len(body) > 5:
+            scans.process = marker
+            scans.missing = {body[i]: [99] * 64 for i in range(6, len(body) - 2, 3)}
         elif marker == _SOS and body:
             _note_scan(scans, body)
             scans.count += 1
@@ -91,10 +110,10 @@ def _next_marker(stream: BinaryIO) -> int | None:
     return byte[0] if byte else None
 
 
-def _note_scan(scans: Scans, body: bytes) -> None:
+def _note_scan(scans: _Scans, body: bytes) -> None:
     number, (first, last, shift) = body[0], body[-3:]
     for component in body[1 : 1 + 2 * number : 2]:
-        bits = (scans.known or {}).get(component)
+        bits = scans.missing.get(component)
         if bits is not None:
             if scans.is_sequential or scans.process == 0xC3:  # lossless: the three bytes mean something else
                 first, last, shift = 0, 63, 0
@@ -118,22 +137,22 @@ def _skip_data(stream: BinaryIO) -> tuple[int, int]:
     return at, restarts
 
 
-def digest_with_more(stream: BinaryIO, scans: Scans, *, reduce: int = 1) -> int:
+def _digest_with_more(stream: BinaryIO, scans: _Scans, *, reduce: int = 1) -> int:
     """Returns the checksum of the pixels decoded with bytes appended to the data of the last scan."""
     random_bytes = random.Random(0).randbytes(1024).replace(b"\xff", b"\x5a")
     restart = bytes((0xFF, 0xD0 + scans.restarts % 8))  # appended data may belong to a missing segment
     return _digest_of(stream, scans, random_bytes + restart + random_bytes, reduce)
 
 
-def is_cut_short(stream: BinaryIO, scans: Scans, image: Image.Image) -> bool:
+def _is_cut_short(stream: BinaryIO, scans: _Scans, image: Image.Image) -> bool:
     """Returns whether data of a sequential JPEG, decoded as ``image``, are missing."""
     if scans.count == 1 and not _ends_grey(image):
         return False
     reduce = 8 if min(image.size) >= 8 else 1
-    return digest_with_more(stream, scans, reduce=reduce) != _digest_of(stream, scans, b"", reduce)
+    return _digest_with_more(stream, scans, reduce=reduce) != _digest_of(stream, scans, b"", reduce)
 
 
-def digest(image: Image.Image) -> int:
+def _digest(image: Image.Image) -> int:
     """Returns a checksum of the pixels."""
     checksum = 0
     for _, strip in strips(image):
@@ -153,7 +172,7 @@ def _ends_grey(image: Image.Image) -> bool:
     return bool((np.abs(values - _GREY) <= 2).all())
 
 
-def _digest_of(stream: BinaryIO, scans: Scans, more: bytes, reduce: int) -> int:
+def _digest_of(stream: BinaryIO, scans: _Scans, more: bytes, reduce: int) -> int:
     stream.seek(0)
     image = Image.open(stream, formats=("JPEG",))
     if reduce > 1:
@@ -169,4 +188,4 @@ def _digest_of(stream: BinaryIO, scans: Scans, more: bytes, reduce: int) -> int:
 
     image.load_read = read  # type: ignore[attr-defined]  # Pillow reads JPEG data through it
     image.load()
-    return digest(image)
+    return _digest(image)

@@ -18,7 +18,8 @@ from PIL import Image
 from fastmaf.capsule import evaluate as score
 from fastmaf.capsule.evaluate import HISTOGRAM_FILE, METRICS_FILE, ROC_FILE, SCORES_FILE, evaluate
 from fastmaf.capsule.models import Model
-from fastmaf.images.dataset import DataError, load_test, load_train, to_unit
+from fastmaf.images.dataset import load_test, load_train, to_unit
+from fastmaf.images.decode import DataError
 from fastmaf.metrics import plots
 from fastmaf.metrics.results import Evaluation, EvaluationError
 from tests.capsule.runs import CLASSES

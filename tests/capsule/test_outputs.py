@@ -14,7 +14,8 @@ from fastmaf.capsule.models import Model
 from fastmaf.capsule.sample import sample
 from fastmaf.capsule.synthetic import MARKER, draw_dataset
 from fastmaf.capsule.train import train
-from fastmaf.images.dataset import DataError, load_test, load_train
+from fastmaf.images.dataset import load_test, load_train
+from fastmaf.images.decode import DataError
 from fastmaf.io.marks import DRAWN, role_of
 from fastmaf.io.outputs import OutputError
 from tests.images.pictures import capsule_set, picture

@@ -12,7 +12,8 @@ from PIL import Image
 from fastmaf.capsule import synthetic
 from fastmaf.capsule.defects import draw_pair
 from fastmaf.capsule.synthetic import DEFAULT_COUNTS, DEFECTS, MARKER, draw_dataset
-from fastmaf.images.dataset import DataError, load_test, load_train
+from fastmaf.images.dataset import load_test, load_train
+from fastmaf.images.decode import DataError
 
 FEW = dict.fromkeys(DEFECTS, 1)
 

@@ -20,7 +20,8 @@ from fastmaf.capsule.models import load_model, nll_of
 from fastmaf.capsule.sample import sample
 from fastmaf.capsule.training_run import CURVE_FILE, LOG_COLUMNS, LOG_FILE, TrainingStoppedError
 from fastmaf.cli.capsule import app
-from fastmaf.images.dataset import DataError, load_train
+from fastmaf.images.dataset import load_train
+from fastmaf.images.decode import DataError
 from fastmaf.metrics.plots import nll_curve
 from fastmaf.training.checkpoints import MODEL_FILE, STATE_FILE, load_state, training_of
 from tests.capsule.runs import (

@@ -11,7 +11,8 @@ import pytest
 import torch
 from PIL import Image
 
-from fastmaf.images.dataset import DataError, ImageSet, load_test, load_train, to_images, to_unit
+from fastmaf.images.dataset import ImageSet, load_test, load_train, to_images, to_unit
+from fastmaf.images.decode import DataError
 from tests.images.pictures import capsule_set, picture
 
 # ---- tensors

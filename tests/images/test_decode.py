@@ -12,7 +12,7 @@ import torch
 from PIL import Image, ImageFile, PngImagePlugin
 
 from fastmaf.images import image_file
-from fastmaf.images.dataset import DataError, load_image
+from fastmaf.images.decode import DataError, load_image
 
 
 def png16(path: Path, values: np.ndarray) -> None:

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from fastmaf.images.dataset import DataError, load_test, load_train
+from fastmaf.images.dataset import load_test, load_train
+from fastmaf.images.decode import DataError
 from fastmaf.images.folders import has_normals
 from fastmaf.images.png import png_text
 from fastmaf.io.marks import OVERLAY

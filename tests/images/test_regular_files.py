@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from fastmaf.images.dataset import DataError, load_image, load_train
+from fastmaf.images.dataset import load_train
+from fastmaf.images.decode import DataError, load_image
 from fastmaf.inspection.map_images import read_map
 from fastmaf.inspection.workflow.inputs import Unreadable, expand, read_each
 from tests.images.pictures import picture

@@ -21,7 +21,8 @@ from sklearn.preprocessing import FunctionTransformer, StandardScaler
 from sklearn.utils.estimator_checks import parametrize_with_checks
 
 from fastmaf.capsule.synthetic import draw_dataset
-from fastmaf.images.dataset import DataError, load_train
+from fastmaf.images.dataset import load_train
+from fastmaf.images.decode import DataError
 from fastmaf.inspection.calibration import CalibrationError
 from fastmaf.inspection.detector import Detector
 from fastmaf.inspection.fit import fit

@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from fastmaf.images.dataset import DataError
+from fastmaf.images.decode import DataError
 from fastmaf.inspection.map_images import SCALE, overlay, read_map, to_frame, write_map, write_overlay
 
 

@@ -10,7 +10,8 @@ import torch
 from PIL import Image
 
 from fastmaf.capsule.synthetic import draw_dataset
-from fastmaf.images.dataset import DataError, ImageSet, load_test
+from fastmaf.images.dataset import ImageSet, load_test
+from fastmaf.images.decode import DataError
 from fastmaf.inspection.masks import load_masks
 from tests.images.pictures import picture
 

@@ -13,8 +13,8 @@ from typing import Any, TextIO, TypeAlias
 import torch
 from tqdm import tqdm
 
-from fastmaf.images.dataset import DataError, Frame, ImageSet, load_frame
-from fastmaf.images.decode import sentences
+from fastmaf.images.dataset import ImageSet
+from fastmaf.images.decode import DataError, Frame, load_frame, sentences
 from fastmaf.images.listing import contents, count, images_below, images_in, is_image, left_aside, walk
 from fastmaf.inspection.workflow.path_patterns import hints, is_pattern, matches
 from fastmaf.io.marks import is_output

@@ -9,7 +9,8 @@ from datetime import datetime, timezone
 from pathlib import Path
 
 import fastmaf
-from fastmaf.images.dataset import DataError, ImageSet, load_train
+from fastmaf.images.dataset import ImageSet, load_train
+from fastmaf.images.decode import DataError
 from fastmaf.images.listing import count
 from fastmaf.inspection.fit import Fitted, fit
 from fastmaf.inspection.fold_models import fold_model_files, replace_fold_models, save_fold_models

@@ -19,7 +19,8 @@ from PIL import Image
 from torch import Tensor
 
 import fastmaf
-from fastmaf.images.dataset import DataError, load_image, to_unit
+from fastmaf.images.dataset import to_unit
+from fastmaf.images.decode import DataError, load_image
 from fastmaf.inspection.calibration import Calibration
 from fastmaf.inspection.export import export_onnx as module
 from fastmaf.inspection.export import resize

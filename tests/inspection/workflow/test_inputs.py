@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from fastmaf.images.dataset import DataError, Frame
+from fastmaf.images.decode import DataError, Frame
 from fastmaf.inspection.workflow.inputs import Unreadable, expand, read_each
 from tests.images.pictures import picture
 

@@ -15,7 +15,8 @@ import pytest
 from PIL import Image
 
 import fastmaf
-from fastmaf.images.dataset import DataError, load_train
+from fastmaf.images.dataset import load_train
+from fastmaf.images.decode import DataError
 from fastmaf.images.names import from_cell
 from fastmaf.inspection.fold_models import replace_fold_models
 from fastmaf.inspection.model import load_inspection

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from fastmaf.images.dataset import DataError
+from fastmaf.images.decode import DataError
 from fastmaf.inspection.workflow.inputs import expand
 from tests.images.pictures import picture
 

@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from fastmaf.images import decode as decoding
-from fastmaf.images.dataset import Frame, load_image
+from fastmaf.images.decode import Frame, load_image
 from fastmaf.inspection.workflow.inputs import Unreadable, expand, read_each
 from tests.images.pictures import picture
 

@@ -20,7 +20,7 @@ from typer.testing import CliRunner
 
 from fastmaf.capsule.config import TrainConfig
 from fastmaf.cli.app import app
-from fastmaf.images.dataset import DataError
+from fastmaf.images.decode import DataError
 from fastmaf.inspection.fold_models import FOLDS_FOLDER, load_fold_models
 from fastmaf.inspection.model import load_inspection
 from fastmaf.inspection.recipe import Recipe

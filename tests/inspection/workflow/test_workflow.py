@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 
 import fastmaf
 from fastmaf.cli.app import app
-from fastmaf.images.dataset import DataError
+from fastmaf.images.decode import DataError
 from fastmaf.inspection.model import is_inspection_model, load_inspection
 from fastmaf.inspection.workflow.calibrate import calibrate, recalibrate
 from fastmaf.inspection.workflow.choose import choose
