@@ -80,17 +80,7 @@ class TrainConfig:
 
     def build(self, device: torch.device | str | None = None) -> fastmaf.MAF:
         """Builds the untrained flow, on torch's default device if ``device`` is None."""
-        return fastmaf.MAF(
-            self.features,
-            self.blocks,
-            self.hidden_features,
-            degrees=self.degrees,
-            order=self.order,
-            levels=self.levels,
-            log_scale_bound=self.log_scale_bound,
-            soft_bound=self.soft_bound,
-            init=self.init,
-            strict=self.masks == "strict",
-            seed=self.seed,
-            device=device,
-        )
+        names = ("degrees", "order", "levels", "log_scale_bound", "soft_bound", "init", "seed")
+        options: dict[str, Any] = {name: getattr(self, name) for name in names}
+        strict = self.masks == "strict"
+        return fastmaf.MAF(self.features, self.blocks, self.hidden_features, strict=strict, device=device, **options)

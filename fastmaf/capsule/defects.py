@@ -46,9 +46,9 @@ def _blob(rng: np.random.Generator, u: float, v: float, radius: float, rough: fl
     return list(zip(u + a * np.cos(tilt) - b * np.sin(tilt), v + a * np.sin(tilt) + b * np.cos(tilt), strict=True))
 
 
-def _blotches(rng: np.random.Generator, shape: tuple[int, ...], cell: float) -> Array:
+def _blotches(rng: np.random.Generator, shape: tuple[int, int], cell: float) -> Array:
     """Returns smooth noise in 0..1 with patches about ``cell`` pixels wide."""
-    rows, columns = shape[0], shape[1]
+    rows, columns = shape
     few = rng.integers(0, 256, (int(rows / cell) + 3, int(columns / cell) + 3), dtype=np.uint8)
     wide = Image.fromarray(few).resize((columns, rows), Image.Resampling.BICUBIC)
     return np.asarray(wide, dtype=np.float32) / 255.0
@@ -57,10 +57,6 @@ def _blotches(rng: np.random.Generator, shape: tuple[int, ...], cell: float) -> 
 def _place(rng: np.random.Generator) -> tuple[float, float]:
     """Returns a random point on the visible face, away from its edge."""
     return float(rng.uniform(-68, 68)), float(rng.uniform(-0.7, 0.7)) * RADIUS
-
-
-def _rgb(*levels: float) -> Array:
-    return np.array(levels, dtype=np.float32)
 
 
 def _crack(rng: np.random.Generator, scene: Scene, grid: Grid) -> Change:
@@ -73,8 +69,8 @@ def _crack(rng: np.random.Generator, scene: Scene, grid: Grid) -> Change:
         u, depth, width = SEAM, 3 + 11 * severity, 1.5 + 5 * severity
         tip = (u - depth, v + float(rng.normal(0, 2)))
         side = (u - depth * 0.5, v + width * float(rng.uniform(0.2, 0.9)))
-        gap = grid.strokes([([(u + 0.3, v - width), tip, side, (u + 0.3, v + width)], 0.0)], fill=True)
-        change.paint.append((gap, _rgb(118, 62, 48), scene.body * 0.8))
+        gap = grid.filled([(u + 0.3, v - width), tip, side, (u + 0.3, v + width)])
+        change.paint.append((gap, (118, 62, 48), scene.body * 0.8))
         u, v = tip
         heading = np.pi + float(rng.normal(0, 0.5))
     else:
@@ -83,9 +79,9 @@ def _crack(rng: np.random.Generator, scene: Scene, grid: Grid) -> Change:
         radius = 2.0 + 6.0 * severity
         hole = _blob(rng, u, v, radius, 0.3)
         inner = [(u + 0.75 * (a - u) + 0.5, v + 0.75 * (b - v) + 0.6) for a, b in hole]
-        change.paint.append((0.85 * grid.strokes([(hole, 0.0)], fill=True), _rgb(8, 7, 8), _rgb(92, 42, 32)))
-        powder = grid.strokes([(inner, 0.0)], fill=True) * (0.35 + 0.65 * _blotches(rng, grid.u.shape, 7))
-        change.paint.append((powder, _rgb(*rng.choice([(172, 96, 76), (186, 180, 174)])), _rgb(222, 196, 184)))
+        change.paint.append((0.85 * grid.filled(hole), (8, 7, 8), (92, 42, 32)))
+        powder = grid.filled(inner) * (0.35 + 0.65 * _blotches(rng, grid.u.shape, 7))
+        change.paint.append((powder, rng.choice([(172, 96, 76), (186, 180, 174)]), (222, 196, 184)))
     length = (6 + 34 * severity) * (1.0 if kind == "line" else 0.5)
     lines = [(_jagged(rng, u, v, heading, length, 0.45), 0.5 + 0.8 * severity)]
     for _ in range(int(rng.integers(0, 3))):
@@ -94,10 +90,8 @@ def _crack(rng: np.random.Generator, scene: Scene, grid: Grid) -> Change:
         lines.append((_jagged(rng, *at, heading + turn, length * float(rng.uniform(0.2, 0.5)), 0.45), 0.5))
     strength = 0.3 + 0.65 * severity
     rim = [([(a + 0.4, b + 0.9) for a, b in points], width) for points, width in lines]
-    change.paint.append((0.6 * strength * grid.strokes(rim), _rgb(92, 92, 96), _rgb(206, 152, 134)))
-    change.paint.append(
-        (strength * grid.strokes(lines), _rgb(*rng.choice([(150, 88, 70), (150, 148, 146)])), _rgb(58, 26, 20))
-    )
+    change.paint.append((0.6 * strength * grid.strokes(rim), (92, 92, 96), (206, 152, 134)))
+    change.paint.append((strength * grid.strokes(lines), rng.choice([(150, 88, 70), (150, 148, 146)]), (58, 26, 20)))
     return change
 
 
@@ -118,9 +112,8 @@ def _faulty_imprint(rng: np.random.Generator, scene: Scene, grid: Grid) -> Chang
         drag = np.mean([np.roll(flat, k, axis=turn) for k in range(0, reach + 1, 2)], axis=0)
         changed = flat + near * (drag - flat)
     elif kind == "double":
-        shift = [
-            round(float(rng.choice([-1, 1])) * (0.8 + 2.5 * severity) * TEXELS * f) for f in rng.uniform(0.4, 1, 2)
-        ]
+        far = (0.8 + 2.5 * severity) * TEXELS
+        shift = [round(float(rng.choice([-1, 1])) * far * part) for part in rng.uniform(0.4, 1, 2)]
         changed = np.maximum(flat, (0.45 + 0.4 * severity) * np.roll(flat, shift, axis=(0, 1)))
     elif kind == "missing":
         changed = flat * (0.6 * (1 - severity))
@@ -142,14 +135,14 @@ def _poke(rng: np.random.Generator, scene: Scene, grid: Grid) -> Change:
         if i:
             u, v = u + float(rng.normal(0, 4)), v + float(rng.normal(0, 3))
         strength = 0.45 + 0.5 * severity
-        rim = grid.strokes([(_blob(rng, u + 0.3 * radius, v + 0.4 * radius, radius * 1.4, 0.25), 0.0)], fill=True)
-        pit = grid.strokes([(_blob(rng, u, v, radius, 0.25), 0.0)], fill=True)
+        rim = grid.filled(_blob(rng, u + 0.3 * radius, v + 0.4 * radius, radius * 1.4, 0.25))
+        pit = grid.filled(_blob(rng, u, v, radius, 0.25))
         grain = 0.3 + 0.7 * _blotches(rng, grid.u.shape, 4)
-        change.paint.append((0.7 * strength * rim * grain, _rgb(112, 112, 114), _rgb(214, 160, 142)))
-        change.paint.append((strength * pit, _rgb(6, 6, 7), _rgb(64, 28, 22)))
+        change.paint.append((0.7 * strength * rim * grain, (112, 112, 114), (214, 160, 142)))
+        change.paint.append((strength * pit, (6, 6, 7), (64, 28, 22)))
         if rng.uniform() < 0.5 * severity:
-            powder = grid.strokes([(_blob(rng, u + 0.2, v - 0.2, radius * 0.6, 0.3), 0.0)], fill=True)
-            change.paint.append((0.9 * powder, _rgb(205, 200, 196), _rgb(232, 214, 206)))
+            powder = grid.filled(_blob(rng, u + 0.2, v - 0.2, radius * 0.6, 0.3))
+            change.paint.append((0.9 * powder, (205, 200, 196), (232, 214, 206)))
     return change
 
 
@@ -167,7 +160,7 @@ def _scratch(rng: np.random.Generator, scene: Scene, grid: Grid) -> Change:
         lines.append((_jagged(rng, *back, turn, length, 0.05), float(rng.uniform(0.33, 0.5 + 0.4 * severity))))
     broken = np.clip((_blotches(rng, grid.u.shape, 9) - 0.25) * 3, 0, 1)
     strength = 0.16 + 0.5 * severity
-    return Change(paint=[(strength * grid.strokes(lines) * broken, _rgb(120, 121, 126), _rgb(226, 176, 160))])
+    return Change(paint=[(strength * grid.strokes(lines) * broken, (120, 121, 126), (226, 176, 160))])
 
 
 def _squeeze(rng: np.random.Generator, scene: Scene, grid: Grid) -> Change:
@@ -195,9 +188,8 @@ def _squeeze(rng: np.random.Generator, scene: Scene, grid: Grid) -> Change:
         change.bites.append((bu, bv, radius))
         away = np.hypot(u - bu, v - bv) - radius
         lit = 0.5 + 0.5 * (v - bv) / (away + radius + 0.1)  # the lower lip looks up to the light
-        change.relief = 0.4 * lit * np.exp(-(((away - 1.6) / 0.9) ** 2)) - (0.3 - 0.25 * lit) * np.exp(
-            -((away / 5) ** 2)
-        )
+        bright, dark = np.exp(-(((away - 1.6) / 0.9) ** 2)), np.exp(-((away / 5) ** 2))
+        change.relief = 0.4 * lit * bright - (0.3 - 0.25 * lit) * dark
     else:
         at, width, much = float(rng.uniform(-40, 30)), float(rng.uniform(18, 34)), 0.05 + 0.17 * severity
         factor = 1 + much * np.exp(-(((AXIS - at) / width) ** 2))

@@ -7,6 +7,7 @@ twice as fine as the picture, averaged down and composited over a background wit
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -16,6 +17,7 @@ from fastmaf.capsule.imprint import imprint, sample
 
 Array = np.ndarray
 Points = list[tuple[float, float]]
+Colour = Sequence[float] | Array  # red, green and blue in grey levels
 
 HALF, RADIUS, SEAM = 81.0, 25.8, 2.0  # half length, radius of the body, position of the cap's edge
 _LIP = 0.9  # difference of the radii of cap and body
@@ -73,7 +75,7 @@ class Change:
     bottom: Array | None = None
     bites: list[tuple[float, float, float]] = field(default_factory=list)  # u, v, radius cut out of the outline
     relief: Array | None = None  # added to the brightness factor, on the fine grid
-    paint: list[tuple[Array, Array, Array]] = field(default_factory=list)  # cover (0..1), colour on cap, on body
+    paint: list[tuple[Array, Colour, Colour]] = field(default_factory=list)  # cover (0..1), colour on cap, on body
     number: Array | None = None  # replaces the imprint's texture
 
 
@@ -104,18 +106,22 @@ class Grid:
                 total += fine[..., i::k, j::k]
         return total / k**2
 
-    def strokes(self, lines: list[tuple[Points, float]], fill: bool = False) -> Array:
-        """Returns the coverage (0..1) of lines (points in u, v; width), or of filled polygons."""
-        canvas = Image.new("L", (self.u.shape[1], self.u.shape[0]))
+    def strokes(self, lines: list[tuple[Points, float]]) -> Array:
+        """Returns the coverage (0..1) of lines (points in u, v; width); a line of width 0 is a filled polygon."""
+        canvas = Image.new("L", self.u.shape[::-1])
         pen = ImageDraw.Draw(canvas)
         for points, width in lines:
             at = [self._pixel(u, v) for u, v in points]
-            if fill:
-                pen.polygon(at, fill=255)
-            else:
+            if width:
                 pen.line(at, fill=255, width=max(1, round(width / self.step)), joint="curve")
+            else:
+                pen.polygon(at, fill=255)
         soft = canvas.filter(ImageFilter.GaussianBlur(0.25 / self.step))
         return np.asarray(soft, dtype=np.float32) / 255.0
+
+    def filled(self, outline: Points) -> Array:
+        """Returns the coverage (0..1) of a polygon."""
+        return self.strokes([(outline, 0.0)])
 
     def _pixel(self, u: float, v: float) -> tuple[float, float]:
         x, y = u * self.cos - v * self.sin + self.centre[0], u * self.sin + v * self.cos + self.centre[1]
@@ -151,7 +157,7 @@ def background(scene: Scene) -> Array:
     level -= 5 * ((x / 96) ** 2 + (y / 96) ** 2)
     glow = np.exp(-away / 14) * (0.25 + 0.75 * above) / (1 + np.exp(-(u - SEAM - 6) / 7)) * (u < HALF + 25)
     paper = np.stack([level + 1.0, level, level + 0.8 - 2.0 * y / 96]) * (1 - shadow)
-    paper += glow * _planes(np.array([16.0, -9.0, -7.0]))
+    paper += glow * _planes((16.0, -9.0, -7.0))
     for dx, dy, radius, dark in scene.dust:
         paper += dark * np.exp(-(((at[None, :] - dx) / radius) ** 2 + ((at[:, None] - dy) / radius) ** 2))
     return paper.astype(np.float32)
@@ -163,7 +169,7 @@ def _outline(radius: float) -> Array:
     return radius * np.sqrt(np.maximum(1 - past**2, 0))
 
 
-def _planes(colour: Array) -> Array:
+def _planes(colour: Colour) -> Array:
     """Converts a colour to float32 [3, 1, 1]."""
     return np.asarray(colour, dtype=np.float32)[:, None, None]
 
@@ -199,16 +205,16 @@ def _capsule(scene: Scene, grid: Grid, change: Change) -> tuple[Array, Array]:
         soft += change.relief
         glint += 60 * change.relief
     body = _planes(scene.body) * soft + line * 15
-    body += (rim * rim * 20 + end * end * 10) * _planes(np.array([0.6, 1.0, 1.0]))
+    body += (rim * rim * 20 + end * end * 10) * _planes((0.6, 1.0, 1.0))
     body *= 1 - 0.38 * np.exp(np.minimum(SEAM - u, 0) / 1.1)  # the edge's thin shadow on the body
     cap = np.maximum(_planes(scene.cap) + glint, 3)
 
     arc = np.arcsin(across) * RADIUS
     number = imprint("500") if change.number is None else change.number
     ink = 0.62 * sample(number, u - scene.number[0], arc - scene.number[1])
-    body += ink * (_planes(np.array([188.0, 160.0, 152.0])) * (0.55 + 0.45 * nz) - body)
+    body += ink * (_planes((188.0, 160.0, 152.0)) * (0.55 + 0.45 * nz) - body)
     ink = 0.55 * sample(imprint("FM", 13.0, 1.2), u - scene.name[0], arc - scene.name[1])
-    cap += ink * (_planes(np.array([118.0, 128.0, 132.0])) * (0.45 + 0.55 * nz) - cap)
+    cap += ink * (_planes((118.0, 128.0, 132.0)) * (0.45 + 0.55 * nz) - cap)
 
     for covered, colour_cap, colour_body in change.paint:
         cap += covered * (_planes(colour_cap) - cap)

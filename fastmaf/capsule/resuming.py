@@ -5,11 +5,12 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TypeAlias
 
 from fastmaf.capsule.config import TrainConfig
+from fastmaf.images.dataset import ImageSet
 from fastmaf.images.listing import count
 from fastmaf.io.safe_json import shown
 
@@ -20,21 +21,10 @@ _RENAMED = {"max_leap": "max_loss_jump"}  # settings of earlier versions
 _RENAMED_VALUES = {("masks", "reference"): "published"}
 
 
-@dataclass(frozen=True)
-class TrainedOn:
-    """The images of a run: the names of those to train on, and the contents of all, held-out ones included."""
-
-    files: list[str]
-    contents: Contents
-
-
-def contents_of(names: Sequence[str], paths: Sequence[Path]) -> Contents:
+def contents_of(images: ImageSet) -> Contents:
     """Returns sizes and hashes of files, by which files of the same name are told apart."""
-    contents: Contents = {}
-    for name, path in zip(names, paths, strict=True):
-        data = path.read_bytes()
-        contents[name] = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
-    return contents
+    files = ((name, path.read_bytes()) for name, path in zip(images.names, images.paths, strict=True))
+    return {name: {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()} for name, data in files}
 
 
 def check_settings(out: Path, state: Mapping[str, Any], config: TrainConfig) -> None:
@@ -53,13 +43,14 @@ def check_settings(out: Path, state: Mapping[str, Any], config: TrainConfig) -> 
         )
 
 
-def check_images(out: Path, state: Mapping[str, Any], now: TrainedOn) -> str | None:
+def check_images(out: Path, state: Mapping[str, Any], files: Sequence[str], contents: Contents) -> str | None:
     """Checks that the images, held-out ones included, are those of the run to resume.
 
     Args:
         out: the run's folder.
         state: its saved state; earlier versions stored only the names of the training images.
-        now: the images of the data folder.
+        files: names of the images to train on.
+        contents: contents of all images, held-out ones included.
 
     Returns:
         A note if contents could not be compared, else None.
@@ -68,22 +59,20 @@ def check_images(out: Path, state: Mapping[str, Any], now: TrainedOn) -> str | N
         ValueError: images differ; the message names them.
     """
     before: Contents | None = state.get("contents")
-    contents = now.contents
-    lacking = extra = list[str]()
-    if before is not None:
-        lacking, extra = sorted(before.keys() - contents.keys()), sorted(contents.keys() - before.keys())
-    if lacking or extra or state["files"] != now.files:
+    known = contents if before is None else before
+    lacking, extra = sorted(known.keys() - contents.keys()), sorted(contents.keys() - known.keys())
+    if lacking or extra or state["files"] != files:
         listed = [f"{what}: {_listed(names)}" for what, names in (("missing", lacking), ("new", extra)) if names]
         raise ValueError(
             f"cannot resume {out}: it was trained on {count(len(state['files']), 'image')}, the data now hold "
-            f"{len(now.files)} others or renamed ones for training" + (f" ({'; '.join(listed)})" if listed else "")
+            f"{len(files)} others or renamed ones for training" + (f" ({'; '.join(listed)})" if listed else "")
         )
     if before is None:
         return (
             "the state of this run was written by an earlier version, without the contents of its images: only their "
             "names were compared"
         )
-    changed = [name for name in contents if contents[name] != before[name]]
+    changed = sorted(name for name in contents if contents[name] != before[name])
     if changed:
         raise ValueError(
             f"cannot resume {out}: {len(changed)} of {count(len(contents), 'image')} changed since it began: "

@@ -19,7 +19,6 @@ from tqdm import tqdm
 import fastmaf
 from fastmaf.capsule.config import TrainConfig
 from fastmaf.capsule.memory_check import check_fits, disk_needed
-from fastmaf.capsule.resuming import TrainedOn, contents_of
 from fastmaf.capsule.training_run import CURVE_FILE, LOG_COLUMNS, LOG_FILE, TrainingRun, TrainResult
 from fastmaf.images.dataset import load_train
 from fastmaf.images.decode import DataError
@@ -89,7 +88,10 @@ def train(
         ValueError: a setting is out of range, or settings or images differ from those of the run to resume.
     """
     out, config = Path(out), config or TrainConfig()
-    with contextlib.nullcontext() if locked else _locked(out, resume):
+    with contextlib.ExitStack() as stack:
+        if not locked:
+            stack.enter_context(run_folder(out, "training", LOG_FILE, CURVE_FILE))
+            check_outputs(outputs_of(out, resume=resume))
         if not resume:
             refuse_unfinished(out)
         images = load_train(data, size=config.size, skip_bad=skip_bad, progress=progress)
@@ -102,18 +104,10 @@ def train(
             raise DataError(f"holding out {config.holdout} of {len(images)} images leaves none to train on")
         check_fits(config, torch.device(device), images=len(normals), resume=resume)
         check_disk(out, disk_needed(config))
-        trained_on = TrainedOn(list(normals.names), contents_of(images.names, images.paths))
-        run = TrainingRun(config, out, normals, held_out, trained_on, torch.device(device), graphs, published)
+        run = TrainingRun(config, out, normals, held_out, torch.device(device), graphs, published)
         if resume:
             run.restore()
         return run.train(progress)
-
-
-@contextlib.contextmanager
-def _locked(out: Path, resume: bool) -> Iterator[None]:
-    with run_folder(out, "training", LOG_FILE, CURVE_FILE):
-        check_outputs(outputs_of(out, resume=resume))
-        yield
 
 
 def outputs_of(out: Path, *, resume: bool) -> list[Output]:

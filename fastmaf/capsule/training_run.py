@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 import fastmaf
 from fastmaf.capsule.config import TrainConfig
-from fastmaf.capsule.resuming import TrainedOn, check_images, check_settings
+from fastmaf.capsule.resuming import check_images, check_settings, contents_of
 from fastmaf.images.dataset import ImageSet, to_unit
 from fastmaf.images.names import visible
 from fastmaf.io.atomic import written_atomically
@@ -72,7 +72,6 @@ class TrainingRun:
         out: the output folder, locked by the caller.
         normals: images to train on.
         held_out: images to validate on.
-        trained_on: names and contents of the images, stored in checkpoints.
         device: where to train.
         graphs: replay steps as CUDA graphs on a GPU.
         published: NLL of the published run by epoch, drawn beside the curve.
@@ -84,13 +83,13 @@ class TrainingRun:
         out: Path,
         normals: ImageSet,
         held_out: ImageSet,
-        trained_on: TrainedOn,
         device: torch.device,
         graphs: bool,
         published: Mapping[int, float] | None,
     ) -> None:
         self.config, self.out, self.device, self.published = config, out, device, published
-        self.normals, self.held_out, self.trained_on = normals, held_out, trained_on
+        self.normals, self.held_out = normals, held_out
+        self.files, self.contents = list(normals.names), contents_of(normals) | contents_of(held_out)
         self.flow = config.build().to(device)
         self.flow.validate_args = False  # the training step checks the loss
         self.optimizer = fastmaf.optim.FusedAdam(self.flow.parameters(), lr=config.lr)
@@ -107,7 +106,7 @@ class TrainingRun:
         """Continues from the checkpoint in the output folder."""
         _, state = load_state(self.out, tensors=False)
         check_settings(self.out, state, self.config)
-        if note := check_images(self.out, state, self.trained_on):
+        if note := check_images(self.out, state, self.files, self.contents):
             tqdm.write(visible(note))
         model = self.out / MODEL_FILE
         try:
@@ -222,7 +221,8 @@ class TrainingRun:
         state = {
             "config": asdict(self.config),
             **counters,
-            **asdict(self.trained_on),
+            "files": self.files,
+            "contents": self.contents,
             "epoch_so_far": asdict(self.so_far),
             "guards": self.step.state_dict(),
             "log": self.log,
