@@ -75,7 +75,7 @@ def evaluate_scores(
     # Point 0 of the ROC (nothing anomalous, J = 0) has no finite threshold and is skipped.
     best = 1 + int(np.argmax((roc.tpr - roc.fpr)[1:]))
     youden = _report("Youden", float(roc.thresholds[best]), True, _YOUDEN_HOW, scores, classes, counts)
-    held_out, reason = None, None
+    held_out = reason = None
     if held_out_nll is None:
         reason = "no scores of held-out normals were given"
     elif np.size(held_out_nll) == 0:
@@ -137,11 +137,10 @@ def conformal_threshold(held_out_nll: np.ndarray, false_alarm: float) -> tuple[f
 
 
 def _roc(values: np.ndarray, codes: np.ndarray, defect: np.ndarray) -> Roc:
-    """Returns the ROC over sorted distinct values; scikit-learn's refuses infinite scores."""
-    normals = np.bincount(codes[~defect], minlength=len(values))[::-1]
-    defects = np.bincount(codes[defect], minlength=len(values))[::-1]
-    fpr = np.concatenate([[0.0], np.cumsum(normals) / normals.sum()])
-    tpr = np.concatenate([[0.0], np.cumsum(defects) / defects.sum()])
+    """Returns the ROC over sorted distinct values, from their ranks, as scikit-learn refuses infinite scores."""
+    from sklearn.metrics import roc_curve  # slow to import
+
+    fpr, tpr, _ = roc_curve(defect, codes, drop_intermediate=False)
     return Roc(fpr, tpr, np.concatenate([[np.inf], values[::-1]]))
 
 
@@ -166,13 +165,12 @@ def _report(
     guaranteed: float | None = None,
     rate_95: float | None = None,
 ) -> ThresholdReport:
-    from sklearn.metrics import precision_recall_fscore_support  # slow to import
+    from sklearn.metrics import confusion_matrix, precision_recall_fscore_support  # slow to import
 
     truth = classes != NORMAL
     called = scores >= threshold if inclusive else scores > threshold
-    tn, fp = int((~truth & ~called).sum()), int((~truth & called).sum())
-    fn, tp = int((truth & ~called).sum()), int((truth & called).sum())
-    table = precision_recall_fscore_support(truth, called, labels=[False, True], zero_division=0)
+    (tn, fp), (fn, tp) = confusion_matrix(truth, called, labels=[False, True]).tolist()
+    table = np.transpose(precision_recall_fscore_support(truth, called, labels=[False, True], zero_division=0)[:3])
     return ThresholdReport(
         name=name,
         threshold=threshold,
@@ -180,8 +178,8 @@ def _report(
         how=how,
         confusion=((tn, fp), (fn, tp)),
         accuracy=(tn + tp) / len(scores),
-        normal=Prf(*(float(column[0]) for column in table[:3])),
-        anomaly=Prf(*(float(column[1]) for column in table[:3])),
+        normal=Prf(*table[0].tolist()),
+        anomaly=Prf(*table[1].tolist()),
         alarms={label: int(called[classes == label].sum()) for label in counts},
         false_alarm_rate=fp / (tn + fp),
         baseline_accuracy=float(truth.mean()),

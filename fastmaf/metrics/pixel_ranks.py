@@ -89,7 +89,4 @@ class PixelRanks:
 
     def total(self) -> np.ndarray:
         """Returns the sum of ``free`` over the images."""
-        total = np.zeros(2 * len(self.values) + 1, dtype=np.int64)
-        for counts in self.free():
-            total += counts
-        return total
+        return np.asarray(sum(self.free()))

@@ -59,29 +59,25 @@ def nll_curve(
     if not log:
         axes.text(0.5, 0.5, "no epoch finished yet", ha="center", va="center", transform=axes.transAxes)
         axes.set(xticks=[], yticks=[])
-        _save(figure, path, CURVE)
-        return figure
+        return _saved(figure, path, CURVE)
     epochs, train, validation = (column(log, key) for key in ("epoch", "nll", "val_nll"))
     last = float(np.nanmax(epochs))
     markers = {e: v for e, v in sorted((published or {}).items()) if e <= last}
     marked, values = np.array(list(markers), dtype=float), np.array(list(markers.values()), dtype=float)
     low, high = curve_limits(train, validation, values)
-    dot: dict[str, Any] = {"marker": "o", "markersize": 4.0} if len(log) <= 40 else {}  # a single point has no line
-    axes.plot(epochs, train, color=BLUE, linewidth=1.8, label="training", **dot)
     known = ~np.isnan(validation)
-    if known.any():
-        axes.plot(
-            epochs[known], validation[known], color=ORANGE, linewidth=1.5, linestyle="--", label="validation", **dot
-        )
-    if markers:
-        axes.plot(marked, values, "D", color="black", markerfacecolor="white", markersize=6, label="published run")
+    dot: dict[str, Any] = {"marker": "o", "markersize": 4.0} if len(log) <= 40 else {}  # a single point has no line
+    curves: list[tuple[str, np.ndarray, np.ndarray, dict[str, Any]]] = [
+        ("training", epochs, train, {"color": BLUE, "linewidth": 1.8, **dot}),
+        ("validation", epochs[known], validation[known], {"color": ORANGE, "linewidth": 1.5, "ls": "--", **dot}),
+        ("published run", marked, values, {"color": "black", "marker": "D", "mfc": "white", "markersize": 6, "ls": ""}),
+    ]
+    for name, at, nll, style in curves:
+        if len(at):
+            axes.plot(at, nll, label=name, **style)
     above = []
-    for name, at, nll, colour in (
-        ("training", epochs, train, BLUE),
-        ("validation", epochs, validation, ORANGE),
-        ("published", marked, values, "black"),
-    ):
-        out = mark_above(axes, at, nll, high, colour)
+    for name, at, nll, style in curves:
+        out = mark_above(axes, at, nll, high, style["color"])
         if out.any():
             above.append(f"{name} " + _few(at[out], nll[out]))
     if above:
@@ -96,8 +92,7 @@ def nll_curve(
     axes.yaxis.set_major_formatter(FuncFormatter(tick_text))
     _bits_axis(axes, log, train)
     _legend_above(axes)
-    _save(figure, path, CURVE)
-    return figure
+    return _saved(figure, path, CURVE)
 
 
 @matplotlib.style.context("default")
@@ -122,22 +117,18 @@ def nll_hist(path: str | Path, nll: np.ndarray, labels: Sequence[str], threshold
     normal = classes == NORMAL
     scale = ScoreAxis(nll, normal, thresholds.values())
     groups = [
-        Group(f"{name} (n = {len(scores)})", scores, colour, style)
-        for name, scores, colour, style in (
-            ("good", nll[normal], BLUE, "-"),
-            ("defective", nll[~normal], ORANGE, (0, (4, 1.2))),
-        )
-        if len(scores)
+        Group(f"good (n = {normal.sum()})", nll[normal], BLUE),
+        Group(f"defective (n = {(~normal).sum()})", nll[~normal], ORANGE, (0, (4, 1.2))),
     ]
     names = sorted(set(classes.tolist()), key=lambda name: (name != NORMAL, name))
     rows = [
-        Group(f"{_plain(name)} ({len(scores)})", scores, BLUE if name == NORMAL else ORANGE)
-        for name, scores in ((name, nll[classes == name]) for name in names)
+        Group(f"{_plain(name)} ({(classes == name).sum()})", nll[classes == name], BLUE if name == NORMAL else ORANGE)
+        for name in names
     ]
     figure = Figure(figsize=(9.0, 5.0 + 0.35 * len(rows)), dpi=_DPI, facecolor="white", layout="constrained")
     bars, points = figure.subplots(2, 1, sharex=True, height_ratios=[3.6, 0.35 * len(rows) + 0.3])
     figure.suptitle("NLL of good and defective images", fontsize=12)
-    scale.draw_shares(bars, groups)
+    scale.draw_shares(bars, [group for group in groups if len(group.scores)])
     scale.draw_points(points, rows)
     for axes in (bars, points):
         for span in scale.beyond:
@@ -158,8 +149,7 @@ def nll_hist(path: str | Path, nll: np.ndarray, labels: Sequence[str], threshold
     if (nll > scale.high).any():
         ticks[scale.right] = _edge_text(f"above {tick_text(scale.high)}\nup to", nll[nll > scale.high], np.max)
     points.set_xticks(list(ticks), list(ticks.values()))
-    _save(figure, path, HISTOGRAM)
-    return figure
+    return _saved(figure, path, HISTOGRAM)
 
 
 def _edge_text(where: str, nll: np.ndarray, furthest: Callable[[np.ndarray], float]) -> str:
@@ -181,10 +171,12 @@ def roc_curve(path: str | Path, evaluation: Evaluation) -> Figure:
     roc = evaluation.roc
     axes.plot(roc.fpr, roc.tpr, color=BLUE, linewidth=2, label=label)
     axes.plot([0, 1], [0, 1], color=GREY, linewidth=1, linestyle=":", label="chance")
-    points = [(evaluation.youden, "o", "black", "Youden (chosen on the test labels)")]
-    if evaluation.held_out is not None:
-        points.append((evaluation.held_out, "s", GREEN, "held-out normals (no test labels)"))
-    for report, marker, colour, name in points:
+    for report, marker, colour, name in (
+        (evaluation.youden, "o", "black", "Youden (chosen on the test labels)"),
+        (evaluation.held_out, "s", GREEN, "held-out normals (no test labels)"),
+    ):
+        if report is None:
+            continue
         text = f"{name}:\n{with_minus(nats(report.threshold))} nats, {report.false_alarm_rate:.0%} false alarms, "
         text += f"{report.anomaly.recall:.0%} of defects found"
         axes.plot(
@@ -200,8 +192,7 @@ def roc_curve(path: str | Path, evaluation: Evaluation) -> Figure:
     )
     axes.set_aspect("equal")
     axes.legend(loc="lower right", fontsize=8.5, framealpha=0.9)
-    _save(figure, path, ROC)
-    return figure
+    return _saved(figure, path, ROC)
 
 
 def _figure(width: float, height: float) -> tuple[Figure, Axes]:
@@ -214,13 +205,14 @@ def _legend_above(axes: Axes) -> None:
     axes.legend(loc="lower left", bbox_to_anchor=(0, 1.0), ncols=2, fontsize=9, frameon=False, borderaxespad=0.2)
 
 
-def _save(figure: Figure, path: str | Path, role: str) -> None:
+def _saved(figure: Figure, path: str | Path, role: str) -> Figure:
     for axes in figure.axes:
         axes.spines[["top"]].set_visible(False)
         axes.set_axisbelow(True)
     figure.axes[0].grid(alpha=0.25, linewidth=0.7)
     with written_atomically(path) as file:
         figure.savefig(file, format="png", dpi=_DPI, facecolor="white", metadata={KEYWORD: role})
+    return figure
 
 
 def _bits_axis(axes: Axes, log: Sequence[Mapping[str, Any]], train: np.ndarray) -> None:

@@ -9,7 +9,7 @@ import math
 import os
 import textwrap
 from collections.abc import Mapping, Sequence
-from dataclasses import fields, is_dataclass
+from dataclasses import is_dataclass
 from pathlib import Path
 from typing import Any
 
@@ -93,7 +93,7 @@ def format_table(evaluation: Evaluation) -> str:
     if e.auroc_interval is not None:
         low, high = e.auroc_interval
         interval = f"   95% interval {low:.3f} to {high:.3f} ({e.bootstrap} bootstrap resamples)"
-    reports = [e.youden] + ([e.held_out] if e.held_out is not None else [])
+    reports = [report for report in (e.youden, e.held_out) if report is not None]
     wide = max(len("class"), *(len(visible(name)) for name in e.counts))
     head = f"{'class':<{wide}} {'n':>5} {'mean NLL':>12} {'std':>12} {'median':>12}"
     head += (f" {'bits/dim':>9}" if bits else "") + f" {'AUROC':>6}" + "".join(f" {r.name:>10}" for r in reports)
@@ -135,18 +135,16 @@ def format_table(evaluation: Evaluation) -> str:
 
 def _plain(value: Any) -> Any:
     """Converts a value to JSON types, without NaN and infinities."""
-    if is_dataclass(value) and not isinstance(value, type):
-        return {field.name: _plain(getattr(value, field.name)) for field in fields(value)}
-    if isinstance(value, tuple) and hasattr(value, "_asdict"):
-        return _plain(value._asdict())
+    if is_dataclass(value):
+        value = vars(value)
+    elif hasattr(value, "_asdict"):
+        value = value._asdict()
+    elif isinstance(value, (np.ndarray, np.generic)):
+        value = value.tolist()
     if isinstance(value, Mapping):
         return {str(key): _plain(item) for key, item in value.items()}
-    if isinstance(value, (np.ndarray, np.generic)):
-        return _plain(value.tolist())
     if isinstance(value, (list, tuple, set, frozenset)):
         return [_plain(item) for item in value]
-    if value is None or isinstance(value, (str, bool, int)):
-        return value
-    if isinstance(value, float):
-        return value if math.isfinite(value) else (None if math.isnan(value) else str(value))
-    return str(value)
+    if isinstance(value, float) and not math.isfinite(value):
+        return None if math.isnan(value) else str(value)
+    return value if value is None or isinstance(value, (str, int, float)) else str(value)
