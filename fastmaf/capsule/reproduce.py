@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import statistics
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -103,7 +102,7 @@ def reproduce(
             return None
         model = load_model(training.model, device=device)
         seconds = _sample(model, out, progress, say)
-        extra = {"train_config": json.loads(json.dumps(vars(config))), "seconds_per_sample": seconds}
+        extra = {"train_config": config, "seconds_per_sample": seconds}
         evaluation = evaluate(model, data, out, skip_bad=skip_bad, extra=extra, progress=progress)
         say(format_table(evaluation))
         table = compare(training, evaluation, seconds, real=real)

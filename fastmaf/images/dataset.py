@@ -22,8 +22,8 @@ from tqdm import tqdm
 
 import fastmaf
 from fastmaf.images.decode import DataError, Frame, load_frame, sentences
-from fastmaf.images.folders import TEST, expected, find_normals, find_test, no_image_in, tree
-from fastmaf.images.listing import count, folders_in, images_below, images_in, left_aside
+from fastmaf.images.folders import TEST, TRAIN, find_normals, find_test, layout_error
+from fastmaf.images.listing import contents, count, files_in, folders_in, images_below, images_in, left_aside
 from fastmaf.images.names import visible
 
 _log = logging.getLogger(__name__)
@@ -142,7 +142,7 @@ def load_train(root: str | Path, *, size: int = 64, skip_bad: bool = False, prog
     folder, notes = find_normals(root)
     files, ignored, closed = (*images_in(root), []) if folder == root else images_below(folder)
     if not files:
-        raise no_image_in(folder, root)
+        raise layout_error(f"no image in {folder}: {contents(files_in(folder))}", TRAIN, root)
     labelled = [("good", folder, file) for file in files]
     return _load(labelled, "train", [*notes, *left_aside(ignored, closed)], size, skip_bad, progress)
 
@@ -168,7 +168,7 @@ def load_test(root: str | Path, *, size: int = 64, skip_bad: bool = False, progr
             notes.append(f"class folder test/{folder.name} holds no image")
     if not labelled:
         where = f"; the {count(len(loose), 'image')} directly in it belong in test/<class>" if loose else ""
-        raise DataError(f"no test class with an image in {test}{where}\n{expected(TEST)}\n{tree(root)}")
+        raise layout_error(f"no test class with an image in {test}{where}", TEST, root)
     return _load(labelled, "test", [*notes, *left_aside(ignored, closed)], size, skip_bad, progress)
 
 

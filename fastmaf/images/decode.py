@@ -99,7 +99,11 @@ def load_frame(path: str | Path, size: int, *, keep_full: bool = False) -> Frame
         raise ValueError(f"size: expected at least 1 pixel, found {size}")
     path = Path(path)
     started = perf_counter()
-    image, kinds = _decode(path)
+    stored, bits, turn, kinds = decode(path)
+    image = to_8_bits(stored, bits, path, kinds)
+    del stored  # as large as the converted image
+    if turn is not None:
+        image = image.transpose(turn)
     decoded = perf_counter()
     pixels = resized(image, size)
     ready = perf_counter()
@@ -125,14 +129,6 @@ def resized(image: Image.Image | np.ndarray, size: int) -> Tensor:
     """Resizes an RGB or grey image, or an array uint8 [h, w, 3], to uint8 [3, size, size]."""
     image = Image.fromarray(image) if isinstance(image, np.ndarray) else image
     return _channels_first(image.resize((size, size), Image.Resampling.BILINEAR)).contiguous()
-
-
-def _decode(path: Path) -> tuple[Image.Image, list[str]]:
-    """Returns the upright RGB or grey image at full resolution, and the kinds of conversion."""
-    stored, bits, turn, kinds = decode(path)
-    image = to_8_bits(stored, bits, path, kinds)
-    del stored  # as large as the converted image
-    return (image if turn is None else image.transpose(turn)), kinds
 
 
 def _channels_first(image: Image.Image) -> Tensor:

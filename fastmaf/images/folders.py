@@ -15,7 +15,6 @@ from fastmaf.images.decode import DataError
 from fastmaf.images.listing import (
     contents,
     count,
-    files_in,
     folders_in,
     images_below,
     images_in,
@@ -76,14 +75,9 @@ def has_normals(root: Path) -> bool:
     return (root / TRAIN).is_dir() or _alone(root) is not None
 
 
-def no_image_in(folder: Path, root: Path) -> DataError:
-    """Returns the error for a training folder without images."""
-    return DataError(f"no image in {folder}: {contents(files_in(folder))}\n{expected(TRAIN)}\n{tree(root)}")
-
-
-def expected(wanted: str) -> str:
-    """Returns the supported layouts, for an error message."""
-    return _EXPECTED + _EXPECTED_TO_TRAIN * (wanted == TRAIN)
+def layout_error(what: str, wanted: str, root: Path) -> DataError:
+    """Returns an error with the supported layouts for training or testing, and the folders that were found."""
+    return DataError(f"{what}\n{_EXPECTED}{_EXPECTED_TO_TRAIN * (wanted == TRAIN)}\n{_tree(root)}")
 
 
 def _alone(root: Path) -> Path | None:
@@ -91,7 +85,7 @@ def _alone(root: Path) -> Path | None:
     if (root / "train").is_dir():
         return None
     folder = root / "good" if images_below(root / "good")[0] else root
-    if not _images_of(folder, root):
+    if folder == root and not images_in(root)[0]:
         return None
     above = _set_above(root, TRAIN)
     if above is not None and folder.resolve() != (above / TRAIN).resolve():
@@ -111,10 +105,6 @@ def _is_telling(file: Path) -> bool:
     return is_image(file) or is_unread_image(file)
 
 
-def _images_of(folder: Path, root: Path) -> list[Path]:
-    return (images_in(folder) if folder == root else images_below(folder))[0]
-
-
 def _missing(root: Path, wanted: str) -> DataError:
     if root.is_dir():
         aside = images_in(root)[1]
@@ -124,7 +114,7 @@ def _missing(root: Path, wanted: str) -> DataError:
     else:
         what = f"no such folder: {root}"
     hints = "".join(f"\ndid you mean {path}{why}?" for path, why in _proposals(root, wanted))
-    return DataError(f"{what}{hints}\n{expected(wanted)}\n{tree(root)}")
+    return layout_error(what + hints, wanted, root)
 
 
 def _proposals(root: Path, wanted: str) -> list[tuple[Path, str]]:
@@ -166,7 +156,7 @@ def _set_above(root: Path, wanted: str) -> Path | None:
     return None
 
 
-def tree(root: Path, limit: int = 24) -> str:
+def _tree(root: Path, limit: int = 24) -> str:
     """Lists folders two levels deep, with the number of images in each and below the deepest."""
     if not root.is_dir():
         return f"found: nothing at {root}" if not root.exists() else f"found: the file {root}"

@@ -6,6 +6,7 @@ import difflib
 import os
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Sequence
+from itertools import chain
 from pathlib import Path
 
 from fastmaf.io.marks import is_output
@@ -41,11 +42,8 @@ def entries(folder: Path) -> list[Path]:
 
 def folders_in(folder: Path) -> list[Path]:
     """Lists the folders in a folder by name, except hidden ones and system folders."""
-    return [entry for entry in entries(folder) if not _is_hidden(entry) and os.path.isdir(entry)]
-
-
-def _is_hidden(folder: Path) -> bool:
-    return folder.name.startswith(".") or folder.name.lower() in _SYSTEM
+    shown = (e for e in entries(folder) if not e.name.startswith(".") and e.name.lower() not in _SYSTEM)
+    return [entry for entry in shown if os.path.isdir(entry)]
 
 
 def files_in(folder: Path) -> list[Path]:
@@ -72,19 +70,10 @@ def images_in(folder: Path) -> tuple[list[Path], list[Path]]:
 
 def images_below(folder: Path) -> tuple[list[Path], list[Path], list[Path]]:
     """Returns image files in a folder and all below it, files left aside, and folders that cannot be opened."""
-    images: list[Path] = []
-    aside: list[Path] = []
     folders = list(walk(folder))
-    for below in folders:
-        here, others = images_in(below)
-        images += here
-        aside += others
-    return sorted(images), sorted(aside), closed_of(folders)
-
-
-def closed_of(folders: Iterable[Path]) -> list[Path]:
-    """Returns those of the folders that exist but cannot be opened."""
-    return [folder for folder in folders if os.path.isdir(folder) and not os.access(folder, os.R_OK | os.X_OK)]
+    images, aside = zip(*map(images_in, folders), strict=True)
+    closed = [below for below in folders if os.path.isdir(below) and not os.access(below, os.R_OK | os.X_OK)]
+    return sorted(chain.from_iterable(images)), sorted(chain.from_iterable(aside)), closed
 
 
 def walk(folder: Path) -> Iterator[Path]:

@@ -35,7 +35,8 @@ def to_8_bits(image: Image.Image, bits: int, path: Path, kinds: list[str]) -> Im
         # exact where 8-bit values were widened (times 256 or 257).
         kinds.append("colour16")
         if mode in ("RGB", "LA", "RGBA"):
-            _note_dim(max(band * 256 for band in _largest_of(image)[: 1 if mode == "LA" else 3]), 65535, kinds)
+            extrema: Any = image.getextrema()
+            _note_dim(256 * max(high for _, high in extrema[: 1 if mode == "LA" else 3]), 65535, kinds)
         if isinstance(key := image.info.get("transparency"), tuple):
             image.info["transparency"] = tuple(value >> 8 for value in key)
     if mode in ("P", "PA"):
@@ -72,8 +73,8 @@ def _scaled(image: Image.Image, bits: int, path: Path, kinds: list[str]) -> Imag
 
     The white level is that of the file's format, the same for all images of a set.
     """
-    ranges = [(values.min(), values.max()) for _, values in _values(image)]
-    low, high = float(np.min([r[0] for r in ranges])), float(np.max([r[1] for r in ranges]))
+    ranges = np.array([(values.min(), values.max()) for _, values in _values(image)], dtype=np.float64)
+    low, high = float(ranges[:, 0].min()), float(ranges[:, 1].max())
     if image.mode == "F":
         kind, white = "float", 1.0
     elif bits == 12:
@@ -106,12 +107,6 @@ def _scaled(image: Image.Image, bits: int, path: Path, kinds: list[str]) -> Imag
 
 def _values(image: Image.Image) -> Iterator[tuple[int, np.ndarray]]:
     return ((top, np.asarray(strip)) for top, strip in strips(image))
-
-
-def _largest_of(image: Image.Image) -> list[int]:
-    """Returns the largest value of each band."""
-    extrema: Any = image.getextrema()
-    return [high for _, high in extrema]
 
 
 def _note_dim(high: float, white: float, kinds: list[str]) -> None:

@@ -37,6 +37,8 @@ def compare_pixels(
 ) -> tuple[list[float], list[PairedDifference]]:
     """Compares sets of maps of the same images by their pixel AUROC, over the same resamples of the images.
 
+    Images with and without a defect pixel are resampled separately. Resamples without a defect-free pixel are left out.
+
     Args:
         several: sets of maps, each as ``maps`` of ``pixel_auroc``, in any unit.
         masks: as there.
@@ -48,21 +50,8 @@ def compare_pixels(
     Raises:
         EvaluationError: as ``pixel_auroc``.
     """
-    areas = _bootstrap(several, masks, resamples, seed)
-    differences = [PairedDifference.of(own[0], areas[0, 0], (own[1:], areas[0, 1:])) for own in areas]
-    return areas[:, 0].tolist(), differences
-
-
-def _bootstrap(
-    several: Sequence[Sequence[np.ndarray]], masks: Sequence[np.ndarray | None], resamples: int, seed: int
-) -> np.ndarray:
-    """Returns the pixel AUROC of sets of maps ``[sets, 1 + resamples]``: of the images, then of the same resamples.
-
-    Images with and without a defect pixel are resampled separately. Correctly ranked pairs of pixels are counted once
-    per pair of images; a resample only weights these counts. Resamples without a defect-free pixel are left out.
-    """
     check_resamples(resamples)
-    correct_pairs = []
+    correct_pairs = []  # correctly ranked pairs of pixels for each pair of images: a resample only weights them
     for maps in several:
         pixels = PixelRanks(maps, masks)
         n = len(pixels.maps)
@@ -74,14 +63,16 @@ def _bootstrap(
         correct_pairs.append(correct)
     defect = np.bincount(pixels.image, minlength=n)
     rng = np.random.default_rng(seed)
-    times = np.zeros((1 + resamples, n))
+    times = np.zeros((1 + resamples, n))  # the first row: the images themselves
     times[0] = 1
     for group in (np.flatnonzero(defect == 0), np.flatnonzero(defect)):
         if len(group):
             times[1:, group] = rng.multinomial(len(group), np.full(len(group), 1 / len(group)), resamples)
     pairs = (times @ free) * (times @ defect)
     usable = pairs > 0
-    return np.stack([((times @ correct) * times).sum(axis=1)[usable] / pairs[usable] for correct in correct_pairs])
+    areas = [((times @ correct) * times).sum(axis=1)[usable] / pairs[usable] for correct in correct_pairs]
+    differences = [PairedDifference.of(area[0], areas[0][0], (area[1:], areas[0][1:])) for area in areas]
+    return [float(area[0]) for area in areas], differences
 
 
 def au_pro(maps: Sequence[np.ndarray], masks: Sequence[np.ndarray | None], fpr_limit: float = 0.3) -> float:

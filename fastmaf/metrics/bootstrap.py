@@ -51,24 +51,20 @@ def paired_bootstrap(
         EvaluationError: lengths differ, a score is NaN or -inf, or there is no normal or no defective image.
     """
     defect = np.asarray(defect, dtype=bool)
-    scores = np.stack([_checked(one, which, defect) for one, which in ((a, "first"), (b, "second"))])
+    pair = checked_scores(a, "first"), checked_scores(b, "second")
+    for scores, which in zip(pair, ("first", "second"), strict=True):
+        if defect.shape != scores.shape:
+            raise EvaluationError(
+                f"each score needs its label; found {len(scores)} {which} scores and {defect.size} labels"
+            )
+    if not defect.any() or defect.all():
+        raise EvaluationError(f"an AUROC needs normals and defects; found {(~defect).sum()} and {defect.sum()}")
     check_resamples(resamples)
-    first, second = bootstrap_auroc(scores, defect, resamples, seed)
-    return PairedDifference.of(auroc(scores[0], defect), auroc(scores[1], defect), (first, second))
+    first, second = bootstrap_auroc(np.stack(pair), defect, resamples, seed)
+    return PairedDifference.of(auroc(pair[0], defect), auroc(pair[1], defect), (first, second))
 
 
 def check_resamples(resamples: int) -> None:
     """Raises an EvaluationError for fewer than one resample."""
     if resamples < 1:
         raise EvaluationError(f"resamples must be at least 1; found {resamples}")
-
-
-def _checked(scores: np.ndarray, which: str, defect: np.ndarray) -> np.ndarray:
-    scores = checked_scores(scores, which)
-    if defect.shape != scores.shape:
-        raise EvaluationError(
-            f"each score needs its label; found {len(scores)} {which} scores and {defect.size} labels"
-        )
-    if not defect.any() or defect.all():
-        raise EvaluationError(f"an AUROC needs normals and defects; found {(~defect).sum()} and {defect.sum()}")
-    return scores
