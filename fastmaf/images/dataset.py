@@ -156,16 +156,13 @@ def load_test(root: str | Path, *, size: int = 64, skip_bad: bool = False, progr
     root = Path(root).expanduser()
     test = find_test(root)
     loose, ignored = images_in(test)
-    closed: list[Path] = []
     notes = [f"{count(len(loose), 'image')} directly in test/ left aside: not in a class folder"] if loose else []
-    labelled: list[tuple[str, Path, Path]] = []
-    for folder in sorted(folders_in(test), key=lambda folder: (folder.name != "good", folder.name)):
-        files, others, unopened = images_below(folder)
-        ignored += others
-        closed += unopened
-        labelled += [(folder.name, folder, file) for file in files]
-        if not files:
-            notes.append(f"class folder test/{folder.name} holds no image")
+    folders = sorted(folders_in(test), key=lambda folder: (folder.name != "good", folder.name))
+    below = {folder: images_below(folder) for folder in folders}
+    labelled = [(folder.name, folder, file) for folder, (files, _, _) in below.items() for file in files]
+    notes += [f"class folder test/{folder.name} holds no image" for folder, (files, _, _) in below.items() if not files]
+    ignored += [file for _, others, _ in below.values() for file in others]
+    closed = [folder for _, _, unopened in below.values() for folder in unopened]
     if not labelled:
         where = f"; the {count(len(loose), 'image')} directly in it belong in test/<class>" if loose else ""
         raise layout_error(f"no test class with an image in {test}{where}", TEST, root)
