@@ -1,4 +1,4 @@
-"""Images of which a part is missing or damaged, and images that are not meant as they stand."""
+"""Images of which a part is missing or damaged, and values that need another interpretation."""
 
 from __future__ import annotations
 
@@ -16,30 +16,11 @@ import torch
 from PIL import Image, ImageFile, TiffImagePlugin
 
 from fastmaf.images.decode import DataError, load_frame, load_image
+from tests.images.pictures import chunk, png, refused
 
 
 def noise(*shape: int, seed: int = 0) -> np.ndarray:
     return np.random.default_rng(seed).integers(0, 256, shape, dtype=np.uint8)
-
-
-def refused(path: Path) -> str:
-    with pytest.raises(DataError) as caught:
-        load_image(path, 4)
-    assert str(path) in str(caught.value)
-    return str(caught.value)
-
-
-def chunk(name: bytes, body: bytes) -> bytes:
-    return struct.pack(">I", len(body)) + name + body + struct.pack(">I", zlib.crc32(name + body))
-
-
-def png(
-    path: Path, raw: bytes, size: tuple[int, int], bits: int, colour: int, *extra: bytes, interlaced: int = 0
-) -> None:
-    """A PNG of these bytes, which are compressed; ``extra`` are chunks before them."""
-    head = chunk(b"IHDR", struct.pack(">IIBBBBB", *size, bits, colour, 0, 0, interlaced))
-    body = b"".join([head, *extra, chunk(b"IDAT", zlib.compress(raw)), chunk(b"IEND", b"")])
-    path.write_bytes(b"\x89PNG\r\n\x1a\n" + body)
 
 
 # ---- a part is missing
@@ -80,12 +61,12 @@ def test_a_jpeg_cut_short_with_an_end_marker_is_refused(
 
 
 def test_grey_jpegs_that_are_whole_are_read(tmp_path: Path) -> None:
-    """What libjpeg fills in where data are missing looks the same."""
+    """libjpeg fills in the same grey where data are missing."""
     for mode in ("L", "RGB"):
         for size in ((64, 64), (7, 5), (17, 33)):
             Image.new(mode, size, "#808080").save(tmp_path / "a.jpg")
             assert load_image(tmp_path / "a.jpg", 4)[0].unique().tolist() == [128]
-    path = tmp_path / "more.jpg"  # some cameras write more behind the end
+    path = tmp_path / "more.jpg"  # some cameras append data after the end
     path.write_bytes((tmp_path / "a.jpg").read_bytes() + noise(5000).tobytes())
     assert load_image(path, 4)[0].unique().tolist() == [128]
 
@@ -117,7 +98,7 @@ def test_an_interlaced_png(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("lenient", [False, True])
-def test_damage_is_refused_whatever_pillow_is_told_to_pass_over(
+def test_damage_is_refused_whatever_pillows_settings_are(
     tmp_path: Path, lenient: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(ImageFile, "LOAD_TRUNCATED_IMAGES", lenient)
@@ -130,7 +111,7 @@ def test_damage_is_refused_whatever_pillow_is_told_to_pass_over(
     path.write_bytes(whole)
     refused(path)
     Image.fromarray(noise(64, 64, 3)).save(path, "JPEG")
-    path.write_bytes(path.read_bytes()[:-2])  # not even the end marker is made up
+    path.write_bytes(path.read_bytes()[:-2])  # a missing end marker is not added either
     refused(path)
 
 
@@ -164,7 +145,7 @@ def test_threads_leave_pillows_settings_alone(tmp_path: Path, monkeypatch: pytes
 
 
 def test_the_other_pages_of_a_tiff_are_not_even_looked_for(tmp_path: Path) -> None:
-    """The second page's place is damaged: who walks to it fails."""
+    """The second page is damaged: reading it would fail."""
     pages = [Image.new("RGB", (4, 4), colour) for colour in ("red", "blue", "lime")]
     pages[0].save(tmp_path / "a.tif", save_all=True, append_images=pages[1:])
     content = bytearray((tmp_path / "a.tif").read_bytes())
@@ -216,12 +197,12 @@ def test_pixels_are_read_whatever_the_exif_data_are(tmp_path: Path, name: str, e
 
 def test_a_tiff_whose_exif_directory_is_damaged(tmp_path: Path) -> None:
     info = TiffImagePlugin.ImageFileDirectory_v2()
-    info[0x8769] = 0x7FFFFFF0  # where the EXIF data are said to be
+    info[0x8769] = 0x7FFFFFF0  # the offset of the EXIF data
     Image.new("RGB", (4, 4), "red").save(tmp_path / "a.tif", tiffinfo=info)
     assert load_image(tmp_path / "a.tif", 4)[0][:, 0, 0].tolist() == [255, 0, 0]
 
 
-# ---- values that are not meant as they stand
+# ---- values that need another interpretation
 
 
 @pytest.mark.parametrize("suffix", ["png", "tif"])
@@ -235,13 +216,13 @@ def test_8_bit_values_in_16_bits_are_reported_and_scaled_as_all_others(tmp_path:
 
 
 def test_8_and_12_bit_values_in_16_bit_colour_and_floats_are_reported(tmp_path: Path) -> None:
-    for high, words in ((255, "no value above 255"), (4095, "no value above 4095"), (65535, None)):
+    for high, expected in ((255, "no value above 255"), (4095, "no value above 4095"), (65535, None)):
         values = np.random.default_rng(0).integers(0, high + 1, (8, 8, 3))
         values[0, 0] = high
         raw = b"".join(b"\0" + row.astype(">u2").tobytes() for row in values)
         png(tmp_path / "a.png", raw, (8, 8), 16, 2)
         notes = load_image(tmp_path / "a.png", 8)[1]
-        assert [words in note for note in notes[:-1]] == [True] if words else len(notes) == 1
+        assert [expected in note for note in notes[:-1]] == [True] if expected else len(notes) == 1
     Image.fromarray(np.array([[0.0, 0.003]], dtype=np.float32)).save(tmp_path / "a.tif")
     assert "almost black" in load_image(tmp_path / "a.tif", 2)[1][0]
 

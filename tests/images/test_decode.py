@@ -1,9 +1,8 @@
-"""Reading one image file: what kind is read how, what is refused with which words."""
+"""Reading one image file: conversions by kind of image, and errors."""
 
 from __future__ import annotations
 
 import struct
-import zlib
 from pathlib import Path
 
 import numpy as np
@@ -13,27 +12,14 @@ from PIL import Image, ImageFile, PngImagePlugin
 
 from fastmaf.images import image_file
 from fastmaf.images.decode import DataError, load_image
+from tests.images.pictures import png, refused
 
 
 def png16(path: Path, values: np.ndarray) -> None:
-    """A 16-bit PNG of [h, w, 1..4 channels], written by hand: Pillow can write the grey one alone."""
-    kind = {1: 0, 2: 4, 3: 2, 4: 6}[values.shape[2]]
-
-    def chunk(name: bytes, body: bytes) -> bytes:
-        return struct.pack(">I", len(body)) + name + body + struct.pack(">I", zlib.crc32(name + body))
-
+    """Writes a 16-bit PNG of [h, w, 1..4 channels], of which Pillow can write grey ones only."""
+    height, width, channels = values.shape
     rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in values)
-    head = struct.pack(">IIBBBBB", values.shape[1], values.shape[0], 16, kind, 0, 0, 0)
-    path.write_bytes(
-        b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
-    )
-
-
-def refused(path: Path) -> str:
-    with pytest.raises(DataError) as caught:
-        load_image(path, 4)
-    assert str(path) in str(caught.value)
-    return str(caught.value)
+    png(path, rows, (width, height), 16, {1: 0, 2: 4, 3: 2, 4: 6}[channels])
 
 
 # ---- kinds of image
@@ -168,18 +154,11 @@ def test_exif_orientation_is_applied_once_and_reported(tmp_path: Path, name: str
     image = Image.new("RGB", (16, 16), (0, 0, 0))
     image.paste((255, 255, 255), (0, 0, 16, 8))  # white above
     exif = Image.Exif()
-    exif[0x0112] = 6  # shown right only when turned a quarter clockwise: what was above is then at the right
+    exif[0x0112] = 6  # to be turned a quarter clockwise: the upper half is then at the right
     image.save(tmp_path / name, kind, exif=exif)
     pixels, notes = load_image(tmp_path / name, 16)
     assert int(pixels[:, :, 10:].min()) > 230 and int(pixels[:, :, :6].max()) < 25
     assert notes == ["1 image turned by its EXIF orientation"]
-
-
-def test_only_the_first_page_of_a_tiff(tmp_path: Path) -> None:
-    pages = [Image.new("RGB", (4, 4), colour) for colour in ("red", "blue")]
-    pages[0].save(tmp_path / "a.tif", save_all=True, append_images=pages[1:])
-    pixels, notes = load_image(tmp_path / "a.tif", 4)
-    assert pixels[:, 0, 0].tolist() == [255, 0, 0] and "only the first" in notes[0]
 
 
 # ---- files that are refused
@@ -217,10 +196,10 @@ def test_files_that_are_no_image(tmp_path: Path) -> None:
     path = tmp_path / "a.png"
     path.write_text("hello, this is text")
     message = refused(path)
-    assert message.endswith("expected PNG, JPEG, BMP, TIFF, found none of these")  # nothing of the content
+    assert message.endswith("expected PNG, JPEG, BMP, TIFF, found none of these")  # without any of the content
     path.write_bytes(b"")
     assert "empty file" in refused(path)
-    Image.new("RGB", (4, 4)).save(path, "GIF")  # an image, but of none of the formats that are meant
+    Image.new("RGB", (4, 4)).save(path, "GIF")  # an image in a format that is not read
     assert refused(path).endswith("found GIF")
     path.unlink()
     assert "No such file" in refused(path)
@@ -235,10 +214,7 @@ def test_pixel_cap(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(image_file, "MAX_PIXELS", 100 * 100)
     assert "100 x 101 = 10,100 pixels; at most 10,000" in refused(path)
     # A bomb beyond Pillow's own limit: refused from its header alone.
-    head = struct.pack(">IIBBBBB", 40000, 40000, 8, 2, 0, 0, 0)
-    body = b"IHDR" + head
-    start = b"\x89PNG\r\n\x1a\n" + struct.pack(">I", 13) + body + struct.pack(">I", zlib.crc32(body))
-    path.write_bytes(start + struct.pack(">I", 1000) + b"IDAT" + bytes(50))
+    png(path, bytes(50), (40000, 40000), 8, 2)
     assert "DecompressionBomb" in refused(path)
 
 

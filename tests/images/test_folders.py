@@ -1,9 +1,10 @@
-"""Which folders are read, for training and for tests, or refused with which words."""
+"""Folders that are read for training and for tests, and errors for others."""
 
 from __future__ import annotations
 
 import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -17,8 +18,7 @@ from fastmaf.io.marks import OVERLAY
 from tests.images.pictures import capsule_set, picture
 
 
-def message_of(load: object, root: Path) -> str:
-    assert callable(load)
+def message_of(load: Callable[..., object], root: Path) -> str:
     with pytest.raises(DataError) as caught:
         load(root, size=4, progress=False)
     message = str(caught.value)
@@ -50,7 +50,7 @@ def test_misspelt_split_folder(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("load", [load_train, load_test])
-def test_root_a_level_too_high_or_too_low(tmp_path: Path, load: object) -> None:
+def test_root_a_level_too_high_or_too_low(tmp_path: Path, load: Callable[..., object]) -> None:
     root = capsule_set(tmp_path / "a" / "capsule")
     for given in (tmp_path / "a", tmp_path):
         assert f"did you mean {root} (it holds" in message_of(load, given)
@@ -69,7 +69,7 @@ def test_images_directly_in_train(tmp_path: Path) -> None:
     )
 
 
-# ---- nothing but normal images
+# ---- folders of normal images alone
 
 
 def test_a_folder_of_normal_images_alone(tmp_path: Path) -> None:
@@ -144,7 +144,7 @@ def test_class_folders_without_train_good_are_ambiguous(tmp_path: Path) -> None:
 
 
 def test_images_beside_folders_of_images_are_ambiguous(tmp_path: Path) -> None:
-    """An overview must not be what is trained on because ``train`` is misspelt."""
+    """A misspelt ``train`` must not lead to training on an overview picture beside it."""
     root = capsule_set(tmp_path / "set")
     picture(root / "overview.png")
     (root / "train").rename(root / "trian")
@@ -161,14 +161,14 @@ def test_a_train_folder_without_good_stays_an_error(tmp_path: Path) -> None:
     assert f"did you mean {tmp_path / 'train' / 'ok'} (1 image, if" in message_of(load_train, tmp_path)
 
 
-def test_a_link_that_leads_back_is_no_endless_way(tmp_path: Path) -> None:
+def test_links_in_a_loop_are_followed_once(tmp_path: Path) -> None:
     picture(tmp_path / "a.png")
     (tmp_path / "sub").mkdir()
     try:
         (tmp_path / "sub" / "up").symlink_to(tmp_path, target_is_directory=True)
     except OSError:
         pytest.skip("no symbolic links here")
-    message_of(load_train, tmp_path)  # sub/up shows images: not nothing but normal images
+    message_of(load_train, tmp_path)  # sub/up holds images too: ambiguous
 
 
 def test_empty_folders(tmp_path: Path) -> None:
@@ -190,7 +190,7 @@ def test_root_is_a_file(tmp_path: Path) -> None:
     assert "is a file, expected a folder" in message_of(load_train, archive)
 
 
-def test_has_normals_says_whether_there_is_what_to_train_on(tmp_path: Path) -> None:
+def test_has_normals_returns_whether_a_folder_can_be_trained_on(tmp_path: Path) -> None:
     root = capsule_set(tmp_path / "set")
     picture(tmp_path / "flat" / "a.png")
     assert has_normals(root) and has_normals(tmp_path / "flat") and has_normals(root / "train")
@@ -199,7 +199,7 @@ def test_has_normals_says_whether_there_is_what_to_train_on(tmp_path: Path) -> N
     )
 
 
-# ---- what lies deeper, and what is not read
+# ---- folders below, and files that are not read
 
 
 def test_folders_below_a_class_are_read(tmp_path: Path) -> None:
@@ -230,18 +230,18 @@ def test_a_folder_good_alone_is_read_with_all_below_it(tmp_path: Path) -> None:
     assert load_train(tmp_path, size=4, progress=False).names == ("a/0.png", "b/0.png")
 
 
-@pytest.mark.parametrize("left", ["__MACOSX", ".thumbnails", "@eaDir", ".ipynb_checkpoints"])
-def test_what_systems_leave_is_no_image_and_no_class(tmp_path: Path, left: str) -> None:
+@pytest.mark.parametrize("name", ["__MACOSX", ".thumbnails", "@eaDir", ".ipynb_checkpoints"])
+def test_folders_of_operating_systems_are_ignored(tmp_path: Path, name: str) -> None:
     root = capsule_set(tmp_path / "set")
     for part in ("train/good", "test/good", "test", "."):
-        picture(root / part / left / "x.png")
+        picture(root / part / name / "x.png")
     (root / "train" / "good" / "._000.png").write_bytes(b"\0\x05\x16\x07")
     assert len(load_train(root, size=4, progress=False)) == 3
     test = load_test(root, size=4, progress=False)
     assert set(test.labels) == {"good", "crack", "poke"} and len(test) == 6 and test.notes == ()
     for i in range(2):
         picture(tmp_path / "flat" / f"{i}.png")
-    picture(tmp_path / "flat" / left / "x.png")
+    picture(tmp_path / "flat" / name / "x.png")
     assert len(load_train(tmp_path / "flat", size=4, progress=False)) == 2
 
 
@@ -278,9 +278,9 @@ def test_a_folder_that_cannot_be_opened_is_reported(tmp_path: Path, monkeypatch:
         assert notes == (f"1 folder could not be opened: {root / part / 'closed'}",)
 
 
-def test_a_folder_of_nothing_that_can_be_read_is_described(tmp_path: Path) -> None:
+def test_a_folder_without_readable_images_is_described(tmp_path: Path) -> None:
     for name in ("a.png", "b.png"):
         Image.new("L", (4, 4)).save(tmp_path / name, pnginfo=png_text(OVERLAY))
     os.mkfifo(tmp_path / "c.png")
-    found = "0 images, 1 x a FIFO (named pipe) (not read), 2 x a picture that fastmaf wrote (not read)"
-    assert f"{tmp_path}  {found}" in message_of(load_train, tmp_path)
+    listing = "0 images, 1 x a FIFO (named pipe) (not read), 2 x a picture that fastmaf wrote (not read)"
+    assert f"{tmp_path}  {listing}" in message_of(load_train, tmp_path)

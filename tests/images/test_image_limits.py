@@ -1,4 +1,4 @@
-"""What reading a large image takes: memory of a few bytes for each pixel of the file, whatever it holds."""
+"""Memory that reading a large image needs: a few bytes for each pixel of the file, for every kind of image."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from PIL import Image
 
 ROOT = Path(__file__).parents[2]
 
-# Each in a process of its own, started once all is imported: what one leaves behind would serve the next.
+# Each image is read in a new process, forked after the imports, as memory left by one would be reused by the next.
 _MEASURE = """
 import json, os, sys
 from fastmaf.images.decode import load_frame
@@ -79,8 +79,8 @@ def peaks(tmp_path_factory: pytest.TempPathFactory) -> dict[str, int]:
     command = [sys.executable, "-c", _MEASURE, json.dumps(files)]
     run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
-    found = list(map(int, run.stdout.split()))
-    return {name: max(found[2 * i : 2 * i + 2]) for i, (_, name, _) in enumerate(_LARGE)}
+    values = list(map(int, run.stdout.split()))
+    return {name: max(values[2 * i : 2 * i + 2]) for i, (_, name, _) in enumerate(_LARGE)}
 
 
 @pytest.mark.slow

@@ -1,10 +1,11 @@
-"""FIFOs, devices, folders and broken links under an image's name: named, or left aside in a scan, never waited for."""
+"""FIFOs, devices, folders and broken links with the name of an image: errors, or ignored in a folder; never opened."""
 
 from __future__ import annotations
 
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -40,21 +41,22 @@ def folder(tmp_path: Path) -> Path:
 
 @pytest.mark.parametrize("name", ODD)
 @pytest.mark.parametrize("read", [lambda path: load_image(path, 4), read_map], ids=["image", "map"])
-def test_a_named_path_that_is_no_regular_file_is_an_error(folder: Path, name: str, read: object) -> None:
-    assert callable(read)
+def test_a_named_path_that_is_no_regular_file_is_an_error(
+    folder: Path, name: str, read: Callable[[Path], object]
+) -> None:
     with pytest.raises(DataError) as error:
         read(folder / name)
     assert str(error.value).startswith(f"{folder / name}: expected a regular file, found {ODD[name]}")
 
 
 def test_in_a_folder_they_are_left_aside_and_counted(folder: Path) -> None:
-    found = load_train(folder, size=8, progress=False)
-    assert [path.name for path in found.paths] == ["a.png", "b.png"]
+    images = load_train(folder, size=8, progress=False)
+    assert [path.name for path in images.paths] == ["a.png", "b.png"]
     note = "4 paths left aside: named as images, but no regular files (dangling.png is a link to 'nowhere', "
-    assert any(found.startswith(note) for found in found.notes)
+    assert any(text.startswith(note) for text in images.notes)
     inputs = expand([folder])
     assert [path.name for path in inputs.files] == ["a.png", "b.png"]
-    assert any(found.startswith(note) for found in inputs.notes)
+    assert any(text.startswith(note) for text in inputs.notes)
 
 
 def test_in_a_list_of_files_they_are_named(folder: Path) -> None:

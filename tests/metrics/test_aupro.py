@@ -31,29 +31,29 @@ def drawn(seed: int, *, digits: int = 9, side: int = 12, size: int = 6) -> tuple
 def flat(maps: Sequence[np.ndarray], masks: Masks, side: int = 12) -> tuple[np.ndarray, np.ndarray]:
     """All pixels' values and whether they are defects."""
     full = [np.zeros((side, side), bool) if mask is None else mask for mask in masks]
-    values = [resize_map(one, (mask.shape[0], mask.shape[1])) for one, mask in zip(maps, full, strict=True)]
-    return np.concatenate([one.ravel() for one in values]), np.concatenate([mask.ravel() for mask in full])
+    values = [resize_map(values, mask.shape) for values, mask in zip(maps, full, strict=True)]
+    return np.concatenate([resized.ravel() for resized in values]), np.concatenate([mask.ravel() for mask in full])
 
 
 def pixel_interval(maps: Sequence[np.ndarray], masks: Masks, **options: int) -> tuple[float, float]:
     """The interval of the pixel AUROC itself: constant maps have 1/2 in every resample."""
-    constant = [np.zeros_like(one) for one in maps]
-    found = compare_pixels([constant, maps], masks, **options)[1][1]
-    return 0.5 + found.low, 0.5 + found.high
+    constant = [np.zeros_like(values) for values in maps]
+    difference = compare_pixels([constant, maps], masks, **options)[1][1]
+    return 0.5 + difference.low, 0.5 + difference.high
 
 
 def naive_au_pro(maps: Sequence[np.ndarray], masks: Masks, limit: float) -> float:
-    """As it is defined: a loop over every threshold, every image and every region, then trapezia."""
+    """The definition: a loop over every threshold, every image and every region, then the trapezoidal rule."""
     side = next(mask.shape[0] for mask in masks if mask is not None)
     values, defect = flat(maps, masks, side)
     points = [(0.0, 0.0)]
     for t in sorted(set(values.tolist()), reverse=True):
         shares = []
-        for one, mask in zip(maps, masks, strict=True):
+        for scores, mask in zip(maps, masks, strict=True):
             if mask is not None:
-                found = resize_map(one, (mask.shape[0], mask.shape[1])) >= t
+                detected = resize_map(scores, mask.shape) >= t
                 regions, n = label(mask, [[1, 1, 1]] * 3)
-                shares += [found[regions == r].mean() for r in range(1, n + 1)]
+                shares += [detected[regions == r].mean() for r in range(1, n + 1)]
         points.append((float((values[~defect] >= t).mean()), float(np.mean(shares))))
     area = 0.0
     for (x0, y0), (x1, y1) in itertools.pairwise(points):
@@ -73,9 +73,9 @@ def naive_au_pro(maps: Sequence[np.ndarray], masks: Masks, limit: float) -> floa
 def test_resize_agrees_with_torch(old: tuple[int, int], new: tuple[int, int]) -> None:
     values = np.random.default_rng(0).normal(0, 1, old)
     truth = torch.nn.functional.interpolate(torch.from_numpy(values)[None, None], new, mode="bilinear")[0, 0]
-    found = resize_map(values, new)
-    assert found.dtype == np.float64 and found.shape == new
-    np.testing.assert_allclose(found, truth.numpy(), atol=1e-12)
+    resized = resize_map(values, new)
+    assert resized.dtype == np.float64 and resized.shape == new
+    np.testing.assert_allclose(resized, truth.numpy(), atol=1e-12)
 
 
 def test_resize_keeps_values_and_ties() -> None:
@@ -113,20 +113,21 @@ def test_pixels_rank_in_float64() -> None:
     assert pixel_auroc(maps, [np.array([[True, False]])]) == 0
 
 
-def test_good_images_take_part_at_the_most_common_shape() -> None:
+def test_good_images_count_at_the_most_common_shape() -> None:
     masks: Masks = [np.eye(4, dtype=bool), None, np.eye(2, dtype=bool), np.eye(4, dtype=bool)]
     maps = [np.array([[0.0, 1.0], [2.0, 5.0]]) + 0.1 * i for i in range(4)]
-    spelled = [np.zeros((4, 4), bool) if mask is None else mask for mask in masks]
+    explicit = [np.zeros((4, 4), bool) if mask is None else mask for mask in masks]
     small = [np.zeros((2, 2), bool) if mask is None else mask for mask in masks]
     for metric in (pixel_auroc, au_pro):
-        assert metric(maps, masks) == metric(maps, spelled) != metric(maps, small)
+        assert metric(maps, masks) == metric(maps, explicit) != metric(maps, small)
 
 
 def test_perfect_constant_and_inverted_maps() -> None:
     masks: Masks = [np.kron(np.eye(3), np.ones((2, 2))).astype(bool), None]
-    right = [np.zeros((6, 6)) if one is None else one.astype(float) for one in masks]
-    assert pixel_auroc(right, masks) == 1 and au_pro(right, masks) == pytest.approx(1, abs=1e-12)
-    assert pixel_auroc([-one for one in right], masks) == 0 and au_pro([-one for one in right], masks) == 0
+    perfect = [np.zeros((6, 6)) if mask is None else mask.astype(float) for mask in masks]
+    assert pixel_auroc(perfect, masks) == 1 and au_pro(perfect, masks) == pytest.approx(1, abs=1e-12)
+    inverted = [-values for values in perfect]
+    assert pixel_auroc(inverted, masks) == 0 and au_pro(inverted, masks) == 0
     constant = [np.full((2, 2), 0.1)] * 2
     assert pixel_auroc(constant, masks) == 0.5 and au_pro(constant, masks) == pytest.approx(0.15)
 
@@ -140,11 +141,11 @@ def test_au_pro_by_hand() -> None:
     assert au_pro([values], [mask], 0.1) == pytest.approx(0.5)
     # all pixels at one threshold: a slope from (0, 0) to (1, 1), cut at the limit
     assert au_pro([values * 0], [mask], 0.2) == pytest.approx(0.1)
-    # pixels that touch at a corner are one region of two: half of it is found, not one of two regions
+    # pixels that touch at a corner are one region of two: half of it is detected, not one of two regions
     corner = np.array([[1, 0, 0, 0], [0, 1, 0, 0], [0, 0, 0, 0], [1, 1, 0, 0]], bool)
-    found = np.array([[1.0, 0, 0, 0], [0, 0, 0, 0], [0, 0, 0, 0], [0, 0, 0, 0]])
+    values = np.array([[1.0, 0, 0, 0], [0, 0, 0, 0], [0, 0, 0, 0], [0, 0, 0, 0]])
     # PRO 1/4 at FPR 0, then straight to (1, 1)
-    assert au_pro([found], [corner], 1.0) == pytest.approx((0.25 + 1) / 2)
+    assert au_pro([values], [corner], 1.0) == pytest.approx((0.25 + 1) / 2)
 
 
 @pytest.mark.parametrize("limit", [0.01, 0.3, 1.0])
@@ -165,13 +166,12 @@ def test_au_pro_is_pixel_auroc_for_regions_of_one_size() -> None:
 @pytest.mark.parametrize("metric", [pixel_auroc, au_pro, pixel_interval])
 def test_a_monotone_change_of_the_maps_changes_nothing(metric: Callable[..., object]) -> None:
     maps, masks = drawn(5, side=6)
-    assert metric([3 * one.astype(np.float64) ** 3 - 7 for one in maps], masks) == metric(
-        [one.astype(np.float64) for one in maps], masks
-    )
+    wide = [values.astype(np.float64) for values in maps]
+    assert metric([3 * values**3 - 7 for values in wide], masks) == metric(wide, masks)
 
 
 def test_pixel_interval_weights_whole_images() -> None:
-    """The same resamples with their images written out, pixel by pixel."""
+    """Against the same resamples with their images repeated."""
     maps, masks = drawn(0, digits=1)
     resamples, groups = 40, (np.array([4, 5]), np.array([0, 1, 2, 3]))  # without and with a defect pixel
     rng = np.random.default_rng(3)
@@ -188,33 +188,34 @@ def test_pixel_interval_weights_whole_images() -> None:
 
 
 def test_sets_of_maps_are_compared_over_the_same_resamples() -> None:
-    (one, masks), other = drawn(0, digits=1), drawn(7, digits=1)[0]
-    same, blank = [2 * one_map.astype(np.float64) + 1 for one_map in one], [np.zeros_like(one_map) for one_map in one]
-    areas, found = compare_pixels([one, other, same, blank], masks, resamples=300, seed=3)
-    assert areas == pytest.approx([pixel_auroc(maps, masks) for maps in (one, other, same, blank)], abs=1e-12)
+    (maps, masks), other = drawn(0, digits=1), drawn(7, digits=1)[0]
+    same, blank = [2 * values.astype(np.float64) + 1 for values in maps], [np.zeros_like(values) for values in maps]
+    areas, differences = compare_pixels([maps, other, same, blank], masks, resamples=300, seed=3)
+    assert areas == pytest.approx([pixel_auroc(several, masks) for several in (maps, other, same, blank)], abs=1e-12)
     assert areas[3] == 0.5
-    assert found[1].difference == areas[1] - areas[0] and found[1].resamples == 300
-    assert found[1].low < found[1].difference < found[1].high
-    back = compare_pixels([other, one], masks, resamples=300, seed=3)[1][1]
-    assert (found[1].low, found[1].high) == pytest.approx((-back.high, -back.low))
-    for nothing in (found[0], found[2]):
-        assert (nothing.difference, nothing.low, nothing.high, nothing.not_better) == (0, 0, 0, 1)
+    second = differences[1]
+    assert second.difference == areas[1] - areas[0] and second.resamples == 300
+    assert second.low < second.difference < second.high
+    reverse = compare_pixels([other, maps], masks, resamples=300, seed=3)[1][1]
+    assert (second.low, second.high) == pytest.approx((-reverse.high, -reverse.low))
+    for none in (differences[0], differences[2]):
+        assert (none.difference, none.low, none.high, none.not_better) == (0, 0, 0, 1)
 
 
 def test_pixel_interval_of_one_image_and_of_a_defect_throughout() -> None:
     maps, masks = drawn(0)
-    one = pixel_interval(maps[:1], masks[:1])
-    assert one == pytest.approx((pixel_auroc(maps[:1], masks[:1]),) * 2)
+    interval = pixel_interval(maps[:1], masks[:1])
+    assert interval == pytest.approx((pixel_auroc(maps[:1], masks[:1]),) * 2)
     whole = np.ones((6, 6), bool)  # drawn twice, it leaves nothing to rank against: such resamples do not count
     low, high = pixel_interval(maps[:2], [np.eye(6, dtype=bool), whole])
     assert 0 < low <= high < 1
 
 
 @pytest.mark.parametrize("metric", [pixel_auroc, au_pro, pixel_interval])
-def test_pixel_errors_say_what_was_found(metric: Callable[..., object]) -> None:
+def test_errors_of_pixel_metrics(metric: Callable[..., object]) -> None:
     plain, mask = np.zeros((2, 2)), np.eye(2, dtype=bool)
     broken = np.array([[0.0, math.nan], [0, 0]])
-    for maps, masks, words in (
+    for maps, masks, message in (
         ([plain], [mask, mask], "1 maps and 2 masks"),
         ([plain, broken], [mask, None], "map 1 "),
         ([plain, broken * 0 + math.inf], [mask, None], "map 1 "),
@@ -224,7 +225,7 @@ def test_pixel_errors_say_what_was_found(metric: Callable[..., object]) -> None:
         ([plain], [mask | ~mask], "need defect-free pixels"),
         ([], [], "none in 0 masks"),
     ):
-        with pytest.raises(EvaluationError, match=words):
+        with pytest.raises(EvaluationError, match=message):
             metric(maps, masks)
 
 

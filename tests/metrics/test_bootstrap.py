@@ -23,35 +23,35 @@ def test_paired_difference_by_hand() -> None:
     # The defect is above both normals by b, above the first alone by a. A resample holds the first twice, each once (in
     # two ways) or the second twice: a - b is 0, -1/2 or -1.
     a, b, defect = np.array([0.0, 2.0, 1.0]), np.array([0.0, 1.0, 2.0]), np.array([False, False, True])
-    found = paired_bootstrap(a, b, defect)
-    assert (found.difference, found.low, found.high, found.not_better) == (-0.5, -1, 0, 1)
-    assert found.resamples == 2000
+    result = paired_bootstrap(a, b, defect)
+    assert (result.difference, result.low, result.high, result.not_better) == (-0.5, -1, 0, 1)
+    assert result.resamples == 2000
     assert paired_bootstrap(b, a, defect).not_better == pytest.approx(0.25, abs=0.04)  # four standard errors
 
 
-def test_paired_difference_of_equal_rankings_is_nothing() -> None:
+def test_paired_difference_of_equal_rankings_is_zero() -> None:
     a, _, defect = some_scores()
-    found = paired_bootstrap(a, 1000 * np.exp(a), defect, resamples=50)
-    assert (found.difference, found.low, found.high, found.not_better) == (0, 0, 0, 1)
+    result = paired_bootstrap(a, 1000 * np.exp(a), defect, resamples=50)
+    assert (result.difference, result.low, result.high, result.not_better) == (0, 0, 0, 1)
 
 
 def test_paired_difference_is_antisymmetric_and_repeats() -> None:
     a, b, defect = some_scores()
-    one, other = paired_bootstrap(a, b, defect, seed=4), paired_bootstrap(b, a, defect, seed=4)
-    assert one == paired_bootstrap(a, b, defect, seed=4) != paired_bootstrap(a, b, defect, seed=5)
-    assert one.difference == auroc(a, defect) - auroc(b, defect) == -other.difference
-    assert (one.low, one.high) == pytest.approx((-other.high, -other.low))
-    assert one.low < one.difference < one.high
-    assert one.not_better + other.not_better >= 1  # more by the resamples in which they are level
+    first, reverse = paired_bootstrap(a, b, defect, seed=4), paired_bootstrap(b, a, defect, seed=4)
+    assert first == paired_bootstrap(a, b, defect, seed=4) != paired_bootstrap(a, b, defect, seed=5)
+    assert first.difference == auroc(a, defect) - auroc(b, defect) == -reverse.difference
+    assert (first.low, first.high) == pytest.approx((-reverse.high, -reverse.low))
+    assert first.low < first.difference < first.high
+    assert first.not_better + reverse.not_better >= 1  # resamples with equal areas count in both
 
 
 def test_pairing_narrows_the_interval() -> None:
     # two scores that share most of their noise: the difference is far better known than either area
     a, _, defect = some_scores()
     b = a + np.random.default_rng(1).normal(0, 0.2, len(a))
-    found = paired_bootstrap(a, b, defect)
+    result = paired_bootstrap(a, b, defect)
     low, high = auroc_interval(a, defect)
-    assert found.high - found.low < (high - low) / 3
+    assert result.high - result.low < (high - low) / 3
 
 
 def test_paired_difference_allows_infinite_scores() -> None:
@@ -60,7 +60,7 @@ def test_paired_difference_allows_infinite_scores() -> None:
     assert paired_bootstrap(a, b, defect, resamples=20).difference == auroc(a, defect) - auroc(b, defect)
 
 
-def test_auroc_interval_resamples_normals_and_defects_apart() -> None:
+def test_auroc_interval_resamples_normals_and_defects_separately() -> None:
     # one defect between two normals: a resample of the normals gives 0, 1/2 or 1
     scores, defect = np.array([0.0, 2.0, 1.0]), np.array([False, False, True])
     assert auroc_interval(scores, defect, 200, 0) == (0, 1)
@@ -71,7 +71,7 @@ def test_auroc_interval_resamples_normals_and_defects_apart() -> None:
 
 
 @pytest.mark.parametrize(
-    ("a", "b", "defect", "words"),
+    ("a", "b", "defect", "message"),
     [
         ([1.0, math.nan], [1.0, 2.0], [False, True], "first scores are NaN"),
         ([1.0, 2.0], [1.0, -math.inf], [False, True], "second scores are -inf"),
@@ -81,8 +81,8 @@ def test_auroc_interval_resamples_normals_and_defects_apart() -> None:
         ([], [], [], "found 0 and 0"),
     ],
 )
-def test_image_errors_say_what_was_found(a: list[float], b: list[float], defect: list[bool], words: str) -> None:
-    with pytest.raises(EvaluationError, match=words):
+def test_errors_of_paired_bootstrap(a: list[float], b: list[float], defect: list[bool], message: str) -> None:
+    with pytest.raises(EvaluationError, match=message):
         paired_bootstrap(np.array(a), np.array(b), np.array(defect, dtype=bool))
 
 

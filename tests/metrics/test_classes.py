@@ -1,4 +1,4 @@
-"""Test sets whose class folders are called otherwise, or of one kind alone."""
+"""Test sets with unexpected names of class folders, or with one kind of image only."""
 
 from __future__ import annotations
 
@@ -21,22 +21,22 @@ def model(tmp_path: Path) -> Model:
     return Model(fastmaf.MAF(48, 1, (8,), seed=0), 4, tmp_path / "model.safetensors", ())
 
 
-@pytest.mark.parametrize("called", ["Good", "GOOD", "goood", "ok", "OK", "normal", "Normals", "no defect", "IO"])
-def test_the_folder_of_normals_is_named_where_it_is_called_otherwise(model: Model, tmp_path: Path, called: str) -> None:
+@pytest.mark.parametrize("name", ["Good", "GOOD", "goood", "ok", "OK", "normal", "Normals", "no defect", "IO"])
+def test_a_misnamed_folder_of_normals_is_proposed(model: Model, tmp_path: Path, name: str) -> None:
     root = capsule_set(tmp_path / "set")
-    (root / "test" / "good").rename(root / "test" / called)
+    (root / "test" / "good").rename(root / "test" / name)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         with pytest.raises(EvaluationError) as caught:
             evaluate(model, root, tmp_path / "out", progress=False)
     message = str(caught.value)
-    assert "there is no normal; images found: " in message and f"{called} 2" in message and "poke 2" in message
-    assert f"did you mean {root / 'test' / called} (expected the name good)?" in message
+    assert "there is no normal; images found: " in message and f"{name} 2" in message and "poke 2" in message
+    assert f"did you mean {root / 'test' / name} (expected the name good)?" in message
     assert f"expected: {root / 'test' / 'good'} with normal images" in message
     assert list((tmp_path / "out").iterdir()) == []
 
 
-def test_sets_of_one_kind_alone(model: Model, tmp_path: Path) -> None:
+def test_sets_of_one_kind_only(model: Model, tmp_path: Path) -> None:
     root = capsule_set(tmp_path / "set")
     shutil.rmtree(root / "test" / "good")
     with pytest.raises(EvaluationError) as caught:
@@ -51,7 +51,7 @@ def test_sets_of_one_kind_alone(model: Model, tmp_path: Path) -> None:
         evaluate(model, root, tmp_path / "out", progress=False)
 
 
-def test_a_class_that_seems_normal_beside_good_is_reported(tmp_path: Path) -> None:
+def test_a_class_named_like_normals_beside_good_is_reported(tmp_path: Path) -> None:
     assert doubtful(["good", "Good", "ok", "ok", "crack"]) == [
         "class folder test/Good (1 image) counts as a defect class: normal are those in test/good",
         "class folder test/ok (2 images) counts as a defect class: normal are those in test/good",
@@ -60,5 +60,5 @@ def test_a_class_that_seems_normal_beside_good_is_reported(tmp_path: Path) -> No
     require_both(["good", "crack"], tmp_path)
 
 
-def test_a_drawn_set_is_beyond_doubt() -> None:
+def test_classes_of_the_synthetic_set_are_not_doubtful() -> None:
     assert doubtful(["good", "crack", "faulty_imprint", "poke", "scratch", "squeeze"]) == []

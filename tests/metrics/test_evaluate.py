@@ -81,7 +81,7 @@ def test_agrees_with_sklearn(seed: int) -> None:
     assert e.youden.threshold == thresholds[np.argmax(tpr - fpr)]
 
 
-def test_worse_than_chance_still_has_a_threshold() -> None:
+def test_worse_than_chance_has_a_threshold() -> None:
     e = evaluate_scores(np.array([2.0, 3.0, 0.0, 1.0]), ["good", "good", "x", "x"], bootstrap=0)
     assert e.auroc == 0 and e.youden.threshold == 0 and e.youden.confusion == ((0, 2), (0, 2))
 
@@ -114,27 +114,27 @@ def test_conformal_rank_against_brute_force(alpha: float) -> None:
     for n in range(1, 131):
         scores = rng.normal(-4e4, 2e3, n)
         fitting = [k for k in range(1, n + 1) if Fraction(k, n + 1) >= 1 - exact]
-        threshold, how, promised, _ = conformal_threshold(scores, alpha)
+        threshold, how, guaranteed, _ = conformal_threshold(scores, alpha)
         assert threshold == np.sort(scores)[fitting[0] - 1 if fitting else -1]
-        assert promised == (alpha if fitting else 1 / (n + 1))
+        assert guaranteed == (alpha if fitting else 1 / (n + 1))
         assert ("too few" in how) is (not fitting) and bool(fitting) == (n >= 1 / exact - 1)
         assert "no label of the test set was used" in how
 
 
 @pytest.mark.parametrize(("n", "alpha"), [(22, 0.05), (24, 0.05), (99, 0.1), (9, 0.05)])
 def test_conformal_coverage(n: int, alpha: float) -> None:
-    """Alarms on a new exchangeable normal come at (n+1-k)/(n+1) <= the promise, k the rank used.
+    """The false-alarm rate on a new exchangeable normal is (n+1-k)/(n+1) <= the guaranteed rate, for the rank k.
 
     4000 independent held-out sets, uniform scores, so the alarm rate given a set is exactly 1 - threshold. Its mean
     over the sets has a standard deviation below 0.1 / sqrt(4000) = 0.0016; the share of sets below rate_95 has 0.0034.
-    Both are given more than four of them.
+    Both tolerances are more than four of them.
     """
     rng = np.random.default_rng(n)
-    found = [conformal_threshold(rng.uniform(size=n), alpha) for _ in range(4000)]
-    rates = 1 - np.array([threshold for threshold, *_ in found])
-    _, _, promised, rate_95 = found[0]
+    results = [conformal_threshold(rng.uniform(size=n), alpha) for _ in range(4000)]
+    rates = 1 - np.array([threshold for threshold, *_ in results])
+    _, _, guaranteed, rate_95 = results[0]
     expected = max(1, math.floor((n + 1) * alpha + 1e-9)) / (n + 1)
-    assert expected <= promised + 1e-12
+    assert expected <= guaranteed + 1e-12
     assert abs(rates.mean() - expected) < 0.0065
     assert abs((rates <= rate_95).mean() - 0.95) < 0.014
 
@@ -145,7 +145,7 @@ def test_rate_95_of_the_largest_of_n() -> None:
 
 
 @pytest.mark.parametrize(
-    ("nll", "labels", "options", "words"),
+    ("nll", "labels", "options", "parts"),
     [
         ([1.0, 2.0], ["crack", "poke"], {}, ["no normal", "crack 1, poke 1"]),
         ([1.0, 2.0], ["good", "good"], {}, ["no defect", "good 2"]),
@@ -161,14 +161,14 @@ def test_rate_95_of_the_largest_of_n() -> None:
         ([1.0, 2.0], ["good", "x"], {"features": 0}, ["features", "0"]),
     ],
 )
-def test_errors_say_what_was_found(nll: list, labels: list[str], options: dict, words: list[str]) -> None:
+def test_errors(nll: list, labels: list[str], options: dict, parts: list[str]) -> None:
     with pytest.raises(EvaluationError) as caught:
         evaluate_scores(np.array(nll), labels, **options)
-    assert all(word in str(caught.value) for word in words), caught.value
+    assert all(part in str(caught.value) for part in parts), caught.value
 
 
-@pytest.mark.parametrize(("held_out", "words"), [(None, "no scores"), (np.array([]), "empty")])
-def test_missing_held_out_set_is_reported(held_out: np.ndarray | None, words: str) -> None:
+@pytest.mark.parametrize(("held_out", "reason"), [(None, "no scores"), (np.array([]), "empty")])
+def test_missing_held_out_set_is_reported(held_out: np.ndarray | None, reason: str) -> None:
     e = evaluate_scores(np.array([1.0, 2.0]), ["good", "x"], held_out_nll=held_out)
-    assert e.held_out is None and e.held_out_reason is not None and words in e.held_out_reason
+    assert e.held_out is None and e.held_out_reason is not None and reason in e.held_out_reason
     assert e.held_out_reason in format_table(e) and to_json(e)["held_out"] is None

@@ -57,7 +57,7 @@ def is_png(path: Path) -> tuple[int, int]:
         return image.size
 
 
-def test_histogram_spends_its_axis_on_the_bulk(tmp_path: Path) -> None:
+def test_histogram_axis_covers_the_bulk(tmp_path: Path) -> None:
     nll, labels = scores()
     figure = plots.nll_hist(tmp_path / "h.png", nll, labels, {"Youden": -40563.0, "held-out": -37500.0})
     width, height = is_png(tmp_path / "h.png")
@@ -68,7 +68,7 @@ def test_histogram_spends_its_axis_on_the_bulk(tmp_path: Path) -> None:
     assert -60000 < low < nll.min() < -37500 < high < 0
     good = nll[np.array(labels) == "good"]
     assert (good.max() - good.min()) / (high - low) > 0.4
-    # the last tick is the bin at the edge: how many, above what, up to what
+    # the last tick describes the edge bin: number of images, limit, maximum
     last = points.get_xticklabels()[-1].get_text()
     edge = float(last.split("above ")[1].split("\n")[0].replace("\u2212", "-").replace(",", ""))
     assert last.startswith(f"{(nll > edge).sum()} images") and last.endswith("1,900,000")
@@ -144,9 +144,9 @@ def test_curve_survives_blown_up_epochs(tmp_path: Path) -> None:
     figure = plots.nll_curve(tmp_path / "c.png", log)
     low, high = figure.axes[0].get_ylim()
     assert high < 10000 and low < -40000
-    words = texts(figure.axes[0])
-    assert "above the axis" in words and "epoch 51" in words and "in 60 epochs" in words
-    assert "not a number) at epoch 41" in words
+    legend = texts(figure.axes[0])
+    assert "above the axis" in legend and "epoch 51" in legend and "in 60 epochs" in legend
+    assert "not a number) at epoch 41" in legend
     is_png(tmp_path / "c.png")
 
 
@@ -179,9 +179,9 @@ def test_roc_shows_interval_and_both_points(tmp_path: Path) -> None:
     e = evaluate_scores(nll, labels, held_out_nll=nll[:23] - 50, bootstrap=200)
     figure = plots.roc_curve(tmp_path / "r.png", e)
     is_png(tmp_path / "r.png")
-    words = texts(figure.axes[0])
-    assert f"AUROC {e.auroc:.3f} (95% interval" in words and "chance" in words
-    assert "Youden" in words and "held-out" in words
+    legend = texts(figure.axes[0])
+    assert f"AUROC {e.auroc:.3f} (95% interval" in legend and "chance" in legend
+    assert "Youden" in legend and "held-out" in legend
     lines = [np.asarray(line.get_xydata()) for line in figure.axes[0].lines]
     points = {tuple(line[0].tolist()) for line in lines if len(line) == 1}
     assert e.held_out is not None
@@ -205,7 +205,7 @@ def test_failed_figure_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.M
     assert target.read_bytes() == before and [p.name for p in tmp_path.iterdir()] == ["c.png"]
 
 
-def test_users_style_is_neither_used_nor_changed(tmp_path: Path) -> None:
+def test_the_users_style_is_neither_used_nor_changed(tmp_path: Path) -> None:
     with matplotlib.rc_context({"axes.facecolor": "black", "text.color": "white", "axes.labelcolor": "white"}):
         figure = plots.nll_curve(tmp_path / "c.png", training_log(2))
         assert matplotlib.rcParams["axes.facecolor"] == "black"
