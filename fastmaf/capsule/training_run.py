@@ -67,14 +67,8 @@ class _EpochProgress:
 class TrainingRun:
     """The state of a run: model, optimiser, log, and which files in the output folder are its own.
 
-    Args:
-        config: the settings.
-        out: the output folder, locked by the caller.
-        normals: images to train on.
-        held_out: images to validate on.
-        device: where to train.
-        graphs: replay steps as CUDA graphs on a GPU.
-        published: NLL of the published run by epoch, drawn beside the curve.
+    It trains on ``normals`` and validates on ``held_out``. The output folder is locked by the caller; the other
+    arguments are those of ``fastmaf.capsule.train.train``.
     """
 
     def __init__(

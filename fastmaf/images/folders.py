@@ -1,8 +1,4 @@
-"""Finding the folders of a data set, with errors that describe what was found and propose what was meant.
-
-A data set has the folders ``root/train/good``, ``root/test/<class>``, ``root/ground_truth/<class>``. For training, a
-folder of normal images alone is accepted as well: directly in it, or in a folder ``good``.
-"""
+"""Finding the folders of a data set, with errors that describe what was found and propose what was meant."""
 
 from __future__ import annotations
 

@@ -24,8 +24,7 @@ from fastmaf.inspection.scoring.float64_flow import Float64Flow, FlowValues
 from fastmaf.inspection.scoring.score import image_scores, score_maps, terms_of
 from fastmaf.inspection.scoring.settings import Kind, ScoreSettings
 from fastmaf.metrics.aupro import au_pro, compare_pixels
-from fastmaf.metrics.auroc import auroc, auroc_interval
-from fastmaf.metrics.bootstrap import PairedDifference, paired_bootstrap
+from fastmaf.metrics.auroc import PairedDifference, auroc, auroc_interval, paired_bootstrap
 from fastmaf.metrics.results import NORMAL
 
 _Scored: TypeAlias = tuple[str, str, np.ndarray, np.ndarray | None]

@@ -7,8 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 from scipy.ndimage import label
 
-from fastmaf.metrics.auroc import auroc_of_counts
-from fastmaf.metrics.bootstrap import PairedDifference, check_resamples
+from fastmaf.metrics.auroc import PairedDifference, auroc_of_counts, check_resamples
 from fastmaf.metrics.pixel_ranks import PixelRanks
 from fastmaf.metrics.results import EvaluationError
 
@@ -71,8 +70,7 @@ def compare_pixels(
     pairs = (times @ free) * (times @ defect)
     usable = pairs > 0
     areas = [((times @ correct) * times).sum(axis=1)[usable] / pairs[usable] for correct in correct_pairs]
-    differences = [PairedDifference.of(area[0], areas[0][0], (area[1:], areas[0][1:])) for area in areas]
-    return [float(area[0]) for area in areas], differences
+    return [float(area[0]) for area in areas], [PairedDifference.of(area, areas[0]) for area in areas]
 
 
 def au_pro(maps: Sequence[np.ndarray], masks: Sequence[np.ndarray | None], fpr_limit: float = 0.3) -> float:

@@ -5,7 +5,37 @@ Each image has one score; higher scores are more anomalous. Infinities are allow
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import numpy as np
+
+from fastmaf.metrics.results import EvaluationError, checked_scores
+
+
+@dataclass(frozen=True)
+class PairedDifference:
+    """The AUROC of one score, or of the pixels of its maps, minus that of another, over the same images.
+
+    Attributes:
+        difference: on the images themselves.
+        low, high: its 95% percentile interval.
+        not_better: share of the resamples in which the first AUROC is not above the second.
+        resamples: number of resamples.
+    """
+
+    difference: float
+    low: float
+    high: float
+    not_better: float
+    resamples: int
+
+    @classmethod
+    def of(cls, first: np.ndarray, second: np.ndarray) -> PairedDifference:
+        """Returns the difference of AUROCs ``[1 + m]``: of the images, then of the same ``m`` resamples of them."""
+        difference, *resampled = first - second
+        low, high = np.quantile(resampled, [0.025, 0.975])
+        not_better = np.mean(np.asarray(resampled) <= 0)
+        return cls(float(difference), float(low), float(high), float(not_better), len(resampled))
 
 
 def auroc(nll: np.ndarray, defect: np.ndarray) -> float:
@@ -28,11 +58,46 @@ def auroc_of_counts(normals: np.ndarray, defects: np.ndarray) -> np.ndarray:
 
 def auroc_interval(scores: np.ndarray, defect: np.ndarray, resamples: int = 2000, seed: int = 0) -> tuple[float, float]:
     """Returns the 95% percentile interval of ``auroc``, by the bootstrap over images."""
-    low, high = np.quantile(bootstrap_auroc(np.asarray(scores)[None], defect, resamples, seed), [0.025, 0.975])
+    low, high = np.quantile(_bootstrap(np.asarray(scores)[None], defect, resamples, seed), [0.025, 0.975])
     return float(low), float(high)
 
 
-def bootstrap_auroc(scores: np.ndarray, defect: np.ndarray, resamples: int, seed: int) -> np.ndarray:
+def paired_bootstrap(
+    a: np.ndarray, b: np.ndarray, defect: np.ndarray, *, resamples: int = 2000, seed: int = 0
+) -> PairedDifference:
+    """Compares two scores of the same images by the bootstrap over images, normals and defects resampled separately.
+
+    Args:
+        a: [n] scores, higher is more anomalous.
+        b: [n] scores to compare them with, in any unit.
+        defect: bool [n], at least one of each.
+        resamples: at least 1.
+        seed: of the resamples, which are the same for both scores.
+
+    Raises:
+        EvaluationError: lengths differ, a score is NaN or -inf, or there is no normal or no defective image.
+    """
+    defect = np.asarray(defect, dtype=bool)
+    pair = checked_scores(a, "first"), checked_scores(b, "second")
+    for scores, which in zip(pair, ("first", "second"), strict=True):
+        if defect.shape != scores.shape:
+            raise EvaluationError(
+                f"each score needs its label; found {len(scores)} {which} scores and {defect.size} labels"
+            )
+    if not defect.any() or defect.all():
+        raise EvaluationError(f"an AUROC needs normals and defects; found {(~defect).sum()} and {defect.sum()}")
+    check_resamples(resamples)
+    areas = [[auroc(scores, defect)] for scores in pair]
+    return PairedDifference.of(*np.hstack([areas, _bootstrap(np.stack(pair), defect, resamples, seed)]))
+
+
+def check_resamples(resamples: int) -> None:
+    """Raises an EvaluationError for fewer than one resample."""
+    if resamples < 1:
+        raise EvaluationError(f"resamples must be at least 1; found {resamples}")
+
+
+def _bootstrap(scores: np.ndarray, defect: np.ndarray, resamples: int, seed: int) -> np.ndarray:
     """Returns AUROCs [k, resamples] of k scores [k, n] of the same n images, over the same resamples.
 
     Normals and defects are resampled separately, so every resample has both.

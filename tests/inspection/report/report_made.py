@@ -24,8 +24,7 @@ from fastmaf.inspection.report.content import (
     Training,
 )
 from fastmaf.inspection.report.findings import worst_cases
-from fastmaf.metrics.auroc import auroc
-from fastmaf.metrics.bootstrap import PairedDifference
+from fastmaf.metrics.auroc import PairedDifference, auroc
 
 DEFECTS = {"crack": 5, "faulty_imprint": 4, "poke": 4, "scratch": 5, "squeeze": 4}
 FOLDS = (-57214.2, -57388.0, -56911.7, -57102.4, -57377.6)

@@ -7,8 +7,7 @@ import math
 import numpy as np
 import pytest
 
-from fastmaf.metrics.auroc import auroc, auroc_interval
-from fastmaf.metrics.bootstrap import paired_bootstrap
+from fastmaf.metrics.auroc import auroc, auroc_interval, paired_bootstrap
 from fastmaf.metrics.results import EvaluationError
 
 
