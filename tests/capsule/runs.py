@@ -1,4 +1,4 @@
-"""Tiny training runs: their settings, and what is read of what they wrote."""
+"""Tiny training runs: their settings, and readers of their files."""
 
 from __future__ import annotations
 
@@ -55,16 +55,16 @@ def without_seconds(out: Path) -> list[dict[str, str]]:
 
 
 def at_batch(monkeypatch: pytest.MonkeyPatch, number: int, do: Callable[[Tensor], Tensor]) -> None:
-    """Lets ``do`` have the pixels of the batch of that number (validation batches count too), as numbers in [0, 1]."""
+    """Applies ``do`` to the pixels in [0, 1] of the batch with this number; validation batches count too."""
     seen = 0
 
-    def poisoned(pixels: Tensor) -> Tensor:
+    def changed(pixels: Tensor) -> Tensor:
         nonlocal seen
         seen += 1
         x = to_unit(pixels)
         return do(x) if seen == number else x
 
-    monkeypatch.setattr(training_run, "to_unit", poisoned)
+    monkeypatch.setattr(training_run, "to_unit", changed)
 
 
 def epoch(number: int) -> int:
@@ -79,5 +79,5 @@ def as_earlier_version(out: Path) -> None:
         (MODEL_FILE, "training", ("checkpoint",)),
     ):
         tensors, metadata = read_tensors(out / file)
-        found = {name: value for name, value in json.loads(metadata[key]).items() if name not in new}
-        write_tensors(tensors, out / file, {**metadata, key: json.dumps(found)})
+        kept = {name: value for name, value in json.loads(metadata[key]).items() if name not in new}
+        write_tensors(tensors, out / file, {**metadata, key: json.dumps(kept)})

@@ -15,7 +15,7 @@ import pytest
 import torch
 from PIL import Image
 
-from fastmaf.capsule import evaluate as score
+from fastmaf.capsule import evaluate as evaluation_module
 from fastmaf.capsule.evaluate import HISTOGRAM_FILE, METRICS_FILE, ROC_FILE, SCORES_FILE, evaluate
 from fastmaf.capsule.models import Model
 from fastmaf.images.dataset import load_test, load_train, to_unit
@@ -30,12 +30,12 @@ def undrawn() -> Iterator[None]:
     """Leaves the figures undrawn: that takes most of the time of a tiny evaluation."""
     with pytest.MonkeyPatch.context() as patch:
         for name in ("nll_hist", "roc_curve"):
-            patch.setattr(score, name, lambda path, *_: path.touch())
+            patch.setattr(evaluation_module, name, lambda path, *_: path.touch())
         yield
 
 
 @pytest.fixture
-def judge(model: Model, labelled: Path, tmp_path: Path) -> Callable[..., Evaluation]:
+def evaluated(model: Model, labelled: Path, tmp_path: Path) -> Callable[..., Evaluation]:
     def call(model: Model = model, data: Path = labelled, **options: Any) -> Evaluation:
         return evaluate(model, data, tmp_path / "out", progress=False, **options)
 
@@ -56,9 +56,9 @@ def held_out_nll(model: Model, data: Path) -> np.ndarray:
 
 
 def test_scores_are_negative_log_likelihoods(
-    model: Model, labelled: Path, judge: Callable[..., Evaluation], tmp_path: Path
+    model: Model, labelled: Path, evaluated: Callable[..., Evaluation], tmp_path: Path
 ) -> None:
-    evaluation = judge()
+    evaluation = evaluated()
     images = load_test(labelled, size=8, progress=False)
     with torch.no_grad():
         expected = -model.flow.log_prob(to_unit(images.pixels)).double()
@@ -69,8 +69,8 @@ def test_scores_are_negative_log_likelihoods(
     assert [Path(row["file"]) for row in rows] == list(images.paths)
     bits = (expected / (192 * np.log(2))).tolist()
     assert [float(row["bits_per_dim"]) for row in rows] == pytest.approx(bits, rel=1e-6)
-    called = [int(row["anomalous_youden"]) for row in rows]
-    assert called == [int(float(row["nll"]) >= evaluation.youden.threshold) for row in rows]
+    anomalous = [int(row["anomalous_youden"]) for row in rows]
+    assert anomalous == [int(float(row["nll"]) >= evaluation.youden.threshold) for row in rows]
     assert evaluation.counts == {"good": 4, **CLASSES}
     good = expected[:4].numpy()
     pairs = [(d > g) + 0.5 * (d == g) for d in expected[4:].numpy() for g in good]
@@ -78,16 +78,16 @@ def test_scores_are_negative_log_likelihoods(
 
 
 def test_metrics_hold_both_thresholds(
-    model: Model, labelled: Path, judge: Callable[..., Evaluation], tmp_path: Path
+    model: Model, labelled: Path, evaluated: Callable[..., Evaluation], tmp_path: Path
 ) -> None:
-    judge(extra={"seconds_per_sample": 0.5})
+    evaluated(extra={"seconds_per_sample": 0.5})
     metrics = json.loads((tmp_path / "out" / METRICS_FILE).read_text())
     with open(tmp_path / "out" / SCORES_FILE, newline="") as file:
         assert metrics["youden"]["threshold"] in [float(row["nll"]) for row in csv.DictReader(file)]
     assert "test labels" in metrics["youden"]["how"]
-    own = held_out_nll(model, labelled)
-    assert len(own) == 3
-    assert metrics["held_out"]["threshold"] == pytest.approx(own.max(), rel=1e-6), "three are too few for 5 %"
+    scores = held_out_nll(model, labelled)
+    assert len(scores) == 3
+    assert metrics["held_out"]["threshold"] == pytest.approx(scores.max(), rel=1e-6), "three images are too few for 5 %"
     assert metrics["held_out"]["promised_rate"] == pytest.approx(1 / 4)
     assert set(metrics["per_class"]) == {"good", *CLASSES}
     assert len(metrics["auroc_interval"]) == 2
@@ -99,39 +99,43 @@ def test_metrics_hold_both_thresholds(
 
 
 def test_the_false_alarm_rate_reaches_the_threshold(
-    model: Model, labelled: Path, judge: Callable[..., Evaluation]
+    model: Model, labelled: Path, evaluated: Callable[..., Evaluation]
 ) -> None:
-    own = np.sort(held_out_nll(model, labelled))
-    report = judge(false_alarm=0.5).held_out
+    scores = np.sort(held_out_nll(model, labelled))
+    report = evaluated(false_alarm=0.5).held_out
     assert report is not None
-    assert report.threshold == pytest.approx(own[1], rel=1e-6)  # ceil(4 · 0.5) = the second of three
+    assert report.threshold == pytest.approx(scores[1], rel=1e-6)  # ceil(4 · 0.5) = the second of three
     with pytest.raises(EvaluationError, match="false_alarm"):
-        judge(false_alarm=1.5)
+        evaluated(false_alarm=1.5)
 
 
 def test_the_figures_are_pictures(
-    judge: Callable[..., Evaluation], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    evaluated: Callable[..., Evaluation], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name in ("nll_hist", "roc_curve"):
-        monkeypatch.setattr(score, name, getattr(plots, name))
-    judge()
+        monkeypatch.setattr(evaluation_module, name, getattr(plots, name))
+    evaluated()
     for name in (HISTOGRAM_FILE, ROC_FILE):
         picture = pixels(tmp_path / "out" / name)
         assert min(picture.shape[:2]) > 300
         assert len(np.unique(picture[..., 0])) > 20, "it is not blank"
 
 
-def test_the_bootstrap_repeats_by_seed(judge: Callable[..., Evaluation]) -> None:
-    assert judge(seed=1).auroc_interval == judge(seed=1).auroc_interval
+def test_the_bootstrap_repeats_by_seed(evaluated: Callable[..., Evaluation]) -> None:
+    assert evaluated(seed=1).auroc_interval == evaluated(seed=1).auroc_interval
 
 
 def test_missing_held_out_images_are_reported(
-    model: Model, labelled: Path, judge: Callable[..., Evaluation], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    model: Model,
+    labelled: Path,
+    evaluated: Callable[..., Evaluation],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     other = Path(shutil.copytree(labelled, tmp_path / "data"))
     gone, *left = sorted(model.held_out)
     (other / "train" / "good" / gone).unlink()
-    report = judge(data=other).held_out
+    report = evaluated(data=other).held_out
     output = capsys.readouterr().out
     assert "1 of the 3 held-out normal images are missing in" in output
     assert "taken from the others" in output
@@ -139,56 +143,56 @@ def test_missing_held_out_images_are_reported(
     assert "2 held-out normals" in report.how
     for name in left:
         (other / "train" / "good" / name).unlink()
-    evaluation = judge(data=other)
+    evaluation = evaluated(data=other)
     assert "no threshold can be taken from held-out normals" in capsys.readouterr().out
     assert evaluation.held_out is None
     assert json.loads((tmp_path / "out" / METRICS_FILE).read_text())["held_out"] is None
 
 
-def test_a_test_set_without_training_images_is_judged_all_the_same(
-    labelled: Path, judge: Callable[..., Evaluation], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_a_test_set_without_training_images_is_evaluated(
+    labelled: Path, evaluated: Callable[..., Evaluation], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     other = tmp_path / "data"
     shutil.copytree(labelled / "test", other / "test")
-    evaluation = judge(data=other)
+    evaluation = evaluated(data=other)
     assert evaluation.held_out is None
-    assert evaluation.auroc == judge().auroc
+    assert evaluation.auroc == evaluated().auroc
     output = capsys.readouterr().out
     assert f"no folder train/good in {other}: no threshold can be taken from held-out normals" in output
     assert (tmp_path / "out" / ROC_FILE).is_file()
 
 
-def test_a_model_that_held_nothing_out_has_one_threshold(model: Model, judge: Callable[..., Evaluation]) -> None:
-    evaluation = judge(model=dataclasses.replace(model, held_out=()))
+def test_a_model_that_held_nothing_out_has_one_threshold(model: Model, evaluated: Callable[..., Evaluation]) -> None:
+    evaluation = evaluated(model=dataclasses.replace(model, held_out=()))
     assert evaluation.held_out is None
     assert evaluation.held_out_reason == "no scores of held-out normals were given"
 
 
 @pytest.mark.parametrize(("gone", "word"), [(["good"], "normal"), (list(CLASSES), "defect")])
 def test_a_test_set_without_good_or_without_defects(
-    labelled: Path, judge: Callable[..., Evaluation], tmp_path: Path, gone: list[str], word: str
+    labelled: Path, evaluated: Callable[..., Evaluation], tmp_path: Path, gone: list[str], word: str
 ) -> None:
     other = Path(shutil.copytree(labelled, tmp_path / "data"))
     for name in gone:
         shutil.rmtree(other / "test" / name)
     with pytest.raises(EvaluationError, match=f"there is no {word}; images found: "):
-        judge(data=other)
+        evaluated(data=other)
     assert list((tmp_path / "out").iterdir()) == []
 
 
 def test_bad_test_images_are_named_or_left_out(
-    labelled: Path, judge: Callable[..., Evaluation], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    labelled: Path, evaluated: Callable[..., Evaluation], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     other = Path(shutil.copytree(labelled, tmp_path / "data"))
     (other / "test" / "crack" / "001.png").write_text("no image at all")
     with pytest.raises(DataError, match=r"crack.001\.png"):
-        judge(data=other)
-    assert judge(data=other, skip_bad=True).counts["crack"] == 1
+        evaluated(data=other)
+    assert evaluated(data=other, skip_bad=True).counts["crack"] == 1
     assert "1 file skipped" in capsys.readouterr().out
 
 
-def test_no_test_folder(labelled: Path, judge: Callable[..., Evaluation], tmp_path: Path) -> None:
+def test_no_test_folder(labelled: Path, evaluated: Callable[..., Evaluation], tmp_path: Path) -> None:
     other = tmp_path / "data"
     shutil.copytree(labelled / "train", other / "train")
     with pytest.raises(DataError, match=r"no folder test in "):
-        judge(data=other)
+        evaluated(data=other)

@@ -1,4 +1,4 @@
-"""Ctrl-C at any moment, then --resume: the same run to the bit as one that nobody interrupted."""
+"""Ctrl-C at any moment, then --resume: equal to the bit to an uninterrupted run."""
 
 from __future__ import annotations
 
@@ -38,13 +38,13 @@ def ctrl_c(x: Any = None) -> Any:
 @pytest.fixture(scope="module")
 def whole(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[TrainConfig], Path]:
     """Returns the folder of an unbroken run."""
-    made: dict[TrainConfig, Path] = {}
+    folders: dict[TrainConfig, Path] = {}
 
     def of(config: TrainConfig) -> Path:
-        if config not in made:
-            made[config] = tmp_path_factory.mktemp("whole")
-            run(data, made[config], config)
-        return made[config]
+        if config not in folders:
+            folders[config] = tmp_path_factory.mktemp("whole")
+            run(data, folders[config], config)
+        return folders[config]
 
     return of
 
@@ -54,9 +54,9 @@ def assert_equal(out: Path, other: Path) -> None:
     assert same(tensors_of(out), tensors_of(other))
     (moments, state), (others, expected) = load_state(out), load_state(other)
     assert moments and same(moments, others)
-    for found in (state, expected):
-        found.pop("checkpoint")
-        for row in found["log"]:
+    for content in (state, expected):
+        content.pop("checkpoint")
+        for row in content["log"]:
             row.pop("seconds")
     assert state == expected
     assert without_seconds(out) == without_seconds(other)
@@ -94,7 +94,7 @@ def test_interrupted_after_every_step(
 def test_interrupted_again_before_a_step_was_taken(
     data: Path, tmp_path: Path, interrupts: None, monkeypatch: pytest.MonkeyPatch, whole: Callable[[TrainConfig], Path]
 ) -> None:
-    """A resumed run that is stopped at once keeps how far its epoch had come."""
+    """A resumed run that is stopped at once keeps the progress within its epoch."""
     with monkeypatch.context() as patch:
         at_batch(patch, epoch(2), ctrl_c)
         run(data, tmp_path, THREE)
@@ -124,7 +124,7 @@ def test_interrupted_while_saving(
     times: int,
     write: int,
 ) -> None:
-    """Once, the checkpoint is finished; twice in a row, the one before is what there is."""
+    """After one Ctrl-C the checkpoint is finished; after two in a row the previous one is kept."""
     save, calls = tensor_file.save_file, itertools.count()
 
     def interrupted(*args: Any) -> None:
@@ -178,7 +178,7 @@ def test_interrupted_while_reading_images_leaves_nothing(
 def test_a_state_of_an_earlier_version_begins_its_broken_epoch_again(
     data: Path, tmp_path: Path, interrupts: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It does not say how far that had come."""
+    """Its state does not contain the progress within an epoch."""
     with monkeypatch.context() as patch:
         at_batch(patch, epoch(2), ctrl_c)
         run(data, tmp_path, THREE)

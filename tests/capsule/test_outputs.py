@@ -1,4 +1,4 @@
-"""The capsule commands replace no file of the user, and their pictures are no data."""
+"""The capsule commands replace no file of the user, and their pictures are not read as data."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def model(tmp_path: Path) -> Model:
     return Model(fastmaf.MAF(48, 1, (8,), seed=0), 4, tmp_path / "model.safetensors", ())
 
 
-def test_sample_deletes_and_replaces_its_own_pictures_alone(model: Model, tmp_path: Path) -> None:
+def test_sample_deletes_and_replaces_only_its_own_pictures(model: Model, tmp_path: Path) -> None:
     out = tmp_path / "out"
     mine = [picture(out / "samples" / name).read_bytes() for name in ("017.png", "2024-part.png")]
     sample(model, out, n=4, progress=False)
@@ -55,9 +55,9 @@ def test_samples_and_curves_are_not_trained_on(model: Model, tmp_path: Path) -> 
         f"5 pictures that fastmaf wrote left aside: 2 in {results}, 3 in {results / 'samples'}",
     )
     train(tmp_path, tmp_path, SMALL, progress=False)
-    found = load_train(tmp_path, size=8, progress=False)
-    assert [path.name for path in found.paths] == ["0.png", "1.png", "2.png", "3.png"]
-    assert any(note.startswith("1 picture that fastmaf wrote left aside: 1 in ") for note in found.notes)
+    images = load_train(tmp_path, size=8, progress=False)
+    assert [path.name for path in images.paths] == ["0.png", "1.png", "2.png", "3.png"]
+    assert any(note.startswith("1 picture that fastmaf wrote left aside: 1 in ") for note in images.notes)
     with pytest.raises(DataError, match="a picture that fastmaf wrote"):
         load_train(tmp_path / "results", size=8, progress=False)
 
@@ -65,9 +65,9 @@ def test_samples_and_curves_are_not_trained_on(model: Model, tmp_path: Path) -> 
 def test_pictures_among_test_images_are_counted_and_left_aside(model: Model, tmp_path: Path) -> None:
     root = capsule_set(tmp_path / "set")
     sample(model, root / "test" / "good", n=2, progress=False)
-    found = load_test(root, size=4, progress=False)
-    assert found.labels.count("good") == 2
-    assert any(note.startswith("3 pictures that fastmaf wrote left aside: ") for note in found.notes)
+    images = load_test(root, size=4, progress=False)
+    assert images.labels.count("good") == 2
+    assert any(note.startswith("3 pictures that fastmaf wrote left aside: ") for note in images.notes)
 
 
 @pytest.mark.parametrize("name", ["nll_curve.png", "train_log.csv", "model.safetensors", "train_log.previous.csv"])
@@ -82,7 +82,7 @@ def test_train_replaces_no_other_file(tmp_path: Path, name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["samples/003.png", "samples.png", "scores.csv", "roc_curve.png", "comparison.txt"])
-def test_reproduce_notices_before_the_training(tmp_path: Path, name: str) -> None:
+def test_reproduce_refuses_before_the_training(tmp_path: Path, name: str) -> None:
     target = tmp_path / "out" / name
     target.parent.mkdir(parents=True, exist_ok=True)
     target.write_bytes(b"mine")
@@ -91,7 +91,7 @@ def test_reproduce_notices_before_the_training(tmp_path: Path, name: str) -> Non
     assert not (tmp_path / "out" / "demo-data").exists() and target.read_bytes() == b"mine"
 
 
-def test_demo_data_draws_over_its_own_pictures_alone(tmp_path: Path) -> None:
+def test_demo_data_replaces_only_its_own_pictures(tmp_path: Path) -> None:
     root = draw_dataset(tmp_path / "set", train=3, good=1, defects={"poke": 1}, size=32, progress=False)
     assert role_of(root / "train/good/000.png") == role_of(root / "ground_truth/poke/000_mask.png") == DRAWN
     assert len(load_train(root, size=8, progress=False)) == 3

@@ -1,4 +1,4 @@
-"""The published run, repeated at a tiny size: every file it promises, and both runs side by side."""
+"""The published run repeated at a tiny size: its files, and the comparison of both runs."""
 
 from __future__ import annotations
 
@@ -51,9 +51,9 @@ def ten_epochs(data: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Pa
 
 
 def line(table: str, start: str) -> list[str]:
-    """The cells of the line that starts so."""
-    (found,) = [row for row in table.splitlines() if row.strip().startswith(start)]
-    return re.split(r"\s{2,}", found.strip())
+    """Returns the cells of the line with this beginning."""
+    (text,) = [row for row in table.splitlines() if row.strip().startswith(start)]
+    return re.split(r"\s{2,}", text.strip())
 
 
 def test_every_file_of_the_published_run_is_there(ten_epochs: tuple[Path, Reproduction, str]) -> None:
@@ -68,7 +68,7 @@ def test_every_file_of_the_published_run_is_there(ten_epochs: tuple[Path, Reprod
         assert len(list(csv.DictReader(file))) == 8
 
 
-def test_the_table_sets_both_runs_side_by_side(ten_epochs: tuple[Path, Reproduction, str]) -> None:
+def test_the_table_compares_both_runs(ten_epochs: tuple[Path, Reproduction, str]) -> None:
     out, result, messages = ten_epochs
     table = (out / "comparison.txt").read_text(encoding="utf-8")
     assert table == result.table + "\n"
@@ -90,7 +90,7 @@ def test_the_table_sets_both_runs_side_by_side(ten_epochs: tuple[Path, Reproduct
     assert f"AUROC {result.evaluation.auroc:.4f}" in messages, "the evaluation is printed as well"
 
 
-def test_the_metrics_say_with_what_settings(ten_epochs: tuple[Path, Reproduction, str]) -> None:
+def test_the_metrics_contain_the_settings(ten_epochs: tuple[Path, Reproduction, str]) -> None:
     out, result, _ = ten_epochs
     metrics = json.loads((out / "metrics.json").read_text())
     assert metrics["train_config"]["degrees"] == "random"
@@ -121,7 +121,7 @@ def test_without_data_the_synthetic_set_is_drawn_and_reported(
     assert result.evaluation.held_out is not None
     assert line(result.table, "at the threshold from held-out normals") == ["at the threshold from held-out normals:"]
     assert len(re.findall(r"^  accuracy ", result.table, re.MULTILINE)) == 2
-    # Going on draws the same images again and takes up the run.
+    # A resumed run draws the same images again.
     result = reproduce(
         tmp_path, dataclasses.replace(config, epochs=2), resume=True, progress=False, say=messages.append
     )

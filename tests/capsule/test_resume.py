@@ -67,14 +67,14 @@ def test_nothing_to_resume(data: Path, finished: Path, tmp_path: Path, missing: 
         run(data, out, resume=True)
 
 
-def test_a_checkpoint_cut_off_between_its_two_files_is_noticed(data: Path, tmp_path: Path) -> None:
+def test_a_checkpoint_whose_files_do_not_belong_together_is_refused(data: Path, tmp_path: Path) -> None:
     run(data, tmp_path, with_(epochs=1))
     older = (tmp_path / STATE_FILE).read_bytes()
     run(data, tmp_path, with_(epochs=3), resume=True)
     (tmp_path / STATE_FILE).write_bytes(older)
     with pytest.raises(fastmaf.CheckpointError, match=r"does not belong to .* from step \d+: one of them was replaced"):
         run(data, tmp_path, with_(epochs=3), resume=True)
-    assert load_model(tmp_path).flow.features == 192, "the model is usable all the same"
+    assert load_model(tmp_path).flow.features == 192, "the model remains usable"
 
 
 @pytest.mark.parametrize("name", [MODEL_FILE, STATE_FILE])
@@ -146,7 +146,7 @@ def test_a_finished_run_may_be_repeated(data: Path, finished: Path, tmp_path: Pa
     assert len(rows(out)) == 1
 
 
-def test_a_state_whose_model_is_gone_does_not_stand_in_the_way(data: Path, finished: Path, tmp_path: Path) -> None:
+def test_a_state_without_its_model_does_not_prevent_a_new_run(data: Path, finished: Path, tmp_path: Path) -> None:
     out = Path(shutil.copytree(finished, tmp_path / "run"))
     (out / MODEL_FILE).unlink()
     assert len(run(data, out).log) == 2
@@ -176,7 +176,7 @@ def test_ctrl_c_keeps_a_model_that_can_be_used_and_resumed(
     assert len(run(data, tmp_path, with_(epochs=4), resume=True).log) == 4
 
 
-def test_ctrl_c_in_the_first_epoch_keeps_a_model_too(
+def test_ctrl_c_in_the_first_epoch_keeps_a_model(
     data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, interrupts: None
 ) -> None:
     def interrupt(x: Tensor) -> Tensor:
@@ -254,7 +254,7 @@ KILLED = """
             done = load_state(out / str(i))[1]["epochs_done"]
             print("whole", done)
         except (fastmaf.CheckpointError, FileNotFoundError) as error:
-            assert "cut off" in str(error) or "nothing to resume" in str(error), error
+            assert "does not belong to" in str(error) or "nothing to resume" in str(error), error
             print("between", error)
 """
 
@@ -308,7 +308,7 @@ def test_ctrl_c_on_the_command_line(data: Path, tmp_path: Path) -> None:
     assert without_seconds(out)[:done] == before
 
 
-def test_a_new_run_sets_the_model_of_a_finished_one_aside(data: Path, finished: Path, tmp_path: Path) -> None:
+def test_a_new_run_keeps_the_previous_model(data: Path, finished: Path, tmp_path: Path) -> None:
     out = Path(shutil.copytree(finished, tmp_path / "run"))
     model, log = (out / MODEL_FILE).read_bytes(), (out / "train_log.csv").read_bytes()
     run(data, out, with_(epochs=1, seed=5))

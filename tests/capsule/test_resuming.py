@@ -1,4 +1,4 @@
-"""Settings and images of a resumed run are those that it began with."""
+"""Settings and images of a resumed run must be those of the original run."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ pytestmark = [pytest.mark.usefixtures("undrawn"), pytest.mark.filterwarnings("ig
 
 
 @pytest.mark.parametrize(
-    ("changes", "words"),
+    ("changes", "message"),
     [
         ({"lr": 2e-3}, r"lr: was 0\.001, now 0\.002"),
         ({"size": 16}, r"size: was 8, now 16"),
@@ -29,13 +29,13 @@ pytestmark = [pytest.mark.usefixtures("undrawn"), pytest.mark.filterwarnings("ig
     ],
 )
 def test_resuming_with_other_settings_names_them(
-    data: Path, finished: Path, tmp_path: Path, changes: dict[str, Any], words: str
+    data: Path, finished: Path, tmp_path: Path, changes: dict[str, Any], message: str
 ) -> None:
     out = Path(shutil.copytree(finished, tmp_path / "run"))
     before = {p.name: p.read_bytes() for p in out.iterdir()}
-    with pytest.raises(ValueError, match=r"cannot resume .* with other settings .*" + words):
+    with pytest.raises(ValueError, match=r"cannot resume .* with other settings .*" + message):
         run(data, out, with_(**changes), resume=True)
-    assert {p.name: p.read_bytes() for p in out.iterdir()} == before, "a refusal changes nothing"
+    assert {p.name: p.read_bytes() for p in out.iterdir()} == before, "no file changes"
 
 
 def test_resuming_with_other_files_is_refused(data: Path, finished: Path, tmp_path: Path) -> None:
@@ -48,31 +48,29 @@ def test_resuming_with_other_files_is_refused(data: Path, finished: Path, tmp_pa
 
 
 def copied(data: Path, finished: Path, tmp_path: Path) -> tuple[Path, Path, list[Path]]:
-    """Copies of the data and of the run, and the files in the first one."""
+    """Returns copies of the data and of the run, and the training images in the copy."""
     other, out = Path(shutil.copytree(data, tmp_path / "data")), Path(shutil.copytree(finished, tmp_path / "run"))
     return other, out, sorted((other / "train" / "good").iterdir())
 
 
 @pytest.mark.parametrize("held_out", [False, True])
-def test_resuming_with_other_contents_under_the_same_name_names_the_file(
-    data: Path, finished: Path, tmp_path: Path, held_out: bool
-) -> None:
+def test_resuming_with_a_changed_image_names_it(data: Path, finished: Path, tmp_path: Path, held_out: bool) -> None:
     other, out, files = copied(data, finished, tmp_path)
     trained_on = load_state(out)[1]["files"]
-    one, another = [file for file in files if (file.name not in trained_on) is held_out][:2]
+    first, second = [file for file in files if (file.name not in trained_on) is held_out][:2]
     before = {path.name: path.read_bytes() for path in out.iterdir()}
-    longer = one.read_bytes() + b"\0"  # beyond the end of a PNG: the same picture
-    one.write_bytes(longer)
-    words = rf"cannot resume .*: 1 of 10 images changed .* began: {one.name} \(was {len(longer) - 1:,} bytes, now "
-    with pytest.raises(ValueError, match=words):
+    longer = first.read_bytes() + b"\0"  # beyond the end of a PNG: the same picture
+    first.write_bytes(longer)
+    message = rf"cannot resume .*: 1 of 10 images changed .* began: {first.name} \(was {len(longer) - 1:,} bytes, now "
+    with pytest.raises(ValueError, match=message):
         run(other, out, with_(epochs=3), resume=True)
-    content = bytearray(another.read_bytes())
+    content = bytearray(second.read_bytes())
     content[-1] ^= 1
-    another.write_bytes(content)
-    words = rf"2 of 10 images changed .*{another.name} \(of the same size, but with other contents\)"
-    with pytest.raises(ValueError, match=words):
+    second.write_bytes(content)
+    message = rf"2 of 10 images changed .*{second.name} \(of the same size, but with other contents\)"
+    with pytest.raises(ValueError, match=message):
         run(other, out, with_(epochs=3), resume=True)
-    assert {path.name: path.read_bytes() for path in out.iterdir()} == before, "a refusal changes nothing"
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == before, "no file changes"
 
 
 def test_resuming_with_two_pictures_exchanged_names_both(data: Path, finished: Path, tmp_path: Path) -> None:
@@ -92,7 +90,7 @@ def test_resuming_with_a_renamed_image_names_the_old_and_the_new(data: Path, fin
 
 
 def test_resuming_elsewhere_with_the_same_images_is_the_same_run(data: Path, finished: Path, tmp_path: Path) -> None:
-    """Neither the place nor the times of the files count; nor does it for a folder of images without train/good."""
+    """Neither the path nor the times of the files matter; a folder of images without train/good is the same data."""
     other, out, files = copied(data, finished, tmp_path)
     for file in files:
         os.utime(file, (0, 0))
@@ -108,7 +106,7 @@ def test_a_state_of_an_earlier_version_resumes_with_a_note(
     assert "without the contents of its images: only their names were compared" in capsys.readouterr().out
     run(data, tmp_path / "whole", with_(epochs=3))
     assert same(tensors_of(out), tensors_of(tmp_path / "whole"))
-    assert "contents" in load_state(out)[1], "from now on they are known"
+    assert "contents" in load_state(out)[1], "they are stored from now on"
 
 
 def test_a_state_of_an_earlier_version_still_compares_names(data: Path, finished: Path, tmp_path: Path) -> None:

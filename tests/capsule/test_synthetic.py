@@ -1,4 +1,4 @@
-"""The drawn data set: layout, reproducibility, and masks that lie on what they mark."""
+"""The synthetic data set: layout, reproducibility, and masks that cover the defects."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def test_layout_and_counts(drawn: Path) -> None:
     assert names == expected
 
 
-def test_what_is_drawn_loads_as_plain_rgb(drawn: Path) -> None:
+def test_the_images_load_as_plain_rgb(drawn: Path) -> None:
     train, test = load_train(drawn, size=16, progress=False), load_test(drawn, size=16, progress=False)
     assert len(train) == 4 and train.notes == () and test.notes == ()
     assert {name: test.labels.count(name) for name in set(test.labels)} == {"good": 2, **dict.fromkeys(DEFECTS, 3)}
@@ -75,8 +75,8 @@ def test_masks_lie_where_the_defect_changes_the_picture(defect: str, size: int) 
         difference = np.abs(broken - clean).max(2)
         assert mask.shape == (size, size) and set(np.unique(mask)) == {0, 255}
         inside, outside = difference[mask == 255], difference[mask == 0]
-        assert inside.max() == difference.max() > 5  # the strongest change is marked
-        assert outside.max() <= 10.0  # and nothing plain is left unmarked
+        assert inside.max() == difference.max() > 5  # the largest change is marked
+        assert outside.max() <= 10.0  # and no clearly visible one is unmarked
         assert inside.mean() > 5 * outside.mean()
         assert 0 < (mask > 0).mean() < 0.2
 
@@ -157,7 +157,7 @@ def test_a_forged_marker_reaches_no_other_folder(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("arguments", "words"),
+    ("arguments", "message"),
     [
         ({"defects": {"dent": 3}}, "unknown class dent.*crack"),
         ({"train": -1}, "train=-1"),
@@ -165,7 +165,7 @@ def test_a_forged_marker_reaches_no_other_folder(tmp_path: Path) -> None:
         ({"size": 16}, "32 to 1024"),
     ],
 )
-def test_wrong_arguments(tmp_path: Path, arguments: dict[str, object], words: str) -> None:
-    with pytest.raises(ValueError, match=words):
+def test_wrong_arguments(tmp_path: Path, arguments: dict[str, object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
         draw_dataset(tmp_path / "set", progress=False, **arguments)  # type: ignore[arg-type]
     assert not (tmp_path / "set").exists()

@@ -64,7 +64,7 @@ def test_a_run_writes_its_model_log_and_curve(data: Path, tmp_path: Path, monkey
 
 
 @pytest.mark.parametrize("flushed", [False, True])
-def test_what_becomes_of_denormal_numbers_is_the_callers_own(data: Path, tmp_path: Path, flushed: bool) -> None:
+def test_the_callers_setting_for_denormal_numbers_is_restored(data: Path, tmp_path: Path, flushed: bool) -> None:
     torch.set_flush_denormal(flushed)
     try:
         run(data, tmp_path, with_(epochs=1))
@@ -73,7 +73,7 @@ def test_what_becomes_of_denormal_numbers_is_the_callers_own(data: Path, tmp_pat
         torch.set_flush_denormal(False)
 
 
-def test_the_model_file_loads_and_names_what_training_never_saw(data: Path, tmp_path: Path) -> None:
+def test_the_model_file_loads_and_names_the_held_out_images(data: Path, tmp_path: Path) -> None:
     result = run(data, tmp_path)
     model = load_model(tmp_path)
     assert (model.size, model.path) == (8, tmp_path / MODEL_FILE)
@@ -110,8 +110,8 @@ def test_the_validation_nll_is_that_of_the_held_out_images(data: Path, tmp_path:
 
 
 def test_the_nll_of_an_epoch_is_the_mean_over_its_images(data: Path, tmp_path: Path) -> None:
-    """With a learning rate of next to nothing the model stays put, and so does its mean over the images."""
-    config = with_(epochs=1, lr=1e-12, batch_size=3)  # batches of 3, 3 and 2: their plain mean would be another
+    """With a tiny learning rate the model does not change, nor does its mean over the images."""
+    config = with_(epochs=1, lr=1e-12, batch_size=3)  # batches of 3, 3 and 2: the mean of their means differs
     run(data, tmp_path, config)
     images = load_train(data, size=8, progress=False)
     held_out = load_model(tmp_path).held_out
@@ -162,7 +162,7 @@ def test_the_message_of_a_stopped_run_names_only_options_that_exist(
 
 
 def test_parameters_that_are_not_finite_are_never_saved(data: Path, tmp_path: Path) -> None:
-    """The last step of a run can ruin the parameters without any loss to show it."""
+    """After the last step no loss is computed that would show parameters that are not finite."""
     with pytest.raises(TrainingStoppedError, match=r"parameters are no longer finite after epoch 1.*no model was"):
         run(data, tmp_path, with_(lr=1e39, epochs=1, batch_size=IMAGES))
     assert not (tmp_path / MODEL_FILE).exists()
@@ -196,7 +196,7 @@ def test_skipped_steps_are_counted(data: Path, tmp_path: Path, monkeypatch: pyte
     assert [row["skipped_steps"] for row in rows(tmp_path)] == ["0", "1", "0"]
 
 
-def test_a_model_with_leaky_masks_trains_scores_and_says_why_it_does_not_sample(data: Path, tmp_path: Path) -> None:
+def test_a_model_with_leaky_masks_trains_and_scores_but_does_not_sample(data: Path, tmp_path: Path) -> None:
     result = run(data, tmp_path, with_(masks="published", degrees="random", epochs=3))
     nll = [row["nll"] for row in result.log]
     assert nll[-1] < nll[0]  # type: ignore[operator]
@@ -223,7 +223,7 @@ def test_bad_files_are_named_or_left_out(data: Path, tmp_path: Path, capsys: pyt
 
 
 @pytest.mark.parametrize(
-    ("changes", "words"),
+    ("changes", "message"),
     [
         ({"size": 0}, "size must be at least 1; found 0"),
         ({"epochs": -1}, "epochs must be at least 1; found -1"),
@@ -233,6 +233,6 @@ def test_bad_files_are_named_or_left_out(data: Path, tmp_path: Path, capsys: pyt
         ({"holdout": -0.1}, r"found -0\.1"),
     ],
 )
-def test_bad_settings_are_refused(changes: dict[str, Any], words: str) -> None:
-    with pytest.raises(ValueError, match=words):
+def test_bad_settings_are_refused(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
         with_(**changes)
