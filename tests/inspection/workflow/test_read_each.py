@@ -78,9 +78,9 @@ def test_16_bit_grey_is_scaled_in_both_sizes(tmp_path: Path) -> None:
 def test_decoding_and_resizing_are_timed_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """With a clock that only the decoder and the resizing move."""
     now = [100.0]
-    decode, resize = decoding._decode, Image.Image.resize
+    decode, resize = decoding.decode, Image.Image.resize
 
-    def slow_decode(path: Path) -> tuple[Image.Image, list[str]]:
+    def slow_decode(path: Path) -> object:
         now[0] += 4.0
         return decode(path)
 
@@ -89,7 +89,7 @@ def test_decoding_and_resizing_are_timed_apart(tmp_path: Path, monkeypatch: pyte
         return resize(image, *arguments)  # type: ignore[arg-type]
 
     monkeypatch.setattr(decoding, "perf_counter", lambda: now[0])
-    monkeypatch.setattr(decoding, "_decode", slow_decode)
+    monkeypatch.setattr(decoding, "decode", slow_decode)
     monkeypatch.setattr(Image.Image, "resize", slow_resize)
     (frame,) = read_each([picture(tmp_path / "a.png")], 4)
     assert isinstance(frame, Frame) and (frame.decode_seconds, frame.resize_seconds) == (4.0, 0.5)
