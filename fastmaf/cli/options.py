@@ -8,14 +8,12 @@ import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any, NoReturn, TypeVar
+from typing import Annotated, Any, NoReturn
 
 import typer
 
 from fastmaf.images.names import visible
 from fastmaf.io.atomic import STDOUT, write_errors
-
-F = TypeVar("F", bound=Callable[..., None])
 
 
 def say(text: str) -> None:
@@ -94,13 +92,13 @@ def _existing_images(arguments: list[str]) -> list[str]:
     return arguments
 
 
-def options_of(other: Callable[..., None], **defaults: Any) -> Callable[[F], F]:
-    """Decorates a command that has the options of another one, some with other defaults."""
+def options_of(other: Callable[..., None], **defaults: Any) -> Callable[[Any], Any]:
+    """Gives a command the options of another one, some with other defaults; its parameters are those that it reads."""
     parameters = dict(inspect.signature(other, eval_str=True).parameters)
     parameters |= {name: parameters[name].replace(default=default) for name, default in defaults.items()}
 
-    def decorate(command: F) -> F:
-        command.__signature__ = inspect.Signature(list(parameters.values()))  # type: ignore[attr-defined]
+    def decorate(command: Any) -> Any:
+        command.__signature__ = inspect.Signature(list(parameters.values()))
         return command
 
     return decorate
