@@ -1,4 +1,4 @@
-"""Where the packages lie, and the native library; everything else is said in pyproject.toml.
+"""Where the packages lie, and the native library; everything else is in pyproject.toml.
 
 The top-level folders `kernels/` and `bench/` are installed as `fastmaf.kernels` and `fastmaf.bench`. The C++ sources
 in `kernels/csrc/` become `_native.so` beside the kernels: a plain library without Python symbols that torch loads.
@@ -13,6 +13,7 @@ works on the backend `torch`.
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import re
 import shlex
@@ -58,53 +59,40 @@ class Native(build_ext):
         mode = os.environ.get("FASTMAF_BUILD") or "auto"
         if mode not in ("0", "1", "auto"):
             raise OptionError(f"FASTMAF_BUILD is {mode!r}; expected 0, 1 or auto")
-        folder = Path(self.get_finalized_command("build_py").get_package_dir("fastmaf.kernels"))
-        if not self.inplace:
-            folder = Path(self.build_lib, "fastmaf", "kernels")
-            folder.mkdir(parents=True, exist_ok=True)
+        folder = Path("kernels") if self.inplace else Path(self.build_lib, "fastmaf", "kernels")
+        folder.mkdir(parents=True, exist_ok=True)
         try:
             if mode == "0":
                 raise CannotBuild("FASTMAF_BUILD=0 was set")
-            built, torch_version, info = build()
+            result = f"built for torch {build(folder / '_native.so')}"
         except (CannotBuild, OSError) as error:
             if mode == "1":
                 raise CompileError(f"FASTMAF_BUILD=1, but the native library cannot be built: {error}") from error
             # An older library must not pass for this version's, and what has no library is a pure-Python package.
             (folder / "_native.so").unlink(missing_ok=True)
             self.distribution.ext_modules = self.extensions = []
-            said = f"not built: {error}"
-        else:
-            replace(folder / "_native.so", built.read_bytes())
-            said = f"built for torch {torch_version}\n{info}"
-        replace(folder / "_native.txt", f"{said}\n".encode())
-        print(f"fastmaf: native library {said}", flush=True)
-        if mode == "auto" and said.startswith("not"):
+            result = f"not built: {error}"
+        (folder / "_native.txt").write_text(f"{result}\n", encoding="utf-8")
+        print(f"fastmaf: native library {result}", flush=True)
+        if mode == "auto" and result.startswith("not"):
             print(f"fastmaf: all works without it, more slowly; beside torch and a compiler, this brings it: {COMMAND}")
 
 
 class Wheel(bdist_wheel):
     """A wheel is of one platform if it holds the library, and of none in particular else; never of one Python."""
 
-    @property
-    def root_is_pure(self) -> bool:
-        return not self.distribution.has_ext_modules()
-
-    @root_is_pure.setter
-    def root_is_pure(self, value: bool | None) -> None:
-        """Known only after the build, so what is said before does not count."""
+    # Known only after the build: what is set before it does not count.
+    root_is_pure = property(lambda self: not self.distribution.has_ext_modules(), lambda self, value: None)
 
     def get_tag(self) -> tuple[str, str, str]:
-        platform = super().get_tag()[2]
-        return ("py3", "none", "any" if self.root_is_pure else platform)
+        return "py3", "none", super().get_tag()[2]
 
 
-def build() -> tuple[Path, str, str]:
-    """Returns the library, compiled now or before, the torch version that it needs, and what it consists of."""
+def build(target: Path) -> str:
+    """Writes the library, compiled now or before; returns the torch version that it needs and what it consists of."""
     if os.name != "posix":
         raise CannotBuild(f"it is built with GCC or Clang on Linux and macOS; this is {sys.platform}")
-    sources = sorted(
-        CSRC.glob("*.cpp"), key=lambda path: (not path.name.endswith("ops.cpp"), path)
-    )  # the slowest first
+    sources = sorted(CSRC.glob("*.cpp"), key=lambda path: (not is_op(path), path))  # the slowest first
     if not sources:
         raise CannotBuild(f"there are no sources in {CSRC}")
     cxx = compiler()
@@ -130,14 +118,14 @@ def build() -> tuple[Path, str, str]:
     standard = re.search(r"C\+\+ Version: 20(\d\d)", torch.__config__.show())
     # layer_ops.cpp reads the CPU's features before anything else runs: files of its kind must run on every CPU.
     ops = [*common, f"-std=c++{standard[1] if standard else 17}", *(f"-I{path}" for path in include_paths())]
-    ops += [f"-DFASTMAF_TORCH_VERSION={quoted(torch.__version__)}", f"-DFASTMAF_BUILD_INFO={quoted(info)}"]
+    ops += [f"-DFASTMAF_BUILD_INFO={json.dumps(info)}"]  # as a C string literal
     kernels = [*common, "-std=c++17", *arch]
-    headers = b"".join(path.read_bytes() for path in sorted(CSRC.glob("*.h")))
+    headers = [path.read_bytes() for path in sorted(CSRC.glob("*.h"))]
 
     def compile_one(source: Path) -> Path:
-        command = [*cxx, *(ops if source.name.endswith("ops.cpp") else kernels), "-c", str(source)]
-        made_of = [shlex.join(command), macros(cxx, arch), source.read_bytes(), headers]
-        return made(source.stem, ".o", made_of, lambda path: call([*command, "-o", path]))
+        command = [*cxx, *(ops if is_op(source) else kernels), "-c", str(source)]
+        parts = [command, macros(cxx, arch), source.read_bytes(), headers]
+        return cached(source.stem, ".o", parts, lambda path: call([*command, "-o", path]))
 
     def link_and_load(path: str) -> None:
         call([*cxx, "-shared", *map(str, objects), *link, "-o", path])
@@ -145,10 +133,18 @@ def build() -> tuple[Path, str, str]:
 
     with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
         objects = list(pool.map(compile_one, sources))
-    library = made("native", ".so", [*map(str, objects), shlex.join(link)], link_and_load)
+    library = cached("native", ".so", [objects, link], link_and_load)
     for path in set(WORK.iterdir()) - {*objects, library, probe}:
         path.unlink()
-    return library, torch.__version__, info
+    # Beside the old one: a process that has loaded that goes on with it.
+    shutil.copyfile(library, f"{target}.new")
+    os.replace(f"{target}.new", target)
+    return f"{torch.__version__}\n{info}"
+
+
+def is_op(source: Path) -> bool:
+    """Returns whether a source includes torch's headers."""
+    return source.name.endswith("ops.cpp")
 
 
 def compiler() -> list[str]:
@@ -163,16 +159,16 @@ def compiler() -> list[str]:
 
 def architecture(cxx: list[str]) -> tuple[list[str], str]:
     """Returns the flags that choose the instruction set, and its name."""
-    asked = os.environ.get("FASTMAF_MARCH", "native")
-    flags: list[list[str]] = [[]] if asked in ("", "baseline") else [[f"-march={asked}"]]
-    if asked == "native":
+    march = os.environ.get("FASTMAF_MARCH", "native")
+    flags: list[list[str]] = [[]] if march in ("", "baseline") else [[f"-march={march}"]]
+    if march == "native":
         flags += [["-mcpu=native"], []]  # Clang for ARM has known -march=native only lately
     for arch in flags:
         try:
             defined = macros(cxx, arch)
         except CannotBuild:
             continue
-        if asked == "native" and not arch:
+        if march == "native" and not arch:
             print(f"fastmaf: {cxx[0]} knows neither -march=native nor -mcpu=native, so this is a baseline build")
         return arch, next((name for macro, name in INSTRUCTION_SETS.items() if f" {macro} " in defined), "baseline")
     raise CannotBuild(f"{shlex.join(cxx)} does not work or does not take {' '.join(flags[0])} (FASTMAF_MARCH)")
@@ -194,16 +190,15 @@ def openmp_probe(cxx: list[str], link: list[str], torch_version: str) -> Path | 
         in_torch(f"torch.set_num_threads(3); import ctypes; assert ctypes.CDLL({path!r}).probe() == 33")
 
     try:
-        return made("openmp", ".so", [shlex.join(cxx + link), macros(cxx, []), torch_version], attempt)
+        return cached("openmp", ".so", [cxx, link, macros(cxx, []), torch_version], attempt)
     except CannotBuild as error:
         print(f"fastmaf: no OpenMP, so the native kernels will run on one thread: {error}")
         return None
 
 
-def made(stem: str, suffix: str, made_of: list[str | bytes], make: Callable[[str], object]) -> Path:
-    """Returns a file of the work folder that `make` has written, now or from the same things before."""
-    parts = [part if isinstance(part, bytes) else part.encode() for part in made_of]
-    digest = hashlib.sha256(b"".join(hashlib.sha256(part).digest() for part in parts)).hexdigest()
+def cached(stem: str, suffix: str, parts: list[object], make: Callable[[str], object]) -> Path:
+    """Returns a file of the work folder that `make` has written, now or from the same parts before."""
+    digest = hashlib.sha256(repr(parts).encode()).hexdigest()
     path = WORK / f"{stem}-{digest[:16]}{suffix}"
     if not path.exists():
         make(f"{path}.part")
@@ -214,7 +209,7 @@ def made(stem: str, suffix: str, made_of: list[str | bytes], make: Callable[[str
 def call(command: list[str]) -> str:
     done = subprocess.run(command, capture_output=True, text=True, errors="replace", check=False)
     if done.returncode:
-        lines = (done.stderr or done.stdout).strip().splitlines() or ["it said nothing"]
+        lines = (done.stderr or done.stdout).strip().splitlines() or ["it printed nothing"]
         first = next((line for line in lines if "rror:" in line), lines[-1])  # what doctor repeats
         raise CannotBuild("\n".join([f"{command[0]} failed: {first}", f"+ {shlex.join(command)}", *lines[-12:]]))
     return done.stdout
@@ -223,18 +218,6 @@ def call(command: list[str]) -> str:
 def in_torch(code: str) -> None:
     """Runs code beside torch in a process of its own, which may crash."""
     call([sys.executable, "-c", f"import torch; {code}"])
-
-
-def quoted(text: str) -> str:
-    """Returns the text as a C string literal."""
-    return '"' + text.replace("\\", "\\\\").replace('"', '\\"') + '"'
-
-
-def replace(path: Path, content: bytes) -> None:
-    """Writes a file beside the old one: a process that has loaded the old library goes on with it."""
-    new = path.with_name(f"{path.name}.new")
-    new.write_bytes(content)
-    os.replace(new, path)
 
 
 setup(

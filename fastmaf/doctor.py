@@ -49,19 +49,11 @@ def _native() -> list[str]:
 
 def _devices() -> list[str]:
     lines = [f"cpu: {os.cpu_count()} cores, torch uses {torch.get_num_threads()} threads"]
-    if torch.cuda.is_available():
-        for i in range(torch.cuda.device_count()):
-            card = torch.cuda.get_device_properties(i)
-            lines.append(
-                f"cuda:{i}: {card.name}, compute capability {card.major}.{card.minor}, "
-                f"{card.total_memory / 2**30:.1f} GiB"
-            )
-    else:
-        built = torch.version.cuda
-        why = (
-            "this torch is built without CUDA"
-            if built is None
-            else f"torch is built for CUDA {built}, but found no usable GPU"
-        )
-        lines.append(f"cuda: {why}")
+    if not torch.cuda.is_available():
+        built = torch.version.cuda and f"torch is built for CUDA {torch.version.cuda}, but found no usable GPU"
+        return [*lines, f"cuda: {built or 'this torch is built without CUDA'}"]
+    for i in range(torch.cuda.device_count()):
+        card = torch.cuda.get_device_properties(i)
+        capability = f"compute capability {card.major}.{card.minor}"
+        lines.append(f"cuda:{i}: {card.name}, {capability}, {card.total_memory / 2**30:.1f} GiB")
     return lines

@@ -1,4 +1,4 @@
-"""What ``fastmaf doctor`` says: versions, devices, and which backends are in use and why."""
+"""``fastmaf doctor``: versions, devices, and which backends are in use and why."""
 
 from __future__ import annotations
 
@@ -34,12 +34,12 @@ def test_it_names_versions() -> None:
     head = doctor.report().splitlines()
     assert head[0] == f"fastmaf {fastmaf.__version__}"
     assert platform.python_version() in head[1]
-    found = dict(line.split(maxsplit=1) for line in head[2 : head.index("")])
-    assert {"torch", "triton", "numpy", "pillow", "matplotlib", "safetensors"} <= set(found)
-    assert found["torch"] == importlib.metadata.version("torch")
+    versions = dict(line.split(maxsplit=1) for line in head[2 : head.index("")])
+    assert {"torch", "triton", "numpy", "pillow", "matplotlib", "safetensors"} <= set(versions)
+    assert versions["torch"] == importlib.metadata.version("torch")
 
 
-def test_a_package_that_is_not_there_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_package_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     def version(name: str) -> str:
         if name == "triton":
             raise importlib.metadata.PackageNotFoundError(name)
@@ -61,7 +61,7 @@ def test_it_names_the_devices() -> None:
     ("built", "words"),
     [(None, "this torch is built without CUDA"), ("12.6", "built for CUDA 12.6, but found no usable GPU")],
 )
-def test_it_says_why_there_is_no_gpu(monkeypatch: pytest.MonkeyPatch, built: str | None, words: str) -> None:
+def test_the_reason_for_no_gpu(monkeypatch: pytest.MonkeyPatch, built: str | None, words: str) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.version, "cuda", built)
     assert any(words in line for line in section("devices"))
@@ -75,7 +75,7 @@ def test_it_names_the_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     assert doctor._devices()[1] == "cuda:0: GTX 1050 Ti, compute capability 6.1, 4.0 GiB"
 
 
-def test_it_says_what_the_native_library_consists_of(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_it_describes_the_native_library(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(native_library, "build_info", lambda: "g++ 12.2.0, -march=native (AVX2), OpenMP of torch")
     assert section("native library") == [
         "g++ 12.2.0, -march=native (AVX2), OpenMP of torch",
@@ -83,7 +83,7 @@ def test_it_says_what_the_native_library_consists_of(monkeypatch: pytest.MonkeyP
     ]
 
 
-def test_it_says_what_the_lack_of_the_native_library_costs(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_it_describes_the_cost_of_a_missing_native_library(monkeypatch: pytest.MonkeyPatch) -> None:
     def build_info() -> str:
         raise ImportError("it was not built; to build it: make native")
 
@@ -107,7 +107,7 @@ def test_it_names_the_backend_of_every_op_and_why_not_the_others() -> None:
         assert all(len(line.split(": ", 1)[1]) > 20 for line in reasons)
 
 
-def test_a_reason_is_passed_on(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_reason_for_a_missing_backend(monkeypatch: pytest.MonkeyPatch) -> None:
     missing = dispatch.missing
 
     def without(op: str, backend: str) -> str | None:

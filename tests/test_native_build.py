@@ -1,4 +1,4 @@
-"""What setup.py makes of FASTMAF_BUILD, a missing compiler and a broken source, on a tree of a few small files.
+"""setup.py with values of FASTMAF_BUILD, without a compiler and with a broken source, on a tree of a few small files.
 
 No file includes torch's headers, which take a minute to compile; all else is as in a real build.
 """
@@ -52,7 +52,7 @@ def python(tree: Path, *args: str, **settings: str) -> subprocess.CompletedProce
 
 
 def make_wheel(tree: Path, **settings: str) -> tuple[str, set[str], str]:
-    """Returns the wheel's name, what it holds beside Python and metadata, and what the build said."""
+    """Returns the wheel's name, its files other than Python and metadata, and the output of the build."""
     shutil.rmtree(tree / "dist", ignore_errors=True)
     done = python(tree, "setup.py", "-q", "bdist_wheel", **settings)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -63,13 +63,13 @@ def make_wheel(tree: Path, **settings: str) -> tuple[str, set[str], str]:
 
 
 def test_0_builds_a_pure_package(tree: Path) -> None:
-    name, holds, said = make_wheel(tree, FASTMAF_BUILD="0")
+    name, files, output = make_wheel(tree, FASTMAF_BUILD="0")
     assert name == "fastmaf-1.0-py3-none-any.whl"
-    assert holds == {"fastmaf/kernels/_native.txt"}
-    assert said == "fastmaf: native library not built: FASTMAF_BUILD=0 was set\n"
+    assert files == {"fastmaf/kernels/_native.txt"}
+    assert output == "fastmaf: native library not built: FASTMAF_BUILD=0 was set\n"
 
 
-def test_1_without_a_compiler_fails_and_says_so(tree: Path) -> None:
+def test_1_without_a_compiler_fails_and_reports_it(tree: Path) -> None:
     done = python(tree, "setup.py", "-q", "bdist_wheel", FASTMAF_BUILD="1", CXX="/nonexistent/c++ -v")
     assert done.returncode == 1
     last = done.stderr.splitlines()[-1]
@@ -79,17 +79,17 @@ def test_1_without_a_compiler_fails_and_says_so(tree: Path) -> None:
 
 
 @pytest.mark.parametrize("settings", [{}, {"FASTMAF_BUILD": ""}, {"FASTMAF_BUILD": "auto"}])
-def test_auto_without_a_compiler_builds_a_pure_package_and_says_so(tree: Path, settings: dict[str, str]) -> None:
-    name, holds, said = make_wheel(tree, CXX="/nonexistent", **settings)
+def test_auto_without_a_compiler_builds_a_pure_package_and_reports_it(tree: Path, settings: dict[str, str]) -> None:
+    name, files, output = make_wheel(tree, CXX="/nonexistent", **settings)
     assert name == "fastmaf-1.0-py3-none-any.whl"
-    assert holds == {"fastmaf/kernels/_native.txt"}
-    first, second = said.splitlines()
+    assert files == {"fastmaf/kernels/_native.txt"}
+    first, second = output.splitlines()
     assert first == "fastmaf: native library not built: the compiler CXX=/nonexistent is not there"
     assert COMMAND in second
 
 
 @needs_compiler
-def test_auto_without_torch_builds_a_pure_package_and_says_so(tree: Path) -> None:
+def test_auto_without_torch_builds_a_pure_package_and_reports_it(tree: Path) -> None:
     done = python(tree, "-c", WITHOUT_TORCH, "-q", "bdist_wheel")
     assert done.returncode == 0, done.stderr
     assert [path.name for path in (tree / "dist").iterdir()] == ["fastmaf-1.0-py3-none-any.whl"]
@@ -101,9 +101,9 @@ def test_auto_without_torch_builds_a_pure_package_and_says_so(tree: Path) -> Non
 
 def test_a_tree_without_sources_is_a_pure_package(tree: Path) -> None:
     shutil.rmtree(tree / "kernels" / "csrc")
-    name, _, said = make_wheel(tree)
+    name, _, output = make_wheel(tree)
     assert name == "fastmaf-1.0-py3-none-any.whl"
-    assert "there are no sources in kernels/csrc" in said
+    assert "there are no sources in kernels/csrc" in output
 
 
 def test_another_value_is_named(tree: Path) -> None:
@@ -125,11 +125,11 @@ def test_a_build_what_it_repeats_and_how_it_ends_when_a_source_breaks(tree: Path
     def compiled() -> dict[str, int]:
         return {path.name: path.stat().st_mtime_ns for path in (tree / "build" / "native").glob("*.o")}
 
-    name, holds, said = make_wheel(tree, FASTMAF_BUILD="1", FASTMAF_MARCH="baseline")
+    name, files, output = make_wheel(tree, FASTMAF_BUILD="1", FASTMAF_MARCH="baseline")
     assert name.startswith("fastmaf-1.0-py3-none-")
     assert not name.endswith("-any.whl")
-    assert holds == {"fastmaf/kernels/_native.so", "fastmaf/kernels/_native.txt"}
-    assert ", no -march (" in said
+    assert files == {"fastmaf/kernels/_native.so", "fastmaf/kernels/_native.txt"}
+    assert ", no -march (" in output
     first = compiled()
     assert {name.partition("-")[0] for name in first} == {"ops", "kernel"}
 
@@ -146,6 +146,6 @@ def test_a_build_what_it_repeats_and_how_it_ends_when_a_source_breaks(tree: Path
     assert "failed: kernels/csrc/kernel.cpp:1:" in done.stdout.splitlines()[0]
     assert "nothing" in (tree / "kernels" / "_native.txt").read_text(encoding="utf-8")
     assert not library.exists()  # it was made from other sources
-    name, holds, _ = make_wheel(tree, FASTMAF_MARCH="baseline")
+    name, files, _ = make_wheel(tree, FASTMAF_MARCH="baseline")
     assert name == "fastmaf-1.0-py3-none-any.whl"
-    assert holds == {"fastmaf/kernels/_native.txt"}
+    assert files == {"fastmaf/kernels/_native.txt"}

@@ -57,6 +57,13 @@ VARIANTS: dict[str, Callable[[Tensor], fastmaf.Flow]] = {
 }
 
 
+@torch.no_grad()
+def change(blocks: fastmaf.Flow, z: Tensor) -> float:
+    """Returns the mean NLL of whitened images with the blocks, minus that without them."""
+    normal = fastmaf.Flow(RECIPE.features, [])
+    return float((normal.log_prob(z) - blocks.log_prob(z)).double().mean())
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data", required=True, help="folder with good images")
@@ -67,26 +74,18 @@ def main() -> None:
         whitening = fit_whitening(drop_fold(x, fold), RECIPE)
         z[fold] = whitening(x[fold])[0]
         alone[fold] = -fastmaf.Flow(RECIPE.features, [whitening]).log_prob(x[fold]).double()
-    normal = fastmaf.Flow(RECIPE.features, [])
     print(f"{len(x)} images, {RECIPE.folds} folds; whitening alone: held-out NLL {float(alone.mean()):,.0f} nats")
     print(f"{'with blocks':<44} {'parameters':>10} {'held out':>9} {'of folds':>16} {'trained on':>10} {'seconds':>8}")
     for name, train in VARIANTS.items():
-        held_out: list[float] = []
-        trained_on: list[float] = []
         start = time.perf_counter()
-        for fold in folds:
-            flow = train(drop_fold(z, fold))
-            with torch.no_grad():
-                for part, gains in ((z[fold], held_out), (drop_fold(z, fold), trained_on)):
-                    gains.append(float((normal.log_prob(part) - flow.log_prob(part)).double().mean()))
-        count = sum(parameter.numel() for parameter in flow.parameters())
-        spread = f"{min(held_out):+,.0f} to {max(held_out):+,.0f}"
+        flows = [train(drop_fold(z, fold)) for fold in folds]
         seconds = (time.perf_counter() - start) / len(folds)
-        print(
-            f"{name:<44} {count:>10,} {statistics.mean(held_out):>+9,.0f} {spread:>16} "
-            f"{statistics.mean(trained_on):>+10,.0f} {seconds:>8.1f}",
-            flush=True,
-        )
+        held_out = [change(flow, z[fold]) for flow, fold in zip(flows, folds, strict=True)]
+        trained_on = [change(flow, drop_fold(z, fold)) for flow, fold in zip(flows, folds, strict=True)]
+        count = sum(parameter.numel() for parameter in flows[0].parameters())
+        spread = f"{min(held_out):+,.0f} to {max(held_out):+,.0f}"
+        means = f"{statistics.mean(held_out):>+9,.0f} {spread:>16} {statistics.mean(trained_on):>+10,.0f}"
+        print(f"{name:<44} {count:>10,} {means} {seconds:>8.1f}", flush=True)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ from __future__ import annotations
 import copy
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache, partial
 from typing import Any, NamedTuple
 
@@ -48,15 +48,8 @@ class Op(NamedTuple):
     """
 
     prepare: Callable[[fastmaf.MAF, Tensor], Call]
-    layers: tuple[int, ...] | None
+    layers: Sequence[int] | None
     case: Case = FORWARD
-
-    def limit(self, flow: fastmaf.MAF, batch: int, rates: dict[str, float]) -> tuple[float, str]:
-        """Returns the least seconds that it can take, and the bytes or operations that decide it."""
-        layers = _block(flow).made.layers
-        used = [layers[i].layout.visible for i in self.layers or ()]
-        weights = flow.visible_weights if self.layers is None else sum(used)
-        return self.case._replace(batch=batch).limit(weights, 4, rates)
 
 
 def _block(flow: fastmaf.MAF) -> fastmaf.AffineAutoregressive:
@@ -66,10 +59,13 @@ def _block(flow: fastmaf.MAF) -> fastmaf.AffineAutoregressive:
 def _backward(call: Callable[[Tensor], Any], x: Tensor, parameters: list[Tensor]) -> Call:
     """Returns the backward pass for the gradients of the input and of ``parameters``."""
     x = x.detach().requires_grad_()
-    outputs = call(x)
-    outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+    outputs = _as_tuple(call(x))
     grads = [torch.sin(torch.arange(y.numel(), dtype=y.dtype)).view_as(y) for y in outputs]
     return lambda: torch.autograd.grad(outputs, [x, *parameters], grads, retain_graph=True)
+
+
+def _as_tuple(outputs: Any) -> tuple[Tensor, ...]:
+    return outputs if isinstance(outputs, tuple) else (outputs,)
 
 
 def _layer(index: int, kind: str = "forward") -> Op:
@@ -119,9 +115,9 @@ OPS = {
 
 
 @cache
-def flow_of(features: int = FEATURES, blocks: int = 7) -> fastmaf.MAF:
+def published_flow() -> fastmaf.MAF:
     """Returns a flow of the published run's size, in natural order."""
-    return fastmaf.MAF(features, blocks, (512, 512), order="natural", log_scale_bound=5.0, soft_bound=False, seed=0)
+    return fastmaf.MAF(FEATURES, 7, (512, 512), order="natural", log_scale_bound=5.0, soft_bound=False, seed=0)
 
 
 def present() -> list[str]:
@@ -149,10 +145,9 @@ def check(name: str, flow: fastmaf.MAF, batch: int, backend: str) -> float:
     Raises:
         WrongResultError: it is too large.
     """
-    results, truths = (
-        prepared(OPS[name], flow, batch, *how)() for how in ((backend, torch.float32), ("torch", torch.float64))
-    )
-    pairs = zip(*(r if isinstance(r, tuple) else (r,) for r in (results, truths)), strict=True)
+    results = prepared(OPS[name], flow, batch, backend, torch.float32)()
+    truths = prepared(OPS[name], flow, batch, "torch", torch.float64)()
+    pairs = zip(_as_tuple(results), _as_tuple(truths), strict=True)
     errors = [float((y.detach().double() - truth).norm() / truth.norm().clamp_min(1e-30)) for y, truth in pairs]
     for error in errors:
         if not error < LARGEST:  # NaN as well
@@ -160,26 +155,23 @@ def check(name: str, flow: fastmaf.MAF, batch: int, backend: str) -> float:
     return max(errors)
 
 
-@cache
-def rates() -> dict[str, float]:
-    return machine.limits()
-
-
-@cache
-def large() -> Tensor:
-    """Larger than any cache: the other layers of a flow would empty them between two calls."""
-    return torch.ones(32 * 2**20)
+rates = cache(machine.limits)
+# Larger than any cache: the other layers of a flow would empty them between two calls.
+large = cache(partial(torch.ones, 32 * 2**20))
 
 
 @pytest.mark.parametrize("backend", present())
 @pytest.mark.parametrize("batch", BATCHES)
 @pytest.mark.parametrize("name", OPS)
 def test_op(benchmark: BenchmarkFixture, name: str, batch: int, backend: str) -> None:
-    error = check(name, flow_of(), batch, backend)
-    limit, must_move = OPS[name].limit(flow_of(), batch, rates())
+    op, flow = OPS[name], published_flow()
+    error = check(name, flow, batch, backend)
+    layers = _block(flow).made.layers
+    weights = flow.visible_weights if op.layers is None else sum(layers[i].layout.visible for i in op.layers)
+    limit, must_move = op.case._replace(batch=batch).limit(weights, 4, rates())
     benchmark.group = f"{name}, batch {batch}: at least {amount(limit, 's')} ({must_move})"
     benchmark.extra_info |= {"limit_s": limit, "error": error}
-    call = prepared(OPS[name], flow_of(), batch, backend, torch.float32)
+    call = prepared(op, flow, batch, backend, torch.float32)
     benchmark.pedantic(call, setup=lambda: (large().sum(), None)[1], rounds=ROUNDS, warmup_rounds=1)
 
 

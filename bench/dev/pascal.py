@@ -2,21 +2,21 @@
 
     python -m fastmaf.bench.dev.pascal
 
-Each kernel that the library would launch on it (``triton_parts.recording``) takes the time of the bytes that it must
-move or of its multiply-adds, whichever is longer, at the rates below; launches and the dependent steps of sampling are
+Each kernel that the library would launch on it (``resources.recorded``) takes the time of the bytes that it must move
+or of its multiply-adds, whichever is longer, at the rates below; launches and the dependent steps of sampling are
 added. The rates are those of the card's data sheet, times the shares that such kernels reach on other cards.
 """
 
 from __future__ import annotations
 
-import argparse
+from functools import partial
 from typing import NamedTuple
 
 import torch
 
 import fastmaf
-from fastmaf.bench.dev.resources import recorded
-from fastmaf.kernels.triton_common.device import Launched
+from fastmaf.bench.dev.resources import arguments, published_flow, recorded
+from fastmaf.kernels.triton_common.device import Launched, cdiv, power_of_two
 
 
 class Card(NamedTuple):
@@ -49,50 +49,31 @@ GTX_1050_TI = Card("GTX 1050 Ti", 61, 6, 0.85 * 112e9, 0.5 * 768 * 1.39e9, 5e-6,
 
 def seconds(launches: list[Launched], card: Card) -> float:
     """Returns the predicted time of launches other than the level inverse's."""
-    return sum(max(*_work(launched, card), 1e-6) + card.launch_s for launched in launches)
+    return sum(max(_work(launched, card), 1e-6) + card.launch_s for launched in launches)
 
 
-def _work(launched: Launched, card: Card) -> tuple[float, float]:
-    """Returns the seconds that the bytes and the multiply-adds of a launch take."""
-    positional = dict(zip(launched.kernel.arg_names, launched.args, strict=False))
-    args = {**positional, **launched.options}
+def _work(launched: Launched, card: Card) -> float:
+    """Returns the seconds that the bytes or the multiply-adds of a launch take."""
+    args = arguments(launched)
     updated = {"w_ptr", "exp_avg_ptr", "exp_avg_sq_ptr"} if args.get("WEIGHT") == "adam" else set()
-    tensors = {name: value for name, value in positional.items() if isinstance(value, torch.Tensor)}
+    tensors = {name: value for name, value in args.items() if isinstance(value, torch.Tensor)}
     moved = sum(tensor.nbytes * (2 if name in updated else 1) for name, tensor in tensors.items())
-    weight = args.get("w_ptr")
-    if weight is None:
-        return moved / card.bytes_per_s, 0.0
-    products = (bool(args["NEED_X"]) + (args["WEIGHT"] != "none")) if "NEED_X" in args else 1
-    samples = -(-args["n"] // args["BLOCK_N"]) * args["BLOCK_N"]  # whole tiles of samples are multiplied
-    return moved / card.bytes_per_s, weight.numel() * samples * products / card.multiply_adds_per_s
+    multiply_adds = 0
+    if (weight := tensors.get("w_ptr")) is not None:
+        products = (bool(args["NEED_X"]) + (args["WEIGHT"] != "none")) if "NEED_X" in args else 1
+        samples = cdiv(args["n"], args["BLOCK_N"]) * args["BLOCK_N"]  # whole tiles of samples are multiplied
+        multiply_adds = weight.numel() * samples * products
+    return max(moved / card.bytes_per_s, multiply_adds / card.multiply_adds_per_s)
 
 
 def sample_seconds(flow: fastmaf.MAF, n: int, card: Card) -> float:
     """Returns the predicted time of drawing ``n`` samples in one call."""
-    per_program = min(16, 1 << max(0, -(-n // card.sms) - 1).bit_length())
-    rounds = -(-n // (per_program * card.sms))
-    busy = min(card.sms, -(-n // per_program))
+    per_program = power_of_two(cdiv(n, card.sms), 1, 16)
+    rounds = cdiv(n, per_program * card.sms)
+    busy = min(card.sms, cdiv(n, per_program))
     stream = 4 * flow.stored_weights / min(card.sm_bytes_per_s, card.bytes_per_s / busy)
     phases = sum(len(made.schedule) * len(made.layers) for made in flow._mades())
     return rounds * (stream + phases * card.step_s)
-
-
-def predictions(card: Card = GTX_1050_TI) -> list[tuple[str, float]]:
-    """Returns (case, seconds) for the published run's model."""
-    flow = fastmaf.MAF(
-        12_288, 7, (512, 512), order="natural", log_scale_bound=5.0, soft_bound=False, init="empty", validate_args=False
-    )
-    rows = []
-    for batch in (8, 64):
-        step = recorded(card.arch, lambda batch=batch: train_step(flow, batch))  # type: ignore[misc]
-        rows.append((f"train step, batch {batch}", seconds(step, card)))
-    rows.append(("epoch of 219 images, batch 8", 28 * rows[0][1]))
-    for batch in (1, 8, 64):
-        x = torch.zeros(batch, flow.features)
-        with torch.no_grad():
-            passes = recorded(card.arch, lambda x=x: flow.log_prob(x))  # type: ignore[misc]
-        rows.append((f"log_prob, batch {batch}", seconds(passes, card)))
-    return rows + [(f"{n} samples", sample_seconds(flow, n, card)) for n in (1, 5, 64)]
 
 
 def train_step(flow: fastmaf.MAF, batch: int) -> None:
@@ -101,13 +82,20 @@ def train_step(flow: fastmaf.MAF, batch: int) -> None:
     optimizer.minimize(flow.log_prob(torch.zeros(batch, flow.features)).sum(), check_finite=False)
 
 
-def main() -> None:
-    """Prints the predictions."""
-    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
-    card = GTX_1050_TI
+def main(card: Card = GTX_1050_TI) -> None:
+    """Prints the predictions for the published run's model."""
+    flow = published_flow(blocks=7)
+    steps = {n: seconds(recorded(card.arch, partial(train_step, flow, n)), card) for n in (8, 64)}
+    times = {f"train step, batch {n}": step for n, step in steps.items()}
+    times["epoch of 219 images, batch 8"] = 28 * steps[8]
+    log_prob = torch.no_grad()(flow.log_prob)
+    for n in (1, 8, 64):
+        launches = recorded(card.arch, partial(log_prob, torch.zeros(n, flow.features)))
+        times[f"log_prob, batch {n}"] = seconds(launches, card)
+    times |= {f"{n} samples": sample_seconds(flow, n, card) for n in (1, 5, 64)}
     print(f"A MODEL of the {card.name}, not a measurement: {card.bytes_per_s / 1e9:.0f} GB/s, ", end="")
     print(f"{2 * card.multiply_adds_per_s / 1e12:.1f} TFLOP/s, {card.launch_s * 1e6:.0f} µs per launch\n")
-    for case, time in predictions(card):
+    for case, time in times.items():
         print(f"{case:<32}{time * 1e3:10.1f} ms")
 
 

@@ -3,7 +3,7 @@
     python -m fastmaf.bench.dev.resources --arch 61 --arch 90
 
 The kernels are those that the library would launch: training steps, densities and samples of the published run's model
-and of an odd small one run on a card that is only described (``triton_parts.recording``).
+and of an odd small one run on a card that is only described (``triton_common.device.recording``).
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ import subprocess
 import tempfile
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -49,25 +48,10 @@ class Source(NamedTuple):
     options: dict[str, int]
 
 
-@dataclass(frozen=True)
-class Report:
-    """One compiled kernel.
-
-    Attributes:
-        kernel, arch, options: name, compute capability and constants.
-        registers, spills, stack: per thread; the last two in bytes.
-        shared: bytes per program.
-        triton: version of the compiler.
-    """
-
-    kernel: str
-    arch: int
-    options: dict[str, Any]
-    registers: int
-    spills: int
-    stack: int
-    shared: int
-    triton: str
+def published_flow(blocks: int) -> fastmaf.MAF:
+    """Returns a flow of the published run's size, for recording alone: its weights have no values."""
+    options: dict[str, Any] = {"order": "natural", "log_scale_bound": 5.0, "soft_bound": False}
+    return fastmaf.MAF(12_288, blocks, (512, 512), init="empty", validate_args=False, **options)
 
 
 def recorded(arch: int, use: Callable[[], object]) -> list[Launched]:
@@ -82,16 +66,16 @@ def recorded(arch: int, use: Callable[[], object]) -> list[Launched]:
     return recorder.launches
 
 
-def sources(arch: int, batches: Sequence[int] = BATCHES) -> list[Source]:
+def arguments(launched: Launched) -> dict[str, Any]:
+    """Returns the arguments and options of a launch by name."""
+    return dict(zip(launched.kernel.arg_names, launched.args, strict=False)) | launched.options
+
+
+def sources(arch: int, batches: Sequence[int]) -> list[Source]:
     """Returns the distinct specialisations that the library launches on a card in every mode."""
 
     def use() -> None:
-        _use(
-            fastmaf.MAF(
-                12_288, 1, (512, 512), log_scale_bound=5.0, soft_bound=False, init="empty", validate_args=False
-            ),
-            batches,
-        )
+        _use(published_flow(blocks=1), batches)
         _use(fastmaf.MAF(101, 2, (37,), levels=9, seed=0, validate_args=False), (9,))
 
     return list({repr(source): source for source in map(_source, recorded(arch, use))}.values())
@@ -116,11 +100,10 @@ def _use(flow: fastmaf.MAF, batches: Sequence[int]) -> None:
 
 
 def _source(launched: Launched) -> Source:
-    names = launched.kernel.arg_names
-    values = {**dict(zip(names, launched.args, strict=False)), **launched.options}
+    values = arguments(launched)
     options = {name: values.pop(name) for name in _OPTIONS if name in values}
     signature, constants, aligned = {}, {}, []
-    for i, name in enumerate(names):
+    for i, name in enumerate(launched.kernel.arg_names):
         value = values[name]
         if isinstance(value, Tensor):
             signature[name] = f"*{_TYPES[value.dtype]}"
@@ -138,8 +121,13 @@ def _source(launched: Launched) -> Source:
     return Source(function.__module__, function.__name__, signature, constants, tuple(aligned), options)
 
 
-def compiled(source: Source, arch: int) -> Report:
-    """Compiles a kernel to machine code."""
+def compiled(source: Source, arch: int) -> dict[str, Any]:
+    """Compiles a kernel to machine code.
+
+    Returns:
+        Its name, compute capability and constants, the version of Triton, registers and bytes of spills and stack per
+        thread, and bytes of shared memory per program.
+    """
     kernel = getattr(importlib.import_module(source.module), source.kernel)
     attributes = {(i,): [["tt.divisibility", 16]] for i in source.aligned}
     result = triton.compile(
@@ -148,13 +136,17 @@ def compiled(source: Source, arch: int) -> Report:
         options=source.options,
     )
     constants = {name: str(value) for name, value in source.constants.items() if name.isupper()}
-    ptx = result.asm["ptx"]
-    return Report(
-        source.kernel, arch, {**constants, **source.options}, *_ptxas(ptx), result.metadata.shared, triton.__version__
-    )
+    return {
+        "kernel": source.kernel,
+        "arch": arch,
+        "options": constants | source.options,
+        **_ptxas(result.asm["ptx"]),
+        "shared": result.metadata.shared,
+        "triton": triton.__version__,
+    }
 
 
-def _ptxas(ptx: str) -> tuple[int, int, int]:
+def _ptxas(ptx: str) -> dict[str, int]:
     """Returns registers, bytes of spills and bytes of stack per thread, as reported by ptxas."""
     arch = re.findall(r"^\.target (\w+)", ptx, re.M)[0]
     with tempfile.TemporaryDirectory() as folder:
@@ -169,14 +161,8 @@ def _ptxas(ptx: str) -> tuple[int, int, int]:
             raise RuntimeError(f"no ptxas assembles a kernel for {arch}: {run.stderr}")
     sizes = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", run.stderr)
     stack, stores, loads = map(int, sizes[0])
-    return int(re.findall(r"Used (\d+) registers", run.stderr)[0]), stores + loads, stack
-
-
-def report(archs: Sequence[int], batches: Sequence[int] = BATCHES, workers: int = 2) -> list[Report]:
-    """Compiles all kernels that the given batch sizes need, for each of ``archs``."""
-    work = [(source, arch) for arch in archs for source in sources(arch, batches)]
-    with ProcessPoolExecutor(workers) as pool:
-        return list(pool.map(compiled, *zip(*work, strict=True)))
+    registers = re.findall(r"Used (\d+) registers", run.stderr)[0]
+    return {"registers": int(registers), "spills": stores + loads, "stack": stack}
 
 
 def main() -> None:
@@ -186,13 +172,15 @@ def main() -> None:
     parser.add_argument("--batch", type=int, action="append", help="batch sizes (default: 1, 8, 64)")
     parser.add_argument("--json", action="store_true", help="print JSON")
     args = parser.parse_args()
-    reports = report(args.arch or list(CARDS), args.batch or BATCHES)
+    work = [(source, arch) for arch in args.arch or CARDS for source in sources(arch, args.batch or BATCHES)]
+    with ProcessPoolExecutor(2) as pool:
+        reports = list(pool.map(compiled, *zip(*work, strict=True)))
     if args.json:
-        print(json.dumps([asdict(report) for report in reports]))
+        print(json.dumps(reports))
         return
     for r in reports:
-        resources = f"{r.registers:3d} registers {r.spills:4d} spilled {r.stack:4d} stack {r.shared:6d} shared"
-        print(f"sm_{r.arch} {resources}  {r.kernel} {' '.join(f'{k}={v}' for k, v in r.options.items())}")
+        resources = "{registers:3d} registers {spills:4d} spilled {stack:4d} stack {shared:6d} shared".format_map(r)
+        print(f"sm_{r['arch']} {resources}  {r['kernel']} {' '.join(f'{k}={v}' for k, v in r['options'].items())}")
 
 
 if __name__ == "__main__":

@@ -28,16 +28,12 @@ ADAM = {"ieee": 1e-3, "tf32x3": 1e-3, "tf32": 0.2, "bf16": 0.5}
 
 def trained(features: int, blocks: int, hidden: int, device: str) -> fastmaf.MAF:
     """Returns a flow whose every weight differs from its initial value."""
-    options = {"degrees": "random", "log_scale_bound": 1.0, "soft_bound": True, "seed": 0}
-    flow = fastmaf.MAF(features, blocks, (hidden, hidden), **options).to(device)  # type: ignore[arg-type]
-    optimizer = torch.optim.Adam(flow.parameters(), lr=1e-3)
+    flow = fastmaf.MAF(features, blocks, (hidden, hidden), degrees="random", log_scale_bound=1.0, seed=0).to(device)
+    step = fastmaf.TrainingStep(flow, torch.optim.Adam(flow.parameters(), lr=1e-3))
     generator = torch.Generator().manual_seed(1)
     with fastmaf.use_backend("torch"):
         for _ in range(5):
-            optimizer.zero_grad()
-            x = torch.randn(16, features, generator=generator).to(device)
-            (-flow.log_prob(x).mean() / features).backward()
-            optimizer.step()
+            step(torch.randn(16, features, generator=generator).to(device))
     return flow
 
 

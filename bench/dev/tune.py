@@ -15,8 +15,9 @@ import multiprocessing
 import os
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
+from functools import cache, partial
 from itertools import product
 from typing import NamedTuple
 
@@ -25,11 +26,14 @@ from torch import Tensor
 
 import fastmaf
 from fastmaf.bench import machine
+from fastmaf.bench.check import WrongResultError
+from fastmaf.capsule.config import TrainConfig
 from fastmaf.kernels.triton_common.launch_table import TABLES, Table, family
 from fastmaf.training.cuda_graphs import _stream, record
 from fastmaf.training.graphed_step import CapturedUpdates, capture_minimize
 
-# Tiles (rows, columns) to try for each entry.
+# The batch at which an entry is tuned, and the tiles (rows, columns) to try.
+BATCH = {"lanes": 1, "few": 8, "dot": 64, "backward": 8, "backward_many": 64, "inverse": 1}
 TILES: dict[str, tuple[tuple[int, int], ...]] = {
     "lanes": ((8, 256), (8, 512), (16, 128), (16, 256), (16, 512), (32, 128), (32, 256)),
     "few": ((8, 64), (8, 128), (16, 32), (16, 64), (16, 128), (32, 32)),
@@ -38,8 +42,7 @@ TILES: dict[str, tuple[tuple[int, int], ...]] = {
     "backward_many": ((16, 32), (16, 64), (16, 128), (32, 32), (32, 64)),
 }
 WARPS, STAGES, PROGRAMS = (2, 4, 8), (1, 2, 3, 4), (2, 4, 6, 8, 16, 32)
-# The batch at which an entry is tuned.
-BATCH = {"lanes": 1, "few": 8, "dot": 64, "backward": 8, "backward_many": 64, "inverse": 1}
+MOST_ERROR = 1e-5  # norm-wise relative difference from the present results
 
 
 class Trial(NamedTuple):
@@ -47,36 +50,29 @@ class Trial(NamedTuple):
 
     Attributes:
         run: returns a result that must not change.
-        replay: records ``run`` as a CUDA graph and returns its replay; None if it cannot be recorded.
+        prepare: returns the call to be timed: if possible the replay of ``run``, recorded as a CUDA graph.
     """
 
     run: Callable[[], Tensor]
-    replay: Callable[[], Callable[[], object]] | None
+    prepare: Callable[[], Callable[[], object]]
 
 
 def trial(flow: fastmaf.MAF, entry: str) -> Trial:
     """Returns the call that is timed for an entry."""
-    n, device = BATCH[entry], torch.device("cuda", torch.cuda.current_device())
-    x = torch.rand(n, flow.features, generator=torch.Generator(device).manual_seed(0), device=device)
+    device = torch.device("cuda", torch.cuda.current_device())
+    generator = torch.Generator(device).manual_seed(0)
+    x = torch.rand(BATCH[entry], flow.features, generator=generator, device=device)
     if entry == "inverse":
-
-        def sample() -> Tensor:
-            with torch.no_grad():
-                return flow.inverse(x)[0]
-
-        return Trial(sample, None)
+        sample = torch.no_grad()(lambda: flow.inverse(x)[0])
+        return Trial(sample, lambda: sample)
     if not entry.startswith("backward"):
-
-        def score() -> Tensor:
-            with torch.no_grad():
-                return flow.log_prob(x)
-
+        score = torch.no_grad()(lambda: flow.log_prob(x))
         return Trial(score, lambda: record(lambda: (score(), None)[1], device).replay)
     # With betas of 0 the first moment is the gradient.
     optimizer = fastmaf.optim.FusedAdam(flow.parameters(), lr=0.0, betas=(0.0, 0.0))
     weight = next(flow.parameters())
 
-    def back() -> Tensor:
+    def backward() -> Tensor:
         optimizer.minimize(-flow.log_prob(x).mean(), check_finite=False)  # the check would wait for the GPU
         moment: Tensor = optimizer.state[weight]["exp_avg"]
         return moment.clone()
@@ -87,7 +83,7 @@ def trial(flow: fastmaf.MAF, entry: str) -> Trial:
         updates.advance()
         return graph.replay
 
-    return Trial(back, recorded)
+    return Trial(backward, recorded)
 
 
 def alternatives(entry: str, best: Table, stage: int) -> list[Table]:
@@ -105,62 +101,52 @@ def alternatives(entry: str, best: Table, stage: int) -> list[Table]:
     return [best._replace(**{entry: changed}) for changed in launches if changed != launch]
 
 
-def seconds(trial: Trial, repeats: int = 15) -> float:
-    """Returns the median time of a call, replayed if possible."""
-    call = trial.run if trial.replay is None else trial.replay()
+@cache
+def model(blocks: int) -> fastmaf.MAF:
+    """Returns the flow whose kernels are tuned."""
+    return TrainConfig(blocks=blocks).build("cuda")
+
+
+def compile_trial(options: argparse.Namespace, key: int, entry: str, table: Table) -> None:
+    """Runs a trial once, in a worker process, to fill Triton's cache."""
+    fastmaf.use_precision(options.precision)
+    TABLES[key] = table
+    try:
+        trial(model(options.blocks), entry).run()
+    except Exception:  # too large for the card: reported when it is timed
+        torch.cuda.empty_cache()
+
+
+def seconds(trial: Trial, expected: Tensor, repeats: int = 15) -> float:
+    """Returns the median time of a call, once its result has been compared with what is expected.
+
+    Raises:
+        WrongResultError: the results differ.
+    """
+    error = float((trial.run() - expected).norm() / expected.norm())
+    if not error < MOST_ERROR:  # NaN as well
+        raise WrongResultError(f"off by a relative {error:.1e}")
+    call = trial.prepare()
     return statistics.median(machine.cuda_seconds_once(call) for _ in range(repeats))
 
 
-def compile_trials(options: argparse.Namespace, key: int, work: Sequence[tuple[str, Table]]) -> None:
-    """Runs trials once each, in a process of its own, to fill Triton's cache."""
-    fastmaf.use_precision(options.precision)
-    flow = model(options)
-    for entry, table in work:
-        TABLES[key] = table
-        try:
-            trial(flow, entry).run()
-        except Exception:  # too large for the card: reported when it is timed
-            torch.cuda.empty_cache()
-
-
-def model(options: argparse.Namespace) -> fastmaf.MAF:
-    """Returns the flow whose kernels are tuned."""
-    return fastmaf.MAF(
-        12_288,
-        options.blocks,
-        (512, 512),
-        order="natural",
-        log_scale_bound=5.0,
-        soft_bound=False,
-        seed=0,
-        device="cuda",
-    )
-
-
-def tune(options: argparse.Namespace, key: int, entry: str, flow: fastmaf.MAF, pool: ProcessPoolExecutor) -> None:
+def tune(options: argparse.Namespace, key: int, entry: str, pool: ProcessPoolExecutor) -> None:
     """Prints the fastest parameters of an entry."""
     present = best = TABLES[key]
-    tried = trial(flow, entry)
-    expected = tried.run().clone()
-    fastest = seconds(tried)
+    flow = model(options.blocks)
+    expected = trial(flow, entry).run().clone()
+    fastest = seconds(trial(flow, entry), expected)
     print(f"\n{entry}, batch {BATCH[entry]}: now {fastest * 1e3:.4f} ms, {line(entry, present)}", flush=True)
     try:
         for stage in range(3):
             tables = alternatives(entry, best, stage)
-            shares = [[(entry, table) for table in tables[i :: options.workers]] for i in range(options.workers)]
-            for future in [pool.submit(compile_trials, options, key, share) for share in shares if share]:
-                future.result()
+            list(pool.map(partial(compile_trial, options, key, entry), tables))
             for table in tables:
                 TABLES[key] = table
-                tried = trial(flow, entry)
                 try:
-                    error = float((tried.run() - expected).norm() / expected.norm())
-                    if not error < 1e-5:
-                        print(f"  WRONG by a relative {error:.1e}: {line(entry, table)}")
-                        continue
-                    elapsed = seconds(tried)
+                    elapsed = seconds(trial(flow, entry), expected)
                 except Exception as problem:
-                    print(f"  {type(problem).__name__}: {line(entry, table)}")
+                    print(f"  {type(problem).__name__}: {problem}: {line(entry, table)}")
                     continue
                 if elapsed < fastest:
                     fastest, best = elapsed, table
@@ -192,13 +178,12 @@ def main() -> None:
     fastmaf.use_precision(options.precision)
     major, minor = torch.cuda.get_device_capability()
     key = family(10 * major + minor)
-    flow = model(options)
     print(f"{torch.cuda.get_device_name()}: the table of {key}, precision {options.precision}")
     # Everything on the stream on which graphs are recorded: autograd runs backward on the stream of forward.
     on_stream = torch.cuda.stream(_stream(torch.device("cuda", torch.cuda.current_device())))
     with on_stream, ProcessPoolExecutor(options.workers, multiprocessing.get_context("spawn")) as pool:
         for entry in options.entry or BATCH:
-            tune(options, key, entry, flow, pool)
+            tune(options, key, entry, pool)
 
 
 if __name__ == "__main__":

@@ -53,12 +53,6 @@ def train(context: typer.Context, recipe: Literal["published", "reference", "ins
         command.invoke(forwarded)
 
 
-def _print_warning(
-    message: Any, category: Any, filename: str, lineno: int, file: Any = None, line: str | None = None
-) -> None:
-    say_aside(f"note: {message}")
-
-
 def _close(stream: TextIO) -> None:
     """Redirects a stream that cannot be written to nowhere, so that the interpreter does not fail on it at exit."""
     try:
@@ -76,7 +70,7 @@ def _is_expected(error: Exception) -> bool:
 def main() -> None:
     """Runs the command; errors that users can correct are printed without a traceback."""
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
-    warnings.showwarning = _print_warning
+    warnings.showwarning = lambda message, *_, **__: say_aside(f"note: {message}")
     for stream in (sys.stdout, sys.stderr):  # a Windows console or pipe may lack the arrows of a table
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")

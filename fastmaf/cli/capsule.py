@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
 from fastmaf.cli import options
 from fastmaf.cli.evaluate import evaluate
-from fastmaf.cli.options import checked_settings, device_named, refuse, say
+from fastmaf.cli.options import checked_settings, device_named, options_of, refuse, say
 
 if TYPE_CHECKING:
     from fastmaf.capsule.config import TrainConfig
@@ -32,41 +32,62 @@ def demo_data(
     say(f"drew the synthetic capsules into {folder}")
 
 
+def _hidden(text: str) -> tuple[int, ...]:
+    units = [part.strip() for part in text.split(",")]
+    if not all(part.isdecimal() and int(part) for part in units):
+        refuse(f"expected the units of each hidden layer separated by commas, such as 512,512; found {text!r}")
+    return tuple(map(int, units))
+
+
 @app.command()
 def train(
     context: typer.Context,
     data: options.Data,
     out: options.Out = Path("results"),
     size: options.Size = 64,
-    epochs: options.Epochs = 100,
-    batch_size: options.BatchSize = 8,
-    lr: options.LearningRate = None,
-    blocks: options.Blocks = 7,
-    hidden: options.Hidden = "512,512",
-    order: options.Order = "natural",
-    degrees: options.Degrees = "spread",
-    masks: options.Masks = "strict",
-    levels: options.Levels = None,
+    epochs: Annotated[int, typer.Option(min=1, help="Passes over the training images.")] = 100,
+    batch_size: Annotated[int, typer.Option(min=1, help="Images per step.")] = 8,
+    lr: Annotated[float | None, typer.Option(help="Learning rate of Adam. Default: 1e-4, or 2e-5 with guards.")] = None,
+    blocks: Annotated[int, typer.Option(min=1, help="Blocks of the flow.")] = 7,
+    hidden_features: Annotated[
+        str, typer.Option("--hidden", callback=_hidden, help="Units of each hidden layer, separated by commas.")
+    ] = "512,512",
+    order: Annotated[
+        Literal["natural", "alternate", "random"],
+        typer.Option(help="Order of the dimensions: the same in all blocks, reversed in every second one, or random."),
+    ] = "natural",
+    degrees: Annotated[
+        Literal["spread", "random", "cyclic"], typer.Option(help="Degrees of the hidden units.")
+    ] = "spread",
+    masks: Annotated[
+        Literal["strict", "published", "reference"],
+        typer.Option(help="Output masks: strict, or the leaky ones of the published run, once called reference."),
+    ] = "strict",
+    levels: Annotated[
+        int | None,
+        typer.Option(min=1, help="Maximum number of distinct hidden degrees: fewer dependent steps when sampling."),
+    ] = None,
     holdout: Annotated[float, typer.Option(help="Share of the normal images held out of training.")] = 0.1,
     guards: Annotated[
         bool | None,
         typer.Option(help="Settings that keep other orders than natural stable. Default: on for those orders."),
     ] = None,
     seed: options.Seed = 0,
-    resume: options.Resume = False,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Continue from the checkpoint in the output folder.")
+    ] = False,
     skip_bad: options.SkipBad = False,
     device: options.Device = "auto",
-    cuda_graphs: options.CudaGraphs = True,
+    cuda_graphs: Annotated[
+        bool, typer.Option("--cuda-graphs/--no-cuda-graphs", help="On a GPU, replay training steps as CUDA graphs.")
+    ] = True,
     quiet: options.Quiet = False,
 ) -> None:
     """Train a flow on good images as in the published run (for inspection: fastmaf inspection train)."""
-    config = _config(context.params)
-    device = device_named(device)
+    config, settings = _settings(context.params)
     from fastmaf.capsule.train import train as run
 
-    result = run(
-        data, out, config, resume=resume, skip_bad=skip_bad, device=device, graphs=cuda_graphs, progress=not quiet
-    )
+    result = run(data, out, config, **settings)
     if result.interrupted:
         say(f"stopped after {len(result.log)} whole epochs; the model is in {result.model}; --resume continues")
         raise typer.Exit(130)
@@ -99,56 +120,25 @@ app.command("eval")(evaluate)
 
 
 @app.command()
-def reproduce(
-    context: typer.Context,
-    data: options.OptionalData = None,
-    out: options.Out = Path("results"),
-    epochs: Annotated[
-        int | None, typer.Option(min=1, help="Default: 100 with --data, 20 on the synthetic set.")
-    ] = None,
-    size: options.Size = 64,
-    batch_size: options.BatchSize = 8,
-    lr: options.LearningRate = None,
-    blocks: options.Blocks = 7,
-    hidden: options.Hidden = "512,512",
-    order: options.Order = "natural",
-    degrees: options.Degrees = "random",
-    masks: options.Masks = "strict",
-    holdout: Annotated[
-        float | None,
-        typer.Option(help="Share of the normal images held out. Default: 0 with --data, 0.1 on the synthetic set."),
-    ] = None,
-    seed: options.Seed = 0,
-    resume: options.Resume = False,
-    skip_bad: options.SkipBad = False,
-    device: options.Device = "auto",
-    cuda_graphs: options.CudaGraphs = True,
-    quiet: options.Quiet = False,
-) -> None:
-    """Repeat the published run (train, sample, evaluate) and print both runs side by side."""
+@options_of(train, data=None, epochs=None, degrees="random", holdout=None)
+def reproduce(context: typer.Context, data: Path | None, out: Path, **_: Any) -> None:
+    """Repeat the published run (train, sample, evaluate) and print both runs side by side.
+
+    With --data: 100 epochs, no image held out. Without --data: 20 epochs on a synthetic set, a tenth of its normal
+    images held out.
+    """
     defaults = {"epochs": 20, "holdout": 0.1} if data is None else {"epochs": 100, "holdout": 0.0}
-    config = _config(context.params, **defaults)
-    device = device_named(device)
+    config, settings = _settings(context.params, **defaults)
     from fastmaf.capsule.reproduce import reproduce as run
 
-    result = run(
-        out,
-        config,
-        data=data,
-        resume=resume,
-        skip_bad=skip_bad,
-        device=device,
-        graphs=cuda_graphs,
-        progress=not quiet,
-        say=say,
-    )
+    result = run(out, config, data=data, say=say, **settings)
     if result is None:
         raise typer.Exit(130)
     say(f"\n{result.table}\n\neverything is in {out}")
 
 
-def _config(given: dict[str, Any], **defaults: Any) -> TrainConfig:
-    """Returns the settings of a run from the options of its command; options that are None take ``defaults``.
+def _settings(given: dict[str, Any], **defaults: Any) -> tuple[TrainConfig, dict[str, Any]]:
+    """Returns the settings of a run, and how to run it, from the options; those that are None take ``defaults``.
 
     Guards are on by default for every order but the natural one.
     """
@@ -159,7 +149,7 @@ def _config(given: dict[str, Any], **defaults: Any) -> TrainConfig:
     given = {name: value for name, value in given.items() if value is not None}
     if given.get("guards", given["order"] != "natural"):
         defaults |= GUARDED
-    values = {**defaults, **given, "hidden_features": _hidden(given["hidden"])}
+    values = defaults | given
     with checked_settings():
         config = TrainConfig(
             **{field.name: values[field.name] for field in fields(TrainConfig) if field.name in values}
@@ -170,11 +160,10 @@ def _config(given: dict[str, Any], **defaults: Any) -> TrainConfig:
             "that some outputs depend on their own input. The log-determinant is wrong there: what is reported as NLL "
             "is no density, and the model cannot sample."
         )
-    return config
-
-
-def _hidden(text: str) -> tuple[int, ...]:
-    units = [part.strip() for part in text.split(",")]
-    if not all(part.isdecimal() and int(part) for part in units):
-        refuse(f"expected the units of each hidden layer separated by commas, such as 512,512; found {text!r}")
-    return tuple(map(int, units))
+    return config, {
+        "resume": given["resume"],
+        "skip_bad": given["skip_bad"],
+        "device": device_named(given["device"]),
+        "graphs": given["cuda_graphs"],
+        "progress": not given["quiet"],
+    }

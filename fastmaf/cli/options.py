@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Literal, NoReturn
+from typing import Annotated, Any, NoReturn
 
 import typer
 
@@ -91,6 +92,18 @@ def _existing_images(arguments: list[str]) -> list[str]:
     return arguments
 
 
+def options_of(other: Callable[..., None], **defaults: Any) -> Callable[[Any], Any]:
+    """Gives a command the options of another one, some with other defaults; its parameters are those that it reads."""
+    parameters = dict(inspect.signature(other, eval_str=True).parameters)
+    parameters |= {name: parameters[name].replace(default=default) for name, default in defaults.items()}
+
+    def decorate(command: Any) -> Any:
+        command.__signature__ = inspect.Signature(list(parameters.values()))
+        return command
+
+    return decorate
+
+
 Data = Annotated[
     Path,
     typer.Option(
@@ -99,10 +112,6 @@ Data = Annotated[
         help="Folder with train/good, test/<class> and, optionally, ground_truth/<class>; for training also a folder "
         "of good images.",
     ),
-]
-OptionalData = Annotated[
-    Path | None,
-    typer.Option("--data", callback=_existing, help="The capsule images; by default a synthetic set is drawn."),
 ]
 _MODEL = "Model file, or the folder of a training run."
 Model = Annotated[Path, typer.Option("--model", callback=_existing, help=_MODEL)]
@@ -114,33 +123,9 @@ CheckImages = Annotated[
 ]
 Out = Annotated[Path, typer.Option("--out", help="Output folder.")]
 Size = Annotated[int, typer.Option(min=1, help="Side of the square images in pixels.")]
-Epochs = Annotated[int, typer.Option(min=1, help="Passes over the training images.")]
-BatchSize = Annotated[int, typer.Option(min=1, help="Images per step.")]
-LearningRate = Annotated[
-    float | None, typer.Option("--lr", help="Learning rate of Adam. Default: 1e-4, or 2e-5 with guards.")
-]
-Blocks = Annotated[int, typer.Option(min=1, help="Blocks of the flow.")]
-Hidden = Annotated[str, typer.Option("--hidden", help="Units of each hidden layer, separated by commas.")]
-Order = Annotated[
-    Literal["natural", "alternate", "random"],
-    typer.Option(help="Order of the dimensions: the same in all blocks, reversed in every second one, or random."),
-]
-Degrees = Annotated[Literal["spread", "random", "cyclic"], typer.Option(help="Degrees of the hidden units.")]
-Masks = Annotated[
-    Literal["strict", "published", "reference"],
-    typer.Option(help="Output masks: strict, or the leaky ones of the published run, once called reference."),
-]
-Levels = Annotated[
-    int | None,
-    typer.Option(min=1, help="Maximum number of distinct hidden degrees: fewer dependent steps when sampling."),
-]
 Seed = Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Seed of the random numbers.")]
-Resume = Annotated[bool, typer.Option("--resume", help="Continue from the checkpoint in the output folder.")]
 SkipBad = Annotated[bool, typer.Option("--skip-bad", help="Skip and list unreadable files instead of stopping.")]
 Device = Annotated[str, typer.Option(callback=_device, help="auto, cpu, cuda, or a CUDA device such as cuda:0.")]
-CudaGraphs = Annotated[
-    bool, typer.Option("--cuda-graphs/--no-cuda-graphs", help="On a GPU, replay training steps as CUDA graphs.")
-]
 Quiet = Annotated[bool, typer.Option("--quiet", help="Show no progress bars.")]
 FalseAlarm = Annotated[float, typer.Option(callback=share, help="Accepted share of normal images above the threshold.")]
 Confidence = Annotated[

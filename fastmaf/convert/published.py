@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
@@ -18,9 +18,8 @@ from fastmaf.degrees import input_degrees, warn_if_disconnected
 from fastmaf.flows import MAF
 from fastmaf.io.safe_json import shown
 from fastmaf.nn import MADE
-from fastmaf.transforms import AffineAutoregressive, Transform
+from fastmaf.transforms import AffineAutoregressive
 
-_FIELDS = ("weight", "bias", "mask")
 # The notebook registers each layer twice: as fc1, fc2, fc3, and inside an nn.Sequential with its activations.
 _NAMES = (("fc1", "net.0"), ("fc2", "net.2"), ("fc3", "net.4"))
 _LOG_SCALE_BOUND = 5.0
@@ -42,6 +41,9 @@ class _Layer(NamedTuple):
     weight: Tensor
     bias: Tensor
     mask: Tensor
+
+
+_Layers: TypeAlias = tuple[_Layer, _Layer, _Layer]
 
 
 def from_published(state_dict: Mapping[str, Tensor], *, strict: bool = True) -> MAF:
@@ -85,14 +87,12 @@ def from_published(state_dict: Mapping[str, Tensor], *, strict: bool = True) -> 
             "must be '>'. There the log-determinant is wrong, so the NLL is no density and the model has no inverse. "
             "from_published(..., strict=False) accepts it for scoring only"
         )
-    blocks: list[Transform] = []
-    for block, (block_degrees, leaks) in zip(layers, degrees, strict=True):
-        blocks.append(_build(block, block_degrees, strict=not leaks))
     features, dtype = layers[0][0].mask.shape[1], layers[0][0].weight.dtype
     for i, block in enumerate(layers):
         if (kind := (block[0].mask.shape[1], block[0].weight.dtype)) != (features, dtype):
             raise ValueError(f"flows.{i}.made: expected {features} features in {dtype}, as in flows.0; found {kind}")
     warn_if_disconnected(features, [[d.sort().values for d in block_degrees] for block_degrees, _ in degrees])
+    blocks = [_build(block, *recovered) for block, recovered in zip(layers, degrees, strict=True)]
     return MAF.from_transforms(features, blocks)
 
 
@@ -108,11 +108,11 @@ def _count_blocks(state_dict: Mapping[str, Tensor]) -> int:
     return len(blocks)
 
 
-def _layers_of(state_dict: Mapping[str, Tensor], block: int) -> tuple[_Layer, _Layer, _Layer]:
+def _layers_of(state_dict: Mapping[str, Tensor], block: int) -> _Layers:
     layers = []
     for names in _NAMES:
         fields = []
-        for field in _FIELDS:
+        for field in _Layer._fields:
             keys = [f"flows.{block}.made.{name}.{field}" for name in names]
             tensors = [_tensor(key, state_dict[key], 1 if field == "bias" else 2) for key in keys if key in state_dict]
             if not tensors:
@@ -150,7 +150,7 @@ def _tensor(key: str, value: object, axes: int) -> Tensor:
     return value.detach().cpu()
 
 
-def _recover_degrees(block: int, layers: tuple[_Layer, _Layer, _Layer]) -> tuple[list[Tensor], int]:
+def _recover_degrees(block: int, layers: _Layers) -> tuple[list[Tensor], int]:
     """Returns the degrees of both hidden layers, in the order of their units, and the number of leaking outputs.
 
     Without leaks, a strict output mask of these degrees equals the mask of the model. With leaks, the degrees are the
@@ -159,11 +159,11 @@ def _recover_degrees(block: int, layers: tuple[_Layer, _Layer, _Layer]) -> tuple
     features = layers[0].mask.shape[1]
     inputs = input_degrees(features)
     first = layers[0].mask.ne(0).sum(1)  # the number of inputs that a unit sees is its degree
-    # The outputs of degree > m (strict) or >= m (leaky) see a unit of degree m.
     seen_by = layers[2].mask[:features].ne(0).sum(0)
-    readings = [(features - seen_by, True), (features + 1 - seen_by, False)]
-    for second, strict in readings:
-        if _masks_agree(layers, inputs, first, second, strict):
+    at_least = features + 1 - seen_by  # the lowest degree of the outputs that see a unit of the second layer
+    for second, strict in ((at_least - 1, True), (at_least, False)):
+        degrees = ((first, inputs), (second, first), (inputs.repeat(2), at_least))
+        if all(_is_mask(layer.mask, *pair) for layer, pair in zip(layers, degrees, strict=True)):
             # The strict reading fails only if units of both layers share a degree; the output of that degree leaks.
             shared = first[torch.isin(first, second)].unique()
             return [first, second], 0 if strict else shared.numel()
@@ -173,40 +173,22 @@ def _recover_degrees(block: int, layers: tuple[_Layer, _Layer, _Layer]) -> tuple
     )
 
 
-def _masks_agree(
-    layers: tuple[_Layer, _Layer, _Layer], inputs: Tensor, first: Tensor, second: Tensor, strict: bool
-) -> bool:
-    outputs = inputs.repeat(2)
-    expected_of = (
-        lambda rows: first[rows, None] >= inputs,
-        lambda rows: second[rows, None] >= first,
-        lambda rows: (outputs[rows, None] > second) if strict else (outputs[rows, None] >= second),
-    )
-    for layer, expected in zip(layers, expected_of, strict=True):
-        # In slices, since the whole comparison would be as large as the dense model.
-        for start in range(0, layer.mask.shape[0], 1024):
-            rows = slice(start, start + 1024)
-            if not torch.equal(layer.mask[rows].ne(0), expected(rows)):
-                return False
-    return True
+def _is_mask(mask: Tensor, above: Tensor, below: Tensor) -> bool:
+    """Returns whether the mask lets units of degrees ``above`` see those ``below`` of at most their own degree."""
+    # In slices, since the whole comparison would be as large as the dense model.
+    slices = zip(mask.split(1024), above.split(1024), strict=True)
+    return all(torch.equal(rows.ne(0), degrees[:, None] >= below) for rows, degrees in slices)
 
 
-@torch.no_grad()
-def _build(layers: tuple[_Layer, _Layer, _Layer], degrees: list[Tensor], *, strict: bool) -> AffineAutoregressive:
+def _build(layers: _Layers, degrees: list[Tensor], leaks: int) -> AffineAutoregressive:
     features = layers[0].mask.shape[1]
-    by_degree = [d.argsort(stable=True) for d in degrees]
-    # The shift and the log-scale of a dimension become adjacent rows.
+    widths = [d.numel() for d in degrees]
+    made = MADE(features, widths, degrees=degrees, strict=not leaks, init="empty", dtype=layers[0].weight.dtype)
+    # Hidden units are sorted by degree, and the shift and the log-scale of a dimension become adjacent rows.
     interleaved = torch.arange(2 * features).view(2, features).t().flatten()
-    made = MADE(
-        features,
-        [d.numel() for d in degrees],
-        degrees=degrees,
-        strict=strict,
-        init="empty",
-        dtype=layers[0].weight.dtype,
-    )
     columns = torch.arange(features)
-    for layer, source, rows in zip(made.layers, layers, (*by_degree, interleaved), strict=True):
+    orders = [*(d.argsort(stable=True) for d in degrees), interleaved]
+    for layer, source, rows in zip(made.layers, layers, orders, strict=True):
         layer.load_dense_(source.weight[rows][:, columns], source.bias[rows])
         columns = rows
     return AffineAutoregressive(made, log_scale_bound=_LOG_SCALE_BOUND)

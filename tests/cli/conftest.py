@@ -17,9 +17,9 @@ def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> 
     def call(*arguments: object) -> Done:
         monkeypatch.setattr(sys, "argv", ["fastmaf", *map(str, arguments)])
         capsys.readouterr()
-        with pytest.raises(SystemExit) as left:
+        with pytest.raises(SystemExit) as exit_:
             cli.main()
-        code = left.value.code
+        code = exit_.value.code
         return Done(code if isinstance(code, int) else int(code is not None), *capsys.readouterr())
 
     return call

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +39,7 @@ def trained(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.slow
 def test_from_drawing_to_evaluation(run: Fastmaf, tmp_path: Path) -> None:
-    """Every command in turn on what the one before left; the long ones as processes of their own."""
+    """Every command in turn on the files of the one before; the long ones as processes of their own."""
     data, out = tmp_path / "capsules", tmp_path / "run"
     done = run("demo-data", data, "--train", 10, "--size", 32, "--quiet")
     assert done == (0, f"drew the synthetic capsules into {data}\n", "")
@@ -68,7 +69,7 @@ def test_from_drawing_to_evaluation(run: Fastmaf, tmp_path: Path) -> None:
 
 
 def test_an_error_as_the_user_sees_it(tmp_path: Path) -> None:
-    """The one error that is looked at from outside; the others run in this process."""
+    """In a process of its own; the other errors are tested in this process."""
     (tmp_path / "empty").mkdir()
     done = fastmaf_process("train", "--data", tmp_path / "empty", "--out", tmp_path / "out")
     assert (done.code, done.out) == (1, "")
@@ -76,7 +77,7 @@ def test_an_error_as_the_user_sees_it(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["empty"], "nothing is written before the data are read"
 
 
-def test_skip_bad_goes_on_and_names_the_file(
+def test_skip_bad_continues_and_names_the_file(
     run: Fastmaf, data: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     broken = Path(shutil.copytree(data, tmp_path / "data"))
@@ -111,12 +112,11 @@ def test_a_folder_one_level_off(run: Fastmaf, data: Path, tmp_path: Path) -> Non
 @pytest.mark.parametrize("command", ["train", "eval", "reproduce"])
 def test_a_text_file_named_png(run: Fastmaf, data: Path, trained: Path, tmp_path: Path, command: str) -> None:
     bad = Path(shutil.copytree(data, tmp_path / "data"))
-    place = ("test", "crack") if command == "eval" else ("train", "good")
-    victim = bad.joinpath(*place, "001.png")
-    victim.write_text("Hello, I am not an image.")
+    text_file = bad / ("test/crack/001.png" if command == "eval" else "train/good/001.png")
+    text_file.write_text("Hello, I am not an image.")
     settings = ("--model", trained, "--quiet") if command == "eval" else SMALL
     done = run(command, "--data", bad, "--out", tmp_path / "out", *settings)
-    assert_one_error(done, str(victim), "no image that can be read")
+    assert_one_error(done, str(text_file), "no image that can be read")
     assert not (tmp_path / "out" / "model.safetensors").exists()
 
 
@@ -196,21 +196,29 @@ def test_ctrl_c_before_training(run: Fastmaf, data: Path, monkeypatch: pytest.Mo
     assert "Traceback" not in done.err
 
 
-def asked(run: Fastmaf, monkeypatch: pytest.MonkeyPatch, module: Any, name: str, *arguments: object) -> TrainConfig:
-    """The settings that a command hands over."""
+ConfigOf = Callable[..., TrainConfig]
+
+
+@pytest.fixture
+def config_of(run: Fastmaf, monkeypatch: pytest.MonkeyPatch) -> ConfigOf:
+    """The settings that a command line passes on to the training or the reproduction."""
     configs: list[TrainConfig] = []
 
-    def take(*positional: Any, **_: Any) -> None:
+    def record(*positional: Any, **_: Any) -> None:
         configs.append(next(value for value in positional if isinstance(value, TrainConfig)))
-        raise ValueError("seen enough")
+        raise ValueError("recorded")
 
-    monkeypatch.setattr(module, name, take)
-    assert_one_error(run(*arguments), "seen enough")
-    return configs[0]
+    def call(*arguments: object) -> TrainConfig:
+        monkeypatch.setattr(train, "train", record)
+        monkeypatch.setattr(reproduce, "reproduce", record)
+        assert_one_error(run(*arguments), "recorded")
+        return configs[-1]
+
+    return call
 
 
-def test_the_defaults_of_training(run: Fastmaf, monkeypatch: pytest.MonkeyPatch) -> None:
-    config = asked(run, monkeypatch, train, "train", "train", "--data", ".")
+def test_the_defaults_of_training(config_of: ConfigOf) -> None:
+    config = config_of("train", "--data", ".")
     assert config == TrainConfig()
     assert (config.size, config.blocks, config.hidden_features, config.epochs) == (64, 7, (512, 512), 100)
     assert (config.lr, config.batch_size, config.holdout) == (1e-4, 8, 0.1)
@@ -227,28 +235,30 @@ def test_the_defaults_of_training(run: Fastmaf, monkeypatch: pytest.MonkeyPatch)
         ((), False),
     ],
 )
-def test_orders_that_are_not_natural_are_guarded(
-    run: Fastmaf, monkeypatch: pytest.MonkeyPatch, options: tuple[str, ...], guarded: bool
-) -> None:
-    config = asked(run, monkeypatch, train, "train", "train", "--data", ".", *options)
+def test_orders_that_are_not_natural_are_guarded(config_of: ConfigOf, options: tuple[str, ...], guarded: bool) -> None:
+    config = config_of("train", "--data", ".", *options)
     assert all((getattr(config, name) == value) is guarded for name, value in GUARDED.items())
 
 
 @pytest.mark.parametrize("order", ["natural", "alternate"])
-def test_a_learning_rate_that_is_asked_for_is_taken(run: Fastmaf, monkeypatch: pytest.MonkeyPatch, order: str) -> None:
-    arguments = ("train", "--data", ".", "--order", order, "--lr", "7e-4")
-    assert asked(run, monkeypatch, train, "train", *arguments).lr == 7e-4
+def test_a_given_learning_rate_is_used(config_of: ConfigOf, order: str) -> None:
+    assert config_of("train", "--data", ".", "--order", order, "--lr", "7e-4").lr == 7e-4
 
 
 @pytest.mark.parametrize(
     ("options", "epochs", "holdout"),
     [((), 20, 0.1), (("--data", "."), 100, 0.0), (("--data", ".", "--epochs", "5", "--holdout", "0.2"), 5, 0.2)],
 )
-def test_reproduce_takes_the_settings_of_the_reference(
-    run: Fastmaf, monkeypatch: pytest.MonkeyPatch, options: tuple[str, ...], epochs: int, holdout: float
+def test_reproduce_uses_the_settings_of_the_published_run(
+    config_of: ConfigOf, options: tuple[str, ...], epochs: int, holdout: float
 ) -> None:
-    config = asked(run, monkeypatch, reproduce, "reproduce", "reproduce", *options)
-    assert config == TrainConfig(degrees="random", epochs=epochs, holdout=holdout)
+    assert config_of("reproduce", *options) == TrainConfig(degrees="random", epochs=epochs, holdout=holdout)
+
+
+def test_reproduce_has_the_options_of_train(config_of: ConfigOf) -> None:
+    config = config_of("reproduce", "--levels", "9", "--guards", "--hidden", "24, 16")
+    guarded = {name: getattr(config, name) for name in GUARDED}
+    assert (config.levels, guarded, config.hidden_features) == (9, GUARDED, (24, 16))
 
 
 def test_reproduce_prints_both_runs(run: Fastmaf, data: Path, tmp_path: Path) -> None:
@@ -257,7 +267,7 @@ def test_reproduce_prints_both_runs(run: Fastmaf, data: Path, tmp_path: Path) ->
     assert "published run" in done.out
     assert "8,003" in done.out
     assert (tmp_path / "comparison.txt").read_text(encoding="utf-8").strip() in done.out
-    assert "note: " in done.err, "gaps between random degrees at this size are said in one line"
+    assert "note: " in done.err, "gaps between random degrees at this size are reported in one line"
     assert "UserWarning" not in done.err
 
 

@@ -32,8 +32,8 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root / "m.safetensors"
 
 
-def limited(size: int, *arguments: object) -> subprocess.CompletedProcess[str]:
-    """Runs a command of which no file may grow beyond ``size`` bytes: it fails as on a full disk, but with EFBIG."""
+def with_small_files(size: int, *arguments: object) -> subprocess.CompletedProcess[str]:
+    """Runs a command whose files may not exceed ``size`` bytes: it fails as on a full disk, but with EFBIG."""
     code = (
         "import resource, sys; from fastmaf.cli import main;"
         f"resource.setrlimit(resource.RLIMIT_FSIZE, ({size}, {size}));"
@@ -59,21 +59,21 @@ def limited(size: int, *arguments: object) -> subprocess.CompletedProcess[str]:
         (("demo-data", "{out}/demo", "--train", "1", "--size", "64", "--quiet"), "{out}/demo/train/good/000.png"),
     ],
 )  # fmt: skip
-def test_no_room_is_one_line(model: Path, tmp_path: Path, arguments: tuple[str, ...], file: str) -> None:
-    own = tmp_path / "m.safetensors"
-    own.write_bytes(model.read_bytes())
-    names = {"model": own, "images": model.parent / "good", "out": tmp_path / "out"}
-    done = limited(600, *(argument.format(**names) for argument in arguments))
+def test_a_full_disk_is_one_line(model: Path, tmp_path: Path, arguments: tuple[str, ...], file: str) -> None:
+    copy = tmp_path / "m.safetensors"
+    copy.write_bytes(model.read_bytes())
+    names = {"model": copy, "images": model.parent / "good", "out": tmp_path / "out"}
+    done = with_small_files(600, *(argument.format(**names) for argument in arguments))
     last = done.stderr.strip().splitlines()[-1]
     assert done.returncode == 1 and "Traceback" not in done.stderr, done.stderr
     assert last.startswith(f"error: {file.format(**names)}") and last.endswith(": file too large")
-    assert own.read_bytes() == model.read_bytes()
+    assert copy.read_bytes() == model.read_bytes()
     assert [path.name for path in tmp_path.rglob("*") if path.name.endswith(".tmp")] == []
 
 
 @linux
 @pytest.mark.parametrize("arguments", [("doctor",), ("score", "{model}", "{images}", "--quiet")])
-def test_standard_output_without_room_is_named(model: Path, arguments: tuple[str, ...]) -> None:
+def test_standard_output_on_a_full_disk_is_named(model: Path, arguments: tuple[str, ...]) -> None:
     command = [argument.format(model=model, images=model.parent / "good") for argument in arguments]
     with open("/dev/full", "w") as full:
         done = subprocess.run(
@@ -111,13 +111,13 @@ def test_a_refused_output_is_one_line(run: Fastmaf, model: Path) -> None:
     assert {path: path.read_bytes() for path in images.iterdir()} == before
 
 
-def test_a_terminal_obeys_no_name(run: Fastmaf, model: Path, tmp_path: Path) -> None:
+def test_control_characters_of_names_are_escaped(run: Fastmaf, model: Path, tmp_path: Path) -> None:
     done = run("score", model, tmp_path / "\x1b[2J\x07nowhere.png")
     assert_one_error(done, r"\x1b[2J\x07nowhere.png")
     assert "\x1b" not in done.err and "\x07" not in done.err
 
 
-def test_ctrl_c_is_said(run: Fastmaf, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ctrl_c_is_reported(run: Fastmaf, monkeypatch: pytest.MonkeyPatch) -> None:
     def interrupted() -> None:
         raise KeyboardInterrupt
 

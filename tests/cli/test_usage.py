@@ -90,8 +90,8 @@ def run(arguments):
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         try:
             main()
-        except SystemExit as left:
-            code = left.code
+        except SystemExit as exit_:
+            code = exit_.code
     slow = sorted({"torch", "scipy", "sklearn", "matplotlib", "rich"} & set(sys.modules))
     return code, out.getvalue(), err.getvalue(), slow
 
@@ -101,23 +101,23 @@ print(json.dumps([run(arguments) for arguments in json.load(sys.stdin)]))
 
 @pytest.fixture(scope="module")
 def answers(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, ...], tuple[Done, list[str]]]:
-    """What each command line answered in a folder with an empty ``folder``, and the slow packages imported by then."""
-    place = tmp_path_factory.mktemp("usage")
-    (place / "folder").mkdir()
+    """The output of each command line where there is an empty ``folder``, and the slow packages imported by then."""
+    working_folder = tmp_path_factory.mktemp("usage")
+    (working_folder / "folder").mkdir()
     lines = [*((*line, "--help") for line in HELP), ("--version",), *(line for line, _ in ERRORS)]
     done = subprocess.run(
         [sys.executable, "-c", SCRIPT],
         input=json.dumps(lines),
-        cwd=place,
+        cwd=working_folder,
         env={**os.environ, "PYTHONPATH": str(ROOT)},
         capture_output=True,
         text=True,
         timeout=300,
     )
     assert done.returncode == 0, done.stderr
-    assert sorted(path.name for path in place.iterdir()) == ["folder"], "a usage error writes nothing"
+    assert sorted(path.name for path in working_folder.iterdir()) == ["folder"], "a usage error writes nothing"
     results: list[Any] = json.loads(done.stdout)
-    return {line: (Done(*ended), slow) for line, (*ended, slow) in zip(lines, results, strict=True)}
+    return {line: (Done(*done), slow) for line, (*done, slow) in zip(lines, results, strict=True)}
 
 
 @pytest.mark.parametrize(("line", "words"), ERRORS, ids=[" ".join(line).encode("unicode_escape") for line, _ in ERRORS])

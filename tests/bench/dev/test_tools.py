@@ -12,7 +12,6 @@ from typing import Any
 import pytest
 import torch
 
-import fastmaf
 from fastmaf.bench.dev import readme
 from fastmaf.bench.rows import read
 from fastmaf.bench.tables import MARKDOWN
@@ -21,8 +20,6 @@ from tests.bench.example_rows import ABOUT, example_run
 
 MISSING = next((why for op in dispatch.OPS if (why := dispatch.missing(op, "triton")) is not None), None)
 needs_triton = pytest.mark.skipif(MISSING is not None, reason=str(MISSING))
-
-
 ROOT = Path(__file__).parents[3]
 
 
@@ -39,16 +36,12 @@ def test_what_scripts_and_pages_name_exists(name: str) -> None:
     assert [word for word in selected if not re.search(rf"def test_\w*{word}", tests)] == []
 
 
-def flow() -> fastmaf.MAF:
-    return fastmaf.MAF(12_288, 1, (512, 512), order="natural", init="empty", validate_args=False)
-
-
 @needs_triton
 def test_the_model_of_pascal_counts_every_byte_once() -> None:
     """A step moves the weights seven times: forward reads them, Adam reads and writes them and both moments."""
     from fastmaf.bench.dev import pascal, resources
 
-    model, card = flow(), pascal.GTX_1050_TI
+    model, card = resources.published_flow(blocks=1), pascal.GTX_1050_TI
     launches = resources.recorded(card.arch, lambda: pascal.train_step(model, 8))
     least = 7 * 4 * model.stored_weights / card.bytes_per_s
     assert least < pascal.seconds(launches, card) - len(launches) * card.launch_s < 1.3 * least
@@ -58,13 +51,14 @@ def test_the_model_of_pascal_counts_every_byte_once() -> None:
 
 @needs_triton
 def test_the_model_of_pascal_counts_the_steps_of_a_sample() -> None:
-    from fastmaf.bench.dev import pascal
+    from fastmaf.bench.dev import pascal, resources
 
+    flow = resources.published_flow(blocks=1)
     card = pascal.GTX_1050_TI._replace(bytes_per_s=math.inf, sm_bytes_per_s=math.inf)
-    one = pascal.sample_seconds(flow(), 1, card)
-    assert one == pytest.approx(513 * 3 * card.step_s), "512 levels and the first dimension, of three layers each"
-    assert pascal.sample_seconds(flow(), 6 * 16, card) == pytest.approx(one), "a tile of 16 on each multiprocessor"
-    assert pascal.sample_seconds(flow(), 6 * 16 + 1, card) == pytest.approx(2 * one)
+    single = pascal.sample_seconds(flow, 1, card)
+    assert single == pytest.approx(513 * 3 * card.step_s), "512 levels and the first dimension, of three layers each"
+    assert pascal.sample_seconds(flow, 6 * 16, card) == pytest.approx(single), "a tile of 16 on each multiprocessor"
+    assert pascal.sample_seconds(flow, 6 * 16 + 1, card) == pytest.approx(2 * single)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
@@ -72,9 +66,9 @@ def test_the_model_of_pascal_counts_the_steps_of_a_sample() -> None:
 def test_tune_refuses_to_run_without_a_gpu(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     tune = importlib.import_module("fastmaf.bench.dev.tune")
     monkeypatch.setattr("sys.argv", ["tune"])
-    with pytest.raises(SystemExit) as ended:
+    with pytest.raises(SystemExit, match="2"):
         tune.main()
-    assert ended.value.code == 2 and "no NVIDIA GPU was found" in capsys.readouterr().err
+    assert "no NVIDIA GPU was found" in capsys.readouterr().err
 
 
 @needs_triton
