@@ -11,12 +11,13 @@ References:
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Sequence
-from operator import index
+from collections.abc import Sequence
 from typing import Literal, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
+
+from fastmaf.validation import as_sizes
 
 DegreeKind: TypeAlias = Literal["spread", "random", "cyclic"]
 OrderKind: TypeAlias = Literal["natural", "alternate", "random"]
@@ -42,14 +43,9 @@ def layer_sizes(hidden_features: int | Sequence[int]) -> tuple[int, ...]:
         TypeError: ``hidden_features`` is neither an integer nor a sequence of integers.
         ValueError: there is no layer, or one without units.
     """
-    try:
-        sizes = tuple(map(index, hidden_features if isinstance(hidden_features, Iterable) else (hidden_features,)))
-    except TypeError:
-        raise TypeError(
-            f"hidden_features must be an integer or a sequence of integers; found {hidden_features!r}"
-        ) from None
-    if not sizes or min(sizes) < 1:
-        raise ValueError(f"hidden_features must name at least one layer, each of at least one unit; found {sizes}")
+    sizes = as_sizes("hidden_features", hidden_features, least=1)
+    if not sizes:
+        raise ValueError(f"hidden_features must name at least one layer; found {hidden_features!r}")
     return sizes
 
 
@@ -96,7 +92,12 @@ def hidden_degrees(
     if levels is not None and levels < 1:
         raise ValueError(f"levels must be at least 1, or None for no limit; found {levels}")
     if not isinstance(degrees, str):
-        result = [_check_explicit(k, d, h, features) for k, (d, h) in enumerate(_paired(degrees, hidden_features))]
+        if len(degrees) != len(hidden_features):
+            raise ValueError(
+                f"explicit degrees need one tensor per hidden layer: expected {len(hidden_features)}, "
+                f"found {len(degrees)}"
+            )
+        result = [_check_explicit(k, degrees[k], units, features) for k, units in enumerate(hidden_features)]
         distinct = torch.unique(torch.cat(result)).numel()
         if levels is not None and distinct > levels:
             raise ValueError(
@@ -118,14 +119,6 @@ def hidden_degrees(
             f"degrees must be 'spread', 'random', 'cyclic' or one tensor per hidden layer; found {degrees!r}"
         )
     return result if levels is None else _group(result, levels)
-
-
-def _paired(degrees: Sequence[Tensor], hidden_features: Sequence[int]) -> list[tuple[Tensor, int]]:
-    if len(degrees) != len(hidden_features):
-        raise ValueError(
-            f"explicit degrees need one tensor per hidden layer: expected {len(hidden_features)}, found {len(degrees)}"
-        )
-    return list(zip(degrees, hidden_features, strict=True))
 
 
 def _tensor(numbers: Tensor | Sequence[int]) -> Tensor:
@@ -241,60 +234,45 @@ class Connectivity(NamedTuple):
     """The dependencies that the degrees of a MADE allow.
 
     Attributes:
-        read: inputs of degree 1..read condition some output; those of higher degree do not.
-        unconditioned: outputs of degree 1..unconditioned depend on no input (the first never does).
-        features: D.
+        unread: number of inputs but the last that condition no output: those of the highest degrees.
+        unconditioned: number of outputs but the first that depend on no input: those of the lowest degrees.
     """
 
-    read: int
+    unread: int
     unconditioned: int
-    features: int
-
-    @property
-    def complete(self) -> bool:
-        """Whether every input but the last is read and every output but the first is conditioned."""
-        return self.read >= self.features - 1 and self.unconditioned <= 1
-
-    def __str__(self) -> str:
-        parts = []
-        if self.read < self.features - 1:
-            unread = self.features - 1 - self.read
-            parts.append(
-                f"inputs {self.read + 1} to {self.features - 1} of the order ({unread} of {self.features - 1}) are "
-                f"read by no output"
-            )
-        if self.unconditioned > 1:
-            parts.append(
-                f"outputs 2 to {self.unconditioned} ({self.unconditioned - 1} of {self.features - 1}) are "
-                f"conditioned on nothing"
-            )
-        return " and ".join(parts) or "every input is read and every output is conditioned"
 
 
 def connectivity(features: int, degrees: Sequence[Tensor]) -> Connectivity:
     """Returns the dependencies that the sorted hidden degrees of a MADE allow."""
-    read, lowest = features - 1, 1
+    highest_read, lowest = features - 1, 1
     for layer in reversed(degrees):
-        below = layer[layer <= read]
-        read = int(below[-1]) if below.numel() else 0
+        below = layer[layer <= highest_read]
+        highest_read = int(below[-1]) if below.numel() else 0
     for layer in degrees:
         above = layer[layer >= lowest]
         lowest = int(above[0]) if above.numel() else features
-    return Connectivity(read, min(lowest, features), features)
+    return Connectivity(features - 1 - highest_read, min(lowest, features) - 1)
 
 
 def warn_if_disconnected(features: int, degrees_of_blocks: Sequence[Sequence[Tensor]]) -> None:
     """Warns once if the degrees of some blocks leave inputs unread or outputs unconditioned."""
     reports = [connectivity(features, degrees) for degrees in degrees_of_blocks]
-    incomplete = [report for report in reports if not report.complete]
-    if not incomplete:
+    unread, unconditioned = max(reports, key=sum)
+    if not unread and not unconditioned:
         return
-    worst = max(incomplete, key=lambda report: (features - report.read) + report.unconditioned)
+    gaps = []
+    if unread:
+        gaps.append(
+            f"inputs {features - unread} to {features - 1} of the order ({unread} of {features - 1}) are read by no "
+            f"output"
+        )
+    if unconditioned:
+        gaps.append(f"outputs 2 to {unconditioned + 1} ({unconditioned} of {features - 1}) are conditioned on nothing")
     warnings.warn(
-        f"in {len(incomplete)} of {len(reports)} MADE blocks the hidden degrees leave gaps; the widest: {worst}. "
-        "The density stays exact, but those dependencies cannot be learnt: use degrees='spread', or at least "
-        f"{features - 1} hidden units where degrees are 'cyclic' (in nflows, zuko and normflows fewer have the same "
-        f"gap).",
+        f"in {sum(map(any, reports))} of {len(reports)} MADE blocks the hidden degrees leave gaps; the widest: "
+        f"{' and '.join(gaps)}. The density stays exact, but those dependencies cannot be learnt: use "
+        f"degrees='spread', or at least {features - 1} hidden units where degrees are 'cyclic' (in nflows, zuko and "
+        "normflows fewer have the same gap).",
         ConnectivityWarning,
         stacklevel=3,
     )

@@ -7,10 +7,10 @@ import itertools
 import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
-from torch import Tensor, nn
+from torch import Generator, Tensor, nn
 
 from fastmaf import hooks
 from fastmaf.io.write_flow import write_flow
@@ -18,7 +18,7 @@ from fastmaf.kernels.autocast import outside_autocast
 from fastmaf.naive import NaiveMAF
 from fastmaf.nn import MADE, MaskedLinear, zero_padding_
 from fastmaf.noise import normal_rows
-from fastmaf.runs import Runs, mades_of
+from fastmaf.runs import Runs
 from fastmaf.sharing import check_parts
 from fastmaf.transforms import Transform, transform_config
 from fastmaf.validation import as_sizes, as_tensor, check_density, check_finite, check_samples, validates
@@ -26,6 +26,7 @@ from fastmaf.validation import as_sizes, as_tensor, check_density, check_finite,
 if TYPE_CHECKING:
     from numpy.typing import ArrayLike
 
+Shape: TypeAlias = int | Sequence[int]
 _HALF_LOG_2PI = 0.5 * math.log(2 * math.pi)
 
 
@@ -140,8 +141,7 @@ class Flow(nn.Module):
             (torch.Size([5, 3]), torch.Size([5]))
         """
         if not isinstance(x, Tensor) or x.dim() != 2:
-            z, ladj = self._by_rows(Flow.forward, "x", x)
-            return z, ladj
+            return self._by_rows(Flow.forward, "x", x)
         self._check("x", x)
         if validates(self.validate_args, x):
             check_finite("x", x)
@@ -168,8 +168,7 @@ class Flow(nn.Module):
             True
         """
         if not isinstance(z, Tensor) or z.dim() != 2:
-            x, ladj = self._by_rows(Flow.inverse, "z", z)
-            return x, ladj
+            return self._by_rows(Flow.inverse, "z", z)
         self._check("z", z)
         if validates(self.validate_args, z):
             check_finite("z", z)
@@ -200,8 +199,7 @@ class Flow(nn.Module):
             >>> loss.backward()
         """
         if not isinstance(x, Tensor) or x.dim() != 2:
-            densities: Tensor = self._by_rows(Flow.log_prob, "x", x)
-            return densities
+            return self._by_rows(Flow.log_prob, "x", x)
         called = type(self).forward is not Flow.forward or hooks.is_called(self) or hooks.any_global()
         self._check("x", x)
         z, ladj = self(x) if called else self._runs.forward(self._transforms(), x)
@@ -238,8 +236,7 @@ class Flow(nn.Module):
             True
         """
         if not isinstance(x, Tensor) or x.dim() != 2:
-            per_dim: Tensor = self._by_rows(Flow.nll_per_dim, "x", x)
-            return per_dim
+            return self._by_rows(Flow.nll_per_dim, "x", x)
         self._check("x", x)
         z, terms = x, torch.zeros_like(x)
         for transform in self._transforms():
@@ -253,12 +250,7 @@ class Flow(nn.Module):
 
     @torch.no_grad()
     def sample(
-        self,
-        shape: int | Sequence[int] = (),
-        *,
-        generator: torch.Generator | None = None,
-        seed: int | None = None,
-        start: int = 0,
+        self, shape: Shape = (), *, generator: Generator | None = None, seed: int | None = None, start: int = 0
     ) -> Tensor:
         """Draws samples without recording gradients; ``rsample`` records them.
 
@@ -294,12 +286,7 @@ class Flow(nn.Module):
 
     @torch.no_grad()
     def sample_and_log_prob(
-        self,
-        shape: int | Sequence[int] = (),
-        *,
-        generator: torch.Generator | None = None,
-        seed: int | None = None,
-        start: int = 0,
+        self, shape: Shape = (), *, generator: Generator | None = None, seed: int | None = None, start: int = 0
     ) -> tuple[Tensor, Tensor]:
         """Draws samples and computes their log-densities in one pass, without recording gradients.
 
@@ -320,12 +307,7 @@ class Flow(nn.Module):
         return self.rsample_and_log_prob(shape, generator=generator, seed=seed, start=start)
 
     def rsample(
-        self,
-        shape: int | Sequence[int] = (),
-        *,
-        generator: torch.Generator | None = None,
-        seed: int | None = None,
-        start: int = 0,
+        self, shape: Shape = (), *, generator: Generator | None = None, seed: int | None = None, start: int = 0
     ) -> Tensor:
         """Draws samples that are differentiable with respect to the parameters of the flow.
 
@@ -349,12 +331,7 @@ class Flow(nn.Module):
         return x if len(batch) == 1 else x.reshape(*batch, self.features)
 
     def rsample_and_log_prob(
-        self,
-        shape: int | Sequence[int] = (),
-        *,
-        generator: torch.Generator | None = None,
-        seed: int | None = None,
-        start: int = 0,
+        self, shape: Shape = (), *, generator: Generator | None = None, seed: int | None = None, start: int = 0
     ) -> tuple[Tensor, Tensor]:
         """Draws samples and computes their log-densities, both differentiable with respect to the parameters.
 
@@ -382,7 +359,7 @@ class Flow(nn.Module):
         return (x, log_prob) if len(batch) == 1 else (x.reshape(*batch, self.features), log_prob.reshape(batch))
 
     def _base_sample(
-        self, shape: int | Sequence[int], generator: torch.Generator | None, seed: int | None, start: int
+        self, shape: Shape, generator: Generator | None, seed: int | None, start: int
     ) -> tuple[tuple[int, ...], Tensor]:
         """Returns the batch shape of the samples and noise ``[N, D]`` for all of them."""
         batch, like = as_sizes("shape", shape), self._like()
@@ -472,14 +449,12 @@ class Flow(nn.Module):
                 f"weights for inference are stored as torch.bfloat16 beside float32, or in the flow's dtype "
                 f"{dtype_of_flow}; found {dtype}"
             )
-        layers = self._layers()
         # Given to deepcopy as its memo, so that the weights are not copied in full first.
         rounded: dict[int, Any] = {
             id(layer.weight): nn.Parameter(layer.weight.detach().to(dtype, copy=True), requires_grad=False)
-            for layer in layers
+            for layer in self._layers()
         }
-        result = copy.deepcopy(self, rounded)
-        return result.requires_grad_(False).eval()
+        return copy.deepcopy(self, rounded).requires_grad_(False).eval()
 
     def to_naive(self) -> NaiveMAF:
         """Returns a copy as a dense model, which multiplies masks and weights and inverts with one pass per dimension.
@@ -520,7 +495,7 @@ class Flow(nn.Module):
         return self._runs.saved_numel(self._transforms(), n)
 
     def _mades(self) -> list[MADE]:
-        return mades_of(self)
+        return [module for module in self.modules() if isinstance(module, MADE)]
 
 
 def _parameters(module: nn.Module) -> Iterator[Tensor]:

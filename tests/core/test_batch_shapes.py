@@ -250,7 +250,9 @@ def test_one_hidden_layer_as_an_integer(build_one: Any) -> None:
     assert shapes == [tuple(p.shape) for p in build_one(**{**options, "hidden_features": (8,)}).parameters()]
     assert shapes == [tuple(p.shape) for p in build_one(**{**options, "hidden_features": np.int64(8)}).parameters()]
     for wrong in (0, -3, (), (4, 0)):
-        with pytest.raises(ValueError, match="hidden_features must name at least one layer"):
+        with pytest.raises(
+            ValueError, match=r"hidden_features must (name at least one layer|have entries of 1 or more)"
+        ):
             build_one(5, hidden_features=wrong)
     for wrong in (1.5, "64", None, (4, 2.5)):
         with pytest.raises(TypeError, match="hidden_features must be an integer or a sequence of integers"):

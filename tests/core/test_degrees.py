@@ -221,9 +221,7 @@ def test_connectivity_against_paths(features: int, hidden: list[list[int]]) -> N
     report = degrees.connectivity(features, layers)
     unread = [i for i in range(features - 1) if not paths[:, i].any()]
     unconditioned = [o for o in range(1, features) if not paths[o].any()]
-    assert report.complete == (not unread and not unconditioned), (
-        f"{report}; unread {unread}, unconditioned {unconditioned}"
-    )
+    assert report == (len(unread), len(unconditioned))
 
 
 def test_devices_and_dtypes_of_a_model() -> None:
