@@ -130,11 +130,10 @@ class MaskedLinear(Constants):
         zero_padding_([self])
         super()._save_to_state_dict(destination, prefix, keep_vars)
         weight = self._parameters.get("weight")
-        if weight is None or keep_vars or weight.is_meta or weight.shape != (self.layout.numel,):
+        if weight is None or keep_vars or weight.is_meta or _can_be_zeroed(weight):
             return
-        if not _can_be_zeroed(weight):
-            saved = without_padding(weight.detach(), self.prefix, self.layout.table)
-            destination[f"{prefix}weight"] = saved
+        if weight.shape == (self.layout.numel,):
+            destination[f"{prefix}weight"] = without_padding(weight.detach(), self.prefix, self.layout.table)
 
     def dense_weight(self) -> Tensor:
         """Returns the masked weight as a dense matrix ``[out_features, in_features]``, for export and inspection.
@@ -253,13 +252,11 @@ class MADE(Constants):
             MaskedLinear(below, above, activation=activation, init=hidden_init, **make)
             for below, above in zip((inputs, *degrees_of_layers), degrees_of_layers, strict=False)
         )
-        outputs = inputs.repeat_interleave(outputs_per_feature)
-        self.output = MaskedLinear(
-            degrees_of_layers[-1], outputs, strict=strict, group=outputs_per_feature, init=init, **make
-        )
+        make |= {"strict": strict, "group": outputs_per_feature, "init": init}
+        self.output = MaskedLinear(degrees_of_layers[-1], inputs.repeat_interleave(outputs_per_feature), **make)
         for k, layer_degrees in enumerate(degrees_of_layers):
-            name, value = f"degrees_{k}", layer_degrees.to(torch.int32)
-            self.set_constant(name, value, self.output.bias.device, persistent=True)
+            value = layer_degrees.to(torch.int32)
+            self.set_constant(f"degrees_{k}", value, self.output.bias.device, persistent=True)
         self.schedule = level_schedule(inputs, degrees_of_layers)
 
     @property
@@ -284,25 +281,11 @@ class MADE(Constants):
     @property
     def calls_modules(self) -> bool:
         """Whether modules must be called because of hooks, parametrisations or other classes; see ``fastmaf.hooks``."""
-        # nn.Module.__getattr__ is slow, and a flow calls this for every layer on every call.
         hidden, output = self._modules["hidden"], self._modules["output"]
-        if type(self) is not MADE or type(hidden) is not nn.ModuleList or hooks.is_called(self):
+        if type(hidden) is not nn.ModuleList or hooks.is_called(self):
             return True
-        for layer in hidden._modules.values():
-            if type(layer) is not MaskedLinear or hooks.is_called(layer):
-                return True
-        return type(output) is not MaskedLinear or hooks.is_called(output)
-
-    @property
-    def weight_dtype(self) -> torch.dtype | None:
-        """The dtype of the weights if it differs from that of the biases, else None."""
-        dtype = self.output.weight.dtype
-        return None if dtype == self.output.bias.dtype else dtype
-
-    def store_weights_as_(self, dtype: torch.dtype) -> None:
-        """Rounds the weights to ``dtype`` and freezes them; the biases keep their dtype."""
-        for layer in self.layers:
-            layer.weight = nn.Parameter(layer.weight.detach().to(dtype), requires_grad=False)
+        layers = (*hidden._modules.values(), output)
+        return any(type(layer) is not MaskedLinear or hooks.is_called(layer) for layer in layers)
 
     def hidden_units(self, x: Tensor) -> Tensor:
         """Returns the last hidden layer ``[..., H]`` for ``x`` ``[..., D]``."""
