@@ -97,7 +97,10 @@ def hidden_degrees(
                 f"explicit degrees need one tensor per hidden layer: expected {len(hidden_features)}, "
                 f"found {len(degrees)}"
             )
-        result = [_check_explicit(k, degrees[k], units, features) for k, units in enumerate(hidden_features)]
+        result = [
+            _explicit_degrees(f"degrees of hidden layer {k}", degrees[k], units, features)
+            for k, units in enumerate(hidden_features)
+        ]
         distinct = torch.unique(torch.cat(result)).numel()
         if levels is not None and distinct > levels:
             raise ValueError(
@@ -109,35 +112,30 @@ def hidden_degrees(
     if degrees == "spread":
         result = [_spread(h, top) for h in hidden_features]
     elif degrees == "random":
-        result = [
-            torch.randint(1, top + 1, (h,), generator=generator, device="cpu").sort().values for h in hidden_features
-        ]
+        result = [torch.randint(1, top + 1, (h,), generator=generator, device="cpu") for h in hidden_features]
     elif degrees == "cyclic":
-        result = [(torch.arange(h, device="cpu") % top + 1).sort().values for h in hidden_features]
+        result = [torch.arange(h, device="cpu") % top + 1 for h in hidden_features]
     else:
         raise ValueError(
             f"degrees must be 'spread', 'random', 'cyclic' or one tensor per hidden layer; found {degrees!r}"
         )
+    result = [layer.sort().values for layer in result]
     return result if levels is None else _group(result, levels)
 
 
-def _tensor(numbers: Tensor | Sequence[int]) -> Tensor:
-    return numbers if isinstance(numbers, Tensor) else torch.tensor(numbers, device="cpu")
+def _integers(name: str, numbers: Tensor | Sequence[int], count: int) -> Tensor:
+    """Returns a copy of ``count`` integers as int64 on the CPU."""
+    numbers = numbers if isinstance(numbers, Tensor) else torch.tensor(numbers, device="cpu")
+    if numbers.shape != (count,) or numbers.is_floating_point() or numbers.dtype == torch.bool:
+        raise ValueError(f"{name} must be {count} integers; found shape {tuple(numbers.shape)}, dtype {numbers.dtype}")
+    return numbers.detach().to("cpu", torch.int64, copy=True)
 
 
-def _check_explicit(layer: int, degrees: Tensor, hidden: int, features: int) -> Tensor:
-    degrees = _tensor(degrees)
-    if degrees.shape != (hidden,) or degrees.is_floating_point() or degrees.dtype == torch.bool:
-        raise ValueError(
-            f"degrees of hidden layer {layer} must be {hidden} integers; found shape {tuple(degrees.shape)}, dtype "
-            f"{degrees.dtype}"
-        )
-    degrees = degrees.detach().to("cpu", torch.int64).sort().values
-    if int(degrees[0]) < 0 or int(degrees[-1]) > features:
-        raise ValueError(
-            f"degrees of hidden layer {layer} must lie in 0..{features}; found {int(degrees[0])}..{int(degrees[-1])}"
-        )
-    return degrees
+def _explicit_degrees(name: str, degrees: Tensor | Sequence[int], units: int, features: int) -> Tensor:
+    result = _integers(name, degrees, units).sort().values
+    if int(result[0]) < 0 or int(result[-1]) > features:
+        raise ValueError(f"{name} must lie in 0..{features}; found {int(result[0])}..{int(result[-1])}")
+    return result
 
 
 def _spread(hidden: int, top: int) -> Tensor:
@@ -189,7 +187,7 @@ def orders(
             raise ValueError(
                 f"an explicit order needs one permutation per block: expected {blocks}, found {len(order)}"
             )
-        return [check_permutation(f"order of block {i}", _tensor(o), features) for i, o in enumerate(order)]
+        return [check_permutation(f"order of block {i}", o, features) for i, o in enumerate(order)]
     if order == "natural":
         return [natural] * blocks
     if order == "alternate":
@@ -199,33 +197,21 @@ def orders(
     raise ValueError(f"order must be 'natural', 'alternate', 'random' or one permutation per block; found {order!r}")
 
 
-def check_permutation(name: str, permutation: Tensor, features: int) -> Tensor:
+def check_permutation(name: str, permutation: Tensor | Sequence[int], features: int) -> Tensor:
     """Returns a copy of ``permutation`` as int64 on the CPU.
 
     Raises:
         ValueError: it is not a permutation of 0..D-1.
     """
-    if permutation.is_floating_point() or permutation.dtype == torch.bool or permutation.shape != (features,):
-        raise ValueError(
-            f"{name} must hold {features} integers, a permutation of 0..{features - 1}; "
-            f"found shape {tuple(permutation.shape)}, dtype {permutation.dtype}"
-        )
-    permutation = permutation.detach().to("cpu", torch.int64, copy=True)
-    if not torch.equal(permutation.sort().values, torch.arange(features, device="cpu")):
+    result = _integers(name, permutation, features)
+    if not torch.equal(result.sort().values, torch.arange(features, device="cpu")):
         raise ValueError(f"{name} must be a permutation of 0..{features - 1}; found repeated or other numbers")
-    return permutation
+    return result
 
 
 def prefix(in_degrees: Tensor, out_degrees: Tensor, *, strict: bool) -> Tensor:
-    """Returns how many input units each output unit sees: ``#{i: in[i] <= out[j]}``, or ``<`` with ``strict``.
-
-    Args:
-        in_degrees: ``[in]``, ascending.
-        out_degrees: ``[out]``, ascending.
-        strict: an output sees only inputs of smaller degree.
-
-    Returns:
-        int64 ``[out]``.
+    """Returns how many input units each output unit sees, int64 ``[out]``, for degrees in ascending order:
+    ``#{i: in[i] <= out[j]}``, or ``<`` with ``strict``.
     """
     return torch.searchsorted(in_degrees, out_degrees, right=not strict)
 

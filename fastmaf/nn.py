@@ -77,7 +77,6 @@ class MaskedLinear(Constants):
                     "(a relabelling: the function is unchanged)"
                 )
         self.activation = activation
-        self.strict = strict
         self.layout = PackedLayout(prefix(in_degrees, out_degrees, strict=strict), in_degrees.numel(), group=group)
         self.in_features, self.out_features = self.layout.in_features, self.layout.out_features
         self.weight = nn.Parameter(empty_on_huge_pages(self.layout.numel, device=device, dtype=dtype))
@@ -90,20 +89,20 @@ class MaskedLinear(Constants):
         """Number of inputs that each output sees, int64 ``[out_features]``, on the device of the weight."""
         return self.constant("prefix", self.weight.device)
 
+    @torch.no_grad()
     def reset_parameters(self, init: Init = "linear", generator: torch.Generator | None = None) -> None:
         """Reinitialises the parameters; see the class for ``init``."""
         if init not in ("linear", "identity", "empty"):
             raise ValueError(f"init must be 'linear' or 'identity'; found {init!r}")
         if init == "empty" or self.weight.is_meta:
             return
-        with torch.no_grad():
-            if init == "identity":
-                self.weight.zero_()
-                self.bias.zero_()
-            else:
-                bound = 1 / math.sqrt(self.in_features)
-                self.layout.zero_padding_(self.weight.uniform_(-bound, bound, generator=generator))
-                self.bias.uniform_(-bound, bound, generator=generator)
+        if init == "identity":
+            self.weight.zero_()
+            self.bias.zero_()
+        else:
+            bound = 1 / math.sqrt(self.in_features)
+            self.layout.zero_padding_(self.weight.uniform_(-bound, bound, generator=generator))
+            self.bias.uniform_(-bound, bound, generator=generator)
 
     @outside_autocast
     def forward(self, x: Tensor) -> Tensor:
@@ -119,12 +118,11 @@ class MaskedLinear(Constants):
         The weight is the parameter, whose padding the ops clear in place. If it is computed (by a parametrisation,
         pruning or ``torch.func.functional_call``), it is a copy with cleared padding.
         """
-        # nn.Module.__getattr__ is slow, and a flow calls this for every layer on every call.
-        weight, bias, table = self._parameters.get("weight"), self._parameters.get("bias"), self.layout.table
-        if type(weight) is nn.Parameter and bias is not None:
-            return LinearArgs(weight, bias, self.constant("prefix", weight.device), table, self.activation)
-        prefix = self.prefix
-        return LinearArgs(without_padding(self.weight, prefix, table), self.bias, prefix, table, self.activation)
+        weight: Tensor = self.weight
+        prefix, table = self.prefix, self.layout.table
+        if type(weight) is not nn.Parameter:
+            weight = without_padding(weight, prefix, table)
+        return LinearArgs(weight, self.bias, prefix, table, self.activation)
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         zero_padding_([self])
@@ -273,19 +271,14 @@ class MADE(Constants):
     @property
     def layers(self) -> list[MaskedLinear]:
         """The hidden layers, then the output layer."""
-        hidden = self._modules["hidden"]
-        assert hidden is not None
-        parts = (*hidden._modules.values(), self._modules["output"])
-        return [layer for layer in parts if isinstance(layer, MaskedLinear)]
+        return [layer for layer in (*self.hidden, self.output) if isinstance(layer, MaskedLinear)]
 
     @property
     def calls_modules(self) -> bool:
         """Whether modules must be called because of hooks, parametrisations or other classes; see ``fastmaf.hooks``."""
-        hidden, output = self._modules["hidden"], self._modules["output"]
-        if type(hidden) is not nn.ModuleList or hooks.is_called(self):
+        if type(self.hidden) is not nn.ModuleList or hooks.is_called(self):
             return True
-        layers = (*hidden._modules.values(), output)
-        return any(type(layer) is not MaskedLinear or hooks.is_called(layer) for layer in layers)
+        return any(type(layer) is not MaskedLinear or hooks.is_called(layer) for layer in (*self.hidden, self.output))
 
     def hidden_units(self, x: Tensor) -> Tensor:
         """Returns the last hidden layer ``[..., H]`` for ``x`` ``[..., D]``."""

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from fastmaf import hooks
-from fastmaf.kernels import Block, FlowArgs, flow_args, flow_forward, flow_inverse
+from fastmaf.kernels import FlowArgs, flow_args, flow_forward, flow_inverse
 from fastmaf.kernels.flow.saved import saved_numel
 from fastmaf.nn import MADE, MaskedLinear
 from fastmaf.transforms import AffineAutoregressive, Permutation, Transform
@@ -35,17 +35,14 @@ class Run:
     """
 
     def __init__(self, transforms: Sequence[Transform]) -> None:
-        blocks: list[Block] = []
+        self._blocks = [transform for transform in transforms if isinstance(transform, AffineAutoregressive)]
         permutations: list[Tensor | None] = [None]
         for transform in transforms:
-            if isinstance(transform, AffineAutoregressive):
-                blocks.append(transform.block())
-                permutations.append(None)
-            else:
-                assert isinstance(transform, Permutation)
+            if isinstance(transform, Permutation):
                 permutations[-1] = transform.permutation
-        self.forward = flow_args(blocks, permutations)
-        self._blocks = [transform for transform in transforms if isinstance(transform, AffineAutoregressive)]
+            else:
+                permutations.append(None)
+        self.forward = flow_args([block.block() for block in self._blocks], permutations)
         self._permutations = [permutation for permutation in permutations if permutation is not None]
         self._inverse: tuple[FlowArgs, list[Tensor]] | None = None  # with copies of the permutations that it inverts
 

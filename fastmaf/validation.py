@@ -64,13 +64,10 @@ _thread = _Thread()
 
 
 def validates(setting: bool | None, x: Tensor) -> bool:
-    """Returns whether values are to be checked.
+    """Returns whether the values of ``x`` are to be checked, given ``validate_args``.
 
-    Args:
-        setting: ``validate_args``: True, False, or None to check on the CPU only, since reading a value of a GPU waits
-            for it.
-        x: the tensor in question. While it is recorded (``torch.compile``, a trace, a CUDA graph) it has no values, and
-            nothing is checked.
+    None checks on the CPU only, since reading a value of a GPU waits for it. While ``x`` is recorded
+    (``torch.compile``, a trace, a CUDA graph) it has no values, and nothing is checked.
     """
     if torch.compiler.is_compiling():
         return False
@@ -109,13 +106,8 @@ def check_finite(name: str, x: Tensor) -> None:
 
 @torch.no_grad()
 def explain(flow: nn.Module, x: Tensor, row: int, *, inverse: bool) -> str:
-    """Returns why a finite row does not stay finite: a parameter that is not finite, or the transform that overflows.
-
-    Args:
-        flow: the flow.
-        x: ``[N, D]``: data, or, with ``inverse``, base noise.
-        row: the index of the row.
-        inverse: whether the row passes through the inverse.
+    """Returns why a finite row of ``x`` ``[N, D]`` does not stay finite on its way through the flow, or its inverse: a
+    parameter that is not finite, or the transform that overflows.
     """
     for name, tensor in (*flow.named_parameters(), *flow.named_buffers()):
         if tensor.is_floating_point() and not bool(tensor.isfinite().all()):

@@ -84,8 +84,7 @@ class AffineAutoregressive(Transform):
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         if self.calls_modules:
-            z, ladj, _ = self._affine(x)
-            return z, ladj
+            return self._affine(x)[:2]
         return flow_forward(x, flow_args([self.block()], [None, None]))
 
     def forward_per_dim(self, x: Tensor, terms: Tensor) -> tuple[Tensor, Tensor]:

@@ -24,8 +24,7 @@ class MaskedConv2d(Constants):
     """A zero-padded convolution in which an output channel sees the input channels of degree up to its own.
 
     Args:
-        in_degrees: the degrees of the input channels, ascending.
-        out_degrees: the degrees of the output channels, ascending.
+        in_degrees, out_degrees: of the channels, ascending.
         kernel: side of the window, odd.
         strict: an output sees only inputs of smaller degree.
         bias: whether to add a bias.
