@@ -7,7 +7,7 @@ import operator
 import threading
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -113,9 +113,8 @@ def explain(flow: nn.Module, x: Tensor, row: int, *, inverse: bool) -> str:
         if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
             return f"{name} holds values that are not finite"
     x = x[row : row + 1].detach()
-    transforms = flow.transforms
-    assert isinstance(transforms, nn.ModuleList)
-    steps = list(enumerate(transforms))
+    assert isinstance(flow.transforms, nn.ModuleList)
+    steps: list[tuple[int, Any]] = list(enumerate(flow.transforms))
     for i, transform in reversed(steps) if inverse else steps:
         x, ladj = transform.inverse(x) if inverse else transform(x)
         if not bool(x.isfinite().all() & ladj.isfinite().all()):

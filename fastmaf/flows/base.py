@@ -101,7 +101,7 @@ class Flow(nn.Module):
     def _transforms(self) -> list[Transform]:
         return [transform for transform in self.transforms if isinstance(transform, Transform)]
 
-    def _check(self, name: str, x: Tensor) -> None:
+    def _check(self, name: str, x: Tensor, *, finite: bool = False) -> None:
         if x.shape[-1:] != (self.features,):
             raise ValueError(f"{name} must have shape [..., {self.features}]; found {list(x.shape)}")
         like = self._like()
@@ -109,6 +109,8 @@ class Flow(nn.Module):
             raise ValueError(
                 f"{name} must be {like.dtype} on {like.device}, like the flow; found {x.dtype} on {x.device}"
             )
+        if finite and validates(self.validate_args, x):
+            check_finite(name, x)
 
     def _by_rows(self, method: Callable[[Flow, Tensor], Any], name: str, x: Tensor | ArrayLike) -> Any:
         """Calls a method of ``[N, D]`` with the rows of ``x``, and restores the batch shape of ``x`` in its results."""
@@ -142,9 +144,7 @@ class Flow(nn.Module):
         """
         if not isinstance(x, Tensor) or x.dim() != 2:
             return self._by_rows(Flow.forward, "x", x)
-        self._check("x", x)
-        if validates(self.validate_args, x):
-            check_finite("x", x)
+        self._check("x", x, finite=True)
         return self._runs.forward(self._transforms(), x)
 
     @outside_autocast
@@ -169,9 +169,7 @@ class Flow(nn.Module):
         """
         if not isinstance(z, Tensor) or z.dim() != 2:
             return self._by_rows(Flow.inverse, "z", z)
-        self._check("z", z)
-        if validates(self.validate_args, z):
-            check_finite("z", z)
+        self._check("z", z, finite=True)
         return self._runs.inverse(self._transforms(), z)
 
     @outside_autocast
@@ -260,10 +258,9 @@ class Flow(nn.Module):
             generator: the source of the noise, on the device of the flow. A row's noise depends on the number of rows.
             seed: makes each row repeatable, since its noise depends only on ``seed`` and the number of the row:
                 ``sample(8, seed=1)`` has the noise of ``sample(3, seed=1)`` and ``sample(5, seed=1, start=3)``. The
-                noise is bitwise equal on one machine, and on all devices to the rounding of float64 before it is
-                converted to the dtype of the flow. The samples then agree to the rounding of that dtype, which grows
-                with the scales of the flow (usually to 1e-6 of the size of a sample in float32), since batches of
-                different sizes are summed in different orders.
+                noise is bitwise equal on one machine, and on all devices to the rounding of float64. The samples agree
+                to the rounding of the dtype (usually to 1e-6 of their size in float32), since batches of different
+                sizes are summed in different orders.
             start: the number of the first row; requires ``seed``.
 
         Returns:

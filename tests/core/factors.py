@@ -50,9 +50,9 @@ def mean_square(of: FactorModel, x: Tensor) -> float:
     return float(density(of)(x)[0].square().mean())
 
 
-def close(found: FactorModel, expected: FactorModel, tolerance: float = 1e-9) -> None:
-    assert error(found.mean, expected.mean) < tolerance
-    assert error(covariance(found), covariance(expected)) < tolerance
+def close(actual: FactorModel, expected: FactorModel, tolerance: float = 1e-9) -> None:
+    assert error(actual.mean, expected.mean) < tolerance
+    assert error(covariance(actual), covariance(expected)) < tolerance
 
 
 def shifted(x: Tensor) -> Tensor:

@@ -65,8 +65,8 @@ def compare(flow: fastmaf.MAF, x: Tensor) -> None:
         ((z_of_one * weights).sum() + (ladj_of_one * (1.0 + weights[:, 0])).sum()).backward()
     assert x_fast.grad is not None and x_naive.grad is not None
     assert_close("gradients", x_fast.grad, x_naive.grad, "gradient of x")
-    for name, (found, expected) in naive_gradients(flow, naive).items():
-        assert_close("gradients", found, expected, f"gradient of {name}")
+    for name, (actual, expected) in naive_gradients(flow, naive).items():
+        assert_close("gradients", actual, expected, f"gradient of {name}")
 
     with torch.no_grad():
         base = normal(*x.shape, seed=12)
@@ -113,8 +113,8 @@ def test_production_tiles() -> None:
     flow.log_prob(x).sum().backward()
     naive.log_prob(x).sum().backward()
     assert_close("values", flow.log_prob(x), naive.log_prob(x))
-    for name, (found, expected) in naive_gradients(flow, naive).items():
-        assert_close("gradients", found, expected, f"gradient of {name}")
+    for name, (actual, expected) in naive_gradients(flow, naive).items():
+        assert_close("gradients", actual, expected, f"gradient of {name}")
     with torch.no_grad():
         assert_close("round_trip", flow(flow.inverse(x)[0])[0], x)
 
@@ -192,8 +192,8 @@ def test_naive_gradients_see_a_wrong_one() -> None:
     flow.log_prob(x).sum().backward()
     naive.log_prob(x).sum().backward()
     with pytest.raises(AssertionError, match="relative error"):
-        for found, expected in naive_gradients(flow, naive).values():
-            assert_close("gradients", found, expected)
+        for actual, expected in naive_gradients(flow, naive).values():
+            assert_close("gradients", actual, expected)
 
 
 def test_jacobian_of_both() -> None:

@@ -83,9 +83,9 @@ def derivatives(flow: fastmaf.Flow, method: str, before: Any, after: Any) -> lis
 def test_values_and_gradients(flow: fastmaf.Flow, method: str, where: tuple[bool, bool]) -> None:
     contexts = [autocast() if inside else torch.enable_grad() for inside in where]
     expected = derivatives(flow, method, torch.enable_grad(), torch.enable_grad())
-    found = derivatives(flow, method, *contexts)
-    assert len(found) == len(expected)
-    for a, b in zip(found, expected, strict=True):
+    actual = derivatives(flow, method, *contexts)
+    assert len(actual) == len(expected)
+    for a, b in zip(actual, expected, strict=True):
         assert a.dtype == F32 and torch.equal(a, b)
 
 
@@ -95,12 +95,12 @@ def test_float64_agrees_with_the_same_in_float32(half: torch.dtype) -> None:
     for make in FLOWS.values():
         flow, x = make(), data()
         with autocast(half):
-            found = flow.log_prob(x)
+            actual = flow.log_prob(x)
         expected = flow.sample_and_log_prob(4, generator=generator())
         with autocast(half):
             samples = flow.sample_and_log_prob(4, generator=generator())
         assert all(torch.equal(*pair) for pair in zip(samples, expected, strict=True))
-        assert_close("values", found.detach(), flow.double().log_prob(x.double()))
+        assert_close("values", actual.detach(), flow.double().log_prob(x.double()))
 
 
 @pytest.mark.parametrize("transform", ["jvp", "grad", "hessian", "jacrev of jacrev", "vmap", "vjp outside"])
@@ -127,20 +127,20 @@ def test_transforms_of_torch_func(name: str, transform: str) -> None:
             }
             return calls[transform]()
 
-    expected, found = differentiated(torch.enable_grad()), differentiated(autocast())
-    assert torch.equal(found, expected)
+    expected, actual = differentiated(torch.enable_grad()), differentiated(autocast())
+    assert torch.equal(actual, expected)
 
 
 def test_double_backward(backend: str) -> None:
-    flow, found = affine(), []
+    flow, actual = affine(), []
     for context in (torch.enable_grad(), autocast()):
         flow.zero_grad()
         x = data().requires_grad_()
         with context:
             slope = torch.autograd.grad(flow.log_prob(x).sum(), x, create_graph=True)[0]
             slope.square().sum().backward()
-        found.append([x.grad, *(p.grad.clone() for p in flow.parameters() if p.grad is not None)])
-    for a, b in zip(*found, strict=True):
+        actual.append([x.grad, *(p.grad.clone() for p in flow.parameters() if p.grad is not None)])
+    for a, b in zip(*actual, strict=True):
         assert torch.equal(a, b)  # type: ignore[arg-type]
 
 
@@ -154,12 +154,12 @@ def test_what_a_network_in_half_precision_made(half: torch.dtype) -> None:
             with autocast(half):
                 given = network(x).sigmoid()
                 assert given.dtype == half
-                found = flow.log_prob(given)
+                actual = flow.log_prob(given)
                 parts = [flow.nll_per_dim(given), *flow(given), *flow.inverse(given)]
                 parts += next(t for t in flow._transforms() if list(t.parameters()))(given)
-                found.sum().backward()
-            assert all(t.dtype == dtype for t in (found, *parts))
-            assert torch.equal(found, flow.log_prob(given.to(dtype)))
+                actual.sum().backward()
+            assert all(t.dtype == dtype for t in (actual, *parts))
+            assert torch.equal(actual, flow.log_prob(given.to(dtype)))
             assert network.weight.grad is not None and bool(network.weight.grad.abs().sum() > 0)
             with pytest.raises(ValueError, match=f"x must be {dtype}.*found {half}"):
                 flow.log_prob(given)
@@ -216,6 +216,6 @@ def test_compiled(name: str) -> None:
             result.sin().sum().backward()
     finally:
         torch.compiler.reset()
-    found = [result.detach(), x.grad, *(p.grad for p in flow.parameters() if p.grad is not None)]
-    for a, b in zip(found, expected, strict=True):
+    actual = [result.detach(), x.grad, *(p.grad for p in flow.parameters() if p.grad is not None)]
+    for a, b in zip(actual, expected, strict=True):
         assert_close("gradients", a, b)  # type: ignore[arg-type]

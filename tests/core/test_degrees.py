@@ -114,11 +114,11 @@ def test_levels_keep_the_ends(levels: int) -> None:
 
 
 def same(a: fastmaf.MAF, b: fastmaf.MAF) -> bool:
-    one, two = a.state_dict(), b.state_dict()
+    first, second = a.state_dict(), b.state_dict()
     return (
-        list(one) == list(two)
-        and all(torch.equal(one[k], two[k]) for k in one if one[k].shape == two[k].shape)
-        and all(one[k].shape == two[k].shape for k in one)
+        list(first) == list(second)
+        and all(torch.equal(first[k], second[k]) for k in first if first[k].shape == second[k].shape)
+        and all(first[k].shape == second[k].shape for k in first)
     )
 
 
@@ -157,11 +157,13 @@ def test_no_seed_draws_from_the_global_generator() -> None:
 def test_a_seed_gives_the_same_degrees_and_orders_whatever_the_weights_are(other: dict[str, Any]) -> None:
     """load_state_dict asks for "the same degrees and seed": these must be enough."""
     options: dict[str, Any] = {"degrees": "random", "order": "random", "blocks": 3}
-    one, two = build(13, **options), build(13, **{**options, **other})
-    for a, b in zip(blocks_of(one), blocks_of(two), strict=True):
+    first, second = build(13, **options), build(13, **{**options, **other})
+    for a, b in zip(blocks_of(first), blocks_of(second), strict=True):
         for layer, twin in zip(a.made.degrees, b.made.degrees, strict=True):
             assert torch.equal(layer, twin)
-    orders = [[t.permutation for t in flow.transforms if isinstance(t, fastmaf.Permutation)] for flow in (one, two)]
+    orders = [
+        [t.permutation for t in flow.transforms if isinstance(t, fastmaf.Permutation)] for flow in (first, second)
+    ]
     assert all(torch.equal(a, b) for a, b in zip(*orders, strict=True))
 
 

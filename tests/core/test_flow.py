@@ -30,8 +30,8 @@ def test_samples_follow_the_density() -> None:
     with torch.no_grad():
         log_prob = flow.log_prob(grid)
         entropy = float(-(log_prob.exp() * log_prob).sum() * (grid[1] - grid[0]))
-        found = float(-flow.log_prob(flow.sample(20_000, generator=generator())).mean())
-    assert found == pytest.approx(entropy, abs=5 * math.sqrt(0.5 / 20_000))
+        actual = float(-flow.log_prob(flow.sample(20_000, generator=generator())).mean())
+    assert actual == pytest.approx(entropy, abs=5 * math.sqrt(0.5 / 20_000))
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)

@@ -41,10 +41,10 @@ def model(**options: Any) -> fastmaf.MAF:
 def plain(flow: fastmaf.MAF) -> fastmaf.MAF:
     """Returns the same function without hooks: the weights as they are used now."""
     twin = model()
-    for own, layer in zip(layers_of(twin).values(), layers_of(flow).values(), strict=True):
-        own.load_dense_(layer.dense_weight(), layer.bias.detach())
-    for own, block in zip(blocks_of(twin), blocks_of(flow), strict=True):
-        assert all(torch.equal(a, b) for a, b in zip(own.made.degrees, block.made.degrees, strict=True))
+    for target, layer in zip(layers_of(twin).values(), layers_of(flow).values(), strict=True):
+        target.load_dense_(layer.dense_weight(), layer.bias.detach())
+    for target, block in zip(blocks_of(twin), blocks_of(flow), strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(target.made.degrees, block.made.degrees, strict=True))
     return twin
 
 
@@ -74,8 +74,8 @@ def test_every_module_is_called(use: str, backend: str) -> None:
 def test_what_a_hook_returns_is_used(use: str, backend: str) -> None:
     """Outputs of a hidden layer doubled: the same as its weight and bias doubled."""
     flow, other = model(), model()
-    for own, twin in zip(blocks_of(flow), blocks_of(other), strict=True):
-        own.made.hidden[0].register_forward_hook(lambda module, given, y: 2 * y)
+    for block, twin in zip(blocks_of(flow), blocks_of(other), strict=True):
+        block.made.hidden[0].register_forward_hook(lambda module, given, y: 2 * y)
         with torch.no_grad():
             twin.made.hidden[0].weight.mul_(2)  # type: ignore[operator, union-attr]
             twin.made.hidden[0].bias.mul_(2)  # type: ignore[operator, union-attr]
@@ -252,8 +252,8 @@ def test_dense_models_of_weights_that_hooks_compute(kind: str, name: str, backen
 @pytest.mark.parametrize("use", USES)
 def test_replaced_layers(use: str, backend: str) -> None:
     flow, other = model(), model()
-    for own, twin in zip(blocks_of(flow), blocks_of(other), strict=True):
-        own.made.output = Adapted(own.made.output)  # type: ignore[assignment]
+    for block, twin in zip(blocks_of(flow), blocks_of(other), strict=True):
+        block.made.output = Adapted(block.made.output)  # type: ignore[assignment]
         with torch.no_grad():
             twin.made.output.weight.mul_(1.5)
             twin.made.output.bias.mul_(1.5)

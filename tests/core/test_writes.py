@@ -78,8 +78,8 @@ def averaged(flow: fastmaf.MAF) -> None:
     mean.update_parameters(flow)
     mean.update_parameters(other)
     with torch.no_grad():
-        for own, found in zip(flow.parameters(), mean.module.parameters(), strict=True):
-            own.copy_(found)
+        for parameter, actual in zip(flow.parameters(), mean.module.parameters(), strict=True):
+            parameter.copy_(actual)
 
 
 def of_one_number(flow: fastmaf.MAF) -> None:
@@ -133,30 +133,30 @@ def test_the_function_is_that_of_the_masked_model(write: str, use: str, backend:
     WRITES[write](flow)
     naive = flow.to_naive()
     if use == "log_prob":
-        found, expected = flow.log_prob(x), naive.log_prob(x)
-        found.sum().backward()
+        actual, expected = flow.log_prob(x), naive.log_prob(x)
+        actual.sum().backward()
         expected.sum().backward()
         for name, pair in naive_gradients(flow, naive).items():
             assert_close("gradients", *pair, name)
         for layer in layers_of(flow).values():
             assert layer.weight.grad is not None and not layer.weight.grad[padding_of(layer)].any()
     elif use == "forward":
-        found, expected = flow(x)[0], naive(x)[0]
+        actual, expected = flow(x)[0], naive(x)[0]
     elif use == "nll_per_dim":
-        found, expected = flow.nll_per_dim(x).sum(dim=1), -naive.log_prob(x)
+        actual, expected = flow.nll_per_dim(x).sum(dim=1), -naive.log_prob(x)
     elif use == "inverse":
         with torch.no_grad():
-            found, expected = flow.inverse(x)[0], naive.inverse(x)[0]
+            actual, expected = flow.inverse(x)[0], naive.inverse(x)[0]
     elif use == "rsample":
-        found, expected = flow.rsample(5, generator=generator(3)), naive.inverse(normal(5, 29, seed=3))[0]
-        found.square().sum().backward()
+        actual, expected = flow.rsample(5, generator=generator(3)), naive.inverse(normal(5, 29, seed=3))[0]
+        actual.square().sum().backward()
         expected.square().sum().backward()
         for name, pair in naive_gradients(flow, naive).items():
             assert_close("gradients", *pair, name)
     else:
         layer = layers_of(flow)["transforms.1.made.hidden.0"]
-        found, expected = layer(x), (x @ layer.dense_weight().T + layer.bias).relu()
-    assert_close("values" if use != "inverse" else "inverse", found, expected)
+        actual, expected = layer(x), (x @ layer.dense_weight().T + layer.bias).relu()
+    assert_close("values" if use != "inverse" else "inverse", actual, expected)
 
 
 @pytest.mark.parametrize("write", WRITES)
@@ -291,9 +291,9 @@ def test_compiled_flows(backend: str) -> None:
 
 def test_steps_with_strided_gradients() -> None:
     """torch's fused kernels read their memory as if it were contiguous; those of ``torch.optim.Adam`` do not."""
-    own, other = nn.Parameter(torch.zeros(3, 4, dtype=F64)), nn.Parameter(torch.zeros(3, 4, dtype=F64))
-    optimizers = fastmaf.optim.FusedAdam([own]), torch.optim.Adam([other])
-    for parameter, optimizer in zip((own, other), optimizers, strict=True):
+    fused, other = nn.Parameter(torch.zeros(3, 4, dtype=F64)), nn.Parameter(torch.zeros(3, 4, dtype=F64))
+    optimizers = fastmaf.optim.FusedAdam([fused]), torch.optim.Adam([other])
+    for parameter, optimizer in zip((fused, other), optimizers, strict=True):
         parameter.grad = normal(4, 3).T
         optimizer.step()
-    assert_close("values", own.detach(), other.detach())
+    assert_close("values", fused.detach(), other.detach())
