@@ -57,13 +57,10 @@ class Run:
         """
         for block in self._blocks:
             block.check_invertible()
-        if _in_a_mode():
+        if _in_a_mode() or any(permutation.device.type != "cpu" for permutation in self._permutations):
             return self.forward.inverted()
         known = self._inverse
-        if known is None or not all(
-            p.device.type == "cpu" and torch.equal(p, copy)
-            for p, copy in zip(self._permutations, known[1], strict=True)
-        ):
+        if known is None or not all(map(torch.equal, self._permutations, known[1])):
             with torch.inference_mode(False):  # later calls may record gradients
                 known = self.forward.inverted(), [p.clone() for p in self._permutations]
             self._inverse = known

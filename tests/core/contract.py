@@ -30,7 +30,7 @@ LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 class TransformContract:
-    """Subclasses define how their transform is built, far from the identity, and its data."""
+    """Subclasses define how their transform, far from the identity, and its data are built."""
 
     features: int
 
@@ -38,7 +38,7 @@ class TransformContract:
         raise NotImplementedError
 
     def fresh(self, dtype: torch.dtype = F64) -> Transform:
-        """Returns one of the same configuration and other numbers."""
+        """Returns a transform of the same configuration with other values."""
         raise NotImplementedError
 
     def data(self, n: int, dtype: torch.dtype = F64, seed: int = 0) -> Tensor:

@@ -158,7 +158,7 @@ def test_random_models(
 
 @pytest.mark.parametrize("bound", BOUNDS, ids=str)
 def test_the_naive_model_against_the_formula(bound: dict[str, Any]) -> None:
-    """The baseline itself, written out by hand for one sample, with masks from degrees."""
+    """The naive model against the formula, evaluated unit by unit for one sample."""
     flow = build(5, blocks=1, hidden_features=(6, 4), degrees="random", order="natural", scale=2.0, **bound)
     made = blocks_of(flow)[0].made
     x = normal(1, 5, seed=5)[0]
@@ -186,7 +186,7 @@ def test_the_naive_model_against_the_formula(bound: dict[str, Any]) -> None:
 
 
 def test_naive_gradients_see_a_wrong_one() -> None:
-    """The comparison above can fail: another model's gradients are not taken for this one's."""
+    """Negative control: the comparison fails for the gradients of another model."""
     flow, other, x = build(13), build(13, seed=1), normal(3, 13)
     naive = other.to_naive()
     flow.log_prob(x).sum().backward()

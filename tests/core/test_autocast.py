@@ -36,7 +36,7 @@ def local() -> fastmaf.Flow:
 
 
 def single() -> fastmaf.Flow:
-    """A flow that takes its blocks one by one: of two activations."""
+    """Returns a flow whose two blocks run as separate ops, since their activations differ."""
     flows = [build(D, dtype=F32, blocks=1, seed=seed) for seed in (0, 1)]
     first, last = (flow.transforms[0] for flow in flows)
     for layer in last.made.hidden:  # type: ignore[union-attr]
@@ -91,7 +91,7 @@ def test_values_and_gradients(flow: fastmaf.Flow, method: str, where: tuple[bool
 
 @HALF
 def test_float64_agrees_with_the_same_in_float32(half: torch.dtype) -> None:
-    """What autocast would have taken away: the whitening was off by 20 nats, local blocks by 1."""
+    """With half-precision products the whitening would be off by 20 nats and local blocks by 1."""
     for make in FLOWS.values():
         flow, x = make(), data()
         with autocast(half):
@@ -146,7 +146,7 @@ def test_double_backward(backend: str) -> None:
 
 @HALF
 def test_what_a_network_in_half_precision_made(half: torch.dtype) -> None:
-    """Within autocast it is taken in the flow's dtype; elsewhere it is refused, as ever."""
+    """Half-precision inputs are converted within an autocast region and refused elsewhere."""
     network, x = torch.nn.Linear(D, D), data()
     for make in FLOWS.values():
         for dtype in (F32, torch.float64):

@@ -27,7 +27,7 @@ OPTIONS: list[dict[str, Any]] = [
 
 
 def visible_parameters(flow: fastmaf.MAF) -> tuple[list[Tensor], Callable[[Sequence[Tensor]], dict[str, Tensor]]]:
-    """Returns the numbers that the function depends on, and how to make a full set of parameters from them.
+    """Returns the visible weights and biases, and a function that builds all parameters from them.
 
     Padding is left out: it is zero by contract, and a finite difference would break the contract.
     """
@@ -51,7 +51,7 @@ def visible_parameters(flow: fastmaf.MAF) -> tuple[list[Tensor], Callable[[Seque
 
 
 class Call(torch.nn.Module):
-    """Gives functional_call another method of the flow than forward."""
+    """Lets functional_call call methods of a flow other than forward."""
 
     def __init__(self, flow: fastmaf.MAF) -> None:
         super().__init__()
@@ -93,7 +93,7 @@ def test_gradients_of_samples_and_their_log_prob() -> None:
 
 @pytest.mark.parametrize("direction", ["forward", "inverse"])
 def test_some_gradients_unneeded(direction: str) -> None:
-    """Frozen parameters or data that needs no gradient change nothing else, and get none."""
+    """Frozen parameters, and data without requires_grad, get no gradient and leave the others unchanged."""
     x, actual = normal(3, 7), {}
     for frozen in ("nothing", "x", "weights", "biases", "hidden"):
         flow = build(7)

@@ -1,4 +1,4 @@
-"""Nothing that is derived from buffers goes stale, however these are written; constants are nobody's to write."""
+"""Results follow every way of writing to buffers; constants cannot be overwritten."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ D = 12
 
 
 def flow(seed: int = 0, dtype: torch.dtype = F64) -> fastmaf.Flow:
-    """Returns a flow of every kind of transform; another seed gives other buffers and parameters, same degrees."""
+    """Returns a flow with a transform of each kind; seeds change buffers and parameters, but not degrees."""
     whitening = fastmaf.GaussianWhitening(D, 4, dtype=dtype)
     whitening.fit_(normal(40, D, seed=seed, dtype=dtype) @ normal(D, D, seed=seed + 1, dtype=dtype))
     affine = build(D, blocks=1, dtype=dtype).transforms[0]
@@ -36,7 +36,7 @@ def flow(seed: int = 0, dtype: torch.dtype = F64) -> fastmaf.Flow:
 
 
 def check(actual: fastmaf.Flow, expected: fastmaf.Flow) -> None:
-    """Holds a flow against another one, and its densities against what they must be of themselves."""
+    """Compares a flow with another one, and its log-determinants with its Jacobian."""
     x = normal(3, D, dtype=expected._like().dtype)
     for method in ("log_prob", "nll_per_dim"):
         assert torch.equal(getattr(actual, method)(x), getattr(expected, method)(x)), method
@@ -123,7 +123,7 @@ def test_functional_call(dtype: torch.dtype) -> None:
 
 
 def test_gradients_of_buffers() -> None:
-    """The log-determinant is a function of the buffers, and has derivatives by them."""
+    """The log-determinant is differentiable with respect to the buffers."""
     whitening, x = flow().transforms[0], normal(3, D)
     buffers = {name: b.clone().requires_grad_() for name, b in whitening.named_buffers() if name != "factors"}
 
@@ -135,7 +135,7 @@ def test_gradients_of_buffers() -> None:
 
 
 def test_the_log_determinant_is_a_tensor_on_the_device() -> None:
-    """A CUDA graph would hold a number of Python's for ever."""
+    """A CUDA graph would record a Python number as a constant."""
     whitening = flow().transforms[0]
     assert isinstance(whitening, fastmaf.GaussianWhitening)
     assert isinstance(whitening.ladj, Tensor) and whitening.ladj.dim() == 0 and whitening.ladj.dtype == F64
@@ -165,7 +165,7 @@ def test_averages_of_models(options: dict[str, Any]) -> None:
 
 
 def test_planned_without_memory_then_filled() -> None:
-    """As large models are loaded: built on meta, given memory, then the values."""
+    """Large models are built on meta, then allocated, then loaded."""
     for whitening in (None, 3):
         make: dict[str, Any] = {"seed": 0, "order": "random", "whitening": whitening}
         of = fastmaf.MAF(D, 2, (16, 9), **make)
@@ -182,7 +182,7 @@ def test_planned_without_memory_then_filled() -> None:
 
 
 def test_planned_without_memory_then_initialised() -> None:
-    """``to_empty`` and ``reset_parameters`` give a flow, too: what is no parameter needs no values of anybody."""
+    """After ``to_empty`` and ``reset_parameters`` a flow is complete: constants are restored."""
     planned = fastmaf.MAF(D, 2, (16, 9), order="random", seed=0, device="meta", dtype=F64).to_empty(device="cpu")
     for module in planned.modules():
         if isinstance(module, fastmaf.MaskedLinear):
@@ -215,7 +215,7 @@ def test_constants_go_where_the_module_goes() -> None:
 
 
 def test_the_state_dict_has_what_it_had() -> None:
-    """Degrees are in it, and nothing but their values may be loaded; what else follows from them is not."""
+    """The state_dict holds the degrees, whose values must match, and no other constants."""
     made = build(D, blocks=1).transforms[0].made
     assert isinstance(made, fastmaf.MADE)
     state = made.state_dict()
@@ -240,7 +240,7 @@ def test_permutations_of_other_dimensions_are_refused_as_ever() -> None:
 
 
 def test_a_base_model_on_meta() -> None:
-    """What torch's documentation of ensembles does: one model without memory, tensors of others."""
+    """As in torch's documentation of ensembles: a model on meta, called with the tensors of another one."""
     target, x = flow(), normal(3, D)
     base = copy.deepcopy(target).to("meta")
     for a, b in zip(functional_call(base, tensors(target), (x,)), target(x), strict=True):

@@ -1,4 +1,4 @@
-"""Degrees, orders, levels and seeds, and the warning about what they leave out."""
+"""Degrees, orders, levels and seeds, and the warning about gaps in the degrees."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def test_unconditioned_outputs_are_named() -> None:
 
 
 def test_gaps_between_layers_are_found() -> None:
-    """Each layer alone covers everything; together the second layer's low units see none of the first."""
+    """Each layer covers all degrees, but the low units of the second layer see none of the first."""
     with pytest.warns(fastmaf.ConnectivityWarning):
         fastmaf.MAF(9, 1, (3, 3), degrees=[torch.tensor([5, 6, 8]), torch.tensor([1, 4, 8])])
 
@@ -213,7 +213,7 @@ def test_prefix_is_the_row_sum_of_the_mask(below: list[int], above: list[int], s
 )
 @settings(max_examples=150)
 def test_connectivity_against_paths(features: int, hidden: list[list[int]]) -> None:
-    """What the report says is what products of the masks say."""
+    """The counts agree with products of the masks."""
     layers = [torch.tensor(sorted(min(d, features) for d in layer)) for layer in hidden]
     all_degrees = [torch.arange(1, features + 1), *layers]
     paths = torch.eye(features)

@@ -104,7 +104,7 @@ def test_jacobians_and_vmap(make: Callable[[], fastmaf.Flow], method: str) -> No
 @FLOW
 @SOME_SLOW
 def test_second_derivatives(make: Callable[[], fastmaf.Flow], method: str) -> None:
-    """All ways agree with central differences of the first derivative."""
+    """Second derivatives agree with central differences of the first."""
     flow, x, v = make(), data(2), normal(2, D, seed=1)
 
     def scalar(x: Tensor) -> Tensor:
@@ -160,7 +160,7 @@ def test_gradient_penalty_is_that_of_the_dense_model(backend: str, method: str, 
 
 
 def test_no_derivative_is_counted_twice() -> None:
-    """One block, used twice: its weights are inputs of the second call and make the other input as well."""
+    """A block that is used twice gets the sum of the gradients of both uses."""
     one = build(D, blocks=1).transforms[0]
     twin, reverse = copy.deepcopy(one), fastmaf.Permutation(torch.arange(D).flip(0))
 

@@ -15,7 +15,7 @@ from tests.tolerances import assert_close
 
 
 def test_log_prob_is_a_density() -> None:
-    """Its integral over a fine grid in two dimensions is 1."""
+    """The density integrates to 1 over a fine grid in two dimensions."""
     flow = build(2, hidden_features=(6, 6), scale=1.5)
     side = torch.linspace(-12.0, 12.0, 481, dtype=torch.float64)
     with torch.no_grad():

@@ -1,4 +1,4 @@
-"""Flow.to_inference: bfloat16 weights are an exact flow of their own, of half the bytes and nearly the same density."""
+"""``Flow.to_inference``: an exact flow with bfloat16 weights, half the bytes and nearly the same density."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Inputs as they come: strided, sliced, expanded, of other shapes, dtypes and devices."""
+"""Strided, sliced and expanded inputs; errors for wrong shapes, dtypes and devices."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A whole flow in one call, there and back, is its transforms one by one; what torch.compile makes of it too."""
+"""Whole flows as one op agree with their transforms one by one, also compiled."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ D = 13
 
 
 class Doubling(Transform):
-    """A transform that the library does not know: z = 2 x."""
+    """A user's transform: z = 2 x."""
 
     features = D
 
@@ -279,7 +279,7 @@ CHANGES: dict[str, Callable[[Flow], Any]] = {
 
 @pytest.mark.parametrize("change", CHANGES)
 def test_a_change_is_noticed(change: str) -> None:
-    """What is made once for a flow is made anew: it then agrees with a copy, which begins without it."""
+    """Cached arguments are made anew after a change: the flow agrees with a copy, which has none."""
     flow, x = build(D, blocks=3, order="random", scale=1.5), normal(4, D)
     with torch.no_grad():
         for _ in range(2):

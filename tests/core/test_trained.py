@@ -1,4 +1,4 @@
-"""Numbers that must hold on trained weights: round trips, the D-pass inverse, and what float32 may cost."""
+"""Round trips, the D-pass inverse and float32 errors, on trained weights."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def test_the_level_inverse_is_the_d_pass_inverse(dtype: torch.dtype, degrees: st
 
 
 class Run:
-    """All that one model computes for one input: values, and the gradients of a loss that reads all of z and ladj."""
+    """The values of a model for one input, and the gradients of a loss of z and ladj."""
 
     def __init__(self, model: fastmaf.MAF | NaiveMAF, x: Tensor, *, inverse: int | None) -> None:
         x = x.clone().requires_grad_()

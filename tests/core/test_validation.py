@@ -1,4 +1,4 @@
-"""Numbers that are not finite: named in arguments and results, or kept to their row."""
+"""Values that are not finite: errors for arguments and results, or confinement to their row."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def test_without_validation_rows_do_not_mix(method: str, batch: int, backend: st
 
 @pytest.mark.parametrize("method", METHODS)
 def test_large_finite_numbers_are_taken(method: str) -> None:
-    """Their sum overflows, which is no reason to refuse them."""
+    """Finite values whose sum overflows are accepted."""
     flow = fastmaf.Flow(2, [fastmaf.GaussianWhitening(2, 0)])
     x = torch.full((3, 2), 3e38)
     result = getattr(flow, method)(x)
@@ -74,7 +74,7 @@ def test_large_finite_numbers_are_taken(method: str) -> None:
 
 
 def stretched(blocks: int, bound: float = 5.0) -> fastmaf.MAF:
-    """All log-scales at their bound."""
+    """Returns a flow with all log-scales at their bound."""
     flow = fastmaf.MAF(12, blocks, (32, 32), seed=0, log_scale_bound=bound, soft_bound=False)
     with torch.no_grad():
         for block in blocks_of(flow):

@@ -1,4 +1,4 @@
-"""Whoever writes to the parameters, and however: the density stays that of the dense masked model."""
+"""After every way of writing to parameters, the density is that of the dense masked model."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ def averaged(flow: fastmaf.MAF) -> None:
 
 
 def of_one_number(flow: fastmaf.MAF) -> None:
-    """In place, so that the version counts it: no spot check could."""
+    """Writes one number of the padding in place."""
     for layer in layers_of(flow).values():
         where = padding_of(layer).nonzero().flatten()
         with torch.no_grad():
@@ -173,7 +173,7 @@ def test_what_is_saved_has_no_padding(write: str, backend: str, tmp_path: Path) 
 
 @pytest.mark.parametrize("write", [write for write in WRITES if "repeated" not in write])  # torch's Adam refuses it
 def test_steps_after_a_write(write: str, backend: str) -> None:
-    """Adam, and minimize: what was written to the padding takes no part in a step."""
+    """Values written to the padding have no effect on a step of Adam or of ``minimize``."""
     flow, x = model(), normal(64, 29, seed=1)
     WRITES[write](flow)
     twin = copy.deepcopy(flow)
@@ -199,7 +199,7 @@ def test_inference_copies(dtype: torch.dtype, backend: str) -> None:
 
 
 def test_parameters_made_in_inference_mode(backend: str) -> None:
-    """They have no version counter."""
+    """Inference tensors have no version counter."""
     with torch.inference_mode():
         flow = model()
         layer = layers_of(flow)["transforms.1.made.output"]
@@ -211,7 +211,7 @@ def test_parameters_made_in_inference_mode(backend: str) -> None:
 
 @pytest.mark.parametrize("leaf", [True, False])
 def test_tensors_in_place_of_parameters(leaf: bool, backend: str) -> None:
-    """functional_call with dirty tensors: the masked function, zero gradient in the padding, and tensors left alone."""
+    """functional_call with values in the padding: masked function, zero gradients there, unchanged tensors."""
     flow, x = model(), normal(5, 29, seed=1)
     raw = {name: p.detach() + noise(p) for name, p in flow.named_parameters()}
     given = {name: t.clone().requires_grad_() for name, t in raw.items()}
@@ -228,7 +228,7 @@ def test_tensors_in_place_of_parameters(leaf: bool, backend: str) -> None:
 
 
 def test_a_write_between_forward_and_backward_is_still_refused(backend: str) -> None:
-    """As with all of torch; the check of the padding neither causes nor hides it."""
+    """Clearing the padding neither causes nor hides torch's error."""
     flow, x = model(), normal(5, 29)
     loss = flow.log_prob(x).sum()
     flow.log_prob(x)

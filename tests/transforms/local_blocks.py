@@ -39,7 +39,7 @@ def features_of(shape: Shape) -> int:
 
 
 def block(shape: Shape, *, scale: float = 0.3, seed: int = 0, dtype: torch.dtype = F64, **options: Any) -> Any:
-    """Returns a block with all parameters drawn: those that start at zero as well."""
+    """Returns a block with all parameters drawn at random, including those that start at zero."""
     actual = fastmaf.LocalAutoregressive(shape, generator=generator(seed), **options).to(dtype)
     draw = generator(seed + 1)
     with torch.no_grad():

@@ -1,4 +1,4 @@
-"""Fitting factors and noise: what many samples show, what few do not, and every wrong argument."""
+"""Fitting factors and noise to many and to few samples; wrong arguments."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def test_factors_are_orthonormal_and_sorted_by_what_they_explain() -> None:
 
 
 def in_sample(x: Tensor, rank: int) -> FactorModel:
-    """The same from the same samples: leading singular vectors, what they explain, and what they leave."""
+    """Fits without cross-validation: variances and noise are those of the fitted samples."""
 
     def leading(rows: Tensor) -> Tensor:
         return torch.linalg.svd(rows, full_matrices=False).Vh[:rank].T
@@ -63,7 +63,7 @@ def in_sample(x: Tensor, rank: int) -> FactorModel:
 
 @pytest.mark.parametrize("seed", range(3))
 def test_few_samples_of_many_dimensions(seed: int) -> None:
-    """What it is for: new samples are as surprising as the model says. Fitted to its own samples it is far off."""
+    """The NLL of new samples is that of the model; without cross-validation it is far higher."""
     world = World(400, 20, weakest=0.5, seed=seed)
     x, new = world.draw(40, seed=seed), world.draw(500, seed=seed + 50)
     actual, naive = fit_factors(x, 30), in_sample(x, 30)
@@ -75,7 +75,7 @@ def test_few_samples_of_many_dimensions(seed: int) -> None:
 @pytest.mark.parametrize("n", [4, 5, 8, 12])
 @pytest.mark.parametrize("rank", [1, 5, 30])
 def test_very_few_samples(n: int, rank: int) -> None:
-    """Of four samples nobody learns a covariance; but the noise is none that only the samples themselves have."""
+    """Four samples determine no covariance, but the noise must not be underestimated."""
     world = World(400, 20, weakest=0.5)
     actual = fit_factors(world.draw(n), rank)
     assert mean_square(actual, world.draw(200, seed=9)) < 8
@@ -118,7 +118,7 @@ def test_white_data_has_no_factors_to_speak_of() -> None:
 
 @DTYPES
 def test_constant_dimensions(dtype: torch.dtype) -> None:
-    """Black borders of images: their noise is the floor, and nothing becomes infinite."""
+    """Constant dimensions, such as black borders of images, get the floor as noise."""
     x = World(20, 2).draw(30, dtype=dtype)
     x[:, 3], x[:, 7] = 0, 0.1
     actual = fit_factors(x, 4)
@@ -170,7 +170,7 @@ def test_float32_and_float64_agree(n: int, features: int, rank: int) -> None:
 
 @pytest.mark.parametrize("deviation", [30.0, 1e3])
 def test_float32_on_a_dominant_factor(deviation: float) -> None:
-    """Brightness, say: a factor of up to a million times the noise's variance hides no weaker one."""
+    """A dominant factor, such as brightness, of a million times the variance of the noise hides no weaker one."""
     directions = torch.linalg.qr(normal(24, 3)).Q
     strengths = torch.tensor([deviation, 10.0, 3.0], dtype=F64)
     x, new = (

@@ -1,4 +1,4 @@
-"""Copies that the factors shall explain, too: mixtures of a basis, and no more rows than can be decomposed."""
+"""Augmented samples, given as mixtures of a basis, and the limit on decomposed rows."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def test_mixtures_are_the_copies_that_they_stand_for(copies: int, n: int, featur
 @given(copies=st.integers(1, 6), n=st.integers(6, 40), seed=st.integers(0, 1000))
 @settings(max_examples=20)
 def test_mixtures_of_any_weights(copies: int, n: int, seed: int) -> None:
-    """Negative ones too, which mixtures of bicubic shifts have."""
+    """Weights may be negative, as those of bicubic shifts are."""
     weights = normal(copies, 3, seed=seed)
     weights[:, 0] = 1 - weights[:, 1:].sum(dim=1)
     by_mixtures, by_copies = mixed(weights)

@@ -1,4 +1,4 @@
-"""LocalAutoregressive: its order and window by the Jacobian, its numbers against dense matrices written by hand."""
+"""LocalAutoregressive: order and window by the Jacobian, training, arguments."""
 
 from __future__ import annotations
 
@@ -100,7 +100,7 @@ def test_it_starts_as_the_identity(shape: Shape, options: dict[str, Any]) -> Non
 
 
 def test_it_leaves_the_identity_when_trained() -> None:
-    """No gradient is zero for ever: each parameter that the mask shows moves within a few steps."""
+    """Every visible parameter moves within a few steps."""
     transform = fastmaf.LocalAutoregressive((2, 4, 4), generator=generator()).double()
     before = {name: p.detach().clone() for name, p in transform.named_parameters()}
     data = correlated(256, 32)
@@ -183,7 +183,7 @@ def test_log_scales_stay_within_their_bound() -> None:
 
 
 def test_an_image_is_the_same_at_every_place() -> None:
-    """Away from the borders, what is moved by a patch comes out moved by a patch."""
+    """Away from the borders, a shift by a patch shifts the result by a patch."""
     transform, image = block((2, 16, 16), hidden=2), torch.zeros(2, 16, 16, dtype=F64)
     image[:, 6:10, 6:10] = normal(2, 4, 4)
     background = transform(torch.zeros(1, 512, dtype=F64))[0]
@@ -212,7 +212,7 @@ def test_a_generator_makes_it_repeatable() -> None:
 
 
 def test_few_weights_for_large_images() -> None:
-    """The size does not depend on the image's."""
+    """The number of weights does not depend on the size of the image."""
     sizes = {
         size: sum(p.numel() for p in fastmaf.LocalAutoregressive((3, size, size)).parameters()) for size in (4, 64, 128)
     }
@@ -220,7 +220,7 @@ def test_few_weights_for_large_images() -> None:
 
 
 def test_beside_whitening_and_logit_in_one_flow() -> None:
-    """All new transforms in one flow, compiled without a break."""
+    """Whitening, logit and local blocks in one flow, compiled without graph breaks."""
     torch.compiler.reset()
     whitening = fastmaf.GaussianWhitening(24, 3, dtype=F64).fit_(normal(60, 24))
     flow = fastmaf.Flow(24, [fastmaf.Logit(24), whitening, block((1, 4, 6)), block((1, 4, 6), reverse=True, seed=5)])

@@ -1,4 +1,4 @@
-"""Logit: the density of what lies in (0, 1), its edges, and what float32 costs."""
+"""Logit: densities within (0, 1) and at its edges, and float32 errors."""
 
 from __future__ import annotations
 
@@ -116,7 +116,7 @@ def test_gradients_of_a_row_outside_are_zero() -> None:
 @DTYPES
 @pytest.mark.parametrize("alpha", [*ALPHAS, 1e-8, 0.2])
 def test_samples_lie_in_the_domain(alpha: float, dtype: torch.dtype) -> None:
-    """However far away the noise: the density of what inverse returns is finite."""
+    """The density of samples is finite for arbitrarily distant noise."""
     z = torch.linspace(-200, 200, 4_001, dtype=dtype)[:, None]
     flow = fastmaf.Flow(1, [fastmaf.Logit(1, alpha), fastmaf.GaussianWhitening(1, 0, dtype=dtype)])
     x, _ = flow.inverse(z)
@@ -163,7 +163,7 @@ def test_there_and_back(features: int, alpha: float, seed: int, dtype: torch.dty
 
 @pytest.mark.parametrize("alpha", [0.0, 0.05, 0.3])
 def test_float32(alpha: float) -> None:
-    """Beside numpy in float32, written as the paper has it."""
+    """Float32 errors compared with those of the paper's formula in numpy."""
     features = 257
     logit = fastmaf.Logit(features, alpha)
     errors: dict[str, list[tuple[float, float]]] = {}

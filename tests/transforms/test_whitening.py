@@ -1,4 +1,4 @@
-"""GaussianWhitening: the density of a normal distribution, whatever its covariance's condition."""
+"""GaussianWhitening: the density of a normal distribution, for covariances of any condition."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def model(features: int, rank: int, *, largest: float = 30.0, seed: int = 0) -> FactorModel:
-    """Returns a covariance of which nothing is special: factors of variances up to ``largest`` in any direction."""
+    """Returns a random model whose factors have variances up to ``largest``."""
     draw = generator(seed)
     factors = torch.linalg.qr(torch.randn(features, max(rank, 1), generator=draw, dtype=F64)).Q[:, :rank]
     variance = largest ** torch.rand(rank, generator=draw, dtype=F64)
@@ -45,7 +45,7 @@ def covariance(of: fastmaf.GaussianWhitening) -> Tensor:
 
 
 def draw(of: fastmaf.GaussianWhitening, n: int, seed: int = 0) -> Tensor:
-    """Draws ``n`` samples from the normal distribution itself, with nothing of the transform's code."""
+    """Draws ``n`` samples from the normal distribution, independently of the transform."""
     root = torch.linalg.cholesky(covariance(of))
     return (of.mean.double() + normal(n, of.features, seed=seed) @ root.T).to(of.mean.dtype)
 
@@ -188,7 +188,7 @@ def test_float32(features: int, rank: int, largest: float, fitted: bool) -> None
 
 
 def test_the_peer_computes_the_same() -> None:
-    """What float32 is held against above is no other function."""
+    """The computation that float32 errors are compared with is the same function."""
     of = whitening(31, 7, largest=100.0)
     x, z = draw(of, 9), normal(9, 31, seed=1)
     flow = fastmaf.Flow(31, [of])
@@ -312,7 +312,7 @@ def test_wrong_inputs_are_named() -> None:
 
 
 def test_a_copy_is_of_the_fitted_model() -> None:
-    """Fitting anew changes the log-determinant of one, not of the other."""
+    """Refitting the original leaves the log-determinant of a copy unchanged."""
     flow = fastmaf.Flow(6, [whitening(6, 2)])
     twin, x = copy.deepcopy(flow), normal(3, 6)
     first = twin.transforms[0]
@@ -323,7 +323,7 @@ def test_a_copy_is_of_the_fitted_model() -> None:
 
 
 def test_blocks_after_it_see_white_data() -> None:
-    """What it is for: in front of blocks that start as the identity, the flow starts as the fitted normal."""
+    """In front of blocks that start as the identity, the flow starts as the fitted normal."""
     flow = build(9, whitening=3, init="identity")
     first = flow.transforms[0]
     assert isinstance(first, fastmaf.GaussianWhitening)
