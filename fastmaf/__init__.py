@@ -12,99 +12,66 @@ if not (_Path(__file__).parent / "kernels").is_dir():
     __path__.append(str(_Path(__file__).parent.parent))
 
 if TYPE_CHECKING:
-    from fastmaf import optim
-    from fastmaf.convert import LeakyMaskError, from_published
-    from fastmaf.defaults import torch_defaults
-    from fastmaf.degrees import ConnectivityWarning
-    from fastmaf.flows import MAF, Flow
-    from fastmaf.io.checkpoint import SavedFlow, load, load_with_extras
-    from fastmaf.io.tensor_file import CheckpointError
-    from fastmaf.kernels.dispatch import BackendUnavailableError, use_backend
-    from fastmaf.kernels.triton_common.launch_table import use_precision
-    from fastmaf.nn import MADE, MaskedLinear
-    from fastmaf.training.cuda_graphs import ReplayedLogProb
-    from fastmaf.training.guards import Guards, NonFiniteLossError
-    from fastmaf.training.memory_estimate import memory_estimate
-    from fastmaf.training.step import StepReport, TrainingStep
-    from fastmaf.transforms import (
-        AffineAutoregressive,
-        GaussianWhitening,
-        LocalAutoregressive,
-        Logit,
-        NotInvertibleError,
-        Permutation,
-        Transform,
-    )
+    from fastmaf import optim as optim
+    from fastmaf.convert import LeakyMaskError as LeakyMaskError
+    from fastmaf.convert import from_published as from_published
+    from fastmaf.defaults import torch_defaults as torch_defaults
+    from fastmaf.degrees import ConnectivityWarning as ConnectivityWarning
+    from fastmaf.flows import MAF as MAF
+    from fastmaf.flows import Flow as Flow
+    from fastmaf.io.checkpoint import SavedFlow as SavedFlow
+    from fastmaf.io.checkpoint import load as load
+    from fastmaf.io.checkpoint import load_with_extras as load_with_extras
+    from fastmaf.io.tensor_file import CheckpointError as CheckpointError
+    from fastmaf.kernels.dispatch import BackendUnavailableError as BackendUnavailableError
+    from fastmaf.kernels.dispatch import use_backend as use_backend
+    from fastmaf.kernels.triton_common.launch_table import use_precision as use_precision
+    from fastmaf.nn import MADE as MADE
+    from fastmaf.nn import MaskedLinear as MaskedLinear
+    from fastmaf.training.cuda_graphs import ReplayedLogProb as ReplayedLogProb
+    from fastmaf.training.guards import Guards as Guards
+    from fastmaf.training.guards import NonFiniteLossError as NonFiniteLossError
+    from fastmaf.training.memory_estimate import memory_estimate as memory_estimate
+    from fastmaf.training.step import StepReport as StepReport
+    from fastmaf.training.step import TrainingStep as TrainingStep
+    from fastmaf.transforms import AffineAutoregressive as AffineAutoregressive
+    from fastmaf.transforms import GaussianWhitening as GaussianWhitening
+    from fastmaf.transforms import LocalAutoregressive as LocalAutoregressive
+    from fastmaf.transforms import Logit as Logit
+    from fastmaf.transforms import NotInvertibleError as NotInvertibleError
+    from fastmaf.transforms import Permutation as Permutation
+    from fastmaf.transforms import Transform as Transform
 
-__all__ = [
-    "MADE",
-    "MAF",
-    "AffineAutoregressive",
-    "BackendUnavailableError",
-    "CheckpointError",
-    "ConnectivityWarning",
-    "Detector",
-    "Flow",
-    "GaussianWhitening",
-    "Guards",
-    "LeakyMaskError",
-    "LocalAutoregressive",
-    "Logit",
-    "MaskedLinear",
-    "NonFiniteLossError",
-    "NotInvertibleError",
-    "Permutation",
-    "ReplayedLogProb",
-    "SavedFlow",
-    "StepReport",
-    "TrainingStep",
-    "Transform",
-    "from_published",
-    "load",
-    "load_with_extras",
-    "memory_estimate",
-    "optim",
-    "torch_defaults",
-    "use_backend",
-    "use_precision",
-]
-
-_MODULE_OF = {
-    "AffineAutoregressive": "fastmaf.transforms",
-    "BackendUnavailableError": "fastmaf.kernels.dispatch",
-    "CheckpointError": "fastmaf.io.tensor_file",
-    "ConnectivityWarning": "fastmaf.degrees",
-    "Detector": "fastmaf.inspection.detector",
-    "Flow": "fastmaf.flows",
-    "GaussianWhitening": "fastmaf.transforms",
-    "Guards": "fastmaf.training.guards",
-    "LeakyMaskError": "fastmaf.convert",
-    "LocalAutoregressive": "fastmaf.transforms",
-    "Logit": "fastmaf.transforms",
-    "MADE": "fastmaf.nn",
-    "MAF": "fastmaf.flows",
-    "MaskedLinear": "fastmaf.nn",
-    "NonFiniteLossError": "fastmaf.training.guards",
-    "NotInvertibleError": "fastmaf.transforms",
-    "Permutation": "fastmaf.transforms",
-    "ReplayedLogProb": "fastmaf.training.cuda_graphs",
-    "SavedFlow": "fastmaf.io.checkpoint",
-    "StepReport": "fastmaf.training.step",
-    "TrainingStep": "fastmaf.training.step",
-    "Transform": "fastmaf.transforms",
-    "from_published": "fastmaf.convert",
-    "from_reference": "fastmaf.convert",
-    "load": "fastmaf.io.checkpoint",
-    "load_with_extras": "fastmaf.io.checkpoint",
-    "memory_estimate": "fastmaf.training.memory_estimate",
-    "torch_defaults": "fastmaf.defaults",
-    "use_backend": "fastmaf.kernels.dispatch",
-    "use_precision": "fastmaf.kernels.triton_common.launch_table",
+_NAMES_OF = {
+    "fastmaf.convert": ("LeakyMaskError", "from_published", "from_reference"),
+    "fastmaf.defaults": ("torch_defaults",),
+    "fastmaf.degrees": ("ConnectivityWarning",),
+    "fastmaf.flows": ("Flow", "MAF"),
+    "fastmaf.inspection.detector": ("Detector",),
+    "fastmaf.io.checkpoint": ("SavedFlow", "load", "load_with_extras"),
+    "fastmaf.io.tensor_file": ("CheckpointError",),
+    "fastmaf.kernels.dispatch": ("BackendUnavailableError", "use_backend"),
+    "fastmaf.kernels.triton_common.launch_table": ("use_precision",),
+    "fastmaf.nn": ("MADE", "MaskedLinear"),
+    "fastmaf.training.cuda_graphs": ("ReplayedLogProb",),
+    "fastmaf.training.guards": ("Guards", "NonFiniteLossError"),
+    "fastmaf.training.memory_estimate": ("memory_estimate",),
+    "fastmaf.training.step": ("StepReport", "TrainingStep"),
+    "fastmaf.transforms": (
+        "AffineAutoregressive",
+        "GaussianWhitening",
+        "LocalAutoregressive",
+        "Logit",
+        "NotInvertibleError",
+        "Permutation",
+        "Transform",
+    ),
 }
-"""The module of each public name, imported with torch when the name is first used: the command line needs neither."""
+"""The public names by module, imported with torch when a name is first used: the command line needs neither."""
 
-
+_MODULE_OF = {name: module for module, names in _NAMES_OF.items() for name in names}
 _MODULES = ("convert", "degrees", "flows", "io", "kernels", "naive", "nn", "optim", "training", "transforms")
+__all__ = sorted({*_MODULE_OF, "optim"} - {"from_reference"})  # its name in earlier versions still works
 
 
 def __getattr__(name: str) -> object:

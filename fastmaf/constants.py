@@ -27,8 +27,7 @@ class Constants(nn.Module):
     def set_constant(self, name: str, value: Tensor, device: torch.device, *, persistent: bool = False) -> None:
         """Sets a constant to a tensor of the CPU, and puts a copy on ``device``.
 
-        Args:
-            persistent: it is part of the ``state_dict``, and nothing but its value can be loaded.
+        A persistent constant is part of the ``state_dict``, and nothing but its value can be loaded.
         """
         self._constants[name], self._placed[name] = value, value.to(device)
         if persistent:
@@ -44,8 +43,8 @@ class Constants(nn.Module):
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Constants:
         super()._apply(fn, recurse)
-        for placed in list(self._placed.values())[:1]:
-            self._place(fn(placed).device)
+        if self._placed:
+            self._place(fn(next(iter(self._placed.values()))).device)
         return self
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
@@ -53,24 +52,14 @@ class Constants(nn.Module):
         for name in self._saved_constants:
             destination[prefix + name] = self._placed[name]
 
-    def _load_from_state_dict(
-        self,
-        state_dict: Mapping[str, Any],
-        prefix: str,
-        local_metadata: Any,
-        strict: bool,
-        missing_keys: list[str],
-        unexpected_keys: list[str],
-        error_msgs: list[str],
-    ) -> None:
+    def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any) -> None:
         names = {prefix + name: self._constants[name] for name in self._saved_constants}
         for name, value in names.items():
-            found = state_dict.get(name)
-            if isinstance(found, Tensor) and not found.is_meta and not torch.equal(found.to(value), value):
+            loaded = state_dict.get(name)
+            if isinstance(loaded, Tensor) and not loaded.is_meta and not torch.equal(loaded.to(value), value):
                 raise ValueError(self._differs(name))
-        super()._load_from_state_dict(
-            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
-        )
+        super()._load_from_state_dict(state_dict, prefix, *args)
+        _, strict, missing_keys, unexpected_keys, _ = args
         unexpected_keys[:] = [key for key in unexpected_keys if key not in names]
         missing_keys += [name for name in names if strict and name not in state_dict]
 
@@ -82,7 +71,8 @@ class Constants(nn.Module):
 def _follow(module: nn.Module, _: Any) -> None:
     """Puts constants where the tensors are that ``load_state_dict(assign=True)`` brought."""
     assert isinstance(module, Constants)
-    for tensor in itertools.islice(itertools.chain(module.parameters(), module.buffers()), 1):
+    tensor = next(itertools.chain(module.parameters(), module.buffers()), None)
+    if tensor is not None:
         module._place(tensor.device)
 
 

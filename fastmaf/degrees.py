@@ -11,12 +11,13 @@ References:
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Sequence
-from operator import index
+from collections.abc import Sequence
 from typing import Literal, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
+
+from fastmaf.validation import as_sizes
 
 DegreeKind: TypeAlias = Literal["spread", "random", "cyclic"]
 OrderKind: TypeAlias = Literal["natural", "alternate", "random"]
@@ -42,14 +43,9 @@ def layer_sizes(hidden_features: int | Sequence[int]) -> tuple[int, ...]:
         TypeError: ``hidden_features`` is neither an integer nor a sequence of integers.
         ValueError: there is no layer, or one without units.
     """
-    try:
-        sizes = tuple(map(index, hidden_features if isinstance(hidden_features, Iterable) else (hidden_features,)))
-    except TypeError:
-        raise TypeError(
-            f"hidden_features must be an integer or a sequence of integers; found {hidden_features!r}"
-        ) from None
-    if not sizes or min(sizes) < 1:
-        raise ValueError(f"hidden_features must name at least one layer, each of at least one unit; found {sizes}")
+    sizes = as_sizes("hidden_features", hidden_features, least=1)
+    if not sizes:
+        raise ValueError(f"hidden_features must name at least one layer; found {hidden_features!r}")
     return sizes
 
 
@@ -96,7 +92,15 @@ def hidden_degrees(
     if levels is not None and levels < 1:
         raise ValueError(f"levels must be at least 1, or None for no limit; found {levels}")
     if not isinstance(degrees, str):
-        result = [_check_explicit(k, d, h, features) for k, (d, h) in enumerate(_paired(degrees, hidden_features))]
+        if len(degrees) != len(hidden_features):
+            raise ValueError(
+                f"explicit degrees need one tensor per hidden layer: expected {len(hidden_features)}, "
+                f"found {len(degrees)}"
+            )
+        result = [
+            _explicit_degrees(f"degrees of hidden layer {k}", degrees[k], units, features)
+            for k, units in enumerate(hidden_features)
+        ]
         distinct = torch.unique(torch.cat(result)).numel()
         if levels is not None and distinct > levels:
             raise ValueError(
@@ -108,43 +112,30 @@ def hidden_degrees(
     if degrees == "spread":
         result = [_spread(h, top) for h in hidden_features]
     elif degrees == "random":
-        result = [
-            torch.randint(1, top + 1, (h,), generator=generator, device="cpu").sort().values for h in hidden_features
-        ]
+        result = [torch.randint(1, top + 1, (h,), generator=generator, device="cpu") for h in hidden_features]
     elif degrees == "cyclic":
-        result = [(torch.arange(h, device="cpu") % top + 1).sort().values for h in hidden_features]
+        result = [torch.arange(h, device="cpu") % top + 1 for h in hidden_features]
     else:
         raise ValueError(
             f"degrees must be 'spread', 'random', 'cyclic' or one tensor per hidden layer; found {degrees!r}"
         )
+    result = [layer.sort().values for layer in result]
     return result if levels is None else _group(result, levels)
 
 
-def _paired(degrees: Sequence[Tensor], hidden_features: Sequence[int]) -> list[tuple[Tensor, int]]:
-    if len(degrees) != len(hidden_features):
-        raise ValueError(
-            f"explicit degrees need one tensor per hidden layer: expected {len(hidden_features)}, found {len(degrees)}"
-        )
-    return list(zip(degrees, hidden_features, strict=True))
+def _integers(name: str, numbers: Tensor | Sequence[int], count: int) -> Tensor:
+    """Returns a copy of ``count`` integers as int64 on the CPU."""
+    numbers = numbers if isinstance(numbers, Tensor) else torch.tensor(numbers, device="cpu")
+    if numbers.shape != (count,) or numbers.is_floating_point() or numbers.dtype == torch.bool:
+        raise ValueError(f"{name} must be {count} integers; found shape {tuple(numbers.shape)}, dtype {numbers.dtype}")
+    return numbers.detach().to("cpu", torch.int64, copy=True)
 
 
-def _tensor(numbers: Tensor | Sequence[int]) -> Tensor:
-    return numbers if isinstance(numbers, Tensor) else torch.tensor(numbers, device="cpu")
-
-
-def _check_explicit(layer: int, degrees: Tensor, hidden: int, features: int) -> Tensor:
-    degrees = _tensor(degrees)
-    if degrees.shape != (hidden,) or degrees.is_floating_point() or degrees.dtype == torch.bool:
-        raise ValueError(
-            f"degrees of hidden layer {layer} must be {hidden} integers; found shape {tuple(degrees.shape)}, dtype "
-            f"{degrees.dtype}"
-        )
-    degrees = degrees.detach().to("cpu", torch.int64).sort().values
-    if int(degrees[0]) < 0 or int(degrees[-1]) > features:
-        raise ValueError(
-            f"degrees of hidden layer {layer} must lie in 0..{features}; found {int(degrees[0])}..{int(degrees[-1])}"
-        )
-    return degrees
+def _explicit_degrees(name: str, degrees: Tensor | Sequence[int], units: int, features: int) -> Tensor:
+    result = _integers(name, degrees, units).sort().values
+    if int(result[0]) < 0 or int(result[-1]) > features:
+        raise ValueError(f"{name} must lie in 0..{features}; found {int(result[0])}..{int(result[-1])}")
+    return result
 
 
 def _spread(hidden: int, top: int) -> Tensor:
@@ -196,7 +187,7 @@ def orders(
             raise ValueError(
                 f"an explicit order needs one permutation per block: expected {blocks}, found {len(order)}"
             )
-        return [check_permutation(f"order of block {i}", _tensor(o), features) for i, o in enumerate(order)]
+        return [check_permutation(f"order of block {i}", o, features) for i, o in enumerate(order)]
     if order == "natural":
         return [natural] * blocks
     if order == "alternate":
@@ -206,33 +197,21 @@ def orders(
     raise ValueError(f"order must be 'natural', 'alternate', 'random' or one permutation per block; found {order!r}")
 
 
-def check_permutation(name: str, permutation: Tensor, features: int) -> Tensor:
+def check_permutation(name: str, permutation: Tensor | Sequence[int], features: int) -> Tensor:
     """Returns a copy of ``permutation`` as int64 on the CPU.
 
     Raises:
         ValueError: it is not a permutation of 0..D-1.
     """
-    if permutation.is_floating_point() or permutation.dtype == torch.bool or permutation.shape != (features,):
-        raise ValueError(
-            f"{name} must hold {features} integers, a permutation of 0..{features - 1}; "
-            f"found shape {tuple(permutation.shape)}, dtype {permutation.dtype}"
-        )
-    permutation = permutation.detach().to("cpu", torch.int64, copy=True)
-    if not torch.equal(permutation.sort().values, torch.arange(features, device="cpu")):
+    result = _integers(name, permutation, features)
+    if not torch.equal(result.sort().values, torch.arange(features, device="cpu")):
         raise ValueError(f"{name} must be a permutation of 0..{features - 1}; found repeated or other numbers")
-    return permutation
+    return result
 
 
 def prefix(in_degrees: Tensor, out_degrees: Tensor, *, strict: bool) -> Tensor:
-    """Returns how many input units each output unit sees: ``#{i: in[i] <= out[j]}``, or ``<`` with ``strict``.
-
-    Args:
-        in_degrees: ``[in]``, ascending.
-        out_degrees: ``[out]``, ascending.
-        strict: an output sees only inputs of smaller degree.
-
-    Returns:
-        int64 ``[out]``.
+    """Returns how many input units each output unit sees, int64 ``[out]``, for degrees in ascending order:
+    ``#{i: in[i] <= out[j]}``, or ``<`` with ``strict``.
     """
     return torch.searchsorted(in_degrees, out_degrees, right=not strict)
 
@@ -241,60 +220,45 @@ class Connectivity(NamedTuple):
     """The dependencies that the degrees of a MADE allow.
 
     Attributes:
-        read: inputs of degree 1..read condition some output; those of higher degree do not.
-        unconditioned: outputs of degree 1..unconditioned depend on no input (the first never does).
-        features: D.
+        unread: number of inputs but the last that condition no output: those of the highest degrees.
+        unconditioned: number of outputs but the first that depend on no input: those of the lowest degrees.
     """
 
-    read: int
+    unread: int
     unconditioned: int
-    features: int
-
-    @property
-    def complete(self) -> bool:
-        """Whether every input but the last is read and every output but the first is conditioned."""
-        return self.read >= self.features - 1 and self.unconditioned <= 1
-
-    def __str__(self) -> str:
-        parts = []
-        if self.read < self.features - 1:
-            unread = self.features - 1 - self.read
-            parts.append(
-                f"inputs {self.read + 1} to {self.features - 1} of the order ({unread} of {self.features - 1}) are "
-                f"read by no output"
-            )
-        if self.unconditioned > 1:
-            parts.append(
-                f"outputs 2 to {self.unconditioned} ({self.unconditioned - 1} of {self.features - 1}) are "
-                f"conditioned on nothing"
-            )
-        return " and ".join(parts) or "every input is read and every output is conditioned"
 
 
 def connectivity(features: int, degrees: Sequence[Tensor]) -> Connectivity:
     """Returns the dependencies that the sorted hidden degrees of a MADE allow."""
-    read, lowest = features - 1, 1
+    highest_read, lowest = features - 1, 1
     for layer in reversed(degrees):
-        below = layer[layer <= read]
-        read = int(below[-1]) if below.numel() else 0
+        below = layer[layer <= highest_read]
+        highest_read = int(below[-1]) if below.numel() else 0
     for layer in degrees:
         above = layer[layer >= lowest]
         lowest = int(above[0]) if above.numel() else features
-    return Connectivity(read, min(lowest, features), features)
+    return Connectivity(features - 1 - highest_read, min(lowest, features) - 1)
 
 
 def warn_if_disconnected(features: int, degrees_of_blocks: Sequence[Sequence[Tensor]]) -> None:
     """Warns once if the degrees of some blocks leave inputs unread or outputs unconditioned."""
     reports = [connectivity(features, degrees) for degrees in degrees_of_blocks]
-    incomplete = [report for report in reports if not report.complete]
-    if not incomplete:
+    unread, unconditioned = max(reports, key=sum)
+    if not unread and not unconditioned:
         return
-    worst = max(incomplete, key=lambda report: (features - report.read) + report.unconditioned)
+    gaps = []
+    if unread:
+        gaps.append(
+            f"inputs {features - unread} to {features - 1} of the order ({unread} of {features - 1}) are read by no "
+            f"output"
+        )
+    if unconditioned:
+        gaps.append(f"outputs 2 to {unconditioned + 1} ({unconditioned} of {features - 1}) are conditioned on nothing")
     warnings.warn(
-        f"in {len(incomplete)} of {len(reports)} MADE blocks the hidden degrees leave gaps; the widest: {worst}. "
-        "The density stays exact, but those dependencies cannot be learnt: use degrees='spread', or at least "
-        f"{features - 1} hidden units where degrees are 'cyclic' (in nflows, zuko and normflows fewer have the same "
-        f"gap).",
+        f"in {sum(map(any, reports))} of {len(reports)} MADE blocks the hidden degrees leave gaps; the widest: "
+        f"{' and '.join(gaps)}. The density stays exact, but those dependencies cannot be learnt: use "
+        f"degrees='spread', or at least {features - 1} hidden units where degrees are 'cyclic' (in nflows, zuko and "
+        "normflows fewer have the same gap).",
         ConnectivityWarning,
         stacklevel=3,
     )

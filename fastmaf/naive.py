@@ -45,7 +45,7 @@ class NaiveMADE(nn.Module):
         self.log_scale_bound, self.soft_bound = log_scale_bound, soft_bound
         degrees = [in_degrees, *hidden_degrees]
         masks = [above[:, None] >= below[None, :] for below, above in zip(degrees, degrees[1:], strict=False)]
-        last = in_degrees[:, None] > degrees[-1][None, :] if strict else in_degrees[:, None] >= degrees[-1][None, :]
+        last = (torch.gt if strict else torch.ge)(in_degrees[:, None], degrees[-1][None, :])
         masks.append(torch.cat((last, last)))
         self.weights = nn.ParameterList(nn.Parameter(w.clone()) for w in weights)
         self.biases = nn.ParameterList(nn.Parameter(b.clone()) for b in biases)
@@ -59,8 +59,6 @@ class NaiveMADE(nn.Module):
             if k < last:
                 x = torch.relu(x)
         shift, u = x.chunk(2, dim=1)
-        if math.isinf(self.log_scale_bound):
-            return shift, u
         if self.soft_bound:
             return shift, self.log_scale_bound * torch.tanh(u / self.log_scale_bound)
         return shift, u.clamp(-self.log_scale_bound, self.log_scale_bound)

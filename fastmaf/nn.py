@@ -77,7 +77,6 @@ class MaskedLinear(Constants):
                     "(a relabelling: the function is unchanged)"
                 )
         self.activation = activation
-        self.strict = strict
         self.layout = PackedLayout(prefix(in_degrees, out_degrees, strict=strict), in_degrees.numel(), group=group)
         self.in_features, self.out_features = self.layout.in_features, self.layout.out_features
         self.weight = nn.Parameter(empty_on_huge_pages(self.layout.numel, device=device, dtype=dtype))
@@ -90,20 +89,20 @@ class MaskedLinear(Constants):
         """Number of inputs that each output sees, int64 ``[out_features]``, on the device of the weight."""
         return self.constant("prefix", self.weight.device)
 
+    @torch.no_grad()
     def reset_parameters(self, init: Init = "linear", generator: torch.Generator | None = None) -> None:
         """Reinitialises the parameters; see the class for ``init``."""
         if init not in ("linear", "identity", "empty"):
             raise ValueError(f"init must be 'linear' or 'identity'; found {init!r}")
         if init == "empty" or self.weight.is_meta:
             return
-        with torch.no_grad():
-            if init == "identity":
-                self.weight.zero_()
-                self.bias.zero_()
-            else:
-                bound = 1 / math.sqrt(self.in_features)
-                self.layout.zero_padding_(self.weight.uniform_(-bound, bound, generator=generator))
-                self.bias.uniform_(-bound, bound, generator=generator)
+        if init == "identity":
+            self.weight.zero_()
+            self.bias.zero_()
+        else:
+            bound = 1 / math.sqrt(self.in_features)
+            self.layout.zero_padding_(self.weight.uniform_(-bound, bound, generator=generator))
+            self.bias.uniform_(-bound, bound, generator=generator)
 
     @outside_autocast
     def forward(self, x: Tensor) -> Tensor:
@@ -119,22 +118,20 @@ class MaskedLinear(Constants):
         The weight is the parameter, whose padding the ops clear in place. If it is computed (by a parametrisation,
         pruning or ``torch.func.functional_call``), it is a copy with cleared padding.
         """
-        # nn.Module.__getattr__ is slow, and a flow calls this for every layer on every call.
-        weight, bias, table = self._parameters.get("weight"), self._parameters.get("bias"), self.layout.table
-        if type(weight) is nn.Parameter and bias is not None:
-            return LinearArgs(weight, bias, self.constant("prefix", weight.device), table, self.activation)
-        prefix = self.prefix
-        return LinearArgs(without_padding(self.weight, prefix, table), self.bias, prefix, table, self.activation)
+        weight: Tensor = self.weight
+        prefix, table = self.prefix, self.layout.table
+        if type(weight) is not nn.Parameter:
+            weight = without_padding(weight, prefix, table)
+        return LinearArgs(weight, self.bias, prefix, table, self.activation)
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         zero_padding_([self])
         super()._save_to_state_dict(destination, prefix, keep_vars)
         weight = self._parameters.get("weight")
-        if weight is None or keep_vars or weight.is_meta or weight.shape != (self.layout.numel,):
+        if weight is None or keep_vars or weight.is_meta or _can_be_zeroed(weight):
             return
-        if not _can_be_zeroed(weight):
-            saved = without_padding(weight.detach(), self.prefix, self.layout.table)
-            destination[f"{prefix}weight"] = saved
+        if weight.shape == (self.layout.numel,):
+            destination[f"{prefix}weight"] = without_padding(weight.detach(), self.prefix, self.layout.table)
 
     def dense_weight(self) -> Tensor:
         """Returns the masked weight as a dense matrix ``[out_features, in_features]``, for export and inspection.
@@ -253,13 +250,11 @@ class MADE(Constants):
             MaskedLinear(below, above, activation=activation, init=hidden_init, **make)
             for below, above in zip((inputs, *degrees_of_layers), degrees_of_layers, strict=False)
         )
-        outputs = inputs.repeat_interleave(outputs_per_feature)
-        self.output = MaskedLinear(
-            degrees_of_layers[-1], outputs, strict=strict, group=outputs_per_feature, init=init, **make
-        )
+        make |= {"strict": strict, "group": outputs_per_feature, "init": init}
+        self.output = MaskedLinear(degrees_of_layers[-1], inputs.repeat_interleave(outputs_per_feature), **make)
         for k, layer_degrees in enumerate(degrees_of_layers):
-            name, value = f"degrees_{k}", layer_degrees.to(torch.int32)
-            self.set_constant(name, value, self.output.bias.device, persistent=True)
+            value = layer_degrees.to(torch.int32)
+            self.set_constant(f"degrees_{k}", value, self.output.bias.device, persistent=True)
         self.schedule = level_schedule(inputs, degrees_of_layers)
 
     @property
@@ -276,33 +271,14 @@ class MADE(Constants):
     @property
     def layers(self) -> list[MaskedLinear]:
         """The hidden layers, then the output layer."""
-        hidden = self._modules["hidden"]
-        assert hidden is not None
-        parts = (*hidden._modules.values(), self._modules["output"])
-        return [layer for layer in parts if isinstance(layer, MaskedLinear)]
+        return [layer for layer in (*self.hidden, self.output) if isinstance(layer, MaskedLinear)]
 
     @property
     def calls_modules(self) -> bool:
         """Whether modules must be called because of hooks, parametrisations or other classes; see ``fastmaf.hooks``."""
-        # nn.Module.__getattr__ is slow, and a flow calls this for every layer on every call.
-        hidden, output = self._modules["hidden"], self._modules["output"]
-        if type(self) is not MADE or type(hidden) is not nn.ModuleList or hooks.is_called(self):
+        if type(self.hidden) is not nn.ModuleList or hooks.is_called(self):
             return True
-        for layer in hidden._modules.values():
-            if type(layer) is not MaskedLinear or hooks.is_called(layer):
-                return True
-        return type(output) is not MaskedLinear or hooks.is_called(output)
-
-    @property
-    def weight_dtype(self) -> torch.dtype | None:
-        """The dtype of the weights if it differs from that of the biases, else None."""
-        dtype = self.output.weight.dtype
-        return None if dtype == self.output.bias.dtype else dtype
-
-    def store_weights_as_(self, dtype: torch.dtype) -> None:
-        """Rounds the weights to ``dtype`` and freezes them; the biases keep their dtype."""
-        for layer in self.layers:
-            layer.weight = nn.Parameter(layer.weight.detach().to(dtype), requires_grad=False)
+        return any(type(layer) is not MaskedLinear or hooks.is_called(layer) for layer in (*self.hidden, self.output))
 
     def hidden_units(self, x: Tensor) -> Tensor:
         """Returns the last hidden layer ``[..., H]`` for ``x`` ``[..., D]``."""

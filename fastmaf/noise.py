@@ -39,25 +39,15 @@ def philox(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[int, int])
 def normal_rows(n: int, features: int, seed: int, start: int, like: Tensor) -> Tensor:
     """Returns rows ``start .. start + n - 1`` of the standard normal noise of a seed, ``[n, features]``.
 
-    The random bits are equal on all devices. The normal numbers are computed from them in float64 (Box and Muller 1958)
-    and rounded to the dtype of ``like``.
-
-    Args:
-        n: number of rows.
-        features: D.
-        seed: 0 .. 2^64 - 1.
-        start: index of the first row, 0 .. 2^63 - 1 - n.
-        like: a tensor of the dtype and device of the result.
+    The random bits are equal on all devices. The normal numbers are computed from them in float64 and rounded to the
+    dtype of ``like``, on its device.
 
     Raises:
-        ValueError: an argument is out of range.
+        ValueError: ``seed`` or ``start`` is out of range.
 
     References:
-        Salmon, Moraes, Dror and Shaw 2011, Parallel random numbers: as easy as 1, 2, 3. Box and Muller 1958, A Note on
-        the Generation of Random Normal Deviates.
+        Box and Muller 1958, A Note on the Generation of Random Normal Deviates.
     """
-    if n < 0:
-        raise ValueError(f"the number of samples must be 0 or more; found {n}")
     if not 0 <= seed < 1 << 64:
         raise ValueError(f"seed must lie in 0..2^64 - 1; found {seed}")
     if not 0 <= start < (1 << 63) - n:

@@ -2,70 +2,69 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from operator import attrgetter, is_
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from fastmaf import hooks
-from fastmaf.kernels import Block, FlowArgs, flow_args, flow_forward, flow_inverse
-from fastmaf.kernels.flow.args import inverse_permutation
-from fastmaf.kernels.flow.saved import saved_numel as saved_numel_of
-from fastmaf.nn import MADE
+from fastmaf.kernels import FlowArgs, flow_args, flow_forward, flow_inverse
+from fastmaf.kernels.flow.saved import saved_numel
+from fastmaf.nn import MADE, MaskedLinear
 from fastmaf.transforms import AffineAutoregressive, Permutation, Transform
 
-_kind, _version, _is_contiguous = attrgetter("dtype", "device"), attrgetter("_version"), Tensor.is_contiguous
+_kind = attrgetter("dtype", "device")
+# What the arguments of an op depend on, besides parameters, buffers and modules.
+_ATTRIBUTES: dict[type, tuple[str, ...]] = {
+    AffineAutoregressive: ("log_scale_bound", "soft_bound"),
+    MADE: ("schedule", "activation", "strict"),
+    MaskedLinear: ("layout", "_placed"),
+}
 
 
-class Run(NamedTuple):
-    """Consecutive transforms that one op takes together.
+class Run:
+    """Consecutive blocks, with at most one permutation before each and after the last, that one op takes together.
+
+    Args:
+        transforms: in the order in which x passes through them.
 
     Attributes:
-        transforms: in the order in which x passes through them.
-        forward, inverse: the arguments of the op; None where there is no block.
-        permutation: of all transforms together where there is no block.
-        permutation_copies: of a cached run, pairs of a permutation and a copy of it from when ``inverse`` was made.
+        forward: the arguments of the op.
     """
 
-    transforms: list[Transform]
-    forward: FlowArgs | None
-    inverse: FlowArgs | None
-    permutation: Tensor | None
-    permutation_copies: tuple[tuple[Tensor, Tensor], ...] = ()
-
-    @classmethod
-    def of(cls, transforms: list[Transform]) -> Run:
-        """Returns the run of these blocks and permutations."""
-        blocks: list[Block] = []
+    def __init__(self, transforms: Sequence[Transform]) -> None:
+        self._blocks = [transform for transform in transforms if isinstance(transform, AffineAutoregressive)]
         permutations: list[Tensor | None] = [None]
         for transform in transforms:
-            if isinstance(transform, AffineAutoregressive):
-                blocks.append(transform.block())
-                permutations.append(None)
+            if isinstance(transform, Permutation):
+                permutations[-1] = transform.permutation
             else:
-                assert isinstance(transform, Permutation)
-                before = permutations[-1]
-                permutations[-1] = transform.permutation if before is None else before[transform.permutation]
-        if not blocks:
-            return cls(transforms, None, None, permutations[0])
-        args = flow_args(blocks, permutations)
-        return cls(transforms, args, args.inverted(), None)
+                permutations.append(None)
+        self.forward = flow_args([block.block() for block in self._blocks], permutations)
+        self._permutations = [permutation for permutation in permutations if permutation is not None]
+        self._inverse: tuple[FlowArgs, list[Tensor]] | None = None  # with copies of the permutations that it inverts
 
-    def with_permutation_copies(self) -> Run:
-        """Returns the run for later calls, which compare its permutations."""
-        permutations = [] if self.forward is None else self.forward.permutations
-        return self._replace(permutation_copies=tuple((p, p.clone()) for p in permutations if p.numel()))
+    def inverse(self) -> FlowArgs:
+        """Returns the arguments of the inverse op.
 
-    def inverse_args(self) -> FlowArgs | None:
-        """Returns ``inverse``, made anew if a permutation was written to through ``.data`` or NumPy, which no counter
-        shows. On a GPU, which would have to be waited for, it is always made anew.
+        They are kept until a permutation is written to, which values alone show after a write through ``.data`` or
+        NumPy. On a GPU, which would have to be waited for, they are always made anew.
+
+        Raises:
+            NotInvertibleError: the output mask of a block leaks.
         """
-        if all(p.device.type == "cpu" and torch.equal(p, copy) for p, copy in self.permutation_copies):
-            return self.inverse
-        assert self.forward is not None
-        return self.forward.inverted()
+        for block in self._blocks:
+            block.check_invertible()
+        if _in_a_mode() or any(permutation.device.type != "cpu" for permutation in self._permutations):
+            return self.forward.inverted()
+        known = self._inverse
+        if known is None or not all(map(torch.equal, self._permutations, known[1])):
+            with torch.inference_mode(False):  # later calls may record gradients
+                known = self.forward.inverted(), [p.clone() for p in self._permutations]
+            self._inverse = known
+        return known[0]
 
 
 class Runs:
@@ -75,7 +74,7 @@ class Runs:
     """
 
     def __init__(self) -> None:
-        self._known: tuple[_State, list[Transform | Run]] | None = None
+        self._known: tuple[Callable[[Sequence[Transform]], bool], list[Transform | Run]] | None = None
 
     def __deepcopy__(self, memo: object) -> Runs:
         return Runs()
@@ -90,25 +89,18 @@ class Runs:
         if _in_a_mode():
             return _cut(transforms)
         known = self._known
-        if known is not None and known[0].holds(transforms):
+        if known is not None and known[0](transforms):
             return known[1]
         with torch.inference_mode(False):  # later calls may record gradients
-            runs, state = _cut(transforms), _State.of(transforms)
-            if state is not None:
-                runs = [run.with_permutation_copies() if isinstance(run, Run) else run for run in runs]
-        self._known = None if state is None else (state, runs)
+            runs, unchanged = _cut(transforms), _watch(transforms)
+        self._known = None if unchanged is None else (unchanged, runs)
         return runs
 
     def forward(self, transforms: Sequence[Transform], x: Tensor) -> tuple[Tensor, Tensor]:
         """Applies the transforms in turn; returns ``z`` ``[N, D]`` and ``ladj`` ``[N]`` = log |det dz/dx|."""
         ladj: Tensor | None = None
         for run in self.of(transforms):
-            if isinstance(run, Transform):
-                x, term = run(x)
-            elif run.forward is None:
-                x, term = x[:, run.permutation], x.new_zeros(x.shape[0])
-            else:
-                x, term = flow_forward(x, run.forward)
+            x, term = flow_forward(x, run.forward) if isinstance(run, Run) else run(x)
             ladj = term if ladj is None else ladj + term
         return x, x.new_zeros(x.shape[0]) if ladj is None else ladj
 
@@ -116,16 +108,7 @@ class Runs:
         """Inverts the transforms, the last one first; returns ``x`` ``[N, D]`` and ``ladj`` = log |det dx/dz|."""
         ladj: Tensor | None = None
         for run in reversed(self.of(transforms)):
-            if isinstance(run, Transform):
-                z, term = run.inverse(z)
-            elif (args := run.inverse_args()) is None:
-                assert run.permutation is not None
-                z, term = z[:, inverse_permutation(run.permutation)], z.new_zeros(z.shape[0])
-            else:
-                for transform in run.transforms:
-                    if isinstance(transform, AffineAutoregressive):
-                        transform.check_invertible()
-                z, term = flow_inverse(z, args)
+            z, term = flow_inverse(z, run.inverse()) if isinstance(run, Run) else run.inverse(z)
             ladj = term if ladj is None else ladj + term
         return z, z.new_zeros(z.shape[0]) if ladj is None else ladj
 
@@ -133,103 +116,55 @@ class Runs:
         """Returns how many numbers a forward pass over a batch of ``n`` saves for the backward pass, its input and
         output aside.
 
-        A transform of a class that is not fastmaf's own counts as a block: its input, log-scale and output are saved.
+        A transform that no op takes counts as a block: its input, log-scale and output are saved. Permutations save
+        nothing.
         """
         total = 0
         for run in self.of(transforms):
-            if isinstance(run, Transform):
-                hidden = sum(layer.out_features for made in mades_of(run) for layer in made.layers[:-1])
+            if isinstance(run, Run):
+                total += saved_numel(run.forward, n)
+            elif type(run) is not Permutation:
+                mades = [module for module in run.modules() if isinstance(module, MADE)]
+                hidden = sum(layer.out_features for made in mades for layer in made.layers[:-1])
                 total += n * (3 * run.features + hidden)
-            elif run.forward is not None:
-                total += saved_numel_of(run.forward, n)
         return total
 
 
-class _State(NamedTuple):
-    """The objects that the runs of some transforms depend on; a change shows in their identity.
+def _watch(transforms: Sequence[Transform]) -> Callable[[Sequence[Transform]], bool] | None:
+    """Returns a function that compares transforms with the present ones, part by part.
 
-    Attributes:
-        transforms: the transforms.
-        hooks: every dictionary of hooks of their modules; all empty.
-        modules, types: the modules, and the classes that they are of.
-        places, keys, values: entries of dictionaries, such as ``_parameters`` and a module's own attributes.
-        parameters, kinds: the weights and biases, and the dtype and device of each.
-        permutations, versions: the tensors of permutations, and how often autograd has counted a write to each.
+    None where runs must be made anew for every call: a module must be called, or a parameter is computed.
     """
+    fused = [transform for transform in transforms if type(transform) in (AffineAutoregressive, Permutation)]
+    modules = [module for transform in fused for module in transform.modules()]
+    parameters: list[Any] = [parameter for module in modules for parameter in module._parameters.values()]
+    if any(_activation(transform) is None for transform in fused):
+        return None
+    if not all(type(p) is nn.Parameter and p.is_contiguous() for p in parameters):
+        return None
+    hooks_of_modules = [registered for module in modules for registered in hooks.of(module)]
+    types = list(map(type, modules))
+    entries: list[tuple[dict[str, Any], str]] = []
+    for module in modules:
+        for part in (module._parameters, module._buffers, module._modules):
+            entries += [(part, key) for key in part]
+        entries += [(vars(module), key) for key in (*_ATTRIBUTES.get(type(module), ()), "forward")]
+    places, keys = [place for place, _ in entries], [key for _, key in entries]
+    values = list(map(dict.get, places, keys))
+    kinds = list(map(_kind, parameters))
 
-    transforms: tuple[Transform, ...]
-    hooks: list[dict[Any, Any]]
-    modules: list[nn.Module]
-    types: list[type]
-    places: list[dict[str, Any]]
-    keys: list[str]
-    values: list[Any]
-    parameters: list[Tensor]
-    kinds: list[tuple[Any, ...]]
-    permutations: list[Tensor]
-    versions: list[int]
-
-    @classmethod
-    def of(cls, transforms: Sequence[Transform]) -> _State | None:
-        """Returns the present state; None where runs must be made anew for every call: a module must be called, or a
-        parameter is computed.
-        """
-        places: list[tuple[dict[str, Any], str]] = []
-        modules: list[nn.Module] = []
-        parameters: list[Tensor] = []
-        permutations: list[Tensor] = []
-        for before, transform in zip((None, *transforms), transforms, strict=False):
-            if type(transform) is Permutation:
-                if type(before) is Permutation:  # a run holds their product, which no write to either changes
-                    return None
-                modules.append(transform)
-                places.append((transform._buffers, "permutation"))
-                permutations.append(transform.permutation)
-            elif type(transform) is AffineAutoregressive:
-                made, hidden = transform.made, transform.made.hidden
-                if transform.calls_modules:
-                    return None
-                layers = made.layers
-                modules += [transform, made, hidden, *layers]
-                places += [(transform._modules, "made"), (made._modules, "hidden"), (made._modules, "output")]
-                places += [(hidden._modules, name) for name in hidden._modules]
-                places += [(vars(transform), name) for name in ("log_scale_bound", "soft_bound")]
-                places += [(vars(made), name) for name in ("schedule", "activation", "strict")]
-                for layer in layers:
-                    places += [(layer._parameters, name) for name in ("weight", "bias")]
-                    places += [(vars(layer), name) for name in ("layout", "_placed")]
-                    parameters += [layer.weight, layer.bias]
-        places += [(vars(module), "forward") for module in modules]
-        if any(map(hooks.is_called, modules)) or not all(type(p) is nn.Parameter for p in parameters):
-            return None
-        if not all(map(_is_contiguous, parameters)) or any(p.is_inference() for p in permutations):
-            return None
-        return cls(
-            tuple(transforms),
-            [found for module in modules for found in hooks.of(module)],
-            modules,
-            list(map(type, modules)),
-            [place for place, _ in places],
-            [key for _, key in places],
-            [place.get(key) for place, key in places],
-            parameters,
-            list(map(_kind, parameters)),
-            permutations,
-            list(map(_version, permutations)),
-        )
-
-    def holds(self, transforms: Sequence[Transform]) -> bool:
-        """Returns whether nothing has changed since."""
+    def unchanged(now: Sequence[Transform]) -> bool:
         return (  # by maps and not in a loop: this is a tenth of a small flow's log_prob
-            len(transforms) == len(self.transforms)
-            and all(map(is_, transforms, self.transforms))
-            and not any(self.hooks)
-            and all(map(is_, map(type, self.modules), self.types))
-            and all(map(is_, map(dict.get, self.places, self.keys), self.values))
-            and list(map(_kind, self.parameters)) == self.kinds
-            and all(map(_is_contiguous, self.parameters))
-            and list(map(_version, self.permutations)) == self.versions
+            len(now) == len(transforms)
+            and all(map(is_, now, transforms))
+            and not any(hooks_of_modules)
+            and all(map(is_, map(type, modules), types))
+            and all(map(is_, map(dict.get, places, keys), values))
+            and list(map(_kind, parameters)) == kinds
+            and all(map(Tensor.is_contiguous, parameters))
         )
+
+    return unchanged
 
 
 def _in_a_mode() -> bool:
@@ -241,28 +176,22 @@ def _in_a_mode() -> bool:
     )
 
 
-def mades_of(module: nn.Module) -> list[MADE]:
-    """Returns the MADE networks of a module and of those below it."""
-    return [part for part in module.modules() if isinstance(part, MADE)]
-
-
 def _cut(transforms: Sequence[Transform]) -> list[Transform | Run]:
     """Cuts transforms into runs, and the transforms between them that no op takes."""
-    groups: list[Transform | list[Transform]] = []
-    group: list[Transform] | None = None
-    activation = ""  # of the group's blocks; "" while it has none
-    for transform in transforms:
+    groups: list[list[Transform]] = []
+    activation: str | None = None  # of the last group's blocks, "" while it has none; None: nothing can join the group
+    for before, transform in zip((None, *transforms), transforms, strict=False):
         kind = _activation(transform)
-        if kind is None:
-            groups.append(transform)
-            group = None
-        elif group is not None and (kind == activation or "" in (kind, activation)):
-            group.append(transform)
-            activation = activation or kind
-        else:
-            groups.append(group := [transform])
+        two_permutations = type(before) is Permutation and type(transform) is Permutation
+        if kind is None or activation is None or two_permutations or (kind and activation and kind != activation):
+            groups.append([])
             activation = kind
-    return [Run.of(group) if isinstance(group, list) else group for group in groups]
+        groups[-1].append(transform)
+        activation = activation or kind
+    result: list[Transform | Run] = []
+    for group in groups:
+        result += [Run(group)] if any(map(_activation, group)) else group
+    return result
 
 
 def _activation(transform: Transform) -> str | None:
@@ -270,6 +199,5 @@ def _activation(transform: Transform) -> str | None:
     if hooks.is_called(transform):
         return None
     if type(transform) is AffineAutoregressive:
-        made = transform._modules["made"]
-        return None if type(made) is not MADE or made.calls_modules else made.activation
+        return None if transform.calls_modules else transform.made.activation
     return "" if type(transform) is Permutation else None

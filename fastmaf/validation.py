@@ -7,28 +7,14 @@ import operator
 import threading
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from torch import Tensor
-
-from fastmaf.transforms import Transform
+from torch import Tensor, nn
 
 if TYPE_CHECKING:
     from numpy.typing import ArrayLike
-
-
-class ValidatedFlow(Protocol):
-    """The interface of a flow that these checks use."""
-
-    validate_args: bool | None
-
-    def named_parameters(self) -> Iterator[tuple[str, Any]]: ...
-
-    def named_buffers(self) -> Iterator[tuple[str, Tensor]]: ...
-
-    def _transforms(self) -> list[Transform]: ...
 
 
 def as_tensor(name: str, x: Tensor | ArrayLike, like: Tensor) -> Tensor:
@@ -54,19 +40,19 @@ def as_tensor(name: str, x: Tensor | ArrayLike, like: Tensor) -> Tensor:
     raise TypeError(f"{name} must be a tensor, a NumPy array or a nested list of numbers; found {found}")
 
 
-def as_sizes(name: str, sizes: int | Sequence[int]) -> tuple[int, ...]:
+def as_sizes(name: str, sizes: int | Sequence[int], least: int = 0) -> tuple[int, ...]:
     """Returns an integer, or a sequence of them, as a tuple.
 
     Raises:
         TypeError: ``sizes`` is neither.
-        ValueError: an entry is negative.
+        ValueError: an entry is smaller than ``least``.
     """
     try:
         result = tuple(map(operator.index, sizes if isinstance(sizes, Iterable) else (sizes,)))
     except TypeError:
         raise TypeError(f"{name} must be an integer or a sequence of integers; found {sizes!r}") from None
-    if any(size < 0 for size in result):
-        raise ValueError(f"{name} must have entries of 0 or more; found {sizes!r}")
+    if any(size < least for size in result):
+        raise ValueError(f"{name} must have entries of {least} or more; found {sizes!r}")
     return result
 
 
@@ -78,13 +64,10 @@ _thread = _Thread()
 
 
 def validates(setting: bool | None, x: Tensor) -> bool:
-    """Returns whether values are to be checked.
+    """Returns whether the values of ``x`` are to be checked, given ``validate_args``.
 
-    Args:
-        setting: ``validate_args``: True, False, or None to check on the CPU only, since reading a value of a GPU waits
-            for it.
-        x: the tensor in question. While it is recorded (``torch.compile``, a trace, a CUDA graph) it has no values, and
-            nothing is checked.
+    None checks on the CPU only, since reading a value of a GPU waits for it. While ``x`` is recorded
+    (``torch.compile``, a trace, a CUDA graph) it has no values, and nothing is checked.
     """
     if torch.compiler.is_compiling():
         return False
@@ -122,20 +105,16 @@ def check_finite(name: str, x: Tensor) -> None:
 
 
 @torch.no_grad()
-def explain(flow: ValidatedFlow, x: Tensor, row: int, *, inverse: bool) -> str:
-    """Returns why a finite row does not stay finite: a parameter that is not finite, or the transform that overflows.
-
-    Args:
-        flow: the flow.
-        x: ``[N, D]``: data, or, with ``inverse``, base noise.
-        row: the index of the row.
-        inverse: whether the row passes through the inverse.
+def explain(flow: nn.Module, x: Tensor, row: int, *, inverse: bool) -> str:
+    """Returns why a finite row of ``x`` ``[N, D]`` does not stay finite on its way through the flow, or its inverse: a
+    parameter that is not finite, or the transform that overflows.
     """
     for name, tensor in (*flow.named_parameters(), *flow.named_buffers()):
         if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
             return f"{name} holds values that are not finite"
     x = x[row : row + 1].detach()
-    steps = list(enumerate(flow._transforms()))
+    assert isinstance(flow.transforms, nn.ModuleList)
+    steps: list[tuple[int, Any]] = list(enumerate(flow.transforms))
     for i, transform in reversed(steps) if inverse else steps:
         x, ladj = transform.inverse(x) if inverse else transform(x)
         if not bool(x.isfinite().all() & ladj.isfinite().all()):
@@ -149,7 +128,7 @@ def explain(flow: ValidatedFlow, x: Tensor, row: int, *, inverse: bool) -> str:
     return f"½z² overflows {x.dtype}"
 
 
-def check_density(flow: ValidatedFlow, name: str, result: Tensor, x: Tensor) -> None:
+def check_density(flow: nn.Module, name: str, result: Tensor, x: Tensor) -> None:
     """Checks log-densities ``[N]``, or their terms ``[N, D]``, of ``x`` ``[N, D]``.
 
     Raises:
@@ -168,7 +147,7 @@ def check_density(flow: ValidatedFlow, name: str, result: Tensor, x: Tensor) -> 
         )
 
 
-def check_samples(flow: ValidatedFlow, z: Tensor, *results: Tensor) -> None:
+def check_samples(flow: nn.Module, z: Tensor, *results: Tensor) -> None:
     """Raises FloatingPointError if results ``[N, ...]``, computed from noise ``z`` ``[N, D]``, are not finite."""
     if all(math.isfinite(total(result)) for result in results):
         return

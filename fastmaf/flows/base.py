@@ -7,10 +7,10 @@ import itertools
 import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
-from torch import Tensor, nn
+from torch import Generator, Tensor, nn
 
 from fastmaf import hooks
 from fastmaf.io.write_flow import write_flow
@@ -18,7 +18,7 @@ from fastmaf.kernels.autocast import outside_autocast
 from fastmaf.naive import NaiveMAF
 from fastmaf.nn import MADE, MaskedLinear, zero_padding_
 from fastmaf.noise import normal_rows
-from fastmaf.runs import Runs, mades_of
+from fastmaf.runs import Runs
 from fastmaf.sharing import check_parts
 from fastmaf.transforms import Transform, transform_config
 from fastmaf.validation import as_sizes, as_tensor, check_density, check_finite, check_samples, validates
@@ -26,6 +26,7 @@ from fastmaf.validation import as_sizes, as_tensor, check_density, check_finite,
 if TYPE_CHECKING:
     from numpy.typing import ArrayLike
 
+Shape: TypeAlias = int | Sequence[int]
 _HALF_LOG_2PI = 0.5 * math.log(2 * math.pi)
 
 
@@ -100,7 +101,7 @@ class Flow(nn.Module):
     def _transforms(self) -> list[Transform]:
         return [transform for transform in self.transforms if isinstance(transform, Transform)]
 
-    def _check(self, name: str, x: Tensor) -> None:
+    def _check(self, name: str, x: Tensor, *, finite: bool = False) -> None:
         if x.shape[-1:] != (self.features,):
             raise ValueError(f"{name} must have shape [..., {self.features}]; found {list(x.shape)}")
         like = self._like()
@@ -108,6 +109,8 @@ class Flow(nn.Module):
             raise ValueError(
                 f"{name} must be {like.dtype} on {like.device}, like the flow; found {x.dtype} on {x.device}"
             )
+        if finite and validates(self.validate_args, x):
+            check_finite(name, x)
 
     def _by_rows(self, method: Callable[[Flow, Tensor], Any], name: str, x: Tensor | ArrayLike) -> Any:
         """Calls a method of ``[N, D]`` with the rows of ``x``, and restores the batch shape of ``x`` in its results."""
@@ -140,11 +143,8 @@ class Flow(nn.Module):
             (torch.Size([5, 3]), torch.Size([5]))
         """
         if not isinstance(x, Tensor) or x.dim() != 2:
-            z, ladj = self._by_rows(Flow.forward, "x", x)
-            return z, ladj
-        self._check("x", x)
-        if validates(self.validate_args, x):
-            check_finite("x", x)
+            return self._by_rows(Flow.forward, "x", x)
+        self._check("x", x, finite=True)
         return self._runs.forward(self._transforms(), x)
 
     @outside_autocast
@@ -168,11 +168,8 @@ class Flow(nn.Module):
             True
         """
         if not isinstance(z, Tensor) or z.dim() != 2:
-            x, ladj = self._by_rows(Flow.inverse, "z", z)
-            return x, ladj
-        self._check("z", z)
-        if validates(self.validate_args, z):
-            check_finite("z", z)
+            return self._by_rows(Flow.inverse, "z", z)
+        self._check("z", z, finite=True)
         return self._runs.inverse(self._transforms(), z)
 
     @outside_autocast
@@ -200,8 +197,7 @@ class Flow(nn.Module):
             >>> loss.backward()
         """
         if not isinstance(x, Tensor) or x.dim() != 2:
-            densities: Tensor = self._by_rows(Flow.log_prob, "x", x)
-            return densities
+            return self._by_rows(Flow.log_prob, "x", x)
         called = type(self).forward is not Flow.forward or hooks.is_called(self) or hooks.any_global()
         self._check("x", x)
         z, ladj = self(x) if called else self._runs.forward(self._transforms(), x)
@@ -238,8 +234,7 @@ class Flow(nn.Module):
             True
         """
         if not isinstance(x, Tensor) or x.dim() != 2:
-            per_dim: Tensor = self._by_rows(Flow.nll_per_dim, "x", x)
-            return per_dim
+            return self._by_rows(Flow.nll_per_dim, "x", x)
         self._check("x", x)
         z, terms = x, torch.zeros_like(x)
         for transform in self._transforms():
@@ -253,12 +248,7 @@ class Flow(nn.Module):
 
     @torch.no_grad()
     def sample(
-        self,
-        shape: int | Sequence[int] = (),
-        *,
-        generator: torch.Generator | None = None,
-        seed: int | None = None,
-        start: int = 0,
+        self, shape: Shape = (), *, generator: Generator | None = None, seed: int | None = None, start: int = 0
     ) -> Tensor:
         """Draws samples without recording gradients; ``rsample`` records them.
 
@@ -268,10 +258,9 @@ class Flow(nn.Module):
             generator: the source of the noise, on the device of the flow. A row's noise depends on the number of rows.
             seed: makes each row repeatable, since its noise depends only on ``seed`` and the number of the row:
                 ``sample(8, seed=1)`` has the noise of ``sample(3, seed=1)`` and ``sample(5, seed=1, start=3)``. The
-                noise is bitwise equal on one machine, and on all devices to the rounding of float64 before it is
-                converted to the dtype of the flow. The samples then agree to the rounding of that dtype, which grows
-                with the scales of the flow (usually to 1e-6 of the size of a sample in float32), since batches of
-                different sizes are summed in different orders.
+                noise is bitwise equal on one machine, and on all devices to the rounding of float64. The samples agree
+                to the rounding of the dtype (usually to 1e-6 of their size in float32), since batches of different
+                sizes are summed in different orders.
             start: the number of the first row; requires ``seed``.
 
         Returns:
@@ -294,12 +283,7 @@ class Flow(nn.Module):
 
     @torch.no_grad()
     def sample_and_log_prob(
-        self,
-        shape: int | Sequence[int] = (),
-        *,
-        generator: torch.Generator | None = None,
-        seed: int | None = None,
-        start: int = 0,
+        self, shape: Shape = (), *, generator: Generator | None = None, seed: int | None = None, start: int = 0
     ) -> tuple[Tensor, Tensor]:
         """Draws samples and computes their log-densities in one pass, without recording gradients.
 
@@ -320,12 +304,7 @@ class Flow(nn.Module):
         return self.rsample_and_log_prob(shape, generator=generator, seed=seed, start=start)
 
     def rsample(
-        self,
-        shape: int | Sequence[int] = (),
-        *,
-        generator: torch.Generator | None = None,
-        seed: int | None = None,
-        start: int = 0,
+        self, shape: Shape = (), *, generator: Generator | None = None, seed: int | None = None, start: int = 0
     ) -> Tensor:
         """Draws samples that are differentiable with respect to the parameters of the flow.
 
@@ -349,12 +328,7 @@ class Flow(nn.Module):
         return x if len(batch) == 1 else x.reshape(*batch, self.features)
 
     def rsample_and_log_prob(
-        self,
-        shape: int | Sequence[int] = (),
-        *,
-        generator: torch.Generator | None = None,
-        seed: int | None = None,
-        start: int = 0,
+        self, shape: Shape = (), *, generator: Generator | None = None, seed: int | None = None, start: int = 0
     ) -> tuple[Tensor, Tensor]:
         """Draws samples and computes their log-densities, both differentiable with respect to the parameters.
 
@@ -382,7 +356,7 @@ class Flow(nn.Module):
         return (x, log_prob) if len(batch) == 1 else (x.reshape(*batch, self.features), log_prob.reshape(batch))
 
     def _base_sample(
-        self, shape: int | Sequence[int], generator: torch.Generator | None, seed: int | None, start: int
+        self, shape: Shape, generator: Generator | None, seed: int | None, start: int
     ) -> tuple[tuple[int, ...], Tensor]:
         """Returns the batch shape of the samples and noise ``[N, D]`` for all of them."""
         batch, like = as_sizes("shape", shape), self._like()
@@ -472,14 +446,12 @@ class Flow(nn.Module):
                 f"weights for inference are stored as torch.bfloat16 beside float32, or in the flow's dtype "
                 f"{dtype_of_flow}; found {dtype}"
             )
-        layers = self._layers()
         # Given to deepcopy as its memo, so that the weights are not copied in full first.
         rounded: dict[int, Any] = {
             id(layer.weight): nn.Parameter(layer.weight.detach().to(dtype, copy=True), requires_grad=False)
-            for layer in layers
+            for layer in self._layers()
         }
-        result = copy.deepcopy(self, rounded)
-        return result.requires_grad_(False).eval()
+        return copy.deepcopy(self, rounded).requires_grad_(False).eval()
 
     def to_naive(self) -> NaiveMAF:
         """Returns a copy as a dense model, which multiplies masks and weights and inverts with one pass per dimension.
@@ -520,7 +492,7 @@ class Flow(nn.Module):
         return self._runs.saved_numel(self._transforms(), n)
 
     def _mades(self) -> list[MADE]:
-        return mades_of(self)
+        return [module for module in self.modules() if isinstance(module, MADE)]
 
 
 def _parameters(module: nn.Module) -> Iterator[Tensor]:

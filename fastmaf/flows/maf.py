@@ -103,26 +103,19 @@ class MAF(Flow):
         # Degrees are drawn before weights, so that they do not depend on dtype and init; both are drawn on the CPU, so
         # that a seed gives the same model on every device.
         drawn = [
-            hidden_degrees(
-                _degrees_of_block(degrees, i, blocks), features, hidden_features, levels=levels, generator=generator
-            )
-            for i in range(blocks)
+            hidden_degrees(kind, features, hidden_features, levels=levels, generator=generator)
+            for kind in _degrees_by_block(degrees, blocks)
         ]
         warn_if_disconnected(features, drawn)
         where = torch.device(torch.get_default_device() if device is None else device)
         built_on = "meta" if where.type == "meta" else "cpu"
-        make: dict[str, Any] = {
-            "strict": strict,
-            "init": init,
-            "generator": generator,
-            "device": built_on,
-            "dtype": dtype,
-        }
-        made_blocks = [MADE(features, hidden_features, degrees=d, **make) for d in drawn]
+        make: dict[str, Any] = {"device": built_on, "dtype": dtype}
+        options: dict[str, Any] = {"strict": strict, "init": init, "generator": generator, **make}
+        networks = [MADE(features, hidden_features, degrees=d, **options) for d in drawn]
         bound = max(1.0, 7 / blocks) if log_scale_bound == "auto" else log_scale_bound
         soft = soft_bound and bound is not None
-        affine = [AffineAutoregressive(made, log_scale_bound=bound, soft_bound=soft) for made in made_blocks]
-        first = [] if whitening is None else [GaussianWhitening(features, whitening, device=built_on, dtype=dtype)]
+        affine = [AffineAutoregressive(made, log_scale_bound=bound, soft_bound=soft) for made in networks]
+        first = [] if whitening is None else [GaussianWhitening(features, whitening, **make)]
         transforms = [*first, *interleave_permutations(affine, order_of_block)]
         super().__init__(features, transforms, validate_args=validate_args)
         self.to(where)
@@ -148,13 +141,12 @@ class MAF(Flow):
         return flow
 
 
-def _degrees_of_block(degrees: Any, block: int, blocks: int) -> DegreeKind | Sequence[Tensor]:
+def _degrees_by_block(degrees: Any, blocks: int) -> Sequence[DegreeKind | Sequence[Tensor]]:
     if isinstance(degrees, str) or not len(degrees) or isinstance(degrees[0], Tensor):
-        return degrees  # type: ignore[return-value]  # a kind, or one tensor per hidden layer for all blocks
+        return [degrees] * blocks  # type: ignore[list-item]  # a kind, or one tensor per hidden layer for all blocks
     if len(degrees) != blocks:
         raise ValueError(f"degrees given per block need one entry per block: expected {blocks}, found {len(degrees)}")
-    degrees_of_block: Sequence[Tensor] = degrees[block]
-    return degrees_of_block
+    return list(degrees)
 
 
 def interleave_permutations(blocks: Sequence[Transform], order_of_block: Sequence[Tensor]) -> list[Transform]:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fastmaf import hooks
 from fastmaf.kernels import AffineArgs, Block, affine_output, flow_args, flow_forward, flow_inverse
@@ -64,8 +64,7 @@ class AffineAutoregressive(Transform):
     @property
     def calls_modules(self) -> bool:
         """Whether the network must be called as a module, because of hooks, parametrisations or other classes."""
-        made = self.made
-        return hooks.any_global() or type(made) is not MADE or made.calls_modules
+        return hooks.any_global() or type(self.made) is not MADE or self.made.calls_modules
 
     def _shift_and_log_scale(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Returns shift and log-scale ``[N, D]``; calls the network as a module."""
@@ -85,8 +84,7 @@ class AffineAutoregressive(Transform):
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         if self.calls_modules:
-            z, ladj, _ = self._affine(x)
-            return z, ladj
+            return self._affine(x)[:2]
         return flow_forward(x, flow_args([self.block()], [None, None]))
 
     def forward_per_dim(self, x: Tensor, terms: Tensor) -> tuple[Tensor, Tensor]:
@@ -128,6 +126,7 @@ class AffineAutoregressive(Transform):
         )
 
     def config(self) -> dict[str, Any]:
+        output = self.made.output
         return {
             "features": self.features,
             "hidden_features": list(self.made.hidden_features),
@@ -135,25 +134,19 @@ class AffineAutoregressive(Transform):
             "strict": self.made.strict,
             "log_scale_bound": self.log_scale_bound,
             "soft_bound": self.soft_bound,
-            **({} if self.made.weight_dtype is None else {"weight_dtype": str(self.made.weight_dtype)}),
+            **({} if output.weight.dtype == output.bias.dtype else {"weight_dtype": str(output.weight.dtype)}),
         }
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> AffineAutoregressive:
-        hidden: Sequence[int] = config["hidden_features"]
+        hidden = config["hidden_features"]
+        options = {name: config[name] for name in ("activation", "strict")}
         degrees = [tensors[f"made.degrees_{k}"] for k in range(len(hidden))]
         dtype = tensors["made.output.bias"].dtype
-        made = MADE(
-            config["features"],
-            hidden,
-            degrees=degrees,
-            activation=config["activation"],
-            strict=config["strict"],
-            init="empty",
-            dtype=dtype,
-        )
+        made = MADE(config["features"], hidden, degrees=degrees, init="empty", dtype=dtype, **options)
         if config.get("weight_dtype") == str(torch.bfloat16):
-            made.store_weights_as_(torch.bfloat16)
+            for layer in made.layers:
+                layer.weight = nn.Parameter(layer.weight.detach().to(torch.bfloat16), requires_grad=False)
         return cls(made, log_scale_bound=config["log_scale_bound"], soft_bound=config["soft_bound"])
 
     def extra_repr(self) -> str:

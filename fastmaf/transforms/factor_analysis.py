@@ -41,13 +41,7 @@ class FactorModel(NamedTuple):
 
 
 def fit_factors(
-    x: Tensor,
-    rank: int,
-    *,
-    augment: Augment | None = None,
-    folds: int = 5,
-    floor: float | None = None,
-    seed: int = 0,
+    x: Tensor, rank: int, *, augment: Augment | None = None, folds: int = 5, floor: float | None = None, seed: int = 0
 ) -> FactorModel:
     """Fits mean, noise and factors to samples.
 
@@ -90,10 +84,8 @@ def fit_factors(
         raise ValueError(f"floor must be positive and finite; found {floor}")
     # An initial scale: the factors explain most of the variance.
     noise = (0.1 * centred.double().square().mean(dim=0)).clamp_min(least)
-    before, components = noise, torch.zeros(0, dtype=torch.float64)
     # The first round only scales the data, for which fewer folds suffice.
-    first_parts = parts[: math.ceil(_FIRST_SAMPLES * len(parts) / n)]
-    for parts_of_round in (first_parts, parts):
+    for parts_of_round in (parts[: math.ceil(_FIRST_SAMPLES * len(parts) / n)], parts):
         before = noise
         noise, components = _cross_validated(centred, rows, owner, part_of_mean, before, rank, parts_of_round)
         noise = noise.clamp_min(least)
@@ -164,13 +156,7 @@ def _check(basis: Tensor, weights: Tensor, x: Tensor) -> None:
 
 
 def _cross_validated(
-    centred: Tensor,
-    rows: Tensor,
-    owner: Tensor,
-    part_of_mean: Tensor,
-    noise: Tensor,
-    rank: int,
-    parts: list[Tensor],
+    centred: Tensor, rows: Tensor, owner: Tensor, part_of_mean: Tensor, noise: Tensor, rank: int, parts: list[Tensor]
 ) -> tuple[Tensor, Tensor]:
     """Returns the variances of the noise, and along the factors in its units, of held-out samples (float64)."""
     scale = noise.sqrt().to(centred.dtype)

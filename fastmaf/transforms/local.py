@@ -13,9 +13,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import conv2d, relu
+from torch.nn.functional import conv2d, pixel_shuffle, pixel_unshuffle, relu
 
 from fastmaf.constants import Constants
+from fastmaf.kernels.affine_output.torch import bound_log_scale
 from fastmaf.transforms.base import Transform
 
 
@@ -23,8 +24,7 @@ class MaskedConv2d(Constants):
     """A zero-padded convolution in which an output channel sees the input channels of degree up to its own.
 
     Args:
-        in_degrees: the degrees of the input channels, ascending.
-        out_degrees: the degrees of the output channels, ascending.
+        in_degrees, out_degrees: of the channels, ascending.
         kernel: side of the window, odd.
         strict: an output sees only inputs of smaller degree.
         bias: whether to add a bias.
@@ -142,10 +142,10 @@ class LocalAutoregressive(Constants, Transform):
         order = order.flip(0) if reverse else order
         degrees = torch.arange(groups, device="cpu")
         of_hidden = degrees.repeat_interleave(hidden)
-        make: dict[str, Any] = {"generator": generator}
-        self.linear = MaskedConv2d(degrees, degrees, kernel, strict=True, bias=False, zero=True, **make)
-        self.first = MaskedConv2d(degrees, of_hidden, kernel, **make)
-        self.second = MaskedConv2d(of_hidden, degrees.repeat_interleave(2), kernel, strict=True, zero=True, **make)
+        of_outputs = degrees.repeat_interleave(2)
+        self.linear = MaskedConv2d(degrees, degrees, kernel, strict=True, bias=False, zero=True, generator=generator)
+        self.first = MaskedConv2d(degrees, of_hidden, kernel, generator=generator)
+        self.second = MaskedConv2d(of_hidden, of_outputs, kernel, strict=True, zero=True, generator=generator)
         device = self.linear.weight.device
         self.set_constant("order", order, device)
         self.set_constant("back", order.argsort(), device)
@@ -157,26 +157,17 @@ class LocalAutoregressive(Constants, Transform):
 
     def _patches(self, x: Tensor) -> Tensor:
         """Returns ``x`` ``[N, D]`` as patches ``[N, C p², H/p, W/p]``, with channels sorted by degree."""
-        channels, height, width = self.shape
-        h, w, p = height // self.patch, width // self.patch, self.patch
-        u = x.reshape(-1, channels, h, p, w, p).permute(0, 1, 3, 5, 2, 4)
-        return u.reshape(-1, channels * p * p, h, w)[:, self.constant("order", x.device)]
+        return pixel_unshuffle(x.reshape(-1, *self.shape), self.patch)[:, self.constant("order", x.device)]
 
     def _pixels(self, u: Tensor) -> Tensor:
-        """Inverts ``_patches``; torch's pixel_shuffle returns another shape for empty batches."""
-        channels, height, width = self.shape
-        h, w, p = height // self.patch, width // self.patch, self.patch
-        x = u[:, self.constant("back", u.device)].reshape(-1, channels, p, p, h, w).permute(0, 1, 4, 2, 5, 3)
-        return x.reshape(-1, self.features)
-
-    def _bounded(self, raw: Tensor) -> Tensor:
-        return self.log_scale_bound * torch.tanh(raw / self.log_scale_bound)
+        """Inverts ``_patches``."""
+        return pixel_shuffle(u[:, self.constant("back", u.device)], self.patch).reshape(-1, self.features)
 
     def _affine(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Returns z and log_scale, both ``[N, C p², H/p, W/p]``."""
         u = self._patches(x)
         shift, raw = self.second(relu(self.first(u))).unflatten(1, (-1, 2)).unbind(2)
-        log_scale = self._bounded(raw)
+        log_scale = bound_log_scale(raw, self.log_scale_bound, soft=True)
         return (u - shift - self.linear(u)) * torch.exp(-log_scale), log_scale
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -194,7 +185,7 @@ class LocalAutoregressive(Constants, Transform):
         ladj = z.new_zeros(n)
         for g in range(groups):
             shift, raw = self.second(units, slice(2 * g, 2 * g + 2)).unbind(1)
-            log_scale = self._bounded(raw)
+            log_scale = bound_log_scale(raw, self.log_scale_bound, soft=True)
             pixels = v[:, g] * torch.exp(log_scale) + shift + self.linear(u, slice(g, g + 1))[:, 0]
             u = torch.cat([u, pixels[:, None]], dim=1)
             units = torch.cat([units, relu(self.first(u, slice(g * self.hidden, (g + 1) * self.hidden)))], dim=1)
@@ -217,9 +208,8 @@ class LocalAutoregressive(Constants, Transform):
 
 def _dither(side: int) -> Tensor:
     """Returns the ordered-dither matrix ``[side, side]`` of 0 .. side² − 1."""
+    smallest = torch.tensor([[0, 2], [3, 1]], device="cpu")
     matrix = torch.zeros(1, 1, dtype=torch.long, device="cpu")
     while len(matrix) < side:
-        matrix = torch.cat(
-            [torch.cat([4 * matrix, 4 * matrix + 2], dim=1), torch.cat([4 * matrix + 3, 4 * matrix + 1], dim=1)]
-        )
+        matrix = 4 * matrix.repeat(2, 2) + smallest.kron(torch.ones_like(matrix))
     return matrix

@@ -57,34 +57,22 @@ class GaussianWhitening(Transform):
     variance: Tensor
 
     def __init__(
-        self,
-        features: int,
-        rank: int,
-        *,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
+        self, features: int, rank: int, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None
     ) -> None:
         super().__init__()
         if features < 1:
             raise ValueError(f"features must be at least 1; found {features}")
         if not 0 <= rank <= features:
             raise ValueError(f"rank must be 0 to features = {features}; found {rank}")
-        make: dict[str, Any] = {"device": device, "dtype": dtype}
         self.features, self.rank = features, rank
-        self.register_buffer("mean", torch.zeros(features, **make))
-        self.register_buffer("scale", torch.ones(features, **make))
-        self.register_buffer("factors", torch.zeros(features, rank, **make))
-        self.register_buffer("variance", torch.zeros(rank, **make))
+        self.register_buffer("mean", torch.zeros(features, device=device, dtype=dtype))
+        self.register_buffer("scale", torch.ones(features, device=device, dtype=dtype))
+        self.register_buffer("factors", torch.zeros(features, rank, device=device, dtype=dtype))
+        self.register_buffer("variance", torch.zeros(rank, device=device, dtype=dtype))
 
     @torch.no_grad()
     def fit_(
-        self,
-        x: Tensor,
-        *,
-        augment: Augment | None = None,
-        folds: int = 5,
-        floor: float | None = None,
-        seed: int = 0,
+        self, x: Tensor, *, augment: Augment | None = None, folds: int = 5, floor: float | None = None, seed: int = 0
     ) -> GaussianWhitening:
         """Fits the covariance to data in closed form.
 
@@ -169,12 +157,10 @@ class GaussianWhitening(Transform):
         return self.forward(x)[0], terms + self.terms
 
     def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any) -> None:
-        for name, lowest in (("scale", "positive"), ("variance", "not negative")):
+        for name, within, expected in (("scale", torch.gt, "positive"), ("variance", torch.ge, "not negative")):
             value = state_dict.get(f"{prefix}{name}")
-            if not isinstance(value, Tensor) or value.is_meta:
-                continue
-            if not bool(((value > 0) if name == "scale" else (value >= 0)).all()):
-                raise ValueError(f"{prefix}{name} must be {lowest}; found {float(value.min())}")
+            if isinstance(value, Tensor) and not value.is_meta and not bool(within(value, 0).all()):
+                raise ValueError(f"{prefix}{name} must be {expected}; found {float(value.min())}")
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def config(self) -> dict[str, Any]:

@@ -30,7 +30,7 @@ LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 class TransformContract:
-    """Subclasses define how their transform is built, far from the identity, and its data."""
+    """Subclasses define how their transform, far from the identity, and its data are built."""
 
     features: int
 
@@ -38,7 +38,7 @@ class TransformContract:
         raise NotImplementedError
 
     def fresh(self, dtype: torch.dtype = F64) -> Transform:
-        """Returns one of the same configuration and other numbers."""
+        """Returns a transform of the same configuration with other values."""
         raise NotImplementedError
 
     def data(self, n: int, dtype: torch.dtype = F64, seed: int = 0) -> Tensor:
@@ -85,8 +85,8 @@ class TransformContract:
         kept = before.clone()
         with torch.no_grad():
             z, ladj = transform(x)
-            found, terms = transform.forward_per_dim(x, before)
-        assert_close("values", found, z)
+            actual, terms = transform.forward_per_dim(x, before)
+        assert_close("values", actual, z)
         assert_close("values", (terms - before).sum(dim=1), -ladj)
         assert torch.equal(before, kept), "the terms of earlier transforms were written to"
         for flow in (self.flow(dtype), fastmaf.Flow(self.features, [self.transform(dtype)])):
@@ -112,8 +112,8 @@ class TransformContract:
         other = LAYOUTS[layout](x)
         assert torch.equal(other, x) and (other.storage_offset() or not other.is_contiguous())
         for function in (transform, transform.inverse, lambda v: transform.forward_per_dim(v, other)):
-            for found, expected in zip(function(other), function(x), strict=True):
-                assert_close("values", found.detach(), expected)
+            for actual, expected in zip(function(other), function(x), strict=True):
+                assert_close("values", actual.detach(), expected)
         assert torch.equal(other, x), "the input was written to"
 
     def test_deepcopy_is_independent(self) -> None:
@@ -131,12 +131,12 @@ class TransformContract:
         result = other.load_state_dict(copy.deepcopy(transform.state_dict()))
         assert not result.missing_keys and not result.unexpected_keys
         zeros = torch.zeros_like(x)
-        for found, expected in (
+        for actual, expected in (
             (other(x), transform(x)),
             (other.inverse(x), transform.inverse(x)),
             (other.forward_per_dim(x, zeros), transform.forward_per_dim(x, zeros)),
         ):
-            assert torch.equal(found[0], expected[0]) and torch.equal(found[1], expected[1])
+            assert torch.equal(actual[0], expected[0]) and torch.equal(actual[1], expected[1])
 
     @DTYPES
     def test_save_and_load(self, tmp_path: Path, dtype: torch.dtype) -> None:
@@ -187,8 +187,8 @@ class TransformContract:
         flow = self.flow(F32)
         assert all(t.is_meta for t in (*planned.transforms[0].parameters(), *planned.transforms[0].buffers()))
         for optimiser in (fastmaf.optim.FusedAdam, torch.optim.Adam, None):
-            found = fastmaf.memory_estimate(planned, 4, optimiser)
-            assert found == fastmaf.memory_estimate(copy.deepcopy(flow).to("meta"), 4, optimiser) > 0
+            actual = fastmaf.memory_estimate(planned, 4, optimiser)
+            assert actual == fastmaf.memory_estimate(copy.deepcopy(flow).to("meta"), 4, optimiser) > 0
             assert fastmaf.memory_estimate(flow, 4, optimiser) > 0
 
 

@@ -1,4 +1,4 @@
-"""A normal distribution of few factors to draw samples from, and what a fitted model says of them."""
+"""A normal distribution with few factors, and comparisons of models that are fitted to its samples."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def density(of: FactorModel) -> fastmaf.Flow:
 
 
 class World:
-    """A normal distribution of few factors, to draw samples from."""
+    """A normal distribution with few factors."""
 
     def __init__(
         self, features: int, rank: int, *, strongest: float = 8.0, weakest: float = 1.0, seed: int = 0
@@ -50,11 +50,11 @@ def mean_square(of: FactorModel, x: Tensor) -> float:
     return float(density(of)(x)[0].square().mean())
 
 
-def close(found: FactorModel, expected: FactorModel, tolerance: float = 1e-9) -> None:
-    assert error(found.mean, expected.mean) < tolerance
-    assert error(covariance(found), covariance(expected)) < tolerance
+def close(actual: FactorModel, expected: FactorModel, tolerance: float = 1e-9) -> None:
+    assert error(actual.mean, expected.mean) < tolerance
+    assert error(covariance(actual), covariance(expected)) < tolerance
 
 
 def shifted(x: Tensor) -> Tensor:
-    """Returns three rows for each: as it is, moved by one place, and by two."""
+    """Returns three rows for each row: shifted by 0, 1 and 2 places."""
     return torch.stack((x, x.roll(1, dims=1), x.roll(2, dims=1)), dim=1)

@@ -75,7 +75,7 @@ def layers_of(flow: fastmaf.Flow) -> dict[str, fastmaf.MaskedLinear]:
 
 
 def padding_of(layer: fastmaf.MaskedLinear) -> Tensor:
-    """Returns where the packed weight holds padding, found not as the library does: packed ones are 0 there."""
+    """Returns the mask of the padding, computed by packing a matrix of ones."""
     rows, columns = layer.bias.shape[0], layer.layout.in_features
     return layer.layout.pack(torch.ones(rows, columns, dtype=torch.float64)) == 0
 

@@ -65,8 +65,8 @@ def compare(flow: fastmaf.MAF, x: Tensor) -> None:
         ((z_of_one * weights).sum() + (ladj_of_one * (1.0 + weights[:, 0])).sum()).backward()
     assert x_fast.grad is not None and x_naive.grad is not None
     assert_close("gradients", x_fast.grad, x_naive.grad, "gradient of x")
-    for name, (found, expected) in naive_gradients(flow, naive).items():
-        assert_close("gradients", found, expected, f"gradient of {name}")
+    for name, (actual, expected) in naive_gradients(flow, naive).items():
+        assert_close("gradients", actual, expected, f"gradient of {name}")
 
     with torch.no_grad():
         base = normal(*x.shape, seed=12)
@@ -113,8 +113,8 @@ def test_production_tiles() -> None:
     flow.log_prob(x).sum().backward()
     naive.log_prob(x).sum().backward()
     assert_close("values", flow.log_prob(x), naive.log_prob(x))
-    for name, (found, expected) in naive_gradients(flow, naive).items():
-        assert_close("gradients", found, expected, f"gradient of {name}")
+    for name, (actual, expected) in naive_gradients(flow, naive).items():
+        assert_close("gradients", actual, expected, f"gradient of {name}")
     with torch.no_grad():
         assert_close("round_trip", flow(flow.inverse(x)[0])[0], x)
 
@@ -158,7 +158,7 @@ def test_random_models(
 
 @pytest.mark.parametrize("bound", BOUNDS, ids=str)
 def test_the_naive_model_against_the_formula(bound: dict[str, Any]) -> None:
-    """The baseline itself, written out by hand for one sample, with masks from degrees."""
+    """The naive model against the formula, evaluated unit by unit for one sample."""
     flow = build(5, blocks=1, hidden_features=(6, 4), degrees="random", order="natural", scale=2.0, **bound)
     made = blocks_of(flow)[0].made
     x = normal(1, 5, seed=5)[0]
@@ -186,14 +186,14 @@ def test_the_naive_model_against_the_formula(bound: dict[str, Any]) -> None:
 
 
 def test_naive_gradients_see_a_wrong_one() -> None:
-    """The comparison above can fail: another model's gradients are not taken for this one's."""
+    """Negative control: the comparison fails for the gradients of another model."""
     flow, other, x = build(13), build(13, seed=1), normal(3, 13)
     naive = other.to_naive()
     flow.log_prob(x).sum().backward()
     naive.log_prob(x).sum().backward()
     with pytest.raises(AssertionError, match="relative error"):
-        for found, expected in naive_gradients(flow, naive).values():
-            assert_close("gradients", found, expected)
+        for actual, expected in naive_gradients(flow, naive).values():
+            assert_close("gradients", actual, expected)
 
 
 def test_jacobian_of_both() -> None:

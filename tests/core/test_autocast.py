@@ -36,7 +36,7 @@ def local() -> fastmaf.Flow:
 
 
 def single() -> fastmaf.Flow:
-    """A flow that takes its blocks one by one: of two activations."""
+    """Returns a flow whose two blocks run as separate ops, since their activations differ."""
     flows = [build(D, dtype=F32, blocks=1, seed=seed) for seed in (0, 1)]
     first, last = (flow.transforms[0] for flow in flows)
     for layer in last.made.hidden:  # type: ignore[union-attr]
@@ -83,24 +83,24 @@ def derivatives(flow: fastmaf.Flow, method: str, before: Any, after: Any) -> lis
 def test_values_and_gradients(flow: fastmaf.Flow, method: str, where: tuple[bool, bool]) -> None:
     contexts = [autocast() if inside else torch.enable_grad() for inside in where]
     expected = derivatives(flow, method, torch.enable_grad(), torch.enable_grad())
-    found = derivatives(flow, method, *contexts)
-    assert len(found) == len(expected)
-    for a, b in zip(found, expected, strict=True):
+    actual = derivatives(flow, method, *contexts)
+    assert len(actual) == len(expected)
+    for a, b in zip(actual, expected, strict=True):
         assert a.dtype == F32 and torch.equal(a, b)
 
 
 @HALF
 def test_float64_agrees_with_the_same_in_float32(half: torch.dtype) -> None:
-    """What autocast would have taken away: the whitening was off by 20 nats, local blocks by 1."""
+    """With half-precision products the whitening would be off by 20 nats and local blocks by 1."""
     for make in FLOWS.values():
         flow, x = make(), data()
         with autocast(half):
-            found = flow.log_prob(x)
+            actual = flow.log_prob(x)
         expected = flow.sample_and_log_prob(4, generator=generator())
         with autocast(half):
             samples = flow.sample_and_log_prob(4, generator=generator())
         assert all(torch.equal(*pair) for pair in zip(samples, expected, strict=True))
-        assert_close("values", found.detach(), flow.double().log_prob(x.double()))
+        assert_close("values", actual.detach(), flow.double().log_prob(x.double()))
 
 
 @pytest.mark.parametrize("transform", ["jvp", "grad", "hessian", "jacrev of jacrev", "vmap", "vjp outside"])
@@ -127,26 +127,26 @@ def test_transforms_of_torch_func(name: str, transform: str) -> None:
             }
             return calls[transform]()
 
-    expected, found = differentiated(torch.enable_grad()), differentiated(autocast())
-    assert torch.equal(found, expected)
+    expected, actual = differentiated(torch.enable_grad()), differentiated(autocast())
+    assert torch.equal(actual, expected)
 
 
 def test_double_backward(backend: str) -> None:
-    flow, found = affine(), []
+    flow, actual = affine(), []
     for context in (torch.enable_grad(), autocast()):
         flow.zero_grad()
         x = data().requires_grad_()
         with context:
             slope = torch.autograd.grad(flow.log_prob(x).sum(), x, create_graph=True)[0]
             slope.square().sum().backward()
-        found.append([x.grad, *(p.grad.clone() for p in flow.parameters() if p.grad is not None)])
-    for a, b in zip(*found, strict=True):
+        actual.append([x.grad, *(p.grad.clone() for p in flow.parameters() if p.grad is not None)])
+    for a, b in zip(*actual, strict=True):
         assert torch.equal(a, b)  # type: ignore[arg-type]
 
 
 @HALF
 def test_what_a_network_in_half_precision_made(half: torch.dtype) -> None:
-    """Within autocast it is taken in the flow's dtype; elsewhere it is refused, as ever."""
+    """Half-precision inputs are converted within an autocast region and refused elsewhere."""
     network, x = torch.nn.Linear(D, D), data()
     for make in FLOWS.values():
         for dtype in (F32, torch.float64):
@@ -154,12 +154,12 @@ def test_what_a_network_in_half_precision_made(half: torch.dtype) -> None:
             with autocast(half):
                 given = network(x).sigmoid()
                 assert given.dtype == half
-                found = flow.log_prob(given)
+                actual = flow.log_prob(given)
                 parts = [flow.nll_per_dim(given), *flow(given), *flow.inverse(given)]
                 parts += next(t for t in flow._transforms() if list(t.parameters()))(given)
-                found.sum().backward()
-            assert all(t.dtype == dtype for t in (found, *parts))
-            assert torch.equal(found, flow.log_prob(given.to(dtype)))
+                actual.sum().backward()
+            assert all(t.dtype == dtype for t in (actual, *parts))
+            assert torch.equal(actual, flow.log_prob(given.to(dtype)))
             assert network.weight.grad is not None and bool(network.weight.grad.abs().sum() > 0)
             with pytest.raises(ValueError, match=f"x must be {dtype}.*found {half}"):
                 flow.log_prob(given)
@@ -216,6 +216,6 @@ def test_compiled(name: str) -> None:
             result.sin().sum().backward()
     finally:
         torch.compiler.reset()
-    found = [result.detach(), x.grad, *(p.grad for p in flow.parameters() if p.grad is not None)]
-    for a, b in zip(found, expected, strict=True):
+    actual = [result.detach(), x.grad, *(p.grad for p in flow.parameters() if p.grad is not None)]
+    for a, b in zip(actual, expected, strict=True):
         assert_close("gradients", a, b)  # type: ignore[arg-type]

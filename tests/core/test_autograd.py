@@ -27,7 +27,7 @@ OPTIONS: list[dict[str, Any]] = [
 
 
 def visible_parameters(flow: fastmaf.MAF) -> tuple[list[Tensor], Callable[[Sequence[Tensor]], dict[str, Tensor]]]:
-    """Returns the numbers that the function depends on, and how to make a full set of parameters from them.
+    """Returns the visible weights and biases, and a function that builds all parameters from them.
 
     Padding is left out: it is zero by contract, and a finite difference would break the contract.
     """
@@ -51,7 +51,7 @@ def visible_parameters(flow: fastmaf.MAF) -> tuple[list[Tensor], Callable[[Seque
 
 
 class Call(torch.nn.Module):
-    """Gives functional_call another method of the flow than forward."""
+    """Lets functional_call call methods of a flow other than forward."""
 
     def __init__(self, flow: fastmaf.MAF) -> None:
         super().__init__()
@@ -87,14 +87,14 @@ def test_gradients_of_samples_and_their_log_prob() -> None:
     assert_close("inverse", x, x_naive)
     (x.square().sum() + log_prob.sum()).backward()
     (x_naive.square().sum() + naive.log_prob(x_naive).sum()).backward()
-    for name, (found, expected) in naive_gradients(flow, naive).items():
-        assert_close("gradients", found, expected, f"gradient of {name}")
+    for name, (actual, expected) in naive_gradients(flow, naive).items():
+        assert_close("gradients", actual, expected, f"gradient of {name}")
 
 
 @pytest.mark.parametrize("direction", ["forward", "inverse"])
 def test_some_gradients_unneeded(direction: str) -> None:
-    """Frozen parameters or data that needs no gradient change nothing else, and get none."""
-    x, found = normal(3, 7), {}
+    """Frozen parameters, and data without requires_grad, get no gradient and leave the others unchanged."""
+    x, actual = normal(3, 7), {}
     for frozen in ("nothing", "x", "weights", "biases", "hidden"):
         flow = build(7)
         data = x.clone().requires_grad_(frozen != "x")
@@ -104,12 +104,12 @@ def test_some_gradients_unneeded(direction: str) -> None:
         z, ladj = getattr(flow, direction)(data)
         (z.sin().sum() + ladj.sum()).backward()
         gradients = {"x": data.grad, **{name: p.grad for name, p in flow.named_parameters()}}
-        found[frozen] = gradients
+        actual[frozen] = gradients
         needed = {"x": data.requires_grad, **{name: p.requires_grad for name, p in flow.named_parameters()}}
         for name, gradient in gradients.items():
             assert (gradient is not None) == needed[name], f"{frozen} frozen: gradient of {name}"
             if gradient is not None:
-                expected = found["nothing"][name]
+                expected = actual["nothing"][name]
                 assert expected is not None
                 assert_close("gradients", gradient, expected, f"{frozen} frozen: gradient of {name}")
 
@@ -121,8 +121,8 @@ def test_only_one_output_used() -> None:
         for model in (flow, naive):
             model.zero_grad()
             model(x)[pick].sum().backward()
-        for name, (found, expected) in naive_gradients(flow, naive).items():
-            assert_close("gradients", found, expected, f"output {pick}: gradient of {name}")
+        for name, (actual, expected) in naive_gradients(flow, naive).items():
+            assert_close("gradients", actual, expected, f"output {pick}: gradient of {name}")
 
 
 def test_nothing_is_recorded_without_need() -> None:
@@ -154,8 +154,8 @@ def test_compile_fullgraph(method: str) -> None:
     assert len(gradients[0]) == 1 + len(list(flow.parameters()))
     with torch.no_grad():
         for batch in (1, 5):
-            found, expected = compiled(normal(batch, 7)), getattr(flow, method)(normal(batch, 7))
-            for a, b in zip(*((v if isinstance(v, tuple) else (v,)) for v in (found, expected)), strict=True):
+            actual, expected = compiled(normal(batch, 7)), getattr(flow, method)(normal(batch, 7))
+            for a, b in zip(*((v if isinstance(v, tuple) else (v,)) for v in (actual, expected)), strict=True):
                 assert_close("values", a, b, f"compiled, batch {batch}")
     torch.compiler.reset()
 

@@ -29,8 +29,8 @@ def flow_of(dtype: torch.dtype = F64, **options: Any) -> fastmaf.MAF:
     return build(FEATURES, order="random", whitening=2, dtype=dtype, **options)
 
 
-def assert_equal_rows(found: Any, expected: Any, batch: tuple[int, ...]) -> None:
-    for result, rows in zip(as_tuple(found), as_tuple(expected), strict=True):
+def assert_equal_rows(actual: Any, expected: Any, batch: tuple[int, ...]) -> None:
+    for result, rows in zip(as_tuple(actual), as_tuple(expected), strict=True):
         assert result.shape == batch + rows.shape[1:]
         assert_close("values", result.reshape(rows.shape).detach(), rows.detach())
 
@@ -72,8 +72,8 @@ def test_gradients(method: str, batch: tuple[int, ...]) -> None:
         assert x.grad is not None
         gradients.append([x.grad.reshape(rows.shape), *(p.grad for p in flow.parameters())])
         flow.zero_grad()
-    for found, expected in zip(*gradients, strict=True):
-        assert_close("gradients", found, expected)
+    for actual, expected in zip(*gradients, strict=True):
+        assert_close("gradients", actual, expected)
 
 
 @pytest.mark.slow
@@ -149,10 +149,10 @@ def test_sample_shapes(draw: str, shape: tuple[int, ...], source: str) -> None:
             return getattr(flow, draw)(shape)
         return getattr(flow, draw)(shape, **({"seed": 3} if source == "seed" else {"generator": generator(3)}))
 
-    found, rows = drawn(shape), drawn(math.prod(shape))
-    assert_equal_rows(found, rows, shape)
+    actual, rows = drawn(shape), drawn(math.prod(shape))
+    assert_equal_rows(actual, rows, shape)
     assert_equal_rows(drawn(torch.Size(shape)), rows, shape)
-    for result in as_tuple(found):
+    for result in as_tuple(actual):
         assert result.requires_grad == draw.startswith("r")
 
 
@@ -250,7 +250,9 @@ def test_one_hidden_layer_as_an_integer(build_one: Any) -> None:
     assert shapes == [tuple(p.shape) for p in build_one(**{**options, "hidden_features": (8,)}).parameters()]
     assert shapes == [tuple(p.shape) for p in build_one(**{**options, "hidden_features": np.int64(8)}).parameters()]
     for wrong in (0, -3, (), (4, 0)):
-        with pytest.raises(ValueError, match="hidden_features must name at least one layer"):
+        with pytest.raises(
+            ValueError, match=r"hidden_features must (name at least one layer|have entries of 1 or more)"
+        ):
             build_one(5, hidden_features=wrong)
     for wrong in (1.5, "64", None, (4, 2.5)):
         with pytest.raises(TypeError, match="hidden_features must be an integer or a sequence of integers"):

@@ -1,4 +1,4 @@
-"""Nothing that is derived from buffers goes stale, however these are written; constants are nobody's to write."""
+"""Results follow every way of writing to buffers; constants cannot be overwritten."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ D = 12
 
 
 def flow(seed: int = 0, dtype: torch.dtype = F64) -> fastmaf.Flow:
-    """Returns a flow of every kind of transform; another seed gives other buffers and parameters, same degrees."""
+    """Returns a flow with a transform of each kind; seeds change buffers and parameters, but not degrees."""
     whitening = fastmaf.GaussianWhitening(D, 4, dtype=dtype)
     whitening.fit_(normal(40, D, seed=seed, dtype=dtype) @ normal(D, D, seed=seed + 1, dtype=dtype))
     affine = build(D, blocks=1, dtype=dtype).transforms[0]
@@ -35,18 +35,18 @@ def flow(seed: int = 0, dtype: torch.dtype = F64) -> fastmaf.Flow:
     return fastmaf.Flow(D, [whitening, permutation, local_block((1, 2, 6), seed=seed, dtype=dtype), affine])  # type: ignore[list-item]
 
 
-def check(found: fastmaf.Flow, expected: fastmaf.Flow) -> None:
-    """Holds a flow against another one, and its densities against what they must be of themselves."""
+def check(actual: fastmaf.Flow, expected: fastmaf.Flow) -> None:
+    """Compares a flow with another one, and its log-determinants with its Jacobian."""
     x = normal(3, D, dtype=expected._like().dtype)
     for method in ("log_prob", "nll_per_dim"):
-        assert torch.equal(getattr(found, method)(x), getattr(expected, method)(x)), method
-    for a, b in zip((*found(x), *found.inverse(x)), (*expected(x), *expected.inverse(x)), strict=True):
+        assert torch.equal(getattr(actual, method)(x), getattr(expected, method)(x)), method
+    for a, b in zip((*actual(x), *actual.inverse(x)), (*expected(x), *expected.inverse(x)), strict=True):
         assert torch.equal(a, b)
     if x.dtype == F64:
-        slopes = torch.linalg.slogdet(jacobian(lambda v: found(v)[0], x[0])).logabsdet
-        assert_close("slogdet", found(x[:1])[1][0].detach(), slopes)
-        assert_close("values", found.nll_per_dim(x).sum(dim=1).detach(), -found.log_prob(x).detach())
-        assert_close("gradients", found.inverse(found(x)[0])[0].detach(), x)
+        slopes = torch.linalg.slogdet(jacobian(lambda v: actual(v)[0], x[0])).logabsdet
+        assert_close("slogdet", actual(x[:1])[1][0].detach(), slopes)
+        assert_close("values", actual.nll_per_dim(x).sum(dim=1).detach(), -actual.log_prob(x).detach())
+        assert_close("gradients", actual.inverse(actual(x)[0])[0].detach(), x)
 
 
 def tensors(of: nn.Module) -> dict[str, Tensor]:
@@ -54,41 +54,41 @@ def tensors(of: nn.Module) -> dict[str, Tensor]:
 
 
 @torch.no_grad()
-def _copied(one: nn.Module, other: nn.Module) -> None:
-    for name, tensor in tensors(one).items():
-        tensor.copy_(tensors(other)[name])
+def _copied(target: nn.Module, source: nn.Module) -> None:
+    for name, tensor in tensors(target).items():
+        tensor.copy_(tensors(source)[name])
 
 
 @torch.no_grad()
-def _foreach(one: nn.Module, other: nn.Module) -> None:
-    torch._foreach_copy_(list(tensors(one).values()), list(tensors(other).values()))
+def _foreach(target: nn.Module, source: nn.Module) -> None:
+    torch._foreach_copy_(list(tensors(target).values()), list(tensors(source).values()))
 
 
-def _data(one: nn.Module, other: nn.Module) -> None:
-    for name, tensor in tensors(one).items():
-        tensor.data = tensors(other)[name].detach().clone()
+def _data(target: nn.Module, source: nn.Module) -> None:
+    for name, tensor in tensors(target).items():
+        tensor.data = tensors(source)[name].detach().clone()
 
 
-def _into_data(one: nn.Module, other: nn.Module) -> None:
-    for name, tensor in tensors(one).items():
-        tensor.data.copy_(tensors(other)[name])  # leaves the version as it was
+def _into_data(target: nn.Module, source: nn.Module) -> None:
+    for name, tensor in tensors(target).items():
+        tensor.data.copy_(tensors(source)[name])  # leaves the version as it was
 
 
-def _memory(one: nn.Module, other: nn.Module) -> None:
-    for name, tensor in tensors(one).items():
-        tensor.detach().numpy()[...] = tensors(other)[name].detach().numpy()
+def _memory(target: nn.Module, source: nn.Module) -> None:
+    for name, tensor in tensors(target).items():
+        tensor.detach().numpy()[...] = tensors(source)[name].detach().numpy()
 
 
-def _set(one: nn.Module, other: nn.Module) -> None:
-    for path, tensor in other.named_buffers():
+def _set(target: nn.Module, source: nn.Module) -> None:
+    for path, tensor in source.named_buffers():
         owner, _, name = path.rpartition(".")
-        setattr(one.get_submodule(owner), name, tensor.clone())
-    one.load_state_dict(dict(other.named_parameters()), strict=False)
+        setattr(target.get_submodule(owner), name, tensor.clone())
+    target.load_state_dict(dict(source.named_parameters()), strict=False)
 
 
-def _swapped(one: nn.Module, other: nn.Module) -> None:
-    one._apply(lambda tensor: tensor)
-    one.load_state_dict(copy.deepcopy(other.state_dict()), assign=True)
+def _swapped(target: nn.Module, source: nn.Module) -> None:
+    target._apply(lambda tensor: tensor)
+    target.load_state_dict(copy.deepcopy(source.state_dict()), assign=True)
 
 
 WAYS: dict[str, Callable[[nn.Module, nn.Module], Any]] = {
@@ -98,7 +98,7 @@ WAYS: dict[str, Callable[[nn.Module, nn.Module], Any]] = {
     ".data.copy_": _into_data,
     "numpy": _memory,
     "setattr": _set,
-    "load_state_dict": lambda one, other: one.load_state_dict(other.state_dict()),
+    "load_state_dict": lambda target, source: target.load_state_dict(source.state_dict()),
     "load_state_dict(assign=True)": _swapped,
 }
 
@@ -106,36 +106,36 @@ WAYS: dict[str, Callable[[nn.Module, nn.Module], Any]] = {
 @pytest.mark.parametrize("way", list(WAYS))
 @pytest.mark.parametrize("dtype", [F32, F64])
 def test_however_buffers_are_written(way: str, dtype: torch.dtype) -> None:
-    one, other = flow(0, dtype), flow(1, dtype)
-    check(one, flow(0, dtype))  # whatever might be kept is kept by now
-    WAYS[way](one, other)
-    check(one, other)
+    target, source = flow(0, dtype), flow(1, dtype)
+    check(target, flow(0, dtype))  # whatever might be kept is kept by now
+    WAYS[way](target, source)
+    check(target, source)
 
 
 @pytest.mark.parametrize("dtype", [F32, F64])
 def test_functional_call(dtype: torch.dtype) -> None:
-    one, other, x = flow(0, dtype), flow(1, dtype), normal(3, D, dtype=dtype)
-    before = one(x)
-    for given in (tensors(other), other.state_dict()):
-        for a, b in zip(functional_call(one, given, (x,)), other(x), strict=True):  # type: ignore[arg-type]
+    target, source, x = flow(0, dtype), flow(1, dtype), normal(3, D, dtype=dtype)
+    before = target(x)
+    for given in (tensors(source), source.state_dict()):
+        for a, b in zip(functional_call(target, given, (x,)), source(x), strict=True):  # type: ignore[arg-type]
             assert torch.equal(a, b)
-    assert torch.equal(one(x)[1], before[1])
+    assert torch.equal(target(x)[1], before[1])
 
 
 def test_gradients_of_buffers() -> None:
-    """The log-determinant is a function of the buffers, and has derivatives by them."""
+    """The log-determinant is differentiable with respect to the buffers."""
     whitening, x = flow().transforms[0], normal(3, D)
     buffers = {name: b.clone().requires_grad_() for name, b in whitening.named_buffers() if name != "factors"}
 
     def ladj(*values: Tensor) -> Tensor:
-        found: Tensor = functional_call(whitening, dict(zip(buffers, values, strict=True)), (x,))[1]
-        return found
+        actual: Tensor = functional_call(whitening, dict(zip(buffers, values, strict=True)), (x,))[1]
+        return actual
 
     assert torch.autograd.gradcheck(ladj, tuple(buffers.values()))
 
 
 def test_the_log_determinant_is_a_tensor_on_the_device() -> None:
-    """A CUDA graph would hold a number of Python's for ever."""
+    """A CUDA graph would record a Python number as a constant."""
     whitening = flow().transforms[0]
     assert isinstance(whitening, fastmaf.GaussianWhitening)
     assert isinstance(whitening.ladj, Tensor) and whitening.ladj.dim() == 0 and whitening.ladj.dtype == F64
@@ -165,7 +165,7 @@ def test_averages_of_models(options: dict[str, Any]) -> None:
 
 
 def test_planned_without_memory_then_filled() -> None:
-    """As large models are loaded: built on meta, given memory, then the values."""
+    """Large models are built on meta, then allocated, then loaded."""
     for whitening in (None, 3):
         make: dict[str, Any] = {"seed": 0, "order": "random", "whitening": whitening}
         of = fastmaf.MAF(D, 2, (16, 9), **make)
@@ -173,16 +173,16 @@ def test_planned_without_memory_then_filled() -> None:
             of.transforms[0].fit_(normal(40, D, dtype=F32))  # type: ignore[union-attr, operator]
         for assign in (False, True):
             planned = fastmaf.MAF(D, 2, (16, 9), device="meta", **make)
-            found = planned if assign else planned.to_empty(device="cpu")
-            found.load_state_dict(copy.deepcopy(of.state_dict()), assign=assign)
-            check(found, of)
-    other = fastmaf.MAF(D, 2, (16, 9), seed=0, levels=3, device="meta").to_empty(device="cpu")
+            actual = planned if assign else planned.to_empty(device="cpu")
+            actual.load_state_dict(copy.deepcopy(of.state_dict()), assign=assign)
+            check(actual, of)
+    source = fastmaf.MAF(D, 2, (16, 9), seed=0, levels=3, device="meta").to_empty(device="cpu")
     with pytest.raises(ValueError, match="degrees_0 differs from this model's degrees"):
-        other.load_state_dict(fastmaf.MAF(D, 2, (16, 9), seed=0).state_dict())
+        source.load_state_dict(fastmaf.MAF(D, 2, (16, 9), seed=0).state_dict())
 
 
 def test_planned_without_memory_then_initialised() -> None:
-    """``to_empty`` and ``reset_parameters`` give a flow, too: what is no parameter needs no values of anybody."""
+    """After ``to_empty`` and ``reset_parameters`` a flow is complete: constants are restored."""
     planned = fastmaf.MAF(D, 2, (16, 9), order="random", seed=0, device="meta", dtype=F64).to_empty(device="cpu")
     for module in planned.modules():
         if isinstance(module, fastmaf.MaskedLinear):
@@ -198,9 +198,9 @@ def test_planned_without_memory_then_initialised() -> None:
 
 
 def test_emptied_then_loaded() -> None:
-    one, other = flow(0), flow(1)
-    one.to_empty(device="cpu").load_state_dict(other.state_dict())
-    check(one, other)
+    target, source = flow(0), flow(1)
+    target.to_empty(device="cpu").load_state_dict(source.state_dict())
+    check(target, source)
 
 
 def test_constants_go_where_the_module_goes() -> None:
@@ -215,7 +215,7 @@ def test_constants_go_where_the_module_goes() -> None:
 
 
 def test_the_state_dict_has_what_it_had() -> None:
-    """Degrees are in it, and nothing but their values may be loaded; what else follows from them is not."""
+    """The state_dict holds the degrees, whose values must match, and no other constants."""
     made = build(D, blocks=1).transforms[0].made
     assert isinstance(made, fastmaf.MADE)
     state = made.state_dict()
@@ -240,12 +240,12 @@ def test_permutations_of_other_dimensions_are_refused_as_ever() -> None:
 
 
 def test_a_base_model_on_meta() -> None:
-    """What torch's documentation of ensembles does: one model without memory, tensors of others."""
-    one, x = flow(), normal(3, D)
-    base = copy.deepcopy(one).to("meta")
-    for a, b in zip(functional_call(base, tensors(one), (x,)), one(x), strict=True):
+    """As in torch's documentation of ensembles: a model on meta, called with the tensors of another one."""
+    target, x = flow(), normal(3, D)
+    base = copy.deepcopy(target).to("meta")
+    for a, b in zip(functional_call(base, tensors(target), (x,)), target(x), strict=True):
         assert torch.equal(a, b)
-    class_of = {name: t[None] for name, t in tensors(one).items()}
-    found = torch.func.vmap(lambda given: functional_call(base, given, (x,)))(class_of)
-    for a, b in zip(found, one(x), strict=True):
+    class_of = {name: t[None] for name, t in tensors(target).items()}
+    actual = torch.func.vmap(lambda given: functional_call(base, given, (x,)))(class_of)
+    for a, b in zip(actual, target(x), strict=True):
         assert_close("values", a[0].detach(), b.detach())

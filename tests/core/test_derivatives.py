@@ -61,8 +61,8 @@ FLOW = pytest.mark.parametrize(
 
 def tangent(function: Function, x: Tensor, v: Tensor) -> Tensor | None:
     with forward_ad.dual_level():
-        found: Tensor | None = forward_ad.unpack_dual(function(forward_ad.make_dual(x, v))).tangent
-        return found
+        actual: Tensor | None = forward_ad.unpack_dual(function(forward_ad.make_dual(x, v))).tangent
+        return actual
 
 
 @FLOW
@@ -77,9 +77,9 @@ def test_forward_mode(make: Callable[[], fastmaf.Flow], method: str, frozen: boo
     flow.requires_grad_(not frozen)
     assert_close("gradients", torch.func.jvp(function, (x,), (v,))[1], expected, "torch.func.jvp")
     with torch.set_grad_enabled(not frozen):
-        found = tangent(function, x, v)
-    assert found is not None
-    assert_close("gradients", found, expected, "forward_ad")
+        actual = tangent(function, x, v)
+    assert actual is not None
+    assert_close("gradients", actual, expected, "forward_ad")
     assert_close("gradients", functional.jvp(function, x, v)[1], expected, "torch.autograd.functional.jvp")
     assert_close("gradients", torch.func.linearize(function, x)[1](v), expected, "torch.func.linearize")
 
@@ -93,8 +93,8 @@ def test_jacobians_and_vmap(make: Callable[[], fastmaf.Flow], method: str) -> No
     assert_close("gradients", torch.func.jacrev(function)(x), expected, "jacrev")
     assert_close("gradients", torch.func.jacfwd(function)(x), expected, "jacfwd")
     for strategy in ("reverse-mode", "forward-mode"):
-        found = functional.jacobian(function, x, vectorize=True, strategy=strategy)
-        assert_close("gradients", found, expected, strategy)
+        actual = functional.jacobian(function, x, vectorize=True, strategy=strategy)
+        assert_close("gradients", actual, expected, strategy)
     assert_close("values", torch.func.vmap(lambda row: function(row[None])[0])(x), function(x).detach(), "vmap")
     rows = torch.func.vmap(torch.func.grad(lambda row: function(row[None]).sum()))(x)
     whole = torch.autograd.grad(function(given := x.clone().requires_grad_()).sum(), given)[0]
@@ -104,7 +104,7 @@ def test_jacobians_and_vmap(make: Callable[[], fastmaf.Flow], method: str) -> No
 @FLOW
 @SOME_SLOW
 def test_second_derivatives(make: Callable[[], fastmaf.Flow], method: str) -> None:
-    """All ways agree with central differences of the first derivative."""
+    """Second derivatives agree with central differences of the first."""
     flow, x, v = make(), data(2), normal(2, D, seed=1)
 
     def scalar(x: Tensor) -> Tensor:
@@ -119,13 +119,13 @@ def test_second_derivatives(make: Callable[[], fastmaf.Flow], method: str) -> No
     hessian = torch.func.hessian(scalar)(x)
     product = (hessian.flatten(-2) @ v.flatten()).view_as(x)
     torch.testing.assert_close(product, expected, rtol=1e-6, atol=1e-6 * float(expected.abs().max()))
-    found = {
+    actual = {
         "functional.hessian": functional.hessian(scalar, x),
         "jacrev of jacrev": torch.func.jacrev(torch.func.jacrev(scalar))(x),
         "jacrev of jacfwd": torch.func.jacrev(torch.func.jacfwd(scalar))(x),
         "jacfwd of jacfwd": torch.func.jacfwd(torch.func.jacfwd(scalar))(x),
     }
-    for name, value in found.items():
+    for name, value in actual.items():
         assert_close("gradients", value, hessian, name)
     assert_close("gradients", functional.hvp(scalar, x, v)[1], product, "functional.hvp")
 
@@ -147,20 +147,20 @@ def test_gradient_penalty_is_that_of_the_dense_model(backend: str, method: str, 
             x, terms = transform.forward_per_dim(x, terms)
         return flow._base_log_prob(x) - terms.sum(dim=1)
 
-    own = METHODS[method](flow) if by == "blocks in one call" else layers
-    for function in (own, METHODS[method](naive)):
+    whole = METHODS[method](flow) if by == "blocks in one call" else layers
+    for function in (whole, METHODS[method](naive)):
         x = data().requires_grad_()
         slope = torch.autograd.grad(function(x).sin().sum(), x, create_graph=True)[0]
         (slope.square().sum() + function(x).sum()).backward()
-    for name, (found, expected) in naive_gradients(flow, naive).items():
-        assert_close("gradients", found, expected, name)
+    for name, (actual, expected) in naive_gradients(flow, naive).items():
+        assert_close("gradients", actual, expected, name)
     for layer in (m for m in flow.modules() if isinstance(m, fastmaf.MaskedLinear)):
         assert layer.weight.grad is not None
         assert layer.weight.grad[padding_of(layer)].count_nonzero() == 0
 
 
 def test_no_derivative_is_counted_twice() -> None:
-    """One block, used twice: its weights are inputs of the second call and make the other input as well."""
+    """A block that is used twice gets the sum of the gradients of both uses."""
     one = build(D, blocks=1).transforms[0]
     twin, reverse = copy.deepcopy(one), fastmaf.Permutation(torch.arange(D).flip(0))
 
@@ -172,8 +172,8 @@ def test_no_derivative_is_counted_twice() -> None:
         penalty = slope.square().sum()
         return [torch.autograd.grad(penalty, list(block.parameters()), retain_graph=True) for block in blocks]
 
-    for found, *apart in zip(gradients(one, one)[0], *gradients(one, twin), strict=True):
-        assert_close("gradients", found, apart[0] + apart[1])
+    for actual, *apart in zip(gradients(one, one)[0], *gradients(one, twin), strict=True):
+        assert_close("gradients", actual, apart[0] + apart[1])
 
 
 @pytest.mark.parametrize("name", ["MaskedLinear", "MADE", "AffineAutoregressive"])
@@ -198,13 +198,13 @@ def test_gradients_of_the_weights() -> None:
     def nll(weights: dict[str, Tensor], row: Tensor) -> Tensor:
         return -torch.func.functional_call(flow, weights, (row[None],))[1].sum()
 
-    found = torch.func.vmap(torch.func.grad(nll), in_dims=(None, 0))(weights, x)
+    actual = torch.func.vmap(torch.func.grad(nll), in_dims=(None, 0))(weights, x)
     for i, row in enumerate(x):
         flow.zero_grad()
         (-flow(row[None])[1].sum()).backward()
         for name, parameter in flow.named_parameters():
             assert parameter.grad is not None
-            assert_close("gradients", found[name][i], parameter.grad, name)
+            assert_close("gradients", actual[name][i], parameter.grad, name)
     tangents = {name: torch.ones_like(w) for name, w in weights.items()}
     along = torch.func.jvp(lambda w: nll(w, x[-1]), (weights,), (tangents,))[1]
     expected = sum(p.grad.sum() for p in flow.parameters() if p.grad is not None)
@@ -228,8 +228,8 @@ def test_an_ensemble_in_one_call() -> None:
 
     call = LogProb()
     named = [{f"flow.{name}": t for name, t in part.items()} for part in state]
-    found = torch.func.vmap(lambda *s: torch.func.functional_call(call, s, (x,)))(*named)
-    assert_close("values", found.detach(), torch.stack([flow.log_prob(x) for flow in flows]).detach())
+    actual = torch.func.vmap(lambda *s: torch.func.functional_call(call, s, (x,)))(*named)
+    assert_close("values", actual.detach(), torch.stack([flow.log_prob(x) for flow in flows]).detach())
 
 
 @METHOD
@@ -266,8 +266,8 @@ def test_samples_have_tangents() -> None:
 
     def of(weights: dict[str, Tensor]) -> Tensor:
         given = {f"flow.{name}": w for name, w in weights.items()}
-        found: Tensor = torch.func.functional_call(call, given, (z,)).square().sum()
-        return found
+        actual: Tensor = torch.func.functional_call(call, given, (z,)).square().sum()
+        return actual
 
     tangents = {name: normal(*w.shape, seed=3) for name, w in weights.items()}
     flow.inverse(z)[0].square().sum().backward()

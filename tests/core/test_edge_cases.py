@@ -1,4 +1,4 @@
-"""Behaviour of single lines of code that no other test needs."""
+"""Edge cases of several modules."""
 
 from __future__ import annotations
 

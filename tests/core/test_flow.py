@@ -15,7 +15,7 @@ from tests.tolerances import assert_close
 
 
 def test_log_prob_is_a_density() -> None:
-    """Its integral over a fine grid in two dimensions is 1."""
+    """The density integrates to 1 over a fine grid in two dimensions."""
     flow = build(2, hidden_features=(6, 6), scale=1.5)
     side = torch.linspace(-12.0, 12.0, 481, dtype=torch.float64)
     with torch.no_grad():
@@ -30,8 +30,8 @@ def test_samples_follow_the_density() -> None:
     with torch.no_grad():
         log_prob = flow.log_prob(grid)
         entropy = float(-(log_prob.exp() * log_prob).sum() * (grid[1] - grid[0]))
-        found = float(-flow.log_prob(flow.sample(20_000, generator=generator())).mean())
-    assert found == pytest.approx(entropy, abs=5 * math.sqrt(0.5 / 20_000))
+        actual = float(-flow.log_prob(flow.sample(20_000, generator=generator())).mean())
+    assert actual == pytest.approx(entropy, abs=5 * math.sqrt(0.5 / 20_000))
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)

@@ -1,4 +1,4 @@
-"""Hooks, parametrisations, pruning and replaced modules: the modules are called, and the function is theirs."""
+"""Hooks, parametrisations, pruning and replaced modules take effect."""
 
 from __future__ import annotations
 
@@ -41,10 +41,10 @@ def model(**options: Any) -> fastmaf.MAF:
 def plain(flow: fastmaf.MAF) -> fastmaf.MAF:
     """Returns the same function without hooks: the weights as they are used now."""
     twin = model()
-    for own, layer in zip(layers_of(twin).values(), layers_of(flow).values(), strict=True):
-        own.load_dense_(layer.dense_weight(), layer.bias.detach())
-    for own, block in zip(blocks_of(twin), blocks_of(flow), strict=True):
-        assert all(torch.equal(a, b) for a, b in zip(own.made.degrees, block.made.degrees, strict=True))
+    for target, layer in zip(layers_of(twin).values(), layers_of(flow).values(), strict=True):
+        target.load_dense_(layer.dense_weight(), layer.bias.detach())
+    for target, block in zip(blocks_of(twin), blocks_of(flow), strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(target.made.degrees, block.made.degrees, strict=True))
     return twin
 
 
@@ -72,10 +72,10 @@ def test_every_module_is_called(use: str, backend: str) -> None:
 
 @pytest.mark.parametrize("use", ["log_prob", "nll_per_dim", "inverse"])
 def test_what_a_hook_returns_is_used(use: str, backend: str) -> None:
-    """Outputs of a hidden layer doubled: the same as its weight and bias doubled."""
+    """A hook that doubles the outputs of a layer has the effect of doubled weights and biases."""
     flow, other = model(), model()
-    for own, twin in zip(blocks_of(flow), blocks_of(other), strict=True):
-        own.made.hidden[0].register_forward_hook(lambda module, given, y: 2 * y)
+    for block, twin in zip(blocks_of(flow), blocks_of(other), strict=True):
+        block.made.hidden[0].register_forward_hook(lambda module, given, y: 2 * y)
         with torch.no_grad():
             twin.made.hidden[0].weight.mul_(2)  # type: ignore[operator, union-attr]
             twin.made.hidden[0].bias.mul_(2)  # type: ignore[operator, union-attr]
@@ -134,7 +134,7 @@ class Doubled(nn.Module):
 
 
 class Adapted(nn.Module):
-    """A layer in place of another one, with something trainable beside it."""
+    """A wrapped layer with an additional parameter."""
 
     def __init__(self, layer: fastmaf.MaskedLinear) -> None:
         super().__init__()
@@ -208,7 +208,7 @@ def test_weights_that_are_computed(weights: str, which: str, backend: str) -> No
 
 @pytest.mark.parametrize("weights", WEIGHTS)
 def test_training_computed_weights(weights: str, backend: str) -> None:
-    """Several steps, each with a backward pass of its own; the losses are those of the dense model's gradients."""
+    """Several steps with computed weights reduce the loss."""
     torch.manual_seed(0)
     flow, x = model(), normal(64, FEATURES)
     for layer in layers_of(flow).values():
@@ -235,7 +235,7 @@ def test_training_computed_weights(weights: str, backend: str) -> None:
 @pytest.mark.parametrize("name", ["weight", "bias"])
 @pytest.mark.parametrize("kind", ["pruned", "old weight_norm"])
 def test_dense_models_of_weights_that_hooks_compute(kind: str, name: str, backend: str) -> None:
-    """A step of an optimiser changes what a hook computes from; no call has computed it yet."""
+    """``to_naive`` after an optimiser step uses weights that are computed anew."""
     flow, x = model(), normal(64, FEATURES)
     for layer in layers_of(flow).values():
         if kind == "pruned":
@@ -252,8 +252,8 @@ def test_dense_models_of_weights_that_hooks_compute(kind: str, name: str, backen
 @pytest.mark.parametrize("use", USES)
 def test_replaced_layers(use: str, backend: str) -> None:
     flow, other = model(), model()
-    for own, twin in zip(blocks_of(flow), blocks_of(other), strict=True):
-        own.made.output = Adapted(own.made.output)  # type: ignore[assignment]
+    for block, twin in zip(blocks_of(flow), blocks_of(other), strict=True):
+        block.made.output = Adapted(block.made.output)  # type: ignore[assignment]
         with torch.no_grad():
             twin.made.output.weight.mul_(1.5)
             twin.made.output.bias.mul_(1.5)

@@ -1,4 +1,4 @@
-"""Flow.to_inference: bfloat16 weights are an exact flow of their own, of half the bytes and nearly the same density."""
+"""``Flow.to_inference``: an exact flow with bfloat16 weights, half the bytes and nearly the same density."""
 
 from __future__ import annotations
 
@@ -45,12 +45,12 @@ def test_it_is_the_flow_of_the_rounded_weights(order: str) -> None:
     assert type(small) is type(flow) and not small.training
     assert not any(p.requires_grad for p in small.parameters())
     with torch.no_grad():
-        for found, expected in zip((small.log_prob(x), *small(x)), (twin.log_prob(x), *twin(x)), strict=True):
-            assert found.dtype == F32
-            assert_close("values", found, expected)
+        for actual, expected in zip((small.log_prob(x), *small(x)), (twin.log_prob(x), *twin(x)), strict=True):
+            assert actual.dtype == F32
+            assert_close("values", actual, expected)
         assert_close("values", small.nll_per_dim(x), twin.nll_per_dim(x))
-        for found, expected in zip(small.inverse(z), twin.inverse(z), strict=True):
-            assert_close("inverse", found, expected)
+        for actual, expected in zip(small.inverse(z), twin.inverse(z), strict=True):
+            assert_close("inverse", actual, expected)
         assert_close("inverse", small.sample(5, generator=generator()), twin.sample(5, generator=generator()))
     assert small.sample(5, generator=generator()).dtype == F32
     assert all(torch.equal(t, before[name]) for name, t in flow.state_dict().items()), "the original was changed"
@@ -82,8 +82,8 @@ def test_gradients_with_respect_to_x() -> None:
         x, z = (normal(9, D, seed=s, dtype=F32).requires_grad_() for s in (2, 3))
         loss = model.log_prob(x).sum() + model.inverse(z)[0].square().sum()
         grads.append(torch.autograd.grad(loss, (x, z)))
-    for found, expected in zip(*grads, strict=True):
-        assert_close("gradients", found, expected)
+    for actual, expected in zip(*grads, strict=True):
+        assert_close("gradients", actual, expected)
 
 
 def test_save_and_load(tmp_path: Path) -> None:
@@ -112,13 +112,13 @@ def test_a_frozen_copy_in_the_own_dtype() -> None:
         assert weight_bytes(frozen) == weight_bytes(flow)
 
 
-@pytest.mark.parametrize("own, dtype", [
+@pytest.mark.parametrize("dtype_of_flow, dtype", [
     (F32, torch.float16), (F32, torch.float64), (F32, torch.int8), (torch.float64, torch.bfloat16),
     (torch.float64, F32),
 ])  # fmt: skip
-def test_other_dtypes_are_refused(own: torch.dtype, dtype: torch.dtype) -> None:
+def test_other_dtypes_are_refused(dtype_of_flow: torch.dtype, dtype: torch.dtype) -> None:
     with pytest.raises(ValueError, match=str(dtype)):
-        flow_of(dtype=own).to_inference(dtype)
+        flow_of(dtype=dtype_of_flow).to_inference(dtype)
 
 
 def test_other_inputs_are_refused() -> None:

@@ -1,4 +1,4 @@
-"""Inputs as they come: strided, sliced, expanded, of other shapes, dtypes and devices."""
+"""Strided, sliced and expanded inputs; errors for wrong shapes, dtypes and devices."""
 
 from __future__ import annotations
 
@@ -33,8 +33,8 @@ def test_strides_do_not_matter(view: str) -> None:
     kept = x.clone()
     plain = x.clone(memory_format=torch.contiguous_format)
     for method in ("forward", "inverse"):
-        for found, expected in zip(getattr(flow, method)(x), getattr(flow, method)(plain), strict=True):
-            assert_close("values", found, expected, f"{method} of {view}")
+        for actual, expected in zip(getattr(flow, method)(x), getattr(flow, method)(plain), strict=True):
+            assert_close("values", actual, expected, f"{method} of {view}")
     assert_close("values", flow.nll_per_dim(x), flow.nll_per_dim(plain))
     assert torch.equal(x, kept), "the input was written to"
 
@@ -50,8 +50,8 @@ def test_strided_gradients(view: str) -> None:
         z, ladj = flow(data)
         torch.autograd.backward((z, ladj), (VIEWS[view](), torch.ones(1, dtype=torch.float64).expand(6)))
         gradients.append([data.grad, *(p.grad.clone() for p in flow.parameters() if p.grad is not None)])
-    for found, expected in zip(*gradients, strict=True):
-        assert_close("gradients", found, expected)
+    for actual, expected in zip(*gradients, strict=True):
+        assert_close("gradients", actual, expected)
 
 
 def test_rows_are_independent_of_their_batch() -> None:
@@ -110,7 +110,7 @@ METHODS = ("forward", "inverse", "log_prob", "nll_per_dim")
 def test_wrong_shapes_are_named(method: str) -> None:
     flow = build(FEATURES)
     call = getattr(flow, method)
-    for wrong, found in (
+    for wrong, actual in (
         ((4, 12), "12"),
         ((4, 14), "14"),
         ((12,), "12"),
@@ -118,7 +118,7 @@ def test_wrong_shapes_are_named(method: str) -> None:
     ):
         with pytest.raises(ValueError, match="13") as caught:
             call(normal(*wrong))
-        assert caught.match(found)
+        assert caught.match(actual)
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -146,20 +146,15 @@ def test_layers_and_blocks_check_too() -> None:
                 call(wrong)
 
 
-def test_negative_sample_counts_are_refused() -> None:
-    with pytest.raises((ValueError, RuntimeError), match="-1"):
-        build(FEATURES).sample(-1)
-
-
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_half_precision_runs(dtype: torch.dtype) -> None:
     """The torch backend takes any float dtype; its result is that of float64 to the precision of the dtype."""
     flow = build(FEATURES, scale=0.5)
     x = normal(4, FEATURES)
     expected = flow(x)[0].detach()
-    found = flow.to(dtype)(x.to(dtype))[0].detach()
-    assert found.dtype == dtype
-    assert float((found.double() - expected).norm() / expected.norm()) < 20 * torch.finfo(dtype).eps
+    actual = flow.to(dtype)(x.to(dtype))[0].detach()
+    assert actual.dtype == dtype
+    assert float((actual.double() - expected).norm() / expected.norm()) < 20 * torch.finfo(dtype).eps
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])

@@ -107,7 +107,7 @@ def test_triangularity_of_random_shapes(features: int, hidden: list[int], degree
 
 
 def test_a_leaky_mask_is_seen() -> None:
-    """The tests above can fail: with strict=False, outputs see their own inputs and ladj is no log-determinant."""
+    """Negative control: with strict=False outputs depend on their own inputs and ladj is not the log-determinant."""
     flow = build(9, blocks=1, degrees="random", order="natural", hidden_features=(30, 30), strict=False, scale=2.0)
     made, x = blocks_of(flow)[0].made, normal(9).abs()
     slopes = jacobian(lambda v: flow(v)[0], x)

@@ -90,8 +90,8 @@ def test_samples_of_a_seed_do_not_depend_on_the_batch(draw: str, dtype: torch.dt
     flow = build(13, hidden_features=(17, 9), order="random", dtype=dtype)
     whole = parts(getattr(flow, draw)(8, seed=1))
     pieces = [parts(getattr(flow, draw)(n, seed=1, start=start)) for start, n in ((0, 3), (3, 5))]
-    for found, expected in zip((torch.cat(p) for p in zip(*pieces, strict=True)), whole, strict=True):
-        assert_close("values", found, expected)
+    for actual, expected in zip((torch.cat(p) for p in zip(*pieces, strict=True)), whole, strict=True):
+        assert_close("values", actual, expected)
     z = normal_rows(8, 13, 1, 0, torch.empty(0, dtype=dtype))
     assert torch.equal(
         whole[0], getattr(flow, draw)(8, seed=1)[0] if len(whole) > 1 else getattr(flow, draw)(8, seed=1)

@@ -1,4 +1,4 @@
-"""The padding of packed weights: exactly zero through training, and nothing ever reads memory that nobody wrote."""
+"""The padding of packed weights stays exactly zero, and uninitialised memory is never read."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def paddings(flow: fastmaf.MAF) -> Iterator[tuple[str, fastmaf.MaskedLinear, Ten
 
 
 def check_padding(flow: fastmaf.MAF, what: str) -> None:
-    """Checks weights and gradients; exactly, and without asking the library's own check alone."""
+    """Checks that the padding of weights and gradients is exactly zero, also independently of the library's check."""
     for name, layer, where in paddings(flow):
         assert torch.equal(layer.weight[where], torch.zeros(int(where.sum()), dtype=layer.weight.dtype)), (
             f"{what}: weight of {name}"
@@ -118,7 +118,7 @@ def poisoned_memory() -> Iterator[None]:
 
 
 def everything(batch: int, degrees: object) -> dict[str, Tensor]:
-    """Builds a model and returns all that it can compute."""
+    """Builds a model and returns the results of all its methods."""
     flow = build(29, hidden_features=(23, 17), degrees=degrees, order="random", seed=3, dtype=torch.float32)
     x = normal(batch, 29, dtype=torch.float32).requires_grad_()
     z, ladj = flow(x)

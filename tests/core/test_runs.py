@@ -1,4 +1,4 @@
-"""A whole flow in one call, there and back, is its transforms one by one; what torch.compile makes of it too."""
+"""Whole flows as one op agree with their transforms one by one, also compiled."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ D = 13
 
 
 class Doubling(Transform):
-    """A transform that the library does not know: z = 2 x."""
+    """A user's transform: z = 2 x."""
 
     features = D
 
@@ -79,9 +79,9 @@ def test_any_sequence_of_transforms(name: str, batch: int) -> None:
     with torch.no_grad():
         chained = flow.inverse(z)
     recorded = flow.inverse(z.clone().requires_grad_())
-    for found, grad_path, expected in zip(chained, recorded, one_by_one(flow, z), strict=True):
-        assert not found.requires_grad
-        assert_close("inverse", found, expected)
+    for actual, grad_path, expected in zip(chained, recorded, one_by_one(flow, z), strict=True):
+        assert not actual.requires_grad
+        assert_close("inverse", actual, expected)
         assert_close("inverse", grad_path, expected)
     assert torch.equal(z, kept)
     if name != "nothing":
@@ -99,9 +99,9 @@ def test_orders(order: str, dtype: torch.dtype) -> None:
         with torch.no_grad():
             chained = flow.inverse(z)
             sliced = flow.inverse(torch.stack((z, z), dim=2)[:, :, 1])
-        for found, other, view in zip(chained, flow.inverse(z), sliced, strict=True):
-            assert_close("inverse", found, other)
-            assert torch.equal(view, found)
+        for actual, other, view in zip(chained, flow.inverse(z), sliced, strict=True):
+            assert_close("inverse", actual, other)
+            assert torch.equal(view, actual)
 
 
 def forward_one_by_one(flow: Flow, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -122,19 +122,19 @@ def test_forward_and_its_gradients(name: str, batch: int) -> None:
     leaves = [leaf, *flow.parameters()]
     weights = normal(batch, D, seed=1), normal(batch, seed=2)
     values = [flow(leaf), forward_one_by_one(flow, leaf)]
-    for found, silent, expected in zip(values[0], quiet, values[1], strict=True):
-        assert_close("values", found, expected)
+    for actual, silent, expected in zip(values[0], quiet, values[1], strict=True):
+        assert_close("values", actual, expected)
         assert not silent.requires_grad
-        assert torch.equal(silent, found), "keeping activations changes the numbers"
+        assert torch.equal(silent, actual), "keeping activations changes the numbers"
     grads = [torch.autograd.grad(v, leaves, weights) for v in values]
-    for found, expected in zip(*grads, strict=True):
-        assert_close("gradients", found, expected)
+    for actual, expected in zip(*grads, strict=True):
+        assert_close("gradients", actual, expected)
     for k in (0, 1):  # through z alone, and through ladj alone
-        found, expected = (
+        actual, expected = (
             torch.autograd.grad(v[k], leaves, weights[k], allow_unused=True)
             for v in (flow(leaf), forward_one_by_one(flow, leaf))
         )
-        for one, other in zip(found, expected, strict=True):
+        for one, other in zip(actual, expected, strict=True):
             assert_close("gradients", one, torch.zeros_like(one) if other is None else other)
 
 
@@ -145,9 +145,9 @@ def test_frozen_weights_get_no_gradient() -> None:
     for one in (flow, twin):
         one.log_prob(x).sum().backward()
     assert frozen.grad is None
-    for (name, found), expected in zip(flow.named_parameters(), twin.parameters(), strict=True):
-        if found is not frozen:
-            assert_close("gradients", found.grad, expected.grad, name)
+    for (name, actual), expected in zip(flow.named_parameters(), twin.parameters(), strict=True):
+        if actual is not frozen:
+            assert_close("gradients", actual.grad, expected.grad, name)
 
 
 def test_a_pass_that_saved_nothing_has_no_backward_pass() -> None:
@@ -279,7 +279,7 @@ CHANGES: dict[str, Callable[[Flow], Any]] = {
 
 @pytest.mark.parametrize("change", CHANGES)
 def test_a_change_is_noticed(change: str) -> None:
-    """What is made once for a flow is made anew: it then agrees with a copy, which begins without it."""
+    """Cached arguments are made anew after a change: the flow agrees with a copy, which has none."""
     flow, x = build(D, blocks=3, order="random", scale=1.5), normal(4, D)
     with torch.no_grad():
         for _ in range(2):
@@ -289,7 +289,7 @@ def test_a_change_is_noticed(change: str) -> None:
         twin = copy.deepcopy(flow)
         x = x.to(next(flow.parameters()).dtype)
         results = zip((flow.log_prob(x), *flow.inverse(x)), (twin.log_prob(x), *twin.inverse(x)), strict=True)
-        assert all(torch.equal(found, expected) for found, expected in results)
+        assert all(torch.equal(actual, expected) for actual, expected in results)
         assert not torch.equal(flow.log_prob(x), before), "the change changes nothing"
 
 
@@ -370,11 +370,11 @@ def test_compiled_without_graph_breaks() -> None:
         torch.compiler.reset()
         log_prob = torch.compile(flow.log_prob, fullgraph=True, backend="aot_eager")
         compiled = torch.autograd.grad(log_prob(x).mean(), list(flow.parameters()))
-        for name, found, expected in zip(names, compiled, eager, strict=True):
-            assert_close("gradients", found, expected, name)
+        for name, actual, expected in zip(names, compiled, eager, strict=True):
+            assert_close("gradients", actual, expected, name)
         with torch.no_grad():
             inverse = torch.compile(flow.inverse, fullgraph=True, backend="aot_eager")
-            for found, expected in zip(inverse(x), flow.inverse(x), strict=True):
-                assert_close("inverse", found, expected)
+            for actual, expected in zip(inverse(x), flow.inverse(x), strict=True):
+                assert_close("inverse", actual, expected)
     finally:
         torch.compiler.reset()

@@ -1,4 +1,4 @@
-"""Blocks, layers and parameters that stand in several places of a flow: saved, and shared again once loaded."""
+"""Blocks, layers and parameters that are used in several places are shared again after loading."""
 
 from __future__ import annotations
 

@@ -69,8 +69,8 @@ def test_the_defaults_train_stably_with_plain_adam(draw: Callable[[], Tensor], s
 
 @pytest.mark.parametrize("blocks, bound", [(1, 7.0), (2, 3.5), (7, 1.0), (20, 1.0)])
 def test_the_default_bound_depends_on_the_number_of_blocks(blocks: int, bound: float) -> None:
-    found = [(block.log_scale_bound, block.soft_bound) for block in blocks_of(fastmaf.MAF(3, blocks, (4,)))]
-    assert found == [(bound, True)] * blocks
+    actual = [(block.log_scale_bound, block.soft_bound) for block in blocks_of(fastmaf.MAF(3, blocks, (4,)))]
+    assert actual == [(bound, True)] * blocks
 
 
 def test_no_bound_is_neither_hard_nor_soft() -> None:

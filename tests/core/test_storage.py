@@ -1,4 +1,4 @@
-"""What a model stores, and what making one allocates."""
+"""Stored weights, and allocations during construction."""
 
 from __future__ import annotations
 

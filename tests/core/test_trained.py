@@ -1,4 +1,4 @@
-"""Numbers that must hold on trained weights: round trips, the D-pass inverse, and what float32 may cost."""
+"""Round trips, the D-pass inverse and float32 errors, on trained weights."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def test_the_level_inverse_is_the_d_pass_inverse(dtype: torch.dtype, degrees: st
 
 
 class Run:
-    """All that one model computes for one input: values, and the gradients of a loss that reads all of z and ladj."""
+    """The values of a model for one input, and the gradients of a loss of z and ladj."""
 
     def __init__(self, model: fastmaf.MAF | NaiveMAF, x: Tensor, *, inverse: int | None) -> None:
         x = x.clone().requires_grad_()
@@ -87,13 +87,13 @@ def check_float32(draws: Sequence[tuple[fastmaf.MAF, Tensor]]) -> None:
         draws: models and inputs. Few parameters need several models too: at D = 1 the rounding of exp(-log_scale) is
             one and the same for every input.
     """
-    own: dict[str, list[tuple[float, float]]] = defaultdict(list)
+    errors: dict[str, list[tuple[float, float]]] = defaultdict(list)
     others: dict[str, list[tuple[float, float]]] = defaultdict(list)
     for seed, (flow, x) in enumerate(draws):
         assert x.dtype == torch.float32
         packed, naive, exact = copy.deepcopy(flow), flow.to_naive(), copy.deepcopy(flow).double()
         exact_naive = exact.to_naive()
-        found, peer, truth = (
+        actual, peer, truth = (
             Run(packed, x, inverse=seed),
             Run(naive, x, inverse=seed),
             Run(exact, x.double(), inverse=seed),
@@ -102,11 +102,11 @@ def check_float32(draws: Sequence[tuple[fastmaf.MAF, Tensor]]) -> None:
         true_gradients = naive_gradients(exact, exact_naive)
         for name, (gradient, peer_gradient) in naive_gradients(packed, naive).items():
             key = f"gradient of {name}"
-            found.values[key], peer.values[key], truth.values[key] = gradient, peer_gradient, true_gradients[name][0]
-        for name, value in found.values.items():
-            own[name].append(distance(value, truth.values[name]))
+            actual.values[key], peer.values[key], truth.values[key] = gradient, peer_gradient, true_gradients[name][0]
+        for name, value in actual.values.items():
+            errors[name].append(distance(value, truth.values[name]))
             others[name].append(distance(peer.values[name], truth.values[name]))
-    assert_float32(own, others)
+    assert_float32(errors, others)
 
 
 @pytest.mark.parametrize("order, degrees", [("alternate", "spread"), ("alternate", "random"), ("random", "spread")])
@@ -150,21 +150,21 @@ def test_float32_at_full_size() -> None:
     assert all(len(layer.layout.tiles) > 1 for layer in layers_of(flow).values())
     x = torch.rand(3, 12_288, generator=generator(6))
     naive, exact = flow.to_naive(), copy.deepcopy(flow).double()
-    found, peer, truth = (
+    actual, peer, truth = (
         Run(flow, x, inverse=None),
         Run(naive, x, inverse=None),
         Run(exact, x.double(), inverse=None),
     )
-    for name in found.values:
-        own, others = error(found.values[name], truth.values[name]), error(peer.values[name], truth.values[name])
-        assert own <= max(FLOAT32_FACTOR * others, FLOAT32_FLOOR), (
-            f"{name}: {own:.2e} where the naive model errs by {others:.2e}"
+    for name in actual.values:
+        errors, others = error(actual.values[name], truth.values[name]), error(peer.values[name], truth.values[name])
+        assert errors <= max(FLOAT32_FACTOR * others, FLOAT32_FLOOR), (
+            f"{name}: {errors:.2e} where the naive model errs by {others:.2e}"
         )
     for name, (gradient, peer_gradient) in naive_gradients(flow, naive).items():
         true_gradient = dict(naive_gradients(exact, naive))[name][0]
-        own, others = error(gradient, true_gradient), error(peer_gradient, true_gradient)
-        assert own <= max(FLOAT32_FACTOR * others, FLOAT32_FLOOR), (
-            f"gradient of {name}: {own:.2e}, the naive model {others:.2e}"
+        errors, others = error(gradient, true_gradient), error(peer_gradient, true_gradient)
+        assert errors <= max(FLOAT32_FACTOR * others, FLOAT32_FLOOR), (
+            f"gradient of {name}: {errors:.2e}, the naive model {others:.2e}"
         )
     with torch.no_grad():
         z = torch.randn(2, 12_288, generator=generator(7))

@@ -1,4 +1,4 @@
-"""Numbers that are not finite: named in arguments and results, or kept to their row."""
+"""Values that are not finite: errors for arguments and results, or confinement to their row."""
 
 from __future__ import annotations
 
@@ -53,19 +53,19 @@ def test_without_validation_rows_do_not_mix(method: str, batch: int, backend: st
         for value in BAD:
             bad = x.clone()
             bad[1, 4] = value
-            found = getattr(flow, method)(bad)
-            for one, other in zip(*((r if isinstance(r, tuple) else (r,)) for r in (found, clean)), strict=True):
+            actual = getattr(flow, method)(bad)
+            for one, other in zip(*((r if isinstance(r, tuple) else (r,)) for r in (actual, clean)), strict=True):
                 good = [i for i in range(batch) if i != 1]
                 assert_close("values", one[good], other[good])
                 if math.isnan(value):
                     assert one[1].isnan().any()
-            last = found if method in ("log_prob", "nll_per_dim") else found[0]
+            last = actual if method in ("log_prob", "nll_per_dim") else actual[0]
             assert not last[1].isfinite().all()
 
 
 @pytest.mark.parametrize("method", METHODS)
 def test_large_finite_numbers_are_taken(method: str) -> None:
-    """Their sum overflows, which is no reason to refuse them."""
+    """Finite values whose sum overflows are accepted."""
     flow = fastmaf.Flow(2, [fastmaf.GaussianWhitening(2, 0)])
     x = torch.full((3, 2), 3e38)
     result = getattr(flow, method)(x)
@@ -74,7 +74,7 @@ def test_large_finite_numbers_are_taken(method: str) -> None:
 
 
 def stretched(blocks: int, bound: float = 5.0) -> fastmaf.MAF:
-    """All log-scales at their bound."""
+    """Returns a flow with all log-scales at their bound."""
     flow = fastmaf.MAF(12, blocks, (32, 32), seed=0, log_scale_bound=bound, soft_bound=False)
     with torch.no_grad():
         for block in blocks_of(flow):
@@ -134,14 +134,14 @@ def test_nothing_is_looked_at_while_it_is_recorded(how: str) -> None:
     flow = fastmaf.Flow(3, [fastmaf.GaussianWhitening(3, 1)], validate_args=True)
     x = torch.randn(4, 3, generator=generator())
     expected = flow.log_prob(x)
-    found: Any
+    actual: Any
     if how == "compile":
-        found = torch.compile(flow.log_prob, backend="aot_eager", fullgraph=True)(x)
+        actual = torch.compile(flow.log_prob, backend="aot_eager", fullgraph=True)(x)
     elif how == "trace":
-        found = torch.jit.trace(lambda v: flow.log_prob(v), x, check_trace=False)(x)
+        actual = torch.jit.trace(lambda v: flow.log_prob(v), x, check_trace=False)(x)
     elif how == "vmap":
-        found = torch.func.vmap(lambda row: flow.log_prob(row[None])[0])(x)
+        actual = torch.func.vmap(lambda row: flow.log_prob(row[None])[0])(x)
     else:
-        found = torch.func.grad_and_value(lambda v: flow.log_prob(v).sum())(x)[1]
+        actual = torch.func.grad_and_value(lambda v: flow.log_prob(v).sum())(x)[1]
         expected = expected.sum()
-    assert_close("values", found, expected)
+    assert_close("values", actual, expected)

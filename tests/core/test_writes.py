@@ -1,4 +1,4 @@
-"""Whoever writes to the parameters, and however: the density stays that of the dense masked model."""
+"""After every way of writing to parameters, the density is that of the dense masked model."""
 
 from __future__ import annotations
 
@@ -78,12 +78,12 @@ def averaged(flow: fastmaf.MAF) -> None:
     mean.update_parameters(flow)
     mean.update_parameters(other)
     with torch.no_grad():
-        for own, found in zip(flow.parameters(), mean.module.parameters(), strict=True):
-            own.copy_(found)
+        for parameter, actual in zip(flow.parameters(), mean.module.parameters(), strict=True):
+            parameter.copy_(actual)
 
 
 def of_one_number(flow: fastmaf.MAF) -> None:
-    """In place, so that the version counts it: no spot check could."""
+    """Writes one number of the padding in place."""
     for layer in layers_of(flow).values():
         where = padding_of(layer).nonzero().flatten()
         with torch.no_grad():
@@ -133,30 +133,30 @@ def test_the_function_is_that_of_the_masked_model(write: str, use: str, backend:
     WRITES[write](flow)
     naive = flow.to_naive()
     if use == "log_prob":
-        found, expected = flow.log_prob(x), naive.log_prob(x)
-        found.sum().backward()
+        actual, expected = flow.log_prob(x), naive.log_prob(x)
+        actual.sum().backward()
         expected.sum().backward()
         for name, pair in naive_gradients(flow, naive).items():
             assert_close("gradients", *pair, name)
         for layer in layers_of(flow).values():
             assert layer.weight.grad is not None and not layer.weight.grad[padding_of(layer)].any()
     elif use == "forward":
-        found, expected = flow(x)[0], naive(x)[0]
+        actual, expected = flow(x)[0], naive(x)[0]
     elif use == "nll_per_dim":
-        found, expected = flow.nll_per_dim(x).sum(dim=1), -naive.log_prob(x)
+        actual, expected = flow.nll_per_dim(x).sum(dim=1), -naive.log_prob(x)
     elif use == "inverse":
         with torch.no_grad():
-            found, expected = flow.inverse(x)[0], naive.inverse(x)[0]
+            actual, expected = flow.inverse(x)[0], naive.inverse(x)[0]
     elif use == "rsample":
-        found, expected = flow.rsample(5, generator=generator(3)), naive.inverse(normal(5, 29, seed=3))[0]
-        found.square().sum().backward()
+        actual, expected = flow.rsample(5, generator=generator(3)), naive.inverse(normal(5, 29, seed=3))[0]
+        actual.square().sum().backward()
         expected.square().sum().backward()
         for name, pair in naive_gradients(flow, naive).items():
             assert_close("gradients", *pair, name)
     else:
         layer = layers_of(flow)["transforms.1.made.hidden.0"]
-        found, expected = layer(x), (x @ layer.dense_weight().T + layer.bias).relu()
-    assert_close("values" if use != "inverse" else "inverse", found, expected)
+        actual, expected = layer(x), (x @ layer.dense_weight().T + layer.bias).relu()
+    assert_close("values" if use != "inverse" else "inverse", actual, expected)
 
 
 @pytest.mark.parametrize("write", WRITES)
@@ -173,7 +173,7 @@ def test_what_is_saved_has_no_padding(write: str, backend: str, tmp_path: Path) 
 
 @pytest.mark.parametrize("write", [write for write in WRITES if "repeated" not in write])  # torch's Adam refuses it
 def test_steps_after_a_write(write: str, backend: str) -> None:
-    """Adam, and minimize: what was written to the padding takes no part in a step."""
+    """Values written to the padding have no effect on a step of Adam or of ``minimize``."""
     flow, x = model(), normal(64, 29, seed=1)
     WRITES[write](flow)
     twin = copy.deepcopy(flow)
@@ -199,7 +199,7 @@ def test_inference_copies(dtype: torch.dtype, backend: str) -> None:
 
 
 def test_parameters_made_in_inference_mode(backend: str) -> None:
-    """They have no version counter."""
+    """Inference tensors have no version counter."""
     with torch.inference_mode():
         flow = model()
         layer = layers_of(flow)["transforms.1.made.output"]
@@ -211,7 +211,7 @@ def test_parameters_made_in_inference_mode(backend: str) -> None:
 
 @pytest.mark.parametrize("leaf", [True, False])
 def test_tensors_in_place_of_parameters(leaf: bool, backend: str) -> None:
-    """functional_call with dirty tensors: the masked function, zero gradient in the padding, and tensors left alone."""
+    """functional_call with values in the padding: masked function, zero gradients there, unchanged tensors."""
     flow, x = model(), normal(5, 29, seed=1)
     raw = {name: p.detach() + noise(p) for name, p in flow.named_parameters()}
     given = {name: t.clone().requires_grad_() for name, t in raw.items()}
@@ -228,7 +228,7 @@ def test_tensors_in_place_of_parameters(leaf: bool, backend: str) -> None:
 
 
 def test_a_write_between_forward_and_backward_is_still_refused(backend: str) -> None:
-    """As with all of torch; the check of the padding neither causes nor hides it."""
+    """Clearing the padding neither causes nor hides torch's error."""
     flow, x = model(), normal(5, 29)
     loss = flow.log_prob(x).sum()
     flow.log_prob(x)
@@ -291,9 +291,9 @@ def test_compiled_flows(backend: str) -> None:
 
 def test_steps_with_strided_gradients() -> None:
     """torch's fused kernels read their memory as if it were contiguous; those of ``torch.optim.Adam`` do not."""
-    own, other = nn.Parameter(torch.zeros(3, 4, dtype=F64)), nn.Parameter(torch.zeros(3, 4, dtype=F64))
-    optimizers = fastmaf.optim.FusedAdam([own]), torch.optim.Adam([other])
-    for parameter, optimizer in zip((own, other), optimizers, strict=True):
+    fused, other = nn.Parameter(torch.zeros(3, 4, dtype=F64)), nn.Parameter(torch.zeros(3, 4, dtype=F64))
+    optimizers = fastmaf.optim.FusedAdam([fused]), torch.optim.Adam([other])
+    for parameter, optimizer in zip((fused, other), optimizers, strict=True):
         parameter.grad = normal(4, 3).T
         optimizer.step()
-    assert_close("values", own.detach(), other.detach())
+    assert_close("values", fused.detach(), other.detach())

@@ -39,13 +39,13 @@ def features_of(shape: Shape) -> int:
 
 
 def block(shape: Shape, *, scale: float = 0.3, seed: int = 0, dtype: torch.dtype = F64, **options: Any) -> Any:
-    """Returns a block with all parameters drawn: those that start at zero as well."""
-    found = fastmaf.LocalAutoregressive(shape, generator=generator(seed), **options).to(dtype)
+    """Returns a block with all parameters drawn at random, including those that start at zero."""
+    actual = fastmaf.LocalAutoregressive(shape, generator=generator(seed), **options).to(dtype)
     draw = generator(seed + 1)
     with torch.no_grad():
-        for parameter in found.parameters():
+        for parameter in actual.parameters():
             parameter.copy_(scale * torch.randn(parameter.shape, generator=draw, dtype=F64))
-    return found
+    return actual
 
 
 def places(shape: Shape) -> list[tuple[int, int, int]]:
@@ -56,8 +56,8 @@ def places(shape: Shape) -> list[tuple[int, int, int]]:
 def degrees(shape: Shape, *, patch: int = 2, reverse: bool = False, **_: Any) -> Tensor:
     """Returns the degree of each dimension of x: by the dither matrix, then by channel."""
     channels = shape[0]
-    found = torch.tensor([channels * DITHER[patch][i % patch][j % patch] + c for c, i, j in places(shape)])
-    return channels * patch**2 - 1 - found if reverse else found
+    actual = torch.tensor([channels * DITHER[patch][i % patch][j % patch] + c for c, i, j in places(shape)])
+    return channels * patch**2 - 1 - actual if reverse else actual
 
 
 def within(shape: Shape, reach: int, *, patch: int = 2, **_: Any) -> Tensor:

@@ -1,4 +1,4 @@
-"""Fitting factors and noise: what many samples show, what few do not, and every wrong argument."""
+"""Fitting factors and noise to many and to few samples; wrong arguments."""
 
 from __future__ import annotations
 
@@ -28,26 +28,26 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 def test_many_samples_give_the_distribution_back(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(factor_analysis, "_MAX_ROWS", 500)  # the Gram matrix of 4,096 rows takes seconds
     world = World(30, 3)
-    found, x = fit_factors(world.draw(20_000), 3), world.draw(20_000, seed=1)
+    actual, x = fit_factors(world.draw(20_000), 3), world.draw(20_000, seed=1)
     entropy = 0.5 * (torch.logdet(world.covariance).item() / 30 + math.log(2 * math.pi) + 1)
     true = -float(MultivariateNormal(world.mean, world.covariance).log_prob(x).mean()) / 30
     assert abs(true - entropy) < 0.01, "the entropy is not that of the world"
-    assert -1e-3 < nll(found, x) - true < 0.02
-    assert error(found.mean, world.mean) < 0.1
+    assert -1e-3 < nll(actual, x) - true < 0.02
+    assert error(actual.mean, world.mean) < 0.1
     deviations = world.covariance.diagonal().sqrt()
-    difference = (covariance(found) - world.covariance) / (deviations[:, None] * deviations)
+    difference = (covariance(actual) - world.covariance) / (deviations[:, None] * deviations)
     assert float(difference.abs().max()) < 0.1
 
 
 def test_factors_are_orthonormal_and_sorted_by_what_they_explain() -> None:
-    found = fit_factors(World(50, 4).draw(300), 4)
-    assert error(found.factors.T @ found.factors, torch.eye(4, dtype=F64)) < 1e-12
-    assert found.scale.shape == found.mean.shape == (50,) and (found.scale > 0).all()
-    assert torch.equal(found.variance, found.variance.sort(descending=True).values)
+    actual = fit_factors(World(50, 4).draw(300), 4)
+    assert error(actual.factors.T @ actual.factors, torch.eye(4, dtype=F64)) < 1e-12
+    assert actual.scale.shape == actual.mean.shape == (50,) and (actual.scale > 0).all()
+    assert torch.equal(actual.variance, actual.variance.sort(descending=True).values)
 
 
 def in_sample(x: Tensor, rank: int) -> FactorModel:
-    """The same from the same samples: leading singular vectors, what they explain, and what they leave."""
+    """Fits without cross-validation: variances and noise are those of the fitted samples."""
 
     def leading(rows: Tensor) -> Tensor:
         return torch.linalg.svd(rows, full_matrices=False).Vh[:rank].T
@@ -63,82 +63,82 @@ def in_sample(x: Tensor, rank: int) -> FactorModel:
 
 @pytest.mark.parametrize("seed", range(3))
 def test_few_samples_of_many_dimensions(seed: int) -> None:
-    """What it is for: new samples are as surprising as the model says. Fitted to its own samples it is far off."""
+    """The NLL of new samples is that of the model; without cross-validation it is far higher."""
     world = World(400, 20, weakest=0.5, seed=seed)
     x, new = world.draw(40, seed=seed), world.draw(500, seed=seed + 50)
-    found, naive = fit_factors(x, 30), in_sample(x, 30)
-    assert 0.8 < mean_square(found, new) < 1.25
+    actual, naive = fit_factors(x, 30), in_sample(x, 30)
+    assert 0.8 < mean_square(actual, new) < 1.25
     assert mean_square(naive, x) < 1.25 < 4 < mean_square(naive, new)
-    assert nll(found, new) < nll(naive, new) - 1
+    assert nll(actual, new) < nll(naive, new) - 1
 
 
 @pytest.mark.parametrize("n", [4, 5, 8, 12])
 @pytest.mark.parametrize("rank", [1, 5, 30])
 def test_very_few_samples(n: int, rank: int) -> None:
-    """Of four samples nobody learns a covariance; but the noise is none that only the samples themselves have."""
+    """Four samples determine no covariance, but the noise must not be underestimated."""
     world = World(400, 20, weakest=0.5)
-    found = fit_factors(world.draw(n), rank)
-    assert mean_square(found, world.draw(200, seed=9)) < 8
+    actual = fit_factors(world.draw(n), rank)
+    assert mean_square(actual, world.draw(200, seed=9)) < 8
 
 
 @pytest.mark.parametrize("features, rank", [(9, 3), (30, 3), (30, 10), (100, 3)])
 def test_noise_is_not_taken_for_less_than_it_is(features: int, rank: int) -> None:
     """However many of the dimensions the factors are: samples far more numerous than dimensions become white."""
     world = World(features, rank)
-    found = fit_factors(world.draw(400), rank)
-    assert abs(mean_square(found, world.draw(2000, seed=1)) - 1) < 0.1
+    actual = fit_factors(world.draw(400), rank)
+    assert abs(mean_square(actual, world.draw(2000, seed=1)) - 1) < 0.1
 
 
 def test_a_rank_beyond_what_samples_support() -> None:
     world, new = World(60, 2), World(60, 2).draw(50, seed=3)
     for n, rank in ((8, 60), (2, 5), (30, 60)):
         x = world.draw(n)
-        found = fit_factors(x, rank)
-        assert found.factors.shape[1] == len(found.variance) <= n - 1, "more factors than centred samples have"
+        actual = fit_factors(x, rank)
+        assert actual.factors.shape[1] == len(actual.variance) <= n - 1, "more factors than centred samples have"
         whitening = fastmaf.GaussianWhitening(60, rank, dtype=F64).fit_(x)
-        own = found.factors.shape[1]
-        assert torch.equal(whitening.factors[:, own:], torch.zeros(60, rank - own))
-        assert torch.equal(whitening.variance[own:], torch.zeros(rank - own))
+        rank_found = actual.factors.shape[1]
+        assert torch.equal(whitening.factors[:, rank_found:], torch.zeros(60, rank - rank_found))
+        assert torch.equal(whitening.variance[rank_found:], torch.zeros(rank - rank_found))
         assert torch.isfinite(fastmaf.Flow(60, [whitening]).log_prob(new)).all()
 
 
 def test_rank_zero_is_noise_alone() -> None:
     world = World(20, 3)
     x = world.draw(4000)
-    found = fit_factors(x, 0)
-    assert found.factors.shape == (20, 0) and found.variance.shape == (0,)
-    assert error(found.scale.square(), x.var(dim=0, correction=0)) < 1e-2
+    actual = fit_factors(x, 0)
+    assert actual.factors.shape == (20, 0) and actual.variance.shape == (0,)
+    assert error(actual.scale.square(), x.var(dim=0, correction=0)) < 1e-2
 
 
 def test_white_data_has_no_factors_to_speak_of() -> None:
-    found = fit_factors(normal(300, 100), 3)
-    assert float(found.variance.max()) < 0.5  # of the variance along 3 directions, chosen from 300 samples, 1 is noise
-    assert float((covariance(found) - torch.eye(100)).abs().max()) < 0.4
+    actual = fit_factors(normal(300, 100), 3)
+    assert float(actual.variance.max()) < 0.5  # of the variance along 3 directions, chosen from 300 samples, 1 is noise
+    assert float((covariance(actual) - torch.eye(100)).abs().max()) < 0.4
 
 
 @DTYPES
 def test_constant_dimensions(dtype: torch.dtype) -> None:
-    """Black borders of images: their noise is the floor, and nothing becomes infinite."""
+    """Constant dimensions, such as black borders of images, get the floor as noise."""
     x = World(20, 2).draw(30, dtype=dtype)
     x[:, 3], x[:, 7] = 0, 0.1
-    found = fit_factors(x, 4)
-    assert all(bool(torch.isfinite(t).all()) for t in found)
+    actual = fit_factors(x, 4)
+    assert all(bool(torch.isfinite(t).all()) for t in actual)
     floor = 1e-6 * float((x - x.mean(dim=0)).double().square().mean())
-    assert error(found.scale[[3, 7]].double().square(), torch.full((2,), floor, dtype=F64)) < 1e-3
-    assert error(found.mean[[3, 7]], torch.tensor([0, 0.1])) < 1e-6
+    assert error(actual.scale[[3, 7]].double().square(), torch.full((2,), floor, dtype=F64)) < 1e-3
+    assert error(actual.mean[[3, 7]], torch.tensor([0, 0.1])) < 1e-6
     new = World(20, 2).draw(5, seed=1, dtype=dtype)
     new[:, 3], new[:, 7] = 0, 0.1
-    assert torch.isfinite(density(found).log_prob(new)).all()
-    assert float(density(found)(new)[0][:, [3, 7]].abs().max()) < 1
+    assert torch.isfinite(density(actual).log_prob(new)).all()
+    assert float(density(actual)(new)[0][:, [3, 7]].abs().max()) < 1
 
 
 @DTYPES
 @pytest.mark.parametrize("value", [0.0, 0.1])
 def test_nothing_but_constants(dtype: torch.dtype, value: float) -> None:
     x = torch.full((5, 6), value, dtype=dtype)
-    found = fit_factors(x, 3)
-    assert all(bool(torch.isfinite(t).all()) for t in found) and (found.scale > 0).all()
-    assert torch.isfinite(density(found).log_prob(x)).all()
+    actual = fit_factors(x, 3)
+    assert all(bool(torch.isfinite(t).all()) for t in actual) and (actual.scale > 0).all()
+    assert torch.isfinite(density(actual).log_prob(x)).all()
 
 
 def test_a_floor_holds_the_noise_up() -> None:
@@ -170,7 +170,7 @@ def test_float32_and_float64_agree(n: int, features: int, rank: int) -> None:
 
 @pytest.mark.parametrize("deviation", [30.0, 1e3])
 def test_float32_on_a_dominant_factor(deviation: float) -> None:
-    """Brightness, say: a factor of up to a million times the noise's variance hides no weaker one."""
+    """A dominant factor, such as brightness, of a million times the variance of the noise hides no weaker one."""
     directions = torch.linalg.qr(normal(24, 3)).Q
     strengths = torch.tensor([deviation, 10.0, 3.0], dtype=F64)
     x, new = (
@@ -214,11 +214,11 @@ def test_the_seed_decides_and_nothing_else() -> None:
 def test_folds(folds: int) -> None:
     """More folds than samples leave out one at a time."""
     world = World(40, 3)
-    found = fit_factors(world.draw(23), 3, folds=folds)
-    assert 0.5 < mean_square(found, world.draw(500, seed=1)) < 2
+    actual = fit_factors(world.draw(23), 3, folds=folds)
+    assert 0.5 < mean_square(actual, world.draw(500, seed=1)) < 2
     if folds > 23:
         alone = fit_factors(world.draw(23), 3, folds=23)
-        assert all(torch.equal(a, b) for a, b in zip(found, alone, strict=True))
+        assert all(torch.equal(a, b) for a, b in zip(actual, alone, strict=True))
 
 
 def augmented(basis: Callable[[Tensor], Any], weights: Any) -> dict[str, Augment]:
@@ -286,16 +286,16 @@ def test_a_failed_fit_leaves_the_whitening_as_it_was() -> None:
 @settings(max_examples=60)
 def test_any_shape_gives_a_density(n: int, features: int, rank: int, folds: int, seed: int, dtype: torch.dtype) -> None:
     x = normal(n, features, seed=seed, dtype=dtype)
-    found = fit_factors(x, rank, folds=folds)
-    assert all(t.dtype == dtype and bool(torch.isfinite(t).all()) for t in found)
-    assert (found.scale > 0).all() and (found.variance >= 0).all()
-    assert found.factors.shape[1] == len(found.variance) <= min(rank, features)
-    assert torch.isfinite(density(found).log_prob(x)).all()
+    actual = fit_factors(x, rank, folds=folds)
+    assert all(t.dtype == dtype and bool(torch.isfinite(t).all()) for t in actual)
+    assert (actual.scale > 0).all() and (actual.variance >= 0).all()
+    assert actual.factors.shape[1] == len(actual.variance) <= min(rank, features)
+    assert torch.isfinite(density(actual).log_prob(x)).all()
 
 
 def test_ranks_and_samples_around_the_number_of_dimensions() -> None:
     """n = D, D + 1, D - 1 and rank D: no more factors than there are directions."""
     for n, rank in itertools.product((19, 20, 21, 60), (19, 20)):
-        found = fit_factors(World(20, 3).draw(n), rank)
-        assert error(found.factors.T @ found.factors, torch.eye(found.factors.shape[1], dtype=F64)) < 1e-10
-        assert torch.isfinite(density(found).log_prob(World(20, 3).draw(5, seed=1))).all()
+        actual = fit_factors(World(20, 3).draw(n), rank)
+        assert error(actual.factors.T @ actual.factors, torch.eye(actual.factors.shape[1], dtype=F64)) < 1e-10
+        assert torch.isfinite(density(actual).log_prob(World(20, 3).draw(5, seed=1))).all()

@@ -1,4 +1,4 @@
-"""Copies that the factors shall explain, too: mixtures of a basis, and no more rows than can be decomposed."""
+"""Augmented samples, given as mixtures of a basis, and the limit on decomposed rows."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def weights_of(copies: int, basis: int, seed: int = 0) -> Tensor:
-    found = torch.rand(copies, basis, generator=generator(seed), dtype=F64)
-    return found / found.sum(dim=1, keepdim=True)
+    actual = torch.rand(copies, basis, generator=generator(seed), dtype=F64)
+    return actual / actual.sum(dim=1, keepdim=True)
 
 
 def mixed(weights: Tensor) -> tuple[Augment, Augment]:
@@ -44,7 +44,7 @@ def test_mixtures_are_the_copies_that_they_stand_for(copies: int, n: int, featur
 @given(copies=st.integers(1, 6), n=st.integers(6, 40), seed=st.integers(0, 1000))
 @settings(max_examples=20)
 def test_mixtures_of_any_weights(copies: int, n: int, seed: int) -> None:
-    """Negative ones too, which mixtures of bicubic shifts have."""
+    """Weights may be negative, as those of bicubic shifts are."""
     weights = normal(copies, 3, seed=seed)
     weights[:, 0] = 1 - weights[:, 1:].sum(dim=1)
     by_mixtures, by_copies = mixed(weights)
@@ -69,14 +69,14 @@ def test_copies_are_explained_and_their_mean_is_the_mean() -> None:
         return torch.stack((x, x + 50 * direction), dim=1), torch.tensor([[1, 0], [0.5, 0.5], [0, 1]], dtype=x.dtype)
 
     x = World(60, 1).draw(50)
-    plain, found = fit_factors(x, 2), fit_factors(x, 2, augment=augment)
-    assert error(found.mean, x.mean(dim=0) + 25 * direction) < 1e-12
+    plain, actual = fit_factors(x, 2), fit_factors(x, 2, augment=augment)
+    assert error(actual.mean, x.mean(dim=0) + 25 * direction) < 1e-12
 
     def explained(of: FactorModel) -> float:
         y = direction / of.scale
         return float((y @ of.factors).square().sum() / y.square().sum())
 
-    assert explained(plain) < 0.5 < 0.9 < explained(found)
+    assert explained(plain) < 0.5 < 0.9 < explained(actual)
 
 
 def test_augment_is_asked_for_every_sample_once() -> None:
@@ -104,8 +104,8 @@ def test_more_rows_than_are_decomposed(augment: Augment | None, monkeypatch: pyt
     assert all(torch.equal(a, b) for a, b in zip(one, again, strict=True))
     assert not torch.equal(one.factors, other.factors) and not torch.equal(one.factors, whole.factors)
     assert torch.equal(one.mean, whole.mean), "the mean is of all samples"
-    for found in (one, other):
-        assert nll(found, new) < nll(whole, new) + 0.1
+    for actual in (one, other):
+        assert nll(actual, new) < nll(whole, new) + 0.1
 
 
 def test_no_more_rows_than_it_says_are_decomposed(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,4 +1,4 @@
-"""LocalAutoregressive: its order and window by the Jacobian, its numbers against dense matrices written by hand."""
+"""LocalAutoregressive: order and window by the Jacobian, training, arguments."""
 
 from __future__ import annotations
 
@@ -49,12 +49,12 @@ class TestContractOfTheLinearBlock(TestContract):
 
 @CASE
 def test_z_depends_on_neighbours_of_smaller_degree_alone(shape: Shape, options: dict[str, Any]) -> None:
-    own, x = block(shape, **options), normal(features_of(shape))
-    slopes = jacobian(lambda v: own(v)[0], x)
+    transform, x = block(shape, **options), normal(features_of(shape))
+    slopes = jacobian(lambda v: transform(v)[0], x)
     others = slopes - slopes.diagonal().diag()
     assert not (others != 0)[~conditioned(shape, options)].any(), "reads what it must not"
     # The diagonal is exp(-log_scale) alone: a leak would add d shift/dx or d log_scale/dx to it.
-    _, log_scale = own.forward_per_dim(x[None], torch.zeros(1, len(x), dtype=F64))
+    _, log_scale = transform.forward_per_dim(x[None], torch.zeros(1, len(x), dtype=F64))
     assert_close("values", slopes.diagonal(), torch.exp(-log_scale[0]))
     by_degree = degrees(shape, **options).argsort(stable=True)
     ordered = slopes[by_degree][:, by_degree]
@@ -64,12 +64,12 @@ def test_z_depends_on_neighbours_of_smaller_degree_alone(shape: Shape, options: 
 @CASE
 def test_z_depends_on_all_that_it_may_depend_on(shape: Shape, options: dict[str, Any]) -> None:
     """With all parameters and pixels positive no relu hides a path, and no two paths cancel."""
-    own, x = block(shape, scale=0.01, **options), normal(features_of(shape)).abs()
+    transform, x = block(shape, scale=0.01, **options), normal(features_of(shape)).abs()
     with torch.no_grad():
-        for parameter in own.parameters():
+        for parameter in transform.parameters():
             parameter.abs_()
-    shift = jacobian(lambda v: v - own(v)[0] * torch.exp(own.forward_per_dim(v, 0 * v)[1]), x)
-    log_scale = jacobian(lambda v: own.forward_per_dim(v, 0 * v)[1], x)
+    shift = jacobian(lambda v: v - transform(v)[0] * torch.exp(transform.forward_per_dim(v, 0 * v)[1]), x)
+    log_scale = jacobian(lambda v: transform.forward_per_dim(v, 0 * v)[1], x)
     expected = conditioned(shape, options)
     assert torch.equal(shift.abs() > 1e-12, expected)
     if options.get("hidden", 4):
@@ -83,8 +83,8 @@ def test_z_depends_on_all_that_it_may_depend_on(shape: Shape, options: dict[str,
 
 def test_the_last_degree_sees_neighbours_on_all_sides() -> None:
     shape = (1, 6, 6)
-    own, of, where = block(shape, hidden=0), degrees(shape).view(6, 6), torch.arange(36).view(6, 6)
-    slopes = jacobian(lambda v: own(v)[0], normal(36))
+    transform, of, where = block(shape, hidden=0), degrees(shape).view(6, 6), torch.arange(36).view(6, 6)
+    slopes = jacobian(lambda v: transform(v)[0], normal(36))
     last = [(i, j) for i in range(1, 5) for j in range(1, 5) if of[i, j] == 3]
     assert last
     for i, j in last:
@@ -93,21 +93,21 @@ def test_the_last_degree_sees_neighbours_on_all_sides() -> None:
 
 @CASE
 def test_it_starts_as_the_identity(shape: Shape, options: dict[str, Any]) -> None:
-    own, x = fastmaf.LocalAutoregressive(shape, **options), normal(3, features_of(shape), dtype=F32)
-    for function in (own, own.inverse):
-        found, ladj = function(x)
-        assert torch.equal(found, x) and torch.equal(ladj, torch.zeros(3))
+    transform, x = fastmaf.LocalAutoregressive(shape, **options), normal(3, features_of(shape), dtype=F32)
+    for function in (transform, transform.inverse):
+        actual, ladj = function(x)
+        assert torch.equal(actual, x) and torch.equal(ladj, torch.zeros(3))
 
 
 def test_it_leaves_the_identity_when_trained() -> None:
-    """No gradient is zero for ever: each parameter that the mask shows moves within a few steps."""
-    own = fastmaf.LocalAutoregressive((2, 4, 4), generator=generator()).double()
-    before = {name: p.detach().clone() for name, p in own.named_parameters()}
+    """Every visible parameter moves within a few steps."""
+    transform = fastmaf.LocalAutoregressive((2, 4, 4), generator=generator()).double()
+    before = {name: p.detach().clone() for name, p in transform.named_parameters()}
     data = correlated(256, 32)
-    losses = train(fastmaf.Flow(32, [own]), data, steps=20, lr=1e-2)
+    losses = train(fastmaf.Flow(32, [transform]), data, steps=20, lr=1e-2)
     assert losses[-1] < losses[0]
-    for name, parameter in own.named_parameters():
-        layer = own.get_submodule(name.split(".")[0])
+    for name, parameter in transform.named_parameters():
+        layer = transform.get_submodule(name.split(".")[0])
         shown = layer.mask.expand_as(parameter) != 0 if name.endswith("weight") else torch.ones_like(parameter) != 0
         moved = parameter.detach() != before[name]
         assert not moved[~shown].any()
@@ -118,8 +118,8 @@ def test_it_leaves_the_identity_when_trained() -> None:
 
 @pytest.mark.parametrize("dtype", [F64, F32], ids=str)
 def test_round_trip_of_a_trained_block(dtype: torch.dtype) -> None:
-    own = fastmaf.LocalAutoregressive((1, 6, 8), generator=generator()).to(dtype)
-    flow, x = fastmaf.Flow(48, [own]), correlated(128, 48, seed=3, dtype=dtype)
+    transform = fastmaf.LocalAutoregressive((1, 6, 8), generator=generator()).to(dtype)
+    flow, x = fastmaf.Flow(48, [transform]), correlated(128, 48, seed=3, dtype=dtype)
     losses = train(flow, correlated(1024, 48, dtype=dtype), steps=80, lr=1e-2)
     assert losses[-1] < losses[0] - 0.1
     with torch.no_grad():
@@ -133,69 +133,71 @@ def test_round_trip_of_a_trained_block(dtype: torch.dtype) -> None:
 
 @CASE
 def test_hidden_weights_do_not_matter(shape: Shape, options: dict[str, Any]) -> None:
-    own, x = block(shape, **options), normal(3, features_of(shape))
-    results = [*own(x), *own.inverse(x)]
+    transform, x = block(shape, **options), normal(3, features_of(shape))
+    results = [*transform(x), *transform.inverse(x)]
     sum(r.sin().sum() for r in results).backward()
-    for name, parameter in own.named_parameters():
+    for name, parameter in transform.named_parameters():
         if name.endswith("weight") and parameter.numel():
-            hidden = own.get_submodule(name.split(".")[0]).mask.expand_as(parameter) == 0
+            hidden = transform.get_submodule(name.split(".")[0]).mask.expand_as(parameter) == 0
             assert parameter.grad is not None
             assert not parameter.grad[hidden].any(), f"{name}: a hidden weight has a gradient"
             with torch.no_grad():
                 parameter[hidden] = 1e3
-    for found, expected in zip((*own(x), *own.inverse(x)), results, strict=True):
-        assert_close("values", found.detach(), expected)
+    for actual, expected in zip((*transform(x), *transform.inverse(x)), results, strict=True):
+        assert_close("values", actual.detach(), expected)
 
 
 @pytest.mark.parametrize(
     "shape, options", [((1, 2, 4), {"hidden": 2}), ((2, 2, 3), {"patch": 1, "hidden": 0})], ids=str
 )
 def test_gradients_of_the_parameters(shape: Shape, options: dict[str, Any]) -> None:
-    own, x = block(shape, **options), normal(2, features_of(shape))
+    transform, x = block(shape, **options), normal(2, features_of(shape))
     names, values = zip(
-        *((name, p.detach().clone().requires_grad_()) for name, p in own.named_parameters()), strict=True
+        *((name, p.detach().clone().requires_grad_()) for name, p in transform.named_parameters()), strict=True
     )
 
     def both(*values: Tensor) -> tuple[Tensor, ...]:
         given = dict(zip(names, values, strict=True))
-        there: tuple[Tensor, Tensor] = torch.func.functional_call(own, given, (x,))
-        return *there, *torch.func.functional_call(Inverse(own), {f"own.{k}": v for k, v in given.items()}, (x,))
+        there: tuple[Tensor, Tensor] = torch.func.functional_call(transform, given, (x,))
+        return *there, *torch.func.functional_call(
+            Inverse(transform), {f"transform.{k}": v for k, v in given.items()}, (x,)
+        )
 
     assert torch.autograd.gradcheck(both, values, fast_mode=True)
 
 
 class Inverse(nn.Module):
-    def __init__(self, own: fastmaf.LocalAutoregressive) -> None:
+    def __init__(self, transform: fastmaf.LocalAutoregressive) -> None:
         super().__init__()
-        self.own = own
+        self.transform = transform
 
     def forward(self, z: Tensor) -> tuple[Tensor, Tensor]:
-        return self.own.inverse(z)
+        return self.transform.inverse(z)
 
 
 def test_log_scales_stay_within_their_bound() -> None:
-    own = block((1, 4, 4), scale=50.0, log_scale_bound=0.7)
-    log_scale = own.forward_per_dim(normal(5, 16), torch.zeros(5, 16, dtype=F64))[1].detach()
+    transform = block((1, 4, 4), scale=50.0, log_scale_bound=0.7)
+    log_scale = transform.forward_per_dim(normal(5, 16), torch.zeros(5, 16, dtype=F64))[1].detach()
     assert float(log_scale.abs().max()) <= 0.7
     assert float(log_scale.abs().max()) > 0.69, "the bound was not reached: nothing was tested"
 
 
 def test_an_image_is_the_same_at_every_place() -> None:
-    """Away from the borders, what is moved by a patch comes out moved by a patch."""
-    own, image = block((2, 16, 16), hidden=2), torch.zeros(2, 16, 16, dtype=F64)
+    """Away from the borders, a shift by a patch shifts the result by a patch."""
+    transform, image = block((2, 16, 16), hidden=2), torch.zeros(2, 16, 16, dtype=F64)
     image[:, 6:10, 6:10] = normal(2, 4, 4)
-    background = own(torch.zeros(1, 512, dtype=F64))[0]
+    background = transform(torch.zeros(1, 512, dtype=F64))[0]
     moved = image.roll((2, -2), dims=(1, 2))
-    one, other = ((own(v.view(1, -1))[0] - background).view(2, 16, 16) for v in (image, moved))
+    one, other = ((transform(v.view(1, -1))[0] - background).view(2, 16, 16) for v in (image, moved))
     assert_close("values", other[:, 4:14, 2:12].detach(), one.roll((2, -2), dims=(1, 2))[:, 4:14, 2:12])
 
 
 def test_the_order_is_that_of_the_dither_matrix() -> None:
     for patch, channels in ((1, 3), (2, 1), (2, 3), (4, 2)):
-        own = fastmaf.LocalAutoregressive((channels, patch, patch), patch=patch)
+        transform = fastmaf.LocalAutoregressive((channels, patch, patch), patch=patch)
         back = fastmaf.LocalAutoregressive((channels, patch, patch), patch=patch, reverse=True)
         expected = degrees((channels, patch, patch), patch=patch).argsort()
-        assert torch.equal(own.order, expected) and torch.equal(back.order, expected.flip(0))
+        assert torch.equal(transform.order, expected) and torch.equal(back.order, expected.flip(0))
 
 
 def test_a_generator_makes_it_repeatable() -> None:
@@ -210,7 +212,7 @@ def test_a_generator_makes_it_repeatable() -> None:
 
 
 def test_few_weights_for_large_images() -> None:
-    """The size does not depend on the image's."""
+    """The number of weights does not depend on the size of the image."""
     sizes = {
         size: sum(p.numel() for p in fastmaf.LocalAutoregressive((3, size, size)).parameters()) for size in (4, 64, 128)
     }
@@ -218,7 +220,7 @@ def test_few_weights_for_large_images() -> None:
 
 
 def test_beside_whitening_and_logit_in_one_flow() -> None:
-    """All new transforms in one flow, compiled without a break."""
+    """Whitening, logit and local blocks in one flow, compiled without graph breaks."""
     torch.compiler.reset()
     whitening = fastmaf.GaussianWhitening(24, 3, dtype=F64).fit_(normal(60, 24))
     flow = fastmaf.Flow(24, [fastmaf.Logit(24), whitening, block((1, 4, 6)), block((1, 4, 6), reverse=True, seed=5)])
@@ -257,13 +259,13 @@ def test_any_shape(
 ) -> None:
     shape = (channels, height * patch, width * patch)
     options = {"patch": patch, "kernel": kernel, "hidden": hidden, "reverse": reverse}
-    own, size = block(shape, seed=seed, scale=0.2, **options), features_of(shape)
+    transform, size = block(shape, seed=seed, scale=0.2, **options), features_of(shape)
     x = normal(batch, size, seed=seed)
     with torch.no_grad():
-        z, ladj = own(x)
-        assert_close("round_trip", own.inverse(z)[0], x)
-        assert_close("values", own.inverse(z)[1], -ladj)
-    slopes = jacobian(lambda v: own(v)[0], x[0])
+        z, ladj = transform(x)
+        assert_close("round_trip", transform.inverse(z)[0], x)
+        assert_close("values", transform.inverse(z)[1], -ladj)
+    slopes = jacobian(lambda v: transform(v)[0], x[0])
     assert_close("slogdet", ladj[0], torch.linalg.slogdet(slopes).logabsdet)
     seen = (slopes - slopes.diagonal().diag()) != 0
     assert not seen[~conditioned(shape, options)].any()

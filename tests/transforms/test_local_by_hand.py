@@ -22,16 +22,16 @@ from tests.transforms.local_blocks import CASE, CASES, Shape, block, degrees, fe
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-def dense(own: fastmaf.LocalAutoregressive) -> dict[str, np.ndarray]:
+def dense(transform: fastmaf.LocalAutoregressive) -> dict[str, np.ndarray]:
     """Writes the block's three convolutions out as matrices over pixels and hidden units, by their definition."""
-    (channels, height, width), p, hidden = own.shape, own.patch, own.hidden
+    (channels, height, width), p, hidden = transform.shape, transform.patch, transform.hidden
     groups, rows, columns = channels * p * p, height // p, width // p
-    of = degrees(own.shape, patch=p, reverse=own.reverse)
-    pixel = {(int(of[d]), i // p, j // p): d for d, (_, i, j) in enumerate(places(own.shape))}
-    half, size = own.kernel // 2, len(pixel)
+    of = degrees(transform.shape, patch=p, reverse=transform.reverse)
+    pixel = {(int(of[d]), i // p, j // p): d for d, (_, i, j) in enumerate(places(transform.shape))}
+    half, size = transform.kernel // 2, len(pixel)
     spots = [(a, b) for a in range(rows) for b in range(columns)]
     unit = {(k, *spot): n for n, (k, spot) in enumerate((k, spot) for k in range(groups * hidden) for spot in spots)}
-    weights = {name: p.detach().double().numpy() for name, p in own.named_parameters()}
+    weights = {name: p.detach().double().numpy() for name, p in transform.named_parameters()}
     linear, first, second = np.zeros((size, size)), np.zeros((len(unit), size)), np.zeros((2 * size, len(unit)))
     bias_first, bias_second = np.zeros(len(unit)), np.zeros(2 * size)
     for a, b in spots:
@@ -40,7 +40,7 @@ def dense(own: fastmaf.LocalAutoregressive) -> dict[str, np.ndarray]:
             bias_second[2 * output : 2 * output + 2] = weights["second.bias"][2 * g : 2 * g + 2]
             for k in range(g * hidden, (g + 1) * hidden):
                 bias_first[unit[k, a, b]] = weights["first.bias"][k]
-            for i, j in itertools.product(range(own.kernel), repeat=2):
+            for i, j in itertools.product(range(transform.kernel), repeat=2):
                 other = (a + i - half, b + j - half)
                 if other not in spots:
                     continue
@@ -57,10 +57,10 @@ def dense(own: fastmaf.LocalAutoregressive) -> dict[str, np.ndarray]:
 NAMES = ("z", "ladj", "x", "ladj of x", "log_prob")
 
 
-def by_hand(own: fastmaf.LocalAutoregressive, x: Tensor, z: Tensor) -> dict[str, Tensor]:
+def by_hand(transform: fastmaf.LocalAutoregressive, x: Tensor, z: Tensor) -> dict[str, Tensor]:
     """The same with dense matrices, every step in the dtype of x; the inverse takes a whole pass for each degree."""
-    matrix = {name: torch.from_numpy(value).to(x.dtype) for name, value in dense(own).items()}
-    of, bound = degrees(own.shape, patch=own.patch, reverse=own.reverse), own.log_scale_bound
+    matrix = {name: torch.from_numpy(value).to(x.dtype) for name, value in dense(transform).items()}
+    of, bound = degrees(transform.shape, patch=transform.patch, reverse=transform.reverse), transform.log_scale_bound
 
     def parameters(x: Tensor) -> tuple[Tensor, Tensor]:
         units = (x @ matrix["first"].T + matrix["bias_first"]).clamp_min(0)
@@ -79,15 +79,15 @@ def by_hand(own: fastmaf.LocalAutoregressive, x: Tensor, z: Tensor) -> dict[str,
 
 @CASE
 def test_against_dense_matrices(shape: Shape, options: dict[str, Any]) -> None:
-    own, size = block(shape, **options), features_of(shape)
+    transform, size = block(shape, **options), features_of(shape)
     x, z = normal(4, size), normal(4, size, seed=1)
-    flow = fastmaf.Flow(size, [own])
-    expected = by_hand(own, x, z)
-    for name, found in zip(NAMES, (*flow(x), *flow.inverse(z), flow.log_prob(x)), strict=True):
-        assert_close("slogdet", found.detach(), expected[name], name)
+    flow = fastmaf.Flow(size, [transform])
+    expected = by_hand(transform, x, z)
+    for name, actual in zip(NAMES, (*flow(x), *flow.inverse(z), flow.log_prob(x)), strict=True):
+        assert_close("slogdet", actual.detach(), expected[name], name)
     terms = flow.nll_per_dim(x).detach()
     assert_close("values", terms.sum(dim=1), -flow.log_prob(x))
-    _, log_scale = own.forward_per_dim(x, torch.zeros_like(x))
+    _, log_scale = transform.forward_per_dim(x, torch.zeros_like(x))
     assert_close("slogdet", terms, 0.5 * expected["z"].square() + 0.5 * math.log(2 * math.pi) + log_scale)
 
 
@@ -95,7 +95,7 @@ def test_against_dense_matrices(shape: Shape, options: dict[str, Any]) -> None:
 def test_float32(shape: Shape, options: dict[str, Any]) -> None:
     """No less exact than dense matrices in float32; the truth is the same block in float64."""
     size = features_of(shape)
-    own: dict[str, list[tuple[float, float]]] = {}
+    errors: dict[str, list[tuple[float, float]]] = {}
     peer: dict[str, list[tuple[float, float]]] = {}
     for seed in range(6):
         single = block(shape, dtype=F32, seed=10 * seed, scale=0.15, **options)
@@ -104,12 +104,12 @@ def test_float32(shape: Shape, options: dict[str, Any]) -> None:
         for transform, a, b in ((single, x, z), (copy.deepcopy(single).double(), x.double(), z.double())):
             flow = fastmaf.Flow(size, [transform])
             results.append(dict(zip(NAMES, (*flow(a), *flow.inverse(b), flow.log_prob(a)), strict=True)))
-        (found, truth), other = results, by_hand(single, x, z)
+        (actual, truth), other = results, by_hand(single, x, z)
         for name in NAMES:
-            assert found[name].dtype == other[name].dtype == F32
-            own.setdefault(name, []).append(distance(found[name], truth[name]))
+            assert actual[name].dtype == other[name].dtype == F32
+            errors.setdefault(name, []).append(distance(actual[name], truth[name]))
             peer.setdefault(name, []).append(distance(other[name], truth[name]))
-    assert_float32(own, peer)
+    assert_float32(errors, peer)
 
 
 def convolution(**options: Any) -> MaskedConv2d:

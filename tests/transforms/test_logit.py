@@ -1,4 +1,4 @@
-"""Logit: the density of what lies in (0, 1), its edges, and what float32 costs."""
+"""Logit: densities within (0, 1) and at its edges, and float32 errors."""
 
 from __future__ import annotations
 
@@ -94,12 +94,12 @@ def test_there_is_no_density_outside_of_the_domain(alpha: float, dtype: torch.dt
     x[-1, 1] = math.nan
     inside = flow.log_prob(x[-2:-1])
     assert torch.isfinite(inside).all()
-    found, terms, (z, ladj) = flow.log_prob(x), flow.nll_per_dim(x), fastmaf.Logit(3, alpha)(x)
-    assert (found[:-2] == -math.inf).all() and (ladj[:-2] == -math.inf).all()
-    assert_close("values", found[-2:-1], inside)
+    actual, terms, (z, ladj) = flow.log_prob(x), flow.nll_per_dim(x), fastmaf.Logit(3, alpha)(x)
+    assert (actual[:-2] == -math.inf).all() and (ladj[:-2] == -math.inf).all()
+    assert_close("values", actual[-2:-1], inside)
     assert torch.isfinite(z[:-1]).all() and z[-1].isnan().tolist() == [False, True, False]
     assert (terms[:-2, 1] == math.inf).all() and torch.isfinite(terms[:-1, ::2]).all()
-    assert found[-1].isnan() and terms[-1, 1].isnan()
+    assert actual[-1].isnan() and terms[-1, 1].isnan()
     blocks = fastmaf.MAF(3, 2, (8,), seed=0, dtype=dtype).transforms
     deep = fastmaf.Flow(3, [fastmaf.Logit(3, alpha), *blocks])  # type: ignore[list-item]
     finite = x[:-1][x[:-1].isfinite().all(dim=1)]
@@ -116,7 +116,7 @@ def test_gradients_of_a_row_outside_are_zero() -> None:
 @DTYPES
 @pytest.mark.parametrize("alpha", [*ALPHAS, 1e-8, 0.2])
 def test_samples_lie_in_the_domain(alpha: float, dtype: torch.dtype) -> None:
-    """However far away the noise: the density of what inverse returns is finite."""
+    """The density of samples is finite for arbitrarily distant noise."""
     z = torch.linspace(-200, 200, 4_001, dtype=dtype)[:, None]
     flow = fastmaf.Flow(1, [fastmaf.Logit(1, alpha), fastmaf.GaussianWhitening(1, 0, dtype=dtype)])
     x, _ = flow.inverse(z)
@@ -163,10 +163,10 @@ def test_there_and_back(features: int, alpha: float, seed: int, dtype: torch.dty
 
 @pytest.mark.parametrize("alpha", [0.0, 0.05, 0.3])
 def test_float32(alpha: float) -> None:
-    """Beside numpy in float32, written as the paper has it."""
+    """Float32 errors compared with those of the paper's formula in numpy."""
     features = 257
     logit = fastmaf.Logit(features, alpha)
-    own: dict[str, list[tuple[float, float]]] = {}
+    errors: dict[str, list[tuple[float, float]]] = {}
     peer: dict[str, list[tuple[float, float]]] = {}
 
     def by_hand(x: np.ndarray, z: np.ndarray) -> dict[str, np.ndarray]:
@@ -183,14 +183,14 @@ def test_float32(alpha: float) -> None:
         x, z = uniform(33, features, seed, F32), normal(33, features, seed=seed, dtype=F32)
         x = x.clamp(1e-6, 1 - 1e-6)
         flow = fastmaf.Flow(features, [logit])
-        found = dict(zip(("z", "ladj", "x", "ladj of x"), (*flow(x), *flow.inverse(z)), strict=True))
-        found["log_prob"] = flow.log_prob(x)
+        actual = dict(zip(("z", "ladj", "x", "ladj of x"), (*flow(x), *flow.inverse(z)), strict=True))
+        actual["log_prob"] = flow.log_prob(x)
         other, truth = by_hand(x.numpy(), z.numpy()), by_hand(x.double().numpy(), z.double().numpy())
-        for name, value in found.items():
+        for name, value in actual.items():
             expected = torch.from_numpy(truth[name])
-            own.setdefault(name, []).append(distance(value, expected))
+            errors.setdefault(name, []).append(distance(value, expected))
             peer.setdefault(name, []).append(distance(torch.from_numpy(other[name]), expected))
-    assert_float32(own, peer)
+    assert_float32(errors, peer)
 
 
 def test_sums_over_dimensions_are_accurate() -> None:

@@ -1,4 +1,4 @@
-"""GaussianWhitening: the density of a normal distribution, whatever its covariance's condition."""
+"""GaussianWhitening: the density of a normal distribution, for covariances of any condition."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def model(features: int, rank: int, *, largest: float = 30.0, seed: int = 0) -> FactorModel:
-    """Returns a covariance of which nothing is special: factors of variances up to ``largest`` in any direction."""
+    """Returns a random model whose factors have variances up to ``largest``."""
     draw = generator(seed)
     factors = torch.linalg.qr(torch.randn(features, max(rank, 1), generator=draw, dtype=F64)).Q[:, :rank]
     variance = largest ** torch.rand(rank, generator=draw, dtype=F64)
@@ -34,9 +34,9 @@ def model(features: int, rank: int, *, largest: float = 30.0, seed: int = 0) -> 
 
 
 def whitening(features: int, rank: int, dtype: torch.dtype = F64, **options: Any) -> fastmaf.GaussianWhitening:
-    found = fastmaf.GaussianWhitening(features, rank, dtype=dtype)
-    found.set_(model(features, rank, **options))
-    return found
+    actual = fastmaf.GaussianWhitening(features, rank, dtype=dtype)
+    actual.set_(model(features, rank, **options))
+    return actual
 
 
 def covariance(of: fastmaf.GaussianWhitening) -> Tensor:
@@ -45,7 +45,7 @@ def covariance(of: fastmaf.GaussianWhitening) -> Tensor:
 
 
 def draw(of: fastmaf.GaussianWhitening, n: int, seed: int = 0) -> Tensor:
-    """Draws ``n`` samples from the normal distribution itself, with nothing of the transform's code."""
+    """Draws ``n`` samples from the normal distribution, independently of the transform."""
     root = torch.linalg.cholesky(covariance(of))
     return (of.mean.double() + normal(n, of.features, seed=seed) @ root.T).to(of.mean.dtype)
 
@@ -81,11 +81,11 @@ def test_it_is_the_normal_distribution(features: int, part: float, largest: floa
     rank = round(part * features)
     of = whitening(features, rank, largest=largest, seed=seed)
     flow, x = fastmaf.Flow(features, [of]), 3 * normal(5, features, seed=seed)
-    found = flow.log_prob(x)
-    assert_close("normal", found, MultivariateNormal(of.mean, covariance(of)).log_prob(x), "dense")
+    actual = flow.log_prob(x)
+    assert_close("normal", actual, MultivariateNormal(of.mean, covariance(of)).log_prob(x), "dense")
     if rank:
         low = LowRankMultivariateNormal(of.mean, of.scale[:, None] * of.factors * of.variance.sqrt(), of.scale.square())
-        assert_close("normal", found, low.log_prob(x), "low rank")
+        assert_close("normal", actual, low.log_prob(x), "low rank")
 
 
 def test_it_whitens_by_the_symmetric_root() -> None:
@@ -129,8 +129,8 @@ def test_terms_of_each_dimension() -> None:
     of = fastmaf.GaussianWhitening(3, 1, dtype=F64)
     of.set_(FactorModel(torch.tensor([1.0, 2, 3]), torch.tensor([2.0, 0.5, 1]), factors, torch.tensor([8.0])))
     x = normal(6, 3)
-    own = torch.distributions.Normal(of.mean, torch.tensor([2.0, 0.5 * 3, 1], dtype=F64))
-    assert_close("values", fastmaf.Flow(3, [of]).nll_per_dim(x), -own.log_prob(x))
+    independent = torch.distributions.Normal(of.mean, torch.tensor([2.0, 0.5 * 3, 1], dtype=F64))
+    assert_close("values", fastmaf.Flow(3, [of]).nll_per_dim(x), -independent.log_prob(x))
 
 
 def test_set_replaces_all_of_the_model_before() -> None:
@@ -139,8 +139,8 @@ def test_set_replaces_all_of_the_model_before() -> None:
     assert torch.equal(of.factors[:, 2:], torch.zeros(9, 2)) and torch.equal(of.variance[2:], torch.zeros(2))
     same = fastmaf.GaussianWhitening(9, 2, dtype=F64)
     same.set_(few)
-    for found, expected in zip(of(normal(3, 9)), same(normal(3, 9)), strict=True):
-        assert_close("values", found, expected)
+    for actual, expected in zip(of(normal(3, 9)), same(normal(3, 9)), strict=True):
+        assert_close("values", actual, expected)
 
 
 NAMES = ("z", "ladj", "x", "ladj of x", "log_prob")
@@ -165,14 +165,14 @@ def by_hand(of: fastmaf.GaussianWhitening, x: np.ndarray, z: np.ndarray) -> dict
 @pytest.mark.parametrize("fitted", [False, True], ids=["given", "fitted"])
 def test_float32(features: int, rank: int, largest: float, fitted: bool) -> None:
     """No less exact than dense roots in float32, on data of the distribution itself; the truth is float64."""
-    own: dict[str, list[tuple[float, float]]] = {}
+    errors: dict[str, list[tuple[float, float]]] = {}
     peer: dict[str, list[tuple[float, float]]] = {}
     for seed in range(6):
         of = whitening(features, rank, F32, largest=largest, seed=seed)
         x, z = draw(of, 33, seed), normal(33, features, seed=seed + 100, dtype=F32)
         if fitted:
             of.fit_(draw(of, 40, seed=seed + 200), seed=seed)
-        found, truth = (
+        actual, truth = (
             dict(zip(NAMES, (*flow(a), *flow.inverse(b), flow.log_prob(a)), strict=True))
             for flow, a, b in (
                 (fastmaf.Flow(features, [of]), x, z),
@@ -181,14 +181,14 @@ def test_float32(features: int, rank: int, largest: float, fitted: bool) -> None
         )
         other = by_hand(of, x.numpy(), z.numpy())
         for name in NAMES:
-            assert found[name].dtype == torch.from_numpy(other[name]).dtype == F32
-            own.setdefault(name, []).append(distance(found[name], truth[name]))
+            assert actual[name].dtype == torch.from_numpy(other[name]).dtype == F32
+            errors.setdefault(name, []).append(distance(actual[name], truth[name]))
             peer.setdefault(name, []).append(distance(torch.from_numpy(other[name]), truth[name]))
-    assert_float32(own, peer)
+    assert_float32(errors, peer)
 
 
 def test_the_peer_computes_the_same() -> None:
-    """What float32 is held against above is no other function."""
+    """The computation that float32 errors are compared with is the same function."""
     of = whitening(31, 7, largest=100.0)
     x, z = draw(of, 9), normal(9, 31, seed=1)
     flow = fastmaf.Flow(31, [of])
@@ -312,7 +312,7 @@ def test_wrong_inputs_are_named() -> None:
 
 
 def test_a_copy_is_of_the_fitted_model() -> None:
-    """Fitting anew changes the log-determinant of one, not of the other."""
+    """Refitting the original leaves the log-determinant of a copy unchanged."""
     flow = fastmaf.Flow(6, [whitening(6, 2)])
     twin, x = copy.deepcopy(flow), normal(3, 6)
     first = twin.transforms[0]
@@ -323,7 +323,7 @@ def test_a_copy_is_of_the_fitted_model() -> None:
 
 
 def test_blocks_after_it_see_white_data() -> None:
-    """What it is for: in front of blocks that start as the identity, the flow starts as the fitted normal."""
+    """In front of blocks that start as the identity, the flow starts as the fitted normal."""
     flow = build(9, whitening=3, init="identity")
     first = flow.transforms[0]
     assert isinstance(first, fastmaf.GaussianWhitening)
