@@ -24,9 +24,8 @@ import fastmaf
 from fastmaf.images.dataset import to_unit
 from fastmaf.inspection.blocks import fit_blocks
 from fastmaf.inspection.calibration import Calibration
-from fastmaf.inspection.folds import drop_fold, k_fold
 from fastmaf.inspection.model import InspectionModel
-from fastmaf.inspection.out_of_fold import OutOfFoldModels, out_of_fold_maps, out_of_fold_scores
+from fastmaf.inspection.out_of_fold import OutOfFoldModels, drop_fold, k_fold, out_of_fold_maps, out_of_fold_scores
 from fastmaf.inspection.recipe import Recipe
 from fastmaf.inspection.selection.augmentation import compared_whitenings, select_augmentation
 from fastmaf.inspection.selection.blocks import select_blocks

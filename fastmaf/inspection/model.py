@@ -193,6 +193,7 @@ def load_inspection(path: str | Path, *, device: str = "cpu") -> InspectionModel
     check_takes_images(flow, path)
     try:
         record = inspection_record(metadata)
+        settings, map_config = ScoreSettings(**record["settings"]), AnomalyMapConfig(**record["map_config"])
         if not len(flow.transforms):
             raise ValueError("a flow without a transform has no terms to score")
         mean, deviation = (_statistic(f"term_{name}", extras, flow.features) for name in ("mean", "deviation"))
@@ -209,8 +210,8 @@ def load_inspection(path: str | Path, *, device: str = "cpu") -> InspectionModel
         raise fastmaf.CheckpointError(f"{path}: {error}") from error
     return InspectionModel(
         flow.eval().to(device),
-        ScoreSettings(**record["settings"]),
-        AnomalyMapConfig(**record["map_config"]),
+        settings,
+        map_config,
         TermStatistics(mean.to(device), deviation.to(device), float(record["nll"])),
         calibration,
         record["about"],

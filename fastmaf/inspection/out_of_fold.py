@@ -1,4 +1,4 @@
-"""Quantities of normal images under the models of the folds that left them out: for statistics and calibration."""
+"""Folds, and what the models of the folds give for the images that they have not seen."""
 
 from __future__ import annotations
 
@@ -11,11 +11,29 @@ import torch
 from torch import Tensor
 
 import fastmaf
-from fastmaf.inspection.folds import drop_fold
 from fastmaf.inspection.scoring.anomaly_map import anomaly_maps, residuals_of
 from fastmaf.inspection.scoring.float64_flow import Float64Flow, FlowValues
 from fastmaf.inspection.scoring.score import TermStatistics, image_scores, score_maps, terms_of
 from fastmaf.inspection.scoring.settings import AnomalyMapConfig, ScoreSettings
+
+
+def k_fold(n: int, folds: int, seed: int = 0) -> list[np.ndarray]:
+    """Splits 0..n-1 into random folds whose sizes differ by at most one; indices ascend within each fold.
+
+    Raises:
+        ValueError: there are fewer than 2 or more than n folds.
+    """
+    if not 2 <= folds <= n:
+        raise ValueError(f"folds must be a whole number from 2 to the {n} normal images available; found {folds!r}")
+    order = np.random.default_rng(seed).permutation(n)
+    return [np.sort(fold) for fold in np.array_split(order, folds)]
+
+
+def drop_fold(x: Tensor, fold: np.ndarray) -> Tensor:
+    """Returns the rows of ``x`` that are not in ``fold``."""
+    kept = torch.ones(len(x), dtype=torch.bool)
+    kept[fold] = False
+    return x[kept]
 
 
 @dataclass(frozen=True, eq=False)

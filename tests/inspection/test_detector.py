@@ -192,8 +192,8 @@ def test_in_a_pipeline_behind_other_steps() -> None:
 @pytest.mark.parametrize(
     ("wrong", "error", "message"),
     [
-        ({"false_alarm": 0.0}, CalibrationError, "false_alarm must be a number strictly between 0 and 1; found 0.0"),
-        ({"confidence": 1}, CalibrationError, "confidence must be"),
+        ({"false_alarm": 0.0}, CalibrationError, "false_alarm: expected a finite number .*less than 1; found 0.0"),
+        ({"confidence": 1}, CalibrationError, "confidence: expected"),
         ({"folds": 1}, ValueError, "folds must be at least 2; found 1"),
         ({"rank": -1}, ValueError, "rank must be .*; found -1"),
         ({"size": 0}, ValueError, "size must be at least 1; found 0"),

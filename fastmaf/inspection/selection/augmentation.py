@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 import fastmaf
-from fastmaf.inspection.folds import drop_fold
+from fastmaf.inspection.out_of_fold import drop_fold
 from fastmaf.inspection.recipe import AUGMENTATIONS, Augmentation, Recipe
 from fastmaf.inspection.scoring.float64_flow import FlowValues
 from fastmaf.inspection.whitening import before_whitening, fit_whitening

@@ -10,8 +10,7 @@ from torch import Tensor
 
 import fastmaf
 from fastmaf.inspection.blocks import fit_blocks
-from fastmaf.inspection.folds import drop_fold
-from fastmaf.inspection.out_of_fold import OutOfFoldModels
+from fastmaf.inspection.out_of_fold import OutOfFoldModels, drop_fold
 from fastmaf.inspection.recipe import Recipe
 
 

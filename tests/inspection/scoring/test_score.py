@@ -26,7 +26,7 @@ def test_statistics_of_a_term_that_never_varied() -> None:
 @pytest.mark.parametrize(
     "wrong, message",
     [
-        ({"kind": "best"}, "kind must be one of"),
+        ({"kind": "best"}, "kind: expected one of"),
         ({"sigma": 0.0}, "sigma"),
         ({"top": 2.0}, "top"),
         ({"presmooth_sigma": -1.0}, "presmooth_sigma"),

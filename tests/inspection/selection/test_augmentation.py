@@ -14,7 +14,7 @@ from torch import Tensor
 import fastmaf
 from fastmaf.images.dataset import load_train, to_unit
 from fastmaf.inspection.fit import fit
-from fastmaf.inspection.folds import drop_fold
+from fastmaf.inspection.out_of_fold import drop_fold
 from fastmaf.inspection.recipe import Recipe
 from fastmaf.inspection.scoring.settings import AnomalyMapConfig, ScoreSettings
 from fastmaf.inspection.whitening import fit_whitening

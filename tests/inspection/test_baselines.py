@@ -11,12 +11,8 @@ from sklearn.decomposition import PCA
 from torch import Tensor
 
 from fastmaf.images.dataset import to_unit
-from fastmaf.inspection.baselines import all_baselines
-from fastmaf.inspection.baselines.base import Baseline
-from fastmaf.inspection.baselines.pca import PCAResidual
-from fastmaf.inspection.baselines.pixel_gaussian import PixelGaussian
-from fastmaf.inspection.baselines.png_size import PNGSize
-from fastmaf.inspection.folds import k_fold
+from fastmaf.inspection.baselines import Baseline, PCAResidual, PixelGaussian, PNGSize, all_baselines
+from fastmaf.inspection.out_of_fold import k_fold
 
 SIZE = 12
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from fastmaf.inspection.folds import drop_fold, k_fold
+from fastmaf.inspection.out_of_fold import drop_fold, k_fold
 
 
 @pytest.mark.parametrize(("n", "folds"), [(2, 2), (5, 5), (219, 5), (10, 3)])
