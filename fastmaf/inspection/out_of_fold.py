@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
@@ -48,19 +48,19 @@ class OutOfFoldModels:
     folds: Sequence[np.ndarray]
     flows: Sequence[fastmaf.Flow]
 
-    def held_out(self, sets: Sequence[Tensor], quantity: Callable[[FlowValues], Tensor]) -> Tensor:
+    def held_out(self, sets: Sequence[Tensor], quantity: Callable[..., Tensor], *arguments: Any) -> Tensor:
         """Returns a quantity of each image under the model that has not seen it, float64 ``[len(sets), n, ...]``.
 
         Args:
             sets: sets of images ``[n, D]``, each in the order of the folds: the normal images, or the same images with
                 a synthetic defect.
-            quantity: a function of the images of one fold.
+            quantity: a function of the ``FlowValues`` of one fold's images and of ``arguments``.
         """
         result: Tensor | None = None
         for fold, flow in zip(self.folds, self.flows, strict=True):
             double = Float64Flow(flow)  # one at a time: each needs twice the memory of its flow
             for i, x in enumerate(sets):
-                values = quantity(FlowValues(double, x[fold]))
+                values = quantity(FlowValues(double, x[fold]), *arguments)
                 result = values.new_empty(len(sets), len(x), *values.shape[1:]) if result is None else result
                 result[i, fold] = values
         assert result is not None
@@ -102,7 +102,7 @@ def out_of_fold_scores(x: Tensor, models: OutOfFoldModels, settings: ScoreSettin
 
 def out_of_fold_maps(x: Tensor, models: OutOfFoldModels, config: AnomalyMapConfig) -> tuple[AnomalyMapConfig, Tensor]:
     """Returns ``config`` with its unit fitted, and the anomaly maps of held-out images ``[n, s, s]``."""
-    (residuals,) = models.held_out([x], partial(residuals_of, config=config))
+    (residuals,) = models.held_out([x], residuals_of, config)
     maps = anomaly_maps(residuals, replace(config, rms=1.0))
     rms = float(maps.square().mean().sqrt()) or 1.0  # identical images leave no residual
     return replace(config, rms=rms), (maps / rms).float()

@@ -10,8 +10,7 @@ import torch
 
 from fastmaf.inspection.fit import Fitted, fit
 from fastmaf.inspection.scoring.settings import AnomalyMapConfig, ScoreSettings
-from fastmaf.inspection.selection.maps import MapCandidate, rank_maps
-from fastmaf.inspection.selection.scores import ScoreCandidate, rank_scores
+from fastmaf.inspection.selection.ranking import MapCandidate, ScoreCandidate, rank_maps, rank_scores
 from fastmaf.inspection.selection.select import (
     MAP_CANDIDATES,
     SCORE_CANDIDATES,
