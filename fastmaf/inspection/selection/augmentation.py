@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,26 +21,9 @@ from fastmaf.inspection.whitening import before_whitening, fit_whitening
 _DECIDING_IMAGES = 8  # held-out images that the comparison uses at least, in as many folds as that takes
 
 
-@dataclass(frozen=True, eq=False)
-class SelectedAugmentation:
-    """The selected augmentation, and the likelihoods that decided it.
-
-    Attributes:
-        recipe: with the augmentation under which held-out images are most likely, or the one it asked for.
-        whitenings: the whitenings with this augmentation without each of the first folds.
-        nll: mean NLL in nats of the held-out images of these folds, by augmentation; empty if nothing was compared.
-        nll_without_logit: the same without the recipe's logit; None if it has none.
-    """
-
-    recipe: Recipe
-    whitenings: list[fastmaf.GaussianWhitening]
-    nll: dict[str, float]
-    nll_without_logit: float | None
-
-
 def select_augmentation(
-    x: Tensor, folds: Sequence[np.ndarray], recipe: Recipe, done: Callable[[], object] = lambda: None
-) -> SelectedAugmentation:
+    x: Tensor, folds: Sequence[np.ndarray], recipe: Recipe, done: Callable[[], object]
+) -> tuple[Recipe, list[fastmaf.GaussianWhitening], dict[str, Any]]:
     """Compares augmentations, and none, on held-out images.
 
     Args:
@@ -47,6 +31,10 @@ def select_augmentation(
         folds: the indices of each fold. The first folds decide, as many as hold out 8 images.
         recipe: ``augmentation="auto"`` selects the best. Any other is compared with none, and kept.
         done: called after each whitening.
+
+    Returns:
+        The recipe with the selected augmentation; its whitenings without each of the first folds; and the mean NLLs in
+        nats of the held-out images of these folds that decided, for the model's record.
 
     Warns:
         UserWarning: held-out images are more likely without the augmentation, or the logit, that the recipe asks for.
@@ -65,7 +53,8 @@ def select_augmentation(
         if nll > plain:
             _warn(f"logit={recipe.logit:g}", nll, plain, "logit=None")
     compared = {str(kind): value for kind, (_, value) in tried.items()} if len(tried) > 1 else {}
-    return SelectedAugmentation(recipe, whitenings, compared, plain)
+    figures = {"held_out_nll_of_augmentations": compared, "held_out_nll_without_logit": plain}
+    return recipe, whitenings, figures
 
 
 def compared_whitenings(recipe: Recipe, n: int) -> int:

@@ -1,43 +1,62 @@
-"""Selecting whether a flow keeps its local autoregressive blocks, by held-out likelihood."""
+"""The local autoregressive blocks of a flow: training them, and dropping them if they do not help."""
 
 from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from typing import Any
 
+import torch
 from torch import Tensor
 
 import fastmaf
-from fastmaf.inspection.blocks import fit_blocks
 from fastmaf.inspection.out_of_fold import OutOfFoldModels, drop_fold
 from fastmaf.inspection.recipe import Recipe
 
+Log = list[dict[str, float]]
 
-@dataclass(frozen=True, eq=False)
-class SelectedBlocks:
-    """Whether blocks are kept, and the likelihoods that decided it.
 
-    Attributes:
-        models: the flow fitted without each fold, with the blocks that are kept.
-        kept: the number of blocks kept.
-        whitening_nll: held-out NLL of each image under the whitening alone, float64 ``[n]`` nats.
-        nll: the same under the selected flow.
-        nll_with: mean held-out NLL with the trained blocks, kept or not; None if none were trained.
-        log: training curve of the first fold, rows of step and NLLs.
+def fit_blocks(
+    z: Tensor, recipe: Recipe, held_out: Tensor | None = None, log: Log | None = None
+) -> list[fastmaf.Transform]:
+    """Returns blocks trained on whitened images ``[n, D]``.
+
+    Args:
+        z: whitened images.
+        recipe: the settings.
+        held_out: whitened images to evaluate on.
+        log: if given with ``held_out``, receives rows of step and the NLLs of the batch and of ``held_out``.
     """
-
-    models: OutOfFoldModels
-    kept: int
-    whitening_nll: Tensor
-    nll: Tensor
-    nll_with: float | None = None
-    log: list[dict[str, float]] = field(default_factory=list)
+    generator = torch.Generator().manual_seed(recipe.seed)
+    shape = (3, recipe.size, recipe.size)
+    options = {"patch": recipe.patch, "kernel": recipe.kernel, "hidden": recipe.hidden}
+    blocks: list[fastmaf.Transform] = [
+        fastmaf.LocalAutoregressive(shape, **options, reverse=bool(i % 2), generator=generator)
+        for i in range(recipe.most_blocks)
+    ]
+    if not blocks:
+        return blocks
+    flow = fastmaf.Flow(recipe.features, blocks)
+    optimizer = torch.optim.Adam(flow.parameters(), lr=recipe.lr)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, recipe.lr, total_steps=recipe.steps)
+    for step in range(1, recipe.steps + 1):
+        batch = z[torch.randint(len(z), (min(recipe.batch_size, len(z)),), generator=generator)]
+        loss = -flow.log_prob(batch).mean() / recipe.features
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(flow.parameters(), 1.0)  # one unusual image must not destroy the weights
+        optimizer.step()
+        schedule.step()
+        if log is not None and held_out is not None and (step % 10 == 0 or step == 1):
+            with torch.no_grad():
+                train, test = (float(-flow.log_prob(part).double().mean()) for part in (batch, held_out))
+            log.append({"step": step, "nll": train, "held_out_nll": test})
+    return blocks
 
 
 def select_blocks(
-    x: Tensor, z: Tensor, models: OutOfFoldModels, recipe: Recipe, done: Callable[[], object] = lambda: None
-) -> SelectedBlocks:
+    x: Tensor, z: Tensor, models: OutOfFoldModels, recipe: Recipe, done: Callable[[], object]
+) -> tuple[int, OutOfFoldModels, Log, dict[str, Any]]:
     """Trains blocks without each fold, and drops them if held-out images are no more likely with them.
 
     Args:
@@ -47,28 +66,40 @@ def select_blocks(
         recipe: a number of blocks is kept in any case, ``"auto"`` is not.
         done: called after each fold.
 
+    Returns:
+        The number of blocks kept; ``models`` with these blocks; the training curve of the first fold, rows of step
+        and NLLs; and the mean held-out NLLs in nats that decided, for the model's record.
+
     Warns:
         UserWarning: held-out images are no more likely with the blocks that the recipe asks for.
     """
-    whitening_nll = models.nll(x)
-    if not recipe.most_blocks:
-        return SelectedBlocks(models, 0, whitening_nll, whitening_nll)
-    log: list[dict[str, float]] = []
-    flows: list[fastmaf.Flow] = []
-    for fold, flow in zip(models.folds, models.flows, strict=True):
-        blocks = fit_blocks(drop_fold(z, fold), recipe, z[fold], None if flows else log)
-        flows.append(fastmaf.Flow(recipe.features, [*flow.transforms, *blocks]).eval())  # type: ignore[list-item]
-        done()
-    extended = OutOfFoldModels(models.folds, flows)
-    nll = extended.nll(x)
-    mean, mean_without = float(nll.mean()), float(whitening_nll.mean())
-    better = mean < mean_without  # False for NaN
-    if recipe.blocks == "auto" and not better:
-        return SelectedBlocks(models, 0, whitening_nll, whitening_nll, mean, log)
-    if not better:
-        warnings.warn(
-            f"blocks={recipe.blocks} do not make held-out images more likely (NLL {mean:,.0f} nats with them, "
-            f"{mean_without:,.0f} without); they are kept as requested, blocks='auto' drops them",
-            stacklevel=4,
-        )
-    return SelectedBlocks(extended, recipe.most_blocks, whitening_nll, nll, mean, log)
+    nll, mean_with = models.nll(x), None
+    mean, kept = float(nll.mean()), recipe.most_blocks
+    log: Log = []
+    if kept:
+        flows: list[fastmaf.Flow] = []
+        for fold, flow in zip(models.folds, models.flows, strict=True):
+            blocks = fit_blocks(drop_fold(z, fold), recipe, z[fold], None if flows else log)
+            flows.append(fastmaf.Flow(recipe.features, [*flow.transforms, *blocks]).eval())  # type: ignore[list-item]
+            done()
+        extended = OutOfFoldModels(models.folds, flows)
+        nll_with = extended.nll(x)
+        mean_with = float(nll_with.mean())
+        better = mean_with < mean  # False for NaN
+        if recipe.blocks != "auto" and not better:
+            warnings.warn(
+                f"blocks={recipe.blocks} do not make held-out images more likely (NLL {mean_with:,.0f} nats with them, "
+                f"{mean:,.0f} without); they are kept as requested, blocks='auto' drops them",
+                stacklevel=4,
+            )
+        if recipe.blocks != "auto" or better:
+            models, nll = extended, nll_with
+        else:
+            kept = 0
+    figures = {
+        "held_out_nll_with_blocks": mean_with,
+        "held_out_nll": float(nll.mean()),
+        "held_out_nll_of_whitening": mean,
+        "held_out_nll_of_folds": [float(nll[fold].mean()) for fold in models.folds],
+    }
+    return kept, models, log, figures

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from fastmaf.inspection.augmentation import Augment, rotations, shifts
+from fastmaf.inspection.whitening import Augment, rotations, shifts
 
 SIZE = 9
 
