@@ -57,19 +57,6 @@ class TableRow:
     default: bool
 
 
-def scores_of(model: InspectionModel) -> list[tuple[str, ScoreSettings]]:
-    """Returns name and settings of all scores of a model, its own first."""
-    names: dict[Kind, str] = {
-        "nll": "NLL",
-        "typicality": "typicality |NLL - mean|",
-        "map top": f"map, mean of top {model.settings.top:.1%}",
-        "map maximum": "map maximum",
-    }
-    own = model.settings
-    others = [replace(own, kind=kind) for kind in names if kind != own.kind]
-    return [(names[settings.kind], settings) for settings in (own, *others)]
-
-
 @fastmaf.torch_defaults()
 def score_table(
     model: InspectionModel,
@@ -123,19 +110,24 @@ def _pixel_metrics(
 def _model_scores(
     model: InspectionModel, images: ImageSet, prediction: Prediction, fold_models: Sequence[fastmaf.Flow]
 ) -> list[_Scored]:
-    """Returns all scores of the model, its own first."""
-    nll = torch.from_numpy(prediction.nll).to(model.device)
-    maps = _score_maps(model.float64_flow, model, images)
+    """Returns all scores of the model, its own first, and that of the ensemble of the fold models."""
+    own, nll = model.settings, torch.from_numpy(prediction.nll).to(model.device)
+    names: dict[Kind, str] = {
+        "nll": "NLL",
+        "typicality": "typicality |NLL - mean|",
+        "map top": f"map, mean of top {own.top:.1%}",
+        "map maximum": "map maximum",
+    }
 
-    def scored(settings: ScoreSettings, maps: Tensor) -> np.ndarray:
-        return image_scores(maps, nll, model.statistics, settings).cpu().numpy()
+    def scored(name: str, maps: Tensor, settings: ScoreSettings) -> _Scored:
+        return name, "score", image_scores(maps, nll, model.statistics, settings).cpu().numpy(), None
 
-    (name, own), *others = scores_of(model)
+    name, maps = names.pop(own.kind), _score_maps(model.float64_flow, model, images)
     result: list[_Scored] = [(name, "score", prediction.scores, prediction.anomaly_maps)]
-    result += [(other, "score", scored(settings, maps), None) for other, settings in others]
+    result += [scored(other, maps, replace(own, kind=kind)) for kind, other in names.items()]
     if fold_models and not own.needs_nll:
         several = torch.stack([_score_maps(Float64Flow(flow), model, images) for flow in fold_models])
-        result.append((f"{name}, {len(fold_models)} folds", "score", scored(own, several.mean(dim=0)), None))
+        result.append(scored(f"{name}, {len(fold_models)} folds", several.mean(dim=0), own))
     return result
 
 
@@ -158,23 +150,22 @@ def format_table(rows: Sequence[TableRow], alarms: Mapping[str, tuple[int, int]]
     text = [f"{head}  {'pixel':>5}  {'95% to default':<16}  AU-PRO"]
     for row in rows:
         low, high = row.interval
-        line = f"{row.name:<{wide}}  {row.auroc:>6.3f}  {low:.3f} - {high:.3f}   "
-        if row.difference is None:
-            line += f"{'default':>10}  {'':<16}"
-        else:
-            d = row.difference
-            line += f"{d.difference:>+10.3f}  {d.low:+.3f} to {d.high:+.3f}"
+        difference = "default" if row.difference is None else f"{row.difference.difference:+.3f}"
         pixel, pro = ("" if value is None else f"{value:.3f}" for value in (row.pixel_auroc, row.au_pro))
-        p = row.pixel_difference
-        interval = "" if p is None else f"{p.low:+.3f} to {p.high:+.3f}"
-        text.append(f"{line}  {pixel:>5}  {interval:<16}  {pro:>6}".rstrip())
+        line = f"{row.name:<{wide}}  {row.auroc:>6.3f}  {low:.3f} - {high:.3f}   {difference:>10}  "
+        line += f"{_interval(row.difference):<16}  {pixel:>5}  {_interval(row.pixel_difference):<16}  {pro:>6}"
+        text.append(line.rstrip())
     default = next(row for row in rows if row.default)
     for metric, name in (("AUROC", "auroc"), ("pixel AUROC", "pixel_auroc"), ("AU-PRO", "au_pro")):
+        values = {row.name: getattr(row, name) for row in rows if row.kind == "baseline"}
         own = getattr(default, name)
-        baselines = [(row.name, getattr(row, name)) for row in rows if row.kind == "baseline"]
-        better = [baseline for baseline, value in baselines if None not in (own, value) and value > own]
+        better = [baseline for baseline, value in values.items() if None not in (own, value) and value > own]
         if better:
             text.append(f"baselines with a higher {metric} than the default score: {', '.join(better)}")
     text.append("")
     text += [f"{visible(label)}: {count} of {n} anomalous" for label, (n, count) in alarms.items()]
     return "\n".join(text)
+
+
+def _interval(difference: PairedDifference | None) -> str:
+    return "" if difference is None else f"{difference.low:+.3f} to {difference.high:+.3f}"
