@@ -20,9 +20,9 @@ from torch import Tensor
 
 import fastmaf
 from fastmaf.images.dataset import load_train, to_unit
+from fastmaf.inspection.blocks import fit_blocks
 from fastmaf.inspection.out_of_fold import drop_fold, k_fold
 from fastmaf.inspection.recipe import Recipe
-from fastmaf.inspection.selection.blocks import fit_blocks
 from fastmaf.inspection.whitening import fit_whitening
 
 RECIPE = Recipe(augmentation="shifts", blocks=2)

@@ -22,14 +22,18 @@ from tqdm import tqdm
 
 import fastmaf
 from fastmaf.images.dataset import to_unit
+from fastmaf.inspection.blocks import Log, fit_blocks, select_blocks
 from fastmaf.inspection.calibration import Calibration
 from fastmaf.inspection.model import InspectionModel
 from fastmaf.inspection.out_of_fold import OutOfFoldModels, drop_fold, k_fold, out_of_fold_maps, out_of_fold_scores
 from fastmaf.inspection.recipe import Recipe
-from fastmaf.inspection.selection.augmentation import compared_whitenings, select_augmentation
-from fastmaf.inspection.selection.blocks import Log, fit_blocks, select_blocks
 from fastmaf.inspection.selection.select import select_score_and_map
-from fastmaf.inspection.whitening import before_whitening, fit_whitening
+from fastmaf.inspection.whitening import (
+    before_whitening,
+    compared_whitenings,
+    fit_whitening,
+    select_augmentation,
+)
 
 
 @dataclass(frozen=True, eq=False)

@@ -17,9 +17,15 @@ import fastmaf
 from fastmaf.images.dataset import check_takes_images, to_unit
 from fastmaf.inspection.calibration import Calibration
 from fastmaf.inspection.model_schema import KEY, inspection_record
-from fastmaf.inspection.scoring.anomaly_map import anomaly_maps, residuals_of
 from fastmaf.inspection.scoring.float64_flow import Float64Flow, FlowValues
-from fastmaf.inspection.scoring.score import TermStatistics, image_scores, score_maps, terms_of
+from fastmaf.inspection.scoring.score import (
+    TermStatistics,
+    anomaly_maps,
+    image_scores,
+    residuals_of,
+    score_maps,
+    terms_of,
+)
 from fastmaf.inspection.scoring.settings import AnomalyMapConfig, ScoreSettings
 from fastmaf.io.safe_json import shown
 from fastmaf.io.tensor_file import read_tensors

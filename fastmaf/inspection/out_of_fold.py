@@ -11,9 +11,15 @@ import torch
 from torch import Tensor
 
 import fastmaf
-from fastmaf.inspection.scoring.anomaly_map import anomaly_maps, residuals_of
 from fastmaf.inspection.scoring.float64_flow import Float64Flow, FlowValues
-from fastmaf.inspection.scoring.score import TermStatistics, image_scores, score_maps, terms_of
+from fastmaf.inspection.scoring.score import (
+    TermStatistics,
+    anomaly_maps,
+    image_scores,
+    residuals_of,
+    score_maps,
+    terms_of,
+)
 from fastmaf.inspection.scoring.settings import AnomalyMapConfig, ScoreSettings
 
 

@@ -20,8 +20,7 @@ from tqdm import tqdm
 import fastmaf
 from fastmaf.images.dataset import to_unit
 from fastmaf.inspection.out_of_fold import OutOfFoldModels
-from fastmaf.inspection.scoring.anomaly_map import anomaly_maps, residuals_of
-from fastmaf.inspection.scoring.score import terms_of
+from fastmaf.inspection.scoring.score import anomaly_maps, residuals_of, terms_of
 from fastmaf.inspection.scoring.settings import AnomalyMapConfig, ScoreSettings, Source
 from fastmaf.inspection.synthetic_defects.draw import KINDS, SyntheticDefects, draw_defects
 from fastmaf.metrics.aupro import au_pro, pixel_auroc

@@ -14,6 +14,7 @@ from torch import Tensor
 
 import fastmaf
 from fastmaf.images.dataset import to_unit
+from fastmaf.inspection.blocks import fit_blocks
 from fastmaf.inspection.calibration import Calibration
 from fastmaf.inspection.detector import Detector
 from fastmaf.inspection.model import InspectionModel, load_inspection
@@ -21,7 +22,6 @@ from fastmaf.inspection.recipe import Recipe
 from fastmaf.inspection.scoring.float64_flow import FlowValues, rounded
 from fastmaf.inspection.scoring.score import TermStatistics, terms_of
 from fastmaf.inspection.scoring.settings import AnomalyMapConfig, ScoreSettings
-from fastmaf.inspection.selection.blocks import fit_blocks
 from fastmaf.inspection.whitening import fit_whitening
 from fastmaf.io.tensor_file import read_tensors, write_tensors
 

@@ -12,11 +12,11 @@ from torch import Tensor
 
 import fastmaf
 from fastmaf.images.dataset import to_unit
+from fastmaf.inspection import blocks as blocks_module
 from fastmaf.inspection.detector import Detector
 from fastmaf.inspection.fit import fit
 from fastmaf.inspection.recipe import Recipe
 from fastmaf.inspection.scoring.settings import AnomalyMapConfig, ScoreSettings
-from fastmaf.inspection.selection import blocks as blocks_module
 from fastmaf.inspection.workflow.train import _decisions
 
 FIXED = Recipe(size=16, score=ScoreSettings(), map_config=AnomalyMapConfig())

@@ -8,9 +8,8 @@ import pytest
 import torch
 
 import fastmaf
-from fastmaf.inspection.scoring.anomaly_map import anomaly_maps, residuals_of
 from fastmaf.inspection.scoring.float64_flow import FlowValues
-from fastmaf.inspection.scoring.score import smoothing
+from fastmaf.inspection.scoring.score import anomaly_maps, residuals_of, smoothing
 from fastmaf.inspection.scoring.settings import AnomalyMapConfig
 
 SIZE, D = 8, 192
