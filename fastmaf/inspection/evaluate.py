@@ -22,7 +22,7 @@ from fastmaf.inspection.masks import LabelledSet
 from fastmaf.inspection.model import InspectionModel, Prediction
 from fastmaf.inspection.scoring.float64_flow import Float64Flow, FlowValues
 from fastmaf.inspection.scoring.score import image_scores, score_maps, terms_of
-from fastmaf.inspection.scoring.settings import Kind, ScoreSettings
+from fastmaf.inspection.scoring.settings import Kind
 from fastmaf.metrics.aupro import au_pro, compare_pixels
 from fastmaf.metrics.auroc import auroc, auroc_interval
 from fastmaf.metrics.bootstrap import PairedDifference, paired_bootstrap
@@ -111,23 +111,24 @@ def _model_scores(
     model: InspectionModel, images: ImageSet, prediction: Prediction, fold_models: Sequence[fastmaf.Flow]
 ) -> list[_Scored]:
     """Returns all scores of the model, its own first, and that of the ensemble of the fold models."""
-    own, nll = model.settings, torch.from_numpy(prediction.nll).to(model.device)
+    settings, nll = model.settings, torch.from_numpy(prediction.nll).to(model.device)
     names: dict[Kind, str] = {
         "nll": "NLL",
         "typicality": "typicality |NLL - mean|",
-        "map top": f"map, mean of top {own.top:.1%}",
+        "map top": f"map, mean of top {settings.top:.1%}",
         "map maximum": "map maximum",
     }
 
-    def scored(name: str, maps: Tensor, settings: ScoreSettings) -> _Scored:
-        return name, "score", image_scores(maps, nll, model.statistics, settings).cpu().numpy(), None
+    def scored(name: str, maps: Tensor, kind: Kind) -> _Scored:
+        scores = image_scores(maps, nll, model.statistics, replace(settings, kind=kind))
+        return name, "score", scores.cpu().numpy(), None
 
-    name, maps = names.pop(own.kind), _score_maps(model.float64_flow, model, images)
+    name, maps = names.pop(settings.kind), _score_maps(model.float64_flow, model, images)
     result: list[_Scored] = [(name, "score", prediction.scores, prediction.anomaly_maps)]
-    result += [scored(other, maps, replace(own, kind=kind)) for kind, other in names.items()]
-    if fold_models and not own.needs_nll:
+    result += [scored(other, maps, kind) for kind, other in names.items()]
+    if fold_models and not settings.needs_nll:
         several = torch.stack([_score_maps(Float64Flow(flow), model, images) for flow in fold_models])
-        result.append(scored(f"{name}, {len(fold_models)} folds", several.mean(dim=0), own))
+        result.append(scored(f"{name}, {len(fold_models)} folds", several.mean(dim=0), settings.kind))
     return result
 
 
@@ -158,8 +159,8 @@ def format_table(rows: Sequence[TableRow], alarms: Mapping[str, tuple[int, int]]
     default = next(row for row in rows if row.default)
     for metric, name in (("AUROC", "auroc"), ("pixel AUROC", "pixel_auroc"), ("AU-PRO", "au_pro")):
         values = {row.name: getattr(row, name) for row in rows if row.kind == "baseline"}
-        own = getattr(default, name)
-        better = [baseline for baseline, value in values.items() if None not in (own, value) and value > own]
+        least = getattr(default, name)
+        better = [baseline for baseline, value in values.items() if None not in (least, value) and value > least]
         if better:
             text.append(f"baselines with a higher {metric} than the default score: {', '.join(better)}")
     text.append("")

@@ -34,10 +34,10 @@ def scratch(canvas: Canvas) -> Array:
     heading, length = float(rng.uniform(0, 2 * np.pi)), canvas.length(5, 30)
     add, covered = canvas.colour(y, x), np.zeros((canvas.size,) * 2, dtype=np.float32)
     for _ in range(int(rng.choice([1, 1, 1, 2, 3]))):
-        turn, own = heading + 0.08 * float(rng.standard_normal()), length * float(rng.uniform(0.6, 1.0))
+        turn, extent = heading + 0.08 * float(rng.standard_normal()), length * float(rng.uniform(0.6, 1.0))
         aside = canvas.unit * rng.normal(0, 1.5, 2)
-        start = y + aside[0] - own / 2 * float(np.sin(turn)), x + aside[1] - own / 2 * float(np.cos(turn))
-        points = _line(canvas, *start, turn, own, 0.06)
+        start = y + aside[0] - extent / 2 * float(np.sin(turn)), x + aside[1] - extent / 2 * float(np.cos(turn))
+        points = _line(canvas, *start, turn, extent, 0.06)
         n = len(points) - 1
         fade = np.sin(np.pi * (np.arange(n) + 0.5) / n) ** 0.5 * rng.uniform(0.4, 1.0, n)
         width = canvas.length(0.8, 2.0)
