@@ -244,12 +244,12 @@ def test_it_is_the_model_of_the_recipe(fitted: Detector, root: Path, images: np.
     pixels = load_train(root, size=16, progress=False).pixels
     expected = fit(pixels, Recipe(16, 20, blocks=1, steps=5, folds=3), progress=False).model
     assert isinstance(fitted.model_, InspectionModel)
-    found = expected.predict(pixels)
-    np.testing.assert_array_equal(fitted.anomaly_score(images), found.scores)
-    np.testing.assert_array_equal(fitted.anomaly_map(images), found.anomaly_maps)
+    prediction = expected.predict(pixels)
+    np.testing.assert_array_equal(fitted.anomaly_score(images), prediction.scores)
+    np.testing.assert_array_equal(fitted.anomaly_map(images), prediction.anomaly_maps)
     assert fitted.offset_ == -expected.calibration.threshold
     assert fitted.n_features_in_ == 3 * 16 * 16
-    assert fitted.anomaly_map(images[:2]).shape == (2, 16, 16) and found.anomaly_maps.dtype == np.float32
+    assert fitted.anomaly_map(images[:2]).shape == (2, 16, 16) and prediction.anomaly_maps.dtype == np.float32
 
 
 def test_every_form_of_the_images_gives_the_same_scores(

@@ -30,19 +30,19 @@ def picture(height: int, width: int) -> np.ndarray:
 @pytest.mark.parametrize("side", [1, 5, 64])
 def test_to_frame_is_bilinear_with_half_pixel_centres(side: int, shape: tuple[int, int]) -> None:
     values = noise(side, side)
-    found = to_frame(values, shape)
+    result = to_frame(values, shape)
     exact = torch.from_numpy(values).double()[None, None]
     expected = torch.nn.functional.interpolate(exact, shape, mode="bilinear")[0, 0]
-    assert found.dtype == np.float32 and found.shape == shape
-    np.testing.assert_allclose(found, expected, atol=2e-6)
-    assert found.min() >= values.min() and found.max() <= values.max()
+    assert result.dtype == np.float32 and result.shape == shape
+    np.testing.assert_allclose(result, expected, atol=2e-6)
+    assert result.min() >= values.min() and result.max() <= values.max()
 
 
 def test_to_frame_keeps_places() -> None:
     values = np.zeros((8, 8), dtype=np.float32)
     values[2, 5] = 1
-    found = to_frame(values, (80, 160))
-    at = np.argwhere(found > 0.9).mean(axis=0)
+    result = to_frame(values, (80, 160))
+    at = np.argwhere(result > 0.9).mean(axis=0)
     np.testing.assert_allclose(at, [24.5, 109.5])
 
 
@@ -51,13 +51,13 @@ def test_to_frame_keeps_places() -> None:
 def test_maps_come_back(tmp_path: Path, name: str, shape: tuple[int, int]) -> None:
     values = np.abs(noise(*shape))
     write_map(tmp_path / name, values)
-    found = read(tmp_path / name)
-    assert found.shape == shape
+    result = read(tmp_path / name)
+    assert result.shape == shape
     if name.lower().endswith("png"):
-        assert np.abs(found - values).max() <= 0.5 / SCALE + 1e-6
+        assert np.abs(result - values).max() <= 0.5 / SCALE + 1e-6
         assert Image.open(tmp_path / name).mode.startswith("I")
     else:
-        np.testing.assert_array_equal(found, values)
+        np.testing.assert_array_equal(result, values)
     assert [p.name for p in (tmp_path / name).parent.iterdir()] == [Path(name).name]  # nothing temporary is left
 
 
@@ -107,12 +107,12 @@ def test_an_existing_map_is_replaced_whole_or_not_at_all(tmp_path: Path) -> None
 def test_overlay_leaves_what_is_low_and_is_more_opaque_with_the_value() -> None:
     image, values = picture(30, 40), np.tile(np.linspace(-1, 3, 40, dtype=np.float32), (30, 1))
     before = image.copy()
-    found = overlay(image, values, low=0.0, high=2.0)
+    result = overlay(image, values, low=0.0, high=2.0)
     np.testing.assert_array_equal(image, before)
-    assert found.dtype == np.uint8 and found.shape == image.shape
+    assert result.dtype == np.uint8 and result.shape == image.shape
     low = values <= 0
-    np.testing.assert_array_equal(found[low], image[low])
-    assert (found[~low & (values > 0.1)] != image[~low & (values > 0.1)]).any(axis=1).all()
+    np.testing.assert_array_equal(result[low], image[low])
+    assert (result[~low & (values > 0.1)] != image[~low & (values > 0.1)]).any(axis=1).all()
     black, white = (overlay(np.full_like(image, level), values, low=0.0, high=2.0)[0].astype(int) for level in (0, 255))
     kept = (white - black).mean(axis=1) / 255  # what is left of the image
     assert (np.diff(kept) <= 0.01).all() and kept[0] == 1 and 0.3 < kept[-1] < 0.5
@@ -131,11 +131,11 @@ def test_overlay_shows_on_black_white_and_the_colours_between() -> None:
 
 def test_overlay_at_infinity_and_its_errors() -> None:
     image = picture(2, 3)
-    found = overlay(image, np.array([[np.inf, 1, 0], [-np.inf, 0, 5]]), low=0, high=1)
-    np.testing.assert_array_equal(found[1, :2], image[1, :2])
+    result = overlay(image, np.array([[np.inf, 1, 0], [-np.inf, 0, 5]]), low=0, high=1)
+    np.testing.assert_array_equal(result[1, :2], image[1, :2])
     same = np.full_like(image, 77)
-    found = overlay(same, np.array([[np.inf, 1, 0], [-np.inf, 0, 5]]), low=0, high=1)
-    np.testing.assert_array_equal(found[0, 0], found[0, 1])
+    result = overlay(same, np.array([[np.inf, 1, 0], [-np.inf, 0, 5]]), low=0, high=1)
+    np.testing.assert_array_equal(result[0, 0], result[0, 1])
     with pytest.raises(ValueError, match="NaN"):
         overlay(image, np.array([[np.nan, 1, 0], [1, 0, 5]]), low=0, high=1)
     with pytest.raises(ValueError, match=r"\[2, 3\]; found \[3, 2\]"):
@@ -152,10 +152,10 @@ def test_write_overlay_writes_what_overlay_returns(tmp_path: Path) -> None:
     image, values = picture(50, 31), to_frame(noise(8, 8), (50, 31))
     turned = image.transpose(1, 0, 2)[::-1]  # views that are not contiguous are images, too
     write_overlay(tmp_path / "ä b.png", image, values, 0.5, 9.0)
-    with Image.open(tmp_path / "ä b.png") as found:
-        np.testing.assert_array_equal(np.asarray(found), overlay(image, values, low=0.5, high=9.0))
+    with Image.open(tmp_path / "ä b.png") as result:
+        np.testing.assert_array_equal(np.asarray(result), overlay(image, values, low=0.5, high=9.0))
     write_overlay(tmp_path / "t.png", turned, values.T[::-1], 0.5, 9.0)
-    with Image.open(tmp_path / "t.png") as found:
+    with Image.open(tmp_path / "t.png") as result:
         np.testing.assert_array_equal(
-            np.asarray(found), overlay(image, values, low=0.5, high=9.0).transpose(1, 0, 2)[::-1]
+            np.asarray(result), overlay(image, values, low=0.5, high=9.0).transpose(1, 0, 2)[::-1]
         )
