@@ -36,9 +36,8 @@ def test_quarter_turns_are_exact_and_counter_clockwise_and_the_others_keep_the_c
     for k in range(4):
         assert torch.allclose(augmented[:, 2 * k], plain.rot90(k, (2, 3)), atol=1e-5)
     middle = SIZE // 2
-    assert torch.allclose(
-        augmented[..., middle, middle], plain[:, None, :, middle, middle].expand(-1, 8, -1), atol=1e-5
-    )
+    centre = plain[:, None, :, middle, middle].expand(-1, 8, -1)
+    assert torch.allclose(augmented[..., middle, middle], centre, atol=1e-5)
     assert torch.allclose(copies(rotations(SIZE, 5), torch.full((2, 3 * SIZE**2), 0.3)), torch.tensor(0.3))
 
 

@@ -8,10 +8,7 @@ import numpy as np
 import pytest
 
 from fastmaf.inspection.calibration import Calibration, CalibrationError
-
-
-def calibration_of(n: int, alpha: float = 0.05, confidence: float | None = None) -> Calibration:
-    return Calibration(np.arange(1.0, n + 1), alpha, confidence, "split")
+from tests.inspection.tiny import calibration_of
 
 
 @pytest.mark.parametrize(
@@ -67,12 +64,12 @@ def test_a_record_of_another_kind_is_refused() -> None:
 @pytest.mark.parametrize("confidence", [None, 0.95])
 def test_round_trip(confidence: float | None) -> None:
     scores = np.append(np.random.default_rng(0).normal(-4e4, 2e3, 70), np.inf)
-    calibration = Calibration(
-        scores, np.float64(0.07), confidence, "k-fold", 5, "2025-03-01T12:30:00+00:00", "Straße 7"
-    )
-    changed = Calibration.from_json(json.loads(json.dumps(calibration.to_json(), allow_nan=False)), calibration.scores)
-    assert np.array_equal(changed.scores, calibration.scores) and changed.to_json() == calibration.to_json()
-    assert (changed.threshold, changed.describe()) == (calibration.threshold, calibration.describe())
+    created = "2025-03-01T12:30:00+00:00"
+    calibration = Calibration(scores, np.float64(0.07), confidence, "k-fold", 5, created, "Straße 7")
+    text = json.dumps(calibration.to_json(), allow_nan=False)
+    loaded = Calibration.from_json(json.loads(text), calibration.scores)
+    assert np.array_equal(loaded.scores, calibration.scores) and loaded.to_json() == calibration.to_json()
+    assert (loaded.threshold, loaded.describe()) == (calibration.threshold, calibration.describe())
 
 
 def test_with_rate_keeps_the_rest() -> None:
@@ -112,7 +109,5 @@ def test_description_of_a_split() -> None:
     text = Calibration(np.arange(30.0), 0.05, None, "split").describe()
     assert "30 normal images, all scored by one model" in text and "fold" not in text
     assert "which needs 59 calibration images: 29 more" in text
-    assert (
-        "8.8% with 99%" in calibration_of(50, 0.05, 0.99).describe()
-        and "99" not in calibration_of(50, 0.05, 0.95).describe()
-    )
+    assert "8.8% with 99%" in calibration_of(50, 0.05, 0.99).describe()
+    assert "99" not in calibration_of(50, 0.05, 0.95).describe()

@@ -11,13 +11,9 @@ from scipy.stats import binom
 
 from fastmaf.inspection.calibration import Calibration, CalibrationError
 from fastmaf.metrics.evaluate import conformal_threshold
+from tests.inspection.tiny import calibration_of
 
 ALPHAS = [0.01, 0.05, 0.07, 0.1, 0.13, 0.29, 1 / 3, 0.5, 0.9]
-
-
-def calibration_of(n: int, alpha: float = 0.05, confidence: float | None = None) -> Calibration:
-    """Scores 1..n, so that the threshold is the rank."""
-    return Calibration(np.arange(1.0, n + 1), alpha, confidence, "split")
 
 
 @pytest.mark.parametrize("alpha", ALPHAS)
@@ -117,9 +113,8 @@ def test_p_value_and_verdict_say_the_same_with_ties_too(alpha: float, confidence
             tried = np.concatenate([scores, np.nextafter(scores, np.inf), scores - 1, [1e9, -1e9, np.inf]])
             p = c.p_values(tried)
             assert p.dtype == np.float64
-            assert p.tolist() == [
-                (1 + sum(reference >= score for reference in scores.tolist())) / (n + 1) for score in tried.tolist()
-            ]
+            above = (scores[:, None] >= tried).sum(axis=0)
+            assert np.array_equal(p, (1 + above) / (n + 1))
             assert np.array_equal(p <= c.expected_rate, c.is_anomalous(tried))
             if (
                 confidence is None and c.attainable and alpha != 1 / 3
