@@ -110,12 +110,10 @@ class InspectionModel:
         Raises:
             ValueError: the images have another size or type.
         """
-        scores, maps, nll = [], [], []
-        for values in self._batches(pixels):
-            scores.append(self._scores(values))
-            maps.append(self._anomaly_maps(values))
-            nll.append(values.nll.cpu())
-        return Prediction(*(torch.cat(part).numpy() for part in (scores, maps, nll)))
+        parts = [
+            (self._scores(values), self._anomaly_maps(values), values.nll.cpu()) for values in self._batches(pixels)
+        ]
+        return Prediction(*(torch.cat(part).numpy() for part in zip(*parts, strict=True)))
 
     @fastmaf.torch_defaults()
     def scores(self, pixels: Tensor) -> np.ndarray:
