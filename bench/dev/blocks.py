@@ -21,7 +21,7 @@ from torch import Tensor
 import fastmaf
 from fastmaf.images.dataset import load_train, to_unit
 from fastmaf.inspection.blocks import fit_blocks
-from fastmaf.inspection.folds import drop_fold, k_fold
+from fastmaf.inspection.out_of_fold import drop_fold, k_fold
 from fastmaf.inspection.recipe import Recipe
 from fastmaf.inspection.whitening import fit_whitening
 

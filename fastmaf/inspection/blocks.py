@@ -1,16 +1,23 @@
-"""Training the local autoregressive blocks of a recipe."""
+"""The local autoregressive blocks of a flow: training them, and dropping them if they do not help."""
 
 from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
 
 import fastmaf
+from fastmaf.inspection.out_of_fold import OutOfFoldModels, drop_fold
 from fastmaf.inspection.recipe import Recipe
+
+Log = list[dict[str, float]]
 
 
 def fit_blocks(
-    z: Tensor, recipe: Recipe, held_out: Tensor | None = None, log: list[dict[str, float]] | None = None
+    z: Tensor, recipe: Recipe, held_out: Tensor | None = None, log: Log | None = None
 ) -> list[fastmaf.Transform]:
     """Returns blocks trained on whitened images ``[n, D]``.
 
@@ -45,3 +52,54 @@ def fit_blocks(
                 train, test = (float(-flow.log_prob(part).double().mean()) for part in (batch, held_out))
             log.append({"step": step, "nll": train, "held_out_nll": test})
     return blocks
+
+
+def select_blocks(
+    x: Tensor, z: Tensor, models: OutOfFoldModels, recipe: Recipe, done: Callable[[], object]
+) -> tuple[int, OutOfFoldModels, Log, dict[str, Any]]:
+    """Trains blocks without each fold, and drops them if held-out images are no more likely with them.
+
+    Args:
+        x: normal images ``[n, D]``, as their NLL is measured.
+        z: the same, each whitened by the model of the fold that left it out ``[n, D]``.
+        models: the whitenings fitted without each fold, with the transforms before them.
+        recipe: a number of blocks is kept in any case, ``"auto"`` is not.
+        done: called after each fold.
+
+    Returns:
+        The number of blocks kept; ``models`` with these blocks; the training curve of the first fold, rows of step
+        and NLLs; and the mean held-out NLLs in nats that decided, for the model's record.
+
+    Warns:
+        UserWarning: held-out images are no more likely with the blocks that the recipe asks for.
+    """
+    nll, mean_with = models.nll(x), None
+    mean, kept = float(nll.mean()), recipe.most_blocks
+    log: Log = []
+    if kept:
+        flows: list[fastmaf.Flow] = []
+        for fold, flow in zip(models.folds, models.flows, strict=True):
+            blocks = fit_blocks(drop_fold(z, fold), recipe, z[fold], None if flows else log)
+            flows.append(fastmaf.Flow(recipe.features, [*flow.transforms, *blocks]).eval())  # type: ignore[list-item]
+            done()
+        extended = OutOfFoldModels(models.folds, flows)
+        nll_with = extended.nll(x)
+        mean_with = float(nll_with.mean())
+        better = mean_with < mean  # False for NaN
+        if recipe.blocks != "auto" and not better:
+            warnings.warn(
+                f"blocks={recipe.blocks} do not make held-out images more likely (NLL {mean_with:,.0f} nats with them, "
+                f"{mean:,.0f} without); they are kept as requested, blocks='auto' drops them",
+                stacklevel=4,
+            )
+        if recipe.blocks != "auto" or better:
+            models, nll = extended, nll_with
+        else:
+            kept = 0
+    figures = {
+        "held_out_nll_with_blocks": mean_with,
+        "held_out_nll": float(nll.mean()),
+        "held_out_nll_of_whitening": mean,
+        "held_out_nll_of_folds": [float(nll[fold].mean()) for fold in models.folds],
+    }
+    return kept, models, log, figures

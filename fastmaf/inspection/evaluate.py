@@ -22,7 +22,7 @@ from fastmaf.inspection.masks import LabelledSet
 from fastmaf.inspection.model import InspectionModel, Prediction
 from fastmaf.inspection.scoring.float64_flow import Float64Flow, FlowValues
 from fastmaf.inspection.scoring.score import image_scores, score_maps, terms_of
-from fastmaf.inspection.scoring.settings import Kind, ScoreSettings
+from fastmaf.inspection.scoring.settings import Kind
 from fastmaf.metrics.aupro import au_pro, compare_pixels
 from fastmaf.metrics.auroc import PairedDifference, auroc, auroc_interval, paired_bootstrap
 from fastmaf.metrics.results import NORMAL
@@ -54,19 +54,6 @@ class TableRow:
     au_pro: float | None
     pixel_difference: PairedDifference | None
     default: bool
-
-
-def scores_of(model: InspectionModel) -> list[tuple[str, ScoreSettings]]:
-    """Returns name and settings of all scores of a model, its own first."""
-    names: dict[Kind, str] = {
-        "nll": "NLL",
-        "typicality": "typicality |NLL - mean|",
-        "map top": f"map, mean of top {model.settings.top:.1%}",
-        "map maximum": "map maximum",
-    }
-    own = model.settings
-    others = [replace(own, kind=kind) for kind in names if kind != own.kind]
-    return [(names[settings.kind], settings) for settings in (own, *others)]
 
 
 @fastmaf.torch_defaults()
@@ -122,19 +109,25 @@ def _pixel_metrics(
 def _model_scores(
     model: InspectionModel, images: ImageSet, prediction: Prediction, fold_models: Sequence[fastmaf.Flow]
 ) -> list[_Scored]:
-    """Returns all scores of the model, its own first."""
-    nll = torch.from_numpy(prediction.nll).to(model.device)
-    maps = _score_maps(model.float64_flow, model, images)
+    """Returns all scores of the model, its own first, and that of the ensemble of the fold models."""
+    settings, nll = model.settings, torch.from_numpy(prediction.nll).to(model.device)
+    names: dict[Kind, str] = {
+        "nll": "NLL",
+        "typicality": "typicality |NLL - mean|",
+        "map top": f"map, mean of top {settings.top:.1%}",
+        "map maximum": "map maximum",
+    }
 
-    def scored(settings: ScoreSettings, maps: Tensor) -> np.ndarray:
-        return image_scores(maps, nll, model.statistics, settings).cpu().numpy()
+    def scored(name: str, maps: Tensor, kind: Kind) -> _Scored:
+        scores = image_scores(maps, nll, model.statistics, replace(settings, kind=kind))
+        return name, "score", scores.cpu().numpy(), None
 
-    (name, own), *others = scores_of(model)
+    name, maps = names.pop(settings.kind), _score_maps(model.float64_flow, model, images)
     result: list[_Scored] = [(name, "score", prediction.scores, prediction.anomaly_maps)]
-    result += [(other, "score", scored(settings, maps), None) for other, settings in others]
-    if fold_models and not own.needs_nll:
+    result += [scored(other, maps, kind) for kind, other in names.items()]
+    if fold_models and not settings.needs_nll:
         several = torch.stack([_score_maps(Float64Flow(flow), model, images) for flow in fold_models])
-        result.append((f"{name}, {len(fold_models)} folds", "score", scored(own, several.mean(dim=0)), None))
+        result.append(scored(f"{name}, {len(fold_models)} folds", several.mean(dim=0), settings.kind))
     return result
 
 
@@ -157,23 +150,22 @@ def format_table(rows: Sequence[TableRow], alarms: Mapping[str, tuple[int, int]]
     text = [f"{head}  {'pixel':>5}  {'95% to default':<16}  AU-PRO"]
     for row in rows:
         low, high = row.interval
-        line = f"{row.name:<{wide}}  {row.auroc:>6.3f}  {low:.3f} - {high:.3f}   "
-        if row.difference is None:
-            line += f"{'default':>10}  {'':<16}"
-        else:
-            d = row.difference
-            line += f"{d.difference:>+10.3f}  {d.low:+.3f} to {d.high:+.3f}"
+        difference = "default" if row.difference is None else f"{row.difference.difference:+.3f}"
         pixel, pro = ("" if value is None else f"{value:.3f}" for value in (row.pixel_auroc, row.au_pro))
-        p = row.pixel_difference
-        interval = "" if p is None else f"{p.low:+.3f} to {p.high:+.3f}"
-        text.append(f"{line}  {pixel:>5}  {interval:<16}  {pro:>6}".rstrip())
+        line = f"{row.name:<{wide}}  {row.auroc:>6.3f}  {low:.3f} - {high:.3f}   {difference:>10}  "
+        line += f"{_interval(row.difference):<16}  {pixel:>5}  {_interval(row.pixel_difference):<16}  {pro:>6}"
+        text.append(line.rstrip())
     default = next(row for row in rows if row.default)
     for metric, name in (("AUROC", "auroc"), ("pixel AUROC", "pixel_auroc"), ("AU-PRO", "au_pro")):
-        own = getattr(default, name)
-        baselines = [(row.name, getattr(row, name)) for row in rows if row.kind == "baseline"]
-        better = [baseline for baseline, value in baselines if None not in (own, value) and value > own]
+        values = {row.name: getattr(row, name) for row in rows if row.kind == "baseline"}
+        least = getattr(default, name)
+        better = [baseline for baseline, value in values.items() if None not in (least, value) and value > least]
         if better:
             text.append(f"baselines with a higher {metric} than the default score: {', '.join(better)}")
     text.append("")
     text += [f"{visible(label)}: {count} of {n} anomalous" for label, (n, count) in alarms.items()]
     return "\n".join(text)
+
+
+def _interval(difference: PairedDifference | None) -> str:
+    return "" if difference is None else f"{difference.low:+.3f} to {difference.high:+.3f}"

@@ -22,16 +22,18 @@ from tqdm import tqdm
 
 import fastmaf
 from fastmaf.images.dataset import to_unit
-from fastmaf.inspection.blocks import fit_blocks
+from fastmaf.inspection.blocks import Log, fit_blocks, select_blocks
 from fastmaf.inspection.calibration import Calibration
-from fastmaf.inspection.folds import drop_fold, k_fold
 from fastmaf.inspection.model import InspectionModel
-from fastmaf.inspection.out_of_fold import OutOfFoldModels, out_of_fold_maps, out_of_fold_scores
+from fastmaf.inspection.out_of_fold import OutOfFoldModels, drop_fold, k_fold, out_of_fold_maps, out_of_fold_scores
 from fastmaf.inspection.recipe import Recipe
-from fastmaf.inspection.selection.augmentation import compared_whitenings, select_augmentation
-from fastmaf.inspection.selection.blocks import select_blocks
 from fastmaf.inspection.selection.select import select_score_and_map
-from fastmaf.inspection.whitening import before_whitening, fit_whitening
+from fastmaf.inspection.whitening import (
+    before_whitening,
+    compared_whitenings,
+    fit_whitening,
+    select_augmentation,
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -47,7 +49,7 @@ class Fitted:
 
     model: InspectionModel
     out_of_fold: OutOfFoldModels
-    log: list[dict[str, float]]
+    log: Log
     seconds: dict[str, float]
 
 
@@ -79,8 +81,7 @@ def fit(pixels: Tensor, recipe: Recipe | None = None, *, progress: bool = True) 
     steps = compared_whitenings(asked, len(x)) + asked.folds + 1 + asked.folds * bool(asked.most_blocks)
     times = [time.perf_counter()]
     with tqdm(total=steps, desc="fitting", unit="model", disable=not progress, leave=False) as bar:
-        augmentation = select_augmentation(x, folds, asked, bar.update)
-        recipe, whitenings = augmentation.recipe, augmentation.whitenings
+        recipe, whitenings, augmentation_figures = select_augmentation(x, folds, asked, bar.update)
         first = before_whitening(recipe)
         y = fastmaf.Flow(recipe.features, first)(x)[0]
         for fold in folds[len(whitenings) :]:
@@ -93,32 +94,29 @@ def fit(pixels: Tensor, recipe: Recipe | None = None, *, progress: bool = True) 
         for fold, fold_whitening in zip(folds, whitenings, strict=True):
             z[fold] = fold_whitening(y[fold])[0]
         flows = [fastmaf.Flow(recipe.features, [*first, fold_whitening]).eval() for fold_whitening in whitenings]
-        blocks = select_blocks(x, z, OutOfFoldModels(folds, flows), recipe, bar.update)
-        recipe = replace(recipe, blocks=blocks.kept)
+        models = OutOfFoldModels(folds, flows)
+        kept, models, log, block_figures = select_blocks(x, z, models, recipe, bar.update)
+        recipe = replace(recipe, blocks=kept)
         flow = fastmaf.Flow(recipe.features, [*first, whitening, *fit_blocks(z, recipe)]).eval().requires_grad_(False)
         times.append(time.perf_counter())
-    score, map_config, figures = select_score_and_map(recipe, pixels, blocks.models)
-    statistics, scores = out_of_fold_scores(images, blocks.models, score)
-    map_config, maps = out_of_fold_maps(images, blocks.models, map_config)
+    score, map_config, figures = select_score_and_map(recipe, pixels, models)
+    statistics, scores = out_of_fold_scores(images, models, score)
+    map_config, maps = out_of_fold_maps(images, models, map_config)
     times.append(time.perf_counter())
     about = {
         "recipe": asdict(replace(recipe, score=score, map_config=map_config)),
         "asked": {"blocks": asked.blocks, "augmentation": asked.augmentation},
+        **augmentation_figures,
+        **block_figures,
         **figures,
         "images": len(x),
-        "held_out_nll_of_augmentations": augmentation.nll,
-        "held_out_nll_without_logit": augmentation.nll_without_logit,
-        "held_out_nll_with_blocks": blocks.nll_with,
-        "held_out_nll": float(blocks.nll.mean()),
-        "held_out_nll_of_whitening": float(blocks.whitening_nll.mean()),
         "images_of_folds": [len(fold) for fold in folds],
-        "held_out_nll_of_folds": [float(blocks.nll[fold].mean()) for fold in folds],
         "map_levels": [float(np.quantile(maps.numpy(), 0.99)), float(maps.max())],
     }
     calibration = Calibration(scores.numpy(), 0.05, None, "k-fold", asked.folds)
     model = InspectionModel(flow, score, map_config, statistics, calibration, about)
     seconds = dict(zip(("whitenings", "blocks", "scores"), np.diff(times).tolist(), strict=True))
-    return Fitted(model, blocks.models, blocks.log, seconds)
+    return Fitted(model, models, log, seconds)
 
 
 def dequantized(x: Tensor, seed: int) -> Tensor:

@@ -36,10 +36,10 @@ def replace_fold_models(new: Path, run: Path) -> None:
     Earlier fold models are large and useful with their own model only. Other files in the folder are kept.
     """
     folder = run / FOLDS_FOLDER
-    for file in folder.glob("fold-*.safetensors"):
+    for file in _files(run):
         if _owner(file) is not None:
             file.unlink()
-    for file in sorted((new / FOLDS_FOLDER).glob("fold-*.safetensors")):
+    for file in _files(new):
         folder.mkdir(exist_ok=True)
         replace(file, folder / file.name)
     if folder.is_dir() and not any(folder.iterdir()):
@@ -53,16 +53,22 @@ def load_fold_models(run: Path, model: InspectionModel) -> list[fastmaf.Flow]:
     Raises:
         fastmaf.CheckpointError: a file is damaged.
     """
-    files = sorted((run / FOLDS_FOLDER).glob("fold-*.safetensors"))
-    own = [f for f in files if read_tensors(f, tensors=False)[1].get("statistics") == _fingerprint(model)]
-    flows = [fastmaf.load(file, device=model.device).eval() for file in own]
-    for file, flow in zip(own, flows, strict=True):
+    flows: list[fastmaf.Flow] = []
+    for file in _files(run):
+        if read_tensors(file, tensors=False)[1].get("statistics") != _fingerprint(model):
+            continue
+        flow = fastmaf.load(file, device=model.device).eval()
         check_takes_images(flow, file)
         if flow.features != model.flow.features:
             raise fastmaf.CheckpointError(
                 f"{file}: expected a flow of {model.flow.features} features, as its model's; found {flow.features}"
             )
-    return flows if len(own) == len(model.about.get("images_of_folds", own)) else []
+        flows.append(flow)
+    return flows if len(flows) == len(model.about.get("images_of_folds", flows)) else []
+
+
+def _files(run: Path) -> list[Path]:
+    return sorted((run / FOLDS_FOLDER).glob("fold-*.safetensors"))
 
 
 def _owner(file: Path) -> str | None:

@@ -16,11 +16,9 @@ import numpy as np
 from PIL import Image
 from PIL.TiffImagePlugin import ImageFileDirectory_v2
 
-from fastmaf.images.decode import MAX_PIXELS, DataError
 from fastmaf.images.png import png_text
 from fastmaf.io.atomic import written_atomically
 from fastmaf.io.marks import MAP, MAP_TITLE, OVERLAY
-from fastmaf.io.regular import NotRegularError, open_regular
 from fastmaf.metrics.pixel_ranks import resize_map
 
 SCALE = 512.0
@@ -81,75 +79,43 @@ def write_overlay(path: str | Path, image: np.ndarray, values: np.ndarray, low: 
         picture.save(file, format="PNG", pnginfo=png_text(OVERLAY), **_FAST)
 
 
-def write_map(path: str | Path, values: np.ndarray, *, scale: float = SCALE, unit: str = UNIT) -> None:
-    """Writes a map as a 16-bit grey PNG or a 32-bit floating-point TIFF, by the suffix; ``read_map`` reads it.
+def write_map(path: str | Path, values: np.ndarray) -> None:
+    """Writes a map as a 16-bit grey PNG or a 32-bit floating-point TIFF, by the suffix.
 
-    A PNG's levels are round(value · scale), clipped to 0..65535: the same scale for all maps, so that they can be
+    A PNG's levels are round(value · 512), clipped to 0..65535: the same scale for all maps, so that they can be
     compared. Its text chunks Scale, Unit and Description document this. A TIFF holds the exact values, including NaN
     and infinities, and the unit as its ImageDescription.
 
     Args:
         path: the file: .png, .tif or .tiff.
         values: [h, w]; for a PNG without NaN.
-        scale: levels per unit, of a PNG.
-        unit: of the values, in words.
 
     Raises:
-        ValueError: another suffix, a map that is empty or not two-dimensional, NaN in a PNG, or a scale that is not
-            positive.
+        ValueError: another suffix, a map that is empty or not two-dimensional, or NaN in a PNG.
     """
     path, values = Path(path), np.asarray(values, dtype=np.float32)
     if values.ndim != 2 or not values.size:
         raise ValueError(f"{path}: a map must be [h, w], neither of them 0; found {list(values.shape)}")
     suffix = path.suffix.lower()
     if suffix == ".png":
-        if not (np.isfinite(scale) and scale > 0):
-            raise ValueError(f"scale must be a positive number; found {scale}")
         if np.isnan(values).any():
             raise ValueError(f"{path}: the map holds NaN, which a PNG cannot; write a .tiff")
-        levels = np.clip(np.rint(values.astype(np.float64) * scale), 0, 65535).astype(np.uint16)
+        levels = np.clip(np.rint(values.astype(np.float64) * SCALE), 0, 65535).astype(np.uint16)
         text = png_text(MAP)
-        text.add_text("Scale", repr(float(scale)))
-        text.add_itxt("Unit", unit)
-        text.add_text("Description", f"{MAP_TITLE}: value = level / {float(scale)!r}")
+        text.add_text("Scale", repr(SCALE))
+        text.add_itxt("Unit", UNIT)
+        text.add_text("Description", f"{MAP_TITLE}: value = level / {SCALE!r}")
         with written_atomically(path) as file:
             Image.fromarray(levels).save(file, format="PNG", pnginfo=text, **_FAST)
     elif suffix in (".tif", ".tiff"):
         tags = ImageFileDirectory_v2()
-        tags[_TIFF_DESCRIPTION] = f"{MAP_TITLE}, {unit}"
+        tags[_TIFF_DESCRIPTION] = f"{MAP_TITLE}, {UNIT}"
         encoded = io.BytesIO()  # Pillow's TIFF writer bypasses Python's buffer and ignores short writes
         Image.fromarray(values).save(encoded, format="TIFF", tiffinfo=tags)
         with written_atomically(path) as file:
             file.write(encoded.getbuffer())
     else:
         raise ValueError(f"{path}: maps are written as .png, .tif or .tiff; found {path.suffix or 'no suffix'}")
-
-
-def read_map(path: str | Path) -> np.ndarray:
-    """Reads a file of ``write_map``, float32 [h, w]: from a PNG within half a step, 0.5 / scale, unless clipped.
-
-    Raises:
-        DataError: the file is missing, damaged, or not a map.
-    """
-    path = Path(path)
-    try:
-        with open_regular(path) as file, Image.open(file, formats=("PNG", "TIFF")) as image:
-            if image.width * image.height > MAX_PIXELS:
-                raise DataError(f"{path}: {image.width} x {image.height} pixels; at most {MAX_PIXELS:,} are decoded")
-            if image.format == "PNG" and image.mode in ("I;16", "I") and "Scale" in image.info:
-                return (np.asarray(image).astype(np.float64) / float(image.info["Scale"])).astype(np.float32)
-            if image.format == "TIFF" and image.mode == "F":
-                return np.array(image)
-            raise DataError(
-                f"{path}: no anomaly map; expected a 16-bit grey PNG with the text chunk Scale, or a 32-bit "
-                f"floating-point TIFF, found {image.format} of mode {image.mode}"
-            )
-    except DataError:
-        raise
-    except NotRegularError as error:
-        raise DataError(str(error)) from None
-    except Exception as error:  # a damaged file makes Pillow raise almost anything
-        raise DataError(f"{path}: cannot be read ({type(error).__name__}: {error})") from error
 
 
 @functools.cache

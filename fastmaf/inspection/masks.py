@@ -28,12 +28,10 @@ class Masks:
     Attributes:
         masks: bool [h, w] at the resolution of the mask's file; None for an image of class "good", which has no defect,
             and for one whose mask is missing or was skipped.
-        missing: the defective images that have no mask file.
         notes: on unusual masks, one sentence per kind.
     """
 
     masks: tuple[np.ndarray | None, ...]
-    missing: tuple[Path, ...]
     notes: tuple[str, ...]
 
     def usable(self, images: ImageSet) -> np.ndarray:
@@ -83,7 +81,7 @@ def load_masks(root: str | Path, images: ImageSet, *, skip_bad: bool = False) ->
         available, stem = masks_in(folder / label / PurePosixPath(name).parent), PurePosixPath(name).stem
         file = available.get(f"{stem}_mask", available.get(stem))
         if file is None:
-            missing.append(path)
+            missing.append(_name(path))
             continue
         try:
             mask, largest, alpha = _read(file, path, shape)
@@ -101,14 +99,14 @@ def load_masks(root: str | Path, images: ImageSet, *, skip_bad: bool = False) ->
     if not folder.is_dir():
         notes.append(f"no folder {folder}: the location of the defects is not known")
     elif missing:
-        notes.append(f"no mask in {folder} for {_some([_name(path) for path in missing])}")
+        notes.append(f"no mask in {folder} for {_some(missing)}")
     if bad:
         notes.append(f"{count(len(bad), 'mask')} skipped, as if missing: {_some(bad)}")
     if empty:
         notes.append(f"no defect (no value above 127) in the mask of a defective image: {_some(empty)}")
     if transparent:
         notes.append(f"transparent counts as white, a defect, in masks with an alpha channel: {_some(transparent)}")
-    return Masks(tuple(masks), tuple(missing), tuple(notes))
+    return Masks(tuple(masks), tuple(notes))
 
 
 def _masks_in(folder: Path) -> dict[str, Path]:

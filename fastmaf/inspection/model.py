@@ -17,9 +17,15 @@ import fastmaf
 from fastmaf.images.dataset import check_takes_images, to_unit
 from fastmaf.inspection.calibration import Calibration
 from fastmaf.inspection.model_schema import KEY, inspection_record
-from fastmaf.inspection.scoring.anomaly_map import anomaly_maps, residuals_of
 from fastmaf.inspection.scoring.float64_flow import Float64Flow, FlowValues
-from fastmaf.inspection.scoring.score import TermStatistics, image_scores, score_maps, terms_of
+from fastmaf.inspection.scoring.score import (
+    TermStatistics,
+    anomaly_maps,
+    image_scores,
+    residuals_of,
+    score_maps,
+    terms_of,
+)
 from fastmaf.inspection.scoring.settings import AnomalyMapConfig, ScoreSettings
 from fastmaf.io.safe_json import shown
 from fastmaf.io.tensor_file import read_tensors
@@ -104,12 +110,10 @@ class InspectionModel:
         Raises:
             ValueError: the images have another size or type.
         """
-        scores, maps, nll = [], [], []
-        for values in self._batches(pixels):
-            scores.append(self._scores(values))
-            maps.append(self._anomaly_maps(values))
-            nll.append(values.nll.cpu())
-        return Prediction(*(torch.cat(part).numpy() for part in (scores, maps, nll)))
+        parts = [
+            (self._scores(values), self._anomaly_maps(values), values.nll.cpu()) for values in self._batches(pixels)
+        ]
+        return Prediction(*(torch.cat(part).numpy() for part in zip(*parts, strict=True)))
 
     @fastmaf.torch_defaults()
     def scores(self, pixels: Tensor) -> np.ndarray:
@@ -193,6 +197,7 @@ def load_inspection(path: str | Path, *, device: str = "cpu") -> InspectionModel
     check_takes_images(flow, path)
     try:
         record = inspection_record(metadata)
+        settings, map_config = ScoreSettings(**record["settings"]), AnomalyMapConfig(**record["map_config"])
         if not len(flow.transforms):
             raise ValueError("a flow without a transform has no terms to score")
         mean, deviation = (_statistic(f"term_{name}", extras, flow.features) for name in ("mean", "deviation"))
@@ -209,8 +214,8 @@ def load_inspection(path: str | Path, *, device: str = "cpu") -> InspectionModel
         raise fastmaf.CheckpointError(f"{path}: {error}") from error
     return InspectionModel(
         flow.eval().to(device),
-        ScoreSettings(**record["settings"]),
-        AnomalyMapConfig(**record["map_config"]),
+        settings,
+        map_config,
         TermStatistics(mean.to(device), deviation.to(device), float(record["nll"])),
         calibration,
         record["about"],

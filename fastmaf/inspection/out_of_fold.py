@@ -1,21 +1,45 @@
-"""Quantities of normal images under the models of the folds that left them out: for statistics and calibration."""
+"""Folds, and what the models of the folds give for the images that they have not seen."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 import fastmaf
-from fastmaf.inspection.folds import drop_fold
-from fastmaf.inspection.scoring.anomaly_map import anomaly_maps, residuals_of
 from fastmaf.inspection.scoring.float64_flow import Float64Flow, FlowValues
-from fastmaf.inspection.scoring.score import TermStatistics, image_scores, score_maps, terms_of
+from fastmaf.inspection.scoring.score import (
+    TermStatistics,
+    anomaly_maps,
+    image_scores,
+    residuals_of,
+    score_maps,
+    terms_of,
+)
 from fastmaf.inspection.scoring.settings import AnomalyMapConfig, ScoreSettings
+
+
+def k_fold(n: int, folds: int, seed: int = 0) -> list[np.ndarray]:
+    """Splits 0..n-1 into random folds whose sizes differ by at most one; indices ascend within each fold.
+
+    Raises:
+        ValueError: there are fewer than 2 or more than n folds.
+    """
+    if not 2 <= folds <= n:
+        raise ValueError(f"folds must be a whole number from 2 to the {n} normal images available; found {folds!r}")
+    order = np.random.default_rng(seed).permutation(n)
+    return [np.sort(fold) for fold in np.array_split(order, folds)]
+
+
+def drop_fold(x: Tensor, fold: np.ndarray) -> Tensor:
+    """Returns the rows of ``x`` that are not in ``fold``."""
+    kept = torch.ones(len(x), dtype=torch.bool)
+    kept[fold] = False
+    return x[kept]
 
 
 @dataclass(frozen=True, eq=False)
@@ -30,19 +54,19 @@ class OutOfFoldModels:
     folds: Sequence[np.ndarray]
     flows: Sequence[fastmaf.Flow]
 
-    def held_out(self, sets: Sequence[Tensor], quantity: Callable[[FlowValues], Tensor]) -> Tensor:
+    def held_out(self, sets: Sequence[Tensor], quantity: Callable[..., Tensor], *arguments: Any) -> Tensor:
         """Returns a quantity of each image under the model that has not seen it, float64 ``[len(sets), n, ...]``.
 
         Args:
             sets: sets of images ``[n, D]``, each in the order of the folds: the normal images, or the same images with
                 a synthetic defect.
-            quantity: a function of the images of one fold.
+            quantity: a function of the ``FlowValues`` of one fold's images and of ``arguments``.
         """
         result: Tensor | None = None
         for fold, flow in zip(self.folds, self.flows, strict=True):
             double = Float64Flow(flow)  # one at a time: each needs twice the memory of its flow
             for i, x in enumerate(sets):
-                values = quantity(FlowValues(double, x[fold]))
+                values = quantity(FlowValues(double, x[fold]), *arguments)
                 result = values.new_empty(len(sets), len(x), *values.shape[1:]) if result is None else result
                 result[i, fold] = values
         assert result is not None
@@ -84,7 +108,7 @@ def out_of_fold_scores(x: Tensor, models: OutOfFoldModels, settings: ScoreSettin
 
 def out_of_fold_maps(x: Tensor, models: OutOfFoldModels, config: AnomalyMapConfig) -> tuple[AnomalyMapConfig, Tensor]:
     """Returns ``config`` with its unit fitted, and the anomaly maps of held-out images ``[n, s, s]``."""
-    (residuals,) = models.held_out([x], partial(residuals_of, config=config))
+    (residuals,) = models.held_out([x], residuals_of, config)
     maps = anomaly_maps(residuals, replace(config, rms=1.0))
     rms = float(maps.square().mean().sqrt()) or 1.0  # identical images leave no residual
     return replace(config, rms=rms), (maps / rms).float()

@@ -10,7 +10,7 @@ from sklearn.preprocessing import StandardScaler
 from torch import Tensor
 
 import fastmaf
-from fastmaf.inspection.folds import drop_fold, k_fold
+from fastmaf.inspection.out_of_fold import drop_fold, k_fold
 from fastmaf.inspection.scoring.float64_flow import rounded
 
 _FLOOR = 1e-6  # of the noise variance, in columns of variance 1: a constant column has finite scores, too

@@ -14,48 +14,47 @@ import fastmaf
 from fastmaf.images.dataset import load_train, to_unit
 from fastmaf.inspection.fit import Fitted, dequantized, fit
 from fastmaf.inspection.out_of_fold import out_of_fold_scores
-from fastmaf.inspection.scoring.anomaly_map import anomaly_maps, residuals_of
 from fastmaf.inspection.scoring.float64_flow import FlowValues
-from fastmaf.inspection.scoring.score import TermStatistics, score_maps, terms_of
+from fastmaf.inspection.scoring.score import TermStatistics, anomaly_maps, residuals_of, score_maps, terms_of
 from tests.inspection.tiny import TINY
 
 
 def test_a_fold_is_scored_by_the_model_that_has_not_seen_it(fitted: tuple[torch.Tensor, Fitted]) -> None:
-    pixels, found = fitted
+    pixels, result = fitted
     x = to_unit(pixels)
-    assert sorted(np.concatenate(found.out_of_fold.folds).tolist()) == list(range(24))
+    assert sorted(np.concatenate(result.out_of_fold.folds).tolist()) == list(range(24))
     terms = torch.empty_like(x)
-    for fold, flow in zip(found.out_of_fold.folds, found.out_of_fold.flows, strict=True):
+    for fold, flow in zip(result.out_of_fold.folds, result.out_of_fold.flows, strict=True):
         values = FlowValues(flow, x[fold])
         terms[fold], nll = terms_of(values, TINY.score).float(), values.nll
-        assert np.allclose(found.out_of_fold.nll(x)[fold], nll)
+        assert np.allclose(result.out_of_fold.nll(x)[fold], nll)
         assert torch.allclose(nll, -copy.deepcopy(flow).double().log_prob(x[fold].double()), rtol=1e-6)
-    assert torch.allclose(found.model.statistics.mean, terms.mean(dim=0), rtol=1e-4, atol=1e-5)
+    assert torch.allclose(result.model.statistics.mean, terms.mean(dim=0), rtol=1e-4, atol=1e-5)
     # The same once more, by hand: statistics of the other folds, the mean of the largest half percent (one pixel).
-    fold = found.out_of_fold.folds[1]
+    fold = result.out_of_fold.folds[1]
     others = np.setdiff1d(np.arange(24), fold)
     statistics = TermStatistics.of(terms[others], torch.zeros(len(others)))
     expected = score_maps(terms[fold], statistics, TINY.score).flatten(1).amax(dim=1)
-    scores = out_of_fold_scores(x, found.out_of_fold, TINY.score)[1]
+    scores = out_of_fold_scores(x, result.out_of_fold, TINY.score)[1]
     assert np.allclose(scores[fold], expected, rtol=1e-4)
-    assert np.allclose(np.sort(scores), found.model.calibration.scores)
+    assert np.allclose(np.sort(scores), result.model.calibration.scores)
 
 
 def test_the_seed_repeats_a_fit(fitted: tuple[torch.Tensor, Fitted]) -> None:
-    pixels, found = fitted
+    pixels, result = fitted
     again = fit(pixels, TINY, progress=False).model
-    assert np.allclose(again.calibration.scores, found.model.calibration.scores, rtol=1e-4)
+    assert np.allclose(again.calibration.scores, result.model.calibration.scores, rtol=1e-4)
 
 
 def test_the_unit_of_maps_is_the_root_mean_square_of_held_out_ones(fitted: tuple[torch.Tensor, Fitted]) -> None:
-    pixels, found = fitted
-    x, config = to_unit(pixels), found.model.map_config
+    pixels, result = fitted
+    x, config = to_unit(pixels), result.model.map_config
     squares = [
         anomaly_maps(residuals_of(FlowValues(flow, x[fold]), config), config).square()
-        for fold, flow in zip(found.out_of_fold.folds, found.out_of_fold.flows, strict=True)
+        for fold, flow in zip(result.out_of_fold.folds, result.out_of_fold.flows, strict=True)
     ]
     assert float(torch.cat(squares).mean()) == pytest.approx(1, rel=1e-5)
-    low, high = found.model.map_levels
+    low, high = result.model.map_levels
     assert high == pytest.approx(float(torch.cat(squares).max().sqrt()), rel=1e-5) and low < high
 
 
@@ -70,18 +69,18 @@ def test_dequantised_values_stay_in_their_bins() -> None:
 def test_dequantisation_and_logit_are_in_the_nll_alone(data: Path, logit: float | None) -> None:
     recipe = replace(TINY, dequantize=True, logit=logit)
     pixels = load_train(data, size=16, progress=False).pixels
-    found = fit(pixels, recipe, progress=False)
+    result = fit(pixels, recipe, progress=False)
     x = to_unit(pixels)
-    fold, flow = found.out_of_fold.folds[2], found.out_of_fold.flows[2]
+    fold, flow = result.out_of_fold.folds[2], result.out_of_fold.flows[2]
     assert isinstance(flow.transforms[0], fastmaf.GaussianWhitening if logit is None else fastmaf.Logit)
     expected = -flow.log_prob(dequantized(x, recipe.seed)[fold])
-    nll = found.out_of_fold.nll(dequantized(x, recipe.seed))
+    nll = result.out_of_fold.nll(dequantized(x, recipe.seed))
     assert np.allclose(nll[fold], expected.detach(), rtol=1e-5)
-    scores = out_of_fold_scores(x, found.out_of_fold, recipe.score)[1]
-    assert np.allclose(np.sort(scores), found.model.calibration.scores)
-    about = found.model.about
+    scores = out_of_fold_scores(x, result.out_of_fold, recipe.score)[1]
+    assert np.allclose(np.sort(scores), result.model.calibration.scores)
+    about = result.model.about
     assert about["held_out_nll"] == pytest.approx(float(nll.mean()), rel=1e-5)
-    first, flow = found.out_of_fold.folds[0], found.out_of_fold.flows[0]
+    first, flow = result.out_of_fold.folds[0], result.out_of_fold.flows[0]
     whitening = fastmaf.Flow(flow.features, flow.transforms[: 1 + (logit is not None)])  # type: ignore[arg-type]
     alone = FlowValues(whitening, dequantized(x, recipe.seed)[first]).nll.mean()
     assert about["held_out_nll_of_augmentations"][about["recipe"]["augmentation"]] == pytest.approx(

@@ -17,9 +17,9 @@ from fastmaf.io.tensor_file import read_tensors, write_tensors
 
 
 @pytest.fixture
-def own(run: Path, tmp_path: Path) -> Path:
+def model_copy(run: Path, tmp_path: Path) -> Path:
     """A copy of the model file that a test may change."""
-    path = tmp_path / "own.safetensors"
+    path = tmp_path / "copy.safetensors"
     path.write_bytes((run / "model.safetensors").read_bytes())
     return path
 
@@ -51,35 +51,37 @@ def test_a_file_of_an_earlier_version_gives_the_same_predictions(
     assert "copies" in record["about"]["recipe"] and "grain" in record["about"]["recipe"]["score"]
     write_tensors(tensors, old, {**metadata, "inspection": json.dumps(record)})
     loaded = load_inspection(old)
-    expected, found = load_inspection(new).predict(pixels), loaded.predict(pixels)
+    expected, prediction = load_inspection(new).predict(pixels), loaded.predict(pixels)
     for name in ("scores", "anomaly_maps", "nll"):
-        np.testing.assert_array_equal(getattr(found, name), getattr(expected, name))
+        np.testing.assert_array_equal(getattr(prediction, name), getattr(expected, name))
     assert (loaded.settings, loaded.map_config) == (model.settings, model.map_config)
-    assert loaded.about["recipe"] == load_inspection(new).about["recipe"]
+    for key in ("recipe", "held_out_nll_of_augmentations"):
+        assert loaded.about[key] == load_inspection(new).about[key]
     loaded.save(old)
     assert "map_config" in json.loads(read_tensors(old)[1]["inspection"])
 
 
 def test_saved_and_loaded(fitted: tuple[torch.Tensor, Fitted], tmp_path: Path) -> None:
-    pixels, found = fitted
-    found.model.save(tmp_path / "m.safetensors")
+    pixels, result = fitted
+    result.model.save(tmp_path / "m.safetensors")
     loaded = load_inspection(tmp_path / "m.safetensors")
-    one, other = found.model.predict(pixels[:5]), loaded.predict(pixels[:5])
-    assert np.array_equal(one.scores, other.scores) and np.array_equal(one.anomaly_maps, other.anomaly_maps)
-    assert loaded.settings == found.model.settings and loaded.map_levels == found.model.map_levels
-    assert np.array_equal(loaded.calibration.scores, found.model.calibration.scores)
+    expected, prediction = result.model.predict(pixels[:5]), loaded.predict(pixels[:5])
+    for name in ("scores", "anomaly_maps"):
+        np.testing.assert_array_equal(getattr(prediction, name), getattr(expected, name))
+    assert loaded.settings == result.model.settings and loaded.map_levels == result.model.map_levels
+    assert np.array_equal(loaded.calibration.scores, result.model.calibration.scores)
     assert len(loaded.predict(pixels[:0])) == 0
     with pytest.raises(ValueError, match=r"uint8 \[n, 3, 16, 16\]; found torch.uint8 \[5, 3, 8, 16\]"):
         loaded.predict(pixels[:5, :, :8])
 
 
 @pytest.mark.parametrize("name", ["term_mean", "term_deviation", "calibration_scores"])
-def test_a_damaged_model_is_refused(name: str, own: Path) -> None:
-    tensors, metadata = read_tensors(own)
+def test_a_damaged_model_is_refused(name: str, model_copy: Path) -> None:
+    tensors, metadata = read_tensors(model_copy)
     tensors[f"extra.{name}"] = tensors[f"extra.{name}"] * float("nan")
-    write_tensors(tensors, own, metadata)
-    with pytest.raises(fastmaf.CheckpointError, match="own.safetensors"):
-        load_inspection(own)
+    write_tensors(tensors, model_copy, metadata)
+    with pytest.raises(fastmaf.CheckpointError, match="copy.safetensors"):
+        load_inspection(model_copy)
 
 
 def test_another_model_is_no_inspection_model(tmp_path: Path) -> None:

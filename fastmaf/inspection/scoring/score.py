@@ -1,8 +1,13 @@
-"""From the terms of a likelihood to a score map, and from that to one anomaly score per image.
+"""From the terms of a likelihood to a score map and one anomaly score per image, and to an anomaly map.
 
 A plain NLL sums 12,288 terms of very different variance, in which a defect of a few pixels is lost. Here each term is
 standardised by its mean and standard deviation over normal images that the model has not seen, clipped, summed over
 the colours and smoothed. The mean of the largest values of this score map is the image's anomaly score.
+
+The anomaly map, which is shown, saved and evaluated pixel by pixel, differs from the score map. To decide whether *any*
+part of an image is unusual, each term is standardised by its own spread; but where the edge of an object varies from
+image to image, that hides a defect on the edge, and many factors explain away the inside of a large defect. The
+residual of a few factors, in a unit common to all pixels, shows both.
 """
 
 from __future__ import annotations
@@ -15,8 +20,8 @@ import torch
 from scipy.ndimage import gaussian_filter1d
 from torch import Tensor
 
-from fastmaf.inspection.scoring.float64_flow import FlowValues, rounded
-from fastmaf.inspection.scoring.settings import ScoreSettings
+from fastmaf.inspection.scoring.float64_flow import FlowValues, Whitening64, rounded
+from fastmaf.inspection.scoring.settings import AnomalyMapConfig, ScoreSettings
 
 
 @dataclass(frozen=True, eq=False)
@@ -79,3 +84,22 @@ def image_scores(maps: Tensor, nll: Tensor, statistics: TermStatistics, settings
     if settings.kind == "map maximum":
         return rounded(values.amax(dim=1))
     return rounded(values.topk(max(1, round(settings.top * values.shape[1])), dim=1).values.mean(dim=1))
+
+
+@torch.no_grad()
+def residuals_of(values: FlowValues, config: AnomalyMapConfig) -> Tensor:
+    """Returns the residuals of images after the first factors, float64 ``[n, D]``, not squared."""
+    whitening = values.flow.first
+    if not isinstance(whitening, Whitening64):
+        return values.whitened[0]
+    return whitening.unexplained(*values.projected, config.factors) * whitening.scale**config.power
+
+
+def anomaly_maps(residuals: Tensor, config: AnomalyMapConfig) -> Tensor:
+    """Returns the anomaly maps ``[n, s, s]`` of residuals ``[n, 3 s²]``, in units of ``config.rms``.
+
+    A map is the square root of the smoothed squared residuals, summed over the colours.
+    """
+    size = math.isqrt(residuals.shape[1] // 3)
+    squares = residuals.square().unflatten(1, (3, size, size)).sum(dim=1)
+    return smoothed(squares, config.sigma).clamp_min(0).sqrt() / config.rms

@@ -2,12 +2,44 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
-from typing import Literal, TypeAlias, get_args
+from typing import Any, Literal, TypeAlias, get_args
+
+import numpy as np
+
+from fastmaf.io.schema import Number, OneOf, Record, SchemaError, Whole
 
 Source: TypeAlias = Literal["whitened", "flow"]
 Kind: TypeAlias = Literal["nll", "typicality", "map maximum", "map top"]
+
+_LEAST = 1e-6
+_LARGEST = 4096  # pixels: the widest Gaussian
+_DEVIATION = Number(low=_LEAST, high=_LARGEST)
+_WITHIN_FLOAT32 = Number(low=1e-30, high=1e30)
+
+SCORE_SETTINGS = Record(
+    {
+        "kind": OneOf(get_args(Kind)),
+        "source": OneOf(get_args(Source)),
+        "presmooth_sigma": Number(low=0, high=_LARGEST),
+        "sigma": _DEVIATION,
+        "clip": _WITHIN_FLOAT32,
+        "top": Number(above=0, high=1),
+    }
+)
+ANOMALY_MAP_CONFIG = Record(
+    {"factors": Whole(), "power": Number(low=0, high=1), "sigma": _DEVIATION, "rms": _WITHIN_FLOAT32}
+)
+
+
+def check_fields(settings: Any, schema: Record, where: str) -> None:
+    """Replaces NumPy's numbers among the fields of a frozen dataclass by Python's, and checks all against a schema."""
+    values = {name: getattr(settings, name) for name in schema.required}
+    for name, value in values.items():
+        if isinstance(value, np.generic):
+            values[name] = value.item()
+            object.__setattr__(settings, name, values[name])
+    schema.check(values, where)
 
 
 @dataclass(frozen=True)
@@ -25,6 +57,9 @@ class ScoreSettings:
         sigma: standard deviation, in pixels, of the Gaussian that smooths the score map.
         clip: largest absolute standardised value of one term.
         top: share of the score map's pixels that ``"map top"`` averages.
+
+    Raises:
+        SchemaError: a setting has another type or is out of range.
     """
 
     kind: Kind = "map top"
@@ -35,16 +70,10 @@ class ScoreSettings:
     top: float = 0.005
 
     def __post_init__(self) -> None:
-        for name, value, known in (("kind", self.kind, get_args(Kind)), ("source", self.source, get_args(Source))):
-            if value not in known:
-                raise ValueError(f"{name} must be one of {', '.join(map(repr, known))}; found {value!r}")
-        for name in ("sigma", "clip", "top"):
-            if not 0 < getattr(self, name) < math.inf:
-                raise ValueError(f"{name} must be positive; found {getattr(self, name)}")
-        if not 0 <= self.presmooth_sigma < math.inf:
-            raise ValueError(f"presmooth_sigma must be at least 0; found {self.presmooth_sigma}")
-        if self.top > 1:
-            raise ValueError(f"top is a share of the score map's pixels, at most 1; found {self.top}")
+        check_fields(self, SCORE_SETTINGS, "score")
+        if 0 < self.presmooth_sigma < _LEAST:
+            expected = f"expected 0 or at least {_LEAST:g}"
+            raise SchemaError(f"score.presmooth_sigma: {expected}; found {self.presmooth_sigma}")
 
     @property
     def needs_nll(self) -> bool:
@@ -62,6 +91,9 @@ class AnomalyMapConfig:
             x.
         sigma: standard deviation, in pixels, of the Gaussian that smooths the squared residual.
         rms: root mean square of the map over unseen normal images; the map's unit.
+
+    Raises:
+        SchemaError: a setting has another type or is out of range.
     """
 
     factors: int = 150
@@ -70,10 +102,4 @@ class AnomalyMapConfig:
     rms: float = 1.0
 
     def __post_init__(self) -> None:
-        if self.factors < 0:
-            raise ValueError(f"factors must be at least 0; found {self.factors}")
-        if not 0 <= self.power <= 1:
-            raise ValueError(f"power must lie in [0, 1]; found {self.power}")
-        for name in ("sigma", "rms"):
-            if not 0 < getattr(self, name) < math.inf:
-                raise ValueError(f"{name} must be positive; found {getattr(self, name)}")
+        check_fields(self, ANOMALY_MAP_CONFIG, "anomaly map")

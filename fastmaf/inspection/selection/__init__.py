@@ -1,1 +1,1 @@
-"""Selecting augmentation, blocks, score and anomaly map without a defective image."""
+"""Selecting the score and the anomaly map without a defective image."""

@@ -13,8 +13,7 @@ from torch import Tensor
 from fastmaf.inspection.out_of_fold import OutOfFoldModels
 from fastmaf.inspection.recipe import Recipe
 from fastmaf.inspection.scoring.settings import AnomalyMapConfig, ScoreSettings
-from fastmaf.inspection.selection.maps import MapCandidate, rank_maps
-from fastmaf.inspection.selection.scores import ScoreCandidate, rank_scores
+from fastmaf.inspection.selection.ranking import MapCandidate, ScoreCandidate, rank_maps, rank_scores
 
 SCORE_CANDIDATES = (ScoreSettings(), ScoreSettings(presmooth_sigma=0.7))
 MAP_CANDIDATES = (AnomalyMapConfig(), AnomalyMapConfig(factors=800))
@@ -39,24 +38,24 @@ def select_score_and_map(
     if score is None:
         scores = rank_scores(pixels, models, candidates=SCORE_CANDIDATES, **options)
         score = select_score(scores)
-        aurocs = {found.settings: found.image_auroc for found in scores}
+        aurocs = {candidate.settings: candidate.image_auroc for candidate in scores}
         figures["drawn_auroc"] = {f"presmooth {s.presmooth_sigma:g}": aurocs[s] for s in SCORE_CANDIDATES}
     if map_config is None:
         maps = rank_maps(pixels, models, candidates=MAP_CANDIDATES, **options)
         map_config = select_map(maps)
-        means = {found.config: found.mean for found in maps}
+        means = {candidate.config: candidate.mean for candidate in maps}
         figures["drawn_maps"] = {f"{config.factors} factors": means[config] for config in MAP_CANDIDATES}
     return score, map_config, figures
 
 
 def select_score(ranked: list[ScoreCandidate]) -> ScoreSettings:
     """Returns the best of ``SCORE_CANDIDATES`` if it beats the first by two standard errors, else the first."""
-    best, first = ranked[0], next(found for found in ranked if found.settings == SCORE_CANDIDATES[0])
+    best, first = ranked[0], next(c for c in ranked if c.settings == SCORE_CANDIDATES[0])
     better = best.image_auroc > first.image_auroc + _STANDARD_ERRORS * first.error
     return best.settings if better else first.settings
 
 
 def select_map(ranked: list[MapCandidate]) -> AnomalyMapConfig:
     """Returns the best of ``MAP_CANDIDATES`` if it beats the first by 0.01, else the first."""
-    best, first = ranked[0], next(found for found in ranked if found.config == MAP_CANDIDATES[0])
+    best, first = ranked[0], next(c for c in ranked if c.config == MAP_CANDIDATES[0])
     return best.config if best.mean > first.mean + _GAIN else first.config

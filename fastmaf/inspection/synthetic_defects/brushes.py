@@ -7,16 +7,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
+from typing import TypeAlias
 
 import numpy as np
 from scipy.ndimage import gaussian_filter
 
 from fastmaf.inspection.synthetic_defects.canvas import Array, Canvas
 
+Points: TypeAlias = list[tuple[float, float]]
 
-def _line(
-    canvas: Canvas, y: float, x: float, heading: float, length: float, wander: float
-) -> list[tuple[float, float]]:
+
+def _line(canvas: Canvas, y: float, x: float, heading: float, length: float, wander: float) -> Points:
+    """Returns the points (y, x) of a line whose heading changes at random."""
     step = 2.0 * canvas.unit
     points = [(y, x)]
     for _ in range(max(2, round(length / step))):
@@ -32,10 +34,10 @@ def scratch(canvas: Canvas) -> Array:
     heading, length = float(rng.uniform(0, 2 * np.pi)), canvas.length(5, 30)
     add, covered = canvas.colour(y, x), np.zeros((canvas.size,) * 2, dtype=np.float32)
     for _ in range(int(rng.choice([1, 1, 1, 2, 3]))):
-        turn, own = heading + 0.08 * float(rng.standard_normal()), length * float(rng.uniform(0.6, 1.0))
+        turn, extent = heading + 0.08 * float(rng.standard_normal()), length * float(rng.uniform(0.6, 1.0))
         aside = canvas.unit * rng.normal(0, 1.5, 2)
-        start = y + aside[0] - own / 2 * float(np.sin(turn)), x + aside[1] - own / 2 * float(np.cos(turn))
-        points = _line(canvas, *start, turn, own, 0.06)
+        start = y + aside[0] - extent / 2 * float(np.sin(turn)), x + aside[1] - extent / 2 * float(np.cos(turn))
+        points = _line(canvas, *start, turn, extent, 0.06)
         n = len(points) - 1
         fade = np.sin(np.pi * (np.arange(n) + 0.5) / n) ** 0.5 * rng.uniform(0.4, 1.0, n)
         width = canvas.length(0.8, 2.0)
@@ -70,11 +72,9 @@ def spot(canvas: Canvas) -> Array:
         pit = canvas.blob(y, x, radius, soft=canvas.unit)
         around = canvas.blob(y, x, radius + canvas.unit, soft=canvas.unit) * (1 - pit)
         changed = changed + (pit - rim * around)[..., None] * add
-        y, x, radius = (
-            y + 3 * radius * float(rng.uniform(-1, 1)),
-            x + 3 * radius * float(rng.uniform(-1, 1)),
-            radius / 2,
-        )
+        y += 3 * radius * float(rng.uniform(-1, 1))
+        x += 3 * radius * float(rng.uniform(-1, 1))
+        radius /= 2
     return changed
 
 
@@ -121,13 +121,12 @@ def smear(canvas: Canvas) -> Array:
     covered = canvas.blob(y, x, canvas.length(2.5, 8), soft=2 * canvas.unit)[..., None]
     heading, far = float(rng.uniform(0, 2 * np.pi)), canvas.length(0.7, 4) * canvas.boost
     dy, dx = np.full((canvas.size,) * 2, far * np.sin(heading)), np.full((canvas.size,) * 2, far * np.cos(heading))
-    how = rng.random()
-    if how < 0.35:
-        changed, share = canvas.warped(dy, dx), 1.0
-    elif how < 0.65:
-        changed, share = np.mean([canvas.warped(k / 4 * dy, k / 4 * dx) for k in range(5)], axis=0), 1.0
+    how, share = rng.random(), 1.0
+    if 0.35 <= how < 0.65:
+        changed = np.mean([canvas.warped(k / 4 * dy, k / 4 * dx) for k in range(5)], axis=0)
     else:
-        changed, share = canvas.warped(dy, dx), float(rng.uniform(0.25, 0.7))
+        changed = canvas.warped(dy, dx)
+        share = 1.0 if how < 0.35 else float(rng.uniform(0.25, 0.7))
     return canvas.image + share * covered * (changed - canvas.image)
 
 
@@ -163,15 +162,5 @@ def rough(canvas: Canvas) -> Array:
 
 
 BRUSHES: Mapping[str, Callable[[Canvas], Array]] = MappingProxyType(
-    {
-        "scratch": scratch,
-        "crack": crack,
-        "spot": spot,
-        "stain": stain,
-        "erased": erased,
-        "pasted": pasted,
-        "smear": smear,
-        "dent": dent,
-        "rough": rough,
-    }
+    {brush.__name__: brush for brush in (scratch, crack, spot, stain, erased, pasted, smear, dent, rough)}
 )

@@ -69,8 +69,8 @@ class Canvas:
         total = np.cumsum(weight, dtype=np.float64)
         if not total[-1] > 0:
             total = np.arange(1.0, self.size**2 + 1)
-        found = int(np.searchsorted(total, self.rng.random() * total[-1], side="right"))
-        y, x = divmod(min(found, self.size**2 - 1), self.size)
+        index = int(np.searchsorted(total, self.rng.random() * total[-1], side="right"))
+        y, x = divmod(min(index, self.size**2 - 1), self.size)
         return y + float(self.rng.random()), x + float(self.rng.random())
 
     def place_on_structure(self) -> tuple[float, float]:

@@ -15,20 +15,15 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from scipy.ndimage import maximum_filter, minimum_filter
+from scipy.ndimage import binary_closing
 from torch import Tensor
 
 from fastmaf.inspection.synthetic_defects.brushes import BRUSHES
 from fastmaf.inspection.synthetic_defects.canvas import Array, Canvas
 
-__all__ = ["KINDS", "SyntheticDefects", "draw_defects"]
+KINDS = tuple(BRUSHES)
 
-KINDS: tuple[str, ...] = tuple(BRUSHES)
-"""The kinds of defects; see ``fastmaf.inspection.synthetic_defects.brushes``."""
-
-VISIBLE = 2
-"""A mask covers pixels that differ by more than this many grey levels."""
-
+_VISIBLE = 2  # a mask covers pixels that differ by more than this many grey levels
 _TRIES = 12
 
 
@@ -86,9 +81,8 @@ def draw_defects(pixels: Tensor, *, kinds: Sequence[str] = KINDS, seed: int = 0)
         drawn[i], name = _drawn(clean, i, kinds[chosen[i]], np.random.default_rng([seed, i]))
         names.append(name)
     masks = _masks(clean, drawn)
-    return SyntheticDefects(
-        torch.from_numpy(drawn).permute(0, 3, 1, 2).contiguous(), torch.from_numpy(masks), tuple(names)
-    )
+    images = torch.from_numpy(drawn).permute(0, 3, 1, 2).contiguous()
+    return SyntheticDefects(images, torch.from_numpy(masks), tuple(names))
 
 
 def _drawn(clean: Array, i: int, kind: str, rng: np.random.Generator) -> tuple[Array, str]:
@@ -102,7 +96,7 @@ def _drawn(clean: Array, i: int, kind: str, rng: np.random.Generator) -> tuple[A
         changed = BRUSHES[kind](Canvas(image, donor, rng, boost=1.2**attempt))
         changed = np.rint(np.clip(changed, 0, 255)).astype(np.uint8)
         difference = _difference(clean[i], changed)
-        if (difference > VISIBLE).sum() >= min_pixels and difference.max() >= 2 * VISIBLE:
+        if (difference > _VISIBLE).sum() >= min_pixels and difference.max() >= 2 * _VISIBLE:
             return changed, kind
     raise RuntimeError(f"no visible defect could be drawn onto image {i}")
 
@@ -114,8 +108,6 @@ def _difference(clean: Array, drawn: Array) -> Array:
 
 def _masks(clean: Array, drawn: Array) -> Array:
     """Returns where images differ, with gaps of one pixel closed; uint8 [n, s, s, 3] twice -> bool [n, s, s]."""
-    visible = np.pad(
-        _difference(clean, drawn) > VISIBLE, ((0, 0), (1, 1), (1, 1))
-    )  # so that the mask can grow over the edge
-    closed = minimum_filter(maximum_filter(visible, size=(1, 3, 3)), size=(1, 3, 3))
-    return np.ascontiguousarray(closed[:, 1:-1, 1:-1])
+    # The padding lets the mask grow over the edge before it shrinks again.
+    visible = np.pad(_difference(clean, drawn) > _VISIBLE, ((0, 0), (1, 1), (1, 1)))
+    return np.ascontiguousarray(binary_closing(visible, np.ones((1, 3, 3)))[:, 1:-1, 1:-1])

@@ -8,8 +8,8 @@ import fastmaf
 from fastmaf.inspection.fit import fit
 from fastmaf.inspection.recipe import Recipe
 from fastmaf.inspection.scoring.settings import AnomalyMapConfig, ScoreSettings
-from fastmaf.inspection.selection.maps import describe_maps, rank_maps
-from fastmaf.inspection.selection.scores import describe_scores, rank_scores
+from fastmaf.inspection.selection.description import describe_maps, describe_scores
+from fastmaf.inspection.selection.ranking import rank_maps, rank_scores
 from fastmaf.inspection.workflow.inputs import Say
 from fastmaf.inspection.workflow.train import load_normals
 

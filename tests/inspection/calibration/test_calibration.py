@@ -8,39 +8,36 @@ import numpy as np
 import pytest
 
 from fastmaf.inspection.calibration import Calibration, CalibrationError
-
-
-def made(n: int, alpha: float = 0.05, confidence: float | None = None) -> Calibration:
-    return Calibration(np.arange(1.0, n + 1), alpha, confidence, "split")
+from tests.inspection.tiny import calibration_of
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"false_alarm": 0}, "false_alarm .* found 0"),
-        ({"false_alarm": 10**400}, "false_alarm .* found 1000"),
-        ({"false_alarm": 1.0}, "false_alarm .* found 1.0"),
-        ({"false_alarm": math.nan}, "false_alarm .* found nan"),
-        ({"false_alarm": "0.05"}, "false_alarm .* found '0.05'"),
-        ({"false_alarm": None}, "false_alarm .* found None"),
-        ({"confidence": 1}, "confidence .* found 1"),
-        ({"confidence": True}, "confidence .* found True"),
-        ({"how": "jackknife"}, 'how must be "k-fold" or "split"; found \'jackknife\''),
+        ({"false_alarm": 0}, "false_alarm: .* found 0"),
+        ({"false_alarm": 10**400}, "false_alarm: .* found 1000"),
+        ({"false_alarm": 1.0}, "false_alarm: .* found 1.0"),
+        ({"false_alarm": math.nan}, "false_alarm: .* found nan"),
+        ({"false_alarm": "0.05"}, "false_alarm: .* found '0.05'"),
+        ({"false_alarm": None}, "false_alarm: .* found None"),
+        ({"confidence": 1}, "confidence: .* found 1"),
+        ({"confidence": True}, "confidence: .* found True"),
+        ({"how": "jackknife"}, "how: expected one of 'k-fold', 'split'; found 'jackknife'"),
         ({"how": "split"}, "folds must be None"),
-        ({"folds": None}, "folds .* found None"),
-        ({"folds": 1}, "folds .* found 1"),
-        ({"folds": 6}, "from 2 to 5, the number of scores; found 6"),
-        ({"folds": 2.0}, "folds .* found 2.0"),
+        ({"folds": None}, "folds: .* found None"),
+        ({"folds": 1}, "folds: .* found 1"),
+        ({"folds": 6}, "folds: expected a whole number from 2 to 5; found 6"),
+        ({"folds": 2.0}, "folds: .* found 2.0"),
         ({"created": "yesterday"}, "ISO date .* found 'yesterday'"),
-        ({"created": 20250301}, "created must be text"),
-        ({"source": ["x"]}, "source must be text"),
-        ({"colour": 1}, "found .*colour"),
+        ({"created": 20250301}, "created: expected text"),
+        ({"source": ["x"]}, "source: expected text"),
+        ({"colour": 1}, "unknown entry 'colour'"),
     ],
 )
 def test_a_damaged_record_is_refused(change: dict[str, Any], message: str) -> None:
-    one = Calibration(np.arange(5.0), 0.05, 0.9, "k-fold", 5, "2025-03-01", "x")
+    calibration = Calibration(np.arange(5.0), 0.05, 0.9, "k-fold", 5, "2025-03-01", "x")
     with pytest.raises(CalibrationError, match=message):
-        Calibration.from_json({**one.to_json(), **change}, one.scores)
+        Calibration.from_json({**calibration.to_json(), **change}, calibration.scores)
 
 
 @pytest.mark.parametrize(
@@ -49,43 +46,45 @@ def test_a_damaged_record_is_refused(change: dict[str, Any], message: str) -> No
 )
 def test_damaged_scores_are_refused(scores: list[Any], message: str) -> None:
     with pytest.raises(CalibrationError, match=message):
-        Calibration.from_json(made(5).to_json(), np.array(scores, dtype=np.float64))
+        Calibration.from_json(calibration_of(5).to_json(), np.array(scores, dtype=np.float64))
 
 
 def test_a_record_of_another_kind_is_refused() -> None:
-    one = made(5)
-    whole = one.to_json()
-    with pytest.raises(CalibrationError, match="mapping; found list"):
-        Calibration.from_json([], one.scores)  # type: ignore[arg-type]
-    for name in whole:
-        with pytest.raises(CalibrationError, match=f"must have the fields .*{name}"):
-            Calibration.from_json({key: value for key, value in whole.items() if key != name}, one.scores)
-    with pytest.raises(CalibrationError, match="found .*scores"):
-        Calibration.from_json({**whole, "scores": [1.0]}, one.scores)
+    calibration = calibration_of(5)
+    record = calibration.to_json()
+    with pytest.raises(CalibrationError, match=r"calibration: expected an object; found \[\]"):
+        Calibration.from_json([], calibration.scores)  # type: ignore[arg-type]
+    for name in record:
+        with pytest.raises(CalibrationError, match=f"the entry '{name}' is missing"):
+            Calibration.from_json({key: value for key, value in record.items() if key != name}, calibration.scores)
+    with pytest.raises(CalibrationError, match="unknown entry 'scores'"):
+        Calibration.from_json({**record, "scores": [1.0]}, calibration.scores)
 
 
 @pytest.mark.parametrize("confidence", [None, 0.95])
 def test_round_trip(confidence: float | None) -> None:
     scores = np.append(np.random.default_rng(0).normal(-4e4, 2e3, 70), np.inf)
-    one = Calibration(scores, np.float64(0.07), confidence, "k-fold", 5, "2025-03-01T12:30:00+00:00", "Straße 7")
-    other = Calibration.from_json(json.loads(json.dumps(one.to_json(), allow_nan=False)), one.scores)
-    assert np.array_equal(other.scores, one.scores) and other.to_json() == one.to_json()
-    assert (other.threshold, other.describe()) == (one.threshold, one.describe())
+    created = "2025-03-01T12:30:00+00:00"
+    calibration = Calibration(scores, np.float64(0.07), confidence, "k-fold", 5, created, "Straße 7")
+    text = json.dumps(calibration.to_json(), allow_nan=False)
+    loaded = Calibration.from_json(json.loads(text), calibration.scores)
+    assert np.array_equal(loaded.scores, calibration.scores) and loaded.to_json() == calibration.to_json()
+    assert (loaded.threshold, loaded.describe()) == (calibration.threshold, calibration.describe())
 
 
 def test_with_rate_keeps_the_rest() -> None:
-    one = Calibration(np.arange(300.0), 0.05, None, "k-fold", 5, "2025-03-01", "x")
-    other = one.with_rate(0.01, 0.95)
-    assert one.rank == 286 and other.rank == 300 and other.attainable
-    assert {**one.to_json(), "false_alarm": 0.01, "confidence": 0.95} == other.to_json()
+    calibration = Calibration(np.arange(300.0), 0.05, None, "k-fold", 5, "2025-03-01", "x")
+    changed = calibration.with_rate(0.01, 0.95)
+    assert calibration.rank == 286 and changed.rank == 300 and changed.attainable
+    assert {**calibration.to_json(), "false_alarm": 0.01, "confidence": 0.95} == changed.to_json()
     for rate, confidence in ((0, None), (0.05, 0.0)):
-        with pytest.raises(CalibrationError, match="strictly between 0 and 1"):
-            one.with_rate(rate, confidence)
+        with pytest.raises(CalibrationError, match="expected a finite number .*less than 1.*; found 0"):
+            calibration.with_rate(rate, confidence)
 
 
 def test_description() -> None:
-    c = Calibration(np.arange(1.0, 220), 0.05, None, "k-fold", 5, "2025-03-01", "line 3")
-    text = c.describe()
+    calibration = Calibration(np.arange(1.0, 220), 0.05, None, "k-fold", 5, "2025-03-01", "line 3")
+    text = calibration.describe()
     figures = (
         "219 normal images (line 3, 2025-03-01)",
         "5 folds",
@@ -100,7 +99,7 @@ def test_description() -> None:
     for figure in figures:
         assert figure in text
     assert "NOT" not in text and all(0 < len(line) <= 125 for line in text.splitlines())
-    strict = c.with_rate(0.01, 0.95).describe()
+    strict = calibration.with_rate(0.01, 0.95).describe()
     assert "Guarantee NOT attainable: at most 1% false alarms" in strict and "Threshold 219," in strict
     assert "(needs 299 calibration images; 219 available)" in strict
     assert "--confidence" not in strict
@@ -110,4 +109,5 @@ def test_description_of_a_split() -> None:
     text = Calibration(np.arange(30.0), 0.05, None, "split").describe()
     assert "30 normal images, all scored by one model" in text and "fold" not in text
     assert "which needs 59 calibration images: 29 more" in text
-    assert "8.8% with 99%" in made(50, 0.05, 0.99).describe() and "99" not in made(50, 0.05, 0.95).describe()
+    assert "8.8% with 99%" in calibration_of(50, 0.05, 0.99).describe()
+    assert "99" not in calibration_of(50, 0.05, 0.95).describe()

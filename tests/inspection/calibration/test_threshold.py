@@ -11,13 +11,9 @@ from scipy.stats import binom
 
 from fastmaf.inspection.calibration import Calibration, CalibrationError
 from fastmaf.metrics.evaluate import conformal_threshold
+from tests.inspection.tiny import calibration_of
 
 ALPHAS = [0.01, 0.05, 0.07, 0.1, 0.13, 0.29, 1 / 3, 0.5, 0.9]
-
-
-def made(n: int, alpha: float = 0.05, confidence: float | None = None) -> Calibration:
-    """Scores 1..n, so that the threshold is the rank."""
-    return Calibration(np.arange(1.0, n + 1), alpha, confidence, "split")
 
 
 @pytest.mark.parametrize("alpha", ALPHAS)
@@ -37,7 +33,7 @@ def test_agrees_with_the_threshold_of_the_evaluation(alpha: float) -> None:
 @pytest.mark.parametrize("alpha", ALPHAS)
 def test_the_rank_of_a_confidence_against_brute_force(alpha: float, confidence: float) -> None:
     for n in [*range(1, 40), 58, 59, 60, 219, 299]:
-        c = made(n, alpha, confidence)
+        c = calibration_of(n, alpha, confidence)
         # R = 1 - F(s_(k)) exceeds alpha iff fewer than n - k + 1 of the n normals fall among the alpha highest
         fitting = [k for k in range(1, n + 1) if 1 - binom.cdf(n - k, n, alpha) >= confidence - 1e-9]
         assert c.rank == (fitting[0] if fitting else n)
@@ -45,7 +41,7 @@ def test_the_rank_of_a_confidence_against_brute_force(alpha: float, confidence: 
         if c.attainable:
             assert c.bound(confidence) <= alpha + 1e-9
             assert c.rank == 1 or betaincinv(n + 2 - c.rank, c.rank - 1, confidence) > alpha - 1e-9
-            assert c.threshold >= made(n, alpha).threshold or confidence == 0.5
+            assert c.threshold >= calibration_of(n, alpha).threshold or confidence == 0.5
 
 
 @pytest.mark.parametrize(
@@ -53,11 +49,11 @@ def test_the_rank_of_a_confidence_against_brute_force(alpha: float, confidence: 
     [(0.05, None, 19), (0.01, None, 99), (0.05, 0.95, 59), (0.01, 0.95, 299), (0.9, None, 1), (0.999, 0.001, 1)],
 )
 def test_needed(alpha: float, confidence: float | None, needed: int) -> None:
-    assert made(3, alpha, confidence).min_samples == needed
-    enough = made(needed, alpha, confidence)
+    assert calibration_of(3, alpha, confidence).min_samples == needed
+    enough = calibration_of(needed, alpha, confidence)
     assert enough.attainable and enough.rank == needed or needed == 1
     if needed > 1:
-        assert not made(needed - 1, alpha, confidence).attainable
+        assert not calibration_of(needed - 1, alpha, confidence).attainable
 
 
 @pytest.mark.parametrize(
@@ -65,8 +61,8 @@ def test_needed(alpha: float, confidence: float | None, needed: int) -> None:
 )
 def test_rounding_does_not_decide_where_the_confidence_is_met_exactly(n: int, alpha: float, confidence: float) -> None:
     assert 1 - (1 - Fraction(str(alpha))) ** n == Fraction(str(confidence))
-    assert made(n, alpha, confidence).attainable and made(n, alpha, confidence).min_samples == n
-    assert not made(n, alpha, confidence + 1e-9).attainable
+    assert calibration_of(n, alpha, confidence).attainable and calibration_of(n, alpha, confidence).min_samples == n
+    assert not calibration_of(n, alpha, confidence + 1e-9).attainable
 
 
 @pytest.mark.parametrize(("n", "alpha"), [(22, 0.05), (59, 0.05), (219, 0.05), (99, 0.1), (9, 0.05)])
@@ -117,7 +113,8 @@ def test_p_value_and_verdict_say_the_same_with_ties_too(alpha: float, confidence
             tried = np.concatenate([scores, np.nextafter(scores, np.inf), scores - 1, [1e9, -1e9, np.inf]])
             p = c.p_values(tried)
             assert p.dtype == np.float64
-            assert p.tolist() == [(1 + sum(s >= one for s in scores.tolist())) / (n + 1) for one in tried.tolist()]
+            above = (scores[:, None] >= tried).sum(axis=0)
+            assert np.array_equal(p, (1 + above) / (n + 1))
             assert np.array_equal(p <= c.expected_rate, c.is_anomalous(tried))
             if (
                 confidence is None and c.attainable and alpha != 1 / 3
@@ -161,7 +158,7 @@ def test_scores_are_sorted_copied_and_fixed() -> None:
 
 @pytest.mark.parametrize("bad", [[0.0, np.nan], [-np.inf], [[1.0]]])
 def test_scores_that_are_no_scores_are_refused(bad: list[Any]) -> None:
-    c = made(5)
+    c = calibration_of(5)
     for call in (c.p_values, c.is_anomalous, lambda scores: Calibration(scores, 0.05, None, "split")):
         with pytest.raises(CalibrationError, match=r"NaN|-inf|shape \[n\]"):
             call(np.array(bad))

@@ -50,7 +50,7 @@ def pictures(rng: np.random.Generator, size: int) -> Tensor:
     return torch.from_numpy(np.clip(pixels, 0, 255).astype(np.uint8))
 
 
-def made(normals: Tensor, settings: ScoreSettings, logit: float | None = None) -> InspectionModel:
+def calibrated_model(normals: Tensor, settings: ScoreSettings, logit: float | None = None) -> InspectionModel:
     """A model of normals, calibrated on them: one of them is the threshold."""
     size = normals.shape[-1]
     recipe, x = Recipe(size=size, rank=12, blocks=2, steps=2, augmentation="none"), to_unit(normals)
@@ -71,15 +71,15 @@ def test_scores_verdicts_and_p_values_do_not_depend_on_the_batch(seed: int) -> N
     rng, settings = np.random.default_rng(seed), SETTINGS[seed % len(SETTINGS)]
     normals = pictures(rng, (8, 12, 16)[seed % 3])
     torch.set_num_threads(1)
-    model = made(normals, settings)
+    model = calibrated_model(normals, settings)
     expected, calibration = model.predict(normals), model.calibration
     assert not calibration.is_anomalous(expected.scores)[expected.scores == calibration.threshold].any()
     for threads, batch in ((1, 1), (1, 7), (2, 30)):
         torch.set_num_threads(threads)
-        found = [model.predict(part) for part in normals.split(batch)]
+        values = [model.predict(part) for part in normals.split(batch)]
         for name in ("scores", "nll"):
-            one = np.concatenate([getattr(part, name) for part in found])
-            np.testing.assert_array_equal(one, getattr(expected, name), err_msg=f"{name}, {threads=}, {batch=}")
+            together = np.concatenate([getattr(part, name) for part in values])
+            np.testing.assert_array_equal(together, getattr(expected, name), err_msg=f"{name}, {threads=}, {batch=}")
         scores = np.concatenate([model.scores(part) for part in normals.split(batch)])
         np.testing.assert_array_equal(calibration.is_anomalous(scores), calibration.is_anomalous(expected.scores))
         np.testing.assert_array_equal(calibration.p_values(scores), calibration.p_values(expected.scores))
@@ -90,19 +90,19 @@ def test_scores_verdicts_and_p_values_do_not_depend_on_the_batch(seed: int) -> N
 @pytest.mark.parametrize("logit", [None, 0.05])
 def test_terms_and_nll_are_those_of_the_flow(logit: float | None) -> None:
     normals = pictures(np.random.default_rng(0), 8)
-    model, x = made(normals, SETTINGS[0], logit), to_unit(normals)
-    found, exact = FlowValues(model.flow, x), made(normals, SETTINGS[0], logit).flow.double()
-    torch.testing.assert_close(found.nll, -exact.log_prob(x.double()), rtol=1e-7, atol=1e-6)
-    torch.testing.assert_close(found.nll_per_dim(), exact.nll_per_dim(x.double()), rtol=1e-6, atol=1e-6)
-    torch.testing.assert_close(found.nll_per_dim().sum(dim=1), found.nll, rtol=1e-8, atol=1e-6)
+    model, x = calibrated_model(normals, SETTINGS[0], logit), to_unit(normals)
+    values, exact = FlowValues(model.flow, x), calibrated_model(normals, SETTINGS[0], logit).flow.double()
+    torch.testing.assert_close(values.nll, -exact.log_prob(x.double()), rtol=1e-7, atol=1e-6)
+    torch.testing.assert_close(values.nll_per_dim(), exact.nll_per_dim(x.double()), rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(values.nll_per_dim().sum(dim=1), values.nll, rtol=1e-8, atol=1e-6)
     whitened = fastmaf.Flow(192, exact.transforms[: 1 + (logit is not None)])(x.double())  # type: ignore[arg-type]
-    torch.testing.assert_close(found.whitened[0], whitened[0], rtol=1e-6, atol=1e-6)
-    torch.testing.assert_close(found.whitened[1], whitened[1], rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(values.whitened[0], whitened[0], rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(values.whitened[1], whitened[1], rtol=1e-9, atol=1e-9)
 
 
 def test_a_changed_flow_is_scored_as_it_is() -> None:
     normals = pictures(np.random.default_rng(1), 8)
-    model = made(normals, SETTINGS[0])
+    model = calibrated_model(normals, SETTINGS[0])
     before = model.scores(normals)
     whitening = model.flow.transforms[0]
     assert isinstance(whitening, fastmaf.GaussianWhitening)
@@ -126,14 +126,14 @@ def test_scores_of_rows_do_not_depend_on_the_others() -> None:
 def test_the_image_at_the_threshold_of_an_older_file_is_good(seed: int, tmp_path: Path) -> None:
     """Files of older versions hold float32 scores, which differ from those of today by up to 1e-4."""
     normals = pictures(np.random.default_rng(seed), 16)
-    model = made(normals, SETTINGS[seed])
+    model = calibrated_model(normals, SETTINGS[seed])
     lower = Calibration(model.calibration.scores - 5e-5, 0.1, None, "split")
     file = tmp_path / "old.safetensors"
     model.with_calibration(lower).save(file)
     tensors, metadata = read_tensors(file)
-    own = json.loads(metadata["inspection"])
-    del own["about"]["scored_in"]
-    write_tensors(tensors, file, {**metadata, "inspection": json.dumps(own)})
+    record = json.loads(metadata["inspection"])
+    del record["about"]["scored_in"]
+    write_tensors(tensors, file, {**metadata, "inspection": json.dumps(record)})
     loaded = load_inspection(file)
     scores = loaded.scores(normals)
     assert loaded.calibration.is_anomalous(scores).sum() == 30 - loaded.calibration.rank
@@ -147,7 +147,7 @@ def test_the_image_at_the_threshold_of_an_older_file_is_good(seed: int, tmp_path
 
 def test_rounding_keeps_28_bits_and_what_is_no_number() -> None:
     double = torch.float64
-    found = rounded(torch.tensor([1 + 2.0**-27, 1 + 2.0**-30, 3 - 2.0**-40, -(1 + 2.0**-30)], dtype=double))
-    assert found.tolist() == [1 + 2.0**-27, 1.0, 3.0, -1.0]
+    result = rounded(torch.tensor([1 + 2.0**-27, 1 + 2.0**-30, 3 - 2.0**-40, -(1 + 2.0**-30)], dtype=double))
+    assert result.tolist() == [1 + 2.0**-27, 1.0, 3.0, -1.0]
     odd = torch.tensor([0.0, 1.7e308, np.inf, -np.inf, np.nan], dtype=double)
     torch.testing.assert_close(rounded(odd), odd, rtol=0, atol=0, equal_nan=True)

@@ -17,8 +17,8 @@ def test_smoothing_keeps_a_constant_and_spreads_a_point() -> None:
 
 def test_statistics_of_a_term_that_never_varied() -> None:
     terms = torch.tensor([[1.0, 0.0], [1.0, 2.0], [1.0, 4.0]])
-    found = TermStatistics.of(terms, torch.zeros(3))
-    assert found.deviation.tolist() == [2.0, 2.0]
+    statistics = TermStatistics.of(terms, torch.zeros(3))
+    assert statistics.deviation.tolist() == [2.0, 2.0]
     with pytest.raises(ValueError, match="at least 2"):
         TermStatistics.of(terms[:1], torch.zeros(1))
 
@@ -26,7 +26,7 @@ def test_statistics_of_a_term_that_never_varied() -> None:
 @pytest.mark.parametrize(
     "wrong, message",
     [
-        ({"kind": "best"}, "kind must be one of"),
+        ({"kind": "best"}, "kind: expected one of"),
         ({"sigma": 0.0}, "sigma"),
         ({"top": 2.0}, "top"),
         ({"presmooth_sigma": -1.0}, "presmooth_sigma"),

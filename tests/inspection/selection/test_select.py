@@ -10,8 +10,7 @@ import torch
 
 from fastmaf.inspection.fit import Fitted, fit
 from fastmaf.inspection.scoring.settings import AnomalyMapConfig, ScoreSettings
-from fastmaf.inspection.selection.maps import MapCandidate, rank_maps
-from fastmaf.inspection.selection.scores import ScoreCandidate, rank_scores
+from fastmaf.inspection.selection.ranking import MapCandidate, ScoreCandidate, rank_maps, rank_scores
 from fastmaf.inspection.selection.select import (
     MAP_CANDIDATES,
     SCORE_CANDIDATES,
@@ -26,8 +25,8 @@ OPEN = replace(TINY, score=None, map_config=None)
 
 def test_settings_of_the_recipe_are_kept(fitted: tuple[torch.Tensor, Fitted]) -> None:
     score, config = ScoreSettings("nll"), AnomalyMapConfig(3, 1.0)
-    found = select_score_and_map(replace(TINY, score=score, map_config=config), fitted[0], fitted[1].out_of_fold)
-    assert found == (score, config, {})
+    selected = select_score_and_map(replace(TINY, score=score, map_config=config), fitted[0], fitted[1].out_of_fold)
+    assert selected == (score, config, {})
 
 
 @pytest.mark.parametrize(("auroc", "selected"), [(0.7, 0), (0.8, 0), (0.8399, 0), (0.8401, 1), (0.95, 1)])

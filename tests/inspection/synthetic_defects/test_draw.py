@@ -56,9 +56,9 @@ def test_a_gap_of_a_pixel_is_closed_also_at_the_edge() -> None:
     drawn[0, 0, [0, 2], 1] = 3
     drawn[0, 4:7, [4, 6], 0] = 9
     drawn[0, 4:7, 0, 2] = 2  # too little
-    found = np.argwhere(_masks(clean, drawn)[0]).tolist()
-    assert [0, 0] in found and [0, 1] in found and [0, 2] in found and [5, 5] in found
-    assert [5, 0] not in found and [7, 5] not in found
+    covered = np.argwhere(_masks(clean, drawn)[0]).tolist()
+    assert [0, 0] in covered and [0, 1] in covered and [0, 2] in covered and [5, 5] in covered
+    assert [5, 0] not in covered and [7, 5] not in covered
 
 
 @pytest.mark.parametrize("kind", KINDS)

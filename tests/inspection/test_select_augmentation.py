@@ -14,22 +14,10 @@ from torch import Tensor
 import fastmaf
 from fastmaf.images.dataset import load_train, to_unit
 from fastmaf.inspection.fit import fit
-from fastmaf.inspection.folds import drop_fold
-from fastmaf.inspection.recipe import Recipe
-from fastmaf.inspection.scoring.settings import AnomalyMapConfig, ScoreSettings
+from fastmaf.inspection.out_of_fold import drop_fold
 from fastmaf.inspection.whitening import fit_whitening
 from fastmaf.inspection.workflow.train import _decisions
-from tests.inspection.tiny import TINY
-
-FIXED = Recipe(size=16, score=ScoreSettings(), map_config=AnomalyMapConfig())
-
-
-def waves(n: int, seed: int = 0) -> Tensor:
-    """A wave in changing light: what the whitening explains all of."""
-    rng = np.random.default_rng(seed)
-    wave = 128 + 40 * np.sin(np.linspace(0, 6, 16))[None, :, None]
-    pixels = wave + rng.normal(0, 10, (n, 1, 1, 1)) + rng.normal(0, 4, (n, 16, 16, 3))
-    return torch.from_numpy(np.clip(pixels, 0, 255).astype(np.uint8)).permute(0, 3, 1, 2).contiguous()
+from tests.inspection.tiny import FIXED, TINY, waves
 
 
 def boards(n: int, seed: int = 0) -> Tensor:
@@ -46,16 +34,16 @@ def boards(n: int, seed: int = 0) -> Tensor:
 @pytest.mark.parametrize("n", [12, pytest.param(60, marks=pytest.mark.slow)])
 def test_aligned_images_need_no_augmentation(n: int) -> None:
     recipe = replace(FIXED, blocks=0)
-    found = fit(boards(n), recipe, progress=False).model
-    tried = found.about["held_out_nll_of_augmentations"]
-    assert found.about["recipe"]["augmentation"] == "none" == min(tried, key=tried.get) and len(tried) == 3
+    model = fit(boards(n), recipe, progress=False).model
+    tried = model.about["held_out_nll_of_augmentations"]
+    assert model.about["recipe"]["augmentation"] == "none" == min(tried, key=tried.get) and len(tried) == 3
     assert tried["none"] + 1000 < min(tried["shifts"], tried["rotations"])
     plain = fit(boards(n), replace(recipe, augmentation="none"), progress=False).model
     zero = fit(boards(n), replace(recipe, augmentation="shifts", shift_radius=0), progress=False).model
     for other in (plain, zero):
-        assert other.about["held_out_nll"] == pytest.approx(found.about["held_out_nll"], rel=1e-4)
+        assert other.about["held_out_nll"] == pytest.approx(model.about["held_out_nll"], rel=1e-4)
     assert plain.about["held_out_nll_of_augmentations"] == {}
-    assert any(line.startswith("augmentation selected: none (") for line in _decisions(found))
+    assert any(line.startswith("augmentation selected: none (") for line in _decisions(model))
 
 
 def test_a_requested_augmentation_is_kept_with_a_warning() -> None:
@@ -76,7 +64,7 @@ def test_a_logit_that_is_asked_for_is_compared() -> None:
     # Of the folds that decide, two of five.
     assert about["held_out_nll_without_logit"] == pytest.approx(plain, abs=60)
     worse = about["held_out_nll"] > plain
-    assert any("logit=0.05" in str(one.message) for one in caught) == worse
+    assert any("logit=0.05" in str(warning.message) for warning in caught) == worse
 
 
 @pytest.mark.parametrize("turned", [False, True])
@@ -88,15 +76,15 @@ def test_the_augmentation_makes_held_out_images_most_likely(data: Path, turned: 
         pixels = torch.stack([image.rot90(k, (1, 2)) for image, k in zip(pixels, turns, strict=True)])
     # Many factors, so that what a whole turn takes can be explained at all.
     recipe = replace(TINY, rank=60, blocks=0, angles=4)
-    found = fit(pixels, recipe, progress=False)
-    chosen, tried = found.model.about["recipe"]["augmentation"], found.model.about["held_out_nll_of_augmentations"]
-    assert chosen == ("rotations" if turned else "shifts") == min(tried, key=tried.get)
-    fold, first = found.out_of_fold.folds[0], found.out_of_fold.flows[0].transforms[0]
+    fitted = fit(pixels, recipe, progress=False)
+    chosen, nll_of = fitted.model.about["recipe"]["augmentation"], fitted.model.about["held_out_nll_of_augmentations"]
+    assert chosen == ("rotations" if turned else "shifts") == min(nll_of, key=nll_of.get)
+    fold, first = fitted.out_of_fold.folds[0], fitted.out_of_fold.flows[0].transforms[0]
     x = to_unit(pixels)
-    for kind in tried:
-        own = fit_whitening(drop_fold(x, fold), replace(recipe, augmentation=kind))
-        nll = -fastmaf.Flow(768, [own]).log_prob(x[fold]).mean()
-        assert float(nll) == pytest.approx(tried[kind], rel=1e-4)
-        assert torch.allclose(own.variance, first.variance, rtol=1e-3) == (kind == chosen)
+    for kind in nll_of:
+        whitening = fit_whitening(drop_fold(x, fold), replace(recipe, augmentation=kind))
+        nll = -fastmaf.Flow(768, [whitening]).log_prob(x[fold]).mean()
+        assert float(nll) == pytest.approx(nll_of[kind], rel=1e-4)
+        assert torch.allclose(whitening.variance, first.variance, rtol=1e-3) == (kind == chosen)
     fixed = fit(pixels, replace(recipe, augmentation=chosen), progress=False)
-    assert np.allclose(fixed.model.calibration.scores, found.model.calibration.scores, rtol=1e-4)
+    assert np.allclose(fixed.model.calibration.scores, fitted.model.calibration.scores, rtol=1e-4)

@@ -11,12 +11,8 @@ from sklearn.decomposition import PCA
 from torch import Tensor
 
 from fastmaf.images.dataset import to_unit
-from fastmaf.inspection.baselines import all_baselines
-from fastmaf.inspection.baselines.base import Baseline
-from fastmaf.inspection.baselines.pca import PCAResidual
-from fastmaf.inspection.baselines.pixel_gaussian import PixelGaussian
-from fastmaf.inspection.baselines.png_size import PNGSize
-from fastmaf.inspection.folds import k_fold
+from fastmaf.inspection.baselines import Baseline, PCAResidual, PixelGaussian, PNGSize, all_baselines
+from fastmaf.inspection.out_of_fold import k_fold
 
 SIZE = 12
 
@@ -40,14 +36,14 @@ def unit(pixels: Tensor) -> np.ndarray:
 
 
 def test_names_and_shapes() -> None:
-    made = all_baselines()
-    assert [one.name for one in made] == [
+    baselines = all_baselines()
+    assert [baseline.name for baseline in baselines] == [
         "per-pixel Gaussian",
         "PCA residual (100)",
         "PCA standardised map",
         "PNG size",
     ]
-    for baseline in made:
+    for baseline in baselines:
         assert baseline.fit(normals()) is baseline
         for n in (0, 1, 5):
             scores, maps = baseline.score(normals(n, seed=1))
@@ -63,10 +59,10 @@ def test_an_image_scores_the_same_in_any_company(baseline: Baseline) -> None:
     new = normals(4, seed=1)
     together, maps = baseline.fit(normals()).score(new)
     for i in range(4):
-        alone, own = baseline.score(new[i : i + 1])
+        alone, own_maps = baseline.score(new[i : i + 1])
         assert alone[0] == pytest.approx(together[i], rel=1e-9)
-        if maps is not None and own is not None:
-            np.testing.assert_allclose(own[0], maps[i], rtol=1e-5, atol=1e-6)
+        if maps is not None and own_maps is not None:
+            np.testing.assert_allclose(own_maps[0], maps[i], rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -78,8 +74,8 @@ def test_a_spot_is_found_where_it_is(baseline: Baseline) -> None:
     before, _ = baseline.score(clean)
     after, maps = baseline.score(with_a_spot(clean, 5, 7))
     assert (after > before).all() and maps is not None
-    for one in maps:
-        row, column = np.unravel_index(one.argmax(), one.shape)
+    for anomaly_map in maps:
+        row, column = np.unravel_index(anomaly_map.argmax(), anomaly_map.shape)
         assert abs(row - 5) <= 1 and abs(column - 7) <= 1
 
 
@@ -99,14 +95,14 @@ def test_gaussian_is_the_likelihood_of_independent_pixels() -> None:
 def test_residual_against_sklearn(components: int) -> None:
     train, new = normals(), normals(5, seed=1)
     pca = PCA(min(components, 23), svd_solver="full").fit(unit(train))
-    left = np.square(unit(new) - pca.inverse_transform(pca.transform(unit(new))))
+    residuals = np.square(unit(new) - pca.inverse_transform(pca.transform(unit(new))))
     baseline = PCAResidual(components).fit(train)
     scores, maps = baseline.score(new)
     assert baseline.name == f"PCA residual ({components})"
-    np.testing.assert_allclose(scores, left.sum(1), rtol=1e-8)
-    np.testing.assert_allclose(maps, left.reshape(5, 3, SIZE, SIZE).sum(1), rtol=1e-5)
-    own, _ = baseline.score(train)
-    assert bool(own.max() < 1e-20) is (components >= 23)  # 24 normals have 23 directions
+    np.testing.assert_allclose(scores, residuals.sum(1), rtol=1e-8)
+    np.testing.assert_allclose(maps, residuals.reshape(5, 3, SIZE, SIZE).sum(1), rtol=1e-5)
+    of_train, _ = baseline.score(train)
+    assert bool(of_train.max() < 1e-20) is (components >= 23)  # 24 normals have 23 directions
 
 
 def test_residual_of_identical_normals_is_the_distance_to_them() -> None:
@@ -135,7 +131,7 @@ def test_standardised_map_step_by_step(n: int) -> None:
     assert deviation.min() > 1e-3 * np.median(deviation)  # below, the scores' own rule for constant terms holds
     standard = ((left(x, unit(new)) - held_out.mean(0)) / deviation).clip(-10, 10).reshape(4, 3, SIZE, SIZE).sum(1)
     assert (np.abs(standard) == 30).any() and (np.abs(standard) < 30).any()  # some are clipped in all three colours
-    smooth = np.stack([gaussian_filter(one, 2, mode="nearest") for one in standard])
+    smooth = np.stack([gaussian_filter(plane, 2, mode="nearest") for plane in standard])
     scores, maps = PCAResidual(2, standardised=True).fit(train).score(new)
     np.testing.assert_allclose(maps, smooth, rtol=1e-4, atol=1e-4)
     np.testing.assert_allclose(scores, smooth.max((1, 2)), rtol=1e-8)

@@ -6,15 +6,15 @@ import numpy as np
 import pytest
 import torch
 
-from fastmaf.inspection.folds import drop_fold, k_fold
+from fastmaf.inspection.out_of_fold import drop_fold, k_fold
 
 
 @pytest.mark.parametrize(("n", "folds"), [(2, 2), (5, 5), (219, 5), (10, 3)])
 def test_k_fold(n: int, folds: int) -> None:
-    dealt = k_fold(n, folds)
-    assert len(dealt) == folds and sorted(np.concatenate(dealt).tolist()) == list(range(n))
-    assert max(map(len, dealt)) - min(map(len, dealt)) <= 1
-    for fold in dealt:
+    parts = k_fold(n, folds)
+    assert len(parts) == folds and sorted(np.concatenate(parts).tolist()) == list(range(n))
+    assert max(map(len, parts)) - min(map(len, parts)) <= 1
+    for fold in parts:
         assert fold.dtype == np.int64 and (np.diff(fold) > 0).all()
 
 

@@ -12,22 +12,12 @@ from torch import Tensor
 
 import fastmaf
 from fastmaf.images.dataset import to_unit
+from fastmaf.inspection import blocks as blocks_module
 from fastmaf.inspection.detector import Detector
 from fastmaf.inspection.fit import fit
 from fastmaf.inspection.recipe import Recipe
-from fastmaf.inspection.scoring.settings import AnomalyMapConfig, ScoreSettings
-from fastmaf.inspection.selection import blocks as blocks_module
 from fastmaf.inspection.workflow.train import _decisions
-
-FIXED = Recipe(size=16, score=ScoreSettings(), map_config=AnomalyMapConfig())
-
-
-def waves(n: int, seed: int = 0) -> Tensor:
-    """A wave in changing light: what the whitening explains all of."""
-    rng = np.random.default_rng(seed)
-    wave = 128 + 40 * np.sin(np.linspace(0, 6, 16))[None, :, None]
-    pixels = wave + rng.normal(0, 10, (n, 1, 1, 1)) + rng.normal(0, 4, (n, 16, 16, 3))
-    return torch.from_numpy(np.clip(pixels, 0, 255).astype(np.uint8)).permute(0, 3, 1, 2).contiguous()
+from tests.inspection.tiny import FIXED, waves
 
 
 def noise_of_neighbours(n: int) -> Tensor:

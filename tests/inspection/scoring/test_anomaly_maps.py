@@ -8,9 +8,8 @@ import pytest
 import torch
 
 import fastmaf
-from fastmaf.inspection.scoring.anomaly_map import anomaly_maps, residuals_of
 from fastmaf.inspection.scoring.float64_flow import FlowValues
-from fastmaf.inspection.scoring.score import smoothing
+from fastmaf.inspection.scoring.score import anomaly_maps, residuals_of, smoothing
 from fastmaf.inspection.scoring.settings import AnomalyMapConfig
 
 SIZE, D = 8, 192
@@ -45,14 +44,14 @@ def test_a_residual_is_the_whitening_by_the_largest_factors_alone(factors: int, 
     smaller.factors.copy_(step.factors[:, :kept])
     smaller.variance.copy_(step.variance[:kept])
     assert bool((step.variance.diff() <= 0).all()), "the first factors are the largest"
-    found = residuals(fastmaf.Flow(D, [step]), x, AnomalyMapConfig(factors, power))
-    assert torch.allclose(found, smaller(x)[0] * step.scale**power, rtol=1e-9, atol=1e-9)
+    result = residuals(fastmaf.Flow(D, [step]), x, AnomalyMapConfig(factors, power))
+    assert torch.allclose(result, smaller(x)[0] * step.scale**power, rtol=1e-9, atol=1e-9)
 
 
 def test_a_residual_of_float32_is_that_of_float64() -> None:
     exact = residuals(fastmaf.Flow(D, [whitening()]), images(), AnomalyMapConfig(6, 0.5))
-    found = residuals(fastmaf.Flow(D, [whitening().float()]), images().float(), AnomalyMapConfig(6, 0.5))
-    assert (found - exact).abs().max() <= 1e-4 * exact.abs().max()
+    result = residuals(fastmaf.Flow(D, [whitening().float()]), images().float(), AnomalyMapConfig(6, 0.5))
+    assert (result - exact).abs().max() <= 1e-4 * exact.abs().max()
 
 
 def test_what_comes_before_the_whitening_is_applied_and_what_comes_after_is_not() -> None:
@@ -66,16 +65,16 @@ def test_what_comes_before_the_whitening_is_applied_and_what_comes_after_is_not(
 def test_a_map_is_the_root_of_smoothed_squares_over_the_colours_in_its_unit() -> None:
     residual, config = images(), AnomalyMapConfig(sigma=1.3, rms=0.7)
     matrix = smoothing(SIZE, 1.3)
-    for one, found in zip(residual, anomaly_maps(residual, config), strict=True):
-        squares = sum(plane**2 for plane in one.view(3, SIZE, SIZE))
-        assert torch.allclose(found * 0.7, (matrix @ squares @ matrix.T).sqrt())
+    for image, result in zip(residual, anomaly_maps(residual, config), strict=True):
+        squares = sum(plane**2 for plane in image.view(3, SIZE, SIZE))
+        assert torch.allclose(result * 0.7, (matrix @ squares @ matrix.T).sqrt())
 
 
 def test_a_spot_is_highest_where_it_lies() -> None:
     step, x = whitening(), images(1).zero_() + whitening().mean
     x.view(3, SIZE, SIZE)[:, 5, 2] += 40 * step.scale.view(3, SIZE, SIZE)[:, 5, 2]
-    found = anomaly_maps(residuals(fastmaf.Flow(D, [step]), x, AnomalyMapConfig(6)), AnomalyMapConfig())[0]
-    assert divmod(int(found.argmax()), SIZE) == (5, 2)
+    result = anomaly_maps(residuals(fastmaf.Flow(D, [step]), x, AnomalyMapConfig(6)), AnomalyMapConfig())[0]
+    assert divmod(int(result.argmax()), SIZE) == (5, 2)
 
 
 def test_a_map_of_an_image_that_is_explained_is_zero_and_finite() -> None:

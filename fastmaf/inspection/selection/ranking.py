@@ -1,0 +1,187 @@
+"""Ranking scores and anomaly maps on normal images and synthetic defects, never on a test image.
+
+Every normal image is scored by the model of the fold that left it out, both as it is and with a synthetic defect. A
+score is ranked by its image AUROC over both, averaged over the kinds of defects, so that every kind counts equally; a
+map by the mean of its pixel AUROC and AU-PRO.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import groupby, product
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+import fastmaf
+from fastmaf.images.dataset import to_unit
+from fastmaf.inspection.out_of_fold import OutOfFoldModels
+from fastmaf.inspection.scoring.score import anomaly_maps, residuals_of, terms_of
+from fastmaf.inspection.scoring.settings import AnomalyMapConfig, ScoreSettings, Source
+from fastmaf.inspection.synthetic_defects.draw import KINDS, SyntheticDefects, draw_defects
+from fastmaf.metrics.aupro import au_pro, pixel_auroc
+from fastmaf.metrics.auroc import auroc
+
+_TERMS: tuple[tuple[Source, float], ...] = (("whitened", 0.0), ("whitened", 0.7), ("flow", 0.0))
+
+SCORES: tuple[ScoreSettings, ...] = (
+    ScoreSettings("nll", "flow"),
+    ScoreSettings("typicality", "flow"),
+    *(
+        ScoreSettings("map maximum", source, presmooth, sigma, clip)
+        for (source, presmooth), sigma, clip in product(_TERMS, (1.0, 1.5, 2.0, 3.0), (5.0, 10.0, 20.0))
+    ),
+    *(
+        ScoreSettings("map top", source, presmooth, sigma, 10.0, top)
+        for (source, presmooth), sigma, top in product(_TERMS, (1.0, 1.5, 2.0), (0.0025, 0.005, 0.01, 0.02))
+    ),
+)
+MAPS = tuple(
+    AnomalyMapConfig(factors, power, sigma)
+    for factors, power, sigma in product((50, 100, 150, 200, 400, 800), (0.0, 0.5, 1.0), (0.7, 1.0, 1.5, 2.0))
+)
+
+_Config = TypeVar("_Config", ScoreSettings, AnomalyMapConfig)
+
+
+@dataclass(frozen=True)
+class ScoreCandidate:
+    """A score with its AUROC by kind of defect, and their mean with its standard error."""
+
+    settings: ScoreSettings
+    by_kind: dict[str, float]
+    image_auroc: float
+    error: float
+
+
+@dataclass(frozen=True)
+class MapCandidate:
+    """A configuration of the anomaly map, with its pixel AUROC and AU-PRO."""
+
+    config: AnomalyMapConfig
+    pixel_auroc: float
+    au_pro: float
+
+    @property
+    def mean(self) -> float:
+        """The mean of both, which decides."""
+        return (self.pixel_auroc + self.au_pro) / 2
+
+
+@fastmaf.torch_defaults()
+def rank_scores(
+    pixels: Tensor,
+    models: OutOfFoldModels,
+    *,
+    candidates: Sequence[ScoreSettings] = SCORES,
+    draws: int = 3,
+    seed: int = 0,
+    progress: bool = True,
+) -> list[ScoreCandidate]:
+    """Ranks scores on normal images and synthetic defects.
+
+    Args:
+        pixels: the normal images that ``models`` were fitted to, uint8 ``[n, 3, s, s]``.
+        models: the models of the folds.
+        candidates: the scores to compare.
+        draws: synthetic defects per normal image.
+        seed: of the defects.
+        progress: show a progress bar.
+
+    Returns:
+        The candidates, best first.
+    """
+    drawn, sets = _drawn(pixels, draws, seed)
+    kinds = np.concatenate([defects.kinds for defects in drawn])
+    nll = torch.zeros(len(sets), len(pixels), dtype=torch.float64)
+    if any(settings.needs_nll for settings in candidates):
+        nll = models.held_out(sets, lambda values: values.nll)
+    result = []
+    for settings, terms in _held_out(candidates, _terms_key, terms_of, models, sets, progress):
+        scores = models.scores(terms, nll, settings).flatten().numpy()
+        normal, defect = scores[: len(pixels)], scores[len(pixels) :]
+        by_kind = {kind: _auroc(normal, defect[kinds == kind]) for kind in KINDS if (kinds == kind).any()}
+        mean = float(np.mean(list(by_kind.values())))
+        result.append(ScoreCandidate(settings, by_kind, mean, _standard_error(normal, defect, kinds)))
+    return sorted(result, key=lambda candidate: -candidate.image_auroc)
+
+
+@fastmaf.torch_defaults()
+def rank_maps(
+    pixels: Tensor,
+    models: OutOfFoldModels,
+    *,
+    candidates: Sequence[AnomalyMapConfig] = MAPS,
+    draws: int = 3,
+    seed: int = 0,
+    progress: bool = True,
+) -> list[MapCandidate]:
+    """Ranks map configurations by the pixels of normal images and of synthetic defects; arguments as ``rank_scores``.
+
+    Returns:
+        The candidates, best first.
+    """
+    drawn, sets = _drawn(pixels, draws, seed)
+    masks = [*(None for _ in pixels), *(mask for defects in drawn for mask in defects.masks.numpy())]
+    result = []
+    for config, residuals in _held_out(candidates, _residuals_key, residuals_of, models, sets, progress):
+        maps = list(anomaly_maps(residuals.flatten(0, 1), config).numpy())
+        result.append(MapCandidate(config, pixel_auroc(maps, masks), au_pro(maps, masks)))
+    return sorted(result, key=lambda candidate: -candidate.mean)
+
+
+def _drawn(pixels: Tensor, draws: int, seed: int) -> tuple[list[SyntheticDefects], list[Tensor]]:
+    """Returns ``draws`` sets of images with a defect, and the normal images followed by these on [0, 1]."""
+    drawn = [draw_defects(pixels, seed=seed + i) for i in range(draws)]
+    return drawn, [to_unit(part) for part in (pixels, *(defects.pixels for defects in drawn))]
+
+
+def _terms_key(settings: ScoreSettings) -> tuple[str, float]:
+    return settings.source, settings.presmooth_sigma
+
+
+def _residuals_key(config: AnomalyMapConfig) -> tuple[int, float]:
+    return config.factors, config.power
+
+
+def _held_out(
+    candidates: Sequence[_Config],
+    key: Callable[[_Config], Any],
+    quantity: Callable[[Any, _Config], Tensor],
+    models: OutOfFoldModels,
+    sets: list[Tensor],
+    progress: bool,
+) -> Iterator[tuple[_Config, Tensor]]:
+    """Yields each candidate with its held-out quantity, float32, which is the same for all with the same key.
+
+    Only one is in memory at a time.
+    """
+    with tqdm(total=len(candidates), desc="ranking", unit="candidate", disable=not progress, leave=False) as bar:
+        for _, group in groupby(sorted(candidates, key=key), key=key):
+            configs = list(group)
+            values = models.held_out(sets, quantity, configs[0]).float()
+            for config in configs:
+                yield config, values
+                bar.update()
+
+
+def _auroc(normal: np.ndarray, defect: np.ndarray) -> float:
+    return auroc(np.concatenate([normal, defect]), np.arange(len(normal) + len(defect)) >= len(normal))
+
+
+def _standard_error(normal: np.ndarray, defect: np.ndarray, kinds: np.ndarray, resamples: int = 200) -> float:
+    """Standard error of the mean AUROC over kinds, by resampling normal images together with their defects."""
+    rng = np.random.default_rng(0)
+    n, draws = len(normal), len(defect) // len(normal)
+    means = []
+    for _ in range(resamples):
+        index = rng.integers(0, n, n)
+        rows = (np.arange(draws)[:, None] * n + index).ravel()
+        scores, of = defect[rows], kinds[rows]
+        areas = [_auroc(normal[index], scores[of == kind]) for kind in np.unique(kinds) if (of == kind).any()]
+        means.append(np.mean(areas))
+    return float(np.std(means))
