@@ -27,7 +27,7 @@ import fastmaf
 from fastmaf.bench import machine
 from fastmaf.kernels.triton_common.launch_table import TABLES, Table, family
 from fastmaf.training.cuda_graphs import _stream, record
-from fastmaf.training.graphed_step import CapturedUpdates, capture_minimize
+from fastmaf.training.graphed_step import CapturedUpdates
 
 # Tiles (rows, columns) to try for each entry.
 TILES: dict[str, tuple[tuple[int, int], ...]] = {
@@ -83,7 +83,7 @@ def trial(flow: fastmaf.MAF, entry: str) -> Trial:
 
     def recorded() -> Callable[[], object]:
         updates = CapturedUpdates(optimizer)
-        graph = record(lambda: capture_minimize(optimizer, -flow.log_prob(x).mean(), updates), device)
+        graph = record(lambda: updates.minimize(-flow.log_prob(x).mean()), device)
         updates.advance()
         return graph.replay
 

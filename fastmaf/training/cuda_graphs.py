@@ -16,6 +16,7 @@ from typing import Any, Generic, NamedTuple, TypeAlias, TypeVar
 import torch
 from torch import Tensor, nn
 
+from fastmaf import hooks
 from fastmaf.flows import Flow
 from fastmaf.kernels import composite, dispatch
 from fastmaf.kernels.triton_common import launch_table
@@ -78,21 +79,17 @@ class ModuleState(NamedTuple):
     @classmethod
     def of(cls, module: nn.Module) -> ModuleState:
         """Returns the state of a module, faster than by ``nn.Module.named_parameters``."""
-        parameters: list[Tensor] = [p for p in module._parameters.values() if p is not None]
-        places = [parameter.data_ptr() for parameter in parameters]
-        for buffer in module._buffers.values():
-            if buffer is not None:
-                places += buffer.data_ptr(), 0 if buffer.is_inference() else buffer._version
-        has_hooks = bool(
-            module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
-        )
-        for child in module._modules.values():
-            if child is not None:
-                state = cls.of(child)
-                parameters += state.parameters
-                places += state.places
-                has_hooks |= state.has_hooks
-        return cls(parameters, places, has_hooks)
+        parameters: list[Tensor] = []
+        places: list[int] = []
+        modules, has_hooks = [module], False
+        for part in modules:  # grows in the loop
+            modules += [child for child in part._modules.values() if child is not None]
+            parameters += [parameter for parameter in part._parameters.values() if parameter is not None]
+            for buffer in part._buffers.values():
+                if buffer is not None:
+                    places += buffer.data_ptr(), 0 if buffer.is_inference() else buffer._version
+            has_hooks = has_hooks or any(hooks.of(part))
+        return cls(parameters, [*places, *(parameter.data_ptr() for parameter in parameters)], has_hooks)
 
 
 def graph_key(flow: Flow, x: Tensor, state: ModuleState) -> Key:
@@ -116,18 +113,14 @@ class GraphCache(Generic[T]):
     def __init__(self) -> None:
         self._graphs: OrderedDict[Key, T | None] = OrderedDict()
 
-    def __len__(self) -> int:
-        return len(self._graphs)
-
     def get(self, key: Key, make: Callable[[], T]) -> T | None:
         """Returns the graph of a key, which ``make`` records if needed; None before ``ran_eagerly`` of that key."""
         if key not in self._graphs:
             return None
         self._graphs.move_to_end(key)
-        graph = self._graphs[key]
-        if graph is None:
-            graph = self._graphs[key] = make()
-        return graph
+        if self._graphs[key] is None:
+            self._graphs[key] = make()
+        return self._graphs[key]
 
     def ran_eagerly(self, key: Key) -> None:
         """Notes that the key was run eagerly."""
