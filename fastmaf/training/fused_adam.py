@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.optim import optimizer as torch_optimizer
 
 from fastmaf.training.adam_updates import BeginUpdate, EagerUpdates, StepCounts
-from fastmaf.training.gradient_sink import Gradients, Sink, backward, single_uses
+from fastmaf.training.gradient_sink import Gradients, Sink, backward, has_hooks, single_uses
 from fastmaf.training.guards import check_loss, check_processes, clip_scale
 
 
@@ -200,8 +200,3 @@ class FusedAdam(torch.optim.Adam):
             torch._foreach_mul_(list(gradients.stored.values()), scale)
         self._apply_factored(gradients, begin, scale)
         return True
-
-
-def has_hooks(parameter: Tensor) -> bool:
-    """Returns whether hooks are registered on the gradient of a parameter."""
-    return bool(parameter._backward_hooks or getattr(parameter, "_post_accumulate_grad_hooks", None))

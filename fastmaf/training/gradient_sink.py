@@ -64,6 +64,11 @@ def single_uses(loss: Tensor) -> dict[Tensor, object]:
     return uses
 
 
+def has_hooks(parameter: Tensor) -> bool:
+    """Returns whether hooks are registered on the gradient of a parameter."""
+    return bool(parameter._backward_hooks or getattr(parameter, "_post_accumulate_grad_hooks", None))
+
+
 def backward(loss: Tensor, sinks: Mapping[Tensor, Sink]) -> None:
     """Runs ``loss.backward()`` with sinks on some weights, and removes the sinks.
 

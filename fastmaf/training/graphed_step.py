@@ -13,9 +13,9 @@ from fastmaf.flows import Flow
 from fastmaf.kernels.adam.op import adam_step_, compile_adam
 from fastmaf.kernels.adam.update import AdamNumbers, Update
 from fastmaf.nn import zero_padding_
-from fastmaf.training.cuda_graphs import GraphCache, Key, ModuleState, can_replay, graph_key, record
-from fastmaf.training.fused_adam import FusedAdam, has_hooks
-from fastmaf.training.gradient_sink import Gradients
+from fastmaf.training.cuda_graphs import GraphCache, Key, graph_key, record
+from fastmaf.training.fused_adam import FusedAdam
+from fastmaf.training.gradient_sink import Gradients, has_hooks
 from fastmaf.training.guards import clip_scale
 
 
@@ -195,8 +195,7 @@ class GraphedSteps:
         Warns:
             UserWarning: once, where such steps cannot be captured.
         """
-        key = self._key(x)
-        if key is None:
+        if (key := self._key(x)) is None:
             return None
         try:
             return self._cache.get(key, lambda: GraphedStep(self._flow, self._optimizer, x, self._max_norm))
@@ -207,25 +206,16 @@ class GraphedSteps:
 
     def ran_eagerly(self, x: Tensor) -> None:
         """Notes that a step on a batch like ``x`` was taken eagerly, so that the next one can be captured."""
-        key = self._key(x)
-        if key is not None:
+        if (key := self._key(x)) is not None:
             self._cache.ran_eagerly(key)
 
     def _key(self, x: Tensor) -> Key | None:
-        """Returns the key of the flow and of the step: which parameters are trained and how, and where the moments are.
+        """Returns the key of the flow and of the step: how parameters are updated, and where the moments are.
 
         None where nothing can be replayed: a replay calls no hooks.
         """
-        if self._refused or not can_replay(self._flow) or self._optimizer.has_step_hooks():
+        if self._refused or self._optimizer.has_step_hooks() or (key := graph_key(self._flow, x)) is None:
             return None
-        state = ModuleState.of(self._flow)
-        if state.has_hooks:
-            return None
-        moments: list[int] = []
-        for parameter in state.parameters:
-            known = self._optimizer.state.get(parameter)
-            if known:
-                moments += known["exp_avg"].data_ptr(), known["exp_avg_sq"].data_ptr()
         modes = [group[name] for group in self._optimizer.param_groups for name in ("amsgrad", "differentiable")]
-        trained = [p.requires_grad and not has_hooks(p) for p in state.parameters]
-        return *graph_key(self._flow, x, state), *modes, *trained, *moments
+        states = [state for state in self._optimizer.state.values() if state]
+        return *key, *modes, *(state[name].data_ptr() for state in states for name in ("exp_avg", "exp_avg_sq"))
