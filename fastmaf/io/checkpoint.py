@@ -135,6 +135,6 @@ def _load_tensors(flow: Flow, tensors: dict[str, Tensor], tiles: Mapping[str, An
     for name, expected in flow.state_dict().items():
         tensor = tensors.get(name)
         if tensor is None or tensor.shape != expected.shape or tensor.dtype != expected.dtype:
-            what = "nothing" if tensor is None else f"{tuple(tensor.shape)} {tensor.dtype}"
-            raise ValueError(f"tensor {name}: expected {tuple(expected.shape)} {expected.dtype}, found {what}")
+            found = "nothing" if tensor is None else f"{tuple(tensor.shape)} {tensor.dtype}"
+            raise ValueError(f"tensor {name}: expected {tuple(expected.shape)} {expected.dtype}, found {found}")
     flow.load_state_dict(tensors)

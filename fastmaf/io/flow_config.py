@@ -122,11 +122,9 @@ KINDS: dict[str, Kind] = {
 
 
 def flow_config(metadata: Mapping[str, str], types: tuple[str, ...]) -> dict[str, Any]:
-    """Returns the validated configuration in the metadata of a file.
+    """Returns the validated configuration in the metadata of a file whose transforms are of these types.
 
-    Args:
-        metadata: the metadata of the file.
-        types: the names of the known transforms. Those not in ``KINDS`` validate their configuration themselves.
+    Transforms of types that are not in ``KINDS`` validate their configuration themselves.
 
     Raises:
         ValueError: there is no configuration, or it violates the schema.

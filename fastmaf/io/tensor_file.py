@@ -99,8 +99,7 @@ class TensorFile:
             raise FileNotFoundError(f"no model file at {path}")
         self._file = open(path, "rb")  # noqa: SIM115
         try:
-            size = os.fstat(self._file.fileno()).st_size
-            self.tensors, self.metadata = self._header(size)
+            self.tensors, self.metadata = self._header(os.fstat(self._file.fileno()).st_size)
         except BaseException:
             self._file.close()
             raise
@@ -148,13 +147,7 @@ class TensorFile:
 
 
 def _tensors(header: dict[str, Any], start: int, size: int) -> dict[str, TensorInfo]:
-    """Returns the entries of a validated header, and checks that the tensors fill the file without gap or overlap.
-
-    Args:
-        header: the validated header.
-        start: the offset of the first tensor's first byte.
-        size: the size of the file.
-    """
+    """Returns the entries of a valid header, and checks that the tensors fill the file from ``start`` to ``size``."""
     tensors: dict[str, TensorInfo] = {}
     for name, entry in header.items():
         dtype, shape = _DTYPES[entry["dtype"]], tuple(entry["shape"])
