@@ -27,7 +27,7 @@ from triton.compiler import ASTSource
 
 import fastmaf
 from fastmaf.kernels.triton_common.device import Launched, recording
-from fastmaf.training.graphed_step import CapturedUpdates, capture_gradients, capture_step
+from fastmaf.training.graphed_step import CapturedUpdates
 
 # Compute capability: number of multiprocessors of a card, for the size of grids.
 CARDS = {61: 6, 75: 40, 80: 108, 90: 132}
@@ -90,9 +90,10 @@ def _use(flow: fastmaf.MAF, batches: Sequence[int]) -> None:
         optimizer = fastmaf.optim.FusedAdam(flow.parameters())
         optimizer.zero_grad()
         optimizer.minimize(flow.log_prob(x).sum(), check_finite=False)  # the tensors have no values
-        gradients = capture_gradients(optimizer, flow.log_prob(x.requires_grad_()).sum())
+        updates = CapturedUpdates(optimizer)
+        gradients = updates.gradients(flow.log_prob(x.requires_grad_()).sum())
         gradients.squared_norm()
-        capture_step(optimizer, gradients, CapturedUpdates(optimizer))
+        updates.step(gradients)
         with torch.no_grad():
             for model in (flow, stored) if batch == batches[0] else (flow,):
                 model.log_prob(x)

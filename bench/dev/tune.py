@@ -30,7 +30,7 @@ from fastmaf.bench.check import WrongResultError
 from fastmaf.capsule.config import TrainConfig
 from fastmaf.kernels.triton_common.launch_table import TABLES, Table, family
 from fastmaf.training.cuda_graphs import _stream, record
-from fastmaf.training.graphed_step import CapturedUpdates, capture_minimize
+from fastmaf.training.graphed_step import CapturedUpdates
 
 # The batch at which an entry is tuned, and the tiles (rows, columns) to try.
 BATCH = {"lanes": 1, "few": 8, "dot": 64, "backward": 8, "backward_many": 64, "inverse": 1}
@@ -79,7 +79,7 @@ def trial(flow: fastmaf.MAF, entry: str) -> Trial:
 
     def recorded() -> Callable[[], object]:
         updates = CapturedUpdates(optimizer)
-        graph = record(lambda: capture_minimize(optimizer, -flow.log_prob(x).mean(), updates), device)
+        graph = record(lambda: updates.minimize(-flow.log_prob(x).mean()), device)
         updates.advance()
         return graph.replay
 

@@ -13,12 +13,13 @@ import secrets
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import BinaryIO
 
 from safetensors import SafetensorError
 
-from fastmaf.io.locks import FileLock, try_lock
+from fastmaf.io.locks import try_lock
 
 STDOUT = "standard output"
 """Name of the stream in errors."""
@@ -92,36 +93,19 @@ def staging(folder: str | os.PathLike[str]) -> Iterator[Path]:
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    key = os.path.realpath(folder)
-    if key not in _swept:
+    if (key := os.path.realpath(folder)) not in _swept:
         sweep(folder)
         _swept.add(key)
-    made, lock = _claim(folder)
+    lock = None
+    while lock is None:
+        staged = folder / f"{_PREFIX}{secrets.token_hex(8)}{_SUFFIX}"
+        staged.mkdir()
+        with suppress(FileNotFoundError):  # swept by another process before it was locked
+            lock = try_lock(staged / _LOCK)
     try:
-        yield made
+        yield staged
     finally:
-        _discard(made, lock)
-
-
-def _claim(folder: Path) -> tuple[Path, FileLock]:
-    while True:
-        made = folder / f"{_PREFIX}{secrets.token_hex(8)}{_SUFFIX}"
-        made.mkdir()
-        # Another process may sweep the folder between both calls; it is created again then.
-        try:
-            lock = try_lock(made / _LOCK)
-        except FileNotFoundError:
-            continue
-        if lock is not None:
-            return made, lock
-
-
-def _discard(made: Path, lock: FileLock) -> None:
-    if os.name == "nt":  # an open file cannot be removed there
-        lock.release()
-    shutil.rmtree(made, ignore_errors=True)
-    if os.name != "nt":
-        lock.release()
+        lock.release(partial(shutil.rmtree, staged, ignore_errors=True))
 
 
 def sweep(folder: str | os.PathLike[str]) -> None:
@@ -135,7 +119,7 @@ def sweep(folder: str | os.PathLike[str]) -> None:
         with suppress(OSError):  # already removed, or another user's
             lock = try_lock(left / _LOCK)
             if lock is not None and lock.enforced:
-                _discard(left, lock)
+                lock.release(partial(shutil.rmtree, left, ignore_errors=True))
             elif lock is not None:
                 lock.release()
 

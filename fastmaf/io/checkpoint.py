@@ -8,6 +8,7 @@ The tensors are the ``state_dict`` of the flow; the metadata holds its configura
 from __future__ import annotations
 
 import os
+from collections import defaultdict
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -95,22 +96,9 @@ def load_with_extras(path: str | os.PathLike[str], *, device: torch.device | str
         ('mm', tensor([1., 1., 1.]))
     """
     with TensorFile(path) as file:
-        return SavedFlow(_flow(file).to(device), file.metadata, _extras(file))
-
-
-def read_extras(path: str | os.PathLike[str]) -> dict[str, Tensor]:
-    """Returns the tensors saved beside a flow as ``extras``, by name, without loading the flow.
-
-    Raises:
-        FileNotFoundError: the file does not exist.
-        CheckpointError: the file is not a safetensors file, or is damaged.
-    """
-    with TensorFile(path) as file:
-        return _extras(file)
-
-
-def _extras(file: TensorFile) -> dict[str, Tensor]:
-    return {name.removeprefix(EXTRA): file.read(name) for name in file.tensors if name.startswith(EXTRA)}
+        flow = _flow(file).to(device)
+        extras = {name.removeprefix(EXTRA): file.read(name) for name in file.tensors if name.startswith(EXTRA)}
+        return SavedFlow(flow, file.metadata, extras)
 
 
 def _flow(file: TensorFile) -> Flow:
@@ -129,12 +117,11 @@ def _flow(file: TensorFile) -> Flow:
 
 
 def _build(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Flow:
-    tensors_of: list[dict[str, Tensor]] = [{} for _ in config["transforms"]]
+    tensors_of: defaultdict[int, dict[str, Tensor]] = defaultdict(dict)
     for name, tensor in tensors.items():
         _, index, rest = name.split(".", 2)
         tensors_of[int(index)][rest] = tensor
-    entries = zip(config["transforms"], tensors_of, strict=True)
-    transforms = [TRANSFORMS[entry["type"]].from_config(entry, its_tensors) for entry, its_tensors in entries]
+    transforms = [TRANSFORMS[t["type"]].from_config(t, tensors_of[i]) for i, t in enumerate(config["transforms"])]
     return (MAF.from_transforms if config["class"] == "MAF" else Flow)(config["features"], transforms)
 
 
@@ -148,6 +135,6 @@ def _load_tensors(flow: Flow, tensors: dict[str, Tensor], tiles: Mapping[str, An
     for name, expected in flow.state_dict().items():
         tensor = tensors.get(name)
         if tensor is None or tensor.shape != expected.shape or tensor.dtype != expected.dtype:
-            what = "nothing" if tensor is None else f"{tuple(tensor.shape)} {tensor.dtype}"
-            raise ValueError(f"tensor {name}: expected {tuple(expected.shape)} {expected.dtype}, found {what}")
+            found = "nothing" if tensor is None else f"{tuple(tensor.shape)} {tensor.dtype}"
+            raise ValueError(f"tensor {name}: expected {tuple(expected.shape)} {expected.dtype}, found {found}")
     flow.load_state_dict(tensors)

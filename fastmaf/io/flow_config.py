@@ -8,37 +8,20 @@ The sizes of all tensors except packed weights follow from it, so that a file is
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, TypeAlias
 
 import torch
 
 from fastmaf.io.safe_json import parse, shown
-from fastmaf.io.schema import (
-    Anything,
-    Field,
-    Flag,
-    ListOf,
-    MapOf,
-    Maybe,
-    Number,
-    OneOf,
-    Record,
-    SchemaError,
-    Text,
-    Whole,
-)
+from fastmaf.io.schema import Anything, Flag, ListOf, MapOf, Maybe, Number, OneOf, Record, SchemaError, Text, Whole
 from fastmaf.kernels.masked_linear.args import ACTIVATIONS
 
 FORMAT_VERSION = 1
 KEY = "fastmaf"  # the key of the configuration in the metadata
 _WHERE = "configuration"  # the beginning of paths in messages
 TILES = f"{_WHERE}.tiles"
-CLASSES = ("MAF", "Flow")
-FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 Config: TypeAlias = Mapping[str, Any]
-Dtype: TypeAlias = torch.dtype | Literal["flow", "weight"]
 
 
 class Expected(NamedTuple):
@@ -50,31 +33,20 @@ class Expected(NamedTuple):
     """
 
     shape: tuple[int, ...] | None
-    dtype: Dtype = "flow"
+    dtype: torch.dtype | Literal["flow", "weight"] = "flow"
 
 
-@dataclass(frozen=True)
-class Kind:
+class Kind(NamedTuple):
     """The schema of one type of transform.
 
     Attributes:
-        fields: the required fields of its configuration.
+        schema: that of its configuration, without the entry ``"type"``.
         tensors: a function from the configuration and the number of features to the required tensors by name. Raises
             SchemaError if entries contradict each other.
-        optional: the optional fields.
     """
 
-    fields: Mapping[str, Field]
+    schema: Record
     tensors: Callable[[Config, int], dict[str, Expected]]
-    optional: Mapping[str, Field]
-
-
-def _permutation(config: Config, features: int) -> dict[str, Expected]:
-    return {"permutation": Expected((features,), torch.int64)}
-
-
-def _logit(config: Config, features: int) -> dict[str, Expected]:
-    return {}
 
 
 def _affine(config: Config, features: int) -> dict[str, Expected]:
@@ -118,45 +90,41 @@ def _local(config: Config, features: int) -> dict[str, Expected]:
 _TEXT = Text(10_000_000)  # a configuration of a hundred blocks of 12,288 dimensions has 200 kB
 _FEATURES = Whole(1, 2**28)
 _NATS = Number(low=1e-30, high=1e30)  # within the range of float32
-_LAYERS = ListOf(Whole(1, 2**28), shortest=1, longest=1024)
 
+_AFFINE = Record(
+    {
+        "features": _FEATURES,
+        "hidden_features": ListOf(_FEATURES, shortest=1, longest=1024),
+        "activation": OneOf(ACTIVATIONS),
+        "strict": Flag(),
+        "log_scale_bound": Maybe(_NATS),
+        "soft_bound": Flag(),
+    },
+    optional={"weight_dtype": OneOf((str(torch.bfloat16),))},
+)
+_LOCAL = Record(
+    {
+        "shape": ListOf(_FEATURES, shortest=3, longest=3),
+        "patch": Whole(1),
+        "kernel": Whole(1, 2**16),
+        "hidden": Whole(),
+        "reverse": Flag(),
+        "log_scale_bound": _NATS,
+    }
+)
 KINDS: dict[str, Kind] = {
-    "permutation": Kind({}, _permutation, {}),
-    "logit": Kind({"features": _FEATURES, "alpha": Number(low=0, below=0.5)}, _logit, {}),
-    "affine_autoregressive": Kind(
-        {
-            "features": _FEATURES,
-            "hidden_features": _LAYERS,
-            "activation": OneOf(tuple(ACTIVATIONS)),
-            "strict": Flag(),
-            "log_scale_bound": Maybe(_NATS),
-            "soft_bound": Flag(),
-        },
-        _affine,
-        {"weight_dtype": OneOf((str(torch.bfloat16),))},
-    ),
-    "gaussian_whitening": Kind({"features": _FEATURES, "rank": Whole()}, _whitening, {}),
-    "local_autoregressive": Kind(
-        {
-            "shape": ListOf(_FEATURES, shortest=3, longest=3),
-            "patch": Whole(1),
-            "kernel": Whole(1, 2**16),
-            "hidden": Whole(),
-            "reverse": Flag(),
-            "log_scale_bound": _NATS,
-        },
-        _local,
-        {},
-    ),
+    "permutation": Kind(Record(), lambda config, features: {"permutation": Expected((features,), torch.int64)}),
+    "logit": Kind(Record({"features": _FEATURES, "alpha": Number(low=0, below=0.5)}), lambda config, features: {}),
+    "affine_autoregressive": Kind(_AFFINE, _affine),
+    "gaussian_whitening": Kind(Record({"features": _FEATURES, "rank": Whole()}), _whitening),
+    "local_autoregressive": Kind(_LOCAL, _local),
 }
 
 
 def flow_config(metadata: Mapping[str, str], types: tuple[str, ...]) -> dict[str, Any]:
-    """Returns the validated configuration in the metadata of a file.
+    """Returns the validated configuration in the metadata of a file whose transforms are of these types.
 
-    Args:
-        metadata: the metadata of the file.
-        types: the names of the known transforms. Those not in ``KINDS`` validate their configuration themselves.
+    Transforms of types that are not in ``KINDS`` validate their configuration themselves.
 
     Raises:
         ValueError: there is no configuration, or it violates the schema.
@@ -173,30 +141,26 @@ def flow_config(metadata: Mapping[str, str], types: tuple[str, ...]) -> dict[str
         raise SchemaError(
             f"format version {shown(version)}; this fastmaf reads version {FORMAT_VERSION}: update fastmaf"
         )
-    _record(types).check(config, _WHERE)
+    schema = Record(
+        {
+            "version": Whole(),
+            "class": OneOf(("MAF", "Flow")),
+            "features": _FEATURES,
+            "transforms": ListOf(Record({"type": OneOf(types)}, others=Anything()), longest=4096),
+            "tiles": MapOf(ListOf(Anything())),
+        },
+        optional={"shared": MapOf(Text())},  # see ``fastmaf.sharing.shared_parts``
+    )
+    schema.check(config, _WHERE)
     for i, entry in enumerate(config["transforms"]):
         if entry["type"] in KINDS:
             _check_transform(entry, config["features"], f"{_WHERE}.transforms[{i}]")
     return config
 
 
-def _record(types: tuple[str, ...]) -> Record:
-    transform = Record({"type": OneOf(types)}, others=Anything())
-    return Record(
-        {
-            "version": Whole(),
-            "class": OneOf(CLASSES),
-            "features": _FEATURES,
-            "transforms": ListOf(transform, longest=4096),
-            "tiles": MapOf(ListOf(Anything())),
-        },
-        optional={"shared": MapOf(Text())},  # see ``fastmaf.sharing.shared_parts``
-    )
-
-
 def _check_transform(entry: Config, features: int, where: str) -> None:
     kind = KINDS[entry["type"]]
-    Record({"type": Anything(), **kind.fields}, kind.optional).check(entry, where)
+    kind.schema.check({key: value for key, value in entry.items() if key != "type"}, where)
     if entry.get("features", features) != features:
         raise SchemaError(f"{where}.features: expected {features}, the flow's; found {entry['features']}")
     try:

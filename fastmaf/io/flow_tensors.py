@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fastmaf.degrees import input_degrees, prefix
-from fastmaf.io.flow_config import FLOATS, KINDS, Config, Expected
+from fastmaf.io.flow_config import KINDS, Config, Expected
 from fastmaf.io.safe_json import shown
 from fastmaf.io.schema import SchemaError
 from fastmaf.io.tensor_file import TensorFile, TensorInfo
@@ -40,10 +40,9 @@ def flow_tensors(file: TensorFile, config: Config) -> dict[str, Tensor]:
         if entry["type"] == "gaussian_whitening":
             _check_whitening(tensors, f"transforms.{i}.")
         elif entry["type"] == "affine_autoregressive":
-            layouts = _layouts(tensors, f"transforms.{i}.made.", entry, config["features"])
-            for name, layout in layouts.items():
-                weight = f"{name}.weight"
-                tensors[weight] = repacked(layout, config["tiles"].get(name, []), tensors[weight], name)
+            for name, layout in _layouts(tensors, f"transforms.{i}.made.", entry, config["features"]).items():
+                weight, tiles = f"{name}.weight", config["tiles"].get(name, [])
+                tensors[weight] = repacked(layout, tiles, tensors[weight], name)
     return tensors
 
 
@@ -70,7 +69,7 @@ def _check_shapes(infos: Mapping[str, TensorInfo], expected: Mapping[str, Expect
     """Checks shapes and dtypes; all floating-point tensors have the same dtype, except rounded weights."""
     floating = [infos[name].dtype for name, tensor in expected.items() if tensor.dtype == "flow"]
     dtype = floating[0] if floating else torch.float32
-    if dtype not in FLOATS:
+    if dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
         first = next(name for name, tensor in expected.items() if tensor.dtype == "flow")
         raise SchemaError(f"tensor {first}: expected a floating-point dtype; found {dtype}")
     for name, tensor in expected.items():
@@ -85,16 +84,15 @@ def _check_shapes(infos: Mapping[str, TensorInfo], expected: Mapping[str, Expect
 
 def _check_whitening(tensors: Mapping[str, Tensor], name: str) -> None:
     scale, variance, factors = (tensors[f"{name}{field}"] for field in ("scale", "variance", "factors"))
-    # Products of two larger values overflow.
-    largest = math.sqrt(torch.finfo(scale.dtype).max)
+    largest = math.sqrt(torch.finfo(scale.dtype).max)  # products of two larger values overflow
     for field, tensor in (("scale", scale), ("variance", variance), ("mean", tensors[f"{name}mean"])):
-        if tensor.numel() and float(tensor.abs().max()) > largest:
-            raise SchemaError(f"tensor {name}{field} must be at most {largest:.3g}; found {float(tensor.abs().max())}")
-    if float(scale.min()) * largest < 1:
-        bound = "positive" if float(scale.min()) <= 0 else f"at least {1 / largest:.3g}"
-        raise SchemaError(f"tensor {name}scale must be {bound}; found {float(scale.min())}")
-    if variance.numel() and float(variance.min()) < 0:
-        raise SchemaError(f"tensor {name}variance must be not negative; found {float(variance.min())}")
+        if tensor.numel() and (most := float(tensor.abs().max())) > largest:
+            raise SchemaError(f"tensor {name}{field} must be at most {largest:.3g}; found {most}")
+    if (least := float(scale.min())) * largest < 1:
+        bound = "positive" if least <= 0 else f"at least {1 / largest:.3g}"
+        raise SchemaError(f"tensor {name}scale must be {bound}; found {least}")
+    if variance.numel() and (least := float(variance.min())) < 0:
+        raise SchemaError(f"tensor {name}variance must be not negative; found {least}")
     norms = torch.linalg.vector_norm(factors, dim=0, dtype=torch.float64)
     wrong = norms[((norms - 1).abs() > _ORTHONORMAL) & (norms != 0)]
     if len(wrong):

@@ -12,8 +12,8 @@ import json
 import os
 import platform
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
@@ -35,34 +35,38 @@ class FileLock:
     file: BinaryIO
     enforced: bool
 
-    def release(self) -> None:
-        """Unlocks and closes the file."""
-        if self.enforced:
-            _unlock(self.file)  # closing does not suffice if a forked child has the descriptor
-        self.file.close()
+    def release(self, remove: Callable[[], object] = lambda: None) -> None:
+        """Unlocks and closes the file, and calls ``remove`` for it, whose errors are ignored.
+
+        The file is removed first, except on Windows, where an open file cannot be removed.
+        """
+        steps = [self._close, remove] if os.name == "nt" else [remove, self._close]
+        for step in steps:
+            with suppress(OSError):
+                step()
+
+    def _close(self) -> None:
+        with self.file:
+            if self.enforced:
+                _unlock(self.file)  # closing does not suffice if a forked child has the descriptor
 
 
 def try_lock(path: Path) -> FileLock | None:
     """Opens or creates ``path`` and locks it; returns None if the lock is held elsewhere."""
     while True:
-        file = open(path, "rb+", buffering=0, opener=_open_or_create)  # noqa: SIM115
-        try:
-            enforced = _lock(file)
-            # The previous holder may have removed the file since it was opened: such a lock would exclude nobody.
-            with suppress(FileNotFoundError):
-                if os.path.samestat(os.fstat(file.fileno()), os.stat(path)):
-                    return FileLock(file, enforced)
-            file.close()
-        except BlockingIOError:
-            file.close()
-            return None
-        except BaseException:
-            file.close()
-            raise
-
-
-def _open_or_create(path: str, flags: int) -> int:
-    return os.open(path, flags | os.O_CREAT, 0o666)
+        with ExitStack() as on_return:
+            file = on_return.enter_context(open(path, "ab+", buffering=0))
+            try:
+                enforced = _lock(file)
+                # The previous holder may have removed the file since it was opened: such a lock would exclude nobody.
+                valid = os.path.samestat(os.fstat(file.fileno()), os.stat(path))
+            except BlockingIOError:
+                return None
+            except FileNotFoundError:
+                continue
+            if valid:
+                on_return.pop_all()
+                return FileLock(file, enforced)
 
 
 @contextmanager
@@ -84,36 +88,31 @@ def run_lock(target: Path, doing: str) -> Iterator[None]:
     key = os.path.realpath(path)
     with _held_guard:
         if key in _held:
-            raise InUseError(_refusal(target, path, _read(path)))
+            raise InUseError(_refusal(target, path, _holder(path)))
         _held.add(key)
     try:
-        lock = _taken(target, path, doing)
+        lock = _acquire(target, path, doing)
         try:
             yield
         finally:
-            _remove(path, lock)
+            lock.release(path.unlink)
     finally:
-        with _held_guard:
-            _held.discard(key)
+        _held.discard(key)
 
 
-def _taken(target: Path, path: Path, doing: str) -> FileLock:
+def _acquire(target: Path, path: Path, doing: str) -> FileLock:
     """Acquires the lock of ``target`` and writes the new holder into it."""
     try:
-        lock = try_lock(path)
+        lock, holder = try_lock(path), _holder(path)
         if lock is None:
-            raise InUseError(_refusal(target, path, _read(path)))
-        try:
-            holder = _parsed(lock.file)
-            if holder and not _gone(holder, lock.enforced):
-                raise InUseError(_refusal(target, path, holder))
-        except BaseException:
+            raise InUseError(_refusal(target, path, holder))
+        if holder and not _has_ended(holder, lock.enforced):
             lock.release()
-            raise
+            raise InUseError(_refusal(target, path, holder))
         try:
             _write(lock.file, doing)
         except BaseException:
-            _remove(path, lock)
+            lock.release(path.unlink)
             raise
         return lock
     except InUseError:
@@ -122,55 +121,35 @@ def _taken(target: Path, path: Path, doing: str) -> FileLock:
         raise OSError(error.errno, error.strerror, str(target.parent)) from error
 
 
-def _remove(path: Path, lock: FileLock) -> None:
-    if os.name == "nt":  # an open file cannot be removed there
-        lock.release()
-    with suppress(OSError):
-        path.unlink()
-    if os.name != "nt":
-        lock.release()
-
-
 def _write(file: BinaryIO, doing: str) -> None:
     since = datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M:%S UTC")
-    file.seek(0)
-    file.truncate()
+    file.truncate(0)
     file.write(json.dumps({"pid": os.getpid(), "host": platform.node(), "since": since, "doing": doing}).encode())
 
 
-def _read(path: Path) -> dict[str, Any]:
+def _holder(path: Path) -> dict[str, Any]:
+    """Returns the holder that a lock file names; empty if it was not written yet, or only in part."""
     try:
         with open(path, "rb") as file:
-            return _parsed(file)
-    except OSError:
+            holder = json.loads(file.read(4096))
+        return {"pid": int(holder["pid"]), **{key: str(holder[key]) for key in ("host", "since", "doing")}}
+    except (ValueError, KeyError, TypeError, OSError, RecursionError):
         return {}
 
 
-def _parsed(file: BinaryIO) -> dict[str, Any]:
-    try:
-        holder = json.loads(file.read(4096))
-        return {"pid": int(holder["pid"]), **{key: str(holder[key]) for key in ("host", "since", "doing")}}
-    except (ValueError, KeyError, TypeError, OSError):
-        return {}  # not written yet, or only in part
-
-
-def _gone(holder: dict[str, Any], enforced: bool) -> bool:
+def _has_ended(holder: dict[str, Any], enforced: bool) -> bool:
     """Returns whether the process that wrote a lock file has certainly ended."""
     if holder["host"] != platform.node():
         return False  # locks may not reach other hosts
-    return enforced or not _alive(holder["pid"])
-
-
-def _alive(pid: int) -> bool:
-    if os.name == "nt":  # os.kill would end the process there
+    if enforced:
         return True
     try:
-        os.kill(pid, 0)
+        os.kill(holder["pid"], 0)  # not on Windows, whose locks are always enforced
     except ProcessLookupError:
-        return False
-    except PermissionError:
         return True
-    return True
+    except PermissionError:
+        pass
+    return False
 
 
 def _refusal(target: Path, path: Path, holder: dict[str, Any]) -> str:

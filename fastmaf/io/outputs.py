@@ -100,8 +100,6 @@ def check_outputs(outputs: Iterable[Output], inputs: Iterable[str | os.PathLike[
         OutputError: an output is an input, another output or a folder of one, or would replace a foreign file.
         OSError: a folder cannot be written to.
     """
-    _identity.cache_clear()
-    _folds_case.cache_clear()
     read = {_key(path) for path in inputs}
     written: dict[_Key, Output] = {}
     folders: dict[str, Path] = {}
@@ -148,47 +146,28 @@ def _check_folder(folder: Path) -> None:
     if not os.path.isdir(existing):
         raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(existing))
     if not os.access(existing, os.W_OK | os.X_OK):
-        code = errno.EROFS if _is_read_only(existing) else errno.EACCES
+        read_only = hasattr(os, "statvfs") and os.statvfs(existing).f_flag & os.ST_RDONLY
+        code = errno.EROFS if read_only else errno.EACCES
         raise OSError(code, os.strerror(code), str(existing))
-
-
-def _is_read_only(folder: Path) -> bool:
-    if not hasattr(os, "statvfs"):
-        return False
-    return bool(os.statvfs(folder).f_flag & os.ST_RDONLY)
 
 
 def _key(path: str | os.PathLike[str]) -> _Key:
     """Returns a key that is equal for paths that lead to one place, whether or not the file exists."""
-    whole = os.path.realpath(path)
-    folder, name = os.path.split(whole)
-    identity, folds = _identity(folder)
-    return (*identity, name.casefold() if folds else name)
+    whole = Path(os.path.realpath(path))
+    above = next((folder for folder in whole.parents if os.path.exists(folder)), None)
+    if above is None:  # on a drive that does not exist
+        return (whole,)
+    status, names = above.stat(), whole.relative_to(above).parts
+    return status.st_dev, status.st_ino, *(map(str.casefold, names) if _folds_case(above) else names)
 
 
 @cache
-def _identity(folder: str) -> tuple[_Key, bool]:
-    """Returns the identity of a folder, which need not exist, and whether names in it ignore case."""
-    try:
-        status = os.stat(folder)
-        return (status.st_dev, status.st_ino), _folds_case(folder)
-    except OSError:
-        above, name = os.path.split(folder)
-        if not name or above == folder:
-            return (folder,), False
-        identity, folds = _identity(above)
-        return (*identity, name.casefold() if folds else name), folds
-
-
-@cache
-def _folds_case(folder: str) -> bool:
+def _folds_case(folder: Path) -> bool:
     """Returns whether the file system ignores the case of names, as those of Windows and macOS do."""
-    for path in (Path(folder), *Path(folder).parents):
-        if path.name.swapcase() != path.name:
-            try:
-                return os.path.samefile(path, path.with_name(path.name.swapcase()))
-            except OSError:
-                return False
+    for path in (folder, *folder.parents):
+        swapped = path.parent / path.name.swapcase()
+        if swapped != path:
+            return os.path.exists(swapped) and os.path.samefile(path, swapped)
     return False
 
 

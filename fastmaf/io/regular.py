@@ -23,11 +23,46 @@ class NotRegularError(OSError):
     """A path does not lead to a regular file."""
 
 
-def why_not_regular(path: str | os.PathLike[str]) -> str | None:
-    """Returns the kind of file that a path leads to, such as ``"a socket"``; None for a regular file.
+def open_regular(path: str | os.PathLike[str]) -> BinaryIO:
+    """Opens a regular file for reading bytes; never blocks on other kinds of files.
 
-    Links are followed; nothing is opened. Errors as ``open_regular``, except for broken links.
+    The kind is checked before opening, as opening a device can have effects, and again afterwards, as the path may lead
+    elsewhere by then.
+
+    Raises:
+        NotRegularError: it leads to something else, or is a broken link.
+        OSError: it does not exist, or cannot be opened.
     """
+    _check(path, _kind_at(path))
+    descriptor = os.open(path, _FLAGS)
+    try:
+        _check(path, _kind(os.fstat(descriptor).st_mode))
+        return os.fdopen(descriptor, "rb")
+    except BaseException:
+        os.close(descriptor)
+        raise
+
+
+def kind_of(path: str | os.PathLike[str]) -> str:
+    """Returns the kind of file that a path leads to, such as "a socket", for messages: never raises."""
+    try:
+        return _kind_at(path) or "a regular file"
+    except (OSError, ValueError) as error:
+        return f"inaccessible: {getattr(error, 'strerror', None) or error}"
+
+
+def is_regular(path: str | os.PathLike[str]) -> bool:
+    """Returns whether a path leads to a regular file; never raises."""
+    return os.path.isfile(path)
+
+
+def _check(path: str | os.PathLike[str], kind: str | None) -> None:
+    if kind is not None:
+        raise NotRegularError(f"{os.fspath(path)}: expected a regular file, found {kind}")
+
+
+def _kind_at(path: str | os.PathLike[str]) -> str | None:
+    """Returns the kind of file that a path leads to; None for a regular file. Opens nothing."""
     try:
         return _kind(os.stat(path).st_mode)
     except FileNotFoundError:
@@ -40,57 +75,7 @@ def why_not_regular(path: str | os.PathLike[str]) -> str | None:
         return "a link in a loop of links"
 
 
-def kind_of(path: str | os.PathLike[str]) -> str:
-    """Returns the kind of file that a path leads to, for messages: never raises."""
-    try:
-        return why_not_regular(path) or "a regular file"
-    except (OSError, ValueError) as error:
-        return f"inaccessible: {getattr(error, 'strerror', None) or error}"
-
-
-def is_regular(path: str | os.PathLike[str]) -> bool:
-    """Returns whether a path leads to a regular file; never raises."""
-    return os.path.isfile(path)
-
-
-def check_regular(path: str | os.PathLike[str]) -> None:
-    """Checks that ``path`` leads to a regular file, for readers that open a path themselves.
-
-    Raises:
-        NotRegularError: it leads to something else, or is a broken link.
-        FileNotFoundError: it does not exist.
-        OSError: it cannot be accessed.
-    """
-    if (kind := why_not_regular(path)) is not None:
-        raise _refusal(path, kind)
-
-
-def open_regular(path: str | os.PathLike[str]) -> BinaryIO:
-    """Opens a regular file for reading bytes; never blocks on other kinds of files.
-
-    The kind is checked before opening, as opening a device can have effects, and again afterwards, as the path may lead
-    elsewhere by then.
-
-    Raises:
-        NotRegularError: it leads to something else, or is a broken link.
-        OSError: it does not exist, or cannot be opened.
-    """
-    check_regular(path)
-    descriptor = os.open(path, _FLAGS)
-    try:
-        if (kind := _kind(os.fstat(descriptor).st_mode)) is not None:
-            raise _refusal(path, kind)
-        return os.fdopen(descriptor, "rb")
-    except BaseException:
-        os.close(descriptor)
-        raise
-
-
 def _kind(mode: int) -> str | None:
     if stat.S_ISREG(mode):
         return None
     return next((words for holds, words in _KINDS if holds(mode)), "no regular file")
-
-
-def _refusal(path: str | os.PathLike[str], kind: str) -> NotRegularError:
-    return NotRegularError(f"{os.fspath(path)}: expected a regular file, found {kind}")

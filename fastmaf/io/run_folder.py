@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from fastmaf.io.atomic import sweep
@@ -45,7 +45,9 @@ def run_folder(out: Path, doing: str, *files: str) -> Iterator[None]:
             sweep(out)
             yield
     finally:
-        _remove_empty(missing)
+        with suppress(OSError):  # not empty, or never created
+            for folder in missing:
+                folder.rmdir()
 
 
 def check_disk(out: Path, needed: int) -> None:
@@ -70,11 +72,3 @@ def check_disk(out: Path, needed: int) -> None:
 def format_bytes(size: int) -> str:
     """Formats a number of bytes, such as ``"1.23 GB"``."""
     return f"{size / 1e9:.2f} GB" if size >= 1e9 else f"{size / 1e6:,.1f} MB"
-
-
-def _remove_empty(folders: list[Path]) -> None:
-    for folder in folders:
-        try:
-            folder.rmdir()
-        except OSError:  # not empty, or never created
-            return

@@ -6,7 +6,6 @@ import json
 import math
 import reprlib
 from collections import Counter
-from collections.abc import Iterable
 from typing import Any
 
 MAX_DEPTH = 32
@@ -45,41 +44,27 @@ def parse(text: str, where: str, *, finite: bool = True) -> Any:
         JSONError: the text is not JSON, is nested more than ``MAX_DEPTH`` deep, repeats a key of an object, or, with
             ``finite``, contains a number that is not finite.
     """
-    not_finite: list[str] = []
     try:
-        value = json.loads(
-            text,
-            object_pairs_hook=_unique,
-            parse_float=lambda digits: _number(digits, not_finite),
-            parse_constant=lambda name: _number(name, not_finite),
-        )
+        value = json.loads(text, object_pairs_hook=_unique)
     except RecursionError:
         raise JSONError(f"{where}: nested more than {MAX_DEPTH} deep") from None
     except ValueError as error:
         raise JSONError(f"{where}: not valid JSON: {error}") from None
-    level, depth = [value], 0
-    while level:  # level by level, without recursion
-        if depth > MAX_DEPTH:
-            raise JSONError(f"{where}: nested more than {MAX_DEPTH} deep")
-        level, depth = [inner for outer in level for inner in _entries(outer) if type(inner) in (dict, list)], depth + 1
-    if not_finite and finite:
-        raise JSONError(f"{_first_not_finite(value, where)}: expected a finite number; found {not_finite[0][:60]}")
+    _check(value, where, finite)
     return value
 
 
-def _entries(value: Any) -> Iterable[Any]:
-    return value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
-
-
-def _first_not_finite(value: Any, where: str) -> str | None:
-    """Returns the path of the first number that is not finite, or None."""
-    if isinstance(value, float) and not math.isfinite(value):
-        return where
-    pairs = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
-    for key, entry in pairs:
-        if isinstance(entry, (dict, list, float)) and (path := _first_not_finite(entry, "")) is not None:
-            return child(where, key) + path
-    return None
+def _check(value: Any, where: str, finite: bool, depth: int = 0) -> None:
+    """Checks the depth of a parsed value, and that its numbers are finite."""
+    if finite and isinstance(value, float) and not math.isfinite(value):
+        raise JSONError(f"{where}: expected a finite number; found {json.dumps(value)}")
+    if not isinstance(value, (dict, list)):
+        return
+    if depth > MAX_DEPTH:
+        raise JSONError(f"{where}: nested more than {MAX_DEPTH} deep")
+    for key, entry in value.items() if isinstance(value, dict) else enumerate(value):
+        if isinstance(entry, (dict, list, float)):
+            _check(entry, child(where, key), finite, depth + 1)
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -88,10 +73,3 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         counts = Counter(key for key, _ in pairs)
         raise JSONError(f"the key {shown(counts.most_common(1)[0][0])} appears twice in one object")
     return entries
-
-
-def _number(text: str, not_finite: list[str]) -> float:
-    value = float(text)
-    if not math.isfinite(value):
-        not_finite.append(text)
-    return value

@@ -13,7 +13,6 @@ import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from types import TracebackType
 from typing import Any, NamedTuple
 
 import torch
@@ -100,8 +99,7 @@ class TensorFile:
             raise FileNotFoundError(f"no model file at {path}")
         self._file = open(path, "rb")  # noqa: SIM115
         try:
-            size = os.fstat(self._file.fileno()).st_size
-            self.tensors, self.metadata = self._header(size)
+            self.tensors, self.metadata = self._header(os.fstat(self._file.fileno()).st_size)
         except BaseException:
             self._file.close()
             raise
@@ -109,9 +107,7 @@ class TensorFile:
     def __enter__(self) -> TensorFile:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self._file.close()
 
     def read(self, name: str) -> Tensor:
@@ -151,13 +147,7 @@ class TensorFile:
 
 
 def _tensors(header: dict[str, Any], start: int, size: int) -> dict[str, TensorInfo]:
-    """Returns the entries of a validated header, and checks that the tensors fill the file without gap or overlap.
-
-    Args:
-        header: the validated header.
-        start: the offset of the first tensor's first byte.
-        size: the size of the file.
-    """
+    """Returns the entries of a valid header, and checks that the tensors fill the file from ``start`` to ``size``."""
     tensors: dict[str, TensorInfo] = {}
     for name, entry in header.items():
         dtype, shape = _DTYPES[entry["dtype"]], tuple(entry["shape"])

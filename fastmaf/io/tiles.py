@@ -23,20 +23,13 @@ _GROWTH, _SMALL = 4, 65_536
 
 
 def repacked(layout: PackedLayout, tiles: Sequence[Any], packed: Tensor, name: str) -> Tensor:
-    """Returns a packed weight, which has the tiles of a file, in the tiles of ``layout``.
-
-    Args:
-        layout: the layout of the layer in this version.
-        tiles: the tiles in the file, unchecked.
-        packed: the weight in the file.
-        name: the name of the layer in the file.
+    """Returns the weight of the layer ``name`` of a file, which has these unchecked tiles, in the tiles of ``layout``.
 
     Raises:
         SchemaError: the tiles are not a packing of the layer, or the weight has another size.
     """
     where = child(TILES, name)
-    stored = _checked(layout, tiles, where)
-    numel = stored[-1].offset + (stored[-1].row_end - stored[-1].row_start) * stored[-1].width
+    stored, numel = _checked(layout, tiles, where)
     if packed.numel() != numel:
         raise SchemaError(
             f"tensor {name}.weight: expected {numel} numbers, as many as its tiles hold; found {packed.numel()}"
@@ -61,8 +54,8 @@ def repacked(layout: PackedLayout, tiles: Sequence[Any], packed: Tensor, name: s
     return result
 
 
-def _checked(layout: PackedLayout, tiles: Sequence[Any], where: str) -> list[Tile]:
-    """Returns the tiles after checking that they cover every row once, in order, and every weight that a row sees."""
+def _checked(layout: PackedLayout, tiles: Sequence[Any], where: str) -> tuple[list[Tile], int]:
+    """Returns the tiles and their size; they must cover every row once, in order, and every weight that a row sees."""
     if not 0 < len(tiles) <= layout.out_features:
         raise SchemaError(f"{where}: expected 1 to {layout.out_features} tiles; found {len(tiles)}")
     row = offset = 0
@@ -81,4 +74,4 @@ def _checked(layout: PackedLayout, tiles: Sequence[Any], where: str) -> list[Til
         checked.append(tile)
     if row != layout.out_features:
         raise SchemaError(f"{where}: expected tiles that cover {layout.out_features} rows; found {row}")
-    return checked
+    return checked, offset

@@ -24,15 +24,7 @@ def write_flow(
     metadata: Mapping[str, str] | None = None,
     extras: Mapping[str, Tensor] | None = None,
 ) -> None:
-    """Writes a flow to a safetensors file; see ``fastmaf.Flow.save`` for the arguments and errors.
-
-    Args:
-        flow: the flow, whose ``state_dict`` is written.
-        config: the configuration of the flow, ``flow.config()``.
-        path: the file.
-        metadata: further strings.
-        extras: further tensors.
-    """
+    """Writes a flow with its ``config()`` to a safetensors file; see ``fastmaf.Flow.save`` for arguments and errors."""
     if metadata and KEY in metadata:
         raise ValueError(f"metadata key {KEY!r} is reserved for the configuration")
     shared = shared_parts(flow)

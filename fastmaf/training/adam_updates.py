@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any, Protocol
+from collections.abc import Callable, Mapping
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -36,26 +36,19 @@ class StepCounts:
     @torch.no_grad()
     def increment(self, counters: Mapping[Tensor, Tensor]) -> None:
         """Adds one to the counters of some parameters."""
-        on_cpu, on_gpu = [], {}
-        for parameter, counter in counters.items():
-            if counter.is_cpu:
-                on_cpu.append(counter)
-            else:
-                on_gpu[parameter] = counter, self.of(parameter, counter)
+        on_cpu = [counter for counter in counters.values() if counter.is_cpu]
+        on_gpu = {parameter: counter for parameter, counter in counters.items() if not counter.is_cpu}
+        values = [self.of(*entry) for entry in on_gpu.items()]
         if on_cpu:
             torch._foreach_add_(on_cpu, [_ONE] * len(on_cpu))
         if on_gpu:
-            torch._foreach_add_([counter for counter, _ in on_gpu.values()], 1)
-        for parameter, (counter, value) in on_gpu.items():
+            torch._foreach_add_(list(on_gpu.values()), 1)
+        for (parameter, counter), value in zip(on_gpu.items(), values, strict=True):
             self._known[parameter] = counter, counter._version, value + 1
 
 
-class Updates(Protocol):
-    """The Adam updates of single parameters in one step."""
-
-    def begin(self, parameter: Tensor, group: dict[str, Any]) -> Update:
-        """Begins the one update of a parameter of this group; returns its moments and scalars."""
-        ...
+BeginUpdate: TypeAlias = Callable[[Tensor, dict[str, Any]], Update]
+"""Begins the one update of a parameter of a group in a step; returns its moments and scalars."""
 
 
 class EagerUpdates:
@@ -67,11 +60,11 @@ class EagerUpdates:
 
     def __init__(self, state: dict[Tensor, dict[str, Any]], counts: StepCounts) -> None:
         self.counters: dict[Tensor, Tensor] = {}
-        self._state, self._counts, self._counted = state, counts, False
+        self._state, self._counts = state, counts
         self._numbers: dict[tuple[int, int], AdamNumbers] = {}  # most parameters share a group and a step
 
     def begin(self, parameter: Tensor, group: dict[str, Any]) -> Update:
-        """See ``Updates``; creates the state of a parameter that has none."""
+        """Begins an update; creates the state of a parameter that has none."""
         state = self._state[parameter]
         if not state:
             state.update(_initial_state(parameter, group))
@@ -83,10 +76,8 @@ class EagerUpdates:
         return Update(state["exp_avg"], state["exp_avg_sq"], self._numbers[key])
 
     def count(self) -> None:
-        """Counts the updates that were begun; further calls do nothing."""
-        if not self._counted:
-            self._counted = True
-            self._counts.increment(self.counters)
+        """Counts the updates that were begun."""
+        self._counts.increment(self.counters)
 
 
 def _initial_state(parameter: Tensor, group: dict[str, Any]) -> dict[str, Tensor]:

@@ -31,10 +31,11 @@ def _on_cuda(device: torch.device) -> Iterator[int]:
 
 
 def _on_cpu() -> Iterator[int]:
-    system = _table(_PROC / "meminfo")
-    if "MemAvailable" in system:
-        yield system["MemAvailable"]
-    yield from _cgroup_limits()
+    if (free := _table(_PROC / "meminfo").get("MemAvailable")) is not None:
+        yield free
+    with contextlib.suppress(OSError):
+        for line in (_PROC / "self" / "cgroup").read_text().splitlines():
+            yield from _in_cgroup(*line.split(":", 2))
     with contextlib.suppress(ImportError, OSError, ValueError):
         import resource  # not on Windows
 
@@ -45,39 +46,30 @@ def _on_cpu() -> Iterator[int]:
                 yield most - process[used]
 
 
-def _cgroup_limits() -> Iterator[int]:
-    """Yields what is left of the memory limit of each control group of this process (containers)."""
-    with contextlib.suppress(OSError):
-        for line in (_PROC / "self" / "cgroup").read_text().splitlines():
-            number, controllers, path = line.split(":", 2)
-            if number == "0":
-                root, names = _CGROUPS, ("memory.max", "memory.current", "inactive_file")
-            elif "memory" in controllers.split(","):
-                root = _CGROUPS / "memory"
-                names = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
-            else:
-                continue
-            group = root / path.lstrip("/")
-            for folder in (group, *(parent for parent in group.parents if parent.is_relative_to(root))):
-                limit, used = (_number(folder / name) for name in names[:2])
-                if limit is not None and used is not None and limit < _UNLIMITED:
-                    yield (
-                        limit - used + _table(folder / "memory.stat").get(names[2], 0)
-                    )  # the page cache is reclaimable
-
-
-def _number(file: Path) -> int | None:
-    with contextlib.suppress(OSError, ValueError):  # missing, or "max"
-        return int(file.read_text())
-    return None
+def _in_cgroup(number: str, controllers: str, path: str) -> Iterator[int]:
+    """Yields what is left of the memory limits of a control group (container) and of those that it is in."""
+    if number == "0":
+        root, names = _CGROUPS, ("memory.max", "memory.current", "inactive_file")
+    elif "memory" in controllers.split(","):
+        root = _CGROUPS / "memory"
+        names = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
+    else:
+        return
+    group = root / path.lstrip("/")
+    for folder in (group, *(parent for parent in group.parents if parent.is_relative_to(root))):
+        with contextlib.suppress(OSError, ValueError):  # a file is missing, or the limit is "max"
+            limit, used = (int((folder / name).read_text()) for name in names[:2])
+            if limit < _UNLIMITED:
+                yield limit - used + _table(folder / "memory.stat").get(names[2], 0)  # the page cache is reclaimable
 
 
 def _table(file: Path) -> dict[str, int]:
     """Parses lines of a name and a size, in bytes or kB, into sizes in bytes."""
-    sizes: dict[str, int] = {}
     with contextlib.suppress(OSError):
-        for line in file.read_text().splitlines():
-            name, *rest = line.replace(":", " ").split() or [""]
-            if rest and rest[0].isdigit():
-                sizes[name] = int(rest[0]) * (1024 if rest[1:] == ["kB"] else 1)
-    return sizes
+        rows = (line.replace(":", " ").split() for line in file.read_text().splitlines())
+        return {
+            name: int(size[0]) * (1024 if size[1:] == ["kB"] else 1)
+            for name, *size in filter(None, rows)
+            if size and size[0].isdigit()
+        }
+    return {}

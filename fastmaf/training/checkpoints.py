@@ -105,7 +105,7 @@ def remove_state(out: Path) -> None:
 
 
 def load_state(out: Path, *, tensors: bool = True) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Returns the optimiser's moments and the state of a run.
+    """Returns the optimiser's moments (none unless ``tensors``) and the state of a run.
 
     Raises:
         FileNotFoundError: there is no checkpoint in ``out``.
@@ -121,10 +121,9 @@ def load_state(out: Path, *, tensors: bool = True) -> tuple[dict[str, Tensor], d
     for file in states:
         moments, metadata = read_tensors(file, tensors=tensors)
         state = _record(metadata, "state", _STATE, file, finite=False)  # validation NLLs may be infinite
-        if len(state["log"]) != state["epochs_done"]:
-            raise fastmaf.CheckpointError(
-                f"{file}: state.log: expected {state['epochs_done']} rows, one an epoch; found {len(state['log'])}"
-            )
+        done, rows = state["epochs_done"], len(state["log"])
+        if rows != done:
+            raise fastmaf.CheckpointError(f"{file}: state.log: expected {done} rows, one an epoch; found {rows}")
         # Files of earlier versions have no identifier and are compared by their steps alone.
         if all(state.get(key) == about.get(key) for key in ("steps", "checkpoint")):
             return moments, state
@@ -143,10 +142,11 @@ def refuse_unfinished(out: Path) -> None:
     if not ((out / STATE_FILE).exists() and (out / MODEL_FILE).exists()):
         return
     state = load_state(out, tensors=False)[1]
-    if state["epochs_done"] < state["config"]["epochs"]:
+    done, epochs = state["epochs_done"], state["config"]["epochs"]
+    if done < epochs:
         raise ValueError(
-            f"{out} holds an unfinished run ({state['epochs_done']} of {state['config']['epochs']} epochs): "
-            "continue it with --resume, choose another --out, or delete it"
+            f"{out} holds an unfinished run ({done} of {epochs} epochs): continue it with --resume, choose another "
+            "--out, or delete it"
         )
 
 
@@ -160,37 +160,38 @@ def moments_by_parameter(
     """
     if not tensors:  # all steps were skipped
         return {}
+
+    def refuse(problem: str) -> fastmaf.CheckpointError:
+        return fastmaf.CheckpointError(f"{out / STATE_FILE}: tensor {problem}")
+
     expected = {f"{name}/{key}": (p.shape, p.dtype) for name, p in parameters.items() for key in _MOMENTS}
     expected |= {f"{name}/step": (torch.Size(()), torch.float32) for name in parameters}
     if odd := sorted(expected.keys() ^ tensors.keys()):
-        raise fastmaf.CheckpointError(f"{out / STATE_FILE}: tensor {shown(odd[0])} is missing or unexpected")
+        raise refuse(f"{shown(odd[0])} is missing or unexpected")
     for name, (shape, dtype) in expected.items():
         tensor = tensors[name]
         if tensor.shape != shape or tensor.dtype != dtype:
-            what = f"{shown(tuple(tensor.shape))} {tensor.dtype}"
-            raise fastmaf.CheckpointError(
-                f"{out / STATE_FILE}: tensor {name}: expected {tuple(shape)} {dtype}; found {what}"
-            )
+            found = f"{shown(tuple(tensor.shape))} {tensor.dtype}"
+            raise refuse(f"{name}: expected {tuple(shape)} {dtype}; found {found}")
         signed = name.endswith("/exp_avg")  # steps and second moments are not
         if not bool((torch.isfinite(tensor) & (tensor >= (-math.inf if signed else 0))).all()):
-            numbers = "finite numbers" if signed else "finite numbers that are not negative"
-            raise fastmaf.CheckpointError(f"{out / STATE_FILE}: tensor {name}: expected {numbers}; found others")
+            raise refuse(f"{name}: expected finite numbers{'' if signed else ' that are not negative'}; found others")
     names = ("step", *_MOMENTS)
     return {i: {key: tensors[f"{name}/{key}"] for key in names} for i, name in enumerate(parameters)}
 
 
 def training_of(model: Path) -> dict[str, Any]:
-    """Returns the metadata on the training in a model file; empty if ``fastmaf train`` did not write it.
-
-    Raises:
-        fastmaf.CheckpointError: the file is damaged.
-    """
+    """Returns the metadata on the training in a model file; see ``training_in``."""
     return training_in(read_tensors(model, tensors=False)[1], model)
 
 
 def training_in(metadata: Mapping[str, str], model: Path) -> dict[str, Any]:
-    """Returns the training entry of the metadata of the file ``model``; see ``training_of``."""
-    return _record(metadata, "training", _TRAINING, model) if "training" in metadata else {}
+    """Returns the training entry of the metadata of the file ``model``; empty if ``fastmaf train`` did not write it.
+
+    Raises:
+        fastmaf.CheckpointError: the entry is invalid.
+    """
+    return _record(metadata, "training", _TRAINING, model)
 
 
 def _record(

@@ -11,15 +11,17 @@ import functools
 import gc
 from collections import OrderedDict
 from collections.abc import Callable
-from typing import Any, Generic, NamedTuple, TypeAlias, TypeVar
+from typing import Any, Generic, TypeAlias, TypeVar
 
 import torch
 from torch import Tensor, nn
 
+from fastmaf import hooks
 from fastmaf.flows import Flow
 from fastmaf.kernels import composite, dispatch
 from fastmaf.kernels.triton_common import launch_table
 from fastmaf.nn import zero_padding_
+from fastmaf.training.gradient_sink import has_hooks
 from fastmaf.validation import check_density, validates
 
 _MAX_GRAPHS = 4  # each has memory of its own; an epoch has two batch sizes
@@ -52,9 +54,8 @@ def _stream(device: torch.device) -> torch.cuda.Stream:
 
 
 def can_replay(flow: Flow) -> bool:
-    """Returns whether graphs of the flow can be recorded: on a GPU, with the Triton kernels.
-
-    Not within transforms of ``torch.func`` and forward mode, which a replay does not see.
+    """Returns whether the flow runs on a GPU, with the Triton kernels, and outside of transforms of ``torch.func`` and
+    forward mode, which a replay does not see.
     """
     like = flow._like()
     if like.device.type != "cuda" or composite.needed():
@@ -62,49 +63,30 @@ def can_replay(flow: Flow) -> bool:
     return (dispatch.chosen() or dispatch.default_backend("flow", like)) == "triton"
 
 
-class ModuleState(NamedTuple):
-    """The tensors and hooks of a module and its submodules.
+def graph_key(flow: Flow, x: Tensor) -> Key | None:
+    """Returns everything that a graph depends on other than the numbers that it reads; None where none can be recorded.
 
-    Attributes:
-        parameters: all parameters.
-        places: their addresses, and the addresses and versions of the buffers.
-        has_hooks: whether a module has hooks, which a replay would not call.
+    A replay calls no hooks of modules, and reads a tensor at the address at which it was recorded. Values derived from
+    buffers, such as the log-determinant of a fitted whitening, may have been computed on the host, so a write to a
+    buffer needs a new graph as well.
     """
-
-    parameters: list[Tensor]
-    places: list[int]
-    has_hooks: bool
-
-    @classmethod
-    def of(cls, module: nn.Module) -> ModuleState:
-        """Returns the state of a module, faster than by ``nn.Module.named_parameters``."""
-        parameters: list[Tensor] = [p for p in module._parameters.values() if p is not None]
-        places = [parameter.data_ptr() for parameter in parameters]
+    if not can_replay(flow):
+        return None
+    state: list[object] = []
+    modules: list[nn.Module] = [flow]
+    for module in modules:  # grows in the loop, which is faster than nn.Module.modules
+        if any(hooks.of(module)):
+            return None
+        modules += [child for child in module._modules.values() if child is not None]
+        for parameter in module._parameters.values():
+            if parameter is not None:
+                state += parameter.data_ptr(), parameter.requires_grad and not has_hooks(parameter)
         for buffer in module._buffers.values():
             if buffer is not None:
-                places += buffer.data_ptr(), 0 if buffer.is_inference() else buffer._version
-        has_hooks = bool(
-            module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
-        )
-        for child in module._modules.values():
-            if child is not None:
-                state = cls.of(child)
-                parameters += state.parameters
-                places += state.places
-                has_hooks |= state.has_hooks
-        return cls(parameters, places, has_hooks)
-
-
-def graph_key(flow: Flow, x: Tensor, state: ModuleState) -> Key:
-    """Returns everything that a graph depends on other than the numbers that it reads.
-
-    A replay reads a tensor at the address at which it was recorded. Values derived from buffers, such as the
-    log-determinant of a fitted whitening, may have been computed on the host, so a write to a buffer needs a new graph
-    as well.
-    """
+                state += buffer.data_ptr(), 0 if buffer.is_inference() else buffer._version
     autocast = torch.is_autocast_enabled(x.device.type) and torch.get_autocast_dtype(x.device.type)
     modes = flow.training, autocast, torch.get_float32_matmul_precision()
-    return x.shape, x.dtype, x.device, *state.places, modes, dispatch.chosen(), launch_table.chosen_precision()
+    return x.shape, x.dtype, x.device, *state, modes, dispatch.chosen(), launch_table.chosen_precision()
 
 
 class GraphCache(Generic[T]):
@@ -116,18 +98,14 @@ class GraphCache(Generic[T]):
     def __init__(self) -> None:
         self._graphs: OrderedDict[Key, T | None] = OrderedDict()
 
-    def __len__(self) -> int:
-        return len(self._graphs)
-
     def get(self, key: Key, make: Callable[[], T]) -> T | None:
         """Returns the graph of a key, which ``make`` records if needed; None before ``ran_eagerly`` of that key."""
         if key not in self._graphs:
             return None
         self._graphs.move_to_end(key)
-        graph = self._graphs[key]
-        if graph is None:
-            graph = self._graphs[key] = make()
-        return graph
+        if self._graphs[key] is None:
+            self._graphs[key] = make()
+        return self._graphs[key]
 
     def ran_eagerly(self, key: Key) -> None:
         """Notes that the key was run eagerly."""
@@ -182,9 +160,8 @@ class ReplayedLogProb:
             ValueError: see ``Flow.log_prob``.
             FloatingPointError: see ``Flow.log_prob``.
         """
-        if not can_replay(self.flow) or (state := ModuleState.of(self.flow)).has_hooks:
+        if (key := graph_key(self.flow, x)) is None:
             return self.flow.log_prob(x)
-        key = graph_key(self.flow, x, state)
         # Later calls may come from outside of inference mode. Leaving it switches gradients on, and a result with an
         # autograd graph would keep the parameters' nodes on another stream: no training step could be recorded then.
         with torch.inference_mode(False), torch.no_grad():

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 from torch.optim import optimizer as torch_optimizer
 
-from fastmaf.training.adam_updates import EagerUpdates, StepCounts, Updates
-from fastmaf.training.gradient_sink import ApplyingSink, Gradients, StoringSink, backward, single_uses
+from fastmaf.training.adam_updates import BeginUpdate, EagerUpdates, StepCounts
+from fastmaf.training.gradient_sink import Gradients, Sink, backward, has_hooks, single_uses
 from fastmaf.training.guards import check_loss, check_processes, clip_scale
 
 
@@ -119,15 +119,14 @@ class FusedAdam(torch.optim.Adam):
         updates = EagerUpdates(self.state, self._counts)
         try:
             if max_grad_norm is None:
-                self._update_in_backward(loss, updates)
+                self._update_in_backward(loss, updates.begin)
                 if any(parameter.grad is not None for parameter in updates.counters):
                     raise RuntimeError(
                         "a weight that was updated got another gradient, from a part of the graph that autograd does "
                         "not show: use loss.backward() and step() for this loss"
                     )
-            elif not self._update_clipped(loss, updates, max_grad_norm):
+            elif not self._update_clipped(loss, updates.begin, max_grad_norm):
                 return False
-            updates.count()
             self.step()
         finally:
             updates.count()  # also what was updated before an error
@@ -172,25 +171,25 @@ class FusedAdam(torch.optim.Adam):
             and not (group["amsgrad"] or group["differentiable"] or has_hooks(parameter))
         }
 
-    def _update_in_backward(self, loss: Tensor, updates: Updates) -> None:
+    def _update_in_backward(self, loss: Tensor, begin: BeginUpdate) -> None:
         """Runs the backward pass, which updates factorable parameters; the other gradients are left in ``grad``."""
         groups, uses = self._groups(), self._factorable(loss)
-        backward(loss, {p: ApplyingSink(node, partial(updates.begin, p, groups[p])) for p, node in uses.items()})
+        backward(loss, {p: Sink(node, partial(begin, p, groups[p])) for p, node in uses.items()})
 
     def _gradients(self, loss: Tensor) -> Gradients:
         """Runs the backward pass; returns the gradients of all parameters."""
-        sinks = {parameter: StoringSink(node) for parameter, node in self._factorable(loss).items()}
+        sinks = {parameter: Sink(node) for parameter, node in self._factorable(loss).items()}
         backward(loss, sinks)
         return Gradients.collect(sinks, self._groups())
 
-    def _apply_factored(self, gradients: Gradients, updates: Updates, scale: float = 1.0) -> None:
+    def _apply_factored(self, gradients: Gradients, begin: BeginUpdate, scale: float = 1.0) -> None:
         """Updates the parameters whose gradients are factored, with ``scale`` times the gradient."""
         groups = self._groups()
         for weight, factors in gradients.factored.items():
-            factors.scaled(scale).adam_(updates.begin(weight, groups[weight]))
+            factors.scaled(scale).adam_(begin(weight, groups[weight]))
 
     @torch.no_grad()
-    def _update_clipped(self, loss: Tensor, updates: Updates, max_norm: float) -> bool:
+    def _update_clipped(self, loss: Tensor, begin: BeginUpdate, max_norm: float) -> bool:
         """Applies the clipped gradients, or leaves them in ``grad`` for ``step``; False if the norm is not finite."""
         gradients = self._gradients(loss)
         norm = math.sqrt(float(gradients.squared_norm()))
@@ -199,10 +198,5 @@ class FusedAdam(torch.optim.Adam):
         scale = clip_scale(norm, max_norm)
         if scale != 1.0 and gradients.stored:
             torch._foreach_mul_(list(gradients.stored.values()), scale)
-        self._apply_factored(gradients, updates, scale)
+        self._apply_factored(gradients, begin, scale)
         return True
-
-
-def has_hooks(parameter: Tensor) -> bool:
-    """Returns whether hooks are registered on the gradient of a parameter."""
-    return bool(parameter._backward_hooks or getattr(parameter, "_post_accumulate_grad_hooks", None))

@@ -13,9 +13,9 @@ from fastmaf.flows import Flow
 from fastmaf.kernels.adam.op import adam_step_, compile_adam
 from fastmaf.kernels.adam.update import AdamNumbers, Update
 from fastmaf.nn import zero_padding_
-from fastmaf.training.cuda_graphs import GraphCache, Key, ModuleState, can_replay, graph_key, record
-from fastmaf.training.fused_adam import FusedAdam, has_hooks
-from fastmaf.training.gradient_sink import Gradients
+from fastmaf.training.cuda_graphs import GraphCache, Key, graph_key, record
+from fastmaf.training.fused_adam import FusedAdam
+from fastmaf.training.gradient_sink import Gradients, has_hooks
 from fastmaf.training.guards import clip_scale
 
 
@@ -24,38 +24,71 @@ class NotCapturableError(RuntimeError):
 
 
 class CapturedUpdates:
-    """The Adam updates of a captured step, and the scalars that its replays read on the device.
+    """The updates of a captured step of ``FusedAdam``, and the scalars that its replays read on the device.
 
-    Capturing counts no steps: ``advance`` counts one and sends its scalars before each replay.
+    Capturing counts no steps: ``advance`` counts one and sends its scalars before each replay. Methods that capture
+    raise NotCapturableError for a parameter without state, which its first step creates.
 
     Args:
         optimizer: the optimiser of the parameters.
+
+    Attributes:
+        rows: the rows of the parameters in the table of scalars.
     """
 
     def __init__(self, optimizer: FusedAdam) -> None:
-        self.parameters: dict[Tensor, dict[str, Any]] = {}  # with their groups, in the order of their rows
-        self._optimizer = optimizer
-        self._rows: dict[Tensor, int] = {}
+        self.rows: dict[Tensor, int] = {}
+        self._optimizer, self._groups = optimizer, optimizer._groups()
         self._moments: list[Tensor] = []  # held, as replays write to them
-        groups = optimizer._groups()
-        device = next(iter(groups)).device
-        width = len(AdamNumbers(1, 1.0, 0.0, 0.0, 1.0, 0.0, False, False).kernel_scalars())
-        self._host = torch.zeros(len(groups), width, device="cpu", pin_memory=device.type == "cuda")
-        self._device = torch.zeros(len(groups), width, device=device)
+        device = next(iter(self._groups)).device
+        shape = len(self._groups), len(AdamNumbers.of(1, optimizer.param_groups[0]).kernel_scalars())
+        self._host = torch.zeros(shape, device="cpu", pin_memory=device.type == "cuda")
+        self._device = torch.zeros(shape, device=device)
 
-    def begin(self, parameter: Tensor, group: dict[str, Any]) -> Update:
-        """Adds the update of a parameter of this group; its scalars are read on the device.
+    def minimize(self, loss: Tensor) -> None:
+        """Captures ``FusedAdam.minimize``.
 
         Raises:
-            NotCapturableError: the parameter has no state.
+            NotCapturableError: the gradient of a parameter must be stored.
         """
+        self._optimizer._update_in_backward(loss, self._begin)
+        if any(parameter.grad is not None for parameter in self._groups):
+            self._optimizer.zero_grad()
+            raise NotCapturableError("a parameter that is not of the flow's blocks, or that has hooks, got a gradient")
+
+    def gradients(self, loss: Tensor) -> Gradients:
+        """Captures a backward pass and returns the gradients, for ``step``; nothing is left in ``grad``.
+
+        Raises:
+            NotCapturableError: a parameter has hooks, which a replay would not call, or a group has ``amsgrad``.
+        """
+        gradients, groups = self._optimizer._gradients(loss), self._groups
+        self._optimizer.zero_grad()
+        if any(has_hooks(p) or groups[p]["amsgrad"] or groups[p]["differentiable"] for p in gradients.stored):
+            raise NotCapturableError("a parameter has hooks, or its group amsgrad or differentiable")
+        return gradients
+
+    @torch.no_grad()
+    def step(self, gradients: Gradients) -> None:
+        """Captures a step with the result of ``gradients``.
+
+        Raises:
+            NotCapturableError: a parameter does not have the memory layout that the kernel needs.
+        """
+        self._optimizer._apply_factored(gradients, self._begin)
+        for parameter, grad in gradients.stored.items():
+            # torch's own step refuses to be captured; the kernel that reads its scalars on the device does not.
+            if parameter.dtype != torch.float32 or not parameter.is_contiguous():
+                raise NotCapturableError("a parameter with a gradient in grad is not contiguous float32")
+            adam_step_(parameter, grad, self._begin(parameter, self._groups[parameter]))
+
+    def _begin(self, parameter: Tensor, group: dict[str, Any]) -> Update:
         state = self._optimizer.state.get(parameter)
         if not state:
             raise NotCapturableError("a parameter has no optimiser state, which its first step creates")
         moments = state["exp_avg"], state["exp_avg_sq"]
         self._moments += moments
-        self.parameters[parameter] = group
-        row = self._rows.setdefault(parameter, len(self._rows))
+        row = self.rows.setdefault(parameter, len(self.rows))
         return Update(*moments, AdamNumbers.of(1, group), self._device[row])
 
     def advance(self, scale: float = 1.0) -> None:
@@ -64,11 +97,12 @@ class CapturedUpdates:
         The previous replay must have ended: it may still read the scalars.
         """
         counts = self._optimizer._counts
-        counters = {parameter: self._optimizer.state[parameter]["step"] for parameter in self.parameters}
+        counters = {parameter: self._optimizer.state[parameter]["step"] for parameter in self.rows}
         known: dict[tuple[int, int], list[float]] = {}  # most parameters share a group and a step
         scalars = []
-        for parameter, group in self.parameters.items():
-            key = id(group), counts.of(parameter, counters[parameter]) + 1
+        for parameter, counter in counters.items():
+            group = self._groups[parameter]
+            key = id(group), counts.of(parameter, counter) + 1
             if key not in known:
                 known[key] = AdamNumbers.of(key[1], group).kernel_scalars(scale)
             scalars.append(known[key])
@@ -78,89 +112,48 @@ class CapturedUpdates:
             self._device.copy_(self._host, non_blocking=True)
 
 
-def capture_minimize(optimizer: FusedAdam, loss: Tensor, updates: CapturedUpdates) -> None:
-    """Does what ``FusedAdam.minimize`` does, for a CUDA graph.
-
-    Raises:
-        NotCapturableError: a parameter has no state yet, or its gradient must be stored.
-    """
-    optimizer._update_in_backward(loss, updates)
-    if any(parameter.grad is not None for parameter in optimizer._groups()):
-        optimizer.zero_grad()
-        raise NotCapturableError("a parameter that is not of the flow's blocks, or that has hooks, got a gradient")
-
-
-def capture_gradients(optimizer: FusedAdam, loss: Tensor) -> Gradients:
-    """Returns the gradients of a loss, for ``capture_step``; nothing is left in ``grad``.
-
-    Raises:
-        NotCapturableError: a parameter has hooks, which a replay would not call, or a group has ``amsgrad``.
-    """
-    gradients, groups = optimizer._gradients(loss), optimizer._groups()
-    optimizer.zero_grad()
-    if any(has_hooks(p) or groups[p]["amsgrad"] or groups[p]["differentiable"] for p in gradients.stored):
-        raise NotCapturableError("a parameter has hooks, or its group amsgrad or differentiable")
-    return gradients
-
-
-@torch.no_grad()
-def capture_step(optimizer: FusedAdam, gradients: Gradients, updates: CapturedUpdates) -> None:
-    """Takes a step with the gradients of ``capture_gradients``, for a CUDA graph.
-
-    Raises:
-        NotCapturableError: a parameter has no state yet, or does not have the memory layout that the kernel needs.
-    """
-    groups = optimizer._groups()
-    optimizer._apply_factored(gradients, updates)
-    for parameter, grad in gradients.stored.items():
-        # torch's own step refuses to be captured; the kernel that reads its scalars on the device does not.
-        if parameter.dtype != torch.float32 or not parameter.is_contiguous():
-            raise NotCapturableError("a parameter with a gradient in grad is not contiguous float32")
-        adam_step_(parameter, grad, updates.begin(parameter, groups[parameter]))
-
-
 class GraphedStep:
     """A training step on the mean NLL of a batch as CUDA graphs: the forward pass, and ``FusedAdam.minimize``.
 
-    They are two graphs, so that the loss can be checked before anything is changed. With ``clips`` the second is two
-    again: the norm of the gradients is checked before the step.
+    They are two graphs, so that the loss can be checked before anything is changed. With ``max_norm`` the second is
+    two again: the norm of the gradients is checked before the step.
 
     Args:
         flow: the model; every parameter has taken a step.
         optimizer: over its parameters.
         x: ``[N, D]``, a batch of the shape to be replayed.
-        clips: whether gradients are to be clipped.
+        max_norm: the gradients are scaled down to this common norm; None for no limit.
 
     Raises:
-        NotCapturableError: see ``capture_minimize`` and ``capture_step``.
+        NotCapturableError: see ``CapturedUpdates``.
     """
 
     _loss: Tensor
 
-    def __init__(self, flow: Flow, optimizer: FusedAdam, x: Tensor, *, clips: bool = False) -> None:
-        self._flow, self._optimizer, self._x = flow, optimizer, x.clone()
+    def __init__(self, flow: Flow, optimizer: FusedAdam, x: Tensor, max_norm: float | None = None) -> None:
+        self._flow, self._optimizer, self._x, self._max_norm = flow, optimizer, x.clone(), max_norm
         self._layers = flow._layers()
         self._updates = CapturedUpdates(optimizer)
-        if clips:
+        if max_norm is not None:
             compile_adam(x.device)
         self._forward = record(self._run_forward, x.device)
         pool = self._forward.pool()
-        self._backward = record(self._run_backward, x.device, pool) if clips else None
-        self._step = record(self._run_step if clips else self._run_minimize, x.device, pool)
+        self._backward = None if max_norm is None else record(self._run_backward, x.device, pool)
+        self._step = record(self._run_step, x.device, pool)
         self._loss = self._loss.detach()  # no other backward pass follows
 
     def _run_forward(self) -> None:
         self._loss = -self._flow.log_prob(self._x).mean()
 
-    def _run_minimize(self) -> None:
-        capture_minimize(self._optimizer, self._loss, self._updates)
-
     def _run_backward(self) -> None:
-        self._gradients = capture_gradients(self._optimizer, self._loss)
+        self._gradients = self._updates.gradients(self._loss)
         self._squared_norm = self._gradients.squared_norm()
 
     def _run_step(self) -> None:
-        capture_step(self._optimizer, self._gradients, self._updates)
+        if self._backward is None:
+            self._updates.minimize(self._loss)
+        else:
+            self._updates.step(self._gradients)
 
     def forward(self, x: Tensor) -> Tensor:
         """Returns the mean NLL of ``x`` in nats."""
@@ -169,33 +162,30 @@ class GraphedStep:
         self._forward.replay()
         return self._loss.detach()
 
-    def minimize(self, max_norm: float = math.inf) -> bool:
+    def minimize(self) -> bool:
         """Takes a step on the loss of the last ``forward``, whose value must have been read.
 
-        Args:
-            max_norm: largest norm of all gradients, for a step that clips.
-
         Returns:
-            Whether the step was taken: not where that norm is not finite.
+            Whether the step was taken: not where the norm of the gradients is to be limited and is not finite.
         """
         scale = 1.0
-        if self._backward is not None:
+        if self._backward is not None and self._max_norm is not None:
             self._backward.replay()
             norm = math.sqrt(float(self._squared_norm))
             if not math.isfinite(norm):
                 return False
-            scale = clip_scale(norm, max_norm)
+            scale = clip_scale(norm, self._max_norm)
         self._updates.advance(scale)
         self._step.replay()
-        torch.autograd.graph.increment_version(list(self._updates.parameters))  # autograd does not see the replay
+        torch.autograd.graph.increment_version(list(self._updates.rows))  # autograd does not see the replay
         return True
 
 
 class GraphedSteps:
     """The graphs of training steps by batch shape; see ``GraphedStep``."""
 
-    def __init__(self, flow: Flow, optimizer: FusedAdam, *, clips: bool = False) -> None:
-        self._flow, self._optimizer, self._clips = flow, optimizer, clips
+    def __init__(self, flow: Flow, optimizer: FusedAdam, max_norm: float | None = None) -> None:
+        self._flow, self._optimizer, self._max_norm = flow, optimizer, max_norm
         self._cache: GraphCache[GraphedStep] = GraphCache()
         self._refused = False
 
@@ -205,11 +195,10 @@ class GraphedSteps:
         Warns:
             UserWarning: once, where such steps cannot be captured.
         """
-        key = self._key(x)
-        if key is None:
+        if (key := self._key(x)) is None:
             return None
         try:
-            return self._cache.get(key, lambda: GraphedStep(self._flow, self._optimizer, x, clips=self._clips))
+            return self._cache.get(key, lambda: GraphedStep(self._flow, self._optimizer, x, self._max_norm))
         except NotCapturableError as error:
             self._refused = True
             warnings.warn(f"training steps are not replayed as CUDA graphs: {error}", stacklevel=3)
@@ -217,25 +206,16 @@ class GraphedSteps:
 
     def ran_eagerly(self, x: Tensor) -> None:
         """Notes that a step on a batch like ``x`` was taken eagerly, so that the next one can be captured."""
-        key = self._key(x)
-        if key is not None:
+        if (key := self._key(x)) is not None:
             self._cache.ran_eagerly(key)
 
     def _key(self, x: Tensor) -> Key | None:
-        """Returns the key of the flow and of the step: which parameters are trained and how, and where the moments are.
+        """Returns the key of the flow and of the step: how parameters are updated, and where the moments are.
 
         None where nothing can be replayed: a replay calls no hooks.
         """
-        if self._refused or not can_replay(self._flow) or self._optimizer.has_step_hooks():
+        if self._refused or self._optimizer.has_step_hooks() or (key := graph_key(self._flow, x)) is None:
             return None
-        state = ModuleState.of(self._flow)
-        if state.has_hooks:
-            return None
-        moments: list[int] = []
-        for parameter in state.parameters:
-            known = self._optimizer.state.get(parameter)
-            if known:
-                moments += known["exp_avg"].data_ptr(), known["exp_avg_sq"].data_ptr()
         modes = [group[name] for group in self._optimizer.param_groups for name in ("amsgrad", "differentiable")]
-        trained = [p.requires_grad and not has_hooks(p) for p in state.parameters]
-        return *graph_key(self._flow, x, state), *modes, *trained, *moments
+        states = [state for state in self._optimizer.state.values() if state]
+        return *key, *modes, *(state[name].data_ptr() for state in states for name in ("exp_avg", "exp_avg_sq"))

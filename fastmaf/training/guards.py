@@ -79,11 +79,7 @@ def check_processes() -> None:
 
 
 def check_loss(loss: Tensor, *, finite: bool) -> None:
-    """Checks that a loss can be minimised.
-
-    Args:
-        loss: the loss.
-        finite: whether to check that it is finite, which waits for a GPU.
+    """Checks that a loss can be minimised and, with ``finite``, that it is finite, which waits for a GPU.
 
     Raises:
         NonFiniteLossError: ``loss`` is NaN or infinite.
@@ -110,9 +106,8 @@ def check_loss(loss: Tensor, *, finite: bool) -> None:
 
 def _is_scaled(loss: Tensor) -> bool:
     """Returns whether ``loss`` is a product with the factor of ``GradScaler.scale``: a float32 power of two."""
-    if type(loss.grad_fn).__name__ != "MulBackward0":
-        return False
-    factor = getattr(loss.grad_fn, "_saved_other", None)
+    is_product = type(loss.grad_fn).__name__ == "MulBackward0"
+    factor = getattr(loss.grad_fn, "_saved_other", None) if is_product else None
     if not isinstance(factor, Tensor) or factor.dim() or factor.dtype != torch.float32 or factor.requires_grad:
         return False
     scale = float(factor)

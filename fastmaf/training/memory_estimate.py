@@ -8,20 +8,17 @@ backends; tests compare them with the allocators' counts.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
-from functools import cached_property
 from typing import Literal, NamedTuple, TypeAlias, get_args
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from fastmaf.constants import constants
 from fastmaf.flows import Flow
 from fastmaf.kernels import dispatch
 from fastmaf.kernels.layout import padding_is_held
-from fastmaf.nn import MaskedLinear
 from fastmaf.training.fused_adam import FusedAdam
-from fastmaf.training.optimiser_memory import Optimiser, state_per_number, step_bytes, stores_no_gradients
+from fastmaf.training.optimizer_memory import Optimizer, state_per_number, step_bytes, stores_no_gradients
 from fastmaf.training.workspace import runs_on, workspace_bytes
 from fastmaf.transforms import Permutation
 
@@ -35,14 +32,14 @@ class MemoryParts(NamedTuple):
 
     Attributes:
         weights: parameters, buffers, and the indices of the padding of packed weights.
-        optimiser: the optimiser's state.
+        optimizer: the optimiser's state.
         gradients: the gradients that are stored at that moment.
         activations: the batch ``[N, D]``, z, and the activations saved for the backward pass.
         transient: temporary tensors of the ops, and the work buffers that backends keep for their next call.
     """
 
     weights: int
-    optimiser: int
+    optimizer: int
     gradients: int
     activations: int
     transient: int
@@ -51,14 +48,14 @@ class MemoryParts(NamedTuple):
 def memory_estimate(
     flow: Flow,
     batch: int,
-    optimiser: Optimiser | None = FusedAdam,
+    optimizer: Optimizer | None = FusedAdam,
     *,
     update: Update = "minimize",
     device: torch.device | str | None = None,
 ) -> int:
     """Returns the bytes at the peak of a training step on the mean NLL of a batch, or of scoring a batch.
 
-        bytes = weights + optimiser + gradients + activations + transient       (see ``MemoryParts``)
+        bytes = weights + optimizer + gradients + activations + transient       (see ``MemoryParts``)
 
     It counts tensors and backends' work buffers: on a GPU what ``torch.cuda.max_memory_allocated`` shows; on the CPU
     what is allocated, other than by Python, torch and libraries. The work buffers of the BLAS library, which the torch
@@ -69,7 +66,7 @@ def memory_estimate(
         flow: any flow, also one of ``to_inference()``. Parameters that require no gradient are not trained. A custom
             transform counts as if it saved three tensors ``[N, D]``.
         batch: N, at least 1.
-        optimiser: a torch optimiser or its class; None for ``log_prob`` under ``torch.no_grad()``.
+        optimizer: a torch optimiser or its class; None for ``log_prob`` under ``torch.no_grad()``.
         update: how ``FusedAdam`` is used: ``"minimize"``, as by ``TrainingStep`` (which stores the gradients of a flow
             of at most 65,536 weights); ``"clip"``, with ``max_grad_norm``, as by ``TrainingStep`` under
             ``Guards(max_grad_norm=...)``, which may need less; or ``"step"``, after a backward pass that stores
@@ -88,13 +85,13 @@ def memory_estimate(
         >>> 0.8e9 < fastmaf.memory_estimate(flow, 8) < 1.3e9
         True
     """
-    return sum(memory_parts(flow, batch, optimiser, update=update, device=device))
+    return sum(memory_parts(flow, batch, optimizer, update=update, device=device))
 
 
 def memory_parts(
     flow: Flow,
     batch: int,
-    optimiser: Optimiser | None = FusedAdam,
+    optimizer: Optimizer | None = FusedAdam,
     *,
     update: Update = "minimize",
     device: torch.device | str | None = None,
@@ -104,67 +101,46 @@ def memory_parts(
         raise ValueError(f"batch must be at least 1; found {batch}")
     if update not in get_args(Update):
         raise ValueError(f"update must be one of {', '.join(map(repr, get_args(Update)))}; found {update!r}")
-    where, backend = runs_on(flow, device)
-    case = _Case(flow, batch, optimiser, update, where, backend)
+    case = _Case(flow, batch, optimizer, update, device)
     fixed = sum(map(_bytes, (*flow.buffers(), *constants(flow))))
     held = sum(map(case.size, flow.parameters())) + fixed + _padding(case)
-    training = optimiser is not None
     layer_by_layer = case.factored and update == "clip"
-    buffers = workspace_bytes(flow, batch, where, case.backend, training=training, layer_by_layer=layer_by_layer)
-    if optimiser is None:
+    training = optimizer is not None
+    buffers = workspace_bytes(flow, batch, case.device, case.backend, training=training, layer_by_layer=layer_by_layer)
+    if optimizer is None:
         return MemoryParts(held, 0, 0, case.plane, _scoring(case) + buffers)
     size = case.size if case.factored else _bytes
-    state = int(state_per_number(optimiser) * sum(map(size, case.trained)))
+    state = int(state_per_number(optimizer) * sum(map(size, case.trained)))
     moments = (
         MemoryParts(held, state, grads, activations, transient + buffers)
-        for grads, activations, transient in _moments(case, optimiser)
+        for grads, activations, transient in _moments(case, optimizer)
     )
     return max(moments, key=sum)
 
 
-@dataclass(frozen=True)
 class _Case:
-    """The arguments of an estimate, and the sizes that it is computed from."""
+    """The sizes that an estimate is computed from.
 
-    flow: Flow
-    batch: int
-    optimiser: Optimiser | None
-    update: Update
-    device: torch.device
-    backend: str
+    Attributes:
+        factored: whether the gradients of packed weights are not stored.
+        item: the bytes of a number.
+        plane: the bytes of a tensor ``[N, D]``.
+        hidden: the bytes of the hidden units of all blocks.
+        packed: the ids of the packed weights.
+    """
 
-    @cached_property
-    def factored(self) -> bool:
-        """Whether the gradients of packed weights are not stored."""
-        return self.optimiser is not None and self.update != "step" and stores_no_gradients(self.optimiser)
-
-    @cached_property
-    def plane(self) -> int:
-        """The bytes of a tensor ``[N, D]``."""
-        return self.batch * self.flow.features * self.item
-
-    @property
-    def item(self) -> int:
-        return self.flow._like().element_size()
-
-    @cached_property
-    def blocks(self) -> int:
-        return len(self.flow._mades())
-
-    @cached_property
-    def layers(self) -> list[MaskedLinear]:
-        return self.flow._layers()
-
-    @cached_property
-    def hidden(self) -> int:
-        """The bytes of the hidden units of all blocks."""
-        units = sum(sum(made.hidden_features) for made in self.flow._mades())
-        return self.batch * units * self.item
-
-    @cached_property
-    def packed(self) -> set[int]:
-        """The ids of the packed weights."""
-        return {id(layer.weight) for layer in self.layers if layer.weight.dtype == layer.bias.dtype}
+    def __init__(
+        self, flow: Flow, batch: int, optimizer: Optimizer | None, update: Update, device: torch.device | str | None
+    ) -> None:
+        self.flow, self.batch, self.optimizer, self.update = flow, batch, optimizer, update
+        self.device, self.backend = runs_on(flow, device)
+        self.factored = optimizer is not None and update != "step" and stores_no_gradients(optimizer)
+        self.mades, self.layers = flow._mades(), flow._layers()
+        self.item = flow._like().element_size()
+        self.plane = batch * flow.features * self.item
+        self.hidden = batch * sum(sum(made.hidden_features) for made in self.mades) * self.item
+        self.packed = {id(layer.weight) for layer in self.layers if layer.weight.dtype == layer.bias.dtype}
+        self.trained = [p for p in flow.parameters() if p.requires_grad]
 
     def size(self, parameter: Tensor) -> int:
         """Returns the bytes allocated for a parameter, its gradient or a moment; see ``empty_on_huge_pages``."""
@@ -173,10 +149,6 @@ class _Case:
         if not on_huge_pages or dispatch.missing("flow", "native") is not None:
             return size
         return -(-size // _HUGE_PAGE) * _HUGE_PAGE
-
-    @cached_property
-    def trained(self) -> list[nn.Parameter]:
-        return [p for p in self.flow.parameters() if p.requires_grad]
 
 
 def _bytes(tensor: Tensor) -> int:
@@ -191,7 +163,7 @@ def _padding(case: _Case) -> int:
     """
     on_cpu = case.device.type == "cpu"
     # On a GPU the padding is zeroed by index after each write to a weight.
-    by_index = case.device.type == "cuda" or (case.optimiser is not None and case.backend == "torch")
+    by_index = case.device.type == "cuda" or (case.optimizer is not None and case.backend == "torch")
     needed = by_index or (on_cpu and case.flow._like().is_meta)
     layouts = [layer.layout for layer in case.layers]
     return sum(8 * (of.numel - of.visible) for of in layouts if needed or (on_cpu and padding_is_held(of.table)))
@@ -204,14 +176,14 @@ def _scoring(case: _Case) -> int:
         return 2 * plane  # z and its square
     # The product [N, 2D], log-scale, z and their terms; x and log-scale of the previous block; the permuted x. A weight
     # stored in fewer bits is converted for the product.
-    planes = (6 if case.blocks == 1 else 8) + any(isinstance(t, Permutation) for t in case.flow.transforms)
+    planes = (6 if len(case.mades) == 1 else 8) + any(isinstance(t, Permutation) for t in case.flow.transforms)
     widened = [layer.layout.numel * case.item for layer in case.layers if layer.weight.dtype != layer.bias.dtype]
     return max(planes * plane, 4 * plane + max(widened, default=0))
 
 
-def _moments(case: _Case, optimiser: Optimiser) -> Iterator[tuple[int, int, int]]:
+def _moments(case: _Case, optimizer: Optimizer) -> Iterator[tuple[int, int, int]]:
     """Yields the bytes of stored gradients, activations and transients at each possible peak of a step."""
-    plane, on_torch, one_block = case.plane, case.backend == "torch", case.blocks == 1
+    plane, on_torch, one_block = case.plane, case.backend == "torch", len(case.mades) == 1
     largest = max((_bytes(p) for p in case.trained if id(p) in case.packed), default=0)
     stored = [p for p in case.trained if not (case.factored and id(p) in case.packed)]
     grads = sum(_bytes(p) if on_torch else case.size(p) for p in stored)
@@ -221,7 +193,7 @@ def _moments(case: _Case, optimiser: Optimiser) -> Iterator[tuple[int, int, int]
     yield 0, saved, 4 * plane
     if case.factored and case.update == "clip":
         # Until the step, the factors hold each layer's output gradient and the saved activations.
-        saved += (2 * case.blocks - 1) * plane + case.hidden
+        saved += (2 * len(case.mades) - 1) * plane + case.hidden
         backward = (8 if on_torch else 3) if one_block else (10 if on_torch else 5)
         yield grads, saved, backward * plane
         # The torch backend forms the gradient of one whole weight, and its norm in float64.
@@ -234,7 +206,7 @@ def _moments(case: _Case, optimiser: Optimiser) -> Iterator[tuple[int, int, int]
         if case.factored:
             yield grads, saved, max(9 * plane, 8 * plane + largest) + above * plane
         else:
-            first = sum(_bytes(layer.weight) for layer in case.flow._mades()[0].layers[:-1]) if case.blocks else 0
+            first = sum(_bytes(layer.weight) for made in case.mades[:1] for layer in made.layers[:-1])
             yield grads - first, saved, (8 + above) * plane
             yield grads, saved, 6 * plane
-    yield grads, plane, step_bytes(optimiser, [_bytes(p) for p in stored], case.device)
+    yield grads, plane, step_bytes(optimizer, [_bytes(p) for p in stored], case.device)

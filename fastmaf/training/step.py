@@ -69,16 +69,15 @@ class TrainingStep:
         self.flow = flow
         self.optimizer = optimizer
         self.guards = guards or Guards()
-        self._graphs: GraphedSteps | None = None
-        if graphs and isinstance(optimizer, FusedAdam):
-            self._graphs = GraphedSteps(flow, optimizer, clips=self.guards.max_grad_norm is not None)
         self.steps = 0
         self._lr = [float(group["lr"]) for group in optimizer.param_groups]
         self._running_nll: float | None = None
         self._warming = self.guards.warmup_steps > 0
         limit = self.guards.max_grad_norm
-        self._clips = limit is not None
-        self._max_norm = math.inf if limit is None else limit * flow.features  # of the gradients of the loss
+        self._max_norm = None if limit is None else limit * flow.features  # of the gradients of the loss
+        self._graphs: GraphedSteps | None = None
+        if graphs and isinstance(optimizer, FusedAdam):
+            self._graphs = GraphedSteps(flow, optimizer, self._max_norm)
         layers = flow._layers()
         self._weights = sum(layer.layout.numel for layer in layers)
         self._factors_per_sample = sum(layer.in_features + layer.out_features for layer in layers)
@@ -105,7 +104,7 @@ class TrainingStep:
             # Afterwards the learning rates are the user's: a scheduler may set them.
             self._warming = self.steps < self.guards.warmup_steps
         if graphed is not None:
-            return StepReport(nll, skipped=not graphed.minimize(self._max_norm))
+            return StepReport(nll, skipped=not graphed.minimize())
         taken = self._minimize(loss, len(x))
         if taken and self._graphs is not None:
             self._graphs.ran_eagerly(x)
@@ -114,12 +113,17 @@ class TrainingStep:
     def _minimize(self, loss: Tensor, batch: int) -> bool:
         """Takes a step on a finite loss; returns whether it was taken."""
         if isinstance(self.optimizer, FusedAdam):
-            check_processes()
             if not self._stores_gradients(batch):
-                return self.optimizer.minimize(loss, self._max_norm if self._clips else None, check_finite=False)
+                return self.optimizer.minimize(loss, self._max_norm, check_finite=False)
+            check_processes()
         loss.backward()
-        if self._clips and not self._clip():
-            return False
+        if self._max_norm is not None:
+            grads = [p.grad for group in self.optimizer.param_groups for p in group["params"] if p.grad is not None]
+            norm = float(torch.nn.utils.get_total_norm(grads))
+            if not math.isfinite(norm):
+                return False
+            if (scale := clip_scale(norm, self._max_norm)) != 1.0:
+                torch._foreach_mul_(grads, scale)
         self.optimizer.step()
         return True
 
@@ -128,7 +132,7 @@ class TrainingStep:
 
         Without clipping no factors are kept, so gradients are stored only if they are small anyway.
         """
-        small = self._clips or self._weights <= _FEW_WEIGHTS
+        small = self._max_norm is not None or self._weights <= _FEW_WEIGHTS
         return small and self._graphs is None and batch * self._factors_per_sample > self._weights
 
     def _jumps(self, nll: float) -> bool:
@@ -141,14 +145,6 @@ class TrainingStep:
         capped = nll if mean is None else min(nll, mean + limit * self.flow.features)
         self._running_nll = capped if mean is None else self._DECAY * mean + (1 - self._DECAY) * capped
         return jumps
-
-    def _clip(self) -> bool:
-        """Scales the gradients down where they exceed the limit; returns whether they are finite."""
-        grads = [p.grad for group in self.optimizer.param_groups for p in group["params"] if p.grad is not None]
-        norm = float(torch.nn.utils.get_total_norm(grads))
-        if (scale := clip_scale(norm, self._max_norm)) != 1.0:
-            torch._foreach_mul_(grads, scale)
-        return math.isfinite(norm)
 
     def state_dict(self) -> dict[str, Any]:
         """Returns the state of the guards, as plain JSON types."""

@@ -7,7 +7,11 @@ not predicted; ``allocate_work_buffers`` allocates them before the remaining mem
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+
 import torch
+from torch import Tensor
 
 from fastmaf.flows import Flow
 from fastmaf.kernels import PackedLayout, dispatch
@@ -54,21 +58,19 @@ def allocate_work_buffers(
     dtype = flow._like().dtype
     layouts = {(layer.in_features, *layer.layout.tiles): layer.layout for layer in flow._layers()}
     for layout in layouts.values():
-        _multiply(layout, batch, dtype, training)
+        _multiply(layout, batch, partial(torch.zeros, dtype=dtype, device="cpu"), training)
 
 
-def _multiply(layout: PackedLayout, batch: int, dtype: torch.dtype, training: bool) -> None:
+def _multiply(layout: PackedLayout, batch: int, zeros: Callable[..., Tensor], training: bool) -> None:
     """Computes the products of ``kernels/masked_linear/torch.py``, tile by tile."""
-    inputs = torch.zeros(batch, layout.in_features, dtype=dtype, device="cpu")
-    outputs = torch.zeros(batch, layout.out_features, dtype=dtype, device="cpu")
-    outputs_t = outputs.t().contiguous()
-    bias = torch.zeros(layout.out_features, dtype=dtype, device="cpu")
+    inputs, outputs = zeros(batch, layout.in_features), zeros(batch, layout.out_features)
+    outputs_t, bias = outputs.t().contiguous(), zeros(layout.out_features)
     for tile in layout.tiles:
         if not tile.width:
             continue
         rows = slice(tile.row_start, tile.row_end)
         x, y = inputs[:, : tile.width], outputs[:, rows]
-        weight = torch.zeros(tile.row_end - tile.row_start, tile.width, dtype=dtype, device="cpu")
+        weight = zeros(tile.row_end - tile.row_start, tile.width)
         torch.addmm(bias[rows], x, weight.t(), out=y)
         if training:
             x.addmm_(y, weight)
@@ -78,16 +80,9 @@ def _multiply(layout: PackedLayout, batch: int, dtype: torch.dtype, training: bo
 def workspace_bytes(
     flow: Flow, batch: int, device: torch.device, backend: str, *, training: bool, layer_by_layer: bool
 ) -> int:
-    """Returns the bytes of a backend's own buffers.
+    """Returns the bytes of a backend's own buffers, with ``training`` those of the backward pass too.
 
-    Args:
-        flow: gives the shapes.
-        batch: N.
-        device: where it runs.
-        backend: ``"torch"``, ``"native"`` or ``"triton"``.
-        training: whether the backward pass runs too.
-        layer_by_layer: whether the backward pass calls the kernels layer by layer, as ``FusedAdam.minimize`` does with
-            ``max_grad_norm``.
+    With ``layer_by_layer`` that pass calls the kernels layer by layer, as ``minimize`` does with ``max_grad_norm``.
     """
     if backend == "triton":
         return _triton_bytes(flow, batch, device, training=training)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import stat
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -43,24 +42,12 @@ def test_a_link_to_an_input_is_that_input(tmp_path: Path) -> None:
 
 
 def test_case_counts_where_the_file_system_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(outputs, "_folds_case", Clearable(lambda _: False))
+    monkeypatch.setattr(outputs, "_folds_case", lambda folder: False)
     check(tmp_path / "Heat" / "a.png", tmp_path / "heat" / "a.png", tmp_path / "A", tmp_path / "a")
-    monkeypatch.setattr(outputs, "_folds_case", Clearable(lambda _: True))
-    for one, other in (("Heat/a.png", "heat/A.png"), ("A", "a")):
+    monkeypatch.setattr(outputs, "_folds_case", lambda folder: True)
+    for path, other in (("Heat/a.png", "heat/A.png"), ("A", "a")):
         with pytest.raises(OutputError):
-            check(tmp_path / one, tmp_path / other)
-
-
-class Clearable:
-    """A function with a cache to clear."""
-
-    def __init__(self, function: Callable[[str], bool]) -> None:
-        self.function = function
-
-    def __call__(self, folder: str) -> bool:
-        return self.function(folder)
-
-    def cache_clear(self) -> None: ...
+            check(tmp_path / path, tmp_path / other)
 
 
 def test_what_is_no_file_is_not_replaced(tmp_path: Path) -> None:

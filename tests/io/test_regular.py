@@ -11,14 +11,14 @@ from pathlib import Path
 import pytest
 
 from fastmaf.io import regular
-from fastmaf.io.regular import NotRegularError, check_regular, is_regular, open_regular, why_not_regular
+from fastmaf.io.regular import NotRegularError, is_regular, kind_of, open_regular
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs a system with FIFOs")
 
 
 @pytest.fixture
-def odd(tmp_path: Path) -> Iterator[dict[str, Path]]:
-    """One path of each kind that is no regular file, by what it is called."""
+def other_kinds(tmp_path: Path) -> Iterator[dict[str, Path]]:
+    """One path of each kind of file that is not regular, by its name in messages."""
     os.mkfifo(fifo := tmp_path / "fifo.png")
     (folder := tmp_path / "folder.png").mkdir()
     (to_fifo := tmp_path / "to-fifo.png").symlink_to(fifo)
@@ -47,22 +47,20 @@ def test_a_regular_file_is_opened(tmp_path: Path) -> None:
     (tmp_path / "a").write_bytes(b"content")
     (tmp_path / "link").symlink_to("a")
     for path in (tmp_path / "a", str(tmp_path / "link")):
-        assert why_not_regular(path) is None and is_regular(path)
-        check_regular(path)
+        assert kind_of(path) == "a regular file" and is_regular(path)
         with open_regular(path) as file:
             assert file.read() == b"content" and file.fileno() >= 0
 
 
-def test_everything_else_is_named(odd: dict[str, Path]) -> None:
-    for words, path in odd.items():
-        assert not is_regular(path)
-        for function in (check_regular, open_regular):
-            with pytest.raises(NotRegularError) as error:
-                function(path)
-            assert str(error.value).startswith(f"{path}: expected a regular file, found {words}")
+def test_everything_else_is_named(other_kinds: dict[str, Path]) -> None:
+    for words, path in other_kinds.items():
+        assert not is_regular(path) and kind_of(path).startswith(words)
+        with pytest.raises(NotRegularError) as error:
+            open_regular(path)
+        assert str(error.value).startswith(f"{path}: expected a regular file, found {words}")
 
 
-def test_what_is_not_there(tmp_path: Path) -> None:
+def test_missing_files(tmp_path: Path) -> None:
     for path in (tmp_path / "none", ""):
         assert not is_regular(path)
         with pytest.raises(FileNotFoundError):
@@ -70,29 +68,27 @@ def test_what_is_not_there(tmp_path: Path) -> None:
     assert not is_regular("a\0b")
 
 
-def test_a_name_that_changes_hands_between_question_and_opening(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A FIFO takes the file's place once it has been looked at: it is neither waited for nor read."""
+def test_a_path_that_is_replaced_between_check_and_opening(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A FIFO that replaces the file after the first check is refused without blocking."""
     (path := tmp_path / "a.png").write_bytes(b"content")
 
-    def replaced(_: object) -> None:
+    def replace(_: object) -> None:
         path.unlink()
         os.mkfifo(path)
 
-    monkeypatch.setattr(regular, "check_regular", replaced)
+    monkeypatch.setattr(regular, "_kind_at", replace)
     before = len(os.listdir("/proc/self/fd")) if os.path.isdir("/proc/self/fd") else None
-    found: list[BaseException] = []
+    errors: list[BaseException] = []
 
     def attempt() -> None:
         try:
             open_regular(path)
         except NotRegularError as error:
-            found.append(error)
+            errors.append(error)
 
     thread = threading.Thread(target=attempt, daemon=True)  # a blocked opening would hang the tests
     thread.start()
     thread.join(60)
-    assert found and "a FIFO" in str(found[0])
+    assert errors and "a FIFO" in str(errors[0])
     if before is not None:
         assert len(os.listdir("/proc/self/fd")) == before

@@ -13,7 +13,6 @@ import torch
 from safetensors.torch import save_file
 
 import fastmaf
-from fastmaf.io.checkpoint import read_extras
 from fastmaf.io.tensor_file import TensorFile, read_tensors
 
 ONE = {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}
@@ -59,7 +58,7 @@ def test_a_damaged_header_is_refused(tmp_path: Path, name: str) -> None:
     path = tmp_path / "a.safetensors"
     data, words = FILES[name]
     path.write_bytes(data)
-    for read in (fastmaf.load, read_tensors, read_extras):
+    for read in (fastmaf.load, fastmaf.load_with_extras, read_tensors):
         with pytest.raises(fastmaf.CheckpointError, match=words) as caught:
             read(path)
         assert str(path) in str(caught.value) and str(caught.value).isprintable()

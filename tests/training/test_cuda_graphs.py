@@ -145,7 +145,7 @@ def test_few_graphs_are_kept() -> None:
     for _ in range(2):
         for x in batches("cuda", [1, 2, 3, 4, 5, 6]):
             replayed(x)
-    assert len(replayed._cache) == graphs._MAX_GRAPHS
+    assert len(replayed._cache._graphs) == graphs._MAX_GRAPHS
 
 
 def test_on_the_cpu_nothing_is_replayed() -> None:

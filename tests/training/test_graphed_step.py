@@ -60,7 +60,7 @@ def run_again(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(fastmaf.optim.FusedAdam, "step", refuse)
     monkeypatch.setattr(graphed_step, "record", RunAgain)
-    monkeypatch.setattr(graphed_step, "can_replay", lambda flow: True)
+    monkeypatch.setattr(graphs, "can_replay", lambda flow: True)
 
 
 @pytest.fixture(
@@ -138,7 +138,7 @@ def test_nothing_is_compiled_while_a_graph_is_recorded(clips: bool, monkeypatch:
     def steps() -> None:
         loss = -flow.log_prob(x).mean()
         optimizer.minimize(loss, 1.0 if clips else None, check_finite=False)
-        graphed_step.GraphedStep(flow, optimizer, x, clips=clips)
+        graphed_step.GraphedStep(flow, optimizer, x, 1.0 if clips else None)
         with torch.no_grad():
             flow.log_prob(x)
             graphs._GraphedLogProb(flow, x)

@@ -154,17 +154,17 @@ def test_the_parts() -> None:
     numbers = sum(p.numel() for p in flow.parameters())
     parts = memory_parts(flow, 4)
     assert sum(parts) == fastmaf.memory_estimate(flow, 4)
-    assert parts.optimiser == 2 * 4 * numbers
+    assert parts.optimizer == 2 * 4 * numbers
     # The batch; of two blocks x, hidden units, log-scale and z, where the second has its x from the first.
     assert parts.activations == 4 * 4 * (96 + 5 * 96 + 2 * 32)
-    assert memory_parts(flow, 4, torch.optim.SGD).optimiser == 0
+    assert memory_parts(flow, 4, torch.optim.SGD).optimizer == 0
     momentum = torch.optim.SGD(flow.parameters(), lr=1e-3, momentum=0.9)
-    assert memory_parts(flow, 4, momentum).optimiser == 4 * numbers
+    assert memory_parts(flow, 4, momentum).optimizer == 4 * numbers
     frozen = memory_parts(flow.to_inference(), 4, None)
-    assert (frozen.optimiser, frozen.gradients) == (0, 0)
+    assert (frozen.optimizer, frozen.gradients) == (0, 0)
     assert frozen.weights < parts.weights - 2 * flow.stored_weights
     flow.transforms[0].requires_grad_(False)
-    assert memory_parts(flow, 4).optimiser == numbers * 4  # the other half
+    assert memory_parts(flow, 4).optimizer == numbers * 4  # the other half
 
 
 def test_more_of_anything_takes_more() -> None:
@@ -174,8 +174,8 @@ def test_more_of_anything_takes_more() -> None:
     usual = estimate()
     assert usual < min(estimate(features=128), estimate(blocks=3), estimate(hidden=64), estimate(batch=5))
     stored = estimate(update="step")
-    assert estimate(optimiser=None) < usual < estimate(update="clip") < stored
-    assert stored == estimate(optimiser=torch.optim.Adam(nn.Linear(1, 1).parameters(), fused=True))
+    assert estimate(optimizer=None) < usual < estimate(update="clip") < stored
+    assert stored == estimate(optimizer=torch.optim.Adam(nn.Linear(1, 1).parameters(), fused=True))
 
 
 class Shift(Transform):
@@ -193,7 +193,7 @@ def test_transforms_of_other_classes_count() -> None:
     flow = fastmaf.Flow(96, [*maf.transforms, Shift(96)])
     with_, without = memory_parts(flow, 4), memory_parts(maf, 4)
     assert with_.weights == without.weights + 96 * 4
-    assert with_.optimiser == without.optimiser + 2 * 96 * 4
+    assert with_.optimizer == without.optimizer + 2 * 96 * 4
     assert with_.activations == without.activations + 3 * 4 * 96 * 4
     assert fastmaf.memory_estimate(fastmaf.Flow(96, [Shift(96)]), 4) > 0
     assert fastmaf.memory_estimate(fastmaf.Flow(3, [fastmaf.Permutation(torch.tensor([2, 0, 1]))]), 4) > 0

@@ -10,16 +10,16 @@ from torch import Tensor, nn
 
 from fastmaf.training.fused_adam import FusedAdam
 
-Optimiser: TypeAlias = torch.optim.Optimizer | type[torch.optim.Optimizer]
+Optimizer: TypeAlias = torch.optim.Optimizer | type[torch.optim.Optimizer]
 
 
-def state_per_number(optimiser: Optimiser) -> float:
+def state_per_number(optimizer: Optimizer) -> float:
     """Returns the numbers of state per trained number, measured in a step of such an optimiser on a small parameter.
 
     Raises:
         TypeError: that step fails.
     """
-    kind, settings = _kind(optimiser)
+    kind, settings = _kind(optimizer)
     parameter = nn.Parameter(torch.zeros(64, device="cpu"))
     parameter.grad = torch.zeros_like(parameter)
     try:
@@ -35,18 +35,18 @@ def state_per_number(optimiser: Optimiser) -> float:
     return sum(value.numel() for value in state) / parameter.numel()
 
 
-def stores_no_gradients(optimiser: Optimiser) -> bool:
+def stores_no_gradients(optimizer: Optimizer) -> bool:
     """Returns whether ``minimize`` of this optimiser updates packed weights without storing their gradients."""
-    kind, settings = _kind(optimiser)
+    kind, settings = _kind(optimizer)
     return issubclass(kind, FusedAdam) and not (settings.get("amsgrad") or settings.get("differentiable"))
 
 
-def step_bytes(optimiser: Optimiser, sizes: list[int], device: torch.device) -> int:
+def step_bytes(optimizer: Optimizer, sizes: list[int], device: torch.device) -> int:
     """Returns the transient bytes of a step on parameters of ``sizes`` bytes each.
 
     Adam holds two copies of one parameter at a time, other optimisers one; with ``foreach``, one copy of all.
     """
-    kind, settings = _kind(optimiser)
+    kind, settings = _kind(optimizer)
     if issubclass(kind, (FusedAdam, torch.optim.SGD)) or settings.get("fused") or not sizes:
         return 0
     foreach = settings.get("foreach")
@@ -55,9 +55,9 @@ def step_bytes(optimiser: Optimiser, sizes: list[int], device: torch.device) -> 
     return (2 if issubclass(kind, (torch.optim.Adam, torch.optim.AdamW)) else 1) * max(sizes)
 
 
-def _kind(optimiser: Optimiser) -> tuple[type[torch.optim.Optimizer], dict[str, Any]]:
-    if isinstance(optimiser, torch.optim.Optimizer):
-        return type(optimiser), optimiser.defaults
-    if isinstance(optimiser, type) and issubclass(optimiser, torch.optim.Optimizer):
-        return optimiser, {}
-    raise TypeError(f"optimiser must be a torch optimiser or its class; found {optimiser!r}")
+def _kind(optimizer: Optimizer) -> tuple[type[torch.optim.Optimizer], dict[str, Any]]:
+    if isinstance(optimizer, torch.optim.Optimizer):
+        return type(optimizer), optimizer.defaults
+    if isinstance(optimizer, type) and issubclass(optimizer, torch.optim.Optimizer):
+        return optimizer, {}
+    raise TypeError(f"optimizer must be a torch optimizer or its class; found {optimizer!r}")
