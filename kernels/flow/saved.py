@@ -28,34 +28,31 @@ class Activations(NamedTuple):
     z: Tensor
 
 
-def _has_own_x(args: FlowArgs, block: int) -> bool:
-    return block == 0 or args.permutations[block].numel() > 0
+def _widths(args: FlowArgs) -> list[list[int]]:
+    """Returns how many numbers of a sample each block saves: of x (0 where it is not saved), of its hidden layers, of
+    log_scale and of z.
+    """
+    widths = []
+    for b, (*hidden, output) in enumerate(args.layers_of_blocks()):
+        features = args.biases[output].shape[0] // 2
+        x = features if b == 0 or args.permutations[b].numel() else 0
+        widths.append([x, *(args.biases[i].shape[0] for i in hidden), features, features])
+    return widths
 
 
 def saved_numel(args: FlowArgs, n: int) -> int:
     """Returns how many numbers are saved for a batch of ``n``."""
-    total = 0
-    for b, layers in enumerate(args.layers_of_blocks()):
-        features = args.biases[layers[-1]].shape[0] // 2
-        total += (3 if _has_own_x(args, b) else 2) * features + sum(args.biases[i].shape[0] for i in layers[:-1])
-    return n * total
+    return n * sum(map(sum, _widths(args)))
 
 
 def activations(args: FlowArgs, saved: Tensor, n: int) -> list[Activations]:
     """Returns each block's activations."""
     result: list[Activations] = []
-    start = 0
-
-    def take(units: int) -> Tensor:
-        nonlocal start
-        start += n * units
-        return saved[start - n * units : start].view(n, units)
-
-    for b, layers in enumerate(args.layers_of_blocks()):
-        features = args.biases[layers[-1]].shape[0] // 2
-        x = take(features) if _has_own_x(args, b) else result[-1].z
-        hidden = [take(args.biases[i].shape[0]) for i in layers[:-1]]
-        result.append(Activations(x, hidden, take(features), take(features)))
+    widths = _widths(args)
+    parts = iter(saved.split([n * width for block in widths for width in block]))
+    for block in widths:
+        x, *hidden, log_scale, z = (next(parts).view(n, width) for width in block)
+        result.append(Activations(x if block[0] else result[-1].z, hidden, log_scale, z))
     return result
 
 

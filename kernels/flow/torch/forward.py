@@ -10,7 +10,7 @@ from fastmaf.kernels.adam.update import Update
 from fastmaf.kernels.dispatch import implementation
 from fastmaf.kernels.factored_grad import FactoredGrad
 from fastmaf.kernels.flow import saved as layers_of
-from fastmaf.kernels.flow.args import FlowArgs
+from fastmaf.kernels.flow.args import FlowArgs, permuted
 
 # Whether adam_ updates the biases as well. They are small: torch's optimiser is as fast here.
 UPDATES_BIASES = False
@@ -23,9 +23,8 @@ def forward(x: Tensor, args: FlowArgs, save: bool) -> tuple[Tensor, Tensor, Tens
     saved = x.new_empty(layers_of.saved_numel(args, n) if save else 0)
     places = layers_of.activations(args, saved, n) if save else None
     for b, (*hidden_layers, output) in enumerate(args.layers_of_blocks()):
-        permutation = args.permutations[b]
-        x = x[:, permutation] if permutation.numel() else x
-        h, hidden = x, []
+        h = x = permuted(x, args.permutations[b])
+        hidden = []
         for i in hidden_layers:
             h = linear.forward(h, args.hidden(i))
             hidden.append(h)
@@ -36,8 +35,7 @@ def forward(x: Tensor, args: FlowArgs, save: bool) -> tuple[Tensor, Tensor, Tens
             for to, value in zip((places[b].x, *places[b].hidden, *places[b][2:]), own, strict=True):
                 to.copy_(value)
         x = z
-    last = args.permutations[-1]
-    return (x[:, last] if last.numel() else x), ladj, saved
+    return permuted(x, args.permutations[-1]), ladj, saved
 
 
 def backward(

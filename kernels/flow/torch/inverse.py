@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from fastmaf.kernels.affine_output.torch import bound_log_scale, bound_slope
-from fastmaf.kernels.flow.args import FlowArgs
+from fastmaf.kernels.flow.args import FlowArgs, permuted
 from fastmaf.kernels.flow.saved import before_permutation
 from fastmaf.kernels.flow.schedule import steps
 from fastmaf.kernels.layout import Tile, tiles_of
@@ -80,13 +80,9 @@ def inverse(z: Tensor, args: FlowArgs) -> tuple[Tensor, Tensor]:
     """Returns ``x`` ``[N, D]`` and ``ladj`` ``[N]`` = log |det dx/dz|."""
     ladj = z.new_zeros(z.shape[0])
     for b in range(len(args.schedules)):
-        z, term = _inverse_of_block(_permuted(z, args.permutations[b]), args, b)
+        z, term = _inverse_of_block(permuted(z, args.permutations[b]), args, b)
         ladj = ladj + term
-    return _permuted(z, args.permutations[-1]), ladj
-
-
-def _permuted(x: Tensor, permutation: Tensor) -> Tensor:
-    return x[:, permutation] if permutation.numel() else x
+    return permuted(z, args.permutations[-1]), ladj
 
 
 def _inverse_of_block(z: Tensor, args: FlowArgs, block: int) -> tuple[Tensor, Tensor]:
@@ -149,7 +145,7 @@ def inverse_backward(grad_x: Tensor, grad_ladj: Tensor, z: Tensor, args: FlowArg
     """Returns the gradients of ``z``, of each packed weight (zero in the padding) and of each bias, in this order."""
     z_of_blocks = []
     for b in range(len(args.schedules)):
-        z_of_blocks.append(_permuted(z, args.permutations[b]))
+        z_of_blocks.append(permuted(z, args.permutations[b]))
         z, _ = _inverse_of_block(z_of_blocks[b], args, b)
     grad_weights, grad_biases = list(args.weights), list(args.biases)
     grad = before_permutation(grad_x, args.permutations[-1])

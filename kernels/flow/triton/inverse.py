@@ -22,7 +22,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastmaf.kernels.flow.args import FlowArgs
+from fastmaf.kernels.flow.args import FlowArgs, permuted
 from fastmaf.kernels.triton_common import work_lists
 from fastmaf.kernels.triton_common.device import (
     all_registers,
@@ -266,8 +266,7 @@ def inverse(z: Tensor, args: FlowArgs) -> tuple[Tensor, Tensor]:
             ANY_SOFT=any(soft), ALIGNED=aligned,
             num_warps=launches.inverse_warps, maxnreg=all_registers(launches.inverse_warps),
         )  # fmt: skip
-    last = args.permutations[-1]
-    return (x[:, last] if last.numel() else x), ladj
+    return permuted(x, args.permutations[-1]), ladj
 
 
 @functools.cache
