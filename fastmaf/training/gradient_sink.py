@@ -2,48 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from fastmaf.kernels.adam.update import Update
 from fastmaf.kernels.factored_grad import FactoredGrad, GradientSink, set_sink
-
-
-class ApplyingSink:
-    """Updates its weight as soon as the gradient is known.
-
-    Args:
-        node: the node of the autograd graph that the gradient comes from.
-        begin_update: returns the moments and scalars of the weight's update.
-    """
-
-    updates_at_once = True
-
-    def __init__(self, node: object, begin_update: Callable[[], Update]) -> None:
-        self.node, self.begin_update = node, begin_update
-
-    def take(self, factors: FactoredGrad, need_inputs: bool) -> tuple[Tensor, ...]:
-        return factors.adam_(self.begin_update(), need_inputs=need_inputs)
-
-
-class StoringSink:
-    """Stores the gradient in factored form."""
-
-    updates_at_once = False
-
-    def __init__(self, node: object) -> None:
-        self.node = node
-        self.factors: FactoredGrad | None = None
-
-    def begin_update(self) -> Update:
-        raise NotImplementedError("this sink stores the gradient: pass it to take()")
-
-    def take(self, factors: FactoredGrad, need_inputs: bool) -> tuple[Tensor, ...]:
-        self.factors = factors
-        return factors.grad_inputs(need_inputs)
 
 
 def single_uses(loss: Tensor) -> dict[Tensor, object]:
@@ -101,7 +66,7 @@ class Gradients(NamedTuple):
 
     @classmethod
     @torch.no_grad()
-    def collect(cls, sinks: Mapping[Tensor, StoringSink], parameters: Iterable[Tensor]) -> Gradients:
+    def collect(cls, sinks: Mapping[Tensor, GradientSink], parameters: Iterable[Tensor]) -> Gradients:
         """Returns the gradients that a backward pass left in ``sinks`` and in the ``grad`` of ``parameters``."""
         factored = {weight: sink.factors for weight, sink in sinks.items() if sink.factors is not None}
         stored = {parameter: parameter.grad for parameter in parameters if parameter.grad is not None}

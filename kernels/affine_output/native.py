@@ -19,16 +19,14 @@ why_not = native_library.why_not
 
 def forward(h: Tensor, x: Tensor, args: AffineArgs) -> tuple[Tensor, Tensor, Tensor]:
     """Returns ``z`` ``[N, D]``, ``ladj`` ``[N]`` and ``log_scale`` ``[N, D]``; the weight may be bfloat16."""
-    result: tuple[Tensor, Tensor, Tensor] = _ops.affine_output(h, x, *args)
-    return result
+    return _ops.affine_output(h, x, *args)
 
 
 def backward(
     batch: AffineBatch, args: AffineArgs, need_inputs: bool = True, need_weight: bool = True
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Returns the gradients of ``h``, the packed weight, the bias and ``x``; those not needed may be empty."""
-    grads: tuple[Tensor, Tensor, Tensor, Tensor] = _ops.affine_output_backward(*_arguments(batch, args), need_weight)
-    return grads
+    return _ops.affine_output_backward(*_arguments(batch, args), need_weight)
 
 
 def adam_(
@@ -38,10 +36,9 @@ def adam_(
     ``x``.
     """
     moments = update.exp_avg, update.exp_avg_sq
-    result: tuple[Tensor, Tensor, Tensor] = _ops.affine_output_adam_(
+    return _ops.affine_output_adam_(
         *_arguments(batch, args), need_inputs, *moments, scale, update.numbers.native_floats()
     )
-    return result
 
 
 def squared_norm(batch: AffineBatch, args: AffineArgs) -> float:

@@ -45,10 +45,10 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
 @outside_autocast
 def _autograd(ctx: Any, grad_z: Tensor, grad_ladj: Tensor, grad_log_scale: Tensor) -> tuple[Tensor | None, ...]:
     z, log_scale, h, x, *tensors = ctx.saved_tensors
-    grads, args = (grad_z, grad_ladj, grad_log_scale), AffineArgs(*tensors, ctx.bound, ctx.soft)
+    grads, args = (grad_z, grad_ladj, grad_log_scale), AffineArgs._make([*tensors, ctx.bound, ctx.soft])
     if composite.needed_for(grads):
         values = composite.gradients(
-            lambda h, x, *layer: composite.affine_output(h, x, AffineArgs(*layer, *args[2:])),
+            lambda h, x, weight, bias: composite.affine_output(h, x, args._replace(weight=weight, bias=bias)),
             (h, x, args.weight, args.bias),
             grads,
         )

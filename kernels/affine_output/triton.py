@@ -17,8 +17,9 @@ from torch import Tensor
 
 from fastmaf.kernels.adam.update import Update
 from fastmaf.kernels.affine_output.args import AffineArgs, AffineBatch
-from fastmaf.kernels.masked_linear.triton import shape_of
-from fastmaf.kernels.masked_linear.triton_backward import WeightMode, adam_step, products, sum_slots
+from fastmaf.kernels.affine_output.torch import product_batch
+from fastmaf.kernels.masked_linear import triton as linear
+from fastmaf.kernels.masked_linear.args import LinearArgs
 from fastmaf.kernels.triton_common import work_lists
 from fastmaf.kernels.triton_common.device import (
     BLOCK,
@@ -29,7 +30,7 @@ from fastmaf.kernels.triton_common.device import (
     launch,
     power_of_two,
     product,
-    target,
+    rows_at,
     why_not,
 )
 
@@ -48,11 +49,8 @@ def _affine_output_fwd_kernel(
     block, k_end = tl.load(item), tl.load(item + 2)
     j = block * BLOCK_J + tl.arange(0, BLOCK_J)
     row_ok = j < 2 * features
-    base = tl.load(base_ptr + j, mask=row_ok, other=0)
-    width = tl.load(width_ptr + j, mask=row_ok, other=0)
+    base, width = rows_at(base_ptr, width_ptr, j, row_ok, ALIGNED)
     if ALIGNED:
-        base = tl.multiple_of(base, 16)
-        width = tl.multiple_of(width, 16)
         k_end = tl.multiple_of(k_end, 16)
     sample = tl.program_id(0) % tiles * BLOCK_N + tl.arange(0, BLOCK_N)
     out = product(
@@ -108,7 +106,7 @@ def _ladj_kernel(shares_ptr, ladj_ptr, n, count, sign, BLOCK_B: tl.constexpr):
 
 def shares_of(h: Tensor, features: int) -> int:
     """Returns how many shares of a sample's log-determinant ``forward_into`` writes."""
-    return cdiv(2 * features, shape_of(h, h.shape[0], True).rows)
+    return cdiv(2 * features, linear.shape_of(h, h.shape[0], True).rows)
 
 
 def forward(h: Tensor, x: Tensor, args: AffineArgs) -> tuple[Tensor, Tensor, Tensor]:
@@ -123,15 +121,14 @@ def forward_into(z: Tensor, log_scale: Tensor, shares: Tensor, h: Tensor, x: Ten
     """Writes ``z``, ``log_scale`` and the shares ``[shares_of, N]`` (float64) of the sums of log-scales."""
     (n, hidden), features = h.shape, x.shape[1]
     rows = work_lists.rows(args.tiles, h.device)
-    shape = shape_of(h, n, rows.aligned)
+    shape = linear.shape_of(h, n, rows.aligned)
     work = work_lists.forward(args.tiles, h.device, shape.rows, shape.columns, 0)  # rows suffice: nothing is split
     launch(
         _affine_output_fwd_kernel,
         len(work.items) * cdiv(n, shape.samples),
         h, args.weight, args.bias, x, rows.base, rows.width, work.items, z, log_scale, shares, args.bound, n, hidden,
         features,
-        BLOCK_N=shape.samples, BLOCK_J=shape.rows, BLOCK_K=shape.columns, SOFT=_bends(args), LANES=shape.lanes,
-        ALIGNED=rows.aligned, PRECISION=target(h).precision, num_warps=shape.warps, num_stages=shape.stages,
+        SOFT=_bends(args), **shape.options,
     )  # fmt: skip
 
 
@@ -167,16 +164,9 @@ def _bends(args: AffineArgs) -> bool:
 def backward(
     batch: AffineBatch, args: AffineArgs, need_inputs: bool = True, need_weight: bool = True
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Returns the gradients of ``h``, the packed weight, the bias and ``x``; those not needed are empty."""
-    (g, grad_x), h = grad_product(batch, args), batch.h
-    empty = h.new_empty(0)
-    if not (need_inputs or need_weight):
-        return empty, empty, g.sum(0), empty
-    grad_w = torch.empty_like(args.weight, dtype=h.dtype) if need_weight else None
-    mode: WeightMode = "store" if need_weight else "none"
-    partial, counts, grad_bias = products(g, h, args, need_x=need_inputs, mode=mode, grad_w=grad_w)
-    grad_h = sum_slots(torch.empty_like(h), partial, counts) if need_inputs else empty
-    return grad_h, empty if grad_w is None else grad_w, grad_bias if need_weight else g.sum(0), grad_x
+    """Returns the gradients of ``h``, the packed weight, the bias and ``x``; the first two empty when not needed."""
+    g, grad_x = grad_product(batch, args)
+    return *linear.backward(product_batch(g, batch), LinearArgs(*args[:4]), need_inputs, need_weight), grad_x
 
 
 def adam_(
@@ -185,15 +175,10 @@ def adam_(
     """Takes a step of Adam with ``scale`` times the weight's gradient; returns the gradients of ``h``, the bias and
     ``x``.
     """
-    (g, grad_x), h = grad_product(batch, args), batch.h
-    step = adam_step(update, h.device, scale)
-    partial, counts, grad_bias = products(g, h, args, need_x=need_inputs, mode="adam", step=step)
-    if not need_inputs:
-        return h.new_empty(0), grad_bias, h.new_empty(0)
-    return sum_slots(torch.empty_like(h), partial, counts), grad_bias, grad_x
+    g, grad_x = grad_product(batch, args)
+    return *linear.adam_(product_batch(g, batch), LinearArgs(*args[:4]), need_inputs, update, scale), grad_x
 
 
 def squared_norm(batch: AffineBatch, args: AffineArgs) -> Tensor:
     """Returns the sum of the squares of the weight's gradient."""
-    sums, _, _ = products(grad_product(batch, args)[0], batch.h, args, need_x=False, mode="norm")
-    return sums.double().sum()
+    return linear.squared_norm(product_batch(grad_product(batch, args)[0], batch), LinearArgs(*args[:4]))

@@ -65,11 +65,11 @@ class FlowArgs(NamedTuple):
 
     def hidden(self, layer: int) -> LinearArgs:
         """Returns a hidden layer, by its number."""
-        return LinearArgs(*(part[layer] for part in self[:4]), self.activation)
+        return LinearArgs._make([*(part[layer] for part in self[:4]), self.activation])
 
     def output(self, block: int, layer: int) -> AffineArgs:
         """Returns the output layer of a block, by the numbers of both."""
-        return AffineArgs(*(part[layer] for part in self[:4]), self.bounds[block], self.softs[block])
+        return AffineArgs._make([*(part[layer] for part in self[:4]), self.bounds[block], self.softs[block]])
 
     @property
     def parameters(self) -> list[Tensor]:
@@ -88,6 +88,19 @@ class FlowArgs(NamedTuple):
         permutations = [inverse_permutation(p) if p.numel() else p for p in reversed(self.permutations)]
         schedules, bounds, softs = self.schedules[::-1], self.bounds[::-1], self.softs[::-1]
         return FlowArgs(weights, biases, prefixes, tiles, schedules, permutations, self.activation, bounds, softs)
+
+
+class FlowBatch(NamedTuple):
+    """What a backward pass of ``flow_forward`` starts from.
+
+    Attributes:
+        grad_z, grad_ladj: ``[N, D]`` and ``[N]``, the gradients of the outputs.
+        saved: what the forward pass saved; see ``saved.py``.
+    """
+
+    grad_z: Tensor
+    grad_ladj: Tensor
+    saved: Tensor
 
 
 def halves(sequence: Sequence[T]) -> tuple[list[T], list[T]]:

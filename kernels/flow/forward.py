@@ -9,10 +9,11 @@ import torch
 from torch import Tensor
 
 from fastmaf.kernels import composite
+from fastmaf.kernels.adam.update import Update
 from fastmaf.kernels.autocast import outside_autocast
 from fastmaf.kernels.dispatch import implementation
 from fastmaf.kernels.factored_grad import FactoredGrad, GradientSink, sink_of
-from fastmaf.kernels.flow.args import FLOW_SCHEMA, FlowArgs, halves
+from fastmaf.kernels.flow.args import FLOW_SCHEMA, FlowArgs, FlowBatch, halves
 from fastmaf.kernels.flow.saved import backward, first_x, saved_numel
 from fastmaf.kernels.op import Op, records_gradients
 from fastmaf.kernels.padding import keep_zero
@@ -29,19 +30,15 @@ def _forward_fake(x: Tensor, *fields: Any) -> tuple[Tensor, Tensor, Tensor]:
     return x.new_empty(x.shape), x.new_empty(n), x.new_empty(saved_numel(FlowArgs(*fields[:-1]), n) if save else 0)
 
 
-def _backward(
-    grad_z: Tensor, grad_ladj: Tensor, saved: Tensor, *fields: Any
-) -> tuple[Tensor, list[Tensor], list[Tensor]]:
-    args = FlowArgs(*fields[:-1])
-    return implementation("flow", grad_z).backward(grad_z, grad_ladj, saved, args, fields[-1])
+def _backward(*arguments: Any) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+    batch, args = FlowBatch(*arguments[:3]), FlowArgs(*arguments[3:-1])
+    return implementation("flow", batch.grad_z).backward(batch, args, arguments[-1])
 
 
-def _backward_fake(
-    grad_z: Tensor, grad_ladj: Tensor, saved: Tensor, *fields: Any
-) -> tuple[Tensor, list[Tensor], list[Tensor]]:
-    weights, biases, need_grad_x = fields[0], fields[1], fields[-1]
+def _backward_fake(*arguments: Any) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+    grad_z, args, need_grad_x = arguments[0], FlowArgs(*arguments[3:-1]), arguments[-1]
     grad_x = grad_z.new_empty(grad_z.shape[0] if need_grad_x else 0, grad_z.shape[1])
-    return grad_x, [grad_z.new_empty(w.shape) for w in weights], [b.new_empty(b.shape) for b in biases]
+    return grad_x, [grad_z.new_empty(w.shape) for w in args.weights], [b.new_empty(b.shape) for b in args.biases]
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
@@ -71,34 +68,21 @@ def _autograd(ctx: Any, grad_z: Tensor | None, grad_ladj: Tensor | None, _: Any)
         grads = composite.flow_gradients(composite.flow_forward, x, args, (grad_z, grad_ladj))
         return grads[0], *halves(grads[1:]), *none
     grad_z = torch.zeros_like(z) if grad_z is None else grad_z
-    grad_ladj = torch.zeros_like(ladj) if grad_ladj is None else grad_ladj
+    batch = FlowBatch(grad_z, torch.zeros_like(ladj) if grad_ladj is None else grad_ladj, saved)
     sinks = [sink_of(weight, ctx) for weight in args.weights]
-    if any(sinks):
-        result = _to_sinks(ctx, sinks, grad_z, grad_ladj, saved, args)
-    else:
-        result = _BACKWARD(grad_z, grad_ladj, saved, *args, ctx.need_grad_x)
+    result = _to_sinks(ctx, sinks, batch, args) if any(sinks) else _BACKWARD(*batch, *args, ctx.need_grad_x)
     return result[0] if ctx.need_grad_x else None, *result[1:], *none
 
 
-def _to_sinks(
-    ctx: Any,
-    sinks: Sequence[GradientSink | None],
-    grad_z: Tensor,
-    grad_ladj: Tensor,
-    saved: Tensor,
-    args: FlowArgs,
-) -> Any:
+def _to_sinks(ctx: Any, sinks: Sequence[GradientSink | None], batch: FlowBatch, args: FlowArgs) -> tuple[Any, ...]:
     """Runs the backward pass with the weight gradients handed to their sinks, where they have one."""
     grad_weights: list[Tensor | None] = [None] * len(sinks)
-    ready = [sink for sink in sinks if sink is not None and sink.updates_at_once]
-    if len(ready) == len(sinks):
-        backend = implementation("flow", grad_z)
-        updates, bias_updates = [sink.begin_update() for sink in ready], None
-        if backend.UPDATES_BIASES:
-            of_biases = [sink_of(bias, ctx) for bias in args.biases]
-            if all(sink is not None and sink.updates_at_once for sink in of_biases):
-                bias_updates = [sink.begin_update() for sink in of_biases if sink is not None]
-        grad_x, grad_biases = backend.adam_(grad_z, grad_ladj, saved, args, ctx.need_grad_x, updates, bias_updates)
+    updates = _begin_updates(sinks)
+    if updates is not None:
+        backend = implementation("flow", batch.grad_z)
+        of_biases = [sink_of(bias, ctx) for bias in args.biases]
+        bias_updates = _begin_updates(of_biases) if backend.UPDATES_BIASES else None
+        grad_x, grad_biases = backend.adam_(batch, args, ctx.need_grad_x, updates, bias_updates)
         return grad_x, grad_weights, [None] * len(args.biases) if bias_updates else grad_biases
 
     def step(layer: int, factored: FactoredGrad, need_inputs: bool) -> tuple[Tensor, ...]:
@@ -109,8 +93,14 @@ def _to_sinks(
             grad_weights[layer] = factored.grad_weight()
         return factored.grad_inputs(need_inputs)
 
-    grad_x, grad_biases = backward(grad_z, grad_ladj, saved, args, ctx.need_grad_x, step)
+    grad_x, grad_biases = backward(batch, args, ctx.need_grad_x, step)
     return grad_x, grad_weights, grad_biases
+
+
+def _begin_updates(sinks: Sequence[GradientSink | None]) -> list[Update] | None:
+    """Begins the updates of all sinks; of none unless all are there and update at once."""
+    begin = [sink.begin_update for sink in sinks if sink is not None and sink.begin_update is not None]
+    return [begin_update() for begin_update in begin] if len(begin) == len(sinks) else None
 
 
 _BACKWARD = Op(

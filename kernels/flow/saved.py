@@ -7,7 +7,7 @@ block, and where a permutation stands before the block; else it is the z of the 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from fastmaf.kernels.affine_output.args import AffineBatch
 from fastmaf.kernels.factored_grad import FactoredGrad
-from fastmaf.kernels.flow.args import FlowArgs
+from fastmaf.kernels.flow.args import FlowArgs, FlowBatch
 from fastmaf.kernels.masked_linear.args import LinearBatch
 
 
@@ -66,9 +66,7 @@ def first_x(args: FlowArgs, saved: Tensor, n: int) -> Tensor:
 Step = Callable[[int, FactoredGrad, bool], tuple[Tensor, ...]]
 
 
-def backward(
-    grad_z: Tensor, grad_ladj: Tensor, saved: Tensor, args: FlowArgs, need_grad_x: bool, step: Step
-) -> tuple[Tensor, list[Tensor]]:
+def backward(batch: FlowBatch, args: FlowArgs, need_grad_x: bool, step: Step) -> tuple[Tensor, list[Tensor]]:
     """Runs the backward pass of a flow, layer by layer.
 
     Args:
@@ -79,13 +77,11 @@ def backward(
         The gradients of ``x`` (``[0, D]`` when not needed) and of the biases.
     """
     grad_biases = [bias.new_empty(0) for bias in args.biases]
-    blocks = list(zip(args.layers_of_blocks(), activations(args, saved, grad_z.shape[0]), strict=True))
-    grad = before_permutation(grad_z, args.permutations[-1])
-    for b, (layers, at) in reversed(list(enumerate(blocks))):
+    grad = before_permutation(batch.grad_z, args.permutations[-1])
+    for b, (*hidden, output), at in blocks_reversed(batch, args):
         needed = b > 0 or need_grad_x
-        *hidden, output = layers
-        batch = AffineBatch(grad, grad_ladj, torch.zeros_like(grad), at.hidden[-1], at.z, at.log_scale)
-        factored = FactoredGrad("affine_output", batch, args.output(b, output))
+        affine = AffineBatch(grad, batch.grad_ladj, torch.zeros_like(grad), at.hidden[-1], at.z, at.log_scale)
+        factored = FactoredGrad("affine_output", affine, args.output(b, output))
         grad_h, grad_biases[output], direct = step(output, factored, True)
         for k in reversed(range(len(hidden))):
             linear = LinearBatch(grad_h, at.hidden[k - 1] if k else at.x, at.hidden[k])
@@ -94,6 +90,13 @@ def backward(
         if needed:
             grad = before_permutation(direct + grad_h, args.permutations[b])
     return grad if need_grad_x else grad.new_empty(0, grad.shape[1]), grad_biases
+
+
+def blocks_reversed(batch: FlowBatch, args: FlowArgs) -> Iterator[tuple[int, range, Activations]]:
+    """Yields each block's number, the numbers of its layers, and its activations; the last block first."""
+    blocks = zip(args.layers_of_blocks(), activations(args, batch.saved, len(batch.grad_z)), strict=True)
+    for b, (layers, at) in reversed(list(enumerate(blocks))):
+        yield b, layers, at
 
 
 def before_permutation(grad: Tensor, permutation: Tensor) -> Tensor:

@@ -48,10 +48,10 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 @outside_autocast
 def _autograd(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
     x, y, *tensors = ctx.saved_tensors
-    args, need_grad_x = LinearArgs(*tensors, ctx.activation), ctx.need_grad_x
+    args, need_grad_x = LinearArgs._make([*tensors, ctx.activation]), ctx.need_grad_x
     if composite.needed_for([grad_y]):
         grads = composite.gradients(
-            lambda x, *layer: [composite.masked_linear(x, LinearArgs(*layer, *args[2:]))],
+            lambda x, weight, bias: [composite.masked_linear(x, args._replace(weight=weight, bias=bias))],
             (x, args.weight, args.bias),
             [grad_y],
         )

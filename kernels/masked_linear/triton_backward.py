@@ -10,7 +10,7 @@ one; ``sum_slots`` adds up their partial sums of grad_x in a fixed order.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Literal, NamedTuple, TypeAlias
+from typing import Literal, TypeAlias
 
 import torch
 import triton
@@ -23,26 +23,19 @@ from fastmaf.kernels.masked_linear.args import LinearArgs
 from fastmaf.kernels.triton_common import work_lists
 from fastmaf.kernels.triton_common.device import (
     MIN_DOT,
-    adam,
+    adam_at,
     adam_scalars,
     all_registers,
     cdiv,
     launch,
     matmul,
     power_of_two,
+    rows_at,
     target,
     weights,
 )
 
 WeightMode: TypeAlias = Literal["none", "store", "adam", "norm"]
-
-
-class Step(NamedTuple):
-    """A step of Adam on one tensor: its moments, and ``AdamNumbers.kernel_scalars`` on the device."""
-
-    exp_avg: Tensor
-    exp_avg_sq: Tensor
-    scalars: Tensor
 
 
 @triton.jit
@@ -98,11 +91,7 @@ def _masked_linear_bwd_kernel(
     for block in range(begin, end):
         j = block * BLOCK_J + tl.arange(0, BLOCK_J)
         row_ok = j < out_features
-        base = tl.load(base_ptr + j, mask=row_ok, other=0)
-        width = tl.load(width_ptr + j, mask=row_ok, other=0)
-        if ALIGNED:
-            base = tl.multiple_of(base, 16)
-            width = tl.multiple_of(width, 16)
+        base, width = rows_at(base_ptr, width_ptr, j, row_ok, ALIGNED)
         at = base[:, None] + k[None, :]
         stored = row_ok[:, None] & (k[None, :] < width[:, None])
         if NEED_X or WEIGHT == "adam":
@@ -128,22 +117,18 @@ def _masked_linear_bwd_kernel(
             if WEIGHT == "norm":
                 square += grad_w * grad_w
             if WEIGHT == "adam":
-                m = tl.load(exp_avg_ptr + at, mask=stored, other=0.0)
-                v = tl.load(exp_avg_sq_ptr + at, mask=stored, other=0.0)
-                w, m, v = adam(w, grad_w, m, v, factor, l2, decay, rest1, beta2, rest2, step_size, root, eps)
-                tl.store(w_ptr + at, w, mask=stored)
-                tl.store(exp_avg_ptr + at, m, mask=stored)
-                tl.store(exp_avg_sq_ptr + at, v, mask=stored)
+                adam_at(
+                    w_ptr, exp_avg_ptr, exp_avg_sq_ptr, at, stored, w, grad_w,
+                    factor, l2, decay, rest1, beta2, rest2, step_size, root, eps,
+                )  # fmt: skip
             if column == 0:
                 if BIAS_ADAM:
                     bias = tl.load(bias_ptr + j, mask=row_ok, other=0.0)
-                    bias_m = tl.load(bias_exp_avg_ptr + j, mask=row_ok, other=0.0)
-                    bias_v = tl.load(bias_exp_avg_sq_ptr + j, mask=row_ok, other=0.0)
                     f, ridge, d, r1, b2, r2, s, r, e = adam_scalars(bias_scalars_ptr)
-                    bias, bias_m, bias_v = adam(bias, grad_bias, bias_m, bias_v, f, ridge, d, r1, b2, r2, s, r, e)
-                    tl.store(bias_ptr + j, bias, mask=row_ok)
-                    tl.store(bias_exp_avg_ptr + j, bias_m, mask=row_ok)
-                    tl.store(bias_exp_avg_sq_ptr + j, bias_v, mask=row_ok)
+                    adam_at(
+                        bias_ptr, bias_exp_avg_ptr, bias_exp_avg_sq_ptr, j, row_ok, bias, grad_bias,
+                        f, ridge, d, r1, b2, r2, s, r, e,
+                    )  # fmt: skip
                 else:
                     tl.store(grad_bias_ptr + j, grad_bias, mask=row_ok)
     if NEED_X:
@@ -193,8 +178,8 @@ def products(
     need_x: bool,
     mode: WeightMode = "none",
     grad_w: Tensor | None = None,
-    step: Step | None = None,
-    bias_step: Step | None = None,
+    step: Update | None = None,
+    bias_step: Update | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Forms the gradients that follow from ``g`` ``[N, out]``, that of a layer's product, in one pass over the weight
     where possible.
@@ -203,7 +188,7 @@ def products(
         need_x: form the gradient of x.
         mode: how the weight gradient is consumed: not formed, stored in ``grad_w``, applied as a step of Adam, or its
             squares added up, one sum per program, in ``grad_w``.
-        step: of Adam on the weight.
+        step: of Adam on the weight; one of ``adam_steps``.
         bias_step: with the step on the weight, take one on the bias, whose gradient is then not returned.
 
     Returns:
@@ -218,8 +203,8 @@ def products(
     one = table.backward_of(samples).fitted(rows.aligned)
     if need_x and mode != "none" and n > samples:  # the gradient of x first: Adam changes the weight
         partial, counts, _ = products(g, x, args, need_x=True)
-        of_weight: dict[str, Any] = {"mode": mode, "grad_w": grad_w, "step": step, "bias_step": bias_step}
-        return partial, counts, products(g, x, args, need_x=False, **of_weight)[2]
+        _, _, grad_bias = products(g, x, args, need_x=False, mode=mode, grad_w=grad_w, step=step, bias_step=bias_step)
+        return partial, counts, grad_bias
     programs = cdiv(sms * one.programs_per_sm, max(1, cdiv(n, samples)) if mode == "none" else 1)
     work = work_lists.backward(args.tiles, x.device, in_features, one.rows, one.columns, programs)
     partial = x.new_empty(work.slots if need_x else 0, n, in_features)
@@ -227,12 +212,12 @@ def products(
     if mode == "norm":
         assert grad_w is None
         grad_w = x.new_empty(len(work.items))
-    none = (None, None, None)
+    adam, bias_adam = ((u.exp_avg, u.exp_avg_sq, u.scalars) if u else (None,) * 3 for u in (step, bias_step))
     launch(
         _masked_linear_bwd_kernel,
         len(work.items) * (cdiv(n, samples) if mode == "none" else 1),
-        g, x, args.weight, rows.base, rows.width, args.prefix, work.items, partial, grad_w, grad_bias, *(step or none),
-        args.bias if bias_step is not None else None, *(bias_step or none), n, in_features, out_features,
+        g, x, args.weight, rows.base, rows.width, args.prefix, work.items, partial, grad_w, grad_bias, *adam,
+        args.bias if bias_step is not None else None, *bias_adam, n, in_features, out_features,
         BLOCK_N=samples, BLOCK_J=one.rows, BLOCK_K=one.columns, NEED_X=need_x, WEIGHT=mode,
         BIAS_ADAM=bias_step is not None, ALIGNED=rows.aligned, PRECISION=precision,
         num_warps=one.warps, num_stages=one.stages, maxnreg=all_registers(one.warps),
@@ -243,10 +228,10 @@ def products(
     return partial, work.counts, grad_bias
 
 
-def adam_steps(updates: Sequence[Update], device: torch.device, scale: float = 1.0) -> list[Step]:
-    """Returns steps of Adam with ``scale`` times the gradient as the kernels take them.
+def adam_steps(updates: Sequence[Update], device: torch.device, scale: float = 1.0) -> list[Update]:
+    """Returns steps of Adam with ``scale`` times the gradient, with their scalars on the device.
 
-    Scalars that lie on the device already are taken as they are, their own scale with them.
+    Scalars that lie there already are taken as they are, their own scale with them.
     """
     ready = [update.scalars for update in updates if update.scalars is not None]
     if len(ready) < len(updates):
@@ -254,9 +239,4 @@ def adam_steps(updates: Sequence[Update], device: torch.device, scale: float = 1
         # From pinned memory, so that nothing waits for the device.
         host = torch.tensor(rows, dtype=torch.float32, device="cpu", pin_memory=device.type == "cuda")
         ready = list(host.to(device, non_blocking=True).unbind())
-    return [Step(u.exp_avg, u.exp_avg_sq, scalars) for u, scalars in zip(updates, ready, strict=True)]
-
-
-def adam_step(update: Update, device: torch.device, scale: float = 1.0) -> Step:
-    """Returns one of ``adam_steps``."""
-    return adam_steps([update], device, scale)[0]
+    return [update._replace(scalars=scalars) for update, scalars in zip(updates, ready, strict=True)]

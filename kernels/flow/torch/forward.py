@@ -10,7 +10,7 @@ from fastmaf.kernels.adam.update import Update
 from fastmaf.kernels.dispatch import implementation
 from fastmaf.kernels.factored_grad import FactoredGrad
 from fastmaf.kernels.flow import saved as layers_of
-from fastmaf.kernels.flow.args import FlowArgs, permuted
+from fastmaf.kernels.flow.args import FlowArgs, FlowBatch, permuted
 
 # Whether adam_ updates the biases as well. They are small: torch's optimiser is as fast here.
 UPDATES_BIASES = False
@@ -38,9 +38,7 @@ def forward(x: Tensor, args: FlowArgs, save: bool) -> tuple[Tensor, Tensor, Tens
     return permuted(x, args.permutations[-1]), ladj, saved
 
 
-def backward(
-    grad_z: Tensor, grad_ladj: Tensor, saved: Tensor, args: FlowArgs, need_grad_x: bool
-) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+def backward(batch: FlowBatch, args: FlowArgs, need_grad_x: bool) -> tuple[Tensor, list[Tensor], list[Tensor]]:
     """Returns the gradients of ``x`` (``[0, D]`` when not needed), the packed weights and the biases."""
     grad_weights = [weight.new_empty(0) for weight in args.weights]
 
@@ -48,22 +46,16 @@ def backward(
         grad_weights[layer] = factored.grad_weight()
         return factored.grad_inputs(need_inputs)
 
-    grad_x, grad_biases = layers_of.backward(grad_z, grad_ladj, saved, args, need_grad_x, step)
+    grad_x, grad_biases = layers_of.backward(batch, args, need_grad_x, step)
     return grad_x, grad_weights, grad_biases
 
 
 def adam_(
-    grad_z: Tensor,
-    grad_ladj: Tensor,
-    saved: Tensor,
-    args: FlowArgs,
-    need_grad_x: bool,
-    updates: Sequence[Update],
-    bias_updates: None,
+    batch: FlowBatch, args: FlowArgs, need_grad_x: bool, updates: Sequence[Update], bias_updates: None
 ) -> tuple[Tensor, list[Tensor]]:
     """Takes a step of Adam on every weight, in place; returns the gradients of ``x`` and of the biases."""
 
     def step(layer: int, factored: FactoredGrad, need_inputs: bool) -> tuple[Tensor, ...]:
         return factored.adam_(updates[layer], need_inputs=need_inputs)
 
-    return layers_of.backward(grad_z, grad_ladj, saved, args, need_grad_x, step)
+    return layers_of.backward(batch, args, need_grad_x, step)
