@@ -21,6 +21,7 @@ from fastmaf.kernels.flow.args import FlowArgs, permuted
 from fastmaf.kernels.flow.torch.inverse import plan_of
 from fastmaf.kernels.layout import tiles_of
 from fastmaf.kernels.masked_linear.args import LinearArgs
+from fastmaf.kernels.padding import without_padding
 
 
 def needed() -> bool:
@@ -38,7 +39,7 @@ def needed_for(grads: Sequence[Tensor | None]) -> bool:
 
 def masked_linear(x: Tensor, args: LinearArgs) -> Tensor:
     """Returns ``y`` ``[N, out]``."""
-    parts, weight = [], _visible(args.weight.to(x.dtype), args.prefix, args.tiles)
+    parts, weight = [], without_padding(args.weight.to(x.dtype), args.prefix, args.tiles)
     for start, stop, width, offset in tiles_of(args.tiles):
         rows = _matrix(weight, offset, stop - start, width)
         parts.append(matmul(x[:, :width], rows.mT) + args.bias[start:stop])
@@ -75,7 +76,7 @@ def flow_inverse(z: Tensor, args: FlowArgs) -> tuple[Tensor, Tensor]:
 
 def _inverse_of_block(z: Tensor, args: FlowArgs, block: int, layers: range) -> tuple[Tensor, Tensor]:
     biases, tiles = [args.biases[i] for i in layers], [args.tiles[i] for i in layers]
-    weights = [_visible(args.weights[i].to(z.dtype), args.prefixes[i], args.tiles[i]) for i in layers]
+    weights = [without_padding(args.weights[i].to(z.dtype), args.prefixes[i], args.tiles[i]) for i in layers]
     ladj = z.new_zeros(z.shape[0])
     last = len(weights) - 1
     finished = [z[:, :0] for _ in weights]  # of x, then of each hidden layer's units
@@ -130,15 +131,6 @@ def flow_gradients(
 ) -> list[Tensor | None]:
     """Returns ``gradients`` of ``x`` and of ``args.parameters``, for a function of this module."""
     return gradients(lambda x, *tensors: function(x, args.with_parameters(tensors)), (x, *args.parameters), grads)
-
-
-def _visible(weight: Tensor, prefix: Tensor, tiles: Tensor) -> Tensor:
-    """Returns a packed weight with zeros in its padding, which then has no derivative of any order."""
-    masks = []
-    for start, stop, width, _ in tiles_of(tiles):
-        columns = torch.arange(width, device=prefix.device)
-        masks.append((columns < prefix[start:stop, None]).flatten())
-    return torch.where(torch.cat(masks), weight, 0.0)
 
 
 def _matrix(packed: Tensor, offset: int, rows: int, width: int) -> Tensor:

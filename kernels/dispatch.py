@@ -87,8 +87,10 @@ def _load(op: str, backend: str) -> ModuleType:
     try:
         return importlib.import_module(f"{__package__}.{op}.{backend}")
     except ModuleNotFoundError as error:
-        reason = f"backend {backend!r} of {op} needs {error.name!r}, which is not installed"
-        raise BackendUnavailableError(reason) from error
+        raise BackendUnavailableError(
+            f"backend {backend!r} of {op} needs {error.name!r}, which is not installed (for the torch of this "
+            "installation: pip install 'fastmaf[triton]'; beside torch 2.7, the last with Pascal, triton 3.3.1)"
+        ) from error
     except ImportError as error:
         raise BackendUnavailableError(f"backend {backend!r} of {op} is not usable here: {error}") from error
 

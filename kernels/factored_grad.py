@@ -39,7 +39,7 @@ class FactoredGrad(NamedTuple):
 
     def grad_inputs(self, need_inputs: bool) -> tuple[Tensor, ...]:
         """Returns the gradients of everything but the weight; empty tensors where the inputs' are not needed."""
-        grad, _, *others = self._backend().backward(self.batch, self.args, need_inputs, need_weight=False)
+        grad, _, *others = self._backend().backward(self.batch, self.args, need_inputs, False)
         return grad, *others
 
     def adam_(self, update: Update, *, need_inputs: bool = False) -> tuple[Tensor, ...]:
@@ -47,7 +47,7 @@ class FactoredGrad(NamedTuple):
 
         With a scale other than 1 only the step is valid, not the gradients that are returned.
         """
-        return self._backend().adam_(self.batch, self.args, need_inputs, update, self.scale)
+        return self._backend().adam_(self.batch, self.args, need_inputs, update._replace(scale=self.scale))
 
     def scaled(self, factor: float) -> FactoredGrad:
         """Returns ``factor`` times this gradient."""
@@ -60,7 +60,7 @@ class FactoredGrad(NamedTuple):
 
     def grad_weight(self) -> Tensor:
         """Returns the gradient itself, packed."""
-        result: Tensor = self._backend().backward(self.batch, self.args, False)[1]
+        result: Tensor = self._backend().backward(self.batch, self.args, False, True)[1]
         return result.mul_(self.scale)
 
 

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastmaf.kernels.triton_common.device import BLOCK, adam_at, adam_scalars, cdiv, launch
+from fastmaf.kernels.triton_common import device as common
 
 
 @triton.jit
@@ -16,8 +16,8 @@ def _adam_kernel(w_ptr, grad_ptr, exp_avg_ptr, exp_avg_sq_ptr, scalars_ptr, nume
     ok = i < numel
     w = tl.load(w_ptr + i, mask=ok, other=0.0)
     g = tl.load(grad_ptr + i, mask=ok, other=0.0)
-    factor, l2, decay, rest1, beta2, rest2, step_size, root, eps = adam_scalars(scalars_ptr)
-    adam_at(
+    factor, l2, decay, rest1, beta2, rest2, step_size, root, eps = common.adam_scalars(scalars_ptr)
+    common.adam_at(
         w_ptr, exp_avg_ptr, exp_avg_sq_ptr, i, ok, w, g, factor, l2, decay, rest1, beta2, rest2, step_size, root, eps
     )  # fmt: skip
 
@@ -25,8 +25,16 @@ def _adam_kernel(w_ptr, grad_ptr, exp_avg_ptr, exp_avg_sq_ptr, scalars_ptr, nume
 def adam_dense_(weight: Tensor, grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, scalars: Tensor) -> None:
     """Updates a contiguous ``weight`` and its moments in place; ``scalars`` are ``AdamNumbers.kernel_scalars``."""
     numel = weight.numel()
-    launch(
-        _adam_kernel, cdiv(numel, BLOCK), weight, grad.contiguous(), exp_avg, exp_avg_sq, scalars, numel, BLOCK=BLOCK
+    common.launch(
+        _adam_kernel,
+        common.cdiv(numel, common.BLOCK),
+        weight,
+        grad.contiguous(),
+        exp_avg,
+        exp_avg_sq,
+        scalars,
+        numel,
+        BLOCK=common.BLOCK,
     )
 
 

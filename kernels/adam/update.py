@@ -29,8 +29,8 @@ class AdamNumbers(NamedTuple):
     @classmethod
     def of(cls, step: int, group: Mapping[str, Any]) -> AdamNumbers:
         """Returns those of a parameter in a group of ``torch.optim.Adam``."""
-        numbers = map(float, (group["lr"], *group["betas"], group["eps"], group["weight_decay"]))
-        return cls(step, *numbers, bool(group.get("decoupled_weight_decay", False)), bool(group["maximize"]))
+        rates = map(float, (group["lr"], *group["betas"], group["eps"], group["weight_decay"]))
+        return cls._make([step, *rates, bool(group.get("decoupled_weight_decay", False)), bool(group["maximize"])])
 
     @property
     def step_size(self) -> float:
@@ -68,9 +68,11 @@ class Update(NamedTuple):
         numbers: the scalars of this step.
         scalars: the same where a GPU reads them when a CUDA graph is replayed, at a later step: float32
             ``[len(numbers.kernel_scalars())]``; None outside of graphs.
+        scale: of the gradient; ``scalars`` have their own.
     """
 
     exp_avg: Tensor
     exp_avg_sq: Tensor
     numbers: AdamNumbers
     scalars: Tensor | None = None
+    scale: float = 1.0

@@ -22,22 +22,16 @@ def forward(h: Tensor, x: Tensor, args: AffineArgs) -> tuple[Tensor, Tensor, Ten
     return _ops.affine_output(h, x, *args)
 
 
-def backward(
-    batch: AffineBatch, args: AffineArgs, need_inputs: bool = True, need_weight: bool = True
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def backward(batch: AffineBatch, args: AffineArgs, need_inputs: bool, need_weight: bool) -> tuple[Tensor, ...]:
     """Returns the gradients of ``h``, the packed weight, the bias and ``x``; those not needed may be empty."""
     return _ops.affine_output_backward(*_arguments(batch, args), need_weight)
 
 
-def adam_(
-    batch: AffineBatch, args: AffineArgs, need_inputs: bool, update: Update, scale: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Takes a step of Adam with ``scale`` times the weight's gradient; returns the gradients of ``h``, the bias and
-    ``x``.
-    """
+def adam_(batch: AffineBatch, args: AffineArgs, need_inputs: bool, update: Update) -> tuple[Tensor, ...]:
+    """Takes a step of Adam on the weight, in place; returns the gradients of ``h``, the bias and ``x``."""
     moments = update.exp_avg, update.exp_avg_sq
     return _ops.affine_output_adam_(
-        *_arguments(batch, args), need_inputs, *moments, scale, update.numbers.native_floats()
+        *_arguments(batch, args), need_inputs, *moments, update.scale, update.numbers.native_floats()
     )
 
 

@@ -27,7 +27,7 @@ def _forward_fake(h: Tensor, x: Tensor, *fields: Any) -> tuple[Tensor, Tensor, T
 
 def _backward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     batch, args = AffineBatch(*arguments[:6]), AffineArgs(*arguments[6:])
-    return implementation("affine_output", batch.z).backward(batch, args)
+    return implementation("affine_output", batch.z).backward(batch, args, True, True)
 
 
 def _backward_fake(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -42,9 +42,7 @@ def forward(h: Tensor, x: Tensor, args: AffineArgs) -> tuple[Tensor, Tensor, Ten
     return z, -log_scale.sum(1), log_scale
 
 
-def backward(
-    batch: AffineBatch, args: AffineArgs, need_inputs: bool = True, need_weight: bool = True
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def backward(batch: AffineBatch, args: AffineArgs, need_inputs: bool, need_weight: bool) -> tuple[Tensor, ...]:
     """Returns the gradients of ``h``, the packed weight (zero in the padding), the bias and ``x``.
 
     That of the weight is empty when not needed, and those of ``h`` and ``x`` may be.
@@ -53,14 +51,10 @@ def backward(
     return *linear.backward(product_batch(g, batch), LinearArgs(*args[:4]), need_inputs, need_weight), grad_x
 
 
-def adam_(
-    batch: AffineBatch, args: AffineArgs, need_inputs: bool, update: Update, scale: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Takes a step of Adam with ``scale`` times the weight's gradient; returns the gradients of ``h``, the bias and
-    ``x``.
-    """
+def adam_(batch: AffineBatch, args: AffineArgs, need_inputs: bool, update: Update) -> tuple[Tensor, ...]:
+    """Takes a step of Adam on the weight, in place; returns the gradients of ``h``, the bias and ``x``."""
     g, grad_x = grad_product(batch, args)
-    return *linear.adam_(product_batch(g, batch), LinearArgs(*args[:4]), need_inputs, update, scale), grad_x
+    return *linear.adam_(product_batch(g, batch), LinearArgs(*args[:4]), need_inputs, update), grad_x
 
 
 def squared_norm(batch: AffineBatch, args: AffineArgs) -> Tensor:

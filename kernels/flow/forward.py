@@ -12,7 +12,7 @@ from fastmaf.kernels import composite
 from fastmaf.kernels.adam.update import Update
 from fastmaf.kernels.autocast import outside_autocast
 from fastmaf.kernels.dispatch import implementation
-from fastmaf.kernels.factored_grad import FactoredGrad, GradientSink, sink_of
+from fastmaf.kernels.factored_grad import GradientSink, sink_of
 from fastmaf.kernels.flow.args import FLOW_SCHEMA, FlowArgs, FlowBatch, halves
 from fastmaf.kernels.flow.saved import backward, first_x, saved_numel
 from fastmaf.kernels.op import Op, records_gradients
@@ -76,25 +76,15 @@ def _autograd(ctx: Any, grad_z: Tensor | None, grad_ladj: Tensor | None, _: Any)
 
 def _to_sinks(ctx: Any, sinks: Sequence[GradientSink | None], batch: FlowBatch, args: FlowArgs) -> tuple[Any, ...]:
     """Runs the backward pass with the weight gradients handed to their sinks, where they have one."""
-    grad_weights: list[Tensor | None] = [None] * len(sinks)
     updates = _begin_updates(sinks)
-    if updates is not None:
-        backend = implementation("flow", batch.grad_z)
-        of_biases = [sink_of(bias, ctx) for bias in args.biases]
-        bias_updates = _begin_updates(of_biases) if backend.UPDATES_BIASES else None
-        grad_x, grad_biases = backend.adam_(batch, args, ctx.need_grad_x, updates, bias_updates)
-        return grad_x, grad_weights, [None] * len(args.biases) if bias_updates else grad_biases
-
-    def step(layer: int, factored: FactoredGrad, need_inputs: bool) -> tuple[Tensor, ...]:
-        sink = sinks[layer]
-        if sink is not None:
-            return sink.take(factored, need_inputs)
-        if args.weights[layer].requires_grad:
-            grad_weights[layer] = factored.grad_weight()
-        return factored.grad_inputs(need_inputs)
-
-    grad_x, grad_biases = backward(batch, args, ctx.need_grad_x, step)
-    return grad_x, grad_weights, grad_biases
+    if updates is None:
+        return backward(batch, args, ctx.need_grad_x, sinks)
+    backend = implementation("flow", batch.grad_z)
+    of_biases = [sink_of(bias, ctx) for bias in args.biases]
+    bias_updates = _begin_updates(of_biases) if backend.UPDATES_BIASES else None
+    grad_x, grad_biases = backend.adam_(batch, args, ctx.need_grad_x, updates, bias_updates)
+    none = [None] * len(updates)
+    return grad_x, none, none if bias_updates else grad_biases
 
 
 def _begin_updates(sinks: Sequence[GradientSink | None]) -> list[Update] | None:

@@ -7,14 +7,14 @@ block, and where a permutation stands before the block; else it is the z of the 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from fastmaf.kernels.affine_output.args import AffineBatch
-from fastmaf.kernels.factored_grad import FactoredGrad
+from fastmaf.kernels.factored_grad import FactoredGrad, GradientSink
 from fastmaf.kernels.flow.args import FlowArgs, FlowBatch
 from fastmaf.kernels.masked_linear.args import LinearBatch
 
@@ -61,35 +61,43 @@ def first_x(args: FlowArgs, saved: Tensor, n: int) -> Tensor:
     return before_permutation(activations(args, saved, n)[0].x, args.permutations[0])
 
 
-# Of one layer: returns the gradients of its inputs and bias as FactoredGrad.grad_inputs does, and consumes the weight
-# gradient (stores, applies or discards it).
-Step = Callable[[int, FactoredGrad, bool], tuple[Tensor, ...]]
-
-
-def backward(batch: FlowBatch, args: FlowArgs, need_grad_x: bool, step: Step) -> tuple[Tensor, list[Tensor]]:
+def backward(
+    batch: FlowBatch, args: FlowArgs, need_grad_x: bool, sinks: Sequence[GradientSink | None] | None = None
+) -> tuple[Tensor, list[Any], list[Tensor]]:
     """Runs the backward pass of a flow, layer by layer.
 
     Args:
-        step: called with the number of a layer, the gradient of its weight in factored form, and whether its inputs'
-            gradients are needed.
+        sinks: consume the gradients of the weights; of those without one, the gradient is formed if it is required.
+            None: the gradients of all weights are formed.
 
     Returns:
-        The gradients of ``x`` (``[0, D]`` when not needed) and of the biases.
+        The gradients of ``x`` (``[0, D]`` when not needed), of the weights (None where none was formed) and of the
+        biases.
     """
+    grad_weights: list[Any] = [None] * len(args.weights)
     grad_biases = [bias.new_empty(0) for bias in args.biases]
+
+    def take(layer: int, factored: FactoredGrad, need_inputs: bool) -> tuple[Tensor, ...]:
+        sink = None if sinks is None else sinks[layer]
+        if sink is not None:
+            return sink.take(factored, need_inputs)
+        if sinks is None or args.weights[layer].requires_grad:
+            grad_weights[layer] = factored.grad_weight()
+        return factored.grad_inputs(need_inputs)
+
     grad = before_permutation(batch.grad_z, args.permutations[-1])
     for b, (*hidden, output), at in blocks_reversed(batch, args):
         needed = b > 0 or need_grad_x
         affine = AffineBatch(grad, batch.grad_ladj, torch.zeros_like(grad), at.hidden[-1], at.z, at.log_scale)
         factored = FactoredGrad("affine_output", affine, args.output(b, output))
-        grad_h, grad_biases[output], direct = step(output, factored, True)
+        grad_h, grad_biases[output], direct = take(output, factored, True)
         for k in reversed(range(len(hidden))):
             linear = LinearBatch(grad_h, at.hidden[k - 1] if k else at.x, at.hidden[k])
             factored = FactoredGrad("masked_linear", linear, args.hidden(hidden[k]))
-            grad_h, grad_biases[hidden[k]] = step(hidden[k], factored, needed or k > 0)
+            grad_h, grad_biases[hidden[k]] = take(hidden[k], factored, needed or k > 0)
         if needed:
             grad = before_permutation(direct + grad_h, args.permutations[b])
-    return grad if need_grad_x else grad.new_empty(0, grad.shape[1]), grad_biases
+    return grad if need_grad_x else grad.new_empty(0, grad.shape[1]), grad_weights, grad_biases
 
 
 def blocks_reversed(batch: FlowBatch, args: FlowArgs) -> Iterator[tuple[int, range, Activations]]:

@@ -28,7 +28,7 @@ def _forward_fake(x: Tensor, *fields: Any) -> Tensor:
 def _backward(grad_y: Tensor, x: Tensor, y: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     *fields, need_grad_x = arguments
     batch, args = LinearBatch(grad_y, x, y), LinearArgs(*fields)
-    return implementation("masked_linear", x).backward(batch, args, need_grad_x)
+    return implementation("masked_linear", x).backward(batch, args, need_grad_x, True)
 
 
 def _backward_fake(grad_y: Tensor, x: Tensor, y: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:

@@ -20,18 +20,10 @@ from fastmaf.kernels.adam.update import Update
 from fastmaf.kernels.masked_linear.args import LinearArgs, LinearBatch
 from fastmaf.kernels.masked_linear.torch import grad_activation
 from fastmaf.kernels.masked_linear.triton_backward import adam_steps, products, sum_slots
+from fastmaf.kernels.triton_common import device as common
 from fastmaf.kernels.triton_common import work_lists
-from fastmaf.kernels.triton_common.device import (
-    MIN_DOT,
-    cdiv,
-    launch,
-    power_of_two,
-    product,
-    rows_at,
-    target,
-    why_not,
-)
-from fastmaf.kernels.triton_common.launch_table import MOST_LANES
+from fastmaf.kernels.triton_common.device import why_not
+from fastmaf.kernels.triton_common.launch_table import FEW, MOST_LANES
 
 __all__ = ["adam_", "backward", "forward", "squared_norm", "why_not"]
 
@@ -47,12 +39,12 @@ def _masked_linear_fwd_kernel(
     block, k_begin, k_end, slot = tl.load(item), tl.load(item + 1), tl.load(item + 2), tl.load(item + 3)
     j = block * BLOCK_J + tl.arange(0, BLOCK_J)
     row_ok = j < out_features
-    base, width = rows_at(base_ptr, width_ptr, j, row_ok, ALIGNED)
+    base, width = common.rows_at(base_ptr, width_ptr, j, row_ok, ALIGNED)
     if ALIGNED:
         k_end = tl.multiple_of(k_end, 16)
         k_begin = tl.multiple_of(k_begin, 16)
     sample = tl.program_id(0) % tiles * BLOCK_N + tl.arange(0, BLOCK_N)
-    y = product(
+    y = common.product(
         x_ptr, sample, sample < n, in_features, w_ptr, base, width, row_ok, k_begin, k_end,
         BLOCK_N, BLOCK_J, BLOCK_K, LANES, PRECISION,
     )  # fmt: skip
@@ -84,11 +76,11 @@ class Shape(NamedTuple):
 
 def shape_of(like: Tensor, n: int, aligned: bool) -> Shape:
     """Returns how ``product`` is launched for ``n`` samples and rows of weights that are ``aligned`` or not."""
-    table, sms, precision = target(like)
+    table, sms, precision = common.target(like)
     lanes = n <= MOST_LANES
     one = (table.lanes if n <= 1 else table.few if lanes else table.dot).fitted(aligned)
-    samples = power_of_two(n, 1, MOST_LANES) if lanes else power_of_two(n, MIN_DOT, table.most_samples)
-    programs = cdiv(sms * one.programs_per_sm, max(1, cdiv(n, samples)))
+    samples = common.power_of_two(n, *((1, MOST_LANES) if lanes else (FEW, table.most_samples)))
+    programs = common.cdiv(sms * one.programs_per_sm, max(1, common.cdiv(n, samples)))
     blocks = {"BLOCK_N": samples, "BLOCK_J": one.rows, "BLOCK_K": one.columns}
     modes = {"LANES": lanes, "ALIGNED": aligned, "PRECISION": precision}
     options = {**blocks, **modes, "num_warps": one.warps, "num_stages": one.stages}
@@ -108,18 +100,16 @@ def forward_into(y: Tensor, x: Tensor, args: LinearArgs) -> Tensor:
     work = work_lists.forward(args.tiles, x.device, shape.rows, shape.columns, shape.programs)
     split = work.slots > 1
     product_to = x.new_empty(work.slots, n, out_features) if split else y
-    launch(
+    common.launch(
         _masked_linear_fwd_kernel,
-        len(work.items) * cdiv(n, shape.samples),
+        len(work.items) * common.cdiv(n, shape.samples),
         x, args.weight, args.bias, rows.base, rows.width, work.items, product_to, n, in_features, out_features,
         RELU=relu, SPLIT=split, **shape.options,
     )  # fmt: skip
     return sum_slots(y, product_to, work.counts, bias=args.bias, relu=relu) if split else y
 
 
-def backward(
-    batch: LinearBatch, args: LinearArgs, need_inputs: bool, need_weight: bool = True
-) -> tuple[Tensor, Tensor, Tensor]:
+def backward(batch: LinearBatch, args: LinearArgs, need_inputs: bool, need_weight: bool) -> tuple[Tensor, ...]:
     """Returns the gradients of ``x``, the packed weight and the bias; the first two empty when not needed."""
     x, g = batch.x, _grad_product(batch, args)
     empty = x.new_empty(0)
@@ -133,12 +123,10 @@ def backward(
     return _grad_x(x, partial, counts, need_inputs), grad_w, grad_bias
 
 
-def adam_(
-    batch: LinearBatch, args: LinearArgs, need_inputs: bool, update: Update, scale: float
-) -> tuple[Tensor, Tensor]:
-    """Takes a step of Adam with ``scale`` times the weight's gradient; returns the gradients of ``x`` and the bias."""
+def adam_(batch: LinearBatch, args: LinearArgs, need_inputs: bool, update: Update) -> tuple[Tensor, ...]:
+    """Takes a step of Adam on the weight, in place; returns the gradients of ``x`` and the bias."""
     x, g = batch.x, _grad_product(batch, args)
-    [step] = adam_steps([update], x.device, scale)
+    [step] = adam_steps([update], x.device)
     partial, counts, grad_bias = products(g, x, args, need_x=need_inputs, mode="adam", step=step)
     return _grad_x(x, partial, counts, need_inputs), grad_bias
 

@@ -1,7 +1,4 @@
-"""Device functions that the Triton kernels share, and how a kernel is launched.
-
-Importing this module needs Triton. Every backend ``triton`` imports it: a missing Triton is reported in one place.
-"""
+"""Device functions that the Triton kernels share, and how a kernel is launched."""
 
 from __future__ import annotations
 
@@ -11,24 +8,13 @@ from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
+import triton
+import triton.language as tl
 from torch import Tensor
-
-try:
-    import triton
-    import triton.language as tl
-except ModuleNotFoundError as error:
-    if error.name != "triton":
-        raise
-    raise ImportError(
-        "Triton is not installed (for the torch of this installation: pip install 'fastmaf[triton]'; beside torch 2.7, "
-        "the last with Pascal, triton 3.3.1)"
-    ) from error
 
 from fastmaf.kernels.triton_common import launch_table
 from fastmaf.kernels.triton_common.launch_table import Table
 
-# No side of a matrix product may be smaller.
-MIN_DOT = launch_table.FEW
 # What a program of an elementwise kernel takes.
 BLOCK = 1024
 
@@ -129,7 +115,7 @@ def all_registers(warps: int) -> int:
 
 
 def cdiv(a: int, b: int) -> int:
-    """Returns a / b, rounded up."""
+    """Returns a / b, rounded up, in less time than ``triton.cdiv``."""
     return -(-a // b)
 
 

@@ -66,7 +66,7 @@ class Table(NamedTuple):
         return self.backward if samples <= FEW else self.backward_many
 
 
-# As few samples as a matrix product takes in every version of Triton.
+# The smallest side that a matrix product may have in every version of Triton.
 FEW = 16
 # More samples than this are multiplied by matrix products, which take no fewer than ``FEW``.
 MOST_LANES = 8
@@ -99,18 +99,6 @@ _HOPPER = _AMPERE._replace(
     inverse_warps=16,  # 512 threads, 128 registers each, issue the loads of 64 KB at once
 )
 TABLES = {61: _PASCAL, 75: _TURING, 80: _AMPERE, 90: _HOPPER}
-
-# The most registers a thread may take, by the samples of a program's tile (0: any): a multiprocessor has 65,536.
-REGISTERS: dict[str, dict[int, int]] = {
-    "_masked_linear_fwd_kernel": {1: 128, 2: 128, 4: 128, 8: 128, 16: 128, 64: 255},  # 4 programs an SM
-    "_affine_output_fwd_kernel": {1: 128, 2: 128, 4: 128, 8: 128, 16: 128, 64: 255},  # 64 are bound by multiply-adds
-    "_masked_linear_bwd_kernel": {0: 255},  # weight, moments and both products: 2 or 3 programs, much in flight
-    "_flow_inverse_kernel": {0: 255},  # one program is all that runs on a multiprocessor
-    "_sum_slots_kernel": {0: 64},  # the rest stream: all threads of a multiprocessor should fit
-    "_affine_output_grad_kernel": {0: 64},
-    "_ladj_kernel": {0: 64},
-    "_adam_kernel": {0: 64},
-}
 
 # Below Ampere there are no matrix units for these.
 _NEEDS = {"ieee": 61, "tf32x3": 80, "tf32": 80, "bf16": 80}
