@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import functools
 import importlib
-from types import ModuleType, TracebackType
+from types import ModuleType
 
 import torch
 from torch import Tensor
@@ -75,9 +75,7 @@ class use_backend:
     def __enter__(self) -> use_backend:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         global _chosen
         _chosen = self._before
 

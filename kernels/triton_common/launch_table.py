@@ -8,7 +8,6 @@ one of these.
 from __future__ import annotations
 
 import os
-from types import TracebackType
 from typing import Literal, NamedTuple, TypeAlias, get_args
 
 Precision: TypeAlias = Literal["ieee", "tf32x3", "tf32", "bf16"]
@@ -151,9 +150,7 @@ class use_precision:
     def __enter__(self) -> use_precision:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         global _precision
         _precision = self._before
 

@@ -26,13 +26,8 @@ def parts(scale: float = 1.0, dtype: torch.dtype = torch.float64, **options: Any
 def linear_arguments(made: Any, batch: int, dtype: torch.dtype = torch.float64, grad: bool = False) -> Any:
     layer = made.hidden[0]
     x = normal(batch, FEATURES, dtype=dtype).requires_grad_(grad)
-    return (
-        x,
-        layer.weight.detach().requires_grad_(grad),
-        layer.bias.detach().requires_grad_(grad),
-        layer.prefix,
-        layer.layout.table,
-    )
+    weight, bias = layer.weight.detach().requires_grad_(grad), layer.bias.detach().requires_grad_(grad)
+    return x, weight, bias, layer.prefix, layer.layout.table
 
 
 def affine_arguments(made: Any, batch: int, dtype: torch.dtype = torch.float64, grad: bool = False) -> Any:
@@ -59,9 +54,8 @@ def inverse_arguments(made: Any, batch: int, dtype: torch.dtype = torch.float64,
 
 def call(op: str, arguments: Any) -> Any:
     """Calls an op with arguments as its schema takes them."""
-    inputs, args = {"masked_linear": (1, LinearArgs), "affine_output": (2, AffineArgs), "flow_inverse": (1, FlowArgs)}[
-        op
-    ]
+    of_ops = {"masked_linear": (1, LinearArgs), "affine_output": (2, AffineArgs), "flow_inverse": (1, FlowArgs)}
+    inputs, args = of_ops[op]
     return getattr(kernels, op)(*arguments[:inputs], args(*arguments[inputs:]))
 
 
@@ -95,25 +89,12 @@ def test_opcheck_affine_output(backend: str, bound: float, soft: bool) -> None:
 
 @pytest.mark.parametrize("grad", [False, True])
 def test_opcheck_flow_inverse(backend: str, grad: bool) -> None:
-    z, weights, biases, prefixes, tiles, *rest = inverse_arguments(parts(), 3, grad=grad)
-    arguments = (z, weights, biases, prefixes, tiles, *rest, [5.0], [False])
+    arguments = (*inverse_arguments(parts(), 3, grad=grad), [5.0], [False])
     torch.library.opcheck(torch.ops.fastmaf.flow_inverse.default, arguments)
 
 
 def test_opcheck_flow_inverse_backward(backend: str) -> None:
-    z, weights, biases, prefixes, tiles, *rest = inverse_arguments(parts(), 3)
-    arguments = (
-        normal(3, FEATURES, seed=2),
-        normal(3, seed=3),
-        z,
-        weights,
-        biases,
-        prefixes,
-        tiles,
-        *rest,
-        [5.0],
-        [False],
-    )
+    arguments = (normal(3, FEATURES, seed=2), normal(3, seed=3), *inverse_arguments(parts(), 3), [5.0], [False])
     torch.library.opcheck(torch.ops.fastmaf.flow_inverse_backward.default, arguments)
 
 

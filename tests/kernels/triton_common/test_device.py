@@ -15,7 +15,7 @@ from fastmaf.kernels.affine_output import torch as reference
 from fastmaf.kernels.affine_output.args import AffineArgs, AffineBatch
 from fastmaf.kernels.triton_common import launch_table
 from tests.core.helpers import build, generator, normal
-from tests.kernels.cases import TRITON_MARKS, evaluate, make, poisoned
+from tests.kernels.cases import TRITON_MARKS, evaluate, make, poisoned, same
 from tests.tolerances import F32, F64, assert_close
 
 pytestmark = TRITON_MARKS
@@ -71,8 +71,7 @@ def test_tangent_of_each_size(device: str) -> None:
     found, expected = at_log_scale("affine, soft", u, device), at_log_scale("affine, soft", u, device, "torch", F64)
     assert relative(found["result 2"][0], 0.5 * torch.tanh(u / 0.5)) <= ELEMENTWISE[device]
     assert (found["result 2"].abs() <= 0.5).all()
-    for key, value in expected.items():
-        assert_close("gradients" if "gradient" in key else "values", found[key], value, key)
+    same(found, expected)
 
 
 def test_the_soft_bound_of_what_is_not_finite(device: str) -> None:
@@ -108,7 +107,6 @@ def test_log_determinants_are_summed_in_more_than_float32(device: str) -> None:
         found = triton_kernel.ladj_of(shares)
         assert found.dtype == F32 and found.shape == (5,)
         assert_close("values", found, -shares.sum(0))
-        assert_close("values", triton_kernel.ladj_of(shares, 2.0), 2 * shares.sum(0))
 
 
 @pytest.mark.parametrize("slots, features", [(1, 300), (3, 37), (70, 37)])

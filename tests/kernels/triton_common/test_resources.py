@@ -15,13 +15,12 @@ from typing import Any
 
 import pytest
 
-from fastmaf.kernels import dispatch
 from fastmaf.kernels.triton_common.launch_table import TABLES
+from tests.kernels.cases import needs
 
 ROOT = Path(__file__).resolve().parents[3]
 PASCAL = Path(sys.prefix) / "triton-3.3.1"
-MISSING = next((why for op in dispatch.OPS if (why := dispatch.missing(op, "triton")) is not None), None)
-pytestmark = [pytest.mark.slow, pytest.mark.skipif(MISSING is not None, reason=str(MISSING))]
+pytestmark = [pytest.mark.slow, needs("triton")]
 
 # The most registers a thread may take, by the samples of a program's tile (0: any): a multiprocessor has 65,536.
 REGISTERS: dict[str, dict[int, int]] = {
