@@ -63,8 +63,7 @@ def matmul(a: Tensor, b: Tensor) -> Tensor:
     recorded = torch.is_grad_enabled() and (a.requires_grad or b.requires_grad)
     # Within a transform a tensor's requires_grad is that of the innermost level alone.
     if recorded or torch._C._are_functorch_transforms_active():
-        result: Tensor = _Matmul.apply(a, b)
-        return result
+        return _Matmul.apply(a, b)
     return a @ b
 
 

@@ -8,7 +8,7 @@ save more for the backward pass.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -17,10 +17,11 @@ from torch.autograd import forward_ad
 from fastmaf.kernels.affine_output.args import AffineArgs
 from fastmaf.kernels.affine_output.torch import bound_log_scale
 from fastmaf.kernels.autocast import matmul
-from fastmaf.kernels.flow.args import FlowArgs
+from fastmaf.kernels.flow.args import FlowArgs, permuted
 from fastmaf.kernels.flow.torch.inverse import plan_of
 from fastmaf.kernels.layout import tiles_of
 from fastmaf.kernels.masked_linear.args import LinearArgs
+from fastmaf.kernels.padding import without_padding
 
 
 def needed() -> bool:
@@ -38,7 +39,7 @@ def needed_for(grads: Sequence[Tensor | None]) -> bool:
 
 def masked_linear(x: Tensor, args: LinearArgs) -> Tensor:
     """Returns ``y`` ``[N, out]``."""
-    parts, weight = [], _visible(args.weight.to(x.dtype), args.prefix, args.tiles)
+    parts, weight = [], without_padding(args.weight.to(x.dtype), args.prefix, args.tiles)
     for start, stop, width, offset in tiles_of(args.tiles):
         rows = _matrix(weight, offset, stop - start, width)
         parts.append(matmul(x[:, :width], rows.mT) + args.bias[start:stop])
@@ -56,26 +57,26 @@ def flow_forward(x: Tensor, args: FlowArgs) -> tuple[Tensor, Tensor]:
     """Returns ``z`` ``[N, D]`` and ``ladj`` ``[N]``."""
     ladj = x.new_zeros(x.shape[0])
     for b, (*hidden, output) in enumerate(args.layers_of_blocks()):
-        x = h = _permuted(x, args.permutations[b])
+        x = h = permuted(x, args.permutations[b])
         for k in hidden:
             h = masked_linear(h, args.hidden(k))
         x, term, _ = affine_output(h, x, args.output(b, output))
         ladj = ladj + term
-    return _permuted(x, args.permutations[-1]), ladj
+    return permuted(x, args.permutations[-1]), ladj
 
 
 def flow_inverse(z: Tensor, args: FlowArgs) -> tuple[Tensor, Tensor]:
     """Returns ``x`` ``[N, D]`` and ``ladj`` ``[N]``; the blocks are in the order of inversion."""
     ladj = z.new_zeros(z.shape[0])
     for b, layers in enumerate(args.layers_of_blocks()):
-        z, term = _inverse_of_block(_permuted(z, args.permutations[b]), args, b, layers)
+        z, term = _inverse_of_block(permuted(z, args.permutations[b]), args, b, layers)
         ladj = ladj + term
-    return _permuted(z, args.permutations[-1]), ladj
+    return permuted(z, args.permutations[-1]), ladj
 
 
 def _inverse_of_block(z: Tensor, args: FlowArgs, block: int, layers: range) -> tuple[Tensor, Tensor]:
     biases, tiles = [args.biases[i] for i in layers], [args.tiles[i] for i in layers]
-    weights = [_visible(args.weights[i].to(z.dtype), args.prefixes[i], args.tiles[i]) for i in layers]
+    weights = [without_padding(args.weights[i].to(z.dtype), args.prefixes[i], args.tiles[i]) for i in layers]
     ladj = z.new_zeros(z.shape[0])
     last = len(weights) - 1
     finished = [z[:, :0] for _ in weights]  # of x, then of each hidden layer's units
@@ -121,18 +122,15 @@ def gradients(
         pairs = [(r, g) for r, g in zip(results, grads, strict=True) if g is not None and r.requires_grad]
         wanted = [alias for alias in aliases if alias.requires_grad]
         outputs, above = zip(*pairs, strict=True)
-        found = torch.autograd.grad(outputs, wanted, above, create_graph=differentiable, materialize_grads=True)
-    values: Iterator[Tensor] = iter(found)
+        values = iter(torch.autograd.grad(outputs, wanted, above, create_graph=differentiable, materialize_grads=True))
     return [next(values) if tensor.requires_grad else None for tensor in tensors]
 
 
-def _visible(weight: Tensor, prefix: Tensor, tiles: Tensor) -> Tensor:
-    """Returns a packed weight with zeros in its padding, which then has no derivative of any order."""
-    masks = []
-    for start, stop, width, _ in tiles_of(tiles):
-        columns = torch.arange(width, device=prefix.device)
-        masks.append((columns < prefix[start:stop, None]).flatten())
-    return torch.where(torch.cat(masks), weight, 0.0)
+def flow_gradients(
+    function: Callable[[Tensor, FlowArgs], Sequence[Tensor]], x: Tensor, args: FlowArgs, grads: Sequence[Tensor | None]
+) -> list[Tensor | None]:
+    """Returns ``gradients`` of ``x`` and of ``args.parameters``, for a function of this module."""
+    return gradients(lambda x, *tensors: function(x, args.with_parameters(tensors)), (x, *args.parameters), grads)
 
 
 def _matrix(packed: Tensor, offset: int, rows: int, width: int) -> Tensor:
@@ -142,7 +140,3 @@ def _matrix(packed: Tensor, offset: int, rows: int, width: int) -> Tensor:
 
 def _activated(y: Tensor, activation: str) -> Tensor:
     return torch.relu(y) if activation == "relu" else y
-
-
-def _permuted(x: Tensor, permutation: Tensor) -> Tensor:
-    return x[:, permutation] if permutation.numel() else x

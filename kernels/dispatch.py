@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import functools
 import importlib
-from types import ModuleType, TracebackType
+from types import ModuleType
 
 import torch
 from torch import Tensor
@@ -19,12 +19,8 @@ from fastmaf.kernels.triton_common.launch_table import take_cpu_tensors
 
 OPS = ("masked_linear", "affine_output", "flow")
 
-# backend → device types that it serves; None = any
-_BACKENDS: dict[str, frozenset[str] | None] = {
-    "triton": frozenset({"cuda"}),
-    "native": frozenset({"cpu"}),
-    "torch": None,
-}
+# backend → the device type that it serves; None = any
+_BACKENDS = {"triton": "cuda", "native": "cpu", "torch": None}
 
 _chosen: str | None = None
 
@@ -79,25 +75,19 @@ class use_backend:
     def __enter__(self) -> use_backend:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         global _chosen
         _chosen = self._before
 
 
 @functools.cache
 def _load(op: str, backend: str) -> ModuleType:
-    module = f"{__package__}.{op}.{backend}"
     try:
-        return importlib.import_module(module)
+        return importlib.import_module(f"{__package__}.{op}.{backend}")
     except ModuleNotFoundError as error:
-        if error.name != module:
-            raise BackendUnavailableError(
-                f"backend {backend!r} of {op} needs {error.name!r}, which is not installed"
-            ) from error
         raise BackendUnavailableError(
-            f"this version of fastmaf has no {backend!r} backend for {op}; backend 'torch' runs everywhere"
+            f"backend {backend!r} of {op} needs {error.name!r}, which is not installed (for the torch of this "
+            "installation: pip install 'fastmaf[triton]'; beside torch 2.7, the last with Pascal, triton 3.3.1)"
         ) from error
     except ImportError as error:
         raise BackendUnavailableError(f"backend {backend!r} of {op} is not usable here: {error}") from error
@@ -126,21 +116,17 @@ def _default(op: str, device: torch.device, dtype: torch.dtype) -> ModuleType:
 
 def default_backend(op: str, like: Tensor) -> str:
     """Returns the name of the fastest backend present for ``op`` on tensors like this one."""
-    return next(name for name in _BACKENDS if _serves(name, like) and why_not(op, name, like) is None)
-
-
-def _serves(backend: str, like: Tensor) -> bool:
-    serves = _BACKENDS[backend]
-    return serves is None or like.device.type in serves
+    served = [name for name, device in _BACKENDS.items() if device in (None, like.device.type)]
+    return next(name for name in served if why_not(op, name, like) is None)
 
 
 def why_not(op: str, backend: str, like: Tensor) -> str | None:
     """Returns why ``backend`` cannot serve ``op`` on tensors like this one, or None when it can."""
-    serves = _BACKENDS[backend]
+    device = _BACKENDS[backend]
     # The Triton kernels may also accept tensors on the CPU: on request, never by default.
     on_cpu = backend == "triton" and like.device.type == "cpu" and take_cpu_tensors()
-    if serves is not None and not _serves(backend, like) and not on_cpu:
-        return f"backend {backend!r} runs on {', '.join(sorted(serves))} tensors; {op} was given one on {like.device}"
+    if device not in (None, like.device.type) and not on_cpu:
+        return f"backend {backend!r} runs on {device} tensors; {op} was given one on {like.device}"
     reason = missing(op, backend)
     if reason is None and hasattr(module := _load(op, backend), "why_not"):
         reason = module.why_not(like)

@@ -8,7 +8,8 @@ factors to the sink and return no gradient.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple, Protocol
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
@@ -38,7 +39,7 @@ class FactoredGrad(NamedTuple):
 
     def grad_inputs(self, need_inputs: bool) -> tuple[Tensor, ...]:
         """Returns the gradients of everything but the weight; empty tensors where the inputs' are not needed."""
-        grad, _, *others = self._backend().backward(self.batch, self.args, need_inputs, need_weight=False)
+        grad, _, *others = self._backend().backward(self.batch, self.args, need_inputs, False)
         return grad, *others
 
     def adam_(self, update: Update, *, need_inputs: bool = False) -> tuple[Tensor, ...]:
@@ -46,8 +47,7 @@ class FactoredGrad(NamedTuple):
 
         With a scale other than 1 only the step is valid, not the gradients that are returned.
         """
-        result: tuple[Tensor, ...] = self._backend().adam_(self.batch, self.args, need_inputs, update, self.scale)
-        return result
+        return self._backend().adam_(self.batch, self.args, need_inputs, update._replace(scale=self.scale))
 
     def scaled(self, factor: float) -> FactoredGrad:
         """Returns ``factor`` times this gradient."""
@@ -60,33 +60,32 @@ class FactoredGrad(NamedTuple):
 
     def grad_weight(self) -> Tensor:
         """Returns the gradient itself, packed."""
-        result: Tensor = self._backend().backward(self.batch, self.args, False)[1]
+        result: Tensor = self._backend().backward(self.batch, self.args, False, True)[1]
         return result.mul_(self.scale)
 
 
-class GradientSink(Protocol):
-    """Consumes the gradient of a weight in factored form: applies it or keeps it, in place of the weight's ``grad``.
+class GradientSink:
+    """Consumes the gradient of a weight in factored form, in place of the weight's ``grad``.
+
+    Args:
+        node: the node of the autograd graph whose gradient is consumed; gradients from other nodes are not.
+        begin_update: returns the moments and scalars with which the weight is updated as soon as its gradient is known;
+            None: the gradient is kept.
 
     Attributes:
-        node: the node of the autograd graph whose gradient is consumed; gradients from other nodes are not.
-        updates_at_once: the weight is updated as soon as its gradient is known; else the factors are kept.
+        factors: the gradient that was kept, after the backward pass.
     """
 
-    @property
-    def node(self) -> object: ...
-
-    @property
-    def updates_at_once(self) -> bool: ...
-
-    def begin_update(self) -> Update:
-        """Returns the moments and scalars with which the caller updates the weight; called in place of ``take`` where
-        ``updates_at_once``.
-        """
-        ...
+    def __init__(self, node: object, begin_update: Callable[[], Update] | None = None) -> None:
+        self.node, self.begin_update = node, begin_update
+        self.factors: FactoredGrad | None = None
 
     def take(self, grad: FactoredGrad, need_inputs: bool) -> tuple[Tensor, ...]:
-        """Stores or applies the gradient; returns the gradients of ``FactoredGrad.grad_inputs``."""
-        ...
+        """Applies or keeps the gradient; returns the gradients of ``FactoredGrad.grad_inputs``."""
+        if self.begin_update is not None:
+            return grad.adam_(self.begin_update(), need_inputs=need_inputs)
+        self.factors = grad
+        return grad.grad_inputs(need_inputs)
 
 
 def set_sink(weight: Tensor, sink: GradientSink | None) -> None:

@@ -58,8 +58,7 @@ def empty_on_huge_pages(numel: int, *, device: torch.device | str | None, dtype:
         except ImportError:
             pass
         else:
-            result: Tensor = torch.ops.fastmaf_native.empty_on_huge_pages(numel, like.dtype)
-            return result
+            return torch.ops.fastmaf_native.empty_on_huge_pages(numel, like.dtype)
     return torch.empty(numel, device=device, dtype=dtype)
 
 

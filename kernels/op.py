@@ -9,59 +9,45 @@ see.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
 
-class Op(NamedTuple):
-    """An op with a derivative in reverse mode.
+class Op:
+    """An op, with a derivative in reverse mode if it has an autograd formula.
 
-    Attributes:
-        graph: the custom op.
+    Args:
+        name, schema: of the custom op, ``fastmaf::name``.
         run: its kernel, a function of Python.
+        fake: the same for tensors without numbers.
         setup_context, backward: its autograd formula, as ``torch.library.register_autograd`` takes them. The formula
             returns the gradients of the differentiable arguments, which come first, and None for the others.
     """
 
-    graph: Any
-    run: Callable[..., Any]
-    setup_context: Callable[[Any, tuple[Any, ...], Any], None]
-    backward: Callable[..., tuple[Any, ...]]
+    def __init__(
+        self,
+        name: str,
+        schema: str,
+        run: Callable[..., Any],
+        fake: Callable[..., Any],
+        setup_context: Callable[[Any, tuple[Any, ...], Any], None] | None = None,
+        backward: Callable[..., tuple[Any, ...]] | None = None,
+    ) -> None:
+        self.run, self.setup_context, self.backward = run, setup_context, backward
+        self._graph = torch.library.custom_op(f"fastmaf::{name}", run, mutates_args=(), schema=schema)
+        self._graph.register_fake(fake)
+        if backward is not None:
+            self._graph.register_autograd(backward, setup_context=setup_context)
 
-
-def define(name: str, schema: str, run: Callable[..., Any], fake: Callable[..., Any]) -> Any:
-    """Registers a custom op ``fastmaf::name`` without a derivative."""
-    op = torch.library.custom_op(f"fastmaf::{name}", run, mutates_args=(), schema=schema)
-    op.register_fake(fake)
-    return op
-
-
-def differentiable(
-    graph: Any,
-    run: Callable[..., Any],
-    setup_context: Callable[[Any, tuple[Any, ...], Any], None],
-    backward: Callable[..., tuple[Any, ...]],
-) -> Op:
-    """Registers the autograd formula of a custom op and returns it as an op for ``call``."""
-    graph.register_autograd(backward, setup_context=setup_context)
-    return Op(graph, run, setup_context, backward)
-
-
-def call(op: Op, inputs: tuple[Any, ...], tensors: Sequence[Tensor]) -> Any:
-    """Calls an op.
-
-    Args:
-        op: the op.
-        inputs: its arguments.
-        tensors: the differentiable ones among them, flat, in their order.
-    """
-    if is_recorded(inputs[0]):
-        return op.graph(*inputs)
-    if records_gradients(tensors):
-        return _Eager.apply(op, inputs, *tensors)
-    return op.run(*inputs)
+    def __call__(self, *inputs: Any, tensors: Sequence[Tensor] = ()) -> Any:
+        """Calls the op; ``tensors`` are the differentiable ones among its inputs, flat, in their order."""
+        if _is_recorded(inputs[0]):
+            return self._graph(*inputs)
+        if records_gradients(tensors):
+            return _Eager.apply(self, inputs, *tensors)
+        return self.run(*inputs)
 
 
 def records_gradients(tensors: Sequence[Tensor]) -> bool:
@@ -69,7 +55,7 @@ def records_gradients(tensors: Sequence[Tensor]) -> bool:
     return torch.is_grad_enabled() and any([tensor.requires_grad for tensor in tensors])
 
 
-def is_recorded(x: Tensor) -> bool:
+def _is_recorded(x: Tensor) -> bool:
     """Returns whether a graph of ops is being recorded, or ``x`` has no numbers."""
     return (
         torch.compiler.is_compiling()
@@ -85,12 +71,13 @@ class _Eager(torch.autograd.Function):
     def forward(ctx: Any, op: Op, inputs: tuple[Any, ...], *tensors: Tensor) -> Any:
         ctx.op = op
         output = op.run(*inputs)
+        assert op.setup_context is not None
         op.setup_context(ctx, inputs, output)
         return output
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
         result: list[Any] = [None, None]
-        for grad in ctx.op.backward(ctx, *grads)[: ctx.differentiable]:
+        for grad in ctx.op.backward(ctx, *grads):
             result += grad if isinstance(grad, (list, tuple)) else [grad]
-        return tuple(result)
+        return tuple(result[: len(ctx.needs_input_grad)])

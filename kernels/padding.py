@@ -15,21 +15,17 @@ padding is set to zero whatever it holds. Writes through ``weight.data`` go unno
 from __future__ import annotations
 
 import ctypes
-import functools
 import operator
 from collections.abc import Sequence
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from fastmaf.kernels import native_library
-from fastmaf.kernels.layout import padding, tiles_of
+from fastmaf.kernels.dispatch import missing
+from fastmaf.kernels.layout import padding, tiles_of, zero_padding
 from fastmaf.kernels.tensor_cache import cached
 
-T = TypeVar("T")
-
-_PROBES = 2  # places of a weight that are read at every use
 _version, _dtype, _value = map(operator.attrgetter, ("_version", "dtype", "value"))
 _INTEGERS = (ctypes.c_uint64, ctypes.c_uint32, ctypes.c_uint16)
 _NATIVE = (torch.float32, torch.float64, torch.bfloat16)
@@ -102,31 +98,20 @@ def without_padding(weight: Tensor, prefix: Tensor, table: Tensor) -> Tensor:
 
 
 def _zero(weights: Sequence[Tensor], prefixes: Sequence[Tensor], tables: Sequence[Tensor]) -> None:
-    if all(weight.device.type == "cpu" and weight.dtype in _NATIVE for weight in weights) and _has_native():
+    on_cpu = all(weight.device.type == "cpu" and weight.dtype in _NATIVE for weight in weights)
+    if on_cpu and missing("flow", "native") is None:
         with torch.no_grad():
             torch.ops.fastmaf_native.zero_padding_(list(weights), list(prefixes), list(tables))
-    else:
-        for weight, prefix, table in zip(weights, prefixes, tables, strict=True):
-            _zero_with_torch(weight, prefix, table)
-
-
-def _zero_with_torch(weight: Tensor, prefix: Tensor, table: Tensor) -> None:
+        return
     # In inference mode, and through .data, neither a leaf that requires gradients nor an inference tensor refuses, and
     # the weight's own version stays.
     with torch.inference_mode():
-        packed = weight.data
-        if weight.device.type != "cpu":
-            packed.index_fill_(0, padding(prefix, table), 0)
-            return
-        for tile in tiles_of(table):
-            rows = prefix[tile.row_start : tile.row_end, None]
-            ragged = int(rows[0])  # up to here every row of the tile sees everything
-            hidden = torch.arange(ragged, tile.width, device="cpu") >= rows
-            tile.of(packed)[:, ragged:].masked_fill_(hidden, 0)
+        for weight, prefix, table in zip(weights, prefixes, tables, strict=True):
+            zero_padding(weight.data, prefix, table)
 
 
 def _places(weight: Tensor, prefix: Tensor, table: Tensor) -> list[tuple[int, int]]:
-    """Returns runs of padding to probe, spread over a weight: first number and count of each."""
+    """Returns the runs of padding to probe, the first and the last of a weight: first number and count of each."""
     if weight.device.type != "cpu" or not weight.data_ptr():
         return []
 
@@ -134,24 +119,9 @@ def _places(weight: Tensor, prefix: Tensor, table: Tensor) -> list[tuple[int, in
         runs = []
         for tile in tiles_of(table):
             sees = prefix[tile.row_start : tile.row_end]
-            rows = _spread((sees < tile.width).nonzero().flatten().tolist())
-            runs += [(tile.offset + row * tile.width + int(sees[row]), tile.width - int(sees[row])) for row in rows]
-        return _spread(runs)
+            rows = (sees < tile.width).nonzero().flatten().tolist()
+            ends = [(row, int(sees[row])) for row in (*rows[:1], *rows[-1:])]
+            runs += [(tile.offset + row * tile.width + width, tile.width - width) for row, width in ends]
+        return [*runs[:1], *runs[-1:]]
 
     return cached(table, "probed padding", find)
-
-
-def _spread(found: list[T]) -> list[T]:
-    """Returns at most ``_PROBES`` of them, the first and the last among them."""
-    if len(found) <= _PROBES:
-        return found
-    return [found[i * (len(found) - 1) // (_PROBES - 1)] for i in range(_PROBES)]
-
-
-@functools.cache
-def _has_native() -> bool:
-    try:
-        native_library.load()
-    except ImportError:
-        return False
-    return True

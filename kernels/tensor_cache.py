@@ -39,8 +39,7 @@ def cached(owner: Tensor, key: object, make: Callable[[], T], also: Sequence[Ten
         with torch.inference_mode(False):  # later calls may record gradients
             known = [weakref.ref(tensor) for tensor in also], make()
         cache[key] = known
-    value: T = known[1]
-    return value
+    return known[1]
 
 
 def is_cached(owner: Tensor, key: object) -> bool:

@@ -59,11 +59,11 @@ def recorded(arch: int, use: Callable[[], object]) -> list[Launched]:
     deterministic = torch.are_deterministic_algorithms_enabled()
     torch.use_deterministic_algorithms(True, warn_only=True)  # fills new memory with NaN
     try:
-        with recording(arch, CARDS[arch]) as recorder, fastmaf.use_backend("triton"):
+        with recording(arch, CARDS[arch]) as launches, fastmaf.use_backend("triton"):
             use()
     finally:
         torch.use_deterministic_algorithms(deterministic)
-    return recorder.launches
+    return launches
 
 
 def arguments(launched: Launched) -> dict[str, Any]:

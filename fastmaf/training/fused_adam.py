@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 from torch.optim import optimizer as torch_optimizer
 
+from fastmaf.kernels.factored_grad import GradientSink
 from fastmaf.training.adam_updates import BeginUpdate, EagerUpdates, StepCounts
-from fastmaf.training.gradient_sink import Gradients, Sink, backward, has_hooks, single_uses
+from fastmaf.training.gradient_sink import Gradients, backward, has_hooks, single_uses
 from fastmaf.training.guards import check_loss, check_processes, clip_scale
 
 
@@ -174,11 +175,11 @@ class FusedAdam(torch.optim.Adam):
     def _update_in_backward(self, loss: Tensor, begin: BeginUpdate) -> None:
         """Runs the backward pass, which updates factorable parameters; the other gradients are left in ``grad``."""
         groups, uses = self._groups(), self._factorable(loss)
-        backward(loss, {p: Sink(node, partial(begin, p, groups[p])) for p, node in uses.items()})
+        backward(loss, {p: GradientSink(node, partial(begin, p, groups[p])) for p, node in uses.items()})
 
     def _gradients(self, loss: Tensor) -> Gradients:
         """Runs the backward pass; returns the gradients of all parameters."""
-        sinks = {parameter: Sink(node) for parameter, node in self._factorable(loss).items()}
+        sinks = {parameter: GradientSink(node) for parameter, node in self._factorable(loss).items()}
         backward(loss, sinks)
         return Gradients.collect(sinks, self._groups())
 

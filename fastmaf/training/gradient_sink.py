@@ -2,41 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from fastmaf.kernels.adam.update import Update
-from fastmaf.kernels.factored_grad import FactoredGrad, set_sink
-
-
-class Sink:
-    """Updates its weight as soon as the gradient is known or, without ``begin_update``, keeps the factors.
-
-    Args:
-        node: the node of the autograd graph that the gradient comes from.
-        begin_update: returns the moments and scalars of the weight's update.
-
-    Attributes:
-        factors: the gradient of a weight that is not updated at once, after the backward pass.
-    """
-
-    factors: FactoredGrad | None = None
-
-    def __init__(self, node: object, begin_update: Callable[[], Update] | None = None) -> None:
-        self.node, self._begin_update, self.updates_at_once = node, begin_update, begin_update is not None
-
-    def begin_update(self) -> Update:
-        assert self._begin_update is not None
-        return self._begin_update()
-
-    def take(self, factors: FactoredGrad, need_inputs: bool) -> tuple[Tensor, ...]:
-        if self.updates_at_once:
-            return factors.adam_(self.begin_update(), need_inputs=need_inputs)
-        self.factors = factors
-        return factors.grad_inputs(need_inputs)
+from fastmaf.kernels.factored_grad import FactoredGrad, GradientSink, set_sink
 
 
 def single_uses(loss: Tensor) -> dict[Tensor, object]:
@@ -69,7 +41,7 @@ def has_hooks(parameter: Tensor) -> bool:
     return bool(parameter._backward_hooks or getattr(parameter, "_post_accumulate_grad_hooks", None))
 
 
-def backward(loss: Tensor, sinks: Mapping[Tensor, Sink]) -> None:
+def backward(loss: Tensor, sinks: Mapping[Tensor, GradientSink]) -> None:
     """Runs ``loss.backward()`` with sinks on some weights, and removes the sinks.
 
     Raises:
@@ -99,7 +71,7 @@ class Gradients(NamedTuple):
 
     @classmethod
     @torch.no_grad()
-    def collect(cls, sinks: Mapping[Tensor, Sink], parameters: Iterable[Tensor]) -> Gradients:
+    def collect(cls, sinks: Mapping[Tensor, GradientSink], parameters: Iterable[Tensor]) -> Gradients:
         """Returns the gradients that a backward pass left in ``sinks`` and in the ``grad`` of ``parameters``."""
         factored = {weight: sink.factors for weight, sink in sinks.items() if sink.factors is not None}
         stored = {parameter: parameter.grad for parameter in parameters if parameter.grad is not None}

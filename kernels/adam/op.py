@@ -1,11 +1,11 @@
-"""One step of Adam on one tensor, on the backend that can take it."""
+"""One step of Adam on one tensor: the truth that the fused steps are held against."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.optim.adam import adam
 
-from fastmaf.kernels.adam import torch as by_torch
 from fastmaf.kernels.adam.update import Update
 
 
@@ -15,12 +15,30 @@ def adam_step_(weight: Tensor, grad: Tensor, update: Update) -> None:
 
     Scalars that are to be read on the device are read by the Triton kernel; torch would take them from the host.
     """
-    if update.scalars is None:
-        by_torch.adam_step_(weight, grad, update)
-    else:
+    if update.scalars is not None:
         from fastmaf.kernels.adam.triton import adam_dense_
 
         adam_dense_(weight, grad, update.exp_avg, update.exp_avg_sq, update.scalars)
+        return
+    numbers = update.numbers
+    adam(
+        [weight],
+        [grad],
+        [update.exp_avg],
+        [update.exp_avg_sq],
+        [],
+        [torch.tensor(float(numbers.step - 1), device=weight.device)],
+        foreach=False,
+        fused=weight.device.type in ("cpu", "cuda"),
+        amsgrad=False,
+        beta1=numbers.beta1,
+        beta2=numbers.beta2,
+        lr=numbers.lr,
+        weight_decay=numbers.weight_decay,
+        eps=numbers.eps,
+        maximize=numbers.maximize,
+        decoupled_weight_decay=numbers.decoupled,
+    )
 
 
 def compile_adam(device: torch.device) -> None:

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastmaf.kernels.triton_common.device import BLOCK, adam, adam_scalars, cdiv, launch
+from fastmaf.kernels.triton_common import device as common
 
 
 @triton.jit
@@ -15,21 +15,26 @@ def _adam_kernel(w_ptr, grad_ptr, exp_avg_ptr, exp_avg_sq_ptr, scalars_ptr, nume
     i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     ok = i < numel
     w = tl.load(w_ptr + i, mask=ok, other=0.0)
-    m = tl.load(exp_avg_ptr + i, mask=ok, other=0.0)
-    v = tl.load(exp_avg_sq_ptr + i, mask=ok, other=0.0)
     g = tl.load(grad_ptr + i, mask=ok, other=0.0)
-    factor, l2, decay, rest1, beta2, rest2, step_size, root, eps = adam_scalars(scalars_ptr)
-    w, m, v = adam(w, g, m, v, factor, l2, decay, rest1, beta2, rest2, step_size, root, eps)
-    tl.store(w_ptr + i, w, mask=ok)
-    tl.store(exp_avg_ptr + i, m, mask=ok)
-    tl.store(exp_avg_sq_ptr + i, v, mask=ok)
+    factor, l2, decay, rest1, beta2, rest2, step_size, root, eps = common.adam_scalars(scalars_ptr)
+    common.adam_at(
+        w_ptr, exp_avg_ptr, exp_avg_sq_ptr, i, ok, w, g, factor, l2, decay, rest1, beta2, rest2, step_size, root, eps
+    )  # fmt: skip
 
 
 def adam_dense_(weight: Tensor, grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, scalars: Tensor) -> None:
     """Updates a contiguous ``weight`` and its moments in place; ``scalars`` are ``AdamNumbers.kernel_scalars``."""
     numel = weight.numel()
-    launch(
-        _adam_kernel, cdiv(numel, BLOCK), weight, grad.contiguous(), exp_avg, exp_avg_sq, scalars, numel, BLOCK=BLOCK
+    common.launch(
+        _adam_kernel,
+        common.cdiv(numel, common.BLOCK),
+        weight,
+        grad.contiguous(),
+        exp_avg,
+        exp_avg_sq,
+        scalars,
+        numel,
+        BLOCK=common.BLOCK,
     )
 
 

@@ -29,10 +29,8 @@ class AdamNumbers(NamedTuple):
     @classmethod
     def of(cls, step: int, group: Mapping[str, Any]) -> AdamNumbers:
         """Returns those of a parameter in a group of ``torch.optim.Adam``."""
-        beta1, beta2 = (float(beta) for beta in group["betas"])
-        decoupled = bool(group.get("decoupled_weight_decay", False))
-        lr, eps, weight_decay = float(group["lr"]), float(group["eps"]), float(group["weight_decay"])
-        return cls(step, lr, beta1, beta2, eps, weight_decay, decoupled, bool(group["maximize"]))
+        rates = map(float, (group["lr"], *group["betas"], group["eps"], group["weight_decay"]))
+        return cls._make([step, *rates, bool(group.get("decoupled_weight_decay", False)), bool(group["maximize"])])
 
     @property
     def step_size(self) -> float:
@@ -46,37 +44,20 @@ class AdamNumbers(NamedTuple):
 
     def native_floats(self) -> list[float]:
         """Returns the scalars in the order in which the native library takes them."""
-        size, root, decoupled = self.step_size, self.correction2_sqrt, float(self.decoupled)
-        return [
-            size,
-            self.beta1,
-            self.beta2,
-            self.eps,
-            root,
-            self.weight_decay,
-            self.lr,
-            decoupled,
-            float(self.maximize),
-        ]
+        rates = [self.step_size, self.beta1, self.beta2, self.eps, self.correction2_sqrt, self.weight_decay, self.lr]
+        return [*rates, float(self.decoupled), float(self.maximize)]
 
     def kernel_scalars(self, scale: float = 1.0) -> list[float]:
-        """Returns the scalars that ``triton_common.device.adam`` reads, for ``scale`` times the gradient.
+        """Returns the scalars that ``triton_common.device.adam_at`` reads, for ``scale`` times the gradient.
 
         Filled up to 64 bytes, so that rows of them all start at a multiple of 16: a kernel is compiled for the
         alignment of its pointers, and must not have to be while a CUDA graph is captured.
         """
-        numbers = [
-            -scale if self.maximize else scale,
-            0.0 if self.decoupled else self.weight_decay,
-            1 - self.lr * self.weight_decay if self.decoupled else 1.0,
-            1 - self.beta1,
-            self.beta2,
-            1 - self.beta2,
-            self.step_size,
-            self.correction2_sqrt,
-            self.eps,
-        ]
-        return numbers + [0.0] * (16 - len(numbers))
+        factor = -scale if self.maximize else scale
+        l2 = 0.0 if self.decoupled else self.weight_decay
+        decay = 1 - self.lr * self.weight_decay if self.decoupled else 1.0
+        rates = [1 - self.beta1, self.beta2, 1 - self.beta2, self.step_size, self.correction2_sqrt, self.eps]
+        return [factor, l2, decay, *rates, *[0.0] * 7]
 
 
 class Update(NamedTuple):
@@ -87,9 +68,11 @@ class Update(NamedTuple):
         numbers: the scalars of this step.
         scalars: the same where a GPU reads them when a CUDA graph is replayed, at a later step: float32
             ``[len(numbers.kernel_scalars())]``; None outside of graphs.
+        scale: of the gradient; ``scalars`` have their own.
     """
 
     exp_avg: Tensor
     exp_avg_sq: Tensor
     numbers: AdamNumbers
     scalars: Tensor | None = None
+    scale: float = 1.0

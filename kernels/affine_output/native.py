@@ -19,29 +19,20 @@ why_not = native_library.why_not
 
 def forward(h: Tensor, x: Tensor, args: AffineArgs) -> tuple[Tensor, Tensor, Tensor]:
     """Returns ``z`` ``[N, D]``, ``ladj`` ``[N]`` and ``log_scale`` ``[N, D]``; the weight may be bfloat16."""
-    result: tuple[Tensor, Tensor, Tensor] = _ops.affine_output(h, x, *args)
-    return result
+    return _ops.affine_output(h, x, *args)
 
 
-def backward(
-    batch: AffineBatch, args: AffineArgs, need_inputs: bool = True, need_weight: bool = True
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def backward(batch: AffineBatch, args: AffineArgs, need_inputs: bool, need_weight: bool) -> tuple[Tensor, ...]:
     """Returns the gradients of ``h``, the packed weight, the bias and ``x``; those not needed may be empty."""
-    grads: tuple[Tensor, Tensor, Tensor, Tensor] = _ops.affine_output_backward(*_arguments(batch, args), need_weight)
-    return grads
+    return _ops.affine_output_backward(*_arguments(batch, args), need_weight)
 
 
-def adam_(
-    batch: AffineBatch, args: AffineArgs, need_inputs: bool, update: Update, scale: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Takes a step of Adam with ``scale`` times the weight's gradient; returns the gradients of ``h``, the bias and
-    ``x``.
-    """
+def adam_(batch: AffineBatch, args: AffineArgs, need_inputs: bool, update: Update) -> tuple[Tensor, ...]:
+    """Takes a step of Adam on the weight, in place; returns the gradients of ``h``, the bias and ``x``."""
     moments = update.exp_avg, update.exp_avg_sq
-    result: tuple[Tensor, Tensor, Tensor] = _ops.affine_output_adam_(
-        *_arguments(batch, args), need_inputs, *moments, scale, update.numbers.native_floats()
+    return _ops.affine_output_adam_(
+        *_arguments(batch, args), need_inputs, *moments, update.scale, update.numbers.native_floats()
     )
-    return result
 
 
 def squared_norm(batch: AffineBatch, args: AffineArgs) -> float:

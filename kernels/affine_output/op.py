@@ -11,15 +11,14 @@ from fastmaf.kernels.affine_output.args import AFFINE_SCHEMA, AffineArgs, Affine
 from fastmaf.kernels.autocast import outside_autocast
 from fastmaf.kernels.dispatch import implementation
 from fastmaf.kernels.factored_grad import FactoredGrad, sink_of
-from fastmaf.kernels.op import call, define, differentiable, is_recorded
+from fastmaf.kernels.op import Op
 from fastmaf.kernels.padding import keep_zero
 
 
 def _forward(h: Tensor, x: Tensor, *fields: Any) -> tuple[Tensor, Tensor, Tensor]:
     args = AffineArgs(*fields)
     keep_zero([args.weight], [args.prefix], [args.tiles])
-    result: tuple[Tensor, Tensor, Tensor] = implementation("affine_output", x).forward(h, x, args)
-    return result
+    return implementation("affine_output", x).forward(h, x, args)
 
 
 def _forward_fake(h: Tensor, x: Tensor, *fields: Any) -> tuple[Tensor, Tensor, Tensor]:
@@ -28,8 +27,7 @@ def _forward_fake(h: Tensor, x: Tensor, *fields: Any) -> tuple[Tensor, Tensor, T
 
 def _backward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     batch, args = AffineBatch(*arguments[:6]), AffineArgs(*arguments[6:])
-    grads: tuple[Tensor, Tensor, Tensor, Tensor] = implementation("affine_output", batch.z).backward(batch, args)
-    return grads
+    return implementation("affine_output", batch.z).backward(batch, args, True, True)
 
 
 def _backward_fake(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -40,43 +38,42 @@ def _backward_fake(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
     *tensors, ctx.bound, ctx.soft = inputs
-    ctx.differentiable = 4
     z, _, log_scale = output
-    ctx.save_for_backward(*tensors, z, log_scale)
+    ctx.save_for_backward(z, log_scale, *tensors)
 
 
 @outside_autocast
 def _autograd(ctx: Any, grad_z: Tensor, grad_ladj: Tensor, grad_log_scale: Tensor) -> tuple[Tensor | None, ...]:
-    h, x, weight, bias, prefix, tiles, z, log_scale = ctx.saved_tensors
-    grads, args = (grad_z, grad_ladj, grad_log_scale), AffineArgs(weight, bias, prefix, tiles, ctx.bound, ctx.soft)
-    batch = AffineBatch(grad_z, grad_ladj, grad_log_scale, h, z, log_scale)
+    z, log_scale, h, x, *tensors = ctx.saved_tensors
+    grads, args = (grad_z, grad_ladj, grad_log_scale), AffineArgs._make([*tensors, ctx.bound, ctx.soft])
     if composite.needed_for(grads):
-
-        def function(h: Tensor, x: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-            return composite.affine_output(h, x, args._replace(weight=weight, bias=bias))
-
-        return *composite.gradients(function, (h, x, weight, bias), grads), None, None, None, None
+        values = composite.gradients(
+            lambda h, x, weight, bias: composite.affine_output(h, x, args._replace(weight=weight, bias=bias)),
+            (h, x, args.weight, args.bias),
+            grads,
+        )
+        return *values, None, None, None, None
+    batch = AffineBatch(*grads, h, z, log_scale)
     grad_weight: Tensor | None = None
-    if (sink := sink_of(weight, ctx)) is not None:
+    if (sink := sink_of(args.weight, ctx)) is not None:
         grad_h, grad_bias, grad_x = sink.take(FactoredGrad("affine_output", batch, args), True)
     else:
-        backward = _BACKWARD if is_recorded(h) else _backward
-        grad_h, grad_weight, grad_bias, grad_x = backward(*batch, *args)
+        grad_h, grad_weight, grad_bias, grad_x = _BACKWARD(*batch, *args)
     return grad_h, grad_x, grad_weight, grad_bias, None, None, None, None
 
 
-_BACKWARD = define(
+_BACKWARD = Op(
     "affine_output_backward",
     f"(Tensor grad_z, Tensor grad_ladj, Tensor grad_log_scale, Tensor h, Tensor z, Tensor log_scale, {AFFINE_SCHEMA})"
     " -> (Tensor, Tensor, Tensor, Tensor)",
     _backward,
     _backward_fake,
 )
-_FORWARD = differentiable(
-    define(
-        "affine_output", f"(Tensor h, Tensor x, {AFFINE_SCHEMA}) -> (Tensor, Tensor, Tensor)", _forward, _forward_fake
-    ),
+_FORWARD = Op(
+    "affine_output",
+    f"(Tensor h, Tensor x, {AFFINE_SCHEMA}) -> (Tensor, Tensor, Tensor)",
     _forward,
+    _forward_fake,
     _setup_context,
     _autograd,
 )
@@ -97,5 +94,4 @@ def affine_output(h: Tensor, x: Tensor, args: AffineArgs) -> tuple[Tensor, Tenso
     if composite.needed():
         return composite.affine_output(h, x, args)
     tensors = h.contiguous(), x.contiguous(), args.weight.contiguous(), args.bias.contiguous()
-    result: tuple[Tensor, Tensor, Tensor] = call(_FORWARD, (*tensors, *args[2:]), tensors)
-    return result
+    return _FORWARD(*tensors, *args[2:], tensors=tensors)

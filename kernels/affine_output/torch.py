@@ -14,11 +14,10 @@ import math
 import torch
 from torch import Tensor
 
-from fastmaf.kernels.adam.op import adam_step_
 from fastmaf.kernels.adam.update import Update
 from fastmaf.kernels.affine_output.args import AffineArgs, AffineBatch
 from fastmaf.kernels.masked_linear import torch as linear
-from fastmaf.kernels.masked_linear.args import LinearArgs
+from fastmaf.kernels.masked_linear.args import LinearArgs, LinearBatch
 
 
 def bound_log_scale(u: Tensor, bound: float, soft: bool) -> Tensor:
@@ -43,19 +42,24 @@ def forward(h: Tensor, x: Tensor, args: AffineArgs) -> tuple[Tensor, Tensor, Ten
     return z, -log_scale.sum(1), log_scale
 
 
-def backward(
-    batch: AffineBatch, args: AffineArgs, need_inputs: bool = True, need_weight: bool = True
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def backward(batch: AffineBatch, args: AffineArgs, need_inputs: bool, need_weight: bool) -> tuple[Tensor, ...]:
     """Returns the gradients of ``h``, the packed weight (zero in the padding), the bias and ``x``.
 
-    Those of ``h`` and ``x`` and that of the weight are empty when not needed.
+    That of the weight is empty when not needed, and those of ``h`` and ``x`` may be.
     """
-    h, layer = batch.h, LinearArgs(*args[:4])
-    grad_out, grad_x = grad_product(batch, args)
-    grad_weight = linear.grad_weight(grad_out, h, layer) if need_weight else h.new_empty(0)
-    if not need_inputs:
-        return h.new_empty(0), grad_weight, grad_out.sum(0), h.new_empty(0)
-    return linear.grad_input(grad_out, args.weight, args.tiles, h.shape[1]), grad_weight, grad_out.sum(0), grad_x
+    g, grad_x = grad_product(batch, args)
+    return *linear.backward(product_batch(g, batch), LinearArgs(*args[:4]), need_inputs, need_weight), grad_x
+
+
+def adam_(batch: AffineBatch, args: AffineArgs, need_inputs: bool, update: Update) -> tuple[Tensor, ...]:
+    """Takes a step of Adam on the weight, in place; returns the gradients of ``h``, the bias and ``x``."""
+    g, grad_x = grad_product(batch, args)
+    return *linear.adam_(product_batch(g, batch), LinearArgs(*args[:4]), need_inputs, update), grad_x
+
+
+def squared_norm(batch: AffineBatch, args: AffineArgs) -> Tensor:
+    """Returns the sum of the squares of the weight's gradient."""
+    return linear.squared_norm(product_batch(grad_product(batch, args)[0], batch), LinearArgs(*args[:4]))
 
 
 def grad_product(batch: AffineBatch, args: AffineArgs) -> tuple[Tensor, Tensor]:
@@ -66,17 +70,6 @@ def grad_product(batch: AffineBatch, args: AffineArgs) -> tuple[Tensor, Tensor]:
     return torch.stack((-grad_x, grad_a * slope), dim=2).flatten(1), grad_x
 
 
-def adam_(
-    batch: AffineBatch, args: AffineArgs, need_inputs: bool, update: Update, scale: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Takes a step of Adam with ``scale`` times the weight's gradient; returns the gradients of ``h``, the bias and
-    ``x``.
-    """
-    grad_h, grad, grad_bias, grad_x = backward(batch, args, need_inputs)
-    adam_step_(args.weight, grad.mul_(scale), update)
-    return grad_h, grad_bias, grad_x
-
-
-def squared_norm(batch: AffineBatch, args: AffineArgs) -> Tensor:
-    """Returns the sum of the squares of the weight's gradient."""
-    return backward(batch, args, need_inputs=False)[1].double().square().sum()
+def product_batch(g: Tensor, batch: AffineBatch) -> LinearBatch:
+    """Returns the tensors of the backward pass of the layer's product, a ``masked_linear`` without activation."""
+    return LinearBatch(g, batch.h, g)  # there is no y to be read

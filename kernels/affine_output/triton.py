@@ -17,21 +17,12 @@ from torch import Tensor
 
 from fastmaf.kernels.adam.update import Update
 from fastmaf.kernels.affine_output.args import AffineArgs, AffineBatch
-from fastmaf.kernels.masked_linear.triton import shape_of
-from fastmaf.kernels.masked_linear.triton_backward import WeightMode, adam_step, products, sum_slots
+from fastmaf.kernels.affine_output.torch import product_batch
+from fastmaf.kernels.masked_linear import triton as linear
+from fastmaf.kernels.masked_linear.args import LinearArgs
+from fastmaf.kernels.triton_common import device as common
 from fastmaf.kernels.triton_common import work_lists
-from fastmaf.kernels.triton_common.device import (
-    BLOCK,
-    bound_slope,
-    bounded,
-    cdiv,
-    exponential,
-    launch,
-    power_of_two,
-    product,
-    target,
-    why_not,
-)
+from fastmaf.kernels.triton_common.device import why_not
 
 __all__ = ["adam_", "backward", "forward", "squared_norm", "why_not"]
 
@@ -48,14 +39,11 @@ def _affine_output_fwd_kernel(
     block, k_end = tl.load(item), tl.load(item + 2)
     j = block * BLOCK_J + tl.arange(0, BLOCK_J)
     row_ok = j < 2 * features
-    base = tl.load(base_ptr + j, mask=row_ok, other=0)
-    width = tl.load(width_ptr + j, mask=row_ok, other=0)
+    base, width = common.rows_at(base_ptr, width_ptr, j, row_ok, ALIGNED)
     if ALIGNED:
-        base = tl.multiple_of(base, 16)
-        width = tl.multiple_of(width, 16)
         k_end = tl.multiple_of(k_end, 16)
     sample = tl.program_id(0) % tiles * BLOCK_N + tl.arange(0, BLOCK_N)
-    out = product(
+    out = common.product(
         h_ptr, sample, sample < n, hidden, w_ptr, base, width, row_ok, 0, k_end,
         BLOCK_N, BLOCK_J, BLOCK_K, LANES, PRECISION,
     )  # fmt: skip
@@ -64,8 +52,8 @@ def _affine_output_fwd_kernel(
     d = block * (BLOCK_J // 2) + tl.arange(0, BLOCK_J // 2)
     ok = (sample < n)[:, None] & (d < features)[None, :]
     at = sample.to(tl.int64)[:, None] * features + d[None, :]
-    a = bounded(u, bound, SOFT)
-    z = (tl.load(x_ptr + at, mask=ok, other=0.0) - shift) * exponential(-a)
+    a = common.bounded(u, bound, SOFT)
+    z = (tl.load(x_ptr + at, mask=ok, other=0.0) - shift) * common.exponential(-a)
     tl.store(z_ptr + at, z, mask=ok)
     tl.store(log_scale_ptr + at, a, mask=ok)
     share = tl.sum(tl.where(ok, a, 0.0).to(tl.float64), 1)
@@ -85,30 +73,30 @@ def _affine_output_grad_kernel(
     at = sample * features + d
     a = tl.load(log_scale_ptr + at, mask=ok, other=0.0)
     grad_z = tl.load(grad_z_ptr + at, mask=ok, other=0.0)
-    grad_x = grad_z * exponential(-a)
+    grad_x = grad_z * common.exponential(-a)
     grad_a = -grad_z * tl.load(z_ptr + at, mask=ok, other=0.0) - tl.load(grad_ladj_ptr + sample)
     if GRAD_A:
         grad_a += tl.load(grad_a_ptr + at, mask=ok, other=0.0)
     tl.store(grad_x_ptr + at, grad_x, mask=ok)
-    both = tl.interleave(-grad_x, grad_a * bound_slope(a, bound, SOFT))
+    both = tl.interleave(-grad_x, grad_a * common.bound_slope(a, bound, SOFT))
     j = tl.program_id(0) % chunks * (2 * BLOCK_D) + tl.arange(0, 2 * BLOCK_D)
     tl.store(g_ptr + sample * 2 * features + j, both, mask=j < 2 * features)
 
 
 @triton.jit
-def _ladj_kernel(shares_ptr, ladj_ptr, n, count, sign, BLOCK_B: tl.constexpr):
-    """The sum of the shares [count, n] of one sample, times sign."""
+def _ladj_kernel(shares_ptr, ladj_ptr, n, count, BLOCK_B: tl.constexpr):
+    """Minus the sum of the shares [count, n] of one sample."""
     sample = tl.program_id(0)
     total = tl.zeros([BLOCK_B], tl.float64)
     for start in range(0, count, BLOCK_B):
         b = start + tl.arange(0, BLOCK_B)
         total += tl.load(shares_ptr + b.to(tl.int64) * n + sample, mask=b < count, other=0.0)
-    tl.store(ladj_ptr + sample, (sign * tl.sum(total, 0)).to(tl.float32))
+    tl.store(ladj_ptr + sample, (-tl.sum(total, 0)).to(tl.float32))
 
 
 def shares_of(h: Tensor, features: int) -> int:
     """Returns how many shares of a sample's log-determinant ``forward_into`` writes."""
-    return cdiv(2 * features, shape_of(h, h.shape[0], True).rows)
+    return common.cdiv(2 * features, linear.shape_of(h, h.shape[0], True).rows)
 
 
 def forward(h: Tensor, x: Tensor, args: AffineArgs) -> tuple[Tensor, Tensor, Tensor]:
@@ -123,23 +111,22 @@ def forward_into(z: Tensor, log_scale: Tensor, shares: Tensor, h: Tensor, x: Ten
     """Writes ``z``, ``log_scale`` and the shares ``[shares_of, N]`` (float64) of the sums of log-scales."""
     (n, hidden), features = h.shape, x.shape[1]
     rows = work_lists.rows(args.tiles, h.device)
-    shape = shape_of(h, n, rows.aligned)
+    shape = linear.shape_of(h, n, rows.aligned)
     work = work_lists.forward(args.tiles, h.device, shape.rows, shape.columns, 0)  # rows suffice: nothing is split
-    launch(
+    common.launch(
         _affine_output_fwd_kernel,
-        len(work.items) * cdiv(n, shape.samples),
+        len(work.items) * common.cdiv(n, shape.samples),
         h, args.weight, args.bias, x, rows.base, rows.width, work.items, z, log_scale, shares, args.bound, n, hidden,
         features,
-        BLOCK_N=shape.samples, BLOCK_J=shape.rows, BLOCK_K=shape.columns, SOFT=_bends(args), LANES=shape.lanes,
-        ALIGNED=rows.aligned, PRECISION=target(h).precision, num_warps=shape.warps, num_stages=shape.stages,
+        SOFT=_bends(args), **shape.options,
     )  # fmt: skip
 
 
-def ladj_of(shares: Tensor, sign: float = -1.0) -> Tensor:
-    """Returns ``sign`` times the sums of the shares ``[count, N]``."""
+def ladj_of(shares: Tensor) -> Tensor:
+    """Returns minus the sums of the shares ``[count, N]``."""
     count, n = shares.shape
     ladj = torch.empty(n, dtype=torch.float32, device=shares.device)
-    launch(_ladj_kernel, n, shares, ladj, n, count, sign, BLOCK_B=power_of_two(count, 1, BLOCK))
+    common.launch(_ladj_kernel, n, shares, ladj, n, count, BLOCK_B=common.power_of_two(count, 1, common.BLOCK))
     return ladj
 
 
@@ -151,11 +138,11 @@ def grad_product(batch: AffineBatch, args: AffineArgs) -> tuple[Tensor, Tensor]:
     n, features = z.shape
     g, grad_x = z.new_empty(n, 2 * features), torch.empty_like(z)
     grad_a = None if grad_log_scale is None else grad_log_scale.contiguous()
-    launch(
+    common.launch(
         _affine_output_grad_kernel,
-        n * cdiv(features, BLOCK // 2),
+        n * common.cdiv(features, common.BLOCK // 2),
         grad_z.contiguous(), grad_ladj.contiguous(), grad_a, z, log_scale, g, grad_x, args.bound, n, features,
-        BLOCK_D=BLOCK // 2, SOFT=_bends(args), GRAD_A=grad_a is not None,
+        BLOCK_D=common.BLOCK // 2, SOFT=_bends(args), GRAD_A=grad_a is not None,
     )  # fmt: skip
     return g, grad_x
 
@@ -164,36 +151,18 @@ def _bends(args: AffineArgs) -> bool:
     return args.soft and not math.isinf(args.bound)
 
 
-def backward(
-    batch: AffineBatch, args: AffineArgs, need_inputs: bool = True, need_weight: bool = True
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Returns the gradients of ``h``, the packed weight, the bias and ``x``; those not needed are empty."""
-    (g, grad_x), h = grad_product(batch, args), batch.h
-    empty = h.new_empty(0)
-    if not (need_inputs or need_weight):
-        return empty, empty, g.sum(0), empty
-    grad_w = torch.empty_like(args.weight, dtype=h.dtype) if need_weight else None
-    mode: WeightMode = "store" if need_weight else "none"
-    partial, counts, grad_bias = products(g, h, args, need_x=need_inputs, mode=mode, grad_w=grad_w)
-    grad_h = sum_slots(torch.empty_like(h), partial, counts) if need_inputs else empty
-    return grad_h, empty if grad_w is None else grad_w, grad_bias if need_weight else g.sum(0), grad_x
+def backward(batch: AffineBatch, args: AffineArgs, need_inputs: bool, need_weight: bool) -> tuple[Tensor, ...]:
+    """Returns the gradients of ``h``, the packed weight, the bias and ``x``; the first two empty when not needed."""
+    g, grad_x = grad_product(batch, args)
+    return *linear.backward(product_batch(g, batch), LinearArgs(*args[:4]), need_inputs, need_weight), grad_x
 
 
-def adam_(
-    batch: AffineBatch, args: AffineArgs, need_inputs: bool, update: Update, scale: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Takes a step of Adam with ``scale`` times the weight's gradient; returns the gradients of ``h``, the bias and
-    ``x``.
-    """
-    (g, grad_x), h = grad_product(batch, args), batch.h
-    step = adam_step(update, h.device, scale)
-    partial, counts, grad_bias = products(g, h, args, need_x=need_inputs, mode="adam", step=step)
-    if not need_inputs:
-        return h.new_empty(0), grad_bias, h.new_empty(0)
-    return sum_slots(torch.empty_like(h), partial, counts), grad_bias, grad_x
+def adam_(batch: AffineBatch, args: AffineArgs, need_inputs: bool, update: Update) -> tuple[Tensor, ...]:
+    """Takes a step of Adam on the weight, in place; returns the gradients of ``h``, the bias and ``x``."""
+    g, grad_x = grad_product(batch, args)
+    return *linear.adam_(product_batch(g, batch), LinearArgs(*args[:4]), need_inputs, update), grad_x
 
 
 def squared_norm(batch: AffineBatch, args: AffineArgs) -> Tensor:
     """Returns the sum of the squares of the weight's gradient."""
-    sums, _, _ = products(grad_product(batch, args)[0], batch.h, args, need_x=False, mode="norm")
-    return sums.double().sum()
+    return linear.squared_norm(product_batch(grad_product(batch, args)[0], batch), LinearArgs(*args[:4]))

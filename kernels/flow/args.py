@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
 from fastmaf.kernels.affine_output.args import AffineArgs
 from fastmaf.kernels.masked_linear.args import LinearArgs, check_activation
+
+T = TypeVar("T")
 
 
 class Block(NamedTuple):
@@ -63,35 +65,53 @@ class FlowArgs(NamedTuple):
 
     def hidden(self, layer: int) -> LinearArgs:
         """Returns a hidden layer, by its number."""
-        return LinearArgs(
-            self.weights[layer], self.biases[layer], self.prefixes[layer], self.tiles[layer], self.activation
-        )
+        return LinearArgs._make([*(part[layer] for part in self[:4]), self.activation])
 
     def output(self, block: int, layer: int) -> AffineArgs:
         """Returns the output layer of a block, by the numbers of both."""
-        layers = self.weights[layer], self.biases[layer], self.prefixes[layer], self.tiles[layer]
-        return AffineArgs(*layers, self.bounds[block], self.softs[block])
+        return AffineArgs._make([*(part[layer] for part in self[:4]), self.bounds[block], self.softs[block]])
 
-    def with_parameters(self, weights: Sequence[Tensor], biases: Sequence[Tensor]) -> FlowArgs:
-        """Returns the same blocks with other parameters."""
-        return self._replace(weights=list(weights), biases=list(biases))
+    @property
+    def parameters(self) -> list[Tensor]:
+        """The weights, then the biases."""
+        return [*self.weights, *self.biases]
+
+    def with_parameters(self, parameters: Sequence[Tensor]) -> FlowArgs:
+        """Returns the same blocks with other ``parameters``; or with none, to hold the rest."""
+        weights, biases = halves(parameters)
+        return self._replace(weights=weights, biases=biases)
 
     def inverted(self) -> FlowArgs:
         """Returns the blocks in the order of inversion, with the inverses of the permutations."""
         layers = [i for block in reversed(self.layers_of_blocks()) for i in block]
         weights, biases, prefixes, tiles = ([part[i] for i in layers] for part in self[:4])
         permutations = [inverse_permutation(p) if p.numel() else p for p in reversed(self.permutations)]
-        return FlowArgs(
-            weights,
-            biases,
-            prefixes,
-            tiles,
-            self.schedules[::-1],
-            permutations,
-            self.activation,
-            self.bounds[::-1],
-            self.softs[::-1],
-        )
+        schedules, bounds, softs = self.schedules[::-1], self.bounds[::-1], self.softs[::-1]
+        return FlowArgs(weights, biases, prefixes, tiles, schedules, permutations, self.activation, bounds, softs)
+
+
+class FlowBatch(NamedTuple):
+    """What a backward pass of ``flow_forward`` starts from.
+
+    Attributes:
+        grad_z, grad_ladj: ``[N, D]`` and ``[N]``, the gradients of the outputs.
+        saved: what the forward pass saved; see ``saved.py``.
+    """
+
+    grad_z: Tensor
+    grad_ladj: Tensor
+    saved: Tensor
+
+
+def halves(sequence: Sequence[T]) -> tuple[list[T], list[T]]:
+    """Returns the weights' and the biases' entries of a sequence with one for each of both, in this order."""
+    half = len(sequence) // 2
+    return list(sequence[:half]), list(sequence[half:])
+
+
+def permuted(x: Tensor, permutation: Tensor) -> Tensor:
+    """Returns ``x[:, permutation]``, or ``x`` where the permutation is empty."""
+    return x[:, permutation] if permutation.numel() else x
 
 
 def inverse_permutation(permutation: Tensor) -> Tensor:

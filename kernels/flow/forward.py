@@ -3,29 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import partial
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from fastmaf.kernels import composite
+from fastmaf.kernels.adam.update import Update
 from fastmaf.kernels.autocast import outside_autocast
 from fastmaf.kernels.dispatch import implementation
-from fastmaf.kernels.factored_grad import FactoredGrad, GradientSink, sink_of
-from fastmaf.kernels.flow.args import FLOW_SCHEMA, FlowArgs
+from fastmaf.kernels.factored_grad import GradientSink, sink_of
+from fastmaf.kernels.flow.args import FLOW_SCHEMA, FlowArgs, FlowBatch, halves
 from fastmaf.kernels.flow.saved import backward, first_x, saved_numel
-from fastmaf.kernels.op import call, define, differentiable, is_recorded, records_gradients
+from fastmaf.kernels.op import Op, records_gradients
 from fastmaf.kernels.padding import keep_zero
-
-T = TypeVar("T")
 
 
 def _forward(x: Tensor, *fields: Any) -> tuple[Tensor, Tensor, Tensor]:
     args = FlowArgs(*fields[:-1])
     keep_zero(args.weights, args.prefixes, args.tiles)
-    result: tuple[Tensor, Tensor, Tensor] = implementation("flow", x).forward(x, args, fields[-1])
-    return result
+    return implementation("flow", x).forward(x, args, fields[-1])
 
 
 def _forward_fake(x: Tensor, *fields: Any) -> tuple[Tensor, Tensor, Tensor]:
@@ -33,22 +30,15 @@ def _forward_fake(x: Tensor, *fields: Any) -> tuple[Tensor, Tensor, Tensor]:
     return x.new_empty(x.shape), x.new_empty(n), x.new_empty(saved_numel(FlowArgs(*fields[:-1]), n) if save else 0)
 
 
-def _backward(
-    grad_z: Tensor, grad_ladj: Tensor, saved: Tensor, *fields: Any
-) -> tuple[Tensor, list[Tensor], list[Tensor]]:
-    backend = implementation("flow", grad_z)
-    grads: tuple[Tensor, list[Tensor], list[Tensor]] = backend.backward(
-        grad_z, grad_ladj, saved, FlowArgs(*fields[:-1]), fields[-1]
-    )
-    return grads
+def _backward(*arguments: Any) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+    batch, args = FlowBatch(*arguments[:3]), FlowArgs(*arguments[3:-1])
+    return implementation("flow", batch.grad_z).backward(batch, args, arguments[-1])
 
 
-def _backward_fake(
-    grad_z: Tensor, grad_ladj: Tensor, saved: Tensor, *fields: Any
-) -> tuple[Tensor, list[Tensor], list[Tensor]]:
-    weights, biases, need_grad_x = fields[0], fields[1], fields[-1]
+def _backward_fake(*arguments: Any) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+    grad_z, args, need_grad_x = arguments[0], FlowArgs(*arguments[3:-1]), arguments[-1]
     grad_x = grad_z.new_empty(grad_z.shape[0] if need_grad_x else 0, grad_z.shape[1])
-    return grad_x, [grad_z.new_empty(w.shape) for w in weights], [b.new_empty(b.shape) for b in biases]
+    return grad_x, [grad_z.new_empty(w.shape) for w in args.weights], [b.new_empty(b.shape) for b in args.biases]
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
@@ -56,11 +46,11 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
     args, ctx.saves = FlowArgs(*inputs[1:-1]), inputs[-1]
     ctx.set_materialize_grads(False)  # that of `saved` would be as large as it is
     ctx.mark_non_differentiable(saved)
-    ctx.differentiable, ctx.need_grad_x = 3, inputs[0].requires_grad
+    ctx.need_grad_x = inputs[0].requires_grad
     # x is saved once already; for a second derivative it must be the tensor that came in.
     x = inputs[0] if ctx.need_grad_x else z.new_empty(0)
-    ctx.save_for_backward(z, ladj, saved, x, *args.weights, *args.biases)
-    ctx.args = args.with_parameters([], [])  # the rest is never written to
+    ctx.save_for_backward(z, ladj, saved, x, *args.parameters)
+    ctx.args = args.with_parameters([])  # the rest is never written to
 
 
 @outside_autocast
@@ -70,77 +60,50 @@ def _autograd(ctx: Any, grad_z: Tensor | None, grad_ladj: Tensor | None, _: Any)
             "flow_forward was called with save=False, for passes that record no gradients: nothing was saved for a "
             "backward pass"
         )
-    z, ladj, saved, x, *tensors = ctx.saved_tensors
-    args: FlowArgs = ctx.args.with_parameters(*_halves(tensors))
+    z, ladj, saved, x, *parameters = ctx.saved_tensors
+    args: FlowArgs = ctx.args.with_parameters(parameters)
     none = *([None] * len(part) for part in args[2:6]), None, None, None, None
     if composite.needed_for((grad_z, grad_ladj)):
         x = x if x.requires_grad else first_x(args, saved, z.shape[0])
-        grads = composite.gradients(partial(_composite, args), (x, *tensors), (grad_z, grad_ladj))
-        return grads[0], *_halves(grads[1:]), *none
+        grads = composite.flow_gradients(composite.flow_forward, x, args, (grad_z, grad_ladj))
+        return grads[0], *halves(grads[1:]), *none
     grad_z = torch.zeros_like(z) if grad_z is None else grad_z
-    grad_ladj = torch.zeros_like(ladj) if grad_ladj is None else grad_ladj
+    batch = FlowBatch(grad_z, torch.zeros_like(ladj) if grad_ladj is None else grad_ladj, saved)
     sinks = [sink_of(weight, ctx) for weight in args.weights]
-    result: Any
-    if any(sinks):
-        result = _to_sinks(ctx, sinks, grad_z, grad_ladj, saved, args)
-    else:
-        result = (_BACKWARD if is_recorded(grad_z) else _backward)(grad_z, grad_ladj, saved, *args, ctx.need_grad_x)
+    result = _to_sinks(ctx, sinks, batch, args) if any(sinks) else _BACKWARD(*batch, *args, ctx.need_grad_x)
     return result[0] if ctx.need_grad_x else None, *result[1:], *none
 
 
-def _composite(args: FlowArgs, x: Tensor, *tensors: Tensor) -> tuple[Tensor, Tensor]:
-    return composite.flow_forward(x, args.with_parameters(*_halves(tensors)))
-
-
-def _halves(sequence: Sequence[T]) -> tuple[list[T], list[T]]:
-    half = len(sequence) // 2
-    return list(sequence[:half]), list(sequence[half:])
-
-
-def _to_sinks(
-    ctx: Any,
-    sinks: Sequence[GradientSink | None],
-    grad_z: Tensor,
-    grad_ladj: Tensor,
-    saved: Tensor,
-    args: FlowArgs,
-) -> Any:
+def _to_sinks(ctx: Any, sinks: Sequence[GradientSink | None], batch: FlowBatch, args: FlowArgs) -> tuple[Any, ...]:
     """Runs the backward pass with the weight gradients handed to their sinks, where they have one."""
-    grad_weights: list[Tensor | None] = [None] * len(sinks)
-    ready = [sink for sink in sinks if sink is not None and sink.updates_at_once]
-    if len(ready) == len(sinks):
-        backend = implementation("flow", grad_z)
-        updates, bias_updates = [sink.begin_update() for sink in ready], None
-        if backend.UPDATES_BIASES:
-            of_biases = [sink_of(bias, ctx) for bias in args.biases]
-            if all(sink is not None and sink.updates_at_once for sink in of_biases):
-                bias_updates = [sink.begin_update() for sink in of_biases if sink is not None]
-        grad_x, grad_biases = backend.adam_(grad_z, grad_ladj, saved, args, ctx.need_grad_x, updates, bias_updates)
-        return grad_x, grad_weights, [None] * len(args.biases) if bias_updates else grad_biases
-
-    def step(layer: int, factored: FactoredGrad, need_inputs: bool) -> tuple[Tensor, ...]:
-        sink = sinks[layer]
-        if sink is not None:
-            return sink.take(factored, need_inputs)
-        if args.weights[layer].requires_grad:
-            grad_weights[layer] = factored.grad_weight()
-        return factored.grad_inputs(need_inputs)
-
-    grad_x, grad_biases = backward(grad_z, grad_ladj, saved, args, ctx.need_grad_x, step)
-    return grad_x, grad_weights, grad_biases
+    updates = _begin_updates(sinks)
+    if updates is None:
+        return backward(batch, args, ctx.need_grad_x, sinks)
+    backend = implementation("flow", batch.grad_z)
+    of_biases = [sink_of(bias, ctx) for bias in args.biases]
+    bias_updates = _begin_updates(of_biases) if backend.UPDATES_BIASES else None
+    grad_x, grad_biases = backend.adam_(batch, args, ctx.need_grad_x, updates, bias_updates)
+    none = [None] * len(updates)
+    return grad_x, none, none if bias_updates else grad_biases
 
 
-_BACKWARD = define(
+def _begin_updates(sinks: Sequence[GradientSink | None]) -> list[Update] | None:
+    """Begins the updates of all sinks; of none unless all are there and update at once."""
+    begin = [sink.begin_update for sink in sinks if sink is not None and sink.begin_update is not None]
+    return [begin_update() for begin_update in begin] if len(begin) == len(sinks) else None
+
+
+_BACKWARD = Op(
     "flow_backward",
     f"(Tensor grad_z, Tensor grad_ladj, Tensor saved, {FLOW_SCHEMA}, bool need_grad_x) -> (Tensor, Tensor[], Tensor[])",
     _backward,
     _backward_fake,
 )
-_FORWARD = differentiable(
-    define(
-        "flow_forward", f"(Tensor x, {FLOW_SCHEMA}, bool save) -> (Tensor, Tensor, Tensor)", _forward, _forward_fake
-    ),
+_FORWARD = Op(
+    "flow_forward",
+    f"(Tensor x, {FLOW_SCHEMA}, bool save) -> (Tensor, Tensor, Tensor)",
     _forward,
+    _forward_fake,
     _setup_context,
     _autograd,
 )
@@ -160,5 +123,6 @@ def flow_forward(x: Tensor, args: FlowArgs) -> tuple[Tensor, Tensor]:
         return composite.flow_forward(x, args)
     x = x.contiguous()
     tensors = x, *args.weights, *args.biases
-    z, ladj, _ = call(_FORWARD, (x, *args, records_gradients(tensors)), tensors)
+    save = records_gradients(tensors)
+    z, ladj, _ = _FORWARD(x, *args, save, tensors=tensors if save else ())
     return z, ladj

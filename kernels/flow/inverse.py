@@ -9,16 +9,15 @@ from torch import Tensor
 from fastmaf.kernels import composite
 from fastmaf.kernels.autocast import outside_autocast
 from fastmaf.kernels.dispatch import implementation
-from fastmaf.kernels.flow.args import FLOW_SCHEMA, FlowArgs
-from fastmaf.kernels.op import call, define, differentiable, is_recorded
+from fastmaf.kernels.flow.args import FLOW_SCHEMA, FlowArgs, halves
+from fastmaf.kernels.op import Op
 from fastmaf.kernels.padding import keep_zero
 
 
 def _inverse(z: Tensor, *fields: Any) -> tuple[Tensor, Tensor]:
     args = FlowArgs(*fields)
     keep_zero(args.weights, args.prefixes, args.tiles)
-    result: tuple[Tensor, Tensor] = implementation("flow", z).inverse(z, args)
-    return result
+    return implementation("flow", z).inverse(z, args)
 
 
 def _inverse_fake(z: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
@@ -26,9 +25,7 @@ def _inverse_fake(z: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
 
 
 def _backward(grad_x: Tensor, grad_ladj: Tensor, z: Tensor, *fields: Any) -> list[Tensor]:
-    args = FlowArgs(*fields)
-    grads: list[Tensor] = implementation("flow", z).inverse_backward(grad_x, grad_ladj, z, args)
-    return grads
+    return implementation("flow", z).inverse_backward(grad_x, grad_ladj, z, FlowArgs(*fields))
 
 
 def _backward_fake(grad_x: Tensor, grad_ladj: Tensor, z: Tensor, *fields: Any) -> list[Tensor]:
@@ -37,37 +34,33 @@ def _backward_fake(grad_x: Tensor, grad_ladj: Tensor, z: Tensor, *fields: Any) -
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     args = FlowArgs(*inputs[1:])
-    ctx.differentiable = 3
-    ctx.save_for_backward(inputs[0], *args.weights, *args.biases)
-    ctx.args = args.with_parameters([], [])  # the rest is never written to
+    ctx.save_for_backward(inputs[0], *args.parameters)
+    ctx.args = args.with_parameters([])  # the rest is never written to
 
 
 @outside_autocast
 def _autograd(ctx: Any, grad_x: Tensor, grad_ladj: Tensor) -> tuple[Any, ...]:
-    z, *tensors = ctx.saved_tensors
-    k = len(tensors) // 2
-    args: FlowArgs = ctx.args.with_parameters(tensors[:k], tensors[k:])
+    z, *parameters = ctx.saved_tensors
+    args: FlowArgs = ctx.args.with_parameters(parameters)
     if composite.needed_for((grad_x, grad_ladj)):
-
-        def function(z: Tensor, *tensors: Tensor) -> tuple[Tensor, Tensor]:
-            return composite.flow_inverse(z, args.with_parameters(tensors[:k], tensors[k:]))
-
-        grads: Any = composite.gradients(function, (z, *tensors), (grad_x, grad_ladj))
+        grad_z, *grads = composite.flow_gradients(composite.flow_inverse, z, args, (grad_x, grad_ladj))
     else:
-        grads = (_BACKWARD if is_recorded(z) else _backward)(grad_x, grad_ladj, z, *args)
+        grad_z, *grads = _BACKWARD(grad_x, grad_ladj, z, *args)
     none = ([None] * len(part) for part in args[2:6])
-    return grads[0], grads[1 : k + 1], grads[k + 1 :], *none, None, None, None
+    return grad_z, *halves(grads), *none, None, None, None
 
 
-_BACKWARD = define(
+_BACKWARD = Op(
     "flow_inverse_backward",
     f"(Tensor grad_x, Tensor grad_ladj, Tensor z, {FLOW_SCHEMA}) -> Tensor[]",
     _backward,
     _backward_fake,
 )
-_INVERSE = differentiable(
-    define("flow_inverse", f"(Tensor z, {FLOW_SCHEMA}) -> (Tensor, Tensor)", _inverse, _inverse_fake),
+_INVERSE = Op(
+    "flow_inverse",
+    f"(Tensor z, {FLOW_SCHEMA}) -> (Tensor, Tensor)",
     _inverse,
+    _inverse_fake,
     _setup_context,
     _autograd,
 )
@@ -87,5 +80,4 @@ def flow_inverse(z: Tensor, args: FlowArgs) -> tuple[Tensor, Tensor]:
     if composite.needed():
         return composite.flow_inverse(z, args)
     z = z.contiguous()
-    result: tuple[Tensor, Tensor] = call(_INVERSE, (z, *args), (z, *args.weights, *args.biases))
-    return result
+    return _INVERSE(z, *args, tensors=(z, *args.weights, *args.biases))

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fastmaf.kernels import native_library
 from fastmaf.kernels.adam.update import Update
-from fastmaf.kernels.flow.args import FlowArgs
+from fastmaf.kernels.flow.args import FlowArgs, FlowBatch
 from fastmaf.kernels.flow.torch import UPDATES_BIASES, inverse_backward
 
 __all__ = ["UPDATES_BIASES", "adam_", "backward", "forward", "inverse", "inverse_backward", "why_not"]
@@ -22,41 +22,30 @@ why_not = native_library.why_not
 
 def forward(x: Tensor, args: FlowArgs, save: bool) -> tuple[Tensor, Tensor, Tensor]:
     """Returns ``z``, ``ladj`` and what ``backward`` needs; weights may be bfloat16 beside float32 ``x``."""
-    result: tuple[Tensor, Tensor, Tensor] = _forward(x, *args, save)
-    return result
+    return _forward(x, *args, save)
 
 
-def backward(
-    grad_z: Tensor, grad_ladj: Tensor, saved: Tensor, args: FlowArgs, need_grad_x: bool
-) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+def backward(batch: FlowBatch, args: FlowArgs, need_grad_x: bool) -> tuple[Tensor, list[Tensor], list[Tensor]]:
     """Returns the gradients of ``x`` (``[0, D]`` when not needed), the packed weights and the biases."""
-    args = args._replace(weights=[weight.to(grad_z.dtype) for weight in args.weights])
-    result: tuple[Tensor, list[Tensor], list[Tensor]] = _ops.flow_backward(
-        grad_z.contiguous(), grad_ladj.contiguous(), saved, *args, need_grad_x
-    )
-    return result
+    args = args._replace(weights=[weight.to(batch.grad_z.dtype) for weight in args.weights])
+    return _ops.flow_backward(*_contiguous(batch), *args, need_grad_x)
 
 
 def adam_(
-    grad_z: Tensor,
-    grad_ladj: Tensor,
-    saved: Tensor,
-    args: FlowArgs,
-    need_grad_x: bool,
-    updates: Sequence[Update],
-    bias_updates: None,
+    batch: FlowBatch, args: FlowArgs, need_grad_x: bool, updates: Sequence[Update], bias_updates: None
 ) -> tuple[Tensor, list[Tensor]]:
     """Takes a step of Adam on every weight, in place; returns the gradients of ``x`` and of the biases."""
     exp_avgs, exp_avg_sqs = [update.exp_avg for update in updates], [update.exp_avg_sq for update in updates]
     floats = {numbers: numbers.native_floats() for numbers in {update.numbers for update in updates}}  # mostly one
     adam = [number for update in updates for number in floats[update.numbers]]
-    result: tuple[Tensor, list[Tensor]] = _ops.flow_adam_(
-        grad_z.contiguous(), grad_ladj.contiguous(), saved, *args, need_grad_x, exp_avgs, exp_avg_sqs, adam
-    )
-    return result
+    return _ops.flow_adam_(*_contiguous(batch), *args, need_grad_x, exp_avgs, exp_avg_sqs, adam)
+
+
+def _contiguous(batch: FlowBatch) -> FlowBatch:
+    # Autograd hands on gradients of any strides, such as an expanded sum's.
+    return FlowBatch(batch.grad_z.contiguous(), batch.grad_ladj.contiguous(), batch.saved)
 
 
 def inverse(z: Tensor, args: FlowArgs) -> tuple[Tensor, Tensor]:
     """Returns ``x`` ``[N, D]`` and ``ladj`` ``[N]`` = log |det dx/dz|."""
-    result: tuple[Tensor, Tensor] = _inverse(z, *args)
-    return result
+    return _inverse(z, *args)

@@ -7,15 +7,15 @@ block, and where a permutation stands before the block; else it is the z of the 
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import NamedTuple
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from fastmaf.kernels.affine_output.args import AffineBatch
-from fastmaf.kernels.factored_grad import FactoredGrad
-from fastmaf.kernels.flow.args import FlowArgs
+from fastmaf.kernels.factored_grad import FactoredGrad, GradientSink
+from fastmaf.kernels.flow.args import FlowArgs, FlowBatch
 from fastmaf.kernels.masked_linear.args import LinearBatch
 
 
@@ -28,34 +28,31 @@ class Activations(NamedTuple):
     z: Tensor
 
 
-def _has_own_x(args: FlowArgs, block: int) -> bool:
-    return block == 0 or args.permutations[block].numel() > 0
+def _widths(args: FlowArgs) -> list[list[int]]:
+    """Returns how many numbers of a sample each block saves: of x (0 where it is not saved), of its hidden layers, of
+    log_scale and of z.
+    """
+    widths = []
+    for b, (*hidden, output) in enumerate(args.layers_of_blocks()):
+        features = args.biases[output].shape[0] // 2
+        x = features if b == 0 or args.permutations[b].numel() else 0
+        widths.append([x, *(args.biases[i].shape[0] for i in hidden), features, features])
+    return widths
 
 
 def saved_numel(args: FlowArgs, n: int) -> int:
     """Returns how many numbers are saved for a batch of ``n``."""
-    total = 0
-    for b, layers in enumerate(args.layers_of_blocks()):
-        features = args.biases[layers[-1]].shape[0] // 2
-        total += (3 if _has_own_x(args, b) else 2) * features + sum(args.biases[i].shape[0] for i in layers[:-1])
-    return n * total
+    return n * sum(map(sum, _widths(args)))
 
 
 def activations(args: FlowArgs, saved: Tensor, n: int) -> list[Activations]:
     """Returns each block's activations."""
     result: list[Activations] = []
-    start = 0
-
-    def take(units: int) -> Tensor:
-        nonlocal start
-        start += n * units
-        return saved[start - n * units : start].view(n, units)
-
-    for b, layers in enumerate(args.layers_of_blocks()):
-        features = args.biases[layers[-1]].shape[0] // 2
-        x = take(features) if _has_own_x(args, b) else result[-1].z
-        hidden = [take(args.biases[i].shape[0]) for i in layers[:-1]]
-        result.append(Activations(x, hidden, take(features), take(features)))
+    widths = _widths(args)
+    parts = iter(saved.split([n * width for block in widths for width in block]))
+    for block in widths:
+        x, *hidden, log_scale, z = (next(parts).view(n, width) for width in block)
+        result.append(Activations(x if block[0] else result[-1].z, hidden, log_scale, z))
     return result
 
 
@@ -64,39 +61,50 @@ def first_x(args: FlowArgs, saved: Tensor, n: int) -> Tensor:
     return before_permutation(activations(args, saved, n)[0].x, args.permutations[0])
 
 
-# Of one layer: returns the gradients of its inputs and bias as FactoredGrad.grad_inputs does, and consumes the weight
-# gradient (stores, applies or discards it).
-Step = Callable[[int, FactoredGrad, bool], tuple[Tensor, ...]]
-
-
 def backward(
-    grad_z: Tensor, grad_ladj: Tensor, saved: Tensor, args: FlowArgs, need_grad_x: bool, step: Step
-) -> tuple[Tensor, list[Tensor]]:
+    batch: FlowBatch, args: FlowArgs, need_grad_x: bool, sinks: Sequence[GradientSink | None] | None = None
+) -> tuple[Tensor, list[Any], list[Tensor]]:
     """Runs the backward pass of a flow, layer by layer.
 
     Args:
-        step: called with the number of a layer, the gradient of its weight in factored form, and whether its inputs'
-            gradients are needed.
+        sinks: consume the gradients of the weights; of those without one, the gradient is formed if it is required.
+            None: the gradients of all weights are formed.
 
     Returns:
-        The gradients of ``x`` (``[0, D]`` when not needed) and of the biases.
+        The gradients of ``x`` (``[0, D]`` when not needed), of the weights (None where none was formed) and of the
+        biases.
     """
+    grad_weights: list[Any] = [None] * len(args.weights)
     grad_biases = [bias.new_empty(0) for bias in args.biases]
-    blocks = list(zip(args.layers_of_blocks(), activations(args, saved, grad_z.shape[0]), strict=True))
-    grad = before_permutation(grad_z, args.permutations[-1])
-    for b, (layers, at) in reversed(list(enumerate(blocks))):
+
+    def take(layer: int, factored: FactoredGrad, need_inputs: bool) -> tuple[Tensor, ...]:
+        sink = None if sinks is None else sinks[layer]
+        if sink is not None:
+            return sink.take(factored, need_inputs)
+        if sinks is None or args.weights[layer].requires_grad:
+            grad_weights[layer] = factored.grad_weight()
+        return factored.grad_inputs(need_inputs)
+
+    grad = before_permutation(batch.grad_z, args.permutations[-1])
+    for b, (*hidden, output), at in blocks_reversed(batch, args):
         needed = b > 0 or need_grad_x
-        *hidden, output = layers
-        batch = AffineBatch(grad, grad_ladj, torch.zeros_like(grad), at.hidden[-1], at.z, at.log_scale)
-        factored = FactoredGrad("affine_output", batch, args.output(b, output))
-        grad_h, grad_biases[output], direct = step(output, factored, True)
+        affine = AffineBatch(grad, batch.grad_ladj, torch.zeros_like(grad), at.hidden[-1], at.z, at.log_scale)
+        factored = FactoredGrad("affine_output", affine, args.output(b, output))
+        grad_h, grad_biases[output], direct = take(output, factored, True)
         for k in reversed(range(len(hidden))):
             linear = LinearBatch(grad_h, at.hidden[k - 1] if k else at.x, at.hidden[k])
             factored = FactoredGrad("masked_linear", linear, args.hidden(hidden[k]))
-            grad_h, grad_biases[hidden[k]] = step(hidden[k], factored, needed or k > 0)
+            grad_h, grad_biases[hidden[k]] = take(hidden[k], factored, needed or k > 0)
         if needed:
             grad = before_permutation(direct + grad_h, args.permutations[b])
-    return grad if need_grad_x else grad.new_empty(0, grad.shape[1]), grad_biases
+    return grad if need_grad_x else grad.new_empty(0, grad.shape[1]), grad_weights, grad_biases
+
+
+def blocks_reversed(batch: FlowBatch, args: FlowArgs) -> Iterator[tuple[int, range, Activations]]:
+    """Yields each block's number, the numbers of its layers, and its activations; the last block first."""
+    blocks = zip(args.layers_of_blocks(), activations(args, batch.saved, len(batch.grad_z)), strict=True)
+    for b, (layers, at) in reversed(list(enumerate(blocks))):
+        yield b, layers, at
 
 
 def before_permutation(grad: Tensor, permutation: Tensor) -> Tensor:

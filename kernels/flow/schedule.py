@@ -8,27 +8,13 @@ earlier layer is finished with the first step that needs it; it adds no step of 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 
-class Step(NamedTuple):
-    """One step of the inverse: what is finished before it and after it.
-
-    Attributes:
-        dims: first and one-past-last dimension whose value this step computes.
-        units: the same for the hidden units of each layer, first layer first.
-    """
-
-    dims: tuple[int, int]
-    units: tuple[tuple[int, int], ...]
-
-
 def level_schedule(in_degrees: Tensor, hidden_degrees: Sequence[Tensor]) -> Tensor:
-    """Returns the schedule of a block, flat: per step the number of dimensions, then of each layer's units, finished
-    after it.
+    """Returns the schedule of a block.
 
     Args:
         in_degrees: ``[D]`` integers, sorted: the degrees of the inputs (and of their outputs).
@@ -45,14 +31,3 @@ def level_schedule(in_degrees: Tensor, hidden_degrees: Sequence[Tensor]) -> Tens
     # A last step for the outputs beyond the last threshold; units that no output reads are never computed.
     table.append([in_degrees.numel(), *(table[-1][1:] if table else [0] * len(hidden_degrees))])
     return torch.tensor(table, dtype=torch.int32, device="cpu")
-
-
-def steps(schedule: Tensor) -> list[Step]:
-    """Returns the steps of a schedule."""
-    before: list[int] = [0] * schedule.shape[1]
-    result = []
-    for after in schedule.tolist():
-        spans = tuple(zip(before, after, strict=True))
-        result.append(Step(spans[0], spans[1:]))
-        before = after
-    return result

@@ -19,29 +19,20 @@ why_not = native_library.why_not
 
 def forward(x: Tensor, args: LinearArgs) -> Tensor:
     """Returns ``y`` ``[N, out]``; the weight may be bfloat16 beside float32 ``x``."""
-    result: Tensor = _ops.masked_linear(x, *args)
-    return result
+    return _ops.masked_linear(x, *args)
 
 
-def backward(
-    batch: LinearBatch, args: LinearArgs, need_inputs: bool, need_weight: bool = True
-) -> tuple[Tensor, Tensor, Tensor]:
+def backward(batch: LinearBatch, args: LinearArgs, need_inputs: bool, need_weight: bool) -> tuple[Tensor, ...]:
     """Returns the gradients of ``x``, the packed weight and the bias; the first two empty when not needed."""
-    grads: tuple[Tensor, Tensor, Tensor] = _ops.masked_linear_backward(
-        *_arguments(batch, args), need_inputs, need_weight
-    )
-    return grads
+    return _ops.masked_linear_backward(*_arguments(batch, args), need_inputs, need_weight)
 
 
-def adam_(
-    batch: LinearBatch, args: LinearArgs, need_inputs: bool, update: Update, scale: float
-) -> tuple[Tensor, Tensor]:
-    """Takes a step of Adam with ``scale`` times the weight's gradient; returns the gradients of ``x`` and the bias."""
+def adam_(batch: LinearBatch, args: LinearArgs, need_inputs: bool, update: Update) -> tuple[Tensor, ...]:
+    """Takes a step of Adam on the weight, in place; returns the gradients of ``x`` and the bias."""
     moments = update.exp_avg, update.exp_avg_sq
-    result: tuple[Tensor, Tensor] = _ops.masked_linear_adam_(
-        *_arguments(batch, args), need_inputs, *moments, scale, update.numbers.native_floats()
+    return _ops.masked_linear_adam_(
+        *_arguments(batch, args), need_inputs, *moments, update.scale, update.numbers.native_floats()
     )
-    return result
 
 
 def squared_norm(batch: LinearBatch, args: LinearArgs) -> float:

@@ -11,73 +11,68 @@ from fastmaf.kernels.autocast import outside_autocast
 from fastmaf.kernels.dispatch import implementation
 from fastmaf.kernels.factored_grad import FactoredGrad, sink_of
 from fastmaf.kernels.masked_linear.args import LINEAR_SCHEMA, LinearArgs, LinearBatch, check_activation
-from fastmaf.kernels.op import call, define, differentiable, is_recorded
+from fastmaf.kernels.op import Op
 from fastmaf.kernels.padding import keep_zero
 
 
 def _forward(x: Tensor, *fields: Any) -> Tensor:
     args = LinearArgs(*fields)
     keep_zero([args.weight], [args.prefix], [args.tiles])
-    result: Tensor = implementation("masked_linear", x).forward(x, args)
-    return result
+    return implementation("masked_linear", x).forward(x, args)
 
 
 def _forward_fake(x: Tensor, *fields: Any) -> Tensor:
-    return x.new_empty(x.shape[0], fields[1].shape[0])
+    return x.new_empty(x.shape[0], LinearArgs(*fields).bias.shape[0])
 
 
 def _backward(grad_y: Tensor, x: Tensor, y: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     *fields, need_grad_x = arguments
-    backend = implementation("masked_linear", x)
-    grads: tuple[Tensor, Tensor, Tensor] = backend.backward(LinearBatch(grad_y, x, y), LinearArgs(*fields), need_grad_x)
-    return grads
+    batch, args = LinearBatch(grad_y, x, y), LinearArgs(*fields)
+    return implementation("masked_linear", x).backward(batch, args, need_grad_x, True)
 
 
 def _backward_fake(grad_y: Tensor, x: Tensor, y: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     weight, need_grad_x = arguments[0], arguments[-1]
-    grad_x = x.new_empty(x.shape) if need_grad_x else x.new_empty(0)
+    grad_x = x.new_empty(x.shape if need_grad_x else 0)
     return grad_x, x.new_empty(weight.shape), grad_y.new_empty(grad_y.shape[1])
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, weight, bias, prefix, tiles, ctx.activation = inputs
-    ctx.differentiable, ctx.need_grad_x = 3, x.requires_grad
+    x, *tensors, ctx.activation = inputs
+    ctx.need_grad_x = x.requires_grad
     # The identity's backward never reads y: keep it alive only for an activation that does.
     y = output if ctx.activation != "identity" else x.new_empty(0)
-    ctx.save_for_backward(x, weight, bias, prefix, tiles, y)
+    ctx.save_for_backward(x, y, *tensors)
 
 
 @outside_autocast
 def _autograd(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
-    x, weight, bias, prefix, tiles, y = ctx.saved_tensors
-    args, need_grad_x = LinearArgs(weight, bias, prefix, tiles, ctx.activation), ctx.need_grad_x
+    x, y, *tensors = ctx.saved_tensors
+    args, need_grad_x = LinearArgs._make([*tensors, ctx.activation]), ctx.need_grad_x
     if composite.needed_for([grad_y]):
-
-        def function(x: Tensor, weight: Tensor, bias: Tensor) -> list[Tensor]:
-            return [composite.masked_linear(x, args._replace(weight=weight, bias=bias))]
-
-        return *composite.gradients(function, (x, weight, bias), [grad_y]), None, None, None
+        grads = composite.gradients(
+            lambda x, weight, bias: [composite.masked_linear(x, args._replace(weight=weight, bias=bias))],
+            (x, args.weight, args.bias),
+            [grad_y],
+        )
+        return *grads, None, None, None
     grad_weight: Tensor | None = None
-    if (sink := sink_of(weight, ctx)) is not None:
-        grad = FactoredGrad("masked_linear", LinearBatch(grad_y, x, y), args)
-        grad_x, grad_bias = sink.take(grad, need_grad_x)
+    if (sink := sink_of(args.weight, ctx)) is not None:
+        factored = FactoredGrad("masked_linear", LinearBatch(grad_y, x, y), args)
+        grad_x, grad_bias = sink.take(factored, need_grad_x)
     else:
-        backward = _BACKWARD if is_recorded(grad_y) else _backward
-        grad_x, grad_weight, grad_bias = backward(grad_y, x, y, *args, need_grad_x)
+        grad_x, grad_weight, grad_bias = _BACKWARD(grad_y, x, y, *args, need_grad_x)
     return grad_x if need_grad_x else None, grad_weight, grad_bias, None, None, None
 
 
-_BACKWARD = define(
+_BACKWARD = Op(
     "masked_linear_backward",
     f"(Tensor grad_y, Tensor x, Tensor y, {LINEAR_SCHEMA}, bool need_grad_x) -> (Tensor, Tensor, Tensor)",
     _backward,
     _backward_fake,
 )
-_FORWARD = differentiable(
-    define("masked_linear", f"(Tensor x, {LINEAR_SCHEMA}) -> Tensor", _forward, _forward_fake),
-    _forward,
-    _setup_context,
-    _autograd,
+_FORWARD = Op(
+    "masked_linear", f"(Tensor x, {LINEAR_SCHEMA}) -> Tensor", _forward, _forward_fake, _setup_context, _autograd
 )
 
 
@@ -97,6 +92,5 @@ def masked_linear(x: Tensor, args: LinearArgs) -> Tensor:
     check_activation(args.activation)
     if composite.needed():
         return composite.masked_linear(x, args)
-    x, weight, bias = x.contiguous(), args.weight.contiguous(), args.bias.contiguous()
-    result: Tensor = call(_FORWARD, (x, weight, bias, *args[2:]), (x, weight, bias))
-    return result
+    tensors = x.contiguous(), args.weight.contiguous(), args.bias.contiguous()
+    return _FORWARD(*tensors, *args[2:], tensors=tensors)

@@ -30,9 +30,7 @@ def forward(x: Tensor, args: LinearArgs) -> Tensor:
     return activate_(y, args.activation)
 
 
-def backward(
-    batch: LinearBatch, args: LinearArgs, need_inputs: bool, need_weight: bool = True
-) -> tuple[Tensor, Tensor, Tensor]:
+def backward(batch: LinearBatch, args: LinearArgs, need_inputs: bool, need_weight: bool) -> tuple[Tensor, ...]:
     """Returns the gradients of ``x``, the packed weight (zero in the padding) and the bias.
 
     Those of ``x`` and of the weight are empty when not needed.
@@ -42,18 +40,16 @@ def backward(
     return grad_x, grad_weight(grad, x, args) if need_weight else x.new_empty(0), grad.sum(0)
 
 
-def adam_(
-    batch: LinearBatch, args: LinearArgs, need_inputs: bool, update: Update, scale: float
-) -> tuple[Tensor, Tensor]:
-    """Takes a step of Adam with ``scale`` times the weight's gradient; returns the gradients of ``x`` and the bias."""
-    grad_x, grad, grad_bias = backward(batch, args, need_inputs)
-    adam_step_(args.weight, grad.mul_(scale), update)
+def adam_(batch: LinearBatch, args: LinearArgs, need_inputs: bool, update: Update) -> tuple[Tensor, ...]:
+    """Takes a step of Adam on the weight, in place; returns the gradients of ``x`` and the bias."""
+    grad_x, grad, grad_bias = backward(batch, args, need_inputs, True)
+    adam_step_(args.weight, grad.mul_(update.scale), update)
     return grad_x, grad_bias
 
 
 def squared_norm(batch: LinearBatch, args: LinearArgs) -> Tensor:
     """Returns the sum of the squares of the weight's gradient."""
-    return backward(batch, args, False)[1].double().square().sum()
+    return backward(batch, args, False, True)[1].double().square().sum()
 
 
 def activate_(y: Tensor, activation: str) -> Tensor:

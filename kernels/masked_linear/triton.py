@@ -9,7 +9,7 @@ never depends on timing. The backward pass is in ``triton_backward.py``.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -18,10 +18,12 @@ from torch import Tensor
 
 from fastmaf.kernels.adam.update import Update
 from fastmaf.kernels.masked_linear.args import LinearArgs, LinearBatch
-from fastmaf.kernels.masked_linear.triton_backward import adam_step, products, sum_slots
+from fastmaf.kernels.masked_linear.torch import grad_activation
+from fastmaf.kernels.masked_linear.triton_backward import adam_steps, products, sum_slots
+from fastmaf.kernels.triton_common import device as common
 from fastmaf.kernels.triton_common import work_lists
-from fastmaf.kernels.triton_common.device import MIN_DOT, cdiv, launch, power_of_two, product, target, why_not
-from fastmaf.kernels.triton_common.launch_table import MOST_LANES
+from fastmaf.kernels.triton_common.device import why_not
+from fastmaf.kernels.triton_common.launch_table import FEW, MOST_LANES
 
 __all__ = ["adam_", "backward", "forward", "squared_norm", "why_not"]
 
@@ -37,15 +39,12 @@ def _masked_linear_fwd_kernel(
     block, k_begin, k_end, slot = tl.load(item), tl.load(item + 1), tl.load(item + 2), tl.load(item + 3)
     j = block * BLOCK_J + tl.arange(0, BLOCK_J)
     row_ok = j < out_features
-    base = tl.load(base_ptr + j, mask=row_ok, other=0)
-    width = tl.load(width_ptr + j, mask=row_ok, other=0)
+    base, width = common.rows_at(base_ptr, width_ptr, j, row_ok, ALIGNED)
     if ALIGNED:
-        base = tl.multiple_of(base, 16)
-        width = tl.multiple_of(width, 16)
         k_end = tl.multiple_of(k_end, 16)
         k_begin = tl.multiple_of(k_begin, 16)
     sample = tl.program_id(0) % tiles * BLOCK_N + tl.arange(0, BLOCK_N)
-    y = product(
+    y = common.product(
         x_ptr, sample, sample < n, in_features, w_ptr, base, width, row_ok, k_begin, k_end,
         BLOCK_N, BLOCK_J, BLOCK_K, LANES, PRECISION,
     )  # fmt: skip
@@ -60,25 +59,32 @@ def _masked_linear_fwd_kernel(
 
 
 class Shape(NamedTuple):
-    """How ``product`` is launched for a batch."""
+    """How ``product`` is launched for a batch.
 
-    lanes: bool
+    Attributes:
+        samples, rows, columns: that a program takes at a time.
+        programs: how many the work is cut into, where it can be cut.
+        options: of the launch.
+    """
+
     samples: int
     rows: int
     columns: int
-    warps: int
-    stages: int
     programs: int
+    options: dict[str, Any]
 
 
 def shape_of(like: Tensor, n: int, aligned: bool) -> Shape:
     """Returns how ``product`` is launched for ``n`` samples and rows of weights that are ``aligned`` or not."""
-    table, sms, _ = target(like)
+    table, sms, precision = common.target(like)
     lanes = n <= MOST_LANES
     one = (table.lanes if n <= 1 else table.few if lanes else table.dot).fitted(aligned)
-    samples = power_of_two(n, 1, MOST_LANES) if lanes else power_of_two(n, MIN_DOT, table.most_samples)
-    programs = cdiv(sms * one.programs_per_sm, max(1, cdiv(n, samples)))
-    return Shape(lanes, samples, one.rows, one.columns, one.warps, one.stages, programs)
+    samples = common.power_of_two(n, *((1, MOST_LANES) if lanes else (FEW, table.most_samples)))
+    programs = common.cdiv(sms * one.programs_per_sm, max(1, common.cdiv(n, samples)))
+    blocks = {"BLOCK_N": samples, "BLOCK_J": one.rows, "BLOCK_K": one.columns}
+    modes = {"LANES": lanes, "ALIGNED": aligned, "PRECISION": precision}
+    options = {**blocks, **modes, "num_warps": one.warps, "num_stages": one.stages}
+    return Shape(samples, one.rows, one.columns, programs, options)
 
 
 def forward(x: Tensor, args: LinearArgs) -> Tensor:
@@ -94,36 +100,35 @@ def forward_into(y: Tensor, x: Tensor, args: LinearArgs) -> Tensor:
     work = work_lists.forward(args.tiles, x.device, shape.rows, shape.columns, shape.programs)
     split = work.slots > 1
     product_to = x.new_empty(work.slots, n, out_features) if split else y
-    launch(
+    common.launch(
         _masked_linear_fwd_kernel,
-        len(work.items) * cdiv(n, shape.samples),
+        len(work.items) * common.cdiv(n, shape.samples),
         x, args.weight, args.bias, rows.base, rows.width, work.items, product_to, n, in_features, out_features,
-        BLOCK_N=shape.samples, BLOCK_J=shape.rows, BLOCK_K=shape.columns, RELU=relu, SPLIT=split, LANES=shape.lanes,
-        ALIGNED=rows.aligned, PRECISION=target(x).precision, num_warps=shape.warps, num_stages=shape.stages,
+        RELU=relu, SPLIT=split, **shape.options,
     )  # fmt: skip
     return sum_slots(y, product_to, work.counts, bias=args.bias, relu=relu) if split else y
 
 
-def backward(
-    batch: LinearBatch, args: LinearArgs, need_inputs: bool, need_weight: bool = True
-) -> tuple[Tensor, Tensor, Tensor]:
+def backward(batch: LinearBatch, args: LinearArgs, need_inputs: bool, need_weight: bool) -> tuple[Tensor, ...]:
     """Returns the gradients of ``x``, the packed weight and the bias; the first two empty when not needed."""
     x, g = batch.x, _grad_product(batch, args)
+    empty = x.new_empty(0)
+    if not (need_inputs or need_weight):
+        return empty, empty, g.sum(0)
     if not need_weight:
-        return _grad_x(g, x, args) if need_inputs else x.new_empty(0), x.new_empty(0), g.sum(0)
+        partial, counts, _ = products(g, x, args, need_x=True)
+        return _grad_x(x, partial, counts, True), empty, g.sum(0)
     grad_w = torch.empty_like(args.weight, dtype=x.dtype)
     partial, counts, grad_bias = products(g, x, args, need_x=need_inputs, mode="store", grad_w=grad_w)
-    return sum_slots(torch.empty_like(x), partial, counts) if need_inputs else x.new_empty(0), grad_w, grad_bias
+    return _grad_x(x, partial, counts, need_inputs), grad_w, grad_bias
 
 
-def adam_(
-    batch: LinearBatch, args: LinearArgs, need_inputs: bool, update: Update, scale: float
-) -> tuple[Tensor, Tensor]:
-    """Takes a step of Adam with ``scale`` times the weight's gradient; returns the gradients of ``x`` and the bias."""
+def adam_(batch: LinearBatch, args: LinearArgs, need_inputs: bool, update: Update) -> tuple[Tensor, ...]:
+    """Takes a step of Adam on the weight, in place; returns the gradients of ``x`` and the bias."""
     x, g = batch.x, _grad_product(batch, args)
-    step = adam_step(update, x.device, scale)
+    [step] = adam_steps([update], x.device)
     partial, counts, grad_bias = products(g, x, args, need_x=need_inputs, mode="adam", step=step)
-    return sum_slots(torch.empty_like(x), partial, counts) if need_inputs else x.new_empty(0), grad_bias
+    return _grad_x(x, partial, counts, need_inputs), grad_bias
 
 
 def squared_norm(batch: LinearBatch, args: LinearArgs) -> Tensor:
@@ -134,10 +139,8 @@ def squared_norm(batch: LinearBatch, args: LinearArgs) -> Tensor:
 
 def _grad_product(batch: LinearBatch, args: LinearArgs) -> Tensor:
     """Returns the gradient before the activation."""
-    grad_y = batch.grad_y.contiguous()
-    return torch.where(batch.y > 0, grad_y, 0) if args.activation == "relu" else grad_y
+    return grad_activation(batch.grad_y.contiguous(), batch.y, args.activation)
 
 
-def _grad_x(g: Tensor, x: Tensor, args: LinearArgs) -> Tensor:
-    partial, counts, _ = products(g, x, args, need_x=True)
-    return sum_slots(torch.empty_like(x), partial, counts)
+def _grad_x(x: Tensor, partial: Tensor, counts: Tensor, needed: bool) -> Tensor:
+    return sum_slots(torch.empty_like(x), partial, counts) if needed else x.new_empty(0)

@@ -10,7 +10,7 @@ one; ``sum_slots`` adds up their partial sums of grad_x in a fixed order.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Literal, NamedTuple, TypeAlias
+from typing import Literal, TypeAlias
 
 import torch
 import triton
@@ -20,29 +20,11 @@ from torch import Tensor
 from fastmaf.kernels.adam.update import Update
 from fastmaf.kernels.affine_output.args import AffineArgs
 from fastmaf.kernels.masked_linear.args import LinearArgs
+from fastmaf.kernels.triton_common import device as common
 from fastmaf.kernels.triton_common import work_lists
-from fastmaf.kernels.triton_common.device import (
-    MIN_DOT,
-    adam,
-    adam_scalars,
-    all_registers,
-    cdiv,
-    launch,
-    matmul,
-    power_of_two,
-    target,
-    weights,
-)
+from fastmaf.kernels.triton_common.launch_table import FEW
 
 WeightMode: TypeAlias = Literal["none", "store", "adam", "norm"]
-
-
-class Step(NamedTuple):
-    """A step of Adam on one tensor: its moments, and ``AdamNumbers.kernel_scalars`` on the device."""
-
-    exp_avg: Tensor
-    exp_avg_sq: Tensor
-    scalars: Tensor
 
 
 @triton.jit
@@ -94,19 +76,15 @@ def _masked_linear_bwd_kernel(
     grad_x = tl.zeros([BLOCK_N, BLOCK_K], tl.float32)
     square = tl.zeros([BLOCK_J, BLOCK_K], tl.float32)
     if WEIGHT == "adam":
-        factor, l2, decay, rest1, beta2, rest2, step_size, root, eps = adam_scalars(scalars_ptr)
+        factor, l2, decay, rest1, beta2, rest2, step_size, root, eps = common.adam_scalars(scalars_ptr)
     for block in range(begin, end):
         j = block * BLOCK_J + tl.arange(0, BLOCK_J)
         row_ok = j < out_features
-        base = tl.load(base_ptr + j, mask=row_ok, other=0)
-        width = tl.load(width_ptr + j, mask=row_ok, other=0)
-        if ALIGNED:
-            base = tl.multiple_of(base, 16)
-            width = tl.multiple_of(width, 16)
+        base, width = common.rows_at(base_ptr, width_ptr, j, row_ok, ALIGNED)
         at = base[:, None] + k[None, :]
         stored = row_ok[:, None] & (k[None, :] < width[:, None])
         if NEED_X or WEIGHT == "adam":
-            w = weights(w_ptr, base, width, k, row_ok)
+            w = common.weights(w_ptr, base, width, k, row_ok)
         grad_w = tl.zeros([BLOCK_J, BLOCK_K], tl.float32)
         grad_bias = tl.zeros([BLOCK_J], tl.float32)
         for start in range(first, n if WEIGHT != "none" else first + 1, BLOCK_N):
@@ -115,10 +93,10 @@ def _masked_linear_bwd_kernel(
             row = sample.to(tl.int64)[:, None]
             g = tl.load(g_ptr + row * out_features + j[None, :], mask=sample_ok[:, None] & row_ok[None, :], other=0.0)
             if NEED_X:
-                grad_x = matmul(g, w, grad_x, PRECISION)
+                grad_x = common.matmul(g, w, grad_x, PRECISION)
             if WEIGHT != "none":
                 x = tl.load(x_ptr + row * in_features + k[None, :], mask=sample_ok[:, None] & k_ok[None, :], other=0.0)
-                grad_w = matmul(tl.trans(g), x, grad_w, PRECISION)
+                grad_w = common.matmul(tl.trans(g), x, grad_w, PRECISION)
                 grad_bias += tl.sum(g, 0)
         if WEIGHT != "none":
             prefix = tl.load(prefix_ptr + j, mask=row_ok, other=0)
@@ -128,22 +106,18 @@ def _masked_linear_bwd_kernel(
             if WEIGHT == "norm":
                 square += grad_w * grad_w
             if WEIGHT == "adam":
-                m = tl.load(exp_avg_ptr + at, mask=stored, other=0.0)
-                v = tl.load(exp_avg_sq_ptr + at, mask=stored, other=0.0)
-                w, m, v = adam(w, grad_w, m, v, factor, l2, decay, rest1, beta2, rest2, step_size, root, eps)
-                tl.store(w_ptr + at, w, mask=stored)
-                tl.store(exp_avg_ptr + at, m, mask=stored)
-                tl.store(exp_avg_sq_ptr + at, v, mask=stored)
+                common.adam_at(
+                    w_ptr, exp_avg_ptr, exp_avg_sq_ptr, at, stored, w, grad_w,
+                    factor, l2, decay, rest1, beta2, rest2, step_size, root, eps,
+                )  # fmt: skip
             if column == 0:
                 if BIAS_ADAM:
                     bias = tl.load(bias_ptr + j, mask=row_ok, other=0.0)
-                    bias_m = tl.load(bias_exp_avg_ptr + j, mask=row_ok, other=0.0)
-                    bias_v = tl.load(bias_exp_avg_sq_ptr + j, mask=row_ok, other=0.0)
-                    f, ridge, d, r1, b2, r2, s, r, e = adam_scalars(bias_scalars_ptr)
-                    bias, bias_m, bias_v = adam(bias, grad_bias, bias_m, bias_v, f, ridge, d, r1, b2, r2, s, r, e)
-                    tl.store(bias_ptr + j, bias, mask=row_ok)
-                    tl.store(bias_exp_avg_ptr + j, bias_m, mask=row_ok)
-                    tl.store(bias_exp_avg_sq_ptr + j, bias_v, mask=row_ok)
+                    f, ridge, d, r1, b2, r2, s, r, e = common.adam_scalars(bias_scalars_ptr)
+                    common.adam_at(
+                        bias_ptr, bias_exp_avg_ptr, bias_exp_avg_sq_ptr, j, row_ok, bias, grad_bias,
+                        f, ridge, d, r1, b2, r2, s, r, e,
+                    )  # fmt: skip
                 else:
                     tl.store(grad_bias_ptr + j, grad_bias, mask=row_ok)
     if NEED_X:
@@ -173,11 +147,11 @@ def sum_slots(
         add: ``[N, C]``, added last.
     """
     n, features = out.shape
-    slots = power_of_two(partial.numel() // max(1, out.numel()), 1, 32)
+    slots = common.power_of_two(partial.numel() // max(1, out.numel()), 1, 32)
     columns = 32 if slots > 1 else 256
-    launch(
+    common.launch(
         _sum_slots_kernel,
-        n * cdiv(features, columns),
+        n * common.cdiv(features, columns),
         partial, counts, bias, act, add, out, n, features,
         BLOCK_S=slots, BLOCK_C=columns, BIAS=bias is not None, RELU=relu, MASK=act is not None, ADD=add is not None,
         num_warps=4 if slots > 4 else 1,
@@ -193,8 +167,8 @@ def products(
     need_x: bool,
     mode: WeightMode = "none",
     grad_w: Tensor | None = None,
-    step: Step | None = None,
-    bias_step: Step | None = None,
+    step: Update | None = None,
+    bias_step: Update | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Forms the gradients that follow from ``g`` ``[N, out]``, that of a layer's product, in one pass over the weight
     where possible.
@@ -203,7 +177,7 @@ def products(
         need_x: form the gradient of x.
         mode: how the weight gradient is consumed: not formed, stored in ``grad_w``, applied as a step of Adam, or its
             squares added up, one sum per program, in ``grad_w``.
-        step: of Adam on the weight.
+        step: of Adam on the weight; one of ``adam_steps``.
         bias_step: with the step on the weight, take one on the bias, whose gradient is then not returned.
 
     Returns:
@@ -211,31 +185,31 @@ def products(
         needed); the gradient of the bias (empty without the weight's). With ``mode="norm"`` the sums of squares come
         first.
     """
-    table, sms, precision = target(x)
+    table, sms, precision = common.target(x)
     (n, out_features), in_features = g.shape, x.shape[1]
-    samples = power_of_two(n, MIN_DOT, table.most_samples)
+    samples = common.power_of_two(n, FEW, table.most_samples)
     rows = work_lists.rows(args.tiles, x.device)
     one = table.backward_of(samples).fitted(rows.aligned)
     if need_x and mode != "none" and n > samples:  # the gradient of x first: Adam changes the weight
         partial, counts, _ = products(g, x, args, need_x=True)
-        of_weight: dict[str, Any] = {"mode": mode, "grad_w": grad_w, "step": step, "bias_step": bias_step}
-        return partial, counts, products(g, x, args, need_x=False, **of_weight)[2]
-    programs = cdiv(sms * one.programs_per_sm, max(1, cdiv(n, samples)) if mode == "none" else 1)
+        _, _, grad_bias = products(g, x, args, need_x=False, mode=mode, grad_w=grad_w, step=step, bias_step=bias_step)
+        return partial, counts, grad_bias
+    programs = common.cdiv(sms * one.programs_per_sm, max(1, common.cdiv(n, samples)) if mode == "none" else 1)
     work = work_lists.backward(args.tiles, x.device, in_features, one.rows, one.columns, programs)
     partial = x.new_empty(work.slots if need_x else 0, n, in_features)
     grad_bias = x.new_empty(out_features if mode != "none" and bias_step is None else 0)
     if mode == "norm":
         assert grad_w is None
         grad_w = x.new_empty(len(work.items))
-    none = (None, None, None)
-    launch(
+    adam, bias_adam = ((u.exp_avg, u.exp_avg_sq, u.scalars) if u else (None,) * 3 for u in (step, bias_step))
+    common.launch(
         _masked_linear_bwd_kernel,
-        len(work.items) * (cdiv(n, samples) if mode == "none" else 1),
-        g, x, args.weight, rows.base, rows.width, args.prefix, work.items, partial, grad_w, grad_bias, *(step or none),
-        args.bias if bias_step is not None else None, *(bias_step or none), n, in_features, out_features,
+        len(work.items) * (common.cdiv(n, samples) if mode == "none" else 1),
+        g, x, args.weight, rows.base, rows.width, args.prefix, work.items, partial, grad_w, grad_bias, *adam,
+        args.bias if bias_step is not None else None, *bias_adam, n, in_features, out_features,
         BLOCK_N=samples, BLOCK_J=one.rows, BLOCK_K=one.columns, NEED_X=need_x, WEIGHT=mode,
         BIAS_ADAM=bias_step is not None, ALIGNED=rows.aligned, PRECISION=precision,
-        num_warps=one.warps, num_stages=one.stages, maxnreg=all_registers(one.warps),
+        num_warps=one.warps, num_stages=one.stages, maxnreg=common.all_registers(one.warps),
     )  # fmt: skip
     if mode == "norm":
         assert grad_w is not None
@@ -243,20 +217,12 @@ def products(
     return partial, work.counts, grad_bias
 
 
-def adam_steps(updates: Sequence[Update], device: torch.device, scale: float = 1.0) -> list[Step]:
-    """Returns steps of Adam with ``scale`` times the gradient as the kernels take them.
-
-    Scalars that lie on the device already are taken as they are, their own scale with them.
-    """
+def adam_steps(updates: Sequence[Update], device: torch.device) -> list[Update]:
+    """Returns updates with their scalars on the device; those that lie there already are taken as they are."""
     ready = [update.scalars for update in updates if update.scalars is not None]
     if len(ready) < len(updates):
-        rows = [update.numbers.kernel_scalars(scale) for update in updates]
+        rows = [update.numbers.kernel_scalars(update.scale) for update in updates]
         # From pinned memory, so that nothing waits for the device.
         host = torch.tensor(rows, dtype=torch.float32, device="cpu", pin_memory=device.type == "cuda")
         ready = list(host.to(device, non_blocking=True).unbind())
-    return [Step(u.exp_avg, u.exp_avg_sq, scalars) for u, scalars in zip(updates, ready, strict=True)]
-
-
-def adam_step(update: Update, device: torch.device, scale: float = 1.0) -> Step:
-    """Returns one of ``adam_steps``."""
-    return adam_steps([update], device, scale)[0]
+    return [update._replace(scalars=scalars) for update, scalars in zip(updates, ready, strict=True)]

@@ -1,32 +1,20 @@
-"""Device functions that the Triton kernels share, and how a kernel is launched.
-
-Importing this module needs Triton. Every backend ``triton`` imports it: a missing Triton is reported in one place.
-"""
+"""Device functions that the Triton kernels share, and how a kernel is launched."""
 
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
+import triton
+import triton.language as tl
 from torch import Tensor
-
-try:
-    import triton
-    import triton.language as tl
-except ModuleNotFoundError as error:
-    if error.name != "triton":
-        raise
-    raise ImportError(
-        "Triton is not installed (for the torch of this installation: pip install 'fastmaf[triton]'; beside torch 2.7, "
-        "the last with Pascal, triton 3.3.1)"
-    ) from error
 
 from fastmaf.kernels.triton_common import launch_table
 from fastmaf.kernels.triton_common.launch_table import Table
 
-# No side of a matrix product may be smaller.
-MIN_DOT = launch_table.FEW
 # What a program of an elementwise kernel takes.
 BLOCK = 1024
 
@@ -88,41 +76,32 @@ class Launched(NamedTuple):
     options: dict[str, Any]
 
 
-class recording:
-    """Notes the launches within a ``with`` block instead of making them: what would run on a card that is not here.
+_launches: list[Launched] | None = None
+
+
+@contextmanager
+def recording(capability: int, sms: int) -> Iterator[list[Launched]]:
+    """Lists the launches within a ``with`` block instead of making them: what would run on a card that is not here.
 
     Tensors may then be anywhere; results are whatever their memory holds. For compiling ahead of time.
 
     Args:
         capability: of the card, such as 61.
         sms: its multiprocessors.
-
-    Attributes:
-        launches: what was noted.
     """
-
-    def __init__(self, capability: int, sms: int) -> None:
-        self._card = capability, sms
-        self.launches: list[Launched] = []
-
-    def __enter__(self) -> recording:
-        global _recorder
-        _recorder, launch_table.recorded_card = self, self._card
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        global _recorder
-        _recorder = launch_table.recorded_card = None
-
-
-_recorder: recording | None = None
+    global _launches
+    _launches, launch_table.recorded_card = [], (capability, sms)
+    try:
+        yield _launches
+    finally:
+        _launches = launch_table.recorded_card = None
 
 
 def launch(kernel: Any, grid: int, *args: Any, **options: Any) -> None:
     """Launches ``grid`` programs of a kernel, if any, on the current stream of the first tensor's device."""
     options["enable_fp_fusion"] = True  # errors were measured with fused multiply-adds; Triton's default has changed
-    if _recorder is not None:
-        _recorder.launches.append(Launched(kernel, grid, args, options))
+    if _launches is not None:
+        _launches.append(Launched(kernel, grid, args, options))
     elif grid:
         with torch.cuda.device_of(args[0]):
             kernel[(grid,)](*args, **options)
@@ -136,7 +115,7 @@ def all_registers(warps: int) -> int:
 
 
 def cdiv(a: int, b: int) -> int:
-    """Returns a / b, rounded up."""
+    """Returns a / b, rounded up, in less time than ``triton.cdiv``."""
     return -(-a // b)
 
 
@@ -209,6 +188,17 @@ def weights(w_ptr, base, width, k, row_ok):
 
 
 @triton.jit
+def rows_at(base_ptr, width_ptr, j, row_ok, ALIGNED: tl.constexpr):
+    """Where rows j of a packed weight start, and how wide they are."""
+    base = tl.load(base_ptr + j, mask=row_ok, other=0)
+    width = tl.load(width_ptr + j, mask=row_ok, other=0)
+    if ALIGNED:
+        base = tl.multiple_of(base, 16)
+        width = tl.multiple_of(width, 16)
+    return base, width
+
+
+@triton.jit
 def product(
     x_ptr, sample, sample_ok, stride, w_ptr, base, width, row_ok, k_begin, k_end,
     BLOCK_N: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK_K: tl.constexpr, LANES: tl.constexpr, PRECISION: tl.constexpr,
@@ -267,10 +257,16 @@ def adam_scalars(ptr):
 
 
 @triton.jit
-def adam(w, g, m, v, factor, l2, decay, rest1, beta2, rest2, step_size, root, eps):
-    """One step of Adam: the new weight and moments."""
+def adam_at(
+    w_ptr, exp_avg_ptr, exp_avg_sq_ptr, at, ok, w, g, factor, l2, decay, rest1, beta2, rest2, step_size, root, eps
+):  # fmt: skip
+    """One step of Adam on the weights w, which lie at ``at``, and on their moments."""
+    m = tl.load(exp_avg_ptr + at, mask=ok, other=0.0)
+    v = tl.load(exp_avg_sq_ptr + at, mask=ok, other=0.0)
     g = g * factor + l2 * w
     m += (g - m) * rest1
     v = v * beta2 + rest2 * g * g
     denominator = tl.div_rn(tl.sqrt_rn(v), tl.zeros_like(v) + root) + eps
-    return w * decay - step_size * tl.div_rn(m, denominator), m, v
+    tl.store(w_ptr + at, w * decay - step_size * tl.div_rn(m, denominator), mask=ok)
+    tl.store(exp_avg_ptr + at, m, mask=ok)
+    tl.store(exp_avg_sq_ptr + at, v, mask=ok)

@@ -8,7 +8,6 @@ one of these.
 from __future__ import annotations
 
 import os
-from types import TracebackType
 from typing import Literal, NamedTuple, TypeAlias, get_args
 
 Precision: TypeAlias = Literal["ieee", "tf32x3", "tf32", "bf16"]
@@ -66,71 +65,39 @@ class Table(NamedTuple):
         return self.backward if samples <= FEW else self.backward_many
 
 
-# As few samples as a matrix product takes in every version of Triton.
+# The smallest side that a matrix product may have in every version of Triton.
 FEW = 16
 # More samples than this are multiplied by matrix products, which take no fewer than ``FEW``.
 MOST_LANES = 8
 
-TABLES: dict[int, Table] = {
-    # Pascal: 6 SMs and no asynchronous copies, so the loads of many resident programs hide the latency; 48 KB shared.
-    61: Table(
-        lanes=Launch(16, 256, programs_per_sm=8),  # 8 loads of 16 bytes a thread in flight before the first use
-        few=Launch(16, 64, programs_per_sm=8),  # the sums of 8 samples take 64 registers of a thread
-        dot=Launch(64, 32, programs_per_sm=8),  # 64 rows share each load of the samples; 4 programs fit an SM
-        backward=Launch(16, 64, programs_per_sm=6),  # 256-byte row segments; 158 instructions a weight
-        backward_many=Launch(16, 32, programs_per_sm=4),  # the sums of 64 samples fill the registers; 64 columns spill
-        most_samples=64,  # with 128 the backward pass spills
-        inverse_warps=8,  # 255 registers a thread, of which one sample takes 200 and 16 samples 236
-        inverse_numbers=8192,  # 32 KB of weights in flight, what one SM's latency times bandwidth asks for
-    ),
-    # Turing: as Pascal, but half as many threads a multiprocessor.
-    75: Table(
-        lanes=Launch(16, 256, programs_per_sm=8),  # as on Pascal
-        few=Launch(16, 64, programs_per_sm=8),  # as on Pascal
-        dot=Launch(64, 32, programs_per_sm=4),  # half the threads, half the programs
-        backward=Launch(16, 64, programs_per_sm=6),  # as on Pascal
-        backward_many=Launch(16, 32, programs_per_sm=4),  # as on Pascal
-        most_samples=64,  # as on Pascal
-        inverse_warps=16,  # one program is all that runs on an SM: more threads issue its loads faster
-        inverse_numbers=8192,  # as on Pascal
-    ),
-    # Ampere and Ada: asynchronous copies into shared memory of the next tiles of a matrix product.
-    80: Table(
-        lanes=Launch(16, 256, programs_per_sm=8),  # as on Pascal
-        few=Launch(16, 64, programs_per_sm=8),  # as on Pascal
-        dot=Launch(64, 32, stages=2, programs_per_sm=4),  # one tile multiplied, one on its way; a third spills
-        backward=Launch(16, 64, programs_per_sm=6),  # 152 instructions a weight; stages would only cost registers
-        backward_many=Launch(16, 64, warps=8, programs_per_sm=4),  # twice the threads for the sums of 64 samples
-        most_samples=64,  # with 128 the backward pass spills
-        inverse_warps=8,  # 255 registers a thread, for
-        inverse_numbers=16384,  # 64 KB in flight: 240 of them
-    ),
-    # Hopper: 25 to 36 GB/s a multiprocessor, so more bytes in flight.
-    90: Table(
-        lanes=Launch(16, 256, programs_per_sm=8),  # as on Pascal
-        few=Launch(16, 64, programs_per_sm=8),  # as on Pascal
-        dot=Launch(64, 32, stages=4, programs_per_sm=4),  # three tiles of 12 KB on their way
-        backward=Launch(16, 64, programs_per_sm=6),  # as on Ampere; 3 programs of 12 KB in flight fit an SM
-        backward_many=Launch(16, 64, warps=8, programs_per_sm=4),  # as on Ampere
-        most_samples=64,  # with 128 the backward pass spills
-        inverse_warps=16,  # 512 threads, 128 registers each,
-        inverse_numbers=16384,  # issue the loads of 64 KB at once
-    ),
-}
-
-# The most registers a thread may take, by the samples of a program's tile (0: any): a multiprocessor has 65,536.
-REGISTERS: dict[str, dict[int, int]] = {
-    "_masked_linear_fwd_kernel": {1: 128, 2: 128, 4: 128, 8: 128, 16: 128, 64: 255},  # 4 programs an SM
-    "_affine_output_fwd_kernel": {1: 128, 2: 128, 4: 128, 8: 128, 16: 128, 64: 255},  # 64 are bound by multiply-adds
-    "_masked_linear_bwd_kernel": {
-        0: 255
-    },  # weight, moments and both products: 2 or 3 programs, each with much in flight
-    "_flow_inverse_kernel": {0: 255},  # one program is all that runs on a multiprocessor
-    "_sum_slots_kernel": {0: 64},  # the rest stream: all threads of a multiprocessor should fit
-    "_affine_output_grad_kernel": {0: 64},
-    "_ladj_kernel": {0: 64},
-    "_adam_kernel": {0: 64},
-}
+# 6 SMs and no asynchronous copies, so the loads of many resident programs hide the latency; 48 KB shared.
+_PASCAL = Table(
+    lanes=Launch(16, 256, programs_per_sm=8),  # 8 loads of 16 bytes a thread in flight before the first use
+    few=Launch(16, 64, programs_per_sm=8),  # the sums of 8 samples take 64 registers of a thread
+    dot=Launch(64, 32, programs_per_sm=8),  # 64 rows share each load of the samples; 4 programs fit an SM
+    backward=Launch(16, 64, programs_per_sm=6),  # 256-byte row segments; 158 instructions a weight
+    backward_many=Launch(16, 32, programs_per_sm=4),  # the sums of 64 samples fill the registers; 64 columns spill
+    most_samples=64,  # with 128 the backward pass spills
+    inverse_warps=8,  # 255 registers a thread, of which one sample takes 200 and 16 samples 236
+    inverse_numbers=8192,  # 32 KB of weights in flight, what one SM's latency times bandwidth asks for
+)
+# Half as many threads a multiprocessor.
+_TURING = _PASCAL._replace(
+    dot=Launch(64, 32, programs_per_sm=4),  # half the threads, half the programs
+    inverse_warps=16,  # one program is all that runs on an SM: more threads issue its loads faster
+)
+# With Ada; asynchronous copies into shared memory of the next tiles of a matrix product.
+_AMPERE = _PASCAL._replace(
+    dot=Launch(64, 32, stages=2, programs_per_sm=4),  # one tile multiplied, one on its way; a third spills
+    backward_many=Launch(16, 64, warps=8, programs_per_sm=4),  # twice the threads for the sums of 64 samples
+    inverse_numbers=16384,  # 64 KB in flight: 240 of 255 registers a thread
+)
+# 25 to 36 GB/s a multiprocessor, so more bytes in flight.
+_HOPPER = _AMPERE._replace(
+    dot=Launch(64, 32, stages=4, programs_per_sm=4),  # three tiles of 12 KB on their way
+    inverse_warps=16,  # 512 threads, 128 registers each, issue the loads of 64 KB at once
+)
+TABLES = {61: _PASCAL, 75: _TURING, 80: _AMPERE, 90: _HOPPER}
 
 # Below Ampere there are no matrix units for these.
 _NEEDS = {"ieee": 61, "tf32x3": 80, "tf32": 80, "bf16": 80}
@@ -183,9 +150,7 @@ class use_precision:
     def __enter__(self) -> use_precision:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         global _precision
         _precision = self._before
 

@@ -109,8 +109,7 @@ def backward(
 def _ends(widths: Tensor, block_rows: int) -> list[int]:
     """Returns how many columns each block of rows sees: those of its last row, as widths do not decrease."""
     last = torch.arange(block_rows - 1, widths.numel() + block_rows - 1, block_rows, device="cpu")
-    found: list[int] = widths[last.clamp_(max=widths.numel() - 1)].tolist()
-    return found
+    return widths[last.clamp_(max=widths.numel() - 1)].tolist()
 
 
 def _segment(steps: int, items: int, programs: int) -> int:

@@ -35,9 +35,14 @@ OPS = {
     "flow, free": ("flow", ("relu", float("inf"), False)),
 }
 
-# Why there are no Triton kernels here, or None; and where they run: interpreted on the CPU (only where no GPU is, see
-# tests/conftest.py), and on a GPU.
-NO_TRITON = next((why for op in dispatch.OPS if (why := dispatch.missing(op, "triton")) is not None), None)
+
+def needs(backend: str) -> pytest.MarkDecorator:
+    """Returns a mark that skips tests where an op has no such backend."""
+    missing = next((why for op in dispatch.OPS if (why := dispatch.missing(op, backend)) is not None), None)
+    return pytest.mark.skipif(missing is not None, reason=str(missing))
+
+
+# Where the Triton kernels run: interpreted on the CPU (only where no GPU is, see tests/conftest.py), and on a GPU.
 INTERPRETED = pytest.param(
     "cpu", marks=pytest.mark.skipif(not take_cpu_tensors(), reason="the Triton kernels are compiled here")
 )
@@ -46,7 +51,7 @@ ON_GPU = pytest.param(
 )
 TRITON_MARKS = [
     pytest.mark.slow,  # the interpreter
-    pytest.mark.skipif(NO_TRITON is not None, reason=str(NO_TRITON)),
+    needs("triton"),
     pytest.mark.parametrize("device", [INTERPRETED, ON_GPU]),
     # numpy, which interprets, warns of what tests do on purpose; but an index that was divided by zero is a fault.
     pytest.mark.filterwarnings("ignore::RuntimeWarning"),

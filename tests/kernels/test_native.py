@@ -12,13 +12,11 @@ import torch
 from torch import Tensor
 
 from fastmaf import kernels
-from fastmaf.kernels import dispatch
 from tests.core.helpers import normal, padding_of
-from tests.kernels.cases import OPS, check_contract, evaluate, leaves, make
-from tests.tolerances import F32, F64, assert_close
+from tests.kernels.cases import OPS, check_contract, evaluate, leaves, make, needs, same
+from tests.tolerances import F32, F64
 
-MISSING = next((why for op in dispatch.OPS if (why := dispatch.missing(op, "native")) is not None), None)
-pytestmark = pytest.mark.skipif(MISSING is not None, reason=str(MISSING))
+pytestmark = needs("native")
 
 # The native loops change at 8 and 64 samples and at whole vectors; the C++ test goes through all the others.
 BATCHES = [1, 8, 9, 130]
@@ -30,11 +28,6 @@ def threads() -> Iterator[None]:
     before = torch.get_num_threads()
     yield
     torch.set_num_threads(before)
-
-
-def same(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
-    for key, value in expected.items():
-        assert_close("gradients" if "gradient" in key else "values", found[key], value, key)
 
 
 @pytest.mark.parametrize("batch", BATCHES)

@@ -9,13 +9,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastmaf.kernels import dispatch, level_schedule
+from fastmaf.kernels import level_schedule
 from tests.core.helpers import blocks_of, build, normal
-from tests.kernels.cases import OPS, evaluate, leaves, make
+from tests.kernels.cases import OPS, evaluate, leaves, make, needs
 from tests.tolerances import F32, F64, assert_close
 
-MISSING = next((why for op in dispatch.OPS if (why := dispatch.missing(op, "native")) is not None), None)
-pytestmark = pytest.mark.skipif(MISSING is not None, reason=str(MISSING))
+pytestmark = needs("native")
 
 NONE = torch.empty(0, dtype=torch.int64)
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fastmaf import kernels
 from fastmaf.kernels import AffineArgs, FlowArgs, LinearArgs
-from fastmaf.kernels.flow.schedule import level_schedule, steps
+from fastmaf.kernels.flow.schedule import level_schedule
 from tests.core.helpers import blocks_of, build, normal, padding_of
 from tests.tolerances import assert_close
 
@@ -26,13 +26,8 @@ def parts(scale: float = 1.0, dtype: torch.dtype = torch.float64, **options: Any
 def linear_arguments(made: Any, batch: int, dtype: torch.dtype = torch.float64, grad: bool = False) -> Any:
     layer = made.hidden[0]
     x = normal(batch, FEATURES, dtype=dtype).requires_grad_(grad)
-    return (
-        x,
-        layer.weight.detach().requires_grad_(grad),
-        layer.bias.detach().requires_grad_(grad),
-        layer.prefix,
-        layer.layout.table,
-    )
+    weight, bias = layer.weight.detach().requires_grad_(grad), layer.bias.detach().requires_grad_(grad)
+    return x, weight, bias, layer.prefix, layer.layout.table
 
 
 def affine_arguments(made: Any, batch: int, dtype: torch.dtype = torch.float64, grad: bool = False) -> Any:
@@ -59,9 +54,8 @@ def inverse_arguments(made: Any, batch: int, dtype: torch.dtype = torch.float64,
 
 def call(op: str, arguments: Any) -> Any:
     """Calls an op with arguments as its schema takes them."""
-    inputs, args = {"masked_linear": (1, LinearArgs), "affine_output": (2, AffineArgs), "flow_inverse": (1, FlowArgs)}[
-        op
-    ]
+    of_ops = {"masked_linear": (1, LinearArgs), "affine_output": (2, AffineArgs), "flow_inverse": (1, FlowArgs)}
+    inputs, args = of_ops[op]
     return getattr(kernels, op)(*arguments[:inputs], args(*arguments[inputs:]))
 
 
@@ -95,25 +89,12 @@ def test_opcheck_affine_output(backend: str, bound: float, soft: bool) -> None:
 
 @pytest.mark.parametrize("grad", [False, True])
 def test_opcheck_flow_inverse(backend: str, grad: bool) -> None:
-    z, weights, biases, prefixes, tiles, *rest = inverse_arguments(parts(), 3, grad=grad)
-    arguments = (z, weights, biases, prefixes, tiles, *rest, [5.0], [False])
+    arguments = (*inverse_arguments(parts(), 3, grad=grad), [5.0], [False])
     torch.library.opcheck(torch.ops.fastmaf.flow_inverse.default, arguments)
 
 
 def test_opcheck_flow_inverse_backward(backend: str) -> None:
-    z, weights, biases, prefixes, tiles, *rest = inverse_arguments(parts(), 3)
-    arguments = (
-        normal(3, FEATURES, seed=2),
-        normal(3, seed=3),
-        z,
-        weights,
-        biases,
-        prefixes,
-        tiles,
-        *rest,
-        [5.0],
-        [False],
-    )
+    arguments = (normal(3, FEATURES, seed=2), normal(3, seed=3), *inverse_arguments(parts(), 3), [5.0], [False])
     torch.library.opcheck(torch.ops.fastmaf.flow_inverse_backward.default, arguments)
 
 
@@ -221,11 +202,7 @@ def test_inputs_are_not_written_to(backend: str) -> None:
 def test_schedule_of_hand_made_degrees() -> None:
     """D = 6, last layer of degrees 0, 2, 2, 5, 6: outputs 1-2, 3-5, 6 follow degrees 0, 2, 5; none reads 6."""
     first, last = torch.tensor([1, 3, 5, 6]), torch.tensor([0, 2, 2, 5, 6])
-    plan = steps(level_schedule(torch.arange(1, 7), [first, last]))
-    assert len(plan) == 4  # degrees 0, 2, 5 below D, and the rest
-    ends = [step.dims for step in plan]
-    assert ends[0][0] == 0 and ends[-1][1] == 6
-    assert [b for _, b in ends] == [0, 2, 5, 6]
-    assert all(a[1] == b[0] for a, b in zip(ends, ends[1:], strict=False))
-    assert [step.units[1][1] for step in plan[:3]] == [1, 3, 4], "units of the last layer finished after each step"
-    assert [step.units[0][1] for step in plan[:3]] == [0, 1, 3], "units of the first layer that they read"
+    dims, first_units, last_units = level_schedule(torch.arange(1, 7), [first, last]).t().tolist()
+    assert dims == [0, 2, 5, 6]  # after degrees 0, 2, 5 below D, and the rest
+    assert last_units[:3] == [1, 3, 4], "units of the last layer finished after each step"
+    assert first_units[:3] == [0, 1, 3], "units of the first layer that they read"

@@ -127,10 +127,10 @@ def test_nothing_is_compiled_while_a_graph_is_recorded(clips: bool, monkeypatch:
 
     class Recorded:
         def __init__(self, run: Callable[[], None], device: torch.device, pool: Any = None) -> None:
-            assert triton_parts._recorder is not None
-            before = len(triton_parts._recorder.launches)
+            assert triton_parts._launches is not None
+            before = len(triton_parts._launches)
             run()
-            in_graphs.extend(triton_parts._recorder.launches[before:])
+            in_graphs.extend(triton_parts._launches[before:])
 
         def pool(self) -> None:
             return None

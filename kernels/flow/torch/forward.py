@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 from torch import Tensor
 
 from fastmaf.kernels.adam.update import Update
 from fastmaf.kernels.dispatch import implementation
-from fastmaf.kernels.factored_grad import FactoredGrad
-from fastmaf.kernels.flow import saved as layers_of
-from fastmaf.kernels.flow.args import FlowArgs
+from fastmaf.kernels.factored_grad import GradientSink
+from fastmaf.kernels.flow.args import FlowArgs, FlowBatch, permuted
+from fastmaf.kernels.flow.saved import activations, backward, saved_numel
+
+__all__ = ["UPDATES_BIASES", "adam_", "backward", "forward"]
 
 # Whether adam_ updates the biases as well. They are small: torch's optimiser is as fast here.
 UPDATES_BIASES = False
@@ -20,12 +23,11 @@ def forward(x: Tensor, args: FlowArgs, save: bool) -> tuple[Tensor, Tensor, Tens
     """Returns ``z``, ``ladj`` ``[N]`` = log |det dz/dx|, and what ``backward`` needs if ``save``."""
     linear, affine = implementation("masked_linear", x), implementation("affine_output", x)
     n, ladj = x.shape[0], x.new_zeros(x.shape[0])
-    saved = x.new_empty(layers_of.saved_numel(args, n) if save else 0)
-    places = layers_of.activations(args, saved, n) if save else None
+    saved = x.new_empty(saved_numel(args, n) if save else 0)
+    places = activations(args, saved, n) if save else None
     for b, (*hidden_layers, output) in enumerate(args.layers_of_blocks()):
-        permutation = args.permutations[b]
-        x = x[:, permutation] if permutation.numel() else x
-        h, hidden = x, []
+        h = x = permuted(x, args.permutations[b])
+        hidden = []
         for i in hidden_layers:
             h = linear.forward(h, args.hidden(i))
             hidden.append(h)
@@ -36,36 +38,13 @@ def forward(x: Tensor, args: FlowArgs, save: bool) -> tuple[Tensor, Tensor, Tens
             for to, value in zip((places[b].x, *places[b].hidden, *places[b][2:]), own, strict=True):
                 to.copy_(value)
         x = z
-    last = args.permutations[-1]
-    return (x[:, last] if last.numel() else x), ladj, saved
-
-
-def backward(
-    grad_z: Tensor, grad_ladj: Tensor, saved: Tensor, args: FlowArgs, need_grad_x: bool
-) -> tuple[Tensor, list[Tensor], list[Tensor]]:
-    """Returns the gradients of ``x`` (``[0, D]`` when not needed), the packed weights and the biases."""
-    grad_weights = [weight.new_empty(0) for weight in args.weights]
-
-    def step(layer: int, factored: FactoredGrad, need_inputs: bool) -> tuple[Tensor, ...]:
-        grad_weights[layer] = factored.grad_weight()
-        return factored.grad_inputs(need_inputs)
-
-    grad_x, grad_biases = layers_of.backward(grad_z, grad_ladj, saved, args, need_grad_x, step)
-    return grad_x, grad_weights, grad_biases
+    return permuted(x, args.permutations[-1]), ladj, saved
 
 
 def adam_(
-    grad_z: Tensor,
-    grad_ladj: Tensor,
-    saved: Tensor,
-    args: FlowArgs,
-    need_grad_x: bool,
-    updates: Sequence[Update],
-    bias_updates: None,
+    batch: FlowBatch, args: FlowArgs, need_grad_x: bool, updates: Sequence[Update], bias_updates: None
 ) -> tuple[Tensor, list[Tensor]]:
     """Takes a step of Adam on every weight, in place; returns the gradients of ``x`` and of the biases."""
-
-    def step(layer: int, factored: FactoredGrad, need_inputs: bool) -> tuple[Tensor, ...]:
-        return factored.adam_(updates[layer], need_inputs=need_inputs)
-
-    return layers_of.backward(grad_z, grad_ladj, saved, args, need_grad_x, step)
+    sinks = [GradientSink(None, partial(Update, *update)) for update in updates]
+    grad_x, _, grad_biases = backward(batch, args, need_grad_x, sinks)
+    return grad_x, grad_biases

@@ -20,9 +20,8 @@ import torch
 from torch import Tensor
 
 from fastmaf.kernels.affine_output.torch import bound_log_scale, bound_slope
-from fastmaf.kernels.flow.args import FlowArgs
+from fastmaf.kernels.flow.args import FlowArgs, permuted
 from fastmaf.kernels.flow.saved import before_permutation
-from fastmaf.kernels.flow.schedule import steps
 from fastmaf.kernels.layout import Tile, tiles_of
 from fastmaf.kernels.masked_linear import torch as linear
 from fastmaf.kernels.masked_linear.args import LinearArgs
@@ -43,11 +42,13 @@ class _Piece(NamedTuple):
         return packed.as_strided((self.rows, self.width), (self.stride, 1), packed.storage_offset() + self.offset)
 
 
-def _cut(spans: Sequence[tuple[int, int]], finished: Sequence[int], tiles: Sequence[Tile]) -> list[list[_Piece]]:
-    """Cuts each step's span of rows where a tile ends; no piece reads further than what is finished below it."""
+def _cut(
+    starts: Sequence[int], ends: Sequence[int], finished: Sequence[int], tiles: Sequence[Tile]
+) -> list[list[_Piece]]:
+    """Cuts each step's rows where a tile ends; no piece reads further than what is finished below it."""
     result, tile = [], iter(tiles)
     current = next(tile)
-    for (start, end), below in zip(spans, finished, strict=True):
+    for start, end, below in zip(starts, ends, finished, strict=True):
         pieces = []
         while start < end:
             while current.row_end <= start:
@@ -66,13 +67,10 @@ def plan_of(tiles: Sequence[Tensor], schedule: Tensor) -> list[list[list[_Piece]
 
 
 def _make_plan(layers: list[list[Tile]], schedule: Tensor) -> list[list[list[_Piece]]]:
-    in_steps = steps(schedule)
-    cut = []
-    for k, layer in enumerate(layers[:-1]):
-        below = [step.dims[1] if k == 0 else step.units[k - 1][1] for step in in_steps]
-        cut.append(_cut([step.units[k] for step in in_steps], below, layer))
-    output_rows = [(2 * step.dims[0], 2 * step.dims[1]) for step in in_steps]
-    cut.append(_cut(output_rows, [step.units[-1][0] for step in in_steps], layers[-1]))
+    after = list(zip(*schedule.tolist(), strict=True))  # per step, of the dimensions, then of each hidden layer's units
+    before = [(0, *counts[:-1]) for counts in after]
+    cut = [_cut(before[k + 1], after[k + 1], after[k], layer) for k, layer in enumerate(layers[:-1])]
+    cut.append(_cut([2 * d for d in before[0]], [2 * d for d in after[0]], before[-1], layers[-1]))
     return [list(pieces) for pieces in zip(*cut, strict=True)]
 
 
@@ -80,20 +78,9 @@ def inverse(z: Tensor, args: FlowArgs) -> tuple[Tensor, Tensor]:
     """Returns ``x`` ``[N, D]`` and ``ladj`` ``[N]`` = log |det dx/dz|."""
     ladj = z.new_zeros(z.shape[0])
     for b in range(len(args.schedules)):
-        z, term = _inverse_of_block(_permuted(z, args.permutations[b]), args, b)
+        z, term = _inverse_of_block(permuted(z, args.permutations[b]), args, b)
         ladj = ladj + term
-    return _permuted(z, args.permutations[-1]), ladj
-
-
-def _permuted(x: Tensor, permutation: Tensor) -> Tensor:
-    return x[:, permutation] if permutation.numel() else x
-
-
-def _inverse_of_block(z: Tensor, args: FlowArgs, block: int) -> tuple[Tensor, Tensor]:
-    layers = args.layers_of_blocks()[block]
-    with _one_thread_if_small(z):
-        x_t, log_scale_t = _walk(z, args, block, plan_of([args.tiles[i] for i in layers], args.schedules[block]))
-    return x_t.t().contiguous(), log_scale_t.sum(0)
+    return permuted(z, args.permutations[-1]), ladj
 
 
 @contextmanager
@@ -114,9 +101,9 @@ def _one_thread_if_small(z: Tensor) -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
-def _walk(z: Tensor, args: FlowArgs, block: int, plan: list[list[list[_Piece]]]) -> tuple[Tensor, Tensor]:
-    """Returns ``x`` and the log-scales, both ``[D, N]``, of one block."""
+def _inverse_of_block(z: Tensor, args: FlowArgs, block: int) -> tuple[Tensor, Tensor]:
     layers = args.layers_of_blocks()[block]
+    plan = plan_of([args.tiles[i] for i in layers], args.schedules[block])
     # Stored in fewer bits, they are the same function of rounded weights.
     weights, biases = [args.weights[i].to(z.dtype) for i in layers], [args.biases[i] for i in layers]
     activation, bound, soft = args.activation, args.bounds[block], args.softs[block]
@@ -131,25 +118,26 @@ def _walk(z: Tensor, args: FlowArgs, block: int, plan: list[list[list[_Piece]]])
     unit_of = [iter(h[: sum(r)].split(r)) for h, r in zip(hidden, rows, strict=False)]
     dims = [r // 2 for r in rows[-1]]
     dim_of = zip(z_t.split(dims), log_scale_t.split(dims), x_t.split(dims), strict=True)
-    for *hidden_pieces, output_pieces in plan:
-        for piece in output_pieces:
-            out = torch.addmm(next(bias_of[-1]), piece.of(weights[-1]), hidden[-1].narrow(0, 0, piece.width))
-            z_d, a, x_d = next(dim_of)
-            a.copy_(bound_log_scale(out[1::2], bound, soft))
-            torch.addcmul(out[0::2], z_d, torch.exp(a), out=x_d)
-        for k, pieces in enumerate(hidden_pieces):
-            for piece in pieces:
-                unit = next(unit_of[k])
-                below = below_of[k].narrow(0, 0, piece.width)
-                linear.activate_(torch.addmm(next(bias_of[k]), piece.of(weights[k]), below, out=unit), activation)
-    return x_t, log_scale_t
+    with _one_thread_if_small(z):
+        for *hidden_pieces, output_pieces in plan:
+            for piece in output_pieces:
+                out = torch.addmm(next(bias_of[-1]), piece.of(weights[-1]), hidden[-1].narrow(0, 0, piece.width))
+                z_d, a, x_d = next(dim_of)
+                a.copy_(bound_log_scale(out[1::2], bound, soft))
+                torch.addcmul(out[0::2], z_d, torch.exp(a), out=x_d)
+            for k, pieces in enumerate(hidden_pieces):
+                for piece in pieces:
+                    unit = next(unit_of[k])
+                    below = below_of[k].narrow(0, 0, piece.width)
+                    linear.activate_(torch.addmm(next(bias_of[k]), piece.of(weights[k]), below, out=unit), activation)
+    return x_t.t().contiguous(), log_scale_t.sum(0)
 
 
 def inverse_backward(grad_x: Tensor, grad_ladj: Tensor, z: Tensor, args: FlowArgs) -> list[Tensor]:
     """Returns the gradients of ``z``, of each packed weight (zero in the padding) and of each bias, in this order."""
     z_of_blocks = []
     for b in range(len(args.schedules)):
-        z_of_blocks.append(_permuted(z, args.permutations[b]))
+        z_of_blocks.append(permuted(z, args.permutations[b]))
         z, _ = _inverse_of_block(z_of_blocks[b], args, b)
     grad_weights, grad_biases = list(args.weights), list(args.biases)
     grad = before_permutation(grad_x, args.permutations[-1])

@@ -15,8 +15,8 @@ from torch import Tensor
 from fastmaf.kernels.adam.update import Update
 from fastmaf.kernels.affine_output import triton as affine
 from fastmaf.kernels.affine_output.args import AffineBatch
-from fastmaf.kernels.flow.args import FlowArgs
-from fastmaf.kernels.flow.saved import Activations, activations, before_permutation, saved_numel
+from fastmaf.kernels.flow.args import FlowArgs, FlowBatch
+from fastmaf.kernels.flow.saved import Activations, activations, before_permutation, blocks_reversed, saved_numel
 from fastmaf.kernels.masked_linear import triton as linear
 from fastmaf.kernels.masked_linear.triton_backward import adam_steps, products, sum_slots
 
@@ -32,9 +32,8 @@ def forward(x: Tensor, args: FlowArgs, save: bool) -> tuple[Tensor, Tensor, Tens
     count = affine.shares_of(x, features)
     shares = x.new_empty(count * len(places), n, dtype=torch.float64)
     for b, (layers, at) in enumerate(zip(args.layers_of_blocks(), places, strict=True)):
-        permutation = args.permutations[b]
-        if permutation.numel():
-            x = torch.index_select(x, 1, permutation, out=at.x)
+        if args.permutations[b].numel():
+            x = torch.index_select(x, 1, args.permutations[b], out=at.x)
         elif save and b == 0:
             x = at.x.copy_(x)
         h = x
@@ -65,23 +64,19 @@ def _rotating(x: Tensor, args: FlowArgs) -> list[Activations]:
     return places
 
 
-def backward(
-    grad_z: Tensor, grad_ladj: Tensor, saved: Tensor, args: FlowArgs, need_grad_x: bool
-) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+def backward(batch: FlowBatch, args: FlowArgs, need_grad_x: bool) -> tuple[Tensor, list[Tensor], list[Tensor]]:
     """Returns the gradients of ``x`` (``[0, D]`` when not needed), the packed weights and the biases."""
-    grad_weights = [torch.empty_like(weight, dtype=grad_z.dtype) for weight in args.weights]
+    grad_weights = [torch.empty_like(weight, dtype=batch.grad_z.dtype) for weight in args.weights]
 
     def of_layer(layer: int, g: Tensor, below: Tensor, need_x: bool) -> tuple[Tensor, Tensor, Tensor]:
         return products(g, below, args.hidden(layer), need_x=need_x, mode="store", grad_w=grad_weights[layer])
 
-    grad_x, grad_biases = _backward(grad_z, grad_ladj, saved, args, need_grad_x, of_layer)
+    grad_x, grad_biases = _backward(batch, args, need_grad_x, of_layer)
     return grad_x, grad_weights, grad_biases
 
 
 def adam_(
-    grad_z: Tensor,
-    grad_ladj: Tensor,
-    saved: Tensor,
+    batch: FlowBatch,
     args: FlowArgs,
     need_grad_x: bool,
     updates: Sequence[Update],
@@ -91,29 +86,26 @@ def adam_(
 
     Returns the gradients of ``x`` and of the biases (empty where they are updated).
     """
-    steps = adam_steps((*updates, *(bias_updates or ())), grad_z.device)
+    steps = adam_steps((*updates, *(bias_updates or ())), batch.grad_z.device)
 
     def of_layer(layer: int, g: Tensor, below: Tensor, need_x: bool) -> tuple[Tensor, Tensor, Tensor]:
         of_bias: dict[str, Any] = {"bias_step": steps[len(updates) + layer]} if bias_updates else {}
         return products(g, below, args.hidden(layer), need_x=need_x, mode="adam", step=steps[layer], **of_bias)
 
-    return _backward(grad_z, grad_ladj, saved, args, need_grad_x, of_layer)
+    return _backward(batch, args, need_grad_x, of_layer)
 
 
 # Of a layer: returns the results of ``products``, given the gradient of its product and its input.
 _OfLayer = Callable[[int, Tensor, Tensor, bool], tuple[Tensor, Tensor, Tensor]]
 
 
-def _backward(
-    grad_z: Tensor, grad_ladj: Tensor, saved: Tensor, args: FlowArgs, need_grad_x: bool, of_layer: _OfLayer
-) -> tuple[Tensor, list[Tensor]]:
+def _backward(batch: FlowBatch, args: FlowArgs, need_grad_x: bool, of_layer: _OfLayer) -> tuple[Tensor, list[Tensor]]:
     grad_biases = [bias.new_empty(0) for bias in args.biases]
-    grad, grad_ladj = before_permutation(grad_z, args.permutations[-1]), grad_ladj.contiguous()
-    blocks = list(zip(args.layers_of_blocks(), activations(args, saved, grad_z.shape[0]), strict=True))
-    for b, (layers, at) in reversed(list(enumerate(blocks))):
+    grad, grad_ladj = before_permutation(batch.grad_z, args.permutations[-1]), batch.grad_ladj.contiguous()
+    for b, layers, at in blocks_reversed(batch, args):
         needed = b > 0 or need_grad_x
-        batch = AffineBatch(grad, grad_ladj, None, at.hidden[-1], at.z, at.log_scale)  # type: ignore[arg-type]
-        g, direct = affine.grad_product(batch, args.output(b, layers[-1]))
+        of_affine = AffineBatch(grad, grad_ladj, None, at.hidden[-1], at.z, at.log_scale)  # type: ignore[arg-type]
+        g, direct = affine.grad_product(of_affine, args.output(b, layers[-1]))
         for k, below in reversed(list(enumerate((at.x, *at.hidden)))):
             partial, counts, grad_biases[layers[k]] = of_layer(layers[k], g, below, k > 0 or needed)
             if k > 0:

@@ -15,25 +15,15 @@ from __future__ import annotations
 
 import functools
 import math
-from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastmaf.kernels.flow.args import FlowArgs
+from fastmaf.kernels.flow.args import FlowArgs, permuted
+from fastmaf.kernels.triton_common import device as common
 from fastmaf.kernels.triton_common import work_lists
-from fastmaf.kernels.triton_common.device import (
-    all_registers,
-    bounded,
-    cdiv,
-    exponential,
-    launch,
-    power_of_two,
-    product,
-    target,
-)
 from fastmaf.kernels.triton_common.launch_table import Table
 
 # Steps of a panel: more of them stream longer at a time, and look at more columns in each step.
@@ -53,13 +43,12 @@ def _sums(
 ):  # fmt: skip
     """What rows r of a layer take from columns c_begin..c_end of the values below: ``[BLOCK_N, BLOCK_R]``."""
     w_ptr = tl.load(layer).to(tl.pointer_type(W_TYPE))
-    base = tl.load(tl.load(layer + 2).to(tl.pointer_type(tl.int64)) + r, mask=row_ok, other=0)
-    width = tl.load(tl.load(layer + 3).to(tl.pointer_type(tl.int32)) + r, mask=row_ok, other=0)
     if ALIGNED:
         w_ptr = tl.multiple_of(w_ptr, 16)
-        base = tl.multiple_of(base, 16)
-        width = tl.multiple_of(width, 16)
-    return product(
+    base_ptr = tl.load(layer + 2).to(tl.pointer_type(tl.int64))
+    width_ptr = tl.load(layer + 3).to(tl.pointer_type(tl.int32))
+    base, width = common.rows_at(base_ptr, width_ptr, r, row_ok, ALIGNED)
+    return common.product(
         values_ptr, sample, sample_ok, stride, w_ptr, base, width, row_ok, c_begin, c_end,
         BLOCK_N, BLOCK_R, BLOCK_C, True, "ieee",
     )  # fmt: skip
@@ -160,10 +149,10 @@ def _flow_inverse_kernel(
                         below_at, sample, sample_ok, below_stride, output, 2 * d + 1, d_ok, h_begin, h_end, W_TYPE,
                         BLOCK_N, BLOCK_D, BLOCK_P, False,
                     )  # fmt: skip
-                    a = bounded(u, bound, False)
+                    a = common.bounded(u, bound, False)
                     if ANY_SOFT:
-                        a = tl.where(soft != 0, bounded(u, bound, True), a)
-                    tl.store(to + sample[:, None] * features + d[None, :], z * exponential(a) + shift, mask=ok)
+                        a = tl.where(soft != 0, common.bounded(u, bound, True), a)
+                    tl.store(to + sample[:, None] * features + d[None, :], z * common.exponential(a) + shift, mask=ok)
                     ladj += tl.sum(tl.where(ok, a, 0.0).to(tl.float64), 1)
                 tl.debug_barrier()
                 below_at = to
@@ -194,32 +183,21 @@ def _flow_inverse_kernel(
     tl.store(ladj_ptr + sample, ladj.to(tl.float32), mask=sample_ok)
 
 
-class _Plan(NamedTuple):
-    """Launch parameters of the kernel for some blocks and a batch."""
-
-    samples: int
-    dims: int
-    units: int
-    rows: int
-    columns: int
-    panel_units: int
-    panel_values: int
-
-
-def _plan(table: Table, sms: int, n: int, features: int, widest: int, steps: int, aligned: bool) -> _Plan:
-    samples = power_of_two(cdiv(n, sms), 1, 16)
+def _blocks(table: Table, sms: int, n: int, features: int, widest: int, steps: int, aligned: bool) -> dict[str, int]:
+    """Returns the kernel's blocks for a batch of ``n`` and for blocks of so many steps and units at most."""
+    samples = common.power_of_two(common.cdiv(n, sms), 1, 16)
     numbers = table.inverse_numbers // samples // (1 if aligned else 2)  # as Launch.fitted
-    dims = power_of_two(cdiv(features, steps), 8, 64)
-    units = power_of_two(cdiv(widest, steps), 1, 16)
-    return _Plan(
-        samples,
-        dims,
-        units,
-        16,
-        max(16, numbers // 16),
-        power_of_two(PANEL * units, 16, max(16, numbers // dims)),
-        power_of_two(PANEL * dims, 16, max(16, numbers // units)),
-    )
+    dims = common.power_of_two(common.cdiv(features, steps), 8, 64)
+    units = common.power_of_two(common.cdiv(widest, steps), 1, 16)
+    return {
+        "BLOCK_N": samples,
+        "BLOCK_D": dims,
+        "BLOCK_U": units,
+        "BLOCK_R": 16,
+        "BLOCK_C": max(16, numbers // 16),
+        "BLOCK_P": common.power_of_two(PANEL * units, 16, max(16, numbers // dims)),
+        "BLOCK_W": common.power_of_two(PANEL * dims, 16, max(16, numbers // units)),
+    }
 
 
 def inverse(z: Tensor, args: FlowArgs) -> tuple[Tensor, Tensor]:
@@ -243,7 +221,7 @@ def inverse(z: Tensor, args: FlowArgs) -> tuple[Tensor, Tensor]:
     # Not by their addresses: they may be made anew for every call.
     places = torch.stack([p if p.numel() else _identity(features, z.device) for p in args.permutations[:-1]])
 
-    launches, sms, _ = target(z)
+    launches, sms, _ = common.target(z)
     hidden = [[biases[i].shape[0] for i in layers[:-1]] for layers in blocks_layers]
     widest, per_block = max(map(max, hidden)), max(map(sum, hidden))
     steps = max(len(schedule) for schedule in schedules)
@@ -252,22 +230,19 @@ def inverse(z: Tensor, args: FlowArgs) -> tuple[Tensor, Tensor]:
     for start in range(0, n, MOST_SAMPLES):
         part = slice(start, start + MOST_SAMPLES)
         count = len(z[part])
-        plan = _plan(launches, sms, count, features, widest, steps, aligned)
+        sizes = _blocks(launches, sms, count, features, widest, steps, aligned)
         values = z.new_empty(count, per_block)
         ahead = z.new_empty(count, per_block + 2 * features)
-        launch(
+        common.launch(
             _flow_inverse_kernel,
-            cdiv(count, plan.samples),
+            common.cdiv(count, sizes["BLOCK_N"]),
             z[part], x[part], ladj[part], blocks, limits, places, values, ahead, torch.empty_like(z[part]), count,
             features, len(table), stride, per_block,
-            PANEL=PANEL, BLOCK_N=plan.samples, BLOCK_D=plan.dims, BLOCK_U=plan.units, BLOCK_R=plan.rows,
-            BLOCK_C=plan.columns, BLOCK_P=plan.panel_units, BLOCK_W=plan.panel_values,
-            W_TYPE=tl.bfloat16 if weights[0].dtype == torch.bfloat16 else tl.float32, RELU=args.activation == "relu",
-            ANY_SOFT=any(soft), ALIGNED=aligned,
-            num_warps=launches.inverse_warps, maxnreg=all_registers(launches.inverse_warps),
+            PANEL=PANEL, **sizes, W_TYPE=tl.bfloat16 if weights[0].dtype == torch.bfloat16 else tl.float32,
+            RELU=args.activation == "relu", ANY_SOFT=any(soft), ALIGNED=aligned,
+            num_warps=launches.inverse_warps, maxnreg=common.all_registers(launches.inverse_warps),
         )  # fmt: skip
-    last = args.permutations[-1]
-    return (x[:, last] if last.numel() else x), ladj
+    return permuted(x, args.permutations[-1]), ladj
 
 
 @functools.cache

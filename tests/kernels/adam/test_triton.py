@@ -17,7 +17,7 @@ from fastmaf.kernels.adam.update import AdamNumbers, Update
 from fastmaf.kernels.affine_output.args import AffineArgs, AffineBatch
 from fastmaf.kernels.dispatch import implementation
 from fastmaf.kernels.factored_grad import FactoredGrad
-from fastmaf.kernels.flow.args import flow_args
+from fastmaf.kernels.flow.args import FlowBatch, flow_args
 from fastmaf.kernels.masked_linear.args import LinearArgs, LinearBatch
 from fastmaf.training.fused_adam import FusedAdam
 from tests.core.helpers import blocks_of, build, correlated, layers_of, normal, padding_of
@@ -207,7 +207,7 @@ def flow_steps(
             ops = implementation("flow", x)
             saved = ops.forward(x, of, True)[2]
             at_once = bias_updates if biases_too and ops.UPDATES_BIASES else None
-            grad_x, grad_biases = ops.adam_(grad_z, grad_ladj, saved, of, need_grad_x, updates, at_once)
+            grad_x, grad_biases = ops.adam_(FlowBatch(grad_z, grad_ladj, saved), of, need_grad_x, updates, at_once)
             if biases_too and at_once is None:
                 for bias, grad, update in zip(of.biases, grad_biases, bias_updates, strict=True):
                     adam_step_(bias, grad, update)

@@ -12,12 +12,12 @@ from torch import Tensor
 import fastmaf
 from fastmaf.training.fused_adam import FusedAdam
 from tests.core.helpers import build, layers_of, normal, padding_of
-from tests.kernels.cases import NO_TRITON
+from tests.kernels.cases import needs
 from tests.tolerances import F32, F64, assert_close, error
 
 pytestmark = [
     pytest.mark.gpu,
-    pytest.mark.skipif(NO_TRITON is not None, reason=str(NO_TRITON)),
+    needs("triton"),
     pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
 ]
 

@@ -15,7 +15,7 @@ from fastmaf.kernels.affine_output import torch as reference
 from fastmaf.kernels.affine_output.args import AffineArgs, AffineBatch
 from fastmaf.kernels.triton_common import launch_table
 from tests.core.helpers import build, generator, normal
-from tests.kernels.cases import TRITON_MARKS, evaluate, make, poisoned
+from tests.kernels.cases import TRITON_MARKS, evaluate, make, poisoned, same
 from tests.tolerances import F32, F64, assert_close
 
 pytestmark = TRITON_MARKS
@@ -71,8 +71,7 @@ def test_tangent_of_each_size(device: str) -> None:
     found, expected = at_log_scale("affine, soft", u, device), at_log_scale("affine, soft", u, device, "torch", F64)
     assert relative(found["result 2"][0], 0.5 * torch.tanh(u / 0.5)) <= ELEMENTWISE[device]
     assert (found["result 2"].abs() <= 0.5).all()
-    for key, value in expected.items():
-        assert_close("gradients" if "gradient" in key else "values", found[key], value, key)
+    same(found, expected)
 
 
 def test_the_soft_bound_of_what_is_not_finite(device: str) -> None:
@@ -108,7 +107,6 @@ def test_log_determinants_are_summed_in_more_than_float32(device: str) -> None:
         found = triton_kernel.ladj_of(shares)
         assert found.dtype == F32 and found.shape == (5,)
         assert_close("values", found, -shares.sum(0))
-        assert_close("values", triton_kernel.ladj_of(shares, 2.0), 2 * shares.sum(0))
 
 
 @pytest.mark.parametrize("slots, features", [(1, 300), (3, 37), (70, 37)])
@@ -224,17 +222,17 @@ def test_recorded_launches_are_not_made(device: str, capability: int, sms: int, 
     from fastmaf.kernels.triton_common import device as triton_parts
 
     case = make("flow", n, 13, device=device)
-    with triton_parts.recording(capability, sms) as record:
+    with triton_parts.recording(capability, sms) as launches:
         evaluate(case, "triton", F32)
-    names = {launched.kernel.__name__ for launched in record.launches}
+    names = {launched.kernel.__name__ for launched in launches}
     assert {"_masked_linear_fwd_kernel", "_affine_output_fwd_kernel", "_masked_linear_bwd_kernel"} <= names
     table = launch_table.TABLES[capability]
-    rows = {launched.options["BLOCK_J"] for launched in record.launches if "BLOCK_J" in launched.options}
+    rows = {launched.options["BLOCK_J"] for launched in launches if "BLOCK_J" in launched.options}
     assert rows == {(table.lanes if n == 1 else table.dot).rows, table.backward.rows}
-    assert all(launched.grid >= 0 and launched.args[0].dtype == F32 for launched in record.launches[:1])
-    made = len(record.launches)
+    assert all(launched.grid >= 0 and launched.args[0].dtype == F32 for launched in launches[:1])
+    made = len(launches)
     evaluate(make("linear", 1, 5, device=device), "triton", F32)
-    assert len(record.launches) == made, "launches are noted after the end of the block"
+    assert len(launches) == made, "launches are noted after the end of the block"
 
 
 def test_fused_multiply_adds_are_asked_for() -> None:
@@ -243,12 +241,12 @@ def test_fused_multiply_adds_are_asked_for() -> None:
 
     flow = build(13, blocks=2, dtype=F32)
     flow.validate_args = False  # launches that are recorded leave results as they were allocated
-    with fastmaf.use_backend("triton"), triton_parts.recording(61, 6) as record:
+    with fastmaf.use_backend("triton"), triton_parts.recording(61, 6) as launches:
         flow.log_prob(normal(2, 13, dtype=F32)).sum().backward()
         flow.sample(2)
-    kernels = {launched.kernel.__name__ for launched in record.launches}
+    kernels = {launched.kernel.__name__ for launched in launches}
     assert len(kernels) >= 5 and "_flow_inverse_kernel" in kernels
-    assert all(launched.options["enable_fp_fusion"] is True for launched in record.launches)
+    assert all(launched.options["enable_fp_fusion"] is True for launched in launches)
 
 
 def test_an_inverse_sends_its_table_once() -> None:
@@ -258,9 +256,9 @@ def test_an_inverse_sends_its_table_once() -> None:
     flow, z = build(13, blocks=3, order="random", dtype=F32), normal(2, 13, dtype=F32)
 
     def tables() -> list[Tensor]:
-        with torch.no_grad(), fastmaf.use_backend("triton"), triton_parts.recording(61, 6) as record:
+        with torch.no_grad(), fastmaf.use_backend("triton"), triton_parts.recording(61, 6) as launches:
             flow.inverse(z)
-        [launched] = record.launches
+        [launched] = launches
         return list(launched.args[3:5])
 
     first = tables()

@@ -15,14 +15,25 @@ from typing import Any
 
 import pytest
 
-from fastmaf.kernels import dispatch
-from fastmaf.kernels.triton_common.launch_table import REGISTERS, TABLES
+from fastmaf.kernels.triton_common.launch_table import TABLES
+from tests.kernels.cases import needs
 
 ROOT = Path(__file__).resolve().parents[3]
 PASCAL = Path(sys.prefix) / "triton-3.3.1"
-MISSING = next((why for op in dispatch.OPS if (why := dispatch.missing(op, "triton")) is not None), None)
-pytestmark = [pytest.mark.slow, pytest.mark.skipif(MISSING is not None, reason=str(MISSING))]
+pytestmark = [pytest.mark.slow, needs("triton")]
 
+# The most registers a thread may take, by the samples of a program's tile (0: any): a multiprocessor has 65,536.
+REGISTERS: dict[str, dict[int, int]] = {
+    "_masked_linear_fwd_kernel": {1: 128, 2: 128, 4: 128, 8: 128, 16: 128, 64: 255},  # 4 programs an SM
+    "_affine_output_fwd_kernel": {1: 128, 2: 128, 4: 128, 8: 128, 16: 128, 64: 255},  # 64 are bound by multiply-adds
+    "_masked_linear_bwd_kernel": {0: 255},  # weight, moments and both products: 2 or 3 programs, much in flight
+    "_flow_inverse_kernel": {0: 255},  # one program is all that runs on a multiprocessor
+    "_sum_slots_kernel": {0: 64},  # the rest stream: all threads of a multiprocessor should fit
+    "_affine_output_grad_kernel": {0: 64},
+    "_ladj_kernel": {0: 64},
+    "_adam_kernel": {0: 64},
+}
+# Bytes of shared memory that a program may take.
 SHARED = {61: 48 * 1024, 75: 64 * 1024, 80: 163 * 1024, 90: 227 * 1024}
 
 
