@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import textwrap
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import matplotlib.style
@@ -105,10 +106,14 @@ def _scaling(rows: list[Row], about: dict[str, str], sweep: str) -> Figure:
                 ax.plot(xs, [value(row, "limit") or math.nan for row in line], "--", color="black")
         ticks = sorted({position(row) for row in panel})
         ax.set_xticks(ticks, [f"{tick:,.0f}" for tick in ticks])
-        ax.yaxis.set_major_formatter(lambda y, _, unit=panel[0]["unit"]: labels.amount(y, unit))
+        ax.yaxis.set_major_formatter(partial(_tick, panel[0]["unit"]))
         ax.minorticks_off()
         ax.legend(frameon=False, fontsize=SMALL)
     return figure
+
+
+def _tick(unit: str, number: float, _: object) -> str:
+    return labels.amount(number, unit)
 
 
 def _colour(library: str) -> str:

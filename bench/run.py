@@ -69,12 +69,13 @@ def run(
         limits[name] = (min if name.endswith("_us") else max)(limits[name], rate)
     about |= {name: f"{rate:.4g}" for name, rate in limits.items()}
     about |= {"suite": plan.name, "seed": str(seed), "minutes": f"{(time.monotonic() - start) / 60:.1f}"}
-    by_threads = {None: limits}
+    by_threads: dict[int | None, dict[str, float]] = {None: limits}
     default = torch.get_num_threads()
-    for threads in {measured.group.threads for measured in suite.measured} - {None}:
-        torch.set_num_threads(threads)
-        by_threads[threads] = limits | machine.limits()
-        torch.set_num_threads(default)
+    for measured in suite.measured:
+        if (threads := measured.group.threads) is not None and threads not in by_threads:
+            torch.set_num_threads(threads)
+            by_threads[threads] = limits | machine.limits()
+            torch.set_num_threads(default)
     rows = [measured.row(by_threads[measured.group.threads]) for measured in suite.measured]
     return Result(rows, about, suite.left_out, suite.wrong)
 

@@ -1,4 +1,4 @@
-"""The check before any timing accepts correct libraries, and refuses every kind of wrong result by name."""
+"""The check before any timing refuses every kind of wrong result by name; test_libraries.py has what it accepts."""
 
 from __future__ import annotations
 
@@ -17,7 +17,6 @@ from fastmaf.bench.libraries.base import LEARNING_RATE
 from tests.bench.helpers import build, uniform
 
 SIZE = Size(47, (24, 24), 2)
-CHECKED = ("fastmaf", "fastmaf (torch)", "naive", "dense", "nflows", "zuko", "normflows")
 
 
 @pytest.fixture
@@ -43,19 +42,6 @@ def change(library: Library, method: str, wrong: Callable[[Tensor], Tensor]) -> 
     correct = getattr(library, method)
     setattr(library, method, lambda *arguments: wrong(correct(*arguments)))
     return library
-
-
-@pytest.mark.parametrize("size", [SIZE, Size(12, (31, 31), 2), Size(20, (9,), 1)], ids=str)
-@pytest.mark.parametrize("name", CHECKED)
-def test_a_correct_library_passes(name: str, size: Size, seed: int) -> None:
-    errors = check(build(name, size, seed), seed)
-    assert list(errors) == ["log_prob", "inverse", "train step"]
-    # Far from what is refused, as rounding differs between machines.
-    assert all(0 <= error < LARGEST[part] / 5 for part, error in errors.items()), errors
-
-
-def test_a_library_that_cannot_train_passes_without_a_step(seed: int) -> None:
-    assert list(check(build("fastmaf, bfloat16", SIZE, seed), seed)) == ["log_prob", "inverse"]
 
 
 def nan_in_last_row(values: Tensor) -> Tensor:

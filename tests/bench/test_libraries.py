@@ -11,14 +11,12 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastmaf
-from fastmaf.bench.check import check
+from fastmaf.bench.check import LARGEST, check
 from fastmaf.bench.libraries import LIBRARIES, Library, Size, library_class
-from fastmaf.bench.libraries.base import LEARNING_RATE
 from fastmaf.naive import NaiveMAF
 from tests.bench.helpers import FAILING, build, normal, uniform
 
@@ -26,6 +24,7 @@ WIDE = Size(47, (24, 24), 3)  # more dimensions than units: several outputs depe
 NARROW = Size(12, (31, 31), 3)  # more units than dimensions: every output depends on all dimensions before it
 SINGLE = Size(47, (24,), 1)
 LEVELS = Size(47, (24, 24), 2, levels=6)
+UNEQUAL = tuple(Size(47, hidden, 2) for hidden in ((5, 24), (24, 5), (9, 31, 4)))
 
 FASTMAF = ("fastmaf", "fastmaf (torch)", "fastmaf, bfloat16")
 DENSE = ("naive", "dense")
@@ -33,6 +32,7 @@ PEERS = ("nflows", "zuko", "normflows")
 ALL = [
     *((name, size) for name in (*FASTMAF, *DENSE, *PEERS) for size in (WIDE, NARROW, SINGLE)),
     *(("fastmaf", LEVELS), ("naive", LEVELS)),
+    *((name, size) for name in ("fastmaf", *DENSE, "zuko") for size in UNEQUAL),
     ("flowjax", NARROW),  # JAX compiles each function for seconds
 ]
 BY_PASSES = (*DENSE, *PEERS, "flowjax")
@@ -45,30 +45,28 @@ def library_of(name: str, size: Size) -> Library:
     return build(name, size, 5)
 
 
-def over(names: tuple[str, ...] = (*FASTMAF, *BY_PASSES), sizes: tuple[Size, ...] = (WIDE, NARROW, SINGLE)) -> Any:
-    """Parametrizes a test over some libraries and sizes."""
+def over(names: tuple[str, ...] = (*FASTMAF, *BY_PASSES), sizes: tuple[Size, ...] = ()) -> Any:
+    """Parametrizes a test over some libraries and sizes, by default over all."""
     pairs = [
         pytest.param(name, size, id=f"{name} {size}", marks=pytest.mark.slow if name == "flowjax" else ())
         for name, size in ALL
-        if name in names and (size in sizes or size == LEVELS)
+        if name in names and (not sizes or size in sizes)
     ]
     return pytest.mark.parametrize(("name", "size"), pairs)
 
 
-def density(module: Any, x: Tensor) -> Tensor:
-    with torch.no_grad():
-        return module.log_prob(x).clone()
-
-
 @over()
-def test_densities_are_those_of_the_counterpart(name: str, size: Size) -> None:
-    library = library_of(name, size)
-    x = uniform(7, size.features, 1)
+def test_a_library_passes_the_check_twice(name: str, size: Size) -> None:
+    library, x = library_of(name, size), uniform(7, size.features, 1)
     log_prob = library.log_prob(x)
-    torch.testing.assert_close(log_prob, density(library.counterpart(), x), rtol=1e-5, atol=0)
     assert log_prob.shape == (7,) and not log_prob.requires_grad
     assert torch.equal(x, uniform(7, size.features, 1)), "it wrote into its input"
     assert float(log_prob.std()) > 0, "all images have the same density"
+    for seed in (5, 6):  # the second optimiser has to start without the moments of the first
+        errors = check(library, seed)
+        assert list(errors) == ["log_prob", "inverse", "train step"][: 3 if library.trains else 2]
+        # Far from what is refused, as rounding differs between machines.
+        assert all(0 <= error < LARGEST[part] / 5 for part, error in errors.items()), errors
 
 
 @over()
@@ -121,30 +119,10 @@ def test_a_sample_takes_as_many_passes_as_are_extrapolated(name: str, size: Size
     assert passes <= len(sample.rows) <= passes + size.blocks * layers
 
 
-def train(library: Library, counterpart: Any, seeds: range, scale: float = 1.0) -> None:
-    """Takes the same steps with both, each with a new optimiser."""
+def train(library: Library, seeds: range) -> None:
     library.new_optimizer()
-    optimizer = torch.optim.Adam(counterpart.parameters(), lr=LEARNING_RATE)
     for seed in seeds:
-        batch = scale * uniform(8, library.size.features, seed)
-        library.train_step(batch)
-        optimizer.zero_grad()
-        (-counterpart.log_prob(batch).mean()).backward()
-        optimizer.step()
-
-
-@over(TRAINABLE)
-def test_training_steps_are_those_of_the_counterpart(name: str, size: Size) -> None:
-    library, x = library_of(name, size), uniform(7, size.features, 4)
-    # Twice, so that the second optimiser has to start without the moments of the first.
-    for seeds, scale in ((range(10, 13), 3.0), (range(20, 23), -1.0)):
-        counterpart = library.counterpart()
-        before = density(counterpart, x)
-        train(library, counterpart, seeds, scale)
-        change, expected = library.log_prob(x) - before, density(counterpart, x) - before
-        assert float(expected.abs().max()) > 1e-4, "nothing changed"
-        assert float((change - expected).norm() / expected.norm()) < 5e-3
-        torch.testing.assert_close(density(library.counterpart(), x), library.log_prob(x), rtol=1e-5, atol=0)
+        library.train_step(uniform(8, library.size.features, seed))
 
 
 @over(TRAINABLE, (NARROW, SINGLE))
@@ -152,7 +130,7 @@ def test_saved_weights_are_restored_and_used(name: str, size: Size, tmp_path: Pa
     library, x, path = library_of(name, size), uniform(7, size.features, 4), tmp_path / "weights.safetensors"
     before = library.log_prob(x).clone()
     library.save(path)
-    train(library, library.counterpart(), range(3))
+    train(library, range(3))
     assert float((library.log_prob(x) - before).abs().min()) > 1e-4, "training changed nothing"
     library.load(path)
     assert torch.equal(library.log_prob(x), before)
@@ -211,7 +189,7 @@ def test_the_dense_library_is_the_naive_model_masked_after_every_step() -> None:
     torch.testing.assert_close(dense.log_prob(x), naive.log_prob(x), rtol=1e-6, atol=0)
     z = normal(3, WIDE.features, 0)
     torch.testing.assert_close(dense.inverse(z, 7), naive.inverse(z, 7), rtol=1e-5, atol=1e-6)
-    train(dense, dense.counterpart(), range(2))
+    train(dense, range(2))
     for block in dense.model.blocks:  # type: ignore[attr-defined]
         for weight, mask in zip(block.weights, block.buffers(), strict=True):
             assert bool((weight[~mask] == 0).all()) and bool((weight[mask] != 0).any())
@@ -223,12 +201,6 @@ def test_the_naive_library_has_the_connections_of_fastmaf(size: Size) -> None:
     naive: Any = build("naive", size, 0)
     masks = [buffer for name, buffer in naive.model.named_buffers() if "mask" in name]
     assert fast.flow.visible_weights == sum(int(mask.sum()) for mask in masks)
-
-
-@pytest.mark.parametrize("hidden", [(5, 24), (24, 5), (9, 31, 4)])
-@pytest.mark.parametrize("name", ["fastmaf", "naive", "dense", "zuko"])
-def test_hidden_layers_of_different_widths_pass_the_check(name: str, hidden: tuple[int, ...]) -> None:
-    check(build(name, Size(47, hidden, 2), 5), 7)
 
 
 @pytest.mark.parametrize("name", ["nflows", "normflows", pytest.param("flowjax", marks=pytest.mark.slow)])
