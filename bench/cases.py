@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Literal, NamedTuple
 
 from fastmaf.bench.libraries import LIBRARIES, Size
@@ -18,40 +18,25 @@ EAGER_TRAINABLE = tuple(name for name in TRAINABLE if name in EAGER)
 
 
 class Case(NamedTuple):
-    """One measurement.
-
-    Attributes:
-        name: as printed.
-        batch: number of samples, those of all steps together.
-        libraries: that are measured.
-        moved: how often each visible weight, 4 bytes, must be read or written in a step (for memory: be held).
-        rate: the machine's rate that limits this.
-        products: how often each visible weight must be multiplied with the batch.
-        steps: how often the weights are moved.
-        unit: of the result.
-    """
+    """One measurement."""
 
     name: str
-    batch: int
+    batch: int  # number of samples, those of all steps together
     libraries: tuple[str, ...]
-    moved: float
-    rate: Rate = "read"
-    products: int = 0
+    moved: float  # how often each visible weight must be read or written in a step (for memory: be held)
+    rate: Rate = "read"  # of the machine, which limits this
+    products: int = 0  # how often each visible weight must be multiplied with the batch
     steps: int = 1
     unit: Literal["s", "GB"] = "s"
 
     @property
     def label(self) -> str:
-        """The name with the batch."""
         return f"{self.name} {self.batch}" if self.batch else self.name
 
     def limit(self, weights: int, weight_bytes: int, rates: dict[str, float]) -> tuple[float, str]:
-        """Returns the least that this can take on a machine, in its unit, and the bytes or operations that decide it.
+        """Returns the least that this can take, in its unit, and the bytes or operations that decide it.
 
-        Args:
-            weights: that are visible through the masks.
-            weight_bytes: of each.
-            rates: as ``machine.limits`` and ``machine.file_limits`` measure them.
+        ``weights`` is the number of those that are visible through the masks, ``rates`` those of the machine.
         """
         moved = self.steps * self.moved * weight_bytes * weights
         if self.unit == "GB":
@@ -96,28 +81,12 @@ MEMORY = (
 FILES = (Case("save", 0, EAGER, 1, "write file"), Case("load", 0, EAGER, 1, "read file"))
 
 
-class Sweep(NamedTuple):
-    """A series of sizes.
-
-    Attributes:
-        name: the column of the rows that varies, or "small".
-        sizes: and the number of threads, None for the default.
-        libraries: that are measured.
-        cases: that are measured at every size.
-    """
-
-    name: str
-    sizes: tuple[tuple[Size, int | None], ...]
-    libraries: tuple[str, ...]
-    cases: tuple[Case, ...]
-
-
 class Group(NamedTuple):
     """Cases of one size, for which each library has one process."""
 
-    sweep: str
+    sweep: str  # the column of the rows that varies in a series of groups, or "small"; "" in the first group
     size: Size
-    threads: int | None
+    threads: int | None  # None for the default
     libraries: tuple[str, ...]
     cases: tuple[Case, ...]
 
@@ -126,39 +95,17 @@ class Group(NamedTuple):
 
 
 class Plan(NamedTuple):
-    """A whole run.
-
-    Attributes:
-        name: quick or full.
-        size: of the flow in the cases.
-        libraries: that are measured.
-        cases: of ``size``.
-        pixels: side length of the images of an epoch.
-        rounds: how often a case alternates between its two libraries.
-        seconds: of each turn.
-        sweeps: further series.
-    """
+    """A whole run."""
 
     name: str
-    size: Size
-    libraries: tuple[str, ...]
-    cases: tuple[Case, ...]
-    pixels: int
-    rounds: int
-    seconds: float
-    sweeps: tuple[Sweep, ...]
-
-    def groups(self) -> Iterator[Group]:
-        """Yields what is measured, in order."""
-        yield Group("", self.size, None, self.libraries, self.cases)
-        for sweep in self.sweeps:
-            for size, threads in sweep.sizes:
-                yield Group(sweep.name, size, threads, sweep.libraries, sweep.cases)
+    groups: tuple[Group, ...]  # the first has all libraries
+    pixels: int  # side length of the images of an epoch
+    rounds: int  # how often a case alternates between its two libraries
+    seconds: float  # of each turn
 
     @property
     def total(self) -> int:
-        """The number of results."""
-        return sum(len(group.cases_of(name)) for group in self.groups() for name in group.libraries)
+        return sum(len(group.cases_of(name)) for group in self.groups for name in group.libraries)
 
 
 def planned(name: str, device: str = "cpu", libraries: Sequence[str] = ()) -> Plan:
@@ -168,76 +115,67 @@ def planned(name: str, device: str = "cpu", libraries: Sequence[str] = ()) -> Pl
         ValueError: there is no such library.
     """
     plan = {"quick": QUICK, "full": FULL}[name]
-    chosen = tuple(library for library in plan.libraries if LIBRARIES[library].device in (None, device))
-    if unknown := [library for library in libraries if library not in chosen]:
-        raise ValueError(f"there is no library {unknown[0]!r} in this run; expected some of: {', '.join(chosen)}")
-    if libraries:
-        chosen = tuple(library for library in chosen if library in ("fastmaf", *libraries))
-    cores = os.cpu_count() or 1
-    sweeps = [
-        sweep._replace(
-            libraries=tuple(library for library in sweep.libraries if library in chosen),
-            sizes=tuple((size, threads) for size, threads in sweep.sizes if (threads or 1) <= cores),
-        )
-        for sweep in plan.sweeps
-        if device == "cpu" or sweep.name != "threads"
+    possible = [library for library in plan.groups[0].libraries if LIBRARIES[library].device in (None, device)]
+    if unknown := [library for library in libraries if library not in possible]:
+        raise ValueError(f"there is no library {unknown[0]!r} in this run; expected some of: {', '.join(possible)}")
+    chosen = {"fastmaf", *(libraries or possible)}
+    most_threads = (os.cpu_count() or 1) if device == "cpu" else 0
+    groups = [
+        group._replace(libraries=tuple(name for name in group.libraries if name in chosen))
+        for group in plan.groups
+        if (group.threads or 0) <= most_threads
     ]
-    return plan._replace(libraries=chosen, sweeps=tuple(sweeps))
+    return plan._replace(groups=tuple(groups))
 
 
-def _sizes(*sizes: Size) -> tuple[tuple[Size, int | None], ...]:
-    return tuple((size, None) for size in sizes)
+def _sweep(name: str, sizes: Iterable[Size], libraries: tuple[str, ...], *cases: Case) -> list[Group]:
+    return [Group(name, size, None, libraries, cases) for size in sizes]
 
 
-_SWEPT = (log_prob(8), sample(1), train_step(8), *MEMORY[1:])
-_PAIR = ("fastmaf", "naive")
-_FULL = Size(12_288, (512, 512), 7)  # of the published run
-
-
-def _small(*libraries: str) -> tuple[Sweep, Sweep]:
+def _small(*libraries: str) -> tuple[Group, Group]:
     """Returns cases in which Python takes most of the time."""
     return (
-        Sweep("small", _sizes(Size(64, (64, 64), 3)), libraries, (log_prob(1),)),
-        Sweep("small", _sizes(Size(6, (64, 64), 5)), libraries, (train_step(256),)),
+        Group("small", Size(64, (64, 64), 3), None, libraries, (log_prob(1),)),
+        Group("small", Size(6, (64, 64), 5), None, libraries, (train_step(256),)),
     )
 
 
+_TIMES = (log_prob(8), sample(1), train_step(8))
+_SWEPT = (*_TIMES, *MEMORY[1:])
+_PAIR = ("fastmaf", "naive")
+_FULL = Size(12_288, (512, 512), 7)  # of the published run
+_FULL_CASES = (
+    *(BUILD, log_prob(1), LOG_PROB, log_prob(64), SAMPLE, sample(5), sample(64), TRAIN_STEP, train_step(64)),
+    *(*MEMORY, *FILES, epoch(224)),
+)
+_LEVELS = [_FULL._replace(levels=n) for n in (16, 64, 256, 512)]
+_QUICK_CASES = (BUILD, log_prob(1), LOG_PROB, log_prob(64), SAMPLE, TRAIN_STEP, *MEMORY, *FILES, epoch(24))
+_QUICK_LIBRARIES = tuple(name for name in ALL if not name.startswith("naive, "))
+
 FULL = Plan(
     "full",
-    _FULL,
-    ALL,
     (
-        *(BUILD, log_prob(1), LOG_PROB, log_prob(64), SAMPLE, sample(5), sample(64), TRAIN_STEP, train_step(64)),
-        *(*MEMORY, *FILES, epoch(224)),
+        Group("", _FULL, None, ALL, _FULL_CASES),
+        *_small("fastmaf", "fastmaf (torch)", "naive", "dense", "nflows", "zuko"),
+        *_sweep("features", (Size(d, (512, 512), 1) for d in (768, 3_072, 12_288, 49_152)), _PAIR, *_SWEPT),
+        *_sweep("hidden_features", (Size(12_288, (h, h), 1) for h in (128, 512, 1_024, 4_096)), _PAIR, *_SWEPT),
+        *_sweep("blocks", (Size(3_072, (512, 512), b) for b in (1, 3, 7, 20)), _PAIR, *_SWEPT),
+        *_sweep("levels", _LEVELS, ("fastmaf",), log_prob(8), sample(1), sample(5), sample(64)),
+        *(Group("threads", _FULL, threads, _PAIR, _TIMES) for threads in (1, 2)),
     ),
     pixels=1000,
     rounds=5,
     seconds=0.2,
-    sweeps=(
-        *_small("fastmaf", "fastmaf (torch)", "naive", "dense", "nflows", "zuko"),
-        Sweep("features", _sizes(*(Size(d, (512, 512), 1) for d in (768, 3_072, 12_288, 49_152))), _PAIR, _SWEPT),
-        Sweep("hidden_features", _sizes(*(Size(12_288, (h, h), 1) for h in (128, 512, 1_024, 4_096))), _PAIR, _SWEPT),
-        Sweep("blocks", _sizes(*(Size(3_072, (512, 512), b) for b in (1, 3, 7, 20))), _PAIR, _SWEPT),
-        Sweep(
-            "levels",
-            _sizes(*(_FULL._replace(levels=n) for n in (16, 64, 256, 512))),
-            ("fastmaf",),
-            (log_prob(8), sample(1), sample(5), sample(64)),
-        ),
-        Sweep("threads", ((_FULL, 1), (_FULL, 2)), _PAIR, (log_prob(8), sample(1), train_step(8))),
-    ),
 )
 
 QUICK = Plan(
     "quick",
-    Size(3_072, (256, 256), 2),
-    tuple(name for name in ALL if not name.startswith("naive, ")),
-    (BUILD, log_prob(1), LOG_PROB, log_prob(64), SAMPLE, TRAIN_STEP, *MEMORY, *FILES, epoch(24)),
+    (
+        Group("", Size(3_072, (256, 256), 2), None, _QUICK_LIBRARIES, _QUICK_CASES),
+        *_small(*_PAIR),
+        *_sweep("features", (Size(d, (128, 128), 1) for d in (768, 3_072)), _PAIR, *_SWEPT),
+    ),
     pixels=256,
     rounds=3,
     seconds=0.03,
-    sweeps=(
-        *_small("fastmaf", "naive"),
-        Sweep("features", _sizes(*(Size(d, (128, 128), 1) for d in (768, 3_072))), _PAIR, _SWEPT),
-    ),
 )

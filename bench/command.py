@@ -9,10 +9,7 @@ from tqdm import tqdm
 
 from fastmaf.bench import figures, rows, tables
 from fastmaf.bench.cases import planned
-from fastmaf.bench.compare import compare
-from fastmaf.bench.run import Result, run
-
-__all__ = ["bench", "compare"]
+from fastmaf.bench.run import run
 
 
 def bench(
@@ -24,21 +21,9 @@ def bench(
     progress: bool = True,
     say: Callable[[str], None] = print,
 ) -> bool:
-    """Runs the suite, prints its table and writes CSV, JSON and figures.
+    """Runs the suite of all or some libraries, prints its table and writes CSV, JSON and figures to a folder.
 
-    Args:
-        out: folder to write to.
-        quick: small sizes, under two minutes.
-        device: cpu or cuda.
-        libraries: only these and fastmaf; () for all.
-        progress: show a progress bar.
-        say: prints.
-
-    Returns:
-        Whether the results of all measured libraries were correct.
-
-    Raises:
-        ValueError: there is no such library.
+    Returns whether the results of all measured libraries were correct.
     """
     if device not in ("cpu", "cuda"):
         raise ValueError(
@@ -53,18 +38,14 @@ def bench(
             bar.update(done)
 
         result = run(plan, show, device=device)
-    _report(result, out, f"{device}{'-quick' if quick else ''}", say)
-    return not result.wrong
-
-
-def _report(result: Result, out: Path, stem: str, say: Callable[[str], None]) -> None:
-    path = out / f"{stem}.csv"
+    path = out / f"{device}{'-quick' if quick else ''}.csv"
     rows.write(result.rows, result.about, path)
+    written = [path, path.with_suffix(".json"), *figures.write(result.rows, result.about, out, path.stem)]
     say(tables.table(result.rows))
-    written = figures.write(result.rows, result.about, out, stem)
-    say("\n" + tables.about_lines(result.about))
+    say("\n" + "\n".join(tables.aligned(list(result.about.items()), (0, 1))))
     for heading, lines in (("Not measured:", result.left_out), ("WRONG, and not timed:", result.wrong)):
         if lines:
             say("\n".join(["", heading, *(f"  {line}" for line in lines)]))
     say("\nThe results of each library were compared with another implementation's before timing; see 'error'.")
-    say(f"Written: {', '.join(map(str, (path, path.with_suffix('.json'), *written)))}")
+    say(f"Written: {', '.join(map(str, written))}")
+    return not result.wrong

@@ -6,12 +6,15 @@ import contextlib
 import importlib.metadata
 import os
 import platform
+import re
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
+import timeit
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -51,62 +54,30 @@ def describe(device: str = "cpu") -> dict[str, str]:
 
 
 def _commit() -> str:
-    if _git("ls-files", "--error-unmatch", Path(__file__).name) in ("", UNKNOWN):  # not a checkout of this file
+    root = Path(__file__).parents[1]
+    if not (root / ".git").exists():  # installed, perhaps below another project's checkout
         return UNKNOWN
-    return _git("rev-parse", "--short", "HEAD") + ("+changes" if _git("status", "--porcelain") else "")
-
-
-def _git(*arguments: str) -> str:
-    command = ["git", *arguments]
+    command = ["git", "describe", "--always", "--exclude=*", "--dirty=+changes"]
     try:
-        return subprocess.run(
-            command, cwd=Path(__file__).parent, capture_output=True, text=True, check=True
-        ).stdout.strip()
+        return subprocess.check_output(command, cwd=root, text=True).strip()
     except (OSError, subprocess.CalledProcessError):
         return UNKNOWN
 
 
 def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor() or platform.machine()
-    info = {key.strip(): text.strip() for key, _, text in (line.partition(":") for line in reversed(lines))}
-    name = info.get("model name", platform.machine())
-    return f"{name} (family {info.get('cpu family')}, model {info.get('model')}), {os.cpu_count()} cores"
+    with contextlib.suppress(OSError):
+        info = dict(re.findall(r"^([\w ]+?)\s*: (.*)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE))
+        name = info.get("model name", platform.machine())
+        return f"{name} (family {info.get('cpu family')}, model {info.get('model')}), {os.cpu_count()} cores"
+    return platform.processor() or platform.machine()
 
 
 def _huge_pages() -> str:
     """Returns which memory gets huge pages: always, madvise (on request, as by fastmaf) or never."""
     with contextlib.suppress(OSError):
         modes = Path("/sys/kernel/mm/transparent_hugepage/enabled").read_text()
-        return modes[modes.index("[") + 1 : modes.index("]")]
+        return modes.partition("[")[2].partition("]")[0]
     return UNKNOWN
-
-
-class Busy:
-    """Measures the share of the processors that other processes have taken since it was created."""
-
-    def __init__(self) -> None:
-        self._before = self._now()
-
-    @staticmethod
-    def _now() -> tuple[float, float, float]:
-        total, this = psutil.cpu_times(), psutil.Process().cpu_times()
-        busy = sum(getattr(total, name, 0.0) for name in ("user", "nice", "system", "irq", "softirq", "steal"))
-        return time.monotonic(), busy, this.user + this.system
-
-    def others(self) -> float:
-        """Returns the share, 0 to 1; 0 after less than a tenth of a second, as the clock ticks in hundredths."""
-        wall, busy, this = (now - before for now, before in zip(self._now(), self._before, strict=True))
-        return max(0.0, busy - this) / (wall * (psutil.cpu_count() or 1)) if wall > 0.1 else 0.0
-
-
-def seconds_once(call: Callable[[], object]) -> float:
-    """Returns the time of one call."""
-    start = time.perf_counter()
-    call()
-    return time.perf_counter() - start
 
 
 def cuda_seconds_once(call: Callable[[], object]) -> float:
@@ -122,7 +93,7 @@ def cuda_seconds_once(call: Callable[[], object]) -> float:
 
 def clock(device: str) -> Callable[[Callable[[], object]], float]:
     """Returns the function that times one call on a device."""
-    return seconds_once if device == "cpu" else cuda_seconds_once
+    return partial(timeit.timeit, number=1) if device == "cpu" else cuda_seconds_once
 
 
 def _best(call: Callable[[], object], repeats: int, device: str = "cpu") -> float:
@@ -149,13 +120,13 @@ def limits() -> dict[str, float]:
     a, b, c = torch.randn(side, side), torch.randn(side, side), torch.empty(side, side)
     product = _best(lambda: torch.mm(a, b, out=c), 7)
     small = torch.zeros(1)
-    calls = [seconds_once(lambda: [small.add_(1) for _ in range(1000)]) / 1000 for _ in range(8)]
+    calls = timeit.repeat(partial(small.add_, 1), number=1000, repeat=8)
     return {
         "read_gb_per_s": 4 * numbers / read / 1e9,
         "copy_gb_per_s": 8 * numbers / copy / 1e9,
         "adam_gb_per_s": 28 * numbers / adam / 1e9,
         "sgemm_gflop_per_s": 2 * side**3 / product / 1e9,
-        "launch_us": statistics.median(calls) * 1e6,
+        "launch_us": statistics.median(calls) / 1000 * 1e6,
     }
 
 
@@ -187,19 +158,13 @@ def cuda_limits() -> dict[str, float]:
 def file_limits(megabytes: int = 256) -> dict[str, float]:
     """Measures the rates of writing and reading a file in GB/s, with the operating system's cache."""
     data = torch.rand(megabytes * 2**18).numpy()
-    target = np.empty_like(data)
-    target.fill(0)  # new pages would cost more than the copy
-
-    def read() -> None:
-        with open(path, "rb") as file:
-            file.readinto(target.data)
-
+    target = np.ones_like(data)  # written: new pages would cost more than the copy
     with tempfile.TemporaryDirectory(prefix="fastmaf-bench-") as folder:
         path = Path(folder, "file")
         write = _best(lambda: path.write_bytes(data.data), 3)
         mapped = np.memmap(path, dtype=data.dtype)
-        best = min(_best(read, 3), _best(lambda: np.copyto(target, mapped), 3))  # the latter as in safetensors
-    return {"write_file_gb_per_s": data.nbytes / write / 1e9, "read_file_gb_per_s": data.nbytes / best / 1e9}
+        read = _best(lambda: np.copyto(target, mapped), 3)  # as in safetensors
+    return {"write_file_gb_per_s": data.nbytes / write / 1e9, "read_file_gb_per_s": data.nbytes / read / 1e9}
 
 
 def reset_peak(device: str) -> None:
@@ -211,20 +176,15 @@ def reset_peak(device: str) -> None:
             Path("/proc/self/clear_refs").write_text("5")
 
 
-def peak(device: str) -> Callable[[], int | None]:
-    """Returns the function that returns this process's peak memory in bytes, on the GPU that which it allocated."""
-    return peak_bytes if device == "cpu" else torch.cuda.max_memory_allocated
-
-
-def peak_bytes() -> int | None:
-    """Returns the peak of this process's resident memory; None where it is unknown."""
+def peak_bytes(device: str) -> int:
+    """Returns this process's peak memory: resident on the CPU, allocated on the GPU."""
+    if device != "cpu":
+        return torch.cuda.max_memory_allocated()
     # On Linux getrusage's peak is inherited from the parent process, which may be larger.
-    with contextlib.suppress(OSError), open("/proc/self/status") as file:
-        for line in file:
-            if line.startswith("VmHWM"):
-                return int(line.split()[1]) * 1024
-    try:
-        import resource
-    except ImportError:  # Windows
-        return None
+    with contextlib.suppress(OSError, IndexError):
+        return 1024 * int(Path("/proc/self/status").read_text().partition("VmHWM:")[2].split()[0])
+    if sys.platform == "win32":
+        return psutil.Process().memory_info().peak_wset
+    import resource  # not on Windows
+
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

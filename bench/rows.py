@@ -5,11 +5,16 @@ from __future__ import annotations
 import csv
 import io
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
+import torch
 
+import fastmaf
+from fastmaf.bench.cases import Case, Group
+from fastmaf.bench.libraries import LIBRARIES
 from fastmaf.io.atomic import written_atomically
 
 Row = dict[str, str]
@@ -42,45 +47,53 @@ _RENAMED_COLUMNS = {"side": "library"}
 _RENAMED_LIBRARIES = {"fastmaf (reference)": "fastmaf (torch)"}
 
 
-def row_of(
-    names: Row,
-    values: Sequence[float],
-    times_fastmaf: float | None = None,
-    limit: float | None = None,
-    first: float | None = None,
-    error: float | None = None,
-) -> Row:
-    """Returns a row.
+class Measured(NamedTuple):
+    """What one library took for one case."""
 
-    Args:
-        names: its other columns.
-        values: as measured, in the row's unit.
-        times_fastmaf: multiple of fastmaf's.
-        limit: the least that they could be.
-        first: seconds of the first call.
-        error: of the check.
-    """
-    median, p20, p80 = np.quantile(values, (0.5, 0.2, 0.8))
-    numbers = {
-        "median": median,
-        "p20": p20,
-        "p80": p80,
-        "first": first,
-        "limit": limit,
-        "fraction_of_limit": limit / median if limit is not None and median else None,
-        "times_fastmaf": times_fastmaf,
-    }
-    row = names | {name: "" if number is None else f"{number:.5g}" for name, number in numbers.items()}
-    row |= {"repeats": str(len(values)), "error": "" if error is None else f"{error:.1e}"}
-    return {column: row.get(column, "") for column in COLUMNS}
+    group: Group
+    case: Case
+    library: str
+    values: list[float]  # in the unit of the case
+    times_fastmaf: float | None = None
+    first: float | None = None
+    note: str = ""
+    error: float | None = None
+
+    def row(self, limits: dict[str, float]) -> Row:
+        """Returns the row; ``limits`` are the rates of the machine."""
+        (sweep, size, threads, *_), case = self.group, self.case
+        flow = fastmaf.MAF(size.features, size.blocks, size.hidden, order="natural", levels=size.levels, device="meta")
+        limit, must_move = case.limit(flow.visible_weights, LIBRARIES[self.library].weight_bytes, limits)
+        median, p20, p80 = np.quantile(self.values, (0.5, 0.2, 0.8))
+        share = limit / median if median else None
+        values = {
+            "sweep": sweep,
+            "case": case.name,
+            "batch": case.batch or None,
+            "library": self.library,
+            "features": size.features,
+            "hidden_features": "x".join(map(str, size.hidden)),
+            "blocks": size.blocks,
+            "levels": size.levels,
+            "threads": threads or torch.get_num_threads(),
+            "unit": case.unit,
+            **{"median": median, "p20": p20, "p80": p80},
+            "repeats": len(self.values),
+            "first": self.first,
+            "must_move": must_move,
+            "limit": limit,
+            "fraction_of_limit": share,
+            "times_fastmaf": self.times_fastmaf,
+            "error": None if self.error is None else f"{self.error:.1e}",
+            "note": self.note,
+        }
+        texts = {name: f"{value:.5g}" if isinstance(value, float) else str(value) for name, value in values.items()}
+        return {name: "" if values[name] is None else texts[name] for name in COLUMNS}
 
 
 def value(row: Row, column: str = "median") -> float | None:
     """Returns a number of a row, None where it holds none."""
-    try:
-        return float(row[column])
-    except ValueError:
-        return None
+    return float(row[column]) if row[column] else None
 
 
 def is_extrapolated(row: Row) -> bool:
@@ -91,10 +104,8 @@ def is_extrapolated(row: Row) -> bool:
 def write(rows: Iterable[Row], about: dict[str, str], path: Path) -> None:
     """Writes the rows as CSV, with the description of the machine in every row, and as JSON beside it."""
     rows = list(rows)
-    if both := set(about) & set(COLUMNS):
-        raise ValueError(f"the description of the machine has the name of a column: {', '.join(sorted(both))}")
     table = io.StringIO(newline="")
-    writer = csv.DictWriter(table, [*COLUMNS, *about], restval="", lineterminator="\n")
+    writer = csv.DictWriter(table, [*COLUMNS, *about], lineterminator="\n")
     writer.writeheader()
     writer.writerows({**row, **about} for row in rows)
     text = json.dumps({"about": about, "rows": rows}, indent=1, ensure_ascii=False) + "\n"

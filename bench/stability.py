@@ -22,18 +22,19 @@ from typing import Any, NamedTuple
 
 import numpy
 import torch
-from PIL import Image
 from sklearn.datasets import load_digits, make_moons
 from torch import Tensor, nn
 from torch.nn.functional import interpolate
 
 import fastmaf
+from fastmaf.bench.libraries import LIBRARIES, Size, library_class
 from fastmaf.capsule.synthetic import draw_dataset
+from fastmaf.images.dataset import load_train, to_unit
 
 WINDOW = 10
 JUMP = 0.5
-HELD_OUT = 4  # one row in four is held out
 BLOCKS = 7
+LogProb = Callable[[Tensor], Tensor]
 MODELS = ("fastmaf", "fastmaf, former bound", "zuko", "nflows")
 
 
@@ -88,11 +89,8 @@ def digits() -> Tensor:
 def capsules() -> Tensor:
     """Synthetic capsule images of 64×64 pixels, D = 12,288, scaled to [0, 1] as ``fastmaf train`` does."""
     with tempfile.TemporaryDirectory() as folder:
-        files = sorted(
-            Path(draw_dataset(folder, train=320, good=0, defects={}, size=64, progress=False)).rglob("*.png")
-        )
-        pixels = numpy.stack([numpy.asarray(Image.open(file).convert("RGB")) for file in files])
-    return torch.from_numpy(pixels).permute(0, 3, 1, 2).flatten(1).float() / 255
+        draw_dataset(folder, train=320, good=0, defects={}, size=64, progress=False)
+        return to_unit(load_train(folder, size=64, progress=False).pixels)
 
 
 def _standardised(x: numpy.ndarray[Any, Any]) -> Tensor:
@@ -108,28 +106,15 @@ DATA = {
 }
 
 
-class Model(NamedTuple):
-    """A flow and its log-density."""
-
-    module: nn.Module
-    log_prob: Callable[[Tensor], Tensor]
-
-
-def build(name: str, features: int, blocks: int, hidden: int) -> Model:
-    """Builds a library's flow with that library's defaults; its weights come from torch's global generator."""
-    if name == "zuko":
-        import zuko
-
-        flow = zuko.flows.MAF(features, transforms=blocks, hidden_features=(hidden, hidden))
-        return Model(flow, lambda x: flow().log_prob(x))
-    if name == "nflows":
-        from nflows.flows.autoregressive import MaskedAutoregressiveFlow
-
-        flow = MaskedAutoregressiveFlow(features, hidden, blocks, 1, use_residual_blocks=False)
-    else:
-        options: dict[str, Any] = {} if name == "fastmaf" else {"log_scale_bound": 5.0, "soft_bound": False}
-        flow = fastmaf.MAF(features, blocks, (hidden, hidden), validate_args=False, **options)
-    return Model(flow, flow.log_prob)
+def build(name: str, size: Size, seed: int) -> tuple[nn.Module, LogProb]:
+    """Returns a library's flow with that library's defaults, and its log-density."""
+    if name in LIBRARIES and name != "fastmaf":
+        library: Any = library_class(LIBRARIES[name])(size, seed)
+        return library.model, library.density
+    torch.manual_seed(seed)
+    options: dict[str, Any] = {} if name == "fastmaf" else {"log_scale_bound": 5.0, "soft_bound": False}
+    flow = fastmaf.MAF(size.features, size.blocks, size.hidden, validate_args=False, **options)
+    return flow, flow.log_prob
 
 
 class Run(NamedTuple):
@@ -141,35 +126,33 @@ class Run(NamedTuple):
 
 
 def split(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Returns the rows to train on and those held out."""
-    return torch.cat([x[k::HELD_OUT] for k in range(1, HELD_OUT)]), x[::HELD_OUT]
+    """Returns the rows to train on, and one in four that is held out."""
+    return torch.cat([x[k::4] for k in (1, 2, 3)]), x[::4]
 
 
-def train(name: str, data: DataSet, x: Tensor, seed: int, steps: int, blocks: int = BLOCKS) -> Run:
+def train(name: str, data: DataSet, x: Tensor, seed: int, steps: int) -> Run:
     """Trains one model and scores the held-out rows."""
-    torch.manual_seed(seed)
     rows, held_out = split(x)
-    model = build(name, x.shape[1], blocks, data.hidden)
-    optimizer = torch.optim.Adam(model.module.parameters(), lr=data.lr, fused=True)
-    untrained, losses = _nll(model, held_out), []
+    module, log_prob = build(name, Size(x.shape[1], (data.hidden, data.hidden), BLOCKS), seed)
+    optimizer = torch.optim.Adam(module.parameters(), lr=data.lr, fused=True)
+    untrained, losses = _nll(log_prob, held_out), []
     for _ in range(steps):
         optimizer.zero_grad()
-        loss = -model.log_prob(rows[torch.randint(len(rows), (data.batch,))]).mean()
+        loss = -log_prob(rows[torch.randint(len(rows), (data.batch,))]).mean()
         loss.backward()  # type: ignore[no-untyped-call]
         optimizer.step()
         losses.append(float(loss.detach()))
         if not math.isfinite(losses[-1]):
             return Run(math.inf, math.inf, diverged=True)
-    nll = _nll(model, held_out)
+    nll = _nll(log_prob, held_out)
     means = [statistics.fmean(losses[i : i + WINDOW]) for i in range(0, steps, WINDOW)]
-    rises = [(mean - min(means[:i])) / x.shape[1] for i, mean in enumerate(means) if i]
-    rise = max([0.0, *rises])
+    rise = max(mean - min(means[: i + 1]) for i, mean in enumerate(means)) / x.shape[1]
     return Run(nll, rise, diverged=rise > JUMP or not nll < untrained)
 
 
 @torch.no_grad()
-def _nll(model: Model, x: Tensor) -> float:
-    return -float(torch.cat([model.log_prob(part).double() for part in x.split(500)]).mean())
+def _nll(log_prob: LogProb, x: Tensor) -> float:
+    return -float(torch.cat([log_prob(part).double() for part in x.split(500)]).mean())
 
 
 def gaussian_nll(x: Tensor) -> float:
@@ -178,39 +161,21 @@ def gaussian_nll(x: Tensor) -> float:
     return -float(torch.distributions.Normal(rows.mean(0), rows.std(0)).log_prob(held_out).sum(1).mean())
 
 
-COLUMNS = (
-    "data",
-    "features",
-    "steps",
-    "batch",
-    "lr",
-    "model",
-    "runs",
-    "diverged",
-    "mean_nll",
-    "worst_nll",
-    "worst_rise",
-)
+DATA_COLUMNS = ("data", "features", "steps", "batch", "lr")
+RUN_COLUMNS = ("model", "runs", "diverged", "mean_nll", "worst_nll", "worst_rise")
 
 
-def rows_of(key: str, models: Sequence[str], seeds: int, steps: int | None) -> Iterator[dict[str, object]]:
+def rows_of(key: str, models: Sequence[str], seeds: int, steps: int | None) -> Iterator[tuple[object, ...]]:
     """Yields the rows of one data set as they are measured."""
     data = DATA[key]
     x, steps = data.draw(), steps or data.steps
-    about = {"data": key, "features": x.shape[1], "steps": steps, "batch": data.batch, "lr": data.lr}
-    yield about | {"model": "diagonal Gaussian", "mean_nll": f"{gaussian_nll(x):.4g}"}
+    about = (key, x.shape[1], steps, data.batch, data.lr)
+    yield (*about, "diagonal Gaussian", "", "", f"{gaussian_nll(x):.4g}", "", "")
     for name in models:
-        if name not in data.models:
-            continue
-        runs = [train(name, data, x, seed, steps) for seed in range(seeds)]
-        yield about | {
-            "model": name,
-            "runs": seeds,
-            "diverged": sum(run.diverged for run in runs),
-            "mean_nll": f"{statistics.fmean(run.nll for run in runs):.5g}",
-            "worst_nll": f"{max(run.nll for run in runs):.5g}",
-            "worst_rise": f"{max(run.rise for run in runs):.3f}",
-        }
+        if name in data.models:
+            nlls, rises, diverged = zip(*(train(name, data, x, seed, steps) for seed in range(seeds)), strict=True)
+            mean, worst, rise = f"{statistics.fmean(nlls):.5g}", f"{max(nlls):.5g}", f"{max(rises):.3f}"
+            yield (*about, name, seeds, sum(diverged), mean, worst, rise)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -221,18 +186,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--seeds", type=int, default=5, help="runs of each model")
     parser.add_argument("--steps", type=int, help="steps of each run, where not those of the data set")
     parser.add_argument("--out", type=Path, help="CSV file to write")
-    asked = parser.parse_args(arguments)
-    print(f"| {' | '.join(COLUMNS)} |\n|{' --- |' * len(COLUMNS)}")
-    rows = []
-    for key in asked.data:
-        for row in rows_of(key, asked.models, asked.seeds, asked.steps):
+    options = parser.parse_args(arguments)
+    rows: list[tuple[object, ...]] = [(*DATA_COLUMNS, *RUN_COLUMNS)]
+    print(f"| {' | '.join(map(str, rows[0]))} |\n|{' --- |' * len(rows[0])}")
+    for key in options.data:
+        for row in rows_of(key, options.models, options.seeds, options.steps):
             rows.append(row)
-            print(f"| {' | '.join(str(row.get(column, '')) for column in COLUMNS)} |", flush=True)
-    if asked.out:
-        with open(asked.out, "w", newline="") as stream:
-            writer = csv.DictWriter(stream, COLUMNS, lineterminator="\n")
-            writer.writeheader()
-            writer.writerows(rows)
+            print(f"| {' | '.join(map(str, row))} |", flush=True)
+    if options.out:
+        with open(options.out, "w", newline="") as stream:
+            csv.writer(stream, lineterminator="\n").writerows(rows)
 
 
 if __name__ == "__main__":

@@ -3,12 +3,20 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from itertools import groupby
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 
-from fastmaf.bench.labels import SWEEPS, amount, case_in_words, digits, labels, machine_in_words, percent
+from fastmaf.bench.labels import (
+    SWEEPS,
+    amount,
+    case_in_words,
+    digits,
+    libraries_of,
+    machine_in_words,
+    percent,
+    size_in_words,
+)
 from fastmaf.bench.rows import Row, is_extrapolated, value
 
 About = dict[str, str]
@@ -23,48 +31,43 @@ def aligned(cells: Sequence[Sequence[str]], left: Sequence[int]) -> list[str]:
     ]
 
 
-def table(rows: list[Row]) -> str:
-    """Returns the rows as text, grouped by case, in the order in which the cases first occur."""
-    lines: list[str] = []
-    first = {title: i for i, title in reversed(list(enumerate(map(_title, rows))))}
-    for title, group in groupby(sorted(rows, key=lambda row: first[_title(row)]), key=_title):
-        members = list(group)
-        known = next((row for row in members if row["limit"]), None)
-        limit = f"   limit {_amount(known, 'limit')} ({known['must_move']})" if known else ""
-        head = ("library", "median", "20–80 %", "of limit", "× fastmaf", "error", "note")
-        lines += ["", title + limit, *(f"  {line}" for line in aligned([head, *map(_cells, members)], (0, 6)))]
-    return "\n".join(lines[1:])
+def by_case(rows: Iterable[Row]) -> dict[tuple[str, str], list[Row]]:
+    """Returns the rows of each case and batch."""
+    groups: dict[tuple[str, str], list[Row]] = {}
+    for row in rows:
+        groups.setdefault((row["case"], row["batch"]), []).append(row)
+    return groups
 
 
-def about_lines(about: About) -> str:
-    """Returns the description of the machine, one line each."""
-    return "\n".join(aligned(list(about.items()), (0, 1)))
-
-
-def _amount(row: Row, column: str = "median") -> str:
+def median_of(row: Row, column: str = "median") -> str:
+    """Returns the median, or another column of the row's unit, in words."""
     return amount(float(row[column]), row["unit"])
 
 
+def table(rows: list[Row]) -> str:
+    """Returns the rows as text, grouped by case and size, in the order in which these first occur."""
+    groups: dict[str, list[Row]] = {}
+    for row in rows:
+        groups.setdefault(_title(row), []).append(row)
+    lines: list[str] = []
+    for title, group in groups.items():
+        limits = [f"   limit {median_of(row, 'limit')} ({row['must_move']})" for row in group if row["limit"]]
+        head = ("library", "median", "20–80 %", "of limit", "× fastmaf", "error", "note")
+        lines += ["", "".join([title, *limits[:1]])]
+        lines += [f"  {line}" for line in aligned([head, *map(_cells, group)], (0, 6))]
+    return "\n".join(lines[1:])
+
+
 def _title(row: Row) -> str:
-    size = f"D = {int(row['features']):,}, hidden {row['hidden_features']}, {row['blocks']} blocks"
-    size += f", {row['levels']} levels" if row["levels"] else ""
-    size += f", {row['threads']} threads" if row["sweep"] == "threads" else ""
     sweep = f"{row['sweep'].replace('_', ' ')}: " if row["sweep"] else ""
-    return f"{sweep}{row['case']}{' ' + row['batch'] if row['batch'] else ''}   [{size}]"
+    return f"{sweep}{row['case']}{' ' + row['batch'] if row['batch'] else ''}   [{size_in_words([row])}]"
 
 
 def _cells(row: Row) -> tuple[str, ...]:
-    spread = "" if row["repeats"] == "1" else f"{_amount(row, 'p20')} – {_amount(row, 'p80')}"
+    spread = "" if row["repeats"] == "1" else f"{median_of(row, 'p20')} – {median_of(row, 'p80')}"
     share, times = value(row, "fraction_of_limit"), value(row, "times_fastmaf")
-    return (
-        row["library"],
-        _amount(row),
-        spread,
-        "" if share is None else percent(share),
-        "" if times is None else f"{digits(times)} ×",
-        row["error"],
-        row["note"],
-    )
+    of_limit, of_fastmaf = "" if share is None else percent(share), "" if times is None else f"{digits(times)} ×"
+    return row["library"], median_of(row), spread, of_limit, of_fastmaf, row["error"], row["note"]
 
 
 def machine(rows: list[Row], about: About) -> str:
@@ -75,37 +78,38 @@ def machine(rows: list[Row], about: About) -> str:
 def speed(rows: list[Row], about: About) -> str:
     """Returns fastmaf's times, their limits, and the times of the others as multiples, in Markdown."""
     rows = [row for row in rows if not row["sweep"] and row["unit"] == "s"]
-    others = [name for name in labels(rows) if name != "fastmaf"]
+    others = [name for name in libraries_of(rows) if name != "fastmaf"]
     lines = [["", "fastmaf", "limit", "% of limit", *others]]
-    for case, group in _by_case(rows).items():
-        if (fast := group.get("fastmaf")) is not None:
+    for case, group in by_case(rows).items():
+        row_of = {row["library"]: row for row in group}
+        if (fast := row_of.get("fastmaf")) is not None:
             share = percent(value(fast, "fraction_of_limit") or math.nan)
-            limit = f"{_amount(fast, 'limit')}: {fast['must_move']}"
-            multiples = [_multiple(group.get(name)) for name in others]
-            lines.append([case_in_words(*case), f"**{_amount(fast)}**", limit, share, *multiples])
+            limit = f"{median_of(fast, 'limit')}: {fast['must_move']}"
+            multiples = [_multiple(row_of[name]) if name in row_of else "–" for name in others]
+            lines.append([case_in_words(*case), f"**{median_of(fast)}**", limit, share, *multiples])
     return _markdown(lines)
 
 
 def memory(rows: list[Row], about: About) -> str:
     """Returns the peak memory, in Markdown."""
     rows = [row for row in rows if not row["sweep"] and row["unit"] == "GB"]
-    names = list(labels(rows))
+    names = libraries_of(rows)
     lines = [["", *names, "minimum"]]
-    for case, group in _by_case(rows).items():
-        cells = [_amount(group[name]) if name in group else "–" for name in names]
-        lines.append([case_in_words(*case), *cells, _amount(next(iter(group.values())), "limit")])
+    for case, group in by_case(rows).items():
+        medians = {row["library"]: median_of(row) for row in group}
+        cells = [medians.get(name, "–") for name in names]
+        lines.append([case_in_words(*case), *cells, median_of(group[0], "limit")])
     return _markdown(lines)
 
 
 def growth(rows: list[Row], about: About) -> str:
     """Returns the first and last value of every sweep and the slope in log-log, in Markdown."""
     rows = [row for row in rows if row["sweep"] in SWEEPS and row["case"] != "sampling memory"]
-    names = list(labels(rows))
+    names = libraries_of(rows)
     lines = [["", *names]]
-    for sweep, (words, _) in SWEEPS.items():
-        swept = [row for row in rows if row["sweep"] == sweep]
-        for case in _by_case(swept):
-            group = sorted((row for row in swept if (row["case"], row["batch"]) == case), key=position)
+    for sweep, words in SWEEPS.items():
+        for case, group in by_case(row for row in rows if row["sweep"] == sweep).items():
+            group.sort(key=position)
             ends = f"{words} {position(group[0]):,.0f} → {position(group[-1]):,.0f}"
             cells = [_growth([row for row in group if row["library"] == name]) for name in names]
             lines.append([f"{case_in_words(*case)}, {ends}", *cells])
@@ -116,38 +120,31 @@ MARKDOWN = {"machine": machine, "speed": speed, "memory": memory, "growth": grow
 
 
 def position(row: Row) -> float:
-    """Returns where a row lies along what its sweep varies: at 512 for 512x512 hidden units; NaN if unknown."""
-    text = row.get(row["sweep"], "")
-    if row["sweep"] == "levels" and not text:
-        text = row["hidden_features"]  # all levels: one per unit of a hidden layer
-    first = text.split("x")[0]
-    return float(first) if first.isdigit() and int(first) > 0 else math.nan
+    """Returns where a row lies along what its sweep varies: at 512 for 512x512 hidden units."""
+    # All levels: one per unit of a hidden layer.
+    column = "hidden_features" if row["sweep"] == "levels" and not row["levels"] else row["sweep"]
+    return float(row[column].split("x")[0])
 
 
-def slope(xs: Sequence[float], ys: Sequence[float]) -> float:
-    """Returns the exponent of the power law that fits best (least squares in log-log); NaN for fewer than two xs."""
-    return float(np.polyfit(np.log(xs), np.log(ys), 1)[0]) if len(set(xs)) > 1 else math.nan
+def slope(rows: Sequence[Row]) -> float:
+    """Returns the exponent of the power law of a sweep that fits best (least squares in log-log)."""
+    xs = [position(row) for row in rows]
+    if len(set(xs)) < 2:
+        return math.nan
+    return float(np.polyfit(np.log(xs), np.log([float(row["median"]) for row in rows]), 1)[0])
 
 
 def _growth(rows: list[Row]) -> str:
     if len(rows) < 2:
         return "–"
-    fit = slope([position(row) for row in rows], [float(row["median"]) for row in rows])
     mark = "†" if any(map(is_extrapolated, rows)) else ""
-    return f"{_amount(rows[0])} → {_amount(rows[-1])}{mark}, slope {round(fit, 2) + 0.0:.2f}"  # + 0.0: no "-0.00"
+    # + 0.0: no "-0.00"
+    return f"{median_of(rows[0])} → {median_of(rows[-1])}{mark}, slope {round(slope(rows), 2) + 0.0:.2f}"
 
 
-def _by_case(rows: list[Row]) -> dict[tuple[str, str], dict[str, Row]]:
-    groups: dict[tuple[str, str], dict[str, Row]] = {}
-    for row in rows:
-        groups.setdefault((row["case"], row["batch"]), {})[row["library"]] = row
-    return groups
-
-
-def _multiple(row: Row | None) -> str:
-    if row is None or (times := value(row, "times_fastmaf")) is None:
-        return "–"
-    return f"{digits(times)}×{'†' if is_extrapolated(row) else ''}"
+def _multiple(row: Row) -> str:
+    times = value(row, "times_fastmaf")
+    return "–" if times is None else f"{digits(times)}×{'†' if is_extrapolated(row) else ''}"
 
 
 def _markdown(lines: list[list[str]]) -> str:

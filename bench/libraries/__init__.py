@@ -11,43 +11,42 @@ __all__ = ["LIBRARIES", "Entry", "Library", "Size", "library_class"]
 
 
 class Entry(NamedTuple):
-    """Where the adapter of a library is defined, and what it needs.
+    """Where the adapter of a library is defined, how it is shown, and what it needs."""
 
-    Attributes:
-        module: name of the module, absolute or relative to this package.
-        name: of the class.
-        package: to be installed besides fastmaf.
-        weight_bytes: size of a stored weight.
-        device: the only device that it supports; None for all.
-        environment: variables of its process.
-    """
-
-    module: str
-    name: str
-    package: str | None = None
-    weight_bytes: int = 4
-    device: str | None = None
-    environment: tuple[tuple[str, str], ...] = ()
+    module: str  # absolute or relative to this package
+    name: str  # of the class
+    description: str
+    colour: str
+    package: str | None = None  # to be installed besides fastmaf
+    weight_bytes: int = 4  # of a stored weight
+    device: str | None = None  # the only one that it supports
+    environment: tuple[tuple[str, str], ...] = ()  # variables of its process
 
 
 # glibc returns blocks of many MB to the system when they are freed and obtains new, zeroed pages for the next ones;
 # libraries that compute mask × weight on each pass spend part of their time on that.
 KEEP_MEMORY = (("MALLOC_MMAP_THRESHOLD_", str(2**30)), ("MALLOC_TRIM_THRESHOLD_", str(2**33)))
+DOCUMENTED = "as in its documentation"
 
+# The colours of Okabe and Ito and of Paul Tol, which can be distinguished with any colour vision.
 LIBRARIES = {
-    "fastmaf": Entry(".fastmaf_side", "Fastmaf"),
-    "fastmaf, no graphs": Entry(".fastmaf_side", "NoGraphs", device="cuda"),
-    "fastmaf (torch)": Entry(".fastmaf_side", "TorchBackend"),
-    "fastmaf, bfloat16": Entry(".fastmaf_side", "BFloat16", weight_bytes=2),
-    "naive": Entry(".dense", "Naive"),
-    "naive, memory kept": Entry(".dense", "Naive", environment=KEEP_MEMORY),
-    "naive, compiled": Entry(".dense", "NaiveCompiled"),
-    "dense": Entry(".dense", "Dense"),
-    "dense, compiled": Entry(".dense", "DenseCompiled"),
-    "nflows": Entry(".nflows_side", "Nflows", "nflows"),
-    "zuko": Entry(".zuko_side", "Zuko", "zuko"),
-    "normflows": Entry(".normflows_side", "Normflows", "normflows"),
-    "flowjax": Entry(".flowjax_side", "Flowjax", "flowjax", device="cpu"),
+    "fastmaf": Entry(".fastmaf_side", "Fastmaf", "stores only unmasked weights", "#D55E00"),
+    "fastmaf, no graphs": Entry(".fastmaf_side", "NoGraphs", "without CUDA graphs", "#A0522D", device="cuda"),
+    "fastmaf (torch)": Entry(".fastmaf_side", "TorchBackend", "fastmaf's plain torch backend", "#E69F00"),
+    "fastmaf, bfloat16": Entry(".fastmaf_side", "BFloat16", "weights stored as bfloat16", "#F0C05A", weight_bytes=2),
+    "naive": Entry(".dense", "Naive", "mask × weight on every pass, as most libraries do", "#444444"),
+    "naive, memory kept": Entry(
+        ".dense", "Naive", "with an allocator that keeps freed memory", "#6E6E6E", environment=KEEP_MEMORY
+    ),
+    "naive, compiled": Entry(".dense", "NaiveCompiled", "with torch.compile", "#9A9A9A"),
+    "dense": Entry(".dense", "Dense", "weights masked once, torch's fused Adam", "#0072B2"),
+    "dense, compiled": Entry(".dense", "DenseCompiled", "with torch.compile", "#56B4E9"),
+    "nflows": Entry(".nflows_side", "Nflows", DOCUMENTED, "#009E73", "nflows"),
+    "zuko": Entry(".zuko_side", "Zuko", DOCUMENTED, "#CC79A7", "zuko"),
+    "normflows": Entry(
+        ".normflows_side", "Normflows", f"{DOCUMENTED}, reversed for one-pass densities", "#999933", "normflows"
+    ),
+    "flowjax": Entry(".flowjax_side", "Flowjax", f"{DOCUMENTED}, on JAX", "#882255", "flowjax", device="cpu"),
 }
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
@@ -24,11 +25,17 @@ class Size(NamedTuple):
     blocks: int
     levels: int | None = None
 
+    def one_width(self, library: str) -> int:
+        """Returns the width of the hidden layers, for a library that supports only equal ones."""
+        if len(set(self.hidden)) != 1:
+            raise ValueError(f"{library} needs hidden layers of equal width; found {self.hidden}")
+        return self.hidden[0]
+
     @property
     def dense_weights(self) -> int:
         """The weights of all layers, whether masked or not."""
         widths = (self.features, *self.hidden, 2 * self.features)
-        return self.blocks * sum(a * b for a, b in zip(widths, widths[1:], strict=False))
+        return self.blocks * sum(a * b for a, b in pairwise(widths))
 
     def __str__(self) -> str:
         return f"D = {self.features:,}, hidden {self.hidden}, {self.blocks} block{'s' if self.blocks > 1 else ''}"
@@ -38,27 +45,15 @@ class Library(ABC):
     """A masked autoregressive flow of one library, with random weights, used as the users of the library would.
 
     Batches are float32 tensors ``[N, D]`` on its device.
-
-    Attributes:
-        inverts_by_passes: sampling takes D passes of the whole network per block, so that the time of all of them can
-            be extrapolated from a few.
-        trains: whether it can be trained.
-        loads_into_itself: ``load`` needs a model of the same shape, instead of building one.
     """
 
+    # Sampling takes D passes of the whole network per block, so that their time can be extrapolated from a few.
     inverts_by_passes: ClassVar[bool] = True
     trains: ClassVar[bool] = True
-    loads_into_itself: ClassVar[bool] = True
+    loading: ClassVar[str] = "into an existing model"
 
     def __init__(self, size: Size, seed: int, device: str = "cpu") -> None:
         self.size, self.seed, self.device = size, seed, device
-
-    def one_width(self) -> int:
-        """Returns the width of the hidden layers of a library that supports only equal ones."""
-        if len(set(self.size.hidden)) != 1:
-            name = type(self).__name__.lower()
-            raise ValueError(f"{name} needs hidden layers of equal width; found {self.size.hidden}")
-        return self.size.hidden[0]
 
     @abstractmethod
     def log_prob(self, x: Tensor) -> Tensor:
@@ -77,27 +72,18 @@ class Library(ABC):
         """Draws ``n`` samples ``[n, D]``."""
 
     @abstractmethod
-    def inverse(self, z: Tensor) -> Tensor:
-        """Returns the data of base points ``z``, in the order of dimensions of the z of ``counterpart``."""
+    def inverse(self, z: Tensor, passes: int) -> Tensor:
+        """Inverts the flow; if ``inverts_by_passes``, only the block next to the base, by some of its D passes.
 
-    @abstractmethod
-    def passes(self, z: Tensor, count: int) -> Tensor:
-        """Does ``count`` of the D passes that inverting the block next to the base takes.
-
-        Args:
-            z: ``[N, D]`` in the order in which that block generates the dimensions.
-            count: after which the first ``count`` dimensions are final.
-
-        Returns:
-            ``[N, D]`` in the same order.
+        z and the result are then in the order in which the block generates the dimensions, of which the first
+        ``passes`` are final.
         """
 
     @abstractmethod
     def counterpart(self) -> Any:
         """Returns a module with the same weights and the same function, from code that this library does not share.
 
-        For fastmaf that is the naive model, for all others a flow of fastmaf. It has ``log_prob`` and returns (z, ladj)
-        when called; if ``inverts_by_passes``, its attribute ``last`` is the block next to the base.
+        For fastmaf that is the naive model, for all others a ``ConvertedFlow``.
         """
 
     @abstractmethod
@@ -112,8 +98,16 @@ class Library(ABC):
 class TorchLibrary(Library):
     """A library whose flow is a torch module, trained and stored as its examples do."""
 
-    model: Any
     optimizer: torch.optim.Optimizer
+
+    def __init__(self, size: Size, seed: int, device: str = "cpu") -> None:
+        super().__init__(size, seed, device)
+        torch.manual_seed(seed)
+        self.model = self.build().to(device)
+
+    @abstractmethod
+    def build(self) -> Any:
+        """Returns the module, with weights from torch's global generator."""
 
     def density(self, x: Tensor) -> Tensor:
         """Returns the log-densities ``[N]``, recording gradients."""
@@ -123,16 +117,12 @@ class TorchLibrary(Library):
     def log_prob(self, x: Tensor) -> Tensor:
         return self.density(x)
 
-    def loss(self, x: Tensor) -> Tensor:
-        """Returns the mean negative log-likelihood."""
-        return -self.density(x).mean()
-
     def new_optimizer(self) -> None:
         self.optimizer = torch.optim.Adam(self.model.parameters(), lr=LEARNING_RATE)
 
     def train_step(self, x: Tensor) -> None:
         self.optimizer.zero_grad()
-        self.loss(x).backward()  # type: ignore[no-untyped-call]
+        (-self.density(x).mean()).backward()  # type: ignore[no-untyped-call]
         self.optimizer.step()
 
     @torch.no_grad()

@@ -16,33 +16,24 @@ class Fastmaf(Library):
     """fastmaf as recommended: the default backend, its own Adam, and CUDA graphs on a GPU."""
 
     inverts_by_passes = False
-    loads_into_itself = False
+    loading = "builds it"
     backend: ClassVar[str | None] = None
     graphs: ClassVar[bool] = True
-    flow: fastmaf.Flow
     step: fastmaf.TrainingStep
 
     def __init__(self, size: Size, seed: int, device: str = "cpu") -> None:
         super().__init__(size, seed, device)
+        self._replays = self.graphs and device != "cpu"
         self._set_flow(self._build())
 
     def _build(self) -> fastmaf.Flow:
         # With the order and the bound of the published run, so that the other libraries need no permutation.
-        size = self.size
-        return fastmaf.MAF(
-            size.features,
-            size.blocks,
-            size.hidden,
-            order="natural",
-            log_scale_bound=5.0,
-            levels=size.levels,
-            seed=self.seed,
-            soft_bound=False,
-        )
+        features, hidden, blocks, levels = self.size
+        options = {"log_scale_bound": 5.0, "soft_bound": False, "levels": levels, "seed": self.seed}
+        return fastmaf.MAF(features, blocks, hidden, order="natural", **options)  # type: ignore[arg-type]
 
     def _set_flow(self, flow: fastmaf.Flow) -> None:
         self.flow = flow.to(self.device)
-        self._replays = self.graphs and self.device != "cpu"
         self._log_prob = fastmaf.ReplayedLogProb(self.flow) if self._replays else self.flow.log_prob
 
     def log_prob(self, x: Tensor) -> Tensor:
@@ -58,18 +49,15 @@ class Fastmaf(Library):
             self.step(x)
 
     def sample(self, n: int) -> Tensor:
-        with torch.no_grad(), fastmaf.use_backend(self.backend):
+        with fastmaf.use_backend(self.backend):
             return self.flow.sample(n)
 
-    def inverse(self, z: Tensor) -> Tensor:
+    def inverse(self, z: Tensor, passes: int) -> Tensor:
         with torch.no_grad(), fastmaf.use_backend(self.backend):
             return self.flow.inverse(z)[0]
 
-    def passes(self, z: Tensor, count: int) -> Tensor:
-        raise NotImplementedError("fastmaf does not invert by passes")
-
     def counterpart(self) -> nn.Module:
-        return self.flow.to_naive().to(self.device)
+        return self.flow.to_naive().float().to(self.device)
 
     def save(self, path: Path) -> None:
         self.flow.save(path)
@@ -84,11 +72,10 @@ class NoGraphs(Fastmaf):
     graphs = False
 
 
-class TorchBackend(Fastmaf):
+class TorchBackend(NoGraphs):
     """fastmaf's plain torch backend, with torch's fused Adam."""
 
     backend = "torch"
-    graphs = False
 
     def new_optimizer(self) -> None:
         optimizer = torch.optim.Adam(self.flow.parameters(), lr=LEARNING_RATE, fused=True)
@@ -96,20 +83,9 @@ class TorchBackend(Fastmaf):
 
 
 class BFloat16(Fastmaf):
-    """fastmaf with weights stored as bfloat16, for densities and samples."""
+    """fastmaf with weights stored as bfloat16, for densities and samples; its counterpart has the rounded weights."""
 
     trains = False
 
     def _build(self) -> fastmaf.Flow:
         return super()._build().to_inference(torch.bfloat16)
-
-    def new_optimizer(self) -> None:
-        raise NotImplementedError("a flow with bfloat16 weights cannot be trained")
-
-    def counterpart(self) -> nn.Module:
-        """Returns the naive model with the rounded weights."""
-        rounded = super()._build()
-        with torch.no_grad():
-            for parameter, stored in zip(rounded.parameters(), self.flow.parameters(), strict=True):
-                parameter.copy_(stored)
-        return rounded.to_naive().to(self.device)

@@ -36,7 +36,7 @@ class Flowjax(Library):
             self.key,
             base_dist=paramax.non_trainable(Normal(jnp.zeros(size.features))),
             flow_layers=size.blocks,
-            nn_width=self.one_width(),
+            nn_width=size.one_width("flowjax"),
             nn_depth=len(size.hidden),
         )
         # As in its fit_to_data.
@@ -48,7 +48,6 @@ class Flowjax(Library):
         self.loss = MaximumLikelihoodLoss()
         self._log_prob = equinox.filter_jit(lambda model, x: model.log_prob(x))
         self._sample = equinox.filter_jit(lambda model, key, n: model.sample(key, (n,)))
-        self._inverse = equinox.filter_jit(lambda model, z: jax.vmap(paramax.unwrap(model).bijection.transform)(z))
         self._passes = equinox.filter_jit(_passes)
         self._last: Any = None  # the last block's bijection with its masks applied
 
@@ -75,23 +74,18 @@ class Flowjax(Library):
         self.key, key = jax.random.split(self.key)
         return _torch(self._sample(self.model, key, n))
 
-    def inverse(self, z: Tensor) -> Tensor:
-        return _torch(self._inverse(self.model, _jax(z[:, self._permutations()[-1]])))
-
-    def passes(self, z: Tensor, count: int) -> Tensor:
+    def inverse(self, z: Tensor, passes: int) -> Tensor:
         if self._last is None:  # masked once, as for all D passes of a sample
             self._last = _last_block(self._layers())
-        return _torch(self._passes(self._last, _jax(z), count))
+        return _torch(self._passes(self._last, _jax(z), passes))
 
     def _layers(self) -> Any:
         """Returns the stacked layers, each a masked autoregressive bijection and a permutation."""
         return self.model.bijection.bijection.bijection
 
-    def _permutations(self) -> list[Tensor]:
-        return list(_torch(self._layers().bijections[1].permutation[0]).long())
-
     def counterpart(self) -> nn.Module:
-        layers = self._layers().bijections[0].masked_autoregressive_mlp.layers
+        autoregressive, permutation = self._layers().bijections
+        layers = autoregressive.masked_autoregressive_mlp.layers
         weights = [_torch(paramax.unwrap(layer.weight)) for layer in layers]
         biases = [_torch(layer.bias) for layer in layers]
         # The network's outputs are added to the parameters of the identity: shift 0, and the raw scale of scale 1.
@@ -100,9 +94,9 @@ class Flowjax(Library):
         features, hidden = self.size.features, self.size.hidden
         degrees = [torch.arange(h) % (features - 1) + 1 for h in hidden]
         order, blocks = torch.arange(features), []
-        for i, permutation in enumerate(self._permutations()):
+        for i, next_order in enumerate(_torch(permutation.permutation[0]).long()):
             blocks.append(DenseBlock([w[i] for w in weights], [b[i] for b in biases], degrees, order))
-            order = order[permutation]
+            order = order[next_order]
         return ConvertedFlow(blocks, lambda raw: torch.log(functional.softplus(raw) + SMALLEST_SCALE))
 
     def save(self, path: Path) -> None:

@@ -9,7 +9,7 @@ from nflows.flows.autoregressive import MaskedAutoregressiveFlow
 from torch import Tensor, nn
 from torch.nn import functional
 
-from fastmaf.bench.libraries.base import Size, TorchLibrary
+from fastmaf.bench.libraries.base import TorchLibrary
 from fastmaf.bench.libraries.converted import ConvertedFlow, DenseBlock
 
 SMALLEST_SCALE = 1e-3
@@ -24,10 +24,10 @@ def dense_block(made: Any, order: Tensor) -> DenseBlock:
     return DenseBlock(weights, biases, [layer.degrees for layer in layers[:-1]], order)
 
 
-def some_passes(block: Any, z: Tensor, count: int) -> Tensor:
-    """Does ``count`` of the passes of the block's own inverse, a loop over all dimensions."""
+def invert(block: Any, z: Tensor, passes: int) -> Tensor:
+    """Does some of the passes of the block's own inverse, a loop over all dimensions."""
     x = torch.zeros_like(z)
-    for _ in range(count):
+    for _ in range(passes):
         x, _ = block._elementwise_inverse(z, block.autoregressive_net(x, None))
     return x
 
@@ -35,22 +35,15 @@ def some_passes(block: Any, z: Tensor, count: int) -> Tensor:
 class Nflows(TorchLibrary):
     """nflows with torch's Adam, as in its examples."""
 
-    def __init__(self, size: Size, seed: int, device: str = "cpu") -> None:
-        super().__init__(size, seed, device)
-        width = self.one_width()
-        torch.manual_seed(seed)
+    def build(self) -> nn.Module:
         # Feed-forward blocks: its default, residual blocks of two layers each, is another function.
-        self.model = MaskedAutoregressiveFlow(
-            size.features, width, size.blocks, len(size.hidden) - 1, use_residual_blocks=False
-        ).to(device)
+        features, hidden, blocks, _ = self.size
+        width = self.size.one_width("nflows")
+        return MaskedAutoregressiveFlow(features, width, blocks, len(hidden) - 1, use_residual_blocks=False)
 
     @torch.no_grad()
-    def inverse(self, z: Tensor) -> Tensor:
-        return self.model._transform.inverse(z)[0]
-
-    @torch.no_grad()
-    def passes(self, z: Tensor, count: int) -> Tensor:
-        return some_passes(self.model._transform._transforms[-1], z, count)
+    def inverse(self, z: Tensor, passes: int) -> Tensor:
+        return invert(self.model._transform._transforms[-1], z, passes)
 
     def counterpart(self) -> nn.Module:
         order, blocks = torch.arange(self.size.features), []

@@ -10,9 +10,9 @@ import normflows
 import torch
 from torch import Tensor, nn
 
-from fastmaf.bench.libraries.base import Size, TorchLibrary
+from fastmaf.bench.libraries.base import TorchLibrary
 from fastmaf.bench.libraries.converted import ConvertedFlow
-from fastmaf.bench.libraries.nflows_side import dense_block, some_passes
+from fastmaf.bench.libraries.nflows_side import dense_block, invert
 
 SMALLEST_SCALE = 1e-3
 
@@ -20,32 +20,21 @@ SMALLEST_SCALE = 1e-3
 class Normflows(TorchLibrary):
     """normflows with torch's Adam, as in its examples."""
 
-    def __init__(self, size: Size, seed: int, device: str = "cpu") -> None:
-        super().__init__(size, seed, device)
-        width, blocks = self.one_width(), len(size.hidden) - 1
-        torch.manual_seed(seed)
+    def build(self) -> nn.Module:
+        features, hidden, blocks, _ = self.size
+        options = {"num_blocks": len(hidden) - 1, "use_residual_blocks": False}
         affine, reverse = normflows.flows.MaskedAffineAutoregressive, normflows.flows.Reverse
-        flows = [
-            reverse(affine(size.features, width, num_blocks=blocks, use_residual_blocks=False))
-            for _ in range(size.blocks)
-        ]
-        base = normflows.distributions.base.DiagGaussian(size.features, trainable=False)
-        self.model = normflows.NormalizingFlow(base, flows).to(device)
+        width = self.size.one_width("normflows")
+        flows = [reverse(affine(features, width, **options)) for _ in range(blocks)]
+        base = normflows.distributions.base.DiagGaussian(features, trainable=False)
+        return normflows.NormalizingFlow(base, flows)
 
-    def loss(self, x: Tensor) -> Tensor:
-        return self.model.forward_kld(x)
-
-    @torch.no_grad()
     def sample(self, n: int) -> Tensor:
-        return self.model.sample(n)[0]
+        return super().sample(n)[0]
 
     @torch.no_grad()
-    def inverse(self, z: Tensor) -> Tensor:
-        return self.model.forward(z)
-
-    @torch.no_grad()
-    def passes(self, z: Tensor, count: int) -> Tensor:
-        return some_passes(self.model.flows[0].flow, z, count)  # its list runs from the base to the data
+    def inverse(self, z: Tensor, passes: int) -> Tensor:
+        return invert(self.model.flows[0].flow, z, passes)  # its list runs from the base to the data
 
     def counterpart(self) -> nn.Module:
         order = torch.arange(self.size.features)

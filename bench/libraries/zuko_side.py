@@ -8,7 +8,7 @@ import torch
 import zuko
 from torch import Tensor, nn
 
-from fastmaf.bench.libraries.base import Size, TorchLibrary
+from fastmaf.bench.libraries.base import TorchLibrary
 from fastmaf.bench.libraries.converted import ConvertedFlow, DenseBlock, degrees_of_masks
 
 SMALLEST_SCALE = 1e-3
@@ -17,10 +17,9 @@ SMALLEST_SCALE = 1e-3
 class Zuko(TorchLibrary):
     """zuko with torch's Adam, as in its tutorials."""
 
-    def __init__(self, size: Size, seed: int, device: str = "cpu") -> None:
-        super().__init__(size, seed, device)
-        torch.manual_seed(seed)
-        self.model = zuko.flows.MAF(size.features, transforms=size.blocks, hidden_features=size.hidden).to(device)
+    def build(self) -> nn.Module:
+        features, hidden, blocks, _ = self.size
+        return zuko.flows.MAF(features, transforms=blocks, hidden_features=hidden)
 
     def density(self, x: Tensor) -> Tensor:
         return self.model().log_prob(x)
@@ -30,25 +29,18 @@ class Zuko(TorchLibrary):
         return self.model().sample((n,))
 
     @torch.no_grad()
-    def inverse(self, z: Tensor) -> Tensor:
-        return self.model().transform.inv(z[:, self._order(-1).argsort()])
-
-    @torch.no_grad()
-    def passes(self, z: Tensor, count: int) -> Tensor:
-        order, block = self._order(-1), self.model.transform.transforms[-1]
-        all_passes, block.passes = block.passes, count
+    def inverse(self, z: Tensor, passes: int) -> Tensor:
+        block = self.model.transform.transforms[-1]
+        all_passes, block.passes = block.passes, passes
         try:
-            return block().inv(z[:, order.argsort()])[:, order]
+            return block().inv(z[:, block.order])[:, block.order.argsort()]
         finally:
             block.passes = all_passes
 
-    def _order(self, block: int) -> Tensor:
-        return self.model.transform.transforms[block].order.argsort()
-
     def counterpart(self) -> nn.Module:
         blocks = []
-        for i, block in enumerate(self.model.transform.transforms):
-            order = self._order(i)
+        for block in self.model.transform.transforms:
+            order = block.order.argsort()
             layers = [layer for layer in block.hyper if hasattr(layer, "mask")]
             masks = [layer.mask for layer in layers]
             weights, biases = [layer.weight for layer in layers], [layer.bias for layer in layers]

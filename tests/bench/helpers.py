@@ -10,18 +10,17 @@ import torch
 from torch import Tensor
 
 from fastmaf.bench import machine
-from fastmaf.bench.cases import BUILD, FILES, MEMORY, Plan, epoch, log_prob, sample, train_step
+from fastmaf.bench.cases import BUILD, FILES, MEMORY, Group, Plan, epoch, log_prob, sample, train_step
 from fastmaf.bench.libraries import LIBRARIES, Entry, Library, Size, library_class
 from fastmaf.bench.libraries.dense import Naive
 
+FILE_RATES = {"write_file_gb_per_s": 1.0, "read_file_gb_per_s": 2.0}
 RATES = {
     "read_gb_per_s": 30.0,
     "copy_gb_per_s": 20.0,
     "adam_gb_per_s": 40.0,
     "sgemm_gflop_per_s": 300.0,
     "launch_us": 2.0,
-    "write_file_gb_per_s": 1.0,
-    "read_file_gb_per_s": 2.0,
 }
 TINY = Size(48, (16, 16), 2)  # 48 = 3 · 4²: an epoch of images of 4 × 4 pixels
 
@@ -36,7 +35,7 @@ class WrongDensity(Naive):
 class Raising(Naive):
     """Cannot sample."""
 
-    def passes(self, z: Tensor, count: int) -> Tensor:
+    def inverse(self, z: Tensor, passes: int) -> Tensor:
         raise ArithmeticError("no samples today")
 
 
@@ -56,11 +55,11 @@ class Hanging(Naive):
 
 
 FAILING = {
-    "wrong": Entry(__name__, "WrongDensity"),
-    "raising": Entry(__name__, "Raising"),
-    "dying": Entry(__name__, "Dying"),
-    "hanging": Entry(__name__, "Hanging"),
-    "absent": Entry("absent_module", "Absent", "absent"),
+    "wrong": Entry(__name__, "WrongDensity", "", ""),
+    "raising": Entry(__name__, "Raising", "", ""),
+    "dying": Entry(__name__, "Dying", "", ""),
+    "hanging": Entry(__name__, "Hanging", "", ""),
+    "absent": Entry("absent_module", "Absent", "", "", "absent"),
 }
 
 
@@ -72,15 +71,15 @@ def register_failing(patch: pytest.MonkeyPatch) -> None:
 
 def set_rates(patch: pytest.MonkeyPatch) -> None:
     """Replaces the measured rates, which takes seconds, by known ones."""
-    patch.setattr(machine, "limits", lambda: {name: rate for name, rate in RATES.items() if "file" not in name})
-    patch.setattr(machine, "file_limits", lambda: {name: rate for name, rate in RATES.items() if "file" in name})
+    patch.setattr(machine, "limits", lambda: RATES)
+    patch.setattr(machine, "file_limits", lambda: FILE_RATES)
 
 
 def tiny_plan(*libraries: str) -> Plan:
     """Returns a plan of one case of each kind for all of ``libraries``."""
     cases = (BUILD, log_prob(8), sample(1), train_step(8), *MEMORY, *FILES, epoch(4))
     cases = tuple(case._replace(libraries=libraries) for case in cases)
-    return Plan("tiny", TINY, libraries, cases, pixels=64, rounds=2, seconds=1e-4, sweeps=())
+    return Plan("tiny", (Group("", TINY, None, libraries, cases),), pixels=64, rounds=2, seconds=1e-4)
 
 
 def build(name: str, size: Size, seed: int) -> Library:

@@ -15,6 +15,7 @@ from fastmaf.bench.cases import (
     MEMORY,
     QUICK,
     Case,
+    Group,
     Plan,
     epoch,
     log_prob,
@@ -92,41 +93,42 @@ def test_the_limit_is_the_largest_of_bytes_operations_and_a_call() -> None:
 
 @pytest.mark.parametrize("plan", [FULL, QUICK], ids=lambda plan: plan.name)
 def test_a_plan_names_known_libraries_and_each_case_once(plan: Plan) -> None:
-    assert len({case.label for case in plan.cases}) == len(plan.cases)
-    for group in plan.groups():
+    cases = plan.groups[0].cases
+    assert len({case.label for case in cases}) == len(cases)
+    for group in plan.groups:
         assert set(group.libraries) <= set(LIBRARIES)
         for case in group.cases:
             assert case.libraries and set(case.libraries) <= set(LIBRARIES), case.name
-    for case in plan.cases:
+    for case in cases:
         trains = case.name in ("train step", "training memory", "epoch")
         assert trains <= ("fastmaf, bfloat16" not in case.libraries), "it cannot be trained"
-    kinds = {case.name for case in plan.cases}
+    kinds = {case.name for case in cases}
     assert kinds == {case.name for case in (BUILD, *MEMORY, *FILES)} | {"log_prob", "sample", "train step", "epoch"}
 
 
 def test_the_full_plan_is_the_published_flow_with_all_libraries() -> None:
-    assert FULL.size == Size(12_288, (512, 512), 7)
-    assert set(FULL.libraries) == set(LIBRARIES)
-    for case in FULL.cases:
+    _, size, threads, libraries, cases = FULL.groups[0]
+    assert size == Size(12_288, (512, 512), 7) and threads is None
+    assert set(libraries) == set(LIBRARIES)
+    for case in cases:
         assert set(case.libraries) >= {name for name in EAGER if name != "fastmaf, bfloat16"}
 
 
 @pytest.mark.parametrize("name", ["quick", "full"])
 def test_small_flows_show_the_overhead_of_python(name: str) -> None:
-    small = [group for group in planned(name).groups() if group.sweep == "small"]
+    small = [group for group in planned(name).groups if group.sweep == "small"]
     measured = {(group.size, case.label) for group in small for case in group.cases}
     assert measured == {(Size(64, (64, 64), 3), "log_prob 1"), (Size(6, (64, 64), 5), "train step 256")}
     assert all({"fastmaf", "naive"} <= set(group.libraries) for group in small)
 
 
-def test_a_sweep_varies_one_thing() -> None:
-    for plan in (FULL, QUICK):
-        for sweep in plan.sweeps:
-            values: dict[str, set[object]] = {"threads": {threads for _, threads in sweep.sizes}}
-            for i, column in enumerate(("features", "hidden_features", "blocks", "levels")):
-                values[column] = {size[i] for size, _ in sweep.sizes}
-            varied = {column for column, found in values.items() if len(found) > 1}
-            assert varied == ({sweep.name} if sweep.name != "small" else set())
+@pytest.mark.parametrize("sweep", ["features", "hidden_features", "blocks", "levels", "threads"])
+def test_a_sweep_varies_one_thing(sweep: str) -> None:
+    groups = [group for group in FULL.groups if group.sweep == sweep]
+    values = {(*group.size, group.threads) for group in groups}
+    columns = ("features", "hidden_features", "blocks", "levels", "threads")
+    varied = [name for name, column in zip(columns, zip(*values, strict=True), strict=True) if len(set(column)) > 1]
+    assert varied == [sweep]
 
 
 def test_an_unknown_library_is_an_error_that_names_the_possible_ones() -> None:
@@ -140,21 +142,19 @@ def test_an_unknown_library_is_an_error_that_names_the_possible_ones() -> None:
 
 @pytest.mark.parametrize("name", ["quick", "full"])
 def test_only_the_named_libraries_are_compared_with_fastmaf(name: str) -> None:
-    plan = planned(name, libraries=["dense", "zuko"])
-    assert plan.libraries == ("fastmaf", "dense", "zuko")
-    for group in plan.groups():
-        assert set(group.libraries) <= set(plan.libraries)
-    assert planned(name, libraries=["fastmaf"]).libraries == ("fastmaf",)
+    groups = planned(name, libraries=["dense", "zuko"]).groups
+    assert groups[0].libraries == ("fastmaf", "dense", "zuko")
+    assert all(set(group.libraries) <= set(groups[0].libraries) for group in groups)
+    assert planned(name, libraries=["fastmaf"]).groups[0].libraries == ("fastmaf",)
 
 
 def test_threads_are_varied_on_the_cpu_only() -> None:
-    assert "threads" in {sweep.name for sweep in planned("full", "cpu").sweeps}
-    assert "threads" not in {sweep.name for sweep in planned("full", "cuda").sweeps}
+    assert "threads" in {group.sweep for group in planned("full", "cpu").groups}
+    assert "threads" not in {group.sweep for group in planned("full", "cuda").groups}
 
 
 def test_the_total_counts_every_result() -> None:
-    both, one = Case("log_prob", 1, ("fastmaf", "naive"), 1), Case("sample", 1, ("fastmaf",), 1)
-    plan = QUICK._replace(libraries=("fastmaf", "naive", "dense"), cases=(both, one), sweeps=())
-    assert plan.total == 3
-    sweep = FULL.sweeps[-1]._replace(libraries=("fastmaf", "dense"), cases=(both, one))
-    assert plan._replace(sweeps=(sweep,)).total == 3 + 2 * len(sweep.sizes)
+    cases = (Case("log_prob", 1, ("fastmaf", "naive"), 1), Case("sample", 1, ("fastmaf",), 1))
+    group = Group("", SMALL, None, ("fastmaf", "naive", "dense"), cases)
+    assert QUICK._replace(groups=(group,)).total == 3
+    assert QUICK._replace(groups=(group, group._replace(libraries=("fastmaf", "dense")))).total == 3 + 2

@@ -1,4 +1,4 @@
-"""The check before any timing accepts correct libraries, and refuses every kind of wrong result by name."""
+"""The check before any timing refuses every kind of wrong result by name; test_libraries.py has what it accepts."""
 
 from __future__ import annotations
 
@@ -17,7 +17,6 @@ from fastmaf.bench.libraries.base import LEARNING_RATE
 from tests.bench.helpers import build, uniform
 
 SIZE = Size(47, (24, 24), 2)
-CHECKED = ("fastmaf", "fastmaf (torch)", "naive", "dense", "nflows", "zuko", "normflows")
 
 
 @pytest.fixture
@@ -28,13 +27,13 @@ def seed() -> int:
     return seed
 
 
-def refuse(library: Library, seed: int, what: str) -> None:
+def refuse(library: Library, seed: int, part: str) -> None:
     """Asserts that the check names what is off, by how much, and what is allowed."""
     with pytest.raises(WrongResultError) as refused:
         check(library, seed)
     message = re.fullmatch(r"(.+) is off by (\S+), more than (\S+)", str(refused.value))
     assert message is not None, str(refused.value)
-    assert message[1] == what and float(message[3]) == LARGEST[what]
+    assert message[1] == part and float(message[3]) == LARGEST[part]
     assert not float(message[2]) <= float(message[3])
 
 
@@ -45,20 +44,7 @@ def change(library: Library, method: str, wrong: Callable[[Tensor], Tensor]) -> 
     return library
 
 
-@pytest.mark.parametrize("size", [SIZE, Size(12, (31, 31), 2), Size(20, (9,), 1)], ids=str)
-@pytest.mark.parametrize("name", CHECKED)
-def test_a_correct_library_passes(name: str, size: Size, seed: int) -> None:
-    errors = check(build(name, size, seed), seed)
-    assert list(errors) == ["log_prob", "inverse", "train step"]
-    # Far from what is refused, as rounding differs between machines.
-    assert all(0 <= error < LARGEST[what] / 5 for what, error in errors.items()), errors
-
-
-def test_a_library_that_cannot_train_passes_without_a_step(seed: int) -> None:
-    assert list(check(build("fastmaf, bfloat16", SIZE, seed), seed)) == ["log_prob", "inverse"]
-
-
-def nan_in_one(values: Tensor) -> Tensor:
+def nan_in_last_row(values: Tensor) -> Tensor:
     values = values.clone()
     values[-1] = torch.nan
     return values
@@ -67,8 +53,7 @@ def nan_in_one(values: Tensor) -> Tensor:
 WRONG_DENSITIES: dict[str, Callable[[Tensor], Tensor]] = {
     "a thousandth more": lambda y: y * 1.001,
     "shifted": lambda y: y + 0.01,
-    "NaN": lambda y: y * torch.nan,
-    "one NaN": nan_in_one,
+    "one NaN": nan_in_last_row,
     "infinite": lambda y: torch.full_like(y, torch.inf),
     "other images": lambda y: y.roll(1),
     "per dimension": lambda y: y / SIZE.features,
@@ -76,7 +61,7 @@ WRONG_DENSITIES: dict[str, Callable[[Tensor], Tensor]] = {
 WRONG_INVERSES: dict[str, Callable[[Tensor], Tensor]] = {
     "a thousandth more": lambda x: x * 1.001,
     "shifted": lambda x: x + 0.01,
-    "one row NaN": nan_in_one,
+    "one row NaN": nan_in_last_row,
     "other samples": lambda x: x.roll(1, 0),
     "another order": lambda x: x.flip(1),
     "zeros": torch.zeros_like,
@@ -90,37 +75,31 @@ def test_a_wrong_density_is_refused(name: str, wrong: str, seed: int) -> None:
 
 
 @pytest.mark.parametrize("wrong", WRONG_INVERSES)
-@pytest.mark.parametrize(("name", "method"), [("fastmaf", "inverse"), ("naive", "passes"), ("zuko", "passes")])
-def test_a_wrong_inverse_is_refused(name: str, method: str, wrong: str, seed: int) -> None:
-    refuse(change(build(name, SIZE, seed), method, WRONG_INVERSES[wrong]), seed, "inverse")
-
-
-def test_the_base_points_are_no_inverse(seed: int) -> None:
-    library: Any = build("fastmaf", SIZE, seed)
-    library.inverse = lambda z: z
-    refuse(library, seed, "inverse")
+@pytest.mark.parametrize("name", ["fastmaf", "naive", "zuko"])
+def test_a_wrong_inverse_is_refused(name: str, wrong: str, seed: int) -> None:
+    refuse(change(build(name, SIZE, seed), "inverse", WRONG_INVERSES[wrong]), seed, "inverse")
 
 
 @pytest.mark.parametrize("name", ["naive", "dense"])
-def test_fewer_passes_than_asked_for_are_refused(name: str, seed: int) -> None:
+def test_fewer_passes_than_requested_are_refused(name: str, seed: int) -> None:
     library: Any = build(name, SIZE, seed)
-    passes = library.passes
-    library.passes = lambda z, count: passes(z, count - 1)
+    inverse = library.inverse
+    library.inverse = lambda z, passes: inverse(z, passes - 1)
     refuse(library, seed, "inverse")
 
 
 def test_passes_are_compared_in_every_dimension_that_they_finish(seed: int) -> None:
     def off(dimension: int) -> Library:
-        def shift(x: Tensor) -> Tensor:
-            x = x.clone()
-            x[:, dimension] += 0.01
-            return x
-
-        return change(build("naive", Size(PASSES + 5, (24, 24), 2), seed), "passes", shift)
+        shift = 0.01 * torch.nn.functional.one_hot(torch.tensor(dimension), PASSES + 5)
+        return change(build("naive", Size(PASSES + 5, (24, 24), 2), seed), "inverse", lambda x: x + shift)
 
     refuse(off(0), seed, "inverse")
     refuse(off(PASSES - 1), seed, "inverse")
     check(off(PASSES), seed)
+
+
+def optimizer_of(library: Any) -> torch.optim.Optimizer:
+    return library.optimizer if hasattr(library, "optimizer") else library.step.optimizer
 
 
 def scale_rate(factor: float) -> Callable[[Any], None]:
@@ -129,8 +108,7 @@ def scale_rate(factor: float) -> Callable[[Any], None]:
 
         def other_rate() -> None:
             new_optimizer()
-            optimizer = library.optimizer if hasattr(library, "optimizer") else library.step.optimizer
-            for group in optimizer.param_groups:
+            for group in optimizer_of(library).param_groups:
                 group["lr"] = factor * LEARNING_RATE
 
         library.new_optimizer = other_rate
@@ -157,7 +135,6 @@ def keep_moments(library: Any) -> None:
 WRONG_STEPS: dict[str, Callable[[Any], None]] = {
     "no step": replace_step(lambda step, x: None),
     "five percent too far": scale_rate(1.05),
-    "five percent too little": scale_rate(0.95),
     "upwards": scale_rate(-1.0),
     "another batch": replace_step(lambda step, x: step(uniform(8, SIZE.features, 12345))),
     "half the batch": replace_step(lambda step, x: step(x[:4])),
@@ -213,11 +190,6 @@ def test_samples_of_another_distribution_are_refused(name: str, wrong: Callable[
 
 
 def test_samples_that_take_too_many_passes_are_not_drawn(seed: int) -> None:
-    size = Size(MOST_PASSES // 2 + 1, (2,), 2)
-    library: Any = build("naive", size, seed)
-
-    def sample(n: int) -> Tensor:
-        raise AssertionError("drawn all the same")
-
-    library.sample = sample
+    library: Any = build("naive", Size(MOST_PASSES // 2 + 1, (2,), 2), seed)
+    library.sample = lambda n: pytest.fail("samples were drawn")
     check(library, seed, {"sample": [1]})

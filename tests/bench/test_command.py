@@ -49,7 +49,7 @@ def test_results_go_to_a_folder_in_the_working_directory(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     assert invoke("--quick", "--library", "dense", "--library", "zuko").exit_code == 0
-    assert requested["plan"].name == "quick" and requested["plan"].libraries == ("fastmaf", "dense", "zuko")
+    assert requested["plan"].name == "quick" and requested["plan"].groups[0].libraries == ("fastmaf", "dense", "zuko")
     assert (tmp_path / "bench-results" / "cpu-quick.csv").exists()
 
 

@@ -6,20 +6,17 @@ from __future__ import annotations
 
 import functools
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastmaf
-from fastmaf.bench.check import check
+from fastmaf.bench.check import LARGEST, check
 from fastmaf.bench.libraries import LIBRARIES, Library, Size, library_class
-from fastmaf.bench.libraries.base import LEARNING_RATE
 from fastmaf.naive import NaiveMAF
 from tests.bench.helpers import FAILING, build, normal, uniform
 
@@ -27,16 +24,19 @@ WIDE = Size(47, (24, 24), 3)  # more dimensions than units: several outputs depe
 NARROW = Size(12, (31, 31), 3)  # more units than dimensions: every output depends on all dimensions before it
 SINGLE = Size(47, (24,), 1)
 LEVELS = Size(47, (24, 24), 2, levels=6)
+UNEQUAL = tuple(Size(47, hidden, 2) for hidden in ((5, 24), (24, 5), (9, 31, 4)))
 
-OWN = ("fastmaf", "fastmaf (torch)", "fastmaf, bfloat16")
+FASTMAF = ("fastmaf", "fastmaf (torch)", "fastmaf, bfloat16")
 DENSE = ("naive", "dense")
 PEERS = ("nflows", "zuko", "normflows")
-SLOW = pytest.mark.slow  # JAX compiles each function for seconds, so flowjax has one size
 ALL = [
-    *((name, size) for name in (*OWN, *DENSE, *PEERS) for size in (WIDE, NARROW, SINGLE)),
+    *((name, size) for name in (*FASTMAF, *DENSE, *PEERS) for size in (WIDE, NARROW, SINGLE)),
     *(("fastmaf", LEVELS), ("naive", LEVELS)),
-    ("flowjax", NARROW),
+    *((name, size) for name in ("fastmaf", *DENSE, "zuko") for size in UNEQUAL),
+    ("flowjax", NARROW),  # JAX compiles each function for seconds
 ]
+BY_PASSES = (*DENSE, *PEERS, "flowjax")
+TRAINABLE = (*FASTMAF[:2], *BY_PASSES)
 
 
 @functools.cache
@@ -45,51 +45,41 @@ def library_of(name: str, size: Size) -> Library:
     return build(name, size, 5)
 
 
-def over(names: tuple[str, ...] = (*OWN, *DENSE, *PEERS, "flowjax"), sizes: tuple[Size, ...] = ()) -> Any:
+def over(names: tuple[str, ...] = (*FASTMAF, *BY_PASSES), sizes: tuple[Size, ...] = ()) -> Any:
     """Parametrizes a test over some libraries and sizes, by default over all."""
     pairs = [
-        pytest.param(name, size, id=f"{name} {'x'.join(map(str, size[:2]))}", marks=SLOW if name == "flowjax" else ())
+        pytest.param(name, size, id=f"{name} {size}", marks=pytest.mark.slow if name == "flowjax" else ())
         for name, size in ALL
         if name in names and (not sizes or size in sizes)
     ]
     return pytest.mark.parametrize(("name", "size"), pairs)
 
 
-def density(module: Any, x: Tensor) -> Tensor:
-    with torch.no_grad():
-        return module.log_prob(x).clone()
-
-
 @over()
-def test_densities_are_those_of_the_counterpart(name: str, size: Size) -> None:
-    library = library_of(name, size)
-    x = uniform(7, size.features, 1)
+def test_a_library_passes_the_check_twice(name: str, size: Size) -> None:
+    library, x = library_of(name, size), uniform(7, size.features, 1)
     log_prob = library.log_prob(x)
-    torch.testing.assert_close(log_prob, density(library.counterpart(), x), rtol=1e-5, atol=0)
     assert log_prob.shape == (7,) and not log_prob.requires_grad
     assert torch.equal(x, uniform(7, size.features, 1)), "it wrote into its input"
     assert float(log_prob.std()) > 0, "all images have the same density"
+    for seed in (5, 6):  # the second optimiser has to start without the moments of the first
+        errors = check(library, seed)
+        assert list(errors) == ["log_prob", "inverse", "train step"][: 3 if library.trains else 2]
+        # Far from what is refused, as rounding differs between machines.
+        assert all(0 <= error < LARGEST[part] / 5 for part, error in errors.items()), errors
 
 
 @over()
 def test_the_counterpart_maps_the_inverse_back_to_the_base_points(name: str, size: Size) -> None:
     library, z = library_of(name, size), normal(3, size.features, 2)
-    x = library.inverse(z)
-    assert x.shape == z.shape and not torch.allclose(x, z, atol=1e-2)
-    with torch.no_grad():
-        torch.testing.assert_close(library.counterpart()(x)[0], z, rtol=0, atol=1e-5)
-    assert torch.equal(z, normal(3, size.features, 2)), "it wrote into its input"
-    assert library.sample(4).shape == (4, size.features)
-
-
-@over((*DENSE, *PEERS, "flowjax"), (NARROW, SINGLE))
-def test_passes_finish_the_first_dimensions(name: str, size: Size) -> None:
-    library, z = library_of(name, size), normal(3, size.features, 3)
-    last = library.counterpart().last
-    for count in (1, 5, size.features):
+    counterpart = library.counterpart()
+    forward = counterpart.last if library.inverts_by_passes else counterpart
+    for passes in (1, 5, size.features) if library.inverts_by_passes else (size.features,):
+        x = library.inverse(z, passes)
+        assert x.shape == z.shape and not torch.allclose(x[:, :passes], z[:, :passes], atol=1e-2)
         with torch.no_grad():
-            recovered = last(library.passes(z, count))[0]
-        torch.testing.assert_close(recovered[:, :count], z[:, :count], rtol=0, atol=1e-5, msg=f"after {count} passes")
+            torch.testing.assert_close(forward(x)[0][:, :passes], z[:, :passes], rtol=0, atol=1e-5)
+    assert torch.equal(z, normal(3, size.features, 2)), "it wrote into its input"
 
 
 @over((*DENSE, *PEERS), (NARROW,))
@@ -97,9 +87,9 @@ def test_passes_finish_no_later_dimension(name: str, size: Size) -> None:
     library: Any = build(name, size, 5)
     library.model.double()  # fresh weights are small: unfinished dimensions differ by little
     z = normal(16, size.features, 3).double()
-    complete = library.passes(z, size.features)
+    complete = library.inverse(z, size.features)
     for count in (1, 2):
-        off = (library.passes(z, count) - complete).abs().amax(0)
+        off = (library.inverse(z, count) - complete).abs().amax(0)
         assert float(off[:count].max()) < 1e-14 and float(off[count:].min()) > 1e-7
 
 
@@ -117,62 +107,36 @@ class Linears(TorchFunctionMode):
 
 
 @over((*DENSE, *PEERS), (NARROW, SINGLE))
-def test_an_inverse_takes_as_many_passes_as_are_extrapolated(name: str, size: Size) -> None:
+def test_a_sample_takes_as_many_passes_as_are_extrapolated(name: str, size: Size) -> None:
     library, layers = library_of(name, size), len(size.hidden) + 1
     with Linears() as few:
-        library.passes(normal(5, size.features, 0), 4)
+        library.inverse(normal(5, size.features, 0), 4)
     assert few.rows == [5] * 4 * layers, "a pass is one run of one block's network"
-    with Linears() as inverse:
-        library.inverse(normal(3, size.features, 0))
     with Linears() as sample:
-        library.sample(3)
+        assert library.sample(3).shape == (3, size.features)
     passes = size.features * size.blocks * layers
     # Some run the network once more for the log-determinant.
-    assert passes <= len(inverse.rows) <= passes + size.blocks * layers
-    assert sample.rows == inverse.rows
+    assert passes <= len(sample.rows) <= passes + size.blocks * layers
 
 
-def train(library: Library, counterpart: Any, seeds: range, scale: float = 1.0) -> None:
-    """Takes the same steps with both, each with a new optimiser."""
+def train(library: Library, seeds: range) -> None:
     library.new_optimizer()
-    optimizer = torch.optim.Adam(counterpart.parameters(), lr=LEARNING_RATE)
     for seed in seeds:
-        batch = scale * uniform(8, library.size.features, seed)
-        library.train_step(batch)
-        optimizer.zero_grad()
-        (-counterpart.log_prob(batch).mean()).backward()
-        optimizer.step()
+        library.train_step(uniform(8, library.size.features, seed))
 
 
-@over(("fastmaf", "fastmaf (torch)", *DENSE, *PEERS, "flowjax"))
-def test_training_steps_are_those_of_the_counterpart(name: str, size: Size) -> None:
-    library, x = library_of(name, size), uniform(7, size.features, 4)
-    # Twice, so that the second optimiser has to start without the moments of the first.
-    for seeds, scale in ((range(10, 13), 3.0), (range(20, 23), -1.0)):
-        counterpart = library.counterpart()
-        before = density(counterpart, x)
-        train(library, counterpart, seeds, scale)
-        change, expected = library.log_prob(x) - before, density(counterpart, x) - before
-        assert float(expected.abs().max()) > 1e-4, "nothing changed"
-        assert float((change - expected).norm() / expected.norm()) < 5e-3
-        torch.testing.assert_close(density(library.counterpart(), x), library.log_prob(x), rtol=1e-5, atol=0)
-
-
-@over(("fastmaf", "fastmaf (torch)", *DENSE, *PEERS, "flowjax"), (NARROW, SINGLE))
+@over(TRAINABLE, (NARROW, SINGLE))
 def test_saved_weights_are_restored_and_used(name: str, size: Size, tmp_path: Path) -> None:
     library, x, path = library_of(name, size), uniform(7, size.features, 4), tmp_path / "weights.safetensors"
     before = library.log_prob(x).clone()
     library.save(path)
-    train(library, library.counterpart(), range(3))
+    train(library, range(3))
     assert float((library.log_prob(x) - before).abs().min()) > 1e-4, "training changed nothing"
     library.load(path)
     assert torch.equal(library.log_prob(x), before)
     library.new_optimizer()
     library.train_step(x)
     assert float(library.log_prob(x).mean() - before.mean()) > 1e-4, "other weights were trained"
-    z = normal(2, size.features, 0)
-    with torch.no_grad():
-        torch.testing.assert_close(library.counterpart()(library.inverse(z))[0], z, rtol=0, atol=1e-5)
 
 
 def test_bfloat16_weights_are_rounded_restored_and_not_trained(tmp_path: Path) -> None:
@@ -182,8 +146,6 @@ def test_bfloat16_weights_are_rounded_restored_and_not_trained(tmp_path: Path) -
     error = ((before - exact.log_prob(x)) / before).abs().max()
     assert 1e-5 < float(error) < 1e-2
     assert not library.trains and LIBRARIES["fastmaf, bfloat16"].weight_bytes == 2
-    with pytest.raises(NotImplementedError):
-        library.new_optimizer()
     library.save(tmp_path / "weights.safetensors")
     with torch.no_grad():
         for parameter in library.flow.parameters():
@@ -192,13 +154,6 @@ def test_bfloat16_weights_are_rounded_restored_and_not_trained(tmp_path: Path) -
     library.load(tmp_path / "weights.safetensors")
     assert torch.equal(library.log_prob(x), before)
     assert torch.bfloat16 in {parameter.dtype for parameter in library.flow.parameters()}
-
-
-@pytest.mark.parametrize("name", [*OWN, *DENSE, *PEERS])
-def test_the_weights_depend_on_the_seed_alone(name: str) -> None:
-    x = uniform(3, 12, 0)
-    first, same, other = (build(name, Size(12, (8, 8), 2), seed).log_prob(x) for seed in (1, 1, 2))
-    assert torch.equal(first, same) and not torch.allclose(first, other)
 
 
 class Namespaces(TorchDispatchMode):
@@ -213,28 +168,30 @@ class Namespaces(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("name", [*OWN, *DENSE, *PEERS])
-def test_a_library_and_its_counterpart_share_no_code(name: str) -> None:
-    library, x = library_of(name, NARROW), uniform(4, NARROW.features, 0)
-    counterpart = library.counterpart()
-    assert isinstance(counterpart, NaiveMAF if name in OWN else fastmaf.Flow)
+@pytest.mark.parametrize("name", [*FASTMAF, *DENSE, *PEERS])
+def test_a_library_depends_on_its_seed_and_shares_no_code_with_its_counterpart(name: str) -> None:
+    x = uniform(4, NARROW.features, 0)
+    library, same, other = (build(name, NARROW, seed) for seed in (1, 1, 2))
+    assert torch.equal(library.log_prob(x), same.log_prob(x))
+    assert not torch.allclose(library.log_prob(x), other.log_prob(x))
+    assert isinstance(library.counterpart(), NaiveMAF if name in FASTMAF else fastmaf.Flow)
     with Namespaces() as namespaces:
         library.log_prob(x)
-        library.inverse(x)
+        library.inverse(x, NARROW.features)
         if library.trains:
             library.new_optimizer()
             library.train_step(x)
-    assert ("fastmaf" in namespaces.called) == (name in OWN)
+    assert ("fastmaf" in namespaces.called) == (name in FASTMAF)
 
 
 def test_the_dense_library_is_the_naive_model_masked_after_every_step() -> None:
     naive, dense, x = build("naive", WIDE, 9), build("dense", WIDE, 9), uniform(7, WIDE.features, 0)
     torch.testing.assert_close(dense.log_prob(x), naive.log_prob(x), rtol=1e-6, atol=0)
     z = normal(3, WIDE.features, 0)
-    torch.testing.assert_close(dense.passes(z, 7), naive.passes(z, 7), rtol=1e-5, atol=1e-6)
-    train(dense, dense.counterpart(), range(2))
+    torch.testing.assert_close(dense.inverse(z, 7), naive.inverse(z, 7), rtol=1e-5, atol=1e-6)
+    train(dense, range(2))
     for block in dense.model.blocks:  # type: ignore[attr-defined]
-        for weight, mask in zip(block.weights, block.masks(), strict=True):
+        for weight, mask in zip(block.weights, block.buffers(), strict=True):
             assert bool((weight[~mask] == 0).all()) and bool((weight[mask] != 0).any())
 
 
@@ -246,45 +203,27 @@ def test_the_naive_library_has_the_connections_of_fastmaf(size: Size) -> None:
     assert fast.flow.visible_weights == sum(int(mask.sum()) for mask in masks)
 
 
-@pytest.mark.parametrize("hidden", [(5, 24), (24, 5), (9, 31, 4)])
-@pytest.mark.parametrize("name", ["fastmaf", "naive", "dense", "zuko"])
-def test_hidden_layers_of_different_widths_pass_the_check(name: str, hidden: tuple[int, ...]) -> None:
-    check(build(name, Size(47, hidden, 2), 5), 7)
-
-
 @pytest.mark.parametrize("name", ["nflows", "normflows", pytest.param("flowjax", marks=pytest.mark.slow)])
 def test_libraries_of_one_width_refuse_others(name: str) -> None:
     with pytest.raises(ValueError, match=rf"{name} needs hidden layers of equal width; found \(5, 24\)"):
         build(name, Size(12, (5, 24), 1), 0)
 
 
-def generated(library: Library) -> list[list[int]]:
-    """Returns, for each block of the counterpart, the dimensions in the order in which it generates them."""
-    order, orders = torch.arange(library.size.features), []
-    for transform in library.counterpart().transforms:
-        if isinstance(transform, fastmaf.Permutation):
-            order = order[transform.permutation]
-        else:
-            orders.append(order.tolist())
-    return orders
-
-
-def latent_of(name: str) -> Callable[[Any, Tensor], Tensor]:
-    latents: dict[str, Callable[[Any, Tensor], Tensor]] = {
-        "nflows": lambda model, x: model._transform(x)[0],
-        "zuko": lambda model, x: model().transform(x),
-        "normflows": lambda model, x: model.inverse(x),
-    }
-    return latents[name]
+LATENTS: dict[str, Any] = {
+    "nflows": lambda model, x: model._transform(x)[0],
+    "zuko": lambda model, x: model().transform(x),
+    "normflows": lambda model, x: model.inverse(x),
+}
 
 
 @pytest.mark.parametrize("name", PEERS)
 def test_the_order_of_generation_is_that_of_the_library(name: str) -> None:
     """The dimension that is generated first depends on itself alone, the last one on all: by the library's Jacobian."""
     library: Any = library_of(name, Size(12, (31, 31), 1))
-    (order,) = generated(library)
+    permutations = [part for part in library.counterpart().transforms if isinstance(part, fastmaf.Permutation)]
+    order = permutations[0].permutation.tolist() if permutations else list(range(12))
     x = normal(32, 12, 0)  # many, as an inactive unit hides a dependence
-    jacobian = torch.autograd.functional.jacobian(lambda x: latent_of(name)(library.model, x).sum(0), x).abs().sum(1)
+    jacobian = torch.autograd.functional.jacobian(lambda x: LATENTS[name](library.model, x).sum(0), x).abs().sum(1)
     seen = sorted((row.count_nonzero().item(), row.nonzero().flatten().tolist()) for row in jacobian)
     assert seen == [(count, sorted(order[:count])) for count in range(1, 13)]
 

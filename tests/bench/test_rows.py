@@ -9,58 +9,48 @@ from pathlib import Path
 import pytest
 
 from fastmaf.bench import machine
-from fastmaf.bench.rows import COLUMNS, NotABenchError, Row, read, row_of, write
+from fastmaf.bench.cases import BUILD, MEMORY, Group, log_prob
+from fastmaf.bench.rows import COLUMNS, Measured, NotABenchError, Row, read, write
+from tests.bench.example_rows import row
+from tests.bench.helpers import FILE_RATES, RATES, TINY
 
 ABOUT = {"date": "2026-01-31", "processor": 'A "quoted", name — with µ', "torch": "2.7.1", "read_gb_per_s": "30.1"}
-NAMES = {
-    "sweep": "",
-    "case": "sample",
-    "batch": "5",
-    "library": "naive, compiled",
-    "features": "48",
-    "hidden_features": "16x16",
-    "blocks": "2",
-    "levels": "",
-    "threads": "2",
-    "unit": "s",
-    "must_move": "1,024 MB",
-    "note": "extrapolated: 1,000 of 86,016 passes",
-}
 RESULTS = Path(__file__).parents[2] / "bench" / "results"
+GROUP = Group("", TINY, 2, (), ())
 
 
 def example(**others: str) -> Row:
-    return row_of(NAMES, [0.5, 0.25, 1.0], 2.0, 0.001, 2.5, 3.21e-7) | others
+    return row("sample", "5", "naive, compiled", 0.5, 0.001, note="extrapolated: 1,000 of 86,016 passes", **others)
 
 
 def test_a_row_has_every_column_and_the_measured_numbers() -> None:
-    row = example()
-    assert tuple(row) == COLUMNS
-    assert {name: row[name] for name in NAMES} == NAMES
-    numbers = {"median": 0.5, "p20": 0.35, "p80": 0.8, "first": 2.5, "limit": 0.001, "times_fastmaf": 2.0}
-    assert {name: float(row[name]) for name in numbers} == pytest.approx(numbers)
-    assert float(row["fraction_of_limit"]) == pytest.approx(0.002)
-    assert row["repeats"] == "3" and row["error"] == "3.2e-07"
+    result = Measured(GROUP, log_prob(5), "naive", [0.5, 0.25, 1.0], 2.0, 2.5, "a note", 3.21e-7).row(RATES)
+    names = {"case": "log_prob", "batch": "5", "library": "naive", "features": "48", "hidden_features": "16x16"}
+    names |= {"blocks": "2", "threads": "2", "unit": "s", "repeats": "3", "error": "3.2e-07", "note": "a note"}
+    assert tuple(result) == COLUMNS
+    assert {name: result[name] for name in names} == names
+    numbers = {"median": 0.5, "p20": 0.35, "p80": 0.8, "first": 2.5, "limit": 2e-6, "times_fastmaf": 2.0}
+    assert {name: float(result[name]) for name in numbers} == pytest.approx(numbers)
+    assert float(result["fraction_of_limit"]) == pytest.approx(4e-6)
 
 
 def test_unknown_numbers_are_empty() -> None:
-    row = row_of(NAMES, [0.5])
-    unknown = {"sweep", "levels", "first", "limit", "fraction_of_limit", "times_fastmaf", "error"}
-    assert {name for name in COLUMNS if not row[name]} == unknown
-    assert float(row["median"]) == float(row["p20"]) == float(row["p80"]) == 0.5
-    assert row_of(NAMES | {"unit": "GB"}, [0.0], limit=1e-5)["fraction_of_limit"] == ""
+    result = Measured(GROUP, BUILD, "naive", [0.5]).row(RATES)
+    unknown = {"sweep", "batch", "levels", "first", "times_fastmaf", "error", "note"}
+    assert {name for name in COLUMNS if not result[name]} == unknown
+    assert float(result["median"]) == float(result["p20"]) == float(result["p80"]) == 0.5
+    assert Measured(GROUP, MEMORY[0], "naive", [0.0]).row(RATES)["fraction_of_limit"] == ""
 
 
 @pytest.mark.parametrize("number", [1.23456e-9, 0.000123456, 12.3456, 123456.0])
 def test_numbers_of_any_size_keep_four_digits(number: float) -> None:
-    row = row_of(NAMES, [number], number, number / 3, number)
+    result = Measured(GROUP, BUILD, "naive", [number], number, number).row(RATES)
     for column in ("median", "p20", "p80", "first", "times_fastmaf"):
-        assert float(row[column]) == pytest.approx(number, rel=1e-4)
-    assert float(row["limit"]) == pytest.approx(number / 3, rel=1e-4)
+        assert float(result[column]) == pytest.approx(number, rel=1e-4)
 
 
 def test_csv_and_json_hold_the_same_and_come_back(tmp_path: Path) -> None:
-    rows = [example(), example(library="zuko", levels="16", sweep="levels", note=""), example(case="load", batch="")]
+    rows = [example(), example(levels="16", sweep="levels"), row("load", "", "zuko", 1.0)]
     path = tmp_path / "new" / "folder" / "cpu.csv"
     write([example()] * 5, ABOUT, path)
     write(iter(rows), ABOUT, path)
@@ -73,11 +63,11 @@ def test_csv_and_json_hold_the_same_and_come_back(tmp_path: Path) -> None:
 
 def test_a_file_of_an_earlier_version_is_read(tmp_path: Path) -> None:
     path = tmp_path / "old.csv"
-    write([example(library="fastmaf (reference)"), example()], ABOUT, path)
+    write([example() | {"library": "fastmaf (reference)"}, example()], ABOUT, path)
     path.write_text(path.read_text(encoding="utf-8").replace(",library,", ",side,", 1), encoding="utf-8")
     rows, about = read(path)
     assert about == ABOUT
-    assert rows == [example(library="fastmaf (torch)"), example()]
+    assert rows == [example() | {"library": "fastmaf (torch)"}, example()]
 
 
 def test_the_committed_results_are_read() -> None:
@@ -88,11 +78,8 @@ def test_the_committed_results_are_read() -> None:
     assert all(row["error"] for row in rows), "a row without a check"
 
 
-@pytest.mark.parametrize("name", ["threads", "library", "median"])
-def test_the_description_of_the_machine_replaces_no_column(name: str, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=name):
-        write([example()], ABOUT | {name: "2"}, tmp_path / "a.csv")
-    assert not set(machine.describe()) & set(COLUMNS)
+def test_the_description_of_the_machine_replaces_no_column() -> None:
+    assert not {*machine.describe(), *RATES, *FILE_RATES} & set(COLUMNS)
 
 
 OTHERS = {

@@ -17,7 +17,7 @@ from fastmaf.bench.cases import Plan
 from fastmaf.bench.rows import COLUMNS, Row, read
 from fastmaf.bench.run import run
 from fastmaf.cli import app as cli
-from tests.bench.helpers import FAILING, RATES, TINY, register_failing, set_rates, tiny_plan
+from tests.bench.helpers import FAILING, FILE_RATES, RATES, TINY, register_failing, set_rates, tiny_plan
 
 pytestmark = pytest.mark.slow  # real runs, with a process for each library
 
@@ -58,10 +58,13 @@ def test_a_wrong_library_is_listed_and_excluded(ran: Ran) -> None:
 
 
 def test_every_case_of_the_correct_libraries_has_its_row_and_its_place_in_the_table(ran: Ran) -> None:
-    expected = [(case.name, str(case.batch or ""), name) for name in ("fastmaf", "naive") for case in ran.plan.cases]
+    cases = ran.plan.groups[0].cases
+    expected = [(case.name, str(case.batch or ""), name) for name in ("fastmaf", "naive") for case in cases]
     assert [(row["case"], row["batch"], row["library"]) for row in ran.rows] == expected
-    for case in ran.plan.cases:
-        pattern = rf"^{case.label} +\[D = 48, hidden 16x16, 2 blocks\].*\n  library .*\n  fastmaf .*\n  naive "
+    for case in cases:
+        pattern = (
+            rf"^{case.label} +\[D = 48, hidden 16x16, 2 blocks, 1 thread\].*\n  library .*\n  fastmaf .*\n  naive "
+        )
         assert len(re.findall(pattern, ran.result.stdout, re.MULTILINE)) == 1, case.label
 
 
@@ -105,23 +108,20 @@ def test_notes_name_what_was_extrapolated_or_is_part_of_the_time(ran: Ran) -> No
 
 
 def test_the_machine_is_described(ran: Ran) -> None:
-    assert {name: float(ran.about[name]) for name in RATES} == RATES
+    assert {name: float(ran.about[name]) for name in (*RATES, *FILE_RATES)} == RATES | FILE_RATES
     assert ran.about["suite"] == "tiny"
     for name in ("processor", "commit", "torch", "seed", "minutes"):
         assert ran.about[name] and re.search(rf"^{name} +\S", ran.result.stdout, re.MULTILINE), name
 
 
 def test_all_files_are_written_and_named(ran: Ran) -> None:
+    assert "%|" not in ran.result.stdout, "progress goes elsewhere"
     names = ["cpu-quick-limits.png", "cpu-quick-memory.png", "cpu-quick-speedup.png", "cpu-quick.csv", "cpu-quick.json"]
     assert sorted(path.name for path in ran.folder.iterdir()) == names
     written = ran.result.stdout.partition("Written: ")[2].replace("\n", " ")
     assert all(str(ran.folder / name) in written for name in names)
     held = json.loads((ran.folder / "cpu-quick.json").read_text(encoding="utf-8"))
     assert (held["rows"], held["about"]) == (ran.rows, ran.about)
-
-
-def test_progress_is_shown_apart_from_the_table(ran: Ran) -> None:
-    assert "%|" not in ran.result.stdout
 
 
 def test_a_run_can_be_compared(ran: Ran) -> None:
@@ -131,7 +131,6 @@ def test_a_run_can_be_compared(ran: Ran) -> None:
     assert f"{len(ran.rows)} rows compared: 0 slower or larger" in result.stdout
 
 
-@pytest.mark.slow
 def test_a_failing_library_does_not_stop_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
     register_failing(monkeypatch)
     set_rates(monkeypatch)
@@ -149,7 +148,6 @@ def test_a_failing_library_does_not_stop_the_run(monkeypatch: pytest.MonkeyPatch
     assert reasons["dying"].startswith("the process of dying ended")
 
 
-@pytest.mark.slow
 def test_ctrl_c_ends_the_run_and_its_processes_and_keeps_its_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     set_rates(monkeypatch)
     before = set(psutil.Process().children(recursive=True))
@@ -161,12 +159,11 @@ def test_ctrl_c_ends_the_run_and_its_processes_and_keeps_its_rows(monkeypatch: p
     plan = tiny_plan("fastmaf", "naive")
     result = run(plan, progress)
     assert result.left_out == ["everything after Ctrl-C"]
-    assert [row["library"] for row in result.rows] == ["fastmaf"] * len(plan.cases)
+    assert [row["library"] for row in result.rows] == ["fastmaf"] * len(plan.groups[0].cases)
     left = [child for child in psutil.Process().children(recursive=True) if child not in before]
     assert not [child for child in left if "spawn_main" in " ".join(child.cmdline())]
 
 
-@pytest.mark.slow
 def test_without_fastmaf_the_others_are_measured_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     register_failing(monkeypatch)
     set_rates(monkeypatch)

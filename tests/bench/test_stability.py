@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from fastmaf.bench import stability
-from fastmaf.bench.stability import DATA, DataSet, Model
+from fastmaf.bench.stability import DATA, DataSet
 
 
 def test_a_row_for_each_library(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -37,11 +37,9 @@ class Scaled(nn.Module):
 
 @pytest.mark.parametrize("lr, diverged", [(1e-2, False), (100.0, True)])
 def test_runs_that_diverge_are_counted(lr: float, diverged: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    def build(*_: object) -> Model:
-        flow = Scaled()
-        return Model(flow, flow.log_prob)
-
-    monkeypatch.setattr(stability, "build", build)
+    flow = Scaled()
+    monkeypatch.setattr(stability, "build", lambda *_: (flow, flow.log_prob))
+    torch.manual_seed(0)
     x = 0.1 * torch.randn(400, 3, generator=torch.Generator().manual_seed(0))
     data = DataSet(lambda: x, hidden=1, batch=50, lr=lr, steps=60)
     run = stability.train("fastmaf", data, x, seed=0, steps=60)
