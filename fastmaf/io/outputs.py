@@ -86,9 +86,6 @@ def report() -> Kind:
     return text_file("a report", '<meta name="generator" content="fastmaf ', "<title>Inspection report</title>")
 
 
-ONNX = Kind("an ONNX export", lambda path: b"\x12\x07fastmaf" in _content(path, 256))  # ModelProto.producer_name
-
-
 def check_outputs(outputs: Iterable[Output], inputs: Iterable[str | os.PathLike[str]] = ()) -> None:
     """Checks that outputs replace neither inputs, nor each other, nor files that the command did not write.
 

@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import fastmaf
-from fastmaf.inspection.export.export_onnx import export_onnx
+from fastmaf.inspection.export.export_onnx import ONNX, export_onnx
 from fastmaf.inspection.model import load_inspection, model_file
 from fastmaf.inspection.workflow.inputs import Say, expand
-from fastmaf.io.outputs import ONNX, Output, check_outputs
+from fastmaf.io.outputs import Output, check_outputs
 
 
 @fastmaf.torch_defaults()
