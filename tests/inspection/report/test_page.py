@@ -12,7 +12,7 @@ import pytest
 
 from fastmaf.images.names import visible
 from fastmaf.inspection.evaluate import TableRow
-from fastmaf.inspection.report.content import Count, Gallery, Report, Samples, TestResults, Timing, Training
+from fastmaf.inspection.report.content import Gallery, Report, TestResults, Training
 from fastmaf.inspection.report.findings import better, summary, winning_baselines, worst_cases
 from fastmaf.inspection.report.page import write_report
 from fastmaf.inspection.report.text import interval, number, percent, score_digits
@@ -47,7 +47,7 @@ def section(page: Element, name: str) -> Element:
 
 def test_the_page_is_a_document_with_headings_captions_and_alternative_texts(page: Element, report: Report) -> None:
     assert page.one("html").attributes["lang"] == "en"
-    assert page.one("title").text == page.one("h1").text == report.title
+    assert page.one("title").text == page.one("h1").text == "Inspection report"
     links = [link.attributes["href"] for link in page.one("nav").all("a")]
     assert links == [f"#{each.attributes['id']}" for each in page.all("section")]
     ids = [element.attributes["id"] for element in page.walk() if "id" in element.attributes]
@@ -93,7 +93,7 @@ def test_the_numbers_stand_where_they_belong(page: Element, report: Report) -> N
     speed = section(page, "speed")
     assert speed.table("Time for one image")[-1] == ["decode to verdict", "27.02", "31.40", "200"]
     assert ["threads", "2"] in speed.table("Environment")
-    assert [item.text for item in section(page, "assumptions").all("li")] == list(report.assumptions)
+    assert len(section(page, "assumptions").all("li")) == 3
     numeric = [cell for cell in page.all("td") if re.fullmatch("[\u2212+]?[0-9.,]+%?", cell.text)]
     pairs = {"pairs"}  # settings are words
     assert all(
@@ -125,7 +125,7 @@ def test_the_score_table_marks_the_default(page: Element) -> None:
 
 
 def test_verdicts_by_class_follow_from_scores_and_threshold(page: Element, report: Report) -> None:
-    assert isinstance(report.test, TestResults)
+    assert report.test is not None
     labels, alarm = np.array(report.test.labels), report.test.scores > report.calibration.threshold
     table = section(page, "detection").table("By class")
     assert [row[0] for row in table[1:]] == ["good", *sorted(DEFECTS)]
@@ -139,7 +139,7 @@ def test_verdicts_by_class_follow_from_scores_and_threshold(page: Element, repor
 
 
 def test_exhibits_stand_beside_their_anomaly_maps(page: Element, report: Report) -> None:
-    assert isinstance(report.test, TestResults)
+    assert report.test is not None
     gallery, shown = report.test.gallery, section(page, "images")
     captions = [each.text for each in shown.all("figcaption")]
     assert captions[0] == "good/000.png class good, score 12.40, p\u00a0=\u00a00.0409, alarm".replace("\u00a0", " ")
@@ -175,12 +175,12 @@ def test_an_absent_part_is_named_with_its_reason(report: Report, tmp_path: Path)
     page = written(untested(report), tmp_path)
     for part in ("training", "scores", "threshold", "detection", "images"):
         lines = [each.text for each in section(page, part).all("p", class_="absent")]
-        reason = "it was not recorded" if part == "training" else "no test images were scored yet"
-        assert lines and all(line.endswith(f": not shown, as {reason}.") for line in lines), part
+        reason = "the model file does not record its training" if part == "training" else "no test images were scored"
+        assert lines and all(f": not shown, as {reason}" in line for line in lines), part
 
 
 def test_a_report_without_blocks_and_without_misses(report: Report, tmp_path: Path) -> None:
-    assert isinstance(report.training, Training) and isinstance(report.test, TestResults)
+    assert report.training is not None and report.test is not None
     test = replace(report.test, gallery=report.test.gallery._replace(misses=()))
     page = written(replace(report, training=replace(report.training, log=()), test=test), tmp_path)
     assert "Training curve: not shown, as the model has no trained blocks." in section(page, "training").text
@@ -189,14 +189,14 @@ def test_a_report_without_blocks_and_without_misses(report: Report, tmp_path: Pa
 
 def test_texts_of_others_are_shown_and_never_obeyed(report: Report, tmp_path: Path) -> None:
     test = report.test
-    assert isinstance(test, TestResults)
+    assert test is not None
     shown = test.gallery.detections[0]._replace(file=NASTY, label=NASTY)
     nasty = replace(
         report,
-        title=NASTY, model=NASTY, date=NASTY, version=NASTY,
-        counts=(Count(NASTY, NASTY, 1),), notes=(NASTY,), skipped=((NASTY, NASTY),),
-        samples=(Samples(NASTY, np.zeros((1, 4, 4, 3), np.uint8)),),
-        training=Training(((NASTY, NASTY),), (), ()),
+        model=NASTY, date=NASTY,
+        counts=((NASTY, NASTY, 1),), notes=(NASTY,), skipped=((NASTY, NASTY),),
+        samples=((NASTY, np.zeros((1, 4, 4, 3), np.uint8)),),
+        training=Training(((NASTY, NASTY),), (), ((1, 2.0),)),
         calibration=replace(report.calibration, source=NASTY),
         test=TestResults(
             test.scores,
@@ -204,19 +204,17 @@ def test_texts_of_others_are_shown_and_never_obeyed(report: Report, tmp_path: Pa
             (*test.table, row(NASTY, "baseline", 0.99)),
             Gallery((shown,), (), (shown,)),
         ),
-        timings=(Timing(NASTY, 1.0, 2.0, 3),),
+        timings=((NASTY, 1.0, 2.0, 3),),
         environment=((NASTY, NASTY),),
-        assumptions=(NASTY,),
     )  # fmt: skip
     page = written(nasty, tmp_path)
     assert {element.tag for element in page.walk()} <= {element.tag for element in written(report, tmp_path).walk()}
-    assert page.one("title").text == page.one("h1").text == SHOWN
+    assert SHOWN in page.one("header").text
     assert section(page, "data").table("skipped")[1] == [SHOWN, SHOWN]
     assert f"The baseline {SHOWN} has the higher image AUROC" in section(page, "summary").text
     assert SHOWN in [row[0] for row in section(page, "detection").table("By class")]
     assert section(page, "images").all("img")[0].attributes["alt"] == f"image {SHOWN}"
     assert any(each.text.startswith(SHOWN[:17]) for each in section(page, "detection").all("text"))
-    assert [each.text for each in section(page, "assumptions").all("li")] == [SHOWN]
 
 
 @pytest.mark.slow
