@@ -10,6 +10,11 @@ import numpy as np
 
 from fastmaf.inspection.calibration import Calibration
 from fastmaf.inspection.evaluate import TableRow
+from fastmaf.io.outputs import text_file
+
+REPORT_FILE = "report.html"
+REPORT = text_file("a report", '<meta name="generator" content="fastmaf ', "<title>Inspection report</title>")
+"""The kind of report.html; reports of earlier versions are recognised by their title."""
 
 
 class Exhibit(NamedTuple):

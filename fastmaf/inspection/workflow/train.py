@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import math
 from datetime import datetime, timezone
 from pathlib import Path
@@ -15,16 +13,18 @@ from fastmaf.inspection.fit import Fitted, fit
 from fastmaf.inspection.fold_models import fold_model_files, replace_fold_models, save_fold_models
 from fastmaf.inspection.model import InspectionModel
 from fastmaf.inspection.recipe import Recipe
+from fastmaf.inspection.report.content import REPORT, REPORT_FILE
 from fastmaf.inspection.workflow.inputs import Say
-from fastmaf.io.atomic import errors_of_staged, keep_previous, previous, replace, staging, written_atomically
-from fastmaf.io.outputs import Output, check_outputs, report, table
+from fastmaf.io.atomic import errors_of_staged, keep_previous, previous, replace, staging
+from fastmaf.io.csv_file import write_csv
+from fastmaf.io.outputs import Output, check_outputs, table
 from fastmaf.io.outputs import model as model_kind
 from fastmaf.io.run_folder import check_disk, run_folder
 from fastmaf.metrics.results import bits_per_dim
 from fastmaf.training.checkpoints import MODEL_FILE, STATE_FILE, refuse_unfinished, remove_state
 from fastmaf.training.interrupts import interruptible
 
-LOG_FILE, REPORT_FILE = "training_log.csv", "report.html"
+LOG_FILE = "training_log.csv"
 _LOG_COLUMNS = ("step", "nll", "held_out_nll")
 
 
@@ -109,7 +109,7 @@ def load_normals(data: str | Path, recipe: Recipe, *, skip_bad: bool, progress: 
 
 def _outputs(out: Path, folds: int) -> list[Output]:
     """Returns the files that ``train`` writes, and those of an earlier run that it moves or removes."""
-    kinds = {MODEL_FILE: model_kind("a model"), LOG_FILE: table("a training log", _LOG_COLUMNS), REPORT_FILE: report()}
+    kinds = {MODEL_FILE: model_kind("a model"), LOG_FILE: table("a training log", _LOG_COLUMNS), REPORT_FILE: REPORT}
     outputs = [Output(out / place, kind) for name, kind in kinds.items() for place in (name, previous(Path(name)).name)]
     outputs.append(Output(out / STATE_FILE, model_kind("the state of a training run", "state")))
     fold_model = model_kind("the model of a fold", "statistics")
@@ -128,7 +128,8 @@ def _write(out: Path, fitted: Fitted, images: ImageSet, keep_folds: bool) -> Non
 
     with staging(out) as new, errors_of_staged(new, out):
         fitted.model.save(new / MODEL_FILE)
-        _write_log(new / LOG_FILE, fitted)
+        rows = ((row["step"], f"{row['nll']:.10g}", f"{row['held_out_nll']:.10g}") for row in fitted.log)
+        write_csv(new / LOG_FILE, _LOG_COLUMNS, rows)
         if keep_folds:
             save_fold_models(new, fitted.model, fitted.out_of_fold.flows)
         training_report(new / REPORT_FILE, fitted.model, images, name=out.name)
@@ -164,12 +165,3 @@ def _decisions(model: InspectionModel) -> list[str]:
         if figures := about.get(key):
             lines.append(text + ", ".join(f"{name} {value:.3f}" for name, value in figures.items()) + ")")
     return lines
-
-
-def _write_log(path: Path, fitted: Fitted) -> None:
-    text = io.StringIO(newline="")
-    rows = csv.writer(text, lineterminator="\n")
-    rows.writerow(_LOG_COLUMNS)
-    rows.writerows([row["step"], f"{row['nll']:.10g}", f"{row['held_out_nll']:.10g}"] for row in fitted.log)
-    with written_atomically(path) as file:
-        file.write(text.getvalue().encode())

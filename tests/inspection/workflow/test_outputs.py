@@ -22,12 +22,12 @@ from fastmaf.inspection.model import load_inspection
 from fastmaf.inspection.workflow.calibrate import calibrate
 from fastmaf.inspection.workflow.evaluate import evaluate
 from fastmaf.inspection.workflow.export import export
-from fastmaf.inspection.workflow.inputs import expand
 from fastmaf.inspection.workflow.score import score
 from fastmaf.inspection.workflow.train import train
 from fastmaf.io.marks import MAP, OVERLAY, role_of
 from fastmaf.io.outputs import OutputError
 from tests.inspection.tiny import TINY, silent
+from tests.inspection.workflow.expanded import expand
 
 
 def noise(path: Path, seed: int = 0, side: int = 24) -> Path:

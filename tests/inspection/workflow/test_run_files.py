@@ -27,9 +27,10 @@ from fastmaf.inspection.recipe import Recipe
 from fastmaf.inspection.report import build
 from fastmaf.inspection.workflow import calibrate as calibrating
 from fastmaf.inspection.workflow import train as training
+from fastmaf.inspection.report.content import REPORT_FILE
 from fastmaf.inspection.workflow.calibrate import calibrate, recalibrate
 from fastmaf.inspection.workflow.choose import choose
-from fastmaf.inspection.workflow.train import REPORT_FILE, train
+from fastmaf.inspection.workflow.train import train
 from fastmaf.io.locks import InUseError, run_lock
 from fastmaf.io.run_folder import DoesNotFitError
 from fastmaf.io.tensor_file import read_tensors, write_tensors
