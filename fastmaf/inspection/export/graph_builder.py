@@ -89,7 +89,7 @@ class Value:
 
 
 class Graph:
-    """Nodes and constants of a graph under construction; equal small constants are stored once.
+    """Nodes and constants of a graph under construction.
 
     Raises:
         ExportError: onnx is not installed.
@@ -98,7 +98,7 @@ class Graph:
     def __init__(self) -> None:
         self._onnx = require("onnx")
         self._nodes: list[Any] = []
-        self._constants: dict[tuple[str, tuple[int, ...], bytes], Any] = {}
+        self._constants: list[Any] = []
         self._inputs: list[Any] = []
         self._outputs: list[Any] = []
         self._count = 0
@@ -119,13 +119,11 @@ class Graph:
         if isinstance(of, Value):
             return of
         array = np.asarray(of.detach().cpu() if isinstance(of, Tensor) else of, order="C").astype(dtype)
-        # Only small constants are compared by content: hashing the factors would copy them.
-        key = dtype, array.shape, array.tobytes() if array.nbytes < 1024 else self._name("unique").encode()
-        if key not in self._constants:
-            self._constants[key] = self._onnx.numpy_helper.from_array(array, self._name("constant"))
-            if sum(constant.ByteSize() for constant in self._constants.values()) > _LARGEST:
-                raise ExportError("an ONNX file holds at most 2 GiB; the dense weights of this model take more")
-        return Value(self, self._constants[key].name, dtype)
+        constant = self._onnx.numpy_helper.from_array(array, self._name("constant"))
+        self._constants.append(constant)
+        if sum(constant.ByteSize() for constant in self._constants) > _LARGEST:
+            raise ExportError("an ONNX file holds at most 2 GiB; the dense weights of this model take more")
+        return Value(self, constant.name, dtype)
 
     def add_node(self, kind: str, inputs: Sequence[str], outputs: int, attributes: dict[str, Any]) -> str:
         """Appends a node and returns the name of its first output."""
@@ -157,10 +155,10 @@ class Graph:
 
     def model(self, name: str, meaning: str, properties: dict[str, str], version: str) -> Any:
         """Returns the ``onnx.ModelProto``."""
-        helper, constants = self._onnx.helper, list(self._constants.values())
+        helper = self._onnx.helper
         opsets = [helper.make_opsetid("", OPSET)]
         model = helper.make_model(
-            helper.make_graph(self._nodes, name, self._inputs, self._outputs, constants, meaning),
+            helper.make_graph(self._nodes, name, self._inputs, self._outputs, self._constants, meaning),
             opset_imports=opsets,
             ir_version=helper.find_min_ir_version_for(opsets),  # for older runtimes
             producer_name="fastmaf",

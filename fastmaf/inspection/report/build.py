@@ -21,7 +21,7 @@ from fastmaf.inspection.map_images import overlay, to_frame
 from fastmaf.inspection.masks import LabelledSet
 from fastmaf.inspection.model import InspectionModel, Prediction
 from fastmaf.inspection.report.content import Exhibit, Gallery, Report, TestResults, Training
-from fastmaf.inspection.report.findings import worst_cases
+from fastmaf.inspection.report.findings import decisions, worst_cases
 from fastmaf.inspection.report.page import write_report
 from fastmaf.inspection.workflow.score import predict_row
 from fastmaf.metrics.results import NORMAL
@@ -91,24 +91,17 @@ def _training(model: InspectionModel) -> Training | None:
     about: Mapping[str, Any] = model.about
     if "recipe" not in about:
         return None
-    settings: list[tuple[str, str]] = []
+    settings: dict[str, str] = {}
     for key, value in about["recipe"].items():
-        pairs = [(f"{key}: {k}", v) for k, v in value.items()] if isinstance(value, Mapping) else [(key, value)]
-        settings += [(k.replace("_", " "), f"{v:g}" if isinstance(v, float) else str(v)) for k, v in pairs]
-    settings += [
-        ("held-out NLL, nats", f"{about['held_out_nll']:,.0f}"),
-        ("held-out NLL of the whitening alone, nats", f"{about['held_out_nll_of_whitening']:,.0f}"),
-    ]
-    for kind, nll in about.get("held_out_nll_of_augmentations", {}).items():
-        settings.append((f"held-out NLL of the first folds, augmentation {kind}, nats", f"{nll:,.0f}"))
-    if (nll_with := about.get("held_out_nll_with_blocks")) is not None:
-        kept = "kept" if about["recipe"]["blocks"] else "dropped"
-        settings.append((f"held-out NLL with blocks ({kept}), nats", f"{nll_with:,.0f}"))
-    synthetic = {**about.get("drawn_auroc", {}), **about.get("drawn_maps", {})}
-    settings += [(f"on synthetic defects, {name}", f"{value:.3f}") for name, value in synthetic.items()]
-    settings += [(f"seconds for {stage}", f"{value:.1f}") for stage, value in about.get("seconds", {}).items()]
+        pairs = {f"{key}: {k}": v for k, v in value.items()} if isinstance(value, Mapping) else {key: value}
+        settings |= {k.replace("_", " "): f"{v:g}" if isinstance(v, float) else str(v) for k, v in pairs.items()}
+    settings["held-out NLL, nats"] = f"{about['held_out_nll']:,.0f}"
+    settings["held-out NLL of the whitening alone, nats"] = f"{about['held_out_nll_of_whitening']:,.0f}"
+    for name, decision in decisions(model).items():
+        settings[name] = f"{settings[name]}, {decision}" if name in settings else decision
+    settings |= {f"seconds for {stage}": f"{value:.1f}" for stage, value in about.get("seconds", {}).items()}
     folds = zip(about["images_of_folds"], about["held_out_nll_of_folds"], strict=True)
-    return Training(tuple(settings), tuple(about.get("log", ())), tuple(folds))
+    return Training(tuple(settings.items()), tuple(about.get("log", ())), tuple(folds))
 
 
 def _samples(images: ImageSet, label: str) -> np.ndarray:

@@ -46,13 +46,8 @@ def recalibrate(
     """Replaces the calibration scores of a model file by those of new good images; the flow is unchanged.
 
     Args:
-        model: model file or a run's folder.
         arguments: the images; see ``expand``.
         false_alarm, confidence: as in ``Calibration``.
-        skip_bad: leave out files that cannot be read.
-        device: where the model computes.
-        progress: show a progress bar.
-        say: receives messages.
 
     Raises:
         DataError: an argument matches nothing, or a file cannot be read and ``skip_bad`` is False.

@@ -44,15 +44,10 @@ def evaluate(
     """Scores the images of ``data/test`` and writes the results to ``out``.
 
     Args:
-        model: model file or a run's folder.
         data: folder with ``test/<class>``; optionally ``train/good`` for the baselines and ``ground_truth/<class>``
             for pixel metrics.
         out: folder to write to.
-        device: where the model computes.
-        skip_bad: leave out files that cannot be read.
         seed: of the bootstrap.
-        progress: show progress bars.
-        say: receives the table and notes on missing data.
 
     Raises:
         DataError: the folder or a file in it is unsuitable.

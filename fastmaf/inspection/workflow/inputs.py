@@ -14,7 +14,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from fastmaf.images.decode import DataError, Frame, load_frame, sentences
-from fastmaf.images.listing import contents, count, images_below, images_in, is_image, left_aside, walk
+from fastmaf.images.listing import contents, count, images_below, is_image, left_aside
 from fastmaf.inspection.workflow.path_patterns import hints, is_pattern, matches
 from fastmaf.io.marks import is_output
 
@@ -71,8 +71,6 @@ def read_each(
         size: side of the square that each is resized to, in pixels.
         keep_full: keep each image at full resolution, too (``Frame.full``).
         skip_bad: report a file that cannot be read to ``say`` and skip it, instead of raising the DataError.
-        progress: show a progress bar.
-        say: receives messages.
     """
     for file in tqdm(files, desc="reading images", unit="image", disable=not progress, leave=False):
         try:
@@ -125,12 +123,16 @@ class _Collector:
             raise DataError(f"no such file or folder: {path}{hints(path)}")
 
     def add_existing(self, path: Path) -> None:
-        if not os.path.isdir(path):
-            return self.add_file(path)
-        images = self.images_below(path)
-        if not images:
-            raise DataError(f"no image in {path}: {self.why_none(path)}")
-        self.add(images)
+        if os.path.isdir(path):
+            images = self.images_below(path)
+            if not images:
+                why = "it cannot be opened" if path in self.closed else contents(images_below(path)[1])
+                raise DataError(f"no image in {path}: {why}")
+            self.add(images)
+        elif is_output(path):
+            self.ignored[path] = None
+        else:
+            self.add([path])
 
     def add_list(self, lines: list[str]) -> None:
         if not any(os.path.lexists(line) for line in lines):
@@ -163,12 +165,6 @@ class _Collector:
             once.setdefault(_resolved(path), path)
         self.add(once.values())
 
-    def add_file(self, path: Path) -> None:
-        if is_output(path):
-            self.ignored[path] = None
-        else:
-            self.add([path])
-
     def add(self, paths: Iterable[Path]) -> None:
         for path in paths:
             file = _resolved(path)
@@ -180,11 +176,6 @@ class _Collector:
         self.ignored.update(dict.fromkeys(others))
         self.closed.update(dict.fromkeys(closed))
         return images
-
-    def why_none(self, folder: Path) -> str:
-        if folder in self.closed:
-            return "it cannot be opened"
-        return contents(file for below in walk(folder) for file in images_in(below)[1])
 
 
 def _resolved(path: Path) -> str:

@@ -72,17 +72,13 @@ def score(
     """Scores the images that arguments name, in their order.
 
     Args:
-        model: model file or a run's folder.
         arguments: files, folders, patterns, ``-``; see ``expand``.
         out: file for the rows, ``.csv`` or ``.jsonl``; None writes each row to ``stdout`` at once.
         json_lines: JSON lines on ``stdout`` instead of CSV.
         overlays: folder for overlays of the anomaly maps, in the size of each image.
         maps: folder for the anomaly maps as numbers, in the size of each image.
         map_suffix: ``".png"`` (16 bits) or ``".tiff"`` (32-bit floating point).
-        device: where the model computes.
-        progress: show a progress bar.
         stdout: where rows go without ``out``.
-        say: receives notes on ignored and unreadable files and on converted images, and a summary.
 
     Returns:
         The number of files that could not be read.

@@ -11,9 +11,9 @@ from fastmaf.images.dataset import DataError, ImageSet, load_train
 from fastmaf.images.listing import count
 from fastmaf.inspection.fit import Fitted, fit
 from fastmaf.inspection.fold_models import fold_model_files, replace_fold_models, save_fold_models
-from fastmaf.inspection.model import InspectionModel
 from fastmaf.inspection.recipe import Recipe
 from fastmaf.inspection.report.content import REPORT, REPORT_FILE
+from fastmaf.inspection.report.findings import decisions
 from fastmaf.inspection.workflow.inputs import Say
 from fastmaf.io.atomic import errors_of_staged, keep_previous, previous, replace, staging
 from fastmaf.io.csv_file import write_csv
@@ -49,9 +49,6 @@ def train(
         out: folder to write to.
         recipe: the settings.
         keep_folds: write the fold models, too, so that ``fastmaf eval`` can evaluate their ensemble.
-        skip_bad: leave out files that cannot be read.
-        progress: show progress bars.
-        say: receives messages.
 
     Raises:
         DataError: the folder or a file in it is unsuitable, or there are too few images.
@@ -78,8 +75,8 @@ def train(
         )
         _write(out, fitted, images, keep_folds)
     model = fitted.model
-    for line in _decisions(model):
-        say(line)
+    for name, decision in decisions(model).items():
+        say(f"{name}: {decision}")
     whitening_nll, nll = model.about["held_out_nll_of_whitening"], model.about["held_out_nll"]
     say(
         f"{len(images)} good images; held-out NLL ({recipe.folds} folds) {nll:,.0f} nats, "
@@ -143,25 +140,3 @@ def _write(out: Path, fitted: Fitted, images: ImageSet, keep_folds: bool) -> Non
             remove_state(out)
     if stop.is_set():
         raise KeyboardInterrupt
-
-
-def _decisions(model: InspectionModel) -> list[str]:
-    """Returns what the fit selected, with the figures that decided it, one line each."""
-    about, lines = model.about, []
-    if tried := about["held_out_nll_of_augmentations"]:
-        nll = ", ".join(f"{kind} {value:,.0f}" for kind, value in tried.items())
-        lines.append(
-            f"augmentation selected: {about['recipe']['augmentation']} (held-out NLL of the first folds: {nll})"
-        )
-    if (plain := about["held_out_nll_without_logit"]) is not None:
-        lines.append(f"logit: kept as requested (held-out NLL of the first folds without it: {plain:,.0f})")
-    if (nll_with := about["held_out_nll_with_blocks"]) is not None:
-        kept = "kept" if about["recipe"]["blocks"] else "dropped"
-        alone = about["held_out_nll_of_whitening"]
-        lines.append(f"blocks: {kept} (held-out NLL: {nll_with:,.0f} with them, {alone:,.0f} without)")
-    score = f"score selected: presmooth_sigma {model.settings.presmooth_sigma:g} (image AUROC on synthetic defects: "
-    anomaly_map = f"anomaly map selected: {model.map_config.factors} factors (mean of pixel AUROC and AU-PRO there: "
-    for key, text in (("drawn_auroc", score), ("drawn_maps", anomaly_map)):
-        if figures := about.get(key):
-            lines.append(text + ", ".join(f"{name} {value:.3f}" for name, value in figures.items()) + ")")
-    return lines

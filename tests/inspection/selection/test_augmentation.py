@@ -16,9 +16,9 @@ from fastmaf.images.dataset import load_train, to_unit
 from fastmaf.inspection.fit import fit
 from fastmaf.inspection.folds import drop_fold
 from fastmaf.inspection.recipe import Recipe
+from fastmaf.inspection.report.findings import decisions
 from fastmaf.inspection.scoring.settings import AnomalyMapConfig, ScoreSettings
 from fastmaf.inspection.whitening import fit_whitening
-from fastmaf.inspection.workflow.train import _decisions
 from tests.inspection.tiny import TINY
 
 FIXED = Recipe(size=16, score=ScoreSettings(), map_config=AnomalyMapConfig())
@@ -55,7 +55,7 @@ def test_aligned_images_need_no_augmentation(n: int) -> None:
     for other in (plain, zero):
         assert other.about["held_out_nll"] == pytest.approx(found.about["held_out_nll"], rel=1e-4)
     assert plain.about["held_out_nll_of_augmentations"] == {}
-    assert any(line.startswith("augmentation selected: none (") for line in _decisions(found))
+    assert decisions(found)["augmentation selected"].startswith("none (")
 
 
 def test_a_requested_augmentation_is_kept_with_a_warning() -> None:

@@ -25,9 +25,9 @@ from fastmaf.inspection.fold_models import FOLDS_FOLDER, load_fold_models
 from fastmaf.inspection.model import load_inspection
 from fastmaf.inspection.recipe import Recipe
 from fastmaf.inspection.report import build
+from fastmaf.inspection.report.content import REPORT_FILE
 from fastmaf.inspection.workflow import calibrate as calibrating
 from fastmaf.inspection.workflow import train as training
-from fastmaf.inspection.report.content import REPORT_FILE
 from fastmaf.inspection.workflow.calibrate import calibrate, recalibrate
 from fastmaf.inspection.workflow.choose import choose
 from fastmaf.inspection.workflow.train import train
