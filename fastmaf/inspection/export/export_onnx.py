@@ -159,8 +159,9 @@ def _frame(image: str | Path | np.ndarray, name: str, size: int) -> Frame:
         raise ExportError(f"{name} must be uint8 [h, w, 3]; found {image.dtype} {list(image.shape)}")
     start = perf_counter()
     pixels = resized(image, size)
-    full = torch.from_numpy(np.ascontiguousarray(image)).permute(2, 0, 1)
-    return Frame(Path(name), pixels, *image.shape[:2], (), 0.0, perf_counter() - start, full)
+    seconds = perf_counter() - start
+    (height, width, _), full = image.shape, torch.from_numpy(np.ascontiguousarray(image)).permute(2, 0, 1)
+    return Frame(Path(name), pixels, height, width, (), 0.0, seconds, full)
 
 
 def _both(model: InspectionModel, session: Any, image: str | Path | np.ndarray, name: str) -> _Results:

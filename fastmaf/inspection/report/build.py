@@ -31,60 +31,50 @@ _SAMPLES, _CASES, _TIMED = 5, 6, 30
 
 def training_report(path: Path, model: InspectionModel, images: ImageSet, *, name: str) -> None:
     """Writes the report of a training run with this name, before there are test images."""
-    report = _report(
-        model,
-        name,
-        images,
-        counts=(("train", NORMAL, len(images)), ("calibration", NORMAL, model.calibration.n)),
-        notes=images.notes,
-        samples=((NORMAL, _samples(images, NORMAL)),),
-        test=None,
-    )
-    write_report(path, report)
+    _write(path, model, name, images, images, images.notes, None)
 
 
 def test_report(
-    path: Path,
-    model: InspectionModel,
-    name: str,
-    test: LabelledSet,
-    prediction: Prediction,
-    table: Sequence[TableRow],
+    path: Path, model: InspectionModel, name: str, test: LabelledSet, prediction: Prediction, table: Sequence[TableRow]
 ) -> None:
     """Writes the report of a labelled test set."""
-    images, normals = test.images, test.normals
-    tally = Counter(images.labels)
-    counts = [("calibration", NORMAL, model.calibration.n), *(("test", label, n) for label, n in tally.items())]
-    samples = [(label, _samples(images, label)) for label in tally]
-    if normals is not None:
-        counts.insert(0, ("train", NORMAL, len(normals)))
-        samples.insert(0, (f"{NORMAL} (train)", _samples(normals, NORMAL)))
+    images = test.images
     cases = worst_cases(prediction.scores, images.labels, model.calibration.threshold, _CASES)
     p_values = model.calibration.p_values(prediction.scores)
     exhibits = (tuple(_exhibit(model, test, prediction, p_values, int(i)) for i in group) for group in cases)
-    report = _report(
-        model,
-        name,
-        images,
-        counts=tuple(counts),
-        notes=(*images.notes, *test.masks.notes),
-        samples=tuple(samples),
-        test=TestResults(prediction.scores, images.labels, tuple(table), Gallery(*exhibits)),
-    )
-    write_report(path, report)
+    results = TestResults(prediction.scores, images.labels, tuple(table), Gallery(*exhibits))
+    _write(path, model, name, images, test.normals, (*images.notes, *test.masks.notes), results)
 
 
-def _report(model: InspectionModel, name: str, images: ImageSet, **parts: Any) -> Report:
-    return Report(
+def _write(
+    path: Path,
+    model: InspectionModel,
+    name: str,
+    images: ImageSet,
+    normals: ImageSet | None,
+    notes: tuple[str, ...],
+    test: TestResults | None,
+) -> None:
+    classes = Counter(() if test is None else test.labels)
+    counts = [("calibration", NORMAL, model.calibration.n), *(("test", label, n) for label, n in classes.items())]
+    samples = [(label, _samples(images, label)) for label in classes]
+    if normals is not None:
+        counts.insert(0, ("train", NORMAL, len(normals)))
+        samples.insert(0, (f"{NORMAL} (train)", _samples(normals, NORMAL)))
+    report = Report(
         model=name,
         date=datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
+        counts=tuple(counts),
+        notes=notes,
         skipped=tuple((file.name, reason) for file, reason in images.skipped),
+        samples=tuple(samples),
         training=_training(model),
         calibration=model.calibration,
+        test=test,
         timings=_timings(model, images.paths),
         environment=_environment(),
-        **parts,
     )
+    write_report(path, report)
 
 
 def _training(model: InspectionModel) -> Training | None:
@@ -143,7 +133,6 @@ def _timings(model: InspectionModel, paths: Sequence[Path]) -> tuple[tuple[str, 
 
 
 def _environment() -> tuple[tuple[str, str], ...]:
-    """Returns the environment of the timings as (name, value) pairs."""
     return (
         ("fastmaf", fastmaf.__version__),
         ("torch", torch.__version__),

@@ -52,7 +52,6 @@ def _environment(report: Report) -> Environment:
 
 
 def _variables(report: Report) -> dict[str, Any]:
-    """Returns the variables of the template."""
     calibration, test, training = report.calibration, report.test, report.training
     variables = {
         "report": report,

@@ -72,7 +72,7 @@ def read_each(
         keep_full: keep each image at full resolution, too (``Frame.full``).
         skip_bad: report a file that cannot be read to ``say`` and skip it, instead of raising the DataError.
     """
-    for file in tqdm(files, desc="reading images", unit="image", disable=not progress, leave=False):
+    for file in tqdm(files, desc="images", unit="image", disable=not progress, leave=False):
         try:
             frame = load_frame(file, size, keep_full=keep_full)
         except DataError as error:

@@ -122,7 +122,6 @@ def score(
 def _outputs(
     names: Iterable[str], out: Path | None, overlays: Path | None, maps: Path | None, map_suffix: str
 ) -> Iterator[Output]:
-    """Yields the files that ``score`` writes."""
     rows, columns = "the scores of images", tuple(ImageRow.__dataclass_fields__)
     overlay, anomaly_map = picture(OVERLAY, "an overlay of an anomaly map"), picture(MAP, "an anomaly map")
     if out is not None:
@@ -159,7 +158,6 @@ def _row_writer(out: Path | None, stdout: TextIO, json_lines: bool) -> Iterator[
 
 
 def _writer(stream: TextIO, name: str, json_lines: bool) -> Callable[[ImageRow], None]:
-    """Returns a function that writes a row to a stream, whose errors name ``name``."""
     table = csv.DictWriter(stream, ImageRow.__dataclass_fields__, lineterminator="\n")
     if not json_lines:
         with write_errors(name):
