@@ -1,4 +1,4 @@
-"""Conclusions from a report's numbers: verdicts by class, the worst cases, comparisons, and the summary in words."""
+"""Conclusions from a report's numbers: verdicts, the worst cases, and comparisons in words."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ import numpy as np
 
 from fastmaf.inspection.evaluate import TableRow
 from fastmaf.inspection.model import InspectionModel
-from fastmaf.inspection.report.content import Report, TestResults
-from fastmaf.inspection.report.text import images, interval, number, percent
+from fastmaf.inspection.report.content import TestResults
+from fastmaf.inspection.report.text import interval, number
 from fastmaf.metrics.results import NORMAL
 
 
@@ -82,45 +82,6 @@ def verdicts(test: TestResults, threshold: float) -> Verdicts:
     return Verdicts(int((good & alarm).sum()), int(good.sum()), int((~good & alarm).sum()), int((~good).sum()))
 
 
-def summary(report: Report) -> str:
-    """Returns the report in one paragraph: test set, verdicts, AUROC, guarantee and comparison with baselines."""
-    c, test = report.calibration, report.test
-    guarantee = (
-        f"The threshold was set on {images(c.n, 'good')}; on new good images like these, {percent(c.expected_rate)} "
-        f"false alarms are expected on average, and with 95% confidence at most {percent(c.bound())} for this "
-        "calibration."
-    )
-    if test is None:
-        return f"{report.model}: no test images were scored yet. {guarantee}"
-    v, default = verdicts(test, c.threshold), test.default
-    sentences = (
-        f"{report.model} was tested on {images(v.good + v.defective)}: {images(v.good, 'good')} and "
-        f"{images(v.defective, 'defective')}.",
-        f"At its threshold it found {_share(v.detected, v.defective, 'defective images')} and raised a false alarm "
-        f"on {_share(v.false_alarms, v.good, 'good ones')}.",
-        f"Image AUROC {number(default.auroc)} (95% interval {interval(default.interval)}).",
-        guarantee,
-        *winning_baselines(test.table),
-    )
-    return " ".join(sentences)
-
-
-def key_figures(report: Report) -> list[tuple[str, str, str]]:
-    """Returns (name, value, context) of the most important numbers that are available."""
-    c, test, figures = report.calibration, report.test, []
-    if test is not None:
-        v, default = verdicts(test, c.threshold), test.default
-        figures.append(("Image AUROC", number(default.auroc), f"95% interval {interval(default.interval)}"))
-        if default.pixel_auroc is not None:
-            figures.append(("Pixel AUROC", number(default.pixel_auroc), f"AU-PRO {number(default.au_pro)}"))
-        detected = f"{v.detected:,} of {v.defective:,} at the threshold"
-        figures.append(("Defects found", percent(v.detected / v.defective), detected))
-        alarms = f"{v.false_alarms:,} of {v.good:,} good test images"
-        figures.append(("False alarms", percent(v.false_alarms / v.good), alarms))
-    bound = f"with 95% confidence at most {percent(c.bound())}"
-    return [*figures, ("Expected false alarms", percent(c.expected_rate), bound)]
-
-
 def winning_baselines(table: Sequence[TableRow]) -> tuple[str, ...]:
     """Returns sentences on the baselines that beat the default score, or one that states that none does."""
     (default,), baselines = [row for row in table if row.default], [row for row in table if row.kind == "baseline"]
@@ -151,7 +112,3 @@ def better(table: Sequence[TableRow], kind: str) -> tuple[str, ...]:
                 text += f"; the paired 95% interval of the difference, {interval((low, high), 3, True)}, {clear}"
             sentences.append(text + ".")
     return tuple(sentences)
-
-
-def _share(count: int, total: int, noun: str) -> str:
-    return f"{count:,} of {total:,} {noun} ({percent(count / total)})"

@@ -45,6 +45,7 @@ def _environment(report: Report) -> Environment:
         number=text.number,
         interval=text.interval,
         percent=text.percent,
+        images=text.images,
         score=partial(text.number, digits=text.score_digits(scores)),
         picture=data_uri,
     )
@@ -59,8 +60,6 @@ def _variables(report: Report) -> dict[str, Any]:
         "calibration": calibration,
         "test": test,
         "training": training,
-        "summary": findings.summary(report),
-        "key_figures": findings.key_figures(report),
         "histogram": figures.score_histogram(calibration, test),
     }
     if test is not None:
