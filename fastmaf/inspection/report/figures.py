@@ -1,10 +1,19 @@
-"""The figures of the report: training curve, histogram of anomaly scores, ROC. Small enough for a phone."""
+"""The figures of the report: training curve, histogram of anomaly scores, ROC. Small enough for a phone.
+
+They are inline SVG: text stays text, and colours follow the page, light or dark.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+import io
+import re
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+from xml.etree import ElementTree
 
+import matplotlib.style
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -14,7 +23,6 @@ from fastmaf.images.names import visible
 from fastmaf.inspection.calibration import Calibration
 from fastmaf.inspection.report.content import TestResults
 from fastmaf.inspection.report.findings import Verdicts
-from fastmaf.inspection.report.svg import INK, SHADE, drawing, inline_svg
 from fastmaf.inspection.report.text import images, number, score_digits
 from fastmaf.metrics.figure_parts import (
     BLUE,
@@ -31,6 +39,31 @@ from fastmaf.metrics.figure_parts import (
 from fastmaf.metrics.results import NORMAL, Evaluation
 
 
+INK, PAPER, SHADE = "#1A1D21", "#FEFEFE", "#EDEDED"
+
+_NAMES = {BLUE: "blue", ORANGE: "orange", GREEN: "green", GREY: "grey", INK: "ink", PAPER: "paper", SHADE: "shade"}
+"""The colours that a figure may use, and the CSS variables of the page that replace them."""
+
+_SETTINGS: dict[str, Any] = {
+    "svg.fonttype": "none",  # the page's font: smaller, sharper, searchable
+    "text.parse_math": False,  # a $ in a class name is no formula
+    "font.size": 9.0,
+    "axes.labelsize": 9.0,
+    "legend.fontsize": 8.5,
+    "axes.linewidth": 0.7,
+    **dict.fromkeys(("figure.facecolor", "axes.facecolor", "savefig.facecolor", "legend.edgecolor"), "none"),
+    "legend.facecolor": PAPER,
+    **dict.fromkeys(("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color"), INK),
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "grid.color": GREY,
+    "grid.alpha": 0.25,
+    "grid.linewidth": 0.7,
+}
+
+
 class Drawing(NamedTuple):
     """A figure of the report: the <svg> element, and sentences on values beyond its axes."""
 
@@ -38,7 +71,16 @@ class Drawing(NamedTuple):
     notes: tuple[str, ...] = ()
 
 
-@drawing()
+@contextmanager
+def _drawing() -> Iterator[None]:
+    """Sets the style of the page's figures, independent of the user's style."""
+    with matplotlib.style.context(["default", _SETTINGS]), warnings.catch_warnings():
+        # For example a Chinese class name: the browser has the font that matplotlib lacks.
+        warnings.filterwarnings("ignore", "Glyph .* missing from", UserWarning)
+        yield
+
+
+@_drawing()
 def training_curve(log: Sequence[Mapping[str, float]]) -> Drawing:
     """Draws training and held-out NLL (nats) by step; values far above the bulk are marked at the top.
 
@@ -70,10 +112,10 @@ def training_curve(log: Sequence[Mapping[str, float]]) -> Drawing:
     alt = f"Training curve over {len(log)} rows: training NLL {_from_to(train)}"
     if np.isfinite(held_out).any():
         alt += f"; held-out NLL {_from_to(held_out)}, lowest {number(float(np.nanmin(held_out)), 0)} nats"
-    return Drawing(inline_svg(figure, "curve", alt), tuple(notes))
+    return Drawing(_inline_svg(figure, "curve", alt), tuple(notes))
 
 
-@drawing()
+@_drawing()
 def score_histogram(calibration: Calibration, test: TestResults | None) -> Drawing:
     """Draws anomaly scores of calibration and test images: shares by group above, every image below."""
     groups, rows = _groups(calibration, test)
@@ -107,10 +149,10 @@ def score_histogram(calibration: Calibration, test: TestResults | None) -> Drawi
     notes = _beyond_notes(scale, scores, digits)
     if not scale.low <= threshold <= scale.high:
         notes.append("The threshold lies beyond this axis.")
-    return Drawing(inline_svg(figure, "histogram", alt), tuple(notes))
+    return Drawing(_inline_svg(figure, "histogram", alt), tuple(notes))
 
 
-@drawing()
+@_drawing()
 def roc(evaluation: Evaluation, counts: Verdicts) -> Drawing:
     """Draws the ROC of the default score, with the point of the chosen threshold."""
     figure, axes = _figure(3.9, 3.8)
@@ -129,7 +171,7 @@ def roc(evaluation: Evaluation, counts: Verdicts) -> Drawing:
     )
     axes.legend(loc="lower right", frameon=True, framealpha=0.85)
     alt = f"ROC of good against defective test images, {area}; at the chosen threshold {text}"
-    return Drawing(inline_svg(figure, "roc", alt))
+    return Drawing(_inline_svg(figure, "roc", alt))
 
 
 def _groups(calibration: Calibration, test: TestResults | None) -> tuple[list[Group], list[Group]]:
@@ -175,3 +217,32 @@ def _short(name: str) -> str:
 def _from_to(values: np.ndarray) -> str:
     known = values[~np.isnan(values)]
     return f"from {number(float(known[0]), 0)} to {number(float(known[-1]), 0)} nats" if len(known) else "not recorded"
+
+
+def _inline_svg(figure: Figure, name: str, alt: str) -> str:
+    """Returns ``figure`` as an <svg> element, with the alternative text ``alt``.
+
+    ``name`` is unique in the page: ids of clip paths and markers are hashes that depend on it.
+    """
+    text = io.StringIO()
+    with matplotlib.rc_context({"svg.hashsalt": name}):  # reproducible bytes
+        figure.savefig(text, format="svg", metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")))
+    root = ElementTree.fromstring(text.getvalue())
+    for element in root.iter():
+        # HTML parsers add the namespace of <svg> themselves, and href needs none since SVG 2.
+        element.tag = _local(element.tag)
+        attributes = {_local(key): value for key, value in element.attrib.items()}
+        if "_" in attributes.get("id", ""):  # "axes_1": in every figure, and nothing refers to it
+            del attributes["id"]
+        element.attrib = {key: re.sub("#[0-9a-f]{6}", _variable, value) for key, value in attributes.items()}
+    root.attrib = {"class": "figure", "role": "img", "aria-label": alt, "viewBox": root.attrib["viewBox"]}
+    return ElementTree.tostring(root, encoding="unicode")
+
+
+def _local(name: str) -> str:
+    return name.rpartition("}")[2]
+
+
+def _variable(colour: re.Match[str]) -> str:
+    name = _NAMES.get(colour[0].upper())
+    return f"var(--{name})" if name else colour[0]
