@@ -38,7 +38,6 @@ from fastmaf.metrics.figure_parts import (
 )
 from fastmaf.metrics.results import NORMAL, Evaluation
 
-
 INK, PAPER, SHADE = "#1A1D21", "#FEFEFE", "#EDEDED"
 
 _NAMES = {BLUE: "blue", ORANGE: "orange", GREEN: "green", GREY: "grey", INK: "ink", PAPER: "paper", SHADE: "shade"}
