@@ -53,7 +53,7 @@ def overlay(image: np.ndarray, x: float, y: float, much: float) -> np.ndarray:
     return np.rint((1 - warmth) * (0.75 * image + 30) + warmth * warm).clip(0, 255).astype(np.uint8)
 
 
-def made(folder: Path) -> Report:
+def example_report(folder: Path) -> Report:
     """Draws the images into `folder`."""
     root = draw_dataset(folder / "drawn", train=8, good=6, defects=DEFECTS, size=64, progress=False)
     train, test = load_train(root, size=64), load_test(root, size=64)

@@ -16,7 +16,7 @@ from fastmaf.inspection.report.content import Gallery, Report, TestResults, Trai
 from fastmaf.inspection.report.findings import better, winning_baselines, worst_cases
 from fastmaf.inspection.report.page import write_report
 from fastmaf.inspection.report.text import interval, number, percent, score_digits
-from tests.inspection.report.report_made import DEFECTS, made, row, untested
+from tests.inspection.report.report_made import DEFECTS, example_report, row, untested
 from tests.inspection.report.report_read import Element, read
 
 pytestmark = pytest.mark.slow  # documents that are built and parsed
@@ -27,7 +27,7 @@ SHOWN = "<script>alert(1)</script>&\"'`{{ 7*7 }}</title>$\\frac$ \u5b57\u00e9 \\
 
 @pytest.fixture(scope="module")
 def report(tmp_path_factory: pytest.TempPathFactory) -> Report:
-    return made(tmp_path_factory.mktemp("report"))
+    return example_report(tmp_path_factory.mktemp("report"))
 
 
 @pytest.fixture(scope="module")
@@ -116,8 +116,8 @@ def test_the_score_table_marks_the_default(page: Element) -> None:
         "Name", "Kind", "Image AUROC", "95% interval", "Minus default, 95%",
         "Pixel AUROC", "Minus default, 95%", "AU-PRO",
     ]  # fmt: skip
-    own = ["default score", "0.939", "0.851 to 0.988", "\u2013", "0.952", "\u2013", "0.871"]
-    assert table[1] == ["map maximum", *own] and not any("default" in row[1] for row in table[2:])
+    default = ["default score", "0.939", "0.851 to 0.988", "\u2013", "0.952", "\u2013", "0.871"]
+    assert table[1] == ["map maximum", *default] and not any("default" in row[1] for row in table[2:])
     (pca,) = [row for row in table if row[0] == "PCA residual"]
     assert pca[4:] == ["\u22120.133 to \u22120.031", "0.947", "\u22120.011 to +0.002", "0.853"]
     (plain,) = [row for row in table if row[0] == "plain NLL"]
@@ -130,8 +130,12 @@ def test_verdicts_by_class_follow_from_scores_and_threshold(page: Element, repor
     table = section(page, "detection").table("By class")
     assert [row[0] for row in table[1:]] == ["good", *sorted(DEFECTS)]
     for name, n, area, alarms, share in table[1:]:
-        own = alarm[labels == name]
-        assert (n, alarms, share) == (str(len(own)), str(own.sum()), f"{own.mean():.1%}")
+        alarms_of_class = alarm[labels == name]
+        assert (n, alarms, share) == (
+            str(len(alarms_of_class)),
+            str(alarms_of_class.sum()),
+            f"{alarms_of_class.mean():.1%}",
+        )
         assert (area == "\u2013") == (name == "good")
     assert "1 of 6 (16.7%)" in section(page, "threshold").text
     for line in report.calibration.describe().splitlines():
@@ -166,8 +170,8 @@ def test_the_summary_in_words(page: Element) -> None:
         "No baseline beats the default score (map maximum)",
     ):
         assert part in text
-    found = sum(int(row[3]) for row in section(page, "detection").table("By class")[2:])
-    assert f"found {found} of 22 defective images ({found / 22:.1%})" in text
+    detected = sum(int(row[3]) for row in section(page, "detection").table("By class")[2:])
+    assert f"found {detected} of 22 defective images ({detected / 22:.1%})" in text
 
 
 def test_an_absent_part_is_named_with_its_reason(report: Report, tmp_path: Path) -> None:
@@ -233,17 +237,17 @@ def test_who_wins_is_read_off_the_rows() -> None:
     assert winning_baselines(rows(row("PCA", "baseline", 0.9))) == (
         "The baseline PCA does not beat the default score (map).",
     )
-    (said,) = winning_baselines(rows(row("PCA", "baseline", 0.912, difference=(-0.01, 0.03))))
-    assert said == (
+    (sentence,) = winning_baselines(rows(row("PCA", "baseline", 0.912, difference=(-0.01, 0.03))))
+    assert sentence == (
         "The baseline PCA has the higher image AUROC: 0.912 against 0.900 for the default score (map); the paired 95% "
         "interval of the difference, \u22120.010 to +0.030, includes 0: not significant on these images."
     )
-    (said,) = winning_baselines(rows(row("PCA", "baseline", 0.95, difference=(0.01, 0.09))))
-    assert said.endswith("excludes 0.")
-    (said,) = winning_baselines(rows(row("PCA", "baseline", 0.9003)))
-    assert "0.90030 against 0.90000" in said  # equal as printed
-    (said,) = winning_baselines(rows(row("PCA", "baseline", 0.5, pixel_auroc=0.96)))
-    assert "higher pixel AUROC" in said
+    (sentence,) = winning_baselines(rows(row("PCA", "baseline", 0.95, difference=(0.01, 0.09))))
+    assert sentence.endswith("excludes 0.")
+    (sentence,) = winning_baselines(rows(row("PCA", "baseline", 0.9003)))
+    assert "0.90030 against 0.90000" in sentence  # equal as printed
+    (sentence,) = winning_baselines(rows(row("PCA", "baseline", 0.5, pixel_auroc=0.96)))
+    assert "higher pixel AUROC" in sentence
     assert winning_baselines(rows(row("a", "baseline", float("nan")), row("b", "baseline", 0.1)))[0].startswith(
         "No baseline beats"
     )
