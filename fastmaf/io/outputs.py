@@ -81,14 +81,6 @@ def model(name: str, key: str = "fastmaf") -> Kind:
     return Kind(name, lambda path: key in _metadata(path))
 
 
-def report() -> Kind:
-    """Returns the kind of report.html; reports of earlier versions are recognised by their title."""
-    return text_file("a report", '<meta name="generator" content="fastmaf ', "<title>Inspection report</title>")
-
-
-ONNX = Kind("an ONNX export", lambda path: b"\x12\x07fastmaf" in _content(path, 256))  # ModelProto.producer_name
-
-
 def check_outputs(outputs: Iterable[Output], inputs: Iterable[str | os.PathLike[str]] = ()) -> None:
     """Checks that outputs replace neither inputs, nor each other, nor files that the command did not write.
 

@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 
 from fastmaf.images.dataset import load_train
-from fastmaf.images.decode import DataError, load_image
-from fastmaf.inspection.workflow.inputs import Unreadable, expand, read_each
+from fastmaf.images.decode import DataError, Frame, load_image
 from tests.images.pictures import picture
+from tests.inspection.workflow.expanded import expand, read_all
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs a system with FIFOs")
 
@@ -56,10 +56,10 @@ def test_in_a_folder_they_are_left_aside_and_counted(folder: Path) -> None:
 
 def test_in_a_list_of_files_they_are_named(folder: Path) -> None:
     names = ["a.png", "fifo.png", "zero.png", "loop.png"]
-    reads = list(read_each([folder / name for name in names], 8))
-    assert [isinstance(read, Unreadable) for read in reads] == [False, True, True, True]
-    for name, read in zip(names[1:], reads[1:], strict=True):
-        assert isinstance(read, Unreadable) and ODD[name] in read.reason
+    frame, *messages = read_all([folder / name for name in names], 8)
+    assert isinstance(frame, Frame)
+    for name, message in zip(names[1:], messages, strict=True):
+        assert isinstance(message, str) and ODD[name] in message
 
 
 @pytest.mark.slow

@@ -15,8 +15,8 @@ import fastmaf
 from fastmaf.images.dataset import load_train, to_unit
 from fastmaf.inspection.fit import fit
 from fastmaf.inspection.out_of_fold import drop_fold
+from fastmaf.inspection.report.findings import decisions
 from fastmaf.inspection.whitening import fit_whitening
-from fastmaf.inspection.workflow.train import _decisions
 from tests.inspection.tiny import FIXED, TINY, waves
 
 
@@ -43,7 +43,7 @@ def test_aligned_images_need_no_augmentation(n: int) -> None:
     for other in (plain, zero):
         assert other.about["held_out_nll"] == pytest.approx(model.about["held_out_nll"], rel=1e-4)
     assert plain.about["held_out_nll_of_augmentations"] == {}
-    assert any(line.startswith("augmentation selected: none (") for line in _decisions(model))
+    assert decisions(model)["augmentation selected"].startswith("none (")
 
 
 def test_a_requested_augmentation_is_kept_with_a_warning() -> None:

@@ -8,21 +8,27 @@ from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 from time import perf_counter
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
 
 import fastmaf
-from fastmaf.images.decode import load_frame, resized
+from fastmaf.images.decode import Frame, load_frame, resized
 from fastmaf.inspection.calibration import Calibration
 from fastmaf.inspection.export.graph import inspection_graph
 from fastmaf.inspection.export.graph_builder import ExportError, require
 from fastmaf.inspection.model import InspectionModel
+from fastmaf.inspection.workflow.score import VERDICTS, ImageRow, predict_row
 from fastmaf.io.atomic import written_atomically
-from fastmaf.io.outputs import ONNX, Output, check_outputs
+from fastmaf.io.outputs import Output, check_outputs, text_file
 
 __all__ = ["ExportError", "ExportReport", "export_onnx"]
+
+_Results: TypeAlias = tuple[tuple[ImageRow, np.ndarray], tuple[ImageRow, np.ndarray]]
+"""Row and anomaly map of one image, from fastmaf and from ONNX Runtime."""
+
+ONNX = text_file("an ONNX export", "\x12\x07fastmaf")  # ModelProto.producer_name
 
 _OUTPUTS = ("score", "map", "nll", "p_value", "anomalous")
 
@@ -67,18 +73,6 @@ class ExportReport:
             names = ", ".join(self.undecided)
             lines.append(f"verdicts that differ because the score equals the threshold within rounding: {names}")
         return "\n".join(lines)
-
-
-@dataclass(frozen=True, eq=False)
-class _Result:
-    """The result of one implementation for one image."""
-
-    score: float
-    map: np.ndarray
-    nll: float
-    p_value: float
-    anomalous: bool
-    seconds: float
 
 
 @fastmaf.torch_defaults()
@@ -132,7 +126,7 @@ def export_onnx(
         names = [f"check image {i}" if isinstance(im, np.ndarray) else str(im) for i, im in enumerate(check_images)]
         _both(model, session, check_images[0], names[0])  # not timed: the first call allocates and plans
         results = [_both(model, session, image, name) for image, name in zip(check_images, names, strict=True)]
-        return _compared(model, names, results, tolerance, Path(path), file.tell())
+        return _compared(model, results, tolerance, Path(path), file.tell())
 
 
 def _check_spread(calibration: Calibration) -> None:
@@ -157,70 +151,69 @@ def _session(file: str) -> Any:
         raise ExportError(f"ONNX Runtime {runtime.__version__} cannot read the graph: {error}") from error
 
 
-def _both(model: InspectionModel, session: Any, image: str | Path | np.ndarray, name: str) -> tuple[_Result, _Result]:
-    """Returns the results of fastmaf and of ONNX Runtime for an image."""
-    if isinstance(image, np.ndarray):
-        if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or 0 in image.shape:
-            raise ExportError(f"{name} must be uint8 [h, w, 3]; found {image.dtype} {list(image.shape)}")
-        full, start = np.ascontiguousarray(image), perf_counter()
-        pixels, before = resized(full, model.size), perf_counter() - start
-    else:
-        frame = load_frame(image, model.size, keep_full=True)
-        assert frame.full is not None
-        full = np.ascontiguousarray(frame.full.permute(1, 2, 0).numpy())
-        pixels, before = frame.pixels, frame.resize_seconds
+def _frame(image: str | Path | np.ndarray, name: str, size: int) -> Frame:
+    """Reads a file, or treats an array as one that is already decoded."""
+    if not isinstance(image, np.ndarray):
+        return load_frame(image, size, keep_full=True)
+    if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or 0 in image.shape:
+        raise ExportError(f"{name} must be uint8 [h, w, 3]; found {image.dtype} {list(image.shape)}")
     start = perf_counter()
-    own = model.predict(pixels[None])
-    p_value = float(model.calibration.p_values(own.scores)[0])
-    anomalous = bool(model.calibration.is_anomalous(own.scores)[0])
-    seconds = perf_counter() - start + before
-    expected = _Result(float(own.scores[0]), own.anomaly_maps[0], float(own.nll[0]), p_value, anomalous, seconds)
+    pixels = resized(image, size)
+    seconds = perf_counter() - start
+    (height, width, _), full = image.shape, torch.from_numpy(np.ascontiguousarray(image)).permute(2, 0, 1)
+    return Frame(Path(name), pixels, height, width, (), 0.0, seconds, full)
+
+
+def _both(model: InspectionModel, session: Any, image: str | Path | np.ndarray, name: str) -> _Results:
+    """Returns the results of fastmaf and of ONNX Runtime for an image."""
+    frame = _frame(image, name, model.size)
+    assert frame.full is not None
+    full = np.ascontiguousarray(frame.full.permute(1, 2, 0).numpy())
+    expected = predict_row(model, frame)
     start = perf_counter()
     score, anomaly_map, nll, p_value, anomalous = session.run(_OUTPUTS, {"image": full})
-    seconds = perf_counter() - start
-    return expected, _Result(float(score), anomaly_map, float(nll), float(p_value), bool(anomalous), seconds)
+    latency = 1e3 * (perf_counter() - start)
+    row = ImageRow(name, float(score), float(p_value), VERDICTS[int(anomalous)], float(nll), 0.0, latency)
+    return expected, (row, anomaly_map)
 
 
 def _compared(
-    model: InspectionModel,
-    names: Sequence[str],
-    results: Sequence[tuple[_Result, _Result]],
-    tolerance: float,
-    path: Path,
-    size: int,
+    model: InspectionModel, results: Sequence[_Results], tolerance: float, path: Path, size: int
 ) -> ExportReport:
     """Returns the report, or raises for the first image with different results."""
     calibration = model.calibration
     spread, middle = calibration.spread(), float(np.median(calibration.scores))
-    map_range = float(np.ptp(np.stack([own.map for own, _ in results]))) or 1.0  # 1 if all maps are constant
+    map_range = float(np.ptp([anomaly_map for (_, anomaly_map), _ in results])) or 1.0  # 1 if all maps are constant
     nll_deviation = math.sqrt(model.flow.features / 2)
-    scores, maps, undecided = [], [], []
-    for name, (own, other) in zip(names, results, strict=True):
-        unit = max(spread, abs(own.score - middle))
-        scores.append(_near(name, "score", own.score, other.score, tolerance * unit) / unit)
-        place = np.unravel_index(np.argmax(np.abs(own.map - other.map)), own.map.shape)
-        where, values = f"map[{place[0]}, {place[1]}]", (float(own.map[place]), float(other.map[place]))
+    scores, maps, nlls, undecided = [], [], [], []
+    for (expected, expected_map), (found, found_map) in results:
+        name, unit = found.file, max(spread, abs(expected.score - middle))
+        scores.append(_near(name, "score", expected.score, found.score, tolerance * unit) / unit)
+        pixel = np.unravel_index(np.argmax(np.abs(expected_map - found_map)), expected_map.shape)
+        where, values = f"map[{pixel[0]}, {pixel[1]}]", (float(expected_map[pixel]), float(found_map[pixel]))
         maps.append(_near(name, where, *values, tolerance * map_range) / map_range)
-        _near(name, "NLL", own.nll, other.nll, tolerance * nll_deviation + 5e-5 * abs(own.nll))
-        _near(name, "p-value", float(calibration.p_values(np.array([other.score]))[0]), other.p_value, 1e-12)
-        if other.anomalous != (other.score > calibration.threshold):
-            raise _differs(name, "verdict on its own score", not other.anomalous, other.anomalous, "not at all")
-        if own.anomalous != other.anomalous:
-            if max(abs(result.score - calibration.threshold) for result in (own, other)) > tolerance * spread:
+        nlls.append(_near(name, "NLL", expected.nll, found.nll, tolerance * nll_deviation + 5e-5 * abs(expected.nll)))
+        own_score = np.array([found.score])
+        _near(name, "p-value", float(calibration.p_values(own_score)[0]), found.p_value, 1e-12)
+        verdict = VERDICTS[int(calibration.is_anomalous(own_score)[0])]
+        if found.verdict != verdict:
+            raise _differs(name, "verdict on its own score", verdict, found.verdict, "not at all")
+        if expected.verdict != found.verdict:
+            if max(abs(row.score - calibration.threshold) for row in (expected, found)) > tolerance * spread:
                 allowed = f"only within {tolerance * spread:.3g} of the threshold {calibration.threshold:.9g}"
-                raise _differs(name, "verdict (anomalous)", own.anomalous, other.anomalous, allowed)
+                raise _differs(name, "verdict", expected.verdict, found.verdict, allowed)
             undecided.append(name)
     return ExportReport(
         path=path,
         bytes=size,
-        images=len(names),
+        images=len(results),
         tolerance=tolerance,
         score=max(scores),
         map=max(maps),
-        nll=max(abs(own.nll - other.nll) for own, other in results),
+        nll=max(nlls),
         undecided=tuple(undecided),
-        runtime_ms=1e3 * median(other.seconds for _, other in results),
-        fastmaf_ms=1e3 * median(own.seconds for own, _ in results),
+        runtime_ms=median(found.latency_ms for _, (found, _) in results),
+        fastmaf_ms=median(expected.latency_ms for (expected, _), _ in results),
     )
 
 

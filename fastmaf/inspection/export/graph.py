@@ -1,15 +1,14 @@
 """An inspection model as one ONNX graph, from the pixels of an image of any size to the verdict.
 
-Values are float32, except for sums over all dimensions, scores and p-values, which are float64. Each exportable
-transform has one function, registered in ``_TRANSFORMS``.
+Values are float32, except for sums over all dimensions, scores and p-values, which are float64.
 """
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable
-from typing import Any, cast
+from functools import singledispatch
+from typing import Any
 
 import numpy as np
 import torch
@@ -85,19 +84,20 @@ def _flow(flow: fastmaf.Flow, x: Value) -> tuple[Value, list[Value]]:
     shares = x.graph.value(np.zeros((1, flow.features)), "float32")
     steps = []
     for transform in flow.transforms:
-        kind = type(transform)
-        if kind not in _TRANSFORMS:
-            known = ", ".join(known.__name__ for known in _TRANSFORMS)
-            raise ExportError(f"a {kind.__name__} cannot be exported to ONNX; expected one of {known}")
-        x, shares = _TRANSFORMS[kind](transform, x, shares)
+        x, shares = _transformed(transform, x, shares)
         steps.append(x)
     return shares, steps
 
 
-# Each takes x and shares [1, D], and returns z and the shares with its own added, as forward_per_dim does.
+@singledispatch
+def _transformed(step: Any, x: Value, shares: Value) -> tuple[Value, Value]:
+    """Returns z, and the shares with those of the transform added, as ``forward_per_dim`` does; all ``[1, D]``."""
+    known = ", ".join(kind.__name__ for kind in _transformed.registry if kind is not object)
+    raise ExportError(f"a {type(step).__name__} cannot be exported to ONNX; expected one of {known}")
 
 
-def _gaussian_whitening(step: fastmaf.GaussianWhitening, x: Value, shares: Value) -> tuple[Value, Value]:
+@_transformed.register
+def _(step: fastmaf.GaussianWhitening, x: Value, shares: Value) -> tuple[Value, Value]:
     return _unexplained(step, (x - step.mean) / step.scale), shares + step.terms
 
 
@@ -111,17 +111,20 @@ def _unexplained(step: fastmaf.GaussianWhitening, y: Value, factors: int | None 
     return y + ((y @ basis) * (-variance / (root * (1 + root)))).op("Gemm", basis, transB=1)
 
 
-def _permutation(step: fastmaf.Permutation, x: Value, shares: Value) -> tuple[Value, Value]:
-    return x.take(step.permutation.cpu().numpy(), axis=1), shares.take(step.permutation.cpu().numpy(), axis=1)
+@_transformed.register
+def _(step: fastmaf.Permutation, x: Value, shares: Value) -> tuple[Value, Value]:
+    return x.take(step.permutation, axis=1), shares.take(step.permutation, axis=1)
 
 
-def _logit(step: fastmaf.Logit, x: Value, shares: Value) -> tuple[Value, Value]:
+@_transformed.register
+def _(step: fastmaf.Logit, x: Value, shares: Value) -> tuple[Value, Value]:
     p = x * (1 - 2 * step.alpha) + step.alpha
     log, log_rest = p.op("Log"), (-p + 1.0).op("Log")
     return log - log_rest, shares + log + log_rest - math.log(1 - 2 * step.alpha)
 
 
-def _affine_autoregressive(step: fastmaf.AffineAutoregressive, x: Value, shares: Value) -> tuple[Value, Value]:
+@_transformed.register
+def _(step: fastmaf.AffineAutoregressive, x: Value, shares: Value) -> tuple[Value, Value]:
     units = x
     for layer in step.made.layers[:-1]:
         units = units.op("Gemm", layer.dense_weight().float(), layer.bias, transB=1)
@@ -129,10 +132,9 @@ def _affine_autoregressive(step: fastmaf.AffineAutoregressive, x: Value, shares:
     # Rows 2d and 2d + 1 are a dimension's shift and raw log-scale.
     weight, bias = step.made.output.dense_weight().float(), step.made.output.bias
     shift, raw = (units.op("Gemm", weight[i::2], bias[i::2], transB=1) for i in (0, 1))
-    bound = step.log_scale_bound
-    if bound is None:
-        return (x - shift) * (-raw).op("Exp"), shares + raw
-    log_scale = _bounded(raw, bound) if step.soft_bound else raw.op("Clip", -bound, bound)
+    log_scale, bound = raw, step.log_scale_bound
+    if bound is not None:
+        log_scale = _bounded(raw, bound) if step.soft_bound else raw.op("Clip", -bound, bound)
     return (x - shift) * (-log_scale).op("Exp"), shares + log_scale
 
 
@@ -140,10 +142,11 @@ def _bounded(raw: Value, bound: float) -> Value:
     return (raw / bound).op("Tanh") * bound
 
 
-def _local_autoregressive(step: fastmaf.LocalAutoregressive, x: Value, shares: Value) -> tuple[Value, Value]:
+@_transformed.register
+def _(step: fastmaf.LocalAutoregressive, x: Value, shares: Value) -> tuple[Value, Value]:
     p, groups, (channels, height, width) = step.patch, len(step.order), step.shape
     # ONNX orders the channels of a patch by position, torch by channel.
-    channel, position = (part.cpu().numpy() for part in (step.order // p**2, step.order % p**2))
+    channel, position = step.order // p**2, step.order % p**2
     u = (
         x.reshape(1, channels, height, width)
         .op("SpaceToDepth", blocksize=p)
@@ -158,7 +161,7 @@ def _local_autoregressive(step: fastmaf.LocalAutoregressive, x: Value, shares: V
         return value.op("Conv", weight, *(() if bias is None else (bias,)), pads=[layer.kernel // 2] * 4)
 
     def pixels(value: Value) -> Value:
-        back = value.take(step.order.argsort().cpu().numpy(), axis=1)
+        back = value.take(step.order.argsort(), axis=1)
         return back.op("DepthToSpace", blocksize=p, mode="CRD").reshape(1, -1)
 
     units = convolved(u, step.first, slice(None)).op("Relu") if step.hidden else u
@@ -166,16 +169,6 @@ def _local_autoregressive(step: fastmaf.LocalAutoregressive, x: Value, shares: V
     log_scale = _bounded(raw, step.log_scale_bound)
     z = (u - shift - convolved(u, step.linear, slice(None))) * (-log_scale).op("Exp")
     return pixels(z), shares + pixels(log_scale)
-
-
-_Rule = Callable[[Any, Value, Value], "tuple[Value, Value]"]
-_TRANSFORMS: dict[type, _Rule] = {
-    fastmaf.GaussianWhitening: cast(_Rule, _gaussian_whitening),
-    fastmaf.LocalAutoregressive: cast(_Rule, _local_autoregressive),
-    fastmaf.AffineAutoregressive: cast(_Rule, _affine_autoregressive),
-    fastmaf.Permutation: cast(_Rule, _permutation),
-    fastmaf.Logit: cast(_Rule, _logit),
-}
 
 
 def _smoothed(planes: Value, sigma: float, size: int) -> Value:
@@ -199,7 +192,7 @@ def _anomaly_map(x: Value, residual: Value, model: InspectionModel) -> Value:
         y = _unexplained(first, (x - first.mean) / first.scale, config.factors)
         residual = y * first.scale**config.power
     squares = (residual * residual).reshape(3, size, size).sum(0)
-    return _smoothed(squares, config.sigma, size).op("Max", x.graph.value(0.0, "float32")).op("Sqrt") / config.rms
+    return _smoothed(squares, config.sigma, size).op("Max", 0.0).op("Sqrt") / config.rms
 
 
 def _score(score_map: Value, nll: Value, statistics: TermStatistics, settings: ScoreSettings, size: int) -> Value:
@@ -211,4 +204,4 @@ def _score(score_map: Value, nll: Value, statistics: TermStatistics, settings: S
     if settings.kind == "map maximum":
         return values.op("ReduceMax", keepdims=0)
     taken = max(1, round(settings.top * size**2))
-    return values.op("TopK", values.graph.value(np.array([taken]), "int64"), unused=1).sum() / taken
+    return values.op("TopK", values.graph.value(np.array([taken]), "int64"), outputs=2).sum() / taken

@@ -20,117 +20,78 @@ from fastmaf.inspection.evaluate import TableRow
 from fastmaf.inspection.map_images import overlay, to_frame
 from fastmaf.inspection.masks import LabelledSet
 from fastmaf.inspection.model import InspectionModel, Prediction
-from fastmaf.inspection.report.content import (
-    Absent,
-    Count,
-    Exhibit,
-    Fold,
-    Gallery,
-    Report,
-    Samples,
-    TestResults,
-    Timing,
-    Training,
-)
-from fastmaf.inspection.report.findings import worst_cases
+from fastmaf.inspection.report.content import Exhibit, Gallery, Report, TestResults, Training
+from fastmaf.inspection.report.findings import decisions, worst_cases
 from fastmaf.inspection.report.page import write_report
 from fastmaf.inspection.workflow.score import predict_row
 from fastmaf.metrics.results import NORMAL
 
 _SAMPLES, _CASES, _TIMED = 5, 6, 30
 
-ASSUMPTIONS = (
-    "The guaranteed false-alarm rate holds for new images from the same process as the calibration images: the same "
-    "object, camera, light and placement. After a change, recalibrate on new good images.",
-    "No score, constant or threshold was chosen with the labels of the test images; they are used for evaluation only.",
-    "Intervals are bootstrap intervals over these test images; with few good images they are wide.",
-)
-
 
 def training_report(path: Path, model: InspectionModel, images: ImageSet, *, name: str) -> None:
     """Writes the report of a training run with this name, before there are test images."""
-    report = _report(
-        model,
-        name,
-        images,
-        counts=(Count("train", NORMAL, len(images)), Count("calibration", NORMAL, model.calibration.n)),
-        notes=images.notes,
-        samples=(Samples(NORMAL, _samples(images, NORMAL)),),
-        test=Absent("no test images were scored yet: run fastmaf eval --data with labelled images"),
-    )
-    write_report(path, report)
+    _write(path, model, name, images, images, images.notes, None)
 
 
 def test_report(
-    path: Path,
-    model: InspectionModel,
-    name: str,
-    test: LabelledSet,
-    prediction: Prediction,
-    table: Sequence[TableRow],
+    path: Path, model: InspectionModel, name: str, test: LabelledSet, prediction: Prediction, table: Sequence[TableRow]
 ) -> None:
     """Writes the report of a labelled test set."""
-    images, normals = test.images, test.normals
-    counts = [Count("calibration", NORMAL, model.calibration.n)]
-    counts += [Count("test", label, n) for label, n in Counter(images.labels).items()]
-    samples = []
-    if normals is not None:
-        counts.insert(0, Count("train", NORMAL, len(normals)))
-        samples.append(Samples(f"{NORMAL} (train)", _samples(normals, NORMAL)))
-    samples += [Samples(label, _samples(images, label)) for label in dict.fromkeys(images.labels)]
+    images = test.images
     cases = worst_cases(prediction.scores, images.labels, model.calibration.threshold, _CASES)
     p_values = model.calibration.p_values(prediction.scores)
     exhibits = (tuple(_exhibit(model, test, prediction, p_values, int(i)) for i in group) for group in cases)
-    report = _report(
-        model,
-        name,
-        images,
+    results = TestResults(prediction.scores, images.labels, tuple(table), Gallery(*exhibits))
+    _write(path, model, name, images, test.normals, (*images.notes, *test.masks.notes), results)
+
+
+def _write(
+    path: Path,
+    model: InspectionModel,
+    name: str,
+    images: ImageSet,
+    normals: ImageSet | None,
+    notes: tuple[str, ...],
+    test: TestResults | None,
+) -> None:
+    classes = Counter(() if test is None else test.labels)
+    counts = [("calibration", NORMAL, model.calibration.n), *(("test", label, n) for label, n in classes.items())]
+    samples = [(label, _samples(images, label)) for label in classes]
+    if normals is not None:
+        counts.insert(0, ("train", NORMAL, len(normals)))
+        samples.insert(0, (f"{NORMAL} (train)", _samples(normals, NORMAL)))
+    report = Report(
+        model=name,
+        date=datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
         counts=tuple(counts),
-        notes=(*images.notes, *test.masks.notes),
+        notes=notes,
+        skipped=tuple((file.name, reason) for file, reason in images.skipped),
         samples=tuple(samples),
-        test=TestResults(prediction.scores, images.labels, tuple(table), Gallery(*exhibits)),
+        training=_training(model),
+        calibration=model.calibration,
+        test=test,
+        timings=_timings(model, images.paths),
+        environment=_environment(),
     )
     write_report(path, report)
 
 
-def _report(model: InspectionModel, name: str, images: ImageSet, **parts: Any) -> Report:
-    return Report(
-        title="Inspection report",
-        model=name,
-        date=datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
-        version=fastmaf.__version__,
-        skipped=tuple((file.name, reason) for file, reason in images.skipped),
-        training=_training(model),
-        calibration=model.calibration,
-        timings=_timings(model, images.paths),
-        environment=environment(),
-        assumptions=ASSUMPTIONS,
-        **parts,
-    )
-
-
-def _training(model: InspectionModel) -> Training | Absent:
+def _training(model: InspectionModel) -> Training | None:
     about: Mapping[str, Any] = model.about
     if "recipe" not in about:
-        return Absent("the model file does not record its training")
-    settings: list[tuple[str, str]] = []
+        return None
+    settings: dict[str, str] = {}
     for key, value in about["recipe"].items():
-        pairs = [(f"{key}: {k}", v) for k, v in value.items()] if isinstance(value, Mapping) else [(key, value)]
-        settings += [(k.replace("_", " "), f"{v:g}" if isinstance(v, float) else str(v)) for k, v in pairs]
-    settings += [
-        ("held-out NLL, nats", f"{about['held_out_nll']:,.0f}"),
-        ("held-out NLL of the whitening alone, nats", f"{about['held_out_nll_of_whitening']:,.0f}"),
-    ]
-    for kind, nll in about.get("held_out_nll_of_augmentations", {}).items():
-        settings.append((f"held-out NLL of the first folds, augmentation {kind}, nats", f"{nll:,.0f}"))
-    if (nll_with := about.get("held_out_nll_with_blocks")) is not None:
-        kept = "kept" if about["recipe"]["blocks"] else "dropped"
-        settings.append((f"held-out NLL with blocks ({kept}), nats", f"{nll_with:,.0f}"))
-    synthetic = {**about.get("drawn_auroc", {}), **about.get("drawn_maps", {})}
-    settings += [(f"on synthetic defects, {name}", f"{value:.3f}") for name, value in synthetic.items()]
-    settings += [(f"seconds for {stage}", f"{value:.1f}") for stage, value in about.get("seconds", {}).items()]
-    folds = tuple(Fold(n, nll) for n, nll in zip(about["images_of_folds"], about["held_out_nll_of_folds"], strict=True))
-    return Training(tuple(settings), tuple(about.get("log", ())), folds)
+        pairs = {f"{key}: {k}": v for k, v in value.items()} if isinstance(value, Mapping) else {key: value}
+        settings |= {k.replace("_", " "): f"{v:g}" if isinstance(v, float) else str(v) for k, v in pairs.items()}
+    settings["held-out NLL, nats"] = f"{about['held_out_nll']:,.0f}"
+    settings["held-out NLL of the whitening alone, nats"] = f"{about['held_out_nll_of_whitening']:,.0f}"
+    for name, decision in decisions(model).items():
+        settings[name] = f"{settings[name]}, {decision}" if name in settings else decision
+    settings |= {f"seconds for {stage}": f"{value:.1f}" for stage, value in about.get("seconds", {}).items()}
+    folds = zip(about["images_of_folds"], about["held_out_nll_of_folds"], strict=True)
+    return Training(tuple(settings.items()), tuple(about.get("log", ())), tuple(folds))
 
 
 def _samples(images: ImageSet, label: str) -> np.ndarray:
@@ -162,23 +123,16 @@ def _exhibit(
     )
 
 
-def _timings(model: InspectionModel, paths: Sequence[Path]) -> tuple[Timing, ...]:
+def _timings(model: InspectionModel, paths: Sequence[Path]) -> tuple[tuple[str, float, float, int], ...]:
     """Times single images from file to verdict, after three images as warm-up."""
-    times: dict[str, list[float]] = {"decode": [], "decoded to verdict": [], "file to verdict": []}
     files = [paths[i % len(paths)] for i in range(_TIMED + 3)]
-    for k, file in enumerate(files):
-        row, _ = predict_row(model, load_frame(file, model.size))
-        if k >= 3:
-            parts = (row.decode_ms, row.latency_ms, row.decode_ms + row.latency_ms)
-            for values, ms in zip(times.values(), parts, strict=True):
-                values.append(ms)
-    return tuple(
-        Timing(step, float(np.quantile(ms, 0.5)), float(np.quantile(ms, 0.95)), len(ms)) for step, ms in times.items()
-    )
+    rows = [predict_row(model, load_frame(file, model.size))[0] for file in files][3:]
+    decode, verdict = np.array([(row.decode_ms, row.latency_ms) for row in rows]).T
+    steps = (("decode", decode), ("decoded to verdict", verdict), ("file to verdict", decode + verdict))
+    return tuple((step, float(np.median(ms)), float(np.quantile(ms, 0.95)), len(ms)) for step, ms in steps)
 
 
-def environment() -> tuple[tuple[str, str], ...]:
-    """Returns the environment of the timings as (name, value) pairs."""
+def _environment() -> tuple[tuple[str, str], ...]:
     return (
         ("fastmaf", fastmaf.__version__),
         ("torch", torch.__version__),

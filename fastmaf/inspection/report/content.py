@@ -10,43 +10,11 @@ import numpy as np
 
 from fastmaf.inspection.calibration import Calibration
 from fastmaf.inspection.evaluate import TableRow
+from fastmaf.io.outputs import text_file
 
-
-class Absent(NamedTuple):
-    """Stands for a missing part. ``reason`` completes the sentence "not shown, as ..."."""
-
-    reason: str
-
-
-class Count(NamedTuple):
-    """The number of images of a class in a split ("train", "calibration", "test")."""
-
-    split: str
-    label: str
-    images: int
-
-
-class Samples(NamedTuple):
-    """A few images of one class, uint8 [k, h, w, 3]."""
-
-    label: str
-    images: np.ndarray
-
-
-class Fold(NamedTuple):
-    """The number of images that a fold held out, and their mean NLL in nats."""
-
-    images: int
-    nll: float
-
-
-class Timing(NamedTuple):
-    """Duration of a step: median and 95th percentile of ``n`` measurements, in milliseconds."""
-
-    step: str
-    p50: float
-    p95: float
-    n: int
+REPORT_FILE = "report.html"
+REPORT = text_file("a report", '<meta name="generator" content="fastmaf ', "<title>Inspection report</title>")
+"""The kind of report.html; reports of earlier versions are recognised by their title."""
 
 
 class Exhibit(NamedTuple):
@@ -84,12 +52,12 @@ class Training:
     Attributes:
         settings: (name, value) pairs, in the order to be shown.
         log: rows with "step", "nll" and "held_out_nll" (mean NLLs of an image in nats); empty without blocks.
-        folds: of the cross-validation.
+        folds: (number of images that it held out, their mean NLL in nats) of each fold of the cross-validation.
     """
 
     settings: tuple[tuple[str, str], ...]
     log: tuple[Mapping[str, float], ...]
-    folds: tuple[Fold, ...]
+    folds: tuple[tuple[int, float], ...]
 
 
 @dataclass(frozen=True, eq=False)
@@ -121,33 +89,27 @@ class Report:
     """The content of report.html.
 
     Attributes:
-        title: of the page.
         model: the name of the model file.
         date: as displayed.
-        version: of fastmaf.
-        counts: numbers of images, in the order to be shown.
+        counts: (split, class, number of images), in the order to be shown.
         notes: on images that were not plain 8-bit RGB, one sentence each.
         skipped: (file, reason) of each file that could not be read.
-        samples: a few images of each class.
-        training: absent if the model file does not record it.
+        samples: (class, uint8 [k, h, w, 3]): a few images of each class.
+        training: None if the model file does not record it.
         calibration: of the model.
-        test: absent before there are test images.
-        timings: of single images.
+        test: None before there are test images.
+        timings: (step, median and 95th percentile in milliseconds, number of measurements), of single images.
         environment: (name, value) pairs: processor, threads, versions, ...
-        assumptions: behind the numbers, one sentence each.
     """
 
-    title: str
     model: str
     date: str
-    version: str
-    counts: tuple[Count, ...]
+    counts: tuple[tuple[str, str, int], ...]
     notes: tuple[str, ...]
     skipped: tuple[tuple[str, str], ...]
-    samples: tuple[Samples, ...]
-    training: Training | Absent
+    samples: tuple[tuple[str, np.ndarray], ...]
+    training: Training | None
     calibration: Calibration
-    test: TestResults | Absent
-    timings: tuple[Timing, ...]
+    test: TestResults | None
+    timings: tuple[tuple[str, float, float, int], ...]
     environment: tuple[tuple[str, str], ...]
-    assumptions: tuple[str, ...]

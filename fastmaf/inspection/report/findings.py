@@ -1,29 +1,24 @@
-"""Conclusions from a report's numbers: verdicts by class, the worst cases, comparisons, and the summary in words."""
+"""Conclusions from a report's numbers: verdicts, the worst cases, and comparisons in words."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
 
 from fastmaf.inspection.evaluate import TableRow
-from fastmaf.inspection.report.content import Absent, Report, TestResults
-from fastmaf.inspection.report.text import images, interval, number, percent
-from fastmaf.metrics.results import NORMAL, Evaluation
+from fastmaf.inspection.model import InspectionModel
+from fastmaf.inspection.report.content import TestResults
+from fastmaf.inspection.report.text import interval, number
+from fastmaf.metrics.results import NORMAL
 
 
-class Cases(NamedTuple):
-    """Positions of test images, the most relevant first: int64 [at most k] each."""
+def worst_cases(scores: np.ndarray, labels: Sequence[str], threshold: float, k: int) -> tuple[np.ndarray, ...]:
+    """Selects the images of a ``Gallery``: their positions, int64 [at most k] each, the most relevant first.
 
-    false_alarms: np.ndarray
-    misses: np.ndarray
-    detections: np.ndarray
-
-
-def worst_cases(scores: np.ndarray, labels: Sequence[str], threshold: float, k: int) -> Cases:
-    """Returns the k good images with the highest scores above the threshold, the k defects with the lowest scores not
-    above it, and the k defects with the highest scores above it.
+    They are the good images with the highest scores above the threshold, the defects with the lowest scores not above
+    it, and the defects with the highest scores above it.
 
     Args:
         scores: float64 [n] anomaly scores.
@@ -33,29 +28,43 @@ def worst_cases(scores: np.ndarray, labels: Sequence[str], threshold: float, k: 
     """
     falling, rising = np.argsort(-scores, kind="stable"), np.argsort(scores, kind="stable")
     good, alarm = np.array([label == NORMAL for label in labels], dtype=bool), scores > threshold
-    return Cases(
+    return (
         falling[(good & alarm)[falling]][:k],
         rising[(~good & ~alarm)[rising]][:k],
         falling[(~good & alarm)[falling]][:k],
     )
 
 
-class ClassRow(NamedTuple):
-    """One class of the test images: AUROC against "good" (None for "good" itself) and number of alarms."""
+def decisions(model: InspectionModel) -> dict[str, str]:
+    """Returns what the fit of a model selected, with the figures that decided it, by name."""
+    about, chosen = model.about, {}
+    if tried := about.get("held_out_nll_of_augmentations"):
+        nll = ", ".join(f"{kind} {value:,.0f}" for kind, value in tried.items())
+        augmentation = about["recipe"]["augmentation"]
+        chosen["augmentation selected"] = f"{augmentation} (held-out NLL of the first folds: {nll})"
+    if (without := about.get("held_out_nll_without_logit")) is not None:
+        chosen["logit"] = f"kept as requested (held-out NLL of the first folds without it: {without:,.0f})"
+    if (with_blocks := about.get("held_out_nll_with_blocks")) is not None:
+        kept, alone = "kept" if about["recipe"]["blocks"] else "dropped", about["held_out_nll_of_whitening"]
+        chosen["blocks"] = f"{kept} (held-out NLL: {with_blocks:,.0f} with them, {alone:,.0f} without)"
+    if aurocs := about.get("drawn_auroc"):
+        score = f"presmooth_sigma {model.settings.presmooth_sigma:g}"
+        chosen["score selected"] = f"{score} (image AUROC on synthetic defects: {_values(aurocs)})"
+    if means := about.get("drawn_maps"):
+        factors = f"{model.map_config.factors} factors"
+        chosen["anomaly map selected"] = f"{factors} (mean of pixel AUROC and AU-PRO there: {_values(means)})"
+    return chosen
 
-    label: str
-    images: int
-    auroc: float | None
-    alarms: int
+
+def _values(figures: Mapping[str, float]) -> str:
+    return ", ".join(f"{name} {value:.3f}" for name, value in figures.items())
 
 
-def class_rows(test: TestResults, evaluation: Evaluation, threshold: float) -> tuple[ClassRow, ...]:
-    """Returns images, AUROC and alarms of every class, "good" first."""
-    labels, rows = np.asarray(test.labels), []
-    for label in sorted(set(test.labels), key=lambda name: (name != NORMAL, name)):
-        scores = test.scores[labels == label]
-        rows.append(ClassRow(label, len(scores), evaluation.per_class[label].auroc, int((scores > threshold).sum())))
-    return tuple(rows)
+def alarms_by_class(labels: Sequence[str], anomalous: np.ndarray) -> dict[str, tuple[int, int]]:
+    """Returns (images, images classified as anomalous) of each class, "good" first."""
+    classes = np.asarray(labels)
+    ordered = sorted(set(labels), key=lambda label: (label != NORMAL, label))
+    return {label: (int((classes == label).sum()), int(anomalous[classes == label].sum())) for label in ordered}
 
 
 class Verdicts(NamedTuple):
@@ -71,54 +80,6 @@ def verdicts(test: TestResults, threshold: float) -> Verdicts:
     """Counts alarms."""
     good, alarm = np.asarray(test.labels) == NORMAL, test.scores > threshold
     return Verdicts(int((good & alarm).sum()), int(good.sum()), int((~good & alarm).sum()), int((~good).sum()))
-
-
-def summary(report: Report) -> str:
-    """Returns the report in one paragraph: test set, verdicts, AUROC, guarantee and comparison with baselines."""
-    c, sentences = report.calibration, []
-    if isinstance(report.test, Absent):
-        sentences.append(f"{report.model}: there are no test images, as {report.test.reason}.")
-    else:
-        v, default = verdicts(report.test, c.threshold), report.test.default
-        sentences += [
-            f"{report.model} was tested on {images(v.good + v.defective)}: {images(v.good, 'good')} and "
-            f"{images(v.defective, 'defective')}.",
-            f"At its threshold it found {_share(v.detected, v.defective, 'defective images')} and raised a false alarm "
-            f"on {_share(v.false_alarms, v.good, 'good ones')}.",
-            f"Image AUROC {number(default.auroc)} (95% interval {interval(default.interval)}).",
-        ]
-    sentences.append(
-        f"The threshold was set on {images(c.n, 'good')}; on new good images like these, {percent(c.expected_rate)} "
-        f"false alarms are expected on average, and with 95% confidence at most {percent(c.bound())} for this "
-        "calibration."
-    )
-    if not isinstance(report.test, Absent):
-        sentences += winning_baselines(report.test.table)
-    return " ".join(sentences)
-
-
-class KeyFigure(NamedTuple):
-    """A number for the top of the page, with a line of context."""
-
-    name: str
-    value: str
-    context: str
-
-
-def key_figures(report: Report) -> list[KeyFigure]:
-    """Returns the most important numbers; those that are not available are left out."""
-    c, figures = report.calibration, []
-    if not isinstance(report.test, Absent):
-        v, default = verdicts(report.test, c.threshold), report.test.default
-        figures.append(KeyFigure("Image AUROC", number(default.auroc), f"95% interval {interval(default.interval)}"))
-        if default.pixel_auroc is not None:
-            figures.append(KeyFigure("Pixel AUROC", number(default.pixel_auroc), f"AU-PRO {number(default.au_pro)}"))
-        text = f"{v.detected:,} of {v.defective:,} at the threshold"
-        figures.append(KeyFigure("Defects found", percent(v.detected / v.defective), text))
-        text = f"{v.false_alarms:,} of {v.good:,} good test images"
-        figures.append(KeyFigure("False alarms", percent(v.false_alarms / v.good), text))
-    bound = f"with 95% confidence at most {percent(c.bound())}"
-    return [*figures, KeyFigure("Expected false alarms", percent(c.expected_rate), bound)]
 
 
 def winning_baselines(table: Sequence[TableRow]) -> tuple[str, ...]:
@@ -151,7 +112,3 @@ def better(table: Sequence[TableRow], kind: str) -> tuple[str, ...]:
                 text += f"; the paired 95% interval of the difference, {interval((low, high), 3, True)}, {clear}"
             sentences.append(text + ".")
     return tuple(sentences)
-
-
-def _share(count: int, total: int, noun: str) -> str:
-    return f"{count:,} of {total:,} {noun} ({percent(count / total)})"

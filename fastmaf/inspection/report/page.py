@@ -9,25 +9,12 @@ from typing import Any
 import numpy as np
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
+import fastmaf
 from fastmaf.inspection.report import figures, findings, text
-from fastmaf.inspection.report.content import Absent, Report
+from fastmaf.inspection.report.content import Report
 from fastmaf.inspection.report.pictures import data_uri
 from fastmaf.io.atomic import written_atomically
 from fastmaf.metrics.evaluate import evaluate_scores
-from fastmaf.metrics.results import NORMAL
-
-_SAMPLE_WIDTH = 128
-_SECTIONS = (
-    ("summary", "Summary"),
-    ("data", "Data"),
-    ("training", "Training"),
-    ("scores", "Scores and baselines"),
-    ("detection", "Detection"),
-    ("threshold", "Threshold"),
-    ("images", "Selected images"),
-    ("speed", "Speed and environment"),
-    ("assumptions", "Assumptions"),
-)
 
 
 def write_report(path: str | Path, report: Report) -> Path:
@@ -52,10 +39,8 @@ def _environment(report: Report) -> Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    scores = report.calibration.scores
-    if not isinstance(report.test, Absent):
-        scores = np.concatenate([report.test.scores, scores])
-    environment.tests["absent"] = lambda value: isinstance(value, Absent)
+    calibration, test = report.calibration.scores, report.test
+    scores = calibration if test is None else np.concatenate([test.scores, calibration])
     environment.filters.update(
         number=text.number,
         interval=text.interval,
@@ -63,40 +48,35 @@ def _environment(report: Report) -> Environment:
         images=text.images,
         score=partial(text.number, digits=text.score_digits(scores)),
         picture=data_uri,
-        sample=partial(data_uri, widest=_SAMPLE_WIDTH),
     )
     return environment
 
 
 def _variables(report: Report) -> dict[str, Any]:
-    """Returns the variables of the template."""
     calibration, test, training = report.calibration, report.test, report.training
-    variables: dict[str, Any] = {
+    variables = {
         "report": report,
+        "version": fastmaf.__version__,
         "calibration": calibration,
         "test": test,
         "training": training,
-        "sections": _SECTIONS,
-        "summary": findings.summary(report),
-        "key_figures": findings.key_figures(report),
-        "good": NORMAL,
-        "histogram": figures.score_histogram(calibration, None if isinstance(test, Absent) else test),
-        "curve": Absent("the model has no trained blocks"),
+        "histogram": figures.score_histogram(calibration, test),
     }
-    if not isinstance(test, Absent):
+    if test is not None:
         evaluation = evaluate_scores(test.scores, test.labels, bootstrap=0)
         verdicts = findings.verdicts(test, calibration.threshold)
         variables |= {
             "verdicts": verdicts,
-            "classes": findings.class_rows(test, evaluation, calibration.threshold),
+            "alarms": findings.alarms_by_class(test.labels, calibration.is_anomalous(test.scores)),
+            "per_class": evaluation.per_class,
             "baselines": findings.winning_baselines(test.table),
             "better_scores": findings.better(test.table, "score"),
             "roc": figures.roc(evaluation, verdicts),
         }
-    if not isinstance(training, Absent):
-        total = sum(fold.images for fold in training.folds)
-        mean = sum(fold.images * fold.nll for fold in training.folds) / max(1, total)
-        variables |= {"fold_total": total, "fold_mean": mean}
-        if training.log:
-            variables["curve"] = figures.training_curve(training.log)
+    if training is not None:
+        sizes, nll = np.transpose(training.folds)
+        variables |= {
+            "fold_mean": np.average(nll, weights=sizes),
+            "curve": figures.training_curve(training.log) if training.log else None,
+        }
     return variables

@@ -22,14 +22,9 @@ def data_uri(image: np.ndarray, mask: np.ndarray | None = None, widest: int = WI
         mask: bool [h, w]; its outline is drawn over the image, white on black.
         widest: the largest width and height.
     """
-    height, width = image.shape[:2]
-    factor = max(1, widest // max(height, width))
-    pixels = np.ascontiguousarray(image).repeat(factor, 0).repeat(factor, 1)
-    picture = Image.fromarray(pixels)
-    if max(picture.size) > widest:
-        shrink = widest / max(picture.size)
-        size = (max(1, round(width * shrink)), max(1, round(height * shrink)))
-        picture = picture.resize(size, Image.Resampling.LANCZOS)
+    factor = max(1, widest // max(image.shape[:2]))
+    picture = Image.fromarray(np.ascontiguousarray(image).repeat(factor, 0).repeat(factor, 1))
+    picture.thumbnail((widest, widest), Image.Resampling.LANCZOS, reducing_gap=None)
     if mask is not None:
         covered = Image.fromarray(np.asarray(mask, dtype=bool).astype(np.uint8) * 255)
         # BOX keeps structures thinner than a pixel of the reduced image as a grey above 0

@@ -46,23 +46,17 @@ def recalibrate(
     """Replaces the calibration scores of a model file by those of new good images; the flow is unchanged.
 
     Args:
-        model: model file or a run's folder.
         arguments: the images; see ``expand``.
         false_alarm, confidence: as in ``Calibration``.
-        skip_bad: leave out files that cannot be read.
-        device: where the model computes.
-        progress: show a progress bar.
-        say: receives messages.
 
     Raises:
         DataError: an argument matches nothing, or a file cannot be read and ``skip_bad`` is False.
     """
     with _locked_model(model, "recalibrating", device) as (path, loaded):
-        images = read_images(arguments, loaded.size, skip_bad=skip_bad, progress=progress, say=say)
-        scores = loaded.scores(images.pixels)
+        pixels = read_images(arguments, loaded.size, skip_bad=skip_bad, progress=progress, say=say)
         today, source = datetime.now(timezone.utc).date().isoformat(), ", ".join(arguments)
         source = source if len(source) <= 80 else f"{source[:77]}..."
-        calibration = Calibration(scores, false_alarm, confidence, "split", None, today, source)
+        calibration = Calibration(loaded.scores(pixels), false_alarm, confidence, "split", None, today, source)
         loaded.with_calibration(calibration).save(path)
     return calibration
 

@@ -2,31 +2,30 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-import numpy as np
-
 import fastmaf
-from fastmaf.images.dataset import ImageSet, load_test, load_train
+from fastmaf.images.dataset import load_test, load_train
 from fastmaf.images.folders import has_normals
 from fastmaf.images.names import to_cell
 from fastmaf.inspection.evaluate import TableRow, format_table, score_table
 from fastmaf.inspection.fold_models import load_fold_models
 from fastmaf.inspection.masks import LabelledSet, load_masks
-from fastmaf.inspection.model import InspectionModel, Prediction, load_inspection, model_file
+from fastmaf.inspection.model import InspectionModel, load_inspection, model_file
+from fastmaf.inspection.report.content import REPORT, REPORT_FILE
+from fastmaf.inspection.report.findings import alarms_by_class
 from fastmaf.inspection.workflow.inputs import Say
 from fastmaf.inspection.workflow.score import VERDICTS
 from fastmaf.io.atomic import written_atomically
-from fastmaf.io.outputs import Output, check_outputs, report
+from fastmaf.io.csv_file import write_csv
+from fastmaf.io.outputs import Output, check_outputs
 from fastmaf.metrics.classes import doubtful, require_both
 from fastmaf.metrics.result_files import INSPECTION_SCORES, eval_metrics, eval_scores
 
-SCORES_FILE, METRICS_FILE, REPORT_FILE = "scores.csv", "metrics.json", "report.html"
+SCORES_FILE, METRICS_FILE = "scores.csv", "metrics.json"
 _KINDS = {"score": "score", "baseline": "control"}  # the values in metrics.json, unchanged since its first version
 
 
@@ -45,15 +44,10 @@ def evaluate(
     """Scores the images of ``data/test`` and writes the results to ``out``.
 
     Args:
-        model: model file or a run's folder.
         data: folder with ``test/<class>``; optionally ``train/good`` for the baselines and ``ground_truth/<class>``
             for pixel metrics.
         out: folder to write to.
-        device: where the model computes.
-        skip_bad: leave out files that cannot be read.
         seed: of the bootstrap.
-        progress: show progress bars.
-        say: receives the table and notes on missing data.
 
     Raises:
         DataError: the folder or a file in it is unsuitable.
@@ -62,7 +56,7 @@ def evaluate(
     """
     from fastmaf.inspection.report.build import test_report
 
-    out, kinds = Path(out), {SCORES_FILE: eval_scores(), METRICS_FILE: eval_metrics(), REPORT_FILE: report()}
+    out, kinds = Path(out), {SCORES_FILE: eval_scores(), METRICS_FILE: eval_metrics(), REPORT_FILE: REPORT}
     check_outputs([Output(out / name, kind) for name, kind in kinds.items()], [model_file(model)])
     loaded = load_inspection(model, device=device)
     images = load_test(data, size=loaded.size, skip_bad=skip_bad, progress=progress)
@@ -80,37 +74,22 @@ def evaluate(
     test, prediction = LabelledSet(images, masks, normals), loaded.predict(images.pixels)
     fold_models = load_fold_models(model_file(model).parent, loaded)
     rows = score_table(loaded, test, prediction, fold_models, seed=seed, progress=progress)
-    alarms = alarms_by_class(loaded, images, prediction)
+    anomalous = loaded.calibration.is_anomalous(prediction.scores)
+    alarms = alarms_by_class(images.labels, anomalous)
+    values = prediction.scores, loaded.calibration.p_values(prediction.scores), anomalous, prediction.nll
+    scores = (
+        (to_cell(str(file)), to_cell(label), score, p_value, VERDICTS[alarm], nll)
+        for file, label, score, p_value, alarm, nll in zip(
+            images.paths, images.labels, *(array.tolist() for array in values), strict=True
+        )
+    )
     out.mkdir(parents=True, exist_ok=True)
-    _write_scores(out / SCORES_FILE, loaded, images, prediction)
+    write_csv(out / SCORES_FILE, INSPECTION_SCORES, scores)
     _write_metrics(out / METRICS_FILE, model_file(model).name, loaded, rows, alarms)
     test_report(out / REPORT_FILE, loaded, model_file(model).name, test, prediction, rows)
     say(format_table(rows, alarms))
     say(f"scores, metrics and {REPORT_FILE} are in {out}")
     return rows
-
-
-def alarms_by_class(model: InspectionModel, images: ImageSet, prediction: Prediction) -> dict[str, tuple[int, int]]:
-    """Returns (images, images classified as anomalous) of each class."""
-    anomalous = model.calibration.is_anomalous(prediction.scores)
-    labels = np.asarray(images.labels)
-    return {
-        label: (int((labels == label).sum()), int(anomalous[labels == label].sum())) for label in dict.fromkeys(labels)
-    }
-
-
-def _write_scores(path: Path, model: InspectionModel, images: ImageSet, prediction: Prediction) -> None:
-    scores = prediction.scores
-    p_values, anomalous = model.calibration.p_values(scores), model.calibration.is_anomalous(scores)
-    text = io.StringIO(newline="")
-    table = csv.writer(text, lineterminator="\n")
-    table.writerow(INSPECTION_SCORES)
-    rows = zip(images.paths, images.labels, scores, p_values, anomalous, prediction.nll, strict=True)
-    for file, label, score, p_value, alarm, nll in rows:
-        names = to_cell(str(file)), to_cell(label)
-        table.writerow([*names, repr(float(score)), repr(float(p_value)), VERDICTS[int(alarm)], repr(float(nll))])
-    with written_atomically(path) as stream:
-        stream.write(text.getvalue().encode("utf-8", "surrogateescape"))
 
 
 def _write_metrics(

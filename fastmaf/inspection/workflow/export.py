@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import fastmaf
-from fastmaf.inspection.export.export_onnx import export_onnx
+from fastmaf.inspection.export.export_onnx import ONNX, export_onnx
 from fastmaf.inspection.model import load_inspection, model_file
 from fastmaf.inspection.workflow.inputs import Say, expand
-from fastmaf.io.outputs import ONNX, Output, check_outputs
+from fastmaf.io.outputs import Output, check_outputs
 
 
 @fastmaf.torch_defaults()
@@ -19,9 +19,6 @@ def export(model: str | Path, onnx: str | Path, arguments: Sequence[str], *, say
     Raises:
         OutputError: ``onnx`` is the model, one of the images, or another file that is not an export.
     """
-    inputs = expand(arguments)
-    for note in inputs.notes:
-        say(note)
-    path = model_file(model)
-    check_outputs([Output(Path(onnx), ONNX)], [path, *inputs.files])
-    return export_onnx(load_inspection(path), onnx, inputs.files).describe()
+    files, path = expand(arguments, say=say), model_file(model)
+    check_outputs([Output(Path(onnx), ONNX)], [path, *files])
+    return export_onnx(load_inspection(path), onnx, files).describe()

@@ -6,16 +6,15 @@ import os
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO, TypeAlias
 
 import torch
+from torch import Tensor
 from tqdm import tqdm
 
-from fastmaf.images.dataset import ImageSet
 from fastmaf.images.decode import DataError, Frame, load_frame, sentences
-from fastmaf.images.listing import contents, count, images_below, images_in, is_image, left_aside, walk
+from fastmaf.images.listing import contents, count, images_below, is_image, left_aside
 from fastmaf.inspection.workflow.path_patterns import hints, is_pattern, matches
 from fastmaf.io.marks import is_output
 
@@ -23,34 +22,8 @@ Say: TypeAlias = Callable[[str], Any]
 """Receives a message for the user."""
 
 
-@dataclass(frozen=True)
-class Inputs:
-    """Files to read, in the order in which they were given.
-
-    Attributes:
-        files: each once, however often it was given.
-        notes: on ignored files, one sentence per kind.
-    """
-
-    files: tuple[Path, ...]
-    notes: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True)
-class Unreadable:
-    """A file that could not be read.
-
-    Attributes:
-        path: the file.
-        reason: a message that names it.
-    """
-
-    path: Path
-    reason: str
-
-
-def expand(arguments: Sequence[str | Path], *, stdin: TextIO | None = None) -> Inputs:
-    """Returns the files that a command's arguments stand for.
+def expand(arguments: Sequence[str | Path], *, say: Say, stdin: TextIO | None = None) -> list[Path]:
+    """Returns the files that a command's arguments stand for, in their order, each once.
 
     Args:
         arguments: each an image file with any suffix (the decoder decides); a folder, for the images in it and in the
@@ -59,75 +32,72 @@ def expand(arguments: Sequence[str | Path], *, stdin: TextIO | None = None) -> I
             folders, one per line, in UTF-8. A missing file of that list is left for ``read_each`` to report, unless
             all are missing. Hidden files, and unnamed files without an image suffix, are ignored; hidden folders are
             not entered, and no link is followed into a loop.
+        say: receives notes on ignored files, one sentence per kind.
         stdin: source of the list; by default the standard input of the process.
 
     Raises:
         DataError: an argument matches nothing; the message names the nearest match.
     """
     collected = _Collector()
-    for argument in arguments:
-        if str(argument) == "-":
+    for argument in map(str, arguments):
+        if argument == "-":
             collected.add_list(_lines(sys.stdin if stdin is None else stdin))
         else:
-            collected.add_argument(str(argument))
-    if not collected.files and collected.ignored:
-        raise DataError(f"nothing to read: {'; '.join(left_aside(collected.ignored))}")
+            collected.add_argument(argument)
     if not collected.files:
+        if collected.ignored:
+            raise DataError(f"nothing to read: {'; '.join(left_aside(collected.ignored))}")
         raise DataError("no path: expected image files, folders, patterns such as 'parts/*.png', or - for a list")
-    notes = left_aside(collected.ignored, list(collected.closed))
+    for note in left_aside(collected.ignored, list(collected.closed)):
+        say(note)
     if collected.repeated:
-        notes.append(f"{count(collected.repeated, 'file')} given again left out")
-    return Inputs(tuple(collected.files.values()), tuple(notes))
+        say(f"{count(collected.repeated, 'file')} given again left out")
+    return list(collected.files.values())
 
 
-def read_each(files: Iterable[Path], size: int, *, keep_full: bool = False) -> Iterator[Frame | Unreadable]:
+def read_each(
+    files: Sequence[Path],
+    size: int,
+    *,
+    keep_full: bool = False,
+    skip_bad: bool = True,
+    progress: bool = False,
+    say: Say,
+) -> Iterator[Frame]:
     """Reads files one after the other, each when it is requested.
 
     Args:
         files: the image files.
         size: side of the square that each is resized to, in pixels.
         keep_full: keep each image at full resolution, too (``Frame.full``).
-
-    Yields:
-        A ``Frame`` per file, in order, or an ``Unreadable`` for a file that cannot be read.
+        skip_bad: report a file that cannot be read to ``say`` and skip it, instead of raising the DataError.
     """
-    for file in files:
+    for file in tqdm(files, desc="images", unit="image", disable=not progress, leave=False):
         try:
-            frame: Frame | Unreadable = load_frame(file, size, keep_full=keep_full)
+            frame = load_frame(file, size, keep_full=keep_full)
         except DataError as error:
-            frame = Unreadable(file, str(error))
-        yield frame
+            if not skip_bad:
+                raise
+            say(f"skipped: {error}")
+        else:
+            yield frame
 
 
 def read_images(
     arguments: Sequence[str], size: int, *, skip_bad: bool = False, progress: bool = True, say: Say = print
-) -> ImageSet:
-    """Reads the images that arguments name; see ``expand``. Labels are empty.
+) -> Tensor:
+    """Reads the images that arguments name, uint8 ``[n, 3, size, size]``; see ``expand`` and ``read_each``.
 
     Raises:
         DataError: an argument matches nothing, a file cannot be read and ``skip_bad`` is False, or none can be read.
     """
-    inputs = expand(arguments)
-    for note in inputs.notes:
+    files = expand(arguments, say=say)
+    frames = list(read_each(files, size, skip_bad=skip_bad, progress=progress, say=say))
+    if not frames:
+        raise DataError(f"none of the {len(files)} images could be read")
+    for note in sentences(Counter(kind for frame in frames for kind in frame.kinds)):
         say(note)
-    pixels, paths = [], []
-    kinds: Counter[str] = Counter()
-    frames = read_each(inputs.files, size)
-    for frame in tqdm(frames, total=len(inputs.files), disable=not progress, leave=False):
-        if isinstance(frame, Unreadable):
-            if not skip_bad:
-                raise DataError(frame.reason)
-            say(f"skipped: {frame.reason}")
-            continue
-        kinds.update(frame.kinds)
-        pixels.append(frame.pixels)
-        paths.append(frame.path)
-    if not pixels:
-        raise DataError(f"none of the {len(inputs.files)} images could be read")
-    notes = tuple(sentences(kinds))
-    for note in notes:
-        say(note)
-    return ImageSet(torch.stack(pixels), tuple(paths), ("",) * len(paths), notes)
+    return torch.stack([frame.pixels for frame in frames])
 
 
 class _Collector:
@@ -153,12 +123,16 @@ class _Collector:
             raise DataError(f"no such file or folder: {path}{hints(path)}")
 
     def add_existing(self, path: Path) -> None:
-        if not os.path.isdir(path):
-            return self.add_file(path)
-        images = self.images_below(path)
-        if not images:
-            raise DataError(f"no image in {path}: {self.why_none(path)}")
-        self.add(images)
+        if os.path.isdir(path):
+            images = self.images_below(path)
+            if not images:
+                why = "it cannot be opened" if path in self.closed else contents(images_below(path)[1])
+                raise DataError(f"no image in {path}: {why}")
+            self.add(images)
+        elif is_output(path):
+            self.ignored[path] = None
+        else:
+            self.add([path])
 
     def add_list(self, lines: list[str]) -> None:
         if not any(os.path.lexists(line) for line in lines):
@@ -191,12 +165,6 @@ class _Collector:
             once.setdefault(_resolved(path), path)
         self.add(once.values())
 
-    def add_file(self, path: Path) -> None:
-        if is_output(path):
-            self.ignored[path] = None
-        else:
-            self.add([path])
-
     def add(self, paths: Iterable[Path]) -> None:
         for path in paths:
             file = _resolved(path)
@@ -208,11 +176,6 @@ class _Collector:
         self.ignored.update(dict.fromkeys(others))
         self.closed.update(dict.fromkeys(closed))
         return images
-
-    def why_none(self, folder: Path) -> str:
-        if folder in self.closed:
-            return "it cannot be opened"
-        return contents(file for below in walk(folder) for file in images_in(below)[1])
 
 
 def _resolved(path: Path) -> str:

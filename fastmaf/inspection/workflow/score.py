@@ -13,17 +13,16 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from time import perf_counter
-from typing import TextIO, TypeAlias
+from typing import TextIO
 
 import numpy as np
-from tqdm import tqdm
 
 import fastmaf
 from fastmaf.images.decode import Frame, sentences
 from fastmaf.images.names import to_cell
 from fastmaf.inspection.map_images import to_frame, write_map, write_overlay
 from fastmaf.inspection.model import InspectionModel, load_inspection, model_file
-from fastmaf.inspection.workflow.inputs import Say, Unreadable, expand, read_each
+from fastmaf.inspection.workflow.inputs import Say, expand, read_each
 from fastmaf.io.atomic import STDOUT, write_errors, written_atomically
 from fastmaf.io.marks import MAP, OVERLAY
 from fastmaf.io.outputs import Output, check_outputs, picture, table
@@ -55,9 +54,6 @@ class ImageRow:
     latency_ms: float
 
 
-_WriteRow: TypeAlias = Callable[[ImageRow], None]
-
-
 @fastmaf.torch_defaults()
 def score(
     model: str | Path,
@@ -76,17 +72,13 @@ def score(
     """Scores the images that arguments name, in their order.
 
     Args:
-        model: model file or a run's folder.
         arguments: files, folders, patterns, ``-``; see ``expand``.
         out: file for the rows, ``.csv`` or ``.jsonl``; None writes each row to ``stdout`` at once.
         json_lines: JSON lines on ``stdout`` instead of CSV.
         overlays: folder for overlays of the anomaly maps, in the size of each image.
         maps: folder for the anomaly maps as numbers, in the size of each image.
         map_suffix: ``".png"`` (16 bits) or ``".tiff"`` (32-bit floating point).
-        device: where the model computes.
-        progress: show a progress bar.
         stdout: where rows go without ``out``.
-        say: receives notes on ignored and unreadable files and on converted images, and a summary.
 
     Returns:
         The number of files that could not be read.
@@ -98,29 +90,21 @@ def score(
     """
     if out is not None and out.suffix not in (".csv", ".jsonl"):
         raise ValueError(f"rows are written to a .csv or .jsonl file; found {out}")
-    inputs = expand(arguments)
-    for note in inputs.notes:
-        say(note)
-    names = _unique_names(inputs.files)
-    check_outputs(_outputs(names.values(), out, overlays, maps, map_suffix), [model_file(model), *inputs.files])
+    files = expand(arguments, say=say)
+    names = _unique_names(files)
+    check_outputs(_outputs(names.values(), out, overlays, maps, map_suffix), [model_file(model), *files])
     loaded = load_inspection(model, device=device)
-    unreadable = alarms = 0
-    kinds: Counter[str] = Counter()
-    pictures = overlays is not None or maps is not None
     low, high = loaded.map_levels
+    kinds: Counter[str] = Counter()
+    verdicts: Counter[str] = Counter()
+    pictures = overlays is not None or maps is not None
     with _row_writer(out, stdout, json_lines) as write:
-        frames = read_each(inputs.files, loaded.size, keep_full=pictures)
-        bar = {"total": len(inputs.files), "desc": "scoring", "unit": "image"}
-        for frame in tqdm(frames, **bar, disable=not progress, leave=False):
-            if isinstance(frame, Unreadable):
-                unreadable += 1
-                say(f"skipped: {frame.reason}")
-                continue
-            kinds.update(frame.kinds)
+        for frame in read_each(files, loaded.size, keep_full=pictures, progress=progress, say=say):
             row, anomaly_map = predict_row(loaded, frame)
-            alarms += row.verdict == VERDICTS[1]
             write(row)
-            if pictures:
+            kinds.update(frame.kinds)
+            verdicts[row.verdict] += 1
+            if frame.full is not None:
                 resized = to_frame(anomaly_map, (frame.height, frame.width))
                 if overlays is not None:
                     full = np.ascontiguousarray(frame.full.permute(1, 2, 0).numpy())
@@ -129,16 +113,15 @@ def score(
                     write_map(maps / f"{names[frame.path]}{map_suffix}", resized)
     for note in sentences(kinds):
         say(note)
-    read = len(inputs.files) - unreadable
+    unreadable = len(files) - verdicts.total()
     skipped = f"; {unreadable} could not be read" if unreadable else ""
-    say(f"{read} images: {read - alarms} good, {alarms} anomalous{skipped}")
+    say(f"{verdicts.total()} images: {', '.join(f'{verdicts[verdict]} {verdict}' for verdict in VERDICTS)}{skipped}")
     return unreadable
 
 
 def _outputs(
     names: Iterable[str], out: Path | None, overlays: Path | None, maps: Path | None, map_suffix: str
 ) -> Iterator[Output]:
-    """Yields the files that ``score`` writes."""
     rows, columns = "the scores of images", tuple(ImageRow.__dataclass_fields__)
     overlay, anomaly_map = picture(OVERLAY, "an overlay of an anomaly map"), picture(MAP, "an anomaly map")
     if out is not None:
@@ -163,36 +146,33 @@ def predict_row(model: InspectionModel, frame: Frame) -> tuple[ImageRow, np.ndar
 
 
 @contextmanager
-def _row_writer(out: Path | None, stdout: TextIO, json_lines: bool) -> Iterator[_WriteRow]:
+def _row_writer(out: Path | None, stdout: TextIO, json_lines: bool) -> Iterator[Callable[[ImageRow], None]]:
     """Yields a function that writes a row: to a file that replaces ``out`` at the end, or to ``stdout`` at once."""
     if out is None:
-        with write_errors(STDOUT):
-            to_stdout = _writer(stdout, json_lines, keep_bytes=False)
-
-        def write(row: ImageRow) -> None:
-            with write_errors(STDOUT):
-                to_stdout(row)
-
-        yield write
+        yield _writer(stdout, STDOUT, json_lines)
         return
     with written_atomically(out) as file:
         text = io.TextIOWrapper(file, "utf-8", errors="surrogateescape", newline="", write_through=True)
-        yield _writer(text, out.suffix == ".jsonl")
+        yield _writer(text, str(out), out.suffix == ".jsonl")
         text.detach()
 
 
-def _writer(stream: TextIO, json_lines: bool, keep_bytes: bool = True) -> _WriteRow:
-    if json_lines:
-        # Escaped to ASCII, which keeps file names that are not valid Unicode.
-        return lambda row: print(json.dumps(asdict(row)), file=stream, flush=True)
-    rows = csv.writer(stream, lineterminator="\n")
-    rows.writerow(ImageRow.__dataclass_fields__)
+def _writer(stream: TextIO, name: str, json_lines: bool) -> Callable[[ImageRow], None]:
+    table = csv.DictWriter(stream, ImageRow.__dataclass_fields__, lineterminator="\n")
+    if not json_lines:
+        with write_errors(name):
+            table.writeheader()
 
     def write(row: ImageRow) -> None:
-        values, file = asdict(row), to_cell(row.file, keep_bytes=keep_bytes)
-        values.update({name: f"{values[name]:.2f}" for name in ("decode_ms", "latency_ms")}, file=file)
-        rows.writerow(values.values())
-        stream.flush()
+        values = asdict(row)
+        with write_errors(name):
+            if json_lines:  # escaped to ASCII, which keeps file names that are not valid Unicode
+                print(json.dumps(values), file=stream)
+            else:
+                values["file"] = to_cell(row.file, keep_bytes=name != STDOUT)
+                values.update(decode_ms=f"{row.decode_ms:.2f}", latency_ms=f"{row.latency_ms:.2f}")
+                table.writerow(values)
+            stream.flush()
 
     return write
 

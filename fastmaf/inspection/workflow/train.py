@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import math
 from datetime import datetime, timezone
 from pathlib import Path
@@ -14,18 +12,20 @@ from fastmaf.images.decode import DataError
 from fastmaf.images.listing import count
 from fastmaf.inspection.fit import Fitted, fit
 from fastmaf.inspection.fold_models import fold_model_files, replace_fold_models, save_fold_models
-from fastmaf.inspection.model import InspectionModel
 from fastmaf.inspection.recipe import Recipe
+from fastmaf.inspection.report.content import REPORT, REPORT_FILE
+from fastmaf.inspection.report.findings import decisions
 from fastmaf.inspection.workflow.inputs import Say
-from fastmaf.io.atomic import errors_of_staged, keep_previous, previous, replace, staging, written_atomically
-from fastmaf.io.outputs import Output, check_outputs, report, table
+from fastmaf.io.atomic import errors_of_staged, keep_previous, previous, replace, staging
+from fastmaf.io.csv_file import write_csv
+from fastmaf.io.outputs import Output, check_outputs, table
 from fastmaf.io.outputs import model as model_kind
 from fastmaf.io.run_folder import check_disk, run_folder
 from fastmaf.metrics.results import bits_per_dim
 from fastmaf.training.checkpoints import MODEL_FILE, STATE_FILE, refuse_unfinished, remove_state
 from fastmaf.training.interrupts import interruptible
 
-LOG_FILE, REPORT_FILE = "training_log.csv", "report.html"
+LOG_FILE = "training_log.csv"
 _LOG_COLUMNS = ("step", "nll", "held_out_nll")
 
 
@@ -50,9 +50,6 @@ def train(
         out: folder to write to.
         recipe: the settings.
         keep_folds: write the fold models, too, so that ``fastmaf eval`` can evaluate their ensemble.
-        skip_bad: leave out files that cannot be read.
-        progress: show progress bars.
-        say: receives messages.
 
     Raises:
         DataError: the folder or a file in it is unsuitable, or there are too few images.
@@ -79,8 +76,8 @@ def train(
         )
         _write(out, fitted, images, keep_folds)
     model = fitted.model
-    for line in _decisions(model):
-        say(line)
+    for name, decision in decisions(model).items():
+        say(f"{name}: {decision}")
     whitening_nll, nll = model.about["held_out_nll_of_whitening"], model.about["held_out_nll"]
     say(
         f"{len(images)} good images; held-out NLL ({recipe.folds} folds) {nll:,.0f} nats, "
@@ -110,7 +107,7 @@ def load_normals(data: str | Path, recipe: Recipe, *, skip_bad: bool, progress: 
 
 def _outputs(out: Path, folds: int) -> list[Output]:
     """Returns the files that ``train`` writes, and those of an earlier run that it moves or removes."""
-    kinds = {MODEL_FILE: model_kind("a model"), LOG_FILE: table("a training log", _LOG_COLUMNS), REPORT_FILE: report()}
+    kinds = {MODEL_FILE: model_kind("a model"), LOG_FILE: table("a training log", _LOG_COLUMNS), REPORT_FILE: REPORT}
     outputs = [Output(out / place, kind) for name, kind in kinds.items() for place in (name, previous(Path(name)).name)]
     outputs.append(Output(out / STATE_FILE, model_kind("the state of a training run", "state")))
     fold_model = model_kind("the model of a fold", "statistics")
@@ -129,7 +126,8 @@ def _write(out: Path, fitted: Fitted, images: ImageSet, keep_folds: bool) -> Non
 
     with staging(out) as new, errors_of_staged(new, out):
         fitted.model.save(new / MODEL_FILE)
-        _write_log(new / LOG_FILE, fitted)
+        rows = ((row["step"], f"{row['nll']:.10g}", f"{row['held_out_nll']:.10g}") for row in fitted.log)
+        write_csv(new / LOG_FILE, _LOG_COLUMNS, rows)
         if keep_folds:
             save_fold_models(new, fitted.model, fitted.out_of_fold.flows)
         training_report(new / REPORT_FILE, fitted.model, images, name=out.name)
@@ -143,34 +141,3 @@ def _write(out: Path, fitted: Fitted, images: ImageSet, keep_folds: bool) -> Non
             remove_state(out)
     if stop.is_set():
         raise KeyboardInterrupt
-
-
-def _decisions(model: InspectionModel) -> list[str]:
-    """Returns what the fit selected, with the figures that decided it, one line each."""
-    about, lines = model.about, []
-    if tried := about["held_out_nll_of_augmentations"]:
-        nll = ", ".join(f"{kind} {value:,.0f}" for kind, value in tried.items())
-        lines.append(
-            f"augmentation selected: {about['recipe']['augmentation']} (held-out NLL of the first folds: {nll})"
-        )
-    if (plain := about["held_out_nll_without_logit"]) is not None:
-        lines.append(f"logit: kept as requested (held-out NLL of the first folds without it: {plain:,.0f})")
-    if (nll_with := about["held_out_nll_with_blocks"]) is not None:
-        kept = "kept" if about["recipe"]["blocks"] else "dropped"
-        alone = about["held_out_nll_of_whitening"]
-        lines.append(f"blocks: {kept} (held-out NLL: {nll_with:,.0f} with them, {alone:,.0f} without)")
-    score = f"score selected: presmooth_sigma {model.settings.presmooth_sigma:g} (image AUROC on synthetic defects: "
-    anomaly_map = f"anomaly map selected: {model.map_config.factors} factors (mean of pixel AUROC and AU-PRO there: "
-    for key, text in (("drawn_auroc", score), ("drawn_maps", anomaly_map)):
-        if figures := about.get(key):
-            lines.append(text + ", ".join(f"{name} {value:.3f}" for name, value in figures.items()) + ")")
-    return lines
-
-
-def _write_log(path: Path, fitted: Fitted) -> None:
-    text = io.StringIO(newline="")
-    rows = csv.writer(text, lineterminator="\n")
-    rows.writerow(_LOG_COLUMNS)
-    rows.writerows([row["step"], f"{row['nll']:.10g}", f"{row['held_out_nll']:.10g}"] for row in fitted.log)
-    with written_atomically(path) as file:
-        file.write(text.getvalue().encode())

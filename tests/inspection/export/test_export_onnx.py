@@ -80,14 +80,14 @@ def local(**options: Any) -> fastmaf.LocalAutoregressive:
     return fastmaf.LocalAutoregressive((3, SIZE, SIZE), generator=generator, **options)
 
 
-def made(hidden: tuple[int, ...] = (24, 20), activation: str = "relu", strict: bool = True) -> fastmaf.MADE:
+def made_network(hidden: tuple[int, ...] = (24, 20), activation: str = "relu", strict: bool = True) -> fastmaf.MADE:
     generator = torch.Generator().manual_seed(2)
     return fastmaf.MADE(D, hidden, activation=activation, strict=strict, generator=generator)
 
 
 def affine(**options: Any) -> fastmaf.AffineAutoregressive:
     bounds = {name: options.pop(name) for name in ("log_scale_bound", "soft_bound") if name in options}
-    return fastmaf.AffineAutoregressive(made(**options), **bounds)
+    return fastmaf.AffineAutoregressive(made_network(**options), **bounds)
 
 
 def shuffled() -> fastmaf.Permutation:
@@ -120,7 +120,7 @@ FLOWS: dict[str, Callable[[], list[fastmaf.Transform]]] = {
 def test_large_constants_are_stored_once() -> None:
     for name in ("affine, hard bound", "MAF"):
         proto = inspection_graph(model_of(FLOWS[name]()))
-        large = [one.raw_data for one in proto.graph.initializer if len(one.raw_data) > 10_000]
+        large = [tensor.raw_data for tensor in proto.graph.initializer if len(tensor.raw_data) > 10_000]
         assert large and len(large) == len(set(large))
 
 
@@ -277,10 +277,10 @@ import numpy as np, onnxruntime
 from PIL import Image
 session = onnxruntime.InferenceSession(sys.argv[1], providers=["CPUExecutionProvider"])
 names = [output.name for output in session.get_outputs()]
-found = session.run(None, {"image": np.asarray(Image.open(sys.argv[2]))})
+outputs = session.run(None, {"image": np.asarray(Image.open(sys.argv[2]))})
 assert not {"fastmaf", "torch"} & set(sys.modules)
 about = session.get_modelmeta().custom_metadata_map
-print(json.dumps([dict(zip(names, (np.asarray(item).tolist() for item in found))), about]))
+print(json.dumps([dict(zip(names, (np.asarray(item).tolist() for item in outputs))), about]))
 """
 
 
@@ -298,14 +298,14 @@ def test_plain_onnxruntime_gives_the_numbers(tmp_path: Path) -> None:
     for file in files:
         command = [sys.executable, "-c", ALONE, str(target), str(file)]
         done = subprocess.run(command, check=True, capture_output=True, text=True, cwd=tmp_path)
-        found, about = json.loads(done.stdout)
+        outputs, about = json.loads(done.stdout)
         pixels: Tensor = load_image(file, SIZE)[0]
-        own = model.predict(pixels[None])
-        assert found["score"] == pytest.approx(own.scores[0], rel=1e-5)
-        assert found["nll"] == pytest.approx(own.nll[0], rel=1e-5)
-        np.testing.assert_allclose(found["map"], own.anomaly_maps[0], atol=1e-4)
-        assert found["p_value"] == model.calibration.p_values(own.scores)[0]
-        assert found["anomalous"] is bool(model.calibration.is_anomalous(own.scores)[0])
+        expected = model.predict(pixels[None])
+        assert outputs["score"] == pytest.approx(expected.scores[0], rel=1e-5)
+        assert outputs["nll"] == pytest.approx(expected.nll[0], rel=1e-5)
+        np.testing.assert_allclose(outputs["map"], expected.anomaly_maps[0], atol=1e-4)
+        assert outputs["p_value"] == model.calibration.p_values(expected.scores)[0]
+        assert outputs["anomalous"] is bool(model.calibration.is_anomalous(expected.scores)[0])
         assert float(about["threshold"]) == model.calibration.threshold
         assert about["false_alarm"] == "0.05" and about["fastmaf_version"] == fastmaf.__version__
 

@@ -26,8 +26,8 @@ class Element:
         ]
 
     def one(self, tag: str | None = None, **attributes: str) -> Element:
-        (found,) = self.all(tag, **attributes)
-        return found
+        (element,) = self.all(tag, **attributes)
+        return element
 
     def walk(self) -> Iterator[Element]:
         for child in self.children:
@@ -47,8 +47,8 @@ class Element:
 
     def table(self, caption: str) -> list[list[str]]:
         """The rows of the one table whose caption holds these words, the head first."""
-        (found,) = [table for table in self.all("table") if caption in table.one("caption").text]
-        return [[cell.text for cell in row.all() if cell.tag in ("td", "th")] for row in found.all("tr")]
+        (match,) = [table for table in self.all("table") if caption in table.one("caption").text]
+        return [[cell.text for cell in row.all() if cell.tag in ("td", "th")] for row in match.all("tr")]
 
 
 class _Reader(HTMLParser):

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from fastmaf.inspection.report.page import write_report
-from tests.inspection.report.report_made import made, named_badly, untested
+from tests.inspection.report.report_made import example_report, named_badly, untested
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 DRIVER = shutil.which("chromedriver")
@@ -33,7 +33,7 @@ WIDTHS = (1280, 390)
 @pytest.fixture(scope="module")
 def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("Berichte mit Umlaut \u00fc")
-    report = made(folder)
+    report = example_report(folder)
     reports = {"full": report, "untested": untested(report), "badly named": named_badly(report)}
     return {name: write_report(folder / f"{name}.html", each) for name, each in reports.items()}
 
@@ -166,9 +166,9 @@ def test_text_can_be_read_by_day_and_by_night(browser: Any, pages: dict[str, Pat
     ((_, ground),) = colours(browser, "body")
     assert ground > 0.9 if scheme == "light" else ground < 0.03
     for selector in ("body", "h1", "p", "a", "figcaption", "caption", "td", "th", ".quiet", ".alarm", ".passed", "dt"):
-        found = colours(browser, selector)
-        assert found, selector
-        for a, b in found:
+        luminances = colours(browser, selector)
+        assert luminances, selector
+        for a, b in luminances:
             assert (max(a, b) + 0.05) / (min(a, b) + 0.05) >= 4.5, selector
     marks = colours(browser, "svg.figure text", "fill")
     assert marks and all((max(a, b) + 0.05) / (min(a, b) + 0.05) >= 4.5 for a, b in marks)

@@ -63,9 +63,9 @@ def test_figures_follow_the_colours_of_the_page(figures: dict[str, Drawing]) -> 
 
 
 def test_figures_say_what_they_show(figures: dict[str, Drawing]) -> None:
-    said = texts(figures["histogram"])
-    assert {"calibration (60)", "good (20)", "defective (30)", f"threshold {CALIBRATION.threshold:.2f}"} <= set(said)
-    assert "a $1 & $2 <b> \u5b57 (15)" in said and "cut (15)" in said
+    shown = texts(figures["histogram"])
+    assert {"calibration (60)", "good (20)", "defective (30)", f"threshold {CALIBRATION.threshold:.2f}"} <= set(shown)
+    assert "a $1 & $2 <b> \u5b57 (15)" in shown and "cut (15)" in shown
     counts = verdicts(RESULTS, CALIBRATION.threshold)
     point = f"{counts.detected} of 30 defects, {counts.false_alarms} of 20 false alarms"
     assert any(point in text for text in texts(figures["roc"]))
@@ -98,8 +98,8 @@ def test_extreme_scores_are_drawn(scores: np.ndarray, threshold: float) -> None:
 
 
 def test_a_histogram_before_there_are_test_images() -> None:
-    said = texts(score_histogram(CALIBRATION, None))
-    assert "calibration (60)" in said and not any("good" in text or "defective" in text for text in said)
+    shown = texts(score_histogram(CALIBRATION, None))
+    assert "calibration (60)" in shown and not any("good" in text or "defective" in text for text in shown)
 
 
 def test_the_curve_survives_what_training_brings() -> None:
@@ -126,11 +126,11 @@ def pixels(uri: str) -> np.ndarray:
 def test_a_picture_is_never_large_and_never_smoothed_when_enlarged(height: int, width: int) -> None:
     image = RNG.integers(0, 256, (height, width, 3), dtype=np.uint8)
     uri, wide, high = data_uri(image)
-    found = pixels(uri)
-    assert found.shape == (high, wide, 3) and max(wide, high) <= WIDEST
+    decoded = pixels(uri)
+    assert decoded.shape == (high, wide, 3) and max(wide, high) <= WIDEST
     factor = WIDEST // max(height, width)
     if factor:
-        np.testing.assert_array_equal(found, image.repeat(factor, 0).repeat(factor, 1))
+        np.testing.assert_array_equal(decoded, image.repeat(factor, 0).repeat(factor, 1))
     else:
         assert max(wide, high) == WIDEST
         assert abs(wide / high - width / height) < 0.02 * width / height or min(wide, high) == 1
@@ -142,15 +142,15 @@ def test_the_outline_runs_around_the_defect_and_not_through_it(size: int) -> Non
     mask = np.zeros((size, size), bool)
     mask[size // 4 : size // 2, size // 4 : size // 2] = True
     uri, wide, _ = data_uri(image, mask)
-    found, scale = pixels(uri), wide / size
+    decoded, scale = pixels(uri), wide / size
     inner = slice(round(size / 4 * scale), round(size / 2 * scale))
-    assert (found[inner, inner] == 128).all()
-    changed = (found != 128).any(2)
+    assert (decoded[inner, inner] == 128).all()
+    changed = (decoded != 128).any(2)
     ring = np.zeros_like(changed)
     ring[inner.start - 2 : inner.stop + 2, inner.start - 2 : inner.stop + 2] = True
     ring[inner, inner] = False
     np.testing.assert_array_equal(changed, ring)
-    assert set(np.unique(found[changed])) == {0, 255}
+    assert set(np.unique(decoded[changed])) == {0, 255}
     assert not (pixels(data_uri(image, np.zeros_like(mask))[0]) != 128).any()
 
 

@@ -12,11 +12,11 @@ import pytest
 
 from fastmaf.images.names import visible
 from fastmaf.inspection.evaluate import TableRow
-from fastmaf.inspection.report.content import Count, Gallery, Report, Samples, TestResults, Timing, Training
-from fastmaf.inspection.report.findings import better, summary, winning_baselines, worst_cases
+from fastmaf.inspection.report.content import Gallery, Report, TestResults, Training
+from fastmaf.inspection.report.findings import better, winning_baselines, worst_cases
 from fastmaf.inspection.report.page import write_report
 from fastmaf.inspection.report.text import interval, number, percent, score_digits
-from tests.inspection.report.report_made import DEFECTS, made, row, untested
+from tests.inspection.report.report_made import DEFECTS, example_report, row, untested
 from tests.inspection.report.report_read import Element, read
 
 pytestmark = pytest.mark.slow  # documents that are built and parsed
@@ -27,7 +27,7 @@ SHOWN = "<script>alert(1)</script>&\"'`{{ 7*7 }}</title>$\\frac$ \u5b57\u00e9 \\
 
 @pytest.fixture(scope="module")
 def report(tmp_path_factory: pytest.TempPathFactory) -> Report:
-    return made(tmp_path_factory.mktemp("report"))
+    return example_report(tmp_path_factory.mktemp("report"))
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +47,7 @@ def section(page: Element, name: str) -> Element:
 
 def test_the_page_is_a_document_with_headings_captions_and_alternative_texts(page: Element, report: Report) -> None:
     assert page.one("html").attributes["lang"] == "en"
-    assert page.one("title").text == page.one("h1").text == report.title
+    assert page.one("title").text == page.one("h1").text == "Inspection report"
     links = [link.attributes["href"] for link in page.one("nav").all("a")]
     assert links == [f"#{each.attributes['id']}" for each in page.all("section")]
     ids = [element.attributes["id"] for element in page.walk() if "id" in element.attributes]
@@ -93,7 +93,7 @@ def test_the_numbers_stand_where_they_belong(page: Element, report: Report) -> N
     speed = section(page, "speed")
     assert speed.table("Time for one image")[-1] == ["decode to verdict", "27.02", "31.40", "200"]
     assert ["threads", "2"] in speed.table("Environment")
-    assert [item.text for item in section(page, "assumptions").all("li")] == list(report.assumptions)
+    assert len(section(page, "assumptions").all("li")) == 3
     numeric = [cell for cell in page.all("td") if re.fullmatch("[\u2212+]?[0-9.,]+%?", cell.text)]
     pairs = {"pairs"}  # settings are words
     assert all(
@@ -116,8 +116,8 @@ def test_the_score_table_marks_the_default(page: Element) -> None:
         "Name", "Kind", "Image AUROC", "95% interval", "Minus default, 95%",
         "Pixel AUROC", "Minus default, 95%", "AU-PRO",
     ]  # fmt: skip
-    own = ["default score", "0.939", "0.851 to 0.988", "\u2013", "0.952", "\u2013", "0.871"]
-    assert table[1] == ["map maximum", *own] and not any("default" in row[1] for row in table[2:])
+    default = ["default score", "0.939", "0.851 to 0.988", "\u2013", "0.952", "\u2013", "0.871"]
+    assert table[1] == ["map maximum", *default] and not any("default" in row[1] for row in table[2:])
     (pca,) = [row for row in table if row[0] == "PCA residual"]
     assert pca[4:] == ["\u22120.133 to \u22120.031", "0.947", "\u22120.011 to +0.002", "0.853"]
     (plain,) = [row for row in table if row[0] == "plain NLL"]
@@ -125,13 +125,17 @@ def test_the_score_table_marks_the_default(page: Element) -> None:
 
 
 def test_verdicts_by_class_follow_from_scores_and_threshold(page: Element, report: Report) -> None:
-    assert isinstance(report.test, TestResults)
+    assert report.test is not None
     labels, alarm = np.array(report.test.labels), report.test.scores > report.calibration.threshold
     table = section(page, "detection").table("By class")
     assert [row[0] for row in table[1:]] == ["good", *sorted(DEFECTS)]
     for name, n, area, alarms, share in table[1:]:
-        own = alarm[labels == name]
-        assert (n, alarms, share) == (str(len(own)), str(own.sum()), f"{own.mean():.1%}")
+        alarms_of_class = alarm[labels == name]
+        assert (n, alarms, share) == (
+            str(len(alarms_of_class)),
+            str(alarms_of_class.sum()),
+            f"{alarms_of_class.mean():.1%}",
+        )
         assert (area == "\u2013") == (name == "good")
     assert "1 of 6 (16.7%)" in section(page, "threshold").text
     for line in report.calibration.describe().splitlines():
@@ -139,7 +143,7 @@ def test_verdicts_by_class_follow_from_scores_and_threshold(page: Element, repor
 
 
 def test_exhibits_stand_beside_their_anomaly_maps(page: Element, report: Report) -> None:
-    assert isinstance(report.test, TestResults)
+    assert report.test is not None
     gallery, shown = report.test.gallery, section(page, "images")
     captions = [each.text for each in shown.all("figcaption")]
     assert captions[0] == "good/000.png class good, score 12.40, p\u00a0=\u00a00.0409, alarm".replace("\u00a0", " ")
@@ -156,9 +160,8 @@ def test_exhibits_stand_beside_their_anomaly_maps(page: Element, report: Report)
     assert all(each.attributes["width"] == each.attributes["height"] == "192" for each in pictures)
 
 
-def test_the_summary_in_words(report: Report, page: Element) -> None:
-    said = summary(report)
-    assert said in section(page, "summary").text
+def test_the_summary_in_words(page: Element) -> None:
+    text = section(page, "summary").text
     for part in (
         "28 images: 6 good images and 22 defective images",
         "1 of 6 good ones (16.7%)",
@@ -166,21 +169,21 @@ def test_the_summary_in_words(report: Report, page: Element) -> None:
         "5.0% false alarms are expected on average, and with 95% confidence at most 7.6%",
         "No baseline beats the default score (map maximum)",
     ):
-        assert part in said
-    found = sum(int(row[3]) for row in section(page, "detection").table("By class")[2:])
-    assert f"found {found} of 22 defective images ({found / 22:.1%})" in said
+        assert part in text
+    detected = sum(int(row[3]) for row in section(page, "detection").table("By class")[2:])
+    assert f"found {detected} of 22 defective images ({detected / 22:.1%})" in text
 
 
 def test_an_absent_part_is_named_with_its_reason(report: Report, tmp_path: Path) -> None:
     page = written(untested(report), tmp_path)
     for part in ("training", "scores", "threshold", "detection", "images"):
         lines = [each.text for each in section(page, part).all("p", class_="absent")]
-        reason = "it was not recorded" if part == "training" else "no test images were scored yet"
-        assert lines and all(line.endswith(f": not shown, as {reason}.") for line in lines), part
+        reason = "the model file does not record its training" if part == "training" else "no test images were scored"
+        assert lines and all(f": not shown, as {reason}" in line for line in lines), part
 
 
 def test_a_report_without_blocks_and_without_misses(report: Report, tmp_path: Path) -> None:
-    assert isinstance(report.training, Training) and isinstance(report.test, TestResults)
+    assert report.training is not None and report.test is not None
     test = replace(report.test, gallery=report.test.gallery._replace(misses=()))
     page = written(replace(report, training=replace(report.training, log=()), test=test), tmp_path)
     assert "Training curve: not shown, as the model has no trained blocks." in section(page, "training").text
@@ -189,14 +192,14 @@ def test_a_report_without_blocks_and_without_misses(report: Report, tmp_path: Pa
 
 def test_texts_of_others_are_shown_and_never_obeyed(report: Report, tmp_path: Path) -> None:
     test = report.test
-    assert isinstance(test, TestResults)
+    assert test is not None
     shown = test.gallery.detections[0]._replace(file=NASTY, label=NASTY)
     nasty = replace(
         report,
-        title=NASTY, model=NASTY, date=NASTY, version=NASTY,
-        counts=(Count(NASTY, NASTY, 1),), notes=(NASTY,), skipped=((NASTY, NASTY),),
-        samples=(Samples(NASTY, np.zeros((1, 4, 4, 3), np.uint8)),),
-        training=Training(((NASTY, NASTY),), (), ()),
+        model=NASTY, date=NASTY,
+        counts=((NASTY, NASTY, 1),), notes=(NASTY,), skipped=((NASTY, NASTY),),
+        samples=((NASTY, np.zeros((1, 4, 4, 3), np.uint8)),),
+        training=Training(((NASTY, NASTY),), (), ((1, 2.0),)),
         calibration=replace(report.calibration, source=NASTY),
         test=TestResults(
             test.scores,
@@ -204,19 +207,17 @@ def test_texts_of_others_are_shown_and_never_obeyed(report: Report, tmp_path: Pa
             (*test.table, row(NASTY, "baseline", 0.99)),
             Gallery((shown,), (), (shown,)),
         ),
-        timings=(Timing(NASTY, 1.0, 2.0, 3),),
+        timings=((NASTY, 1.0, 2.0, 3),),
         environment=((NASTY, NASTY),),
-        assumptions=(NASTY,),
     )  # fmt: skip
     page = written(nasty, tmp_path)
     assert {element.tag for element in page.walk()} <= {element.tag for element in written(report, tmp_path).walk()}
-    assert page.one("title").text == page.one("h1").text == SHOWN
+    assert SHOWN in page.one("header").text
     assert section(page, "data").table("skipped")[1] == [SHOWN, SHOWN]
     assert f"The baseline {SHOWN} has the higher image AUROC" in section(page, "summary").text
     assert SHOWN in [row[0] for row in section(page, "detection").table("By class")]
     assert section(page, "images").all("img")[0].attributes["alt"] == f"image {SHOWN}"
     assert any(each.text.startswith(SHOWN[:17]) for each in section(page, "detection").all("text"))
-    assert [each.text for each in section(page, "assumptions").all("li")] == [SHOWN]
 
 
 @pytest.mark.slow
@@ -236,17 +237,17 @@ def test_who_wins_is_read_off_the_rows() -> None:
     assert winning_baselines(rows(row("PCA", "baseline", 0.9))) == (
         "The baseline PCA does not beat the default score (map).",
     )
-    (said,) = winning_baselines(rows(row("PCA", "baseline", 0.912, difference=(-0.01, 0.03))))
-    assert said == (
+    (sentence,) = winning_baselines(rows(row("PCA", "baseline", 0.912, difference=(-0.01, 0.03))))
+    assert sentence == (
         "The baseline PCA has the higher image AUROC: 0.912 against 0.900 for the default score (map); the paired 95% "
         "interval of the difference, \u22120.010 to +0.030, includes 0: not significant on these images."
     )
-    (said,) = winning_baselines(rows(row("PCA", "baseline", 0.95, difference=(0.01, 0.09))))
-    assert said.endswith("excludes 0.")
-    (said,) = winning_baselines(rows(row("PCA", "baseline", 0.9003)))
-    assert "0.90030 against 0.90000" in said  # equal as printed
-    (said,) = winning_baselines(rows(row("PCA", "baseline", 0.5, pixel_auroc=0.96)))
-    assert "higher pixel AUROC" in said
+    (sentence,) = winning_baselines(rows(row("PCA", "baseline", 0.95, difference=(0.01, 0.09))))
+    assert sentence.endswith("excludes 0.")
+    (sentence,) = winning_baselines(rows(row("PCA", "baseline", 0.9003)))
+    assert "0.90030 against 0.90000" in sentence  # equal as printed
+    (sentence,) = winning_baselines(rows(row("PCA", "baseline", 0.5, pixel_auroc=0.96)))
+    assert "higher pixel AUROC" in sentence
     assert winning_baselines(rows(row("a", "baseline", float("nan")), row("b", "baseline", 0.1)))[0].startswith(
         "No baseline beats"
     )

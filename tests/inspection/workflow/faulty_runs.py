@@ -14,8 +14,9 @@ from fastmaf.inspection.fit import fit
 from fastmaf.inspection.fold_models import FOLDS_FOLDER, load_fold_models
 from fastmaf.inspection.model import load_inspection
 from fastmaf.inspection.report import build
+from fastmaf.inspection.report.content import REPORT_FILE
 from fastmaf.inspection.workflow import train as training
-from fastmaf.inspection.workflow.train import LOG_FILE, REPORT_FILE
+from fastmaf.inspection.workflow.train import LOG_FILE
 from fastmaf.io.atomic import written_atomically
 from fastmaf.training.checkpoints import MODEL_FILE
 from tests.faults import every_fault, hidden

@@ -10,8 +10,8 @@ import pytest
 from PIL import Image
 
 from fastmaf.images.decode import DataError, Frame
-from fastmaf.inspection.workflow.inputs import Unreadable, expand, read_each
 from tests.images.pictures import picture
+from tests.inspection.workflow.expanded import expand, read_all
 
 
 def names(root: Path, *arguments: str | Path) -> list[str]:
@@ -20,7 +20,7 @@ def names(root: Path, *arguments: str | Path) -> list[str]:
 
 def refused(*arguments: str | Path, stdin: io.TextIOBase | None = None) -> str:
     with pytest.raises(DataError) as caught:
-        expand(arguments, stdin=stdin)  # type: ignore[arg-type]
+        expand(arguments, stdin=stdin)
     return str(caught.value)
 
 
@@ -70,7 +70,7 @@ def test_a_named_file_is_tried_whatever_its_name(tmp_path: Path) -> None:
         Image.new("RGB", (4, 4)).save(path, "PNG")
     inputs = expand([odd, hidden])
     assert inputs.files == (odd, hidden) and inputs.notes == ()
-    assert all(isinstance(read, Frame) for read in read_each(inputs.files, 4))
+    assert all(isinstance(read, Frame) for read in read_all(inputs.files, 4))
 
 
 def test_links_between_folders_lead_into_no_loop(tmp_path: Path) -> None:
@@ -90,10 +90,8 @@ def test_a_link_that_leads_nowhere_is_left_aside_in_a_folder_and_to_the_reader_w
     inputs = expand([tmp_path])
     assert [path.name for path in inputs.files] == ["a.png"]
     assert inputs.notes[0].startswith("2 paths left aside: named as images, but no regular files (b.png is a link to")
-    kinds = [
-        type(read) for read in read_each(expand([tmp_path / name for name in ("a.png", "b.png", "c.png")]).files, 4)
-    ]
-    assert kinds == [Frame, Unreadable, Unreadable]
+    files = expand([tmp_path / name for name in ("a.png", "b.png", "c.png")]).files
+    assert [type(read) for read in read_all(files, 4)] == [Frame, str, str]
 
 
 def test_home_and_the_current_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -189,15 +187,14 @@ def test_names_on_stdin_that_are_no_utf8_or_hold_other_line_breaks(tmp_path: Pat
     listed = b"\n".join(os.fsencode(tmp_path) + name for name in (b"/latin\xfc.png", "/a\x85b\u2028.png".encode()))
     files = expand(["-"], stdin=Bytes(listed)).files
     assert [path.name for path in files] == ["latin\udcfc.png", "a\x85b\u2028.png"]
-    assert all(isinstance(read, Frame) for read in read_each(files, 4))
+    assert all(isinstance(read, Frame) for read in read_all(files, 4))
 
 
 def test_listed_files_that_are_gone_are_left_to_the_reader_unless_all_are(tmp_path: Path) -> None:
     file = picture(tmp_path / "bild_1.png")
     files = expand(["-"], stdin=io.StringIO(f"{tmp_path / 'gone.png'}\n{file}\na\0b\n")).files
-    reads = list(read_each(files, 4))
-    assert [type(read) for read in reads] == [Unreadable, Frame, Unreadable]
-    assert isinstance(reads[0], Unreadable) and "gone.png" in reads[0].reason
+    reads = read_all(files, 4)
+    assert [type(read) for read in reads] == [str, Frame, str] and "gone.png" in str(reads[0])
     message = refused("-", stdin=io.StringIO(f"{tmp_path / 'bild_2.png'}\nx\n"))
     assert "none of its 2 paths exists" in message and f"did you mean {file}?" in message
 

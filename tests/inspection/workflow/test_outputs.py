@@ -23,12 +23,12 @@ from fastmaf.inspection.model import load_inspection
 from fastmaf.inspection.workflow.calibrate import calibrate
 from fastmaf.inspection.workflow.evaluate import evaluate
 from fastmaf.inspection.workflow.export import export
-from fastmaf.inspection.workflow.inputs import expand
 from fastmaf.inspection.workflow.score import score
 from fastmaf.inspection.workflow.train import train
 from fastmaf.io.marks import MAP, OVERLAY, role_of
 from fastmaf.io.outputs import OutputError
 from tests.inspection.tiny import TINY, silent
+from tests.inspection.workflow.expanded import expand
 
 
 def noise(path: Path, seed: int = 0, side: int = 24) -> Path:
@@ -113,14 +113,17 @@ def test_score_replaces_its_own_rows_and_pictures_and_nothing_else(
 
 
 def test_outputs_are_skipped_or_refused_as_images(judged: Callable[..., int], images: Path) -> None:
-    shown, told = images / "overlays", []
+    shown, messages = images / "overlays", []
     judged(overlays=shown, maps=images / "floats", map_suffix=".tiff")
-    found = expand([images])
-    assert [path.name for path in found.files] == ["000.png", "001.png", "002.png", "x.tiff"]
-    assert found.notes[0].startswith("8 pictures that fastmaf wrote left aside: ") and f"4 in {shown}" in found.notes[0]
-    assert judged(shown / "000.png", images / "000.png", say=told.append) == 0
-    assert told == [f"1 picture that fastmaf wrote left aside: 1 in {shown}", told[1]]
-    assert told[1].startswith("1 images: ")
+    expanded = expand([images])
+    assert [path.name for path in expanded.files] == ["000.png", "001.png", "002.png", "x.tiff"]
+    assert (
+        expanded.notes[0].startswith("8 pictures that fastmaf wrote left aside: ")
+        and f"4 in {shown}" in expanded.notes[0]
+    )
+    assert judged(shown / "000.png", images / "000.png", say=messages.append) == 0
+    assert messages == [f"1 picture that fastmaf wrote left aside: 1 in {shown}", messages[1]]
+    assert messages[1].startswith("1 images: ")
     for argument in (shown / "000.png", shown, shown / "*.png", shown / "**"):
         with pytest.raises(DataError, match="that fastmaf wrote"):
             expand([argument])
@@ -136,9 +139,9 @@ def test_a_results_folder_below_the_data_is_not_trained_on(run: Path, tmp_path: 
         progress=False,
     )  # fmt: skip
     (tmp_path / "data" / "results" / "3.png").rename(tmp_path / "data" / "4.png")
-    found = load_train(tmp_path / "data", size=8, progress=False)
-    assert [path.name for path in found.paths] == ["0.png", "1.png", "2.png", "3.png"]
-    assert found.notes[-1] == f"1 picture that fastmaf wrote left aside: 1 in {tmp_path / 'data'}"
+    train_set = load_train(tmp_path / "data", size=8, progress=False)
+    assert [path.name for path in train_set.paths] == ["0.png", "1.png", "2.png", "3.png"]
+    assert train_set.notes[-1] == f"1 picture that fastmaf wrote left aside: 1 in {tmp_path / 'data'}"
     for file in (tmp_path / "data").glob("?.png"):
         file.unlink()
     with pytest.raises(DataError):
@@ -208,8 +211,10 @@ def test_a_row_for_each_image_whatever_its_name(
     monkeypatch.chdir(noise(tmp_path / "odd" / "a.png").parent)
     for i, name in enumerate(names[:-1]):
         noise(Path("./") / "x.png", i + 1).rename(name)
-    told: list[str] = []
-    assert judged(*map(Path, names), out=tmp_path / "rows.csv", overlays=tmp_path / "overlays", say=told.append) == 0
+    messages: list[str] = []
+    assert (
+        judged(*map(Path, names), out=tmp_path / "rows.csv", overlays=tmp_path / "overlays", say=messages.append) == 0
+    )
     text = (tmp_path / "rows.csv").read_bytes().decode()
     assert len(text.splitlines()) == 10
     cells = [row["file"] for row in csv.DictReader(io.StringIO(text))]

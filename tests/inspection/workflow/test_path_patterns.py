@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from fastmaf.images.decode import DataError
-from fastmaf.inspection.workflow.inputs import expand
 from tests.images.pictures import picture
+from tests.inspection.workflow.expanded import expand
 
 
 def names(root: Path, pattern: Path) -> list[str]:

@@ -11,8 +11,10 @@ from PIL import Image
 
 from fastmaf.images import decode as decoding
 from fastmaf.images.decode import Frame, load_image
-from fastmaf.inspection.workflow.inputs import Unreadable, expand, read_each
+from fastmaf.inspection.workflow.inputs import read_each
 from tests.images.pictures import picture
+from tests.inspection.tiny import silent
+from tests.inspection.workflow.expanded import expand, read_all
 
 
 def test_damaged_files_are_named_and_do_not_stop_the_others(tmp_path: Path) -> None:
@@ -24,17 +26,15 @@ def test_damaged_files_are_named_and_do_not_stop_the_others(tmp_path: Path) -> N
     (tmp_path / "4 empty.png").write_bytes(b"")
     picture(tmp_path / "5 ganz.png")
     files = expand([tmp_path]).files
-    reads = list(read_each(files, 8))
-    assert [type(read) for read in reads] == [Frame, Unreadable, Unreadable, Unreadable, Frame]
-    assert [read.path for read in reads] == list(files)
-    for read, words in zip(reads[1:4], ("", "found none of these", "an empty file"), strict=True):
-        assert isinstance(read, Unreadable)
-        assert str(read.path) in read.reason and words in read.reason
-    assert list(read_each([], 8)) == []
+    first, *messages, last = read_all(files, 8)
+    assert isinstance(first, Frame) and isinstance(last, Frame) and (first.path, last.path) == (files[0], files[4])
+    for file, message, words in zip(files[1:4], messages, ("", "found none of these", "an empty file"), strict=True):
+        assert isinstance(message, str) and str(file) in message and words in message
+    assert read_all([], 8) == []
 
 
 def test_files_are_read_when_they_are_asked_for(tmp_path: Path) -> None:
-    reads = read_each([picture(tmp_path / "a.png"), tmp_path / "later.png"], 4)
+    reads = read_each([picture(tmp_path / "a.png"), tmp_path / "later.png"], 4, say=silent)
     next(reads)
     picture(tmp_path / "later.png")
     assert isinstance(next(reads), Frame)
@@ -44,12 +44,12 @@ def test_a_frame_is_what_load_image_reads_and_the_whole_image(tmp_path: Path) ->
     values = np.random.default_rng(1).integers(0, 256, (30, 50, 3), dtype=np.uint8)
     path = tmp_path / "a.png"
     Image.fromarray(values).save(path)
-    (frame,) = read_each([path], 8, keep_full=True)
+    (frame,) = read_all([path], 8, keep_full=True)
     assert isinstance(frame, Frame)
     assert frame.pixels.dtype == torch.uint8 and torch.equal(frame.pixels, load_image(path, 8)[0])
     assert (frame.height, frame.width) == (30, 50) and frame.notes == ()
     assert frame.full is not None and np.array_equal(frame.full.permute(1, 2, 0).numpy(), values)
-    (frame,) = read_each([path], 8)
+    (frame,) = read_all([path], 8)
     assert isinstance(frame, Frame) and frame.full is None
 
 
@@ -59,7 +59,7 @@ def test_the_frame_of_an_image_is_the_one_that_its_exif_rotation_shows(tmp_path:
     exif = Image.Exif()
     exif[0x0112] = 6  # to be turned a quarter clockwise: white at the right
     image.save(tmp_path / "a.png", exif=exif)
-    (frame,) = read_each([tmp_path / "a.png"], 8, keep_full=True)
+    (frame,) = read_all([tmp_path / "a.png"], 8, keep_full=True)
     assert isinstance(frame, Frame) and frame.full is not None
     assert (frame.height, frame.width) == (40, 20) and frame.full.shape == (3, 40, 20)
     assert int(frame.full[:, :, 10:].min()) == 255 and int(frame.full[:, :, :10].max()) == 0
@@ -69,7 +69,7 @@ def test_the_frame_of_an_image_is_the_one_that_its_exif_rotation_shows(tmp_path:
 def test_16_bit_grey_is_scaled_in_both_sizes(tmp_path: Path) -> None:
     values = np.array([[0, 257], [32768, 65535]], dtype=np.uint16).repeat(4, 0).repeat(4, 1)
     Image.fromarray(values).save(tmp_path / "a.png")
-    (frame,) = read_each([tmp_path / "a.png"], 8, keep_full=True)
+    (frame,) = read_all([tmp_path / "a.png"], 8, keep_full=True)
     assert isinstance(frame, Frame) and frame.full is not None
     assert frame.full[1, ::4, ::4].tolist() == [[0, 1], [128, 255]] and torch.equal(frame.full, frame.pixels)
     assert frame.notes == ("1 16-bit grey image scaled to 8 bits (value / 257)",)
@@ -91,12 +91,12 @@ def test_decoding_and_resizing_are_timed_apart(tmp_path: Path, monkeypatch: pyte
     monkeypatch.setattr(decoding, "perf_counter", lambda: now[0])
     monkeypatch.setattr(decoding, "decode", slow_decode)
     monkeypatch.setattr(Image.Image, "resize", slow_resize)
-    (frame,) = read_each([picture(tmp_path / "a.png")], 4)
+    (frame,) = read_all([picture(tmp_path / "a.png")], 4)
     assert isinstance(frame, Frame) and (frame.decode_seconds, frame.resize_seconds) == (4.0, 0.5)
 
 
 def test_size_must_be_positive(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="size: expected at least 1"):
-        next(read_each([picture(tmp_path / "a.png")], 0))
-    (frame,) = read_each([tmp_path / "a.png"], 1)
+        read_all([picture(tmp_path / "a.png")], 0)
+    (frame,) = read_all([tmp_path / "a.png"], 1)
     assert isinstance(frame, Frame) and frame.pixels.shape == (3, 1, 1)

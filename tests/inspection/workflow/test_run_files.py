@@ -25,11 +25,12 @@ from fastmaf.inspection.fold_models import FOLDS_FOLDER, load_fold_models
 from fastmaf.inspection.model import load_inspection
 from fastmaf.inspection.recipe import Recipe
 from fastmaf.inspection.report import build
+from fastmaf.inspection.report.content import REPORT_FILE
 from fastmaf.inspection.workflow import calibrate as calibrating
 from fastmaf.inspection.workflow import train as training
 from fastmaf.inspection.workflow.calibrate import calibrate, recalibrate
 from fastmaf.inspection.workflow.choose import choose
-from fastmaf.inspection.workflow.train import REPORT_FILE, train
+from fastmaf.inspection.workflow.train import train
 from fastmaf.io.locks import InUseError, run_lock
 from fastmaf.io.run_folder import DoesNotFitError
 from fastmaf.io.tensor_file import read_tensors, write_tensors
@@ -42,9 +43,9 @@ ROOT = Path(__file__).parents[3]
 
 
 @pytest.fixture
-def own(run: Path, tmp_path: Path) -> Path:
+def run_copy(run: Path, tmp_path: Path) -> Path:
     """A copy of the run's folder."""
-    return Path(shutil.copytree(run, tmp_path / "own"))
+    return Path(shutil.copytree(run, tmp_path / "run_copy"))
 
 
 @pytest.fixture
@@ -88,64 +89,66 @@ def full(*args: Any, **kwargs: Any) -> None:
 
 
 def test_a_report_that_cannot_be_written_changes_nothing(
-    data: Path, own: Path, fitted_already: None, monkeypatch: pytest.MonkeyPatch
+    data: Path, run_copy: Path, fitted_already: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    before = contents(own)
+    before = contents(run_copy)
     monkeypatch.setattr(build, "training_report", full)
     with pytest.raises(OSError, match="No space left"):
-        train(data, own, TINY, progress=False, say=silent)
-    assert contents(own) == before and hidden(own) == []
+        train(data, run_copy, TINY, progress=False, say=silent)
+    assert contents(run_copy) == before and hidden(run_copy) == []
 
 
-def test_the_previous_run_is_kept(data: Path, own: Path, fitted_already: None) -> None:
-    before = contents(own)
-    train(data, own, TINY, keep_folds=True, progress=False, say=silent)
-    found = contents(own)
-    assert {found[name] for name in PREVIOUS} == set(before.values())
-    assert {name for name in found if "/" in name} == {f"{FOLDS_FOLDER}/fold-{k}.safetensors" for k in (1, 2, 3)}
-    assert len(load_fold_models(own, load_inspection(own))) == 3
-    train(data, own, TINY, progress=False, say=silent)
-    assert {path.name for path in own.iterdir()} == FILES | PREVIOUS, "the models of the folds are gone with theirs"
+def test_the_previous_run_is_kept(data: Path, run_copy: Path, fitted_already: None) -> None:
+    before = contents(run_copy)
+    train(data, run_copy, TINY, keep_folds=True, progress=False, say=silent)
+    after = contents(run_copy)
+    assert {after[name] for name in PREVIOUS} == set(before.values())
+    assert {name for name in after if "/" in name} == {f"{FOLDS_FOLDER}/fold-{k}.safetensors" for k in (1, 2, 3)}
+    assert len(load_fold_models(run_copy, load_inspection(run_copy))) == 3
+    train(data, run_copy, TINY, progress=False, say=silent)
+    assert {path.name for path in run_copy.iterdir()} == FILES | PREVIOUS, (
+        "the models of the folds are gone with theirs"
+    )
 
 
-def test_folds_that_are_not_all_there_are_no_ensemble(data: Path, own: Path, fitted_already: None) -> None:
-    train(data, own, TINY, keep_folds=True, progress=False, say=silent)
-    (own / FOLDS_FOLDER / "fold-2.safetensors").unlink()
-    assert load_fold_models(own, load_inspection(own)) == []
+def test_folds_that_are_not_all_there_are_no_ensemble(data: Path, run_copy: Path, fitted_already: None) -> None:
+    train(data, run_copy, TINY, keep_folds=True, progress=False, say=silent)
+    (run_copy / FOLDS_FOLDER / "fold-2.safetensors").unlink()
+    assert load_fold_models(run_copy, load_inspection(run_copy)) == []
 
 
 def test_an_interrupted_fit_leaves_everything_as_it_was(
-    data: Path, own: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    data: Path, run_copy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def interrupted(*args: Any, **kwargs: Any) -> None:
         raise KeyboardInterrupt
 
-    before = contents(own)
+    before = contents(run_copy)
     monkeypatch.setattr(training, "fit", interrupted)
-    for out in (own, tmp_path / "new"):
+    for out in (run_copy, tmp_path / "new"):
         with pytest.raises(KeyboardInterrupt):
             train(data, out, TINY, progress=False, say=silent)
-    assert contents(own) == before and sorted(os.listdir(tmp_path)) == ["own"]
+    assert contents(run_copy) == before and sorted(os.listdir(tmp_path)) == ["run_copy"]
 
 
 @pytest.mark.parametrize("place", ["report", "replace"])
 def test_ctrl_c_while_writing(
-    data: Path, own: Path, fitted_already: None, interrupts: None, monkeypatch: pytest.MonkeyPatch, place: str
+    data: Path, run_copy: Path, fitted_already: None, interrupts: None, monkeypatch: pytest.MonkeyPatch, place: str
 ) -> None:
     """Before the first file is replaced nothing changes; from then on all are."""
-    before = contents(own)
+    before = contents(run_copy)
     if place == "report":
         monkeypatch.setattr(build, "training_report", lambda *args, **kw: signal.raise_signal(signal.SIGINT))
     else:
         monkeypatch.setattr(training, "replace", interrupting(training.replace))
     with pytest.raises(KeyboardInterrupt):
-        train(data, own, TINY, progress=False, say=silent)
+        train(data, run_copy, TINY, progress=False, say=silent)
     if place == "report":
-        assert contents(own) == before
+        assert contents(run_copy) == before
     else:
-        assert (own / REPORT_FILE).read_text() == A_REPORT
-        assert all(contents(own)[name] != before[name] for name in (MODEL_FILE, REPORT_FILE))
-    assert hidden(own) == []
+        assert (run_copy / REPORT_FILE).read_text() == A_REPORT
+        assert all(contents(run_copy)[name] != before[name] for name in (MODEL_FILE, REPORT_FILE))
+    assert hidden(run_copy) == []
 
 
 def interrupting(function: Callable[..., None]) -> Callable[..., None]:
@@ -175,13 +178,13 @@ def test_an_unfinished_run_of_the_other_recipe_is_not_overwritten(data: Path, tm
     assert contents(tmp_path) == before
 
 
-def test_the_state_of_a_finished_run_of_the_other_recipe_goes(data: Path, own: Path, fitted_already: None) -> None:
+def test_the_state_of_a_finished_run_of_the_other_recipe_goes(data: Path, run_copy: Path, fitted_already: None) -> None:
     from fastmaf.capsule import train as other
 
     config = TrainConfig(size=8, blocks=1, hidden_features=(8,), epochs=1, batch_size=16)
-    other.train(data, own / "sub", config, progress=False)
-    train(data, own / "sub", TINY, progress=False, say=silent)
-    assert not (own / "sub" / STATE_FILE).exists() and load_inspection(own / "sub").size == 16
+    other.train(data, run_copy / "sub", config, progress=False)
+    train(data, run_copy / "sub", TINY, progress=False, say=silent)
+    assert not (run_copy / "sub" / STATE_FILE).exists() and load_inspection(run_copy / "sub").size == 16
 
 
 def test_what_is_wrong_with_out_is_noticed_before_the_images_are_read(
@@ -197,7 +200,7 @@ def test_what_is_wrong_with_out_is_noticed_before_the_images_are_read(
 
 
 def test_too_small_a_disk_is_noticed_before_the_fit(
-    data: Path, own: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    data: Path, run_copy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """4 bytes for each of 10 factors of 768 dimensions, once, or four times with the models of three folds."""
     usage = shutil.disk_usage(tmp_path)
@@ -208,35 +211,40 @@ def test_too_small_a_disk_is_noticed_before_the_fit(
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=4 * 4 * 10 * 768 - 1))
     with pytest.raises(DoesNotFitError, match="0.1 MB"):
         train(data, tmp_path / "run", TINY, keep_folds=True, progress=False, say=silent)
-    assert sorted(os.listdir(tmp_path)) == ["own"]
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=(own / MODEL_FILE).stat().st_size - 1))
-    before = contents(own)
-    for call in (lambda: calibrate(own, 0.2), lambda: recalibrate(own, [str(data / "test/good")], 0.2, progress=False)):
+    assert sorted(os.listdir(tmp_path)) == ["run_copy"]
+    monkeypatch.setattr(
+        shutil, "disk_usage", lambda path: usage._replace(free=(run_copy / MODEL_FILE).stat().st_size - 1)
+    )
+    before = contents(run_copy)
+    for call in (
+        lambda: calibrate(run_copy, 0.2),
+        lambda: recalibrate(run_copy, [str(data / "test/good")], 0.2, progress=False),
+    ):
         with pytest.raises(DoesNotFitError):
             call()
-    assert contents(own) == before
+    assert contents(run_copy) == before
 
 
-def test_one_command_at_a_time(data: Path, own: Path) -> None:
+def test_one_command_at_a_time(data: Path, run_copy: Path) -> None:
     good = [str(data / "test" / "good")]
-    before = contents(own)
+    before = contents(run_copy)
     calls: list[Callable[[], object]] = [
-        lambda: train(data, own, TINY, progress=False, say=silent),
-        lambda: calibrate(own, 0.2),
-        lambda: calibrate(own / MODEL_FILE, 0.2),
-        lambda: recalibrate(own, good, 0.2, progress=False, say=silent),
+        lambda: train(data, run_copy, TINY, progress=False, say=silent),
+        lambda: calibrate(run_copy, 0.2),
+        lambda: calibrate(run_copy / MODEL_FILE, 0.2),
+        lambda: recalibrate(run_copy, good, 0.2, progress=False, say=silent),
     ]
-    with run_lock(own / MODEL_FILE, "training"):
+    with run_lock(run_copy / MODEL_FILE, "training"):
         for call in calls:
             with pytest.raises(InUseError, match=f"is in use: this process {os.getpid()} on .*, training since"):
                 call()
-    assert contents(own) == before
-    calibrate(own, 0.2)
-    assert load_inspection(own).calibration.false_alarm == 0.2 and hidden(own) == []
+    assert contents(run_copy) == before
+    calibrate(run_copy, 0.2)
+    assert load_inspection(run_copy).calibration.false_alarm == 0.2 and hidden(run_copy) == []
 
 
 def test_no_calibration_is_lost_to_one_that_began_earlier(
-    data: Path, own: Path, monkeypatch: pytest.MonkeyPatch
+    data: Path, run_copy: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """While new images are scored, another thread changes the rate: it is refused, not overwritten afterwards."""
     refused: list[InUseError] = []
@@ -245,7 +253,7 @@ def test_no_calibration_is_lost_to_one_that_began_earlier(
     def meanwhile(*args: Any, **kwargs: Any) -> Any:
         def other() -> None:
             with pytest.raises(InUseError) as caught:
-                calibrate(own, 0.3)
+                calibrate(run_copy, 0.3)
             refused.append(caught.value)
 
         thread = threading.Thread(target=other)
@@ -254,23 +262,23 @@ def test_no_calibration_is_lost_to_one_that_began_earlier(
         return read(*args, **kwargs)
 
     monkeypatch.setattr(calibrating, "read_images", meanwhile)
-    recalibrate(own, [str(data / "test" / "good")], 0.2, progress=False, say=silent)
+    recalibrate(run_copy, [str(data / "test" / "good")], 0.2, progress=False, say=silent)
     assert "recalibrating since" in str(refused[0])
-    assert load_inspection(own).calibration.how == "split"
+    assert load_inspection(run_copy).calibration.how == "split"
 
 
 @pytest.mark.parametrize("operation", ["fsync", "replace"])
 def test_a_calibration_that_cannot_be_written_changes_nothing(
-    data: Path, own: Path, monkeypatch: pytest.MonkeyPatch, operation: str
+    data: Path, run_copy: Path, monkeypatch: pytest.MonkeyPatch, operation: str
 ) -> None:
-    before = contents(own)
+    before = contents(run_copy)
     with monkeypatch.context() as patch:
         patch.setattr(os, operation, full)
         with pytest.raises(OSError, match="No space left"):
-            calibrate(own, 0.2)
+            calibrate(run_copy, 0.2)
         with pytest.raises(OSError, match="No space left"):
-            recalibrate(own, [str(data / "test" / "good")], 0.2, progress=False, say=silent)
-    assert contents(own) == before and hidden(own) == []
+            recalibrate(run_copy, [str(data / "test" / "good")], 0.2, progress=False, say=silent)
+    assert contents(run_copy) == before and hidden(run_copy) == []
 
 
 @pytest.mark.parametrize("n", [1, 2, 3, 4])

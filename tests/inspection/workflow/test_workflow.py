@@ -26,9 +26,9 @@ from tests.inspection.tiny import silent
 
 
 @pytest.fixture
-def own(run: Path, tmp_path: Path) -> Path:
+def model_copy(run: Path, tmp_path: Path) -> Path:
     """A copy of the model file that a test may change."""
-    path = tmp_path / "own.safetensors"
+    path = tmp_path / "copy.safetensors"
     path.write_bytes((run / "model.safetensors").read_bytes())
     return path
 
@@ -47,21 +47,21 @@ def test_train_leaves_model_log_and_report(run: Path) -> None:
     assert isinstance(model.flow.transforms[1], fastmaf.LocalAutoregressive)
 
 
-def test_calibrate_changes_the_threshold_alone(own: Path) -> None:
-    before = load_inspection(own)
-    calibrate(own, 0.2)
-    after = load_inspection(own)
+def test_calibrate_changes_the_threshold_alone(model_copy: Path) -> None:
+    before = load_inspection(model_copy)
+    calibrate(model_copy, 0.2)
+    after = load_inspection(model_copy)
     assert after.calibration.false_alarm == 0.2 and after.calibration.threshold < before.calibration.threshold
     assert np.array_equal(after.calibration.scores, before.calibration.scores)
     assert all(torch.equal(a, b) for a, b in zip(after.flow.buffers(), before.flow.buffers(), strict=True))
 
 
-def test_recalibrate_takes_scores_of_new_images(own: Path, data: Path) -> None:
-    found = recalibrate(own, [str(data / "test" / "good")], 0.2, progress=False, say=silent)
-    after = load_inspection(own)
-    assert found.how == after.calibration.how == "split" and after.calibration.n == 4
-    assert found.source == after.calibration.source and str(data)[:20] in found.describe()
-    assert found.created == after.calibration.created and found.created is not None
+def test_recalibrate_takes_scores_of_new_images(model_copy: Path, data: Path) -> None:
+    calibration = recalibrate(model_copy, [str(data / "test" / "good")], 0.2, progress=False, say=silent)
+    after = load_inspection(model_copy)
+    assert calibration.how == after.calibration.how == "split" and after.calibration.n == 4
+    assert calibration.source == after.calibration.source and str(data)[:20] in calibration.describe()
+    assert calibration.created == after.calibration.created and calibration.created is not None
 
 
 def test_scores_as_csv_and_json_lines(run: Path, data: Path, tmp_path: Path) -> None:
@@ -72,22 +72,22 @@ def test_scores_as_csv_and_json_lines(run: Path, data: Path, tmp_path: Path) -> 
     assert score(run, files, overlays=overlays, maps=maps, stdout=text, **options) == 0
     assert score(run, files, json_lines=True, stdout=lines, **options) == 0
     rows, objects = rows_of(text.getvalue()), [json.loads(line) for line in lines.getvalue().splitlines()]
-    assert [row["file"] for row in rows] == [one["file"] for one in objects] and len(rows) == 7
+    assert [row["file"] for row in rows] == [record["file"] for record in objects] and len(rows) == 7
     model = load_inspection(run)
-    for row, one in zip(rows, objects, strict=True):
-        assert float(row["score"]) == one["score"] and row["verdict"] == one["verdict"]
-        assert (one["score"] > model.calibration.threshold) == (one["verdict"] == "anomalous")
-        assert one["p_value"] == model.calibration.p_values(np.array([one["score"]]))[0]
+    for row, record in zip(rows, objects, strict=True):
+        assert float(row["score"]) == record["score"] and row["verdict"] == record["verdict"]
+        assert (record["score"] > model.calibration.threshold) == (record["verdict"] == "anomalous")
+        assert record["p_value"] == model.calibration.p_values(np.array([record["score"]]))[0]
     assert len(list(overlays.iterdir())) == len(list(maps.iterdir())) == 7, "one name in two folders"
 
 
 def test_damaged_files_are_named_and_passed_over(run: Path, data: Path, tmp_path: Path) -> None:
     (tmp_path / "schlecht ä.png").write_bytes(b"no image")
-    told: list[str] = []
+    messages: list[str] = []
     out = tmp_path / "scores.csv"
     files = [str(tmp_path / "schlecht ä.png"), str(data / "test" / "good")]
-    assert score(run, files, out=out, progress=False, stdout=io.StringIO(), say=told.append) == 1
-    assert any("schlecht ä.png" in text for text in told)
+    assert score(run, files, out=out, progress=False, stdout=io.StringIO(), say=messages.append) == 1
+    assert any("schlecht ä.png" in text for text in messages)
     assert len(rows_of(out.read_text("utf-8"))) == 4
     with pytest.raises(ValueError, match="csv or .jsonl"):
         score(run, files, out=tmp_path / "scores.txt", progress=False, stdout=io.StringIO(), say=silent)
@@ -103,7 +103,7 @@ def _odd(folder: Path) -> Path:
     return folder
 
 
-def test_every_command_says_how_images_were_changed_on_being_read(run: Path, own: Path, tmp_path: Path) -> None:
+def test_every_command_says_how_images_were_changed_on_being_read(run: Path, model_copy: Path, tmp_path: Path) -> None:
     odd = _odd(tmp_path / "odd")
     expected = [
         "2 16-bit grey images scaled to 8 bits (value / 257)",
@@ -111,21 +111,21 @@ def test_every_command_says_how_images_were_changed_on_being_read(run: Path, own
         "8-bit values, save it with 8 bits",
         "1 image with an alpha channel composited on white",
     ]
-    told: list[str] = []
-    score(run, [str(odd)], progress=False, stdout=io.StringIO(), say=told.append)
-    assert told[:-1] == expected
-    told = []
-    recalibrate(own, [str(odd)], 0.2, progress=False, say=told.append)
-    assert told == expected
-    told = []
+    messages: list[str] = []
+    score(run, [str(odd)], progress=False, stdout=io.StringIO(), say=messages.append)
+    assert messages[:-1] == expected
+    messages = []
+    recalibrate(model_copy, [str(odd)], 0.2, progress=False, say=messages.append)
+    assert messages == expected
+    messages = []
     with pytest.raises(DataError, match="3 good images"):  # said before it is refused
-        choose(odd, size=16, progress=False, say=told.append)
-    assert [text for text in told if text in expected] == expected
+        choose(odd, size=16, progress=False, say=messages.append)
+    assert [text for text in messages if text in expected] == expected
 
 
 def test_evaluation_writes_scores_metrics_and_report(run: Path, data: Path, tmp_path: Path) -> None:
-    told: list[str] = []
-    lines = evaluate(run, data, tmp_path, progress=False, say=told.append)
+    messages: list[str] = []
+    lines = evaluate(run, data, tmp_path, progress=False, say=messages.append)
     assert {path.name for path in tmp_path.iterdir()} == {"scores.csv", "metrics.json", "report.html"}
     assert [line.default for line in lines].count(True) == 1 and {line.kind for line in lines} == {"score", "baseline"}
     rows = rows_of((tmp_path / "scores.csv").read_text("utf-8"))
@@ -135,22 +135,24 @@ def test_evaluation_writes_scores_metrics_and_report(run: Path, data: Path, tmp_
     assert lines[0].auroc == pytest.approx((defects[:, None] > good).mean())
     metrics = json.loads((tmp_path / "metrics.json").read_text())
     assert metrics["classes"]["squeeze"]["images"] == 3 and len(metrics["scores"]) == len(lines)
-    assert {row["kind"] for row in metrics["scores"]} == {"score", "control"}, "the file's own names"
+    assert {row["kind"] for row in metrics["scores"]} == {"score", "control"}, "the file's names"
     with_maps = [line for line in lines if line.pixel_auroc is not None]
     assert {line.name for line in with_maps} >= {lines[0].name, "PCA residual (100)"}
     assert lines[0].pixel_difference is None and all(line.pixel_difference is not None for line in with_maps[1:])
-    assert f"{lines[0].pixel_auroc:.3f}" in told[-2].splitlines()[1]
+    assert f"{lines[0].pixel_auroc:.3f}" in messages[-2].splitlines()[1]
 
 
 @pytest.mark.slow
-def test_the_commands(run: Path, own: Path, data: Path, tmp_path: Path) -> None:
+def test_the_commands(run: Path, model_copy: Path, data: Path, tmp_path: Path) -> None:
     invoke = CliRunner().invoke
     (tmp_path / "bad.png").write_bytes(b"")
-    done = invoke(app, ["calibrate", "--model", str(own), "--false-alarm", "0.1"])
+    done = invoke(app, ["calibrate", "--model", str(model_copy), "--false-alarm", "0.1"])
     assert done.exit_code == 0 and "10%" in done.output
-    done = invoke(app, ["score", str(own), str(tmp_path / "bad.png"), str(data / "test" / "good"), "--quiet"])
+    done = invoke(app, ["score", str(model_copy), str(tmp_path / "bad.png"), str(data / "test" / "good"), "--quiet"])
     assert done.exit_code == 2 and "bad.png" in done.output
-    done = invoke(app, ["eval", "--model", str(own), "--data", str(data), "--out", str(tmp_path / "e"), "--quiet"])
+    done = invoke(
+        app, ["eval", "--model", str(model_copy), "--data", str(data), "--out", str(tmp_path / "e"), "--quiet"]
+    )
     assert done.exit_code == 0 and "PCA residual" in done.output and (tmp_path / "e" / "report.html").is_file()
     done = invoke(app, ["train", "--recipe", "inspection", "--data", str(data), "--out", str(tmp_path), "--lr", "1"])
     assert done.exit_code != 0 and "--lr" in done.output
@@ -165,7 +167,7 @@ def test_the_commands(run: Path, own: Path, data: Path, tmp_path: Path) -> None:
     )
     done = invoke(app, ["train", "--data", str(data), "--out", str(tmp_path), "--logit", "0.1"])
     assert done.exit_code != 0 and "--logit" in done.output
-    done = invoke(app, ["eval", "--model", str(own), "--data", str(data), "--false-alarm", "0.2"])
+    done = invoke(app, ["eval", "--model", str(model_copy), "--data", str(data), "--false-alarm", "0.2"])
     assert done.exit_code != 0 and "fastmaf calibrate" in done.output
     done = invoke(
         app, ["train", "--recipe", "inspection", "--data", str(data), "--out", str(tmp_path), "--device", "cpu"]
