@@ -81,6 +81,22 @@ class FlowArgs(NamedTuple):
         weights, biases = halves(parameters)
         return self._replace(weights=weights, biases=biases)
 
+    def single_blocks(self) -> list[FlowArgs]:
+        """Returns each block as a flow of its own, with the permutation before it; the last has the final one, too."""
+        none = self.schedules[0].new_empty(0, dtype=torch.int64)
+        finals = [none] * (len(self.schedules) - 1) + [self.permutations[-1]]
+        return [
+            FlowArgs(
+                *([part[i] for i in layers] for part in self[:4]),
+                [self.schedules[block]],
+                [self.permutations[block], finals[block]],
+                self.activation,
+                [self.bounds[block]],
+                [self.softs[block]],
+            )
+            for block, layers in enumerate(self.layers_of_blocks())
+        ]
+
     def inverted(self) -> FlowArgs:
         """Returns the blocks in the order of inversion, with the inverses of the permutations."""
         layers = [i for block in reversed(self.layers_of_blocks()) for i in block]

@@ -10,7 +10,7 @@ from fastmaf.kernels import composite
 from fastmaf.kernels.autocast import outside_autocast
 from fastmaf.kernels.dispatch import implementation
 from fastmaf.kernels.flow.args import FLOW_SCHEMA, FlowArgs, halves
-from fastmaf.kernels.op import Op
+from fastmaf.kernels.op import Op, records_gradients
 from fastmaf.kernels.padding import keep_zero
 
 
@@ -80,4 +80,11 @@ def flow_inverse(z: Tensor, args: FlowArgs) -> tuple[Tensor, Tensor]:
     if composite.needed():
         return composite.flow_inverse(z, args)
     z = z.contiguous()
-    return _INVERSE(z, *args, tensors=(z, *args.weights, *args.biases))
+    if not records_gradients((z, *args.weights, *args.biases)):
+        return _INVERSE(z, *args)
+    # Block by block, so that the backward pass holds the new gradients of one block only beside those that it adds to.
+    ladj = z.new_zeros(z.shape[0])
+    for block in args.single_blocks():
+        z, term = _INVERSE(z, *block, tensors=(z, *block.weights, *block.biases))
+        ladj = ladj + term
+    return z, ladj

@@ -72,9 +72,9 @@ def grad_input(grad_y: Tensor, weight: Tensor, tiles: Tensor, in_features: int) 
     return grad_x
 
 
-def grad_weight(grad_y: Tensor, x: Tensor, args: LinearArgs, into: Tensor | None = None) -> Tensor:
-    """Returns ``grad_yᵀ @ x`` ``[numel]`` in packed storage, with exact zeros in the padding, in memory ``into``."""
-    grad = grad_y.new_empty(args.weight.shape[0]) if into is None else into
+def grad_weight(grad_y: Tensor, x: Tensor, args: LinearArgs) -> Tensor:
+    """Returns ``grad_yᵀ @ x`` ``[numel]`` in packed storage, with exact zeros in the padding."""
+    grad = grad_y.new_empty(args.weight.shape[0])
     grad_y_t = grad_y.t().contiguous()  # each tile's rows are then one block: a quarter less time than strided ones
     for tile in tiles_of(args.tiles):
         if tile.width:

@@ -25,7 +25,6 @@ from fastmaf.kernels.flow.saved import before_permutation
 from fastmaf.kernels.layout import Tile, tiles_of
 from fastmaf.kernels.masked_linear import torch as linear
 from fastmaf.kernels.masked_linear.args import LinearArgs
-from fastmaf.kernels.native_library import empty_on_huge_pages
 from fastmaf.kernels.tensor_cache import cached
 
 
@@ -185,8 +184,5 @@ def _backward_of_block(
                     grad = torch.stack((grad_shift, grad_a * slope[:, dims]), dim=2).flatten(1)
                 grad_rows[k][:, rows] = grad
                 grad_values[k][:, : piece.width] += grad @ piece.of(layers[k].weight)
-    grad_weights = []
-    for grad, value, layer in zip(grad_rows, values, layers, strict=True):
-        memory = empty_on_huge_pages(layer.weight.shape[0], device=grad.device, dtype=grad.dtype)
-        grad_weights.append(linear.grad_weight(grad, value, layer, memory))
+    grad_weights = [linear.grad_weight(*of_layer) for of_layer in zip(grad_rows, values, layers, strict=True)]
     return grad_values[0] * scale, grad_weights, [grad.sum(0) for grad in grad_rows]
