@@ -64,7 +64,12 @@ def test_figures_follow_the_colours_of_the_page(figures: dict[str, Drawing]) -> 
 
 def test_figures_say_what_they_show(figures: dict[str, Drawing]) -> None:
     shown = texts(figures["histogram"])
-    assert {"calibration (60)", "good (20)", "defective (30)", f"threshold {CALIBRATION.threshold:.2f}"} <= set(shown)
+    assert {
+        "calibration (n = 60)",
+        "good (n = 20)",
+        "defective (n = 30)",
+        f"threshold {CALIBRATION.threshold:.2f}",
+    } <= set(shown)
     assert "a $1 & $2 <b> \u5b57 (15)" in shown and "cut (15)" in shown
     counts = verdicts(RESULTS, CALIBRATION.threshold)
     point = f"{counts.detected} of 30 defects, {counts.false_alarms} of 20 false alarms"
