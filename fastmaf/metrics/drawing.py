@@ -46,16 +46,15 @@ def draw_curves(axes: Axes, train: Curve, validation: Curve, published: Curve | 
     published = published or Curve("", np.empty(0), np.empty(0))
     low, high = _curve_limits(train.nll, validation.nll, published.nll)
     known = ~np.isnan(validation.nll)
+    joined = Curve(validation.name, validation.at[known], validation.nll[known])
     marker = "o" if len(train.at) <= 40 else ""  # a single point has no line
+    styles: tuple[dict[str, Any], ...] = (
+        {"color": BLUE, "marker": marker},
+        {"color": ORANGE, "marker": marker, "ls": "--"},
+        {"color": ink(), "marker": "D", "mfc": "white", "markersize": 6, "ls": ""},
+    )
     above = []
-    for (name, at, nll), style in (
-        (train, {"color": BLUE, "marker": marker}),
-        (
-            Curve(validation.name, validation.at[known], validation.nll[known]),
-            {"color": ORANGE, "marker": marker, "ls": "--"},
-        ),
-        (published, {"color": ink(), "marker": "D", "mfc": "white", "markersize": 6, "ls": ""}),
-    ):
+    for (name, at, nll), style in zip((train, joined, published), styles, strict=True):
         if np.isfinite(nll).any():
             axes.plot(at, nll, label=name, **style)
         out = nll > high

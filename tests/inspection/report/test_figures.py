@@ -119,6 +119,15 @@ def test_the_curve_survives_what_training_brings() -> None:
         assert curve([math.inf, -3.0]).notes[0].startswith("Training: 1 of 2 points are above the axis")
 
 
+def test_a_held_out_curve_with_a_value_every_tenth_step_is_a_line() -> None:
+    """Points between missing values have no line of their own, and long curves have no markers."""
+    steps = np.arange(60.0)
+    sparse = curve(list(-steps), list(np.where(steps % 10 == 0, 5 - steps, math.nan)))
+    paths = [e.attrib for e in ElementTree.fromstring(sparse.svg).iter("path")]
+    (line,) = [path["d"] for path in paths if "--orange" in path.get("style", "") and path["d"].count("L") == 5]
+    assert line.count("M") == 1
+
+
 def pixels(uri: str) -> np.ndarray:
     head, _, body = uri.partition(",")
     assert head == "data:image/png;base64"
