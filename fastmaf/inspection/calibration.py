@@ -6,7 +6,6 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from datetime import datetime
-from fractions import Fraction
 from functools import cached_property
 from typing import Any
 
@@ -15,6 +14,7 @@ from scipy.special import betainc, betaincinv
 
 from fastmaf.inspection.scoring.settings import check_fields
 from fastmaf.io.schema import Maybe, Number, OneOf, Record, SchemaError, Text, Whole
+from fastmaf.metrics.evaluate import conformal_rank, decimal
 from fastmaf.metrics.results import checked_scores
 
 _SLACK = 1e-12  # relative: rounding must not decide where a binomial tail equals 1 - confidence
@@ -121,13 +121,12 @@ class Calibration:
 
     @cached_property
     def _attainable_rank(self) -> int | None:
-        share = 1 - _decimal(self.false_alarm)
         if self.confidence is None:
-            rank = math.ceil((self.n + 1) * share)
+            rank, _ = conformal_rank(self.n, self.false_alarm)
             return rank if rank <= self.n else None
         k = np.arange(1, self.n + 1)
-        exceeds = betainc(k, self.n + 1 - k, float(share))  # P(R > alpha), decreasing in k
-        fits = exceeds <= float(1 - _decimal(self.confidence)) * (1 + _SLACK)
+        exceeds = betainc(k, self.n + 1 - k, float(1 - decimal(self.false_alarm)))  # P(R > alpha), decreasing in k
+        fits = exceeds <= float(1 - decimal(self.confidence)) * (1 + _SLACK)
         return 1 + int(fits.argmax()) if fits.any() else None
 
     @property
@@ -157,8 +156,8 @@ class Calibration:
         On average ceil(1 / alpha) - 1; with confidence c the smallest n with (1 - alpha)^n <= 1 - c.
         """
         if self.confidence is None:
-            return math.ceil(1 / _decimal(self.false_alarm)) - 1
-        miss = float(1 - _decimal(self.confidence))
+            return conformal_rank(self.n, self.false_alarm)[1]
+        miss = float(1 - decimal(self.confidence))
         return max(1, math.ceil((math.log(miss) + _SLACK) / math.log1p(-self.false_alarm)))
 
     def bound(self, confidence: float = 0.95) -> float:
@@ -279,11 +278,6 @@ def _valid_scores(scores: Any, which: str) -> np.ndarray:
         return checked_scores(scores, which)
     except (ValueError, TypeError, OverflowError) as error:
         raise CalibrationError(str(error)) from None
-
-
-def _decimal(share: float) -> Fraction:
-    """Returns the decimal number that a float stands for: in floats 100 * (1 - 0.07) exceeds 93."""
-    return Fraction(str(share))
 
 
 def _needed(calibration: Calibration) -> str:

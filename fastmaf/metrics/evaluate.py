@@ -98,6 +98,17 @@ def evaluate_scores(
     )
 
 
+def decimal(share: float) -> Fraction:
+    """Returns the decimal number that a float stands for: in floats 100 * (1 - 0.07) exceeds 93."""
+    return Fraction(str(float(share)))
+
+
+def conformal_rank(n: int, false_alarm: float) -> tuple[int, int]:
+    """Returns the rank ceil((n+1)(1-alpha)) among n scores, and the smallest n that has it: ceil(1/alpha) - 1."""
+    alpha = decimal(false_alarm)
+    return math.ceil((n + 1) * (1 - alpha)), math.ceil(1 / alpha) - 1
+
+
 def conformal_threshold(held_out_nll: np.ndarray, false_alarm: float) -> tuple[float, str, float, float]:
     """Returns the split conformal threshold: the ceil((n+1)(1-alpha))-th smallest score of n held-out normals.
 
@@ -115,8 +126,7 @@ def conformal_threshold(held_out_nll: np.ndarray, false_alarm: float) -> tuple[f
 
     scores = np.sort(checked_scores(held_out_nll, "held-out"))
     n = len(scores)
-    alpha = Fraction(str(float(false_alarm)))  # exact: in floats, 100 * (1 - 0.07) exceeds 93
-    rank = math.ceil((n + 1) * (1 - alpha))
+    rank, least = conformal_rank(n, false_alarm)
     if rank <= n:
         guaranteed = float(false_alarm)
         how = (
@@ -127,7 +137,7 @@ def conformal_threshold(held_out_nll: np.ndarray, false_alarm: float) -> tuple[f
         rank, guaranteed = n, 1 / (n + 1)
         how = (
             f"split conformal: {n} held-out normals are too few for a false-alarm rate of {float(false_alarm):g} (that "
-            f"takes {math.ceil(1 / alpha) - 1}), so this is their largest NLL, which guarantees a rate of 1/(n+1) = "
+            f"takes {least}), so this is their largest NLL, which guarantees a rate of 1/(n+1) = "
             f"{guaranteed:.3g}; no label of the test set was used"
         )
     threshold = float(scores[rank - 1])

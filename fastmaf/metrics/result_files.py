@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import json
 import math
 import os
@@ -17,6 +15,7 @@ import numpy as np
 
 from fastmaf.images.names import to_cell, visible
 from fastmaf.io.atomic import written_atomically
+from fastmaf.io.csv_file import write_csv
 from fastmaf.io.outputs import Kind, json_file, table
 from fastmaf.metrics.results import Evaluation, EvaluationError, bits_per_dim, checked_scores, nats
 
@@ -62,16 +61,13 @@ def write_scores(
         raise EvaluationError(f"each score needs its file; found {len(scores)} scores and {len(paths)} files")
     caught = evaluation.youden.is_anomalous(scores)
     caught_held_out = None if evaluation.held_out is None else evaluation.held_out.is_anomalous(scores)
-    text = io.StringIO(newline="")
-    table = csv.writer(text, lineterminator="\n")
-    table.writerow(SCORE_COLUMNS)
+    rows = []
     for i, score in enumerate(scores.tolist()):
         bits = bits_per_dim(score, features)
         held_out = "" if caught_held_out is None else int(caught_held_out[i])
         file, label = to_cell(os.fspath(paths[i])), to_cell(labels[i])
-        table.writerow([file, label, repr(score), repr(bits), int(caught[i]), held_out])
-    with written_atomically(path) as stream:
-        stream.write(text.getvalue().encode("utf-8", "surrogateescape"))  # file names may hold undecodable bytes
+        rows.append([file, label, repr(score), repr(bits), int(caught[i]), held_out])
+    write_csv(path, SCORE_COLUMNS, rows)
 
 
 def write_metrics(path: str | Path, evaluation: Evaluation, extra: Mapping[str, Any] | None = None) -> None:

@@ -69,7 +69,7 @@ def test_histogram_axis_covers_the_bulk(tmp_path: Path) -> None:
     good = nll[np.array(labels) == "good"]
     assert (good.max() - good.min()) / (high - low) > 0.4
     # the last tick describes the edge bin: number of images, limit, maximum
-    last = points.get_xticklabels()[-1].get_text()
+    last = points.get_xticklabels(which="both")[-1].get_text()
     edge = float(last.split("above ")[1].split("\n")[0].replace("\u2212", "-").replace(",", ""))
     assert last.startswith(f"{(nll > edge).sum()} images") and last.endswith("1,900,000")
     assert "good (n = 23)" in texts(bars) and "defective (n = 109)" in texts(bars)
@@ -84,7 +84,7 @@ def test_histogram_without_outliers_has_no_bin_at_the_edge(tmp_path: Path) -> No
     figure = plots.nll_hist(tmp_path / "h.png", nll, ["good"] * 30 + ["x"] * 30, {})
     bars, points = figure.axes
     assert bars.get_xlim()[0] < nll.min() and nll.max() < bars.get_xlim()[1] < 1.7
-    assert not any("image" in t.get_text() for t in points.get_xticklabels())
+    assert not any("image" in t.get_text() for t in points.get_xticklabels(which="both"))
 
 
 def test_histogram_of_one_outlier(tmp_path: Path) -> None:
@@ -92,7 +92,7 @@ def test_histogram_of_one_outlier(tmp_path: Path) -> None:
     figure = plots.nll_hist(tmp_path / "h.png", nll, ["good"] * 23 + ["x"] * 38, {"t": -41000.0})
     low, high = figure.axes[0].get_xlim()
     assert high - low < 2 * (nll[:60].max() - nll[:60].min())
-    assert figure.axes[1].get_xticklabels()[-1].get_text().startswith("1 image\n")
+    assert figure.axes[1].get_xticklabels(which="both")[-1].get_text().startswith("1 image\n")
 
 
 @pytest.mark.parametrize(

@@ -64,7 +64,12 @@ def test_figures_follow_the_colours_of_the_page(figures: dict[str, Drawing]) -> 
 
 def test_figures_say_what_they_show(figures: dict[str, Drawing]) -> None:
     shown = texts(figures["histogram"])
-    assert {"calibration (60)", "good (20)", "defective (30)", f"threshold {CALIBRATION.threshold:.2f}"} <= set(shown)
+    assert {
+        "calibration (n = 60)",
+        "good (n = 20)",
+        "defective (n = 30)",
+        f"threshold {CALIBRATION.threshold:.2f}",
+    } <= set(shown)
     assert "a $1 & $2 <b> \u5b57 (15)" in shown and "cut (15)" in shown
     counts = verdicts(RESULTS, CALIBRATION.threshold)
     point = f"{counts.detected} of 30 defects, {counts.false_alarms} of 20 false alarms"
@@ -112,6 +117,15 @@ def test_the_curve_survives_what_training_brings() -> None:
         assert "held-out normals" in texts(curve([math.nan, math.nan], [-5.0, -6.0]))
         assert curve([math.nan]).notes == ("Training: no value at 1 of 1 points.",)
         assert curve([math.inf, -3.0]).notes[0].startswith("Training: 1 of 2 points are above the axis")
+
+
+def test_a_held_out_curve_with_a_value_every_tenth_step_is_a_line() -> None:
+    """Points between missing values have no line of their own, and long curves have no markers."""
+    steps = np.arange(60.0)
+    sparse = curve(list(-steps), list(np.where(steps % 10 == 0, 5 - steps, math.nan)))
+    paths = [e.attrib for e in ElementTree.fromstring(sparse.svg).iter("path")]
+    (line,) = [path["d"] for path in paths if "--orange" in path.get("style", "") and path["d"].count("L") == 5]
+    assert line.count("M") == 1
 
 
 def pixels(uri: str) -> np.ndarray:
