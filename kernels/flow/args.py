@@ -85,17 +85,13 @@ class FlowArgs(NamedTuple):
         """Returns each block as a flow of its own, with the permutation before it; the last has the final one, too."""
         none = self.schedules[0].new_empty(0, dtype=torch.int64)
         finals = [none] * (len(self.schedules) - 1) + [self.permutations[-1]]
-        return [
-            FlowArgs(
-                *([part[i] for i in layers] for part in self[:4]),
-                [self.schedules[block]],
-                [self.permutations[block], finals[block]],
-                self.activation,
-                [self.bounds[block]],
-                [self.softs[block]],
-            )
-            for block, layers in enumerate(self.layers_of_blocks())
-        ]
+        blocks = []
+        for block, layers in enumerate(self.layers_of_blocks()):
+            weights, biases, prefixes, tiles = (list(part[layers.start : layers.stop]) for part in self[:4])
+            permutations = [self.permutations[block], finals[block]]
+            rest = (self.activation, [self.bounds[block]], [self.softs[block]])
+            blocks.append(FlowArgs(weights, biases, prefixes, tiles, [self.schedules[block]], permutations, *rest))
+        return blocks
 
     def inverted(self) -> FlowArgs:
         """Returns the blocks in the order of inversion, with the inverses of the permutations."""
