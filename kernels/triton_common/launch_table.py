@@ -1,8 +1,8 @@
 """How the Triton kernels are launched: one table per architecture family, and the precision of their matrix products.
 
 The numbers were chosen from what the compiler reports (registers, spills, shared memory, instructions per weight) and
-from the memory system of each family; ``bench/dev/tune.py`` times the alternatives on a card and prints a table to replace
-one of these.
+from the memory system of each family; ``bench/dev/tune.py`` times the alternatives on a card and prints a table to
+replace one of these.
 """
 
 from __future__ import annotations
