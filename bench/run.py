@@ -74,8 +74,10 @@ def run(
     for measured in suite.measured:
         if (threads := measured.group.threads) is not None and threads not in by_threads:
             torch.set_num_threads(threads)
-            by_threads[threads] = limits | machine.limits()
-            torch.set_num_threads(default)
+            try:
+                by_threads[threads] = limits | machine.limits()
+            finally:
+                torch.set_num_threads(default)
     rows = [measured.row(by_threads[measured.group.threads]) for measured in suite.measured]
     return Result(rows, about, suite.left_out, suite.wrong)
 

@@ -85,11 +85,15 @@ class Worker:
         self.alive = False
         with contextlib.suppress(psutil.Error, AttributeError):  # it has ended, or has never started
             self.process.resume()
-            timer = threading.Timer(patience, self.process.kill)
+            timer = threading.Timer(patience, self._kill)
             timer.start()
             self._pool.shutdown()
             timer.cancel()
         self._pool.shutdown()
+
+    def _kill(self) -> None:
+        with contextlib.suppress(psutil.Error):  # it may have ended in the meantime
+            self.process.kill()
 
 
 _servers: list[Server] = []  # of this process: none or one

@@ -59,6 +59,8 @@ class NaiveMADE(nn.Module):
             if k < last:
                 x = torch.relu(x)
         shift, u = x.chunk(2, dim=1)
+        if math.isinf(self.log_scale_bound):
+            return shift, u
         if self.soft_bound:
             return shift, self.log_scale_bound * torch.tanh(u / self.log_scale_bound)
         return shift, u.clamp(-self.log_scale_bound, self.log_scale_bound)

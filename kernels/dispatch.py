@@ -82,13 +82,17 @@ class use_backend:
 
 @functools.cache
 def _load(op: str, backend: str) -> ModuleType:
+    module = f"{__package__}.{op}.{backend}"
     try:
-        return importlib.import_module(f"{__package__}.{op}.{backend}")
+        return importlib.import_module(module)
     except ModuleNotFoundError as error:
-        raise BackendUnavailableError(
-            f"backend {backend!r} of {op} needs {error.name!r}, which is not installed (for the torch of this "
-            "installation: pip install 'fastmaf[triton]'; beside torch 2.7, the last with Pascal, triton 3.3.1)"
-        ) from error
+        if error.name == module:
+            reason = f"this version of fastmaf has no {backend!r} backend for {op}; backend 'torch' runs everywhere"
+        else:
+            reason = f"backend {backend!r} of {op} needs {error.name!r}, which is not installed"
+        if error.name == "triton":
+            reason += " (pip install 'fastmaf[triton]'; beside torch 2.7, the last with Pascal: triton==3.3.1)"
+        raise BackendUnavailableError(reason) from error
     except ImportError as error:
         raise BackendUnavailableError(f"backend {backend!r} of {op} is not usable here: {error}") from error
 

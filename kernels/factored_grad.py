@@ -68,7 +68,8 @@ class GradientSink:
     """Consumes the gradient of a weight in factored form, in place of the weight's ``grad``.
 
     Args:
-        node: the node of the autograd graph whose gradient is consumed; gradients from other nodes are not.
+        node: the node of the autograd graph whose gradient is consumed; gradients from other nodes are not. None for a
+            sink that a backward pass is given directly.
         begin_update: returns the moments and scalars with which the weight is updated as soon as its gradient is known;
             None: the gradient is kept.
 

@@ -120,13 +120,21 @@ app.command("eval")(evaluate)
 
 
 @app.command()
-@options_of(train, data=None, epochs=None, degrees="random", holdout=None)
-def reproduce(context: typer.Context, data: Path | None, out: Path, **_: Any) -> None:
-    """Repeat the published run (train, sample, evaluate) and print both runs side by side.
-
-    With --data: 100 epochs, no image held out. Without --data: 20 epochs on a synthetic set, a tenth of its normal
-    images held out.
-    """
+@options_of(train, degrees="random")
+def reproduce(
+    context: typer.Context,
+    out: Path,
+    data: options.OptionalData = None,
+    epochs: Annotated[
+        int | None, typer.Option(min=1, help="Default: 100 with --data, 20 on the synthetic set.")
+    ] = None,
+    holdout: Annotated[
+        float | None,
+        typer.Option(help="Share of the normal images held out. Default: 0 with --data, 0.1 on the synthetic set."),
+    ] = None,
+    **_: Any,
+) -> None:
+    """Repeat the published run (train, sample, evaluate) and print both runs side by side."""
     defaults = {"epochs": 20, "holdout": 0.1} if data is None else {"epochs": 100, "holdout": 0.0}
     config, settings = _settings(context.params, **defaults)
     from fastmaf.capsule.reproduce import reproduce as run

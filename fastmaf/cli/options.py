@@ -8,7 +8,7 @@ import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import Annotated, Any, NoReturn, get_origin
 
 import typer
 
@@ -93,11 +93,17 @@ def _existing_images(arguments: list[str]) -> list[str]:
 
 
 def options_of(other: Callable[..., None], **defaults: Any) -> Callable[[Any], Any]:
-    """Gives a command the options of another one, some with other defaults; its parameters are those that it reads."""
+    """Gives a command the options of another one, some with other defaults.
+
+    The command's parameters are those that it reads, and those whose annotation replaces the option of this name.
+    """
     parameters = dict(inspect.signature(other, eval_str=True).parameters)
     parameters |= {name: parameters[name].replace(default=default) for name, default in defaults.items()}
 
     def decorate(command: Any) -> Any:
+        for name, parameter in inspect.signature(command, eval_str=True).parameters.items():
+            if name in parameters and get_origin(parameter.annotation) is Annotated:
+                parameters[name] = parameter
         command.__signature__ = inspect.Signature(list(parameters.values()))
         return command
 
@@ -112,6 +118,10 @@ Data = Annotated[
         help="Folder with train/good, test/<class> and, optionally, ground_truth/<class>; for training also a folder "
         "of good images.",
     ),
+]
+OptionalData = Annotated[
+    Path | None,
+    typer.Option("--data", callback=_existing, help="The capsule images; by default a synthetic set is drawn."),
 ]
 _MODEL = "Model file, or the folder of a training run."
 Model = Annotated[Path, typer.Option("--model", callback=_existing, help=_MODEL)]

@@ -9,10 +9,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, BinaryIO
 
-import numpy as np
 from PIL import Image, ImageFile, UnidentifiedImageError
 
-from fastmaf.images import jpeg_scans
+from fastmaf.images import jpeg_scans, png_rows
 from fastmaf.images.jpeg_scans import CutShortError
 from fastmaf.io.regular import NotRegularError, open_regular
 
@@ -126,27 +125,8 @@ def _load(image: ImageFile.ImageFile, stream: BinaryIO) -> None:
         jpeg_scans.load(image, stream)
         return
     image.load()
-    if image.format == "PNG" and _rows_are_missing(stream, image):
+    if image.format == "PNG" and png_rows.are_missing(stream, image):
         raise CutShortError("the image data end before the last row")
-
-
-def _rows_are_missing(stream: BinaryIO, image: Image.Image) -> bool:
-    """Returns whether the compressed stream of a PNG ends early but correctly, for which Pillow leaves rows zero.
-
-    If the last rows are zero, the file is decoded again into an image of ones, of which missing rows are left.
-    """
-
-    def last_rows(image: Image.Image) -> np.ndarray:
-        return np.asarray(image.crop((0, max(0, image.height - 2), image.width, image.height)))
-
-    rows = last_rows(image)
-    if len(rows) > 1 and all(row.any() for row in rows):
-        return False
-    stream.seek(0)
-    again = Image.open(stream, formats=("PNG",))
-    again.im = Image.new(again.mode, again.size, 1).im
-    again.load()
-    return not np.array_equal(last_rows(again), rows)
 
 
 def _make_strict(image: ImageFile.ImageFile) -> None:

@@ -161,8 +161,15 @@ class Calibration:
         return max(1, math.ceil((math.log(miss) + _SLACK) / math.log1p(-self.false_alarm)))
 
     def bound(self, confidence: float = 0.95) -> float:
-        """Returns the upper bound on this calibration set's false-alarm rate that holds with this probability."""
-        _SHARE.check(float(confidence), "confidence")
+        """Returns the upper bound on this calibration set's false-alarm rate that holds with this probability.
+
+        Raises:
+            CalibrationError: ``confidence`` is not a number between 0 and 1.
+        """
+        try:
+            _SHARE.check(confidence, "confidence")
+        except SchemaError as error:
+            raise CalibrationError(str(error)) from error
         return float(betaincinv(self.n + 1 - self.rank, self.rank, confidence))
 
     def spread(self) -> float:

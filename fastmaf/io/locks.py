@@ -103,12 +103,16 @@ def run_lock(target: Path, doing: str) -> Iterator[None]:
 def _acquire(target: Path, path: Path, doing: str) -> FileLock:
     """Acquires the lock of ``target`` and writes the new holder into it."""
     try:
-        lock, holder = try_lock(path), _holder(path)
+        lock = try_lock(path)
         if lock is None:
-            raise InUseError(_refusal(target, path, holder))
-        if holder and not _has_ended(holder, lock.enforced):
+            raise InUseError(_refusal(target, path, _holder(path)))
+        try:
+            holder = _holder(path)
+            if holder and not _has_ended(holder, lock.enforced):
+                raise InUseError(_refusal(target, path, holder))
+        except BaseException:
             lock.release()
-            raise InUseError(_refusal(target, path, holder))
+            raise
         try:
             _write(lock.file, doing)
         except BaseException:

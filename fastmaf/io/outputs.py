@@ -12,7 +12,6 @@ import json
 import os
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from typing import TypeAlias
 
@@ -153,7 +152,6 @@ def _key(path: str | os.PathLike[str]) -> _Key:
     return status.st_dev, status.st_ino, *(map(str.casefold, names) if _folds_case(above) else names)
 
 
-@cache
 def _folds_case(folder: Path) -> bool:
     """Returns whether the file system ignores the case of names, as those of Windows and macOS do."""
     for path in (folder, *folder.parents):

@@ -1,4 +1,4 @@
-"""One step of Adam on one tensor: the truth that the fused steps are held against."""
+"""One step of Adam on one tensor, by torch or, with scalars on the device, by Triton."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from fastmaf.kernels.adam.update import Update
 
 @torch.no_grad()
 def adam_step_(weight: Tensor, grad: Tensor, update: Update) -> None:
-    """Updates ``weight`` and its moments in place, as ``torch.optim.Adam`` does.
+    """Updates ``weight`` and its moments in place, as ``torch.optim.Adam`` does; ``grad`` is scaled already.
 
     Scalars that are to be read on the device are read by the Triton kernel; torch would take them from the host.
     """

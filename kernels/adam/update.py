@@ -29,8 +29,17 @@ class AdamNumbers(NamedTuple):
     @classmethod
     def of(cls, step: int, group: Mapping[str, Any]) -> AdamNumbers:
         """Returns those of a parameter in a group of ``torch.optim.Adam``."""
-        rates = map(float, (group["lr"], *group["betas"], group["eps"], group["weight_decay"]))
-        return cls._make([step, *rates, bool(group.get("decoupled_weight_decay", False)), bool(group["maximize"])])
+        beta1, beta2 = group["betas"]
+        return cls(
+            step=step,
+            lr=float(group["lr"]),
+            beta1=float(beta1),
+            beta2=float(beta2),
+            eps=float(group["eps"]),
+            weight_decay=float(group["weight_decay"]),
+            decoupled=bool(group.get("decoupled_weight_decay", False)),
+            maximize=bool(group["maximize"]),
+        )
 
     @property
     def step_size(self) -> float:

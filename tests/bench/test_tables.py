@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import pytest
 
 from fastmaf.bench.labels import amount, case_in_words, digits, libraries_of, percent, size_in_words
@@ -79,6 +80,15 @@ def test_the_slope_of_a_power_law_is_its_exponent(power: float) -> None:
     rows = [row("sample", "1", "naive", 3e-3 * x**power, sweep="blocks", blocks=str(x)) for x in (16, 32, 100, 4096)]
     assert slope(rows) == pytest.approx(power, abs=1e-4)
     assert math.isnan(slope(rows[:1])) and math.isnan(slope([rows[0], rows[0]])), "it takes two points"
+
+
+def test_the_slope_is_a_least_squares_fit() -> None:
+    u, v = np.log([1, 2, 5, 20]), np.log([0.3, 0.2, 3.0, 5.0])
+    rows = [
+        row("sample", "1", "naive", math.exp(b), sweep="blocks", blocks=f"{math.exp(a):.0f}")
+        for a, b in zip(u, v, strict=True)
+    ]
+    assert slope(rows) == pytest.approx(np.cov(u, v)[0, 1] / np.var(u, ddof=1), rel=1e-3)
 
 
 def test_the_position_of_a_row_in_its_sweep() -> None:

@@ -170,8 +170,7 @@ def test_opcheck_forward(batch: int, save: bool, need_grad_x: bool) -> None:
     flow = build(D, blocks=3, order=[torch.arange(D), torch.randperm(D, generator=generator()), torch.arange(D)])
     arguments = flow_args([b.block() for b in blocks_of(flow)], permutations_of(flow))
     if not save:
-        parameters = arguments.weights, arguments.biases
-        arguments = arguments.with_parameters(*([t.detach() for t in part] for part in parameters))
+        arguments = arguments.with_parameters([t.detach() for t in arguments.parameters])
     x = normal(batch, D).requires_grad_(save and need_grad_x)
     torch.library.opcheck(torch.ops.fastmaf.flow_forward.default, (x, *arguments, save))
     if save:
