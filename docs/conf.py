@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+from pathlib import Path
+
 import fastmaf
 
 project = "fastmaf"
@@ -22,12 +26,14 @@ exclude_patterns = ["_build"]
 
 html_theme = "furo"
 html_title = f"fastmaf {release}"
-html_static_path = ["_static"]
 html_theme_options = {"top_of_page_buttons": []}
 
 myst_enable_extensions = ["colon_fence", "dollarmath", "amsmath"]
 myst_heading_anchors = 3
-nb_execution_mode = "off"  # notebooks are stored with their output; a test executes them
+nb_execution_mode = "cache"  # a page of the gallery runs again after a change
+nb_execution_cache_path = "../build/docs-cache"
+nb_execution_timeout = 600
+nb_execution_raise_on_error = True
 
 autodoc_member_order = "bysource"
 autodoc_typehints = "none"  # signatures carry the hints
@@ -44,3 +50,28 @@ if tags.has("online"):  # type: ignore[name-defined]  # noqa: F821
         "numpy": ("https://numpy.org/doc/stable", None),
         "sklearn": ("https://scikit-learn.org/stable", None),
     }
+
+
+def _help_of(*command: str) -> str:
+    run = [sys.executable, "-m", "fastmaf", *command, "--help"]
+    return subprocess.run(run, capture_output=True, check=True, text=True).stdout.strip()
+
+
+def _write_command_line() -> None:
+    """Writes the page of the command line from the commands' own help."""
+    commands = {
+        (): "fastmaf",
+        **{("capsule", name): f"fastmaf capsule {name}" for name in ("demo-data", "train", "sample", "eval", "reproduce")},
+        **{
+            ("inspection", name): f"fastmaf inspection {name}"
+            for name in ("train", "calibrate", "recalibrate", "score", "eval", "choose", "export")
+        },
+        ("bench",): "fastmaf bench",
+        ("doctor",): "fastmaf doctor",
+    }
+    parts = [f"## {title}\n\n```text\n{_help_of(*command)}\n```\n" for command, title in commands.items()]
+    page = Path(__file__).parent / "api" / "command_line.md"
+    page.write_text("# Command line\n\n" + "\n".join(parts), encoding="utf-8")
+
+
+_write_command_line()
