@@ -19,7 +19,7 @@ PASCAL = $(VENV)/triton-3.3.1
 # A PYTHON given by hand is taken or refused; a python3 that is too old gives way to a newer one beside it.
 PYTHONS = $(if $(filter file,$(origin PYTHON)),$(PYTHON) python3.13 python3.12 python3.11 python3.10,"$(PYTHON)")
 
-.PHONY: help venv install native reproduce test test-all gpu-check sanitize lint format bench bench-full readme doctor clean FORCE
+.PHONY: help venv install native reproduce test test-all gpu-check sanitize lint format bench bench-full readme docs doctor clean FORCE
 .DELETE_ON_ERROR:
 
 help:  ## list the targets
@@ -93,6 +93,10 @@ bench-full: $(VENV)/.installed-test  ## the full one, under thirty minutes, and 
 # To bench/results/ goes what README.md quotes.
 readme: $(VENV)/.installed-bench  ## write README.md's tables and figures from bench/results/cpu.csv
 	"$(BIN)/python" -m fastmaf.bench.dev.readme
+
+# SPHINX: further options, such as "-t online" for links to the documentation of torch and numpy.
+docs: $(VENV)/.installed-docs  ## build the documentation to build/docs; a warning is an error
+	"$(BIN)/python" -m sphinx -W --keep-going $(SPHINX) -b html docs build/docs
 
 doctor: install  ## versions, devices, the backends in use and why
 	"$(BIN)/fastmaf" doctor

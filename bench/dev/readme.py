@@ -1,4 +1,4 @@
-"""Writes the tables of README.md from a CSV of the suite: ``python -m fastmaf.bench.dev.readme``.
+"""Writes the tables of README.md and of docs/guides/benchmarks.md from a CSV of the suite: ``python -m fastmaf.bench.dev.readme``.
 
 They stand between ``<!-- bench NAME -->`` and ``<!-- end -->``. The figures beside the CSV are drawn again, too.
 """
@@ -37,8 +37,8 @@ def main() -> None:
     parser.add_argument("--csv", type=Path, default=ROOT / "bench" / "results" / "cpu.csv")
     path: Path = parser.parse_args().csv
     rows, about = read(path)
-    readme = ROOT / "README.md"
-    readme.write_text(rendered(readme.read_text(encoding="utf-8"), rows, about), encoding="utf-8", newline="\n")
+    for page in (ROOT / "README.md", ROOT / "docs" / "guides" / "benchmarks.md"):
+        page.write_text(rendered(page.read_text(encoding="utf-8"), rows, about), encoding="utf-8", newline="\n")
     figures.write(rows, about, path.parent, path.stem)
 
 

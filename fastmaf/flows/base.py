@@ -129,7 +129,7 @@ class Flow(nn.Module):
             x: ``[..., D]``.
 
         Returns:
-            ``z`` ``[..., D]`` and ``ladj`` ``[...]``, log |det dz/dx| in nats.
+            ``z`` ``[..., D]`` and ``ladj`` ``[...]``, ``log |det dz/dx|`` in nats.
 
         Raises:
             ValueError: the shape, dtype or device of ``x`` does not fit the flow, or, with ``validate_args``, ``x`` is
@@ -155,7 +155,7 @@ class Flow(nn.Module):
             z: ``[..., D]``.
 
         Returns:
-            ``x`` ``[..., D]`` and ``ladj`` ``[...]``, log |det dx/dz| in nats.
+            ``x`` ``[..., D]`` and ``ladj`` ``[...]``, ``log |det dx/dz|`` in nats.
 
         Raises:
             ValueError, TypeError: as ``forward``.

@@ -35,10 +35,9 @@ class FusedAdam(torch.optim.Adam):
 
     Args:
         params: parameters or groups, as for any torch optimiser.
-        lr, betas, eps, weight_decay, amsgrad, foreach, maximize, capturable, differentiable, fused,
-            decoupled_weight_decay: as for ``torch.optim.Adam``, except that ``step`` uses torch's fused kernels by
-            default, where they exist: unless one of ``foreach``, ``fused``, ``capturable`` and ``differentiable`` is
-            set.
+        **options: as for ``torch.optim.Adam``: ``lr``, ``betas``, ``eps``, ``weight_decay`` and so on. ``step`` uses
+            torch's fused kernels where they exist, unless ``foreach``, ``fused``, ``capturable`` or ``differentiable``
+            is set.
 
     Raises:
         ValueError: an argument is out of range.

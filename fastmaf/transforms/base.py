@@ -66,11 +66,11 @@ class Transform(nn.Module):
                 setattr(cls, name, outside_autocast(vars(cls)[name]))
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Returns ``z`` ``[N, D]`` and ``ladj`` ``[N]``, log |det dz/dx| in nats, for ``x`` ``[N, D]``."""
+        """Returns ``z`` ``[N, D]`` and ``ladj`` ``[N]``, ``log |det dz/dx|`` in nats, for ``x`` ``[N, D]``."""
         raise NotImplementedError
 
     def inverse(self, z: Tensor) -> tuple[Tensor, Tensor]:
-        """Returns ``x`` ``[N, D]`` and ``ladj`` ``[N]``, log |det dx/dz| in nats, for ``z`` ``[N, D]``."""
+        """Returns ``x`` ``[N, D]`` and ``ladj`` ``[N]``, ``log |det dx/dz|`` in nats, for ``z`` ``[N, D]``."""
         raise NotImplementedError
 
     def forward_per_dim(self, x: Tensor, terms: Tensor) -> tuple[Tensor, Tensor]:

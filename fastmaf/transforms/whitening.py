@@ -102,7 +102,7 @@ class GaussianWhitening(Transform):
 
     @property
     def ladj(self) -> Tensor:
-        """The log-determinant log |det dz/dx| in nats, float64 ``[]``, computed from the buffers."""
+        """The log-determinant ``log |det dz/dx|`` in nats, float64 ``[]``, computed from the buffers."""
         return -self.scale.double().log().sum() - 0.5 * self.variance.double().log1p().sum()
 
     @property

@@ -1,0 +1,77 @@
+"""Sphinx configuration; ``make docs`` builds the pages with warnings as errors."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import fastmaf
+
+project = "fastmaf"
+author = "the fastmaf developers"
+copyright = "the fastmaf developers, Apache License 2.0"
+release = version = fastmaf.__version__
+
+extensions = [
+    "myst_nb",
+    "sphinx.ext.autodoc",
+    "sphinx.ext.intersphinx",
+    "sphinx.ext.mathjax",
+    "sphinx.ext.napoleon",
+    "sphinx.ext.viewcode",
+    "sphinx_design",
+]
+exclude_patterns = ["_build"]
+
+html_theme = "furo"
+html_title = f"fastmaf {release}"
+html_theme_options = {"top_of_page_buttons": []}
+
+myst_enable_extensions = ["colon_fence", "dollarmath", "amsmath"]
+myst_heading_anchors = 3
+nb_execution_mode = "cache"  # a page of the gallery runs again after a change
+nb_execution_cache_path = "../build/docs-cache"
+nb_execution_timeout = 600
+nb_execution_raise_on_error = True
+
+autodoc_member_order = "bysource"
+autodoc_typehints = "none"  # signatures carry the hints
+autodoc_default_options = {"members": True, "show-inheritance": True}
+napoleon_google_docstring = True
+napoleon_numpy_docstring = False
+napoleon_use_rtype = False
+
+# Inventories need the network: the workflow that publishes the pages sets this tag.
+if tags.has("online"):  # type: ignore[name-defined]  # noqa: F821
+    intersphinx_mapping = {
+        "python": ("https://docs.python.org/3", None),
+        "torch": ("https://docs.pytorch.org/docs/stable", None),
+        "numpy": ("https://numpy.org/doc/stable", None),
+        "sklearn": ("https://scikit-learn.org/stable", None),
+    }
+
+
+def _help_of(*command: str) -> str:
+    run = [sys.executable, "-m", "fastmaf", *command, "--help"]
+    return subprocess.run(run, capture_output=True, check=True, text=True).stdout.strip()
+
+
+def _write_command_line() -> None:
+    """Writes the page of the command line from the commands' own help."""
+    commands = {
+        (): "fastmaf",
+        **{("capsule", name): f"fastmaf capsule {name}" for name in ("demo-data", "train", "sample", "eval", "reproduce")},
+        **{
+            ("inspection", name): f"fastmaf inspection {name}"
+            for name in ("train", "calibrate", "recalibrate", "score", "eval", "choose", "export")
+        },
+        ("bench",): "fastmaf bench",
+        ("doctor",): "fastmaf doctor",
+    }
+    parts = [f"## {title}\n\n```text\n{_help_of(*command)}\n```\n" for command, title in commands.items()]
+    page = Path(__file__).parent / "api" / "command_line.md"
+    page.write_text("# Command line\n\n" + "\n".join(parts), encoding="utf-8")
+
+
+_write_command_line()
