@@ -59,17 +59,12 @@ def _help_of(*command: str) -> str:
 
 def _write_command_line() -> None:
     """Writes the page of the command line from the commands' own help."""
-    commands = {
-        (): "fastmaf",
-        **{("capsule", name): f"fastmaf capsule {name}" for name in ("demo-data", "train", "sample", "eval", "reproduce")},
-        **{
-            ("inspection", name): f"fastmaf inspection {name}"
-            for name in ("train", "calibrate", "recalibrate", "score", "eval", "choose", "export")
-        },
-        ("bench",): "fastmaf bench",
-        ("doctor",): "fastmaf doctor",
+    groups = {
+        "capsule": ("demo-data", "train", "sample", "eval", "reproduce"),
+        "inspection": ("train", "calibrate", "recalibrate", "score", "eval", "choose", "export"),
     }
-    parts = [f"## {title}\n\n```text\n{_help_of(*command)}\n```\n" for command, title in commands.items()]
+    commands = [(), *((group, name) for group, names in groups.items() for name in names), ("bench",), ("doctor",)]
+    parts = [f"## {' '.join(('fastmaf', *command))}\n\n```text\n{_help_of(*command)}\n```\n" for command in commands]
     page = Path(__file__).parent / "api" / "command_line.md"
     page.write_text("# Command line\n\n" + "\n".join(parts), encoding="utf-8")
 

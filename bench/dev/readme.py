@@ -1,4 +1,4 @@
-"""Writes the tables of README.md and of docs/guides/benchmarks.md from a CSV of the suite: ``python -m fastmaf.bench.dev.readme``.
+"""Writes the tables of README.md and docs/guides/benchmarks.md from a CSV: ``python -m fastmaf.bench.dev.readme``.
 
 They stand between ``<!-- bench NAME -->`` and ``<!-- end -->``. The figures beside the CSV are drawn again, too.
 """
