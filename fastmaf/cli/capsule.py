@@ -8,13 +8,14 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from fastmaf.cli import options
-from fastmaf.cli.evaluate import evaluate
-from fastmaf.cli.options import checked_settings, device_named, options_of, refuse, say
+from fastmaf.cli.former import ModelArgument
+from fastmaf.cli.options import checked_settings, device_named, options_of, refuse, share
+from fastmaf.cli.output import say
 
 if TYPE_CHECKING:
     from fastmaf.capsule.config import TrainConfig
 
-app = typer.Typer(no_args_is_help=True)
+app = typer.Typer(no_args_is_help=True, help="The published run on images of capsules, step by step.")
 
 
 @app.command("demo-data")
@@ -24,8 +25,12 @@ def demo_data(
     size: Annotated[int, typer.Option(min=32, max=1024, help="Side of the images in pixels.")] = 192,
     seed: options.Seed = 0,
     quiet: options.Quiet = False,
+    verbose: options.Verbose = False,
 ) -> None:
-    """Draw a synthetic capsule data set: normal images, five classes of defects, and their masks."""
+    """Draw a synthetic set of capsule images.
+
+    It holds normal images for training and testing, five classes of defects, and their masks.
+    """
     from fastmaf.capsule.synthetic import draw_dataset
 
     draw_dataset(folder, train=train, size=size, seed=seed, progress=not quiet)
@@ -82,8 +87,12 @@ def train(
         bool, typer.Option("--cuda-graphs/--no-cuda-graphs", help="On a GPU, replay training steps as CUDA graphs.")
     ] = True,
     quiet: options.Quiet = False,
+    verbose: options.Verbose = False,
 ) -> None:
-    """Train a flow on good images as in the published run (for inspection: fastmaf inspection train)."""
+    """Train a flow on good images, as in the published run.
+
+    To find defects, use ``fastmaf inspect fit``: it is faster and finds more of them.
+    """
     config, settings = _settings(context.params)
     from fastmaf.capsule.train import train as run
 
@@ -99,7 +108,7 @@ def train(
     say(f"the model is in {result.model}")
 
 
-@app.command()
+@app.command(cls=ModelArgument)
 def sample(
     model: options.Model = Path("results"),
     out: options.Out = Path("results"),
@@ -107,8 +116,9 @@ def sample(
     seed: options.Seed = 0,
     device: options.Device = "auto",
     quiet: options.Quiet = False,
+    verbose: options.Verbose = False,
 ) -> None:
-    """Draw exact samples from a trained model, for the arithmetic of one forward pass each."""
+    """Draw exact samples from a trained model."""
     from fastmaf.capsule.models import load_model
     from fastmaf.capsule.sample import sample as run
 
@@ -116,7 +126,36 @@ def sample(
     say(f"{n} samples in {result.seconds:.2f} s: {result.files[0].parent}, all in one picture: {result.grid}")
 
 
-app.command("eval")(evaluate)
+@app.command("eval", cls=ModelArgument)
+def evaluate(
+    data: options.Data,
+    model: options.Model = Path("results"),
+    out: options.Out = Path("results"),
+    false_alarm: Annotated[
+        float, typer.Option(callback=share, help="False-alarm rate of the threshold from held-out normal images.")
+    ] = 0.05,
+    skip_bad: options.SkipBad = False,
+    seed: options.Seed = 0,
+    device: options.Device = "auto",
+    as_json: options.Json = False,
+    quiet: options.Quiet = False,
+    verbose: options.Verbose = False,
+) -> None:
+    """Score a labelled test set by negative log-likelihood.
+
+    Writes scores.csv, metrics.json, a histogram and an ROC curve.
+    """
+    from fastmaf.capsule.evaluate import evaluate as run
+    from fastmaf.capsule.models import load_model
+    from fastmaf.inspection.model import is_inspection_model
+    from fastmaf.metrics.result_files import format_table
+
+    if is_inspection_model(model):
+        raise ValueError(f"{model} is an inspection model: use 'fastmaf inspect eval'")
+    loaded = load_model(model, device=device_named(device))
+    evaluation = run(loaded, data, out, false_alarm=false_alarm, skip_bad=skip_bad, seed=seed, progress=not quiet)
+    say(format_table(evaluation))
+    say(f"scores, metrics and figures are in {out}")
 
 
 @app.command()
@@ -134,7 +173,7 @@ def reproduce(
     ] = None,
     **_: Any,
 ) -> None:
-    """Repeat the published run (train, sample, evaluate) and print both runs side by side."""
+    """Train, sample and evaluate as in the published run; compare."""
     defaults = {"epochs": 20, "holdout": 0.1} if data is None else {"epochs": 100, "holdout": 0.0}
     config, settings = _settings(context.params, **defaults)
     from fastmaf.capsule.reproduce import reproduce as run

@@ -1,4 +1,4 @@
-"""Options that several commands share, checks of their values that do not need torch, and output to the terminal."""
+"""Options that several commands share, and checks of their values that do not need torch."""
 
 from __future__ import annotations
 
@@ -12,27 +12,8 @@ from typing import Annotated, Any, NoReturn, get_origin
 
 import typer
 
+from fastmaf.cli.output import set_verbose
 from fastmaf.images.names import visible
-from fastmaf.io.atomic import STDOUT, write_errors
-
-
-def say(text: str) -> None:
-    """Prints text that may hold names of files and classes; control characters other than line breaks are escaped."""
-    with write_errors(STDOUT):
-        typer.echo(visible(text, keep="\n"))
-
-
-def say_aside(text: str) -> None:
-    """``say`` to standard error."""
-    typer.echo(visible(text, keep="\n"), err=True)
-
-
-def error_text(error: BaseException) -> str:
-    """Returns the message of an error; of a system error the file and the reason."""
-    if not isinstance(error, OSError) or not error.strerror:
-        return str(error)
-    reason = error.strerror[:1].lower() + error.strerror[1:]
-    return reason if error.filename is None else f"{os.fsdecode(error.filename)}: {reason}"
 
 
 def refuse(message: str) -> NoReturn:
@@ -123,9 +104,7 @@ OptionalData = Annotated[
     Path | None,
     typer.Option("--data", callback=_existing, help="The capsule images; by default a synthetic set is drawn."),
 ]
-_MODEL = "Model file, or the folder of a training run."
-Model = Annotated[Path, typer.Option("--model", callback=_existing, help=_MODEL)]
-ModelArgument = Annotated[Path, typer.Argument(callback=_existing, help=_MODEL)]
+Model = Annotated[Path, typer.Argument(callback=_existing, help="Model file, or the folder of a run.")]
 _IMAGES = "files, folders, patterns such as 'in/*.png', or - for a list on standard input."
 Images = Annotated[list[str], typer.Argument(callback=_existing_images, help=f"Images: {_IMAGES}")]
 CheckImages = Annotated[
@@ -136,7 +115,13 @@ Size = Annotated[int, typer.Option(min=1, help="Side of the square images in pix
 Seed = Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Seed of the random numbers.")]
 SkipBad = Annotated[bool, typer.Option("--skip-bad", help="Skip and list unreadable files instead of stopping.")]
 Device = Annotated[str, typer.Option(callback=_device, help="auto, cpu, cuda, or a CUDA device such as cuda:0.")]
-Quiet = Annotated[bool, typer.Option("--quiet", help="Show no progress bars.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Show no progress.")]
+Verbose = Annotated[
+    bool,
+    typer.Option("--verbose", "-v", callback=set_verbose, help="Log what is done; show where an error was raised."),
+]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object; everything else goes to standard error.")]
+Explain = Annotated[bool, typer.Option("--explain", help="Explain the figures and what they assume.")]
 FalseAlarm = Annotated[float, typer.Option(callback=share, help="Accepted share of normal images above the threshold.")]
 Confidence = Annotated[
     float | None,

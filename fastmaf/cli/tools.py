@@ -8,7 +8,8 @@ from typing import Annotated
 import typer
 
 from fastmaf.cli import options
-from fastmaf.cli.options import device_named, say
+from fastmaf.cli.options import device_named
+from fastmaf.cli.output import say
 
 
 def bench(
@@ -24,8 +25,13 @@ def bench(
     ] = None,
     device: options.Device = "cpu",
     quiet: options.Quiet = False,
+    verbose: options.Verbose = False,
 ) -> None:
-    """Time fastmaf beside the naive model, dense weights, nflows, zuko, normflows and flowjax, each checked first."""
+    """Time fastmaf beside other libraries.
+
+    The naive dense model, nflows, zuko, normflows and flowjax; each is checked against fastmaf first. With --compare,
+    the exit code is 1 if B is slower than A.
+    """
     try:
         if compare:
             from fastmaf.bench.compare import compare as run_compare
@@ -42,8 +48,8 @@ def bench(
         raise typer.Exit(1)
 
 
-def doctor() -> None:
-    """Show versions, devices, and which backend serves each of them and why."""
+def doctor(verbose: options.Verbose = False) -> None:
+    """Show versions, devices, and the backends in use."""
     from fastmaf.doctor import report
 
     say(report())
