@@ -20,9 +20,9 @@ app = typer.Typer(no_args_is_help=True, help="The published run on images of cap
 
 @app.command("demo-data")
 def demo_data(
-    folder: Annotated[Path, typer.Argument(help="New or empty folder.")],
-    train: Annotated[int, typer.Option(min=0, help="Number of normal images for training.")] = 243,
-    size: Annotated[int, typer.Option(min=32, max=1024, help="Side of the images in pixels.")] = 192,
+    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="New or empty folder.")],
+    train: Annotated[int, typer.Option(min=0, metavar="N", help="Number of normal images for training.")] = 243,
+    size: Annotated[int, typer.Option(min=32, max=1024, metavar="N", help="Side of the images in pixels.")] = 192,
     seed: options.Seed = 0,
     quiet: options.Quiet = False,
     verbose: options.Verbose = False,
@@ -47,15 +47,20 @@ def _hidden(text: str) -> tuple[int, ...]:
 @app.command()
 def train(
     context: typer.Context,
-    data: options.Data,
+    data: options.TrainData,
     out: options.Out = Path("results"),
     size: options.Size = 64,
-    epochs: Annotated[int, typer.Option(min=1, help="Passes over the training images.")] = 100,
-    batch_size: Annotated[int, typer.Option(min=1, help="Images per step.")] = 8,
-    lr: Annotated[float | None, typer.Option(help="Learning rate of Adam. Default: 1e-4, or 2e-5 with guards.")] = None,
-    blocks: Annotated[int, typer.Option(min=1, help="Blocks of the flow.")] = 7,
+    epochs: Annotated[int, typer.Option(min=1, metavar="N", help="Passes over the training images.")] = 100,
+    batch_size: Annotated[int, typer.Option(min=1, metavar="N", help="Images per step.")] = 8,
+    lr: Annotated[
+        float | None, typer.Option(metavar="RATE", help="Learning rate of Adam. Default: 1e-4, or 2e-5 with guards.")
+    ] = None,
+    blocks: Annotated[int, typer.Option(min=1, metavar="N", help="Blocks of the flow.")] = 7,
     hidden_features: Annotated[
-        str, typer.Option("--hidden", callback=_hidden, help="Units of each hidden layer, separated by commas.")
+        str,
+        typer.Option(
+            "--hidden", callback=_hidden, metavar="N,N", help="Units of each hidden layer, separated by commas."
+        ),
     ] = "512,512",
     order: Annotated[
         Literal["natural", "alternate", "random"],
@@ -70,9 +75,13 @@ def train(
     ] = "strict",
     levels: Annotated[
         int | None,
-        typer.Option(min=1, help="Maximum number of distinct hidden degrees: fewer dependent steps when sampling."),
+        typer.Option(
+            min=1, metavar="N", help="Maximum number of distinct hidden degrees: fewer dependent steps when sampling."
+        ),
     ] = None,
-    holdout: Annotated[float, typer.Option(help="Share of the normal images held out of training.")] = 0.1,
+    holdout: Annotated[
+        float, typer.Option(metavar="SHARE", help="Share of the normal images held out of training.")
+    ] = 0.1,
     guards: Annotated[
         bool | None,
         typer.Option(help="Settings that keep other orders than natural stable. Default: on for those orders."),
@@ -91,7 +100,7 @@ def train(
 ) -> None:
     """Train a flow on good images, as in the published run.
 
-    To find defects, use ``fastmaf inspect fit``: it is faster and finds more of them.
+    To find defects, use fastmaf inspect fit: it is faster and finds more of them.
     """
     config, settings = _settings(context.params)
     from fastmaf.capsule.train import train as run
@@ -112,7 +121,7 @@ def train(
 def sample(
     model: options.Model = Path("results"),
     out: options.Out = Path("results"),
-    n: Annotated[int, typer.Option("-n", "--number", min=1, help="Number of images.")] = 5,
+    n: Annotated[int, typer.Option("-n", "--number", min=1, metavar="N", help="Number of images.")] = 5,
     seed: options.Seed = 0,
     device: options.Device = "auto",
     quiet: options.Quiet = False,
@@ -128,11 +137,14 @@ def sample(
 
 @app.command("eval", cls=ModelArgument)
 def evaluate(
-    data: options.Data,
+    data: options.TestData,
     model: options.Model = Path("results"),
     out: options.Out = Path("results"),
     false_alarm: Annotated[
-        float, typer.Option(callback=share, help="False-alarm rate of the threshold from held-out normal images.")
+        float,
+        typer.Option(
+            callback=share, metavar="RATE", help="False-alarm rate of the threshold from held-out normal images."
+        ),
     ] = 0.05,
     skip_bad: options.SkipBad = False,
     seed: options.Seed = 0,
@@ -165,11 +177,14 @@ def reproduce(
     out: Path,
     data: options.OptionalData = None,
     epochs: Annotated[
-        int | None, typer.Option(min=1, help="Default: 100 with --data, 20 on the synthetic set.")
+        int | None, typer.Option(min=1, metavar="N", help="Default: 100 with --data, 20 on the synthetic set.")
     ] = None,
     holdout: Annotated[
         float | None,
-        typer.Option(help="Share of the normal images held out. Default: 0 with --data, 0.1 on the synthetic set."),
+        typer.Option(
+            metavar="SHARE",
+            help="Share of the normal images held out. Default: 0 with --data, 0.1 on the synthetic set.",
+        ),
     ] = None,
     **_: Any,
 ) -> None:

@@ -18,14 +18,15 @@ app = typer.Typer(no_args_is_help=True, help="Find defects in images of any obje
 
 @app.command()
 def fit(
-    data: options.Data,
+    data: options.TrainData,
     out: options.Out = Path("results"),
     size: options.Size = 64,
     dequantize: Annotated[
         bool, typer.Option("--dequantize", help="Spread each 8-bit value evenly over its bin for fitting.")
     ] = False,
     logit: Annotated[
-        float | None, typer.Option(help="Apply a logit with this alpha, such as 0.05, to the pixels first.")
+        float | None,
+        typer.Option(metavar="ALPHA", help="Apply a logit with this alpha, such as 0.05, to the pixels first."),
     ] = None,
     keep_folds: Annotated[
         bool, typer.Option("--keep-folds", help="Keep the fold models; eval then reports their mean, too.")
@@ -91,11 +92,16 @@ def score(
     model: options.Model,
     images: options.Images,
     out: Annotated[
-        Path | None, typer.Option("--out", help="Output file, .csv or .jsonl. Default: CSV on standard output.")
+        Path | None,
+        typer.Option("--out", metavar="FILE", help="Output file, .csv or .jsonl. Default: CSV on standard output."),
     ] = None,
     json_lines: Annotated[bool, typer.Option("--jsonl", help="Print JSON lines instead of CSV.")] = False,
-    overlays: Annotated[Path | None, typer.Option(help="Folder for anomaly maps over the images, PNG.")] = None,
-    maps: Annotated[Path | None, typer.Option(help="Folder for the maps as numbers, 16-bit PNG.")] = None,
+    overlays: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Folder for anomaly maps over the images, PNG.")
+    ] = None,
+    maps: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Folder for the maps as numbers, 16-bit PNG.")
+    ] = None,
     tiff: Annotated[bool, typer.Option("--tiff", help="Write the maps as 32-bit TIFF instead.")] = False,
     device: options.Device = "auto",
     quiet: options.Quiet = False,
@@ -130,7 +136,7 @@ def score(
 
 @app.command("eval", cls=ModelArgument)
 def evaluate(
-    data: options.Data,
+    data: options.TestData,
     model: options.Model = Path("results"),
     out: options.Out = Path("results"),
     skip_bad: options.SkipBad = False,
@@ -153,7 +159,7 @@ def evaluate(
 @app.command()
 def export(
     model: options.Model,
-    onnx: Annotated[Path, typer.Option("--onnx", help="The ONNX file to write.")],
+    onnx: Annotated[Path, typer.Option("--onnx", metavar="FILE", help="The ONNX file to write.")],
     check: options.CheckImages,
     verbose: options.Verbose = False,
 ) -> None:
@@ -168,9 +174,9 @@ def export(
 
 @app.command()
 def choose(
-    data: options.Data,
+    data: options.TrainData,
     size: options.Size = 64,
-    draws: Annotated[int, typer.Option(min=1, help="Defects drawn onto each normal image.")] = 3,
+    draws: Annotated[int, typer.Option(min=1, metavar="N", help="Defects drawn onto each normal image.")] = 3,
     seed: options.Seed = 0,
     skip_bad: options.SkipBad = False,
     quiet: options.Quiet = False,

@@ -91,30 +91,41 @@ def options_of(other: Callable[..., None], **defaults: Any) -> Callable[[Any], A
     return decorate
 
 
-Data = Annotated[
+TrainData = Annotated[
+    Path,
+    typer.Option(
+        "--data", metavar="DIR", callback=_existing, help="Folder of good images, or a data set with train/good."
+    ),
+]
+TestData = Annotated[
     Path,
     typer.Option(
         "--data",
+        metavar="DIR",
         callback=_existing,
-        help="Folder with train/good, test/<class> and, optionally, ground_truth/<class>; for training also a folder "
-        "of good images.",
+        help="Data set: test/good, test/<class of defects>; optionally train/good and ground_truth/<class>.",
     ),
 ]
 OptionalData = Annotated[
     Path | None,
-    typer.Option("--data", callback=_existing, help="The capsule images; by default a synthetic set is drawn."),
+    typer.Option(
+        "--data", metavar="DIR", callback=_existing, help="The capsule images; by default a synthetic set is drawn."
+    ),
 ]
-Model = Annotated[Path, typer.Argument(callback=_existing, help="Model file, or the folder of a run.")]
+Model = Annotated[Path, typer.Argument(metavar="MODEL", callback=_existing, help="Model file, or the folder of a run.")]
 _IMAGES = "files, folders, patterns such as 'in/*.png', or - for a list on standard input."
-Images = Annotated[list[str], typer.Argument(callback=_existing_images, help=f"Images: {_IMAGES}")]
+Images = Annotated[list[str], typer.Argument(metavar="IMAGES", callback=_existing_images, help=f"Images: {_IMAGES}")]
 CheckImages = Annotated[
-    list[str], typer.Option("--check", callback=_existing_images, help=f"Good images to compare on: {_IMAGES}")
+    list[str],
+    typer.Option("--check", metavar="IMAGES", callback=_existing_images, help=f"Good images to compare on: {_IMAGES}"),
 ]
-Out = Annotated[Path, typer.Option("--out", help="Output folder.")]
-Size = Annotated[int, typer.Option(min=1, help="Side of the square images in pixels.")]
-Seed = Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Seed of the random numbers.")]
+Out = Annotated[Path, typer.Option("--out", metavar="DIR", help="Output folder.")]
+Size = Annotated[int, typer.Option(min=1, metavar="N", help="Side of the square images in pixels.")]
+Seed = Annotated[int, typer.Option(min=0, max=2**32 - 1, metavar="N", help="Seed of the random numbers.")]
 SkipBad = Annotated[bool, typer.Option("--skip-bad", help="Skip and list unreadable files instead of stopping.")]
-Device = Annotated[str, typer.Option(callback=_device, help="auto, cpu, cuda, or a CUDA device such as cuda:0.")]
+Device = Annotated[
+    str, typer.Option(callback=_device, metavar="NAME", help="auto, cpu, cuda, or a CUDA device such as cuda:0.")
+]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Show no progress.")]
 Verbose = Annotated[
     bool,
@@ -122,11 +133,14 @@ Verbose = Annotated[
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object; everything else goes to standard error.")]
 Explain = Annotated[bool, typer.Option("--explain", help="Explain the figures and what they assume.")]
-FalseAlarm = Annotated[float, typer.Option(callback=share, help="Accepted share of normal images above the threshold.")]
+FalseAlarm = Annotated[
+    float, typer.Option(callback=share, metavar="RATE", help="Accepted share of normal images above the threshold.")
+]
 Confidence = Annotated[
     float | None,
     typer.Option(
         callback=share,
+        metavar="P",
         help="Guarantee the rate for this calibration set with this probability, such as 0.95; by default on average "
         "over calibration sets.",
     ),

@@ -14,10 +14,17 @@ from fastmaf.cli.output import say
 
 def bench(
     quick: Annotated[bool, typer.Option("--quick", help="Small sizes: two minutes instead of thirty.")] = False,
-    out: Annotated[Path, typer.Option("--out", help="Folder for CSV, JSON and figures.")] = Path("bench-results"),
+    out: Annotated[Path, typer.Option("--out", metavar="DIR", help="Folder for CSV, JSON and figures.")] = Path(
+        "bench-results"
+    ),
     library: Annotated[
         list[str] | None,
-        typer.Option("--library", "--side", help="Compare only with this library, such as nflows; may be repeated."),
+        typer.Option(
+            "--library",
+            "--side",
+            metavar="NAME",
+            help="Compare only with this library, such as nflows; may be repeated.",
+        ),
     ] = None,
     compare: Annotated[
         tuple[Path, Path] | None,
