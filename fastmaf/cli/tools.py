@@ -8,8 +8,8 @@ from typing import Annotated
 import typer
 
 from fastmaf.cli import options
-from fastmaf.cli.options import device_named
-from fastmaf.cli.output import say
+from fastmaf.cli.options import device_named, refuse
+from fastmaf.cli.output import say, say_json
 
 
 def bench(
@@ -31,6 +31,7 @@ def bench(
         typer.Option(metavar="A.csv B.csv", help="Print how B differs from A, as ratios, without measuring."),
     ] = None,
     device: options.Device = "cpu",
+    as_json: Annotated[bool, typer.Option("--json", help="Print the comparison as JSON.")] = False,
     quiet: options.Quiet = False,
     verbose: options.Verbose = False,
 ) -> None:
@@ -39,13 +40,18 @@ def bench(
     The naive dense model, nflows, zuko, normflows and flowjax; each is checked against fastmaf first. With --compare,
     the exit code is 1 if B is slower than A.
     """
+    if as_json and not compare:
+        refuse("--json is the format of --compare; found no --compare (a run writes JSON to --out)")
     try:
         if compare:
             from fastmaf.bench.compare import compare as run_compare
 
-            text, worse = run_compare(*compare)
-            say(text)
-            raise typer.Exit(1 if worse else 0)
+            comparison = run_compare(*compare)
+            if as_json:
+                say_json(comparison.to_json())
+            else:
+                say(comparison.text)
+            raise typer.Exit(1 if comparison.has_regression else 0)
         from fastmaf.bench import command
     except ModuleNotFoundError as error:
         raise ValueError(f"the benchmarks need more packages ({error}): pip install 'fastmaf[bench]'") from error
