@@ -85,7 +85,7 @@ def test_skip_bad_continues_and_names_the_file(
     done = run("capsule", "train", "--data", broken, "--out", tmp_path / "out", *SMALL, "--skip-bad")
     assert done.code == 0, done.err
     assert any(re.match(r"skipped: .*003\.png", message) for message in caplog.messages)
-    assert "1 file skipped" in done.out
+    assert "1 file skipped" in done.err
     assert fastmaf.load(tmp_path / "out" / "model.safetensors").features == 192
 
 
