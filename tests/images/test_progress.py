@@ -215,7 +215,7 @@ def test_a_missing_closed_or_broken_stream_is_no_error(
         done = []
         for i in fitting(range(3), stream=stream):
             clock.wait(5)
-            note("a note", stream)  # type: ignore[arg-type]
+            note("a note", stream)
             done.append(i)
         assert done == [0, 1, 2]
     assert capsys.readouterr().out == ""
