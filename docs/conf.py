@@ -52,6 +52,22 @@ if tags.has("online"):  # type: ignore[name-defined]  # noqa: F821
     }
 
 
+_OUTPUT = """\
+## Output and exit codes
+
+Results are printed to standard output; progress, notes and errors to standard error. On a terminal, progress is a bar. In a log
+it is one line per tenth of the work, and nothing for work of less than two seconds. `--quiet` shows no progress. With `--json`,
+standard output holds one JSON object and nothing else.
+
+| exit code | meaning |
+| --- | --- |
+| 0 | success |
+| 1 | error; the line `error: ...` on standard error names the cause. `fastmaf bench`: also if a library gave wrong results; with `--compare`: also if the second run is slower |
+| 2 | wrong usage: an unknown option, a value out of range, a missing file. `fastmaf inspect score`: also if files could not be read; all others were scored |
+| 130 | interrupted by Ctrl-C; a training run has written a checkpoint, which `--resume` continues |
+"""  # noqa: E501
+
+
 def _help_of(*command: str) -> str:
     run = [sys.executable, "-m", "fastmaf", *command, "--help"]
     return subprocess.run(run, capture_output=True, check=True, text=True).stdout.strip()
@@ -66,7 +82,7 @@ def _write_command_line() -> None:
     commands = [(), *((group, name) for group, names in groups.items() for name in names), ("bench",), ("doctor",)]
     parts = [f"## {' '.join(('fastmaf', *command))}\n\n```text\n{_help_of(*command)}\n```\n" for command in commands]
     page = Path(__file__).parent / "api" / "command_line.md"
-    page.write_text("# Command line\n\n" + "\n".join(parts), encoding="utf-8")
+    page.write_text("# Command line\n\n" + "\n".join([_OUTPUT, *parts]), encoding="utf-8")
 
 
 _write_command_line()
