@@ -11,8 +11,8 @@ from typing import Any, TypeAlias
 
 from fastmaf.capsule.config import TrainConfig
 from fastmaf.images.dataset import ImageSet
-from fastmaf.images.listing import count
 from fastmaf.io.safe_json import shown
+from fastmaf.io.wording import count
 
 Contents: TypeAlias = dict[str, dict[str, Any]]
 """Size in bytes and SHA-256 of each file, by its name."""

@@ -38,7 +38,7 @@ def train(
 
     with checked_settings():
         recipe = Recipe(size=size, seed=seed, dequantize=dequantize, logit=logit)
-    from fastmaf.inspection.workflow.train import train as run
+    from fastmaf.inspection.workflow.fit import fit as run
 
     run(data, out, recipe, keep_folds=keep_folds, skip_bad=skip_bad, progress=not quiet, say=say)
 

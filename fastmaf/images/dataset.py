@@ -23,8 +23,9 @@ from tqdm import tqdm
 import fastmaf
 from fastmaf.images.decode import DataError, Frame, load_frame, sentences
 from fastmaf.images.folders import TEST, TRAIN, find_normals, find_test, layout_error
-from fastmaf.images.listing import contents, count, files_in, folders_in, images_below, images_in, left_aside
+from fastmaf.images.listing import contents, files_in, folders_in, images_below, images_in, left_aside
 from fastmaf.images.names import visible
+from fastmaf.io.wording import count
 
 _log = logging.getLogger(__name__)
 

@@ -10,7 +10,6 @@ from pathlib import Path
 from fastmaf.images.decode import DataError
 from fastmaf.images.listing import (
     contents,
-    count,
     folders_in,
     images_below,
     images_in,
@@ -21,6 +20,7 @@ from fastmaf.images.listing import (
     nearest,
     walk,
 )
+from fastmaf.io.wording import count
 
 TRAIN, TEST = "train/good", "test"
 

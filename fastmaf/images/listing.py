@@ -11,6 +11,7 @@ from pathlib import Path
 
 from fastmaf.io.marks import is_output
 from fastmaf.io.regular import is_regular, kind_of
+from fastmaf.io.wording import count
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff")
 """Suffixes of image files, in any case; other files and hidden ones are ignored."""
@@ -19,11 +20,6 @@ _NOT_READ = (
     ".avif", ".dng", ".gif", ".heic", ".heif", ".jfif", ".jp2", ".jxl", ".pgm", ".ppm", ".raw", ".tga", ".webp",
 )  # fmt: skip
 _SYSTEM = ("__macosx", "@eadir")  # folders of attributes and thumbnails, from macOS and Synology
-
-
-def count(n: int, noun: str) -> str:
-    """Formats a number and a noun: "1 image", "3 images"."""
-    return f"{n} {noun}{'' if n == 1 else 's'}"
 
 
 def nearest(name: str, among: Iterable[Path]) -> list[Path]:

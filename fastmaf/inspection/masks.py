@@ -17,7 +17,8 @@ import numpy as np
 
 from fastmaf.images.dataset import ImageSet
 from fastmaf.images.decode import DataError, load_frame
-from fastmaf.images.listing import SUFFIXES, count, images_in
+from fastmaf.images.listing import SUFFIXES, images_in
+from fastmaf.io.wording import count
 from fastmaf.metrics.results import NORMAL
 
 

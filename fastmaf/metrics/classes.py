@@ -7,7 +7,8 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from fastmaf.images.folders import TEST
-from fastmaf.images.listing import count, nearest
+from fastmaf.images.listing import nearest
+from fastmaf.io.wording import count
 from fastmaf.metrics.results import NORMAL, EvaluationError, missing_kind
 
 _NORMAL_WORDS = (

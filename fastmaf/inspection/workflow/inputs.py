@@ -14,9 +14,10 @@ from torch import Tensor
 from tqdm import tqdm
 
 from fastmaf.images.decode import DataError, Frame, load_frame, sentences
-from fastmaf.images.listing import contents, count, images_below, is_image, left_aside
+from fastmaf.images.listing import contents, images_below, is_image, left_aside
 from fastmaf.inspection.workflow.path_patterns import hints, is_pattern, matches
 from fastmaf.io.marks import is_output
+from fastmaf.io.wording import count
 
 Say: TypeAlias = Callable[[str], Any]
 """Receives a message for the user."""

@@ -7,7 +7,8 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-from fastmaf.images.listing import contents, count, entries, files_in, folders_in, nearest, walk
+from fastmaf.images.listing import contents, entries, files_in, folders_in, nearest, walk
+from fastmaf.io.wording import count
 
 
 def is_pattern(text: str) -> bool:

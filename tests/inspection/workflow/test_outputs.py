@@ -23,8 +23,8 @@ from fastmaf.inspection.model import load_inspection
 from fastmaf.inspection.workflow.calibrate import calibrate
 from fastmaf.inspection.workflow.evaluate import evaluate
 from fastmaf.inspection.workflow.export import export
+from fastmaf.inspection.workflow.fit import fit
 from fastmaf.inspection.workflow.score import score
-from fastmaf.inspection.workflow.train import train
 from fastmaf.io.marks import MAP, OVERLAY, role_of
 from fastmaf.io.outputs import OutputError
 from tests.inspection.tiny import TINY, silent
@@ -175,14 +175,14 @@ def test_eval_replaces_no_other_file(run: Path, data: Path, tmp_path: Path, name
 def test_train_moves_no_other_file_away(data: Path, tmp_path: Path, name: str) -> None:
     (tmp_path / name).write_text("mine")
     with pytest.raises(OutputError, match=name):
-        train(data, tmp_path, TINY, progress=False, say=silent)
+        fit(data, tmp_path, TINY, progress=False, say=silent)
     assert contents(tmp_path) == {name: b"mine"}
 
 
 def test_train_into_the_place_of_a_file_is_refused_before_the_images_are_read(data: Path, tmp_path: Path) -> None:
     (tmp_path / "out").write_text("mine")
     with pytest.raises(NotADirectoryError):
-        train(tmp_path / "nowhere", tmp_path / "out", TINY, progress=False, say=silent)
+        fit(tmp_path / "nowhere", tmp_path / "out", TINY, progress=False, say=silent)
 
 
 def test_models_of_folds_are_removed_and_other_files_stay(tmp_path: Path) -> None:

@@ -60,7 +60,7 @@ def test_recalibrate_takes_scores_of_new_images(model_copy: Path, data: Path) ->
     calibration = recalibrate(model_copy, [str(data / "test" / "good")], 0.2, progress=False, say=silent)
     after = load_inspection(model_copy)
     assert calibration.how == after.calibration.how == "split" and after.calibration.n == 4
-    assert calibration.source == after.calibration.source and str(data)[:20] in calibration.describe()
+    assert calibration.source == after.calibration.source and str(data)[:20] in calibration.describe(explain=True)
     assert calibration.created == after.calibration.created and calibration.created is not None
 
 
