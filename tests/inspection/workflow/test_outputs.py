@@ -123,7 +123,7 @@ def test_outputs_are_skipped_or_refused_as_images(judged: Callable[..., int], im
     )
     assert judged(shown / "000.png", images / "000.png", say=messages.append) == 0
     assert messages == [f"1 picture that fastmaf wrote left aside: 1 in {shown}", messages[1]]
-    assert messages[1].startswith("1 images: ")
+    assert messages[1].startswith("1 image scored at the threshold ")
     for argument in (shown / "000.png", shown, shown / "*.png", shown / "**"):
         with pytest.raises(DataError, match="that fastmaf wrote"):
             expand([argument])

@@ -125,7 +125,8 @@ def test_every_command_says_how_images_were_changed_on_being_read(run: Path, mod
 
 def test_evaluation_writes_scores_metrics_and_report(run: Path, data: Path, tmp_path: Path) -> None:
     messages: list[str] = []
-    lines = evaluate(run, data, tmp_path, progress=False, say=messages.append)
+    result = evaluate(run, data, tmp_path, progress=False, say=messages.append)
+    lines = result.rows
     assert {path.name for path in tmp_path.iterdir()} == {"scores.csv", "metrics.json", "report.html"}
     assert [line.default for line in lines].count(True) == 1 and {line.kind for line in lines} == {"score", "baseline"}
     rows = rows_of((tmp_path / "scores.csv").read_text("utf-8"))
@@ -139,7 +140,8 @@ def test_evaluation_writes_scores_metrics_and_report(run: Path, data: Path, tmp_
     with_maps = [line for line in lines if line.pixel_auroc is not None]
     assert {line.name for line in with_maps} >= {lines[0].name, "PCA residual (100)"}
     assert lines[0].pixel_difference is None and all(line.pixel_difference is not None for line in with_maps[1:])
-    assert f"{lines[0].pixel_auroc:.3f}" in messages[-2].splitlines()[1]
+    assert messages[-2] == result.describe()
+    assert metrics == json.loads(json.dumps(result.to_json(), allow_nan=False))
 
 
 @pytest.mark.slow
@@ -177,5 +179,9 @@ def test_the_commands(run: Path, model_copy: Path, data: Path, tmp_path: Path) -
 
 @pytest.mark.slow
 def test_choose_ranks_scores_and_maps(data: Path) -> None:
-    text = choose(data, size=8, draws=1, progress=False)
-    assert text.count("(default)") == 2 and "AUROC" in text and "AU-PRO" in text
+    selection = choose(data, size=8, draws=1, progress=False)
+    text = selection.describe()
+    assert text.count("(default)") == 2 and "no test image is read" in text
+    ranking = json.loads(json.dumps(selection.to_json(), allow_nan=False))
+    assert ranking["images"] == 24 and [entry["default"] for entry in ranking["scores"]].count(True) == 1
+    assert [entry["mean"] for entry in ranking["maps"]] == [candidate.mean for candidate in selection.maps]
