@@ -1,4 +1,4 @@
-"""Evaluating a trained model on a labelled test set: ``fastmaf eval``.
+"""Evaluating a trained model on a labelled test set: ``fastmaf capsule eval``.
 
 Writes scores.csv, metrics.json, nll_hist_good_defect.png and roc_curve.png.
 """

@@ -1,4 +1,4 @@
-"""Repeating the published capsule run: train, sample, evaluate, compare. The command is ``fastmaf reproduce``."""
+"""``fastmaf capsule reproduce``: train, sample and evaluate as in the published run, and compare both."""
 
 from __future__ import annotations
 

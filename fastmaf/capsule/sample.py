@@ -1,4 +1,4 @@
-"""Sampling images from a trained model: ``fastmaf sample``."""
+"""Sampling images from a trained model: ``fastmaf capsule sample``."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Training on normal images: ``fastmaf train``.
+"""Training on normal images: ``fastmaf capsule train``.
 
 Files written to the output folder during training:
 

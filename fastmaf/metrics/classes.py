@@ -58,8 +58,8 @@ def doubtful(labels: Iterable[str]) -> list[str]:
     if not counted[NORMAL]:
         return []
     return [
-        f"class folder test/{label} ({count(counted[label], 'image')}) counts as a defect class: normal are "
-        f"those in test/{NORMAL}"
+        f"class folder test/{label} ({count(counted[label], 'image')}) counts as a defect class; if its images "
+        f"are normal, move them to test/{NORMAL}"
         for label in sorted(set(counted) - {NORMAL})
         if _means_normal(label)
     ]

@@ -24,12 +24,12 @@ INSPECTION_SCORES = ("file", "label", "score", "p_value", "verdict", "nll")
 
 
 def eval_scores() -> Kind:
-    """scores.csv of ``fastmaf eval``, for flows and inspection models: both write to the same place."""
+    """scores.csv of both commands ``eval``, for flows and inspection models: both write to the same place."""
     return table("the scores of an evaluation", SCORE_COLUMNS, INSPECTION_SCORES)
 
 
 def eval_metrics() -> Kind:
-    """metrics.json of ``fastmaf eval``, for flows and inspection models."""
+    """metrics.json of both commands ``eval``, for flows and inspection models."""
     return json_file("the metrics of an evaluation", ("youden", "per_class"), ("threshold", "scores", "classes"))
 
 

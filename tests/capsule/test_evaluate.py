@@ -168,14 +168,14 @@ def test_a_model_that_held_nothing_out_has_one_threshold(model: Model, evaluated
     assert evaluation.held_out_reason == "no scores of held-out normals were given"
 
 
-@pytest.mark.parametrize(("gone", "word"), [(["good"], "normal"), (list(CLASSES), "defect")])
+@pytest.mark.parametrize(("gone", "word"), [(["good"], "normal"), (list(CLASSES), "defective")])
 def test_a_test_set_without_good_or_without_defects(
     labelled: Path, evaluated: Callable[..., Evaluation], tmp_path: Path, gone: list[str], word: str
 ) -> None:
     other = Path(shutil.copytree(labelled, tmp_path / "data"))
     for name in gone:
         shutil.rmtree(other / "test" / name)
-    with pytest.raises(EvaluationError, match=f"there is no {word}; images found: "):
+    with pytest.raises(EvaluationError, match=f"found no {word} ones "):
         evaluated(data=other)
     assert list((tmp_path / "out").iterdir()) == []
 

@@ -116,7 +116,7 @@ def test_a_text_file_named_png(run: Fastmaf, data: Path, trained: Path, tmp_path
     text_file.write_text("Hello, I am not an image.")
     settings = ("--model", trained, "--quiet") if command == "eval" else SMALL
     done = run(command, "--data", bad, "--out", tmp_path / "out", *settings)
-    assert_one_error(done, str(text_file), "no image that can be read")
+    assert_one_error(done, str(text_file), "not a readable image")
     assert not (tmp_path / "out" / "model.safetensors").exists()
 
 

@@ -148,9 +148,9 @@ def test_rate_95_of_the_largest_of_n() -> None:
     ("nll", "labels", "options", "parts"),
     [
         ([1.0, 2.0], ["crack", "poke"], {}, ["no normal", "crack 1, poke 1"]),
-        ([1.0, 2.0], ["good", "good"], {}, ["no defect", "good 2"]),
+        ([1.0, 2.0], ["good", "good"], {}, ["no defective ones", "good 2"]),
         ([1.0, 2.0], ["Good", "crack"], {}, ["no normal", "Good 1"]),
-        ([], [], {}, ["images found: none"]),
+        ([], [], {}, ["found no normal ones"]),
         ([1.0, 2.0, 3.0], ["good", "x"], {}, ["3 scores", "2 labels"]),
         ([[1.0], [2.0]], ["good", "x"], {}, ["[2, 1]"]),
         ([1.0, math.nan, math.nan], ["good", "x", "x"], {}, ["2 of 3", "NaN", "x 2", "index 1"]),

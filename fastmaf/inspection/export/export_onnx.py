@@ -135,7 +135,7 @@ def _check_spread(calibration: Calibration) -> None:
         raise ExportError(
             "scores are compared in units of the calibration scores' interquartile range, and with a threshold; "
             f"expected a positive one and a finite one, found {spread:g} and {calibration.threshold:g}: run "
-            "'fastmaf recalibrate' on more normal images, or 'fastmaf calibrate' with another rate"
+            "'fastmaf inspect recalibrate' on more normal images, or 'fastmaf inspect calibrate' with another rate"
         )
 
 

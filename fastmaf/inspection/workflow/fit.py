@@ -87,11 +87,11 @@ def load_normals(data: str | Path, recipe: Recipe, *, skip_bad: bool, progress: 
         say(note)
     needed = max(recipe.folds, 3)
     if len(images) < needed:
-        skipped = f" besides {count(len(images.skipped), 'file')} that cannot be read" if images.skipped else ""
+        skipped = f", and {count(len(images.skipped), 'file')} that cannot be read" if images.skipped else ""
         raise DataError(
-            f"{images.paths[0].parent} holds {count(len(images), 'good image')}{skipped}; an inspection model needs at "
-            f"least {needed} for fitting and calibration, better some dozens: add images there, or name another folder "
-            "with --data"
+            f"{images.paths[0].parent}: expected at least {needed} good images for fitting and calibration, better "
+            f"some dozens; found {count(len(images), 'good image')}{skipped}: add images, or name another folder with "
+            "--data"
         )
     return images
 

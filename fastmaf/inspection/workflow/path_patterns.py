@@ -56,5 +56,5 @@ def hints(path: Path) -> str:
         existing = [path for path in whole if os.path.lexists(path) or is_pattern(str(path))]
         return "".join(f"\ndid you mean {path}?" for path in existing or near)
     files, folders = files_in(at), len(folders_in(at))
-    inside = contents(files) if files or not folders else "no file"
+    inside = contents(files) if files or not folders else "no files"
     return f"\nin {at.absolute()}: {inside}" + f", {count(folders, 'folder')}" * (folders > 0)

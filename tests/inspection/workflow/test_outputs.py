@@ -118,14 +118,13 @@ def test_outputs_are_skipped_or_refused_as_images(judged: Callable[..., int], im
     expanded = expand([images])
     assert [path.name for path in expanded.files] == ["000.png", "001.png", "002.png", "x.tiff"]
     assert (
-        expanded.notes[0].startswith("8 pictures that fastmaf wrote left aside: ")
-        and f"4 in {shown}" in expanded.notes[0]
+        expanded.notes[0].startswith("8 pictures written by fastmaf skipped: ") and f"4 in {shown}" in expanded.notes[0]
     )
     assert judged(shown / "000.png", images / "000.png", say=messages.append) == 0
-    assert messages == [f"1 picture that fastmaf wrote left aside: 1 in {shown}", messages[1]]
+    assert messages == [f"1 picture written by fastmaf skipped: 1 in {shown}", messages[1]]
     assert messages[1].startswith("1 image scored at the threshold ")
     for argument in (shown / "000.png", shown, shown / "*.png", shown / "**"):
-        with pytest.raises(DataError, match="that fastmaf wrote"):
+        with pytest.raises(DataError, match="written by fastmaf"):
             expand([argument])
     with pytest.raises(DataError, match="000.png: a picture written by fastmaf"):
         fastmaf.Detector(size=8).fit([images / "000.png", shown / "000.png"])
@@ -141,7 +140,7 @@ def test_a_results_folder_below_the_data_is_not_trained_on(run: Path, tmp_path: 
     (tmp_path / "data" / "results" / "3.png").rename(tmp_path / "data" / "4.png")
     train_set = load_train(tmp_path / "data", size=8, progress=False)
     assert [path.name for path in train_set.paths] == ["0.png", "1.png", "2.png", "3.png"]
-    assert train_set.notes[-1] == f"1 picture that fastmaf wrote left aside: 1 in {tmp_path / 'data'}"
+    assert train_set.notes[-1] == f"1 picture written by fastmaf skipped: 1 in {tmp_path / 'data'}"
     for file in (tmp_path / "data").glob("?.png"):
         file.unlink()
     with pytest.raises(DataError):

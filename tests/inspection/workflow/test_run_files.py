@@ -292,8 +292,9 @@ def test_too_few_images_are_counted_before_the_fit(tmp_path: Path, monkeypatch: 
         done = CliRunner().invoke(app, [*command, *arguments])
         assert isinstance(done.exception, DataError)
         text = str(done.exception)
-        assert f"{folder} holds {n} good image{'s' * (n > 1)} besides 1 file that cannot be read" in text
-        assert "needs at least 5" in text and "--data" in text and "fold" not in text.replace("folder", "")
+        assert f"{folder}: expected at least 5 good images" in text
+        assert f"found {n} good image{'s' * (n > 1)}, and 1 file that cannot be read" in text
+        assert "--data" in text and "fold" not in text.replace("folder", "")
     assert not out.exists()
 
 

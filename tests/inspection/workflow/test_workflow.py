@@ -107,8 +107,8 @@ def test_every_command_says_how_images_were_changed_on_being_read(run: Path, mod
     odd = _odd(tmp_path / "odd")
     expected = [
         "2 16-bit grey images scaled to 8 bits (value / 257)",
-        "1 image of more than 8 bits with no value above 255, or 1/255 of white: almost black. If the file holds "
-        "8-bit values, save it with 8 bits",
+        "1 almost black image of more than 8 bits (no value above 255, or 1/255 of white): "
+        "save 8-bit values with 8 bits",
         "1 image with an alpha channel composited on white",
     ]
     messages: list[str] = []
