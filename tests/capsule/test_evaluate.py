@@ -140,7 +140,7 @@ def test_missing_held_out_images_are_reported(
     assert "1 of the 3 held-out normal images are missing in" in output
     assert "taken from the others" in output
     assert report is not None
-    assert "2 held-out normals" in report.how
+    assert "2 held-out normal images" in report.how
     for name in left:
         (other / "train" / "good" / name).unlink()
     evaluation = evaluated(data=other)
@@ -165,7 +165,7 @@ def test_a_test_set_without_training_images_is_evaluated(
 def test_a_model_that_held_nothing_out_has_one_threshold(model: Model, evaluated: Callable[..., Evaluation]) -> None:
     evaluation = evaluated(model=dataclasses.replace(model, held_out=()))
     assert evaluation.held_out is None
-    assert evaluation.held_out_reason == "no scores of held-out normals were given"
+    assert evaluation.held_out_reason == "there are no held-out normal images"
 
 
 @pytest.mark.parametrize(("gone", "word"), [(["good"], "normal"), (list(CLASSES), "defective")])

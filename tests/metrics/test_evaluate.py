@@ -167,7 +167,7 @@ def test_errors(nll: list, labels: list[str], options: dict, parts: list[str]) -
     assert all(part in str(caught.value) for part in parts), caught.value
 
 
-@pytest.mark.parametrize(("held_out", "reason"), [(None, "no scores"), (np.array([]), "empty")])
+@pytest.mark.parametrize(("held_out", "reason"), [(None, "no held-out normal images"), (np.array([]), "empty")])
 def test_missing_held_out_set_is_reported(held_out: np.ndarray | None, reason: str) -> None:
     e = evaluate_scores(np.array([1.0, 2.0]), ["good", "x"], held_out_nll=held_out)
     assert e.held_out is None and e.held_out_reason is not None and reason in e.held_out_reason
