@@ -191,7 +191,7 @@ class TrainingRun:
         else:
             self._write_log(curve=True)
             kept = f"the last good model, after epoch {self.good_epoch}, is kept in {self.out / MODEL_FILE}"
-        return TrainingStoppedError(f"{reason}; {kept}. A smaller --lr, --order natural, or --guards help")
+        return TrainingStoppedError(f"{reason}; {kept}. Try a smaller --lr, --order natural, or --guards")
 
     def _batch(self, images: ImageSet, index: Tensor) -> Tensor:
         return to_unit(images.pixels[index]).to(self.device)

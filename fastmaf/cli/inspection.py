@@ -142,4 +142,4 @@ def choose(
         Recipe(size=size)
     from fastmaf.inspection.workflow.choose import choose as run
 
-    say(run(data, size=size, draws=draws, seed=seed, skip_bad=skip_bad, progress=not quiet, say=say_aside))
+    say(run(data, size=size, draws=draws, seed=seed, skip_bad=skip_bad, progress=not quiet, say=say_aside).describe())

@@ -194,8 +194,8 @@ def _load(
     labels, names, frames = zip(*loaded, strict=True)
     notes = [*sentences(Counter(kind for frame in frames for kind in frame.kinds)), *notes]
     if skipped:
-        names = some([file.name for file, _ in skipped])
-        notes.append(f"{count(len(skipped), 'file')} skipped: could not be read ({names})")
+        listed = some([file.name for file, _ in skipped])
+        notes.append(f"{count(len(skipped), 'file')} skipped: could not be read ({listed})")
     return ImageSet(
         pixels=torch.stack([frame.pixels for frame in frames]),
         paths=tuple(frame.path for frame in frames),

@@ -137,14 +137,14 @@ def test_missing_held_out_images_are_reported(
     (other / "train" / "good" / gone).unlink()
     report = evaluated(data=other).held_out
     output = capsys.readouterr().out
-    assert "1 of the 3 held-out normal images are missing in" in output
+    assert "1 of 3 held-out normal images not found in" in output
     assert "taken from the others" in output
     assert report is not None
     assert "2 held-out normal images" in report.how
     for name in left:
         (other / "train" / "good" / name).unlink()
     evaluation = evaluated(data=other)
-    assert "no threshold can be taken from held-out normals" in capsys.readouterr().out
+    assert "no threshold from held-out normal images" in capsys.readouterr().out
     assert evaluation.held_out is None
     assert json.loads((tmp_path / "out" / METRICS_FILE).read_text())["held_out"] is None
 
@@ -158,7 +158,7 @@ def test_a_test_set_without_training_images_is_evaluated(
     assert evaluation.held_out is None
     assert evaluation.auroc == evaluated().auroc
     output = capsys.readouterr().out
-    assert f"no folder train/good in {other}: no threshold can be taken from held-out normals" in output
+    assert f"no folder train/good in {other}: no threshold from held-out normal images" in output
     assert (tmp_path / "out" / ROC_FILE).is_file()
 
 
