@@ -18,7 +18,7 @@ from fastmaf.capsule.sample import sample
 from fastmaf.capsule.synthetic import MARKER, draw_dataset
 from fastmaf.capsule.train import outputs_of as train_outputs
 from fastmaf.capsule.train import train
-from fastmaf.capsule.training_run import TrainResult
+from fastmaf.capsule.train_result import TrainResult
 from fastmaf.io.atomic import written_atomically
 from fastmaf.io.outputs import Output, check_outputs, text_file
 from fastmaf.io.run_folder import run_folder

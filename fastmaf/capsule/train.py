@@ -19,7 +19,8 @@ from tqdm import tqdm
 import fastmaf
 from fastmaf.capsule.config import TrainConfig
 from fastmaf.capsule.memory_check import check_fits, disk_needed
-from fastmaf.capsule.training_run import CURVE_FILE, LOG_COLUMNS, LOG_FILE, TrainingRun, TrainResult
+from fastmaf.capsule.train_result import TrainResult
+from fastmaf.capsule.training_run import CURVE_FILE, LOG_COLUMNS, LOG_FILE, TrainingRun
 from fastmaf.images.dataset import load_train
 from fastmaf.images.decode import DataError
 from fastmaf.images.names import visible

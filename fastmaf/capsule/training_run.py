@@ -7,7 +7,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,6 +16,7 @@ from tqdm import tqdm
 import fastmaf
 from fastmaf.capsule.config import TrainConfig
 from fastmaf.capsule.resuming import check_images, check_settings, contents_of
+from fastmaf.capsule.train_result import Row, TrainResult
 from fastmaf.images.dataset import ImageSet, to_unit
 from fastmaf.images.names import visible
 from fastmaf.io.atomic import written_atomically
@@ -30,28 +31,9 @@ _SECONDS_BETWEEN_CHECKPOINTS = 30.0
 _SECONDS_BETWEEN_CURVES = 15.0
 _SCORING_BATCH = 64
 
-Row: TypeAlias = dict[str, float | None]
-
 
 class TrainingStoppedError(RuntimeError):
     """The loss or the parameters became non-finite; the message names the last good model."""
-
-
-@dataclass(frozen=True)
-class TrainResult:
-    """A finished or interrupted run.
-
-    Attributes:
-        flow: the trained flow.
-        log: one row per epoch.
-        model: the model file.
-        interrupted: whether Ctrl-C ended the run.
-    """
-
-    flow: fastmaf.MAF
-    log: list[Row]
-    model: Path
-    interrupted: bool
 
 
 @dataclass

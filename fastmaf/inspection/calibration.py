@@ -14,6 +14,7 @@ from scipy.special import betainc, betaincinv
 
 from fastmaf.inspection.calibration_text import describe_calibration
 from fastmaf.inspection.scoring.settings import check_fields
+from fastmaf.io.safe_json import finite
 from fastmaf.io.schema import Maybe, Number, OneOf, Record, SchemaError, Text, Whole
 from fastmaf.metrics.evaluate import conformal_rank, decimal
 from fastmaf.metrics.results import checked_scores
@@ -216,7 +217,7 @@ class Calibration:
         """Returns the threshold, its guarantee and its origin as JSON types; an infinite threshold is None."""
         names = ("rank", "n", "expected_rate", "false_alarm", "confidence", "attainable", "min_samples")
         return {
-            "threshold": self.threshold if math.isfinite(self.threshold) else None,
+            "threshold": finite(self.threshold),
             **{name: getattr(self, name) for name in names},
             "bound_95": self.bound(),
             **{name: getattr(self, name) for name in ("how", "folds", "created", "source")},

@@ -60,7 +60,7 @@ def test_from_drawing_to_evaluation(run: Fastmaf, tmp_path: Path) -> None:
     done = fastmaf_process("eval", "--data", data, "--model", out / "model.safetensors", "--out", out, "--quiet")
     assert done.code == 0, done.err
     assert "132 test images: 23 normal, 109 defective" in done.out
-    assert "Threshold Youden" in done.out
+    assert "threshold Youden" in done.out
     assert "Threshold held-out" in done.out
     assert json.loads((out / "metrics.json").read_text())["n_anomalous"] == 109
     for name in ("nll_curve.png", "samples.png", "nll_hist_good_defect.png", "roc_curve.png"):

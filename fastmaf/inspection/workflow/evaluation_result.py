@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 from fastmaf.images.names import visible
 from fastmaf.inspection.calibration import Calibration
 from fastmaf.inspection.evaluate import TableRow
+from fastmaf.io.safe_json import finite
 from fastmaf.metrics.auroc import PairedDifference
 from fastmaf.metrics.results import NORMAL
 
@@ -64,10 +64,9 @@ class EvaluationResult:
 
     def to_json(self) -> dict[str, Any]:
         """Returns the content of metrics.json; numbers that are not finite are None."""
-        threshold = self.calibration.threshold
         return {
             "model": self.model,
-            "threshold": threshold if math.isfinite(threshold) else None,
+            "threshold": finite(self.calibration.threshold),
             "false_alarm": self.calibration.false_alarm,
             "expected_rate": self.calibration.expected_rate,
             "scores": [{**asdict(row), "kind": _KINDS[row.kind]} for row in self.rows],

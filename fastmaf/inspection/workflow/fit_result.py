@@ -10,6 +10,7 @@ from typing import Any
 from fastmaf.inspection.decisions import decisions
 from fastmaf.inspection.fit import Fitted
 from fastmaf.inspection.report.content import REPORT_FILE
+from fastmaf.io.safe_json import finite
 from fastmaf.io.wording import count
 from fastmaf.metrics.results import bits_per_dim
 from fastmaf.training.checkpoints import MODEL_FILE
@@ -60,9 +61,9 @@ class FitResult:
         return {
             "images": self.images,
             "size": recipe["size"],
-            "held_out_nll": _finite(nll),
-            "held_out_nll_of_whitening": _finite(model.about["held_out_nll_of_whitening"]),
-            "bits_per_dim": _finite(bits),
+            "held_out_nll": finite(nll),
+            "held_out_nll_of_whitening": finite(model.about["held_out_nll_of_whitening"]),
+            "bits_per_dim": finite(bits),
             "augmentation": recipe["augmentation"],
             "blocks": recipe["blocks"],
             "score": recipe["score"],
@@ -78,7 +79,3 @@ class FitResult:
         """The mean held-out NLL of an image in nats, and in bits per dimension of 8-bit data."""
         nll = self.fitted.model.about["held_out_nll"]
         return nll, bits_per_dim(nll, self.fitted.model.flow.features) + math.log2(255)
-
-
-def _finite(value: float) -> float | None:
-    return value if math.isfinite(value) else None
