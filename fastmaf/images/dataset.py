@@ -186,7 +186,7 @@ def _load(
             loaded.append((label, file.relative_to(folder).as_posix(), load_frame(file, size)))
         except DataError as error:
             if not skip_bad:
-                raise
+                raise DataError(f"{error}; --skip-bad skips such files") from error
             skipped.append((file, str(error)))
             _log.warning("skipped: %s", visible(str(error)))
     if not loaded:

@@ -91,7 +91,7 @@ def contents(files: Iterable[Path]) -> str:
     if not suffixes:
         return "it is empty"
     listed = ", ".join(f"{n} x {suffix}" for suffix, n in suffixes.most_common(5))
-    return f"found {listed}; supported: {' '.join(SUFFIXES)}"
+    return f"found {listed} (supported: {' '.join(SUFFIXES)})"
 
 
 def kind_for_people(file: Path) -> str:

@@ -177,7 +177,7 @@ def test_empty_folders(tmp_path: Path) -> None:
     assert f"no image in {folder}: it is empty" in message_of(load_train, tmp_path)
     (folder / "a.webp").write_bytes(b"x")
     (folder / "b.webp").write_bytes(b"x")
-    assert "found 2 x .webp; supported: .png" in message_of(load_train, tmp_path)
+    assert "found 2 x .webp (supported: .png" in message_of(load_train, tmp_path)
     (tmp_path / "test" / "good").mkdir(parents=True)
     assert f"no class folder with images in {tmp_path / 'test'}" in message_of(load_test, tmp_path)
     picture(tmp_path / "test" / "a.png")
@@ -264,7 +264,7 @@ def test_formats_that_are_not_read_are_counted(tmp_path: Path) -> None:
     for i in range(3):
         (flat / f"{i}.webp").write_bytes(b"x")
     message = message_of(load_train, flat)
-    assert f"no folder train/good in {flat}: found 3 x .webp; supported: .png" in message
+    assert f"no folder train/good in {flat}: found 3 x .webp (supported: .png" in message
     assert f"{flat}  0 images, 3 x .webp (not read)" in message
 
 

@@ -80,7 +80,7 @@ def read_each(
             frame = load_frame(file, size, keep_full=keep_full)
         except DataError as error:
             if not skip_bad:
-                raise
+                raise DataError(f"{error}; --skip-bad skips such files") from error
             say(f"skipped: {error}")
         else:
             yield frame

@@ -52,7 +52,7 @@ def test_a_pattern_leaves_other_files_aside_unless_it_spells_out_their_suffix(tm
     assert [path.name for path in inputs.files] == ["a.png"]
     assert inputs.notes == ("2 files skipped: hidden, or not named like an image",)
     assert names(tmp_path, tmp_path / "*.dat") == ["scan.dat"]
-    assert f"no image matches {tmp_path / '[sT]*'}: found 1 x .db, 1 x .dat; supported:" in refused(tmp_path / "[sT]*")
+    assert f"no image matches {tmp_path / '[sT]*'}: found 1 x .db, 1 x .dat (supported:" in refused(tmp_path / "[sT]*")
     (tmp_path / "folder").mkdir()
     assert "1 folder without images" in refused(tmp_path / "fold*")
 

@@ -17,6 +17,7 @@ from typer.testing import CliRunner
 import fastmaf
 from fastmaf.cli.app import app
 from fastmaf.images.decode import DataError
+from fastmaf.inspection.decisions import decisions
 from fastmaf.inspection.model import is_inspection_model, load_inspection
 from fastmaf.inspection.workflow.calibrate import calibrate, recalibrate
 from fastmaf.inspection.workflow.choose import choose
@@ -37,7 +38,7 @@ def rows_of(text: str) -> list[dict[str, str]]:
     return list(csv.DictReader(io.StringIO(text)))
 
 
-def test_train_leaves_model_log_and_report(run: Path) -> None:
+def test_fit_leaves_model_log_and_report(run: Path) -> None:
     assert {path.name for path in run.iterdir()} == {"model.safetensors", "training_log.csv", "report.html"}
     assert is_inspection_model(run)
     model = load_inspection(run)
@@ -45,6 +46,9 @@ def test_train_leaves_model_log_and_report(run: Path) -> None:
     assert len((run / "training_log.csv").read_text().splitlines()) == 2  # steps 1 and, were there more, every tenth
     assert isinstance(model.flow.transforms[0], fastmaf.GaussianWhitening)
     assert isinstance(model.flow.transforms[1], fastmaf.LocalAutoregressive)
+    report, explained = (run / "report.html").read_text("utf-8"), decisions(model, explain=True)
+    assert {"augmentation", "blocks"} <= set(explained) and all(text in report for text in explained.values())
+    assert "about twice the rate, 10%" in report, "with the assumptions of the threshold"
 
 
 def test_calibrate_changes_the_threshold_alone(model_copy: Path) -> None:
