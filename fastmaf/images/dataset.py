@@ -157,11 +157,8 @@ def load_test(root: str | Path, *, size: int = 64, skip_bad: bool = False, progr
     root = Path(root).expanduser()
     test = find_test(root)
     loose, ignored = images_in(test)
-    notes = (
-        [f"{count(len(loose), 'image')} directly in test/ skipped: not in a class folder such as test/good"]
-        if loose
-        else []
-    )
+    directly = f"{count(len(loose), 'image')} directly in test/"
+    notes = [f"{directly} skipped: not in a class folder such as test/good"] if loose else []
     folders = sorted(folders_in(test), key=lambda folder: (folder.name != "good", folder.name))
     below = {folder: images_below(folder) for folder in folders}
     labelled = [(folder.name, folder, file) for folder, (files, _, _) in below.items() for file in files]
@@ -169,7 +166,7 @@ def load_test(root: str | Path, *, size: int = 64, skip_bad: bool = False, progr
     ignored += [file for _, others, _ in below.values() for file in others]
     closed = [folder for _, _, unopened in below.values() for folder in unopened]
     if not labelled:
-        where = f"; move the {count(len(loose), 'image')} directly in it into test/<class>" if loose else ""
+        where = f"; {directly}, not in a class folder" if loose else ""
         raise layout_error(f"no class folder with images in {test}{where}", TEST, root)
     return _load(labelled, "test", [*notes, *left_aside(ignored, closed)], size, skip_bad, progress)
 

@@ -181,7 +181,7 @@ def test_empty_folders(tmp_path: Path) -> None:
     (tmp_path / "test" / "good").mkdir(parents=True)
     assert f"no class folder with images in {tmp_path / 'test'}" in message_of(load_test, tmp_path)
     picture(tmp_path / "test" / "a.png")
-    assert "1 image directly in it" in message_of(load_test, tmp_path)
+    assert "1 image directly in test/, not in a class folder" in message_of(load_test, tmp_path)
 
 
 def test_root_is_a_file(tmp_path: Path) -> None:
