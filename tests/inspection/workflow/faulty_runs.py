@@ -53,7 +53,7 @@ def main(fault: str, data: Path, before: Path, folder: Path) -> None:
 
     fitting.fit_model = lambda *args, **kwargs: fitted
     build.training_report = report
-    fit(folder / "warm-up")  # imports what takes a second, once for all children
+    train(folder / "warm-up")  # imports what takes a second, once for all children
     every_fault(fault, before, folder, train, check)
 
 
