@@ -87,7 +87,7 @@ def digits() -> Tensor:
 
 
 def capsules() -> Tensor:
-    """Synthetic capsule images of 64×64 pixels, D = 12,288, scaled to [0, 1] as ``fastmaf train`` does."""
+    """Synthetic capsule images of 64×64 pixels, D = 12,288, scaled to [0, 1] as ``fastmaf capsule train`` does."""
     with tempfile.TemporaryDirectory() as folder:
         draw_dataset(folder, train=320, good=0, defects={}, size=64, progress=False)
         return to_unit(load_train(folder, size=64, progress=False).pixels)

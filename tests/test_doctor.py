@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import json
 import platform
 from types import SimpleNamespace
 
@@ -39,6 +40,17 @@ def test_it_names_versions() -> None:
     assert versions["torch"] == importlib.metadata.version("torch")
 
 
+def test_facts_are_json_and_those_of_the_report() -> None:
+    facts, text = doctor.facts(), doctor.report()
+    assert json.loads(json.dumps(facts, allow_nan=False)) == facts
+    assert facts["packages"]["torch"] == importlib.metadata.version("torch")
+    assert facts["devices"]["cpu"]["threads"] == torch.get_num_threads()
+    assert set(facts["backends"]["cpu"]) == set(dispatch.OPS)
+    for op, backend in facts["backends"]["cpu"].items():
+        assert [line.split()[-1] for line in text.splitlines() if line.split()[:2] == ["cpu", op]] == [backend]
+    assert set(facts["unavailable"]) == {name for name in dispatch.names() if is_absent(name)}
+
+
 def test_a_missing_package_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     def version(name: str) -> str:
         if name == "triton":
@@ -72,7 +84,11 @@ def test_it_names_the_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda i: card)
-    assert doctor._devices()[1] == "cuda:0: GTX 1050 Ti, compute capability 6.1, 4.0 GiB"
+    monkeypatch.setattr(dispatch, "default_backend", lambda op, like: "torch")
+    monkeypatch.setattr(torch, "empty", lambda *size, device: None)
+    assert section("devices")[1] == "cuda:0: GTX 1050 Ti, compute capability 6.1, 4.0 GiB"
+    (gpu,) = doctor.facts()["devices"]["cuda"]
+    assert gpu == {"name": "GTX 1050 Ti", "compute_capability": "6.1", "memory_bytes": 4 * 2**30}
 
 
 def test_it_describes_the_native_library(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -94,7 +110,7 @@ def test_it_describes_the_cost_of_a_missing_native_library(monkeypatch: pytest.M
 
 
 def test_it_names_the_backend_of_every_op_and_why_not_the_others() -> None:
-    in_use = section("backends")
+    in_use = section("backend of each op")
     for op in dispatch.OPS:
         (line,) = [line for line in in_use if line.split()[:2] == ["cpu", op]]
         used = line.split()[-1]
@@ -102,7 +118,7 @@ def test_it_names_the_backend_of_every_op_and_why_not_the_others() -> None:
         assert not is_absent(used)
     absent = {name for name in dispatch.names() if is_absent(name)}
     if absent:
-        reasons = section("not in use")
+        reasons = section("backends that are not available")
         assert {line.split(":")[0] for line in reasons} == absent
         assert all(len(line.split(": ", 1)[1]) > 20 for line in reasons)
 
@@ -114,5 +130,5 @@ def test_the_reason_for_a_missing_backend(monkeypatch: pytest.MonkeyPatch) -> No
         return "no compiler was found when fastmaf was installed" if backend == "native" else missing(op, backend)
 
     monkeypatch.setattr(dispatch, "missing", without)
-    assert "native: no compiler was found when fastmaf was installed" in section("not in use")
-    assert not any(line.endswith("native") for line in section("backends"))
+    assert "native: no compiler was found when fastmaf was installed" in section("backends that are not available")
+    assert not any(line.endswith("native") for line in section("backend of each op"))

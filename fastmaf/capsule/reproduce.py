@@ -1,4 +1,4 @@
-"""Repeating the published capsule run: train, sample, evaluate, compare. The command is ``fastmaf reproduce``."""
+"""``fastmaf capsule reproduce``: train, sample and evaluate as in the published run, and compare both."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from fastmaf.capsule.sample import sample
 from fastmaf.capsule.synthetic import MARKER, draw_dataset
 from fastmaf.capsule.train import outputs_of as train_outputs
 from fastmaf.capsule.train import train
-from fastmaf.capsule.training_run import TrainResult
+from fastmaf.capsule.train_result import TrainResult
 from fastmaf.io.atomic import written_atomically
 from fastmaf.io.outputs import Output, check_outputs, text_file
 from fastmaf.io.run_folder import run_folder

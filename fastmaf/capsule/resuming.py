@@ -11,8 +11,8 @@ from typing import Any, TypeAlias
 
 from fastmaf.capsule.config import TrainConfig
 from fastmaf.images.dataset import ImageSet
-from fastmaf.images.listing import count
 from fastmaf.io.safe_json import shown
+from fastmaf.io.wording import count, some
 
 Contents: TypeAlias = dict[str, dict[str, Any]]
 """Size in bytes and SHA-256 of each file, by its name."""
@@ -62,21 +62,21 @@ def check_images(out: Path, state: Mapping[str, Any], files: Sequence[str], cont
     known = contents if before is None else before
     lacking, extra = sorted(known.keys() - contents.keys()), sorted(contents.keys() - known.keys())
     if lacking or extra or state["files"] != files:
-        listed = [f"{what}: {_listed(names)}" for what, names in (("missing", lacking), ("new", extra)) if names]
+        listed = [f"{what}: {some(names)}" for what, names in (("missing", lacking), ("new", extra)) if names]
         raise ValueError(
-            f"cannot resume {out}: it was trained on {count(len(state['files']), 'image')}, the data now hold "
-            f"{len(files)} others or renamed ones for training" + (f" ({'; '.join(listed)})" if listed else "")
+            f"cannot resume {out}: expected the {count(len(state['files']), 'image')} that it was trained on; found "
+            f"{len(files)}, others or renamed" + (f" ({'; '.join(listed)})" if listed else "")
         )
     if before is None:
         return (
-            "the state of this run was written by an earlier version, without the contents of its images: only their "
+            "this run was begun by an earlier version, which did not record the contents of its images: only their "
             "names were compared"
         )
     changed = sorted(name for name in contents if contents[name] != before[name])
     if changed:
         raise ValueError(
             f"cannot resume {out}: {len(changed)} of {count(len(contents), 'image')} changed since it began: "
-            f"{_listed([f'{name} ({_change(before[name], contents[name])})' for name in changed])}"
+            f"{some([f'{name} ({_change(before[name], contents[name])})' for name in changed])}"
         )
     return None
 
@@ -85,7 +85,3 @@ def _change(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
     if before["bytes"] != now["bytes"]:
         return f"was {before['bytes']:,} bytes, now {now['bytes']:,}"
     return "of the same size, but with other contents"
-
-
-def _listed(names: Sequence[str]) -> str:
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")

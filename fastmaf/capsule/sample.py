@@ -1,10 +1,11 @@
-"""Sampling images from a trained model: ``fastmaf sample``."""
+"""Sampling images from a trained model: ``fastmaf capsule sample``."""
 
 from __future__ import annotations
 
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -15,6 +16,7 @@ from fastmaf.images.png import save_grid, save_png
 from fastmaf.images.progress import note, track
 from fastmaf.io.marks import GRID, SAMPLE, role_of
 from fastmaf.io.outputs import Output, check_outputs, picture
+from fastmaf.io.wording import count
 
 SAMPLES_FOLDER, GRID_FILE = "samples", "samples.png"
 _BATCH = 64
@@ -27,6 +29,15 @@ class SampleResult:
     files: list[Path]
     grid: Path
     seconds: float
+
+    def describe(self) -> str:
+        """Returns the number of samples, the time and the files as text."""
+        n, folder = count(len(self.files), "sample"), self.files[0].parent
+        return f"{n} in {self.seconds:.2f} s: {folder}; all in one picture: {self.grid}"
+
+    def summary(self) -> dict[str, Any]:
+        """Returns the files and the seconds, as JSON types."""
+        return {"samples": [str(file) for file in self.files], "grid": str(self.grid), "seconds": self.seconds}
 
 
 @fastmaf.torch_defaults()

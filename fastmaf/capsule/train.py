@@ -1,4 +1,4 @@
-"""Training on normal images: ``fastmaf train``.
+"""Training on normal images: ``fastmaf capsule train``.
 
 Files written to the output folder during training:
 
@@ -18,7 +18,8 @@ import torch
 import fastmaf
 from fastmaf.capsule.config import TrainConfig
 from fastmaf.capsule.memory_check import check_fits, disk_needed
-from fastmaf.capsule.training_run import CURVE_FILE, LOG_COLUMNS, LOG_FILE, TrainingRun, TrainResult
+from fastmaf.capsule.train_result import TrainResult
+from fastmaf.capsule.training_run import CURVE_FILE, LOG_COLUMNS, LOG_FILE, TrainingRun
 from fastmaf.images.dataset import load_train
 from fastmaf.images.decode import DataError
 from fastmaf.images.progress import note

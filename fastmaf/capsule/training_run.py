@@ -7,7 +7,6 @@ import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TypeAlias
 
 import torch
 from torch import Tensor
@@ -15,6 +14,7 @@ from torch import Tensor
 import fastmaf
 from fastmaf.capsule.config import TrainConfig
 from fastmaf.capsule.resuming import check_images, check_settings, contents_of
+from fastmaf.capsule.train_result import Row, TrainResult
 from fastmaf.images.dataset import ImageSet, to_unit
 from fastmaf.images.progress import Progress, note
 from fastmaf.io.atomic import written_atomically
@@ -29,28 +29,9 @@ _SECONDS_BETWEEN_CHECKPOINTS = 30.0
 _SECONDS_BETWEEN_CURVES = 15.0
 _SCORING_BATCH = 64
 
-Row: TypeAlias = dict[str, float | None]
-
 
 class TrainingStoppedError(RuntimeError):
     """The loss or the parameters became non-finite; the message names the last good model."""
-
-
-@dataclass(frozen=True)
-class TrainResult:
-    """A finished or interrupted run.
-
-    Attributes:
-        flow: the trained flow.
-        log: one row per epoch.
-        model: the model file.
-        interrupted: whether Ctrl-C ended the run.
-    """
-
-    flow: fastmaf.MAF
-    log: list[Row]
-    model: Path
-    interrupted: bool
 
 
 @dataclass
@@ -190,7 +171,7 @@ class TrainingRun:
         else:
             self._write_log(curve=True)
             kept = f"the last good model, after epoch {self.good_epoch}, is kept in {self.out / MODEL_FILE}"
-        return TrainingStoppedError(f"{reason}; {kept}. A smaller --lr, --order natural, or --guards help")
+        return TrainingStoppedError(f"{reason}; {kept}. Try a smaller --lr, --order natural, or --guards")
 
     def _batch(self, images: ImageSet, index: Tensor) -> Tensor:
         return to_unit(images.pixels[index]).to(self.device)

@@ -44,7 +44,7 @@ def fit(
 
     with checked_settings():
         recipe = Recipe(size=size, seed=seed, dequantize=dequantize, logit=logit)
-    from fastmaf.inspection.workflow.train import train as run
+    from fastmaf.inspection.workflow.fit import fit as run
 
     run(data, out, recipe, keep_folds=keep_folds, skip_bad=skip_bad, progress=not quiet, say=say)
 
@@ -192,4 +192,4 @@ def choose(
         Recipe(size=size)
     from fastmaf.inspection.workflow.choose import choose as run
 
-    say(run(data, size=size, draws=draws, seed=seed, skip_bad=skip_bad, progress=not quiet, say=say_aside))
+    say(run(data, size=size, draws=draws, seed=seed, skip_bad=skip_bad, progress=not quiet, say=say_aside).describe())

@@ -22,9 +22,10 @@ from torch import Tensor
 import fastmaf
 from fastmaf.images.decode import DataError, Frame, load_frame, sentences
 from fastmaf.images.folders import TEST, TRAIN, find_normals, find_test, layout_error
-from fastmaf.images.listing import contents, count, files_in, folders_in, images_below, images_in, left_aside
+from fastmaf.images.listing import contents, files_in, folders_in, images_below, images_in, left_aside
 from fastmaf.images.names import visible
 from fastmaf.images.progress import track
+from fastmaf.io.wording import count, some
 
 _log = logging.getLogger(__name__)
 
@@ -156,16 +157,17 @@ def load_test(root: str | Path, *, size: int = 64, skip_bad: bool = False, progr
     root = Path(root).expanduser()
     test = find_test(root)
     loose, ignored = images_in(test)
-    notes = [f"{count(len(loose), 'image')} directly in test/ left aside: not in a class folder"] if loose else []
+    directly = f"{count(len(loose), 'image')} directly in test/"
+    notes = [f"{directly} skipped: not in a class folder such as test/good"] if loose else []
     folders = sorted(folders_in(test), key=lambda folder: (folder.name != "good", folder.name))
     below = {folder: images_below(folder) for folder in folders}
     labelled = [(folder.name, folder, file) for folder, (files, _, _) in below.items() for file in files]
-    notes += [f"class folder test/{folder.name} holds no image" for folder, (files, _, _) in below.items() if not files]
+    notes += [f"no image in class folder test/{folder.name}" for folder, (files, _, _) in below.items() if not files]
     ignored += [file for _, others, _ in below.values() for file in others]
     closed = [folder for _, _, unopened in below.values() for folder in unopened]
     if not labelled:
-        where = f"; the {count(len(loose), 'image')} directly in it belong in test/<class>" if loose else ""
-        raise layout_error(f"no test class with an image in {test}{where}", TEST, root)
+        where = f"; {directly}, not in a class folder" if loose else ""
+        raise layout_error(f"no class folder with images in {test}{where}", TEST, root)
     return _load(labelled, "test", [*notes, *left_aside(ignored, closed)], size, skip_bad, progress)
 
 
@@ -181,15 +183,16 @@ def _load(
             loaded.append((label, file.relative_to(folder).as_posix(), load_frame(file, size)))
         except DataError as error:
             if not skip_bad:
-                raise
+                raise DataError(f"{error}; --skip-bad skips such files") from error
             skipped.append((file, str(error)))
             _log.warning("skipped: %s", visible(str(error)))
     if not loaded:
-        raise DataError(f"none of the {len(files)} {what} images could be read; the first one:\n{skipped[0][1]}")
+        raise DataError(f"none of the {len(files)} {what} images could be read; the first:\n{skipped[0][1]}")
     labels, names, frames = zip(*loaded, strict=True)
     notes = [*sentences(Counter(kind for frame in frames for kind in frame.kinds)), *notes]
     if skipped:
-        notes.append(f"{count(len(skipped), 'file')} skipped: could not be read")
+        listed = some([file.name for file, _ in skipped])
+        notes.append(f"{count(len(skipped), 'file')} skipped: could not be read ({listed})")
     return ImageSet(
         pixels=torch.stack([frame.pixels for frame in frames]),
         paths=tuple(frame.path for frame in frames),

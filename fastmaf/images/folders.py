@@ -10,7 +10,6 @@ from pathlib import Path
 from fastmaf.images.decode import DataError
 from fastmaf.images.listing import (
     contents,
-    count,
     folders_in,
     images_below,
     images_in,
@@ -21,6 +20,7 @@ from fastmaf.images.listing import (
     nearest,
     walk,
 )
+from fastmaf.io.wording import count
 
 TRAIN, TEST = "train/good", "test"
 
@@ -31,7 +31,7 @@ _EXPECTED = """expected:
   <folder>/ground_truth/<defect class>/*.png  masks (optional)"""
 
 _EXPECTED_TO_TRAIN = """
-or, to train, a folder with no other images than normal ones:
+or, for training, a folder of normal images only:
   <folder>/*.png or <folder>/good/*.png"""
 
 
@@ -61,9 +61,9 @@ def find_normals(root: Path) -> tuple[Path, list[str]]:
     directly = f"{count(loose, 'image')} directly in {os.path.basename(os.path.abspath(root))}/"
     if folder == root:
         written = [file for below in _others(root, root) for file in images_in(below)[1] if is_image(file)]
-        return root, [f"no folder {TRAIN}: {directly} used as normal images", *left_aside(written)]
-    left = [f"{directly} left aside: not in good/"] * (loose > 0)
-    return folder, [f"no folder {TRAIN}: the images in good/ are used as normal images", *left]
+        return root, [f"no folder {TRAIN}: using {directly} as normal images", *left_aside(written)]
+    left = [f"{directly} skipped: not in good/"] * (loose > 0)
+    return folder, [f"no folder {TRAIN}: using the images in good/ as normal images", *left]
 
 
 def has_normals(root: Path) -> bool:
@@ -106,7 +106,7 @@ def _missing(root: Path, wanted: str) -> DataError:
         aside = images_in(root)[1]
         what = f"no folder {wanted} in {root}" + f": {contents(aside)}" * any(map(_is_telling, aside))
     elif root.exists():
-        what = f"{root} is a file, expected a folder: unpack an archive first"
+        what = f"{root}: expected a folder, found a file; unpack it first if it is an archive"
     else:
         what = f"no such folder: {root}"
     hints = "".join(f"\ndid you mean {path}{why}?" for path, why in _proposals(root, wanted))
@@ -129,7 +129,7 @@ def _proposals(root: Path, wanted: str) -> list[tuple[Path, str]]:
         if not (at / part).is_dir():
             near = [(path, f" (expected the name {part})") for path in nearest(part, folders_in(at))]
             loose = len(images_in(at)[0])
-            to_move = [(at / part, f" as the place of the {count(loose, 'image')} in {at.name}/")] * (loose > 0)
+            to_move = [(at / part, f" (move the {count(loose, 'image')} in {at.name}/ there)")] * (loose > 0)
             return near or [*to_move, *(_classes(at) if wanted == TRAIN else [])]
         at = at / part
     return []

@@ -81,7 +81,7 @@ def decode(path: Path) -> tuple[Image.Image, int, Image.Transpose | None, list[s
     except UnidentifiedImageError:
         kind = next((name for at, magic, name in _KNOWN if start[at:].startswith(magic)), "none of these")
         raise DataError(
-            f"{path}: no image that can be read, or one cut short; expected {', '.join(FORMATS)}, "
+            f"{path}: not a readable image, or cut short; expected {', '.join(FORMATS)}, "
             f"found {kind if start else 'an empty file'}"
         ) from None
     except Exception as error:  # on damaged files Pillow raises anything from SyntaxError to struct.error
@@ -93,7 +93,7 @@ def _decode(stream: BinaryIO, start: bytes, path: Path) -> tuple[Image.Image, in
     image = Image.open(stream, formats=FORMATS)
     width, height = image.size
     if width * height > MAX_PIXELS:
-        raise DataError(f"{path}: {width} x {height} = {width * height:,} pixels; at most {MAX_PIXELS:,} are decoded")
+        raise DataError(f"{path}: {width} x {height} = {width * height:,} pixels; expected at most {MAX_PIXELS:,}")
     if getattr(image, "is_animated", False):  # n_frames would read all pages of a TIFF
         kinds.append("frames")
     if is_tiff := image.format == "TIFF":  # Pillow transposes it while loading, and drops the tag

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from fastmaf.io.marks import is_output
 from fastmaf.io.regular import is_regular, kind_of
+from fastmaf.io.wording import count
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff")
 """Suffixes of image files, in any case; other files and hidden ones are ignored."""
@@ -19,11 +20,6 @@ _NOT_READ = (
     ".avif", ".dng", ".gif", ".heic", ".heif", ".jfif", ".jp2", ".jxl", ".pgm", ".ppm", ".raw", ".tga", ".webp",
 )  # fmt: skip
 _SYSTEM = ("__macosx", "@eadir")  # folders of attributes and thumbnails, from macOS and Synology
-
-
-def count(n: int, noun: str) -> str:
-    """Formats a number and a noun: "1 image", "3 images"."""
-    return f"{n} {noun}{'' if n == 1 else 's'}"
 
 
 def nearest(name: str, among: Iterable[Path]) -> list[Path]:
@@ -95,7 +91,7 @@ def contents(files: Iterable[Path]) -> str:
     if not suffixes:
         return "it is empty"
     listed = ", ".join(f"{n} x {suffix}" for suffix, n in suffixes.most_common(5))
-    return f"found {listed}; read are {' '.join(SUFFIXES)}"
+    return f"found {listed} (supported: {' '.join(SUFFIXES)})"
 
 
 def kind_for_people(file: Path) -> str:
@@ -103,7 +99,7 @@ def kind_for_people(file: Path) -> str:
     if is_image(file):
         if not is_regular(file):
             return kind_of(file)
-        return "a picture that fastmaf wrote" if is_output(file) else file.suffix.lower()
+        return "a picture written by fastmaf" if is_output(file) else file.suffix.lower()
     return file.name if file.name.startswith(".") else file.suffix.lower() or file.name
 
 
@@ -120,17 +116,19 @@ def left_aside(files: Collection[Path], closed: Sequence[Path] = ()) -> list[str
     notes = []
     if odd:
         first = f"{odd[0].name} is {kind_of(odd[0])}"
-        notes.append(f"{count(len(odd), 'path')} left aside: named as images, but no regular files ({first})")
+        notes.append(f"{count(len(odd), 'path')} skipped: named like images, but not regular files ({first})")
     if written:
         where = Counter(f"{file.parent}" for file in written)
         places = ", ".join(f"{n} in {folder}" for folder, n in sorted(where.items())[:3])
         notes.append(
-            f"{count(len(written), 'picture')} that fastmaf wrote left aside: {places}" + ", ..." * (len(where) > 3)
+            f"{count(len(written), 'picture')} written by fastmaf skipped: {places}" + ", ..." * (len(where) > 3)
         )
     for suffix, n in sorted(others.items()):
-        notes.append(f"{count(n, 'file')} left aside: {suffix} is not supported; convert to PNG to include them")
+        notes.append(f"{count(n, f'{suffix} file')} skipped: not supported; convert to PNG")
     if rest := len(files) - len(odd) - len(written) - others.total():
-        notes.append(f"{count(rest, 'file')} left aside (hidden, or without an image's suffix)")
+        notes.append(f"{count(rest, 'file')} skipped: hidden, or not named like an image")
     if closed:
-        notes.append(f"{count(len(closed), 'folder')} could not be opened: {', '.join(map(str, closed))}")
+        notes.append(
+            f"{count(len(closed), 'folder')} could not be opened (no permission): {', '.join(map(str, closed))}"
+        )
     return notes

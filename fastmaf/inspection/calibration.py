@@ -12,7 +12,9 @@ from typing import Any
 import numpy as np
 from scipy.special import betainc, betaincinv
 
+from fastmaf.inspection.calibration_text import describe_calibration
 from fastmaf.inspection.scoring.settings import check_fields
+from fastmaf.io.safe_json import finite
 from fastmaf.io.schema import Maybe, Number, OneOf, Record, SchemaError, Text, Whole
 from fastmaf.metrics.evaluate import conformal_rank, decimal
 from fastmaf.metrics.results import checked_scores
@@ -29,17 +31,6 @@ CALIBRATION = Record(
         "created": Maybe(Text(60)),
         "source": Maybe(Text()),
     }
-)
-
-_ASSUMPTION = (
-    "Assumption: new normal images come from the same process as these. Recalibrate after a change of camera, light or "
-    "material."
-)
-_K_FOLD = (
-    "K-fold: the scores come from the models of the folds, the verdicts from a model fitted to all images.\n"
-    "If leaving out a fold changes scores little, that model's rates are close to those above, and usually lower.\n"
-    "This is not a theorem: using the folds' models (cross-conformal) guarantees about twice the rate, {twice}.\n"
-    "Recalibrating on normal images that the final model has not seen guarantees the rate itself."
 )
 
 
@@ -211,50 +202,26 @@ class Calibration:
         """
         return replace(self, scores=self.scores + 5e-4 * self.spread() + 1e-5 * np.abs(self.scores))
 
-    def describe(self) -> str:
-        """Returns the threshold, its guarantee and its assumptions as lines of plain text.
+    def describe(self, explain: bool = False) -> str:
+        """Returns the threshold and its guarantee as lines of plain text; ``explain`` adds all assumptions."""
+        strict, at = self.with_rate(self.false_alarm, 0.95), self.threshold
+        return describe_calibration(
+            self.summary(),
+            strict.summary(),
+            tied=math.isinf(at) or int((self.scores == at).sum()) > 1,
+            bound=self.bound(self.confidence or 0.95),
+            explain=explain,
+        )
 
-        References (for the caveat on k-fold):
-            Barber, Candès, Ramdas and Tibshirani 2021, Predictive inference with the jackknife+: CV+ covers at about
-            1 - 2 alpha, while no such guarantee is possible for thresholds from cross-validation without the "+",
-            where the verdicts come from a model fitted to all data; both are near 1 - alpha if fitting is stable.
-            Vovk 2015, Cross-conformal predictors.
-        """
-        rate = _percent(self.false_alarm)
-        origin = ", ".join(part for part in (self.source, self.created) if part)
-        images = f"{self.n:,} normal image{'s' * (self.n != 1)}{f' ({origin})' if origin else ''}"
-        scorer = "all scored by one model"
-        if self.folds is not None:
-            scorer = f"each scored by the model of the fold that left it out ({self.folds} folds)"
-        threshold, meaning = f"{self.threshold:.6g}", "images with a higher score are anomalous"
-        if math.isinf(self.threshold):
-            meaning = "no score is above it, so nothing is anomalous"
-        tied = (self.scores == self.threshold).sum() > 1 or math.isinf(self.threshold)
-        expected = f"{'at most ' if tied else ''}{_percent(self.expected_rate)}"
-        bounds, scope = f"{_percent(self.bound())} with 95% confidence", "on average"
-        if self.confidence is not None:
-            scope = f"for this calibration set with {_percent(self.confidence)} confidence"
-            if self.confidence != 0.95:
-                bounds += f", {_percent(self.bound(self.confidence))} with {_percent(self.confidence)}"
-        guarantee = f"at most {rate} false alarms {scope} (needs {_needed(self)}; {self.n:,} available)."
-        lines = [
-            f"Calibrated on {images}, {scorer}.",
-            f"Threshold {threshold}, score {self.rank} of {self.n} in ascending order: {meaning}.",
-            f"Expected false alarms: {expected} on average over calibration sets; for this one at most {bounds}.",
-            f"Guarantee: {guarantee}"
-            if self.attainable
-            else f"Guarantee NOT attainable: {guarantee} The largest score is the threshold.",
-        ]
-        if self.confidence is None:
-            strict = self.with_rate(self.false_alarm, 0.95)
-            cost = f", which needs {_needed(strict)}: {strict.min_samples - self.n:,} more."
-            if strict.attainable:
-                cost = f": the threshold becomes {strict.threshold:.6g} (needs {_needed(strict)})."
-            lines.append(f"For at most {rate} with 95% confidence use --confidence 0.95{cost}")
-        lines.append(_ASSUMPTION)
-        if self.how == "k-fold":
-            lines.append(_K_FOLD.format(twice=_percent(min(1.0, 2 * self.false_alarm))))
-        return "\n".join(lines)
+    def summary(self) -> dict[str, Any]:
+        """Returns the threshold, its guarantee and its origin as JSON types; an infinite threshold is None."""
+        names = ("rank", "n", "expected_rate", "false_alarm", "confidence", "attainable", "min_samples")
+        return {
+            "threshold": finite(self.threshold),
+            **{name: getattr(self, name) for name in names},
+            "bound_95": self.bound(),
+            **{name: getattr(self, name) for name in ("how", "folds", "created", "source")},
+        }
 
     def to_json(self) -> dict[str, Any]:
         """Returns all fields except the scores, as JSON types; the scores are stored separately."""
@@ -285,11 +252,3 @@ def _valid_scores(scores: Any, which: str) -> np.ndarray:
         return checked_scores(scores, which)
     except (ValueError, TypeError, OverflowError) as error:
         raise CalibrationError(str(error)) from None
-
-
-def _needed(calibration: Calibration) -> str:
-    return f"{calibration.min_samples:,} calibration image{'s' * (calibration.min_samples != 1)}"
-
-
-def _percent(share: float) -> str:
-    return f"{100 * share:.3g}%"

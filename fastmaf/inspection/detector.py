@@ -37,7 +37,7 @@ except ImportError:  # scikit-learn before 1.6
 class Detector(OutlierMixin, BaseEstimator):
     """Anomaly detector, fitted to normal samples, with a calibrated false-alarm rate.
 
-    For images it is the model of ``fastmaf train --recipe inspection``: a Gaussian whitening with augmentation, whose
+    For images it is the model of ``fastmaf inspect fit``: a Gaussian whitening with augmentation, whose
     score is the mean of the highest values of a standardised, smoothed score map, and anomaly maps. For rows it is the
     whitening of the standardised columns, and the score is the NLL in nats. The threshold comes from samples scored by
     models that have not seen them (K folds) and keeps the requested false-alarm rate. There is no ``contamination``

@@ -5,7 +5,7 @@ Everything is compared with the default score and its anomaly maps on the same r
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TypeAlias
 
@@ -15,7 +15,6 @@ from torch import Tensor
 
 import fastmaf
 from fastmaf.images.dataset import ImageSet, to_unit
-from fastmaf.images.names import visible
 from fastmaf.images.progress import track
 from fastmaf.inspection.baselines import all_baselines
 from fastmaf.inspection.masks import LabelledSet
@@ -136,36 +135,3 @@ def _score_maps(flow: Float64Flow, model: InspectionModel, images: ImageSet) -> 
     batches = (FlowValues(flow, to_unit(part).to(model.device)) for part in images.pixels.split(64))
     terms = torch.cat([terms_of(values, model.settings) for values in batches])
     return score_maps(terms, model.statistics, model.settings)
-
-
-def format_table(rows: Sequence[TableRow], alarms: Mapping[str, tuple[int, int]]) -> str:
-    """Returns the table as text for a terminal.
-
-    Args:
-        rows: of the table.
-        alarms: (images, images classified as anomalous) of each class.
-    """
-    wide = max(len(row.name) for row in rows)
-    head = f"{'':<{wide}}  {'AUROC':>6}  {'95% interval':<14}  {'to default':>10}  {'95% interval':<16}"
-    text = [f"{head}  {'pixel':>5}  {'95% to default':<16}  AU-PRO"]
-    for row in rows:
-        low, high = row.interval
-        difference = "default" if row.difference is None else f"{row.difference.difference:+.3f}"
-        pixel, pro = ("" if value is None else f"{value:.3f}" for value in (row.pixel_auroc, row.au_pro))
-        line = f"{row.name:<{wide}}  {row.auroc:>6.3f}  {low:.3f} - {high:.3f}   {difference:>10}  "
-        line += f"{_interval(row.difference):<16}  {pixel:>5}  {_interval(row.pixel_difference):<16}  {pro:>6}"
-        text.append(line.rstrip())
-    default = next(row for row in rows if row.default)
-    for metric, name in (("AUROC", "auroc"), ("pixel AUROC", "pixel_auroc"), ("AU-PRO", "au_pro")):
-        values = {row.name: getattr(row, name) for row in rows if row.kind == "baseline"}
-        least = getattr(default, name)
-        better = [baseline for baseline, value in values.items() if None not in (least, value) and value > least]
-        if better:
-            text.append(f"baselines with a higher {metric} than the default score: {', '.join(better)}")
-    text.append("")
-    text += [f"{visible(label)}: {count} of {n} anomalous" for label, (n, count) in alarms.items()]
-    return "\n".join(text)
-
-
-def _interval(difference: PairedDifference | None) -> str:
-    return "" if difference is None else f"{difference.low:+.3f} to {difference.high:+.3f}"

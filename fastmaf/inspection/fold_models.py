@@ -1,6 +1,6 @@
-"""Files of the fold models beside a model: ``fastmaf train --recipe inspection --keep-folds``.
+"""Files of the fold models beside a model: ``fastmaf inspect fit --keep-folds``.
 
-Their mean is one more score in the table of ``fastmaf eval``. Each is as large as the model itself.
+Their mean is one more score in the table of ``fastmaf inspect eval``. Each is as large as the model itself.
 """
 
 from __future__ import annotations

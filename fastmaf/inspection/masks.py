@@ -8,7 +8,6 @@ of 255.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path, PurePosixPath
@@ -17,7 +16,8 @@ import numpy as np
 
 from fastmaf.images.dataset import ImageSet
 from fastmaf.images.decode import DataError, load_frame
-from fastmaf.images.listing import SUFFIXES, count, images_in
+from fastmaf.images.listing import SUFFIXES, images_in
+from fastmaf.io.wording import count, some
 from fastmaf.metrics.results import NORMAL
 
 
@@ -97,15 +97,16 @@ def load_masks(root: str | Path, images: ImageSet, *, skip_bad: bool = False) ->
             empty.append(f"{_name(file)} (largest value {largest} of 255)")
     notes = []
     if not folder.is_dir():
-        notes.append(f"no folder {folder}: the location of the defects is not known")
+        notes.append(f"no folder {folder} with masks: no pixel metrics")
     elif missing:
-        notes.append(f"no mask in {folder} for {_some(missing)}")
+        notes.append(f"no mask in {folder} for {count(len(missing), 'defective image')}: {some(missing)}")
     if bad:
-        notes.append(f"{count(len(bad), 'mask')} skipped, as if missing: {_some(bad)}")
+        notes.append(f"{count(len(bad), 'mask')} skipped: {some(bad)}")
     if empty:
-        notes.append(f"no defect (no value above 127) in the mask of a defective image: {_some(empty)}")
+        notes.append(f"no defect (value above 127) in {count(len(empty), 'mask')}: {some(empty)}")
     if transparent:
-        notes.append(f"transparent counts as white, a defect, in masks with an alpha channel: {_some(transparent)}")
+        masks_of = count(len(transparent), "mask")
+        notes.append(f"transparent pixels count as defects in {masks_of} with an alpha channel: {some(transparent)}")
     return Masks(tuple(masks), tuple(notes))
 
 
@@ -135,8 +136,3 @@ def _same_aspect(mask: tuple[int, int], image: tuple[int, int]) -> bool:
 
 def _name(path: Path) -> str:
     return f"{path.parent.name}/{path.name}"
-
-
-def _some(names: Sequence[str], limit: int = 3) -> str:
-    more = f" and {len(names) - limit} more" if len(names) > limit else ""
-    return ", ".join(names[:limit]) + more

@@ -197,7 +197,7 @@ def load_inspection(path: str | Path, *, device: str = "cpu") -> InspectionModel
     flow, metadata, extras = fastmaf.load_with_extras(path)
     if KEY not in metadata:
         raise fastmaf.CheckpointError(
-            f"{path} is not an inspection model: expected one that 'fastmaf train --recipe inspection' wrote"
+            f"{path} is not an inspection model: expected one written by 'fastmaf inspect fit'"
         )
     check_takes_images(flow, path)
     try:

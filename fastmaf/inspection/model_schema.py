@@ -8,13 +8,17 @@ from typing import Any
 from fastmaf.inspection.calibration import CALIBRATION
 from fastmaf.inspection.scoring.settings import ANOMALY_MAP_CONFIG, SCORE_SETTINGS
 from fastmaf.io.safe_json import parse
-from fastmaf.io.schema import Anything, ListOf, MapOf, Number, Record, SchemaError, Whole
+from fastmaf.io.schema import Anything, ListOf, MapOf, Maybe, Number, Record, SchemaError, Text, Whole
 
 KEY = "inspection"  # of this record in a file's metadata
 
 _SEED = Whole(-(2**63), 2**64 - 1)
 _RECIPE = Record(
-    optional={"rank": Whole(), "blocks": Whole(), "steps": Whole(1), "folds": Whole(2), "seed": _SEED},
+    optional={
+        **{"rank": Whole(), "blocks": Whole(), "steps": Whole(1), "folds": Whole(2), "seed": _SEED},
+        **{"augmentation": Text(), "shift_radius": Whole(), "shift_step": Number(), "angles": Whole(1)},
+        "logit": Maybe(Number()),
+    },
     others=Anything(),
 )
 _ROW = Record({"step": Number(), "nll": Number(), "held_out_nll": Number()}, others=Anything())

@@ -19,7 +19,9 @@ QUANTISATION = 1 / (12 * 255**2)
 
 @dataclass(frozen=True)
 class Recipe:
-    """All settings that determine an inspection model. No default was chosen on a test image; see ``fastmaf choose``.
+    """All settings that determine an inspection model.
+
+    No default was chosen on a test image; see ``fastmaf inspect choose``.
 
     Attributes:
         size: side of the square images in pixels.

@@ -1,4 +1,4 @@
-"""Parsing of untrusted JSON: bounded nesting, unique keys, finite numbers."""
+"""JSON with finite numbers alone; parsing of untrusted JSON: bounded nesting, unique keys."""
 
 from __future__ import annotations
 
@@ -23,6 +23,11 @@ class JSONError(ValueError):
 def shown(value: object) -> str:
     """Returns a short, escaped representation of a value for messages."""
     return _short.repr(value)
+
+
+def finite(value: float | None) -> float | None:
+    """Returns a number, or None in place of one that is not finite, for which JSON has no notation."""
+    return value if value is not None and math.isfinite(value) else None
 
 
 def child(where: str, key: str | int) -> str:

@@ -7,7 +7,8 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from fastmaf.images.folders import TEST
-from fastmaf.images.listing import count, nearest
+from fastmaf.images.listing import nearest
+from fastmaf.io.wording import count
 from fastmaf.metrics.results import NORMAL, EvaluationError, missing_kind
 
 _NORMAL_WORDS = (
@@ -57,8 +58,8 @@ def doubtful(labels: Iterable[str]) -> list[str]:
     if not counted[NORMAL]:
         return []
     return [
-        f"class folder test/{label} ({count(counted[label], 'image')}) counts as a defect class: normal are "
-        f"those in test/{NORMAL}"
+        f"class folder test/{label} ({count(counted[label], 'image')}) counts as a defect class; if its images "
+        f"are normal, move them to test/{NORMAL}"
         for label in sorted(set(counted) - {NORMAL})
         if _means_normal(label)
     ]

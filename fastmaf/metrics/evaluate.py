@@ -13,6 +13,7 @@ from fractions import Fraction
 
 import numpy as np
 
+from fastmaf.io.wording import count, ordinal
 from fastmaf.metrics.auroc import auroc, auroc_interval
 from fastmaf.metrics.results import (
     NORMAL,
@@ -26,7 +27,7 @@ from fastmaf.metrics.results import (
     missing_kind,
 )
 
-_YOUDEN_HOW = "maximises Youden's J on the test labels themselves, so its results are optimistic"
+_YOUDEN_HOW = "chosen on the test labels themselves (largest Youden's J), so these results are optimistic"
 
 
 def evaluate_scores(
@@ -77,9 +78,9 @@ def evaluate_scores(
     youden = _report("Youden", float(roc.thresholds[best]), True, _YOUDEN_HOW, scores, classes, counts)
     held_out = reason = None
     if held_out_nll is None:
-        reason = "no scores of held-out normals were given"
+        reason = "there are no held-out normal images"
     elif np.size(held_out_nll) == 0:
-        reason = "the set of held-out normals is empty"
+        reason = "the set of held-out normal images is empty"
     else:
         threshold, how, guaranteed, rate_95 = conformal_threshold(held_out_nll, false_alarm)
         held_out = _report("held-out", threshold, False, how, scores, classes, counts, guaranteed, rate_95)
@@ -130,19 +131,19 @@ def conformal_threshold(held_out_nll: np.ndarray, false_alarm: float) -> tuple[f
     if rank <= n:
         guaranteed = float(false_alarm)
         how = (
-            f"split conformal: the ceil((n+1)(1-alpha))-th smallest NLL of n held-out normals (the {_ordinal(rank)} of "
-            f"{n}, alpha = {guaranteed:g}); no label of the test set was used"
+            f"the {ordinal(rank)} lowest NLL of {n:,} held-out normal images, for a false-alarm rate of {guaranteed:g} "
+            "(split conformal prediction); no label of the test set was used"
         )
     else:
         rank, guaranteed = n, 1 / (n + 1)
         how = (
-            f"split conformal: {n} held-out normals are too few for a false-alarm rate of {float(false_alarm):g} (that "
-            f"takes {least}), so this is their largest NLL, which guarantees a rate of 1/(n+1) = "
-            f"{guaranteed:.3g}; no label of the test set was used"
+            f"the highest NLL of {count(n, 'held-out normal image')}: too few for a false-alarm rate of "
+            f"{float(false_alarm):g}, which needs {least:,}; the guaranteed rate is 1/(n+1) = {guaranteed:.3g} "
+            "(split conformal prediction); no label of the test set was used"
         )
     threshold = float(scores[rank - 1])
     if math.isinf(threshold):
-        how += "; that held-out NLL is infinite, so nothing can exceed it"
+        how += "; it is infinite, so no image is called anomalous"
     return threshold, how, guaranteed, float(betaincinv(n + 1 - rank, rank, 0.95))
 
 
@@ -196,8 +197,3 @@ def _report(
         promised_rate=guaranteed,
         rate_95=rate_95,
     )
-
-
-def _ordinal(n: int) -> str:
-    suffix = "th" if 10 <= n % 100 <= 20 else {1: "st", 2: "nd", 3: "rd"}.get(n % 10, "th")
-    return f"{n}{suffix}"

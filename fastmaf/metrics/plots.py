@@ -16,10 +16,10 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from fastmaf.images.listing import count
 from fastmaf.images.names import visible
 from fastmaf.io.atomic import written_atomically
 from fastmaf.io.marks import CURVE, HISTOGRAM, KEYWORD, ROC
+from fastmaf.io.wording import count
 from fastmaf.metrics import drawing
 from fastmaf.metrics.drawing import column, with_minus
 from fastmaf.metrics.histogram import Beyond, ScoreAxis, class_groups

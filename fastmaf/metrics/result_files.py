@@ -24,23 +24,34 @@ INSPECTION_SCORES = ("file", "label", "score", "p_value", "verdict", "nll")
 
 
 def eval_scores() -> Kind:
-    """scores.csv of ``fastmaf eval``, for flows and inspection models: both write to the same place."""
+    """scores.csv of both commands ``eval``, for flows and inspection models: both write to the same place."""
     return table("the scores of an evaluation", SCORE_COLUMNS, INSPECTION_SCORES)
 
 
 def eval_metrics() -> Kind:
-    """metrics.json of ``fastmaf eval``, for flows and inspection models."""
+    """metrics.json of both commands ``eval``, for flows and inspection models."""
     return json_file("the metrics of an evaluation", ("youden", "per_class"), ("threshold", "scores", "classes"))
 
 
-def to_json(evaluation: Evaluation) -> dict[str, Any]:
-    """Returns an evaluation in plain JSON types: NaN becomes null, infinities the strings "inf" and "-inf"."""
+def to_json(evaluation: Evaluation, extra: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """Returns the content of metrics.json: NaN becomes null, infinities the strings "inf" and "-inf".
+
+    Args:
+        evaluation: the results.
+        extra: further entries, such as the name of the model, settings and seconds.
+
+    Raises:
+        EvaluationError: ``extra`` has a key of the evaluation.
+    """
     out = _plain(evaluation)
     out["n_normal"], out["n_anomalous"] = evaluation.n_normal, evaluation.n_anomalous
     for stats in out["per_class"].values():
         mean = stats["mean"]
         stats["mean_bits_per_dim"] = None if mean is None else _plain(evaluation.bits_per_dim(mean))
-    return out
+    clash = sorted(set(out) & set(extra or {}))
+    if clash:
+        raise EvaluationError(f"extra: expected other keys than those of the evaluation; found {', '.join(clash)}")
+    return {**out, **_plain(dict(extra or {}))}
 
 
 def write_scores(
@@ -71,13 +82,8 @@ def write_scores(
 
 
 def write_metrics(path: str | Path, evaluation: Evaluation, extra: Mapping[str, Any] | None = None) -> None:
-    """Writes ``to_json(evaluation)`` and the entries of ``extra`` (settings, seconds, ...) as indented JSON."""
-    content = to_json(evaluation)
-    clash = sorted(set(content) & set(extra or {}))
-    if clash:
-        raise EvaluationError(f"extra: expected other keys than those of the evaluation; found {', '.join(clash)}")
-    content.update(_plain(dict(extra or {})))
-    text = json.dumps(content, indent=2, allow_nan=False) + "\n"
+    """Writes ``to_json(evaluation, extra)``, indented."""
+    text = json.dumps(to_json(evaluation, extra), indent=2, allow_nan=False) + "\n"
     with written_atomically(path) as file:
         file.write(text.encode())
 
@@ -88,7 +94,7 @@ def format_table(evaluation: Evaluation) -> str:
     interval = ""
     if e.auroc_interval is not None:
         low, high = e.auroc_interval
-        interval = f"   95% interval {low:.3f} to {high:.3f} ({e.bootstrap} bootstrap resamples)"
+        interval = f", 95% interval {low:.3f} to {high:.3f} ({e.bootstrap:,} bootstrap resamples)"
     reports = [report for report in (e.youden, e.held_out) if report is not None]
     wide = max(len("class"), *(len(visible(name)) for name in e.counts))
     head = f"{'class':<{wide}} {'n':>5} {'mean NLL':>12} {'std':>12} {'median':>12}"
@@ -105,27 +111,28 @@ def format_table(evaluation: Evaluation) -> str:
         line += f" {'' if s.auroc is None else format(s.auroc, '.3f'):>6}"
         lines.append(line + "".join(f" {r.alarms[name]:>10}" for r in reports))
     columns = " and ".join(r.name for r in reports)
-    lines.append(f'NLL in nats (bits/dim of its mean); AUROC against "good"; {columns}: images called anomalous there')
+    unit = "nats (mean also in bits/dim)" if bits else "nats"
+    lines.append(f"NLL in {unit}; AUROC against class good; {columns}: images called anomalous")
     for r in reports:
         (tn, fp), (fn, tp) = r.confusion
-        sign = ">=" if r.inclusive else ">"
+        above = "of at least" if r.inclusive else "above"
         lines += [
             "",
-            f"Threshold {r.name}: anomalous if NLL {sign} {nats(r.threshold, 2)} nats",
+            f"threshold {r.name}: images with an NLL {above} {nats(r.threshold, 2)} nats are called anomalous",
             textwrap.fill(r.how, 100, initial_indent="  ", subsequent_indent="  "),
             f"  {'':<12} {'called normal':>13} {'called anomalous':>16} {'precision':>10} {'recall':>7} {'F1':>7}",
             f"  {'normal':<12} {tn:>13} {fp:>16} " + "{:>10.3f} {:>7.3f} {:>7.3f}".format(*r.normal),
             f"  {'anomalous':<12} {fn:>13} {tp:>16} " + "{:>10.3f} {:>7.3f} {:>7.3f}".format(*r.anomaly),
-            f"  accuracy {r.accuracy:.3f} (calling every image anomalous: {r.baseline_accuracy:.3f}); "
-            f"false alarms: {fp} of {e.n_normal} normals ({r.false_alarm_rate:.1%})",
+            f"  accuracy {r.accuracy:.3f} (if all were called anomalous: {r.baseline_accuracy:.3f}); "
+            f"false alarms: {fp} of {e.n_normal} normal images ({r.false_alarm_rate:.1%})",
         ]
         if r.promised_rate is not None and r.rate_95 is not None:
             lines.append(
-                f"  guaranteed on new normals: <= {r.promised_rate:.1%} on average over held-out sets; "
-                f"with 95% confidence, <= {r.rate_95:.1%}"
+                f"  on new normal images: at most {r.promised_rate:.1%} false alarms on average over held-out sets, "
+                f"{r.rate_95:.1%} with 95% confidence"
             )
     if e.held_out_reason is not None:
-        lines += ["", f"No held-out threshold: {e.held_out_reason}"]
+        lines += ["", f"no held-out threshold: {e.held_out_reason}"]
     return "\n".join(lines)
 
 

@@ -144,10 +144,10 @@ def missing_kind(labels: Sequence[str]) -> str | None:
     counts = Counter(labels)
     if counts[NORMAL] and len(counts) > 1:
         return None
-    listing = ", ".join(f"{name} {n}" for name, n in sorted(counts.items()) if n) or "none"
+    listing = ", ".join(f"{name} {n}" for name, n in sorted(counts.items()) if n)
     return (
-        f'an AUROC needs normals (class "{NORMAL}") and defects (other classes), but there is no '
-        f"{'defect' if counts[NORMAL] else 'normal'}; images found: {listing}"
+        f'expected normal images (class "{NORMAL}") and defective ones (other classes); found no '
+        f"{'defective' if counts[NORMAL] else 'normal'} ones{f' ({listing})' if listing else ''}"
     )
 
 

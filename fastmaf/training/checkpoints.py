@@ -145,8 +145,8 @@ def refuse_unfinished(out: Path) -> None:
     done, epochs = state["epochs_done"], state["config"]["epochs"]
     if done < epochs:
         raise ValueError(
-            f"{out} holds an unfinished run ({done} of {epochs} epochs): continue it with --resume, choose another "
-            "--out, or delete it"
+            f"{out} holds an unfinished run ({done} of {epochs} epochs): continue it with --resume (fastmaf "
+            "capsule train), choose another --out, or delete it"
         )
 
 
@@ -186,7 +186,7 @@ def training_of(model: Path) -> dict[str, Any]:
 
 
 def training_in(metadata: Mapping[str, str], model: Path) -> dict[str, Any]:
-    """Returns the training entry of the metadata of the file ``model``; empty if ``fastmaf train`` did not write it.
+    """Returns the training entry of a file's metadata; empty if ``fastmaf capsule train`` did not write it.
 
     Raises:
         fastmaf.CheckpointError: the entry is invalid.

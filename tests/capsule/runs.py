@@ -17,7 +17,8 @@ from torch import Tensor
 from fastmaf.capsule import training_run
 from fastmaf.capsule.config import TrainConfig
 from fastmaf.capsule.train import train
-from fastmaf.capsule.training_run import LOG_FILE, TrainResult
+from fastmaf.capsule.train_result import TrainResult
+from fastmaf.capsule.training_run import LOG_FILE
 from fastmaf.images.dataset import to_unit
 from fastmaf.io.tensor_file import read_tensors, write_tensors
 from fastmaf.training.checkpoints import MODEL_FILE, STATE_FILE

@@ -52,13 +52,13 @@ def test_samples_and_curves_are_not_trained_on(model: Model, tmp_path: Path) -> 
     train(tmp_path, tmp_path / "results", SMALL, progress=False)
     results = tmp_path / "results"
     assert load_train(tmp_path, size=8, progress=False).notes[1:] == (
-        f"5 pictures that fastmaf wrote left aside: 2 in {results}, 3 in {results / 'samples'}",
+        f"5 pictures written by fastmaf skipped: 2 in {results}, 3 in {results / 'samples'}",
     )
     train(tmp_path, tmp_path, SMALL, progress=False)
     images = load_train(tmp_path, size=8, progress=False)
     assert [path.name for path in images.paths] == ["0.png", "1.png", "2.png", "3.png"]
-    assert any(note.startswith("1 picture that fastmaf wrote left aside: 1 in ") for note in images.notes)
-    with pytest.raises(DataError, match="a picture that fastmaf wrote"):
+    assert any(note.startswith("1 picture written by fastmaf skipped: 1 in ") for note in images.notes)
+    with pytest.raises(DataError, match="a picture written by fastmaf"):
         load_train(tmp_path / "results", size=8, progress=False)
 
 
@@ -67,7 +67,7 @@ def test_pictures_among_test_images_are_counted_and_left_aside(model: Model, tmp
     sample(model, root / "test" / "good", n=2, progress=False)
     images = load_test(root, size=4, progress=False)
     assert images.labels.count("good") == 2
-    assert any(note.startswith("3 pictures that fastmaf wrote left aside: ") for note in images.notes)
+    assert any(note.startswith("3 pictures written by fastmaf skipped: ") for note in images.notes)
 
 
 @pytest.mark.parametrize("name", ["nll_curve.png", "train_log.csv", "model.safetensors", "train_log.previous.csv"])

@@ -42,7 +42,9 @@ def test_resuming_with_other_files_is_refused(data: Path, finished: Path, tmp_pa
     other, out = tmp_path / "data", Path(shutil.copytree(finished, tmp_path / "run"))
     shutil.copytree(data, other)
     (other / "train" / "good" / load_state(finished)[1]["files"][3]).unlink()
-    with pytest.raises(ValueError, match=r"cannot resume .* trained on 8 images, the data now hold 7 others"):
+    with pytest.raises(
+        ValueError, match=r"cannot resume .* expected the 8 images that it was trained on; found 7, others"
+    ):
         run(other, out, with_(epochs=3), resume=True)
     assert len(rows(out)) == 2
 
@@ -103,7 +105,7 @@ def test_a_state_of_an_earlier_version_resumes_with_a_note(
     _, out, _ = copied(data, finished, tmp_path)
     as_earlier_version(out)
     run(data, out, with_(epochs=3), resume=True)
-    assert "without the contents of its images: only their names were compared" in capsys.readouterr().err
+    assert "did not record the contents of its images: only their names were compared" in capsys.readouterr().err
     run(data, tmp_path / "whole", with_(epochs=3))
     assert same(tensors_of(out), tensors_of(tmp_path / "whole"))
     assert "contents" in load_state(out)[1], "they are stored from now on"
@@ -113,7 +115,7 @@ def test_a_state_of_an_earlier_version_still_compares_names(data: Path, finished
     other, out, files = copied(data, finished, tmp_path)
     as_earlier_version(out)
     files[3].unlink()
-    with pytest.raises(ValueError, match=r"trained on 8 images, the data now hold 7 others"):
+    with pytest.raises(ValueError, match=r"expected the 8 images that it was trained on; found 7, others"):
         run(other, out, with_(epochs=3), resume=True)
 
 

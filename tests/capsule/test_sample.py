@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -30,6 +31,14 @@ def test_samples_are_those_of_the_flow(model: Model, tmp_path: Path) -> None:
     assert sorted((tmp_path / SAMPLES_FOLDER).iterdir()) == result.files
     assert all(np.array_equal(pixels(file), image) for file, image in zip(result.files, expected, strict=True))
     assert result.seconds > 0
+
+
+def test_files_and_seconds_in_words_and_as_json(model: Model, tmp_path: Path) -> None:
+    result = sample(model, tmp_path, 2, progress=False)
+    text, summary = result.describe(), result.summary()
+    assert text.startswith("2 samples in ") and str(tmp_path / SAMPLES_FOLDER) in text and str(result.grid) in text
+    assert json.loads(json.dumps(summary, allow_nan=False)) == summary
+    assert summary["samples"] == [str(file) for file in result.files] and summary["seconds"] == result.seconds
 
 
 def test_the_grid_shows_all_of_them(model: Model, tmp_path: Path) -> None:

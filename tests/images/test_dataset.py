@@ -78,7 +78,7 @@ def test_test_set_without_good_or_without_defects_is_loaded(tmp_path: Path) -> N
     picture(root / "test" / "good" / "0.png")
     test = load_test(root, size=4, progress=False)
     assert test.labels == ("good",)
-    assert "class folder test/poke holds no image" in test.notes
+    assert "no image in class folder test/poke" in test.notes
 
 
 def test_suffixes_and_hidden_files(tmp_path: Path) -> None:
@@ -91,7 +91,7 @@ def test_suffixes_and_hidden_files(tmp_path: Path) -> None:
     picture(folder / "deeper" / "x.png")
     train = load_train(root, size=4, progress=False)
     assert len(train) == 10 and "deeper/x.png" in train.names
-    assert train.notes == ("4 files left aside (hidden, or without an image's suffix)",)
+    assert train.notes == ("4 files skipped: hidden, or not named like an image",)
 
 
 def test_notes_are_counted_by_kind(tmp_path: Path) -> None:
@@ -114,8 +114,8 @@ def test_bad_file_stops_or_is_skipped_and_logged(tmp_path: Path, caplog: pytest.
     with caplog.at_level(logging.WARNING, logger="fastmaf"):
         train = load_train(root, size=4, skip_bad=True, progress=False)
     assert [p.name for p in train.paths] == ["000.png", "002.png"] and train.pixels[:, 0, 0, 0].tolist() == [0, 20]
-    assert [path for path, _ in train.skipped] == [bad] and "no image" in train.skipped[0][1]
-    assert train.notes == ("1 file skipped: could not be read",)
+    assert [path for path, _ in train.skipped] == [bad] and "not a readable image" in train.skipped[0][1]
+    assert train.notes == ("1 file skipped: could not be read (001.png)",)
     assert str(bad) in caplog.text
     for file in (root / "train" / "good").iterdir():
         file.write_text("no image")

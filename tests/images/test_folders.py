@@ -64,7 +64,7 @@ def test_root_a_level_too_high_or_too_low(tmp_path: Path, load: Callable[..., ob
 def test_images_directly_in_train(tmp_path: Path) -> None:
     for i in range(2):
         picture(tmp_path / "train" / f"{i}.png")
-    assert f"did you mean {tmp_path / 'train' / 'good'} as the place of the 2 images in train/?" in message_of(
+    assert f"did you mean {tmp_path / 'train' / 'good'} (move the 2 images in train/ there)?" in message_of(
         load_train, tmp_path
     )
 
@@ -80,8 +80,8 @@ def test_a_folder_of_normal_images_alone(tmp_path: Path) -> None:
     train = load_train(root, size=4, progress=False)
     assert train.pixels[:, 0, 0, 0].tolist() == [0, 10, 20] and train.labels == ("good",) * 3
     assert train.notes == (
-        "no folder train/good: 3 images directly in Gute Teile 良品 (3)/ used as normal images",
-        "1 file left aside (hidden, or without an image's suffix)",
+        "no folder train/good: using 3 images directly in Gute Teile 良品 (3)/ as normal images",
+        "1 file skipped: hidden, or not named like an image",
     )
 
 
@@ -89,7 +89,7 @@ def test_a_folder_of_normal_images_from_inside_it(tmp_path: Path, monkeypatch: p
     picture(tmp_path / "parts" / "a.png")
     monkeypatch.chdir(tmp_path / "parts")
     (note,) = load_train(".", size=4, progress=False).notes
-    assert "1 image directly in parts/ used" in note
+    assert "using 1 image directly in parts/ as" in note
 
 
 def test_a_folder_good_alone(tmp_path: Path) -> None:
@@ -97,11 +97,11 @@ def test_a_folder_good_alone(tmp_path: Path) -> None:
         picture(tmp_path / "good" / f"{i}.png", (10 * i, 0, 0))
     train = load_train(tmp_path, size=4, progress=False)
     assert [path.parent.name for path in train.paths] == ["good", "good"] and train.labels == ("good", "good")
-    assert train.notes == ("no folder train/good: the images in good/ are used as normal images",)
+    assert train.notes == ("no folder train/good: using the images in good/ as normal images",)
     picture(tmp_path / "overview.png")
     train = load_train(tmp_path, size=4, progress=False)
     assert len(train) == 2
-    assert train.notes[1] == f"1 image directly in {tmp_path.name}/ left aside: not in good/"
+    assert train.notes[1] == f"1 image directly in {tmp_path.name}/ skipped: not in good/"
 
 
 @pytest.mark.parametrize("where", ["", "good"])
@@ -150,7 +150,7 @@ def test_images_beside_folders_of_images_are_ambiguous(tmp_path: Path) -> None:
     (root / "train").rename(root / "trian")
     assert f"did you mean {root / 'trian'} (expected the name train)?" in message_of(load_train, root)
     (root / "trian").rename(root / "2024")  # images two levels below
-    assert f"did you mean {root / 'train'} as the place of the 1 image in set/?" in message_of(load_train, root)
+    assert f"did you mean {root / 'train'} (move the 1 image in set/ there)?" in message_of(load_train, root)
     shutil.rmtree(root / "2024")
     assert load_train(root, size=4, progress=False).paths == (root / "overview.png",)
 
@@ -177,17 +177,17 @@ def test_empty_folders(tmp_path: Path) -> None:
     assert f"no image in {folder}: it is empty" in message_of(load_train, tmp_path)
     (folder / "a.webp").write_bytes(b"x")
     (folder / "b.webp").write_bytes(b"x")
-    assert "found 2 x .webp; read are .png" in message_of(load_train, tmp_path)
+    assert "found 2 x .webp (supported: .png" in message_of(load_train, tmp_path)
     (tmp_path / "test" / "good").mkdir(parents=True)
-    assert f"no test class with an image in {tmp_path / 'test'}" in message_of(load_test, tmp_path)
+    assert f"no class folder with images in {tmp_path / 'test'}" in message_of(load_test, tmp_path)
     picture(tmp_path / "test" / "a.png")
-    assert "1 image directly in it" in message_of(load_test, tmp_path)
+    assert "1 image directly in test/, not in a class folder" in message_of(load_test, tmp_path)
 
 
 def test_root_is_a_file(tmp_path: Path) -> None:
     archive = tmp_path / "capsule.tar.xz"
     archive.write_bytes(b"x")
-    assert "is a file, expected a folder" in message_of(load_train, archive)
+    assert "expected a folder, found a file" in message_of(load_train, archive)
 
 
 def test_has_normals_returns_whether_a_folder_can_be_trained_on(tmp_path: Path) -> None:
@@ -250,21 +250,21 @@ def test_formats_that_are_not_read_are_counted(tmp_path: Path) -> None:
     for name in ("train/good/a.webp", "train/good/b.WEBP", "train/good/c.heic", "train/good/d.txt"):
         (root / name).write_bytes(b"x")
     assert load_train(root, size=4, progress=False).notes == (
-        "1 file left aside: .heic is not supported; convert to PNG to include them",
-        "2 files left aside: .webp is not supported; convert to PNG to include them",
-        "1 file left aside (hidden, or without an image's suffix)",
+        "1 .heic file skipped: not supported; convert to PNG",
+        "2 .webp files skipped: not supported; convert to PNG",
+        "1 file skipped: hidden, or not named like an image",
     )
     for file in (root / "test" / "poke").iterdir():
         file.rename(file.with_suffix(".webp"))
     notes = load_test(root, size=4, progress=False).notes
-    assert "class folder test/poke holds no image" in notes
-    assert "2 files left aside: .webp is not supported; convert to PNG to include them" in notes
+    assert "no image in class folder test/poke" in notes
+    assert "2 .webp files skipped: not supported; convert to PNG" in notes
     flat = tmp_path / "flat"
     flat.mkdir()
     for i in range(3):
         (flat / f"{i}.webp").write_bytes(b"x")
     message = message_of(load_train, flat)
-    assert f"no folder train/good in {flat}: found 3 x .webp; read are .png" in message
+    assert f"no folder train/good in {flat}: found 3 x .webp (supported: .png" in message
     assert f"{flat}  0 images, 3 x .webp (not read)" in message
 
 
@@ -275,12 +275,12 @@ def test_a_folder_that_cannot_be_opened_is_reported(tmp_path: Path, monkeypatch:
     monkeypatch.setattr("os.access", lambda path, mode: Path(path).name != "closed")  # root may open all
     for load, part in ((load_train, "train/good"), (load_test, "test/crack")):
         notes = load(root, size=4, progress=False).notes
-        assert notes == (f"1 folder could not be opened: {root / part / 'closed'}",)
+        assert notes == (f"1 folder could not be opened (no permission): {root / part / 'closed'}",)
 
 
 def test_a_folder_without_readable_images_is_described(tmp_path: Path) -> None:
     for name in ("a.png", "b.png"):
         Image.new("L", (4, 4)).save(tmp_path / name, pnginfo=png_text(OVERLAY))
     os.mkfifo(tmp_path / "c.png")
-    listing = "0 images, 1 x a FIFO (named pipe) (not read), 2 x a picture that fastmaf wrote (not read)"
+    listing = "0 images, 1 x a FIFO (named pipe) (not read), 2 x a picture written by fastmaf (not read)"
     assert f"{tmp_path}  {listing}" in message_of(load_train, tmp_path)

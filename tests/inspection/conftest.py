@@ -10,7 +10,7 @@ import torch
 from fastmaf.capsule.synthetic import draw_dataset
 from fastmaf.images.dataset import load_train
 from fastmaf.inspection.fit import Fitted, fit
-from fastmaf.inspection.workflow.train import train
+from fastmaf.inspection.workflow.fit import fit as fit_folder
 from tests.inspection.tiny import TINY, silent
 
 
@@ -23,7 +23,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def run(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("run")
-    train(data, out, TINY, progress=False, say=silent)
+    fit_folder(data, out, TINY, progress=False, say=silent)
     return out
 
 

@@ -13,10 +13,10 @@ from torch import Tensor
 import fastmaf
 from fastmaf.images.dataset import to_unit
 from fastmaf.inspection import blocks as blocks_module
+from fastmaf.inspection.decisions import decisions
 from fastmaf.inspection.detector import Detector
 from fastmaf.inspection.fit import fit
 from fastmaf.inspection.recipe import Recipe
-from fastmaf.inspection.report.findings import decisions
 from tests.inspection.tiny import FIXED, waves
 
 
@@ -38,10 +38,10 @@ def test_blocks_that_worsen_the_held_out_nll_are_left_out() -> None:
     assert about["recipe"]["blocks"] == 0 and about["asked"]["blocks"] == "auto"
     new = float(-model.flow.log_prob(to_unit(waves(20, 1))).mean())
     assert new == pytest.approx(about["held_out_nll"], abs=60)
-    line = decisions(model)["blocks"]
+    line = decisions(model, explain=True)["blocks"]
     for nll in (about["held_out_nll_with_blocks"], about["held_out_nll"]):
         assert f"{nll:,.0f}" in line
-    assert "dropped" in line
+    assert decisions(model)["blocks"] == "none (held-out images are no more likely with local blocks)"
 
 
 @pytest.mark.slow
@@ -51,7 +51,7 @@ def test_blocks_that_help_are_kept() -> None:
     about = model.about
     assert about["held_out_nll"] == about["held_out_nll_with_blocks"] < about["held_out_nll_of_whitening"]
     assert len(model.flow.transforms) == 3 and about["recipe"]["blocks"] == 2
-    assert decisions(model)["blocks"].startswith("kept")
+    assert decisions(model)["blocks"] == "2 local blocks (held-out images are more likely with them)"
 
 
 @pytest.mark.slow

@@ -15,16 +15,16 @@ from fastmaf.inspection.fold_models import FOLDS_FOLDER, load_fold_models
 from fastmaf.inspection.scoring.float64_flow import FlowValues
 from fastmaf.inspection.scoring.score import score_maps, terms_of
 from fastmaf.inspection.workflow.evaluate import evaluate
-from fastmaf.inspection.workflow.train import train
+from fastmaf.inspection.workflow.fit import fit as fit_folder
 from fastmaf.metrics.auroc import auroc
 from tests.inspection.tiny import TINY, silent
 
 
 @pytest.mark.slow
 def test_the_ensemble_of_the_folds(data: Path, tmp_path: Path) -> None:
-    fitted = train(data, tmp_path, TINY, keep_folds=True, progress=False, say=silent)
+    fitted = fit_folder(data, tmp_path, TINY, keep_folds=True, progress=False, say=silent).fitted
     assert len(load_fold_models(tmp_path, fitted.model)) == 3
-    rows = evaluate(tmp_path, data, tmp_path / "e", progress=False, say=silent)
+    rows = evaluate(tmp_path, data, tmp_path / "e", progress=False, say=silent).rows
     (row,) = [row for row in rows if "3 folds" in row.name]
     assert row.name == f"{rows[0].name}, 3 folds"
     images = load_test(data, size=16, progress=False)
@@ -37,7 +37,7 @@ def test_the_ensemble_of_the_folds(data: Path, tmp_path: Path) -> None:
     # Those of another fit are not taken for this one's.
     other = fit(load_train(data, size=16, progress=False).pixels, replace(TINY, rank=5), progress=False)
     assert not load_fold_models(tmp_path, other.model) and not load_fold_models(tmp_path / FOLDS_FOLDER, fitted.model)
-    train(data, tmp_path, replace(TINY, folds=2), keep_folds=True, progress=False, say=silent)
+    fit_folder(data, tmp_path, replace(TINY, folds=2), keep_folds=True, progress=False, say=silent)
     assert len(list((tmp_path / FOLDS_FOLDER).iterdir())) == 2
-    train(data, tmp_path, TINY, progress=False, say=silent)
+    fit_folder(data, tmp_path, TINY, progress=False, say=silent)
     assert not (tmp_path / FOLDS_FOLDER).exists()

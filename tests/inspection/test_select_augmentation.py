@@ -13,9 +13,9 @@ from torch import Tensor
 
 import fastmaf
 from fastmaf.images.dataset import load_train, to_unit
+from fastmaf.inspection.decisions import decisions
 from fastmaf.inspection.fit import fit
 from fastmaf.inspection.out_of_fold import drop_fold
-from fastmaf.inspection.report.findings import decisions
 from fastmaf.inspection.whitening import fit_whitening
 from tests.inspection.tiny import FIXED, TINY, waves
 
@@ -43,7 +43,7 @@ def test_aligned_images_need_no_augmentation(n: int) -> None:
     for other in (plain, zero):
         assert other.about["held_out_nll"] == pytest.approx(model.about["held_out_nll"], rel=1e-4)
     assert plain.about["held_out_nll_of_augmentations"] == {}
-    assert decisions(model)["augmentation selected"].startswith("none (")
+    assert decisions(model)["augmentation"] == "none (shifts and rotations fit held-out images worse)"
 
 
 def test_a_requested_augmentation_is_kept_with_a_warning() -> None:

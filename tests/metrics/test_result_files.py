@@ -55,7 +55,7 @@ def test_metrics_file_holds_everything_and_is_replaced_whole(tmp_path: Path, mon
     assert content["counts"] == {"good": 23, "crack": 60, "poke": 49} and content["n_anomalous"] == 109
     assert content["auroc"] == e.auroc and content["roc"]["thresholds"] == ["inf", 1.0, 0.0]
     assert content["model"] == "m.safetensors" and content["seconds"] == 1.5 and content["worst"] is None
-    assert content["settings"] == {"lr": 1e-4}
+    assert content["settings"] == {"lr": 1e-4} and content == to_json(e, extra)
     assert json.loads(json.dumps(to_json(e))) == to_json(e)
     with pytest.raises(EvaluationError, match="auroc"):
         write_metrics(target, e, {"auroc": 1})

@@ -22,6 +22,7 @@ from fastmaf.inspection.model import InspectionModel
 from fastmaf.inspection.workflow.score import VERDICTS, ImageRow, predict_row
 from fastmaf.io.atomic import written_atomically
 from fastmaf.io.outputs import Output, check_outputs, text_file
+from fastmaf.io.wording import count
 
 __all__ = ["ExportError", "ExportReport", "export_onnx"]
 
@@ -62,16 +63,16 @@ class ExportReport:
     def describe(self) -> str:
         """Returns the report as plain text."""
         lines = [
-            f"{self.path}: {self.bytes / 1e6:.1f} MB, from pixels to verdict",
-            f"ONNX Runtime and fastmaf agree on {self.images} image{'s' * (self.images != 1)}; largest differences:",
-            f"  score {self.score:.1e} of the calibration scores' interquartile range, or of an outlier's distance",
-            f"  map {self.map:.1e} of the range of the maps; tolerance of both: {self.tolerance:g}",
-            f"  NLL {self.nll:.2g} nats",
-            f"pixels to verdict, median: ONNX Runtime {self.runtime_ms:.1f} ms, fastmaf {self.fastmaf_ms:.1f} ms",
+            f"{self.path}: {self.bytes / 1e6:.1f} MB, one graph from pixels to verdict",
+            f"ONNX Runtime and fastmaf agree on {count(self.images, 'image')}; largest differences:",
+            f"  score: {self.score:.1e} of the spread of the calibration scores (of its own distance for an outlier)",
+            f"  anomaly map: {self.map:.1e} of the range of the maps; at most {self.tolerance:g} is accepted for both",
+            f"  NLL: {self.nll:.2g} nats",
+            f"median time of an image: ONNX Runtime {self.runtime_ms:.1f} ms, fastmaf {self.fastmaf_ms:.1f} ms",
         ]
         if self.undecided:
             names = ", ".join(self.undecided)
-            lines.append(f"verdicts that differ because the score equals the threshold within rounding: {names}")
+            lines.append(f"verdicts that differ, as the score equals the threshold within rounding: {names}")
         return "\n".join(lines)
 
 
@@ -133,9 +134,9 @@ def _check_spread(calibration: Calibration) -> None:
     spread = calibration.spread()
     if not (spread > 0 and math.isfinite(calibration.threshold)):
         raise ExportError(
-            "scores are compared in units of the calibration scores' interquartile range, and with a threshold; "
-            f"expected a positive one and a finite one, found {spread:g} and {calibration.threshold:g}: run "
-            "'fastmaf recalibrate' on more normal images, or 'fastmaf calibrate' with another rate"
+            "an export is checked in units of the calibration scores' interquartile range; expected a positive range "
+            f"and a finite threshold, found {spread:g} and {calibration.threshold:g}: run "
+            "'fastmaf inspect recalibrate' on more normal images, or 'fastmaf inspect calibrate' with another rate"
         )
 
 

@@ -16,12 +16,13 @@ from PIL import Image
 import fastmaf
 from fastmaf.images.dataset import ImageSet
 from fastmaf.images.decode import load_frame
+from fastmaf.inspection.decisions import decisions
 from fastmaf.inspection.evaluate import TableRow
 from fastmaf.inspection.map_images import overlay, to_frame
 from fastmaf.inspection.masks import LabelledSet
 from fastmaf.inspection.model import InspectionModel, Prediction
 from fastmaf.inspection.report.content import Exhibit, Gallery, Report, TestResults, Training
-from fastmaf.inspection.report.findings import decisions, worst_cases
+from fastmaf.inspection.report.findings import worst_cases
 from fastmaf.inspection.report.page import write_report
 from fastmaf.inspection.workflow.score import predict_row
 from fastmaf.metrics.results import NORMAL
@@ -87,8 +88,7 @@ def _training(model: InspectionModel) -> Training | None:
         settings |= {k.replace("_", " "): f"{v:g}" if isinstance(v, float) else str(v) for k, v in pairs.items()}
     settings["held-out NLL, nats"] = f"{about['held_out_nll']:,.0f}"
     settings["held-out NLL of the whitening alone, nats"] = f"{about['held_out_nll_of_whitening']:,.0f}"
-    for name, decision in decisions(model).items():
-        settings[name] = f"{settings[name]}, {decision}" if name in settings else decision
+    settings |= decisions(model, explain=True)
     settings |= {f"seconds for {stage}": f"{value:.1f}" for stage, value in about.get("seconds", {}).items()}
     folds = zip(about["images_of_folds"], about["held_out_nll_of_folds"], strict=True)
     return Training(tuple(settings.items()), tuple(about.get("log", ())), tuple(folds))

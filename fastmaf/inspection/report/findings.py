@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
 
 from fastmaf.inspection.evaluate import TableRow
-from fastmaf.inspection.model import InspectionModel
 from fastmaf.inspection.report.content import TestResults
 from fastmaf.inspection.report.text import interval, number
 from fastmaf.metrics.results import NORMAL
@@ -33,31 +32,6 @@ def worst_cases(scores: np.ndarray, labels: Sequence[str], threshold: float, k: 
         rising[(~good & ~alarm)[rising]][:k],
         falling[(~good & alarm)[falling]][:k],
     )
-
-
-def decisions(model: InspectionModel) -> dict[str, str]:
-    """Returns what the fit of a model selected, with the figures that decided it, by name."""
-    about, chosen = model.about, {}
-    if tried := about.get("held_out_nll_of_augmentations"):
-        nll = ", ".join(f"{kind} {value:,.0f}" for kind, value in tried.items())
-        augmentation = about["recipe"]["augmentation"]
-        chosen["augmentation selected"] = f"{augmentation} (held-out NLL of the first folds: {nll})"
-    if (without := about.get("held_out_nll_without_logit")) is not None:
-        chosen["logit"] = f"kept as requested (held-out NLL of the first folds without it: {without:,.0f})"
-    if (with_blocks := about.get("held_out_nll_with_blocks")) is not None:
-        kept, alone = "kept" if about["recipe"]["blocks"] else "dropped", about["held_out_nll_of_whitening"]
-        chosen["blocks"] = f"{kept} (held-out NLL: {with_blocks:,.0f} with them, {alone:,.0f} without)"
-    if aurocs := about.get("drawn_auroc"):
-        score = f"presmooth_sigma {model.settings.presmooth_sigma:g}"
-        chosen["score selected"] = f"{score} (image AUROC on synthetic defects: {_values(aurocs)})"
-    if means := about.get("drawn_maps"):
-        factors = f"{model.map_config.factors} factors"
-        chosen["anomaly map selected"] = f"{factors} (mean of pixel AUROC and AU-PRO there: {_values(means)})"
-    return chosen
-
-
-def _values(figures: Mapping[str, float]) -> str:
-    return ", ".join(f"{name} {value:.3f}" for name, value in figures.items())
 
 
 def alarms_by_class(labels: Sequence[str], anomalous: np.ndarray) -> dict[str, tuple[int, int]]:

@@ -1,4 +1,4 @@
-"""``fastmaf calibrate`` and ``fastmaf recalibrate``: set the threshold of a model file."""
+"""``fastmaf inspect calibrate`` and ``recalibrate``: set the threshold of a model file."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""``fastmaf choose``: compare scores and anomaly maps on normal images and synthetic defects."""
+"""``fastmaf inspect choose``: compare scores and anomaly maps on normal images and synthetic defects."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ import fastmaf
 from fastmaf.inspection.fit import fit
 from fastmaf.inspection.recipe import Recipe
 from fastmaf.inspection.scoring.settings import AnomalyMapConfig, ScoreSettings
-from fastmaf.inspection.selection.description import describe_maps, describe_scores
+from fastmaf.inspection.selection.description import Selection
 from fastmaf.inspection.selection.ranking import rank_maps, rank_scores
+from fastmaf.inspection.workflow.fit import load_normals
 from fastmaf.inspection.workflow.inputs import Say
-from fastmaf.inspection.workflow.train import load_normals
 
 
 @fastmaf.torch_defaults()
@@ -24,11 +24,11 @@ def choose(
     skip_bad: bool = False,
     progress: bool = True,
     say: Say = print,
-) -> str:
-    """Ranks scores and maps on the good images of a folder and on synthetic defects; returns the ranking as text."""
+) -> Selection:
+    """Ranks scores and maps on the good images of a folder and on synthetic defects."""
     recipe = Recipe(size=size, score=ScoreSettings(), map_config=AnomalyMapConfig(), seed=seed)
     images = load_normals(data, recipe, skip_bad=skip_bad, progress=progress, say=say)
     models = fit(images.pixels, recipe, progress=progress).out_of_fold
     scores = rank_scores(images.pixels, models, draws=draws, seed=seed, progress=progress)
     maps = rank_maps(images.pixels, models, draws=draws, seed=seed, progress=progress)
-    return f"{describe_scores(scores)}\n\n{describe_maps(maps)}"
+    return Selection(len(images), draws, tuple(scores), tuple(maps))

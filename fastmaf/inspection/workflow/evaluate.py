@@ -1,22 +1,21 @@
-"""``fastmaf eval``: evaluate an inspection model on a labelled test set; writes scores, metrics and a report."""
+"""``fastmaf inspect eval``: evaluate a model on a labelled test set; writes scores, metrics and a report."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict
 from pathlib import Path
 
 import fastmaf
 from fastmaf.images.dataset import load_test, load_train
 from fastmaf.images.folders import has_normals
 from fastmaf.images.names import to_cell
-from fastmaf.inspection.evaluate import TableRow, format_table, score_table
+from fastmaf.inspection.evaluate import score_table
 from fastmaf.inspection.fold_models import load_fold_models
 from fastmaf.inspection.masks import LabelledSet, load_masks
-from fastmaf.inspection.model import InspectionModel, load_inspection, model_file
+from fastmaf.inspection.model import load_inspection, model_file
 from fastmaf.inspection.report.content import REPORT, REPORT_FILE
 from fastmaf.inspection.report.findings import alarms_by_class
+from fastmaf.inspection.workflow.evaluation_result import EvaluationResult
 from fastmaf.inspection.workflow.inputs import Say
 from fastmaf.inspection.workflow.score import VERDICTS
 from fastmaf.io.atomic import written_atomically
@@ -26,7 +25,6 @@ from fastmaf.metrics.classes import doubtful, require_both
 from fastmaf.metrics.result_files import INSPECTION_SCORES, eval_metrics, eval_scores
 
 SCORES_FILE, METRICS_FILE = "scores.csv", "metrics.json"
-_KINDS = {"score": "score", "baseline": "control"}  # the values in metrics.json, unchanged since its first version
 
 
 @fastmaf.torch_defaults()
@@ -40,7 +38,7 @@ def evaluate(
     seed: int = 0,
     progress: bool = True,
     say: Say = print,
-) -> list[TableRow]:
+) -> EvaluationResult:
     """Scores the images of ``data/test`` and writes the results to ``out``.
 
     Args:
@@ -70,12 +68,13 @@ def evaluate(
     if has_normals(Path(data).expanduser()):
         normals = load_train(data, size=loaded.size, skip_bad=skip_bad, progress=progress)
     else:
-        say(f"no good images to train on in {data}: baselines are left out")
+        say(f"no good images in {data} to fit baselines to: the table has none")
     test, prediction = LabelledSet(images, masks, normals), loaded.predict(images.pixels)
     fold_models = load_fold_models(model_file(model).parent, loaded)
     rows = score_table(loaded, test, prediction, fold_models, seed=seed, progress=progress)
     anomalous = loaded.calibration.is_anomalous(prediction.scores)
     alarms = alarms_by_class(images.labels, anomalous)
+    result = EvaluationResult(model_file(model).name, loaded.calibration, tuple(rows), alarms)
     values = prediction.scores, loaded.calibration.p_values(prediction.scores), anomalous, prediction.nll
     scores = (
         (to_cell(str(file)), to_cell(label), score, p_value, VERDICTS[alarm], nll)
@@ -85,23 +84,9 @@ def evaluate(
     )
     out.mkdir(parents=True, exist_ok=True)
     write_csv(out / SCORES_FILE, INSPECTION_SCORES, scores)
-    _write_metrics(out / METRICS_FILE, model_file(model).name, loaded, rows, alarms)
+    with written_atomically(out / METRICS_FILE) as stream:
+        stream.write((json.dumps(result.to_json(), indent=2, allow_nan=False) + "\n").encode())
     test_report(out / REPORT_FILE, loaded, model_file(model).name, test, prediction, rows)
-    say(format_table(rows, alarms))
-    say(f"scores, metrics and {REPORT_FILE} are in {out}")
-    return rows
-
-
-def _write_metrics(
-    path: Path, name: str, model: InspectionModel, rows: Sequence[TableRow], alarms: Mapping[str, tuple[int, int]]
-) -> None:
-    content = {
-        "model": name,
-        "threshold": model.calibration.threshold,
-        "false_alarm": model.calibration.false_alarm,
-        "expected_rate": model.calibration.expected_rate,
-        "scores": [{**asdict(row), "kind": _KINDS[row.kind]} for row in rows],
-        "classes": {label: {"images": n, "anomalous": count} for label, (n, count) in alarms.items()},
-    }
-    with written_atomically(path) as stream:
-        stream.write((json.dumps(content, indent=2) + "\n").encode())
+    say(result.describe())
+    say(f"written to {out}: {', '.join(kinds)}")
+    return result

@@ -1,4 +1,4 @@
-"""``fastmaf export``: write a model as an ONNX graph."""
+"""``fastmaf inspect export``: write a model as an ONNX graph."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The arguments of ``fastmaf score MODEL PATH...``: files, folders, patterns or a list, read one after the other."""
+"""The images that a command's arguments name: files, folders, patterns or a list, read one after the other."""
 
 from __future__ import annotations
 
@@ -13,10 +13,11 @@ import torch
 from torch import Tensor
 
 from fastmaf.images.decode import DataError, Frame, load_frame, sentences
-from fastmaf.images.listing import contents, count, images_below, is_image, left_aside
+from fastmaf.images.listing import contents, images_below, is_image, left_aside
 from fastmaf.images.progress import track
 from fastmaf.inspection.workflow.path_patterns import hints, is_pattern, matches
 from fastmaf.io.marks import is_output
+from fastmaf.io.wording import count, some
 
 Say: TypeAlias = Callable[[str], Any]
 """Receives a message for the user."""
@@ -46,12 +47,14 @@ def expand(arguments: Sequence[str | Path], *, say: Say, stdin: TextIO | None = 
             collected.add_argument(argument)
     if not collected.files:
         if collected.ignored:
-            raise DataError(f"nothing to read: {'; '.join(left_aside(collected.ignored))}")
-        raise DataError("no path: expected image files, folders, patterns such as 'parts/*.png', or - for a list")
+            raise DataError(f"no image to read: {'; '.join(left_aside(collected.ignored))}")
+        raise DataError(
+            "no image named: expected image files, folders, patterns such as 'parts/*.png', or - for a list"
+        )
     for note in left_aside(collected.ignored, list(collected.closed)):
         say(note)
     if collected.repeated:
-        say(f"{count(collected.repeated, 'file')} given again left out")
+        say(f"{count(collected.repeated, 'duplicate file')} skipped")
     return list(collected.files.values())
 
 
@@ -77,7 +80,7 @@ def read_each(
             frame = load_frame(file, size, keep_full=keep_full)
         except DataError as error:
             if not skip_bad:
-                raise
+                raise DataError(f"{error}; --skip-bad skips such files") from error
             say(f"skipped: {error}")
         else:
             yield frame
@@ -94,7 +97,7 @@ def read_images(
     files = expand(arguments, say=say)
     frames = list(read_each(files, size, skip_bad=skip_bad, progress=progress, say=say))
     if not frames:
-        raise DataError(f"none of the {len(files)} images could be read")
+        raise DataError(f"could not read any of {count(len(files), 'image')}: {some([str(file) for file in files])}")
     for note in sentences(Counter(kind for frame in frames for kind in frame.kinds)):
         say(note)
     return torch.stack([frame.pixels for frame in frames])
@@ -137,7 +140,7 @@ class _Collector:
     def add_list(self, lines: list[str]) -> None:
         if not any(os.path.lexists(line) for line in lines):
             if not lines:
-                raise DataError("no path on standard input: expected a list of files, one per line")
+                raise DataError("no file name on standard input: expected one per line")
             first = Path(lines[0])
             raise DataError(f"standard input: none of its {count(len(lines), 'path')} exists: {first}{hints(first)}")
         for path in map(Path, lines):
@@ -158,7 +161,7 @@ class _Collector:
                 self.ignored[path] = None
         if not images:
             files = [path for path in matching if not os.path.isdir(path)]
-            found = contents(files) if files else f"{count(len(matching), 'folder')} without one"
+            found = contents(files) if files else f"{count(len(matching), 'folder')} without images"
             raise DataError(f"no image matches {pattern}: {found}")
         once: dict[str, Path] = {}  # "a/**" matches a file in more than one way
         for path in images:

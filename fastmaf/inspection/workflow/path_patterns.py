@@ -7,7 +7,8 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-from fastmaf.images.listing import contents, count, entries, files_in, folders_in, nearest, walk
+from fastmaf.images.listing import contents, entries, files_in, folders_in, nearest, walk
+from fastmaf.io.wording import count
 
 
 def is_pattern(text: str) -> bool:
@@ -55,5 +56,5 @@ def hints(path: Path) -> str:
         existing = [path for path in whole if os.path.lexists(path) or is_pattern(str(path))]
         return "".join(f"\ndid you mean {path}?" for path in existing or near)
     files, folders = files_in(at), len(folders_in(at))
-    inside = contents(files) if files or not folders else "no file"
+    inside = contents(files) if files or not folders else "no files"
     return f"\nin {at.absolute()}: {inside}" + f", {count(folders, 'folder')}" * (folders > 0)

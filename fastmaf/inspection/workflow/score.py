@@ -1,4 +1,4 @@
-"""``fastmaf score``: one row per image, anomaly maps on request; unreadable files are reported and skipped."""
+"""``fastmaf inspect score``: one row per image, anomaly maps on request; unreadable files are reported and skipped."""
 
 from __future__ import annotations
 
@@ -27,6 +27,7 @@ from fastmaf.io.atomic import STDOUT, write_errors, written_atomically
 from fastmaf.io.marks import MAP, OVERLAY
 from fastmaf.io.outputs import Output, check_outputs, picture, table
 from fastmaf.io.outputs import json_lines as json_lines_file
+from fastmaf.io.wording import count, some
 
 VERDICTS = ("good", "anomalous")
 
@@ -89,7 +90,7 @@ def score(
         ValueError: ``out`` has another suffix.
     """
     if out is not None and out.suffix not in (".csv", ".jsonl"):
-        raise ValueError(f"rows are written to a .csv or .jsonl file; found {out}")
+        raise ValueError(f"expected a .csv or .jsonl file for the scores; found {out}")
     files = expand(arguments, say=say)
     names = _unique_names(files)
     check_outputs(_outputs(names.values(), out, overlays, maps, map_suffix), [model_file(model), *files])
@@ -97,6 +98,7 @@ def score(
     low, high = loaded.map_levels
     kinds: Counter[str] = Counter()
     verdicts: Counter[str] = Counter()
+    read: set[Path] = set()
     pictures = overlays is not None or maps is not None
     with _row_writer(out, stdout, json_lines) as write:
         for frame in read_each(files, loaded.size, keep_full=pictures, progress=progress, say=say):
@@ -104,6 +106,7 @@ def score(
             write(row)
             kinds.update(frame.kinds)
             verdicts[row.verdict] += 1
+            read.add(frame.path)
             if frame.full is not None:
                 resized = to_frame(anomaly_map, (frame.height, frame.width))
                 if overlays is not None:
@@ -113,10 +116,13 @@ def score(
                     write_map(maps / f"{names[frame.path]}{map_suffix}", resized)
     for note in sentences(kinds):
         say(note)
-    unreadable = len(files) - verdicts.total()
-    skipped = f"; {unreadable} could not be read" if unreadable else ""
-    say(f"{verdicts.total()} images: {', '.join(f'{verdicts[verdict]} {verdict}' for verdict in VERDICTS)}{skipped}")
-    return unreadable
+    listed = ", ".join(f"{verdicts[verdict]:,} {verdict}" for verdict in VERDICTS)
+    summary = f"{count(verdicts.total(), 'image')} scored at the threshold {loaded.calibration.threshold:.6g}: {listed}"
+    unread = [str(file) for file in files if file not in read]
+    if unread:
+        summary += f"; {count(len(unread), 'file')} could not be read: {some(unread)}"
+    say(summary)
+    return len(unread)
 
 
 def _outputs(

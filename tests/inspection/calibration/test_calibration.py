@@ -82,32 +82,12 @@ def test_with_rate_keeps_the_rest() -> None:
             calibration.with_rate(rate, confidence)
 
 
-def test_description() -> None:
-    calibration = Calibration(np.arange(1.0, 220), 0.05, None, "k-fold", 5, "2025-03-01", "line 3")
-    text = calibration.describe()
-    figures = (
-        "219 normal images (line 3, 2025-03-01)",
-        "5 folds",
-        "Threshold 209,",
-        "5% on average",
-        "at most 7.62% with 95%",
-        "Guarantee: at most 5% false alarms on average (needs 19 calibration images; 219 available).",
-        "the threshold becomes 214 (needs 59 calibration images)",
-        "new normal images come from the same process as these",
-        "twice the rate, 10%",
-    )
-    for figure in figures:
-        assert figure in text
-    assert "NOT" not in text and all(0 < len(line) <= 125 for line in text.splitlines())
-    strict = calibration.with_rate(0.01, 0.95).describe()
-    assert "Guarantee NOT attainable: at most 1% false alarms" in strict and "Threshold 219," in strict
-    assert "(needs 299 calibration images; 219 available)" in strict
-    assert "--confidence" not in strict
-
-
-def test_description_of_a_split() -> None:
-    text = Calibration(np.arange(30.0), 0.05, None, "split").describe()
-    assert "30 normal images, all scored by one model" in text and "fold" not in text
-    assert "which needs 59 calibration images: 29 more" in text
-    assert "8.8% with 99%" in calibration_of(50, 0.05, 0.99).describe()
-    assert "99" not in calibration_of(50, 0.05, 0.95).describe()
+def test_summary_is_json() -> None:
+    calibration = Calibration(np.append(np.arange(1.0, 219), np.inf), 0.05, None, "k-fold", 5, "2025-03-01", "line 3")
+    for case in (calibration, calibration.with_rate(0.01, 0.95)):
+        summary = case.summary()
+        assert json.loads(json.dumps(summary, allow_nan=False)) == summary
+        for name in ("rank", "n", "expected_rate", "false_alarm", "confidence", "attainable", "min_samples", "folds"):
+            assert summary[name] == getattr(case, name)
+        assert summary["bound_95"] == case.bound()
+    assert calibration.summary()["threshold"] == calibration.threshold == 209

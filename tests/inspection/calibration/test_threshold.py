@@ -144,7 +144,8 @@ def test_infinite_scores() -> None:
     assert c.p_values(np.array([np.inf, 5.0])).tolist() == [0.5, 0.5]
     strict = c.with_rate(0.25, None)
     assert strict.threshold == math.inf and not strict.is_anomalous(np.array([np.inf])).any()
-    assert "nothing is anomalous" in strict.describe() and "nothing" not in c.describe()
+    assert "nothing is called anomalous" in strict.describe() and "nothing" not in c.describe()
+    assert strict.summary()["threshold"] is None
 
 
 def test_scores_are_sorted_copied_and_fixed() -> None:

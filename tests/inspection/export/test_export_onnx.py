@@ -355,7 +355,7 @@ def test_refused_by_name(tmp_path: Path) -> None:
 @pytest.mark.parametrize("scores", [[1.0], [2.0, 2.0, 2.0], [1.0, 2.0, np.inf]])
 def test_a_calibration_without_a_spread_or_a_threshold(scores: list[float], tmp_path: Path) -> None:
     model = model_of([whitening()]).with_calibration(Calibration(np.array(scores), 0.05, None, "split"))
-    with pytest.raises(ExportError, match="fastmaf calibrate"):
+    with pytest.raises(ExportError, match="fastmaf inspect calibrate"):
         export_onnx(model, tmp_path / "model.onnx", CHECKS)
 
 

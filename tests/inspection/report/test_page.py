@@ -138,7 +138,7 @@ def test_verdicts_by_class_follow_from_scores_and_threshold(page: Element, repor
         )
         assert (area == "\u2013") == (name == "good")
     assert "1 of 6 (16.7%)" in section(page, "threshold").text
-    for line in report.calibration.describe().splitlines():
+    for line in report.calibration.describe(explain=True).splitlines():
         assert line in [each.text for each in section(page, "threshold").all("p")]
 
 

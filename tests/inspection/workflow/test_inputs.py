@@ -1,4 +1,4 @@
-"""Which files the arguments of ``fastmaf score`` stand for."""
+"""Which files the arguments of ``fastmaf inspect score`` stand for."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def test_order_is_kept_and_a_file_comes_once(tmp_path: Path) -> None:
     inputs = expand([b, str(a), tmp_path / "more" / ".." / "b.png", tmp_path])
     assert [path.name for path in inputs.files] == ["b.png", "a.png", "c.png"]
     assert inputs.files[:2] == (b, a)
-    assert inputs.notes == ("3 files given again left out",)
+    assert inputs.notes == ("3 duplicate files skipped",)
     assert expand([b]).notes == ()
 
 
@@ -49,7 +49,7 @@ def test_a_link_to_a_file_is_that_file(tmp_path: Path) -> None:
     file = picture(tmp_path / "a.png")
     link(tmp_path / "b.png", file)
     inputs = expand([tmp_path])
-    assert inputs.files == (file,) and inputs.notes == ("1 file given again left out",)
+    assert inputs.files == (file,) and inputs.notes == ("1 duplicate file skipped",)
 
 
 def test_a_folder_is_read_with_all_below_it_sorted(tmp_path: Path) -> None:
@@ -61,7 +61,7 @@ def test_a_folder_is_read_with_all_below_it_sorted(tmp_path: Path) -> None:
         (root / name).write_bytes(b"x")
     assert names(root, root) == ["a/deep/x.tif", "a/ü b.JPG", "m.Bmp", "z.png"]
     assert expand([root]).files == tuple(sorted(expand([root]).files))
-    assert expand([root]).notes == ("4 files left aside (hidden, or without an image's suffix)",)
+    assert expand([root]).notes == ("4 files skipped: hidden, or not named like an image",)
 
 
 def test_a_named_file_is_tried_whatever_its_name(tmp_path: Path) -> None:
@@ -89,7 +89,7 @@ def test_a_link_that_leads_nowhere_is_left_aside_in_a_folder_and_to_the_reader_w
     link(tmp_path / "c.png", tmp_path / "c.png")
     inputs = expand([tmp_path])
     assert [path.name for path in inputs.files] == ["a.png"]
-    assert inputs.notes[0].startswith("2 paths left aside: named as images, but no regular files (b.png is a link to")
+    assert inputs.notes[0].startswith("2 paths skipped: named like images, but not regular files (b.png is a link to")
     files = expand([tmp_path / name for name in ("a.png", "b.png", "c.png")]).files
     assert [type(read) for read in read_all(files, 4)] == [Frame, str, str]
 
@@ -121,7 +121,7 @@ def test_an_argument_that_stands_for_nothing_names_the_nearest(tmp_path: Path, m
     assert f"in {tmp_path / 'gut'}: found 2 x .png, 1 x .txt" in message and "did you mean" not in message
     assert f"{wanted.with_name('bild_001.png')} is a file" in refused(wanted.with_name("bild_001.png") / "x.png")
     monkeypatch.chdir(tmp_path)
-    assert f"in {tmp_path}: no file, 2 folders" in refused("completely different")
+    assert f"in {tmp_path}: no files, 2 folders" in refused("completely different")
     assert "did you mean gut?" in refused("./gutt")
 
 
@@ -132,9 +132,9 @@ def test_a_folder_without_an_image(tmp_path: Path) -> None:
     (folder / "below").mkdir()
     for name in ("a.webp", "below/b.webp"):
         (folder / name).write_bytes(b"x")
-    assert f"no image in {folder}: found 2 x .webp; read are .png" in refused(folder)
+    assert f"no image in {folder}: found 2 x .webp (supported: .png" in refused(folder)
     (folder / ".b.png").write_bytes(b"x")
-    assert "1 x .b.png" in refused(folder)  # hidden: "1 x .png; read are .png" would be no help
+    assert "1 x .b.png" in refused(folder)  # hidden: "1 x .png (supported: .png" would be no help
     picture(folder / "below" / "c.png")
     assert names(folder, folder) == ["below/c.png"]
 
@@ -144,7 +144,9 @@ def test_a_folder_that_cannot_be_opened_is_said(tmp_path: Path, monkeypatch: pyt
     (tmp_path / "closed").mkdir()
     monkeypatch.setattr(os, "access", lambda path, mode: Path(path).name != "closed")  # root may open all
     inputs = expand([tmp_path])
-    assert len(inputs.files) == 1 and inputs.notes == (f"1 folder could not be opened: {tmp_path / 'closed'}",)
+    assert len(inputs.files) == 1 and inputs.notes == (
+        f"1 folder could not be opened (no permission): {tmp_path / 'closed'}",
+    )
     assert "it cannot be opened" in refused(tmp_path / "closed")
 
 
@@ -172,7 +174,7 @@ def test_a_list_on_stdin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     for stdin in (io.StringIO(text), Bytes(text.encode())):
         inputs = expand(["first.png", "-"], stdin=stdin)
         assert [path.as_posix() for path in inputs.files] == expected
-        assert inputs.notes == ("1 file given again left out",)
+        assert inputs.notes == ("1 duplicate file skipped",)
     monkeypatch.setattr("sys.stdin", Bytes(b"b.png\n"))
     assert expand(["-", "first.png"]).files == (Path("b.png"), Path("first.png"))
 
@@ -201,6 +203,6 @@ def test_listed_files_that_are_gone_are_left_to_the_reader_unless_all_are(tmp_pa
 
 def test_no_list(monkeypatch: pytest.MonkeyPatch) -> None:
     for empty in ("", "\n \r\n"):
-        assert "no path on standard input" in refused("-", stdin=io.StringIO(empty))
+        assert "no file name on standard input" in refused("-", stdin=io.StringIO(empty))
     monkeypatch.setattr("sys.stdin", None)
     assert "no standard input" in refused("-")

@@ -23,8 +23,8 @@ from fastmaf.inspection.model import load_inspection
 from fastmaf.inspection.workflow.calibrate import calibrate
 from fastmaf.inspection.workflow.evaluate import evaluate
 from fastmaf.inspection.workflow.export import export
+from fastmaf.inspection.workflow.fit import fit
 from fastmaf.inspection.workflow.score import score
-from fastmaf.inspection.workflow.train import train
 from fastmaf.io.marks import MAP, OVERLAY, role_of
 from fastmaf.io.outputs import OutputError
 from tests.inspection.tiny import TINY, silent
@@ -118,14 +118,13 @@ def test_outputs_are_skipped_or_refused_as_images(judged: Callable[..., int], im
     expanded = expand([images])
     assert [path.name for path in expanded.files] == ["000.png", "001.png", "002.png", "x.tiff"]
     assert (
-        expanded.notes[0].startswith("8 pictures that fastmaf wrote left aside: ")
-        and f"4 in {shown}" in expanded.notes[0]
+        expanded.notes[0].startswith("8 pictures written by fastmaf skipped: ") and f"4 in {shown}" in expanded.notes[0]
     )
     assert judged(shown / "000.png", images / "000.png", say=messages.append) == 0
-    assert messages == [f"1 picture that fastmaf wrote left aside: 1 in {shown}", messages[1]]
-    assert messages[1].startswith("1 images: ")
+    assert messages == [f"1 picture written by fastmaf skipped: 1 in {shown}", messages[1]]
+    assert messages[1].startswith("1 image scored at the threshold ")
     for argument in (shown / "000.png", shown, shown / "*.png", shown / "**"):
-        with pytest.raises(DataError, match="that fastmaf wrote"):
+        with pytest.raises(DataError, match="written by fastmaf"):
             expand([argument])
     with pytest.raises(DataError, match="000.png: a picture written by fastmaf"):
         fastmaf.Detector(size=8).fit([images / "000.png", shown / "000.png"])
@@ -141,7 +140,7 @@ def test_a_results_folder_below_the_data_is_not_trained_on(run: Path, tmp_path: 
     (tmp_path / "data" / "results" / "3.png").rename(tmp_path / "data" / "4.png")
     train_set = load_train(tmp_path / "data", size=8, progress=False)
     assert [path.name for path in train_set.paths] == ["0.png", "1.png", "2.png", "3.png"]
-    assert train_set.notes[-1] == f"1 picture that fastmaf wrote left aside: 1 in {tmp_path / 'data'}"
+    assert train_set.notes[-1] == f"1 picture written by fastmaf skipped: 1 in {tmp_path / 'data'}"
     for file in (tmp_path / "data").glob("?.png"):
         file.unlink()
     with pytest.raises(DataError):
@@ -175,14 +174,14 @@ def test_eval_replaces_no_other_file(run: Path, data: Path, tmp_path: Path, name
 def test_train_moves_no_other_file_away(data: Path, tmp_path: Path, name: str) -> None:
     (tmp_path / name).write_text("mine")
     with pytest.raises(OutputError, match=name):
-        train(data, tmp_path, TINY, progress=False, say=silent)
+        fit(data, tmp_path, TINY, progress=False, say=silent)
     assert contents(tmp_path) == {name: b"mine"}
 
 
 def test_train_into_the_place_of_a_file_is_refused_before_the_images_are_read(data: Path, tmp_path: Path) -> None:
     (tmp_path / "out").write_text("mine")
     with pytest.raises(NotADirectoryError):
-        train(tmp_path / "nowhere", tmp_path / "out", TINY, progress=False, say=silent)
+        fit(tmp_path / "nowhere", tmp_path / "out", TINY, progress=False, say=silent)
 
 
 def test_models_of_folds_are_removed_and_other_files_stay(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Patterns of file names among the arguments of ``fastmaf score``."""
+"""Patterns of file names among the arguments of ``fastmaf inspect score``."""
 
 from __future__ import annotations
 
@@ -50,11 +50,11 @@ def test_a_pattern_leaves_other_files_aside_unless_it_spells_out_their_suffix(tm
         picture(tmp_path / "a.png") if name == "a.png" else (tmp_path / name).write_bytes(b"x")
     inputs = expand([tmp_path / "*"])
     assert [path.name for path in inputs.files] == ["a.png"]
-    assert inputs.notes == ("2 files left aside (hidden, or without an image's suffix)",)
+    assert inputs.notes == ("2 files skipped: hidden, or not named like an image",)
     assert names(tmp_path, tmp_path / "*.dat") == ["scan.dat"]
-    assert f"no image matches {tmp_path / '[sT]*'}: found 1 x .db, 1 x .dat; read are" in refused(tmp_path / "[sT]*")
+    assert f"no image matches {tmp_path / '[sT]*'}: found 1 x .db, 1 x .dat (supported:" in refused(tmp_path / "[sT]*")
     (tmp_path / "folder").mkdir()
-    assert "1 folder without one" in refused(tmp_path / "fold*")
+    assert "1 folder without images" in refused(tmp_path / "fold*")
 
 
 def test_a_pattern_without_match(tmp_path: Path) -> None:

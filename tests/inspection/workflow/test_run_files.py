@@ -27,10 +27,10 @@ from fastmaf.inspection.recipe import Recipe
 from fastmaf.inspection.report import build
 from fastmaf.inspection.report.content import REPORT_FILE
 from fastmaf.inspection.workflow import calibrate as calibrating
-from fastmaf.inspection.workflow import train as training
+from fastmaf.inspection.workflow import fit as fitting
 from fastmaf.inspection.workflow.calibrate import calibrate, recalibrate
 from fastmaf.inspection.workflow.choose import choose
-from fastmaf.inspection.workflow.train import train
+from fastmaf.inspection.workflow.fit import fit
 from fastmaf.io.locks import InUseError, run_lock
 from fastmaf.io.run_folder import DoesNotFitError
 from fastmaf.io.tensor_file import read_tensors, write_tensors
@@ -60,7 +60,7 @@ def interrupts() -> Iterator[None]:
 @pytest.fixture
 def fitted_already(fitted: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     """Fits in no time, and writes a report of a line."""
-    monkeypatch.setattr(training, "fit", lambda *args, **kwargs: fitted[1])
+    monkeypatch.setattr(fitting, "fit_model", lambda *args, **kwargs: fitted[1])
     monkeypatch.setattr(build, "training_report", lambda path, *args, **kwargs: path.write_text(A_REPORT))
 
 
@@ -94,25 +94,25 @@ def test_a_report_that_cannot_be_written_changes_nothing(
     before = contents(run_copy)
     monkeypatch.setattr(build, "training_report", full)
     with pytest.raises(OSError, match="No space left"):
-        train(data, run_copy, TINY, progress=False, say=silent)
+        fit(data, run_copy, TINY, progress=False, say=silent)
     assert contents(run_copy) == before and hidden(run_copy) == []
 
 
 def test_the_previous_run_is_kept(data: Path, run_copy: Path, fitted_already: None) -> None:
     before = contents(run_copy)
-    train(data, run_copy, TINY, keep_folds=True, progress=False, say=silent)
+    fit(data, run_copy, TINY, keep_folds=True, progress=False, say=silent)
     after = contents(run_copy)
     assert {after[name] for name in PREVIOUS} == set(before.values())
     assert {name for name in after if "/" in name} == {f"{FOLDS_FOLDER}/fold-{k}.safetensors" for k in (1, 2, 3)}
     assert len(load_fold_models(run_copy, load_inspection(run_copy))) == 3
-    train(data, run_copy, TINY, progress=False, say=silent)
+    fit(data, run_copy, TINY, progress=False, say=silent)
     assert {path.name for path in run_copy.iterdir()} == FILES | PREVIOUS, (
         "the models of the folds are gone with theirs"
     )
 
 
 def test_folds_that_are_not_all_there_are_no_ensemble(data: Path, run_copy: Path, fitted_already: None) -> None:
-    train(data, run_copy, TINY, keep_folds=True, progress=False, say=silent)
+    fit(data, run_copy, TINY, keep_folds=True, progress=False, say=silent)
     (run_copy / FOLDS_FOLDER / "fold-2.safetensors").unlink()
     assert load_fold_models(run_copy, load_inspection(run_copy)) == []
 
@@ -124,10 +124,10 @@ def test_an_interrupted_fit_leaves_everything_as_it_was(
         raise KeyboardInterrupt
 
     before = contents(run_copy)
-    monkeypatch.setattr(training, "fit", interrupted)
+    monkeypatch.setattr(fitting, "fit_model", interrupted)
     for out in (run_copy, tmp_path / "new"):
         with pytest.raises(KeyboardInterrupt):
-            train(data, out, TINY, progress=False, say=silent)
+            fit(data, out, TINY, progress=False, say=silent)
     assert contents(run_copy) == before and sorted(os.listdir(tmp_path)) == ["run_copy"]
 
 
@@ -140,9 +140,9 @@ def test_ctrl_c_while_writing(
     if place == "report":
         monkeypatch.setattr(build, "training_report", lambda *args, **kw: signal.raise_signal(signal.SIGINT))
     else:
-        monkeypatch.setattr(training, "replace", interrupting(training.replace))
+        monkeypatch.setattr(fitting, "replace", interrupting(fitting.replace))
     with pytest.raises(KeyboardInterrupt):
-        train(data, run_copy, TINY, progress=False, say=silent)
+        fit(data, run_copy, TINY, progress=False, say=silent)
     if place == "report":
         assert contents(run_copy) == before
     else:
@@ -174,7 +174,7 @@ def test_an_unfinished_run_of_the_other_recipe_is_not_overwritten(data: Path, tm
     write_tensors(tensors, state, metadata)
     before = contents(tmp_path)
     with pytest.raises(ValueError, match=r"holds an unfinished run \(1 of 5 epochs\)"):
-        train(data, tmp_path, TINY, progress=False, say=silent)
+        fit(data, tmp_path, TINY, progress=False, say=silent)
     assert contents(tmp_path) == before
 
 
@@ -183,20 +183,20 @@ def test_the_state_of_a_finished_run_of_the_other_recipe_goes(data: Path, run_co
 
     config = TrainConfig(size=8, blocks=1, hidden_features=(8,), epochs=1, batch_size=16)
     other.train(data, run_copy / "sub", config, progress=False)
-    train(data, run_copy / "sub", TINY, progress=False, say=silent)
+    fit(data, run_copy / "sub", TINY, progress=False, say=silent)
     assert not (run_copy / "sub" / STATE_FILE).exists() and load_inspection(run_copy / "sub").size == 16
 
 
 def test_what_is_wrong_with_out_is_noticed_before_the_images_are_read(
     data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(training, "load_train", lambda *args, **kwargs: pytest.fail("the work has begun"))
+    monkeypatch.setattr(fitting, "load_train", lambda *args, **kwargs: pytest.fail("the work has begun"))
     (tmp_path / "file").write_text("notes")
     (tmp_path / "run" / REPORT_FILE).mkdir(parents=True)
     with pytest.raises(NotADirectoryError, match="found the file .*file"):
-        train(data, tmp_path / "file" / "run", TINY, progress=False, say=silent)
+        fit(data, tmp_path / "file" / "run", TINY, progress=False, say=silent)
     with pytest.raises(IsADirectoryError, match=REPORT_FILE):
-        train(data, tmp_path / "run", TINY, progress=False, say=silent)
+        fit(data, tmp_path / "run", TINY, progress=False, say=silent)
 
 
 def test_too_small_a_disk_is_noticed_before_the_fit(
@@ -204,13 +204,13 @@ def test_too_small_a_disk_is_noticed_before_the_fit(
 ) -> None:
     """4 bytes for each of 10 factors of 768 dimensions, once, or four times with the models of three folds."""
     usage = shutil.disk_usage(tmp_path)
-    monkeypatch.setattr(training, "fit", lambda *args, **kwargs: pytest.fail("the fit has begun"))
+    monkeypatch.setattr(fitting, "fit_model", lambda *args, **kwargs: pytest.fail("the fit has begun"))
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=4 * 10 * 768 - 1))
     with pytest.raises(DoesNotFitError, match="0.0 MB"):
-        train(data, tmp_path / "run", TINY, progress=False, say=silent)
+        fit(data, tmp_path / "run", TINY, progress=False, say=silent)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=4 * 4 * 10 * 768 - 1))
     with pytest.raises(DoesNotFitError, match="0.1 MB"):
-        train(data, tmp_path / "run", TINY, keep_folds=True, progress=False, say=silent)
+        fit(data, tmp_path / "run", TINY, keep_folds=True, progress=False, say=silent)
     assert sorted(os.listdir(tmp_path)) == ["run_copy"]
     monkeypatch.setattr(
         shutil, "disk_usage", lambda path: usage._replace(free=(run_copy / MODEL_FILE).stat().st_size - 1)
@@ -229,7 +229,7 @@ def test_one_command_at_a_time(data: Path, run_copy: Path) -> None:
     good = [str(data / "test" / "good")]
     before = contents(run_copy)
     calls: list[Callable[[], object]] = [
-        lambda: train(data, run_copy, TINY, progress=False, say=silent),
+        lambda: fit(data, run_copy, TINY, progress=False, say=silent),
         lambda: calibrate(run_copy, 0.2),
         lambda: calibrate(run_copy / MODEL_FILE, 0.2),
         lambda: recalibrate(run_copy, good, 0.2, progress=False, say=silent),
@@ -284,7 +284,7 @@ def test_a_calibration_that_cannot_be_written_changes_nothing(
 @pytest.mark.parametrize("n", [1, 2, 3, 4])
 def test_too_few_images_are_counted_before_the_fit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, n: int) -> None:
     folder = pictures(tmp_path / "images", n)
-    monkeypatch.setattr(training, "fit", lambda *args, **kwargs: pytest.fail("the fit has begun"))
+    monkeypatch.setattr(fitting, "fit_model", lambda *args, **kwargs: pytest.fail("the fit has begun"))
     (folder / "damaged.png").write_bytes(b"")
     out = tmp_path / "run"
     arguments = ["--data", str(folder), "--size", "8", "--skip-bad", "--quiet"]
@@ -292,8 +292,9 @@ def test_too_few_images_are_counted_before_the_fit(tmp_path: Path, monkeypatch: 
         done = CliRunner().invoke(app, [*command, *arguments])
         assert isinstance(done.exception, DataError)
         text = str(done.exception)
-        assert f"{folder} holds {n} good image{'s' * (n > 1)} besides 1 file that cannot be read" in text
-        assert "needs at least 5" in text and "--data" in text and "fold" not in text.replace("folder", "")
+        assert f"{folder}: expected at least 5 good images" in text
+        assert f"found {n} good image{'s' * (n > 1)}, and 1 file that cannot be read" in text
+        assert "--data" in text and "fold" not in text.replace("folder", "")
     assert not out.exists()
 
 
@@ -303,8 +304,8 @@ def test_as_many_images_as_are_needed(tmp_path: Path) -> None:
     arguments = ["train", "--recipe", "inspection", "--out", str(tmp_path / "run"), "--data", str(folder)]
     done = CliRunner().invoke(app, [*arguments, "--size", "8", "--quiet"])
     assert done.exit_code == 0 and "5 good images" in done.output
-    with pytest.raises(DataError, match="holds 5 good images; .* needs at least 24"):
-        train(folder, tmp_path / "run", Recipe(size=8, folds=24), progress=False, say=silent)
+    with pytest.raises(DataError, match="expected at least 24 good images .* found 5 good images"):
+        fit(folder, tmp_path / "run", Recipe(size=8, folds=24), progress=False, say=silent)
     with pytest.raises(DataError, match="needs at least 5"):
         choose(pictures(tmp_path / "few", 2), size=8, progress=False)
 

@@ -1,45 +1,44 @@
-"""``fastmaf train --recipe inspection``: fit a model and write it, its log and its report to a run's folder."""
+"""``fastmaf inspect fit``: fit a model and write it, its log and its report to a run's folder."""
 
 from __future__ import annotations
 
-import math
 from datetime import datetime, timezone
 from pathlib import Path
 
 import fastmaf
 from fastmaf.images.dataset import ImageSet, load_train
 from fastmaf.images.decode import DataError
-from fastmaf.images.listing import count
-from fastmaf.inspection.fit import Fitted, fit
+from fastmaf.inspection.fit import Fitted
+from fastmaf.inspection.fit import fit as fit_model
 from fastmaf.inspection.fold_models import fold_model_files, replace_fold_models, save_fold_models
 from fastmaf.inspection.recipe import Recipe
 from fastmaf.inspection.report.content import REPORT, REPORT_FILE
-from fastmaf.inspection.report.findings import decisions
+from fastmaf.inspection.workflow.fit_result import LOG_FILE, FitResult
 from fastmaf.inspection.workflow.inputs import Say
 from fastmaf.io.atomic import errors_of_staged, keep_previous, previous, replace, staging
 from fastmaf.io.csv_file import write_csv
 from fastmaf.io.outputs import Output, check_outputs, table
 from fastmaf.io.outputs import model as model_kind
 from fastmaf.io.run_folder import check_disk, run_folder
-from fastmaf.metrics.results import bits_per_dim
+from fastmaf.io.wording import count
 from fastmaf.training.checkpoints import MODEL_FILE, STATE_FILE, refuse_unfinished, remove_state
 from fastmaf.training.interrupts import interruptible
 
-LOG_FILE = "training_log.csv"
 _LOG_COLUMNS = ("step", "nll", "held_out_nll")
 
 
 @fastmaf.torch_defaults()
-def train(
+def fit(
     data: str | Path,
     out: str | Path,
     recipe: Recipe | None = None,
     *,
     keep_folds: bool = False,
     skip_bad: bool = False,
+    explain: bool = False,
     progress: bool = True,
     say: Say = print,
-) -> Fitted:
+) -> FitResult:
     """Fits an inspection model to the good images of ``data`` and writes model, log and report to ``out``.
 
     Files of an earlier run in ``out`` stay until all new files are written, and are kept as ``*.previous.*``, except
@@ -49,7 +48,8 @@ def train(
         data: folder with ``train/good``, or a folder of good images.
         out: folder to write to.
         recipe: the settings.
-        keep_folds: write the fold models, too, so that ``fastmaf eval`` can evaluate their ensemble.
+        keep_folds: write the fold models, too, so that ``fastmaf inspect eval`` can evaluate their ensemble.
+        explain: add the figures behind each decision, and the assumptions of the threshold, to what ``say`` receives.
 
     Raises:
         DataError: the folder or a file in it is unsuitable, or there are too few images.
@@ -60,12 +60,12 @@ def train(
         ValueError: a setting is invalid, or ``out`` holds an unfinished run of the other recipe.
     """
     recipe, out = recipe or Recipe(), Path(out)
-    with run_folder(out, "training", LOG_FILE, REPORT_FILE):
+    with run_folder(out, "fitting", LOG_FILE, REPORT_FILE):
         check_outputs(_outputs(out, recipe.folds if keep_folds else 0))
         refuse_unfinished(out)
         images = load_normals(data, recipe, skip_bad=skip_bad, progress=progress, say=say)
         check_disk(out, _disk_needed(recipe, keep_folds))
-        fitted = fit(images.pixels, recipe, progress=progress)
+        fitted = fit_model(images.pixels, recipe, progress=progress)
         fitted.model.about.update(
             version=fastmaf.__version__,
             created=datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
@@ -75,18 +75,9 @@ def train(
             skipped=[[path.name, reason] for path, reason in images.skipped],
         )
         _write(out, fitted, images, keep_folds)
-    model = fitted.model
-    for name, decision in decisions(model).items():
-        say(f"{name}: {decision}")
-    whitening_nll, nll = model.about["held_out_nll_of_whitening"], model.about["held_out_nll"]
-    say(
-        f"{len(images)} good images; held-out NLL ({recipe.folds} folds) {nll:,.0f} nats, "
-        f"{bits_per_dim(nll, recipe.features) + math.log2(255):.3f} bits/dim of 8-bit data"
-        f"{' (upper bound)' if recipe.dequantize else ''}; whitening alone {whitening_nll:,.0f}"
-    )
-    say(model.calibration.describe())
-    say(f"model: {out / MODEL_FILE}; report: {out / REPORT_FILE}")
-    return fitted
+    result = FitResult(fitted, images=len(images), out=out)
+    say(result.describe(explain))
+    return result
 
 
 def load_normals(data: str | Path, recipe: Recipe, *, skip_bad: bool, progress: bool, say: Say) -> ImageSet:
@@ -96,17 +87,17 @@ def load_normals(data: str | Path, recipe: Recipe, *, skip_bad: bool, progress: 
         say(note)
     needed = max(recipe.folds, 3)
     if len(images) < needed:
-        skipped = f" besides {count(len(images.skipped), 'file')} that cannot be read" if images.skipped else ""
+        skipped = f", and {count(len(images.skipped), 'file')} that cannot be read" if images.skipped else ""
         raise DataError(
-            f"{images.paths[0].parent} holds {count(len(images), 'good image')}{skipped}; an inspection model needs at "
-            f"least {needed} for fitting and calibration, better some dozens: add images there, or name another folder "
-            "with --data"
+            f"{images.paths[0].parent}: expected at least {needed} good images for fitting and calibration, better "
+            f"some dozens; found {count(len(images), 'good image')}{skipped}: add images, or name another folder with "
+            "--data"
         )
     return images
 
 
 def _outputs(out: Path, folds: int) -> list[Output]:
-    """Returns the files that ``train`` writes, and those of an earlier run that it moves or removes."""
+    """Returns the files that ``fit`` writes, and those of an earlier run that it moves or removes."""
     kinds = {MODEL_FILE: model_kind("a model"), LOG_FILE: table("a training log", _LOG_COLUMNS), REPORT_FILE: REPORT}
     outputs = [Output(out / place, kind) for name, kind in kinds.items() for place in (name, previous(Path(name)).name)]
     outputs.append(Output(out / STATE_FILE, model_kind("the state of a training run", "state")))

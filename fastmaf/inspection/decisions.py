@@ -1,0 +1,103 @@
+"""What the fit of a model selected, in words."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict
+from typing import Any
+
+from fastmaf.inspection.model import InspectionModel
+from fastmaf.inspection.recipe import Recipe
+from fastmaf.io.wording import count
+
+
+def decisions(model: InspectionModel, explain: bool = False) -> dict[str, str]:
+    """Returns what the fit of a model selected and why, by name; with ``explain`` the figures that decided it."""
+    about = model.about
+    recipe = {**asdict(Recipe()), **about.get("recipe", {})}
+    selected = {
+        "augmentation": _augmentation(recipe, about, explain),
+        "logit": _logit(recipe, about, explain),
+        "blocks": _blocks(recipe, about, explain),
+        "score": _score(model, about, explain),
+        "anomaly map": _anomaly_map(model, about, explain),
+    }
+    return {name: text for name, text in selected.items() if text is not None}
+
+
+def _augmentation(recipe: Mapping[str, Any], about: Mapping[str, Any], explain: bool) -> str | None:
+    tried: dict[str, float] = about.get("held_out_nll_of_augmentations") or {}
+    if not tried:
+        return None
+    kind = recipe["augmentation"]
+    text = {
+        "shifts": f"shifts up to {recipe['shift_radius'] * recipe['shift_step']:g} px",
+        "rotations": f"rotations by multiples of {360 / recipe['angles']:g}°",
+    }.get(kind, kind)
+    best = min(tried, key=lambda other: tried[other])
+    if explain:
+        nll = ", ".join(f"{other} {value:,.0f}" for other, value in tried.items())
+        reason = f"mean NLL of the images held out by the first folds, in nats: {nll}"
+        return f"{text} ({reason}; {'the lowest is selected' if kind == best else 'kept as requested'})"
+    if kind != best:
+        return f"{text} (as requested; held-out images are more likely with {_with(best)})"
+    others = " and ".join(_with(other) for other in tried if other != kind)
+    verb = "fits" if others == "no augmentation" else "fit"
+    return f"{text} ({others} {verb} held-out images worse)"
+
+
+def _with(augmentation: str) -> str:
+    return "no augmentation" if augmentation == "none" else augmentation
+
+
+def _logit(recipe: Mapping[str, Any], about: Mapping[str, Any], explain: bool) -> str | None:
+    without = about.get("held_out_nll_without_logit")
+    if without is None:
+        return None
+    reason = f"mean NLL of the images held out by the first folds, without it: {without:,.0f} nats" if explain else ""
+    return f"alpha {recipe['logit']:g}, as requested{f' ({reason})' if reason else ''}"
+
+
+def _blocks(recipe: Mapping[str, Any], about: Mapping[str, Any], explain: bool) -> str | None:
+    with_blocks = about.get("held_out_nll_with_blocks")
+    if with_blocks is None:
+        return None
+    kept, without = recipe["blocks"], about["held_out_nll_of_whitening"]
+    text = count(kept, "local block") if kept else "none"
+    if explain:
+        return f"{text} (mean NLL of held-out images, in nats: {with_blocks:,.0f} with them, {without:,.0f} without)"
+    if with_blocks < without:
+        return f"{text} (held-out images are more likely with {'them' if kept != 1 else 'it'})"
+    return f"{text} ({'as requested; ' * bool(kept)}held-out images are no more likely with local blocks)"
+
+
+def _score(model: InspectionModel, about: Mapping[str, Any], explain: bool) -> str | None:
+    sigma = f"{model.settings.presmooth_sigma:g}"
+    text = "no smoothing before squaring" if sigma == "0" else f"whitened values smoothed by {sigma} px before squaring"
+    areas = {_smoothing(name): value for name, value in about.get("drawn_auroc", {}).items()}
+    return _on_defects(text, _smoothing(f"presmooth {sigma}"), areas, "image AUROC", explain)
+
+
+def _anomaly_map(model: InspectionModel, about: Mapping[str, Any], explain: bool) -> str | None:
+    chosen = f"{model.map_config.factors} factors"
+    return _on_defects(chosen, chosen, about.get("drawn_maps", {}), "mean of pixel AUROC and AU-PRO", explain)
+
+
+def _smoothing(name: str) -> str:
+    """Returns the name of a candidate, such as ``presmooth 0.7``, in words."""
+    sigma = name.removeprefix("presmooth ")
+    return name if sigma == name else "no smoothing" if sigma == "0" else f"smoothing by {sigma} px"
+
+
+def _on_defects(text: str, chosen: str, values: Mapping[str, float], metric: str, explain: bool) -> str | None:
+    """Returns why one of several candidates was selected on synthetic defects."""
+    if not values:
+        return None
+    if explain:
+        return f"{text} ({metric} on synthetic defects: {', '.join(f'{k} {v:.3f}' for k, v in values.items())})"
+    if chosen not in values:  # a model of an earlier version, which named the candidates otherwise
+        return text
+    others = " and ".join(name for name in values if name != chosen)
+    if all(value < values[chosen] for name, value in values.items() if name != chosen):
+        return f"{text} (better on synthetic defects than {others})"
+    return f"{text} (no clear gain on synthetic defects from {others})"

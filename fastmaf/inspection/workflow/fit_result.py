@@ -1,0 +1,81 @@
+"""What a fit tells its user: in words, and as JSON types for programs."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fastmaf.inspection.decisions import decisions
+from fastmaf.inspection.fit import Fitted
+from fastmaf.inspection.report.content import REPORT_FILE
+from fastmaf.io.safe_json import finite
+from fastmaf.io.wording import count
+from fastmaf.metrics.results import bits_per_dim
+from fastmaf.training.checkpoints import MODEL_FILE
+
+LOG_FILE = "training_log.csv"
+
+
+@dataclass(frozen=True, eq=False)
+class FitResult:
+    """A fitted model and the folder that it was written to.
+
+    Attributes:
+        fitted: the model and its fold models.
+        images: number of good images that it was fitted to.
+        out: the folder.
+    """
+
+    fitted: Fitted
+    images: int
+    out: Path
+
+    def describe(self, explain: bool = False) -> str:
+        """Returns decisions, threshold and files as text; ``explain`` adds figures and assumptions."""
+        model, folder = self.fitted.model, f'"{self.out}"' if " " in str(self.out) else str(self.out)
+        nll, bits = self._held_out_nll
+        recipe = model.about["recipe"]
+        at_most = "at most " if recipe["dequantize"] else ""
+        lines = [
+            f"{count(self.images, 'good image')} at {recipe['size']} x {recipe['size']} pixels; "
+            f"held-out NLL {nll:,.0f} nats, {at_most}{bits:.3f} bits/dim of 8-bit data"
+        ]
+        if explain:
+            lines[0] += f"; whitening alone {model.about['held_out_nll_of_whitening']:,.0f} nats"
+            lines.append(
+                "Held-out NLL: mean negative log-likelihood of an image under a model fitted without its fold "
+                f"({recipe['folds']} folds); lower is better."
+            )
+        lines += [f"{name}: {decision}" for name, decision in decisions(model, explain).items()]
+        lines.append(model.calibration.describe(explain))
+        files = f"model: {self.out / MODEL_FILE}; report: {self.out / REPORT_FILE}"
+        lines.append(f"{files}; next: fastmaf inspect score {folder} NEW_IMAGES")
+        return "\n".join(lines)
+
+    def summary(self) -> dict[str, Any]:
+        """Returns what was fitted, selected and written, as JSON types."""
+        model, (nll, bits) = self.fitted.model, self._held_out_nll
+        recipe, log = model.about["recipe"], self.out / LOG_FILE
+        return {
+            "images": self.images,
+            "size": recipe["size"],
+            "held_out_nll": finite(nll),
+            "held_out_nll_of_whitening": finite(model.about["held_out_nll_of_whitening"]),
+            "bits_per_dim": finite(bits),
+            "augmentation": recipe["augmentation"],
+            "blocks": recipe["blocks"],
+            "score": recipe["score"],
+            "anomaly_map": recipe["map_config"],
+            "decisions": decisions(model),
+            "calibration": model.calibration.summary(),
+            "files": {"model": str(self.out / MODEL_FILE), "report": str(self.out / REPORT_FILE), "log": str(log)},
+            "seconds": {"total": sum(self.fitted.seconds.values()), **self.fitted.seconds},
+        }
+
+    @property
+    def _held_out_nll(self) -> tuple[float, float]:
+        """The mean held-out NLL of an image in nats, and in bits per dimension of 8-bit data."""
+        nll = self.fitted.model.about["held_out_nll"]
+        return nll, bits_per_dim(nll, self.fitted.model.flow.features) + math.log2(255)
