@@ -1,7 +1,7 @@
 """Who may import whom, read from the sources: CONTRIBUTING.md states the rule, this file tests it.
 
 kernels → torch, triton and the standard library; the core of fastmaf → fastmaf.kernels; images → the core; metrics →
-images; capsule and inspection → those, but not each other; the command line → all of these; fastmaf.bench → all of
+images; capsule and inspection → those, but not each other; reproduction and the command line → all of these; fastmaf.bench → all of
 fastmaf. Nothing imports fastmaf.bench but the tests, and the command line for its command ``bench``. Above the core,
 only the public modules of it are imported. The core itself needs torch, numpy and safetensors alone. What is imported
 is declared in pyproject.toml. No module imports itself through others, not even for types or within functions.
@@ -32,7 +32,8 @@ ROOMS = {
     "metrics": ("metrics", "images"),
     "capsule": ("capsule", "metrics", "images"),
     "inspection": ("inspection", "metrics", "images"),
-    "cli": ("cli", "capsule", "inspection", "metrics", "images"),
+    "reproduction": ("reproduction", "capsule", "inspection", "metrics", "images"),
+    "cli": ("cli", "reproduction", "capsule", "inspection", "metrics", "images"),
 }
 ROOM_OF = {"__main__": "cli"}
 # What rooms above the core may import of it, besides the names of ``fastmaf`` itself.

@@ -54,17 +54,18 @@ def _environment(template: Path, report: Report | None) -> Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
+    digits = 3
+    if report is not None:
+        calibration, test = report.calibration.scores, report.test
+        digits = text.score_digits(calibration if test is None else np.concatenate([test.scores, calibration]))
     environment.filters.update(
         number=text.number,
         interval=text.interval,
         percent=text.percent,
         images=text.images,
+        score=partial(text.number, digits=digits),
         picture=data_uri,
     )
-    if report is not None:
-        calibration, test = report.calibration.scores, report.test
-        scores = calibration if test is None else np.concatenate([test.scores, calibration])
-        environment.filters["score"] = partial(text.number, digits=text.score_digits(scores))
     return environment
 
 

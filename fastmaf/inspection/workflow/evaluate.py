@@ -6,6 +6,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import fastmaf
 from fastmaf.images.dataset import load_test, load_train
@@ -15,7 +16,7 @@ from fastmaf.inspection.evaluate import TableRow, format_table, score_table
 from fastmaf.inspection.fold_models import load_fold_models
 from fastmaf.inspection.masks import LabelledSet, load_masks
 from fastmaf.inspection.model import InspectionModel, load_inspection, model_file
-from fastmaf.inspection.report.content import REPORT, REPORT_FILE
+from fastmaf.inspection.report.content import REPORT, REPORT_FILE, Report
 from fastmaf.inspection.report.findings import alarms_by_class
 from fastmaf.inspection.workflow.inputs import Say
 from fastmaf.inspection.workflow.score import VERDICTS
@@ -54,10 +55,29 @@ def evaluate(
         EvaluationError: the test set has no normal or no defective images.
         OutputError: ``out`` holds a file of another origin under the name of an output.
     """
+    options: dict[str, Any] = {"device": device, "skip_bad": skip_bad, "seed": seed, "progress": progress, "say": say}
+    results = evaluate_with_report(model, data, out, **options).test
+    assert results is not None
+    return list(results.table)
+
+
+@fastmaf.torch_defaults()
+def evaluate_with_report(
+    model: str | Path,
+    data: str | Path,
+    out: str | Path,
+    *,
+    device: str,
+    skip_bad: bool,
+    seed: int,
+    progress: bool,
+    say: Say,
+) -> Report:
+    """Does what ``evaluate`` does, and returns the content of the report."""
     from fastmaf.inspection.report.build import test_report
 
-    out, kinds = Path(out), {SCORES_FILE: eval_scores(), METRICS_FILE: eval_metrics(), REPORT_FILE: REPORT}
-    check_outputs([Output(out / name, kind) for name, kind in kinds.items()], [model_file(model)])
+    out = Path(out)
+    check_outputs(outputs_of(out), [model_file(model)])
     loaded = load_inspection(model, device=device)
     images = load_test(data, size=loaded.size, skip_bad=skip_bad, progress=progress)
     for note in (*images.notes, *doubtful(images.labels)):
@@ -86,10 +106,16 @@ def evaluate(
     out.mkdir(parents=True, exist_ok=True)
     write_csv(out / SCORES_FILE, INSPECTION_SCORES, scores)
     _write_metrics(out / METRICS_FILE, model_file(model).name, loaded, rows, alarms)
-    test_report(out / REPORT_FILE, loaded, model_file(model).name, test, prediction, rows)
+    report = test_report(out / REPORT_FILE, loaded, model_file(model).name, test, prediction, rows)
     say(format_table(rows, alarms))
     say(f"scores, metrics and {REPORT_FILE} are in {out}")
-    return rows
+    return report
+
+
+def outputs_of(out: Path) -> list[Output]:
+    """Returns the files that ``evaluate`` writes."""
+    kinds = {SCORES_FILE: eval_scores(), METRICS_FILE: eval_metrics(), REPORT_FILE: REPORT}
+    return [Output(out / name, kind) for name, kind in kinds.items()]
 
 
 def _write_metrics(
