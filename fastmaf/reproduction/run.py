@@ -123,12 +123,11 @@ def reproduce(
         evaluation = evaluate(model, data, out, skip_bad=skip_bad, extra=extra, progress=progress)
         say(format_table(evaluation))
         options = {"skip_bad": skip_bad, "device": device, "progress": progress, "say": say}
+        say("\nfastmaf's recipe, on the same images:")
         try:
             inspection = _inspect(data, out / INSPECTION_FOLDER, config, recipe, options)
         except KeyboardInterrupt:
-            say(
-                f"stopped before the inspection model was finished; the published recipe is finished in {out}; --resume continues"
-            )
+            say(f"stopped; the part of the published recipe in {out} is finished; --resume continues after it")
             return None
         table = compare(training, evaluation, seconds, inspection, real=real)
         with written_atomically(out / COMPARISON_FILE) as file:
@@ -136,6 +135,7 @@ def reproduce(
         write_comparison(
             out, data, table, training, evaluation, samples, inspection, size=config.size, skip_bad=skip_bad
         )
+        say(f"both recipes beside each other: {out / REPORT_FILE}")
         return Reproduction(training, evaluation, seconds, inspection, str(table))
 
 
