@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import statistics
+import textwrap
 from typing import NamedTuple, TypeAlias
 
 from fastmaf.capsule import published
@@ -38,7 +39,7 @@ class Table(NamedTuple):
             cells = "".join(f"  {value:>{width}}" for value, width in zip(values, widths, strict=True))
             text.append(f"{name:<{first}}{cells}".rstrip())
         text.insert(2, "-" * (first + sum(widths) + 6))
-        return "\n".join([*text, "", *self.notes])
+        return "\n".join([*text, "", *(textwrap.fill(note, 96) for note in self.notes)])
 
 
 def compare(
@@ -84,7 +85,10 @@ def compare(
         (f"seconds a sample (mean of {SAMPLES})", f"{published.SECONDS_PER_SAMPLE}", sampling, fit[1]),
         *((f"NLL, epoch {e} (nats)", before.get(e, NONE), f"{nll[e]:,.0f}", NONE) for e in epochs),
     ]
-    notes = ["The published run chose its threshold on the test labels; one from held-out normals uses no test label."]
+    notes = [
+        "P/R/F1: precision, recall and F1. The published run chose its threshold on the test labels; a threshold from "
+        "held-out normals uses none."
+    ]
     if evaluation.held_out is None:
         notes.append("No normals were held out of the training of this run.")
     if not real:
