@@ -248,7 +248,7 @@ def test_ctrl_c_in_the_inspection_recipe_keeps_the_published_part(
     assert result.inspection is not None and (tmp_path / "report.html").is_file()
 
 
-@pytest.mark.parametrize("batch", [2, 3, 4])
+@pytest.mark.parametrize("batch", [3, *(pytest.param(n, marks=pytest.mark.slow) for n in (2, 4))])
 def test_a_resumed_run_equals_an_unbroken_one(
     data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, interrupts: None, undrawn: None, batch: int
 ) -> None:
