@@ -11,7 +11,7 @@ from __future__ import annotations
 import base64
 import io
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable
 from pathlib import Path
 
 import matplotlib
@@ -38,7 +38,7 @@ def sample_rows(results: Path) -> Image.Image:
     """Returns training images, samples of the published recipe and samples of the whitened flow, one row each."""
     epochs = len((results / "train_log.csv").read_text(encoding="utf-8").splitlines()) - 1
     normals = load_train(_data(results), size=64, progress=False)
-    rows: dict[str, Sequence[np.ndarray]] = {
+    rows: dict[str, Iterable[np.ndarray]] = {
         "training\nimages": samples(normals, NORMAL, 5),
         f"published\nrecipe,\n{epochs} epochs": _read(results),
         "fastmaf's\nrecipe": _read(results / "inspection"),

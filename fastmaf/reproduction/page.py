@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import csv
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -51,7 +51,7 @@ def write_comparison(
         skip_bad: leave out files that cannot be read.
     """
     normals = load_train(data, size=size, skip_bad=skip_bad, progress=False)
-    strips = [("training images", build.samples(normals, NORMAL, SAMPLES))]
+    strips: list[tuple[str, Iterable[np.ndarray]]] = [("training images", build.samples(normals, NORMAL, SAMPLES))]
     if samples is not None:
         strips.append((f"samples of the published recipe after {len(training.log)} epochs", _read(samples)))
     if inspection is not None:

@@ -108,7 +108,7 @@ def _at(this: ThresholdReport | None, ours: ThresholdReport | None, *, is_publis
     theirs = (f"{published.ACCURACY}", _prf(published.ANOMALY), _prf(published.NORMAL), f"{published.FALSE_ALARM_RATE}")
     names = ("accuracy", "P/R/F1 of defects", "P/R/F1 of normals", "false alarms among good images")
     columns = theirs if is_published else (NONE,) * 4, _values(this), _values(ours)
-    return [(f"  {name}", *values) for name, *values in zip(names, *columns, strict=True)]
+    return [(f"  {name}", a, b, c) for name, a, b, c in zip(names, *columns, strict=True)]
 
 
 def _values(report: ThresholdReport | None) -> tuple[str, str, str, str]:
