@@ -89,7 +89,8 @@ def test_the_wheel_holds_every_module_once_and_nothing_else(installed: Path) -> 
     assert {path.relative_to(installed) for path in installed.rglob("*.py")} == expected
     other = {path.relative_to(installed).as_posix() for path in (installed / "fastmaf").rglob("*.*")}
     # Why there is no native library, for `fastmaf doctor`.
-    page = {f"fastmaf/inspection/report/report.{suffix}" for suffix in ("css", "html.j2")}
+    report = ("base.html.j2", "macros.html.j2", "report.css", "report.html.j2")
+    page = {f"fastmaf/inspection/report/{name}" for name in report} | {"fastmaf/reproduction/reproduction.html.j2"}
     found = {name for name in other if not name.endswith(".py")}
     assert found == {"fastmaf/py.typed", "fastmaf/kernels/_native.txt", *page}
     assert sorted(path.name for path in installed.iterdir() if path.suffix != ".dist-info") == ["fastmaf"]

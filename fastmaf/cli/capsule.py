@@ -191,7 +191,7 @@ def reproduce(
     """Train, sample and evaluate as in the published run; compare."""
     defaults = {"epochs": 20, "holdout": 0.1} if data is None else {"epochs": 100, "holdout": 0.0}
     config, settings = _settings(context.params, **defaults)
-    from fastmaf.capsule.reproduce import reproduce as run
+    from fastmaf.reproduction import reproduce as run
 
     result = run(out, config, data=data, say=say, **settings)
     if result is None:

@@ -87,11 +87,12 @@ def fit_factors(
     # The first round only scales the data, for which fewer folds suffice.
     for parts_of_round in (parts[: math.ceil(_FIRST_SAMPLES * len(parts) / n)], parts):
         before = noise
-        noise, components = _cross_validated(centred, rows, owner, part_of_mean, before, rank, parts_of_round)
+        scaled = rows / before.sqrt().to(x.dtype)
+        gram = _gram(scaled)
+        noise, components = _cross_validated(centred, scaled, gram, owner, part_of_mean, before, rank, parts_of_round)
         noise = noise.clamp_min(least)
     scale = noise.sqrt().to(x.dtype)
-    scaled = rows / before.sqrt().to(x.dtype)
-    directions = _leading(scaled, _gram(scaled), len(components)).double()
+    directions = _leading(scaled, gram, len(components)).double()
     # The variance along a direction includes the noise, both in units of the noise before the last round.
     excess = (components[: directions.shape[1]] - (noise / before) @ directions.square()).clamp_min(0)
     factors, variance = _orthogonal(directions * excess.sqrt() * (before / noise).sqrt()[:, None])
@@ -156,25 +157,41 @@ def _check(basis: Tensor, weights: Tensor, x: Tensor) -> None:
 
 
 def _cross_validated(
-    centred: Tensor, rows: Tensor, owner: Tensor, part_of_mean: Tensor, noise: Tensor, rank: int, parts: list[Tensor]
+    centred: Tensor,
+    scaled: Tensor,
+    gram: Tensor | None,
+    owner: Tensor,
+    part_of_mean: Tensor,
+    noise: Tensor,
+    rank: int,
+    parts: list[Tensor],
 ) -> tuple[Tensor, Tensor]:
-    """Returns the variances of the noise, and along the factors in its units, of held-out samples (float64)."""
+    """Returns the variances of the noise, and along the factors in its units, of held-out samples (float64).
+
+    Args:
+        centred: samples less their mean.
+        scaled: rows in units of the noise.
+        gram: of ``scaled``.
+        owner, part_of_mean: of the rows, see ``_rows``.
+        noise: variances of the noise.
+        rank: maximum number of factors.
+        parts: indices of the samples that each fold holds out.
+    """
     scale = noise.sqrt().to(centred.dtype)
-    scaled = rows / scale
-    gram = _gram(scaled)
     training = [~torch.isin(owner, part) for part in parts]
     rank = min(rank, centred.shape[1], *(int(mask.sum()) for mask in training))
     squares, count = torch.zeros_like(noise), sum(len(part) for part in parts)
-    components = torch.zeros(rank, dtype=torch.float64, device=rows.device)
+    components = torch.zeros(rank, dtype=torch.float64, device=scaled.device)
     for part, mask in zip(parts, training, strict=True):
         # The mean of the training samples is subtracted, since centred samples reveal the held-out ones: they sum to 0.
         in_training = torch.ones(len(centred), dtype=torch.bool)
         in_training[part] = False
         shift, share = centred[in_training].mean(dim=0) / scale, part_of_mean[mask]
-        recentred, products = scaled[mask] - share[:, None] * shift, None
+        recentred, products = scaled[mask], None
         if gram is not None:
-            cross = torch.outer(share, scaled[mask] @ shift)
+            cross = torch.outer(share, recentred @ shift)
             products = gram[mask][:, mask] - cross - cross.T + torch.outer(share, share) * (shift @ shift)
+        recentred -= share[:, None] * shift  # in place: there are many rows
         factors = _leading(recentred, products, rank)
         y = centred[part] / scale - shift
         along = y @ factors

@@ -19,7 +19,7 @@ from torch import Tensor
 from fastmaf.capsule import memory_check
 from fastmaf.capsule import train as training
 from fastmaf.capsule.models import load_model
-from fastmaf.io.locks import InUseError, run_lock
+from fastmaf.io.locks import InUseError
 from fastmaf.io.run_folder import DoesNotFitError
 from fastmaf.training import checkpoints
 from fastmaf.training.checkpoints import MODEL_FILE, STATE_FILE, load_state
@@ -176,14 +176,6 @@ def test_a_second_run_in_the_same_folder_is_refused(
     assert f"is in use: this process {os.getpid()} on " in str(refused[0]) and "training since" in str(refused[0])
     assert same(tensors_of(tmp_path), tensors_of(tmp_path / "alone"))
     assert hidden(tmp_path) == []
-
-
-def test_reproduce_is_refused_before_it_draws(data: Path, tmp_path: Path) -> None:
-    from fastmaf.capsule.reproduce import reproduce
-
-    with run_lock(tmp_path / MODEL_FILE, "training"), pytest.raises(InUseError):
-        reproduce(tmp_path, TINY, progress=False)
-    assert os.listdir(tmp_path) == []
 
 
 @pytest.mark.slow

@@ -12,11 +12,9 @@ import pytest
 from torch import Tensor
 
 import fastmaf
-from fastmaf.capsule import reproduce as reproduction
 from fastmaf.capsule import train as training
 from fastmaf.capsule import training_run
 from fastmaf.capsule.config import GUARDED, TrainConfig
-from fastmaf.capsule.reproduce import reproduce
 from fastmaf.images.progress import Progress
 from fastmaf.io import tensor_file
 from fastmaf.training.checkpoints import MODEL_FILE, load_state
@@ -185,27 +183,6 @@ def test_a_state_of_an_earlier_version_begins_its_broken_epoch_again(
     as_earlier_version(tmp_path)
     run(data, tmp_path, THREE, resume=True)
     assert load_state(tmp_path)[1]["steps"] == 3 * STEPS + 1
-
-
-@pytest.mark.parametrize("batch", [2, 3, 4])
-def test_reproduce_interrupted_and_resumed(
-    data: Path, tmp_path: Path, interrupts: None, monkeypatch: pytest.MonkeyPatch, batch: int
-) -> None:
-    """In the first epoch, in its validation, in the second one."""
-    monkeypatch.setattr(reproduction, "evaluate", lambda *args, **kwargs: None)
-    monkeypatch.setattr(reproduction, "format_table", lambda evaluation: "")
-    monkeypatch.setattr(reproduction, "compare", lambda *args, **kwargs: "a table")
-    config = with_(epochs=2)
-    options: dict[str, Any] = {"data": data, "progress": False, "say": lambda text: None}
-    assert reproduce(tmp_path / "whole", config, **options) is not None
-    with monkeypatch.context() as patch:
-        at_batch(patch, batch, ctrl_c)
-        assert reproduce(tmp_path / "broken", config, **options) is None
-    assert not (tmp_path / "broken" / "comparison.txt").exists()
-    assert reproduce(tmp_path / "broken", config, resume=True, **options) is not None
-    assert_equal(tmp_path / "broken", tmp_path / "whole")
-    names = [{path.name for path in (tmp_path / run).iterdir()} for run in ("broken", "whole")]
-    assert names[0] == names[1]
 
 
 def test_a_resumed_run_counts_its_progress_from_where_it_was(

@@ -14,11 +14,11 @@ from nbclient import NotebookClient
 from nbformat import NotebookNode
 from PIL import Image
 
-import fastmaf
+from fastmaf.inspection.model import load_inspection
 
 ROOT = Path(__file__).parents[2]
 NOTEBOOK = ROOT / "notebooks" / "maf_made_capsule.ipynb"
-TINY = {"SIZE": 8, "EPOCHS": 2, "BLOCKS": 2, "HIDDEN": "16,16", "RATE": 1e-3, "DRAW": 22, "DRAW_TEST": 2}
+TINY = {"SIZE": 8, "EPOCHS": 2, "BLOCKS": 2, "HIDDEN": "16,16", "RATE": 1e-3, "STEPS": 2, "DRAW": 22, "DRAW_TEST": 2}
 
 
 def read() -> NotebookNode:
@@ -32,7 +32,7 @@ def test_it_is_kept_without_outputs() -> None:
     identities = [cell["id"] for cell in raw["cells"]]
     assert len(set(identities)) == len(identities)
     code = [cell for cell in raw["cells"] if cell["cell_type"] == "code"]
-    assert 8 <= len(code) <= 12
+    assert 8 <= len(code) <= 14
     assert all(cell["outputs"] == [] and cell["execution_count"] is None for cell in code)
     assert str(ROOT) not in NOTEBOOK.read_text(encoding="utf-8")
 
@@ -65,15 +65,17 @@ def test_it_runs_and_draws(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     NotebookClient(notebook, timeout=300, kernel_name="this", resources=resources).execute()
 
     pictures = {cell.id: images(cell) for cell in notebook.cells if cell.cell_type == "code"}
-    counts = {"images": 1, "curve": 1, "samples": 1, "figures": 2, "where": 1}
+    counts = {"images": 1, "curve": 1, "samples": 1, "figures": 2, "whitened": 1, "detection": 1, "where": 2}
     assert {name: len(found) for name, found in pictures.items() if found} == counts
     assert all(min(picture.size) > 100 for found in pictures.values() for picture in found)
-    drawn = {"nll_curve.png", "samples.png", "nll_hist_good_defect.png", "roc_curve.png", "model.safetensors"}
+    drawn = {"nll_curve.png", "samples.png", "nll_hist_good_defect.png", "roc_curve.png"}
+    drawn |= {"whitened_samples.png", "inspection_roc_curve.png", "inspection.safetensors"}
     assert {path.name for path in out.iterdir()} == {*drawn, "demo-data"}
-    assert fastmaf.load(out / "model.safetensors").features == 192
+    assert load_inspection(out / "inspection.safetensors").calibration.n == 22
     text = "".join(output.text for cell in notebook.cells for output in cell.get("outputs", []) if "text" in output)
     assert "19 images to train on, 3 held out, 12 to test; D = 192" in text
     assert "Threshold held-out" in text
+    assert "AUROC of the published recipe" in text and "squeeze: " in text
     assert "Warning" not in text
 
 

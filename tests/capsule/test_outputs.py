@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 
 import fastmaf
-from fastmaf.capsule import reproduce
 from fastmaf.capsule.config import TrainConfig
 from fastmaf.capsule.models import Model
 from fastmaf.capsule.sample import sample
@@ -79,16 +78,6 @@ def test_train_replaces_no_other_file(tmp_path: Path, name: str) -> None:
         train(root, tmp_path / "out", SMALL, progress=False)
     assert [path.name for path in (tmp_path / "out").iterdir()] == [name]
     assert (tmp_path / "out" / name).read_bytes() == mine
-
-
-@pytest.mark.parametrize("name", ["samples/003.png", "samples.png", "scores.csv", "roc_curve.png", "comparison.txt"])
-def test_reproduce_refuses_before_the_training(tmp_path: Path, name: str) -> None:
-    target = tmp_path / "out" / name
-    target.parent.mkdir(parents=True, exist_ok=True)
-    target.write_bytes(b"mine")
-    with pytest.raises(OutputError, match=Path(name).name):
-        reproduce.reproduce(tmp_path / "out", SMALL, progress=False)
-    assert not (tmp_path / "out" / "demo-data").exists() and target.read_bytes() == b"mine"
 
 
 def test_demo_data_replaces_only_its_own_pictures(tmp_path: Path) -> None:

@@ -12,8 +12,9 @@ from PIL import Image
 
 import fastmaf
 from fastmaf.capsule.models import Model
-from fastmaf.capsule.sample import GRID_FILE, SAMPLES_FOLDER, sample
+from fastmaf.capsule.sample import sample
 from fastmaf.images.dataset import to_images
+from fastmaf.images.samples import GRID_FILE, SAMPLES_FOLDER
 
 
 def pixels(path: Path) -> np.ndarray:

@@ -13,7 +13,8 @@ import pytest
 from PIL import Image
 
 import fastmaf
-from fastmaf.capsule import reproduce, train
+import fastmaf.reproduction
+from fastmaf.capsule import train
 from fastmaf.capsule.config import GUARDED, TrainConfig
 from fastmaf.capsule.synthetic import DEFECTS, draw_dataset
 from tests.cli.command import Fastmaf, assert_one_error, fastmaf_process
@@ -213,7 +214,7 @@ def config_of(run: Fastmaf, monkeypatch: pytest.MonkeyPatch) -> ConfigOf:
 
     def call(*arguments: object) -> TrainConfig:
         monkeypatch.setattr(train, "train", record)
-        monkeypatch.setattr(reproduce, "reproduce", record)
+        monkeypatch.setattr(fastmaf.reproduction, "reproduce", record)
         assert_one_error(run(*arguments), "recorded")
         return configs[-1]
 

@@ -37,14 +37,14 @@ def training_report(path: Path, model: InspectionModel, images: ImageSet, *, nam
 
 def test_report(
     path: Path, model: InspectionModel, name: str, test: LabelledSet, prediction: Prediction, table: Sequence[TableRow]
-) -> None:
-    """Writes the report of a labelled test set."""
+) -> Report:
+    """Writes the report of a labelled test set, and returns its content."""
     images = test.images
     cases = worst_cases(prediction.scores, images.labels, model.calibration.threshold, _CASES)
     p_values = model.calibration.p_values(prediction.scores)
     exhibits = (tuple(_exhibit(model, test, prediction, p_values, int(i)) for i in group) for group in cases)
     results = TestResults(prediction.scores, images.labels, tuple(table), Gallery(*exhibits))
-    _write(path, model, name, images, test.normals, (*images.notes, *test.masks.notes), results)
+    return _write(path, model, name, images, test.normals, (*images.notes, *test.masks.notes), results)
 
 
 def _write(
@@ -55,27 +55,28 @@ def _write(
     normals: ImageSet | None,
     notes: tuple[str, ...],
     test: TestResults | None,
-) -> None:
+) -> Report:
     classes = Counter(() if test is None else test.labels)
     counts = [("calibration", NORMAL, model.calibration.n), *(("test", label, n) for label, n in classes.items())]
-    samples = [(label, _samples(images, label)) for label in classes]
+    shown = [(label, samples(images, label)) for label in classes]
     if normals is not None:
         counts.insert(0, ("train", NORMAL, len(normals)))
-        samples.insert(0, (f"{NORMAL} (train)", _samples(normals, NORMAL)))
+        shown.insert(0, (f"{NORMAL} (train)", samples(normals, NORMAL)))
     report = Report(
         model=name,
         date=datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
         counts=tuple(counts),
         notes=notes,
         skipped=tuple((file.name, reason) for file, reason in images.skipped),
-        samples=tuple(samples),
+        samples=tuple(shown),
         training=_training(model),
         calibration=model.calibration,
         test=test,
         timings=_timings(model, images.paths),
-        environment=_environment(),
+        environment=environment(),
     )
     write_report(path, report)
+    return report
 
 
 def _training(model: InspectionModel) -> Training | None:
@@ -94,10 +95,10 @@ def _training(model: InspectionModel) -> Training | None:
     return Training(tuple(settings.items()), tuple(about.get("log", ())), tuple(folds))
 
 
-def _samples(images: ImageSet, label: str) -> np.ndarray:
-    """Returns a few images of one class, uint8 ``[k, h, w, 3]``, evenly spread over it."""
+def samples(images: ImageSet, label: str, n: int = _SAMPLES) -> np.ndarray:
+    """Returns up to n images of one class, uint8 ``[k, h, w, 3]``, evenly spread over it."""
     index = [i for i, other in enumerate(images.labels) if other == label]
-    chosen = [index[round(k)] for k in np.linspace(0, len(index) - 1, min(_SAMPLES, len(index)))]
+    chosen = [index[round(k)] for k in np.linspace(0, len(index) - 1, min(n, len(index)))]
     return images.pixels[chosen].permute(0, 2, 3, 1).numpy()
 
 
@@ -132,7 +133,8 @@ def _timings(model: InspectionModel, paths: Sequence[Path]) -> tuple[tuple[str, 
     return tuple((step, float(np.median(ms)), float(np.quantile(ms, 0.95)), len(ms)) for step, ms in steps)
 
 
-def _environment() -> tuple[tuple[str, str], ...]:
+def environment() -> tuple[tuple[str, str], ...]:
+    """Returns versions, threads and the processor, as (name, value) pairs."""
     return (
         ("fastmaf", fastmaf.__version__),
         ("torch", torch.__version__),

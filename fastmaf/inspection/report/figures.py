@@ -1,6 +1,7 @@
-"""The figures of the report: training curve, histogram of anomaly scores, ROC. Small enough for a phone.
+"""The figures of a page: training curve, histogram of scores, ROC. Small enough for a phone.
 
-They are inline SVG: text stays text, and colours follow the page, light or dark.
+They are inline SVG: text stays text, and colours follow the page, light or dark. The ``name`` of a figure is unique in
+its page.
 """
 
 from __future__ import annotations
@@ -64,13 +65,18 @@ def _drawing() -> Iterator[None]:
 
 
 @_drawing()
-def training_curve(log: Sequence[Mapping[str, float]]) -> Drawing:
+def training_curve(
+    log: Sequence[Mapping[str, Any]], *, by: str = "step", held_out_nll: str = "held_out_nll", name: str = "curve"
+) -> Drawing:
     """Draws training and held-out NLL (nats) by step; values far above the bulk are marked at the top.
 
     Args:
-        log: rows with "step", "nll" and "held_out_nll".
+        log: rows with ``by``, "nll" and ``held_out_nll``.
+        by: "step" or "epoch".
+        held_out_nll: the column of held-out NLLs.
+        name: of the figure.
     """
-    at, train, held_out = (drawing.column(log, key) for key in ("step", "nll", "held_out_nll"))
+    at, train, held_out = (drawing.column(log, key) for key in (by, "nll", held_out_nll))
     figure, axes = _figure(4.9, 2.9)
     notes = []
     curves = drawing.Curve("training", at, train), drawing.Curve("held-out normals", at, held_out)
@@ -78,19 +84,18 @@ def training_curve(log: Sequence[Mapping[str, float]]) -> Drawing:
         worst = int(np.argmax(curve.nll))
         notes.append(
             f"{curve.name.capitalize()}: {len(curve.nll)} of {len(at)} points are above the axis, up to "
-            f"{number(curve.nll[worst], 0)} nats at step {curve.at[worst]:.0f}."
+            f"{number(curve.nll[worst], 0)} nats at {by} {curve.at[worst]:.0f}."
         )
     if np.isnan(train).any():
         notes.append(f"Training: no value at {np.isnan(train).sum()} of {len(at)} points.")
-    axes.set_xlabel("step")
+    axes.set_xlabel(by)
     drawing.legend_above(axes)
     alt = f"Training curve over {len(log)} rows: training NLL {_from_to(train)}"
     if np.isfinite(held_out).any():
         alt += f"; held-out NLL {_from_to(held_out)}, lowest {number(float(np.nanmin(held_out)), 0)} nats"
-    return Drawing(_inline_svg(figure, "curve", alt), tuple(notes))
+    return Drawing(_inline_svg(figure, name, alt), tuple(notes))
 
 
-@_drawing()
 def score_histogram(calibration: Calibration, test: TestResults | None) -> Drawing:
     """Draws anomaly scores of calibration and test images: shares by group above, every image below."""
     groups = [Group("calibration", calibration.scores, drawing.GREEN, ":")]
@@ -98,41 +103,52 @@ def score_histogram(calibration: Calibration, test: TestResults | None) -> Drawi
     if test is not None:
         by_kind, by_class = class_groups(test.scores, test.labels)
         groups, rows = groups + by_kind, rows + by_class
-    threshold = calibration.threshold
-    scale = ScoreAxis(groups, [threshold])
+    return _histogram("histogram", "anomaly score", groups, rows, {"threshold": calibration.threshold})
+
+
+def nll_histogram(nll: np.ndarray, labels: Sequence[str], thresholds: Mapping[str, float], *, name: str) -> Drawing:
+    """Draws the NLLs (nats) of test images as ``score_histogram`` does, with a line at each threshold."""
+    return _histogram(name, "NLL in nats", *class_groups(nll, labels), thresholds)
+
+
+@_drawing()
+def _histogram(
+    name: str, quantity: str, groups: Sequence[Group], rows: Sequence[Group], thresholds: Mapping[str, float]
+) -> Drawing:
+    scale = ScoreAxis(groups, thresholds.values())
     digits = score_digits(np.concatenate([group.scores for group in groups]))
-    threshold_text = f"threshold {number(threshold, digits)}"
+    lines = {f"{label} {number(value, digits)}": value for label, value in thresholds.items()}
     figure = Figure(figsize=(4.9, 2.7 + 0.21 * len(rows)), layout="constrained")
     upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=[2.3, 0.21 * len(rows) + 0.1])
-    scale.draw(upper, lower, groups, rows, {threshold_text: threshold})
+    scale.draw(upper, lower, groups, rows, lines)
     # across the whole figure: four entries do not fit above the axes alone
     figure.legend(*upper.get_legend_handles_labels(), loc="outside upper left", ncols=2, frameon=False)
-    lower.set_xlabel("anomaly score: the higher, the more anomalous")
+    lower.set_xlabel(f"{quantity}: the higher, the more anomalous")
     medians = (
         f"{group.name}, {images(len(group.scores))}, median {number(float(np.median(group.scores)), digits)}"
         for group in groups
     )
-    alt = f"Anomaly scores by group: {'; '.join(medians)}; {threshold_text}"
+    alt = f"{quantity[0].upper()}{quantity[1:]} by group: {'; '.join([*medians, *lines])}"
     notes = [
         f"The grey bin at the edge holds {images(len(edge.scores))} {edge.side} {number(edge.limit, digits)}, up to "
         f"{number(edge.furthest, digits)}."
         for edge in scale.beyond
     ]
-    if not scale.has(threshold):
-        notes.append("The threshold lies beyond this axis.")
-    return Drawing(_inline_svg(figure, "histogram", alt), tuple(notes))
+    beyond = [label for label, value in thresholds.items() if not scale.has(value)]
+    notes += [f"The {label} lies beyond this axis." for label in beyond]
+    return Drawing(_inline_svg(figure, name, alt), tuple(notes))
 
 
 @_drawing()
-def roc(evaluation: Evaluation, counts: Verdicts) -> Drawing:
-    """Draws the ROC of the default score, with the point of the chosen threshold."""
+def roc(evaluation: Evaluation, points: Mapping[str, Verdicts], *, name: str = "roc") -> Drawing:
+    """Draws an ROC with the points of one or two thresholds, by label."""
     figure, axes = _figure(3.9, 3.8)
     area = f"AUROC {evaluation.auroc:.3f}"
-    text = f"{counts.detected} of {counts.defective} defects, {counts.false_alarms} of {counts.good} false alarms"
-    rates = counts.false_alarms / counts.good, counts.detected / counts.defective
-    drawing.draw_roc(axes, evaluation, area, [(*rates, f"chosen threshold:\n{text}")])
-    alt = f"ROC of good against defective test images, {area}; at the chosen threshold {text}"
-    return Drawing(_inline_svg(figure, "roc", alt))
+    texts = {label: f"{label}:\n{verdicts.describe()}" for label, verdicts in points.items()}
+    rates = [(v.false_alarms / v.good, v.detected / v.defective, texts[label]) for label, v in points.items()]
+    drawing.draw_roc(axes, evaluation, area, rates)
+    at = "; ".join(f"at the {label} {verdicts.describe()}" for label, verdicts in points.items())
+    return Drawing(_inline_svg(figure, name, f"ROC of good against defective test images, {area}; {at}"))
 
 
 def _figure(width: float, height: float) -> tuple[Figure, Axes]:

@@ -10,7 +10,7 @@ import numpy as np
 from fastmaf.inspection.evaluate import TableRow
 from fastmaf.inspection.report.content import TestResults
 from fastmaf.inspection.report.text import interval, number
-from fastmaf.metrics.results import NORMAL
+from fastmaf.metrics.results import NORMAL, ThresholdReport
 
 
 def worst_cases(scores: np.ndarray, labels: Sequence[str], threshold: float, k: int) -> tuple[np.ndarray, ...]:
@@ -48,6 +48,16 @@ class Verdicts(NamedTuple):
     good: int
     detected: int
     defective: int
+
+    @classmethod
+    def of(cls, report: ThresholdReport) -> Verdicts:
+        """Returns the verdicts at a threshold of an evaluation."""
+        (tn, fp), (fn, tp) = report.confusion
+        return cls(fp, tn + fp, tp, fn + tp)
+
+    def describe(self) -> str:
+        """Returns both counts as text."""
+        return f"{self.detected} of {self.defective} defects, {self.false_alarms} of {self.good} false alarms"
 
 
 def verdicts(test: TestResults, threshold: float) -> Verdicts:

@@ -1,7 +1,8 @@
-"""The report as one self-contained HTML file without scripts, fonts or external resources."""
+"""Pages as self-contained HTML files without scripts, fonts or external resources."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,8 @@ from fastmaf.inspection.report.pictures import data_uri
 from fastmaf.io.atomic import written_atomically
 from fastmaf.metrics.evaluate import evaluate_scores
 
+TEMPLATE = Path(__file__).parent / "report.html.j2"
+
 
 def write_report(path: str | Path, report: Report) -> Path:
     """Writes a report as one self-contained HTML file and returns its path. The same report gives the same bytes.
@@ -23,40 +26,54 @@ def write_report(path: str | Path, report: Report) -> Path:
     Raises:
         OSError: the file cannot be written; an existing file stays.
     """
+    return write_page(path, TEMPLATE, report, report_variables(report))
+
+
+def write_page(path: str | Path, template: Path, report: Report | None, variables: Mapping[str, Any]) -> Path:
+    """Writes a page with the style and the macros of the reports; errors as of ``write_report``.
+
+    Args:
+        path: the HTML file.
+        template: extends ``base.html.j2``.
+        report: gives the digits of anomaly scores; None if the page has none.
+        variables: of the template.
+    """
     path = Path(path)
-    page = _environment(report).get_template("report.html.j2").render(_variables(report))
+    page = _environment(template, report).get_template(template.name).render(variables, version=fastmaf.__version__)
     with written_atomically(path) as file:
         file.write(page.encode())
     return path
 
 
-def _environment(report: Report) -> Environment:
+def _environment(template: Path, report: Report | None) -> Environment:
     environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent),
+        loader=FileSystemLoader([template.parent, TEMPLATE.parent]),
         autoescape=True,
         undefined=StrictUndefined,
         finalize=text.finalize,
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    calibration, test = report.calibration.scores, report.test
-    scores = calibration if test is None else np.concatenate([test.scores, calibration])
+    digits = 3
+    if report is not None:
+        calibration, test = report.calibration.scores, report.test
+        digits = text.score_digits(calibration if test is None else np.concatenate([test.scores, calibration]))
     environment.filters.update(
         number=text.number,
         interval=text.interval,
         percent=text.percent,
         images=text.images,
-        score=partial(text.number, digits=text.score_digits(scores)),
+        score=partial(text.number, digits=digits),
         picture=data_uri,
     )
     return environment
 
 
-def _variables(report: Report) -> dict[str, Any]:
+def report_variables(report: Report) -> dict[str, Any]:
+    """Returns the variables of the template of a report."""
     calibration, test, training = report.calibration, report.test, report.training
     variables = {
         "report": report,
-        "version": fastmaf.__version__,
         "calibration": calibration,
         "test": test,
         "training": training,
@@ -71,7 +88,7 @@ def _variables(report: Report) -> dict[str, Any]:
             "per_class": evaluation.per_class,
             "baselines": findings.winning_baselines(test.table),
             "better_scores": findings.better(test.table, "score"),
-            "roc": figures.roc(evaluation, verdicts),
+            "roc": figures.roc(evaluation, {"chosen threshold": verdicts}),
         }
     if training is not None:
         sizes, nll = np.transpose(training.folds)

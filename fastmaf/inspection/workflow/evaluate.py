@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import fastmaf
 from fastmaf.images.dataset import load_test, load_train
@@ -13,7 +14,7 @@ from fastmaf.inspection.evaluate import score_table
 from fastmaf.inspection.fold_models import load_fold_models
 from fastmaf.inspection.masks import LabelledSet, load_masks
 from fastmaf.inspection.model import load_inspection, model_file
-from fastmaf.inspection.report.content import REPORT, REPORT_FILE
+from fastmaf.inspection.report.content import REPORT, REPORT_FILE, Report
 from fastmaf.inspection.report.findings import alarms_by_class
 from fastmaf.inspection.workflow.evaluation_result import EvaluationResult
 from fastmaf.inspection.workflow.inputs import Say
@@ -52,10 +53,28 @@ def evaluate(
         EvaluationError: the test set has no normal or no defective images.
         OutputError: ``out`` holds a file of another origin under the name of an output.
     """
+    options: dict[str, Any] = {"device": device, "skip_bad": skip_bad, "seed": seed, "progress": progress, "say": say}
+    return evaluate_with_report(model, data, out, **options)[0]
+
+
+@fastmaf.torch_defaults()
+def evaluate_with_report(
+    model: str | Path,
+    data: str | Path,
+    out: str | Path,
+    *,
+    device: str,
+    skip_bad: bool,
+    seed: int,
+    progress: bool,
+    say: Say,
+) -> tuple[EvaluationResult, Report]:
+    """Does what ``evaluate`` does, and returns the content of the report, too."""
     from fastmaf.inspection.report.build import test_report
 
-    out, kinds = Path(out), {SCORES_FILE: eval_scores(), METRICS_FILE: eval_metrics(), REPORT_FILE: REPORT}
-    check_outputs([Output(out / name, kind) for name, kind in kinds.items()], [model_file(model)])
+    out = Path(out)
+    outputs = outputs_of(out)
+    check_outputs(outputs, [model_file(model)])
     loaded = load_inspection(model, device=device)
     images = load_test(data, size=loaded.size, skip_bad=skip_bad, progress=progress)
     for note in (*images.notes, *doubtful(images.labels)):
@@ -86,7 +105,13 @@ def evaluate(
     write_csv(out / SCORES_FILE, INSPECTION_SCORES, scores)
     with written_atomically(out / METRICS_FILE) as stream:
         stream.write((json.dumps(result.to_json(), indent=2, allow_nan=False) + "\n").encode())
-    test_report(out / REPORT_FILE, loaded, model_file(model).name, test, prediction, rows)
+    report = test_report(out / REPORT_FILE, loaded, model_file(model).name, test, prediction, rows)
     say(result.describe())
-    say(f"written to {out}: {', '.join(kinds)}")
-    return result
+    say(f"written to {out}: {', '.join(output.path.name for output in outputs)}")
+    return result, report
+
+
+def outputs_of(out: Path) -> list[Output]:
+    """Returns the files that ``evaluate`` writes."""
+    kinds = {SCORES_FILE: eval_scores(), METRICS_FILE: eval_metrics(), REPORT_FILE: REPORT}
+    return [Output(out / name, kind) for name, kind in kinds.items()]

@@ -61,7 +61,7 @@ def fit(
     """
     recipe, out = recipe or Recipe(), Path(out)
     with run_folder(out, "fitting", LOG_FILE, REPORT_FILE):
-        check_outputs(_outputs(out, recipe.folds if keep_folds else 0))
+        check_outputs(outputs_of(out, recipe.folds if keep_folds else 0))
         refuse_unfinished(out)
         images = load_normals(data, recipe, skip_bad=skip_bad, progress=progress, say=say)
         check_disk(out, _disk_needed(recipe, keep_folds))
@@ -96,7 +96,7 @@ def load_normals(data: str | Path, recipe: Recipe, *, skip_bad: bool, progress: 
     return images
 
 
-def _outputs(out: Path, folds: int) -> list[Output]:
+def outputs_of(out: Path, folds: int = 0) -> list[Output]:
     """Returns the files that ``fit`` writes, and those of an earlier run that it moves or removes."""
     kinds = {MODEL_FILE: model_kind("a model"), LOG_FILE: table("a training log", _LOG_COLUMNS), REPORT_FILE: REPORT}
     outputs = [Output(out / place, kind) for name, kind in kinds.items() for place in (name, previous(Path(name)).name)]

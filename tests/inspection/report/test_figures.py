@@ -43,7 +43,9 @@ def every_figure() -> dict[str, Drawing]:
     return {
         "curve": curve([-10.0, -11.0, -11.5], [-9.0, -9.5, math.nan]),
         "histogram": histogram(SCORES),
-        "roc": roc(evaluate_scores(SCORES, LABELS, bootstrap=0), verdicts(RESULTS, CALIBRATION.threshold)),
+        "roc": roc(
+            evaluate_scores(SCORES, LABELS, bootstrap=0), {"chosen threshold": verdicts(RESULTS, CALIBRATION.threshold)}
+        ),
     }
 
 
