@@ -1,6 +1,7 @@
-"""Writes the tables of the pages: ``python -m fastmaf.bench.dev.readme``.
+"""Writes the tables of the pages from bench/results: ``python -m fastmaf.bench.dev.readme``.
 
-They come from bench/results, and stand between ``<!-- bench NAME -->`` and ``<!-- end -->``. The figures beside the CSV are drawn again, too.
+They stand between ``<!-- bench NAME -->`` and ``<!-- end -->`` in README.md and docs/guides/benchmarks.md. The figures
+beside the CSV are drawn again, too.
 """
 
 from __future__ import annotations
