@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from tqdm import tqdm
-
 from fastmaf.bench import figures, rows, tables
 from fastmaf.bench.cases import planned
 from fastmaf.bench.run import run
+from fastmaf.images.progress import Progress
 
 
 def bench(
@@ -31,10 +30,10 @@ def bench(
         )
     out.mkdir(parents=True, exist_ok=True)  # fails now rather than after the measurement
     plan = planned("quick" if quick else "full", device, libraries)
-    with tqdm(total=plan.total, unit="result", disable=not progress, dynamic_ncols=True) as bar:
+    with Progress("measuring", "result", total=plan.total, leave=True, show=progress) as bar:
 
         def show(text: str, done: int) -> None:
-            bar.set_description_str(text)
+            bar.set_description(text)
             bar.update(done)
 
         result = run(plan, show, device=device)

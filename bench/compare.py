@@ -16,7 +16,7 @@ import textwrap
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from fastmaf.bench.labels import RATES, case_rank, machine_in_words, percent
 from fastmaf.bench.rows import Row, read, value
@@ -57,8 +57,40 @@ class Pair(NamedTuple):
         return REGRESSION if self.ratio > 1 else IMPROVEMENT
 
 
-def compare(before: Path, after: Path) -> tuple[str, bool]:
-    """Returns a table of the runs of two CSV files, the worst ratios first, and whether there is a regression.
+class Comparison(NamedTuple):
+    """Two runs, row by row.
+
+    Attributes:
+        text: a table, the worst ratios first.
+        pairs: the rows of both runs, in the same order.
+    """
+
+    text: str
+    pairs: list[Pair]
+
+    @property
+    def has_regression(self) -> bool:
+        """Whether a row of B is slower or larger."""
+        return any(pair.verdict == REGRESSION for pair in self.pairs)
+
+    def to_json(self) -> dict[str, Any]:
+        """Returns the compared rows as JSON types."""
+        rows = [
+            {
+                **{column: pair.after[column] for column in _KEY},
+                "unit": pair.after["unit"],
+                "a": float(pair.before["median"]),
+                "b": float(pair.after["median"]),
+                "ratio": pair.ratio,
+                "verdict": pair.verdict.lower() or "same",
+            }
+            for pair in self.pairs
+        ]
+        return {"regression": self.has_regression, "rows": rows}
+
+
+def compare(before: Path, after: Path) -> Comparison:
+    """Compares the runs of two CSV files.
 
     Raises:
         NotABenchError: a file is no CSV of the benchmark.
@@ -83,7 +115,7 @@ def compare(before: Path, after: Path) -> tuple[str, bool]:
         *_only_in("A", [row for key, row in a.items() if key not in b]),
         *_only_in("B", [row for key, row in b.items() if key not in a]),
     ]
-    return "\n".join(lines), counts[REGRESSION] > 0
+    return Comparison("\n".join(lines), pairs)
 
 
 def _limits(old: dict[str, str], new: dict[str, str]) -> str:

@@ -49,6 +49,16 @@ def wheel(tree: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
+def sdist(tree: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("sdist")
+    code = "import sys; from setuptools import build_meta; build_meta.build_sdist(sys.argv[1])"
+    done = python("-c", code, str(out), cwd=tree)
+    assert done.returncode == 0, done.stdout + done.stderr
+    (path,) = out.glob("*.tar.gz")
+    return path
+
+
+@pytest.fixture(scope="module")
 def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The wheel laid out as in site-packages."""
     site = tmp_path_factory.mktemp("site")
@@ -105,15 +115,27 @@ def test_the_installed_package_imports_and_answers(installed: Path) -> None:
     assert done.returncode == 0, done.stderr
 
 
-def test_the_sdist_holds_what_a_build_needs(tree: Path, tmp_path: Path) -> None:
-    code = "import sys; from setuptools import build_meta; build_meta.build_sdist(sys.argv[1])"
-    done = python("-c", code, str(tmp_path), cwd=tree)
-    assert done.returncode == 0, done.stdout + done.stderr
-    (path,) = tmp_path.glob("*.tar.gz")
-    with tarfile.open(path) as archive:
+def test_the_sdist_holds_what_a_build_needs(sdist: Path) -> None:
+    with tarfile.open(sdist) as archive:
         names = {name.partition("/")[2] for name in archive.getnames()}
     sources = {path.relative_to(ROOT).as_posix() for path in (ROOT / "kernels" / "csrc").glob("*")}
     assert {"setup.py", "pyproject.toml", *sources} <= names
+
+
+def test_the_package_index_accepts_the_metadata(wheel: Path, sdist: Path, tmp_path: Path) -> None:
+    """The README is rendered, too."""
+    pytest.importorskip("twine", reason="needs pip install 'fastmaf[dev]'")
+    done = python("-m", "twine", "--no-color", "check", "--strict", str(wheel), str(sdist), cwd=tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.count("PASSED") == 2, done.stdout
+
+
+def test_the_version_is_the_same_everywhere(sdist: Path, wheel: Path) -> None:
+    version = fastmaf.__version__
+    assert sdist.name == f"fastmaf-{version}.tar.gz" and wheel.name.startswith(f"fastmaf-{version}-")
+    assert f"\nversion: {version}\n" in (ROOT / "CITATION.cff").read_text("utf-8")
+    code = (ROOT / "docs" / "conf.py").read_text("utf-8")
+    assert "release = version = fastmaf.__version__\n" in code and version not in code
 
 
 def test_kernels_under_another_name_is_refused(tree: Path) -> None:

@@ -10,13 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tqdm import tqdm
 
 import fastmaf
 from fastmaf.capsule.models import Model, nll_of
 from fastmaf.images.dataset import ImageSet, load_test, load_train
 from fastmaf.images.folders import has_normals
-from fastmaf.images.names import visible
+from fastmaf.images.progress import note
 from fastmaf.io.marks import HISTOGRAM, ROC
 from fastmaf.io.outputs import Output, check_outputs, picture
 from fastmaf.metrics.classes import doubtful, require_both
@@ -62,8 +61,8 @@ def evaluate(
     check_outputs(outputs_of(out), [model.path])
     out.mkdir(parents=True, exist_ok=True)
     images = load_test(data, size=model.size, skip_bad=skip_bad, progress=progress)
-    for note in (*images.notes, *doubtful(images.labels)):
-        tqdm.write(visible(note))
+    for text in (*images.notes, *doubtful(images.labels)):
+        note(text)
     require_both(images.labels, data)
     nll = nll_of(model.flow, images, progress=progress)
     held_out = _held_out(model, data, skip_bad=skip_bad, progress=progress)
@@ -98,13 +97,13 @@ def _held_out(model: Model, data: str | Path, *, skip_bad: bool, progress: bool)
     if not model.held_out:
         return None
     if not has_normals(Path(data).expanduser()):
-        tqdm.write(f"no folder train/good in {data}: no threshold can be taken from held-out normals")
+        note(f"no folder train/good in {data}: no threshold can be taken from held-out normals")
         return None
     normals = load_train(data, size=model.size, skip_bad=skip_bad, progress=progress)
     wanted = set(model.held_out)
     index = [i for i, name in enumerate(normals.names) if name in wanted]
     if len(index) < len(wanted):
-        tqdm.write(
+        note(
             f"{len(wanted) - len(index)} of the {len(wanted)} held-out normal images are missing in {data}: "
             + ("the threshold is taken from the others" if index else "no threshold can be taken from held-out normals")
         )

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 import fastmaf
 from fastmaf.images.dataset import ImageSet, check_takes_images, to_unit
+from fastmaf.images.progress import track
 from fastmaf.training.checkpoints import MODEL_FILE, training_in
 
 
@@ -55,7 +55,7 @@ def nll_of(flow: fastmaf.Flow, images: ImageSet, *, batch_size: int = 64, progre
     """Returns the negative log-likelihood of each image, float64 ``[n]`` nats."""
     device = next(chain(flow.parameters(), flow.buffers()), torch.empty(0)).device
     parts = torch.arange(len(images)).split(batch_size)
-    bar = tqdm(parts, desc="scoring", unit="batch", disable=not progress, leave=False)
+    bar = track(parts, "scoring", "batch", show=progress)
     log_prob = fastmaf.ReplayedLogProb(flow)
     scores = [-log_prob(to_unit(images.pixels[part]).to(device)).cpu().double() for part in bar]
     return torch.cat(scores).numpy() if scores else np.empty(0)

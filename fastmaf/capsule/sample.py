@@ -7,12 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from tqdm import tqdm
 
 import fastmaf
 from fastmaf.capsule.models import Model
 from fastmaf.images.dataset import to_images
 from fastmaf.images.png import save_grid, save_png
+from fastmaf.images.progress import note, track
 from fastmaf.io.marks import GRID, SAMPLE, role_of
 from fastmaf.io.outputs import Output, check_outputs, picture
 
@@ -58,13 +58,13 @@ def sample(model: Model, out: str | Path, n: int = 5, *, seed: int = 0, progress
     device = model.flow.sample(0).device
     generator = torch.Generator(device).manual_seed(seed)
     began, parts = time.perf_counter(), []
-    for start in tqdm(range(0, n, _BATCH), desc="sampling", unit="batch", disable=not progress, leave=False):
+    for start in track(range(0, n, _BATCH), "sampling", "batch", show=progress):
         parts.append(model.flow.sample(min(_BATCH, n - start), generator=generator).cpu())
     seconds = time.perf_counter() - began
     x = torch.cat(parts)
     if not bool(torch.isfinite(x).all()):
         bad = int((~torch.isfinite(x).all(dim=1)).sum())
-        tqdm.write(f"{bad} of {n} samples hold values that are not finite (shown black)")
+        note(f"{bad} of {n} samples hold values that are not finite (shown black)")
     images = to_images(x, model.size).numpy()
     folder = Path(out) / SAMPLES_FOLDER
     folder.mkdir(parents=True, exist_ok=True)

@@ -14,11 +14,11 @@ from types import MappingProxyType
 
 import numpy as np
 from PIL import Image, ImageFilter
-from tqdm import tqdm
 
 from fastmaf.capsule.defects import DEFECTS, draw_pair
 from fastmaf.images.image_file import DataError
 from fastmaf.images.png import png_text
+from fastmaf.images.progress import track
 from fastmaf.io.atomic import written_atomically
 from fastmaf.io.marks import DRAWN, role_of
 from fastmaf.io.safe_json import parse
@@ -79,7 +79,7 @@ def draw_dataset(
     root = Path(root).expanduser()
     _claim(root, counts, {"seed": seed, "size": size})
     jobs = [(folder, i) for folder, n in counts.items() for i in range(n)]
-    for folder, i in tqdm(jobs, desc="drawing capsules", unit="image", disable=not progress, leave=False):
+    for folder, i in track(jobs, "drawing capsules", "image", show=progress):
         picture, mask = _picture(folder, i, size, seed)
         file, mask_file = _files(root, folder, i)
         _save(picture, file)

@@ -14,7 +14,6 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import torch
-from tqdm import tqdm
 
 import fastmaf
 from fastmaf.capsule.config import TrainConfig
@@ -22,7 +21,7 @@ from fastmaf.capsule.memory_check import check_fits, disk_needed
 from fastmaf.capsule.training_run import CURVE_FILE, LOG_COLUMNS, LOG_FILE, TrainingRun, TrainResult
 from fastmaf.images.dataset import load_train
 from fastmaf.images.decode import DataError
-from fastmaf.images.names import visible
+from fastmaf.images.progress import note
 from fastmaf.io.atomic import previous
 from fastmaf.io.marks import CURVE
 from fastmaf.io.outputs import Output, check_outputs, picture, table
@@ -95,8 +94,8 @@ def train(
         if not resume:
             refuse_unfinished(out)
         images = load_train(data, size=config.size, skip_bad=skip_bad, progress=progress)
-        for note in images.notes:
-            tqdm.write(visible(note))
+        for text in images.notes:
+            note(text)
         split = torch.randperm(len(images), generator=torch.Generator().manual_seed(config.seed)).tolist()
         held_out = images.subset(sorted(split[: round(config.holdout * len(images))]))
         normals = images.subset(sorted(split[len(held_out) :]))

@@ -7,17 +7,16 @@ import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 import fastmaf
 from fastmaf.capsule.config import TrainConfig
 from fastmaf.capsule.resuming import check_images, check_settings, contents_of
 from fastmaf.images.dataset import ImageSet, to_unit
-from fastmaf.images.names import visible
+from fastmaf.images.progress import Progress, note
 from fastmaf.io.atomic import written_atomically
 from fastmaf.metrics.plots import nll_curve
 from fastmaf.metrics.results import bits_per_dim
@@ -100,8 +99,8 @@ class TrainingRun:
         """Continues from the checkpoint in the output folder."""
         _, state = load_state(self.out, tensors=False)
         check_settings(self.out, state, self.config)
-        if note := check_images(self.out, state, self.files, self.contents):
-            tqdm.write(visible(note))
+        if text := check_images(self.out, state, self.files, self.contents):
+            note(text)
         model = self.out / MODEL_FILE
         try:
             self.flow.load_state_dict(fastmaf.load(model).state_dict())
@@ -125,13 +124,13 @@ class TrainingRun:
         first = len(self.log)
         with (
             interruptible() as stop,
-            tqdm(
+            Progress(
+                "training",
+                "step",
                 total=self.config.epochs * steps,
                 initial=first * steps + self.so_far.batches,
-                desc="training",
-                unit="step",
-                disable=not progress,
-                dynamic_ncols=True,
+                leave=True,
+                show=progress,
             ) as bar,
         ):
             for epoch in range(first + 1, self.config.epochs + 1):
@@ -142,7 +141,7 @@ class TrainingRun:
                     self._save()
                 self._write_log(curve=time.monotonic() - self._drawn > _SECONDS_BETWEEN_CURVES)
             if stop.is_set():
-                tqdm.write(
+                note(
                     "stopping after this step and writing a checkpoint; Ctrl-C again stops at once and loses the "
                     "steps since the last checkpoint"
                 )
@@ -150,7 +149,7 @@ class TrainingRun:
             self._write_log(curve=True)
         return TrainResult(self.flow, self.log, self.out / MODEL_FILE, stop.is_set())
 
-    def _epoch(self, epoch: int, bar: tqdm[Any], stop: threading.Event) -> None:
+    def _epoch(self, epoch: int, bar: Progress, stop: threading.Event) -> None:
         # Each epoch shuffles with a generator of its own, so that a resumed run sees the same batches.
         shuffler = torch.Generator().manual_seed((self.config.seed << 32) + epoch)
         batches = torch.randperm(len(self.normals), generator=shuffler).split(self.config.batch_size)
@@ -167,9 +166,9 @@ class TrainingRun:
             so_far.total_nll += report.nll * len(index)
             so_far.skipped += report.skipped
             so_far.seconds = time.perf_counter() - began
-            bar.update()
             bits = bits_per_dim(report.nll, self.config.features)
-            bar.set_postfix_str(f"epoch {epoch}, NLL {report.nll:,.0f} nats, {bits:.3f} bits/dim")
+            bar.set_status(f"epoch {epoch}, NLL {report.nll:,.0f} nats, {bits:.3f} bits/dim")
+            bar.update()
         nll = so_far.total_nll / len(self.normals)
         self.log.append(
             {

@@ -6,23 +6,30 @@ import io
 import logging
 import os
 import sys
+import time
 import warnings
-from typing import Annotated, Any, Literal, TextIO
+from typing import Annotated, TextIO
 
 import typer
 
 import fastmaf
 from fastmaf.cli import capsule, inspection, tools
-from fastmaf.cli.options import error_text, say, say_aside
+from fastmaf.cli.former import add_former_commands
+from fastmaf.cli.output import LOG, error_text, is_verbose, say, say_aside, set_verbose
 from fastmaf.io.atomic import STDOUT, write_errors
 
-app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
-app.add_typer(inspection.app, name="inspection", help="Find defects in images of any object, from good images alone.")
-app.add_typer(capsule.app, name="capsule", help="The published run on images of capsules.")
-# Commands are found without the name of their group, too; train, which both groups have, is replaced below.
-app.registered_commands += inspection.app.registered_commands + capsule.app.registered_commands
+app = typer.Typer(
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    epilog="Exit codes: 0 success, 1 error, 2 wrong usage, 130 interrupted; inspect score and bench state their own.",
+)
+app.add_typer(inspection.app, name="inspect")
+app.add_typer(capsule.app, name="capsule")
 app.command()(tools.bench)
 app.command()(tools.doctor)
+add_former_commands(app)
 
 
 def _version(asked: bool) -> None:
@@ -37,20 +44,7 @@ def fastmaf_command(
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
     ] = False,
 ) -> None:
-    """Masked autoregressive flows: train on good images, sample, and find defects by negative log-likelihood.
-
-    All commands but bench and doctor belong to a group, inspection or capsule, whose name can be omitted.
-    """
-
-
-@app.command(add_help_option=False, context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
-def train(context: typer.Context, recipe: Literal["published", "reference", "inspection"] = "published") -> None:
-    """Train a flow on good images, as fastmaf capsule train or, with --recipe inspection, fastmaf inspection train."""
-    root: Any = context.find_root().command
-    group = "inspection" if recipe == "inspection" else "capsule"
-    command = root.commands[group].commands["train"]
-    with command.make_context(f"{group} train", context.args, parent=context.parent) as forwarded:
-        command.invoke(forwarded)
+    """Masked autoregressive flows at image size: densities, samples, and inspection of images for defects."""
 
 
 def _close(stream: TextIO) -> None:
@@ -70,6 +64,8 @@ def _is_expected(error: Exception) -> bool:
 def main() -> None:
     """Runs the command; errors that users can correct are printed without a traceback."""
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    set_verbose(False)
+    start = time.perf_counter()
     warnings.showwarning = lambda message, *_, **__: say_aside(f"note: {message}")
     for stream in (sys.stdout, sys.stderr):  # a Windows console or pipe may lack the arrows of a table
         if isinstance(stream, io.TextIOWrapper):
@@ -78,10 +74,11 @@ def main() -> None:
         try:
             app()
         finally:
+            LOG.info("finished after %.1f s", time.perf_counter() - start)
             with write_errors(STDOUT):  # a full disk may show only when the buffer is flushed
                 sys.stdout.flush()
     except Exception as error:
-        if not _is_expected(error):
+        if not _is_expected(error) or is_verbose():
             raise
         _close(sys.stdout)
         say_aside(f"error: {error_text(error)}")

@@ -8,24 +8,29 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from fastmaf.cli import options
-from fastmaf.cli.evaluate import evaluate
-from fastmaf.cli.options import checked_settings, device_named, options_of, refuse, say
+from fastmaf.cli.former import ModelArgument
+from fastmaf.cli.options import checked_settings, device_named, options_of, refuse, share
+from fastmaf.cli.output import say
 
 if TYPE_CHECKING:
     from fastmaf.capsule.config import TrainConfig
 
-app = typer.Typer(no_args_is_help=True)
+app = typer.Typer(no_args_is_help=True, help="The published run on images of capsules, step by step.")
 
 
 @app.command("demo-data")
 def demo_data(
-    folder: Annotated[Path, typer.Argument(help="New or empty folder.")],
-    train: Annotated[int, typer.Option(min=0, help="Number of normal images for training.")] = 243,
-    size: Annotated[int, typer.Option(min=32, max=1024, help="Side of the images in pixels.")] = 192,
+    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="New or empty folder.")],
+    train: Annotated[int, typer.Option(min=0, metavar="N", help="Number of normal images for training.")] = 243,
+    size: Annotated[int, typer.Option(min=32, max=1024, metavar="N", help="Side of the images in pixels.")] = 192,
     seed: options.Seed = 0,
     quiet: options.Quiet = False,
+    verbose: options.Verbose = False,
 ) -> None:
-    """Draw a synthetic capsule data set: normal images, five classes of defects, and their masks."""
+    """Draw a synthetic set of capsule images.
+
+    It holds normal images for training and testing, five classes of defects, and their masks.
+    """
     from fastmaf.capsule.synthetic import draw_dataset
 
     draw_dataset(folder, train=train, size=size, seed=seed, progress=not quiet)
@@ -42,15 +47,20 @@ def _hidden(text: str) -> tuple[int, ...]:
 @app.command()
 def train(
     context: typer.Context,
-    data: options.Data,
+    data: options.TrainData,
     out: options.Out = Path("results"),
     size: options.Size = 64,
-    epochs: Annotated[int, typer.Option(min=1, help="Passes over the training images.")] = 100,
-    batch_size: Annotated[int, typer.Option(min=1, help="Images per step.")] = 8,
-    lr: Annotated[float | None, typer.Option(help="Learning rate of Adam. Default: 1e-4, or 2e-5 with guards.")] = None,
-    blocks: Annotated[int, typer.Option(min=1, help="Blocks of the flow.")] = 7,
+    epochs: Annotated[int, typer.Option(min=1, metavar="N", help="Passes over the training images.")] = 100,
+    batch_size: Annotated[int, typer.Option(min=1, metavar="N", help="Images per step.")] = 8,
+    lr: Annotated[
+        float | None, typer.Option(metavar="RATE", help="Learning rate of Adam. Default: 1e-4, or 2e-5 with guards.")
+    ] = None,
+    blocks: Annotated[int, typer.Option(min=1, metavar="N", help="Blocks of the flow.")] = 7,
     hidden_features: Annotated[
-        str, typer.Option("--hidden", callback=_hidden, help="Units of each hidden layer, separated by commas.")
+        str,
+        typer.Option(
+            "--hidden", callback=_hidden, metavar="N,N", help="Units of each hidden layer, separated by commas."
+        ),
     ] = "512,512",
     order: Annotated[
         Literal["natural", "alternate", "random"],
@@ -65,9 +75,13 @@ def train(
     ] = "strict",
     levels: Annotated[
         int | None,
-        typer.Option(min=1, help="Maximum number of distinct hidden degrees: fewer dependent steps when sampling."),
+        typer.Option(
+            min=1, metavar="N", help="Maximum number of distinct hidden degrees: fewer dependent steps when sampling."
+        ),
     ] = None,
-    holdout: Annotated[float, typer.Option(help="Share of the normal images held out of training.")] = 0.1,
+    holdout: Annotated[
+        float, typer.Option(metavar="SHARE", help="Share of the normal images held out of training.")
+    ] = 0.1,
     guards: Annotated[
         bool | None,
         typer.Option(help="Settings that keep other orders than natural stable. Default: on for those orders."),
@@ -82,8 +96,12 @@ def train(
         bool, typer.Option("--cuda-graphs/--no-cuda-graphs", help="On a GPU, replay training steps as CUDA graphs.")
     ] = True,
     quiet: options.Quiet = False,
+    verbose: options.Verbose = False,
 ) -> None:
-    """Train a flow on good images as in the published run (for inspection: fastmaf inspection train)."""
+    """Train a flow on good images, as in the published run.
+
+    To find defects, use fastmaf inspect fit: it is faster and finds more of them.
+    """
     config, settings = _settings(context.params)
     from fastmaf.capsule.train import train as run
 
@@ -99,16 +117,17 @@ def train(
     say(f"the model is in {result.model}")
 
 
-@app.command()
+@app.command(cls=ModelArgument)
 def sample(
     model: options.Model = Path("results"),
     out: options.Out = Path("results"),
-    n: Annotated[int, typer.Option("-n", "--number", min=1, help="Number of images.")] = 5,
+    n: Annotated[int, typer.Option("-n", "--number", min=1, metavar="N", help="Number of images.")] = 5,
     seed: options.Seed = 0,
     device: options.Device = "auto",
     quiet: options.Quiet = False,
+    verbose: options.Verbose = False,
 ) -> None:
-    """Draw exact samples from a trained model, for the arithmetic of one forward pass each."""
+    """Draw exact samples from a trained model."""
     from fastmaf.capsule.models import load_model
     from fastmaf.capsule.sample import sample as run
 
@@ -116,7 +135,39 @@ def sample(
     say(f"{n} samples in {result.seconds:.2f} s: {result.files[0].parent}, all in one picture: {result.grid}")
 
 
-app.command("eval")(evaluate)
+@app.command("eval", cls=ModelArgument)
+def evaluate(
+    data: options.TestData,
+    model: options.Model = Path("results"),
+    out: options.Out = Path("results"),
+    false_alarm: Annotated[
+        float,
+        typer.Option(
+            callback=share, metavar="RATE", help="False-alarm rate of the threshold from held-out normal images."
+        ),
+    ] = 0.05,
+    skip_bad: options.SkipBad = False,
+    seed: options.Seed = 0,
+    device: options.Device = "auto",
+    as_json: options.Json = False,
+    quiet: options.Quiet = False,
+    verbose: options.Verbose = False,
+) -> None:
+    """Score a labelled test set by negative log-likelihood.
+
+    Writes scores.csv, metrics.json, a histogram and an ROC curve.
+    """
+    from fastmaf.capsule.evaluate import evaluate as run
+    from fastmaf.capsule.models import load_model
+    from fastmaf.inspection.model import is_inspection_model
+    from fastmaf.metrics.result_files import format_table
+
+    if is_inspection_model(model):
+        raise ValueError(f"{model} is an inspection model: use 'fastmaf inspect eval'")
+    loaded = load_model(model, device=device_named(device))
+    evaluation = run(loaded, data, out, false_alarm=false_alarm, skip_bad=skip_bad, seed=seed, progress=not quiet)
+    say(format_table(evaluation))
+    say(f"scores, metrics and figures are in {out}")
 
 
 @app.command()
@@ -126,15 +177,18 @@ def reproduce(
     out: Path,
     data: options.OptionalData = None,
     epochs: Annotated[
-        int | None, typer.Option(min=1, help="Default: 100 with --data, 20 on the synthetic set.")
+        int | None, typer.Option(min=1, metavar="N", help="Default: 100 with --data, 20 on the synthetic set.")
     ] = None,
     holdout: Annotated[
         float | None,
-        typer.Option(help="Share of the normal images held out. Default: 0 with --data, 0.1 on the synthetic set."),
+        typer.Option(
+            metavar="SHARE",
+            help="Share of the normal images held out. Default: 0 with --data, 0.1 on the synthetic set.",
+        ),
     ] = None,
     **_: Any,
 ) -> None:
-    """Repeat the published run (train, sample, evaluate) and print both runs side by side."""
+    """Train, sample and evaluate as in the published run; compare."""
     defaults = {"epochs": 20, "holdout": 0.1} if data is None else {"epochs": 100, "holdout": 0.0}
     config, settings = _settings(context.params, **defaults)
     from fastmaf.capsule.reproduce import reproduce as run

@@ -1,4 +1,4 @@
-"""``fastmaf inspection``: training on good images, calibration, scores and anomaly maps."""
+"""``fastmaf inspect``: finding defects: fitting to good images, calibration, scores and anomaly maps."""
 
 from __future__ import annotations
 
@@ -9,22 +9,24 @@ from typing import Annotated
 import typer
 
 from fastmaf.cli import options
-from fastmaf.cli.evaluate import evaluate
-from fastmaf.cli.options import checked_settings, device_named, refuse, say, say_aside
+from fastmaf.cli.former import ModelArgument
+from fastmaf.cli.options import checked_settings, device_named, refuse
+from fastmaf.cli.output import say, say_aside
 
-app = typer.Typer(no_args_is_help=True)
+app = typer.Typer(no_args_is_help=True, help="Find defects in images of any object, from good images alone.")
 
 
 @app.command()
-def train(
-    data: options.Data,
+def fit(
+    data: options.TrainData,
     out: options.Out = Path("results"),
     size: options.Size = 64,
     dequantize: Annotated[
         bool, typer.Option("--dequantize", help="Spread each 8-bit value evenly over its bin for fitting.")
     ] = False,
     logit: Annotated[
-        float | None, typer.Option(help="Apply a logit with this alpha, such as 0.05, to the pixels first.")
+        float | None,
+        typer.Option(metavar="ALPHA", help="Apply a logit with this alpha, such as 0.05, to the pixels first."),
     ] = None,
     keep_folds: Annotated[
         bool, typer.Option("--keep-folds", help="Keep the fold models; eval then reports their mean, too.")
@@ -32,8 +34,12 @@ def train(
     seed: options.Seed = 0,
     skip_bad: options.SkipBad = False,
     quiet: options.Quiet = False,
+    verbose: options.Verbose = False,
 ) -> None:
-    """Fit whitening and local blocks to good images, on the CPU, with a calibrated score and anomaly maps."""
+    """Fit a model to good images, on the CPU, and calibrate it.
+
+    Writes model.safetensors, training_log.csv and report.html.
+    """
     from fastmaf.inspection.recipe import Recipe
 
     with checked_settings():
@@ -43,13 +49,17 @@ def train(
     run(data, out, recipe, keep_folds=keep_folds, skip_bad=skip_bad, progress=not quiet, say=say)
 
 
-@app.command()
+@app.command(cls=ModelArgument)
 def calibrate(
     model: options.Model = Path("results"),
     false_alarm: options.FalseAlarm = 0.05,
     confidence: options.Confidence = None,
+    verbose: options.Verbose = False,
 ) -> None:
-    """Set the threshold for a false-alarm rate, from the scores of held-out normal images in the model file."""
+    """Set the threshold for a false-alarm rate.
+
+    It is taken from the scores of held-out normal images, which the model file holds.
+    """
     from fastmaf.inspection.workflow.calibrate import calibrate as run
 
     say(run(model, false_alarm, confidence).describe())
@@ -57,15 +67,19 @@ def calibrate(
 
 @app.command()
 def recalibrate(
-    model: options.ModelArgument,
+    model: options.Model,
     images: options.Images,
     false_alarm: options.FalseAlarm = 0.05,
     confidence: options.Confidence = None,
     skip_bad: options.SkipBad = False,
     device: options.Device = "auto",
     quiet: options.Quiet = False,
+    verbose: options.Verbose = False,
 ) -> None:
-    """Set the threshold from new good images without training, for another camera, light or batch of parts."""
+    """Set the threshold from new good images.
+
+    For another camera, light or batch of parts; the flow stays as it is.
+    """
     from fastmaf.inspection.workflow.calibrate import recalibrate as run
 
     settings = (model, images, false_alarm, confidence)
@@ -75,19 +89,28 @@ def recalibrate(
 
 @app.command()
 def score(
-    model: options.ModelArgument,
+    model: options.Model,
     images: options.Images,
     out: Annotated[
-        Path | None, typer.Option("--out", help="Output file, .csv or .jsonl. Default: CSV on standard output.")
+        Path | None,
+        typer.Option("--out", metavar="FILE", help="Output file, .csv or .jsonl. Default: CSV on standard output."),
     ] = None,
     json_lines: Annotated[bool, typer.Option("--jsonl", help="Print JSON lines instead of CSV.")] = False,
-    overlays: Annotated[Path | None, typer.Option(help="Folder for anomaly maps over the images, PNG.")] = None,
-    maps: Annotated[Path | None, typer.Option(help="Folder for the maps as numbers, 16-bit PNG.")] = None,
+    overlays: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Folder for anomaly maps over the images, PNG.")
+    ] = None,
+    maps: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Folder for the maps as numbers, 16-bit PNG.")
+    ] = None,
     tiff: Annotated[bool, typer.Option("--tiff", help="Write the maps as 32-bit TIFF instead.")] = False,
     device: options.Device = "auto",
     quiet: options.Quiet = False,
+    verbose: options.Verbose = False,
 ) -> None:
-    """Score images: anomaly score, p-value, verdict and latency. The exit code is 2 if files could not be read."""
+    """Score images and classify them as good or anomalous.
+
+    One row an image: anomaly score, p-value, verdict and latency. The exit code is 2 if files could not be read.
+    """
     if out is not None and out.suffix not in (".csv", ".jsonl"):
         refuse(f"expected a .csv or .jsonl file for --out; found {out}")
     if tiff and maps is None:
@@ -111,16 +134,39 @@ def score(
         raise typer.Exit(2)
 
 
-app.command("eval")(evaluate)
+@app.command("eval", cls=ModelArgument)
+def evaluate(
+    data: options.TestData,
+    model: options.Model = Path("results"),
+    out: options.Out = Path("results"),
+    skip_bad: options.SkipBad = False,
+    seed: options.Seed = 0,
+    device: options.Device = "auto",
+    as_json: options.Json = False,
+    quiet: options.Quiet = False,
+    verbose: options.Verbose = False,
+) -> None:
+    """Score a labelled test set, beside simple baselines.
+
+    Writes scores.csv, metrics.json and report.html.
+    """
+    from fastmaf.inspection.workflow.evaluate import evaluate as run
+
+    name = device_named(device)
+    run(model, data, out, device=name, skip_bad=skip_bad, seed=seed, progress=not quiet, say=say)
 
 
 @app.command()
 def export(
-    model: options.ModelArgument,
-    onnx: Annotated[Path, typer.Option("--onnx", help="The ONNX file to write.")],
+    model: options.Model,
+    onnx: Annotated[Path, typer.Option("--onnx", metavar="FILE", help="The ONNX file to write.")],
     check: options.CheckImages,
+    verbose: options.Verbose = False,
 ) -> None:
-    """Write the model as an ONNX graph from pixels to verdict, if ONNX Runtime agrees with fastmaf on --check."""
+    """Write the model as an ONNX graph from pixels to verdict.
+
+    It is written only if ONNX Runtime agrees with fastmaf on the images of --check.
+    """
     from fastmaf.inspection.workflow.export import export as run
 
     say(run(model, onnx, check, say=say_aside))
@@ -128,14 +174,18 @@ def export(
 
 @app.command()
 def choose(
-    data: options.Data,
+    data: options.TrainData,
     size: options.Size = 64,
-    draws: Annotated[int, typer.Option(min=1, help="Defects drawn onto each normal image.")] = 3,
+    draws: Annotated[int, typer.Option(min=1, metavar="N", help="Defects drawn onto each normal image.")] = 3,
     seed: options.Seed = 0,
     skip_bad: options.SkipBad = False,
     quiet: options.Quiet = False,
+    verbose: options.Verbose = False,
 ) -> None:
-    """Compare scores and anomaly maps on normal images and on defects drawn onto them, without any test image."""
+    """Compare scores and anomaly maps on synthetic defects.
+
+    The defects are drawn onto the good images; no test image is read.
+    """
     from fastmaf.inspection.recipe import Recipe
 
     with checked_settings():

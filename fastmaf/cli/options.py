@@ -1,4 +1,4 @@
-"""Options that several commands share, checks of their values that do not need torch, and output to the terminal."""
+"""Options that several commands share, and checks of their values that do not need torch."""
 
 from __future__ import annotations
 
@@ -12,27 +12,8 @@ from typing import Annotated, Any, NoReturn, get_origin
 
 import typer
 
+from fastmaf.cli.output import set_verbose
 from fastmaf.images.names import visible
-from fastmaf.io.atomic import STDOUT, write_errors
-
-
-def say(text: str) -> None:
-    """Prints text that may hold names of files and classes; control characters other than line breaks are escaped."""
-    with write_errors(STDOUT):
-        typer.echo(visible(text, keep="\n"))
-
-
-def say_aside(text: str) -> None:
-    """``say`` to standard error."""
-    typer.echo(visible(text, keep="\n"), err=True)
-
-
-def error_text(error: BaseException) -> str:
-    """Returns the message of an error; of a system error the file and the reason."""
-    if not isinstance(error, OSError) or not error.strerror:
-        return str(error)
-    reason = error.strerror[:1].lower() + error.strerror[1:]
-    return reason if error.filename is None else f"{os.fsdecode(error.filename)}: {reason}"
 
 
 def refuse(message: str) -> NoReturn:
@@ -110,38 +91,56 @@ def options_of(other: Callable[..., None], **defaults: Any) -> Callable[[Any], A
     return decorate
 
 
-Data = Annotated[
+TrainData = Annotated[
+    Path,
+    typer.Option(
+        "--data", metavar="DIR", callback=_existing, help="Folder of good images, or a data set with train/good."
+    ),
+]
+TestData = Annotated[
     Path,
     typer.Option(
         "--data",
+        metavar="DIR",
         callback=_existing,
-        help="Folder with train/good, test/<class> and, optionally, ground_truth/<class>; for training also a folder "
-        "of good images.",
+        help="Data set: test/good, test/<class of defects>; optionally train/good and ground_truth/<class>.",
     ),
 ]
 OptionalData = Annotated[
     Path | None,
-    typer.Option("--data", callback=_existing, help="The capsule images; by default a synthetic set is drawn."),
+    typer.Option(
+        "--data", metavar="DIR", callback=_existing, help="The capsule images; by default a synthetic set is drawn."
+    ),
 ]
-_MODEL = "Model file, or the folder of a training run."
-Model = Annotated[Path, typer.Option("--model", callback=_existing, help=_MODEL)]
-ModelArgument = Annotated[Path, typer.Argument(callback=_existing, help=_MODEL)]
+Model = Annotated[Path, typer.Argument(metavar="MODEL", callback=_existing, help="Model file, or the folder of a run.")]
 _IMAGES = "files, folders, patterns such as 'in/*.png', or - for a list on standard input."
-Images = Annotated[list[str], typer.Argument(callback=_existing_images, help=f"Images: {_IMAGES}")]
+Images = Annotated[list[str], typer.Argument(metavar="IMAGES", callback=_existing_images, help=f"Images: {_IMAGES}")]
 CheckImages = Annotated[
-    list[str], typer.Option("--check", callback=_existing_images, help=f"Good images to compare on: {_IMAGES}")
+    list[str],
+    typer.Option("--check", metavar="IMAGES", callback=_existing_images, help=f"Good images to compare on: {_IMAGES}"),
 ]
-Out = Annotated[Path, typer.Option("--out", help="Output folder.")]
-Size = Annotated[int, typer.Option(min=1, help="Side of the square images in pixels.")]
-Seed = Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Seed of the random numbers.")]
+Out = Annotated[Path, typer.Option("--out", metavar="DIR", help="Output folder.")]
+Size = Annotated[int, typer.Option(min=1, metavar="N", help="Side of the square images in pixels.")]
+Seed = Annotated[int, typer.Option(min=0, max=2**32 - 1, metavar="N", help="Seed of the random numbers.")]
 SkipBad = Annotated[bool, typer.Option("--skip-bad", help="Skip and list unreadable files instead of stopping.")]
-Device = Annotated[str, typer.Option(callback=_device, help="auto, cpu, cuda, or a CUDA device such as cuda:0.")]
-Quiet = Annotated[bool, typer.Option("--quiet", help="Show no progress bars.")]
-FalseAlarm = Annotated[float, typer.Option(callback=share, help="Accepted share of normal images above the threshold.")]
+Device = Annotated[
+    str, typer.Option(callback=_device, metavar="NAME", help="auto, cpu, cuda, or a CUDA device such as cuda:0.")
+]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Show no progress.")]
+Verbose = Annotated[
+    bool,
+    typer.Option("--verbose", "-v", callback=set_verbose, help="Log what is done; show where an error was raised."),
+]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object; everything else goes to standard error.")]
+Explain = Annotated[bool, typer.Option("--explain", help="Explain the figures and what they assume.")]
+FalseAlarm = Annotated[
+    float, typer.Option(callback=share, metavar="RATE", help="Accepted share of normal images above the threshold.")
+]
 Confidence = Annotated[
     float | None,
     typer.Option(
         callback=share,
+        metavar="P",
         help="Guarantee the rate for this calibration set with this probability, such as 0.95; by default on average "
         "over calibration sets.",
     ),

@@ -8,31 +8,50 @@ from typing import Annotated
 import typer
 
 from fastmaf.cli import options
-from fastmaf.cli.options import device_named, say
+from fastmaf.cli.options import device_named, refuse
+from fastmaf.cli.output import say, say_json
 
 
 def bench(
     quick: Annotated[bool, typer.Option("--quick", help="Small sizes: two minutes instead of thirty.")] = False,
-    out: Annotated[Path, typer.Option("--out", help="Folder for CSV, JSON and figures.")] = Path("bench-results"),
+    out: Annotated[Path, typer.Option("--out", metavar="DIR", help="Folder for CSV, JSON and figures.")] = Path(
+        "bench-results"
+    ),
     library: Annotated[
         list[str] | None,
-        typer.Option("--library", "--side", help="Compare only with this library, such as nflows; may be repeated."),
+        typer.Option(
+            "--library",
+            "--side",
+            metavar="NAME",
+            help="Compare only with this library, such as nflows; may be repeated.",
+        ),
     ] = None,
     compare: Annotated[
         tuple[Path, Path] | None,
         typer.Option(metavar="A.csv B.csv", help="Print how B differs from A, as ratios, without measuring."),
     ] = None,
     device: options.Device = "cpu",
+    as_json: Annotated[bool, typer.Option("--json", help="Print the comparison as JSON.")] = False,
     quiet: options.Quiet = False,
+    verbose: options.Verbose = False,
 ) -> None:
-    """Time fastmaf beside the naive model, dense weights, nflows, zuko, normflows and flowjax, each checked first."""
+    """Time fastmaf beside other libraries.
+
+    The naive dense model, nflows, zuko, normflows and flowjax; each is checked against fastmaf first. With --compare,
+    the exit code is 1 if B is slower than A.
+    """
+    if as_json and not compare:
+        refuse("--json is the format of --compare; found no --compare (a run writes JSON to --out)")
     try:
         if compare:
             from fastmaf.bench.compare import compare as run_compare
 
-            text, worse = run_compare(*compare)
-            say(text)
-            raise typer.Exit(1 if worse else 0)
+            comparison = run_compare(*compare)
+            if as_json:
+                say_json(comparison.to_json())
+            else:
+                say(comparison.text)
+            raise typer.Exit(1 if comparison.has_regression else 0)
         from fastmaf.bench import command
     except ModuleNotFoundError as error:
         raise ValueError(f"the benchmarks need more packages ({error}): pip install 'fastmaf[bench]'") from error
@@ -42,8 +61,8 @@ def bench(
         raise typer.Exit(1)
 
 
-def doctor() -> None:
-    """Show versions, devices, and which backend serves each of them and why."""
+def doctor(verbose: options.Verbose = False) -> None:
+    """Show versions, devices, and the backends in use."""
     from fastmaf.doctor import report
 
     say(report())

@@ -13,6 +13,7 @@ import torch
 from torch import Generator, Tensor, nn
 
 from fastmaf import hooks
+from fastmaf.io.model_card import ModelCard
 from fastmaf.io.write_flow import write_flow
 from fastmaf.kernels.autocast import outside_autocast
 from fastmaf.naive import NaiveMAF
@@ -385,6 +386,8 @@ class Flow(nn.Module):
         path: str | os.PathLike[str],
         metadata: Mapping[str, str] | None = None,
         extras: Mapping[str, Tensor] | None = None,
+        *,
+        card: str | os.PathLike[str] | ModelCard | None = None,
     ) -> None:
         """Writes the flow to a safetensors file; ``fastmaf.load`` reads it.
 
@@ -395,8 +398,11 @@ class Flow(nn.Module):
             path: the file, usually named ``*.safetensors``.
             metadata: further strings; ``fastmaf.load_with_extras`` returns them.
             extras: further tensors; ``fastmaf.load_with_extras`` returns them.
+            card: a file for a model card in Markdown, in which architecture, size and versions are filled in and the
+                rest is left to you; a ``fastmaf.io.model_card.ModelCard`` fills in more.
 
         Raises:
+            OutputError: the card would replace a card that was edited, or another file; nothing was written.
             ValueError: ``metadata`` contains the reserved key ``"fastmaf"``, a tensor of the flow is not finite, or
                 two tensors of the flow overlap in memory without being the same tensor.
             TypeError: the class of a transform is not in ``fastmaf.transforms.TRANSFORMS``, or a module is pruned,
@@ -408,8 +414,22 @@ class Flow(nn.Module):
             >>> flow = fastmaf.MAF(features=3, blocks=1, hidden_features=16)
             >>> with tempfile.TemporaryDirectory() as folder:
             ...     flow.save(pathlib.Path(folder, "flow.safetensors"), metadata={"unit": "mm"})
+
+            With a model card:
+
+            >>> with tempfile.TemporaryDirectory() as folder:
+            ...     card = pathlib.Path(folder, "MODEL_CARD.md")
+            ...     flow.save(pathlib.Path(folder, "flow.safetensors"), card=card)
+            ...     "| Hidden units of a block | (16) |" in card.read_text("utf-8")
+            True
         """
-        write_flow(self, self.config(), path, metadata, extras)
+        config = self.config()
+        if card is not None:
+            card = card if isinstance(card, ModelCard) else ModelCard(card)
+            card.check(path)
+        write_flow(self, config, path, metadata, extras)
+        if card is not None:
+            card.write(self, config, path)
 
     def config(self) -> dict[str, Any]:
         """Returns the configuration of the flow as it is saved: class, features and transforms, in plain JSON types.

@@ -18,13 +18,13 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 import fastmaf
 from fastmaf.images.decode import DataError, Frame, load_frame, sentences
 from fastmaf.images.folders import TEST, TRAIN, find_normals, find_test, layout_error
 from fastmaf.images.listing import contents, count, files_in, folders_in, images_below, images_in, left_aside
 from fastmaf.images.names import visible
+from fastmaf.images.progress import track
 
 _log = logging.getLogger(__name__)
 
@@ -175,7 +175,7 @@ def _load(
     """Loads files, given as (class, class folder, file)."""
     loaded: list[tuple[str, str, Frame]] = []
     skipped: list[tuple[Path, str]] = []
-    bar = tqdm(files, desc=f"reading {what} images", unit="image", disable=not progress, leave=False)
+    bar = track(files, f"reading {what} images", "image", show=progress)
     for label, folder, file in bar:
         try:
             loaded.append((label, file.relative_to(folder).as_posix(), load_frame(file, size)))

@@ -169,12 +169,18 @@ class Detector(OutlierMixin, BaseEstimator):
         return self.model_.anomaly_maps(self._images(X))
 
     @fastmaf.torch_defaults()
-    def save(self, path: str | Path) -> None:
-        """Writes a detector of images to one safetensors file, which the command line can read."""
+    def save(self, path: str | Path, *, card: str | Path | None = None) -> None:
+        """Writes a detector of images to one safetensors file, which the command line can read.
+
+        Args:
+            path: the file.
+            card: a file for a model card in Markdown, filled in as far as the model's figures go; a card that was
+                edited, or another file, is not replaced.
+        """
         check_is_fitted(self)
         if not isinstance(self.model_, InspectionModel):
             raise ValueError("only a detector that was fitted to images can be saved; this one was fitted to rows")
-        self.model_.save(path)
+        self.model_.save(path, card=card)
 
     @classmethod
     @fastmaf.torch_defaults()

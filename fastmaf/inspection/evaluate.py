@@ -12,11 +12,11 @@ from typing import TypeAlias
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 import fastmaf
 from fastmaf.images.dataset import ImageSet, to_unit
 from fastmaf.images.names import visible
+from fastmaf.images.progress import track
 from fastmaf.inspection.baselines import all_baselines
 from fastmaf.inspection.masks import LabelledSet
 from fastmaf.inspection.model import InspectionModel, Prediction
@@ -79,7 +79,7 @@ def score_table(
     images = test.images
     scored = _model_scores(model, images, prediction, fold_models)
     if test.normals is not None:
-        for baseline in tqdm(all_baselines(), desc="baselines", disable=not progress, leave=False):
+        for baseline in track(all_baselines(), "scoring with baselines", "baseline", show=progress):
             scored.append((baseline.name, "baseline", *baseline.fit(test.normals.pixels).score(images.pixels)))
     defect = np.array([label != NORMAL for label in images.labels])
     pixels = _pixel_metrics(scored, test, seed)

@@ -18,10 +18,10 @@ from dataclasses import asdict, dataclass, replace
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 import fastmaf
 from fastmaf.images.dataset import to_unit
+from fastmaf.images.progress import Progress
 from fastmaf.inspection.blocks import Log, fit_blocks, select_blocks
 from fastmaf.inspection.calibration import Calibration
 from fastmaf.inspection.model import InspectionModel
@@ -80,7 +80,7 @@ def fit(pixels: Tensor, recipe: Recipe | None = None, *, progress: bool = True) 
     folds = k_fold(len(x), asked.folds, asked.seed)
     steps = compared_whitenings(asked, len(x)) + asked.folds + 1 + asked.folds * bool(asked.most_blocks)
     times = [time.perf_counter()]
-    with tqdm(total=steps, desc="fitting", unit="model", disable=not progress, leave=False) as bar:
+    with Progress("fitting", "model", total=steps, show=progress) as bar:
         recipe, whitenings, augmentation_figures = select_augmentation(x, folds, asked, bar.update)
         first = before_whitening(recipe)
         y = fastmaf.Flow(recipe.features, first)(x)[0]

@@ -16,6 +16,7 @@ from torch import Tensor
 import fastmaf
 from fastmaf.images.dataset import check_takes_images, to_unit
 from fastmaf.inspection.calibration import Calibration
+from fastmaf.inspection.model_card import inspection_card
 from fastmaf.inspection.model_schema import KEY, inspection_record
 from fastmaf.inspection.scoring.float64_flow import Float64Flow, FlowValues
 from fastmaf.inspection.scoring.score import (
@@ -147,8 +148,11 @@ class InspectionModel:
         return replace(self, calibration=calibration)
 
     @fastmaf.torch_defaults()
-    def save(self, path: str | Path) -> None:
-        """Writes the model to one safetensors file; a crash leaves the old file or the new one."""
+    def save(self, path: str | Path, *, card: str | Path | None = None) -> None:
+        """Writes the model to one safetensors file, and its model card to ``card``; see ``fastmaf.Flow.save``.
+
+        A crash leaves the old file or the new one.
+        """
         record = {
             "settings": asdict(self.settings),
             "map_config": asdict(self.map_config),
@@ -161,7 +165,8 @@ class InspectionModel:
             "term_deviation": self.statistics.deviation,
             "calibration_scores": torch.from_numpy(np.array(self.calibration.scores)),
         }
-        self.flow.save(path, {KEY: json.dumps(record)}, extras)
+        filled = None if card is None else inspection_card(card, self.size, self.calibration, self.about)
+        self.flow.save(path, {KEY: json.dumps(record)}, extras, card=filled)
 
 
 def is_inspection_model(path: str | Path) -> bool:

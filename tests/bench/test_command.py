@@ -65,7 +65,10 @@ def test_a_run_without_results_ends_without_a_traceback(requested: dict[str, Any
     assert result.exit_code == 0 and "Not measured:" in result.stdout
 
 
-def test_progress_can_be_hidden(requested: dict[str, Any], tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_progress_can_be_hidden(
+    requested: dict[str, Any], tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
     assert command.bench(tmp_path, quick=True, progress=True, say=lambda _: None)
     assert "100%" in capfd.readouterr().err
     assert command.bench(tmp_path, quick=True, progress=False, say=lambda _: None)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -64,8 +65,8 @@ def comparison(tmp_path: Path) -> Comparison:
     def call(before: list[Row], after: list[Row], now: dict[str, str] = ABOUT) -> tuple[list[str], bool]:
         rows.write(before, ABOUT, tmp_path / "a.csv")
         rows.write(after, now, tmp_path / "b.csv")
-        text, worse = compare(tmp_path / "a.csv", tmp_path / "b.csv")
-        return text.splitlines(), worse
+        result = compare(tmp_path / "a.csv", tmp_path / "b.csv")
+        return result.text.splitlines(), result.has_regression
 
     return call
 
@@ -83,6 +84,17 @@ def test_the_worst_comes_first_with_both_values(comparison: Comparison) -> None:
     ]
     assert worse
     assert any("4 rows compared: 2 slower or larger" in line and "1 faster" in line for line in lines)
+
+
+def test_the_rows_as_json(tmp_path: Path) -> None:
+    rows.write([timed(0.1), held(1.0)], ABOUT, tmp_path / "a.csv")
+    rows.write([timed(0.1), held(1.2)], ABOUT, tmp_path / "b.csv")
+    content = json.loads(json.dumps(compare(tmp_path / "a.csv", tmp_path / "b.csv").to_json(), allow_nan=False))
+    assert content["regression"] is True
+    assert [(row["case"], row["verdict"], row["a"], row["b"]) for row in content["rows"]] == [
+        ("training memory", "regression", 1.0, 1.2),
+        ("train step", "same", 0.1, 0.1),
+    ]
 
 
 def test_rows_are_matched_by_case_size_and_sweep(comparison: Comparison) -> None:

@@ -136,7 +136,7 @@ def test_missing_held_out_images_are_reported(
     gone, *left = sorted(model.held_out)
     (other / "train" / "good" / gone).unlink()
     report = evaluated(data=other).held_out
-    output = capsys.readouterr().out
+    output = capsys.readouterr().err
     assert "1 of the 3 held-out normal images are missing in" in output
     assert "taken from the others" in output
     assert report is not None
@@ -144,7 +144,7 @@ def test_missing_held_out_images_are_reported(
     for name in left:
         (other / "train" / "good" / name).unlink()
     evaluation = evaluated(data=other)
-    assert "no threshold can be taken from held-out normals" in capsys.readouterr().out
+    assert "no threshold can be taken from held-out normals" in capsys.readouterr().err
     assert evaluation.held_out is None
     assert json.loads((tmp_path / "out" / METRICS_FILE).read_text())["held_out"] is None
 
@@ -157,7 +157,7 @@ def test_a_test_set_without_training_images_is_evaluated(
     evaluation = evaluated(data=other)
     assert evaluation.held_out is None
     assert evaluation.auroc == evaluated().auroc
-    output = capsys.readouterr().out
+    output = capsys.readouterr().err
     assert f"no folder train/good in {other}: no threshold can be taken from held-out normals" in output
     assert (tmp_path / "out" / ROC_FILE).is_file()
 
@@ -188,7 +188,7 @@ def test_bad_test_images_are_named_or_left_out(
     with pytest.raises(DataError, match=r"crack.001\.png"):
         evaluated(data=other)
     assert evaluated(data=other, skip_bad=True).counts["crack"] == 1
-    assert "1 file skipped" in capsys.readouterr().out
+    assert "1 file skipped" in capsys.readouterr().err
 
 
 def test_no_test_folder(labelled: Path, evaluated: Callable[..., Evaluation], tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ from fastmaf.capsule import train as training
 from fastmaf.capsule import training_run
 from fastmaf.capsule.config import GUARDED, TrainConfig
 from fastmaf.capsule.reproduce import reproduce
+from fastmaf.images.progress import Progress
 from fastmaf.io import tensor_file
 from fastmaf.training.checkpoints import MODEL_FILE, load_state
 from tests.capsule.runs import STEPS, as_earlier_version, at_batch, epoch, run, same, tensors_of, with_, without_seconds
@@ -105,8 +106,7 @@ def test_interrupted_again_before_a_step_was_taken(
         with pytest.raises(KeyboardInterrupt):  # there is nothing new to save yet
             run(data, tmp_path, THREE, resume=True)
     with monkeypatch.context() as patch:
-        patch.setattr(training_run, "tqdm", lambda *args, bar=training_run.tqdm, **kwargs: ctrl_c(bar(*args, **kwargs)))
-        patch.setattr(training_run.tqdm, "write", lambda text: None, raising=False)
+        patch.setattr(training_run, "Progress", lambda *args, **kwargs: ctrl_c(Progress(*args, **kwargs)))
         assert run(data, tmp_path, THREE, resume=True).interrupted
     assert load_state(tmp_path)[1]["epoch_so_far"] == before
     run(data, tmp_path, THREE, resume=True)
@@ -214,15 +214,14 @@ def test_a_resumed_run_counts_its_progress_from_where_it_was(
     with monkeypatch.context() as patch:
         at_batch(patch, epoch(2), ctrl_c)
         run(data, tmp_path, THREE)
-    bars: list[Any] = []
-    bar = training_run.tqdm
+    counts: list[tuple[int, int | None]] = []
 
-    class Seen(bar):  # type: ignore[misc, valid-type]
-        def __init__(self, *args: Any, **kwargs: Any) -> None:
-            bars.append(kwargs)
-            super().__init__(*args, **kwargs)
+    def seen(*args: Any, **kwargs: Any) -> Progress:
+        bar = Progress(*args, **kwargs)
+        counts.append((bar.done, bar.total))
+        return bar
 
-    monkeypatch.setattr(training_run, "tqdm", Seen)
+    monkeypatch.setattr(training_run, "Progress", seen)
     run(data, tmp_path, THREE, resume=True)
-    assert (bars[0]["initial"], bars[0]["total"]) == (STEPS + 1, 3 * STEPS)
+    assert counts == [(STEPS + 1, 3 * STEPS)]
     assert fastmaf.load(tmp_path / MODEL_FILE).features == 192

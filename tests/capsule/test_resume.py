@@ -170,7 +170,7 @@ def test_ctrl_c_keeps_a_model_that_can_be_used_and_resumed(
     assert result.interrupted
     assert [row["epoch"] for row in result.log] == [1, 2]
     assert len(rows(tmp_path)) == 2
-    assert "stopping after this step" in capsys.readouterr().out
+    assert "stopping after this step" in capsys.readouterr().err
     assert same(load_model(tmp_path).flow.state_dict(), result.flow.state_dict())
     assert (tmp_path / CURVE_FILE).is_file()
     assert len(run(data, tmp_path, with_(epochs=4), resume=True).log) == 4

@@ -103,7 +103,7 @@ def test_a_state_of_an_earlier_version_resumes_with_a_note(
     _, out, _ = copied(data, finished, tmp_path)
     as_earlier_version(out)
     run(data, out, with_(epochs=3), resume=True)
-    assert "without the contents of its images: only their names were compared" in capsys.readouterr().out
+    assert "without the contents of its images: only their names were compared" in capsys.readouterr().err
     run(data, tmp_path / "whole", with_(epochs=3))
     assert same(tensors_of(out), tensors_of(tmp_path / "whole"))
     assert "contents" in load_state(out)[1], "they are stored from now on"

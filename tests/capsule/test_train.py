@@ -216,7 +216,7 @@ def test_bad_files_are_named_or_left_out(data: Path, tmp_path: Path, capsys: pyt
         run(broken, tmp_path / "out")
     assert not (tmp_path / "out" / MODEL_FILE).exists()
     run(broken, tmp_path / "out", skip_bad=True)
-    assert "1 file skipped" in capsys.readouterr().out
+    assert "1 file skipped" in capsys.readouterr().err
     seen = [*load_model(tmp_path / "out").held_out, *load_state(tmp_path / "out")[1]["files"]]
     assert len(seen) == IMAGES - 1
     assert "004.png" not in seen

@@ -49,14 +49,15 @@ def with_small_files(size: int, *arguments: object) -> subprocess.CompletedProce
 @pytest.mark.parametrize(
     ("arguments", "file"),
     [
-        (("calibrate", "--model", "{model}"), "{model}"),
-        (("score", "{model}", "{images}", "--quiet", "--overlays", "{out}/heat"), "{out}/heat/0.png"),
-        (("score", "{model}", "{images}", "--quiet", "--maps", "{out}/m", "--tiff"), "{out}/m/0.tiff"),
-        (("train", "--recipe", "inspection", "--data", "{images}", "--out", "{out}/run", "--size", "8", "--quiet"),
+        (("inspect", "calibrate", "{model}"), "{model}"),
+        (("inspect", "score", "{model}", "{images}", "--quiet", "--overlays", "{out}/heat"), "{out}/heat/0.png"),
+        (("inspect", "score", "{model}", "{images}", "--quiet", "--maps", "{out}/m", "--tiff"), "{out}/m/0.tiff"),
+        (("inspect", "fit", "--data", "{images}", "--out", "{out}/run", "--size", "8", "--quiet"),
          "{out}/run/model.safetensors"),
-        (("train", "--data", "{images}", "--out", "{out}/run", "--size", "8", "--quiet", "--epochs", "1",
+        (("capsule", "train", "--data", "{images}", "--out", "{out}/run", "--size", "8", "--quiet", "--epochs", "1",
           "--blocks", "1", "--hidden", "16"), "{out}/run/"),
-        (("demo-data", "{out}/demo", "--train", "1", "--size", "64", "--quiet"), "{out}/demo/train/good/000.png"),
+        (("capsule", "demo-data", "{out}/demo", "--train", "1", "--size", "64", "--quiet"),
+         "{out}/demo/train/good/000.png"),
     ],
 )  # fmt: skip
 def test_a_full_disk_is_one_line(model: Path, tmp_path: Path, arguments: tuple[str, ...], file: str) -> None:
@@ -72,7 +73,7 @@ def test_a_full_disk_is_one_line(model: Path, tmp_path: Path, arguments: tuple[s
 
 
 @linux
-@pytest.mark.parametrize("arguments", [("doctor",), ("score", "{model}", "{images}", "--quiet")])
+@pytest.mark.parametrize("arguments", [("doctor",), ("inspect", "score", "{model}", "{images}", "--quiet")])
 def test_standard_output_on_a_full_disk_is_named(model: Path, arguments: tuple[str, ...]) -> None:
     command = [argument.format(model=model, images=model.parent / "good") for argument in arguments]
     with open("/dev/full", "w") as full:
@@ -86,15 +87,15 @@ def test_an_output_in_the_place_of_a_file(run: Fastmaf, model: Path, tmp_path: P
     (tmp_path / "file").write_text("mine")
     images, file = model.parent / "good", tmp_path / "file"
     for arguments in (
-        ("score", model, images, "--overlays", file),
-        ("score", model, images, "--out", file / "rows.csv"),
-        ("eval", "--data", capsule_set(tmp_path / "set"), "--model", model, "--out", file / "deep"),
+        ("inspect", "score", model, images, "--overlays", file),
+        ("inspect", "score", model, images, "--out", file / "rows.csv"),
+        ("inspect", "eval", model, "--data", capsule_set(tmp_path / "set"), "--out", file / "deep"),
     ):
         assert_one_error(run(*arguments, "--quiet"), f"{file}: not a directory")
     for arguments in (
-        ("train", "--data", images, "--out", file),
-        ("train", "--recipe", "inspection", "--data", images, "--out", file),
-        ("reproduce", "--out", file),
+        ("capsule", "train", "--data", images, "--out", file),
+        ("inspect", "fit", "--data", images, "--out", file),
+        ("capsule", "reproduce", "--out", file),
     ):
         assert_one_error(run(*arguments, "--quiet"), f"expected a folder to write the run to; found the file {file}")
     assert (tmp_path / "file").read_text() == "mine"
@@ -103,16 +104,16 @@ def test_an_output_in_the_place_of_a_file(run: Fastmaf, model: Path, tmp_path: P
 def test_a_refused_output_is_one_line(run: Fastmaf, model: Path) -> None:
     images = model.parent / "good"
     before = {path: path.read_bytes() for path in images.iterdir()}
-    done = run("score", model, images, "--quiet", "--overlays", images)
+    done = run("inspect", "score", model, images, "--quiet", "--overlays", images)
     assert (done.code, done.out) == (1, "")
     assert_one_error(done, f"{images / '0.png'}: an overlay of an anomaly map would replace a file that is to be read")
-    done = run("export", model, "--onnx", model, "--check", images)
+    done = run("inspect", "export", model, "--onnx", model, "--check", images)
     assert_one_error(done, f"{model}: an ONNX export would replace a file that is to be read")
     assert {path: path.read_bytes() for path in images.iterdir()} == before
 
 
 def test_control_characters_of_names_are_escaped(run: Fastmaf, model: Path, tmp_path: Path) -> None:
-    done = run("score", model, tmp_path / "\x1b[2J\x07nowhere.png")
+    done = run("inspect", "score", model, tmp_path / "\x1b[2J\x07nowhere.png")
     assert_one_error(done, r"\x1b[2J\x07nowhere.png")
     assert "\x1b" not in done.err and "\x07" not in done.err
 

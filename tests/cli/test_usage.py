@@ -16,33 +16,50 @@ import fastmaf
 from tests.cli.command import ROOT, Done, assert_one_error, fastmaf_process
 
 COMMANDS = {
-    "inspection": ("train", "calibrate", "recalibrate", "score", "eval", "export", "choose"),
+    "inspect": ("fit", "calibrate", "recalibrate", "score", "eval", "export", "choose"),
     "capsule": ("demo-data", "train", "sample", "eval", "reproduce"),
 }
-SHORT = sorted({*COMMANDS["inspection"], *COMMANDS["capsule"], "bench", "doctor"})  # found without a group's name
+TOP = ("bench", "doctor")
 HELP = [
     (),
-    *((command,) for command in SHORT),
+    *((group,) for group in COMMANDS),
+    *((command,) for command in TOP),
     *((group, command) for group in COMMANDS for command in COMMANDS[group]),
 ]
+# Former spellings, with what each is now.
+FORMER = {
+    ("demo-data",): ("capsule", "demo-data"),
+    ("train",): ("capsule", "train"),
+    ("train", "--recipe", "published"): ("capsule", "train"),
+    ("train", "--recipe", "inspection"): ("inspect", "fit"),
+    ("train", "--recipe=inspection"): ("inspect", "fit"),
+    ("sample",): ("capsule", "sample"),
+    ("reproduce",): ("capsule", "reproduce"),
+    ("eval",): ("capsule", "eval"),
+    ("inspection", "train"): ("inspect", "fit"),
+    **{(name,): ("inspect", name) for name in ("calibrate", "recalibrate", "score", "choose", "export")},
+    **{
+        ("inspection", name): ("inspect", name)
+        for name in ("calibrate", "recalibrate", "score", "eval", "choose", "export")
+    },
+}
 
-TRAIN = ("train", "--data", "folder")
-INSPECTION = ("inspection", "train", "--data", "folder")
+TRAIN = ("capsule", "train", "--data", "folder")
+FIT = ("inspect", "fit", "--data", "folder")
 ERRORS: list[tuple[tuple[str, ...], tuple[str, ...]]] = [
     (("tarin",), ("tarin",)),
-    (("inspection", "sample"), ("sample",)),
-    (("train",), ("--data",)),
-    (("score",), ("Missing argument",)),
-    (("score", "folder"), ("Missing argument",)),
-    (("export", "folder"), ("--onnx",)),
-    (("export", "folder", "--onnx", "m.onnx"), ("--check",)),
+    (("inspect", "sample"), ("sample",)),
+    (("capsule", "train"), ("--data",)),
+    (("inspect", "score"), ("Missing argument",)),
+    (("inspect", "score", "folder"), ("Missing argument",)),
+    (("inspect", "export", "folder"), ("--onnx",)),
+    (("inspect", "export", "folder", "--onnx", "m.onnx"), ("--check",)),
     (("doctor", "now"), ("now",)),
     (("bench", "--compare", "one.csv"), ("--compare", "2 arguments")),
     ((*TRAIN, "--nonsense"), ("--nonsense",)),
-    ((*TRAIN, "--recipe", "cake"), ("--recipe", "cake", "inspection")),
     ((*TRAIN, "--logit", "0.1"), ("--logit",)),
-    ((*TRAIN, "--recipe", "inspection", "--lr", "1"), ("--lr",)),
-    ((*TRAIN, "--recipe=inspection", "--device", "cpu"), ("--device",)),
+    ((*FIT, "--lr", "1"), ("--lr",)),
+    ((*FIT, "--device", "cpu"), ("--device",)),
     ((*TRAIN, "--blocks", "two"), ("--blocks", "integer")),
     ((*TRAIN, "--order", "backwards"), ("--order", "backwards")),
     ((*TRAIN, "--hidden", "abc"), ("hidden layer", "512,512", "'abc'")),
@@ -56,27 +73,37 @@ ERRORS: list[tuple[tuple[str, ...], tuple[str, ...]]] = [
     ((*TRAIN, "--device", "cuda:x"), ("--device", "'cuda:x'")),
     ((*TRAIN, "--seed", "-1"), ("--seed",)),
     ((*TRAIN, "--seed", str(2**70)), ("--seed",)),
-    ((*INSPECTION, "--size", "7"), ("size must be a multiple", "7")),
-    ((*INSPECTION, "--logit", "0.7"), ("logit", "0.7")),
-    (("choose", "--data", "folder", "--size", "7"), ("size must be a multiple", "7")),
-    (("choose", "--data", "folder", "--draws", "0"), ("--draws",)),
-    (("demo-data", "new", "--size", "3"), ("--size",)),
-    (("sample", "--model", "folder", "-n", "0"), ("--number",)),
-    (("calibrate", "--model", "folder", "--false-alarm", "2"), ("--false-alarm", "between 0 and 1", "2")),
-    (("calibrate", "--model", "folder", "--confidence", "nan"), ("--confidence", "nan")),
-    (("eval", "--model", "folder", "--data", "folder", "--false-alarm", "0"), ("--false-alarm",)),
-    (("score", "folder", "folder", "--out", "rows.txt"), (".csv or .jsonl", "rows.txt")),
-    (("score", "folder", "folder", "--tiff"), ("--tiff", "--maps")),
-    (("train", "--data", "nowhere"), ("--data", "no such file or folder: nowhere")),
-    (("reproduce", "--data", "nowhere"), ("no such file or folder: nowhere",)),
-    (("calibrate", "--model", "nowhere"), ("--model", "no such file or folder: nowhere")),
-    (("eval", "--model", "nowhere", "--data", "folder"), ("--model", "nowhere")),
-    (("sample",), ("--model", "no such file or folder: results")),
-    (("score", "nowhere", "folder"), ("no such file or folder: nowhere",)),
-    (("score", "folder", "foldr"), ("no such file or folder: foldr", "did you mean folder?")),
-    (("score", "folder", "*.png"), ("nothing matches *.png",)),
-    (("recalibrate", "folder", "\x1b[2J\x07.png"), (r"\x1b[2J\x07.png",)),
-    (("export", "folder", "--onnx", "m.onnx", "--check", "nowhere"), ("--check", "nowhere")),
+    ((*FIT, "--size", "7"), ("size must be a multiple", "7")),
+    ((*FIT, "--logit", "0.7"), ("logit", "0.7")),
+    (("inspect", "choose", "--data", "folder", "--size", "7"), ("size must be a multiple", "7")),
+    (("inspect", "choose", "--data", "folder", "--draws", "0"), ("--draws",)),
+    (("capsule", "demo-data", "new", "--size", "3"), ("--size",)),
+    (("capsule", "sample", "folder", "-n", "0"), ("--number",)),
+    (("inspect", "calibrate", "folder", "--false-alarm", "2"), ("--false-alarm", "between 0 and 1", "2")),
+    (("inspect", "calibrate", "folder", "--confidence", "nan"), ("--confidence", "nan")),
+    (("capsule", "eval", "folder", "--data", "folder", "--false-alarm", "0"), ("--false-alarm",)),
+    (("inspect", "eval", "folder", "--data", "folder", "--false-alarm", "0.1"), ("--false-alarm",)),
+    (("inspect", "score", "folder", "folder", "--out", "rows.txt"), (".csv or .jsonl", "rows.txt")),
+    (("inspect", "score", "folder", "folder", "--tiff"), ("--tiff", "--maps")),
+    (("capsule", "train", "--data", "nowhere"), ("--data", "no such file or folder: nowhere")),
+    (("capsule", "reproduce", "--data", "nowhere"), ("no such file or folder: nowhere",)),
+    (("inspect", "calibrate", "nowhere"), ("MODEL", "no such file or folder: nowhere")),
+    (("inspect", "eval", "nowhere", "--data", "folder"), ("MODEL", "nowhere")),
+    (("capsule", "sample"), ("MODEL", "no such file or folder: results")),
+    (("inspect", "score", "nowhere", "folder"), ("no such file or folder: nowhere",)),
+    (("inspect", "score", "folder", "foldr"), ("no such file or folder: foldr", "did you mean folder?")),
+    (("inspect", "score", "folder", "*.png"), ("nothing matches *.png",)),
+    (("inspect", "recalibrate", "folder", "\x1b[2J\x07.png"), (r"\x1b[2J\x07.png",)),
+    (("inspect", "export", "folder", "--onnx", "m.onnx", "--check", "nowhere"), ("--check", "nowhere")),
+]
+FORMER_ERRORS: list[tuple[tuple[str, ...], tuple[str, ...]]] = [
+    (("train", "--data", "folder", "--recipe", "cake"), ("--recipe", "cake", "inspection")),
+    (("train", "--data", "folder", "--recipe", "inspection", "--lr", "1"), ("--lr", "fastmaf inspect fit")),
+    (("inspection", "train", "--data", "nowhere"), ("--data", "no such file or folder: nowhere")),
+    (("score", "folder", "foldr"), ("did you mean folder?",)),
+    (("calibrate", "--model", "nowhere"), ("MODEL", "no such file or folder: nowhere", "inspect calibrate nowhere")),
+    (("calibrate", "--model"), ("--model",)),
+    (("capsule", "sample", "--model=nowhere"), ("no such file or folder: nowhere", "capsule sample nowhere")),
 ]
 
 # Runs every command line that standard input lists in one process, which takes a second, and notes slow packages.
@@ -104,7 +131,8 @@ def answers(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, ...], t
     """The output of each command line where there is an empty ``folder``, and the slow packages imported by then."""
     working_folder = tmp_path_factory.mktemp("usage")
     (working_folder / "folder").mkdir()
-    lines = [*((*line, "--help") for line in HELP), ("--version",), *(line for line, _ in ERRORS)]
+    lines = [*((*line, "--help") for line in (*HELP, *FORMER)), ("--version",)]
+    lines += [line for line, _ in (*ERRORS, *FORMER_ERRORS)]
     done = subprocess.run(
         [sys.executable, "-c", SCRIPT],
         input=json.dumps(lines),
@@ -132,16 +160,26 @@ def test_a_usage_error(answers: Any, line: tuple[str, ...], words: tuple[str, ..
 def test_help(answers: Any, line: tuple[str, ...]) -> None:
     done, slow = answers[(*line, "--help")]
     assert (done.code, done.err, slow) == (0, "", [])
-    assert done.out.startswith(f"Usage: fastmaf {'capsule ' * (line == ('train',))}{' '.join(line)}")
-    if not line:
-        listed = re.findall(r"^  ([a-z][a-z-]+) ", done.out.partition("Commands:")[2], re.MULTILINE)
-        assert sorted(listed) == sorted([*SHORT, *COMMANDS])
+    assert done.out.startswith(f"Usage: fastmaf {' '.join(line)}")
+    assert not re.search(r"\.\.\.$", done.out.partition("\n")[2], re.MULTILINE), "a text is cut off"
+    commands = {(): (*COMMANDS, *TOP), **{(group,): names for group, names in COMMANDS.items()}}.get(line, ())
+    assert sorted(re.findall(r"^  ([a-z][a-z-]+)  ", done.out.partition("Commands:")[2], re.MULTILINE)) == sorted(
+        commands
+    )
 
 
-def test_help_of_a_recipe_is_that_of_its_group(run: Any) -> None:
-    short, full = run("train", "--recipe", "inspection", "--help"), run("inspection", "train", "--help")
-    assert short.out == full.out
-    assert "--keep-folds" in short.out and "--lr" not in short.out
+@pytest.mark.parametrize("line", FORMER, ids=" ".join)
+def test_a_former_spelling_names_its_successor(answers: Any, line: tuple[str, ...]) -> None:
+    (done, _), (successor, _) = answers[(*line, "--help")], answers[(*FORMER[line], "--help")]
+    assert (done.code, done.out) == (0, successor.out)
+    assert re.fullmatch(rf"note: 'fastmaf {line[0]}.*' is now 'fastmaf {' '.join(FORMER[line])}'; .*\n", done.err)
+
+
+@pytest.mark.parametrize(("line", "words"), FORMER_ERRORS, ids=[" ".join(line) for line, _ in FORMER_ERRORS])
+def test_a_usage_error_of_a_former_spelling(answers: Any, line: tuple[str, ...], words: tuple[str, ...]) -> None:
+    done, slow = answers[line]
+    assert_one_error(done, *words)
+    assert (done.code, done.out, slow) == (2, "", [])
 
 
 def test_the_version(answers: Any) -> None:
@@ -170,6 +208,6 @@ def test_images_that_are_there_are_no_usage_error(run: Any, tmp_path: Path, path
     (tmp_path / "folder").mkdir()
     for name in ("folder/1.png", "a [1].png"):
         (tmp_path / name).write_bytes(b"")
-    done = run("recalibrate", "folder", path)
+    done = run("inspect", "recalibrate", "folder", path)
     assert_one_error(done, "no model file at folder")
     assert done.code == 1

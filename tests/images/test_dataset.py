@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import shutil
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -122,8 +123,11 @@ def test_bad_file_stops_or_is_skipped_and_logged(tmp_path: Path, caplog: pytest.
         load_train(root, size=4, skip_bad=True, progress=False)
 
 
-def test_progress_bar_goes_to_stderr_or_nowhere(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_progress_goes_to_stderr_or_nowhere(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     root = capsule_set(tmp_path)
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
     load_train(root, size=4, progress=False)
     assert capsys.readouterr() == ("", "")
     load_train(root, size=4)

@@ -15,10 +15,10 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 import fastmaf
 from fastmaf.images.dataset import to_unit
+from fastmaf.images.progress import Progress
 from fastmaf.inspection.out_of_fold import OutOfFoldModels
 from fastmaf.inspection.scoring.score import anomaly_maps, residuals_of, terms_of
 from fastmaf.inspection.scoring.settings import AnomalyMapConfig, ScoreSettings, Source
@@ -160,7 +160,7 @@ def _held_out(
 
     Only one is in memory at a time.
     """
-    with tqdm(total=len(candidates), desc="ranking", unit="candidate", disable=not progress, leave=False) as bar:
+    with Progress("ranking", "candidate", total=len(candidates), show=progress) as bar:
         for _, group in groupby(sorted(candidates, key=key), key=key):
             configs = list(group)
             values = models.held_out(sets, quantity, configs[0]).float()

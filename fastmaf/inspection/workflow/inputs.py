@@ -11,10 +11,10 @@ from typing import Any, TextIO, TypeAlias
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from fastmaf.images.decode import DataError, Frame, load_frame, sentences
 from fastmaf.images.listing import contents, count, images_below, is_image, left_aside
+from fastmaf.images.progress import track
 from fastmaf.inspection.workflow.path_patterns import hints, is_pattern, matches
 from fastmaf.io.marks import is_output
 
@@ -72,7 +72,7 @@ def read_each(
         keep_full: keep each image at full resolution, too (``Frame.full``).
         skip_bad: report a file that cannot be read to ``say`` and skip it, instead of raising the DataError.
     """
-    for file in tqdm(files, desc="images", unit="image", disable=not progress, leave=False):
+    for file in track(files, "reading images", "image", show=progress):
         try:
             frame = load_frame(file, size, keep_full=keep_full)
         except DataError as error:

@@ -1,0 +1,60 @@
+"""The model card of an inspection model, with the figures that its file holds."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from fastmaf.inspection.calibration import Calibration
+from fastmaf.io.model_card import TO_FILL_IN, ModelCard
+
+_CODE = """\
+import fastmaf
+
+detector = fastmaf.Detector.load({file!r})
+print(detector.offset_)  # decision_function is -score - offset_; below 0 an image is anomalous
+# detector.predict(paths) returns -1 for anomalous images and 1 for normal ones
+"""
+
+
+def inspection_card(path: str | Path, size: int, calibration: Calibration, about: Mapping[str, Any]) -> ModelCard:
+    """Returns the card of an inspection model, for ``InspectionModel.save``.
+
+    Args:
+        path: the file of the card.
+        size: side of the images in pixels.
+        calibration: of the model.
+        about: details of the training; what is missing is left out.
+    """
+    recipe = about.get("recipe", {})
+    names = {"augmentation": "Augmentation", "rank": "Factors of the whitening", "folds": "Folds", "seed": "Seed"}
+    details = {"Images": f"RGB, resized to {size} × {size} pixels"}
+    details |= {text: f"{recipe[name]}" for name, text in names.items() if name in recipe}
+    data = f"{about['images']:,} normal images. " if "images" in about else ""
+    return ModelCard(
+        path,
+        sections={
+            "Intended use": "Finding images that deviate from normal ones, and where they do, in images of one kind of "
+            f"object. {TO_FILL_IN} which object, and what is decided by the result.",
+            "Training data": f"{data}{TO_FILL_IN} which camera, light and object, and the license of the images.",
+            "Evaluation": f"{_evaluation(calibration, about)} {TO_FILL_IN} results on labelled images.",
+            "Limitations": "The false-alarm rate holds for normal images from the same process as the calibration "
+            "images: recalibrate after a change of camera, light or material. "
+            f"{TO_FILL_IN} which defects are missed.",
+        },
+        details=details,
+        tags=("anomaly-detection", "visual-inspection"),
+        code=_CODE,
+    )
+
+
+def _evaluation(calibration: Calibration, about: Mapping[str, Any]) -> str:
+    nll = f"Mean NLL of held-out normal images: {about['held_out_nll']:,.0f} nats. " if "held_out_nll" in about else ""
+    kind = f"out-of-fold scores of {calibration.n:,} normal images"
+    if calibration.how == "split":
+        kind = f"scores of {calibration.n:,} normal images that the model was not fitted to"
+    return (
+        f"{nll}The threshold is {calibration.threshold:.6g}, number {calibration.rank:,} of the {kind}, in ascending "
+        f"order. Expected false-alarm rate: {calibration.expected_rate:.2%}."
+    )
