@@ -53,6 +53,22 @@ if tags.has("online"):  # type: ignore[name-defined]  # noqa: F821
     }
 
 
+_OUTPUT = """\
+## Output and exit codes
+
+Results are printed to standard output; progress, notes and errors to standard error. On a terminal, progress is a bar. In a log
+it is one line per tenth of the work, and nothing for work of less than two seconds. `--quiet` shows no progress. With `--json`,
+standard output holds one JSON object and nothing else.
+
+| exit code | meaning |
+| --- | --- |
+| 0 | success |
+| 1 | error; the line `error: ...` on standard error names the cause. `fastmaf bench`: also if a library gave wrong results; with `--compare`: also if the second run is slower |
+| 2 | wrong usage: an unknown option, a value out of range, a missing file. `fastmaf inspect score`: also if files could not be read; all others were scored |
+| 130 | interrupted by Ctrl-C; a training run has written a checkpoint, which `--resume` continues |
+"""  # noqa: E501
+
+
 def _helps(command, context):  # type: ignore[no-untyped-def]
     """Yields the title and help of a command and, if it is a group, of its visible commands."""
     yield context.command_path, command.get_help(context)
@@ -67,7 +83,7 @@ def _write_command_line() -> None:
     context = command.context_class(command, info_name="fastmaf", max_content_width=100, terminal_width=100)
     parts = [f"## {title}\n\n```text\n{text}\n```\n" for title, text in _helps(command, context)]
     page = Path(__file__).parent / "api" / "command_line.md"
-    page.write_text("# Command line\n\n" + "\n".join(parts), encoding="utf-8")
+    page.write_text("# Command line\n\n" + "\n".join([_OUTPUT, *parts]), encoding="utf-8")
 
 
 _write_command_line()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import re
 import shutil
 import subprocess
 import sys
@@ -15,7 +17,13 @@ import pytest
 
 import fastmaf
 
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
 ROOT = Path(__file__).resolve().parents[1]
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 BUILD = """
 import sys
 sys.modules["torch"] = None  # any import of torch raises ImportError
@@ -136,6 +144,29 @@ def test_the_version_is_the_same_everywhere(sdist: Path, wheel: Path) -> None:
     assert f"\nversion: {version}\n" in (ROOT / "CITATION.cff").read_text("utf-8")
     code = (ROOT / "docs" / "conf.py").read_text("utf-8")
     assert "release = version = fastmaf.__version__\n" in code and version not in code
+
+
+def test_every_declared_package_has_a_pin() -> None:
+    """One for every supported Python: a single one, or a pair that a version of Python divides. Sorted by name."""
+    text = (ROOT / "constraints.txt").read_text("utf-8")
+    pins = re.findall(r"^([a-z0-9-]+)==[^;\s]+(?:; (.*))?$", text, re.MULTILINE)
+    assert len(pins) == len([line for line in text.splitlines() if not line.startswith("#")])
+    names = [name for name, _ in pins]
+    assert names == sorted(names)
+    markers: dict[str, list[str]] = {}
+    for name, marker in pins:
+        markers.setdefault(name, []).append(marker)
+    for several in (found for found in markers.values() if len(found) > 1):
+        newer, older = several
+        assert ">=" in newer and older == newer.replace(">=", "<"), several
+    project = PROJECT["project"]
+    for requirement in itertools.chain(project["dependencies"], *project["optional-dependencies"].values()):
+        name, _, marker = requirement.partition(";")
+        name = re.split(r"[^A-Za-z0-9-]", name)[0].lower()
+        if name != "fastmaf":
+            found = markers.get(name, [])
+            every = len(found) == 2 or found == [""] or found and "python_version" in marker
+            assert every, f"constraints.txt: no pin of {name} for every Python; found {found}"
 
 
 def test_kernels_under_another_name_is_refused(tree: Path) -> None:

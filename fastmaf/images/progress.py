@@ -23,7 +23,7 @@ _open: list[Progress] = []  # those that write lines, the outermost first
 class Progress:
     """A progress bar on a terminal, and lines in a log.
 
-    On a terminal it is tqdm's bar. On any other stream it is one line at each tenth of the work, such as
+    On a terminal it is tqdm's bar. On any other stream it is one line at each tenth of the work, such as::
 
         fitting: 30 % (12 of 40 models), 25 s
 
@@ -166,14 +166,14 @@ def _write_line(text: str, stream: TextIO | None) -> None:
     try:
         tqdm.write(text, file=stream)
         stream.flush()
-    except (OSError, ValueError):  # ValueError: closed
+    except (OSError, ValueError, AttributeError):  # broken, closed, or no real file
         pass
 
 
 def _is_terminal(stream: TextIO) -> bool:
     try:
         return stream.isatty()
-    except (OSError, ValueError):
+    except (OSError, ValueError, AttributeError):
         return False
 
 

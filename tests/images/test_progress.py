@@ -27,6 +27,12 @@ class Broken(io.StringIO):
         raise BrokenPipeError
 
 
+class Bare:
+    """A stream with nothing but ``write``, as some consoles set."""
+
+    def write(self, text: str) -> None: ...
+
+
 class Clock:
     """Seconds that pass only when ``wait`` is called."""
 
@@ -205,7 +211,7 @@ def test_a_missing_closed_or_broken_stream_is_no_error(
     closed = io.StringIO()
     closed.close()
     monkeypatch.setattr(sys, "stderr", None)
-    for stream in (None, closed, Broken()):
+    for stream in (None, closed, Broken(), Bare()):
         done = []
         for i in fitting(range(3), stream=stream):
             clock.wait(5)
