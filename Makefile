@@ -91,7 +91,7 @@ bench-full: $(VENV)/.installed-test  ## the full one, under thirty minutes, and 
 	"$(BIN)/python" -m fastmaf.bench.dev.ops
 
 # To bench/results/ goes what README.md quotes.
-readme: $(VENV)/.installed-bench  ## write README.md's tables and figures from bench/results/cpu.csv
+readme: $(VENV)/.installed-bench  ## write the tables of README.md and the benchmarks' page from bench/results
 	"$(BIN)/python" -m fastmaf.bench.dev.readme
 
 # SPHINX: further options, such as "-t online" for links to the documentation of torch and numpy.

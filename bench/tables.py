@@ -1,4 +1,4 @@
-"""The rows of a run as tables: for the terminal, and in Markdown for README.md."""
+"""The rows of a run as tables: for the terminal, and in Markdown for the documentation."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ def speed(rows: list[Row], about: About) -> str:
             limit = f"{median_of(fast, 'limit')}: {fast['must_move']}"
             multiples = [_multiple(row_of[name]) if name in row_of else "–" for name in others]
             lines.append([case_in_words(*case), f"**{median_of(fast)}**", limit, share, *multiples])
-    return _markdown(lines)
+    return markdown(lines)
 
 
 def memory(rows: list[Row], about: About) -> str:
@@ -99,7 +99,7 @@ def memory(rows: list[Row], about: About) -> str:
         medians = {row["library"]: median_of(row) for row in group}
         cells = [medians.get(name, "–") for name in names]
         lines.append([case_in_words(*case), *cells, median_of(group[0], "limit")])
-    return _markdown(lines)
+    return markdown(lines)
 
 
 def growth(rows: list[Row], about: About) -> str:
@@ -113,7 +113,7 @@ def growth(rows: list[Row], about: About) -> str:
             ends = f"{words} {position(group[0]):,.0f} → {position(group[-1]):,.0f}"
             cells = [_growth([row for row in group if row["library"] == name]) for name in names]
             lines.append([f"{case_in_words(*case)}, {ends}", *cells])
-    return _markdown(lines)
+    return markdown(lines)
 
 
 MARKDOWN = {"machine": machine, "speed": speed, "memory": memory, "growth": growth}
@@ -147,6 +147,7 @@ def _multiple(row: Row) -> str:
     return "–" if times is None else f"{digits(times)}×{'†' if is_extrapolated(row) else ''}"
 
 
-def _markdown(lines: list[list[str]]) -> str:
+def markdown(lines: list[list[str]]) -> str:
+    """Returns a table in Markdown; the first line is its head."""
     head, *body = (f"| {' | '.join(cells)} |" for cells in lines)
     return "\n".join([head, f"|{' --- |' * len(lines[0])}", *body])

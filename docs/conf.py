@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from pathlib import Path
 
+import typer
+
 import fastmaf
+from fastmaf.cli.app import app
 
 project = "fastmaf"
 author = "the fastmaf developers"
@@ -68,19 +69,19 @@ standard output holds one JSON object and nothing else.
 """  # noqa: E501
 
 
-def _help_of(*command: str) -> str:
-    run = [sys.executable, "-m", "fastmaf", *command, "--help"]
-    return subprocess.run(run, capture_output=True, check=True, text=True).stdout.strip()
+def _helps(command, context):  # type: ignore[no-untyped-def]
+    """Yields the title and help of a command and, if it is a group, of its visible commands."""
+    yield context.command_path, command.get_help(context)
+    for name, part in getattr(command, "commands", {}).items():
+        if not part.hidden:
+            yield from _helps(part, type(context)(part, info_name=name, parent=context, max_content_width=100))
 
 
 def _write_command_line() -> None:
     """Writes the page of the command line from the commands' own help."""
-    groups = {
-        "capsule": ("demo-data", "train", "sample", "eval", "reproduce"),
-        "inspection": ("train", "calibrate", "recalibrate", "score", "eval", "choose", "export"),
-    }
-    commands = [(), *((group, name) for group, names in groups.items() for name in names), ("bench",), ("doctor",)]
-    parts = [f"## {' '.join(('fastmaf', *command))}\n\n```text\n{_help_of(*command)}\n```\n" for command in commands]
+    command = typer.main.get_command(app)
+    context = command.context_class(command, info_name="fastmaf", max_content_width=100, terminal_width=100)
+    parts = [f"## {title}\n\n```text\n{text}\n```\n" for title, text in _helps(command, context)]
     page = Path(__file__).parent / "api" / "command_line.md"
     page.write_text("# Command line\n\n" + "\n".join([_OUTPUT, *parts]), encoding="utf-8")
 

@@ -1,4 +1,4 @@
-"""The Python examples of the documentation, page by page, as a reader would paste them one after the other."""
+"""The Python examples of README and the documentation, as a reader would paste them one after the other."""
 
 from __future__ import annotations
 
@@ -7,17 +7,29 @@ from pathlib import Path
 
 import pytest
 
-DOCS = Path(__file__).parents[2] / "docs"
+ROOT = Path(__file__).parents[2]
 PAGES = sorted(
-    page.relative_to(DOCS).as_posix() for page in DOCS.rglob("*.md") if "```python" in page.read_text("utf-8")
+    page.relative_to(ROOT).as_posix()
+    for page in (ROOT / "README.md", *(ROOT / "docs").rglob("*.md"))
+    if "```python" in page.read_text("utf-8")
 )
+NUMBER = re.compile(r"-?\d+(\.\d+)?")
+# A block of Python, and the output that is shown for it.
+EXAMPLE = re.compile(r"```python\n(.*?)```(?:\n\n(?:<!--[^\n]*-->\n)?```text\n(.*?)```)?", re.DOTALL)
 
 
 @pytest.mark.parametrize("page", PAGES)
-def test_the_examples_of_a_page_run(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_examples_of_a_page_run(
+    page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Their numbers depend on the machine, the text around them does not."""
     monkeypatch.chdir(tmp_path)  # for the files that they write
     names: dict[str, object] = {}
-    for i, block in enumerate(re.findall(r"```python\n(.*?)```", (DOCS / page).read_text("utf-8"), re.DOTALL)):
+    for i, (block, shown) in enumerate(EXAMPLE.findall((ROOT / page).read_text("utf-8"))):
         code = compile(block, f"{page}, example {i + 1}", "exec")
-        if "fit(images)" not in block:  # the reader's own images; the tests of Detector fit some
-            exec(code, names)
+        if "Detector(" in block:  # the reader's own images; the tests of Detector fit some
+            continue
+        exec(code, names)
+        printed = capsys.readouterr().out
+        if shown:
+            assert NUMBER.sub("#", printed) == NUMBER.sub("#", shown)

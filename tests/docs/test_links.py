@@ -80,7 +80,7 @@ def _fault(page: Path, text: str, target: str) -> str | None:
         file = page.parent / path if path else page
         if file.suffix == "" and not file.exists():  # MyST completes the names of pages
             file = file.with_suffix(".md")
-    if DOCS in file.parents and file.resolve().relative_to(DOCS).as_posix() in WRITTEN:
+    if DOCS in file.resolve().parents and file.resolve().relative_to(DOCS).as_posix() in WRITTEN:
         return None
     if not file.exists():
         return f"{file.relative_to(ROOT) if file.is_relative_to(ROOT) else file} does not exist"

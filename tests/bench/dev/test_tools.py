@@ -14,7 +14,6 @@ import torch
 
 from fastmaf.bench.dev import readme
 from fastmaf.bench.rows import read
-from fastmaf.bench.tables import MARKDOWN
 from fastmaf.kernels import dispatch
 from tests.bench.example_rows import ABOUT, example_run
 
@@ -91,17 +90,35 @@ def test_smoke_compares_a_backend_with_float64(monkeypatch: pytest.MonkeyPatch, 
     }
 
 
-def test_readme_s_tables_are_replaced_and_nothing_else() -> None:
+def test_tables_of_a_page_are_replaced_and_nothing_else() -> None:
     text = "before\n<!-- bench speed -->\nold\n<!-- end -->\nafter\n"
-    rows = list(example_run())
-    expected = f"before\n<!-- bench speed -->\n{MARKDOWN['speed'](rows, ABOUT)}\n<!-- end -->\nafter\n"
-    assert readme.rendered(text, rows, ABOUT) == readme.rendered(expected, rows, ABOUT) == expected
+    expected = "before\n<!-- bench speed -->\nnew\n<!-- end -->\nafter\n"
+    assert readme.rendered(text, {"speed": "new"}) == readme.rendered(expected, {"speed": "new"}) == expected
     with pytest.raises(ValueError, match="no table 'sped'; expected one of machine, speed"):
-        readme.rendered("<!-- bench sped -->\n<!-- end -->", rows, ABOUT)
+        readme.rendered("<!-- bench sped -->\n<!-- end -->", {"machine": "", "speed": ""})
 
 
-def test_readme_has_every_table_and_the_committed_results_fill_them() -> None:
-    text = (readme.ROOT / "README.md").read_text(encoding="utf-8")
-    rendered = readme.rendered(text, *read(readme.ROOT / "bench" / "results" / "cpu.csv"))
-    for name in MARKDOWN:
-        assert f"<!-- bench {name} -->\n" in text and f"<!-- bench {name} -->\n<!-- end -->" not in rendered
+def test_the_summary_compares_with_the_best_library_and_the_naive_model() -> None:
+    found = {"measure": "AUROC", "data": "drawings", "fastmaf": "0.9", "low": "0.8", "high": "0.95", "other": "0.7"}
+    found |= {"other_name": "PCA", "published": "0.6", "machine": "Some Machine", "commit": "abc1234", "date": "today"}
+    slower = [
+        row | {"library": "zuko", "median": str(2 * float(row["median"])), "times_fastmaf": "32"}
+        for row in example_run()
+        if row["library"] == "nflows"
+    ]
+    text = readme.summary([*slower, *example_run()], ABOUT, [found])
+    assert "| Train step, batch 8 | **250 ms** | 4.00 s, 16.0× (nflows) | 2.00 s, 8.00× |" in text
+    assert "| Drawing 1 sample | **250 ms** | 4.00 s†, 16.0× (nflows) | 2.00 s†, 8.00× |" in text
+    assert "| Memory of training, batch 8 | **0.25 GB** | 4.00 GB, 16.0× (nflows) | 2.00 GB, 8.00× |" in text
+    assert "| AUROC, drawings | **0.9** (0.8–0.95) | 0.7 (PCA) | 0.6 |" in text
+    assert "commit abc1234" in text and ABOUT["processor"] in text
+
+
+def test_the_pages_hold_the_tables_of_the_committed_results() -> None:
+    tables = readme.tables_of(*read(readme.RESULTS / "cpu.csv"))
+    shown = ""
+    for page in readme.PAGES:
+        shown += (text := page.read_text(encoding="utf-8"))
+        assert readme.rendered(text, tables) == text, f"run make readme: {page.name} differs from bench/results"
+    for name in tables:
+        assert shown.count(f"<!-- bench {name} -->\n") == 1
