@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 import fastmaf
-from fastmaf.cli.options import error_text
+from fastmaf.cli.output import error_text
 from fastmaf.images.png import save_grid, save_png
 from fastmaf.inspection.map_images import write_map, write_overlay
 from fastmaf.io.atomic import written_atomically
