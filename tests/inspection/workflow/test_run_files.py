@@ -306,7 +306,7 @@ def test_as_many_images_as_are_needed(tmp_path: Path) -> None:
     assert done.exit_code == 0 and "5 good images" in done.output
     with pytest.raises(DataError, match="expected at least 24 good images .* found 5 good images"):
         fit(folder, tmp_path / "run", Recipe(size=8, folds=24), progress=False, say=silent)
-    with pytest.raises(DataError, match="needs at least 5"):
+    with pytest.raises(DataError, match="expected at least 5 good images"):
         choose(pictures(tmp_path / "few", 2), size=8, progress=False)
 
 
