@@ -71,7 +71,7 @@ def inspect(
             out, data, out, device=device, skip_bad=skip_bad, seed=0, progress=progress, say=say
         )
     except DataError as error:
-        say(f"no inspection model: {error}")
+        say(f"the inspection recipe was left out: {error}")
         return None
     model, test = load_inspection(out, device=device), report.test
     assert test is not None

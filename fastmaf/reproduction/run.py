@@ -145,7 +145,7 @@ def _inspect(
     try:
         recipe = recipe or Recipe(size=config.size, seed=config.seed)
     except ValueError as error:
-        options["say"](f"no inspection model: {error}")
+        options["say"](f"the inspection recipe was left out: {error}")
         return None
     return inspect(data, out, recipe, **options)
 

@@ -179,7 +179,7 @@ def test_images_that_do_not_suit_the_inspection_recipe(
     config = dataclasses.replace(TINY, size=size)
     result = reproduce(tmp_path, config, data=data, recipe=recipe, say=messages.append)
     assert result.inspection is None
-    assert any(text.startswith("no inspection model: ") and why in text for text in messages)
+    assert any(text.startswith("the inspection recipe was left out: ") and why in text for text in messages)
     assert line(result.table, "image AUROC")[3] == "–"
     assert "not shown" in (tmp_path / "report.html").read_text(encoding="utf-8")
     assert not (tmp_path / "inspection").exists()
