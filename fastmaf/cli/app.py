@@ -72,7 +72,7 @@ def main() -> None:
             stream.reconfigure(errors="replace")
     try:
         try:
-            app()
+            app(prog_name="fastmaf")
         finally:
             LOG.info("finished after %.1f s", time.perf_counter() - start)
             with write_errors(STDOUT):  # a full disk may show only when the buffer is flushed

@@ -10,7 +10,7 @@ import typer
 from fastmaf.cli import options
 from fastmaf.cli.former import ModelArgument
 from fastmaf.cli.options import checked_settings, device_named, options_of, refuse, share
-from fastmaf.cli.output import say
+from fastmaf.cli.output import say, say_aside, say_json, say_or_aside
 
 if TYPE_CHECKING:
     from fastmaf.capsule.config import TrainConfig
@@ -95,6 +95,7 @@ def train(
     cuda_graphs: Annotated[
         bool, typer.Option("--cuda-graphs/--no-cuda-graphs", help="On a GPU, replay training steps as CUDA graphs.")
     ] = True,
+    as_json: options.Json = False,
     quiet: options.Quiet = False,
     verbose: options.Verbose = False,
 ) -> None:
@@ -106,15 +107,11 @@ def train(
     from fastmaf.capsule.train import train as run
 
     result = run(data, out, config, **settings)
+    say_or_aside(as_json)(result.describe())
+    if as_json:
+        say_json(result.summary())
     if result.interrupted:
-        say(f"stopped after {len(result.log)} whole epochs; the model is in {result.model}; --resume continues")
         raise typer.Exit(130)
-    if result.log:
-        last = result.log[-1]
-        validation = "" if last["val_nll"] is None else f", held-out NLL {last['val_nll']:,.0f}"
-        bits = f"{last['bits_per_dim']:.3f} bits/dim on [0, 1]"
-        say(f"epoch {len(result.log)}: NLL {last['nll']:,.0f} nats{validation}, {bits}")
-    say(f"the model is in {result.model}")
 
 
 @app.command(cls=ModelArgument)
@@ -124,6 +121,7 @@ def sample(
     n: Annotated[int, typer.Option("-n", "--number", min=1, metavar="N", help="Number of images.")] = 5,
     seed: options.Seed = 0,
     device: options.Device = "auto",
+    as_json: options.Json = False,
     quiet: options.Quiet = False,
     verbose: options.Verbose = False,
 ) -> None:
@@ -132,7 +130,9 @@ def sample(
     from fastmaf.capsule.sample import sample as run
 
     result = run(load_model(model, device=device_named(device)), out, n, seed=seed, progress=not quiet)
-    say(f"{n} samples in {result.seconds:.2f} s: {result.files[0].parent}, all in one picture: {result.grid}")
+    say_or_aside(as_json)(result.describe())
+    if as_json:
+        say_json(result.summary())
 
 
 @app.command("eval", cls=ModelArgument)
@@ -160,14 +160,17 @@ def evaluate(
     from fastmaf.capsule.evaluate import evaluate as run
     from fastmaf.capsule.models import load_model
     from fastmaf.inspection.model import is_inspection_model
-    from fastmaf.metrics.result_files import format_table
+    from fastmaf.metrics.result_files import format_table, to_json
 
     if is_inspection_model(model):
         raise ValueError(f"{model} is an inspection model: use 'fastmaf inspect eval'")
     loaded = load_model(model, device=device_named(device))
     evaluation = run(loaded, data, out, false_alarm=false_alarm, skip_bad=skip_bad, seed=seed, progress=not quiet)
-    say(format_table(evaluation))
-    say(f"scores, metrics and figures are in {out}")
+    tell = say_or_aside(as_json)
+    tell(format_table(evaluation))
+    tell(f"scores, metrics and figures are in {out}")
+    if as_json:
+        say_json(to_json(evaluation, {"model": loaded.path.name}))
 
 
 @app.command()
@@ -217,7 +220,7 @@ def _settings(given: dict[str, Any], **defaults: Any) -> tuple[TrainConfig, dict
             **{field.name: values[field.name] for field in fields(TrainConfig) if field.name in values}
         )
     if config.masks != "strict":
-        say(
+        say_aside(
             f"--masks {config.masks}: the output mask of the published run compares degrees with >= instead of >, so "
             "that some outputs depend on their own input. The log-determinant is wrong there: what is reported as NLL "
             "is no density, and the model cannot sample."

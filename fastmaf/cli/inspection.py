@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from fastmaf.cli import options
 from fastmaf.cli.former import ModelArgument
 from fastmaf.cli.options import checked_settings, device_named, refuse
-from fastmaf.cli.output import say, say_aside
+from fastmaf.cli.output import say, say_aside, say_json, say_or_aside
+
+if TYPE_CHECKING:
+    from fastmaf.inspection.calibration import Calibration
 
 app = typer.Typer(no_args_is_help=True, help="Find defects in images of any object, from good images alone.")
 
@@ -33,6 +36,8 @@ def fit(
     ] = False,
     seed: options.Seed = 0,
     skip_bad: options.SkipBad = False,
+    explain: options.Explain = False,
+    as_json: options.Json = False,
     quiet: options.Quiet = False,
     verbose: options.Verbose = False,
 ) -> None:
@@ -46,7 +51,10 @@ def fit(
         recipe = Recipe(size=size, seed=seed, dequantize=dequantize, logit=logit)
     from fastmaf.inspection.workflow.fit import fit as run
 
-    run(data, out, recipe, keep_folds=keep_folds, skip_bad=skip_bad, progress=not quiet, say=say)
+    settings: Any = {"keep_folds": keep_folds, "skip_bad": skip_bad, "explain": explain, "progress": not quiet}
+    result = run(data, out, recipe, **settings, say=say_or_aside(as_json))
+    if as_json:
+        say_json(result.summary())
 
 
 @app.command(cls=ModelArgument)
@@ -54,6 +62,8 @@ def calibrate(
     model: options.Model = Path("results"),
     false_alarm: options.FalseAlarm = 0.05,
     confidence: options.Confidence = None,
+    explain: options.Explain = False,
+    as_json: options.Json = False,
     verbose: options.Verbose = False,
 ) -> None:
     """Set the threshold for a false-alarm rate.
@@ -62,7 +72,7 @@ def calibrate(
     """
     from fastmaf.inspection.workflow.calibrate import calibrate as run
 
-    say(run(model, false_alarm, confidence).describe())
+    _say_calibration(run(model, false_alarm, confidence), explain, as_json)
 
 
 @app.command()
@@ -73,6 +83,8 @@ def recalibrate(
     confidence: options.Confidence = None,
     skip_bad: options.SkipBad = False,
     device: options.Device = "auto",
+    explain: options.Explain = False,
+    as_json: options.Json = False,
     quiet: options.Quiet = False,
     verbose: options.Verbose = False,
 ) -> None:
@@ -84,7 +96,14 @@ def recalibrate(
 
     settings = (model, images, false_alarm, confidence)
     done = run(*settings, skip_bad=skip_bad, device=device_named(device), progress=not quiet, say=say_aside)
-    say(done.describe())
+    _say_calibration(done, explain, as_json)
+
+
+def _say_calibration(calibration: Calibration, explain: bool, as_json: bool) -> None:
+    if as_json:
+        say_json(calibration.summary())
+    else:
+        say(calibration.describe(explain))
 
 
 @app.command()
@@ -153,7 +172,10 @@ def evaluate(
     from fastmaf.inspection.workflow.evaluate import evaluate as run
 
     name = device_named(device)
-    run(model, data, out, device=name, skip_bad=skip_bad, seed=seed, progress=not quiet, say=say)
+    settings: Any = {"device": name, "skip_bad": skip_bad, "seed": seed, "progress": not quiet}
+    result = run(model, data, out, **settings, say=say_or_aside(as_json))
+    if as_json:
+        say_json(result.to_json())
 
 
 @app.command()
@@ -179,6 +201,7 @@ def choose(
     draws: Annotated[int, typer.Option(min=1, metavar="N", help="Defects drawn onto each normal image.")] = 3,
     seed: options.Seed = 0,
     skip_bad: options.SkipBad = False,
+    as_json: options.Json = False,
     quiet: options.Quiet = False,
     verbose: options.Verbose = False,
 ) -> None:
@@ -192,4 +215,8 @@ def choose(
         Recipe(size=size)
     from fastmaf.inspection.workflow.choose import choose as run
 
-    say(run(data, size=size, draws=draws, seed=seed, skip_bad=skip_bad, progress=not quiet, say=say_aside).describe())
+    result = run(data, size=size, draws=draws, seed=seed, skip_bad=skip_bad, progress=not quiet, say=say_aside)
+    if as_json:
+        say_json(result.to_json())
+    else:
+        say(result.describe())

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+from collections.abc import Callable
 from typing import Any
 
 import typer
@@ -32,6 +33,11 @@ def error_text(error: BaseException) -> str:
         return str(error)
     reason = error.strerror[:1].lower() + error.strerror[1:]
     return reason if error.filename is None else f"{os.fsdecode(error.filename)}: {reason}"
+
+
+def say_or_aside(as_json: bool) -> Callable[[str], None]:
+    """Returns where texts go: to standard error if standard output is for JSON."""
+    return say_aside if as_json else say
 
 
 def say_json(content: Any) -> None:

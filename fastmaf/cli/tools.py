@@ -61,8 +61,11 @@ def bench(
         raise typer.Exit(1)
 
 
-def doctor(verbose: options.Verbose = False) -> None:
+def doctor(as_json: options.Json = False, verbose: options.Verbose = False) -> None:
     """Show versions, devices, and the backends in use."""
-    from fastmaf.doctor import report
+    from fastmaf.doctor import facts, report
 
-    say(report())
+    if as_json:
+        say_json(facts())
+    else:
+        say(report())

@@ -177,8 +177,8 @@ def test_demo_data_does_not_touch_a_foreign_folder(run: Fastmaf, tmp_path: Path)
 def test_leaky_masks_say_what_they_are_and_do_not_sample(run: Fastmaf, data: Path, tmp_path: Path) -> None:
     done = run("capsule", "train", "--data", data, "--out", tmp_path, *SMALL, "--masks", "reference")
     assert done.code == 0
-    assert ">= instead of >" in done.out
-    assert "no density" in done.out
+    assert ">= instead of >" in done.err
+    assert "no density" in done.err
     done = run("capsule", "sample", tmp_path, "--out", tmp_path, "--quiet")
     assert done.code == 1
     assert_one_error(done, "leaky output mask", "train with strict masks to sample")

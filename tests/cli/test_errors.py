@@ -119,7 +119,7 @@ def test_control_characters_of_names_are_escaped(run: Fastmaf, model: Path, tmp_
 
 
 def test_ctrl_c_is_reported(run: Fastmaf, monkeypatch: pytest.MonkeyPatch) -> None:
-    def interrupted() -> None:
+    def interrupted(**_: object) -> None:
         raise KeyboardInterrupt
 
     monkeypatch.setattr(app, "app", interrupted)

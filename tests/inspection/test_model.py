@@ -87,5 +87,5 @@ def test_a_damaged_model_is_refused(name: str, model_copy: Path) -> None:
 def test_another_model_is_no_inspection_model(tmp_path: Path) -> None:
     fastmaf.MAF(48, 1, (8,), seed=0).save(tmp_path / "plain.safetensors")
     assert not is_inspection_model(tmp_path / "plain.safetensors")
-    with pytest.raises(fastmaf.CheckpointError, match="recipe inspection"):
+    with pytest.raises(fastmaf.CheckpointError, match="fastmaf inspect fit"):
         load_inspection(tmp_path / "plain.safetensors")

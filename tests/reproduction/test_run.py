@@ -168,7 +168,7 @@ def test_leaky_masks_are_compared_without_samples(data: Path, tmp_path: Path) ->
 @pytest.mark.parametrize(
     ("recipe", "size", "why"),
     [
-        (dataclasses.replace(RECIPE, folds=20), 8, "at least 20 for fitting"),
+        (dataclasses.replace(RECIPE, folds=20), 8, "at least 20 good images for fitting"),
         (None, 9, "size must be a multiple of patch = 2"),
     ],
 )
@@ -236,7 +236,7 @@ def test_ctrl_c_in_the_inspection_recipe_keeps_the_published_part(
     def interrupted(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(inspection_run, "train", interrupted)
+    monkeypatch.setattr(inspection_run, "fit", interrupted)
     messages: list[str] = []
     assert reproduce(tmp_path, TINY, data=data, say=messages.append) is None
     assert "--resume" in messages[-1]
