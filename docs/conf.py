@@ -26,6 +26,8 @@ extensions = [
 exclude_patterns = ["_build"]
 
 html_theme = "furo"
+html_static_path = ["_static"]
+html_css_files = ["fastmaf.css"]
 html_title = f"fastmaf {release}"
 html_theme_options = {"top_of_page_buttons": []}
 
