@@ -191,15 +191,22 @@ def reproduce(
     ] = None,
     **_: Any,
 ) -> None:
-    """Train, sample and evaluate as in the published run; compare."""
+    """Repeat the published run, beside fastmaf's own recipe.
+
+    Trains, samples and evaluates with the published recipe, then fits an inspection model to the same images, and
+    compares both: on the terminal, and in report.html.
+    """
     defaults = {"epochs": 20, "holdout": 0.1} if data is None else {"epochs": 100, "holdout": 0.0}
     config, settings = _settings(context.params, **defaults)
     from fastmaf.reproduction import reproduce as run
 
-    result = run(out, config, data=data, say=say, **settings)
+    tell = say_or_aside(context.params["as_json"])
+    result = run(out, config, data=data, say=tell, **settings)
     if result is None:
         raise typer.Exit(130)
-    say(f"\n{result.table}\n\neverything is in {out}")
+    tell(f"\n{result.table}\n\neverything is in {out}; begin with {out / 'report.html'}")
+    if context.params["as_json"]:
+        say_json(result.summary())
 
 
 def _settings(given: dict[str, Any], **defaults: Any) -> tuple[TrainConfig, dict[str, Any]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from fastmaf.images.decode import DataError
 from fastmaf.images.samples import SampleResult, write_samples
@@ -18,6 +19,7 @@ from fastmaf.inspection.workflow.fit import fit
 from fastmaf.inspection.workflow.fit import outputs_of as fit_outputs
 from fastmaf.io.outputs import Output
 from fastmaf.metrics.evaluate import evaluate_scores
+from fastmaf.metrics.result_files import to_json
 from fastmaf.metrics.results import Evaluation
 
 SAMPLES = 5
@@ -46,6 +48,17 @@ class InspectionRun:
         """Mean time of drawing a sample."""
         return self.samples.seconds / len(self.samples.files)
 
+    def summary(self) -> dict[str, Any]:
+        """Returns the results as JSON types."""
+        default = self.test.default
+        return {
+            "seconds": self.seconds,
+            "seconds_per_sample": self.seconds_per_sample,
+            "pixel_auroc": default.pixel_auroc,
+            "au_pro": default.au_pro,
+            "evaluation": to_json(self.evaluation),
+        }
+
 
 def inspect(
     data: str | Path,
@@ -66,9 +79,9 @@ def inspect(
         skip_bad, device, progress, say: see ``fastmaf.inspection.workflow``.
     """
     try:
-        fitted = fit(data, out, recipe, skip_bad=skip_bad, progress=progress, say=say)
+        fitted = fit(data, out, recipe, skip_bad=skip_bad, progress=progress, say=_unheard)
         _, report = evaluate_with_report(
-            out, data, out, device=device, skip_bad=skip_bad, seed=0, progress=progress, say=say
+            out, data, out, device=device, skip_bad=skip_bad, seed=0, progress=progress, say=_unheard
         )
     except DataError as error:
         say(f"the inspection recipe was left out: {error}")
@@ -83,6 +96,10 @@ def inspect(
     )
     samples = write_samples(model.flow, model.size, out, SAMPLES, progress=progress)
     return InspectionRun(sum(fitted.fitted.seconds.values()), report, test, evaluation, samples)
+
+
+def _unheard(text: str) -> None:
+    """Takes what the steps say: the comparison sums it up, and the report has all of it."""
 
 
 def outputs_of(out: Path) -> list[Output]:

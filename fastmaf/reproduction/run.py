@@ -25,7 +25,7 @@ from fastmaf.inspection.report.content import REPORT, REPORT_FILE
 from fastmaf.io.atomic import written_atomically
 from fastmaf.io.outputs import Output, check_outputs, text_file
 from fastmaf.io.run_folder import run_folder
-from fastmaf.metrics.result_files import format_table
+from fastmaf.metrics.result_files import to_json
 from fastmaf.metrics.results import Evaluation
 from fastmaf.reproduction import inspection_run
 from fastmaf.reproduction.inspection_run import SAMPLES, InspectionRun, inspect
@@ -53,6 +53,15 @@ class Reproduction:
     seconds_per_sample: float | None
     inspection: InspectionRun | None
     table: str
+
+    def summary(self) -> dict[str, Any]:
+        """Returns the results of both recipes as JSON types; ``inspection`` is None if there is none."""
+        return {
+            "training": self.training.summary(),
+            "evaluation": to_json(self.evaluation),
+            "seconds_per_sample": self.seconds_per_sample,
+            "inspection": None if self.inspection is None else self.inspection.summary(),
+        }
 
 
 @fastmaf.torch_defaults()
@@ -121,9 +130,8 @@ def reproduce(
         seconds = None if samples is None else samples.seconds / SAMPLES
         extra = {"train_config": config, "seconds_per_sample": seconds}
         evaluation = evaluate(model, data, out, skip_bad=skip_bad, extra=extra, progress=progress)
-        say(format_table(evaluation))
+        say(f"published recipe: image AUROC {evaluation.auroc:.3f}, {training.describe()}")
         options = {"skip_bad": skip_bad, "device": device, "progress": progress, "say": say}
-        say("\nfastmaf's recipe, on the same images:")
         try:
             inspection = _inspect(data, out / INSPECTION_FOLDER, config, recipe, options)
         except KeyboardInterrupt:
@@ -135,7 +143,6 @@ def reproduce(
         write_comparison(
             out, data, table, training, evaluation, samples, inspection, size=config.size, skip_bad=skip_bad
         )
-        say(f"both recipes beside each other: {out / REPORT_FILE}")
         return Reproduction(training, evaluation, seconds, inspection, str(table))
 
 

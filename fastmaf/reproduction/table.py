@@ -69,11 +69,11 @@ def compare(
     pixels = None if inspection is None else inspection.test.default.pixel_auroc
     fit = (NONE, NONE) if inspection is None else (f"{inspection.seconds:.0f}", f"{inspection.seconds_per_sample:.3f}")
     rows: list[Row] = [
-        ("image AUROC (95 % interval)", f"{published.AUROC:.3f}", _auroc(evaluation), _auroc(ours)),
+        ("image AUROC (95% interval)", f"{published.AUROC:.3f}", _auroc(evaluation), _auroc(ours)),
         ("pixel AUROC", NONE, NONE, NONE if pixels is None else f"{pixels:.3f}"),
         ("at the threshold chosen on test labels:", "", "", ""),
         *_at(evaluation.youden, None if ours is None else ours.youden, is_published=True),
-        ("at the threshold from held-out normals:", "", "", ""),
+        ("at the threshold from held-out normal images:", "", "", ""),
         *_at(evaluation.held_out, None if ours is None else ours.held_out, is_published=False),
         (
             "seconds to train (epochs)",
@@ -86,11 +86,11 @@ def compare(
         *((f"NLL, epoch {e} (nats)", before.get(e, NONE), f"{nll[e]:,.0f}", NONE) for e in epochs),
     ]
     notes = [
-        "P/R/F1: precision, recall and F1. The published run chose its threshold on the test labels; a threshold from "
-        "held-out normals uses none."
+        "The published run chose its threshold on the labels of the test images; a threshold from held-out normal "
+        "images uses none."
     ]
     if evaluation.held_out is None:
-        notes.append("No normals were held out of the training of this run.")
+        notes.append("No normal images were held out of the training of this run.")
     if not real:
         notes.append("Published values are of the real images, and cannot be compared with those of synthetic ones.")
     source = "" if real else "(synthetic)"
@@ -105,18 +105,16 @@ def _auroc(evaluation: Evaluation | None) -> str:
 
 
 def _at(this: ThresholdReport | None, ours: ThresholdReport | None, *, is_published: bool) -> list[Row]:
-    theirs = (f"{published.ACCURACY}", _prf(published.ANOMALY), _prf(published.NORMAL), f"{published.FALSE_ALARM_RATE}")
-    names = ("accuracy", "P/R/F1 of defects", "P/R/F1 of normals", "false alarms among good images")
-    columns = theirs if is_published else (NONE,) * 4, _values(this), _values(ours)
+    theirs = (_f1(published.ANOMALY), f"{published.FALSE_ALARM_RATE:.0%}")
+    names = ("F1 of defects (precision, recall)", "false alarms among good images")
+    columns = theirs if is_published else (NONE, NONE), _values(this), _values(ours)
     return [(f"  {name}", a, b, c) for name, a, b, c in zip(names, *columns, strict=True)]
 
 
-def _values(report: ThresholdReport | None) -> tuple[str, str, str, str]:
-    if report is None:
-        return (NONE,) * 4
-    prf = _prf(report.anomaly), _prf(report.normal)
-    return f"{report.accuracy:.2f}", *prf, f"{report.false_alarm_rate:.2f}"
+def _values(report: ThresholdReport | None) -> tuple[str, str]:
+    return (NONE, NONE) if report is None else (_f1(report.anomaly), f"{report.false_alarm_rate:.0%}")
 
 
-def _prf(values: Prf | tuple[float, float, float]) -> str:
-    return "/".join(f"{value:.2f}".removeprefix("0") for value in values)
+def _f1(values: Prf | tuple[float, float, float]) -> str:
+    precision, recall, f1 = values
+    return f"{f1:.2f} ({precision:.2f}, {recall:.2f})"

@@ -94,14 +94,14 @@ def test_the_table_compares_three_runs(ten_epochs: tuple[Path, Reproduction, str
     assert auroc[2].startswith(f"{result.evaluation.auroc:.3f} (")
     assert auroc[3].startswith(f"{ours.test.default.auroc:.3f} ({ours.test.default.interval[0]:.3f}–")
     assert line(table, "pixel AUROC")[1:] == ["–", "–", f"{ours.test.default.pixel_auroc:.3f}"]
-    youden, held_out = table.split("at the threshold from held-out normals:")
-    assert line(youden, "accuracy")[1:3] == ["0.86", f"{result.evaluation.youden.accuracy:.2f}"]
-    assert line(youden, "P/R/F1 of defects")[1] == ".90/.93/.91"
-    assert line(youden, "P/R/F1 of normals")[1] == ".60/.52/.56"
-    assert line(youden, "false alarms")[1] == "0.48"
+    youden, held_out = table.split("at the threshold from held-out normal images:")
+    precision, recall, f1 = result.evaluation.youden.anomaly
+    ours_f1 = f"{f1:.2f} ({precision:.2f}, {recall:.2f})"
+    assert line(youden, "F1 of defects")[1:3] == ["0.91 (0.90, 0.93)", ours_f1]
+    assert line(youden, "false alarms")[1] == "48%"
     assert line(held_out, "false alarms")[1:3] == ["–", "–"]
-    assert "No normals were held out of the training of this run." in table
-    assert f"AUROC {result.evaluation.auroc:.4f}" in messages, "the evaluation is printed as well"
+    assert "No normal images were held out of the training of this run." in table
+    assert f"published recipe: image AUROC {result.evaluation.auroc:.3f}" in messages
 
 
 def test_the_threshold_of_the_recipe_is_that_of_its_model(ten_epochs: tuple[Path, Reproduction, str]) -> None:
@@ -112,8 +112,8 @@ def test_the_threshold_of_the_recipe_is_that_of_its_model(ten_epochs: tuple[Path
     with open(out / "inspection" / "scores.csv", newline="") as file:
         rows = [(row["label"] == "good", row["verdict"] == "anomalous") for row in csv.DictReader(file)]
     alarms = [alarm for good, alarm in rows if good]
-    rate = f"{sum(alarms) / len(alarms):.2f}"
-    assert line(result.table.split("held-out normals:")[1], "false alarms")[3] == rate
+    rate = f"{sum(alarms) / len(alarms):.0%}"
+    assert line(result.table.split("held-out normal images:")[1], "false alarms")[3] == rate
 
 
 def test_the_metrics_contain_the_settings(ten_epochs: tuple[Path, Reproduction, str]) -> None:
@@ -145,8 +145,11 @@ def test_without_data_the_synthetic_set_is_drawn_and_reported(
     assert "synthetic capsules" in messages[0]
     assert "(synthetic)" in result.table.splitlines()[1]
     assert result.evaluation.held_out is not None
-    assert line(result.table, "at the threshold from held-out normals") == ["at the threshold from held-out normals:"]
-    assert len(re.findall(r"^  accuracy ", result.table, re.MULTILINE)) == 2
+    heading = "at the threshold from held-out normal images:"
+    assert line(result.table, heading.rstrip(":")) == [heading]
+        "at the threshold from held-out normal images:"
+    ]
+    assert len(re.findall(r"^  F1 of defects ", result.table, re.MULTILINE)) == 2
     # A resumed run draws the same images again.
     result = reproduce(tmp_path, dataclasses.replace(config, epochs=2), resume=True, say=messages.append)
     assert [row["epoch"] for row in result.training.log] == [1, 2]
