@@ -147,8 +147,6 @@ def test_without_data_the_synthetic_set_is_drawn_and_reported(
     assert result.evaluation.held_out is not None
     heading = "at the threshold from held-out normal images:"
     assert line(result.table, heading.rstrip(":")) == [heading]
-        "at the threshold from held-out normal images:"
-    ]
     assert len(re.findall(r"^  F1 of defects ", result.table, re.MULTILINE)) == 2
     # A resumed run draws the same images again.
     result = reproduce(tmp_path, dataclasses.replace(config, epochs=2), resume=True, say=messages.append)
