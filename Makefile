@@ -45,7 +45,7 @@ reproduce: install  ## train, sample and evaluate on the synthetic capsules, or 
 test: $(VENV)/.installed-test  ## run the tests that a change needs, under five minutes
 	"$(BIN)/python" -m pytest -m "not slow"
 
-test-all: test $(PASCAL)  ## those, then the slow ones: interpreted and compiled GPU kernels, benchmarks, interruptions
+test-all: test $(PASCAL) $(VENV)/.installed-docs  ## those, then the slow ones: GPU kernels interpreted and compiled, benchmarks, interruptions, documentation
 	"$(BIN)/python" -m pytest -m slow
 
 # compute-sanitizer comes with the CUDA toolkit; in some sandboxes it cannot watch a process. It is slow: two small tests of every
