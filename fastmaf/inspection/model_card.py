@@ -8,6 +8,7 @@ from typing import Any
 
 from fastmaf.inspection.calibration import Calibration
 from fastmaf.io.model_card import TO_FILL_IN, ModelCard
+from fastmaf.io.wording import ordinal, percent
 
 _CODE = """\
 import fastmaf
@@ -55,6 +56,6 @@ def _evaluation(calibration: Calibration, about: Mapping[str, Any]) -> str:
     if calibration.how == "split":
         kind = f"scores of {calibration.n:,} normal images that the model was not fitted to"
     return (
-        f"{nll}The threshold is {calibration.threshold:.6g}, number {calibration.rank:,} of the {kind}, in ascending "
-        f"order. Expected false-alarm rate: {calibration.expected_rate:.2%}."
+        f"{nll}The threshold is {calibration.threshold:.6g}, the {ordinal(calibration.rank)} lowest of the {kind}. "
+        f"Expected false-alarm rate: {percent(calibration.expected_rate)}."
     )

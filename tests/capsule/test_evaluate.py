@@ -87,7 +87,7 @@ def test_metrics_hold_both_thresholds(
     assert "test labels" in metrics["youden"]["how"]
     scores = held_out_nll(model, labelled)
     assert len(scores) == 3
-    assert metrics["held_out"]["threshold"] == pytest.approx(scores.max(), rel=1e-6), "three images are too few for 5 %"
+    assert metrics["held_out"]["threshold"] == pytest.approx(scores.max(), rel=1e-6), "three images are too few for 5%"
     assert metrics["held_out"]["promised_rate"] == pytest.approx(1 / 4)
     assert set(metrics["per_class"]) == {"good", *CLASSES}
     assert len(metrics["auroc_interval"]) == 2

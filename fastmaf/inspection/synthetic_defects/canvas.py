@@ -63,7 +63,7 @@ class Canvas:
         return busy > busy.mean()
 
     def place(self, weight: Array | None = None) -> tuple[float, float]:
-        """Returns a random point (y, x), by weights [s, s]; by default on the object, in 10 % of cases anywhere."""
+        """Returns a random point (y, x), by weights [s, s]; by default on the object, in 10% of cases anywhere."""
         if weight is None:
             weight = self.object if self.rng.random() > 0.1 else np.zeros_like(self.contrast)
         total = np.cumsum(weight, dtype=np.float64)
