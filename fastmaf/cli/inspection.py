@@ -68,7 +68,7 @@ def calibrate(
 ) -> None:
     """Set the threshold for a false-alarm rate.
 
-    It is taken from the scores of held-out normal images, which the model file holds.
+    It is taken from the scores of held-out good images, which the model file holds.
     """
     from fastmaf.inspection.workflow.calibrate import calibrate as run
 
@@ -201,7 +201,7 @@ def export(
 def choose(
     data: options.TrainData,
     size: options.Size = 64,
-    draws: Annotated[int, typer.Option(min=1, metavar="N", help="Defects drawn onto each normal image.")] = 3,
+    draws: Annotated[int, typer.Option(min=1, metavar="N", help="Defects drawn onto each good image.")] = 3,
     seed: options.Seed = 0,
     skip_bad: options.SkipBad = False,
     as_json: options.Json = False,

@@ -21,7 +21,7 @@ def test_the_card_holds_the_figures_of_the_model(
     model, card = result.model, tmp_path / "README.md"
     model.save(tmp_path / "m.safetensors", card=card)
     text = card.read_text("utf-8")
-    assert f"{len(pixels)} normal images" in text
+    assert f"{len(pixels)} good images" in text
     assert f"{model.about['held_out_nll']:,.0f} nats" in text
     calibration = model.calibration
     rank = f"the {ordinal(calibration.rank)} lowest of the out-of-fold scores"

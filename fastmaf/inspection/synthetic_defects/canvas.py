@@ -21,11 +21,11 @@ WEAKEST, STRONGEST = 6.0, 80.0
 
 @dataclass(frozen=True, eq=False)
 class Canvas:
-    """One normal image and its properties that drawing a defect needs.
+    """One good image and its properties that drawing a defect needs.
 
     Attributes:
         image: float32 [s, s, 3], grey levels.
-        donor: another normal image, or the same one, likewise.
+        donor: another good image, or the same one, likewise.
         rng: of this defect.
         boost: factor on the strength; above 1 if the previous attempt was not visible enough.
     """
