@@ -180,13 +180,18 @@ def reproduce(
     out: Path,
     data: options.OptionalData = None,
     epochs: Annotated[
-        int | None, typer.Option(min=1, metavar="N", help="Default: 100 with --data, 20 on the synthetic set.")
+        int | None,
+        typer.Option(
+            min=1,
+            metavar="N",
+            help="Passes over the training images. Default: 100 with --data, 20 on the synthetic set.",
+        ),
     ] = None,
     holdout: Annotated[
         float | None,
         typer.Option(
             metavar="SHARE",
-            help="Share of the good images held out. Default: 0 with --data, 0.1 on the synthetic set.",
+            help="Share of the good images held out of training. Default: 0 with --data, 0.1 on the synthetic set.",
         ),
     ] = None,
     **_: Any,

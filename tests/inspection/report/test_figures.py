@@ -74,7 +74,7 @@ def test_figures_say_what_they_show(figures: dict[str, Drawing]) -> None:
     } <= set(shown)
     assert "a $1 & $2 <b> \u5b57 (15)" in shown and "cut (15)" in shown
     counts = verdicts(RESULTS, CALIBRATION.threshold)
-    point = f"{counts.detected} of 30 defects, {counts.false_alarms} of 20 false alarms"
+    point = f"{counts.detected} of 30 defects, false alarms: {counts.false_alarms} of 20"
     assert any(point in text for text in texts(figures["roc"]))
     assert point in ElementTree.fromstring(figures["roc"].svg).attrib["aria-label"]
     assert {"training", "held-out good images", "\u221211", "step"} <= set(texts(figures["curve"]))
