@@ -40,7 +40,7 @@ native: install  ## build the native library, or fail and say why; what has not 
 	"$(BIN)/python" setup.py -q build_ext --inplace
 
 reproduce: install  ## train, sample and evaluate on the synthetic capsules, or on DATA="/path/to/capsule"; writes to OUT
-	"$(BIN)/fastmaf" reproduce --out "$$OUT" $${DATA:+--data "$$DATA"} $${EPOCHS:+--epochs "$$EPOCHS"}
+	"$(BIN)/fastmaf" capsule reproduce --out "$$OUT" $${DATA:+--data "$$DATA"} $${EPOCHS:+--epochs "$$EPOCHS"}
 
 test: $(VENV)/.installed-test  ## run the tests that a change needs, under five minutes
 	"$(BIN)/python" -m pytest -m "not slow"

@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 from fastmaf.bench.labels import RATES, case_rank, machine_in_words, percent
 from fastmaf.bench.rows import Row, read, value
 from fastmaf.bench.tables import aligned, median_of
+from fastmaf.io.wording import count
 
 SLOWER = 1.1  # medians of two runs of the same code differ by several percent on a shared machine
 LARGER = 1.05  # allocations are the same from run to run, apart from what the allocator keeps
@@ -110,8 +111,9 @@ def compare(before: Path, after: Path) -> Comparison:
     lines += aligned([head, *map(_cells, pairs)], (4, 5)) if pairs else ["No row is in both files."]
     lines += [
         "",
-        f"{len(pairs)} rows compared: {counts[REGRESSION]} slower or larger (REGRESSION), {counts[IMPROVEMENT]} "
-        f"faster or smaller (improvement), {counts[MACHINE]} changed as the machine's limits did (machine).",
+        f"{count(len(pairs), 'row')} compared: {counts[REGRESSION]} slower or larger (REGRESSION), "
+        f"{counts[IMPROVEMENT]} faster or smaller (improvement), "
+        f"{counts[MACHINE]} changed as the machine's limits did (machine).",
         *_only_in("A", [row for key, row in a.items() if key not in b]),
         *_only_in("B", [row for key, row in b.items() if key not in a]),
     ]
@@ -140,4 +142,4 @@ def _cells(pair: Pair) -> list[str]:
 
 def _only_in(name: str, rows: Sequence[Row]) -> list[str]:
     names = textwrap.shorten("; ".join(map(_name, rows)), 1000, placeholder=" …")
-    return [f"Only in {name}: {len(rows)} row{'s' * (len(rows) != 1)}: {names}."] if rows else []
+    return [f"Only in {name}: {count(len(rows), 'row')}: {names}."] if rows else []

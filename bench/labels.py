@@ -92,7 +92,7 @@ def amount(number: float, unit: str) -> str:
 
 def percent(fraction: float) -> str:
     """Returns a share in percent, small ones with two digits."""
-    return f"{100 * fraction:.0f} %" if fraction >= 0.095 else f"{100 * fraction:.2g} %"
+    return f"{100 * fraction:.0f}%" if fraction >= 0.095 else f"{100 * fraction:.2g}%"
 
 
 def machine_in_words(about: dict[str, str]) -> list[str]:

@@ -52,7 +52,7 @@ def table(rows: list[Row]) -> str:
     lines: list[str] = []
     for title, group in groups.items():
         limits = [f"   limit {median_of(row, 'limit')} ({row['must_move']})" for row in group if row["limit"]]
-        head = ("library", "median", "20–80 %", "of limit", "× fastmaf", "error", "note")
+        head = ("library", "median", "20–80%", "of limit", "× fastmaf", "error", "note")
         lines += ["", "".join([title, *limits[:1]])]
         lines += [f"  {line}" for line in aligned([head, *map(_cells, group)], (0, 6))]
     return "\n".join(lines[1:])

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 import fastmaf
+from fastmaf.io.wording import count
 from fastmaf.kernels import dispatch, native_library
 
 _PACKAGES = ("torch", "triton", "numpy", "pillow", "scikit-learn", "matplotlib", "safetensors")
@@ -52,7 +53,7 @@ def report() -> str:
     cpu, native, missing = known["devices"]["cpu"], known["native_library"], known["unavailable"]
     lines = [f"fastmaf {known['fastmaf']}", f"python  {known['python']} on {known['platform']}"]
     lines += [f"{name:<13} {version or 'not installed'}" for name, version in known["packages"].items()]
-    lines += ["", "devices", f"  cpu: {cpu['cores']} cores, torch uses {cpu['threads']} threads"]
+    lines += ["", "devices", f"  cpu: {cpu['cores']} cores, torch uses {count(cpu['threads'], 'thread')}"]
     lines += [f"  {line}" for line in _gpu_lines(known["devices"])]
     lines += ["", "native library"]
     if native["build"] is None:

@@ -48,7 +48,7 @@ def why_not(like: Tensor) -> str | None:
 def empty_on_huge_pages(numel: int, *, device: torch.device | str | None, dtype: torch.dtype | None) -> Tensor:
     """Returns an uninitialised tensor ``[numel]``; a large one on the CPU on huge pages, where the library is there.
 
-    Streaming it then causes fewer page walks (5-15 % less time on one machine).
+    Streaming it then causes fewer page walks (5-15% less time on one machine).
     """
     like = torch.empty(0, device=device, dtype=dtype)
     # A fake tensor, as under torch.compile, has no memory.

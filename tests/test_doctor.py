@@ -64,7 +64,7 @@ def test_a_missing_package_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_it_names_the_devices() -> None:
     cpu, *gpus = section("devices")
     assert cpu.startswith("cpu: ")
-    assert f"torch uses {torch.get_num_threads()} threads" in cpu
+    assert f"torch uses {torch.get_num_threads()} thread" in cpu
     assert len(gpus) == max(1, torch.cuda.device_count())
     assert all(line.startswith("cuda") for line in gpus)
 

@@ -42,7 +42,7 @@ class Card(NamedTuple):
     sm_bytes_per_s: float
 
 
-# Data sheet: 112 GB/s, and 768 multiply-adds a cycle at 1.39 GHz; 85 % and 50 % of them. A launch takes 5 µs with old
+# Data sheet: 112 GB/s, and 768 multiply-adds a cycle at 1.39 GHz; 85% and 50% of them. A launch takes 5 µs with old
 # drivers, a phase of a step 1,300 cycles. One of the six multiprocessors reaches a quarter of the memory's rate.
 GTX_1050_TI = Card("GTX 1050 Ti", 61, 6, 0.85 * 112e9, 0.5 * 768 * 1.39e9, 5e-6, 1e-6, 28e9)
 

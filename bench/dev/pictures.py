@@ -31,7 +31,7 @@ from fastmaf.metrics.results import NORMAL
 
 FOLDER = Path(__file__).parents[2] / "docs" / "images"
 SIDE, GAP, LABEL, TEXT = 192, 8, 200, 20  # pixels
-SPAN = 1.25  # brightest value of a heat map, in units of the largest of the normal images
+SPAN = 1.25  # brightest value of a heat map, in units of the largest of the good images
 
 
 def sample_rows(results: Path) -> Image.Image:

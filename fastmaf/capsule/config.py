@@ -36,7 +36,7 @@ class TrainConfig:
         masks: ``"strict"``, or ``"published"`` for the leaky output mask of the published run. ``"reference"``, its
             name in earlier versions, is accepted and replaced by ``"published"``.
         epochs, batch_size, lr: training with Adam.
-        holdout: share of the normal images kept out of training, for the validation NLL and for thresholds.
+        holdout: share of the good images kept out of training, for the validation NLL and for thresholds.
         warmup_steps, max_grad_norm, max_loss_jump: see ``fastmaf.Guards``.
         seed: seed of the split, the model and the shuffling.
     """
@@ -67,7 +67,7 @@ class TrainConfig:
         if not self.lr > 0:
             raise ValueError(f"lr must be positive; found {self.lr}")
         if not 0 <= self.holdout < 1:
-            raise ValueError(f"holdout is a share of the normal images, 0 <= holdout < 1; found {self.holdout}")
+            raise ValueError(f"holdout is a share of the good images, 0 <= holdout < 1; found {self.holdout}")
         if self.masks not in ("strict", "published", "reference"):
             raise ValueError(f"masks must be 'strict' or 'published'; found {self.masks!r}")
         if self.masks == "reference":

@@ -97,14 +97,14 @@ def _held_out(model: Model, data: str | Path, *, skip_bad: bool, progress: bool)
     if not model.held_out:
         return None
     if not has_normals(Path(data).expanduser()):
-        note(f"no folder train/good in {data}: no threshold from held-out normal images")
+        note(f"no folder train/good in {data}: no threshold from held-out good images")
         return None
     normals = load_train(data, size=model.size, skip_bad=skip_bad, progress=progress)
     wanted = set(model.held_out)
     index = [i for i, name in enumerate(normals.names) if name in wanted]
     if len(index) < len(wanted):
         note(
-            f"{len(wanted) - len(index)} of {len(wanted)} held-out normal images not found in {data}: "
-            + ("the threshold is taken from the others" if index else "no threshold from held-out normal images")
+            f"{len(wanted) - len(index)} of {len(wanted)} held-out good images not found in {data}: "
+            + ("the threshold is taken from the others" if index else "no threshold from held-out good images")
         )
     return normals.subset(index) if index else None

@@ -23,7 +23,7 @@ class Model:
         flow: the flow, with D = 3 size².
         size: side of its images in pixels.
         path: the file it was loaded from.
-        held_out: names of the normal images that were held out of training; empty if unknown.
+        held_out: names of the good images that were held out of training; empty if unknown.
     """
 
     flow: fastmaf.Flow

@@ -53,8 +53,8 @@ def draw_dataset(
 
     Args:
         root: a new or empty folder, or one drawn by this function, whose images are then replaced.
-        train: number of normal images to train on.
-        good: number of normal images to test on.
+        train: number of good images to train on.
+        good: number of good images to test on.
         defects: number of test images (and masks) of each defect class.
         size: side of the square pictures in pixels, 32 to 1024.
         seed: any non-negative integer.

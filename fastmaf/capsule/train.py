@@ -1,4 +1,4 @@
-"""Training on normal images: ``fastmaf capsule train``.
+"""Training on good images: ``fastmaf capsule train``.
 
 Files written to the output folder during training:
 
@@ -60,7 +60,7 @@ def train(
     progress: bool = True,
     locked: bool = False,
 ) -> TrainResult:
-    """Trains a flow on the normal images of ``data/train/good``.
+    """Trains a flow on the good images of ``data/train/good``.
 
     Ctrl-C ends the run after the current step, with a usable model; a resumed run equals an uninterrupted one to the
     bit. Model and log of a finished run in ``out`` stay until the first checkpoint of the new run is complete, and are

@@ -21,7 +21,7 @@ app = typer.Typer(no_args_is_help=True, help="The published run on images of cap
 @app.command("demo-data")
 def demo_data(
     folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="New or empty folder.")],
-    train: Annotated[int, typer.Option(min=0, metavar="N", help="Number of normal images for training.")] = 243,
+    train: Annotated[int, typer.Option(min=0, metavar="N", help="Number of good images for training.")] = 243,
     size: Annotated[int, typer.Option(min=32, max=1024, metavar="N", help="Side of the images in pixels.")] = 192,
     seed: options.Seed = 0,
     quiet: options.Quiet = False,
@@ -29,7 +29,7 @@ def demo_data(
 ) -> None:
     """Draw a synthetic set of capsule images.
 
-    It holds normal images for training and testing, five classes of defects, and their masks.
+    It holds good images for training and testing, five classes of defects, and their masks.
     """
     from fastmaf.capsule.synthetic import draw_dataset
 
@@ -80,7 +80,7 @@ def train(
         ),
     ] = None,
     holdout: Annotated[
-        float, typer.Option(metavar="SHARE", help="Share of the normal images held out of training.")
+        float, typer.Option(metavar="SHARE", help="Share of the good images held out of training.")
     ] = 0.1,
     guards: Annotated[
         bool | None,
@@ -143,7 +143,7 @@ def evaluate(
     false_alarm: Annotated[
         float,
         typer.Option(
-            callback=share, metavar="RATE", help="False-alarm rate of the threshold from held-out normal images."
+            callback=share, metavar="RATE", help="False-alarm rate of the threshold from held-out good images."
         ),
     ] = 0.05,
     skip_bad: options.SkipBad = False,
@@ -180,13 +180,18 @@ def reproduce(
     out: Path,
     data: options.OptionalData = None,
     epochs: Annotated[
-        int | None, typer.Option(min=1, metavar="N", help="Default: 100 with --data, 20 on the synthetic set.")
+        int | None,
+        typer.Option(
+            min=1,
+            metavar="N",
+            help="Passes over the training images. Default: 100 with --data, 20 on the synthetic set.",
+        ),
     ] = None,
     holdout: Annotated[
         float | None,
         typer.Option(
             metavar="SHARE",
-            help="Share of the normal images held out. Default: 0 with --data, 0.1 on the synthetic set.",
+            help="Share of the good images held out of training. Default: 0 with --data, 0.1 on the synthetic set.",
         ),
     ] = None,
     **_: Any,

@@ -51,8 +51,8 @@ def fit(
         recipe = Recipe(size=size, seed=seed, dequantize=dequantize, logit=logit)
     from fastmaf.inspection.workflow.fit import fit as run
 
-    settings: Any = {"keep_folds": keep_folds, "skip_bad": skip_bad, "explain": explain, "progress": not quiet}
-    result = run(data, out, recipe, **settings, say=say_or_aside(as_json))
+    result = run(data, out, recipe, keep_folds=keep_folds, skip_bad=skip_bad, progress=not quiet, say=say_aside)
+    say_or_aside(as_json)(result.describe(explain))
     if as_json:
         say_json(result.summary())
 
@@ -68,7 +68,7 @@ def calibrate(
 ) -> None:
     """Set the threshold for a false-alarm rate.
 
-    It is taken from the scores of held-out normal images, which the model file holds.
+    It is taken from the scores of held-out good images, which the model file holds.
     """
     from fastmaf.inspection.workflow.calibrate import calibrate as run
 
@@ -170,10 +170,13 @@ def evaluate(
     Writes scores.csv, metrics.json and report.html.
     """
     from fastmaf.inspection.workflow.evaluate import evaluate as run
+    from fastmaf.inspection.workflow.evaluate import outputs_of
 
-    name = device_named(device)
-    settings: Any = {"device": name, "skip_bad": skip_bad, "seed": seed, "progress": not quiet}
-    result = run(model, data, out, **settings, say=say_or_aside(as_json))
+    settings: Any = {"device": device_named(device), "skip_bad": skip_bad, "seed": seed, "progress": not quiet}
+    result = run(model, data, out, **settings, say=say_aside)
+    tell = say_or_aside(as_json)
+    tell(result.describe())
+    tell(f"written to {out}: {', '.join(output.path.name for output in outputs_of(out))}")
     if as_json:
         say_json(result.to_json())
 
@@ -198,7 +201,7 @@ def export(
 def choose(
     data: options.TrainData,
     size: options.Size = 64,
-    draws: Annotated[int, typer.Option(min=1, metavar="N", help="Defects drawn onto each normal image.")] = 3,
+    draws: Annotated[int, typer.Option(min=1, metavar="N", help="Defects drawn onto each good image.")] = 3,
     seed: options.Seed = 0,
     skip_bad: options.SkipBad = False,
     as_json: options.Json = False,

@@ -134,7 +134,7 @@ Verbose = Annotated[
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object; everything else goes to standard error.")]
 Explain = Annotated[bool, typer.Option("--explain", help="Explain the figures and what they assume.")]
 FalseAlarm = Annotated[
-    float, typer.Option(callback=share, metavar="RATE", help="Accepted share of normal images above the threshold.")
+    float, typer.Option(callback=share, metavar="RATE", help="Accepted share of good images above the threshold.")
 ]
 Confidence = Annotated[
     float | None,

@@ -1,7 +1,7 @@
 """Reading a folder of images into one uint8 tensor.
 
 Layout: ``root/train/good``, ``root/test/<class>`` and optionally ``root/ground_truth/<class>`` (not read here), each
-with all folders below it. For training, a folder of normal images alone is accepted as well. Conversions of images that
+with all folders below it. For training, a folder of good images alone is accepted as well. Conversions of images that
 are not plain 8-bit RGB are described in ``ImageSet.notes``. A file that cannot be read is an error, or is skipped on
 request.
 """
@@ -126,7 +126,7 @@ def to_images(x: Tensor, size: int) -> Tensor:
 
 @fastmaf.torch_defaults()
 def load_train(root: str | Path, *, size: int = 64, skip_bad: bool = False, progress: bool = True) -> ImageSet:
-    """Loads the normal images to train on, all below ``root/train/good``.
+    """Loads the good images to train on, all below ``root/train/good``.
 
     Args:
         root: folder of the data set. Without ``train``, its images (directly in it, or in ``good``) must all be normal:

@@ -25,13 +25,13 @@ from fastmaf.io.wording import count
 TRAIN, TEST = "train/good", "test"
 
 _EXPECTED = """expected:
-  <folder>/train/good/*.png          normal images to train on
-  <folder>/test/good/*.png           normal images to test on
+  <folder>/train/good/*.png          good images to train on
+  <folder>/test/good/*.png           good images to test on
   <folder>/test/<defect class>/*.png defective images to test on
   <folder>/ground_truth/<defect class>/*.png  masks (optional)"""
 
 _EXPECTED_TO_TRAIN = """
-or, for training, a folder of normal images only:
+or, for training, a folder of good images only:
   <folder>/*.png or <folder>/good/*.png"""
 
 
@@ -47,7 +47,7 @@ def find_test(root: Path) -> Path:
 
 
 def find_normals(root: Path) -> tuple[Path, list[str]]:
-    """Returns the folder of the normal images to train on, and notes; errors as ``find_test``.
+    """Returns the folder of the good images to train on, and notes; errors as ``find_test``.
 
     This is ``root/train/good``. Without ``root/train`` it is ``root/good`` or ``root`` itself, provided that no other
     folder except ``test`` and ``ground_truth`` holds images and that it is not another part of a data set.
@@ -61,9 +61,9 @@ def find_normals(root: Path) -> tuple[Path, list[str]]:
     directly = f"{count(loose, 'image')} directly in {os.path.basename(os.path.abspath(root))}/"
     if folder == root:
         written = [file for below in _others(root, root) for file in images_in(below)[1] if is_image(file)]
-        return root, [f"no folder {TRAIN}: using {directly} as normal images", *left_aside(written)]
+        return root, [f"no folder {TRAIN}: using {directly} as good images", *left_aside(written)]
     left = [f"{directly} skipped: not in good/"] * (loose > 0)
-    return folder, [f"no folder {TRAIN}: using the images in good/ as normal images", *left]
+    return folder, [f"no folder {TRAIN}: using the images in good/ as good images", *left]
 
 
 def has_normals(root: Path) -> bool:
@@ -77,7 +77,7 @@ def layout_error(what: str, wanted: str, root: Path) -> DataError:
 
 
 def _alone(root: Path) -> Path | None:
-    """Returns the folder of normal images in a root without ``train`` and without other images, or None."""
+    """Returns the folder of good images in a root without ``train`` and without other images, or None."""
     if (root / "train").is_dir():
         return None
     folder = root / "good" if images_below(root / "good")[0] else root

@@ -14,6 +14,7 @@ from typing import Any, TextIO, TypeVar
 from tqdm import tqdm
 
 from fastmaf.images.names import visible
+from fastmaf.io.wording import count
 
 _T = TypeVar("_T")
 _QUIET_SECONDS = 2.0
@@ -25,7 +26,7 @@ class Progress:
 
     On a terminal it is tqdm's bar. On any other stream it is one line at each tenth of the work, such as::
 
-        fitting: 30 % (12 of 40 models), 25 s
+        fitting: 30% (12 of 40 models), 25 s
 
     Nothing is written in the first two seconds, so that short work leaves no line, and nothing by work within other
     work that already reports. Without a total, the lines come after 2, 4, 8, 16, ... seconds, and at the end. A stream
@@ -129,12 +130,12 @@ class Progress:
     def _write(self, seconds: float) -> None:
         if _open[0] is not self:
             return
-        count = f"{self.done:,} {_plural(self.unit)}"
+        done = count(self.done, self.unit)
         if self.total:
             share = 100 * self.done // self.total
-            count = f"{share} % ({self.done:,} of {self.total:,} {_plural(self.unit, self.total)})"
+            done = f"{share}% ({self.done:,} of {count(self.total, self.unit)})"
         status = f"; {self.status}" if self.status else ""
-        _write_line(f"{self.description}: {count}, {_duration(seconds)}{status}", self._stream)
+        _write_line(f"{self.description}: {done}, {_duration(seconds)}{status}", self._stream)
 
 
 def track(items: Iterable[_T], description: str, unit: str, **options: Any) -> Iterator[_T]:
@@ -175,10 +176,6 @@ def _is_terminal(stream: TextIO) -> bool:
         return stream.isatty()
     except (OSError, ValueError, AttributeError):
         return False
-
-
-def _plural(noun: str, n: int = 0) -> str:
-    return noun if n == 1 else f"{noun}es" if noun.endswith("ch") else f"{noun}s"
 
 
 def _duration(seconds: float) -> str:

@@ -1,4 +1,4 @@
-"""Simple baselines, fitted to the same normal images, that every score is compared with."""
+"""Simple baselines, fitted to the same good images, that every score is compared with."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ class Baseline:
     name: str
 
     def fit(self, pixels: Tensor) -> Baseline:
-        """Fits to normal images, uint8 ``[n, 3, s, s]``, n >= 2, and returns itself."""
+        """Fits to good images, uint8 ``[n, 3, s, s]``, n >= 2, and returns itself."""
         x = to_unit(pixels).double()
         if len(x) < 2:
-            raise ValueError(f"pixels: a baseline is fitted to at least 2 normal images; found {len(x)}")
+            raise ValueError(f"pixels: a baseline is fitted to at least 2 good images; found {len(x)}")
         self.size = pixels.shape[-1]
         self._fit(x)
         return self
@@ -67,14 +67,14 @@ class PixelGaussian(Baseline):
 
 
 class PCAResidual(Baseline):
-    """The squared norm of an image's residual after the principal components of normal images, on [0, 1] data.
+    """The squared norm of an image's residual after the principal components of good images, on [0, 1] data.
 
     The map is the squared residual, summed over colours. If standardised, each dimension's squared residual is
-    standardised by its mean and standard deviation over held-out normal images (5 folds), clipped at ±10, summed over
+    standardised by its mean and standard deviation over held-out good images (5 folds), clipped at ±10, summed over
     colours and smoothed by 2 pixels, and the score is the maximum of this map.
 
     Args:
-        components: number of components; fewer if there are fewer normal images.
+        components: number of components; fewer if there are fewer good images.
         standardised: see above.
     """
 

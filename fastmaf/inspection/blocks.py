@@ -60,7 +60,7 @@ def select_blocks(
     """Trains blocks without each fold, and drops them if held-out images are no more likely with them.
 
     Args:
-        x: normal images ``[n, D]``, as their NLL is measured.
+        x: good images ``[n, D]``, as their NLL is measured.
         z: the same, each whitened by the model of the fold that left it out ``[n, D]``.
         models: the whitenings fitted without each fold, with the transforms before them.
         recipe: a number of blocks is kept in any case, ``"auto"`` is not.

@@ -1,4 +1,4 @@
-"""Conformal calibration of anomaly scores from normal images alone."""
+"""Conformal calibration of anomaly scores from good images alone."""
 
 from __future__ import annotations
 
@@ -40,9 +40,9 @@ class CalibrationError(ValueError):
 
 @dataclass(frozen=True, eq=False)
 class Calibration:
-    """Scores of normal images and the threshold taken from them; an image is anomalous iff its score is above it.
+    """Scores of good images and the threshold taken from them; an image is anomalous iff its score is above it.
 
-    With n scores s_(1) <= ... <= s_(n), the threshold is s_(k). For normal images exchangeable with these, the
+    With n scores s_(1) <= ... <= s_(n), the threshold is s_(k). For good images exchangeable with these, the
     false-alarm rate R of a calibration set is at most Beta(n + 1 - k, k) distributed; exactly so if scores do not tie.
 
     - On average (``confidence`` is None): k = ceil((n + 1)(1 - alpha)), the smallest with E[R] <= alpha.
@@ -87,7 +87,7 @@ class Calibration:
     def __post_init__(self) -> None:
         scores = np.sort(_valid_scores(self.scores, "calibration"))
         if not len(scores):
-            raise CalibrationError("a calibration needs the scores of normal images; found none")
+            raise CalibrationError("a calibration needs the scores of good images; found none")
         scores.flags.writeable = False
         object.__setattr__(self, "scores", scores)
         try:

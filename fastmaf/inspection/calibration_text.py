@@ -12,7 +12,7 @@ _IN_SHORT = "the assumptions behind these rates: --explain, or describe(explain=
 _EXPLAINED = (
     '"On average" is over calibration sets: other images of the same kind would give another threshold and rate.',
     "The rate with 95% confidence is one that 95 of 100 such sets stay below.",
-    "Assumption: new normal images come from the same process as the calibration images (they are exchangeable).",
+    "Assumption: new good images come from the same process as the calibration images (they are exchangeable).",
     "After a change of camera, light or material: fastmaf inspect recalibrate MODEL NEW_GOOD_IMAGES",
 )
 _K_FOLD = (
@@ -20,7 +20,7 @@ _K_FOLD = (
     "The verdicts come from one model that was fitted to all images.",
     "If leaving out a fold changes scores little, that model's rates are close to those above, and usually lower.",
     "This is no theorem; what can be proved is about twice the rate, {twice}, for verdicts by the models of the folds.",
-    "Recalibrating on normal images that the model has not seen guarantees the rate itself.",
+    "Recalibrating on good images that the model has not seen guarantees the rate itself.",
 )
 
 
@@ -67,7 +67,7 @@ def describe_calibration(
     scorer = "scored by one model that was not fitted to them"
     if figures["folds"] is not None:
         scorer = f"each scored by a model fitted without its fold ({figures['folds']} folds)"
-    images = f"{count(figures['n'], 'normal image')}{f' ({origin})' if origin else ''}"
+    images = f"{count(figures['n'], 'good image')}{f' ({origin})' if origin else ''}"
     lines += [f"The threshold was calibrated on {images}, {scorer}.", *_EXPLAINED]
     if figures["folds"] is not None:
         twice = percent(min(1.0, 2 * figures["false_alarm"]))

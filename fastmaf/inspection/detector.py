@@ -101,7 +101,7 @@ class Detector(OutlierMixin, BaseEstimator):
 
     @fastmaf.torch_defaults()
     def fit(self, X: Any, y: Any = None) -> Detector:
-        """Fits to at least 3 normal images, or at least 2 normal rows; see the class for X. ``y`` is ignored.
+        """Fits to at least 3 good images, or at least 2 normal rows; see the class for X. ``y`` is ignored.
 
         Warns:
             UserWarning: there are too few samples for the requested false-alarm rate.
@@ -117,7 +117,7 @@ class Detector(OutlierMixin, BaseEstimator):
         samples = _pixels(X, self.size) if images else self._rows(X, ensure_min_samples=2)
         n = len(samples)
         if images and n < 3:
-            raise ValueError(f"X must hold at least 3 normal images; found {n}")
+            raise ValueError(f"X must hold at least 3 good images; found {n}")
         folds = self.folds if self.folds < 2 else min(self.folds, n)
         recipe = Recipe(self.size, self.rank, blocks=self.blocks, steps=self.steps, folds=folds, seed=seed)
         self.model_: InspectionModel | RowModel

@@ -1,4 +1,4 @@
-"""Fitting an inspection model to normal images.
+"""Fitting an inspection model to good images.
 
 1. A Gaussian whitening, in closed form, of the images with the augmentation under which held-out images are most
    likely.
@@ -55,7 +55,7 @@ class Fitted:
 
 @fastmaf.torch_defaults()
 def fit(pixels: Tensor, recipe: Recipe | None = None, *, progress: bool = True) -> Fitted:
-    """Fits an inspection model to normal images and calibrates it at a false-alarm rate of 5 %.
+    """Fits an inspection model to good images and calibrates it at a false-alarm rate of 5%.
 
     Augmentation and blocks that the recipe leaves open are kept only if held-out images are more likely with them;
     ``model.about`` holds the NLLs that were compared.

@@ -22,9 +22,9 @@ from fastmaf.io.marks import MAP, MAP_TITLE, OVERLAY
 from fastmaf.metrics.pixel_ranks import resize_map
 
 SCALE = 512.0
-"""Levels of a 16-bit map per unit: steps of 1/512, up to 128 times the root mean square of normal images."""
+"""Levels of a 16-bit map per unit: steps of 1/512, up to 128 times the root mean square of good images."""
 
-UNIT = "times the root mean square of normal images"
+UNIT = "times the root mean square of good images"
 
 _FAST = {"compress_level": 1, "compress_type": zlib.Z_RLE}  # more effort saves little on photographs
 _TIFF_DESCRIPTION = 270
@@ -46,7 +46,7 @@ def overlay(image: np.ndarray, values: np.ndarray, *, low: float, high: float) -
     Args:
         image: uint8 [h, w, 3].
         values: the map in the image's frame, [h, w], without NaN.
-        low: the image is unchanged up to this value; a high quantile of the maps of normal images.
+        low: the image is unchanged up to this value; a high quantile of the maps of good images.
         high: colour and opacity are strongest from this value on; above ``low``.
 
     Raises:

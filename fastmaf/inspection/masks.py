@@ -50,7 +50,7 @@ class LabelledSet:
     Attributes:
         images: the test images.
         masks: of their defects.
-        normals: normal images that baselines are fitted to; None if there are none.
+        normals: good images that baselines are fitted to; None if there are none.
     """
 
     images: ImageSet

@@ -1,4 +1,4 @@
-"""An inspection model: a flow, how its terms become a score, and the scores of normal images."""
+"""An inspection model: a flow, how its terms become a score, and the scores of good images."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class Prediction:
 
     Attributes:
         scores: anomaly scores, float64 [n].
-        anomaly_maps: float32 [n, s, s], with root mean square 1 over normal images.
+        anomaly_maps: float32 [n, s, s], with root mean square 1 over good images.
         nll: float64 [n] in nats.
     """
 
@@ -63,7 +63,7 @@ class InspectionModel:
         flow: D = 3 size².
         settings: how terms become a score.
         map_config: how the anomaly map is computed.
-        statistics: of the terms over normal images that the flow has not seen.
+        statistics: of the terms over good images that the flow has not seen.
         calibration: scores of such images and the threshold taken from them.
         about: details of the training, plain JSON types.
     """
@@ -88,7 +88,7 @@ class InspectionModel:
 
     @property
     def map_levels(self) -> tuple[float, float]:
-        """Range of an overlay's colours: the 99th percentile and the maximum of the anomaly maps of normal images."""
+        """Range of an overlay's colours: the 99th percentile and the maximum of the anomaly maps of good images."""
         low, high = (float(level) for level in self.about["map_levels"])
         return low, max(high, low + 1e-6)
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from fastmaf.inspection.calibration import Calibration
 from fastmaf.io.model_card import TO_FILL_IN, ModelCard
+from fastmaf.io.wording import ordinal, percent
 
 _CODE = """\
 import fastmaf
@@ -31,7 +32,7 @@ def inspection_card(path: str | Path, size: int, calibration: Calibration, about
     names = {"augmentation": "Augmentation", "rank": "Factors of the whitening", "folds": "Folds", "seed": "Seed"}
     details = {"Images": f"RGB, resized to {size} × {size} pixels"}
     details |= {text: f"{recipe[name]}" for name, text in names.items() if name in recipe}
-    data = f"{about['images']:,} normal images. " if "images" in about else ""
+    data = f"{about['images']:,} good images. " if "images" in about else ""
     return ModelCard(
         path,
         sections={
@@ -39,7 +40,7 @@ def inspection_card(path: str | Path, size: int, calibration: Calibration, about
             f"object. {TO_FILL_IN} which object, and what is decided by the result.",
             "Training data": f"{data}{TO_FILL_IN} which camera, light and object, and the license of the images.",
             "Evaluation": f"{_evaluation(calibration, about)} {TO_FILL_IN} results on labelled images.",
-            "Limitations": "The false-alarm rate holds for normal images from the same process as the calibration "
+            "Limitations": "The false-alarm rate holds for good images from the same process as the calibration "
             "images: recalibrate after a change of camera, light or material. "
             f"{TO_FILL_IN} which defects are missed.",
         },
@@ -50,11 +51,11 @@ def inspection_card(path: str | Path, size: int, calibration: Calibration, about
 
 
 def _evaluation(calibration: Calibration, about: Mapping[str, Any]) -> str:
-    nll = f"Mean NLL of held-out normal images: {about['held_out_nll']:,.0f} nats. " if "held_out_nll" in about else ""
-    kind = f"out-of-fold scores of {calibration.n:,} normal images"
+    nll = f"Mean NLL of held-out good images: {about['held_out_nll']:,.0f} nats. " if "held_out_nll" in about else ""
+    kind = f"out-of-fold scores of {calibration.n:,} good images"
     if calibration.how == "split":
-        kind = f"scores of {calibration.n:,} normal images that the model was not fitted to"
+        kind = f"scores of {calibration.n:,} good images that the model was not fitted to"
     return (
-        f"{nll}The threshold is {calibration.threshold:.6g}, number {calibration.rank:,} of the {kind}, in ascending "
-        f"order. Expected false-alarm rate: {calibration.expected_rate:.2%}."
+        f"{nll}The threshold is {calibration.threshold:.6g}, the {ordinal(calibration.rank)} lowest of the {kind}. "
+        f"Expected false-alarm rate: {percent(calibration.expected_rate)}."
     )

@@ -30,7 +30,7 @@ def k_fold(n: int, folds: int, seed: int = 0) -> list[np.ndarray]:
         ValueError: there are fewer than 2 or more than n folds.
     """
     if not 2 <= folds <= n:
-        raise ValueError(f"folds must be a whole number from 2 to the {n} normal images available; found {folds!r}")
+        raise ValueError(f"folds must be a whole number from 2 to the {n} good images available; found {folds!r}")
     order = np.random.default_rng(seed).permutation(n)
     return [np.sort(fold) for fold in np.array_split(order, folds)]
 
@@ -58,7 +58,7 @@ class OutOfFoldModels:
         """Returns a quantity of each image under the model that has not seen it, float64 ``[len(sets), n, ...]``.
 
         Args:
-            sets: sets of images ``[n, D]``, each in the order of the folds: the normal images, or the same images with
+            sets: sets of images ``[n, D]``, each in the order of the folds: the good images, or the same images with
                 a synthetic defect.
             quantity: a function of the ``FlowValues`` of one fold's images and of ``arguments``.
         """

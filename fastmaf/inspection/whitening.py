@@ -1,4 +1,4 @@
-"""The Gaussian whitening of a recipe, fitted to normal images and to shifts or rotations of them.
+"""The Gaussian whitening of a recipe, fitted to good images and to shifts or rotations of them.
 
 The augmentation is selected by held-out likelihood.
 """
@@ -84,7 +84,7 @@ def before_whitening(recipe: Recipe) -> list[fastmaf.Transform]:
 
 
 def fit_whitening(x: Tensor, recipe: Recipe) -> fastmaf.GaussianWhitening:
-    """Returns a whitening fitted to normal images ``[n, D]`` with the recipe's augmentation (shifts if ``"auto"``)."""
+    """Returns a whitening fitted to good images ``[n, D]`` with the recipe's augmentation (shifts if ``"auto"``)."""
     augment = None
     if recipe.augmentation == "rotations":
         augment = rotations(recipe.size, recipe.angles)
@@ -102,7 +102,7 @@ def select_augmentation(
     """Compares augmentations, and none, on held-out images.
 
     Args:
-        x: normal images ``[n, D]``, as their NLL is measured.
+        x: good images ``[n, D]``, as their NLL is measured.
         folds: the indices of each fold. The first folds decide, as many as hold out 8 images.
         recipe: ``augmentation="auto"`` selects the best. Any other is compared with none, and kept.
         done: called after each whitening.

@@ -6,8 +6,9 @@ from collections.abc import Sequence
 
 
 def count(n: int, noun: str) -> str:
-    """Formats a number and a noun: "1 image", "1,203 images"."""
-    return f"{n:,} {noun}{'' if n == 1 else 's'}"
+    """Formats a number and a noun: "1 image", "1,203 images", "2 batches"."""
+    plural = "es" if noun.endswith("tch") else "s"
+    return f"{n:,} {noun}{'' if n == 1 else plural}"
 
 
 def ordinal(n: int) -> str:

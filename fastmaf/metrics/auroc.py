@@ -85,7 +85,7 @@ def paired_bootstrap(
                 f"each score needs its label; found {len(scores)} {which} scores and {defect.size} labels"
             )
     if not defect.any() or defect.all():
-        raise EvaluationError(f"an AUROC needs normals and defects; found {(~defect).sum()} and {defect.sum()}")
+        raise EvaluationError(f"an AUROC needs good and defective images; found {(~defect).sum()} and {defect.sum()}")
     check_resamples(resamples)
     areas = [[auroc(scores, defect)] for scores in pair]
     return PairedDifference.of(*np.hstack([areas, _bootstrap(np.stack(pair), defect, resamples, seed)]))

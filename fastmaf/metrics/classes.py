@@ -35,7 +35,7 @@ def require_both(labels: Sequence[str], root: str | Path) -> None:
     if NORMAL not in labels:
         meant = like_normal(labels, test)
         message += "".join(f"\ndid you mean {path} (expected the name {NORMAL})?" for path in meant)
-        message += f"\nexpected: {test / NORMAL} with normal images"
+        message += f"\nexpected: {test / NORMAL} with good images"
     else:
         message += f"\nexpected: {test}/<defect class> with defective images, a folder for each class"
     raise EvaluationError(message)
@@ -59,7 +59,7 @@ def doubtful(labels: Iterable[str]) -> list[str]:
         return []
     return [
         f"class folder test/{label} ({count(counted[label], 'image')}) counts as a defect class; if its images "
-        f"are normal, move them to test/{NORMAL}"
+        f"are good, move them to test/{NORMAL}"
         for label in sorted(set(counted) - {NORMAL})
         if _means_normal(label)
     ]

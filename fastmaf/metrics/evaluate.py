@@ -78,9 +78,9 @@ def evaluate_scores(
     youden = _report("Youden", float(roc.thresholds[best]), True, _YOUDEN_HOW, scores, classes, counts)
     held_out = reason = None
     if held_out_nll is None:
-        reason = "there are no held-out normal images"
+        reason = "there are no held-out good images"
     elif np.size(held_out_nll) == 0:
-        reason = "the set of held-out normal images is empty"
+        reason = "the set of held-out good images is empty"
     else:
         threshold, how, guaranteed, rate_95 = conformal_threshold(held_out_nll, false_alarm)
         held_out = _report("held-out", threshold, False, how, scores, classes, counts, guaranteed, rate_95)
@@ -131,13 +131,13 @@ def conformal_threshold(held_out_nll: np.ndarray, false_alarm: float) -> tuple[f
     if rank <= n:
         guaranteed = float(false_alarm)
         how = (
-            f"the {ordinal(rank)} lowest NLL of {n:,} held-out normal images, for a false-alarm rate of {guaranteed:g} "
+            f"the {ordinal(rank)} lowest NLL of {n:,} held-out good images, for a false-alarm rate of {guaranteed:g} "
             "(split conformal prediction); no label of the test set was used"
         )
     else:
         rank, guaranteed = n, 1 / (n + 1)
         how = (
-            f"the highest NLL of {count(n, 'held-out normal image')}: too few for a false-alarm rate of "
+            f"the highest NLL of {count(n, 'held-out good image')}: too few for a false-alarm rate of "
             f"{float(false_alarm):g}, which needs {least:,}; the guaranteed rate is 1/(n+1) = {guaranteed:.3g} "
             "(split conformal prediction); no label of the test set was used"
         )

@@ -120,7 +120,7 @@ def roc_curve(path: str | Path, evaluation: Evaluation) -> Figure:
         label += " (95% interval {:.3f} to {:.3f})".format(*evaluation.auroc_interval)
     points = [_operating_point("Youden (chosen on the test labels)", evaluation.youden)]
     if evaluation.held_out is not None:
-        points.append(_operating_point("held-out normals (no test labels)", evaluation.held_out))
+        points.append(_operating_point("held-out good images (no test labels)", evaluation.held_out))
     drawing.draw_roc(axes, evaluation, label, points)
     return _saved(figure, path, ROC)
 

@@ -124,11 +124,11 @@ def format_table(evaluation: Evaluation) -> str:
             f"  {'normal':<12} {tn:>13} {fp:>16} " + "{:>10.3f} {:>7.3f} {:>7.3f}".format(*r.normal),
             f"  {'anomalous':<12} {fn:>13} {tp:>16} " + "{:>10.3f} {:>7.3f} {:>7.3f}".format(*r.anomaly),
             f"  accuracy {r.accuracy:.3f} (if all were called anomalous: {r.baseline_accuracy:.3f}); "
-            f"false alarms: {fp} of {e.n_normal} normal images ({r.false_alarm_rate:.1%})",
+            f"false alarms: {fp} of {e.n_normal} good images ({r.false_alarm_rate:.1%})",
         ]
         if r.promised_rate is not None and r.rate_95 is not None:
             lines.append(
-                f"  on new normal images: at most {r.promised_rate:.1%} false alarms on average over held-out sets, "
+                f"  on new good images: at most {r.promised_rate:.1%} false alarms on average over held-out sets, "
                 f"{r.rate_95:.1%} with 95% confidence"
             )
     if e.held_out_reason is not None:

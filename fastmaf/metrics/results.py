@@ -146,8 +146,8 @@ def missing_kind(labels: Sequence[str]) -> str | None:
         return None
     listing = ", ".join(f"{name} {n}" for name, n in sorted(counts.items()) if n)
     return (
-        f'expected normal images (class "{NORMAL}") and defective ones (other classes); found no '
-        f"{'defective' if counts[NORMAL] else 'normal'} ones{f' ({listing})' if listing else ''}"
+        f'expected good images (class "{NORMAL}") and defective ones (other classes); found no '
+        f"{'defective' if counts[NORMAL] else 'good'} ones{f' ({listing})' if listing else ''}"
     )
 
 

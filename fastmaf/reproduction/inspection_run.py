@@ -99,7 +99,7 @@ def inspect(
 
 
 def _unheard(text: str) -> None:
-    """Takes what the steps say: the comparison sums it up, and the report has all of it."""
+    """Takes notes on the images: the published recipe has shown them, and the report lists them."""
 
 
 def outputs_of(out: Path) -> list[Output]:

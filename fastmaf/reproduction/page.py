@@ -59,7 +59,7 @@ def write_comparison(
     scores, labels = _scores(out / SCORES_FILE)
     thresholds = {"threshold chosen on test labels": evaluation.youden}
     if evaluation.held_out is not None:
-        thresholds["threshold from held-out normals"] = evaluation.held_out
+        thresholds["threshold from held-out good images"] = evaluation.held_out
     variables: dict[str, Any] = {
         "date": datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
         "names": NAMES,

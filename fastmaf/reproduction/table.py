@@ -73,7 +73,7 @@ def compare(
         ("pixel AUROC", NONE, NONE, NONE if pixels is None else f"{pixels:.3f}"),
         ("at the threshold chosen on test labels:", "", "", ""),
         *_at(evaluation.youden, None if ours is None else ours.youden, is_published=True),
-        ("at the threshold from held-out normal images:", "", "", ""),
+        ("at the threshold from held-out good images:", "", "", ""),
         *_at(evaluation.held_out, None if ours is None else ours.held_out, is_published=False),
         (
             "seconds to train (epochs)",
@@ -86,11 +86,11 @@ def compare(
         *((f"NLL, epoch {e} (nats)", before.get(e, NONE), f"{nll[e]:,.0f}", NONE) for e in epochs),
     ]
     notes = [
-        "The published run chose its threshold on the labels of the test images; a threshold from held-out normal "
+        "The published run chose its threshold on the labels of the test images; a threshold from held-out good "
         "images uses none."
     ]
     if evaluation.held_out is None:
-        notes.append("No normal images were held out of the training of this run.")
+        notes.append("No good images were held out of the training of this run.")
     if not real:
         notes.append("Published values are of the real images, and cannot be compared with those of synthetic ones.")
     source = "" if real else "(synthetic)"

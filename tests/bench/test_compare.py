@@ -77,8 +77,8 @@ def test_the_worst_comes_first_with_both_values(comparison: Comparison) -> None:
     lines, worse = comparison(before, after)
     start = next(i for i, line in enumerate(lines) if line.startswith("B / A"))
     assert [[cell.strip() for cell in line.split("  ") if cell] for line in lines[start + 1 : start + 5]] == [
-        ["1.50", "20.0 ms", "30.0 ms", "50 % → 33 %", REGRESSION, "log_prob 8, fastmaf"],
-        ["1.20", "1.00 GB", "1.20 GB", "100 % → 83 %", REGRESSION, "training memory 8, fastmaf"],
+        ["1.50", "20.0 ms", "30.0 ms", "50% → 33%", REGRESSION, "log_prob 8, fastmaf"],
+        ["1.20", "1.00 GB", "1.20 GB", "100% → 83%", REGRESSION, "training memory 8, fastmaf"],
         ["1.00", "100 ms", "100 ms", "train step 8, fastmaf"],
         ["0.50", "600 s", "300 s", IMPROVEMENT, "sample 1, naive"],
     ]

@@ -54,7 +54,7 @@ def test_bars_are_as_long_as_the_numbers_and_in_the_colours_of_the_libraries(
     names = ["fastmaf", "fastmaf (torch)", "naive", "nflows"]
     for figure, case, title, column, texts in (
         ("speedup", "log_prob", "log_prob of 8", "times_fastmaf", ["1.00×, 250 ms", "2.00×, 500 ms", "8.00×, 2.00 s"]),
-        ("limits", "log_prob", "log_prob of 8", "fraction_of_limit", ["50 %, 250 ms", "25 %, 500 ms"]),
+        ("limits", "log_prob", "log_prob of 8", "fraction_of_limit", ["50%, 250 ms", "25%, 500 ms"]),
         ("memory", "training memory", "Memory of training, batch 8", "median", ["0.25 GB", "0.50 GB"]),
     ):
         axes = panel(drawn[figure], title)

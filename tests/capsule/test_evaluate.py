@@ -87,7 +87,7 @@ def test_metrics_hold_both_thresholds(
     assert "test labels" in metrics["youden"]["how"]
     scores = held_out_nll(model, labelled)
     assert len(scores) == 3
-    assert metrics["held_out"]["threshold"] == pytest.approx(scores.max(), rel=1e-6), "three images are too few for 5 %"
+    assert metrics["held_out"]["threshold"] == pytest.approx(scores.max(), rel=1e-6), "three images are too few for 5%"
     assert metrics["held_out"]["promised_rate"] == pytest.approx(1 / 4)
     assert set(metrics["per_class"]) == {"good", *CLASSES}
     assert len(metrics["auroc_interval"]) == 2
@@ -137,14 +137,14 @@ def test_missing_held_out_images_are_reported(
     (other / "train" / "good" / gone).unlink()
     report = evaluated(data=other).held_out
     output = capsys.readouterr().err
-    assert "1 of 3 held-out normal images not found in" in output
+    assert "1 of 3 held-out good images not found in" in output
     assert "taken from the others" in output
     assert report is not None
-    assert "2 held-out normal images" in report.how
+    assert "2 held-out good images" in report.how
     for name in left:
         (other / "train" / "good" / name).unlink()
     evaluation = evaluated(data=other)
-    assert "no threshold from held-out normal images" in capsys.readouterr().err
+    assert "no threshold from held-out good images" in capsys.readouterr().err
     assert evaluation.held_out is None
     assert json.loads((tmp_path / "out" / METRICS_FILE).read_text())["held_out"] is None
 
@@ -158,17 +158,17 @@ def test_a_test_set_without_training_images_is_evaluated(
     assert evaluation.held_out is None
     assert evaluation.auroc == evaluated().auroc
     output = capsys.readouterr().err
-    assert f"no folder train/good in {other}: no threshold from held-out normal images" in output
+    assert f"no folder train/good in {other}: no threshold from held-out good images" in output
     assert (tmp_path / "out" / ROC_FILE).is_file()
 
 
 def test_a_model_that_held_nothing_out_has_one_threshold(model: Model, evaluated: Callable[..., Evaluation]) -> None:
     evaluation = evaluated(model=dataclasses.replace(model, held_out=()))
     assert evaluation.held_out is None
-    assert evaluation.held_out_reason == "there are no held-out normal images"
+    assert evaluation.held_out_reason == "there are no held-out good images"
 
 
-@pytest.mark.parametrize(("gone", "word"), [(["good"], "normal"), (list(CLASSES), "defective")])
+@pytest.mark.parametrize(("gone", "word"), [(["good"], "good"), (list(CLASSES), "defective")])
 def test_a_test_set_without_good_or_without_defects(
     labelled: Path, evaluated: Callable[..., Evaluation], tmp_path: Path, gone: list[str], word: str
 ) -> None:

@@ -69,6 +69,12 @@ def test_the_command_line_accepts_every_command_of_a_page(page: Path) -> None:
     assert {line: why for line, why in faults.items() if why is not None} == {}
 
 
+def test_the_makefile_uses_no_former_spelling() -> None:
+    lines = re.findall(r'^\t"\$\(BIN\)/fastmaf" ([a-z ]+)', (ROOT / "Makefile").read_text("utf-8"), re.MULTILINE)
+    assert "capsule reproduce" in map(str.strip, lines)
+    assert [why for line in lines if (why := fault(f"fastmaf {line}", whole=False))] == []
+
+
 @pytest.mark.parametrize(
     "line",
     [

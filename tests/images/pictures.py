@@ -19,7 +19,7 @@ def picture(path: Path, colour: tuple[int, int, int] = (200, 90, 40), size: int 
 
 
 def capsule_set(root: Path) -> Path:
-    """A set of three normal images and three test classes of two."""
+    """A set of three good images and three test classes of two."""
     for i in range(3):
         picture(root / "train" / "good" / f"{i:03d}.png", (10 * i, 0, 0))
     for name in ("crack", "good", "poke"):

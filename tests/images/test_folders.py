@@ -55,7 +55,7 @@ def test_root_a_level_too_high_or_too_low(tmp_path: Path, load: Callable[..., ob
     for given in (tmp_path / "a", tmp_path):
         assert f"did you mean {root} (it holds" in message_of(load, given)
     inside = [root / "test", root / "test" / "crack", root / "test" / "good"]
-    if load is load_test:  # to train, these two hold nothing but normal images
+    if load is load_test:  # to train, these two hold nothing but good images
         inside += [root / "train", root / "train" / "good"]
     for given in inside:
         assert f"did you mean {root} (the folder above" in message_of(load, given)
@@ -69,7 +69,7 @@ def test_images_directly_in_train(tmp_path: Path) -> None:
     )
 
 
-# ---- folders of normal images alone
+# ---- folders of good images alone
 
 
 def test_a_folder_of_normal_images_alone(tmp_path: Path) -> None:
@@ -80,7 +80,7 @@ def test_a_folder_of_normal_images_alone(tmp_path: Path) -> None:
     train = load_train(root, size=4, progress=False)
     assert train.pixels[:, 0, 0, 0].tolist() == [0, 10, 20] and train.labels == ("good",) * 3
     assert train.notes == (
-        "no folder train/good: using 3 images directly in Gute Teile 良品 (3)/ as normal images",
+        "no folder train/good: using 3 images directly in Gute Teile 良品 (3)/ as good images",
         "1 file skipped: hidden, or not named like an image",
     )
 
@@ -97,7 +97,7 @@ def test_a_folder_good_alone(tmp_path: Path) -> None:
         picture(tmp_path / "good" / f"{i}.png", (10 * i, 0, 0))
     train = load_train(tmp_path, size=4, progress=False)
     assert [path.parent.name for path in train.paths] == ["good", "good"] and train.labels == ("good", "good")
-    assert train.notes == ("no folder train/good: using the images in good/ as normal images",)
+    assert train.notes == ("no folder train/good: using the images in good/ as good images",)
     picture(tmp_path / "overview.png")
     train = load_train(tmp_path, size=4, progress=False)
     assert len(train) == 2

@@ -71,9 +71,9 @@ def test_a_log_has_a_line_per_tenth_of_the_work(fitting: Any, clock: Clock, log:
     for _ in fitting(range(40)):
         clock.wait(2)
     lines = log.getvalue().splitlines()
-    assert lines[2] == "fitting: 30 % (12 of 40 models), 24 s"
+    assert lines[2] == "fitting: 30% (12 of 40 models), 24 s"
     assert [line.split(",")[0] for line in lines] == [
-        f"fitting: {10 * n} % ({4 * n} of 40 models)" for n in range(1, 11)
+        f"fitting: {10 * n}% ({4 * n} of 40 models)" for n in range(1, 11)
     ]
     assert "\r" not in log.getvalue()
 
@@ -82,16 +82,16 @@ def test_few_units_have_a_line_each(fitting: Any, clock: Clock, log: io.StringIO
     for _ in fitting(range(3)):
         clock.wait(100)
     assert log.getvalue().splitlines() == [
-        "fitting: 33 % (1 of 3 models), 1 min 40 s",
-        "fitting: 66 % (2 of 3 models), 3 min 20 s",
-        "fitting: 100 % (3 of 3 models), 5 min 00 s",
+        "fitting: 33% (1 of 3 models), 1 min 40 s",
+        "fitting: 66% (2 of 3 models), 3 min 20 s",
+        "fitting: 100% (3 of 3 models), 5 min 00 s",
     ]
 
 
 def test_a_single_unit_and_hours(fitting: Any, clock: Clock, log: io.StringIO) -> None:
     for _ in fitting([0], unit="batch"):
         clock.wait(7500)
-    assert log.getvalue() == "fitting: 100 % (1 of 1 batch), 2 h 05 min\n"
+    assert log.getvalue() == "fitting: 100% (1 of 1 batch), 2 h 05 min\n"
 
 
 def test_the_first_two_seconds_leave_no_line(fitting: Any, clock: Clock, log: io.StringIO) -> None:
@@ -100,7 +100,7 @@ def test_the_first_two_seconds_leave_no_line(fitting: Any, clock: Clock, log: io
     assert log.getvalue() == ""
     for _ in fitting(range(100)):
         clock.wait(0.03)
-    assert re.findall(r"(\d+) %", log.getvalue()) == ["70", "80", "90", "100"]
+    assert re.findall(r"(\d+)%", log.getvalue()) == ["70", "80", "90", "100"]
 
 
 def test_several_units_at_once(fitting: Any, clock: Clock, log: io.StringIO) -> None:
@@ -108,7 +108,7 @@ def test_several_units_at_once(fitting: Any, clock: Clock, log: io.StringIO) -> 
         for n in (5, 30, 4, 61):
             clock.wait(3)
             bar.update(n)
-    assert re.findall(r"(\d+) %", log.getvalue()) == ["35", "100"]
+    assert re.findall(r"(\d+)%", log.getvalue()) == ["35", "100"]
 
 
 def test_a_resumed_work_counts_from_where_it_was(fitting: Any, clock: Clock, log: io.StringIO) -> None:
@@ -124,7 +124,7 @@ def test_work_that_ends_early_has_no_last_line(fitting: Any, clock: Clock, log: 
         clock.wait(5)
         bar.update(5)
         raise ZeroDivisionError
-    assert log.getvalue() == "fitting: 50 % (5 of 10 models), 5 s\n"
+    assert log.getvalue() == "fitting: 50% (5 of 10 models), 5 s\n"
 
 
 def test_without_a_total_lines_come_after_ever_longer_times(fitting: Any, clock: Clock, log: io.StringIO) -> None:
@@ -147,7 +147,7 @@ def test_description_and_status_are_in_the_lines(fitting: Any, clock: Clock, log
             bar.set_status(f"NLL {nll} nats")
             bar.update()
     assert (
-        log.getvalue() == "one: 50 % (1 of 2 results), 5 s; NLL 3 nats\ntwo: 100 % (2 of 2 results), 10 s; NLL 2 nats\n"
+        log.getvalue() == "one: 50% (1 of 2 results), 5 s; NLL 3 nats\ntwo: 100% (2 of 2 results), 10 s; NLL 2 nats\n"
     )
 
 
@@ -161,7 +161,7 @@ def test_in_a_log_only_the_outermost_work_reports(fitting: Any, clock: Clock, lo
         break
     for _ in fitting(range(1), description="after it"):
         clock.wait(5)
-    assert log.getvalue().splitlines()[-1].startswith("after it: 100 %")
+    assert log.getvalue().splitlines()[-1].startswith("after it: 100%")
 
 
 @pytest.mark.parametrize("stream", [Terminal, io.StringIO])

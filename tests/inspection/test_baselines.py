@@ -149,7 +149,7 @@ def test_png_size_grows_with_what_there_is_to_see() -> None:
 @pytest.mark.parametrize("baseline", all_baselines(), ids=lambda baseline: baseline.name)
 def test_too_few_or_wrong_images_are_refused(baseline: Baseline) -> None:
     for n in (0, 1):
-        with pytest.raises(ValueError, match=f"at least 2 normal images; found {n}"):
+        with pytest.raises(ValueError, match=f"at least 2 good images; found {n}"):
             baseline.fit(normals(n))
     with pytest.raises(ValueError, match="uint8"):
         baseline.fit(normals().float())

@@ -361,7 +361,7 @@ def test_a_damaged_file_is_named_and_two_images_are_too_few(tmp_path: Path, file
     (tmp_path / "broken.png").write_bytes(files[0].read_bytes()[:200])
     with pytest.raises(DataError, match="broken.png"):
         Detector(**SMALL).fit([*files[:3], tmp_path / "broken.png"])
-    with pytest.raises(ValueError, match="at least 3 normal images; found 2"):
+    with pytest.raises(ValueError, match="at least 3 good images; found 2"):
         Detector(**SMALL).fit(files[:2])
     with pytest.warns(UserWarning, match="needs 19 samples; found 3"):
         few = Detector(**{**SMALL, "blocks": 0}).fit(files[:3])

@@ -10,6 +10,7 @@ import torch
 import fastmaf
 from fastmaf.inspection.fit import Fitted
 from fastmaf.io.model_card import TO_FILL_IN
+from fastmaf.io.wording import ordinal
 from tests.io.test_model_card import rows_of, run_example
 
 
@@ -20,10 +21,11 @@ def test_the_card_holds_the_figures_of_the_model(
     model, card = result.model, tmp_path / "README.md"
     model.save(tmp_path / "m.safetensors", card=card)
     text = card.read_text("utf-8")
-    assert f"{len(pixels)} normal images" in text
+    assert f"{len(pixels)} good images" in text
     assert f"{model.about['held_out_nll']:,.0f} nats" in text
     calibration = model.calibration
-    assert f"threshold is {calibration.threshold:.6g}, number {calibration.rank} of the out-of-fold scores" in text
+    rank = f"the {ordinal(calibration.rank)} lowest of the out-of-fold scores"
+    assert f"threshold is {calibration.threshold:.6g}, {rank}" in text
     assert rows_of(text)["Augmentation"] == model.about["recipe"]["augmentation"]
     assert text.count(TO_FILL_IN) == 5
     detector = run_example(card, monkeypatch)["detector"]

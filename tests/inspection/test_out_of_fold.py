@@ -26,7 +26,7 @@ def test_k_fold_follows_the_seed() -> None:
 
 @pytest.mark.parametrize(("n", "folds"), [(5, 1), (5, 0), (5, -2), (5, 6), (1, 2), (0, 2)])
 def test_k_fold_refuses(n: int, folds: int) -> None:
-    with pytest.raises(ValueError, match=f"from 2 to the {n} normal images available; found {folds}"):
+    with pytest.raises(ValueError, match=f"from 2 to the {n} good images available; found {folds}"):
         k_fold(n, folds)
 
 

@@ -21,5 +21,6 @@ def test_ordinals(n: int, text: str) -> None:
 
 def test_counts_shares_and_lists() -> None:
     assert [count(n, "image") for n in (0, 1, 2, 1203)] == ["0 images", "1 image", "2 images", "1,203 images"]
+    assert [count(2, noun) for noun in ("batch", "epoch")] == ["2 batches", "2 epochs"]
     assert [percent(share) for share in (0.05, 12 / 244, 1.0, 0.001)] == ["5%", "4.92%", "100%", "0.1%"]
     assert some(["a"]) == "a" and some(list("abc")) == "a, b, c" and some(list("abcde")) == "a, b, c and 2 more"

@@ -30,9 +30,9 @@ def test_a_misnamed_folder_of_normals_is_proposed(model: Model, tmp_path: Path, 
         with pytest.raises(EvaluationError) as caught:
             evaluate(model, root, tmp_path / "out", progress=False)
     message = str(caught.value)
-    assert "found no normal ones (" in message and f"{name} 2" in message and "poke 2" in message
+    assert "found no good ones (" in message and f"{name} 2" in message and "poke 2" in message
     assert f"did you mean {root / 'test' / name} (expected the name good)?" in message
-    assert f"expected: {root / 'test' / 'good'} with normal images" in message
+    assert f"expected: {root / 'test' / 'good'} with good images" in message
     assert list((tmp_path / "out").iterdir()) == []
 
 
@@ -41,7 +41,7 @@ def test_sets_of_one_kind_only(model: Model, tmp_path: Path) -> None:
     shutil.rmtree(root / "test" / "good")
     with pytest.raises(EvaluationError) as caught:
         evaluate(model, root, tmp_path / "out", progress=False)
-    assert "found no normal ones (crack 2, poke 2), in the folders of" in str(caught.value)
+    assert "found no good ones (crack 2, poke 2), in the folders of" in str(caught.value)
     assert "did you mean" not in str(caught.value)
     (root / "test" / "crack").rename(root / "test" / "good")
     shutil.rmtree(root / "test" / "poke")
@@ -53,8 +53,8 @@ def test_sets_of_one_kind_only(model: Model, tmp_path: Path) -> None:
 
 def test_a_class_named_like_normals_beside_good_is_reported(tmp_path: Path) -> None:
     assert doubtful(["good", "Good", "ok", "ok", "crack"]) == [
-        "class folder test/Good (1 image) counts as a defect class; if its images are normal, move them to test/good",
-        "class folder test/ok (2 images) counts as a defect class; if its images are normal, move them to test/good",
+        "class folder test/Good (1 image) counts as a defect class; if its images are good, move them to test/good",
+        "class folder test/ok (2 images) counts as a defect class; if its images are good, move them to test/good",
     ]
     assert doubtful(["good", "crack", "wood"]) == [] == doubtful(["Good", "crack"])
     require_both(["good", "crack"], tmp_path)

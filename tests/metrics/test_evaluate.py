@@ -147,10 +147,10 @@ def test_rate_95_of_the_largest_of_n() -> None:
 @pytest.mark.parametrize(
     ("nll", "labels", "options", "parts"),
     [
-        ([1.0, 2.0], ["crack", "poke"], {}, ["no normal", "crack 1, poke 1"]),
+        ([1.0, 2.0], ["crack", "poke"], {}, ["no good", "crack 1, poke 1"]),
         ([1.0, 2.0], ["good", "good"], {}, ["no defective ones", "good 2"]),
-        ([1.0, 2.0], ["Good", "crack"], {}, ["no normal", "Good 1"]),
-        ([], [], {}, ["found no normal ones"]),
+        ([1.0, 2.0], ["Good", "crack"], {}, ["no good", "Good 1"]),
+        ([], [], {}, ["found no good ones"]),
         ([1.0, 2.0, 3.0], ["good", "x"], {}, ["3 scores", "2 labels"]),
         ([[1.0], [2.0]], ["good", "x"], {}, ["[2, 1]"]),
         ([1.0, math.nan, math.nan], ["good", "x", "x"], {}, ["2 of 3", "NaN", "x 2", "index 1"]),
@@ -167,7 +167,7 @@ def test_errors(nll: list, labels: list[str], options: dict, parts: list[str]) -
     assert all(part in str(caught.value) for part in parts), caught.value
 
 
-@pytest.mark.parametrize(("held_out", "reason"), [(None, "no held-out normal images"), (np.array([]), "empty")])
+@pytest.mark.parametrize(("held_out", "reason"), [(None, "no held-out good images"), (np.array([]), "empty")])
 def test_missing_held_out_set_is_reported(held_out: np.ndarray | None, reason: str) -> None:
     e = evaluate_scores(np.array([1.0, 2.0]), ["good", "x"], held_out_nll=held_out)
     assert e.held_out is None and e.held_out_reason is not None and reason in e.held_out_reason

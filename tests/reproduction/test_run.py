@@ -94,13 +94,13 @@ def test_the_table_compares_three_runs(ten_epochs: tuple[Path, Reproduction, str
     assert auroc[2].startswith(f"{result.evaluation.auroc:.3f} (")
     assert auroc[3].startswith(f"{ours.test.default.auroc:.3f} ({ours.test.default.interval[0]:.3f}–")
     assert line(table, "pixel AUROC")[1:] == ["–", "–", f"{ours.test.default.pixel_auroc:.3f}"]
-    youden, held_out = table.split("at the threshold from held-out normal images:")
+    youden, held_out = table.split("at the threshold from held-out good images:")
     precision, recall, f1 = result.evaluation.youden.anomaly
     ours_f1 = f"{f1:.2f} ({precision:.2f}, {recall:.2f})"
     assert line(youden, "F1 of defects")[1:3] == ["0.91 (0.90, 0.93)", ours_f1]
     assert line(youden, "false alarms")[1] == "48%"
     assert line(held_out, "false alarms")[1:3] == ["–", "–"]
-    assert "No normal images were held out of the training of this run." in table
+    assert "No good images were held out of the training of this run." in table
     assert f"published recipe: image AUROC {result.evaluation.auroc:.3f}" in messages
 
 
@@ -113,7 +113,7 @@ def test_the_threshold_of_the_recipe_is_that_of_its_model(ten_epochs: tuple[Path
         rows = [(row["label"] == "good", row["verdict"] == "anomalous") for row in csv.DictReader(file)]
     alarms = [alarm for good, alarm in rows if good]
     rate = f"{sum(alarms) / len(alarms):.0%}"
-    assert line(result.table.split("held-out normal images:")[1], "false alarms")[3] == rate
+    assert line(result.table.split("held-out good images:")[1], "false alarms")[3] == rate
 
 
 def test_the_metrics_contain_the_settings(ten_epochs: tuple[Path, Reproduction, str]) -> None:
@@ -145,7 +145,7 @@ def test_without_data_the_synthetic_set_is_drawn_and_reported(
     assert "synthetic capsules" in messages[0]
     assert "(synthetic)" in result.table.splitlines()[1]
     assert result.evaluation.held_out is not None
-    heading = "at the threshold from held-out normal images:"
+    heading = "at the threshold from held-out good images:"
     assert line(result.table, heading.rstrip(":")) == [heading]
     assert len(re.findall(r"^  F1 of defects ", result.table, re.MULTILINE)) == 2
     # A resumed run draws the same images again.

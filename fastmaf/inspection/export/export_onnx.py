@@ -136,7 +136,7 @@ def _check_spread(calibration: Calibration) -> None:
         raise ExportError(
             "an export is checked in units of the calibration scores' interquartile range; expected a positive range "
             f"and a finite threshold, found {spread:g} and {calibration.threshold:g}: run "
-            "'fastmaf inspect recalibrate' on more normal images, or 'fastmaf inspect calibrate' with another rate"
+            "'fastmaf inspect recalibrate' on more good images, or 'fastmaf inspect calibrate' with another rate"
         )
 
 

@@ -56,10 +56,10 @@ def inspection_graph(model: InspectionModel) -> Any:
     anomaly_map = _anomaly_map([x, *steps][first], steps[first], model)
     above = (graph.value(model.calibration.scores, "float64") >= score).cast("float64").sum()
     graph.output("score", score, [], "anomaly score: higher is more anomalous")
-    graph.output("map", anomaly_map, [size, size], "anomaly map, rows from the top; mean square 1 over normal images")
+    graph.output("map", anomaly_map, [size, size], "anomaly map, rows from the top; mean square 1 over good images")
     graph.output("nll", nll, [], "negative log-likelihood of the resized image in nats")
     p_value = (above + 1.0) / (model.calibration.n + 1)
-    graph.output("p_value", p_value, [], "share of normal images expected to score at least as high")
+    graph.output("p_value", p_value, [], "share of good images expected to score at least as high")
     graph.output("anomalous", score > model.calibration.threshold, [], "whether the score is above the threshold")
     return graph.model("fastmaf_inspection", _MEANING, _properties(model), fastmaf.__version__)
 

@@ -79,7 +79,7 @@ def training_curve(
     at, train, held_out = (drawing.column(log, key) for key in (by, "nll", held_out_nll))
     figure, axes = _figure(4.9, 2.9)
     notes = []
-    curves = drawing.Curve("training", at, train), drawing.Curve("held-out normals", at, held_out)
+    curves = drawing.Curve("training", at, train), drawing.Curve("held-out good images", at, held_out)
     for curve in drawing.draw_curves(axes, *curves):
         worst = int(np.argmax(curve.nll))
         notes.append(

@@ -57,7 +57,7 @@ class Verdicts(NamedTuple):
 
     def describe(self) -> str:
         """Returns both counts as text."""
-        return f"{self.detected} of {self.defective} defects, {self.false_alarms} of {self.good} false alarms"
+        return f"{self.detected} of {self.defective} defects, false alarms: {self.false_alarms} of {self.good}"
 
 
 def verdicts(test: TestResults, threshold: float) -> Verdicts:

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from fastmaf.images.names import visible
+from fastmaf.io.wording import count
 
 
 def finalize(value: Any) -> Any:
@@ -40,7 +41,8 @@ def percent(share: float | None) -> str:
 
 def images(n: int, kind: str = "") -> str:
     """Formats a number of images: "1 good image", "23 good images", "no good images"."""
-    return f"{f'{n:,}' if n else 'no'} {kind}{' ' if kind else ''}image{'' if n == 1 else 's'}"
+    text = count(n, f"{kind} image".lstrip())
+    return text if n else text.replace("0", "no", 1)
 
 
 def score_digits(scores: np.ndarray) -> int:

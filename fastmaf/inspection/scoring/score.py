@@ -1,7 +1,7 @@
 """From the terms of a likelihood to a score map and one anomaly score per image, and to an anomaly map.
 
 A plain NLL sums 12,288 terms of very different variance, in which a defect of a few pixels is lost. Here each term is
-standardised by its mean and standard deviation over normal images that the model has not seen, clipped, summed over
+standardised by its mean and standard deviation over good images that the model has not seen, clipped, summed over
 the colours and smoothed. The mean of the largest values of this score map is the image's anomaly score.
 
 The anomaly map, which is shown, saved and evaluated pixel by pixel, differs from the score map. To decide whether *any*
@@ -26,7 +26,7 @@ from fastmaf.inspection.scoring.settings import AnomalyMapConfig, ScoreSettings
 
 @dataclass(frozen=True, eq=False)
 class TermStatistics:
-    """Mean and standard deviation of each term ``[D]``, float32, and the mean NLL, over unseen normal images."""
+    """Mean and standard deviation of each term ``[D]``, float32, and the mean NLL, over unseen good images."""
 
     mean: Tensor
     deviation: Tensor
@@ -36,7 +36,7 @@ class TermStatistics:
     def of(cls, terms: Tensor, nll: Tensor) -> TermStatistics:
         """Returns the statistics of ``terms`` ``[n, D]`` and ``nll`` ``[n]``, n >= 2."""
         if len(terms) < 2:
-            raise ValueError(f"a standard deviation needs at least 2 normal images; found {len(terms)}")
+            raise ValueError(f"a standard deviation needs at least 2 good images; found {len(terms)}")
         mean, deviation = terms.double().mean(dim=0), terms.double().std(dim=0)
         # A term that never varied has no scale of its own: the median of the others replaces it.
         typical = deviation[deviation > 0].median() if bool((deviation > 0).any()) else deviation.new_ones(())

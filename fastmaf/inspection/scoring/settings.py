@@ -47,7 +47,7 @@ class ScoreSettings:
     """How an image is scored.
 
     Attributes:
-        kind: ``"nll"``, ``"typicality"`` (distance of the NLL from the mean NLL of normal images), ``"map maximum"``,
+        kind: ``"nll"``, ``"typicality"`` (distance of the NLL from the mean NLL of good images), ``"map maximum"``,
             or ``"map top"`` (mean of the largest values of the score map).
         source: the terms of the score map: ``"whitened"``, ½z² after the whitening alone, or ``"flow"``, each
             dimension's share of the NLL of the whole flow.
@@ -90,7 +90,7 @@ class AnomalyMapConfig:
         power: residuals are in noise standard deviations times this power of them: 0 for deviations, 1 for the unit of
             x.
         sigma: standard deviation, in pixels, of the Gaussian that smooths the squared residual.
-        rms: root mean square of the map over unseen normal images; the map's unit.
+        rms: root mean square of the map over unseen good images; the map's unit.
 
     Raises:
         SchemaError: a setting has another type or is out of range.

@@ -14,11 +14,11 @@ _SCORES, _MAPS = 12, 8  # rows of a table, besides the default
 
 @dataclass(frozen=True)
 class Selection:
-    """Scores and anomaly maps, each ranked on normal images and synthetic defects, the best first.
+    """Scores and anomaly maps, each ranked on good images and synthetic defects, the best first.
 
     Attributes:
-        images: number of normal images.
-        draws: synthetic defects per normal image.
+        images: number of good images.
+        draws: synthetic defects per good image.
         scores, maps: the candidates.
     """
 
@@ -31,7 +31,7 @@ class Selection:
         """Returns both rankings as tables, with their columns explained."""
         drawings = count(self.draws, "drawing")
         head = (
-            f"{count(self.images, 'normal image')}, without and with a synthetic defect ({drawings} of each);\n"
+            f"{count(self.images, 'good image')}, without and with a synthetic defect ({drawings} of each);\n"
             "each is scored by a model that has not seen it; no test image is read"
         )
         return "\n\n".join([head, describe_scores(self.scores), describe_maps(self.maps)])

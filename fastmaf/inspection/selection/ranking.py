@@ -1,6 +1,6 @@
-"""Ranking scores and anomaly maps on normal images and synthetic defects, never on a test image.
+"""Ranking scores and anomaly maps on good images and synthetic defects, never on a test image.
 
-Every normal image is scored by the model of the fold that left it out, both as it is and with a synthetic defect. A
+Every good image is scored by the model of the fold that left it out, both as it is and with a synthetic defect. A
 score is ranked by its image AUROC over both, averaged over the kinds of defects, so that every kind counts equally; a
 map by the mean of its pixel AUROC and AU-PRO.
 """
@@ -82,13 +82,13 @@ def rank_scores(
     seed: int = 0,
     progress: bool = True,
 ) -> list[ScoreCandidate]:
-    """Ranks scores on normal images and synthetic defects.
+    """Ranks scores on good images and synthetic defects.
 
     Args:
-        pixels: the normal images that ``models`` were fitted to, uint8 ``[n, 3, s, s]``.
+        pixels: the good images that ``models`` were fitted to, uint8 ``[n, 3, s, s]``.
         models: the models of the folds.
         candidates: the scores to compare.
-        draws: synthetic defects per normal image.
+        draws: synthetic defects per good image.
         seed: of the defects.
         progress: show a progress bar.
 
@@ -120,7 +120,7 @@ def rank_maps(
     seed: int = 0,
     progress: bool = True,
 ) -> list[MapCandidate]:
-    """Ranks map configurations by the pixels of normal images and of synthetic defects; arguments as ``rank_scores``.
+    """Ranks map configurations by the pixels of good images and of synthetic defects; arguments as ``rank_scores``.
 
     Returns:
         The candidates, best first.
@@ -135,7 +135,7 @@ def rank_maps(
 
 
 def _drawn(pixels: Tensor, draws: int, seed: int) -> tuple[list[SyntheticDefects], list[Tensor]]:
-    """Returns ``draws`` sets of images with a defect, and the normal images followed by these on [0, 1]."""
+    """Returns ``draws`` sets of images with a defect, and the good images followed by these on [0, 1]."""
     drawn = [draw_defects(pixels, seed=seed + i) for i in range(draws)]
     return drawn, [to_unit(part) for part in (pixels, *(defects.pixels for defects in drawn))]
 
@@ -174,7 +174,7 @@ def _auroc(normal: np.ndarray, defect: np.ndarray) -> float:
 
 
 def _standard_error(normal: np.ndarray, defect: np.ndarray, kinds: np.ndarray, resamples: int = 200) -> float:
-    """Standard error of the mean AUROC over kinds, by resampling normal images together with their defects."""
+    """Standard error of the mean AUROC over kinds, by resampling good images together with their defects."""
     rng = np.random.default_rng(0)
     n, draws = len(normal), len(defect) // len(normal)
     means = []

@@ -29,7 +29,7 @@ def select_score_and_map(
 
     Args:
         recipe: as fitted.
-        pixels: the normal images, uint8 ``[n, 3, s, s]``.
+        pixels: the good images, uint8 ``[n, 3, s, s]``.
         models: the models of the folds.
     """
     figures: dict[str, Any] = {}

@@ -1,1 +1,1 @@
-"""Synthetic defects drawn onto normal images."""
+"""Synthetic defects drawn onto good images."""

@@ -104,7 +104,7 @@ def erased(canvas: Canvas) -> Array:
 
 
 def pasted(canvas: Canvas) -> Array:
-    """A patch from another position in a normal image."""
+    """A patch from another position in a good image."""
     rng, (y, x) = canvas.rng, canvas.place()
     covered = canvas.blob(y, x, canvas.length(1.25, 6), soft=canvas.unit)
     y0, x0 = Canvas(canvas.donor, canvas.donor, rng, 1.0).place()

@@ -21,11 +21,11 @@ WEAKEST, STRONGEST = 6.0, 80.0
 
 @dataclass(frozen=True, eq=False)
 class Canvas:
-    """One normal image and its properties that drawing a defect needs.
+    """One good image and its properties that drawing a defect needs.
 
     Attributes:
         image: float32 [s, s, 3], grey levels.
-        donor: another normal image, or the same one, likewise.
+        donor: another good image, or the same one, likewise.
         rng: of this defect.
         boost: factor on the strength; above 1 if the previous attempt was not visible enough.
     """
@@ -63,7 +63,7 @@ class Canvas:
         return busy > busy.mean()
 
     def place(self, weight: Array | None = None) -> tuple[float, float]:
-        """Returns a random point (y, x), by weights [s, s]; by default on the object, in 10 % of cases anywhere."""
+        """Returns a random point (y, x), by weights [s, s]; by default on the object, in 10% of cases anywhere."""
         if weight is None:
             weight = self.object if self.rng.random() > 0.1 else np.zeros_like(self.contrast)
         total = np.cumsum(weight, dtype=np.float64)

@@ -1,4 +1,4 @@
-"""Synthetic defects on normal images of any object, to select scores and constants without defective images.
+"""Synthetic defects on good images of any object, to select scores and constants without defective images.
 
 They are generic: lines, spots, stains, patches that are erased, pasted, displaced or rough, and dents, from barely
 visible to obvious. They show how scores compare, not how many real defects a score will find.
@@ -50,13 +50,13 @@ def draw_defects(pixels: Tensor, *, kinds: Sequence[str] = KINDS, seed: int = 0)
     give the same defects.
 
     Args:
-        pixels: normal images, uint8 [n, 3, s, s], s >= 8.
+        pixels: good images, uint8 [n, 3, s, s], s >= 8.
         kinds: which kinds to draw, of ``KINDS``.
         seed: any non-negative integer.
 
     Returns:
         The images with their defects. A mask covers pixels where any colour differs by more than 2 grey levels from the
-        normal image, with gaps of one pixel closed. On an image without structure, where nothing can be displaced,
+        good image, with gaps of one pixel closed. On an image without structure, where nothing can be displaced,
         pasted or erased, a spot is drawn instead, and its kind is ``"spot"``.
 
     Raises:

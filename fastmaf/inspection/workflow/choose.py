@@ -1,4 +1,4 @@
-"""``fastmaf inspect choose``: compare scores and anomaly maps on normal images and synthetic defects."""
+"""``fastmaf inspect choose``: compare scores and anomaly maps on good images and synthetic defects."""
 
 from __future__ import annotations
 

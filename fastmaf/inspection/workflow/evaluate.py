@@ -73,8 +73,7 @@ def evaluate_with_report(
     from fastmaf.inspection.report.build import test_report
 
     out = Path(out)
-    outputs = outputs_of(out)
-    check_outputs(outputs, [model_file(model)])
+    check_outputs(outputs_of(out), [model_file(model)])
     loaded = load_inspection(model, device=device)
     images = load_test(data, size=loaded.size, skip_bad=skip_bad, progress=progress)
     for note in (*images.notes, *doubtful(images.labels)):
@@ -106,8 +105,6 @@ def evaluate_with_report(
     with written_atomically(out / METRICS_FILE) as stream:
         stream.write((json.dumps(result.to_json(), indent=2, allow_nan=False) + "\n").encode())
     report = test_report(out / REPORT_FILE, loaded, model_file(model).name, test, prediction, rows)
-    say(result.describe())
-    say(f"written to {out}: {', '.join(output.path.name for output in outputs)}")
     return result, report
 
 

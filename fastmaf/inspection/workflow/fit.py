@@ -35,7 +35,6 @@ def fit(
     *,
     keep_folds: bool = False,
     skip_bad: bool = False,
-    explain: bool = False,
     progress: bool = True,
     say: Say = print,
 ) -> FitResult:
@@ -49,7 +48,6 @@ def fit(
         out: folder to write to.
         recipe: the settings.
         keep_folds: write the fold models, too, so that ``fastmaf inspect eval`` can evaluate their ensemble.
-        explain: add the figures behind each decision, and the assumptions of the threshold, to what ``say`` receives.
 
     Raises:
         DataError: the folder or a file in it is unsuitable, or there are too few images.
@@ -75,9 +73,7 @@ def fit(
             skipped=[[path.name, reason] for path, reason in images.skipped],
         )
         _write(out, fitted, images, keep_folds)
-    result = FitResult(fitted, images=len(images), out=out)
-    say(result.describe(explain))
-    return result
+    return FitResult(fitted, images=len(images), out=out)
 
 
 def load_normals(data: str | Path, recipe: Recipe, *, skip_bad: bool, progress: bool, say: Say) -> ImageSet:

@@ -39,7 +39,7 @@ class ImageRow:
     Attributes:
         file: its path as it was found; in a CSV as ``fastmaf.images.names.to_cell`` writes it.
         score: the anomaly score.
-        p_value: share of normal images expected to score at least as high.
+        p_value: share of good images expected to score at least as high.
         verdict: ``"good"`` or ``"anomalous"``.
         nll: negative log-likelihood in nats.
         decode_ms: from opening the file to its pixels.

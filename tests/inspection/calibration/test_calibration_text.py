@@ -27,8 +27,8 @@ def test_explained_form() -> None:
     for part in (
         "guarantee: at most 5% false alarms on average (needs 19 calibration images, 243 available)",
         "(threshold 237; needs 59 calibration images, 243 available)",
-        "243 normal images (line 3, 2025-03-01), each scored by a model fitted without its fold (5 folds)",
-        "new normal images come from the same process as the calibration images",
+        "243 good images (line 3, 2025-03-01), each scored by a model fitted without its fold (5 folds)",
+        "new good images come from the same process as the calibration images",
         "fastmaf inspect recalibrate",
         "no theorem",
         "about twice the rate, 10%",
@@ -52,7 +52,7 @@ def test_a_split() -> None:
     assert "the highest of the 30 calibration scores" in calibration.describe()
     assert "--confidence 0.95 (needs 59 calibration images, 30 available)" in calibration.describe()
     text = calibration.describe(explain=True)
-    assert "30 normal images, scored by one model that was not fitted to them" in text and "fold" not in text
+    assert "30 good images, scored by one model that was not fitted to them" in text and "fold" not in text
 
 
 def test_another_confidence() -> None:

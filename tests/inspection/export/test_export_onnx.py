@@ -196,7 +196,7 @@ def with_other_calibration_scores(_: onnx.TensorProto, array: np.ndarray) -> np.
 
 
 def with_one_scale(_: onnx.TensorProto, array: np.ndarray) -> np.ndarray:
-    """The scale of one dimension is 5 % too large."""
+    """The scale of one dimension is 5% too large."""
     if array.shape == (D,) and array.dtype == np.float32 and array.min() > 0 and array.max() < 1:
         array[0] *= 1.05
     return array

@@ -74,10 +74,10 @@ def test_figures_say_what_they_show(figures: dict[str, Drawing]) -> None:
     } <= set(shown)
     assert "a $1 & $2 <b> \u5b57 (15)" in shown and "cut (15)" in shown
     counts = verdicts(RESULTS, CALIBRATION.threshold)
-    point = f"{counts.detected} of 30 defects, {counts.false_alarms} of 20 false alarms"
+    point = f"{counts.detected} of 30 defects, false alarms: {counts.false_alarms} of 20"
     assert any(point in text for text in texts(figures["roc"]))
     assert point in ElementTree.fromstring(figures["roc"].svg).attrib["aria-label"]
-    assert {"training", "held-out normals", "\u221211", "step"} <= set(texts(figures["curve"]))
+    assert {"training", "held-out good images", "\u221211", "step"} <= set(texts(figures["curve"]))
 
 
 def test_a_blown_up_score_leaves_the_histogram_readable() -> None:
@@ -116,7 +116,7 @@ def test_the_curve_survives_what_training_brings() -> None:
     assert curve([-1.0, math.nan, math.nan]).notes == ("Training: no value at 2 of 3 points.",)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert "held-out normals" in texts(curve([math.nan, math.nan], [-5.0, -6.0]))
+        assert "held-out good images" in texts(curve([math.nan, math.nan], [-5.0, -6.0]))
         assert curve([math.nan]).notes == ("Training: no value at 1 of 1 points.",)
         assert curve([math.inf, -3.0]).notes[0].startswith("Training: 1 of 2 points are above the axis")
 
