@@ -72,7 +72,7 @@ def calibrate(
     """
     from fastmaf.inspection.workflow.calibrate import calibrate as run
 
-    _say_calibration(run(model, false_alarm, confidence), explain, as_json)
+    _say_calibration(run(model, false_alarm, confidence, say=say_aside), explain, as_json)
 
 
 @app.command()

@@ -19,8 +19,8 @@ _K_FOLD = (
     "The calibration scores come from models that were each fitted without one fold of the images.",
     "The verdicts come from one model that was fitted to all images.",
     "If leaving out a fold changes scores little, that model's rates are close to those above, and usually lower.",
-    "This is no theorem; what can be proved is about twice the rate, {twice}, for verdicts by the models of the folds.",
-    "Recalibrating on good images that the model has not seen guarantees the rate itself.",
+    "That is not proven. Proven is about twice the rate, {twice}, and only for verdicts by the models of the folds.",
+    "Recalibrating on good images that the model has not seen makes the guarantee hold without this reservation.",
 )
 
 

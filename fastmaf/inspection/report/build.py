@@ -92,7 +92,7 @@ def _training(model: InspectionModel) -> Training | None:
     settings |= decisions(model, explain=True)
     settings |= {f"seconds for {stage}": f"{value:.1f}" for stage, value in about.get("seconds", {}).items()}
     folds = zip(about["images_of_folds"], about["held_out_nll_of_folds"], strict=True)
-    return Training(tuple(settings.items()), tuple(about.get("log", ())), tuple(folds))
+    return Training(tuple(settings.items()), tuple(about.get("log", ())), tuple(folds), about["recipe"]["blocks"] != 0)
 
 
 def samples(images: ImageSet, label: str, n: int = _SAMPLES) -> np.ndarray:

@@ -53,11 +53,13 @@ class Training:
         settings: (name, value) pairs, in the order to be shown.
         log: rows with "step", "nll" and "held_out_nll" (mean NLLs of an image in nats); empty without blocks.
         folds: (number of images that it held out, their mean NLL in nats) of each fold of the cross-validation.
+        keeps_blocks: whether the model has the blocks whose training ``log`` holds.
     """
 
     settings: tuple[tuple[str, str], ...]
     log: tuple[Mapping[str, float], ...]
     folds: tuple[tuple[int, float], ...]
+    keeps_blocks: bool = True
 
 
 @dataclass(frozen=True, eq=False)

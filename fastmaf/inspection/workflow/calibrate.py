@@ -17,8 +17,15 @@ from fastmaf.io.run_folder import check_disk
 
 
 @fastmaf.torch_defaults()
-def calibrate(model: str | Path, false_alarm: float, confidence: float | None = None) -> Calibration:
+def calibrate(
+    model: str | Path, false_alarm: float, confidence: float | None = None, *, say: Say = print
+) -> Calibration:
     """Sets the false-alarm rate of a model file, using the calibration scores that it holds.
+
+    Args:
+        model: the file, or the folder of a run.
+        false_alarm, confidence: as in ``Calibration``.
+        say: receives the change of the threshold.
 
     Raises:
         CalibrationError: the rate or the confidence is out of range.
@@ -28,6 +35,7 @@ def calibrate(model: str | Path, false_alarm: float, confidence: float | None = 
     with _locked_model(model, "calibrating") as (path, loaded):
         calibration = loaded.calibration.with_rate(false_alarm, confidence)
         loaded.with_calibration(calibration).save(path)
+    _say_change(loaded.calibration, calibration, say)
     return calibration
 
 
@@ -58,7 +66,13 @@ def recalibrate(
         source = source if len(source) <= 80 else f"{source[:77]}..."
         calibration = Calibration(loaded.scores(pixels), false_alarm, confidence, "split", None, today, source)
         loaded.with_calibration(calibration).save(path)
+    _say_change(loaded.calibration, calibration, say)
     return calibration
+
+
+def _say_change(before: Calibration, after: Calibration, say: Say) -> None:
+    if before.threshold != after.threshold:
+        say(f"threshold changed from {before.threshold:.6g} to {after.threshold:.6g}")
 
 
 @contextmanager

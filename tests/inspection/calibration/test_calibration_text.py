@@ -30,7 +30,7 @@ def test_explained_form() -> None:
         "243 good images (line 3, 2025-03-01), each scored by a model fitted without its fold (5 folds)",
         "new good images come from the same process as the calibration images",
         "fastmaf inspect recalibrate",
-        "no theorem",
+        "not proven",
         "about twice the rate, 10%",
     ):
         assert part in text

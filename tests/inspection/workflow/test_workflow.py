@@ -53,8 +53,13 @@ def test_fit_leaves_model_log_and_report(run: Path) -> None:
 
 def test_calibrate_changes_the_threshold_alone(model_copy: Path) -> None:
     before = load_inspection(model_copy)
-    calibrate(model_copy, 0.2)
+    messages: list[str] = []
+    calibrate(model_copy, 0.2, say=messages.append)
     after = load_inspection(model_copy)
+    changed = f"from {before.calibration.threshold:.6g} to {after.calibration.threshold:.6g}"
+    assert messages == [f"threshold changed {changed}"]
+    calibrate(model_copy, 0.2, say=messages.append)
+    assert len(messages) == 1, "the same threshold is no change"
     assert after.calibration.false_alarm == 0.2 and after.calibration.threshold < before.calibration.threshold
     assert np.array_equal(after.calibration.scores, before.calibration.scores)
     assert all(torch.equal(a, b) for a, b in zip(after.flow.buffers(), before.flow.buffers(), strict=True))
@@ -123,7 +128,7 @@ def test_every_command_says_how_images_were_changed_on_being_read(run: Path, mod
     assert messages[:-1] == expected
     messages = []
     recalibrate(model_copy, [str(odd)], 0.2, progress=False, say=messages.append)
-    assert messages == expected
+    assert messages[:-1] == expected and messages[-1].startswith("threshold changed from")
     messages = []
     with pytest.raises(DataError, match="3 good images"):  # said before it is refused
         choose(odd, size=16, progress=False, say=messages.append)
