@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -81,6 +82,21 @@ def test_standard_output_on_a_full_disk_is_named(model: Path, arguments: tuple[s
             [sys.executable, "-m", "fastmaf", *command], stdout=full, stderr=subprocess.PIPE, text=True, timeout=300
         )
     assert (done.returncode, done.stderr) == (1, "error: standard output: no space left on device\n")
+
+
+@linux
+@pytest.mark.parametrize("redirect", [">&-", "2>&-", "2>/dev/full"])
+@pytest.mark.parametrize("line", ["doctor", "calibrate --model {model}"])
+def test_a_closed_or_full_stream_is_no_crash(model: Path, line: str, redirect: str) -> None:
+    command = f"{shlex.quote(sys.executable)} -m fastmaf {line.format(model=shlex.quote(str(model)))} {redirect}"
+    done = subprocess.run(["sh", "-c", command], capture_output=True, text=True, timeout=300)
+    assert "Traceback" not in done.stderr
+    assert done.returncode == 0 and bool(done.stdout) == (redirect != ">&-")
+
+
+def test_a_failed_allocation_is_one_line(run: Fastmaf, model: Path, tmp_path: Path) -> None:
+    options = ("--size", "8", "--hidden", "99999999999,2", "--quiet", "--out", tmp_path / "run")
+    assert_one_error(run("capsule", "train", "--data", model.parent / "good", *options), "not enough memory")
 
 
 def test_an_output_in_the_place_of_a_file(run: Fastmaf, model: Path, tmp_path: Path) -> None:
