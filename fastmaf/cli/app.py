@@ -70,6 +70,13 @@ def _is_out_of_memory(error: Exception) -> bool:
     return isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
 
 
+def _is_of_ctrl_c(error: BaseException | None) -> bool:
+    """Returns whether a KeyboardInterrupt led to an error; recent versions of typer turn it into an exit code."""
+    while error is not None and not isinstance(error, KeyboardInterrupt):
+        error = error.__cause__ or error.__context__
+    return error is not None
+
+
 def main() -> None:
     """Runs the command; errors that users can correct are printed without a traceback."""
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
@@ -99,3 +106,7 @@ def main() -> None:
     except KeyboardInterrupt:
         say_aside("stopped")
         sys.exit(130)
+    except SystemExit as ended:
+        if _is_of_ctrl_c(ended):
+            say_aside("stopped")
+        raise

@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 import fastmaf
-from fastmaf.cli import app
+from fastmaf import doctor
 from tests.cli.command import Fastmaf, assert_one_error
 from tests.images.pictures import capsule_set
 
@@ -135,9 +135,9 @@ def test_control_characters_of_names_are_escaped(run: Fastmaf, model: Path, tmp_
 
 
 def test_ctrl_c_is_reported(run: Fastmaf, monkeypatch: pytest.MonkeyPatch) -> None:
-    def interrupted(**_: object) -> None:
+    def interrupted() -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(app, "app", interrupted)
+    monkeypatch.setattr(doctor, "report", interrupted)
     done = run("doctor")
     assert (done.code, done.err) == (130, "stopped\n")
