@@ -47,8 +47,10 @@ def fastmaf_command(
     """Masked autoregressive flows at image size: densities, samples, and inspection of images for defects."""
 
 
-def _close(stream: TextIO) -> None:
+def _close(stream: TextIO | None) -> None:
     """Redirects a stream that cannot be written to nowhere, so that the interpreter does not fail on it at exit."""
+    if stream is None:
+        return
     try:
         stream.flush()
     except OSError:
@@ -59,6 +61,20 @@ def _close(stream: TextIO) -> None:
 def _is_expected(error: Exception) -> bool:
     """Returns whether the message of an error is meant for users of the command."""
     return isinstance(error, (OSError, ValueError)) or type(error).__module__.startswith("fastmaf.")
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    """Returns whether an allocation failed; torch raises a RuntimeError on the CPU."""
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return True
+    return isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
+
+
+def _is_of_ctrl_c(error: BaseException | None) -> bool:
+    """Returns whether a KeyboardInterrupt led to an error; recent versions of typer turn it into an exit code."""
+    while error is not None and not isinstance(error, KeyboardInterrupt):
+        error = error.__cause__ or error.__context__
+    return error is not None
 
 
 def main() -> None:
@@ -76,13 +92,21 @@ def main() -> None:
         finally:
             LOG.info("finished after %.1f s", time.perf_counter() - start)
             with write_errors(STDOUT):  # a full disk may show only when the buffer is flushed
-                sys.stdout.flush()
+                if sys.stdout is not None:  # it is None if it was closed before the start
+                    sys.stdout.flush()
     except Exception as error:
-        if not _is_expected(error) or is_verbose():
+        out_of_memory = _is_out_of_memory(error)
+        if not (_is_expected(error) or out_of_memory) or is_verbose():
             raise
         _close(sys.stdout)
-        say_aside(f"error: {error_text(error)}")
+        text = "not enough memory: choose a smaller model or smaller images" if out_of_memory else error_text(error)
+        say_aside(f"error: {text}")
+        _close(sys.stderr)
         sys.exit(1)
     except KeyboardInterrupt:
         say_aside("stopped")
         sys.exit(130)
+    except SystemExit as ended:
+        if _is_of_ctrl_c(ended):
+            say_aside("stopped")
+        raise

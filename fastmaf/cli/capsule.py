@@ -9,7 +9,7 @@ import typer
 
 from fastmaf.cli import options
 from fastmaf.cli.former import ModelArgument
-from fastmaf.cli.options import checked_settings, device_named, options_of, refuse, share
+from fastmaf.cli.options import LARGEST, checked_settings, device_named, options_of, refuse, share
 from fastmaf.cli.output import say, say_aside, say_json, say_or_aside
 
 if TYPE_CHECKING:
@@ -50,12 +50,14 @@ def train(
     data: options.TrainData,
     out: options.Out = Path("results"),
     size: options.Size = 64,
-    epochs: Annotated[int, typer.Option(min=1, metavar="N", help="Passes over the training images.")] = 100,
-    batch_size: Annotated[int, typer.Option(min=1, metavar="N", help="Images per step.")] = 8,
+    epochs: Annotated[
+        int, typer.Option(min=1, max=LARGEST, metavar="N", help="Passes over the training images.")
+    ] = 100,
+    batch_size: Annotated[int, typer.Option(min=1, max=LARGEST, metavar="N", help="Images per step.")] = 8,
     lr: Annotated[
         float | None, typer.Option(metavar="RATE", help="Learning rate of Adam. Default: 1e-4, or 2e-5 with guards.")
     ] = None,
-    blocks: Annotated[int, typer.Option(min=1, metavar="N", help="Blocks of the flow.")] = 7,
+    blocks: Annotated[int, typer.Option(min=1, max=LARGEST, metavar="N", help="Blocks of the flow.")] = 7,
     hidden_features: Annotated[
         str,
         typer.Option(
@@ -183,6 +185,7 @@ def reproduce(
         int | None,
         typer.Option(
             min=1,
+            max=LARGEST,
             metavar="N",
             help="Passes over the training images. Default: 100 with --data, 20 on the synthetic set.",
         ),

@@ -6,6 +6,7 @@ They work for one release: the commands without their group (``fastmaf score``),
 
 from __future__ import annotations
 
+import shlex
 from typing import Any, Literal, TypeAlias
 
 import typer
@@ -31,7 +32,7 @@ class ModelArgument(TyperCommand):
         before, model = _option("--model", args)
         if model is None:
             return super().parse_args(ctx, args)
-        say_aside(f"note: --model is now an argument: {ctx.command_path} {model}")
+        say_aside(f"note: --model is now an argument: {ctx.command_path} {shlex.quote(model)}")
         return super().parse_args(ctx, [model, *before])
 
 

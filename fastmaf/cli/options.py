@@ -15,6 +15,9 @@ import typer
 from fastmaf.cli.output import set_verbose
 from fastmaf.images.names import visible
 
+LARGEST = 2**31 - 1
+"""The largest number that checkpoints store."""
+
 
 def refuse(message: str) -> NoReturn:
     """Ends the command with a usage error: exit code 2."""
@@ -120,7 +123,7 @@ CheckImages = Annotated[
     typer.Option("--check", metavar="IMAGES", callback=_existing_images, help=f"Good images to compare on: {_IMAGES}"),
 ]
 Out = Annotated[Path, typer.Option("--out", metavar="DIR", help="Output folder.")]
-Size = Annotated[int, typer.Option(min=1, metavar="N", help="Side of the square images in pixels.")]
+Size = Annotated[int, typer.Option(min=1, max=2**14, metavar="N", help="Side of the square images in pixels.")]
 Seed = Annotated[int, typer.Option(min=0, max=2**32 - 1, metavar="N", help="Seed of the random numbers.")]
 SkipBad = Annotated[bool, typer.Option("--skip-bad", help="Skip and list unreadable files instead of stopping.")]
 Device = Annotated[

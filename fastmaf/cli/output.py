@@ -6,6 +6,7 @@ import json
 import logging
 import os
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 import typer
@@ -23,8 +24,9 @@ def say(text: str) -> None:
 
 
 def say_aside(text: str) -> None:
-    """``say`` to standard error."""
-    typer.echo(visible(text, keep="\n"), err=True)
+    """``say`` to standard error; a stream that is missing, closed or broken is no error."""
+    with suppress(OSError, ValueError):
+        typer.echo(visible(text, keep="\n"), err=True)
 
 
 def error_text(error: BaseException) -> str:

@@ -25,7 +25,9 @@ from fastmaf.images.folders import TEST, TRAIN, find_normals, find_test, layout_
 from fastmaf.images.listing import contents, files_in, folders_in, images_below, images_in, left_aside
 from fastmaf.images.names import visible
 from fastmaf.images.progress import track
+from fastmaf.io.run_folder import DoesNotFitError, format_bytes
 from fastmaf.io.wording import count, some
+from fastmaf.training.available_memory import available_memory
 
 _log = logging.getLogger(__name__)
 
@@ -138,6 +140,7 @@ def load_train(root: str | Path, *, size: int = 64, skip_bad: bool = False, prog
 
     Raises:
         DataError: the folder is missing or holds no image, or a file cannot be read.
+        DoesNotFitError: the images need more memory than is available.
     """
     root = Path(root).expanduser()
     folder, notes = find_normals(root)
@@ -175,6 +178,7 @@ def _load(
     files: list[tuple[str, Path, Path]], what: str, notes: list[str], size: int, skip_bad: bool, progress: bool
 ) -> ImageSet:
     """Loads files, given as (class, class folder, file)."""
+    _check_memory(len(files), size)
     loaded: list[tuple[str, str, Frame]] = []
     skipped: list[tuple[Path, str]] = []
     bar = track(files, f"reading {what} images", "image", show=progress)
@@ -202,3 +206,13 @@ def _load(
         names=names,
         shapes=tuple((frame.height, frame.width) for frame in frames),
     )
+
+
+def _check_memory(images: int, size: int) -> None:
+    """Refuses images that would not fit into memory as 8-bit values: in parts while reading, and then as one tensor."""
+    needed, available = 2 * images * 3 * size**2, available_memory(torch.device("cpu"))
+    if available is not None and needed > available:
+        raise DoesNotFitError(
+            f"reading {count(images, 'image')} at {size} x {size} pixels needs about {format_bytes(needed)} of memory; "
+            f"{format_bytes(available)} are available: choose a smaller size"
+        )

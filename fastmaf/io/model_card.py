@@ -144,7 +144,7 @@ def _details(flow: nn.Module, config: Mapping[str, Any], model: Path) -> Iterato
         yield "Fixed numbers (buffers)", f"{fixed:,}"
     dtypes = dict.fromkeys(str(tensor.dtype).removeprefix("torch.") for tensor in tensors)
     yield "Data type", ", ".join(dtypes) or "none"
-    yield "File", f"{_on_one_line(model.name)}, {os.path.getsize(model):,} bytes"
+    yield "File", f"{model.name}, {os.path.getsize(model):,} bytes"
     fastmaf_version = sys.modules["fastmaf"].__version__  # importing fastmaf here would be circular
     yield "Versions", f"fastmaf {fastmaf_version}, torch {torch.__version__}"
     yield "Date", datetime.now(timezone.utc).date().isoformat()

@@ -39,7 +39,7 @@ class Table(NamedTuple):
             cells = "".join(f"  {value:>{width}}" for value, width in zip(values, widths, strict=True))
             text.append(f"{name:<{first}}{cells}".rstrip())
         text.insert(2, "-" * (first + sum(widths) + 6))
-        return "\n".join([*text, "", *(textwrap.fill(note, 96) for note in self.notes)])
+        return "\n".join([*text, "", *(textwrap.fill(note, 96, break_on_hyphens=False) for note in self.notes)])
 
 
 def compare(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -12,7 +13,7 @@ import pytest
 from PIL import Image
 
 import fastmaf
-from fastmaf.cli import app
+from fastmaf import doctor
 from tests.cli.command import Fastmaf, assert_one_error
 from tests.images.pictures import capsule_set
 
@@ -83,6 +84,21 @@ def test_standard_output_on_a_full_disk_is_named(model: Path, arguments: tuple[s
     assert (done.returncode, done.stderr) == (1, "error: standard output: no space left on device\n")
 
 
+@linux
+@pytest.mark.parametrize("redirect", [">&-", "2>&-", "2>/dev/full"])
+@pytest.mark.parametrize("line", ["doctor", "calibrate --model {model}"])
+def test_a_closed_or_full_stream_is_no_crash(model: Path, line: str, redirect: str) -> None:
+    command = f"{shlex.quote(sys.executable)} -m fastmaf {line.format(model=shlex.quote(str(model)))} {redirect}"
+    done = subprocess.run(["sh", "-c", command], capture_output=True, text=True, timeout=300)
+    assert "Traceback" not in done.stderr
+    assert done.returncode == 0 and bool(done.stdout) == (redirect != ">&-")
+
+
+def test_a_failed_allocation_is_one_line(run: Fastmaf, model: Path, tmp_path: Path) -> None:
+    options = ("--size", "8", "--hidden", "99999999999,2", "--quiet", "--out", tmp_path / "run")
+    assert_one_error(run("capsule", "train", "--data", model.parent / "good", *options), "not enough memory")
+
+
 def test_an_output_in_the_place_of_a_file(run: Fastmaf, model: Path, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("mine")
     images, file = model.parent / "good", tmp_path / "file"
@@ -119,9 +135,9 @@ def test_control_characters_of_names_are_escaped(run: Fastmaf, model: Path, tmp_
 
 
 def test_ctrl_c_is_reported(run: Fastmaf, monkeypatch: pytest.MonkeyPatch) -> None:
-    def interrupted(**_: object) -> None:
+    def interrupted() -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(app, "app", interrupted)
+    monkeypatch.setattr(doctor, "report", interrupted)
     done = run("doctor")
     assert (done.code, done.err) == (130, "stopped\n")

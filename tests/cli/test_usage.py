@@ -68,6 +68,8 @@ ERRORS: list[tuple[tuple[str, ...], tuple[str, ...]]] = [
     ((*TRAIN, "--holdout", "1.5"), ("holdout", "1.5")),
     ((*TRAIN, "--lr", "-1"), ("lr must be positive", "-1")),
     ((*TRAIN, "--epochs", "0"), ("--epochs",)),
+    ((*TRAIN, "--epochs", str(2**31)), ("--epochs",)),
+    ((*FIT, "--size", "100000"), ("--size",)),
     ((*TRAIN, "--levels", "0"), ("--levels",)),
     ((*TRAIN, "--device", "tpu"), ("--device", "'tpu'")),
     ((*TRAIN, "--device", "cuda:x"), ("--device", "'cuda:x'")),

@@ -12,8 +12,10 @@ import pytest
 import torch
 from PIL import Image
 
+from fastmaf.images import dataset
 from fastmaf.images.dataset import ImageSet, load_test, load_train, to_images, to_unit
 from fastmaf.images.decode import DataError
+from fastmaf.io.run_folder import DoesNotFitError
 from tests.images.pictures import capsule_set, picture
 
 # ---- tensors
@@ -139,3 +141,11 @@ def test_size_must_be_positive(tmp_path: Path) -> None:
     root = capsule_set(tmp_path)
     with pytest.raises(ValueError, match="size: expected at least 1"):
         load_train(root, size=0, progress=False)
+
+
+def test_images_that_do_not_fit_into_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    Image.new("RGB", (4, 4)).save(tmp_path / "0.png")
+    monkeypatch.setattr(dataset, "available_memory", lambda _: 1_000_000)
+    with pytest.raises(DoesNotFitError, match=r"1 image at 1000 x 1000 pixels needs about 6\.0 MB"):
+        dataset.load_train(tmp_path, size=1000)
+    assert len(dataset.load_train(tmp_path, size=8, progress=False)) == 1

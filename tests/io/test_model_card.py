@@ -110,3 +110,10 @@ def test_an_odd_name_breaks_no_line(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     text = (tmp_path / "card.md").read_text("utf-8")
     assert "\n# b" not in text and "# a\\n# b" in text
     run_example(tmp_path / "card.md", monkeypatch)
+
+
+@pytest.mark.skipif(os.name == "nt", reason="no such file names on Windows")
+def test_a_bar_in_a_file_name_ends_no_cell(tmp_path: Path) -> None:
+    card = tmp_path / "README.md"
+    fastmaf.MAF(features=3, blocks=1, hidden_features=8).save(tmp_path / "a|b.safetensors", card=card)
+    assert r"| File | a\|b.safetensors, " in card.read_text("utf-8")
