@@ -82,7 +82,9 @@ def _helps(command, context):  # type: ignore[no-untyped-def]
 def _write_command_line() -> None:
     """Writes the page of the command line from the commands' own help."""
     command = typer.main.get_command(app)
-    context = command.context_class(command, info_name="fastmaf", max_content_width=84, terminal_width=84, **command.context_settings)
+    context = command.context_class(
+        command, info_name="fastmaf", max_content_width=84, terminal_width=84, **command.context_settings
+    )
     parts = [f"## {title}\n\n```text\n{text}\n```\n" for title, text in _helps(command, context)]
     page = Path(__file__).parent / "api" / "command_line.md"
     page.write_text("# Command line\n\n" + "\n".join([_OUTPUT, *parts]), encoding="utf-8")
