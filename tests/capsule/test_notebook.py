@@ -74,7 +74,7 @@ def test_it_runs_and_draws(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     assert load_inspection(out / "inspection.safetensors").calibration.n == 22
     text = "".join(output.text for cell in notebook.cells for output in cell.get("outputs", []) if "text" in output)
     assert "19 images to train on, 3 held out, 12 to test; D = 192" in text
-    assert "Threshold held-out" in text
+    assert "threshold held-out" in text
     assert "AUROC of the published recipe" in text and "squeeze: " in text
     assert "Warning" not in text
 

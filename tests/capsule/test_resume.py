@@ -25,6 +25,7 @@ from fastmaf.capsule.sample import sample
 from fastmaf.capsule.training_run import CURVE_FILE, LOG_FILE, TrainingStoppedError
 from fastmaf.io import tensor_file
 from fastmaf.io.tensor_file import read_tensors, write_tensors
+from fastmaf.io.wording import count
 from fastmaf.training import checkpoints
 from fastmaf.training.checkpoints import MODEL_FILE, STATE_FILE, load_state, training_of
 from tests.capsule.runs import ROOT, STEPS, TINY, at_batch, epoch, rows, run, same, tensors_of, with_, without_seconds
@@ -278,7 +279,7 @@ def environment() -> dict[str, str]:
 @pytest.mark.skipif(sys.platform == "win32", reason="sends SIGINT")
 def test_ctrl_c_on_the_command_line(data: Path, tmp_path: Path) -> None:
     out, settings = tmp_path / "run", ("--size", "8", "--blocks", "2", "--hidden", "16,16", "--batch-size", "4")
-    command = [sys.executable, "-m", "fastmaf", "train", "--data", str(data), "--out", str(out), *settings]
+    command = [sys.executable, "-m", "fastmaf", "capsule", "train", "--data", str(data), "--out", str(out), *settings]
     with open(tmp_path / "out.txt", "w") as stdout, open(tmp_path / "err.txt", "w") as bar:
         process = subprocess.Popen(
             [*command, "--epochs", "1000000"], cwd=ROOT, env=environment(), stdout=stdout, stderr=bar
@@ -294,11 +295,11 @@ def test_ctrl_c_on_the_command_line(data: Path, tmp_path: Path) -> None:
     text, progress = (tmp_path / "out.txt").read_text(), (tmp_path / "err.txt").read_text()
     assert code == 130, progress
     assert "Traceback" not in progress
-    assert "stopping after this step" in text
+    assert "stopping after this step" in progress
     done = len(rows(out))
-    assert f"stopped after {done} whole epochs; the model is in {out / MODEL_FILE}" in text
-    assert "NLL" in progress
-    assert "bits/dim" in progress
+    assert f"stopped after {count(done, 'whole epoch')}; --resume continues\nmodel: {out / MODEL_FILE}" in text
+    assert "NLL" in text
+    assert "bits/dim" in text
     files = sample(load_model(out), out, 1, progress=False).files
     assert files[0].is_file()
     # The same settings as on the command line, three epochs more.

@@ -50,8 +50,10 @@ def test_from_drawing_to_evaluation(run: Fastmaf, tmp_path: Path) -> None:
     done = fastmaf_process("capsule", "train", "--data", data, "--out", out, *SMALL)
     assert done.code == 0, done.err
     assert "Traceback" not in done.err
-    assert re.search(r"^epoch 1: NLL [\d,-]+ nats, held-out NLL [\d,-]+, -?\d\.\d{3} bits/dim", done.out, re.MULTILINE)
-    assert f"the model is in {out / 'model.safetensors'}" in done.out
+    assert re.search(
+        r"^epoch 1: NLL [\d,-]+ nats, held-out NLL [\d,-]+ nats, -?\d\.\d{3} bits/dim", done.out, re.MULTILINE
+    )
+    assert f"model: {out / 'model.safetensors'}" in done.out
 
     done = run("capsule", "sample", out, "--out", out, "-n", 3, "--quiet")
     assert done.code == 0, done.err
