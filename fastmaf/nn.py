@@ -119,7 +119,7 @@ class MaskedLinear(Constants):
         pruning or ``torch.func.functional_call``), it is a copy with cleared padding.
         """
         weight: Tensor = self.weight
-        prefix, table = self.prefix, self.layout.table
+        prefix, table = self.prefix, self.layout.panels
         if type(weight) is not nn.Parameter:
             weight = without_padding(weight, prefix, table)
         return LinearArgs(weight, self.bias, prefix, table, self.activation)
@@ -131,7 +131,7 @@ class MaskedLinear(Constants):
         if weight is None or keep_vars or weight.is_meta or _can_be_zeroed(weight):
             return
         if weight.shape == (self.layout.numel,):
-            destination[f"{prefix}weight"] = without_padding(weight.detach(), self.prefix, self.layout.table)
+            destination[f"{prefix}weight"] = without_padding(weight.detach(), self.prefix, self.layout.panels)
 
     def dense_weight(self) -> Tensor:
         """Returns the masked weight as a dense matrix ``[out_features, in_features]``, for export and inspection.
@@ -175,7 +175,7 @@ def zero_padding_(layers: Iterable[MaskedLinear]) -> None:
             if not name.startswith("weight") or parameter is None or parameter.is_meta:
                 continue
             if parameter.shape == (layer.layout.numel,) and _can_be_zeroed(parameter):
-                operands.append((parameter, layer.prefix, layer.layout.table))
+                operands.append((parameter, layer.prefix, layer.layout.panels))
     if operands:
         keep_zero(*zip(*operands, strict=True))
 

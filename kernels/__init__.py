@@ -13,6 +13,7 @@ if __name__ != "fastmaf.kernels":
         "install fastmaf (pip install .) or run from the root of its checkout and 'import fastmaf'"
     )
 
+from fastmaf.kernels.affine_output.affine_map import AffineMap, bounded_map
 from fastmaf.kernels.affine_output.args import AffineArgs
 from fastmaf.kernels.affine_output.op import affine_output
 from fastmaf.kernels.dispatch import BackendUnavailableError, use_backend
@@ -27,12 +28,14 @@ from fastmaf.kernels.native_library import empty_on_huge_pages
 
 __all__ = [
     "AffineArgs",
+    "AffineMap",
     "BackendUnavailableError",
     "Block",
     "FlowArgs",
     "LinearArgs",
     "PackedLayout",
     "affine_output",
+    "bounded_map",
     "empty_on_huge_pages",
     "flow_args",
     "flow_forward",

@@ -39,8 +39,8 @@ def needed_for(grads: Sequence[Tensor | None]) -> bool:
 
 def masked_linear(x: Tensor, args: LinearArgs) -> Tensor:
     """Returns ``y`` ``[N, out]``."""
-    parts, weight = [], without_padding(args.weight.to(x.dtype), args.prefix, args.tiles)
-    for start, stop, width, offset in tiles_of(args.tiles):
+    parts, weight = [], without_padding(args.weight.to(x.dtype), args.prefix, args.panels)
+    for start, stop, width, offset in tiles_of(args.panels):
         rows = _matrix(weight, offset, stop - start, width)
         parts.append(matmul(x[:, :width], rows.mT) + args.bias[start:stop])
     return _activated(torch.cat(parts, dim=1), args.activation)
@@ -75,8 +75,8 @@ def flow_inverse(z: Tensor, args: FlowArgs) -> tuple[Tensor, Tensor]:
 
 
 def _inverse_of_block(z: Tensor, args: FlowArgs, block: int, layers: range) -> tuple[Tensor, Tensor]:
-    biases, tiles = [args.biases[i] for i in layers], [args.tiles[i] for i in layers]
-    weights = [without_padding(args.weights[i].to(z.dtype), args.prefixes[i], args.tiles[i]) for i in layers]
+    biases, tiles = [args.biases[i] for i in layers], [args.panels[i] for i in layers]
+    weights = [without_padding(args.weights[i].to(z.dtype), args.prefixes[i], args.panels[i]) for i in layers]
     ladj = z.new_zeros(z.shape[0])
     last = len(weights) - 1
     finished = [z[:, :0] for _ in weights]  # of x, then of each hidden layer's units

@@ -1,19 +1,23 @@
-"""Packed staircase storage: the only description of a MADE mask that a kernel needs.
+"""Packed panel storage: the only description of a MADE mask that a kernel needs.
 
 With the units of every layer sorted by degree, unit ``j`` sees exactly the first ``prefix[j]`` units of the layer
-before it, and ``prefix`` does not decrease. The visible weights form a staircase. They are kept in row tiles, each
-tile as wide as its last row sees (rounded up), one after another in a single 1-D tensor:
+before it, and ``prefix`` does not decrease. The visible weights form a staircase. They are kept in panels of 16 rows,
+column-major inside, one after another in a single 1-D tensor:
 
-    tile t holds rows row_start..row_end, columns 0..width, row-major from offset.
+    panel p holds rows 16 p .. 16 p + 16 and columns 0 .. width[p]; column k of it is the 16 numbers from
+    16 (panels[p] + k) on                                   panels[p] = width[0] + ... + width[p - 1]
 
-Numbers inside a tile but beyond its row's prefix are padding. Padding is always zero, so that no forward pass needs a
-mask: every gradient is zero there, and ``padding.py`` undoes the writes of others. Whole tiles are therefore plain
-dense matrices.
+So a column of a panel is one cache line of float32, a product with a panel is a sum of columns, and nothing is ever
+summed across a vector. A panel is as wide as its last row sees; in layers of many panels, a few neighbours share the
+width of the last, so that whole runs of panels are one strided array ``[panels, width, 16]``.
+
+Numbers of a panel beyond its row's prefix, and those of rows that the layer does not have, are padding. Padding is
+always zero, so that no forward pass needs a mask: every gradient is zero there, and ``padding.py`` undoes the writes of
+others.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -21,48 +25,43 @@ from torch import Tensor
 
 from fastmaf.kernels.tensor_cache import cached, is_cached
 
-# Columns are rounded up to this many numbers: one 64-byte cache line or vector register of float32.
-ALIGNMENT = 16
-# A sixteenth of the layer's width per step wastes about 1/16 of the visible weights; more tiles cost more launches
-# than they save bytes (measured at 512 x 12,288 and 24,576 x 512 on a CPU, batches 1 to 64).
-MAX_STEPS = 16
-# A tile smaller than this is all call overhead: small layers get fewer steps, tiny ones a single tile.
-MIN_TILE_NUMEL = 32_768
-# No tile is taller, so that one tile's output stays small whatever the degrees are.
-MAX_TILE_ROWS = 4_096
+# Rows of a panel: float32 numbers of a 64-byte cache line, and of the widest vector register.
+PANEL = 16
+# Neighbouring panels share a width where a layer has more than twice as many panels as this: the torch backend calls one
+# operation per width. It costs at most this part of the dense weight.
+WIDTHS = 64
 
 
-class Tile(NamedTuple):
-    """Rows ``row_start..row_end`` and columns ``0..width`` of a masked weight, row-major from ``offset`` on."""
+class Run(NamedTuple):
+    """Panels ``start..end``, all of ``width`` columns, in ``16 width (end - start)`` numbers from ``offset`` on."""
 
-    row_start: int
-    row_end: int
+    start: int
+    end: int
     width: int
     offset: int
 
     def of(self, packed: Tensor) -> Tensor:
-        """Returns this tile as a matrix ``[row_end - row_start, width]`` that shares the memory of ``packed``, which
-        need not be contiguous.
-        """
-        step = packed.stride(0)
-        return packed.as_strided(
-            (self.row_end - self.row_start, self.width),
-            (self.width * step, step),
-            packed.storage_offset() + self.offset * step,
-        )
+        """Returns the panels as ``[end - start, width, 16]``, sharing the memory of ``packed``."""
+        count = self.end - self.start
+        return packed.narrow(0, self.offset, count * self.width * PANEL).view(count, self.width, PANEL)
+
+    def rows(self, out_features: int) -> slice:
+        """Returns the rows of the layer that the panels hold; the last panel may have fewer than 16."""
+        return slice(PANEL * self.start, min(PANEL * self.end, out_features))
 
 
-def tiles_of(table: Tensor) -> list[Tile]:
-    """Returns the tiles of a table ``[T, 4]``: the form in which an op receives them.
-
-    A tensor and not a list of integers: torch walks through every argument of a custom op several times, number by
-    number.
-    """
-    return [Tile(*row) for row in table.tolist()]
+def runs_of(panels: Tensor) -> list[Run]:
+    """Returns the runs of panels of equal width, top to bottom, of ``PackedLayout.panels``."""
+    return cached(panels, "runs", lambda: _make_runs(panels))
 
 
-def _round_up(n: int, multiple: int) -> int:
-    return -(-n // multiple) * multiple
+def _make_runs(panels: Tensor) -> list[Run]:
+    widths, counts = torch.unique_consecutive(panels.diff(), return_counts=True)
+    runs, start, offset = [], 0, 0
+    for width, count in zip(widths.tolist(), counts.tolist(), strict=True):
+        runs.append(Run(start, start + count, width, offset))
+        start, offset = start + count, offset + count * width * PANEL
+    return runs
 
 
 class PackedLayout:
@@ -71,16 +70,15 @@ class PackedLayout:
     Args:
         prefix: ``[out_features]`` integers, non-decreasing, in ``0..in_features``: how many inputs each output sees.
         in_features: width of the dense weight.
-        group: tiles start and end at multiples of this many rows (2 keeps a dimension's shift and log-scale together).
 
     Attributes:
-        tiles: the tiles, top to bottom, covering every row; rows that see nothing lie in tiles of width 0.
-        table: the same as an int32 tensor ``[T, 4]``, for the ops; on the CPU wherever the weights are.
+        panels: int64 ``[P + 1]``, on the CPU wherever the weights are: the columns of all panels before each, and of
+            all together. The form in which the ops receive a layout.
         numel: stored numbers, padding included.
         visible: weights that the mask lets through.
     """
 
-    def __init__(self, prefix: Tensor, in_features: int, *, group: int = 1) -> None:
+    def __init__(self, prefix: Tensor, in_features: int) -> None:
         prefix = prefix.detach().to("cpu", torch.int64).contiguous()
         if prefix.dim() != 1 or prefix.numel() == 0:
             raise ValueError(
@@ -95,34 +93,22 @@ class PackedLayout:
             raise ValueError(
                 f"prefix must lie in 0..in_features={in_features}; found {int(prefix[0])}..{int(prefix[-1])}"
             )
-        if prefix.numel() % group:
-            raise ValueError(f"{prefix.numel()} rows cannot be tiled in groups of {group}")
         self.prefix = prefix
         self.in_features = in_features
         self.out_features = prefix.numel()
         self.visible = int(prefix.sum())
-        self.tiles = self._cut(group)
-        self.table = torch.tensor(self.tiles, dtype=torch.int32, device="cpu")
-        last = self.tiles[-1]
-        self.numel = last.offset + (last.row_end - last.row_start) * last.width
+        count = -(-self.out_features // PANEL)
+        share = max(1, count // WIDTHS)
+        last_panel = (torch.arange(count, device="cpu") // share + 1) * share
+        last_row = (last_panel * PANEL).clamp_(max=self.out_features) - 1
+        self.panels = torch.zeros(count + 1, dtype=torch.int64, device="cpu")
+        torch.cumsum(prefix[last_row], 0, out=self.panels[1:])
+        self.numel = int(self.panels[-1]) * PANEL
 
-    def _cut(self, group: int) -> list[Tile]:
-        steps = min(MAX_STEPS, max(1, self.visible // MIN_TILE_NUMEL))
-        quantum = _round_up(-(-self.in_features // steps), ALIGNMENT)
-        # A tile is a run of rows whose prefix rounds up to the same multiple of the quantum.
-        step_of_row = (self.prefix[group - 1 :: group] + quantum - 1) // quantum
-        _, runs = torch.unique_consecutive(step_of_row, return_counts=True)
-        tiles, row, offset = [], 0, 0
-        max_rows = MAX_TILE_ROWS // group * group
-        for run in runs.tolist():
-            run_end = row + run * group
-            while row < run_end:
-                end = min(run_end, row + max_rows)
-                width = min(self.in_features, _round_up(int(self.prefix[end - 1]), ALIGNMENT))
-                tiles.append(Tile(row, end, width, offset))
-                offset += (end - row) * width
-                row = end
-        return tiles
+    @property
+    def runs(self) -> list[Run]:
+        """The runs of panels of equal width, top to bottom, covering every row."""
+        return runs_of(self.panels)
 
     def check_storage(self, packed: Tensor) -> None:
         """Raises ValueError unless ``packed`` is a 1-D tensor of ``numel`` entries."""
@@ -137,9 +123,14 @@ class PackedLayout:
             raise ValueError(
                 f"dense weight must have shape {(self.out_features, self.in_features)}; found {tuple(dense.shape)}"
             )
-        packed = dense.new_empty(self.numel)
-        for tile in self.tiles:
-            tile.of(packed).copy_(dense[tile.row_start : tile.row_end, : tile.width])
+        packed = dense.new_zeros(self.numel)
+        for run in self.runs:
+            rows = dense[run.rows(self.out_features), : run.width]
+            whole = len(rows) // PANEL
+            panels = run.of(packed)
+            panels[:whole] = rows[: whole * PANEL].view(whole, PANEL, run.width).mT
+            if rest := len(rows) % PANEL:
+                panels[whole, :, :rest] = rows[whole * PANEL :].t()
         return self.zero_padding_(packed)
 
     def unpack(self, packed: Tensor) -> Tensor:
@@ -148,9 +139,11 @@ class PackedLayout:
         For export and inspection only.
         """
         self.check_storage(packed)
+        packed = packed.contiguous()
         dense = packed.new_zeros(self.out_features, self.in_features)
-        for tile in self.tiles:
-            dense[tile.row_start : tile.row_end, : tile.width] = tile.of(packed)
+        for run in self.runs:
+            rows = dense[run.rows(self.out_features), : run.width]
+            rows.copy_(run.of(packed).mT.reshape(-1, run.width)[: len(rows)])
         return dense.masked_fill_(~self.mask().to(dense.device), 0)
 
     def mask(self) -> Tensor:
@@ -169,37 +162,36 @@ class PackedLayout:
 
     @property
     def _padding(self) -> Tensor:
-        return padding(self.prefix, self.table)
+        return padding(self.prefix, self.panels)
 
     def __repr__(self) -> str:
         return (
-            f"PackedLayout({self.out_features} x {self.in_features}, {len(self.tiles)} tiles, "
+            f"PackedLayout({self.out_features} x {self.in_features}, {len(self.panels) - 1} panels, "
             f"{self.numel} stored for {self.visible} visible)"
         )
 
 
-def padding(prefix: Tensor, table: Tensor) -> Tensor:
+def padding(prefix: Tensor, panels: Tensor) -> Tensor:
     """Returns where the padding lies: int64 indices into the packed storage, on the device of ``prefix``."""
-    return cached(
-        table, "padding", lambda: _find_padding(prefix.cpu(), tiles_of(table)).to(prefix.device), also=[prefix]
-    )
+    return cached(panels, "padding", lambda: _find_padding(prefix.cpu(), panels).to(prefix.device), also=[prefix])
 
 
-def padding_is_held(table: Tensor) -> bool:
+def padding_is_held(panels: Tensor) -> bool:
     """Returns whether the indices of a layout's padding lie in memory, found and kept by ``padding``."""
-    return is_cached(table, "padding")
+    return is_cached(panels, "padding")
 
 
-def _find_padding(prefix: Tensor, tiles: Sequence[Tile]) -> Tensor:
-    parts = [prefix.new_empty(0)]
-    for tile in tiles:
-        rows = prefix[tile.row_start : tile.row_end, None]
-        ragged = int(rows[0])  # up to here every row of the tile sees everything
-        row, column = (torch.arange(ragged, tile.width, device="cpu") >= rows).nonzero(as_tuple=True)
-        parts.append(row.mul_(tile.width).add_(column).add_(tile.offset + ragged))
-    return torch.cat(parts)
+def _find_padding(prefix: Tensor, panels: Tensor) -> Tensor:
+    sees = torch.zeros((len(panels) - 1) * PANEL, dtype=torch.int64, device="cpu")
+    sees[: len(prefix)] = prefix  # rows that the layer does not have see nothing
+    starts, widths = panels[:-1].repeat_interleave(PANEL), panels.diff().repeat_interleave(PANEL)
+    hidden = widths - sees  # of each row, its last columns
+    row = torch.arange(len(sees), device="cpu").repeat_interleave(hidden)
+    first = hidden.cumsum(0) - hidden
+    column = torch.arange(len(row), device="cpu") - first[row] + sees[row]
+    return ((starts[row] + column) * PANEL).add_(row % PANEL)
 
 
-def zero_padding(packed: Tensor, prefix: Tensor, table: Tensor) -> Tensor:
-    """Writes zero to the padding of ``packed``, in place, and returns it; for ops, which receive a layout's table."""
-    return packed.index_fill_(0, padding(prefix, table), 0)
+def zero_padding(packed: Tensor, prefix: Tensor, panels: Tensor) -> Tensor:
+    """Writes zero to the padding of ``packed``, in place, and returns it; for ops, which receive a layout's panels."""
+    return packed.index_fill_(0, padding(prefix, panels), 0)

@@ -101,7 +101,7 @@ def _triton_bytes(flow: Flow, n: int, device: torch.device, *, training: bool) -
     sms = 6 if card is None else card.multi_processor_count
     table, host = TABLES[family(capability)], torch.device("cpu")
     layers = flow._layers()
-    aligned = all(work_lists.rows(layer.layout.table, host).aligned for layer in layers)
+    aligned = all(work_lists.rows(layer.layout.panels, host).aligned for layer in layers)
     launch = (table.lanes if n == 1 else table.dot).fitted(aligned)
     tiles = -(-n // table.most_samples)
     plane, numbers = n * flow.features, [0]
@@ -110,12 +110,14 @@ def _triton_bytes(flow: Flow, n: int, device: torch.device, *, training: bool) -
         if training:
             shape = table.backward_of(min(n, table.most_samples)).fitted(aligned)
             programs = sms * shape.programs_per_sm
-            work = work_lists.backward(layer.layout.table, host, layer.in_features, shape.rows, shape.columns, programs)
+            work = work_lists.backward(
+                layer.layout.panels, host, layer.in_features, shape.rows, shape.columns, programs
+            )
             from_above = 4 * plane if is_output else n * layer.out_features + 2 * plane
             numbers.append(work.slots * n * layer.in_features + from_above)
         elif not is_output:
             programs = -(-sms * launch.programs_per_sm // tiles)
-            work = work_lists.forward(layer.layout.table, host, launch.rows, launch.columns, programs)
+            work = work_lists.forward(layer.layout.panels, host, launch.rows, launch.columns, programs)
             numbers.append(work.slots * n * layer.out_features)
     # Partial log-determinants are float64; the base and the width of a row take 12 bytes.
     lists = sum(12 * layer.out_features + 4 * (layer.in_features + layer.out_features) for layer in layers)

@@ -10,8 +10,16 @@ import torch
 from torch import Tensor, nn
 
 from fastmaf import hooks
-from fastmaf.kernels import AffineArgs, Block, affine_output, flow_args, flow_forward, flow_inverse
-from fastmaf.kernels.affine_output.torch import bound_log_scale
+from fastmaf.kernels import (
+    AffineArgs,
+    AffineMap,
+    Block,
+    affine_output,
+    bounded_map,
+    flow_args,
+    flow_forward,
+    flow_inverse,
+)
 from fastmaf.nn import MADE
 from fastmaf.transforms.base import NotInvertibleError, Transform
 
@@ -69,18 +77,19 @@ class AffineAutoregressive(Transform):
     def _shift_and_log_scale(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Returns shift and log-scale ``[N, D]``; calls the network as a module."""
         shift, raw = self.made(x).unbind(-1)
-        return shift, bound_log_scale(raw, self._bound, self.soft_bound)
+        return shift, self._map.log_scale(raw)
 
     def _affine(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         if self.calls_modules:
             shift, log_scale = self._shift_and_log_scale(x)
-            return (x - shift) * torch.exp(-log_scale), -log_scale.sum(dim=1), log_scale
-        args = AffineArgs(*self.made.output.args()[:4], self._bound, self.soft_bound)
+            return self._map.forward(x, shift, log_scale), -log_scale.sum(dim=1), log_scale
+        args = AffineArgs(*self.made.output.args()[:4], self._map)
         return affine_output(self.made.hidden_units(x), x, args)
 
     @property
-    def _bound(self) -> float:
-        return math.inf if self.log_scale_bound is None else float(self.log_scale_bound)
+    def _map(self) -> AffineMap:
+        bound = math.inf if self.log_scale_bound is None else float(self.log_scale_bound)
+        return bounded_map(bound, bool(self.soft_bound))
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         if self.calls_modules:
@@ -104,7 +113,7 @@ class AffineAutoregressive(Transform):
         for finished in self.made.schedule[:, 0].tolist():
             shift, log_scale = self._shift_and_log_scale(x)
             # Unfinished dimensions are zero: they could overflow, and infinity times a weight of zero is NaN.
-            x = torch.where(dimension < finished, z * torch.exp(log_scale) + shift, 0)
+            x = torch.where(dimension < finished, self._map.inverse(z, shift, log_scale), 0)
         return x, log_scale.sum(dim=1)
 
     def check_invertible(self) -> None:
@@ -120,10 +129,8 @@ class AffineAutoregressive(Transform):
     def block(self) -> Block:
         """Returns the block as the ops of whole flows see it."""
         made = self.made
-        weights, biases, prefixes, tables, _ = zip(*[layer.args() for layer in made.layers], strict=True)
-        return Block(
-            weights, biases, prefixes, tables, made.schedule, made.activation, self._bound, bool(self.soft_bound)
-        )
+        weights, biases, prefixes, panels, _ = zip(*[layer.args() for layer in made.layers], strict=True)
+        return Block(weights, biases, prefixes, panels, made.schedule, made.activation, self._map)
 
     def config(self) -> dict[str, Any]:
         output = self.made.output

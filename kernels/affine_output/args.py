@@ -2,32 +2,38 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from torch import Tensor
 
+from fastmaf.kernels.affine_output.affine_map import AffineMap
+
 
 class AffineArgs(NamedTuple):
-    """The output layer of a MADE and the bound of its log-scales.
+    """The output layer of a MADE and the element-wise map that it parametrises.
 
     Attributes:
         weight: ``[numel]``, packed; rows ``2d`` and ``2d + 1`` give the shift and the raw log-scale of dimension ``d``.
         bias: ``[2D]``, interleaved in the same way.
         prefix: ``[2D]`` int64, how many hidden units each row sees; on the device of ``weight``.
-        tiles: ``PackedLayout.table``, int32 ``[T, 4]``, on the CPU.
-        bound: log-scales stay within ``±bound``; ``inf`` leaves them free.
-        soft: bound by ``bound * tanh(u / bound)`` instead of by a clamp.
+        panels: ``PackedLayout.panels``, int64 ``[P + 1]``, on the CPU.
+        map: the numbers of an ``AffineMap``.
     """
 
     weight: Tensor
     bias: Tensor
     prefix: Tensor
-    tiles: Tensor
-    bound: float
-    soft: bool
+    panels: Tensor
+    map: Sequence[float]
+
+    @property
+    def affine_map(self) -> AffineMap:
+        """The element-wise map."""
+        return AffineMap(*self.map)
 
 
-AFFINE_SCHEMA = "Tensor weight, Tensor bias, Tensor prefix, Tensor tiles, float bound, bool soft"
+AFFINE_SCHEMA = "Tensor weight, Tensor bias, Tensor prefix, Tensor panels, float[] map"
 
 
 class AffineBatch(NamedTuple):

@@ -17,7 +17,7 @@ from fastmaf.kernels.padding import keep_zero
 
 def _forward(h: Tensor, x: Tensor, *fields: Any) -> tuple[Tensor, Tensor, Tensor]:
     args = AffineArgs(*fields)
-    keep_zero([args.weight], [args.prefix], [args.tiles])
+    keep_zero([args.weight], [args.prefix], [args.panels])
     return implementation("affine_output", x).forward(h, x, args)
 
 
@@ -37,7 +37,7 @@ def _backward_fake(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-    *tensors, ctx.bound, ctx.soft = inputs
+    *tensors, ctx.map = inputs
     z, _, log_scale = output
     ctx.save_for_backward(z, log_scale, *tensors)
 
@@ -45,21 +45,21 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
 @outside_autocast
 def _autograd(ctx: Any, grad_z: Tensor, grad_ladj: Tensor, grad_log_scale: Tensor) -> tuple[Tensor | None, ...]:
     z, log_scale, h, x, *tensors = ctx.saved_tensors
-    grads, args = (grad_z, grad_ladj, grad_log_scale), AffineArgs._make([*tensors, ctx.bound, ctx.soft])
+    grads, args = (grad_z, grad_ladj, grad_log_scale), AffineArgs._make([*tensors, ctx.map])
     if composite.needed_for(grads):
         values = composite.gradients(
             lambda h, x, weight, bias: composite.affine_output(h, x, args._replace(weight=weight, bias=bias)),
             (h, x, args.weight, args.bias),
             grads,
         )
-        return *values, None, None, None, None
+        return *values, None, None, None
     batch = AffineBatch(*grads, h, z, log_scale)
     grad_weight: Tensor | None = None
     if (sink := sink_of(args.weight, ctx)) is not None:
         grad_h, grad_bias, grad_x = sink.take(FactoredGrad("affine_output", batch, args), True)
     else:
         grad_h, grad_weight, grad_bias, grad_x = _BACKWARD(*batch, *args)
-    return grad_h, grad_x, grad_weight, grad_bias, None, None, None, None
+    return grad_h, grad_x, grad_weight, grad_bias, None, None, None
 
 
 _BACKWARD = Op(
@@ -80,7 +80,8 @@ _FORWARD = Op(
 
 
 def affine_output(h: Tensor, x: Tensor, args: AffineArgs) -> tuple[Tensor, Tensor, Tensor]:
-    """Applies a MADE's output layer and the affine transform that it parametrises: ``z = (x - shift) exp(-log_scale)``.
+    """Applies a MADE's output layer and the affine transform that it parametrises, such as ``z = (x - shift) exp(-log_scale)``; see
+    ``AffineMap``.
 
     Args:
         h: ``[N, H]``, the last hidden layer.

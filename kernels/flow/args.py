@@ -9,6 +9,7 @@ from typing import NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
+from fastmaf.kernels.affine_output.affine_map import AffineMap
 from fastmaf.kernels.affine_output.args import AffineArgs
 from fastmaf.kernels.masked_linear.args import LinearArgs, check_activation
 
@@ -19,44 +20,42 @@ class Block(NamedTuple):
     """One affine autoregressive block.
 
     Attributes:
-        weights, biases, prefixes, tiles: of the hidden layers, then of the output layer, whose rows are interleaved
+        weights, biases, prefixes, panels: of the hidden layers, then of the output layer, whose rows are interleaved
             (shift, raw log-scale).
         schedule: ``level_schedule`` of the block.
         activation: of the hidden layers.
-        bound: log-scales stay within ± this; ``inf`` leaves them free.
-        soft: bound by tanh instead of by a clamp.
+        map: the element-wise map.
     """
 
     weights: Sequence[Tensor]
     biases: Sequence[Tensor]
     prefixes: Sequence[Tensor]
-    tiles: Sequence[Tensor]
+    panels: Sequence[Tensor]
     schedule: Tensor
     activation: str
-    bound: float
-    soft: bool
+    map: AffineMap
 
 
 class FlowArgs(NamedTuple):
     """Blocks in a row, flat: the form in which the ops of both directions receive them.
 
     Attributes:
-        weights, biases, prefixes, tiles: of all layers of the first block, then of the second, and so on; contiguous.
-        schedules, bounds, softs: one entry per block; a schedule has as many columns as its block has layers.
+        weights, biases, prefixes, panels: of all layers of the first block, then of the second, and so on; contiguous.
+        schedules: one per block, with as many columns as the block has layers.
         permutations: one entry per block, applied before it (``x[:, permutation]``), and one for after the last; empty
             where there is none.
         activation: of all hidden layers.
+        maps: the numbers of each block's ``AffineMap``, one block after the other.
     """
 
     weights: list[Tensor]
     biases: list[Tensor]
     prefixes: list[Tensor]
-    tiles: list[Tensor]
+    panels: list[Tensor]
     schedules: list[Tensor]
     permutations: list[Tensor]
     activation: str
-    bounds: list[float]
-    softs: list[bool]
+    maps: list[float]
 
     def layers_of_blocks(self) -> list[range]:
         """Returns the numbers of each block's layers, the output layer last."""
@@ -69,7 +68,12 @@ class FlowArgs(NamedTuple):
 
     def output(self, block: int, layer: int) -> AffineArgs:
         """Returns the output layer of a block, by the numbers of both."""
-        return AffineArgs._make([*(part[layer] for part in self[:4]), self.bounds[block], self.softs[block]])
+        return AffineArgs._make([*(part[layer] for part in self[:4]), self.map(block)])
+
+    def map(self, block: int) -> AffineMap:
+        """Returns the element-wise map of a block."""
+        count = len(AffineMap._fields)
+        return AffineMap(*self.maps[count * block : count * (block + 1)])
 
     @property
     def parameters(self) -> list[Tensor]:
@@ -87,19 +91,20 @@ class FlowArgs(NamedTuple):
         finals = [none] * (len(self.schedules) - 1) + [self.permutations[-1]]
         blocks = []
         for block, layers in enumerate(self.layers_of_blocks()):
-            weights, biases, prefixes, tiles = (list(part[layers.start : layers.stop]) for part in self[:4])
+            weights, biases, prefixes, panels = (list(part[layers.start : layers.stop]) for part in self[:4])
             permutations = [self.permutations[block], finals[block]]
-            rest = (self.activation, [self.bounds[block]], [self.softs[block]])
-            blocks.append(FlowArgs(weights, biases, prefixes, tiles, [self.schedules[block]], permutations, *rest))
+            rest = (permutations, self.activation, list(self.map(block)))
+            blocks.append(FlowArgs(weights, biases, prefixes, panels, [self.schedules[block]], *rest))
         return blocks
 
     def inverted(self) -> FlowArgs:
         """Returns the blocks in the order of inversion, with the inverses of the permutations."""
         layers = [i for block in reversed(self.layers_of_blocks()) for i in block]
-        weights, biases, prefixes, tiles = ([part[i] for i in layers] for part in self[:4])
+        weights, biases, prefixes, panels = ([part[i] for i in layers] for part in self[:4])
         permutations = [inverse_permutation(p) if p.numel() else p for p in reversed(self.permutations)]
-        schedules, bounds, softs = self.schedules[::-1], self.bounds[::-1], self.softs[::-1]
-        return FlowArgs(weights, biases, prefixes, tiles, schedules, permutations, self.activation, bounds, softs)
+        maps = [number for block in reversed(range(len(self.schedules))) for number in self.map(block)]
+        schedules = self.schedules[::-1]
+        return FlowArgs(weights, biases, prefixes, panels, schedules, permutations, self.activation, maps)
 
 
 class FlowBatch(NamedTuple):
@@ -135,8 +140,8 @@ def inverse_permutation(permutation: Tensor) -> Tensor:
 
 
 FLOW_SCHEMA = (
-    "Tensor[] weights, Tensor[] biases, Tensor[] prefixes, Tensor[] tiles, Tensor[] schedules,"
-    " Tensor[] permutations, str activation, float[] bounds, bool[] softs"
+    "Tensor[] weights, Tensor[] biases, Tensor[] prefixes, Tensor[] panels, Tensor[] schedules,"
+    " Tensor[] permutations, str activation, float[] maps"
 )
 
 
@@ -158,15 +163,16 @@ def flow_args(blocks: Sequence[Block], permutations: Sequence[Tensor | None]) ->
             f"activations {sorted(activations)}, {len(permutations)} permutations"
         )
     check_activation(activation := activations.pop())
+    for block in blocks:
+        block.map.check()
     none = torch.empty(0, dtype=torch.int64, device=blocks[0].biases[0].device)
     return FlowArgs(
         [weight.contiguous() for block in blocks for weight in block.weights],
         [bias.contiguous() for block in blocks for bias in block.biases],
         [prefix for block in blocks for prefix in block.prefixes],
-        [table for block in blocks for table in block.tiles],
+        [panels for block in blocks for panels in block.panels],
         [block.schedule for block in blocks],
         [none if permutation is None else permutation for permutation in permutations],
         activation,
-        [block.bound for block in blocks],
-        [block.soft for block in blocks],
+        [float(number) for block in blocks for number in block.map],
     )

@@ -23,18 +23,18 @@ class LinearArgs(NamedTuple):
         weight: ``[numel]``, packed as ``PackedLayout`` lays it out, zero in the padding.
         bias: ``[out]``.
         prefix: ``[out]`` int64, how many inputs each output sees; on the device of ``weight``.
-        tiles: ``PackedLayout.table``, int32 ``[T, 4]``, on the CPU.
+        panels: ``PackedLayout.panels``, int64 ``[P + 1]``, on the CPU.
         activation: ``"identity"`` or ``"relu"``.
     """
 
     weight: Tensor
     bias: Tensor
     prefix: Tensor
-    tiles: Tensor
+    panels: Tensor
     activation: str = "identity"
 
 
-LINEAR_SCHEMA = "Tensor weight, Tensor bias, Tensor prefix, Tensor tiles, str activation"
+LINEAR_SCHEMA = "Tensor weight, Tensor bias, Tensor prefix, Tensor panels, str activation"
 
 
 class LinearBatch(NamedTuple):

@@ -17,7 +17,7 @@ from fastmaf.kernels.padding import keep_zero
 
 def _forward(x: Tensor, *fields: Any) -> Tensor:
     args = LinearArgs(*fields)
-    keep_zero([args.weight], [args.prefix], [args.tiles])
+    keep_zero([args.weight], [args.prefix], [args.panels])
     return implementation("masked_linear", x).forward(x, args)
 
 

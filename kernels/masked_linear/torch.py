@@ -21,7 +21,7 @@ def forward(x: Tensor, args: LinearArgs) -> Tensor:
     """Returns ``y`` ``[N, out]`` for ``x`` ``[N, in]``."""
     y = x.new_empty(x.shape[0], args.bias.shape[0])
     weight = args.weight.to(x.dtype)  # stored in fewer bits, it is the same function of rounded weights
-    for tile in tiles_of(args.tiles):
+    for tile in tiles_of(args.panels):
         rows = slice(tile.row_start, tile.row_end)
         if tile.width:
             torch.addmm(args.bias[rows], x[:, : tile.width], tile.of(weight).t(), out=y[:, rows])
@@ -36,7 +36,7 @@ def backward(batch: LinearBatch, args: LinearArgs, need_inputs: bool, need_weigh
     Those of ``x`` and of the weight are empty when not needed.
     """
     x, grad = batch.x, grad_activation(batch.grad_y, batch.y, args.activation)
-    grad_x = grad_input(grad, args.weight, args.tiles, x.shape[1]) if need_inputs else x.new_empty(0)
+    grad_x = grad_input(grad, args.weight, args.panels, x.shape[1]) if need_inputs else x.new_empty(0)
     return grad_x, grad_weight(grad, x, args) if need_weight else x.new_empty(0), grad.sum(0)
 
 
@@ -62,7 +62,7 @@ def grad_activation(grad_y: Tensor, y: Tensor, activation: str) -> Tensor:
     return torch.where(y > 0, grad_y, 0) if activation == "relu" else grad_y
 
 
-def grad_input(grad_y: Tensor, weight: Tensor, tiles: Tensor, in_features: int) -> Tensor:
+def grad_input(grad_y: Tensor, weight: Tensor, panels: Tensor, in_features: int) -> Tensor:
     """Returns ``grad_y @ W`` ``[N, in]``."""
     grad_x = grad_y.new_zeros(grad_y.shape[0], in_features)
     weight = weight.to(grad_y.dtype)
@@ -76,7 +76,7 @@ def grad_weight(grad_y: Tensor, x: Tensor, args: LinearArgs) -> Tensor:
     """Returns ``grad_yᵀ @ x`` ``[numel]`` in packed storage, with exact zeros in the padding."""
     grad = grad_y.new_empty(args.weight.shape[0])
     grad_y_t = grad_y.t().contiguous()  # each tile's rows are then one block: a quarter less time than strided ones
-    for tile in tiles_of(args.tiles):
+    for tile in tiles_of(args.panels):
         if tile.width:
             torch.mm(grad_y_t[tile.row_start : tile.row_end], x[:, : tile.width], out=tile.of(grad))
-    return zero_padding(grad, args.prefix, args.tiles)
+    return zero_padding(grad, args.prefix, args.panels)

@@ -60,7 +60,7 @@ def _cut(
     return result
 
 
-def plan_of(tiles: Sequence[Tensor], schedule: Tensor) -> list[list[list[_Piece]]]:
+def plan_of(panels: Sequence[Tensor], schedule: Tensor) -> list[list[list[_Piece]]]:
     """Returns, per step, the pieces of each layer: hidden layers first, the output layer last."""
     return cached(schedule, "plan", lambda: _make_plan([tiles_of(table) for table in tiles], schedule), also=tiles)
 
@@ -102,7 +102,7 @@ def _one_thread_if_small(z: Tensor) -> Iterator[None]:
 
 def _inverse_of_block(z: Tensor, args: FlowArgs, block: int) -> tuple[Tensor, Tensor]:
     layers = args.layers_of_blocks()[block]
-    plan = plan_of([args.tiles[i] for i in layers], args.schedules[block])
+    plan = plan_of([args.panels[i] for i in layers], args.schedules[block])
     # Stored in fewer bits, they are the same function of rounded weights.
     weights, biases = [args.weights[i].to(z.dtype) for i in layers], [args.biases[i] for i in layers]
     activation, bound, soft = args.activation, args.bounds[block], args.softs[block]
@@ -168,7 +168,7 @@ def _backward_of_block(
     scale, slope = torch.exp(a), bound_slope(a, bound, soft)
     grad_values = [grad_x.clone(), *(torch.zeros_like(value) for value in values[1:])]
     grad_rows = [*(torch.zeros_like(value) for value in values[1:]), torch.zeros_like(out)]
-    plan = plan_of([layer.tiles for layer in layers], args.schedules[block])
+    plan = plan_of([layer.panels for layer in layers], args.schedules[block])
     ends = [sum(piece.rows for step in plan for piece in step[k]) for k in range(len(layers))]
     for step in reversed(plan):
         for k in (*reversed(range(last)), last):  # the reverse of: outputs, then hidden layers from the first on
