@@ -1,15 +1,19 @@
 """The C++ library of the `native` backend: ``_native.so`` beside this file, compiled by setup.py from ``csrc/``.
 
-setup.py writes a note beside it, ``_native.txt``: the torch version and the compiler that the library was built with,
-or why there is none. A library of another torch version can crash when loaded, so the note is read first.
+It needs neither torch nor Python: its functions take pointers and the structs of ``native_args.py``. It holds the
+kernels for several instruction sets, of which the best that the CPU runs is chosen when it is loaded;
+``FASTMAF_ISA`` names another. setup.py writes a note beside it, ``_native.txt``: the compiler that it was built with,
+or why there is none.
 
-Its threads are torch's own. A process that is forked after they have run hangs at its first op of several threads, as
-with torch's ops: start processes with the methods "spawn" or "forkserver", or use one thread.
+Its threads are its own, as many as ``torch.get_num_threads()`` says with the calling one. They sleep between calls, and
+a process that is forked starts with new ones.
 """
 
 from __future__ import annotations
 
+import ctypes
 import functools
+import os
 import sys
 from pathlib import Path
 
@@ -17,6 +21,13 @@ import torch
 from torch import Tensor
 
 _FOLDER = Path(__file__).resolve().parent
+# Of the structs in csrc/api.h and native_args.py.
+VERSION = 1
+_ERRORS = {
+    1: MemoryError("the native kernels could not allocate their work buffers"),
+    2: RuntimeError("the native library has other structs than this version of fastmaf"),
+    3: RuntimeError("a permutation of the flow holds a number twice or one that is out of range"),
+}
 
 
 def load() -> None:
@@ -25,17 +36,47 @@ def load() -> None:
     Raises:
         ImportError: it is not there, or it cannot run here; the message says why, and the command that brings it.
     """
-    _load(_FOLDER)
+    library()
+
+
+def library() -> ctypes.CDLL:
+    """Returns the library, loaded at the first call; raises as ``load`` does."""
+    return _load(_FOLDER)
+
+
+def check(error: int) -> None:
+    """Raises what a function of the library has returned, unless it is 0."""
+    if error:
+        raise _ERRORS.get(error) or RuntimeError(f"the native library failed with error {error}")
 
 
 def build_info() -> str:
-    """Returns the compiler, the instruction set, OpenMP and the torch version that the library was built with.
+    """Returns the instruction set in use and the compiler that the library was built with.
 
     Raises:
         ImportError: as for ``load``.
     """
-    load()
-    return str(torch.ops.fastmaf_native.build_info())
+    used = library().fastmaf_used_isa().decode()
+    note = (_FOLDER / "_native.txt").read_text(encoding="utf-8").strip().removeprefix("built: ")
+    return f"{used} (of {', '.join(isas())}), {note}"
+
+
+def isas() -> list[str]:
+    """Returns the instruction sets of the library that this CPU runs, the best first."""
+    names = []
+    while (name := library().fastmaf_isa(len(names), True)) is not None:
+        names.append(name.decode())
+    return names
+
+
+def use_isa(name: str) -> None:
+    """Chooses the instruction set of all later calls.
+
+    Raises:
+        ValueError: the library or this CPU does not have it.
+    """
+    if not library().fastmaf_use_isa(name.encode()):
+        raise ValueError(f"the instruction set must be one of {isas()} on this CPU; found {name!r}")
 
 
 def why_not(like: Tensor) -> str | None:
@@ -45,61 +86,64 @@ def why_not(like: Tensor) -> str | None:
     return f"the native kernels take float32 and float64 tensors; found {like.dtype}"
 
 
-def empty_on_huge_pages(numel: int, *, device: torch.device | str | None, dtype: torch.dtype | None) -> Tensor:
-    """Returns an uninitialised tensor ``[numel]``; a large one on the CPU on huge pages, where the library is there.
-
-    Streaming it then causes fewer page walks (5-15% less time on one machine).
-    """
-    like = torch.empty(0, device=device, dtype=dtype)
-    # A fake tensor, as under torch.compile, has no memory.
-    if type(like) is Tensor and like.device.type == "cpu":
-        try:
-            load()
-        except ImportError:
-            pass
-        else:
-            return torch.ops.fastmaf_native.empty_on_huge_pages(numel, like.dtype)
-    return torch.empty(numel, device=device, dtype=dtype)
-
-
 def command() -> str:
     """Returns the one command that builds the library for this installation."""
     root = _FOLDER.parent
     if not (_FOLDER / "csrc").is_dir():
-        return f"in a checkout of fastmaf: {_pip('.')}"
-    return "make native" if Path(sys.prefix) == root / ".venv" else f"in {root}: {_pip('-e .')}"
-
-
-def _pip(target: str) -> str:
-    return f'pip install "setuptools>=77" && FASTMAF_BUILD=1 pip install --no-build-isolation {target}'
+        return "in a checkout of fastmaf: FASTMAF_BUILD=1 pip install ."
+    return "make native" if Path(sys.prefix) == root / ".venv" else f"in {root}: FASTMAF_BUILD=1 pip install -e ."
 
 
 @functools.cache
-def _load(folder: Path) -> None:
+def _load(folder: Path) -> ctypes.CDLL:
     why = _why_not(folder)
     if why is None:
-        library = folder / "_native.so"
+        path = folder / "_native.so"
         try:
-            torch.ops.load_library(library)
-        except OSError as error:
-            why = f"{library} cannot be loaded: {error.__cause__ or error}"
+            loaded = ctypes.CDLL(str(path))
+            loaded.fastmaf_version.restype = ctypes.c_int64
+            found = loaded.fastmaf_version()
+        except (OSError, AttributeError) as error:
+            why = f"{path} cannot be loaded: {error}"
         else:
-            lacking = torch.ops.fastmaf_native.missing_cpu_features()
-            why = lacking and f"the native library was built for CPUs with {lacking}, which this one lacks"
-    if why:
-        raise ImportError(f"{why}; to build it: {command()}")
+            if found == VERSION:
+                return _prepared(loaded)
+            why = f"the native library has version {found} of its structs; this version of fastmaf needs {VERSION}"
+    raise ImportError(f"{why}; to build it: {command()}")
+
+
+def _prepared(loaded: ctypes.CDLL) -> ctypes.CDLL:
+    """Declares the functions and chooses the instruction set."""
+    pointer, integer = ctypes.c_void_p, ctypes.c_int64
+    signatures = {
+        "flow_forward": [pointer, pointer, integer, pointer, pointer, pointer, integer],
+        "flow_inverse": [pointer, pointer, integer, pointer, pointer, integer],
+        "flow_backward": [pointer, pointer, pointer, pointer, integer, pointer, pointer, pointer, integer],
+        "linear": [integer, pointer, pointer, integer, ctypes.c_bool, pointer, integer],
+        "affine": [integer, pointer, pointer, pointer, pointer, integer, pointer, pointer, pointer, integer],
+        "layer_backward": [integer, pointer, pointer, pointer, integer, pointer, pointer, pointer, integer],
+    }
+    for name, types in signatures.items():
+        getattr(loaded, f"fastmaf_{name}").argtypes = types
+    loaded.fastmaf_isa.argtypes, loaded.fastmaf_isa.restype = [integer, ctypes.c_bool], ctypes.c_char_p
+    loaded.fastmaf_use_isa.argtypes = [ctypes.c_char_p]
+    loaded.fastmaf_used_isa.restype = ctypes.c_char_p
+    names = []
+    while (name := loaded.fastmaf_isa(len(names), True)) is not None:
+        names.append(name.decode())
+    wanted = os.environ.get("FASTMAF_ISA") or names[0]
+    if not loaded.fastmaf_use_isa(wanted.encode()):
+        raise ImportError(f"FASTMAF_ISA is {wanted!r}; expected one of {', '.join(names)} on this CPU")
+    return loaded
 
 
 def _why_not(folder: Path) -> str | None:
     """Returns why the library must not be loaded, as far as files tell."""
-    library, note = folder / "_native.so", folder / "_native.txt"
+    path, note = folder / "_native.so", folder / "_native.txt"
     text = note.read_text(encoding="utf-8").rstrip() if note.is_file() else ""
-    if not library.is_file():
+    if not path.is_file():
         reason = text.partition("\n")[0].removeprefix("not built: ")
         return f"the native library was not built{f' ({reason})' if reason else ''}"
-    built_for = text.partition("\n")[0].removeprefix("built for torch ") or "of an unknown version"
-    if built_for != torch.__version__:
-        return f"the native library was built for torch {built_for}; this is torch {torch.__version__}"
-    if any(source.stat().st_mtime > library.stat().st_mtime for source in folder.glob("csrc/*")):
+    if any(source.stat().st_mtime > path.stat().st_mtime for source in folder.glob("csrc/*")):
         return "the native library is older than its sources"
     return None

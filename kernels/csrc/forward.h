@@ -1,124 +1,239 @@
-// The forward passes of both kinds of layers, by a team: who multiplies which rows, and what is made of the products.
+// The forward passes of layers, by a team: who multiplies which panels, and what is made of the products.
+//
+// Samples are packed in tiles of as many as fit the registers, [column][sample]. A layer with more columns than rows is cut into
+// strips of columns, whose products are added up in order; another one into runs of panels. The cuts depend on shapes alone, so a
+// result does not depend on the threads.
 #pragma once
 
-#include "bound.h"
-#include "matmul.h"
-#include "thread_team.h"
+#include <vector>
+
+#include "affine_map.h"
+#include "panels.h"
+#include "thread_pool.h"
 
 namespace fastmaf {
+namespace FASTMAF_ISA {
+
+inline constexpr long kPairRows = 2 * kPanel;  // rows that are multiplied together: two panels
+inline constexpr long kMostTile = kMostOuter<2>;
+inline constexpr long kChunk = 128;  // samples that go through a weight together
 
 // A thread that gets less than this many multiply-adds costs more to wake than it saves.
 inline constexpr double kWorkPerThread = 65536;
 
+// 0..n in parts of nearly equal size, none larger than `most`.
+struct Split {
+  long n, count;
+  Split(long n, long most) : n(n), count(std::max(1L, (n + most - 1) / most)) {}
+  long begin(long i) const { return n / count * i + std::min(i, n % count); }
+  long size(long i) const { return n / count + (i < n % count); }
+};
+
+// Into how many parts the work on a layer is cut.
 template <class W>
-long useful_threads(const Packed<W>& p, long n, long threads) {
-  const double work = p.area_before(p.rows) * n;
+long parts_of(const Panels<W>& w, long n) {
+  const double work = static_cast<double>(w.starts[w.count()]) * kPanel * std::max(1.0, n / 8.0);
+  return std::clamp(static_cast<long>(work / (kWorkPerThread / 2)), 1L, 64L);
+}
+
+template <class W>
+long useful_threads(const Panels<W>& w, long n, long threads) {
+  const double work = static_cast<double>(w.starts[w.count()]) * kPanel * n;
   return std::max(1L, std::min(threads, static_cast<long>(work / kWorkPerThread)));
 }
 
-// Room for the activations of every tile of a batch in turn.
+// Columns k0..k1 of x [samples][stride] as [column][samples].
 template <class T>
-long pack_numel(long columns, long n) {
-  const long last = n % kTileSamples;
-  const long whole = n >= kTileSamples ? Activations<T>::numel(columns, Shape::of<T>(kTileSamples)) : 0;
-  return std::max(whole, Activations<T>::numel(columns, Shape::of<T>(last)));
+void pack(const T* x, long stride, long samples, long k0, long k1, T* to) {
+  if (samples == 1) {
+    std::copy(x + k0, x + k1, to);
+    return;
+  }
+  constexpr long kBlock = 16;
+  for (; k0 < k1; k0 += kBlock, to += kBlock * samples) {
+    const long count = std::min(kBlock, k1 - k0);
+    for (long s = 0; s < samples; ++s)
+      for (long k = 0; k < count; ++k) to[k * samples + s] = x[s * stride + k0 + k];
+  }
 }
 
-// Calls epilogue(part, row0, row1, C) with C = W x for the rows of every part of the team's work, block by block.
+// C [samples][c_stride] += or = columns k0..k1 of one panel times x [column][samples].
+template <class T, class W>
+void panel_product(const Panels<W>& w, long p, long k0, long k1, const T* x, long samples, T* c, long c_stride, bool add) {
+  constexpr int V = std::min(kPanelVectors<T>, 2);
+  const W* a = w.panel(p) + k0 * kPanel;
+  const long count = std::max(0L, std::min<long>(k1, w.visible(p)) - k0);
+  if (count == 0 && add) return;
+  with_count<kMostTile>(samples, [&](auto s) {
+    constexpr int S = decltype(s)::value;
+    for (int v = 0; v < kPanelVectors<T>; v += V)
+      outer<T, V, S, 1, true>(count, a + v * kLanes<T>, kPanel, kLanes<T>, x + k0 * S, S, c + v * kLanes<T>, c_stride, add);
+  });
+}
+
+// The same for `panels` panels, one or two, whose rows lie one after the other in C.
+template <class T, class W>
+void pair_product(const Panels<W>& w, long p, long panels, long k0, long k1, const T* x, long samples, T* c, long c_stride, bool add) {
+  if constexpr (kPanelVectors<T> == 1) {
+    // Two vectors that share what is broadcast, where that is what takes time.
+    if (panels == 2 && samples > 6) {
+      const long both = std::max(0L, std::min<long>(k1, w.visible(p)) - k0);
+      with_count<kMostTile>(samples, [&](auto s) {
+        constexpr int S = decltype(s)::value;
+        if constexpr (S > 6)
+          outer<T, 2, S, 1, true>(both, w.panel(p) + k0 * kPanel, kPanel, w.panel(p + 1) - w.panel(p), x + k0 * S, S, c, c_stride, add);
+      });
+      panel_product(w, p + 1, k0 + both, k1, x, samples, c + kPanel, c_stride, true);
+      return;
+    }
+  }
+  for (long i = 0; i < panels; ++i) panel_product(w, p + i, k0, k1, x, samples, c + i * kPanel, c_stride, add);
+}
+
+// Columns that are multiplied before the next tile of samples takes its turn: a pair of panels should stay in the first-level cache
+// meanwhile. One tile alone goes through all that it has, up to a length that keeps sums short.
+inline long block_columns(long tiles) { return tiles == 1 ? 1024 : 256; }
+
+// Calls epilogue(part, sample, row, c) with the products of rows row .. row + 32 and one sample, without bias; rows that the layer does
+// not have give zero. part < forward_parts.
 template <class T, class W, class Epilogue>
-void forward_tile(const Packed<const W>& p, const T* x, Shape shape, T* pack, Team& team, Epilogue&& epilogue) {
-  const Activations<T> a = Activations<T>::over(pack, p.columns, shape);
-  long begin, end;
-  team.share(p.columns, 64, begin, end);
-  a.fill(x, p.columns, begin, end);
-  team.sync();
-  // Where x is wider than one block of columns, many rows share it while it is in cache; else a block's product should be.
-  const long rows = (p.columns > kDotColumns ? 40 : 16) * kGroupRows;
-  T* memory = Scratch::get<T>(Scratch::kProduct, rows * shape.padded);
-  const Product<T> c = shape.dot ? Product<T>{memory, 1, rows} : Product<T>{memory, shape.padded, 1};
-  team.each_part([&](long part, double from, double to) {
-    const long row1 = p.row_at(to, kGroupRows);
-    for (long r = p.row_at(from, kGroupRows); r < row1; r += rows) {
-      const long r1 = std::min(r + rows, row1);
-      std::fill(memory, memory + rows * shape.padded, T(0));
-      multiply_blocked(p, r, r1, a, c);
-      epilogue(part, r, r1, c);
+void multiply(const Team& team, const Panels<W>& w, const T* x, long n, const Epilogue& epilogue) {
+  const Split chunks(n, kChunk);
+  const long panels = w.count(), pairs = (panels + 1) / 2, padded = pairs * kPairRows;
+  for (long chunk = 0; chunk < chunks.count; ++chunk) {
+    const long first = chunks.begin(chunk), samples = chunks.size(chunk);
+    const T* xs = x + first * w.columns;
+    const Split tiles(samples, kMostTile);
+    const long block = block_columns(tiles.count);
+    // All tiles of one pair of panels, columns k0..k1; `packed` starts at column `origin` of each tile.
+    const auto pair = [&](long p, long k0, long k1, const T* packed, long stride, T* c, long c_stride) {
+      const long end = std::max(k0, std::min<long>(k1, w.visible(std::min(p + 1, panels - 1))));
+      long k = k0;
+      do {
+        const long stop = std::min(k + block, end);
+        for (long t = 0; t < tiles.count; ++t)
+          pair_product(w, p, std::min(2L, panels - p), k, stop, packed + tiles.begin(t) * stride - k0 * tiles.size(t), tiles.size(t),
+                       c + tiles.begin(t) * c_stride, c_stride, k > k0);
+        k = stop;
+      } while (k < end);
+    };
+    if (w.columns > w.rows) {
+      const long strip = std::clamp(round_up(65536 / samples, 64L), 64L, 1024L), strips = (w.columns + strip - 1) / strip;
+      T* shared = Scratch::get<T>(Scratch::kShared, strips * samples * padded);
+      team.each(strips, [&](long i) {
+        const long k0 = i * strip, k1 = std::min(k0 + strip, w.columns);
+        T* packed = Scratch::get<T>(Scratch::kInput, strip * samples);
+        for (long t = 0; t < tiles.count; ++t)
+          pack(xs + tiles.begin(t) * w.columns, w.columns, tiles.size(t), k0, k1, packed + tiles.begin(t) * (k1 - k0));
+        for (long p = 0; p < panels; p += 2)
+          if (w.visible(std::min(p + 1, panels - 1)) > k0 || i == 0)
+            pair(p, k0, k1, packed, k1 - k0, shared + i * samples * padded + p * kPanel, padded);
+      });
+      const Split parts(samples, 8);
+      team.each(parts.count, [&](long part) {
+        for (long s = parts.begin(part); s < parts.begin(part) + parts.size(part); ++s)
+          for (long p = 0; p < panels; p += 2) {
+            T* c = shared + s * padded + p * kPanel;
+            const long count = (w.visible(std::min(p + 1, panels - 1)) + strip - 1) / strip;
+            for (long i = 1; i < count; ++i)
+              for (long r = 0; r < kPairRows; ++r) c[r] += c[i * samples * padded + r];
+            epilogue(part, first + s, p * kPanel, c);
+          }
+      });
+    } else {
+      T* packed = Scratch::get<T>(Scratch::kShared, w.columns * samples);
+      const auto fill = [&](long t) {
+        pack(xs + tiles.begin(t) * w.columns, w.columns, tiles.size(t), 0, w.columns, packed + tiles.begin(t) * w.columns);
+      };
+      if (samples * w.columns < 16384)
+        for (long t = 0; t < tiles.count; ++t) fill(t);
+      else
+        team.each(tiles.count, fill);
+      const long parts = parts_of(w, samples);
+      team.each(parts, [&](long part) {
+        const auto even = [&](double at) { return std::min(round_up(w.panel_at(at), 2L), panels); };
+        T* c = Scratch::get<T>(Scratch::kProduct, samples * kPairRows);
+        const long end = even((part + 1.0) / parts);
+        for (long p = even(static_cast<double>(part) / parts); p < end; p += 2) {
+          pair(p, 0, w.columns, packed, w.columns, c, kPairRows);
+          for (long s = 0; s < samples; ++s) epilogue(part, first + s, p * kPanel, c + s * kPairRows);
+        }
+      });
+    }
+  }
+}
+
+// Parts that `multiply` numbers.
+template <class W>
+long forward_parts(const Panels<W>& w, long n) {
+  return std::max(parts_of(w, std::min(n, kChunk)), kChunk / 8);
+}
+
+// y [n][rows] = act(W x + bias).
+template <class T, class W>
+void linear_forward(const Team& team, const Panels<W>& w, const T* bias, const T* x, long n, bool relu, T* y) {
+  constexpr int L = kLanes<T>;
+  multiply<T>(team, w, x, n, [&](long, long s, long row, const T* c) {
+    T* to = y + s * w.rows + row;
+    const long count = std::min(kPairRows, w.rows - row);
+    long r = 0;
+    for (; r + L <= count; r += L) {
+      const Vec<T> v = load(c + r) + load(bias + row + r), zero = {};
+      store(to + r, relu ? ((v < zero) ? zero : v) : v);  // NaN stays NaN
+    }
+    for (; r < count; ++r) {
+      const T v = c[r] + bias[row + r];
+      to[r] = relu && v < 0 ? T(0) : v;
     }
   });
-  team.sync();  // before another tile of samples takes the same memory
 }
 
-// y [n][rows] = act(W x + bias). `pack` is shared: pack_numel numbers. Every thread returns when all of y is there.
-template <class T, class W>
-void linear_forward(Team& team, const Packed<const W>& p, const T* bias, const T* x, long n, bool relu, T* y, T* pack) {
-  for (long n0 = 0; n0 < n; n0 += kTileSamples) {
-    const Shape shape = Shape::of<T>(std::min(n - n0, kTileSamples));
-    forward_tile<T, W>(p, x + n0 * p.columns, shape, pack, team, [&](long, long row0, long row1, const Product<T>& c) {
-      for (long s = 0; s < shape.samples; ++s) {
-        const T* from = c.data + s * c.sample;
-        T* to = y + (n0 + s) * p.rows;
-        for (long r = row0; r < row1; ++r) {
-          const T value = from[(r - row0) * c.row] + bias[r];
-          to[r] = relu && value < 0 ? T(0) : value;  // NaN stays NaN
-        }
-      }
-    });
-  }
-}
-
-// The output layer and the affine transform: the [n][2D] product lives in a block of rows at a time. Adds each sample's sum of
-// log-scales over a part's rows to totals [part][n]; log_scale null: not wanted.
-template <class T, class W>
-void affine_forward(Team& team, const Packed<const W>& p, const T* bias, const T* h, const T* x, long n, Bound bound, T* z,
-                    T* log_scale, double* totals, T* pack) {
-  constexpr int L = kLanes<T>;
-  const long features = p.rows / 2;
-  for (long n0 = 0; n0 < n; n0 += kTileSamples) {
-    const Shape shape = Shape::of<T>(std::min(n - n0, kTileSamples));
-    forward_tile<T, W>(p, h + n0 * p.columns, shape, pack, team, [&](long part, long row0, long row1, const Product<T>& c) {
-      constexpr long kDims = 20 * kGroupRows;
-      T shift[kDims], raw[kDims];
-      const long d0 = row0 / 2, dims = (row1 - row0) / 2;
-      for (long s = 0; s < shape.samples; ++s) {
-        const T *from = c.data + s * c.sample, *b = bias + row0;
-        if (c.row == 1)  // a loop that a compiler makes vectors of
-          for (long d = 0; d < dims; ++d) shift[d] = from[2 * d] + b[2 * d], raw[d] = from[2 * d + 1] + b[2 * d + 1];
-        else
-          for (long d = 0; d < dims; ++d) {
-            shift[d] = from[2 * d * c.row] + b[2 * d];
-            raw[d] = from[(2 * d + 1) * c.row] + b[2 * d + 1];
-          }
-        const long at = (n0 + s) * features + d0;
-        double sums[L] = {}, sum_a = 0;
-        for (long d = 0; d < dims; d += L) {
-          const long count = std::min<long>(L, dims - d);
-          const bool whole = count == L;
-          const Vec<T> u = whole ? load(raw + d) : load_part<T>(raw + d, count);
-          const Vec<T> m = whole ? load(shift + d) : load_part<T>(shift + d, count);
-          const Vec<T> xv = whole ? load(x + at + d) : load_part<T>(x + at + d, count);
-          const Vec<T> a = bound_log_scale<T>(u, bound);
-          const Vec<T> zv = (xv - m) * exponential(-a);
-          whole ? store(z + at + d, zv) : store_part(z + at + d, zv, count);
-          if (log_scale) whole ? store(log_scale + at + d, a) : store_part(log_scale + at + d, a, count);
-          T terms[L];  // zero beyond count: so is u there, and what no bound makes of it
-          store(terms, a);
-          for (int j = 0; j < L; ++j) sums[j] += terms[j];
-        }
-        for (const double one : sums) sum_a += one;
-        totals[part * n + n0 + s] += sum_a;
-      }
-    });
-  }
-}
-
-// ladj [n] = -(the totals [parts][n], summed in the order of the parts: repeatable, whichever thread took which).
+// z, and log_scale (null: not wanted), of up to 16 dimensions from their rows' products; returns the sum of the log-scales.
 template <class T>
-void sum_totals(const std::vector<double>& totals, long n, T* ladj) {
-  for (long s = 0; s < n; ++s) {
+double affine_rows(const AffineMap& map, const T* c, const T* bias, long dims, const T* x, T* z, T* log_scale) {
+  constexpr int L = kLanes<T>;
+  double sum = 0;
+  for (long d = 0; d < dims; d += L) {
+    const long count = std::min<long>(L, dims - d);
+    const bool whole = count == L;
+    const auto rows = [&](long at) {
+      const long left = std::clamp<long>(2 * dims - at, 0, L);
+      return load(c + at) + (left == L ? load(bias + at) : load_part<T>(bias + at, left));
+    };
+    Vec<T> shift, raw;
+    unzip<T>(rows(2 * d), rows(2 * d + L), shift, raw);
+    const Vec<T> xv = whole ? load(x + d) : load_part<T>(x + d, count);
+    const Vec<T> a = log_scale_of<T>(raw, map);
+    const Vec<T> zv = map.form == kShiftFirst ? (xv - shift) * exponential(-a) : xv * exponential(a) + shift;
+    whole ? store(z + d, zv) : store_part(z + d, zv, count);
+    if (log_scale) whole ? store(log_scale + d, a) : store_part(log_scale + d, a, count);
+    T terms[L];
+    store(terms, a);
     double total = 0;
-    for (std::size_t at = s; at < totals.size(); at += n) total += totals[at];
-    ladj[s] = static_cast<T>(-total);
+    for (long i = 0; i < count; ++i) total += terms[i];
+    sum += total;
   }
+  return sum;
 }
 
+// The output layer and its map; adds each sample's sum of log-scales to totals [forward_parts][n]. z may be x.
+template <class T, class W>
+void affine_forward(const Team& team, const Panels<W>& w, const AffineMap& map, const T* bias, const T* h, const T* x, long n, T* z,
+                    T* log_scale, double* totals) {
+  const long features = w.rows / 2;
+  multiply<T>(team, w, h, n, [&](long part, long s, long row, const T* c) {
+    const long at = s * features + row / 2;
+    totals[part * n + s] += affine_rows(map, c, bias + row, std::min(kPanel, features - row / 2), x + at, z + at,
+                                        log_scale ? log_scale + at : nullptr);
+  });
+}
+
+// ladj [n]: the totals of all parts, summed in order, with the sign of the map.
+template <class T>
+void add_totals(std::vector<double>& totals, double sign, long n, std::vector<double>& ladj) {
+  for (std::size_t at = 0; at < totals.size(); ++at) ladj[at % n] += sign * totals[at];
+  std::fill(totals.begin(), totals.end(), 0.0);
+}
+
+}  // namespace FASTMAF_ISA
 }  // namespace fastmaf

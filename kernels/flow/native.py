@@ -2,50 +2,102 @@
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from fastmaf.kernels import native_library
+from fastmaf.kernels import native_args, native_library
 from fastmaf.kernels.adam.update import Update
 from fastmaf.kernels.flow.args import FlowArgs, FlowBatch
 from fastmaf.kernels.flow.torch import UPDATES_BIASES, inverse_backward
+from fastmaf.kernels.huge_pages import empty_on_huge_pages
+from fastmaf.kernels.native_args import WRITE, FlowPlan, TargetStruct, check_tensor
 
 __all__ = ["UPDATES_BIASES", "adam_", "backward", "forward", "inverse", "inverse_backward", "why_not"]
 
 native_library.load()
-_ops = torch.ops.fastmaf_native
-_forward, _inverse = _ops.flow_forward.default, _ops.flow_inverse.default
+_library, _check = native_library.library(), native_library.check
 why_not = native_library.why_not
 
 
 def forward(x: Tensor, args: FlowArgs, save: bool) -> tuple[Tensor, Tensor, Tensor]:
     """Returns ``z``, ``ladj`` and what ``backward`` needs; weights may be bfloat16 beside float32 ``x``."""
-    return _forward(x, *args, save)
+    n, plan = _plan("x", x, args)
+    z, ladj, saved = torch.empty_like(x), x.new_empty(n), x.new_empty(n * plan.saved if save else 0)
+    _check(
+        _library.fastmaf_flow_forward(
+            plan.pointer, x.data_ptr(), n, z.data_ptr(), ladj.data_ptr(), saved.data_ptr() if save else None,
+            torch.get_num_threads(),
+        )
+    )  # fmt: skip
+    return z, ladj, saved
+
+
+def inverse(z: Tensor, args: FlowArgs) -> tuple[Tensor, Tensor]:
+    """Returns ``x`` ``[N, D]`` and ``ladj`` ``[N]`` = log |det dx/dz|."""
+    n, plan = _plan("z", z, args)
+    plan.check_inverse(args)
+    x, ladj = torch.empty_like(z), z.new_empty(n)
+    _check(
+        _library.fastmaf_flow_inverse(
+            plan.pointer, z.data_ptr(), n, x.data_ptr(), ladj.data_ptr(), torch.get_num_threads()
+        )
+    )
+    return x, ladj
 
 
 def backward(batch: FlowBatch, args: FlowArgs, need_grad_x: bool) -> tuple[Tensor, list[Tensor], list[Tensor]]:
     """Returns the gradients of ``x`` (``[0, D]`` when not needed), the packed weights and the biases."""
-    args = args._replace(weights=[weight.to(batch.grad_z.dtype) for weight in args.weights])
-    return _ops.flow_backward(*_contiguous(batch), *args, need_grad_x)
+    dtype, device = batch.grad_z.dtype, batch.grad_z.device
+    args = args._replace(weights=[weight.to(dtype) for weight in args.weights])
+    grads = [empty_on_huge_pages(weight.numel(), device=device, dtype=dtype) for weight in args.weights]
+    targets = (TargetStruct * len(grads))(*[TargetStruct(WRITE, grad.data_ptr()) for grad in grads])
+    grad_x, grad_biases = _backward(batch, args, need_grad_x, targets)
+    return grad_x, grads, grad_biases
 
 
 def adam_(
     batch: FlowBatch, args: FlowArgs, need_grad_x: bool, updates: Sequence[Update], bias_updates: None
 ) -> tuple[Tensor, list[Tensor]]:
     """Takes a step of Adam on every weight, in place; returns the gradients of ``x`` and of the biases."""
-    exp_avgs, exp_avg_sqs = [update.exp_avg for update in updates], [update.exp_avg_sq for update in updates]
-    floats = {numbers: numbers.native_floats() for numbers in {update.numbers for update in updates}}  # mostly one
-    adam = [number for update in updates for number in floats[update.numbers]]
-    return _ops.flow_adam_(*_contiguous(batch), *args, need_grad_x, exp_avgs, exp_avg_sqs, adam)
+    addresses = [weight.data_ptr() for weight in args.weights]
+    if len(set(addresses)) < len(addresses):
+        names = [i for i, address in enumerate(addresses) if addresses.count(address) > 1 and args.weights[i].numel()]
+        if names:
+            raise ValueError(f"layers {names} share a weight, which takes one step and not several")
+    distinct = {numbers: (ctypes.c_double * 9)(*numbers.native_floats()) for numbers in {u.numbers for u in updates}}
+    targets = (TargetStruct * len(updates))()
+    for i, (weight, update) in enumerate(zip(args.weights, updates, strict=True)):
+        targets[i] = native_args.adam_target(weight, update)
+        targets[i].adam = ctypes.addressof(distinct[update.numbers])
+    return _backward(batch, args, need_grad_x, targets)
 
 
-def _contiguous(batch: FlowBatch) -> FlowBatch:
+def _plan(name: str, x: Tensor, args: FlowArgs) -> tuple[int, FlowPlan]:
+    n, features = native_args.check_batch(name, x)
+    plan = native_args.flow_plan(args, x.dtype)
+    if features != plan.features:
+        raise ValueError(f"{name} must be [N, {plan.features}]; found {tuple(x.shape)}")
+    return n, plan
+
+
+def _backward(
+    batch: FlowBatch, args: FlowArgs, need_grad_x: bool, targets: ctypes.Array[TargetStruct]
+) -> tuple[Tensor, list[Tensor]]:
     # Autograd hands on gradients of any strides, such as an expanded sum's.
-    return FlowBatch(batch.grad_z.contiguous(), batch.grad_ladj.contiguous(), batch.saved)
-
-
-def inverse(z: Tensor, args: FlowArgs) -> tuple[Tensor, Tensor]:
-    """Returns ``x`` ``[N, D]`` and ``ladj`` ``[N]`` = log |det dx/dz|."""
-    return _inverse(z, *args)
+    grad_z, grad_ladj, saved = batch.grad_z.contiguous(), batch.grad_ladj.contiguous(), batch.saved
+    n, plan = _plan("grad_z", grad_z, args)
+    check_tensor("grad_ladj", grad_ladj, grad_z.dtype, (n,))
+    check_tensor("saved", saved, grad_z.dtype, (n * plan.saved,))
+    grad_x = grad_z.new_empty(n if need_grad_x else 0, plan.features)
+    grad_biases = [torch.empty_like(bias) for bias in args.biases]
+    into = (ctypes.c_void_p * len(grad_biases))(*[grad.data_ptr() for grad in grad_biases])
+    _check(
+        _library.fastmaf_flow_backward(
+            plan.pointer, grad_z.data_ptr(), grad_ladj.data_ptr(), saved.data_ptr(), n,
+            grad_x.data_ptr() if need_grad_x else None, into, targets, torch.get_num_threads(),
+        )
+    )  # fmt: skip
+    return grad_x, grad_biases

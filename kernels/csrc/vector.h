@@ -1,14 +1,22 @@
 // One vector register of T, as compiler vectors: AVX-512, AVX, or whatever 16 bytes the target has (SSE, NEON).
 // -DFASTMAF_SCALAR, or a compiler without vector types, makes a vector one number: the same kernels, no SIMD.
+//
+// Files that are compiled for several instruction sets give each a namespace of its own, FASTMAF_ISA.
 #pragma once
 
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <limits>
 #include <type_traits>
 
+#if !defined(FASTMAF_ISA)
+#define FASTMAF_ISA baseline
+#endif
+
 namespace fastmaf {
+namespace FASTMAF_ISA {
 
 // A weight stored in 16 bits: the upper half of a float32.
 struct bfloat16 {
@@ -53,17 +61,10 @@ inline constexpr int kRegisters = 16;
 #endif
 
 #if defined(__GNUC__)
-#define FASTMAF_NOINLINE __attribute__((noinline))
 #define FASTMAF_INLINE inline __attribute__((always_inline))
 #else
-#define FASTMAF_NOINLINE
 #define FASTMAF_INLINE inline
 #endif
-
-inline constexpr int kLineBytes = 64;
-// A cache line of T; never less than a vector.
-template <class T>
-inline constexpr int kLineNumbers = kLineBytes / sizeof(T);
 
 template <class T>
 constexpr long round_up(long n, T multiple) {
@@ -77,15 +78,6 @@ inline void prefetch(const void* address) {
   (void)address;
 #endif
 }
-// Not into the first-level cache: there is more to come than that holds.
-inline void prefetch_far(const void* address) {
-#if defined(__GNUC__)
-  __builtin_prefetch(address, 0, 2);
-#else
-  (void)address;
-#endif
-}
-
 inline float widen(bfloat16 w) {
   const uint32_t bits = static_cast<uint32_t>(w.bits) << 16;
   float result;
@@ -140,83 +132,6 @@ inline void store_part(T* p, Vec<T> v, long count) {
 template <class T>
 inline Vec<T> broadcast(T s) {
   return s - Vec<T>{};  // not 0 + s: for s = -0 that is another number, so it would be computed
-}
-
-// For what is used several times: else GCC may make a memory operand of every use, and loads are what is scarce.
-template <class V>
-inline V in_register(V v) {
-#if defined(__GNUC__) && defined(__AVX512F__)
-  asm("" : "+v"(v));
-#elif defined(__GNUC__) && defined(__AVX__)
-  asm("" : "+x"(v));
-#endif
-  return v;
-}
-
-template <class T>
-inline T sum(Vec<T> v) {
-#if defined(__GNUC__) && !defined(__clang__) && !defined(FASTMAF_LANES_ARE_ONE)
-  IntVec<T> lane;
-  for (int i = 0; i < kLanes<T>; ++i) lane[i] = i;
-#pragma GCC unroll 4
-  for (int width = kLanes<T> / 2; width > 0; width /= 2) v += __builtin_shuffle(v, lane ^ width);
-  return v[0];
-#else
-  T buffer[kLanes<T>];
-  store(buffer, v);
-  for (int width = kLanes<T> / 2; width > 0; width /= 2)
-    for (int i = 0; i < width; ++i) buffer[i] += buffer[i + width];
-  return buffer[0];
-#endif
-}
-
-// Lane i < 8 of the result's buffer is the sum of v[i]: together that takes half the work of eight separate sums.
-template <class T>
-inline void eight_sums(const Vec<T>* v, T* to) {
-#if defined(__GNUC__) && !defined(__clang__) && defined(__AVX__) && !defined(FASTMAF_LANES_ARE_ONE)
-  if constexpr (sizeof(T) == 4) {
-    typedef float V __attribute__((vector_size(32)));
-    typedef int32_t I __attribute__((vector_size(32)));
-    const auto add_pairs = [](V a, V b) {
-      return __builtin_shuffle(a, b, I{0, 2, 8, 10, 4, 6, 12, 14}) + __builtin_shuffle(a, b, I{1, 3, 9, 11, 5, 7, 13, 15});
-    };
-    V w[8];
-#pragma GCC unroll 8
-    for (int i = 0; i < 8; ++i) {
-      V halves[kVectorBytes / 32];
-      std::memcpy(halves, &v[i], sizeof halves);
-      w[i] = halves[0];
-      if constexpr (kVectorBytes == 64) w[i] += halves[kVectorBytes / 32 - 1];
-    }
-    const V low = add_pairs(add_pairs(w[0], w[1]), add_pairs(w[2], w[3]));
-    const V high = add_pairs(add_pairs(w[4], w[5]), add_pairs(w[6], w[7]));
-    const V total = __builtin_shuffle(low, high, I{0, 1, 2, 3, 8, 9, 10, 11}) +
-                    __builtin_shuffle(low, high, I{4, 5, 6, 7, 12, 13, 14, 15});
-    std::memcpy(to, &total, sizeof total);
-    return;
-  }
-#endif
-  for (int i = 0; i < 8; ++i) to[i] = sum<T>(v[i]);
-}
-
-// Lanes at and above `count` become zero.
-template <class T>
-inline Vec<T> keep_first(Vec<T> v, long count) {
-#if defined(FASTMAF_LANES_ARE_ONE)
-  return count > 0 ? v : T(0);
-#else
-  constexpr int L = kLanes<T>;
-  if (count >= L) return v;
-  static constexpr auto kKeep = [] {
-    struct {
-      T of[2 * L];
-    } table{};
-    for (int i = 0; i < L; ++i) table.of[i] = 1;
-    return table;
-  }();
-  const Vec<T> keep = load(kKeep.of + L - std::max(count, 0L));
-  return (keep != Vec<T>{}) ? v : Vec<T>{};
-#endif
 }
 
 template <class T>
@@ -330,4 +245,83 @@ inline Vec<double> hyperbolic_tangent(Vec<double> v) {
   return load(buffer);
 }
 
+inline Vec<double> logarithm(Vec<double> v) {
+  double buffer[kLanes<double>];
+  store(buffer, v);
+  for (int i = 0; i < kLanes<double>; ++i) buffer[i] = std::log(buffer[i]);
+  return load(buffer);
+}
+
+// Of a normal positive number 2^n m with m in [sqrt(1/2), sqrt(2)): n log 2 + 2 artanh((m - 1) / (m + 1)), by artanh's series, whose
+// first dropped term is below 1e-9 of the result.
+inline Vec<float> logarithm(Vec<float> v) {
+  IntVec<float> bits;
+  std::memcpy(&bits, &v, sizeof bits);
+  const IntVec<float> n = (bits - 0x3f3504f3) >> 23;
+  bits -= n << 23;
+  Vec<float> m;
+  std::memcpy(&m, &bits, sizeof m);
+  const Vec<float> s = (m - 1.0f) / (m + 1.0f), z = s * s;
+  Vec<float> p = z * (1.0f / 9) + 1.0f / 7;
+  p = p * z + 1.0f / 5;
+  p = p * z + 1.0f / 3;
+#if defined(FASTMAF_LANES_ARE_ONE)
+  const float exponent = static_cast<float>(n);
+#else
+  const Vec<float> exponent = __builtin_convertvector(n, Vec<float>);
+#endif
+  const Vec<float> small = p * z * s * 2.0f + exponent * -2.12194440e-4f;
+  const Vec<float> result = exponent * 0.693359375f + (s * 2.0f + small);
+  return (v > 0.0f) ? ((v > 3e38f) ? v : result) : v + std::numeric_limits<float>::quiet_NaN() * 0.0f;
+}
+
+// 1 - e^-v
+template <class T>
+inline Vec<T> minus_expm1(Vec<T> v) {
+  T buffer[kLanes<T>];
+  store(buffer, v);
+  for (int i = 0; i < kLanes<T>; ++i) buffer[i] = -std::expm1(-buffer[i]);
+  return load(buffer);
+}
+
+template <class T>
+inline Vec<T> absolute(Vec<T> v) {
+  return (v < Vec<T>{}) ? -v : v;
+}
+
+// log(1 + e^v), to the last bits for v far below zero as well.
+template <class T>
+inline Vec<T> softplus(Vec<T> v) {
+  const Vec<T> t = exponential(-absolute<T>(v)), sum = t + T(1);
+  // The rounding of 1 + t is made good: log(1 + t) = log(sum) + (t - (sum - 1)) / sum.
+  return ((v > Vec<T>{}) ? v : Vec<T>{}) + logarithm(sum) + (t - (sum - T(1))) / sum;
+}
+
+// Two vectors of pairs: their first and their second numbers.
+template <class T>
+inline void unzip(Vec<T> low, Vec<T> high, Vec<T>& first, Vec<T>& second) {
+#if defined(FASTMAF_LANES_ARE_ONE)
+  first = low, second = high;
+#elif defined(__clang__) || !defined(__GNUC__)
+  T pairs[2 * kLanes<T>], firsts[kLanes<T>], seconds[kLanes<T>];
+  store(pairs, low), store(pairs + kLanes<T>, high);
+  for (int i = 0; i < kLanes<T>; ++i) firsts[i] = pairs[2 * i], seconds[i] = pairs[2 * i + 1];
+  first = load(firsts), second = load(seconds);
+#else
+  IntVec<T> even;
+  for (int i = 0; i < kLanes<T>; ++i) even[i] = 2 * i;
+  first = __builtin_shuffle(low, high, even);
+  second = __builtin_shuffle(low, high, even + 1);
+#endif
+}
+
+// The way back.
+template <class T>
+inline void zip(Vec<T> first, Vec<T> second, T* to) {
+  T firsts[kLanes<T>], seconds[kLanes<T>];
+  store(firsts, first), store(seconds, second);
+  for (int i = 0; i < kLanes<T>; ++i) to[2 * i] = firsts[i], to[2 * i + 1] = seconds[i];
+}
+
+}  // namespace FASTMAF_ISA
 }  // namespace fastmaf

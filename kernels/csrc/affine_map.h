@@ -1,0 +1,62 @@
+// The element-wise map of an affine layer, on vectors; see kernels/affine_output/affine_map.py for the equations.
+#pragma once
+
+#include "api.h"
+#include "vector.h"
+
+namespace fastmaf {
+namespace FASTMAF_ISA {
+
+// The log-scale of a raw output.
+template <class T>
+inline Vec<T> log_scale_of(Vec<T> u, const AffineMap& map) {
+  const T limit = static_cast<T>(map.limit), epsilon = static_cast<T>(map.epsilon);
+  switch (map.scale) {
+    case kSoftplus:
+      return logarithm(softplus<T>(u) + epsilon);
+    case kSigmoid: {
+      const Vec<T> v = u + limit, t = exponential(-absolute<T>(v));
+      return logarithm(((v > Vec<T>{}) ? broadcast(T(1)) : t) / (t + T(1)) + epsilon);
+    }
+    default:
+      break;
+  }
+  if (std::isinf(map.limit)) return u;
+  if (map.scale == kTanh) return limit * hyperbolic_tangent(u / limit);
+  if (map.scale == kSoftClip) {
+    const Vec<T> a = u / (absolute<T>(u) / limit + T(1));
+    const Vec<T> bound = broadcast(limit);
+    return (absolute<T>(u) > std::numeric_limits<T>::max()) ? ((u > Vec<T>{}) ? bound : -bound) : a;
+  }
+  u = (u > limit) ? broadcast(limit) : u;  // NaN stays NaN
+  return (u < -limit) ? broadcast(-limit) : u;
+}
+
+// d log_scale / d raw, as a function of the log-scale.
+template <class T>
+inline Vec<T> slope_of(Vec<T> a, const AffineMap& map) {
+  const Vec<T> one = broadcast(T(1)), zero = broadcast(T(0));
+  const T limit = static_cast<T>(map.limit), epsilon = static_cast<T>(map.epsilon);
+  switch (map.scale) {
+    case kSoftplus: {
+      const Vec<T> s = exponential(a);
+      return minus_expm1<T>(s - epsilon) / s;
+    }
+    case kSigmoid: {
+      const Vec<T> s = exponential(a), p = s - epsilon;
+      return p * (one - p) / s;
+    }
+    default:
+      break;
+  }
+  if (std::isinf(map.limit)) return one;
+  if (map.scale == kTanh) return one - (a / limit) * (a / limit);
+  if (map.scale == kSoftClip) {
+    const Vec<T> rest = one - absolute<T>(a) / limit;
+    return rest * rest;
+  }
+  return (a < limit) ? ((a > -limit) ? one : zero) : zero;
+}
+
+}  // namespace FASTMAF_ISA
+}  // namespace fastmaf

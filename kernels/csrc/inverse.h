@@ -1,0 +1,297 @@
+// The exact inverse of affine autoregressive blocks: a blocked triangular solve.
+//
+// A step finishes the outputs whose hidden units are known, hence their x, then the hidden units that these x make computable (see
+// schedule.py). Steps are taken in groups of about 16 units, a panel of the last hidden layer:
+//
+//     ahead   the group's outputs and hidden units, over all that was finished before the group: large products, shared by the team
+//     solve   step by step, what the group's own values add: a small triangle, for one tile of samples by one thread
+//
+// so that nearly all of the weights stream through all threads, even for a single sample. A step that alone is large has its products
+// shared, too. Values are packed as in a forward pass, [unit][samples of a tile].
+#pragma once
+
+#include "flow.h"
+
+namespace fastmaf {
+namespace FASTMAF_ISA {
+
+inline constexpr long kGroupUnits = 16;   // of the last hidden layer
+inline constexpr long kMostUnits = 64;    // of another layer
+inline constexpr long kSharedWork = 65536;  // multiply-adds of a step from which on its products are shared
+inline constexpr long kSegment = 1024;    // columns that are one part of the work ahead
+
+template <class T, class W>
+class BlockInverse {
+ public:
+  BlockInverse(const Flow& flow, const Block& block, const Split& tiles, const Team& team)
+      : flow_(flow), block_(block), tiles_(tiles), team_(team), hidden_(block.layer_count - 1), samples_(tiles.n) {
+    for (long k = 0; k <= hidden_; ++k) layers_.emplace_back(layers_of(flow, block)[k]);
+  }
+
+  // Numbers of memory that `run` wants.
+  static long numel(const Flow& flow, const Block& block, long samples) {
+    long total = 0;
+    for (long k = 0; k < block.layer_count; ++k) {
+      const Layer& layer = layers_of(flow, block)[k];
+      const long rows = round_up(layer.rows, kPanel) + 2 * kPanel;
+      total += samples * (rows * (1 + (layer.columns + kSegment - 1) / kSegment) + layer.rows);
+    }
+    return total;
+  }
+
+  // z and x [tile][features][samples of the tile]; adds each sample's sum of log-scales to total.
+  void run(const T* z, T* x, T* memory, double* total) {
+    values_.assign(1, x);
+    for (long k = 0; k < hidden_; ++k) values_.push_back(std::exchange(memory, memory + samples_ * layers_[k].rows));
+    for (long k = 0; k <= hidden_; ++k) {
+      const long rows = round_up(layers_[k].rows, kPanel) + 2 * kPanel;
+      sums_.push_back(std::exchange(memory, memory + samples_ * rows));
+      shares_.push_back(std::exchange(memory, memory + samples_ * rows * ((layers_[k].columns + kSegment - 1) / kSegment)));
+    }
+    for (long s0 = 0, s1; s0 < block_.steps; s0 = s1) {
+      s1 = group_end(s0);
+      if (s1 == s0 + 1 && large(s0)) {
+        ahead(hidden_, hidden_ + 1, s0, s0, s1);
+        solve(s0, s1, z, total, true);
+        for (long k = 0; k < hidden_; ++k) {
+          ahead(k, k + 1, s0 + 1, s0, s1);
+          team_.each(tiles_.count, [&](long t) { finish_units(k, s0, s1, s0, t); });
+        }
+      } else {
+        ahead(0, hidden_ + 1, s0, s0, s1);
+        solve(s0, s1, z, total, false);
+      }
+    }
+  }
+
+ private:
+  // How many dimensions (k = -1) or units of hidden layer k are finished before step s.
+  long done(long k, long s) const { return s == 0 ? 0 : block_.schedule[(s - 1) * block_.layer_count + k + 1]; }
+  // Of layer k, hidden or output: its rows that are finished before step s.
+  long rows(long k, long s) const { return k < hidden_ ? done(k, s) : 2 * done(-1, s); }
+
+  long group_end(long s0) const {
+    const long last = hidden_ - 1, next = done(last, s0) / kGroupUnits * kGroupUnits + kGroupUnits;
+    long s1 = s0 + 1;
+    const auto fits = [&](long s) {
+      if (done(last, s) > next) return false;
+      for (long k = 0; k < last; ++k)
+        if (done(k, s) - done(k, s0) > kMostUnits) return false;
+      return true;
+    };
+    while (s1 < block_.steps && fits(s1 + 1)) ++s1;
+    return s1;
+  }
+
+  bool large(long s) const {
+    long work = 0;
+    for (long k = 0; k < hidden_; ++k) work += (done(k, s + 1) - done(k, s)) * (done(k - 1, s + 1) - done(k - 1, s));
+    return work > kSharedWork;
+  }
+
+  // Panels of layer k that hold rows of steps s0..s1.
+  void panels(long k, long s0, long s1, long& p0, long& p1) const {
+    const long begin = rows(k, s0), end = rows(k, s1);
+    p0 = begin / kPanel, p1 = end > begin ? (end + kPanel - 1) / kPanel : p0;
+  }
+
+  long segments(long k, long columns) const { return k == hidden_ ? 1 : std::max(1L, (columns + kSegment - 1) / kSegment); }
+
+  // Sums [tile][row - first row of panel p0][...]: of each tile's sample, a row of numbers of all panels p0..p1.
+  T* sum(T* memory, long t, long panels) const { return memory + tiles_.begin(t) * panels * kPanel; }
+
+  // sums of layers k0..k1 = the products of the rows of steps s0..s1 with what is finished before step `before`, without bias.
+  void ahead(long k0, long k1, long before, long s0, long s1) {
+    jobs_.clear();
+    fetch(s0, s1);
+    for (long k = k0; k < k1; ++k) {
+      long p0, p1;
+      panels(k, s0, s1, p0, p1);
+      const long columns = done(k - 1, before), count = segments(k, columns), step = std::max(2L, round_up((p1 - p0) / 8, 2L));
+      for (long i = 0; i < count; ++i)
+        for (long p = p0; p < p1; p += step)
+          jobs_.push_back({k, p0, p1, p, std::min(p + step, p1), i * kSegment, i + 1 < count ? (i + 1) * kSegment : columns, i});
+    }
+    team_.each(static_cast<long>(jobs_.size()), [&](long i) {
+      const Job& job = jobs_[i];
+      const long block = block_columns(tiles_.count), count = job.p1 - job.p0;
+      T* memory = job.segment == 0 ? sums_[job.layer] : shares_[job.layer] + (job.segment - 1) * samples_ * count * kPanel;
+      for (long p = job.first; p < job.end; p += 2) {
+        long c0 = job.c0;
+        do {
+          const long c1 = std::min(c0 + block, job.c1);
+          for (long t = 0; t < tiles_.count; ++t)
+            pair_product(layers_[job.layer], p, std::min(2L, job.end - p), c0, c1, input(job.layer, t), tiles_.size(t),
+                         sum(memory, t, count) + (p - job.p0) * kPanel, count * kPanel, c0 > job.c0);
+          c0 = c1;
+        } while (c0 < job.c1);
+      }
+    });
+    for (long k = k0; k < std::min(k1, hidden_); ++k) {
+      long p0, p1;
+      panels(k, s0, s1, p0, p1);
+      const long numel = samples_ * (p1 - p0) * kPanel;
+      for (long i = 1; i < segments(k, done(k - 1, before)); ++i)
+        for (long j = 0; j < numel; j += kLanes<T>) store(sums_[k] + j, load(sums_[k] + j) + load(shares_[k] + (i - 1) * numel + j));
+    }
+  }
+
+  // The triangle's weights: they are next to what the others stream now, and needed at once then.
+  void fetch(long s0, long s1) const {
+    if (samples_ > kMostTile) return;
+    for (long k = 0; k <= hidden_; ++k) {
+      long p0, p1;
+      panels(k, s0, s1, p0, p1);
+      for (long p = p0; p < p1; ++p)
+        for (long c = done(k - 1, s0); c < std::min<long>(done(k - 1, s1), layers_[k].visible(p)); ++c)
+          prefetch(layers_[k].panel(p) + c * kPanel);
+    }
+  }
+
+  // The values that layer k reads, of a tile.
+  const T* input(long k, long t) const { return values_[k] + tiles_.begin(t) * layers_[k].columns; }
+
+  void solve(long s0, long s1, const T* z, double* total, bool outputs_only) {
+    team_.each(tiles_.count, [&](long t) {
+      for (long s = s0; s < s1; ++s) {
+        finish_outputs(s0, s1, s, z, t, total);
+        if (outputs_only) return;
+        for (long k = 0; k < hidden_; ++k) {
+          add(k, s0, s1, s, t);
+          finish_units(k, s0, s1, s, t);
+        }
+        if (s + 1 < s1) add(hidden_, s0, s1, s, t);
+      }
+    });
+  }
+
+  // Adds what step s has finished below layer k to the sums of the group's rows that are not finished.
+  void add(long k, long s0, long s1, long s, long t) {
+    long p0, p1;
+    panels(k, s0, s1, p0, p1);
+    const long c0 = done(k - 1, s), c1 = done(k - 1, s + 1);
+    if (c1 == c0) return;
+    const long from = std::max(p0, (k == hidden_ ? rows(k, s + 1) : rows(k, s)) / kPanel);
+    T* c = sum(sums_[k], t, p1 - p0);
+    const long size = tiles_.size(t), stride = (p1 - p0) * kPanel;
+    for (long p = from; p < p1; ++p) panel_product(layers_[k], p, c0, c1, input(k, t), size, c + (p - p0) * kPanel, stride, true);
+  }
+
+  // x of the dimensions of step s.
+  void finish_outputs(long s0, long s1, long s, const T* z, long t, double* total) {
+    constexpr int L = kLanes<T>;
+    long p0, p1;
+    panels(hidden_, s0, s1, p0, p1);
+    const long d0 = done(-1, s), d1 = done(-1, s + 1), size = tiles_.size(t), first = p0 * kPanel;
+    const T *c = sum(sums_[hidden_], t, p1 - p0), *bias = static_cast<const T*>(layers_of(flow_, block_)[hidden_].bias);
+    const T* zt = z + tiles_.begin(t) * flow_.features;
+    T* xt = values_[0] + tiles_.begin(t) * flow_.features;
+    for (long n = 0; n < size; ++n, c += (p1 - p0) * kPanel) {
+      double sum_a = 0;
+      for (long d = d0; d < d1; d += L) {
+        const long count = std::min<long>(L, d1 - d);
+        const auto rows = [&](long at) {  // behind the last sums there is room
+          const long left = std::clamp<long>(2 * d1 - at, 0, L);
+          return load(c + (at - first)) + (left == L ? load(bias + at) : load_part<T>(bias + at, left));
+        };
+        Vec<T> shift, raw;
+        unzip<T>(rows(2 * d), rows(2 * d + L), shift, raw);
+        T from[L], to[L], terms[L];
+        for (long i = 0; i < L; ++i) from[i] = i < count ? zt[(d + i) * size + n] : T(0);
+        const Vec<T> a = log_scale_of<T>(raw, block_.map), zv = load(from);
+        store(to, block_.map.form == kShiftFirst ? zv * exponential(a) + shift : (zv - shift) * exponential(-a));
+        store(terms, a);
+        for (long i = 0; i < count; ++i) xt[(d + i) * size + n] = to[i], sum_a += terms[i];
+      }
+      total[tiles_.begin(t) + n] += sum_a;
+    }
+  }
+
+  // The units of hidden layer k that step s finishes; their sums are complete.
+  void finish_units(long k, long s0, long s1, long s, long t) {
+    long p0, p1;
+    panels(k, s0, s1, p0, p1);
+    const long u0 = done(k, s), u1 = done(k, s + 1), size = tiles_.size(t);
+    const T *c = sum(sums_[k], t, p1 - p0), *bias = static_cast<const T*>(layers_of(flow_, block_)[k].bias);
+    T* h = values_[k + 1] + tiles_.begin(t) * layers_[k].rows;
+    for (long n = 0; n < size; ++n, c += (p1 - p0) * kPanel)
+      for (long u = u0; u < u1; ++u) {
+        const T v = c[u - p0 * kPanel] + bias[u];
+        h[u * size + n] = flow_.relu && v < 0 ? T(0) : v;  // NaN stays NaN
+      }
+  }
+
+  // Panels first..end of p0..p1 of a layer, columns c0..c1; the sums of other segments than the first are shares.
+  struct Job {
+    long layer, p0, p1, first, end, c0, c1, segment;
+  };
+
+  const Flow& flow_;
+  const Block& block_;
+  const Split& tiles_;
+  const Team& team_;
+  const long hidden_, samples_;
+  std::vector<Panels<W>> layers_;
+  std::vector<Job> jobs_;
+  std::vector<T*> values_, sums_, shares_;  // x, then each hidden layer's units; each layer's sums, and those of further segments
+};
+
+// to [tile][features][samples of the tile] = from(sample, permutation[place]), places begin..end.
+template <class T, class From>
+void gather_tiles(const Split& tiles, const From& from, const int64_t* permutation, long features, long begin, long end, T* to) {
+  for (long t = 0; t < tiles.count; ++t) {
+    T* rows = to + tiles.begin(t) * features;
+    for (long d = begin; d < end; ++d)
+      for (long n = 0; n < tiles.size(t); ++n) rows[d * tiles.size(t) + n] = from(t, n, permutation ? permutation[d] : d);
+  }
+}
+
+// x [n][features] and ladj [n] of a sequence of inverses.
+template <class T, class W>
+void flow_inverse(const Flow& flow, const T* z, long n, T* x, T* ladj, long threads) {
+  const long features = flow.features;
+  const Split chunks(n, kChunk);
+  const Team team(most_threads<W>(flow, std::min(n, kChunk), threads));
+  long numel = 0;
+  for (long b = 0; b < flow.block_count; ++b)
+    numel = std::max(numel, BlockInverse<T, W>::numel(flow, flow.blocks[b], chunks.size(0)));
+  const long plane = features * chunks.size(0);
+  T* from = Scratch::get<T>(Scratch::kState, 2 * plane + numel);
+  T *to = from + plane, *memory = to + plane;
+  for (long i = 0; i < chunks.count; ++i) {
+    const Split tiles(chunks.size(i), kMostTile);
+    const T* zs = z + chunks.begin(i) * features;
+    const auto packed = [&](const T* values) {
+      return [&tiles, features, values](long t, long s, long d) { return values[tiles.begin(t) * features + d * tiles.size(t) + s]; };
+    };
+    const auto each = [&](const auto& body) {
+      const Split pieces(features, std::max(64L, 16384 / std::max(1L, tiles.n)));
+      team.each(pieces.count, [&](long j) { body(pieces.begin(j), pieces.begin(j) + pieces.size(j)); });
+    };
+    std::vector<double> total(tiles.n);
+    const auto start = [&](long s, long e) {
+      const auto row = [&](long t, long m, long d) { return zs[(tiles.begin(t) + m) * features + d]; };
+      gather_tiles(tiles, row, flow.blocks[0].permutation, features, s, e, from);
+    };
+    each(start);
+    for (long b = 0; b < flow.block_count; ++b) {
+      const Block& block = flow.blocks[b];
+      std::vector<double> sums(tiles.n);
+      BlockInverse<T, W>(flow, block, tiles, team).run(from, to, memory, sums.data());
+      for (long s = 0; s < tiles.n; ++s) total[s] -= block.map.sign() * sums[s];
+      if (b + 1 < flow.block_count)
+        each([&](long s, long e) { gather_tiles(tiles, packed(to), flow.blocks[b + 1].permutation, features, s, e, from); });
+    }
+    each([&](long begin, long end) {
+      const auto value = packed(to);
+      for (long t = 0; t < tiles.count; ++t)
+        for (long s = 0; s < tiles.size(t); ++s)
+          for (long d = begin; d < end; ++d)
+            x[(chunks.begin(i) + tiles.begin(t) + s) * features + d] = value(t, s, flow.permutation ? flow.permutation[d] : d);
+    });
+    for (long s = 0; s < tiles.n; ++s) ladj[chunks.begin(i) + s] = static_cast<T>(total[s]);
+  }
+}
+
+}  // namespace FASTMAF_ISA
+}  // namespace fastmaf

@@ -1,0 +1,121 @@
+// A weight in panels, and the one inner loop that all passes use: an outer product of vectors and broadcast numbers, summed in registers.
+//
+//     C[s][v] += sum_i A[i][v] B[i][s]          v: the lanes of one or two vectors; s: up to kMostOuter broadcast numbers
+//
+//                     i              A                                B
+//     y = W x         columns        columns of a panel               x, packed [column][sample]
+//     grad_W = g x    samples        g [sample][row]                  x [sample][column]
+//     grad_x = W g    rows           g, packed [row][sample]          columns of a panel, row by row
+#pragma once
+
+#include <utility>
+
+#include "api.h"
+#include "vector.h"
+
+namespace fastmaf {
+namespace FASTMAF_ISA {
+
+inline constexpr long kPanel = 16;  // rows
+// Vectors of one column of a panel.
+template <class T>
+inline constexpr int kPanelVectors = kPanel / kLanes<T>;
+
+// W: the type in which the weight is stored.
+template <class W>
+struct Panels {
+  const W* weight;
+  const int64_t *starts, *prefix;
+  long rows, columns;
+
+  explicit Panels(const Layer& layer)
+      : weight(static_cast<const W*>(layer.weight)), starts(layer.panels), prefix(layer.prefix), rows(layer.rows),
+        columns(layer.columns) {}
+
+  long count() const { return (rows + kPanel - 1) / kPanel; }
+  const W* panel(long p) const { return weight + starts[p] * kPanel; }
+  long width(long p) const { return starts[p + 1] - starts[p]; }
+  long row_end(long p) const { return std::min((p + 1) * kPanel, rows); }
+  // Columns that some row of the panel sees.
+  long visible(long p) const { return prefix[row_end(p) - 1]; }
+  // Columns that all 16 rows see.
+  long full(long p) const { return (p + 1) * kPanel <= rows ? prefix[p * kPanel] : 0; }
+
+  // The panel before which that part of the stored columns lies.
+  long panel_at(double part) const {
+    const long n = count();
+    if (part >= 1) return n;
+    const int64_t wanted = static_cast<int64_t>(part * static_cast<double>(starts[n] + n * kPanelCost));
+    long low = 0, high = n;
+    while (low < high) {
+      const long middle = (low + high) / 2;
+      (starts[middle] + middle * kPanelCost < wanted ? low = middle + 1 : high = middle);
+    }
+    return low;
+  }
+
+ private:
+  static constexpr long kPanelCost = 8;  // columns' worth of time that a panel takes besides
+};
+
+// How far ahead of its use a streamed column is fetched, in columns.
+inline constexpr long kAheadColumns = 64;
+
+// Registers that the sums may take; the others hold what is loaded.
+inline constexpr int kSums = kRegisters == 32 ? 24 : 12;
+template <int V>
+inline constexpr int kMostOuter = kSums / V;
+
+template <class Body, int... I>
+FASTMAF_INLINE void choose(long n, const Body& body, std::integer_sequence<int, I...>) {
+  (void)((n == I + 1 && (body(std::integral_constant<int, I + 1>{}), true)) || ...);
+}
+// Calls body(integral_constant n), n in 1..Most.
+template <int Most, class Body>
+FASTMAF_INLINE void with_count(long n, const Body& body) {
+  choose(n, body, std::make_integer_sequence<int, Most>{});
+}
+
+// C [S][c_stride], its first V vectors, += (kAdd) or = the sum over `count` of A and B. Vector v of A lies v_stride numbers after the
+// first. kAhead: A is streamed from memory.
+template <class T, int V, int S, long kBSample, bool kAhead, class W>
+FASTMAF_INLINE void outer(long count, const W* a, long a_step, long v_stride, const T* b, long b_step, T* c, long c_stride, bool add) {
+  constexpr int kChains = V * S >= 8 ? 1 : V * S >= 4 ? 2 : 4;  // independent sums, to hide the latency of a multiply-add
+  Vec<T> sum[kChains][S][V] = {};
+  const auto step = [&](long i, auto chain) {
+    Vec<T> av[V];
+#pragma GCC unroll 2
+    for (int v = 0; v < V; ++v) {
+      av[v] = load(a + i * a_step + v * v_stride);
+      if constexpr (kAhead) prefetch(a + i * a_step + v * v_stride + kAheadColumns * kPanel);
+    }
+#pragma GCC unroll 24
+    for (int s = 0; s < S; ++s) {
+      const Vec<T> bv = broadcast(b[i * b_step + s * kBSample]);
+#pragma GCC unroll 2
+      for (int v = 0; v < V; ++v) sum[chain][s][v] += av[v] * bv;
+    }
+  };
+  long i = 0;
+  if constexpr (kChains > 1) {
+    for (; i + kChains <= count; i += kChains) {
+      step(i, std::integral_constant<int, 0>{});
+      step(i + 1, std::integral_constant<int, 1>{});
+      if constexpr (kChains > 2) step(i + 2, std::integral_constant<int, 2>{}), step(i + 3, std::integral_constant<int, 3>{});
+    }
+  }
+  for (; i < count; ++i) step(i, std::integral_constant<int, 0>{});
+#pragma GCC unroll 24
+  for (int s = 0; s < S; ++s)
+#pragma GCC unroll 2
+    for (int v = 0; v < V; ++v) {
+      Vec<T> total = sum[0][s][v];
+#pragma GCC unroll 4
+      for (int chain = 1; chain < kChains; ++chain) total += sum[chain][s][v];
+      T* to = c + s * c_stride + v * kLanes<T>;
+      store(to, add ? load(to) + total : total);
+    }
+}
+
+}  // namespace FASTMAF_ISA
+}  // namespace fastmaf

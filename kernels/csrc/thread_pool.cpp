@@ -1,0 +1,189 @@
+// The pool's workers. They are created when a call first needs them, wait for work without a lock for some microseconds, give their
+// core up when others want it, and sleep when there is nothing to do. A process that was forked starts with a pool of its own.
+#include "thread_pool.h"
+
+#include <chrono>
+#include <condition_variable>
+#include <exception>
+#include <mutex>
+#include <thread>
+#include <utility>
+
+#if defined(__unix__) || defined(__APPLE__)
+#include <sched.h>
+#include <unistd.h>
+#endif
+
+namespace fastmaf {
+namespace {
+
+using Clock = std::chrono::steady_clock;
+
+// How long a thread waits in a loop of its own, and how long it then goes on asking while others may have its core.
+constexpr auto kSpin = std::chrono::microseconds(20), kYield = std::chrono::microseconds(200);
+
+inline void pause() {
+#if defined(__x86_64__) || defined(_M_X64)
+  _mm_pause();
+#elif defined(__aarch64__)
+  asm volatile("yield");
+#endif
+}
+
+// Waits until ready() holds; returns false if it does not within kYield and `bounded`.
+template <class Ready>
+bool wait_for(const Ready& ready, bool bounded) {
+  for (int i = 0; i < 64; ++i) {
+    if (ready()) return true;
+    pause();
+  }
+  const auto start = Clock::now();
+  for (;;) {
+    const auto waited = Clock::now() - start;
+    if (bounded && waited > kYield) return ready();
+    for (int i = 0; i < 16; ++i) {
+      if (ready()) return true;
+      pause();
+    }
+    if (waited > kSpin) std::this_thread::yield();
+  }
+}
+
+long process_id() {
+#if defined(__unix__) || defined(__APPLE__)
+  return static_cast<long>(getpid());
+#else
+  return 0;
+#endif
+}
+
+struct Pool {
+  // The number of the loop in the upper half, how many of its parts are not taken in the lower one: who takes a part has seen that
+  // the loop is not finished, hence that `loop` is this one.
+  alignas(64) std::atomic<uint64_t> ticket{0};
+  alignas(64) std::atomic<long> done{0};
+  alignas(64) std::atomic<long> helpers{0};  // of this call
+  std::atomic<long> asleep{0};
+  Loop loop{};
+  std::mutex mutex;
+  std::condition_variable wake;
+  std::exception_ptr error;
+  long workers = 0;
+  const long process = process_id();
+
+  // Takes and runs parts of the loop until none is left.
+  void work() {
+    uint64_t seen = ticket.load(std::memory_order_acquire);
+    while (static_cast<uint32_t>(seen) != 0) {
+      if (!ticket.compare_exchange_weak(seen, seen - 1, std::memory_order_acq_rel, std::memory_order_acquire)) continue;
+      const long part = loop.parts - static_cast<long>(static_cast<uint32_t>(seen));
+      try {
+        loop.body(loop.context, part);
+      } catch (...) {
+        const std::lock_guard<std::mutex> lock(mutex);
+        error = std::current_exception();
+      }
+      done.fetch_add(1, std::memory_order_acq_rel);
+      seen = ticket.load(std::memory_order_acquire);
+    }
+  }
+
+  void worker(long rank) {
+    uint64_t last = 0;
+    for (;;) {
+      const auto news = [&] { return ticket.load(std::memory_order_acquire) >> 32 != last; };
+      if (rank > helpers.load(std::memory_order_relaxed) || !wait_for(news, true)) {
+        std::unique_lock<std::mutex> lock(mutex);
+        asleep.fetch_add(1);
+        wake.wait(lock, [&] { return ticket.load() >> 32 != last && rank <= helpers.load(); });
+        asleep.fetch_sub(1);
+      }
+      last = ticket.load(std::memory_order_acquire) >> 32;
+      work();
+    }
+  }
+
+  void run(const Loop& next) {
+    loop = next;
+    done.store(0, std::memory_order_relaxed);
+    const uint64_t number = (ticket.load(std::memory_order_relaxed) >> 32) + 1;
+    ticket.store(number << 32 | static_cast<uint64_t>(next.parts));
+    if (asleep.load() > 0) {
+      const std::lock_guard<std::mutex> lock(mutex);
+      wake.notify_all();
+    }
+    work();
+    wait_for([&] { return done.load(std::memory_order_acquire) == next.parts; }, false);
+    if (error) std::rethrow_exception(std::exchange(error, nullptr));
+  }
+
+  void grow(long count) {
+    for (; workers < count; ++workers) std::thread([this, rank = workers + 1] { worker(rank); }).detach();
+  }
+};
+
+std::mutex leader;            // who holds it uses the pool
+Pool* pool = nullptr;         // never destroyed: workers may outlive static objects
+std::atomic<long> owner{0};   // the process that `leader` belongs to
+
+Pool& pool_of_process() {
+  if (pool == nullptr || pool->process != process_id()) pool = new Pool;  // a fork copies no threads
+  return *pool;
+}
+
+class Buffers {
+ public:
+  ~Buffers() {
+    for (void* p : memory) std::free(p);
+  }
+  void* memory[Scratch::kSlots] = {};
+  std::size_t size[Scratch::kSlots] = {};
+};
+
+}  // namespace
+
+long available_cores() {
+#if defined(__linux__)
+  cpu_set_t set;
+  if (sched_getaffinity(0, sizeof set, &set) == 0) return CPU_COUNT(&set);
+#endif
+  const long cores = std::thread::hardware_concurrency();
+  return cores > 0 ? cores : 1;
+}
+
+Team::Team(long threads) {
+  if (threads <= 1) return;
+  threads = std::min(threads, available_cores());  // a loop waits for its last part: none may wait for a core
+  if (threads <= 1) return;
+  if (owner.exchange(process_id()) != process_id()) new (&leader) std::mutex;  // a fork may have copied it locked
+  if (!leader.try_lock()) return;
+  try {
+    Pool& p = pool_of_process();
+    p.grow(threads - 1);
+    p.helpers.store(threads - 1);
+  } catch (...) {  // no more threads: those that are there do
+    pool_of_process().helpers.store(pool_of_process().workers);
+  }
+  helpers_ = pool->helpers.load();
+  if (helpers_ == 0) leader.unlock();
+}
+
+Team::~Team() {
+  if (helpers_ > 0) leader.unlock();
+}
+
+void Team::run(const Loop& loop) const { pool->run(loop); }
+
+void* Scratch::grown(Slot slot, std::size_t bytes) {
+  thread_local Buffers buffers;
+  if (bytes > buffers.size[slot]) {
+    std::free(buffers.memory[slot]);
+    const std::size_t size = (bytes + bytes / 4 + 4095) / 4096 * 4096;
+    buffers.memory[slot] = std::aligned_alloc(4096, size);
+    buffers.size[slot] = buffers.memory[slot] == nullptr ? 0 : size;
+    if (buffers.memory[slot] == nullptr) throw std::bad_alloc();
+  }
+  return buffers.memory[slot];
+}
+
+}  // namespace fastmaf
