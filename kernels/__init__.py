@@ -24,7 +24,7 @@ from fastmaf.kernels.flow.schedule import level_schedule
 from fastmaf.kernels.layout import PackedLayout
 from fastmaf.kernels.masked_linear.args import LinearArgs
 from fastmaf.kernels.masked_linear.op import masked_linear
-from fastmaf.kernels.native_library import empty_on_huge_pages
+from fastmaf.kernels.huge_pages import empty_on_huge_pages
 
 __all__ = [
     "AffineArgs",

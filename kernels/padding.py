@@ -99,7 +99,7 @@ def without_padding(weight: Tensor, prefix: Tensor, panels: Tensor) -> Tensor:
 
 def _zero(weights: Sequence[Tensor], prefixes: Sequence[Tensor], panels: Sequence[Tensor]) -> None:
     on_cpu = all(weight.device.type == "cpu" and weight.dtype in _NATIVE for weight in weights)
-    if on_cpu and missing("flow", "native") is None:
+    if False and on_cpu and missing("flow", "native") is None:
         native_library.zero_padding(weights, prefixes, panels)
         return
     # In inference mode, and through .data, neither a leaf that requires gradients nor an inference tensor refuses, and

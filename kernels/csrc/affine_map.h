@@ -9,18 +9,10 @@ namespace FASTMAF_ISA {
 
 // The log-scale of a raw output.
 template <class T>
-inline Vec<T> log_scale_of(Vec<T> u, const AffineMap& map) {
+FASTMAF_INLINE Vec<T> log_scale_of(Vec<T> u, const AffineMap& map) {
   const T limit = static_cast<T>(map.limit), epsilon = static_cast<T>(map.epsilon);
-  switch (map.scale) {
-    case kSoftplus:
-      return logarithm(softplus<T>(u) + epsilon);
-    case kSigmoid: {
-      const Vec<T> v = u + limit, t = exponential(-absolute<T>(v));
-      return logarithm(((v > Vec<T>{}) ? broadcast(T(1)) : t) / (t + T(1)) + epsilon);
-    }
-    default:
-      break;
-  }
+  if (map.scale == kSoftplus) return logarithm(softplus<T>(u) + epsilon);
+  if (map.scale == kSigmoid) return logarithm(logistic<T>(u + limit) + epsilon);
   if (std::isinf(map.limit)) return u;
   if (map.scale == kTanh) return limit * hyperbolic_tangent(u / limit);
   if (map.scale == kSoftClip) {
@@ -34,20 +26,12 @@ inline Vec<T> log_scale_of(Vec<T> u, const AffineMap& map) {
 
 // d log_scale / d raw, as a function of the log-scale.
 template <class T>
-inline Vec<T> slope_of(Vec<T> a, const AffineMap& map) {
+FASTMAF_INLINE Vec<T> slope_of(Vec<T> a, const AffineMap& map) {
   const Vec<T> one = broadcast(T(1)), zero = broadcast(T(0));
   const T limit = static_cast<T>(map.limit), epsilon = static_cast<T>(map.epsilon);
-  switch (map.scale) {
-    case kSoftplus: {
-      const Vec<T> s = exponential(a);
-      return minus_expm1<T>(s - epsilon) / s;
-    }
-    case kSigmoid: {
-      const Vec<T> s = exponential(a), p = s - epsilon;
-      return p * (one - p) / s;
-    }
-    default:
-      break;
+  if (map.scale == kSoftplus || map.scale == kSigmoid) {
+    const Vec<T> s = exponential(a), p = s - epsilon;
+    return map.scale == kSoftplus ? minus_expm1<T>(p) / s : p * (one - p) / s;
   }
   if (std::isinf(map.limit)) return one;
   if (map.scale == kTanh) return one - (a / limit) * (a / limit);

@@ -192,7 +192,7 @@ void linear_forward(const Team& team, const Panels<W>& w, const T* bias, const T
 template <class T>
 double affine_rows(const AffineMap& map, const T* c, const T* bias, long dims, const T* x, T* z, T* log_scale) {
   constexpr int L = kLanes<T>;
-  double sum = 0;
+  double total = 0;
   for (long d = 0; d < dims; d += L) {
     const long count = std::min<long>(L, dims - d);
     const bool whole = count == L;
@@ -207,13 +207,9 @@ double affine_rows(const AffineMap& map, const T* c, const T* bias, long dims, c
     const Vec<T> zv = map.form == kShiftFirst ? (xv - shift) * exponential(-a) : xv * exponential(a) + shift;
     whole ? store(z + d, zv) : store_part(z + d, zv, count);
     if (log_scale) whole ? store(log_scale + d, a) : store_part(log_scale + d, a, count);
-    T terms[L];
-    store(terms, a);
-    double total = 0;
-    for (long i = 0; i < count; ++i) total += terms[i];
-    sum += total;
+    total += lane_sum<T>(a, count);
   }
-  return sum;
+  return total;
 }
 
 // The output layer and its map; adds each sample's sum of log-scales to totals [forward_parts][n]. z may be x.

@@ -196,12 +196,12 @@ class BlockInverse {
         };
         Vec<T> shift, raw;
         unzip<T>(rows(2 * d), rows(2 * d + L), shift, raw);
-        T from[L], to[L], terms[L];
+        T from[L], to[L];
         for (long i = 0; i < L; ++i) from[i] = i < count ? zt[(d + i) * size + n] : T(0);
         const Vec<T> a = log_scale_of<T>(raw, block_.map), zv = load(from);
         store(to, block_.map.form == kShiftFirst ? zv * exponential(a) + shift : (zv - shift) * exponential(-a));
-        store(terms, a);
-        for (long i = 0; i < count; ++i) xt[(d + i) * size + n] = to[i], sum_a += terms[i];
+        for (long i = 0; i < count; ++i) xt[(d + i) * size + n] = to[i];
+        sum_a += lane_sum<T>(a, count);
       }
       total[tiles_.begin(t) + n] += sum_a;
     }

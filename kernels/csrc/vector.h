@@ -170,7 +170,7 @@ inline Vec<float> small_expm1(Vec<float> r) {
   return p * r * r + r;
 }
 
-inline Vec<float> exponential(Vec<float> v) {
+FASTMAF_INLINE Vec<float> exponential(Vec<float> v) {
   v = (v > 89.0f) ? broadcast(89.0f) : v;  // the result is infinite or zero beyond; NaN stays NaN
   v = (v < -104.0f) ? broadcast(-104.0f) : v;
   Vec<float> n, r;
@@ -181,54 +181,14 @@ inline Vec<float> exponential(Vec<float> v) {
   return (small_expm1(r) + 1.0f) * power_of_two(half) * power_of_two(n - half);
 }
 
-// tanh v = e / (e + 2) with e = e^2v - 1, formed without cancellation near zero. In double, as three roundings to float32
-// would cost two units in the last place, and a log-scale is summed over all dimensions.
-template <class D>
-inline void double_tanh(const D& v, D& result) {
-  D twice = v + v;
-  twice = (twice > 40.0) ? D{} + 40.0 : twice;  // 1 beyond, to the last bit of a float32
-  twice = (twice < -40.0) ? D{} - 40.0 : twice;
-  const double to_integer = 6755399441055744.0;  // 1.5 * 2^52
-  const D n = (twice * 1.4426950408889634 + to_integer) - to_integer;
-  const D r = twice - n * 0.6931471805599453;
-  D p = r * (1.0 / 362880) + 1.0 / 40320;
-  p = p * r + 1.0 / 5040;
-  p = p * r + 1.0 / 720;
-  p = p * r + 1.0 / 120;
-  p = p * r + 1.0 / 24;
-  p = p * r + 1.0 / 6;
-  p = p * r + 0.5;
-  p = p * r * r + r;
-  // 2^n: n + 1.5 * 2^52 holds n in its lowest bits; they become the exponent.
-  const D shifted = n + (to_integer + 1023.0);
-  D scale;
-#if defined(FASTMAF_LANES_ARE_ONE)
-  uint64_t bits;
-  std::memcpy(&bits, &shifted, sizeof bits);
-  bits <<= 52;
-  std::memcpy(&scale, &bits, sizeof scale);
-#else
-  typedef uint64_t Bits __attribute__((vector_size(sizeof(D))));
-  Bits bits;
-  std::memcpy(&bits, &shifted, sizeof bits);
-  bits <<= 52;
-  std::memcpy(&scale, &bits, sizeof scale);
-#endif
-  const D e = scale * p + (scale - 1.0);
-  result = e / (e + 2.0);
-}
-
-inline Vec<float> hyperbolic_tangent(Vec<float> v) {
-#if defined(FASTMAF_LANES_ARE_ONE)
-  double result;
-  double_tanh(static_cast<double>(v), result);
-  return static_cast<float>(result);
-#else
-  typedef double Wide __attribute__((vector_size(2 * kVectorBytes)));
-  Wide result;
-  double_tanh(__builtin_convertvector(v, Wide), result);
-  return __builtin_convertvector(result, Vec<float>);
-#endif
+// tanh v = e / (e + 2) with e = e^2v - 1, formed without cancellation near zero.
+FASTMAF_INLINE Vec<float> hyperbolic_tangent(Vec<float> v) {
+  v = (v > 10.0f) ? broadcast(10.0f) : v;  // 1 beyond, to the last bit; NaN stays NaN
+  v = (v < -10.0f) ? broadcast(-10.0f) : v;
+  Vec<float> n, r;
+  reduce(v + v, n, r);
+  const Vec<float> scale = power_of_two(n), e = scale * small_expm1(r) + (scale - 1.0f);
+  return e / (e + 2.0f);
 }
 
 inline Vec<double> exponential(Vec<double> v) {
@@ -295,6 +255,36 @@ inline Vec<T> softplus(Vec<T> v) {
   const Vec<T> t = exponential(-absolute<T>(v)), sum = t + T(1);
   // The rounding of 1 + t is made good: log(1 + t) = log(sum) + (t - (sum - 1)) / sum.
   return ((v > Vec<T>{}) ? v : Vec<T>{}) + logarithm(sum) + (t - (sum - T(1))) / sum;
+}
+
+// 1 / (1 + e^-v)
+template <class T>
+inline Vec<T> logistic(Vec<T> v) {
+  const Vec<T> t = exponential(-absolute<T>(v));
+  return ((v > Vec<T>{}) ? broadcast(T(1)) : t) / (t + T(1));
+}
+
+// The sum of the first `count` lanes, in pairs.
+template <class T>
+FASTMAF_INLINE T lane_sum(Vec<T> v, long count) {
+#if defined(FASTMAF_LANES_ARE_ONE)
+  return count > 0 ? v : T(0);
+#else
+  IntVec<T> lane;
+  for (int i = 0; i < kLanes<T>; ++i) lane[i] = i;
+  if (count < kLanes<T>) v = (lane < IntVec<T>{} + static_cast<typename VecOf<T>::integer>(count)) ? v : Vec<T>{};
+#if defined(__clang__)
+  T buffer[kLanes<T>];
+  store(buffer, v);
+  for (int width = kLanes<T> / 2; width > 0; width /= 2)
+    for (int i = 0; i < width; ++i) buffer[i] += buffer[i + width];
+  return buffer[0];
+#else
+#pragma GCC unroll 4
+  for (int width = kLanes<T> / 2; width > 0; width /= 2) v += __builtin_shuffle(v, lane ^ width);
+  return v[0];
+#endif
+#endif
 }
 
 // Two vectors of pairs: their first and their second numbers.
