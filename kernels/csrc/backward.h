@@ -46,6 +46,14 @@ class Sink {
         break;
     }
   }
+  // Fetches columns k .. k + kStepColumns of panel p, or what follows it, with the moments.
+  void fetch(long p, long k) const {
+    const long at = (w_.starts[p] + k) * kPanel;
+    for (long i = 0; i < kStepColumns * kPanel; i += 64 / static_cast<long>(sizeof(T))) {
+      prefetch(w_.weight + at + i);
+      if (t_.mode == kAdam) prefetch(static_cast<const T*>(t_.exp_avg) + at + i), prefetch(static_cast<const T*>(t_.exp_avg_sq) + at + i);
+    }
+  }
   // The columns from k on that no row of panel p sees, but that it has.
   void rest(long p, long k, long k1) {
     k1 = std::min(k1, w_.width(p));
@@ -119,6 +127,7 @@ void affine_gradient(const Source& s, long rows, long n, long row, T* g) {
       const long at = i * features + first + d, count = std::min<long>(L, dims - d);
       const auto get = [&](const void* p) {
         const T* from = static_cast<const T*>(p) + at;
+        prefetch(from + kPanel);  // of the next rows; the next sample's lie pages away
         return count == L ? load(from) : load_part<T>(from, count);
       };
       const Vec<T> a = get(s.log_scale), grad_z = get(s.grad_z);
@@ -140,6 +149,7 @@ void affine_gradient(const Source& s, long rows, long n, long row, T* g) {
       std::copy(pairs, pairs + 2 * count, g + 2 * d);
       if (s.grad_x) {
         T* to = static_cast<T*>(s.grad_x) + at;
+        prefetch(to + kPanel);
         count == L ? store(to, grad_x) : store_part(to, grad_x, count);
       }
     }
@@ -195,7 +205,11 @@ void panel_backward(const Panels<T>& w, long p, long k0, long k1, long n, const 
   const long end = std::min(k1, w.visible(p)), wide = padded<T>(n);
   alignas(64) T stage[kStepColumns * kPanel];
   for (long k = k0; k < end; k += kStepColumns) {
-    const long columns = std::min(kStepColumns, end - k);
+    const long columns = std::min(kStepColumns, end - k), next = k + 2 * kStepColumns;
+    if (next < end)
+      sink.fetch(p, next);
+    else if (p + 1 < w.count())
+      sink.fetch(p + 1, k0 + next - end);
     if (grad_x) input_product(wide, by_row, w.panel(p) + k * kPanel, columns, grad_x + (k - k0) * wide);
     if (!weights) continue;
     weight_product(n, by_sample, x + (k - k0), x_stride, columns, stage);

@@ -193,6 +193,10 @@ template <class T>
 double affine_rows(const AffineMap& map, const T* c, const T* bias, long dims, const T* x, T* z, T* log_scale) {
   constexpr int L = kLanes<T>;
   double total = 0;
+  // A sample's numbers lie pages apart from the next one's, where nothing else would fetch those of the next rows in time.
+  prefetch(x + kPanel);
+  if (z != x) prefetch(z + kPanel);
+  if (log_scale) prefetch(log_scale + kPanel);
   for (long d = 0; d < dims; d += L) {
     const long count = std::min<long>(L, dims - d);
     const bool whole = count == L;

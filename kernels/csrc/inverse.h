@@ -26,6 +26,7 @@ class BlockInverse {
   BlockInverse(const Flow& flow, const Block& block, const Split& tiles, const Team& team)
       : flow_(flow), block_(block), tiles_(tiles), team_(team), hidden_(block.layer_count - 1), samples_(tiles.n) {
     for (long k = 0; k <= hidden_; ++k) layers_.emplace_back(layers_of(flow, block)[k]);
+    known_.resize(layers_.size());
   }
 
   // Numbers of memory that `run` wants.
@@ -152,29 +153,36 @@ class BlockInverse {
   const T* input(long k, long t) const { return values_[k] + tiles_.begin(t) * layers_[k].columns; }
 
   void solve(long s0, long s1, const T* z, double* total, bool outputs_only) {
+    for (long k = 0; k <= hidden_; ++k) {
+      long p0, p1;
+      panels(k, s0, s1, p0, p1);
+      known_[k].assign(tiles_.count * (p1 - p0), done(k - 1, s0));
+    }
     team_.each(tiles_.count, [&](long t) {
       for (long s = s0; s < s1; ++s) {
+        complete(hidden_, s0, s1, s, done(hidden_ - 1, s), t);
         finish_outputs(s0, s1, s, z, t, total);
         if (outputs_only) return;
         for (long k = 0; k < hidden_; ++k) {
-          add(k, s0, s1, s, t);
+          complete(k, s0, s1, s, done(k - 1, s + 1), t);
           finish_units(k, s0, s1, s, t);
         }
-        if (s + 1 < s1) add(hidden_, s0, s1, s, t);
       }
     });
   }
 
-  // Adds what step s has finished below layer k to the sums of the group's rows that are not finished.
-  void add(long k, long s0, long s1, long s, long t) {
-    long p0, p1;
+  // Adds the first `columns` values below layer k to the sums of the panels that hold rows of step s, as far as they lack them.
+  void complete(long k, long s0, long s1, long s, long columns, long t) {
+    long p0, p1, first, end;
     panels(k, s0, s1, p0, p1);
-    const long c0 = done(k - 1, s), c1 = done(k - 1, s + 1);
-    if (c1 == c0) return;
-    const long from = std::max(p0, (k == hidden_ ? rows(k, s + 1) : rows(k, s)) / kPanel);
+    panels(k, s, s + 1, first, end);
+    const long stride = (p1 - p0) * kPanel;
     T* c = sum(sums_[k], t, p1 - p0);
-    const long size = tiles_.size(t), stride = (p1 - p0) * kPanel;
-    for (long p = from; p < p1; ++p) panel_product(layers_[k], p, c0, c1, input(k, t), size, c + (p - p0) * kPanel, stride, true);
+    for (long p = first; p < end; ++p) {
+      long& known = known_[k][t * (p1 - p0) + p - p0];
+      panel_product(layers_[k], p, known, columns, input(k, t), tiles_.size(t), c + (p - p0) * kPanel, stride, true);
+      known = columns;
+    }
   }
 
   // x of the dimensions of step s.
@@ -233,6 +241,7 @@ class BlockInverse {
   const long hidden_, samples_;
   std::vector<Panels<W>> layers_;
   std::vector<Job> jobs_;
+  std::vector<std::vector<long>> known_;  // of each layer, tile and panel of the group: how many values below are in its sums
   std::vector<T*> values_, sums_, shares_;  // x, then each hidden layer's units; each layer's sums, and those of further segments
 };
 

@@ -25,7 +25,9 @@ why_not = native_library.why_not
 def forward(x: Tensor, args: FlowArgs, save: bool) -> tuple[Tensor, Tensor, Tensor]:
     """Returns ``z``, ``ladj`` and what ``backward`` needs; weights may be bfloat16 beside float32 ``x``."""
     n, plan = _plan("x", x, args)
-    z, ladj, saved = torch.empty_like(x), x.new_empty(n), x.new_empty(n * plan.saved if save else 0)
+    z, ladj = torch.empty_like(x), x.new_empty(n)
+    # Memory that comes from the system anew in every step, in pages that are cleared one by one.
+    saved = empty_on_huge_pages(n * plan.saved if save else 0, device=x.device, dtype=x.dtype)
     _check(
         _library.fastmaf_flow_forward(
             plan.pointer, x.data_ptr(), n, z.data_ptr(), ladj.data_ptr(), saved.data_ptr() if save else None,
