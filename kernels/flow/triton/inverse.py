@@ -155,9 +155,9 @@ def _flow_inverse_kernel(
                     )  # fmt: skip
                     shift, u = tl.split(tl.reshape(rows, [BLOCK_N, BLOCK_D, 2]))
                     a = u
-                    for k in tl.static_range(_KINDS):
-                        if KINDS >> k & 1:
-                            a = tl.where(kind == k, triton_map.log_scale(u, limit, epsilon, k), a)
+                    for one in tl.static_range(_KINDS):
+                        if KINDS >> one & 1:
+                            a = tl.where(kind == one, triton_map.log_scale(u, limit, epsilon, one), a)
                     a = sign * a
                     scale = triton_map.exponential(a)
                     x = tl.where(sign > 0, z * scale + shift, (z - shift) * scale)
