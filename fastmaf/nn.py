@@ -15,6 +15,7 @@ from fastmaf.degrees import DegreeKind, hidden_degrees, input_degrees, layer_siz
 from fastmaf.kernels import LinearArgs, PackedLayout, empty_on_huge_pages, level_schedule, masked_linear
 from fastmaf.kernels.autocast import outside_autocast
 from fastmaf.kernels.padding import keep_zero, without_padding
+from fastmaf.kernels.storage import uniform_
 from fastmaf.tiles import packs_tiles, tiles_to_panels
 
 Init: TypeAlias = Literal["linear", "identity", "empty"]
@@ -103,7 +104,7 @@ class MaskedLinear(Constants):
             self.bias.zero_()
         else:
             bound = 1 / math.sqrt(self.in_features)
-            self.layout.zero_padding_(self.weight.uniform_(-bound, bound, generator=generator))
+            uniform_(self.weight, self.layout, bound, generator)
             self.bias.uniform_(-bound, bound, generator=generator)
 
     @outside_autocast

@@ -194,12 +194,22 @@ def zero_padding(weights: Sequence[Tensor], prefixes: Sequence[Tensor], panels: 
     return changed
 
 
-def uniform_(weight: Tensor, layout: PackedLayout, bound: float, seed: int) -> None:
-    """Fills a packed weight on the CPU with numbers uniform in ``[-bound, bound)``, and its padding with zeros.
+def uniform_(weight: Tensor, layout: PackedLayout, bound: float, generator: torch.Generator | None = None) -> None:
+    """Fills a packed weight with numbers uniform in ``[-bound, bound)``, and its padding with zeros.
 
-    The numbers depend on the seed and on the row and column alone, those of float32 and fewer bits are those of float64
-    rounded down to multiples of ``bound / 2**23``.
+    On the CPU one number is drawn from the generator, as a seed, and each weight depends on it, its row and its column
+    alone. Weights of fewer bits are those of float64, rounded down to multiples of ``bound / 2**23``.
     """
+    with torch.no_grad():
+        if weight.device.type != "cpu" or type(weight.detach()) is not Tensor or not weight.is_contiguous():
+            layout.zero_padding_(weight.uniform_(-bound, bound, generator=generator))
+            return
+        seed = int(torch.randint(-(2**63), 2**63 - 1, (), generator=generator, device="cpu"))
+        _write_uniform(weight.detach(), layout, bound, seed)
+        weight.narrow(0, 0, 0).zero_()  # increments its version
+
+
+def _write_uniform(weight: Tensor, layout: PackedLayout, bound: float, seed: int) -> None:
     dtype = weight.dtype if weight.dtype == torch.float64 else torch.float32
     todo = parts(layout, dtype.itemsize)
 

@@ -7,7 +7,8 @@
 
 namespace {
 
-constexpr int64_t kPanel = 16;  // rows of a panel
+constexpr int64_t kPanel = 16;                   // rows of a panel
+constexpr int64_t kHalf = kPanel * kPanel / 2;  // half of the numbers that are transposed at once
 
 // The rows of one panel: how many numbers each has, and where each begins among the numbers of all rows from this panel on.
 struct Rows {
@@ -24,61 +25,88 @@ struct Rows {
   }
 };
 
-// Whether none of 16 numbers is infinite or NaN, that is, has all bits of its exponent set.
+// One of four rounds that transpose 16 x 16 numbers: out[2 n] = low[n], out[2 n + 1] = high[n]. Numbers whose places differ by the
+// order of their index's bits move as vectors.
 template <class Bits>
-bool all_finite(const Bits* numbers, Bits exponent) {
-  Bits wrong = 0;
-  for (int64_t r = 0; r < kPanel; ++r) wrong |= static_cast<Bits>((numbers[r] & exponent) == exponent);
-  return wrong == 0;
+void interleave(const Bits* __restrict low, const Bits* __restrict high, Bits* __restrict out, int64_t count) {
+  for (int64_t n = 0; n < count; ++n) {
+    out[2 * n] = low[n];
+    out[2 * n + 1] = high[n];
+  }
 }
+
+// The rounds after the first but the last; the last one interleaves the halves of `a`.
+template <class Bits>
+void middle_rounds(Bits* a, Bits* b) {
+  interleave(a, a + kHalf, b, kHalf);
+  interleave(b, b + kHalf, a, kHalf);
+}
+
+// Finds numbers that are infinite or NaN: all bits of their exponent are set. One mark for each lane, so that lanes are vectors.
+template <class Bits>
+struct NotFinite {
+  Bits exponent, marks[kPanel] = {};
+
+  explicit NotFinite(uint64_t bits) : exponent(static_cast<Bits>(bits)) {}
+
+  void see(const Bits* numbers, int64_t columns) {
+    for (int64_t k = 0; k < columns; ++k)
+      for (int64_t j = 0; j < kPanel; ++j) marks[j] |= static_cast<Bits>((numbers[k * kPanel + j] & exponent) == exponent);
+  }
+
+  bool none() const {
+    return std::all_of(marks, marks + kPanel, [](Bits mark) { return mark == 0; });
+  }
+};
 
 template <class Bits>
 bool rows_to_panels(const Bits* rows, Bits* weight, const int64_t* prefix, const int64_t* panels, int64_t out_features, int64_t first,
                     int64_t last, uint64_t exponent) {
-  bool finite = true;
+  alignas(64) Bits a[2 * kHalf], b[2 * kHalf];
+  NotFinite<Bits> found(exponent);
   for (int64_t p = first; p < last; ++p) {
     const Rows r(prefix, out_features, p);
     Bits* panel = weight + kPanel * panels[p];
     const int64_t width = panels[p + 1] - panels[p], whole = r.common / kPanel * kPanel;
     for (int64_t k = 0; k < whole; k += kPanel) {  // 16 x 16 numbers are transposed within the first-level cache
       Bits* columns = panel + k * kPanel;
-      for (int64_t j = 0; j < kPanel; ++j) {
-        const Bits* row = rows + r.begin[j] + k;
-        for (int64_t i = 0; i < kPanel; ++i) columns[i * kPanel + j] = row[i];
-      }
-      for (int64_t i = 0; i < kPanel; ++i) finite &= all_finite(columns + i * kPanel, static_cast<Bits>(exponent));
+      for (int64_t j = 0; j < kPanel / 2; ++j)
+        interleave(rows + r.begin[j] + k, rows + r.begin[j + kPanel / 2] + k, a + 2 * kPanel * j, kPanel);
+      middle_rounds(a, b);
+      interleave(a, a + kHalf, columns, kHalf);
+      found.see(columns, kPanel);
     }
     for (int64_t k = whole; k < width; ++k) {
       Bits* column = panel + k * kPanel;
       for (int64_t j = 0; j < kPanel; ++j) column[j] = k < r.sees[j] ? rows[r.begin[j] + k] : Bits(0);
-      finite &= all_finite(column, static_cast<Bits>(exponent));
+      found.see(column, 1);
     }
     rows += r.numbers;
   }
-  return finite;
+  return found.none();
 }
 
 template <class Bits>
 bool panels_to_rows(const Bits* weight, Bits* rows, const int64_t* prefix, const int64_t* panels, int64_t out_features, int64_t first,
                     int64_t last, uint64_t exponent) {
-  Bits wrong = 0;
-  const Bits mask = static_cast<Bits>(exponent);
+  alignas(64) Bits a[2 * kHalf], b[2 * kHalf];
+  NotFinite<Bits> found(exponent);
   for (int64_t p = first; p < last; ++p) {
     const Rows r(prefix, out_features, p);
     const Bits* panel = weight + kPanel * panels[p];
     const int64_t whole = r.common / kPanel * kPanel;
-    for (int64_t k = 0; k < whole; k += kPanel)
-      for (int64_t j = 0; j < kPanel; ++j) {
-        const Bits* column = panel + k * kPanel + j;
-        Bits* row = rows + r.begin[j] + k;
-        for (int64_t i = 0; i < kPanel; ++i) row[i] = column[i * kPanel];
-      }
+    for (int64_t k = 0; k < whole; k += kPanel) {
+      interleave(panel + k * kPanel, panel + k * kPanel + kHalf, a, kHalf);
+      middle_rounds(a, b);
+      for (int64_t j = 0; j < kPanel; ++j)
+        interleave(a + kPanel / 2 * j, a + kHalf + kPanel / 2 * j, rows + r.begin[j] + k, kPanel / 2);
+    }
     for (int64_t j = 0; j < kPanel; ++j)
       for (int64_t k = whole; k < r.sees[j]; ++k) rows[r.begin[j] + k] = panel[k * kPanel + j];
-    for (int64_t i = 0; i < r.numbers; ++i) wrong |= static_cast<Bits>((rows[i] & mask) == mask);
+    found.see(panel, panels[p + 1] - panels[p]);
     rows += r.numbers;
   }
-  return wrong == 0;
+  return found.none();
 }
 
 // Reads every number of the padding and writes only to columns that hold another one than zero: memory that a process shares with
