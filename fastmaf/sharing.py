@@ -97,7 +97,11 @@ def _equal(a: object, b: object) -> bool:
         return a.dtype == b.dtype and torch.equal(a, b)
     if not isinstance(a, nn.Module) or not isinstance(b, nn.Module) or type(a) is not type(b) or repr(a) != repr(b):
         return False
-    if isinstance(a, MaskedLinear) and isinstance(b, MaskedLinear) and not torch.equal(a.layout.prefix, b.layout.prefix):
+    if (
+        isinstance(a, MaskedLinear)
+        and isinstance(b, MaskedLinear)
+        and not torch.equal(a.layout.prefix, b.layout.prefix)
+    ):
         return False
     pairs = zip(a.named_parameters(), b.named_parameters(), strict=True)
     buffers = zip(a.named_buffers(), b.named_buffers(), strict=True)

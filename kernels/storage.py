@@ -110,7 +110,9 @@ def rows_to_panels(rows: Tensor, weight: Tensor, layout: PackedLayout, part: Par
     """
     library = _library()
     if library is not None:
-        return bool(library.fastmaf_rows_to_panels(rows.data_ptr(), weight.data_ptr(), *_described(weight, layout, part)))
+        return bool(
+            library.fastmaf_rows_to_panels(rows.data_ptr(), weight.data_ptr(), *_described(weight, layout, part))
+        )
     with torch.inference_mode():
         for dense, visible, panels, numbers in _dense(rows, weight.detach(), layout, part):
             dense.zero_().flatten(0, 1)[: len(visible)].masked_scatter_(visible, numbers)
@@ -122,7 +124,9 @@ def panels_to_rows(weight: Tensor, rows: Tensor, layout: PackedLayout, part: Par
     """Writes the rows of a part from its panels: the inverse of ``rows_to_panels``, which see."""
     library = _library()
     if library is not None:
-        return bool(library.fastmaf_panels_to_rows(weight.data_ptr(), rows.data_ptr(), *_described(weight, layout, part)))
+        return bool(
+            library.fastmaf_panels_to_rows(weight.data_ptr(), rows.data_ptr(), *_described(weight, layout, part))
+        )
     with torch.inference_mode():
         for dense, visible, panels, numbers in _dense(rows, weight.detach(), layout, part):
             dense.copy_(panels.mT)

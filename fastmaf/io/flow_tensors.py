@@ -48,7 +48,9 @@ def flow_tensors(file: TensorFile, config: Config) -> dict[str, Tensor]:
             stored += _packed_numel(infos, tensors, f"transforms.{i}.made.", entry, config["features"])
     numel = sum(math.prod(info.shape) for info in infos.values())
     if stored > _GROWTH * numel + _SMALL:
-        raise SchemaError(f"its {numel} numbers would unfold to {stored} in memory: the degrees are not those of a flow")
+        raise SchemaError(
+            f"its {numel} numbers would unfold to {stored} in memory: the degrees are not those of a flow"
+        )
     return tensors
 
 

@@ -245,5 +245,7 @@ def _write(file: BinaryIO, tensors: Mapping[str, Tensor | Streamed], metadata: M
     file.write(len(text).to_bytes(8, "little") + text)
     for name in names:
         tensor = tensors[name]
-        for chunk in tensor.chunks() if isinstance(tensor, Streamed) else [tensor.detach().cpu().contiguous().flatten()]:
+        for chunk in (
+            tensor.chunks() if isinstance(tensor, Streamed) else [tensor.detach().cpu().contiguous().flatten()]
+        ):
             file.write(chunk.view(torch.uint8).numpy().data)
