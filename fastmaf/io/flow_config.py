@@ -2,9 +2,9 @@
 
     {"version": 2, "class": "MAF", "features": D, "transforms": [{"type": ..., ...}, ...]}
 
-The sizes of all tensors except packed weights follow from it, so that a file is checked before anything is built. Packed
-weights are stored row after row, the visible weights alone. In files of version 1 they are in tiles, which an entry
-``"tiles": {layer: [...]}`` states.
+The sizes of all tensors except packed weights follow from it, so that a file is checked before anything is built.
+Packed weights are stored row after row, the visible weights alone. In files of version 1 they are in tiles, which an
+entry ``"tiles": {layer: [...]}`` states.
 """
 
 from __future__ import annotations

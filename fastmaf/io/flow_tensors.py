@@ -48,9 +48,7 @@ def flow_tensors(file: TensorFile, config: Config) -> dict[str, Tensor]:
             stored += _packed_numel(infos, tensors, f"transforms.{i}.made.", entry, config["features"])
     numel = sum(math.prod(info.shape) for info in infos.values())
     if stored > _GROWTH * numel + _SMALL:
-        raise SchemaError(
-            f"its {numel} numbers would unfold to {stored} in memory: the degrees are not those of a flow"
-        )
+        raise SchemaError(f"its {numel} numbers would take {stored} in memory: the degrees are not those of a flow")
     return tensors
 
 
@@ -110,7 +108,7 @@ def _check_whitening(tensors: Mapping[str, Tensor], name: str) -> None:
 def _packed_numel(
     infos: Mapping[str, TensorInfo], tensors: Mapping[str, Tensor], name: str, entry: Config, features: int
 ) -> int:
-    """Returns the size of the weights of a block in memory, after checking that the file has enough numbers for them."""
+    """Returns the size of the weights of a block in memory, having checked that the file has enough."""
     inputs = input_degrees(features)
     hidden = [tensors[f"{name}degrees_{k}"].long() for k in range(len(entry["hidden_features"]))]
     for k, degrees in enumerate(hidden):

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from fastmaf.io.flow_config import TILES, Config
-from fastmaf.io.safe_json import child, shown
+from fastmaf.io.safe_json import shown
 from fastmaf.io.schema import SchemaError
 from fastmaf.io.tensor_file import Streamed, TensorFile
 from fastmaf.io.tiles import packed_weight
