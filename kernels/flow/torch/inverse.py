@@ -111,6 +111,8 @@ def _one_thread_if_small(z: Tensor) -> Iterator[None]:
 
 
 def _inverse_of_block(z: Tensor, args: FlowArgs, block: int) -> tuple[Tensor, Tensor]:
+    if any(bias.dtype != z.dtype for bias in args.biases):
+        raise TypeError(f"expected z of dtype {args.biases[0].dtype}, as the biases are; found {z.dtype}")
     layers, affine_map = args.layers_of_blocks()[block], args.map(block)
     plan = plan_of([args.panels[i] for i in layers], args.schedules[block])
     # Stored in fewer bits, they are the same function of rounded weights.
