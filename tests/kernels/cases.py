@@ -120,7 +120,7 @@ def make(kind: str, batch: int, features: int = 13, *, seed: int = 0, device: st
     made = mades[0]
     layers = {"masked_linear": [made.hidden[0]], "affine_output": [made.output]}.get(name)
     layers = [layer for each in mades for layer in each.layers] if layers is None else layers
-    tables = [layer.layout.table for layer in layers]
+    tables = [layer.layout.panels for layer in layers]
     prefixes = [layer.prefix for layer in layers]
     tensors = {"x": normal(batch, features, seed=seed + 100).to(device)}
     if name == "affine_output":

@@ -27,7 +27,7 @@ def linear_arguments(made: Any, batch: int, dtype: torch.dtype = torch.float64, 
     layer = made.hidden[0]
     x = normal(batch, FEATURES, dtype=dtype).requires_grad_(grad)
     weight, bias = layer.weight.detach().requires_grad_(grad), layer.bias.detach().requires_grad_(grad)
-    return x, weight, bias, layer.prefix, layer.layout.table
+    return x, weight, bias, layer.prefix, layer.layout.panels
 
 
 def affine_arguments(made: Any, batch: int, dtype: torch.dtype = torch.float64, grad: bool = False) -> Any:
@@ -35,7 +35,7 @@ def affine_arguments(made: Any, batch: int, dtype: torch.dtype = torch.float64, 
     h = normal(batch, layer.layout.in_features, dtype=dtype).abs().requires_grad_(grad)
     x = normal(batch, FEATURES, seed=1, dtype=dtype).requires_grad_(grad)
     weight, bias = layer.weight.detach().requires_grad_(grad), layer.bias.detach().requires_grad_(grad)
-    return h, x, weight, bias, layer.prefix, layer.layout.table
+    return h, x, weight, bias, layer.prefix, layer.layout.panels
 
 
 def inverse_arguments(made: Any, batch: int, dtype: torch.dtype = torch.float64, grad: bool = False) -> Any:
@@ -45,7 +45,7 @@ def inverse_arguments(made: Any, batch: int, dtype: torch.dtype = torch.float64,
         [layer.weight.detach().requires_grad_(grad) for layer in layers],
         [layer.bias.detach().requires_grad_(grad) for layer in layers],
         [layer.prefix for layer in layers],
-        [layer.layout.table for layer in layers],
+        [layer.layout.panels for layer in layers],
         [made.schedule],
         [torch.empty(0, dtype=torch.int64)] * 2,
         "relu",
