@@ -165,7 +165,13 @@ def to_rows(weight: Tensor, layout: PackedLayout) -> Tensor:
 
 
 def from_rows(rows: Tensor, layout: PackedLayout) -> Tensor:
-    """Returns the packed weight for visible weights on the CPU, row after row."""
+    """Returns the packed weight for visible weights on the CPU, row after row.
+
+    Raises:
+        ValueError: the dtype is not a floating-point one of 16 bits or more.
+    """
+    if rows.dtype not in _EXPONENTS:
+        raise ValueError(f"packed weights must be of one of {', '.join(map(str, _EXPONENTS))}; found {rows.dtype}")
     rows = rows.detach().contiguous()
     weight = rows.new_empty(layout.numel)
     for part in parts(layout, weight.element_size()):

@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from safetensors.torch import save_file
 from torch import Tensor
 
 import fastmaf
@@ -100,7 +99,7 @@ def test_a_crash_while_saving_leaves_the_checkpoint_before_or_the_one_after(
     """
     out = Path(shutil.copytree(finished, tmp_path / "run"))
     before, calls = tensors_of(out), 0
-    write, move = save_file, os.replace
+    write, move = tensor_file.save_file, os.replace
 
     def crash_at(number: int) -> bool:
         nonlocal calls

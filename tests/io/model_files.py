@@ -139,7 +139,7 @@ def use(kind: str, folder: Path, content: bytes) -> None:
         tensors, state = load_state(folder)
         flow = fastmaf.load(folder / MODEL_FILE)
         optimizer = fastmaf.optim.FusedAdam(flow.parameters())
-        moments = moments_by_parameter(folder, tensors, dict(flow.named_parameters()))
+        moments = moments_by_parameter(folder, tensors, state, flow)
         optimizer.load_state_dict({"state": moments, "param_groups": optimizer.state_dict()["param_groups"]})
         assert [row["epoch"] + row["skipped_steps"] for row in state["log"]] and state["guards"]["steps"] >= 0
         optimizer.minimize(-flow.log_prob(torch.zeros(2, D)).mean())
