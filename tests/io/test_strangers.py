@@ -194,10 +194,8 @@ def test_moments_of_other_parameters_are_refused(folder: Path, change: Any, word
 @pytest.mark.parametrize("former", [False, True])
 def test_moments_of_packed_weights_lie_where_the_weights_do(tmp_path: Path, former: bool) -> None:
     """Those of earlier versions lie in tiles, which the state does not mention."""
-    flow = flows()["maf"]
-    moments = {
-        f"{name}/{key}": p.detach() ** 2 for name, p in flow.named_parameters() for key in ("exp_avg", "exp_avg_sq")
-    }
+    flow, keys = flows()["maf"], ("exp_avg", "exp_avg_sq")
+    moments = {f"{name}/{key}": p.detach() ** 2 for name, p in flow.named_parameters() for key in keys}
     steps = {f"{name}/step": torch.tensor(3.0) for name, _ in flow.named_parameters()}
     state = {"config": {"epochs": 1}, "epochs_done": 0, "steps": 3, "files": [], "log": [],
              "guards": {"steps": 3, "usual_nll": None, "warming": False}}  # fmt: skip
