@@ -50,12 +50,12 @@ def _library() -> ctypes.CDLL | None:
 
 
 class Part(NamedTuple):
-    """Panels ``start..end`` of a layer; their rows are ``count`` numbers, from ``first`` on of those of all rows."""
+    """Panels ``start..end`` of a layer; their rows are ``numel`` numbers, from ``first`` on of those of all rows."""
 
     start: int
     end: int
     first: int
-    count: int
+    numel: int
 
 
 def parts(layout: PackedLayout, itemsize: int) -> list[Part]:
@@ -99,7 +99,7 @@ def rows_to_panels(rows: Tensor, weight: Tensor, layout: PackedLayout, part: Par
     """Writes the panels of a part, padding included, from its rows; returns whether all numbers are finite.
 
     Args:
-        rows: ``[part.count]``, contiguous, on the CPU.
+        rows: ``[part.numel]``, contiguous, on the CPU.
         weight: the packed weight, contiguous, on the CPU; of the dtype of ``rows``.
     """
     library = _library()
@@ -154,7 +154,7 @@ def to_rows(weight: Tensor, layout: PackedLayout) -> Tensor:
     weight = weight.detach().contiguous()
     rows = weight.new_empty(layout.visible)
     for part in parts(layout, weight.element_size()):
-        panels_to_rows(weight, rows[part.first : part.first + part.count], layout, part)
+        panels_to_rows(weight, rows[part.first : part.first + part.numel], layout, part)
     return rows
 
 
@@ -169,7 +169,7 @@ def from_rows(rows: Tensor, layout: PackedLayout) -> Tensor:
     rows = rows.detach().contiguous()
     weight = rows.new_empty(layout.numel)
     for part in parts(layout, weight.element_size()):
-        rows_to_panels(rows[part.first : part.first + part.count], weight, layout, part)
+        rows_to_panels(rows[part.first : part.first + part.numel], weight, layout, part)
     return weight
 
 
@@ -218,9 +218,9 @@ def _write_uniform(weight: Tensor, layout: PackedLayout, bound: float, seed: int
     todo = parts(layout, dtype.itemsize)
 
     def work(items: Iterator[Part]) -> None:
-        buffer = torch.empty(max(part.count for part in todo), dtype=dtype, device="cpu")
+        buffer = torch.empty(max(part.numel for part in todo), dtype=dtype, device="cpu")
         for part in items:
-            rows = buffer[: part.count]
+            rows = buffer[: part.numel]
             _fill_uniform(rows, seed, part.first, bound)
             rows_to_panels(rows.to(weight.dtype), weight, layout, part)
 

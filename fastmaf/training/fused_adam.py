@@ -31,7 +31,9 @@ class FusedAdam(torch.optim.Adam):
     number per weight, and writing and reading it.
 
     The state has the names and shapes of that of ``torch.optim.Adam``; either optimiser can load the other's
-    ``state_dict``.
+    ``state_dict``. Moments of packed weights lie where the weights do: those that a version of fastmaf with another
+    packing saved are of no use, and ``load_state_dict`` refuses them where their size tells. A ``torch.optim.Adam``
+    fails at its next step instead.
 
     Args:
         params: parameters or groups, as for any torch optimiser.
@@ -63,6 +65,24 @@ class FusedAdam(torch.optim.Adam):
         chosen = group["fused"] is not None or group["foreach"] is not None
         if not (chosen or group["capturable"] or group["differentiable"]):
             group["fused"] = all(p.device.type in ("cpu", "cuda") and p.is_floating_point() for p in group["params"])
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Loads the state of this optimiser or of a ``torch.optim.Adam``.
+
+        Raises:
+            ValueError: the state is of other parameters: their number or the shapes of moments differ.
+        """
+        parameters = [p for group in self.param_groups for p in group["params"]]
+        saved = [i for group in state_dict["param_groups"] for i in group["params"]]
+        for number, parameter in zip(saved, parameters, strict=False):  # torch checks how many there are
+            for name, value in state_dict["state"].get(number, {}).items():
+                if isinstance(value, Tensor) and value.dim() and value.shape != parameter.shape:
+                    raise ValueError(
+                        f"{name} of parameter {number}: expected shape {tuple(parameter.shape)}; found "
+                        f"{tuple(value.shape)}: the state is of another model, or of a version of fastmaf that packed "
+                        "weights otherwise; begin with a new optimiser"
+                    )
+        super().load_state_dict(state_dict)
 
     def _init_group(self, group: dict[str, Any], params_with_grad: list[Tensor], *lists: Any) -> bool:
         """Marks the parameters of a fused step as modified: unlike torch's other kernels, the fused ones do not.
