@@ -83,7 +83,7 @@ def shape_of(like: Tensor, n: int, dtype: torch.dtype = torch.float32) -> Shape:
     programs = common.cdiv(sms * one.programs_per_sm, max(1, common.cdiv(n, samples)))
     blocks = {"BLOCK_N": samples, "BLOCK_J": one.rows, "BLOCK_K": one.columns}
     modes = {"LANES": lanes, "PRECISION": precision}
-    # From a software pipeline, weights would reach registers in the operand's layout and be converted there: they spill.
+    # Pipelined, bfloat16 weights would be converted in the layout of an operand, which spills registers.
     stages = one.stages if dtype == torch.float32 else 1
     options = {**blocks, **modes, "num_warps": one.warps, "num_stages": stages}
     return Shape(samples, one.rows, one.columns, programs, options)
