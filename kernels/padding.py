@@ -65,7 +65,7 @@ class _Known(NamedTuple):
         dtypes = [weight.dtype for weight in weights]
         if addresses == self.addresses and dtypes == self.dtypes:
             return self._replace(versions=versions)
-        probes = []
+        probes: list[Any] = []
         for weight, *layout in zip(weights, prefixes, panels, strict=True):
             size = weight.element_size()
             addresses_of_probes = (weight.data_ptr() + place * size for place in _places(weight, *layout))
