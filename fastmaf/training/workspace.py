@@ -120,6 +120,7 @@ def _triton_bytes(flow: Flow, n: int, device: torch.device, *, training: bool) -
                 layer.layout.panels, host, layer.in_features, shape.rows, shape.columns, programs
             )
             from_above = 4 * plane if is_output else n * layer.out_features + 2 * plane
+            from_above += n * layer.out_features if n > MOST_LANES else 0  # the gradient transposed
             numbers.append(work.slots * n * layer.in_features + from_above)
         elif not is_output:
             programs = -(-sms * launch.programs_per_sm // tiles)
