@@ -29,7 +29,6 @@ class MaskedLinear(Constants):
         out_degrees: integers ``[out_features]`` in ascending order.
         strict: an output sees only inputs of smaller degree (``<``), as the last layer of a MADE requires.
         activation: ``"identity"`` or ``"relu"``.
-        group: number of consecutive rows that are kept in one tile.
         init: ``"linear"``: uniform within ±1/√in_features, as ``torch.nn.Linear``; ``"identity"``: zeros; ``"empty"``:
             uninitialised, for loading.
         generator: source of randomness; None uses torch's global generator.
@@ -63,7 +62,6 @@ class MaskedLinear(Constants):
         *,
         strict: bool = False,
         activation: str = "identity",
-        group: int = 1,
         init: Init = "linear",
         generator: torch.Generator | None = None,
         device: torch.device | str | None = None,
@@ -77,7 +75,7 @@ class MaskedLinear(Constants):
                     "(a relabelling: the function is unchanged)"
                 )
         self.activation = activation
-        self.layout = PackedLayout(prefix(in_degrees, out_degrees, strict=strict), in_degrees.numel(), group=group)
+        self.layout = PackedLayout(prefix(in_degrees, out_degrees, strict=strict), in_degrees.numel())
         self.in_features, self.out_features = self.layout.in_features, self.layout.out_features
         self.weight = nn.Parameter(empty_on_huge_pages(self.layout.numel, device=device, dtype=dtype))
         self.bias = nn.Parameter(torch.empty(self.out_features, device=device, dtype=dtype))
@@ -250,7 +248,7 @@ class MADE(Constants):
             MaskedLinear(below, above, activation=activation, init=hidden_init, **make)
             for below, above in zip((inputs, *degrees_of_layers), degrees_of_layers, strict=False)
         )
-        make |= {"strict": strict, "group": outputs_per_feature, "init": init}
+        make |= {"strict": strict, "init": init}
         self.output = MaskedLinear(degrees_of_layers[-1], inputs.repeat_interleave(outputs_per_feature), **make)
         for k, layer_degrees in enumerate(degrees_of_layers):
             value = layer_degrees.to(torch.int32)

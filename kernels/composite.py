@@ -1,4 +1,4 @@
-"""The ops as functional PyTorch over the same packed tiles, for derivatives that the ops themselves do not have.
+"""The ops as functional PyTorch over the same packed panels, for derivatives that the ops themselves do not have.
 
 An op has a first derivative in reverse mode. ``torch.func`` transforms, forward-mode AD, double backward and batched
 gradients need one that consists of PyTorch's own operations, none of them in place and none that reads a value. The
@@ -15,11 +15,10 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from fastmaf.kernels.affine_output.args import AffineArgs
-from fastmaf.kernels.affine_output.torch import bound_log_scale
 from fastmaf.kernels.autocast import matmul
 from fastmaf.kernels.flow.args import FlowArgs, permuted
 from fastmaf.kernels.flow.torch.inverse import plan_of
-from fastmaf.kernels.layout import tiles_of
+from fastmaf.kernels.layout import runs_of
 from fastmaf.kernels.masked_linear.args import LinearArgs
 from fastmaf.kernels.padding import without_padding
 
@@ -39,18 +38,21 @@ def needed_for(grads: Sequence[Tensor | None]) -> bool:
 
 def masked_linear(x: Tensor, args: LinearArgs) -> Tensor:
     """Returns ``y`` ``[N, out]``."""
-    parts, weight = [], without_padding(args.weight.to(x.dtype), args.prefix, args.panels)
-    for start, stop, width, offset in tiles_of(args.panels):
-        rows = _matrix(weight, offset, stop - start, width)
-        parts.append(matmul(x[:, :width], rows.mT) + args.bias[start:stop])
-    return _activated(torch.cat(parts, dim=1), args.activation)
+    weight = without_padding(args.weight.to(x.dtype), args.prefix, args.panels)
+    parts = [
+        matmul(x[:, : run.width], run.of(weight).transpose(0, 1).flatten(1))[:, : rows.stop - rows.start]
+        for run in runs_of(args.panels)
+        for rows in (run.rows(args.bias.shape[0]),)
+    ]
+    return _activated(torch.cat(parts, dim=1) + args.bias, args.activation)
 
 
 def affine_output(h: Tensor, x: Tensor, args: AffineArgs) -> tuple[Tensor, Tensor, Tensor]:
     """Returns ``z`` ``[N, D]``, ``ladj`` ``[N]`` and ``log_scale`` ``[N, D]``."""
+    affine_map = args.affine_map
     shift, raw = masked_linear(h, LinearArgs(*args[:4])).unflatten(1, (-1, 2)).unbind(2)
-    log_scale = bound_log_scale(raw, args.bound, args.soft)
-    return (x - shift) * torch.exp(-log_scale), -log_scale.sum(1), log_scale
+    log_scale = affine_map.log_scale(raw)
+    return affine_map.forward(x, shift, log_scale), affine_map.sign * log_scale.sum(1), log_scale
 
 
 def flow_forward(x: Tensor, args: FlowArgs) -> tuple[Tensor, Tensor]:
@@ -75,30 +77,25 @@ def flow_inverse(z: Tensor, args: FlowArgs) -> tuple[Tensor, Tensor]:
 
 
 def _inverse_of_block(z: Tensor, args: FlowArgs, block: int, layers: range) -> tuple[Tensor, Tensor]:
-    biases, tiles = [args.biases[i] for i in layers], [args.panels[i] for i in layers]
+    affine_map, biases, panels = args.map(block), [args.biases[i] for i in layers], [args.panels[i] for i in layers]
     weights = [without_padding(args.weights[i].to(z.dtype), args.prefixes[i], args.panels[i]) for i in layers]
-    ladj = z.new_zeros(z.shape[0])
-    last = len(weights) - 1
-    finished = [z[:, :0] for _ in weights]  # of x, then of each hidden layer's units
-    rows = [0] * len(weights)  # of each layer, up to the ones that are finished
-
-    def product(layer: int, piece: Sequence[int]) -> Tensor:
-        count, width, stride, offset = piece
-        start, rows[layer] = rows[layer], rows[layer] + count
-        weight = _matrix(weights[layer], offset, count, stride)[:, :width]
-        return matmul(finished[layer][:, :width], weight.mT) + biases[layer][start : start + count]
-
-    for *hidden, output in plan_of(tiles, args.schedules[block]):
-        for piece in output:
-            shift, raw = product(last, piece).unflatten(1, (-1, 2)).unbind(2)
-            log_scale = bound_log_scale(raw, args.bounds[block], args.softs[block])
-            known = finished[0].shape[1]
-            x = z[:, known : known + shift.shape[1]] * torch.exp(log_scale) + shift
+    ladj, known = z.new_zeros(z.shape[0]), z[:, :0]
+    finished = [known for _ in weights]  # of x, then of each hidden layer's units
+    for plan in plan_of(panels, args.schedules[block]):
+        # Split and not sliced step by step: the gradient of each slice would be as large as the rows of a group.
+        pieces = [
+            zip(of.matrix(weight, slice(None)).split(of.counts), bias[of.rows].split(of.counts), strict=True)
+            for of, weight, bias in zip(plan, weights, biases, strict=True)
+        ]
+        for *hidden, output in zip(*pieces, strict=True):
+            shift, raw = _product(finished[-1], *output).unflatten(1, (-1, 2)).unbind(2)
+            log_scale, start = affine_map.log_scale(raw), finished[0].shape[1]
+            x = affine_map.inverse(z[:, start : start + shift.shape[1]], shift, log_scale)
             finished[0] = torch.cat((finished[0], x), dim=1)
-            ladj = ladj + log_scale.sum(1)
-        for k, pieces in enumerate(hidden):
-            units = [_activated(product(k, piece), args.activation) for piece in pieces]
-            finished[k + 1] = torch.cat((finished[k + 1], *units), dim=1)
+            ladj = ladj - affine_map.sign * log_scale.sum(1)
+            for k, piece in enumerate(hidden):
+                units = _activated(_product(finished[k], *piece), args.activation)
+                finished[k + 1] = torch.cat((finished[k + 1], units), dim=1)
     return finished[0], ladj
 
 
@@ -133,9 +130,9 @@ def flow_gradients(
     return gradients(lambda x, *tensors: function(x, args.with_parameters(tensors)), (x, *args.parameters), grads)
 
 
-def _matrix(packed: Tensor, offset: int, rows: int, width: int) -> Tensor:
-    """Returns the matrix ``[rows, width]`` that lies at ``offset``; no ``as_strided``, which vmap does not take."""
-    return packed[offset : offset + rows * width].reshape(rows, width)
+def _product(below: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """Returns the sums of some rows over the first units below, as many as are finished."""
+    return matmul(below[:, : weight.shape[1]], weight[:, : below.shape[1]].mT) + bias
 
 
 def _activated(y: Tensor, activation: str) -> Tensor:

@@ -1,7 +1,7 @@
 """Packed-weight gradients in factored (outer-product) form, for optimisers that never store them.
 
 The gradient of a weight is an outer product of small matrices: ``gradᵀ x`` over the batch. An optimiser that forms it
-tile by tile and updates the weight at once saves writing and reading as many numbers as the weight has. For one
+panel by panel and updates the weight at once saves writing and reading as many numbers as the weight has. For one
 backward pass such an optimiser puts a ``GradientSink`` on a weight; the backward passes of the ops then hand these
 factors to the sink and return no gradient.
 """

@@ -27,7 +27,7 @@ from fastmaf.kernels.tensor_cache import cached, is_cached
 
 # Rows of a panel: float32 numbers of a 64-byte cache line, and of the widest vector register.
 PANEL = 16
-# Neighbouring panels share a width where a layer has more than twice as many panels as this: the torch backend calls one
+# Neighbouring panels share a width where a layer has at least twice as many panels as this: the torch backend calls one
 # operation per width. It costs at most this part of the dense weight.
 WIDTHS = 64
 
@@ -143,7 +143,7 @@ class PackedLayout:
         dense = packed.new_zeros(self.out_features, self.in_features)
         for run in self.runs:
             rows = dense[run.rows(self.out_features), : run.width]
-            rows.copy_(run.of(packed).mT.reshape(-1, run.width)[: len(rows)])
+            rows.copy_(run.of(packed).mT.flatten(0, 1)[: len(rows)])
         return dense.masked_fill_(~self.mask().to(dense.device), 0)
 
     def mask(self) -> Tensor:

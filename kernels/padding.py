@@ -1,6 +1,6 @@
 """Keeps the padding of packed weights zero, whoever writes to the weights.
 
-Kernels multiply with whole tiles, so the padding must be zero when an op reads a weight. The gradients of fastmaf's
+Kernels multiply with whole panels, so the padding must be zero when an op reads a weight. The gradients of fastmaf's
 ops are zero there, but anything else may write to a parameter: an initialiser, an optimiser that adds noise, an average
 of weights. Each op therefore calls ``keep_zero`` first, which
 
@@ -22,12 +22,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from fastmaf.kernels import native_library
 from fastmaf.kernels.dispatch import missing
-from fastmaf.kernels.layout import padding, tiles_of, zero_padding
+from fastmaf.kernels.layout import PANEL, padding, zero_padding
 from fastmaf.kernels.tensor_cache import cached
 
 _version, _dtype, _value = map(operator.attrgetter, ("_version", "dtype", "value"))
-_INTEGERS = (ctypes.c_uint64, ctypes.c_uint32, ctypes.c_uint16)
+_INTEGERS = {ctypes.sizeof(kind): kind for kind in (ctypes.c_uint8, ctypes.c_uint16, ctypes.c_uint32, ctypes.c_uint64)}
 _NATIVE = (torch.float32, torch.float64, torch.bfloat16)
 
 
@@ -36,7 +37,7 @@ class _Known(NamedTuple):
 
     Attributes:
         versions, addresses, dtypes: of the weights.
-        probes: integers of up to 64 bits within the padding, valid for weights at these addresses of these dtypes.
+        probes: some numbers of the padding, as integers, valid for weights at these addresses of these dtypes.
     """
 
     versions: list[int]
@@ -56,7 +57,7 @@ class _Known(NamedTuple):
         except RuntimeError:  # inference tensors have no version
             return False
 
-    def updated(self, weights: Sequence[Tensor], prefixes: Sequence[Tensor], tables: Sequence[Tensor]) -> _Known:
+    def updated(self, weights: Sequence[Tensor], prefixes: Sequence[Tensor], panels: Sequence[Tensor]) -> _Known:
         """Returns the present state of the weights; this one where it cannot be told."""
         if any(weight.is_inference() for weight in weights):
             return self
@@ -65,15 +66,14 @@ class _Known(NamedTuple):
         if addresses == self.addresses and dtypes == self.dtypes:
             return self._replace(versions=versions)
         probes = []
-        for weight, prefix, table in zip(weights, prefixes, tables, strict=True):
+        for weight, *layout in zip(weights, prefixes, panels, strict=True):
             size = weight.element_size()
-            for first, count in _places(weight, prefix, table):
-                kind = next(kind for kind in _INTEGERS if ctypes.sizeof(kind) <= count * size)
-                probes.append(kind.from_address(weight.data_ptr() + first * size))
+            addresses_of_probes = (weight.data_ptr() + place * size for place in _places(weight, *layout))
+            probes += map(_INTEGERS[size].from_address, addresses_of_probes)
         return _Known(versions, addresses, dtypes, probes)
 
 
-def keep_zero(weights: Sequence[Tensor], prefixes: Sequence[Tensor], tables: Sequence[Tensor]) -> None:
+def keep_zero(weights: Sequence[Tensor], prefixes: Sequence[Tensor], panels: Sequence[Tensor]) -> None:
     """Makes the padding of packed weights zero, in place, where it may have been written to.
 
     Neither autograd nor a version counter sees it: the padding takes no part in any function of the weights.
@@ -81,47 +81,44 @@ def keep_zero(weights: Sequence[Tensor], prefixes: Sequence[Tensor], tables: Seq
     Args:
         weights: packed, contiguous, at least one.
         prefixes: of each weight, int64, on its device.
-        tables: ``PackedLayout.table`` of each, on the CPU.
+        panels: ``PackedLayout.panels`` of each, on the CPU.
     """
-    known = cached(tables[0], ("known padding", len(weights)), lambda: [_Known([], [], [], [])])
+    known = cached(panels[0], ("known padding", len(weights)), lambda: [_Known([], [], [], [])])
     state = known[0]
     if not state.holds(weights):
-        _zero(weights, prefixes, tables)
-        known[0] = state.updated(weights, prefixes, tables)
+        _zero(weights, prefixes, panels)
+        known[0] = state.updated(weights, prefixes, panels)
 
 
-def without_padding(weight: Tensor, prefix: Tensor, table: Tensor) -> Tensor:
+def without_padding(weight: Tensor, prefix: Tensor, panels: Tensor) -> Tensor:
     """Returns a copy of ``weight`` whose padding is zero, differentiable: for weights that were computed, and whose
     memory may be needed by the backward pass of whatever computed them.
     """
-    return weight.index_fill(0, padding(prefix, table), 0)
+    return weight.index_fill(0, padding(prefix, panels), 0)
 
 
-def _zero(weights: Sequence[Tensor], prefixes: Sequence[Tensor], tables: Sequence[Tensor]) -> None:
+def _zero(weights: Sequence[Tensor], prefixes: Sequence[Tensor], panels: Sequence[Tensor]) -> None:
     on_cpu = all(weight.device.type == "cpu" and weight.dtype in _NATIVE for weight in weights)
     if on_cpu and missing("flow", "native") is None:
-        with torch.no_grad():
-            torch.ops.fastmaf_native.zero_padding_(list(weights), list(prefixes), list(tables))
+        native_library.zero_padding(weights, prefixes, panels)
         return
     # In inference mode, and through .data, neither a leaf that requires gradients nor an inference tensor refuses, and
     # the weight's own version stays.
     with torch.inference_mode():
-        for weight, prefix, table in zip(weights, prefixes, tables, strict=True):
-            zero_padding(weight.data, prefix, table)
+        for weight, *layout in zip(weights, prefixes, panels, strict=True):
+            zero_padding(weight.data, *layout)
 
 
-def _places(weight: Tensor, prefix: Tensor, table: Tensor) -> list[tuple[int, int]]:
-    """Returns the runs of padding to probe, the first and the last of a weight: first number and count of each."""
+def _places(weight: Tensor, prefix: Tensor, panels: Tensor) -> list[int]:
+    """Returns where to probe the padding: a number of the first row that has some, and one of the last."""
     if weight.device.type != "cpu" or not weight.data_ptr():
         return []
 
-    def find() -> list[tuple[int, int]]:
-        runs = []
-        for tile in tiles_of(table):
-            sees = prefix[tile.row_start : tile.row_end]
-            rows = (sees < tile.width).nonzero().flatten().tolist()
-            ends = [(row, int(sees[row])) for row in (*rows[:1], *rows[-1:])]
-            runs += [(tile.offset + row * tile.width + width, tile.width - width) for row, width in ends]
-        return [*runs[:1], *runs[-1:]]
+    def find() -> list[int]:
+        sees = prefix.new_zeros(PANEL * (len(panels) - 1))
+        sees[: len(prefix)] = prefix
+        rows = (sees < panels.diff().repeat_interleave(PANEL)).nonzero().flatten().tolist()
+        columns = [int(panels[row // PANEL] + sees[row]) for row in (*rows[:1], *rows[-1:])]
+        return [PANEL * column + row % PANEL for column, row in zip(columns, (*rows[:1], *rows[-1:]), strict=True)]
 
-    return cached(table, "probed padding", find)
+    return cached(panels, "probed padding", find)

@@ -1,8 +1,8 @@
 """Values that follow from a tensor, kept on it: the one cache of the kernels.
 
-The rule: the owner is a tensor that is never written to (a table of tiles, a schedule). A value depends only on the
-owner, on its key, and on the tensors in ``also``; it is made anew where these are other tensors than before, and lives
-as long as the owner.
+The rule: the owner is a tensor that is never written to (the panels of a layout, a schedule). A value depends only on
+the owner, on its key, and on the tensors in ``also``; it is made anew where these are other tensors than before, and
+lives as long as the owner.
 """
 
 from __future__ import annotations

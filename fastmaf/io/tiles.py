@@ -7,7 +7,7 @@ accepted only if they are a complete packing of the layer; the weights are then 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
@@ -15,7 +15,21 @@ from fastmaf.io.flow_config import TILES
 from fastmaf.io.safe_json import child
 from fastmaf.io.schema import ListOf, SchemaError, Whole
 from fastmaf.kernels import PackedLayout
-from fastmaf.kernels.layout import Tile
+
+
+class Tile(NamedTuple):
+    """Rows ``row_start..row_end`` and columns ``0..width`` of a masked weight, row-major from ``offset`` on."""
+
+    row_start: int
+    row_end: int
+    width: int
+    offset: int
+
+    def of(self, packed: Tensor) -> Tensor:
+        """Returns the tile as a matrix that shares the memory of ``packed``."""
+        rows = self.row_end - self.row_start
+        return packed.narrow(0, self.offset, rows * self.width).view(rows, self.width)
+
 
 _TILE = ListOf(Whole(), shortest=4, longest=4)
 # Limits how much larger a layer may be than its weights in the file, which differ by padding only.

@@ -166,7 +166,7 @@ def _padding(case: _Case) -> int:
     by_index = case.device.type == "cuda" or (case.optimizer is not None and case.backend == "torch")
     needed = by_index or (on_cpu and case.flow._like().is_meta)
     layouts = [layer.layout for layer in case.layers]
-    return sum(8 * (of.numel - of.visible) for of in layouts if needed or (on_cpu and padding_is_held(of.table)))
+    return sum(8 * (of.numel - of.visible) for of in layouts if needed or (on_cpu and padding_is_held(of.panels)))
 
 
 def _scoring(case: _Case) -> int:

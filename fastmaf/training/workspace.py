@@ -15,6 +15,7 @@ from torch import Tensor
 
 from fastmaf.flows import Flow
 from fastmaf.kernels import PackedLayout, dispatch
+from fastmaf.kernels.layout import PANEL
 from fastmaf.kernels.triton_common import work_lists
 from fastmaf.kernels.triton_common.launch_table import TABLES, family
 
@@ -39,7 +40,7 @@ def allocate_work_buffers(
     For use before free memory is compared with ``memory_estimate``, which does not count them. Where the flow runs on
     the torch backend and the CPU, matrices of zeros are multiplied, with the shapes and strides of the products of each
     layer. This takes about the time of one block's part of a training step, and the memory of one layer's inputs,
-    outputs and largest tile. On other backends nothing is done, as they use no BLAS library.
+    outputs and largest run of panels. On other backends nothing is done, as they use no BLAS library.
 
     Args:
         flow: gives the shapes; it is not run and may be on ``device="meta"``.
@@ -56,25 +57,27 @@ def allocate_work_buffers(
     if where.type != "cpu" or backend != "torch":
         return
     dtype = flow._like().dtype
-    layouts = {(layer.in_features, *layer.layout.tiles): layer.layout for layer in flow._layers()}
+    layouts = {(layer.in_features, layer.out_features, *layer.layout.runs): layer.layout for layer in flow._layers()}
     for layout in layouts.values():
         _multiply(layout, batch, partial(torch.zeros, dtype=dtype, device="cpu"), training)
 
 
 def _multiply(layout: PackedLayout, batch: int, zeros: Callable[..., Tensor], training: bool) -> None:
-    """Computes the products of ``kernels/masked_linear/torch.py``, tile by tile."""
-    inputs, outputs = zeros(batch, layout.in_features), zeros(batch, layout.out_features)
-    outputs_t, bias = outputs.t().contiguous(), zeros(layout.out_features)
-    for tile in layout.tiles:
-        if not tile.width:
-            continue
-        rows = slice(tile.row_start, tile.row_end)
-        x, y = inputs[:, : tile.width], outputs[:, rows]
-        weight = zeros(tile.row_end - tile.row_start, tile.width)
-        torch.addmm(bias[rows], x, weight.t(), out=y)
+    """Computes the products of ``kernels/masked_linear/torch.py``, run by run."""
+    rows = PANEL * (len(layout.panels) - 1)
+    inputs, outputs, bias = zeros(batch, layout.in_features), zeros(batch, rows), zeros(rows)
+    inputs_t = inputs.t().contiguous()
+    for run in layout.runs:
+        x, y = inputs[:, : run.width], outputs[:, run.rows(rows)]
+        panels = zeros(run.end - run.start, run.width, PANEL)
+        of_panels = y.unflatten(1, (-1, PANEL)).transpose(0, 1)
+        if len(panels) == 1:
+            torch.addmm(bias[run.rows(rows)], x, panels[0], out=y)
+        else:
+            torch.baddbmm(bias[run.rows(rows)].view(-1, 1, PANEL), x.expand(len(panels), -1, -1), panels)
         if training:
-            x.addmm_(y, weight)
-            torch.mm(outputs_t[rows], x, out=weight)
+            x.addmm_(y, panels.view(run.width, -1).t())
+            torch.bmm(inputs_t[: run.width].expand(len(panels), -1, -1), of_panels, out=panels)
 
 
 def workspace_bytes(

@@ -82,7 +82,7 @@ class AffineAutoregressive(Transform):
     def _affine(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         if self.calls_modules:
             shift, log_scale = self._shift_and_log_scale(x)
-            return self._map.forward(x, shift, log_scale), -log_scale.sum(dim=1), log_scale
+            return self._map.forward(x, shift, log_scale), self._map.sign * log_scale.sum(dim=1), log_scale
         args = AffineArgs(*self.made.output.args()[:4], self._map)
         return affine_output(self.made.hidden_units(x), x, args)
 
@@ -98,7 +98,7 @@ class AffineAutoregressive(Transform):
 
     def forward_per_dim(self, x: Tensor, terms: Tensor) -> tuple[Tensor, Tensor]:
         z, _, log_scale = self._affine(x)
-        return z, terms + log_scale
+        return z, terms - self._map.sign * log_scale
 
     def inverse(self, z: Tensor) -> tuple[Tensor, Tensor]:
         self.check_invertible()
@@ -114,7 +114,7 @@ class AffineAutoregressive(Transform):
             shift, log_scale = self._shift_and_log_scale(x)
             # Unfinished dimensions are zero: they could overflow, and infinity times a weight of zero is NaN.
             x = torch.where(dimension < finished, self._map.inverse(z, shift, log_scale), 0)
-        return x, log_scale.sum(dim=1)
+        return x, -self._map.sign * log_scale.sum(dim=1)
 
     def check_invertible(self) -> None:
         """Raises NotInvertibleError if the output mask leaks."""

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.functional import conv2d, pixel_shuffle, pixel_unshuffle, relu
 
 from fastmaf.constants import Constants
-from fastmaf.kernels.affine_output.torch import bound_log_scale
+from fastmaf.kernels import AffineMap, bounded_map
 from fastmaf.transforms.base import Transform
 
 
@@ -155,6 +155,10 @@ class LocalAutoregressive(Constants, Transform):
         """The channel of a patch of each degree, int64 ``[C p²]``."""
         return self.constant("order", self.linear.weight.device)
 
+    @property
+    def _map(self) -> AffineMap:
+        return bounded_map(self.log_scale_bound, soft=True)
+
     def _patches(self, x: Tensor) -> Tensor:
         """Returns ``x`` ``[N, D]`` as patches ``[N, C p², H/p, W/p]``, with channels sorted by degree."""
         return pixel_unshuffle(x.reshape(-1, *self.shape), self.patch)[:, self.constant("order", x.device)]
@@ -167,7 +171,7 @@ class LocalAutoregressive(Constants, Transform):
         """Returns z and log_scale, both ``[N, C p², H/p, W/p]``."""
         u = self._patches(x)
         shift, raw = self.second(relu(self.first(u))).unflatten(1, (-1, 2)).unbind(2)
-        log_scale = bound_log_scale(raw, self.log_scale_bound, soft=True)
+        log_scale = self._map.log_scale(raw)
         return (u - shift - self.linear(u)) * torch.exp(-log_scale), log_scale
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -185,7 +189,7 @@ class LocalAutoregressive(Constants, Transform):
         ladj = z.new_zeros(n)
         for g in range(groups):
             shift, raw = self.second(units, slice(2 * g, 2 * g + 2)).unbind(1)
-            log_scale = bound_log_scale(raw, self.log_scale_bound, soft=True)
+            log_scale = self._map.log_scale(raw)
             pixels = v[:, g] * torch.exp(log_scale) + shift + self.linear(u, slice(g, g + 1))[:, 0]
             u = torch.cat([u, pixels[:, None]], dim=1)
             units = torch.cat([units, relu(self.first(u, slice(g * self.hidden, (g + 1) * self.hidden)))], dim=1)

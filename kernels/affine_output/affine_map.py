@@ -12,7 +12,16 @@ with the shift ``m`` and the log-scale ``a``, a function of the raw output ``u``
     SOFT_CLIP   a = u / (1 + |u| / limit)
 
 An infinite limit leaves ``u`` alone in CLAMP, TANH and SOFT_CLIP. Each derivative da/du is a function of ``a``, which
-is what a forward pass saves.
+is what a forward pass saves:
+
+    CLAMP       1 if |a| < limit else 0
+    TANH        1 - (a / limit)^2
+    SOFTPLUS    -expm1(epsilon - e^a) / e^a
+    SIGMOID     (epsilon - expm1(a)) (1 - epsilon e^-a)
+    SOFT_CLIP   (1 - |a| / limit)^2
+
+All are finite, with their derivatives, for any finite ``u``. With epsilon = 0, SOFTPLUS tends to ``a = u`` for small
+``u`` and SIGMOID to ``a = u + limit``: below -40 the former is that exactly, and the latter is a logsigmoid.
 """
 
 from __future__ import annotations
@@ -22,10 +31,12 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.functional import softplus
+from torch.nn.functional import logsigmoid, softplus
 
 SHIFT_FIRST, SCALE_FIRST = range(2)
 CLAMP, TANH, SOFTPLUS, SIGMOID, SOFT_CLIP = range(5)
+# e^-40 is less than a unit of rounding of float64: softplus(u) is u above, and e^u below -40.
+_EXACT = 40.0
 
 
 class AffineMap(NamedTuple):
@@ -49,20 +60,25 @@ class AffineMap(NamedTuple):
             raise ValueError(f"an affine map needs a form of 0 or 1 and a scale of 0 to 4; found {tuple(self)}")
         if self.scale in (CLAMP, TANH, SOFT_CLIP) and not self.limit > 0:
             raise ValueError(f"the limit of log-scales must be positive; found {self.limit}")
-        if not (0 <= self.epsilon < math.inf) or math.isnan(self.limit):
-            raise ValueError(f"epsilon must be finite and not negative, and limit a number; found {tuple(self)}")
+        if self.scale == SIGMOID and not math.isfinite(self.limit):
+            raise ValueError(f"SIGMOID needs a finite limit, which it adds to the raw output; found {self.limit}")
+        if not 0 <= self.epsilon < math.inf:
+            raise ValueError(f"epsilon must be finite and not negative; found {self.epsilon}")
 
     @property
     def sign(self) -> int:
-        """Of the log-scale in log |dz/dx|."""
+        """The sign of the log-scale in log |dz/dx|."""
         return -1 if self.form == SHIFT_FIRST else 1
 
     def log_scale(self, u: Tensor) -> Tensor:
         """Returns the log-scale ``a`` for the network's raw output ``u``."""
         if self.scale == SOFTPLUS:
-            return torch.log(softplus(u) + self.epsilon)
+            if self.epsilon:
+                return torch.log(softplus(u, threshold=_EXACT) + self.epsilon)
+            return torch.where(u < -_EXACT, u, torch.log(softplus(u.clamp(min=-_EXACT), threshold=_EXACT)))
         if self.scale == SIGMOID:
-            return torch.log(torch.sigmoid(u + self.limit) + self.epsilon)
+            u = u + self.limit
+            return torch.log(torch.sigmoid(u) + self.epsilon) if self.epsilon else logsigmoid(u)
         if math.isinf(self.limit):
             return u
         if self.scale == TANH:
@@ -75,11 +91,10 @@ class AffineMap(NamedTuple):
         """Returns da/du as a function of ``a``: zero where a clamp holds."""
         if self.scale == SOFTPLUS:
             s = torch.exp(a)
-            return -torch.expm1(self.epsilon - s) / s
+            return torch.where(s == 0, 1, -torch.expm1(self.epsilon - s) / s)
         if self.scale == SIGMOID:
-            s = torch.exp(a)
-            probability = s - self.epsilon
-            return probability * (1 - probability) / s
+            above = self.epsilon - torch.expm1(a)  # 1 - sigmoid, accurate where it is small
+            return above * (1 - self.epsilon * torch.exp(-a)) if self.epsilon else above
         if math.isinf(self.limit):
             return torch.ones_like(a)
         if self.scale == TANH:

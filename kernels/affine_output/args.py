@@ -43,6 +43,7 @@ class AffineBatch(NamedTuple):
         grad_z, grad_ladj, grad_log_scale: the gradients of the outputs.
         h: ``[N, H]``, the last hidden layer.
         z, log_scale: ``[N, D]``, the outputs.
+        x: ``[N, D]``, the data; read only by maps of form SCALE_FIRST.
     """
 
     grad_z: Tensor
@@ -51,3 +52,4 @@ class AffineBatch(NamedTuple):
     h: Tensor
     z: Tensor
     log_scale: Tensor
+    x: Tensor

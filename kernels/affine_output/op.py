@@ -26,12 +26,12 @@ def _forward_fake(h: Tensor, x: Tensor, *fields: Any) -> tuple[Tensor, Tensor, T
 
 
 def _backward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    batch, args = AffineBatch(*arguments[:6]), AffineArgs(*arguments[6:])
+    batch, args = AffineBatch(*arguments[:7]), AffineArgs(*arguments[7:])
     return implementation("affine_output", batch.z).backward(batch, args, True, True)
 
 
 def _backward_fake(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    batch, args = AffineBatch(*arguments[:6]), AffineArgs(*arguments[6:])
+    batch, args = AffineBatch(*arguments[:7]), AffineArgs(*arguments[7:])
     z, h = batch.z, batch.h
     return h.new_empty(h.shape), h.new_empty(args.weight.shape), z.new_empty(args.bias.shape), z.new_empty(z.shape)
 
@@ -53,7 +53,7 @@ def _autograd(ctx: Any, grad_z: Tensor, grad_ladj: Tensor, grad_log_scale: Tenso
             grads,
         )
         return *values, None, None, None
-    batch = AffineBatch(*grads, h, z, log_scale)
+    batch = AffineBatch(*grads, h, z, log_scale, x)
     grad_weight: Tensor | None = None
     if (sink := sink_of(args.weight, ctx)) is not None:
         grad_h, grad_bias, grad_x = sink.take(FactoredGrad("affine_output", batch, args), True)
@@ -64,8 +64,8 @@ def _autograd(ctx: Any, grad_z: Tensor, grad_ladj: Tensor, grad_log_scale: Tenso
 
 _BACKWARD = Op(
     "affine_output_backward",
-    f"(Tensor grad_z, Tensor grad_ladj, Tensor grad_log_scale, Tensor h, Tensor z, Tensor log_scale, {AFFINE_SCHEMA})"
-    " -> (Tensor, Tensor, Tensor, Tensor)",
+    "(Tensor grad_z, Tensor grad_ladj, Tensor grad_log_scale, Tensor h, Tensor z, Tensor log_scale, Tensor x, "
+    f"{AFFINE_SCHEMA}) -> (Tensor, Tensor, Tensor, Tensor)",
     _backward,
     _backward_fake,
 )
@@ -80,8 +80,8 @@ _FORWARD = Op(
 
 
 def affine_output(h: Tensor, x: Tensor, args: AffineArgs) -> tuple[Tensor, Tensor, Tensor]:
-    """Applies a MADE's output layer and the affine transform that it parametrises, such as ``z = (x - shift) exp(-log_scale)``; see
-    ``AffineMap``.
+    """Applies a MADE's output layer and the affine transform that it parametrises, such as
+    ``z = (x - shift) exp(-log_scale)``; see ``AffineMap``.
 
     Args:
         h: ``[N, H]``, the last hidden layer.

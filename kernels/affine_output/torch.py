@@ -1,45 +1,39 @@
 """Output layer fused with the affine transform, in plain torch: the truth that the other backends are held against.
 
     (m, u)[d] = b + W h          rows 2d and 2d + 1 of the packed weight: a dimension's shift and its raw log-scale
-    a = bound(u)                 clamp(u, -B, B), or B tanh(u / B) when soft; B = inf leaves u alone
-    z = (x - m) exp(-a),   ladj = -sum_d a[d]                        (MAF, Papamakarios et al. 2017, eq. 3-5)
+    a = log_scale(u)             see ``AffineMap``
+    z = (x - m) exp(-a),   ladj = -sum_d a[d]        SHIFT_FIRST
+    z = exp(a) x + m,      ladj = +sum_d a[d]        SCALE_FIRST
+
+Backwards, from the gradients of z, of ladj and of a itself, with x, z and a:
+
+    grad_x = grad_z exp(-a),   grad_m = -grad_x,   grad_a = grad_log_scale - grad_ladj - grad_z z          SHIFT_FIRST
+    grad_x = grad_z exp(a),    grad_m = grad_z,    grad_a = grad_log_scale + grad_ladj + grad_x x          SCALE_FIRST
+
+and the gradients of rows 2d and 2d + 1 of the product are (grad_m, grad_a slope(a)).
 
 Here the [N, 2D] product is formed for the sake of reading; a kernel has no need to store it.
 """
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 
 from fastmaf.kernels.adam.update import Update
+from fastmaf.kernels.affine_output.affine_map import SHIFT_FIRST
 from fastmaf.kernels.affine_output.args import AffineArgs, AffineBatch
 from fastmaf.kernels.masked_linear import torch as linear
 from fastmaf.kernels.masked_linear.args import LinearArgs, LinearBatch
 
 
-def bound_log_scale(u: Tensor, bound: float, soft: bool) -> Tensor:
-    """Returns the log-scale ``a`` for the network's raw output ``u``."""
-    if math.isinf(bound):
-        return u
-    return bound * torch.tanh(u / bound) if soft else u.clamp(-bound, bound)
-
-
-def bound_slope(a: Tensor, bound: float, soft: bool) -> Tensor:
-    """Returns da/du as a function of the bounded value ``a``: zero where the clamp holds."""
-    if math.isinf(bound):
-        return torch.ones_like(a)
-    return 1 - (a / bound).square() if soft else (a.abs() < bound).to(a.dtype)
-
-
 def forward(h: Tensor, x: Tensor, args: AffineArgs) -> tuple[Tensor, Tensor, Tensor]:
     """Returns ``z`` ``[N, D]``, ``ladj`` ``[N]`` and ``log_scale`` ``[N, D]``."""
-    out = linear.forward(h, LinearArgs(*args[:4])).unflatten(1, (-1, 2))
-    log_scale = bound_log_scale(out[..., 1], args.bound, args.soft).clone(memory_format=torch.contiguous_format)
-    z = (x - out[..., 0]).mul_(torch.exp(-log_scale))
-    return z, -log_scale.sum(1), log_scale
+    affine_map = args.affine_map
+    shift, raw = linear.forward(h, LinearArgs(*args[:4])).unflatten(1, (-1, 2)).unbind(2)
+    log_scale = affine_map.log_scale(raw).clone(memory_format=torch.contiguous_format)
+    z = affine_map.forward(x, shift, log_scale)
+    return z, affine_map.sign * log_scale.sum(1), log_scale
 
 
 def backward(batch: AffineBatch, args: AffineArgs, need_inputs: bool, need_weight: bool) -> tuple[Tensor, ...]:
@@ -64,10 +58,14 @@ def squared_norm(batch: AffineBatch, args: AffineArgs) -> Tensor:
 
 def grad_product(batch: AffineBatch, args: AffineArgs) -> tuple[Tensor, Tensor]:
     """Returns the gradients of the layer's product ``[N, 2D]`` and, through the transform alone, of ``x``."""
-    grad_x = batch.grad_z * torch.exp(-batch.log_scale)
-    grad_a = batch.grad_log_scale - batch.grad_z * batch.z - batch.grad_ladj[:, None]
-    slope = bound_slope(batch.log_scale, args.bound, args.soft)
-    return torch.stack((-grad_x, grad_a * slope), dim=2).flatten(1), grad_x
+    affine_map, a = args.affine_map, batch.log_scale
+    grad_x = batch.grad_z * torch.exp(affine_map.sign * a)
+    if affine_map.form == SHIFT_FIRST:
+        grad_m, grad_a = -grad_x, -batch.grad_z * batch.z - batch.grad_ladj[:, None]
+    else:
+        grad_m, grad_a = batch.grad_z, grad_x * batch.x + batch.grad_ladj[:, None]
+    grad_a = (grad_a + batch.grad_log_scale) * affine_map.slope(a)
+    return torch.stack((grad_m, grad_a), dim=2).flatten(1), grad_x
 
 
 def product_batch(g: Tensor, batch: AffineBatch) -> LinearBatch:

@@ -88,7 +88,7 @@ def backward(
     grad = before_permutation(batch.grad_z, args.permutations[-1])
     for b, (*hidden, output), at in blocks_reversed(batch, args):
         needed = b > 0 or need_grad_x
-        affine = AffineBatch(grad, batch.grad_ladj, torch.zeros_like(grad), at.hidden[-1], at.z, at.log_scale)
+        affine = AffineBatch(grad, batch.grad_ladj, torch.zeros_like(grad), at.hidden[-1], at.z, at.log_scale, at.x)
         factored = FactoredGrad("affine_output", affine, args.output(b, output))
         grad_h, grad_biases[output], direct = take(output, factored, True)
         for k in reversed(range(len(hidden))):

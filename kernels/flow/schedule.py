@@ -3,6 +3,18 @@
 An output of degree d reads the last hidden layer's units of degree < d, and nothing else. So all outputs between two
 consecutive degrees of that layer share what they are conditioned on, and become known together. A hidden unit of an
 earlier layer is finished with the first step that needs it; it adds no step of its own, whatever its degree is.
+
+A step finishes few units, often a single one, while weights are stored in panels of 16 units. So steps are taken in
+groups, each of about one panel of the last hidden layer, as in a blocked triangular solve:
+
+    for each group, for each layer:
+        ahead     the products of all its rows with everything below them that was finished before: whole panels
+        solve     step by step, the products with the few columns that the group itself has finished so far
+
+where the rows of a group are the outputs and the hidden units that its steps finish. All but a small part of the
+weights is read in the first of the two, in large products. What an output reads in ``ahead`` was finished before the
+group's first step; what a hidden unit reads there may include what that step finishes below it, so that a group of one
+step has nothing to solve.
 """
 
 from __future__ import annotations
@@ -11,6 +23,8 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+
+from fastmaf.kernels.layout import PANEL
 
 
 def level_schedule(in_degrees: Tensor, hidden_degrees: Sequence[Tensor]) -> Tensor:
@@ -31,3 +45,21 @@ def level_schedule(in_degrees: Tensor, hidden_degrees: Sequence[Tensor]) -> Tens
     # A last step for the outputs beyond the last threshold; units that no output reads are never computed.
     table.append([in_degrees.numel(), *(table[-1][1:] if table else [0] * len(hidden_degrees))])
     return torch.tensor(table, dtype=torch.int32, device="cpu")
+
+
+def groups(schedule: Tensor) -> list[tuple[int, int]]:
+    """Returns the groups of steps of a ``level_schedule``: the first step of each, and the step after its last.
+
+    A group of several steps finishes units of one panel of the last hidden layer; a step that reaches beyond the panel
+    in which it begins is a group of its own.
+    """
+    finished, result, first = schedule[:, -1].tolist(), [], 0
+    while first < len(finished):
+        before = finished[first - 1] if first else 0
+        limit = before // PANEL * PANEL + PANEL
+        end = first + 1
+        while end < len(finished) and finished[end] <= limit:
+            end += 1
+        result.append((first, end))
+        first = end
+    return result

@@ -3,74 +3,84 @@
 For each step of the schedule:
 
     (m, u) = b + W_out[rows of the step] h_last[units finished before]
-    x[dims of the step] = z exp(a) + m,   a = bound(u)
+    x[dims of the step] = z exp(a) + m,   a = log_scale(u)             or (z - m) exp(-a): see ``AffineMap``
     finish the hidden units that have become computable, layer by layer
 
-Every weight is read once and every hidden unit is computed once, so the whole inverse costs the arithmetic of one
-forward pass. It is exact for any weights and any strictly autoregressive degrees.
+in groups of steps, as ``schedule.py`` describes. Every weight is read about once and every hidden unit is computed
+once, so the whole inverse costs the arithmetic of one forward pass. It is exact for any weights and any strictly
+autoregressive degrees.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from itertools import accumulate
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
-from fastmaf.kernels.affine_output.torch import bound_log_scale, bound_slope
+from fastmaf.kernels.affine_output.affine_map import SHIFT_FIRST
 from fastmaf.kernels.flow.args import FlowArgs, permuted
 from fastmaf.kernels.flow.saved import before_permutation
-from fastmaf.kernels.layout import Tile, tiles_of
+from fastmaf.kernels.flow.schedule import groups
+from fastmaf.kernels.layout import PANEL, Run, runs_of
 from fastmaf.kernels.masked_linear import torch as linear
 from fastmaf.kernels.masked_linear.args import LinearArgs
 from fastmaf.kernels.tensor_cache import cached
 
 
-class _Piece(NamedTuple):
-    """Rows of one layer that a step computes, all in one tile; they read the first ``width`` units below."""
+class Rows(NamedTuple):
+    """The rows of one layer that a group of steps finishes.
 
-    rows: int
-    width: int
-    stride: int
-    offset: int
+    Attributes:
+        rows: all of them.
+        counts: how many of them each step finishes.
+        below: how many units of the layer below are finished when each step comes to them.
+        runs: the panels that hold them, cut where their width changes.
+    """
 
-    def of(self, packed: Tensor) -> Tensor:
-        """Returns these rows as a matrix ``[rows, width]`` that shares the memory of ``packed``."""
-        return packed.as_strided((self.rows, self.width), (self.stride, 1), packed.storage_offset() + self.offset)
+    rows: slice
+    counts: list[int]
+    below: list[int]
+    runs: list[Run]
 
-
-def _cut(
-    starts: Sequence[int], ends: Sequence[int], finished: Sequence[int], tiles: Sequence[Tile]
-) -> list[list[_Piece]]:
-    """Cuts each step's rows where a tile ends; no piece reads further than what is finished below it."""
-    result, tile = [], iter(tiles)
-    current = next(tile)
-    for start, end, below in zip(starts, ends, finished, strict=True):
-        pieces = []
-        while start < end:
-            while current.row_end <= start:
-                current = next(tile)
-            stop = min(end, current.row_end)
-            offset = current.offset + (start - current.row_start) * current.width
-            pieces.append(_Piece(stop - start, min(current.width, below), current.width, offset))
-            start = stop
-        result.append(pieces)
-    return result
+    def matrix(self, packed: Tensor, columns: slice) -> Tensor:
+        """Returns the weights of these rows as a matrix, with no more columns than the widest panel has."""
+        parts = [run.of(packed)[:, columns].mT.flatten(0, 1) for run in self.runs]
+        width = parts[-1].shape[1]
+        whole = torch.cat([pad(part, (0, width - part.shape[1])) for part in parts])
+        return whole.narrow(0, self.rows.start % PANEL, self.rows.stop - self.rows.start)
 
 
-def plan_of(panels: Sequence[Tensor], schedule: Tensor) -> list[list[list[_Piece]]]:
-    """Returns, per step, the pieces of each layer: hidden layers first, the output layer last."""
-    return cached(schedule, "plan", lambda: _make_plan([tiles_of(table) for table in tiles], schedule), also=tiles)
+def plan_of(panels: Sequence[Tensor], schedule: Tensor) -> list[list[Rows]]:
+    """Returns, per group of steps, the rows of each layer: hidden layers first, the output layer last."""
+    return cached(schedule, "plan", lambda: _make_plan([runs_of(layer) for layer in panels], schedule), also=panels)
 
 
-def _make_plan(layers: list[list[Tile]], schedule: Tensor) -> list[list[list[_Piece]]]:
-    after = list(zip(*schedule.tolist(), strict=True))  # per step, of the dimensions, then of each hidden layer's units
-    before = [(0, *counts[:-1]) for counts in after]
-    cut = [_cut(before[k + 1], after[k + 1], after[k], layer) for k, layer in enumerate(layers[:-1])]
-    cut.append(_cut([2 * d for d in before[0]], [2 * d for d in after[0]], before[-1], layers[-1]))
-    return [list(pieces) for pieces in zip(*cut, strict=True)]
+def _make_plan(layers: list[list[Run]], schedule: Tensor) -> list[list[Rows]]:
+    dims, *units = zip(*schedule.tolist(), strict=True)  # finished after each step, the latter per hidden layer
+    ends = [*units, [2 * d for d in dims]]
+    below = [dims, *units[:-1], (0, *units[-1][:-1])]  # outputs read what was finished before their step
+    return [
+        [_make_rows(runs, end, width, *group) for runs, end, width in zip(layers, ends, below, strict=True)]
+        for group in groups(schedule)
+    ]
+
+
+def _make_rows(runs: list[Run], ends: Sequence[int], below: Sequence[int], first: int, end: int) -> Rows:
+    starts = [0, *ends]
+    rows = slice(starts[first], starts[end])
+    panels = range(rows.start // PANEL, max(-(-rows.stop // PANEL), rows.start // PANEL + 1))
+    cut = []
+    for run in runs:
+        start, stop = max(run.start, panels.start), min(run.end, panels.stop)
+        if start < stop:
+            cut.append(Run(start, stop, run.width, run.offset + PANEL * run.width * (start - run.start)))
+    counts = [after - before for before, after in zip(starts[first:end], starts[first + 1 : end + 1], strict=True)]
+    return Rows(rows, counts, list(below[first:end]), cut)
 
 
 def inverse(z: Tensor, args: FlowArgs) -> tuple[Tensor, Tensor]:
@@ -101,35 +111,70 @@ def _one_thread_if_small(z: Tensor) -> Iterator[None]:
 
 
 def _inverse_of_block(z: Tensor, args: FlowArgs, block: int) -> tuple[Tensor, Tensor]:
-    layers = args.layers_of_blocks()[block]
+    layers, affine_map = args.layers_of_blocks()[block], args.map(block)
     plan = plan_of([args.panels[i] for i in layers], args.schedules[block])
     # Stored in fewer bits, they are the same function of rounded weights.
     weights, biases = [args.weights[i].to(z.dtype) for i in layers], [args.biases[i] for i in layers]
-    activation, bound, soft = args.activation, args.bounds[block], args.softs[block]
     # Everything is kept units x samples, so that whatever a step reads or writes is one contiguous block, and is split
     # into the blocks of all steps beforehand: per-step slicing would cost more than the arithmetic.
     z_t = z.t().contiguous()
     x_t, log_scale_t = torch.empty_like(z_t), torch.empty_like(z_t)
-    hidden = [z.new_empty(bias.shape[0], z.shape[0]) for bias in biases[:-1]]
-    below_of = [x_t, *hidden]
-    rows = [[piece.rows for step in plan for piece in step[k]] for k in range(len(biases))]
-    bias_of = [iter(b[: sum(r), None].split(r)) for b, r in zip(biases, rows, strict=True)]
-    unit_of = [iter(h[: sum(r)].split(r)) for h, r in zip(hidden, rows, strict=False)]
-    dims = [r // 2 for r in rows[-1]]
+    below = [x_t, *(z.new_empty(bias.shape[0], z.shape[0]) for bias in biases[:-1])]
+    dims = [count // 2 for of_layers in plan for count in of_layers[-1].counts]
     dim_of = zip(z_t.split(dims), log_scale_t.split(dims), x_t.split(dims), strict=True)
+    last = len(layers) - 1
     with _one_thread_if_small(z):
-        for *hidden_pieces, output_pieces in plan:
-            for piece in output_pieces:
-                out = torch.addmm(next(bias_of[-1]), piece.of(weights[-1]), hidden[-1].narrow(0, 0, piece.width))
-                z_d, a, x_d = next(dim_of)
-                a.copy_(bound_log_scale(out[1::2], bound, soft))
-                torch.addcmul(out[0::2], z_d, torch.exp(a), out=x_d)
-            for k, pieces in enumerate(hidden_pieces):
-                for piece in pieces:
-                    unit = next(unit_of[k])
-                    below = below_of[k].narrow(0, 0, piece.width)
-                    linear.activate_(torch.addmm(next(bias_of[k]), piece.of(weights[k]), below, out=unit), activation)
-    return x_t.t().contiguous(), log_scale_t.sum(0)
+        for of_layers in plan:
+            solves: list[_Solve] = []
+            for step in range(len(of_layers[0].counts)):
+                for k in (last, *range(last)):
+                    if step == 0:
+                        rows = of_layers[k].rows
+                        sums = z.new_empty(rows.stop - rows.start, z.shape[0]) if k == last else below[k + 1][rows]
+                        solves.append(_Solve(sums, weights[k], biases[k], of_layers[k], below[k]))
+                    if k == last:
+                        out = solves[0].step(step)
+                        z_d, a, x_d = next(dim_of)
+                        a.copy_(affine_map.log_scale(out[1::2]))
+                        x_d.copy_(affine_map.inverse(z_d, out[0::2], a))
+                    else:
+                        linear.activate_(solves[k + 1].step(step), args.activation)
+    return x_t.t().contiguous(), log_scale_t.sum(0).mul_(-affine_map.sign)
+
+
+class _Solve:
+    """The products of one layer in a group of steps.
+
+    Args:
+        sums: ``[rows, N]``, where they are written to.
+        weight, bias: of the layer.
+        of: its rows.
+        below: ``[units, N]``, the layer below, as far as it is finished.
+    """
+
+    def __init__(self, sums: Tensor, weight: Tensor, bias: Tensor, of: Rows, below: Tensor) -> None:
+        self.of, self.below = of, below
+        self._ahead(sums.copy_(bias[of.rows, None]), weight)
+        self.sums = sums.split(of.counts)
+        if len(of.counts) > 1:
+            self.weights = of.matrix(weight, slice(of.below[0], of.below[-1])).split(of.counts)
+
+    def _ahead(self, sums: Tensor, weight: Tensor) -> None:
+        finished, rows = self.below[: self.of.below[0]].t(), self.of.rows
+        for run in self.of.runs:
+            panels = run.of(weight)[:, : finished.shape[1]]
+            seen = finished[:, : panels.shape[1]].expand(len(panels), -1, -1)
+            product = torch.bmm(seen, panels).mT.flatten(0, 1)
+            start, stop = max(PANEL * run.start, rows.start), min(PANEL * run.end, rows.stop)
+            sums[start - rows.start : stop - rows.start] += product[start - PANEL * run.start :][: stop - start]
+
+    def step(self, step: int) -> Tensor:
+        """Returns the finished sums of a step ``[rows, N]``."""
+        sums, start = self.sums[step], self.of.below[0]
+        if step and sums.shape[0]:
+            weight = self.weights[step][:, : self.of.below[step] - start]
+            sums.addmm_(weight, self.below.narrow(0, start, weight.shape[1]))
+        return sums
 
 
 def inverse_backward(grad_x: Tensor, grad_ladj: Tensor, z: Tensor, args: FlowArgs) -> list[Tensor]:
@@ -159,30 +204,49 @@ def _backward_of_block(
         LinearArgs(args.weights[i].to(z.dtype), *args.hidden(i)[1:]) for i in args.layers_of_blocks()[block]
     ]
     layers, last = [*hidden, output], len(hidden)
-    bound, soft = args.bounds[block], args.softs[block]
+    affine_map = args.map(block)
     values = [x]  # x is known by now, so that one plain pass recomputes every unit
     for layer in hidden:
         values.append(linear.forward(values[-1], layer))
     out = linear.forward(values[last], output._replace(activation="identity"))
-    a = bound_log_scale(out[:, 1::2], bound, soft)
-    scale, slope = torch.exp(a), bound_slope(a, bound, soft)
+    a = affine_map.log_scale(out[:, 1::2])
+    scale, slope = torch.exp(-affine_map.sign * a), affine_map.slope(a)
     grad_values = [grad_x.clone(), *(torch.zeros_like(value) for value in values[1:])]
     grad_rows = [*(torch.zeros_like(value) for value in values[1:]), torch.zeros_like(out)]
-    plan = plan_of([layer.panels for layer in layers], args.schedules[block])
-    ends = [sum(piece.rows for step in plan for piece in step[k]) for k in range(len(layers))]
-    for step in reversed(plan):
-        for k in (*reversed(range(last)), last):  # the reverse of: outputs, then hidden layers from the first on
-            for piece in reversed(step[k]):
-                rows = slice(ends[k] - piece.rows, ends[k])
-                ends[k] = rows.start
-                if k < last:
-                    grad = linear.grad_activation(grad_values[k + 1][:, rows], values[k + 1][:, rows], args.activation)
-                else:
-                    dims = slice(rows.start // 2, rows.stop // 2)
-                    grad_shift = grad_values[0][:, dims]
-                    grad_a = grad_shift * z[:, dims] * scale[:, dims] + grad_ladj[:, None]
-                    grad = torch.stack((grad_shift, grad_a * slope[:, dims]), dim=2).flatten(1)
-                grad_rows[k][:, rows] = grad
-                grad_values[k][:, : piece.width] += grad @ piece.of(layers[k].weight)
+
+    def grad_of(k: int, rows: slice) -> Tensor:
+        if k < last:
+            return linear.grad_activation(grad_values[k + 1][:, rows], values[k + 1][:, rows], args.activation)
+        dims = slice(rows.start // 2, rows.stop // 2)
+        grad = grad_values[0][:, dims]
+        if affine_map.form == SHIFT_FIRST:
+            grad_m, grad_a = grad, grad * z[:, dims] * scale[:, dims] + grad_ladj[:, None]
+        else:
+            grad_m, grad_a = -grad * scale[:, dims], -grad * x[:, dims] - grad_ladj[:, None]
+        return torch.stack((grad_m, grad_a * slope[:, dims]), dim=2).flatten(1)
+
+    for of_layers in reversed(plan_of([layer.panels for layer in layers], args.schedules[block])):
+        inside = [
+            of.matrix(layer.weight, slice(of.below[0], of.below[-1])).split(of.counts)
+            for of, layer in zip(of_layers, layers, strict=True)
+        ]
+        ends = [list(accumulate(of.counts, initial=of.rows.start)) for of in of_layers]
+        for step in reversed(range(len(of_layers[0].counts))):
+            for k in (*reversed(range(last)), last):  # the reverse of: outputs, then hidden layers from the first on
+                of, rows = of_layers[k], slice(*ends[k][step : step + 2])
+                grad_rows[k][:, rows] = grad = grad_of(k, rows)
+                weight = inside[k][step][:, : of.below[step] - of.below[0]]
+                grad_values[k][:, of.below[0] : of.below[0] + weight.shape[1]] += grad @ weight
+                if step == 0:
+                    _add_ahead(grad_values[k][:, : of.below[0]], grad_rows[k], layers[k].weight, of)
     grad_weights = [linear.grad_weight(*of_layer) for of_layer in zip(grad_rows, values, layers, strict=True)]
     return grad_values[0] * scale, grad_weights, [grad.sum(0) for grad in grad_rows]
+
+
+def _add_ahead(grad_below: Tensor, grad_rows: Tensor, weight: Tensor, of: Rows) -> None:
+    """Adds the gradients of what the rows of a group read that was finished before it."""
+    start, end = PANEL * of.runs[0].start, PANEL * of.runs[-1].end
+    grad = pad(grad_rows[:, of.rows], (of.rows.start - start, end - of.rows.stop))
+    for run in of.runs:
+        matrix = run.of(weight)[:, : grad_below.shape[1]].transpose(0, 1).flatten(1)
+        grad_below[:, : len(matrix)].addmm_(grad[:, PANEL * run.start - start : PANEL * run.end - start], matrix.t())
