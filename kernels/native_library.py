@@ -9,6 +9,7 @@ with torch's ops: start processes with the methods "spawn" or "forkserver", or u
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import sys
 from pathlib import Path
@@ -103,3 +104,12 @@ def _why_not(folder: Path) -> str | None:
     if any(source.stat().st_mtime > library.stat().st_mtime for source in folder.glob("csrc/*")):
         return "the native library is older than its sources"
     return None
+
+
+def library() -> ctypes.CDLL:
+    """Returns the library, with its functions.
+
+    Raises:
+        ImportError: as for ``load``.
+    """
+    raise ImportError(f"the native library has no functions yet; to build it: {command()}")

@@ -16,11 +16,11 @@ import torch
 from torch import Tensor
 
 from fastmaf.flows import MAF, Flow
-from fastmaf.io.flow_config import TILES, flow_config
+from fastmaf.io.flow_config import flow_config
 from fastmaf.io.flow_tensors import EXTRA, flow_tensors
+from fastmaf.io.packed_weights import read_weights
 from fastmaf.io.safe_json import shown
 from fastmaf.io.tensor_file import CheckpointError, TensorFile
-from fastmaf.nn import MaskedLinear
 from fastmaf.sharing import share_again
 from fastmaf.transforms import TRANSFORMS
 
@@ -107,7 +107,7 @@ def _flow(file: TensorFile) -> Flow:
         tensors = flow_tensors(file, config)
         with torch.device("cpu"):
             flow = _build(config, tensors)
-        _load_tensors(flow, tensors, config["tiles"])
+        _load_tensors(flow, tensors, read_weights(file, config, flow, tensors))
         share_again(flow, config.get("shared", {}))
     except CheckpointError:
         raise
@@ -125,16 +125,16 @@ def _build(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Flow:
     return (MAF.from_transforms if config["class"] == "MAF" else Flow)(config["features"], transforms)
 
 
-def _load_tensors(flow: Flow, tensors: dict[str, Tensor], tiles: Mapping[str, Any]) -> None:
-    """Copies tensors into a flow that was built for them; shapes and dtypes must be equal."""
-    layers = {name for name, module in flow.named_modules() if isinstance(module, MaskedLinear)}
-    if tiles.keys() != layers:
-        raise ValueError(
-            f"{TILES}: expected the layers of the flow; {shown(min(tiles.keys() ^ layers))} is missing or unexpected"
-        )
+def _load_tensors(flow: Flow, tensors: dict[str, Tensor], read: set[str]) -> None:
+    """Copies tensors into a flow that was built for them, whose weights ``read`` are there already.
+
+    Shapes and dtypes must be equal.
+    """
     for name, expected in flow.state_dict().items():
-        tensor = tensors.get(name)
+        tensor = expected if name in read else tensors.get(name)
         if tensor is None or tensor.shape != expected.shape or tensor.dtype != expected.dtype:
             found = "nothing" if tensor is None else f"{tuple(tensor.shape)} {tensor.dtype}"
             raise ValueError(f"tensor {name}: expected {tuple(expected.shape)} {expected.dtype}, found {found}")
-    flow.load_state_dict(tensors)
+    missing, unexpected = flow.load_state_dict(tensors, strict=False)
+    if unexpected or set(missing) != read:
+        raise ValueError(f"tensors do not fit the flow: unexpected {shown(unexpected)}")

@@ -9,17 +9,18 @@ tensors come from the same version; if it is truncated, reading raises an error.
 
 from __future__ import annotations
 
+import json
 import math
 import os
-from collections.abc import Mapping
+import threading
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
-from fastmaf.io.atomic import replace, staging, sync_file, write_errors
+from fastmaf.io.atomic import written_atomically
 from fastmaf.io.safe_json import JSONError, parse, shown
 from fastmaf.io.schema import ListOf, MapOf, OneOf, Record, SchemaError, Text, Whole
 
@@ -41,6 +42,7 @@ _DTYPES = {
     "F8_E4M3": torch.float8_e4m3fn,
     "F8_E5M2": torch.float8_e5m2,
 }
+_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 _MAX_HEADER = 100_000_000  # bytes, the format's own limit
 _MAX_NUMEL = 2**62  # zeros in a shape count as ones, since strides are 64-bit integers
 
@@ -98,6 +100,7 @@ class TensorFile:
         if not self.path.is_file():  # checked before opening, since opening a FIFO blocks
             raise FileNotFoundError(f"no model file at {path}")
         self._file = open(path, "rb")  # noqa: SIM115
+        self._lock = threading.Lock()
         try:
             self.tensors, self.metadata = self._header(os.fstat(self._file.fileno()).st_size)
         except BaseException:
@@ -121,11 +124,31 @@ class TensorFile:
             buffer = torch.empty(end - begin, dtype=torch.uint8, device="cpu")
         except RuntimeError:
             raise CheckpointError(f"{self.path}: no memory for the {end - begin} bytes of {shown(name)}") from None
-        self._file.seek(begin)
-        if self._file.readinto(buffer.numpy().data) != end - begin:
-            raise self._damaged(f"it ends within the tensor {shown(name)}")
+        self.read_into(buffer, name)
         # Booleans with bytes other than 0 and 1 are undefined behaviour.
         return (buffer.ne(0) if dtype == torch.bool else buffer.view(dtype)).reshape(shape)
+
+    def read_into(self, target: Tensor, name: str, first: int = 0) -> None:
+        """Fills a contiguous 1-D tensor of the CPU with the numbers of a tensor from ``first`` on.
+
+        Several threads may read at the same time.
+
+        Raises:
+            CheckpointError: the file was truncated.
+        """
+        place, buffer = self.tensors[name].begin + first * target.element_size(), target.view(torch.uint8).numpy().data
+        while len(buffer):
+            count = self._read_at(place, buffer)
+            if not count:
+                raise self._damaged(f"it ends within the tensor {shown(name)}")
+            place, buffer = place + count, buffer[count:]
+
+    def _read_at(self, place: int, buffer: memoryview) -> int:
+        if hasattr(os, "preadv"):
+            return os.preadv(self._file.fileno(), [buffer], place)
+        with self._lock:
+            self._file.seek(place)
+            return self._file.readinto(buffer)
 
     def _damaged(self, why: str) -> CheckpointError:
         return CheckpointError(f"{self.path} is not a safetensors file, or is damaged: {why}")
@@ -180,16 +203,49 @@ def read_tensors(path: str | os.PathLike[str], *, tensors: bool = True) -> tuple
         return ({name: file.read(name) for name in file.tensors} if tensors else {}), file.metadata
 
 
-def write_tensors(tensors: Mapping[str, Tensor], path: str | os.PathLike[str], metadata: Mapping[str, str]) -> None:
+class Streamed(NamedTuple):
+    """A 1-D tensor that is made while it is written.
+
+    Attributes:
+        dtype: of its numbers.
+        numel: how many there are.
+        chunks: a function that returns the tensor in parts, 1-D, contiguous and on the CPU; one part may reuse the
+            memory of the last.
+    """
+
+    dtype: torch.dtype
+    numel: int
+    chunks: Callable[[], Iterator[Tensor]]
+
+
+def write_tensors(
+    tensors: Mapping[str, Tensor | Streamed], path: str | os.PathLike[str], metadata: Mapping[str, str]
+) -> None:
     """Writes a safetensors file atomically: a temporary file is synced to disk, then moved to ``path``.
 
     Raises:
         OSError: the file cannot be written. The error names ``path``, and an earlier file stays intact.
     """
-    target = Path(os.path.realpath(path))  # a symbolic link is kept, and its target is replaced
-    with write_errors(path), staging(target.parent) as folder:
-        temporary = folder / target.name
-        save_file(dict(tensors), temporary, dict(metadata))
-        os.chmod(temporary, folder.stat().st_mode & 0o666)  # safetensors grants access to the owner only
-        sync_file(temporary)
-        replace(temporary, target)
+    with written_atomically(path) as file:
+        _write(file, tensors, metadata)
+
+
+def _write(file: BinaryIO, tensors: Mapping[str, Tensor | Streamed], metadata: Mapping[str, str]) -> None:
+    header: dict[str, Any] = {"__metadata__": dict(metadata)}
+    # The largest numbers first, so that each tensor is aligned.
+    names, place = sorted(tensors, key=lambda name: (-tensors[name].dtype.itemsize, name)), 0
+    for name in names:
+        tensor = tensors[name]
+        shape = [tensor.numel] if isinstance(tensor, Streamed) else list(tensor.shape)
+        end = place + math.prod(shape) * tensor.dtype.itemsize
+        header[name] = {"dtype": _NAMES[tensor.dtype], "shape": shape, "data_offsets": [place, end]}
+        place = end
+    text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    file.write(len(text).to_bytes(8, "little") + text)
+    for name in names:
+        tensor = tensors[name]
+        for chunk in (
+            tensor.chunks() if isinstance(tensor, Streamed) else [tensor.detach().cpu().contiguous().flatten()]
+        ):
+            file.write(chunk.view(torch.uint8).numpy().data)

@@ -17,7 +17,7 @@ from fastmaf.flows import Flow
 from fastmaf.kernels import PackedLayout, dispatch
 from fastmaf.kernels.layout import PANEL
 from fastmaf.kernels.triton_common import work_lists
-from fastmaf.kernels.triton_common.launch_table import TABLES, family
+from fastmaf.kernels.triton_common.launch_table import MOST_LANES, TABLES, family
 
 
 def runs_on(flow: Flow, device: torch.device | str | None) -> tuple[torch.device, str]:
@@ -104,14 +104,13 @@ def _triton_bytes(flow: Flow, n: int, device: torch.device, *, training: bool) -
     sms = 6 if card is None else card.multi_processor_count
     table, host = TABLES[family(capability)], torch.device("cpu")
     layers = flow._layers()
-    aligned = all(work_lists.rows(layer.layout.panels, host).aligned for layer in layers)
-    launch = (table.lanes if n == 1 else table.dot).fitted(aligned)
+    launch = table.lanes if n == 1 else table.few if n <= MOST_LANES else table.dot
     tiles = -(-n // table.most_samples)
     plane, numbers = n * flow.features, [0]
     for layer in layers:
         is_output = layer.in_features < layer.out_features and layer.layout.out_features == 2 * flow.features
         if training:
-            shape = table.backward_of(min(n, table.most_samples)).fitted(aligned)
+            shape = table.backward_of(min(n, table.most_samples))
             programs = sms * shape.programs_per_sm
             work = work_lists.backward(
                 layer.layout.panels, host, layer.in_features, shape.rows, shape.columns, programs
@@ -122,8 +121,8 @@ def _triton_bytes(flow: Flow, n: int, device: torch.device, *, training: bool) -
             programs = -(-sms * launch.programs_per_sm // tiles)
             work = work_lists.forward(layer.layout.panels, host, launch.rows, launch.columns, programs)
             numbers.append(work.slots * n * layer.out_features)
-    # Partial log-determinants are float64; the base and the width of a row take 12 bytes.
-    lists = sum(12 * layer.out_features + 4 * (layer.in_features + layer.out_features) for layer in layers)
+    # Partial log-determinants are float64, the starts of panels int64.
+    lists = sum(8 * len(layer.layout.panels) + 4 * (layer.in_features + layer.out_features) for layer in layers)
     partial_sums = 8 * n * len(flow._mades()) * -(-2 * flow.features // launch.rows)
     planes = 0 if training else 2 * plane + n * sum(made.hidden_features[0] for made in flow._mades()[:1])
     return 4 * (max(numbers) + planes) + lists + partial_sums

@@ -2,9 +2,10 @@
 
     g = grad_y act'(y)          grad_x = g W          grad_W = gᵀ x          grad_b = sum_n g
 
-A program takes a chunk of columns of W and walks down the blocks of rows that see it. It reads a tile of W once for
-everything: its share of grad_x, its gradient, and a step of Adam on it. Where chunks are few, several programs share
-one; ``sum_slots`` adds up their partial sums of grad_x in a fixed order.
+A program takes a chunk of columns of W and walks down the panels that have it. It reads a tile of W once for
+everything: its share of grad_x, its gradient, and a step of Adam on it. Tiles are ``[columns, rows]``, as they are
+stored, and both products have them as a left operand or a result. Where chunks are few, several programs share one;
+``sum_slots`` adds up their partial sums of grad_x in a fixed order.
 """
 
 from __future__ import annotations
@@ -58,11 +59,11 @@ def _sum_slots_kernel(
 
 @triton.jit
 def _masked_linear_bwd_kernel(
-    g_ptr, x_ptr, w_ptr, base_ptr, width_ptr, prefix_ptr, items_ptr, grad_x_ptr, grad_w_ptr, grad_bias_ptr,
+    g_ptr, x_ptr, w_ptr, panels_ptr, prefix_ptr, items_ptr, grad_x_ptr, grad_w_ptr, grad_bias_ptr,
     exp_avg_ptr, exp_avg_sq_ptr, scalars_ptr, bias_ptr, bias_exp_avg_ptr, bias_exp_avg_sq_ptr, bias_scalars_ptr,
     n, in_features, out_features,
     BLOCK_N: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK_K: tl.constexpr, NEED_X: tl.constexpr, WEIGHT: tl.constexpr,
-    BIAS_ADAM: tl.constexpr, ALIGNED: tl.constexpr, PRECISION: tl.constexpr,
+    BIAS_ADAM: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """With both NEED_X and WEIGHT all samples must fit into BLOCK_N; NEED_X alone has a program per tile of them."""
     tiles = tl.maximum(tl.cdiv(n, BLOCK_N), 1) if NEED_X else 1  # an empty batch has gradients, zeros
@@ -73,19 +74,19 @@ def _masked_linear_bwd_kernel(
     k = column + tl.arange(0, BLOCK_K)
     k_ok = k < in_features
     first = tl.program_id(0) % tiles * BLOCK_N
-    grad_x = tl.zeros([BLOCK_N, BLOCK_K], tl.float32)
-    square = tl.zeros([BLOCK_J, BLOCK_K], tl.float32)
+    grad_x = tl.zeros([BLOCK_K, BLOCK_N], tl.float32)
+    square = tl.zeros([BLOCK_K, BLOCK_J], tl.float32)
     if WEIGHT == "adam":
         factor, l2, decay, rest1, beta2, rest2, step_size, root, eps = common.adam_scalars(scalars_ptr)
     for block in range(begin, end):
         j = block * BLOCK_J + tl.arange(0, BLOCK_J)
         row_ok = j < out_features
-        base, width = common.rows_at(base_ptr, width_ptr, j, row_ok, ALIGNED)
-        at = base[:, None] + k[None, :]
-        stored = row_ok[:, None] & (k[None, :] < width[:, None])
+        base, width = common.panels_of(panels_ptr, j, out_features, BLOCK_J)
+        at = base[None, :] + (k * 16)[:, None]
+        stored = k[:, None] < width[None, :]
         if NEED_X or WEIGHT == "adam":
-            w = common.weights(w_ptr, base, width, k, row_ok)
-        grad_w = tl.zeros([BLOCK_J, BLOCK_K], tl.float32)
+            w = common.weights(w_ptr, base, width, k)
+        grad_w = tl.zeros([BLOCK_K, BLOCK_J], tl.float32)
         grad_bias = tl.zeros([BLOCK_J], tl.float32)
         for start in range(first, n if WEIGHT != "none" else first + 1, BLOCK_N):
             sample = start + tl.arange(0, BLOCK_N)
@@ -93,14 +94,14 @@ def _masked_linear_bwd_kernel(
             row = sample.to(tl.int64)[:, None]
             g = tl.load(g_ptr + row * out_features + j[None, :], mask=sample_ok[:, None] & row_ok[None, :], other=0.0)
             if NEED_X:
-                grad_x = common.matmul(g, w, grad_x, PRECISION)
+                grad_x = common.matmul(w, tl.trans(g), grad_x, PRECISION)
             if WEIGHT != "none":
                 x = tl.load(x_ptr + row * in_features + k[None, :], mask=sample_ok[:, None] & k_ok[None, :], other=0.0)
-                grad_w = common.matmul(tl.trans(g), x, grad_w, PRECISION)
+                grad_w = common.matmul(tl.trans(x), g, grad_w, PRECISION)
                 grad_bias += tl.sum(g, 0)
         if WEIGHT != "none":
             prefix = tl.load(prefix_ptr + j, mask=row_ok, other=0)
-            grad_w = tl.where(k[None, :] < prefix[:, None], grad_w, 0.0)  # the padding stays zero
+            grad_w = tl.where(k[:, None] < prefix[None, :], grad_w, 0.0)  # the padding stays zero
             if WEIGHT == "store":
                 tl.store(grad_w_ptr + at, grad_w, mask=stored)
             if WEIGHT == "norm":
@@ -122,8 +123,8 @@ def _masked_linear_bwd_kernel(
                     tl.store(grad_bias_ptr + j, grad_bias, mask=row_ok)
     if NEED_X:
         sample = first + tl.arange(0, BLOCK_N)
-        to = (slot.to(tl.int64) * n + sample)[:, None] * in_features + k[None, :]
-        tl.store(grad_x_ptr + to, grad_x, mask=(sample < n)[:, None] & k_ok[None, :])
+        to = (slot.to(tl.int64) * n + sample)[None, :] * in_features + k[:, None]
+        tl.store(grad_x_ptr + to, grad_x, mask=(sample < n)[None, :] & k_ok[:, None])
     if WEIGHT == "norm":
         tl.store(grad_w_ptr + number, tl.sum(tl.sum(square, 1), 0))
 
@@ -188,14 +189,14 @@ def products(
     table, sms, precision = common.target(x)
     (n, out_features), in_features = g.shape, x.shape[1]
     samples = common.power_of_two(n, FEW, table.most_samples)
-    rows = work_lists.rows(args.tiles, x.device)
-    one = table.backward_of(samples).fitted(rows.aligned)
+    one = table.backward_of(samples)
     if need_x and mode != "none" and n > samples:  # the gradient of x first: Adam changes the weight
         partial, counts, _ = products(g, x, args, need_x=True)
         _, _, grad_bias = products(g, x, args, need_x=False, mode=mode, grad_w=grad_w, step=step, bias_step=bias_step)
         return partial, counts, grad_bias
     programs = common.cdiv(sms * one.programs_per_sm, max(1, common.cdiv(n, samples)) if mode == "none" else 1)
-    work = work_lists.backward(args.tiles, x.device, in_features, one.rows, one.columns, programs)
+    panels = work_lists.on_device(args.panels, x.device)
+    work = work_lists.backward(args.panels, x.device, in_features, one.rows, one.columns, programs)
     partial = x.new_empty(work.slots if need_x else 0, n, in_features)
     grad_bias = x.new_empty(out_features if mode != "none" and bias_step is None else 0)
     if mode == "norm":
@@ -205,10 +206,10 @@ def products(
     common.launch(
         _masked_linear_bwd_kernel,
         len(work.items) * (common.cdiv(n, samples) if mode == "none" else 1),
-        g, x, args.weight, rows.base, rows.width, args.prefix, work.items, partial, grad_w, grad_bias, *adam,
+        g, x, args.weight, panels, args.prefix, work.items, partial, grad_w, grad_bias, *adam,
         args.bias if bias_step is not None else None, *bias_adam, n, in_features, out_features,
         BLOCK_N=samples, BLOCK_J=one.rows, BLOCK_K=one.columns, NEED_X=need_x, WEIGHT=mode,
-        BIAS_ADAM=bias_step is not None, ALIGNED=rows.aligned, PRECISION=precision,
+        BIAS_ADAM=bias_step is not None, PRECISION=precision,
         num_warps=one.warps, num_stages=one.stages, maxnreg=common.all_registers(one.warps),
     )  # fmt: skip
     if mode == "norm":

@@ -29,12 +29,6 @@ class Launch(NamedTuple):
     stages: int = 1
     programs_per_sm: int = 4
 
-    def fitted(self, aligned: bool) -> Launch:
-        """Returns the parameters for weights whose rows start anywhere: loaded 4 bytes at a time, half the columns fill
-        the registers.
-        """
-        return self if aligned else self._replace(columns=max(16, self.columns // 2))
-
 
 class Table(NamedTuple):
     """Launch parameters of all kernels on one family of cards.

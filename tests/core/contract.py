@@ -13,7 +13,7 @@ from torch import Tensor
 
 import fastmaf
 from fastmaf.transforms import Transform
-from tests.core.helpers import build, generator, jacobian, layers_of, many_tiles, normal
+from tests.core.helpers import build, generator, jacobian, layers_of, normal, shared_widths
 from tests.tolerances import F32, F64, assert_close
 
 DTYPES = pytest.mark.parametrize("dtype", [F64, F32], ids=str)
@@ -142,7 +142,7 @@ class TransformContract:
     def test_save_and_load(self, tmp_path: Path, dtype: torch.dtype) -> None:
         flow, x, path = self.flow(dtype), self.data(4, dtype), tmp_path / "flow.safetensors"
         flow.save(path)
-        with many_tiles():
+        with shared_widths():
             again = fastmaf.load(path)
         assert again.transforms[0].config() == flow.transforms[0].config()  # type: ignore[operator, union-attr]
         assert torch.equal(again.log_prob(x), flow.log_prob(x))
@@ -176,7 +176,7 @@ class TransformContract:
         flow, x = self.flow(F32).to(F64), self.data(5)
         assert_close("values", flow.nll_per_dim(x).sum(dim=1).detach(), -flow.log_prob(x))
         flow.save(tmp_path / "flow.safetensors")
-        with many_tiles():
+        with shared_widths():
             again = fastmaf.load(tmp_path / "flow.safetensors")
         assert torch.equal(again.log_prob(x), flow.log_prob(x))
         assert torch.equal(again.nll_per_dim(x), flow.nll_per_dim(x))

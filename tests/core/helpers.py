@@ -17,16 +17,19 @@ from fastmaf.naive import NaiveMAF
 
 
 @contextlib.contextmanager
-def many_tiles(min_numel: int = 8, max_rows: int = 16, alignment: int = 4) -> Iterator[None]:
-    """Cuts small layers into many tiles of many widths, as large ones are, for the layouts that are built inside."""
-    with mock.patch.multiple(layout, MIN_TILE_NUMEL=min_numel, MAX_TILE_ROWS=max_rows, ALIGNMENT=alignment):
+def shared_widths(widths: int = 2) -> Iterator[None]:
+    """Lets neighbouring panels of small layers share a width, as in large ones, in the layouts that are built inside."""
+    with mock.patch.object(layout, "WIDTHS", widths):
         yield
 
 
-def build(features: int, *, tiles: str = "many", scale: float = 1.0, **options: Any) -> fastmaf.MAF:
-    """Builds a MAF for tests: float64, many tiles, no warning about gaps, all parameters times ``scale``."""
+def build(features: int, *, widths: str = "shared", scale: float = 1.0, **options: Any) -> fastmaf.MAF:
+    """Builds a MAF for tests: float64, runs of several panels, no warning about gaps, all parameters times ``scale``.
+
+    With ``widths="own"`` each panel has its own width, as production code has it for layers of this size.
+    """
     options = {"blocks": 2, "hidden_features": (7, 5), "seed": 0, "dtype": torch.float64, **options}
-    with warnings.catch_warnings(), many_tiles() if tiles == "many" else contextlib.nullcontext():
+    with warnings.catch_warnings(), shared_widths() if widths == "shared" else contextlib.nullcontext():
         warnings.simplefilter("ignore", fastmaf.ConnectivityWarning)
         flow = fastmaf.MAF(features, **options)
     with torch.no_grad():

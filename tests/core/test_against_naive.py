@@ -105,11 +105,12 @@ def test_hidden_beside_features(features: int, hidden: tuple[int, ...]) -> None:
     compare(build(features, hidden_features=hidden), normal(4, features, seed=4))
 
 
-def test_production_tiles() -> None:
-    """Layers large enough to be cut into tiles as they are at full size."""
-    flow = build(601, blocks=1, hidden_features=(200, 150), degrees="random", tiles="production")
-    assert all(len(layer.layout.tiles) > 1 for name, layer in layers_of(flow).items() if "output" in name)
-    naive, x = flow.to_naive(), normal(5, 601)
+def test_runs_of_several_panels_as_at_full_size() -> None:
+    """A layer large enough for neighbouring panels to share a width."""
+    flow = build(1101, blocks=1, hidden_features=(200, 150), degrees="random", widths="own")
+    (output,) = (layer for name, layer in layers_of(flow).items() if "output" in name)
+    assert 1 < len(output.layout.runs) < len(output.layout.panels) - 1
+    naive, x = flow.to_naive(), normal(5, 1101)
     flow.log_prob(x).sum().backward()
     naive.log_prob(x).sum().backward()
     assert_close("values", flow.log_prob(x), naive.log_prob(x))

@@ -4,54 +4,53 @@ from __future__ import annotations
 
 import warnings
 from pathlib import Path
-from unittest import mock
 
 import pytest
 import torch
 from torch import nn
 
 import fastmaf
-from fastmaf.kernels import LinearArgs, PackedLayout, layout, masked_linear
-from tests.core.helpers import build, many_tiles, normal
+from fastmaf.kernels import LinearArgs, PackedLayout, masked_linear
+from tests.core.helpers import build, normal, shared_widths
 
 
-@pytest.mark.parametrize("save_many", [True, False])
-def test_a_file_loads_whatever_the_tiles_of_this_version_are(tmp_path: Path, save_many: bool) -> None:
-    flow, x = build(40, hidden_features=(30, 20), tiles="many" if save_many else "production"), normal(5, 40)
+@pytest.mark.parametrize("shared", [True, False])
+def test_a_file_loads_whatever_the_widths_of_this_version_are(tmp_path: Path, shared: bool) -> None:
+    flow, x = build(40, hidden_features=(70, 60), widths="shared" if shared else "own"), normal(5, 40)
     flow.save(tmp_path / "model.safetensors")
-    if save_many:
+    if shared:
         loaded = fastmaf.load(tmp_path / "model.safetensors")
     else:
-        with many_tiles():
+        with shared_widths():
             loaded = fastmaf.load(tmp_path / "model.safetensors")
     assert loaded.stored_weights != flow.stored_weights, "both layouts are the same: nothing was tested"
     assert torch.allclose(loaded.log_prob(x), flow.log_prob(x), rtol=1e-13)
 
 
-def test_two_tilings_of_one_prefix_have_a_padding_each() -> None:
-    prefix = torch.tensor([1, 2, 5, 9, 17, 18, 30])
-    one = PackedLayout(prefix, 30)
-    with mock.patch.multiple(layout, MIN_TILE_NUMEL=4, ALIGNMENT=1):
-        other = PackedLayout(prefix, 30)
-    assert one.tiles != other.tiles
-    x, bias = normal(3, 30), torch.zeros(7, dtype=torch.float64)
+def test_two_layouts_of_one_prefix_have_a_padding_each() -> None:
+    prefix = torch.arange(40)
+    own = PackedLayout(prefix, 40)
+    with shared_widths(1):
+        shared = PackedLayout(prefix, 40)
+    assert not torch.equal(own.panels, shared.panels)
+    x, bias = normal(3, 40), torch.zeros(40, dtype=torch.float64)
     grads = []
-    for tiling in (one, other):
-        weight = torch.zeros(tiling.numel, dtype=torch.float64, requires_grad=True)
-        masked_linear(x, LinearArgs(weight, bias, prefix, tiling.table)).sum().backward()
+    for layout in (own, shared):
+        weight = torch.zeros(layout.numel, dtype=torch.float64, requires_grad=True)
+        masked_linear(x, LinearArgs(weight, bias, prefix, layout.panels)).sum().backward()
         assert weight.grad is not None
-        assert tiling.padding_is_zero(weight.grad)
-        grads.append(tiling.unpack(weight.grad))
+        assert layout.padding_is_zero(weight.grad)
+        grads.append(layout.unpack(weight.grad))
     assert torch.equal(*grads)
 
 
 def test_a_weight_with_gaps_in_memory_is_read_right() -> None:
-    tiling = PackedLayout(torch.tensor([1, 2, 3]), 3)
+    layout = PackedLayout(torch.tensor([1, 2, 3]), 3)
     dense = normal(3, 3).tril()
-    spread = torch.full((2 * tiling.numel,), torch.nan, dtype=torch.float64)
-    spread[::2] = tiling.pack(dense)
+    spread = torch.full((2 * layout.numel,), torch.nan, dtype=torch.float64)
+    spread[::2] = layout.pack(dense)
     x, bias = normal(4, 3, seed=1), torch.zeros(3, dtype=torch.float64)
-    assert torch.allclose(masked_linear(x, LinearArgs(spread[::2], bias, tiling.prefix, tiling.table)), x @ dense.t())
+    assert torch.allclose(masked_linear(x, LinearArgs(spread[::2], bias, layout.prefix, layout.panels)), x @ dense.t())
 
 
 def test_a_flow_refuses_what_is_no_transform() -> None:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 import fastmaf
-from tests.core.helpers import build, correlated, generator, layers_of, many_tiles, normal, train
+from tests.core.helpers import build, correlated, generator, layers_of, normal, shared_widths, train
 from tests.tolerances import F32, TOLERANCES, assert_close
 
 pytestmark = pytest.mark.usefixtures("backend")
@@ -92,7 +92,7 @@ def test_save_and_load(tmp_path: Path) -> None:
     small.save(path)
     flow.save(tmp_path / "full.safetensors")
     assert path.stat().st_size < (tmp_path / "full.safetensors").stat().st_size
-    with many_tiles():
+    with shared_widths():
         again = fastmaf.load(path)
     for layer in layers_of(again).values():
         assert layer.weight.dtype == torch.bfloat16 and layer.bias.dtype == F32
@@ -100,7 +100,7 @@ def test_save_and_load(tmp_path: Path) -> None:
     assert torch.equal(again.inverse(x)[0], small.inverse(x)[0])
     assert torch.equal(again.sample(3, generator=generator()), small.sample(3, generator=generator()))
     again.save(tmp_path / "again.safetensors")
-    fastmaf.load(tmp_path / "again.safetensors")  # under other tiles than it was saved with
+    fastmaf.load(tmp_path / "again.safetensors")  # with other widths than it was saved with
 
 
 def test_a_frozen_copy_in_the_own_dtype() -> None:

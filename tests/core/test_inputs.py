@@ -159,7 +159,7 @@ def test_half_precision_runs(dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_a_bad_row_stays_one_row(value: float) -> None:
-    """NaN in one sample reaches no other sample: packed tiles are shared by rows of the weight, not by samples."""
+    """NaN in one sample reaches no other sample: packed panels are shared by rows of the weight, not by samples."""
     flow, x = build(FEATURES, validate_args=False), normal(5, FEATURES)
     bad = x.clone()
     bad[2, 0] = value

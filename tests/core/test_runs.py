@@ -14,6 +14,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import fastmaf
 from fastmaf.flows import Flow
+from fastmaf.kernels import AffineMap, bounded_map
+from fastmaf.kernels.affine_output.affine_map import SCALE_FIRST, SOFTPLUS
 from fastmaf.kernels.flow.args import flow_args
 from fastmaf.transforms import AffineAutoregressive, Permutation, Transform
 from tests.core.helpers import blocks_of, build, generator, normal
@@ -193,13 +195,16 @@ def test_opcheck_inverse(batch: int) -> None:
         normal(batch, D),
         *(
             [t.detach() for b in blocks for t in getattr(b, what)]
-            for what in ("weights", "biases", "prefixes", "tiles")
+            for what in ("weights", "biases", "prefixes", "panels")
         ),
         [b.schedule for b in blocks],
         [none, torch.arange(D).flip(0), none, torch.randperm(D, generator=generator())],
         "relu",
-        [5.0, 0.3, float("inf")],
-        [False, True, False],
+        [
+            number
+            for affine_map in (bounded_map(5.0, False), bounded_map(0.3, True), AffineMap(SCALE_FIRST, SOFTPLUS))
+            for number in affine_map
+        ],
     )
     torch.library.opcheck(torch.ops.fastmaf.flow_inverse.default, arguments)
 

@@ -48,7 +48,7 @@ def test_sharing_survives_a_file(name: str, tmp_path: Path) -> None:
     flow, x = MODELS[name](), correlated(128, 6)
     flow.save(tmp_path / "flow.safetensors")
     again = fastmaf.load(tmp_path / "flow.safetensors")
-    # A loaded model is laid out anew, in other tiles than the test's, so sums may run in another order.
+    # A loaded model is laid out anew, with other widths than the test's, so sums may run in another order.
     assert_close("values", again.log_prob(x), flow.log_prob(x))
     assert [*again.state_dict()] == [*flow.state_dict()]
     assert [n for n, _ in again.named_parameters()] == [n for n, _ in flow.named_parameters()], "one parameter or two"

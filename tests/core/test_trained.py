@@ -144,10 +144,8 @@ def test_float32_on_fresh_weights(
 @pytest.mark.slow
 def test_float32_at_full_size() -> None:
     """One block of the reference size. Its truth is the packed model in float64, as tested above."""
-    flow = build(
-        12_288, blocks=1, hidden_features=(512, 512), degrees="random", dtype=torch.float32, tiles="production"
-    )
-    assert all(len(layer.layout.tiles) > 1 for layer in layers_of(flow).values())
+    flow = build(12_288, blocks=1, hidden_features=(512, 512), degrees="random", dtype=torch.float32, widths="own")
+    assert all(len(layer.layout.runs) > 1 for layer in layers_of(flow).values())
     x = torch.rand(3, 12_288, generator=generator(6))
     naive, exact = flow.to_naive(), copy.deepcopy(flow).double()
     actual, peer, truth = (

@@ -17,7 +17,7 @@ def test_no_memory_of_another_thread_s_weights_is_read(monkeypatch: pytest.Monke
     """Another thread runs the same layers with temporary weights, while this one finds where to look at its own."""
     layers = list(layers_of(build(6)).values())
     weights = [layer.weight for layer in layers]
-    prefixes, tables = [layer.prefix for layer in layers], [layer.layout.table for layer in layers]
+    prefixes, tables = [layer.prefix for layer in layers], [layer.layout.panels for layer in layers]
     find, others = padding._places, [[weight.detach().clone() for weight in weights]]
 
     def interrupted(*arguments: Any) -> list[tuple[int, int]]:
