@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 
 from fastmaf import hooks
 from fastmaf.flows import Flow
-from fastmaf.kernels import FlowArgs
+from fastmaf.kernels import FlowArgs, dispatch
 from fastmaf.kernels.flow.args import FlowBatch
 from fastmaf.kernels.flow.forward import flow_backward, flow_forward_saving
 from fastmaf.training.gradient_sink import has_hooks
 
-_METHODS = ("log_prob", "forward", "_base_log_prob")
+_METHODS = {name: getattr(Flow, name) for name in ("log_prob", "forward", "_base_log_prob")}
 
 
 class DirectLoss:
@@ -35,14 +33,15 @@ class DirectLoss:
     @classmethod
     def of(cls, flow: Flow, x: Tensor) -> DirectLoss | None:
         """Returns the loss of a batch ``[N, D]``, or None where autograd is needed: for hooks, other transforms than
-        blocks and permutations, parameters that are shared, frozen or computed, modes, and anything but a CPU.
+        blocks and permutations, parameters that are shared, frozen or computed, modes, and GPUs.
         """
         if type(x) is not Tensor or x.dim() != 2 or not len(x) or x.requires_grad or x.device.type != "cpu":
             return None
-        if not torch.is_grad_enabled() or torch.is_autocast_enabled("cpu") or torch.is_anomaly_enabled():
+        if dispatch.chosen() == "triton" or not torch.is_grad_enabled():
             return None
-        methods: Any = Flow
-        if any(getattr(type(flow), name) is not getattr(methods, name) or name in vars(flow) for name in _METHODS):
+        if torch.is_autocast_enabled("cpu") or torch.is_anomaly_enabled():
+            return None
+        if any(getattr(type(flow), name) is not method or name in vars(flow) for name, method in _METHODS.items()):
             return None
         args = None if hooks.is_called(flow) else flow._runs.single(flow._transforms())
         if args is None or not _are_plain(args.parameters):

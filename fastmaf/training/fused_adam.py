@@ -72,9 +72,9 @@ class FusedAdam(torch.optim.Adam):
         of a group is taken here where all is as usual, and nothing is left for torch: its own preparations take longer
         than the arithmetic of small parameters.
         """
-        if is_usual(group) and not any(hasattr(self, name) for name in ("grad_scale", "found_inf")):
-            if step_on_cpu_(group, self.state):
-                return False
+        scaled = getattr(self, "grad_scale", None) is not None or getattr(self, "found_inf", None) is not None
+        if not scaled and is_usual(group) and step_on_cpu_(group, self.state):
+            return False
         has_complex: bool = super()._init_group(group, params_with_grad, *lists)
         if not all(tensor.is_contiguous() for tensor in (*params_with_grad, *lists[0])):
             group["fused"] = False
