@@ -34,8 +34,8 @@ def step_on_cpu_(group: Mapping[str, Any], state: Mapping[Tensor, Mapping[str, T
     """
     parameters = [parameter for parameter in group["params"] if parameter.grad is not None]
     grads = [parameter.grad for parameter in parameters]
-    states = [state.get(parameter) for parameter in parameters]
-    if not parameters or not all(states):
+    states = [of for parameter in parameters if (of := state.get(parameter))]
+    if not parameters or len(states) < len(parameters):
         return False
     steps, exp_avgs, exp_avg_sqs = ([of[name] for of in states] for name in ("step", "exp_avg", "exp_avg_sq"))
     tensors = (*parameters, *grads, *exp_avgs, *exp_avg_sqs)
