@@ -153,20 +153,19 @@ class MaskedLinear(Constants):
         self.weight.copy_(self.layout.pack(weight.to(self.weight)))
         self.bias.copy_(bias)
 
-    def _load_from_state_dict(
-        self, state_dict: dict[str, Any], prefix: str, local_metadata: Mapping[str, Any], *args: Any
-    ) -> None:
-        name = f"{prefix}weight"
+    def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any) -> None:
+        name, metadata = f"{prefix}weight", args[0]
         packed = state_dict.get(name)
         if isinstance(packed, Tensor) and not packed.is_meta:
-            if packs_tiles(packed, self.layout, local_metadata.get("version")):
-                state_dict[name] = packed = tiles_to_panels(packed, self.layout, name)
+            if packs_tiles(packed, self.layout, metadata.get("version")):
+                packed = tiles_to_panels(packed, self.layout, name)
+                state_dict = {**state_dict, name: packed}
             if packed.shape == self.weight.shape and not self.layout.padding_is_zero(packed):
                 raise ValueError(
                     f"{name} holds numbers where the mask hides the weight: it was packed for other degrees, or is "
                     "damaged"
                 )
-        super()._load_from_state_dict(state_dict, prefix, local_metadata, *args)
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     def extra_repr(self) -> str:
         sizes = f"stored={self.layout.numel}, visible={self.layout.visible}"

@@ -83,7 +83,7 @@ def tiles_to_panels(packed: Tensor, layout: PackedLayout, name: str) -> Tensor:
         if packed.shape == (numel_of(tiles),):
             return repacked(packed, tiles, layout, name)
     raise ValueError(
-        f"{name}: expected a weight of {numel_of(possible[0])} numbers, as earlier versions of fastmaf packed it; found "
+        f"{name}: expected {numel_of(possible[0])} numbers, as earlier versions of fastmaf packed the weight; found "
         f"shape {tuple(packed.shape)}"
     )
 

@@ -60,18 +60,12 @@ class Part(NamedTuple):
 
 def parts(layout: PackedLayout, itemsize: int) -> list[Part]:
     """Returns parts of about ``PART_BYTES`` that cover all panels; none is smaller than a panel."""
-    ends = (PANEL * torch.arange(len(layout.panels), device="cpu")).clamp_(max=layout.out_features)
-    numbers = torch.zeros(layout.out_features + 1, dtype=torch.int64, device="cpu")
-    torch.cumsum(layout.prefix, 0, out=numbers[1:])
-    before = numbers[ends]  # of each panel, and in all
-    cuts = torch.searchsorted(before, torch.arange(0, layout.visible, PART_BYTES // itemsize, device="cpu"))
-    bounds = [*torch.unique(cuts[1:]).tolist(), len(layout.panels) - 1]
-    result, start = [], 0
-    for end in bounds:
-        if end > start:
-            first = int(before[start])
-            result.append(Part(start, end, first, int(before[end]) - first))
-            start = end
+    last_rows = (PANEL * torch.arange(1, len(layout.panels), device="cpu")).clamp_(max=layout.out_features) - 1
+    result, start, first = [], 0, 0
+    for panel, numbers in enumerate(layout.prefix.cumsum(0)[last_rows].tolist()):
+        if (numbers - first) * itemsize >= PART_BYTES or panel == len(last_rows) - 1:
+            result.append(Part(start, panel + 1, first, numbers - first))
+            start, first = panel + 1, numbers
     return result
 
 
@@ -165,7 +159,13 @@ def to_rows(weight: Tensor, layout: PackedLayout) -> Tensor:
 
 
 def from_rows(rows: Tensor, layout: PackedLayout) -> Tensor:
-    """Returns the packed weight for visible weights on the CPU, row after row."""
+    """Returns the packed weight for visible weights on the CPU, row after row.
+
+    Raises:
+        ValueError: the dtype is not a floating-point one of 16 bits or more.
+    """
+    if rows.dtype not in _EXPONENTS:
+        raise ValueError(f"packed weights must be of one of {', '.join(map(str, _EXPONENTS))}; found {rows.dtype}")
     rows = rows.detach().contiguous()
     weight = rows.new_empty(layout.numel)
     for part in parts(layout, weight.element_size()):

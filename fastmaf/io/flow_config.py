@@ -143,13 +143,14 @@ def flow_config(metadata: Mapping[str, str], types: tuple[str, ...]) -> dict[str
     if type(version) is int and version not in _VERSIONS:
         known = " and ".join(map(str, _VERSIONS))
         raise SchemaError(f"format version {shown(version)}; this fastmaf reads versions {known}: update fastmaf")
+    has_tiles = type(version) is int and version == 1
     schema = Record(
         {
             "version": Whole(),
             "class": OneOf(("MAF", "Flow")),
             "features": _FEATURES,
             "transforms": ListOf(Record({"type": OneOf(types)}, others=Anything()), longest=4096),
-            **({"tiles": MapOf(ListOf(Anything()))} if version == 1 else {}),
+            **({"tiles": MapOf(ListOf(Anything()))} if has_tiles else {}),
         },
         optional={"shared": MapOf(Text())},  # see ``fastmaf.sharing.shared_parts``
     )

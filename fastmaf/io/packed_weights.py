@@ -60,8 +60,17 @@ def _check(file: TensorFile, name: str, layer: MaskedLinear) -> None:
 def _packed(tensor: Tensor, config: Config, name: str, layer: MaskedLinear) -> Tensor:
     if "tiles" in config:
         return packed_weight(layer.layout, config["tiles"][name], tensor, name)
-    _check_rows(f"{name}.weight", tuple(tensor.shape), layer)
-    return from_rows(tensor, layer.layout)
+    return weight_of_rows(f"{name}.weight", tensor, layer)
+
+
+def weight_of_rows(name: str, rows: Tensor, layer: MaskedLinear) -> Tensor:
+    """Returns the packed weight, or a moment of it, for what a file has of it.
+
+    Raises:
+        SchemaError: it has another size.
+    """
+    _check_rows(name, tuple(rows.shape), layer)
+    return from_rows(rows, layer.layout)
 
 
 def _check_rows(name: str, shape: tuple[int, ...], layer: MaskedLinear) -> None:
@@ -103,13 +112,14 @@ def streamed_weights(flow: nn.Module, tensors: Mapping[str, Tensor], path: objec
         ValueError: while they are written: a weight is not finite.
     """
     return {
-        weight: _streamed(tensors[weight], layer, weight, path)
+        weight: streamed_rows(tensors[weight], layer, weight, path)
         for name, layer in masked_layers(flow).items()
         if (weight := f"{name}.weight") in tensors
     }
 
 
-def _streamed(weight: Tensor, layer: MaskedLinear, name: str, path: object) -> Streamed:
+def streamed_rows(weight: Tensor, layer: MaskedLinear, name: str, path: object) -> Streamed:
+    """Returns a packed weight, or a moment of it, as it is written to the file ``path``; see ``streamed_weights``."""
     layout = layer.layout
 
     def chunks() -> Iterator[Tensor]:

@@ -15,12 +15,12 @@ import os
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from fastmaf.io.atomic import written_atomically
+from fastmaf.io.atomic import replace, staging, sync_file, write_errors
 from fastmaf.io.safe_json import JSONError, parse, shown
 from fastmaf.io.schema import ListOf, MapOf, OneOf, Record, SchemaError, Text, Whole
 
@@ -226,26 +226,30 @@ def write_tensors(
     Raises:
         OSError: the file cannot be written. The error names ``path``, and an earlier file stays intact.
     """
-    with written_atomically(path) as file:
-        _write(file, tensors, metadata)
+    target = Path(os.path.realpath(path))  # a symbolic link is kept, and its target is replaced
+    with write_errors(path), staging(target.parent) as folder:
+        temporary = folder / target.name
+        save_file(tensors, temporary, metadata)
+        sync_file(temporary)
+        replace(temporary, target)
 
 
-def _write(file: BinaryIO, tensors: Mapping[str, Tensor | Streamed], metadata: Mapping[str, str]) -> None:
-    header: dict[str, Any] = {"__metadata__": dict(metadata)}
+def save_file(tensors: Mapping[str, Tensor | Streamed], path: Path, metadata: Mapping[str, str]) -> None:
+    """Writes a safetensors file; see ``write_tensors``, which replaces a file by it when it is complete."""
     # The largest numbers first, so that each tensor is aligned.
-    names, place = sorted(tensors, key=lambda name: (-tensors[name].dtype.itemsize, name)), 0
-    for name in names:
-        tensor = tensors[name]
+    named = sorted(tensors.items(), key=lambda item: (-item[1].dtype.itemsize, item[0]))
+    header: dict[str, Any] = {"__metadata__": dict(metadata)}
+    place = 0
+    for name, tensor in named:
         shape = [tensor.numel] if isinstance(tensor, Streamed) else list(tensor.shape)
         end = place + math.prod(shape) * tensor.dtype.itemsize
         header[name] = {"dtype": _NAMES[tensor.dtype], "shape": shape, "data_offsets": [place, end]}
         place = end
     text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
-    file.write(len(text).to_bytes(8, "little") + text)
-    for name in names:
-        tensor = tensors[name]
-        for chunk in (
-            tensor.chunks() if isinstance(tensor, Streamed) else [tensor.detach().cpu().contiguous().flatten()]
-        ):
-            file.write(chunk.view(torch.uint8).numpy().data)
+    with open(path, "wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for _, tensor in named:
+            whole = isinstance(tensor, Tensor)
+            for chunk in [tensor.detach().cpu().contiguous().flatten()] if whole else tensor.chunks():
+                file.write(chunk.view(torch.uint8).numpy().data)

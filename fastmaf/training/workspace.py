@@ -68,16 +68,20 @@ def _multiply(layout: PackedLayout, batch: int, zeros: Callable[..., Tensor], tr
     inputs, outputs, bias = zeros(batch, layout.in_features), zeros(batch, rows), zeros(rows)
     inputs_t = inputs.t().contiguous()
     for run in layout.runs:
-        x, y = inputs[:, : run.width], outputs[:, run.rows(rows)]
-        panels = zeros(run.end - run.start, run.width, PANEL)
-        of_panels = y.unflatten(1, (-1, PANEL)).transpose(0, 1)
-        if len(panels) == 1:
-            torch.addmm(bias[run.rows(rows)], x, panels[0], out=y)
+        count, places = run.end - run.start, run.rows(rows)
+        x, y, panels = inputs[:, : run.width], outputs[:, places], zeros(count, run.width, PANEL)
+        if count == 1:
+            torch.addmm(bias[places], x, panels[0], out=zeros(batch, PANEL))
         else:
-            torch.baddbmm(bias[run.rows(rows)].view(-1, 1, PANEL), x.expand(len(panels), -1, -1), panels)
-        if training:
-            x.addmm_(y, panels.view(run.width, -1).t())
-            torch.bmm(inputs_t[: run.width].expand(len(panels), -1, -1), of_panels, out=panels)
+            torch.baddbmm(bias[places].view(-1, 1, PANEL), x.expand(count, -1, -1), panels)
+        if not training:
+            continue
+        x.addmm_(y, panels.view(run.width, -1).t())
+        if count == 1:
+            torch.mm(inputs_t[: run.width], y, out=panels[0])
+        else:
+            of_panels = y.unflatten(1, (-1, PANEL)).transpose(0, 1)
+            torch.bmm(inputs_t[: run.width].expand(count, -1, -1), of_panels, out=panels)
 
 
 def workspace_bytes(

@@ -3,8 +3,9 @@
     y = act(b + x Wᵀ)
 
 A program takes whole panels of W and walks along the staircase, never outside it: a tile of a panel is a contiguous
-right operand ``[columns, 16 rows]``. Few panels cannot fill a GPU: then several programs share a block of them, write partial sums, and a second kernel adds these up in a fixed order, so that a result
-never depends on timing. The backward pass is in ``triton_backward.py``.
+right operand ``[columns, 16 rows]``. Few panels cannot fill a GPU: then several programs share a block of them, write
+partial sums, and a second kernel adds these up in a fixed order, so that a result never depends on timing. The backward
+pass is in ``triton_backward.py``.
 """
 
 from __future__ import annotations

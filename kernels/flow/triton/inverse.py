@@ -150,8 +150,8 @@ def _flow_inverse_kernel(
                     at = ahead_ptr + sample[:, None] * stride_ahead + stride_values + r[None, :]
                     row_ok = (r >= 2 * d_begin) & (r < 2 * d_end)
                     rows = tl.load(at, mask=sample_ok[:, None] & row_ok[None, :], other=0.0) + _sums(
-                        below_at, sample, sample_ok, below_stride, output, r, 2 * d_end, h_begin, h_end, W_TYPE, ALIGNED,
-                        BLOCK_N, 2 * BLOCK_D, BLOCK_P,
+                        below_at, sample, sample_ok, below_stride, output, r, 2 * d_end, h_begin, h_end, W_TYPE,
+                        ALIGNED, BLOCK_N, 2 * BLOCK_D, BLOCK_P,
                     )  # fmt: skip
                     shift, u = tl.split(tl.reshape(rows, [BLOCK_N, BLOCK_D, 2]))
                     a = u
