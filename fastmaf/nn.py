@@ -120,10 +120,10 @@ class MaskedLinear(Constants):
         pruning or ``torch.func.functional_call``), it is a copy with cleared padding.
         """
         weight: Tensor = self.weight
-        prefix, table = self.prefix, self.layout.panels
+        prefix, panels = self.prefix, self.layout.panels
         if type(weight) is not nn.Parameter:
-            weight = without_padding(weight, prefix, table)
-        return LinearArgs(weight, self.bias, prefix, table, self.activation)
+            weight = without_padding(weight, prefix, panels)
+        return LinearArgs(weight, self.bias, prefix, panels, self.activation)
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         zero_padding_([self])

@@ -13,10 +13,9 @@ autoregressive degrees.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import accumulate
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -25,64 +24,10 @@ from torch.nn.functional import pad
 from fastmaf.kernels.affine_output.affine_map import SHIFT_FIRST
 from fastmaf.kernels.flow.args import FlowArgs, permuted
 from fastmaf.kernels.flow.saved import before_permutation
-from fastmaf.kernels.flow.schedule import groups
-from fastmaf.kernels.layout import PANEL, Run, runs_of
+from fastmaf.kernels.flow.torch.plan import Rows, plan_of
+from fastmaf.kernels.layout import PANEL
 from fastmaf.kernels.masked_linear import torch as linear
 from fastmaf.kernels.masked_linear.args import LinearArgs
-from fastmaf.kernels.tensor_cache import cached
-
-
-class Rows(NamedTuple):
-    """The rows of one layer that a group of steps finishes.
-
-    Attributes:
-        rows: all of them.
-        counts: how many of them each step finishes.
-        below: how many units of the layer below are finished when each step comes to them.
-        runs: the panels that hold them, cut where their width changes.
-    """
-
-    rows: slice
-    counts: list[int]
-    below: list[int]
-    runs: list[Run]
-
-    def matrix(self, packed: Tensor, columns: slice) -> Tensor:
-        """Returns the weights of these rows as a matrix, with no more columns than the widest panel has."""
-        parts = [run.of(packed)[:, columns].mT.flatten(0, 1) for run in self.runs]
-        if len(parts) > 1:
-            width = parts[-1].shape[1]
-            parts = [torch.cat([pad(part, (0, width - part.shape[1])) for part in parts])]
-        (whole,) = parts
-        return whole.narrow(0, self.rows.start % PANEL, self.rows.stop - self.rows.start)
-
-
-def plan_of(panels: Sequence[Tensor], schedule: Tensor) -> list[list[Rows]]:
-    """Returns, per group of steps, the rows of each layer: hidden layers first, the output layer last."""
-    return cached(schedule, "plan", lambda: _make_plan([runs_of(layer) for layer in panels], schedule), also=panels)
-
-
-def _make_plan(layers: list[list[Run]], schedule: Tensor) -> list[list[Rows]]:
-    dims, *units = zip(*schedule.tolist(), strict=True)  # finished after each step, the latter per hidden layer
-    ends = [*units, [2 * d for d in dims]]
-    below = [dims, *units[:-1], (0, *units[-1][:-1])]  # outputs read what was finished before their step
-    return [
-        [_make_rows(runs, end, width, *group) for runs, end, width in zip(layers, ends, below, strict=True)]
-        for group in groups(schedule)
-    ]
-
-
-def _make_rows(runs: list[Run], ends: Sequence[int], below: Sequence[int], first: int, end: int) -> Rows:
-    starts = [0, *ends]
-    rows = slice(starts[first], starts[end])
-    panels = range(rows.start // PANEL, max(-(-rows.stop // PANEL), rows.start // PANEL + 1))
-    cut = []
-    for run in runs:
-        start, stop = max(run.start, panels.start), min(run.end, panels.stop)
-        if start < stop:
-            cut.append(Run(start, stop, run.width, run.offset + PANEL * run.width * (start - run.start)))
-    counts = [after - before for before, after in zip(starts[first:end], starts[first + 1 : end + 1], strict=True)]
-    return Rows(rows, counts, list(below[first:end]), cut)
 
 
 def inverse(z: Tensor, args: FlowArgs) -> tuple[Tensor, Tensor]:

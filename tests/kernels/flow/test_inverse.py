@@ -69,6 +69,8 @@ DEGREES = {
     "last sees all": [torch.tensor([0, 5, 13]), torch.tensor([13, 13])],
     "first sees all": [torch.tensor([13, 13]), torch.tensor([1, 6, 12])],
     "one layer": [torch.tensor([0, 1, 6, 6, 13])],
+    "a panel finished before the last groups": [torch.arange(16) // 8 + 1, torch.arange(48) // 4 + 1],
+    "steps of more than a panel": [torch.arange(40) // 20 + 3, torch.arange(60) // 20 * 4 + 1],
     "three layers": [torch.tensor([0, 8, 2]), torch.tensor([11, 3]), torch.tensor([4, 4, 9, 12, 13])],
 }
 
