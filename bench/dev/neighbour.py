@@ -27,8 +27,9 @@ from fastmaf.bench.tables import aligned
 TARGET = 2.5
 LOWER = 10
 WARM_UP = 0.3  # seconds until all neighbours compute
-# Ends with its parent, also where that is killed; Windows has no os.nice.
-BUSY = """import os, sys
+# Ends with its parent, also where that is killed, and leaves Ctrl-C to it. Windows has no os.nice.
+BUSY = """import os, signal, sys
+signal.signal(signal.SIGINT, signal.SIG_IGN)
 parent = os.getppid()
 getattr(os, "nice", int)(int(sys.argv[1]))
 while os.getppid() == parent:
