@@ -12,6 +12,7 @@ from torch.optim import optimizer as torch_optimizer
 
 from fastmaf.kernels.factored_grad import GradientSink
 from fastmaf.training.adam_updates import BeginUpdate, EagerUpdates, StepCounts
+from fastmaf.training.cpu_step import is_usual, step_on_cpu_
 from fastmaf.training.gradient_sink import Gradients, backward, has_hooks, single_uses
 from fastmaf.training.guards import check_loss, check_processes, clip_scale
 
@@ -87,8 +88,13 @@ class FusedAdam(torch.optim.Adam):
     def _init_group(self, group: dict[str, Any], params_with_grad: list[Tensor], *lists: Any) -> bool:
         """Marks the parameters of a fused step as modified: unlike torch's other kernels, the fused ones do not.
 
-        The fused kernels ignore strides as well, so a group with strided memory stops using them.
+        The fused kernels ignore strides as well, so a group with strided memory stops using them. On the CPU the step
+        of a group is taken here where all is as usual, and nothing is left for torch: its own preparations take longer
+        than the arithmetic of small parameters.
         """
+        scaled = getattr(self, "grad_scale", None) is not None or getattr(self, "found_inf", None) is not None
+        if not scaled and is_usual(group) and step_on_cpu_(group, self.state):
+            return False
         has_complex: bool = super()._init_group(group, params_with_grad, *lists)
         if not all(tensor.is_contiguous() for tensor in (*params_with_grad, *lists[0])):
             group["fused"] = False

@@ -76,7 +76,7 @@ def _multiply(layout: PackedLayout, batch: int, zeros: Callable[..., Tensor], tr
             torch.baddbmm(bias[places].view(-1, 1, PANEL), x.expand(count, -1, -1), panels)
         if not training:
             continue
-        x.addmm_(y, panels.view(run.width, -1).t())
+        x.addmm_(y, panels.view(run.width, count * PANEL).t())
         if count == 1:
             torch.mm(inputs_t[: run.width], y, out=panels[0])
         else:
