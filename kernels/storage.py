@@ -245,7 +245,10 @@ def _fill_uniform(numbers: Tensor, seed: int, first: int, bound: float) -> None:
         return
     bits = 53 if double else 24
     # Arrays of int64, which wrap around as uint64 does; see ``_dense``.
-    z: Any = torch.arange(first + 1, first + 1 + numbers.numel(), device="cpu").numpy()
+    z: Any = torch.empty(numbers.numel(), dtype=torch.int64, device="cpu").numpy()
+    z[:] = 1
+    z.cumsum(out=z)
+    z += first  # the index, and one
     z *= _signed(0x9E3779B97F4A7C15)
     z += _signed(seed)
     for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB), (31, 1)):
