@@ -103,6 +103,7 @@ inline long block_columns(long tiles) { return tiles == 1 ? 1024 : 256; }
 // not have give zero. part < forward_parts.
 template <class T, class W, class Epilogue>
 void multiply(const Team& team, const Panels<W>& w, const T* x, long n, const Epilogue& epilogue) {
+  if (n == 0) return;
   const Split chunks(n, kChunk);
   const long panels = w.count(), pairs = (panels + 1) / 2, padded = pairs * kPairRows;
   for (long chunk = 0; chunk < chunks.count; ++chunk) {

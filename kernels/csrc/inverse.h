@@ -258,6 +258,7 @@ void gather_tiles(const Split& tiles, const From& from, const int64_t* permutati
 // x [n][features] and ladj [n] of a sequence of inverses.
 template <class T, class W>
 void flow_inverse(const Flow& flow, const T* z, long n, T* x, T* ladj, long threads) {
+  if (n == 0) return;
   const long features = flow.features;
   const Split chunks(n, kChunk);
   const Team team(most_threads<W>(flow, std::min(n, kChunk), threads));
