@@ -101,7 +101,7 @@ class Sink {
 // The gradient g of the products of a group of panels' rows, as both products want it.
 template <class T>
 struct Gradient {
-  T* by_sample;  // [n][kGradientRows]
+  T* by_sample;  // [padded n][kGradientRows]
   T* by_row;     // [kGradientRows / fold][padded n][fold]
 };
 
@@ -134,7 +134,7 @@ void affine_gradient(const Source& s, long rows, long n, long row, T* g) {
   constexpr int L = kLanes<T>;
   const long features = rows / 2, first = row / 2, dims = std::min(kGradientRows / 2, features - first);
   const T scale = static_cast<T>(s.scale);
-  std::fill(g, g + n * kGradientRows, T(0));
+  if (2 * dims < kGradientRows) std::fill(g, g + n * kGradientRows, T(0));
   for (long i = 0; i < n; ++i, g += kGradientRows)
     for (long d = 0; d < dims; d += L) {
       const long at = i * features + first + d, count = std::min<long>(L, dims - d);
@@ -158,8 +158,9 @@ void affine_gradient(const Source& s, long rows, long n, long row, T* g) {
       if (s.grad_log_scale) grad_a += get(s.grad_log_scale);
       grad_a *= slope_of<T>(a, s.map);
       T pairs[2 * L];
-      zip<T>(grad_shift * scale, grad_a * scale, pairs);
-      std::copy(pairs, pairs + 2 * count, g + 2 * d);
+      zip<T>(grad_shift * scale, grad_a * scale, count == L ? g + 2 * d : pairs);
+      if (count < L)
+        for (long j = 0; j < 2 * count; ++j) g[2 * d + j] = pairs[j];
       if (s.grad_x) {
         T* to = static_cast<T*>(s.grad_x) + at;
         prefetch(to + kGradientRows / 2);
@@ -168,14 +169,26 @@ void affine_gradient(const Source& s, long rows, long n, long row, T* g) {
     }
 }
 
+// Fills g.by_row from g.by_sample [padded n].
+template <class T>
+void fill_by_row(const Gradient<T>& g, long n, long wide) {
+  constexpr long L = kLanes<T>;
+  if (fold_of<T>(n) == 2) {
+    std::fill(g.by_row, g.by_row + kGradientRows / 2 * wide, T(0));
+    for (long i = 0; i < n; ++i)
+      for (long r = 0; r < kGradientRows; ++r) g.by_row[r / 2 * wide + 2 * i + r % 2] = g.by_sample[i * kGradientRows + r];
+    return;
+  }
+  std::fill(g.by_sample + n * kGradientRows, g.by_sample + wide * kGradientRows, T(0));
+  for (long i = 0; i < wide; i += L)
+    for (long r = 0; r < kGradientRows; r += L) transpose(g.by_sample + i * kGradientRows + r, kGradientRows, g.by_row + r * wide + i, wide);
+}
+
 template <class T>
 void make_gradient(const Source& s, long rows, long n, long row, const Gradient<T>& g, T* grad_bias) {
   s.log_scale ? affine_gradient(s, rows, n, row, g.by_sample) : linear_gradient(s, rows, n, row, g.by_sample);
   double total[kGradientRows] = {};
-  const long wide = padded<T>(n), fold = fold_of<T>(n);
-  std::fill(g.by_row, g.by_row + kGradientRows / fold * wide, T(0));
-  for (long i = 0; i < n; ++i)
-    for (long r = 0; r < kGradientRows; ++r) g.by_row[r / fold * wide + i * fold + r % fold] = g.by_sample[i * kGradientRows + r];
+  fill_by_row(g, n, padded<T>(n));
   if (grad_bias == nullptr) return;
   for (long i = 0; i < n; ++i)
     for (long r = 0; r < kGradientRows; ++r) total[r] += g.by_sample[i * kGradientRows + r];
@@ -285,7 +298,7 @@ inline long strip_stride(long columns) { return round_up(columns + kStepColumns,
 template <class T>
 void layer_pass(const Team& team, const Panels<T>& w, const Source& source, const T* x, long n, T* grad_x, T* grad_bias,
                 const Target& target, bool weights) {
-  const long groups = (w.count() + kGradientPanels - 1) / kGradientPanels, wide = padded<T>(n), numel = kGradientRows * (n + wide);
+  const long groups = (w.count() + kGradientPanels - 1) / kGradientPanels, wide = padded<T>(n), numel = kGradientRows * 2 * wide;
   const auto gradient_of = [&](T* memory, long group) {
     memory += group * numel;
     return Gradient<T>{memory + kGradientRows * wide, memory};

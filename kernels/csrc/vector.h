@@ -171,7 +171,7 @@ FASTMAF_INLINE Vec<T> over_root(Vec<T> m, Vec<T> v, T scale, T eps) {
     const Vec<T> d = ((v > most) ? v : v * r) * scale + eps;
     Vec<T> q = (Vec<T>)_mm512_rcp14_ps((__m512)d);
     q *= T(2) - d * q;
-    return (d > most) ? m / d : m * q;
+    return m * ((d > most) ? Vec<T>{} : q);
   }
 #endif
   return m / (square_root<T>(v) * scale + eps);
@@ -340,12 +340,46 @@ inline void unzip(Vec<T> low, Vec<T> high, Vec<T>& first, Vec<T>& second) {
 #endif
 }
 
-// The way back.
+// The way back, to 2 kLanes numbers.
 template <class T>
 inline void zip(Vec<T> first, Vec<T> second, T* to) {
+#if defined(FASTMAF_LANES_ARE_ONE)
+  to[0] = first, to[1] = second;
+#elif defined(__clang__) || !defined(__GNUC__)
   T firsts[kLanes<T>], seconds[kLanes<T>];
   store(firsts, first), store(seconds, second);
   for (int i = 0; i < kLanes<T>; ++i) to[2 * i] = firsts[i], to[2 * i + 1] = seconds[i];
+#else
+  IntVec<T> low;
+  for (int i = 0; i < kLanes<T>; ++i) low[i] = i / 2 + i % 2 * kLanes<T>;
+  store(to, __builtin_shuffle(first, second, low));
+  store(to + kLanes<T>, __builtin_shuffle(first, second, low + kLanes<T> / 2));
+#endif
+}
+
+// to [L][to_stride] = the transpose of from [L][from_stride], L = kLanes. As many times as L has bits, the vectors of the upper half are
+// dealt between those of the lower one.
+template <class T>
+inline void transpose(const T* from, long from_stride, T* to, long to_stride) {
+  constexpr long L = kLanes<T>;
+  if constexpr (L == 1) {
+    *to = *from;
+  } else {
+    T memory[2][L * L];
+    const T* in = from;
+    long stride = from_stride;
+    int turn = 0;
+    for (long bits = L; bits > 2; bits /= 2, turn ^= 1) {
+      for (long i = 0; i < L / 2; ++i) zip<T>(load(in + i * stride), load(in + (i + L / 2) * stride), memory[turn] + 2 * i * L);
+      in = memory[turn], stride = L;
+    }
+    T last[2 * L];
+    for (long i = 0; i < L / 2; ++i) {
+      zip<T>(load(in + i * stride), load(in + (i + L / 2) * stride), last);
+      store(to + 2 * i * to_stride, load(last));
+      store(to + (2 * i + 1) * to_stride, load(last + L));
+    }
+  }
 }
 
 }  // namespace FASTMAF_ISA
