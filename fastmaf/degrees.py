@@ -14,6 +14,7 @@ import warnings
 from collections.abc import Sequence
 from typing import Literal, NamedTuple, TypeAlias
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -213,7 +214,9 @@ def prefix(in_degrees: Tensor, out_degrees: Tensor, *, strict: bool) -> Tensor:
     """Returns how many input units each output unit sees, int64 ``[out]``, for degrees in ascending order:
     ``#{i: in[i] <= out[j]}``, or ``<`` with ``strict``.
     """
-    return torch.searchsorted(in_degrees, out_degrees, right=not strict)
+    # NumPy's runs on this thread: waiting for others would take longer than the search.
+    side: Literal["left", "right"] = "left" if strict else "right"
+    return torch.from_numpy(np.searchsorted(in_degrees.numpy(), out_degrees.numpy(), side))
 
 
 class Connectivity(NamedTuple):

@@ -15,6 +15,8 @@ from fastmaf.degrees import DegreeKind, hidden_degrees, input_degrees, layer_siz
 from fastmaf.kernels import LinearArgs, PackedLayout, empty_on_huge_pages, level_schedule, masked_linear
 from fastmaf.kernels.autocast import outside_autocast
 from fastmaf.kernels.padding import keep_zero, without_padding
+from fastmaf.kernels.storage import uniform_
+from fastmaf.tiles import packs_tiles, tiles_to_panels
 
 Init: TypeAlias = Literal["linear", "identity", "empty"]
 
@@ -54,6 +56,7 @@ class MaskedLinear(Constants):
 
     weight: nn.Parameter
     bias: nn.Parameter
+    _version = 2  # of state dicts: 1 had the weight in tiles
 
     def __init__(
         self,
@@ -99,7 +102,7 @@ class MaskedLinear(Constants):
             self.bias.zero_()
         else:
             bound = 1 / math.sqrt(self.in_features)
-            self.layout.zero_padding_(self.weight.uniform_(-bound, bound, generator=generator))
+            uniform_(self.weight, self.layout, bound, generator)
             self.bias.uniform_(-bound, bound, generator=generator)
 
     @outside_autocast
@@ -117,10 +120,10 @@ class MaskedLinear(Constants):
         pruning or ``torch.func.functional_call``), it is a copy with cleared padding.
         """
         weight: Tensor = self.weight
-        prefix, table = self.prefix, self.layout.panels
+        prefix, panels = self.prefix, self.layout.panels
         if type(weight) is not nn.Parameter:
-            weight = without_padding(weight, prefix, table)
-        return LinearArgs(weight, self.bias, prefix, table, self.activation)
+            weight = without_padding(weight, prefix, panels)
+        return LinearArgs(weight, self.bias, prefix, panels, self.activation)
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         zero_padding_([self])
@@ -151,12 +154,17 @@ class MaskedLinear(Constants):
         self.bias.copy_(bias)
 
     def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any) -> None:
-        packed = state_dict.get(f"{prefix}weight")
-        if isinstance(packed, Tensor) and packed.shape == self.weight.shape and not self.layout.padding_is_zero(packed):
-            raise ValueError(
-                f"{prefix}weight holds numbers where the mask hides the weight: it was packed for other degrees, or "
-                f"is damaged"
-            )
+        name, metadata = f"{prefix}weight", args[0]
+        packed = state_dict.get(name)
+        if isinstance(packed, Tensor) and not packed.is_meta:
+            if packs_tiles(packed, self.layout, metadata.get("version")):
+                packed = tiles_to_panels(packed, self.layout, name)
+                state_dict = {**state_dict, name: packed}
+            if packed.shape == self.weight.shape and not self.layout.padding_is_zero(packed):
+                raise ValueError(
+                    f"{name} holds numbers where the mask hides the weight: it was packed for other degrees, or is "
+                    "damaged"
+                )
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def extra_repr(self) -> str:

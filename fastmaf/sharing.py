@@ -6,7 +6,7 @@ A file stores a copy of a shared block, layer or parameter for each place, and t
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
@@ -68,11 +68,6 @@ def shared_parts(flow: nn.Module) -> dict[str, str]:
     return shared
 
 
-def names_below(names: Mapping[str, Tensor], shared: Mapping[str, str]) -> Iterator[str]:
-    """Yields the names of shared tensors and of tensors of shared modules."""
-    return (name for name in names if _within(name, shared))
-
-
 def _within(name: str, shared: Mapping[str, str]) -> bool:
     return any(name == other or name.startswith(f"{other}.") for other in shared)
 
@@ -102,7 +97,11 @@ def _equal(a: object, b: object) -> bool:
         return a.dtype == b.dtype and torch.equal(a, b)
     if not isinstance(a, nn.Module) or not isinstance(b, nn.Module) or type(a) is not type(b) or repr(a) != repr(b):
         return False
-    if isinstance(a, MaskedLinear) and isinstance(b, MaskedLinear) and a.layout.tiles != b.layout.tiles:
+    if (
+        isinstance(a, MaskedLinear)
+        and isinstance(b, MaskedLinear)
+        and not torch.equal(a.layout.prefix, b.layout.prefix)
+    ):
         return False
     pairs = zip(a.named_parameters(), b.named_parameters(), strict=True)
     buffers = zip(a.named_buffers(), b.named_buffers(), strict=True)

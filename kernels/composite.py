@@ -17,7 +17,7 @@ from torch.autograd import forward_ad
 from fastmaf.kernels.affine_output.args import AffineArgs
 from fastmaf.kernels.autocast import matmul
 from fastmaf.kernels.flow.args import FlowArgs, permuted
-from fastmaf.kernels.flow.torch.inverse import plan_of
+from fastmaf.kernels.flow.torch.plan import plan_of
 from fastmaf.kernels.layout import runs_of
 from fastmaf.kernels.masked_linear.args import LinearArgs
 from fastmaf.kernels.padding import without_padding

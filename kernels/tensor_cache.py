@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 
 T = TypeVar("T")
 _NAME = "fastmaf_cache"
@@ -36,7 +37,8 @@ def cached(owner: Tensor, key: object, make: Callable[[], T], also: Sequence[Ten
         setattr(owner, _NAME, cache)
     known = cache.get(key)
     if known is None or not all([ref() is tensor for ref, tensor in zip(known[0], also, strict=True)]):
-        with torch.inference_mode(False):  # later calls may record gradients
+        # Later calls may record gradients, and outlive the torch.func transforms that are active now.
+        with torch.inference_mode(False), temporarily_clear_interpreter_stack():
             known = [weakref.ref(tensor) for tensor in also], make()
         cache[key] = known
     return known[1]

@@ -89,8 +89,8 @@ class TrainingRun:
             raise fastmaf.CheckpointError(
                 f"{model}: expected a flow with the settings in {self.out / STATE_FILE}; found another one"
             ) from None
-        tensors, _ = load_state(self.out)  # loaded only now: never in memory together with a second model
-        moments = moments_by_parameter(self.out, tensors, dict(self.flow.named_parameters()))
+        tensors, state = load_state(self.out)  # loaded only now: never in memory together with a second model
+        moments = moments_by_parameter(self.out, tensors, state, self.flow)
         groups = self.optimizer.state_dict()["param_groups"]
         self.optimizer.load_state_dict({"state": moments, "param_groups": groups})
         self.step.load_state_dict(state["guards"])

@@ -8,7 +8,6 @@ one that writes there.
 from __future__ import annotations
 
 import os
-import re
 import secrets
 import shutil
 from collections.abc import Iterator
@@ -17,15 +16,12 @@ from functools import partial
 from pathlib import Path
 from typing import BinaryIO
 
-from safetensors import SafetensorError
-
 from fastmaf.io.locks import try_lock
 
 STDOUT = "standard output"
 """Name of the stream in errors."""
 
 _PREFIX, _SUFFIX, _LOCK = ".fastmaf-", ".tmp", "lock"
-_OS_ERROR = re.compile(r"\(os error (\d+)\)")  # in errors of safetensors, which writes files itself
 _swept: set[str] = set()  # folders that this process has already swept
 
 
@@ -57,11 +53,6 @@ def write_errors(path: str | os.PathLike[str]) -> Iterator[None]:
     """
     try:
         yield
-    except SafetensorError as error:
-        code = _OS_ERROR.search(str(error))
-        if code is None:
-            raise OSError(f"{os.fspath(path)}: cannot be written: {error}") from error
-        raise OSError(int(code[1]), os.strerror(int(code[1])), os.fspath(path)) from error
     except OSError as error:
         if error.filename is not None and not any(map(_is_staging, Path(os.fsdecode(error.filename)).parts)):
             raise

@@ -10,17 +10,18 @@ from __future__ import annotations
 import os
 from collections import defaultdict
 from collections.abc import Mapping
+from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from fastmaf.flows import MAF, Flow
-from fastmaf.io.flow_config import TILES, flow_config
+from fastmaf.io.flow_config import flow_config
 from fastmaf.io.flow_tensors import EXTRA, flow_tensors
+from fastmaf.io.packed_weights import read_weights
 from fastmaf.io.safe_json import shown
 from fastmaf.io.tensor_file import CheckpointError, TensorFile
-from fastmaf.nn import MaskedLinear
 from fastmaf.sharing import share_again
 from fastmaf.transforms import TRANSFORMS
 
@@ -105,9 +106,10 @@ def _flow(file: TensorFile) -> Flow:
     try:
         config = flow_config(file.metadata, tuple(TRANSFORMS))
         tensors = flow_tensors(file, config)
-        with torch.device("cpu"):
+        # Entering a device slows every call of torch down.
+        with nullcontext() if torch.get_default_device().type == "cpu" else torch.device("cpu"):
             flow = _build(config, tensors)
-        _load_tensors(flow, tensors, config["tiles"])
+        _load_tensors(flow, tensors, read_weights(file, config, flow, tensors))
         share_again(flow, config.get("shared", {}))
     except CheckpointError:
         raise
@@ -125,16 +127,17 @@ def _build(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Flow:
     return (MAF.from_transforms if config["class"] == "MAF" else Flow)(config["features"], transforms)
 
 
-def _load_tensors(flow: Flow, tensors: dict[str, Tensor], tiles: Mapping[str, Any]) -> None:
-    """Copies tensors into a flow that was built for them; shapes and dtypes must be equal."""
-    layers = {name for name, module in flow.named_modules() if isinstance(module, MaskedLinear)}
-    if tiles.keys() != layers:
-        raise ValueError(
-            f"{TILES}: expected the layers of the flow; {shown(min(tiles.keys() ^ layers))} is missing or unexpected"
-        )
-    for name, expected in flow.state_dict().items():
-        tensor = tensors.get(name)
-        if tensor is None or tensor.shape != expected.shape or tensor.dtype != expected.dtype:
-            found = "nothing" if tensor is None else f"{tuple(tensor.shape)} {tensor.dtype}"
+def _load_tensors(flow: Flow, tensors: dict[str, Tensor], read: set[str]) -> None:
+    """Copies tensors into a flow that was built for them, whose weights ``read`` are there already.
+
+    Shapes and dtypes must be equal.
+    """
+    # Not by its state_dict, which would look through the padding of all weights.
+    for name, expected in (*flow.named_parameters(), *flow.named_buffers()):
+        tensor = tensors.get(name, expected)
+        if tensor.shape != expected.shape or tensor.dtype != expected.dtype:
+            found = f"{tuple(tensor.shape)} {tensor.dtype}"
             raise ValueError(f"tensor {name}: expected {tuple(expected.shape)} {expected.dtype}, found {found}")
-    flow.load_state_dict(tensors)
+    missing, unexpected = flow.load_state_dict(tensors, strict=False)
+    if odd := [*unexpected, *sorted(read ^ set(missing))]:
+        raise ValueError(f"tensor {shown(odd[0])} is missing or unexpected")

@@ -1,8 +1,10 @@
 """The schema of a flow's configuration in a model file, and the tensors that it requires::
 
-    {"version": 1, "class": "MAF", "features": D, "transforms": [{"type": ..., ...}, ...], "tiles": {layer: [...]}}
+    {"version": 2, "class": "MAF", "features": D, "transforms": [{"type": ..., ...}, ...]}
 
 The sizes of all tensors except packed weights follow from it, so that a file is checked before anything is built.
+Packed weights are stored row after row, the visible weights alone. In files of version 1 they are in tiles, which an
+entry ``"tiles": {layer: [...]}`` states.
 """
 
 from __future__ import annotations
@@ -16,7 +18,8 @@ from fastmaf.io.safe_json import parse, shown
 from fastmaf.io.schema import Anything, Flag, ListOf, MapOf, Maybe, Number, OneOf, Record, SchemaError, Text, Whole
 from fastmaf.kernels.masked_linear.args import ACTIVATIONS
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+_VERSIONS = (1, 2)  # that can be read
 KEY = "fastmaf"  # the key of the configuration in the metadata
 _WHERE = "configuration"  # the beginning of paths in messages
 TILES = f"{_WHERE}.tiles"
@@ -137,17 +140,17 @@ def flow_config(metadata: Mapping[str, str], types: tuple[str, ...]) -> dict[str
     _TEXT.check(metadata[KEY], _WHERE)
     config: dict[str, Any] = parse(metadata[KEY], _WHERE)
     version = config.get("version") if isinstance(config, dict) else None
-    if type(version) is int and version != FORMAT_VERSION:
-        raise SchemaError(
-            f"format version {shown(version)}; this fastmaf reads version {FORMAT_VERSION}: update fastmaf"
-        )
+    if type(version) is int and version not in _VERSIONS:
+        known = " and ".join(map(str, _VERSIONS))
+        raise SchemaError(f"format version {shown(version)}; this fastmaf reads versions {known}: update fastmaf")
+    has_tiles = type(version) is int and version == 1
     schema = Record(
         {
             "version": Whole(),
             "class": OneOf(("MAF", "Flow")),
             "features": _FEATURES,
             "transforms": ListOf(Record({"type": OneOf(types)}, others=Anything()), longest=4096),
-            "tiles": MapOf(ListOf(Anything())),
+            **({"tiles": MapOf(ListOf(Anything()))} if has_tiles else {}),
         },
         optional={"shared": MapOf(Text())},  # see ``fastmaf.sharing.shared_parts``
     )

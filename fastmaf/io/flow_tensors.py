@@ -13,16 +13,20 @@ from fastmaf.io.flow_config import KINDS, Config, Expected
 from fastmaf.io.safe_json import shown
 from fastmaf.io.schema import SchemaError
 from fastmaf.io.tensor_file import TensorFile, TensorInfo
-from fastmaf.io.tiles import repacked
 from fastmaf.kernels import PackedLayout
 
 EXTRA = "extra."  # prefix of the names of further tensors
 
+# Limits how many numbers a flow may have in memory for those in its file. Layers of few rows are padded to 16 of them.
+_GROWTH, _SMALL = 16, 2**24
 _ORTHONORMAL = 1e-2  # tolerance of the norm of a factor, for float16
 
 
 def flow_tensors(file: TensorFile, config: Config) -> dict[str, Tensor]:
-    """Returns the tensors of the flow that a validated configuration describes, packed as in this version.
+    """Returns the tensors of the flow that a validated configuration describes, except for its packed weights.
+
+    Packed weights are read into the flow once it is built, by ``fastmaf.io.packed_weights``; that they have at least as
+    many numbers as their layers need is checked here. Those of transforms of users are returned as they are stored.
 
     Raises:
         ValueError: a tensor is missing or unexpected, or has another shape or dtype or invalid values.
@@ -32,17 +36,19 @@ def flow_tensors(file: TensorFile, config: Config) -> dict[str, Tensor]:
     expected = {f"transforms.{i}.{name}": tensor for i, _, own in _kinds(config) for name, tensor in own.items()}
     _check_names(infos, expected, config)
     _check_shapes(infos, expected)
-    tensors = {name: file.read(name) for name in infos}
+    tensors = {name: file.read(name) for name in infos if name not in expected or expected[name].dtype != "weight"}
     for name, tensor in tensors.items():
         if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
             raise SchemaError(f"tensor {shown(name)} holds values that are not finite")
+    stored = 0
     for i, entry, _ in _kinds(config):
         if entry["type"] == "gaussian_whitening":
             _check_whitening(tensors, f"transforms.{i}.")
         elif entry["type"] == "affine_autoregressive":
-            for name, layout in _layouts(tensors, f"transforms.{i}.made.", entry, config["features"]).items():
-                weight, tiles = f"{name}.weight", config["tiles"].get(name, [])
-                tensors[weight] = repacked(layout, tiles, tensors[weight], name)
+            stored += _packed_numel(infos, tensors, f"transforms.{i}.made.", entry, config["features"])
+    numel = sum(math.prod(info.shape) for info in infos.values())
+    if stored > _GROWTH * numel + _SMALL:
+        raise SchemaError(f"its {numel} numbers would take {stored} in memory: the degrees are not those of a flow")
     return tensors
 
 
@@ -99,8 +105,10 @@ def _check_whitening(tensors: Mapping[str, Tensor], name: str) -> None:
         raise SchemaError(f"tensor {name}factors must have columns of norm 1, or 0; found {float(wrong[0])}")
 
 
-def _layouts(tensors: Mapping[str, Tensor], name: str, entry: Config, features: int) -> dict[str, PackedLayout]:
-    """Returns the layouts of the layers of a block by name, after checking that the weights have enough entries."""
+def _packed_numel(
+    infos: Mapping[str, TensorInfo], tensors: Mapping[str, Tensor], name: str, entry: Config, features: int
+) -> int:
+    """Returns the size of the weights of a block in memory, having checked that the file has enough."""
     inputs = input_degrees(features)
     hidden = [tensors[f"{name}degrees_{k}"].long() for k in range(len(entry["hidden_features"]))]
     for k, degrees in enumerate(hidden):
@@ -108,12 +116,11 @@ def _layouts(tensors: Mapping[str, Tensor], name: str, entry: Config, features: 
             raise SchemaError(f"tensor {name}degrees_{k} must hold degrees in 0..{features}, sorted")
     names = [*(f"{name}hidden.{k}" for k in range(len(hidden))), f"{name}output"]
     units = [inputs, *hidden, inputs.repeat_interleave(2)]
-    layouts = {}
+    stored = 0
     for layer, below, above in zip(names, units[:-1], units[1:], strict=True):
-        last = layer == names[-1]
-        seen = prefix(below, above, strict=last and entry["strict"])
-        numel = tensors[f"{layer}.weight"].numel()
-        if int(seen.sum()) > numel:
-            raise SchemaError(f"tensor {layer}.weight must hold {int(seen.sum())} weights or more; found {numel}")
-        layouts[layer] = PackedLayout(seen, below.numel(), group=2 if last else 1)
-    return layouts
+        layout = PackedLayout(prefix(below, above, strict=layer == names[-1] and entry["strict"]), below.numel())
+        (numel,) = infos[f"{layer}.weight"].shape
+        if layout.visible > numel:
+            raise SchemaError(f"tensor {layer}.weight must hold {layout.visible} weights or more; found {numel}")
+        stored += layout.numel
+    return stored

@@ -9,14 +9,15 @@ tensors come from the same version; if it is truncated, reading raises an error.
 
 from __future__ import annotations
 
+import json
 import math
 import os
-from collections.abc import Mapping
+import threading
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from fastmaf.io.atomic import replace, staging, sync_file, write_errors
@@ -41,6 +42,7 @@ _DTYPES = {
     "F8_E4M3": torch.float8_e4m3fn,
     "F8_E5M2": torch.float8_e5m2,
 }
+_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 _MAX_HEADER = 100_000_000  # bytes, the format's own limit
 _MAX_NUMEL = 2**62  # zeros in a shape count as ones, since strides are 64-bit integers
 
@@ -98,6 +100,7 @@ class TensorFile:
         if not self.path.is_file():  # checked before opening, since opening a FIFO blocks
             raise FileNotFoundError(f"no model file at {path}")
         self._file = open(path, "rb")  # noqa: SIM115
+        self._lock = threading.Lock()
         try:
             self.tensors, self.metadata = self._header(os.fstat(self._file.fileno()).st_size)
         except BaseException:
@@ -121,11 +124,31 @@ class TensorFile:
             buffer = torch.empty(end - begin, dtype=torch.uint8, device="cpu")
         except RuntimeError:
             raise CheckpointError(f"{self.path}: no memory for the {end - begin} bytes of {shown(name)}") from None
-        self._file.seek(begin)
-        if self._file.readinto(buffer.numpy().data) != end - begin:
-            raise self._damaged(f"it ends within the tensor {shown(name)}")
+        self.read_into(buffer, name)
         # Booleans with bytes other than 0 and 1 are undefined behaviour.
         return (buffer.ne(0) if dtype == torch.bool else buffer.view(dtype)).reshape(shape)
+
+    def read_into(self, target: Tensor, name: str, first: int = 0) -> None:
+        """Fills a contiguous 1-D tensor of the CPU with the numbers of a tensor from ``first`` on.
+
+        Several threads may read at the same time.
+
+        Raises:
+            CheckpointError: the file was truncated.
+        """
+        place, buffer = self.tensors[name].begin + first * target.element_size(), target.view(torch.uint8).numpy().data
+        while len(buffer):
+            count = self._read_at(place, buffer)
+            if not count:
+                raise self._damaged(f"it ends within the tensor {shown(name)}")
+            place, buffer = place + count, buffer[count:]
+
+    def _read_at(self, place: int, buffer: memoryview) -> int:
+        if hasattr(os, "preadv"):
+            return os.preadv(self._file.fileno(), [buffer], place)
+        with self._lock:
+            self._file.seek(place)
+            return self._file.readinto(buffer)
 
     def _damaged(self, why: str) -> CheckpointError:
         return CheckpointError(f"{self.path} is not a safetensors file, or is damaged: {why}")
@@ -180,7 +203,24 @@ def read_tensors(path: str | os.PathLike[str], *, tensors: bool = True) -> tuple
         return ({name: file.read(name) for name in file.tensors} if tensors else {}), file.metadata
 
 
-def write_tensors(tensors: Mapping[str, Tensor], path: str | os.PathLike[str], metadata: Mapping[str, str]) -> None:
+class Streamed(NamedTuple):
+    """A 1-D tensor that is made while it is written.
+
+    Attributes:
+        dtype: of its numbers.
+        numel: how many there are.
+        chunks: a function that returns the tensor in parts, 1-D, contiguous and on the CPU; one part may reuse the
+            memory of the last.
+    """
+
+    dtype: torch.dtype
+    numel: int
+    chunks: Callable[[], Iterator[Tensor]]
+
+
+def write_tensors(
+    tensors: Mapping[str, Tensor | Streamed], path: str | os.PathLike[str], metadata: Mapping[str, str]
+) -> None:
     """Writes a safetensors file atomically: a temporary file is synced to disk, then moved to ``path``.
 
     Raises:
@@ -189,7 +229,27 @@ def write_tensors(tensors: Mapping[str, Tensor], path: str | os.PathLike[str], m
     target = Path(os.path.realpath(path))  # a symbolic link is kept, and its target is replaced
     with write_errors(path), staging(target.parent) as folder:
         temporary = folder / target.name
-        save_file(dict(tensors), temporary, dict(metadata))
-        os.chmod(temporary, folder.stat().st_mode & 0o666)  # safetensors grants access to the owner only
+        save_file(tensors, temporary, metadata)
         sync_file(temporary)
         replace(temporary, target)
+
+
+def save_file(tensors: Mapping[str, Tensor | Streamed], path: Path, metadata: Mapping[str, str]) -> None:
+    """Writes a safetensors file; see ``write_tensors``, which replaces a file by it when it is complete."""
+    # The largest numbers first, so that each tensor is aligned.
+    named = sorted(tensors.items(), key=lambda item: (-item[1].dtype.itemsize, item[0]))
+    header: dict[str, Any] = {"__metadata__": dict(metadata)}
+    place = 0
+    for name, tensor in named:
+        shape = [tensor.numel] if isinstance(tensor, Streamed) else list(tensor.shape)
+        end = place + math.prod(shape) * tensor.dtype.itemsize
+        header[name] = {"dtype": _NAMES[tensor.dtype], "shape": shape, "data_offsets": [place, end]}
+        place = end
+    text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    with open(path, "wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for _, tensor in named:
+            whole = isinstance(tensor, Tensor)
+            for chunk in [tensor.detach().cpu().contiguous().flatten()] if whole else tensor.chunks():
+                file.write(chunk.view(torch.uint8).numpy().data)

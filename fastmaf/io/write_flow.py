@@ -12,9 +12,9 @@ from torch import Tensor, nn
 
 from fastmaf.io.flow_config import FORMAT_VERSION, KEY
 from fastmaf.io.flow_tensors import EXTRA
+from fastmaf.io.packed_weights import not_finite, streamed_weights
 from fastmaf.io.tensor_file import write_tensors
-from fastmaf.nn import MaskedLinear
-from fastmaf.sharing import names_below, shared_parts
+from fastmaf.sharing import shared_parts
 
 
 def write_flow(
@@ -28,18 +28,11 @@ def write_flow(
     if metadata and KEY in metadata:
         raise ValueError(f"metadata key {KEY!r} is reserved for the configuration")
     shared = shared_parts(flow)
-    # Tiles depend on constants that are tuned from time to time, so each file states its own.
-    modules = flow.named_modules(remove_duplicate=False)
-    tiles = {name: module.layout.tiles for name, module in modules if isinstance(module, MaskedLinear)}
-    entry = {"version": FORMAT_VERSION, **config, "tiles": tiles, **({"shared": shared} if shared else {})}
-    named = {**flow.state_dict(), **{f"{EXTRA}{name}": tensor for name, tensor in (extras or {}).items()}}
-    tensors = {name: tensor.detach().contiguous() for name, tensor in named.items()}
-    # safetensors refuses tensors that share memory: extras and shared parts are copied.
-    copied = {*names_below(tensors, shared), *(name for name in tensors if name.startswith(EXTRA))}
-    tensors |= {name: tensors[name].clone() for name in copied}
-    for name, tensor in tensors.items():
-        if not name.startswith(EXTRA) and tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
-            raise ValueError(
-                f"{name} holds numbers that are not finite, which load would refuse; nothing was written to {path}"
-            )
-    write_tensors(tensors, path, {**(metadata or {}), KEY: json.dumps(entry)})
+    entry = {"version": FORMAT_VERSION, **config, **({"shared": shared} if shared else {})}
+    tensors = {name: tensor.detach() for name, tensor in flow.state_dict().items()}
+    weights = streamed_weights(flow, tensors, path)
+    for name in tensors.keys() - weights.keys():
+        if tensors[name].is_floating_point() and not bool(torch.isfinite(tensors[name]).all()):
+            raise not_finite(name, path)
+    further = {f"{EXTRA}{name}": tensor for name, tensor in (extras or {}).items()}
+    write_tensors({**tensors, **weights, **further}, path, {**(metadata or {}), KEY: json.dumps(entry)})

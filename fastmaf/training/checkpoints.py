@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 import secrets
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,14 +18,17 @@ from torch import Tensor
 
 import fastmaf
 from fastmaf.io.atomic import keep_previous, replace
+from fastmaf.io.packed_weights import masked_layers, streamed_rows, weight_of_rows
 from fastmaf.io.safe_json import parse, shown
-from fastmaf.io.schema import Anything, Flag, ListOf, MapOf, Maybe, Number, Record, Text, Whole
+from fastmaf.io.schema import Anything, Flag, ListOf, MapOf, Maybe, Number, OneOf, Record, Text, Whole
 from fastmaf.io.tensor_file import read_tensors, write_tensors
+from fastmaf.tiles import tiles_to_panels
 
 MODEL_FILE, STATE_FILE = "model.safetensors", "training_state.safetensors"
 _NEXT_STATE_FILE = "training_state.next.safetensors"
 
 _MOMENTS = ("exp_avg", "exp_avg_sq")
+_ROWS = "rows"  # moments of packed weights are stored as model files store the weights; earlier versions had tiles
 _STEPS = Whole(high=2**62)
 _NAMES = ListOf(Text())
 _NLL = Number(finite=False)
@@ -51,6 +54,7 @@ _STATE = Record(
     },
     optional={  # not written by earlier versions
         "checkpoint": Text(),
+        "packed": OneOf((_ROWS,)),
         "contents": MapOf(Record({"bytes": Whole(high=2**62), "sha256": Text()})),
         "epoch_so_far": Record(
             {"batches": Whole(), "total_nll": Number(), "skipped": Whole(), "seconds": Number(low=0)}
@@ -85,8 +89,14 @@ def save_state(
     Raises:
         OSError: a file cannot be written, as on a full disk; the previous model and state are kept.
     """
-    checkpoint = secrets.token_hex(8)
-    write_tensors(moments, out / _NEXT_STATE_FILE, {"state": json.dumps({**state, "checkpoint": checkpoint})})
+    checkpoint, next_state = secrets.token_hex(8), out / _NEXT_STATE_FILE
+    rows = {
+        moment: streamed_rows(moments[moment], layer, moment, next_state)
+        for moment, layer in _packed_moments(flow)
+        if moment in moments
+    }
+    record = {**state, "checkpoint": checkpoint, "packed": _ROWS}
+    write_tensors({**moments, **rows}, next_state, {"state": json.dumps(record)})
     try:
         for name in keep:
             keep_previous(out / name)
@@ -96,6 +106,13 @@ def save_state(
             (out / _NEXT_STATE_FILE).unlink(missing_ok=True)  # frees its space on a full disk
         raise
     replace(out / _NEXT_STATE_FILE, out / STATE_FILE)
+
+
+def _packed_moments(flow: fastmaf.Flow) -> Iterator[tuple[str, fastmaf.MaskedLinear]]:
+    """Yields the names of the moments of packed weights, each with its layer."""
+    for name, layer in masked_layers(flow).items():
+        for key in _MOMENTS:
+            yield f"{name}.weight/{key}", layer
 
 
 def remove_state(out: Path) -> None:
@@ -151,9 +168,9 @@ def refuse_unfinished(out: Path) -> None:
 
 
 def moments_by_parameter(
-    out: Path, tensors: Mapping[str, Tensor], parameters: Mapping[str, Tensor]
+    out: Path, tensors: Mapping[str, Tensor], state: Mapping[str, Any], flow: fastmaf.Flow
 ) -> dict[int, dict[str, Tensor]]:
-    """Returns the optimiser's state by index of the parameter, from the tensors that ``load_state`` returned.
+    """Returns the optimiser's state by index of the parameter, from what ``load_state`` returned.
 
     Raises:
         fastmaf.CheckpointError: a tensor is missing, unexpected, or does not match its parameter.
@@ -164,6 +181,16 @@ def moments_by_parameter(
     def refuse(problem: str) -> fastmaf.CheckpointError:
         return fastmaf.CheckpointError(f"{out / STATE_FILE}: tensor {problem}")
 
+    parameters, tensors = dict(flow.named_parameters()), dict(tensors)
+    for name, layer in _packed_moments(flow):
+        if name in tensors:
+            try:
+                if state.get("packed") == _ROWS:
+                    tensors[name] = weight_of_rows(name, tensors[name], layer)
+                else:
+                    tensors[name] = tiles_to_panels(tensors[name], layer.layout, name)
+            except ValueError as error:
+                raise fastmaf.CheckpointError(f"{out / STATE_FILE}: {error}") from None
     expected = {f"{name}/{key}": (p.shape, p.dtype) for name, p in parameters.items() for key in _MOMENTS}
     expected |= {f"{name}/step": (torch.Size(()), torch.float32) for name in parameters}
     if odd := sorted(expected.keys() ^ tensors.keys()):

@@ -17,7 +17,7 @@ from fastmaf.flows import Flow
 from fastmaf.kernels import PackedLayout, dispatch
 from fastmaf.kernels.layout import PANEL
 from fastmaf.kernels.triton_common import work_lists
-from fastmaf.kernels.triton_common.launch_table import TABLES, family
+from fastmaf.kernels.triton_common.launch_table import MOST_LANES, TABLES, family
 
 
 def runs_on(flow: Flow, device: torch.device | str | None) -> tuple[torch.device, str]:
@@ -68,16 +68,20 @@ def _multiply(layout: PackedLayout, batch: int, zeros: Callable[..., Tensor], tr
     inputs, outputs, bias = zeros(batch, layout.in_features), zeros(batch, rows), zeros(rows)
     inputs_t = inputs.t().contiguous()
     for run in layout.runs:
-        x, y = inputs[:, : run.width], outputs[:, run.rows(rows)]
-        panels = zeros(run.end - run.start, run.width, PANEL)
-        of_panels = y.unflatten(1, (-1, PANEL)).transpose(0, 1)
-        if len(panels) == 1:
-            torch.addmm(bias[run.rows(rows)], x, panels[0], out=y)
+        count, places = run.end - run.start, run.rows(rows)
+        x, y, panels = inputs[:, : run.width], outputs[:, places], zeros(count, run.width, PANEL)
+        if count == 1:
+            torch.addmm(bias[places], x, panels[0], out=zeros(batch, PANEL))
         else:
-            torch.baddbmm(bias[run.rows(rows)].view(-1, 1, PANEL), x.expand(len(panels), -1, -1), panels)
-        if training:
-            x.addmm_(y, panels.view(run.width, -1).t())
-            torch.bmm(inputs_t[: run.width].expand(len(panels), -1, -1), of_panels, out=panels)
+            torch.baddbmm(bias[places].view(-1, 1, PANEL), x.expand(count, -1, -1), panels)
+        if not training:
+            continue
+        x.addmm_(y, panels.view(run.width, -1).t())
+        if count == 1:
+            torch.mm(inputs_t[: run.width], y, out=panels[0])
+        else:
+            of_panels = y.unflatten(1, (-1, PANEL)).transpose(0, 1)
+            torch.bmm(inputs_t[: run.width].expand(count, -1, -1), of_panels, out=panels)
 
 
 def workspace_bytes(
@@ -104,14 +108,13 @@ def _triton_bytes(flow: Flow, n: int, device: torch.device, *, training: bool) -
     sms = 6 if card is None else card.multi_processor_count
     table, host = TABLES[family(capability)], torch.device("cpu")
     layers = flow._layers()
-    aligned = all(work_lists.rows(layer.layout.panels, host).aligned for layer in layers)
-    launch = (table.lanes if n == 1 else table.dot).fitted(aligned)
+    launch = table.lanes if n == 1 else table.few if n <= MOST_LANES else table.dot
     tiles = -(-n // table.most_samples)
     plane, numbers = n * flow.features, [0]
     for layer in layers:
         is_output = layer.in_features < layer.out_features and layer.layout.out_features == 2 * flow.features
         if training:
-            shape = table.backward_of(min(n, table.most_samples)).fitted(aligned)
+            shape = table.backward_of(min(n, table.most_samples))
             programs = sms * shape.programs_per_sm
             work = work_lists.backward(
                 layer.layout.panels, host, layer.in_features, shape.rows, shape.columns, programs
@@ -122,8 +125,8 @@ def _triton_bytes(flow: Flow, n: int, device: torch.device, *, training: bool) -
             programs = -(-sms * launch.programs_per_sm // tiles)
             work = work_lists.forward(layer.layout.panels, host, launch.rows, launch.columns, programs)
             numbers.append(work.slots * n * layer.out_features)
-    # Partial log-determinants are float64; the base and the width of a row take 12 bytes.
-    lists = sum(12 * layer.out_features + 4 * (layer.in_features + layer.out_features) for layer in layers)
+    # Partial log-determinants are float64, the starts of panels int64.
+    lists = sum(8 * len(layer.layout.panels) + 4 * (layer.in_features + layer.out_features) for layer in layers)
     partial_sums = 8 * n * len(flow._mades()) * -(-2 * flow.features // launch.rows)
     planes = 0 if training else 2 * plane + n * sum(made.hidden_features[0] for made in flow._mades()[:1])
     return 4 * (max(numbers) + planes) + lists + partial_sums

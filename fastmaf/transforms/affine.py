@@ -16,6 +16,7 @@ from fastmaf.kernels import (
     Block,
     affine_output,
     bounded_map,
+    empty_on_huge_pages,
     flow_args,
     flow_forward,
     flow_inverse,
@@ -153,7 +154,8 @@ class AffineAutoregressive(Transform):
         made = MADE(config["features"], hidden, degrees=degrees, init="empty", dtype=dtype, **options)
         if config.get("weight_dtype") == str(torch.bfloat16):
             for layer in made.layers:
-                layer.weight = nn.Parameter(layer.weight.detach().to(torch.bfloat16), requires_grad=False)
+                weight = empty_on_huge_pages(layer.layout.numel, device=layer.weight.device, dtype=torch.bfloat16)
+                layer.weight = nn.Parameter(weight, requires_grad=False)
         return cls(made, log_scale_bound=config["log_scale_bound"], soft_bound=config["soft_bound"])
 
     def extra_repr(self) -> str:

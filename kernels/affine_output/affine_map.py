@@ -109,7 +109,7 @@ class AffineMap(NamedTuple):
 
     def inverse(self, z: Tensor, shift: Tensor, a: Tensor) -> Tensor:
         """Returns ``x``."""
-        return z * torch.exp(a) + shift if self.form == SHIFT_FIRST else (z - shift) * torch.exp(-a)
+        return torch.addcmul(shift, z, torch.exp(a)) if self.form == SHIFT_FIRST else (z - shift) * torch.exp(-a)
 
 
 def bounded_map(bound: float, soft: bool) -> AffineMap:

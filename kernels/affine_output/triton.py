@@ -1,6 +1,7 @@
 """Output layer fused with the affine transform, by Triton kernels; the same functions as ``torch.py``.
 
-    (m, u)[d] = b + W h,   a = bound(u),   z = (x - m) exp(-a),   ladj = -sum_d a[d]
+    (m, u)[d] = b + W h,   a = log_scale(u),   z = (x - m) exp(-a),   ladj = -sum_d a[d]       or
+                                               z = exp(a) x + m,      ladj = +sum_d a[d]       see affine_map.py
 
 A dimension's two rows stand side by side, so a program ends in z, a, and its share of the log-determinant; the
 [N, 2D] product never leaves its registers. Shares of the log-determinant are added up in float64, in a fixed order.
@@ -8,7 +9,7 @@ A dimension's two rows stand side by side, so a program ends in z, a, and its sh
 
 from __future__ import annotations
 
-import math
+from typing import Any
 
 import torch
 import triton
@@ -16,6 +17,8 @@ import triton.language as tl
 from torch import Tensor
 
 from fastmaf.kernels.adam.update import Update
+from fastmaf.kernels.affine_output import triton_map
+from fastmaf.kernels.affine_output.affine_map import SHIFT_FIRST, AffineMap
 from fastmaf.kernels.affine_output.args import AffineArgs, AffineBatch
 from fastmaf.kernels.affine_output.torch import product_batch
 from fastmaf.kernels.masked_linear import triton as linear
@@ -29,22 +32,20 @@ __all__ = ["adam_", "backward", "forward", "squared_norm", "why_not"]
 
 @triton.jit
 def _affine_output_fwd_kernel(
-    h_ptr, w_ptr, bias_ptr, x_ptr, base_ptr, width_ptr, items_ptr, z_ptr, log_scale_ptr, shares_ptr, bound, n, hidden,
+    h_ptr, w_ptr, bias_ptr, x_ptr, panels_ptr, items_ptr, z_ptr, log_scale_ptr, shares_ptr, limit, epsilon, n, hidden,
     features,
-    BLOCK_N: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK_K: tl.constexpr, SOFT: tl.constexpr, LANES: tl.constexpr,
-    ALIGNED: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK_K: tl.constexpr, SHIFT_FIRST: tl.constexpr, KIND: tl.constexpr,
+    LANES: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     tiles = tl.cdiv(n, BLOCK_N)
     item = items_ptr + tl.program_id(0) // tiles * 4
-    block, k_end = tl.load(item), tl.load(item + 2)
+    block, k_end = tl.load(item), common.whole_vectors(tl.load(item + 2), hidden)
     j = block * BLOCK_J + tl.arange(0, BLOCK_J)
     row_ok = j < 2 * features
-    base, width = common.rows_at(base_ptr, width_ptr, j, row_ok, ALIGNED)
-    if ALIGNED:
-        k_end = tl.multiple_of(k_end, 16)
+    base, width = common.panels_of(panels_ptr, j, 2 * features, BLOCK_J)
     sample = tl.program_id(0) % tiles * BLOCK_N + tl.arange(0, BLOCK_N)
     out = common.product(
-        h_ptr, sample, sample < n, hidden, w_ptr, base, width, row_ok, 0, k_end,
+        h_ptr, sample, sample < n, hidden, w_ptr, base, width, 0, k_end,
         BLOCK_N, BLOCK_J, BLOCK_K, LANES, PRECISION,
     )  # fmt: skip
     out += tl.load(bias_ptr + j, mask=row_ok, other=0.0)[None, :]
@@ -52,20 +53,24 @@ def _affine_output_fwd_kernel(
     d = block * (BLOCK_J // 2) + tl.arange(0, BLOCK_J // 2)
     ok = (sample < n)[:, None] & (d < features)[None, :]
     at = sample.to(tl.int64)[:, None] * features + d[None, :]
-    a = common.bounded(u, bound, SOFT)
-    z = (tl.load(x_ptr + at, mask=ok, other=0.0) - shift) * common.exponential(-a)
+    a = triton_map.log_scale(u, limit, epsilon, KIND)
+    x = tl.load(x_ptr + at, mask=ok, other=0.0)
+    if SHIFT_FIRST:
+        z, ladj = (x - shift) * triton_map.exponential(-a), -a
+    else:
+        z, ladj = x * triton_map.exponential(a) + shift, a
     tl.store(z_ptr + at, z, mask=ok)
     tl.store(log_scale_ptr + at, a, mask=ok)
-    share = tl.sum(tl.where(ok, a, 0.0).to(tl.float64), 1)
+    share = tl.sum(tl.where(ok, ladj, 0.0).to(tl.float64), 1)
     tl.store(shares_ptr + block.to(tl.int64) * n + sample, share, mask=sample < n)
 
 
 @triton.jit
 def _affine_output_grad_kernel(
-    grad_z_ptr, grad_ladj_ptr, grad_a_ptr, z_ptr, log_scale_ptr, g_ptr, grad_x_ptr, bound, n, features,
-    BLOCK_D: tl.constexpr, SOFT: tl.constexpr, GRAD_A: tl.constexpr,
+    grad_z_ptr, grad_ladj_ptr, grad_a_ptr, of_ptr, log_scale_ptr, g_ptr, grad_x_ptr, limit, epsilon, n, features,
+    BLOCK_D: tl.constexpr, SHIFT_FIRST: tl.constexpr, KIND: tl.constexpr, GRAD_A: tl.constexpr,
 ):  # fmt: skip
-    """The gradients of the layer's product [N, 2D] and of x."""
+    """The gradients of the layer's product [N, 2D] and of x; ``of`` is z with SHIFT_FIRST, else x."""
     chunks = tl.cdiv(features, BLOCK_D)
     sample = (tl.program_id(0) // chunks).to(tl.int64)
     d = tl.program_id(0) % chunks * BLOCK_D + tl.arange(0, BLOCK_D)
@@ -73,30 +78,35 @@ def _affine_output_grad_kernel(
     at = sample * features + d
     a = tl.load(log_scale_ptr + at, mask=ok, other=0.0)
     grad_z = tl.load(grad_z_ptr + at, mask=ok, other=0.0)
-    grad_x = grad_z * common.exponential(-a)
-    grad_a = -grad_z * tl.load(z_ptr + at, mask=ok, other=0.0) - tl.load(grad_ladj_ptr + sample)
+    of, grad_ladj = tl.load(of_ptr + at, mask=ok, other=0.0), tl.load(grad_ladj_ptr + sample)
+    if SHIFT_FIRST:
+        grad_x = grad_z * triton_map.exponential(-a)
+        grad_m, grad_a = -grad_x, -grad_z * of - grad_ladj
+    else:
+        grad_x = grad_z * triton_map.exponential(a)
+        grad_m, grad_a = grad_z, grad_x * of + grad_ladj
     if GRAD_A:
         grad_a += tl.load(grad_a_ptr + at, mask=ok, other=0.0)
     tl.store(grad_x_ptr + at, grad_x, mask=ok)
-    both = tl.interleave(-grad_x, grad_a * common.bound_slope(a, bound, SOFT))
+    both = tl.interleave(grad_m, grad_a * triton_map.log_scale_slope(a, limit, epsilon, KIND))
     j = tl.program_id(0) % chunks * (2 * BLOCK_D) + tl.arange(0, 2 * BLOCK_D)
     tl.store(g_ptr + sample * 2 * features + j, both, mask=j < 2 * features)
 
 
 @triton.jit
 def _ladj_kernel(shares_ptr, ladj_ptr, n, count, BLOCK_B: tl.constexpr):
-    """Minus the sum of the shares [count, n] of one sample."""
+    """The sum of the shares [count, n] of one sample."""
     sample = tl.program_id(0)
     total = tl.zeros([BLOCK_B], tl.float64)
     for start in range(0, count, BLOCK_B):
         b = start + tl.arange(0, BLOCK_B)
         total += tl.load(shares_ptr + b.to(tl.int64) * n + sample, mask=b < count, other=0.0)
-    tl.store(ladj_ptr + sample, (-tl.sum(total, 0)).to(tl.float32))
+    tl.store(ladj_ptr + sample, tl.sum(total, 0).to(tl.float32))
 
 
 def shares_of(h: Tensor, features: int) -> int:
     """Returns how many shares of a sample's log-determinant ``forward_into`` writes."""
-    return common.cdiv(2 * features, linear.shape_of(h, h.shape[0], True).rows)
+    return common.cdiv(2 * features, linear.shape_of(h, h.shape[0]).rows)
 
 
 def forward(h: Tensor, x: Tensor, args: AffineArgs) -> tuple[Tensor, Tensor, Tensor]:
@@ -108,22 +118,22 @@ def forward(h: Tensor, x: Tensor, args: AffineArgs) -> tuple[Tensor, Tensor, Ten
 
 
 def forward_into(z: Tensor, log_scale: Tensor, shares: Tensor, h: Tensor, x: Tensor, args: AffineArgs) -> None:
-    """Writes ``z``, ``log_scale`` and the shares ``[shares_of, N]`` (float64) of the sums of log-scales."""
+    """Writes ``z``, ``log_scale`` and the shares ``[shares_of, N]`` (float64) of the log-determinants."""
     (n, hidden), features = h.shape, x.shape[1]
-    rows = work_lists.rows(args.tiles, h.device)
-    shape = linear.shape_of(h, n, rows.aligned)
-    work = work_lists.forward(args.tiles, h.device, shape.rows, shape.columns, 0)  # rows suffice: nothing is split
+    shape, affine_map = linear.shape_of(h, n), args.affine_map
+    panels = work_lists.on_device(args.panels, h.device)
+    work = work_lists.forward(args.panels, h.device, shape.rows, shape.columns, 0)  # rows suffice: nothing is split
     common.launch(
         _affine_output_fwd_kernel,
         len(work.items) * common.cdiv(n, shape.samples),
-        h, args.weight, args.bias, x, rows.base, rows.width, work.items, z, log_scale, shares, args.bound, n, hidden,
-        features,
-        SOFT=_bends(args), **shape.options,
+        h, args.weight, args.bias, x, panels, work.items, z, log_scale, shares, affine_map.limit, affine_map.epsilon,
+        n, hidden, features,
+        **_modes(affine_map), **shape.options,
     )  # fmt: skip
 
 
 def ladj_of(shares: Tensor) -> Tensor:
-    """Returns minus the sums of the shares ``[count, N]``."""
+    """Returns the sums of the shares ``[count, N]``."""
     count, n = shares.shape
     ladj = torch.empty(n, dtype=torch.float32, device=shares.device)
     common.launch(_ladj_kernel, n, shares, ladj, n, count, BLOCK_B=common.power_of_two(count, 1, common.BLOCK))
@@ -134,21 +144,23 @@ def grad_product(batch: AffineBatch, args: AffineArgs) -> tuple[Tensor, Tensor]:
     """Returns the gradients of the layer's product ``[N, 2D]`` and, through the transform alone, of ``x``; that of
     ``log_scale`` may be None, for zero.
     """
-    grad_z, grad_ladj, grad_log_scale, _, z, log_scale = batch
-    n, features = z.shape
+    grad_z, grad_ladj, grad_log_scale, _, z, log_scale, x = batch
+    affine_map, (n, features) = args.affine_map, z.shape
+    of = z if affine_map.form == SHIFT_FIRST else x.contiguous()
     g, grad_x = z.new_empty(n, 2 * features), torch.empty_like(z)
     grad_a = None if grad_log_scale is None else grad_log_scale.contiguous()
     common.launch(
         _affine_output_grad_kernel,
         n * common.cdiv(features, common.BLOCK // 2),
-        grad_z.contiguous(), grad_ladj.contiguous(), grad_a, z, log_scale, g, grad_x, args.bound, n, features,
-        BLOCK_D=common.BLOCK // 2, SOFT=_bends(args), GRAD_A=grad_a is not None,
+        grad_z.contiguous(), grad_ladj.contiguous(), grad_a, of, log_scale, g, grad_x, affine_map.limit,
+        affine_map.epsilon, n, features,
+        BLOCK_D=common.BLOCK // 2, **_modes(affine_map), GRAD_A=grad_a is not None,
     )  # fmt: skip
     return g, grad_x
 
 
-def _bends(args: AffineArgs) -> bool:
-    return args.soft and not math.isinf(args.bound)
+def _modes(affine_map: AffineMap) -> dict[str, Any]:
+    return {"SHIFT_FIRST": affine_map.form == SHIFT_FIRST, "KIND": triton_map.kind_of(affine_map)}
 
 
 def backward(batch: AffineBatch, args: AffineArgs, need_inputs: bool, need_weight: bool) -> tuple[Tensor, ...]:

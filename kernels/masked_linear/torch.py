@@ -21,15 +21,17 @@ from fastmaf.kernels.masked_linear.args import LinearArgs, LinearBatch
 def forward(x: Tensor, args: LinearArgs) -> Tensor:
     """Returns ``y`` ``[N, out]`` for ``x`` ``[N, in]``."""
     weight = args.weight.to(x.dtype).contiguous()  # stored in fewer bits, it is the same function of rounded weights
-    bias = whole_panels(args.bias, args.panels)
-    y = x.new_empty(x.shape[0], bias.shape[0])
-    for run in runs_of(args.panels):
-        rows, panels, seen = run.rows(bias.shape[0]), run.of(weight), x[:, : run.width]
+    bias = whole_panels(args.bias, args.panels).view(-1, 1, PANEL)
+    y = x.new_empty(len(bias), x.shape[0], PANEL)
+    runs = runs_of(args.panels)
+    counts = [run.end - run.start for run in runs]
+    for run, of_bias, out in zip(runs, bias.split(counts), y.split(counts), strict=True):
+        seen, panels = x.narrow(1, 0, run.width), run.of(weight)
         if len(panels) == 1:
-            torch.addmm(bias[rows], seen, panels[0], out=y[:, rows])
+            torch.addmm(of_bias[0], seen, panels[0], out=out[0])
         else:
-            sums = torch.baddbmm(bias[rows].view(-1, 1, PANEL), seen.expand(len(panels), -1, -1), panels)
-            y[:, rows].unflatten(1, (-1, PANEL)).copy_(sums.transpose(0, 1))
+            torch.baddbmm(of_bias, seen.expand(len(panels), -1, -1), panels, out=out)
+    y = y.transpose(0, 1).flatten(1)
     return activate_(y[:, : args.bias.shape[0]].contiguous(), args.activation)
 
 

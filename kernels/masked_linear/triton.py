@@ -2,9 +2,10 @@
 
     y = act(b + x Wᵀ)
 
-A program takes a block of rows of W and walks along the staircase, never outside it. Few rows cannot fill a GPU: then
-several programs share a block, write partial sums, and a second kernel adds these up in a fixed order, so that a result
-never depends on timing. The backward pass is in ``triton_backward.py``.
+A program takes whole panels of W and walks along the staircase, never outside it: a tile of a panel is a contiguous
+right operand ``[columns, 16 rows]``. Few panels cannot fill a GPU: then several programs share a block of them, write
+partial sums, and a second kernel adds these up in a fixed order, so that a result never depends on timing. The backward
+pass is in ``triton_backward.py``.
 """
 
 from __future__ import annotations
@@ -30,22 +31,21 @@ __all__ = ["adam_", "backward", "forward", "squared_norm", "why_not"]
 
 @triton.jit
 def _masked_linear_fwd_kernel(
-    x_ptr, w_ptr, bias_ptr, base_ptr, width_ptr, items_ptr, y_ptr, n, in_features, out_features,
+    x_ptr, w_ptr, bias_ptr, panels_ptr, items_ptr, y_ptr, n, in_features, out_features,
     BLOCK_N: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK_K: tl.constexpr, RELU: tl.constexpr, SPLIT: tl.constexpr,
-    LANES: tl.constexpr, ALIGNED: tl.constexpr, PRECISION: tl.constexpr,
+    LANES: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     tiles = tl.cdiv(n, BLOCK_N)  # neighbours take the same weights
     item = items_ptr + tl.program_id(0) // tiles * 4
     block, k_begin, k_end, slot = tl.load(item), tl.load(item + 1), tl.load(item + 2), tl.load(item + 3)
     j = block * BLOCK_J + tl.arange(0, BLOCK_J)
     row_ok = j < out_features
-    base, width = common.rows_at(base_ptr, width_ptr, j, row_ok, ALIGNED)
-    if ALIGNED:
-        k_end = tl.multiple_of(k_end, 16)
-        k_begin = tl.multiple_of(k_begin, 16)
+    base, width = common.panels_of(panels_ptr, j, out_features, BLOCK_J)
+    k_begin = tl.multiple_of(k_begin, 16)
+    k_end = common.whole_vectors(k_end, in_features)
     sample = tl.program_id(0) % tiles * BLOCK_N + tl.arange(0, BLOCK_N)
     y = common.product(
-        x_ptr, sample, sample < n, in_features, w_ptr, base, width, row_ok, k_begin, k_end,
+        x_ptr, sample, sample < n, in_features, w_ptr, base, width, k_begin, k_end,
         BLOCK_N, BLOCK_J, BLOCK_K, LANES, PRECISION,
     )  # fmt: skip
     if SPLIT:
@@ -74,15 +74,15 @@ class Shape(NamedTuple):
     options: dict[str, Any]
 
 
-def shape_of(like: Tensor, n: int, aligned: bool) -> Shape:
-    """Returns how ``product`` is launched for ``n`` samples and rows of weights that are ``aligned`` or not."""
+def shape_of(like: Tensor, n: int) -> Shape:
+    """Returns how ``product`` is launched for ``n`` samples."""
     table, sms, precision = common.target(like)
     lanes = n <= MOST_LANES
-    one = (table.lanes if n <= 1 else table.few if lanes else table.dot).fitted(aligned)
+    one = table.lanes if n <= 1 else table.few if lanes else table.dot
     samples = common.power_of_two(n, *((1, MOST_LANES) if lanes else (FEW, table.most_samples)))
     programs = common.cdiv(sms * one.programs_per_sm, max(1, common.cdiv(n, samples)))
     blocks = {"BLOCK_N": samples, "BLOCK_J": one.rows, "BLOCK_K": one.columns}
-    modes = {"LANES": lanes, "ALIGNED": aligned, "PRECISION": precision}
+    modes = {"LANES": lanes, "PRECISION": precision}
     options = {**blocks, **modes, "num_warps": one.warps, "num_stages": one.stages}
     return Shape(samples, one.rows, one.columns, programs, options)
 
@@ -95,15 +95,15 @@ def forward(x: Tensor, args: LinearArgs) -> Tensor:
 def forward_into(y: Tensor, x: Tensor, args: LinearArgs) -> Tensor:
     """Writes ``forward`` to ``y`` and returns it."""
     (n, in_features), out_features = x.shape, y.shape[1]
-    rows = work_lists.rows(args.tiles, x.device)
-    shape, relu = shape_of(x, n, rows.aligned), args.activation == "relu"
-    work = work_lists.forward(args.tiles, x.device, shape.rows, shape.columns, shape.programs)
+    shape, relu = shape_of(x, n), args.activation == "relu"
+    panels = work_lists.on_device(args.panels, x.device)
+    work = work_lists.forward(args.panels, x.device, shape.rows, shape.columns, shape.programs)
     split = work.slots > 1
     product_to = x.new_empty(work.slots, n, out_features) if split else y
     common.launch(
         _masked_linear_fwd_kernel,
         len(work.items) * common.cdiv(n, shape.samples),
-        x, args.weight, args.bias, rows.base, rows.width, work.items, product_to, n, in_features, out_features,
+        x, args.weight, args.bias, panels, work.items, product_to, n, in_features, out_features,
         RELU=relu, SPLIT=split, **shape.options,
     )  # fmt: skip
     return sum_slots(y, product_to, work.counts, bias=args.bias, relu=relu) if split else y

@@ -125,49 +125,6 @@ def power_of_two(n: int, least: int, most: int) -> int:
 
 
 @triton.jit
-def exponential(x):
-    """Exponential, to about one unit in the last place: exp2 of x log2(e) alone would lose |x| of them."""
-    x = tl.where(x > 120.0, 120.0, tl.where(x < -120.0, -120.0, x))  # beyond float32 on either side; NaN stays
-    n = tl.floor(x * 1.4426950408889634 + 0.5)
-    r = tl.fma(n, tl.full(x.shape, -0.693359375, tl.float32), x)  # ln 2 in two parts, the first exact in 9 bits
-    r = tl.fma(n, tl.full(x.shape, 2.12194440054690583e-4, tl.float32), r)
-    half = tl.floor(n * 0.5)  # 2^n itself may be too large where the result is not
-    return tl.exp2(r * 1.4426950408889634) * tl.exp2(half) * tl.exp2(n - half)
-
-
-@triton.jit
-def hyperbolic_tangent(x):
-    """Hyperbolic tangent: 1 - 2 / (e^2x + 1), and its continued fraction near zero, where that cancels."""
-    size = tl.abs(x)
-    far = 1.0 - tl.div_rn(tl.full(x.shape, 2.0, tl.float32), exponential(2.0 * tl.where(size > 10.0, 10.0, size)) + 1.0)
-    # x / (1 + s / (3 + s / (5 + s / (7 + s / 9)))), s = x²: below 0.6 within 1e-9.
-    s = x * x
-    top = x * (945.0 + s * (105.0 + s))
-    near = tl.div_rn(top, 945.0 + s * (420.0 + 15.0 * s))
-    found = tl.where(size < 0.6, near, tl.where(x < 0, -far, far))
-    return tl.where(x == x, found, x)
-
-
-@triton.jit
-def bounded(u, bound, SOFT: tl.constexpr):
-    """The log-scale for the network's raw output; NaN stays NaN."""
-    if SOFT:
-        return bound * hyperbolic_tangent(tl.div_rn(u, tl.zeros_like(u) + bound))
-    else:
-        return tl.where(u > bound, bound, tl.where(u < -bound, -bound, u))
-
-
-@triton.jit
-def bound_slope(a, bound, SOFT: tl.constexpr):
-    """The slope da/du as a function of the bounded value a."""
-    if SOFT:
-        share = tl.div_rn(a, tl.zeros_like(a) + bound)
-        return 1.0 - share * share
-    else:
-        return tl.where(tl.abs(a) < bound, 1.0, 0.0)
-
-
-@triton.jit
 def matmul(a, b, acc, PRECISION: tl.constexpr):
     """The sum acc + a b, with float32 sums."""
     if PRECISION == "bf16":
@@ -177,73 +134,81 @@ def matmul(a, b, acc, PRECISION: tl.constexpr):
 
 
 @triton.jit
-def weights(w_ptr, base, width, k, row_ok):
-    """A tile of a packed weight ``[rows, k]``, zero outside it.
+def panels_of(panels_ptr, j, rows, BLOCK_J: tl.constexpr):
+    """Where the weights of rows j lie in the panels of ``rows`` rows: the place of column 0, and how many columns.
 
-    That 16 bytes can be loaded at once must be known where base, width and the first k are loaded (``tl.multiple_of``):
-    such a hint is lost on a function's argument.
+    The first of the rows is a multiple of BLOCK_J or of 16: rows of one panel lie side by side, so that several are
+    loaded at once. That must be stated here, where starts are loaded; on a function's argument such a hint is lost.
     """
-    mask = row_ok[:, None] & (k[None, :] < width[:, None])
-    return tl.load(w_ptr + base[:, None] + k[None, :], mask=mask, other=0.0).to(tl.float32)
+    SAME: tl.constexpr = BLOCK_J if BLOCK_J < 16 else 16
+    ok = j // 16 * 16 < rows
+    start = tl.load(panels_ptr + j // 16, mask=ok, other=0)
+    end = tl.load(panels_ptr + j // 16 + 1, mask=ok, other=0)
+    start = tl.max_constancy(start, SAME)
+    width = tl.max_constancy((end - start).to(tl.int32), SAME)
+    return start * 16 + j % 16, width
 
 
 @triton.jit
-def rows_at(base_ptr, width_ptr, j, row_ok, ALIGNED: tl.constexpr):
-    """Where rows j of a packed weight start, and how wide they are."""
-    base = tl.load(base_ptr + j, mask=row_ok, other=0)
-    width = tl.load(width_ptr + j, mask=row_ok, other=0)
-    if ALIGNED:
-        base = tl.multiple_of(base, 16)
-        width = tl.multiple_of(width, 16)
-    return base, width
+def whole_vectors(k_end, features):
+    """The end of columns rounded up, so that a mask which ends there leaves vectors of inputs whole: the columns beyond
+    are padding.
+    """
+    return tl.minimum((k_end + 15) // 16 * 16, features)
+
+
+@triton.jit
+def weights(w_ptr, base, width, k):
+    """A tile ``[k, rows]`` of a packed weight, zero outside it."""
+    at = base[None, :] + (k * 16)[:, None]
+    return tl.load(w_ptr + at, mask=k[:, None] < width[None, :], other=0.0).to(tl.float32)
 
 
 @triton.jit
 def product(
-    x_ptr, sample, sample_ok, stride, w_ptr, base, width, row_ok, k_begin, k_end,
+    x_ptr, sample, sample_ok, stride, w_ptr, base, width, k_begin, k_end,
     BLOCK_N: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK_K: tl.constexpr, LANES: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """The product x Wᵀ over columns k_begin..k_end: ``[BLOCK_N samples, BLOCK_J rows]``.
 
-    With LANES each thread adds up a few columns of its own, and threads are summed at the end. One layout, from load to
+    With LANES each thread adds up a few weights of its own, and threads are summed at the end. One layout, from load to
     sum: operands of other shapes would go through shared memory in every iteration.
     """
     if LANES and BLOCK_N == 1:
         x_row = x_ptr + tl.sum(sample.to(tl.int64), 0) * stride
-        flat = tl.zeros([BLOCK_J, BLOCK_K], tl.float32)
+        flat = tl.zeros([BLOCK_K, BLOCK_J], tl.float32)
         for start in range(k_begin, k_end, BLOCK_K):
             k = start + tl.arange(0, BLOCK_K)
-            w = weights(w_ptr, base, width, k, row_ok)
-            flat += w * tl.load(x_row + k, mask=k < k_end, other=0.0)[None, :]
-        return tl.sum(flat, 1)[None, :]
+            w = weights(w_ptr, base, width, k)
+            flat += w * tl.load(x_row + k, mask=k < k_end, other=0.0)[:, None]
+        return tl.sum(flat, 0)[None, :]
     elif LANES and BLOCK_N > 8:  # in one layout, the sums of more samples would spill on Pascal
         x_row = x_ptr + sample.to(tl.int64) * stride
-        lanes = tl.zeros([BLOCK_N, BLOCK_J, BLOCK_K], tl.float32)
+        lanes = tl.zeros([BLOCK_N, BLOCK_K, BLOCK_J], tl.float32)
         for start in range(k_begin, k_end, BLOCK_K):
             k = start + tl.arange(0, BLOCK_K)
-            w = weights(w_ptr, base, width, k, row_ok)
+            w = weights(w_ptr, base, width, k)
             x = tl.load(x_row[:, None] + k[None, :], mask=sample_ok[:, None] & (k < k_end)[None, :], other=0.0)
-            lanes += w[None, :, :] * x[:, None, :]
-        return tl.sum(lanes, 2)
+            lanes += w[None, :, :] * x[:, :, None]
+        return tl.sum(lanes, 1)
     elif LANES:
-        lanes = tl.zeros([BLOCK_N, BLOCK_J, BLOCK_K], tl.float32)
+        lanes = tl.zeros([BLOCK_N, BLOCK_K, BLOCK_J], tl.float32)
         x_row = x_ptr + (sample.to(tl.int64) * stride)[:, None, None]
-        w_row = w_ptr + base[None, :, None]
-        w_ok = row_ok[None, :, None]
+        w_row = w_ptr + base[None, None, :]
         for start in range(k_begin, k_end, BLOCK_K):
-            k = (start + tl.arange(0, BLOCK_K))[None, None, :]
-            w = tl.load(w_row + k, mask=w_ok & (k < width[None, :, None]), other=0.0).to(tl.float32)
+            k = (start + tl.arange(0, BLOCK_K))[None, :, None]
+            w = tl.load(w_row + k * 16, mask=k < width[None, None, :], other=0.0).to(tl.float32)
             x = tl.load(x_row + k, mask=sample_ok[:, None, None] & (k < k_end), other=0.0)
             lanes += w * x
-        return tl.sum(lanes, 2)
+        return tl.sum(lanes, 1)
     else:
         x_row = x_ptr + sample.to(tl.int64) * stride
         acc = tl.zeros([BLOCK_N, BLOCK_J], tl.float32)
         for start in range(k_begin, k_end, BLOCK_K):
             k = start + tl.arange(0, BLOCK_K)
-            w = weights(w_ptr, base, width, k, row_ok)
+            w = weights(w_ptr, base, width, k)
             x = tl.load(x_row[:, None] + k[None, :], mask=sample_ok[:, None] & (k < k_end)[None, :], other=0.0)
-            acc = matmul(x, tl.trans(w), acc, PRECISION)
+            acc = matmul(x, w, acc, PRECISION)
         return acc
 
 

@@ -17,7 +17,7 @@ class Launch(NamedTuple):
     """Launch parameters of one kernel.
 
     Attributes:
-        rows, columns: of the tile of weights that a program takes at a time.
+        rows, columns: of the tile of weights that a program takes at a time; rows are whole panels of 16.
         warps: of a program; 32 threads each.
         stages: depth of the software pipeline over a loop of matrix products.
         programs_per_sm: how many programs per multiprocessor the work is cut into, where it can be cut.
@@ -29,19 +29,12 @@ class Launch(NamedTuple):
     stages: int = 1
     programs_per_sm: int = 4
 
-    def fitted(self, aligned: bool) -> Launch:
-        """Returns the parameters for weights whose rows start anywhere: loaded 4 bytes at a time, half the columns fill
-        the registers.
-        """
-        return self if aligned else self._replace(columns=max(16, self.columns // 2))
-
 
 class Table(NamedTuple):
     """Launch parameters of all kernels on one family of cards.
 
     Attributes:
-        lanes: ``product`` of one sample: a stream of weights, a few numbers per thread, summed across threads at the
-            end.
+        lanes: ``product`` of one sample: a stream of weights, a few per thread, summed across threads at the end.
         few: the same of up to ``MOST_LANES`` samples, which share each load of the weights.
         dot: ``product`` of more samples, by matrix products.
         backward: gradients of a tile of weights, with or without Adam, from up to ``FEW`` samples.
@@ -67,7 +60,7 @@ class Table(NamedTuple):
 
 # The smallest side that a matrix product may have in every version of Triton.
 FEW = 16
-# More samples than this are multiplied by matrix products, which take no fewer than ``FEW``.
+# More samples than this are multiplied by matrix products, which take no fewer than ``FEW``; so in both directions.
 MOST_LANES = 8
 
 # 6 SMs and no asynchronous copies, so the loads of many resident programs hide the latency; 48 KB shared.
@@ -75,10 +68,10 @@ _PASCAL = Table(
     lanes=Launch(16, 256, programs_per_sm=8),  # 8 loads of 16 bytes a thread in flight before the first use
     few=Launch(16, 64, programs_per_sm=8),  # the sums of 8 samples take 64 registers of a thread
     dot=Launch(64, 32, programs_per_sm=8),  # 64 rows share each load of the samples; 4 programs fit an SM
-    backward=Launch(16, 64, programs_per_sm=6),  # 256-byte row segments; 158 instructions a weight
+    backward=Launch(16, 64, programs_per_sm=6),  # 4 KB in one piece; sums of 8 samples as above
     backward_many=Launch(16, 32, programs_per_sm=4),  # the sums of 64 samples fill the registers; 64 columns spill
     most_samples=64,  # with 128 the backward pass spills
-    inverse_warps=8,  # 255 registers a thread, of which one sample takes 200 and 16 samples 236
+    inverse_warps=8,  # 255 registers a thread, of which one sample takes 170 and 16 samples 250
     inverse_numbers=8192,  # 32 KB of weights in flight, what one SM's latency times bandwidth asks for
 )
 # Half as many threads a multiprocessor.
@@ -120,8 +113,8 @@ def family(capability: int) -> int:
 class use_precision:
     """Chooses how the Triton kernels multiply float32 matrices, from now on or for the length of a ``with`` block.
 
-    Sums are float32 in all of them, and so is everything but the matrix products; a single sample is always multiplied
-    in full float32. Relative error of one product, about:
+    Sums are float32 in all of them, and so is everything but the matrix products; up to eight samples are always
+    multiplied in full float32. Relative error of one product, about:
 
         ``"ieee"``    6e-8   plain float32 multiply-adds: the default, and the only one that the tests' contract covers
         ``"tf32x3"``  1e-7   three products of TF32 matrix units per product

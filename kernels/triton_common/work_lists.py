@@ -1,6 +1,6 @@
-"""Where the rows of a packed weight lie and what its work is cut into, as tensors that a GPU kernel reads.
+"""What the work of a packed weight is cut into, and where its panels lie, as tensors that a GPU kernel reads.
 
-Everything follows from a layout's table of tiles, is made once per table and stays on the device.
+Everything follows from a layout's panels, is made once per layout and stays on the device. Blocks are whole panels.
 """
 
 from __future__ import annotations
@@ -11,24 +11,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastmaf.kernels.layout import ALIGNMENT, tiles_of
+from fastmaf.kernels.layout import PANEL
 from fastmaf.kernels.tensor_cache import cached
-
-
-class Rows(NamedTuple):
-    """Row j of a packed weight is ``weight[base[j] : base[j] + width[j]]``.
-
-    Attributes:
-        base: int64 ``[out]``.
-        width: int32 ``[out]``, padding included.
-        aligned: every base and width is a multiple of ``ALIGNMENT``.
-        widths: ``width`` on the CPU.
-    """
-
-    base: Tensor
-    width: Tensor
-    aligned: bool
-    widths: Tensor
 
 
 class Work(NamedTuple):
@@ -45,46 +29,29 @@ class Work(NamedTuple):
     slots: int
 
 
-def rows(tiles: Tensor, device: torch.device) -> Rows:
-    """Returns where the rows of a table of tiles lie."""
-
-    def make() -> Rows:
-        bases, widths = [], []
-        for tile in tiles_of(tiles):
-            numbers = torch.arange(tile.row_end - tile.row_start, device="cpu")
-            bases.append(tile.offset + numbers * tile.width)
-            widths.append(torch.full_like(numbers, tile.width))
-        base, width = torch.cat(bases), torch.cat(widths).to(torch.int32)
-        aligned = not bool((base % ALIGNMENT).any() or (width % ALIGNMENT).any())
-        return Rows(base.to(device), width.to(device), aligned, width)
-
-    return cached(tiles, ("rows", device), make)
-
-
-def forward(tiles: Tensor, device: torch.device, block_rows: int, block_columns: int, programs: int) -> Work:
+def forward(panels: Tensor, device: torch.device, block_rows: int, block_columns: int, programs: int) -> Work:
     """Cuts the product with a weight into about ``programs`` items, or one per block of rows where these are more.
 
     An item is (block of rows, first column, end column, slot of its partial sum).
     """
 
     def make() -> Work:
-        widths = rows(tiles, device).widths
-        ends = _ends(widths, block_rows)
+        ends = _ends(panels, block_rows)
         segment = _segment(sum(-(-end // block_columns) for end in ends), len(ends), programs) * block_columns
-        items, counts = [], torch.zeros_like(widths)
+        items, counts = [], torch.zeros(len(ends) * block_rows, dtype=torch.int32, device="cpu")
         for block, end in enumerate(ends):
             starts = range(0, max(end, 1), segment)
             items += [(block, start, min(start + segment, end), slot) for slot, start in enumerate(starts)]
             counts[block * block_rows : (block + 1) * block_rows] = len(starts)
         return _work(items, [end - start for _, start, end, _ in items], counts, device)
 
-    return cached(tiles, ("forward", device, block_rows, block_columns, programs), make)
+    return cached(panels, ("forward", device, block_rows, block_columns, programs), make)
 
 
 def backward(
-    tiles: Tensor, device: torch.device, in_features: int, block_rows: int, block_columns: int, programs: int
+    panels: Tensor, device: torch.device, in_features: int, block_rows: int, block_columns: int, programs: int
 ) -> Work:
-    """Cuts a weight into columns of tiles, about ``programs`` of them, or one per chunk of columns where these are
+    """Cuts a weight into chunks of columns, about ``programs`` of them, or one per chunk of columns where these are
     more.
 
     An item is (first column, first block of rows, end block, slot of its partial sum over rows). The items of column 0
@@ -92,7 +59,7 @@ def backward(
     """
 
     def make() -> Work:
-        ends = _ends(rows(tiles, device).widths, block_rows)
+        ends = _ends(panels, block_rows)
         chunks = range(0, in_features, block_columns)
         firsts = [0 if c == 0 else next((b for b, end in enumerate(ends) if end > c), len(ends)) for c in chunks]
         segment = _segment(sum(len(ends) - first for first in firsts), len(chunks), programs)
@@ -103,13 +70,15 @@ def backward(
             counts[column : column + block_columns] = len(starts)
         return _work(items, [end - start for _, start, end, _ in items], counts, device)
 
-    return cached(tiles, ("backward", device, in_features, block_rows, block_columns, programs), make)
+    return cached(panels, ("backward", device, in_features, block_rows, block_columns, programs), make)
 
 
-def _ends(widths: Tensor, block_rows: int) -> list[int]:
-    """Returns how many columns each block of rows sees: those of its last row, as widths do not decrease."""
-    last = torch.arange(block_rows - 1, widths.numel() + block_rows - 1, block_rows, device="cpu")
-    return widths[last.clamp_(max=widths.numel() - 1)].tolist()
+def _ends(panels: Tensor, block_rows: int) -> list[int]:
+    """Returns how many columns each block of panels has: those of its last panel, as widths do not decrease."""
+    if block_rows % PANEL:
+        raise ValueError(f"blocks of rows must be whole panels of {PANEL}; found {block_rows}")
+    widths, step = panels.diff().tolist(), block_rows // PANEL
+    return [widths[min(start + step, len(widths)) - 1] for start in range(0, len(widths), step)]
 
 
 def _segment(steps: int, items: int, programs: int) -> int:
@@ -139,6 +108,9 @@ def numbers(owner: Tensor, rows: Sequence[Sequence[float]], device: torch.device
     return cached(owner, ("numbers", device, key), make)
 
 
-def on_device(schedule: Tensor, device: torch.device) -> Tensor:
-    """Returns a block's schedule on the device; a copy, as a cache that held its own key would never let go of it."""
-    return cached(schedule, ("schedule", device), lambda: schedule.to(device, copy=True))
+def on_device(owner: Tensor, device: torch.device) -> Tensor:
+    """Returns a layout's panels or a block's schedule on the device.
+
+    Always a copy: a cache that held its own key would never let go of it.
+    """
+    return cached(owner, ("copy", device), lambda: owner.to(device, copy=True))

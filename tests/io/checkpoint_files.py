@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 import fastmaf
-from tests.core.helpers import many_tiles
+from tests.core.helpers import shared_widths
 
 
 def read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -23,8 +23,8 @@ def read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 
 def load(path: Path | str) -> fastmaf.MAF:
-    """Loads a model of ``build``, whose small layers are cut into many tiles."""
-    with many_tiles():
+    """Loads a model of ``build``, in whose small layers panels share widths."""
+    with shared_widths():
         return fastmaf.load(path)
 
 

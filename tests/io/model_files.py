@@ -24,6 +24,7 @@ from fastmaf.inspection.scoring.score import TermStatistics
 from fastmaf.inspection.scoring.settings import AnomalyMapConfig, ScoreSettings
 from fastmaf.training.checkpoints import MODEL_FILE, STATE_FILE, load_state, moments_by_parameter, save_state
 from tests.core.helpers import build, generator, normal
+from tests.io.version_1 import write_version_1
 
 SIZE = 4  # of images
 D = 3 * SIZE**2
@@ -62,7 +63,7 @@ def flows() -> dict[str, fastmaf.Flow]:
     """Returns a flow of each kind by name."""
     whitening = fastmaf.GaussianWhitening(D, 3).fit_(normal(20, D, dtype=torch.float32))
     local = fastmaf.LocalAutoregressive((3, SIZE, SIZE), hidden=1, generator=generator())
-    options: dict[str, Any] = {"dtype": torch.float32, "tiles": "production"}
+    options: dict[str, Any] = {"dtype": torch.float32, "widths": "own"}
     maf = build(D, hidden_features=(9, 7), **options)
     return {
         "maf": maf,
@@ -94,6 +95,7 @@ def write_all(folder: Path) -> dict[str, bytes]:
     """Writes a file of each kind into a folder and returns the contents by kind."""
     for name, flow in flows().items():
         flow.save(folder / f"{name}.safetensors", {"training": json.dumps({"steps": 3, "held_out": ["a.png"]})})
+    write_version_1(flows()["maf"], folder / "version 1.safetensors")
     model = inspection_model()
     (folder / "folds").mkdir()
     model.save(folder / "inspection.safetensors")
@@ -137,7 +139,7 @@ def use(kind: str, folder: Path, content: bytes) -> None:
         tensors, state = load_state(folder)
         flow = fastmaf.load(folder / MODEL_FILE)
         optimizer = fastmaf.optim.FusedAdam(flow.parameters())
-        moments = moments_by_parameter(folder, tensors, dict(flow.named_parameters()))
+        moments = moments_by_parameter(folder, tensors, state, flow)
         optimizer.load_state_dict({"state": moments, "param_groups": optimizer.state_dict()["param_groups"]})
         assert [row["epoch"] + row["skipped_steps"] for row in state["log"]] and state["guards"]["steps"] >= 0
         optimizer.minimize(-flow.log_prob(torch.zeros(2, D)).mean())

@@ -13,7 +13,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors import SafetensorError
 
 from fastmaf.io import atomic, locks, tensor_file
 from fastmaf.io.atomic import keep_previous, staging, sweep, written_atomically
@@ -73,9 +72,9 @@ def test_permissions_follow_the_umask(tmp_path: Path, mask: int) -> None:
     assert {stat.S_IMODE(path.stat().st_mode) for path in tmp_path.iterdir()} == {0o666 & ~mask}
 
 
-def test_safetensors_on_a_full_disk_raises_an_os_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def full(*args: object) -> None:
-        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+def test_tensors_on_a_full_disk_raise_an_os_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(tensors: object, path: Path, metadata: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
 
     monkeypatch.setattr(tensor_file, "save_file", full)
     with pytest.raises(OSError, match="No space left on device") as caught:

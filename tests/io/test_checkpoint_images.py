@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 import fastmaf
-from tests.core.helpers import build, generator, many_tiles, normal
+from tests.core.helpers import build, generator, normal, shared_widths
 from tests.io.checkpoint_files import edit_config, load, poke, read, refused, set_tensor
 
 
@@ -189,7 +189,7 @@ def test_extras_of_no_file(tmp_path: Path) -> None:
 def test_a_flow_of_few_bits_keeps_its_extras(tmp_path: Path) -> None:
     flow, x = build(13, dtype=torch.float32, whitening=2).to_inference(), normal(2, 13).float()
     flow.save(tmp_path / "model.safetensors", extras={"threshold": torch.tensor(1.5)})
-    with many_tiles():
+    with shared_widths():
         saved = fastmaf.load_with_extras(tmp_path / "model.safetensors")
     assert float(saved.extras["threshold"]) == 1.5
     assert torch.equal(saved.flow.log_prob(x), flow.log_prob(x))

@@ -13,10 +13,12 @@ from fastmaf.capsule.models import load_model
 from fastmaf.inspection.fold_models import load_fold_models
 from fastmaf.inspection.model import load_inspection
 from fastmaf.io.tensor_file import read_tensors
-from fastmaf.training.checkpoints import load_state, moments_by_parameter
+from fastmaf.training.checkpoints import load_state, moments_by_parameter, save_state
 from tests.io.damage import changed, refused
 from tests.io.model_files import Parts, flows
+from tests.io.version_1 import version_1_state
 
+WEIGHT = "transforms.0.made.hidden.0.weight/exp_avg"
 BLOCK, WHITENING, LOCAL = ("transforms", 0), ("transforms", 1), ("transforms", 2)
 
 
@@ -24,7 +26,9 @@ CONFIGURATION: list[tuple[str, tuple[Any, ...], Any, str]] = [
     ("maf", ("class",), "Evil", "configuration.class: expected one of 'MAF', 'Flow'; found 'Evil'"),
     ("maf", ("class",), ["MAF"], "configuration.class: expected one of 'MAF', 'Flow'; found ['MAF']"),
     ("maf", ("version",), 1.0, "configuration.version: expected a whole number"),
-    ("maf", ("version",), 2, "format version 2; this fastmaf reads version 1"),
+    ("maf", ("version",), 3, "format version 3; this fastmaf reads versions 1 and 2: update fastmaf"),
+    ("maf", ("version",), 1, "configuration: the entry 'tiles' is missing"),
+    ("version 1", ("version",), 2, "configuration: unknown entry 'tiles'"),
     ("maf", ("features",), 48.0, "configuration.features: expected a whole number from 1 to 268435456; found 48.0"),
     ("maf", ("features",), True, "configuration.features: expected a whole number from 1 to 268435456; found True"),
     ("maf", ("features",), 10**9, "configuration.features: expected a whole number"),
@@ -175,15 +179,36 @@ def test_a_model_of_float64_is_no_model_of_images(folder: Path) -> None:
     (lambda moments: moments.update(more=torch.zeros(1)), "'more' is missing or unexpected"),
     (lambda moments: moments.update({min(moments): torch.zeros(1)}), r"expected \(\d+,\) torch.float32; found \(1,\)"),
     (lambda moments: moments[min(moments)].fill_(torch.nan), "expected finite numbers"),
+    (lambda moments: moments.update({WEIGHT: moments[WEIGHT][1:]}), r"expected \d+ weights; found shape \(\d+,\)"),
+    (lambda moments: moments.update({WEIGHT: moments[WEIGHT].long()}), "must be of one of .*; found torch.int64"),
     (lambda moments: moments[max(k for k in moments if k.endswith("step"))].fill_(-1), "that are not negative"),
 ])  # fmt: skip
 def test_moments_of_other_parameters_are_refused(folder: Path, change: Any, words: str) -> None:
-    moments, _ = load_state(folder)
-    parameters = dict(flows()["maf"].named_parameters())
-    assert moments_by_parameter(folder, moments, parameters)[0]["step"] == 3
+    (moments, state), flow = load_state(folder), flows()["maf"]
+    assert moments_by_parameter(folder, moments, state, flow)[0]["step"] == 3
     change(moments)
     with pytest.raises(fastmaf.CheckpointError, match=words):
-        moments_by_parameter(folder, moments, parameters)
+        moments_by_parameter(folder, moments, state, flow)
+
+
+@pytest.mark.parametrize("former", [False, True])
+def test_moments_of_packed_weights_lie_where_the_weights_do(tmp_path: Path, former: bool) -> None:
+    """Those of earlier versions lie in tiles, which the state does not mention."""
+    flow, keys = flows()["maf"], ("exp_avg", "exp_avg_sq")
+    moments = {f"{name}/{key}": p.detach() ** 2 for name, p in flow.named_parameters() for key in keys}
+    steps = {f"{name}/step": torch.tensor(3.0) for name, _ in flow.named_parameters()}
+    state = {"config": {"epochs": 1}, "epochs_done": 0, "steps": 3, "files": [], "log": [],
+             "guards": {"steps": 3, "usual_nll": None, "warming": False}}  # fmt: skip
+    save_state(tmp_path, flow, {**moments, **steps}, state, {"steps": 3})
+    stored, found = load_state(tmp_path)
+    if former:
+        del found["packed"]
+        tiles = {key: tensor**2 for key, tensor in version_1_state(flow).items() if key.endswith("weight")}
+        stored |= {f"{name}/{key}": tensor for name, tensor in tiles.items() for key in keys}
+    restored = moments_by_parameter(tmp_path, stored, found, flow)
+    for i, name in enumerate(dict(flow.named_parameters())):
+        for key in keys:
+            assert torch.equal(restored[i][key], moments[f"{name}/{key}"])
 
 
 def test_a_validation_loss_that_overflowed_does_not_stand_in_the_way(folder: Path, written: dict[str, bytes]) -> None:

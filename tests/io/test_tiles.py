@@ -1,4 +1,4 @@
-"""The tiles that a model file states."""
+"""The tiles that model files of format version 1 state, and the weights in them."""
 
 from __future__ import annotations
 
@@ -42,26 +42,47 @@ HIDDEN = "transforms.0.made.hidden.0"  # 9 rows, the last of which sees 47 of 48
 def test_tiles_that_are_no_packing_of_the_layer_are_refused(
     folder: Path, written: dict[str, bytes], tiles: Any, words: str
 ) -> None:
-    assert tiles_of(written["maf"])[HIDDEN] == [[0, 9, 48, 0]], "the table above is of another layer"
-    assert words in refused("maf", folder, changed(written["maf"], "fastmaf", ("tiles", HIDDEN), tiles))
+    assert tiles_of(written["version 1"])[HIDDEN] == [[0, 9, 48, 0]], "the table above is of another layer"
+    assert words in refused("version 1", folder, changed(written["version 1"], "fastmaf", ("tiles", HIDDEN), tiles))
 
 
 def test_tiles_of_layers_that_are_not_there_are_refused(folder: Path, written: dict[str, bytes]) -> None:
-    content = changed(written["maf"], "fastmaf", ("tiles", "made.hidden.9"), [[0, 1, 1, 0]])
-    assert "configuration.tiles: expected the layers of the flow; 'made.hidden.9'" in refused("maf", folder, content)
+    content = changed(written["version 1"], "fastmaf", ("tiles", "made.hidden.9"), [[0, 1, 1, 0]])
+    assert "configuration.tiles: expected the layers of the flow; 'made.hidden.9'" in refused(
+        "version 1", folder, content
+    )
 
 
 def test_tiles_cut_otherwise_give_the_same_density_to_the_bit(folder: Path, written: dict[str, bytes]) -> None:
     """Each tile cut in two at the same width: the same numbers in the same places."""
     halves = [[0, 4, 48, 0], [4, 9, 48, 192]]
-    (folder / "halves.safetensors").write_bytes(changed(written["maf"], "fastmaf", ("tiles", HIDDEN), halves))
-    one, other = (fastmaf.load(folder / f"{name}.safetensors") for name in ("maf", "halves"))
-    assert all(torch.equal(a, b) for a, b in zip(one.state_dict().values(), other.state_dict().values(), strict=True))
+    (folder / "halves.safetensors").write_bytes(changed(written["version 1"], "fastmaf", ("tiles", HIDDEN), halves))
+    one, *others = (
+        fastmaf.load(folder / f"{name}.safetensors").state_dict() for name in ("maf", "version 1", "halves")
+    )
+    for other in others:
+        assert one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
 
 
-def test_few_numbers_do_not_unfold_into_many(tmp_path: Path) -> None:
-    """4,095 rows that see one input and one that sees all: in exact tiles 136 kB, in this version's 491 MB."""
-    features, units = 30_000, 4096
+def test_numbers_where_the_mask_hides_the_weight_are_refused(folder: Path, written: dict[str, bytes]) -> None:
+    parts = Parts.of(written["version 1"])
+    weight = parts.tensor(f"{HIDDEN}.weight")
+    weight[1] = 1e-20  # the first unit sees one input
+    parts.replace(f"{HIDDEN}.weight", weight)
+    assert f"tensor {HIDDEN}.weight holds numbers where the mask hides" in refused("version 1", folder, parts.joined())
+
+
+def test_a_file_of_an_earlier_version_gives_the_log_prob_that_it_gave() -> None:
+    """Trained in float32 and saved by the last version with tiles, with values that its float64 copy gave."""
+    saved = fastmaf.load_with_extras(Path(__file__).parent / "data" / "version_1.safetensors")
+    log_prob = saved.flow.double().log_prob(saved.extras["x"])
+    torch.testing.assert_close(log_prob, saved.extras["log_prob"], rtol=1e-13, atol=0)
+
+
+@pytest.mark.parametrize("version", [1, 2])
+def test_few_numbers_do_not_unfold_into_many(tmp_path: Path, version: int) -> None:
+    """65,535 rows that see one input and one that sees all: 1.5 MB, in panels that share widths 1.2 GB."""
+    features, units = 300_000, 2**16
     block = {
         "type": "affine_autoregressive", "features": features, "hidden_features": [units, 1], "activation": "relu",
         "strict": True, "log_scale_bound": 5.0, "soft_bound": False,
@@ -82,8 +103,8 @@ def test_few_numbers_do_not_unfold_into_many(tmp_path: Path) -> None:
         f"{name}.output.weight": torch.zeros(0),
         f"{name}.output.bias": torch.zeros(2 * features),
     }
-    config = {"version": 1, "class": "MAF", "features": features, "transforms": [block], "tiles": tiles}
+    config = {"version": version, "class": "MAF", "features": features, "transforms": [block]}
     path = tmp_path / "long.safetensors"
-    write_tensors(tensors, path, {"fastmaf": json.dumps(config)})
-    with pytest.raises(fastmaf.CheckpointError, match=r"expected tiles like this version's, of 122880000 numbers"):
+    write_tensors(tensors, path, {"fastmaf": json.dumps(config | ({"tiles": tiles} if version == 1 else {}))})
+    with pytest.raises(fastmaf.CheckpointError, match=r"numbers would take \d{9} in memory"):
         fastmaf.load(path)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
@@ -13,26 +14,37 @@ from torch import Tensor
 
 from fastmaf import kernels
 from fastmaf.flows import Flow
-from fastmaf.kernels import AffineArgs, LinearArgs, dispatch, flow_args
+from fastmaf.kernels import AffineArgs, AffineMap, LinearArgs, bounded_map, dispatch, flow_args
+from fastmaf.kernels.affine_output.affine_map import CLAMP, SCALE_FIRST, SHIFT_FIRST, SIGMOID, SOFT_CLIP, SOFTPLUS
 from fastmaf.kernels.triton_common import launch_table
 from fastmaf.kernels.triton_common.launch_table import Launch, Table, take_cpu_tensors
 from fastmaf.transforms import Permutation
 from tests.core.helpers import blocks_of, build, generator, normal
 from tests.tolerances import F32, F64, assert_close, assert_float32, distance
 
-OPS = {
+# Both forms and all scale maps, some of them strict enough to matter at the log-scales of these tests.
+MAPS = {
+    "clamp": bounded_map(0.2, False),
+    "soft": bounded_map(0.5, True),
+    "free": AffineMap(),
+    "softplus": AffineMap(SCALE_FIRST, SOFTPLUS, epsilon=1e-3),
+    "sigmoid": AffineMap(SCALE_FIRST, SIGMOID, 2.0, 1e-3),
+    "soft clip": AffineMap(SHIFT_FIRST, SOFT_CLIP, 0.7),
+    "scale first": AffineMap(SCALE_FIRST, CLAMP, 0.4),
+}
+_BOUNDED = bounded_map(5.0, False)
+OPS: dict[str, tuple[str, tuple[Any, ...]]] = {
     "linear": ("masked_linear", ("identity",)),
     "relu": ("masked_linear", ("relu",)),
-    "affine": ("affine_output", (5.0, False)),
-    "affine, clamp": ("affine_output", (0.2, False)),
-    "affine, soft": ("affine_output", (0.5, True)),
-    "affine, free": ("affine_output", (float("inf"), False)),
-    "inverse": ("inverse", ("relu", 5.0, False)),
-    "inverse, soft": ("inverse", ("identity", 0.5, True)),
-    "inverse, free": ("inverse", ("relu", float("inf"), False)),
-    "flow": ("flow", ("relu", 5.0, False)),
-    "flow, soft": ("flow", ("identity", 0.5, True)),
-    "flow, free": ("flow", ("relu", float("inf"), False)),
+    "affine": ("affine_output", (_BOUNDED,)),
+    **{f"affine, {name}": ("affine_output", (affine_map,)) for name, affine_map in MAPS.items()},
+    "inverse": ("inverse", ("relu", _BOUNDED)),
+    "inverse, soft": ("inverse", ("identity", MAPS["soft"])),
+    **{f"inverse, {name}": ("inverse", ("relu", MAPS[name])) for name in ("free", "softplus", "sigmoid", "soft clip")},
+    "flow": ("flow", ("relu", _BOUNDED)),
+    "flow, soft": ("flow", ("identity", MAPS["soft"])),
+    "flow, free": ("flow", ("relu", MAPS["free"])),
+    "flow, mixed": ("flow", ("relu", MAPS["softplus"], MAPS["soft clip"], MAPS["sigmoid"])),
 }
 
 
@@ -120,7 +132,7 @@ def make(kind: str, batch: int, features: int = 13, *, seed: int = 0, device: st
     made = mades[0]
     layers = {"masked_linear": [made.hidden[0]], "affine_output": [made.output]}.get(name)
     layers = [layer for each in mades for layer in each.layers] if layers is None else layers
-    tables = [layer.layout.panels for layer in layers]
+    panels = [layer.layout.panels for layer in layers]
     prefixes = [layer.prefix for layer in layers]
     tensors = {"x": normal(batch, features, seed=seed + 100).to(device)}
     if name == "affine_output":
@@ -131,15 +143,16 @@ def make(kind: str, batch: int, features: int = 13, *, seed: int = 0, device: st
     def call(t: dict[str, Tensor]) -> Any:
         weights, biases = ([t[f"{what} {k}"] for k in range(len(layers))] for what in ("weight", "bias"))
         if name == "masked_linear":
-            return kernels.masked_linear(t["x"], LinearArgs(weights[0], biases[0], prefixes[0], tables[0], *rest))
+            return kernels.masked_linear(t["x"], LinearArgs(weights[0], biases[0], prefixes[0], panels[0], *rest))
         if name == "affine_output":
-            args = AffineArgs(weights[0], biases[0], prefixes[0], tables[0], *rest)
+            args = AffineArgs(weights[0], biases[0], prefixes[0], panels[0], *rest)
             return kernels.affine_output(t["h"], t["x"], args)
         depth = len(made.layers)
         parts = [slice(k, k + depth) for k in range(0, len(layers), depth)]
+        activation, *maps = rest
         blocks = [
-            kernels.Block(*(part[of] for part in (weights, biases, prefixes, tables)), m.schedule, *rest)
-            for of, m in zip(parts, mades, strict=True)
+            kernels.Block(*(part[of] for part in (weights, biases, prefixes, panels)), m.schedule, activation, of_block)
+            for of, m, of_block in zip(parts, mades, itertools.cycle(maps), strict=False)
         ]
         op = kernels.flow_forward if name == "flow" else kernels.flow_inverse
         return op(t["x"], flow_args(blocks, permutations_of(flow)))

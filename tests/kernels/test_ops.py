@@ -9,13 +9,15 @@ import torch
 from torch import Tensor
 
 from fastmaf import kernels
-from fastmaf.kernels import AffineArgs, FlowArgs, LinearArgs
+from fastmaf.kernels import AffineArgs, AffineMap, FlowArgs, LinearArgs, bounded_map
+from fastmaf.kernels.affine_output.affine_map import CLAMP, SHIFT_FIRST, SIGMOID, SOFT_CLIP, SOFTPLUS, TANH
 from fastmaf.kernels.flow.schedule import level_schedule
 from tests.core.helpers import blocks_of, build, normal, padding_of
+from tests.kernels.cases import MAPS
 from tests.tolerances import assert_close
 
 FEATURES = 13
-BOUNDS = [(5.0, False), (0.3, False), (0.5, True), (float("inf"), False)]
+BOUNDED = list(bounded_map(5.0, False))
 
 
 def parts(scale: float = 1.0, dtype: torch.dtype = torch.float64, **options: Any) -> Any:
@@ -68,42 +70,43 @@ def detached(arguments: Any) -> Any:
 def test_opcheck_masked_linear(backend: str, batch: int, activation: str) -> None:
     arguments = (*linear_arguments(parts(), batch, grad=True), activation)
     torch.library.opcheck(torch.ops.fastmaf.masked_linear.default, arguments)
-    x, weight, bias, prefix, tiles, _ = detached(arguments)
-    y = kernels.masked_linear(x, LinearArgs(weight, bias, prefix, tiles, activation))
+    x, weight, bias, prefix, panels, _ = detached(arguments)
+    y = kernels.masked_linear(x, LinearArgs(weight, bias, prefix, panels, activation))
     for need_grad_x in (True, False):
-        backward = (normal(*y.shape, seed=2), x, y, weight, bias, prefix, tiles, activation, need_grad_x)
+        backward = (normal(*y.shape, seed=2), x, y, weight, bias, prefix, panels, activation, need_grad_x)
         torch.library.opcheck(torch.ops.fastmaf.masked_linear_backward.default, backward)
 
 
-@pytest.mark.parametrize("bound, soft", BOUNDS)
-def test_opcheck_affine_output(backend: str, bound: float, soft: bool) -> None:
+@pytest.mark.parametrize("name", MAPS)
+def test_opcheck_affine_output(backend: str, name: str) -> None:
     for batch in (0, 3):
-        arguments = (*affine_arguments(parts(), batch, grad=True), bound, soft)
+        arguments = (*affine_arguments(parts(), batch, grad=True), list(MAPS[name]))
         torch.library.opcheck(torch.ops.fastmaf.affine_output.default, arguments)
         h, x, *rest = detached(arguments)
         z, ladj, log_scale = kernels.affine_output(h, x, AffineArgs(*rest))
         grads = normal(batch, FEATURES, seed=2), normal(batch, seed=3), normal(batch, FEATURES, seed=4)
-        backward = (*grads, h, z, log_scale, *rest)
+        backward = (*grads, h, z, log_scale, x, *rest)
         torch.library.opcheck(torch.ops.fastmaf.affine_output_backward.default, backward)
 
 
 @pytest.mark.parametrize("grad", [False, True])
 def test_opcheck_flow_inverse(backend: str, grad: bool) -> None:
-    arguments = (*inverse_arguments(parts(), 3, grad=grad), [5.0], [False])
+    arguments = (*inverse_arguments(parts(), 3, grad=grad), BOUNDED)
     torch.library.opcheck(torch.ops.fastmaf.flow_inverse.default, arguments)
 
 
 def test_opcheck_flow_inverse_backward(backend: str) -> None:
-    arguments = (normal(3, FEATURES, seed=2), normal(3, seed=3), *inverse_arguments(parts(), 3), [5.0], [False])
+    arguments = (normal(3, FEATURES, seed=2), normal(3, seed=3), *inverse_arguments(parts(), 3), BOUNDED)
     torch.library.opcheck(torch.ops.fastmaf.flow_inverse_backward.default, arguments)
 
 
 @pytest.mark.parametrize("activation", ["identity", "relu"])
 @pytest.mark.parametrize("batch", [0, 1, 5])
-def test_masked_linear_against_dense(backend: str, batch: int, activation: str) -> None:
-    made = parts(degrees="random", hidden_features=(31, 9))
+@pytest.mark.parametrize("rows, runs", [(31, [1, 1]), (79, [2, 2, 1]), (1, [1])])
+def test_masked_linear_against_dense(backend: str, batch: int, activation: str, rows: int, runs: list[int]) -> None:
+    made = parts(degrees="random", hidden_features=(rows, 9))
     layer = made.hidden[0]
-    assert len(layer.layout.tiles) > 1
+    assert [run.end - run.start for run in layer.layout.runs] == runs
     arguments = linear_arguments(made, batch, grad=True)
     y = kernels.masked_linear(arguments[0], LinearArgs(*arguments[1:], activation))
     x, dense, bias = (t.detach().clone().requires_grad_() for t in (arguments[0], layer.dense_weight(), layer.bias))
@@ -122,21 +125,24 @@ def test_masked_linear_against_dense(backend: str, batch: int, activation: str) 
     )
 
 
-@pytest.mark.parametrize("bound, soft", BOUNDS)
+@pytest.mark.parametrize("name", MAPS)
 @pytest.mark.parametrize("batch", [0, 1, 5])
-def test_affine_output_against_dense(backend: str, batch: int, bound: float, soft: bool) -> None:
+def test_affine_output_against_dense(backend: str, batch: int, name: str) -> None:
     made = parts(degrees="random", hidden_features=(9, 31), scale=2.0)
-    layer = made.output
-    assert len(layer.layout.tiles) > 1
+    layer, affine_map = made.output, MAPS[name]
+    assert len(layer.layout.runs) > 1
     arguments = affine_arguments(made, batch, grad=True)
-    results = kernels.affine_output(*arguments[:2], AffineArgs(*arguments[2:], bound, soft))
+    results = kernels.affine_output(*arguments[:2], AffineArgs(*arguments[2:], affine_map))
     h, x, dense, bias = (
         t.detach().clone().requires_grad_() for t in (*arguments[:2], layer.dense_weight(), arguments[3])
     )
     out = torch.nn.functional.linear(h, dense, bias)
     shift, u = out[:, 0::2], out[:, 1::2]
-    log_scale = bound * torch.tanh(u / bound) if soft else u.clamp(-bound, bound)
-    expected = (x - shift) * torch.exp(-log_scale), -log_scale.sum(dim=1), log_scale
+    log_scale = naive_log_scale(affine_map, u)
+    if affine_map.form == SHIFT_FIRST:
+        expected = (x - shift) * torch.exp(-log_scale), -log_scale.sum(dim=1), log_scale
+    else:
+        expected = torch.exp(log_scale) * x + shift, log_scale.sum(dim=1), log_scale
     upstream = normal(batch, FEATURES, seed=3), normal(batch, seed=4), normal(batch, FEATURES, seed=5)
     for found, truth in zip(results, expected, strict=True):
         assert_close("values", found, truth)
@@ -155,6 +161,18 @@ def test_affine_output_against_dense(backend: str, batch: int, bound: float, sof
     )
 
 
+def naive_log_scale(affine_map: AffineMap, u: Tensor) -> Tensor:
+    """Returns the log-scale of moderate raw outputs, by the formulas as they stand in the literature."""
+    limit, epsilon = affine_map.limit, affine_map.epsilon
+    return {
+        CLAMP: lambda: u.clamp(-limit, limit),
+        TANH: lambda: limit * torch.tanh(u / limit),
+        SOFTPLUS: lambda: torch.log(torch.log1p(torch.exp(u)) + epsilon),
+        SIGMOID: lambda: torch.log(1 / (1 + torch.exp(-u - limit)) + epsilon),
+        SOFT_CLIP: lambda: u / (1 + (u / limit).abs()),
+    }[affine_map.scale]()  # type: ignore[index]
+
+
 def test_unknown_activations_are_refused() -> None:
     with pytest.raises(ValueError, match="tanh"):
         call("masked_linear", (*linear_arguments(parts(), 2), "tanh"))
@@ -169,9 +187,9 @@ def test_fake_shapes(op: str) -> None:
         if op == "masked_linear":
             arguments = (*linear_arguments(made, 3, dtype), "relu")
         elif op == "affine_output":
-            arguments = (*affine_arguments(made, 3, dtype), 5.0, False)
+            arguments = (*affine_arguments(made, 3, dtype), BOUNDED)
         else:
-            arguments = (*inverse_arguments(made, 3, dtype), [5.0], [False])
+            arguments = (*inverse_arguments(made, 3, dtype), BOUNDED)
         meta = tuple(
             a.to("meta")
             if isinstance(a, Tensor)
@@ -190,8 +208,8 @@ def test_inputs_are_not_written_to(backend: str) -> None:
     arguments: Any
     for op, arguments in (
         ("masked_linear", (*linear_arguments(made, 3), "relu")),
-        ("affine_output", (*affine_arguments(made, 3), 0.3, False)),
-        ("flow_inverse", (*inverse_arguments(made, 3), [0.3], [False])),
+        ("affine_output", (*affine_arguments(made, 3), list(bounded_map(0.3, False)))),
+        ("flow_inverse", (*inverse_arguments(made, 3), list(bounded_map(0.3, False)))),
     ):
         tensors = [t for a in arguments for t in (a if isinstance(a, list) else [a]) if isinstance(t, Tensor)]
         before = [t.clone() for t in tensors]

@@ -44,7 +44,7 @@ def poison(device: str) -> Iterator[None]:
 
 
 def small(kind: str, batch: int, features: int = 13, **options: Any) -> Case:
-    """Makes a call on a small block with many tiles, or on a flow of two."""
+    """Makes a call on a small block, or on a flow of two."""
     if kind.startswith("flow"):
         order = [torch.arange(features).roll(3), torch.arange(features).flip(0)]
         options = {"blocks": 2, "order": order, **options}
@@ -55,7 +55,7 @@ def against_reference(case: Case, inputs: dict[str, Tensor] | None = None) -> No
     same(evaluate(case, "triton", F32, inputs), evaluate(case, "torch", F64))
 
 
-@pytest.mark.parametrize("batch, draws", [(1, 4), (3, 4), (17, 4)])
+@pytest.mark.parametrize("batch, draws", [(1, 24), (3, 8), (17, 4)])
 @pytest.mark.parametrize("kind", OPS)
 def test_float32_contract(device: str, kind: str, batch: int, draws: int) -> None:
     if device == "cpu" and batch != 3 and kind.startswith(("affine, ", "inverse, ", "flow, ")):
@@ -64,26 +64,23 @@ def test_float32_contract(device: str, kind: str, batch: int, draws: int) -> Non
 
 
 @pytest.mark.parametrize("kind", ONE_OF_EACH)
-def test_aligned_rows(device: str, kind: str) -> None:
-    """Rows that start and end at whole vectors, as those of every large layer do."""
+def test_whole_panels_and_vectors(device: str, kind: str) -> None:
+    """Layers whose sides are multiples of 16, as those of every large model; in the other tests they are not."""
     for batch in (1, 5):
-        case = small(kind, batch, 32, tiles="production", hidden_features=(16, 32), device=device)
-        assert all(tile.width % 16 == 0 for layer in case.layers for tile in layer.layout.tiles)
-        against_reference(case)
+        against_reference(small(kind, batch, 32, widths="own", hidden_features=(16, 32), device=device))
 
 
 @pytest.mark.parametrize(
     "kind, rows, columns, programs, batch",
     [
-        ("relu", 2, 2, 64, 1),
-        ("relu", 4, 8, 64, 17),
-        ("relu", 2, 4, 1, 3),
-        ("relu", 16, 16, 1, 1),
-        ("linear", 8, 16, 2, 33),
-        ("affine", 4, 2, 64, 1),
-        ("affine", 4, 4, 64, 17),
-        ("flow", 8, 4, 64, 1),
-        ("flow", 4, 8, 1, 3),
+        ("relu", 16, 16, 64, 1),
+        ("relu", 16, 32, 64, 17),
+        ("relu", 32, 16, 1, 3),
+        ("linear", 16, 16, 2, 33),
+        ("affine", 16, 16, 64, 1),
+        ("affine", 32, 16, 64, 17),
+        ("flow", 32, 16, 64, 1),
+        ("flow", 16, 32, 1, 3),
         ("flow", 16, 16, 64, 17),
     ],
 )
@@ -92,7 +89,7 @@ def test_launch_paths(
 ) -> None:
     """Split and unsplit sums, several tiles of samples, of rows and of columns, several segments of each."""
     set_launch(monkeypatch, device, rows, columns, programs)
-    features, hidden = {"affine": (13, (11,)), "flow": (13, (9, 5))}.get(kind, (21, (11,)))
+    features, hidden = {"affine": (21, (37,)), "flow": (21, (37, 19))}.get(kind, (70, (37,)))
     against_reference(small(kind, batch, features, hidden_features=hidden, levels=None, device=device))
 
 
@@ -120,15 +117,21 @@ def test_launches_take_the_paths_meant(monkeypatch: pytest.MonkeyPatch, device: 
         seen.clear()
         set_launch(monkeypatch, device, 16, 16, programs)
         against_reference(make("relu", batch, features, hidden_features=(11,), device=device))
-        keys = ("SPLIT", "LANES", "NEED_X", "WEIGHT")
+        keys = (
+            "SPLIT",
+            "LANES",
+            "NEED_X",
+            "WEIGHT",
+        )  # of the forward pass the first two, of the backward the last three
         return {(name, *(options.get(key) for key in keys)) for name, options in seen}
 
     forward, backward = "_masked_linear_fwd_kernel", "_masked_linear_bwd_kernel"
     sms = 1 if device == "cpu" else torch.cuda.get_device_properties(0).multi_processor_count
     assert (forward, True, True, None, None) in paths(64, 1)
     assert (forward, False, False, None, None) in paths(1, 16 * sms * 2)
-    assert (backward, None, None, True, "store") in paths(1, 16)
-    assert {(backward, None, None, True, "none"), (backward, None, None, False, "store")} <= paths(1, 17)
+    assert (backward, None, True, True, "store") in paths(1, 8)
+    assert (backward, None, False, True, "store") in paths(1, 9)
+    assert {(backward, None, False, True, "none"), (backward, None, False, False, "store")} <= paths(1, 17)
 
 
 @pytest.mark.parametrize(
@@ -175,7 +178,8 @@ def test_paths_of_the_inverse(
 @pytest.mark.parametrize("kind", ONE_OF_EACH)
 def test_degrees(device: str, kind: str, features: int, degrees: list[list[int]]) -> None:
     """Duplicates, units that see nothing or all, one and two dimensions, fewer, as many and more units than those."""
-    options: dict[str, Any] = {"degrees": [torch.tensor(d) for d in degrees], "levels": None}
+    # The seed gives no gradient that is a small difference of large terms, which float32 cannot tell to the tolerance.
+    options: dict[str, Any] = {"degrees": [torch.tensor(d) for d in degrees], "levels": None, "seed": 1}
     for batch in (3,) if kind in ("inverse", "flow") else (1, 5):
         against_reference(
             small(kind, batch, features, hidden_features=tuple(map(len, degrees)), device=device, **options)
@@ -203,7 +207,7 @@ def scattered(t: Tensor, offset: int) -> Tensor:
 def test_views(device: str, kind: str) -> None:
     """Also where the kernels count on whole vectors: a weight at an odd offset must not be read as aligned."""
     for offset, batch in ((1, 1), (3, 3)):
-        case = small(kind, batch, 32, hidden_features=(16,), tiles="production", device=device)
+        case = small(kind, batch, 32, hidden_features=(16,), widths="own", device=device)
         views = {key: scattered(t.detach(), offset).requires_grad_() for key, t in leaves(case, F32).items()}
         assert not views["x"].is_contiguous() and views["weight 0"].storage_offset() == offset
         same(evaluate(case, "triton", F32, views), evaluate(case, "triton", F32))
@@ -310,4 +314,4 @@ def test_unknown_activations_are_refused(device: str) -> None:
     case = small("relu", 1, device=device)
     t, layer = leaves(case, F32), case.layers[0]
     with kernels.use_backend("triton"), pytest.raises(ValueError, match="tanh"):
-        kernels.masked_linear(t["x"], LinearArgs(t["weight 0"], t["bias 0"], layer.prefix, layer.layout.table, "tanh"))
+        kernels.masked_linear(t["x"], LinearArgs(t["weight 0"], t["bias 0"], layer.prefix, layer.layout.panels, "tanh"))

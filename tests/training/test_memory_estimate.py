@@ -130,7 +130,7 @@ def test_the_reference_model_trains_within_4_gb(blocks: int, most: float) -> Non
 def test_the_reference_model_keeps_its_promise(device: str) -> None:
     seven = fastmaf.MAF(12288, 7, (512, 512), order="alternate", device="meta")
     twenty = fastmaf.MAF(12288, 20, (512, 512), order="alternate", device="meta")
-    assert 0.85e9 < fastmaf.memory_estimate(seven, 8, device=device) < 1.3e9
+    assert 0.8e9 < fastmaf.memory_estimate(seven, 8, device=device) < 1.3e9
     assert fastmaf.memory_estimate(twenty, 8, device=device) < 3.5e9
     assert fastmaf.memory_estimate(twenty, 8, torch.optim.Adam, device=device) > 3.2e9
 
@@ -168,11 +168,11 @@ def test_the_parts() -> None:
 
 
 def test_more_of_anything_takes_more() -> None:
-    def estimate(features: int = 96, blocks: int = 2, hidden: int = 32, batch: int = 4, **options: Any) -> int:
+    def estimate(features: int = 96, blocks: int = 8, hidden: int = 64, batch: int = 4, **options: Any) -> int:
         return fastmaf.memory_estimate(fastmaf.MAF(features, blocks, (hidden,), device="meta"), batch, **options)
 
     usual = estimate()
-    assert usual < min(estimate(features=128), estimate(blocks=3), estimate(hidden=64), estimate(batch=5))
+    assert usual < min(estimate(features=128), estimate(blocks=9), estimate(hidden=96), estimate(batch=5))
     stored = estimate(update="step")
     assert estimate(optimizer=None) < usual < estimate(update="clip") < stored
     assert stored == estimate(optimizer=torch.optim.Adam(nn.Linear(1, 1).parameters(), fused=True))

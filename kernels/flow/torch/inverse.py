@@ -13,10 +13,9 @@ autoregressive degrees.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import accumulate
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -25,62 +24,10 @@ from torch.nn.functional import pad
 from fastmaf.kernels.affine_output.affine_map import SHIFT_FIRST
 from fastmaf.kernels.flow.args import FlowArgs, permuted
 from fastmaf.kernels.flow.saved import before_permutation
-from fastmaf.kernels.flow.schedule import groups
-from fastmaf.kernels.layout import PANEL, Run, runs_of
+from fastmaf.kernels.flow.torch.plan import Rows, plan_of
+from fastmaf.kernels.layout import PANEL
 from fastmaf.kernels.masked_linear import torch as linear
 from fastmaf.kernels.masked_linear.args import LinearArgs
-from fastmaf.kernels.tensor_cache import cached
-
-
-class Rows(NamedTuple):
-    """The rows of one layer that a group of steps finishes.
-
-    Attributes:
-        rows: all of them.
-        counts: how many of them each step finishes.
-        below: how many units of the layer below are finished when each step comes to them.
-        runs: the panels that hold them, cut where their width changes.
-    """
-
-    rows: slice
-    counts: list[int]
-    below: list[int]
-    runs: list[Run]
-
-    def matrix(self, packed: Tensor, columns: slice) -> Tensor:
-        """Returns the weights of these rows as a matrix, with no more columns than the widest panel has."""
-        parts = [run.of(packed)[:, columns].mT.flatten(0, 1) for run in self.runs]
-        width = parts[-1].shape[1]
-        whole = torch.cat([pad(part, (0, width - part.shape[1])) for part in parts])
-        return whole.narrow(0, self.rows.start % PANEL, self.rows.stop - self.rows.start)
-
-
-def plan_of(panels: Sequence[Tensor], schedule: Tensor) -> list[list[Rows]]:
-    """Returns, per group of steps, the rows of each layer: hidden layers first, the output layer last."""
-    return cached(schedule, "plan", lambda: _make_plan([runs_of(layer) for layer in panels], schedule), also=panels)
-
-
-def _make_plan(layers: list[list[Run]], schedule: Tensor) -> list[list[Rows]]:
-    dims, *units = zip(*schedule.tolist(), strict=True)  # finished after each step, the latter per hidden layer
-    ends = [*units, [2 * d for d in dims]]
-    below = [dims, *units[:-1], (0, *units[-1][:-1])]  # outputs read what was finished before their step
-    return [
-        [_make_rows(runs, end, width, *group) for runs, end, width in zip(layers, ends, below, strict=True)]
-        for group in groups(schedule)
-    ]
-
-
-def _make_rows(runs: list[Run], ends: Sequence[int], below: Sequence[int], first: int, end: int) -> Rows:
-    starts = [0, *ends]
-    rows = slice(starts[first], starts[end])
-    panels = range(rows.start // PANEL, max(-(-rows.stop // PANEL), rows.start // PANEL + 1))
-    cut = []
-    for run in runs:
-        start, stop = max(run.start, panels.start), min(run.end, panels.stop)
-        if start < stop:
-            cut.append(Run(start, stop, run.width, run.offset + PANEL * run.width * (start - run.start)))
-    counts = [after - before for before, after in zip(starts[first:end], starts[first + 1 : end + 1], strict=True)]
-    return Rows(rows, counts, list(below[first:end]), cut)
 
 
 def inverse(z: Tensor, args: FlowArgs) -> tuple[Tensor, Tensor]:
@@ -111,6 +58,8 @@ def _one_thread_if_small(z: Tensor) -> Iterator[None]:
 
 
 def _inverse_of_block(z: Tensor, args: FlowArgs, block: int) -> tuple[Tensor, Tensor]:
+    if any(bias.dtype != z.dtype for bias in args.biases):
+        raise TypeError(f"expected z of dtype {args.biases[0].dtype}, as the biases are; found {z.dtype}")
     layers, affine_map = args.layers_of_blocks()[block], args.map(block)
     plan = plan_of([args.panels[i] for i in layers], args.schedules[block])
     # Stored in fewer bits, they are the same function of rounded weights.
@@ -118,10 +67,10 @@ def _inverse_of_block(z: Tensor, args: FlowArgs, block: int) -> tuple[Tensor, Te
     # Everything is kept units x samples, so that whatever a step reads or writes is one contiguous block, and is split
     # into the blocks of all steps beforehand: per-step slicing would cost more than the arithmetic.
     z_t = z.t().contiguous()
-    x_t, log_scale_t = torch.empty_like(z_t), torch.empty_like(z_t)
+    x_t, log_scales = torch.empty_like(z_t), []
     below = [x_t, *(z.new_empty(bias.shape[0], z.shape[0]) for bias in biases[:-1])]
     dims = [count // 2 for of_layers in plan for count in of_layers[-1].counts]
-    dim_of = zip(z_t.split(dims), log_scale_t.split(dims), x_t.split(dims), strict=True)
+    dim_of = zip(z_t.split(dims), x_t.split(dims), strict=True)
     last = len(layers) - 1
     with _one_thread_if_small(z):
         for of_layers in plan:
@@ -133,13 +82,12 @@ def _inverse_of_block(z: Tensor, args: FlowArgs, block: int) -> tuple[Tensor, Te
                         sums = z.new_empty(rows.stop - rows.start, z.shape[0]) if k == last else below[k + 1][rows]
                         solves.append(_Solve(sums, weights[k], biases[k], of_layers[k], below[k]))
                     if k == last:
-                        out = solves[0].step(step)
-                        z_d, a, x_d = next(dim_of)
-                        a.copy_(affine_map.log_scale(out[1::2]))
-                        x_d.copy_(affine_map.inverse(z_d, out[0::2], a))
-                    else:
+                        out, (z_d, x_d) = solves[0].step(step), next(dim_of)
+                        log_scales.append(affine_map.log_scale(out[1::2]))
+                        x_d.copy_(affine_map.inverse(z_d, out[0::2], log_scales[-1]))
+                    elif of_layers[k].counts[step]:
                         linear.activate_(solves[k + 1].step(step), args.activation)
-    return x_t.t().contiguous(), log_scale_t.sum(0).mul_(-affine_map.sign)
+    return x_t.t().contiguous(), torch.cat(log_scales).sum(0).mul_(-affine_map.sign)
 
 
 class _Solve:
@@ -171,9 +119,10 @@ class _Solve:
     def step(self, step: int) -> Tensor:
         """Returns the finished sums of a step ``[rows, N]``."""
         sums, start = self.sums[step], self.of.below[0]
-        if step and sums.shape[0]:
-            weight = self.weights[step][:, : self.of.below[step] - start]
-            sums.addmm_(weight, self.below.narrow(0, start, weight.shape[1]))
+        if step:
+            weight = self.weights[step]
+            columns = min(self.of.below[step] - start, weight.shape[1])
+            sums.addmm_(weight.narrow(1, 0, columns), self.below.narrow(0, start, columns))
         return sums
 
 
@@ -235,10 +184,12 @@ def _backward_of_block(
             for k in (*reversed(range(last)), last):  # the reverse of: outputs, then hidden layers from the first on
                 of, rows = of_layers[k], slice(*ends[k][step : step + 2])
                 grad_rows[k][:, rows] = grad = grad_of(k, rows)
-                weight = inside[k][step][:, : of.below[step] - of.below[0]]
-                grad_values[k][:, of.below[0] : of.below[0] + weight.shape[1]] += grad @ weight
                 if step == 0:
                     _add_ahead(grad_values[k][:, : of.below[0]], grad_rows[k], layers[k].weight, of)
+                elif of.counts[step]:
+                    weight = inside[k][step]
+                    columns = min(of.below[step] - of.below[0], weight.shape[1])
+                    grad_values[k].narrow(1, of.below[0], columns).addmm_(grad, weight.narrow(1, 0, columns))
     grad_weights = [linear.grad_weight(*of_layer) for of_layer in zip(grad_rows, values, layers, strict=True)]
     return grad_values[0] * scale, grad_weights, [grad.sum(0) for grad in grad_rows]
 

@@ -104,7 +104,7 @@ def _backward(batch: FlowBatch, args: FlowArgs, need_grad_x: bool, of_layer: _Of
     grad, grad_ladj = before_permutation(batch.grad_z, args.permutations[-1]), batch.grad_ladj.contiguous()
     for b, layers, at in blocks_reversed(batch, args):
         needed = b > 0 or need_grad_x
-        of_affine = AffineBatch(grad, grad_ladj, None, at.hidden[-1], at.z, at.log_scale)  # type: ignore[arg-type]
+        of_affine = AffineBatch(grad, grad_ladj, None, at.hidden[-1], at.z, at.log_scale, at.x)  # type: ignore[arg-type]
         g, direct = affine.grad_product(of_affine, args.output(b, layers[-1]))
         for k, below in reversed(list(enumerate((at.x, *at.hidden)))):
             partial, counts, grad_biases[layers[k]] = of_layer(layers[k], g, below, k > 0 or needed)

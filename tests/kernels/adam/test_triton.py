@@ -49,7 +49,7 @@ def factors_of(
     kind: str, batch: int, dtype: torch.dtype, device: str, *, seed: int = 0, **options: Any
 ) -> FactoredGrad:
     """Returns what a backward pass of a layer works with: the same float32 numbers for every dtype."""
-    case = make(kind, batch, D, **{"hidden_features": (11,), **options})
+    case = make(kind, batch, D, **{"hidden_features": (21,), **options})
     (layer,), t = case.layers, case.tensors
     name, rest = OPS[kind]
     with kernels.use_backend("torch"):
@@ -59,10 +59,10 @@ def factors_of(
     else:
         z, ladj, log_scale = results
         above = (normal(*r.shape, seed=seed + i) for i, r in enumerate((z, ladj, log_scale)))
-        parts = [*above, t["h"], z, log_scale]
+        parts = [*above, t["h"], z, log_scale, t["x"]]
     rounded = tuple(part.to(F32).to(device, dtype) for part in parts)
     weight, bias = (t[key].to(device, dtype) for key in ("weight 0", "bias 0"))
-    args = weight, bias, layer.prefix.to(device), layer.layout.table, *rest
+    args = weight, bias, layer.prefix.to(device), layer.layout.panels, *rest
     if name == "masked_linear":
         return FactoredGrad(name, LinearBatch(*rounded), LinearArgs(*args))
     return FactoredGrad(name, AffineBatch(*rounded), AffineArgs(*args))
@@ -106,7 +106,7 @@ def test_the_numbers_of_adam(device: str, kind: str, numbers: AdamNumbers) -> No
 
 @pytest.mark.parametrize(
     "need_inputs, rows, columns, programs, batch",
-    [(True, 4, 4, 64, 3), (True, 8, 8, 1, 17), (False, 4, 8, 64, 17), (True, 8, 8, 2, 0)],
+    [(True, 16, 16, 64, 3), (True, 32, 16, 1, 17), (False, 16, 32, 64, 17), (True, 16, 16, 2, 0)],
 )
 @pytest.mark.parametrize("kind", ["linear", "affine, clamp"])
 def test_launch_paths(
@@ -154,10 +154,10 @@ def test_scalars_read_on_the_device(device: str, kind: str) -> None:
 @pytest.mark.parametrize(
     "kind, batch",
     [("linear", 0), ("linear", 17), ("relu", 1), ("relu", 3), ("affine, clamp", 0), ("affine, clamp", 17)]
-    + [("affine, soft", 3), ("affine, free", 1)],
+    + [("affine, soft", 3), ("affine, free", 1), ("affine, softplus", 3), ("affine, sigmoid", 17)],
 )
 def test_gradients_without_a_step(monkeypatch: pytest.MonkeyPatch, device: str, kind: str, batch: int) -> None:
-    set_launch(monkeypatch, device, 8, 8, 2)
+    set_launch(monkeypatch, device, 16, 16, 2)
     own, truth = (factors_of(kind, batch, dtype, device).scaled(0.5) for dtype in (F32, F64))
     before = own.args.weight.clone()
     for need_inputs in (True, False):
@@ -173,9 +173,9 @@ def test_gradients_without_a_step(monkeypatch: pytest.MonkeyPatch, device: str, 
 
 
 def test_the_padding_stays_zero(monkeypatch: pytest.MonkeyPatch, device: str) -> None:
-    set_launch(monkeypatch, device, 8, 8, 2)
+    set_launch(monkeypatch, device, 16, 16, 2)
     for kind, batch in (("linear", 17), ("affine", 3)):
-        (layer,) = make(kind, 0, D, hidden_features=(11,)).layers
+        (layer,) = make(kind, 0, D, hidden_features=(21,)).layers
         padding = padding_of(layer)
         assert padding.any(), "the test wants padding"
         found = steps(kind, batch, "triton", F32, device, OPTIONS["maximize"])

@@ -30,14 +30,13 @@ class Calls(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         self.calls += 1
-        if func in (torch.ops.aten.addmm.default, torch.ops.aten.addmm.out, torch.ops.aten.mm.default):
-            left = args[-2]
-            self.weights_read += left.numel()
+        if func is torch.ops.aten.bmm.default or func is torch.ops.aten.addmm_.default:
+            self.weights_read += args[1].numel()
         return func(*args, **(kwargs or {}))
 
 
-def count(features: int, tiles: str = "production", **options: Any) -> tuple[Any, Calls]:
-    made = blocks_of(build(features, blocks=1, order="natural", tiles=tiles, **options))[0].made
+def count(features: int, **options: Any) -> tuple[Any, Calls]:
+    made = blocks_of(build(features, blocks=1, order="natural", widths="own", **options))[0].made
     with torch.no_grad(), Calls() as seen:
         inverse(normal(2, features), flow_args([AffineAutoregressive(made).block()], [None, None]))
     return made, seen
@@ -70,6 +69,8 @@ DEGREES = {
     "last sees all": [torch.tensor([0, 5, 13]), torch.tensor([13, 13])],
     "first sees all": [torch.tensor([13, 13]), torch.tensor([1, 6, 12])],
     "one layer": [torch.tensor([0, 1, 6, 6, 13])],
+    "a panel finished before the last groups": [torch.arange(16) // 8 + 1, torch.arange(48) // 4 + 1],
+    "steps of more than a panel": [torch.arange(40) // 20 + 3, torch.arange(60) // 20 * 4 + 1],
     "three layers": [torch.tensor([0, 8, 2]), torch.tensor([11, 3]), torch.tensor([4, 4, 9, 12, 13])],
 }
 
@@ -127,13 +128,13 @@ def test_exact_for_large_log_scales(backend: str, scale: float, bound: float | N
 
 @given(
     features=st.integers(1, 30),
-    hidden=st.lists(st.integers(1, 25), min_size=1, max_size=3),
-    tiles=st.sampled_from(["one", "many"]),
+    hidden=st.lists(st.integers(1, 70), min_size=1, max_size=3),
+    widths=st.sampled_from(["own", "shared"]),
     batch=st.integers(0, 3),
     seed=st.integers(0, 10_000),
 )
 @settings(max_examples=50)
-def test_random_degrees_per_layer(features: int, hidden: list[int], tiles: str, batch: int, seed: int) -> None:
+def test_random_degrees_per_layer(features: int, hidden: list[int], widths: str, batch: int, seed: int) -> None:
     source = torch.Generator().manual_seed(seed)
     degrees = [torch.randint(0, features + 1, (width,), generator=source) for width in hidden]
     flow = build(
@@ -142,7 +143,7 @@ def test_random_degrees_per_layer(features: int, hidden: list[int], tiles: str, 
         degrees=degrees,
         hidden_features=tuple(hidden),
         order="natural",
-        tiles=tiles,
+        widths=widths,
         seed=seed,
         scale=1.5,
     )
@@ -160,14 +161,15 @@ def test_random_degrees_per_layer(features: int, hidden: list[int], tiles: str, 
             assert_close("inverse", ladj_back, -ladj)
 
 
-def test_tilings_agree(backend: str) -> None:
-    """One function under two tilings: the parameters are carried over dense."""
-    z = normal(4, 37)
-    flows = [build(37, blocks=1, degrees="random", hidden_features=(29, 31), tiles=tiles) for tiles in ("one", "many")]
+def test_layouts_agree(backend: str) -> None:
+    """One function with panels of their own widths and with shared ones: the parameters are carried over dense."""
+    z = normal(4, 137)
+    options: dict[str, Any] = {"blocks": 1, "degrees": "random", "hidden_features": (79, 91)}
+    flows = [build(137, widths=widths, **options) for widths in ("own", "shared")]
     with torch.no_grad():
         for source, target in zip(*(blocks_of(flow)[0].made.layers for flow in flows), strict=True):
-            assert len(target.layout.tiles) > len(source.layout.tiles)
+            assert len(target.layout.runs) < len(source.layout.runs)
             target.load_dense_(source.dense_weight(), source.bias)
-        one, many = (flow.inverse(z) for flow in flows)
-    for a, b in zip(one, many, strict=True):
+        own, shared = (flow.inverse(z) for flow in flows)
+    for a, b in zip(own, shared, strict=True):
         assert_close("values", a, b)

@@ -17,7 +17,7 @@ from fastmaf import MADE, AffineAutoregressive, Permutation
 from fastmaf.kernels import flow_inverse
 from fastmaf.kernels.dispatch import implementation
 from fastmaf.runs import Run
-from tests.core.helpers import build, correlated, generator, layers_of, many_tiles, normal, train
+from tests.core.helpers import build, correlated, generator, layers_of, normal, shared_widths, train
 from tests.kernels.cases import TRITON_MARKS, poisoned, set_launch
 from tests.tolerances import F32, TOLERANCES, assert_close, error
 
@@ -52,7 +52,7 @@ def both(flow: fastmaf.Flow, x: Tensor, z: Tensor) -> None:
 
 
 def block(depths: tuple[int, ...], bound: float | None, soft: bool, seed: int, **options: Any) -> AffineAutoregressive:
-    with many_tiles():
+    with shared_widths():
         made = MADE(D, depths, generator=generator(seed), dtype=F32, **options)
     with torch.no_grad():
         for p in made.parameters():

@@ -26,7 +26,7 @@ D = 12_288
 
 @functools.cache
 def model() -> fastmaf.MAF:
-    flow = build(D, blocks=2, hidden_features=(512, 512), tiles="production", degrees="random", dtype=F32, scale=1.0)
+    flow = build(D, blocks=2, hidden_features=(512, 512), widths="own", degrees="random", dtype=F32, scale=1.0)
     return flow.to("cuda")
 
 

@@ -12,10 +12,11 @@ from torch import Tensor
 import fastmaf
 from fastmaf.kernels import dispatch
 from fastmaf.kernels.affine_output import torch as reference
+from fastmaf.kernels.affine_output.affine_map import SCALE_FIRST, SHIFT_FIRST, SIGMOID, TANH, AffineMap
 from fastmaf.kernels.affine_output.args import AffineArgs, AffineBatch
 from fastmaf.kernels.triton_common import launch_table
 from tests.core.helpers import build, generator, normal
-from tests.kernels.cases import TRITON_MARKS, evaluate, make, poisoned, same
+from tests.kernels.cases import MAPS, TRITON_MARKS, evaluate, make, poisoned, same
 from tests.tolerances import F32, F64, assert_close
 
 pytestmark = TRITON_MARKS
@@ -34,7 +35,7 @@ def at_log_scale(
     kind: str, u: Tensor, device: str, backend: str = "triton", dtype: torch.dtype = F32
 ) -> dict[str, Tensor]:
     """Evaluates an affine output of x = 1, shift 0 and the raw log-scales ``u``; float32 numbers."""
-    case = make(kind, 2, u.numel(), hidden_features=(2,), tiles="one", device=device)
+    case = make(kind, 2, u.numel(), hidden_features=(2,), widths="own", device=device)
     bias = torch.stack((torch.zeros_like(u), u), dim=1).flatten()
     zero = torch.zeros_like(case.tensors["weight 0"])
     tensors = case.tensors | {"weight 0": zero, "bias 0": bias.to(device), "x": torch.ones_like(case.tensors["x"])}
@@ -74,6 +75,27 @@ def test_tangent_of_each_size(device: str) -> None:
     same(found, expected)
 
 
+@pytest.mark.parametrize("kind", ["affine, softplus", "affine, sigmoid", "affine, soft clip", "affine, scale first"])
+def test_scale_maps_of_each_size(device: str, kind: str) -> None:
+    """Log-scales are logarithms of sums: within some roundings of 1, or of themselves where they are larger."""
+    size = torch.cat((torch.logspace(-30, 1.9, 97), torch.linspace(0.05, 20, 60)))
+    u = torch.cat((size, -size[::2], torch.zeros(1))).to(F32).to(F64)
+    found, expected = at_log_scale(kind, u, device), at_log_scale(kind, u, device, "torch", F64)
+    a, truth = found["result 2"][0], expected["result 2"][0]
+    assert float(((a.double() - truth) / truth.abs().clamp_min(1)).abs().max()) / EPS <= ELEMENTWISE[device]
+    same(found, expected)
+
+
+@pytest.mark.parametrize("kind", ["affine, softplus", "affine, sigmoid"])
+def test_scale_maps_at_the_ends_of_float32(device: str, kind: str) -> None:
+    u = torch.tensor([100.0, 1e4, 3e38, math.inf, -100.0, -1e4, -3e38, -math.inf], dtype=F64)
+    found, expected = (
+        at_log_scale(kind, u, device)["result 2"][0],
+        at_log_scale(kind, u, device, "torch", F64)["result 2"][0],
+    )
+    assert torch.allclose(found.double(), expected, rtol=ELEMENTWISE[device] * EPS, atol=ELEMENTWISE[device] * EPS)
+
+
 def test_the_soft_bound_of_what_is_not_finite(device: str) -> None:
     found = at_log_scale("affine, soft", torch.tensor([math.inf, -math.inf, 0.0], dtype=F64), device)
     assert found["result 2"][0].tolist() == [0.5, -0.5, 0.0]
@@ -98,7 +120,7 @@ def test_the_clamp_at_its_limits(device: str, kind: str) -> None:
 
 
 def test_log_determinants_are_summed_in_more_than_float32(device: str) -> None:
-    """Many shares of one size: in float32 their sum would stand still, or be off by many units."""
+    """Many terms of one size: in float32 their sum would stand still, or be off by many units."""
     from fastmaf.kernels.affine_output import triton as triton_kernel
 
     for count in (1, 3, 1500):
@@ -106,7 +128,7 @@ def test_log_determinants_are_summed_in_more_than_float32(device: str) -> None:
         shares[0] -= 1e6 * count
         found = triton_kernel.ladj_of(shares)
         assert found.dtype == F32 and found.shape == (5,)
-        assert_close("values", found, -shares.sum(0))
+        assert_close("values", found, shares.sum(0))
 
 
 @pytest.mark.parametrize("slots, features", [(1, 300), (3, 37), (70, 37)])
@@ -142,16 +164,16 @@ def test_gradients_through_the_transform(device: str, features: int) -> None:
 
     grad_z, grad_a, z = (normal(2, features, seed=i).to(F32) for i in range(3))
     grad_ladj, a = normal(2, seed=3).to(F32), normal(2, features, seed=4).to(F32).clamp(-0.5, 0.5)
-    h = torch.empty(0)
-    for bound, soft in ((0.5, False), (0.75, True), (math.inf, True)):
-        args = AffineArgs(h, h, h, h, bound, soft)
+    h, x = torch.empty(0), normal(2, features, seed=5).to(F32)
+    for affine_map in (*MAPS.values(), AffineMap(SHIFT_FIRST, TANH), AffineMap(SCALE_FIRST, TANH, 0.75)):
+        args = AffineArgs(h, h, h, h, affine_map)
+        given = [t.to(device) for t in (z, a - 1 if affine_map.scale == SIGMOID else a, x)]
         for last in (grad_a, None):
-            t = [None if i is None else i.to(device) for i in (grad_z, grad_ladj, last, z, a)]
-            found = triton_kernel.grad_product(AffineBatch(*t[:3], h, *t[3:]), args)
-            wide = [torch.zeros_like(z).double() if i is None else i.double() for i in (grad_z, grad_ladj, last, z, a)]
-            for own, truth in zip(
-                found, reference.grad_product(AffineBatch(*wide[:3], h, *wide[3:]), args), strict=True
-            ):
+            t = [None if i is None else i.to(device) for i in (grad_z, grad_ladj, last)]
+            found = triton_kernel.grad_product(AffineBatch(*t, h, *given), args)
+            wide = [torch.zeros_like(z).double() if i is None else i.double() for i in (grad_z, grad_ladj, last)]
+            truths = reference.grad_product(AffineBatch(*wide, h, *(i.double().cpu() for i in given)), args)
+            for own, truth in zip(found, truths, strict=True):
                 assert_close("gradients", own, truth.to(device))
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import weakref
 from collections import Counter
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -15,45 +16,40 @@ from torch import Tensor
 from fastmaf.kernels import PackedLayout
 from fastmaf.kernels.flow.schedule import level_schedule
 from fastmaf.kernels.triton_common import work_lists
-from tests.core.helpers import many_tiles
+from tests.core.helpers import shared_widths
 
 CPU = torch.device("cpu")
 
 
 @st.composite
 def layouts(draw: st.DrawFn) -> PackedLayout:
-    """Draws layouts of few and many tiles, with rows that see nothing, something or all."""
+    """Draws layouts of one panel and of many, of equal and of different widths; rows see nothing, something or all."""
     in_features = draw(st.integers(1, 70))
-    group = draw(st.sampled_from([1, 2]))
     rows = draw(st.lists(st.integers(0, in_features), min_size=1, max_size=40))
-    prefix = torch.tensor(sorted(rows)).repeat_interleave(group)
-    if draw(st.booleans()):
-        return PackedLayout(prefix, in_features, group=group)
-    with many_tiles(min_numel=draw(st.sampled_from([4, 64])), max_rows=draw(st.integers(2, 12))):
-        return PackedLayout(prefix, in_features, group=group)
+    prefix = torch.tensor(sorted(rows)).repeat_interleave(draw(st.sampled_from([1, 2, 5])))
+    with shared_widths(draw(st.sampled_from([1, 3, 64]))):
+        return PackedLayout(prefix, in_features)
 
 
+panels_of_a_block = st.sampled_from([1, 2, 4])
 powers = st.sampled_from([1, 2, 4, 8, 32])
 numbers_of_programs = st.sampled_from([0, 1, 2, 3, 7, 16, 1000])
 
 
-def widths_of(layout: PackedLayout) -> Tensor:
-    """Returns the width of each row, found from the tiles alone."""
-    return torch.tensor([tile.width for tile in layout.tiles for _ in range(tile.row_start, tile.row_end)])
+def blocks_of(layout: PackedLayout, panels: int) -> list[int]:
+    """Returns how many columns each block of panels has: as many as the widest of them."""
+    widths = torch.tensor([run.width for run in layout.runs for _ in range(run.start, run.end)])
+    return [int(block.max()) for block in widths.split(panels)]
 
 
-def blocks_of(widths: Tensor, block_rows: int) -> list[int]:
-    """Returns how many columns each block of rows sees: as many as its widest row."""
-    return [int(block.max()) for block in widths.split(block_rows)]
-
-
-@given(layouts(), powers, powers, numbers_of_programs)
+@given(layouts(), panels_of_a_block, powers, numbers_of_programs)
 def test_forward_items_cover_everything_once(
-    layout: PackedLayout, block_rows: int, block_columns: int, programs: int
+    layout: PackedLayout, panels: int, block_columns: int, programs: int
 ) -> None:
-    work = work_lists.forward(layout.table, CPU, block_rows, block_columns, programs)
-    widths, covered = widths_of(layout), torch.zeros(layout.out_features, layout.in_features, dtype=torch.int64)
-    ends, slots = blocks_of(widths, block_rows), Counter[int]()
+    block_rows = 16 * panels
+    work = work_lists.forward(layout.panels, CPU, block_rows, block_columns, programs)
+    covered = torch.zeros(layout.out_features, layout.in_features, dtype=torch.int64)
+    ends, slots = blocks_of(layout, panels), Counter[int]()
     for block, start, end, _ in work.items.tolist():
         assert start % block_columns == 0, "a segment starts within a block of columns"
         assert 0 <= start <= end <= layout.in_features
@@ -70,17 +66,17 @@ def test_forward_items_cover_everything_once(
         assert [slot for _, slot in own] == list(range(len(own)))
         rows = work.counts[block * block_rows : (block + 1) * block_rows]
         assert (rows == len(own)).all()
-    assert work.counts.shape == (layout.out_features,) and work.slots == max(slots.values())
+    assert len(work.counts) >= layout.out_features and work.slots == max(slots.values())
     check_work(work, len(ends), programs, [end - start for _, start, end, _ in work.items.tolist()], block_columns)
 
 
-@given(layouts(), powers, powers, numbers_of_programs)
+@given(layouts(), panels_of_a_block, powers, numbers_of_programs)
 @example(PackedLayout(torch.tensor([0, 0, 0]), 5), 2, 2, 4)
 def test_backward_items_cover_everything_once(
-    layout: PackedLayout, block_rows: int, block_columns: int, programs: int
+    layout: PackedLayout, panels: int, block_columns: int, programs: int
 ) -> None:
-    work = work_lists.backward(layout.table, CPU, layout.in_features, block_rows, block_columns, programs)
-    ends = blocks_of(widths_of(layout), block_rows)
+    work = work_lists.backward(layout.panels, CPU, layout.in_features, 16 * panels, block_columns, programs)
+    ends = blocks_of(layout, panels)
     seen, slots = Counter[tuple[int, int]](), Counter[int]()
     for column, start, end, slot in work.items.tolist():
         assert column % block_columns == 0 and 0 <= column < layout.in_features
@@ -114,57 +110,43 @@ def check_work(work: work_lists.Work, at_least: int, programs: int, costs: list[
         assert max(steps) <= max(1, -(-sum(steps) // programs))
 
 
-@given(layouts())
-def test_rows_agree_with_the_layout(layout: PackedLayout) -> None:
-    found = work_lists.rows(layout.table, CPU)
-    assert found.base.dtype == torch.int64 and found.width.dtype == torch.int32
-    assert torch.equal(found.widths, found.width) and torch.equal(found.width.long(), widths_of(layout))
-    packed = layout.zero_padding_(torch.arange(1, layout.numel + 1, dtype=torch.float64))
-    dense, read = layout.unpack(packed), torch.zeros(layout.out_features, layout.in_features, dtype=torch.float64)
-    for j, (base, width) in enumerate(zip(found.base.tolist(), found.width.tolist(), strict=True)):
-        read[j, :width] = packed[base : base + width]
-    assert torch.equal(read, dense)
-    starts = [tile.offset + r * tile.width for tile in layout.tiles for r in range(tile.row_end - tile.row_start)]
-    assert found.aligned == all(number % 16 == 0 for number in (*starts, *widths_of(layout).tolist()))
+@pytest.mark.parametrize("rows", [1, 8, 24])
+def test_blocks_are_whole_panels(rows: int) -> None:
+    with pytest.raises(ValueError, match=f"whole panels of 16; found {rows}"):
+        work_lists.forward(panels(), CPU, rows, 16, 4)
 
 
-def table() -> Tensor:
-    return PackedLayout(torch.tensor([0, 2, 2, 5]), 6).table
+def panels() -> Tensor:
+    return PackedLayout(torch.tensor([0, 2, 2, 5]), 6).panels
 
 
-def test_lists_are_made_once_for_each_table_and_way_to_cut_it() -> None:
-    one, other = table(), table()
-    assert work_lists.rows(one, CPU) is work_lists.rows(one, CPU)
-    assert work_lists.rows(one, CPU) is not work_lists.rows(other, CPU)
+def test_lists_are_made_once_for_each_layout_and_way_to_cut_it() -> None:
+    one, other = panels(), panels()
     for make in (
-        lambda tiles, *cut: work_lists.forward(tiles, CPU, *cut),
-        lambda tiles, *cut: work_lists.backward(tiles, CPU, 6, *cut),
+        lambda panels, *cut: work_lists.forward(panels, CPU, *cut),
+        lambda panels, *cut: work_lists.backward(panels, CPU, 6, *cut),
     ):
-        first = make(one, 2, 4, 8)
-        assert make(one, 2, 4, 8) is first
-        assert make(other, 2, 4, 8) is not first
-        assert len({id(make(one, *cut)) for cut in ((2, 4, 8), (4, 2, 8), (2, 4, 1), (8, 2, 4))}) == 4
-    meta = work_lists.rows(one, torch.device("meta"))
-    assert meta.base.is_meta and not work_lists.rows(one, CPU).base.is_meta
+        first = make(one, 16, 4, 8)
+        assert make(one, 16, 4, 8) is first
+        assert make(other, 16, 4, 8) is not first
+        assert len({id(make(one, *cut)) for cut in ((16, 4, 8), (32, 4, 8), (16, 4, 1), (16, 2, 8))}) == 4
 
 
 def schedule() -> Tensor:
     return level_schedule(torch.arange(1, 5), [torch.tensor([1, 2, 3])])
 
 
-@pytest.mark.parametrize("kind", ["table", "schedule"])
-def test_lists_die_with_what_they_were_made_for(kind: str) -> None:
+@pytest.mark.parametrize("make", [panels, schedule])
+def test_lists_die_with_what_they_were_made_for(make: Callable[[], Tensor]) -> None:
     """Else a process that builds many models keeps what belongs to all of them."""
-    one = table() if kind == "table" else schedule()
-    if kind == "table":
-        work_lists.forward(one, CPU, 2, 4, 8)
-        work_lists.backward(one, CPU, 6, 2, 4, 8)
-        kept = weakref.ref(work_lists.rows(one, CPU).base)
-    else:
-        assert torch.equal(work_lists.on_device(one, CPU), one)
-        assert work_lists.on_device(one, torch.device("meta")).is_meta
-        kept = weakref.ref(work_lists.on_device(one, CPU))
-    alive = weakref.ref(one)
+    one = make()
+    if make is panels:
+        work_lists.forward(one, CPU, 16, 4, 8)
+        work_lists.backward(one, CPU, 6, 16, 4, 8)
+    assert torch.equal(work_lists.on_device(one, CPU), one)
+    assert work_lists.on_device(one, CPU) is work_lists.on_device(one, CPU)
+    assert work_lists.on_device(one, torch.device("meta")).is_meta
+    kept, alive = weakref.ref(work_lists.on_device(one, CPU)), weakref.ref(one)
     assert kept() is not None
     del one
     gc.collect()
