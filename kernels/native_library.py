@@ -147,12 +147,3 @@ def _why_not(folder: Path) -> str | None:
     if any(source.stat().st_mtime > path.stat().st_mtime for source in folder.glob("csrc/*")):
         return "the native library is older than its sources"
     return None
-
-
-def library() -> ctypes.CDLL:
-    """Returns the library, with its functions.
-
-    Raises:
-        ImportError: as for ``load``.
-    """
-    raise ImportError(f"the native library has no functions yet; to build it: {command()}")
