@@ -282,7 +282,7 @@ void layer_pass(const Team& team, const Panels<T>& w, const Source& source, cons
   T* xs = Scratch::get<T>(Scratch::kShared, n * stride + parts * w.columns * wide);
   T* shares = xs + n * stride;
   if (weights) {
-    const Split samples(n, std::max(1L, 16384 / w.columns));
+    const Split samples(n, std::max(1L, 16384 / std::max(w.columns, 1L)));
     team.each(samples.count, [&](long i) {
       take_columns(x + samples.begin(i) * w.columns, samples.size(i), w.columns, 0, w.columns, xs + samples.begin(i) * stride, stride);
     });
@@ -304,7 +304,7 @@ void layer_pass(const Team& team, const Panels<T>& w, const Source& source, cons
   if (target.mode == kNorm)
     for (const double one : squares) *static_cast<double*>(target.grad) += one;
   if (grad_x == nullptr) return;
-  const Split columns(w.columns, std::max(16L, 16384 / wide));
+  const Split columns(w.columns, std::max(16L, 16384 / std::max(wide, 1L)));
   team.each(columns.count, [&](long i) {
     const long k0 = columns.begin(i), count = columns.size(i) * wide;
     T* sum = shares + k0 * wide;
