@@ -172,13 +172,19 @@ class FlowPlan:
     """
 
     def __init__(self, args: FlowArgs, dtype: torch.dtype) -> None:
-        features = args.biases[-1].shape[0] // 2
         self._layers = (LayerStruct * len(args.weights))()
         self._blocks = (BlockStruct * len(args.schedules))()
         self._key = _key(args)
         self.dtype = dtype
         self.inverse = False
         self.rows: list[int] = []
+        for schedule in args.schedules:
+            check_tensor("schedule", schedule, torch.int32, schedule.shape)
+            if schedule.dim() != 2 or schedule.shape[1] < 2:
+                raise ValueError(
+                    f"a schedule must be [steps, 1 + hidden layers], with at least one hidden layer; found "
+                    f"{tuple(schedule.shape)}"
+                )
         layers = args.layers_of_blocks()
         lengths = {len(part) for part in args[:4]}
         counts = len(args.permutations) - 1, len(args.maps) / len(AffineMap._fields)
@@ -189,14 +195,9 @@ class FlowPlan:
                 f"{len(args.maps)} numbers of maps, {len(args.permutations)} permutations, and "
                 f"{', '.join(str(len(part)) for part in args[:4])} of the others"
             )
+        features = args.biases[-1].numel() // 2
         for b, of_block in enumerate(layers):
             columns, schedule, permutation = features, args.schedules[b], args.permutations[b]
-            check_tensor("schedule", schedule, torch.int32, schedule.shape)
-            if schedule.dim() != 2 or schedule.shape[1] < 2:
-                raise ValueError(
-                    f"a schedule must be [steps, 1 + hidden layers], with at least one hidden layer; found "
-                    f"{tuple(schedule.shape)}"
-                )
             for i in of_block:
                 self._layers[i] = layer(args.hidden(i), columns, dtype)
                 columns = self._layers[i].rows

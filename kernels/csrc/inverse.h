@@ -198,9 +198,10 @@ class BlockInverse {
       double sum_a = 0;
       for (long d = d0; d < d1; d += L) {
         const long count = std::min<long>(L, d1 - d);
-        const auto rows = [&](long at) {  // behind the last sums there is room
-          const long left = std::clamp<long>(2 * d1 - at, 0, L);
-          return load(c + (at - first)) + (left == L ? load(bias + at) : load_part<T>(bias + at, left));
+        const auto rows = [&](long at) {  // behind a sample's sums lie those of another thread's
+          const long left = std::clamp<long>(2 * d1 - at, 0, L), room = p1 * kPanel - at;
+          const Vec<T> sums = room >= L ? load(c + (at - first)) : load_part<T>(c + (at - first), room);
+          return sums + (left == L ? load(bias + at) : load_part<T>(bias + at, left));
         };
         Vec<T> shift, raw;
         unzip<T>(rows(2 * d), rows(2 * d + L), shift, raw);

@@ -33,12 +33,17 @@ def fits(call: str, name: str, wrong: str) -> bool:
     """Whether a tensor is good all the same."""
     if wrong == "not contiguous":
         return name.startswith("grad_")  # autograd hands on gradients of any strides
+    if name.startswith("weight") and wrong in ("dtype", "half"):
+        return call.endswith(("backward", "norm"))  # converted
+    if name.startswith("schedule") and wrong == "one long":
+        return call != "flow inverse"  # nothing else reads its steps
     if name == "x":  # a batch of any size; the last input is one that no unit of the layer sees
         return wrong == "one long" and call.endswith("forward") and not call.startswith("affine") or (
             wrong == "one short" and call.startswith("linear")
         )  # fmt: skip
     return (name == "z" and wrong == "one long" and call == "flow inverse") or (
-        name.startswith("permutation") and wrong == "empty"
+        # One fewer before a block: there is less saved of it.
+        wrong == "empty" and name.startswith("permutation") and (name[-1] != "1" or not call.endswith(("backward", "adam")))
     )
 
 
@@ -67,9 +72,10 @@ def test_wrong_tensors_are_refused(name: str, wrong: str) -> None:
             call.function({**call.tensors, key: WRONG[wrong](value)})
             continue
         message = refused(call, **{key.replace(" ", "_of_"): WRONG[wrong](value)})
-        # An activation of another dtype or size is at odds with the layer's tensors, and those with one another.
-        others = {*LAYER, "weights", "saved", "grad_ladj", "layer"}
-        assert message.startswith(kind) or any(word in message for word in others), f"{key}: {message}"
+        # An activation of another dtype or size is at odds with the others, and those with one another.
+        others = {"rows", *(k.partition(" ")[0] for k in call.tensors)} - {"x", "z", "h"}
+        own = message.startswith((f"{kind} must", "x must have shape"))
+        assert own or wrong != "meta" and any(word in message for word in others), f"{key}: {message}"
 
 
 @pytest.mark.parametrize("name", CALLS)
@@ -91,7 +97,7 @@ def test_layouts_of_another_layer_are_refused(name: str) -> None:
     for what, (other_prefix, other_panels) in broken.items():
         tensors = {f"prefix{i.replace(' ', '_of_')}": other_prefix, f"panels{i.replace(' ', '_of_')}": other_panels}
         message = refused(call, **tensors)
-        assert "prefix" in message or "panels" in message or "weight" in message, f"{what}: {message}"
+        assert any(word in message for word in LAYER), f"{what}: {message}"
         # The same by writing to tensors that have been seen to be good.
         mine = make_call(name)
         mine.function(mine.tensors)
@@ -113,7 +119,7 @@ def test_broken_schedules_are_refused() -> None:
     for i, broken in enumerate([
         schedule[:0], schedule[:-1], schedule[:, :-1].contiguous(), schedule.long(), schedule.flip(0), schedule[0],
         changed(schedule, -1, 0, 1), changed(schedule, 0, 0, -100), changed(schedule, 0, 1, 1000),
-        changed(schedule, 0, 2, 1), changed(schedule, 1, 0, 1000), changed(schedule, -1, 2, 1),
+        changed(schedule, 1, 0, 1000), changed(schedule, -1, 2, 1),
         level_schedule(torch.arange(1, 14), [torch.arange(1, 10), torch.arange(31) % 13 + 1]),
     ]):  # fmt: skip
         message = refused(call, schedule_of_1=broken)
