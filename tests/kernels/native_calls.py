@@ -108,15 +108,15 @@ def _flow_call(flow: Any, way: str, args: FlowArgs, written: tuple[str, ...]) ->
         tensors |= {f"{key} {i}": torch.rand(args.weights[i].shape) for key in written[1:] for i in layers}
 
     def function(t: dict[str, Tensor]) -> Any:
-        parts = [
-            [t[key] for key in t if key.partition(" ")[0] == name] for name in (*LAYER, "schedule", "permutation")
-        ]
+        parts = [[t[key] for key in t if key.partition(" ")[0] == name] for name in (*LAYER, "schedule", "permutation")]
         found = FlowArgs(*parts, args.activation, args.maps)  # type: ignore[arg-type]
         if way in ("forward", "inverse"):
             return flow.forward(t["x"], found, True) if way == "forward" else flow.inverse(t["z"], found)
         batch = FlowBatch(t["grad_z"], t["grad_ladj"], t["saved"])
         if way == "backward":
             return flow.backward(batch, found, True)
-        return flow.adam_(batch, found, True, [Update(t[f"exp_avg {i}"], t[f"exp_avg_sq {i}"], NUMBERS) for i in layers], None)
+        return flow.adam_(
+            batch, found, True, [Update(t[f"exp_avg {i}"], t[f"exp_avg_sq {i}"], NUMBERS) for i in layers], None
+        )
 
     return Call(function, tensors, tuple(f"{key} {i}" for key in written for i in layers))

@@ -73,9 +73,7 @@ def test_float32_contract_at_larger_sizes(kind: str, batch: int) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["relu", "affine", "inverse", "flow"])
 def test_float32_contract_at_full_width(kind: str) -> None:
-    check_contract(
-        lambda seed: make(kind, 8, 12_288, seed=seed, hidden_features=(96,), scale=1.0), draws=4
-    )
+    check_contract(lambda seed: make(kind, 8, 12_288, seed=seed, hidden_features=(96,), scale=1.0), draws=4)
 
 
 @pytest.mark.parametrize("batch", BATCHES)
@@ -158,7 +156,9 @@ def test_results_do_not_depend_on_the_number_of_threads(kind: str, batch: int) -
         case = make(kind, batch, features, hidden_features=hidden, levels=levels)
         torch.set_num_threads(1)
         first = evaluate(case, "native", F32)
-        own = [key for key in first if kind != "inverse" or key.startswith("result")]  # torch has the inverse's gradients
+        own = [
+            key for key in first if kind != "inverse" or key.startswith("result")
+        ]  # torch has the inverse's gradients
         for n in (2, 3, 5):
             torch.set_num_threads(n)
             again = evaluate(case, "native", F32)

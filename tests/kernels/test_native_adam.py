@@ -77,7 +77,9 @@ def layer_call(kind: str, batch: int, dtype: torch.dtype) -> tuple[Any, Any, Any
         of_affine = AffineBatch(draws[0], draws[1].sum(1), draws[2], h, draws[3], draws[4].tanh(), draws[1])
         module = importlib.import_module("fastmaf.kernels.affine_output.native")
         return module, of_affine, AffineArgs(*parts, AffineMap(limit=0.7)), padding_of(layer)
-    of_linear = LinearBatch(normal(batch, 20, seed=7, dtype=dtype), draws[0], normal(batch, 20, seed=8, dtype=dtype).relu())
+    of_linear = LinearBatch(
+        normal(batch, 20, seed=7, dtype=dtype), draws[0], normal(batch, 20, seed=8, dtype=dtype).relu()
+    )
     module = importlib.import_module("fastmaf.kernels.masked_linear.native")
     return module, of_linear, LinearArgs(*parts, "relu"), padding_of(layer)
 

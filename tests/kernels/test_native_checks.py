@@ -43,7 +43,9 @@ def fits(call: str, name: str, wrong: str) -> bool:
         )  # fmt: skip
     return (name == "z" and wrong == "one long" and call == "flow inverse") or (
         # One fewer before a block: there is less saved of it.
-        wrong == "empty" and name.startswith("permutation") and (name[-1] != "1" or not call.endswith(("backward", "adam")))
+        wrong == "empty"
+        and name.startswith("permutation")
+        and (name[-1] != "1" or not call.endswith(("backward", "adam")))
     )
 
 
@@ -197,9 +199,15 @@ def test_a_scale_is_for_steps_without_gradients_of_inputs(kind: str) -> None:
 
     call = make_call(f"{kind} adam")
     t, before = call.tensors, {key: t.clone() for key, t in call.tensors.items()}
-    args: Any = LinearArgs(*[t[key] for key in LAYER]) if kind == "linear" else AffineArgs(*[t[key] for key in LAYER], AffineMap())
+    args: Any = (
+        LinearArgs(*[t[key] for key in LAYER])
+        if kind == "linear"
+        else AffineArgs(*[t[key] for key in LAYER], AffineMap())
+    )
     batch_type: Any = LinearBatch if kind == "linear" else AffineBatch
-    module = importlib.import_module(f"fastmaf.kernels.{'masked_linear' if kind == 'linear' else 'affine_output'}.native")
+    module = importlib.import_module(
+        f"fastmaf.kernels.{'masked_linear' if kind == 'linear' else 'affine_output'}.native"
+    )
     update = Update(t["exp_avg"], t["exp_avg_sq"], NUMBERS, scale=0.5)
     with pytest.raises(ValueError, match="scale"):
         module.adam_(batch_type(**{key: t[key] for key in batch_type._fields}), args, True, update)

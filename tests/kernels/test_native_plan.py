@@ -40,7 +40,9 @@ def agree(flow: Any, dtype: torch.dtype = F64) -> None:
             z, ladj = flow(x)
             with torch.no_grad():
                 back = flow.inverse(z)[0]
-            grads = torch.autograd.grad((z.sin().sum() + ladj.sum()), [x, *flow.parameters()]) if x.requires_grad else ()
+            grads = (
+                torch.autograd.grad((z.sin().sum() + ladj.sum()), [x, *flow.parameters()]) if x.requires_grad else ()
+            )
             found.append([z.detach(), ladj.detach(), back, *grads])
     for value, expected in zip(*found, strict=True):
         assert_close("gradients", value, expected)
@@ -177,7 +179,9 @@ def test_several_flows_of_one_layout_from_several_threads() -> None:
         expected = [kernels.flow_forward(x, one)[0] for one in all_args]
 
         def work(i: int) -> bool:
-            return all(torch.equal(kernels.flow_forward(x, all_args[(i + j) % 4])[0], expected[(i + j) % 4]) for j in range(50))
+            return all(
+                torch.equal(kernels.flow_forward(x, all_args[(i + j) % 4])[0], expected[(i + j) % 4]) for j in range(50)
+            )
 
         with ThreadPoolExecutor(8) as threads:
             assert all(threads.map(work, range(8)))
