@@ -28,7 +28,7 @@ help:  ## list the targets
 	@echo '  PYTHON=$(PYTHON)  the interpreter, 3.10 or newer'
 	@echo '  VENV=$(VENV)  the virtual environment (a path without spaces)'
 	@echo '  TORCH="$(TORCH)"  what pip installs as torch; may carry pip options'
-	@echo '  FASTMAF_BUILD=auto|0|1 FASTMAF_MARCH=native|x86-64-v3|...|baseline CXX=...  for the native library'
+	@echo '  FASTMAF_BUILD=auto|0|1 CXX=...  for the native library'
 	@echo '  OUT=$(OUT) DATA=... EPOCHS=...  for make reproduce'
 
 venv: $(BIN)/python  ## create the virtual environment
@@ -59,16 +59,18 @@ gpu-check: $(VENV)/.installed-test  ## on a GPU: the marked tests, then memory a
 			"$(BIN)/python" -m pytest -m gpu -k 'launch_paths or paths_of_the_inverse' tests/kernels || exit 1; \
 	done
 
-# Needs no torch: the sources that include it, ops.cpp and its like, are left out. Twice: with vector instructions and without.
-SANITIZE = -std=c++17 -g -O1 -fsanitize=address,undefined -fno-sanitize-recover=all -fopenmp -Ikernels/csrc \
-	$(filter-out %ops.cpp,$(filter %.cpp,$(CSRC))) $(wildcard tests/kernels/csrc/*.cpp)
+# With vector instructions and without, on one thread and on several. SANITIZERS=thread looks for data races instead.
+SANITIZERS ?= address,undefined
+SANITIZE = $(CXX) -std=c++17 -pthread -g -O1 -fsanitize=$(SANITIZERS) -fno-sanitize-recover=all -ffp-contract=fast \
+	-fno-math-errno -DFASTMAF_ISA=checked -Ikernels/csrc kernels/csrc/kernels.cpp kernels/csrc/thread_pool.cpp \
+	$(wildcard tests/kernels/csrc/*.cpp)
 
 sanitize:  ## run the native kernels under the address and undefined-behaviour sanitizers
 	mkdir -p build/sanitize
-	$(CXX) -march=native $(SANITIZE) -o build/sanitize/vector
-	build/sanitize/vector
-	$(CXX) -DFASTMAF_SCALAR $(SANITIZE) -o build/sanitize/scalar
-	build/sanitize/scalar
+	$(SANITIZE) -march=native -o build/sanitize/vector
+	build/sanitize/vector 1 3
+	$(SANITIZE) -DFASTMAF_SCALAR -o build/sanitize/scalar
+	build/sanitize/scalar 1 3
 
 # mypy cannot know that kernels/ is fastmaf.kernels, so it gets the tree as installed.
 lint: $(VENV)/.installed-dev  ## ruff check, ruff format --check, mypy
@@ -120,7 +122,7 @@ $(BIN)/python:
 $(VENV)/torch.txt: FORCE | $(BIN)/python
 	@printf '%s\n' '$(TORCH)' | cmp -s - "$@" || printf '%s\n' '$(TORCH)' > "$@"
 
-# torch comes first: with it the native library is built against. What became of that is said last.
+# What became of the native library is said last.
 $(VENV)/.installed: pyproject.toml setup.py constraints.txt $(CSRC) $(VENV)/torch.txt
 	@grep -vE '^(torch|triton)==' constraints.txt > "$(VENV)/constraints.txt"
 	$(INSTALL) pip setuptools

@@ -139,7 +139,7 @@ def layer(args: LinearArgs | AffineArgs, columns: int, dtype: torch.dtype) -> La
 
 def check_layout(prefix: Tensor, panels: Tensor, columns: int) -> None:
     """Raises ValueError unless ``prefix`` and ``panels`` are the layout of a layer with so many columns."""
-    key = prefix._version, panels._version, columns
+    key = columns, *_states([prefix, panels])
     if cached(panels, "layout", lambda: [None], also=[prefix])[0] == key:
         return
     rows = prefix.numel()
@@ -172,28 +172,32 @@ class FlowPlan:
     """
 
     def __init__(self, args: FlowArgs, dtype: torch.dtype) -> None:
-        features = args.biases[-1].shape[0] // 2
         self._layers = (LayerStruct * len(args.weights))()
         self._blocks = (BlockStruct * len(args.schedules))()
         self._key = _key(args)
         self.dtype = dtype
         self.inverse = False
         self.rows: list[int] = []
-        layers = args.layers_of_blocks()
-        if not layers or layers[-1].stop != len(args.weights) or len(args.permutations) != len(layers) + 1:
-            raise ValueError(
-                f"a flow needs a schedule, a map and a permutation per block, one permutation more, and as many weights "
-                f"as its schedules have columns; found {len(layers)} schedules, {len(args.permutations)} permutations, "
-                f"{len(args.weights)} weights"
-            )
-        for b, of_block in enumerate(layers):
-            columns, schedule, permutation = features, args.schedules[b], args.permutations[b]
+        for schedule in args.schedules:
             check_tensor("schedule", schedule, torch.int32, schedule.shape)
             if schedule.dim() != 2 or schedule.shape[1] < 2:
                 raise ValueError(
                     f"a schedule must be [steps, 1 + hidden layers], with at least one hidden layer; found "
                     f"{tuple(schedule.shape)}"
                 )
+        layers = args.layers_of_blocks()
+        lengths = {len(part) for part in args[:4]}
+        counts = len(args.permutations) - 1, len(args.maps) / len(AffineMap._fields)
+        if not layers or lengths != {layers[-1].stop} or set(counts) != {len(layers)}:
+            raise ValueError(
+                f"a flow needs a schedule, a map and a permutation per block, one permutation more, and as many weights, "
+                f"biases, prefixes and panels as its schedules have columns; found {len(layers)} schedules, "
+                f"{len(args.maps)} numbers of maps, {len(args.permutations)} permutations, and "
+                f"{', '.join(str(len(part)) for part in args[:4])} of the others"
+            )
+        features = args.biases[-1].numel() // 2
+        for b, of_block in enumerate(layers):
+            columns, schedule, permutation = features, args.schedules[b], args.permutations[b]
             for i in of_block:
                 self._layers[i] = layer(args.hidden(i), columns, dtype)
                 columns = self._layers[i].rows
@@ -258,22 +262,27 @@ def _check_schedule(schedule: Tensor, prefixes: Sequence[Tensor], features: int,
             )
 
 
-_data_ptr, _numel, _strides = Tensor.data_ptr, Tensor.numel, Tensor.is_contiguous
-_version, _dtype = operator.attrgetter("_version"), operator.attrgetter("dtype")
+_data_ptr, _is_contiguous = Tensor.data_ptr, Tensor.is_contiguous
+_version, _dtype, _shape = map(operator.attrgetter, ("_version", "dtype", "shape"))
+
+
+def _states(constants: Sequence[Tensor]) -> tuple[Any, ...]:
+    """Returns what shows a change of tensors that are the same objects as before; equal to nothing where none can."""
+    try:
+        versions = list(map(_version, constants))
+    except RuntimeError:  # inference tensors have none
+        versions = [object()]
+    memory = list(map(_data_ptr, constants)), list(map(_shape, constants)), list(map(_dtype, constants))
+    return versions, *memory, all(map(_is_contiguous, constants))
 
 
 def _key(args: FlowArgs) -> tuple[Any, ...]:
     """Returns what the pointers of a plan depend on, by maps and not in a loop: a small flow is called often."""
     parameters = [*args.weights, *args.biases]
     constants = [*args.prefixes, *args.panels, *args.schedules, *args.permutations]
-    try:
-        versions = list(map(_version, constants))
-    except RuntimeError:  # inference tensors have none
-        versions = []
     return (
-        list(map(_data_ptr, parameters)), list(map(_numel, parameters)), list(map(_dtype, parameters)),
-        all(map(_strides, parameters)), list(map(id, constants)), versions, list(map(_data_ptr, constants)),
-        args.activation, args.maps,
+        list(map(_data_ptr, parameters)), list(map(_shape, parameters)), list(map(_dtype, parameters)),
+        all(map(_is_contiguous, parameters)), list(map(id, constants)), *_states(constants), args.activation, args.maps,
     )  # fmt: skip
 
 
@@ -287,9 +296,10 @@ def flow_plan(args: FlowArgs, dtype: torch.dtype) -> FlowPlan:
         raise ValueError("a flow needs at least one layer; found none")
     # The constants are compared by identity: the plan keeps them, so that none can be another one's successor.
     known: list[Any] = cached(args.panels[0], ("native", len(args.panels)), lambda: [None, None])
-    if known[0] is None or not known[0].fits(args, dtype):
-        known[:] = FlowPlan(args, dtype), [*args.prefixes, *args.panels[1:], *args.schedules, *args.permutations]
-    plan: FlowPlan = known[0]
+    plan: FlowPlan | None = known[0]  # read once: other threads may put the plan of another flow there
+    if plan is None or not plan.fits(args, dtype):
+        plan = FlowPlan(args, dtype)
+        known[:] = plan, [*args.prefixes, *args.panels[1:], *args.schedules, *args.permutations]
     return plan
 
 

@@ -24,9 +24,9 @@ _FOLDER = Path(__file__).resolve().parent
 # Of the structs in csrc/api.h and native_args.py.
 VERSION = 1
 _ERRORS = {
-    1: MemoryError("the native kernels could not allocate their work buffers"),
-    2: RuntimeError("the native library has other structs than this version of fastmaf"),
-    3: RuntimeError("a permutation of the flow holds a number twice or one that is out of range"),
+    1: (MemoryError, "the native kernels could not allocate their work buffers"),
+    2: (RuntimeError, "the native library has other structs than this version of fastmaf"),
+    3: (RuntimeError, "a permutation of the flow holds a number twice or one that is out of range"),
 }
 
 
@@ -47,7 +47,8 @@ def library() -> ctypes.CDLL:
 def check(error: int) -> None:
     """Raises what a function of the library has returned, unless it is 0."""
     if error:
-        raise _ERRORS.get(error) or RuntimeError(f"the native library failed with error {error}")
+        kind, text = _ERRORS.get(error, (RuntimeError, f"the native library failed with error {error}"))
+        raise kind(text)
 
 
 def build_info() -> str:

@@ -92,9 +92,9 @@ def test_it_names_the_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_it_describes_the_native_library(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(native_library, "build_info", lambda: "g++ 12.2.0, -march=native (AVX2), OpenMP of torch")
+    monkeypatch.setattr(native_library, "build_info", lambda: "avx2 (of avx2, baseline, scalar), g++ 12.2.0, -O3")
     assert section("native library") == [
-        "g++ 12.2.0, -march=native (AVX2), OpenMP of torch",
+        "avx2 (of avx2, baseline, scalar), g++ 12.2.0, -O3",
         f"threads: {torch.get_num_threads()}",
     ]
 

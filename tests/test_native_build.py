@@ -1,11 +1,13 @@
 """setup.py with values of FASTMAF_BUILD, without a compiler and with a broken source, on a tree of a few small files.
 
-No file includes torch's headers, which take a minute to compile; all else is as in a real build.
+The sources are small, as the real ones take minutes to compile; all else is as in a real build.
 """
 
 from __future__ import annotations
 
+import ctypes
 import os
+import platform
 import shutil
 import subprocess
 import sys
@@ -15,12 +17,19 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-COMMAND = "FASTMAF_BUILD=1 pip install --no-build-isolation"
-WITHOUT_TORCH = "import sys; sys.modules['torch'] = None; sys.argv[0] = 'setup.py'; exec(open('setup.py').read())"
+COMMAND = "pip install ."
+WITHOUT_TORCH = """
+import sys
+sys.modules["torch"] = sys.modules["numpy"] = None  # any import of them raises ImportError
+sys.argv[0] = "setup.py"
+exec(open("setup.py").read())
+"""
+# kernels.cpp is compiled for each instruction set.
 SOURCES = {
-    "ops.cpp": '#include "kernel.h"\nint answer() { return kernel(); }\n',
-    "kernel.cpp": '#include "kernel.h"\nint kernel() { return 42; }\n',
-    "kernel.h": "int kernel();\n",
+    "api.cpp": '#include "api.h"\n#define EXPORT extern "C" __attribute__((visibility("default")))\n'
+    "EXPORT int answer() { return scalar::one() + baseline::one(); }\n",
+    "kernels.cpp": '#include "api.h"\nint FASTMAF_ISA::one() { return 21; }\n',
+    "api.h": "".join(f"namespace {isa} {{ int one(); }}\n" for isa in ("scalar", "baseline", "avx2", "avx512")),
 }
 needs_compiler = pytest.mark.skipif(
     os.name != "posix" or not any(map(shutil.which, ("c++", "g++", "clang++"))), reason="needs a C++ compiler"
@@ -89,21 +98,24 @@ def test_auto_without_a_compiler_builds_a_pure_package_and_reports_it(tree: Path
 
 
 @needs_compiler
-def test_auto_without_torch_builds_a_pure_package_and_reports_it(tree: Path) -> None:
-    done = python(tree, "-c", WITHOUT_TORCH, "-q", "bdist_wheel")
+def test_the_build_needs_neither_torch_nor_numpy_nor_an_option(tree: Path) -> None:
+    """So that pip may build where nothing else is installed."""
+    (tree / "setup_alone.py").write_text(WITHOUT_TORCH, encoding="utf-8")
+    done = python(tree, "setup_alone.py", "-q", "bdist_wheel")
     assert done.returncode == 0, done.stderr
-    assert [path.name for path in (tree / "dist").iterdir()] == ["fastmaf-1.0-py3-none-any.whl"]
-    first, second = done.stdout.splitlines()
-    assert first.startswith("fastmaf: native library not built: torch is not where pip builds")
-    assert "--no-build-isolation" in first
-    assert COMMAND in second
+    (path,) = (tree / "dist").iterdir()
+    assert path.name.startswith("fastmaf-1.0-py3-none-") and not path.name.endswith("-any.whl")
+    with zipfile.ZipFile(path) as archive:
+        assert {"fastmaf/kernels/_native.so", "fastmaf/kernels/_native.txt"} <= set(archive.namelist())
+        archive.extract("fastmaf/kernels/_native.so", tree)
+    assert ctypes.CDLL(str(tree / "fastmaf" / "kernels" / "_native.so")).answer() == 42
 
 
 def test_a_tree_without_sources_is_a_pure_package(tree: Path) -> None:
     shutil.rmtree(tree / "kernels" / "csrc")
     name, _, output = make_wheel(tree)
     assert name == "fastmaf-1.0-py3-none-any.whl"
-    assert "there are no sources in kernels/csrc" in output
+    assert "kernels/csrc" in output.splitlines()[0]
 
 
 def test_another_value_is_named(tree: Path) -> None:
@@ -113,39 +125,33 @@ def test_another_value_is_named(tree: Path) -> None:
 
 
 @needs_compiler
-def test_an_unknown_instruction_set_is_named(tree: Path) -> None:
-    done = python(tree, "setup.py", "-q", "build_ext", FASTMAF_BUILD="1", FASTMAF_MARCH="abacus")
-    assert done.returncode == 1
-    assert "-march=abacus (FASTMAF_MARCH)" in done.stderr.splitlines()[-1]
-
-
-@needs_compiler
 @pytest.mark.slow
 def test_a_build_what_it_repeats_and_how_it_ends_when_a_source_breaks(tree: Path) -> None:
     def compiled() -> dict[str, int]:
         return {path.name: path.stat().st_mtime_ns for path in (tree / "build" / "native").glob("*.o")}
 
-    name, files, output = make_wheel(tree, FASTMAF_BUILD="1", FASTMAF_MARCH="baseline")
+    name, files, output = make_wheel(tree, FASTMAF_BUILD="1")
     assert name.startswith("fastmaf-1.0-py3-none-")
     assert not name.endswith("-any.whl")
     assert files == {"fastmaf/kernels/_native.so", "fastmaf/kernels/_native.txt"}
-    assert ", no -march (" in output
+    assert output.startswith("fastmaf: native library built: ") and "-O3" in output
     first = compiled()
-    assert {name.partition("-")[0] for name in first} == {"ops", "kernel"}
+    sets = 4 if platform.machine().lower() in ("x86_64", "amd64") else 2
+    assert sorted(name.partition("-")[0] for name in first) == ["api", *["kernels"] * sets]
 
     # In place, as for an editable install: the same library, nothing compiled.
-    done = python(tree, "setup.py", "-q", "build_ext", "--inplace", FASTMAF_BUILD="1", FASTMAF_MARCH="baseline")
+    done = python(tree, "setup.py", "-q", "build_ext", "--inplace", FASTMAF_BUILD="1")
     assert done.returncode == 0, done.stderr
     assert compiled() == first
     library = tree / "kernels" / "_native.so"
     assert library.is_file()
 
-    (tree / "kernels" / "csrc" / "kernel.cpp").write_text("int kernel() { return nothing; }\n", encoding="utf-8")
-    done = python(tree, "setup.py", "-q", "build_ext", "--inplace", FASTMAF_MARCH="baseline")
+    (tree / "kernels" / "csrc" / "api.cpp").write_text("int answer() { return nothing; }\n", encoding="utf-8")
+    done = python(tree, "setup.py", "-q", "build_ext", "--inplace")
     assert done.returncode == 0, done.stderr
-    assert "failed: kernels/csrc/kernel.cpp:1:" in done.stdout.splitlines()[0]
+    assert "failed: kernels/csrc/api.cpp:1:" in done.stdout.splitlines()[0]
     assert "nothing" in (tree / "kernels" / "_native.txt").read_text(encoding="utf-8")
     assert not library.exists()  # it was made from other sources
-    name, files, _ = make_wheel(tree, FASTMAF_MARCH="baseline")
+    name, files, _ = make_wheel(tree)
     assert name == "fastmaf-1.0-py3-none-any.whl"
     assert files == {"fastmaf/kernels/_native.txt"}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import os
 import re
 import shutil
 import subprocess
@@ -32,8 +33,10 @@ build_meta.build_wheel(sys.argv[1])
 """
 
 
-def python(*args: str, cwd: Path) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, *args], cwd=cwd, capture_output=True, text=True, check=False)
+def python(*args: str, cwd: Path, build: str = "0") -> subprocess.CompletedProcess[str]:
+    """Runs Python; a build leaves the native library out, which takes minutes, unless ``build`` says otherwise."""
+    env = {**os.environ, "FASTMAF_BUILD": build}
+    return subprocess.run([sys.executable, *args], cwd=cwd, env=env, capture_output=True, text=True, check=False)
 
 
 @pytest.fixture(scope="module")
@@ -122,6 +125,25 @@ def test_the_installed_package_imports_and_answers(installed: Path) -> None:
         "-c", "import sys; sys.argv = ['fastmaf', '--help']; from fastmaf.cli import main; main()", cwd=installed
     )
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(
+    os.name != "posix" or not any(map(shutil.which, ("c++", "g++", "clang++"))), reason="needs a C++ compiler"
+)
+def test_a_wheel_that_is_built_alone_brings_the_kernels(tree: Path, tmp_path: Path) -> None:
+    if (ROOT / "build" / "native").is_dir():  # what is compiled already
+        shutil.copytree(ROOT / "build" / "native", tree / "build" / "native")
+    done = python("-c", BUILD, str(tmp_path), cwd=tree, build="1")
+    assert done.returncode == 0, done.stdout + done.stderr
+    (path,) = tmp_path.glob("*.whl")
+    assert path.name.startswith(f"fastmaf-{fastmaf.__version__}-py3-none-") and not path.name.endswith("-any.whl")
+    with zipfile.ZipFile(path) as archive:
+        archive.extractall(tmp_path / "site")
+    code = "from fastmaf.kernels import native_library; print(native_library.__file__, native_library.build_info())"
+    done = python("-c", code, cwd=tmp_path / "site")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith(str(tmp_path / "site")) and "scalar" in done.stdout
 
 
 def test_the_sdist_holds_what_a_build_needs(sdist: Path) -> None:

@@ -11,8 +11,13 @@ namespace FASTMAF_ISA {
 template <class T>
 FASTMAF_INLINE Vec<T> log_scale_of(Vec<T> u, const AffineMap& map) {
   const T limit = static_cast<T>(map.limit), epsilon = static_cast<T>(map.epsilon);
-  if (map.scale == kSoftplus) return logarithm(softplus<T>(u) + epsilon);
-  if (map.scale == kSigmoid) return logarithm(logistic<T>(u + limit) + epsilon);
+  if (map.scale == kSoftplus) {
+    if (epsilon > 0) return logarithm(softplus<T>(u) + epsilon);
+    // The softplus is e^u below, of which there is no logarithm where it is denormal.
+    const Vec<T> least = broadcast(T(-40));
+    return (u < least) ? u : logarithm(softplus<T>((u < least) ? least : u));
+  }
+  if (map.scale == kSigmoid) return epsilon > 0 ? logarithm(logistic<T>(u + limit) + epsilon) : -softplus<T>(-(u + limit));
   if (std::isinf(map.limit)) return u;
   if (map.scale == kTanh) return limit * hyperbolic_tangent(u / limit);
   if (map.scale == kSoftClip) {
@@ -31,7 +36,8 @@ FASTMAF_INLINE Vec<T> slope_of(Vec<T> a, const AffineMap& map) {
   const T limit = static_cast<T>(map.limit), epsilon = static_cast<T>(map.epsilon);
   if (map.scale == kSoftplus || map.scale == kSigmoid) {
     const Vec<T> s = exponential(a), p = s - epsilon;
-    return map.scale == kSoftplus ? minus_expm1<T>(p) / s : p * (one - p) / s;
+    if (map.scale == kSoftplus) return (s > zero) ? minus_expm1<T>(p) / s : one;
+    return epsilon > 0 ? p * (one - p) / s : minus_expm1<T>(-a);
   }
   if (std::isinf(map.limit)) return one;
   if (map.scale == kTanh) return one - (a / limit) * (a / limit);

@@ -124,7 +124,7 @@ void multiply(const Team& team, const Panels<W>& w, const T* x, long n, const Ep
       } while (k < end);
     };
     if (w.columns > w.rows) {
-      const long strip = std::clamp(round_up(65536 / samples, 64L), 64L, 1024L), strips = (w.columns + strip - 1) / strip;
+      const long strip = std::clamp(round_up(65536 / std::max(samples, 1L), 64L), 64L, 1024L), strips = (w.columns + strip - 1) / strip;
       T* shared = Scratch::get<T>(Scratch::kShared, strips * samples * padded);
       team.each(strips, [&](long i) {
         const long k0 = i * strip, k1 = std::min(k0 + strip, w.columns);

@@ -201,9 +201,10 @@ class BlockInverse {
         // Whole vectors where there is memory for them: what lies behind the step's dimensions is written again later.
         const bool whole = d + L <= flow_.features;
         const long count = std::min<long>(L, d1 - d), room = std::min<long>(L, flow_.features - d);
-        const auto rows = [&](long row) {  // behind the last sums there is room
-          const long left = std::clamp<long>(2 * flow_.features - row, 0, L);
-          return load(c + (row - first)) + (left == L ? load(bias + row) : load_part<T>(bias + row, left));
+        const auto rows = [&](long row) {  // behind a sample's sums lie those of another thread's
+          const long left = std::clamp<long>(2 * flow_.features - row, 0, L), stored = p1 * kPanel - row;
+          const Vec<T> sums = stored >= L ? load(c + (row - first)) : load_part<T>(c + (row - first), stored);
+          return sums + (left == L ? load(bias + row) : load_part<T>(bias + row, left));
         };
         Vec<T> shift, raw;
         unzip<T>(rows(2 * d), rows(2 * d + L), shift, raw);

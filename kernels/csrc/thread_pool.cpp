@@ -10,8 +10,8 @@
 #include <utility>
 
 #if defined(__unix__) || defined(__APPLE__)
+#include <pthread.h>
 #include <sched.h>
-#include <unistd.h>
 #endif
 
 namespace fastmaf {
@@ -49,14 +49,6 @@ bool wait_for(const Ready& ready, bool bounded) {
   }
 }
 
-long process_id() {
-#if defined(__unix__) || defined(__APPLE__)
-  return static_cast<long>(getpid());
-#else
-  return 0;
-#endif
-}
-
 struct Pool {
   // The number of the loop in the upper half, how many of its parts are not taken in the lower one: who takes a part has seen that
   // the loop is not finished, hence that `loop` is this one.
@@ -69,7 +61,6 @@ struct Pool {
   std::condition_variable wake;
   std::exception_ptr error;
   long workers = 0;
-  const long process = process_id();
 
   // Takes and runs parts of the loop until none is left.
   void work() {
@@ -122,14 +113,16 @@ struct Pool {
   }
 };
 
-std::mutex leader;            // who holds it uses the pool
-Pool* pool = nullptr;         // never destroyed: workers may outlive static objects
-std::atomic<long> owner{0};   // the process that `leader` belongs to
+std::mutex leader;     // who holds it uses the pool
+Pool* pool = nullptr;  // never destroyed: workers may outlive static objects
 
-Pool& pool_of_process() {
-  if (pool == nullptr || pool->process != process_id()) pool = new Pool;  // a fork copies no threads
-  return *pool;
-}
+#if defined(__unix__) || defined(__APPLE__)
+// A fork copies no threads, and may copy the mutex locked. No other thread is there yet that could use either.
+[[maybe_unused]] const int handler = pthread_atfork(nullptr, nullptr, [] {
+  new (&leader) std::mutex;
+  pool = nullptr;
+});
+#endif
 
 class Buffers {
  public:
@@ -155,17 +148,17 @@ Team::Team(long threads) {
   if (threads <= 1) return;
   threads = std::min(threads, available_cores());  // a loop waits for its last part: none may wait for a core
   if (threads <= 1) return;
-  if (owner.exchange(process_id()) != process_id()) new (&leader) std::mutex;  // a fork may have copied it locked
   if (!leader.try_lock()) return;
   try {
-    Pool& p = pool_of_process();
-    p.grow(threads - 1);
-    p.helpers.store(threads - 1);
+    if (pool == nullptr) pool = new Pool;
+    pool->grow(threads - 1);
   } catch (...) {  // no more threads: those that are there do
-    pool_of_process().helpers.store(pool_of_process().workers);
   }
-  helpers_ = pool->helpers.load();
-  if (helpers_ == 0) leader.unlock();
+  helpers_ = pool ? std::min(threads - 1, pool->workers) : 0;
+  if (helpers_ == 0)
+    leader.unlock();
+  else
+    pool->helpers.store(helpers_);
 }
 
 Team::~Team() {

@@ -70,7 +70,7 @@ class Scratch {
 
 // Denormal numbers count as zero in this scope: arithmetic on them is a hundred times slower, and Adam's moments of units that have
 // died decay to them.
-class FlushDenormals {
+class [[maybe_unused]] FlushDenormals {
  public:
 #if defined(__x86_64__) || defined(_M_X64)
   FlushDenormals() : before_(_mm_getcsr()) { _mm_setcsr(before_ | 0x8040); }

@@ -64,6 +64,9 @@ def adam_(
     batch: FlowBatch, args: FlowArgs, need_grad_x: bool, updates: Sequence[Update], bias_updates: None
 ) -> tuple[Tensor, list[Tensor]]:
     """Takes a step of Adam on every weight, in place; returns the gradients of ``x`` and of the biases."""
+    dtype = batch.grad_z.dtype
+    if wrong := [weight.dtype for weight in args.weights if weight.dtype != dtype]:
+        raise ValueError(f"weights must be {dtype} like grad_z to take a step in place; found {wrong[0]}")
     addresses = [weight.data_ptr() for weight in args.weights]
     if len(set(addresses)) < len(addresses):
         names = [i for i, address in enumerate(addresses) if addresses.count(address) > 1 and args.weights[i].numel()]

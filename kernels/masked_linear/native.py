@@ -72,7 +72,7 @@ def run(
     source: SourceStruct, x: Tensor, args: LinearArgs | AffineArgs, need_inputs: bool, target: TargetStruct
 ) -> tuple[Tensor, Tensor]:
     """Runs a layer's backward pass; returns the gradients of ``x`` (empty when not needed) and of the bias."""
-    n, columns = native_args.check_batch("x", x)
+    n, columns = native_args.check_batch("h" if isinstance(args, AffineArgs) else "x", x)
     weight = args.weight.to(x.dtype)
     layer = native_args.layer(args._replace(weight=weight), columns, x.dtype)
     grad_x = x.new_empty(x.shape if need_inputs else 0)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import importlib
 import io
+from collections import defaultdict
 from collections.abc import Iterator
 from typing import Any
 
@@ -12,14 +14,34 @@ import torch
 from torch import Tensor
 
 from fastmaf import kernels
+from fastmaf.kernels import AffineArgs, native_library
+from fastmaf.kernels.affine_output.affine_map import SCALE_FIRST, SHIFT_FIRST, SIGMOID, SOFTPLUS, AffineMap
+from fastmaf.kernels.affine_output.args import AffineBatch
 from tests.core.helpers import normal, padding_of
 from tests.kernels.cases import OPS, check_contract, evaluate, leaves, make, needs, same
-from tests.tolerances import F32, F64
+from tests.tolerances import F32, F64, assert_float32, distance
 
 pytestmark = needs("native")
 
 # The native loops change at 8 and 64 samples and at whole vectors; the C++ test goes through all the others.
 BATCHES = [1, 8, 9, 130]
+AFFINE_MAPS = {
+    f"{form} {scale}, {epsilon}": AffineMap(form, scale, 2.0, epsilon)
+    for form in (SHIFT_FIRST, SCALE_FIRST)
+    for scale in range(5)
+    for epsilon in ((0.0, 1e-3) if scale in (SOFTPLUS, SIGMOID) else (0.0,))
+}
+
+
+@pytest.fixture(params=["avx512", "avx2", "baseline", "scalar"])
+def isa(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Runs a test with each instruction set; skips those that this machine lacks."""
+    best, *others = native_library.isas()
+    if request.param not in (best, *others):
+        pytest.skip(f"this CPU has {', '.join((best, *others))}")
+    native_library.use_isa(request.param)
+    yield request.param
+    native_library.use_isa(best)
 
 
 @pytest.fixture
@@ -43,7 +65,7 @@ def test_float32_contract(kind: str, batch: int) -> None:
 @pytest.mark.parametrize("kind", ["relu", "affine", "inverse", "flow"])
 def test_float32_contract_at_larger_sizes(kind: str, batch: int) -> None:
     check_contract(
-        lambda seed: make(kind, batch, 1501, seed=seed, hidden_features=(64, 48), tiles="production", levels=20),
+        lambda seed: make(kind, batch, 1501, seed=seed, hidden_features=(64, 48), levels=20),
         draws=4 if batch > 1 else 24,
     )
 
@@ -51,16 +73,14 @@ def test_float32_contract_at_larger_sizes(kind: str, batch: int) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["relu", "affine", "inverse", "flow"])
 def test_float32_contract_at_full_width(kind: str) -> None:
-    check_contract(
-        lambda seed: make(kind, 8, 12_288, seed=seed, hidden_features=(96,), tiles="production", scale=1.0), draws=4
-    )
+    check_contract(lambda seed: make(kind, 8, 12_288, seed=seed, hidden_features=(96,), scale=1.0), draws=4)
 
 
 @pytest.mark.parametrize("batch", BATCHES)
 @pytest.mark.parametrize("kind", OPS)
 def test_it_is_the_reference(kind: str, batch: int) -> None:
-    for tiles in ("many", "one"):
-        case = make(kind, batch, 61, tiles=tiles, hidden_features=(48, 32))
+    for widths in ("shared", "own"):
+        case = make(kind, batch, 61, widths=widths, hidden_features=(48, 32))
         same(evaluate(case, "native", F64), evaluate(case, "torch", F64))
 
 
@@ -128,22 +148,76 @@ def test_transposed_and_expanded_inputs(kind: str) -> None:
     same(evaluate(case, "native", F32, inputs), evaluate(case, "native", F32, twin))
 
 
-@pytest.mark.slow
 @pytest.mark.usefixtures("threads")
-@pytest.mark.parametrize("batch", [5, 130])  # of one image the error of the log-determinant is a draw of one
+@pytest.mark.parametrize("batch", [5, 130])
 @pytest.mark.parametrize("kind", ["relu", "affine", "inverse", "flow"])
-def test_any_number_of_threads(kind: str, batch: int) -> None:
-    """One, two, and more threads than cores: equal to rounding, and to the bit when repeated."""
-    for features, hidden, tiles, levels in ((61, (48, 32), "many", None), (1501, (64, 48), "production", 5)):
-        case = make(kind, batch, features, hidden_features=hidden, tiles=tiles, levels=levels)
-        expected = evaluate(case, "torch", F64)
-        for n in (1, 2, 5):
+def test_results_do_not_depend_on_the_number_of_threads(kind: str, batch: int) -> None:
+    for features, hidden, levels in ((61, (48, 32), None), (1501, (64, 48), 5), (150, (400,), 7)):
+        case = make(kind, batch, features, hidden_features=hidden, levels=levels)
+        torch.set_num_threads(1)
+        first = evaluate(case, "native", F32)
+        own = [
+            key for key in first if kind != "inverse" or key.startswith("result")
+        ]  # torch has the inverse's gradients
+        for n in (2, 3, 5):
             torch.set_num_threads(n)
-            first = evaluate(case, "native", F32)
-            same(first, expected)
-            for _ in range(2):
-                again = evaluate(case, "native", F32)
-                assert all(torch.equal(first[key], again[key]) for key in first), f"{n} threads: not repeatable"
+            again = evaluate(case, "native", F32)
+            assert all(torch.equal(first[key], again[key]) for key in own), f"{n} threads"
+
+
+@pytest.mark.parametrize("kind", ["relu", "affine, soft", "affine, softplus", "inverse, sigmoid", "flow, mixed"])
+def test_every_instruction_set(kind: str, isa: str) -> None:
+    """Also one, a few and many rows that a panel or a vector has room for."""
+    own: dict[str, list[tuple[float, float]]] = defaultdict(list)
+    peer: dict[str, list[tuple[float, float]]] = defaultdict(list)
+    for features, hidden in ((1, (1,)), (17, (5, 33)), (40, (70,))):
+        for batch in (0, 1, 2, 5, 8, 13, 64, 129, 300):
+            case = make(kind, batch, features, hidden_features=hidden)
+            assert native_library.build_info().startswith(isa)
+            truth = evaluate(case, "torch", F64)
+            same(evaluate(case, "native", F64), truth)
+            for backend, errors in (("native", own), ("torch", peer)):
+                for key, found in evaluate(case, backend, F32).items():
+                    errors[key].append(distance(found, truth[key]))
+    assert_float32({k: v for k, v in own.items() if len(v) > 20}, peer)  # those of all shapes
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", OPS)
+def test_float32_contract_of_every_instruction_set(kind: str, isa: str) -> None:
+    check_contract(lambda seed: make(kind, 9, 37, seed=seed, hidden_features=(29, 31), levels=9))
+
+
+def _affine() -> Any:
+    return importlib.import_module("fastmaf.kernels.affine_output.native")
+
+
+@pytest.mark.parametrize("isa_of", ["float32", "float64"])
+@pytest.mark.parametrize("name", AFFINE_MAPS)
+def test_maps_of_any_raw_output(name: str, isa_of: str, isa: str) -> None:
+    """From below what has a logarithm to above what has an exponential, by a layer that is its bias."""
+    affine_map, dtype = AFFINE_MAPS[name], {"float32": F32, "float64": F64}[isa_of]
+    far = [-1e30, -1e4, -500.0, -150.0, -104.0, -95.0, -88.0, -87.0, 90.0, 1e4, 1e30, 1e-40, -1e-40, 0.0, torch.nan]
+    u = torch.cat((torch.linspace(-60, 60, 241), torch.tensor(far))).to(dtype)
+    layout, numbers = kernels.PackedLayout(torch.zeros(2 * len(u), dtype=torch.int64), 1), len(u) - 1
+    bias = torch.stack((torch.zeros_like(u), u), dim=1).flatten()
+    args = AffineArgs(u.new_zeros(layout.numel), bias, layout.prefix, layout.panels, affine_map)
+    x, h = torch.ones(1, len(u), dtype=dtype), u.new_ones(1, 1)
+    a = _affine().forward(h, x, args)[2][0]
+    assert a[-1].isnan()
+    truth = affine_map.log_scale(u.to(F64))[:-1]
+    # Where an epsilon is all that is left of a scale, the slope is what rounding leaves: hence absolute errors of it.
+    peer = (affine_map.log_scale(u)[:-1].to(F64) - truth).abs() / truth.abs().clamp(min=1e-3)
+    found = (a[:-1].to(F64) - truth).abs() / truth.abs().clamp(min=1e-3)
+    eps = torch.finfo(dtype).eps
+    assert found.isfinite().all() and (found <= 2 * peer + 4 * eps).all()
+    zeros, ones = torch.zeros_like(x), torch.ones_like(x)
+    batch = AffineBatch(zeros, u.new_zeros(1), ones, h, x, a[None], x)
+    slope = _affine().backward(batch, args, True, True)[2][1::2]
+    expected = affine_map.slope(a.to(F64))[:-1]
+    assert slope[:-1].isfinite().all() and slope.shape[0] == numbers + 1
+    worst = (affine_map.slope(a)[:-1].to(F64) - expected).abs().max()
+    assert (slope[:-1].to(F64) - expected).abs().max() <= 2 * worst + 4 * eps
 
 
 @pytest.mark.parametrize("batch", [0, 1, 8, 65])

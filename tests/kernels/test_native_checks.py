@@ -1,4 +1,4 @@
-"""The native library trusts no argument: what does not fit is refused by name, and nothing else is touched."""
+"""The native library trusts no argument: what does not fit is refused by name, and nothing is written."""
 
 from __future__ import annotations
 
@@ -9,47 +9,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastmaf.kernels import level_schedule
-from tests.core.helpers import blocks_of, build, normal
+from fastmaf.kernels import AffineMap, level_schedule
+from fastmaf.kernels.adam.update import Update
 from tests.kernels.cases import OPS, evaluate, leaves, make, needs
+from tests.kernels.native_calls import CALLS, LAYER, NUMBERS, Call, make_call
 from tests.tolerances import F32, F64, assert_close
 
 pytestmark = needs("native")
-
-NONE = torch.empty(0, dtype=torch.int64)
-
-
-def arguments(op: str) -> dict[str, Any]:
-    """Returns good arguments of an op of the library, by the names of its schema."""
-    made = blocks_of(build(13, blocks=1, order="natural", degrees="random", hidden_features=(9, 31), dtype=F32))[0].made
-    hidden, output = made.hidden[0], made.output
-    x, h = normal(4, 13, dtype=F32), normal(4, 31, dtype=F32).relu()
-    out = op.startswith("affine")
-    layer, rows = (output, 26) if out else (hidden, 9)
-    everything: dict[str, Any] = {
-        "x": x, "z": x, "h": h, "weight": layer.weight.detach(), "bias": layer.bias.detach(), "prefix": layer.prefix,
-        "tiles": layer.layout.table, "activation": "relu", "bound": 5.0, "soft": False, "y": normal(4, rows, dtype=F32),
-        "grad_y": normal(4, rows, dtype=F32), "grad_z": x, "grad_ladj": normal(4, dtype=F32), "grad_log_scale": x,
-        "log_scale": x.tanh(), "need_grad_x": True, "need_grad_weight": True, "need_inputs": True, "scale": 1.0,
-        "exp_avg": torch.zeros(layer.weight.shape), "exp_avg_sq": torch.zeros(layer.weight.shape),
-        "adam": [1e-3, 0.9, 0.999, 1e-8, 0.1, 0.0, 1e-3, 0.0, 0.0], "schedules": [made.schedule],
-        "permutations": [NONE, NONE], "bounds": [5.0], "softs": [False],
-    }  # fmt: skip
-    if op == "flow_inverse":
-        everything |= {
-            "weights": [k.weight.detach() for k in made.layers], "biases": [k.bias.detach() for k in made.layers],
-            "prefixes": [k.prefix for k in made.layers], "tiles": [k.layout.table for k in made.layers],
-        }  # fmt: skip
-    return {a.name: everything[a.name] for a in native(op)._schema.arguments}
-
-
-def native(op: str) -> Any:
-    return getattr(torch.ops.fastmaf_native, op).default
-
-
-LAYER_OPS = [
-    f"{op}{way}" for op in ("masked_linear", "affine_output") for way in ("", "_backward", "_adam_", "_squared_norm")
-]
 
 WRONG: dict[str, Callable[[Tensor], Tensor]] = {
     "dtype": lambda t: t.double() if t.is_floating_point() else t.to(torch.int16),
@@ -59,51 +25,88 @@ WRONG: dict[str, Callable[[Tensor], Tensor]] = {
     "another rank": lambda t: t[None],
     "empty": lambda t: t.new_empty(0),
     "not contiguous": lambda t: torch.stack((t, t), dim=-1)[..., 0],
+    "meta": lambda t: t.to("meta"),
 }
 
 
+def fits(call: str, name: str, wrong: str) -> bool:
+    """Whether a tensor is good all the same."""
+    if wrong == "not contiguous":
+        return name.startswith("grad_")  # autograd hands on gradients of any strides
+    if name.startswith("weight") and wrong in ("dtype", "half"):
+        return call.endswith(("backward", "norm"))  # converted
+    if name.startswith("schedule") and wrong == "one long":
+        return call != "flow inverse"  # nothing else reads its steps
+    if name == "x":  # a batch of any size; the last input is one that no unit of the layer sees
+        return wrong == "one long" and call.endswith("forward") and not call.startswith("affine") or (
+            wrong == "one short" and call.startswith("linear")
+        )  # fmt: skip
+    return (name == "z" and wrong == "one long" and call == "flow inverse") or (
+        # One fewer before a block: there is less saved of it.
+        wrong == "empty"
+        and name.startswith("permutation")
+        and (name[-1] != "1" or not call.endswith(("backward", "adam")))
+    )
+
+
+def refused(call: Call, **changed: Tensor) -> str:
+    """Returns the message; fails where the call is not refused, or writes to a tensor."""
+    tensors = {**call.tensors, **{key.replace("_of_", " "): t for key, t in changed.items()}}
+    before = {key: t.clone() for key, t in tensors.items()}
+    with pytest.raises(ValueError) as caught:
+        call.function(tensors)
+        raise AssertionError(f"{list(changed)}: accepted")
+    assert all(t.is_meta or torch.equal(t, before[key]) for key, t in tensors.items()), "written to"
+    return str(caught.value)
+
+
 @pytest.mark.parametrize("wrong", WRONG)
-@pytest.mark.parametrize("op", LAYER_OPS)
-def test_wrong_tensors_are_refused(op: str, wrong: str) -> None:
-    good = arguments(op)
-    native(op)(**{k: v.clone() if isinstance(v, Tensor) else v for k, v in good.items()})
-    for name, value in good.items():
-        if not isinstance(value, Tensor):
+@pytest.mark.parametrize("name", CALLS)
+def test_wrong_tensors_are_refused(name: str, wrong: str) -> None:
+    call = make_call(name)
+    before = {key: t.clone() for key, t in call.tensors.items()}
+    call.function(call.tensors)
+    changed = {key for key, t in call.tensors.items() if not torch.equal(t, before[key])}
+    assert changed == set(call.written)
+    for key, value in call.tensors.items():
+        kind = key.partition(" ")[0]
+        if fits(name, key, wrong):
+            call.function({**call.tensors, key: WRONG[wrong](value)})
             continue
-        if (
-            op.startswith("masked")
-            and name == "x"
-            and (wrong == "one short" or (op, wrong) == ("masked_linear", "one long"))
-        ):
-            continue  # fits: this layer does not see the last input, and a batch may have any size
-        with pytest.raises(RuntimeError, match=op) as caught:
-            native(op)(**{**good, name: WRONG[wrong](value)})
-        assert "Internal" not in str(caught.value), f"{name}: {caught.value}"
+        message = refused(call, **{key.replace(" ", "_of_"): WRONG[wrong](value)})
+        # An activation of another dtype or size is at odds with the others, and those with one another.
+        others = {"rows", *(k.partition(" ")[0] for k in call.tensors)} - {"x", "z", "h"}
+        own = message.startswith((f"{kind} must", "x must have shape"))
+        assert own or wrong != "meta" and any(word in message for word in others), f"{key}: {message}"
 
 
-@pytest.mark.parametrize("op", LAYER_OPS)
-def test_layouts_of_another_layer_are_refused(op: str) -> None:
-    good = arguments(op)
-    other = arguments("masked_linear" if op.startswith("affine") else "affine_output")
-    tiles, prefix = good["tiles"], good["prefix"]
-    assert tiles.shape[0] >= 3
+@pytest.mark.parametrize("name", CALLS)
+def test_layouts_of_another_layer_are_refused(name: str) -> None:
+    call = make_call(name)
+    i = " 2" if name.startswith("flow") else ""
+    prefix, panels = call.tensors[f"prefix{i}"], call.tensors[f"panels{i}"]
+    step = torch.ones_like(panels).cumsum(0) - 1
     broken = {
-        "of another layer": {"tiles": other["tiles"], "prefix": other["prefix"]},
-        "tiles of another layer": {"tiles": other["tiles"]},
-        "negative": {"tiles": -tiles},
-        "one missing": {"tiles": tiles[:-1]},
-        "swapped": {"tiles": tiles.flip(0)},
-        "one twice": {"tiles": torch.cat((tiles[:1], tiles))},
-        "huge offset": {"tiles": tiles + torch.tensor([0, 0, 0, 2**30], dtype=torch.int32)},
-        "wider": {"tiles": tiles + torch.tensor([0, 0, 4, 0], dtype=torch.int32)},
-        "prefix beyond the tile": {"prefix": prefix + 100},
-        "negative prefix": {"prefix": prefix - 100},
-        "decreasing prefix": {"prefix": prefix.flip(0)},
+        "negative panels": (prefix, -panels),
+        "wider than the layer": (prefix, panels + 40 * step),
+        "narrower than a row": (prefix, panels - step),
+        "another start": (prefix, panels + 1),
+        "a negative prefix": (prefix - 100, panels),
+        "a prefix beyond the panel": (prefix + 1, panels),
+        "a decreasing prefix": (prefix.flip(0), panels),
+        "one row less": (prefix[1:], panels),
     }
-    for name, arguments_of in broken.items():
-        with pytest.raises(RuntimeError, match=op):
-            native(op)(**{**good, **arguments_of})
-            raise AssertionError(f"{name}: accepted")
+    for what, (other_prefix, other_panels) in broken.items():
+        tensors = {f"prefix{i.replace(' ', '_of_')}": other_prefix, f"panels{i.replace(' ', '_of_')}": other_panels}
+        message = refused(call, **tensors)
+        assert any(word in message for word in LAYER), f"{what}: {message}"
+        # The same by writing to tensors that have been seen to be good.
+        mine = make_call(name)
+        mine.function(mine.tensors)
+        if other_prefix.shape == prefix.shape:
+            mine.tensors[f"prefix{i}"].copy_(other_prefix)
+            mine.tensors[f"panels{i}"].copy_(other_panels)
+            refused(mine)
 
 
 def changed(schedule: Tensor, step: int, column: int, by: int) -> Tensor:
@@ -112,45 +115,103 @@ def changed(schedule: Tensor, step: int, column: int, by: int) -> Tensor:
     return schedule
 
 
-def test_broken_inverses_are_refused() -> None:
-    good = arguments("flow_inverse")
-    schedule, identity = good["schedules"][0], torch.arange(13)
-    native("flow_inverse")(**good)
-    native("flow_inverse")(**{**good, "permutations": [identity, identity.flip(0)]})
-    broken: dict[str, list[Any]] = {
-        "z": [good["z"].double(), good["z"].half(), good["z"][:, :-1].contiguous(), good["z"][0], good["z"].t()],
-        "schedules": [[], [schedule, schedule]] + [[s] for s in (
-            schedule[:0], schedule[:-1], schedule[:, :-1].contiguous(), schedule.long(), schedule.flip(0),
-            changed(schedule, -1, 0, 1), changed(schedule, 0, 0, -100), changed(schedule, 0, 1, 1000),
-            changed(schedule, 0, 2, 1), changed(schedule, 1, 0, 1000), changed(schedule, -1, 2, 1),
-            level_schedule(torch.arange(1, 14), [torch.arange(1, 10), torch.arange(31) % 13 + 1]),
-        )],
-        "permutations": [[], [NONE], [NONE] * 3, [identity[:-1], NONE], [identity.int(), NONE], [identity + 1, NONE],
-                         [NONE, identity - 1]],
-        "bounds": [[], [5.0, 5.0]],
-        "softs": [[], [False, False]],
-    }  # fmt: skip
-    for name in ("weights", "biases", "prefixes", "tiles"):
-        layers = good[name]
-        broken[name] = [[], layers[:-1], layers[::-1], [layers[0].to(torch.int16), *layers[1:]]]
-        broken[name] += [[t[:-1] for t in layers], [t[None] for t in layers]]
-    for name, values in broken.items():
-        for i, value in enumerate(values):
-            with pytest.raises(RuntimeError, match="flow_inverse"):
-                native("flow_inverse")(**{**good, name: value})
-                raise AssertionError(f"{name} {i}: accepted")
+def test_broken_schedules_are_refused() -> None:
+    call = make_call("flow inverse")
+    schedule = call.tensors["schedule 1"]
+    for i, broken in enumerate([
+        schedule[:0], schedule[:-1], schedule[:, :-1].contiguous(), schedule.long(), schedule.flip(0), schedule[0],
+        changed(schedule, -1, 0, 1), changed(schedule, 0, 0, -100), changed(schedule, 0, 1, 1000),
+        changed(schedule, 1, 0, 1000), changed(schedule, -1, 2, 1),
+        level_schedule(torch.arange(1, 14), [torch.arange(1, 10), torch.arange(31) % 13 + 1]),
+    ]):  # fmt: skip
+        message = refused(call, schedule_of_1=broken)
+        assert "schedule" in message or "weights" in message, f"{i}: {message}"
+    call.function(call.tensors)
+    call.tensors["schedule 1"][-1, 0] += 1
+    assert "schedule of block 1" in refused(call)
 
 
-@pytest.mark.parametrize("op", [*LAYER_OPS, "flow_inverse"])
-def test_inputs_are_not_written_to(op: str) -> None:
-    good = arguments(op)
-    writable = {a.name for a in native(op)._schema.arguments if a.alias_info is not None and a.alias_info.is_write}
-    flat = {n: v for n, v in good.items() if n not in writable and isinstance(v, (Tensor, list))}
-    before = {n: [torch.as_tensor(t).clone() for t in (v if isinstance(v, list) else [v])] for n, v in flat.items()}
-    native(op)(**good)
-    for name, value in flat.items():
-        now = [torch.as_tensor(t) for t in (value if isinstance(value, list) else [value])]
-        assert all(torch.equal(a, b) for a, b in zip(now, before[name], strict=True)), name
+@pytest.mark.parametrize("name", [name for name in CALLS if name.startswith("flow")])
+def test_broken_permutations_are_refused_on_every_call(name: str) -> None:
+    """Also those that were good once, and are written to in ways that torch does not count."""
+    for i in range(3):
+        for value in (-1, 13, 2**62, -(2**62)):
+            call = make_call(name)
+            key = f"permutation {i}"
+            call.tensors[key] = torch.arange(13)
+            call.function(call.tensors)
+            good = call.tensors[key].clone()
+            for write in ("numpy", "data"):
+                target = call.tensors[key]
+                if write == "numpy":
+                    target.numpy()[3] = value
+                else:
+                    target.data[3] = value
+                before = {k: t.clone() for k, t in call.tensors.items()}
+                with pytest.raises(RuntimeError, match="permutation"):
+                    call.function(call.tensors)
+                assert all(torch.equal(t, before[k]) for k, t in call.tensors.items())
+                target.data[3] = target[4]  # twice
+                with pytest.raises(RuntimeError, match="permutation"):
+                    call.function(call.tensors)
+                target.data.copy_(good)
+            call.function(call.tensors)
+
+
+def test_lists_of_other_lengths_are_refused() -> None:
+    from fastmaf.kernels.flow import native as flow
+    from tests.core.helpers import build
+    from tests.kernels.native_calls import args_of
+
+    args, x = args_of(build(13, dtype=F32)), torch.zeros(2, 13)
+    for name in args._fields:
+        value: Any = getattr(args, name)
+        if name != "activation":
+            for broken in (value[:-1], [*value, value[-1]], []):
+                with pytest.raises(ValueError, match="needs"):
+                    flow.forward(x, args._replace(**{name: broken}), False)
+    for numbers in ([2, 0, 1, 0], [0, 5, 1, 0], [0, 0, -1, 0], [0, 0, float("nan"), 0], [0, 2, 1, -1]):
+        with pytest.raises(ValueError, match="found"):
+            flow.forward(x, args._replace(maps=[*args.maps[:4], *map(float, numbers)]), False)
+        with pytest.raises(ValueError, match="found"):
+            AffineMap(*numbers).check()
+
+
+def test_weights_that_steps_cannot_take_in_place_are_refused() -> None:
+    """Weights of bfloat16, which forward passes take, and one weight of two layers."""
+    for name in ("linear adam", "affine adam", "flow adam"):
+        call = make_call(name)
+        half = {key: t.bfloat16() for key, t in call.tensors.items() if key in call.written}
+        assert "weight" in refused(call, **{key.replace(" ", "_of_"): t for key, t in half.items()})
+    call = make_call("flow adam")
+    rest = {f"{key}_of_3": call.tensors[f"{key} 0"] for key in ("weight", "prefix", "panels", "bias")}
+    moments = {f"{key}_of_3": torch.zeros_like(call.tensors["weight 0"]) for key in ("exp_avg", "exp_avg_sq")}
+    assert "share" in refused(call, **rest, **moments)
+
+
+@pytest.mark.parametrize("kind", ["linear", "affine"])
+def test_a_scale_is_for_steps_without_gradients_of_inputs(kind: str) -> None:
+    import importlib
+
+    from fastmaf.kernels import AffineArgs, LinearArgs
+    from fastmaf.kernels.affine_output.args import AffineBatch
+    from fastmaf.kernels.masked_linear.args import LinearBatch
+
+    call = make_call(f"{kind} adam")
+    t, before = call.tensors, {key: t.clone() for key, t in call.tensors.items()}
+    args: Any = (
+        LinearArgs(*[t[key] for key in LAYER])
+        if kind == "linear"
+        else AffineArgs(*[t[key] for key in LAYER], AffineMap())
+    )
+    batch_type: Any = LinearBatch if kind == "linear" else AffineBatch
+    module = importlib.import_module(
+        f"fastmaf.kernels.{'masked_linear' if kind == 'linear' else 'affine_output'}.native"
+    )
+    update = Update(t["exp_avg"], t["exp_avg_sq"], NUMBERS, scale=0.5)
+    with pytest.raises(ValueError, match="scale"):
+        module.adam_(batch_type(**{key: t[key] for key in batch_type._fields}), args, True, update)
+    assert all(torch.equal(value, before[key]) for key, value in t.items())
 
 
 @pytest.fixture

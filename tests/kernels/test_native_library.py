@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
+import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
-import torch
 
-from fastmaf.kernels import native_library
+from fastmaf.kernels import native_args, native_library
+from tests.kernels.cases import needs
 
 
 @pytest.fixture
@@ -22,11 +25,39 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return folder
 
 
-def built(folder: Path, torch_version: str = torch.__version__) -> Path:
+def built(folder: Path) -> Path:
     """Puts what a build leaves there; the library itself is no library."""
-    (folder / "_native.txt").write_text(f"built for torch {torch_version}\ng++ 12\n", encoding="utf-8")
+    (folder / "_native.txt").write_text("built: g++ 12, -O3\n", encoding="utf-8")
     (folder / "_native.so").write_bytes(b"not a library")
     return folder / "_native.so"
+
+
+def stand_in(folder: Path, monkeypatch: pytest.MonkeyPatch, version: int = native_library.VERSION) -> list[str]:
+    """Puts a library of two instruction sets there; returns the paths that are loaded, each time."""
+    loaded, used = [], ["one"]
+
+    def function(call: Any = lambda *_: 0) -> Any:
+        return lambda *args: call(*args)  # one that takes attributes
+
+    def use(name: bytes) -> bool:
+        used.append(name.decode())
+        return name in (b"one", b"two")
+
+    def load(path: str) -> Any:
+        loaded.append(path)
+        names = ("flow_forward", "flow_inverse", "flow_backward", "linear", "affine", "layer_backward")
+        functions = {f"fastmaf_{name}": function() for name in names}
+        return SimpleNamespace(
+            **functions,
+            fastmaf_version=function(lambda: version),
+            fastmaf_isa=function(lambda i, _: [b"one", b"two", None][i]),
+            fastmaf_use_isa=function(use),
+            fastmaf_used_isa=function(lambda: used[-1].encode()),
+        )
+
+    built(folder)
+    monkeypatch.setattr(ctypes, "CDLL", load)
+    return loaded
 
 
 def refusal() -> str:
@@ -46,17 +77,11 @@ def test_not_built_and_the_build_said_why(folder: Path) -> None:
     assert refusal().startswith("the native library was not built (c++ failed: a.cpp:1: error: b); to build it: ")
 
 
-def test_built_for_another_torch_is_not_even_loaded(folder: Path) -> None:
-    built(folder, "2.7.1+cu126")
-    assert refusal().startswith(
-        f"the native library was built for torch 2.7.1+cu126; this is torch {torch.__version__};"
-    )
-
-
-def test_without_a_note_it_is_not_loaded(folder: Path) -> None:
-    built(folder)
-    (folder / "_native.txt").unlink()
-    assert "built for torch of an unknown version" in refusal()
+def test_of_other_structs(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    stand_in(folder, monkeypatch, version=native_library.VERSION + 1)
+    version = native_library.VERSION
+    found = f"the native library has version {version + 1} of its structs; this version of fastmaf needs {version}; "
+    assert refusal().startswith(found)
 
 
 def test_it_cannot_be_loaded(folder: Path) -> None:
@@ -68,30 +93,55 @@ def test_it_cannot_be_loaded(folder: Path) -> None:
 def test_it_is_older_than_its_sources(folder: Path) -> None:
     library = built(folder)
     (folder / "csrc").mkdir()
-    (folder / "csrc" / "ops.cpp").touch()
+    (folder / "csrc" / "api.cpp").touch()
     os.utime(library, (0, 0))
     assert refusal().startswith("the native library is older than its sources; to build it: ")
 
 
-@pytest.mark.parametrize("lacking", ["", "avx512f"])
-def test_the_cpu_is_asked_and_the_library_loaded_once(
-    folder: Path, monkeypatch: pytest.MonkeyPatch, lacking: str
-) -> None:
-    library = built(folder)
-    loaded: list[Path] = []
-    ops = SimpleNamespace(missing_cpu_features=lambda: lacking, build_info=lambda: "g++ 12")
-    monkeypatch.setattr(torch.ops, "load_library", loaded.append)
-    monkeypatch.setattr(torch.ops, "fastmaf_native", ops, raising=False)
-    if lacking:
-        assert refusal().startswith("the native library was built for CPUs with avx512f, which this one lacks; ")
-    else:
-        assert native_library.build_info() == "g++ 12"
-        native_library.load()
-        assert loaded == [library]
+def test_it_is_loaded_once_with_the_best_instruction_set(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("FASTMAF_ISA", raising=False)
+    loaded = stand_in(folder, monkeypatch)
+    assert native_library.build_info() == "one (of one, two), g++ 12, -O3"
+    native_library.load()
+    assert native_library.library() is native_library.library()
+    assert loaded == [str(folder / "_native.so")]
+
+
+def test_the_environment_names_the_instruction_set(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    stand_in(folder, monkeypatch)
+    monkeypatch.setenv("FASTMAF_ISA", "avx9")
+    assert refusal() == "FASTMAF_ISA is 'avx9'; expected one of one, two on this CPU"
+    monkeypatch.setenv("FASTMAF_ISA", "two")
+    assert native_library.build_info().startswith("two (of one, two), ")
+    native_library.use_isa("one")
+    assert native_library.build_info().startswith("one ")
+    with pytest.raises(ValueError, match=r"must be one of \['one', 'two'\] on this CPU; found 'three'"):
+        native_library.use_isa("three")
+
+
+@needs("native")
+def test_the_library_of_this_installation() -> None:
+    """It says what this CPU runs, and refuses structs that it does not know."""
+    names = native_library.isas()
+    assert names[-2:] == ["baseline", "scalar"] and len(set(names)) == len(names)
+    code = "from fastmaf.kernels import native_library as n; print(n.build_info().split()[0])"
+    for name in names:
+        env = {**os.environ, "FASTMAF_ISA": name}
+        done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True)
+        assert done.stdout.strip() == name
+    flow = native_args.FlowStruct(ctypes.sizeof(native_args.FlowStruct), native_library.VERSION)
+    for field in ("size", "version"):
+        other = native_args.FlowStruct.from_buffer_copy(flow)
+        setattr(other, field, getattr(flow, field) + 1)
+        for function in ("forward", "inverse"):
+            call = getattr(native_library.library(), f"fastmaf_flow_{function}")
+            zeros = [None] * (4 if function == "forward" else 3)
+            with pytest.raises(RuntimeError, match="other structs"):
+                native_library.check(call(ctypes.addressof(other), zeros[0], 0, *zeros[1:], 1))
 
 
 def test_the_command_fits_the_installation(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    install = 'pip install "setuptools>=77" && FASTMAF_BUILD=1 pip install --no-build-isolation'
+    install = "FASTMAF_BUILD=1 pip install"
     assert native_library.command() == f"in a checkout of fastmaf: {install} ."
     (folder / "csrc").mkdir()
     assert native_library.command() == f"in {folder.parent}: {install} -e ."

@@ -1,139 +1,326 @@
-// Runs the tests of the native kernels (`make sanitize`): the forward passes of the layers are here, the backward passes and
-// the inverse beside. A failure names the case and ends the program with 1.
+// Runs the native kernels under the sanitizers (`make sanitize`), on arrays of exactly the size that a kernel may touch, in blocks of
+// memory of their own. The values are held against float64 by the Python tests; here they must agree with one another: the inverse
+// undoes the forward pass, layers one by one give what a flow gives, each target of a gradient does the same with it, and neither
+// threads nor calls at the same time change a bit. Arguments: a number of threads for each round.
+#include <algorithm>
+#include <cmath>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <limits>
+#include <memory>
+#include <random>
+#include <string>
 #include <thread>
+#include <type_traits>
+#include <vector>
 
-#include "dense.h"
+#include "api.h"
 
-namespace fastmaf_test {
-
-std::vector<Case> cases(uint64_t seed) {
-  const long sizes[] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 16, 17, 24, 33, 63, 64, 65, 130}, threads[] = {1, 2, 3, 7};
-  const std::pair<long, long> small[] = {{1, 1}, {1, 2}, {2, 1}, {7, 13}, {13, 7}, {40, 40}};
-  const std::pair<long, long> large[] = {{40, 300}, {300, 40}, {97, 101},   {1100, 40},
-                                         {40, 1100}, {2, 1100}, {300, 1100}, {1100, 300}};
-  std::vector<Case> result;
-  const auto add = [&](long n, std::pair<long, long> shape) {
-    const auto i = static_cast<long>(result.size());
-    result.push_back({n, shape.first, shape.second, static_cast<int>((i + i / 6) % kPrefixKinds),
-                      threads[(i + i / 4) % 4], seed + static_cast<uint64_t>(i)});
-  };
-  for (const auto& shape : small)
-    for (const long n : sizes) add(n, shape);
-  long i = static_cast<long>(seed);
-  for (const auto& shape : large)
-    for (int k = 0; k < (shape.first * shape.second > 100000 ? 4 : 6); ++k, i += 5)
-      add(std::min(sizes[i % 18], 4000000 / (shape.first * shape.second)), shape);
-  return result;
+namespace fastmaf {
+namespace FASTMAF_ISA {
+extern const Kernels kernels[3];
 }
+}  // namespace fastmaf
 
-template <class T, class W>
-Numbers forward_case(const Case& c) {
-  Random random(c.seed);
-  Numbers written;
-  {
-    const Matrix<T, W> m(draw_prefix(c.kind, c.rows, c.columns, 1, random), c.columns, 1, 1, random);
-    const Numbers in = draw<T>(random, c.n * c.columns, 1, c.nan);
-    const Heap<T> x(in, random), y(c.n * c.rows, random);
-    const bool relu = random.below(2) != 0;
-    fastmaf::masked_linear<T, W>(m.packed(), m.bias.data(), x.data(), c.n, relu, y.data(), c.threads);
-    written = y.numbers();
-    if (!c.nan)
-      check_close<T>(std::string("masked_linear ") + type_name<W>() + c.name(), written, m.apply(in, c.n, relu),
-                     static_cast<double>(c.columns));
-  }
-  const long d = c.rows, rows = 2 * d;
-  const Matrix<T, W> m(draw_prefix(c.kind, rows, c.columns, 2, random), c.columns, 2, 0.7, random);
-  const Numbers h_in = draw<T>(random, c.n * c.columns, 1, c.nan), x_in = draw<T>(random, c.n * d, 1, c.nan);
-  const Heap<T> h(h_in, random), x(x_in, random), z(c.n * d, random), ladj(c.n, random), a(c.n * d, random);
-  const Bound bound = kBounds[c.seed % 5];
-  fastmaf::affine_output<T, W>(m.packed(), m.bias.data(), h.data(), x.data(), c.n, bound, z.data(), ladj.data(), a.data(),
-                               c.threads);
-  Numbers z_of(static_cast<std::size_t>(c.n * d)), a_of(z_of), ladj_of(static_cast<std::size_t>(c.n));
-  const Numbers out = m.apply(h_in, c.n, false);
-  double terms[3] = {};  // of z, ladj and log_scale, squared
-  for (std::size_t i = 0; i < z_of.size(); ++i) {
-    a_of[i] = bounded<T>(out[2 * i + 1], bound);
-    z_of[i] = (x_in[i] - out[2 * i]) * std::exp(-a_of[i]);
-    ladj_of[i / static_cast<std::size_t>(d)] -= a_of[i];
-    terms[0] += (x_in[i] * x_in[i] + out[2 * i] * out[2 * i]) * std::exp(-2 * a_of[i]);
-    terms[1] += a_of[i] * a_of[i];
-  }
-  const std::pair<const Heap<T>*, const Numbers*> pairs[] = {{&z, &z_of}, {&ladj, &ladj_of}, {&a, &a_of}};
-  const char* names[] = {" z", " ladj", " log_scale"};
-  for (int k = 0; k < 3; ++k) {
-    const Numbers found = pairs[k].first->numbers();
-    written.insert(written.end(), found.begin(), found.end());
-    if (!c.nan)
-      check_close<T>(std::string("affine_output ") + type_name<W>() + names[k] + c.name(), found, *pairs[k].second,
-                     static_cast<double>(k == 1 ? c.columns + d : c.columns), std::sqrt(terms[k]));
-  }
-  return written;
-}
-
-void test_forward() {
-  for (const Case& c : cases(1)) forward_case<float, float>(c);
-  for (const Case& c : cases(1002)) forward_case<double, double>(c);
-  for (const Case& c : cases(2003)) forward_case<float, bfloat16>(c);
-}
+using namespace fastmaf;
 
 namespace {
 
-bool same(const Numbers& a, const Numbers& b) {
-  return a.size() == b.size() && (a.empty() || std::memcmp(a.data(), b.data(), a.size() * sizeof(double)) == 0);
+constexpr long kPanel = 16;
+
+void check(bool holds, const std::string& what) {
+  if (holds) return;
+  std::fprintf(stderr, "FAILED: %s\n", what.c_str());
+  std::exit(1);
 }
 
-// All kernels, on shapes that follow each other as large and small.
+struct Half {
+  uint16_t bits;
+};
+template <class W>
+W stored(double value) {
+  return static_cast<W>(value);
+}
+template <>
+Half stored<Half>(double value) {
+  const float f = static_cast<float>(value);
+  uint32_t bits;
+  std::memcpy(&bits, &f, sizeof bits);
+  return {static_cast<uint16_t>(bits >> 16)};
+}
+
+template <class T>
+std::vector<T> nans(long n) {
+  return std::vector<T>(n, std::numeric_limits<T>::quiet_NaN());
+}
+
+template <class T>
+bool close(const std::vector<T>& a, const std::vector<T>& b, double tolerance) {
+  double distance = 0, norm = 0;
+  for (std::size_t i = 0; i < a.size(); ++i) distance += (a[i] - b[i]) * (a[i] - b[i]), norm += b[i] * b[i];
+  return a.size() == b.size() && distance <= tolerance * tolerance * (norm + 1e-300);  // false for NaN
+}
+template <class T>
+bool same(const std::vector<T>& a, const std::vector<T>& b) {
+  return a.size() == b.size() && (a.empty() || std::memcmp(a.data(), b.data(), a.size() * sizeof(T)) == 0);
+}
+
+struct Shape {
+  long n, features;
+  std::vector<long> hidden;
+  int kind;  // of degrees: 0 random, 1 few levels, 2 all see nothing, 3 all see as much as they may
+  long share;  // panels of one width
+};
+
+// A flow of two blocks, the second with a permutation.
 template <class T, class W>
-std::vector<Numbers> everything(bool nan) {
-  std::vector<Numbers> result;
-  const long shapes[][3] = {{5, 40, 300}, {65, 7, 13}, {1, 300, 40}, {17, 97, 101}, {3, 40, 40}};
-  uint64_t seed = 9000;
-  for (const auto& s : shapes)
-    for (const long threads : {1, 2, 3}) {
-      const Case c{s[0], s[1], s[2], static_cast<int>(seed % 2), threads, seed, nan};
-      result.push_back(forward_case<T, W>(c));
-      result.push_back(backward_case<T>(c));
-      result.push_back(inverse_case<T, W>(s[0], s[1], threads, seed, nan));
-      ++seed;
+struct Model {
+  std::mt19937 random;
+  Shape shape;
+  std::vector<std::vector<W>> weights;
+  std::vector<std::vector<T>> biases;
+  std::vector<std::vector<int64_t>> prefixes, panels;
+  std::vector<std::vector<int32_t>> schedules;
+  std::vector<int64_t> permutation;
+  std::vector<Layer> layers;
+  std::vector<Block> blocks;
+  Flow flow{};
+  long saved = 0;
+
+  double draw() { return std::normal_distribution<double>()(random); }
+  std::vector<T> draws(long n) {
+    std::vector<T> result(n);
+    for (T& x : result) x = static_cast<T>(draw());
+    return result;
+  }
+
+  Model(const Shape& s, const AffineMap& map, unsigned seed) : random(seed), shape(s) {
+    for (int b = 0; b < 2; ++b) add_block(map);
+    for (std::size_t i = 0; i < weights.size(); ++i)
+      layers.push_back({weights[i].data(), biases[i].data(), prefixes[i].data(), panels[i].data(),
+                        static_cast<int64_t>(prefixes[i].size()), columns[i]});
+    for (long d = 0; d < s.features; ++d) permutation.push_back(d);
+    std::shuffle(permutation.begin(), permutation.end(), random);
+    blocks[1].permutation = permutation.data();
+    const int64_t dtype = sizeof(T) == 8 ? kFloat64 : kFloat32;
+    flow = {sizeof(Flow), 1, dtype, std::is_same_v<W, Half> ? kBfloat16 : dtype, s.features, 1, static_cast<int64_t>(layers.size()), 2,
+            layers.data(), blocks.data(), nullptr};
+    saved = 6 * s.features;
+    for (const long units : s.hidden) saved += 2 * units;
+  }
+
+  std::vector<long> columns;
+
+  void add_block(const AffineMap& map) {
+    const long d = shape.features;
+    const auto first = static_cast<int64_t>(weights.size());
+    std::vector<std::vector<long>> degrees(1);
+    for (long i = 1; i <= d; ++i) degrees[0].push_back(i);
+    for (const long units : shape.hidden) {
+      std::vector<long> drawn(units);
+      for (long& degree : drawn)
+        degree = shape.kind == 2 ? 0 : shape.kind == 3 ? d : shape.kind == 1 ? d / 3 * static_cast<long>(random() % 3) : random() % (d + 1);
+      std::sort(drawn.begin(), drawn.end());
+      degrees.push_back(drawn);
     }
+    const auto below = [&](std::size_t k, long degree) {
+      return std::upper_bound(degrees[k].begin(), degrees[k].end(), degree) - degrees[k].begin();
+    };
+    for (std::size_t k = 1; k < degrees.size(); ++k) {
+      std::vector<int64_t> prefix;
+      for (const long degree : degrees[k]) prefix.push_back(below(k - 1, degree));
+      add_layer(prefix, static_cast<long>(degrees[k - 1].size()));
+    }
+    std::vector<int64_t> prefix;
+    for (long i = 1; i <= d; ++i) prefix.insert(prefix.end(), 2, below(degrees.size() - 1, i - 1));
+    add_layer(prefix, shape.hidden.back());
+    std::vector<int32_t> table;
+    std::vector<long> thresholds = degrees.back();
+    thresholds.erase(std::unique(thresholds.begin(), thresholds.end()), thresholds.end());
+    for (const long threshold : thresholds)
+      if (threshold < d)
+        for (std::size_t k = 0; k < degrees.size(); ++k) table.push_back(static_cast<int32_t>(below(k, threshold)));
+    const auto width = static_cast<long>(degrees.size());
+    std::vector<int32_t> last(table.empty() ? std::vector<int32_t>(width, 0) : std::vector<int32_t>(table.end() - width, table.end()));
+    last[0] = static_cast<int32_t>(d);
+    table.insert(table.end(), last.begin(), last.end());
+    schedules.push_back(table);
+    blocks.push_back({first, static_cast<int64_t>(weights.size()) - first, schedules.back().data(),
+                      static_cast<int64_t>(table.size()) / width, nullptr, map});
+  }
+
+  void add_layer(const std::vector<int64_t>& prefix, long of_columns) {
+    const auto rows = static_cast<long>(prefix.size()), count = (rows + kPanel - 1) / kPanel;
+    std::vector<int64_t> starts{0};
+    for (long p = 0; p < count; ++p)
+      starts.push_back(starts.back() + prefix[std::min((p / shape.share + 1) * shape.share * kPanel, rows) - 1]);
+    std::vector<W> weight(starts.back() * kPanel, stored<W>(0));
+    for (long row = 0; row < rows; ++row)
+      for (long k = 0; k < prefix[row]; ++k)
+        weight[(starts[row / kPanel] + k) * kPanel + row % kPanel] = stored<W>(draw() / std::sqrt(prefix[row] + 1.0));
+    weights.push_back(weight), prefixes.push_back(prefix), panels.push_back(starts), columns.push_back(of_columns);
+    biases.push_back(draws(rows));
+  }
+};
+
+// What a target does with the gradients of all weights.
+template <class T>
+struct Gradients {
+  std::vector<T> x;
+  std::vector<std::vector<T>> biases, weights;
+
+  template <class Run>
+  Gradients(const std::vector<Layer>& layers, long numel_x, const Run& run) : x(nans<T>(numel_x)) {
+    std::vector<void*> of_biases;
+    std::vector<Target> targets;
+    for (const Layer& layer : layers) {
+      biases.push_back(nans<T>(layer.rows));
+      weights.push_back(nans<T>(layer.panels[(layer.rows + kPanel - 1) / kPanel] * kPanel));
+    }
+    for (std::size_t i = 0; i < layers.size(); ++i) {
+      of_biases.push_back(biases[i].data());
+      targets.push_back({kWrite, weights[i].data(), nullptr, nullptr, nullptr, nullptr});
+    }
+    run(x.data(), of_biases.data(), targets.data());
+  }
+};
+
+template <class T, class W>
+std::vector<T> everything(const Shape& shape, const AffineMap& map, long threads, unsigned seed) {
+  Model<T, W> model(shape, map, seed);
+  const Kernels& kernels = FASTMAF_ISA::kernels[model.flow.weight_dtype];
+  const long n = shape.n, d = shape.features;
+  const std::string name = "n=" + std::to_string(n) + " D=" + std::to_string(d) + " seed=" + std::to_string(seed) + ": ";
+  const double tolerance = sizeof(T) == 8 ? 1e-9 : 1e-3;
+  const std::vector<T> x = model.draws(n * d);
+  std::vector<T> z = nans<T>(n * d), ladj = nans<T>(n), saved = nans<T>(n * model.saved), z2 = z, ladj2 = ladj;
+  kernels.flow_forward(model.flow, x.data(), n, z.data(), ladj.data(), saved.data(), threads);
+  kernels.flow_forward(model.flow, x.data(), n, z2.data(), ladj2.data(), nullptr, threads);
+  check(same(z, z2) && same(ladj, ladj2), name + "a forward pass that saves nothing");
+
+  // The inverse of the blocks in turn, with the permutation's on the way.
+  std::vector<int64_t> back(d);
+  for (long i = 0; i < d; ++i) back[model.permutation[i]] = i;
+  std::vector<Block> blocks{model.blocks[1], model.blocks[0]};
+  blocks[0].permutation = nullptr, blocks[1].permutation = back.data();
+  Flow inverse = model.flow;
+  inverse.blocks = blocks.data();
+  std::vector<T> x2 = nans<T>(n * d), minus = nans<T>(n);
+  kernels.flow_inverse(inverse, z.data(), n, x2.data(), minus.data(), threads);
+  check(close(x2, x, tolerance), name + "x of the inverse");
+  for (T& value : minus) value = -value;
+  if (n > 0) check(close(minus, ladj, tolerance), name + "ladj of the inverse");
+
+  std::vector<T> result = z;
+  for (const auto* more : {&ladj, &saved, &x2}) result.insert(result.end(), more->begin(), more->end());
+  if constexpr (std::is_same_v<T, W>) {
+    const std::vector<T> grad_z = model.draws(n * d), grad_ladj = model.draws(n);
+    const auto backward = [&](const Flow& flow, T* grad_x, void* const* biases, const Target* targets) {
+      kernels.flow_backward(flow, grad_z.data(), grad_ladj.data(), saved.data(), n, grad_x, biases, targets, threads);
+    };
+    const Gradients<T> all(model.layers, n * d, [&](T* g, void* const* biases, const Target* t) { backward(model.flow, g, biases, t); });
+    std::vector<double> squares(model.layers.size(), -1);
+    Gradients<T>(model.layers, 0, [&](T*, void* const* biases, Target* targets) {
+      for (std::size_t i = 0; i < squares.size(); ++i) targets[i] = {kNorm, &squares[i], nullptr, nullptr, nullptr, nullptr};
+      backward(model.flow, nullptr, biases, targets);
+    });
+    for (std::size_t i = 0; i < squares.size(); ++i) {
+      double expected = 0;
+      for (const T g : all.weights[i]) expected += static_cast<double>(g) * g;
+      check(std::abs(squares[i] - expected) <= tolerance * expected, name + "the norm of layer " + std::to_string(i));
+    }
+    // Adam with beta1 = beta2 = 0 leaves the gradient itself in the first moment, and its square in the second.
+    const AdamNumbers numbers{1e-3, 0, 0, 1e-3, 1, 0, 1e-3, 0, 0};
+    std::vector<std::vector<T>> first, second;
+    for (const auto& weight : model.weights) first.push_back(std::vector<T>(weight.size(), 0)), second.push_back(first.back());
+    std::vector<std::vector<T>> before = model.weights;
+    const Gradients<T> adam(model.layers, n * d, [&](T* g, void* const* biases, Target* targets) {
+      for (std::size_t i = 0; i < first.size(); ++i)
+        targets[i] = {kAdam, nullptr, model.weights[i].data(), first[i].data(), second[i].data(), &numbers};
+      backward(model.flow, g, biases, targets);
+    });
+    check(same(adam.x, all.x), name + "the gradient of x beside Adam");
+    for (std::size_t i = 0; i < first.size(); ++i) {
+      check(same(adam.biases[i], all.biases[i]), name + "the gradient of a bias beside Adam");
+      check(all.weights[i].empty() || close(first[i], all.weights[i], tolerance), name + "Adam's first moment");
+      for (std::size_t j = 0; j < first[i].size(); ++j) before[i][j] -= T(1e-3) * first[i][j] / (std::sqrt(second[i][j]) + T(1e-3));
+      check(before[i].empty() || close(model.weights[i], before[i], tolerance), name + "Adam's step");
+      result.insert(result.end(), all.weights[i].begin(), all.weights[i].end());
+      result.insert(result.end(), all.biases[i].begin(), all.biases[i].end());
+    }
+    result.insert(result.end(), all.x.begin(), all.x.end());
+
+    // One layer at a time: nothing of it wanted but the gradient of its input, or of the bias; scaled.
+    const Layer& layer = model.layers[0];
+    const std::vector<T> grad_y = model.draws(n * layer.rows);
+    std::vector<T> y = nans<T>(n * layer.rows), grad = nans<T>(n * layer.columns), twice = grad, of_bias = nans<T>(layer.rows);
+    kernels.linear(layer, x.data(), n, true, y.data(), threads);
+    Source source{};
+    source.grad_y = grad_y.data(), source.relu_of = y.data(), source.scale = 1;
+    const Target none{};
+    kernels.layer_backward(layer, source, x.data(), n, grad.data(), of_bias.data(), none, threads);
+    source.scale = 2;
+    kernels.layer_backward(layer, source, x.data(), n, twice.data(), nullptr, none, threads);
+    for (T& value : grad) value *= 2;
+    check(same(grad, twice), name + "a scaled gradient");
+    result.insert(result.end(), of_bias.begin(), of_bias.end());
+
+    const Layer& output = model.layers[shape.hidden.size()];
+    const std::vector<T> h = model.draws(n * output.columns), grad_a = model.draws(n * d);
+    std::vector<T> log_scale = nans<T>(n * d), of_x = log_scale, of_h = nans<T>(n * output.columns);
+    kernels.affine(output, map, h.data(), x.data(), n, z2.data(), ladj2.data(), log_scale.data(), threads);
+    source = {};
+    source.grad_z = grad_z.data(), source.grad_ladj = grad_ladj.data(), source.grad_log_scale = grad_a.data();
+    source.x = x.data(), source.z = z2.data(), source.log_scale = log_scale.data(), source.grad_x = of_x.data();
+    source.map = map, source.scale = 1;
+    kernels.layer_backward(output, source, h.data(), n, of_h.data(), nullptr, none, threads);
+    for (const auto* more : {&log_scale, &of_x, &of_h}) result.insert(result.end(), more->begin(), more->end());
+  }
+  for (const T value : result) check(std::isfinite(value), name + "a number was not written, or is not finite");
   return result;
 }
 
-// A call's result depends on nothing but its arguments: not on earlier calls, nor on calls at the same time.
+const std::vector<AffineMap> kMaps{{kShiftFirst, kClamp, 0.5, 0},    {kScaleFirst, kTanh, 0.5, 0},
+                                   {kScaleFirst, kSoftplus, 9, 1e-2}, {kShiftFirst, kSigmoid, 2, 1e-2},
+                                   {kShiftFirst, kSoftClip, 0.5, 0},  {kScaleFirst, kClamp, 0.5, 0}};
+
 template <class T, class W>
-void test_again() {
-  const std::vector<Numbers> first = everything<T, W>(false);
-  everything<T, W>(true);
-  const auto compare = [&](const std::vector<Numbers>& other, const char* when) {
-    for (std::size_t i = 0; i < first.size(); ++i, ++checks)
-      if (!same(first[i], other[i]))
-        fail(std::string(type_name<W>()) + ": result " + std::to_string(i) + " of everything() differs " + when);
-  };
-  compare(everything<T, W>(false), "after calls with NaN");
-  std::vector<Numbers> here, there;
-  std::thread one([&] { here = everything<T, W>(false); }), two([&] { there = everything<T, W>(false); });
-  one.join();
-  two.join();
-  compare(here, "in the first of two threads");
-  compare(there, "in the second of two threads");
+void test(const std::vector<long>& rounds) {
+  std::vector<Shape> shapes;
+  for (const long n : {0, 1, 2, 3, 5, 8, 9, 13, 31, 64, 65, 129, 150})
+    for (const auto& [features, hidden] : std::vector<std::pair<long, std::vector<long>>>{
+             {1, {1}}, {1, {17, 3}}, {2, {5}}, {13, {9, 31}}, {33, {70}}, {40, {16, 48, 7}}, {129, {20}}, {700, {34, 50}}})
+      if (n * features < 20000) shapes.push_back({n, features, hidden, static_cast<int>(shapes.size() % 4), 1 + static_cast<long>(shapes.size()) % 3});
+  shapes.push_back({3, 2500, {40}, 0, 1});
+  shapes.push_back({2, 90, {1300, 150}, 1, 5});  // a step of the inverse that is wide
+  for (std::size_t i = 0; i < shapes.size(); ++i) {
+    const auto run = [&](long threads) { return everything<T, W>(shapes[i], kMaps[i % kMaps.size()], threads, 1000 + static_cast<unsigned>(i)); };
+    const std::vector<T> expected = run(rounds.front());
+    for (std::size_t k = 1; k < rounds.size(); ++k)
+      check(same(run(rounds[k]), expected), "shape " + std::to_string(i) + " with " + std::to_string(rounds[k]) + " threads");
+    if (i % 5 == 0) {
+      std::vector<T> here, there;
+      std::thread one([&] { here = run(rounds.back()); }), two([&] { there = run(rounds.back()); });
+      one.join(), two.join();
+      check(same(here, expected) && same(there, expected), "shape " + std::to_string(i) + " from two threads at once");
+    }
+  }
+  std::printf("%zu shapes\n", shapes.size());
 }
 
 }  // namespace
-}  // namespace fastmaf_test
 
-int main() {
-  using namespace fastmaf_test;
+int main(int count, char** arguments) {
+  std::vector<long> rounds;
+  for (int i = 1; i < count; ++i) rounds.push_back(std::atol(arguments[i]));
+  check(!rounds.empty(), "a number of threads is wanted");
   std::setvbuf(stdout, nullptr, _IOLBF, 0);
-  test_forward();
-  std::printf("forward passes: %ld comparisons so far\n", checks.load());
-  test_backward();
-  std::printf("backward passes: %ld\n", checks.load());
-  test_inverse();
-  std::printf("inverse: %ld\n", checks.load());
-  test_flow();
-  std::printf("chains: %ld\n", checks.load());
-  test_again<float, float>();
-  test_again<double, double>();
-  test_again<float, bfloat16>();
-  std::printf("called again and from two threads: %ld; vectors of %d float32\n", checks.load(), fastmaf::float_lanes());
+  // The pool's threads are created by two calls at once.
+  const auto first = [&] { everything<float, float>({9, 700, {34, 50}, 0, 1}, kMaps[0], rounds.back(), 1); };
+  std::thread one(first), two(first);
+  one.join(), two.join();
+  test<float, float>(rounds);
+  test<double, double>(rounds);
+  test<float, Half>(rounds);
 }
