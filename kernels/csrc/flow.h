@@ -115,7 +115,7 @@ void flow_forward(const Flow& flow, const T* x, long n, T* z, T* ladj, T* saved,
     const Panels<W> output(*layer);
     totals.resize(forward_parts(output, n) * n);
     affine_forward<T>(team, output, block.map, static_cast<const T*>(layer->bias), h, to.x, n, to.z, to.log_scale, totals.data());
-    add_totals<T>(totals, block.map.sign(), n, sums);
+    add_totals(totals, block.map.sign(), n, sums);
     from = to.z;
   }
   gather(team, from, flow.permutation, n, flow.features, z);

@@ -19,6 +19,7 @@ inline constexpr long kMostTile = kMostOuter<2>;
 // Panels whose products are finished before anything is made of them: a sample's numbers lie pages apart from the next one's, so that
 // several cache lines of each should be used at a time.
 inline constexpr long kGroupPanels = 8;
+inline constexpr long kPartSamples = 8;  // whose sums over strips are one part of the work
 inline constexpr long kChunk = 128;  // samples that go through a weight together
 
 // A thread that gets less than this many multiply-adds costs more to wake than it saves.
@@ -135,7 +136,7 @@ void multiply(const Team& team, const Panels<W>& w, const T* x, long n, const Ep
           if (w.visible(std::min(p + 1, panels - 1)) > k0 || i == 0)
             pair(p, k0, k1, packed, k1 - k0, shared + i * samples * padded + p * kPanel, padded);
       });
-      const Split parts(samples, 8);
+      const Split parts(samples, kPartSamples);
       team.each(parts.count, [&](long part) {
         for (long s = parts.begin(part); s < parts.begin(part) + parts.size(part); ++s)
           for (long p = 0; p < panels; p += 2) {
@@ -175,7 +176,7 @@ void multiply(const Team& team, const Panels<W>& w, const T* x, long n, const Ep
 // Parts that `multiply` numbers.
 template <class W>
 long forward_parts(const Panels<W>& w, long n) {
-  return std::max(parts_of(w, std::min(n, kChunk)), kChunk / 8);
+  return w.columns > w.rows ? kChunk / kPartSamples : parts_of(w, std::min(n, kChunk));
 }
 
 // y [n][rows] = act(W x + bias).
@@ -237,11 +238,10 @@ void affine_forward(const Team& team, const Panels<W>& w, const AffineMap& map, 
   });
 }
 
-// ladj [n]: the totals of all parts, summed in order, with the sign of the map.
-template <class T>
-void add_totals(std::vector<double>& totals, double sign, long n, std::vector<double>& ladj) {
-  for (std::size_t at = 0; at < totals.size(); ++at) ladj[at % n] += sign * totals[at];
-  std::fill(totals.begin(), totals.end(), 0.0);
+// Adds the totals [parts][n], in order, to ladj [n] with the sign of the map, and sets them to zero.
+inline void add_totals(std::vector<double>& totals, double sign, long n, std::vector<double>& ladj) {
+  for (std::size_t part = 0; part < totals.size(); part += n)
+    for (long s = 0; s < n; ++s) ladj[s] += sign * std::exchange(totals[part + s], 0.0);
 }
 
 }  // namespace FASTMAF_ISA

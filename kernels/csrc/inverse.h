@@ -194,6 +194,7 @@ class BlockInverse {
     const long d0 = done(-1, s), d1 = done(-1, s + 1), size = tiles_.size(t), first = p0 * kPanel;
     const T *c = sum(sums_[hidden_], t, p1 - p0), *bias = static_cast<const T*>(layers_of(flow_, block_)[hidden_].bias);
     T* packed = values_[0] + tiles_.begin(t) * flow_.features;
+    if (2 * (d1 - d0) <= L && size > 1) return finish_few(c - first, (p1 - p0) * kPanel, bias, z, d0, d1, t, packed, total);
     for (long n = 0; n < size; ++n, c += (p1 - p0) * kPanel) {
       const long at = (tiles_.begin(t) + n) * flow_.features;
       double sum_a = 0;
@@ -218,6 +219,28 @@ class BlockInverse {
       }
       total[tiles_.begin(t) + n] += sum_a;
     }
+  }
+
+  // The same where a step has few dimensions: vectors of numbers of several samples. Row r of sample n is c[n c_stride + r].
+  void finish_few(const T* c, long c_stride, const T* bias, const T* z, long d0, long d1, long t, T* packed, double* total) {
+    constexpr long L = kLanes<T>;
+    const long size = tiles_.size(t), first = tiles_.begin(t), features = flow_.features;
+    for (long d = d0; d < d1; ++d)
+      for (long n0 = 0; n0 < size; n0 += L) {
+        const long count = std::min(L, size - n0);
+        T shifts[L] = {}, raws[L] = {}, from[L] = {}, to[L], as[L];
+        for (long i = 0; i < count; ++i) {
+          const T* row = c + (n0 + i) * c_stride + 2 * d;
+          shifts[i] = row[0], raws[i] = row[1], from[i] = z[(first + n0 + i) * features + d];
+        }
+        const Vec<T> shift = load(shifts) + bias[2 * d], a = log_scale_of<T>(load(raws) + bias[2 * d + 1], block_.map), zv = load(from);
+        store(to, block_.map.form == kShiftFirst ? zv * exponential(a) + shift : (zv - shift) * exponential(-a));
+        store(as, a);
+        for (long i = 0; i < count; ++i) {
+          x_[(first + n0 + i) * features + d] = packed[d * size + n0 + i] = to[i];
+          total[first + n0 + i] += as[i];
+        }
+      }
   }
 
   // The units of hidden layer k that step s finishes; their sums are complete.

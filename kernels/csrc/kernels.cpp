@@ -30,7 +30,7 @@ struct Entry {
     std::vector<double> totals(forward_parts(w, n) * n), sums(n);
     affine_forward<T>(team, w, map, static_cast<const T*>(layer.bias), static_cast<const T*>(h), static_cast<const T*>(x), n,
                       static_cast<T*>(z), static_cast<T*>(log_scale), totals.data());
-    add_totals<T>(totals, map.sign(), n, sums);
+    add_totals(totals, map.sign(), n, sums);
     std::copy(sums.begin(), sums.end(), static_cast<T*>(ladj));
   }
   static void backward_of_layer(const Layer& layer, const Source& source, const void* x, int64_t n, void* grad_x, void* grad_bias,

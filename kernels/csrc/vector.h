@@ -11,7 +11,7 @@
 #include <limits>
 #include <type_traits>
 
-#if defined(__AVX512F__)
+#if defined(__AVX2__)
 #include <immintrin.h>
 #endif
 
@@ -113,6 +113,11 @@ inline Vec<float> load(const bfloat16* p) {
 #endif
 }
 
+template <class T>
+inline void store(T* p, Vec<T> v) {
+  std::memcpy(p, &v, sizeof v);
+}
+
 // The first `count` numbers, zeros behind them; reads nothing else.
 template <class T, class W>
 inline Vec<T> load_part(const W* p, long count) {
@@ -122,16 +127,35 @@ inline Vec<T> load_part(const W* p, long count) {
 }
 
 template <class T>
-inline void store(T* p, Vec<T> v) {
-  std::memcpy(p, &v, sizeof v);
-}
-
-template <class T>
 inline void store_part(T* p, Vec<T> v, long count) {
   T buffer[kLanes<T>];
   store(buffer, v);
   for (long i = 0; i < count; ++i) p[i] = buffer[i];
 }
+
+// The same in one instruction: narrow stores before a wide load, and the other way round, make the processor wait.
+#if defined(__AVX512F__) && !defined(FASTMAF_LANES_ARE_ONE)
+template <>
+inline Vec<float> load_part<float>(const float* p, long count) {
+  return (Vec<float>)_mm512_maskz_loadu_ps(static_cast<__mmask16>((1u << std::clamp(count, 0L, 16L)) - 1), p);
+}
+template <>
+inline void store_part(float* p, Vec<float> v, long count) {
+  _mm512_mask_storeu_ps(p, static_cast<__mmask16>((1u << std::clamp(count, 0L, 16L)) - 1), (__m512)v);
+}
+#elif defined(__AVX2__) && !defined(FASTMAF_LANES_ARE_ONE)
+inline __m256i first_lanes(long count) {
+  return _mm256_cmpgt_epi32(_mm256_set1_epi32(static_cast<int>(std::clamp(count, 0L, 8L))), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
+}
+template <>
+inline Vec<float> load_part<float>(const float* p, long count) {
+  return (Vec<float>)_mm256_maskload_ps(p, first_lanes(count));
+}
+template <>
+inline void store_part(float* p, Vec<float> v, long count) {
+  _mm256_maskstore_ps(p, first_lanes(count), (__m256)v);
+}
+#endif
 
 template <class T>
 inline Vec<T> broadcast(T s) {
