@@ -6,7 +6,7 @@ import os
 from collections.abc import Iterable, Sequence
 from typing import Literal, NamedTuple
 
-from fastmaf.bench.libraries import LIBRARIES, Size
+from fastmaf.bench.libraries import LIBRARIES, PEERS, Size
 
 Rate = Literal["read", "copy", "adam", "write file", "read file"]
 
@@ -36,7 +36,8 @@ class Case(NamedTuple):
     def limit(self, weights: int, weight_bytes: int, rates: dict[str, float]) -> tuple[float, str]:
         """Returns the least that this can take, in its unit, and the bytes or operations that decide it.
 
-        ``weights`` is the number of those that are visible through the masks, ``rates`` those of the machine.
+        ``weights`` is the number of those that are visible through the masks, so that neither padding nor masked
+        weights count, for all libraries alike. ``rates`` are those of the machine.
         """
         moved = self.steps * self.moved * weight_bytes * weights
         if self.unit == "GB":
@@ -47,6 +48,15 @@ class Case(NamedTuple):
         if multiply > move:
             return multiply, f"{operations / 1e9:.3g} GFLOP"
         return max(move, rates["launch_us"] / 1e6), f"{moved / 1e6:,.3g} MB" if moved < 1e9 else f"{moved / 1e9:.3g} GB"
+
+    def fits_in_cache(self, weights: int, weight_bytes: int, rates: dict[str, float]) -> str:
+        """Returns a note if the bytes that decide the limit may stay in the cache between two calls, else ""."""
+        limit, must_move = self.limit(weights, weight_bytes, rates)
+        held = (3 if self.rate == "adam" else 1) * weight_bytes * weights / 1e6  # weights and two moments
+        decided = self.unit == "s" and self.rate in ("read", "copy", "adam") and must_move.endswith("B")
+        if not decided or limit * 1e6 <= rates["launch_us"] or held > rates["cache_mb"]:
+            return ""
+        return f"{held:,.3g} MB fit in the cache of {rates['cache_mb']:,.0f} MB"
 
 
 def log_prob(n: int, libraries: tuple[str, ...] = EAGER) -> Case:
@@ -132,12 +142,11 @@ def _sweep(name: str, sizes: Iterable[Size], libraries: tuple[str, ...], *cases:
     return [Group(name, size, None, libraries, cases) for size in sizes]
 
 
-def _small(*libraries: str) -> tuple[Group, Group]:
-    """Returns cases in which Python takes most of the time."""
-    return (
-        Group("small", Size(64, (64, 64), 3), None, libraries, (log_prob(1),)),
-        Group("small", Size(6, (64, 64), 5), None, libraries, (train_step(256),)),
-    )
+def _small(*libraries: str) -> list[Group]:
+    """Returns cases in which Python takes most of the time: the sizes of tutorials and of tabular data."""
+    cases = [case(batch) for case in (log_prob, train_step, sample) for batch in (1, 256)]
+    sizes = (Size(2, (64, 64), 3), Size(6, (64, 64), 5), Size(64, (64, 64), 5))
+    return [Group("small", size, None, libraries, tuple(cases)) for size in sizes]
 
 
 _TIMES = (log_prob(8), sample(1), train_step(8))
@@ -145,7 +154,8 @@ _SWEPT = (*_TIMES, *MEMORY[1:])
 _PAIR = ("fastmaf", "naive")
 _FULL = Size(12_288, (512, 512), 7)  # of the published run
 _FULL_CASES = (
-    *(BUILD, log_prob(1), LOG_PROB, log_prob(64), SAMPLE, sample(5), sample(64), TRAIN_STEP, train_step(64)),
+    *(BUILD, log_prob(1), LOG_PROB, log_prob(64), log_prob(1_000)),
+    *(SAMPLE, sample(5), sample(64), TRAIN_STEP, train_step(64)),
     *(*MEMORY, *FILES, epoch(224)),
 )
 _LEVELS = [_FULL._replace(levels=n) for n in (16, 64, 256, 512)]
@@ -156,7 +166,7 @@ FULL = Plan(
     "full",
     (
         Group("", _FULL, None, ALL, _FULL_CASES),
-        *_small("fastmaf", "fastmaf (torch)", "naive", "dense", "nflows", "zuko"),
+        *_small("fastmaf", "fastmaf (torch)", "naive", "dense", *PEERS),
         *_sweep("features", (Size(d, (512, 512), 1) for d in (768, 3_072, 12_288, 49_152)), _PAIR, *_SWEPT),
         *_sweep("hidden_features", (Size(12_288, (h, h), 1) for h in (128, 512, 1_024, 4_096)), _PAIR, *_SWEPT),
         *_sweep("blocks", (Size(3_072, (512, 512), b) for b in (1, 3, 7, 20)), _PAIR, *_SWEPT),

@@ -130,7 +130,8 @@ def _limits(old: dict[str, str], new: dict[str, str]) -> str:
 
 
 def _name(row: Row) -> str:
-    sweep = f" at {row[row['sweep']] or 'all'} {row['sweep']}" if row["sweep"] in _KEY else ""
+    varied = "features" if row["sweep"] == "small" else row["sweep"]
+    sweep = f" at {row[varied] or 'all'} {varied}" if varied in _KEY else ""
     return f"{' '.join(filter(None, (row['case'], row['batch'])))}, {row['library']}{sweep}"
 
 

@@ -98,7 +98,8 @@ def percent(fraction: float) -> str:
 def machine_in_words(about: dict[str, str]) -> list[str]:
     """Returns what a run was measured on, in sentences that leave out what is unknown."""
     place = "card" if about.get("card") else "processor"
-    words = {place: "on {}", "torch_threads": "with {} threads", "huge_pages": "huge pages: {}", "date": "on {}"}
+    words = {place: "on {}", "torch_threads": "with {} threads", "cache_mb": "a cache of {} MB"}
+    words |= {"huge_pages": "huge pages: {}", "date": "on {}"}
     parts = [text.format(about[name]) for name, text in words.items() if about.get(name)]
     names = ("fastmaf", "commit", "torch", "python", "cuda", *LIBRARIES)
     versions = [f"{name} {about[name]}" for name in dict.fromkeys(names) if about.get(name)]

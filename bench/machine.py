@@ -80,6 +80,13 @@ def _huge_pages() -> str:
     return UNKNOWN
 
 
+def _cache_bytes() -> int:
+    """Returns the size of the processor's largest cache, 0 where it is unknown."""
+    sizes = [path.read_text().strip() for path in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size")]
+    units = {"K": 2**10, "M": 2**20, "G": 2**30}
+    return max((int(size[:-1]) * units[size[-1]] for size in sizes if size[-1:] in units), default=0)
+
+
 def cuda_seconds_once(call: Callable[[], object]) -> float:
     """Returns the time of one call on the GPU, including waits for its launches from Python."""
     start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
@@ -105,6 +112,8 @@ def _best(call: Callable[[], object], repeats: int, device: str = "cpu") -> floa
 def limits() -> dict[str, float]:
     """Measures this machine's read, copy and fused Adam rates in GB/s, matrix rate in GFLOP/s, and the time of a call.
 
+    The rates are those of arrays of 268 MB, the size of the published flow's weights. Where these fit in the cache,
+    whose size in MB is returned as well, so do the weights of a flow that is called repeatedly.
     Adam's rate is that of torch's fused step, which reads four numbers and writes three per parameter. The call is the
     smallest one of torch, in microseconds.
     """
@@ -127,6 +136,7 @@ def limits() -> dict[str, float]:
         "adam_gb_per_s": 28 * numbers / adam / 1e9,
         "sgemm_gflop_per_s": 2 * side**3 / product / 1e9,
         "launch_us": statistics.median(calls) / 1000 * 1e6,
+        "cache_mb": _cache_bytes() / 1e6,
     }
 
 
@@ -152,6 +162,7 @@ def cuda_limits() -> dict[str, float]:
         **dict.fromkeys(("read_gb_per_s", "copy_gb_per_s", "adam_gb_per_s"), 8 * numbers / copy / 1e9),
         "sgemm_gflop_per_s": 2 * side**3 / product / 1e9,
         "launch_us": _best(graph.replay, 9, "cuda") / kernels * 1e6,
+        "cache_mb": getattr(torch.cuda.get_device_properties(small.device), "L2_cache_size", 0) / 1e6,
     }
 
 

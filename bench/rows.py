@@ -63,7 +63,9 @@ class Measured(NamedTuple):
         """Returns the row; ``limits`` are the rates of the machine."""
         (sweep, size, threads, *_), case = self.group, self.case
         flow = fastmaf.MAF(size.features, size.blocks, size.hidden, order="natural", levels=size.levels, device="meta")
-        limit, must_move = case.limit(flow.visible_weights, LIBRARIES[self.library].weight_bytes, limits)
+        amounts = flow.visible_weights, LIBRARIES[self.library].weight_bytes, limits
+        limit, must_move = case.limit(*amounts)
+        in_cache = case.fits_in_cache(*amounts) if self.library.startswith("fastmaf") else ""
         median, p20, p80 = np.quantile(self.values, (0.5, 0.2, 0.8))
         share = limit / median if median else None
         values = {
@@ -85,7 +87,7 @@ class Measured(NamedTuple):
             "fraction_of_limit": share,
             "times_fastmaf": self.times_fastmaf,
             "error": None if self.error is None else f"{self.error:.1e}",
-            "note": self.note,
+            "note": "; ".join(filter(None, (self.note, in_cache))),
         }
         texts = {name: f"{value:.5g}" if isinstance(value, float) else str(value) for name, value in values.items()}
         return {name: "" if values[name] is None else texts[name] for name in COLUMNS}

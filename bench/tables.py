@@ -17,9 +17,11 @@ from fastmaf.bench.labels import (
     percent,
     size_in_words,
 )
+from fastmaf.bench.libraries import PEERS
 from fastmaf.bench.rows import Row, is_extrapolated, value
 
 About = dict[str, str]
+SMALL = "small"  # the sweep of flows in which Python takes most of the time
 
 
 def aligned(cells: Sequence[Sequence[str]], left: Sequence[int]) -> list[str]:
@@ -48,13 +50,17 @@ def table(rows: list[Row]) -> str:
     """Returns the rows as text, grouped by case and size, in the order in which these first occur."""
     groups: dict[str, list[Row]] = {}
     for row in rows:
-        groups.setdefault(_title(row), []).append(row)
+        if row["sweep"] != SMALL:
+            groups.setdefault(_title(row), []).append(row)
     lines: list[str] = []
     for title, group in groups.items():
         limits = [f"   limit {median_of(row, 'limit')} ({row['must_move']})" for row in group if row["limit"]]
         head = ("library", "median", "20–80%", "of limit", "× fastmaf", "error", "note")
         lines += ["", "".join([title, *limits[:1]])]
         lines += [f"  {line}" for line in aligned([head, *map(_cells, group)], (0, 6))]
+    if compared := _against_peers(rows):
+        lines += ["", "small flows: fastmaf's time, the fastest peer's, and the times of all as multiples of fastmaf's"]
+        lines += [f"  {line}" for line in aligned(compared, (0, 2))]
     return "\n".join(lines[1:])
 
 
@@ -90,6 +96,31 @@ def speed(rows: list[Row], about: About) -> str:
     return markdown(lines)
 
 
+def small(rows: list[Row], about: About) -> str:
+    """Returns the times of small flows: fastmaf's, the fastest peer's, and all as multiples, in Markdown."""
+    lines = _against_peers(rows)
+    return markdown(lines) if lines else "This run has no small flows."
+
+
+def _against_peers(rows: Iterable[Row]) -> list[list[str]]:
+    """Returns a table of the small flows with its head; nothing where there are none."""
+    rows = [row for row in rows if row["sweep"] == SMALL]
+    others = [name for name in libraries_of(rows) if name != "fastmaf"]
+    lines = []
+    sizes = sorted({(int(row["features"]), size_in_words([row | {"threads": ""}])) for row in rows})
+    for features, size in sizes:
+        for case, group in by_case(row for row in rows if row["features"] == str(features)).items():
+            row_of = {row["library"]: row for row in group}
+            if (fast := row_of.get("fastmaf")) is None:
+                continue
+            peers = [row for row in group if row["library"] in PEERS and row["times_fastmaf"]]
+            best = min(peers, key=lambda row: float(row["times_fastmaf"]), default=None)
+            beside = ("–", "–") if best is None else (f"{median_of(best)} ({best['library']})", _multiple(best))
+            multiples = [_multiple(row_of[name]) if name in row_of else "–" for name in others]
+            lines.append([f"{case_in_words(*case)}, {size}", median_of(fast), *beside, *multiples])
+    return [["", "fastmaf", "best peer", "peer / fastmaf", *others], *lines] if lines else []
+
+
 def memory(rows: list[Row], about: About) -> str:
     """Returns the peak memory, in Markdown."""
     rows = [row for row in rows if not row["sweep"] and row["unit"] == "GB"]
@@ -116,7 +147,7 @@ def growth(rows: list[Row], about: About) -> str:
     return markdown(lines)
 
 
-MARKDOWN = {"machine": machine, "speed": speed, "memory": memory, "growth": growth}
+MARKDOWN = {"machine": machine, "speed": speed, "small": small, "memory": memory, "growth": growth}
 
 
 def position(row: Row) -> float:

@@ -173,7 +173,7 @@ class Server:
             for i in range(3):
                 self.library.train_step(self._draw(batch, i))
         elif case == "sampling memory" and self.library.inverts_by_passes:
-            self.library.inverse(self._draw(batch), 8)  # every pass takes as much as the first
+            self.library.inverse(self._draw(batch), min(8, self.library.size.features))  # all passes take as much
         elif case == "sampling memory":
             self.library.sample(batch)
         peak = self._build_bytes if case == "build memory" else machine.peak_bytes(self._device)
@@ -215,7 +215,7 @@ class Server:
         """Draws whole samples if that takes less than ten times ``seconds``, else extrapolates from some passes."""
         library, z = self.library, self._draw(batch)
         features, _, blocks, _ = library.size
-        total, few, seconds_of_one = features * blocks, 4, 0.0
+        total, few, seconds_of_one = features * blocks, min(4, features), 0.0
         if library.inverts_by_passes:
             library.inverse(z, few)
             seconds_of_one = self._clock(partial(library.inverse, z, few)) / few

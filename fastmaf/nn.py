@@ -39,7 +39,8 @@ class MaskedLinear(Constants):
 
     Attributes:
         weight: the packed weight, 1-D; ``layout`` maps it to the matrix. Its padding is zero: values written there are
-            cleared before the weight is used or saved.
+            cleared before the weight is used or saved. A ``state_dict`` holds it as it is; one of an earlier version,
+            packed otherwise, is converted when it is loaded.
         bias: ``[out_features]``.
 
     Raises:

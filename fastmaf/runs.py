@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from fastmaf import hooks
-from fastmaf.kernels import FlowArgs, flow_args, flow_forward, flow_inverse
+from fastmaf.kernels import FlowArgs, composite, flow_args, flow_forward, flow_inverse
 from fastmaf.kernels.flow.saved import saved_numel
 from fastmaf.nn import MADE, MaskedLinear
 from fastmaf.transforms import AffineAutoregressive, Permutation, Transform
@@ -95,6 +95,13 @@ class Runs:
             runs, unchanged = _cut(transforms), _watch(transforms)
         self._known = None if unchanged is None else (unchanged, runs)
         return runs
+
+    def single(self, transforms: Sequence[Transform]) -> FlowArgs | None:
+        """Returns the arguments of the one op that takes all transforms; None if there is none, or in a mode."""
+        if _in_a_mode() or composite.needed():
+            return None
+        runs = self.of(transforms)
+        return runs[0].forward if len(runs) == 1 and isinstance(runs[0], Run) else None
 
     def forward(self, transforms: Sequence[Transform], x: Tensor) -> tuple[Tensor, Tensor]:
         """Applies the transforms in turn; returns ``z`` ``[N, D]`` and ``ladj`` ``[N]`` = log |det dz/dx|."""

@@ -22,14 +22,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastmaf.kernels import native_library
-from fastmaf.kernels.dispatch import missing
+from fastmaf.kernels import storage
 from fastmaf.kernels.layout import PANEL, padding, zero_padding
 from fastmaf.kernels.tensor_cache import cached
 
 _version, _dtype, _value = map(operator.attrgetter, ("_version", "dtype", "value"))
 _INTEGERS = {ctypes.sizeof(kind): kind for kind in (ctypes.c_uint8, ctypes.c_uint16, ctypes.c_uint32, ctypes.c_uint64)}
-_NATIVE = (torch.float32, torch.float64, torch.bfloat16)
 
 
 class _Known(NamedTuple):
@@ -65,7 +63,7 @@ class _Known(NamedTuple):
         dtypes = [weight.dtype for weight in weights]
         if addresses == self.addresses and dtypes == self.dtypes:
             return self._replace(versions=versions)
-        probes = []
+        probes: list[Any] = []
         for weight, *layout in zip(weights, prefixes, panels, strict=True):
             size = weight.element_size()
             addresses_of_probes = (weight.data_ptr() + place * size for place in _places(weight, *layout))
@@ -98,9 +96,8 @@ def without_padding(weight: Tensor, prefix: Tensor, panels: Tensor) -> Tensor:
 
 
 def _zero(weights: Sequence[Tensor], prefixes: Sequence[Tensor], panels: Sequence[Tensor]) -> None:
-    on_cpu = all(weight.device.type == "cpu" and weight.dtype in _NATIVE for weight in weights)
-    if False and on_cpu and missing("flow", "native") is None:
-        native_library.zero_padding(weights, prefixes, panels)
+    if all(weight.device.type == "cpu" for weight in weights):
+        storage.zero_padding(weights, prefixes, panels)
         return
     # In inference mode, and through .data, neither a leaf that requires gradients nor an inference tensor refuses, and
     # the weight's own version stays.

@@ -13,7 +13,7 @@ import functools
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -28,6 +28,7 @@ _EXPONENTS = {
     torch.float32: 0x7F80_0000,
     torch.float64: 0x7FF0_0000_0000_0000,
 }
+_BITS_OF = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 _POINTER, _INT, _BITS = ctypes.c_void_p, ctypes.c_int64, ctypes.c_uint64
 _ARGUMENTS = {
     "fastmaf_rows_to_panels": [*[_POINTER] * 4, *[_INT] * 4, _BITS],
@@ -50,12 +51,12 @@ def _library() -> ctypes.CDLL | None:
 
 
 class Part(NamedTuple):
-    """Panels ``start..end`` of a layer; their rows are ``count`` numbers, from ``first`` on of those of all rows."""
+    """Panels ``start..end`` of a layer; their rows are ``numel`` numbers, from ``first`` on of those of all rows."""
 
     start: int
     end: int
     first: int
-    count: int
+    numel: int
 
 
 def parts(layout: PackedLayout, itemsize: int) -> list[Part]:
@@ -99,7 +100,7 @@ def rows_to_panels(rows: Tensor, weight: Tensor, layout: PackedLayout, part: Par
     """Writes the panels of a part, padding included, from its rows; returns whether all numbers are finite.
 
     Args:
-        rows: ``[part.count]``, contiguous, on the CPU.
+        rows: ``[part.numel]``, contiguous, on the CPU.
         weight: the packed weight, contiguous, on the CPU; of the dtype of ``rows``.
     """
     library = _library()
@@ -107,11 +108,11 @@ def rows_to_panels(rows: Tensor, weight: Tensor, layout: PackedLayout, part: Par
         return bool(
             library.fastmaf_rows_to_panels(rows.data_ptr(), weight.data_ptr(), *_described(weight, layout, part))
         )
-    with torch.inference_mode():
-        for dense, visible, panels, numbers in _dense(rows, weight.detach(), layout, part):
-            dense.zero_().flatten(0, 1)[: len(visible)].masked_scatter_(visible, numbers)
-            panels.copy_(dense.mT)
-        return bool(torch.isfinite(rows).all())
+    for dense, visible, panels, numbers in _dense(rows, weight, layout, part):
+        dense[:] = 0
+        dense.reshape(-1, dense.shape[2])[: len(visible)][visible] = numbers
+        panels[:] = dense.swapaxes(1, 2)
+    return _finite(rows)
 
 
 def panels_to_rows(weight: Tensor, rows: Tensor, layout: PackedLayout, part: Part) -> bool:
@@ -121,11 +122,10 @@ def panels_to_rows(weight: Tensor, rows: Tensor, layout: PackedLayout, part: Par
         return bool(
             library.fastmaf_panels_to_rows(weight.data_ptr(), rows.data_ptr(), *_described(weight, layout, part))
         )
-    with torch.inference_mode():
-        for dense, visible, panels, numbers in _dense(rows, weight.detach(), layout, part):
-            dense.copy_(panels.mT)
-            numbers.copy_(dense.flatten(0, 1)[: len(visible)][visible])
-        return bool(torch.isfinite(rows).all())
+    for dense, visible, panels, numbers in _dense(rows, weight, layout, part):
+        dense[:] = panels.swapaxes(1, 2)
+        numbers[:] = dense.reshape(-1, dense.shape[2])[: len(visible)][visible]
+    return _finite(rows)
 
 
 def _described(weight: Tensor, layout: PackedLayout, part: Part) -> tuple[int, ...]:
@@ -133,20 +133,29 @@ def _described(weight: Tensor, layout: PackedLayout, part: Part) -> tuple[int, .
     return prefix, panels, layout.out_features, part.start, part.end, weight.element_size(), _EXPONENTS[weight.dtype]
 
 
-def _dense(
-    rows: Tensor, weight: Tensor, layout: PackedLayout, part: Part
-) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
-    """Yields an empty ``[panels, 16, width]``, the mask ``[rows, width]`` of its rows, the panels, and their rows."""
-    first = 0
+def _dense(rows: Tensor, weight: Tensor, layout: PackedLayout, part: Part) -> Iterator[tuple[Any, Any, Any, Any]]:
+    """Yields an empty ``[panels, 16, width]``, the mask ``[rows, width]`` of its rows, the panels, and their rows.
+
+    They are bits in arrays of NumPy, whose operations run on this thread: torch would share out the little work of
+    each, and wait for its threads thousands of times.
+    """
+    bits, rows, first = _BITS_OF[rows.element_size()], rows.detach(), 0
+    weight = weight.detach().view(bits)
     for run in layout.runs:
         start, end = max(run.start, part.start), min(run.end, part.end)
-        if start < end:
-            sees = layout.prefix[PANEL * start : PANEL * end]
-            visible = torch.arange(run.width, device="cpu") < sees[:, None]
-            count = int(sees.sum())
-            dense = rows.new_empty(end - start, PANEL, run.width)
-            yield dense, visible, run.of(weight)[start - run.start : end - run.start], rows[first : first + count]
-            first += count
+        if start < end and run.width:
+            sees = layout.prefix[PANEL * start : PANEL * end].numpy()
+            visible = torch.arange(run.width, device="cpu").numpy() < sees[:, None]
+            numel = int(sees.sum())
+            dense = torch.empty(end - start, PANEL, run.width, dtype=bits, device="cpu").numpy()
+            panels = run.of(weight)[start - run.start : end - run.start].numpy()
+            yield dense, visible, panels, rows[first : first + numel].view(bits).numpy()
+            first += numel
+
+
+def _finite(rows: Tensor) -> bool:
+    exponent = _EXPONENTS[rows.dtype]
+    return bool((rows.detach().view(_BITS_OF[rows.element_size()]).numpy() & exponent != exponent).all())
 
 
 def to_rows(weight: Tensor, layout: PackedLayout) -> Tensor:
@@ -154,7 +163,7 @@ def to_rows(weight: Tensor, layout: PackedLayout) -> Tensor:
     weight = weight.detach().contiguous()
     rows = weight.new_empty(layout.visible)
     for part in parts(layout, weight.element_size()):
-        panels_to_rows(weight, rows[part.first : part.first + part.count], layout, part)
+        panels_to_rows(weight, rows[part.first : part.first + part.numel], layout, part)
     return rows
 
 
@@ -169,7 +178,7 @@ def from_rows(rows: Tensor, layout: PackedLayout) -> Tensor:
     rows = rows.detach().contiguous()
     weight = rows.new_empty(layout.numel)
     for part in parts(layout, weight.element_size()):
-        rows_to_panels(rows[part.first : part.first + part.count], weight, layout, part)
+        rows_to_panels(rows[part.first : part.first + part.numel], weight, layout, part)
     return weight
 
 
@@ -218,9 +227,9 @@ def _write_uniform(weight: Tensor, layout: PackedLayout, bound: float, seed: int
     todo = parts(layout, dtype.itemsize)
 
     def work(items: Iterator[Part]) -> None:
-        buffer = torch.empty(max(part.count for part in todo), dtype=dtype, device="cpu")
+        buffer = torch.empty(max(part.numel for part in todo), dtype=dtype, device="cpu")
         for part in items:
-            rows = buffer[: part.count]
+            rows = buffer[: part.numel]
             _fill_uniform(rows, seed, part.first, bound)
             rows_to_panels(rows.to(weight.dtype), weight, layout, part)
 
@@ -235,19 +244,25 @@ def _fill_uniform(numbers: Tensor, seed: int, first: int, bound: float) -> None:
         fill(numbers.data_ptr(), numbers.numel(), seed, first, bound)
         return
     bits = 53 if double else 24
-    z = torch.arange(first + 1, first + 1 + numbers.numel(), device="cpu").mul_(_signed(0x9E3779B97F4A7C15))
-    z.add_(_signed(seed))  # int64 wraps around as uint64 does
+    # Arrays of int64, which wrap around as uint64 does; see ``_dense``.
+    z: Any = torch.empty(numbers.numel(), dtype=torch.int64, device="cpu").numpy()
+    z[:] = 1
+    z.cumsum(out=z)
+    z += first  # the index, and one
+    z *= _signed(0x9E3779B97F4A7C15)
+    z += _signed(seed)
     for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB), (31, 1)):
-        z.bitwise_xor_(_shifted(z, shift)).mul_(_signed(factor))
-    scale = torch.tensor(bound, dtype=numbers.dtype, device="cpu") / 2 ** (bits - 1)
-    with torch.inference_mode():
-        numbers.copy_(_shifted(z, 64 - bits).sub_(2 ** (bits - 1))).mul_(scale)
+        z ^= _shifted(z, shift)
+        z *= _signed(factor)
+    values: Any = numbers.numpy()
+    values[:] = _shifted(z, 64 - bits) - 2 ** (bits - 1)
+    values *= bound / 2 ** (bits - 1)
 
 
 def _signed(bits: int) -> int:
     return (bits + 2**63) % 2**64 - 2**63
 
 
-def _shifted(z: Tensor, shift: int) -> Tensor:
+def _shifted(z: Any, shift: int) -> Any:
     """Returns ``z >> shift`` of unsigned numbers."""
-    return (z >> shift).bitwise_and_(2 ** (64 - shift) - 1)
+    return (z >> shift) & (2 ** (64 - shift) - 1)

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from fastmaf.bench import figures
 from fastmaf.bench.labels import case_in_words, digits
+from fastmaf.bench.libraries import PEERS
 from fastmaf.bench.rows import Row, is_extrapolated, read
 from fastmaf.bench.tables import MARKDOWN, About, by_case, markdown, median_of
 
@@ -20,7 +21,6 @@ ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "bench" / "results"
 PAGES = (ROOT / "README.md", ROOT / "docs" / "guides" / "benchmarks.md")
 
-_LIBRARIES = ("nflows", "zuko", "normflows", "flowjax")
 _SUMMARY = (("sample", "1"), ("sample", "64"), ("train step", "8"), ("training memory", "8"))
 
 
@@ -36,7 +36,7 @@ def summary(rows: list[Row], about: About, detection: list[dict[str, str]]) -> s
     lines = [["", "fastmaf", "best other", "naive or published"]]
     for case in _SUMMARY:
         row_of = {row["library"]: row for row in cases.get(case, [])}
-        others = [row_of[name] for name in _LIBRARIES if name in row_of]
+        others = [row_of[name] for name in PEERS if name in row_of]
         if "fastmaf" in row_of:
             fastmaf = row_of["fastmaf"]
             best = min(others, key=lambda row: _times(row, fastmaf), default=None)

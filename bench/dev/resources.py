@@ -95,6 +95,7 @@ def _use(flow: fastmaf.MAF, batches: Sequence[int]) -> None:
         gradients.squared_norm()
         updates.step(gradients)
         with torch.no_grad():
+            stored.log_prob(x)
             for model in (flow, stored) if batch == batches[0] else (flow,):
                 model.log_prob(x)
                 model.sample(batch)

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from fastmaf.bench.libraries.base import Library, Size
 
-__all__ = ["LIBRARIES", "Entry", "Library", "Size", "library_class"]
+__all__ = ["LIBRARIES", "PEERS", "Entry", "Library", "Size", "library_class"]
 
 
 class Entry(NamedTuple):
@@ -48,6 +48,7 @@ LIBRARIES = {
     ),
     "flowjax": Entry(".flowjax_side", "Flowjax", f"{DOCUMENTED}, on JAX", "#882255", "flowjax", device="cpu"),
 }
+PEERS = tuple(name for name, entry in LIBRARIES.items() if entry.package is not None)  # not part of fastmaf
 
 
 def library_class(entry: Entry) -> type[Library]:

@@ -94,7 +94,9 @@ class Flowjax(Library):
         features, hidden = self.size.features, self.size.hidden
         degrees = [torch.arange(h) % (features - 1) + 1 for h in hidden]
         order, blocks = torch.arange(features), []
-        for i, next_order in enumerate(_torch(permutation.permutation[0]).long()):
+        # Of two dimensions it makes no permutation but a flip.
+        after = _torch(permutation.permutation[0]).long() if features > 2 else [order.flip(0)] * self.size.blocks
+        for i, next_order in enumerate(after):
             blocks.append(DenseBlock([w[i] for w in weights], [b[i] for b in biases], degrees, order))
             order = order[next_order]
         return ConvertedFlow(blocks, lambda raw: torch.log(functional.softplus(raw) + SMALLEST_SCALE))

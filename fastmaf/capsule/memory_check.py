@@ -89,5 +89,7 @@ def _planned(config: TrainConfig) -> fastmaf.Flow:
 def disk_needed(config: TrainConfig) -> int:
     """Returns the bytes of a checkpoint: the model and the optimiser's two moments."""
     flow = _planned(config)
-    weights = sum(tensor.nbytes for tensor in flow.state_dict().values())
-    return weights + 2 * sum(parameter.nbytes for parameter in flow.parameters())
+    tensors = sum(tensor.nbytes for tensor in flow.state_dict().values())
+    moments = 2 * sum(parameter.nbytes for parameter in flow.parameters())
+    padding = (flow.stored_weights - flow.visible_weights) * next(flow.parameters()).element_size()  # not in files
+    return tensors + moments - 3 * padding

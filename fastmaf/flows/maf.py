@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -161,7 +162,8 @@ def interleave_permutations(blocks: Sequence[Transform], order_of_block: Sequenc
     result: list[Transform] = []
     for block, order in zip((*blocks, None), (*order_of_block, natural), strict=True):
         if not torch.equal(frame, order):
-            result.append(Permutation(frame.argsort()[order]))
+            # By NumPy, on this thread: torch would wait for others longer than this takes.
+            result.append(Permutation(torch.from_numpy(np.argsort(frame.numpy())[order.numpy()])))
             frame = order
         if block is not None:
             result.append(block)

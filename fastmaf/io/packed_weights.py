@@ -95,9 +95,9 @@ def _read_rows(file: TensorFile, name: str, layer: MaskedLinear) -> None:
     todo = parts(layout, weight.element_size())
 
     def work(items: Iterator[Part]) -> None:
-        buffer = torch.empty(max(part.count for part in todo), dtype=weight.dtype, device="cpu")
+        buffer = torch.empty(max(part.numel for part in todo), dtype=weight.dtype, device="cpu")
         for part in items:
-            rows = buffer[: part.count]
+            rows = buffer[: part.numel]
             file.read_into(rows, name, part.first)
             if not rows_to_panels(rows, weight, layout, part):
                 raise _not_finite(name)
@@ -125,9 +125,9 @@ def streamed_rows(weight: Tensor, layer: MaskedLinear, name: str, path: object) 
     def chunks() -> Iterator[Tensor]:
         packed = weight.detach().cpu().contiguous()
         todo = parts(layout, packed.element_size())
-        buffer = packed.new_empty(max(part.count for part in todo))
+        buffer = packed.new_empty(max(part.numel for part in todo))
         for part in todo:
-            rows = buffer[: part.count]
+            rows = buffer[: part.numel]
             if not panels_to_rows(packed, rows, layout, part):
                 raise not_finite(name, path)
             yield rows

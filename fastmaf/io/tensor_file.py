@@ -250,6 +250,5 @@ def save_file(tensors: Mapping[str, Tensor | Streamed], path: Path, metadata: Ma
     with open(path, "wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
         for _, tensor in named:
-            whole = isinstance(tensor, Tensor)
-            for chunk in [tensor.detach().cpu().contiguous().flatten()] if whole else tensor.chunks():
-                file.write(chunk.view(torch.uint8).numpy().data)
+            for chunk in tensor.chunks() if isinstance(tensor, Streamed) else [tensor.detach().cpu().flatten()]:
+                file.write(chunk.contiguous().view(torch.uint8).numpy().data)

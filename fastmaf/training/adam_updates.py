@@ -12,7 +12,7 @@ from fastmaf.kernels import empty_on_huge_pages
 from fastmaf.kernels.adam.update import AdamNumbers, Update
 
 # torch would convert a Python number to a tensor for each counter.
-_ONE = torch.ones((), dtype=torch.float32, device="cpu")
+ONE = torch.ones((), dtype=torch.float32, device="cpu")
 
 
 class StepCounts:
@@ -40,7 +40,7 @@ class StepCounts:
         on_gpu = {parameter: counter for parameter, counter in counters.items() if not counter.is_cpu}
         values = [self.of(*entry) for entry in on_gpu.items()]
         if on_cpu:
-            torch._foreach_add_(on_cpu, [_ONE] * len(on_cpu))
+            torch._foreach_add_(on_cpu, [ONE] * len(on_cpu))
         if on_gpu:
             torch._foreach_add_(list(on_gpu.values()), 1)
         for (parameter, counter), value in zip(on_gpu.items(), values, strict=True):

@@ -12,6 +12,7 @@ from torch.optim import optimizer as torch_optimizer
 
 from fastmaf.kernels.factored_grad import GradientSink
 from fastmaf.training.adam_updates import BeginUpdate, EagerUpdates, StepCounts
+from fastmaf.training.cpu_step import is_usual, step_on_cpu_
 from fastmaf.training.gradient_sink import Gradients, backward, has_hooks, single_uses
 from fastmaf.training.guards import check_loss, check_processes, clip_scale
 
@@ -31,7 +32,9 @@ class FusedAdam(torch.optim.Adam):
     number per weight, and writing and reading it.
 
     The state has the names and shapes of that of ``torch.optim.Adam``; either optimiser can load the other's
-    ``state_dict``.
+    ``state_dict``. Moments of packed weights lie where the weights do: those that a version of fastmaf with another
+    packing saved are of no use, and ``load_state_dict`` refuses them where their size tells. A ``torch.optim.Adam``
+    fails at its next step instead.
 
     Args:
         params: parameters or groups, as for any torch optimiser.
@@ -64,11 +67,34 @@ class FusedAdam(torch.optim.Adam):
         if not (chosen or group["capturable"] or group["differentiable"]):
             group["fused"] = all(p.device.type in ("cpu", "cuda") and p.is_floating_point() for p in group["params"])
 
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Loads the state of this optimiser or of a ``torch.optim.Adam``.
+
+        Raises:
+            ValueError: the state is of other parameters: their number or the shapes of moments differ.
+        """
+        parameters = [p for group in self.param_groups for p in group["params"]]
+        saved = [i for group in state_dict["param_groups"] for i in group["params"]]
+        for number, parameter in zip(saved, parameters, strict=False):  # torch checks how many there are
+            for name, value in state_dict["state"].get(number, {}).items():
+                if isinstance(value, Tensor) and value.dim() and value.shape != parameter.shape:
+                    raise ValueError(
+                        f"{name} of parameter {number}: expected shape {tuple(parameter.shape)}; found "
+                        f"{tuple(value.shape)}: the state is of another model, or of a version of fastmaf that packed "
+                        "weights otherwise; begin with a new optimiser"
+                    )
+        super().load_state_dict(state_dict)
+
     def _init_group(self, group: dict[str, Any], params_with_grad: list[Tensor], *lists: Any) -> bool:
         """Marks the parameters of a fused step as modified: unlike torch's other kernels, the fused ones do not.
 
-        The fused kernels ignore strides as well, so a group with strided memory stops using them.
+        The fused kernels ignore strides as well, so a group with strided memory stops using them. On the CPU the step
+        of a group is taken here where all is as usual, and nothing is left for torch: its own preparations take longer
+        than the arithmetic of small parameters.
         """
+        scaled = getattr(self, "grad_scale", None) is not None or getattr(self, "found_inf", None) is not None
+        if not scaled and is_usual(group) and step_on_cpu_(group, self.state):
+            return False
         has_complex: bool = super()._init_group(group, params_with_grad, *lists)
         if not all(tensor.is_contiguous() for tensor in (*params_with_grad, *lists[0])):
             group["fused"] = False

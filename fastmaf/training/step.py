@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from fastmaf.flows import Flow
+from fastmaf.training.direct_loss import DirectLoss
 from fastmaf.training.fused_adam import FusedAdam
 from fastmaf.training.graphed_step import GraphedSteps
 from fastmaf.training.guards import Guards, NonFiniteLossError, check_processes, clip_scale
@@ -91,7 +92,11 @@ class TrainingStep:
         self.optimizer.zero_grad(set_to_none=True)
         graphed = None if self._graphs is None else self._graphs.get(x)
         with not_validating():  # the loss is checked below
-            loss = -self.flow.log_prob(x).mean() if graphed is None else graphed.forward(x)
+            direct = DirectLoss.of(self.flow, x) if self._is_direct(len(x)) else None
+            if direct is not None:
+                loss = direct.value
+            else:
+                loss = -self.flow.log_prob(x).mean() if graphed is None else graphed.forward(x)
         nll = float(loss.detach())
         if not math.isfinite(nll):
             raise NonFiniteLossError(f"the NLL of a batch became {nll} at step {self.steps + 1}")
@@ -105,15 +110,15 @@ class TrainingStep:
             self._warming = self.steps < self.guards.warmup_steps
         if graphed is not None:
             return StepReport(nll, skipped=not graphed.minimize())
-        taken = self._minimize(loss, len(x))
+        taken = self._minimize(loss if direct is None else direct, len(x))
         if taken and self._graphs is not None:
             self._graphs.ran_eagerly(x)
         return StepReport(nll, skipped=not taken)
 
-    def _minimize(self, loss: Tensor, batch: int) -> bool:
+    def _minimize(self, loss: Tensor | DirectLoss, batch: int) -> bool:
         """Takes a step on a finite loss; returns whether it was taken."""
         if isinstance(self.optimizer, FusedAdam):
-            if not self._stores_gradients(batch):
+            if isinstance(loss, Tensor) and not self._stores_gradients(batch):
                 return self.optimizer.minimize(loss, self._max_norm, check_finite=False)
             check_processes()
         loss.backward()
@@ -134,6 +139,12 @@ class TrainingStep:
         """
         small = self._max_norm is not None or self._weights <= _FEW_WEIGHTS
         return small and self._graphs is None and batch * self._factors_per_sample > self._weights
+
+    def _is_direct(self, batch: int) -> bool:
+        """Returns whether to do without autograd where it is possible: it takes time where gradients are small."""
+        if self._graphs is not None or not isinstance(self.optimizer, FusedAdam):
+            return False
+        return self._weights <= _FEW_WEIGHTS or self._stores_gradients(batch)
 
     def _jumps(self, nll: float) -> bool:
         """Returns whether the loss exceeds its running mean by more than the limit, and updates that mean."""

@@ -76,7 +76,7 @@ def _multiply(layout: PackedLayout, batch: int, zeros: Callable[..., Tensor], tr
             torch.baddbmm(bias[places].view(-1, 1, PANEL), x.expand(count, -1, -1), panels)
         if not training:
             continue
-        x.addmm_(y, panels.view(run.width, -1).t())
+        x.addmm_(y, panels.view(run.width, count * PANEL).t())
         if count == 1:
             torch.mm(inputs_t[: run.width], y, out=panels[0])
         else:
@@ -120,6 +120,7 @@ def _triton_bytes(flow: Flow, n: int, device: torch.device, *, training: bool) -
                 layer.layout.panels, host, layer.in_features, shape.rows, shape.columns, programs
             )
             from_above = 4 * plane if is_output else n * layer.out_features + 2 * plane
+            from_above += n * layer.out_features if n > MOST_LANES else 0  # the gradient transposed
             numbers.append(work.slots * n * layer.in_features + from_above)
         elif not is_output:
             programs = -(-sms * launch.programs_per_sm // tiles)

@@ -120,7 +120,7 @@ def forward(h: Tensor, x: Tensor, args: AffineArgs) -> tuple[Tensor, Tensor, Ten
 def forward_into(z: Tensor, log_scale: Tensor, shares: Tensor, h: Tensor, x: Tensor, args: AffineArgs) -> None:
     """Writes ``z``, ``log_scale`` and the shares ``[shares_of, N]`` (float64) of the log-determinants."""
     (n, hidden), features = h.shape, x.shape[1]
-    shape, affine_map = linear.shape_of(h, n), args.affine_map
+    shape, affine_map = linear.shape_of(h, n, args.weight.dtype), args.affine_map
     panels = work_lists.on_device(args.panels, h.device)
     work = work_lists.forward(args.panels, h.device, shape.rows, shape.columns, 0)  # rows suffice: nothing is split
     common.launch(

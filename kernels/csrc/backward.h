@@ -13,7 +13,9 @@
 namespace fastmaf {
 namespace FASTMAF_ISA {
 
-inline constexpr long kStepColumns = 12;    // of a panel that go through both products at once
+inline constexpr long kStepColumns = 12;    // that go through both products at once
+inline constexpr long kGradientPanels = 4;  // whose rows' gradients are formed together
+inline constexpr long kGradientRows = kGradientPanels * kPanel;
 inline constexpr long kChainSamples = 64;   // samples whose terms are summed in one chain of roundings
 inline constexpr long kFusedSamples = 128;  // with more, grad_x is formed in a pass of its own, some samples at a time
 
@@ -25,20 +27,23 @@ class Sink {
 
   double square = 0;  // kNorm
 
-  // g [columns][16] belongs at columns k .. of panel p; it may be changed.
+  // g, 16 numbers of each column kStride apart, belongs at columns k .. of panel p; it may be changed.
+  template <long kStride>
   void run(long p, long k, long columns, T* g) {
     const long ragged = std::max(k, w_.full(p));
-    for (long i = ragged - k; i < columns; ++i) hide(p, k + i, g + i * kPanel);
-    const long at = (w_.starts[p] + k) * kPanel, count = columns * kPanel;
+    for (long i = ragged - k; i < columns; ++i) hide(p, k + i, g + i * kStride);
+    const long at = (w_.starts[p] + k) * kPanel;
     switch (t_.mode) {
       case kWrite:
-        std::copy(g, g + count, static_cast<T*>(t_.grad) + at);
+        for (long i = 0; i < columns; ++i) std::copy(g + i * kStride, g + i * kStride + kPanel, static_cast<T*>(t_.grad) + at + i * kPanel);
         break;
       case kNorm:
-        for (long i = 0; i < count; ++i) square += static_cast<double>(g[i]) * g[i];
+        for (long i = 0; i < columns; ++i)
+          for (long r = 0; r < kPanel; ++r) square += static_cast<double>(g[i * kStride + r]) * g[i * kStride + r];
         break;
       case kAdam:
-        a_.weight_decay == 0 && a_.maximize == 0 ? adam<true>(at, count, g) : adam<false>(at, count, g);
+        for (long i = 0; i < columns; ++i)
+          plain_ ? adam<true>(at + i * kPanel, g + i * kStride) : adam<false>(at + i * kPanel, g + i * kStride);
         if (!(a_.eps > 0))  // the padding's step was 0 / 0
           for (long i = ragged - k; i < columns; ++i) hide(p, k + i, static_cast<T*>(t_.weight) + at + i * kPanel);
         break;
@@ -70,15 +75,15 @@ class Sink {
 
   // kPlain: without weight decay, and minimising.
   template <bool kPlain>
-  void adam(long at, long count, const T* grad) const {
+  FASTMAF_INLINE void adam(long at, const T* grad) const {
     T *w = static_cast<T*>(t_.weight) + at, *m = static_cast<T*>(t_.exp_avg) + at, *v = static_cast<T*>(t_.exp_avg_sq) + at;
-    for (long i = 0; i < count; i += kLanes<T>) {
+    for (long i = 0; i < kPanel; i += kLanes<T>) {
       Vec<T> g = load(grad + i), wv = load(w + i), mv = load(m + i), vv = load(v + i);
       if (!kPlain && a_.maximize != 0) g = -g;
       if (!kPlain && a_.weight_decay != 0) a_.decoupled != 0 ? wv *= keep_ : g += decay_ * wv;
       mv += first_ * (g - mv);
       vv = beta2_ * vv + second_ * (g * g);
-      wv -= step_ * mv / (square_root<T>(vv) * correction_ + eps_);
+      wv -= step_ * over_root<T>(mv, vv, correction_, eps_);
       store(w + i, wv);
       store(m + i, mv);
       store(v + i, vv);
@@ -90,13 +95,14 @@ class Sink {
   const AdamNumbers a_;
   const T first_ = 1 - a_.beta1, second_ = 1 - a_.beta2, beta2_ = a_.beta2, step_ = a_.step_size, eps_ = a_.eps,
           correction_ = 1 / a_.correction2_sqrt, decay_ = a_.weight_decay, keep_ = 1 - a_.lr * a_.weight_decay;
+  const bool plain_ = a_.weight_decay == 0 && a_.maximize == 0;
 };
 
-// The gradient g of 32 rows' products, as both products want it.
+// The gradient g of the products of a group of panels' rows, as both products want it.
 template <class T>
-struct PairGradient {
-  T* by_sample;  // [n][32]
-  T* by_row;     // [32][padded]
+struct Gradient {
+  T* by_sample;  // [padded n][kGradientRows]
+  T* by_row;     // [kGradientRows / fold][padded n][fold]
 };
 
 // n in whole vectors.
@@ -105,29 +111,36 @@ constexpr long padded(long n) {
   return round_up(n, static_cast<long>(kLanes<T>));
 }
 
+// Where the samples fill half a vector only, two rows share one, by turns: half the multiply-adds. grad_x then has two terms of each
+// sample next to each other.
+template <class T>
+constexpr int fold_of(long n) {
+  return sizeof(T) == 4 && kLanes<T> > 1 && 2 * n <= kLanes<T> ? 2 : 1;
+}
+
 template <class T>
 void linear_gradient(const Source& s, long rows, long n, long row, T* g) {
   const T *grad = static_cast<const T*>(s.grad_y) + row, *of = static_cast<const T*>(s.relu_of);
-  const long count = std::min(kPairRows, rows - row);
+  const long count = std::min(kGradientRows, rows - row);
   const T scale = static_cast<T>(s.scale);
-  for (long i = 0; i < n; ++i, g += kPairRows, grad += rows) {
+  for (long i = 0; i < n; ++i, g += kGradientRows, grad += rows) {
     for (long r = 0; r < count; ++r) g[r] = of && !(of[i * rows + row + r] > 0) ? T(0) : grad[r] * scale;
-    std::fill(g + count, g + kPairRows, T(0));
+    std::fill(g + count, g + kGradientRows, T(0));
   }
 }
 
 template <class T>
 void affine_gradient(const Source& s, long rows, long n, long row, T* g) {
   constexpr int L = kLanes<T>;
-  const long features = rows / 2, first = row / 2, dims = std::min(kPanel, features - first);
+  const long features = rows / 2, first = row / 2, dims = std::min(kGradientRows / 2, features - first);
   const T scale = static_cast<T>(s.scale);
-  std::fill(g, g + n * kPairRows, T(0));
-  for (long i = 0; i < n; ++i, g += kPairRows)
+  if (2 * dims < kGradientRows) std::fill(g, g + n * kGradientRows, T(0));
+  for (long i = 0; i < n; ++i, g += kGradientRows)
     for (long d = 0; d < dims; d += L) {
       const long at = i * features + first + d, count = std::min<long>(L, dims - d);
       const auto get = [&](const void* p) {
         const T* from = static_cast<const T*>(p) + at;
-        prefetch(from + kPanel);  // of the next rows; the next sample's lie pages away
+        prefetch(from + kGradientRows / 2);  // the next group's: nothing else fetches it, as the next sample's lies pages away
         return count == L ? load(from) : load_part<T>(from, count);
       };
       const Vec<T> a = get(s.log_scale), grad_z = get(s.grad_z);
@@ -145,77 +158,117 @@ void affine_gradient(const Source& s, long rows, long n, long row, T* g) {
       if (s.grad_log_scale) grad_a += get(s.grad_log_scale);
       grad_a *= slope_of<T>(a, s.map);
       T pairs[2 * L];
-      zip<T>(grad_shift * scale, grad_a * scale, pairs);
-      std::copy(pairs, pairs + 2 * count, g + 2 * d);
+      zip<T>(grad_shift * scale, grad_a * scale, count == L ? g + 2 * d : pairs);
+      if (count < L)
+        for (long j = 0; j < 2 * count; ++j) g[2 * d + j] = pairs[j];
       if (s.grad_x) {
         T* to = static_cast<T*>(s.grad_x) + at;
-        prefetch(to + kPanel);
+        prefetch(to + kGradientRows / 2);
         count == L ? store(to, grad_x) : store_part(to, grad_x, count);
       }
     }
 }
 
+// Fills g.by_row from g.by_sample [padded n].
 template <class T>
-void make_gradient(const Source& s, long rows, long n, long row, const PairGradient<T>& g, T* grad_bias) {
+void fill_by_row(const Gradient<T>& g, long n, long wide) {
+  constexpr long L = kLanes<T>;
+  if (fold_of<T>(n) == 2) {
+    std::fill(g.by_row, g.by_row + kGradientRows / 2 * wide, T(0));
+    for (long i = 0; i < n; ++i)
+      for (long r = 0; r < kGradientRows; ++r) g.by_row[r / 2 * wide + 2 * i + r % 2] = g.by_sample[i * kGradientRows + r];
+    return;
+  }
+  std::fill(g.by_sample + n * kGradientRows, g.by_sample + wide * kGradientRows, T(0));
+  for (long i = 0; i < wide; i += L)
+    for (long r = 0; r < kGradientRows; r += L) transpose(g.by_sample + i * kGradientRows + r, kGradientRows, g.by_row + r * wide + i, wide);
+}
+
+template <class T>
+void make_gradient(const Source& s, long rows, long n, long row, const Gradient<T>& g, T* grad_bias) {
   s.log_scale ? affine_gradient(s, rows, n, row, g.by_sample) : linear_gradient(s, rows, n, row, g.by_sample);
-  double total[kPairRows] = {};
-  const long wide = padded<T>(n);
-  for (long i = 0; i < wide; ++i)
-    for (long r = 0; r < kPairRows; ++r) g.by_row[r * wide + i] = i < n ? g.by_sample[i * kPairRows + r] : T(0);
+  double total[kGradientRows] = {};
+  fill_by_row(g, n, padded<T>(n));
   if (grad_bias == nullptr) return;
   for (long i = 0; i < n; ++i)
-    for (long r = 0; r < kPairRows; ++r) total[r] += g.by_sample[i * kPairRows + r];
-  for (long r = 0; r < std::min(kPairRows, rows - row); ++r) grad_bias[row + r] = static_cast<T>(total[r]);
+    for (long r = 0; r < kGradientRows; ++r) total[r] += g.by_sample[i * kGradientRows + r];
+  for (long r = 0; r < std::min(kGradientRows, rows - row); ++r) grad_bias[row + r] = static_cast<T>(total[r]);
 }
 
-// C [columns][16] = g x: the gradient of columns of a panel whose rows start at g; x [n][x_stride].
-template <class T>
-void weight_product(long n, const T* g, const T* x, long x_stride, long columns, T* c) {
-  constexpr int V = std::min(kPanelVectors<T>, 2), S = kMostOuter<V> > kStepColumns ? kStepColumns : kMostOuter<V>;
-  for (long k = 0; k < columns; k += S)  // x and C have room for whole steps
-    for (int v = 0; v < kPanelVectors<T>; v += V)
-      for (long first = 0; first < n || first == 0; first += kChainSamples)
-        outer<T, V, S, 1, false>(std::min(n - first, kChainSamples), g + first * kPairRows + v * kLanes<T>, kPairRows, kLanes<T>,
-                                 x + first * x_stride + k, x_stride, c + k * kPanel + v * kLanes<T>, kPanel, first > 0);
-}
+// Of the gradients of kStepColumns columns of two panels, [column][32].
+inline constexpr long kStage = 2 * kPanel;
 
-// grad_x [columns][padded n] += columns of a panel, w, times its rows' g [16][padded n].
+// C [columns][kStage] = g x for one or two panels, whose rows start at g; x [n][x_stride].
 template <class T>
-void input_product(long wide, const T* g, const T* w, long columns, T* grad_x) {
-  const auto some = [&](auto vectors, auto count, long v, long k) {
-    outer<T, decltype(vectors)::value, decltype(count)::value, kPanel, false>(kPanel, g + v, wide, kLanes<T>, w + k * kPanel, 1,
-                                                                              grad_x + k * wide + v, wide, true);
-  };
+void weight_product(long panels, long n, const T* g, const T* x, long x_stride, long columns, T* c) {
+  constexpr int S = std::min<int>(kStepColumns, kMostOuter<2>);
   const auto all = [&](auto vectors, long v) {
-    constexpr long most = std::min<long>(kMostOuter<decltype(vectors)::value>, kStepColumns);
-    long k = 0;
-    for (; k + most <= columns; k += most) some(vectors, std::integral_constant<int, most>{}, v, k);
-    for (; k + 4 <= columns; k += 4) some(vectors, std::integral_constant<int, 4>{}, v, k);
-    for (; k < columns; ++k) some(vectors, std::integral_constant<int, 1>{}, v, k);
+    for (long k = 0; k < columns; k += S)  // x and C have room for whole steps
+      for (long first = 0; first < n || first == 0; first += kChainSamples)
+        outer<T, decltype(vectors)::value, S, 1, false>(
+            std::min(n - first, kChainSamples), g + first * kGradientRows + v, kGradientRows, kLanes<T>,
+            [&](long i) { return x + (first + i) * x_stride + k; }, c + k * kStage + v, kStage, first > 0);
   };
   long v = 0;
-  for (; v + 2 * kLanes<T> <= wide; v += 2 * kLanes<T>) all(std::integral_constant<int, 2>{}, v);
-  if (v < wide) all(std::integral_constant<int, 1>{}, v);
+  for (; v + 2 * kLanes<T> <= panels * kPanel; v += 2 * kLanes<T>) all(std::integral_constant<int, 2>{}, v);
+  if (v < panels * kPanel) all(std::integral_constant<int, 1>{}, v);
 }
 
-// Both products and the sink for columns k0..k1 of panel p; g: its half of a pair's. x and grad_x (null: not wanted) start at k0.
+// grad_x [columns][padded n] += columns of some panels, at w[0..panels], times their rows' g.
 template <class T>
-void panel_backward(const Panels<T>& w, long p, long k0, long k1, long n, const T* by_sample, const T* by_row, const T* x, long x_stride,
-                    T* grad_x, bool weights, Sink<T>& sink) {
-  const long end = std::min(k1, w.visible(p)), wide = padded<T>(n);
-  alignas(64) T stage[kStepColumns * kPanel];
-  for (long k = k0; k < end; k += kStepColumns) {
-    const long columns = std::min(kStepColumns, end - k), next = k + 2 * kStepColumns;
-    if (next < end)
-      sink.fetch(p, next);
-    else if (p + 1 < w.count())
-      sink.fetch(p + 1, k0 + next - end);
-    if (grad_x) input_product(wide, by_row, w.panel(p) + k * kPanel, columns, grad_x + (k - k0) * wide);
-    if (!weights) continue;
-    weight_product(n, by_sample, x + (k - k0), x_stride, columns, stage);
-    sink.run(p, k, columns, stage);
+void input_product(long panels, long wide, int fold, const T* g, const T* const* w, long columns, T* grad_x) {
+  const auto some = [&](auto vectors, auto count, auto folds, long v, long k) {
+    constexpr int F = decltype(folds)::value;
+    outer<T, decltype(vectors)::value, decltype(count)::value, kPanel, false, F>(
+        kPanel / F * panels, g + v, wide, kLanes<T>, [&](long i) { return w[i * F / kPanel] + k * kPanel + i * F % kPanel; },
+        grad_x + k * wide + v, wide, true);
+  };
+  const auto all = [&](auto vectors, auto folds, long v) {
+    constexpr long most = std::min<long>(kMostOuter<decltype(vectors)::value>, kStepColumns);
+    long k = 0;
+    for (; k + most <= columns; k += most) some(vectors, std::integral_constant<int, most>{}, folds, v, k);
+    for (; k + 4 <= columns; k += 4) some(vectors, std::integral_constant<int, 4>{}, folds, v, k);
+    for (; k < columns; ++k) some(vectors, std::integral_constant<int, 1>{}, folds, v, k);
+  };
+  constexpr std::integral_constant<int, 1> one;
+  constexpr std::integral_constant<int, 2> two;
+  if constexpr (sizeof(T) == 4)
+    if (fold == 2) return all(one, two, 0);
+  long v = 0;
+  for (; v + 2 * kLanes<T> <= wide; v += 2 * kLanes<T>) all(two, one, v);
+  if (v < wide) all(one, one, v);
+}
+
+// Both products and the sink for columns k0..k1 of a group of panels. x and grad_x (null: not wanted) start at k0.
+template <class T>
+void group_backward(const Panels<T>& w, long group, long k0, long k1, long n, const Gradient<T>& g, const T* x, long x_stride, T* grad_x,
+                    bool weights, Sink<T>& sink) {
+  const long p0 = group * kGradientPanels, p1 = std::min(p0 + kGradientPanels, w.count()), wide = padded<T>(n);
+  const int fold = fold_of<T>(n);
+  const long most = std::min(k1, w.visible(p1 - 1));
+  alignas(64) T stage[kStepColumns * kStage];
+  long k = k0;
+  for (long p = p0; p < p1; ++p) {
+    // Panels of one width go together, as far as the last one sees: what the others store there is padding.
+    const long end = std::min(most, w.width(p)), active = p1 - p;
+    for (; k < end; k += kStepColumns) {
+      const long columns = std::min(kStepColumns, end - k), next = k + 2 * kStepColumns;
+      const T* at[kGradientPanels];
+      for (long i = 0; i < active; ++i) {
+        at[i] = w.panel(p + i) + k * kPanel;
+        if (next < end) sink.fetch(p + i, next);
+      }
+      if (grad_x) input_product(active, wide, fold, g.by_row + (p - p0) * kPanel / fold * wide, at, columns, grad_x + (k - k0) * wide);
+      if (!weights) continue;
+      for (long i = 0; i < active; i += 2) {
+        const long panels = std::min(2L, active - i);
+        weight_product(panels, n, g.by_sample + (p - p0 + i) * kPanel, x + (k - k0), x_stride, columns, stage);
+        for (long j = 0; j < panels; ++j) sink.template run<kStage>(p + i + j, k, columns, stage + j * kPanel);
+      }
+    }
+    k = std::max(k0, end);
+    if (weights) sink.rest(p, k, k1);
   }
-  if (weights) sink.rest(p, std::max(k0, end), k1);
 }
 
 // Columns k0..k1 of x [n][stride] as [n][to_stride], and room for a whole step behind them.
@@ -227,14 +280,16 @@ void take_columns(const T* x, long n, long stride, long k0, long k1, T* to, long
   }
 }
 
-// to [n][stride], columns k0.. = from [columns][padded n].
+// to [n][stride] = from [columns][padded n].
 template <class T>
 void give_columns(const T* from, long columns, long n, T* to, long stride) {
   constexpr long kBlock = 16;
   const long wide = padded<T>(n);
+  const bool fold = fold_of<T>(n) == 2;
   for (long k0 = 0; k0 < columns; k0 += kBlock)
     for (long s = 0; s < n; ++s)
-      for (long k = k0; k < std::min(k0 + kBlock, columns); ++k) to[s * stride + k] = from[k * wide + s];
+      for (long k = k0; k < std::min(k0 + kBlock, columns); ++k)
+        to[s * stride + k] = fold ? from[k * wide + 2 * s] + from[k * wide + 2 * s + 1] : from[k * wide + s];
 }
 
 // Of strips of x: room for a whole step, and no power of two, which would put all samples into one set of the cache.
@@ -243,21 +298,15 @@ inline long strip_stride(long columns) { return round_up(columns + kStepColumns,
 template <class T>
 void layer_pass(const Team& team, const Panels<T>& w, const Source& source, const T* x, long n, T* grad_x, T* grad_bias,
                 const Target& target, bool weights) {
-  const long panels = w.count(), pairs = (panels + 1) / 2, wide = padded<T>(n), pair_numel = kPairRows * (n + wide);
-  const auto pair_of = [&](T* memory, long pair) {
-    memory += pair * pair_numel;
-    return PairGradient<T>{memory + kPairRows * wide, memory};
-  };
-  const auto both = [&](long pair, long k0, long k1, const PairGradient<T>& g, const T* xs, long x_stride, T* grad, Sink<T>& sink) {
-    for (long p = 2 * pair; p < std::min(2 * pair + 2, panels); ++p) {
-      const long half = p % 2 * kPanel;
-      panel_backward(w, p, k0, k1, n, g.by_sample + half, g.by_row + half * wide, xs, x_stride, grad, weights, sink);
-    }
+  const long groups = (w.count() + kGradientPanels - 1) / kGradientPanels, wide = padded<T>(n), numel = kGradientRows * 2 * wide;
+  const auto gradient_of = [&](T* memory, long group) {
+    memory += group * numel;
+    return Gradient<T>{memory + kGradientRows * wide, memory};
   };
   if (w.columns > w.rows) {
-    T* shared = Scratch::get<T>(Scratch::kShared, pairs * pair_numel);
-    team.each(pairs, [&](long pair) {
-      make_gradient(source, w.rows, n, pair * kPairRows, pair_of(shared, pair), grad_bias);
+    T* shared = Scratch::get<T>(Scratch::kShared, groups * numel);
+    team.each(groups, [&](long group) {
+      make_gradient(source, w.rows, n, group * kGradientRows, gradient_of(shared, group), grad_bias);
     });
     const long strip = std::clamp(round_up(16384 / std::max(n, 1L), kStepColumns), 4 * kStepColumns, 64 * kStepColumns);
     const long strips = (w.columns + strip - 1) / strip, stride = strip_stride(strip);
@@ -270,7 +319,8 @@ void layer_pass(const Team& team, const Panels<T>& w, const Source& source, cons
       if (weights) take_columns(x, n, w.columns, k0, k1, xs, stride);
       if (grad) std::fill(grad, grad + (k1 - k0) * wide, T(0));
       Sink<T> sink(target, w);
-      for (long pair = 0; pair < pairs; ++pair) both(pair, k0, k1, pair_of(shared, pair), xs, stride, grad, sink);
+      for (long group = 0; group < groups; ++group)
+        group_backward(w, group, k0, k1, n, gradient_of(shared, group), xs, stride, grad, weights, sink);
       if (grad) give_columns(grad, k1 - k0, n, grad_x + k0, w.columns);
       squares[i] = sink.square;
     });
@@ -278,7 +328,9 @@ void layer_pass(const Team& team, const Panels<T>& w, const Source& source, cons
       for (const double one : squares) *static_cast<double*>(target.grad) += one;
     return;
   }
-  const long parts = parts_of(w, n), stride = strip_stride(w.columns);
+  // Each part has a grad_x of its own, which should be small beside its weights.
+  const long rows = w.starts[w.count()] * kPanel / std::max(1L, w.columns);
+  const long parts = std::clamp(rows / kGradientRows, 1L, std::min(parts_of(w, n), 32L)), stride = strip_stride(w.columns);
   T* xs = Scratch::get<T>(Scratch::kShared, n * stride + parts * w.columns * wide);
   T* shares = xs + n * stride;
   if (weights) {
@@ -288,16 +340,18 @@ void layer_pass(const Team& team, const Panels<T>& w, const Source& source, cons
     });
   }
   std::vector<double> squares(parts);
-  const auto pair_at = [&](long part) { return (w.panel_at(static_cast<double>(part) / parts) + 1) / 2; };
+  const auto group_at = [&](long part) {
+    return (w.panel_at(static_cast<double>(part) / parts) + kGradientPanels - 1) / kGradientPanels;
+  };
   team.each(parts, [&](long part) {
     const FlushDenormals flush;
     T* grad = grad_x ? shares + part * w.columns * wide : nullptr;
     if (grad) std::fill(grad, grad + w.columns * wide, T(0));
-    const PairGradient<T> g = pair_of(Scratch::get<T>(Scratch::kGradient, pair_numel), 0);
+    const Gradient<T> g = gradient_of(Scratch::get<T>(Scratch::kGradient, numel), 0);
     Sink<T> sink(target, w);
-    for (long pair = pair_at(part); pair < pair_at(part + 1); ++pair) {
-      make_gradient(source, w.rows, n, pair * kPairRows, g, grad_bias);
-      both(pair, 0, w.columns, g, xs, stride, grad, sink);
+    for (long group = group_at(part); group < group_at(part + 1); ++group) {
+      make_gradient(source, w.rows, n, group * kGradientRows, g, grad_bias);
+      group_backward(w, group, 0, w.columns, n, g, xs, stride, grad, weights, sink);
     }
     squares[part] = sink.square;
   });

@@ -16,6 +16,9 @@ namespace FASTMAF_ISA {
 
 inline constexpr long kPairRows = 2 * kPanel;  // rows that are multiplied together: two panels
 inline constexpr long kMostTile = kMostOuter<2>;
+// Panels whose products are finished before anything is made of them: a sample's numbers lie pages apart from the next one's, so that
+// several cache lines of each should be used at a time.
+inline constexpr long kGroupPanels = 8;
 inline constexpr long kChunk = 128;  // samples that go through a weight together
 
 // A thread that gets less than this many multiply-adds costs more to wake than it saves.
@@ -67,7 +70,8 @@ void panel_product(const Panels<W>& w, long p, long k0, long k1, const T* x, lon
   with_count<kMostTile>(samples, [&](auto s) {
     constexpr int S = decltype(s)::value;
     for (int v = 0; v < kPanelVectors<T>; v += V)
-      outer<T, V, S, 1, true>(count, a + v * kLanes<T>, kPanel, kLanes<T>, x + k0 * S, S, c + v * kLanes<T>, c_stride, add);
+      outer<T, V, S, 1, true>(count, a + v * kLanes<T>, kPanel, kLanes<T>, [&](long i) { return x + (k0 + i) * S; },
+                              c + v * kLanes<T>, c_stride, add);
   });
 }
 
@@ -81,7 +85,8 @@ void pair_product(const Panels<W>& w, long p, long panels, long k0, long k1, con
       with_count<kMostTile>(samples, [&](auto s) {
         constexpr int S = decltype(s)::value;
         if constexpr (S > 6)
-          outer<T, 2, S, 1, true>(both, w.panel(p) + k0 * kPanel, kPanel, w.panel(p + 1) - w.panel(p), x + k0 * S, S, c, c_stride, add);
+          outer<T, 2, S, 1, true>(both, w.panel(p) + k0 * kPanel, kPanel, w.panel(p + 1) - w.panel(p),
+                                  [&](long i) { return x + (k0 + i) * S; }, c, c_stride, add);
       });
       panel_product(w, p + 1, k0 + both, k1, x, samples, c + kPanel, c_stride, true);
       return;
@@ -98,6 +103,7 @@ inline long block_columns(long tiles) { return tiles == 1 ? 1024 : 256; }
 // not have give zero. part < forward_parts.
 template <class T, class W, class Epilogue>
 void multiply(const Team& team, const Panels<W>& w, const T* x, long n, const Epilogue& epilogue) {
+  if (n == 0) return;
   const Split chunks(n, kChunk);
   const long panels = w.count(), pairs = (panels + 1) / 2, padded = pairs * kPairRows;
   for (long chunk = 0; chunk < chunks.count; ++chunk) {
@@ -152,11 +158,14 @@ void multiply(const Team& team, const Panels<W>& w, const T* x, long n, const Ep
       const long parts = parts_of(w, samples);
       team.each(parts, [&](long part) {
         const auto even = [&](double at) { return std::min(round_up(w.panel_at(at), 2L), panels); };
-        T* c = Scratch::get<T>(Scratch::kProduct, samples * kPairRows);
+        constexpr long rows = kGroupPanels * kPanel;
+        T* c = Scratch::get<T>(Scratch::kProduct, samples * rows);
         const long end = even((part + 1.0) / parts);
-        for (long p = even(static_cast<double>(part) / parts); p < end; p += 2) {
-          pair(p, 0, w.columns, packed, w.columns, c, kPairRows);
-          for (long s = 0; s < samples; ++s) epilogue(part, first + s, p * kPanel, c + s * kPairRows);
+        for (long p0 = even(static_cast<double>(part) / parts); p0 < end; p0 += kGroupPanels) {
+          const long p1 = std::min(p0 + kGroupPanels, end);
+          for (long p = p0; p < p1; p += 2) pair(p, 0, w.columns, packed, w.columns, c + (p - p0) * kPanel, rows);
+          for (long s = 0; s < samples; ++s)
+            for (long p = p0; p < p1; p += 2) epilogue(part, first + s, p * kPanel, c + s * rows + (p - p0) * kPanel);
         }
       });
     }
@@ -193,10 +202,10 @@ template <class T>
 double affine_rows(const AffineMap& map, const T* c, const T* bias, long dims, const T* x, T* z, T* log_scale) {
   constexpr int L = kLanes<T>;
   double total = 0;
-  // A sample's numbers lie pages apart from the next one's, where nothing else would fetch those of the next rows in time.
-  prefetch(x + kPanel);
-  if (z != x) prefetch(z + kPanel);
-  if (log_scale) prefetch(log_scale + kPanel);
+  constexpr long kAhead = kGroupPanels / 2 * kPanel;  // the next group's
+  prefetch(x + kAhead);
+  if (z != x) prefetch(z + kAhead);
+  if (log_scale) prefetch(log_scale + kAhead);
   for (long d = 0; d < dims; d += L) {
     const long count = std::min<long>(L, dims - d);
     const bool whole = count == L;

@@ -31,7 +31,7 @@ class BlockInverse {
 
   // Numbers of memory that `run` wants.
   static long numel(const Flow& flow, const Block& block, long samples) {
-    long total = 0;
+    long total = samples * flow.features;
     for (long k = 0; k < block.layer_count; ++k) {
       const Layer& layer = layers_of(flow, block)[k];
       const long rows = round_up(layer.rows, kPanel) + 2 * kPanel;
@@ -40,9 +40,10 @@ class BlockInverse {
     return total;
   }
 
-  // z and x [tile][features][samples of the tile]; adds each sample's sum of log-scales to total.
+  // z and x [samples][features]; adds each sample's sum of log-scales to total.
   void run(const T* z, T* x, T* memory, double* total) {
-    values_.assign(1, x);
+    x_ = x;
+    values_.assign(1, std::exchange(memory, memory + samples_ * flow_.features));
     for (long k = 0; k < hidden_; ++k) values_.push_back(std::exchange(memory, memory + samples_ * layers_[k].rows));
     for (long k = 0; k <= hidden_; ++k) {
       const long rows = round_up(layers_[k].rows, kPanel) + 2 * kPanel;
@@ -192,24 +193,27 @@ class BlockInverse {
     panels(hidden_, s0, s1, p0, p1);
     const long d0 = done(-1, s), d1 = done(-1, s + 1), size = tiles_.size(t), first = p0 * kPanel;
     const T *c = sum(sums_[hidden_], t, p1 - p0), *bias = static_cast<const T*>(layers_of(flow_, block_)[hidden_].bias);
-    const T* zt = z + tiles_.begin(t) * flow_.features;
-    T* xt = values_[0] + tiles_.begin(t) * flow_.features;
+    T* packed = values_[0] + tiles_.begin(t) * flow_.features;
     for (long n = 0; n < size; ++n, c += (p1 - p0) * kPanel) {
+      const long at = (tiles_.begin(t) + n) * flow_.features;
       double sum_a = 0;
       for (long d = d0; d < d1; d += L) {
-        const long count = std::min<long>(L, d1 - d);
-        const auto rows = [&](long at) {  // behind a sample's sums lie those of another thread's
-          const long left = std::clamp<long>(2 * d1 - at, 0, L), room = p1 * kPanel - at;
-          const Vec<T> sums = room >= L ? load(c + (at - first)) : load_part<T>(c + (at - first), room);
-          return sums + (left == L ? load(bias + at) : load_part<T>(bias + at, left));
+        // Whole vectors where there is memory for them: what lies behind the step's dimensions is written again later.
+        const bool whole = d + L <= flow_.features;
+        const long count = std::min<long>(L, d1 - d), room = std::min<long>(L, flow_.features - d);
+        const auto rows = [&](long row) {  // behind a sample's sums lie those of another thread's
+          const long left = std::clamp<long>(2 * flow_.features - row, 0, L), stored = p1 * kPanel - row;
+          const Vec<T> sums = stored >= L ? load(c + (row - first)) : load_part<T>(c + (row - first), stored);
+          return sums + (left == L ? load(bias + row) : load_part<T>(bias + row, left));
         };
         Vec<T> shift, raw;
         unzip<T>(rows(2 * d), rows(2 * d + L), shift, raw);
-        T from[L], to[L];
-        for (long i = 0; i < L; ++i) from[i] = i < count ? zt[(d + i) * size + n] : T(0);
-        const Vec<T> a = log_scale_of<T>(raw, block_.map), zv = load(from);
-        store(to, block_.map.form == kShiftFirst ? zv * exponential(a) + shift : (zv - shift) * exponential(-a));
-        for (long i = 0; i < count; ++i) xt[(d + i) * size + n] = to[i];
+        const Vec<T> a = log_scale_of<T>(raw, block_.map), zv = whole ? load(z + at + d) : load_part<T>(z + at + d, room);
+        const Vec<T> xv = block_.map.form == kShiftFirst ? zv * exponential(a) + shift : (zv - shift) * exponential(-a);
+        T values[L];
+        store(values, xv);
+        whole ? store(x_ + at + d, xv) : store_part(x_ + at + d, xv, count);
+        for (long i = 0; i < count; ++i) packed[(d + i) * size + n] = values[i];
         sum_a += lane_sum<T>(a, count);
       }
       total[tiles_.begin(t) + n] += sum_a;
@@ -241,65 +245,46 @@ class BlockInverse {
   const Team& team_;
   const long hidden_, samples_;
   std::vector<Panels<W>> layers_;
+  T* x_ = nullptr;
   std::vector<Job> jobs_;
   std::vector<std::vector<long>> known_;  // of each layer, tile and panel of the group: how many values below are in its sums
   std::vector<T*> values_, sums_, shares_;  // x, then each hidden layer's units; each layer's sums, and those of further segments
 };
 
-// to [tile][features][samples of the tile] = from(sample, permutation[place]), places begin..end.
-template <class T, class From>
-void gather_tiles(const Split& tiles, const From& from, const int64_t* permutation, long features, long begin, long end, T* to) {
-  for (long t = 0; t < tiles.count; ++t) {
-    T* rows = to + tiles.begin(t) * features;
-    for (long d = begin; d < end; ++d)
-      for (long n = 0; n < tiles.size(t); ++n) rows[d * tiles.size(t) + n] = from(t, n, permutation ? permutation[d] : d);
-  }
-}
-
 // x [n][features] and ladj [n] of a sequence of inverses.
 template <class T, class W>
 void flow_inverse(const Flow& flow, const T* z, long n, T* x, T* ladj, long threads) {
+  if (n == 0) return;
   const long features = flow.features;
   const Split chunks(n, kChunk);
   const Team team(most_threads<W>(flow, std::min(n, kChunk), threads));
   long numel = 0;
-  for (long b = 0; b < flow.block_count; ++b)
-    numel = std::max(numel, BlockInverse<T, W>::numel(flow, flow.blocks[b], chunks.size(0)));
+  for (long b = 0; b < flow.block_count; ++b) numel = std::max(numel, BlockInverse<T, W>::numel(flow, flow.blocks[b], chunks.size(0)));
   const long plane = features * chunks.size(0);
-  T* from = Scratch::get<T>(Scratch::kState, 2 * plane + numel);
-  T *to = from + plane, *memory = to + plane;
+  T* buffers = Scratch::get<T>(Scratch::kState, 2 * plane + numel);
+  T* memory = buffers + 2 * plane;
+  const auto other = [&](const T* used) { return used == buffers ? buffers + plane : buffers; };
   for (long i = 0; i < chunks.count; ++i) {
-    const Split tiles(chunks.size(i), kMostTile);
-    const T* zs = z + chunks.begin(i) * features;
-    const auto packed = [&](const T* values) {
-      return [&tiles, features, values](long t, long s, long d) { return values[tiles.begin(t) * features + d * tiles.size(t) + s]; };
-    };
-    const auto each = [&](const auto& body) {
-      const Split pieces(features, std::max(64L, 16384 / std::max(1L, tiles.n)));
-      team.each(pieces.count, [&](long j) { body(pieces.begin(j), pieces.begin(j) + pieces.size(j)); });
-    };
-    std::vector<double> total(tiles.n);
-    const auto start = [&](long s, long e) {
-      const auto row = [&](long t, long m, long d) { return zs[(tiles.begin(t) + m) * features + d]; };
-      gather_tiles(tiles, row, flow.blocks[0].permutation, features, s, e, from);
-    };
-    each(start);
+    const long samples = chunks.size(i), first = chunks.begin(i) * features;
+    const Split tiles(samples, kMostTile);
+    std::vector<double> total(samples);
+    const T* below = z + first;
     for (long b = 0; b < flow.block_count; ++b) {
       const Block& block = flow.blocks[b];
-      std::vector<double> sums(tiles.n);
-      BlockInverse<T, W>(flow, block, tiles, team).run(from, to, memory, sums.data());
-      for (long s = 0; s < tiles.n; ++s) total[s] -= block.map.sign() * sums[s];
-      if (b + 1 < flow.block_count)
-        each([&](long s, long e) { gather_tiles(tiles, packed(to), flow.blocks[b + 1].permutation, features, s, e, from); });
+      if (block.permutation) {
+        T* gathered = other(below);
+        gather(team, below, block.permutation, samples, features, gathered);
+        below = gathered;
+      }
+      std::vector<double> sums(samples);
+      // The last block's x goes to its place at once where no permutation follows.
+      T* above = b + 1 == flow.block_count && !flow.permutation ? x + first : other(below);
+      BlockInverse<T, W>(flow, block, tiles, team).run(below, above, memory, sums.data());
+      for (long s = 0; s < samples; ++s) total[s] -= block.map.sign() * sums[s];
+      below = above;
     }
-    each([&](long begin, long end) {
-      const auto value = packed(to);
-      for (long t = 0; t < tiles.count; ++t)
-        for (long s = 0; s < tiles.size(t); ++s)
-          for (long d = begin; d < end; ++d)
-            x[(chunks.begin(i) + tiles.begin(t) + s) * features + d] = value(t, s, flow.permutation ? flow.permutation[d] : d);
-    });
-    for (long s = 0; s < tiles.n; ++s) ladj[chunks.begin(i) + s] = static_cast<T>(total[s]);
+    if (flow.permutation) gather(team, below, flow.permutation, samples, features, x + first);
+    for (long s = 0; s < samples; ++s) ladj[chunks.begin(i) + s] = static_cast<T>(total[s]);
   }
 }
 

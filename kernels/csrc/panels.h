@@ -76,10 +76,11 @@ FASTMAF_INLINE void with_count(long n, const Body& body) {
   choose(n, body, std::make_integer_sequence<int, Most>{});
 }
 
-// C [S][c_stride], its first V vectors, += (kAdd) or = the sum over `count` of A and B. Vector v of A lies v_stride numbers after the
-// first. kAhead: A is streamed from memory.
-template <class T, int V, int S, long kBSample, bool kAhead, class W>
-FASTMAF_INLINE void outer(long count, const W* a, long a_step, long v_stride, const T* b, long b_step, T* c, long c_stride, bool add) {
+// C [S][c_stride], its first V vectors, += or = (add) the sum over `count` of A and B. Vector v of A lies v_stride numbers after the
+// first; the S numbers of B's row i lie kBSample apart from b(i) on. kAhead: A is streamed from memory. kFold = 2: two rows at once, by
+// turns in the lanes of A, and next to each other in B.
+template <class T, int V, int S, long kBSample, bool kAhead, int kFold = 1, class W, class B>
+FASTMAF_INLINE void outer(long count, const W* a, long a_step, long v_stride, const B& b, T* c, long c_stride, bool add) {
   constexpr int kChains = V * S >= 8 ? 1 : V * S >= 4 ? 2 : 4;  // independent sums, to hide the latency of a multiply-add
   Vec<T> sum[kChains][S][V] = {};
   const auto step = [&](long i, auto chain) {
@@ -89,9 +90,14 @@ FASTMAF_INLINE void outer(long count, const W* a, long a_step, long v_stride, co
       av[v] = load(a + i * a_step + v * v_stride);
       if constexpr (kAhead) prefetch(a + i * a_step + v * v_stride + kAheadColumns * kPanel);
     }
+    const T* row = b(i);
 #pragma GCC unroll 24
     for (int s = 0; s < S; ++s) {
-      const Vec<T> bv = broadcast(b[i * b_step + s * kBSample]);
+      Vec<T> bv;
+      if constexpr (kFold == 2)
+        bv = broadcast_pair(row + s * kBSample);
+      else
+        bv = broadcast(row[s * kBSample]);
 #pragma GCC unroll 2
       for (int v = 0; v < V; ++v) sum[chain][s][v] += av[v] * bv;
     }

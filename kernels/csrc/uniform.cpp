@@ -6,8 +6,8 @@
 
 namespace {
 
-uint64_t split_mix(uint64_t seed, uint64_t index) {
-  uint64_t z = seed + (index + 1) * 0x9E3779B97F4A7C15u;
+uint64_t at(uint64_t seed, uint64_t first, int64_t i) {
+  uint64_t z = seed + (first + static_cast<uint64_t>(i) + 1) * 0x9E3779B97F4A7C15u;
   z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9u;
   z = (z ^ (z >> 27)) * 0x94D049BB133111EBu;
   return z ^ (z >> 31);
@@ -23,14 +23,14 @@ extern "C" {
 void fastmaf_uniform_float(float* numbers, int64_t count, uint64_t seed, uint64_t first, double bound) {
   const float scale = static_cast<float>(bound) / (1 << 23);
   for (int64_t i = 0; i < count; ++i)
-    numbers[i] = static_cast<float>(static_cast<int32_t>(split_mix(seed, first + i) >> 40) - (1 << 23)) * scale;
+    numbers[i] = static_cast<float>(static_cast<int32_t>(at(seed, first, i) >> 40) - (1 << 23)) * scale;
 }
 
 // The same in steps of bound / 2^52.
 void fastmaf_uniform_double(double* numbers, int64_t count, uint64_t seed, uint64_t first, double bound) {
   const double scale = bound / (int64_t{1} << 52);
   for (int64_t i = 0; i < count; ++i)
-    numbers[i] = static_cast<double>(static_cast<int64_t>(split_mix(seed, first + i) >> 11) - (int64_t{1} << 52)) * scale;
+    numbers[i] = static_cast<double>(static_cast<int64_t>(at(seed, first, i) >> 11) - (int64_t{1} << 52)) * scale;
 }
 
 #pragma GCC visibility pop

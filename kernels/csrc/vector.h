@@ -11,6 +11,10 @@
 #include <limits>
 #include <type_traits>
 
+#if defined(__AVX512F__)
+#include <immintrin.h>
+#endif
+
 #if !defined(FASTMAF_ISA)
 #define FASTMAF_ISA baseline
 #endif
@@ -134,12 +138,43 @@ inline Vec<T> broadcast(T s) {
   return s - Vec<T>{};  // not 0 + s: for s = -0 that is another number, so it would be computed
 }
 
+// Two numbers by turns.
+inline Vec<float> broadcast_pair(const float* p) {
+#if defined(FASTMAF_LANES_ARE_ONE)
+  return *p;
+#else
+  typedef int64_t Longs __attribute__((vector_size(kVectorBytes)));
+  int64_t both;
+  std::memcpy(&both, p, sizeof both);
+  return (Vec<float>)(Longs{} + both);
+#endif
+}
+
 template <class T>
 inline Vec<T> square_root(Vec<T> v) {
   T buffer[kLanes<T>];
   store(buffer, v);
   for (int i = 0; i < kLanes<T>; ++i) buffer[i] = std::sqrt(buffer[i]);
   return load(buffer);
+}
+
+// m / (sqrt(v) * scale + eps). A square root and a division of a whole 64-byte vector take longer than all else in a step of Adam;
+// approximations, each refined once, are right to a unit or two in the last place.
+template <class T>
+FASTMAF_INLINE Vec<T> over_root(Vec<T> m, Vec<T> v, T scale, T eps) {
+#if defined(__AVX512F__) && !defined(FASTMAF_LANES_ARE_ONE)
+  if constexpr (sizeof(T) == 4) {
+    const Vec<T> least = broadcast(std::numeric_limits<T>::min()), most = broadcast(std::numeric_limits<T>::max());
+    const Vec<T> positive = (v < least) ? least : v;  // what is smaller counts as zero
+    Vec<T> r = (Vec<T>)_mm512_rsqrt14_ps((__m512)positive);
+    r *= T(1.5) - T(0.5) * positive * r * r;
+    const Vec<T> d = ((v > most) ? v : v * r) * scale + eps;
+    Vec<T> q = (Vec<T>)_mm512_rcp14_ps((__m512)d);
+    q *= T(2) - d * q;
+    return m * ((d > most) ? Vec<T>{} : q);
+  }
+#endif
+  return m / (square_root<T>(v) * scale + eps);
 }
 
 // v = n ln 2 + r with |r| <= ln 2 / 2; ln 2 in two parts, of which the first times n is exact.
@@ -305,12 +340,46 @@ inline void unzip(Vec<T> low, Vec<T> high, Vec<T>& first, Vec<T>& second) {
 #endif
 }
 
-// The way back.
+// The way back, to 2 kLanes numbers.
 template <class T>
 inline void zip(Vec<T> first, Vec<T> second, T* to) {
+#if defined(FASTMAF_LANES_ARE_ONE)
+  to[0] = first, to[1] = second;
+#elif defined(__clang__) || !defined(__GNUC__)
   T firsts[kLanes<T>], seconds[kLanes<T>];
   store(firsts, first), store(seconds, second);
   for (int i = 0; i < kLanes<T>; ++i) to[2 * i] = firsts[i], to[2 * i + 1] = seconds[i];
+#else
+  IntVec<T> low;
+  for (int i = 0; i < kLanes<T>; ++i) low[i] = i / 2 + i % 2 * kLanes<T>;
+  store(to, __builtin_shuffle(first, second, low));
+  store(to + kLanes<T>, __builtin_shuffle(first, second, low + kLanes<T> / 2));
+#endif
+}
+
+// to [L][to_stride] = the transpose of from [L][from_stride], L = kLanes. As many times as L has bits, the vectors of the upper half are
+// dealt between those of the lower one.
+template <class T>
+inline void transpose(const T* from, long from_stride, T* to, long to_stride) {
+  constexpr long L = kLanes<T>;
+  if constexpr (L == 1) {
+    *to = *from;
+  } else {
+    T memory[2][L * L];
+    const T* in = from;
+    long stride = from_stride;
+    int turn = 0;
+    for (long bits = L; bits > 2; bits /= 2, turn ^= 1) {
+      for (long i = 0; i < L / 2; ++i) zip<T>(load(in + i * stride), load(in + (i + L / 2) * stride), memory[turn] + 2 * i * L);
+      in = memory[turn], stride = L;
+    }
+    T last[2 * L];
+    for (long i = 0; i < L / 2; ++i) {
+      zip<T>(load(in + i * stride), load(in + (i + L / 2) * stride), last);
+      store(to + 2 * i * to_stride, load(last));
+      store(to + (2 * i + 1) * to_stride, load(last + L));
+    }
+  }
 }
 
 }  // namespace FASTMAF_ISA

@@ -109,6 +109,16 @@ _FORWARD = Op(
 )
 
 
+def flow_forward_saving(x: Tensor, args: FlowArgs) -> tuple[Tensor, Tensor, Tensor]:
+    """Returns ``z``, ``ladj`` and what ``flow_backward`` needs; autograd sees nothing. ``x`` must be contiguous."""
+    return _forward(x, *args, True)
+
+
+def flow_backward(batch: FlowBatch, args: FlowArgs, need_grad_x: bool) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+    """Returns the gradients of ``x`` (``[0, D]`` when not needed), the packed weights and the biases."""
+    return _backward(*batch, *args, need_grad_x)
+
+
 def flow_forward(x: Tensor, args: FlowArgs) -> tuple[Tensor, Tensor]:
     """Applies blocks and permutations in turn.
 

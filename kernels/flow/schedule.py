@@ -19,6 +19,7 @@ step has nothing to solve.
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Sequence
 
 import torch
@@ -38,10 +39,11 @@ def level_schedule(in_degrees: Tensor, hidden_degrees: Sequence[Tensor]) -> Tens
         int32 ``[steps, 1 + hidden layers]``, on the CPU: the number of dimensions, then of each layer's units, that
         are finished after each step.
     """
-    thresholds = torch.unique(hidden_degrees[-1])
-    thresholds = thresholds[thresholds < in_degrees[-1]]  # a unit of the last degree feeds no output
-    columns = [torch.searchsorted(degrees, thresholds, right=True) for degrees in (in_degrees, *hidden_degrees)]
-    table = torch.stack(columns, dim=1).tolist()
+    last = int(in_degrees[-1])  # a unit of the last degree feeds no output
+    thresholds = sorted({degree for degree in hidden_degrees[-1].tolist() if degree < last})
+    layers = [degrees.tolist() for degrees in (in_degrees, *hidden_degrees)]
+    # Not by torch, which would share this little work out and wait for its threads.
+    table = [[bisect_right(degrees, threshold) for degrees in layers] for threshold in thresholds]
     # A last step for the outputs beyond the last threshold; units that no output reads are never computed.
     table.append([in_degrees.numel(), *(table[-1][1:] if table else [0] * len(hidden_degrees))])
     return torch.tensor(table, dtype=torch.int32, device="cpu")

@@ -8,31 +8,40 @@ Each run of panels is an array ``[panels, width, 16]`` with zeros in its padding
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
 from fastmaf.kernels.adam.op import adam_step_
 from fastmaf.kernels.adam.update import Update
-from fastmaf.kernels.layout import PANEL, runs_of, zero_padding
+from fastmaf.kernels.layout import PANEL, Run, runs_of, zero_padding
 from fastmaf.kernels.masked_linear.args import LinearArgs, LinearBatch
 
 
 def forward(x: Tensor, args: LinearArgs) -> Tensor:
     """Returns ``y`` ``[N, out]`` for ``x`` ``[N, in]``."""
     weight = args.weight.to(x.dtype).contiguous()  # stored in fewer bits, it is the same function of rounded weights
-    bias = whole_panels(args.bias, args.panels).view(-1, 1, PANEL)
-    y = x.new_empty(len(bias), x.shape[0], PANEL)
+    bias, n = whole_panels(args.bias, args.panels).view(-1, PANEL), x.shape[0]
+    y = x.new_empty(len(bias), n, PANEL)
     runs = runs_of(args.panels)
     counts = [run.end - run.start for run in runs]
-    for run, of_bias, out in zip(runs, bias.split(counts), y.split(counts), strict=True):
-        seen, panels = x.narrow(1, 0, run.width), run.of(weight)
-        if len(panels) == 1:
-            torch.addmm(of_bias[0], seen, panels[0], out=out[0])
+    outputs = y.view(-1, PANEL).split([count * n for count in counts])
+    for run, panels, of_bias, out in zip(runs, _of_runs(weight, runs), bias.split(counts), outputs, strict=True):
+        seen, count = x.narrow(1, 0, run.width), len(of_bias)
+        if count == 1:
+            torch.addmm(of_bias, seen, panels, out=out)
         else:
-            torch.baddbmm(of_bias, seen.expand(len(panels), -1, -1), panels, out=out)
+            seen, panels = seen.expand(count, -1, -1), panels.view(count, run.width, PANEL)
+            torch.baddbmm(of_bias[:, None], seen, panels, out=out.view(count, n, PANEL))
     y = y.transpose(0, 1).flatten(1)
     return activate_(y[:, : args.bias.shape[0]].contiguous(), args.activation)
+
+
+def _of_runs(packed: Tensor, runs: Sequence[Run]) -> Sequence[Tensor]:
+    """Returns the columns of each run's panels, made at once: a small layer is all call overhead."""
+    return packed.view(-1, PANEL).split([run.width * (run.end - run.start) for run in runs])
 
 
 def whole_panels(rows: Tensor, panels: Tensor) -> Tensor:
@@ -78,12 +87,14 @@ def grad_input(grad_y: Tensor, weight: Tensor, panels: Tensor, in_features: int)
     grad_x = grad_y.new_zeros(grad_y.shape[0], in_features)
     grad_y, weight = whole_panels(grad_y, panels), weight.to(grad_y.dtype).contiguous()
     runs = runs_of(panels)
-    buffer = weight.new_empty(max(PANEL * run.width * (run.end - run.start) for run in runs))
-    for run in runs:
-        matrix = run.of(weight).transpose(0, 1)
-        if run.end - run.start > 1:  # a dense copy, one run at a time: products of 16 rows each take twice the time
-            matrix = buffer[: matrix.numel()].view_as(matrix).copy_(matrix)
-        grad_x[:, : run.width].addmm_(grad_y[:, run.rows(grad_y.shape[1])], matrix.flatten(1).t())
+    counts = [run.end - run.start for run in runs]
+    buffer = weight.new_empty(max(PANEL * run.width * count for run, count in zip(runs, counts, strict=True)))
+    of_rows = grad_y.split([PANEL * count for count in counts], dim=1)
+    for run, count, matrix, grad in zip(runs, counts, _of_runs(weight, runs), of_rows, strict=True):
+        if count > 1:  # a dense copy, one run at a time: products of 16 rows each take twice the time
+            matrix = matrix.view(count, run.width, PANEL).transpose(0, 1)
+            matrix = buffer[: matrix.numel()].view_as(matrix).copy_(matrix).flatten(1)
+        grad_x.narrow(1, 0, run.width).addmm_(grad, matrix.t())
     return grad_x
 
 
@@ -91,11 +102,14 @@ def grad_weight(grad_y: Tensor, x: Tensor, args: LinearArgs) -> Tensor:
     """Returns ``grad_yᵀ @ x`` ``[numel]`` in packed storage, with exact zeros in the padding."""
     grad = grad_y.new_empty(args.weight.shape[0])
     grad_y, x_t = whole_panels(grad_y, args.panels), x.t().contiguous()
-    for run in runs_of(args.panels):
-        panels, rows = run.of(grad), grad_y[:, run.rows(grad_y.shape[1])]
-        if len(panels) == 1:
-            torch.mm(x_t[: run.width], rows, out=panels[0])
+    runs = runs_of(args.panels)
+    counts = [run.end - run.start for run in runs]
+    of_rows = grad_y.split([PANEL * count for count in counts], dim=1)
+    for run, count, panels, rows in zip(runs, counts, _of_runs(grad, runs), of_rows, strict=True):
+        seen = x_t.narrow(0, 0, run.width)
+        if count == 1:
+            torch.mm(seen, rows, out=panels)
         else:
-            rows = rows.unflatten(1, (-1, PANEL)).transpose(0, 1)
-            torch.bmm(x_t[: run.width].expand(len(panels), -1, -1), rows, out=panels)
+            rows, panels = rows.unflatten(1, (-1, PANEL)).transpose(0, 1), panels.view(count, run.width, PANEL)
+            torch.bmm(seen.expand(count, -1, -1), rows, out=panels)
     return zero_padding(grad, args.prefix, args.panels)

@@ -74,8 +74,8 @@ class Shape(NamedTuple):
     options: dict[str, Any]
 
 
-def shape_of(like: Tensor, n: int) -> Shape:
-    """Returns how ``product`` is launched for ``n`` samples."""
+def shape_of(like: Tensor, n: int, dtype: torch.dtype = torch.float32) -> Shape:
+    """Returns how ``product`` is launched for ``n`` samples and weights of a dtype."""
     table, sms, precision = common.target(like)
     lanes = n <= MOST_LANES
     one = table.lanes if n <= 1 else table.few if lanes else table.dot
@@ -83,7 +83,9 @@ def shape_of(like: Tensor, n: int) -> Shape:
     programs = common.cdiv(sms * one.programs_per_sm, max(1, common.cdiv(n, samples)))
     blocks = {"BLOCK_N": samples, "BLOCK_J": one.rows, "BLOCK_K": one.columns}
     modes = {"LANES": lanes, "PRECISION": precision}
-    options = {**blocks, **modes, "num_warps": one.warps, "num_stages": one.stages}
+    # Pipelined, bfloat16 weights would be converted in the layout of an operand, which spills registers.
+    stages = one.stages if dtype == torch.float32 else 1
+    options = {**blocks, **modes, "num_warps": one.warps, "num_stages": stages}
     return Shape(samples, one.rows, one.columns, programs, options)
 
 
@@ -95,7 +97,7 @@ def forward(x: Tensor, args: LinearArgs) -> Tensor:
 def forward_into(y: Tensor, x: Tensor, args: LinearArgs) -> Tensor:
     """Writes ``forward`` to ``y`` and returns it."""
     (n, in_features), out_features = x.shape, y.shape[1]
-    shape, relu = shape_of(x, n), args.activation == "relu"
+    shape, relu = shape_of(x, n, args.weight.dtype), args.activation == "relu"
     panels = work_lists.on_device(args.panels, x.device)
     work = work_lists.forward(args.panels, x.device, shape.rows, shape.columns, shape.programs)
     split = work.slots > 1

@@ -67,7 +67,7 @@ def _masked_linear_bwd_kernel(
     BIAS_ADAM: tl.constexpr, LANES: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """With LANES, and with both NEED_X and WEIGHT, all samples must fit into BLOCK_N; NEED_X alone has a program per
-    tile of them. g_t is g transposed, read without LANES.
+    tile of them. g_t is g transposed, or None with LANES.
     """
     tiles = tl.maximum(tl.cdiv(n, BLOCK_N), 1) if NEED_X else 1  # an empty batch has gradients, zeros
     number = tl.program_id(0) // tiles
@@ -218,7 +218,7 @@ def products(
     work = work_lists.backward(args.panels, x.device, in_features, one.rows, one.columns, programs)
     partial = x.new_empty(work.slots if need_x else 0, n, in_features)
     grad_bias = x.new_empty(out_features if mode != "none" and bias_step is None else 0)
-    g_t = g.t().contiguous() if need_x and not lanes else g  # the right operand of a matrix product
+    g_t = g.t().contiguous() if need_x and not lanes else None  # the right operand of a matrix product
     if mode == "norm":
         assert grad_w is None
         grad_w = x.new_empty(len(work.items))

@@ -21,6 +21,7 @@ RATES = {
     "adam_gb_per_s": 40.0,
     "sgemm_gflop_per_s": 300.0,
     "launch_us": 2.0,
+    "cache_mb": 32.0,
 }
 TINY = Size(48, (16, 16), 2)  # 48 = 3 · 4²: an epoch of images of 4 × 4 pixels
 

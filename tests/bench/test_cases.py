@@ -23,7 +23,7 @@ from fastmaf.bench.cases import (
     sample,
     train_step,
 )
-from fastmaf.bench.libraries import LIBRARIES, Size
+from fastmaf.bench.libraries import LIBRARIES, PEERS, Size
 
 # D = 3, two hidden layers of two units, natural order. The units have degrees 1 and 2 and see 1 + 2 inputs in the first
 # layer, 1 + 2 units in the second; the outputs of the three dimensions see 0 + 1 + 2 units, for shift and log-scale
@@ -36,6 +36,7 @@ RATES = {"read": 1e-9, "copy": 2e-9, "adam": 4e-9, "write_file": 8e-9, "read_fil
 BY_BYTES = {f"{name}_gb_per_s": rate for name, rate in RATES.items()} | {
     "sgemm_gflop_per_s": math.inf,
     "launch_us": 0.0,
+    "cache_mb": 0.0,
 }
 BY_OPERATIONS = dict.fromkeys(BY_BYTES, math.inf) | {"sgemm_gflop_per_s": 1e-9, "launch_us": 0.0}
 
@@ -91,6 +92,20 @@ def test_the_limit_is_the_largest_of_bytes_operations_and_a_call() -> None:
     assert log_prob(1).limit(1, 4, rates)[0] == 5e-6
 
 
+def test_bytes_that_fit_in_the_cache_are_noted() -> None:
+    rates = dict.fromkeys(BY_BYTES, 100.0) | {"sgemm_gflop_per_s": 1000.0, "launch_us": 5.0, "cache_mb": 300.0}
+    weights = 67_000_000
+    assert log_prob(1).fits_in_cache(weights, 4, rates) == "268 MB fit in the cache of 300 MB"
+    assert log_prob(1).fits_in_cache(weights, 2, rates) == "134 MB fit in the cache of 300 MB"
+    assert log_prob(1).fits_in_cache(2 * weights, 4, rates) == ""
+    assert train_step(8).fits_in_cache(weights, 4, rates) == "", "the weights and two moments"
+    assert train_step(8).fits_in_cache(weights // 3, 4, rates) == "268 MB fit in the cache of 300 MB"
+    assert log_prob(1000).fits_in_cache(weights, 4, rates) == "", "operations decide"
+    assert log_prob(1).fits_in_cache(1, 4, rates) == "", "the time of a call decides"
+    assert [case.fits_in_cache(weights, 4, rates) for case in (*FILES, MEMORY[0])] == ["", "", ""]
+    assert log_prob(1).fits_in_cache(weights, 4, rates | {"cache_mb": 0.0}) == "", "unknown"
+
+
 @pytest.mark.parametrize("plan", [FULL, QUICK], ids=lambda plan: plan.name)
 def test_a_plan_names_known_libraries_and_each_case_once(plan: Plan) -> None:
     cases = plan.groups[0].cases
@@ -117,9 +132,21 @@ def test_the_full_plan_is_the_published_flow_with_all_libraries() -> None:
 @pytest.mark.parametrize("name", ["quick", "full"])
 def test_small_flows_show_the_overhead_of_python(name: str) -> None:
     small = [group for group in planned(name).groups if group.sweep == "small"]
-    measured = {(group.size, case.label) for group in small for case in group.cases}
-    assert measured == {(Size(64, (64, 64), 3), "log_prob 1"), (Size(6, (64, 64), 5), "train step 256")}
-    assert all({"fastmaf", "naive"} <= set(group.libraries) for group in small)
+    assert [group.size for group in small] == [Size(2, (64, 64), 3), Size(6, (64, 64), 5), Size(64, (64, 64), 5)]
+    expected = {(name, batch) for name in ("log_prob", "train step", "sample") for batch in (1, 256)}
+    for group in small:
+        assert {(case.name, case.batch) for case in group.cases} == expected
+        assert set(group.libraries) >= {"fastmaf", "naive", *(PEERS if name == "full" else ())}
+        assert all(set(group.libraries) <= set(case.libraries) for case in group.cases)
+
+
+def test_the_cases_of_the_published_flow() -> None:
+    cases = {case.label: set(case.libraries) for case in FULL.groups[0].cases}
+    assert {"log_prob 1000", "sample 5", "sample 64", "train step 8", "train step 64", "build", "save", "load"} <= set(
+        cases
+    )
+    assert all(libraries >= set(PEERS) for libraries in cases.values())
+    assert set(PEERS) == {"nflows", "zuko", "normflows", "flowjax"}
 
 
 @pytest.mark.parametrize("sweep", ["features", "hidden_features", "blocks", "levels", "threads"])

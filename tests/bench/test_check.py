@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastmaf.bench.check import LARGEST, MOST_PASSES, PASSES, WrongResultError, check
+from fastmaf.bench.check import FEWEST_NUMBERS, LARGEST, MOST_PASSES, PASSES, WrongResultError, check
 from fastmaf.bench.libraries import Library, Size
 from fastmaf.bench.libraries.base import LEARNING_RATE
 from tests.bench.helpers import build, uniform
@@ -193,3 +193,15 @@ def test_samples_that_take_too_many_passes_are_not_drawn(seed: int) -> None:
     library: Any = build("naive", Size(MOST_PASSES // 2 + 1, (2,), 2), seed)
     library.sample = lambda n: pytest.fail("samples were drawn")
     check(library, seed, {"sample": [1]})
+
+
+@pytest.mark.parametrize("features", [1, 2, 6])
+def test_samples_of_few_numbers_are_drawn_until_they_suffice(features: int, seed: int) -> None:
+    library, drawn = build("fastmaf", Size(features, (8,), 1), seed), []
+    sample = library.sample
+    library.sample = lambda n: drawn.append(n) or sample(n)  # type: ignore[func-returns-value, method-assign]
+    check(library, seed, {"sample": [1]})
+    assert set(drawn) == {1} and len(drawn) * features >= FEWEST_NUMBERS > (len(drawn) - 1) * features
+    change(library, "sample", lambda x: 1.5 * x)
+    with pytest.raises(WrongResultError, match="samples, of shape"):
+        check(library, seed, {"sample": [1]})

@@ -104,10 +104,12 @@ def test_rows_are_matched_by_case_size_and_sweep(comparison: Comparison) -> None
     lines, worse = comparison(before, before[::-1])
     assert sum(line.strip().startswith("1.00") for line in lines) == len(changes) and not worse
     swept = [timed(1.0, sweep="features", features="768"), timed(1.0, sweep="levels")]
+    swept += [timed(1.0, sweep="small", features="6")]
     lines, worse = comparison(swept, [slow | {"median": "2", "p20": "2", "p80": "2"} for slow in swept])
     assert worse and [line.split(REGRESSION)[1].strip() for line in lines if f"  {REGRESSION}  " in line] == [
         "train step 8, fastmaf at 768 features",
         "train step 8, fastmaf at all levels",
+        "train step 8, fastmaf at 6 features",
     ]
 
 

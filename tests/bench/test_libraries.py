@@ -23,6 +23,7 @@ from tests.bench.helpers import FAILING, build, normal, uniform
 WIDE = Size(47, (24, 24), 3)  # more dimensions than units: several outputs depend on the same inputs
 NARROW = Size(12, (31, 31), 3)  # more units than dimensions: every output depends on all dimensions before it
 SINGLE = Size(47, (24,), 1)
+PLANE = Size(2, (9, 9), 3)
 LEVELS = Size(47, (24, 24), 2, levels=6)
 UNEQUAL = tuple(Size(47, hidden, 2) for hidden in ((5, 24), (24, 5), (9, 31, 4)))
 
@@ -33,7 +34,8 @@ ALL = [
     *((name, size) for name in (*FASTMAF, *DENSE, *PEERS) for size in (WIDE, NARROW, SINGLE)),
     *(("fastmaf", LEVELS), ("naive", LEVELS)),
     *((name, size) for name in ("fastmaf", *DENSE, "zuko") for size in UNEQUAL),
-    ("flowjax", NARROW),  # JAX compiles each function for seconds
+    *((name, PLANE) for name in (*FASTMAF, *DENSE, *PEERS)),
+    *(("flowjax", size) for size in (NARROW, PLANE)),  # JAX compiles each function for seconds
 ]
 BY_PASSES = (*DENSE, *PEERS, "flowjax")
 TRAINABLE = (*FASTMAF[:2], *BY_PASSES)
@@ -74,7 +76,7 @@ def test_the_counterpart_maps_the_inverse_back_to_the_base_points(name: str, siz
     library, z = library_of(name, size), normal(3, size.features, 2)
     counterpart = library.counterpart()
     forward = counterpart.last if library.inverts_by_passes else counterpart
-    for passes in (1, 5, size.features) if library.inverts_by_passes else (size.features,):
+    for passes in {1, min(5, size.features), size.features} if library.inverts_by_passes else {size.features}:
         x = library.inverse(z, passes)
         assert x.shape == z.shape and not torch.allclose(x[:, :passes], z[:, :passes], atol=1e-2)
         with torch.no_grad():

@@ -9,7 +9,8 @@ import pytest
 
 from fastmaf.bench.labels import amount, case_in_words, digits, libraries_of, percent, size_in_words
 from fastmaf.bench.libraries import LIBRARIES
-from fastmaf.bench.tables import growth, machine, memory, position, slope, speed, table
+from fastmaf.bench.rows import Row
+from fastmaf.bench.tables import growth, machine, memory, position, slope, small, speed, table
 from tests.bench.example_rows import ABOUT, example_run, row
 
 ROWS = list(example_run())
@@ -48,6 +49,45 @@ def test_the_table_of_times_has_fastmaf_s_times_and_multiples() -> None:
     assert cells(markdown, "Drawing 1 sample")[-3:] == ["2.00×", "8.00×†", "16.0×†"], "extrapolated"
     without = [r for r in ROWS if (r["case"], r["library"]) != ("log_prob", "naive")]
     assert cells(speed(without, ABOUT), "log_prob of 8")[-3:] == ["2.00×", "–", "16.0×"]
+
+
+def _small_rows() -> list[Row]:
+    """Returns two sizes; at the second the naive model is fastest and one peer was not timed."""
+    multiples = {"fastmaf": 1.0, "naive": 0.5, "nflows": 4.0, "zuko": 3.0}
+    rows = []
+    for features, names in (("64", multiples), ("6", ["fastmaf", "naive", "nflows"])):
+        for case in ("sample", "log_prob"):
+            for name in names:
+                size = {"features": features, "hidden_features": "64x64", "blocks": "5", "sweep": "small"}
+                times = {"times_fastmaf": f"{multiples[name]:g}"}
+                rows.append(row(case, "256", name, 1e-3 * multiples[name], 2e-6, **size, **times))
+    return rows
+
+
+def test_small_flows_are_compared_with_the_best_peer() -> None:
+    markdown = small([*ROWS, *_small_rows()], ABOUT)
+    assert len(markdown.splitlines()) == 2 + 4
+    assert cells(markdown, " |") == ["", "fastmaf", "best peer", "peer / fastmaf", "naive", "nflows", "zuko"]
+    assert cells(markdown, "log_prob of 256, D = 64") == [
+        "log_prob of 256, D = 64, hidden 64x64, 5 blocks",
+        "1.00 ms", "3.00 ms (zuko)", "3.00×", "0.50×", "4.00×", "3.00×",
+    ]  # fmt: skip
+    assert cells(markdown, "Drawing 256 samples, D = 6,")[1:] == [
+        "1.00 ms", "4.00 ms (nflows)", "4.00×", "0.50×", "4.00×", "–",
+    ]  # fmt: skip
+    assert markdown.index("D = 6,") < markdown.index("D = 64,")
+    alone = [r for r in _small_rows() if r["library"] == "fastmaf"]
+    assert cells(small(alone, ABOUT), "log_prob of 256, D = 6,")[1:] == ["1.00 ms", "–", "–"]
+    assert "no small flows" in small(ROWS, ABOUT)
+
+
+def test_small_flows_have_their_own_table_in_the_terminal() -> None:
+    text = table([*ROWS, *_small_rows()])
+    assert text.startswith(table(ROWS) + "\n\nsmall flows: ")
+    head, columns, *lines = text.removeprefix(table(ROWS) + "\n\n").splitlines()
+    assert columns.split()[:3] == ["fastmaf", "best", "peer"] and len(lines) == 4
+    assert " ".join(lines[0].split()).endswith("5 blocks 1.00 ms 4.00 ms (nflows) 4.00× 0.50× 4.00× –")
+    assert table(_small_rows()).startswith(head)
 
 
 def test_the_table_of_memory_has_what_must_be_held() -> None:

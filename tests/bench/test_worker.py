@@ -47,6 +47,13 @@ def test_samples_are_extrapolated_where_all_passes_take_too_long(tmp_path: Path)
     assert server.time("sample", 5, 1e-9).note == ""
 
 
+@pytest.mark.parametrize("name", ["naive", "dense"])
+def test_a_flow_of_fewer_dimensions_than_the_passes_that_are_tried_is_measured(name: str, tmp_path: Path) -> None:
+    server = server_of(name, Size(2, (8, 8), 3))
+    server.prepare("sample", 3, 1e9, str(tmp_path))
+    assert server.time("sample", 3, 1e-9).note == "" and server.memory("sampling memory", 3) > 0
+
+
 def test_an_extrapolated_time_is_that_of_all_passes_of_which_a_block_is_timed_at_most(tmp_path: Path) -> None:
     server = server_of("naive", Size(12, (8, 8), 40))
     library: Any = server.library

@@ -18,7 +18,7 @@ from fastmaf.naive import NaiveMAF
 
 @contextlib.contextmanager
 def shared_widths(widths: int = 2) -> Iterator[None]:
-    """Lets neighbouring panels of small layers share a width, as in large ones, in the layouts that are built inside."""
+    """Lets neighbouring panels of small layers share a width, as in large ones, for layouts that are built inside."""
     with mock.patch.object(layout, "WIDTHS", widths):
         yield
 

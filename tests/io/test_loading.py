@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import struct
 from pathlib import Path
 from typing import Any
@@ -13,9 +14,13 @@ import torch
 
 import fastmaf
 from fastmaf.inspection.detector import Detector
-from fastmaf.transforms import TRANSFORMS
-from tests.core.helpers import normal
+from fastmaf.io import packed_weights
+from fastmaf.io.tensor_file import read_tensors, write_tensors
+from fastmaf.kernels.storage import rows_to_panels
+from fastmaf.transforms import TRANSFORMS, AffineAutoregressive
+from tests.core.helpers import layers_of, normal
 from tests.io.model_files import D, flows
+from tests.io.version_1 import write_version_1
 
 
 def test_what_was_saved_loads_to_the_bit(folder: Path) -> None:
@@ -94,6 +99,66 @@ def test_a_registered_transform_may_fail_in_any_way(tmp_path: Path, monkeypatch:
         with pytest.raises(fastmaf.CheckpointError, match=str(error)) as caught:
             fastmaf.load(path)
         assert str(path) in str(caught.value)
+
+
+def test_weights_are_read_into_the_memory_of_the_flow(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    written: set[int] = set()
+
+    def recorded(rows: torch.Tensor, weight: torch.Tensor, *place: Any) -> bool:
+        written.add(weight.data_ptr())
+        return rows_to_panels(rows, weight, *place)
+
+    monkeypatch.setattr(packed_weights, "rows_to_panels", recorded)
+    for name in ("maf", "inference copy"):
+        written.clear()
+        flow = fastmaf.load(folder / f"{name}.safetensors")
+        assert written == {layer.weight.data_ptr() for layer in layers_of(flow).values()}
+
+
+def test_a_file_that_is_cut_while_weights_are_read(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A mapped file would end the process here."""
+    path = folder / "maf.safetensors"
+    build = AffineAutoregressive.from_config
+
+    def cut(*args: Any) -> AffineAutoregressive:
+        os.truncate(path, path.stat().st_size // 4)
+        return build(*args)
+
+    monkeypatch.setattr(AffineAutoregressive, "from_config", cut)
+    with pytest.raises(fastmaf.CheckpointError, match=r"maf.safetensors .* it ends within the tensor '.*weight'"):
+        fastmaf.load(path)
+
+
+class Layer(fastmaf.Transform):
+    """A transform of a user that contains a masked layer."""
+
+    def __init__(self, features: int) -> None:
+        super().__init__()
+        self.features, degrees = features, torch.arange(features)
+        self.layer = fastmaf.MaskedLinear(degrees, degrees, strict=True, dtype=torch.float64)
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return x - self.layer(x), x.new_zeros(len(x))
+
+    def config(self) -> dict[str, Any]:
+        return {"features": self.features}
+
+    @classmethod
+    def from_config(cls, config: Any, tensors: Any) -> Layer:
+        return cls(config["features"])
+
+
+def test_masked_layers_in_transforms_of_users(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(TRANSFORMS, "layer", Layer)
+    flow, x, path = fastmaf.Flow(20, [Layer(20)]), normal(2, 20), tmp_path / "a.safetensors"
+    for write in (lambda: flow.save(path), lambda: write_version_1(flow, path)):
+        write()
+        assert torch.equal(fastmaf.load(path).log_prob(x), flow.log_prob(x))
+    tensors, metadata = read_tensors(path)
+    name = "transforms.0.layer.weight"
+    write_tensors({**tensors, name: tensors[name][1:]}, path, metadata)
+    with pytest.raises(fastmaf.CheckpointError, match=rf"tensor {name}: expected \d+ numbers"):
+        fastmaf.load(path)
 
 
 def test_loading_does_not_depend_on_global_settings(folder: Path) -> None:

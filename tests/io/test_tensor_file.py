@@ -10,10 +10,11 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 import fastmaf
-from fastmaf.io.tensor_file import TensorFile, read_tensors
+from fastmaf.io.tensor_file import Streamed, TensorFile, read_tensors, write_tensors
 
 ONE = {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}
 DEEP = '{"a": ' + "[" * 100_000 + "]" * 100_000 + "}"
@@ -93,6 +94,26 @@ def test_every_dtype_as_safetensors_writes_it(tmp_path: Path) -> None:
     for name, expected in tensors.items():
         assert found[name].dtype == expected.dtype and found[name].shape == expected.shape
         assert torch.equal(*(tensor.reshape(-1).view(torch.uint8) for tensor in (found[name], expected))), name
+
+
+def test_safetensors_reads_what_is_written(tmp_path: Path) -> None:
+    bits = torch.arange(64, dtype=torch.uint8)
+    dtypes = (torch.uint8, torch.int16, torch.uint32, torch.int64, torch.float16, torch.bfloat16, torch.float32,
+              torch.float64, torch.float8_e4m3fn)  # fmt: skip
+    tensors: dict[str, torch.Tensor] = {str(dtype): bits.view(dtype).clone() for dtype in dtypes}
+    tensors |= {"bool": torch.tensor([True, False]), "empty": torch.zeros(0, 3), 'ü "': torch.tensor(2.5)}
+    tensors |= {"strided": torch.arange(12.0)[::3], "transposed": torch.arange(6.0).view(2, 3).t(), "twice": bits[:7]}
+    parts = Streamed(torch.bfloat16, 5, lambda: iter((torch.ones(2, dtype=torch.bfloat16), torch.zeros(3).bfloat16())))
+    write_tensors({**tensors, "parts": parts}, tmp_path / "a.safetensors", {"note": "ß"})
+    tensors["parts"] = torch.tensor([1, 1, 0, 0, 0], dtype=torch.bfloat16)
+    with safe_open(tmp_path / "a.safetensors", framework="pt") as file:
+        assert file.metadata() == {"note": "ß"}
+    for found in (load_file(tmp_path / "a.safetensors"), read_tensors(tmp_path / "a.safetensors")[0]):
+        assert found.keys() == tensors.keys()
+        for name, expected in tensors.items():
+            assert found[name].dtype == expected.dtype and found[name].shape == expected.shape
+            same = (tensor.contiguous().reshape(-1).view(torch.uint8) for tensor in (found[name], expected))
+            assert torch.equal(*same), name
 
 
 def test_a_file_that_is_replaced_or_cut_while_it_is_read(tmp_path: Path) -> None:

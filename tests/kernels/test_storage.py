@@ -63,7 +63,7 @@ def test_rows_become_panels_and_panels_rows(library: object, part_bytes: None) -
         covered = 0
         for part in storage.parts(of, dtype.itemsize):
             assert (part.start, part.first) == (covered, int(of.prefix[: 16 * part.start].sum()))
-            covered, numbers = part.end, slice(part.first, part.first + part.count)
+            covered, numbers = part.end, slice(part.first, part.first + part.numel)
             assert storage.rows_to_panels(rows[numbers].clone(), weight, of, part)
             assert storage.panels_to_rows(packed, again[numbers], of, part)
         assert covered == len(of.panels) - 1

@@ -135,7 +135,7 @@ def test_launches_take_the_paths_meant(monkeypatch: pytest.MonkeyPatch, device: 
 
 
 @pytest.mark.parametrize(
-    "most, panel, batch, options",
+    "most, group, batch, options",
     [
         (512, 3, 5, {"features": 17, "hidden_features": (33, 20), "levels": 2}),  # many units per level
         (4, 16, 9, {"features": 17, "hidden_features": (20,), "levels": 2}),
@@ -147,15 +147,15 @@ def test_launches_take_the_paths_meant(monkeypatch: pytest.MonkeyPatch, device: 
     ids=str,
 )
 def test_paths_of_the_inverse(
-    monkeypatch: pytest.MonkeyPatch, device: str, options: dict[str, Any], most: int, panel: int, batch: int
+    monkeypatch: pytest.MonkeyPatch, device: str, options: dict[str, Any], most: int, group: int, batch: int
 ) -> None:
-    """Several launches, panels of few steps, blocks of rows and columns smaller than what they walk over."""
+    """Several launches, groups of few steps, blocks of rows and columns smaller than what they walk over."""
     # Not by its dotted path: there the function hides the module of the same name.
     triton_kernel = sys.modules["fastmaf.kernels.flow.triton.inverse"]
 
     set_launch(monkeypatch, device, 16, 16, 1)
     monkeypatch.setattr(triton_kernel, "MOST_SAMPLES", most)
-    monkeypatch.setattr(triton_kernel, "PANEL", panel)
+    monkeypatch.setattr(triton_kernel, "GROUP", group)
     case = make("inverse", batch, device=device, **options)
     against_reference(case)
 
@@ -243,7 +243,7 @@ def test_gradients_of_some_inputs_only(device: str, kind: str) -> None:
 
 @pytest.mark.parametrize("kind", OPS)
 def test_bfloat16_weights_are_rounded_weights(device: str, kind: str) -> None:
-    for batch in (3,) if kind.startswith(("inverse", "flow")) else (1, 3):
+    for batch in (3,) if kind.startswith(("inverse", "flow")) else (1, 3, 9):
         case = small(kind, batch, device=device)
         stored, rounded = leaves(case, F32), leaves(case, F64)
         for key in case.tensors:

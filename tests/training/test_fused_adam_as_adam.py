@@ -165,6 +165,17 @@ def test_states_of_adam_with_other_options_are_gone_on_from(options: dict[str, A
     assert_same_state(back, adam)
 
 
+def test_a_state_of_other_shapes_is_refused() -> None:
+    flow, plain = pair()
+    adam = torch.optim.Adam(plain.parameters())
+    backward_and_step(plain, adam, loss_of(plain, 0))
+    state, fused = copy.deepcopy(adam.state_dict()), FusedAdam(flow.parameters())
+    state["state"][0]["exp_avg_sq"] = state["state"][0]["exp_avg_sq"][1:]
+    with pytest.raises(ValueError, match=r"exp_avg_sq of parameter 0: expected shape \(\d+,\); found \(\d+,\)"):
+        fused.load_state_dict(state)
+    assert not fused.state, "nothing was loaded"
+
+
 def saved(value: Any) -> Any:
     file = io.BytesIO()
     torch.save(value, file)

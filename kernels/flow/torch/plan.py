@@ -13,6 +13,9 @@ from fastmaf.kernels.flow.schedule import groups
 from fastmaf.kernels.layout import PANEL, Run, runs_of
 from fastmaf.kernels.tensor_cache import cached
 
+# Groups of no more weights than this are taken together: calls of torch would cost more than the arithmetic.
+_SMALL = 131_072
+
 
 class Rows(NamedTuple):
     """The rows of one layer that a group of steps finishes.
@@ -48,10 +51,20 @@ def _make_plan(layers: list[list[Run]], schedule: Tensor) -> list[list[Rows]]:
     dims, *units = zip(*schedule.tolist(), strict=True)  # finished after each step, the latter per hidden layer
     ends = [*units, [2 * d for d in dims]]
     below = [dims, *units[:-1], (0, *units[-1][:-1])]  # outputs read what was finished before their step
-    return [
-        [_make_rows(runs, end, width, *group) for runs, end, width in zip(layers, ends, below, strict=True)]
-        for group in groups(schedule)
-    ]
+    merged: list[tuple[int, int]] = []
+    for first, end in groups(schedule):
+        start = merged[-1][0] if merged else first
+        weights = sum(_count(rows, start, end) * width[end - 1] for rows, width in zip(ends, below, strict=True))
+        if merged and weights <= _SMALL:
+            merged[-1] = start, end
+        else:
+            merged.append((first, end))
+    return [[_make_rows(*of, *group) for of in zip(layers, ends, below, strict=True)] for group in merged]
+
+
+def _count(ends: Sequence[int], first: int, end: int) -> int:
+    """Returns how many rows the steps ``first..end`` finish."""
+    return ends[end - 1] - (ends[first - 1] if first else 0)
 
 
 def _make_rows(runs: list[Run], ends: Sequence[int], below: Sequence[int], first: int, end: int) -> Rows:

@@ -1,15 +1,15 @@
 """A flow's level-scheduled inverse by one Triton kernel.
 
 One program takes a tile of samples through all blocks in one launch: it waits for nobody, so it needs no more than the
-barriers of its own threads. Steps are taken in panels:
+barriers of its own threads. Steps are taken in groups:
 
-    for each panel: sum what all rows of the panel take from units finished before it, streaming their weights;
-        for each step in it: outputs += what the panel's own units add;  x = z exp(a) + m;
-                             units of each layer in turn += what the panel's own x and units add
+    for each group: sum what all rows of the group take from units finished before it, streaming their weights;
+        for each step in it: outputs += what the group's own units add;  x = z exp(a) + m;
+                             units of each layer in turn += what the group's own x and units add
 
 so that a step's critical path touches a few columns, whose other rows are still in the cache. Values live in scratch
 memory, partial sums beside them. Blocks of rows begin where they may be loaded several at a time, at a multiple of
-their size or of a storage panel's 16 rows, and leave out what is not theirs.
+their size or of a panel's 16 rows, and leave out what is not theirs.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from fastmaf.kernels.triton_common import work_lists
 from fastmaf.kernels.triton_common.launch_table import Table
 
 # Steps taken together: more of them stream longer at a time, and look at more columns in each step.
-PANEL = 16
+GROUP = 16
 # Samples in one launch: their scratch memory is some four times their size. A multiple of 4, so that each launch's x
 # starts at a multiple of 16 bytes.
 MOST_SAMPLES = 512
@@ -62,7 +62,7 @@ def _sums(
 def _flow_inverse_kernel(
     z_ptr, x_ptr, ladj_ptr, blocks_ptr, maps_ptr, permutations_ptr, values_ptr, ahead_ptr, other_x_ptr, n, features,
     blocks, stride_block, stride_values,
-    PANEL: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_U: tl.constexpr, BLOCK_R: tl.constexpr,
+    GROUP: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_U: tl.constexpr, BLOCK_R: tl.constexpr,
     BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_W: tl.constexpr, W_TYPE: tl.constexpr, ALIGNED: tl.constexpr,
     RELU: tl.constexpr, KINDS: tl.constexpr,
 ):  # fmt: skip
@@ -90,8 +90,8 @@ def _flow_inverse_kernel(
         from_ = tl.where(even, other_x_ptr.to(tl.int64), x_ptr.to(tl.int64))
         from_ = tl.where(b == 0, z_ptr.to(tl.int64), from_).to(tl.pointer_type(tl.float32))
         to = tl.multiple_of(to, 16)
-        for first in range(0, steps, PANEL):
-            last = tl.minimum(first + PANEL, steps)
+        for first in range(0, steps, GROUP):
+            last = tl.minimum(first + GROUP, steps)
             before = schedule + (first - 1) * (hidden + 1)
             after = schedule + (last - 1) * (hidden + 1)
             # Hidden layers, over what is finished below them.
@@ -205,8 +205,8 @@ def _blocks(table: Table, sms: int, n: int, features: int, widest: int, steps: i
         "BLOCK_U": units,
         "BLOCK_R": 16,
         "BLOCK_C": max(16, numbers // 16),
-        "BLOCK_P": common.power_of_two(PANEL * units, 16, max(16, numbers // rows)),
-        "BLOCK_W": common.power_of_two(PANEL * dims, 16, max(16, numbers // units)),
+        "BLOCK_P": common.power_of_two(GROUP * units, 16, max(16, numbers // rows)),
+        "BLOCK_W": common.power_of_two(GROUP * dims, 16, max(16, numbers // units)),
     }
 
 
@@ -251,7 +251,7 @@ def inverse(z: Tensor, args: FlowArgs) -> tuple[Tensor, Tensor]:
             common.cdiv(count, sizes["BLOCK_N"]),
             z[part], x[part], ladj[part], blocks, maps, places, values, ahead, torch.empty_like(z[part]), count,
             features, len(table), stride, per_block,
-            PANEL=PANEL, **sizes, W_TYPE=tl.bfloat16 if weights[0].dtype == torch.bfloat16 else tl.float32,
+            GROUP=GROUP, **sizes, W_TYPE=tl.bfloat16 if weights[0].dtype == torch.bfloat16 else tl.float32,
             ALIGNED=aligned, RELU=args.activation == "relu", KINDS=sum(1 << kind for kind in set(kinds)),
             num_warps=launches.inverse_warps, maxnreg=common.all_registers(launches.inverse_warps),
         )  # fmt: skip

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastmaf.kernels import dispatch
 from fastmaf.kernels.flow.args import flow_args
-from fastmaf.kernels.flow.torch import inverse
+from fastmaf.kernels.flow.torch import inverse, plan
 from fastmaf.transforms import AffineAutoregressive
 from tests.core.helpers import blocks_of, build, normal
 from tests.tolerances import TOLERANCES, assert_close, error
@@ -75,8 +76,13 @@ DEGREES = {
 }
 
 
+@pytest.mark.parametrize("merged", [True, False])
 @pytest.mark.parametrize("name", DEGREES)
-def test_levels_are_the_distinct_degrees_of_the_last_layer_below_d_and_one_more(backend: str, name: str) -> None:
+def test_levels_are_the_distinct_degrees_of_the_last_layer_below_d_and_one_more(
+    backend: str, name: str, merged: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not merged:
+        monkeypatch.setattr(plan, "_SMALL", 0)  # else the torch backend takes all steps of so small a block together
     degrees = DEGREES[name]
     flow = build(13, degrees=degrees, hidden_features=tuple(d.numel() for d in degrees), order="natural", scale=2.0)
     last = degrees[-1].unique()
@@ -130,11 +136,14 @@ def test_exact_for_large_log_scales(backend: str, scale: float, bound: float | N
     features=st.integers(1, 30),
     hidden=st.lists(st.integers(1, 70), min_size=1, max_size=3),
     widths=st.sampled_from(["own", "shared"]),
+    small=st.sampled_from([0, 1000, 100_000]),
     batch=st.integers(0, 3),
     seed=st.integers(0, 10_000),
 )
 @settings(max_examples=50)
-def test_random_degrees_per_layer(features: int, hidden: list[int], widths: str, batch: int, seed: int) -> None:
+def test_random_degrees_per_layer(
+    features: int, hidden: list[int], widths: str, small: int, batch: int, seed: int
+) -> None:
     source = torch.Generator().manual_seed(seed)
     degrees = [torch.randint(0, features + 1, (width,), generator=source) for width in hidden]
     flow = build(
@@ -152,7 +161,7 @@ def test_random_degrees_per_layer(features: int, hidden: list[int], widths: str,
     with torch.no_grad():
         expected, _ = flow.to_naive().inverse(x)
         for backend in ON_CPU:
-            with dispatch.use_backend(backend):
+            with dispatch.use_backend(backend), mock.patch.object(plan, "_SMALL", small):
                 z, ladj = flow(x)
                 back, ladj_back = flow.inverse(z)
                 sample, _ = flow.inverse(x)

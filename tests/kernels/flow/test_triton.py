@@ -61,7 +61,7 @@ def block(depths: tuple[int, ...], bound: float | None, soft: bool, seed: int, *
 
 
 @pytest.mark.parametrize(
-    "places, batch, most, panel",
+    "places, batch, most, group",
     [
         ((), 1, 512, 16),
         ((1, 2), 5, 4, 3),
@@ -71,7 +71,7 @@ def block(depths: tuple[int, ...], bound: float | None, soft: bool, seed: int, *
     ],
 )
 def test_blocks_of_all_kinds_in_one_run(
-    monkeypatch: pytest.MonkeyPatch, device: str, places: tuple[int, ...], batch: int, most: int, panel: int
+    monkeypatch: pytest.MonkeyPatch, device: str, places: tuple[int, ...], batch: int, most: int, group: int
 ) -> None:
     """Different depths, widths and bounds, free ones among them; permutations at some places, the last among these."""
     # Not by its dotted path: there the function hides the module of the same name.
@@ -79,7 +79,7 @@ def test_blocks_of_all_kinds_in_one_run(
 
     set_launch(monkeypatch, device, 16, 16, 1)
     monkeypatch.setattr(triton_kernel, "MOST_SAMPLES", most)
-    monkeypatch.setattr(triton_kernel, "PANEL", panel)
+    monkeypatch.setattr(triton_kernel, "GROUP", group)
     blocks = [
         block((7, 5, 3), 0.3, False, 0, levels=3),
         block((4,), None, False, 1, levels=2),

@@ -1,0 +1,66 @@
+"""A step of Adam on all parameters of a group, by torch's fused kernel and without torch's preparations for it."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastmaf.training.adam_updates import ONE
+
+_dtype, _is_cpu = map(operator.attrgetter, ("dtype", "is_cpu"))
+
+
+def is_usual(group: Mapping[str, Any]) -> bool:
+    """Returns whether a group has only options that the kernel takes as they are."""
+    numbers = (group["lr"], group["weight_decay"], group["eps"], *group["betas"])
+    return bool(
+        group["fused"]
+        and not (group["amsgrad"] or group["differentiable"] or group["capturable"] or torch.compiler.is_compiling())
+        and not any(isinstance(number, Tensor) for number in numbers)
+    )
+
+
+@torch.no_grad()
+def step_on_cpu_(group: Mapping[str, Any], state: Mapping[Tensor, Mapping[str, Tensor]]) -> bool:
+    """Updates the parameters of a group that have a gradient, and their state, as ``torch.optim.Adam`` does.
+
+    Returns:
+        Whether the step was taken: not where a parameter has no state yet, and not where tensors are strided, on
+        another device or of several dtypes.
+    """
+    parameters = [parameter for parameter in group["params"] if parameter.grad is not None]
+    grads = [parameter.grad for parameter in parameters]
+    states = [of for parameter in parameters if (of := state.get(parameter))]
+    if not parameters or len(states) < len(parameters):
+        return False
+    steps, exp_avgs, exp_avg_sqs = ([of[name] for of in states] for name in ("step", "exp_avg", "exp_avg_sq"))
+    tensors = (*parameters, *grads, *exp_avgs, *exp_avg_sqs)
+    alike = len(set(map(_dtype, tensors))) == 1 and {torch.float32} == set(map(_dtype, steps))
+    if not (alike and all(map(_is_cpu, (*tensors, *steps))) and not any(grad.is_sparse for grad in grads)):
+        return False
+    if not all(map(Tensor.is_contiguous, tensors)):
+        return False
+    beta1, beta2 = group["betas"]
+    torch.autograd.graph.increment_version(parameters)
+    torch._foreach_add_(steps, [ONE] * len(steps))  # a number would be converted once for each
+    update_ = torch._fused_adamw_ if group.get("decoupled_weight_decay", False) else torch._fused_adam_
+    update_(
+        parameters,
+        grads,
+        exp_avgs,
+        exp_avg_sqs,
+        [],
+        steps,
+        lr=group["lr"],
+        beta1=beta1,
+        beta2=beta2,
+        weight_decay=group["weight_decay"],
+        eps=group["eps"],
+        amsgrad=False,
+        maximize=group["maximize"],
+    )
+    return True

@@ -1,0 +1,66 @@
+"""The loss of a small flow and its gradients, without a graph of autograd."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from fastmaf import hooks
+from fastmaf.flows import Flow
+from fastmaf.kernels import FlowArgs, dispatch
+from fastmaf.kernels.flow.args import FlowBatch
+from fastmaf.kernels.flow.forward import flow_backward, flow_forward_saving
+from fastmaf.training.gradient_sink import has_hooks
+
+_METHODS = {name: getattr(Flow, name) for name in ("log_prob", "forward", "_base_log_prob")}
+
+
+class DirectLoss:
+    """The mean negative log-likelihood of a batch, with the values and gradients of ``-flow.log_prob(x).mean()``.
+
+    Autograd visits a node for each parameter, which takes longer than the arithmetic of a small flow.
+
+    Attributes:
+        value: the loss.
+    """
+
+    def __init__(self, flow: Flow, x: Tensor, args: FlowArgs) -> None:
+        self._args = args
+        with torch.no_grad():
+            self._z, ladj, self._saved = flow_forward_saving(x.contiguous(), args)
+            self.value = -(ladj + flow._base_log_prob(self._z)).mean()
+
+    @classmethod
+    def of(cls, flow: Flow, x: Tensor) -> DirectLoss | None:
+        """Returns the loss of a batch ``[N, D]``, or None where autograd is needed: for hooks, other transforms than
+        blocks and permutations, parameters that are shared, frozen or computed, modes, and GPUs.
+        """
+        if type(x) is not Tensor or x.dim() != 2 or not len(x) or x.requires_grad or x.device.type != "cpu":
+            return None
+        if dispatch.chosen() == "triton" or not torch.is_grad_enabled():
+            return None
+        if torch.is_autocast_enabled("cpu") or torch.is_anomaly_enabled():
+            return None
+        if any(getattr(type(flow), name) is not method or name in vars(flow) for name, method in _METHODS.items()):
+            return None
+        args = None if hooks.is_called(flow) else flow._runs.single(flow._transforms())
+        if args is None or not _are_plain(args.parameters):
+            return None
+        flow._check("x", x)
+        return cls(flow, x, args)
+
+    @torch.no_grad()
+    def backward(self) -> None:
+        """Stores the gradients of all parameters in ``grad``, which must be None."""
+        n = len(self._z)
+        batch = FlowBatch(self._z * (1 / n), self._z.new_full((n,), -1 / n), self._saved)
+        _, grad_weights, grad_biases = flow_backward(batch, self._args, False)
+        for parameter, grad in zip(self._args.parameters, [*grad_weights, *grad_biases], strict=True):
+            parameter.grad = grad
+
+
+def _are_plain(parameters: list[Tensor]) -> bool:
+    """Returns whether each is used once, to be trained, and without a gradient or hooks."""
+    return len(set(map(id, parameters))) == len(parameters) and all(
+        type(p) is nn.Parameter and p.requires_grad and p.grad is None and not has_hooks(p) for p in parameters
+    )
