@@ -262,7 +262,7 @@ def _check_schedule(schedule: Tensor, prefixes: Sequence[Tensor], features: int,
             )
 
 
-_data_ptr, _numel, _is_contiguous = Tensor.data_ptr, Tensor.numel, Tensor.is_contiguous
+_data_ptr, _numel, _dim, _is_contiguous = Tensor.data_ptr, Tensor.numel, Tensor.dim, Tensor.is_contiguous
 _version, _dtype, _shape = map(operator.attrgetter, ("_version", "dtype", "shape"))
 
 
@@ -282,7 +282,7 @@ def _key(args: FlowArgs) -> tuple[Any, ...]:
     constants = [*args.prefixes, *args.panels, *args.schedules, *args.permutations]
     return (
         list(map(_data_ptr, parameters)), list(map(_numel, parameters)), list(map(_dtype, parameters)),
-        all(map(_is_contiguous, parameters)), list(map(id, constants)), *_states(constants), list(map(_shape, args.schedules)),
+        sum(map(_dim, parameters)), all(map(_is_contiguous, parameters)), list(map(id, constants)), *_states(constants), list(map(_shape, args.schedules)),
         args.activation, args.maps,
     )  # fmt: skip
 
