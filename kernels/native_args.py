@@ -282,8 +282,8 @@ def _key(args: FlowArgs) -> tuple[Any, ...]:
     constants = [*args.prefixes, *args.panels, *args.schedules, *args.permutations]
     return (
         list(map(_data_ptr, parameters)), list(map(_numel, parameters)), list(map(_dtype, parameters)),
-        sum(map(_dim, parameters)), all(map(_is_contiguous, parameters)), list(map(id, constants)), *_states(constants), list(map(_shape, args.schedules)),
-        args.activation, args.maps,
+        sum(map(_dim, parameters)), all(map(_is_contiguous, parameters)), list(map(id, constants)),
+        *_states(constants), list(map(_shape, args.schedules)), args.activation, args.maps,
     )  # fmt: skip
 
 
