@@ -134,25 +134,30 @@ def _triton_bytes(flow: Flow, n: int, device: torch.device, *, training: bool) -
 
 
 def _native_bytes(flow: Flow, n: int, *, training: bool, layer_by_layer: bool) -> int:
-    """Returns the bytes that flow_forward.cpp, forward.h and backward.h request from ``Scratch`` (thread_team.h)."""
-    threads = torch.get_num_threads()
-    mades, layers = flow._mades(), flow._layers()
-    widest = max((layer.in_features for layer in layers), default=0)
-    # Activations in panels of 16 samples (small batches: in blocks of 512 columns), 64 samples at a time.
-    pack = n * 528 * -(-widest // 512) if n <= 8 else 16 * -(-min(n, 64) // 16) * widest
-    if not training:
-        numbers = pack + n * (2 * flow.features + max((sum(made.hidden_features) for made in mades), default=0))
-    else:
-        strips = n * (2 * 528 + 80)  # of each thread; the first one's holds the pack of the forward pass as well
-        parts = 1 if threads == 1 else round(6.2 * threads)  # most_parts
-        shared = [
-            80 * n * -(-layer.out_features // 64)
-            if layer.in_features > layer.out_features
-            else parts * n * (layer.in_features + 16)
-            for layer in layers
-        ]
-        numbers = max(pack, strips) + (threads - 1) * strips + max(shared, default=0)
-        if not layer_by_layer:
-            hidden = max((units for made in mades for units in made.hidden_features), default=0)
-            numbers += n * (3 * flow.features + 2 * hidden)
+    """Returns the bytes that forward.h, backward.h and flow.h request from ``Scratch`` (thread_pool.h)."""
+    hidden = [made.hidden_features for made in flow._mades()]
+    chunk, wide = -(-n // -(-n // 128)), -(-n // 16) * 16  # samples of a chunk, and all in whole vectors
+    fused = wide if n <= 128 else -(-chunk // 16) * 16  # samples whose grad_x is formed at once
+    # Of the leading thread: what all share, and the activations between layers. Of each thread: inputs, and one other.
+    shared, inputs, others = [0], [0], [128 * chunk]
+    state = n * (2 * flow.features + max(map(sum, hidden), default=0))
+    for layer in flow._layers():
+        rows, columns = layer.out_features, layer.in_features
+        strip = min(max(-(-65536 // chunk // 64) * 64, 64), 1024)
+        strips, panels = -(-columns // strip), len(layer.layout.panels) - 1
+        shared.append(strips * chunk * 32 * -(-rows // 32) if columns > rows else columns * chunk)
+        inputs.append(strip * chunk if columns > rows else 0)
+        if not training:
+            continue
+        others.append(128 * wide)
+        if columns > rows:
+            strip = min(max(-(-16384 // n // 12) * 12, 48), 768)
+            shared.append(128 * wide * -(-panels // 4))
+            inputs.append(n * (strip + 28) + strip * fused)
+        else:
+            parts = min(max(layer.layout.numel // columns // 64, 1), 32) if columns else 1
+            shared.append(max(n * (columns + 28), min(n, chunk) * (columns + 28) + parts * columns * fused))
+    if training and not layer_by_layer:
+        state = max(state, n * (3 * flow.features + 2 * max((units for of in hidden for units in of), default=0)))
+    numbers = state + max(shared) + torch.get_num_threads() * (max(inputs) + max(others))
     return numbers * flow._like().element_size() * 5 // 4  # a buffer grows by a quarter more than is needed

@@ -314,7 +314,7 @@ void layer_pass(const Team& team, const Panels<T>& w, const Source& source, cons
     team.each(strips, [&](long i) {
       const FlushDenormals flush;
       const long k0 = i * strip, k1 = std::min(k0 + strip, w.columns);
-      T* xs = Scratch::get<T>(Scratch::kInput, n * stride + strip * wide);
+      T* xs = Scratch::get<T>(Scratch::kInput, n * stride + (grad_x ? strip * wide : 0));
       T* grad = grad_x ? xs + n * stride : nullptr;
       if (weights) take_columns(x, n, w.columns, k0, k1, xs, stride);
       if (grad) std::fill(grad, grad + (k1 - k0) * wide, T(0));
@@ -331,7 +331,7 @@ void layer_pass(const Team& team, const Panels<T>& w, const Source& source, cons
   // Each part has a grad_x of its own, which should be small beside its weights.
   const long rows = w.starts[w.count()] * kPanel / std::max(1L, w.columns);
   const long parts = std::clamp(rows / kGradientRows, 1L, std::min(parts_of(w, n), 32L)), stride = strip_stride(w.columns);
-  T* xs = Scratch::get<T>(Scratch::kShared, n * stride + parts * w.columns * wide);
+  T* xs = Scratch::get<T>(Scratch::kShared, n * stride + (grad_x ? parts * w.columns * wide : 0));
   T* shares = xs + n * stride;
   if (weights) {
     const Split samples(n, std::max(1L, 16384 / std::max(w.columns, 1L)));
