@@ -190,8 +190,8 @@ class FlowPlan:
         counts = len(args.permutations) - 1, len(args.maps) / len(AffineMap._fields)
         if not layers or lengths != {layers[-1].stop} or set(counts) != {len(layers)}:
             raise ValueError(
-                f"a flow needs a schedule, a map and a permutation per block, one permutation more, and as many weights, "
-                f"biases, prefixes and panels as its schedules have columns; found {len(layers)} schedules, "
+                "a flow needs a schedule, a map and a permutation per block, one permutation more, and as many "
+                f"weights, biases, prefixes and panels as its schedules have columns; found {len(layers)} schedules, "
                 f"{len(args.maps)} numbers of maps, {len(args.permutations)} permutations, and "
                 f"{', '.join(str(len(part)) for part in args[:4])} of the others"
             )
@@ -262,7 +262,7 @@ def _check_schedule(schedule: Tensor, prefixes: Sequence[Tensor], features: int,
             )
 
 
-_data_ptr, _is_contiguous = Tensor.data_ptr, Tensor.is_contiguous
+_data_ptr, _numel, _dim, _is_contiguous = Tensor.data_ptr, Tensor.numel, Tensor.dim, Tensor.is_contiguous
 _version, _dtype, _shape = map(operator.attrgetter, ("_version", "dtype", "shape"))
 
 
@@ -272,7 +272,7 @@ def _states(constants: Sequence[Tensor]) -> tuple[Any, ...]:
         versions = list(map(_version, constants))
     except RuntimeError:  # inference tensors have none
         versions = [object()]
-    memory = list(map(_data_ptr, constants)), list(map(_shape, constants)), list(map(_dtype, constants))
+    memory = list(map(_data_ptr, constants)), list(map(_numel, constants)), list(map(_dtype, constants))
     return versions, *memory, all(map(_is_contiguous, constants))
 
 
@@ -281,8 +281,9 @@ def _key(args: FlowArgs) -> tuple[Any, ...]:
     parameters = [*args.weights, *args.biases]
     constants = [*args.prefixes, *args.panels, *args.schedules, *args.permutations]
     return (
-        list(map(_data_ptr, parameters)), list(map(_shape, parameters)), list(map(_dtype, parameters)),
-        all(map(_is_contiguous, parameters)), list(map(id, constants)), *_states(constants), args.activation, args.maps,
+        list(map(_data_ptr, parameters)), list(map(_numel, parameters)), list(map(_dtype, parameters)),
+        sum(map(_dim, parameters)), all(map(_is_contiguous, parameters)), list(map(id, constants)),
+        *_states(constants), list(map(_shape, args.schedules)), args.activation, args.maps,
     )  # fmt: skip
 
 

@@ -277,7 +277,7 @@ inline Vec<float> logarithm(Vec<float> v) {
   IntVec<float> bits;
   std::memcpy(&bits, &v, sizeof bits);
   const IntVec<float> n = (bits - 0x3f3504f3) >> 23;
-  bits -= n << 23;
+  bits -= n * (1 << 23);  // n may be negative
   Vec<float> m;
   std::memcpy(&m, &bits, sizeof m);
   const Vec<float> s = (m - 1.0f) / (m + 1.0f), z = s * s;
