@@ -70,7 +70,11 @@ def _source(batch: AffineBatch, args: AffineArgs, need_x: bool, scale: float) ->
     _check_pairs(args.bias.shape[0])
     n, features = len(batch.h), args.bias.shape[0] // 2
     grads = [grad.contiguous() for grad in batch[:3]]  # autograd hands on gradients of any strides
-    for name, tensor in zip(("grad_z", "grad_log_scale", "z", "log_scale", "x"), (*grads[::2], batch.z, batch.log_scale, batch.x), strict=True):
+    for name, tensor in zip(
+        ("grad_z", "grad_log_scale", "z", "log_scale", "x"),
+        (*grads[::2], batch.z, batch.log_scale, batch.x),
+        strict=True,
+    ):
         check_tensor(name, tensor, batch.h.dtype, (n, features))
     check_tensor("grad_ladj", grads[1], batch.h.dtype, (n,))
     grad_x = batch.z.new_empty(batch.z.shape if need_x else 0)

@@ -100,13 +100,13 @@ void pair_product(const Panels<W>& w, long p, long panels, long k0, long k1, con
 // meanwhile. One tile alone goes through all that it has, up to a length that keeps sums short.
 inline long block_columns(long tiles) { return tiles == 1 ? 1024 : 256; }
 
-// Calls epilogue(part, sample, row, c) with the products of rows row .. row + 32 and one sample, without bias; rows that the layer does
-// not have give zero. part < forward_parts.
+// Calls epilogue(part, sample, row, rows, c) with the products c of some rows and one sample, without bias; rows that the layer does not
+// have give zero, up to whole panels or pairs of them. part < forward_parts.
 template <class T, class W, class Epilogue>
 void multiply(const Team& team, const Panels<W>& w, const T* x, long n, const Epilogue& epilogue) {
   if (n == 0) return;
   const Split chunks(n, kChunk);
-  const long panels = w.count(), pairs = (panels + 1) / 2, padded = pairs * kPairRows;
+  const long panels = w.count(), padded = (panels + 1) / 2 * kPairRows + kPanel;  // no power of two
   for (long chunk = 0; chunk < chunks.count; ++chunk) {
     const long first = chunks.begin(chunk), samples = chunks.size(chunk);
     const T* xs = x + first * w.columns;
@@ -144,7 +144,7 @@ void multiply(const Team& team, const Panels<W>& w, const T* x, long n, const Ep
             const long count = (w.visible(std::min(p + 1, panels - 1)) + strip - 1) / strip;
             for (long i = 1; i < count; ++i)
               for (long r = 0; r < kPairRows; ++r) c[r] += c[i * samples * padded + r];
-            epilogue(part, first + s, p * kPanel, c);
+            epilogue(part, first + s, p * kPanel, kPairRows, c);
           }
       });
     } else {
@@ -165,8 +165,7 @@ void multiply(const Team& team, const Panels<W>& w, const T* x, long n, const Ep
         for (long p0 = even(static_cast<double>(part) / parts); p0 < end; p0 += kGroupPanels) {
           const long p1 = std::min(p0 + kGroupPanels, end);
           for (long p = p0; p < p1; p += 2) pair(p, 0, w.columns, packed, w.columns, c + (p - p0) * kPanel, rows);
-          for (long s = 0; s < samples; ++s)
-            for (long p = p0; p < p1; p += 2) epilogue(part, first + s, p * kPanel, c + s * rows + (p - p0) * kPanel);
+          for (long s = 0; s < samples; ++s) epilogue(part, first + s, p0 * kPanel, (p1 - p0) * kPanel, c + s * rows);
         }
       });
     }
@@ -183,9 +182,9 @@ long forward_parts(const Panels<W>& w, long n) {
 template <class T, class W>
 void linear_forward(const Team& team, const Panels<W>& w, const T* bias, const T* x, long n, bool relu, T* y) {
   constexpr int L = kLanes<T>;
-  multiply<T>(team, w, x, n, [&](long, long s, long row, const T* c) {
+  multiply<T>(team, w, x, n, [&](long, long s, long row, long rows, const T* c) {
     T* to = y + s * w.rows + row;
-    const long count = std::min(kPairRows, w.rows - row);
+    const long count = std::min(rows, w.rows - row);
     long r = 0;
     for (; r + L <= count; r += L) {
       const Vec<T> v = load(c + r) + load(bias + row + r), zero = {};
@@ -198,16 +197,17 @@ void linear_forward(const Team& team, const Panels<W>& w, const T* bias, const T
   });
 }
 
-// z, and log_scale (null: not wanted), of up to 16 dimensions from their rows' products; returns the sum of the log-scales.
+// z, and log_scale (null: not wanted), of some dimensions from their rows' products; returns the sum of the log-scales.
 template <class T>
 double affine_rows(const AffineMap& map, const T* c, const T* bias, long dims, const T* x, T* z, T* log_scale) {
   constexpr int L = kLanes<T>;
-  double total = 0;
   constexpr long kAhead = kGroupPanels / 2 * kPanel;  // the next group's
-  prefetch(x + kAhead);
-  if (z != x) prefetch(z + kAhead);
-  if (log_scale) prefetch(log_scale + kAhead);
+  Vec<T> sum = {};
+  double last = 0;
   for (long d = 0; d < dims; d += L) {
+    prefetch(x + d + kAhead);
+    if (z != x) prefetch(z + d + kAhead);
+    if (log_scale) prefetch(log_scale + d + kAhead);
     const long count = std::min<long>(L, dims - d);
     const bool whole = count == L;
     const auto rows = [&](long at) {
@@ -221,9 +221,12 @@ double affine_rows(const AffineMap& map, const T* c, const T* bias, long dims, c
     const Vec<T> zv = map.form == kShiftFirst ? (xv - shift) * exponential(-a) : xv * exponential(a) + shift;
     whole ? store(z + d, zv) : store_part(z + d, zv, count);
     if (log_scale) whole ? store(log_scale + d, a) : store_part(log_scale + d, a, count);
-    total += lane_sum<T>(a, count);
+    if (whole)
+      sum += a;
+    else
+      last = lane_sum<T>(a, count);
   }
-  return total;
+  return lane_sum<T>(sum, L) + last;
 }
 
 // The output layer and its map; adds each sample's sum of log-scales to totals [forward_parts][n]. z may be x.
@@ -231,9 +234,9 @@ template <class T, class W>
 void affine_forward(const Team& team, const Panels<W>& w, const AffineMap& map, const T* bias, const T* h, const T* x, long n, T* z,
                     T* log_scale, double* totals) {
   const long features = w.rows / 2;
-  multiply<T>(team, w, h, n, [&](long part, long s, long row, const T* c) {
+  multiply<T>(team, w, h, n, [&](long part, long s, long row, long rows, const T* c) {
     const long at = s * features + row / 2;
-    totals[part * n + s] += affine_rows(map, c, bias + row, std::min(kPanel, features - row / 2), x + at, z + at,
+    totals[part * n + s] += affine_rows(map, c, bias + row, std::min(rows / 2, features - row / 2), x + at, z + at,
                                         log_scale ? log_scale + at : nullptr);
   });
 }
