@@ -21,10 +21,10 @@ from fastmaf.kernels.flow.args import Block, FlowArgs, flow_args
 from fastmaf.kernels.flow.forward import flow_forward
 from fastmaf.kernels.flow.inverse import flow_inverse
 from fastmaf.kernels.flow.schedule import level_schedule
+from fastmaf.kernels.huge_pages import empty_on_huge_pages
 from fastmaf.kernels.layout import PackedLayout
 from fastmaf.kernels.masked_linear.args import LinearArgs
 from fastmaf.kernels.masked_linear.op import masked_linear
-from fastmaf.kernels.huge_pages import empty_on_huge_pages
 
 __all__ = [
     "AffineArgs",

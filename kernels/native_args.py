@@ -28,7 +28,7 @@ NONE, WRITE, ADAM, NORM = range(4)
 class MapStruct(ctypes.Structure):
     """``AffineMap`` of api.h."""
 
-    _fields_ = [("form", _INT), ("scale", _INT), ("limit", _DOUBLE), ("epsilon", _DOUBLE)]  # noqa: RUF012
+    _fields_ = [("form", _INT), ("scale", _INT), ("limit", _DOUBLE), ("epsilon", _DOUBLE)]
 
     @classmethod
     def of(cls, affine_map: AffineMap) -> MapStruct:
@@ -40,7 +40,7 @@ class MapStruct(ctypes.Structure):
 class LayerStruct(ctypes.Structure):
     """``Layer`` of api.h."""
 
-    _fields_ = [  # noqa: RUF012
+    _fields_ = [
         *((name, _POINTER) for name in ("weight", "bias", "prefix", "panels")),
         ("rows", _INT),
         ("columns", _INT),
@@ -50,7 +50,7 @@ class LayerStruct(ctypes.Structure):
 class BlockStruct(ctypes.Structure):
     """``Block`` of api.h."""
 
-    _fields_ = [  # noqa: RUF012
+    _fields_ = [
         ("first_layer", _INT),
         ("layer_count", _INT),
         ("schedule", _POINTER),
@@ -63,7 +63,7 @@ class BlockStruct(ctypes.Structure):
 class FlowStruct(ctypes.Structure):
     """``Flow`` of api.h."""
 
-    _fields_ = [  # noqa: RUF012
+    _fields_ = [
         *((name, _INT) for name in ("size", "version", "dtype", "weight_dtype", "features", "relu")),
         ("layer_count", _INT),
         ("block_count", _INT),
@@ -76,13 +76,13 @@ class FlowStruct(ctypes.Structure):
 class TargetStruct(ctypes.Structure):
     """``Target`` of api.h."""
 
-    _fields_ = [("mode", _INT), *((n, _POINTER) for n in ("grad", "weight", "exp_avg", "exp_avg_sq", "adam"))]  # noqa: RUF012
+    _fields_ = [("mode", _INT), *((n, _POINTER) for n in ("grad", "weight", "exp_avg", "exp_avg_sq", "adam"))]
 
 
 class SourceStruct(ctypes.Structure):
     """``Source`` of api.h."""
 
-    _fields_ = [  # noqa: RUF012
+    _fields_ = [
         *((name, _POINTER) for name in ("grad_y", "relu_of", "grad_z", "grad_ladj", "grad_log_scale", "x", "z")),
         ("log_scale", _POINTER),
         ("grad_x", _POINTER),
@@ -140,21 +140,22 @@ def layer(args: LinearArgs | AffineArgs, columns: int, dtype: torch.dtype) -> La
 def check_layout(prefix: Tensor, panels: Tensor, columns: int) -> None:
     """Raises ValueError unless ``prefix`` and ``panels`` are the layout of a layer with so many columns."""
     key = columns, *_states([prefix, panels])
-    if cached(panels, "layout", lambda: [None], also=[prefix])[0] == key:
+    known: list[Any] = cached(panels, "layout", lambda: [None], also=[prefix])
+    if known[0] == key:
         return
     rows = prefix.numel()
     check_tensor("prefix", prefix, torch.int64, (rows,))
     check_tensor("panels", panels, torch.int64, (-(-rows // PANEL) + 1,))
     last = prefix[PANEL - 1 :: PANEL]
     last = torch.cat((last, prefix[-1:])) if rows % PANEL else last
-    sound = rows > 0 and int(panels[0]) == 0 and 0 <= int(prefix[0]) and int(prefix[-1]) <= columns
+    sound = rows > 0 and int(panels[0]) == 0 and int(prefix[0]) >= 0 and int(prefix[-1]) <= columns
     sound = sound and not bool((prefix.diff() < 0).any()) and not bool((panels.diff() < last).any())
     if not sound or bool((panels.diff() > columns).any()):
         raise ValueError(
             f"prefix and panels must be the layout of a layer of {rows} rows and {columns} columns, as PackedLayout "
             "makes them; found others: they belong to another weight"
         )
-    cached(panels, "layout", lambda: [None], also=[prefix])[0] = key
+    known[0] = key
 
 
 def _pointer(tensor: Tensor) -> int | None:

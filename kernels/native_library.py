@@ -64,7 +64,7 @@ def build_info() -> str:
 
 def isas() -> list[str]:
     """Returns the instruction sets of the library that this CPU runs, the best first."""
-    names = []
+    names: list[str] = []
     while (name := library().fastmaf_isa(len(names), True)) is not None:
         names.append(name.decode())
     return names
@@ -129,7 +129,7 @@ def _prepared(loaded: ctypes.CDLL) -> ctypes.CDLL:
     loaded.fastmaf_isa.argtypes, loaded.fastmaf_isa.restype = [integer, ctypes.c_bool], ctypes.c_char_p
     loaded.fastmaf_use_isa.argtypes = [ctypes.c_char_p]
     loaded.fastmaf_used_isa.restype = ctypes.c_char_p
-    names = []
+    names: list[str] = []
     while (name := loaded.fastmaf_isa(len(names), True)) is not None:
         names.append(name.decode())
     wanted = os.environ.get("FASTMAF_ISA") or names[0]
