@@ -55,8 +55,8 @@ class Sink {
   void fetch(long p, long k) const {
     const long at = (w_.starts[p] + k) * kPanel;
     for (long i = 0; i < kStepColumns * kPanel; i += 64 / static_cast<long>(sizeof(T))) {
-      prefetch(w_.weight + at + i);
-      if (t_.mode == kAdam) prefetch(static_cast<const T*>(t_.exp_avg) + at + i), prefetch(static_cast<const T*>(t_.exp_avg_sq) + at + i);
+      FASTMAF_PREFETCH(w_.weight + at + i);
+      if (t_.mode == kAdam) FASTMAF_PREFETCH(static_cast<const T*>(t_.exp_avg) + at + i), FASTMAF_PREFETCH(static_cast<const T*>(t_.exp_avg_sq) + at + i);
     }
   }
   // The columns from k on that no row of panel p sees, but that it has.
@@ -140,7 +140,7 @@ void affine_gradient(const Source& s, long rows, long n, long row, T* g) {
       const long at = i * features + first + d, count = std::min<long>(L, dims - d);
       const auto get = [&](const void* p) {
         const T* from = static_cast<const T*>(p) + at;
-        prefetch(from + kGradientRows / 2);  // the next group's: nothing else fetches it, as the next sample's lies pages away
+        FASTMAF_PREFETCH(from + kGradientRows / 2);  // the next group's: nothing else fetches it, as the next sample's lies pages away
         return count == L ? load(from) : load_part<T>(from, count);
       };
       const Vec<T> a = get(s.log_scale), grad_z = get(s.grad_z);
@@ -163,7 +163,7 @@ void affine_gradient(const Source& s, long rows, long n, long row, T* g) {
         for (long j = 0; j < 2 * count; ++j) g[2 * d + j] = pairs[j];
       if (s.grad_x) {
         T* to = static_cast<T*>(s.grad_x) + at;
-        prefetch(to + kGradientRows / 2);
+        FASTMAF_PREFETCH(to + kGradientRows / 2);
         count == L ? store(to, grad_x) : store_part(to, grad_x, count);
       }
     }

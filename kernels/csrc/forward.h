@@ -61,24 +61,26 @@ void pack(const T* x, long stride, long samples, long k0, long k1, T* to) {
   }
 }
 
-// C [samples][c_stride] += or = columns k0..k1 of one panel times x [column][samples].
+// C [samples][c_stride] += or = columns k0..k1 of one panel times x [column][samples]; `ahead` of them the panel is fetched.
 template <class T, class W>
-void panel_product(const Panels<W>& w, long p, long k0, long k1, const T* x, long samples, T* c, long c_stride, bool add) {
+void panel_product(const Panels<W>& w, long p, long k0, long k1, const T* x, long samples, T* c, long c_stride, bool add, long ahead) {
   constexpr int V = std::min(kPanelVectors<T>, 2);
   const W* a = w.panel(p) + k0 * kPanel;
   const long count = std::max(0L, std::min<long>(k1, w.visible(p)) - k0);
   if (count == 0 && add) return;
   with_count<kMostTile>(samples, [&](auto s) {
     constexpr int S = decltype(s)::value;
+    // The stream of a single sample is so plain that the processor fetches it itself, and better.
     for (int v = 0; v < kPanelVectors<T>; v += V)
-      outer<T, V, S, 1, true>(count, a + v * kLanes<T>, kPanel, kLanes<T>, [&](long i) { return x + (k0 + i) * S; },
-                              c + v * kLanes<T>, c_stride, add);
+      outer<T, V, S, 1, (S > 1)>(count, a + v * kLanes<T>, kPanel, kLanes<T>, [&](long i) { return x + (k0 + i) * S; },
+                              c + v * kLanes<T>, c_stride, add, ahead);
   });
 }
 
 // The same for `panels` panels, one or two, whose rows lie one after the other in C.
 template <class T, class W>
-void pair_product(const Panels<W>& w, long p, long panels, long k0, long k1, const T* x, long samples, T* c, long c_stride, bool add) {
+void pair_product(const Panels<W>& w, long p, long panels, long k0, long k1, const T* x, long samples, T* c, long c_stride, bool add,
+                  long ahead) {
   if constexpr (kPanelVectors<T> == 1) {
     // Two vectors that share what is broadcast, where that is what takes time.
     if (panels == 2 && samples > 6) {
@@ -87,13 +89,13 @@ void pair_product(const Panels<W>& w, long p, long panels, long k0, long k1, con
         constexpr int S = decltype(s)::value;
         if constexpr (S > 6)
           outer<T, 2, S, 1, true>(both, w.panel(p) + k0 * kPanel, kPanel, w.panel(p + 1) - w.panel(p),
-                                  [&](long i) { return x + (k0 + i) * S; }, c, c_stride, add);
+                                  [&](long i) { return x + (k0 + i) * S; }, c, c_stride, add, ahead);
       });
-      panel_product(w, p + 1, k0 + both, k1, x, samples, c + kPanel, c_stride, true);
+      panel_product(w, p + 1, k0 + both, k1, x, samples, c + kPanel, c_stride, true, ahead);
       return;
     }
   }
-  for (long i = 0; i < panels; ++i) panel_product(w, p + i, k0, k1, x, samples, c + i * kPanel, c_stride, add);
+  for (long i = 0; i < panels; ++i) panel_product(w, p + i, k0, k1, x, samples, c + i * kPanel, c_stride, add, ahead);
 }
 
 // Columns that are multiplied before the next tile of samples takes its turn: a pair of panels should stay in the first-level cache
@@ -120,7 +122,7 @@ void multiply(const Team& team, const Panels<W>& w, const T* x, long n, const Ep
         const long stop = std::min(k + block, end);
         for (long t = 0; t < tiles.count; ++t)
           pair_product(w, p, std::min(2L, panels - p), k, stop, packed + tiles.begin(t) * stride - k0 * tiles.size(t), tiles.size(t),
-                       c + tiles.begin(t) * c_stride, c_stride, k > k0);
+                       c + tiles.begin(t) * c_stride, c_stride, k > k0, t == 0 ? kAhead : 0);
         k = stop;
       } while (k < end);
     };
@@ -201,13 +203,13 @@ void linear_forward(const Team& team, const Panels<W>& w, const T* bias, const T
 template <class T>
 double affine_rows(const AffineMap& map, const T* c, const T* bias, long dims, const T* x, T* z, T* log_scale) {
   constexpr int L = kLanes<T>;
-  constexpr long kAhead = kGroupPanels / 2 * kPanel;  // the next group's
+  constexpr long kNext = kGroupPanels / 2 * kPanel;  // the next group's
   Vec<T> sum = {};
   double last = 0;
   for (long d = 0; d < dims; d += L) {
-    prefetch(x + d + kAhead);
-    if (z != x) prefetch(z + d + kAhead);
-    if (log_scale) prefetch(log_scale + d + kAhead);
+    FASTMAF_PREFETCH(x + d + kNext);
+    if (z != x) FASTMAF_PREFETCH(z + d + kNext);
+    if (log_scale) FASTMAF_PREFETCH(log_scale + d + kNext);
     const long count = std::min<long>(L, dims - d);
     const bool whole = count == L;
     const auto rows = [&](long at) {

@@ -105,7 +105,7 @@ class BlockInverse {
   // sums of layers k0..k1 = the products of the rows of steps s0..s1 with what is finished before step `before`, without bias.
   void ahead(long k0, long k1, long before, long s0, long s1) {
     jobs_.clear();
-    fetch(s0, s1);
+    if (samples_ <= kMostTile) fetch(s0, s1);  // with more, the cache would lose it again
     for (long k = k0; k < k1; ++k) {
       long p0, p1;
       panels(k, s0, s1, p0, p1);
@@ -124,7 +124,7 @@ class BlockInverse {
           const long c1 = std::min(c0 + block, job.c1);
           for (long t = 0; t < tiles_.count; ++t)
             pair_product(layers_[job.layer], p, std::min(2L, job.end - p), c0, c1, input(job.layer, t), tiles_.size(t),
-                         sum(memory, t, count) + (p - job.p0) * kPanel, count * kPanel, c0 > job.c0);
+                         sum(memory, t, count) + (p - job.p0) * kPanel, count * kPanel, c0 > job.c0, t == 0 ? kAhead : 0);
           c0 = c1;
         } while (c0 < job.c1);
       }
@@ -140,13 +140,12 @@ class BlockInverse {
 
   // The triangle's weights: they are next to what the others stream now, and needed at once then.
   void fetch(long s0, long s1) const {
-    if (samples_ > kMostTile) return;
     for (long k = 0; k <= hidden_; ++k) {
       long p0, p1;
       panels(k, s0, s1, p0, p1);
       for (long p = p0; p < p1; ++p)
         for (long c = done(k - 1, s0); c < std::min<long>(done(k - 1, s1), layers_[k].visible(p)); ++c)
-          prefetch(layers_[k].panel(p) + c * kPanel);
+          FASTMAF_PREFETCH(layers_[k].panel(p) + c * kPanel);
     }
   }
 
@@ -160,6 +159,7 @@ class BlockInverse {
       known_[k].assign(tiles_.count * (p1 - p0), done(k - 1, s0));
     }
     team_.each(tiles_.count, [&](long t) {
+      if (samples_ > kMostTile && !outputs_only) fetch(s0, s1);
       for (long s = s0; s < s1; ++s) {
         complete(hidden_, s0, s1, s, done(hidden_ - 1, s), t);
         finish_outputs(s0, s1, s, z, t, total);
@@ -181,7 +181,7 @@ class BlockInverse {
     T* c = sum(sums_[k], t, p1 - p0);
     for (long p = first; p < end; ++p) {
       long& known = known_[k][t * (p1 - p0) + p - p0];
-      panel_product(layers_[k], p, known, columns, input(k, t), tiles_.size(t), c + (p - p0) * kPanel, stride, true);
+      panel_product(layers_[k], p, known, columns, input(k, t), tiles_.size(t), c + (p - p0) * kPanel, stride, true, 0);
       known = columns;
     }
   }
@@ -201,6 +201,7 @@ class BlockInverse {
       for (long d = d0; d < d1; d += L) {
         // Whole vectors where there is memory for them: what lies behind the step's dimensions is written again later.
         const bool whole = d + L <= flow_.features;
+        FASTMAF_PREFETCH(z + at + d + 2 * L), FASTMAF_PREFETCH(x_ + at + d + 2 * L);
         const long count = std::min<long>(L, d1 - d), room = std::min<long>(L, flow_.features - d);
         const auto rows = [&](long row) {  // behind a sample's sums lie those of another thread's
           const long left = std::clamp<long>(2 * flow_.features - row, 0, L), stored = p1 * kPanel - row;

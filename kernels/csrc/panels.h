@@ -58,8 +58,8 @@ struct Panels {
   static constexpr long kPanelCost = 8;  // columns' worth of time that a panel takes besides
 };
 
-// How far ahead of its use a streamed column is fetched, in columns.
-inline constexpr long kAheadColumns = 64;
+// How far ahead of its use a column that comes from memory is fetched, in numbers.
+inline constexpr long kAhead = 64 * kPanel;
 
 // Registers that the sums may take; the others hold what is loaded.
 inline constexpr int kSums = kRegisters == 32 ? 24 : 12;
@@ -77,18 +77,19 @@ FASTMAF_INLINE void with_count(long n, const Body& body) {
 }
 
 // C [S][c_stride], its first V vectors, += or = (add) the sum over `count` of A and B. Vector v of A lies v_stride numbers after the
-// first; the S numbers of B's row i lie kBSample apart from b(i) on. kAhead: A is streamed from memory. kFold = 2: two rows at once, by
+// first; the S numbers of B's row i lie kBSample apart from b(i) on. With kFetch, what lies `ahead`
+// numbers behind A is fetched. kFold = 2: two rows at once, by
 // turns in the lanes of A, and next to each other in B.
-template <class T, int V, int S, long kBSample, bool kAhead, int kFold = 1, class W, class B>
-FASTMAF_INLINE void outer(long count, const W* a, long a_step, long v_stride, const B& b, T* c, long c_stride, bool add) {
+template <class T, int V, int S, long kBSample, bool kFetch, int kFold = 1, class W, class B>
+FASTMAF_INLINE void outer(long count, const W* a, long a_step, long v_stride, const B& b, T* c, long c_stride, bool add, long ahead = 0) {
   constexpr int kChains = V * S >= 8 ? 1 : V * S >= 4 ? 2 : 4;  // independent sums, to hide the latency of a multiply-add
   Vec<T> sum[kChains][S][V] = {};
-  const auto step = [&](long i, auto chain) {
+  const auto step = [&](long i, auto chain) FASTMAF_INLINE_LAMBDA {
     Vec<T> av[V];
 #pragma GCC unroll 2
     for (int v = 0; v < V; ++v) {
       av[v] = load(a + i * a_step + v * v_stride);
-      if constexpr (kAhead) prefetch(a + i * a_step + v * v_stride + kAheadColumns * kPanel);
+      if constexpr (kFetch) FASTMAF_PREFETCH(a + i * a_step + v * v_stride + ahead);
     }
     const T* row = b(i);
 #pragma GCC unroll 24

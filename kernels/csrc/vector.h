@@ -66,8 +66,10 @@ inline constexpr int kRegisters = 16;
 
 #if defined(__GNUC__)
 #define FASTMAF_INLINE inline __attribute__((always_inline))
+#define FASTMAF_INLINE_LAMBDA __attribute__((always_inline))
 #else
 #define FASTMAF_INLINE inline
+#define FASTMAF_INLINE_LAMBDA
 #endif
 
 template <class T>
@@ -75,13 +77,12 @@ constexpr long round_up(long n, T multiple) {
   return (n + multiple - 1) / multiple * multiple;
 }
 
-inline void prefetch(const void* address) {
+// A macro: GCC takes a function that does nothing else for one without effects, and may drop its calls.
 #if defined(__GNUC__)
-  __builtin_prefetch(address, 0, 3);
+#define FASTMAF_PREFETCH(address) __builtin_prefetch(address, 0, 3)
 #else
-  (void)address;
+#define FASTMAF_PREFETCH(address) ((void)(address))
 #endif
-}
 inline float widen(bfloat16 w) {
   const uint32_t bits = static_cast<uint32_t>(w.bits) << 16;
   float result;
