@@ -50,6 +50,11 @@ def _library() -> ctypes.CDLL | None:
     return library
 
 
+def has_library() -> bool:
+    """Returns whether the native library does the work."""
+    return _library() is not None
+
+
 class Part(NamedTuple):
     """Panels ``start..end`` of a layer; their rows are ``numel`` numbers, from ``first`` on of those of all rows."""
 

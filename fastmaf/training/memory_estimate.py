@@ -17,6 +17,7 @@ from fastmaf.constants import constants
 from fastmaf.flows import Flow
 from fastmaf.kernels import dispatch
 from fastmaf.kernels.layout import padding_is_held
+from fastmaf.kernels.storage import has_library
 from fastmaf.training.fused_adam import FusedAdam
 from fastmaf.training.optimizer_memory import Optimizer, state_per_number, step_bytes, stores_no_gradients
 from fastmaf.training.workspace import runs_on, workspace_bytes
@@ -158,13 +159,11 @@ def _bytes(tensor: Tensor) -> int:
 def _padding(case: _Case) -> int:
     """Returns the bytes of the int64 indices of the weights' padding.
 
-    They are computed once per weight: on the CPU when it is initialised or loaded; elsewhere when it is first used, or
-    when the torch backend computes its gradient.
+    They are computed once per weight: when the torch backend computes its gradient, and, on a GPU or without the native
+    library, when it is first used after a write.
     """
     on_cpu = case.device.type == "cpu"
-    # On a GPU the padding is zeroed by index after each write to a weight.
-    by_index = case.device.type == "cuda" or (case.optimizer is not None and case.backend == "torch")
-    needed = by_index or (on_cpu and case.flow._like().is_meta)
+    needed = not (on_cpu and has_library()) or (case.optimizer is not None and case.backend == "torch")
     layouts = [layer.layout for layer in case.layers]
     return sum(8 * (of.numel - of.visible) for of in layouts if needed or (on_cpu and padding_is_held(of.panels)))
 

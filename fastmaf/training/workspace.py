@@ -140,7 +140,7 @@ def _native_bytes(flow: Flow, n: int, *, training: bool, layer_by_layer: bool) -
     fused = wide if n <= 128 else -(-chunk // 16) * 16  # samples whose grad_x is formed at once
     # Of the leading thread: what all share, and the activations between layers. Of each thread: inputs, and one other.
     shared, inputs, others = [0], [0], [128 * chunk]
-    state = n * (2 * flow.features + max(map(sum, hidden), default=0))
+    state = 0
     for layer in flow._layers():
         rows, columns = layer.out_features, layer.in_features
         strip = min(max(-(-65536 // chunk // 64) * 64, 64), 1024)
@@ -157,7 +157,9 @@ def _native_bytes(flow: Flow, n: int, *, training: bool, layer_by_layer: bool) -
         else:
             parts = min(max(layer.layout.numel // columns // 64, 1), 32) if columns else 1
             shared.append(max(n * (columns + 28), min(n, chunk) * (columns + 28) + parts * columns * fused))
-    if training and not layer_by_layer:
-        state = max(state, n * (3 * flow.features + 2 * max((units for of in hidden for units in of), default=0)))
+    if not training:
+        state = n * (2 * flow.features + max(map(sum, hidden), default=0))
+    elif not layer_by_layer:
+        state = n * (3 * flow.features + 2 * max((units for of in hidden for units in of), default=0))
     numbers = state + max(shared) + torch.get_num_threads() * (max(inputs) + max(others))
     return numbers * flow._like().element_size() * 5 // 4  # a buffer grows by a quarter more than is needed

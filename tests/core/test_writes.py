@@ -270,9 +270,9 @@ def test_copies_know_nothing_of_the_original(copied: str, backend: str) -> None:
 
 
 def test_without_the_native_library(monkeypatch: pytest.MonkeyPatch) -> None:
-    from fastmaf.kernels import padding
+    from fastmaf.kernels import storage
 
-    monkeypatch.setattr(padding, "missing", lambda *_: "not installed")
+    monkeypatch.setattr(storage, "_library", lambda: None)
     with fastmaf.use_backend("torch"):
         for name, write in WRITES.items():
             flow, x = model(), normal(5, 29, seed=1)

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 import fastmaf
 from fastmaf.kernels import dispatch
+from fastmaf.kernels.storage import has_library
 from fastmaf.training.memory_estimate import memory_parts
 from fastmaf.transforms import Transform
 
@@ -145,8 +146,10 @@ def test_a_flow_on_meta_is_estimated_as_one_on_the_cpu() -> None:
     assert {k: v.shape for k, v in built.state_dict().items()} == {k: v.shape for k, v in planned.state_dict().items()}
     for optimiser in (fastmaf.optim.FusedAdam, torch.optim.SGD, None):
         assert memory_parts(planned, 5, optimiser) == memory_parts(built, 5, optimiser)
-    # Where its padding lies is known on either device.
-    assert memory_parts(planned, 5, device="cuda").weights == memory_parts(planned, 5).weights
+    # A GPU needs to know where the padding lies, in int64.
+    padding = sum(layer.layout.numel - layer.layout.visible for made in planned._mades() for layer in made.layers)
+    fewer = memory_parts(planned, 5, device="cuda").weights - memory_parts(planned, 5).weights
+    assert fewer == (8 * padding if has_library() else 0)
 
 
 def test_the_parts() -> None:
@@ -162,7 +165,7 @@ def test_the_parts() -> None:
     assert memory_parts(flow, 4, momentum).optimizer == 4 * numbers
     frozen = memory_parts(flow.to_inference(), 4, None)
     assert (frozen.optimizer, frozen.gradients) == (0, 0)
-    assert frozen.weights < parts.weights - 2 * flow.stored_weights
+    assert frozen.weights <= parts.weights - 2 * flow.stored_weights
     flow.transforms[0].requires_grad_(False)
     assert memory_parts(flow, 4).optimizer == numbers * 4  # the other half
 
