@@ -80,7 +80,7 @@ def _native() -> dict[str, Any]:
         build = native_library.build_info()
     except ImportError as error:
         return {"build": None, "threads": None, "error": str(error)}
-    return {"build": build, "threads": 1 if "no OpenMP" in build else torch.get_num_threads(), "error": None}
+    return {"build": build, "threads": torch.get_num_threads(), "error": None}
 
 
 def _gpus() -> list[dict[str, Any]]:
