@@ -42,8 +42,7 @@ class Sink {
           for (long r = 0; r < kPanel; ++r) square += static_cast<double>(g[i * kStride + r]) * g[i * kStride + r];
         break;
       case kAdam:
-        for (long i = 0; i < columns; ++i)
-          plain_ ? adam<true>(at + i * kPanel, g + i * kStride) : adam<false>(at + i * kPanel, g + i * kStride);
+        plain_ ? adam<true, kStride>(at, columns, g) : adam<false, kStride>(at, columns, g);
         if (!(a_.eps > 0))  // the padding's step was 0 / 0
           for (long i = ragged - k; i < columns; ++i) hide(p, k + i, static_cast<T*>(t_.weight) + at + i * kPanel);
         break;
@@ -74,20 +73,23 @@ class Sink {
   }
 
   // kPlain: without weight decay, and minimising.
-  template <bool kPlain>
-  FASTMAF_INLINE void adam(long at, const T* grad) const {
+  template <bool kPlain, long kStride>
+  void adam(long at, long columns, const T* grad) const {
     T *w = static_cast<T*>(t_.weight) + at, *m = static_cast<T*>(t_.exp_avg) + at, *v = static_cast<T*>(t_.exp_avg_sq) + at;
-    for (long i = 0; i < kPanel; i += kLanes<T>) {
-      Vec<T> g = load(grad + i), wv = load(w + i), mv = load(m + i), vv = load(v + i);
-      if (!kPlain && a_.maximize != 0) g = -g;
-      if (!kPlain && a_.weight_decay != 0) a_.decoupled != 0 ? wv *= keep_ : g += decay_ * wv;
-      mv += first_ * (g - mv);
-      vv = beta2_ * vv + second_ * (g * g);
-      wv -= step_ * over_root<T>(mv, vv, correction_, eps_);
-      store(w + i, wv);
-      store(m + i, mv);
-      store(v + i, vv);
-    }
+    // Copies, which no store below can change.
+    const T first = first_, second = second_, beta2 = beta2_, step = step_, eps = eps_, correction = correction_;
+    for (long i = 0; i < columns; ++i, grad += kStride)
+      for (long j = 0; j < kPanel; j += kLanes<T>, w += kLanes<T>, m += kLanes<T>, v += kLanes<T>) {
+        Vec<T> g = load(grad + j), wv = load(w), mv = load(m), vv = load(v);
+        if (!kPlain && a_.maximize != 0) g = -g;
+        if (!kPlain && a_.weight_decay != 0) a_.decoupled != 0 ? wv *= keep_ : g += decay_ * wv;
+        mv += first * (g - mv);
+        vv = beta2 * vv + second * (g * g);
+        wv -= step * over_root<T>(mv, vv, correction, eps);
+        store(w, wv);
+        store(m, mv);
+        store(v, vv);
+      }
   }
 
   const Target& t_;

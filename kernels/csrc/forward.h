@@ -37,7 +37,7 @@ struct Split {
 template <class W>
 long parts_of(const Panels<W>& w, long n) {
   const double work = static_cast<double>(w.starts[w.count()]) * kPanel * std::max(1.0, n / 8.0);
-  return std::clamp(static_cast<long>(work / (kWorkPerThread / 2)), 1L, 64L);
+  return std::clamp(static_cast<long>(work / (kWorkPerThread / 2)), 1L, 128L);
 }
 
 template <class W>

@@ -18,7 +18,8 @@ namespace FASTMAF_ISA {
 inline constexpr long kGroupUnits = 16;   // of the last hidden layer
 inline constexpr long kMostUnits = 64;    // of another layer
 inline constexpr long kSharedWork = 65536;  // multiply-adds of a step from which on its products are shared
-inline constexpr long kSegment = 1024;    // columns that are one part of the work ahead
+inline constexpr long kSegment = 256;      // columns that are one part of the work ahead, of many samples; of few four times as many
+inline constexpr long kPartWork = 262144;  // multiply-adds of a part
 
 template <class T, class W>
 class BlockInverse {
@@ -57,7 +58,10 @@ class BlockInverse {
         solve(s0, s1, z, total, true);
         for (long k = 0; k < hidden_; ++k) {
           ahead(k, k + 1, s0 + 1, s0, s1);
-          team_.each(tiles_.count, [&](long t) { finish_units(k, s0, s1, s0, t); });
+          team_.each(tiles_.count, [&](long t) {
+            join(k, s0 + 1, s0, s1, t);
+            finish_units(k, s0, s1, s0, t);
+          });
         }
       } else {
         ahead(0, hidden_ + 1, s0, s0, s1);
@@ -97,7 +101,8 @@ class BlockInverse {
     p0 = begin / kPanel, p1 = end > begin ? (end + kPanel - 1) / kPanel : p0;
   }
 
-  long segments(long k, long columns) const { return k == hidden_ ? 1 : std::max(1L, (columns + kSegment - 1) / kSegment); }
+  long segment() const { return samples_ > kMostTile ? kSegment : 4 * kSegment; }
+  long segments(long k, long columns) const { return k == hidden_ ? 1 : std::max(1L, (columns + segment() - 1) / segment()); }
 
   // Sums [tile][row - first row of panel p0][...]: of each tile's sample, a row of numbers of all panels p0..p1.
   T* sum(T* memory, long t, long panels) const { return memory + tiles_.begin(t) * panels * kPanel; }
@@ -109,10 +114,11 @@ class BlockInverse {
     for (long k = k0; k < k1; ++k) {
       long p0, p1;
       panels(k, s0, s1, p0, p1);
-      const long columns = done(k - 1, before), count = segments(k, columns), step = std::max(2L, round_up((p1 - p0) / 8, 2L));
+      const long columns = done(k - 1, before), count = segments(k, columns), wide = columns / count;
+      const long step = std::clamp(kPartWork / std::max(1L, kPanel * wide * samples_), 2L, std::max(2L, (p1 - p0) / 8)) / 2 * 2;
       for (long i = 0; i < count; ++i)
         for (long p = p0; p < p1; p += step)
-          jobs_.push_back({k, p0, p1, p, std::min(p + step, p1), i * kSegment, i + 1 < count ? (i + 1) * kSegment : columns, i});
+          jobs_.push_back({k, p0, p1, p, std::min(p + step, p1), i * segment(), i + 1 < count ? (i + 1) * segment() : columns, i});
     }
     team_.each(static_cast<long>(jobs_.size()), [&](long i) {
       const Job& job = jobs_[i];
@@ -129,12 +135,17 @@ class BlockInverse {
         } while (c0 < job.c1);
       }
     });
-    for (long k = k0; k < std::min(k1, hidden_); ++k) {
-      long p0, p1;
-      panels(k, s0, s1, p0, p1);
-      const long numel = samples_ * (p1 - p0) * kPanel;
-      for (long i = 1; i < segments(k, done(k - 1, before)); ++i)
-        for (long j = 0; j < numel; j += kLanes<T>) store(sums_[k] + j, load(sums_[k] + j) + load(shares_[k] + (i - 1) * numel + j));
+  }
+
+  // Adds up the segments' sums of hidden layer k, of a tile.
+  void join(long k, long before, long s0, long s1, long t) {
+    long p0, p1;
+    panels(k, s0, s1, p0, p1);
+    const long stride = (p1 - p0) * kPanel, numel = tiles_.size(t) * stride, count = segments(k, done(k - 1, before));
+    T* to = sum(sums_[k], t, p1 - p0);
+    for (long i = 1; i < count; ++i) {
+      const T* from = sum(shares_[k] + (i - 1) * samples_ * stride, t, p1 - p0);
+      for (long j = 0; j < numel; j += kLanes<T>) store(to + j, load(to + j) + load(from + j));
     }
   }
 
@@ -159,6 +170,7 @@ class BlockInverse {
       known_[k].assign(tiles_.count * (p1 - p0), done(k - 1, s0));
     }
     team_.each(tiles_.count, [&](long t) {
+      for (long k = 0; k < hidden_ && !outputs_only; ++k) join(k, s0, s0, s1, t);
       if (samples_ > kMostTile && !outputs_only) fetch(s0, s1);
       for (long s = s0; s < s1; ++s) {
         complete(hidden_, s0, s1, s, done(hidden_ - 1, s), t);
