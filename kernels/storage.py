@@ -67,9 +67,10 @@ class Part(NamedTuple):
 def parts(layout: PackedLayout, itemsize: int) -> list[Part]:
     """Returns parts of about ``PART_BYTES`` that cover all panels; none is smaller than a panel."""
     last_rows = (PANEL * torch.arange(1, len(layout.panels), device="cpu")).clamp_(max=layout.out_features) - 1
+    ends: list[int] = layout.prefix.cumsum(0)[last_rows].tolist()
     result, start, first = [], 0, 0
-    for panel, numbers in enumerate(layout.prefix.cumsum(0)[last_rows].tolist()):
-        if (numbers - first) * itemsize >= PART_BYTES or panel == len(last_rows) - 1:
+    for panel, numbers in enumerate(ends):
+        if (numbers - first) * itemsize >= PART_BYTES or panel == len(ends) - 1:
             result.append(Part(start, panel + 1, first, numbers - first))
             start, first = panel + 1, numbers
     return result

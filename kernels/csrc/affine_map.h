@@ -19,7 +19,7 @@ FASTMAF_INLINE Vec<T> log_scale_of(Vec<T> u, const AffineMap& map) {
   }
   if (map.scale == kSigmoid) return epsilon > 0 ? logarithm(logistic<T>(u + limit) + epsilon) : -softplus<T>(-(u + limit));
   if (std::isinf(map.limit)) return u;
-  if (map.scale == kTanh) return limit * hyperbolic_tangent(u * (1 / limit));
+  if (map.scale == kTanh) return limit * hyperbolic_tangent(over<T>(u, limit));
   if (map.scale == kSoftClip) {
     const Vec<T> a = u / (absolute<T>(u) / limit + T(1));
     const Vec<T> bound = broadcast(limit);
@@ -40,7 +40,7 @@ FASTMAF_INLINE Vec<T> slope_of(Vec<T> a, const AffineMap& map) {
     return epsilon > 0 ? p * (one - p) / s : minus_expm1<T>(-a);
   }
   if (std::isinf(map.limit)) return one;
-  if (map.scale == kTanh) return one - (a * (1 / limit)) * (a * (1 / limit));
+  if (map.scale == kTanh) return one - over<T>(a, limit) * over<T>(a, limit);
   if (map.scale == kSoftClip) {
     const Vec<T> rest = one - absolute<T>(a) / limit;
     return rest * rest;

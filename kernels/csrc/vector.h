@@ -254,6 +254,18 @@ FASTMAF_INLINE Vec<float> quotient(Vec<float> a, Vec<float> b) {
 #endif
 }
 
+// v / s. Not by a rounded 1 / s alone: all results would err to the same side, and sums of them by as much.
+template <class T>
+FASTMAF_INLINE Vec<T> over(Vec<T> v, T s) {
+#if defined(__AVX512F__) && !defined(FASTMAF_LANES_ARE_ONE)
+  const T inverse = 1 / s;
+  const Vec<T> q = v * inverse;
+  return q + (v - q * s) * inverse;
+#else
+  return v / s;
+#endif
+}
+
 FASTMAF_INLINE Vec<float> exponential(Vec<float> v) {
   v = (v > 89.0f) ? broadcast(89.0f) : v;  // the result is infinite or zero beyond; NaN stays NaN
   v = (v < -104.0f) ? broadcast(-104.0f) : v;
