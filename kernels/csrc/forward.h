@@ -223,10 +223,10 @@ double affine_rows(const AffineMap& map, const T* c, const T* bias, long dims, c
     const Vec<T> zv = map.form == kShiftFirst ? (xv - shift) * exponential(-a) : xv * exponential(a) + shift;
     whole ? store(z + d, zv) : store_part(z + d, zv, count);
     if (log_scale) whole ? store(log_scale + d, a) : store_part(log_scale + d, a, count);
-    if (whole)
-      sum += a;
+    if (whole && L >= 8)
+      sum += a;  // a few terms in each lane; narrow vectors would have long chains of roundings
     else
-      last = lane_sum<T>(a, count);
+      last += lane_sum<T>(a, count);
   }
   return lane_sum<T>(sum, L) + last;
 }
