@@ -205,7 +205,7 @@ double affine_rows(const AffineMap& map, const T* c, const T* bias, long dims, c
   constexpr int L = kLanes<T>;
   constexpr long kNext = kGroupPanels / 2 * kPanel;  // the next group's
   Vec<T> sum = {};
-  double last = 0;
+  double others = 0;
   for (long d = 0; d < dims; d += L) {
     FASTMAF_PREFETCH(x + d + kNext);
     if (z != x) FASTMAF_PREFETCH(z + d + kNext);
@@ -226,9 +226,9 @@ double affine_rows(const AffineMap& map, const T* c, const T* bias, long dims, c
     if (whole && L >= 8)
       sum += a;  // a few terms in each lane; narrow vectors would have long chains of roundings
     else
-      last += lane_sum<T>(a, count);
+      others += lane_sum<T>(a, count);
   }
-  return lane_sum<T>(sum, L) + last;
+  return lane_sum<T>(sum, L) + others;
 }
 
 // The output layer and its map; adds each sample's sum of log-scales to totals [forward_parts][n]. z may be x.
