@@ -31,7 +31,7 @@ def forward(x: Tensor, args: FlowArgs, save: bool) -> tuple[Tensor, Tensor, Tens
     _check(
         _library.fastmaf_flow_forward(
             plan.pointer, x.data_ptr(), n, z.data_ptr(), ladj.data_ptr(), saved.data_ptr() if save else None,
-            torch.get_num_threads(),
+            None, torch.get_num_threads(),
         )
     )  # fmt: skip
     return z, ladj, saved
