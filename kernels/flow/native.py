@@ -11,6 +11,7 @@ from torch import Tensor
 from fastmaf.kernels import native_args, native_library
 from fastmaf.kernels.adam.update import Update
 from fastmaf.kernels.flow.args import FlowArgs, FlowBatch
+from fastmaf.kernels.flow.saved import TILES, numel_of, relaid
 from fastmaf.kernels.flow.torch import UPDATES_BIASES, inverse_backward
 from fastmaf.kernels.huge_pages import empty_on_huge_pages
 from fastmaf.kernels.native_args import WRITE, FlowPlan, TargetStruct, check_tensor
@@ -27,7 +28,7 @@ def forward(x: Tensor, args: FlowArgs, save: bool) -> tuple[Tensor, Tensor, Tens
     n, plan = _plan("x", x, args)
     z, ladj = torch.empty_like(x), x.new_empty(n)
     # Memory that comes from the system anew in every step, in pages that are cleared one by one.
-    saved = empty_on_huge_pages(n * plan.saved if save else 0, device=x.device, dtype=x.dtype)
+    saved = empty_on_huge_pages(numel_of(plan.saved, n) if save else 0, device=x.device, dtype=x.dtype)
     _check(
         _library.fastmaf_flow_forward(
             plan.pointer, x.data_ptr(), n, z.data_ptr(), ladj.data_ptr(), saved.data_ptr() if save else None,
@@ -95,7 +96,8 @@ def _backward(
     grad_z, grad_ladj, saved = batch.grad_z.contiguous(), batch.grad_ladj.contiguous(), batch.saved
     n, plan = _plan("grad_z", grad_z, args)
     check_tensor("grad_ladj", grad_ladj, grad_z.dtype, (n,))
-    check_tensor("saved", saved, grad_z.dtype, (n * plan.saved,))
+    check_tensor("saved", saved, grad_z.dtype, (numel_of(plan.saved, n),))
+    saved = relaid(args, saved, n, TILES)
     grad_x = grad_z.new_empty(n if need_grad_x else 0, plan.features)
     grad_biases = [torch.empty_like(bias) for bias in args.biases]
     into = (ctypes.c_void_p * len(grad_biases))(*[grad.data_ptr() for grad in grad_biases])
