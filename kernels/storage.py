@@ -83,7 +83,8 @@ def panels_to_rows(weight: Tensor, rows: Tensor, layout: PackedLayout) -> bool:
 
 
 def read_rows(file: BinaryIO, weight: Tensor, layout: PackedLayout) -> bool:
-    """Fills a packed weight with the rows that a file has from its position on; returns whether all are finite.
+    """Fills a packed weight with the rows that a file has from its position on, perhaps not all of it where a number is
+    not finite; returns whether all are.
 
     Args:
         file: a file of the operating system, unbuffered.

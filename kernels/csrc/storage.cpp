@@ -157,9 +157,10 @@ bool zero_padding(Bits* weight, const int64_t* prefix, const int64_t* panels, in
   return changed;
 }
 
-// Calls work(part, number) for the parts of a layer, with a number of the unsigned type of `item_size` bytes, until one returns another
-// Status than kFine. Returns that, or the negative of an errno.
-enum Status { kFine, kNotFinite, kEnd };
+enum Status { kFine, kNotFinite, kEnd };  // or the negative of an errno
+
+// Calls work(part, number) for all parts of a layer, with a number of the unsigned type of `item_size` bytes. Returns kFine if all calls
+// do, else the status of another one.
 
 template <class Work>
 int on_parts(const int64_t* prefix, const int64_t* panels, int64_t out_features, int64_t panel_count, int64_t item_size, int64_t threads,
@@ -167,7 +168,6 @@ int on_parts(const int64_t* prefix, const int64_t* panels, int64_t out_features,
   std::atomic<int> status{kFine};
   try {
     each_part(prefix, panels, out_features, panel_count, item_size, threads, [&](const Part& part) {
-      if (status.load(std::memory_order_relaxed) != kFine) return;
       const int result = item_size == 2 ? work(part, uint16_t{}) : item_size == 4 ? work(part, uint32_t{}) : work(part, uint64_t{});
       if (result != kFine) status.store(result, std::memory_order_relaxed);
     });
@@ -189,8 +189,8 @@ int move(char* memory, int64_t bytes, int64_t place, const Call& call) {
   return kFine;
 }
 
-// Calls work(rows, place in the file, first panel, last panel) for the panels of a part, some at a time: as many as have room for their
-// rows in a second-level cache.
+// Calls work(rows, bytes, place in the file, first panel, last panel) for the panels of a part until it does not return kFine. These are
+// some at a time, whose rows fit in a second-level cache; `rows` is memory for them.
 template <class Bits, class Work>
 int through_buffer(const Part& part, const int64_t* prefix, int64_t out_features, int64_t place, const Work& work) {
   constexpr int64_t kBuffer = (1 << 18) / sizeof(Bits);
@@ -199,8 +199,10 @@ int through_buffer(const Part& part, const int64_t* prefix, int64_t out_features
     int64_t count = 0;
     do count += Rows(prefix, out_features, last++).numbers;
     while (last < part.last && count < kBuffer);
-    if (const int status = work(Scratch::get<Bits>(Scratch::kInput, count), count * sizeof(Bits), place, first, last); status != kFine) return status;
-    place += count * static_cast<int64_t>(sizeof(Bits));
+    const int64_t bytes = count * static_cast<int64_t>(sizeof(Bits));
+    const int status = work(Scratch::get<Bits>(Scratch::kInput, count), bytes, place, first, last);
+    if (status != kFine) return status;
+    place += bytes;
   }
   return kFine;
 }
@@ -237,28 +239,32 @@ int fastmaf_panels_to_rows(const void* weight, void* rows, const int64_t* prefix
   });
 }
 
-// Writes all panels from the rows that begin at a byte of a file.
+// Writes all panels from the rows that begin at a byte of a file, up to the first number of a part that is not finite.
 int fastmaf_file_to_panels(int file, int64_t place, void* weight, const int64_t* prefix, const int64_t* panels, int64_t out_features,
                            int64_t panel_count, int64_t item_size, uint64_t exponent, int64_t threads) {
-  return on_parts(prefix, panels, out_features, panel_count, item_size, threads, [&](const Part& part, auto bits) -> int {
+  const auto call = [file](char* to, std::size_t bytes, off_t from) { return pread(file, to, bytes, from); };
+  return on_parts(prefix, panels, out_features, panel_count, item_size, threads, [&](const Part& part, auto bits) {
     using Bits = decltype(bits);
-    return through_buffer<Bits>(part, prefix, out_features, place, [&](Bits* rows, int64_t bytes, int64_t at, int64_t first, int64_t last) -> int {
-      const int status = move(reinterpret_cast<char*>(rows), bytes, at, [&](char* to, std::size_t n, off_t from) { return pread(file, to, n, from); });
-      if (status != kFine) return status;
+    const auto read = [&](Bits* rows, int64_t bytes, int64_t from, int64_t first, int64_t last) -> int {
+      if (const int status = move(reinterpret_cast<char*>(rows), bytes, from, call); status != kFine) return status;
       return rows_to_panels(rows, static_cast<Bits*>(weight), prefix, panels, out_features, first, last, exponent) ? kFine : kNotFinite;
-    });
+    };
+    return through_buffer<Bits>(part, prefix, out_features, place, read);
   });
 }
 
-// Writes all rows to a file, from a byte of it on.
+// Writes all rows to a file, from a byte of it on, up to the first number of a part that is not finite.
 int fastmaf_panels_to_file(int file, int64_t place, const void* weight, const int64_t* prefix, const int64_t* panels,
                            int64_t out_features, int64_t panel_count, int64_t item_size, uint64_t exponent, int64_t threads) {
-  return on_parts(prefix, panels, out_features, panel_count, item_size, threads, [&](const Part& part, auto bits) -> int {
+  const auto call = [file](const char* from, std::size_t bytes, off_t to) { return pwrite(file, from, bytes, to); };
+  return on_parts(prefix, panels, out_features, panel_count, item_size, threads, [&](const Part& part, auto bits) {
     using Bits = decltype(bits);
-    return through_buffer<Bits>(part, prefix, out_features, place, [&](Bits* rows, int64_t bytes, int64_t at, int64_t first, int64_t last) -> int {
-      if (!panels_to_rows(static_cast<const Bits*>(weight), rows, prefix, panels, out_features, first, last, exponent)) return kNotFinite;
-      return move(reinterpret_cast<char*>(rows), bytes, at, [&](const char* from, std::size_t n, off_t to) { return pwrite(file, from, n, to); });
-    });
+    const auto write = [&](Bits* rows, int64_t bytes, int64_t to, int64_t first, int64_t last) -> int {
+      const bool finite =
+          panels_to_rows(static_cast<const Bits*>(weight), rows, prefix, panels, out_features, first, last, exponent);
+      return finite ? move(reinterpret_cast<char*>(rows), bytes, to, call) : kNotFinite;
+    };
+    return through_buffer<Bits>(part, prefix, out_features, place, write);
   });
 }
 
