@@ -11,6 +11,7 @@ import ctypes
 import functools
 import os
 from collections.abc import Iterator, Sequence
+from io import FileIO
 from typing import Any, BinaryIO, NamedTuple
 
 import torch
@@ -82,12 +83,12 @@ def panels_to_rows(weight: Tensor, rows: Tensor, layout: PackedLayout) -> bool:
     return all([_write_rows(weight, rows[part.rows], layout, part) for part in _parts(layout, rows.element_size())])
 
 
-def read_rows(file: BinaryIO, weight: Tensor, layout: PackedLayout) -> bool:
+def read_rows(file: FileIO, weight: Tensor, layout: PackedLayout) -> bool:
     """Fills a packed weight with the rows that a file has from its position on, perhaps not all of it where a number is
     not finite; returns whether all are.
 
     Args:
-        file: a file of the operating system, unbuffered.
+        file: an open file.
         weight: contiguous, on the CPU.
 
     Raises:
@@ -106,8 +107,8 @@ def read_rows(file: BinaryIO, weight: Tensor, layout: PackedLayout) -> bool:
     return finite
 
 
-def read_into(file: BinaryIO, target: Tensor) -> None:
-    """Fills a contiguous tensor of the CPU with the numbers that an unbuffered file has from its position on.
+def read_into(file: FileIO, target: Tensor) -> None:
+    """Fills a contiguous tensor of the CPU with the numbers that a file has from its position on.
 
     Raises:
         EOFError: the file ends before.
@@ -125,7 +126,7 @@ def write_rows(file: BinaryIO, weight: Tensor, layout: PackedLayout) -> bool:
     returns whether there is none.
 
     Args:
-        file: a file of the operating system.
+        file: an open file.
         weight: contiguous, on the CPU.
 
     Raises:

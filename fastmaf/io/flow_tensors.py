@@ -130,7 +130,7 @@ def _sizes(features: int, strict: bool, hidden: tuple[bytes, ...]) -> list[tuple
     """Returns how many weights of each layer are visible and stored, for the int32 degrees of the hidden layers."""
     inputs = input_degrees(features)
     degrees = [torch.frombuffer(bytearray(values), dtype=torch.int32).long() for values in hidden]
-    sizes = []
+    sizes: list[tuple[int, int]] = []
     for below, above in pairwise([inputs, *degrees, inputs.repeat_interleave(2)]):
         layout = PackedLayout(prefix(below, above, strict=strict and len(sizes) == len(hidden)), below.numel())
         sizes.append((layout.visible, layout.numel))

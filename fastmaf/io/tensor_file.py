@@ -14,6 +14,7 @@ import math
 import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from io import FileIO
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
@@ -130,8 +131,8 @@ class TensorFile:
         return (buffer.ne(0) if dtype == torch.bool else buffer.view(dtype)).reshape(shape)
 
     @contextmanager
-    def at(self, name: str) -> Iterator[BinaryIO]:
-        """Yields the file, unbuffered, at the first byte of a tensor.
+    def at(self, name: str) -> Iterator[FileIO]:
+        """Yields the file at the first byte of a tensor.
 
         Raises:
             CheckpointError: an EOFError was raised within, as the file was truncated.

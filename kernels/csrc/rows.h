@@ -31,23 +31,28 @@ struct Part {
   int64_t first, last, number;
 };
 
-// Fresh memory comes in huge pages of this many bytes. Two threads that touch the same one at the same time would both clear it, and
-// the work of one would be lost: parts are larger.
-constexpr int64_t kPartBytes = 1 << 21;
-
-// Calls body(part) for parts that cover all panels, on several threads.
+// Calls body(part) for parts of about two megabytes that cover all panels, on several threads.
+//
+// Fresh memory comes in huge pages of that size. Two threads that touch a new page at the same time both clear it, and the work of one is
+// lost: parts that follow each other are taken one after another by the same thread, as long as all are equally fast.
 template <class Body>
 void each_part(const int64_t* prefix, const int64_t* panels, int64_t out_features, int64_t panel_count, int64_t item_size, long threads,
                const Body& body) {
+  constexpr int64_t kBytes = 1 << 21;
   std::vector<Part> parts;
   int64_t number = 0;
   for (int64_t p = 0; p < panel_count; ++p) {
-    if (parts.empty() || (panels[p] - panels[parts.back().first]) * kPanel * item_size >= kPartBytes) parts.push_back({p, p, number});
+    if (parts.empty() || (panels[p] - panels[parts.back().first]) * kPanel * item_size >= kBytes) parts.push_back({p, p, number});
     parts.back().last = p + 1;
     number += Rows(prefix, out_features, p).numbers;
   }
   const long count = static_cast<long>(parts.size());
-  Team(std::min(threads, count)).each(count, [&](long i) { body(parts[i]); });
+  const Team team(std::min(threads, count));
+  const long run = (count + team.threads() - 1) / team.threads();
+  team.each(run * team.threads(), [&](long i) {
+    const long place = i % team.threads() * run + i / team.threads();
+    if (place < count) body(parts[place]);
+  });
 }
 
 }  // namespace fastmaf

@@ -17,6 +17,8 @@
 namespace fastmaf {
 namespace {
 
+enum Status { kFine, kNotFinite, kEnd };  // or the negative of an errno
+
 // A square of numbers whose rows are vectors of 16 bytes, which every CPU has.
 template <class Bits>
 struct Square {
@@ -62,8 +64,8 @@ struct NotFinite {
 };
 
 template <class Bits>
-bool rows_to_panels(const Bits* rows, Bits* weight, const int64_t* prefix, const int64_t* panels, int64_t out_features, int64_t first,
-                    int64_t last, uint64_t exponent) {
+int rows_to_panels(const Bits* rows, Bits* weight, const int64_t* prefix, const int64_t* panels, int64_t out_features, int64_t first,
+                   int64_t last, uint64_t exponent) {
   constexpr int64_t kSide = Square<Bits>::kSide;
   NotFinite<Bits> found(exponent);
   for (int64_t p = first; p < last; ++p) {
@@ -81,7 +83,7 @@ bool rows_to_panels(const Bits* rows, Bits* weight, const int64_t* prefix, const
         square.transpose();
         for (int64_t i = 0; i < kSide; ++i) square.store(i, panel + (k + i) * kPanel + j);
       }
-    for (; k < most; k += kSide) {  // columns that not every row sees
+    for (; k < most; k += kSide)  // columns that not every row sees
       for (int64_t j = 0; j < kPanel; j += kSide) {
         Square<Bits> square{};
         for (int64_t i = 0; i < kSide; ++i) {
@@ -92,16 +94,15 @@ bool rows_to_panels(const Bits* rows, Bits* weight, const int64_t* prefix, const
         square.transpose();
         for (int64_t i = 0; i < std::min(kSide, width - k); ++i) square.store(i, panel + (k + i) * kPanel + j);
       }
-    }
     if (k < width) std::fill(panel + k * kPanel, panel + width * kPanel, Bits(0));
     rows += r.numbers;
   }
-  return found.none();
+  return found.none() ? kFine : kNotFinite;
 }
 
 template <class Bits>
-bool panels_to_rows(const Bits* weight, Bits* rows, const int64_t* prefix, const int64_t* panels, int64_t out_features, int64_t first,
-                    int64_t last, uint64_t exponent) {
+int panels_to_rows(const Bits* weight, Bits* rows, const int64_t* prefix, const int64_t* panels, int64_t out_features, int64_t first,
+                   int64_t last, uint64_t exponent) {
   constexpr int64_t kSide = Square<Bits>::kSide;
   NotFinite<Bits> found(exponent);
   for (int64_t p = first; p < last; ++p) {
@@ -134,7 +135,7 @@ bool panels_to_rows(const Bits* weight, Bits* rows, const int64_t* prefix, const
       }
     rows += r.numbers;
   }
-  return found.none();
+  return found.none() ? kFine : kNotFinite;
 }
 
 // Reads every number of the padding and writes only to columns that hold another one than zero: memory that a process shares with
@@ -157,11 +158,8 @@ bool zero_padding(Bits* weight, const int64_t* prefix, const int64_t* panels, in
   return changed;
 }
 
-enum Status { kFine, kNotFinite, kEnd };  // or the negative of an errno
-
 // Calls work(part, number) for all parts of a layer, with a number of the unsigned type of `item_size` bytes. Returns kFine if all calls
 // do, else the status of another one.
-
 template <class Work>
 int on_parts(const int64_t* prefix, const int64_t* panels, int64_t out_features, int64_t panel_count, int64_t item_size, int64_t threads,
              const Work& work) {
@@ -181,7 +179,8 @@ int on_parts(const int64_t* prefix, const int64_t* panels, int64_t out_features,
 template <class Call>
 int move(char* memory, int64_t bytes, int64_t place, const Call& call) {
   while (bytes > 0) {
-    const int64_t moved = call(memory, static_cast<std::size_t>(bytes), static_cast<off_t>(place));
+    const std::size_t most = static_cast<std::size_t>(std::min(bytes, int64_t{1} << 30));  // what every system moves at once
+    const int64_t moved = call(memory, most, static_cast<off_t>(place));
     if (moved < 0 && errno == EINTR) continue;
     if (moved <= 0) return moved < 0 ? -errno : kEnd;
     memory += moved, place += moved, bytes -= moved;
@@ -218,24 +217,20 @@ extern "C" {
 // Writes all panels of `weight`, padding included.
 int fastmaf_rows_to_panels(const void* rows, void* weight, const int64_t* prefix, const int64_t* panels, int64_t out_features,
                            int64_t panel_count, int64_t item_size, uint64_t exponent, int64_t threads) {
-  return on_parts(prefix, panels, out_features, panel_count, item_size, threads, [&](const Part& part, auto bits) -> int {
+  return on_parts(prefix, panels, out_features, panel_count, item_size, threads, [&](const Part& part, auto bits) {
     using Bits = decltype(bits);
     return rows_to_panels(static_cast<const Bits*>(rows) + part.number, static_cast<Bits*>(weight), prefix, panels, out_features,
-                          part.first, part.last, exponent)
-               ? kFine
-               : kNotFinite;
+                          part.first, part.last, exponent);
   });
 }
 
 // The way back: writes all rows.
 int fastmaf_panels_to_rows(const void* weight, void* rows, const int64_t* prefix, const int64_t* panels, int64_t out_features,
                            int64_t panel_count, int64_t item_size, uint64_t exponent, int64_t threads) {
-  return on_parts(prefix, panels, out_features, panel_count, item_size, threads, [&](const Part& part, auto bits) -> int {
+  return on_parts(prefix, panels, out_features, panel_count, item_size, threads, [&](const Part& part, auto bits) {
     using Bits = decltype(bits);
     return panels_to_rows(static_cast<const Bits*>(weight), static_cast<Bits*>(rows) + part.number, prefix, panels, out_features,
-                          part.first, part.last, exponent)
-               ? kFine
-               : kNotFinite;
+                          part.first, part.last, exponent);
   });
 }
 
@@ -245,9 +240,10 @@ int fastmaf_file_to_panels(int file, int64_t place, void* weight, const int64_t*
   const auto call = [file](char* to, std::size_t bytes, off_t from) { return pread(file, to, bytes, from); };
   return on_parts(prefix, panels, out_features, panel_count, item_size, threads, [&](const Part& part, auto bits) {
     using Bits = decltype(bits);
-    const auto read = [&](Bits* rows, int64_t bytes, int64_t from, int64_t first, int64_t last) -> int {
-      if (const int status = move(reinterpret_cast<char*>(rows), bytes, from, call); status != kFine) return status;
-      return rows_to_panels(rows, static_cast<Bits*>(weight), prefix, panels, out_features, first, last, exponent) ? kFine : kNotFinite;
+    const auto read = [&](Bits* rows, int64_t bytes, int64_t from, int64_t first, int64_t last) {
+      const int status = move(reinterpret_cast<char*>(rows), bytes, from, call);
+      if (status != kFine) return status;
+      return rows_to_panels(rows, static_cast<Bits*>(weight), prefix, panels, out_features, first, last, exponent);
     };
     return through_buffer<Bits>(part, prefix, out_features, place, read);
   });
@@ -259,10 +255,9 @@ int fastmaf_panels_to_file(int file, int64_t place, const void* weight, const in
   const auto call = [file](const char* from, std::size_t bytes, off_t to) { return pwrite(file, from, bytes, to); };
   return on_parts(prefix, panels, out_features, panel_count, item_size, threads, [&](const Part& part, auto bits) {
     using Bits = decltype(bits);
-    const auto write = [&](Bits* rows, int64_t bytes, int64_t to, int64_t first, int64_t last) -> int {
-      const bool finite =
-          panels_to_rows(static_cast<const Bits*>(weight), rows, prefix, panels, out_features, first, last, exponent);
-      return finite ? move(reinterpret_cast<char*>(rows), bytes, to, call) : kNotFinite;
+    const auto write = [&](Bits* rows, int64_t bytes, int64_t to, int64_t first, int64_t last) {
+      const int status = panels_to_rows(static_cast<const Bits*>(weight), rows, prefix, panels, out_features, first, last, exponent);
+      return status == kFine ? move(reinterpret_cast<char*>(rows), bytes, to, call) : status;
     };
     return through_buffer<Bits>(part, prefix, out_features, place, write);
   });

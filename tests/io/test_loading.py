@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 import os
 import struct
+from io import FileIO
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 import pytest
@@ -105,7 +106,7 @@ def test_a_registered_transform_may_fail_in_any_way(tmp_path: Path, monkeypatch:
 def test_weights_are_read_into_the_memory_of_the_flow(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     written: set[int] = set()
 
-    def recorded(file: BinaryIO, weight: torch.Tensor, layout: PackedLayout) -> bool:
+    def recorded(file: FileIO, weight: torch.Tensor, layout: PackedLayout) -> bool:
         written.add(weight.data_ptr())
         return read_rows(file, weight, layout)
 
