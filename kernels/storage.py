@@ -70,6 +70,7 @@ def rows_to_panels(rows: Tensor, weight: Tensor, layout: PackedLayout) -> bool:
         return _is_finite(
             library.fastmaf_rows_to_panels(rows.data_ptr(), weight.data_ptr(), *_shape(layout), *_format(weight))
         )
+    # All parts are converted, whatever the first ones hold.
     return all([_write_panels(rows[part.rows], weight, layout, part) for part in _parts(layout, rows.element_size())])
 
 
@@ -95,13 +96,12 @@ def read_rows(file: FileIO, weight: Tensor, layout: PackedLayout) -> bool:
         EOFError: the file ends before.
         OSError: it cannot be read.
     """
-    library, place = _library(), file.tell()
+    library = _library()
     if library is not None:
-        where = file.fileno(), place, weight.data_ptr()
+        where = file.fileno(), file.tell(), weight.data_ptr()
         return _is_finite(library.fastmaf_file_to_panels(*where, *_shape(layout), *_format(weight)))
     finite = True
-    for part in _parts(layout, weight.element_size()):
-        rows = torch.empty(part.numel, dtype=weight.dtype, device="cpu")
+    for part, rows in _buffered_parts(layout, weight.dtype):
         read_into(file, rows)
         finite &= _write_panels(rows, weight, layout, part)
     return finite
@@ -139,8 +139,7 @@ def write_rows(file: BinaryIO, weight: Tensor, layout: PackedLayout) -> bool:
         finite = _is_finite(library.fastmaf_panels_to_file(*where, *_shape(layout), *_format(weight)))
         file.seek(layout.visible * weight.element_size(), os.SEEK_CUR)
         return finite
-    for part in _parts(layout, weight.element_size()):
-        rows = torch.empty(part.numel, dtype=weight.dtype, device="cpu")
+    for part, rows in _buffered_parts(layout, weight.dtype):
         if not _write_rows(weight, rows, layout, part):
             return False
         file.write(rows.view(torch.uint8).numpy().data)
@@ -185,6 +184,14 @@ def _parts(layout: PackedLayout, itemsize: int) -> list[_Part]:
             result.append(_Part(start, panel + 1, slice(first, numbers)))
             start, first = panel + 1, numbers
     return result
+
+
+def _buffered_parts(layout: PackedLayout, dtype: torch.dtype) -> Iterator[tuple[_Part, Tensor]]:
+    """Yields the parts with memory for their rows, the same for all: fresh memory takes longer than the conversion."""
+    parts = _parts(layout, dtype.itemsize)
+    buffer = torch.empty(max(part.numel for part in parts), dtype=dtype, device="cpu")
+    for part in parts:
+        yield part, buffer[: part.numel]
 
 
 def _write_panels(rows: Tensor, weight: Tensor, layout: PackedLayout, part: _Part) -> bool:
