@@ -2,7 +2,7 @@
 #pragma once
 
 #include "api.h"
-#include "vector.h"
+#include "functions.h"
 
 namespace fastmaf {
 namespace FASTMAF_ISA {

@@ -21,52 +21,6 @@ inline constexpr long kSharedWork = 65536;  // multiply-adds of a step from whic
 inline constexpr long kSegment = 256;      // columns that are one part of the work ahead, of many samples; of few four times as many
 inline constexpr long kPartWork = 262144;  // multiply-adds of a part
 
-// Where the inverse of a map reads and writes, in tiles: z of dimension d lies at place order[d] (null: d).
-template <class T>
-struct InverseTiles {
-  const T* z;
-  T* x;
-  const int64_t* order;
-};
-
-// x of `dims` dimensions from d0 on, of one tile, from its products, which start at c. Adds the log-scales to sums.
-template <class T>
-void inverse_rows(const AffineMap& map, const Tiles& tiles, long t, const T* c, long c_rows, long d0, long dims, long features,
-                  const InverseTiles<T>& at, double* sums) {
-  constexpr long L = kLanes<T>, kDims = kGroupRows / 2, kMost = kDims * std::max(kWide, kMostNarrow) + L;
-  const long size = tiles.size(t), first = tiles.offset(t, features), count = dims * size;
-  const T* z = at.z + first;
-  T *x = at.x + first + d0 * size, scales[kMost];
-  const auto inverted = [&](Vec<T> shift, Vec<T> a, Vec<T> zv) {
-    return map.form == kShiftFirst ? zv * exponential(a) + shift : (zv - shift) * exponential(-a);
-  };
-  const auto place = [&](long d) { return (at.order ? at.order[d0 + d] : d0 + d) * size; };
-  if (tiles.wide) {
-    for (long d = 0; d < dims; ++d)
-      for (long v = 0; v < kWide; v += L) {
-        const Vec<T> a = log_scale_of<T>(load(c + (2 * d + 1) * kWide + v), map);
-        store(scales + d * kWide + v, a);
-        store(x + d * kWide + v, inverted(load(c + 2 * d * kWide + v), a, load(z + place(d) + v)));
-      }
-  } else {
-    T shifts[kMost], raws[kMost], zs[kMost];
-    for (long d = 0; d < dims; ++d) std::copy(z + place(d), z + place(d) + size, zs + d * size);
-    if (size == 1)
-      deal(c, dims, shifts, raws);
-    else
-      for (long d = 0; d < dims; ++d)
-        for (long s = 0; s < size; ++s) shifts[d * size + s] = c[s * c_rows + 2 * d], raws[d * size + s] = c[s * c_rows + 2 * d + 1];
-    for (long i = 0; i < count; i += L) {
-      const Vec<T> a = log_scale_of<T>(load(raws + i), map), xv = inverted(load(shifts + i), a, load(zs + i));
-      store(scales + i, a);
-      i + L <= count ? store(x + i, xv) : store_part(x + i, xv, count - i);
-    }
-  }
-  double of_lanes[std::max(kWide, kMostNarrow)] = {};
-  add_rows<T>([&](long i) { return load(scales + i); }, dims, size, of_lanes);
-  for (long s = 0; s < tiles.used(t); ++s) sums[s] += of_lanes[s];
-}
-
 template <class T, class W>
 class BlockInverse {
  public:

@@ -40,6 +40,12 @@ class Tiles {
   long offset(long t, long units) const { return begin(t) * units; }
 };
 
+// Number i of a unit in wide tiles: of sample i, in lane i % 16 of tile i / 16.
+template <class T>
+T* in_tile(T* tiles, long i, long unit, long units) {
+  return tiles + (i / kWide * units + unit) * kWide + i % kWide;
+}
+
 // Units k0..k1 of a tile [unit][size] from rows of samples, x [used][stride]. Unit k goes to place order[k] (null: k).
 template <class T, class Order>
 void fill_tile(const T* x, long stride, long used, long size, long k0, long k1, const Order& order, T* tile) {
