@@ -198,19 +198,29 @@ def zero_padding(weights: Sequence[Tensor], prefixes: Sequence[Tensor], panels: 
         prefixes: of each weight, int64, on the CPU.
         panels: ``PackedLayout.panels`` of each.
     """
-    changed, library = False, _library()
-    for weight, prefix, columns in zip(weights, prefixes, panels, strict=True):
-        if library is not None:
-            shape = prefix.numel(), len(columns) - 1, weight.element_size()
-            pointers = weight.data_ptr(), prefix.data_ptr(), columns.data_ptr()
-            changed |= bool(library.fastmaf_zero_padding(*pointers, *shape))
-            continue
+    layers = zip(weights, prefixes, panels, strict=True)
+    if has_library():
+        return zero_places([padding_place(*layer) for layer in layers])
+    changed = False
+    for weight, prefix, columns in layers:
         with torch.inference_mode():
             where = padding(prefix, columns)
             if weight.detach()[where].count_nonzero():
                 weight.data.index_fill_(0, where, 0)
                 changed = True
     return changed
+
+
+def padding_place(weight: Tensor, prefix: Tensor, panels: Tensor) -> tuple[int, ...]:
+    """Returns where the native library finds the padding of a weight: pointers, valid while the tensors stay there."""
+    pointers = weight.data_ptr(), prefix.data_ptr(), panels.data_ptr()
+    return *pointers, prefix.shape[0], panels.shape[0] - 1, weight.element_size()
+
+
+def zero_places(places: Sequence[tuple[int, ...]]) -> bool:
+    """Does what ``zero_padding`` does, at each ``padding_place``; needs the native library."""
+    zero = native_library.library().fastmaf_zero_padding
+    return any([zero(*place) for place in places])  # a list, for all of them
 
 
 def uniform_(weight: Tensor, layout: PackedLayout, bound: float, generator: torch.Generator | None = None) -> None:

@@ -100,7 +100,10 @@ class Flow(nn.Module):
         self.__dict__.setdefault("_runs", Runs())  # flows that were pickled without the attribute
 
     def _transforms(self) -> list[Transform]:
-        return [transform for transform in self.transforms if isinstance(transform, Transform)]
+        # Not through nn.Module.__getattr__, which is slow.
+        transforms = self._modules["transforms"]
+        assert transforms is not None
+        return [transform for transform in transforms._modules.values() if isinstance(transform, Transform)]
 
     def _check(self, name: str, x: Tensor, *, finite: bool = False) -> None:
         if x.shape[-1:] != (self.features,):
@@ -200,9 +203,14 @@ class Flow(nn.Module):
         if not isinstance(x, Tensor) or x.dim() != 2:
             return self._by_rows(Flow.log_prob, "x", x)
         called = type(self).forward is not Flow.forward or hooks.is_called(self) or hooks.any_global()
-        self._check("x", x)
-        z, ladj = self(x) if called else self._runs.forward(self._transforms(), x)
-        result = ladj + self._base_log_prob(z)
+        terms = None if called else self._runs.density(self._transforms(), x)
+        if terms is None:
+            self._check("x", x)
+            z, ladj = self(x) if called else self._runs.forward(self._transforms(), x)
+            result = ladj + self._base_log_prob(z)
+        else:
+            squares, ladj = terms
+            result = ladj.sub_(squares, alpha=0.5).sub_(self.features * _HALF_LOG_2PI)
         if validates(self.validate_args, x):
             check_density(self, "log_prob", result, x)
         return result

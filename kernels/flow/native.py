@@ -22,12 +22,24 @@ _library, _check = native_library.library(), native_library.check
 why_not = native_library.why_not
 
 
-def forward(x: Tensor, args: FlowArgs, save: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """Returns ``z``, ``ladj`` and what ``backward`` needs; weights may be bfloat16 beside float32 ``x``."""
-    n, plan = _plan("x", x, args)
+def density(x: Tensor, plan: FlowPlan) -> tuple[Tensor, Tensor]:
+    """Returns ``Σ_d z²`` and ``ladj``, both ``[N]``, for ``x`` that fits the plan."""
+    z, ladj, _ = forward(x, None, False, plan)
+    return z.square_().sum(1), ladj
+
+
+def forward(
+    x: Tensor, args: FlowArgs | None, save: bool, plan: FlowPlan | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Returns ``z``, ``ladj`` and what ``backward`` needs; weights may be bfloat16 beside float32 ``x``.
+
+    With a plan, which ``x`` must fit, the arguments are not looked at; here and in the functions below.
+    """
+    plan = plan or _plan("x", x, args)
+    n = x.shape[0]
     z, ladj = torch.empty_like(x), x.new_empty(n)
     # Memory that comes from the system anew in every step, in pages that are cleared one by one.
-    saved = empty_on_huge_pages(n * plan.saved if save else 0, device=x.device, dtype=x.dtype)
+    saved = empty_on_huge_pages(n * plan.saved, device=x.device, dtype=x.dtype) if save else x.new_empty(0)
     _check(
         _library.fastmaf_flow_forward(
             plan.pointer, x.data_ptr(), n, z.data_ptr(), ladj.data_ptr(), saved.data_ptr() if save else None,
@@ -37,10 +49,11 @@ def forward(x: Tensor, args: FlowArgs, save: bool) -> tuple[Tensor, Tensor, Tens
     return z, ladj, saved
 
 
-def inverse(z: Tensor, args: FlowArgs) -> tuple[Tensor, Tensor]:
+def inverse(z: Tensor, args: FlowArgs, plan: FlowPlan | None = None) -> tuple[Tensor, Tensor]:
     """Returns ``x`` ``[N, D]`` and ``ladj`` ``[N]`` = log |det dx/dz|."""
-    n, plan = _plan("z", z, args)
+    plan = plan or _plan("z", z, args)
     plan.check_inverse(args)
+    n = z.shape[0]
     x, ladj = torch.empty_like(z), z.new_empty(n)
     _check(
         _library.fastmaf_flow_inverse(
@@ -80,12 +93,12 @@ def adam_(
     return _backward(batch, args, need_grad_x, targets)
 
 
-def _plan(name: str, x: Tensor, args: FlowArgs) -> tuple[int, FlowPlan]:
-    n, features = native_args.check_batch(name, x)
+def _plan(name: str, x: Tensor, args: FlowArgs) -> FlowPlan:
+    _, features = native_args.check_batch(name, x)
     plan = native_args.flow_plan(args, x.dtype)
     if features != plan.features:
         raise ValueError(f"{name} must be [N, {plan.features}]; found {tuple(x.shape)}")
-    return n, plan
+    return plan
 
 
 def _backward(
@@ -93,7 +106,8 @@ def _backward(
 ) -> tuple[Tensor, list[Tensor]]:
     # Autograd hands on gradients of any strides, such as an expanded sum's.
     grad_z, grad_ladj, saved = batch.grad_z.contiguous(), batch.grad_ladj.contiguous(), batch.saved
-    n, plan = _plan("grad_z", grad_z, args)
+    plan = _plan("grad_z", grad_z, args)
+    n = grad_z.shape[0]
     check_tensor("grad_ladj", grad_ladj, grad_z.dtype, (n,))
     check_tensor("saved", saved, grad_z.dtype, (n * plan.saved,))
     grad_x = grad_z.new_empty(n if need_grad_x else 0, plan.features)
