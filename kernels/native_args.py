@@ -169,6 +169,7 @@ class FlowPlan:
         struct: the flow; valid while the tensors of ``args`` live.
         rows, columns: of each layer.
         saved: numbers that a forward pass saves for each sample.
+        numels: of the weights, then of the biases.
         inverse: whether the schedules have been checked.
     """
 
@@ -220,6 +221,7 @@ class FlowPlan:
             len(self._layers), len(self._blocks), self._layers, self._blocks, _order(args.permutations[-1], features),
         )  # fmt: skip
         self.pointer = ctypes.addressof(self.struct)
+        self.numels = [parameter.numel() for parameter in args.parameters]
         saves_x = [b == 0 or self._blocks[b].permutation is not None for b in range(len(layers))]
         hidden = sum(self.rows) - 2 * features * len(layers)
         self.saved = hidden + features * (2 * len(layers) + sum(saves_x))

@@ -100,8 +100,8 @@ class PaddingInPlace:
 
     def __init__(self, weights: Sequence[Tensor], prefixes: Sequence[Tensor], panels: Sequence[Tensor]) -> None:
         self._weights = weights
-        self._places = [storage.padding_place(*layer) for layer in zip(weights, prefixes, panels, strict=True)]
-        storage.zero_places(self._places)
+        self._paddings = storage.Paddings(weights, prefixes, panels)
+        self._paddings.zero()
         self._known = _Known([], [], [], []).updated(weights, prefixes, panels)
 
     def keep_zero(self) -> None:
@@ -109,7 +109,7 @@ class PaddingInPlace:
         if self._known.is_written(self._weights):
             if not self._weights[0].is_inference():
                 self._known = self._known._replace(versions=list(map(_version, self._weights)))
-            storage.zero_places(self._places)
+            self._paddings.zero()
 
 
 def without_padding(weight: Tensor, prefix: Tensor, panels: Tensor) -> Tensor:

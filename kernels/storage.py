@@ -33,7 +33,7 @@ _POINTER, _INT, _BITS = ctypes.c_void_p, ctypes.c_int64, ctypes.c_uint64
 _ARGUMENTS = {
     "fastmaf_rows_to_panels": [*[_POINTER] * 4, *[_INT] * 4, _BITS],
     "fastmaf_panels_to_rows": [*[_POINTER] * 4, *[_INT] * 4, _BITS],
-    "fastmaf_zero_padding": [*[_POINTER] * 3, *[_INT] * 3],
+    "fastmaf_zero_padding": [_POINTER, _INT],
     "fastmaf_uniform_float": [_POINTER, _INT, _BITS, _BITS, ctypes.c_double],
     "fastmaf_uniform_double": [_POINTER, _INT, _BITS, _BITS, ctypes.c_double],
 }
@@ -198,11 +198,10 @@ def zero_padding(weights: Sequence[Tensor], prefixes: Sequence[Tensor], panels: 
         prefixes: of each weight, int64, on the CPU.
         panels: ``PackedLayout.panels`` of each.
     """
-    layers = zip(weights, prefixes, panels, strict=True)
     if has_library():
-        return zero_places([padding_place(*layer) for layer in layers])
+        return Paddings(weights, prefixes, panels).zero()
     changed = False
-    for weight, prefix, columns in layers:
+    for weight, prefix, columns in zip(weights, prefixes, panels, strict=True):
         with torch.inference_mode():
             where = padding(prefix, columns)
             if weight.detach()[where].count_nonzero():
@@ -211,16 +210,25 @@ def zero_padding(weights: Sequence[Tensor], prefixes: Sequence[Tensor], panels: 
     return changed
 
 
-def padding_place(weight: Tensor, prefix: Tensor, panels: Tensor) -> tuple[int, ...]:
-    """Returns where the native library finds the padding of a weight: pointers, valid while the tensors stay there."""
-    pointers = weight.data_ptr(), prefix.data_ptr(), panels.data_ptr()
-    return *pointers, prefix.shape[0], panels.shape[0] - 1, weight.element_size()
+class Paddings:
+    """The padding of some weights, as the native library finds it while all tensors stay in the same memory.
 
+    Args:
+        weights, prefixes, panels: as of ``zero_padding``.
+    """
 
-def zero_places(places: Sequence[tuple[int, ...]]) -> bool:
-    """Does what ``zero_padding`` does, at each ``padding_place``; needs the native library."""
-    zero = native_library.library().fastmaf_zero_padding
-    return any([zero(*place) for place in places])  # a list, for all of them
+    def __init__(self, weights: Sequence[Tensor], prefixes: Sequence[Tensor], panels: Sequence[Tensor]) -> None:
+        numbers: list[int] = []  # of the structs ``PaddedWeight`` of csrc/storage.cpp
+        for weight, prefix, columns in zip(weights, prefixes, panels, strict=True):
+            numbers += weight.data_ptr(), prefix.data_ptr(), columns.data_ptr()
+            numbers += prefix.shape[0], columns.shape[0] - 1, weight.element_size()
+        self._structs, self._count = (_INT * len(numbers))(*numbers), len(weights)
+
+    def zero(self) -> bool:
+        """Does what ``zero_padding`` does; needs the native library."""
+        library = _library()
+        assert library is not None
+        return bool(library.fastmaf_zero_padding(self._structs, self._count))
 
 
 def uniform_(weight: Tensor, layout: PackedLayout, bound: float, generator: torch.Generator | None = None) -> None:

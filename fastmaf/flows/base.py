@@ -331,7 +331,7 @@ class Flow(nn.Module):
             >>> flow.rsample(5).square().mean().backward()
         """
         batch, z = self._base_sample(shape, generator, seed, start)
-        x, _ = self.inverse(z)
+        x, _ = self._inverse_of_noise(z)
         if validates(self.validate_args, x):
             check_samples(self, z, x)
         return x if len(batch) == 1 else x.reshape(*batch, self.features)
@@ -358,11 +358,18 @@ class Flow(nn.Module):
             >>> kl.backward()
         """
         batch, z = self._base_sample(shape, generator, seed, start)
-        x, ladj = self.inverse(z)
+        x, ladj = self._inverse_of_noise(z)
         log_prob = self._base_log_prob(z) - ladj
         if validates(self.validate_args, x):
             check_samples(self, z, x, log_prob)
         return (x, log_prob) if len(batch) == 1 else (x.reshape(*batch, self.features), log_prob.reshape(batch))
+
+    @outside_autocast
+    def _inverse_of_noise(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        """Returns ``inverse`` of noise, which needs no checks."""
+        if type(self).inverse is not Flow.inverse or "inverse" in vars(self):
+            return self.inverse(z)
+        return self._runs.inverse(self._transforms(), z)
 
     def _base_sample(
         self, shape: Shape, generator: Generator | None, seed: int | None, start: int

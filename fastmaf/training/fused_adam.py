@@ -85,6 +85,14 @@ class FusedAdam(torch.optim.Adam):
                     )
         super().load_state_dict(state_dict)
 
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Removes all gradients, or sets them to zero; see ``torch.optim.Optimizer``."""
+        if not set_to_none:
+            return super().zero_grad(set_to_none)
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                parameter.grad = None
+
     def _init_group(self, group: dict[str, Any], params_with_grad: list[Tensor], *lists: Any) -> bool:
         """Marks the parameters of a fused step as modified: unlike torch's other kernels, the fused ones do not.
 

@@ -161,12 +161,22 @@ int fastmaf_panels_to_rows(const void* weight, void* rows, const int64_t* prefix
   });
 }
 
-// Makes the padding zero. Returns whether any of it was not.
-int fastmaf_zero_padding(void* weight, const int64_t* prefix, const int64_t* panels, int64_t out_features, int64_t panel_count,
-                         int64_t item_size) {
-  return by_size(item_size, [&](auto bits) {
-    return zero_padding(static_cast<decltype(bits)*>(weight), prefix, panels, out_features, panel_count);
-  });
+struct PaddedWeight {
+  void* weight;
+  const int64_t *prefix, *panels;
+  int64_t out_features, panel_count, item_size;
+};
+
+// Makes the padding of `count` weights zero. Returns whether any of it was not.
+int fastmaf_zero_padding(const PaddedWeight* weights, int64_t count) {
+  int changed = 0;
+  for (int64_t i = 0; i < count; ++i) {
+    const PaddedWeight& w = weights[i];
+    changed |= by_size(w.item_size, [&](auto bits) {
+      return zero_padding(static_cast<decltype(bits)*>(w.weight), w.prefix, w.panels, w.out_features, w.panel_count);
+    });
+  }
+  return changed;
 }
 
 #pragma GCC visibility pop

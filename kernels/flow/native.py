@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import itertools
 from collections.abc import Sequence
 
 import torch
@@ -61,6 +62,26 @@ def inverse(z: Tensor, args: FlowArgs, plan: FlowPlan | None = None) -> tuple[Te
         )
     )
     return x, ladj
+
+
+def backward_of_all(batch: FlowBatch, plan: FlowPlan) -> list[Tensor]:
+    """Returns the gradients of the packed weights and of the biases, parts of one tensor, for a batch that fits the
+    plan and is contiguous.
+    """
+    grads = batch.grad_z.new_empty(sum(plan.numels))
+    ends = itertools.accumulate(plan.numels, initial=0)
+    places = [grads.data_ptr() + grads.element_size() * end for end in ends]
+    layers = len(plan.rows)
+    # The numbers of ``TargetStruct``, which take longer to set one by one.
+    targets = [number for place in places[:layers] for number in (WRITE, place, 0, 0, 0, 0)]
+    _check(
+        _library.fastmaf_flow_backward(
+            plan.pointer, batch.grad_z.data_ptr(), batch.grad_ladj.data_ptr(), batch.saved.data_ptr(),
+            batch.grad_z.shape[0], None, (ctypes.c_void_p * layers)(*places[layers:-1]),
+            (ctypes.c_int64 * len(targets))(*targets), torch.get_num_threads(),
+        )
+    )  # fmt: skip
+    return list(grads.unsafe_split_with_sizes(plan.numels))
 
 
 def backward(batch: FlowBatch, args: FlowArgs, need_grad_x: bool) -> tuple[Tensor, list[Tensor], list[Tensor]]:

@@ -83,25 +83,44 @@ class PreparedFlow:
             known.padding.keep_zero()
         return known.plan if x.dim() == 2 and x.shape[1] == known.plan.features else None
 
-    def records_gradients(self, x: Tensor) -> bool:
-        """Returns whether autograd records a call on ``x``."""
-        return torch.is_grad_enabled() and (x.requires_grad or any(map(_requires_grad, self.parameters)))
+    def _plan_without_gradients(self, x: Tensor) -> FlowPlan | None:
+        """Returns ``plan``; None also where autograd records a call on ``x``."""
+        if torch.compiler.is_compiling():
+            return None
+        if torch.is_grad_enabled() and (x.requires_grad or any(map(_requires_grad, self.parameters))):
+            return None
+        return self.plan(x)
 
     def density(self, x: Tensor) -> tuple[Tensor, Tensor] | None:
         """Returns ``Σ_d z²`` and ``ladj``, both ``[N]``; None where the flow must be called for them."""
-        if self.records_gradients(x) or (plan := self.plan(x)) is None:
+        if (plan := self._plan_without_gradients(x)) is None:
             return None
         return implementation("flow", x).density(x.contiguous(), plan)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Returns ``flow_forward`` of ``x`` ``[N, D]``."""
-        if self.records_gradients(x) or (plan := self.plan(x)) is None:
+        if (plan := self._plan_without_gradients(x)) is None:
             return flow_forward(x, self.args)
         z, ladj, _ = implementation("flow", x).forward(x.contiguous(), self.args, False, plan)
         return z, ladj
 
+    def forward_saving(self, x: Tensor, plan: FlowPlan | None) -> tuple[Tensor, Tensor, Tensor]:
+        """Returns ``flow_forward_saving`` of ``x`` ``[N, D]``, contiguous, with the ``plan`` for it."""
+        if plan is None:
+            return flow_forward_saving(x, self.args)
+        result: tuple[Tensor, Tensor, Tensor] = implementation("flow", x).forward(x, self.args, True, plan)
+        return result
+
+    def backward(self, batch: FlowBatch, plan: FlowPlan | None) -> list[Tensor]:
+        """Returns the gradients of ``parameters``; with a plan only directly after ``forward_saving``."""
+        if plan is None or plan.struct.weight_dtype != plan.struct.dtype:
+            _, grad_weights, grad_biases = flow_backward(batch, self.args, False)
+            return [*grad_weights, *grad_biases]
+        grads: list[Tensor] = implementation("flow", batch.saved).backward_of_all(batch, plan)
+        return grads
+
     def inverse(self, z: Tensor) -> tuple[Tensor, Tensor]:
         """Returns ``flow_inverse`` of ``z`` ``[N, D]``."""
-        if self.records_gradients(z) or (plan := self.plan(z)) is None:
+        if (plan := self._plan_without_gradients(z)) is None:
             return flow_inverse(z, self.args)
         return implementation("flow", z).inverse(z.contiguous(), self.args, plan)
