@@ -113,10 +113,10 @@ class Runs:
         runs = self._kept(transforms)
         return runs[0] if len(runs) == 1 and isinstance(runs[0], Run) else None
 
-    def density(self, transforms: Sequence[Transform], x: Tensor) -> tuple[Tensor, Tensor] | None:
-        """Returns ``Σ_d z²`` and ``ladj``, both ``[N]``; None where ``forward`` must be called for them."""
+    def log_density(self, transforms: Sequence[Transform], x: Tensor) -> Tensor | None:
+        """Returns ``log_density`` of the run of all transforms; None where ``forward`` must be called for it."""
         run = self.single(transforms)
-        return None if run is None else run.forward.density(x)
+        return None if run is None else run.forward.log_density(x)
 
     def forward(self, transforms: Sequence[Transform], x: Tensor) -> tuple[Tensor, Tensor]:
         """Applies the transforms in turn; returns ``z`` ``[N, D]`` and ``ladj`` ``[N]`` = log |det dz/dx|."""

@@ -178,7 +178,7 @@ class FlowPlan:
         self._blocks = (BlockStruct * len(args.schedules))()
         self._key = _key(args)
         # Their memory stays, should they be given other: the pointers are then those of what they were.
-        self._constants = [t.detach() for part in (args.prefixes, args.panels, args.schedules) for t in part]
+        self._constants = [t.detach() for part in args[2:6] for t in part]
         self.dtype = dtype
         self.inverse = False
         self.rows: list[int] = []

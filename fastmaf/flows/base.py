@@ -203,14 +203,11 @@ class Flow(nn.Module):
         if not isinstance(x, Tensor) or x.dim() != 2:
             return self._by_rows(Flow.log_prob, "x", x)
         called = type(self).forward is not Flow.forward or hooks.is_called(self) or hooks.any_global()
-        terms = None if called else self._runs.density(self._transforms(), x)
-        if terms is None:
+        result = None if called else self._runs.log_density(self._transforms(), x)
+        if result is None:
             self._check("x", x)
             z, ladj = self(x) if called else self._runs.forward(self._transforms(), x)
             result = ladj + self._base_log_prob(z)
-        else:
-            squares, ladj = terms
-            result = ladj.sub_(squares, alpha=0.5).sub_(self.features * _HALF_LOG_2PI)
         if validates(self.validate_args, x):
             check_density(self, "log_prob", result, x)
         return result

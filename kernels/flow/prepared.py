@@ -9,24 +9,27 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
 
 from fastmaf.kernels import composite
+from fastmaf.kernels.autocast import outside_autocast
 from fastmaf.kernels.dispatch import implementation
 from fastmaf.kernels.flow.args import FlowArgs, FlowBatch
-from fastmaf.kernels.flow.forward import flow_backward, flow_forward, flow_forward_saving
+from fastmaf.kernels.flow.forward import backward_to_sinks, flow_backward, flow_forward, flow_forward_saving
 from fastmaf.kernels.flow.inverse import flow_inverse
+from fastmaf.kernels.flow.saved import first_x
 from fastmaf.kernels.native_args import FlowPlan, flow_plan
 from fastmaf.kernels.op import is_recorded
 from fastmaf.kernels.padding import PaddingInPlace
 
-_version, _requires_grad = map(operator.attrgetter, ("_version", "requires_grad"))
+Memory: TypeAlias = tuple[list[int], list[int], list[torch.dtype], bool]
+_version, _dtype, _requires_grad = map(operator.attrgetter, ("_version", "dtype", "requires_grad"))
 
 
-def memory_of(tensors: Sequence[Tensor]) -> tuple[list[int], list[int], list[torch.dtype], bool]:
+def memory_of(tensors: Sequence[Tensor]) -> Memory:
     """Returns what shows that tensors, the same objects, have other memory than before."""
     return (  # by maps and not in a loop: a small flow is called often
         list(map(Tensor.data_ptr, tensors)),
@@ -36,13 +39,11 @@ def memory_of(tensors: Sequence[Tensor]) -> tuple[list[int], list[int], list[tor
     )
 
 
-_dtype = operator.attrgetter("dtype")
-
-
 class _Known(NamedTuple):
     """What was derived while the constants had these versions; never written to, as other threads may read it."""
 
     versions: list[int]
+    memory: Memory
     plan: FlowPlan
     padding: PaddingInPlace
 
@@ -78,31 +79,41 @@ class PreparedFlow:
         known = self._known
         if known is None or known.versions != versions:
             plan = flow_plan(self.args, x.dtype)
-            known = self._known = _Known(versions, plan, PaddingInPlace(*self.args[:1], *self.args[2:4]))
+            padding = PaddingInPlace(*self.args[:1], *self.args[2:4])
+            known = self._known = _Known(versions, memory_of(self.parameters), plan, padding)
         else:
             known.padding.keep_zero()
         return known.plan if x.dim() == 2 and x.shape[1] == known.plan.features else None
 
-    def _plan_without_gradients(self, x: Tensor) -> FlowPlan | None:
-        """Returns ``plan``; None also where autograd records a call on ``x``."""
-        if torch.compiler.is_compiling():
-            return None
-        if torch.is_grad_enabled() and (x.requires_grad or any(map(_requires_grad, self.parameters))):
-            return None
-        return self.plan(x)
+    def _records_gradients(self, x: Tensor) -> bool:
+        return torch.is_grad_enabled() and (x.requires_grad or any(map(_requires_grad, self.parameters)))
 
-    def density(self, x: Tensor) -> tuple[Tensor, Tensor] | None:
-        """Returns ``Σ_d z²`` and ``ladj``, both ``[N]``; None where the flow must be called for them."""
-        if (plan := self._plan_without_gradients(x)) is None:
+    def log_density(self, x: Tensor) -> Tensor | None:
+        """Returns the log-density ``[N]`` of x where the density of z is the standard normal one; None where
+        ``forward`` must be called for it.
+        """
+        if torch.compiler.is_compiling() or (plan := self.plan(x)) is None:
             return None
-        return implementation("flow", x).density(x.contiguous(), plan)
+        x = x.contiguous()
+        if self._records_gradients(x):
+            result: Tensor = _LogDensity.apply(self, plan, x, *self.parameters)
+            return result
+        squares, ladj = implementation("flow", x).density(x, plan)
+        return _log_density(squares, ladj, x.shape[1])
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Returns ``flow_forward`` of ``x`` ``[N, D]``."""
-        if (plan := self._plan_without_gradients(x)) is None:
+        if torch.compiler.is_compiling() or self._records_gradients(x) or (plan := self.plan(x)) is None:
             return flow_forward(x, self.args)
         z, ladj, _ = implementation("flow", x).forward(x.contiguous(), self.args, False, plan)
         return z, ladj
+
+    def inverse(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        """Returns ``flow_inverse`` of ``z`` ``[N, D]``."""
+        if torch.compiler.is_compiling() or self._records_gradients(z) or (plan := self.plan(z)) is None:
+            return flow_inverse(z, self.args)
+        result: tuple[Tensor, Tensor] = implementation("flow", z).inverse(z.contiguous(), self.args, plan)
+        return result
 
     def forward_saving(self, x: Tensor, plan: FlowPlan | None) -> tuple[Tensor, Tensor, Tensor]:
         """Returns ``flow_forward_saving`` of ``x`` ``[N, D]``, contiguous, with the ``plan`` for it."""
@@ -119,8 +130,37 @@ class PreparedFlow:
         grads: list[Tensor] = implementation("flow", batch.saved).backward_of_all(batch, plan)
         return grads
 
-    def inverse(self, z: Tensor) -> tuple[Tensor, Tensor]:
-        """Returns ``flow_inverse`` of ``z`` ``[N, D]``."""
-        if (plan := self._plan_without_gradients(z)) is None:
-            return flow_inverse(z, self.args)
-        return implementation("flow", z).inverse(z.contiguous(), self.args, plan)
+    def is_in_place(self, parameters: Sequence[Tensor]) -> bool:
+        """Returns whether the parameters are in the memory that the plan points to."""
+        return self._known is not None and memory_of(parameters) == self._known.memory
+
+
+def _log_density(squares: Tensor, ladj: Tensor, features: int) -> Tensor:
+    return ladj.sub_(squares, alpha=0.5).sub_(features * composite.HALF_LOG_2PI)
+
+
+class _LogDensity(torch.autograd.Function):
+    """``log_density`` as one node of the graph: each node takes longer than the arithmetic of a small flow."""
+
+    @staticmethod
+    def forward(ctx: Any, flow: PreparedFlow, plan: FlowPlan, x: Tensor, *parameters: Tensor) -> Tensor:
+        z, ladj, saved = flow.forward_saving(x, plan)
+        ctx.flow, ctx.plan, ctx.need_grad_x = flow, plan, ctx.needs_input_grad[2]
+        # x is saved once already; for a second derivative it must be the tensor that came in.
+        ctx.save_for_backward(z, saved, x if ctx.need_grad_x else None, *parameters)
+        return _log_density(z.square().sum(1), ladj, x.shape[1])
+
+    @staticmethod
+    @outside_autocast
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+        z, saved, x, *parameters = ctx.saved_tensors
+        args: FlowArgs = ctx.flow.args
+        if composite.needed_for((grad,)):
+            x = first_x(args, saved, z.shape[0]) if x is None else x
+            return None, None, *composite.flow_gradients(composite.flow_log_density, x, args, (grad,))
+        batch = FlowBatch(z * -grad[:, None], grad.contiguous(), saved)
+        result = backward_to_sinks(ctx, batch, args)
+        if result is None and not ctx.need_grad_x and ctx.flow.is_in_place(parameters):
+            return None, None, None, *ctx.flow.backward(batch, ctx.plan)
+        grad_x, grad_weights, grad_biases = result or flow_backward(batch, args, ctx.need_grad_x)
+        return None, None, grad_x if ctx.need_grad_x else None, *grad_weights, *grad_biases
