@@ -93,7 +93,7 @@ class SourceStruct(ctypes.Structure):
 
 def check_tensor(name: str, tensor: Tensor, dtype: torch.dtype, shape: Sequence[int]) -> None:
     """Raises ValueError unless a tensor can be read through its pointer."""
-    if tensor.device.type != "cpu":
+    if not tensor.is_cpu:
         raise ValueError(f"{name} must be on the CPU for the native kernels; found {tensor.device}")
     if tensor.dtype != dtype:
         raise ValueError(f"{name} must be {dtype}; found {tensor.dtype}")
@@ -309,12 +309,17 @@ def flow_plan(args: FlowArgs, dtype: torch.dtype) -> FlowPlan:
     return plan
 
 
+def check_moments(weight: Tensor, update: Update) -> None:
+    """Raises ValueError unless the moments of a weight can be read and written like it."""
+    for name in ("exp_avg", "exp_avg_sq"):
+        check_tensor(name, getattr(update, name), weight.dtype, weight.shape)
+
+
 def adam_target(weight: Tensor, update: Update) -> TargetStruct:
     """Returns the target of a step of Adam on a weight; the caller sets ``adam``.
 
     Raises:
         ValueError: a moment does not fit the weight.
     """
-    for name in ("exp_avg", "exp_avg_sq"):
-        check_tensor(name, getattr(update, name), weight.dtype, weight.shape)
+    check_moments(weight, update)
     return TargetStruct(ADAM, None, weight.data_ptr(), update.exp_avg.data_ptr(), update.exp_avg_sq.data_ptr(), None)

@@ -14,7 +14,7 @@ from fastmaf.kernels.adam.update import Update
 from fastmaf.kernels.flow.args import FlowArgs, FlowBatch
 from fastmaf.kernels.flow.torch import UPDATES_BIASES, inverse_backward
 from fastmaf.kernels.huge_pages import empty_on_huge_pages
-from fastmaf.kernels.native_args import WRITE, FlowPlan, TargetStruct, check_tensor
+from fastmaf.kernels.native_args import ADAM, WRITE, FlowPlan, check_tensor
 
 __all__ = ["UPDATES_BIASES", "adam_", "backward", "forward", "inverse", "inverse_backward", "why_not"]
 
@@ -72,13 +72,12 @@ def backward_of_all(batch: FlowBatch, plan: FlowPlan) -> list[Tensor]:
     ends = itertools.accumulate(plan.numels, initial=0)
     places = [grads.data_ptr() + grads.element_size() * end for end in ends]
     layers = len(plan.rows)
-    # The numbers of ``TargetStruct``, which take longer to set one by one.
     targets = [number for place in places[:layers] for number in (WRITE, place, 0, 0, 0, 0)]
     _check(
         _library.fastmaf_flow_backward(
             plan.pointer, batch.grad_z.data_ptr(), batch.grad_ladj.data_ptr(), batch.saved.data_ptr(),
             batch.grad_z.shape[0], None, (ctypes.c_void_p * layers)(*places[layers:-1]),
-            (ctypes.c_int64 * len(targets))(*targets), torch.get_num_threads(),
+            _structs(targets), torch.get_num_threads(),
         )
     )  # fmt: skip
     return list(grads.unsafe_split_with_sizes(plan.numels))
@@ -89,13 +88,18 @@ def backward(batch: FlowBatch, args: FlowArgs, need_grad_x: bool) -> tuple[Tenso
     dtype, device = batch.grad_z.dtype, batch.grad_z.device
     args = args._replace(weights=[weight.to(dtype) for weight in args.weights])
     grads = [empty_on_huge_pages(weight.numel(), device=device, dtype=dtype) for weight in args.weights]
-    targets = (TargetStruct * len(grads))(*[TargetStruct(WRITE, grad.data_ptr()) for grad in grads])
-    grad_x, grad_biases = _backward(batch, args, need_grad_x, targets)
+    targets = [number for grad in grads for number in (WRITE, grad.data_ptr(), 0, 0, 0, 0)]
+    grad_x, grad_biases = _backward(batch, args, need_grad_x, _structs(targets))
     return grad_x, grads, grad_biases
 
 
 def adam_(
-    batch: FlowBatch, args: FlowArgs, need_grad_x: bool, updates: Sequence[Update], bias_updates: None
+    batch: FlowBatch,
+    args: FlowArgs,
+    need_grad_x: bool,
+    updates: Sequence[Update],
+    bias_updates: None,
+    plan: FlowPlan | None = None,
 ) -> tuple[Tensor, list[Tensor]]:
     """Takes a step of Adam on every weight, in place; returns the gradients of ``x`` and of the biases."""
     dtype = batch.grad_z.dtype
@@ -106,12 +110,14 @@ def adam_(
         names = [i for i, address in enumerate(addresses) if addresses.count(address) > 1 and args.weights[i].numel()]
         if names:
             raise ValueError(f"layers {names} share a weight, which takes one step and not several")
-    distinct = {numbers: (ctypes.c_double * 9)(*numbers.native_floats()) for numbers in {u.numbers for u in updates}}
-    targets = (TargetStruct * len(updates))()
-    for i, (weight, update) in enumerate(zip(args.weights, updates, strict=True)):
-        targets[i] = native_args.adam_target(weight, update)
-        targets[i].adam = ctypes.addressof(distinct[update.numbers])
-    return _backward(batch, args, need_grad_x, targets)
+    numbers = {id(u.numbers): u.numbers for u in updates}  # most share theirs
+    distinct = {key: (ctypes.c_double * 9)(*each.native_floats()) for key, each in numbers.items()}
+    targets: list[int] = []
+    for weight, update in zip(args.weights, updates, strict=True):
+        native_args.check_moments(weight, update)
+        moments = update.exp_avg.data_ptr(), update.exp_avg_sq.data_ptr()
+        targets += ADAM, 0, weight.data_ptr(), *moments, ctypes.addressof(distinct[id(update.numbers)])
+    return _backward(batch, args, need_grad_x, _structs(targets), plan)
 
 
 def _plan(name: str, x: Tensor, args: FlowArgs) -> FlowPlan:
@@ -122,12 +128,21 @@ def _plan(name: str, x: Tensor, args: FlowArgs) -> FlowPlan:
     return plan
 
 
+def _structs(numbers: Sequence[int]) -> ctypes.Array[ctypes.c_int64]:
+    """Returns the numbers of ``TargetStruct`` in a row, in less time than the structs are set one by one."""
+    return (ctypes.c_int64 * len(numbers))(*numbers)
+
+
 def _backward(
-    batch: FlowBatch, args: FlowArgs, need_grad_x: bool, targets: ctypes.Array[TargetStruct]
+    batch: FlowBatch,
+    args: FlowArgs,
+    need_grad_x: bool,
+    targets: ctypes.Array[ctypes.c_int64],
+    plan: FlowPlan | None = None,
 ) -> tuple[Tensor, list[Tensor]]:
     # Autograd hands on gradients of any strides, such as an expanded sum's.
     grad_z, grad_ladj, saved = batch.grad_z.contiguous(), batch.grad_ladj.contiguous(), batch.saved
-    plan = _plan("grad_z", grad_z, args)
+    plan = plan or _plan("grad_z", grad_z, args)
     n = grad_z.shape[0]
     check_tensor("grad_ladj", grad_ladj, grad_z.dtype, (n,))
     check_tensor("saved", saved, grad_z.dtype, (n * plan.saved,))

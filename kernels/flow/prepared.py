@@ -159,8 +159,9 @@ class _LogDensity(torch.autograd.Function):
             x = first_x(args, saved, z.shape[0]) if x is None else x
             return None, None, *composite.flow_gradients(composite.flow_log_density, x, args, (grad,))
         batch = FlowBatch(z * -grad[:, None], grad.contiguous(), saved)
-        result = backward_to_sinks(ctx, batch, args)
-        if result is None and not ctx.need_grad_x and ctx.flow.is_in_place(parameters):
-            return None, None, None, *ctx.flow.backward(batch, ctx.plan)
+        plan = ctx.plan if ctx.flow.is_in_place(parameters) else None
+        result = backward_to_sinks(ctx, batch, args, *([] if plan is None else [plan]))
+        if result is None and not ctx.need_grad_x and plan is not None:
+            return None, None, None, *ctx.flow.backward(batch, plan)
         grad_x, grad_weights, grad_biases = result or flow_backward(batch, args, ctx.need_grad_x)
         return None, None, grad_x if ctx.need_grad_x else None, *grad_weights, *grad_biases
