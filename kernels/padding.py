@@ -107,7 +107,7 @@ class PaddingInPlace:
     def keep_zero(self) -> None:
         """Makes the padding zero where it may have been written to."""
         if self._known.is_written(self._weights):
-            if not self._weights[0].is_inference():
+            if not any(weight.is_inference() for weight in self._weights):
                 self._known = self._known._replace(versions=list(map(_version, self._weights)))
             self._paddings.zero()
 

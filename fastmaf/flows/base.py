@@ -203,7 +203,8 @@ class Flow(nn.Module):
         if not isinstance(x, Tensor) or x.dim() != 2:
             return self._by_rows(Flow.log_prob, "x", x)
         called = type(self).forward is not Flow.forward or hooks.is_called(self) or hooks.any_global()
-        result = None if called else self._runs.log_density(self._transforms(), x)
+        standard = not called and type(self)._base_log_prob is Flow._base_log_prob
+        result = self._runs.log_density(self._transforms(), x) if standard else None
         if result is None:
             self._check("x", x)
             z, ladj = self(x) if called else self._runs.forward(self._transforms(), x)

@@ -68,9 +68,10 @@ def backward_of_all(batch: FlowBatch, plan: FlowPlan) -> list[Tensor]:
     """Returns the gradients of the packed weights and of the biases, parts of one tensor, for a batch that fits the
     plan and is contiguous.
     """
-    grads = batch.grad_z.new_empty(sum(plan.numels))
-    ends = itertools.accumulate(plan.numels, initial=0)
-    places = [grads.data_ptr() + grads.element_size() * end for end in ends]
+    device, dtype = batch.grad_z.device, batch.grad_z.dtype
+    grads = empty_on_huge_pages(sum(plan.numels), device=device, dtype=dtype)
+    start, size = grads.data_ptr(), grads.element_size()
+    places = [start + size * end for end in itertools.accumulate(plan.numels, initial=0)]
     layers = len(plan.rows)
     targets = [number for place in places[:layers] for number in (WRITE, place, 0, 0, 0, 0)]
     _check(

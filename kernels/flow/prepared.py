@@ -59,7 +59,7 @@ class PreparedFlow:
     def __init__(self, args: FlowArgs) -> None:
         self.args = args
         self.parameters = args.parameters
-        self._dtype = args.biases[0].dtype
+        self._dtype, self._on_cpu = args.biases[0].dtype, args.biases[0].is_cpu
         self._constants = [*args.prefixes, *args.panels, *args.schedules]
         self._known: _Known | None = None
 
@@ -68,7 +68,7 @@ class PreparedFlow:
 
         The padding of the weights is zero then.
         """
-        if x.dtype != self._dtype or not x.is_cpu or is_recorded(x) or composite.needed():
+        if x.dtype != self._dtype or not (x.is_cpu and self._on_cpu) or is_recorded(x) or composite.needed():
             return None
         if not hasattr(implementation("flow", x), "density"):
             return None
