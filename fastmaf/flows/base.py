@@ -362,11 +362,13 @@ class Flow(nn.Module):
             check_samples(self, z, x, log_prob)
         return (x, log_prob) if len(batch) == 1 else (x.reshape(*batch, self.features), log_prob.reshape(batch))
 
-    @outside_autocast
     def _inverse_of_noise(self, z: Tensor) -> tuple[Tensor, Tensor]:
         """Returns ``inverse`` of noise, which needs no checks."""
-        if type(self).inverse is not Flow.inverse or "inverse" in vars(self):
-            return self.inverse(z)
+        replaced = type(self).inverse is not Flow.inverse or "inverse" in vars(self)
+        return self.inverse(z) if replaced else self._unchecked_inverse(z)
+
+    @outside_autocast
+    def _unchecked_inverse(self, z: Tensor) -> tuple[Tensor, Tensor]:
         return self._runs.inverse(self._transforms(), z)
 
     def _base_sample(

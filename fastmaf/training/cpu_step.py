@@ -35,7 +35,8 @@ def step_on_cpu_(group: Mapping[str, Any], state: Mapping[Tensor, Mapping[str, T
     """
     # By maps and not in loops: a small flow is trained in many steps.
     parameters = [parameter for parameter in group["params"] if parameter.grad is not None]
-    grads, states = list(map(_grad, parameters)), list(map(state.get, parameters))
+    grads = list(map(_grad, parameters))
+    states: list[Any] = list(map(state.get, parameters))
     if not parameters or not all(states):
         return False
     steps, exp_avgs, exp_avg_sqs = map(list, zip(*map(_moments, states), strict=True))

@@ -25,13 +25,12 @@ why_not = native_library.why_not
 
 def density(x: Tensor, plan: FlowPlan) -> tuple[Tensor, Tensor]:
     """Returns ``Σ_d z²`` and ``ladj``, both ``[N]``, for ``x`` that fits the plan."""
-    z, ladj, _ = forward(x, None, False, plan)
+    z, ladj = torch.empty_like(x), x.new_empty(x.shape[0])
+    _forward(plan, x, z, ladj, None)
     return z.square_().sum(1), ladj
 
 
-def forward(
-    x: Tensor, args: FlowArgs | None, save: bool, plan: FlowPlan | None = None
-) -> tuple[Tensor, Tensor, Tensor]:
+def forward(x: Tensor, args: FlowArgs, save: bool, plan: FlowPlan | None = None) -> tuple[Tensor, Tensor, Tensor]:
     """Returns ``z``, ``ladj`` and what ``backward`` needs; weights may be bfloat16 beside float32 ``x``.
 
     With a plan, which ``x`` must fit, the arguments are not looked at; here and in the functions below.
@@ -41,13 +40,17 @@ def forward(
     z, ladj = torch.empty_like(x), x.new_empty(n)
     # Memory that comes from the system anew in every step, in pages that are cleared one by one.
     saved = empty_on_huge_pages(n * plan.saved, device=x.device, dtype=x.dtype) if save else x.new_empty(0)
+    _forward(plan, x, z, ladj, saved if save else None)
+    return z, ladj, saved
+
+
+def _forward(plan: FlowPlan, x: Tensor, z: Tensor, ladj: Tensor, saved: Tensor | None) -> None:
     _check(
         _library.fastmaf_flow_forward(
-            plan.pointer, x.data_ptr(), n, z.data_ptr(), ladj.data_ptr(), saved.data_ptr() if save else None,
-            torch.get_num_threads(),
+            plan.pointer, x.data_ptr(), x.shape[0], z.data_ptr(), ladj.data_ptr(),
+            None if saved is None else saved.data_ptr(), torch.get_num_threads(),
         )
     )  # fmt: skip
-    return z, ladj, saved
 
 
 def inverse(z: Tensor, args: FlowArgs, plan: FlowPlan | None = None) -> tuple[Tensor, Tensor]:
