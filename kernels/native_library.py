@@ -117,7 +117,7 @@ def _prepared(loaded: ctypes.CDLL) -> ctypes.CDLL:
     """Declares the functions and chooses the instruction set."""
     pointer, integer = ctypes.c_void_p, ctypes.c_int64
     signatures = {
-        "flow_forward": [pointer, pointer, integer, pointer, pointer, pointer, integer],
+        "flow_forward": [pointer, pointer, integer, pointer, pointer, pointer, pointer, integer],
         "flow_inverse": [pointer, pointer, integer, pointer, pointer, integer],
         "flow_backward": [pointer, pointer, pointer, pointer, integer, pointer, pointer, pointer, integer],
         "linear": [integer, pointer, pointer, integer, ctypes.c_bool, pointer, integer],

@@ -29,11 +29,11 @@ class DirectLoss:
         value: the loss.
     """
 
-    def __init__(self, flow: Flow, x: Tensor, prepared: PreparedFlow, plan: FlowPlan | None) -> None:
+    def __init__(self, x: Tensor, prepared: PreparedFlow, plan: FlowPlan | None) -> None:
         self._prepared, self._plan = prepared, plan
         with torch.no_grad():
-            self._z, ladj, self._saved = prepared.forward_saving(x.contiguous(), plan)
-            self.value = -(ladj + flow._base_log_prob(self._z)).mean()
+            density, self._z, self._saved = prepared.log_density_saving(x.contiguous(), plan)
+            self.value = -density.mean()
 
     @classmethod
     def of(cls, flow: Flow, x: Tensor) -> DirectLoss | None:
@@ -54,7 +54,7 @@ class DirectLoss:
         plan = run.forward.plan(x)
         if plan is None:
             flow._check("x", x)
-        return cls(flow, x, run.forward, plan)
+        return cls(x, run.forward, plan)
 
     @torch.no_grad()
     def backward(self) -> None:

@@ -72,15 +72,14 @@ int guarded(const Body& body) {
   }
 }
 
-// Permutations are looked at on every call: a write to their memory shows in nothing but the values, and one that is out of range would
-// read foreign memory.
-bool is_permutation(const int64_t* order, int64_t features) {
+// places = the inverse of an order, if it is a permutation. Looked at on every call: a write to its memory shows in nothing but the values,
+// and one that is out of range would read foreign memory.
+bool invert(const int64_t* order, int64_t features, int32_t* places) {
   if (order == nullptr) return true;
-  thread_local std::vector<char> seen;
-  seen.assign(features, 0);
+  std::fill(places, places + features, -1);
   for (int64_t d = 0; d < features; ++d) {
-    if (order[d] < 0 || order[d] >= features || seen[order[d]]) return false;
-    seen[order[d]] = 1;
+    if (order[d] < 0 || order[d] >= features || places[order[d]] >= 0) return false;
+    places[order[d]] = static_cast<int32_t>(d);
   }
   return true;
 }
@@ -89,10 +88,13 @@ template <class Body>
 int with_flow(const Flow* flow, const Body& body) {
   if (flow->size != sizeof(Flow) || flow->version != kVersion) return kOtherVersion;
   return guarded([&] {
-    for (int64_t b = 0; b < flow->block_count; ++b)
-      if (!is_permutation(flow->blocks[b].permutation, flow->features)) return static_cast<int>(kBadPermutation);
-    if (!is_permutation(flow->permutation, flow->features)) return static_cast<int>(kBadPermutation);
-    body();
+    thread_local std::vector<int32_t> places;
+    places.resize((flow->block_count + 1) * flow->features);
+    for (int64_t b = 0; b <= flow->block_count; ++b) {
+      const int64_t* order = b < flow->block_count ? flow->blocks[b].permutation : flow->permutation;
+      if (!invert(order, flow->features, places.data() + b * flow->features)) return static_cast<int>(kBadPermutation);
+    }
+    body(places.data());
     return static_cast<int>(kFine);
   });
 }
@@ -123,17 +125,21 @@ FASTMAF_EXPORT int fastmaf_use_isa(const char* name) {
 
 FASTMAF_EXPORT const char* fastmaf_used_isa() { return chosen ? chosen->name : nullptr; }
 
-FASTMAF_EXPORT int fastmaf_flow_forward(const Flow* flow, const void* x, int64_t n, void* z, void* ladj, void* saved, int64_t threads) {
-  return with_flow(flow, [&] { kernels(flow->weight_dtype).flow_forward(*flow, x, n, z, ladj, saved, threads); });
+// z, saved and squares may be null: not wanted.
+FASTMAF_EXPORT int fastmaf_flow_forward(const Flow* flow, const void* x, int64_t n, void* z, void* ladj, void* saved, void* squares,
+                                        int64_t threads) {
+  return with_flow(flow, [&](const int32_t* places) {
+    kernels(flow->weight_dtype).flow_forward(*flow, places, x, n, z, ladj, saved, squares, threads);
+  });
 }
 
 FASTMAF_EXPORT int fastmaf_flow_inverse(const Flow* flow, const void* z, int64_t n, void* x, void* ladj, int64_t threads) {
-  return with_flow(flow, [&] { kernels(flow->weight_dtype).flow_inverse(*flow, z, n, x, ladj, threads); });
+  return with_flow(flow, [&](const int32_t*) { kernels(flow->weight_dtype).flow_inverse(*flow, z, n, x, ladj, threads); });
 }
 
 FASTMAF_EXPORT int fastmaf_flow_backward(const Flow* flow, const void* grad_z, const void* grad_ladj, const void* saved, int64_t n,
                                          void* grad_x, void* const* grad_biases, const Target* targets, int64_t threads) {
-  return with_flow(flow, [&] {
+  return with_flow(flow, [&](const int32_t*) {
     kernels(flow->dtype).flow_backward(*flow, grad_z, grad_ladj, saved, n, grad_x, grad_biases, targets, threads);
   });
 }

@@ -72,7 +72,8 @@ struct Source {
 
 // The kernels of one instruction set, for one pair of dtypes.
 struct Kernels {
-  void (*flow_forward)(const Flow&, const void* x, int64_t n, void* z, void* ladj, void* saved, long threads);
+  void (*flow_forward)(const Flow&, const int32_t* places, const void* x, int64_t n, void* z, void* ladj, void* saved, void* squares,
+                       long threads);
   void (*flow_inverse)(const Flow&, const void* z, int64_t n, void* x, void* ladj, long threads);
   void (*flow_backward)(const Flow&, const void* grad_z, const void* grad_ladj, const void* saved, int64_t n, void* grad_x,
                         void* const* grad_biases, const Target* targets, long threads);

@@ -14,7 +14,7 @@ namespace fastmaf {
 namespace FASTMAF_ISA {
 
 inline constexpr long kStepColumns = 12;    // that go through both products at once
-inline constexpr long kGradientPanels = 4;  // whose rows' gradients are formed together
+inline constexpr long kGradientPanels = 8;  // whose rows' gradients are formed together
 inline constexpr long kGradientRows = kGradientPanels * kPanel;
 inline constexpr long kChainSamples = 64;   // samples whose terms are summed in one chain of roundings
 inline constexpr long kFusedSamples = 128;  // with more, grad_x is formed in a pass of its own, some samples at a time
@@ -25,7 +25,12 @@ class Sink {
  public:
   Sink(const Target& t, const Panels<T>& w) : t_(t), w_(w), a_(t.adam ? *t.adam : AdamNumbers{}) {}
 
-  double square = 0;  // kNorm
+  // kNorm: the sum of the squares so far.
+  double square() const {
+    double sum = 0;
+    for (const double lane : squares_) sum += lane;
+    return sum;
+  }
 
   // g, 16 numbers of each column kStride apart, belongs at columns k .. of panel p; it may be changed.
   template <long kStride>
@@ -39,7 +44,7 @@ class Sink {
         break;
       case kNorm:
         for (long i = 0; i < columns; ++i)
-          for (long r = 0; r < kPanel; ++r) square += static_cast<double>(g[i * kStride + r]) * g[i * kStride + r];
+          for (long r = 0; r < kPanel; ++r) squares_[r] += static_cast<double>(g[i * kStride + r]) * g[i * kStride + r];
         break;
       case kAdam:
         plain_ ? adam<true, kStride>(at, columns, g) : adam<false, kStride>(at, columns, g);
@@ -49,6 +54,14 @@ class Sink {
       default:
         break;
     }
+  }
+  // Adds what the first columns of panel p need.
+  template <class L>
+  void needs(long p, L& lines) const {
+    lines.add(w_.panel(p));
+    if (t_.mode != kAdam) return;
+    lines.add(static_cast<const T*>(t_.exp_avg) + w_.starts[p] * kPanel);
+    lines.add(static_cast<const T*>(t_.exp_avg_sq) + w_.starts[p] * kPanel);
   }
   // Fetches columns k .. k + kStepColumns of panel p, or what follows it, with the moments.
   void fetch(long p, long k) const {
@@ -77,15 +90,15 @@ class Sink {
   void adam(long at, long columns, const T* grad) const {
     T *w = static_cast<T*>(t_.weight) + at, *m = static_cast<T*>(t_.exp_avg) + at, *v = static_cast<T*>(t_.exp_avg_sq) + at;
     // Copies, which no store below can change.
-    const T first = first_, second = second_, beta2 = beta2_, step = step_, eps = eps_, correction = correction_;
+    const T first = first_, second = second_, step = step_, eps = eps_, correction = correction_;
     for (long i = 0; i < columns; ++i, grad += kStride)
       for (long j = 0; j < kPanel; j += kLanes<T>, w += kLanes<T>, m += kLanes<T>, v += kLanes<T>) {
         Vec<T> g = load(grad + j), wv = load(w), mv = load(m), vv = load(v);
         if (!kPlain && a_.maximize != 0) g = -g;
         if (!kPlain && a_.weight_decay != 0) a_.decoupled != 0 ? wv *= keep_ : g += decay_ * wv;
         mv += first * (g - mv);
-        vv = beta2 * vv + second * (g * g);
-        wv -= step * over_root<T>(mv, vv, correction, eps);
+        vv += second * (g * g - vv);
+        wv -= over_root<T>(step * mv, vv, correction, eps);
         store(w, wv);
         store(m, mv);
         store(v, vv);
@@ -94,8 +107,9 @@ class Sink {
 
   const Target& t_;
   const Panels<T>& w_;
+  double squares_[kPanel] = {};  // a sum for each lane: one alone would wait for itself
   const AdamNumbers a_;
-  const T first_ = 1 - a_.beta1, second_ = 1 - a_.beta2, beta2_ = a_.beta2, step_ = a_.step_size, eps_ = a_.eps,
+  const T first_ = 1 - a_.beta1, second_ = 1 - a_.beta2, step_ = a_.step_size, eps_ = a_.eps,
           correction_ = 1 / a_.correction2_sqrt, decay_ = a_.weight_decay, keep_ = 1 - a_.lr * a_.weight_decay;
   const bool plain_ = a_.weight_decay == 0 && a_.maximize == 0;
 };
@@ -183,7 +197,12 @@ void fill_by_row(const Gradient<T>& g, long n, long wide) {
   }
   std::fill(g.by_sample + n * kGradientRows, g.by_sample + wide * kGradientRows, T(0));
   for (long i = 0; i < wide; i += L)
-    for (long r = 0; r < kGradientRows; r += L) transpose(g.by_sample + i * kGradientRows + r, kGradientRows, g.by_row + r * wide + i, wide);
+    for (long r = 0; r < kGradientRows; r += L) {
+      Vec<T> block[L];
+      for (long j = 0; j < L; ++j) block[j] = load(g.by_sample + (i + j) * kGradientRows + r);
+      transpose<T>(block);
+      for (long j = 0; j < L; ++j) store(g.by_row + (r + j) * wide + i, block[j]);
+    }
 }
 
 template <class T>
@@ -197,33 +216,59 @@ void make_gradient(const Source& s, long rows, long n, long row, const Gradient<
   for (long r = 0; r < std::min(kGradientRows, rows - row); ++r) grad_bias[row + r] = static_cast<T>(total[r]);
 }
 
+// Addresses of what the next columns of a group of panels need from memory, a cache line each, relative to their first column. One is
+// fetched with each term of a product, so that memory is read all the time and not in bursts.
+template <class T>
+class Lines {
+ public:
+  void add(const T* at) {
+    for (long i = 0; i < kStepColumns * kPanel; i += kLine) lines_[count_++] = at + i;
+  }
+  // After the last one.
+  void close() { std::fill(lines_ + count_, lines_ + count_ + kMostTerms, count_ > 0 ? lines_[count_ - 1] : nullptr); }
+  long count() const { return count_; }
+  const T* const* from(long line) const { return lines_ + std::min(line, count_); }
+
+ private:
+  static constexpr long kLine = 64 / static_cast<long>(sizeof(T)), kMostTerms = std::max(kGradientRows, kChainSamples);
+  const T* lines_[kGradientPanels * 3 * kStepColumns * kPanel / kLine + kMostTerms];
+  long count_ = 0;
+};
+
 // Of the gradients of kStepColumns columns of two panels, [column][32].
 inline constexpr long kStage = 2 * kPanel;
 
-// C [columns][kStage] = g x for one or two panels, whose rows start at g; x [n][x_stride].
+// C [columns][kStage] = g x for one or two panels, whose rows start at g; x [n][x_stride]. Fetches from `line` on, k0 columns further.
 template <class T>
-void weight_product(long panels, long n, const T* g, const T* x, long x_stride, long columns, T* c) {
+void weight_product(long panels, long n, const T* g, const T* x, long x_stride, long columns, T* c, const Lines<T>& lines, long& line, long k0) {
   constexpr int S = std::min<int>(kStepColumns, kMostOuter<2>);
   const auto all = [&](auto vectors, long v) {
     for (long k = 0; k < columns; k += S)  // x and C have room for whole steps
-      for (long first = 0; first < n || first == 0; first += kChainSamples)
-        outer<T, decltype(vectors)::value, S, 1, false>(
-            std::min(n - first, kChainSamples), g + first * kGradientRows + v, kGradientRows, kLanes<T>,
-            [&](long i) { return x + (first + i) * x_stride + k; }, c + k * kStage + v, kStage, first > 0);
+      for (long first = 0; first < n || first == 0; first += kChainSamples) {
+        const long count = std::min(n - first, kChainSamples);
+        const T* const* fetch = lines.from(line);
+        line += count;
+        outer<T, decltype(vectors)::value, S, 1, 1>(
+            count, g + first * kGradientRows + v, kGradientRows, kLanes<T>, [&](long i) { return x + (first + i) * x_stride + k; },
+            c + k * kStage + v, kStage, kLanes<T>, first > 0, nullptr, [&](long i, int) { return fetch[i] + k0 * kPanel; });
+      }
   };
   long v = 0;
   for (; v + 2 * kLanes<T> <= panels * kPanel; v += 2 * kLanes<T>) all(std::integral_constant<int, 2>{}, v);
   if (v < panels * kPanel) all(std::integral_constant<int, 1>{}, v);
 }
 
-// grad_x [columns][padded n] += columns of some panels, at w[0..panels], times their rows' g.
+// grad_x [columns][padded n] += columns of some panels, at w[0..panels], times their rows' g. Fetches as `weight_product` does.
 template <class T>
-void input_product(long panels, long wide, int fold, const T* g, const T* const* w, long columns, T* grad_x) {
+void input_product(long panels, long wide, int fold, const T* g, const T* const* w, long columns, T* grad_x, const Lines<T>& lines,
+                   long& line, long k0) {
   const auto some = [&](auto vectors, auto count, auto folds, long v, long k) {
     constexpr int F = decltype(folds)::value;
-    outer<T, decltype(vectors)::value, decltype(count)::value, kPanel, false, F>(
+    const T* const* fetch = lines.from(line);
+    line += kPanel / F * panels;
+    outer<T, decltype(vectors)::value, decltype(count)::value, kPanel, 1, F>(
         kPanel / F * panels, g + v, wide, kLanes<T>, [&](long i) { return w[i * F / kPanel] + k * kPanel + i * F % kPanel; },
-        grad_x + k * wide + v, wide, true);
+        grad_x + k * wide + v, wide, kLanes<T>, true, nullptr, [&](long i, int) { return fetch[i] + k0 * kPanel; });
   };
   const auto all = [&](auto vectors, auto folds, long v) {
     constexpr long most = std::min<long>(kMostOuter<decltype(vectors)::value>, kStepColumns);
@@ -249,6 +294,11 @@ void group_backward(const Panels<T>& w, long group, long k0, long k1, long n, co
   const int fold = fold_of<T>(n);
   const long most = std::min(k1, w.visible(p1 - 1));
   alignas(64) T stage[kStepColumns * kStage];
+  Lines<T> lines;
+  for (long p = p0; p < p1; ++p) sink.needs(p, lines);
+  lines.close();
+  // Few samples do not have as many terms as there are lines.
+  const bool bursts = n * kGradientPanels / 2 < lines.count();
   long k = k0;
   for (long p = p0; p < p1; ++p) {
     // Panels of one width go together, as far as the last one sees: what the others store there is padding.
@@ -258,13 +308,17 @@ void group_backward(const Panels<T>& w, long group, long k0, long k1, long n, co
       const T* at[kGradientPanels];
       for (long i = 0; i < active; ++i) {
         at[i] = w.panel(p + i) + k * kPanel;
-        if (next < end) sink.fetch(p + i, next);
+        if (bursts && next < end) sink.fetch(p + i, next);
       }
-      if (grad_x) input_product(active, wide, fold, g.by_row + (p - p0) * kPanel / fold * wide, at, columns, grad_x + (k - k0) * wide);
+      long line = bursts || k + kStepColumns >= end ? lines.count() : 0;
+      const long ahead = line == 0 ? k + kStepColumns : 0;
+      if (grad_x)
+        input_product(active, wide, fold, g.by_row + (p - p0) * kPanel / fold * wide, at, columns, grad_x + (k - k0) * wide, lines, line, ahead);
       if (!weights) continue;
       for (long i = 0; i < active; i += 2) {
         const long panels = std::min(2L, active - i);
-        weight_product(panels, n, g.by_sample + (p - p0 + i) * kPanel, x + (k - k0), x_stride, columns, stage);
+        weight_product(panels, n, g.by_sample + (p - p0 + i) * kPanel, x + (k - k0), x_stride, columns, stage, lines, line,
+                       ahead);
         for (long j = 0; j < panels; ++j) sink.template run<kStage>(p + i + j, k, columns, stage + j * kPanel);
       }
     }
@@ -324,7 +378,7 @@ void layer_pass(const Team& team, const Panels<T>& w, const Source& source, cons
       for (long group = 0; group < groups; ++group)
         group_backward(w, group, k0, k1, n, gradient_of(shared, group), xs, stride, grad, weights, sink);
       if (grad) give_columns(grad, k1 - k0, n, grad_x + k0, w.columns);
-      squares[i] = sink.square;
+      squares[i] = sink.square();
     });
     if (target.mode == kNorm)
       for (const double one : squares) *static_cast<double*>(target.grad) += one;
@@ -355,7 +409,7 @@ void layer_pass(const Team& team, const Panels<T>& w, const Source& source, cons
       make_gradient(source, w.rows, n, group * kGradientRows, g, grad_bias);
       group_backward(w, group, 0, w.columns, n, g, xs, stride, grad, weights, sink);
     }
-    squares[part] = sink.square;
+    squares[part] = sink.square();
   });
   if (target.mode == kNorm)
     for (const double one : squares) *static_cast<double*>(target.grad) += one;

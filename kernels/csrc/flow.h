@@ -46,26 +46,6 @@ std::vector<Saved<T>> lay_out(const Flow& flow, long n, T* memory) {
   return result;
 }
 
-// The same where nothing is saved: two buffers take turns, and z takes the place of x.
-template <class T>
-std::vector<Saved<T>> lay_over(const Flow& flow, long n) {
-  long units = 0;
-  for (long b = 0; b < flow.block_count; ++b) units = std::max(units, hidden_units(flow, flow.blocks[b]));
-  T* memory = Scratch::get<T>(Scratch::kState, n * (2 * flow.features + units));
-  T* buffers[2] = {memory, memory + n * flow.features};
-  std::vector<Saved<T>> result;
-  for (long b = 0; b < flow.block_count; ++b) {
-    const Block& block = flow.blocks[b];
-    if (b > 0 && block.permutation) std::swap(buffers[0], buffers[1]);
-    Saved<T> saved{buffers[0], {}, nullptr, buffers[0]};
-    T* hidden = memory + 2 * n * flow.features;
-    for (long k = 0; k + 1 < block.layer_count; ++k)
-      saved.hidden.push_back(std::exchange(hidden, hidden + n * layers_of(flow, block)[k].rows));
-    result.push_back(std::move(saved));
-  }
-  return result;
-}
-
 // Calls body(sample, first, end) over parts of n rows of `features` numbers.
 template <class Body>
 void each_piece(const Team& team, long n, long features, const Body& body) {
@@ -98,28 +78,98 @@ void scatter(const Team& team, const T* from, const T* more, const int64_t* perm
   });
 }
 
+// Calls body(tile, first unit, end) over parts of tiles of so many units, each a multiple of a vector but for the last.
+template <class Body>
+void each_part(const Team& team, const Tiles& tiles, long units, const Body& body) {
+  const long step = round_up(std::max(64L, 8192 / tiles.n), 64L), count = (units + step - 1) / step;
+  team.each(count, [&](long i) {
+    for (long t = 0; t < tiles.count; ++t) body(i, t, i * step, std::min((i + 1) * step, units));
+  });
+}
+
+// Tiles of units from rows of samples, x [n][units]; see fill_tile.
+template <class T, class Order>
+void fill_tiles(const Team& team, const Tiles& tiles, const T* x, long units, const Order& order, T* to) {
+  each_part(team, tiles, units, [&](long, long t, long k0, long k1) {
+    fill_tile(x + tiles.begin(t) * units, units, tiles.used(t), tiles.size(t), k0, k1, order, to + tiles.offset(t, units));
+  });
+}
+
+// The way back.
+template <class T, class Order>
+void give_tiles(const Team& team, const Tiles& tiles, const T* from, long units, const Order& order, T* x) {
+  each_part(team, tiles, units, [&](long, long t, long k0, long k1) {
+    give_tile(from + tiles.offset(t, units), tiles.used(t), tiles.size(t), k0, k1, order, x + tiles.begin(t) * units, units);
+  });
+}
+
+// squares [n] = the sums of the squares of tiles [units].
+template <class T>
+void add_squares(const Team& team, const Tiles& tiles, const T* z, long units, T* squares) {
+  std::vector<double> sums((units / 64 + 1) * tiles.n);
+  each_part(team, tiles, units, [&](long part, long t, long k0, long k1) {
+    const T* from = z + tiles.offset(t, units) + k0 * tiles.size(t);
+    double of_lanes[std::max(kWide, kMostNarrow)] = {};
+    add_rows<T>([&](long i) { return load(from + i) * load(from + i); }, k1 - k0, tiles.size(t), of_lanes);
+    for (long s = 0; s < tiles.used(t); ++s) sums[part * tiles.n + tiles.begin(t) + s] += of_lanes[s];
+  });
+  std::vector<double> totals(tiles.n);
+  add_totals(sums, 1, tiles.n, totals.data());
+  std::copy(totals.begin(), totals.end(), squares);
+}
+
+inline constexpr long kSlack = 64;  // numbers behind tiles, which are read in whole vectors
+inline constexpr const int64_t* kInOrder = nullptr;
+
 template <class T, class W>
-void flow_forward(const Flow& flow, const T* x, long n, T* z, T* ladj, T* saved, long threads) {
-  const Team team(most_threads<W>(flow, n, threads));
-  const std::vector<Saved<T>> all = saved ? lay_out(flow, n, saved) : lay_over<T>(flow, n);
-  std::vector<double> sums(n), totals;
-  const T* from = x;
-  for (long b = 0; b < flow.block_count; ++b) {
+void chunk_forward(const Flow& flow, const int32_t* places, const Team& team, const Tiles& tiles, const T* x, T* z, double* ladj, T* squares,
+                   const std::vector<Saved<T>>& saved, long first) {
+  const long features = flow.features, plane = tiles.numel(features) + kSlack;
+  long units = 0;
+  for (long i = 0; i < flow.layer_count; ++i) units = std::max<long>(units, flow.layers[i].columns);
+  T* memory = Scratch::get<T>(Scratch::kState, (saved.empty() ? 2 : 3) * plane + 2 * (tiles.numel(units) + kSlack));
+  T *from = memory, *to = from + plane, *hidden[2] = {to + plane, to + plane + tiles.numel(units) + kSlack};
+  T* log_scale = saved.empty() ? nullptr : hidden[1] + tiles.numel(units) + kSlack;
+  const auto places_of = [&](long b) { return b < flow.block_count && flow.blocks[b].permutation ? places + b * features : nullptr; };
+  fill_tiles(team, tiles, x, features, places_of(0), from);
+  std::vector<double> totals;
+  for (long b = 0; b < flow.block_count; ++b, std::swap(from, to)) {
     const Block& block = flow.blocks[b];
-    const Saved<T>& to = all[b];
-    if (b == 0 || block.permutation) gather(team, from, block.permutation, n, flow.features, to.x);
-    const T* h = to.x;
+    if (!saved.empty() && (b == 0 || block.permutation)) give_tiles(team, tiles, from, features, kInOrder, saved[b].x + first * features);
+    const T* h = from;
     const Layer* layer = layers_of(flow, block);
-    for (long k = 0; k + 1 < block.layer_count; h = to.hidden[k++], ++layer)
-      linear_forward<T>(team, Panels<W>(*layer), static_cast<const T*>(layer->bias), h, n, flow.relu, to.hidden[k]);
+    for (long k = 0; k + 1 < block.layer_count; h = hidden[k++ % 2], ++layer) {
+      linear_forward<T>(team, Panels<W>(*layer), static_cast<const T*>(layer->bias), tiles, h, flow.relu, hidden[k % 2]);
+      if (!saved.empty()) give_tiles(team, tiles, hidden[k % 2], layer->rows, kInOrder, saved[b].hidden[k] + first * layer->rows);
+    }
     const Panels<W> output(*layer);
-    totals.resize(forward_parts(output, n) * n);
-    affine_forward<T>(team, output, block.map, static_cast<const T*>(layer->bias), h, to.x, n, to.z, to.log_scale, totals.data());
-    add_totals(totals, block.map.sign(), n, sums);
-    from = to.z;
+    totals.resize(forward_parts(output, tiles) * tiles.n);
+    const int32_t* next = places_of(b + 1);
+    affine_forward<T>(team, output, block.map, static_cast<const T*>(layer->bias), tiles, h, {from, to, next, log_scale}, totals.data());
+    add_totals(totals, block.map.sign(), tiles.n, ladj);
+    if (saved.empty()) continue;
+    give_tiles(team, tiles, log_scale, features, kInOrder, saved[b].log_scale + first * features);
+    give_tiles(team, tiles, to, features, next, saved[b].z + first * features);
   }
-  gather(team, from, flow.permutation, n, flow.features, z);
-  for (long s = 0; s < n; ++s) ladj[s] = static_cast<T>(sums[s]);
+  if (z) give_tiles(team, tiles, from, features, flow.permutation, z);
+  if (squares) add_squares(team, tiles, from, features, squares);
+}
+
+// z [n][features] and squares [n], the sums of its squares, may be null: not wanted. `places` [blocks][features]: where the permutation
+// before a block takes each number of what the block is given.
+template <class T, class W>
+void flow_forward(const Flow& flow, const int32_t* places, const T* x, long n, T* z, T* ladj, T* saved, T* squares, long threads) {
+  if (n == 0) return;
+  const Team team(most_threads<W>(flow, n, threads));
+  const std::vector<Saved<T>> all = saved ? lay_out(flow, n, saved) : std::vector<Saved<T>>();
+  const Split chunks(n, kChunk);
+  for (long i = 0; i < chunks.count; ++i) {
+    const long first = chunks.begin(i);
+    std::vector<double> sums(chunks.size(i));
+    chunk_forward<T, W>(flow, places, team, Tiles(chunks.size(i)), x + first * flow.features, z ? z + first * flow.features : nullptr,
+                        sums.data(), squares ? squares + first : nullptr, all, first);
+    std::copy(sums.begin(), sums.end(), ladj + first);
+  }
 }
 
 template <class T>

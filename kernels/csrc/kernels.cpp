@@ -5,10 +5,18 @@ namespace fastmaf {
 namespace FASTMAF_ISA {
 namespace {
 
+template <class Body>
+void each_chunk(long n, const Body& body) {
+  const Split chunks(n, kChunk);
+  for (long i = 0; n > 0 && i < chunks.count; ++i) body(Tiles(chunks.size(i)), chunks.begin(i));
+}
+
 template <class T, class W>
 struct Entry {
-  static void forward(const Flow& flow, const void* x, int64_t n, void* z, void* ladj, void* saved, long threads) {
-    flow_forward<T, W>(flow, static_cast<const T*>(x), n, static_cast<T*>(z), static_cast<T*>(ladj), static_cast<T*>(saved), threads);
+  static void forward(const Flow& flow, const int32_t* places, const void* x, int64_t n, void* z, void* ladj, void* saved, void* squares,
+                      long threads) {
+    flow_forward<T, W>(flow, places, static_cast<const T*>(x), n, static_cast<T*>(z), static_cast<T*>(ladj), static_cast<T*>(saved),
+                       static_cast<T*>(squares), threads);
   }
   static void inverse(const Flow& flow, const void* z, int64_t n, void* x, void* ladj, long threads) {
     flow_inverse<T, W>(flow, static_cast<const T*>(z), n, static_cast<T*>(x), static_cast<T*>(ladj), threads);
@@ -21,17 +29,32 @@ struct Entry {
   static void linear(const Layer& layer, const void* x, int64_t n, bool relu, void* y, long threads) {
     const Panels<W> w(layer);
     const Team team(useful_threads(w, n, threads));
-    linear_forward<T>(team, w, static_cast<const T*>(layer.bias), static_cast<const T*>(x), n, relu, static_cast<T*>(y));
+    each_chunk(n, [&](const Tiles& tiles, long first) {
+      T* from = Scratch::get<T>(Scratch::kState, tiles.numel(w.columns + w.rows) + 2 * kSlack);
+      T* to = from + tiles.numel(w.columns) + kSlack;
+      fill_tiles(team, tiles, static_cast<const T*>(x) + first * w.columns, w.columns, kInOrder, from);
+      linear_forward<T>(team, w, static_cast<const T*>(layer.bias), tiles, from, relu, to);
+      give_tiles(team, tiles, to, w.rows, kInOrder, static_cast<T*>(y) + first * w.rows);
+    });
   }
   static void affine(const Layer& layer, const AffineMap& map, const void* h, const void* x, int64_t n, void* z, void* ladj,
                      void* log_scale, long threads) {
     const Panels<W> w(layer);
     const Team team(useful_threads(w, n, threads));
-    std::vector<double> totals(forward_parts(w, n) * n), sums(n);
-    affine_forward<T>(team, w, map, static_cast<const T*>(layer.bias), static_cast<const T*>(h), static_cast<const T*>(x), n,
-                      static_cast<T*>(z), static_cast<T*>(log_scale), totals.data());
-    add_totals(totals, map.sign(), n, sums);
-    std::copy(sums.begin(), sums.end(), static_cast<T*>(ladj));
+    const long features = w.rows / 2;
+    each_chunk(n, [&](const Tiles& tiles, long first) {
+      const long plane = tiles.numel(features) + kSlack;
+      T *hs = Scratch::get<T>(Scratch::kState, 3 * plane + tiles.numel(w.columns) + kSlack), *xs = hs + tiles.numel(w.columns) + kSlack;
+      T *zs = xs + plane, *as = log_scale ? zs + plane : nullptr;
+      fill_tiles(team, tiles, static_cast<const T*>(h) + first * w.columns, w.columns, kInOrder, hs);
+      fill_tiles(team, tiles, static_cast<const T*>(x) + first * features, features, kInOrder, xs);
+      std::vector<double> totals(forward_parts(w, tiles) * tiles.n), sums(tiles.n);
+      affine_forward<T>(team, w, map, static_cast<const T*>(layer.bias), tiles, hs, {xs, zs, nullptr, as}, totals.data());
+      add_totals(totals, map.sign(), tiles.n, sums.data());
+      std::copy(sums.begin(), sums.end(), static_cast<T*>(ladj) + first);
+      give_tiles(team, tiles, zs, features, kInOrder, static_cast<T*>(z) + first * features);
+      if (as) give_tiles(team, tiles, as, features, kInOrder, static_cast<T*>(log_scale) + first * features);
+    });
   }
   static void backward_of_layer(const Layer& layer, const Source& source, const void* x, int64_t n, void* grad_x, void* grad_bias,
                                 const Target& target, long threads) {

@@ -76,21 +76,31 @@ FASTMAF_INLINE void with_count(long n, const Body& body) {
   choose(n, body, std::make_integer_sequence<int, Most>{});
 }
 
-// C [S][c_stride], its first V vectors, += or = (add) the sum over `count` of A and B. Vector v of A lies v_stride numbers after the
-// first; the S numbers of B's row i lie kBSample apart from b(i) on. With kFetch, what lies `ahead`
-// numbers behind A is fetched. kFold = 2: two rows at once, by
-// turns in the lanes of A, and next to each other in B.
-template <class T, int V, int S, long kBSample, bool kFetch, int kFold = 1, class W, class B>
-FASTMAF_INLINE void outer(long count, const W* a, long a_step, long v_stride, const B& b, T* c, long c_stride, bool add, long ahead = 0) {
+struct Nothing {};
+
+// What sums start from: zero, a number for each lane, or one for each s.
+enum class Start { kZero, kLanes, kNumbers };
+
+// C [S][c_stride], its V vectors c_step apart, += (add) or = the sum over `count` of A and B, from `start` on. Vector v of A lies v_stride
+// numbers after the first; the S numbers of B's row i lie kBSample apart from b(i) on. With term
+// i the addresses fetch(i, 0 .. kFetch) are fetched. kFold = 2: two rows at once, by turns in the lanes of A, and next to each other in B.
+template <class T, int V, int S, long kBSample, int kFetch, int kFold = 1, Start kStart = Start::kZero, class W, class B, class F = Nothing>
+FASTMAF_INLINE void outer(long count, const W* a, long a_step, long v_stride, const B& b, T* c, long c_stride, long c_step, bool add,
+                          const T* start = nullptr, const F& fetch = {}) {
   constexpr int kChains = V * S >= 8 ? 1 : V * S >= 4 ? 2 : 4;  // independent sums, to hide the latency of a multiply-add
   Vec<T> sum[kChains][S][V] = {};
+  if constexpr (kStart != Start::kZero) {
+#pragma GCC unroll 24
+    for (int s = 0; s < S; ++s)
+#pragma GCC unroll 2
+      for (int v = 0; v < V; ++v) sum[0][s][v] = kStart == Start::kLanes ? load(start + v * kLanes<T>) : broadcast(start[s]);
+  }
   const auto step = [&](long i, auto chain) FASTMAF_INLINE_LAMBDA {
     Vec<T> av[V];
 #pragma GCC unroll 2
-    for (int v = 0; v < V; ++v) {
-      av[v] = load(a + i * a_step + v * v_stride);
-      if constexpr (kFetch) FASTMAF_PREFETCH(a + i * a_step + v * v_stride + ahead);
-    }
+    for (int v = 0; v < V; ++v) av[v] = load(a + i * a_step + v * v_stride);
+    if constexpr (kFetch > 0) FASTMAF_PREFETCH(fetch(i, 0));
+    if constexpr (kFetch > 1) FASTMAF_PREFETCH(fetch(i, 1));
     const T* row = b(i);
 #pragma GCC unroll 24
     for (int s = 0; s < S; ++s) {
@@ -119,7 +129,7 @@ FASTMAF_INLINE void outer(long count, const W* a, long a_step, long v_stride, co
       Vec<T> total = sum[0][s][v];
 #pragma GCC unroll 4
       for (int chain = 1; chain < kChains; ++chain) total += sum[chain][s][v];
-      T* to = c + s * c_stride + v * kLanes<T>;
+      T* to = c + s * c_stride + v * c_step;
       store(to, add ? load(to) + total : total);
     }
 }

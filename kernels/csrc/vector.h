@@ -189,14 +189,13 @@ template <class T>
 FASTMAF_INLINE Vec<T> over_root(Vec<T> m, Vec<T> v, T scale, T eps) {
 #if defined(__AVX512F__) && !defined(FASTMAF_LANES_ARE_ONE)
   if constexpr (sizeof(T) == 4) {
-    const Vec<T> least = broadcast(std::numeric_limits<T>::min()), most = broadcast(std::numeric_limits<T>::max());
-    const Vec<T> positive = (v < least) ? least : v;  // what is smaller counts as zero
-    Vec<T> r = (Vec<T>)_mm512_rsqrt14_ps((__m512)positive);
-    r *= T(1.5) - T(0.5) * positive * r * r;
-    const Vec<T> d = ((v > most) ? v : v * r) * scale + eps;
-    Vec<T> q = (Vec<T>)_mm512_rcp14_ps((__m512)d);
-    q *= T(2) - d * q;
-    return m * ((d > most) ? Vec<T>{} : q);
+    // What is smaller counts as the least normal number, and infinity as the largest; NaN stays NaN.
+    const __m512 least = _mm512_set1_ps(std::numeric_limits<T>::min()), most = _mm512_set1_ps(std::numeric_limits<T>::max());
+    const __m512 positive = _mm512_min_ps(most, _mm512_max_ps(least, (__m512)v));
+    const Vec<T> r = (Vec<T>)_mm512_rsqrt14_ps(positive), s = (Vec<T>)positive * r;
+    const Vec<T> d = (s + T(0.5) * s * (T(1) - s * r)) * scale + eps;
+    const Vec<T> q = (Vec<T>)_mm512_rcp14_ps((__m512)d);
+    return m * (q * (T(2) - d * q));
   }
 #endif
   return m / (square_root<T>(v) * scale + eps);
@@ -398,45 +397,43 @@ inline void unzip(Vec<T> low, Vec<T> high, Vec<T>& first, Vec<T>& second) {
 #endif
 }
 
-// The way back, to 2 kLanes numbers.
+// The way back.
 template <class T>
-inline void zip(Vec<T> first, Vec<T> second, T* to) {
+FASTMAF_INLINE void zip(Vec<T> first, Vec<T> second, Vec<T>& low, Vec<T>& high) {
 #if defined(FASTMAF_LANES_ARE_ONE)
-  to[0] = first, to[1] = second;
+  low = first, high = second;
 #elif defined(__clang__) || !defined(__GNUC__)
-  T firsts[kLanes<T>], seconds[kLanes<T>];
+  T firsts[kLanes<T>], seconds[kLanes<T>], pairs[2 * kLanes<T>];
   store(firsts, first), store(seconds, second);
-  for (int i = 0; i < kLanes<T>; ++i) to[2 * i] = firsts[i], to[2 * i + 1] = seconds[i];
+  for (int i = 0; i < kLanes<T>; ++i) pairs[2 * i] = firsts[i], pairs[2 * i + 1] = seconds[i];
+  low = load(pairs), high = load(pairs + kLanes<T>);
 #else
-  IntVec<T> low;
-  for (int i = 0; i < kLanes<T>; ++i) low[i] = i / 2 + i % 2 * kLanes<T>;
-  store(to, __builtin_shuffle(first, second, low));
-  store(to + kLanes<T>, __builtin_shuffle(first, second, low + kLanes<T> / 2));
+  IntVec<T> lane;
+  for (int i = 0; i < kLanes<T>; ++i) lane[i] = i / 2 + i % 2 * kLanes<T>;
+  low = __builtin_shuffle(first, second, lane);
+  high = __builtin_shuffle(first, second, lane + kLanes<T> / 2);
 #endif
 }
 
-// to [L][to_stride] = the transpose of from [L][from_stride], L = kLanes. As many times as L has bits, the vectors of the upper half are
-// dealt between those of the lower one.
 template <class T>
-inline void transpose(const T* from, long from_stride, T* to, long to_stride) {
-  constexpr long L = kLanes<T>;
-  if constexpr (L == 1) {
-    *to = *from;
-  } else {
-    T memory[2][L * L];
-    const T* in = from;
-    long stride = from_stride;
-    int turn = 0;
-    for (long bits = L; bits > 2; bits /= 2, turn ^= 1) {
-      for (long i = 0; i < L / 2; ++i) zip<T>(load(in + i * stride), load(in + (i + L / 2) * stride), memory[turn] + 2 * i * L);
-      in = memory[turn], stride = L;
-    }
-    T last[2 * L];
-    for (long i = 0; i < L / 2; ++i) {
-      zip<T>(load(in + i * stride), load(in + (i + L / 2) * stride), last);
-      store(to + 2 * i * to_stride, load(last));
-      store(to + (2 * i + 1) * to_stride, load(last + L));
-    }
+inline void zip(Vec<T> first, Vec<T> second, T* to) {
+  Vec<T> low, high;
+  zip<T>(first, second, low, high);
+  store(to, low), store(to + kLanes<T>, high);
+}
+
+// The transpose of L vectors, L = kLanes, in place. As many times as L has bits, the vectors of the upper half are dealt between those of
+// the lower one.
+template <class T>
+FASTMAF_INLINE void transpose(Vec<T> (&rows)[kLanes<T>]) {
+  constexpr int L = kLanes<T>;
+#pragma GCC unroll 4
+  for (int bits = L; bits > 1; bits /= 2) {
+    Vec<T> dealt[L];
+#pragma GCC unroll 8
+    for (int i = 0; i < L / 2; ++i) zip<T>(rows[i], rows[i + L / 2], dealt[2 * i], dealt[2 * i + 1]);
+#pragma GCC unroll 16
+    for (int i = 0; i < L; ++i) rows[i] = dealt[i];
   }
 }
 

@@ -23,11 +23,14 @@ _library, _check = native_library.library(), native_library.check
 why_not = native_library.why_not
 
 
-def density(x: Tensor, plan: FlowPlan) -> tuple[Tensor, Tensor]:
-    """Returns ``Σ_d z²`` and ``ladj``, both ``[N]``, for ``x`` that fits the plan."""
-    z, ladj = torch.empty_like(x), x.new_empty(x.shape[0])
-    _forward(plan, x, z, ladj, None)
-    return z.square_().sum(1), ladj
+def density(x: Tensor, plan: FlowPlan, save: bool) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    """Returns ``Σ_d z²`` and ``ladj``, both ``[N]``, for ``x`` that fits the plan; to ``save``, also ``z`` and what
+    ``backward`` needs.
+    """
+    squares, ladj = x.new_empty(x.shape[0]), x.new_empty(x.shape[0])
+    z, saved = (torch.empty_like(x), _saved(x, plan)) if save else (None, None)
+    _forward(plan, x, z, ladj, saved, squares)
+    return squares, ladj, z, saved
 
 
 def forward(x: Tensor, args: FlowArgs, save: bool, plan: FlowPlan | None = None) -> tuple[Tensor, Tensor, Tensor]:
@@ -36,19 +39,24 @@ def forward(x: Tensor, args: FlowArgs, save: bool, plan: FlowPlan | None = None)
     With a plan, which ``x`` must fit, the arguments are not looked at; here and in the functions below.
     """
     plan = plan or _plan("x", x, args)
-    n = x.shape[0]
-    z, ladj = torch.empty_like(x), x.new_empty(n)
+    z, ladj = torch.empty_like(x), x.new_empty(x.shape[0])
+    saved = _saved(x, plan) if save else None
+    _forward(plan, x, z, ladj, saved, None)
+    return z, ladj, x.new_empty(0) if saved is None else saved
+
+
+def _saved(x: Tensor, plan: FlowPlan) -> Tensor:
     # Memory that comes from the system anew in every step, in pages that are cleared one by one.
-    saved = empty_on_huge_pages(n * plan.saved, device=x.device, dtype=x.dtype) if save else x.new_empty(0)
-    _forward(plan, x, z, ladj, saved if save else None)
-    return z, ladj, saved
+    return empty_on_huge_pages(x.shape[0] * plan.saved, device=x.device, dtype=x.dtype)
 
 
-def _forward(plan: FlowPlan, x: Tensor, z: Tensor, ladj: Tensor, saved: Tensor | None) -> None:
+def _forward(
+    plan: FlowPlan, x: Tensor, z: Tensor | None, ladj: Tensor, saved: Tensor | None, squares: Tensor | None
+) -> None:
+    z_, saved_, squares_ = (None if tensor is None else tensor.data_ptr() for tensor in (z, saved, squares))
     _check(
         _library.fastmaf_flow_forward(
-            plan.pointer, x.data_ptr(), x.shape[0], z.data_ptr(), ladj.data_ptr(),
-            None if saved is None else saved.data_ptr(), torch.get_num_threads(),
+            plan.pointer, x.data_ptr(), x.shape[0], z_, ladj.data_ptr(), saved_, squares_, torch.get_num_threads()
         )
     )  # fmt: skip
 

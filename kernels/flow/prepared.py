@@ -98,7 +98,7 @@ class PreparedFlow:
         if self._records_gradients(x):
             result: Tensor = _LogDensity.apply(self, plan, x, *self.parameters)
             return result
-        squares, ladj = implementation("flow", x).density(x, plan)
+        squares, ladj, *_ = implementation("flow", x).density(x, plan, False)
         return _log_density(squares, ladj, x.shape[1])
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -115,15 +115,19 @@ class PreparedFlow:
         result: tuple[Tensor, Tensor] = implementation("flow", z).inverse(z.contiguous(), self.args, plan)
         return result
 
-    def forward_saving(self, x: Tensor, plan: FlowPlan | None) -> tuple[Tensor, Tensor, Tensor]:
-        """Returns ``flow_forward_saving`` of ``x`` ``[N, D]``, contiguous, with the ``plan`` for it."""
+    def log_density_saving(self, x: Tensor, plan: FlowPlan | None) -> tuple[Tensor, Tensor, Tensor]:
+        """Returns ``log_density``, ``z`` and what ``backward`` needs, with the ``plan`` for ``x`` ``[N, D]``, which is
+        contiguous; autograd sees nothing.
+        """
         if plan is None:
-            return flow_forward_saving(x, self.args)
-        result: tuple[Tensor, Tensor, Tensor] = implementation("flow", x).forward(x, self.args, True, plan)
-        return result
+            z, ladj, saved = flow_forward_saving(x, self.args)
+            squares = z.square().sum(1)
+        else:
+            squares, ladj, z, saved = implementation("flow", x).density(x, plan, True)
+        return _log_density(squares, ladj, x.shape[1]), z, saved
 
     def backward(self, batch: FlowBatch, plan: FlowPlan | None) -> list[Tensor]:
-        """Returns the gradients of ``parameters``; with a plan only directly after ``forward_saving``."""
+        """Returns the gradients of ``parameters``; with a plan only directly after ``log_density_saving``."""
         if plan is None or plan.struct.weight_dtype != plan.struct.dtype:
             _, grad_weights, grad_biases = flow_backward(batch, self.args, False)
             return [*grad_weights, *grad_biases]
@@ -144,11 +148,11 @@ class _LogDensity(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, flow: PreparedFlow, plan: FlowPlan, x: Tensor, *parameters: Tensor) -> Tensor:
-        z, ladj, saved = flow.forward_saving(x, plan)
+        result, z, saved = flow.log_density_saving(x, plan)
         ctx.flow, ctx.plan, ctx.need_grad_x = flow, plan, ctx.needs_input_grad[2]
         # x is saved once already; for a second derivative it must be the tensor that came in.
         ctx.save_for_backward(z, saved, x if ctx.need_grad_x else None, *parameters)
-        return _log_density(z.square().sum(1), ladj, x.shape[1])
+        return result
 
     @staticmethod
     @outside_autocast

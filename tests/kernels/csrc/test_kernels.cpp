@@ -23,6 +23,8 @@ extern const Kernels kernels[3];
 }
 }  // namespace fastmaf
 
+bool test_amx();
+
 using namespace fastmaf;
 
 namespace {
@@ -83,6 +85,7 @@ struct Model {
   std::vector<std::vector<int64_t>> prefixes, panels;
   std::vector<std::vector<int32_t>> schedules;
   std::vector<int64_t> permutation;
+  std::vector<int32_t> places;  // of each block, where the permutation takes a dimension
   std::vector<Layer> layers;
   std::vector<Block> blocks;
   Flow flow{};
@@ -103,6 +106,8 @@ struct Model {
     for (long d = 0; d < s.features; ++d) permutation.push_back(d);
     std::shuffle(permutation.begin(), permutation.end(), random);
     blocks[1].permutation = permutation.data();
+    places.resize(2 * s.features);
+    for (long d = 0; d < s.features; ++d) places[s.features + permutation[d]] = static_cast<int32_t>(d);
     const int64_t dtype = sizeof(T) == 8 ? kFloat64 : kFloat32;
     flow = {sizeof(Flow), 1, dtype, std::is_same_v<W, Half> ? kBfloat16 : dtype, s.features, 1, static_cast<int64_t>(layers.size()), 2,
             layers.data(), blocks.data(), nullptr};
@@ -195,9 +200,19 @@ std::vector<T> everything(const Shape& shape, const AffineMap& map, long threads
   const double tolerance = sizeof(T) == 8 ? 1e-9 : 1e-3;
   const std::vector<T> x = model.draws(n * d);
   std::vector<T> z = nans<T>(n * d), ladj = nans<T>(n), saved = nans<T>(n * model.saved), z2 = z, ladj2 = ladj;
-  kernels.flow_forward(model.flow, x.data(), n, z.data(), ladj.data(), saved.data(), threads);
-  kernels.flow_forward(model.flow, x.data(), n, z2.data(), ladj2.data(), nullptr, threads);
+  std::vector<T> squares_of_z = ladj, sums(n);
+  kernels.flow_forward(model.flow, model.places.data(), x.data(), n, z.data(), ladj.data(), saved.data(), nullptr, threads);
+  kernels.flow_forward(model.flow, model.places.data(), x.data(), n, z2.data(), ladj2.data(), nullptr, squares_of_z.data(), threads);
   check(same(z, z2) && same(ladj, ladj2), name + "a forward pass that saves nothing");
+  for (long s = 0; s < n; ++s) {
+    double sum = 0;
+    for (long i = 0; i < d; ++i) sum += static_cast<double>(z[s * d + i]) * z[s * d + i];
+    sums[s] = static_cast<T>(sum);
+  }
+  check(close(squares_of_z, sums, sizeof(T) == 8 ? 1e-12 : 1e-6), name + "the squares of z");
+  std::vector<T> squares_alone = nans<T>(n);
+  kernels.flow_forward(model.flow, model.places.data(), x.data(), n, nullptr, ladj2.data(), nullptr, squares_alone.data(), threads);
+  check(same(squares_alone, squares_of_z) && same(ladj, ladj2), name + "a forward pass without z");
 
   // The inverse of the blocks in turn, with the permutation's on the way.
   std::vector<int64_t> back(d);
@@ -316,6 +331,7 @@ int main(int count, char** arguments) {
   for (int i = 1; i < count; ++i) rounds.push_back(std::atol(arguments[i]));
   check(!rounds.empty(), "a number of threads is wanted");
   std::setvbuf(stdout, nullptr, _IOLBF, 0);
+  std::printf("matrix unit: %s\n", test_amx() ? "tested" : "not here");
   // The pool's threads are created by two calls at once.
   const auto first = [&] { everything<float, float>({9, 700, {34, 50}, 0, 1}, kMaps[0], rounds.back(), 1); };
   std::thread one(first), two(first);
