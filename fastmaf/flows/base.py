@@ -523,6 +523,9 @@ class Flow(nn.Module):
     def _layers(self) -> list[MaskedLinear]:
         return [layer for made in self._mades() for layer in made.layers]
 
+    def _is_one_op(self) -> bool:
+        return self._runs.single(self._transforms()) is not None
+
     def _saved_numel(self, n: int) -> int:
         return self._runs.saved_numel(self._transforms(), n)
 

@@ -79,8 +79,7 @@ def backward_of_all(batch: FlowBatch, plan: FlowPlan) -> list[Tensor]:
     """Returns the gradients of the packed weights and of the biases, parts of one tensor, for a batch that fits the
     plan and is contiguous.
     """
-    device, dtype = batch.grad_z.device, batch.grad_z.dtype
-    grads = empty_on_huge_pages(sum(plan.numels), device=device, dtype=dtype)
+    grads = batch.grad_z.new_empty(sum(plan.numels))
     start, size = grads.data_ptr(), grads.element_size()
     places = [start + size * end for end in itertools.accumulate(plan.numels, initial=0)]
     layers = len(plan.rows)

@@ -27,6 +27,7 @@ from fastmaf.kernels.padding import PaddingInPlace
 
 Memory: TypeAlias = tuple[list[int], list[int], list[torch.dtype], bool]
 _version, _dtype, _requires_grad = map(operator.attrgetter, ("_version", "dtype", "requires_grad"))
+_FEW = 1 << 20  # numbers: of more, each gradient has memory of its own, on huge pages
 
 
 def memory_of(tensors: Sequence[Tensor]) -> Memory:
@@ -128,7 +129,7 @@ class PreparedFlow:
 
     def backward(self, batch: FlowBatch, plan: FlowPlan | None) -> list[Tensor]:
         """Returns the gradients of ``parameters``; with a plan only directly after ``log_density_saving``."""
-        if plan is None or plan.struct.weight_dtype != plan.struct.dtype:
+        if plan is None or plan.struct.weight_dtype != plan.struct.dtype or sum(plan.numels) > _FEW:
             _, grad_weights, grad_biases = flow_backward(batch, self.args, False)
             return [*grad_weights, *grad_biases]
         grads: list[Tensor] = implementation("flow", batch.saved).backward_of_all(batch, plan)
