@@ -1,4 +1,6 @@
-"""Flows by the C++ kernels of ``csrc/``, one team of threads throughout; the same functions as ``torch``."""
+"""Flows by the C++ kernels of ``csrc/``, one team of threads throughout; the same functions as ``torch``, and some for
+flows whose plan is known (``prepared.py``).
+"""
 
 from __future__ import annotations
 
@@ -16,7 +18,8 @@ from fastmaf.kernels.flow.torch import UPDATES_BIASES, inverse_backward
 from fastmaf.kernels.huge_pages import empty_on_huge_pages
 from fastmaf.kernels.native_args import ADAM, WRITE, FlowPlan, check_tensor
 
-__all__ = ["UPDATES_BIASES", "adam_", "backward", "forward", "inverse", "inverse_backward", "why_not"]
+__all__ = ["UPDATES_BIASES", "adam_", "backward", "backward_of_all", "density", "forward"]
+__all__ += ["inverse", "inverse_backward", "why_not"]
 
 native_library.load()
 _library, _check = native_library.library(), native_library.check
@@ -53,10 +56,11 @@ def _saved(x: Tensor, plan: FlowPlan) -> Tensor:
 def _forward(
     plan: FlowPlan, x: Tensor, z: Tensor | None, ladj: Tensor, saved: Tensor | None, squares: Tensor | None
 ) -> None:
-    z_, saved_, squares_ = (None if tensor is None else tensor.data_ptr() for tensor in (z, saved, squares))
     _check(
         _library.fastmaf_flow_forward(
-            plan.pointer, x.data_ptr(), x.shape[0], z_, ladj.data_ptr(), saved_, squares_, torch.get_num_threads()
+            plan.pointer, x.data_ptr(), x.shape[0], None if z is None else z.data_ptr(), ladj.data_ptr(),
+            None if saved is None else saved.data_ptr(), None if squares is None else squares.data_ptr(),
+            torch.get_num_threads(),
         )
     )  # fmt: skip
 
