@@ -214,9 +214,13 @@ def prefix(in_degrees: Tensor, out_degrees: Tensor, *, strict: bool) -> Tensor:
     """Returns how many input units each output unit sees, int64 ``[out]``, for degrees in ascending order:
     ``#{i: in[i] <= out[j]}``, or ``<`` with ``strict``.
     """
-    # NumPy's runs on this thread: waiting for others would take longer than the search.
-    side: Literal["left", "right"] = "left" if strict else "right"
-    return torch.from_numpy(np.searchsorted(in_degrees.numpy(), out_degrees.numpy(), side))
+    # By NumPy, on this thread: waiting for others would take longer than the search.
+    inputs, outputs = in_degrees.numpy(), out_degrees.numpy()
+    if len(outputs) <= len(inputs):
+        return torch.from_numpy(inputs.searchsorted(outputs, "left" if strict else "right"))
+    # Each of the fewer units is looked for: the first output that sees an input, then the inputs before each output.
+    first_output = outputs.searchsorted(inputs, "right" if strict else "left")
+    return torch.from_numpy(np.bincount(first_output, minlength=len(outputs) + 1)[:-1].cumsum())
 
 
 class Connectivity(NamedTuple):

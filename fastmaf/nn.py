@@ -14,6 +14,7 @@ from fastmaf.constants import Constants
 from fastmaf.degrees import DegreeKind, hidden_degrees, input_degrees, layer_sizes, prefix
 from fastmaf.kernels import LinearArgs, PackedLayout, empty_on_huge_pages, level_schedule, masked_linear
 from fastmaf.kernels.autocast import outside_autocast
+from fastmaf.kernels.layout import decreases
 from fastmaf.kernels.padding import keep_zero, without_padding
 from fastmaf.kernels.storage import uniform_
 from fastmaf.tiles import packs_tiles, tiles_to_panels
@@ -73,7 +74,7 @@ class MaskedLinear(Constants):
     ) -> None:
         super().__init__()
         for name, degrees in (("in_degrees", in_degrees), ("out_degrees", out_degrees)):
-            if degrees.dim() != 1 or degrees.numel() == 0 or bool((degrees[1:] < degrees[:-1]).any()):
+            if degrees.dim() != 1 or degrees.numel() == 0 or decreases(degrees):
                 raise ValueError(
                     f"{name} must be a non-empty 1-D tensor in ascending order: sort the units by degree first "
                     "(a relabelling: the function is unchanged)"

@@ -84,7 +84,7 @@ class PackedLayout:
             raise ValueError(
                 f"prefix must be a non-empty 1-D tensor, one entry per output; found shape {tuple(prefix.shape)}"
             )
-        if bool((prefix[1:] < prefix[:-1]).any()):
+        if decreases(prefix):
             raise ValueError(
                 "prefix must not decrease: sort the output units by degree first (a relabelling: the function is "
                 "unchanged)"
@@ -169,6 +169,12 @@ class PackedLayout:
             f"PackedLayout({self.out_features} x {self.in_features}, {len(self.panels) - 1} panels, "
             f"{self.numel} stored for {self.visible} visible)"
         )
+
+
+def decreases(numbers: Tensor) -> bool:
+    """Returns whether a number of a 1-D tensor of the CPU is smaller than the one before it."""
+    values = numbers.numpy()  # whose operations run on this thread: torch would wait for others
+    return bool((values[1:] < values[:-1]).any())
 
 
 def padding(prefix: Tensor, panels: Tensor) -> Tensor:

@@ -1,19 +1,18 @@
 """What happens to whole packed weights in memory: conversion to rows and back, clearing of padding, random numbers.
 
 Rows are the visible weights alone, row after row: ``prefix[j]`` numbers of each row ``j``. This is the order of model
-files, since it does not depend on the panels. Work is done in parts of about a megabyte, on as many threads as torch
-uses; the functions of the native library release the interpreter's lock. Without the library plain torch gives the same
-numbers, bit for bit.
+files, since it does not depend on the panels. The native library works on as many threads as torch uses, and moves
+between panels and files what fits in a cache. Without it plain torch and NumPy give the same numbers, bit for bit.
 """
 
 from __future__ import annotations
 
 import ctypes
 import functools
-from collections import deque
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from typing import Any, NamedTuple
+import os
+from collections.abc import Iterator, Sequence
+from io import FileIO
+from typing import Any, BinaryIO, NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,7 +20,7 @@ from torch import Tensor
 from fastmaf.kernels import native_library
 from fastmaf.kernels.layout import PANEL, PackedLayout, padding
 
-PART_BYTES = 1 << 20  # a part and its panels stay in a second-level cache
+PART_BYTES = 1 << 20  # of what is converted at once without the library
 _EXPONENTS = {
     torch.float16: 0x7C00,
     torch.bfloat16: 0x7F80,
@@ -30,12 +29,16 @@ _EXPONENTS = {
 }
 _BITS_OF = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 _POINTER, _INT, _BITS = ctypes.c_void_p, ctypes.c_int64, ctypes.c_uint64
+_LAYOUT = [_POINTER, _POINTER, _INT, _INT]
+_FORMAT = [_INT, _BITS, _INT]
 _ARGUMENTS = {
-    "fastmaf_rows_to_panels": [*[_POINTER] * 4, *[_INT] * 4, _BITS],
-    "fastmaf_panels_to_rows": [*[_POINTER] * 4, *[_INT] * 4, _BITS],
+    "fastmaf_rows_to_panels": [_POINTER, _POINTER, *_LAYOUT, *_FORMAT],
+    "fastmaf_panels_to_rows": [_POINTER, _POINTER, *_LAYOUT, *_FORMAT],
+    "fastmaf_file_to_panels": [ctypes.c_int, _INT, _POINTER, *_LAYOUT, *_FORMAT],
+    "fastmaf_panels_to_file": [ctypes.c_int, _INT, _POINTER, *_LAYOUT, *_FORMAT],
     "fastmaf_zero_padding": [_POINTER, _INT],
-    "fastmaf_uniform_float": [_POINTER, _INT, _BITS, _BITS, ctypes.c_double],
-    "fastmaf_uniform_double": [_POINTER, _INT, _BITS, _BITS, ctypes.c_double],
+    "fastmaf_uniform_float": [_POINTER, *_LAYOUT, _BITS, ctypes.c_double, _INT],
+    "fastmaf_uniform_double": [_POINTER, *_LAYOUT, _BITS, ctypes.c_double, _INT],
 }
 
 
@@ -55,65 +58,143 @@ def has_library() -> bool:
     return _library() is not None
 
 
-class Part(NamedTuple):
-    """Panels ``start..end`` of a layer; their rows are ``numel`` numbers, from ``first`` on of those of all rows."""
+def rows_to_panels(rows: Tensor, weight: Tensor, layout: PackedLayout) -> bool:
+    """Writes all panels, padding included, from their rows; returns whether all numbers are finite.
+
+    Args:
+        rows: ``[layout.visible]``, contiguous, on the CPU.
+        weight: the packed weight, contiguous, on the CPU; of the dtype of ``rows``.
+    """
+    library = _library()
+    if library is not None:
+        return _is_finite(
+            library.fastmaf_rows_to_panels(rows.data_ptr(), weight.data_ptr(), *_shape(layout), *_format(weight))
+        )
+    # All parts are converted, whatever the first ones hold.
+    return all([_write_panels(rows[part.rows], weight, layout, part) for part in _parts(layout, rows.element_size())])
+
+
+def panels_to_rows(weight: Tensor, rows: Tensor, layout: PackedLayout) -> bool:
+    """Writes all rows from their panels: the inverse of ``rows_to_panels``, which see."""
+    library = _library()
+    if library is not None:
+        return _is_finite(
+            library.fastmaf_panels_to_rows(weight.data_ptr(), rows.data_ptr(), *_shape(layout), *_format(weight))
+        )
+    return all([_write_rows(weight, rows[part.rows], layout, part) for part in _parts(layout, rows.element_size())])
+
+
+def read_rows(file: FileIO, weight: Tensor, layout: PackedLayout) -> bool:
+    """Fills a packed weight with the rows that a file has from its position on, perhaps not all of it where a number is
+    not finite; returns whether all are.
+
+    Args:
+        file: an open file.
+        weight: contiguous, on the CPU.
+
+    Raises:
+        EOFError: the file ends before.
+        OSError: it cannot be read.
+    """
+    library = _library()
+    if library is not None:
+        where = file.fileno(), file.tell(), weight.data_ptr()
+        return _is_finite(library.fastmaf_file_to_panels(*where, *_shape(layout), *_format(weight)))
+    finite = True
+    for part, rows in _buffered_parts(layout, weight.dtype):
+        read_into(file, rows)
+        finite &= _write_panels(rows, weight, layout, part)
+    return finite
+
+
+def read_into(file: FileIO, target: Tensor) -> None:
+    """Fills a contiguous tensor of the CPU with the numbers that a file has from its position on.
+
+    Raises:
+        EOFError: the file ends before.
+    """
+    buffer = target.view(torch.uint8).numpy().data
+    while len(buffer):
+        count = file.readinto(buffer)
+        if not count:
+            raise EOFError
+        buffer = buffer[count:]
+
+
+def write_rows(file: BinaryIO, weight: Tensor, layout: PackedLayout) -> bool:
+    """Writes the rows of a packed weight to a file, from its position on, up to the first number that is not finite;
+    returns whether there is none.
+
+    Args:
+        file: an open file.
+        weight: contiguous, on the CPU.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    library = _library()
+    if library is not None:
+        file.flush()
+        where = file.fileno(), file.tell(), weight.data_ptr()
+        finite = _is_finite(library.fastmaf_panels_to_file(*where, *_shape(layout), *_format(weight)))
+        file.seek(layout.visible * weight.element_size(), os.SEEK_CUR)
+        return finite
+    for part, rows in _buffered_parts(layout, weight.dtype):
+        if not _write_rows(weight, rows, layout, part):
+            return False
+        file.write(rows.view(torch.uint8).numpy().data)
+    return True
+
+
+def _shape(layout: PackedLayout) -> tuple[int, ...]:
+    return layout.prefix.data_ptr(), layout.panels.data_ptr(), layout.out_features, len(layout.panels) - 1
+
+
+def _format(weight: Tensor) -> tuple[int, ...]:
+    return weight.element_size(), _EXPONENTS[weight.dtype], torch.get_num_threads()
+
+
+def _is_finite(status: int) -> bool:
+    if status < 0:
+        raise OSError(-status, os.strerror(-status))
+    if status == 2:
+        raise EOFError
+    return status == 0
+
+
+class _Part(NamedTuple):
+    """Panels ``start..end`` of a layer, and their rows among the numbers of all rows."""
 
     start: int
     end: int
-    first: int
-    numel: int
+    rows: slice
+
+    @property
+    def numel(self) -> int:
+        return int(self.rows.stop - self.rows.start)
 
 
-def parts(layout: PackedLayout, itemsize: int) -> list[Part]:
+def _parts(layout: PackedLayout, itemsize: int) -> list[_Part]:
     """Returns parts of about ``PART_BYTES`` that cover all panels; none is smaller than a panel."""
     last_rows = (PANEL * torch.arange(1, len(layout.panels), device="cpu")).clamp_(max=layout.out_features) - 1
     ends: list[int] = layout.prefix.cumsum(0)[last_rows].tolist()
     result, start, first = [], 0, 0
     for panel, numbers in enumerate(ends):
         if (numbers - first) * itemsize >= PART_BYTES or panel == len(ends) - 1:
-            result.append(Part(start, panel + 1, first, numbers - first))
+            result.append(_Part(start, panel + 1, slice(first, numbers)))
             start, first = panel + 1, numbers
     return result
 
 
-def in_threads(work: Callable[[Iterator[Part]], None], items: Sequence[Part]) -> None:
-    """Calls ``work`` on several threads with the items that no other thread has taken; an error of one ends all."""
-    count = min(torch.get_num_threads(), len(items)) if _library() else 1  # torch's own operations use threads anyway
-    remaining = deque(items)
-
-    def taken() -> Iterator[Part]:
-        while True:
-            try:
-                yield remaining.popleft()
-            except IndexError:
-                return
-
-    def run() -> None:
-        try:
-            work(taken())
-        except BaseException:
-            remaining.clear()
-            raise
-
-    if count <= 1:
-        return run()
-    with ThreadPoolExecutor(count) as pool:
-        for future in [pool.submit(run) for _ in range(count)]:
-            future.result()
+def _buffered_parts(layout: PackedLayout, dtype: torch.dtype) -> Iterator[tuple[_Part, Tensor]]:
+    """Yields the parts with memory for their rows, the same for all: fresh memory takes longer than the conversion."""
+    parts = _parts(layout, dtype.itemsize)
+    buffer = torch.empty(max(part.numel for part in parts), dtype=dtype, device="cpu")
+    for part in parts:
+        yield part, buffer[: part.numel]
 
 
-def rows_to_panels(rows: Tensor, weight: Tensor, layout: PackedLayout, part: Part) -> bool:
-    """Writes the panels of a part, padding included, from its rows; returns whether all numbers are finite.
-
-    Args:
-        rows: ``[part.numel]``, contiguous, on the CPU.
-        weight: the packed weight, contiguous, on the CPU; of the dtype of ``rows``.
-    """
-    library = _library()
-    if library is not None:
-        return bool(
-            library.fastmaf_rows_to_panels(rows.data_ptr(), weight.data_ptr(), *_described(weight, layout, part))
-        )
+def _write_panels(rows: Tensor, weight: Tensor, layout: PackedLayout, part: _Part) -> bool:
     for dense, visible, panels, numbers in _dense(rows, weight, layout, part):
         dense[:] = 0
         dense.reshape(-1, dense.shape[2])[: len(visible)][visible] = numbers
@@ -121,25 +202,14 @@ def rows_to_panels(rows: Tensor, weight: Tensor, layout: PackedLayout, part: Par
     return _finite(rows)
 
 
-def panels_to_rows(weight: Tensor, rows: Tensor, layout: PackedLayout, part: Part) -> bool:
-    """Writes the rows of a part from its panels: the inverse of ``rows_to_panels``, which see."""
-    library = _library()
-    if library is not None:
-        return bool(
-            library.fastmaf_panels_to_rows(weight.data_ptr(), rows.data_ptr(), *_described(weight, layout, part))
-        )
+def _write_rows(weight: Tensor, rows: Tensor, layout: PackedLayout, part: _Part) -> bool:
     for dense, visible, panels, numbers in _dense(rows, weight, layout, part):
         dense[:] = panels.swapaxes(1, 2)
         numbers[:] = dense.reshape(-1, dense.shape[2])[: len(visible)][visible]
     return _finite(rows)
 
 
-def _described(weight: Tensor, layout: PackedLayout, part: Part) -> tuple[int, ...]:
-    prefix, panels = layout.prefix.data_ptr(), layout.panels.data_ptr()
-    return prefix, panels, layout.out_features, part.start, part.end, weight.element_size(), _EXPONENTS[weight.dtype]
-
-
-def _dense(rows: Tensor, weight: Tensor, layout: PackedLayout, part: Part) -> Iterator[tuple[Any, Any, Any, Any]]:
+def _dense(rows: Tensor, weight: Tensor, layout: PackedLayout, part: _Part) -> Iterator[tuple[Any, Any, Any, Any]]:
     """Yields an empty ``[panels, 16, width]``, the mask ``[rows, width]`` of its rows, the panels, and their rows.
 
     They are bits in arrays of NumPy, whose operations run on this thread: torch would share out the little work of
@@ -168,8 +238,7 @@ def to_rows(weight: Tensor, layout: PackedLayout) -> Tensor:
     """Returns the visible weights of a packed weight on the CPU, row after row."""
     weight = weight.detach().contiguous()
     rows = weight.new_empty(layout.visible)
-    for part in parts(layout, weight.element_size()):
-        panels_to_rows(weight, rows[part.first : part.first + part.numel], layout, part)
+    panels_to_rows(weight, rows, layout)
     return rows
 
 
@@ -181,10 +250,8 @@ def from_rows(rows: Tensor, layout: PackedLayout) -> Tensor:
     """
     if rows.dtype not in _EXPONENTS:
         raise ValueError(f"packed weights must be of one of {', '.join(map(str, _EXPONENTS))}; found {rows.dtype}")
-    rows = rows.detach().contiguous()
     weight = rows.new_empty(layout.numel)
-    for part in parts(layout, weight.element_size()):
-        rows_to_panels(rows[part.first : part.first + part.numel], weight, layout, part)
+    rows_to_panels(rows.detach().contiguous(), weight, layout)
     return weight
 
 
@@ -247,40 +314,37 @@ def uniform_(weight: Tensor, layout: PackedLayout, bound: float, generator: torc
 
 
 def _write_uniform(weight: Tensor, layout: PackedLayout, bound: float, seed: int) -> None:
-    dtype = weight.dtype if weight.dtype == torch.float64 else torch.float32
-    todo = parts(layout, dtype.itemsize)
-
-    def work(items: Iterator[Part]) -> None:
-        buffer = torch.empty(max(part.numel for part in todo), dtype=dtype, device="cpu")
-        for part in items:
-            rows = buffer[: part.numel]
-            _fill_uniform(rows, seed, part.first, bound)
-            rows_to_panels(rows.to(weight.dtype), weight, layout, part)
-
-    in_threads(work, todo)
-
-
-def _fill_uniform(numbers: Tensor, seed: int, first: int, bound: float) -> None:
-    """Writes the numbers of index ``first`` on; see ``csrc/uniform.cpp``."""
-    library, double = _library(), numbers.dtype == torch.float64
-    if library is not None:
-        fill = library.fastmaf_uniform_double if double else library.fastmaf_uniform_float
-        fill(numbers.data_ptr(), numbers.numel(), seed, first, bound)
+    dtype, library = weight.dtype if weight.dtype == torch.float64 else torch.float32, _library()
+    if library is None:
+        for part in _parts(layout, dtype.itemsize):
+            rows = _uniform_rows(part, dtype, seed, bound)
+            _write_panels(rows.to(weight.dtype), weight, layout, part)
         return
-    bits = 53 if double else 24
+    target = weight if weight.dtype == dtype else torch.empty_like(weight, dtype=dtype)
+    fill = library.fastmaf_uniform_double if dtype == torch.float64 else library.fastmaf_uniform_float
+    _is_finite(fill(target.data_ptr(), *_shape(layout), seed, bound, torch.get_num_threads()))
+    if target is not weight:
+        weight.copy_(target)
+
+
+def _uniform_rows(part: _Part, dtype: torch.dtype, seed: int, bound: float) -> Tensor:
+    """Returns the rows of a part; see ``csrc/uniform.cpp``."""
+    bits = 53 if dtype == torch.float64 else 24
     # Arrays of int64, which wrap around as uint64 does; see ``_dense``.
-    z: Any = torch.empty(numbers.numel(), dtype=torch.int64, device="cpu").numpy()
+    z: Any = torch.empty(part.numel, dtype=torch.int64, device="cpu").numpy()
     z[:] = 1
     z.cumsum(out=z)
-    z += first  # the index, and one
+    z += part.rows.start  # the index, and one
     z *= _signed(0x9E3779B97F4A7C15)
     z += _signed(seed)
     for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB), (31, 1)):
         z ^= _shifted(z, shift)
         z *= _signed(factor)
+    numbers = torch.empty(part.numel, dtype=dtype, device="cpu")
     values: Any = numbers.numpy()
     values[:] = _shifted(z, 64 - bits) - 2 ** (bits - 1)
     values *= bound / 2 ** (bits - 1)
+    return numbers
 
 
 def _signed(bits: int) -> int:

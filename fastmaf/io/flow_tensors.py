@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Iterator, Mapping
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -14,6 +16,7 @@ from fastmaf.io.safe_json import shown
 from fastmaf.io.schema import SchemaError
 from fastmaf.io.tensor_file import TensorFile, TensorInfo
 from fastmaf.kernels import PackedLayout
+from fastmaf.kernels.layout import decreases
 
 EXTRA = "extra."  # prefix of the names of further tensors
 
@@ -109,18 +112,26 @@ def _packed_numel(
     infos: Mapping[str, TensorInfo], tensors: Mapping[str, Tensor], name: str, entry: Config, features: int
 ) -> int:
     """Returns the size of the weights of a block in memory, having checked that the file has enough."""
-    inputs = input_degrees(features)
-    hidden = [tensors[f"{name}degrees_{k}"].long() for k in range(len(entry["hidden_features"]))]
+    hidden = [tensors[f"{name}degrees_{k}"] for k in range(len(entry["hidden_features"]))]
     for k, degrees in enumerate(hidden):
-        if bool((degrees[1:] < degrees[:-1]).any()) or int(degrees[0]) < 0 or int(degrees[-1]) > features:
+        if decreases(degrees) or int(degrees[0]) < 0 or int(degrees[-1]) > features:
             raise SchemaError(f"tensor {name}degrees_{k} must hold degrees in 0..{features}, sorted")
-    names = [*(f"{name}hidden.{k}" for k in range(len(hidden))), f"{name}output"]
-    units = [inputs, *hidden, inputs.repeat_interleave(2)]
-    stored = 0
-    for layer, below, above in zip(names, units[:-1], units[1:], strict=True):
-        layout = PackedLayout(prefix(below, above, strict=layer == names[-1] and entry["strict"]), below.numel())
+    layers = [*(f"{name}hidden.{k}" for k in range(len(hidden))), f"{name}output"]
+    sizes = _sizes(features, entry["strict"], tuple(degrees.numpy().tobytes() for degrees in hidden))
+    for layer, (visible, _) in zip(layers, sizes, strict=True):
         (numel,) = infos[f"{layer}.weight"].shape
-        if layout.visible > numel:
-            raise SchemaError(f"tensor {layer}.weight must hold {layout.visible} weights or more; found {numel}")
-        stored += layout.numel
-    return stored
+        if visible > numel:
+            raise SchemaError(f"tensor {layer}.weight must hold {visible} weights or more; found {numel}")
+    return sum(stored for _, stored in sizes)
+
+
+@functools.lru_cache(maxsize=1)  # the blocks of most flows have the same degrees
+def _sizes(features: int, strict: bool, hidden: tuple[bytes, ...]) -> list[tuple[int, int]]:
+    """Returns how many weights of each layer are visible and stored, for the int32 degrees of the hidden layers."""
+    inputs = input_degrees(features)
+    degrees = [torch.frombuffer(bytearray(values), dtype=torch.int32).long() for values in hidden]
+    sizes: list[tuple[int, int]] = []
+    for below, above in pairwise([inputs, *degrees, inputs.repeat_interleave(2)]):
+        layout = PackedLayout(prefix(below, above, strict=strict and len(sizes) == len(hidden)), below.numel())
+        sizes.append((layout.visible, layout.numel))
+    return sizes

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
+from typing import BinaryIO
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +13,7 @@ from fastmaf.io.safe_json import shown
 from fastmaf.io.schema import SchemaError
 from fastmaf.io.tensor_file import Streamed, TensorFile
 from fastmaf.io.tiles import packed_weight
-from fastmaf.kernels.storage import Part, from_rows, in_threads, panels_to_rows, parts, rows_to_panels
+from fastmaf.kernels.storage import from_rows, read_rows, write_rows
 from fastmaf.nn import MaskedLinear
 
 
@@ -89,20 +90,12 @@ def _not_finite(name: str) -> SchemaError:
 
 
 def _read_rows(file: TensorFile, name: str, layer: MaskedLinear) -> None:
-    """Reads a weight into the memory of the layer, part by part."""
+    """Reads a weight into the memory of the layer."""
     _check_rows(name, file.tensors[name].shape, layer)
-    weight, layout = layer.weight.detach(), layer.layout
-    todo = parts(layout, weight.element_size())
-
-    def work(items: Iterator[Part]) -> None:
-        buffer = torch.empty(max(part.numel for part in todo), dtype=weight.dtype, device="cpu")
-        for part in items:
-            rows = buffer[: part.numel]
-            file.read_into(rows, name, part.first)
-            if not rows_to_panels(rows, weight, layout, part):
-                raise _not_finite(name)
-
-    in_threads(work, todo)
+    with file.at(name) as rows:
+        finite = read_rows(rows, layer.weight.detach(), layer.layout)
+    if not finite:
+        raise _not_finite(name)
 
 
 def streamed_weights(flow: nn.Module, tensors: Mapping[str, Tensor], path: object) -> dict[str, Streamed]:
@@ -120,19 +113,12 @@ def streamed_weights(flow: nn.Module, tensors: Mapping[str, Tensor], path: objec
 
 def streamed_rows(weight: Tensor, layer: MaskedLinear, name: str, path: object) -> Streamed:
     """Returns a packed weight, or a moment of it, as it is written to the file ``path``; see ``streamed_weights``."""
-    layout = layer.layout
 
-    def chunks() -> Iterator[Tensor]:
-        packed = weight.detach().cpu().contiguous()
-        todo = parts(layout, packed.element_size())
-        buffer = packed.new_empty(max(part.numel for part in todo))
-        for part in todo:
-            rows = buffer[: part.numel]
-            if not panels_to_rows(packed, rows, layout, part):
-                raise not_finite(name, path)
-            yield rows
+    def write(file: BinaryIO) -> None:
+        if not write_rows(file, weight.detach().cpu().contiguous(), layer.layout):
+            raise not_finite(name, path)
 
-    return Streamed(weight.dtype, layout.visible, chunks)
+    return Streamed(weight.dtype, layer.layout.visible, write)
 
 
 def not_finite(name: str, path: object) -> ValueError:

@@ -12,10 +12,11 @@ from __future__ import annotations
 import json
 import math
 import os
-import threading
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from io import FileIO
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import torch
 from torch import Tensor
@@ -23,6 +24,7 @@ from torch import Tensor
 from fastmaf.io.atomic import replace, staging, sync_file, write_errors
 from fastmaf.io.safe_json import JSONError, parse, shown
 from fastmaf.io.schema import ListOf, MapOf, OneOf, Record, SchemaError, Text, Whole
+from fastmaf.kernels.storage import read_into
 
 _DTYPES = {
     "BOOL": torch.bool,
@@ -99,8 +101,7 @@ class TensorFile:
         self.path = Path(path)
         if not self.path.is_file():  # checked before opening, since opening a FIFO blocks
             raise FileNotFoundError(f"no model file at {path}")
-        self._file = open(path, "rb")  # noqa: SIM115
-        self._lock = threading.Lock()
+        self._file = open(path, "rb", buffering=0)  # noqa: SIM115
         try:
             self.tensors, self.metadata = self._header(os.fstat(self._file.fileno()).st_size)
         except BaseException:
@@ -124,31 +125,23 @@ class TensorFile:
             buffer = torch.empty(end - begin, dtype=torch.uint8, device="cpu")
         except RuntimeError:
             raise CheckpointError(f"{self.path}: no memory for the {end - begin} bytes of {shown(name)}") from None
-        self.read_into(buffer, name)
+        with self.at(name) as file:
+            read_into(file, buffer)
         # Booleans with bytes other than 0 and 1 are undefined behaviour.
         return (buffer.ne(0) if dtype == torch.bool else buffer.view(dtype)).reshape(shape)
 
-    def read_into(self, target: Tensor, name: str, first: int = 0) -> None:
-        """Fills a contiguous 1-D tensor of the CPU with the numbers of a tensor from ``first`` on.
-
-        Several threads may read at the same time.
+    @contextmanager
+    def at(self, name: str) -> Iterator[FileIO]:
+        """Yields the file at the first byte of a tensor.
 
         Raises:
-            CheckpointError: the file was truncated.
+            CheckpointError: an EOFError was raised within, as the file was truncated.
         """
-        place, buffer = self.tensors[name].begin + first * target.element_size(), target.view(torch.uint8).numpy().data
-        while len(buffer):
-            count = self._read_at(place, buffer)
-            if not count:
-                raise self._damaged(f"it ends within the tensor {shown(name)}")
-            place, buffer = place + count, buffer[count:]
-
-    def _read_at(self, place: int, buffer: memoryview) -> int:
-        if hasattr(os, "preadv"):
-            return os.preadv(self._file.fileno(), [buffer], place)
-        with self._lock:
-            self._file.seek(place)
-            return self._file.readinto(buffer)
+        self._file.seek(self.tensors[name].begin)
+        try:
+            yield self._file
+        except EOFError:
+            raise self._damaged(f"it ends within the tensor {shown(name)}") from None
 
     def _damaged(self, why: str) -> CheckpointError:
         return CheckpointError(f"{self.path} is not a safetensors file, or is damaged: {why}")
@@ -209,13 +202,12 @@ class Streamed(NamedTuple):
     Attributes:
         dtype: of its numbers.
         numel: how many there are.
-        chunks: a function that returns the tensor in parts, 1-D, contiguous and on the CPU; one part may reuse the
-            memory of the last.
+        write: a function that writes the tensor to a file, from its position on.
     """
 
     dtype: torch.dtype
     numel: int
-    chunks: Callable[[], Iterator[Tensor]]
+    write: Callable[[BinaryIO], None]
 
 
 def write_tensors(
@@ -250,5 +242,7 @@ def save_file(tensors: Mapping[str, Tensor | Streamed], path: Path, metadata: Ma
     with open(path, "wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
         for _, tensor in named:
-            for chunk in tensor.chunks() if isinstance(tensor, Streamed) else [tensor.detach().cpu().flatten()]:
-                file.write(chunk.contiguous().view(torch.uint8).numpy().data)
+            if isinstance(tensor, Streamed):
+                tensor.write(file)
+            else:
+                file.write(tensor.detach().cpu().flatten().contiguous().view(torch.uint8).numpy().data)

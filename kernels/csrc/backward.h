@@ -17,7 +17,7 @@ inline constexpr long kStepColumns = 12;    // that go through both products at 
 inline constexpr long kGradientPanels = 8;  // whose rows' gradients are formed together
 inline constexpr long kGradientRows = kGradientPanels * kPanel;
 inline constexpr long kChainSamples = 64;   // samples whose terms are summed in one chain of roundings
-inline constexpr long kFusedSamples = 128;  // with more, grad_x is formed in a pass of its own, some samples at a time
+inline constexpr long kFusedSamples = 256;  // with more, grad_x is formed in a pass of its own, some samples at a time
 
 // What becomes of the gradient of kStepColumns columns of a panel.
 template <class T>
@@ -118,7 +118,7 @@ class Sink {
 template <class T>
 struct Gradient {
   T* by_sample;  // [padded n][kGradientRows]
-  T* by_row;     // [kGradientRows / fold][padded n][fold]
+  T* by_row;     // [tile][kGradientRows / fold][16 samples by fold]
 };
 
 // n in whole vectors.
@@ -134,86 +134,87 @@ constexpr int fold_of(long n) {
   return sizeof(T) == 4 && kLanes<T> > 1 && 2 * n <= kLanes<T> ? 2 : 1;
 }
 
+// Number i of a unit in wide tiles: of sample i, in lane i % 16 of tile i / 16.
 template <class T>
-void linear_gradient(const Source& s, long rows, long n, long row, T* g) {
-  const T *grad = static_cast<const T*>(s.grad_y) + row, *of = static_cast<const T*>(s.relu_of);
-  const long count = std::min(kGradientRows, rows - row);
+T* in_tile(T* tiles, long i, long unit, long units) {
+  return tiles + (i / kWide * units + unit) * kWide + i % kWide;
+}
+
+// The gradient of `count` rows of a layer's products, of the samples from i on that fill a vector: put(row of these, vector).
+template <class T, class Put>
+void linear_gradient(const Source& s, long rows, long row, long count, long i, const Put& put) {
+  const T *grad = in_tile(static_cast<const T*>(s.grad_y), i, row, rows);
+  const T* of = s.relu_of ? in_tile(static_cast<const T*>(s.relu_of), i, row, rows) : nullptr;
   const T scale = static_cast<T>(s.scale);
-  for (long i = 0; i < n; ++i, g += kGradientRows, grad += rows) {
-    for (long r = 0; r < count; ++r) g[r] = of && !(of[i * rows + row + r] > 0) ? T(0) : grad[r] * scale;
-    std::fill(g + count, g + kGradientRows, T(0));
+  const Vec<T> zero = {};
+  for (long r = 0; r < count; ++r) {
+    const Vec<T> g = load(grad + r * kWide) * scale;
+    put(r, of ? ((load(of + r * kWide) > zero) ? g : zero) : g);
   }
 }
 
-template <class T>
-void affine_gradient(const Source& s, long rows, long n, long row, T* g) {
-  constexpr int L = kLanes<T>;
-  const long features = rows / 2, first = row / 2, dims = std::min(kGradientRows / 2, features - first);
-  const T scale = static_cast<T>(s.scale);
-  if (2 * dims < kGradientRows) std::fill(g, g + n * kGradientRows, T(0));
-  for (long i = 0; i < n; ++i, g += kGradientRows)
-    for (long d = 0; d < dims; d += L) {
-      const long at = i * features + first + d, count = std::min<long>(L, dims - d);
-      const auto get = [&](const void* p) {
-        const T* from = static_cast<const T*>(p) + at;
-        FASTMAF_PREFETCH(from + kGradientRows / 2);  // the next group's: nothing else fetches it, as the next sample's lies pages away
-        return count == L ? load(from) : load_part<T>(from, count);
-      };
-      const Vec<T> a = get(s.log_scale), grad_z = get(s.grad_z);
-      const T grad_ladj = static_cast<const T*>(s.grad_ladj)[i];
-      Vec<T> grad_x, grad_shift, grad_a;
-      if (s.map.form == kShiftFirst) {
-        grad_x = grad_z * exponential(-a);
-        grad_shift = -grad_x;
-        grad_a = -(grad_z * get(s.z)) - grad_ladj;
-      } else {
-        grad_x = grad_z * exponential(a);
-        grad_shift = grad_z;
-        grad_a = grad_x * get(s.x) + grad_ladj;
-      }
-      if (s.grad_log_scale) grad_a += get(s.grad_log_scale);
-      grad_a *= slope_of<T>(a, s.map);
-      T pairs[2 * L];
-      zip<T>(grad_shift * scale, grad_a * scale, count == L ? g + 2 * d : pairs);
-      if (count < L)
-        for (long j = 0; j < 2 * count; ++j) g[2 * d + j] = pairs[j];
-      if (s.grad_x) {
-        T* to = static_cast<T*>(s.grad_x) + at;
-        FASTMAF_PREFETCH(to + kGradientRows / 2);
-        count == L ? store(to, grad_x) : store_part(to, grad_x, count);
-      }
-    }
-}
-
-// Fills g.by_row from g.by_sample [padded n].
-template <class T>
-void fill_by_row(const Gradient<T>& g, long n, long wide) {
+template <class T, class Put>
+void affine_gradient(const Source& s, long rows, long row, long count, long i, long n, const Put& put) {
   constexpr long L = kLanes<T>;
-  if (fold_of<T>(n) == 2) {
-    std::fill(g.by_row, g.by_row + kGradientRows / 2 * wide, T(0));
-    for (long i = 0; i < n; ++i)
-      for (long r = 0; r < kGradientRows; ++r) g.by_row[r / 2 * wide + 2 * i + r % 2] = g.by_sample[i * kGradientRows + r];
-    return;
-  }
-  std::fill(g.by_sample + n * kGradientRows, g.by_sample + wide * kGradientRows, T(0));
-  for (long i = 0; i < wide; i += L)
-    for (long r = 0; r < kGradientRows; r += L) {
-      Vec<T> block[L];
-      for (long j = 0; j < L; ++j) block[j] = load(g.by_sample + (i + j) * kGradientRows + r);
-      transpose<T>(block);
-      for (long j = 0; j < L; ++j) store(g.by_row + (r + j) * wide + i, block[j]);
+  const long features = rows / 2;
+  const T scale = static_cast<T>(s.scale);
+  const Vec<T> grad_ladj = load_part<T>(static_cast<const T*>(s.grad_ladj) + i, std::min(L, n - i));
+  for (long d = 0; d < count / 2; ++d) {
+    const auto get = [&](const void* p) { return load(in_tile(static_cast<const T*>(p), i, row / 2 + d, features)); };
+    const Vec<T> a = get(s.log_scale), grad_z = get(s.grad_z);
+    Vec<T> grad_x, grad_shift, grad_a;
+    if (s.map.form == kShiftFirst) {
+      grad_x = grad_z * exponential(-a);
+      grad_shift = -grad_x;
+      grad_a = -(grad_z * get(s.z)) - grad_ladj;
+    } else {
+      grad_x = grad_z * exponential(a);
+      grad_shift = grad_z;
+      grad_a = grad_x * get(s.x) + grad_ladj;
     }
+    if (s.grad_log_scale) grad_a += get(s.grad_log_scale);
+    put(2 * d, grad_shift * scale);
+    put(2 * d + 1, grad_a * slope_of<T>(a, s.map) * scale);
+    if (s.grad_x) store(in_tile(static_cast<T*>(s.grad_x), i, row / 2 + d, features), grad_x);
+  }
 }
 
+// g, and grad_bias (null: not wanted), of the group of rows from `row` on.
 template <class T>
 void make_gradient(const Source& s, long rows, long n, long row, const Gradient<T>& g, T* grad_bias) {
-  s.log_scale ? affine_gradient(s, rows, n, row, g.by_sample) : linear_gradient(s, rows, n, row, g.by_sample);
-  double total[kGradientRows] = {};
-  fill_by_row(g, n, padded<T>(n));
-  if (grad_bias == nullptr) return;
-  for (long i = 0; i < n; ++i)
-    for (long r = 0; r < kGradientRows; ++r) total[r] += g.by_sample[i * kGradientRows + r];
-  for (long r = 0; r < std::min(kGradientRows, rows - row); ++r) grad_bias[row + r] = static_cast<T>(total[r]);
+  constexpr long L = kLanes<T>;
+  const long wide = padded<T>(n), count = std::min(kGradientRows, rows - row), whole = round_up(count, kPanel);
+  for (long i = 0; i < wide; i += L) {
+    T* const to = in_tile(g.by_row, i, 0, kGradientRows);
+    // Lanes behind the last sample count for nothing, whatever is in them.
+    const auto put = [&](long r, Vec<T> v) {
+      if (n - i < L) v = first_lanes<T>(v, n - i);
+      store(to + r * kWide, v);
+    };
+    s.log_scale ? affine_gradient<T>(s, rows, row, count, i, n, put) : linear_gradient<T>(s, rows, row, count, i, put);
+    for (long r = count; r < whole; ++r) put(r, Vec<T>{});
+    for (long r = 0; r < whole; r += L) {
+      Vec<T> block[L];
+      for (long j = 0; j < L; ++j) block[j] = load(to + (r + j) * kWide);
+      transpose<T>(block);
+      for (long j = 0; j < L; ++j) store(g.by_sample + (i + j) * kGradientRows + r, block[j]);
+    }
+  }
+  for (long r = 0; grad_bias && r < count; ++r) {
+    double total = 0;
+    for (long i = 0; i < wide; i += 4 * L) {  // short sums before they are widened
+      Vec<T> sum = {};
+      for (long j = i; j < std::min(wide, i + 4 * L); j += L) sum += load(in_tile(g.by_row, j, r, kGradientRows));
+      total += lane_sum<T>(sum, L);
+    }
+    grad_bias[row + r] = static_cast<T>(total);
+  }
+  if (fold_of<T>(n) == 2)
+    for (long r = 0; r < whole; r += 2) {
+      Vec<T> low, high;
+      zip<T>(load(g.by_row + r * kWide), load(g.by_row + (r + 1) * kWide), low, high);
+      store(g.by_row + r / 2 * kWide, low);
+    }
 }
 
 // Addresses of what the next columns of a group of panels need from memory, a cache line each, relative to their first column. One is
@@ -262,12 +263,13 @@ void weight_product(long panels, long n, const T* g, const T* x, long x_stride, 
 template <class T>
 void input_product(long panels, long wide, int fold, const T* g, const T* const* w, long columns, T* grad_x, const Lines<T>& lines,
                    long& line, long k0) {
+  constexpr long kTileStep = kLanes<T> < kWide ? kLanes<T> : kGradientRows * kWide;  // to the next vector of samples
   const auto some = [&](auto vectors, auto count, auto folds, long v, long k) {
     constexpr int F = decltype(folds)::value;
     const T* const* fetch = lines.from(line);
     line += kPanel / F * panels;
     outer<T, decltype(vectors)::value, decltype(count)::value, kPanel, 1, F>(
-        kPanel / F * panels, g + v, wide, kLanes<T>, [&](long i) { return w[i * F / kPanel] + k * kPanel + i * F % kPanel; },
+        kPanel / F * panels, in_tile(g, v, 0, kGradientRows), kWide, kTileStep, [&](long i) { return w[i * F / kPanel] + k * kPanel + i * F % kPanel; },
         grad_x + k * wide + v, wide, kLanes<T>, true, nullptr, [&](long i, int) { return fetch[i] + k0 * kPanel; });
   };
   const auto all = [&](auto vectors, auto folds, long v) {
@@ -313,7 +315,7 @@ void group_backward(const Panels<T>& w, long group, long k0, long k1, long n, co
       long line = bursts || k + kStepColumns >= end ? lines.count() : 0;
       const long ahead = line == 0 ? k + kStepColumns : 0;
       if (grad_x)
-        input_product(active, wide, fold, g.by_row + (p - p0) * kPanel / fold * wide, at, columns, grad_x + (k - k0) * wide, lines, line, ahead);
+        input_product(active, wide, fold, g.by_row + (p - p0) * kPanel / fold * kWide, at, columns, grad_x + (k - k0) * wide, lines, line, ahead);
       if (!weights) continue;
       for (long i = 0; i < active; i += 2) {
         const long panels = std::min(2L, active - i);
@@ -327,25 +329,39 @@ void group_backward(const Panels<T>& w, long group, long k0, long k1, long n, co
   }
 }
 
-// Columns k0..k1 of x [n][stride] as [n][to_stride], and room for a whole step behind them.
+// Units k0..k1 of samples i0..i1 from tiles of so many units, as to [samples][to_stride], zero behind them; i0 in whole tiles.
 template <class T>
-void take_columns(const T* x, long n, long stride, long k0, long k1, T* to, long to_stride) {
-  for (long s = 0; s < n; ++s) {
-    T* end = std::copy(x + s * stride + k0, x + s * stride + k1, to + s * to_stride);
-    std::fill(end, to + (s + 1) * to_stride, T(0));
+void take_columns(const T* x, long units, long i0, long i1, long k0, long k1, T* to, long to_stride) {
+  constexpr long L = kLanes<T>;
+  for (long i = i0; i < i1; i += L) {
+    const long samples = std::min(L, i1 - i);
+    long k = k0;
+    for (; k < k1; k += L) {
+      Vec<T> block[L];
+      for (long j = 0; j < L; ++j) block[j] = k + j < k1 ? load(in_tile(x, i, k + j, units)) : Vec<T>{};
+      transpose<T>(block);
+      for (long j = 0; j < samples; ++j) store(to + (i - i0 + j) * to_stride + k - k0, block[j]);
+    }
+    for (long j = 0; j < samples; ++j) std::fill(to + (i - i0 + j) * to_stride + k - k0, to + (i - i0 + j + 1) * to_stride, T(0));
   }
 }
 
-// to [n][stride] = from [columns][padded n].
+// Units k0 .. k0 + columns of tiles of so many units = from [columns][padded n].
 template <class T>
-void give_columns(const T* from, long columns, long n, T* to, long stride) {
-  constexpr long kBlock = 16;
+void give_columns(const T* from, long columns, long n, T* tiles, long k0, long units) {
+  constexpr long L = kLanes<T>;
   const long wide = padded<T>(n);
   const bool fold = fold_of<T>(n) == 2;
-  for (long k0 = 0; k0 < columns; k0 += kBlock)
-    for (long s = 0; s < n; ++s)
-      for (long k = k0; k < std::min(k0 + kBlock, columns); ++k)
-        to[s * stride + k] = fold ? from[k * wide + 2 * s] + from[k * wide + 2 * s + 1] : from[k * wide + s];
+  for (long i = 0; i < wide; i += L)
+    for (long k = 0; k < columns; ++k) {
+      Vec<T> v = load(from + k * wide + i);
+      if (fold) {
+        Vec<T> even, odd;
+        unzip<T>(v, Vec<T>{}, even, odd);
+        v = even + odd;
+      }
+      store(in_tile(tiles, i, k0 + k, units), v);
+    }
 }
 
 // Of strips of x: room for a whole step, and no power of two, which would put all samples into one set of the cache.
@@ -354,10 +370,10 @@ inline long strip_stride(long columns) { return round_up(columns + kStepColumns,
 template <class T>
 void layer_pass(const Team& team, const Panels<T>& w, const Source& source, const T* x, long n, T* grad_x, T* grad_bias,
                 const Target& target, bool weights) {
-  const long groups = (w.count() + kGradientPanels - 1) / kGradientPanels, wide = padded<T>(n), numel = kGradientRows * 2 * wide;
+  const long groups = (w.count() + kGradientPanels - 1) / kGradientPanels, wide = padded<T>(n), room = kGradientRows * round_up(n, kWide), numel = 2 * room;
   const auto gradient_of = [&](T* memory, long group) {
     memory += group * numel;
-    return Gradient<T>{memory + kGradientRows * wide, memory};
+    return Gradient<T>{memory + room, memory};
   };
   if (w.columns > w.rows) {
     T* shared = Scratch::get<T>(Scratch::kShared, groups * numel);
@@ -372,12 +388,12 @@ void layer_pass(const Team& team, const Panels<T>& w, const Source& source, cons
       const long k0 = i * strip, k1 = std::min(k0 + strip, w.columns);
       T* xs = Scratch::get<T>(Scratch::kInput, n * stride + (grad_x ? strip * wide : 0));
       T* grad = grad_x ? xs + n * stride : nullptr;
-      if (weights) take_columns(x, n, w.columns, k0, k1, xs, stride);
+      if (weights) take_columns(x, w.columns, 0, n, k0, k1, xs, stride);
       if (grad) std::fill(grad, grad + (k1 - k0) * wide, T(0));
       Sink<T> sink(target, w);
       for (long group = 0; group < groups; ++group)
         group_backward(w, group, k0, k1, n, gradient_of(shared, group), xs, stride, grad, weights, sink);
-      if (grad) give_columns(grad, k1 - k0, n, grad_x + k0, w.columns);
+      if (grad) give_columns(grad, k1 - k0, n, grad_x, k0, w.columns);
       squares[i] = sink.square();
     });
     if (target.mode == kNorm)
@@ -390,9 +406,9 @@ void layer_pass(const Team& team, const Panels<T>& w, const Source& source, cons
   T* xs = Scratch::get<T>(Scratch::kShared, n * stride + (grad_x ? parts * w.columns * wide : 0));
   T* shares = xs + n * stride;
   if (weights) {
-    const Split samples(n, std::max(1L, 16384 / std::max(w.columns, 1L)));
-    team.each(samples.count, [&](long i) {
-      take_columns(x + samples.begin(i) * w.columns, samples.size(i), w.columns, 0, w.columns, xs + samples.begin(i) * stride, stride);
+    const long step = round_up(16384 / std::max(w.columns, 1L), kWide) | kWide;
+    team.each((n + step - 1) / step, [&](long i) {
+      take_columns(x, w.columns, i * step, std::min((i + 1) * step, n), 0, w.columns, xs + i * step * stride, stride);
     });
   }
   std::vector<double> squares(parts);
@@ -420,11 +436,11 @@ void layer_pass(const Team& team, const Panels<T>& w, const Source& source, cons
     T* sum = shares + k0 * wide;
     for (long part = 1; part < parts; ++part)
       for (long j = 0; j < count; j += kLanes<T>) store(sum + j, load(sum + j) + load(sum + part * w.columns * wide + j));
-    give_columns(sum, columns.size(i), n, grad_x + k0, w.columns);
+    give_columns(sum, columns.size(i), n, grad_x, k0, w.columns);
   });
 }
 
-// `s` with its pointers moved to sample n.
+// `s` with its pointers moved to sample n, the first of a tile.
 template <class T>
 Source from_sample(Source s, long n, long rows) {
   const auto move = [&](const void*& p, long stride) {
@@ -436,7 +452,8 @@ Source from_sample(Source s, long n, long rows) {
   return s;
 }
 
-// grad_x [n][columns] (null: not wanted), grad_bias [rows] (null: not wanted), and what the target says of the weight.
+// grad_x [columns] (null: not wanted), grad_bias [rows] (null: not wanted), and what the target says of the weight. x, grad_x and what the
+// source names, but for grad_ladj, lie in wide tiles.
 template <class T>
 void layer_backward(const Team& team, const Panels<T>& w, const Source& source, const T* x, long n, T* grad_x, T* grad_bias,
                     const Target& target) {
@@ -448,12 +465,10 @@ void layer_backward(const Team& team, const Panels<T>& w, const Source& source, 
   }
   // The gradient of x first, as Adam changes the weight.
   const Target none{};
-  if (grad_x) {
-    const Split chunks(n, kFusedSamples);
-    for (long i = 0; i < chunks.count; ++i)
-      layer_pass<T>(team, w, from_sample<T>(source, chunks.begin(i), w.rows), nullptr, chunks.size(i),
-                    grad_x + chunks.begin(i) * w.columns, nullptr, none, false);
-  }
+  if (grad_x)
+    for (long i = 0; i < n; i += kFusedSamples)
+      layer_pass<T>(team, w, from_sample<T>(source, i, w.rows), nullptr, std::min(kFusedSamples, n - i), grad_x + i * w.columns, nullptr,
+                    none, false);
   layer_pass<T>(team, w, source, x, n, nullptr, grad_bias, target, target.mode != kNone);
 }
 

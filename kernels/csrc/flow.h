@@ -29,10 +29,10 @@ struct Saved {
   T *log_scale, *z;
 };
 
-// Of all blocks, in the order of kernels/flow/saved.py.
+// Of all blocks, in the order of kernels/flow/saved.py, each [units] in wide tiles. A number behind them says that they are.
 template <class T>
-std::vector<Saved<T>> lay_out(const Flow& flow, long n, T* memory) {
-  const auto take = [&](long units) { return std::exchange(memory, memory + n * units); };
+std::vector<Saved<T>> lay_out(const Flow& flow, long n, T*& memory) {
+  const auto take = [&](long units) { return std::exchange(memory, memory + round_up(n, kWide) * units); };
   std::vector<Saved<T>> result;
   for (long b = 0; b < flow.block_count; ++b) {
     const Block& block = flow.blocks[b];
@@ -46,42 +46,10 @@ std::vector<Saved<T>> lay_out(const Flow& flow, long n, T* memory) {
   return result;
 }
 
-// Calls body(sample, first, end) over parts of n rows of `features` numbers.
-template <class Body>
-void each_piece(const Team& team, long n, long features, const Body& body) {
-  const Split pieces(features, std::max(64L, 16384 / std::max(n, 1L)));
-  team.each(pieces.count, [&](long i) {
-    for (long s = 0; s < n; ++s) body(s, pieces.begin(i), pieces.begin(i) + pieces.size(i));
-  });
-}
-
-// to[s][k] = from[s][permutation[k]]
-template <class T>
-void gather(const Team& team, const T* from, const int64_t* permutation, long n, long features, T* to) {
-  each_piece(team, n, features, [&](long s, long begin, long end) {
-    const T* x = from + s * features;
-    T* y = to + s * features;
-    if (permutation)
-      for (long k = begin; k < end; ++k) y[k] = x[permutation[k]];
-    else
-      std::copy(x + begin, x + end, y + begin);
-  });
-}
-
-// to[s][permutation[k]] = from[s][k] + more[s][k] (null: nothing more): a gradient's way back through `gather`.
-template <class T>
-void scatter(const Team& team, const T* from, const T* more, const int64_t* permutation, long n, long features, T* to) {
-  each_piece(team, n, features, [&](long s, long begin, long end) {
-    const T *x = from + s * features, *y = more + s * features;
-    T* z = to + s * features;
-    for (long k = begin; k < end; ++k) z[permutation ? permutation[k] : k] = more ? x[k] + y[k] : x[k];
-  });
-}
-
 // Calls body(tile, first unit, end) over parts of tiles of so many units, each a multiple of a vector but for the last.
 template <class Body>
 void each_part(const Team& team, const Tiles& tiles, long units, const Body& body) {
-  const long step = round_up(std::max(64L, 8192 / tiles.n), 64L), count = (units + step - 1) / step;
+  const long step = round_up(std::max(64L, 8192 / std::max(tiles.n, 1L)), 64L), count = (units + step - 1) / step;
   team.each(count, [&](long i) {
     for (long t = 0; t < tiles.count; ++t) body(i, t, i * step, std::min((i + 1) * step, units));
   });
@@ -121,55 +89,111 @@ void add_squares(const Team& team, const Tiles& tiles, const T* z, long units, T
 inline constexpr long kSlack = 64;  // numbers behind tiles, which are read in whole vectors
 inline constexpr const int64_t* kInOrder = nullptr;
 
+// Wide tiles `to` of the same units as tiles of any kind, unit k at place order[k] (null: k) of these.
+template <class T, class Order>
+void widen(const Team& team, const Tiles& tiles, const T* from, long units, const Order& order, T* to) {
+  each_part(team, tiles, units, [&](long, long t, long k0, long k1) {
+    const long size = tiles.size(t), first = tiles.begin(t), last = t + 1 == tiles.count ? round_up(tiles.n, kWide) : first + size;
+    for (long k = k0; k < k1; ++k) {
+      const T* row = from + tiles.offset(t, units) + (order ? order[k] : k) * size;
+      if (tiles.count == 1)  // which is at most one wide tile
+        for (long v = 0; v < kWide; v += kLanes<T>) store(to + k * kWide + v, load_part<T>(row + v, std::clamp<long>(size - v, 0, kLanes<T>)));
+      else
+        for (long i = first; i < last; ++i) *in_tile(to, i, k, units) = i < first + size ? row[i - first] : T(0);
+    }
+  });
+}
+
+// Where a block's activations go: to the memory that is saved, or to buffers that take turns.
+template <class T>
+struct Buffers {
+  T *x[2], *hidden[2], *log_scale;
+  Buffers(const Flow& flow, const Tiles& tiles, bool saves) {
+    long units = 0;
+    for (long i = 0; i < flow.layer_count; ++i) units = std::max<long>(units, flow.layers[i].columns);
+    const long plane = tiles.numel(flow.features) + kSlack, of_hidden = tiles.numel(units) + kSlack;
+    T* memory = Scratch::get<T>(Scratch::kState, (saves ? 3 : 2) * plane + 2 * of_hidden);
+    const auto take = [&](long count) { return std::exchange(memory, memory + count); };
+    for (T*& buffer : x) buffer = take(plane);
+    for (T*& buffer : hidden) buffer = take(of_hidden);
+    log_scale = saves ? memory : nullptr;
+  }
+};
+
+// Samples from `first` on, as many as the tiles have.
 template <class T, class W>
 void chunk_forward(const Flow& flow, const int32_t* places, const Team& team, const Tiles& tiles, const T* x, T* z, double* ladj, T* squares,
                    const std::vector<Saved<T>>& saved, long first) {
-  const long features = flow.features, plane = tiles.numel(features) + kSlack;
-  long units = 0;
-  for (long i = 0; i < flow.layer_count; ++i) units = std::max<long>(units, flow.layers[i].columns);
-  T* memory = Scratch::get<T>(Scratch::kState, (saved.empty() ? 2 : 3) * plane + 2 * (tiles.numel(units) + kSlack));
-  T *from = memory, *to = from + plane, *hidden[2] = {to + plane, to + plane + tiles.numel(units) + kSlack};
-  T* log_scale = saved.empty() ? nullptr : hidden[1] + tiles.numel(units) + kSlack;
+  const long features = flow.features;
+  const bool direct = !saved.empty() && tiles.wide;  // what is saved is computed in its place
+  const Buffers<T> buffers(flow, tiles, !saved.empty() && !direct);
   const auto places_of = [&](long b) { return b < flow.block_count && flow.blocks[b].permutation ? places + b * features : nullptr; };
-  fill_tiles(team, tiles, x, features, places_of(0), from);
+  const auto x_of = [&](long b) { return direct && b < flow.block_count ? saved[b].x + first * features : buffers.x[b % 2]; };
+  const auto keep = [&](const T* from, long units, const int32_t* order, T* to) {
+    if (!saved.empty() && !direct) widen(team, tiles, from, units, order, to + first * units);
+  };
+  fill_tiles(team, tiles, x, features, places_of(0), x_of(0));
   std::vector<double> totals;
-  for (long b = 0; b < flow.block_count; ++b, std::swap(from, to)) {
+  for (long b = 0; b < flow.block_count; ++b) {
     const Block& block = flow.blocks[b];
-    if (!saved.empty() && (b == 0 || block.permutation)) give_tiles(team, tiles, from, features, kInOrder, saved[b].x + first * features);
-    const T* h = from;
+    if (b == 0 || block.permutation) keep(x_of(b), features, nullptr, saved.empty() ? nullptr : saved[b].x);
+    const T* h = x_of(b);
     const Layer* layer = layers_of(flow, block);
-    for (long k = 0; k + 1 < block.layer_count; h = hidden[k++ % 2], ++layer) {
-      linear_forward<T>(team, Panels<W>(*layer), static_cast<const T*>(layer->bias), tiles, h, flow.relu, hidden[k % 2]);
-      if (!saved.empty()) give_tiles(team, tiles, hidden[k % 2], layer->rows, kInOrder, saved[b].hidden[k] + first * layer->rows);
+    for (long k = 0; k + 1 < block.layer_count; ++k, ++layer) {
+      T* y = direct ? saved[b].hidden[k] + first * layer->rows : buffers.hidden[k % 2];
+      linear_forward<T>(team, Panels<W>(*layer), static_cast<const T*>(layer->bias), tiles, h, flow.relu, y);
+      keep(y, layer->rows, nullptr, saved.empty() ? nullptr : saved[b].hidden[k]);
+      h = y;
     }
     const Panels<W> output(*layer);
     totals.resize(forward_parts(output, tiles) * tiles.n);
     const int32_t* next = places_of(b + 1);
-    affine_forward<T>(team, output, block.map, static_cast<const T*>(layer->bias), tiles, h, {from, to, next, log_scale}, totals.data());
+    AffineTiles<T> at{x_of(b), x_of(b + 1), next, nullptr, buffers.log_scale};
+    if (direct) at.own = saved[b].z + first * features, at.log_scale = saved[b].log_scale + first * features;
+    affine_forward<T>(team, output, block.map, static_cast<const T*>(layer->bias), tiles, h, at, totals.data());
     add_totals(totals, block.map.sign(), tiles.n, ladj);
-    if (saved.empty()) continue;
-    give_tiles(team, tiles, log_scale, features, kInOrder, saved[b].log_scale + first * features);
-    give_tiles(team, tiles, to, features, next, saved[b].z + first * features);
+    if (saved.empty() || direct) continue;
+    keep(buffers.log_scale, features, nullptr, saved[b].log_scale);
+    keep(x_of(b + 1), features, next, saved[b].z);
   }
-  if (z) give_tiles(team, tiles, from, features, flow.permutation, z);
-  if (squares) add_squares(team, tiles, from, features, squares);
+  const T* last = x_of(flow.block_count);
+  if (z) give_tiles(team, tiles, last, features, flow.permutation, z);
+  if (squares) add_squares(team, tiles, last, features, squares);
+}
+
+// n samples in parts that go through the weights together, whole wide tiles each but for the last.
+template <class Body>
+void each_chunk(long n, const Body& body) {
+  const long count = (n + kChunk - 1) / kChunk, step = count > 0 ? round_up((n + count - 1) / count, kWide) : 0;
+  for (long first = 0; first < n; first += step) body(Tiles(std::min(step, n - first)), first);
 }
 
 // z [n][features] and squares [n], the sums of its squares, may be null: not wanted. `places` [blocks][features]: where the permutation
 // before a block takes each number of what the block is given.
 template <class T, class W>
 void flow_forward(const Flow& flow, const int32_t* places, const T* x, long n, T* z, T* ladj, T* saved, T* squares, long threads) {
-  if (n == 0) return;
   const Team team(most_threads<W>(flow, n, threads));
   const std::vector<Saved<T>> all = saved ? lay_out(flow, n, saved) : std::vector<Saved<T>>();
-  const Split chunks(n, kChunk);
-  for (long i = 0; i < chunks.count; ++i) {
-    const long first = chunks.begin(i);
-    std::vector<double> sums(chunks.size(i));
-    chunk_forward<T, W>(flow, places, team, Tiles(chunks.size(i)), x + first * flow.features, z ? z + first * flow.features : nullptr,
-                        sums.data(), squares ? squares + first : nullptr, all, first);
+  if (saved) *saved = 1;
+  each_chunk(n, [&](const Tiles& tiles, long first) {
+    std::vector<double> sums(tiles.n);
+    chunk_forward<T, W>(flow, places, team, tiles, x + first * flow.features, z ? z + first * flow.features : nullptr, sums.data(),
+                        squares ? squares + first : nullptr, all, first);
     std::copy(sums.begin(), sums.end(), ladj + first);
-  }
+  });
+}
+
+// to[order[k]] = from[k] + more[k] (null: nothing more) for the units k of wide tiles: a gradient's way back through a permutation.
+template <class T>
+void scatter(const Team& team, const Tiles& tiles, const T* from, const T* more, const int64_t* order, long units, T* to) {
+  each_part(team, tiles, units, [&](long, long t, long k0, long k1) {
+    const long tile = tiles.offset(t, units);
+    for (long k = k0; k < k1; ++k)
+      for (long v = 0; v < kWide; v += kLanes<T>) {
+        const long at = tile + k * kWide + v;
+        store(to + tile + (order ? order[k] : k) * kWide + v, more ? load(from + at) + load(more + at) : load(from + at));
+      }
+  });
 }
 
 template <class T>
@@ -177,14 +201,16 @@ void flow_backward(const Flow& flow, const T* grad_z, const T* grad_ladj, const 
                    const Target* targets, long threads) {
   const long features = flow.features;
   const Team team(most_threads<T>(flow, n, threads));
+  const Tiles tiles(n, true);
   const std::vector<Saved<const T>> all = lay_out(flow, n, saved);
   long widest = 0;
   for (long b = 0; b < flow.block_count; ++b)
     for (long k = 1; k < flow.blocks[b].layer_count; ++k) widest = std::max<long>(widest, layers_of(flow, flow.blocks[b])[k].columns);
-  T* of_z = Scratch::get<T>(Scratch::kState, n * (3 * features + 2 * widest));
-  T *direct = of_z + n * features, *through = direct + n * features;  // the two ways to a block's x
-  T* const of_hidden[2] = {through + n * features, through + n * features + n * widest};
-  scatter<T>(team, grad_z, nullptr, flow.permutation, n, features, of_z);
+  const long plane = tiles.numel(features), of_units = tiles.numel(widest);
+  T* of_z = Scratch::get<T>(Scratch::kState, 3 * plane + 2 * of_units);
+  T *direct = of_z + plane, *through = direct + plane;  // the two ways to a block's x
+  T* const of_hidden[2] = {through + plane, through + plane + of_units};
+  fill_tiles(team, tiles, grad_z, features, flow.permutation, of_z);
   for (long b = flow.block_count - 1, i = flow.layer_count - 1; b >= 0; --b) {
     const Block& block = flow.blocks[b];
     const Saved<const T>& from = all[b];
@@ -204,8 +230,9 @@ void flow_backward(const Flow& flow, const T* grad_z, const T* grad_ladj, const 
       layer_backward<T>(team, Panels<T>(flow.layers[i]), above, k > 0 ? from.hidden[k - 1] : from.x, n, below,
                         static_cast<T*>(grad_biases[i]), targets[i]);
     }
-    if (wanted) scatter<T>(team, direct, through, block.permutation, n, features, b > 0 ? of_z : grad_x);
+    if (wanted) scatter<T>(team, tiles, direct, through, block.permutation, features, of_z);
   }
+  if (grad_x) give_tiles(team, tiles, of_z, features, kInOrder, grad_x);
 }
 
 }  // namespace FASTMAF_ISA

@@ -109,9 +109,11 @@ const T* widened(const W* columns, long count, T* memory) {
   return memory;
 }
 
-// c [tile][c_rows][16] += (add) or = start plus columns k0..k1 of a panel times `count` wide tiles, x [tile][columns][16].
+// c [tile][c_rows][16] += (add) or = start plus columns k0..k1 of a panel times `count` wide tiles, x [tile][columns][16]. `next`: the
+// weights that are read afterwards.
 template <class T, class W>
-void wide_product(const Panels<W>& w, long p, long k0, long k1, const T* x, long count, T* c, long c_rows, bool add, const T* start) {
+void wide_product(const Panels<W>& w, long p, long k0, long k1, const T* x, long count, T* c, long c_rows, bool add, const T* start,
+                  const W* next) {
   constexpr int L = kLanes<T>, kVectors = std::min<int>(kWide / L, 2), kRows = kRegisters == 32 ? 16 / kVectors : 4;
   k1 = std::max(k0, std::min<long>(k1, w.visible(p)));
   if (k0 == k1 && add) return;
@@ -122,7 +124,7 @@ void wide_product(const Panels<W>& w, long p, long k0, long k1, const T* x, long
     const T* a = widened(weight, columns, memory);
     for (long t = 0; t < count; ++t) {
       // Each tile fetches its share of the columns that come next, so that memory is read all the time.
-      const W* fetch = weight + (columns + t * columns / count) * kPanel;
+      const W* fetch = (stop < k1 ? weight + columns * kPanel : next) + t * columns / count * kPanel;
       const long step = kPanel / count;
       const T* from = x + (t * w.columns + k0) * kWide;
       T* to = c + t * c_rows * kWide;
@@ -160,7 +162,8 @@ void products(const Panels<W>& w, const Tiles& tiles, long p, long panels, long 
 #endif
   if (tiles.wide) {
     for (long i = 0; i < panels; ++i)
-      wide_product(w, p + i, k0, k1, operand.x, tiles.count, c + i * kPanel * kWide, c_rows, false, start + i * kPanel);
+      wide_product(w, p + i, k0, k1, operand.x, tiles.count, c + i * kPanel * kWide, c_rows, false, start + i * kPanel,
+                   w.panel(std::min(p + i + 1, w.count() - 1)) + k0 * kPanel);
     return;
   }
   const long end = std::max(k0, std::min<long>(k1, w.visible(p + panels - 1)));
@@ -341,14 +344,14 @@ FASTMAF_INLINE void deal(const T* c, long dims, T* shifts, T* raws) {
   }
 }
 
-// Where the element-wise map of an output layer reads and writes, in tiles. z of dimension d goes to place places[d] (null: d);
-// log_scale may be null.
+// Where the element-wise map of an output layer reads and writes, in tiles. z of dimension d goes to place places[d] (null: d) of z; and
+// own, if not null, has all in order. log_scale may be null.
 template <class T>
 struct AffineTiles {
   const T* x;
   T* z;
   const int32_t* places;
-  T* log_scale;
+  T *own, *log_scale;
 };
 
 // The map of `dims` dimensions from d0 on, of one tile; c as `multiply` gives it. Adds the log-scales to sums.
@@ -365,9 +368,10 @@ void affine_rows(const AffineMap& map, const Tiles& tiles, long t, const T* c, l
     for (long d = 0; d < dims; ++d)
       for (long v = 0; v < kWide; v += L) {
         const Vec<T> a = log_scale_of<T>(load(c + (2 * d + 1) * kWide + v), map);
+        const Vec<T> zv = mapped<T>(map, load(c + 2 * d * kWide + v), a, load(x + d * kWide + v));
         store(a_of + d * kWide + v, a);
-        store(z + (at.places ? at.places[d0 + d] : d0 + d) * kWide + v,
-              mapped<T>(map, load(c + 2 * d * kWide + v), a, load(x + d * kWide + v)));
+        store(z + (at.places ? at.places[d0 + d] : d0 + d) * kWide + v, zv);
+        if (at.own) store(at.own + first + (d0 + d) * kWide + v, zv);
       }
   } else {
     T shifts[kMost], raws[kMost], zs[kMost];

@@ -236,7 +236,7 @@ class BlockInverse {
       long& known = known_[k][t * (p1 - p0) + p - p0];
       T* to = c + row_at(tiles_, (p - p0) * kPanel);
       if (tiles_.wide)
-        wide_product(layers_[k], p, known, columns, values, 1, to, rows, true, kZeros<T>);
+        wide_product(layers_[k], p, known, columns, values, 1, to, rows, true, kZeros<T>, layers_[k].panel(p) + columns * kPanel);
       else
         narrow_product(layers_[k], p, known, columns, values, tiles_.size(t), to, rows, true, kZeros<T>, 0);
       known = columns;
@@ -293,13 +293,10 @@ class BlockInverse {
 // x [n][features] and ladj [n] of a sequence of inverses.
 template <class T, class W>
 void flow_inverse(const Flow& flow, const T* z, long n, T* x, T* ladj, long threads) {
-  if (n == 0) return;
   const long features = flow.features;
-  const Split chunks(n, kChunk);
   const Team team(most_threads<W>(flow, std::min(n, kChunk), threads));
-  for (long i = 0; i < chunks.count; ++i) {
-    const Tiles tiles(chunks.size(i));
-    const long first = chunks.begin(i) * features, plane = tiles.numel(features) + kSlack;
+  each_chunk(n, [&](const Tiles& tiles, long begin) {
+    const long first = begin * features, plane = tiles.numel(features) + kSlack;
     long numel = 0;
     for (long b = 0; b < flow.block_count; ++b) numel = std::max(numel, BlockInverse<T, W>::numel(flow, flow.blocks[b], tiles));
     T *from = Scratch::get<T>(Scratch::kState, 2 * plane + numel), *to = from + plane, *memory = to + plane;
@@ -312,8 +309,8 @@ void flow_inverse(const Flow& flow, const T* z, long n, T* x, T* ladj, long thre
       for (long s = 0; s < tiles.n; ++s) total[s] -= block.map.sign() * sums[s];
     }
     give_tiles(team, tiles, from, features, flow.permutation, x + first);
-    std::copy(total.begin(), total.end(), ladj + chunks.begin(i));
-  }
+    std::copy(total.begin(), total.end(), ladj + begin);
+  });
 }
 
 }  // namespace FASTMAF_ISA

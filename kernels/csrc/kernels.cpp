@@ -5,12 +5,6 @@ namespace fastmaf {
 namespace FASTMAF_ISA {
 namespace {
 
-template <class Body>
-void each_chunk(long n, const Body& body) {
-  const Split chunks(n, kChunk);
-  for (long i = 0; n > 0 && i < chunks.count; ++i) body(Tiles(chunks.size(i)), chunks.begin(i));
-}
-
 template <class T, class W>
 struct Entry {
   static void forward(const Flow& flow, const int32_t* places, const void* x, int64_t n, void* z, void* ladj, void* saved, void* squares,
@@ -49,7 +43,7 @@ struct Entry {
       fill_tiles(team, tiles, static_cast<const T*>(h) + first * w.columns, w.columns, kInOrder, hs);
       fill_tiles(team, tiles, static_cast<const T*>(x) + first * features, features, kInOrder, xs);
       std::vector<double> totals(forward_parts(w, tiles) * tiles.n), sums(tiles.n);
-      affine_forward<T>(team, w, map, static_cast<const T*>(layer.bias), tiles, hs, {xs, zs, nullptr, as}, totals.data());
+      affine_forward<T>(team, w, map, static_cast<const T*>(layer.bias), tiles, hs, {xs, zs, nullptr, nullptr, as}, totals.data());
       add_totals(totals, map.sign(), tiles.n, sums.data());
       std::copy(sums.begin(), sums.end(), static_cast<T*>(ladj) + first);
       give_tiles(team, tiles, zs, features, kInOrder, static_cast<T*>(z) + first * features);
@@ -60,7 +54,25 @@ struct Entry {
                                 const Target& target, long threads) {
     const Panels<T> w(layer);
     const Team team(useful_threads(w, n, threads));
-    layer_backward<T>(team, w, source, static_cast<const T*>(x), n, static_cast<T*>(grad_x), static_cast<T*>(grad_bias), target);
+    const Tiles tiles(n, true);
+    const long outputs = source.log_scale ? w.rows / 2 : w.rows;
+    T* memory = Scratch::get<T>(Scratch::kState, tiles.numel(2 * w.columns + 6 * outputs));
+    const auto take = [&](const void* from, long units) -> const void* {
+      if (from == nullptr) return nullptr;
+      T* to = std::exchange(memory, memory + tiles.numel(units));
+      fill_tiles(team, tiles, static_cast<const T*>(from), units, kInOrder, to);
+      return to;
+    };
+    Source in_tiles = source;
+    for (const void* Source::*part : {&Source::grad_y, &Source::relu_of, &Source::grad_z, &Source::grad_log_scale, &Source::x, &Source::z,
+                                      &Source::log_scale})
+      in_tiles.*part = take(source.*part, outputs);
+    const T* xs = static_cast<const T*>(take(x, w.columns));
+    T *of_x = memory, *of_map = of_x + tiles.numel(w.columns);
+    if (source.grad_x) in_tiles.grad_x = of_map;
+    layer_backward<T>(team, w, in_tiles, xs, n, grad_x ? of_x : nullptr, static_cast<T*>(grad_bias), target);
+    if (grad_x) give_tiles(team, tiles, of_x, w.columns, kInOrder, static_cast<T*>(grad_x));
+    if (source.grad_x) give_tiles(team, tiles, of_map, outputs, kInOrder, static_cast<T*>(source.grad_x));
   }
   static constexpr Kernels kernels() { return {forward, inverse, backward, linear, affine, backward_of_layer}; }
 };

@@ -24,8 +24,8 @@ struct Split {
 class Tiles {
  public:
   // Wide where at most a fifth of the vectors' lanes is lost to the last tile.
-  explicit Tiles(long n)
-      : n(n), wide(n > 8 && round_up(n, kWide) * 5 <= n * 6), count(wide ? (n + kWide - 1) / kWide : Split(n, kMostNarrow).count) {}
+  explicit Tiles(long n) : Tiles(n, n > 8 && round_up(n, kWide) * 5 <= n * 6) {}
+  Tiles(long n, bool wide) : n(n), wide(wide), count(wide ? (n + kWide - 1) / kWide : Split(n, kMostNarrow).count) {}
 
   const long n;
   const bool wide;

@@ -145,16 +145,16 @@ inline void store_part(float* p, Vec<float> v, long count) {
   _mm512_mask_storeu_ps(p, static_cast<__mmask16>((1u << std::clamp(count, 0L, 16L)) - 1), (__m512)v);
 }
 #elif defined(__AVX2__) && !defined(FASTMAF_LANES_ARE_ONE)
-inline __m256i first_lanes(long count) {
+inline __m256i mask_of_first(long count) {
   return _mm256_cmpgt_epi32(_mm256_set1_epi32(static_cast<int>(std::clamp(count, 0L, 8L))), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
 }
 template <>
 inline Vec<float> load_part<float>(const float* p, long count) {
-  return (Vec<float>)_mm256_maskload_ps(p, first_lanes(count));
+  return (Vec<float>)_mm256_maskload_ps(p, mask_of_first(count));
 }
 template <>
 inline void store_part(float* p, Vec<float> v, long count) {
-  _mm256_maskstore_ps(p, first_lanes(count), (__m256)v);
+  _mm256_maskstore_ps(p, mask_of_first(count), (__m256)v);
 }
 #endif
 
@@ -356,15 +356,25 @@ inline Vec<T> logistic(Vec<T> v) {
   return ((v > Vec<T>{}) ? broadcast(T(1)) : t) / (t + T(1));
 }
 
+// Zero in the lanes behind the first `count`.
+template <class T>
+FASTMAF_INLINE Vec<T> first_lanes(Vec<T> v, long count) {
+#if defined(FASTMAF_LANES_ARE_ONE)
+  return count > 0 ? v : T(0);
+#else
+  IntVec<T> lane;
+  for (int i = 0; i < kLanes<T>; ++i) lane[i] = i;
+  return (lane < IntVec<T>{} + static_cast<typename VecOf<T>::integer>(count)) ? v : Vec<T>{};
+#endif
+}
+
 // The sum of the first `count` lanes, in pairs.
 template <class T>
 FASTMAF_INLINE T lane_sum(Vec<T> v, long count) {
 #if defined(FASTMAF_LANES_ARE_ONE)
   return count > 0 ? v : T(0);
 #else
-  IntVec<T> lane;
-  for (int i = 0; i < kLanes<T>; ++i) lane[i] = i;
-  if (count < kLanes<T>) v = (lane < IntVec<T>{} + static_cast<typename VecOf<T>::integer>(count)) ? v : Vec<T>{};
+  if (count < kLanes<T>) v = first_lanes<T>(v, count);
 #if defined(__clang__)
   T buffer[kLanes<T>];
   store(buffer, v);
@@ -372,6 +382,8 @@ FASTMAF_INLINE T lane_sum(Vec<T> v, long count) {
     for (int i = 0; i < width; ++i) buffer[i] += buffer[i + width];
   return buffer[0];
 #else
+  IntVec<T> lane;
+  for (int i = 0; i < kLanes<T>; ++i) lane[i] = i;
 #pragma GCC unroll 4
   for (int width = kLanes<T> / 2; width > 0; width /= 2) v += __builtin_shuffle(v, lane ^ width);
   return v[0];

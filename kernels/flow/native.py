@@ -14,6 +14,7 @@ from torch import Tensor
 from fastmaf.kernels import native_args, native_library
 from fastmaf.kernels.adam.update import Update
 from fastmaf.kernels.flow.args import FlowArgs, FlowBatch
+from fastmaf.kernels.flow.saved import TILES, numel_of, relaid
 from fastmaf.kernels.flow.torch import UPDATES_BIASES, inverse_backward
 from fastmaf.kernels.huge_pages import empty_on_huge_pages
 from fastmaf.kernels.native_args import ADAM, WRITE, FlowPlan, check_tensor
@@ -50,7 +51,7 @@ def forward(x: Tensor, args: FlowArgs, save: bool, plan: FlowPlan | None = None)
 
 def _saved(x: Tensor, plan: FlowPlan) -> Tensor:
     # Memory that comes from the system anew in every step, in pages that are cleared one by one.
-    return empty_on_huge_pages(x.shape[0] * plan.saved, device=x.device, dtype=x.dtype)
+    return empty_on_huge_pages(numel_of(plan.saved, x.shape[0]), device=x.device, dtype=x.dtype)
 
 
 def _forward(
@@ -160,7 +161,8 @@ def _backward(
     plan = plan or _plan("grad_z", grad_z, args)
     n = grad_z.shape[0]
     check_tensor("grad_ladj", grad_ladj, grad_z.dtype, (n,))
-    check_tensor("saved", saved, grad_z.dtype, (n * plan.saved,))
+    check_tensor("saved", saved, grad_z.dtype, (numel_of(plan.saved, n),))
+    saved = relaid(args, saved, n, TILES)
     grad_x = grad_z.new_empty(n if need_grad_x else 0, plan.features)
     grad_biases = [torch.empty_like(bias) for bias in args.biases]
     into = (ctypes.c_void_p * len(grad_biases))(*[grad.data_ptr() for grad in grad_biases])

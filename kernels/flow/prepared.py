@@ -71,7 +71,7 @@ class PreparedFlow:
         """
         if x.dtype != self._dtype or not (x.is_cpu and self._on_cpu) or is_recorded(x) or composite.needed():
             return None
-        if not hasattr(implementation("flow", x), "density"):
+        if _native(x) is None:
             return None
         try:
             versions = list(map(_version, self._constants))
@@ -129,15 +129,22 @@ class PreparedFlow:
 
     def backward(self, batch: FlowBatch, plan: FlowPlan | None) -> list[Tensor]:
         """Returns the gradients of ``parameters``; with a plan only directly after ``log_density_saving``."""
-        if plan is None or plan.struct.weight_dtype != plan.struct.dtype or sum(plan.numels) > _FEW:
-            _, grad_weights, grad_biases = flow_backward(batch, self.args, False)
-            return [*grad_weights, *grad_biases]
-        grads: list[Tensor] = implementation("flow", batch.saved).backward_of_all(batch, plan)
-        return grads
+        native = _native(batch.saved)
+        if native and plan and plan.struct.weight_dtype == plan.struct.dtype and sum(plan.numels) <= _FEW:
+            grads: list[Tensor] = native.backward_of_all(batch, plan)
+            return grads
+        _, grad_weights, grad_biases = flow_backward(batch, self.args, False)
+        return [*grad_weights, *grad_biases]
 
     def is_in_place(self, parameters: Sequence[Tensor]) -> bool:
         """Returns whether the parameters are in the memory that the plan points to."""
         return self._known is not None and memory_of(parameters) == self._known.memory
+
+
+def _native(x: Tensor) -> Any:
+    """Returns the native backend if it serves ``x``, else None."""
+    backend = implementation("flow", x)
+    return backend if hasattr(backend, "density") else None
 
 
 def _log_density(squares: Tensor, ladj: Tensor, features: int) -> Tensor:
@@ -164,7 +171,7 @@ class _LogDensity(torch.autograd.Function):
             x = first_x(args, saved, z.shape[0]) if x is None else x
             return None, None, *composite.flow_gradients(composite.flow_log_density, x, args, (grad,))
         batch = FlowBatch(z * -grad[:, None], grad.contiguous(), saved)
-        plan = ctx.plan if ctx.flow.is_in_place(parameters) else None
+        plan = ctx.plan if _native(z) and ctx.flow.is_in_place(parameters) else None
         result = backward_to_sinks(ctx, batch, args, *([] if plan is None else [plan]))
         if result is None and not ctx.need_grad_x and plan is not None:
             return None, None, None, *ctx.flow.backward(batch, plan)

@@ -1,8 +1,12 @@
 """The activations that a flow's forward pass saves, and the backward pass through its layers.
 
-One 1-D tensor holds them, so that an op has one more result: for each block in turn x ``[N, D]`` (of the first
-block, and where a permutation stands before the block; else it is the z of the block before), its hidden layers
-``[N, H]``, log_scale and z ``[N, D]``.
+One 1-D tensor holds them, so that an op has one more result: for each block in turn x (of the first block, and where a
+permutation stands before the block; else it is the z of the block before), its hidden layers, log_scale and z.
+
+The C++ kernels keep each of these in tiles, ``[tile, unit, 16 samples]``, with zeros behind the last sample; all others
+by sample, ``[N, unit]``, with room left at the end. The tensor's last number says which it is, ``TILES`` or
+``BY_SAMPLE``: a backward pass may run on another backend than its forward pass. Tensors that are not on the CPU are
+always by sample, and the number is not looked at.
 """
 
 from __future__ import annotations
@@ -20,7 +24,7 @@ from fastmaf.kernels.masked_linear.args import LinearBatch
 
 
 class Activations(NamedTuple):
-    """The activations of one block, views ``[N, units]`` of the saved tensor."""
+    """The activations of one block, views ``[N, units]`` of a tensor that is laid out by sample."""
 
     x: Tensor
     hidden: list[Tensor]
@@ -40,16 +44,52 @@ def _widths(args: FlowArgs) -> list[list[int]]:
     return widths
 
 
+TILE = 16  # samples
+BY_SAMPLE, TILES = 0.0, 1.0
+
+
+def numel_of(units: int, n: int) -> int:
+    """Returns how many numbers the tensor has for ``n`` samples with so many numbers each."""
+    return -(-n // TILE) * TILE * units + 1
+
+
 def saved_numel(args: FlowArgs, n: int) -> int:
     """Returns how many numbers are saved for a batch of ``n``."""
-    return n * sum(map(sum, _widths(args)))
+    return numel_of(sum(map(sum, _widths(args))), n)
+
+
+def new_saved(x: Tensor, args: FlowArgs) -> Tensor:
+    """Returns the tensor for a batch ``x``, to be filled by sample."""
+    saved = x.new_empty(saved_numel(args, len(x)))
+    if x.device.type == "cpu":
+        saved[-1] = BY_SAMPLE
+    return saved
+
+
+def relaid(args: FlowArgs, saved: Tensor, n: int, layout: float) -> Tensor:
+    """Returns the same activations in tiles or by sample; itself where they are that already."""
+    if saved.device.type != "cpu" or saved[-1].item() == layout:
+        return saved
+    result = torch.empty_like(saved)
+    tiles, at_tile, at_sample = -(-n // TILE), 0, 0
+    for width in (width for block in _widths(args) for width in block):
+        tiled, rows = slice(at_tile, at_tile + tiles * TILE * width), slice(at_sample, at_sample + n * width)
+        if layout == BY_SAMPLE:
+            result[rows] = saved[tiled].view(tiles, width, TILE).transpose(1, 2).reshape(-1, width)[:n].reshape(-1)
+        else:
+            padded = torch.nn.functional.pad(saved[rows].view(n, width), (0, 0, 0, tiles * TILE - n))
+            result[tiled] = padded.view(tiles, TILE, width).transpose(1, 2).reshape(-1)
+        at_tile, at_sample = tiled.stop, rows.stop
+    result[-1] = layout
+    return result
 
 
 def activations(args: FlowArgs, saved: Tensor, n: int) -> list[Activations]:
-    """Returns each block's activations."""
+    """Returns each block's activations, of a tensor by sample."""
     result: list[Activations] = []
     widths = _widths(args)
-    parts = iter(saved.split([n * width for block in widths for width in block]))
+    numels = [n * width for block in widths for width in block]
+    parts = iter(saved[: sum(numels)].split(numels))
     for block in widths:
         x, *hidden, log_scale, z = (next(parts).view(n, width) for width in block)
         result.append(Activations(x if block[0] else result[-1].z, hidden, log_scale, z))
@@ -58,7 +98,7 @@ def activations(args: FlowArgs, saved: Tensor, n: int) -> list[Activations]:
 
 def first_x(args: FlowArgs, saved: Tensor, n: int) -> Tensor:
     """Returns the flow's input ``[N, D]``, from before its first permutation."""
-    return before_permutation(activations(args, saved, n)[0].x, args.permutations[0])
+    return before_permutation(activations(args, relaid(args, saved, n, BY_SAMPLE), n)[0].x, args.permutations[0])
 
 
 def backward(
@@ -102,7 +142,9 @@ def backward(
 
 def blocks_reversed(batch: FlowBatch, args: FlowArgs) -> Iterator[tuple[int, range, Activations]]:
     """Yields each block's number, the numbers of its layers, and its activations; the last block first."""
-    blocks = zip(args.layers_of_blocks(), activations(args, batch.saved, len(batch.grad_z)), strict=True)
+    n = len(batch.grad_z)
+    saved = relaid(args, batch.saved, n, BY_SAMPLE)
+    blocks = zip(args.layers_of_blocks(), activations(args, saved, n), strict=True)
     for b, (layers, at) in reversed(list(enumerate(blocks))):
         yield b, layers, at
 

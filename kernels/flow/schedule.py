@@ -19,7 +19,6 @@ step has nothing to solve.
 
 from __future__ import annotations
 
-from bisect import bisect_right
 from collections.abc import Sequence
 
 import torch
@@ -40,13 +39,15 @@ def level_schedule(in_degrees: Tensor, hidden_degrees: Sequence[Tensor]) -> Tens
         are finished after each step.
     """
     last = int(in_degrees[-1])  # a unit of the last degree feeds no output
-    thresholds = sorted({degree for degree in hidden_degrees[-1].tolist() if degree < last})
-    layers = [degrees.tolist() for degrees in (in_degrees, *hidden_degrees)]
-    # Not by torch, which would share this little work out and wait for its threads.
-    table = [[bisect_right(degrees, threshold) for degrees in layers] for threshold in thresholds]
+    thresholds = hidden_degrees[-1][hidden_degrees[-1] < last].unique_consecutive()
+    table = torch.zeros(len(thresholds) + 1, 1 + len(hidden_degrees), dtype=torch.int32, device="cpu")
+    for column, degrees in zip(table.T, (in_degrees, *hidden_degrees), strict=True):
+        # By NumPy: torch would share this little work out and wait for its threads.
+        column[:-1] = torch.from_numpy(degrees.numpy().searchsorted(thresholds.numpy(), side="right"))
     # A last step for the outputs beyond the last threshold; units that no output reads are never computed.
-    table.append([in_degrees.numel(), *(table[-1][1:] if table else [0] * len(hidden_degrees))])
-    return torch.tensor(table, dtype=torch.int32, device="cpu")
+    table[-1] = table[-2] if len(thresholds) else 0
+    table[-1, 0] = in_degrees.numel()
+    return table
 
 
 def groups(schedule: Tensor) -> list[tuple[int, int]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import struct
+from io import FileIO
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,8 @@ import fastmaf
 from fastmaf.inspection.detector import Detector
 from fastmaf.io import packed_weights
 from fastmaf.io.tensor_file import read_tensors, write_tensors
-from fastmaf.kernels.storage import rows_to_panels
+from fastmaf.kernels import PackedLayout
+from fastmaf.kernels.storage import read_rows
 from fastmaf.transforms import TRANSFORMS, AffineAutoregressive
 from tests.core.helpers import layers_of, normal
 from tests.io.model_files import D, flows
@@ -104,11 +106,11 @@ def test_a_registered_transform_may_fail_in_any_way(tmp_path: Path, monkeypatch:
 def test_weights_are_read_into_the_memory_of_the_flow(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     written: set[int] = set()
 
-    def recorded(rows: torch.Tensor, weight: torch.Tensor, *place: Any) -> bool:
+    def recorded(file: FileIO, weight: torch.Tensor, layout: PackedLayout) -> bool:
         written.add(weight.data_ptr())
-        return rows_to_panels(rows, weight, *place)
+        return read_rows(file, weight, layout)
 
-    monkeypatch.setattr(packed_weights, "rows_to_panels", recorded)
+    monkeypatch.setattr(packed_weights, "read_rows", recorded)
     for name in ("maf", "inference copy"):
         written.clear()
         flow = fastmaf.load(folder / f"{name}.safetensors")

@@ -6,7 +6,7 @@ import json
 import os
 import struct
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import pytest
 import torch
@@ -97,13 +97,17 @@ def test_every_dtype_as_safetensors_writes_it(tmp_path: Path) -> None:
 
 
 def test_safetensors_reads_what_is_written(tmp_path: Path) -> None:
+    def write_parts(file: BinaryIO) -> None:
+        for part in torch.tensor([1.0, 1.0]), torch.zeros(3):
+            file.write(part.to(torch.bfloat16).view(torch.uint8).numpy().data)
+
     bits = torch.arange(64, dtype=torch.uint8)
     dtypes = (torch.uint8, torch.int16, torch.uint32, torch.int64, torch.float16, torch.bfloat16, torch.float32,
               torch.float64, torch.float8_e4m3fn)  # fmt: skip
     tensors: dict[str, torch.Tensor] = {str(dtype): bits.view(dtype).clone() for dtype in dtypes}
     tensors |= {"bool": torch.tensor([True, False]), "empty": torch.zeros(0, 3), 'ü "': torch.tensor(2.5)}
     tensors |= {"strided": torch.arange(12.0)[::3], "transposed": torch.arange(6.0).view(2, 3).t(), "twice": bits[:7]}
-    parts = Streamed(torch.bfloat16, 5, lambda: iter((torch.ones(2, dtype=torch.bfloat16), torch.zeros(3).bfloat16())))
+    parts = Streamed(torch.bfloat16, 5, write_parts)
     write_tensors({**tensors, "parts": parts}, tmp_path / "a.safetensors", {"note": "ß"})
     tensors["parts"] = torch.tensor([1, 1, 0, 0, 0], dtype=torch.bfloat16)
     with safe_open(tmp_path / "a.safetensors", framework="pt") as file:

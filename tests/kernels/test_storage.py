@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 
-from fastmaf.kernels import PackedLayout, layout, storage
+from fastmaf.kernels import PackedLayout, layout, native_library, storage
 from tests.core.helpers import generator
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -47,6 +48,17 @@ def part_bytes(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(storage, "PART_BYTES", request.param)
 
 
+@pytest.fixture(params=["avx512", "avx2", "baseline", "scalar"])
+def isa(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Runs a test with each instruction set; skips those that this machine lacks."""
+    best, *others = native_library.isas()
+    if request.param not in (best, *others):
+        pytest.skip(f"this CPU has {', '.join((best, *others))}")
+    native_library.use_isa(request.param)
+    yield request.param
+    native_library.use_isa(best)
+
+
 def each(dtypes: tuple[torch.dtype, ...] = DTYPES) -> Iterator[tuple[PackedLayout, Tensor, torch.dtype]]:
     """Yields layouts with a dense weight that is zero where it is masked."""
     for of in layouts().values():
@@ -60,15 +72,57 @@ def test_rows_become_panels_and_panels_rows(library: object, part_bytes: None) -
         rows, packed = dense[of.mask()], of.pack(dense)
         weight = torch.full((of.numel,), torch.nan, dtype=dtype)
         again = torch.full((of.visible,), torch.nan, dtype=dtype)
-        covered = 0
-        for part in storage.parts(of, dtype.itemsize):
-            assert (part.start, part.first) == (covered, int(of.prefix[: 16 * part.start].sum()))
-            covered, numbers = part.end, slice(part.first, part.first + part.numel)
-            assert storage.rows_to_panels(rows[numbers].clone(), weight, of, part)
-            assert storage.panels_to_rows(packed, again[numbers], of, part)
-        assert covered == len(of.panels) - 1
+        assert storage.rows_to_panels(rows, weight, of) and storage.panels_to_rows(packed, again, of)
         assert torch.equal(weight, packed) and torch.equal(again, rows)
         assert torch.equal(storage.from_rows(rows, of), packed) and torch.equal(storage.to_rows(packed, of), rows)
+
+
+def test_rows_are_written_to_a_file_and_read(library: object, part_bytes: None, tmp_path: Path) -> None:
+    path, before, after = tmp_path / "rows", b"123", b"45678"
+    for of, dense, dtype in each():
+        packed, weight = of.pack(dense), torch.full((of.numel,), torch.nan, dtype=dtype)
+        with open(path, "wb") as file:
+            file.write(before)
+            assert storage.write_rows(file, packed, of)
+            file.write(after)
+        assert path.read_bytes() == before + dense[of.mask()].view(torch.uint8).numpy().tobytes() + after
+        with open(path, "rb", buffering=0) as file:
+            file.seek(len(before))
+            assert storage.read_rows(file, weight, of)
+        assert torch.equal(weight, packed)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_a_layer_of_several_megabytes(library: object, dtype: torch.dtype, tmp_path: Path) -> None:
+    """The library moves it on several threads, part by part."""
+    of, bits = random_layout(2005, 3001), {2: torch.int16, 4: torch.int32}[dtype.itemsize]
+    places = torch.arange(of.visible, dtype=torch.int32)
+    rows, weight = places.to(bits).view(dtype), torch.full((of.numel,), torch.nan, dtype=dtype)
+    dense = torch.zeros(of.out_features, of.in_features, dtype=bits).masked_scatter_(of.mask(), rows.view(bits))
+    storage.rows_to_panels(rows, weight, of)
+    assert torch.equal(of.unpack(weight.view(bits)), dense)
+    assert torch.equal(storage.to_rows(weight, of).view(bits), rows.view(bits))
+    finite = weight.nan_to_num(0, 1, 1)
+    with open(tmp_path / "rows", "wb") as file:
+        assert storage.write_rows(file, finite, of)
+    assert (tmp_path / "rows").read_bytes() == storage.to_rows(finite, of).view(torch.uint8).numpy().tobytes()
+    weight.fill_(torch.nan)
+    with open(tmp_path / "rows", "rb", buffering=0) as file:
+        assert storage.read_rows(file, weight, of)
+    assert torch.equal(weight.view(bits), finite.view(bits))
+
+
+def test_a_file_that_ends_before_or_cannot_be_read_or_written(library: object, tmp_path: Path) -> None:
+    of, path = random_layout(100, 70), tmp_path / "rows"
+    weight = torch.zeros(of.numel)
+    path.write_bytes(b"\0" * (4 * of.visible - 1))
+    with open(path, "rb", buffering=0) as file:
+        with pytest.raises(EOFError):
+            storage.read_rows(file, weight, of)
+        with pytest.raises(OSError):
+            storage.write_rows(file, weight, of)
+    with open(path, "ab", buffering=0) as file, pytest.raises(OSError):
+        storage.read_rows(file, weight, of)
 
 
 def test_bits_are_moved_as_they_are(library: object) -> None:
@@ -81,18 +135,23 @@ def test_bits_are_moved_as_they_are(library: object) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_a_number_that_is_not_finite_is_found_wherever_it_is(library: object, dtype: torch.dtype) -> None:
-    of = random_layout(19, 37)
-    (part,) = storage.parts(of, dtype.itemsize)
+def test_a_number_that_is_not_finite_is_found_wherever_it_is(
+    library: object, dtype: torch.dtype, tmp_path: Path
+) -> None:
+    of, path = random_layout(19, 37), tmp_path / "rows"
     rows, weight = torch.ones(of.visible, dtype=dtype), torch.empty(of.numel, dtype=dtype)
     rows[5] = torch.finfo(dtype).max
-    assert storage.rows_to_panels(rows, weight, of, part)
+    assert storage.rows_to_panels(rows, weight, of)
     for place in range(of.visible):
         for value in (torch.nan, torch.inf, -torch.inf):
             wrong = rows.clone()
             wrong[place] = value
-            assert not storage.rows_to_panels(wrong, weight, of, part)
-            assert not storage.panels_to_rows(weight, wrong, of, part)
+            path.write_bytes(wrong.view(torch.uint8).numpy().tobytes())
+            assert not storage.rows_to_panels(wrong, weight, of)
+            assert not storage.panels_to_rows(weight, wrong, of)
+            with open(path, "r+b", buffering=0) as file:
+                assert not storage.read_rows(file, weight.zero_(), of)
+                assert not storage.write_rows(file, weight, of)
 
 
 def test_rows_of_another_dtype_are_refused() -> None:
@@ -131,11 +190,11 @@ def test_clean_padding_is_not_written_to(library: object) -> None:
 
 
 @needs_library
-def test_the_library_and_torch_draw_the_same_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_library_and_torch_draw_the_same_numbers(monkeypatch: pytest.MonkeyPatch, isa: str) -> None:
     for of, _, dtype in each():
         for seed in (0, 1, -(2**63), 2**63 - 2):
             drawn = []
-            for library, part_bytes in ((LIBRARY, 64), (LIBRARY, 1 << 20), (None, 5000)):
+            for library, part_bytes in ((LIBRARY, 1 << 20), (None, 64), (None, 5000)):
                 monkeypatch.setattr(storage, "_library", lambda library=library: library)
                 monkeypatch.setattr(storage, "PART_BYTES", part_bytes)
                 weight = torch.full((of.numel,), torch.nan, dtype=dtype)
@@ -181,8 +240,8 @@ def test_numbers_are_uniform_and_independent(library: object) -> None:
     assert float(((counts - n / 100) ** 2 / (n / 100)).sum()) < 99 + 5 * 198**0.5
 
 
-def test_a_seed_gives_the_same_weights_on_any_number_of_threads(library: object, part_bytes: None) -> None:
-    of, threads, drawn = random_layout(200, 300), torch.get_num_threads(), []
+def test_a_seed_gives_the_same_weights_on_any_number_of_threads(library: object) -> None:
+    of, threads, drawn = random_layout(2000, 3000), torch.get_num_threads(), []
     try:
         for count in (1, 3):
             torch.set_num_threads(count)
@@ -211,18 +270,3 @@ def test_strided_weights_are_initialised() -> None:
     weight = torch.full((of.numel, 2), torch.nan)[:, 0]
     storage.uniform_(weight, of, 0.1, generator())
     assert of.padding_is_zero(weight) and float(weight.abs().max()) <= 0.1 and len(weight.unique()) > of.visible // 2
-
-
-def test_an_error_on_one_thread_is_raised(library: object) -> None:
-    items = [storage.Part(i, i + 1, i, 1) for i in range(1000)]
-    seen: list[int] = []
-
-    def work(taken: Iterator[storage.Part]) -> None:
-        for part in taken:
-            seen.append(part.start)
-            if part.start == 10:
-                raise KeyError("ten")
-
-    with pytest.raises(KeyError, match="ten"):
-        storage.in_threads(work, items)
-    assert 10 in seen

@@ -11,7 +11,7 @@ from fastmaf.kernels.adam.update import Update
 from fastmaf.kernels.dispatch import implementation
 from fastmaf.kernels.factored_grad import GradientSink
 from fastmaf.kernels.flow.args import FlowArgs, FlowBatch, permuted
-from fastmaf.kernels.flow.saved import activations, backward, saved_numel
+from fastmaf.kernels.flow.saved import activations, backward, new_saved
 
 __all__ = ["UPDATES_BIASES", "adam_", "backward", "forward"]
 
@@ -23,7 +23,7 @@ def forward(x: Tensor, args: FlowArgs, save: bool) -> tuple[Tensor, Tensor, Tens
     """Returns ``z``, ``ladj`` ``[N]`` = log |det dz/dx|, and what ``backward`` needs if ``save``."""
     linear, affine = implementation("masked_linear", x), implementation("affine_output", x)
     n, ladj = x.shape[0], x.new_zeros(x.shape[0])
-    saved = x.new_empty(saved_numel(args, n) if save else 0)
+    saved = new_saved(x, args) if save else x.new_empty(0)
     places = activations(args, saved, n) if save else None
     for b, (*hidden_layers, output) in enumerate(args.layers_of_blocks()):
         h = x = permuted(x, args.permutations[b])

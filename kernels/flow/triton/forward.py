@@ -16,7 +16,7 @@ from fastmaf.kernels.adam.update import Update
 from fastmaf.kernels.affine_output import triton as affine
 from fastmaf.kernels.affine_output.args import AffineBatch
 from fastmaf.kernels.flow.args import FlowArgs, FlowBatch
-from fastmaf.kernels.flow.saved import Activations, activations, before_permutation, blocks_reversed, saved_numel
+from fastmaf.kernels.flow.saved import Activations, activations, before_permutation, blocks_reversed, new_saved
 from fastmaf.kernels.masked_linear import triton as linear
 from fastmaf.kernels.masked_linear.triton_backward import adam_steps, products, sum_slots
 
@@ -26,7 +26,7 @@ UPDATES_BIASES = True  # adam_ takes steps on the biases as well
 def forward(x: Tensor, args: FlowArgs, save: bool) -> tuple[Tensor, Tensor, Tensor]:
     """Returns ``z``, ``ladj`` and what ``backward`` needs if ``save``; weights may be bfloat16 beside float32 ``x``."""
     n = x.shape[0]
-    saved = x.new_empty(saved_numel(args, n) if save else 0)
+    saved = new_saved(x, args) if save else x.new_empty(0)
     places = activations(args, saved, n) if save else _rotating(x, args)
     features = x.shape[1]
     count = affine.shares_of(x, features)

@@ -17,7 +17,7 @@ from fastmaf.kernels import native_library
 from fastmaf.training.direct_loss import DirectLoss
 from tests.core.helpers import blocks_of, build, generator, normal
 from tests.kernels.cases import needs
-from tests.tolerances import F32, F64, assert_close
+from tests.tolerances import F32, F64, assert_close, error
 
 pytestmark = needs("native")
 
@@ -167,6 +167,30 @@ def test_memory_that_moves_before_the_backward_pass() -> None:
         old.fill_(math.nan)
     for actual, other in zip(torch.autograd.grad(density.sum(), list(flow.parameters())), expected, strict=True):
         assert_close("gradients", actual, other)
+
+
+@pytest.mark.parametrize("names", [("native", "torch"), ("torch", "native")])
+def test_a_backward_pass_on_another_backend(names: tuple[str, str]) -> None:
+    flow, x = model(), normal(21, D)
+    expected = [g.clone() for g in torch.autograd.grad(flow.log_prob(x).mean(), list(flow.parameters()))]
+    with kernels.use_backend(names[0]):
+        density, direct = flow.log_prob(x), DirectLoss.of(flow, x)
+    with kernels.use_backend(names[1]):
+        grads = torch.autograd.grad(density.mean(), list(flow.parameters()))
+        assert direct is not None
+        direct.backward()
+    for parameter, grad, other in zip(flow.parameters(), grads, expected, strict=True):
+        assert_close("gradients", grad, other)
+        assert_close("gradients", parameter.grad, -other)
+    flow.zero_grad()
+    optimizer, twin = fastmaf.optim.FusedAdam(flow.parameters()), copy.deepcopy(flow)
+    with kernels.use_backend(names[0]):
+        loss = -flow.log_prob(x).mean()
+    with kernels.use_backend(names[1]):
+        optimizer.minimize(loss)
+    fastmaf.optim.FusedAdam(twin.parameters()).minimize(-twin.log_prob(x).mean())
+    for actual, other in zip(flow.parameters(), twin.parameters(), strict=True):
+        assert error(actual, other) <= 1e-9  # Adam divides by the gradient's own size
 
 
 def test_constants_that_are_written_to_are_refused() -> None:
