@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Callable, Sequence
-from operator import attrgetter, is_
+from operator import is_
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from fastmaf import hooks
-from fastmaf.kernels import FlowArgs, composite, flow_args, flow_forward, flow_inverse
+from fastmaf.kernels import flow_args
+from fastmaf.kernels.flow.prepared import PreparedFlow, memory_of
 from fastmaf.kernels.flow.saved import saved_numel
 from fastmaf.nn import MADE, MaskedLinear
 from fastmaf.transforms import AffineAutoregressive, Permutation, Transform
 
-_kind = attrgetter("dtype", "device")
 # What the arguments of an op depend on, besides parameters, buffers and modules.
 _ATTRIBUTES: dict[type, tuple[str, ...]] = {
     AffineAutoregressive: ("log_scale_bound", "soft_bound"),
@@ -31,7 +32,7 @@ class Run:
         transforms: in the order in which x passes through them.
 
     Attributes:
-        forward: the arguments of the op.
+        forward: the op.
     """
 
     def __init__(self, transforms: Sequence[Transform]) -> None:
@@ -42,29 +43,36 @@ class Run:
                 permutations[-1] = transform.permutation
             else:
                 permutations.append(None)
-        self.forward = flow_args([block.block() for block in self._blocks], permutations)
+        self.forward = PreparedFlow(flow_args([block.block() for block in self._blocks], permutations))
         self._permutations = [permutation for permutation in permutations if permutation is not None]
-        self._inverse: tuple[FlowArgs, list[Tensor]] | None = None  # with copies of the permutations that it inverts
+        self._inverse: tuple[PreparedFlow, list[bytes]] | None = None  # with the permutations that it inverts
 
-    def inverse(self) -> FlowArgs:
-        """Returns the arguments of the inverse op.
+    def inverse(self) -> PreparedFlow:
+        """Returns the inverse op.
 
-        They are kept until a permutation is written to, which values alone show after a write through ``.data`` or
-        NumPy. On a GPU, which would have to be waited for, they are always made anew.
+        It is kept until a permutation is written to, which values alone show after a write through ``.data`` or
+        NumPy. On a GPU, which would have to be waited for, it is always made anew.
 
         Raises:
             NotInvertibleError: the output mask of a block leaks.
         """
-        for block in self._blocks:
-            block.check_invertible()
-        if _in_a_mode() or any(permutation.device.type != "cpu" for permutation in self._permutations):
-            return self.forward.inverted()
-        known = self._inverse
-        if known is None or not all(map(torch.equal, self._permutations, known[1])):
+        known, in_a_mode = self._inverse, _in_a_mode()
+        if known is None or in_a_mode:
+            for block in self._blocks:
+                block.check_invertible()
+        if in_a_mode or not all([permutation.is_cpu for permutation in self._permutations]):
+            return PreparedFlow(self.forward.args.inverted())
+        values = list(map(_bytes, self._permutations))
+        if known is None or known[1] != values:
             with torch.inference_mode(False):  # later calls may record gradients
-                known = self.forward.inverted(), [p.clone() for p in self._permutations]
-            self._inverse = known
+                known = self._inverse = PreparedFlow(self.forward.args.inverted()), values
         return known[0]
+
+
+def _bytes(tensor: Tensor) -> bytes:
+    """Returns the numbers of a tensor on the CPU, for less time than ``torch.equal`` compares them."""
+    tensor = tensor.contiguous()
+    return ctypes.string_at(tensor.data_ptr(), tensor.nbytes)
 
 
 class Runs:
@@ -88,6 +96,9 @@ class Runs:
             return list(transforms)
         if _in_a_mode():
             return _cut(transforms)
+        return self._kept(transforms)
+
+    def _kept(self, transforms: Sequence[Transform]) -> list[Transform | Run]:
         known = self._known
         if known is not None and known[0](transforms):
             return known[1]
@@ -96,18 +107,23 @@ class Runs:
         self._known = None if unchanged is None else (unchanged, runs)
         return runs
 
-    def single(self, transforms: Sequence[Transform]) -> FlowArgs | None:
-        """Returns the arguments of the one op that takes all transforms; None if there is none, or in a mode."""
-        if _in_a_mode() or composite.needed():
+    def single(self, transforms: Sequence[Transform]) -> Run | None:
+        """Returns the run of all transforms; None if there is no such one, or in a mode."""
+        if hooks.any_global() or _in_a_mode():
             return None
-        runs = self.of(transforms)
-        return runs[0].forward if len(runs) == 1 and isinstance(runs[0], Run) else None
+        runs = self._kept(transforms)
+        return runs[0] if len(runs) == 1 and isinstance(runs[0], Run) else None
+
+    def log_density(self, transforms: Sequence[Transform], x: Tensor) -> Tensor | None:
+        """Returns ``log_density`` of the run of all transforms; None where ``forward`` must be called for it."""
+        run = self.single(transforms)
+        return None if run is None else run.forward.log_density(x)
 
     def forward(self, transforms: Sequence[Transform], x: Tensor) -> tuple[Tensor, Tensor]:
         """Applies the transforms in turn; returns ``z`` ``[N, D]`` and ``ladj`` ``[N]`` = log |det dz/dx|."""
         ladj: Tensor | None = None
         for run in self.of(transforms):
-            x, term = flow_forward(x, run.forward) if isinstance(run, Run) else run(x)
+            x, term = run.forward.forward(x) if isinstance(run, Run) else run(x)
             ladj = term if ladj is None else ladj + term
         return x, x.new_zeros(x.shape[0]) if ladj is None else ladj
 
@@ -115,7 +131,7 @@ class Runs:
         """Inverts the transforms, the last one first; returns ``x`` ``[N, D]`` and ``ladj`` = log |det dx/dz|."""
         ladj: Tensor | None = None
         for run in reversed(self.of(transforms)):
-            z, term = flow_inverse(z, run.inverse()) if isinstance(run, Run) else run.inverse(z)
+            z, term = run.inverse().inverse(z) if isinstance(run, Run) else run.inverse(z)
             ladj = term if ladj is None else ladj + term
         return z, z.new_zeros(z.shape[0]) if ladj is None else ladj
 
@@ -129,7 +145,7 @@ class Runs:
         total = 0
         for run in self.of(transforms):
             if isinstance(run, Run):
-                total += saved_numel(run.forward, n)
+                total += saved_numel(run.forward.args, n)
             elif type(run) is not Permutation:
                 mades = [module for module in run.modules() if isinstance(module, MADE)]
                 hidden = sum(layer.out_features for made in mades for layer in made.layers[:-1])
@@ -158,7 +174,11 @@ def _watch(transforms: Sequence[Transform]) -> Callable[[Sequence[Transform]], b
         entries += [(vars(module), key) for key in (*_ATTRIBUTES.get(type(module), ()), "forward")]
     places, keys = [place for place, _ in entries], [key for _, key in entries]
     values = list(map(dict.get, places, keys))
-    kinds = list(map(_kind, parameters))
+    tensors = [
+        *parameters,
+        *(buffer for module in modules for buffer in module._buffers.values() if buffer is not None),
+    ]
+    memory = memory_of(tensors)
 
     def unchanged(now: Sequence[Transform]) -> bool:
         return (  # by maps and not in a loop: this is a tenth of a small flow's log_prob
@@ -167,8 +187,7 @@ def _watch(transforms: Sequence[Transform]) -> Callable[[Sequence[Transform]], b
             and not any(hooks_of_modules)
             and all(map(is_, map(type, modules), types))
             and all(map(is_, map(dict.get, places, keys), values))
-            and list(map(_kind, parameters)) == kinds
-            and all(map(Tensor.is_contiguous, parameters))
+            and memory_of(tensors) == memory
         )
 
     return unchanged

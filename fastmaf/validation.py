@@ -71,9 +71,9 @@ def validates(setting: bool | None, x: Tensor) -> bool:
     """
     if torch.compiler.is_compiling():
         return False
-    if _thread.disabled or not (x.device.type == "cpu" if setting is None else setting) or x.is_meta:
+    if _thread.disabled or not (x.is_cpu if setting is None else setting) or x.is_meta:
         return False
-    if x.device.type == "cuda":
+    if x.is_cuda:
         return not torch.cuda.is_current_stream_capturing()
     return not torch.jit.is_tracing()  # type: ignore[attr-defined]
 

@@ -32,7 +32,7 @@ def outside_autocast(function: F) -> F:
     def wrapped(*args: Any, **kwargs: Any) -> Any:
         for arg in args:  # no generator: every call of a flow comes this way
             if isinstance(arg, Tensor):
-                device = arg.device.type
+                device = "cpu" if arg.is_cpu else arg.device.type
                 break
         else:
             return function(*args, **kwargs)

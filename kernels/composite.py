@@ -8,6 +8,7 @@ save more for the backward pass.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 
 import torch
@@ -21,6 +22,8 @@ from fastmaf.kernels.flow.torch.plan import plan_of
 from fastmaf.kernels.layout import runs_of
 from fastmaf.kernels.masked_linear.args import LinearArgs
 from fastmaf.kernels.padding import without_padding
+
+HALF_LOG_2PI = 0.5 * math.log(2 * math.pi)
 
 
 def needed() -> bool:
@@ -65,6 +68,12 @@ def flow_forward(x: Tensor, args: FlowArgs) -> tuple[Tensor, Tensor]:
         x, term, _ = affine_output(h, x, args.output(b, output))
         ladj = ladj + term
     return permuted(x, args.permutations[-1]), ladj
+
+
+def flow_log_density(x: Tensor, args: FlowArgs) -> tuple[Tensor]:
+    """Returns the log-density ``[N]`` of x where the density of z is the standard normal one."""
+    z, ladj = flow_forward(x, args)
+    return (ladj - 0.5 * z.square().sum(1) - z.shape[1] * HALF_LOG_2PI,)
 
 
 def flow_inverse(z: Tensor, args: FlowArgs) -> tuple[Tensor, Tensor]:

@@ -93,7 +93,7 @@ class SourceStruct(ctypes.Structure):
 
 def check_tensor(name: str, tensor: Tensor, dtype: torch.dtype, shape: Sequence[int]) -> None:
     """Raises ValueError unless a tensor can be read through its pointer."""
-    if tensor.device.type != "cpu":
+    if not tensor.is_cpu:
         raise ValueError(f"{name} must be on the CPU for the native kernels; found {tensor.device}")
     if tensor.dtype != dtype:
         raise ValueError(f"{name} must be {dtype}; found {tensor.dtype}")
@@ -169,6 +169,7 @@ class FlowPlan:
         struct: the flow; valid while the tensors of ``args`` live.
         rows, columns: of each layer.
         saved: numbers that a forward pass saves for each sample.
+        numels: of the weights, then of the biases.
         inverse: whether the schedules have been checked.
     """
 
@@ -176,6 +177,8 @@ class FlowPlan:
         self._layers = (LayerStruct * len(args.weights))()
         self._blocks = (BlockStruct * len(args.schedules))()
         self._key = _key(args)
+        # Their memory stays, should they be given other: the pointers are then those of what they were.
+        self._constants = [t.detach() for part in args[2:6] for t in part]
         self.dtype = dtype
         self.inverse = False
         self.rows: list[int] = []
@@ -218,6 +221,7 @@ class FlowPlan:
             len(self._layers), len(self._blocks), self._layers, self._blocks, _order(args.permutations[-1], features),
         )  # fmt: skip
         self.pointer = ctypes.addressof(self.struct)
+        self.numels = [parameter.numel() for parameter in args.parameters]
         saves_x = [b == 0 or self._blocks[b].permutation is not None for b in range(len(layers))]
         hidden = sum(self.rows) - 2 * features * len(layers)
         self.saved = hidden + features * (2 * len(layers) + sum(saves_x))
@@ -305,12 +309,17 @@ def flow_plan(args: FlowArgs, dtype: torch.dtype) -> FlowPlan:
     return plan
 
 
+def check_moments(weight: Tensor, update: Update) -> None:
+    """Raises ValueError unless the moments of a weight can be read and written like it."""
+    for name in ("exp_avg", "exp_avg_sq"):
+        check_tensor(name, getattr(update, name), weight.dtype, weight.shape)
+
+
 def adam_target(weight: Tensor, update: Update) -> TargetStruct:
     """Returns the target of a step of Adam on a weight; the caller sets ``adam``.
 
     Raises:
         ValueError: a moment does not fit the weight.
     """
-    for name in ("exp_avg", "exp_avg_sq"):
-        check_tensor(name, getattr(update, name), weight.dtype, weight.shape)
+    check_moments(weight, update)
     return TargetStruct(ADAM, None, weight.data_ptr(), update.exp_avg.data_ptr(), update.exp_avg_sq.data_ptr(), None)

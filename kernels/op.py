@@ -43,7 +43,7 @@ class Op:
 
     def __call__(self, *inputs: Any, tensors: Sequence[Tensor] = ()) -> Any:
         """Calls the op; ``tensors`` are the differentiable ones among its inputs, flat, in their order."""
-        if _is_recorded(inputs[0]):
+        if is_recorded(inputs[0]):
             return self._graph(*inputs)
         if records_gradients(tensors):
             return _Eager.apply(self, inputs, *tensors)
@@ -55,7 +55,7 @@ def records_gradients(tensors: Sequence[Tensor]) -> bool:
     return torch.is_grad_enabled() and any([tensor.requires_grad for tensor in tensors])
 
 
-def _is_recorded(x: Tensor) -> bool:
+def is_recorded(x: Tensor) -> bool:
     """Returns whether a graph of ops is being recorded, or ``x`` has no numbers."""
     return (
         torch.compiler.is_compiling()

@@ -45,15 +45,18 @@ class _Known(NamedTuple):
 
     def holds(self, weights: Sequence[Tensor]) -> bool:
         """Returns whether the padding is still zero, as far as versions, addresses and probes tell."""
+        return (  # by maps and not in a loop: a small flow is called often
+            list(map(Tensor.data_ptr, weights)) == self.addresses
+            and list(map(_dtype, weights)) == self.dtypes
+            and not self.is_written(weights)
+        )
+
+    def is_written(self, weights: Sequence[Tensor]) -> bool:
+        """Returns whether weights of these addresses and dtypes may have been written to since."""
         try:
-            return (  # by maps and not in a loop: this is a tenth of a small flow's log_prob
-                list(map(_version, weights)) == self.versions
-                and list(map(Tensor.data_ptr, weights)) == self.addresses
-                and list(map(_dtype, weights)) == self.dtypes
-                and not any(map(_value, self.probes))
-            )
+            return list(map(_version, weights)) != self.versions or any(map(_value, self.probes))
         except RuntimeError:  # inference tensors have no version
-            return False
+            return True
 
     def updated(self, weights: Sequence[Tensor], prefixes: Sequence[Tensor], panels: Sequence[Tensor]) -> _Known:
         """Returns the present state of the weights; this one where it cannot be told."""
@@ -86,6 +89,27 @@ def keep_zero(weights: Sequence[Tensor], prefixes: Sequence[Tensor], panels: Seq
     if not state.holds(weights):
         _zero(weights, prefixes, panels)
         known[0] = state.updated(weights, prefixes, panels)
+
+
+class PaddingInPlace:
+    """``keep_zero`` of weights on the CPU that stay the same tensors in the same memory, which then is not looked at.
+
+    Args:
+        weights, prefixes, panels: as of ``keep_zero``; it needs the native library.
+    """
+
+    def __init__(self, weights: Sequence[Tensor], prefixes: Sequence[Tensor], panels: Sequence[Tensor]) -> None:
+        self._weights = weights
+        self._paddings = storage.Paddings(weights, prefixes, panels)
+        self._paddings.zero()
+        self._known = _Known([], [], [], []).updated(weights, prefixes, panels)
+
+    def keep_zero(self) -> None:
+        """Makes the padding zero where it may have been written to."""
+        if self._known.is_written(self._weights):
+            if not any(weight.is_inference() for weight in self._weights):
+                self._known = self._known._replace(versions=list(map(_version, self._weights)))
+            self._paddings.zero()
 
 
 def without_padding(weight: Tensor, prefix: Tensor, panels: Tensor) -> Tensor:

@@ -36,7 +36,7 @@ _ARGUMENTS = {
     "fastmaf_panels_to_rows": [_POINTER, _POINTER, *_LAYOUT, *_FORMAT],
     "fastmaf_file_to_panels": [ctypes.c_int, _INT, _POINTER, *_LAYOUT, *_FORMAT],
     "fastmaf_panels_to_file": [ctypes.c_int, _INT, _POINTER, *_LAYOUT, *_FORMAT],
-    "fastmaf_zero_padding": [_POINTER, *_LAYOUT, _INT],
+    "fastmaf_zero_padding": [_POINTER, _INT],
     "fastmaf_uniform_float": [_POINTER, *_LAYOUT, _BITS, ctypes.c_double, _INT],
     "fastmaf_uniform_double": [_POINTER, *_LAYOUT, _BITS, ctypes.c_double, _INT],
 }
@@ -265,19 +265,37 @@ def zero_padding(weights: Sequence[Tensor], prefixes: Sequence[Tensor], panels: 
         prefixes: of each weight, int64, on the CPU.
         panels: ``PackedLayout.panels`` of each.
     """
-    changed, library = False, _library()
+    if has_library():
+        return Paddings(weights, prefixes, panels).zero()
+    changed = False
     for weight, prefix, columns in zip(weights, prefixes, panels, strict=True):
-        if library is not None:
-            pointers = weight.data_ptr(), prefix.data_ptr(), columns.data_ptr()
-            shape = prefix.numel(), len(columns) - 1, weight.element_size()
-            changed |= bool(library.fastmaf_zero_padding(*pointers, *shape))
-            continue
         with torch.inference_mode():
             where = padding(prefix, columns)
             if weight.detach()[where].count_nonzero():
                 weight.data.index_fill_(0, where, 0)
                 changed = True
     return changed
+
+
+class Paddings:
+    """The padding of some weights, as the native library finds it while all tensors stay in the same memory.
+
+    Args:
+        weights, prefixes, panels: as of ``zero_padding``.
+    """
+
+    def __init__(self, weights: Sequence[Tensor], prefixes: Sequence[Tensor], panels: Sequence[Tensor]) -> None:
+        numbers: list[int] = []  # of the structs ``PaddedWeight`` of csrc/storage.cpp
+        for weight, prefix, columns in zip(weights, prefixes, panels, strict=True):
+            numbers += weight.data_ptr(), prefix.data_ptr(), columns.data_ptr()
+            numbers += prefix.shape[0], columns.shape[0] - 1, weight.element_size()
+        self._structs, self._count = (_INT * len(numbers))(*numbers), len(weights)
+
+    def zero(self) -> bool:
+        """Does what ``zero_padding`` does; needs the native library."""
+        library = _library()
+        assert library is not None
+        return bool(library.fastmaf_zero_padding(self._structs, self._count))
 
 
 def uniform_(weight: Tensor, layout: PackedLayout, bound: float, generator: torch.Generator | None = None) -> None:

@@ -100,7 +100,10 @@ class Flow(nn.Module):
         self.__dict__.setdefault("_runs", Runs())  # flows that were pickled without the attribute
 
     def _transforms(self) -> list[Transform]:
-        return [transform for transform in self.transforms if isinstance(transform, Transform)]
+        # Not through nn.Module.__getattr__, which is slow.
+        transforms = self._modules["transforms"]
+        assert transforms is not None
+        return [transform for transform in transforms._modules.values() if isinstance(transform, Transform)]
 
     def _check(self, name: str, x: Tensor, *, finite: bool = False) -> None:
         if x.shape[-1:] != (self.features,):
@@ -200,9 +203,12 @@ class Flow(nn.Module):
         if not isinstance(x, Tensor) or x.dim() != 2:
             return self._by_rows(Flow.log_prob, "x", x)
         called = type(self).forward is not Flow.forward or hooks.is_called(self) or hooks.any_global()
-        self._check("x", x)
-        z, ladj = self(x) if called else self._runs.forward(self._transforms(), x)
-        result = ladj + self._base_log_prob(z)
+        standard = not called and type(self)._base_log_prob is Flow._base_log_prob
+        result = self._runs.log_density(self._transforms(), x) if standard else None
+        if result is None:
+            self._check("x", x)
+            z, ladj = self(x) if called else self._runs.forward(self._transforms(), x)
+            result = ladj + self._base_log_prob(z)
         if validates(self.validate_args, x):
             check_density(self, "log_prob", result, x)
         return result
@@ -323,7 +329,7 @@ class Flow(nn.Module):
             >>> flow.rsample(5).square().mean().backward()
         """
         batch, z = self._base_sample(shape, generator, seed, start)
-        x, _ = self.inverse(z)
+        x, _ = self._inverse_of_noise(z)
         if validates(self.validate_args, x):
             check_samples(self, z, x)
         return x if len(batch) == 1 else x.reshape(*batch, self.features)
@@ -350,11 +356,20 @@ class Flow(nn.Module):
             >>> kl.backward()
         """
         batch, z = self._base_sample(shape, generator, seed, start)
-        x, ladj = self.inverse(z)
+        x, ladj = self._inverse_of_noise(z)
         log_prob = self._base_log_prob(z) - ladj
         if validates(self.validate_args, x):
             check_samples(self, z, x, log_prob)
         return (x, log_prob) if len(batch) == 1 else (x.reshape(*batch, self.features), log_prob.reshape(batch))
+
+    def _inverse_of_noise(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        """Returns ``inverse`` of noise, which needs no checks."""
+        replaced = type(self).inverse is not Flow.inverse or "inverse" in vars(self)
+        return self.inverse(z) if replaced else self._unchecked_inverse(z)
+
+    @outside_autocast
+    def _unchecked_inverse(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        return self._runs.inverse(self._transforms(), z)
 
     def _base_sample(
         self, shape: Shape, generator: Generator | None, seed: int | None, start: int
@@ -507,6 +522,9 @@ class Flow(nn.Module):
 
     def _layers(self) -> list[MaskedLinear]:
         return [layer for made in self._mades() for layer in made.layers]
+
+    def _is_one_op(self) -> bool:
+        return self._runs.single(self._transforms()) is not None
 
     def _saved_numel(self, n: int) -> int:
         return self._runs.saved_numel(self._transforms(), n)

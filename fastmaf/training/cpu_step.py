@@ -11,7 +11,8 @@ from torch import Tensor
 
 from fastmaf.training.adam_updates import ONE
 
-_dtype, _is_cpu = map(operator.attrgetter, ("dtype", "is_cpu"))
+_dtype, _grad, _is_cpu, _is_sparse = map(operator.attrgetter, ("dtype", "grad", "is_cpu", "is_sparse"))
+_moments = operator.itemgetter("step", "exp_avg", "exp_avg_sq")
 
 
 def is_usual(group: Mapping[str, Any]) -> bool:
@@ -32,15 +33,16 @@ def step_on_cpu_(group: Mapping[str, Any], state: Mapping[Tensor, Mapping[str, T
         Whether the step was taken: not where a parameter has no state yet, and not where tensors are strided, on
         another device or of several dtypes.
     """
+    # By maps and not in loops: a small flow is trained in many steps.
     parameters = [parameter for parameter in group["params"] if parameter.grad is not None]
-    grads = [parameter.grad for parameter in parameters]
-    states = [of for parameter in parameters if (of := state.get(parameter))]
-    if not parameters or len(states) < len(parameters):
+    grads = list(map(_grad, parameters))
+    states: list[Any] = list(map(state.get, parameters))
+    if not parameters or not all(states):
         return False
-    steps, exp_avgs, exp_avg_sqs = ([of[name] for of in states] for name in ("step", "exp_avg", "exp_avg_sq"))
+    steps, exp_avgs, exp_avg_sqs = map(list, zip(*map(_moments, states), strict=True))
     tensors = (*parameters, *grads, *exp_avgs, *exp_avg_sqs)
     alike = len(set(map(_dtype, tensors))) == 1 and {torch.float32} == set(map(_dtype, steps))
-    if not (alike and all(map(_is_cpu, (*tensors, *steps))) and not any(grad.is_sparse for grad in grads)):
+    if not (alike and all(map(_is_cpu, (*tensors, *steps))) and not any(map(_is_sparse, grads))):
         return False
     if not all(map(Tensor.is_contiguous, tensors)):
         return False

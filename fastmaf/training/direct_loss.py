@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import operator
+
 import torch
 from torch import Tensor, nn
 
 from fastmaf import hooks
 from fastmaf.flows import Flow
-from fastmaf.kernels import FlowArgs, dispatch
+from fastmaf.kernels import composite, dispatch
 from fastmaf.kernels.flow.args import FlowBatch
-from fastmaf.kernels.flow.forward import flow_backward, flow_forward_saving
-from fastmaf.training.gradient_sink import has_hooks
+from fastmaf.kernels.flow.prepared import PreparedFlow
+from fastmaf.kernels.native_args import FlowPlan
 
+_requires_grad, _grad, _hooks, _later_hooks = map(
+    operator.attrgetter, ("requires_grad", "grad", "_backward_hooks", "_post_accumulate_grad_hooks")
+)
 _METHODS = {name: getattr(Flow, name) for name in ("log_prob", "forward", "_base_log_prob")}
 
 
@@ -24,11 +29,11 @@ class DirectLoss:
         value: the loss.
     """
 
-    def __init__(self, flow: Flow, x: Tensor, args: FlowArgs) -> None:
-        self._args = args
+    def __init__(self, x: Tensor, prepared: PreparedFlow, plan: FlowPlan | None) -> None:
+        self._prepared, self._plan = prepared, plan
         with torch.no_grad():
-            self._z, ladj, self._saved = flow_forward_saving(x.contiguous(), args)
-            self.value = -(ladj + flow._base_log_prob(self._z)).mean()
+            density, self._z, self._saved = prepared.log_density_saving(x.contiguous(), plan)
+            self.value = -density.mean()
 
     @classmethod
     def of(cls, flow: Flow, x: Tensor) -> DirectLoss | None:
@@ -43,24 +48,30 @@ class DirectLoss:
             return None
         if any(getattr(type(flow), name) is not method or name in vars(flow) for name, method in _METHODS.items()):
             return None
-        args = None if hooks.is_called(flow) else flow._runs.single(flow._transforms())
-        if args is None or not _are_plain(args.parameters):
+        run = None if hooks.is_called(flow) or composite.needed() else flow._runs.single(flow._transforms())
+        if run is None or not _are_plain(run.forward.parameters):
             return None
-        flow._check("x", x)
-        return cls(flow, x, args)
+        plan = run.forward.plan(x)
+        if plan is None:
+            flow._check("x", x)
+        return cls(x, run.forward, plan)
 
     @torch.no_grad()
     def backward(self) -> None:
         """Stores the gradients of all parameters in ``grad``, which must be None."""
         n = len(self._z)
         batch = FlowBatch(self._z * (1 / n), self._z.new_full((n,), -1 / n), self._saved)
-        _, grad_weights, grad_biases = flow_backward(batch, self._args, False)
-        for parameter, grad in zip(self._args.parameters, [*grad_weights, *grad_biases], strict=True):
+        for parameter, grad in zip(self._prepared.parameters, self._prepared.backward(batch, self._plan), strict=True):
             parameter.grad = grad
 
 
 def _are_plain(parameters: list[Tensor]) -> bool:
     """Returns whether each is used once, to be trained, and without a gradient or hooks."""
-    return len(set(map(id, parameters))) == len(parameters) and all(
-        type(p) is nn.Parameter and p.requires_grad and p.grad is None and not has_hooks(p) for p in parameters
+    return (  # by maps and not in a loop: a small flow is trained in many steps
+        len(set(map(id, parameters))) == len(parameters)
+        and set(map(type, parameters)) == {nn.Parameter}
+        and all(map(_requires_grad, parameters))
+        and set(map(_grad, parameters)) == {None}
+        and not any(map(_hooks, parameters))
+        and not any(map(_later_hooks, parameters))
     )

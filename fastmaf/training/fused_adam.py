@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from functools import cached_property, partial
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -15,6 +15,8 @@ from fastmaf.training.adam_updates import BeginUpdate, EagerUpdates, StepCounts
 from fastmaf.training.cpu_step import is_usual, step_on_cpu_
 from fastmaf.training.gradient_sink import Gradients, backward, has_hooks, single_uses
 from fastmaf.training.guards import check_loss, check_processes, clip_scale
+
+Groups: TypeAlias = dict[Tensor, dict[str, Any]]
 
 
 class FusedAdam(torch.optim.Adam):
@@ -85,6 +87,14 @@ class FusedAdam(torch.optim.Adam):
                     )
         super().load_state_dict(state_dict)
 
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Removes all gradients, or sets them to zero; see ``torch.optim.Optimizer``."""
+        if not set_to_none:
+            return super().zero_grad(set_to_none)
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                parameter.grad = None
+
     def _init_group(self, group: dict[str, Any], params_with_grad: list[Tensor], *lists: Any) -> bool:
         """Marks the parameters of a fused step as modified: unlike torch's other kernels, the fused ones do not.
 
@@ -145,13 +155,13 @@ class FusedAdam(torch.optim.Adam):
         updates = EagerUpdates(self.state, self._counts)
         try:
             if max_grad_norm is None:
-                self._update_in_backward(loss, updates.begin)
+                self._update_in_backward(loss, updates.begin, groups)
                 if any(parameter.grad is not None for parameter in updates.counters):
                     raise RuntimeError(
                         "a weight that was updated got another gradient, from a part of the graph that autograd does "
                         "not show: use loss.backward() and step() for this loss"
                     )
-            elif not self._update_clipped(loss, updates.begin, max_grad_norm):
+            elif not self._update_clipped(loss, updates.begin, max_grad_norm, groups):
                 return False
             self.step()
         finally:
@@ -179,50 +189,48 @@ class FusedAdam(torch.optim.Adam):
             or torch_optimizer._global_optimizer_post_hooks
         )
 
-    def _groups(self) -> dict[Tensor, dict[str, Any]]:
+    def _groups(self) -> Groups:
         """Returns all parameters, each with its group."""
         return {parameter: group for group in self.param_groups for parameter in group["params"]}
 
-    def _factorable(self, loss: Tensor) -> dict[Tensor, object]:
+    def _factorable(self, loss: Tensor, groups: Groups) -> list[tuple[Tensor, object]]:
         """Returns the parameters whose gradients need not be stored, each with the node of the graph that uses it."""
         if self.has_step_hooks():
-            return {}
-        groups = self._groups()
-        return {
-            parameter: node
-            for parameter, node in single_uses(loss).items()
+            return []
+        return [
+            (parameter, node)
+            for parameter, node in single_uses(loss)
             if (group := groups.get(parameter)) is not None
             and parameter.dtype in (torch.float32, torch.float64)
             and parameter.is_contiguous()
             and not (group["amsgrad"] or group["differentiable"] or has_hooks(parameter))
-        }
+        ]
 
-    def _update_in_backward(self, loss: Tensor, begin: BeginUpdate) -> None:
+    def _update_in_backward(self, loss: Tensor, begin: BeginUpdate, groups: Groups) -> None:
         """Runs the backward pass, which updates factorable parameters; the other gradients are left in ``grad``."""
-        groups, uses = self._groups(), self._factorable(loss)
-        backward(loss, {p: GradientSink(node, partial(begin, p, groups[p])) for p, node in uses.items()})
+        uses = self._factorable(loss, groups)
+        backward(loss, [(p, GradientSink(node, partial(begin, p, groups[p]))) for p, node in uses])
 
-    def _gradients(self, loss: Tensor) -> Gradients:
+    def _gradients(self, loss: Tensor, groups: Groups) -> Gradients:
         """Runs the backward pass; returns the gradients of all parameters."""
-        sinks = {parameter: GradientSink(node) for parameter, node in self._factorable(loss).items()}
+        sinks = [(parameter, GradientSink(node)) for parameter, node in self._factorable(loss, groups)]
         backward(loss, sinks)
-        return Gradients.collect(sinks, self._groups())
+        return Gradients.collect(sinks, groups)
 
-    def _apply_factored(self, gradients: Gradients, begin: BeginUpdate, scale: float = 1.0) -> None:
+    def _apply_factored(self, gradients: Gradients, begin: BeginUpdate, groups: Groups, scale: float = 1.0) -> None:
         """Updates the parameters whose gradients are factored, with ``scale`` times the gradient."""
-        groups = self._groups()
         for weight, factors in gradients.factored.items():
             factors.scaled(scale).adam_(begin(weight, groups[weight]))
 
     @torch.no_grad()
-    def _update_clipped(self, loss: Tensor, begin: BeginUpdate, max_norm: float) -> bool:
+    def _update_clipped(self, loss: Tensor, begin: BeginUpdate, max_norm: float, groups: Groups) -> bool:
         """Applies the clipped gradients, or leaves them in ``grad`` for ``step``; False if the norm is not finite."""
-        gradients = self._gradients(loss)
+        gradients = self._gradients(loss, groups)
         norm = math.sqrt(float(gradients.squared_norm()))
         if not math.isfinite(norm):
             return False
         scale = clip_scale(norm, max_norm)
         if scale != 1.0 and gradients.stored:
             torch._foreach_mul_(list(gradients.stored.values()), scale)
-        self._apply_factored(gradients, begin, scale)
+        self._apply_factored(gradients, begin, groups, scale)
         return True

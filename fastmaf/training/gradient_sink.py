@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -11,13 +11,13 @@ from torch import Tensor
 from fastmaf.kernels.factored_grad import FactoredGrad, GradientSink, set_sink
 
 
-def single_uses(loss: Tensor) -> dict[Tensor, object]:
+def single_uses(loss: Tensor) -> list[tuple[Tensor, object]]:
     """Returns the leaves that a loss uses exactly once, each with the node of the autograd graph that uses it.
 
     The gradient of any other leaf is a sum over several nodes, of which each knows only its own term.
     """
-    uses: dict[Tensor, object] = {}
-    used_again: set[Tensor] = set()
+    uses: dict[int, tuple[Tensor, object]] = {}  # by id, as torch computes a tensor's hash in Python
+    used_again: set[int] = set()
     stack: list[Any] = [loss.grad_fn]
     seen = {loss.grad_fn}
     while stack:
@@ -25,15 +25,13 @@ def single_uses(loss: Tensor) -> dict[Tensor, object]:
         for next_node, _ in node.next_functions:
             if type(next_node).__name__ == "AccumulateGrad":
                 leaf = next_node.variable
-                if leaf in uses:
-                    used_again.add(leaf)
-                uses[leaf] = node
+                if id(leaf) in uses:
+                    used_again.add(id(leaf))
+                uses[id(leaf)] = leaf, node
             elif next_node is not None and next_node not in seen:
                 seen.add(next_node)
                 stack.append(next_node)
-    for leaf in used_again:
-        del uses[leaf]
-    return uses
+    return [use for key, use in uses.items() if key not in used_again]
 
 
 def has_hooks(parameter: Tensor) -> bool:
@@ -41,7 +39,7 @@ def has_hooks(parameter: Tensor) -> bool:
     return bool(parameter._backward_hooks or getattr(parameter, "_post_accumulate_grad_hooks", None))
 
 
-def backward(loss: Tensor, sinks: Mapping[Tensor, GradientSink]) -> None:
+def backward(loss: Tensor, sinks: Sequence[tuple[Tensor, GradientSink]]) -> None:
     """Runs ``loss.backward()`` with sinks on some weights, and removes the sinks.
 
     Raises:
@@ -49,7 +47,7 @@ def backward(loss: Tensor, sinks: Mapping[Tensor, GradientSink]) -> None:
     """
     placed: list[Tensor] = []
     try:
-        for weight, sink in sinks.items():
+        for weight, sink in sinks:
             set_sink(weight, sink)
             placed.append(weight)
         loss.backward()
@@ -71,9 +69,9 @@ class Gradients(NamedTuple):
 
     @classmethod
     @torch.no_grad()
-    def collect(cls, sinks: Mapping[Tensor, GradientSink], parameters: Iterable[Tensor]) -> Gradients:
+    def collect(cls, sinks: Sequence[tuple[Tensor, GradientSink]], parameters: Iterable[Tensor]) -> Gradients:
         """Returns the gradients that a backward pass left in ``sinks`` and in the ``grad`` of ``parameters``."""
-        factored = {weight: sink.factors for weight, sink in sinks.items() if sink.factors is not None}
+        factored = {weight: sink.factors for weight, sink in sinks if sink.factors is not None}
         stored = {parameter: parameter.grad for parameter in parameters if parameter.grad is not None}
         for weight in factored.keys() & stored.keys():  # also used in a part of the graph that autograd does not show
             stored[weight].add_(factored.pop(weight).grad_weight())

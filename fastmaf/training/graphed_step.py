@@ -51,7 +51,7 @@ class CapturedUpdates:
         Raises:
             NotCapturableError: the gradient of a parameter must be stored.
         """
-        self._optimizer._update_in_backward(loss, self._begin)
+        self._optimizer._update_in_backward(loss, self._begin, self._groups)
         if any(parameter.grad is not None for parameter in self._groups):
             self._optimizer.zero_grad()
             raise NotCapturableError("a parameter that is not of the flow's blocks, or that has hooks, got a gradient")
@@ -62,7 +62,7 @@ class CapturedUpdates:
         Raises:
             NotCapturableError: a parameter has hooks, which a replay would not call, or a group has ``amsgrad``.
         """
-        gradients, groups = self._optimizer._gradients(loss), self._groups
+        gradients, groups = self._optimizer._gradients(loss, self._groups), self._groups
         self._optimizer.zero_grad()
         if any(has_hooks(p) or groups[p]["amsgrad"] or groups[p]["differentiable"] for p in gradients.stored):
             raise NotCapturableError("a parameter has hooks, or its group amsgrad or differentiable")
@@ -75,7 +75,7 @@ class CapturedUpdates:
         Raises:
             NotCapturableError: a parameter does not have the memory layout that the kernel needs.
         """
-        self._optimizer._apply_factored(gradients, self._begin)
+        self._optimizer._apply_factored(gradients, self._begin, self._groups)
         for parameter, grad in gradients.stored.items():
             # torch's own step refuses to be captured; the kernel that reads its scalars on the device does not.
             if parameter.dtype != torch.float32 or not parameter.is_contiguous():

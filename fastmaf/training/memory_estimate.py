@@ -172,7 +172,7 @@ def _scoring(case: _Case) -> int:
     """Returns the transient bytes of a forward pass without gradients."""
     plane = case.plane
     if case.backend != "torch":
-        return 2 * plane  # z and its square
+        return 0 if case.device.type == "cpu" and case.flow._is_one_op() else 2 * plane  # z and its square
     # The product [N, 2D], log-scale, z and their terms; x and log-scale of the previous block; the permuted x. A weight
     # stored in fewer bits is converted for the product.
     planes = (6 if len(case.mades) == 1 else 8) + any(isinstance(t, Permutation) for t in case.flow.transforms)
@@ -188,8 +188,9 @@ def _moments(case: _Case, optimizer: Optimizer) -> Iterator[tuple[int, int, int]
     grads = sum(_bytes(p) if on_torch else case.size(p) for p in stored)
     saved = case.flow._saved_numel(case.batch) * case.item + plane  # activations and the batch
 
-    # The backward pass of ½z²: z and three tensors like it.
-    yield 0, saved, 4 * plane
+    # The backward pass of ½z²: z and its gradient, or three tensors like z where it is torch's.
+    one_op = not on_torch and case.device.type == "cpu" and case.flow._is_one_op()
+    yield 0, saved, (2 if one_op else 4) * plane
     if case.factored and case.update == "clip":
         # Until the step, the factors hold each layer's output gradient and the saved activations.
         saved += (2 * len(case.mades) - 1) * plane + case.hidden

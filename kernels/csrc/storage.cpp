@@ -263,13 +263,23 @@ int fastmaf_panels_to_file(int file, int64_t place, const void* weight, const in
   });
 }
 
-// Makes the padding zero, on the calling thread. Returns whether any of it was not.
-int fastmaf_zero_padding(void* weight, const int64_t* prefix, const int64_t* panels, int64_t out_features, int64_t panel_count,
-                         int64_t item_size) {
-  const auto zero = [&](auto bits) {
-    return zero_padding(static_cast<decltype(bits)*>(weight), prefix, panels, out_features, panel_count);
-  };
-  return item_size == 2 ? zero(uint16_t{}) : item_size == 4 ? zero(uint32_t{}) : zero(uint64_t{});
+struct PaddedWeight {
+  void* weight;
+  const int64_t *prefix, *panels;
+  int64_t out_features, panel_count, item_size;
+};
+
+// Makes the padding of `count` weights zero, on the calling thread. Returns whether any of it was not.
+int fastmaf_zero_padding(const PaddedWeight* weights, int64_t count) {
+  int changed = 0;
+  for (int64_t i = 0; i < count; ++i) {
+    const PaddedWeight& w = weights[i];
+    const auto zero = [&](auto bits) {
+      return zero_padding(static_cast<decltype(bits)*>(w.weight), w.prefix, w.panels, w.out_features, w.panel_count);
+    };
+    changed |= w.item_size == 2 ? zero(uint16_t{}) : w.item_size == 4 ? zero(uint32_t{}) : zero(uint64_t{});
+  }
+  return changed;
 }
 
 #pragma GCC visibility pop

@@ -69,20 +69,25 @@ def _autograd(ctx: Any, grad_z: Tensor | None, grad_ladj: Tensor | None, _: Any)
         return grads[0], *halves(grads[1:]), *none
     grad_z = torch.zeros_like(z) if grad_z is None else grad_z
     batch = FlowBatch(grad_z, torch.zeros_like(ladj) if grad_ladj is None else grad_ladj, saved)
-    sinks = [sink_of(weight, ctx) for weight in args.weights]
-    result = _to_sinks(ctx, sinks, batch, args) if any(sinks) else _BACKWARD(*batch, *args, ctx.need_grad_x)
+    result = backward_to_sinks(ctx, batch, args) or _BACKWARD(*batch, *args, ctx.need_grad_x)
     return result[0] if ctx.need_grad_x else None, *result[1:], *none
 
 
-def _to_sinks(ctx: Any, sinks: Sequence[GradientSink | None], batch: FlowBatch, args: FlowArgs) -> tuple[Any, ...]:
-    """Runs the backward pass with the weight gradients handed to their sinks, where they have one."""
+def backward_to_sinks(ctx: Any, batch: FlowBatch, args: FlowArgs, *plan: Any) -> tuple[Any, ...] | None:
+    """Runs the backward pass with the weight gradients handed to their sinks; None if no weight has one.
+
+    A plan is that of the arguments, for a backend that has some.
+    """
+    sinks = [sink_of(weight, ctx) for weight in args.weights]
+    if not any(sinks):
+        return None
     updates = _begin_updates(sinks)
     if updates is None:
         return backward(batch, args, ctx.need_grad_x, sinks)
     backend = implementation("flow", batch.grad_z)
     of_biases = [sink_of(bias, ctx) for bias in args.biases]
     bias_updates = _begin_updates(of_biases) if backend.UPDATES_BIASES else None
-    grad_x, grad_biases = backend.adam_(batch, args, ctx.need_grad_x, updates, bias_updates)
+    grad_x, grad_biases = backend.adam_(batch, args, ctx.need_grad_x, updates, bias_updates, *plan)
     none = [None] * len(updates)
     return grad_x, none, none if bias_updates else grad_biases
 

@@ -1,8 +1,11 @@
-"""Flows by the C++ kernels of ``csrc/``, one team of threads throughout; the same functions as ``torch``."""
+"""Flows by the C++ kernels of ``csrc/``, one team of threads throughout; the same functions as ``torch``, and some for
+flows whose plan is known (``prepared.py``).
+"""
 
 from __future__ import annotations
 
 import ctypes
+import itertools
 from collections.abc import Sequence
 
 import torch
@@ -14,34 +17,60 @@ from fastmaf.kernels.flow.args import FlowArgs, FlowBatch
 from fastmaf.kernels.flow.saved import TILES, numel_of, relaid
 from fastmaf.kernels.flow.torch import UPDATES_BIASES, inverse_backward
 from fastmaf.kernels.huge_pages import empty_on_huge_pages
-from fastmaf.kernels.native_args import WRITE, FlowPlan, TargetStruct, check_tensor
+from fastmaf.kernels.native_args import ADAM, WRITE, FlowPlan, check_tensor
 
-__all__ = ["UPDATES_BIASES", "adam_", "backward", "forward", "inverse", "inverse_backward", "why_not"]
+__all__ = ["UPDATES_BIASES", "adam_", "backward", "backward_of_all", "density", "forward"]
+__all__ += ["inverse", "inverse_backward", "why_not"]
 
 native_library.load()
 _library, _check = native_library.library(), native_library.check
 why_not = native_library.why_not
 
 
-def forward(x: Tensor, args: FlowArgs, save: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """Returns ``z``, ``ladj`` and what ``backward`` needs; weights may be bfloat16 beside float32 ``x``."""
-    n, plan = _plan("x", x, args)
-    z, ladj = torch.empty_like(x), x.new_empty(n)
+def density(x: Tensor, plan: FlowPlan, save: bool) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    """Returns ``Σ_d z²`` and ``ladj``, both ``[N]``, for ``x`` that fits the plan; to ``save``, also ``z`` and what
+    ``backward`` needs.
+    """
+    squares, ladj = x.new_empty(x.shape[0]), x.new_empty(x.shape[0])
+    z, saved = (torch.empty_like(x), _saved(x, plan)) if save else (None, None)
+    _forward(plan, x, z, ladj, saved, squares)
+    return squares, ladj, z, saved
+
+
+def forward(x: Tensor, args: FlowArgs, save: bool, plan: FlowPlan | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    """Returns ``z``, ``ladj`` and what ``backward`` needs; weights may be bfloat16 beside float32 ``x``.
+
+    With a plan, which ``x`` must fit, the arguments are not looked at; here and in the functions below.
+    """
+    plan = plan or _plan("x", x, args)
+    z, ladj = torch.empty_like(x), x.new_empty(x.shape[0])
+    saved = _saved(x, plan) if save else None
+    _forward(plan, x, z, ladj, saved, None)
+    return z, ladj, x.new_empty(0) if saved is None else saved
+
+
+def _saved(x: Tensor, plan: FlowPlan) -> Tensor:
     # Memory that comes from the system anew in every step, in pages that are cleared one by one.
-    saved = empty_on_huge_pages(numel_of(plan.saved, n) if save else 0, device=x.device, dtype=x.dtype)
+    return empty_on_huge_pages(numel_of(plan.saved, x.shape[0]), device=x.device, dtype=x.dtype)
+
+
+def _forward(
+    plan: FlowPlan, x: Tensor, z: Tensor | None, ladj: Tensor, saved: Tensor | None, squares: Tensor | None
+) -> None:
     _check(
         _library.fastmaf_flow_forward(
-            plan.pointer, x.data_ptr(), n, z.data_ptr(), ladj.data_ptr(), saved.data_ptr() if save else None,
-            None, torch.get_num_threads(),
+            plan.pointer, x.data_ptr(), x.shape[0], None if z is None else z.data_ptr(), ladj.data_ptr(),
+            None if saved is None else saved.data_ptr(), None if squares is None else squares.data_ptr(),
+            torch.get_num_threads(),
         )
     )  # fmt: skip
-    return z, ladj, saved
 
 
-def inverse(z: Tensor, args: FlowArgs) -> tuple[Tensor, Tensor]:
+def inverse(z: Tensor, args: FlowArgs, plan: FlowPlan | None = None) -> tuple[Tensor, Tensor]:
     """Returns ``x`` ``[N, D]`` and ``ladj`` ``[N]`` = log |det dx/dz|."""
-    n, plan = _plan("z", z, args)
+    plan = plan or _plan("z", z, args)
     plan.check_inverse(args)
+    n = z.shape[0]
     x, ladj = torch.empty_like(z), z.new_empty(n)
     _check(
         _library.fastmaf_flow_inverse(
@@ -51,18 +80,42 @@ def inverse(z: Tensor, args: FlowArgs) -> tuple[Tensor, Tensor]:
     return x, ladj
 
 
+def backward_of_all(batch: FlowBatch, plan: FlowPlan) -> list[Tensor]:
+    """Returns the gradients of the packed weights and of the biases, parts of one tensor, for a batch that fits the
+    plan and is contiguous.
+    """
+    grads = batch.grad_z.new_empty(sum(plan.numels))
+    start, size = grads.data_ptr(), grads.element_size()
+    places = [start + size * end for end in itertools.accumulate(plan.numels, initial=0)]
+    layers = len(plan.rows)
+    targets = [number for place in places[:layers] for number in (WRITE, place, 0, 0, 0, 0)]
+    _check(
+        _library.fastmaf_flow_backward(
+            plan.pointer, batch.grad_z.data_ptr(), batch.grad_ladj.data_ptr(), batch.saved.data_ptr(),
+            batch.grad_z.shape[0], None, (ctypes.c_void_p * layers)(*places[layers:-1]),
+            _structs(targets), torch.get_num_threads(),
+        )
+    )  # fmt: skip
+    return list(grads.unsafe_split_with_sizes(plan.numels))
+
+
 def backward(batch: FlowBatch, args: FlowArgs, need_grad_x: bool) -> tuple[Tensor, list[Tensor], list[Tensor]]:
     """Returns the gradients of ``x`` (``[0, D]`` when not needed), the packed weights and the biases."""
     dtype, device = batch.grad_z.dtype, batch.grad_z.device
     args = args._replace(weights=[weight.to(dtype) for weight in args.weights])
     grads = [empty_on_huge_pages(weight.numel(), device=device, dtype=dtype) for weight in args.weights]
-    targets = (TargetStruct * len(grads))(*[TargetStruct(WRITE, grad.data_ptr()) for grad in grads])
-    grad_x, grad_biases = _backward(batch, args, need_grad_x, targets)
+    targets = [number for grad in grads for number in (WRITE, grad.data_ptr(), 0, 0, 0, 0)]
+    grad_x, grad_biases = _backward(batch, args, need_grad_x, _structs(targets))
     return grad_x, grads, grad_biases
 
 
 def adam_(
-    batch: FlowBatch, args: FlowArgs, need_grad_x: bool, updates: Sequence[Update], bias_updates: None
+    batch: FlowBatch,
+    args: FlowArgs,
+    need_grad_x: bool,
+    updates: Sequence[Update],
+    bias_updates: None,
+    plan: FlowPlan | None = None,
 ) -> tuple[Tensor, list[Tensor]]:
     """Takes a step of Adam on every weight, in place; returns the gradients of ``x`` and of the biases."""
     dtype = batch.grad_z.dtype
@@ -73,28 +126,40 @@ def adam_(
         names = [i for i, address in enumerate(addresses) if addresses.count(address) > 1 and args.weights[i].numel()]
         if names:
             raise ValueError(f"layers {names} share a weight, which takes one step and not several")
-    distinct = {numbers: (ctypes.c_double * 9)(*numbers.native_floats()) for numbers in {u.numbers for u in updates}}
-    targets = (TargetStruct * len(updates))()
-    for i, (weight, update) in enumerate(zip(args.weights, updates, strict=True)):
-        targets[i] = native_args.adam_target(weight, update)
-        targets[i].adam = ctypes.addressof(distinct[update.numbers])
-    return _backward(batch, args, need_grad_x, targets)
+    numbers = {id(u.numbers): u.numbers for u in updates}  # most share theirs
+    distinct = {key: (ctypes.c_double * 9)(*each.native_floats()) for key, each in numbers.items()}
+    targets: list[int] = []
+    for weight, update in zip(args.weights, updates, strict=True):
+        native_args.check_moments(weight, update)
+        moments = update.exp_avg.data_ptr(), update.exp_avg_sq.data_ptr()
+        targets += ADAM, 0, weight.data_ptr(), *moments, ctypes.addressof(distinct[id(update.numbers)])
+    return _backward(batch, args, need_grad_x, _structs(targets), plan)
 
 
-def _plan(name: str, x: Tensor, args: FlowArgs) -> tuple[int, FlowPlan]:
-    n, features = native_args.check_batch(name, x)
+def _plan(name: str, x: Tensor, args: FlowArgs) -> FlowPlan:
+    _, features = native_args.check_batch(name, x)
     plan = native_args.flow_plan(args, x.dtype)
     if features != plan.features:
         raise ValueError(f"{name} must be [N, {plan.features}]; found {tuple(x.shape)}")
-    return n, plan
+    return plan
+
+
+def _structs(numbers: Sequence[int]) -> ctypes.Array[ctypes.c_int64]:
+    """Returns the numbers of ``TargetStruct`` in a row, in less time than the structs are set one by one."""
+    return (ctypes.c_int64 * len(numbers))(*numbers)
 
 
 def _backward(
-    batch: FlowBatch, args: FlowArgs, need_grad_x: bool, targets: ctypes.Array[TargetStruct]
+    batch: FlowBatch,
+    args: FlowArgs,
+    need_grad_x: bool,
+    targets: ctypes.Array[ctypes.c_int64],
+    plan: FlowPlan | None = None,
 ) -> tuple[Tensor, list[Tensor]]:
     # Autograd hands on gradients of any strides, such as an expanded sum's.
     grad_z, grad_ladj, saved = batch.grad_z.contiguous(), batch.grad_ladj.contiguous(), batch.saved
-    n, plan = _plan("grad_z", grad_z, args)
+    plan = plan or _plan("grad_z", grad_z, args)
+    n = grad_z.shape[0]
     check_tensor("grad_ladj", grad_ladj, grad_z.dtype, (n,))
     check_tensor("saved", saved, grad_z.dtype, (numel_of(plan.saved, n),))
     saved = relaid(args, saved, n, TILES)

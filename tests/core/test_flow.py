@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 import fastmaf
+from fastmaf.noise import normal_rows
 from tests.core.helpers import blocks_of, build, generator, jacobian, normal
 from tests.tolerances import assert_close
 
@@ -164,6 +165,25 @@ def test_permutation_by_hand() -> None:
 def test_what_is_no_permutation_is_refused(wrong: Any) -> None:
     with pytest.raises(ValueError, match="permutation"):
         fastmaf.Permutation(torch.tensor(wrong))
+
+
+class Moved(fastmaf.MAF):
+    """A flow whose samples are moved."""
+
+    def inverse(self, z: Any) -> tuple[Tensor, Tensor]:
+        x, ladj = super().inverse(z)
+        return x + 100, ladj
+
+
+def test_samples_come_from_an_inverse_of_a_subclass_or_of_the_instance() -> None:
+    flow = fastmaf.MAF(3, 2, 8, seed=0)
+    plain = flow.sample(4, seed=1)
+    flow.inverse = lambda z: (z, z.sum(1))  # type: ignore[method-assign, assignment, union-attr]
+    assert torch.equal(flow.sample(4, seed=1), normal_rows(4, 3, 1, 0, plain))
+    flow.__class__ = Moved
+    del flow.inverse
+    assert torch.equal(flow.sample(4, seed=1), plain + 100)
+    assert torch.equal(flow.rsample_and_log_prob(4, seed=1)[0].detach(), plain + 100)
 
 
 class Scale(fastmaf.Transform):

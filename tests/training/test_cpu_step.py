@@ -139,3 +139,14 @@ def test_tracing_a_step_takes_none() -> None:
 
     for a, b in zip(run(False), run(True), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-7)
+
+
+def test_gradients_are_removed_or_set_to_zero() -> None:
+    own = parameters()
+    optimizer = FusedAdam([{"params": own[:2]}, {"params": own[2:], "lr": 0.1}])
+    draw_grads(own, 0, missing=1)
+    optimizer.zero_grad(set_to_none=False)
+    assert [p.grad is None for p in own] == [False, True, False, False]
+    assert not any(p.grad.any() for p in own if p.grad is not None)
+    optimizer.zero_grad()
+    assert all(p.grad is None for p in own)
