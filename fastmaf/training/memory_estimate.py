@@ -193,6 +193,8 @@ def _moments(case: _Case, optimizer: Optimizer) -> Iterator[tuple[int, int, int]
     yield 0, saved, (2 if one_op else 4) * plane
     if case.factored and case.update == "clip":
         # Until the step, the factors hold each layer's output gradient and the saved activations.
+        if case.backend == "native":  # the layers' own ops take the activations by sample
+            saved += case.flow._saved_numel(case.batch) * case.item
         saved += (2 * len(case.mades) - 1) * plane + case.hidden
         backward = (8 if on_torch else 3) if one_block else (10 if on_torch else 5)
         yield grads, saved, backward * plane

@@ -134,32 +134,42 @@ def _triton_bytes(flow: Flow, n: int, device: torch.device, *, training: bool) -
 
 
 def _native_bytes(flow: Flow, n: int, *, training: bool, layer_by_layer: bool) -> int:
-    """Returns the bytes that forward.h, backward.h and flow.h request from ``Scratch`` (thread_pool.h)."""
-    hidden = [made.hidden_features for made in flow._mades()]
-    chunk, wide = -(-n // -(-n // 128)), -(-n // 16) * 16  # samples of a chunk, and all in whole vectors
-    fused = wide if n <= 128 else -(-chunk // 16) * 16  # samples whose grad_x is formed at once
-    # Of the leading thread: what all share, and the activations between layers. Of each thread: inputs, and one other.
-    shared, inputs, others = [0], [0], [128 * chunk]
-    state = 0
+    """Returns the bytes that the kernels of csrc/ request from ``Scratch`` (thread_pool.h).
+
+    The leading thread has what all share and the activations between layers, each thread inputs and sums of its own.
+    """
+    features, whole = flow.features, _up(n, 16)
+    hidden = max((units for made in flow._mades() for units in made.hidden_features), default=0)
+    chunk = min(_up(-(-n // -(-n // 128)), 16), n)  # samples that pass together
+    is_wide = chunk > 8 and _up(chunk, 16) * 5 <= chunk * 6  # see tiles.h
+    lanes = _up(chunk, 16) if is_wide else chunk
+    fused = min(whole, 256)  # samples whose grad_x is formed at once
+    shared, inputs, gradients, layerwise = [0], [0], [0], [0]
     for layer in flow._layers():
-        rows, columns = layer.out_features, layer.in_features
-        strip = min(max(-(-65536 // chunk // 64) * 64, 64), 1024)
-        strips, panels = -(-columns // strip), len(layer.layout.panels) - 1
-        shared.append(strips * chunk * 32 * -(-rows // 32) if columns > rows else columns * chunk)
-        inputs.append(strip * chunk if columns > rows else 0)
+        rows, columns, groups = layer.out_features, layer.in_features, -(-(len(layer.layout.panels) - 1) // 8)
+        if columns > rows:
+            strip = min(max(_up(65536 // chunk, 64), 64), 1024)
+            shared.append(-(-columns // strip) * lanes * (_up(rows, 32) + PANEL))
         if not training:
             continue
-        others.append(128 * wide)
+        outputs = features if columns < rows == 2 * features else rows
+        layerwise.append(whole * (2 * columns + (6 if outputs == features else 2) * outputs))
         if columns > rows:
-            strip = min(max(-(-16384 // n // 12) * 12, 48), 768)
-            shared.append(128 * wide * -(-panels // 4))
+            strip = min(max(_up(16384 // n, 12), 48), 768)
+            shared.append(256 * whole * groups)
             inputs.append(n * (strip + 28) + strip * fused)
         else:
-            parts = min(max(layer.layout.numel // columns // 64, 1), 32) if columns else 1
-            shared.append(max(n * (columns + 28), min(n, chunk) * (columns + 28) + parts * columns * fused))
-    if not training:
-        state = n * (2 * flow.features + max(map(sum, hidden), default=0))
-    elif not layer_by_layer:
-        state = n * (3 * flow.features + 2 * max((units for of in hidden for units in of), default=0))
-    numbers = state + max(shared) + torch.get_num_threads() * (max(inputs) + max(others))
+            parts = min(max(layer.layout.numel // columns // 128, 1), 32) if columns else 1
+            shared.append(max(n * (columns + 28), min(n, fused) * (columns + 28) + parts * columns * fused))
+            gradients.append(256 * whole)
+    forward = 1 if training and is_wide else 3 if training else 2  # planes; what is saved may be computed in its place
+    state = [lanes * (forward * features + (0 if training and is_wide else 2 * hidden))]
+    if training:
+        state.append(max(layerwise) if layer_by_layer else whole * (3 * features + 2 * hidden))
+    of_threads = max(inputs) + 128 * lanes + max(gradients)
+    numbers = max(state) + max(shared) + torch.get_num_threads() * of_threads
     return numbers * flow._like().element_size() * 5 // 4  # a buffer grows by a quarter more than is needed
+
+
+def _up(n: int, step: int) -> int:
+    return -(-n // step) * step

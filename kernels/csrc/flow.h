@@ -104,15 +104,19 @@ void widen(const Team& team, const Tiles& tiles, const T* from, long units, cons
   });
 }
 
-// Where a block's activations go: to the memory that is saved, or to buffers that take turns.
+// Where a block's activations go, in turns. Where they are saved as they are computed, the last block's z alone.
 template <class T>
 struct Buffers {
   T *x[2], *hidden[2], *log_scale;
-  Buffers(const Flow& flow, const Tiles& tiles, bool saves) {
+  Buffers(const Flow& flow, const Tiles& tiles, bool saves, bool direct) {
     long units = 0;
-    for (long i = 0; i < flow.layer_count; ++i) units = std::max<long>(units, flow.layers[i].columns);
+    for (long b = 0; b < flow.block_count; ++b)
+      for (long k = 0; k + 1 < flow.blocks[b].layer_count; ++k) units = std::max<long>(units, layers_of(flow, flow.blocks[b])[k].rows);
     const long plane = tiles.numel(flow.features) + kSlack, of_hidden = tiles.numel(units) + kSlack;
-    T* memory = Scratch::get<T>(Scratch::kState, (saves ? 3 : 2) * plane + 2 * of_hidden);
+    T* memory = Scratch::get<T>(Scratch::kState, direct ? plane : (saves ? 3 : 2) * plane + 2 * of_hidden);
+    x[0] = x[1] = memory;
+    log_scale = nullptr;
+    if (direct) return;
     const auto take = [&](long count) { return std::exchange(memory, memory + count); };
     for (T*& buffer : x) buffer = take(plane);
     for (T*& buffer : hidden) buffer = take(of_hidden);
@@ -126,7 +130,7 @@ void chunk_forward(const Flow& flow, const int32_t* places, const Team& team, co
                    const std::vector<Saved<T>>& saved, long first) {
   const long features = flow.features;
   const bool direct = !saved.empty() && tiles.wide;  // what is saved is computed in its place
-  const Buffers<T> buffers(flow, tiles, !saved.empty() && !direct);
+  const Buffers<T> buffers(flow, tiles, !saved.empty(), direct);
   const auto places_of = [&](long b) { return b < flow.block_count && flow.blocks[b].permutation ? places + b * features : nullptr; };
   const auto x_of = [&](long b) { return direct && b < flow.block_count ? saved[b].x + first * features : buffers.x[b % 2]; };
   const auto keep = [&](const T* from, long units, const int32_t* order, T* to) {

@@ -56,7 +56,11 @@ struct Entry {
     const Team team(useful_threads(w, n, threads));
     const Tiles tiles(n, true);
     const long outputs = source.log_scale ? w.rows / 2 : w.rows;
-    T* memory = Scratch::get<T>(Scratch::kState, tiles.numel(2 * w.columns + 6 * outputs));
+    constexpr const void* Source::*kParts[] = {&Source::grad_y, &Source::relu_of, &Source::grad_z, &Source::grad_log_scale, &Source::x,
+                                               &Source::z,      &Source::log_scale};
+    long units = (grad_x ? 2 : 1) * w.columns + (source.grad_x ? outputs : 0);
+    for (const auto part : kParts) units += source.*part ? outputs : 0;
+    T* memory = Scratch::get<T>(Scratch::kState, tiles.numel(units));
     const auto take = [&](const void* from, long units) -> const void* {
       if (from == nullptr) return nullptr;
       T* to = std::exchange(memory, memory + tiles.numel(units));
@@ -64,11 +68,9 @@ struct Entry {
       return to;
     };
     Source in_tiles = source;
-    for (const void* Source::*part : {&Source::grad_y, &Source::relu_of, &Source::grad_z, &Source::grad_log_scale, &Source::x, &Source::z,
-                                      &Source::log_scale})
-      in_tiles.*part = take(source.*part, outputs);
+    for (const auto part : kParts) in_tiles.*part = take(source.*part, outputs);
     const T* xs = static_cast<const T*>(take(x, w.columns));
-    T *of_x = memory, *of_map = of_x + tiles.numel(w.columns);
+    T *of_map = memory, *of_x = of_map + (source.grad_x ? tiles.numel(outputs) : 0);
     if (source.grad_x) in_tiles.grad_x = of_map;
     layer_backward<T>(team, w, in_tiles, xs, n, grad_x ? of_x : nullptr, static_cast<T*>(grad_bias), target);
     if (grad_x) give_tiles(team, tiles, of_x, w.columns, kInOrder, static_cast<T*>(grad_x));

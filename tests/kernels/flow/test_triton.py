@@ -106,7 +106,7 @@ def test_results_share_no_memory(device: str, save: bool, places: tuple[int, ...
     flow, x = fastmaf.Flow(D, parts).to(device), normal(2, D, dtype=F32).to(device)
     run = Run(parts)
     with fastmaf.use_backend("triton"), torch.no_grad():
-        results = [*implementation("flow", x).forward(x, run.forward, save), *flow_inverse(x, run.inverse())]
+        results = [*implementation("flow", x).forward(x, run.forward.args, save), *flow_inverse(x, run.inverse().args)]
     own = [t.untyped_storage().data_ptr() for t in (x, *results, *flow.parameters()) if t.numel()]
     assert len(set(own)) == len(own)
 
