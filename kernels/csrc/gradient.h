@@ -99,7 +99,7 @@ void make_gradient(const Source& s, long rows, long n, long row, const Gradient<
     }
     grad_bias[row + r] = static_cast<T>(total);
   }
-  if (fold_of<T>(n) == 2)
+  if (wide > 0 && fold_of<T>(n) == 2)
     for (long r = 0; r < whole; r += 2) {
       Vec<T> low, high;
       zip<T>(load(g.by_row + r * kWide), load(g.by_row + (r + 1) * kWide), low, high);

@@ -75,7 +75,9 @@ def relaid(args: FlowArgs, saved: Tensor, n: int, layout: float) -> Tensor:
     for width in (width for block in _widths(args) for width in block):
         tiled, rows = slice(at_tile, at_tile + tiles * TILE * width), slice(at_sample, at_sample + n * width)
         if layout == BY_SAMPLE:
-            result[rows] = saved[tiled].view(tiles, width, TILE).transpose(1, 2).reshape(tiles * TILE, width)[:n].reshape(-1)
+            result[rows] = (
+                saved[tiled].view(tiles, width, TILE).transpose(1, 2).reshape(tiles * TILE, width)[:n].reshape(-1)
+            )
         else:
             padded = torch.nn.functional.pad(saved[rows].view(n, width), (0, 0, 0, tiles * TILE - n))
             result[tiled] = padded.view(tiles, TILE, width).transpose(1, 2).reshape(-1)

@@ -134,7 +134,7 @@ def test_the_library_of_this_installation() -> None:
         setattr(other, field, getattr(flow, field) + 1)
         for function in ("forward", "inverse"):
             call = getattr(native_library.library(), f"fastmaf_flow_{function}")
-            zeros = [None] * (4 if function == "forward" else 3)
+            zeros = [None] * (5 if function == "forward" else 3)
             with pytest.raises(RuntimeError, match="other structs"):
                 native_library.check(call(ctypes.addressof(other), zeros[0], 0, *zeros[1:], 1))
 

@@ -199,7 +199,7 @@ std::vector<T> everything(const Shape& shape, const AffineMap& map, long threads
   const std::string name = "n=" + std::to_string(n) + " D=" + std::to_string(d) + " seed=" + std::to_string(seed) + ": ";
   const double tolerance = sizeof(T) == 8 ? 1e-9 : 1e-3;
   const std::vector<T> x = model.draws(n * d);
-  std::vector<T> z = nans<T>(n * d), ladj = nans<T>(n), saved = nans<T>(n * model.saved), z2 = z, ladj2 = ladj;
+  std::vector<T> z = nans<T>(n * d), ladj = nans<T>(n), saved = nans<T>((n + 15) / 16 * 16 * model.saved + 1), z2 = z, ladj2 = ladj;
   std::vector<T> squares_of_z = ladj, sums(n);
   kernels.flow_forward(model.flow, model.places.data(), x.data(), n, z.data(), ladj.data(), saved.data(), nullptr, threads);
   kernels.flow_forward(model.flow, model.places.data(), x.data(), n, z2.data(), ladj2.data(), nullptr, squares_of_z.data(), threads);
