@@ -158,8 +158,8 @@ def test_the_parts() -> None:
     parts = memory_parts(flow, 4)
     assert sum(parts) == fastmaf.memory_estimate(flow, 4)
     assert parts.optimizer == 2 * 4 * numbers
-    # The batch; of two blocks x, hidden units, log-scale and z, where the second has its x from the first, for a tile of
-    # 16 samples, and what says how they lie.
+    # The batch; of two blocks x, hidden units, log-scale and z, where the second has its x from the first, for a tile
+    # of 16 samples, and what says how they lie.
     assert parts.activations == 4 * (4 * 96 + 16 * (5 * 96 + 2 * 32) + 1)
     assert memory_parts(flow, 4, torch.optim.SGD).optimizer == 0
     momentum = torch.optim.SGD(flow.parameters(), lr=1e-3, momentum=0.9)
