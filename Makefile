@@ -88,7 +88,7 @@ format: $(VENV)/.installed-dev  ## let ruff sort the imports and format
 bench: $(VENV)/.installed-bench  ## the quick benchmark suite: fastmaf beside other libraries, under two minutes
 	"$(BIN)/fastmaf" bench --quick
 
-bench-full: $(VENV)/.installed-test  ## the full one, under thirty minutes, and every op by itself
+bench-full: $(VENV)/.installed-test  ## the full one, half an hour to an hour, and every op by itself
 	"$(BIN)/fastmaf" bench
 	"$(BIN)/python" -m fastmaf.bench.dev.ops
 

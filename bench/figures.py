@@ -48,7 +48,8 @@ def draw(rows: list[Row], about: dict[str, str]) -> Iterator[tuple[str, Figure]]
         title, line = "Time as a multiple of fastmaf's", "fastmaf"
         yield "speedup", _bars(compared, about, title, "times_fastmaf", lambda x: f"{labels.digits(x)}×, ", line)
     if limited:
-        title, line = "Limit of the machine as a part of the time", "the time that a case needs at least"
+        title = "Limit of the machine as a part of the time"
+        line = "the time that a case needs at least, without a matrix unit"
         yield "limits", _bars(limited, about, title, "fraction_of_limit", lambda x: f"{labels.percent(x)}, ", line)
     if held:
         yield "memory", _bars(held, about, "Peak memory in GB", "median", lambda x: "", "what must be held")

@@ -21,8 +21,8 @@ import torch
 from torch import Tensor
 
 _FOLDER = Path(__file__).resolve().parent
-# Of the structs in csrc/api.h and native_args.py.
-VERSION = 1
+# Of the structs and functions in csrc/, and of native_args.py.
+VERSION = 2
 _ERRORS = {
     1: (MemoryError, "the native kernels could not allocate their work buffers"),
     2: (RuntimeError, "the native library has other structs than this version of fastmaf"),

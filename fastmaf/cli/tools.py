@@ -13,7 +13,7 @@ from fastmaf.cli.output import say, say_json
 
 
 def bench(
-    quick: Annotated[bool, typer.Option("--quick", help="Small sizes: two minutes instead of thirty.")] = False,
+    quick: Annotated[bool, typer.Option("--quick", help="Small sizes: two minutes, not up to an hour.")] = False,
     out: Annotated[Path, typer.Option("--out", metavar="DIR", help="Folder for CSV, JSON and figures.")] = Path(
         "bench-results"
     ),

@@ -30,7 +30,7 @@ FASTMAF_DECLARE(avx512)
 namespace {
 
 enum Error { kFine, kNoMemory, kOtherVersion, kBadPermutation, kFailed };
-constexpr int64_t kVersion = 1;
+constexpr int64_t kVersion = 2;
 
 struct Isa {
   const char* name;

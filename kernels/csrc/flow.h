@@ -8,12 +8,6 @@ namespace FASTMAF_ISA {
 
 inline const Layer* layers_of(const Flow& flow, const Block& block) { return flow.layers + block.first_layer; }
 
-inline long hidden_units(const Flow& flow, const Block& block) {
-  long total = 0;
-  for (long k = 0; k + 1 < block.layer_count; ++k) total += layers_of(flow, block)[k].rows;
-  return total;
-}
-
 template <class W>
 long most_threads(const Flow& flow, long n, long threads) {
   long most = 1;

@@ -33,17 +33,6 @@ AFFINE_MAPS = {
 }
 
 
-@pytest.fixture(params=["avx512", "avx2", "baseline", "scalar"])
-def isa(request: pytest.FixtureRequest) -> Iterator[str]:
-    """Runs a test with each instruction set; skips those that this machine lacks."""
-    best, *others = native_library.isas()
-    if request.param not in (best, *others):
-        pytest.skip(f"this CPU has {', '.join((best, *others))}")
-    native_library.use_isa(request.param)
-    yield request.param
-    native_library.use_isa(best)
-
-
 @pytest.fixture
 def threads() -> Iterator[None]:
     """Puts the number of threads back."""

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastmaf.kernels import PackedLayout, layout, native_library, storage
+from fastmaf.kernels import PackedLayout, layout, storage
 from tests.core.helpers import generator
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -46,17 +46,6 @@ def library(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
 @pytest.fixture(params=[64, 3000, 1 << 20])
 def part_bytes(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(storage, "PART_BYTES", request.param)
-
-
-@pytest.fixture(params=["avx512", "avx2", "baseline", "scalar"])
-def isa(request: pytest.FixtureRequest) -> Iterator[str]:
-    """Runs a test with each instruction set; skips those that this machine lacks."""
-    best, *others = native_library.isas()
-    if request.param not in (best, *others):
-        pytest.skip(f"this CPU has {', '.join((best, *others))}")
-    native_library.use_isa(request.param)
-    yield request.param
-    native_library.use_isa(best)
 
 
 def each(dtypes: tuple[torch.dtype, ...] = DTYPES) -> Iterator[tuple[PackedLayout, Tensor, torch.dtype]]:

@@ -109,7 +109,7 @@ struct Model {
     places.resize(2 * s.features);
     for (long d = 0; d < s.features; ++d) places[s.features + permutation[d]] = static_cast<int32_t>(d);
     const int64_t dtype = sizeof(T) == 8 ? kFloat64 : kFloat32;
-    flow = {sizeof(Flow), 1, dtype, std::is_same_v<W, Half> ? kBfloat16 : dtype, s.features, 1, static_cast<int64_t>(layers.size()), 2,
+    flow = {sizeof(Flow), 2, dtype, std::is_same_v<W, Half> ? kBfloat16 : dtype, s.features, 1, static_cast<int64_t>(layers.size()), 2,
             layers.data(), blocks.data(), nullptr};
     saved = 6 * s.features;
     for (const long units : s.hidden) saved += 2 * units;
