@@ -61,17 +61,17 @@ def block(depths: tuple[int, ...], bound: float | None, soft: bool, seed: int, *
 
 
 @pytest.mark.parametrize(
-    "places, batch, most, group",
+    "places, batch, most",
     [
-        ((), 1, 512, 16),
-        ((1, 2), 5, 4, 3),
-        ((3,), 1, 512, 1),
-        ((0, 1, 2, 3), 1, 512, 2),
-        ((1, 3), 0, 512, 16),
+        ((), 1, 512),
+        ((1, 2), 5, 4),
+        ((3,), 1, 512),
+        ((0, 1, 2, 3), 1, 512),
+        ((1, 3), 0, 512),
     ],
 )
 def test_blocks_of_all_kinds_in_one_run(
-    monkeypatch: pytest.MonkeyPatch, device: str, places: tuple[int, ...], batch: int, most: int, group: int
+    monkeypatch: pytest.MonkeyPatch, device: str, places: tuple[int, ...], batch: int, most: int
 ) -> None:
     """Different depths, widths and bounds, free ones among them; permutations at some places, the last among these."""
     # Not by its dotted path: there the function hides the module of the same name.
@@ -79,7 +79,6 @@ def test_blocks_of_all_kinds_in_one_run(
 
     set_launch(monkeypatch, device, 16, 16, 1)
     monkeypatch.setattr(triton_kernel, "MOST_SAMPLES", most)
-    monkeypatch.setattr(triton_kernel, "GROUP", group)
     blocks = [
         block((7, 5, 3), 0.3, False, 0, levels=3),
         block((4,), None, False, 1, levels=2),
