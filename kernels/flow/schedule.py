@@ -59,7 +59,8 @@ def groups(schedule: Tensor, *, every_layer: bool = False) -> list[tuple[int, in
     finished = schedule[:, 1 if every_layer else -1 :].tolist()
     result, first = [], 0
     while first < len(finished):
-        limits = [units // PANEL * PANEL + PANEL for units in (finished[first - 1] if first else [0] * len(finished[0]))]
+        before = finished[first - 1] if first else [0] * len(finished[0])
+        limits = [units // PANEL * PANEL + PANEL for units in before]
         end = first + 1
         while end < len(finished) and all(units <= limit for units, limit in zip(finished[end], limits, strict=True)):
             end += 1

@@ -24,7 +24,9 @@ class _Graph(NamedTuple):
     held: list[Tensor]
 
 
-def replayed(owner: Tensor, key: tuple[Any, ...], inputs: Sequence[Tensor], run: Run, held: list[Tensor]) -> tuple[Tensor, ...]:
+def replayed(
+    owner: Tensor, key: tuple[Any, ...], inputs: Sequence[Tensor], run: Run, held: list[Tensor]
+) -> tuple[Tensor, ...]:
     """Returns ``run(*inputs)``, from the third call with a key on as the replay of a graph.
 
     The first call runs eagerly: it compiles the kernels and makes their tables, neither of which can be recorded. The

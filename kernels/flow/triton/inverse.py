@@ -19,8 +19,9 @@ from torch import Tensor
 from fastmaf.kernels.affine_output import triton_map
 from fastmaf.kernels.affine_output.affine_map import SHIFT_FIRST
 from fastmaf.kernels.flow.args import FlowArgs, permuted
+from fastmaf.kernels.flow.triton.panel_items import Ahead, Tiling
 from fastmaf.kernels.flow.triton.panel_kernels import _finish_units_kernel, _panel_ahead_kernel, _panel_solve_kernel
-from fastmaf.kernels.flow.triton.panel_plan import Ahead, Finish, Plan, Tiling, plan
+from fastmaf.kernels.flow.triton.panel_plan import Finish, plan
 from fastmaf.kernels.layout import PANEL
 from fastmaf.kernels.masked_linear.triton import shape_of
 from fastmaf.kernels.triton_common import device as common
@@ -29,6 +30,7 @@ from fastmaf.kernels.triton_common.graphs import replayed
 
 # Samples that are taken through the launches together: the partial sums of each take 30 KB at the published run's size.
 MOST_SAMPLES = 1024
+MOST_PANELS = 2  # of an item of the ahead kernel, whose registers hold the sums of each
 MOST_PER_PROGRAM = 4  # of the solve kernel, whose registers hold the sums of each
 
 
@@ -62,12 +64,11 @@ def _inverse_block(z: Tensor, ladj: Tensor, args: FlowArgs, block: int) -> Tenso
     """Returns x of a block; adds to ``ladj``."""
     n, features = z.shape
     layers = args.layers_of_blocks()[block]
-    panels, rows = ([part[i] for i in layers] for part in (args.panels, [len(bias) for bias in args.biases]))
-    weights, biases = ([part[i] for i in layers] for part in (args.weights, args.biases))
+    weights, biases, panels = ([part[i] for i in layers] for part in (args.weights, args.biases, args.panels))
     table, sms, _ = common.target(z)
     shape = shape_of(z, n, weights[0].dtype)
-    tiling = Tiling(shape.rows // PANEL, shape.columns, shape.programs, table.solve.columns)
-    made: Plan = plan(args.schedules[block], panels, rows, z.device, tiling)
+    tiling = Tiling(min(shape.rows // PANEL, MOST_PANELS), shape.columns, shape.programs, table.solve.columns)
+    made = plan(args.schedules[block], panels, [len(bias) for bias in biases[:-1]], z.device, tiling)
     entries = [(w.data_ptr(), b.data_ptr(), len(b)) for w, b in zip(weights, biases, strict=True)]
     addresses = work_lists.numbers(args.schedules[block], entries, z.device)
 
@@ -81,6 +82,7 @@ def _inverse_block(z: Tensor, ladj: Tensor, args: FlowArgs, block: int) -> Tenso
     relu = args.activation == "relu"
     options = {name: value for name, value in shape.options.items() if name != "BLOCK_J"}
     samples = common.power_of_two(common.cdiv(n, sms * table.solve.programs_per_sm), 1, MOST_PER_PROGRAM)
+    warps = samples * table.solve.warps
     modes: dict[str, Any] = {"SHIFT_FIRST": affine_map.form == SHIFT_FIRST, "KIND": triton_map.kind_of(affine_map)}
     for launch in made.launches:
         if isinstance(launch, Ahead):
@@ -89,7 +91,7 @@ def _inverse_block(z: Tensor, ladj: Tensor, args: FlowArgs, block: int) -> Tenso
                 (launch.end - launch.first) * common.cdiv(n, shape.samples),
                 x, values, sums, outputs, addresses, made.items[launch.first :], n, features, made.units,
                 PANEL * hidden, made.rows,
-                PANELS=tiling.panels, **types, **options,
+                PANELS=tiling.panels, **types, **options, maxnreg=common.all_registers(options["num_warps"]),
             )  # fmt: skip
         elif isinstance(launch, Finish):
             common.launch(
@@ -102,10 +104,10 @@ def _inverse_block(z: Tensor, ladj: Tensor, args: FlowArgs, block: int) -> Tenso
             common.launch(
                 _panel_solve_kernel,
                 common.cdiv(n, samples),
-                z, x, values, ladj, sums, outputs, addresses, made.groups[launch.group], made.steps, affine_map.limit,
+                z, x, values, ladj, sums, outputs, addresses, made.groups[launch.group], made.chunks, affine_map.limit,
                 affine_map.epsilon, n, features, made.units, made.rows,
                 BLOCK_N=samples, BLOCK_D=made.dims, LAYERS=hidden, SLOTS=made.slots, OUTPUT_SLOTS=made.output_slots,
-                **types, RELU=relu, **modes, num_warps=samples * table.solve.warps,
+                **types, RELU=relu, **modes, num_warps=warps, maxnreg=common.all_registers(warps),
             )  # fmt: skip
     return x
 

@@ -1,20 +1,23 @@
 """The kernels of the inverse: products with what is finished, on all multiprocessors; then a group's own steps.
 
-Kernel boundaries are the only synchronisation between programs. See ``panel_plan.py`` for the tables.
+Kernel boundaries are the only synchronisation between programs. Their tables are described in ``panel_items.py`` and
+``panel_plan.py``.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import triton
 import triton.language as tl
 
 from fastmaf.kernels.affine_output import triton_map
-from fastmaf.kernels.flow.triton import panel_plan
+from fastmaf.kernels.flow.triton import panel_items, panel_plan
 from fastmaf.kernels.triton_common import device as common
 
-_ITEM, _GROUP, _GROUP_LAYER, _STEP, _LAYER = (
+_ITEM, _GROUP, _GROUP_LAYER, _CHUNK, _LAYER = (
     tl.constexpr(number)
-    for number in (panel_plan.ITEM, panel_plan.GROUP, panel_plan.GROUP_LAYER, panel_plan.STEP, panel_plan.LAYER)
+    for number in (panel_items.ITEM, panel_plan.GROUP, panel_plan.GROUP_LAYER, panel_plan.CHUNK, panel_plan.LAYER)
 )
 
 
@@ -65,12 +68,7 @@ def _panel_ahead_kernel(
     to = tl.where(of_group, hidden_ptr.to(tl.int64), outputs_ptr.to(tl.int64)).to(tl.pointer_type(tl.float32))
     row = tl.load(item + 4) * n + sample
     to_ptr = to + row * tl.where(of_group, stride_hidden, stride_outputs) + tl.load(item + 5)
-    if PANELS == 1:
-        _store_sums(
-            below, stride, to_ptr, sample, n, layers_ptr, item,
-            BLOCK_N, 16, BLOCK_K, PANELS, W_TYPE, ALIGNED, LANES, PRECISION,
-        )  # fmt: skip
-    elif of_group:  # one panel
+    if PANELS == 1 or of_group:
         _store_sums(
             below, stride, to_ptr, sample, n, layers_ptr, item,
             BLOCK_N, 16, BLOCK_K, PANELS, W_TYPE, ALIGNED, LANES, PRECISION,
@@ -83,18 +81,18 @@ def _panel_ahead_kernel(
 
 
 @triton.jit
-def _chunk_of_step(
-    z_ptr, outputs_ptr, w_ptr, w_first_ptr, width_first, step, sample, n, features, first_row, slots, stride_outputs,
+def _chunk(
+    z_ptr, outputs_ptr, w_ptr, w_first_ptr, width_first, chunk, sample, n, features, first_row, slots, stride_outputs,
     BLOCK_D: tl.constexpr, LAYERS: tl.constexpr, OUTPUT_SLOTS: tl.constexpr,
 ):  # fmt: skip
-    """All that a chunk of a step reads, none of which depends on the steps before: its dimensions, z, the sums of its
+    """What a chunk of a step reads, none of which depends on the steps before: its dimensions, z, the sums of its
     outputs ahead, their weights for the group's own units, and those of the first layer's panel for its x.
     """
-    start = tl.multiple_of(tl.load(step).to(tl.int32), 8)
-    begin, end = tl.load(step + 1).to(tl.int32), tl.load(step + 2).to(tl.int32)
+    start = tl.multiple_of(tl.load(chunk).to(tl.int32), 8)
+    begin, end = tl.load(chunk + 1).to(tl.int32), tl.load(chunk + 2).to(tl.int32)
     d, r = start + tl.arange(0, BLOCK_D), tl.arange(0, 2 * BLOCK_D)
     d_ok, r_ok = (d >= begin) & (d < end), (r >= 2 * (begin - start)) & (r < 2 * (end - start))
-    panel = step + _STEP + 2 * LAYERS + r // 16
+    panel = chunk + _CHUNK + 2 * LAYERS + r // 16
     base = tl.max_constancy(tl.load(panel), 16) * 16 + r % 16
     width = tl.max_constancy(tl.load(panel + BLOCK_D // 8).to(tl.int32), 16)
     c, lane = tl.arange(0, 16), tl.arange(0, 16)
@@ -122,7 +120,7 @@ def _chunk_of_step(
 
 @triton.jit
 def _panel_solve_kernel(
-    z_ptr, x_ptr, values_ptr, ladj_ptr, hidden_ptr, outputs_ptr, layers_ptr, group_ptr, steps_ptr, limit, epsilon, n,
+    z_ptr, x_ptr, values_ptr, ladj_ptr, hidden_ptr, outputs_ptr, layers_ptr, group_ptr, chunks_ptr, limit, epsilon, n,
     features, stride_values, stride_outputs,
     BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, LAYERS: tl.constexpr, SLOTS: tl.constexpr,
     OUTPUT_SLOTS: tl.constexpr, W_TYPE: tl.constexpr, ALIGNED: tl.constexpr, RELU: tl.constexpr,
@@ -130,19 +128,21 @@ def _panel_solve_kernel(
 ):  # fmt: skip
     """A group's steps for a tile of samples: x, the group's units of each layer, and what it adds to ladj, float64.
 
-    The sums and the finished units of each hidden layer's panel stay in registers, and the weights of a step are loaded
+    The sums and the finished units of each hidden layer's panel stay in registers, and a chunk's weights are loaded
     while the one before is computed.
     """
-    STRIDE: tl.constexpr = _STEP + 2 * LAYERS + BLOCK_D // 4
+    STRIDE: tl.constexpr = _CHUNK + 2 * LAYERS + BLOCK_D // 4
     sample = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     lane = tl.arange(0, 16)
-    first_step, end_step = tl.load(group_ptr).to(tl.int32), tl.load(group_ptr + 1).to(tl.int32)
+    first_chunk, end_chunk = tl.load(group_ptr).to(tl.int32), tl.load(group_ptr + 1).to(tl.int32)
     first_row, slots = tl.load(group_ptr + 2).to(tl.int32), tl.load(group_ptr + 3).to(tl.int32)
     w_ptr = _weight_pointer(layers_ptr, LAYERS, W_TYPE, ALIGNED)
     first_layer = group_ptr + _GROUP
     w_first_ptr = _weight_pointer(layers_ptr, 0, W_TYPE, ALIGNED) + tl.load(first_layer) * 16
     width_first = tl.load(first_layer + 1).to(tl.int32)
-    sums, units, weights = (), (), ()
+    sums: Any = ()
+    units: Any = ()
+    weights: Any = ()
     for k in tl.static_range(LAYERS):
         layer = group_ptr + _GROUP + _GROUP_LAYER * k
         slot = tl.arange(0, SLOTS).to(tl.int64)
@@ -162,15 +162,15 @@ def _panel_solve_kernel(
             w_k = tl.load(_weight_pointer(layers_ptr, k, W_TYPE, ALIGNED) + at, mask=ok, other=0.0)
             weights = weights + (w_k.to(tl.float32),)
     ladj = tl.zeros([BLOCK_N, BLOCK_D], tl.float64)
-    step = steps_ptr + first_step * STRIDE
-    d, ok, z, rows, w, w_first = _chunk_of_step(
-        z_ptr, outputs_ptr, w_ptr, w_first_ptr, width_first, step, sample, n, features, first_row, slots,
+    chunk = chunks_ptr + first_chunk * STRIDE
+    d, ok, z, rows, w, w_first = _chunk(
+        z_ptr, outputs_ptr, w_ptr, w_first_ptr, width_first, chunk, sample, n, features, first_row, slots,
         stride_outputs, BLOCK_D, LAYERS, OUTPUT_SLOTS,
     )  # fmt: skip
-    for i in range(first_step, end_step):
-        next_step = steps_ptr + tl.minimum(i + 1, end_step - 1) * STRIDE
-        next_d, next_ok, next_z, next_rows, next_w, next_w_first = _chunk_of_step(
-            z_ptr, outputs_ptr, w_ptr, w_first_ptr, width_first, next_step, sample, n, features, first_row, slots,
+    for i in range(first_chunk, end_chunk):
+        next_chunk = chunks_ptr + tl.minimum(i + 1, end_chunk - 1) * STRIDE
+        next_d, next_ok, next_z, next_rows, next_w, next_w_first = _chunk(
+            z_ptr, outputs_ptr, w_ptr, w_first_ptr, width_first, next_chunk, sample, n, features, first_row, slots,
             stride_outputs, BLOCK_D, LAYERS, OUTPUT_SLOTS,
         )  # fmt: skip
         rows += tl.sum(w * units[LAYERS - 1][:, :, None], 1)
@@ -183,18 +183,19 @@ def _panel_solve_kernel(
         tl.store(x_ptr + sample[:, None] * features + d[None, :], x, mask=ok)
         ladj += tl.where(ok, term, 0.0).to(tl.float64)
         added = tl.sum(w_first * tl.where(ok, x, 0.0)[:, :, None], 1)
-        new_sums, new_units = (), ()
+        new_sums: Any = ()
+        new_units: Any = ()
         for k in tl.static_range(LAYERS):
             total = sums[k] + added
             value = tl.where(total < 0, 0.0, total) if RELU else total
-            own = (lane >= tl.load(step + _STEP + 2 * k)) & (lane < tl.load(step + _STEP + 2 * k + 1))
+            own = (lane >= tl.load(chunk + _CHUNK + 2 * k)) & (lane < tl.load(chunk + _CHUNK + 2 * k + 1))
             finished = tl.where(own[None, :], value, 0.0)
             new_sums = new_sums + (total,)
             new_units = new_units + (units[k] + finished,)
             if k + 1 < LAYERS:
                 added = tl.sum(weights[k] * finished[:, :, None], 1)
         sums, units = new_sums, new_units
-        step, d, ok, z, rows, w, w_first = next_step, next_d, next_ok, next_z, next_rows, next_w, next_w_first
+        chunk, d, ok, z, rows, w, w_first = next_chunk, next_d, next_ok, next_z, next_rows, next_w, next_w_first
     for k in tl.static_range(LAYERS):
         layer = group_ptr + _GROUP + _GROUP_LAYER * k
         own = (lane >= tl.load(layer + 5)) & (lane < tl.load(layer + 6))
