@@ -19,6 +19,7 @@ from torch import Tensor
 
 from fastmaf.kernels import native_library
 from fastmaf.kernels.layout import PANEL, PackedLayout, padding
+from fastmaf.kernels.native_checks import check_layout, check_tensor
 
 PART_BYTES = 1 << 20  # of what is converted at once without the library
 _EXPONENTS = {
@@ -67,9 +68,8 @@ def rows_to_panels(rows: Tensor, weight: Tensor, layout: PackedLayout) -> bool:
     """
     library = _library()
     if library is not None:
-        return _is_finite(
-            library.fastmaf_rows_to_panels(rows.data_ptr(), weight.data_ptr(), *_shape(layout), *_format(weight))
-        )
+        where = _of_rows(rows, weight, layout), *_of_panels(weight, layout)
+        return _is_finite(library.fastmaf_rows_to_panels(*where, *_format(weight)))
     # All parts are converted, whatever the first ones hold.
     return all([_write_panels(rows[part.rows], weight, layout, part) for part in _parts(layout, rows.element_size())])
 
@@ -78,8 +78,9 @@ def panels_to_rows(weight: Tensor, rows: Tensor, layout: PackedLayout) -> bool:
     """Writes all rows from their panels: the inverse of ``rows_to_panels``, which see."""
     library = _library()
     if library is not None:
+        address, *of = _of_panels(weight, layout)
         return _is_finite(
-            library.fastmaf_panels_to_rows(weight.data_ptr(), rows.data_ptr(), *_shape(layout), *_format(weight))
+            library.fastmaf_panels_to_rows(address, _of_rows(rows, weight, layout), *of, *_format(weight))
         )
     return all([_write_rows(weight, rows[part.rows], layout, part) for part in _parts(layout, rows.element_size())])
 
@@ -98,8 +99,8 @@ def read_rows(file: FileIO, weight: Tensor, layout: PackedLayout) -> bool:
     """
     library = _library()
     if library is not None:
-        where = file.fileno(), file.tell(), weight.data_ptr()
-        return _is_finite(library.fastmaf_file_to_panels(*where, *_shape(layout), *_format(weight)))
+        where = file.fileno(), file.tell(), *_of_panels(weight, layout)
+        return _is_finite(library.fastmaf_file_to_panels(*where, *_format(weight)))
     finite = True
     for part, rows in _buffered_parts(layout, weight.dtype):
         read_into(file, rows)
@@ -135,8 +136,8 @@ def write_rows(file: BinaryIO, weight: Tensor, layout: PackedLayout) -> bool:
     library = _library()
     if library is not None:
         file.flush()
-        where = file.fileno(), file.tell(), weight.data_ptr()
-        finite = _is_finite(library.fastmaf_panels_to_file(*where, *_shape(layout), *_format(weight)))
+        where = file.fileno(), file.tell(), *_of_panels(weight, layout)
+        finite = _is_finite(library.fastmaf_panels_to_file(*where, *_format(weight)))
         file.seek(layout.visible * weight.element_size(), os.SEEK_CUR)
         return finite
     for part, rows in _buffered_parts(layout, weight.dtype):
@@ -146,8 +147,27 @@ def write_rows(file: BinaryIO, weight: Tensor, layout: PackedLayout) -> bool:
     return True
 
 
-def _shape(layout: PackedLayout) -> tuple[int, ...]:
-    return layout.prefix.data_ptr(), layout.panels.data_ptr(), layout.out_features, len(layout.panels) - 1
+def _of_rows(rows: Tensor, weight: Tensor, layout: PackedLayout) -> int:
+    check_tensor("rows", rows, weight.dtype, (layout.visible,))
+    return rows.data_ptr()
+
+
+def _of_panels(weight: Tensor, layout: PackedLayout) -> tuple[int, ...]:
+    """Returns a weight and its layout as the library receives them; ValueError: they do not fit one another."""
+    _check_weight(weight, layout.panels)
+    prefix, panels = layout.prefix, layout.panels
+    return weight.data_ptr(), prefix.data_ptr(), panels.data_ptr(), layout.out_features, len(panels) - 1
+
+
+def _check_weight(weight: Tensor, panels: Tensor) -> None:
+    _check_dtype(weight.dtype)
+    check_tensor("weight", weight, weight.dtype, (PANEL * int(panels[-1]),))
+
+
+def _check_dtype(dtype: torch.dtype) -> None:
+    """Raises ValueError unless packed weights may be of a dtype: a floating-point one of 16 bits or more."""
+    if dtype not in _EXPONENTS:
+        raise ValueError(f"packed weights must be of one of {', '.join(map(str, _EXPONENTS))}; found {dtype}")
 
 
 def _format(weight: Tensor) -> tuple[int, ...]:
@@ -234,22 +254,13 @@ def _finite(rows: Tensor) -> bool:
     return bool((rows.detach().view(_BITS_OF[rows.element_size()]).numpy() & exponent != exponent).all())
 
 
-def to_rows(weight: Tensor, layout: PackedLayout) -> Tensor:
-    """Returns the visible weights of a packed weight on the CPU, row after row."""
-    weight = weight.detach().contiguous()
-    rows = weight.new_empty(layout.visible)
-    panels_to_rows(weight, rows, layout)
-    return rows
-
-
 def from_rows(rows: Tensor, layout: PackedLayout) -> Tensor:
     """Returns the packed weight for visible weights on the CPU, row after row.
 
     Raises:
         ValueError: the dtype is not a floating-point one of 16 bits or more.
     """
-    if rows.dtype not in _EXPONENTS:
-        raise ValueError(f"packed weights must be of one of {', '.join(map(str, _EXPONENTS))}; found {rows.dtype}")
+    _check_dtype(rows.dtype)
     weight = rows.new_empty(layout.numel)
     rows_to_panels(rows.detach().contiguous(), weight, layout)
     return weight
@@ -282,11 +293,16 @@ class Paddings:
 
     Args:
         weights, prefixes, panels: as of ``zero_padding``.
+
+    Raises:
+        ValueError: a weight does not fit its prefix and panels. It is cleared before an op looks at its arguments.
     """
 
     def __init__(self, weights: Sequence[Tensor], prefixes: Sequence[Tensor], panels: Sequence[Tensor]) -> None:
         numbers: list[int] = []  # of the structs ``PaddedWeight`` of csrc/storage.cpp
         for weight, prefix, columns in zip(weights, prefixes, panels, strict=True):
+            check_layout(prefix, columns)
+            _check_weight(weight, columns)
             numbers += weight.data_ptr(), prefix.data_ptr(), columns.data_ptr()
             numbers += prefix.shape[0], columns.shape[0] - 1, weight.element_size()
         self._structs, self._count = (_INT * len(numbers))(*numbers), len(weights)
@@ -322,7 +338,7 @@ def _write_uniform(weight: Tensor, layout: PackedLayout, bound: float, seed: int
         return
     target = weight if weight.dtype == dtype else torch.empty_like(weight, dtype=dtype)
     fill = library.fastmaf_uniform_double if dtype == torch.float64 else library.fastmaf_uniform_float
-    _is_finite(fill(target.data_ptr(), *_shape(layout), seed, bound, torch.get_num_threads()))
+    _is_finite(fill(*_of_panels(target, layout), seed, bound, torch.get_num_threads()))
     if target is not weight:
         weight.copy_(target)
 
