@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastmaf.kernels import PackedLayout, layout, storage
+from fastmaf.kernels import PackedLayout, layout, storage, storage_numpy
 from tests.core.helpers import generator
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -45,7 +45,7 @@ def library(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
 
 @pytest.fixture(params=[64, 3000, 1 << 20])
 def part_bytes(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(storage, "PART_BYTES", request.param)
+    monkeypatch.setattr(storage_numpy, "PART_BYTES", request.param)
 
 
 def to_rows(weight: Tensor, of: PackedLayout) -> Tensor:
@@ -191,7 +191,7 @@ def test_the_library_and_torch_draw_the_same_numbers(monkeypatch: pytest.MonkeyP
             drawn = []
             for library, part_bytes in ((LIBRARY, 1 << 20), (None, 64), (None, 5000)):
                 monkeypatch.setattr(storage, "_library", lambda library=library: library)
-                monkeypatch.setattr(storage, "PART_BYTES", part_bytes)
+                monkeypatch.setattr(storage_numpy, "PART_BYTES", part_bytes)
                 weight = torch.full((of.numel,), torch.nan, dtype=dtype)
                 storage._write_uniform(weight, of, 0.3, seed)
                 drawn.append(weight)
