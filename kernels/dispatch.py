@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import functools
 import importlib
+import os
+import warnings
 from types import ModuleType
 
 import torch
@@ -115,6 +117,9 @@ def implementation(op: str, like: Tensor) -> ModuleType:
 
 @functools.cache
 def _default(op: str, device: torch.device, dtype: torch.dtype) -> ModuleType:
+    why = missing(op, "native") if device.type == "cpu" and os.environ.get("FASTMAF_ISA") else None
+    if why is not None:  # else a misspelt name would only be noticed by its slowness
+        warnings.warn(f"FASTMAF_ISA has no effect, and plain torch runs instead, slower: {why}", stacklevel=2)
     return _load(op, default_backend(op, torch.empty(0, device=device, dtype=dtype)))
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -77,6 +79,14 @@ def test_the_default_runs_and_is_torch_where_nothing_else_is() -> None:
         assert dispatch.why_not(op, "torch", x) is None
         name = dispatch.default_backend(op, x)
         assert name in dispatch.names() and dispatch.why_not(op, name, x) is None
+
+
+def test_an_unknown_instruction_set_is_warned_of() -> None:
+    code = "import fastmaf, torch; print(fastmaf.MAF(3, 2, 8).log_prob(torch.zeros(1, 3)).shape)"
+    environment = {**os.environ, "FASTMAF_ISA": "AVX 3"}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    assert "FASTMAF_ISA has no effect, and plain torch runs instead" in done.stderr
+    assert done.stdout == "torch.Size([1])\n"
 
 
 def test_the_choice_reaches_every_op_and_every_backward(monkeypatch: pytest.MonkeyPatch) -> None:
