@@ -278,8 +278,9 @@ def warn_if_disconnected(features: int, degrees_of_blocks: Sequence[Sequence[Ten
     warnings.warn(
         f"in {sum(map(any, reports))} of {len(reports)} MADE blocks the hidden degrees leave gaps; the widest: "
         f"{' and '.join(gaps)}. The density stays exact, but those dependencies cannot be learnt: use "
-        f"degrees='spread' with at least 2 units per hidden layer and 2 levels, or at least {features - 1} hidden units "
-        "where degrees are 'cyclic' (in nflows, zuko and normflows fewer have the same gap).",
+        "degrees='spread' with at least 2 units per hidden layer and 2 levels, or at least "
+        f"{features - 1} hidden units where degrees are 'cyclic' (in nflows, zuko and normflows fewer have the same "
+        "gap).",
         ConnectivityWarning,
         stacklevel=3,
     )

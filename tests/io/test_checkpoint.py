@@ -124,6 +124,13 @@ def test_what_is_no_safetensors_file(tmp_path: Path, content: bytes) -> None:
     refused(path, "safetensors file")
 
 
+def test_a_flow_without_numbers_is_not_saved(tmp_path: Path) -> None:
+    path = tmp_path / "model.safetensors"
+    with pytest.raises(ValueError, match="is on the device 'meta' and holds no numbers to save"):
+        fastmaf.MAF(3, 2, 8, device="meta").save(path)
+    assert not path.exists()
+
+
 def test_a_state_dict_of_torch_save_is_named(tmp_path: Path) -> None:
     path = tmp_path / "model.safetensors"
     torch.save(build(5).state_dict(), path)
