@@ -6,8 +6,6 @@ Kernel boundaries are the only synchronisation between programs. Their tables ar
 
 from __future__ import annotations
 
-from typing import Any
-
 import triton
 import triton.language as tl
 
@@ -28,6 +26,15 @@ def _weight_pointer(layers_ptr, layer, W_TYPE: tl.constexpr, ALIGNED: tl.constex
 
 
 @triton.jit
+def _of_panels(numbers_ptr, j, BLOCK_J: tl.constexpr):
+    """The numbers of the panels of rows j: selected, as loaded side by side they would go through shared memory."""
+    numbers = tl.load(numbers_ptr) + tl.zeros([BLOCK_J], tl.int64)
+    for q in tl.static_range(1, BLOCK_J // 16):
+        numbers = tl.where(j // 16 == q, tl.load(numbers_ptr + q), numbers)
+    return tl.max_constancy(numbers, 16)
+
+
+@triton.jit
 def _store_sums(
     values_ptr, stride, to_ptr, sample, n, layers_ptr, item,
     BLOCK_N: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK_K: tl.constexpr, PANELS: tl.constexpr, W_TYPE: tl.constexpr,
@@ -38,8 +45,8 @@ def _store_sums(
     """
     layer = tl.load(item)
     j = tl.arange(0, BLOCK_J)
-    base = tl.max_constancy(tl.load(item + _ITEM + j // 16), 16) * 16 + j % 16
-    width = tl.max_constancy(tl.load(item + _ITEM + PANELS + j // 16).to(tl.int32), 16)
+    base = _of_panels(item + _ITEM, j, BLOCK_J) * 16 + j % 16
+    width = _of_panels(item + _ITEM + PANELS, j, BLOCK_J).to(tl.int32)
     sums = common.product(
         values_ptr + tl.load(item + 2), sample, sample < n, stride, _weight_pointer(layers_ptr, layer, W_TYPE, ALIGNED),
         base, width, 0, tl.load(item + 1).to(tl.int32), BLOCK_N, BLOCK_J, BLOCK_K, LANES, PRECISION,
@@ -92,9 +99,9 @@ def _chunk(
     begin, end = tl.load(chunk + 1).to(tl.int32), tl.load(chunk + 2).to(tl.int32)
     d, r = start + tl.arange(0, BLOCK_D), tl.arange(0, 2 * BLOCK_D)
     d_ok, r_ok = (d >= begin) & (d < end), (r >= 2 * (begin - start)) & (r < 2 * (end - start))
-    panel = chunk + _CHUNK + 2 * LAYERS + r // 16
-    base = tl.max_constancy(tl.load(panel), 16) * 16 + r % 16
-    width = tl.max_constancy(tl.load(panel + BLOCK_D // 8).to(tl.int32), 16)
+    panels = chunk + _CHUNK + 2 * LAYERS
+    base = _of_panels(panels, r, 2 * BLOCK_D) * 16 + r % 16
+    width = _of_panels(panels + BLOCK_D // 8, r, 2 * BLOCK_D).to(tl.int32)
     c, lane = tl.arange(0, 16), tl.arange(0, 16)
     w = tl.load(
         w_ptr + base[None, None, :] + (c * 16)[None, :, None],
@@ -140,9 +147,7 @@ def _panel_solve_kernel(
     first_layer = group_ptr + _GROUP
     w_first_ptr = _weight_pointer(layers_ptr, 0, W_TYPE, ALIGNED) + tl.load(first_layer) * 16
     width_first = tl.load(first_layer + 1).to(tl.int32)
-    sums: Any = ()
-    units: Any = ()
-    weights: Any = ()
+    sums, units, weights = (), (), ()
     for k in tl.static_range(LAYERS):
         layer = group_ptr + _GROUP + _GROUP_LAYER * k
         slot = tl.arange(0, SLOTS).to(tl.int64)
@@ -183,8 +188,7 @@ def _panel_solve_kernel(
         tl.store(x_ptr + sample[:, None] * features + d[None, :], x, mask=ok)
         ladj += tl.where(ok, term, 0.0).to(tl.float64)
         added = tl.sum(w_first * tl.where(ok, x, 0.0)[:, :, None], 1)
-        new_sums: Any = ()
-        new_units: Any = ()
+        new_sums, new_units = (), ()
         for k in tl.static_range(LAYERS):
             total = sums[k] + added
             value = tl.where(total < 0, 0.0, total) if RELU else total
