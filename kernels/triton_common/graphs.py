@@ -62,9 +62,11 @@ def replayed(
 
 
 def _record(inputs: Sequence[Tensor], run: Run, held: list[Tensor]) -> _Graph:
-    own = [part.clone() for part in inputs]
-    run(*own)  # the alignment of the eager call's inputs may have been another, and with it the kernels
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.device(own[0].device), torch.cuda.graph(graph, capture_error_mode="thread_local"):
-        outputs = run(*own)
+    # Later calls may come from outside of inference mode, where its tensors cannot be written to.
+    with torch.inference_mode(False), torch.no_grad(), torch.cuda.device(inputs[0].device):
+        own = [part.clone() for part in inputs]
+        run(*own)  # the alignment of the eager call's inputs may have been another, and with it the kernels
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+            outputs = run(*own)
     return _Graph(graph, own, outputs, held)
