@@ -14,7 +14,12 @@ if not (_Path(__file__).parent / "kernels").is_dir():
 if TYPE_CHECKING:
     from fastmaf import optim as optim
     from fastmaf.convert import LeakyMaskError as LeakyMaskError
+    from fastmaf.convert import NotConvertibleError as NotConvertibleError
+    from fastmaf.convert import accelerate as accelerate
+    from fastmaf.convert import from_nflows as from_nflows
+    from fastmaf.convert import from_normflows as from_normflows
     from fastmaf.convert import from_published as from_published
+    from fastmaf.convert import from_zuko as from_zuko
     from fastmaf.defaults import torch_defaults as torch_defaults
     from fastmaf.degrees import ConnectivityWarning as ConnectivityWarning
     from fastmaf.flows import MAF as MAF
@@ -23,6 +28,7 @@ if TYPE_CHECKING:
     from fastmaf.io.checkpoint import load as load
     from fastmaf.io.checkpoint import load_with_extras as load_with_extras
     from fastmaf.io.tensor_file import CheckpointError as CheckpointError
+    from fastmaf.kernels.affine_output.affine_map import AffineMap as AffineMap
     from fastmaf.kernels.dispatch import BackendUnavailableError as BackendUnavailableError
     from fastmaf.kernels.dispatch import use_backend as use_backend
     from fastmaf.kernels.triton_common.launch_table import use_precision as use_precision
@@ -35,7 +41,9 @@ if TYPE_CHECKING:
     from fastmaf.training.step import StepReport as StepReport
     from fastmaf.training.step import TrainingStep as TrainingStep
     from fastmaf.transforms import AffineAutoregressive as AffineAutoregressive
+    from fastmaf.transforms import ElementwiseAffine as ElementwiseAffine
     from fastmaf.transforms import GaussianWhitening as GaussianWhitening
+    from fastmaf.transforms import Inverted as Inverted
     from fastmaf.transforms import LocalAutoregressive as LocalAutoregressive
     from fastmaf.transforms import Logit as Logit
     from fastmaf.transforms import NotInvertibleError as NotInvertibleError
@@ -43,13 +51,23 @@ if TYPE_CHECKING:
     from fastmaf.transforms import Transform as Transform
 
 _NAMES_OF = {
-    "fastmaf.convert": ("LeakyMaskError", "from_published", "from_reference"),
+    "fastmaf.convert": (
+        "LeakyMaskError",
+        "NotConvertibleError",
+        "accelerate",
+        "from_nflows",
+        "from_normflows",
+        "from_published",
+        "from_reference",
+        "from_zuko",
+    ),
     "fastmaf.defaults": ("torch_defaults",),
     "fastmaf.degrees": ("ConnectivityWarning",),
     "fastmaf.flows": ("Flow", "MAF"),
     "fastmaf.inspection.detector": ("Detector",),
     "fastmaf.io.checkpoint": ("SavedFlow", "load", "load_with_extras"),
     "fastmaf.io.tensor_file": ("CheckpointError",),
+    "fastmaf.kernels.affine_output.affine_map": ("AffineMap",),
     "fastmaf.kernels.dispatch": ("BackendUnavailableError", "use_backend"),
     "fastmaf.kernels.triton_common.launch_table": ("use_precision",),
     "fastmaf.nn": ("MADE", "MaskedLinear"),
@@ -59,7 +77,9 @@ _NAMES_OF = {
     "fastmaf.training.step": ("StepReport", "TrainingStep"),
     "fastmaf.transforms": (
         "AffineAutoregressive",
+        "ElementwiseAffine",
         "GaussianWhitening",
+        "Inverted",
         "LocalAutoregressive",
         "Logit",
         "NotInvertibleError",

@@ -163,6 +163,8 @@ class NaiveMAF(nn.Module):
 
 
 def _dense_block(block: AffineAutoregressive, frame: Tensor) -> NaiveMADE:
+    if block.affine_map is not None:
+        raise ValueError(f"the naive model has no block with affine_map={block.affine_map}")
     made = block.made
     position = frame.argsort().to(made.output.bias.device)  # of each dimension of x in the order of the block
     weights = [layer.dense_weight() for layer in made.layers]

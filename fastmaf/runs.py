@@ -19,7 +19,7 @@ from fastmaf.transforms import AffineAutoregressive, Permutation, Transform
 
 # What the arguments of an op depend on, besides parameters, buffers and modules.
 _ATTRIBUTES: dict[type, tuple[str, ...]] = {
-    AffineAutoregressive: ("log_scale_bound", "soft_bound"),
+    AffineAutoregressive: ("log_scale_bound", "soft_bound", "affine_map"),
     MADE: ("schedule", "activation", "strict"),
     MaskedLinear: ("layout", "_placed"),
 }

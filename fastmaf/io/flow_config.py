@@ -16,6 +16,7 @@ import torch
 
 from fastmaf.io.safe_json import parse, shown
 from fastmaf.io.schema import Anything, Flag, ListOf, MapOf, Maybe, Number, OneOf, Record, SchemaError, Text, Whole
+from fastmaf.kernels.affine_output.affine_map import FORMS, SCALES
 from fastmaf.kernels.masked_linear.args import ACTIVATIONS
 
 FORMAT_VERSION = 2
@@ -94,6 +95,14 @@ _TEXT = Text(10_000_000)  # a configuration of a hundred blocks of 12,288 dimens
 _FEATURES = Whole(1, 2**28)
 _NATS = Number(low=1e-30, high=1e30)  # within the range of float32
 
+_MAP = Record(
+    {
+        "form": OneOf(FORMS),
+        "scale": OneOf(SCALES),
+        "limit": Maybe(Number(low=-1e30, high=1e30)),
+        "epsilon": Number(low=0, high=1e30),
+    }
+)
 _AFFINE = Record(
     {
         "features": _FEATURES,
@@ -103,7 +112,7 @@ _AFFINE = Record(
         "log_scale_bound": Maybe(_NATS),
         "soft_bound": Flag(),
     },
-    optional={"weight_dtype": OneOf((str(torch.bfloat16),))},
+    optional={"weight_dtype": OneOf((str(torch.bfloat16),)), "affine_map": _MAP},
 )
 _LOCAL = Record(
     {
@@ -120,6 +129,10 @@ KINDS: dict[str, Kind] = {
     "logit": Kind(Record({"features": _FEATURES, "alpha": Number(low=0, below=0.5)}), lambda config, features: {}),
     "affine_autoregressive": Kind(_AFFINE, _affine),
     "gaussian_whitening": Kind(Record({"features": _FEATURES, "rank": Whole()}), _whitening),
+    "elementwise_affine": Kind(
+        Record({"features": _FEATURES}),
+        lambda config, features: {name: Expected((features,)) for name in ("shift", "log_scale")},
+    ),
     "local_autoregressive": Kind(_LOCAL, _local),
 }
 

@@ -8,6 +8,8 @@ from torch import nn
 
 from fastmaf.transforms.affine import AffineAutoregressive
 from fastmaf.transforms.base import NotInvertibleError, Transform
+from fastmaf.transforms.elementwise import ElementwiseAffine
+from fastmaf.transforms.inverted import Inverted
 from fastmaf.transforms.local import LocalAutoregressive
 from fastmaf.transforms.logit import Logit
 from fastmaf.transforms.permutation import Permutation
@@ -16,7 +18,9 @@ from fastmaf.transforms.whitening import GaussianWhitening
 __all__ = [
     "TRANSFORMS",
     "AffineAutoregressive",
+    "ElementwiseAffine",
     "GaussianWhitening",
+    "Inverted",
     "LocalAutoregressive",
     "Logit",
     "NotInvertibleError",
@@ -31,6 +35,7 @@ TRANSFORMS: dict[str, type[Transform]] = {
     "affine_autoregressive": AffineAutoregressive,
     "local_autoregressive": LocalAutoregressive,
     "gaussian_whitening": GaussianWhitening,
+    "elementwise_affine": ElementwiseAffine,
 }
 """The classes of transforms that can be saved, by their names in files. Add a class here to make it savable."""
 

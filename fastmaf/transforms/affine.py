@@ -38,6 +38,8 @@ class AffineAutoregressive(Transform):
         made: the network, with two outputs per feature: the shift and the unbounded log-scale.
         log_scale_bound: bound of the absolute log-scales in nats; None for no bound.
         soft_bound: bound by ``B tanh(u / B)``, which keeps a gradient everywhere, instead of a clamp.
+        affine_map: another map of these two outputs, such as those of other libraries; see ``AffineMap``. The two
+            bounds are then part of it.
 
     Raises:
         ValueError: an argument is out of range; the message states what was expected and found.
@@ -53,8 +55,18 @@ class AffineAutoregressive(Transform):
         True
     """
 
-    def __init__(self, made: MADE, *, log_scale_bound: float | None = 5.0, soft_bound: bool = False) -> None:
+    def __init__(
+        self,
+        made: MADE,
+        *,
+        log_scale_bound: float | None = 5.0,
+        soft_bound: bool = False,
+        affine_map: AffineMap | None = None,
+    ) -> None:
         super().__init__()
+        if affine_map is not None:
+            affine_map.check()
+            log_scale_bound, soft_bound = None, False
         if made.outputs_per_feature != 2:
             raise ValueError(
                 f"an affine block needs a MADE with 2 outputs per feature; found {made.outputs_per_feature}"
@@ -69,6 +81,7 @@ class AffineAutoregressive(Transform):
         self.made = made
         self.log_scale_bound = log_scale_bound
         self.soft_bound = soft_bound
+        self.affine_map = affine_map
 
     @property
     def calls_modules(self) -> bool:
@@ -89,6 +102,8 @@ class AffineAutoregressive(Transform):
 
     @property
     def _map(self) -> AffineMap:
+        if self.affine_map is not None:
+            return self.affine_map
         bound = math.inf if self.log_scale_bound is None else float(self.log_scale_bound)
         return bounded_map(bound, bool(self.soft_bound))
 
@@ -142,6 +157,7 @@ class AffineAutoregressive(Transform):
             "strict": self.made.strict,
             "log_scale_bound": self.log_scale_bound,
             "soft_bound": self.soft_bound,
+            **({} if self.affine_map is None else {"affine_map": _map_config(self.affine_map)}),
             **({} if output.weight.dtype == output.bias.dtype else {"weight_dtype": str(output.weight.dtype)}),
         }
 
@@ -156,7 +172,19 @@ class AffineAutoregressive(Transform):
             for layer in made.layers:
                 weight = empty_on_huge_pages(layer.layout.numel, device=layer.weight.device, dtype=torch.bfloat16)
                 layer.weight = nn.Parameter(weight, requires_grad=False)
-        return cls(made, log_scale_bound=config["log_scale_bound"], soft_bound=config["soft_bound"])
+        affine_map = None
+        if (numbers := config.get("affine_map")) is not None:
+            limit = math.inf if numbers["limit"] is None else numbers["limit"]
+            affine_map = AffineMap.of(numbers["form"], numbers["scale"], limit=limit, epsilon=numbers["epsilon"])
+        bounds = {name: config[name] for name in ("log_scale_bound", "soft_bound")}
+        return cls(made, **bounds, affine_map=affine_map)
 
     def extra_repr(self) -> str:
-        return f"log_scale_bound={self.log_scale_bound}, soft_bound={self.soft_bound}, steps={self.made.steps}"
+        bounds = f"log_scale_bound={self.log_scale_bound}, soft_bound={self.soft_bound}"
+        return f"{bounds if self.affine_map is None else self.affine_map}, steps={self.made.steps}"
+
+
+def _map_config(affine_map: AffineMap) -> dict[str, Any]:
+    form, scale = affine_map.names
+    limit = None if math.isinf(affine_map.limit) else float(affine_map.limit)
+    return {"form": form, "scale": scale, "limit": limit, "epsilon": float(affine_map.epsilon)}

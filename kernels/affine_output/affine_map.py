@@ -39,8 +39,23 @@ CLAMP, TANH, SOFTPLUS, SIGMOID, SOFT_CLIP = range(5)
 _EXACT = 40.0
 
 
+FORMS = ("shift_first", "scale_first")
+SCALES = ("clamp", "tanh", "softplus", "sigmoid", "soft_clip")
+
+
 class AffineMap(NamedTuple):
-    """An element-wise map; four numbers, as the ops receive it.
+    """The element-wise map of an affine autoregressive block, for data x, base z and the network's raw output u::
+
+        form SHIFT_FIRST    z = (x − shift) exp(−a),    ladj = −a
+        form SCALE_FIRST    z = exp(a) x + shift,       ladj = +a
+
+        CLAMP       a = clamp(u, −limit, limit)
+        TANH        a = limit tanh(u / limit)
+        SOFTPLUS    a = log(softplus(u) + epsilon)          of nflows: SCALE_FIRST, epsilon 1e-3
+        SIGMOID     a = log(sigmoid(u + limit) + epsilon)   of normflows: SCALE_FIRST, limit 2, epsilon 1e-3
+        SOFT_CLIP   a = u / (1 + |u| / limit)               of zuko: SCALE_FIRST, limit log 1000
+
+    Four numbers, as the ops receive it; ``AffineMap.of`` takes names.
 
     Attributes:
         form: ``SHIFT_FIRST`` or ``SCALE_FIRST``.
@@ -53,6 +68,32 @@ class AffineMap(NamedTuple):
     scale: float = CLAMP
     limit: float = math.inf
     epsilon: float = 0.0
+
+    @classmethod
+    def of(cls, form: str, scale: str, *, limit: float = math.inf, epsilon: float = 0.0) -> AffineMap:
+        """Returns the map of a form and a scale by their names in lower case.
+
+        Raises:
+            ValueError: a name is unknown, or a number out of range.
+
+        Example:
+            >>> affine_map = fastmaf.AffineMap.of("scale_first", "softplus", epsilon=1e-3)
+            >>> made = fastmaf.MADE(features=3, hidden_features=16)
+            >>> block = fastmaf.AffineAutoregressive(made, affine_map=affine_map)
+            >>> block(torch.zeros(5, 3))[0].shape
+            torch.Size([5, 3])
+        """
+        for name, value, known in (("form", form, FORMS), ("scale", scale, SCALES)):
+            if value not in known:
+                raise ValueError(f"{name} must be one of {', '.join(map(repr, known))}; found {value!r}")
+        found = cls(FORMS.index(form), SCALES.index(scale), limit, epsilon)
+        found.check()
+        return found
+
+    @property
+    def names(self) -> tuple[str, str]:
+        """The names of the form and the scale, as ``of`` takes them."""
+        return FORMS[int(self.form)], SCALES[int(self.scale)]
 
     def check(self) -> None:
         """Raises ValueError unless the numbers describe a map."""

@@ -125,6 +125,8 @@ def _(step: fastmaf.Logit, x: Value, shares: Value) -> tuple[Value, Value]:
 
 @_transformed.register
 def _(step: fastmaf.AffineAutoregressive, x: Value, shares: Value) -> tuple[Value, Value]:
+    if step.affine_map is not None:
+        raise ExportError(f"a block with affine_map={step.affine_map} cannot be exported")
     units = x
     for layer in step.made.layers[:-1]:
         units = units.op("Gemm", layer.dense_weight().float(), layer.bias, transB=1)

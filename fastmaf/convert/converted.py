@@ -1,0 +1,171 @@
+"""A converted flow: what the calling conventions of all libraries have in common."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from fastmaf.convert.network import NotConvertibleError
+from fastmaf.flows import Flow
+from fastmaf.transforms import AffineAutoregressive, Permutation, Transform
+
+_HALF_LOG_2PI = 0.5 * math.log(2 * math.pi)
+
+
+class Difference(NamedTuple):
+    """How far a converted flow is from its source.
+
+    Attributes:
+        dtype: in which both were evaluated.
+        what: ``"log_prob"``, ``"z"`` or ``"inverse"``.
+        worst, mean: of the absolute differences.
+        scale: the mean absolute value of the source's result.
+    """
+
+    dtype: torch.dtype
+    what: str
+    worst: float
+    mean: float
+    scale: float
+
+
+class ConditionalBlock(nn.Module):
+    """An autoregressive block with a context: a block of more dimensions, whose first are a function of the context.
+
+    These have degrees below those of x, and pass through the block unchanged.
+
+    Args:
+        block: over ``[context, x]``, with the dimensions of x in the order of the block.
+        order: of the dimensions of x.
+        context: maps a context ``[N, C]`` to the first dimensions.
+    """
+
+    def __init__(self, block: AffineAutoregressive, order: Tensor, context: nn.Module) -> None:
+        super().__init__()
+        self.flow, self.permutation, self.context = Flow(block.features, [block]), Permutation(order), context
+
+    def forward(self, x: Tensor, context: Tensor) -> tuple[Tensor, Tensor]:
+        """Returns ``z`` and ``ladj`` for ``x`` ``[N, D]`` and ``context`` ``[N, C]``."""
+        first = self.context(context)
+        z, ladj = self.flow(torch.cat([first, self.permutation(x)[0]], 1))
+        return self.permutation.inverse(z[:, first.shape[1] :])[0], ladj
+
+    def inverse(self, z: Tensor, context: Tensor) -> tuple[Tensor, Tensor]:
+        """Returns ``x`` and its ``ladj``."""
+        first = self.context(context)
+        x, ladj = self.flow.inverse(torch.cat([first, self.permutation(z)[0]], 1))
+        return self.permutation.inverse(x[:, first.shape[1] :])[0], ladj
+
+
+class ConvertedFlow(nn.Module):
+    """A flow that was converted from another library, from data x to a standard normal base.
+
+    Args:
+        features: D.
+        parts: transforms and conditional blocks, in the order in which x passes through them.
+        source: the flow that it was converted from, kept for ``parity_report``.
+    """
+
+    _source: Any
+
+    def __init__(self, features: int, parts: Sequence[Transform | ConditionalBlock], source: nn.Module) -> None:
+        super().__init__()
+        self.features = features
+        # Of a flow with a context every part is called on its own.
+        transforms = [part for part in parts if isinstance(part, Transform)]
+        self.parts = nn.ModuleList([Flow(features, transforms)] if len(transforms) == len(parts) else parts)
+        object.__setattr__(self, "_source", source)  # no submodule: its parameters are not those of this flow
+
+    @property
+    def flow(self) -> Flow:
+        """The flow as one of this library, to train, save or export it.
+
+        Raises:
+            NotConvertibleError: it has a context.
+        """
+        if len(self.parts) == 1 and isinstance(self.parts[0], Flow):
+            return self.parts[0]
+        raise NotConvertibleError("a flow with a context is no fastmaf.Flow; use the converted flow itself")
+
+    @property
+    def conditional(self) -> bool:
+        """Whether it needs a context."""
+        return any(isinstance(part, ConditionalBlock) for part in self.parts)
+
+    def _check(self, context: Tensor | None) -> None:
+        if self.conditional and context is None:
+            raise ValueError("this flow was trained with a context; expected one, found None")
+        if not self.conditional and context is not None:
+            raise ValueError(f"this flow has no context; expected None, found a tensor {list(context.shape)}")
+
+    def to_base(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Returns ``z`` ``[N, D]`` of the standard normal base and ``ladj`` ``[N]`` for ``x`` ``[N, D]``."""
+        self._check(context)
+        total = x.new_zeros(len(x))
+        for part in self.parts:
+            x, ladj = part(x, context) if isinstance(part, ConditionalBlock) else part(x)
+            total = total + ladj
+        return x, total
+
+    def from_base(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Returns ``x`` and ``log |det dx/dz|``: the inverse of ``to_base``."""
+        self._check(context)
+        total = z.new_zeros(len(z))
+        for part in reversed(self.parts):
+            is_block = isinstance(part, ConditionalBlock)
+            z, ladj = part.inverse(z, context) if is_block else part.inverse(z)  # type: ignore[operator]
+            total = total + ladj
+        return z, total
+
+    def log_density(self, x: Tensor, context: Tensor | None = None) -> Tensor:
+        """Returns the log-density ``[N]`` in nats."""
+        z, ladj = self.to_base(x, context)
+        return ladj - 0.5 * z.square().sum(1) - self.features * _HALF_LOG_2PI
+
+    def _like(self) -> Tensor:
+        return next(self.parameters())
+
+    def _embedded(self, context: Tensor | None) -> Tensor | None:
+        """Returns what the blocks see of a context."""
+        return context
+
+    def _source_log_prob(self, source: Any, x: Tensor, context: Tensor | None) -> Tensor:
+        raise NotImplementedError
+
+    def _source_to_base(self, source: Any, x: Tensor, context: Tensor | None) -> Tensor:
+        raise NotImplementedError
+
+    def _source_from_base(self, source: Any, z: Tensor, context: Tensor | None) -> Tensor:
+        raise NotImplementedError
+
+    @torch.no_grad()
+    def parity_report(self, x: Tensor, context: Tensor | None = None) -> list[Difference]:
+        """Compares log_prob, z and the inverse of z with those of the source, in float64 and in float32.
+
+        The inverse of the source takes one network pass per dimension.
+
+        Args:
+            x: ``[N, D]``.
+            context: ``[N, C]``, where the flow has one.
+        """
+        report = []
+        for dtype in (torch.float64, torch.float32):
+            own, source = copy.deepcopy(self).to(dtype), copy.deepcopy(self._source).to(dtype).eval()
+            x, context = x.to(dtype), None if context is None else context.to(dtype)
+            inner = own._embedded(context)
+            z = self._source_to_base(source, x, context)
+            pairs = {
+                "log_prob": (own.log_density(x, inner), self._source_log_prob(source, x, context)),
+                "z": (own.to_base(x, inner)[0], z),
+                "inverse": (own.from_base(z, inner)[0], self._source_from_base(source, z, context)),
+            }
+            for what, (found, expected) in pairs.items():
+                difference = (found - expected).double().abs()
+                worst, mean = float(difference.max()), float(difference.mean())
+                report.append(Difference(dtype, what, worst, mean, float(expected.double().abs().mean())))
+        return report

@@ -1,0 +1,226 @@
+"""Networks of other libraries as a MADE of the same function.
+
+A MADE of this library is a plain chain of masked layers with ReLUs. Whatever is piecewise linear can be written as one,
+exactly, since h = relu(h) − relu(−h)::
+
+    leaky_relu(h)                    =  [I, −slope I] · relu([I; −I] h)
+    h + W₂ relu(W₁ relu(h) + b₁)     =  [W₂, I, −I] · relu([W₁, 0; I, 0; 0, I] · relu([I; −I] h) + …)
+
+so residual blocks become hidden layers of more units. A unit's degree is the largest degree that it can see.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastmaf.nn import MADE
+
+
+class NotConvertibleError(ValueError):
+    """A model, or a part of it, has no exact counterpart; the message names it.
+
+    Example:
+        >>> try:
+        ...     fastmaf.accelerate(torch.nn.Linear(2, 2))
+        ... except fastmaf.NotConvertibleError as error:
+        ...     print(error)
+        Linear (of torch.nn.modules.linear) is no flow of nflows, zuko or normflows
+    """
+
+
+class Term(NamedTuple):
+    """``factor`` times ``units`` units of the present layer, from ``start`` on; a number stands for a multiple of I."""
+
+    factor: Tensor | float
+    start: int
+    units: int
+
+
+class Affine(NamedTuple):
+    """An affine function of the units of the present layer.
+
+    Attributes:
+        terms: its summands.
+        bias: ``[size]``.
+        degrees: the largest degree that each entry can see, int64 ``[size]``.
+    """
+
+    terms: list[Term]
+    bias: Tensor
+    degrees: Tensor
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether it consists of multiples of units."""
+        return not any(isinstance(term.factor, Tensor) for term in self.terms)
+
+    def __add__(self, other: Affine) -> Affine:  # type: ignore[override]
+        degrees = torch.maximum(self.degrees, other.degrees)
+        return Affine([*self.terms, *other.terms], self.bias + other.bias, degrees)
+
+    def negated(self) -> Affine:
+        """Returns −h."""
+        return Affine([Term(-factor, start, count) for factor, start, count in self.terms], -self.bias, self.degrees)
+
+    def scaled(self, scale: Tensor, shift: Tensor) -> Affine:
+        """Returns scale · h + shift, entry by entry."""
+        terms = []
+        for factor, start, count in self.terms:
+            rows = scale[:, None] * factor if isinstance(factor, Tensor) else torch.diag(scale * factor)
+            terms.append(Term(rows, start, count))
+        return Affine(terms, scale * self.bias + shift, self.degrees)
+
+    def write_to(self, rows: Tensor, order: Tensor) -> None:
+        """Adds the rows ``order`` of its matrix to ``rows`` ``[len(order), units]``."""
+        natural = _is_natural(order)
+        for factor, start, count in self.terms:
+            part = rows[:, start : start + count]
+            if not isinstance(factor, Tensor):
+                part[torch.arange(len(order)), order] += factor
+            else:
+                part += factor if natural else factor[order.to(factor.device)]
+
+
+class Network:
+    """Builds the layers of a network one after the other.
+
+    Args:
+        degrees: of the inputs, int64 ``[inputs]``; zero for those that every unit may see.
+        like: a tensor of the dtype and device of the weights.
+    """
+
+    def __init__(self, degrees: Tensor, like: Tensor) -> None:
+        self.inputs = self._degrees = degrees.to("cpu", torch.int64)
+        self._like = like.detach()
+        self._layers: list[tuple[Tensor, Tensor]] = []
+        self._hidden: list[Tensor] = []
+
+    def units(self, start: int, count: int) -> Affine:
+        """Returns units of the present layer."""
+        return Affine([Term(1.0, start, count)], self._like.new_zeros(count), self._degrees[start : start + count])
+
+    def linear(self, h: Affine, weight: Tensor, bias: Tensor, mask: Tensor | None = None) -> Affine:
+        """Returns W h + b with a masked weight, of multiples of units: see ``plain``."""
+        assert h.is_plain
+        weight = weight.detach()
+        if mask is not None:
+            weight = torch.where(mask.bool(), weight, 0)
+        terms = [Term(weight * float(term.factor), term.start, term.units) for term in h.terms]
+        return Affine(terms, weight @ h.bias + bias.detach(), _visible(mask, h.degrees, len(weight)))
+
+    def relu(self, of: Sequence[Affine], keep: Sequence[Affine] = ()) -> tuple[list[Affine], list[Affine]]:
+        """Adds a hidden layer; returns the ReLU of each of ``of`` and each of ``keep`` as functions of its units."""
+        parts: list[Affine] = []
+        sizes: list[int] = []
+
+        def unit(h: Affine) -> Term:
+            parts.append(h)
+            sizes.append(len(h.bias))
+            return Term(1.0, sum(sizes[:-1]), len(h.bias))
+
+        results = [(unit(h), h) for h in of]
+        kept = []
+        for h in keep:
+            same = [term for term, other in results if other is h]
+            if h.is_plain and self._hidden:  # units of a hidden layer are their own ReLU
+                terms = []
+                for factor, start, count in h.terms:
+                    term = unit(self.units(start, count))
+                    terms.append(term._replace(factor=factor))
+                kept.append(Affine(terms, h.bias, h.degrees))
+            else:
+                positive = same[0] if same else unit(h)
+                terms = [positive, unit(h.negated())._replace(factor=-1.0)]
+                kept.append(Affine(terms, torch.zeros_like(h.bias), h.degrees))
+        rows = self._like.new_zeros(sum(sizes), len(self._degrees))
+        for part, of_part in zip(parts, rows.split(sizes), strict=True):
+            part.write_to(of_part, torch.arange(len(part.bias)))
+        self._layers.append((rows, torch.cat([part.bias for part in parts])))
+        self._degrees = torch.cat([part.degrees for part in parts])
+        self._hidden.append(self._degrees)
+        return [Affine([term], torch.zeros_like(h.bias), h.degrees) for term, h in results], kept
+
+    def plain(self, h: Affine) -> Affine:
+        """Returns h as multiples of units, in a new layer if needed, which leaves no other function."""
+        return h if h.is_plain else self.relu([], keep=[h])[1][0]
+
+    def activation(self, slope: float, h: Affine, keep: Sequence[Affine] = ()) -> tuple[Affine, list[Affine]]:
+        """Returns leaky_relu(h), with slope 0 the ReLU, and the functions to ``keep``."""
+        if slope == 0:
+            [value], kept = self.relu([h], keep)
+            return value, kept
+        if slope == 1:
+            _, [h, *rest] = self.relu([], [h, *keep])
+            return h, rest
+        [positive, negative], kept = self.relu([h, h.negated()], keep)
+        scaled = Affine([term._replace(factor=-slope) for term in negative.terms], negative.bias, negative.degrees)
+        return positive + scaled, kept
+
+    def made(self, shift: Affine, raw: Affine, passed: int = 0) -> MADE:
+        """Returns the network with these outputs, one of each for every input after the first ``passed``.
+
+        Inputs are sorted by degree, the first ``passed`` in front: their outputs are zero.
+
+        Raises:
+            NotConvertibleError: an output can see its own input, or one that follows.
+        """
+        if not self._hidden:
+            _, [shift, raw] = self.relu([], keep=[shift, raw])
+        units, order = len(self._degrees), self.order(passed)
+        own = order[passed:] - passed  # the dimension of x at each place
+        rows = self._like.new_zeros(2 * len(order), units)
+        bias = self._like.new_zeros(2 * len(order))
+        for i, part in enumerate((shift, raw)):
+            part.write_to(rows[2 * passed + i :: 2], own)
+            bias[2 * passed + i :: 2] = part.bias[own]
+        sorted_inputs = self.inputs[order]
+
+        def place(degrees: Tensor) -> Tensor:
+            """Returns how many inputs, in their new order, are of such a degree or a smaller one."""
+            return torch.searchsorted(sorted_inputs, degrees.contiguous(), right=True).clamp_(min=passed)
+
+        seen = torch.stack([place(part.degrees)[own] for part in (shift, raw)])
+        if bool((seen > torch.arange(passed, len(order))).any()):
+            raise NotConvertibleError("the network is not autoregressive: an output can see its own input")
+        degrees = [place(one) for one in self._hidden]
+        orders = [order, *[one.argsort(stable=True) for one in degrees]]
+        made = MADE(
+            len(order),
+            [len(one) for one in degrees],
+            degrees=[one.sort().values for one in degrees],
+            init="empty",
+            dtype=self._like.dtype,
+            device=self._like.device,
+        )
+        layers = [*self._layers, (rows, bias)]
+        for k, (layer, (weight, b)) in enumerate(zip(made.layers, layers, strict=True)):
+            if k < len(degrees):
+                weight, b = _taken(weight, orders[k + 1], 0), b[orders[k + 1].to(b.device)]
+            layer.load_dense_(_taken(weight, orders[k], 1), b)
+        return made
+
+    def order(self, passed: int = 0) -> Tensor:
+        """Returns the inputs in the order of their degrees, the first ``passed`` in front."""
+        rest = self.inputs[passed:].argsort(stable=True) + passed
+        return torch.cat([torch.arange(passed), rest])
+
+
+def _is_natural(order: Tensor) -> bool:
+    return torch.equal(order, torch.arange(len(order)))
+
+
+def _taken(weight: Tensor, order: Tensor, dim: int) -> Tensor:
+    return weight if _is_natural(order) else weight.index_select(dim, order.to(weight.device))
+
+
+def _visible(mask: Tensor | None, degrees: Tensor, size: int) -> Tensor:
+    """Returns the largest degree that each row of a mask lets through, 0 if none."""
+    if mask is None:
+        return degrees.max().expand(size) if len(degrees) else torch.zeros(size, dtype=torch.int64)
+    numbers = degrees.to(torch.int32)  # half of the memory of int64
+    rows = [torch.where(part, numbers, 0).amax(1).long() for part in mask.cpu().bool().split(4096)]
+    return torch.cat(rows)

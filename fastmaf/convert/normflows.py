@@ -1,0 +1,143 @@
+"""Conversion of masked affine autoregressive flows of normflows."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastmaf.convert.converted import ConditionalBlock, ConvertedFlow
+from fastmaf.convert.network import Affine, Network, NotConvertibleError
+from fastmaf.convert.parts import base_of, block_of, kind, normalised, slope_of
+from fastmaf.kernels import AffineMap
+from fastmaf.transforms import AffineAutoregressive, ElementwiseAffine, Inverted, Permutation, Transform
+
+Parts = list[Transform | ConditionalBlock]
+
+
+class NormflowsFlow(ConvertedFlow):
+    """A converted flow with the methods of ``normflows.NormalizingFlow``, and the same numbers for a seed.
+
+    Made by ``from_normflows``; see there for an example.
+    """
+
+    def __init__(self, features: int, parts: Parts, source: Any) -> None:
+        super().__init__(features, parts, source)
+        self._base = base_of(source.q0.loc, source.q0.log_scale.exp())
+
+    def log_prob(self, x: Tensor) -> Tensor:
+        """Returns the log-density ``[N]`` of ``x`` ``[N, D]``."""
+        return self.log_density(x)
+
+    @torch.no_grad()
+    def sample(self, num_samples: int = 1) -> tuple[Tensor, Tensor]:
+        """Draws ``[num_samples, D]``, and returns the log-densities beside the samples."""
+        like = self._like()
+        z = torch.randn(num_samples, self.features, dtype=like.dtype, device=like.device)
+        x, ladj = self.from_base(z)
+        return x, torch.distributions.Normal(torch.zeros_like(z), 1.0).log_prob(z).sum(1) - ladj
+
+    def forward_kld(self, x: Tensor) -> Tensor:
+        """Returns the mean of the negative log-density of ``x``: the loss of maximum likelihood."""
+        return -self.log_prob(x).mean()
+
+    def _source_log_prob(self, source: Any, x: Tensor, context: Tensor | None) -> Tensor:
+        return source.log_prob(x)  # type: ignore[no-any-return]
+
+    def _source_to_base(self, source: Any, x: Tensor, context: Tensor | None) -> Tensor:
+        return (source.inverse(x) - source.q0.loc) / source.q0.log_scale.exp()  # type: ignore[no-any-return]
+
+    def _source_from_base(self, source: Any, z: Tensor, context: Tensor | None) -> Tensor:
+        return source.forward(source.q0.loc + source.q0.log_scale.exp() * z)  # type: ignore[no-any-return]
+
+
+def from_normflows(flow: nn.Module) -> NormflowsFlow:
+    """Converts a ``normflows.NormalizingFlow`` of masked affine autoregressive flows, permutations and activation
+    normalisations.
+
+    A ``MaskedAffineAutoregressive`` maps the base to data with one network pass: it is an inverse autoregressive
+    flow, unless it is wrapped in ``Reverse``. Both are converted.
+
+    Args:
+        flow: the flow; its base is a ``DiagGaussian``.
+
+    Returns:
+        A flow of equal density with the methods of ``normflows.NormalizingFlow``.
+
+    Raises:
+        NotConvertibleError: a part has no exact counterpart; the message names it.
+
+    Example:
+        >>> import normflows
+        >>> layers = [normflows.flows.MaskedAffineAutoregressive(3, 16), normflows.flows.Permute(3)]
+        >>> source = normflows.NormalizingFlow(normflows.distributions.DiagGaussian(3), layers)
+        >>> flow = fastmaf.from_normflows(source)
+        >>> x = torch.randn(5, 3)
+        >>> torch.allclose(flow.log_prob(x), source.log_prob(x), atol=1e-4)
+        True
+    """
+    layers, base = getattr(flow, "flows", None), getattr(flow, "q0", None)
+    if layers is None or base is None:
+        raise NotConvertibleError(f"{kind(flow)} is no normflows.NormalizingFlow")
+    if type(base).__name__ != "DiagGaussian" or base.n_dim != 1 or base.temperature is not None:
+        raise NotConvertibleError(f"the base {kind(base)} cannot be converted; supported is a DiagGaussian of vectors")
+    # From data to the base, the last layer first.
+    parts = [part for layer in reversed(layers) for part in _inverse_parts(layer)]
+    return NormflowsFlow(int(base.shape[0]), [*parts, *base_of(base.loc, base.log_scale.exp())], flow)
+
+
+def _inverse_parts(layer: Any) -> Parts:
+    """Returns a layer's inverse, from data towards the base."""
+    name = type(layer).__name__
+    if name == "MaskedAffineAutoregressive":
+        return [Inverted(part) if isinstance(part, AffineAutoregressive) else part for part in _block(layer)]
+    if name == "Reverse" and type(layer.flow).__name__ == "MaskedAffineAutoregressive":
+        return _block(layer.flow)
+    if name == "Permute":
+        count = layer.num_channels
+        if layer.mode == "shuffle":
+            return [Permutation(layer.inv_perm)]
+        return [Permutation(torch.arange(count).roll(-((count + 1) // 2)))]
+    if name in ("ActNorm", "AffineConstFlow") and layer.s.dim() == 2:
+        if name == "ActNorm" and not bool(layer.data_dep_init_done):
+            raise NotConvertibleError("an ActNorm that has seen no batch yet has no scale")
+        s, t = layer.s.detach()[0], layer.t.detach()[0]
+        return [ElementwiseAffine(-t * (-s).exp(), -s)]
+    raise NotConvertibleError(f"the flow {kind(layer)} cannot be converted exactly")
+
+
+def _block(layer: Any) -> Parts:
+    made, features = layer.autoregressive_net, layer.features
+    if type(made).__name__ != "MADE" or type(made.preprocessing) is not nn.Identity:
+        raise NotConvertibleError(f"the network {kind(made)} with {kind(made.preprocessing)} cannot be converted")
+    if hasattr(made, "context_layer"):
+        raise NotConvertibleError("a context of normflows multiplies within the blocks, which no ReLU does")
+    first = made.initial_layer
+    degrees = first.mask.new_tensor(range(1, features + 1)).long()
+    if bool((made.final_layer.mask[::2].sum(1).diff() < 0).any()):
+        raise NotConvertibleError("a MADE with permuted masks cannot be converted")
+    network = Network(degrees, first.weight)
+    h = network.linear(network.units(0, features), first.weight, first.bias, first.mask)
+    for block in made.blocks:
+        if type(block).__name__ == "MaskedResidualBlock":
+            h = _residual(network, h, block)
+        else:
+            h = normalised(h, block.batch_norm) if block.batch_norm else h
+            linear = block.linear
+            h = network.linear(network.plain(h), linear.weight, linear.bias, linear.mask)
+            h, _ = network.activation(slope_of(block.activation), h)
+    last = made.final_layer
+    h = network.plain(h)
+    raw, shift = (network.linear(h, last.weight[i::2], last.bias[i::2], last.mask[i::2]) for i in (0, 1))
+    affine_map = AffineMap.of("scale_first", "sigmoid", limit=2.0, epsilon=1e-3)
+    return block_of(network, shift, raw, affine_map, None, 0)
+
+
+def _residual(network: Network, h: Affine, block: Any) -> Affine:
+    slope, norms = slope_of(block.activation), block.batch_norm_layers if block.use_batch_norm else None
+    first, second = block.linear_layers
+    value, [h] = network.activation(slope, h if norms is None else normalised(h, norms[0]), [h])
+    value = network.linear(value, first.weight, first.bias, first.mask)
+    value, [h] = network.activation(slope, value if norms is None else normalised(value, norms[1]), [h])
+    return h + network.linear(value, second.weight, second.bias, second.mask)

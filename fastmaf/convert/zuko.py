@@ -1,0 +1,201 @@
+"""Conversion of masked affine autoregressive flows of zuko."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import math
+from typing import Any
+
+import torch
+from torch import Size, Tensor, nn
+from torch.distributions import Distribution, constraints
+
+from fastmaf.convert.converted import ConditionalBlock, ConvertedFlow
+from fastmaf.convert.network import Affine, Network, NotConvertibleError
+from fastmaf.convert.parts import base_of, block_of, kind, slope_of
+from fastmaf.kernels import AffineMap
+from fastmaf.transforms import ElementwiseAffine, Transform
+
+Parts = list[Transform | ConditionalBlock]
+
+
+class ConvertedDistribution(Distribution):
+    """The distribution of a converted flow for a context, as ``zuko.distributions.NormalizingFlow``.
+
+    Args:
+        flow: the flow.
+        context: ``[..., C]``, or None.
+    """
+
+    has_rsample = True
+    arg_constraints: dict[str, Any] = {}
+    support = constraints.independent(constraints.real, 1)
+
+    def __init__(self, flow: ZukoFlow, context: Tensor | None, batch_shape: Size | None = None) -> None:
+        self.flow, self.context = flow, context
+        if batch_shape is None:
+            batch_shape = Size() if context is None else context.shape[:-1]
+        super().__init__(batch_shape, Size([flow.features]), validate_args=False)
+
+    def expand(self, batch_shape: Any, _instance: Any = None) -> ConvertedDistribution:
+        """Returns the distribution with a larger batch shape."""
+        context = self.context
+        if context is not None:
+            context = context.expand(*batch_shape, context.shape[-1])
+        return ConvertedDistribution(self.flow, context, Size(batch_shape))
+
+    def _rows(self, shape: Size) -> Tensor | None:
+        if self.context is None:
+            return None
+        return self.context.expand(*shape, self.context.shape[-1]).reshape(-1, self.context.shape[-1])
+
+    def log_prob(self, x: Tensor) -> Tensor:
+        """Returns the log-density ``[...]`` of ``x`` ``[..., D]``."""
+        shape = torch.broadcast_shapes(x.shape[:-1], self.batch_shape)
+        rows = x.expand(*shape, x.shape[-1]).reshape(-1, x.shape[-1])
+        return self.flow.log_density(rows, self._rows(shape)).reshape(shape)
+
+    def rsample(self, shape: Any = ()) -> Tensor:  # type: ignore[override]
+        """Draws ``[*shape, *batch_shape, D]``, differentiably."""
+        return self.rsample_and_log_prob(shape)[0]
+
+    def rsample_and_log_prob(self, shape: Any = ()) -> tuple[Tensor, Tensor]:
+        """Draws as ``rsample``, and returns the log-densities beside the samples."""
+        like, full = self.flow._like(), Size(shape) + self.batch_shape
+        z = torch.randn(*full, self.flow.features, dtype=like.dtype, device=like.device).reshape(-1, self.flow.features)
+        x, ladj = self.flow.from_base(z, self._rows(full))
+        normal = torch.distributions.Normal(torch.zeros_like(z), 1.0).log_prob(z).sum(1)
+        return x.reshape(*full, self.flow.features), (normal - ladj).reshape(full)
+
+
+class ZukoFlow(ConvertedFlow):
+    """A converted flow that is called as ``zuko.flows.MAF``: ``flow(context)`` is a distribution.
+
+    Made by ``from_zuko``; see there for an example.
+    """
+
+    def forward(self, c: Tensor | None = None) -> ConvertedDistribution:
+        """Returns the distribution for a context ``[..., C]``."""
+        self._check(c)
+        return ConvertedDistribution(self, c)
+
+    def _source_log_prob(self, source: Any, x: Tensor, context: Tensor | None) -> Tensor:
+        return source(context).log_prob(x)  # type: ignore[no-any-return]
+
+    def _source_to_base(self, source: Any, x: Tensor, context: Tensor | None) -> Tensor:
+        z, base = source.transform(context)(x), source.base(context)
+        return (z - base.mean) / base.stddev  # type: ignore[no-any-return]
+
+    def _source_from_base(self, source: Any, z: Tensor, context: Tensor | None) -> Tensor:
+        base = source.base(context)
+        return source.transform(context).inv(base.mean + base.stddev * z)  # type: ignore[no-any-return]
+
+
+def from_zuko(flow: nn.Module) -> ZukoFlow:
+    """Converts a ``zuko.flows.MAF``, or another flow of masked affine autoregressive transforms.
+
+    Orders, masks, the scale map ``exp(a / (1 + |a / log slope|))`` with the slope of the installed version, context and
+    base are the source's; degrees are recovered from the masks. ``passes`` below the number of features are
+    converted, too. Residual blocks become hidden layers of more units.
+
+    Args:
+        flow: a ``zuko.flows.Flow``.
+
+    Returns:
+        A flow of equal density: ``flow(context)`` gives a distribution.
+
+    Raises:
+        NotConvertibleError: a part has no exact counterpart; the message names it.
+
+    Example:
+        >>> import zuko
+        >>> source = zuko.flows.MAF(3, 2, transforms=2)
+        >>> flow = fastmaf.from_zuko(source)
+        >>> x, context = torch.randn(5, 3), torch.randn(5, 2)
+        >>> torch.allclose(flow(context).log_prob(x), source(context).log_prob(x), atol=1e-4)
+        True
+    """
+    transform, base = getattr(flow, "transform", None), getattr(flow, "base", None)
+    if transform is None or base is None:
+        raise NotConvertibleError(f"{kind(flow)} is no zuko.flows.Flow")
+    distribution = base()
+    if type(distribution).__name__ != "DiagNormal":
+        raise NotConvertibleError(f"the base {kind(distribution)} cannot be converted; supported is DiagNormal")
+    parts = _parts(transform)
+    [features] = distribution.event_shape
+    return ZukoFlow(features, [*parts, *base_of(distribution.mean, distribution.stddev)], flow)
+
+
+def _parts(transform: Any) -> Parts:
+    name = type(transform).__name__
+    if name == "LazyComposedTransform":
+        return [part for one in transform.transforms for part in _parts(one)]
+    if name == "MaskedAutoregressiveTransform":
+        return _block(transform)
+    if name == "ElementWiseTransform" and hasattr(transform, "phi"):
+        limit = _limit(transform.univariate)
+        shift, raw = transform.phi
+        return [ElementwiseAffine(shift, AffineMap.of("scale_first", "soft_clip", limit=limit).log_scale(raw))]
+    raise NotConvertibleError(f"the transform {kind(transform)} cannot be converted exactly")
+
+
+def _limit(univariate: Any) -> float:
+    """Returns the bound of the log-scales of a transformation."""
+    function, options = univariate, {}
+    if isinstance(univariate, functools.partial) and not univariate.args:
+        function, options = univariate.func, univariate.keywords
+    if getattr(function, "__name__", "") != "MonotonicAffineTransform":
+        name = getattr(function, "__name__", None) or kind(function)
+        raise NotConvertibleError(f"the univariate transformation {name} is not affine")
+    slope = options.get("slope", inspect.signature(function).parameters["slope"].default)
+    return -math.log(slope)
+
+
+class _Context(nn.Module):
+    def forward(self, context: Tensor) -> Tensor:
+        """Returns the context: the network reads it beside x."""
+        return context
+
+
+def _block(transform: Any) -> Parts:
+    limit = _limit(transform.univariate)
+    if transform.order is None:
+        raise NotConvertibleError("an adjacency matrix is no order of the features")
+    layers, features = list(transform.hyper), len(transform.order)
+    if type(layers[0]).__name__ != "MaskedLinear":
+        raise NotConvertibleError(f"the layer {kind(layers[0])} cannot be converted")
+    passed = layers[0].in_features - features
+    inputs = torch.cat([torch.zeros(passed, dtype=torch.int64), transform.order.cpu() + 1])
+    network = Network(inputs, layers[0].weight)
+    h: Affine | None = None
+    for i, layer in enumerate(layers[:-1]):
+        name = type(layer).__name__
+        if i == 0:
+            columns = torch.arange(passed + features).roll(passed)
+            weight, mask = layer.weight[:, columns], layer.mask[:, columns]
+            h = network.linear(network.units(0, passed + features), weight, layer.bias, mask)
+        elif name == "MaskedLinear":
+            assert h is not None
+            h = network.linear(network.plain(h), layer.weight, layer.bias, layer.mask)
+        elif name == "Residual":
+            assert h is not None
+            h = _residual(network, h, list(layer))
+        else:
+            assert h is not None
+            h, _ = network.activation(slope_of(layer), h)
+    last = layers[-1]
+    if h is None:
+        raise NotConvertibleError("a network without hidden layers cannot be converted")
+    h = network.plain(h)
+    shift, raw = (network.linear(h, last.weight[i::2], last.bias[i::2], last.mask[i::2]) for i in (0, 1))
+    affine_map = AffineMap.of("scale_first", "soft_clip", limit=limit)
+    return block_of(network, shift, raw, affine_map, _Context() if passed else None, passed)
+
+
+def _residual(network: Network, h: Affine, layers: list[Any]) -> Affine:
+    first, activation, second = layers
+    h = network.plain(h)
+    value = network.linear(h, first.weight, first.bias, first.mask)
+    value, [h] = network.activation(slope_of(activation), value, [h])
+    return h + network.linear(value, second.weight, second.bias, second.mask)

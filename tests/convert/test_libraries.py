@@ -1,0 +1,271 @@
+"""Flows of nflows, zuko and normflows, as those libraries compute them and after their conversion."""
+
+from __future__ import annotations
+
+import copy
+import functools
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+from torch.nn import functional
+
+import fastmaf
+from tests.tolerances import F32, F64
+
+nflows = pytest.importorskip("nflows.flows")
+zuko = pytest.importorskip("zuko")
+normflows = pytest.importorskip("normflows")
+from nflows import distributions, transforms  # noqa: E402
+
+TOLERANCE = 1e-9  # relative, in float64
+FEATURES, WIDTHS = st.integers(1, 64), st.integers(1, 40)
+ACTIVATIONS = st.sampled_from([functional.relu, torch.relu, functional.leaky_relu])
+
+
+@pytest.fixture(autouse=True)
+def float64() -> Iterator[None]:
+    """nflows draws noise of the default dtype."""
+    torch.set_default_dtype(F64)
+    yield
+    torch.set_default_dtype(F32)
+
+
+def trained(flow: nn.Module, loss: Callable[[], Tensor]) -> nn.Module:
+    """Takes a few steps, so that no parameter or running statistic is at its start; then evaluates."""
+    optimizer = torch.optim.Adam(flow.parameters(), lr=0.02)
+    for _ in range(3):
+        optimizer.zero_grad()
+        loss().backward()
+        optimizer.step()
+    return flow.eval()
+
+
+def close(found: Tensor, expected: Tensor) -> None:
+    assert found.shape == expected.shape
+    found, expected = found.detach(), expected.detach()
+    error = float((found - expected).norm() / expected.norm().clamp(min=1e-30))
+    assert error < TOLERANCE, f"relative error {error:.1e}"
+
+
+def seeded(draw: Callable[[], Any]) -> Any:
+    torch.manual_seed(7)
+    with torch.no_grad():
+        return draw()
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.data())
+def test_nflows(data: st.DataObject) -> None:
+    features, context = data.draw(FEATURES), data.draw(st.sampled_from([None, 1, 5]))
+    residual, layers = data.draw(st.booleans()), []
+    for _ in range(data.draw(st.integers(1, 3))):
+        permutation = data.draw(st.sampled_from([transforms.RandomPermutation, transforms.ReversePermutation]))
+        layers.append(permutation(features))
+        options: dict[str, Any] = {
+            "num_blocks": data.draw(st.integers(0, 3)),
+            "use_residual_blocks": residual,
+            "random_mask": not residual and data.draw(st.booleans()),
+            "activation": data.draw(ACTIVATIONS),
+            "dropout_probability": data.draw(st.sampled_from([0.0, 0.3])),
+            "use_batch_norm": data.draw(st.booleans()),
+            "context_features": context,
+        }
+        layers.append(transforms.MaskedAffineAutoregressiveTransform(features, data.draw(WIDTHS), **options))
+        if data.draw(st.booleans()):
+            layers.append(transforms.BatchNorm(features))
+        if data.draw(st.booleans()):
+            layers.append(transforms.ActNorm(features))
+    embedding = None if context is None else nn.Linear(2, context)
+    source = nflows.Flow(transforms.CompositeTransform(layers), distributions.StandardNormal([features]), embedding)
+    x = torch.randn(9, features)
+    c = None if context is None else torch.randn(9, 2)
+    trained(source, lambda: -source.log_prob(x, c).mean())
+    flow = fastmaf.accelerate(source)
+    close(flow.log_prob(x, c), source.log_prob(x, c))  # type: ignore[operator]
+    close(flow.transform_to_noise(x, c), source.transform_to_noise(x, c))  # type: ignore[operator]
+    close(seeded(lambda: flow.sample(3, c)), seeded(lambda: source.sample(3, c)))  # type: ignore[operator]
+    for found, expected in zip(*(seeded(lambda f=f: f.sample_and_log_prob(2, c)) for f in (flow, source)), strict=True):
+        close(found, expected)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.data())
+def test_zuko(data: st.DataObject) -> None:
+    features = data.draw(FEATURES)
+    context = data.draw(st.sampled_from([0, 1, 5])) if features > 1 else 0
+    options: dict[str, Any] = {}
+    if features > 1:
+        widths = data.draw(st.lists(WIDTHS, min_size=1, max_size=4))
+        passes = data.draw(st.sampled_from([None, 2, 3]))
+        activation = data.draw(st.sampled_from([nn.ReLU, nn.LeakyReLU, nn.Identity]))
+        options = {"hidden_features": widths, "passes": passes, "activation": activation}
+        options |= {"residual": data.draw(st.booleans())}
+    source = zuko.flows.MAF(features, context, data.draw(st.integers(1, 3)), data.draw(st.booleans()), **options)
+    x = torch.randn(9, features)
+    c = torch.randn(9, context) if context else None
+    trained(source, lambda: -source(c).log_prob(x).mean())
+    flow = fastmaf.accelerate(source)
+    close(flow(c).log_prob(x), source(c).log_prob(x))
+    close(seeded(lambda: flow(c).sample((3,))), seeded(lambda: source(c).sample((3,))))
+    for found, expected in zip(
+        *(seeded(lambda f=f: f(c).rsample_and_log_prob((2,))) for f in (flow, source)), strict=True
+    ):
+        close(found, expected)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.data())
+def test_normflows(data: st.DataObject) -> None:
+    features, layers = data.draw(FEATURES), []
+    for _ in range(data.draw(st.integers(1, 3))):
+        residual = data.draw(st.booleans())
+        options: dict[str, Any] = {
+            "num_blocks": data.draw(st.integers(0, 3)),
+            "use_residual_blocks": residual,
+            "random_mask": not residual and data.draw(st.booleans()),
+            "activation": data.draw(ACTIVATIONS),
+            "use_batch_norm": False,
+        }
+        layer = normflows.flows.MaskedAffineAutoregressive(features, data.draw(WIDTHS), **options)
+        layers.append(normflows.flows.Reverse(layer) if data.draw(st.booleans()) else layer)
+        if features > 1:
+            layers.append(normflows.flows.Permute(features, data.draw(st.sampled_from(["shuffle", "swap"]))))
+        if data.draw(st.booleans()):
+            layers.append(normflows.flows.AffineConstFlow((features,)))
+    source = normflows.NormalizingFlow(normflows.distributions.DiagGaussian(features), layers)
+    x = torch.randn(9, features)
+    trained(source, lambda: source.forward_kld(x))
+    flow = fastmaf.accelerate(source)
+    close(flow.log_prob(x), source.log_prob(x))  # type: ignore[operator]
+    for found, expected in zip(*(seeded(lambda f=f: f.sample(3)) for f in (flow, source)), strict=True):
+        close(found, expected)
+
+
+def test_batch_shapes_of_zuko() -> None:
+    source = zuko.flows.MAF(4, 3, transforms=2, hidden_features=(8, 8))
+    flow = fastmaf.accelerate(source)
+    one, many = torch.randn(3), torch.randn(5, 2, 3)
+    for c, x in (
+        (one, torch.randn(4)),
+        (one, torch.randn(6, 4)),
+        (many, torch.randn(7, 5, 2, 4)),
+    ):
+        close(flow(c).log_prob(x), source(c).log_prob(x))
+    assert flow(many).sample((7,)).shape == source(many).sample((7,)).shape == (7, 5, 2, 4)
+    assert flow(many).batch_shape == (5, 2) and flow(many).event_shape == (4,)
+    assert flow(one).expand((6,)).sample().shape == (6, 4)
+
+
+def test_the_report_and_what_it_leaves_alone() -> None:
+    torch.set_default_dtype(F32)
+    source = nflows.MaskedAutoregressiveFlow(5, 16, 2, 2)
+    before = copy.deepcopy(source.state_dict())
+    flow = fastmaf.from_nflows(source)
+    report = flow.parity_report(torch.randn(20, 5))
+    assert [(one.dtype, one.what) for one in report] == [
+        (dtype, what) for dtype in (F64, F32) for what in ("log_prob", "z", "inverse")
+    ]
+    for one in report:
+        assert 0 <= one.mean <= one.worst < (1e-12 if one.dtype == F64 else 1e-4) and one.scale > 0.1
+    assert all(torch.equal(value, before[name]) for name, value in source.state_dict().items())
+    assert {parameter.dtype for parameter in flow.parameters()} == {F32}
+    changed = dict(flow.flow.named_parameters())["transforms.1.made.output.bias"]
+    with torch.no_grad():
+        changed += 0.1
+    assert min(one.worst for one in flow.parity_report(torch.randn(20, 5)) if one.what == "z") > 1e-3
+
+
+def test_converted_flows_are_flows(tmp_path: Any) -> None:
+    """They are saved, loaded and trained as those of this library."""
+    source = zuko.flows.MAF(3, transforms=2).to(F32)
+    flow, x = fastmaf.from_zuko(source).flow, torch.randn(50, 3, dtype=F32)
+    flow.save(tmp_path / "flow.safetensors")
+    loaded = fastmaf.load(tmp_path / "flow.safetensors")
+    assert torch.equal(loaded.log_prob(x), flow.log_prob(x))
+    step = fastmaf.TrainingStep(loaded, torch.optim.Adam(loaded.parameters(), lr=1e-2))
+    losses = [step(x).nll for _ in range(20)]
+    assert losses[-1] < losses[0] - 0.05
+
+
+def test_converted_samples_are_differentiable() -> None:
+    source = zuko.flows.MAF(3, 2, transforms=2)
+    flow, c = fastmaf.from_zuko(source), torch.randn(4, 2, requires_grad=True)
+    grads = [torch.autograd.grad(seeded_rsample(f, c).square().sum(), c, retain_graph=True)[0] for f in (flow, source)]
+    close(*grads)
+
+
+def seeded_rsample(flow: Any, c: Tensor) -> Tensor:
+    torch.manual_seed(7)
+    result: Tensor = flow(c).rsample()
+    return result
+
+
+def leaky(features: int) -> nn.Module:
+    """A network whose outputs see their own inputs."""
+    transform = transforms.MaskedAffineAutoregressiveTransform(features, 8, use_residual_blocks=False)
+    mask = transform.autoregressive_net.final_layer.mask
+    mask.fill_(1)
+    return nflows.Flow(transform, distributions.StandardNormal([features]))
+
+
+def refused() -> Iterator[tuple[str, Callable[[], nn.Module], str]]:
+    normal = distributions.StandardNormal([4])
+
+    def of(transform: Any) -> nn.Module:
+        return nflows.Flow(transform, normal)
+
+    affine = functools.partial(transforms.MaskedAffineAutoregressiveTransform, 4, 8)
+    spline = transforms.MaskedPiecewiseRationalQuadraticAutoregressiveTransform
+    yield "spline", lambda: of(spline(4, 8, tails="linear")), "MaskedPiecewiseRationalQuadratic"
+    yield "activation", lambda: of(affine(activation=functional.elu)), "activation elu"
+    yield "inverse", lambda: of(transforms.InverseTransform(affine())), "InverseTransform"
+    yield "linear", lambda: of(transforms.LULinear(4)), "LULinear"
+    yield "mask", lambda: leaky(4), "own input"
+    yield "ActNorm", lambda: of(transforms.ActNorm(4)), "no batch"
+    base = distributions.ConditionalDiagonalNormal([4])
+    yield "base", lambda: nflows.Flow(affine(), base), "ConditionalDiagonalNormal"
+    yield "NSF", lambda: zuko.flows.NSF(4), "MonotonicRQSTransform"
+    yield "NAF", lambda: zuko.flows.NAF(4), "cannot be converted|not affine"
+    yield "NICE", lambda: zuko.flows.NICE(4), "GeneralCoupling"
+    adjacency = torch.ones(4, 4, dtype=torch.bool).tril()
+    yield "adjacency", lambda: maf_of(adjacency=adjacency), "adjacency"
+    yield "tanh", lambda: zuko.flows.MAF(4, activation=nn.Tanh), "activation Tanh"
+    glow = normflows.flows.MaskedAffineAutoregressive(4, 8, context_features=2)
+    yield "context", lambda: normal_flow(glow), "context of normflows"
+    yield (
+        "coupling",
+        lambda: normal_flow(normflows.flows.AffineCouplingBlock(normflows.nets.MLP([2, 4, 4]))),
+        "Coupling",
+    )
+    yield "nothing", lambda: nn.Linear(2, 2), "Linear"
+
+
+def maf_of(**options: Any) -> nn.Module:
+    transform = zuko.flows.MaskedAutoregressiveTransform(4, **options)
+    return zuko.flows.Flow(transform, zuko.flows.MAF(4).base)  # type: ignore[no-any-return]
+
+
+def normal_flow(layer: nn.Module) -> nn.Module:
+    base = normflows.distributions.DiagGaussian(4)
+    return normflows.NormalizingFlow(base, [layer])  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("make, message", [pytest.param(make, text, id=name) for name, make, text in refused()])
+def test_what_is_refused_is_named(make: Callable[[], nn.Module], message: str) -> None:
+    with pytest.raises(fastmaf.NotConvertibleError, match=message):
+        fastmaf.accelerate(make())
+
+
+def test_a_context_is_neither_forgotten_nor_invented() -> None:
+    flow = fastmaf.from_zuko(zuko.flows.MAF(3, 2))
+    with pytest.raises(ValueError, match="with a context; expected one"):
+        flow()
+    with pytest.raises(ValueError, match="no context; expected None"):
+        fastmaf.from_zuko(zuko.flows.MAF(3))(torch.randn(2))
+    with pytest.raises(fastmaf.NotConvertibleError, match="context"):
+        _ = flow.flow
