@@ -46,8 +46,10 @@ if TYPE_CHECKING:
     from fastmaf.transforms import Inverted as Inverted
     from fastmaf.transforms import LocalAutoregressive as LocalAutoregressive
     from fastmaf.transforms import Logit as Logit
+    from fastmaf.transforms import MonotonicRQS as MonotonicRQS
     from fastmaf.transforms import NotInvertibleError as NotInvertibleError
     from fastmaf.transforms import Permutation as Permutation
+    from fastmaf.transforms import SplineMap as SplineMap
     from fastmaf.transforms import Transform as Transform
 
 _NAMES_OF = {
@@ -82,8 +84,10 @@ _NAMES_OF = {
         "Inverted",
         "LocalAutoregressive",
         "Logit",
+        "MonotonicRQS",
         "NotInvertibleError",
         "Permutation",
+        "SplineMap",
         "Transform",
     ),
 }

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from fastmaf.convert.network import NotConvertibleError
 from fastmaf.flows import Flow
-from fastmaf.transforms import AffineAutoregressive, Permutation, Transform
+from fastmaf.transforms import Permutation, Transform
 
 _HALF_LOG_2PI = 0.5 * math.log(2 * math.pi)
 
@@ -45,7 +45,7 @@ class ConditionalBlock(nn.Module):
         context: maps a context ``[N, C]`` to the first dimensions.
     """
 
-    def __init__(self, block: AffineAutoregressive, order: Tensor, context: nn.Module) -> None:
+    def __init__(self, block: Transform, order: Tensor, context: nn.Module) -> None:
         super().__init__()
         self.flow, self.permutation, self.context = Flow(block.features, [block]), Permutation(order), context
 

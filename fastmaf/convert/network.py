@@ -160,7 +160,7 @@ class Network:
         scaled = Affine([term._replace(factor=-slope) for term in negative.terms], negative.bias, negative.degrees)
         return positive + scaled, kept
 
-    def made(self, shift: Affine, raw: Affine, passed: int = 0) -> MADE:
+    def made(self, outputs: Sequence[Affine], passed: int = 0) -> MADE:
         """Returns the network with these outputs, one of each for every input after the first ``passed``.
 
         Inputs are sorted by degree, the first ``passed`` in front: their outputs are zero.
@@ -169,21 +169,21 @@ class Network:
             NotConvertibleError: an output can see its own input, or one that follows.
         """
         if not self._hidden:
-            _, [shift, raw] = self.relu([], keep=[shift, raw])
-        units, order = len(self._degrees), self.order(passed)
+            _, outputs = self.relu([], keep=outputs)
+        units, order, count = len(self._degrees), self.order(passed), len(outputs)
         own = order[passed:] - passed  # the dimension of x at each place
-        rows = self._like.new_zeros(2 * len(order), units)
-        bias = self._like.new_zeros(2 * len(order))
-        for i, part in enumerate((shift, raw)):
-            part.write_to(rows[2 * passed + i :: 2], own)
-            bias[2 * passed + i :: 2] = part.bias[own]
+        rows = self._like.new_zeros(count * len(order), units)
+        bias = self._like.new_zeros(count * len(order))
+        for i, part in enumerate(outputs):
+            part.write_to(rows[count * passed + i :: count], own)
+            bias[count * passed + i :: count] = part.bias[own]
         sorted_inputs = self.inputs[order]
 
         def place(degrees: Tensor) -> Tensor:
             """Returns how many inputs, in their new order, are of such a degree or a smaller one."""
             return torch.searchsorted(sorted_inputs, degrees.contiguous(), right=True).clamp_(min=passed)
 
-        seen = torch.stack([place(part.degrees)[own] for part in (shift, raw)])
+        seen = torch.stack([place(part.degrees)[own] for part in outputs])
         if bool((seen > torch.arange(passed, len(order))).any()):
             raise NotConvertibleError("the network is not autoregressive: an output can see its own input")
         degrees = [place(one) for one in self._hidden]
@@ -192,6 +192,7 @@ class Network:
             len(order),
             [len(one) for one in degrees],
             degrees=[one.sort().values for one in degrees],
+            outputs_per_feature=count,
             init="empty",
             dtype=self._like.dtype,
             device=self._like.device,

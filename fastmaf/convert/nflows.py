@@ -10,11 +10,12 @@ from torch import Tensor, nn
 
 from fastmaf.convert.converted import ConditionalBlock, ConvertedFlow
 from fastmaf.convert.network import Affine, Network, NotConvertibleError
-from fastmaf.convert.parts import base_of, block_of, kind, normalised, slope_of
+from fastmaf.convert.parts import affine_block, base_of, kind, normalised, outputs_of, slope_of, spline_block
 from fastmaf.kernels import AffineMap
-from fastmaf.transforms import ElementwiseAffine, Permutation, Transform
+from fastmaf.transforms import ElementwiseAffine, Permutation, SplineMap, Transform
 
 Parts = list[Transform | ConditionalBlock]
+_SPLINE = "MaskedPiecewiseRationalQuadraticAutoregressiveTransform"
 
 
 class NflowsFlow(ConvertedFlow):
@@ -123,7 +124,7 @@ def _parts(transform: Any) -> Parts:
     name = type(transform).__name__
     if name == "CompositeTransform":
         return [part for one in transform._transforms for part in _parts(one)]
-    if name == "MaskedAffineAutoregressiveTransform":
+    if name in ("MaskedAffineAutoregressiveTransform", _SPLINE):
         return _block(transform)
     if name in ("Permutation", "RandomPermutation", "ReversePermutation") and transform._dim == 1:
         return [Permutation(transform._permutation)]
@@ -153,9 +154,10 @@ class _Context(nn.Module):
 
 
 def _block(transform: Any) -> Parts:
-    made, features = transform.autoregressive_net, transform.features
+    made = transform.autoregressive_net
     if type(made).__name__ != "MADE":
         raise NotConvertibleError(f"the network {kind(made)} cannot be converted; expected nflows' MADE")
+    features = made.initial_layer.in_features
     first, slope = made.initial_layer, slope_of(made.activation)
     layer = getattr(made, "context_layer", None)
     added = first.out_features if layer is not None else 0
@@ -177,12 +179,21 @@ def _block(transform: Any) -> Parts:
             linear = block.linear
             h = network.linear(network.plain(h), linear.weight, linear.bias, linear.mask)
             h, _ = network.activation(slope_of(block.activation), h)
-    last = made.final_layer
-    h = network.plain(h)
-    raw, shift = (network.linear(h, last.weight[i::2], last.bias[i::2], last.mask[i::2]) for i in (0, 1))
-    affine_map = AffineMap.of("scale_first", "softplus", epsilon=float(transform._epsilon))
     of_context = None if layer is None else _Context(copy.deepcopy(layer), made.activation, bool(itself))
-    return block_of(network, shift, raw, affine_map, of_context, passed)
+    outputs = outputs_of(network, h, made.final_layer, made.final_layer.out_features // features)
+    if type(transform).__name__ == _SPLINE:
+        return spline_block(network, outputs, _spline(transform), of_context, passed)
+    raw, shift = outputs
+    affine_map = AffineMap.of("scale_first", "softplus", epsilon=float(transform._epsilon))
+    return affine_block(network, shift, raw, affine_map, of_context, passed)
+
+
+def _spline(transform: Any) -> SplineMap:
+    if not transform.min_bin_width == transform.min_bin_height == transform.min_derivative:
+        raise NotConvertibleError("a spline whose smallest bins and smallest derivatives differ cannot be converted")
+    tails = transform.tails == "linear"
+    low, high = (-transform.tail_bound, transform.tail_bound) if tails else (0.0, 1.0)
+    return SplineMap(transform.num_bins, float(low), float(high), tails, transform.min_derivative, squash=False)
 
 
 def _residual(network: Network, h: Affine, context: Affine | None, block: Any) -> tuple[Affine, Affine | None]:

@@ -9,9 +9,16 @@ from torch import Tensor, nn
 
 from fastmaf.convert.converted import ConditionalBlock, ConvertedFlow
 from fastmaf.convert.network import Affine, Network, NotConvertibleError
-from fastmaf.convert.parts import base_of, block_of, kind, normalised, slope_of
+from fastmaf.convert.parts import affine_block, base_of, kind, normalised, outputs_of, slope_of, spline_block
 from fastmaf.kernels import AffineMap
-from fastmaf.transforms import AffineAutoregressive, ElementwiseAffine, Inverted, Permutation, Transform
+from fastmaf.transforms import (
+    AffineAutoregressive,
+    ElementwiseAffine,
+    Inverted,
+    Permutation,
+    SplineMap,
+    Transform,
+)
 
 Parts = list[Transform | ConditionalBlock]
 
@@ -94,6 +101,8 @@ def _inverse_parts(layer: Any) -> Parts:
         return [Inverted(part) if isinstance(part, AffineAutoregressive) else part for part in _block(layer)]
     if name == "Reverse" and type(layer.flow).__name__ == "MaskedAffineAutoregressive":
         return _block(layer.flow)
+    if name == "AutoregressiveRationalQuadraticSpline":  # turned round by its authors
+        return _block(layer.mprqat)
     if name == "Permute":
         count = layer.num_channels
         if layer.mode == "shuffle":
@@ -108,12 +117,13 @@ def _inverse_parts(layer: Any) -> Parts:
 
 
 def _block(layer: Any) -> Parts:
-    made, features = layer.autoregressive_net, layer.features
+    made = layer.autoregressive_net
     if type(made).__name__ != "MADE" or type(made.preprocessing) is not nn.Identity:
         raise NotConvertibleError(f"the network {kind(made)} with {kind(made.preprocessing)} cannot be converted")
     if hasattr(made, "context_layer"):
         raise NotConvertibleError("a context of normflows multiplies within the blocks, which no ReLU does")
     first = made.initial_layer
+    features = first.in_features
     degrees = first.mask.new_tensor(range(1, features + 1)).long()
     if bool((made.final_layer.mask[::2].sum(1).diff() < 0).any()):
         raise NotConvertibleError("a MADE with permuted masks cannot be converted")
@@ -127,11 +137,21 @@ def _block(layer: Any) -> Parts:
             linear = block.linear
             h = network.linear(network.plain(h), linear.weight, linear.bias, linear.mask)
             h, _ = network.activation(slope_of(block.activation), h)
-    last = made.final_layer
-    h = network.plain(h)
-    raw, shift = (network.linear(h, last.weight[i::2], last.bias[i::2], last.mask[i::2]) for i in (0, 1))
+    if type(layer).__name__ == "MaskedPiecewiseRationalQuadraticAutoregressive":
+        spline = _spline(layer)
+        return spline_block(network, outputs_of(network, h, made.final_layer, spline.outputs), spline, None, 0)
+    raw, shift = outputs_of(network, h, made.final_layer, 2)
     affine_map = AffineMap.of("scale_first", "sigmoid", limit=2.0, epsilon=1e-3)
-    return block_of(network, shift, raw, affine_map, None, 0)
+    return affine_block(network, shift, raw, affine_map, None, 0)
+
+
+def _spline(layer: Any) -> SplineMap:
+    if layer.tails != "linear" or isinstance(layer.tail_bound, Tensor):
+        raise NotConvertibleError(f"a spline with tails {layer.tails!r} of several bounds cannot be converted")
+    if not layer.min_bin_width == layer.min_bin_height == layer.min_derivative:
+        raise NotConvertibleError("a spline whose smallest bins and smallest derivatives differ cannot be converted")
+    bound = float(layer.tail_bound)
+    return SplineMap(layer.num_bins, -bound, bound, True, layer.min_derivative, squash=False)
 
 
 def _residual(network: Network, h: Affine, block: Any) -> Affine:

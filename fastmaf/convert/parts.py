@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -12,7 +13,15 @@ from torch import Tensor, nn
 from fastmaf.convert.converted import ConditionalBlock
 from fastmaf.convert.network import Affine, Network, NotConvertibleError
 from fastmaf.kernels import AffineMap
-from fastmaf.transforms import AffineAutoregressive, ElementwiseAffine, Permutation, Transform
+from fastmaf.nn import MADE
+from fastmaf.transforms import (
+    AffineAutoregressive,
+    ElementwiseAffine,
+    MonotonicRQS,
+    Permutation,
+    SplineMap,
+    Transform,
+)
 
 SUPPORTED = "relu, leaky_relu and the identity"
 
@@ -54,22 +63,56 @@ def normalised(h: Affine, norm: nn.BatchNorm1d) -> Affine:
     return h.scaled(scale, shift)
 
 
-def block_of(
+def outputs_of(network: Network, h: Affine, layer: Any, count: int) -> list[Affine]:
+    """Returns the outputs of a last layer with ``count`` rows for each dimension, side by side."""
+    h, mask = network.plain(h), layer.mask
+    return [network.linear(h, layer.weight[i::count], layer.bias[i::count], mask[i::count]) for i in range(count)]
+
+
+def affine_block(
     network: Network, shift: Affine, raw: Affine, affine_map: AffineMap, context: nn.Module | None, passed: int
 ) -> list[Transform | ConditionalBlock]:
-    """Returns an autoregressive block, in the order of its network.
+    """Returns an affine autoregressive block; see ``block_of``."""
+    zero = [0.0, 0.0 if context is None else _zero_log_scale(affine_map)]
+    make = functools.partial(AffineAutoregressive, affine_map=affine_map)
+    return block_of(network, [shift, raw], make, zero, context, passed)
+
+
+def spline_block(
+    network: Network, outputs: list[Affine], spline: SplineMap, context: nn.Module | None, passed: int
+) -> list[Transform | ConditionalBlock]:
+    """Returns a block of splines; see ``block_of``."""
+    spline.check()
+    if context is not None and not spline.tails:
+        raise NotConvertibleError("a context of splines without tails cannot be converted")
+    one = 0.0 if spline.squash else math.log(math.expm1(1 - spline.least))
+    zero = [0.0] * (2 * spline.bins) + [one] * (spline.outputs - 2 * spline.bins)
+    return block_of(network, outputs, functools.partial(MonotonicRQS, spline=spline), zero, context, passed)
+
+
+def block_of(
+    network: Network,
+    outputs: list[Affine],
+    make: Callable[[MADE], Transform],
+    identity: list[float],
+    context: nn.Module | None,
+    passed: int,
+) -> list[Transform | ConditionalBlock]:
+    """Returns an autoregressive block, with the dimensions in the order of its network.
 
     Args:
-        network: with the outputs ``shift`` and ``raw``.
-        affine_map: of the block.
+        network: with these outputs.
+        make: returns the block of a network.
+        identity: the outputs with which a dimension passes through the block unchanged.
         context: maps a context to the network's first ``passed`` inputs.
     """
-    made = network.made(shift, raw, passed)
+    made = network.made(outputs, passed)
     order = network.order(passed)[passed:] - passed
-    block = AffineAutoregressive(made, affine_map=affine_map)
+    block = make(made)
     if context is not None:
         with torch.no_grad():
-            made.output.bias[1 : 2 * passed : 2] = _zero_log_scale(affine_map)
+            bias = made.output.bias[: len(outputs) * passed]
+            bias.copy_(torch.tensor(identity).repeat(passed))
         return [ConditionalBlock(block, order, context)]
     if torch.equal(order, torch.arange(len(order))):
         return [block]

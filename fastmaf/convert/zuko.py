@@ -13,9 +13,9 @@ from torch.distributions import Distribution, constraints
 
 from fastmaf.convert.converted import ConditionalBlock, ConvertedFlow
 from fastmaf.convert.network import Affine, Network, NotConvertibleError
-from fastmaf.convert.parts import base_of, block_of, kind, slope_of
+from fastmaf.convert.parts import affine_block, base_of, kind, outputs_of, slope_of, spline_block
 from fastmaf.kernels import AffineMap
-from fastmaf.transforms import ElementwiseAffine, Transform
+from fastmaf.transforms import ElementwiseAffine, SplineMap, Transform
 
 Parts = list[Transform | ConditionalBlock]
 
@@ -134,22 +134,27 @@ def _parts(transform: Any) -> Parts:
     if name == "MaskedAutoregressiveTransform":
         return _block(transform)
     if name == "ElementWiseTransform" and hasattr(transform, "phi"):
-        limit = _limit(transform.univariate)
-        shift, raw = transform.phi
-        return [ElementwiseAffine(shift, AffineMap.of("scale_first", "soft_clip", limit=limit).log_scale(raw))]
+        univariate = _univariate(transform.univariate, transform.shapes)
+        if isinstance(univariate, AffineMap):
+            shift, raw = transform.phi
+            return [ElementwiseAffine(shift, univariate.log_scale(raw))]
     raise NotConvertibleError(f"the transform {kind(transform)} cannot be converted exactly")
 
 
-def _limit(univariate: Any) -> float:
-    """Returns the bound of the log-scales of a transformation."""
+def _univariate(univariate: Any, shapes: Any) -> AffineMap | SplineMap:
+    """Returns the element-wise map of a transform, with the constants of the installed version."""
     function, options = univariate, {}
     if isinstance(univariate, functools.partial) and not univariate.args:
         function, options = univariate.func, univariate.keywords
-    if getattr(function, "__name__", "") != "MonotonicAffineTransform":
-        name = getattr(function, "__name__", None) or kind(function)
-        raise NotConvertibleError(f"the univariate transformation {name} is not affine")
-    slope = options.get("slope", inspect.signature(function).parameters["slope"].default)
-    return -math.log(slope)
+    name = getattr(function, "__name__", None) or kind(function)
+    if name not in ("MonotonicAffineTransform", "MonotonicRQSTransform") or set(options) - {"slope", "bound"}:
+        raise NotConvertibleError(f"the univariate transformation {name} is neither affine nor a spline")
+    parameters = inspect.signature(function).parameters
+    values = {key: options.get(key, parameters[key].default) for key in ("slope", "bound") if key in parameters}
+    if name == "MonotonicAffineTransform":
+        return AffineMap.of("scale_first", "soft_clip", limit=-math.log(values["slope"]))
+    bound = float(values["bound"])
+    return SplineMap(shapes[0][0], -bound, bound, tails=True, least=values["slope"], squash=True)
 
 
 class _Context(nn.Module):
@@ -159,7 +164,7 @@ class _Context(nn.Module):
 
 
 def _block(transform: Any) -> Parts:
-    limit = _limit(transform.univariate)
+    univariate = _univariate(transform.univariate, transform.shapes)
     if transform.order is None:
         raise NotConvertibleError("an adjacency matrix is no order of the features")
     layers, features = list(transform.hyper), len(transform.order)
@@ -187,10 +192,11 @@ def _block(transform: Any) -> Parts:
     last = layers[-1]
     if h is None:
         raise NotConvertibleError("a network without hidden layers cannot be converted")
-    h = network.plain(h)
-    shift, raw = (network.linear(h, last.weight[i::2], last.bias[i::2], last.mask[i::2]) for i in (0, 1))
-    affine_map = AffineMap.of("scale_first", "soft_clip", limit=limit)
-    return block_of(network, shift, raw, affine_map, _Context() if passed else None, passed)
+    outputs, context = outputs_of(network, h, last, transform.total), _Context() if passed else None
+    if isinstance(univariate, SplineMap):
+        return spline_block(network, outputs, univariate, context, passed)
+    shift, raw = outputs
+    return affine_block(network, shift, raw, univariate, context, passed)
 
 
 def _residual(network: Network, h: Affine, layers: list[Any]) -> Affine:

@@ -64,6 +64,13 @@ def _affine(config: Config, features: int) -> dict[str, Expected]:
     return {**tensors, "made.output.weight": Expected(None, "weight"), "made.output.bias": Expected((2 * features,))}
 
 
+def _spline(config: Config, features: int) -> dict[str, Expected]:
+    spline = config["spline"]
+    outputs = 3 * spline["bins"] + (-1 if spline["tails"] else 1)
+    tensors = _affine({**config, "soft_bound": False, "log_scale_bound": None}, features)
+    return {**tensors, "made.output.bias": Expected((outputs * features,))}
+
+
 def _whitening(config: Config, features: int) -> dict[str, Expected]:
     rank = config["rank"]
     if rank > features:
@@ -114,6 +121,23 @@ _AFFINE = Record(
     },
     optional={"weight_dtype": OneOf((str(torch.bfloat16),)), "affine_map": _MAP},
 )
+_SPLINE = Record(
+    {
+        "features": _FEATURES,
+        "hidden_features": ListOf(_FEATURES, shortest=1, longest=1024),
+        "activation": OneOf(ACTIVATIONS),
+        "spline": Record(
+            {
+                "bins": Whole(1, 2**16),
+                "low": Number(low=-1e30, high=1e30),
+                "high": Number(low=-1e30, high=1e30),
+                "tails": Flag(),
+                "least": Number(above=0, below=1),
+                "squash": Flag(),
+            }
+        ),
+    }
+)
 _LOCAL = Record(
     {
         "shape": ListOf(_FEATURES, shortest=3, longest=3),
@@ -129,6 +153,7 @@ KINDS: dict[str, Kind] = {
     "logit": Kind(Record({"features": _FEATURES, "alpha": Number(low=0, below=0.5)}), lambda config, features: {}),
     "affine_autoregressive": Kind(_AFFINE, _affine),
     "gaussian_whitening": Kind(Record({"features": _FEATURES, "rank": Whole()}), _whitening),
+    "monotonic_rqs": Kind(_SPLINE, _spline),
     "elementwise_affine": Kind(
         Record({"features": _FEATURES}),
         lambda config, features: {name: Expected((features,)) for name in ("shift", "log_scale")},

@@ -13,6 +13,8 @@ from fastmaf.transforms.inverted import Inverted
 from fastmaf.transforms.local import LocalAutoregressive
 from fastmaf.transforms.logit import Logit
 from fastmaf.transforms.permutation import Permutation
+from fastmaf.transforms.spline import MonotonicRQS
+from fastmaf.transforms.spline_map import SplineMap
 from fastmaf.transforms.whitening import GaussianWhitening
 
 __all__ = [
@@ -23,8 +25,10 @@ __all__ = [
     "Inverted",
     "LocalAutoregressive",
     "Logit",
+    "MonotonicRQS",
     "NotInvertibleError",
     "Permutation",
+    "SplineMap",
     "Transform",
     "transform_config",
 ]
@@ -36,6 +40,7 @@ TRANSFORMS: dict[str, type[Transform]] = {
     "local_autoregressive": LocalAutoregressive,
     "gaussian_whitening": GaussianWhitening,
     "elementwise_affine": ElementwiseAffine,
+    "monotonic_rqs": MonotonicRQS,
 }
 """The classes of transforms that can be saved, by their names in files. Add a class here to make it savable."""
 

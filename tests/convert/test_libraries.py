@@ -146,6 +146,51 @@ def test_normflows(data: st.DataObject) -> None:
         close(found, expected)
 
 
+@settings(max_examples=30, deadline=None)
+@given(st.data())
+def test_splines(data: st.DataObject) -> None:
+    features, library = data.draw(FEATURES), data.draw(st.sampled_from(["nflows", "zuko", "normflows"]))
+    bins, width = data.draw(st.integers(2, 9)), data.draw(WIDTHS)
+    context = data.draw(st.sampled_from([0, 3])) if library != "normflows" and features > 1 else 0
+    x, c = 2 * torch.randn(9, features), torch.randn(9, context) if context else None
+    if library == "zuko":
+        features = max(2, features)
+        x = 3 * torch.randn(9, features)
+        source = zuko.flows.NSF(features, context, bins, transforms=2, hidden_features=(width, width))
+        trained(source, lambda: -source(c).log_prob(x).mean())
+        flow = fastmaf.accelerate(source)
+        close(flow(c).log_prob(x), source(c).log_prob(x))
+        close(seeded(lambda: flow(c).sample((3,))), seeded(lambda: source(c).sample((3,))))
+    elif library == "nflows":
+        of = transforms.MaskedPiecewiseRationalQuadraticAutoregressiveTransform
+        tails = data.draw(st.sampled_from(["linear", None])) if not context else "linear"
+        options: dict[str, Any] = {
+            "num_bins": bins,
+            "tails": tails,
+            "tail_bound": 2.5,
+            "context_features": context or None,
+        }
+        layers = [
+            part for _ in range(2) for part in (of(features, width, **options), transforms.RandomPermutation(features))
+        ]
+        x = x if tails else torch.rand(9, features)
+        source = nflows.Flow(transforms.CompositeTransform(layers), distributions.StandardNormal([features]))
+        trained(source, lambda: -source.log_prob(x, c).mean())
+        flow = fastmaf.accelerate(source)
+        close(flow.log_prob(x, c), source.log_prob(x, c))  # type: ignore[operator]
+        if tails:
+            close(seeded(lambda: flow.sample(3, c)), seeded(lambda: source.sample(3, c)))  # type: ignore[operator]
+    else:
+        spline = normflows.flows.AutoregressiveRationalQuadraticSpline
+        layers = [spline(features, 1, width, num_bins=bins, init_identity=False) for _ in range(2)]
+        source = normflows.NormalizingFlow(normflows.distributions.DiagGaussian(features), layers)
+        trained(source, lambda: source.forward_kld(x))
+        flow = fastmaf.accelerate(source)
+        close(flow.log_prob(x), source.log_prob(x))  # type: ignore[operator]
+        for found, expected in zip(*(seeded(lambda f=f: f.sample(3)) for f in (flow, source)), strict=True):
+            close(found, expected)
+
+
 def test_batch_shapes_of_zuko() -> None:
     source = zuko.flows.MAF(4, 3, transforms=2, hidden_features=(8, 8))
     flow = fastmaf.accelerate(source)
@@ -221,7 +266,9 @@ def refused() -> Iterator[tuple[str, Callable[[], nn.Module], str]]:
 
     affine = functools.partial(transforms.MaskedAffineAutoregressiveTransform, 4, 8)
     spline = transforms.MaskedPiecewiseRationalQuadraticAutoregressiveTransform
-    yield "spline", lambda: of(spline(4, 8, tails="linear")), "MaskedPiecewiseRationalQuadratic"
+    yield "spline", lambda: of(spline(4, 8, tails="linear", min_derivative=1e-2)), "smallest bins"
+    cubic = transforms.MaskedPiecewiseCubicAutoregressiveTransform
+    yield "cubic", lambda: of(cubic(4, features=4, hidden_features=8)), "MaskedPiecewiseCubic"
     yield "activation", lambda: of(affine(activation=functional.elu)), "activation elu"
     yield "inverse", lambda: of(transforms.InverseTransform(affine())), "InverseTransform"
     yield "linear", lambda: of(transforms.LULinear(4)), "LULinear"
@@ -229,7 +276,7 @@ def refused() -> Iterator[tuple[str, Callable[[], nn.Module], str]]:
     yield "ActNorm", lambda: of(transforms.ActNorm(4)), "no batch"
     base = distributions.ConditionalDiagonalNormal([4])
     yield "base", lambda: nflows.Flow(affine(), base), "ConditionalDiagonalNormal"
-    yield "NSF", lambda: zuko.flows.NSF(4), "MonotonicRQSTransform"
+    yield "NCSF", lambda: zuko.flows.NCSF(4), "CircularRQSTransform"
     yield "NAF", lambda: zuko.flows.NAF(4), "cannot be converted|not affine"
     yield "NICE", lambda: zuko.flows.NICE(4), "GeneralCoupling"
     adjacency = torch.ones(4, 4, dtype=torch.bool).tril()

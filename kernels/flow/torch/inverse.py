@@ -1,20 +1,12 @@
-"""Level-scheduled inverse in plain torch: the truth that the other backends are held against.
+"""Level-scheduled inverse of flows in plain torch, and its gradients: the truth that the other backends are held
+against.
 
-For each step of the schedule:
-
-    (m, u) = b + W_out[rows of the step] h_last[units finished before]
-    x[dims of the step] = z exp(a) + m,   a = log_scale(u)             or (z - m) exp(-a): see ``AffineMap``
-    finish the hidden units that have become computable, layer by layer
-
-in groups of steps, as ``schedule.py`` describes. Every weight is read about once and every hidden unit is computed
-once, so the whole inverse costs the arithmetic of one forward pass. It is exact for any weights and any strictly
-autoregressive degrees.
+A step's outputs (m, u) give x = z exp(a) + m with a = log_scale(u), or (z - m) exp(-a): see ``AffineMap``. The steps
+are in ``solve.py``.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from itertools import accumulate
 
 import torch
@@ -25,6 +17,7 @@ from fastmaf.kernels.affine_output.affine_map import SHIFT_FIRST
 from fastmaf.kernels.flow.args import FlowArgs, permuted
 from fastmaf.kernels.flow.saved import before_permutation
 from fastmaf.kernels.flow.torch.plan import Rows, plan_of
+from fastmaf.kernels.flow.torch.solve import solve
 from fastmaf.kernels.layout import PANEL
 from fastmaf.kernels.masked_linear import torch as linear
 from fastmaf.kernels.masked_linear.args import LinearArgs
@@ -39,91 +32,17 @@ def inverse(z: Tensor, args: FlowArgs) -> tuple[Tensor, Tensor]:
     return permuted(z, args.permutations[-1]), ladj
 
 
-@contextmanager
-def _one_thread_if_small(z: Tensor) -> Iterator[None]:
-    """Keeps small batches on one thread of the CPU.
-
-    The products of a step are so small that a second thread costs more than it saves (5 samples of a flow of 12,288
-    dimensions took 0.36 s on two threads, 0.24 s on one). From about 32 samples on it pays.
-    """
-    threads = torch.get_num_threads()
-    if z.device.type != "cpu" or z.shape[0] > 16 or threads == 1:
-        yield
-        return
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
-
-
 def _inverse_of_block(z: Tensor, args: FlowArgs, block: int) -> tuple[Tensor, Tensor]:
     if any(bias.dtype != z.dtype for bias in args.biases):
         raise TypeError(f"expected z of dtype {args.biases[0].dtype}, as the biases are; found {z.dtype}")
-    layers, affine_map = args.layers_of_blocks()[block], args.map(block)
-    plan = plan_of([args.panels[i] for i in layers], args.schedules[block])
-    # Stored in fewer bits, they are the same function of rounded weights.
-    weights, biases = [args.weights[i].to(z.dtype) for i in layers], [args.biases[i] for i in layers]
-    # Everything is kept units x samples, so that whatever a step reads or writes is one contiguous block, and is split
-    # into the blocks of all steps beforehand: per-step slicing would cost more than the arithmetic.
-    z_t = z.t().contiguous()
-    x_t, log_scales = torch.empty_like(z_t), []
-    below = [x_t, *(z.new_empty(bias.shape[0], z.shape[0]) for bias in biases[:-1])]
-    dims = [count // 2 for of_layers in plan for count in of_layers[-1].counts]
-    dim_of = zip(z_t.split(dims), x_t.split(dims), strict=True)
-    last = len(layers) - 1
-    with _one_thread_if_small(z):
-        for of_layers in plan:
-            solves: list[_Solve] = []
-            for step in range(len(of_layers[0].counts)):
-                for k in (last, *range(last)):
-                    if step == 0:
-                        rows = of_layers[k].rows
-                        sums = z.new_empty(rows.stop - rows.start, z.shape[0]) if k == last else below[k + 1][rows]
-                        solves.append(_Solve(sums, weights[k], biases[k], of_layers[k], below[k]))
-                    if k == last:
-                        out, (z_d, x_d) = solves[0].step(step), next(dim_of)
-                        log_scales.append(affine_map.log_scale(out[1::2]))
-                        x_d.copy_(affine_map.inverse(z_d, out[0::2], log_scales[-1]))
-                    elif of_layers[k].counts[step]:
-                        linear.activate_(solves[k + 1].step(step), args.activation)
-    return x_t.t().contiguous(), torch.cat(log_scales).sum(0).mul_(-affine_map.sign)
+    affine_map = args.map(block)
 
+    def invert(out: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
+        a = affine_map.log_scale(out[1::2])
+        return affine_map.inverse(z, out[0::2], a), -affine_map.sign * a
 
-class _Solve:
-    """The products of one layer in a group of steps.
-
-    Args:
-        sums: ``[rows, N]``, where they are written to.
-        weight, bias: of the layer.
-        of: its rows.
-        below: ``[units, N]``, the layer below, as far as it is finished.
-    """
-
-    def __init__(self, sums: Tensor, weight: Tensor, bias: Tensor, of: Rows, below: Tensor) -> None:
-        self.of, self.below = of, below
-        self._ahead(sums.copy_(bias[of.rows, None]), weight)
-        self.sums = sums.split(of.counts)
-        if len(of.counts) > 1:
-            self.weights = of.matrix(weight, slice(of.below[0], of.below[-1])).split(of.counts)
-
-    def _ahead(self, sums: Tensor, weight: Tensor) -> None:
-        finished, rows = self.below[: self.of.below[0]].t(), self.of.rows
-        for run in self.of.runs:
-            panels = run.of(weight)[:, : finished.shape[1]]
-            seen = finished[:, : panels.shape[1]].expand(len(panels), -1, -1)
-            product = torch.bmm(seen, panels).mT.flatten(0, 1)
-            start, stop = max(PANEL * run.start, rows.start), min(PANEL * run.end, rows.stop)
-            sums[start - rows.start : stop - rows.start] += product[start - PANEL * run.start :][: stop - start]
-
-    def step(self, step: int) -> Tensor:
-        """Returns the finished sums of a step ``[rows, N]``."""
-        sums, start = self.sums[step], self.of.below[0]
-        if step:
-            weight = self.weights[step]
-            columns = min(self.of.below[step] - start, weight.shape[1])
-            sums.addmm_(weight.narrow(1, 0, columns), self.below.narrow(0, start, columns))
-        return sums
+    layers = [args.hidden(i) for i in args.layers_of_blocks()[block]]
+    return solve(z, layers, args.schedules[block], args.activation, 2, invert)
 
 
 def inverse_backward(grad_x: Tensor, grad_ladj: Tensor, z: Tensor, args: FlowArgs) -> list[Tensor]:

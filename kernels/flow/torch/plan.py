@@ -42,14 +42,20 @@ class Rows(NamedTuple):
         return whole.narrow(0, self.rows.start - PANEL * self.runs[0].start, self.rows.stop - self.rows.start)
 
 
-def plan_of(panels: Sequence[Tensor], schedule: Tensor) -> list[list[Rows]]:
-    """Returns, per group of steps, the rows of each layer: hidden layers first, the output layer last."""
-    return cached(schedule, "plan", lambda: _make_plan([runs_of(layer) for layer in panels], schedule), also=panels)
+def plan_of(panels: Sequence[Tensor], schedule: Tensor, outputs: int = 2) -> list[list[Rows]]:
+    """Returns, per group of steps, the rows of each layer: hidden layers first, the output layer last, which has
+    ``outputs`` rows per dimension.
+    """
+
+    def make() -> list[list[Rows]]:
+        return _make_plan([runs_of(layer) for layer in panels], schedule, outputs)
+
+    return cached(schedule, ("plan", outputs), make, also=panels)
 
 
-def _make_plan(layers: list[list[Run]], schedule: Tensor) -> list[list[Rows]]:
+def _make_plan(layers: list[list[Run]], schedule: Tensor, outputs: int) -> list[list[Rows]]:
     dims, *units = zip(*schedule.tolist(), strict=True)  # finished after each step, the latter per hidden layer
-    ends = [*units, [2 * d for d in dims]]
+    ends = [*units, [outputs * d for d in dims]]
     below = [dims, *units[:-1], (0, *units[-1][:-1])]  # outputs read what was finished before their step
     merged: list[tuple[int, int]] = []
     for first, end in groups(schedule):
