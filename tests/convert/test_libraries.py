@@ -276,8 +276,8 @@ def refused() -> Iterator[tuple[str, Callable[[], nn.Module], str]]:
     yield "ActNorm", lambda: of(transforms.ActNorm(4)), "no batch"
     base = distributions.ConditionalDiagonalNormal([4])
     yield "base", lambda: nflows.Flow(affine(), base), "ConditionalDiagonalNormal"
-    yield "NCSF", lambda: zuko.flows.NCSF(4), "CircularRQSTransform"
-    yield "NAF", lambda: zuko.flows.NAF(4), "cannot be converted|not affine"
+    yield "NCSF", lambda: zuko.flows.NCSF(4), "BoxUniform"
+    yield "NAF", lambda: zuko.flows.NAF(4), "MNN"
     yield "NICE", lambda: zuko.flows.NICE(4), "GeneralCoupling"
     adjacency = torch.ones(4, 4, dtype=torch.bool).tril()
     yield "adjacency", lambda: maf_of(adjacency=adjacency), "adjacency"
