@@ -18,16 +18,18 @@ import torch
 from torch import Tensor
 
 from fastmaf.kernels import native_library
+from fastmaf.kernels.float8 import BYTE
 from fastmaf.kernels.layout import PANEL, PackedLayout, padding
 
 PART_BYTES = 1 << 20  # of what is converted at once without the library
 _EXPONENTS = {
+    BYTE: 0x7F,  # as a number of float8_e4m3fn it is NaN, and there is no infinity
     torch.float16: 0x7C00,
     torch.bfloat16: 0x7F80,
     torch.float32: 0x7F80_0000,
     torch.float64: 0x7FF0_0000_0000_0000,
 }
-_BITS_OF = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+_BITS_OF = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 _POINTER, _INT, _BITS = ctypes.c_void_p, ctypes.c_int64, ctypes.c_uint64
 _LAYOUT = [_POINTER, _POINTER, _INT, _INT]
 _FORMAT = [_INT, _BITS, _INT]
@@ -53,6 +55,11 @@ def _library() -> ctypes.CDLL | None:
     return library
 
 
+def _library_for(*weights: Tensor) -> ctypes.CDLL | None:
+    """Returns the library for numbers of 2, 4 or 8 bytes."""
+    return None if any(weight.dtype == BYTE for weight in weights) else _library()
+
+
 def has_library() -> bool:
     """Returns whether the native library does the work."""
     return _library() is not None
@@ -65,7 +72,7 @@ def rows_to_panels(rows: Tensor, weight: Tensor, layout: PackedLayout) -> bool:
         rows: ``[layout.visible]``, contiguous, on the CPU.
         weight: the packed weight, contiguous, on the CPU; of the dtype of ``rows``.
     """
-    library = _library()
+    library = _library_for(weight)
     if library is not None:
         return _is_finite(
             library.fastmaf_rows_to_panels(rows.data_ptr(), weight.data_ptr(), *_shape(layout), *_format(weight))
@@ -76,7 +83,7 @@ def rows_to_panels(rows: Tensor, weight: Tensor, layout: PackedLayout) -> bool:
 
 def panels_to_rows(weight: Tensor, rows: Tensor, layout: PackedLayout) -> bool:
     """Writes all rows from their panels: the inverse of ``rows_to_panels``, which see."""
-    library = _library()
+    library = _library_for(weight)
     if library is not None:
         return _is_finite(
             library.fastmaf_panels_to_rows(weight.data_ptr(), rows.data_ptr(), *_shape(layout), *_format(weight))
@@ -96,7 +103,7 @@ def read_rows(file: FileIO, weight: Tensor, layout: PackedLayout) -> bool:
         EOFError: the file ends before.
         OSError: it cannot be read.
     """
-    library = _library()
+    library = _library_for(weight)
     if library is not None:
         where = file.fileno(), file.tell(), weight.data_ptr()
         return _is_finite(library.fastmaf_file_to_panels(*where, *_shape(layout), *_format(weight)))
@@ -132,7 +139,7 @@ def write_rows(file: BinaryIO, weight: Tensor, layout: PackedLayout) -> bool:
     Raises:
         OSError: it cannot be written.
     """
-    library = _library()
+    library = _library_for(weight)
     if library is not None:
         file.flush()
         where = file.fileno(), file.tell(), weight.data_ptr()
@@ -246,7 +253,7 @@ def from_rows(rows: Tensor, layout: PackedLayout) -> Tensor:
     """Returns the packed weight for visible weights on the CPU, row after row.
 
     Raises:
-        ValueError: the dtype is not a floating-point one of 16 bits or more.
+        ValueError: the dtype is not one of packed weights.
     """
     if rows.dtype not in _EXPONENTS:
         raise ValueError(f"packed weights must be of one of {', '.join(map(str, _EXPONENTS))}; found {rows.dtype}")
@@ -265,7 +272,7 @@ def zero_padding(weights: Sequence[Tensor], prefixes: Sequence[Tensor], panels: 
         prefixes: of each weight, int64, on the CPU.
         panels: ``PackedLayout.panels`` of each.
     """
-    if has_library():
+    if _library_for(*weights) is not None:
         return Paddings(weights, prefixes, panels).zero()
     changed = False
     for weight, prefix, columns in zip(weights, prefixes, panels, strict=True):

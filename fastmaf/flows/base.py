@@ -16,6 +16,7 @@ from fastmaf import hooks
 from fastmaf.io.model_card import ModelCard
 from fastmaf.io.write_flow import write_flow
 from fastmaf.kernels.autocast import outside_autocast
+from fastmaf.kernels.float8 import FLOAT8
 from fastmaf.naive import NaiveMAF
 from fastmaf.nn import MADE, MaskedLinear, zero_padding_
 from fastmaf.noise import normal_rows
@@ -476,17 +477,25 @@ class Flow(nn.Module):
             torch.Size([4, 3])
         """
         dtype_of_flow = self._like().dtype
-        if dtype not in (dtype_of_flow, torch.bfloat16) or (dtype == torch.bfloat16 and dtype_of_flow != torch.float32):
+        rounds = dtype in (torch.bfloat16, FLOAT8)
+        if not (dtype_of_flow == torch.float32 if rounds else dtype == dtype_of_flow):
             raise ValueError(
-                f"weights for inference are stored as torch.bfloat16 beside float32, or in the flow's dtype "
-                f"{dtype_of_flow}; found {dtype}"
+                f"weights for inference are stored as torch.bfloat16 or {FLOAT8} beside float32, or in the flow's "
+                f"dtype {dtype_of_flow}; found {dtype}"
             )
         # Given to deepcopy as its memo, so that the weights are not copied in full first.
-        rounded: dict[int, Any] = {
-            id(layer.weight): nn.Parameter(layer.weight.detach().to(dtype, copy=True), requires_grad=False)
-            for layer in self._layers()
-        }
-        return copy.deepcopy(self, rounded).requires_grad_(False).eval()
+        rounded: dict[int, Any] = {}
+        scale_of: dict[int, float] = {}
+        layers = self._layers()
+        for layer in layers:
+            if id(layer.weight) not in rounded:
+                weight, scale = layer.stored_as(dtype)
+                rounded[id(layer.weight)] = nn.Parameter(weight, requires_grad=False)
+                scale_of[id(layer.weight)] = scale
+        flow = copy.deepcopy(self, rounded)
+        for layer, original in zip(flow._layers(), layers, strict=True):
+            layer.weight_scale = scale_of[id(original.weight)]
+        return flow.requires_grad_(False).eval()
 
     def to_naive(self) -> NaiveMAF:
         """Returns a copy as a dense model, which multiplies masks and weights and inverts with one pass per dimension.

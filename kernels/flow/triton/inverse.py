@@ -35,7 +35,7 @@ GROUP = 16
 MOST_SAMPLES = 512
 # int64 numbers of a block in the kernel's table, then of each of its layers.
 _OF_BLOCK = tl.constexpr(3)
-_OF_LAYER = tl.constexpr(4)
+_OF_LAYER = tl.constexpr(5)
 _KINDS = tl.constexpr(5)
 
 
@@ -55,7 +55,7 @@ def _sums(
     return common.product(
         values_ptr, sample, sample_ok, stride, w_ptr, base, width, c_begin, c_end,
         BLOCK_N, BLOCK_R, BLOCK_C, True, "ieee",
-    )  # fmt: skip
+    ) * tl.load(layer + 4).to(tl.int32).to(tl.float32, bitcast=True)  # fmt: skip
 
 
 @triton.jit
@@ -68,8 +68,8 @@ def _flow_inverse_kernel(
 ):  # fmt: skip
     """values: hidden units [n, stride_values], layer after layer; ahead: partial sums of these, then of the 2D outputs.
 
-    Of a block in blocks_ptr: schedule, steps, hidden layers; of its layers: weight, bias, panels, number of rows. Bit k
-    of KINDS: whether a block has log-scales of kind k.
+    Of a block in blocks_ptr: schedule, steps, hidden layers; of its layers: weight, bias, panels, number of rows, the
+    bits of the weight's factor. Bit k of KINDS: whether a block has log-scales of kind k.
     """
     sample = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     sample_ok = sample < n
@@ -221,6 +221,7 @@ def inverse(z: Tensor, args: FlowArgs) -> tuple[Tensor, Tensor]:
         for i in layers:
             panels = work_lists.on_device(args.panels[i], z.device)
             block += [weights[i].data_ptr(), biases[i].data_ptr(), panels.data_ptr(), len(biases[i])]
+            block.append(common.bits_of(args.weight_scales[i]))
         table.append(block)
     stride = max(len(block) for block in table)
     blocks = work_lists.numbers(schedules[0], [block + [0] * (stride - len(block)) for block in table], z.device)
@@ -251,7 +252,7 @@ def inverse(z: Tensor, args: FlowArgs) -> tuple[Tensor, Tensor]:
             common.cdiv(count, sizes["BLOCK_N"]),
             z[part], x[part], ladj[part], blocks, maps, places, values, ahead, torch.empty_like(z[part]), count,
             features, len(table), stride, per_block,
-            GROUP=GROUP, **sizes, W_TYPE=tl.bfloat16 if weights[0].dtype == torch.bfloat16 else tl.float32,
+            GROUP=GROUP, **sizes, W_TYPE=common.WEIGHT_TYPES[weights[0].dtype],
             ALIGNED=aligned, RELU=args.activation == "relu", KINDS=sum(1 << kind for kind in set(kinds)),
             num_warps=launches.inverse_warps, maxnreg=common.all_registers(launches.inverse_warps),
         )  # fmt: skip
