@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fastmaf.kernels.affine_output.affine_map import AffineMap
 from fastmaf.kernels.affine_output.args import AffineArgs
-from fastmaf.kernels.float8 import decoded
+from fastmaf.kernels.float8 import BYTE, decoded
 from fastmaf.kernels.masked_linear.args import LinearArgs, check_activation
 
 T = TypeVar("T")
@@ -26,7 +26,7 @@ class Block(NamedTuple):
         schedule: ``level_schedule`` of the block.
         activation: of the hidden layers.
         map: the element-wise map.
-        weight_scales: of the layers; see ``LinearArgs``.
+        weight_scales: of the layers, or empty for 1; see ``LinearArgs``.
     """
 
     weights: Sequence[Tensor]
@@ -36,7 +36,7 @@ class Block(NamedTuple):
     schedule: Tensor
     activation: str
     map: AffineMap
-    weight_scales: Sequence[float]
+    weight_scales: Sequence[float] = ()
 
 
 class FlowArgs(NamedTuple):
@@ -115,6 +115,8 @@ class FlowArgs(NamedTuple):
 
     def decoded(self, dtype: torch.dtype) -> FlowArgs:
         """Returns the same blocks with their weights ``float8.decoded``."""
+        if not any([weight.dtype == BYTE for weight in self.weights]):
+            return self
         pairs = zip(self.weights, self.weight_scales, strict=True)
         return self._replace(weights=[decoded(weight, scale, dtype) for weight, scale in pairs])
 
@@ -187,5 +189,5 @@ def flow_args(blocks: Sequence[Block], permutations: Sequence[Tensor | None]) ->
         [none if permutation is None else permutation for permutation in permutations],
         activation,
         [float(number) for block in blocks for number in block.map],
-        [scale for block in blocks for scale in block.weight_scales],
+        [scale for block in blocks for scale in block.weight_scales or [1.0] * len(block.weights)],
     )

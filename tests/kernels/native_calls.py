@@ -109,7 +109,7 @@ def _flow_call(flow: Any, way: str, args: FlowArgs, written: tuple[str, ...]) ->
 
     def function(t: dict[str, Tensor]) -> Any:
         parts = [[t[key] for key in t if key.partition(" ")[0] == name] for name in (*LAYER, "schedule", "permutation")]
-        found = FlowArgs(*parts, args.activation, args.maps)  # type: ignore[arg-type]
+        found = FlowArgs(*parts, args.activation, args.maps, args.weight_scales)  # type: ignore[arg-type]
         if way in ("forward", "inverse"):
             return flow.forward(t["x"], found, True) if way == "forward" else flow.inverse(t["z"], found)
         batch = FlowBatch(t["grad_z"], t["grad_ladj"], t["saved"])
