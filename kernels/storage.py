@@ -23,11 +23,11 @@ from fastmaf.kernels.layout import PANEL, PackedLayout, padding
 
 PART_BYTES = 1 << 20  # of what is converted at once without the library
 _EXPONENTS = {
-    BYTE: 0x7F,  # as a number of float8_e4m3fn it is NaN, and there is no infinity
     torch.float16: 0x7C00,
     torch.bfloat16: 0x7F80,
     torch.float32: 0x7F80_0000,
     torch.float64: 0x7FF0_0000_0000_0000,
+    BYTE: 0x7F,  # of float8_e4m3fn, NaN alone: there is no infinity
 }
 _BITS_OF = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 _POINTER, _INT, _BITS = ctypes.c_void_p, ctypes.c_int64, ctypes.c_uint64

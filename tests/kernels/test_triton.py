@@ -16,6 +16,7 @@ from torch import Tensor
 
 from fastmaf import kernels
 from fastmaf.kernels import LinearArgs
+from fastmaf.kernels.float8 import BYTE, FLOAT8
 from tests.core.helpers import padding_of
 from tests.kernels.cases import (
     OPS,
@@ -242,14 +243,15 @@ def test_gradients_of_some_inputs_only(device: str, kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", OPS)
-def test_bfloat16_weights_are_rounded_weights(device: str, kind: str) -> None:
+@pytest.mark.parametrize("dtype", [torch.bfloat16, FLOAT8], ids=str)
+def test_weights_of_fewer_bits_are_rounded_weights(device: str, dtype: torch.dtype, kind: str) -> None:
     for batch in (3,) if kind.startswith(("inverse", "flow")) else (1, 3, 9):
         case = small(kind, batch, device=device)
         stored, rounded = leaves(case, F32), leaves(case, F64)
         for key in case.tensors:
             if key.startswith("weight"):
-                stored[key] = stored[key].detach().bfloat16()
-                rounded[key] = stored[key].double()
+                fewer = stored[key].detach().to(dtype)
+                stored[key], rounded[key] = fewer.view(BYTE) if dtype == FLOAT8 else fewer, fewer.double()
         found = evaluate(case, "triton", F32, stored)
         assert all(value.dtype == F32 for value in found.values())
         same(found, evaluate(case, "torch", F64, rounded))
