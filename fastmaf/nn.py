@@ -206,8 +206,10 @@ class MaskedLinear(Constants):
                 f"{prefix}weight: a state_dict with {found} weights cannot be loaded into a layer with {own} ones: "
                 "call to_inference() after loading"
             )
-        if scale is not None:
+        if scale is not None and float(scale) != self.weight_scale:
             self.weight_scale = float(scale)
+            if self.weight.is_cuda:  # CUDA graphs hold the factor: at another address they are recorded again
+                self.weight.data = self.weight.data.clone()
 
     def extra_repr(self) -> str:
         sizes = f"stored={self.layout.numel}, visible={self.layout.visible}"

@@ -161,14 +161,14 @@ def _bytes(tensor: Tensor) -> int:
 def _padding(case: _Case) -> int:
     """Returns the bytes of the int64 indices of the weights' padding.
 
-    They are computed once per weight: when the torch backend computes its gradient, and, on a GPU or without the native
-    library, which does not take float8 weights either, when it is first used after a write.
+    They are computed once per weight: when the torch backend computes its gradient, and, on a GPU, without the native
+    library or for float8 weights, when it is first used after a write.
     """
     on_cpu = case.device.type == "cpu"
     needed = not (on_cpu and has_library()) or (case.optimizer is not None and case.backend == "torch")
-    needs = [needed or layer.weight.dtype == BYTE for layer in case.layers]
-    layouts = zip([layer.layout for layer in case.layers], needs, strict=True)
-    return sum(8 * (of.numel - of.visible) for of, need in layouts if need or (on_cpu and padding_is_held(of.panels)))
+    needed |= case.backend == "torch" and any(layer.weight.dtype == BYTE for layer in case.layers)
+    layouts = [layer.layout for layer in case.layers]
+    return sum(8 * (of.numel - of.visible) for of in layouts if needed or (on_cpu and padding_is_held(of.panels)))
 
 
 def _decoded(case: _Case) -> int:
