@@ -98,7 +98,7 @@ class MaskedLinear(Constants):
     @torch.no_grad()
     def reset_parameters(self, init: Init = "linear", generator: torch.Generator | None = None) -> None:
         """Reinitialises the parameters; see the class for ``init``."""
-        self._check_written()
+        self._refuse_float8()
         if init not in ("linear", "identity", "empty"):
             raise ValueError(f"init must be 'linear' or 'identity'; found {init!r}")
         if init == "empty" or self.weight.is_meta:
@@ -145,16 +145,16 @@ class MaskedLinear(Constants):
         weight = decode(self.weight.detach(), self.weight_scale, self.bias.dtype)
         return encode(weight) if dtype == FLOAT8 else (weight.to(dtype, copy=True), 1.0)
 
-    def _check_written(self) -> None:
+    def _refuse_float8(self) -> None:
         if self.weight.dtype == BYTE:
             raise ValueError("a float8 weight cannot be written to: change the flow that to_inference() was called on")
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         zero_padding_([self])
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        if "weight" in self._parameters and self.weight.dtype == BYTE:
-            destination[f"{prefix}weight_scale"] = torch.tensor(self.weight_scale, dtype=torch.float32, device="cpu")
         weight = self._parameters.get("weight")
+        if weight is not None and weight.dtype == BYTE:
+            destination[f"{prefix}weight_scale"] = torch.tensor(self.weight_scale, dtype=torch.float32, device="cpu")
         if weight is None or keep_vars or weight.is_meta or _can_be_zeroed(weight):
             return
         if weight.shape == (self.layout.numel,):
@@ -167,7 +167,9 @@ class MaskedLinear(Constants):
         """
         hooks.compute_parameters(self)
         weight = self.weight.detach()
-        return self.layout.unpack(self.stored_as(self.bias.dtype)[0] if weight.dtype == BYTE else weight)
+        if weight.dtype == BYTE:
+            weight = decode(weight, self.weight_scale, self.bias.dtype)
+        return self.layout.unpack(weight)
 
     @torch.no_grad()
     def load_dense_(self, weight: Tensor, bias: Tensor) -> None:
@@ -177,7 +179,7 @@ class MaskedLinear(Constants):
             weight: ``[out_features, in_features]``, with rows and columns sorted by degree.
             bias: ``[out_features]``.
         """
-        self._check_written()
+        self._refuse_float8()
         self.weight.copy_(self.layout.pack(weight.to(self.weight)))
         self.bias.copy_(bias)
 
@@ -199,9 +201,10 @@ class MaskedLinear(Constants):
 
     def _load_scale(self, state_dict: Mapping[str, Any], prefix: str) -> None:
         weight, scale = (state_dict.get(f"{prefix}{name}") for name in ("weight", "weight_scale"))
-        has_bytes = "weight" in self._parameters and self.weight.dtype == BYTE
-        if has_bytes != (scale is not None) and (scale is not None or weight is not None):
-            found, own = ("float8", "other") if scale is not None else ("other", "float8")
+        own_weight = self._parameters.get("weight")
+        has_bytes = own_weight is not None and own_weight.dtype == BYTE
+        if (weight is not None or scale is not None) and has_bytes != (scale is not None):
+            found, own = ("other", "float8") if has_bytes else ("float8", "other")
             raise ValueError(
                 f"{prefix}weight: a state_dict with {found} weights cannot be loaded into a layer with {own} ones: "
                 "call to_inference() after loading"

@@ -58,9 +58,12 @@ def backward(batch: LinearBatch, args: LinearArgs, need_inputs: bool, need_weigh
     Those of ``x`` and of the weight are empty when not needed.
     """
     x, grad = batch.x, grad_activation(batch.grad_y, batch.y, args.activation)
-    weight = decode(args.weight, args.weight_scale, x.dtype)
-    grad_x = grad_input(grad, weight, args.panels, x.shape[1]) if need_inputs else x.new_empty(0)
-    return grad_x, grad_weight(grad, x, args) if need_weight else x.new_empty(0), grad.sum(0)
+    grad_x = grad_w = x.new_empty(0)
+    if need_inputs:
+        grad_x = grad_input(grad, decode(args.weight, args.weight_scale, x.dtype), args.panels, x.shape[1])
+    if need_weight:
+        grad_w = grad_weight(grad, x, args)
+    return grad_x, grad_w, grad.sum(0)
 
 
 def adam_(batch: LinearBatch, args: LinearArgs, need_inputs: bool, update: Update) -> tuple[Tensor, ...]:

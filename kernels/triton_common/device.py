@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import struct
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -118,11 +117,6 @@ def all_registers(warps: int) -> int:
     left to itself, would rather spill some so that more programs fit.
     """
     return min(255, 65_536 // (32 * warps))
-
-
-def bits_of(number: float) -> int:
-    """Returns the bits of a float32 number, for tables of integers."""
-    return int(struct.unpack("<i", struct.pack("<f", number))[0])
 
 
 def cdiv(a: int, b: int) -> int:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from fastmaf import kernels
-from fastmaf.kernels import LinearArgs
+from fastmaf.kernels import LinearArgs, PackedLayout
 from fastmaf.kernels.float8 import BYTE, FLOAT8
 from tests.core.helpers import padding_of
 from tests.kernels.cases import (
@@ -255,6 +255,18 @@ def test_weights_of_fewer_bits_are_rounded_weights(device: str, dtype: torch.dty
         found = evaluate(case, "triton", F32, stored)
         assert all(value.dtype == F32 for value in found.values())
         same(found, evaluate(case, "torch", F64, rounded))
+
+
+@pytest.mark.parametrize("batch", [1, 8, 16])
+def test_every_float8_number_is_exact(device: str, batch: int) -> None:
+    layout, stored, scale = PackedLayout(torch.full((16,), 16), 16), torch.arange(256, dtype=BYTE), 2.0**-9
+    stored[stored % 128 == 127] = 0  # NaN, which is never stored
+    parts = stored.to(device), torch.zeros(16, device=device), layout.prefix.to(device), layout.panels
+    args = LinearArgs(*parts, weight_scale=scale)
+    with kernels.use_backend("triton"):
+        y = torch.cat([kernels.masked_linear(x, args) for x in torch.eye(16, device=device).split(batch)])
+    expected = layout.unpack(stored.view(FLOAT8).double() * scale)
+    assert len(expected.unique()) == 253 and torch.equal(y.t().cpu().double(), expected)
 
 
 @pytest.mark.parametrize("kind, batch", [("linear", 1), ("linear", 33), ("affine, soft", 17), ("flow, free", 3)])

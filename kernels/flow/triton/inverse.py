@@ -221,7 +221,7 @@ def inverse(z: Tensor, args: FlowArgs) -> tuple[Tensor, Tensor]:
         for i in layers:
             panels = work_lists.on_device(args.panels[i], z.device)
             block += [weights[i].data_ptr(), biases[i].data_ptr(), panels.data_ptr(), len(biases[i])]
-            block.append(common.bits_of(args.weight_scales[i]))
+            block.append(work_lists.bits_of(args.weight_scales[i]))
         table.append(block)
     stride = max(len(block) for block in table)
     blocks = work_lists.numbers(schedules[0], [block + [0] * (stride - len(block)) for block in table], z.device)
