@@ -22,6 +22,7 @@ BLOCK = 1024
 WEIGHT_TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, BYTE: tl.uint8}
 # 2 to the difference of the biases of exponents, 127 of float32 and 7 of float8_e4m3fn.
 _FLOAT8_FACTOR = tl.constexpr(2.0**120)
+_FLOAT8_BITS = tl.constexpr(0x87F0_0000 - 2**32)  # of an int32: the sign, and 7 bits from the fourth on
 
 
 class Target(NamedTuple):
@@ -168,8 +169,7 @@ def as_float32(w):
     the difference of the exponents' biases is multiplied away; exact on every card, with or without such conversions.
     """
     if w.dtype == tl.uint8:
-        bits = w.to(tl.uint32)
-        bits = ((bits & 0x80) << 24) | ((bits & 0x7F) << 20)
+        bits = (w.to(tl.int32) << 24 >> 4) & _FLOAT8_BITS
         return bits.to(tl.float32, bitcast=True) * _FLOAT8_FACTOR
     else:
         return w.to(tl.float32)
