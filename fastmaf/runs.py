@@ -21,7 +21,7 @@ from fastmaf.transforms import AffineAutoregressive, Permutation, Transform
 _ATTRIBUTES: dict[type, tuple[str, ...]] = {
     AffineAutoregressive: ("log_scale_bound", "soft_bound"),
     MADE: ("schedule", "activation", "strict"),
-    MaskedLinear: ("layout", "_placed"),
+    MaskedLinear: ("layout", "_placed", "weight_scale"),
 }
 
 
