@@ -157,7 +157,7 @@ def test_weights_are_not_trained(backend: str) -> None:
         with pytest.raises(ValueError, match="to_inference"):
             write()
     with pytest.raises(RuntimeError, match="does not require grad"):
-        fastmaf.TrainingStep(small, torch.optim.Adam([torch.zeros(1, requires_grad=True)]))(normal(3, D, dtype=F32))
+        fastmaf.TrainingStep(small, torch.optim.Adam([small.transforms[0].made.output.bias]))(normal(3, D, dtype=F32))  # type: ignore[union-attr, list-item]
 
 
 def test_files(tmp_path: Path, backend: str) -> None:
