@@ -91,6 +91,21 @@ def test_replays_follow(change: Change) -> None:
         torch.testing.assert_close(graphed, eager, rtol=0.0, atol=0.0)
 
 
+def test_moments_leave_the_padding_of_weights_zero() -> None:
+    """A replay does not clear padding, so it must not be moved there by moments that came from elsewhere."""
+    flow, x = small_flow(), batches("cpu", [2])[0]
+    optimizer = fastmaf.optim.FusedAdam(flow.parameters(), lr=1e-2)
+    step = fastmaf.TrainingStep(flow, optimizer, graphs=True)
+    step(x)
+    fill_moments(flow, optimizer)
+    step(x)
+    layer = flow._layers()[0]
+    moments = [optimizer.state[layer.weight][name] for name in ("exp_avg", "exp_avg_sq")]
+    assert not any(map(layer.layout.padding_is_zero, moments)), "the test wants moments in the padding"
+    step(x)
+    assert all(map(layer.layout.padding_is_zero, (layer.weight.detach(), *moments)))
+
+
 @pytest.fixture
 def sent(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
     """Counts how often the counters of a captured step are read one by one."""
