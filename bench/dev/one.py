@@ -82,11 +82,18 @@ def add_size(parser: argparse.ArgumentParser, blocks: int = 7) -> None:
     parser.add_argument("--device", default="cuda")
 
 
-def flow_of(options: argparse.Namespace, **more: Any) -> fastmaf.MAF:
+def flow_of(options: argparse.Namespace) -> fastmaf.MAF:
     """Returns a flow of two hidden layers."""
-    size, hidden = (options.features, options.blocks), (options.hidden, options.hidden)
-    kinds = {"order": options.order, "log_scale_bound": 5.0, "soft_bound": False, "seed": 0}
-    return fastmaf.MAF(*size, hidden, device=options.device, **kinds, **more)
+    return fastmaf.MAF(
+        options.features,
+        options.blocks,
+        (options.hidden, options.hidden),
+        order=options.order,
+        log_scale_bound=5.0,
+        soft_bound=False,
+        seed=0,
+        device=options.device,
+    )
 
 
 def main() -> None:

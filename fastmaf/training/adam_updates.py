@@ -48,7 +48,9 @@ class StepCounts:
 
     def _settle(self) -> None:
         replayed, self.replayed = self.replayed, None
-        for parameter, counter in replayed.counters.items() if replayed is not None and replayed.taken else ():
+        if replayed is None or not replayed.taken:
+            return
+        for parameter, counter in replayed.counters.items():
             known = self._known.get(parameter)
             if known is not None and known[0] is counter:
                 self._known[parameter] = *known[:2], known[2] + replayed.taken

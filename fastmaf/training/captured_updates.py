@@ -39,6 +39,7 @@ class CapturedUpdates:
         self._optimizer, self._groups = optimizer, optimizer._groups()
         self._tensors: list[Tensor] = []  # held, as replays write to them
         self._counters: dict[Tensor, Tensor] = {}
+        self._versions: list[int] = []  # of the counters
         self._steps: ReplayedSteps | None = None
         self._sent: tuple[float, list[AdamNumbers]] | None = None
         device = next(iter(self._groups)).device
