@@ -15,7 +15,7 @@ import csv
 import math
 import re
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 
@@ -93,11 +93,10 @@ def print_kernels(call: Call, repeats: int = 5) -> None:
         print(f"    {time:8.3f} ms  {event.count // repeats:4} x  {event.key[:90]}", flush=True)
 
 
-def rows_of(precision: str, options: argparse.Namespace, limits: dict[str, float]) -> list[dict[str, object]]:
-    """Times all cases in one precision, and prints them."""
+def rows_of(precision: str, options: argparse.Namespace, limits: dict[str, float]) -> Iterator[dict[str, object]]:
+    """Times all cases in one precision, prints and yields them."""
     flow, device = one.flow_of(options), options.device
     predicted = predictions(options.predicted) if precision == "ieee" else {}
-    rows: list[dict[str, object]] = []
     for case, call in calls(flow, options):
         machine.reset_peak(device)
         try:
@@ -121,11 +120,19 @@ def rows_of(precision: str, options: argparse.Namespace, limits: dict[str, float
             "peak_gb": f"{machine.peak_bytes(device) / 1e9:.3f}",
             "repeats": len(times),
         }
-        rows.append(row)
         print("  ".join(f"{name} {value}" for name, value in row.items()) + note, flush=True)
         if options.profile and device == "cuda":
             print_kernels(call)
-    return rows
+        yield row
+
+
+def write(path: Path, about: Mapping[str, object], rows: list[dict[str, object]]) -> None:
+    """Writes rows below lines about the machine."""
+    with path.open("w", newline="") as file:
+        file.writelines(f"# {name}: {value}\n" for name, value in about.items())
+        writer = csv.DictWriter(file, rows[0])
+        writer.writeheader()
+        writer.writerows(rows)
 
 
 def main() -> None:
@@ -151,13 +158,10 @@ def main() -> None:
         if not one.has_precision(precision, torch.empty(0, device=options.device)):
             continue
         with fastmaf.use_backend("triton"), fastmaf.use_precision(precision):
-            rows += rows_of(precision, options, limits)
-        if options.out and rows:  # after each precision: the next one may not fit into the time
-            with options.out.open("w", newline="") as file:
-                file.writelines(f"# {name}: {value}\n" for name, value in {**about, **limits}.items())
-                writer = csv.DictWriter(file, rows[0])
-                writer.writeheader()
-                writer.writerows(rows)
+            for row in rows_of(precision, options, limits):
+                rows.append(row)
+                if options.out:  # after each: the next one may not fit into the time
+                    write(options.out, {**about, **limits}, rows)
 
 
 if __name__ == "__main__":
