@@ -19,11 +19,11 @@ from fastmaf.transforms import AffineAutoregressive, LocalAutoregressive, Logit,
 
 # What the results of a transform depend on, besides parameters, buffers and modules.
 ATTRIBUTES: dict[type, tuple[str, ...]] = {
+    LocalAutoregressive: ("log_scale_bound",),
+    Logit: ("alpha",),
     AffineAutoregressive: ("log_scale_bound", "soft_bound"),
     MADE: ("schedule", "activation", "strict"),
     MaskedLinear: ("layout", "_placed"),
-    LocalAutoregressive: ("log_scale_bound",),
-    Logit: ("alpha",),
 }
 
 
