@@ -56,20 +56,24 @@ Watched: TypeAlias = tuple[State | None, Callable[[], bool]]
 
 
 class KeptState:
-    """A state, made anew where it has changed.
+    """A state, made anew where it has changed; a copy begins without any.
 
     Args:
         watch: returns the state and a function that tells whether it is still the same.
+        of: its arguments, which are copied with the object.
     """
 
-    def __init__(self, watch: Callable[[], Watched]) -> None:
-        self._watch = watch
+    def __init__(self, watch: Callable[..., Watched], *of: Any) -> None:
+        self._watch, self._of = watch, of
         self._known: Watched = None, _never
+
+    def __reduce__(self) -> tuple[type[KeptState], tuple[Any, ...]]:
+        return KeptState, (self._watch, *self._of)
 
     def get(self) -> State | None:
         """Returns the present state, None where no graph can be recorded."""
         if not self._known[1]():
-            self._known = self._watch()
+            self._known = self._watch(*self._of)
         return self._known[0]
 
 
@@ -206,7 +210,7 @@ class FlowKeys:
     """
 
     def __init__(self, flow: Flow, *, trains: bool = False) -> None:
-        self._state = KeptState(lambda: watch_flow(flow, trains))
+        self._state = KeptState(watch_flow, flow, trains)
 
     def of(self, x: Tensor) -> Key | None:
         """Returns the key of a graph for batches like ``x``; None where none can be recorded."""

@@ -109,7 +109,7 @@ class GraphedSteps:
     def __init__(self, flow: Flow, optimizer: FusedAdam, max_norm: float | None = None) -> None:
         self._flow, self._optimizer, self._max_norm = flow, optimizer, max_norm
         self._keys = FlowKeys(flow, trains=True)
-        self._state = KeptState(lambda: watch_optimizer(optimizer, flow))
+        self._state = KeptState(watch_optimizer, optimizer, flow)
         self._cache: GraphCache[GraphedStep] = GraphCache()
         self._refused = False
 

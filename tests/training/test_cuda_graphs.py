@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+import pickle
 from collections.abc import Callable
 from typing import Any
 
@@ -179,6 +180,22 @@ def test_a_replay_follows_attributes_and_new_modules(taped: None) -> None:
     once = len(called) // 3
     handle.remove()
     assert once > 0 and len(called) == 3 * once
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda replayed: pickle.loads(pickle.dumps(replayed))])
+def test_a_copy_follows_its_own_flow(taped: None, copied: Callable[[Any], Any]) -> None:
+    flow, x = fastmaf.MAF(13, 1, (9,), order="natural", seed=0), normal(4, 13, dtype=F32)
+    replayed = fastmaf.ReplayedLogProb(flow)
+    replayed(x)
+    other = copied(replayed)
+    for scale in (2.0, 0.5):
+        for parameter in other.flow.parameters():
+            parameter.data = scale * parameter.data
+        with torch.no_grad():
+            expected = other.flow.log_prob(x)
+        for found in replay_thrice(other, x):
+            torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(replayed(x), flow.log_prob(x).detach())
 
 
 @on_gpu
