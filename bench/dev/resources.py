@@ -27,7 +27,7 @@ from triton.compiler import ASTSource
 
 import fastmaf
 from fastmaf.kernels.triton_common.device import Launched, recording
-from fastmaf.training.graphed_step import CapturedUpdates
+from fastmaf.training.captured_updates import CapturedUpdates
 
 # Compute capability: number of multiprocessors of a card, for the size of grids.
 CARDS = {61: 6, 75: 40, 80: 108, 90: 132}

@@ -42,7 +42,7 @@ def inverse(z: Tensor, args: FlowArgs) -> tuple[Tensor, Tensor]:
     # Whatever the launches read at an address, or were compiled for.
     addresses = [part.data_ptr() for part in (*args.parameters, *args.panels, *args.schedules)]
     numbers = *args.maps, *args.weight_scales
-    key = (*addresses, *numbers, args.activation, args.weights[0].dtype, common.target(z).precision)
+    key = (*addresses, *numbers, args.activation, args.weights[0].dtype, common.target(z))
     for start in range(0, n, MOST_SAMPLES):
         part = slice(start, start + MOST_SAMPLES)
         held = [*args.panels, *args.schedules[1:]]
