@@ -15,13 +15,15 @@ from fastmaf.kernels import flow_args
 from fastmaf.kernels.flow.prepared import PreparedFlow, memory_of
 from fastmaf.kernels.flow.saved import saved_numel
 from fastmaf.nn import MADE, MaskedLinear
-from fastmaf.transforms import AffineAutoregressive, Permutation, Transform
+from fastmaf.transforms import AffineAutoregressive, LocalAutoregressive, Logit, Permutation, Transform
 
-# What the arguments of an op depend on, besides parameters, buffers and modules.
-_ATTRIBUTES: dict[type, tuple[str, ...]] = {
+# What the results of a transform depend on, besides parameters, buffers and modules.
+ATTRIBUTES: dict[type, tuple[str, ...]] = {
+    LocalAutoregressive: ("log_scale_bound",),
+    Logit: ("alpha",),
     AffineAutoregressive: ("log_scale_bound", "soft_bound", "affine_map"),
     MADE: ("schedule", "activation", "strict"),
-    MaskedLinear: ("layout", "_placed"),
+    MaskedLinear: ("layout", "_placed", "weight_scale"),
 }
 
 
@@ -171,7 +173,7 @@ def _watch(transforms: Sequence[Transform]) -> Callable[[Sequence[Transform]], b
     for module in modules:
         for part in (module._parameters, module._buffers, module._modules):
             entries += [(part, key) for key in part]
-        entries += [(vars(module), key) for key in (*_ATTRIBUTES.get(type(module), ()), "forward")]
+        entries += [(vars(module), key) for key in (*ATTRIBUTES.get(type(module), ()), "forward")]
     places, keys = [place for place, _ in entries], [key for _, key in entries]
     values = list(map(dict.get, places, keys))
     tensors = [

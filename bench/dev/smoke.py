@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 import fastmaf
+from fastmaf.bench.dev.one import has_precision
 
 # Largest multiple of the error of plain PyTorch in float32 (TF32 off) for densities and gradients.
 ALLOWED = {"ieee": 2.0, "tf32x3": 2.0, "tf32": 2e5, "bf16": 1e6}
@@ -79,6 +80,10 @@ def main() -> int:
     options = parser.parse_args()
     torch.backends.cuda.matmul.allow_tf32 = False
     torch.use_deterministic_algorithms(True, warn_only=True)  # fills new memory with NaN
+    like = torch.empty(0, device=options.device)
+    precisions = [name for name in options.precisions if options.backend != "triton" or has_precision(name, like)]
+    if not precisions:
+        return 0
     flow = trained(options.features, options.blocks, options.hidden, options.device)
     exact, wrong = copy.deepcopy(flow).double(), 0
     print(f"{'what':22} {'batch':>5} {'precision':9} {'error':>9} {'torch':>9}")
@@ -87,7 +92,7 @@ def main() -> int:
         x, z = (torch.randn(batch, flow.features, generator=generator).to(options.device) for _ in range(2))
         with fastmaf.use_backend("torch"):
             truths, plain = results(exact, x.double(), z.double(), False), results(flow, x, z, False)
-        for precision in options.precisions:
+        for precision in precisions:
             with fastmaf.use_backend(options.backend), fastmaf.use_precision(precision):
                 values = results(flow, x, z, True)
             for what, truth in truths.items():

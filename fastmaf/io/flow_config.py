@@ -17,6 +17,7 @@ import torch
 from fastmaf.io.safe_json import parse, shown
 from fastmaf.io.schema import Anything, Flag, ListOf, MapOf, Maybe, Number, OneOf, Record, SchemaError, Text, Whole
 from fastmaf.kernels.affine_output.affine_map import FORMS, SCALES
+from fastmaf.kernels.float8 import FLOAT8
 from fastmaf.kernels.masked_linear.args import ACTIVATIONS
 
 FORMAT_VERSION = 2
@@ -61,7 +62,11 @@ def _affine(config: Config, features: int) -> dict[str, Expected]:
         tensors[f"made.degrees_{k}"] = Expected((units,), torch.int32)
         tensors[f"made.hidden.{k}.weight"] = Expected(None, "weight")
         tensors[f"made.hidden.{k}.bias"] = Expected((units,))
-    return {**tensors, "made.output.weight": Expected(None, "weight"), "made.output.bias": Expected((2 * features,))}
+    tensors |= {"made.output.weight": Expected(None, "weight"), "made.output.bias": Expected((2 * features,))}
+    if config.get("weight_dtype") == str(FLOAT8):
+        weights = [name for name, tensor in tensors.items() if tensor.dtype == "weight"]
+        tensors |= {f"{name}_scale": Expected((), torch.float32) for name in weights}
+    return tensors
 
 
 def _spline(config: Config, features: int) -> dict[str, Expected]:
@@ -102,6 +107,7 @@ _TEXT = Text(10_000_000)  # a configuration of a hundred blocks of 12,288 dimens
 _FEATURES = Whole(1, 2**28)
 _NATS = Number(low=1e-30, high=1e30)  # within the range of float32
 
+_WEIGHT_DTYPE = OneOf((str(torch.bfloat16), str(FLOAT8)))
 _MAP = Record(
     {
         "form": OneOf(FORMS),
@@ -119,7 +125,7 @@ _AFFINE = Record(
         "log_scale_bound": Maybe(_NATS),
         "soft_bound": Flag(),
     },
-    optional={"weight_dtype": OneOf((str(torch.bfloat16),)), "affine_map": _MAP},
+    optional={"weight_dtype": _WEIGHT_DTYPE, "affine_map": _MAP},
 )
 _SPLINE = Record(
     {
@@ -136,7 +142,8 @@ _SPLINE = Record(
                 "squash": Flag(),
             }
         ),
-    }
+    },
+    optional={"weight_dtype": _WEIGHT_DTYPE},
 )
 _LOCAL = Record(
     {

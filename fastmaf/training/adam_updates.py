@@ -15,17 +15,50 @@ from fastmaf.kernels.adam.update import AdamNumbers, Update
 ONE = torch.ones((), dtype=torch.float32, device="cpu")
 
 
+class ReplayedSteps:
+    """Steps that replays of a CUDA graph took: it increments the counters itself, which their versions do not show.
+
+    Attributes:
+        counters: the counters, by parameter.
+        taken: how many steps.
+    """
+
+    def __init__(self, counters: Mapping[Tensor, Tensor]) -> None:
+        self.counters, self.taken = counters, 0
+
+
 class StepCounts:
     """Reads and increments the counters in ``state["step"]``, on any device, without waiting for a GPU.
 
     A counter on a GPU is read once; from then on its value is known on the host until other code writes to it.
+
+    Attributes:
+        replayed: steps that are not yet added to the known values; counting them takes one addition for all parameters.
     """
 
     def __init__(self) -> None:
         self._known: dict[Tensor, tuple[Tensor, int, int]] = {}  # counter, its version and its value, by parameter
+        self.replayed: ReplayedSteps | None = None
+
+    def begin_replays(self, counters: Mapping[Tensor, Tensor]) -> ReplayedSteps:
+        """Returns the steps that replays of one graph take from now on."""
+        self._settle()
+        self.replayed = ReplayedSteps(counters)
+        return self.replayed
+
+    def _settle(self) -> None:
+        replayed, self.replayed = self.replayed, None
+        if replayed is None or not replayed.taken:
+            return
+        for parameter, counter in replayed.counters.items():
+            known = self._known.get(parameter)
+            if known is not None and known[0] is counter:
+                self._known[parameter] = *known[:2], known[2] + replayed.taken
 
     def of(self, parameter: Tensor, counter: Tensor) -> int:
         """Returns the value of a parameter's counter."""
+        if self.replayed is not None and self.replayed.taken:
+            self._settle()
         if counter.is_cpu:
             return int(counter)
         known = self._known.get(parameter)

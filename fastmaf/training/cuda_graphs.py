@@ -11,23 +11,21 @@ import functools
 import gc
 from collections import OrderedDict
 from collections.abc import Callable
-from typing import Any, Generic, TypeAlias, TypeVar
+from operator import attrgetter
+from typing import Any, Generic, TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from fastmaf import hooks
 from fastmaf.flows import Flow
-from fastmaf.kernels import composite, dispatch
-from fastmaf.kernels.triton_common import launch_table
 from fastmaf.nn import zero_padding_
-from fastmaf.training.gradient_sink import has_hooks
+from fastmaf.training.graph_keys import FlowKeys, Key
 from fastmaf.validation import check_density, validates
 
 _MAX_GRAPHS = 4  # each has memory of its own; an epoch has two batch sizes
 
-Key: TypeAlias = tuple[object, ...]
 T = TypeVar("T")
+_version = attrgetter("_version")
 
 
 def record(run: Callable[[], None], device: torch.device, pool: Any = None) -> torch.cuda.CUDAGraph:
@@ -53,42 +51,6 @@ def _stream(device: torch.device) -> torch.cuda.Stream:
     return torch.cuda.Stream(device)
 
 
-def can_replay(flow: Flow) -> bool:
-    """Returns whether the flow runs on a GPU, with the Triton kernels, and outside of transforms of ``torch.func`` and
-    forward mode, which a replay does not see.
-    """
-    like = flow._like()
-    if like.device.type != "cuda" or composite.needed():
-        return False
-    return (dispatch.chosen() or dispatch.default_backend("flow", like)) == "triton"
-
-
-def graph_key(flow: Flow, x: Tensor) -> Key | None:
-    """Returns everything that a graph depends on other than the numbers that it reads; None where none can be recorded.
-
-    A replay calls no hooks of modules, and reads a tensor at the address at which it was recorded. Values derived from
-    buffers, such as the log-determinant of a fitted whitening, may have been computed on the host, so a write to a
-    buffer needs a new graph as well.
-    """
-    if not can_replay(flow):
-        return None
-    state: list[object] = []
-    modules: list[nn.Module] = [flow]
-    for module in modules:  # grows in the loop, which is faster than nn.Module.modules
-        if any(hooks.of(module)):
-            return None
-        modules += [child for child in module._modules.values() if child is not None]
-        for parameter in module._parameters.values():
-            if parameter is not None:
-                state += parameter.data_ptr(), parameter.requires_grad and not has_hooks(parameter)
-        for buffer in module._buffers.values():
-            if buffer is not None:
-                state += buffer.data_ptr(), 0 if buffer.is_inference() else buffer._version
-    autocast = torch.is_autocast_enabled(x.device.type) and torch.get_autocast_dtype(x.device.type)
-    modes = flow.training, autocast, torch.get_float32_matmul_precision()
-    return x.shape, x.dtype, x.device, *state, modes, dispatch.chosen(), launch_table.chosen_precision()
-
-
 class GraphCache(Generic[T]):
     """Graphs of the most recent keys, recorded on the second call with a key; the first runs eagerly.
 
@@ -103,9 +65,9 @@ class GraphCache(Generic[T]):
         if key not in self._graphs:
             return None
         self._graphs.move_to_end(key)
-        if self._graphs[key] is None:
-            self._graphs[key] = make()
-        return self._graphs[key]
+        if (graph := self._graphs[key]) is None:
+            graph = self._graphs[key] = make()
+        return graph
 
     def ran_eagerly(self, key: Key) -> None:
         """Notes that the key was run eagerly."""
@@ -114,10 +76,36 @@ class GraphCache(Generic[T]):
             self._graphs.popitem(last=False)
 
 
+class ReplayedPadding:
+    """Keeps the padding of a flow's weights zero, which ops do on every call, but a replay does not.
+
+    Args:
+        flow: the model, whose weights are in the same memory at each call: a graph has no other.
+    """
+
+    def __init__(self, flow: Flow) -> None:
+        self._layers = flow._layers()
+        named = [named for layer in self._layers for named in layer.named_parameters(recurse=False)]
+        self._weights = [parameter for name, parameter in named if name.startswith("weight")]
+        self._have_versions = not any(weight.is_inference() for weight in self._weights)
+        self._versions: list[int] | None = None
+
+    def zero_(self) -> None:
+        """Sets the padding to zero where weights may have been written to since."""
+        if self._versions is None or list(map(_version, self._weights)) != self._versions:
+            zero_padding_(self._layers)
+            self.is_zero()
+
+    def is_zero(self) -> None:
+        """Notes that what was written to the weights since ``zero_`` has left the padding zero."""
+        if self._have_versions:
+            self._versions = list(map(_version, self._weights))
+
+
 class _GraphedLogProb:
     def __init__(self, flow: Flow, x: Tensor) -> None:
         self._flow, self._x = flow, x.clone()
-        self._layers = flow._layers()
+        self._padding = ReplayedPadding(flow)
         self._run()  # the eager run's x may have had another alignment, hence other kernels
         self._graph = record(self._run, x.device)
 
@@ -125,7 +113,7 @@ class _GraphedLogProb:
         self._result = self._flow.log_prob(self._x)
 
     def __call__(self, x: Tensor) -> Tensor:
-        zero_padding_(self._layers)  # which ops do on every call, but a replay does not
+        self._padding.zero_()
         self._x.copy_(x)
         self._graph.replay()
         return self._result.clone()
@@ -149,8 +137,14 @@ class ReplayedLogProb:
     """
 
     def __init__(self, flow: Flow) -> None:
-        self.flow = flow
+        self._flow = flow
+        self._keys = FlowKeys(flow)
         self._cache: GraphCache[_GraphedLogProb] = GraphCache()
+
+    @property
+    def flow(self) -> Flow:
+        """The model."""
+        return self._flow
 
     @torch.no_grad()
     def __call__(self, x: Tensor) -> Tensor:
@@ -160,13 +154,9 @@ class ReplayedLogProb:
             ValueError: see ``Flow.log_prob``.
             FloatingPointError: see ``Flow.log_prob``.
         """
-        if (key := graph_key(self.flow, x)) is None:
+        if (key := self._keys.of(x)) is None:
             return self.flow.log_prob(x)
-        # Later calls may come from outside of inference mode. Leaving it switches gradients on, and a result with an
-        # autograd graph would keep the parameters' nodes on another stream: no training step could be recorded then.
-        with torch.inference_mode(False), torch.no_grad():
-            graphed = self._cache.get(key, lambda: _GraphedLogProb(self.flow, x))
-        if graphed is None:
+        if (graphed := self._cache.get(key, lambda: self._record(x))) is None:
             result = self.flow.log_prob(x)
             self._cache.ran_eagerly(key)
             return result
@@ -174,3 +164,9 @@ class ReplayedLogProb:
         if validates(self.flow.validate_args, x):
             check_density(self.flow, "log_prob", result, x)
         return result
+
+    def _record(self, x: Tensor) -> _GraphedLogProb:
+        # Later calls may come from outside of inference mode. Leaving it switches gradients on, and a result with an
+        # autograd graph would keep the parameters' nodes on another stream: no training step could be recorded then.
+        with torch.inference_mode(False), torch.no_grad():
+            return _GraphedLogProb(self.flow, x)

@@ -4,112 +4,17 @@ from __future__ import annotations
 
 import math
 import warnings
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from fastmaf.flows import Flow
-from fastmaf.kernels.adam.op import adam_step_, compile_adam
-from fastmaf.kernels.adam.update import AdamNumbers, Update
-from fastmaf.nn import zero_padding_
-from fastmaf.training.cuda_graphs import GraphCache, Key, graph_key, record
+from fastmaf.kernels.adam.op import compile_adam
+from fastmaf.training.captured_updates import CapturedUpdates, NotCapturableError
+from fastmaf.training.cuda_graphs import GraphCache, ReplayedPadding, record
 from fastmaf.training.fused_adam import FusedAdam
-from fastmaf.training.gradient_sink import Gradients, has_hooks
+from fastmaf.training.graph_keys import FlowKeys, KeptState, Key, watch_optimizer
 from fastmaf.training.guards import clip_scale
-
-
-class NotCapturableError(RuntimeError):
-    """A training step cannot be captured in a CUDA graph; the message says why."""
-
-
-class CapturedUpdates:
-    """The updates of a captured step of ``FusedAdam``, and the scalars that its replays read on the device.
-
-    Capturing counts no steps: ``advance`` counts one and sends its scalars before each replay. Methods that capture
-    raise NotCapturableError for a parameter without state, which its first step creates.
-
-    Args:
-        optimizer: the optimiser of the parameters.
-
-    Attributes:
-        rows: the rows of the parameters in the table of scalars.
-    """
-
-    def __init__(self, optimizer: FusedAdam) -> None:
-        self.rows: dict[Tensor, int] = {}
-        self._optimizer, self._groups = optimizer, optimizer._groups()
-        self._moments: list[Tensor] = []  # held, as replays write to them
-        device = next(iter(self._groups)).device
-        shape = len(self._groups), len(AdamNumbers.of(1, optimizer.param_groups[0]).kernel_scalars())
-        self._host = torch.zeros(shape, device="cpu", pin_memory=device.type == "cuda")
-        self._device = torch.zeros(shape, device=device)
-
-    def minimize(self, loss: Tensor) -> None:
-        """Captures ``FusedAdam.minimize``.
-
-        Raises:
-            NotCapturableError: the gradient of a parameter must be stored.
-        """
-        self._optimizer._update_in_backward(loss, self._begin, self._groups)
-        if any(parameter.grad is not None for parameter in self._groups):
-            self._optimizer.zero_grad()
-            raise NotCapturableError("a parameter that is not of the flow's blocks, or that has hooks, got a gradient")
-
-    def gradients(self, loss: Tensor) -> Gradients:
-        """Captures a backward pass and returns the gradients, for ``step``; nothing is left in ``grad``.
-
-        Raises:
-            NotCapturableError: a parameter has hooks, which a replay would not call, or a group has ``amsgrad``.
-        """
-        gradients, groups = self._optimizer._gradients(loss, self._groups), self._groups
-        self._optimizer.zero_grad()
-        if any(has_hooks(p) or groups[p]["amsgrad"] or groups[p]["differentiable"] for p in gradients.stored):
-            raise NotCapturableError("a parameter has hooks, or its group amsgrad or differentiable")
-        return gradients
-
-    @torch.no_grad()
-    def step(self, gradients: Gradients) -> None:
-        """Captures a step with the result of ``gradients``.
-
-        Raises:
-            NotCapturableError: a parameter does not have the memory layout that the kernel needs.
-        """
-        self._optimizer._apply_factored(gradients, self._begin, self._groups)
-        for parameter, grad in gradients.stored.items():
-            # torch's own step refuses to be captured; the kernel that reads its scalars on the device does not.
-            if parameter.dtype != torch.float32 or not parameter.is_contiguous():
-                raise NotCapturableError("a parameter with a gradient in grad is not contiguous float32")
-            adam_step_(parameter, grad, self._begin(parameter, self._groups[parameter]))
-
-    def _begin(self, parameter: Tensor, group: dict[str, Any]) -> Update:
-        state = self._optimizer.state.get(parameter)
-        if not state:
-            raise NotCapturableError("a parameter has no optimiser state, which its first step creates")
-        moments = state["exp_avg"], state["exp_avg_sq"]
-        self._moments += moments
-        row = self.rows.setdefault(parameter, len(self.rows))
-        return Update(*moments, AdamNumbers.of(1, group), self._device[row])
-
-    def advance(self, scale: float = 1.0) -> None:
-        """Counts a step of all parameters and sends its scalars to the device, for gradients times ``scale``.
-
-        The previous replay must have ended: it may still read the scalars.
-        """
-        counts = self._optimizer._counts
-        counters = {parameter: self._optimizer.state[parameter]["step"] for parameter in self.rows}
-        known: dict[tuple[int, int], list[float]] = {}  # most parameters share a group and a step
-        scalars = []
-        for parameter, counter in counters.items():
-            group = self._groups[parameter]
-            key = id(group), counts.of(parameter, counter) + 1
-            if key not in known:
-                known[key] = AdamNumbers.of(key[1], group).kernel_scalars(scale)
-            scalars.append(known[key])
-        counts.increment(counters)
-        with torch.no_grad():
-            self._host[: len(scalars)] = torch.tensor(scalars, device="cpu")
-            self._device.copy_(self._host, non_blocking=True)
 
 
 class GraphedStep:
@@ -132,7 +37,9 @@ class GraphedStep:
 
     def __init__(self, flow: Flow, optimizer: FusedAdam, x: Tensor, max_norm: float | None = None) -> None:
         self._flow, self._optimizer, self._x, self._max_norm = flow, optimizer, x.clone(), max_norm
-        self._layers = flow._layers()
+        self._padding = ReplayedPadding(flow)
+        self._padding.zero_()  # here, so that it is not captured
+        _zero_padding_of_moments_(flow, optimizer)
         self._updates = CapturedUpdates(optimizer)
         if max_norm is not None:
             compile_adam(x.device)
@@ -141,6 +48,7 @@ class GraphedStep:
         self._backward = None if max_norm is None else record(self._run_backward, x.device, pool)
         self._step = record(self._run_step, x.device, pool)
         self._loss = self._loss.detach()  # no other backward pass follows
+        self._parameters = list(self._updates.rows)
 
     def _run_forward(self) -> None:
         self._loss = -self._flow.log_prob(self._x).mean()
@@ -157,10 +65,11 @@ class GraphedStep:
 
     def forward(self, x: Tensor) -> Tensor:
         """Returns the mean NLL of ``x`` in nats."""
-        zero_padding_(self._layers)  # which ops do on every call, but a replay does not
+        self._padding.zero_()
         self._x.copy_(x)
         self._forward.replay()
-        return self._loss.detach()
+        self._updates.prepare()  # while the GPU works
+        return self._loss
 
     def minimize(self) -> bool:
         """Takes a step on the loss of the last ``forward``, whose value must have been read.
@@ -175,10 +84,23 @@ class GraphedStep:
             if not math.isfinite(norm):
                 return False
             scale = clip_scale(norm, self._max_norm)
-        self._updates.advance(scale)
+        self._updates.send(scale)
         self._step.replay()
-        torch.autograd.graph.increment_version(list(self._updates.rows))  # autograd does not see the replay
+        self._updates.replayed()
+        torch.autograd.graph.increment_version(self._parameters)  # autograd does not see the replay
+        self._padding.is_zero()
         return True
+
+
+@torch.no_grad()
+def _zero_padding_of_moments_(flow: Flow, optimizer: FusedAdam) -> None:
+    """Sets the padding of the moments of packed weights to zero: then steps leave that of the weights zero."""
+    for layer in flow._layers():
+        for parameter in layer._parameters.values():
+            state = optimizer.state.get(parameter) if parameter is not None else None
+            if state and parameter is not None and parameter.shape == (layer.layout.numel,):
+                for name in ("exp_avg", "exp_avg_sq"):
+                    layer.layout.zero_padding_(state[name])
 
 
 class GraphedSteps:
@@ -186,6 +108,8 @@ class GraphedSteps:
 
     def __init__(self, flow: Flow, optimizer: FusedAdam, max_norm: float | None = None) -> None:
         self._flow, self._optimizer, self._max_norm = flow, optimizer, max_norm
+        self._keys = FlowKeys(flow, trains=True)
+        self._state = KeptState(watch_optimizer, optimizer, flow)
         self._cache: GraphCache[GraphedStep] = GraphCache()
         self._refused = False
 
@@ -214,8 +138,6 @@ class GraphedSteps:
 
         None where nothing can be replayed: a replay calls no hooks.
         """
-        if self._refused or self._optimizer.has_step_hooks() or (key := graph_key(self._flow, x)) is None:
+        if self._refused or self._optimizer.has_step_hooks() or (key := self._keys.of(x)) is None:
             return None
-        modes = [group[name] for group in self._optimizer.param_groups for name in ("amsgrad", "differentiable")]
-        states = [state for state in self._optimizer.state.values() if state]
-        return *key, *modes, *(state[name].data_ptr() for state in states for name in ("exp_avg", "exp_avg_sq"))
+        return *key, self._state.get()

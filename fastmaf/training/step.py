@@ -97,13 +97,14 @@ class TrainingStep:
         """
         self.optimizer.zero_grad(set_to_none=True)
         graphed = None if self._graphs is None else self._graphs.get(x)
-        with not_validating():  # the loss is checked below
-            direct = DirectLoss.of(self.flow, x) if self._is_direct(len(x)) else None
-            if direct is not None:
-                loss = direct.value
-            else:
-                loss = -self.flow.log_prob(x).mean() if graphed is None else graphed.forward(x)
-        nll = float(loss.detach())
+        direct: DirectLoss | None = None
+        if graphed is not None:
+            loss = graphed.forward(x)
+        else:
+            with not_validating():  # the loss is checked below
+                direct = DirectLoss.of(self.flow, x) if self._is_direct(len(x)) else None
+                loss = -self.flow.log_prob(x).mean() if direct is None else direct.value
+        nll = loss.item()
         if not math.isfinite(nll):
             empty = "" if len(x) else ": the batch has no rows"
             raise NonFiniteLossError(f"the NLL of a batch became {nll} at step {self.steps + 1}{empty}")

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from fastmaf import hooks
 from fastmaf.kernels import (
@@ -16,13 +16,13 @@ from fastmaf.kernels import (
     Block,
     affine_output,
     bounded_map,
-    empty_on_huge_pages,
     flow_args,
     flow_forward,
     flow_inverse,
 )
 from fastmaf.nn import MADE
 from fastmaf.transforms.base import NotInvertibleError, Transform
+from fastmaf.transforms.networks import network_config, network_from
 
 
 class AffineAutoregressive(Transform):
@@ -97,7 +97,7 @@ class AffineAutoregressive(Transform):
         if self.calls_modules:
             shift, log_scale = self._shift_and_log_scale(x)
             return self._map.forward(x, shift, log_scale), self._map.sign * log_scale.sum(dim=1), log_scale
-        args = AffineArgs(*self.made.output.args()[:4], self._map)
+        args = AffineArgs(*self.made.output.args()[:4], self._map, self.made.output.weight_scale)
         return affine_output(self.made.hidden_units(x), x, args)
 
     @property
@@ -145,33 +145,21 @@ class AffineAutoregressive(Transform):
     def block(self) -> Block:
         """Returns the block as the ops of whole flows see it."""
         made = self.made
-        weights, biases, prefixes, panels, _ = zip(*[layer.args() for layer in made.layers], strict=True)
-        return Block(weights, biases, prefixes, panels, made.schedule, made.activation, self._map)
+        weights, biases, prefixes, panels, _, scales = zip(*[layer.args() for layer in made.layers], strict=True)
+        return Block(weights, biases, prefixes, panels, made.schedule, made.activation, self._map, scales)
 
     def config(self) -> dict[str, Any]:
-        output = self.made.output
         return {
-            "features": self.features,
-            "hidden_features": list(self.made.hidden_features),
-            "activation": self.made.activation,
+            **network_config(self.made),
             "strict": self.made.strict,
             "log_scale_bound": self.log_scale_bound,
             "soft_bound": self.soft_bound,
             **({} if self.affine_map is None else {"affine_map": _map_config(self.affine_map)}),
-            **({} if output.weight.dtype == output.bias.dtype else {"weight_dtype": str(output.weight.dtype)}),
         }
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> AffineAutoregressive:
-        hidden = config["hidden_features"]
-        options = {name: config[name] for name in ("activation", "strict")}
-        degrees = [tensors[f"made.degrees_{k}"] for k in range(len(hidden))]
-        dtype = tensors["made.output.bias"].dtype
-        made = MADE(config["features"], hidden, degrees=degrees, init="empty", dtype=dtype, **options)
-        if config.get("weight_dtype") == str(torch.bfloat16):
-            for layer in made.layers:
-                weight = empty_on_huge_pages(layer.layout.numel, device=layer.weight.device, dtype=torch.bfloat16)
-                layer.weight = nn.Parameter(weight, requires_grad=False)
+        made = network_from(config, tensors, strict=config["strict"])
         affine_map = None
         if (numbers := config.get("affine_map")) is not None:
             limit = math.inf if numbers["limit"] is None else numbers["limit"]

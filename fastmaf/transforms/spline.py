@@ -11,6 +11,7 @@ from torch import Tensor
 from fastmaf.kernels.flow.torch.solve import solve
 from fastmaf.nn import MADE
 from fastmaf.transforms.base import Transform
+from fastmaf.transforms.networks import network_config, network_from
 from fastmaf.transforms.spline_map import SplineMap
 
 
@@ -83,26 +84,12 @@ class MonotonicRQS(Transform):
         return x, terms.sum(1)
 
     def config(self) -> dict[str, Any]:
-        return {
-            "features": self.features,
-            "hidden_features": list(self.made.hidden_features),
-            "activation": self.made.activation,
-            "spline": self.spline._asdict(),
-        }
+        return {**network_config(self.made), "spline": self.spline._asdict()}
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> MonotonicRQS:
-        hidden, spline = config["hidden_features"], SplineMap(**config["spline"])
-        made = MADE(
-            config["features"],
-            hidden,
-            degrees=[tensors[f"made.degrees_{k}"] for k in range(len(hidden))],
-            outputs_per_feature=spline.outputs,
-            activation=config["activation"],
-            init="empty",
-            dtype=tensors["made.output.bias"].dtype,
-        )
-        return cls(made, spline)
+        spline = SplineMap(**config["spline"])
+        return cls(network_from(config, tensors, outputs_per_feature=spline.outputs), spline)
 
     def extra_repr(self) -> str:
         return f"{self.spline}, steps={self.made.steps}"

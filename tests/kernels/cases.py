@@ -96,7 +96,7 @@ def set_launch(
     warps = 1
     if device == "cuda":
         rows, columns = max(rows, 16), max(columns, 16)
-        warps = 4
+        warps = 8 if rows > 16 else 4
     one = Launch(rows, columns, warps=warps, programs_per_sm=programs)
     for key in launch_table.TABLES:
         table = Table(one, one, one, one, one, most_samples, solve=Launch(16, 8, warps=warps, programs_per_sm=1))

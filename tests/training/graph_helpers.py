@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from typing import Any
 
@@ -29,3 +30,38 @@ def flow_on(device: str, **options: Any) -> fastmaf.MAF:
 
 def batches(device: str, sizes: list[int]) -> list[torch.Tensor]:
     return [normal(n, 13, seed=i, dtype=F32).to(device) for i, n in enumerate(sizes)]
+
+
+class RunAgain:
+    """Replaces a CUDA graph on the CPU: a replay runs the recorded code again, which versions of tensors do not show;
+    recording it changes nothing.
+    """
+
+    running = False
+
+    def __init__(self, run: Callable[[], None], device: torch.device, pool: Any = None) -> None:
+        self._run = run
+        owner = run.__self__  # type: ignore[attr-defined]
+        tensors = [p.detach() for p in owner._flow.parameters()]
+        tensors += [v for state in owner._optimizer.state.values() for v in state.values()]
+        self._tensors = tensors
+        before = [tensor.clone() for tensor in tensors]
+        try:
+            self.replay()
+        finally:
+            for tensor, value in zip(tensors, before, strict=True):
+                if not torch.equal(tensor, value):  # autograd sees every write, also of the same numbers
+                    tensor.copy_(value)
+
+    def replay(self) -> None:
+        RunAgain.running = True
+        with contextlib.ExitStack() as versions:
+            for tensor in self._tensors:
+                versions.enter_context(torch.autograd._unsafe_preserve_version_counter(tensor))
+            try:
+                self._run()
+            finally:
+                RunAgain.running = False
+
+    def pool(self) -> None:
+        return None

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+import itertools
+import pickle
 from collections.abc import Callable
 from typing import Any
 
@@ -12,6 +15,7 @@ from torch.utils._pytree import tree_leaves
 
 import fastmaf
 from fastmaf.training import cuda_graphs as graphs
+from fastmaf.training import graph_keys
 from tests.core.helpers import normal
 from tests.tolerances import F32
 from tests.training.graph_helpers import batches, flow_on, needs_triton, on_gpu
@@ -89,7 +93,7 @@ class Tape(TorchDispatchMode):
 @pytest.fixture
 def taped(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(graphs, "record", Tape)
-    monkeypatch.setattr(graphs, "can_replay", lambda flow: True)
+    monkeypatch.setattr(graph_keys, "can_replay", lambda flow: True)
 
 
 def replay_thrice(replayed: fastmaf.ReplayedLogProb, x: torch.Tensor) -> list[torch.Tensor]:
@@ -139,6 +143,61 @@ def test_a_replay_follows_modes_and_hooks(taped: None) -> None:
     assert len(called) == 6, "three calls and three replays"
 
 
+def test_a_replay_follows_attributes_and_new_modules(taped: None) -> None:
+    """Bounds are fixed in a graph, as is which transforms there are; hooks on all modules are called by none."""
+    block, another = (fastmaf.MAF(13, 1, (9,), order="natural", seed=seed).transforms[0] for seed in range(2))
+    flow = fastmaf.Flow(13, [logit := fastmaf.Logit(13), block])
+    with torch.no_grad():
+        for parameter in flow.parameters():
+            parameter.add_(0.3)
+    x, replayed = normal(4, 13, dtype=F32).sigmoid(), fastmaf.ReplayedLogProb(flow)
+    called: list[int] = []
+
+    def doubled(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        z, ladj = fastmaf.Logit.forward(logit, x)
+        return 2 * z, ladj
+
+    seen: list[torch.Tensor] = []
+    for change in (
+        lambda: None,
+        lambda: setattr(block, "log_scale_bound", 0.1),
+        lambda: setattr(logit, "alpha", 0.2),
+        lambda: setattr(logit, "forward", doubled),
+        lambda: flow.transforms.append(another),
+        lambda: another.made.hidden.__setitem__(0, copy.deepcopy(another.made.hidden[0])),
+        lambda: setattr(flow, "log_prob", lambda x: torch.zeros(len(x))),
+    ):
+        change()
+        with torch.no_grad():
+            expected = flow.log_prob(x)
+        for found in replay_thrice(replayed, x):
+            torch.testing.assert_close(found, expected)
+        seen.append(expected)
+    assert sum(torch.allclose(a, b) for a, b in itertools.pairwise(seen)) == 1, "all but the copy change the density"
+    handle = torch.nn.modules.module.register_module_forward_hook(lambda *_: called.append(1))
+    del flow.log_prob
+    replay_thrice(replayed, x)
+    once = len(called) // 3
+    handle.remove()
+    assert once > 0 and len(called) == 3 * once
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda replayed: pickle.loads(pickle.dumps(replayed))])
+def test_a_copy_follows_its_own_flow(taped: None, copied: Callable[[Any], Any]) -> None:
+    flow, x = fastmaf.MAF(13, 1, (9,), order="natural", seed=0), normal(4, 13, dtype=F32)
+    replayed = fastmaf.ReplayedLogProb(flow)
+    replayed(x)
+    other = copied(replayed)
+    for scale in (2.0, 0.5):
+        for parameter in other.flow.parameters():
+            parameter.data = scale * parameter.data
+        with torch.no_grad():
+            expected = other.flow.log_prob(x)
+        for found in replay_thrice(other, x):
+            torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(replayed(x), flow.log_prob(x).detach())
+
+
 @on_gpu
 def test_few_graphs_are_kept() -> None:
     replayed = graphs.ReplayedLogProb(flow_on("cuda"))
@@ -150,7 +209,7 @@ def test_few_graphs_are_kept() -> None:
 
 def test_on_the_cpu_nothing_is_replayed() -> None:
     flow = flow_on("cpu")
-    assert not graphs.can_replay(flow)
+    assert not graph_keys.can_replay(flow)
     x = normal(3, 13, dtype=F32)
     with torch.no_grad():
         assert torch.equal(graphs.ReplayedLogProb(flow)(x), flow.log_prob(x))

@@ -17,6 +17,7 @@ import fastmaf
 from fastmaf import Guards, TrainingStep
 from fastmaf.kernels.factored_grad import FactoredGrad
 from fastmaf.kernels.flow import forward as flow_op
+from fastmaf.training.adam_updates import StepCounts
 from fastmaf.training.fused_adam import FusedAdam
 from tests.core.helpers import build, correlated, layers_of, padding_of
 from tests.tolerances import error
@@ -240,3 +241,40 @@ def test_guarded_training(guards: Guards, rows: int) -> None:
         return [r.nll for r in reports]
 
     both(run)
+
+
+class CounterOnGpu:
+    """A counter whose reading waits; writes to it change its version, replays of a graph do not."""
+
+    is_cpu = False
+
+    def __init__(self, value: int) -> None:
+        self.value, self._version, self.reads = value, 0, 0
+
+    def __int__(self) -> int:
+        self.reads += 1
+        return self.value
+
+
+def test_counters_on_a_gpu_are_read_once_and_followed_through_replays() -> None:
+    counts, parameters = StepCounts(), [torch.zeros(1), torch.zeros(1), torch.zeros(1)]
+    counters: dict[Any, Any] = {p: CounterOnGpu(5 + i) for i, p in enumerate(parameters)}
+    replayed_ones = {parameter: counters[parameter] for parameter in parameters[:2]}
+
+    def values() -> list[int]:
+        return [counts.of(parameter, counter) for parameter, counter in counters.items()]
+
+    assert values() == values() == [5, 6, 7]
+    first = counts.begin_replays(replayed_ones)
+    for _ in range(3):
+        first.taken += 1
+    second = counts.begin_replays(counters)  # a graph for another batch
+    second.taken += 1
+    assert values() == values() == [9, 10, 8]
+    assert counts.replayed is None, "the next replay must look at the counters"
+    assert [counter.reads for counter in counters.values()] == [1, 1, 1]
+    third = counts.begin_replays(counters)
+    third.taken += 1
+    counters[parameters[1]].value, counters[parameters[1]]._version = 40, 1
+    assert values() == [10, 40, 9]
+    assert [counter.reads for counter in counters.values()] == [1, 2, 1]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -14,64 +13,9 @@ import fastmaf
 from fastmaf.training import cuda_graphs as graphs
 from fastmaf.training import graphed_step
 from fastmaf.training.gradient_sink import Gradients
-from tests.training.graph_helpers import batches, flow_on, needs_gpu, needs_triton, on_gpu
+from tests.training.graph_helpers import batches, flow_on, needs_triton, on_gpu
 
 pytestmark = needs_triton
-
-
-class RunAgain:
-    """Replaces a CUDA graph on the CPU: a replay runs the recorded code again; recording it changes nothing."""
-
-    running = False
-
-    def __init__(self, run: Callable[[], None], device: torch.device, pool: Any = None) -> None:
-        self._run = run
-        owner = run.__self__  # type: ignore[attr-defined]
-        tensors = [p.detach() for p in owner._flow.parameters()]
-        tensors += [v for state in owner._optimizer.state.values() for v in state.values()]
-        before = [tensor.clone() for tensor in tensors]
-        try:
-            self.replay()
-        finally:
-            for tensor, value in zip(tensors, before, strict=True):
-                if not torch.equal(tensor, value):  # autograd sees every write, also of the same numbers
-                    tensor.copy_(value)
-
-    def replay(self) -> None:
-        RunAgain.running = True
-        try:
-            self._run()
-        finally:
-            RunAgain.running = False
-
-    def pool(self) -> None:
-        return None
-
-
-@pytest.fixture
-def run_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    torch.optim.Adam([torch.zeros(1, requires_grad=True)])  # the first one makes its class's step call hooks
-    step = torch.optim.Adam.step
-
-    @functools.wraps(step)  # with torch's mark that hooks are called
-    def refuse(optimizer: Any, closure: Any = None) -> Any:
-        assert not RunAgain.running, "torch's own step cannot be captured"
-        return step(optimizer, closure)
-
-    monkeypatch.setattr(fastmaf.optim.FusedAdam, "step", refuse)
-    monkeypatch.setattr(graphed_step, "record", RunAgain)
-    monkeypatch.setattr(graphs, "can_replay", lambda flow: True)
-
-
-@pytest.fixture(
-    params=[pytest.param("cpu", marks=pytest.mark.slow), pytest.param("cuda", marks=[pytest.mark.gpu, needs_gpu])]
-)
-def device(request: pytest.FixtureRequest) -> str:
-    """For tests of which steps are replayed, which the CPU shows as well as a GPU."""
-    request.getfixturevalue("triton")
-    if request.param == "cpu":
-        request.getfixturevalue("run_again")
-    return str(request.param)
 
 
 def train_twice(device: str, max_grad_norm: float | None, sizes: list[int]) -> None:

@@ -14,13 +14,13 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from fastmaf.kernels.affine_output.affine_map import SHIFT_FIRST
+from fastmaf.kernels.float8 import decode
 from fastmaf.kernels.flow.args import FlowArgs, permuted
 from fastmaf.kernels.flow.saved import before_permutation
 from fastmaf.kernels.flow.torch.plan import Rows, plan_of
 from fastmaf.kernels.flow.torch.solve import solve
 from fastmaf.kernels.layout import PANEL
 from fastmaf.kernels.masked_linear import torch as linear
-from fastmaf.kernels.masked_linear.args import LinearArgs
 
 
 def inverse(z: Tensor, args: FlowArgs) -> tuple[Tensor, Tensor]:
@@ -68,9 +68,8 @@ def _backward_of_block(
 
     Walks the schedule backwards: when a step is reached, every value that depends on it has been differentiated.
     """
-    *hidden, output = [
-        LinearArgs(args.weights[i].to(z.dtype), *args.hidden(i)[1:]) for i in args.layers_of_blocks()[block]
-    ]
+    of_block = [args.hidden(i) for i in args.layers_of_blocks()[block]]
+    *hidden, output = [layer._replace(weight=decode(layer.weight, layer.weight_scale, z.dtype)) for layer in of_block]
     layers, last = [*hidden, output], len(hidden)
     affine_map = args.map(block)
     values = [x]  # x is known by now, so that one plain pass recomputes every unit

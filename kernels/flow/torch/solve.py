@@ -20,6 +20,7 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
+from fastmaf.kernels.float8 import decode
 from fastmaf.kernels.flow.torch.plan import Rows, plan_of
 from fastmaf.kernels.layout import PANEL
 from fastmaf.kernels.masked_linear import torch as linear
@@ -62,7 +63,8 @@ def solve(
     """
     plan = plan_of([layer.panels for layer in layers], schedule, outputs)
     # Stored in fewer bits, they are the same function of rounded weights.
-    weights, biases = [layer.weight.to(z.dtype) for layer in layers], [layer.bias for layer in layers]
+    weights = [decode(layer.weight, layer.weight_scale, z.dtype) for layer in layers]
+    biases = [layer.bias for layer in layers]
     # Everything is kept units x samples, so that whatever a step reads or writes is one contiguous block, and is split
     # into the blocks of all steps beforehand: per-step slicing would cost more than the arithmetic.
     z_t = z.t().contiguous()

@@ -6,7 +6,18 @@ import pytest
 
 import fastmaf
 from fastmaf.kernels.triton_common import launch_table
-from fastmaf.kernels.triton_common.launch_table import precision, use_precision
+from fastmaf.kernels.triton_common.launch_table import Launch, precision, use_precision
+from tests.kernels.cases import set_launch
+
+
+@pytest.mark.parametrize("rows, warps", [(8, 4), (16, 4), (32, 8)])
+def test_compiled_programs_of_the_tests_have_several_warps(
+    monkeypatch: pytest.MonkeyPatch, rows: int, warps: int
+) -> None:
+    """With one warp a missing barrier could not show, and compute-sanitizer finds no race."""
+    set_launch(monkeypatch, "cuda", rows, 16, 4)
+    for table in launch_table.TABLES.values():
+        assert {entry.warps for entry in table if isinstance(entry, Launch)} == {warps}
 
 
 def test_full_precision_is_the_default() -> None:
