@@ -25,7 +25,7 @@ class ElementwiseAffine(Transform):
 
     Example:
         >>> transform = fastmaf.ElementwiseAffine(torch.zeros(3), torch.full((3,), 2.0).log())
-        >>> transform(torch.ones(1, 3))[0]
+        >>> transform(torch.ones(1, 3))[0].detach()
         tensor([[2., 2., 2.]])
     """
 

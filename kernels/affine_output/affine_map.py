@@ -62,6 +62,11 @@ class AffineMap(NamedTuple):
         scale: one of ``CLAMP``, ``TANH``, ``SOFTPLUS``, ``SIGMOID``, ``SOFT_CLIP``.
         limit: the bound of log-scales, or what SIGMOID adds to ``u``; not used by SOFTPLUS.
         epsilon: the least scale of SOFTPLUS and SIGMOID.
+
+    Example:
+        >>> affine_map = fastmaf.AffineMap.of("scale_first", "soft_clip", limit=7.0)
+        >>> affine_map.log_scale(torch.tensor([0.0, 7.0, 1e9]))
+        tensor([0.0000, 3.5000, 7.0000])
     """
 
     form: float = SHIFT_FIRST
