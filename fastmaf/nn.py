@@ -14,6 +14,7 @@ from fastmaf.constants import Constants
 from fastmaf.degrees import DegreeKind, check_features, hidden_degrees, input_degrees, layer_sizes, prefix
 from fastmaf.kernels import LinearArgs, PackedLayout, empty_on_huge_pages, level_schedule, masked_linear
 from fastmaf.kernels.autocast import outside_autocast
+from fastmaf.kernels.float8 import BYTE, FLOAT8, decode, encode
 from fastmaf.kernels.layout import decreases
 from fastmaf.kernels.padding import keep_zero, without_padding
 from fastmaf.kernels.storage import uniform_
@@ -43,6 +44,7 @@ class MaskedLinear(Constants):
             cleared before the weight is used or saved. A ``state_dict`` holds it as it is; one of an earlier version,
             packed otherwise, is converted when it is loaded.
         bias: ``[out_features]``.
+        weight_scale: the factor of a weight that is bytes, in a flow of ``to_inference(torch.float8_e4m3fn)``.
 
     Raises:
         ValueError: the degrees are not sorted, or ``init`` is unknown.
@@ -80,6 +82,7 @@ class MaskedLinear(Constants):
                     "(a relabelling: the function is unchanged)"
                 )
         self.activation = activation
+        self.weight_scale = 1.0
         self.layout = PackedLayout(prefix(in_degrees, out_degrees, strict=strict), in_degrees.numel())
         self.in_features, self.out_features = self.layout.in_features, self.layout.out_features
         self.weight = nn.Parameter(empty_on_huge_pages(self.layout.numel, device=device, dtype=dtype))
@@ -95,6 +98,7 @@ class MaskedLinear(Constants):
     @torch.no_grad()
     def reset_parameters(self, init: Init = "linear", generator: torch.Generator | None = None) -> None:
         """Reinitialises the parameters; see the class for ``init``."""
+        self._refuse_float8()
         if init not in ("linear", "identity", "empty"):
             raise ValueError(f"init must be 'linear' or 'identity'; found {init!r}")
         if init == "empty" or self.weight.is_meta:
@@ -125,12 +129,32 @@ class MaskedLinear(Constants):
         prefix, panels = self.prefix, self.layout.panels
         if type(weight) is not nn.Parameter:
             weight = without_padding(weight, prefix, panels)
-        return LinearArgs(weight, self.bias, prefix, panels, self.activation)
+        return LinearArgs(weight, self.bias, prefix, panels, self.activation, self.weight_scale)
+
+    @property
+    def weight_dtype(self) -> torch.dtype:
+        """The dtype of the weights, which float8 weights, kept as bytes, do not have themselves."""
+        return FLOAT8 if self.weight.dtype == BYTE else self.weight.dtype
+
+    def stored_as(self, dtype: torch.dtype) -> tuple[Tensor, float]:
+        """Returns a copy of the weight as ``dtype``, and its ``weight_scale``.
+
+        Raises:
+            ValueError: it is to be float8, and a weight is not finite.
+        """
+        weight = decode(self.weight.detach(), self.weight_scale, self.bias.dtype)
+        return encode(weight) if dtype == FLOAT8 else (weight.to(dtype, copy=True), 1.0)
+
+    def _refuse_float8(self) -> None:
+        if self.weight.dtype == BYTE:
+            raise ValueError("a float8 weight cannot be written to: change the flow that to_inference() was called on")
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         zero_padding_([self])
         super()._save_to_state_dict(destination, prefix, keep_vars)
         weight = self._parameters.get("weight")
+        if weight is not None and weight.dtype == BYTE:
+            destination[f"{prefix}weight_scale"] = torch.tensor(self.weight_scale, dtype=torch.float32, device="cpu")
         if weight is None or keep_vars or weight.is_meta or _can_be_zeroed(weight):
             return
         if weight.shape == (self.layout.numel,):
@@ -142,7 +166,10 @@ class MaskedLinear(Constants):
         Parameters that are computed in a hook, such as by pruning, are updated first.
         """
         hooks.compute_parameters(self)
-        return self.layout.unpack(self.weight.detach())
+        weight = self.weight.detach()
+        if weight.dtype == BYTE:
+            weight = decode(weight, self.weight_scale, self.bias.dtype)
+        return self.layout.unpack(weight)
 
     @torch.no_grad()
     def load_dense_(self, weight: Tensor, bias: Tensor) -> None:
@@ -152,6 +179,7 @@ class MaskedLinear(Constants):
             weight: ``[out_features, in_features]``, with rows and columns sorted by degree.
             bias: ``[out_features]``.
         """
+        self._refuse_float8()
         self.weight.copy_(self.layout.pack(weight.to(self.weight)))
         self.bias.copy_(bias)
 
@@ -167,7 +195,24 @@ class MaskedLinear(Constants):
                     f"{name} holds numbers where the mask hides the weight: it was packed for other degrees, or is "
                     "damaged"
                 )
+        self._load_scale(state_dict, prefix)
         super()._load_from_state_dict(state_dict, prefix, *args)
+        args[3][:] = [key for key in args[3] if key != f"{prefix}weight_scale"]  # those that are unexpected
+
+    def _load_scale(self, state_dict: Mapping[str, Any], prefix: str) -> None:
+        weight, scale = (state_dict.get(f"{prefix}{name}") for name in ("weight", "weight_scale"))
+        own_weight = self._parameters.get("weight")
+        has_bytes = own_weight is not None and own_weight.dtype == BYTE
+        if (weight is not None or scale is not None) and has_bytes != (scale is not None):
+            found, own = ("other", "float8") if has_bytes else ("float8", "other")
+            raise ValueError(
+                f"{prefix}weight: a state_dict with {found} weights cannot be loaded into a layer with {own} ones: "
+                "call to_inference() after loading"
+            )
+        if scale is not None and float(scale) != self.weight_scale:
+            self.weight_scale = float(scale)
+            if self.weight.is_cuda:  # CUDA graphs hold the factor: at another address they are recorded again
+                self.weight.data = self.weight.data.clone()
 
     def extra_repr(self) -> str:
         sizes = f"stored={self.layout.numel}, visible={self.layout.visible}"

@@ -23,7 +23,7 @@ ATTRIBUTES: dict[type, tuple[str, ...]] = {
     Logit: ("alpha",),
     AffineAutoregressive: ("log_scale_bound", "soft_bound"),
     MADE: ("schedule", "activation", "strict"),
-    MaskedLinear: ("layout", "_placed"),
+    MaskedLinear: ("layout", "_placed", "weight_scale"),
 }
 
 

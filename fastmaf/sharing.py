@@ -100,7 +100,7 @@ def _equal(a: object, b: object) -> bool:
     if (
         isinstance(a, MaskedLinear)
         and isinstance(b, MaskedLinear)
-        and not torch.equal(a.layout.prefix, b.layout.prefix)
+        and (a.weight_scale != b.weight_scale or not torch.equal(a.layout.prefix, b.layout.prefix))
     ):
         return False
     pairs = zip(a.named_parameters(), b.named_parameters(), strict=True)

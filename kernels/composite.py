@@ -17,6 +17,7 @@ from torch.autograd import forward_ad
 
 from fastmaf.kernels.affine_output.args import AffineArgs
 from fastmaf.kernels.autocast import matmul
+from fastmaf.kernels.float8 import decode
 from fastmaf.kernels.flow.args import FlowArgs, permuted
 from fastmaf.kernels.flow.torch.plan import plan_of
 from fastmaf.kernels.layout import runs_of
@@ -41,7 +42,7 @@ def needed_for(grads: Sequence[Tensor | None]) -> bool:
 
 def masked_linear(x: Tensor, args: LinearArgs) -> Tensor:
     """Returns ``y`` ``[N, out]``."""
-    weight = without_padding(args.weight.to(x.dtype), args.prefix, args.panels)
+    weight = without_padding(decode(args.weight, args.weight_scale, x.dtype), args.prefix, args.panels)
     parts = [
         matmul(x[:, : run.width], run.of(weight).transpose(0, 1).flatten(1))[:, : rows.stop - rows.start]
         for run in runs_of(args.panels)
@@ -53,7 +54,7 @@ def masked_linear(x: Tensor, args: LinearArgs) -> Tensor:
 def affine_output(h: Tensor, x: Tensor, args: AffineArgs) -> tuple[Tensor, Tensor, Tensor]:
     """Returns ``z`` ``[N, D]``, ``ladj`` ``[N]`` and ``log_scale`` ``[N, D]``."""
     affine_map = args.affine_map
-    shift, raw = masked_linear(h, LinearArgs(*args[:4])).unflatten(1, (-1, 2)).unbind(2)
+    shift, raw = masked_linear(h, args.linear).unflatten(1, (-1, 2)).unbind(2)
     log_scale = affine_map.log_scale(raw)
     return affine_map.forward(x, shift, log_scale), affine_map.sign * log_scale.sum(1), log_scale
 
@@ -87,7 +88,8 @@ def flow_inverse(z: Tensor, args: FlowArgs) -> tuple[Tensor, Tensor]:
 
 def _inverse_of_block(z: Tensor, args: FlowArgs, block: int, layers: range) -> tuple[Tensor, Tensor]:
     affine_map, biases, panels = args.map(block), [args.biases[i] for i in layers], [args.panels[i] for i in layers]
-    weights = [without_padding(args.weights[i].to(z.dtype), args.prefixes[i], args.panels[i]) for i in layers]
+    weights = [decode(args.weights[i], args.weight_scales[i], z.dtype) for i in layers]
+    weights = [without_padding(weights[k], args.prefixes[i], args.panels[i]) for k, i in enumerate(layers)]
     ladj, known = z.new_zeros(z.shape[0]), z[:, :0]
     finished = [known for _ in weights]  # of x, then of each hidden layer's units
     for plan in plan_of(panels, args.schedules[block]):

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from fastmaf.kernels import native_library
+from fastmaf.kernels.float8 import BYTE
 from fastmaf.kernels.layout import PANEL, PackedLayout, padding
 from fastmaf.kernels.native_checks import check_layout, check_tensor
 from fastmaf.kernels.storage_numpy import EXPONENTS, buffered_parts, fill_panels, fill_rows, parts, uniform_rows
@@ -47,6 +48,11 @@ def _library() -> ctypes.CDLL | None:
     return library
 
 
+def _library_for(*weights: Tensor) -> ctypes.CDLL | None:
+    """Returns the library for numbers of 2, 4 or 8 bytes."""
+    return None if any(weight.dtype == BYTE for weight in weights) else _library()
+
+
 def has_library() -> bool:
     """Returns whether the native library does the work."""
     return _library() is not None
@@ -59,7 +65,7 @@ def rows_to_panels(rows: Tensor, weight: Tensor, layout: PackedLayout) -> bool:
         rows: ``[layout.visible]``, contiguous, on the CPU.
         weight: the packed weight, contiguous, on the CPU; of the dtype of ``rows``.
     """
-    library = _library()
+    library = _library_for(weight)
     if library is not None:
         where = _of_rows(rows, weight, layout), *_of_panels(weight, layout)
         return _is_finite(library.fastmaf_rows_to_panels(*where, *_format(weight)))
@@ -69,7 +75,7 @@ def rows_to_panels(rows: Tensor, weight: Tensor, layout: PackedLayout) -> bool:
 
 def panels_to_rows(weight: Tensor, rows: Tensor, layout: PackedLayout) -> bool:
     """Writes all rows from their panels: the inverse of ``rows_to_panels``, which see."""
-    library = _library()
+    library = _library_for(weight)
     if library is not None:
         address, *of = _of_panels(weight, layout)
         return _is_finite(
@@ -90,7 +96,7 @@ def read_rows(file: FileIO, weight: Tensor, layout: PackedLayout) -> bool:
         EOFError: the file ends before.
         OSError: it cannot be read.
     """
-    library = _library()
+    library = _library_for(weight)
     if library is not None:
         where = file.fileno(), file.tell(), *_of_panels(weight, layout)
         return _is_finite(library.fastmaf_file_to_panels(*where, *_format(weight)))
@@ -126,7 +132,7 @@ def write_rows(file: BinaryIO, weight: Tensor, layout: PackedLayout) -> bool:
     Raises:
         OSError: it cannot be written.
     """
-    library = _library()
+    library = _library_for(weight)
     if library is not None:
         file.flush()
         where = file.fileno(), file.tell(), *_of_panels(weight, layout)
@@ -179,7 +185,7 @@ def from_rows(rows: Tensor, layout: PackedLayout) -> Tensor:
     """Returns the packed weight for visible weights on the CPU, row after row.
 
     Raises:
-        ValueError: the dtype is not a floating-point one of 16 bits or more.
+        ValueError: the dtype is not one of packed weights.
     """
     _check_dtype(rows.dtype)
     weight = rows.new_empty(layout.numel)
@@ -197,7 +203,7 @@ def zero_padding(weights: Sequence[Tensor], prefixes: Sequence[Tensor], panels: 
         prefixes: of each weight, int64, on the CPU.
         panels: ``PackedLayout.panels`` of each.
     """
-    if has_library():
+    if _library_for(*weights) is not None:
         return Paddings(weights, prefixes, panels).zero()
     changed = False
     for weight, prefix, columns in zip(weights, prefixes, panels, strict=True):

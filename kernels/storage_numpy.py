@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from fastmaf.kernels.float8 import BYTE
 from fastmaf.kernels.layout import PANEL, PackedLayout
 
 PART_BYTES = 1 << 20  # of what is converted at once without the library
@@ -16,8 +17,9 @@ EXPONENTS = {
     torch.bfloat16: 0x7F80,
     torch.float32: 0x7F80_0000,
     torch.float64: 0x7FF0_0000_0000_0000,
+    BYTE: 0x7F,  # of float8_e4m3fn, NaN alone: there is no infinity
 }
-_BITS_OF = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+_BITS_OF = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 class Part(NamedTuple):

@@ -32,7 +32,8 @@ from fastmaf.training.captured_updates import CapturedUpdates
 # Compute capability: number of multiprocessors of a card, for the size of grids.
 CARDS = {61: 6, 75: 40, 80: 108, 90: 132}
 BATCHES = (1, 8, 64)  # one sample, and the smallest and largest tile of samples
-_TYPES = {torch.float32: "fp32", torch.float64: "fp64", torch.bfloat16: "bf16", torch.int32: "i32", torch.int64: "i64"}
+_TYPES = {torch.float32: "fp32", torch.float64: "fp64", torch.bfloat16: "bf16", torch.uint8: "u8"}
+_TYPES |= {torch.int32: "i32", torch.int64: "i64"}
 _OPTIONS = ("num_warps", "num_stages", "maxnreg", "enable_fp_fusion")
 _TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
@@ -82,7 +83,10 @@ def sources(arch: int, batches: Sequence[int]) -> list[Source]:
 
 
 def _use(flow: fastmaf.MAF, batches: Sequence[int]) -> None:
-    stored = flow.to_inference()
+    with torch.no_grad():
+        for parameter in flow.parameters():
+            parameter.zero_()  # float8 weights must be finite
+    stored = [flow.to_inference(dtype) for dtype in (torch.bfloat16, torch.float8_e4m3fn)]
     for batch in batches:
         x = torch.zeros(batch, flow.features)
         flow.log_prob(x).sum().backward()
@@ -95,8 +99,9 @@ def _use(flow: fastmaf.MAF, batches: Sequence[int]) -> None:
         gradients.squared_norm()
         updates.step(gradients)
         with torch.no_grad():
-            stored.log_prob(x)
-            for model in (flow, stored) if batch == batches[0] else (flow,):
+            for model in stored:
+                model.log_prob(x)
+            for model in (flow, *stored) if batch == batches[0] else (flow,):
                 model.log_prob(x)
                 model.sample(batch)
 

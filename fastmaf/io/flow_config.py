@@ -16,6 +16,7 @@ import torch
 
 from fastmaf.io.safe_json import parse, shown
 from fastmaf.io.schema import Anything, Flag, ListOf, MapOf, Maybe, Number, OneOf, Record, SchemaError, Text, Whole
+from fastmaf.kernels.float8 import FLOAT8
 from fastmaf.kernels.masked_linear.args import ACTIVATIONS
 
 FORMAT_VERSION = 2
@@ -60,7 +61,11 @@ def _affine(config: Config, features: int) -> dict[str, Expected]:
         tensors[f"made.degrees_{k}"] = Expected((units,), torch.int32)
         tensors[f"made.hidden.{k}.weight"] = Expected(None, "weight")
         tensors[f"made.hidden.{k}.bias"] = Expected((units,))
-    return {**tensors, "made.output.weight": Expected(None, "weight"), "made.output.bias": Expected((2 * features,))}
+    tensors |= {"made.output.weight": Expected(None, "weight"), "made.output.bias": Expected((2 * features,))}
+    if config.get("weight_dtype") == str(FLOAT8):
+        weights = [name for name, tensor in tensors.items() if tensor.dtype == "weight"]
+        tensors |= {f"{name}_scale": Expected((), torch.float32) for name in weights}
+    return tensors
 
 
 def _whitening(config: Config, features: int) -> dict[str, Expected]:
@@ -103,7 +108,7 @@ _AFFINE = Record(
         "log_scale_bound": Maybe(_NATS),
         "soft_bound": Flag(),
     },
-    optional={"weight_dtype": OneOf((str(torch.bfloat16),))},
+    optional={"weight_dtype": OneOf((str(torch.bfloat16), str(FLOAT8)))},
 )
 _LOCAL = Record(
     {

@@ -16,6 +16,7 @@ from fastmaf.io.safe_json import shown
 from fastmaf.io.schema import SchemaError
 from fastmaf.io.tensor_file import TensorFile, TensorInfo
 from fastmaf.kernels import PackedLayout
+from fastmaf.kernels.float8 import FLOAT8, is_factor
 from fastmaf.kernels.layout import decreases
 
 EXTRA = "extra."  # prefix of the names of further tensors
@@ -48,6 +49,7 @@ def flow_tensors(file: TensorFile, config: Config) -> dict[str, Tensor]:
         if entry["type"] == "gaussian_whitening":
             _check_whitening(tensors, f"transforms.{i}.")
         elif entry["type"] == "affine_autoregressive":
+            _check_scales(tensors, f"transforms.{i}.made.")
             stored += _packed_numel(infos, tensors, f"transforms.{i}.made.", entry, config["features"])
     numel = sum(math.prod(info.shape) for info in infos.values())
     if stored > _GROWTH * numel + _SMALL:
@@ -83,12 +85,18 @@ def _check_shapes(infos: Mapping[str, TensorInfo], expected: Mapping[str, Expect
         raise SchemaError(f"tensor {first}: expected a floating-point dtype; found {dtype}")
     for name, tensor in expected.items():
         info = infos[name]
-        weights = tensor.dtype == "weight" and info.dtype == torch.bfloat16
+        weights = tensor.dtype == "weight" and info.dtype in (torch.bfloat16, FLOAT8)
         wanted = tensor.dtype if isinstance(tensor.dtype, torch.dtype) else info.dtype if weights else dtype
         shape = info.shape if tensor.shape is None and len(info.shape) == 1 else tensor.shape
         if info.shape != shape or info.dtype != wanted:
             described = "1-D" if shape is None else shape
             raise SchemaError(f"tensor {name}: expected {described} {wanted}, found {shown(info.shape)} {info.dtype}")
+
+
+def _check_scales(tensors: Mapping[str, Tensor], name: str) -> None:
+    for field, tensor in tensors.items():
+        if field.startswith(name) and field.endswith(".weight_scale") and not is_factor(scale := float(tensor)):
+            raise SchemaError(f"tensor {field} must be a power of two, the factor of float8 weights; found {scale}")
 
 
 def _check_whitening(tensors: Mapping[str, Tensor], name: str) -> None:

@@ -142,8 +142,9 @@ def _details(flow: nn.Module, config: Mapping[str, Any], model: Path) -> Iterato
     yield "Parameters", f"{sum(parameter.numel() for parameter in flow.parameters()):,}"
     if fixed:
         yield "Fixed numbers (buffers)", f"{fixed:,}"
-    dtypes = dict.fromkeys(str(tensor.dtype).removeprefix("torch.") for tensor in tensors)
-    yield "Data type", ", ".join(dtypes) or "none"
+    dtypes = [str(tensor.dtype) for tensor in tensors]
+    dtypes += [transform["weight_dtype"] for transform in transforms if "weight_dtype" in transform]
+    yield "Data type", ", ".join(dict.fromkeys(name.removeprefix("torch.") for name in dtypes)) or "none"
     yield "File", f"{model.name}, {os.path.getsize(model):,} bytes"
     fastmaf_version = sys.modules["fastmaf"].__version__  # importing fastmaf here would be circular
     yield "Versions", f"fastmaf {fastmaf_version}, torch {torch.__version__}"

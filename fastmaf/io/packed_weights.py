@@ -13,6 +13,7 @@ from fastmaf.io.safe_json import shown
 from fastmaf.io.schema import SchemaError
 from fastmaf.io.tensor_file import Streamed, TensorFile
 from fastmaf.io.tiles import packed_weight
+from fastmaf.kernels.float8 import BYTE, FLOAT8
 from fastmaf.kernels.storage import from_rows, read_rows, write_rows
 from fastmaf.nn import MaskedLinear
 
@@ -54,8 +55,8 @@ def read_weights(file: TensorFile, config: Config, flow: nn.Module, tensors: dic
 
 
 def _check(file: TensorFile, name: str, layer: MaskedLinear) -> None:
-    if (found := file.tensors[name].dtype) != layer.weight.dtype:
-        raise ValueError(f"tensor {name}: expected {layer.weight.dtype}, found {found}")
+    if (found := file.tensors[name].dtype) != layer.weight_dtype:
+        raise ValueError(f"tensor {name}: expected {layer.weight_dtype}, found {found}")
 
 
 def _packed(tensor: Tensor, config: Config, name: str, layer: MaskedLinear) -> Tensor:
@@ -118,7 +119,7 @@ def streamed_rows(weight: Tensor, layer: MaskedLinear, name: str, path: object) 
         if not write_rows(file, weight.detach().cpu().contiguous(), layer.layout):
             raise not_finite(name, path)
 
-    return Streamed(weight.dtype, layer.layout.visible, write)
+    return Streamed(FLOAT8 if weight.dtype == BYTE else weight.dtype, layer.layout.visible, write)
 
 
 def not_finite(name: str, path: object) -> ValueError:

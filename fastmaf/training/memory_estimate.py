@@ -16,6 +16,7 @@ from torch import Tensor
 from fastmaf.constants import constants
 from fastmaf.flows import Flow
 from fastmaf.kernels import dispatch
+from fastmaf.kernels.float8 import BYTE
 from fastmaf.kernels.layout import padding_is_held
 from fastmaf.kernels.storage import has_library
 from fastmaf.training.fused_adam import FusedAdam
@@ -32,7 +33,8 @@ class MemoryParts(NamedTuple):
     """The bytes in memory at the peak of a training step or of a scoring pass; ``sum`` gives the total.
 
     Attributes:
-        weights: parameters, buffers, and the indices of the padding of packed weights.
+        weights: parameters, buffers, the indices of the padding of packed weights, and what the native kernels make of
+            float8 weights.
         optimizer: the optimiser's state.
         gradients: the gradients that are stored at that moment.
         activations: the batch ``[N, D]``, z, and the activations saved for the backward pass.
@@ -104,7 +106,7 @@ def memory_parts(
         raise ValueError(f"update must be one of {', '.join(map(repr, get_args(Update)))}; found {update!r}")
     case = _Case(flow, batch, optimizer, update, device)
     fixed = sum(map(_bytes, (*flow.buffers(), *constants(flow))))
-    held = sum(map(case.size, flow.parameters())) + fixed + _padding(case)
+    held = sum(map(case.size, flow.parameters())) + fixed + _padding(case) + _decoded(case)
     layer_by_layer = case.factored and update == "clip"
     training = optimizer is not None
     buffers = workspace_bytes(flow, batch, case.device, case.backend, training=training, layer_by_layer=layer_by_layer)
@@ -159,13 +161,22 @@ def _bytes(tensor: Tensor) -> int:
 def _padding(case: _Case) -> int:
     """Returns the bytes of the int64 indices of the weights' padding.
 
-    They are computed once per weight: when the torch backend computes its gradient, and, on a GPU or without the native
-    library, when it is first used after a write.
+    They are computed once per weight: when the torch backend computes its gradient, and, on a GPU, without the native
+    library or for float8 weights, when it is first used after a write.
     """
     on_cpu = case.device.type == "cpu"
     needed = not (on_cpu and has_library()) or (case.optimizer is not None and case.backend == "torch")
+    needed |= case.backend == "torch" and any(layer.weight.dtype == BYTE for layer in case.layers)
     layouts = [layer.layout for layer in case.layers]
     return sum(8 * (of.numel - of.visible) for of in layouts if needed or (on_cpu and padding_is_held(of.panels)))
+
+
+def _decoded(case: _Case) -> int:
+    """Returns the bytes of the weights that are kept beside float8 ones for the native kernels."""
+    if case.backend != "native":
+        return 0
+    item = 2 if case.item == 4 else case.item
+    return sum(item * layer.layout.numel for layer in case.layers if layer.weight.dtype == BYTE)
 
 
 def _scoring(case: _Case) -> int:

@@ -21,6 +21,7 @@ from fastmaf.kernels import (
     flow_forward,
     flow_inverse,
 )
+from fastmaf.kernels.float8 import BYTE, FLOAT8
 from fastmaf.nn import MADE
 from fastmaf.transforms.base import NotInvertibleError, Transform
 
@@ -84,7 +85,7 @@ class AffineAutoregressive(Transform):
         if self.calls_modules:
             shift, log_scale = self._shift_and_log_scale(x)
             return self._map.forward(x, shift, log_scale), self._map.sign * log_scale.sum(dim=1), log_scale
-        args = AffineArgs(*self.made.output.args()[:4], self._map)
+        args = AffineArgs(*self.made.output.args()[:4], self._map, self.made.output.weight_scale)
         return affine_output(self.made.hidden_units(x), x, args)
 
     @property
@@ -130,8 +131,8 @@ class AffineAutoregressive(Transform):
     def block(self) -> Block:
         """Returns the block as the ops of whole flows see it."""
         made = self.made
-        weights, biases, prefixes, panels, _ = zip(*[layer.args() for layer in made.layers], strict=True)
-        return Block(weights, biases, prefixes, panels, made.schedule, made.activation, self._map)
+        weights, biases, prefixes, panels, _, scales = zip(*[layer.args() for layer in made.layers], strict=True)
+        return Block(weights, biases, prefixes, panels, made.schedule, made.activation, self._map, scales)
 
     def config(self) -> dict[str, Any]:
         output = self.made.output
@@ -142,7 +143,7 @@ class AffineAutoregressive(Transform):
             "strict": self.made.strict,
             "log_scale_bound": self.log_scale_bound,
             "soft_bound": self.soft_bound,
-            **({} if output.weight.dtype == output.bias.dtype else {"weight_dtype": str(output.weight.dtype)}),
+            **({} if output.weight_dtype == output.bias.dtype else {"weight_dtype": str(output.weight_dtype)}),
         }
 
     @classmethod
@@ -152,9 +153,9 @@ class AffineAutoregressive(Transform):
         degrees = [tensors[f"made.degrees_{k}"] for k in range(len(hidden))]
         dtype = tensors["made.output.bias"].dtype
         made = MADE(config["features"], hidden, degrees=degrees, init="empty", dtype=dtype, **options)
-        if config.get("weight_dtype") == str(torch.bfloat16):
+        if stored := {str(torch.bfloat16): torch.bfloat16, str(FLOAT8): BYTE}.get(config.get("weight_dtype", "")):
             for layer in made.layers:
-                weight = empty_on_huge_pages(layer.layout.numel, device=layer.weight.device, dtype=torch.bfloat16)
+                weight = empty_on_huge_pages(layer.layout.numel, device=layer.weight.device, dtype=stored)
                 layer.weight = nn.Parameter(weight, requires_grad=False)
         return cls(made, log_scale_bound=config["log_scale_bound"], soft_bound=config["soft_bound"])
 

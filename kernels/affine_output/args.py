@@ -8,6 +8,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 from fastmaf.kernels.affine_output.affine_map import AffineMap
+from fastmaf.kernels.masked_linear.args import LinearArgs
 
 
 class AffineArgs(NamedTuple):
@@ -19,6 +20,7 @@ class AffineArgs(NamedTuple):
         prefix: ``[2D]`` int64, how many hidden units each row sees; on the device of ``weight``.
         panels: ``PackedLayout.panels``, int64 ``[P + 1]``, on the CPU.
         map: the numbers of an ``AffineMap``.
+        weight_scale: the factor of a weight that is bytes; see ``float8.py``.
     """
 
     weight: Tensor
@@ -26,14 +28,20 @@ class AffineArgs(NamedTuple):
     prefix: Tensor
     panels: Tensor
     map: Sequence[float]
+    weight_scale: float = 1.0
 
     @property
     def affine_map(self) -> AffineMap:
         """The element-wise map."""
         return AffineMap(*self.map)
 
+    @property
+    def linear(self) -> LinearArgs:
+        """The layer of the product alone."""
+        return LinearArgs(*self[:4], weight_scale=self.weight_scale)
 
-AFFINE_SCHEMA = "Tensor weight, Tensor bias, Tensor prefix, Tensor panels, float[] map"
+
+AFFINE_SCHEMA = "Tensor weight, Tensor bias, Tensor prefix, Tensor panels, float[] map, float weight_scale"
 
 
 class AffineBatch(NamedTuple):

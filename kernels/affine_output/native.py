@@ -13,6 +13,7 @@ from torch import Tensor
 from fastmaf.kernels import native_args, native_library
 from fastmaf.kernels.adam.update import Update
 from fastmaf.kernels.affine_output.args import AffineArgs, AffineBatch
+from fastmaf.kernels.float8 import decoded_layer
 from fastmaf.kernels.huge_pages import empty_on_huge_pages
 from fastmaf.kernels.masked_linear import native as linear
 from fastmaf.kernels.native_args import NONE, WRITE, MapStruct, SourceStruct, TargetStruct
@@ -25,6 +26,7 @@ why_not = native_library.why_not
 def forward(h: Tensor, x: Tensor, args: AffineArgs) -> tuple[Tensor, Tensor, Tensor]:
     """Returns ``z`` ``[N, D]``, ``ladj`` ``[N]`` and ``log_scale`` ``[N, D]``; the weight may be bfloat16."""
     n, columns = check_batch("h", h)
+    args = decoded_layer(args, h.dtype)
     layer = native_args.layer(args, columns, h.dtype)
     _check_pairs(layer.rows)
     check_tensor("x", x, h.dtype, (n, layer.rows // 2))

@@ -37,7 +37,7 @@ def _backward_fake(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-    *tensors, ctx.map = inputs
+    *tensors, ctx.map, ctx.weight_scale = inputs
     z, _, log_scale = output
     ctx.save_for_backward(z, log_scale, *tensors)
 
@@ -45,21 +45,21 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
 @outside_autocast
 def _autograd(ctx: Any, grad_z: Tensor, grad_ladj: Tensor, grad_log_scale: Tensor) -> tuple[Tensor | None, ...]:
     z, log_scale, h, x, *tensors = ctx.saved_tensors
-    grads, args = (grad_z, grad_ladj, grad_log_scale), AffineArgs._make([*tensors, ctx.map])
+    grads, args = (grad_z, grad_ladj, grad_log_scale), AffineArgs._make([*tensors, ctx.map, ctx.weight_scale])
     if composite.needed_for(grads):
         values = composite.gradients(
             lambda h, x, weight, bias: composite.affine_output(h, x, args._replace(weight=weight, bias=bias)),
             (h, x, args.weight, args.bias),
             grads,
         )
-        return *values, None, None, None
+        return *values, None, None, None, None
     batch = AffineBatch(*grads, h, z, log_scale, x)
     grad_weight: Tensor | None = None
     if (sink := sink_of(args.weight, ctx)) is not None:
         grad_h, grad_bias, grad_x = sink.take(FactoredGrad("affine_output", batch, args), True)
     else:
         grad_h, grad_weight, grad_bias, grad_x = _BACKWARD(*batch, *args)
-    return grad_h, grad_x, grad_weight, grad_bias, None, None, None
+    return grad_h, grad_x, grad_weight, grad_bias, None, None, None, None
 
 
 _BACKWARD = Op(

@@ -24,13 +24,13 @@ from fastmaf.kernels.adam.update import Update
 from fastmaf.kernels.affine_output.affine_map import SHIFT_FIRST
 from fastmaf.kernels.affine_output.args import AffineArgs, AffineBatch
 from fastmaf.kernels.masked_linear import torch as linear
-from fastmaf.kernels.masked_linear.args import LinearArgs, LinearBatch
+from fastmaf.kernels.masked_linear.args import LinearBatch
 
 
 def forward(h: Tensor, x: Tensor, args: AffineArgs) -> tuple[Tensor, Tensor, Tensor]:
     """Returns ``z`` ``[N, D]``, ``ladj`` ``[N]`` and ``log_scale`` ``[N, D]``."""
     affine_map = args.affine_map
-    shift, raw = linear.forward(h, LinearArgs(*args[:4])).unflatten(1, (-1, 2)).unbind(2)
+    shift, raw = linear.forward(h, args.linear).unflatten(1, (-1, 2)).unbind(2)
     log_scale = affine_map.log_scale(raw).clone(memory_format=torch.contiguous_format)
     z = affine_map.forward(x, shift, log_scale)
     return z, affine_map.sign * log_scale.sum(1), log_scale
@@ -42,13 +42,13 @@ def backward(batch: AffineBatch, args: AffineArgs, need_inputs: bool, need_weigh
     That of the weight is empty when not needed, and those of ``h`` and ``x`` may be.
     """
     g, grad_x = grad_product(batch, args)
-    return *linear.backward(product_batch(g, batch), LinearArgs(*args[:4]), need_inputs, need_weight), grad_x
+    return *linear.backward(product_batch(g, batch), args.linear, need_inputs, need_weight), grad_x
 
 
 def adam_(batch: AffineBatch, args: AffineArgs, need_inputs: bool, update: Update) -> tuple[Tensor, ...]:
     """Takes a step of Adam on the weight, in place; returns the gradients of ``h``, the bias and ``x``."""
     g, grad_x = grad_product(batch, args)
-    return *linear.adam_(product_batch(g, batch), LinearArgs(*args[:4]), need_inputs, update), grad_x
+    return *linear.adam_(product_batch(g, batch), args.linear, need_inputs, update), grad_x
 
 
 def squared_norm(batch: AffineBatch, args: AffineArgs) -> Tensor:

@@ -22,7 +22,6 @@ from fastmaf.kernels.affine_output.affine_map import SHIFT_FIRST, AffineMap
 from fastmaf.kernels.affine_output.args import AffineArgs, AffineBatch
 from fastmaf.kernels.affine_output.torch import product_batch
 from fastmaf.kernels.masked_linear import triton as linear
-from fastmaf.kernels.masked_linear.args import LinearArgs
 from fastmaf.kernels.triton_common import device as common
 from fastmaf.kernels.triton_common import work_lists
 from fastmaf.kernels.triton_common.device import why_not
@@ -33,7 +32,7 @@ __all__ = ["adam_", "backward", "forward", "squared_norm", "why_not"]
 @triton.jit
 def _affine_output_fwd_kernel(
     h_ptr, w_ptr, bias_ptr, x_ptr, panels_ptr, items_ptr, z_ptr, log_scale_ptr, shares_ptr, limit, epsilon, n, hidden,
-    features,
+    features, weight_scale,
     BLOCK_N: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK_K: tl.constexpr, SHIFT_FIRST: tl.constexpr, KIND: tl.constexpr,
     LANES: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -47,7 +46,7 @@ def _affine_output_fwd_kernel(
     out = common.product(
         h_ptr, sample, sample < n, hidden, w_ptr, base, width, 0, k_end,
         BLOCK_N, BLOCK_J, BLOCK_K, LANES, PRECISION,
-    )  # fmt: skip
+    ) * weight_scale  # fmt: skip
     out += tl.load(bias_ptr + j, mask=row_ok, other=0.0)[None, :]
     shift, u = tl.split(tl.reshape(out, [BLOCK_N, BLOCK_J // 2, 2]))
     d = block * (BLOCK_J // 2) + tl.arange(0, BLOCK_J // 2)
@@ -110,7 +109,7 @@ def shares_of(h: Tensor, features: int) -> int:
 
 
 def forward(h: Tensor, x: Tensor, args: AffineArgs) -> tuple[Tensor, Tensor, Tensor]:
-    """Returns ``z`` ``[N, D]``, ``ladj`` ``[N]`` and ``log_scale`` ``[N, D]``; the weight may be bfloat16."""
+    """Returns ``z`` ``[N, D]``, ``ladj`` ``[N]`` and ``log_scale`` ``[N, D]``; the weight may be bfloat16 or bytes."""
     z, log_scale = torch.empty_like(x), torch.empty_like(x)
     shares = h.new_empty(shares_of(h, x.shape[1]), x.shape[0], dtype=torch.float64)
     forward_into(z, log_scale, shares, h, x, args)
@@ -127,7 +126,7 @@ def forward_into(z: Tensor, log_scale: Tensor, shares: Tensor, h: Tensor, x: Ten
         _affine_output_fwd_kernel,
         len(work.items) * common.cdiv(n, shape.samples),
         h, args.weight, args.bias, x, panels, work.items, z, log_scale, shares, affine_map.limit, affine_map.epsilon,
-        n, hidden, features,
+        n, hidden, features, args.weight_scale,
         **_modes(affine_map), **shape.options,
     )  # fmt: skip
 
@@ -166,15 +165,15 @@ def _modes(affine_map: AffineMap) -> dict[str, Any]:
 def backward(batch: AffineBatch, args: AffineArgs, need_inputs: bool, need_weight: bool) -> tuple[Tensor, ...]:
     """Returns the gradients of ``h``, the packed weight, the bias and ``x``; the first two empty when not needed."""
     g, grad_x = grad_product(batch, args)
-    return *linear.backward(product_batch(g, batch), LinearArgs(*args[:4]), need_inputs, need_weight), grad_x
+    return *linear.backward(product_batch(g, batch), args.linear, need_inputs, need_weight), grad_x
 
 
 def adam_(batch: AffineBatch, args: AffineArgs, need_inputs: bool, update: Update) -> tuple[Tensor, ...]:
     """Takes a step of Adam on the weight, in place; returns the gradients of ``h``, the bias and ``x``."""
     g, grad_x = grad_product(batch, args)
-    return *linear.adam_(product_batch(g, batch), LinearArgs(*args[:4]), need_inputs, update), grad_x
+    return *linear.adam_(product_batch(g, batch), args.linear, need_inputs, update), grad_x
 
 
 def squared_norm(batch: AffineBatch, args: AffineArgs) -> Tensor:
     """Returns the sum of the squares of the weight's gradient."""
-    return linear.squared_norm(product_batch(grad_product(batch, args)[0], batch), LinearArgs(*args[:4]))
+    return linear.squared_norm(product_batch(grad_product(batch, args)[0], batch), args.linear)

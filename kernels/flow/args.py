@@ -11,6 +11,7 @@ from torch import Tensor
 
 from fastmaf.kernels.affine_output.affine_map import AffineMap
 from fastmaf.kernels.affine_output.args import AffineArgs
+from fastmaf.kernels.float8 import BYTE, decoded
 from fastmaf.kernels.masked_linear.args import LinearArgs, check_activation
 
 T = TypeVar("T")
@@ -25,6 +26,7 @@ class Block(NamedTuple):
         schedule: ``level_schedule`` of the block.
         activation: of the hidden layers.
         map: the element-wise map.
+        weight_scales: of the layers, or empty for 1; see ``LinearArgs``.
     """
 
     weights: Sequence[Tensor]
@@ -34,6 +36,7 @@ class Block(NamedTuple):
     schedule: Tensor
     activation: str
     map: AffineMap
+    weight_scales: Sequence[float] = ()
 
 
 class FlowArgs(NamedTuple):
@@ -46,6 +49,7 @@ class FlowArgs(NamedTuple):
             where there is none.
         activation: of all hidden layers.
         maps: the numbers of each block's ``AffineMap``, one block after the other.
+        weight_scales: of all layers; see ``LinearArgs``.
     """
 
     weights: list[Tensor]
@@ -56,6 +60,7 @@ class FlowArgs(NamedTuple):
     permutations: list[Tensor]
     activation: str
     maps: list[float]
+    weight_scales: list[float]
 
     def layers_of_blocks(self) -> list[range]:
         """Returns the numbers of each block's layers, the output layer last."""
@@ -64,11 +69,11 @@ class FlowArgs(NamedTuple):
 
     def hidden(self, layer: int) -> LinearArgs:
         """Returns a hidden layer, by its number."""
-        return LinearArgs._make([*(part[layer] for part in self[:4]), self.activation])
+        return LinearArgs._make([*(part[layer] for part in self[:4]), self.activation, self.weight_scales[layer]])
 
     def output(self, block: int, layer: int) -> AffineArgs:
         """Returns the output layer of a block, by the numbers of both."""
-        return AffineArgs._make([*(part[layer] for part in self[:4]), self.map(block)])
+        return AffineArgs._make([*(part[layer] for part in self[:4]), self.map(block), self.weight_scales[layer]])
 
     def map(self, block: int) -> AffineMap:
         """Returns the element-wise map of a block."""
@@ -93,7 +98,8 @@ class FlowArgs(NamedTuple):
         for block, layers in enumerate(self.layers_of_blocks()):
             weights, biases, prefixes, panels = (list(part[layers.start : layers.stop]) for part in self[:4])
             permutations = [self.permutations[block], finals[block]]
-            rest = (permutations, self.activation, list(self.map(block)))
+            scales = self.weight_scales[layers.start : layers.stop]
+            rest = (permutations, self.activation, list(self.map(block)), scales)
             blocks.append(FlowArgs(weights, biases, prefixes, panels, [self.schedules[block]], *rest))
         return blocks
 
@@ -104,7 +110,15 @@ class FlowArgs(NamedTuple):
         permutations = [inverse_permutation(p) if p.numel() else p for p in reversed(self.permutations)]
         maps = [number for block in reversed(range(len(self.schedules))) for number in self.map(block)]
         schedules = self.schedules[::-1]
-        return FlowArgs(weights, biases, prefixes, panels, schedules, permutations, self.activation, maps)
+        scales = [self.weight_scales[i] for i in layers]
+        return FlowArgs(weights, biases, prefixes, panels, schedules, permutations, self.activation, maps, scales)
+
+    def decoded(self, dtype: torch.dtype) -> FlowArgs:
+        """Returns the same blocks with their weights ``float8.decoded``."""
+        if not any([weight.dtype == BYTE for weight in self.weights]):
+            return self
+        pairs = zip(self.weights, self.weight_scales, strict=True)
+        return self._replace(weights=[decoded(weight, scale, dtype) for weight, scale in pairs])
 
 
 class FlowBatch(NamedTuple):
@@ -141,7 +155,7 @@ def inverse_permutation(permutation: Tensor) -> Tensor:
 
 FLOW_SCHEMA = (
     "Tensor[] weights, Tensor[] biases, Tensor[] prefixes, Tensor[] panels, Tensor[] schedules,"
-    " Tensor[] permutations, str activation, float[] maps"
+    " Tensor[] permutations, str activation, float[] maps, float[] weight_scales"
 )
 
 
@@ -175,4 +189,5 @@ def flow_args(blocks: Sequence[Block], permutations: Sequence[Tensor | None]) ->
         [none if permutation is None else permutation for permutation in permutations],
         activation,
         [float(number) for block in blocks for number in block.map],
+        [scale for block in blocks for scale in block.weight_scales or [1.0] * len(block.weights)],
     )

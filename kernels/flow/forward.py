@@ -62,7 +62,7 @@ def _autograd(ctx: Any, grad_z: Tensor | None, grad_ladj: Tensor | None, _: Any)
         )
     z, ladj, saved, x, *parameters = ctx.saved_tensors
     args: FlowArgs = ctx.args.with_parameters(parameters)
-    none = *([None] * len(part) for part in args[2:6]), None, None, None
+    none = *([None] * len(part) for part in args[2:6]), None, None, None, None
     if composite.needed_for((grad_z, grad_ladj)):
         x = x if x.requires_grad else first_x(args, saved, z.shape[0])
         grads = composite.flow_gradients(composite.flow_forward, x, args, (grad_z, grad_ladj))

@@ -47,7 +47,7 @@ def _autograd(ctx: Any, grad_x: Tensor, grad_ladj: Tensor) -> tuple[Any, ...]:
     else:
         grad_z, *grads = _BACKWARD(grad_x, grad_ladj, z, *args)
     none = ([None] * len(part) for part in args[2:6])
-    return grad_z, *halves(grads), *none, None, None
+    return grad_z, *halves(grads), *none, None, None, None
 
 
 _BACKWARD = Op(

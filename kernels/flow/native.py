@@ -13,6 +13,7 @@ from torch import Tensor
 
 from fastmaf.kernels import native_args, native_library
 from fastmaf.kernels.adam.update import Update
+from fastmaf.kernels.float8 import decode
 from fastmaf.kernels.flow.args import FlowArgs, FlowBatch
 from fastmaf.kernels.flow.native_plan import FlowPlan, flow_plan
 from fastmaf.kernels.flow.saved import TILES, numel_of, relaid
@@ -104,7 +105,8 @@ def backward_of_all(batch: FlowBatch, plan: FlowPlan) -> list[Tensor]:
 def backward(batch: FlowBatch, args: FlowArgs, need_grad_x: bool) -> tuple[Tensor, list[Tensor], list[Tensor]]:
     """Returns the gradients of ``x`` (``[0, D]`` when not needed), the packed weights and the biases."""
     dtype, device = batch.grad_z.dtype, batch.grad_z.device
-    args = args._replace(weights=[weight.to(dtype) for weight in args.weights])
+    pairs = zip(args.weights, args.weight_scales, strict=True)
+    args = args._replace(weights=[decode(weight, scale, dtype) for weight, scale in pairs])
     grads = [empty_on_huge_pages(weight.numel(), device=device, dtype=dtype) for weight in args.weights]
     targets = [number for grad in grads for number in (WRITE, grad.data_ptr(), 0, 0, 0, 0)]
     grad_x, grad_biases = _backward(batch, args, need_grad_x, _structs(targets))
@@ -140,7 +142,7 @@ def adam_(
 
 def _plan(name: str, x: Tensor, args: FlowArgs) -> FlowPlan:
     _, features = check_batch(name, x)
-    plan = flow_plan(args, x.dtype)
+    plan = flow_plan(args.decoded(x.dtype), x.dtype)
     if features != plan.features:
         raise ValueError(f"{name} must be [N, {plan.features}]; found {tuple(x.shape)}")
     return plan

@@ -49,7 +49,7 @@ class FlowPlan:
                     f"{tuple(schedule.shape)}"
                 )
         layers = args.layers_of_blocks()
-        lengths = {len(part) for part in args[:4]}
+        lengths = {len(part) for part in (*args[:4], args.weight_scales)}
         counts = len(args.permutations) - 1, len(args.maps) / len(AffineMap._fields)
         if not layers or lengths != {layers[-1].stop} or set(counts) != {len(layers)}:
             raise ValueError(

@@ -17,6 +17,7 @@ from torch import Tensor
 from fastmaf.kernels import composite
 from fastmaf.kernels.autocast import outside_autocast
 from fastmaf.kernels.dispatch import implementation
+from fastmaf.kernels.float8 import BYTE
 from fastmaf.kernels.flow.args import FlowArgs, FlowBatch
 from fastmaf.kernels.flow.forward import backward_to_sinks, flow_backward, flow_forward, flow_forward_saving
 from fastmaf.kernels.flow.inverse import flow_inverse
@@ -61,7 +62,9 @@ class PreparedFlow:
         self.args = args
         self.parameters = args.parameters
         self._dtype, self._on_cpu = args.biases[0].dtype, args.biases[0].is_cpu
-        self._constants = [*args.prefixes, *args.panels, *args.schedules]
+        # Bytes count as such: what is made of them here does not follow a write.
+        of_bytes = [weight for weight in args.weights if weight.dtype == BYTE]
+        self._constants = [*args.prefixes, *args.panels, *args.schedules, *of_bytes]
         self._known: _Known | None = None
 
     def plan(self, x: Tensor) -> FlowPlan | None:
@@ -79,8 +82,9 @@ class PreparedFlow:
             return None
         known = self._known
         if known is None or known.versions != versions:
-            plan = flow_plan(self.args, x.dtype)
-            padding = PaddingInPlace(*self.args[:1], *self.args[2:4])
+            args = self.args.decoded(x.dtype)
+            plan = flow_plan(args, x.dtype)
+            padding = PaddingInPlace(args.weights, args.prefixes, args.panels)
             known = self._known = _Known(versions, memory_of(self.parameters), plan, padding)
         else:
             known.padding.keep_zero()

@@ -20,11 +20,12 @@ class LinearArgs(NamedTuple):
     """A masked linear layer.
 
     Attributes:
-        weight: ``[numel]``, packed as ``PackedLayout`` lays it out, zero in the padding.
+        weight: ``[numel]``, packed as ``PackedLayout`` lays it out, zero in the padding; see also ``weight_scale``.
         bias: ``[out]``.
         prefix: ``[out]`` int64, how many inputs each output sees; on the device of ``weight``.
         panels: ``PackedLayout.panels``, int64 ``[P + 1]``, on the CPU.
         activation: ``"identity"`` or ``"relu"``.
+        weight_scale: the factor of a weight that is bytes; see ``float8.py``.
     """
 
     weight: Tensor
@@ -32,9 +33,10 @@ class LinearArgs(NamedTuple):
     prefix: Tensor
     panels: Tensor
     activation: str = "identity"
+    weight_scale: float = 1.0
 
 
-LINEAR_SCHEMA = "Tensor weight, Tensor bias, Tensor prefix, Tensor panels, str activation"
+LINEAR_SCHEMA = "Tensor weight, Tensor bias, Tensor prefix, Tensor panels, str activation, float weight_scale"
 
 
 class LinearBatch(NamedTuple):

@@ -13,6 +13,7 @@ from torch import Tensor
 from fastmaf.kernels import native_args, native_library
 from fastmaf.kernels.adam.update import Update
 from fastmaf.kernels.affine_output.args import AffineArgs
+from fastmaf.kernels.float8 import decode, decoded_layer
 from fastmaf.kernels.huge_pages import empty_on_huge_pages
 from fastmaf.kernels.masked_linear.args import LinearArgs, LinearBatch
 from fastmaf.kernels.native_args import NONE, NORM, WRITE, SourceStruct, TargetStruct
@@ -25,6 +26,7 @@ why_not = native_library.why_not
 def forward(x: Tensor, args: LinearArgs) -> Tensor:
     """Returns ``y`` ``[N, out]``; the weight may be bfloat16 beside float32 ``x``."""
     n, columns = check_batch("x", x)
+    args = decoded_layer(args, x.dtype)
     layer = native_args.layer(args, columns, x.dtype)
     y = x.new_empty(n, layer.rows)
     native_library.check(
@@ -74,7 +76,7 @@ def run(
 ) -> tuple[Tensor, Tensor]:
     """Runs a layer's backward pass; returns the gradients of ``x`` (empty when not needed) and of the bias."""
     n, columns = check_batch("h" if isinstance(args, AffineArgs) else "x", x)
-    weight = args.weight.to(x.dtype)
+    weight = decode(args.weight, args.weight_scale, x.dtype)
     layer = native_args.layer(args._replace(weight=weight), columns, x.dtype)
     grad_x = x.new_empty(x.shape if need_inputs else 0)
     # A scale is for the weight alone: the others' gradients are not formed then.

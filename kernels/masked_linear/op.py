@@ -38,7 +38,7 @@ def _backward_fake(grad_y: Tensor, x: Tensor, y: Tensor, *arguments: Any) -> tup
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, *tensors, ctx.activation = inputs
+    x, *tensors, ctx.activation, ctx.weight_scale = inputs
     ctx.need_grad_x = x.requires_grad
     # The identity's backward never reads y: keep it alive only for an activation that does.
     y = output if ctx.activation != "identity" else x.new_empty(0)
@@ -48,21 +48,21 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 @outside_autocast
 def _autograd(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
     x, y, *tensors = ctx.saved_tensors
-    args, need_grad_x = LinearArgs._make([*tensors, ctx.activation]), ctx.need_grad_x
+    args, need_grad_x = LinearArgs._make([*tensors, ctx.activation, ctx.weight_scale]), ctx.need_grad_x
     if composite.needed_for([grad_y]):
         grads = composite.gradients(
             lambda x, weight, bias: [composite.masked_linear(x, args._replace(weight=weight, bias=bias))],
             (x, args.weight, args.bias),
             [grad_y],
         )
-        return *grads, None, None, None
+        return *grads, None, None, None, None
     grad_weight: Tensor | None = None
     if (sink := sink_of(args.weight, ctx)) is not None:
         factored = FactoredGrad("masked_linear", LinearBatch(grad_y, x, y), args)
         grad_x, grad_bias = sink.take(factored, need_grad_x)
     else:
         grad_x, grad_weight, grad_bias = _BACKWARD(grad_y, x, y, *args, need_grad_x)
-    return grad_x if need_grad_x else None, grad_weight, grad_bias, None, None, None
+    return grad_x if need_grad_x else None, grad_weight, grad_bias, None, None, None, None
 
 
 _BACKWARD = Op(

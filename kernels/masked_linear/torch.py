@@ -16,13 +16,15 @@ from torch.nn.functional import pad
 
 from fastmaf.kernels.adam.op import adam_step_
 from fastmaf.kernels.adam.update import Update
+from fastmaf.kernels.float8 import decode
 from fastmaf.kernels.layout import PANEL, Run, runs_of, zero_padding
 from fastmaf.kernels.masked_linear.args import LinearArgs, LinearBatch
 
 
 def forward(x: Tensor, args: LinearArgs) -> Tensor:
     """Returns ``y`` ``[N, out]`` for ``x`` ``[N, in]``."""
-    weight = args.weight.to(x.dtype).contiguous()  # stored in fewer bits, it is the same function of rounded weights
+    # Stored in fewer bits, it is the same function of rounded weights.
+    weight = decode(args.weight, args.weight_scale, x.dtype).contiguous()
     bias, n = whole_panels(args.bias, args.panels).view(-1, PANEL), x.shape[0]
     y = x.new_empty(len(bias), n, PANEL)
     runs = runs_of(args.panels)
@@ -56,8 +58,12 @@ def backward(batch: LinearBatch, args: LinearArgs, need_inputs: bool, need_weigh
     Those of ``x`` and of the weight are empty when not needed.
     """
     x, grad = batch.x, grad_activation(batch.grad_y, batch.y, args.activation)
-    grad_x = grad_input(grad, args.weight, args.panels, x.shape[1]) if need_inputs else x.new_empty(0)
-    return grad_x, grad_weight(grad, x, args) if need_weight else x.new_empty(0), grad.sum(0)
+    grad_x = grad_w = x.new_empty(0)
+    if need_inputs:
+        grad_x = grad_input(grad, decode(args.weight, args.weight_scale, x.dtype), args.panels, x.shape[1])
+    if need_weight:
+        grad_w = grad_weight(grad, x, args)
+    return grad_x, grad_w, grad.sum(0)
 
 
 def adam_(batch: LinearBatch, args: LinearArgs, need_inputs: bool, update: Update) -> tuple[Tensor, ...]:

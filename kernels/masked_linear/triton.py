@@ -32,6 +32,7 @@ __all__ = ["adam_", "backward", "forward", "squared_norm", "why_not"]
 @triton.jit
 def _masked_linear_fwd_kernel(
     x_ptr, w_ptr, bias_ptr, panels_ptr, items_ptr, y_ptr, n, in_features, out_features,
+    weight_scale,
     BLOCK_N: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK_K: tl.constexpr, RELU: tl.constexpr, SPLIT: tl.constexpr,
     LANES: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -47,7 +48,7 @@ def _masked_linear_fwd_kernel(
     y = common.product(
         x_ptr, sample, sample < n, in_features, w_ptr, base, width, k_begin, k_end,
         BLOCK_N, BLOCK_J, BLOCK_K, LANES, PRECISION,
-    )  # fmt: skip
+    ) * weight_scale  # fmt: skip
     if SPLIT:
         y_ptr += slot.to(tl.int64) * n * out_features
     else:
@@ -90,7 +91,7 @@ def shape_of(like: Tensor, n: int, dtype: torch.dtype = torch.float32) -> Shape:
 
 
 def forward(x: Tensor, args: LinearArgs) -> Tensor:
-    """Returns ``y`` ``[N, out]``; the weight may be bfloat16 beside float32 ``x``."""
+    """Returns ``y`` ``[N, out]``; the weight may be bfloat16 or bytes beside float32 ``x``."""
     return forward_into(x.new_empty(x.shape[0], args.bias.shape[0]), x, args)
 
 
@@ -106,6 +107,7 @@ def forward_into(y: Tensor, x: Tensor, args: LinearArgs) -> Tensor:
         _masked_linear_fwd_kernel,
         len(work.items) * common.cdiv(n, shape.samples),
         x, args.weight, args.bias, panels, work.items, product_to, n, in_features, out_features,
+        args.weight_scale,
         RELU=relu, SPLIT=split, **shape.options,
     )  # fmt: skip
     return sum_slots(y, product_to, work.counts, bias=args.bias, relu=relu) if split else y

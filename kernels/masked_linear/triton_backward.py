@@ -21,6 +21,7 @@ from torch import Tensor
 
 from fastmaf.kernels.adam.update import Update
 from fastmaf.kernels.affine_output.args import AffineArgs
+from fastmaf.kernels.float8 import BYTE, decode
 from fastmaf.kernels.masked_linear.args import LinearArgs
 from fastmaf.kernels.triton_common import device as common
 from fastmaf.kernels.triton_common import work_lists
@@ -222,11 +223,12 @@ def products(
     if mode == "norm":
         assert grad_w is None
         grad_w = x.new_empty(len(work.items))
+    weight = decode(args.weight, args.weight_scale, x.dtype) if args.weight.dtype == BYTE else args.weight
     adam, bias_adam = ((u.exp_avg, u.exp_avg_sq, u.scalars) if u else (None,) * 3 for u in (step, bias_step))
     common.launch(
         _masked_linear_bwd_kernel,
         len(work.items) * (common.cdiv(n, samples) if mode == "none" else 1),
-        g, g_t, x, args.weight, panels, args.prefix, work.items, partial, grad_w, grad_bias, *adam,
+        g, g_t, x, weight, panels, args.prefix, work.items, partial, grad_w, grad_bias, *adam,
         args.bias if bias_step is not None else None, *bias_adam, n, in_features, out_features,
         BLOCK_N=samples, BLOCK_J=one.rows, BLOCK_K=one.columns, NEED_X=need_x, WEIGHT=mode,
         BIAS_ADAM=bias_step is not None, LANES=lanes, PRECISION=precision,

@@ -12,11 +12,17 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fastmaf.kernels.float8 import BYTE
 from fastmaf.kernels.triton_common import launch_table
 from fastmaf.kernels.triton_common.launch_table import Table
 
 # What a program of an elementwise kernel takes.
 BLOCK = 1024
+# Types of packed weights, behind pointers that kernels load.
+WEIGHT_TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, BYTE: tl.uint8}
+# 2 to the difference of the biases of exponents, 127 of float32 and 7 of float8_e4m3fn.
+_FLOAT8_FACTOR = tl.constexpr(2.0**120)
+_FLOAT8_BITS = tl.constexpr(0x87F0_0000 - 2**32)  # of an int32: the sign, and 7 bits from the fourth on
 
 
 class Target(NamedTuple):
@@ -158,10 +164,22 @@ def whole_vectors(k_end, features):
 
 
 @triton.jit
+def as_float32(w):
+    """Weights as float32. Bytes are those of float8_e4m3fn: sign, exponent and fraction are moved to their places, and
+    the difference of the exponents' biases is multiplied away; exact on every card, with or without such conversions.
+    """
+    if w.dtype == tl.uint8:
+        bits = (w.to(tl.int32) << 24 >> 4) & _FLOAT8_BITS
+        return bits.to(tl.float32, bitcast=True) * _FLOAT8_FACTOR
+    else:
+        return w.to(tl.float32)
+
+
+@triton.jit
 def weights(w_ptr, base, width, k):
-    """A tile ``[k, rows]`` of a packed weight, zero outside it."""
+    """A tile ``[k, rows]`` of a packed weight, zero outside it; of bytes without the factor of their layer."""
     at = base[None, :] + (k * 16)[:, None]
-    return tl.load(w_ptr + at, mask=k[:, None] < width[None, :], other=0.0).to(tl.float32)
+    return as_float32(tl.load(w_ptr + at, mask=k[:, None] < width[None, :], other=0))
 
 
 @triton.jit
@@ -197,7 +215,7 @@ def product(
         w_row = w_ptr + base[None, None, :]
         for start in range(k_begin, k_end, BLOCK_K):
             k = (start + tl.arange(0, BLOCK_K))[None, :, None]
-            w = tl.load(w_row + k * 16, mask=k < width[None, None, :], other=0.0).to(tl.float32)
+            w = as_float32(tl.load(w_row + k * 16, mask=k < width[None, None, :], other=0))
             x = tl.load(x_row + k, mask=sample_ok[:, None, None] & (k < k_end), other=0.0)
             lanes += w * x
         return tl.sum(lanes, 1)

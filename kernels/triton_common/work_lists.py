@@ -5,6 +5,7 @@ Everything follows from a layout's panels, is made once per layout and stays on 
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -106,6 +107,11 @@ def numbers(owner: Tensor, rows: Sequence[Sequence[float]], device: torch.device
         return torch.tensor(rows, dtype=dtype, device="cpu").to(device)
 
     return cached(owner, ("numbers", device, key), make)
+
+
+def bits_of(number: float) -> int:
+    """Returns the bits of a float32 number, for rows of int64."""
+    return int(struct.unpack("<i", struct.pack("<f", number))[0])
 
 
 def on_device(owner: Tensor, device: torch.device) -> Tensor:

@@ -151,13 +151,13 @@ class TransformContract:
         assert list(again.state_dict()) == list(flow.state_dict())
         assert str(again) == str(flow)
 
-    def test_inference_copy(self) -> None:
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float8_e4m3fn], ids=str)
+    def test_inference_copy(self, dtype: torch.dtype) -> None:
         flow, x = self.flow(F32), self.data(9, F32)
         before = flow.log_prob(x)
-        plain, small, rounded = flow.to_inference(F32), flow.to_inference(), copy.deepcopy(flow)
-        with torch.no_grad():
-            for layer in layers_of(rounded).values():
-                layer.weight.copy_(layer.weight.bfloat16())
+        plain, small, rounded = flow.to_inference(F32), flow.to_inference(dtype), copy.deepcopy(flow)
+        for layer, stored in zip(layers_of(rounded).values(), layers_of(small).values(), strict=True):
+            layer.load_dense_(stored.dense_weight(), stored.bias)
         assert not any(p.requires_grad for p in (*plain.parameters(), *small.parameters()))
         assert torch.equal(plain.log_prob(x), before) and torch.equal(flow.log_prob(x), before)
         assert_close("values", small.log_prob(x), rounded.log_prob(x).detach())

@@ -205,6 +205,7 @@ def test_opcheck_inverse(batch: int) -> None:
             for affine_map in (bounded_map(5.0, False), bounded_map(0.3, True), AffineMap(SCALE_FIRST, SOFTPLUS))
             for number in affine_map
         ],
+        [1.0] * 9,
     )
     torch.library.opcheck(torch.ops.fastmaf.flow_inverse.default, arguments)
 

@@ -71,6 +71,7 @@ def flows() -> dict[str, fastmaf.Flow]:
         "random orders": build(D, hidden_features=(6, 5), order="random", degrees="random", soft_bound=True, **options),
         "whitened": build(D, blocks=1, hidden_features=(6,), whitening=3, **options),
         "inference copy": maf.to_inference(),
+        "float8 copy": maf.to_inference(torch.float8_e4m3fn),
         "images": fastmaf.Flow(D, [fastmaf.Logit(D, 0.1), whitening, local]),
     }
 

@@ -109,7 +109,7 @@ def _flow_call(flow: Any, way: str, args: FlowArgs, written: tuple[str, ...], op
 
     def function(t: dict[str, Tensor]) -> Any:
         parts = [[t[key] for key in t if key.partition(" ")[0] == name] for name in (*LAYER, "schedule", "permutation")]
-        found = FlowArgs(*parts, args.activation, args.maps)  # type: ignore[arg-type]
+        found = FlowArgs(*parts, args.activation, args.maps, args.weight_scales)  # type: ignore[arg-type]
         if op is not None:
             return op(t["x" if way == "forward" else "z"], found)
         if way in ("forward", "inverse"):

@@ -19,6 +19,7 @@ from fastmaf import kernels
 from fastmaf.kernels import AffineArgs, native_library, storage
 from fastmaf.kernels.affine_output.affine_map import CLAMP, SCALE_FIRST, SHIFT_FIRST, SIGMOID, SOFTPLUS, TANH, AffineMap
 from fastmaf.kernels.affine_output.args import AffineBatch
+from fastmaf.kernels.float8 import BYTE, FLOAT8
 from fastmaf.kernels.flow.args import FlowBatch
 from tests.core.helpers import build, normal, padding_of
 from tests.kernels.cases import OPS, check_contract, evaluate, leaves, make, needs, same
@@ -246,13 +247,14 @@ def test_maps_of_infinite_and_of_the_largest_raw_outputs(scale: int, dtype: torc
 
 @pytest.mark.parametrize("batch", [0, 1, 8, 65])
 @pytest.mark.parametrize("kind", OPS)
-def test_bfloat16_weights_are_rounded_weights(kind: str, batch: int) -> None:
+@pytest.mark.parametrize("dtype", [torch.bfloat16, FLOAT8], ids=str)
+def test_weights_of_fewer_bits_are_rounded_weights(dtype: torch.dtype, kind: str, batch: int) -> None:
     case = make(kind, batch, 61, hidden_features=(48, 32))
     stored, rounded = leaves(case, F32), leaves(case, F32)
     for key in case.tensors:
         if key.startswith("weight"):
-            stored[key] = stored[key].detach().bfloat16()
-            rounded[key] = stored[key].float()
+            small = stored[key].detach().to(dtype)
+            stored[key], rounded[key] = small.view(BYTE) if dtype == FLOAT8 else small, small.float()
     found = evaluate(case, "native", F32, stored)
     assert all(value.dtype == F32 for value in found.values())
     same(found, evaluate(case, "native", F32, rounded))

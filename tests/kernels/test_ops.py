@@ -68,19 +68,19 @@ def detached(arguments: Any) -> Any:
 @pytest.mark.parametrize("activation", ["identity", "relu"])
 @pytest.mark.parametrize("batch", [0, 1, 3])
 def test_opcheck_masked_linear(backend: str, batch: int, activation: str) -> None:
-    arguments = (*linear_arguments(parts(), batch, grad=True), activation)
+    arguments = (*linear_arguments(parts(), batch, grad=True), activation, 1.0)
     torch.library.opcheck(torch.ops.fastmaf.masked_linear.default, arguments)
-    x, weight, bias, prefix, panels, _ = detached(arguments)
+    x, weight, bias, prefix, panels, *_ = detached(arguments)
     y = kernels.masked_linear(x, LinearArgs(weight, bias, prefix, panels, activation))
     for need_grad_x in (True, False):
-        backward = (normal(*y.shape, seed=2), x, y, weight, bias, prefix, panels, activation, need_grad_x)
+        backward = (normal(*y.shape, seed=2), x, y, weight, bias, prefix, panels, activation, 1.0, need_grad_x)
         torch.library.opcheck(torch.ops.fastmaf.masked_linear_backward.default, backward)
 
 
 @pytest.mark.parametrize("name", MAPS)
 def test_opcheck_affine_output(backend: str, name: str) -> None:
     for batch in (0, 3):
-        arguments = (*affine_arguments(parts(), batch, grad=True), list(MAPS[name]))
+        arguments = (*affine_arguments(parts(), batch, grad=True), list(MAPS[name]), 1.0)
         torch.library.opcheck(torch.ops.fastmaf.affine_output.default, arguments)
         h, x, *rest = detached(arguments)
         z, ladj, log_scale = kernels.affine_output(h, x, AffineArgs(*rest))
@@ -91,12 +91,12 @@ def test_opcheck_affine_output(backend: str, name: str) -> None:
 
 @pytest.mark.parametrize("grad", [False, True])
 def test_opcheck_flow_inverse(backend: str, grad: bool) -> None:
-    arguments = (*inverse_arguments(parts(), 3, grad=grad), BOUNDED)
+    arguments = (*inverse_arguments(parts(), 3, grad=grad), BOUNDED, [1.0] * 3)
     torch.library.opcheck(torch.ops.fastmaf.flow_inverse.default, arguments)
 
 
 def test_opcheck_flow_inverse_backward(backend: str) -> None:
-    arguments = (normal(3, FEATURES, seed=2), normal(3, seed=3), *inverse_arguments(parts(), 3), BOUNDED)
+    arguments = (normal(3, FEATURES, seed=2), normal(3, seed=3), *inverse_arguments(parts(), 3), BOUNDED, [1.0] * 3)
     torch.library.opcheck(torch.ops.fastmaf.flow_inverse_backward.default, arguments)
 
 
@@ -187,9 +187,9 @@ def test_fake_shapes(op: str) -> None:
         if op == "masked_linear":
             arguments = (*linear_arguments(made, 3, dtype), "relu")
         elif op == "affine_output":
-            arguments = (*affine_arguments(made, 3, dtype), BOUNDED)
+            arguments = (*affine_arguments(made, 3, dtype), BOUNDED, 1.0)
         else:
-            arguments = (*inverse_arguments(made, 3, dtype), BOUNDED)
+            arguments = (*inverse_arguments(made, 3, dtype), BOUNDED, [1.0] * 3)
         meta = tuple(
             a.to("meta")
             if isinstance(a, Tensor)
@@ -209,7 +209,7 @@ def test_inputs_are_not_written_to(backend: str) -> None:
     for op, arguments in (
         ("masked_linear", (*linear_arguments(made, 3), "relu")),
         ("affine_output", (*affine_arguments(made, 3), list(bounded_map(0.3, False)))),
-        ("flow_inverse", (*inverse_arguments(made, 3), list(bounded_map(0.3, False)))),
+        ("flow_inverse", (*inverse_arguments(made, 3), list(bounded_map(0.3, False)), [1.0] * 3)),
     ):
         tensors = [t for a in arguments for t in (a if isinstance(a, list) else [a]) if isinstance(t, Tensor)]
         before = [t.clone() for t in tensors]

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from fastmaf import kernels
-from fastmaf.kernels import LinearArgs
+from fastmaf.kernels import LinearArgs, PackedLayout
+from fastmaf.kernels.float8 import BYTE, FLOAT8
 from tests.core.helpers import padding_of
 from tests.kernels.cases import (
     OPS,
@@ -245,17 +246,30 @@ def test_gradients_of_some_inputs_only(device: str, kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", OPS)
-def test_bfloat16_weights_are_rounded_weights(device: str, kind: str) -> None:
+@pytest.mark.parametrize("dtype", [torch.bfloat16, FLOAT8], ids=str)
+def test_weights_of_fewer_bits_are_rounded_weights(device: str, dtype: torch.dtype, kind: str) -> None:
     for batch in (3,) if kind.startswith(("inverse", "flow")) else (1, 3, 9):
         case = small(kind, batch, device=device)
         stored, rounded = leaves(case, F32), leaves(case, F64)
         for key in case.tensors:
             if key.startswith("weight"):
-                stored[key] = stored[key].detach().bfloat16()
-                rounded[key] = stored[key].double()
+                fewer = stored[key].detach().to(dtype)
+                stored[key], rounded[key] = fewer.view(BYTE) if dtype == FLOAT8 else fewer, fewer.double()
         found = evaluate(case, "triton", F32, stored)
         assert all(value.dtype == F32 for value in found.values())
         same(found, evaluate(case, "torch", F64, rounded))
+
+
+@pytest.mark.parametrize("batch", [1, 8, 16])
+def test_every_float8_number_is_exact(device: str, batch: int) -> None:
+    layout, stored, scale = PackedLayout(torch.full((16,), 16), 16), torch.arange(256, dtype=BYTE), 2.0**-9
+    stored[stored % 128 == 127] = 0  # NaN, which is never stored
+    parts = stored.to(device), torch.zeros(16, device=device), layout.prefix.to(device), layout.panels
+    args = LinearArgs(*parts, weight_scale=scale)
+    with kernels.use_backend("triton"):
+        y = torch.cat([kernels.masked_linear(x, args) for x in torch.eye(16, device=device).split(batch)])
+    expected = layout.unpack(stored.view(FLOAT8).double() * scale)
+    assert len(expected.unique()) == 253 and torch.equal(y.t().cpu().double(), expected)
 
 
 @pytest.mark.parametrize("kind, batch", [("linear", 1), ("linear", 33), ("affine, soft", 17), ("flow, free", 3)])

@@ -53,7 +53,7 @@ def measure(case: dict[str, Any], counter: Any) -> dict[str, int]:
     before = counter.bytes_held()
     flow = build("cpu")
     if case.get("inference"):
-        flow = flow.to_inference()
+        flow = flow.to_inference(getattr(torch, case["inference"]))
     x = torch.rand(case["batch"], case["features"], dtype=dtype)
     kind, update = case["optimiser"], case.get("update", "minimize")
     optimiser = None

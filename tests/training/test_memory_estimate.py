@@ -38,7 +38,8 @@ CASES: dict[str, dict[str, Any]] = {
     "SGD, momentum": {"optimiser": "SGD", "settings": {"momentum": 0.9}},
     "scoring, batch 1": {"optimiser": None, "batch": 1},
     "scoring, batch 64, alternate": {"optimiser": None, "batch": 64, "order": "alternate"},
-    "scoring, bfloat16": {"optimiser": None, "inference": True},
+    "scoring, bfloat16": {"optimiser": None, "inference": "bfloat16"},
+    "scoring, float8": {"optimiser": None, "inference": "float8_e4m3fn"},
 }
 BACKENDS = ("native", "torch")
 

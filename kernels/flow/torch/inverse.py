@@ -22,12 +22,12 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from fastmaf.kernels.affine_output.affine_map import SHIFT_FIRST
+from fastmaf.kernels.float8 import decode
 from fastmaf.kernels.flow.args import FlowArgs, permuted
 from fastmaf.kernels.flow.saved import before_permutation
 from fastmaf.kernels.flow.torch.plan import Rows, plan_of
 from fastmaf.kernels.layout import PANEL
 from fastmaf.kernels.masked_linear import torch as linear
-from fastmaf.kernels.masked_linear.args import LinearArgs
 
 
 def inverse(z: Tensor, args: FlowArgs) -> tuple[Tensor, Tensor]:
@@ -63,7 +63,8 @@ def _inverse_of_block(z: Tensor, args: FlowArgs, block: int) -> tuple[Tensor, Te
     layers, affine_map = args.layers_of_blocks()[block], args.map(block)
     plan = plan_of([args.panels[i] for i in layers], args.schedules[block])
     # Stored in fewer bits, they are the same function of rounded weights.
-    weights, biases = [args.weights[i].to(z.dtype) for i in layers], [args.biases[i] for i in layers]
+    weights = [decode(args.weights[i], args.weight_scales[i], z.dtype) for i in layers]
+    biases = [args.biases[i] for i in layers]
     # Everything is kept units x samples, so that whatever a step reads or writes is one contiguous block, and is split
     # into the blocks of all steps beforehand: per-step slicing would cost more than the arithmetic.
     z_t = z.t().contiguous()
@@ -149,9 +150,8 @@ def _backward_of_block(
 
     Walks the schedule backwards: when a step is reached, every value that depends on it has been differentiated.
     """
-    *hidden, output = [
-        LinearArgs(args.weights[i].to(z.dtype), *args.hidden(i)[1:]) for i in args.layers_of_blocks()[block]
-    ]
+    of_block = [args.hidden(i) for i in args.layers_of_blocks()[block]]
+    *hidden, output = [layer._replace(weight=decode(layer.weight, layer.weight_scale, z.dtype)) for layer in of_block]
     layers, last = [*hidden, output], len(hidden)
     affine_map = args.map(block)
     values = [x]  # x is known by now, so that one plain pass recomputes every unit

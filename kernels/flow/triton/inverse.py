@@ -13,7 +13,6 @@ import functools
 from typing import Any
 
 import torch
-import triton.language as tl
 from torch import Tensor
 
 from fastmaf.kernels.affine_output import triton_map
@@ -42,7 +41,8 @@ def inverse(z: Tensor, args: FlowArgs) -> tuple[Tensor, Tensor]:
     x, ladj = torch.empty_like(z), z.new_empty(n)
     # Whatever the launches read at an address, or were compiled for.
     addresses = [part.data_ptr() for part in (*args.parameters, *args.panels, *args.schedules)]
-    key = (*addresses, args.activation, *args.maps, args.weights[0].dtype, common.target(z))
+    numbers = *args.maps, *args.weight_scales
+    key = (*addresses, *numbers, args.activation, args.weights[0].dtype, common.target(z))
     for start in range(0, n, MOST_SAMPLES):
         part = slice(start, start + MOST_SAMPLES)
         held = [*args.panels, *args.schedules[1:]]
@@ -69,14 +69,15 @@ def _inverse_block(z: Tensor, ladj: Tensor, args: FlowArgs, block: int) -> Tenso
     shape = shape_of(z, n, weights[0].dtype)
     tiling = Tiling(min(shape.rows // PANEL, MOST_PANELS), shape.columns, shape.programs, table.solve.columns)
     made = plan(args.schedules[block], panels, [len(bias) for bias in biases[:-1]], z.device, tiling)
-    entries = [(w.data_ptr(), b.data_ptr(), len(b)) for w, b in zip(weights, biases, strict=True)]
+    scales = [work_lists.bits_of(args.weight_scales[i]) for i in layers]
+    entries = [(w.data_ptr(), b.data_ptr(), len(b), s) for w, b, s in zip(weights, biases, scales, strict=True)]
     addresses = work_lists.numbers(args.schedules[block], entries, z.device)
 
     hidden, affine_map = len(layers) - 1, args.map(block)
     x, values = torch.empty_like(z), z.new_empty(n, made.units)
     sums, outputs = z.new_empty(made.slots, n, PANEL * hidden), z.new_empty(made.output_slots, n, made.rows)
     types = {
-        "W_TYPE": tl.bfloat16 if weights[0].dtype == torch.bfloat16 else tl.float32,
+        "W_TYPE": common.WEIGHT_TYPES[weights[0].dtype],
         "ALIGNED": not any(weight.data_ptr() % 16 for weight in weights),
     }
     relu = args.activation == "relu"

@@ -26,6 +26,11 @@ def _weight_pointer(layers_ptr, layer, W_TYPE: tl.constexpr, ALIGNED: tl.constex
 
 
 @triton.jit
+def _weight_scale(layers_ptr, layer):
+    return tl.load(layers_ptr + _LAYER * layer + 3).to(tl.int32).to(tl.float32, bitcast=True)
+
+
+@triton.jit
 def _of_panels(numbers_ptr, j, BLOCK_J: tl.constexpr):
     """The numbers of the panels of rows j: selected, as loaded side by side they would go through shared memory."""
     numbers = tl.load(numbers_ptr) + tl.zeros([BLOCK_J], tl.int64)
@@ -51,6 +56,7 @@ def _store_sums(
         values_ptr + tl.load(item + 2), sample, sample < n, stride, _weight_pointer(layers_ptr, layer, W_TYPE, ALIGNED),
         base, width, 0, tl.load(item + 1).to(tl.int32), BLOCK_N, BLOCK_J, BLOCK_K, LANES, PRECISION,
     )  # fmt: skip
+    sums *= _weight_scale(layers_ptr, layer)
     row = tl.load(item + 7) + j
     rows = tl.where(tl.load(item + 4) > 0, 0, tl.load(layers_ptr + _LAYER * layer + 2))
     bias_ptr = tl.load(layers_ptr + _LAYER * layer + 1).to(tl.pointer_type(tl.float32))
@@ -106,13 +112,13 @@ def _chunk(
     w = tl.load(
         w_ptr + base[None, None, :] + (c * 16)[None, :, None],
         mask=(c[None, :, None] < width[None, None, :]) & r_ok[None, None, :],
-        other=0.0,
-    ).to(tl.float32)
+        other=0,
+    )
     w_first = tl.load(
         w_first_ptr + (d.to(tl.int64) * 16)[None, :, None] + lane[None, None, :],
         mask=(d_ok & (d < width_first))[None, :, None],
-        other=0.0,
-    ).to(tl.float32)
+        other=0,
+    )
     slot = tl.arange(0, OUTPUT_SLOTS).to(tl.int64)
     row = slot[None, :, None] * n + sample[:, None, None]
     sums = tl.load(
@@ -164,8 +170,9 @@ def _panel_solve_kernel(
             column = tl.load(layer + 2) + tl.arange(0, 16)
             at = (tl.load(layer) + column)[None, :, None] * 16 + lane[None, None, :]
             ok = (column < tl.load(layer + 1))[None, :, None]
-            w_k = tl.load(_weight_pointer(layers_ptr, k, W_TYPE, ALIGNED) + at, mask=ok, other=0.0)
-            weights = weights + (w_k.to(tl.float32),)
+            w_k = tl.load(_weight_pointer(layers_ptr, k, W_TYPE, ALIGNED) + at, mask=ok, other=0)
+            weights = weights + (common.as_float32(w_k) * _weight_scale(layers_ptr, k),)
+    scale, scale_first = _weight_scale(layers_ptr, LAYERS), _weight_scale(layers_ptr, 0)
     ladj = tl.zeros([BLOCK_N, BLOCK_D], tl.float64)
     chunk = chunks_ptr + first_chunk * STRIDE
     d, ok, z, rows, w, w_first = _chunk(
@@ -178,7 +185,7 @@ def _panel_solve_kernel(
             z_ptr, outputs_ptr, w_ptr, w_first_ptr, width_first, next_chunk, sample, n, features, first_row, slots,
             stride_outputs, BLOCK_D, LAYERS, OUTPUT_SLOTS,
         )  # fmt: skip
-        rows += tl.sum(w * units[LAYERS - 1][:, :, None], 1)
+        rows += tl.sum(common.as_float32(w) * units[LAYERS - 1][:, :, None], 1) * scale
         shift, u = tl.split(tl.reshape(rows, [BLOCK_N, BLOCK_D, 2]))
         a = triton_map.log_scale(u, limit, epsilon, KIND)
         if SHIFT_FIRST:
@@ -187,7 +194,7 @@ def _panel_solve_kernel(
             x, term = (z - shift) * triton_map.exponential(-a), -a
         tl.store(x_ptr + sample[:, None] * features + d[None, :], x, mask=ok)
         ladj += tl.where(ok, term, 0.0).to(tl.float64)
-        added = tl.sum(w_first * tl.where(ok, x, 0.0)[:, :, None], 1)
+        added = tl.sum(common.as_float32(w_first) * tl.where(ok, x, 0.0)[:, :, None], 1) * scale_first
         new_sums, new_units = (), ()
         for k in tl.static_range(LAYERS):
             total = sums[k] + added

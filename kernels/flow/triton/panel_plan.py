@@ -27,8 +27,8 @@ GROUP, GROUP_LAYER = 4, 8
 # each hidden layer that it finishes. Then, of its outputs' panels, where the columns of the group's own units lie, and
 # how many there are.
 CHUNK = 3
-# Of a layer, in a table of addresses: weight, bias, number of rows.
-LAYER = 3
+# Of a layer, in a table of addresses: weight, bias, number of rows, the bits of the weight's factor.
+LAYER = 4
 
 
 class Solve(NamedTuple):

@@ -94,8 +94,8 @@ def shuffled() -> fastmaf.Permutation:
     return fastmaf.Permutation(torch.randperm(D, generator=torch.Generator().manual_seed(4)))
 
 
-def stored_as_bfloat16() -> list[fastmaf.Transform]:
-    rounded = fastmaf.Flow(D, [whitening(), affine(log_scale_bound=2.0)]).to_inference()
+def stored_as(dtype: torch.dtype) -> list[fastmaf.Transform]:
+    rounded = fastmaf.Flow(D, [whitening(), affine(log_scale_bound=2.0)]).to_inference(dtype)
     return [step for step in rounded.transforms if isinstance(step, fastmaf.Transform)]
 
 
@@ -113,7 +113,8 @@ FLOWS: dict[str, Callable[[], list[fastmaf.Transform]]] = {
     "affine, no bound": lambda: [whitening(), affine(hidden=(10,), activation="identity", log_scale_bound=None)],
     "affine, leaky": lambda: [whitening(), affine(strict=False)],
     "MAF": lambda: list(fastmaf.MAF(D, 3, (16,), seed=0).transforms),  # type: ignore[arg-type]
-    "bfloat16 weights": stored_as_bfloat16,
+    "bfloat16 weights": lambda: stored_as(torch.bfloat16),
+    "float8 weights": lambda: stored_as(torch.float8_e4m3fn),
 }
 
 

@@ -63,7 +63,7 @@ def args_of(affine_map: AffineMap, blocks: int = 2) -> FlowArgs:
     result = []
     for seed in range(blocks):
         made = made_of(seed)
-        weights, biases, prefixes, panels, _ = zip(*[layer.args() for layer in made.layers], strict=True)
+        weights, biases, prefixes, panels, *_ = zip(*[layer.args() for layer in made.layers], strict=True)
         result.append(Block(weights, biases, prefixes, panels, made.schedule, "relu", affine_map))
     return flow_args(result, [None, *[torch.arange(D).flip(0)] * blocks])
 

@@ -16,6 +16,7 @@ import fastmaf
 from fastmaf import MADE, AffineAutoregressive, Permutation
 from fastmaf.kernels import flow_inverse
 from fastmaf.kernels.dispatch import implementation
+from fastmaf.kernels.float8 import FLOAT8, decode
 from fastmaf.kernels.triton_common import launch_table
 from fastmaf.runs import Run
 from tests.core.helpers import build, correlated, generator, layers_of, normal, shared_widths, train
@@ -162,23 +163,26 @@ def test_gradients_of_the_inverse(device: str) -> None:
         assert_close("gradients", found, expected)
 
 
-@pytest.mark.parametrize("batch", [1, 3])
-def test_bfloat16_weights(device: str, batch: int) -> None:
+@pytest.mark.parametrize("dtype, batch", [
+    (torch.bfloat16, 1), (torch.bfloat16, 3), (FLOAT8, 1), (FLOAT8, 8), (FLOAT8, 17),
+], ids=str)  # fmt: skip
+def test_weights_of_fewer_bits(device: str, dtype: torch.dtype, batch: int) -> None:
     """The flow of the rounded weights, whatever is done with it."""
     flow = build(D, dtype=F32, hidden_features=(9, 11), levels=4, scale=1.5, order="random").to(device)
-    small, truth = flow.to_inference(), copy.deepcopy(flow).double()
+    small, truth = flow.to_inference(dtype), copy.deepcopy(flow).double()
     with torch.no_grad():
-        for layer in layers_of(truth).values():
-            layer.weight.copy_(layer.weight.bfloat16())
+        for layer, stored in zip(layers_of(truth).values(), layers_of(small).values(), strict=True):
+            layer.weight.copy_(decode(stored.weight, stored.weight_scale, torch.float64))
     x, z = (normal(batch, D, seed=s, dtype=F32).to(device) for s in (0, 1))
     assert error(truth.log_prob(x.double()), copy.deepcopy(flow).double().log_prob(x.double())) > 1e-5, (
         "rounding changes nothing here"
     )
     with torch.no_grad():
         with fastmaf.use_backend("triton"):
-            found = (small.log_prob(x), *small(x), *small.inverse(z))
+            found = (small.log_prob(x), *small(x), *small.inverse(z), small.nll_per_dim(x))
         with fastmaf.use_backend("torch"):
-            expected = (truth.log_prob(x.double()), *truth(x.double()), *truth.inverse(z.double()))
+            wide = x.double()
+            expected = (truth.log_prob(wide), *truth(wide), *truth.inverse(z.double()), truth.nll_per_dim(wide))
     for one, other in zip(found, expected, strict=True):
         assert one.dtype == F32
         assert_close("values", one, other)

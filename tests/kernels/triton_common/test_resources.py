@@ -62,7 +62,7 @@ def check(found: list[dict[str, Any]], arch: int) -> None:
     modes = {one["options"]["WEIGHT"] for one in found if one["kernel"] == "_masked_linear_bwd_kernel"}
     assert modes == {"none", "store", "adam", "norm"}
     inverse = [one["options"] for one in found if one["kernel"] == "_flow_inverse_kernel"]
-    assert {one["W_TYPE"] for one in inverse} == {"fp32", "bf16"}
+    assert {one["W_TYPE"] for one in inverse} == {"fp32", "bf16", "uint8"}
     assert len({one["BLOCK_N"] for one in inverse}) > (arch == 61), "one sample a program, and several"
     for one in found:
         assert one["spills"] == 0, f"spills registers: {one}"
