@@ -110,7 +110,7 @@ fi
 if wanted counters && has ncu counters; then # of the first kernels of four ops
 	begin=$SECONDS rc=0
 	while read -r batch op; do
-		limited "$OUT/counters.log" 25 ncu --clock-control none --profile-from-start off --launch-count 6 \
+		limited "$OUT/counters.log" 25 ncu --clock-control none --profile-from-start off --launch-count 12 \
 			--section SpeedOfLight --section MemoryWorkloadAnalysis --section WarpStateStats --section Occupancy --section LaunchStats \
 			python3 -m fastmaf.bench.dev.one "$op" "$batch" --blocks 1 $SIZE --repeats 1 </dev/null || rc=$?
 	done <<<$'8 log_prob\n64 log_prob\n8 train step\n1 sample'

@@ -15,6 +15,7 @@ from fastmaf.training.cuda_graphs import GraphCache, ReplayedPadding, record
 from fastmaf.training.fused_adam import FusedAdam
 from fastmaf.training.graph_keys import FlowKeys, KeptState, Key, watch_optimizer
 from fastmaf.training.guards import clip_scale
+from fastmaf.validation import not_validating
 
 
 class GraphedStep:
@@ -38,7 +39,8 @@ class GraphedStep:
     def __init__(self, flow: Flow, optimizer: FusedAdam, x: Tensor, max_norm: float | None = None) -> None:
         self._flow, self._optimizer, self._x, self._max_norm = flow, optimizer, x.clone(), max_norm
         self._padding = ReplayedPadding(flow)
-        self._padding.zero_()  # here, so that it is not captured
+        with torch.no_grad(), not_validating():
+            flow.log_prob(x)  # clears padding, which would be captured otherwise
         _zero_padding_of_moments_(flow, optimizer)
         self._updates = CapturedUpdates(optimizer)
         if max_norm is not None:

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple, TypeAlias
+from typing import NamedTuple
 
-import numpy as np
-from numpy.typing import NDArray
+import torch
+from torch import Tensor
 
 from fastmaf.kernels.layout import PANEL
-
-Array: TypeAlias = NDArray[np.int64]
 
 # int64 numbers of an item: layer, columns, place of the first of them among the values below, whether these are x, slot
 # of the sums, place of the first sum, whether it is a sum of a group's hidden layer, first row. Then where each of its
@@ -66,15 +64,15 @@ class Items:
         rows: the most rows of sums that are not of a group's hidden layer.
     """
 
-    def __init__(self, panels: list[Array], values: Array, tiling: Tiling) -> None:
+    def __init__(self, panels: list[Tensor], values: list[int], tiling: Tiling) -> None:
         self.slots, self.output_slots, self.rows = 1, 1, PANEL
         self._panels, self._values, self._tiling = panels, values, tiling
-        self._parts = [np.zeros((0, ITEM + 2 * tiling.panels), np.int64)]
+        self._parts = [torch.zeros((0, ITEM + 2 * tiling.panels), dtype=torch.int64, device="cpu")]
         self._count = 0
 
-    def table(self) -> Array:
+    def table(self) -> Tensor:
         """Returns all items."""
-        return np.concatenate(self._parts)
+        return torch.cat(self._parts)
 
     def launch(self, products: list[Product]) -> tuple[Ahead | None, list[int]]:
         """Adds a launch; returns it, or None if there is nothing to do, and the slots of each product's sums."""
@@ -85,13 +83,13 @@ class Items:
         for one in products:
             most = MOST_SLOTS if one.of_group else MOST_OUTPUT_SLOTS
             segment = max(tiles, -(-one.columns // (columns * most))) * columns
-            starts = np.arange(0, max(one.columns, 1), segment)
+            starts = torch.arange(0, max(one.columns, 1), segment, device="cpu")
             slots.append(len(starts) if one.panels else 0)
             if one.panels:
                 self._add(one, starts, segment)
         return Ahead(first, self._count) if self._count > first else None, slots
 
-    def _add(self, product: Product, starts: Array, segment: int) -> None:
+    def _add(self, product: Product, starts: Tensor, segment: int) -> None:
         count = self._tiling.panels
         step = 1 if product.of_group else count
         if product.of_group:
@@ -100,19 +98,19 @@ class Items:
             self.output_slots = max(self.output_slots, len(starts))
             self.rows = max(self.rows, -(-len(product.panels) // step) * step * PANEL)
         panels, layer = self._panels[product.layer], product.layer
-        firsts = np.arange(product.panels.start, product.panels.stop, step)
-        firsts, starts = (one.ravel() for one in np.meshgrid(firsts, starts, indexing="ij"))
-        table = np.zeros((len(firsts), ITEM + 2 * count), np.int64)
+        blocks = torch.arange(product.panels.start, product.panels.stop, step, device="cpu")
+        firsts, starts = torch.cartesian_prod(blocks, starts).T
+        table = torch.zeros((len(firsts), ITEM + 2 * count), dtype=torch.int64, device="cpu")
         for i in range(step):
-            at = np.minimum(firsts + i, product.panels.stop - 1)
-            stored = np.minimum(panels[at + 1] - panels[at], product.columns) - starts
+            at = (firsts + i).clamp(max=product.panels.stop - 1)
+            stored = (panels[at + 1] - panels[at]).clamp(max=product.columns) - starts
             table[:, ITEM + i] = panels[at] + starts
-            table[:, ITEM + count + i] = np.where(firsts + i < product.panels.stop, stored.clip(0, segment), 0)
-        table[:, 0], table[:, 1] = layer, table[:, ITEM + count :].max(1)
+            table[:, ITEM + count + i] = stored.clamp(0, segment) * (firsts + i < product.panels.stop)
+        table[:, 0], table[:, 1] = layer, table[:, ITEM + count :].amax(1)
         table[:, 2], table[:, 3] = starts + (self._values[layer - 1] if layer else 0), layer == 0
         table[:, 4] = starts // segment
         table[:, 5] = (firsts - product.panels.start) * PANEL + (layer * PANEL if product.of_group else 0)
         table[:, 6], table[:, 7] = product.of_group, firsts * PANEL
         # The hardware starts programs in order: the longest first leave the least waiting at the end.
-        self._parts.append(table[np.argsort(-table[:, 1], kind="stable")])
+        self._parts.append(table[table[:, 1].argsort(descending=True, stable=True)])
         self._count += len(table)

@@ -8,9 +8,9 @@ they stay valid wherever the weights lie.
 
 from __future__ import annotations
 
+from itertools import accumulate, pairwise
 from typing import NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -84,26 +84,27 @@ def plan(schedule: Tensor, panels: list[Tensor], units: list[int], device: torch
 class _Maker:
     def __init__(self, schedule: Tensor, panels: list[Tensor], units: list[int], tiling: Tiling) -> None:
         # How many dimensions, then units of each hidden layer, are finished before each step.
-        self._done = np.vstack([np.zeros_like(schedule[:1].numpy()), schedule.numpy()]).astype(np.int64)
-        self._panels = [one.cpu().numpy() for one in panels]
-        self._values = np.cumsum([0, *units])
-        self._items = Items(self._panels, self._values, tiling)
+        self._schedule = schedule
+        self._done: list[list[int]] = [[0] * schedule.shape[1], *schedule.tolist()]
+        self._panels: list[list[int]] = [one.tolist() for one in panels]
+        self._values = list(accumulate(units, initial=0))
+        self._items = Items(panels, self._values, tiling)
         self._groups: list[list[int]] = []
         self._chunks: list[list[int]] = []
         self._launches: list[Ahead | Solve | Finish] = []
-        most = int((self._done[1:, 0] - self._done[:-1, 0] // 8 * 8).max())
+        most = max(end[0] - begin[0] // 8 * 8 for begin, end in pairwise(self._done))
         self._dims = max(8, min(tiling.dims, 1 << max(0, most - 1).bit_length()))
 
     def plan(self, device: torch.device) -> Plan:
-        for first, end in groups(torch.from_numpy(self._done[1:]), every_layer=True):
+        for first, end in groups(self._schedule, every_layer=True):
             if any(len(self._panels_of(k, first, end)) > 1 for k in self._hidden):
                 self._wide(first)
             else:
                 self._group(first, end)
-        arrays = self._items.table(), np.array(self._groups), np.array(self._chunks)
-        items, group_table, chunks = (torch.from_numpy(array).to(device) for array in arrays)
+        rows = (torch.tensor(table, dtype=torch.int64, device="cpu") for table in (self._groups, self._chunks))
+        items, group_table, chunks = (table.to(device) for table in (self._items.table(), *rows))
         slots, output_slots = (1 << (most - 1).bit_length() for most in (self._items.slots, self._items.output_slots))
-        sizes = (self._dims, slots, output_slots, self._items.rows, int(self._values[-1]))
+        sizes = (self._dims, slots, output_slots, self._items.rows, self._values[-1])
         return Plan(self._launches, items, group_table, chunks, *sizes)
 
     @property
@@ -112,7 +113,7 @@ class _Maker:
 
     def _finished(self, layer: int, step: int) -> int:
         """Returns how many rows of a layer are finished before a step."""
-        return int(self._done[step, 1 + layer] if layer in self._hidden else 2 * self._done[step, 0])
+        return self._done[step][1 + layer] if layer in self._hidden else 2 * self._done[step][0]
 
     def _panels_of(self, layer: int, first: int, end: int) -> range:
         """Returns the panels of a layer that have rows of the steps."""
@@ -126,13 +127,11 @@ class _Maker:
         return slots
 
     def _outputs(self, first: int, end: int) -> Product:
-        return Product(
-            len(self._hidden), self._panels_of(len(self._hidden), first, end), int(self._done[first, -1]), False
-        )
+        return Product(len(self._hidden), self._panels_of(len(self._hidden), first, end), self._done[first][-1], False)
 
     def _group(self, first: int, end: int) -> None:
         panels = [self._panels_of(k, first, end) for k in self._hidden]
-        hidden = [Product(k, panels[k], int(self._done[first, k]), True) for k in self._hidden]
+        hidden = [Product(k, panels[k], self._done[first][k], True) for k in self._hidden]
         outputs = self._outputs(first, end)
         *slots, output_slots = self._ahead([*hidden, outputs])
         unit = [panels[k].start * PANEL for k in self._hidden]
@@ -140,7 +139,7 @@ class _Maker:
         for k in self._hidden:
             place, width = self._panel(k, panels[k].start) if panels[k] else (0, 0)
             own = (self._finished(k, step) - unit[k] for step in (first, end))
-            layers += [place, width, unit[k - 1] if k else 0, int(self._values[k]) + unit[k], slots[k], *own, 0]
+            layers += [place, width, unit[k - 1] if k else 0, self._values[k] + unit[k], slots[k], *own, 0]
         self._solve(first, end, outputs, output_slots, layers, unit)
 
     def _wide(self, step: int) -> None:
@@ -150,11 +149,11 @@ class _Maker:
         for k in self._hidden:
             panels = self._panels_of(k, step, step + 1)
             if panels:
-                [slots] = self._ahead([Product(k, panels, int(self._done[step + 1, k]), False)])
+                [slots] = self._ahead([Product(k, panels, self._done[step + 1][k], False)])
                 # The units of the first panel that were finished before are computed again, to the same values.
                 unit = panels.start * PANEL
                 units = self._finished(k, step + 1) - unit
-                self._launches.append(Finish(units, int(self._values[k]) + unit, slots))
+                self._launches.append(Finish(units, self._values[k] + unit, slots))
 
     def _solve(
         self, first: int, end: int, outputs: Product, slots: int, layers: list[int], unit: list[int] | None
@@ -167,7 +166,7 @@ class _Maker:
 
     def _add_chunks(self, step: int, unit: list[int] | None) -> None:
         """Adds a step's dimensions, some at a time; the last of them finish its units, which count from ``unit``."""
-        begin, end = int(self._done[step, 0]), int(self._done[step + 1, 0])
+        begin, end = self._done[step][0], self._done[step + 1][0]
         starts = range(begin // 8 * 8, max(end, begin // 8 * 8 + 1), self._dims)
         for start in starts:
             units = [0] * (2 * len(self._hidden))
@@ -185,4 +184,4 @@ class _Maker:
     def _panel(self, layer: int, panel: int) -> tuple[int, int]:
         """Returns where a panel lies, in columns, and its width."""
         begin, end = self._panels[layer][panel : panel + 2]
-        return int(begin), int(end - begin)
+        return begin, end - begin
