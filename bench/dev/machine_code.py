@@ -50,6 +50,7 @@ _NAMES: dict[Kind, str] = {
 for _kind, _names in _NAMES.items():
     _KINDS |= dict.fromkeys(_names.split(), _kind)
 
+_Boards: TypeAlias = tuple[int, ...]
 _MEMORY = {"load_global", "store_global", "copy_async", "load_shared", "store_shared", "load_local", "store_local"}
 _LABEL = re.compile(r"^(\.L_\w+|\$?[\w$]+):")
 _INSTRUCTION = re.compile(r"^\s*/\*([0-9a-f]{4,})\*/\s*\{?\s*(@!?U?P\w+\s+)?([A-Z][\w.]*)\s*(.*)")
@@ -68,7 +69,8 @@ class Instruction(NamedTuple):
         size: bytes that a thread moves, of accesses to memory; else 0.
         target: address of the instruction to which it may branch, or None.
         stall: cycles before the warp's next instruction.
-        sets: scoreboards that it sets, until its result is there or its operands are read.
+        sets: scoreboards that it sets until its result is there.
+        holds: scoreboards that it sets until its operands are read.
         waits: scoreboards that it waits for.
         operands: as disassembled.
         lines: ``file.py:line`` of the source, the innermost call first; empty where nothing is known.
@@ -82,6 +84,7 @@ class Instruction(NamedTuple):
     target: int | None
     stall: int
     sets: tuple[int, ...]
+    holds: tuple[int, ...]
     waits: tuple[int, ...]
     operands: str
     lines: tuple[str, ...]
@@ -225,14 +228,11 @@ def _parse(text: str) -> list[Instruction]:
             if opcode.startswith("BSYNC") and not named:
                 named = [joins[place] for place in joins if place in operands]
             targets.append(named[0] if kind == "branch" and named else None)
-            stall, sets, waits = _scheduling(words, address, wide)
+            scheduling = _scheduling(words, address, wide)
             size = size_of(opcode) if kind in _MEMORY else 0
             operands = re.split(r"\s*[;}]", operands)[0].strip()
-            found.append(
-                Instruction(
-                    address, opcode, kind, match[2] is not None, size, None, stall, sets, waits, operands, tuple(lines)
-                )
-            )
+            guarded = match[2] is not None
+            found.append(Instruction(address, opcode, kind, guarded, size, None, *scheduling, operands, tuple(lines)))
         last_was_line = False
     return [
         one._replace(target=labels.get(target)) if target else one
@@ -240,14 +240,14 @@ def _parse(text: str) -> list[Instruction]:
     ]  # fmt: skip
 
 
-def _scheduling(words: list[int], address: int, wide: bool) -> tuple[int, tuple[int, ...], tuple[int, ...]]:
-    """Returns the stall, the scoreboards set and those waited for.
+def _scheduling(words: list[int], address: int, wide: bool) -> tuple[int, _Boards, _Boards, _Boards]:
+    """Returns the stall, the scoreboards set, those held and those waited for.
 
     From Volta on they lie in the upper half of an instruction; before, one word holds those of the three after it.
     """
     fields = words[address // 8 + 1] >> 41 if wide else words[address // 32 * 4] >> 21 * (address % 32 // 8 - 1)
-    sets = {fields >> 5 & 7, fields >> 8 & 7} - {7}
-    return fields & 15, tuple(sorted(sets)), tuple(i for i in range(6) if fields >> 11 + i & 1)
+    sets, holds = ((one,) if one < 7 else () for one in (fields >> 5 & 7, fields >> 8 & 7))
+    return fields & 15, sets, holds, tuple(i for i in range(6) if fields >> 11 + i & 1)
 
 
 def _ends(one: Instruction) -> bool:

@@ -8,6 +8,7 @@ memory.
 from __future__ import annotations
 
 import ctypes
+import itertools
 import math
 import re
 from collections.abc import Callable, Iterator, Sequence
@@ -67,20 +68,22 @@ class ControlFlow:
         head, body = re.split(r"^ *tt\.func ", ttir, maxsplit=1, flags=re.M)
         parameters, _, body = body.partition("\n")
         self._places = dict(re.findall(r"^(#\w+) = loc\((.*)\)$", ttir, re.M))
-        ops, _ = self._parse(iter(body.splitlines()))
+        self._names = itertools.count()
+        scope = self._defined(re.findall(r"(%[\w$.-]+): ", parameters), {})
+        names = list(scope.values())
+        ops = self._renamed(self._parse(iter(body.splitlines()))[0], scope)
         self.regions: list[Region] = []
         self._needed: set[str] = set()
         before = -1
         while before != len(self._needed):
             before = len(self._needed)
             self._slice(ops, [])
-        names = re.findall(r"(%[\w$.-]+): ", parameters)
         lines = [f"{', '.join(map(_python, names))}, = arguments", *self._emit(ops, [])]
         counts = f"counts = [0] * {len(self.regions)}"
         self.source = "\n    ".join(["def run(program, grid, arguments):", counts, *lines, "return counts"])
-        scope: dict[str, Any] = {"np": np} | {f.__name__: f for f in (load, quotient, remainder, where, reduced)}
-        exec(self.source, scope)
-        self._run: Callable[[int, int, Sequence[Any]], list[int]] = scope["run"]
+        made: dict[str, Any] = {"np": np} | {f.__name__: f for f in (load, quotient, remainder, where, reduced)}
+        exec(self.source, made)
+        self._run: Callable[[int, int, Sequence[Any]], list[int]] = made["run"]
 
     def counts(self, arguments: Sequence[Any], grid: int) -> tuple[list[int], np.ndarray]:
         """Returns which programs of a launch were evaluated, and how often each runs each of ``regions``.
@@ -134,6 +137,28 @@ class ControlFlow:
             source = self._lines(place[1]) if place else ()
             ops.append(Op(results, name, f"{first} {text} {end if regions else ''}", regions, source))
         return ops, ""
+
+    def _defined(self, names: Sequence[str], scope: dict[str, str]) -> dict[str, str]:
+        """Adds names to a scope, and returns it: regions beside each other may use one name for several values."""
+        for name in names:
+            scope[name] = f"%v{next(self._names)}"
+        return scope
+
+    def _renamed(self, ops: list[Op], outer: dict[str, str]) -> list[Op]:
+        """Returns the operations with a name of its own for every value."""
+        scope, found = dict(outer), []
+        for op in ops:
+            inner = self._defined(re.findall(r"(%[\w$.-]+) =", op.text), dict(scope))
+            names = {f"{name} =": f"{new} =" for name, new in inner.items()} | scope
+            text = re.sub(f"{_NAME.pattern}(?: =)?", lambda match, names=names: names.get(match[0], match[0]), op.text)
+            self._defined(op.results, scope)
+            results = [scope[name] for name in op.results]
+            if op.name == "arguments":
+                found.append(op._replace(results=results))
+                continue
+            regions = [self._renamed(region, inner) for region in op.regions]
+            found.append(op._replace(results=results, text=text, regions=regions))
+        return found
 
     def _slice(self, ops: list[Op], results: list[str]) -> None:
         """Adds to the values on which control flow depends; ``results`` are those of the operation around."""
@@ -218,7 +243,7 @@ def _carried(op: Op) -> tuple[list[str], list[str], list[str]]:
 
 
 def _python(name: str) -> str:
-    return "v" + re.sub(r"\W", "_", name[1:].replace("#", "_of_"))
+    return name[1:]
 
 
 def _expression(op: Op) -> str:

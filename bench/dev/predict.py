@@ -1,0 +1,163 @@
+"""Predicts what the library takes on a card that need not be here, from machine code: a model, no measurement.
+
+    python -m fastmaf.bench.dev.predict --card h100
+
+Every kernel that the library would launch is compiled, disassembled and priced (``kernel_cost``), with the loops' trip
+counts from the launch's own work lists. A launch takes the gap between kernels and the longest of: its programs' chains,
+in waves over the multiprocessors; each unit of the multiprocessors; its bytes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import heapq
+from collections import OrderedDict, defaultdict
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+import fastmaf
+from fastmaf.bench.dev import kernel_cost, resources
+from fastmaf.bench.dev.cards import CARDS, Card
+from fastmaf.kernels.triton_common.device import Launched
+
+
+class Cost(NamedTuple):
+    """A launch's predicted time.
+
+    Attributes:
+        kernel: its name.
+        seconds: with the gap before it.
+        bounds: seconds that each bound alone would take.
+    """
+
+    kernel: str
+    seconds: float
+    bounds: dict[str, float]
+
+    @property
+    def bound(self) -> str:
+        """What takes longest."""
+        return max(self.bounds, key=self.bounds.__getitem__)
+
+
+def costs(launches: Sequence[Launched], card: Card) -> list[Cost]:
+    """Returns the predicted times of launches that a graph replays again and again."""
+    cache = _Cache(card.cache_size)
+    total = sum({t.data_ptr(): t.nbytes for one in launches for t in _tensors(one)}.values())
+    for launched in launches:  # what the last replay has left
+        cache.misses(_tensors(launched))
+    return [_cost(launched, card, cache, total > card.cache_size) for launched in launches]
+
+
+def _tensors(launched: Launched) -> list[torch.Tensor]:
+    return [value for value in launched.args if isinstance(value, torch.Tensor)]
+
+
+class _Cache:
+    """Which tensors the second-level cache holds: those used last."""
+
+    def __init__(self, size: int) -> None:
+        self.size, self.held = size, OrderedDict[int, int]()
+
+    def misses(self, tensors: Sequence[torch.Tensor]) -> int:
+        """Returns the bytes of tensors that it does not hold, and holds them from now on."""
+        missed = 0
+        for tensor in tensors:
+            if self.held.pop(tensor.data_ptr(), None) is None:
+                missed += tensor.nbytes
+            self.held[tensor.data_ptr()] = tensor.nbytes
+        while sum(self.held.values()) > self.size:
+            self.held.popitem(last=False)
+        return missed
+
+
+_priced: dict[object, tuple[float, float, float, np.ndarray, float, bool]] = {}
+
+
+def _cost(launched: Launched, card: Card, cache: _Cache, beyond: bool) -> Cost:
+    name = launched.kernel.fn.__name__
+    if not launched.grid:
+        return Cost(name, 0.0, {"nothing": 0.0})
+    kernel = kernel_cost.kernel_of(launched, card)
+    counts = kernel_cost.program_counts(kernel, launched)
+    share = launched.grid / len(counts)  # programs that each one evaluated stands for
+    units = np.array([block.units for block in kernel.blocks]) * kernel.warps  # [blocks, units]
+    missed = cache.misses(_tensors(launched))
+    moved = float((counts @ np.array([block.moved for block in kernel.blocks])).sum() * share * kernel.warps)
+    whole = sum(tensor.nbytes for tensor in _tensors(launched))
+    if moved < whole / 2 and beyond:  # some part of its tensors, another one each time
+        missed = moved
+    far = missed > 0.2 * min(moved, whole)
+    chain = np.array([block.far if far else block.near for block in kernel.blocks])
+    alone = counts @ np.maximum(chain, units.max(1))  # cycles of each program without others
+    resident = kernel.resident(card)
+    programs = np.repeat(alone, int(share + 0.999))[: launched.grid]
+    busy = (counts @ units).sum(0) * share / min(card.sms, launched.grid)
+    if launched.grid <= card.sms * resident:  # one wave: some multiprocessors have a program more
+        busy *= -(-launched.grid // card.sms) * min(card.sms, launched.grid) / launched.grid
+    bounds = {"chain": _makespan(programs, card.sms * resident) / card.hertz}
+    bounds |= {unit: cycles / card.hertz for unit, cycles in zip(kernel_cost.UNITS, busy.tolist(), strict=True)}
+    bounds |= {"memory": min(missed, moved) / card.dram, "cache": moved / card.cache, "launch": card.launch_s}
+    longest = max(value for bound, value in bounds.items() if bound != "launch")
+    return Cost(name, card.launch_s + longest, bounds)
+
+
+def _makespan(programs: np.ndarray, slots: int) -> float:
+    """Returns when the last of the programs ends, each of which starts where one has ended."""
+    if len(programs) <= slots:
+        return float(programs.max())
+    if len(programs) > 50_000:
+        return float(programs.sum() / slots + programs.mean())
+    ends = programs[:slots].tolist()
+    heapq.heapify(ends)
+    for cycles in programs[slots:].tolist():
+        heapq.heapreplace(ends, ends[0] + cycles)
+    return max(ends)
+
+
+def train_step(flow: fastmaf.MAF, batch: int) -> None:
+    """Takes a training step whose kernels are recorded: the tensors have no values."""
+    optimizer = fastmaf.optim.FusedAdam(flow.parameters())
+    optimizer.minimize(flow.log_prob(torch.zeros(batch, flow.features)).sum(), check_finite=False)
+
+
+def cases(flow: fastmaf.MAF) -> dict[str, Callable[[], object]]:
+    """Returns what is predicted, by name."""
+    log_prob, found = torch.no_grad()(flow.log_prob), dict[str, Callable[[], object]]()
+    for n in (1, 8, 64, 1024):
+        found[f"log_prob {n}"] = partial(log_prob, torch.zeros(n, flow.features))
+    for n in (8, 64):
+        found[f"train step {n}"] = partial(train_step, flow, n)
+    for n in (1, 5, 64, 1024):
+        found[f"sample {n}"] = partial(flow.sample, n)
+    return found
+
+
+def main() -> None:
+    """Prints the predictions for the published run's model."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--card", choices=CARDS, default="h100")
+    parser.add_argument("--case", help="part of the names of the cases to predict (default: all)")
+    args = parser.parse_args()
+    card = CARDS[args.card]
+    flow = resources.published_flow(blocks=7)
+    for name, use in cases(flow).items():
+        if args.case and args.case not in name:
+            continue
+        priced = costs(resources.recorded(card.arch, use), card)
+        print(f"{name:<16}{sum(one.seconds for one in priced) * 1e3:9.3f} ms {len(priced):6} launches")
+        groups = defaultdict[tuple[str, str], list[Cost]](list)
+        for one in priced:
+            groups[one.kernel, one.bound].append(one)
+        for (kernel, bound), group in sorted(groups.items(), key=lambda item: -sum(one.seconds for one in item[1])):
+            parts = sorted({k: sum(one.bounds[k] for one in group) for k in group[0].bounds}.items(), key=lambda x: -x[1])
+            text = ", ".join(f"{k} {v * 1e3:.3f}" for k, v in parts[:4])
+            print(f"    {kernel:<28}{len(group):5} x {sum(one.seconds for one in group) * 1e3:9.3f} ms  {bound}: {text}")
+
+
+if __name__ == "__main__":
+    main()
