@@ -7,7 +7,6 @@ block, as often as each block runs (``trip_counts``).
 
 from __future__ import annotations
 
-import functools
 from collections import Counter
 from typing import NamedTuple
 
@@ -16,6 +15,7 @@ import torch
 
 from fastmaf.bench.dev import machine_code, resources
 from fastmaf.bench.dev.cards import Card
+from fastmaf.bench.dev.lanes import Lanes, sectors, shared_cycles
 from fastmaf.bench.dev.machine_code import Instruction, MachineCode
 from fastmaf.bench.dev.trip_counts import ControlFlow
 from fastmaf.kernels.triton_common.device import Launched
@@ -34,13 +34,14 @@ class BlockCost(NamedTuple):
     Attributes:
         near, far: cycles of a warp alone, with loads from the second-level cache or from memory.
         units: cycles of each of ``UNITS`` for one warp.
-        moved: bytes that a warp moves to and from the second-level cache.
+        loaded, stored: bytes that a warp moves from and to the second-level cache.
     """
 
     near: float
     far: float
     units: np.ndarray
-    moved: float
+    loaded: float
+    stored: float
 
 
 class Kernel(NamedTuple):
@@ -121,9 +122,7 @@ def _regions(code: MachineCode, flow: ControlFlow) -> list[int]:
             found.append(-2)  # the slow path of a division
             continue
         region = -1 if inner is None else of_loop[inner]
-        votes = Counter(
-            i for one in instructions for i, branch in branches if one.lines and one.lines in branch.inside
-        )
+        votes = Counter(i for one in instructions for i, branch in branches if one.lines and one.lines in branch.inside)
         for i, count in votes.most_common(1):
             if 2 * count > len(instructions):
                 region = i
@@ -133,17 +132,24 @@ def _regions(code: MachineCode, flow: ControlFlow) -> list[int]:
 
 def _costs(code: MachineCode, card: Card) -> list[BlockCost]:
     near, far = (_chains(code, card, latency) for latency in (card.near, card.far))
+    lanes = Lanes(code.instructions)
     found = []
     for number, block in enumerate(code.blocks):
         units = dict.fromkeys(UNITS, 0.0)
-        moved = 0.0
-        for one in code.instructions[block.start : block.end]:
+        moved = {False: 0.0, True: 0.0}
+        for i in range(block.start, block.end):
+            one = code.instructions[i]
             units["issue"] += 1 / _ISSUES
-            unit = _UNIT.get(one.kind, one.kind if one.kind in UNITS else "integer")
-            units[unit] += card.units(one)
-            if one.kind in ("load_global", "store_global", "copy_async"):
-                moved += 32 * one.size
-        found.append(BlockCost(near[number], far[number], np.array([units[unit] for unit in UNITS]), moved))
+            cycles = card.units(one)
+            if one.kind in ("load_shared", "store_shared"):
+                cycles = shared_cycles(one, lanes.addresses(i))
+            elif one.kind in ("load_global", "store_global", "copy_async"):
+                touched = sectors(one, lanes.addresses(i))
+                moved[one.kind == "store_global"] += 32 * touched
+                cycles = max(1.0, touched / 4)
+            units[_UNIT.get(one.kind, one.kind if one.kind in UNITS else "integer")] += cycles
+        busy = np.array([units[unit] for unit in UNITS])
+        found.append(BlockCost(near[number], far[number], busy, moved[False], moved[True]))
     return found
 
 

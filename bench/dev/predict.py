@@ -87,11 +87,12 @@ def _cost(launched: Launched, card: Card, cache: _Cache, beyond: bool) -> Cost:
     share = launched.grid / len(counts)  # programs that each one evaluated stands for
     units = np.array([block.units for block in kernel.blocks]) * kernel.warps  # [blocks, units]
     missed = cache.misses(_tensors(launched))
-    moved = float((counts @ np.array([block.moved for block in kernel.blocks])).sum() * share * kernel.warps)
+    per_warp = counts @ np.array([[block.loaded, block.stored] for block in kernel.blocks])
+    loaded, stored = (per_warp.sum(0) * share * kernel.warps).tolist()
     whole = sum(tensor.nbytes for tensor in _tensors(launched))
-    if moved < whole / 2 and beyond:  # some part of its tensors, another one each time
-        missed = moved
-    far = missed > 0.2 * min(moved, whole)
+    if loaded < whole / 2 and beyond:  # some part of its tensors, another one each time
+        missed = loaded
+    far = missed > 0.2 * min(loaded, whole)
     chain = np.array([block.far if far else block.near for block in kernel.blocks])
     alone = counts @ np.maximum(chain, units.max(1))  # cycles of each program without others
     resident = kernel.resident(card)
@@ -101,9 +102,14 @@ def _cost(launched: Launched, card: Card, cache: _Cache, beyond: bool) -> Cost:
         busy *= -(-launched.grid // card.sms) * min(card.sms, launched.grid) / launched.grid
     bounds = {"chain": _makespan(programs, card.sms * resident) / card.hertz}
     bounds |= {unit: cycles / card.hertz for unit, cycles in zip(kernel_cost.UNITS, busy.tolist(), strict=True)}
-    bounds |= {"memory": min(missed, moved) / card.dram, "cache": moved / card.cache, "launch": card.launch_s}
-    longest = max(value for bound, value in bounds.items() if bound != "launch")
-    return Cost(name, card.launch_s + longest, bounds)
+    from_memory = min(missed, loaded) + far * stored
+    bounds |= {"memory": from_memory / card.dram, "cache": max(0.0, loaded + stored - from_memory) / card.cache}
+    units_longest = max(value for bound, value in bounds.items() if bound not in ("chain", "memory"))
+    once = np.array(kernel.regions) == -1
+    ends = float(chain[once].sum()) / card.hertz  # before and after loops, where little else runs
+    # Latencies are those of idle memory: while it is busy, loads wait for each other besides.
+    working = max(bounds["chain"], ends + units_longest) + bounds["memory"]
+    return Cost(name, card.launch_s + working, bounds | {"launch": card.launch_s})
 
 
 def _makespan(programs: np.ndarray, slots: int) -> float:
@@ -154,9 +160,13 @@ def main() -> None:
         for one in priced:
             groups[one.kernel, one.bound].append(one)
         for (kernel, bound), group in sorted(groups.items(), key=lambda item: -sum(one.seconds for one in item[1])):
-            parts = sorted({k: sum(one.bounds[k] for one in group) for k in group[0].bounds}.items(), key=lambda x: -x[1])
+            parts = sorted(
+                {k: sum(one.bounds[k] for one in group) for k in group[0].bounds}.items(), key=lambda x: -x[1]
+            )
             text = ", ".join(f"{k} {v * 1e3:.3f}" for k, v in parts[:4])
-            print(f"    {kernel:<28}{len(group):5} x {sum(one.seconds for one in group) * 1e3:9.3f} ms  {bound}: {text}")
+            print(
+                f"    {kernel:<28}{len(group):5} x {sum(one.seconds for one in group) * 1e3:9.3f} ms  {bound}: {text}"
+            )
 
 
 if __name__ == "__main__":
