@@ -54,12 +54,11 @@ class Card(NamedTuple):
         return self.cycles.get(one.kind, 0.25)
 
 
-# H100 SXM5. Measured on the card (bench/results/gpu-h100.csv): copy, float32 products (51.1 TFLOP/s are 128
-# multiply-adds a cycle at 1.51 GHz), time of a kernel in a graph. Latencies: Luo et al., Benchmarking and Dissecting the
-# Nvidia Hopper GPU Architecture via Microbenchmarking, 2024 (shared 29, second level 263, memory 479 cycles). Units per
-# multiprocessor: CUDA C++ Programming Guide, throughput of native arithmetic instructions. Clock: of the data sheet's
-# 67 TFLOP/s. Second level: 5.5 TB/s, as public microbenchmarks read it. Tensor units: mma.sync reaches some 60 % of the data
-# sheet's dense rate.
+# H100 SXM5. Measured on the card (bench/results/gpu-h100.csv): copy, time of a kernel in a graph. Latencies: Luo et
+# al., Benchmarking and Dissecting the Nvidia Hopper GPU Architecture via Microbenchmarking, 2024 (shared 29, second
+# level 263, memory 479 cycles). Units of a multiprocessor: CUDA C++ Programming Guide, throughput of arithmetic
+# instructions. Assumed: a clock of 1.75 GHz under load; 5.5 TB/s from the second level, as public microbenchmarks read
+# it; mma.sync at some 60 % of the data sheet's dense rate; latencies of units that the paper leaves out.
 H100 = Card(
     name="H100",
     arch=90,
@@ -88,9 +87,9 @@ H100 = Card(
 # The same chip with faster memory: 4.8 TB/s on the data sheet, of which an H100 reaches 89 % in a copy.
 H200 = H100._replace(name="H200", dram=4.27e12)
 # GTX 1050 Ti. Data sheet: 112 GB/s, of which copies reach some 85 %; 1.39 GHz. Latencies and the second level's rate:
-# Jia et al., Dissecting the NVIDIA Volta GPU Architecture via Microbenchmarking, 2018, for the P4, whose multiprocessors
-# are the same (shared 24, second level 216 cycles; 979 GB/s of 20 multiprocessors with twice the memory channels). A
-# kernel in a graph takes 4 microseconds on such cards (estimated).
+# Jia et al., Dissecting the NVIDIA Volta GPU Architecture via Microbenchmarking, 2018, for the P4, whose SMs
+# are the same (shared 24, second level 216 cycles; 979 GB/s with twice the memory channels). Assumed: 450 cycles to
+# memory, and 4 microseconds from one kernel of a graph to the next.
 GTX_1050_TI = Card(
     name="GTX 1050 Ti",
     arch=61,

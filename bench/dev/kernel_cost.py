@@ -132,7 +132,7 @@ def _regions(code: MachineCode, flow: ControlFlow) -> list[int]:
 
 def _costs(code: MachineCode, card: Card) -> list[BlockCost]:
     near, far = (_chains(code, card, latency) for latency in (card.near, card.far))
-    lanes = Lanes(code.instructions)
+    lanes = Lanes(code)
     found = []
     for number, block in enumerate(code.blocks):
         units = dict.fromkeys(UNITS, 0.0)

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import TypeAlias
 
 import numpy as np
 
-from fastmaf.bench.dev.machine_code import Instruction
+from fastmaf.bench.dev.machine_code import Instruction, MachineCode
 
 _LANES = np.arange(32, dtype=np.int64)
 _WORD = 0xFFFFFFFF
@@ -25,13 +25,17 @@ class Lanes:
     """The numbers of a warp's threads.
 
     Args:
-        instructions: of the kernel.
+        code: of the kernel.
     """
 
-    def __init__(self, instructions: Sequence[Instruction]) -> None:
-        self._instructions = instructions
+    def __init__(self, code: MachineCode) -> None:
+        self._instructions, self._blocks = code.instructions, code.blocks
+        self._before: list[list[int]] = [[] for _ in code.blocks]
+        for number, block in enumerate(code.blocks):
+            for after in block.next:
+                self._before[after].append(number)
         self._definitions: dict[str, list[int]] = defaultdict(list)
-        for number, one in enumerate(instructions):
+        for number, one in enumerate(self._instructions):
             if one.operands and not one.kind.startswith("store") and not one.guarded:
                 for name in _results(one):
                     self._definitions[name].append(number)
@@ -65,10 +69,26 @@ class Lanes:
             value = -value
         return None if value is None else ~value & _WORD if inverted else value
 
+    def _place(self, name: str, at: int) -> int | None:
+        """Returns the instruction that last wrote a register before another one."""
+        inside = next((i for i, block in enumerate(self._blocks) if block.start <= at < block.end), None)
+        waiting, seen = [] if inside is None else [inside], set[int]()
+        end = at
+        while waiting:
+            number = waiting.pop()
+            block = self._blocks[number]
+            places = [place for place in self._definitions.get(name, []) if block.start <= place < min(end, block.end)]
+            if places:
+                return places[-1]
+            end = len(self._instructions)
+            seen.add(number)
+            # The nearest block before this one first; those of loops, which come later, last.
+            waiting += sorted((i for i in self._before[number] if i not in seen), key=lambda i: (i < number, i))
+        return None
+
     def _register(self, name: str, at: int) -> Value:
-        places = self._definitions.get(name, [])
-        place = max((one for one in places if one < at), default=max(places, default=-1))
-        if place < 0:
+        place = self._place(name, at)
+        if place is None:
             return np.zeros(32, np.int64)
         if (name, place) not in self._known:
             self._known[name, place] = np.zeros(32, np.int64)  # of a loop's variable: where the loop starts
@@ -122,6 +142,8 @@ def _evaluate(opcode: str, parts: list[str], values: list[Value]) -> Value:
         return v[0] * v[1] + v[2] & _WORD
     if name in ("LEA", "ISCADD") and "HI" not in words and len(v) >= 3:
         return (v[0] << v[2]) + v[1] & _WORD
+    if opcode == "LEA.HI" and len(v) == 4:
+        return ((v[2] << 32 | v[0] & _WORD) << v[3] >> 32) + v[1] & _WORD
     if name in ("SHL", "SHF") and (name == "SHL" or "L" in words) and "HI" not in words:
         return v[0] << v[1] & _WORD
     if name == "SHR":

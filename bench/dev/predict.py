@@ -2,9 +2,10 @@
 
     python -m fastmaf.bench.dev.predict --card h100
 
-Every kernel that the library would launch is compiled, disassembled and priced (``kernel_cost``), with the loops' trip
-counts from the launch's own work lists. A launch takes the gap between kernels and the longest of: its programs' chains,
-in waves over the multiprocessors; each unit of the multiprocessors; its bytes.
+Every kernel that the library would launch is compiled, disassembled and priced (``kernel_cost``), with the trip counts
+of its loops from the launch's own work lists. A launch takes the gap between kernels, the time of its bytes in memory,
+and the longer of two: the chains of its programs, in waves over the multiprocessors; the busiest unit, with what stands
+before and after loops. torch's own kernels are left out.
 """
 
 from __future__ import annotations

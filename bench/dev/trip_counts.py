@@ -8,7 +8,6 @@ memory.
 from __future__ import annotations
 
 import ctypes
-import itertools
 import math
 import re
 from collections.abc import Callable, Iterator, Sequence
@@ -16,12 +15,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from fastmaf.bench.dev import ttir
+from fastmaf.bench.dev.ttir import Op
+
 # Loop iterations and branches that are evaluated of one launch, at most, after its first program: a second or two.
 MOST = 300_000
 
-_RESULTS = re.compile(r"^(%\S+(?:, %\S+)*) = (.*)$")
-_PLACE = re.compile(r" loc\((#\w+|unknown|callsite\(.*\))\)$")
-_NAME = re.compile(r"%[\w$.-]+(?:#\d+)?")
 _TYPES = {"i1": ctypes.c_bool, "i8": ctypes.c_int8, "i16": ctypes.c_int16, "i32": ctypes.c_int32, "i64": ctypes.c_int64}
 _TYPES |= {"f32": ctypes.c_float, "f64": ctypes.c_double, "ptr": ctypes.c_int64}
 _OPERATORS = {"addi": "+", "subi": "-", "muli": "*", "andi": "&", "ori": "|", "xori": "^", "shli": "<<", "shrsi": ">>"}
@@ -29,20 +28,6 @@ _CALLS = {"divsi": "quotient", "remsi": "remainder", "minsi": "np.minimum", "max
 _COMPARE = {"eq": "==", "ne": "!=", "slt": "<", "sle": "<=", "sgt": ">", "sge": ">="}
 _COMPARE |= {"ult": "<", "ule": "<=", "ugt": ">", "uge": ">="}
 _SAME = ("extsi", "extui", "trunci", "index_cast", "splat", "broadcast", "int_to_ptr", "ptr_to_int", "bitcast")
-
-
-class Op(NamedTuple):
-    """An operation: its results, name, text behind the name, regions, and lines of the source, innermost call first."""
-
-    results: list[str]
-    name: str
-    text: str
-    regions: list[list[Op]]
-    lines: tuple[str, ...]
-
-    def uses(self) -> list[str]:
-        """Returns the values in its text."""
-        return _NAME.findall(self.text)
 
 
 class Region(NamedTuple):
@@ -57,21 +42,15 @@ class ControlFlow:
     """A kernel's loops and branches.
 
     Args:
-        ttir: Triton's intermediate code.
+        code: Triton's intermediate code.
 
     Attributes:
         regions: bodies of loops and sides of branches, in the order of the code.
         source: the Python function that counts them.
     """
 
-    def __init__(self, ttir: str) -> None:
-        head, body = re.split(r"^ *tt\.func ", ttir, maxsplit=1, flags=re.M)
-        parameters, _, body = body.partition("\n")
-        self._places = dict(re.findall(r"^(#\w+) = loc\((.*)\)$", ttir, re.M))
-        self._names = itertools.count()
-        scope = self._defined(re.findall(r"(%[\w$.-]+): ", parameters), {})
-        names = list(scope.values())
-        ops = self._renamed(self._parse(iter(body.splitlines()))[0], scope)
+    def __init__(self, code: str) -> None:
+        names, ops = ttir.parse(code)
         self.regions: list[Region] = []
         self._needed: set[str] = set()
         before = -1
@@ -102,64 +81,6 @@ class ControlFlow:
         programs = sorted(found)
         return programs, np.array([found[program] for program in programs]).reshape(len(programs), -1)
 
-    def _lines(self, place: str) -> tuple[str, ...]:
-        place = self._places.get(place, place)
-        if place.startswith("callsite("):
-            inner, _, outer = place[len("callsite(") : -1].rpartition(" at ")
-            return self._lines(inner) + self._lines(outer)
-        if match := re.fullmatch(r'"[^"]*"\((.*)\)', place):
-            return self._lines(match[1])
-        match = re.match(r'"([^"]*)":(\d+):', place)
-        return (f"{match[1].rpartition('/')[2]}:{match[2]}",) if match else ()
-
-    def _parse(self, lines: Iterator[str]) -> tuple[list[Op], str]:
-        """Returns the operations up to the end of a region, and the line that ends it."""
-        ops: list[Op] = []
-        for line in map(str.strip, lines):
-            if line.startswith("}"):
-                return ops, line
-            if line.startswith("^"):
-                ops.append(Op(re.findall(r"(%[\w$.-]+):", line), "arguments", "", [], ()))
-                continue
-            match = _RESULTS.match(text := _PLACE.sub("", line))
-            results = match[1].split(", ") if match else []
-            if results and ":" in results[0]:
-                name, _, count = results[0].partition(":")
-                results = [f"{name}#{i}" for i in range(int(count))]
-            name, _, text = (match[2] if match else text).replace('"', "", 2).partition(" ")
-            name, _, first = name.partition("(")
-            regions: list[list[Op]] = []
-            end = line
-            while end.endswith("{"):
-                inner, end = self._parse(lines)
-                regions.append(inner)
-            place = _PLACE.search(end)
-            source = self._lines(place[1]) if place else ()
-            ops.append(Op(results, name, f"{first} {text} {end if regions else ''}", regions, source))
-        return ops, ""
-
-    def _defined(self, names: Sequence[str], scope: dict[str, str]) -> dict[str, str]:
-        """Adds names to a scope, and returns it: regions beside each other may use one name for several values."""
-        for name in names:
-            scope[name] = f"%v{next(self._names)}"
-        return scope
-
-    def _renamed(self, ops: list[Op], outer: dict[str, str]) -> list[Op]:
-        """Returns the operations with a name of its own for every value."""
-        scope, found = dict(outer), []
-        for op in ops:
-            inner = self._defined(re.findall(r"(%[\w$.-]+) =", op.text), dict(scope))
-            names = {f"{name} =": f"{new} =" for name, new in inner.items()} | scope
-            text = re.sub(f"{_NAME.pattern}(?: =)?", lambda match, names=names: names.get(match[0], match[0]), op.text)
-            self._defined(op.results, scope)
-            results = [scope[name] for name in op.results]
-            if op.name == "arguments":
-                found.append(op._replace(results=results))
-                continue
-            regions = [self._renamed(region, inner) for region in op.regions]
-            found.append(op._replace(results=results, text=text, regions=regions))
-        return found
-
     def _slice(self, ops: list[Op], results: list[str]) -> None:
         """Adds to the values on which control flow depends; ``results`` are those of the operation around."""
         need = self._needed.update
@@ -170,9 +91,8 @@ class ControlFlow:
                 for names in zip(op.results, inner, start, strict=False):
                     if op.name == "scf.while" or self._needed & set(names[:2]):
                         need(names)
-                results_of = inner if op.name == "scf.for" else inner
                 for region in op.regions:
-                    self._slice(region, results_of)
+                    self._slice(region, inner)
             elif op.name == "scf.if":
                 need(op.uses()[:1])
                 for region in op.regions:

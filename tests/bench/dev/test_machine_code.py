@@ -99,9 +99,9 @@ def test_loops_nest_and_unreached_code_is_left_out() -> None:
     ],
 )
 def test_accesses_to_memory(opcode: str, kind: str, size: int) -> None:
-    from fastmaf.bench.dev import machine_code
+    from fastmaf.bench.dev import disassembly
 
-    assert (machine_code.kind_of(opcode), machine_code.size_of(opcode)) == (kind, size)
+    assert (disassembly.kind_of(opcode), disassembly.size_of(opcode)) == (kind, size)
 
 
 _REPORT = """

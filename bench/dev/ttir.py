@@ -1,0 +1,100 @@
+"""Triton's intermediate code (``asm["ttir"]``) as operations with nested regions."""
+
+from __future__ import annotations
+
+import itertools
+import re
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+NAME = re.compile(r"%[\w$.-]+(?:#\d+)?")
+_RESULTS = re.compile(r"^(%\S+(?:, %\S+)*) = (.*)$")
+_PLACE = re.compile(r" loc\((#\w+|unknown|callsite\(.*\))\)$")
+
+
+class Op(NamedTuple):
+    """An operation: its results, name, text behind the name, regions, and lines of the source, innermost call first."""
+
+    results: list[str]
+    name: str
+    text: str
+    regions: list[list[Op]]
+    lines: tuple[str, ...]
+
+    def uses(self) -> list[str]:
+        """Returns the values in its text."""
+        return NAME.findall(self.text)
+
+
+def parse(ttir: str) -> tuple[list[str], list[Op]]:
+    """Returns a kernel's parameters and operations; every value has a name of its own."""
+    parameters, _, body = re.split(r"^ *tt\.func ", ttir, maxsplit=1, flags=re.M)[1].partition("\n")
+    parser = _Parser(dict(re.findall(r"^(#\w+) = loc\((.*)\)$", ttir, re.M)))
+    scope = parser.defined(re.findall(r"(%[\w$.-]+): ", parameters), {})
+    names = list(scope.values())
+    return names, parser.renamed(parser.parse(iter(body.splitlines()))[0], scope)
+
+
+class _Parser:
+    """Reads operations; ``places`` are locations in the source by name."""
+
+    def __init__(self, places: dict[str, str]) -> None:
+        self._places, self._names = places, itertools.count()
+
+    def _lines(self, place: str) -> tuple[str, ...]:
+        place = self._places.get(place, place)
+        if place.startswith("callsite("):
+            inner, _, outer = place[len("callsite(") : -1].rpartition(" at ")
+            return self._lines(inner) + self._lines(outer)
+        if match := re.fullmatch(r'"[^"]*"\((.*)\)', place):
+            return self._lines(match[1])
+        match = re.match(r'"([^"]*)":(\d+):', place)
+        return (f"{match[1].rpartition('/')[2]}:{match[2]}",) if match else ()
+
+    def parse(self, lines: Iterator[str]) -> tuple[list[Op], str]:
+        """Returns the operations up to the end of a region, and the line that ends it."""
+        ops: list[Op] = []
+        for line in map(str.strip, lines):
+            if line.startswith("}"):
+                return ops, line
+            if line.startswith("^"):
+                ops.append(Op(re.findall(r"(%[\w$.-]+):", line), "arguments", "", [], ()))
+                continue
+            match = _RESULTS.match(text := _PLACE.sub("", line))
+            results = match[1].split(", ") if match else []
+            if results and ":" in results[0]:
+                name, _, count = results[0].partition(":")
+                results = [f"{name}#{i}" for i in range(int(count))]
+            name, _, text = (match[2] if match else text).replace('"', "", 2).partition(" ")
+            name, _, first = name.partition("(")
+            regions: list[list[Op]] = []
+            end = line
+            while end.endswith("{"):
+                inner, end = self.parse(lines)
+                regions.append(inner)
+            place = _PLACE.search(end)
+            source = self._lines(place[1]) if place else ()
+            ops.append(Op(results, name, f"{first} {text} {end if regions else ''}", regions, source))
+        return ops, ""
+
+    def defined(self, names: Sequence[str], scope: dict[str, str]) -> dict[str, str]:
+        """Adds names to a scope, and returns it: regions beside each other may use one name for several values."""
+        for name in names:
+            scope[name] = f"%v{next(self._names)}"
+        return scope
+
+    def renamed(self, ops: list[Op], outer: dict[str, str]) -> list[Op]:
+        """Returns the operations with a name of its own for every value."""
+        scope, found = dict(outer), []
+        for op in ops:
+            inner = self.defined(re.findall(r"(%[\w$.-]+) =", op.text), dict(scope))
+            names = {f"{name} =": f"{new} =" for name, new in inner.items()} | scope
+            text = re.sub(f"{NAME.pattern}(?: =)?", lambda match, names=names: names.get(match[0], match[0]), op.text)
+            self.defined(op.results, scope)
+            results = [scope[name] for name in op.results]
+            if op.name == "arguments":
+                found.append(op._replace(results=results))
+                continue
+            regions = [self.renamed(region, inner) for region in op.regions]
+            found.append(op._replace(results=results, text=text, regions=regions))
+        return found
