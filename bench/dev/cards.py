@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from fastmaf.bench.dev.machine_code import Instruction, Kind
+from fastmaf.bench.dev.disassembly import Instruction, Kind
 
 
 class Card(NamedTuple):

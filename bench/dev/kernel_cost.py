@@ -15,8 +15,9 @@ import torch
 
 from fastmaf.bench.dev import machine_code, resources
 from fastmaf.bench.dev.cards import Card
+from fastmaf.bench.dev.disassembly import Instruction
 from fastmaf.bench.dev.lanes import Lanes, sectors, shared_cycles
-from fastmaf.bench.dev.machine_code import Instruction, MachineCode
+from fastmaf.bench.dev.machine_code import MachineCode
 from fastmaf.bench.dev.trip_counts import ControlFlow
 from fastmaf.kernels.triton_common.device import Launched
 
@@ -69,19 +70,15 @@ class Kernel(NamedTuple):
         return max(1, min(65_536 // registers, card.warps // self.warps, 32, card.shared // (self.shared + 1024)))
 
 
-def kernel_of(launched: Launched, card: Card) -> Kernel:
-    """Returns the kernel of a launch, compiled for a card; kept for the next launch like it."""
-    source = resources.source_of(launched)
-    return _kernel(repr(source), card.name, lambda: _compiled(source, card))
-
-
 _kernels: dict[tuple[str, str], Kernel] = {}
 
 
-def _kernel(source: str, card: str, make: object) -> Kernel:
-    if (source, card) not in _kernels:
-        _kernels[source, card] = make()  # type: ignore[operator]
-    return _kernels[source, card]
+def kernel_of(launched: Launched, card: Card) -> Kernel:
+    """Returns the kernel of a launch, compiled for a card; kept for the next launch like it."""
+    source = resources.source_of(launched)
+    if (key := (repr(source), card.name)) not in _kernels:
+        _kernels[key] = _compiled(source, card)
+    return _kernels[key]
 
 
 def _compiled(source: resources.Source, card: Card) -> Kernel:

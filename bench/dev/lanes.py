@@ -13,7 +13,8 @@ from typing import TypeAlias
 
 import numpy as np
 
-from fastmaf.bench.dev.machine_code import Instruction, MachineCode
+from fastmaf.bench.dev.disassembly import Instruction
+from fastmaf.bench.dev.machine_code import MachineCode
 
 _LANES = np.arange(32, dtype=np.int64)
 _WORD = 0xFFFFFFFF

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import NamedTuple
 
 from fastmaf.bench.dev.disassembly import Instruction, Kind, parse, run_tool
@@ -44,7 +45,8 @@ class Loop(NamedTuple):
     lines: tuple[str, ...]
 
 
-class MachineCode(NamedTuple):
+@dataclass(frozen=True)
+class MachineCode:
     """A kernel's code.
 
     Attributes:

@@ -19,11 +19,16 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+import triton
 
 import fastmaf
 from fastmaf.bench.dev import kernel_cost, resources
 from fastmaf.bench.dev.cards import CARDS, Card
 from fastmaf.kernels.triton_common.device import Launched
+
+# Measured times over predictions, of the 15 cases of commit 8b7f586 in bench/results/gpu-h100.csv: from the least, of
+# log_prob at 1,024, to the most, of training steps of 8. Half of them lie within 7 %. No other card has been compared.
+MEASURED = (0.84, 1.43)
 
 
 class Cost(NamedTuple):
@@ -74,9 +79,6 @@ class _Cache:
         while sum(self.held.values()) > self.size:
             self.held.popitem(last=False)
         return missed
-
-
-_priced: dict[object, tuple[float, float, float, np.ndarray, float, bool]] = {}
 
 
 def _cost(launched: Launched, card: Card, cache: _Cache, beyond: bool) -> Cost:
@@ -152,6 +154,11 @@ def main() -> None:
     args = parser.parse_args()
     card = CARDS[args.card]
     flow = resources.published_flow(blocks=7)
+    print(
+        f"A MODEL of the {card.name}, Triton {triton.__version__}, not a measurement. On an H100, an earlier version ",
+        end="",
+    )
+    print(f"took {MEASURED[0]} to {MEASURED[1]} times what the model says.\n")
     for name, use in cases(flow).items():
         if args.case and args.case not in name:
             continue

@@ -21,7 +21,13 @@ from fastmaf.bench.dev.ttir import Op
 # Loop iterations and branches that are evaluated of one launch, at most, after its first program: a second or two.
 MOST = 300_000
 
-_TYPES = {"i1": ctypes.c_bool, "i8": ctypes.c_int8, "i16": ctypes.c_int16, "i32": ctypes.c_int32, "i64": ctypes.c_int64}
+_TYPES: dict[str, Any] = {
+    "i1": ctypes.c_bool,
+    "i8": ctypes.c_int8,
+    "i16": ctypes.c_int16,
+    "i32": ctypes.c_int32,
+    "i64": ctypes.c_int64,
+}
 _TYPES |= {"f32": ctypes.c_float, "f64": ctypes.c_double, "ptr": ctypes.c_int64}
 _OPERATORS = {"addi": "+", "subi": "-", "muli": "*", "andi": "&", "ori": "|", "xori": "^", "shli": "<<", "shrsi": ">>"}
 _CALLS = {"divsi": "quotient", "remsi": "remainder", "minsi": "np.minimum", "maxsi": "np.maximum", "select": "where"}
@@ -255,5 +261,5 @@ def where(condition: Any, a: Any, b: Any) -> Any:
 
 def reduced(name: str, values: np.ndarray, axis: int) -> Any:
     """Returns the reduction of an array over an axis."""
-    found = {"addi": np.sum, "maxsi": np.max, "minsi": np.min}[name](values, axis)
-    return found if found.ndim else int(found)
+    found = {"addi": np.add, "maxsi": np.maximum, "minsi": np.minimum}[name].reduce(values, axis)
+    return found if np.ndim(found) else int(found)

@@ -89,7 +89,7 @@ class _Parser:
         for op in ops:
             inner = self.defined(re.findall(r"(%[\w$.-]+) =", op.text), dict(scope))
             names = {f"{name} =": f"{new} =" for name, new in inner.items()} | scope
-            text = re.sub(f"{NAME.pattern}(?: =)?", lambda match, names=names: names.get(match[0], match[0]), op.text)
+            text = _replaced(op.text, names)
             self.defined(op.results, scope)
             results = [scope[name] for name in op.results]
             if op.name == "arguments":
@@ -98,3 +98,8 @@ class _Parser:
             regions = [self.renamed(region, inner) for region in op.regions]
             found.append(op._replace(results=results, text=text, regions=regions))
         return found
+
+
+def _replaced(text: str, names: dict[str, str]) -> str:
+    """Returns a text with values replaced; those that it defines stand before an equals sign."""
+    return re.sub(f"{NAME.pattern}(?: =)?", lambda match: names.get(match[0], match[0]), text)
