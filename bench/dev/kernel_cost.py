@@ -34,12 +34,14 @@ class BlockCost(NamedTuple):
 
     Attributes:
         near, far: cycles of a warp alone, with loads from the second-level cache or from memory.
+        lines: of ``near``, the cycles that pass before each line's instructions, by the source's lines.
         units: cycles of each of ``UNITS`` for one warp.
         loaded, stored: bytes that a warp moves from and to the second-level cache.
     """
 
     near: float
     far: float
+    lines: Counter[str]
     units: np.ndarray
     loaded: float
     stored: float
@@ -146,13 +148,15 @@ def _costs(code: MachineCode, card: Card) -> list[BlockCost]:
                 cycles = max(1.0, touched / 4)
             units[_UNIT.get(one.kind, one.kind if one.kind in UNITS else "integer")] += cycles
         busy = np.array([units[unit] for unit in UNITS])
-        found.append(BlockCost(near[number], far[number], busy, moved[False], moved[True]))
+        found.append(
+            BlockCost(near[number].total(), far[number].total(), near[number], busy, moved[False], moved[True])
+        )
     return found
 
 
-def _chains(code: MachineCode, card: Card, load: int) -> list[float]:
-    """Returns the cycles of each block for a warp alone; of a loop's blocks those of its second iteration."""
-    cycles = [0.0] * len(code.blocks)
+def _chains(code: MachineCode, card: Card, load: int) -> list[Counter[str]]:
+    """Returns the cycles of each block for a warp alone, by lines; of a loop's blocks those of its second iteration."""
+    cycles = [Counter[str]() for _ in code.blocks]
     inner = code.innermost()
     clock = _Clock(card, load)
 
@@ -185,10 +189,11 @@ class _Clock:
         self.ready: list[list[float]] = [[] for _ in range(6)]
         self.copies = 0.0  # when the last asynchronous copy arrives
 
-    def run(self, instructions: list[Instruction]) -> float:
-        """Returns how long a block takes."""
-        start = self.now
+    def run(self, instructions: list[Instruction]) -> Counter[str]:
+        """Returns how long a block takes, by lines."""
+        passed = Counter[str]()
         for one in instructions:
+            before = self.now
             for board in one.waits:
                 self.now = max([self.now, *self.ready[board]])
                 self.ready[board] = []
@@ -200,7 +205,8 @@ class _Clock:
             for board in one.holds:
                 self.ready[board].append(self.now + 12)
             self.now = done if one.kind == "barrier" else self.now + one.stall
-        return self.now - start
+            passed[" < ".join(one.lines)] += self.now - before  # type: ignore[assignment]
+        return passed
 
     def _wait_for_some(self, operands: str) -> None:
         """Waits until no more than the last few results of a scoreboard are on their way."""

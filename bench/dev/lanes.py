@@ -105,7 +105,7 @@ class Lanes:
             return np.zeros(32, np.int64)
         predicates = [part for part in parts[1:] if re.fullmatch(r"!?U?P[T0-9]", part)]
         values = [self._value(part, number) for part in parts[1:] if part not in predicates]
-        if parts[0] != name:  # the upper half of a pair
+        if parts[0].removesuffix(".CC") != name:  # the upper half of a pair
             return None if any(_varies(value) for value in values) else np.zeros(32, np.int64)
         found = _evaluate(one.opcode, parts, values)
         if found is not None:
@@ -114,7 +114,7 @@ class Lanes:
 
 
 def _results(one: Instruction) -> list[str]:
-    name = one.operands.split(",")[0].strip()
+    name = one.operands.split(",")[0].strip().removesuffix(".CC")
     if not re.fullmatch(r"R\d+", name):
         return []
     count = max(1, one.size // 4) if one.size else 2 if ".WIDE" in one.opcode or one.opcode == "CS2R" else 1

@@ -13,7 +13,7 @@ from __future__ import annotations
 import argparse
 import heapq
 from collections import OrderedDict, defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import NamedTuple
 
@@ -146,35 +146,60 @@ def cases(flow: fastmaf.MAF) -> dict[str, Callable[[], object]]:
     return found
 
 
+def chain_by_line(launches: Sequence[Launched], card: Card) -> dict[tuple[str, str], tuple[float, float]]:
+    """Returns where the chains of programs go: by kernel and line, how often it runs and its milliseconds.
+
+    Of all launches together; a program is the mean of its launch.
+    """
+    found = defaultdict[tuple[str, str], tuple[float, float]](lambda: (0.0, 0.0))
+    for launched in launches:
+        kernel = kernel_cost.kernel_of(launched, card)
+        counts = kernel_cost.program_counts(kernel, launched).mean(0)
+        seen = set[tuple[str, int]]()
+        for block, region, count in zip(kernel.blocks, kernel.regions, counts.tolist(), strict=True):
+            slower = max(1.0, block.units.max() * kernel.warps / max(1.0, block.near))
+            for line, cycles in block.lines.items():
+                key = launched.kernel.fn.__name__, line
+                runs, time = found[key]
+                runs += 0 if (line, region) in seen else count
+                found[key] = runs, time + count * cycles * slower / card.hertz * 1e3
+                seen.add((line, region))
+    return dict(found)
+
+
+def report(name: str, launches: Sequence[Launched], card: Card, with_lines: bool) -> Iterator[str]:
+    """Yields the lines that are printed for a case."""
+    priced = costs(launches, card)
+    yield f"{name:<16}{sum(one.seconds for one in priced) * 1e3:9.3f} ms {len(priced):6} launches"
+    groups = defaultdict[tuple[str, str], list[Cost]](list)
+    for one in priced:
+        groups[one.kernel, one.bound].append(one)
+    for (kernel, bound), group in sorted(groups.items(), key=lambda item: -sum(one.seconds for one in item[1])):
+        sums = {each: sum(one.bounds[each] for one in group) * 1e3 for each in group[0].bounds}
+        text = ", ".join(f"{each} {sums[each]:.3f}" for each in sorted(sums, key=lambda each: -sums[each])[:4])
+        total = sum(one.seconds for one in group) * 1e3
+        yield f"    {kernel:<28}{len(group):5} x {total:9.3f} ms  {bound}: {text}"
+    if with_lines:
+        found = chain_by_line(launches, card)
+        for (kernel, line), (runs, time) in sorted(found.items(), key=lambda item: -item[1][1])[:20]:
+            yield f"        {time:9.3f} ms {runs:10.0f} times  {kernel} {line}"
+
+
 def main() -> None:
     """Prints the predictions for the published run's model."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--card", choices=CARDS, default="h100")
-    parser.add_argument("--case", help="part of the names of the cases to predict (default: all)")
+    parser.add_argument("--case", default="", help="part of the names of the cases to predict (default: all)")
+    parser.add_argument("--lines", action="store_true", help="print where the chains of programs go")
     args = parser.parse_args()
     card = CARDS[args.card]
     flow = resources.published_flow(blocks=7)
-    print(
-        f"A MODEL of the {card.name}, Triton {triton.__version__}, not a measurement. On an H100, an earlier version ",
-        end="",
-    )
-    print(f"took {MEASURED[0]} to {MEASURED[1]} times what the model says.\n")
+    print(f"A MODEL of the {card.name} with Triton {triton.__version__}, not a measurement. On an H100, an earlier")
+    print(f"version took {MEASURED[0]} to {MEASURED[1]} times what the model says.\n")
     for name, use in cases(flow).items():
-        if args.case and args.case not in name:
-            continue
-        priced = costs(resources.recorded(card.arch, use), card)
-        print(f"{name:<16}{sum(one.seconds for one in priced) * 1e3:9.3f} ms {len(priced):6} launches")
-        groups = defaultdict[tuple[str, str], list[Cost]](list)
-        for one in priced:
-            groups[one.kernel, one.bound].append(one)
-        for (kernel, bound), group in sorted(groups.items(), key=lambda item: -sum(one.seconds for one in item[1])):
-            parts = sorted(
-                {k: sum(one.bounds[k] for one in group) for k in group[0].bounds}.items(), key=lambda x: -x[1]
-            )
-            text = ", ".join(f"{k} {v * 1e3:.3f}" for k, v in parts[:4])
-            print(
-                f"    {kernel:<28}{len(group):5} x {sum(one.seconds for one in group) * 1e3:9.3f} ms  {bound}: {text}"
-            )
+        if args.case in name:
+            for line in report(name, resources.recorded(card.arch, use), card, args.lines):
+                print(line, flush=True)
 
 
 if __name__ == "__main__":
