@@ -26,8 +26,8 @@ from fastmaf.bench.dev import kernel_cost, resources
 from fastmaf.bench.dev.cards import CARDS, Card
 from fastmaf.kernels.triton_common.device import Launched
 
-# Measured times over predictions, of the 15 cases of commit 8b7f586 in bench/results/gpu-h100.csv: from the least, of
-# log_prob at 1,024, to the most, of training steps of 8. Half of them lie within 7 %. No other card has been compared.
+# Measured times over predictions, of the 15 cases in bench/results/gpu-h100-predicted.csv: least for log_prob at 1,024,
+# most for training steps of 8. Half of them lie within 7 %. No other card has been compared.
 MEASURED = (0.84, 1.43)
 
 

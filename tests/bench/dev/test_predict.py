@@ -123,6 +123,17 @@ def test_sectors_of_global_memory() -> None:
     assert lanes.sectors(code.instructions[6], None) == 16
 
 
+def test_the_stated_uncertainty_is_that_of_the_committed_rows() -> None:
+    from fastmaf.bench.dev import predict
+
+    lines = (ROOT / "bench" / "results" / "gpu-h100-predicted.csv").read_text().splitlines()
+    rows = [line.split(",") for line in lines if not line.startswith("#")][1:]
+    measured = [line.split(",") for line in (ROOT / "bench" / "results" / "gpu-h100.csv").read_text().splitlines()]
+    assert {tuple(row[:4]) for row in rows} == {(*row[1:4], row[5]) for row in measured if row[0] == "after"}
+    ratios = [float(row[3]) / float(row[4]) for row in rows]
+    assert (round(min(ratios), 2), round(max(ratios), 2)) == predict.MEASURED
+
+
 _REPORT = """
 import json, torch, fastmaf
 from fastmaf.bench.dev import predict, resources
