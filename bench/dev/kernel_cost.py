@@ -55,6 +55,7 @@ class Kernel(NamedTuple):
         flow: its control flow.
         shared: bytes of shared memory of a program.
         warps: of a program.
+        reaches: whether it loads addresses, so that it reads more than its arguments.
         blocks: the cost of each basic block.
         regions: of each basic block, which loop's or branch's count is its own; -1 where it runs once, -2 never.
     """
@@ -63,6 +64,7 @@ class Kernel(NamedTuple):
     flow: ControlFlow
     shared: int
     warps: int
+    reaches: bool
     blocks: list[BlockCost]
     regions: list[int]
 
@@ -87,7 +89,8 @@ def _compiled(source: resources.Source, card: Card) -> Kernel:
     built = resources.built(source, card.arch)
     code = machine_code.disassemble(built.asm["cubin"])
     flow = ControlFlow(built.asm["ttir"])
-    return Kernel(code, flow, built.metadata.shared, built.metadata.num_warps, _costs(code, card), _regions(code, flow))
+    reaches, data = "tt.int_to_ptr" in built.asm["ttir"], built.metadata
+    return Kernel(code, flow, data.shared, data.num_warps, reaches, _costs(code, card), _regions(code, flow))
 
 
 def program_counts(kernel: Kernel, launched: Launched) -> np.ndarray:

@@ -50,13 +50,21 @@ class Cost(NamedTuple):
         return max(self.bounds, key=self.bounds.__getitem__)
 
 
-def costs(launches: Sequence[Launched], card: Card) -> list[Cost]:
-    """Returns the predicted times of launches that a graph replays again and again."""
+def costs(launches: Sequence[Launched], card: Card, reached: int = 0) -> list[Cost]:
+    """Returns the predicted times of launches that a graph replays again and again.
+
+    Args:
+        launches: in their order.
+        card: on which they run.
+        reached: bytes of weights, which kernels that load their addresses read once all together.
+    """
     cache = _Cache(card.cache_size)
     total = sum({t.data_ptr(): t.nbytes for one in launches for t in _tensors(one)}.values())
     for launched in launches:  # what the last replay has left
         cache.misses(_tensors(launched))
-    return [_cost(launched, card, cache, total > card.cache_size) for launched in launches]
+    reaching = sum(kernel_cost.kernel_of(one, card).reaches for one in launches if one.grid)
+    each = reached / max(1, reaching) if reached > card.cache_size else 0.0
+    return [_cost(launched, card, cache, total > card.cache_size, each) for launched in launches]
 
 
 def _tensors(launched: Launched) -> list[torch.Tensor]:
@@ -81,7 +89,7 @@ class _Cache:
         return missed
 
 
-def _cost(launched: Launched, card: Card, cache: _Cache, beyond: bool) -> Cost:
+def _cost(launched: Launched, card: Card, cache: _Cache, beyond: bool, reached: float) -> Cost:
     name = launched.kernel.fn.__name__
     if not launched.grid:
         return Cost(name, 0.0, {"nothing": 0.0})
@@ -105,7 +113,7 @@ def _cost(launched: Launched, card: Card, cache: _Cache, beyond: bool) -> Cost:
         busy *= -(-launched.grid // card.sms) * min(card.sms, launched.grid) / launched.grid
     bounds = {"chain": _makespan(programs, card.sms * resident) / card.hertz}
     bounds |= {unit: cycles / card.hertz for unit, cycles in zip(kernel_cost.UNITS, busy.tolist(), strict=True)}
-    from_memory = min(missed, loaded) + far * stored
+    from_memory = min(missed, loaded) + far * stored + kernel.reaches * reached
     bounds |= {"memory": from_memory / card.dram, "cache": max(0.0, loaded + stored - from_memory) / card.cache}
     units_longest = max(value for bound, value in bounds.items() if bound not in ("chain", "memory"))
     once = np.array(kernel.regions) == -1
@@ -167,9 +175,9 @@ def chain_by_line(launches: Sequence[Launched], card: Card) -> dict[tuple[str, s
     return dict(found)
 
 
-def report(name: str, launches: Sequence[Launched], card: Card, with_lines: bool) -> Iterator[str]:
+def report(name: str, launches: Sequence[Launched], card: Card, reached: int, with_lines: bool) -> Iterator[str]:
     """Yields the lines that are printed for a case."""
-    priced = costs(launches, card)
+    priced = costs(launches, card, reached)
     yield f"{name:<16}{sum(one.seconds for one in priced) * 1e3:9.3f} ms {len(priced):6} launches"
     groups = defaultdict[tuple[str, str], list[Cost]](list)
     for one in priced:
@@ -198,7 +206,7 @@ def main() -> None:
     print(f"version took {MEASURED[0]} to {MEASURED[1]} times what the model says.\n")
     for name, use in cases(flow).items():
         if args.case in name:
-            for line in report(name, resources.recorded(card.arch, use), card, args.lines):
+            for line in report(name, resources.recorded(card.arch, use), card, 4 * flow.stored_weights, args.lines):
                 print(line, flush=True)
 
 

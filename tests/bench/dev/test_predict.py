@@ -144,7 +144,7 @@ for blocks in (1, 2):
     cases = predict.cases(flow)
     for name in ("log_prob 1", "log_prob 8", "train step 8", "sample 1"):
         launches = resources.recorded(H100.arch, cases[name])
-        costs = predict.costs(launches, H100)
+        costs = predict.costs(launches, H100, 4 * flow.stored_weights)
         memory = sum(c.bounds["memory"] for c in costs)
         found[f"{name} of {blocks}"] = [len(launches), sum(c.seconds for c in costs), memory]
     found[f"bytes of {blocks}"] = 4 * flow.stored_weights
@@ -173,5 +173,7 @@ def test_predictions_from_the_librarys_launches(tmp_path: Path) -> None:
         else:
             assert memory == 0
         assert found[f"train step 8 of {blocks}"][1] > found[f"log_prob 8 of {blocks}"][1] > seconds
+        # The inverse loads the addresses of its weights, and reads each from memory once where the cache is too small.
+        assert (found[f"sample 1 of {blocks}"][2] * H100.dram > stored) == (stored > H100.cache_size)
     assert found["sample 1 of 2"][1] > 1.6 * found["sample 1 of 1"][1], "blocks are sampled one after another"
     assert found["slower sample of 1"] > 1.2 * found["sample 1 of 1"][1], "a sample waits for loads"
