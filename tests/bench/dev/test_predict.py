@@ -174,6 +174,6 @@ def test_predictions_from_the_librarys_launches(tmp_path: Path) -> None:
             assert memory == 0
         assert found[f"train step 8 of {blocks}"][1] > found[f"log_prob 8 of {blocks}"][1] > seconds
         # The inverse loads the addresses of its weights, and reads each from memory once where the cache is too small.
-        assert (found[f"sample 1 of {blocks}"][2] * H100.dram > stored) == (stored > H100.cache_size)
+        assert (found[f"sample 1 of {blocks}"][2] * H100.dram > 0.99 * stored) == (stored > H100.cache_size)
     assert found["sample 1 of 2"][1] > 1.6 * found["sample 1 of 1"][1], "blocks are sampled one after another"
     assert found["slower sample of 1"] > 1.2 * found["sample 1 of 1"][1], "a sample waits for loads"
