@@ -16,19 +16,11 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from fastmaf.bench.dev import ttir
-from fastmaf.bench.dev.ttir import Op
+from fastmaf.bench.dev.ttir import TYPES, Op
 
 # Loop iterations and branches that are evaluated of one launch, at most, after its first program: a second or two.
 MOST = 300_000
 
-_TYPES: dict[str, Any] = {
-    "i1": ctypes.c_bool,
-    "i8": ctypes.c_int8,
-    "i16": ctypes.c_int16,
-    "i32": ctypes.c_int32,
-    "i64": ctypes.c_int64,
-}
-_TYPES |= {"f32": ctypes.c_float, "f64": ctypes.c_double, "ptr": ctypes.c_int64}
 _OPERATORS = {"addi": "+", "subi": "-", "muli": "*", "andi": "&", "ori": "|", "xori": "^", "shli": "<<", "shrsi": ">>"}
 _CALLS = {"divsi": "quotient", "remsi": "remainder", "minsi": "np.minimum", "maxsi": "np.maximum", "select": "where"}
 _COMPARE = {"eq": "==", "ne": "!=", "slt": "<", "sle": "<=", "sgt": ">", "sge": ">="}
@@ -66,7 +58,7 @@ class ControlFlow:
         lines = [f"{', '.join(map(_python, names))}, = arguments", *self._emit(ops, [])]
         counts = f"counts = [0] * {len(self.regions)}"
         self.source = "\n    ".join(["def run(program, grid, arguments):", counts, *lines, "return counts"])
-        made: dict[str, Any] = {"np": np} | {f.__name__: f for f in (load, quotient, remainder, where, reduced)}
+        made: dict[str, Any] = {"np": np} | {f.__name__: f for f in ttir.FUNCTIONS}
         exec(self.source, made)
         self._run: Callable[[int, int, Sequence[Any]], list[int]] = made["run"]
 
@@ -224,42 +216,9 @@ def _element(text: str) -> str:
     """Returns the type to which the first pointer of a text points."""
     found = re.search(r"!tt\.ptr<(!?\w+)", text)
     assert found is not None, text
-    return found[1].removeprefix("!tt.") if found[1] in _TYPES else "ptr" if found[1].startswith("!") else found[1]
+    return found[1].removeprefix("!tt.") if found[1] in TYPES else "ptr" if found[1].startswith("!") else found[1]
 
 
 def _size(text: str) -> int:
     element = _element(text)
-    return ctypes.sizeof(_TYPES[element]) if element in _TYPES else {"bf16": 2, "f16": 2}.get(element, 1)
-
-
-def load(element: str, address: Any, mask: Any = None, other: Any = 0) -> Any:
-    """Returns what lies at an address, or at each of an array of addresses, of this machine."""
-    kind = _TYPES[element]
-    if not isinstance(address, np.ndarray):
-        return kind.from_address(int(address)).value if mask is None or mask else other
-    masks, others = np.broadcast_arrays(address, True if mask is None else mask, other)[1:]
-    flat = zip(address.ravel().tolist(), masks.ravel().tolist(), others.ravel().tolist(), strict=True)
-    return np.array([kind.from_address(a).value if ok else b for a, ok, b in flat]).reshape(address.shape)
-
-
-def quotient(a: Any, b: Any) -> Any:
-    """Returns a / b, rounded towards zero."""
-    if isinstance(a, np.ndarray) or isinstance(b, np.ndarray):
-        return np.sign(a) * np.sign(b) * (abs(a) // abs(b))
-    return a // b if (a < 0) == (b < 0) else -(-a // b)
-
-
-def remainder(a: Any, b: Any) -> Any:
-    """Returns what ``quotient`` leaves."""
-    return a - b * quotient(a, b)
-
-
-def where(condition: Any, a: Any, b: Any) -> Any:
-    """Returns a or b."""
-    return np.where(condition, a, b) if isinstance(condition, np.ndarray) else a if condition else b
-
-
-def reduced(name: str, values: np.ndarray, axis: int) -> Any:
-    """Returns the reduction of an array over an axis."""
-    found = {"addi": np.add, "maxsi": np.maximum, "minsi": np.minimum}[name].reduce(values, axis)
-    return found if np.ndim(found) else int(found)
+    return ctypes.sizeof(TYPES[element]) if element in TYPES else {"bf16": 2, "f16": 2}.get(element, 1)

@@ -1,13 +1,24 @@
-"""Triton's intermediate code (``asm["ttir"]``) as operations with nested regions."""
+"""Triton's intermediate code (``asm["ttir"]``) as operations with nested regions, and what some of them compute."""
 
 from __future__ import annotations
 
+import ctypes
 import itertools
 import re
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
+
+import numpy as np
 
 NAME = re.compile(r"%[\w$.-]+(?:#\d+)?")
+TYPES: dict[str, Any] = {
+    "i1": ctypes.c_bool,
+    "i8": ctypes.c_int8,
+    "i16": ctypes.c_int16,
+    "i32": ctypes.c_int32,
+    "i64": ctypes.c_int64,
+}
+TYPES |= {"f32": ctypes.c_float, "f64": ctypes.c_double, "ptr": ctypes.c_int64}
 _RESULTS = re.compile(r"^(%\S+(?:, %\S+)*) = (.*)$")
 _PLACE = re.compile(r" loc\((#\w+|unknown|callsite\(.*\))\)$")
 
@@ -103,3 +114,40 @@ class _Parser:
 def _replaced(text: str, names: dict[str, str]) -> str:
     """Returns a text with values replaced; those that it defines stand before an equals sign."""
     return re.sub(f"{NAME.pattern}(?: =)?", lambda match: names.get(match[0], match[0]), text)
+
+
+def load(element: str, address: Any, mask: Any = None, other: Any = 0) -> Any:
+    """Returns what lies at an address, or at each of an array of addresses, of this machine."""
+    kind = TYPES[element]
+    if not isinstance(address, np.ndarray):
+        return kind.from_address(int(address)).value if mask is None or mask else other
+    masks, others = np.broadcast_arrays(address, True if mask is None else mask, other)[1:]
+    flat = zip(address.ravel().tolist(), masks.ravel().tolist(), others.ravel().tolist(), strict=True)
+    return np.array([kind.from_address(a).value if ok else b for a, ok, b in flat]).reshape(address.shape)
+
+
+def quotient(a: Any, b: Any) -> Any:
+    """Returns a / b, rounded towards zero."""
+    if isinstance(a, np.ndarray) or isinstance(b, np.ndarray):
+        return np.sign(a) * np.sign(b) * (abs(a) // abs(b))
+    return a // b if (a < 0) == (b < 0) else -(-a // b)
+
+
+def remainder(a: Any, b: Any) -> Any:
+    """Returns what ``quotient`` leaves."""
+    return a - b * quotient(a, b)
+
+
+def where(condition: Any, a: Any, b: Any) -> Any:
+    """Returns a or b."""
+    return np.where(condition, a, b) if isinstance(condition, np.ndarray) else a if condition else b
+
+
+def reduced(name: str, values: np.ndarray, axis: int) -> Any:
+    """Returns the reduction of an array over an axis."""
+    found = {"addi": np.add, "maxsi": np.maximum, "minsi": np.minimum}[name].reduce(values, axis)
+    return found if np.ndim(found) else int(found)
+
+
+# In Python code made of operations, by their names.
+FUNCTIONS = (load, quotient, remainder, where, reduced)
