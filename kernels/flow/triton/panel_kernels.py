@@ -104,14 +104,15 @@ def _chunk(
     start = tl.multiple_of(tl.load(chunk).to(tl.int32), 8)
     begin, end = tl.load(chunk + 1).to(tl.int32), tl.load(chunk + 2).to(tl.int32)
     d, r = start + tl.arange(0, BLOCK_D), tl.arange(0, 2 * BLOCK_D)
-    d_ok, r_ok = (d >= begin) & (d < end), (r >= 2 * (begin - start)) & (r < 2 * (end - start))
+    # Rows of other dimensions are loaded and computed with the rest: a mask that cuts panels would make narrow loads.
+    d_ok = (d >= begin) & (d < end)
     panels = chunk + _CHUNK + 2 * LAYERS
     base = _of_panels(panels, r, 2 * BLOCK_D) * 16 + r % 16
     width = _of_panels(panels + BLOCK_D // 8, r, 2 * BLOCK_D).to(tl.int32)
     c, lane = tl.arange(0, 16), tl.arange(0, 16)
     w = tl.load(
         w_ptr + base[None, None, :] + (c * 16)[None, :, None],
-        mask=(c[None, :, None] < width[None, None, :]) & r_ok[None, None, :],
+        mask=c[None, :, None] < width[None, None, :],
         other=0,
     )
     w_first = tl.load(
@@ -123,7 +124,7 @@ def _chunk(
     row = slot[None, :, None] * n + sample[:, None, None]
     sums = tl.load(
         outputs_ptr + row * stride_outputs + (2 * start - first_row + r)[None, None, :],
-        mask=(sample < n)[:, None, None] & (slot < slots)[None, :, None] & r_ok[None, None, :],
+        mask=(sample < n)[:, None, None] & (slot < slots)[None, :, None],
         other=0.0,
     )
     ok = (sample < n)[:, None] & d_ok[None, :]
