@@ -94,22 +94,43 @@ def _panel_ahead_kernel(
 
 
 @triton.jit
-def _chunk(
-    z_ptr, outputs_ptr, w_ptr, w_first_ptr, width_first, chunk, sample, n, features, first_row, slots, stride_outputs,
-    BLOCK_D: tl.constexpr, LAYERS: tl.constexpr, OUTPUT_SLOTS: tl.constexpr,
-):  # fmt: skip
-    """What a chunk of a step reads, none of which depends on the steps before: its dimensions, z, the sums of its
-    outputs ahead, their weights for the group's own units, and those of the first layer's panel for its x.
+def _chunk_numbers(chunk, BLOCK_D: tl.constexpr, LAYERS: tl.constexpr):
+    """A chunk's row of the table: first dimension, first and end that it finishes; first and end unit of each layer;
+    places and widths of its outputs' panels.
     """
-    start = tl.multiple_of(tl.load(chunk).to(tl.int32), 8)
-    begin, end = tl.load(chunk + 1).to(tl.int32), tl.load(chunk + 2).to(tl.int32)
-    d, r = start + tl.arange(0, BLOCK_D), tl.arange(0, 2 * BLOCK_D)
+    units, places, widths = (), (), ()
+    for k in tl.static_range(2 * LAYERS):
+        units = units + (tl.load(chunk + _CHUNK + k).to(tl.int32),)
+    for q in tl.static_range(BLOCK_D // 8):
+        places = places + (tl.load(chunk + _CHUNK + 2 * LAYERS + q),)
+        widths = widths + (tl.load(chunk + _CHUNK + 2 * LAYERS + BLOCK_D // 8 + q).to(tl.int32),)
+    dims = tl.load(chunk).to(tl.int32), tl.load(chunk + 1).to(tl.int32), tl.load(chunk + 2).to(tl.int32)
+    return dims, units, places, widths
+
+
+@triton.jit
+def _of_rows(numbers, r, BLOCK_R: tl.constexpr):
+    """The number of each row's panel, as ``_of_panels``."""
+    result = numbers[0] + tl.zeros_like(r).to(numbers[0].dtype)
+    for q in tl.static_range(1, BLOCK_R // 16):
+        result = tl.where(r // 16 == q, numbers[q], result)
+    return tl.max_constancy(result, 16)
+
+
+@triton.jit
+def _chunk(
+    z_ptr, outputs_ptr, w_ptr, w_first_ptr, width_first, dims, places, widths, sample, n, features, first_row, slots,
+    stride_outputs,
+    BLOCK_D: tl.constexpr, OUTPUT_SLOTS: tl.constexpr,
+):  # fmt: skip
+    """What a chunk of a step reads, none of which depends on the steps before: z, the sums of its outputs ahead, their
+    weights for the group's own units, and those of the first layer's panel for its x.
+    """
+    start = tl.multiple_of(dims[0], 8)
+    d, r, c, lane = start + tl.arange(0, BLOCK_D), tl.arange(0, 2 * BLOCK_D), tl.arange(0, 16), tl.arange(0, 16)
     # Rows of other dimensions are loaded and computed with the rest: a mask that cuts panels would make narrow loads.
-    d_ok = (d >= begin) & (d < end)
-    panels = chunk + _CHUNK + 2 * LAYERS
-    base = _of_panels(panels, r, 2 * BLOCK_D) * 16 + r % 16
-    width = _of_panels(panels + BLOCK_D // 8, r, 2 * BLOCK_D).to(tl.int32)
-    c, lane = tl.arange(0, 16), tl.arange(0, 16)
+    d_ok = (d >= dims[1]) & (d < dims[2])
+    base, width = _of_rows(places, r, 2 * BLOCK_D) * 16 + r % 16, _of_rows(widths, r, 2 * BLOCK_D)
     w = tl.load(
         w_ptr + base[None, None, :] + (c * 16)[None, :, None],
         mask=c[None, :, None] < width[None, None, :],
@@ -127,9 +148,8 @@ def _chunk(
         mask=(sample < n)[:, None, None] & (slot < slots)[None, :, None],
         other=0.0,
     )
-    ok = (sample < n)[:, None] & d_ok[None, :]
-    z = tl.load(z_ptr + sample[:, None] * features + d[None, :], mask=ok, other=0.0)
-    return d, ok, z, tl.sum(sums, 1), w, w_first
+    z = tl.load(z_ptr + sample[:, None] * features + d[None, :], mask=(sample < n)[:, None] & d_ok[None, :], other=0.0)
+    return z, tl.sum(sums, 1), w, w_first
 
 
 @triton.jit
@@ -175,17 +195,25 @@ def _panel_solve_kernel(
             weights = weights + (common.as_float32(w_k) * _weight_scale(layers_ptr, k),)
     scale, scale_first = _weight_scale(layers_ptr, LAYERS), _weight_scale(layers_ptr, 0)
     ladj = tl.zeros([BLOCK_N, BLOCK_D], tl.float64)
-    chunk = chunks_ptr + first_chunk * STRIDE
-    d, ok, z, rows, w, w_first = _chunk(
-        z_ptr, outputs_ptr, w_ptr, w_first_ptr, width_first, chunk, sample, n, features, first_row, slots,
-        stride_outputs, BLOCK_D, LAYERS, OUTPUT_SLOTS,
+    # Two chunks ahead of the one that is computed its numbers are loaded, one ahead what lies where these say.
+    dims, own_units, places, widths = _chunk_numbers(chunks_ptr + first_chunk * STRIDE, BLOCK_D, LAYERS)
+    next_dims, next_own_units, next_places, next_widths = _chunk_numbers(
+        chunks_ptr + tl.minimum(first_chunk + 1, end_chunk - 1) * STRIDE, BLOCK_D, LAYERS
+    )
+    z, rows, w, w_first = _chunk(
+        z_ptr, outputs_ptr, w_ptr, w_first_ptr, width_first, dims, places, widths, sample, n, features, first_row,
+        slots, stride_outputs, BLOCK_D, OUTPUT_SLOTS,
     )  # fmt: skip
     for i in range(first_chunk, end_chunk):
-        next_chunk = chunks_ptr + tl.minimum(i + 1, end_chunk - 1) * STRIDE
-        next_d, next_ok, next_z, next_rows, next_w, next_w_first = _chunk(
-            z_ptr, outputs_ptr, w_ptr, w_first_ptr, width_first, next_chunk, sample, n, features, first_row, slots,
-            stride_outputs, BLOCK_D, LAYERS, OUTPUT_SLOTS,
+        next_z, next_rows, next_w, next_w_first = _chunk(
+            z_ptr, outputs_ptr, w_ptr, w_first_ptr, width_first, next_dims, next_places, next_widths, sample, n,
+            features, first_row, slots, stride_outputs, BLOCK_D, OUTPUT_SLOTS,
         )  # fmt: skip
+        last_dims, last_own_units, next_places, next_widths = _chunk_numbers(
+            chunks_ptr + tl.minimum(i + 2, end_chunk - 1) * STRIDE, BLOCK_D, LAYERS
+        )
+        d = dims[0] + tl.arange(0, BLOCK_D)
+        d_ok = (sample < n)[:, None] & ((d >= dims[1]) & (d < dims[2]))[None, :]
         rows += tl.sum(common.as_float32(w) * units[LAYERS - 1][:, :, None], 1) * scale
         shift, u = tl.split(tl.reshape(rows, [BLOCK_N, BLOCK_D, 2]))
         a = triton_map.log_scale(u, limit, epsilon, KIND)
@@ -193,21 +221,22 @@ def _panel_solve_kernel(
             x, term = z * triton_map.exponential(a) + shift, a
         else:
             x, term = (z - shift) * triton_map.exponential(-a), -a
-        tl.store(x_ptr + sample[:, None] * features + d[None, :], x, mask=ok)
-        ladj += tl.where(ok, term, 0.0).to(tl.float64)
-        added = tl.sum(common.as_float32(w_first) * tl.where(ok, x, 0.0)[:, :, None], 1) * scale_first
+        tl.store(x_ptr + sample[:, None] * features + d[None, :], x, mask=d_ok)
+        ladj += tl.where(d_ok, term, 0.0).to(tl.float64)
+        added = tl.sum(common.as_float32(w_first) * tl.where(d_ok, x, 0.0)[:, :, None], 1) * scale_first
         new_sums, new_units = (), ()
         for k in tl.static_range(LAYERS):
             total = sums[k] + added
             value = tl.where(total < 0, 0.0, total) if RELU else total
-            own = (lane >= tl.load(chunk + _CHUNK + 2 * k)) & (lane < tl.load(chunk + _CHUNK + 2 * k + 1))
+            own = (lane >= own_units[2 * k]) & (lane < own_units[2 * k + 1])
             finished = tl.where(own[None, :], value, 0.0)
             new_sums = new_sums + (total,)
             new_units = new_units + (units[k] + finished,)
             if k + 1 < LAYERS:
                 added = tl.sum(weights[k] * finished[:, :, None], 1)
         sums, units = new_sums, new_units
-        chunk, d, ok, z, rows, w, w_first = next_chunk, next_d, next_ok, next_z, next_rows, next_w, next_w_first
+        dims, own_units, next_dims, next_own_units = next_dims, next_own_units, last_dims, last_own_units
+        z, rows, w, w_first = next_z, next_rows, next_w, next_w_first
     for k in tl.static_range(LAYERS):
         layer = group_ptr + _GROUP + _GROUP_LAYER * k
         own = (lane >= tl.load(layer + 5)) & (lane < tl.load(layer + 6))
