@@ -78,7 +78,7 @@ def sources(arch: int, batches: Sequence[int]) -> list[Source]:
         _use(published_flow(blocks=1), batches)
         _use(fastmaf.MAF(101, 2, (37,), levels=9, seed=0, validate_args=False), (9,))
 
-    return list({repr(source): source for source in map(_source, recorded(arch, use))}.values())
+    return list({repr(source): source for source in map(source_of, recorded(arch, use))}.values())
 
 
 def _use(flow: fastmaf.MAF, batches: Sequence[int]) -> None:
@@ -101,7 +101,8 @@ def _use(flow: fastmaf.MAF, batches: Sequence[int]) -> None:
                 model.sample(batch)
 
 
-def _source(launched: Launched) -> Source:
+def source_of(launched: Launched) -> Source:
+    """Returns the kernel and specialisation of a launch."""
     values = arguments(launched)
     options = {name: values.pop(name) for name in _OPTIONS if name in values}
     signature, constants, aligned = {}, {}, []
@@ -123,6 +124,14 @@ def _source(launched: Launched) -> Source:
     return Source(function.__module__, function.__name__, signature, constants, tuple(aligned), options)
 
 
+def built(source: Source, arch: int) -> Any:
+    """Returns what Triton compiles a kernel to: ``asm`` holds every form, ``metadata`` its shared memory."""
+    kernel = getattr(importlib.import_module(source.module), source.kernel)
+    attributes = {(i,): [["tt.divisibility", 16]] for i in source.aligned}
+    specialised = ASTSource(kernel, source.signature, constexprs=source.constants, attrs=attributes)
+    return triton.compile(specialised, target=GPUTarget("cuda", arch, 32), options=source.options)
+
+
 def compiled(source: Source, arch: int) -> dict[str, Any]:
     """Compiles a kernel to machine code.
 
@@ -130,13 +139,7 @@ def compiled(source: Source, arch: int) -> dict[str, Any]:
         Its name, compute capability and constants, the version of Triton, registers and bytes of spills and stack per
         thread, and bytes of shared memory per program.
     """
-    kernel = getattr(importlib.import_module(source.module), source.kernel)
-    attributes = {(i,): [["tt.divisibility", 16]] for i in source.aligned}
-    result = triton.compile(
-        ASTSource(kernel, source.signature, constexprs=source.constants, attrs=attributes),
-        target=GPUTarget("cuda", arch, 32),
-        options=source.options,
-    )
+    result = built(source, arch)
     constants = {name: str(value) for name, value in source.constants.items() if name.isupper()}
     return {
         "kernel": source.kernel,
