@@ -12,7 +12,7 @@ from tests.kernels.triton_common.compiling import output
 pytestmark = [pytest.mark.slow, needs("triton")]
 
 
-@pytest.fixture(params=[("", "61"), ("", "90"), ("3.3.1", "61"), ("3.6.0", "80")], ids=" sm_".join, scope="module")
+@pytest.fixture(params=[("", "90"), ("3.3.1", "61"), ("3.6.0", "80")], ids=" sm_".join, scope="module")
 def counts(request: pytest.FixtureRequest) -> dict[str, dict[str, Any]]:
     version, arch = request.param
     found: dict[str, dict[str, Any]] = output("tests.kernels.triton_common.faulty_kernels", arch, version=version)
@@ -47,4 +47,4 @@ def test_spills_and_shared_memory(counts: dict[str, dict[str, Any]]) -> None:
     assert counts["small"]["spills"] == 0
     assert counts["large"]["spills"] > 0
     assert counts["small"]["shared"] == 2 * 32 * 32 * 4
-    assert counts["large"]["shared"] == 2 * 128 * 128 * 4
+    assert counts["large"]["shared"] == 2 * 64 * 64 * 4
