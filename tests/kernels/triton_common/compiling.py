@@ -1,4 +1,4 @@
-"""Compiles kernels with one of the versions of Triton at hand, in processes of their own: this one may interpret them."""
+"""Compiles kernels with the versions of Triton at hand, in processes of their own: this one may interpret them."""
 
 from __future__ import annotations
 
