@@ -37,16 +37,44 @@ class Limit(NamedTuple):
 
 
 FORWARD, AFFINE, BACKWARD, INVERSE = list(REGISTERS)[:4]
-LANES, PRODUCTS = {"LANES": "True"}, {"LANES": "False"}
-# The counts of ``bench.dev.proofs``. The last limit that concerns a kernel holds.
+LANES, PRODUCTS, ADAM = {"LANES": "True"}, {"LANES": "False"}, {"LANES": "False", "WEIGHT": "adam"}
+# Spilled bytes, and the counts of ``bench.dev.proofs``. The last limit that concerns a kernel holds.
 LIMITS = [
+    Limit("spills", 0),
     Limit("narrow", 0),
     Limit("converted", 0),
     Limit("ways", 2),  # two, where bfloat16 operands are rounded after float32 was read from shared memory
-    # A sum across warps takes two barriers, operands of a product one before they are written and one before they are
-    # read; so does each change of layout.
+    # Two for each tensor that goes through shared memory: one before it is written, one before it is read.
     Limit("barriers", 4),
-    Limit("barriers", 8, BACKWARD),
+    Limit("barriers", 8, BACKWARD),  # two matrix products
+    Limit("barriers", 10, BACKWARD, {"PRECISION": "tf32x3"}),  # of numbers in two parts
+    Limit("barriers", 12, BACKWARD, {"PRECISION": "bf16"}),  # of rounded copies
 ]
-# Faults that are known. Each of these limits is reached by some kernel: lower it, or delete it, where it no longer is.
-FAULTS: list[Limit] = []
+# Known faults. Some kernel reaches each of these limits: where none does any more, lower or delete it.
+FAULTS = [
+    # The sums of a few samples have another layout than the weights that are loaded.
+    *(Limit("converted", 1, kernel, LANES | {"BLOCK_N": "8"}) for kernel in (FORWARD, AFFINE)),
+    *(Limit("barriers", 16, kernel, LANES | {"BLOCK_N": "8", "arch": "90"}) for kernel in (FORWARD, AFFINE)),
+    Limit("converted", 1, BACKWARD, LANES | {"NEED_X": "True"}),
+    # A step of Adam brings weights, and with matrix units their moments, to the layout of the gradient and back.
+    Limit("converted", 2, BACKWARD, ADAM | {"PRECISION": "ieee"}),
+    *(Limit("converted", 5, BACKWARD, ADAM | {"PRECISION": name}) for name in ("tf32", "tf32x3", "bf16")),
+    *(Limit("barriers", 11, BACKWARD, ADAM | {"PRECISION": name}) for name in ("tf32", "tf32x3")),
+    # Hopper's matrix units want float32 operands transposed: copied by 4 bytes, or through shared memory once more.
+    *(
+        Limit("narrow", 16, kernel, {"PRECISION": "tf32", "BLOCK_N": "64", "arch": "90"})
+        for kernel in (FORWARD, AFFINE)
+    ),
+    Limit("barriers", 20, BACKWARD, {"PRECISION": "tf32x3", "NEED_X": "True", "BLOCK_N": "64", "arch": "90"}),
+    Limit("spills", 12, AFFINE, {"PRECISION": "tf32", "BLOCK_N": "64", "arch": "80"}),
+    Limit("spills", 96, BACKWARD, {"PRECISION": "tf32x3", "BLOCK_N": "64", "arch": "80"}),
+    # Rows of levels are loaded by single numbers.
+    Limit("narrow", 4, INVERSE),
+    Limit("converted", 3, INVERSE),
+    Limit("barriers", 18, INVERSE),
+]
+
+
+def holding(what: str, report: dict[str, Any]) -> Limit:
+    """Returns the limit that a kernel is held to."""
+    return [limit for limit in (*LIMITS, *FAULTS) if limit.what == what and limit.concerns(report)][-1]

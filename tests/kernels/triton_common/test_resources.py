@@ -13,11 +13,12 @@ import pytest
 from fastmaf.kernels.triton_common.launch_table import TABLES
 from tests.kernels.cases import needs
 from tests.kernels.triton_common.compiling import TRITONS, needs_triton, output
-from tests.kernels.triton_common.limits import FAULTS, LIMITS, READ_WEIGHTS, REGISTERS, SHARED
+from tests.kernels.triton_common.limits import FAULTS, LIMITS, READ_WEIGHTS, REGISTERS, SHARED, holding
 
 pytestmark = [pytest.mark.slow, needs("triton")]
-# Each version of Triton with the cards that it is used with. 3.3.1 is the last for Pascal.
-COMBINATIONS = [("3.3.1", 61), *((version, arch) for version in ("", "3.6.0") for arch in sorted(TABLES))]
+# Each version of Triton with the cards that it is used with: 3.3.1 is the last for Pascal; but torch builds with others
+# still have kernels for it.
+COMBINATIONS = [("3.3.1", 61), *(("", arch) for arch in TABLES), *(("3.6.0", arch) for arch in TABLES if arch != 61)]
 NAMES = [f"Triton {version or 'installed'}, sm_{arch}" for version, arch in COMBINATIONS]
 
 Report = dict[str, Any]
@@ -25,7 +26,7 @@ Report = dict[str, Any]
 
 def reported(version: str, arch: int) -> list[Report]:
     """Returns what is reported of all kernels; each is compiled once in a session of tests."""
-    batches = (1, 8, 64) if arch == 61 else (8, 64) if version else (1, 8, 64)
+    batches = (1, 8, 64) if version != "3.6.0" else (8, 64)
     arguments = [word for batch in batches for word in ("--batch", str(batch))]
     found: list[Report] = output(
         "fastmaf.bench.dev.resources", "--json", "--arch", str(arch), *arguments, version=version
@@ -57,7 +58,6 @@ def test_every_kernel_is_there_in_every_mode(reports: list[Report]) -> None:
 
 def test_registers_and_shared_memory(reports: list[Report]) -> None:
     for one in reports:
-        assert one["spills"] == 0, f"spills registers: {one}"
         limits = REGISTERS[one["kernel"]]
         assert one["registers"] <= limits.get(int(one["options"].get("BLOCK_N", 0)), limits.get(0, 0)), one
         assert one["shared"] <= SHARED[one["arch"]], one
@@ -75,15 +75,18 @@ def test_kernels_that_read_weights_are_seen_to(reports: list[Report]) -> None:
 
 @pytest.mark.parametrize("what", sorted({limit.what for limit in LIMITS}))
 def test_counts(reports: list[Report], what: str) -> None:
-    """Loads of weights of less than 16 bytes, changes of their layout in loops, bank conflicts, barriers in loops."""
+    """Spills, narrow loads of weights, changes of their layout in loops, bank conflicts, barriers in loops."""
     for one in reports:
-        most = [limit.most for limit in (*LIMITS, *FAULTS) if limit.what == what and limit.concerns(one)][-1]
-        assert one[what] <= most, f"{what}: {one}"
+        assert one[what] <= holding(what, one).most, f"{what}: {one}"
 
 
 def test_known_faults_are_there() -> None:
     for version in TRITONS:
         needs_triton(version)
-    everything = [one for combination in COMBINATIONS for one in reported(*combination)]
-    for limit in FAULTS:
-        assert limit.most == max(one[limit.what] for one in everything if limit.concerns(one)), limit
+    most = {id(limit): -1 for limit in FAULTS}
+    for version, arch in COMBINATIONS:
+        for one in reported(version, arch):
+            for limit in (holding(what, one) for what in {limit.what for limit in FAULTS}):
+                if id(limit) in most:
+                    most[id(limit)] = max(most[id(limit)], one[limit.what])
+    assert not [f"{limit}: found {most[id(limit)]}" for limit in FAULTS if most[id(limit)] != limit.most]
