@@ -12,7 +12,8 @@ from typing import Any
 import triton
 import triton.language as tl
 
-from fastmaf.bench.dev.resources import Source, compiled
+from fastmaf.bench.dev import machine_code
+from fastmaf.bench.dev.resources import Source, built, compiled
 
 POINTERS = {"x_ptr": "*fp32", "w_ptr": "*fp32", "y_ptr": "*fp32"}
 
@@ -111,6 +112,9 @@ def main() -> None:
         function = kernel.fn
         source = Source(function.__module__, function.__name__, signature, constants, (0, 1, 2, 3), options)
         found[name] = compiled(source, int(sys.argv[1]))
+        if kernel is loads:
+            code = machine_code.disassemble(built(source, int(sys.argv[1])).asm["cubin"])
+            found[name]["wide"] = code.count(None, "load_global", 16)
     print(json.dumps(found))
 
 
