@@ -63,7 +63,8 @@ gpu-check: $(VENV)/.installed-test  ## on a GPU: the marked tests, then memory a
 # With vector instructions and without, on one thread and on several. SANITIZERS=thread looks for data races instead.
 SANITIZERS ?= address,undefined
 SANITIZE = $(CXX) -std=c++17 -pthread -g -O1 -fsanitize=$(SANITIZERS) -fno-sanitize-recover=all -ffp-contract=fast \
-	-fno-math-errno -DFASTMAF_ISA=checked -Ikernels/csrc kernels/csrc/kernels.cpp kernels/csrc/thread_pool.cpp \
+	-fno-math-errno -DFASTMAF_ISA=checked -Ikernels/csrc \
+	$(addprefix kernels/csrc/,kernels.cpp thread_pool.cpp storage.cpp uniform.cpp) \
 	$(wildcard tests/kernels/csrc/*.cpp)
 
 sanitize:  ## run the native kernels under the address and undefined-behaviour sanitizers

@@ -127,7 +127,8 @@ def planned(name: str, device: str = "cpu", libraries: Sequence[str] = ()) -> Pl
     plan = {"quick": QUICK, "full": FULL}[name]
     possible = [library for library in plan.groups[0].libraries if LIBRARIES[library].device in (None, device)]
     if unknown := [library for library in libraries if library not in possible]:
-        raise ValueError(f"there is no library {unknown[0]!r} in this run; expected some of: {', '.join(possible)}")
+        expected = ", ".join(map(repr, possible))
+        raise ValueError(f"there is no library {unknown[0]!r} in this run; expected some of: {expected}")
     chosen = {"fastmaf", *(libraries or possible)}
     most_threads = (os.cpu_count() or 1) if device == "cpu" else 0
     groups = [

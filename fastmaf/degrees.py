@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastmaf.validation import as_sizes
+from fastmaf.validation import as_integer, as_sizes
 
 DegreeKind: TypeAlias = Literal["spread", "random", "cyclic"]
 OrderKind: TypeAlias = Literal["natural", "alternate", "random"]
@@ -50,6 +50,19 @@ def layer_sizes(hidden_features: int | Sequence[int]) -> tuple[int, ...]:
     return sizes
 
 
+def check_features(features: int) -> int:
+    """Returns the number of dimensions as an int.
+
+    Raises:
+        TypeError: it is not an integer.
+        ValueError: it is smaller than 1.
+    """
+    features = as_integer("features", features)
+    if features < 1:
+        raise ValueError(f"features must be at least 1; found {features}")
+    return features
+
+
 def input_degrees(features: int) -> Tensor:
     """Returns the degrees 1..features of the inputs, in the order of generation."""
     return torch.arange(1, features + 1, device="cpu")
@@ -79,7 +92,8 @@ def hidden_degrees(
         One int64 tensor ``[H]`` per hidden layer, in ascending order.
 
     Raises:
-        TypeError: ``hidden_features`` is neither an integer nor a sequence of integers.
+        TypeError: ``features`` or ``levels`` is not an integer, or ``hidden_features`` is neither an integer nor a
+            sequence of integers.
         ValueError: an argument is out of range; the message states what was expected and found.
 
     Example:
@@ -87,9 +101,9 @@ def hidden_degrees(
         >>> hidden_degrees("spread", features=9, hidden_features=(4, 3))
         [tensor([1, 3, 6, 8]), tensor([1, 5, 8])]
     """
-    if features < 1:
-        raise ValueError(f"features must be at least 1; found {features}")
+    features = check_features(features)
     hidden_features = layer_sizes(hidden_features)
+    levels = None if levels is None else as_integer("levels", levels)
     if levels is not None and levels < 1:
         raise ValueError(f"levels must be at least 1, or None for no limit; found {levels}")
     if not isinstance(degrees, str):
@@ -264,8 +278,9 @@ def warn_if_disconnected(features: int, degrees_of_blocks: Sequence[Sequence[Ten
     warnings.warn(
         f"in {sum(map(any, reports))} of {len(reports)} MADE blocks the hidden degrees leave gaps; the widest: "
         f"{' and '.join(gaps)}. The density stays exact, but those dependencies cannot be learnt: use "
-        f"degrees='spread', or at least {features - 1} hidden units where degrees are 'cyclic' (in nflows, zuko and "
-        "normflows fewer have the same gap).",
+        "degrees='spread' with at least 2 units per hidden layer and 2 levels, or at least "
+        f"{features - 1} hidden units where degrees are 'cyclic' (in nflows, zuko and normflows fewer have the same "
+        "gap).",
         ConnectivityWarning,
         stacklevel=3,
     )

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from fastmaf import hooks
 from fastmaf.constants import Constants
-from fastmaf.degrees import DegreeKind, hidden_degrees, input_degrees, layer_sizes, prefix
+from fastmaf.degrees import DegreeKind, check_features, hidden_degrees, input_degrees, layer_sizes, prefix
 from fastmaf.kernels import LinearArgs, PackedLayout, empty_on_huge_pages, level_schedule, masked_linear
 from fastmaf.kernels.autocast import outside_autocast
 from fastmaf.kernels.layout import decreases
@@ -245,7 +245,7 @@ class MADE(Constants):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        self.features = features
+        self.features = features = check_features(features)
         self.hidden_features = layer_sizes(hidden_features)
         self.outputs_per_feature = outputs_per_feature
         self.activation = activation

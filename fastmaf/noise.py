@@ -11,6 +11,8 @@ import math
 import torch
 from torch import Tensor
 
+from fastmaf.validation import as_integer
+
 _MASK = 0xFFFFFFFF
 _ROUNDS = 10
 _MAX_BLOCKS = 1 << 18  # blocks of four numbers processed at once, about 20 MB
@@ -43,11 +45,13 @@ def normal_rows(n: int, features: int, seed: int, start: int, like: Tensor) -> T
     dtype of ``like``, on its device.
 
     Raises:
+        TypeError: ``seed`` or ``start`` is not an integer.
         ValueError: ``seed`` or ``start`` is out of range.
 
     References:
         Box and Muller 1958, A Note on the Generation of Random Normal Deviates.
     """
+    seed, start = as_integer("seed", seed), as_integer("start", start)
     if not 0 <= seed < 1 << 64:
         raise ValueError(f"seed must lie in 0..2^64 - 1; found {seed}")
     if not 0 <= start < (1 << 63) - n:

@@ -56,6 +56,18 @@ def as_sizes(name: str, sizes: int | Sequence[int], least: int = 0) -> tuple[int
     return result
 
 
+def as_integer(name: str, value: int) -> int:
+    """Returns an integer of any type (of NumPy, or a tensor of one integer) as an int.
+
+    Raises:
+        TypeError: ``value`` is not an integer.
+    """
+    try:
+        return operator.index(value)
+    except TypeError:
+        raise TypeError(f"{name} must be an integer; found {value!r}") from None
+
+
 class _Thread(threading.local):
     disabled = False
 

@@ -15,6 +15,7 @@ import ctypes
 import functools
 import os
 import sys
+import warnings
 from pathlib import Path
 
 import torch
@@ -134,7 +135,10 @@ def _prepared(loaded: ctypes.CDLL) -> ctypes.CDLL:
         names.append(name.decode())
     wanted = os.environ.get("FASTMAF_ISA") or names[0]
     if not loaded.fastmaf_use_isa(wanted.encode()):
-        raise ImportError(f"FASTMAF_ISA is {wanted!r}; expected one of {', '.join(names)} on this CPU")
+        why = f"FASTMAF_ISA is {wanted!r}; expected one of {', '.join(names)} on this CPU"
+        # Who asks for an instruction set does not want the backend `torch`, to which the default choice falls back.
+        warnings.warn(f"{why}; the native kernels are not used", RuntimeWarning, stacklevel=2)
+        raise ImportError(why)
     return loaded
 
 

@@ -2,7 +2,7 @@
 
 Rows are the visible weights alone, row after row: ``prefix[j]`` numbers of each row ``j``. This is the order of model
 files, since it does not depend on the panels. The native library works on as many threads as torch uses, and moves
-between panels and files what fits in a cache. Without it plain torch and NumPy give the same numbers, bit for bit.
+between panels and files what fits in a cache. Without it ``storage_numpy.py`` does the work.
 """
 
 from __future__ import annotations
@@ -10,24 +10,18 @@ from __future__ import annotations
 import ctypes
 import functools
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from io import FileIO
-from typing import Any, BinaryIO, NamedTuple
+from typing import BinaryIO
 
 import torch
 from torch import Tensor
 
 from fastmaf.kernels import native_library
 from fastmaf.kernels.layout import PANEL, PackedLayout, padding
+from fastmaf.kernels.native_checks import check_layout, check_tensor
+from fastmaf.kernels.storage_numpy import EXPONENTS, buffered_parts, fill_panels, fill_rows, parts, uniform_rows
 
-PART_BYTES = 1 << 20  # of what is converted at once without the library
-_EXPONENTS = {
-    torch.float16: 0x7C00,
-    torch.bfloat16: 0x7F80,
-    torch.float32: 0x7F80_0000,
-    torch.float64: 0x7FF0_0000_0000_0000,
-}
-_BITS_OF = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 _POINTER, _INT, _BITS = ctypes.c_void_p, ctypes.c_int64, ctypes.c_uint64
 _LAYOUT = [_POINTER, _POINTER, _INT, _INT]
 _FORMAT = [_INT, _BITS, _INT]
@@ -67,21 +61,21 @@ def rows_to_panels(rows: Tensor, weight: Tensor, layout: PackedLayout) -> bool:
     """
     library = _library()
     if library is not None:
-        return _is_finite(
-            library.fastmaf_rows_to_panels(rows.data_ptr(), weight.data_ptr(), *_shape(layout), *_format(weight))
-        )
+        where = _of_rows(rows, weight, layout), *_of_panels(weight, layout)
+        return _is_finite(library.fastmaf_rows_to_panels(*where, *_format(weight)))
     # All parts are converted, whatever the first ones hold.
-    return all([_write_panels(rows[part.rows], weight, layout, part) for part in _parts(layout, rows.element_size())])
+    return all([fill_panels(rows[part.rows], weight, layout, part) for part in parts(layout, rows.element_size())])
 
 
 def panels_to_rows(weight: Tensor, rows: Tensor, layout: PackedLayout) -> bool:
     """Writes all rows from their panels: the inverse of ``rows_to_panels``, which see."""
     library = _library()
     if library is not None:
+        address, *of = _of_panels(weight, layout)
         return _is_finite(
-            library.fastmaf_panels_to_rows(weight.data_ptr(), rows.data_ptr(), *_shape(layout), *_format(weight))
+            library.fastmaf_panels_to_rows(address, _of_rows(rows, weight, layout), *of, *_format(weight))
         )
-    return all([_write_rows(weight, rows[part.rows], layout, part) for part in _parts(layout, rows.element_size())])
+    return all([fill_rows(weight, rows[part.rows], layout, part) for part in parts(layout, rows.element_size())])
 
 
 def read_rows(file: FileIO, weight: Tensor, layout: PackedLayout) -> bool:
@@ -98,12 +92,12 @@ def read_rows(file: FileIO, weight: Tensor, layout: PackedLayout) -> bool:
     """
     library = _library()
     if library is not None:
-        where = file.fileno(), file.tell(), weight.data_ptr()
-        return _is_finite(library.fastmaf_file_to_panels(*where, *_shape(layout), *_format(weight)))
+        where = file.fileno(), file.tell(), *_of_panels(weight, layout)
+        return _is_finite(library.fastmaf_file_to_panels(*where, *_format(weight)))
     finite = True
-    for part, rows in _buffered_parts(layout, weight.dtype):
+    for part, rows in buffered_parts(layout, weight.dtype):
         read_into(file, rows)
-        finite &= _write_panels(rows, weight, layout, part)
+        finite &= fill_panels(rows, weight, layout, part)
     return finite
 
 
@@ -135,23 +129,42 @@ def write_rows(file: BinaryIO, weight: Tensor, layout: PackedLayout) -> bool:
     library = _library()
     if library is not None:
         file.flush()
-        where = file.fileno(), file.tell(), weight.data_ptr()
-        finite = _is_finite(library.fastmaf_panels_to_file(*where, *_shape(layout), *_format(weight)))
+        where = file.fileno(), file.tell(), *_of_panels(weight, layout)
+        finite = _is_finite(library.fastmaf_panels_to_file(*where, *_format(weight)))
         file.seek(layout.visible * weight.element_size(), os.SEEK_CUR)
         return finite
-    for part, rows in _buffered_parts(layout, weight.dtype):
-        if not _write_rows(weight, rows, layout, part):
+    for part, rows in buffered_parts(layout, weight.dtype):
+        if not fill_rows(weight, rows, layout, part):
             return False
         file.write(rows.view(torch.uint8).numpy().data)
     return True
 
 
-def _shape(layout: PackedLayout) -> tuple[int, ...]:
-    return layout.prefix.data_ptr(), layout.panels.data_ptr(), layout.out_features, len(layout.panels) - 1
+def _of_rows(rows: Tensor, weight: Tensor, layout: PackedLayout) -> int:
+    check_tensor("rows", rows, weight.dtype, (layout.visible,))
+    return rows.data_ptr()
+
+
+def _of_panels(weight: Tensor, layout: PackedLayout) -> tuple[int, ...]:
+    """Returns a weight and its layout as the library receives them; ValueError: they do not fit one another."""
+    _check_weight(weight, layout.panels)
+    prefix, panels = layout.prefix, layout.panels
+    return weight.data_ptr(), prefix.data_ptr(), panels.data_ptr(), layout.out_features, len(panels) - 1
+
+
+def _check_weight(weight: Tensor, panels: Tensor) -> None:
+    _check_dtype(weight.dtype)
+    check_tensor("weight", weight, weight.dtype, (PANEL * int(panels[-1]),))
+
+
+def _check_dtype(dtype: torch.dtype) -> None:
+    """Raises ValueError unless packed weights may be of a dtype: a floating-point one of 16 bits or more."""
+    if dtype not in EXPONENTS:
+        raise ValueError(f"packed weights must be of one of {', '.join(map(str, EXPONENTS))}; found {dtype}")
 
 
 def _format(weight: Tensor) -> tuple[int, ...]:
-    return weight.element_size(), _EXPONENTS[weight.dtype], torch.get_num_threads()
+    return weight.element_size(), EXPONENTS[weight.dtype], torch.get_num_threads()
 
 
 def _is_finite(status: int) -> bool:
@@ -162,94 +175,13 @@ def _is_finite(status: int) -> bool:
     return status == 0
 
 
-class _Part(NamedTuple):
-    """Panels ``start..end`` of a layer, and their rows among the numbers of all rows."""
-
-    start: int
-    end: int
-    rows: slice
-
-    @property
-    def numel(self) -> int:
-        return int(self.rows.stop - self.rows.start)
-
-
-def _parts(layout: PackedLayout, itemsize: int) -> list[_Part]:
-    """Returns parts of about ``PART_BYTES`` that cover all panels; none is smaller than a panel."""
-    last_rows = (PANEL * torch.arange(1, len(layout.panels), device="cpu")).clamp_(max=layout.out_features) - 1
-    ends: list[int] = layout.prefix.cumsum(0)[last_rows].tolist()
-    result, start, first = [], 0, 0
-    for panel, numbers in enumerate(ends):
-        if (numbers - first) * itemsize >= PART_BYTES or panel == len(ends) - 1:
-            result.append(_Part(start, panel + 1, slice(first, numbers)))
-            start, first = panel + 1, numbers
-    return result
-
-
-def _buffered_parts(layout: PackedLayout, dtype: torch.dtype) -> Iterator[tuple[_Part, Tensor]]:
-    """Yields the parts with memory for their rows, the same for all: fresh memory takes longer than the conversion."""
-    parts = _parts(layout, dtype.itemsize)
-    buffer = torch.empty(max(part.numel for part in parts), dtype=dtype, device="cpu")
-    for part in parts:
-        yield part, buffer[: part.numel]
-
-
-def _write_panels(rows: Tensor, weight: Tensor, layout: PackedLayout, part: _Part) -> bool:
-    for dense, visible, panels, numbers in _dense(rows, weight, layout, part):
-        dense[:] = 0
-        dense.reshape(-1, dense.shape[2])[: len(visible)][visible] = numbers
-        panels[:] = dense.swapaxes(1, 2)
-    return _finite(rows)
-
-
-def _write_rows(weight: Tensor, rows: Tensor, layout: PackedLayout, part: _Part) -> bool:
-    for dense, visible, panels, numbers in _dense(rows, weight, layout, part):
-        dense[:] = panels.swapaxes(1, 2)
-        numbers[:] = dense.reshape(-1, dense.shape[2])[: len(visible)][visible]
-    return _finite(rows)
-
-
-def _dense(rows: Tensor, weight: Tensor, layout: PackedLayout, part: _Part) -> Iterator[tuple[Any, Any, Any, Any]]:
-    """Yields an empty ``[panels, 16, width]``, the mask ``[rows, width]`` of its rows, the panels, and their rows.
-
-    They are bits in arrays of NumPy, whose operations run on this thread: torch would share out the little work of
-    each, and wait for its threads thousands of times.
-    """
-    bits, rows, first = _BITS_OF[rows.element_size()], rows.detach(), 0
-    weight = weight.detach().view(bits)
-    for run in layout.runs:
-        start, end = max(run.start, part.start), min(run.end, part.end)
-        if start < end and run.width:
-            sees = layout.prefix[PANEL * start : PANEL * end].numpy()
-            visible = torch.arange(run.width, device="cpu").numpy() < sees[:, None]
-            numel = int(sees.sum())
-            dense = torch.empty(end - start, PANEL, run.width, dtype=bits, device="cpu").numpy()
-            panels = run.of(weight)[start - run.start : end - run.start].numpy()
-            yield dense, visible, panels, rows[first : first + numel].view(bits).numpy()
-            first += numel
-
-
-def _finite(rows: Tensor) -> bool:
-    exponent = _EXPONENTS[rows.dtype]
-    return bool((rows.detach().view(_BITS_OF[rows.element_size()]).numpy() & exponent != exponent).all())
-
-
-def to_rows(weight: Tensor, layout: PackedLayout) -> Tensor:
-    """Returns the visible weights of a packed weight on the CPU, row after row."""
-    weight = weight.detach().contiguous()
-    rows = weight.new_empty(layout.visible)
-    panels_to_rows(weight, rows, layout)
-    return rows
-
-
 def from_rows(rows: Tensor, layout: PackedLayout) -> Tensor:
     """Returns the packed weight for visible weights on the CPU, row after row.
 
     Raises:
         ValueError: the dtype is not a floating-point one of 16 bits or more.
     """
-    if rows.dtype not in _EXPONENTS:
-        raise ValueError(f"packed weights must be of one of {', '.join(map(str, _EXPONENTS))}; found {rows.dtype}")
+    _check_dtype(rows.dtype)
     weight = rows.new_empty(layout.numel)
     rows_to_panels(rows.detach().contiguous(), weight, layout)
     return weight
@@ -282,11 +214,16 @@ class Paddings:
 
     Args:
         weights, prefixes, panels: as of ``zero_padding``.
+
+    Raises:
+        ValueError: a weight does not fit its prefix and panels. It is cleared before an op looks at its arguments.
     """
 
     def __init__(self, weights: Sequence[Tensor], prefixes: Sequence[Tensor], panels: Sequence[Tensor]) -> None:
         numbers: list[int] = []  # of the structs ``PaddedWeight`` of csrc/storage.cpp
         for weight, prefix, columns in zip(weights, prefixes, panels, strict=True):
+            check_layout(prefix, columns)
+            _check_weight(weight, columns)
             numbers += weight.data_ptr(), prefix.data_ptr(), columns.data_ptr()
             numbers += prefix.shape[0], columns.shape[0] - 1, weight.element_size()
         self._structs, self._count = (_INT * len(numbers))(*numbers), len(weights)
@@ -316,41 +253,12 @@ def uniform_(weight: Tensor, layout: PackedLayout, bound: float, generator: torc
 def _write_uniform(weight: Tensor, layout: PackedLayout, bound: float, seed: int) -> None:
     dtype, library = weight.dtype if weight.dtype == torch.float64 else torch.float32, _library()
     if library is None:
-        for part in _parts(layout, dtype.itemsize):
-            rows = _uniform_rows(part, dtype, seed, bound)
-            _write_panels(rows.to(weight.dtype), weight, layout, part)
+        for part in parts(layout, dtype.itemsize):
+            rows = uniform_rows(part, dtype, seed, bound)
+            fill_panels(rows.to(weight.dtype), weight, layout, part)
         return
     target = weight if weight.dtype == dtype else torch.empty_like(weight, dtype=dtype)
     fill = library.fastmaf_uniform_double if dtype == torch.float64 else library.fastmaf_uniform_float
-    _is_finite(fill(target.data_ptr(), *_shape(layout), seed, bound, torch.get_num_threads()))
+    _is_finite(fill(*_of_panels(target, layout), seed, bound, torch.get_num_threads()))
     if target is not weight:
         weight.copy_(target)
-
-
-def _uniform_rows(part: _Part, dtype: torch.dtype, seed: int, bound: float) -> Tensor:
-    """Returns the rows of a part; see ``csrc/uniform.cpp``."""
-    bits = 53 if dtype == torch.float64 else 24
-    # Arrays of int64, which wrap around as uint64 does; see ``_dense``.
-    z: Any = torch.empty(part.numel, dtype=torch.int64, device="cpu").numpy()
-    z[:] = 1
-    z.cumsum(out=z)
-    z += part.rows.start  # the index, and one
-    z *= _signed(0x9E3779B97F4A7C15)
-    z += _signed(seed)
-    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB), (31, 1)):
-        z ^= _shifted(z, shift)
-        z *= _signed(factor)
-    numbers = torch.empty(part.numel, dtype=dtype, device="cpu")
-    values: Any = numbers.numpy()
-    values[:] = _shifted(z, 64 - bits) - 2 ** (bits - 1)
-    values *= bound / 2 ** (bits - 1)
-    return numbers
-
-
-def _signed(bits: int) -> int:
-    return (bits + 2**63) % 2**64 - 2**63
-
-
-def _shifted(z: Any, shift: int) -> Any:
-    """Returns ``z >> shift`` of unsigned numbers."""
-    return (z >> shift) & (2 ** (64 - shift) - 1)

@@ -418,8 +418,8 @@ class Flow(nn.Module):
 
         Raises:
             OutputError: the card would replace a card that was edited, or another file; nothing was written.
-            ValueError: ``metadata`` contains the reserved key ``"fastmaf"``, a tensor of the flow is not finite, or
-                two tensors of the flow overlap in memory without being the same tensor.
+            ValueError: ``metadata`` contains the reserved key ``"fastmaf"``, a tensor of the flow is not finite or
+                on the device ``meta``, or two tensors of the flow overlap in memory without being the same tensor.
             TypeError: the class of a transform is not in ``fastmaf.transforms.TRANSFORMS``, or a module is pruned,
                 parametrised or of another class.
             OSError: the file cannot be written; an earlier file stays intact.

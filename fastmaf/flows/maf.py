@@ -9,10 +9,19 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastmaf.degrees import DegreeKind, OrderKind, hidden_degrees, layer_sizes, orders, warn_if_disconnected
+from fastmaf.degrees import (
+    DegreeKind,
+    OrderKind,
+    check_features,
+    hidden_degrees,
+    layer_sizes,
+    orders,
+    warn_if_disconnected,
+)
 from fastmaf.flows.base import Flow
 from fastmaf.nn import MADE, Init
 from fastmaf.transforms import AffineAutoregressive, GaussianWhitening, Permutation, Transform
+from fastmaf.validation import as_integer
 
 
 class MAF(Flow):
@@ -96,10 +105,11 @@ class MAF(Flow):
         dtype: torch.dtype | None = None,
         validate_args: bool | None = None,
     ) -> None:
+        features, blocks = check_features(features), as_integer("blocks", blocks)
         if blocks < 1:
             raise ValueError(f"blocks must be at least 1; found {blocks}")
         hidden_features = layer_sizes(hidden_features)
-        generator = None if seed is None else torch.Generator().manual_seed(seed)
+        generator = None if seed is None else torch.Generator().manual_seed(as_integer("seed", seed))
         order_of_block = orders(order, features, blocks, generator=generator)
         # Degrees are drawn before weights, so that they do not depend on dtype and init; both are drawn on the CPU, so
         # that a seed gives the same model on every device.

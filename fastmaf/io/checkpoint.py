@@ -54,7 +54,8 @@ def load(path: str | os.PathLike[str], *, device: torch.device | str = "cpu") ->
         device: the device of the flow.
 
     Returns:
-        A ``MAF`` or ``Flow``, as saved.
+        A ``MAF`` or ``Flow``, as saved. A copy by ``to_inference`` with bfloat16 weights is frozen again: its
+        parameters require no gradients.
 
     Raises:
         FileNotFoundError: the file does not exist.
@@ -111,6 +112,8 @@ def _flow(file: TensorFile) -> Flow:
             flow = _build(config, tensors)
         _load_tensors(flow, tensors, read_weights(file, config, flow, tensors))
         share_again(flow, config.get("shared", {}))
+        if any("weight_dtype" in transform for transform in config["transforms"]):  # a copy by ``to_inference``
+            flow.requires_grad_(False).eval()
     except CheckpointError:
         raise
     except Exception as error:  # registered classes of users may raise anything

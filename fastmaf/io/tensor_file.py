@@ -100,7 +100,8 @@ class TensorFile:
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(path)
         if not self.path.is_file():  # checked before opening, since opening a FIFO blocks
-            raise FileNotFoundError(f"no model file at {path}")
+            found = "; it is a folder" if self.path.is_dir() else ""
+            raise FileNotFoundError(f"no model file at {path}{found}")
         self._file = open(path, "rb", buffering=0)  # noqa: SIM115
         try:
             self.tensors, self.metadata = self._header(os.fstat(self._file.fileno()).st_size)
@@ -147,9 +148,20 @@ class TensorFile:
         return CheckpointError(f"{self.path} is not a safetensors file, or is damaged: {why}")
 
     def _header(self, size: int) -> tuple[dict[str, TensorInfo], dict[str, str]]:
-        length = int.from_bytes(self._file.read(8), "little")
-        if size < 8 or length > min(size - 8, _MAX_HEADER):
-            raise self._damaged(f"expected a header of at most {min(max(size - 8, 0), _MAX_HEADER)} bytes")
+        start = self._file.read(8)
+        if size < 8:
+            raise self._damaged(f"it has {size} bytes, fewer than any such file")
+        length = int.from_bytes(start, "little")
+        if length > min(size - 8, _MAX_HEADER):
+            if start.startswith(b"PK\x03\x04"):
+                raise CheckpointError(
+                    f"{self.path} is a zip archive, such as torch.save writes, and not a safetensors file: read a "
+                    "state dict with torch.load, and give it to load_state_dict of a flow"
+                )
+            raise self._damaged(
+                f"its header would take {length} bytes; expected at most {min(size - 8, _MAX_HEADER)} in a file of "
+                f"{size}"
+            )
         try:
             header = parse(self._file.read(length).decode("utf-8"), "header")
             metadata: dict[str, str] = header.pop("__metadata__", {}) if isinstance(header, dict) else {}

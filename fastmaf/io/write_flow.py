@@ -27,6 +27,10 @@ def write_flow(
     """Writes a flow with its ``config()`` to a safetensors file; see ``fastmaf.Flow.save`` for arguments and errors."""
     if metadata and KEY in metadata:
         raise ValueError(f"metadata key {KEY!r} is reserved for the configuration")
+    named = (*flow.named_parameters(), *flow.named_buffers())
+    empty = next((name for name, tensor in named if tensor.is_meta), None)
+    if empty is not None:
+        raise ValueError(f"{empty} is on the device 'meta' and holds no numbers to save; nothing was written to {path}")
     shared = shared_parts(flow)
     entry = {"version": FORMAT_VERSION, **config, **({"shared": shared} if shared else {})}
     tensors = {name: tensor.detach() for name, tensor in flow.state_dict().items()}

@@ -11,8 +11,8 @@ from fastmaf import hooks
 from fastmaf.flows import Flow
 from fastmaf.kernels import composite, dispatch
 from fastmaf.kernels.flow.args import FlowBatch
+from fastmaf.kernels.flow.native_plan import FlowPlan
 from fastmaf.kernels.flow.prepared import PreparedFlow
-from fastmaf.kernels.native_args import FlowPlan
 
 _requires_grad, _grad, _hooks, _later_hooks = map(
     operator.attrgetter, ("requires_grad", "grad", "_backward_hooks", "_post_accumulate_grad_hooks")

@@ -49,6 +49,9 @@ class TrainingStep:
         guards: limits on the step; see ``Guards``. None for no limits.
         graphs: on a GPU, replay steps of ``FusedAdam`` as CUDA graphs, from the second batch of a shape on.
 
+    Raises:
+        ValueError: the optimiser holds none of the flow's parameters.
+
     Example:
         >>> flow = fastmaf.MAF(6, 2, (16,), order="natural", seed=0)
         >>> step = fastmaf.TrainingStep(flow, fastmaf.optim.FusedAdam(flow.parameters(), lr=1e-2))
@@ -67,6 +70,9 @@ class TrainingStep:
         *,
         graphs: bool = False,
     ) -> None:
+        held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+        if held.isdisjoint(map(id, flow.parameters())):
+            raise ValueError("the optimizer holds no parameter of the flow: build it with flow.parameters()")
         self.flow = flow
         self.optimizer = optimizer
         self.guards = guards or Guards()
@@ -99,7 +105,8 @@ class TrainingStep:
                 loss = -self.flow.log_prob(x).mean() if graphed is None else graphed.forward(x)
         nll = float(loss.detach())
         if not math.isfinite(nll):
-            raise NonFiniteLossError(f"the NLL of a batch became {nll} at step {self.steps + 1}")
+            empty = "" if len(x) else ": the batch has no rows"
+            raise NonFiniteLossError(f"the NLL of a batch became {nll} at step {self.steps + 1}{empty}")
         self.steps += 1
         if self._jumps(nll):
             return StepReport(nll, skipped=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -29,9 +29,9 @@ class Permutation(Transform):
 
     permutation: Tensor
 
-    def __init__(self, permutation: Tensor) -> None:
+    def __init__(self, permutation: Tensor | Sequence[int]) -> None:
         super().__init__()
-        self.features = permutation.numel()
+        self.features = len(permutation)
         self._first = check_permutation("permutation", permutation, self.features)
         self.register_buffer("permutation", self._first.clone())
 

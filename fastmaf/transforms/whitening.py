@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -11,6 +11,10 @@ from torch import Tensor
 from fastmaf.kernels.autocast import matmul
 from fastmaf.transforms.base import Transform
 from fastmaf.transforms.factor_analysis import Augment, FactorModel, fit_factors
+from fastmaf.validation import as_tensor
+
+if TYPE_CHECKING:
+    from numpy.typing import ArrayLike
 
 
 class GaussianWhitening(Transform):
@@ -72,20 +76,28 @@ class GaussianWhitening(Transform):
 
     @torch.no_grad()
     def fit_(
-        self, x: Tensor, *, augment: Augment | None = None, folds: int = 5, floor: float | None = None, seed: int = 0
+        self,
+        x: Tensor | ArrayLike,
+        *,
+        augment: Augment | None = None,
+        folds: int = 5,
+        floor: float | None = None,
+        seed: int = 0,
     ) -> GaussianWhitening:
         """Fits the covariance to data in closed form.
 
         Args:
-            x: ``[n, D]``, n >= 2, finite.
+            x: ``[n, D]``, n >= 2, finite; a tensor, a NumPy array or a nested list.
             augment, folds, floor, seed: as ``fastmaf.transforms.factor_analysis.fit_factors``.
 
         Returns:
             The transform itself.
 
         Raises:
+            TypeError: ``x`` is neither a tensor nor an array of numbers.
             ValueError: ``x`` has another shape or is not finite, or an argument is out of range.
         """
+        x = as_tensor("x", x, self.mean)
         if x.dim() != 2 or x.shape[1] != self.features:
             raise ValueError(f"x must have shape [n, {self.features}]; found {list(x.shape)}")
         self.set_(fit_factors(x, self.rank, augment=augment, folds=folds, floor=floor, seed=seed))

@@ -1,6 +1,6 @@
 """Output layer fused with its element-wise map by the C++ kernels of ``csrc/``; the same functions as ``torch.py``.
 
-The ``[N, 2D]`` product exists for 32 rows at a time, in cache.
+The ``[N, 2D]`` product exists for up to 128 rows at a time, in cache, where there are more rows than columns.
 """
 
 from __future__ import annotations
@@ -15,7 +15,8 @@ from fastmaf.kernels.adam.update import Update
 from fastmaf.kernels.affine_output.args import AffineArgs, AffineBatch
 from fastmaf.kernels.huge_pages import empty_on_huge_pages
 from fastmaf.kernels.masked_linear import native as linear
-from fastmaf.kernels.native_args import NONE, WRITE, MapStruct, SourceStruct, TargetStruct, check_tensor
+from fastmaf.kernels.native_args import NONE, WRITE, MapStruct, SourceStruct, TargetStruct
+from fastmaf.kernels.native_checks import check_batch, check_tensor
 
 native_library.load()
 why_not = native_library.why_not
@@ -23,7 +24,7 @@ why_not = native_library.why_not
 
 def forward(h: Tensor, x: Tensor, args: AffineArgs) -> tuple[Tensor, Tensor, Tensor]:
     """Returns ``z`` ``[N, D]``, ``ladj`` ``[N]`` and ``log_scale`` ``[N, D]``; the weight may be bfloat16."""
-    n, columns = native_args.check_batch("h", h)
+    n, columns = check_batch("h", h)
     layer = native_args.layer(args, columns, h.dtype)
     _check_pairs(layer.rows)
     check_tensor("x", x, h.dtype, (n, layer.rows // 2))

@@ -19,7 +19,13 @@ FASTMAF_INLINE Vec<T> log_scale_of(Vec<T> u, const AffineMap& map) {
   }
   if (map.scale == kSigmoid) return epsilon > 0 ? logarithm(logistic<T>(u + limit) + epsilon) : -softplus<T>(-(u + limit));
   if (std::isinf(map.limit)) return u;
-  if (map.scale == kTanh) return limit * hyperbolic_tangent(over<T>(u, limit));
+  if (map.scale == kTanh) {
+    // tanh 20 is 1 to the last bit. `over` makes NaN of a quotient beyond the largest number.
+    const Vec<T> most = broadcast(T(20) * limit);
+    u = (u > most) ? most : u;  // NaN stays NaN
+    u = (u < -most) ? -most : u;
+    return limit * hyperbolic_tangent(over<T>(u, limit));
+  }
   if (map.scale == kSoftClip) {
     const Vec<T> a = u / (absolute<T>(u) / limit + T(1));
     const Vec<T> bound = broadcast(limit);

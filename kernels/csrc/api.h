@@ -1,5 +1,6 @@
 // What the library's functions are given: plain pointers and numbers, described by structs that Python fills (see
-// kernels/native_library.py). All matrices are row-major and contiguous. Nothing here includes torch.
+// kernels/native_args.py). Matrices are row-major, but for weights; all are contiguous. Nothing here includes
+// torch.
 #pragma once
 
 #include <cstdint>

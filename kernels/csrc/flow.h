@@ -40,9 +40,9 @@ std::vector<Saved<T>> lay_out(const Flow& flow, long n, T*& memory) {
   return result;
 }
 
-// Calls body(tile, first unit, end) over parts of tiles of so many units, each a multiple of a vector but for the last.
+// Calls body(slice, tile, first unit, end) over slices of the units of all tiles, each a multiple of a vector but for the last.
 template <class Body>
-void each_part(const Team& team, const Tiles& tiles, long units, const Body& body) {
+void each_slice(const Team& team, const Tiles& tiles, long units, const Body& body) {
   const long step = round_up(std::max(64L, 8192 / std::max(tiles.n, 1L)), 64L), count = (units + step - 1) / step;
   team.each(count, [&](long i) {
     for (long t = 0; t < tiles.count; ++t) body(i, t, i * step, std::min((i + 1) * step, units));
@@ -52,7 +52,7 @@ void each_part(const Team& team, const Tiles& tiles, long units, const Body& bod
 // Tiles of units from rows of samples, x [n][units]; see fill_tile.
 template <class T, class Order>
 void fill_tiles(const Team& team, const Tiles& tiles, const T* x, long units, const Order& order, T* to) {
-  each_part(team, tiles, units, [&](long, long t, long k0, long k1) {
+  each_slice(team, tiles, units, [&](long, long t, long k0, long k1) {
     fill_tile(x + tiles.begin(t) * units, units, tiles.used(t), tiles.size(t), k0, k1, order, to + tiles.offset(t, units));
   });
 }
@@ -60,7 +60,7 @@ void fill_tiles(const Team& team, const Tiles& tiles, const T* x, long units, co
 // The way back.
 template <class T, class Order>
 void give_tiles(const Team& team, const Tiles& tiles, const T* from, long units, const Order& order, T* x) {
-  each_part(team, tiles, units, [&](long, long t, long k0, long k1) {
+  each_slice(team, tiles, units, [&](long, long t, long k0, long k1) {
     give_tile(from + tiles.offset(t, units), tiles.used(t), tiles.size(t), k0, k1, order, x + tiles.begin(t) * units, units);
   });
 }
@@ -69,7 +69,7 @@ void give_tiles(const Team& team, const Tiles& tiles, const T* from, long units,
 template <class T>
 void add_squares(const Team& team, const Tiles& tiles, const T* z, long units, T* squares) {
   std::vector<double> sums((units / 64 + 1) * tiles.n);
-  each_part(team, tiles, units, [&](long part, long t, long k0, long k1) {
+  each_slice(team, tiles, units, [&](long part, long t, long k0, long k1) {
     const T* from = z + tiles.offset(t, units) + k0 * tiles.size(t);
     double of_lanes[std::max(kWide, kMostNarrow)] = {};
     add_rows<T>([&](long i) { return load(from + i) * load(from + i); }, k1 - k0, tiles.size(t), of_lanes);
@@ -86,7 +86,7 @@ inline constexpr const int64_t* kInOrder = nullptr;
 // Wide tiles `to` of the same units as tiles of any kind, unit k at place order[k] (null: k) of these.
 template <class T, class Order>
 void widen(const Team& team, const Tiles& tiles, const T* from, long units, const Order& order, T* to) {
-  each_part(team, tiles, units, [&](long, long t, long k0, long k1) {
+  each_slice(team, tiles, units, [&](long, long t, long k0, long k1) {
     const long size = tiles.size(t), first = tiles.begin(t), last = t + 1 == tiles.count ? round_up(tiles.n, kWide) : first + size;
     for (long k = k0; k < k1; ++k) {
       const T* row = from + tiles.offset(t, units) + (order ? order[k] : k) * size;
@@ -184,7 +184,7 @@ void flow_forward(const Flow& flow, const int32_t* places, const T* x, long n, T
 // to[order[k]] = from[k] + more[k] (null: nothing more) for the units k of wide tiles: a gradient's way back through a permutation.
 template <class T>
 void scatter(const Team& team, const Tiles& tiles, const T* from, const T* more, const int64_t* order, long units, T* to) {
-  each_part(team, tiles, units, [&](long, long t, long k0, long k1) {
+  each_slice(team, tiles, units, [&](long, long t, long k0, long k1) {
     const long tile = tiles.offset(t, units);
     for (long k = k0; k < k1; ++k)
       for (long v = 0; v < kWide; v += kLanes<T>) {

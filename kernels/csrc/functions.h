@@ -158,7 +158,7 @@ inline Vec<float> logarithm(Vec<float> v) {
 #endif
   const Vec<float> small = p * z * s * 2.0f + exponent * -2.12194440e-4f;
   const Vec<float> result = exponent * 0.693359375f + (s * 2.0f + small);
-  return (v > 0.0f) ? ((v > 3e38f) ? v : result) : v + std::numeric_limits<float>::quiet_NaN() * 0.0f;
+  return (v > 0.0f) ? ((v > std::numeric_limits<float>::max()) ? v : result) : v + std::numeric_limits<float>::quiet_NaN() * 0.0f;
 }
 
 // 1 - e^-v

@@ -27,7 +27,7 @@ constexpr long padded(long n) {
 // sample next to each other.
 template <class T>
 constexpr int fold_of(long n) {
-  return sizeof(T) == 4 && kLanes<T> > 1 && 2 * n <= kLanes<T> ? 2 : 1;
+  return sizeof(T) == 4 && n > 0 && 2 * n <= kLanes<T> ? 2 : 1;
 }
 
 // The gradient of `count` rows of a layer's products, of the samples from i on that fill a vector: put(row of these, vector).
@@ -99,7 +99,7 @@ void make_gradient(const Source& s, long rows, long n, long row, const Gradient<
     }
     grad_bias[row + r] = static_cast<T>(total);
   }
-  if (wide > 0 && fold_of<T>(n) == 2)
+  if (fold_of<T>(n) == 2)
     for (long r = 0; r < whole; r += 2) {
       Vec<T> low, high;
       zip<T>(load(g.by_row + r * kWide), load(g.by_row + (r + 1) * kWide), low, high);

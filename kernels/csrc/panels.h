@@ -82,8 +82,8 @@ struct Nothing {};
 enum class Start { kZero, kLanes, kNumbers };
 
 // C [S][c_stride], its V vectors c_step apart, += (add) or = the sum over `count` of A and B, from `start` on. Vector v of A lies v_stride
-// numbers after the first; the S numbers of B's row i lie kBSample apart from b(i) on. With term
-// i the addresses fetch(i, 0 .. kFetch) are fetched. kFold = 2: two rows at once, by turns in the lanes of A, and next to each other in B.
+// numbers after the first; the S numbers of B's row i lie kBSample apart from b(i) on. With term i the addresses fetch(i, 0 .. kFetch)
+// are fetched. kFold = 2: two rows at once, by turns in the lanes of A, and next to each other in B.
 template <class T, int V, int S, long kBSample, int kFetch, int kFold = 1, Start kStart = Start::kZero, class W, class B, class F = Nothing>
 FASTMAF_INLINE void outer(long count, const W* a, long a_step, long v_stride, const B& b, T* c, long c_stride, long c_step, bool add,
                           const T* start = nullptr, const F& fetch = {}) {

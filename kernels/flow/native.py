@@ -14,10 +14,12 @@ from torch import Tensor
 from fastmaf.kernels import native_args, native_library
 from fastmaf.kernels.adam.update import Update
 from fastmaf.kernels.flow.args import FlowArgs, FlowBatch
+from fastmaf.kernels.flow.native_plan import FlowPlan, flow_plan
 from fastmaf.kernels.flow.saved import TILES, numel_of, relaid
 from fastmaf.kernels.flow.torch import UPDATES_BIASES, inverse_backward
 from fastmaf.kernels.huge_pages import empty_on_huge_pages
-from fastmaf.kernels.native_args import ADAM, WRITE, FlowPlan, check_tensor
+from fastmaf.kernels.native_args import ADAM, WRITE
+from fastmaf.kernels.native_checks import check_batch, check_tensor
 
 __all__ = ["UPDATES_BIASES", "adam_", "backward", "backward_of_all", "density", "forward"]
 __all__ += ["inverse", "inverse_backward", "why_not"]
@@ -137,8 +139,8 @@ def adam_(
 
 
 def _plan(name: str, x: Tensor, args: FlowArgs) -> FlowPlan:
-    _, features = native_args.check_batch(name, x)
-    plan = native_args.flow_plan(args, x.dtype)
+    _, features = check_batch(name, x)
+    plan = flow_plan(args, x.dtype)
     if features != plan.features:
         raise ValueError(f"{name} must be [N, {plan.features}]; found {tuple(x.shape)}")
     return plan

@@ -20,8 +20,8 @@ from fastmaf.kernels.dispatch import implementation
 from fastmaf.kernels.flow.args import FlowArgs, FlowBatch
 from fastmaf.kernels.flow.forward import backward_to_sinks, flow_backward, flow_forward, flow_forward_saving
 from fastmaf.kernels.flow.inverse import flow_inverse
+from fastmaf.kernels.flow.native_plan import FlowPlan, flow_plan
 from fastmaf.kernels.flow.saved import first_x
-from fastmaf.kernels.native_args import FlowPlan, flow_plan
 from fastmaf.kernels.op import is_recorded
 from fastmaf.kernels.padding import PaddingInPlace
 

@@ -50,18 +50,19 @@ def level_schedule(in_degrees: Tensor, hidden_degrees: Sequence[Tensor]) -> Tens
     return table
 
 
-def groups(schedule: Tensor) -> list[tuple[int, int]]:
+def groups(schedule: Tensor, *, every_layer: bool = False) -> list[tuple[int, int]]:
     """Returns the groups of steps of a ``level_schedule``: the first step of each, and the step after its last.
 
-    A group of several steps finishes units of one panel of the last hidden layer; a step that reaches beyond the panel
-    in which it begins is a group of its own.
+    A group of several steps finishes units of one panel of the last hidden layer, or of one panel of each if
+    ``every_layer``; a step that reaches beyond the panels in which it begins is a group of its own.
     """
-    finished, result, first = schedule[:, -1].tolist(), [], 0
+    finished = schedule[:, 1 if every_layer else -1 :].tolist()
+    result, first = [], 0
     while first < len(finished):
-        before = finished[first - 1] if first else 0
-        limit = before // PANEL * PANEL + PANEL
+        before = finished[first - 1] if first else [0] * len(finished[0])
+        limits = [units // PANEL * PANEL + PANEL for units in before]
         end = first + 1
-        while end < len(finished) and finished[end] <= limit:
+        while end < len(finished) and all(units <= limit for units, limit in zip(finished[end], limits, strict=True)):
             end += 1
         result.append((first, end))
         first = end

@@ -15,7 +15,8 @@ from fastmaf.kernels.adam.update import Update
 from fastmaf.kernels.affine_output.args import AffineArgs
 from fastmaf.kernels.huge_pages import empty_on_huge_pages
 from fastmaf.kernels.masked_linear.args import LinearArgs, LinearBatch
-from fastmaf.kernels.native_args import ADAM, NONE, NORM, WRITE, SourceStruct, TargetStruct, check_tensor
+from fastmaf.kernels.native_args import NONE, NORM, WRITE, SourceStruct, TargetStruct
+from fastmaf.kernels.native_checks import check_batch, check_tensor
 
 native_library.load()
 why_not = native_library.why_not
@@ -23,7 +24,7 @@ why_not = native_library.why_not
 
 def forward(x: Tensor, args: LinearArgs) -> Tensor:
     """Returns ``y`` ``[N, out]``; the weight may be bfloat16 beside float32 ``x``."""
-    n, columns = native_args.check_batch("x", x)
+    n, columns = check_batch("x", x)
     layer = native_args.layer(args, columns, x.dtype)
     y = x.new_empty(n, layer.rows)
     native_library.check(
@@ -72,7 +73,7 @@ def run(
     source: SourceStruct, x: Tensor, args: LinearArgs | AffineArgs, need_inputs: bool, target: TargetStruct
 ) -> tuple[Tensor, Tensor]:
     """Runs a layer's backward pass; returns the gradients of ``x`` (empty when not needed) and of the bias."""
-    n, columns = native_args.check_batch("h" if isinstance(args, AffineArgs) else "x", x)
+    n, columns = check_batch("h" if isinstance(args, AffineArgs) else "x", x)
     weight = args.weight.to(x.dtype)
     layer = native_args.layer(args._replace(weight=weight), columns, x.dtype)
     grad_x = x.new_empty(x.shape if need_inputs else 0)
@@ -97,7 +98,6 @@ def step(
     target = native_args.adam_target(args.weight, update)
     numbers = (ctypes.c_double * 9)(*update.numbers.native_floats())
     target.adam = ctypes.addressof(numbers)
-    assert target.mode == ADAM
     return run(source, x, args, need_inputs, target)
 
 

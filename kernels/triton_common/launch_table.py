@@ -40,8 +40,8 @@ class Table(NamedTuple):
         backward: gradients of a tile of weights, with or without Adam, from up to ``FEW`` samples.
         backward_many: the same from more, whose sums take more registers.
         most_samples: that one program takes; more are shared out, and read the weights again.
-        inverse_warps: of the level inverse, one program for a tile of samples.
-        inverse_numbers: how many weights such a program has in flight.
+        solve: the own steps of a group of the inverse: columns are dimensions that are taken at a time, warps those of
+            a sample; up to ``programs_per_sm`` samples have a program of their own.
     """
 
     lanes: Launch
@@ -50,8 +50,7 @@ class Table(NamedTuple):
     backward: Launch
     backward_many: Launch
     most_samples: int
-    inverse_warps: int
-    inverse_numbers: int
+    solve: Launch
 
     def backward_of(self, samples: int) -> Launch:
         """Returns the entry for tiles of this many samples."""
@@ -71,24 +70,21 @@ _PASCAL = Table(
     backward=Launch(16, 64, programs_per_sm=6),  # 4 KB in one piece; sums of 8 samples as above
     backward_many=Launch(16, 32, programs_per_sm=4),  # the sums of 64 samples fill the registers; 64 columns spill
     most_samples=64,  # with 128 the backward pass spills
-    inverse_warps=8,  # 255 registers a thread, of which one sample takes 170 and 16 samples 250
-    inverse_numbers=8192,  # 32 KB of weights in flight, what one SM's latency times bandwidth asks for
+    # A chain of small steps: one warp needs no barriers. The weights of 32 dimensions, twice, take 96 of its registers.
+    solve=Launch(16, 32, warps=1, programs_per_sm=8),
 )
 # Half as many threads a multiprocessor.
 _TURING = _PASCAL._replace(
-    dot=Launch(64, 32, programs_per_sm=4),  # half the threads, half the programs
-    inverse_warps=16,  # one program is all that runs on an SM: more threads issue its loads faster
+    dot=Launch(64, 32, programs_per_sm=4),
 )
 # With Ada; asynchronous copies into shared memory of the next tiles of a matrix product.
 _AMPERE = _PASCAL._replace(
     dot=Launch(64, 32, stages=2, programs_per_sm=4),  # one tile multiplied, one on its way; a third spills
     backward_many=Launch(16, 64, warps=8, programs_per_sm=4),  # twice the threads for the sums of 64 samples
-    inverse_numbers=16384,  # 64 KB in flight: 240 of 255 registers a thread
 )
 # 25 to 36 GB/s a multiprocessor, so more bytes in flight.
 _HOPPER = _AMPERE._replace(
     dot=Launch(64, 32, stages=4, programs_per_sm=4),  # three tiles of 12 KB on their way
-    inverse_warps=16,  # 512 threads, 128 registers each, issue the loads of 64 KB at once
 )
 TABLES = {61: _PASCAL, 75: _TURING, 80: _AMPERE, 90: _HOPPER}
 

@@ -63,6 +63,12 @@ def test_cyclic_with_enough_units_warns_of_nothing() -> None:
     quietly(13, hidden_features=(30, 12), degrees="cyclic")
 
 
+@pytest.mark.parametrize("hidden, levels", [(1, None), (8, 1), ((8, 1), None)])
+def test_spread_warns_of_one_unit_or_level(hidden: int | tuple[int, ...], levels: int | None) -> None:
+    with pytest.warns(fastmaf.ConnectivityWarning, match="at least 2 units per hidden layer and 2 levels"):
+        fastmaf.MAF(6, 1, hidden, levels=levels)
+
+
 def test_unconditioned_outputs_are_named() -> None:
     with pytest.warns(fastmaf.ConnectivityWarning, match="outputs 2 to 4 ") as seen:
         fastmaf.MAF(9, 2, (4,), degrees=[torch.tensor([4, 5, 7, 8])])

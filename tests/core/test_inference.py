@@ -96,6 +96,7 @@ def test_save_and_load(tmp_path: Path) -> None:
         again = fastmaf.load(path)
     for layer in layers_of(again).values():
         assert layer.weight.dtype == torch.bfloat16 and layer.bias.dtype == F32
+    assert not again.training and not any(p.requires_grad for p in again.parameters())
     assert torch.equal(again.log_prob(x), small.log_prob(x))
     assert torch.equal(again.inverse(x)[0], small.inverse(x)[0])
     assert torch.equal(again.sample(3, generator=generator()), small.sample(3, generator=generator()))

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -166,3 +168,37 @@ def test_a_bad_row_stays_one_row(value: float) -> None:
     good = [0, 1, 3, 4]
     assert_close("values", flow.log_prob(bad)[good], flow.log_prob(x)[good])
     assert not torch.isfinite(flow.log_prob(bad)[2])
+
+
+@pytest.mark.parametrize("name, value", [
+    ("features", 2.0), ("features", "2"), ("blocks", 2.5), ("blocks", "2"), ("levels", 1.5), ("seed", "a"),
+    ("seed", 1.5),
+])  # fmt: skip
+def test_numbers_that_are_not_integers_are_named(name: str, value: object) -> None:
+    options: dict[str, Any] = {"features": 3, "blocks": 2, "hidden_features": 4, name: value}
+    with pytest.raises(TypeError, match=f"{name} must be an integer; found {value!r}"):
+        fastmaf.MAF(**options)
+
+
+def test_features_below_one_are_named() -> None:
+    for build_one in (fastmaf.MAF, fastmaf.MADE):
+        with pytest.raises(ValueError, match="features must be at least 1; found -1"):
+            build_one(features=-1, hidden_features=4)
+
+
+def test_seeds_and_starts_are_integers_of_any_type() -> None:
+    flow = build(3)
+    expected = flow.sample(2, seed=5, start=1)
+    for five, one in ((np.int64(5), np.uint8(1)), (torch.tensor(5), torch.tensor(1))):
+        assert torch.equal(flow.sample(2, seed=five, start=one), expected)
+    for options in ({"seed": 1.5}, {"seed": 1, "start": 1.5}):
+        with pytest.raises(TypeError, match="must be an integer; found 1.5"):
+            flow.sample(2, **options)
+
+
+def test_a_permutation_may_be_a_list() -> None:
+    permutation = fastmaf.Permutation([2, 0, 1])
+    assert permutation(torch.tensor([[10.0, 11.0, 12.0]]))[0].tolist() == [[12.0, 10.0, 11.0]]
+    for wrong in ([0, 0, 1], [1, 2, 3], [0.0, 1.0], []):
+        with pytest.raises(ValueError, match="permutation must be"):
+            fastmaf.Permutation(wrong)

@@ -110,7 +110,7 @@ def test_no_pickle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_missing_file_and_folder(tmp_path: Path) -> None:
     refused(tmp_path / "nothing.safetensors", "model file", FileNotFoundError)
-    refused(tmp_path, "model file|folder|directory", OSError)
+    refused(tmp_path, "no model file at .*; it is a folder", OSError)
 
 
 @pytest.mark.parametrize(
@@ -122,6 +122,19 @@ def test_what_is_no_safetensors_file(tmp_path: Path, content: bytes) -> None:
     path = tmp_path / "model.safetensors"
     path.write_bytes(content)
     refused(path, "safetensors file")
+
+
+def test_a_flow_without_numbers_is_not_saved(tmp_path: Path) -> None:
+    path = tmp_path / "model.safetensors"
+    with pytest.raises(ValueError, match="is on the device 'meta' and holds no numbers to save"):
+        fastmaf.MAF(3, 2, 8, device="meta").save(path)
+    assert not path.exists()
+
+
+def test_a_state_dict_of_torch_save_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "model.safetensors"
+    torch.save(build(5).state_dict(), path)
+    refused(path, "zip archive, such as torch.save writes")
 
 
 @pytest.mark.parametrize("part", [0.1, 0.5, 0.9, -1])

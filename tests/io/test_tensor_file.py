@@ -26,9 +26,12 @@ def content(header: Any, data: bytes = b"\0" * 4, length: int | None = None) -> 
 
 
 FILES: dict[str, tuple[bytes, str]] = {
-    "no length": (b"\x02\0\0", "expected a header of at most 0 bytes"),
-    "length beyond the file": (content({"a": ONE}, length=2**32), "expected a header of at most"),
-    "largest length": (content({"a": ONE}, length=2**64 - 1), "expected a header of at most"),
+    "no length": (b"\x02\0\0", "it has 3 bytes"),
+    "length beyond the file": (
+        content({"a": ONE}, length=2**32),
+        "its header would take 4294967296 bytes; expected at most",
+    ),
+    "largest length": (content({"a": ONE}, length=2**64 - 1), "its header would take 18446744073709551615 bytes"),
     "no UTF-8": (struct.pack("<Q", 4) + b'{"\xff"', "its header is not UTF-8 text"),
     "no JSON": (content("{"), "header: not valid JSON"),
     "no object": (content([1]), "header: expected an object"),

@@ -93,13 +93,13 @@ def set_launch(
 
     Compiled programs have several warps: with one, a missing barrier could not show.
     """
-    warps, inverse_warps = 1, 1
+    warps = 1
     if device == "cuda":
         rows, columns = max(rows, 16), max(columns, 16)
-        warps, inverse_warps = 4, 8
+        warps = 4
     one = Launch(rows, columns, warps=warps, programs_per_sm=programs)
     for key in launch_table.TABLES:
-        table = Table(one, one, one, one, one, most_samples, inverse_warps=inverse_warps, inverse_numbers=256)
+        table = Table(one, one, one, one, one, most_samples, solve=Launch(16, 8, warps=warps, programs_per_sm=1))
         monkeypatch.setitem(launch_table.TABLES, key, table)
 
 

@@ -48,8 +48,8 @@ def args_of(flow: Flow) -> FlowArgs:
     return flow_args(blocks, permutations_of(flow))
 
 
-def make_call(name: str) -> Call:
-    """Returns one of ``CALLS``, on tensors of its own."""
+def make_call(name: str, op: Callable[..., Any] | None = None) -> Call:
+    """Returns one of ``CALLS``, on tensors of its own; of the op that leads to it if one is given."""
     from fastmaf.kernels.affine_output import native as affine
     from fastmaf.kernels.flow import native as flow
     from fastmaf.kernels.masked_linear import native as linear
@@ -59,7 +59,7 @@ def make_call(name: str) -> Call:
     made = blocks_of(model)[0].made
     written = ("weight", "exp_avg", "exp_avg_sq") if way == "adam" else ()
     if kind == "flow":
-        return _flow_call(flow, way, args_of(model), written)
+        return _flow_call(flow, way, args_of(model), written, op)
     layer, rows = (made.output, 13) if kind == "affine" else (made.hidden[0], 9)
     tensors = {
         "weight": layer.weight.detach().clone(), "bias": layer.bias.detach().clone(), "prefix": layer.prefix.clone(),
@@ -79,7 +79,7 @@ def make_call(name: str) -> Call:
         args: Any = LinearArgs(*parts, "relu") if kind == "linear" else AffineArgs(*parts, AffineMap(limit=5.0))
         module: Any = linear if kind == "linear" else affine
         if way == "forward":
-            return module.forward(*[t[key] for key in ("h", "x") if key in t], args)
+            return (op or module.forward)(*[t[key] for key in ("h", "x") if key in t], args)
         batch_type: Any = LinearBatch if kind == "linear" else AffineBatch
         batch = batch_type(**{key: t[key] for key in batch_type._fields})
         if way == "norm":
@@ -91,7 +91,7 @@ def make_call(name: str) -> Call:
     return Call(function, tensors | inputs, written)
 
 
-def _flow_call(flow: Any, way: str, args: FlowArgs, written: tuple[str, ...]) -> Call:
+def _flow_call(flow: Any, way: str, args: FlowArgs, written: tuple[str, ...], op: Callable[..., Any] | None) -> Call:
     tensors = {
         f"{name} {i}": t.clone()
         for name, parts in zip((*LAYER, "schedule", "permutation"), args[:6], strict=True)
@@ -110,6 +110,8 @@ def _flow_call(flow: Any, way: str, args: FlowArgs, written: tuple[str, ...]) ->
     def function(t: dict[str, Tensor]) -> Any:
         parts = [[t[key] for key in t if key.partition(" ")[0] == name] for name in (*LAYER, "schedule", "permutation")]
         found = FlowArgs(*parts, args.activation, args.maps)  # type: ignore[arg-type]
+        if op is not None:
+            return op(t["x" if way == "forward" else "z"], found)
         if way in ("forward", "inverse"):
             return flow.forward(t["x"], found, True) if way == "forward" else flow.inverse(t["z"], found)
         batch = FlowBatch(t["grad_z"], t["grad_ladj"], t["saved"])

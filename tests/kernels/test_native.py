@@ -7,6 +7,8 @@ import importlib
 import io
 from collections import defaultdict
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,11 +16,13 @@ import torch
 from torch import Tensor
 
 from fastmaf import kernels
-from fastmaf.kernels import AffineArgs, native_library
-from fastmaf.kernels.affine_output.affine_map import SCALE_FIRST, SHIFT_FIRST, SIGMOID, SOFTPLUS, AffineMap
+from fastmaf.kernels import AffineArgs, native_library, storage
+from fastmaf.kernels.affine_output.affine_map import CLAMP, SCALE_FIRST, SHIFT_FIRST, SIGMOID, SOFTPLUS, TANH, AffineMap
 from fastmaf.kernels.affine_output.args import AffineBatch
-from tests.core.helpers import normal, padding_of
+from fastmaf.kernels.flow.args import FlowBatch
+from tests.core.helpers import build, normal, padding_of
 from tests.kernels.cases import OPS, check_contract, evaluate, leaves, make, needs, same
+from tests.kernels.native_calls import args_of
 from tests.tolerances import F32, F64, assert_float32, distance
 
 pytestmark = needs("native")
@@ -103,6 +107,24 @@ def test_an_empty_batch_has_zero_gradients(kind: str) -> None:
     for key, value in found.items():
         assert value.isfinite().all() and not value.any(), key
     assert found["result 0"].shape[0] == 0
+
+
+def test_an_empty_batch_reads_no_work_buffers(tmp_path: Path) -> None:
+    """On a thread of which some buffers have been grown, by a file and by a smaller flow, and others have no memory."""
+    from fastmaf.kernels.flow import native
+
+    small, large = (args_of(build(d, hidden_features=(h,), dtype=F32)) for d, h in ((4, 8), (40, 20)))
+
+    def gradients() -> list[Tensor]:
+        native.forward(normal(8, 4, dtype=F32), small, False)
+        with (tmp_path / "rows").open("wb") as file:
+            storage.write_rows(file, torch.ones(48), kernels.PackedLayout(torch.full((16,), 3), 3))
+        batch = FlowBatch(*native.forward(normal(0, 40, dtype=F32), large, True))
+        grad_x, weights, biases = native.backward(batch, large, True)
+        return [grad_x, *weights, *biases]
+
+    with ThreadPoolExecutor(1) as pool:
+        assert not any(grad.any() for grad in pool.submit(gradients).result())
 
 
 def scattered(t: Tensor, offset: int) -> Tensor:
@@ -207,6 +229,19 @@ def test_maps_of_any_raw_output(name: str, isa_of: str, isa: str) -> None:
     assert slope[:-1].isfinite().all() and slope.shape[0] == numbers + 1
     worst = (affine_map.slope(a)[:-1].to(F64) - expected).abs().max()
     assert (slope[:-1].to(F64) - expected).abs().max() <= 2 * worst + 4 * eps
+
+
+@pytest.mark.parametrize("dtype", [F32, F64], ids=str)
+@pytest.mark.parametrize("scale", [CLAMP, TANH, SOFTPLUS])
+def test_maps_of_infinite_and_of_the_largest_raw_outputs(scale: int, dtype: torch.dtype, isa: str) -> None:
+    affine_map, most = AffineMap(SHIFT_FIRST, scale, 0.5), torch.finfo(dtype).max
+    u = torch.tensor([torch.inf, -torch.inf, most, -most, torch.nan] * 4, dtype=dtype)
+    layout = kernels.PackedLayout(torch.zeros(2 * len(u), dtype=torch.int64), 1)
+    bias = torch.stack((torch.zeros_like(u), u), dim=1).flatten()
+    args = AffineArgs(u.new_zeros(layout.numel), bias, layout.prefix, layout.panels, affine_map)
+    for batch in (1, 3, 16):
+        a = _affine().forward(u.new_ones(batch, 1), u.new_ones(batch, len(u)), args)[2]
+        torch.testing.assert_close(a, affine_map.log_scale(u).expand_as(a), equal_nan=True)
 
 
 @pytest.mark.parametrize("batch", [0, 1, 8, 65])

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastmaf.kernels import AffineMap, level_schedule
+from fastmaf.kernels import AffineMap, affine_output, flow_forward, flow_inverse, level_schedule, masked_linear
 from fastmaf.kernels.adam.update import Update
 from tests.kernels.cases import OPS, evaluate, leaves, make, needs
 from tests.kernels.native_calls import CALLS, LAYER, NUMBERS, Call, make_call
@@ -17,6 +17,12 @@ from tests.tolerances import F32, F64, assert_close
 
 pytestmark = needs("native")
 
+OPS_OF: dict[str, Callable[..., Any]] = {
+    "linear forward": masked_linear,
+    "affine forward": affine_output,
+    "flow forward": flow_forward,
+    "flow inverse": flow_inverse,
+}
 WRONG: dict[str, Callable[[Tensor], Tensor]] = {
     "dtype": lambda t: t.double() if t.is_floating_point() else t.to(torch.int16),
     "half": lambda t: t.half() if t.is_floating_point() else t.float(),
@@ -107,6 +113,31 @@ def test_layouts_of_another_layer_are_refused(name: str) -> None:
             mine.tensors[f"prefix{i}"].copy_(other_prefix)
             mine.tensors[f"panels{i}"].copy_(other_panels)
             refused(mine)
+
+
+@pytest.mark.parametrize("name", OPS_OF)
+def test_ops_refuse_weights_of_another_layout_before_they_clear_the_padding(name: str) -> None:
+    """Their first look at a weight writes to its padding."""
+    call = make_call(name, OPS_OF[name])
+    i, t = " 0" if name.startswith("flow") else "", call.tensors
+    numel = t[f"weight{i}"].numel()
+    whole = torch.ones(2, numel)
+    broken = {
+        "short": {"weight": whole[0, : numel // 2]},
+        "one byte": {"weight": whole[0].to(torch.float8_e4m3fn)},
+        "panels elsewhere": {"panels": 1000 * t[f"panels{i}"]},
+        "decreasing panels": {"panels": -t[f"panels{i}"]},
+        "negative prefix": {"prefix": t[f"prefix{i}"] - 1000},
+        "int32 prefix": {"prefix": t[f"prefix{i}"].int()},
+        "strided prefix": {"prefix": torch.stack((t[f"prefix{i}"],) * 2, 1)[:, 0]},
+    }
+    for what, wrong in broken.items():
+        tensors = {**t, **{f"{key}{i}": value for key, value in wrong.items()}}
+        with pytest.raises(ValueError, match="weight|prefix|panels"):
+            call.function(tensors)
+            raise AssertionError(f"{what}: accepted")
+        assert bool((whole == 1).all()), f"{what}: written to"
+    call.function(t)
 
 
 def changed(schedule: Tensor, step: int, column: int, by: int) -> Tensor:

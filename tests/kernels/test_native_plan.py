@@ -15,7 +15,8 @@ from torch import Tensor
 
 import fastmaf
 from fastmaf import kernels
-from fastmaf.kernels import FlowArgs, native_args, native_library
+from fastmaf.kernels import FlowArgs, native_library
+from fastmaf.kernels.flow import native_plan
 from tests.core.helpers import blocks_of, build, normal
 from tests.kernels.cases import needs
 from tests.kernels.native_calls import args_of
@@ -154,7 +155,7 @@ def test_other_layouts_by_data_are_refused() -> None:
 
 def test_plans_of_other_threads_are_not_taken(monkeypatch: pytest.MonkeyPatch) -> None:
     """Flows that share a layout share the place of the plan; another thread may fill it at any time."""
-    args, fits = args_of(flow_of(dtype=F32)), native_args.FlowPlan.fits
+    args, fits = args_of(flow_of(dtype=F32)), native_plan.FlowPlan.fits
     other = args._replace(weights=[2 * weight for weight in args.weights])
     x = normal(5, D, dtype=F32)
     with kernels.use_backend("native"):
@@ -164,11 +165,11 @@ def test_plans_of_other_threads_are_not_taken(monkeypatch: pytest.MonkeyPatch) -
 
         def interrupted(self: Any, own: FlowArgs, dtype: torch.dtype) -> bool:
             found = fits(self, own, dtype)
-            monkeypatch.setattr(native_args.FlowPlan, "fits", fits)
-            native_args.flow_plan(other, dtype)
+            monkeypatch.setattr(native_plan.FlowPlan, "fits", fits)
+            native_plan.flow_plan(other, dtype)
             return found
 
-        monkeypatch.setattr(native_args.FlowPlan, "fits", interrupted)
+        monkeypatch.setattr(native_plan.FlowPlan, "fits", interrupted)
         assert torch.equal(kernels.flow_forward(x, args)[0], expected)
 
 

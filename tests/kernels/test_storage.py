@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastmaf.kernels import PackedLayout, layout, storage
+from fastmaf.kernels import PackedLayout, layout, storage, storage_numpy
 from tests.core.helpers import generator
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -45,7 +45,13 @@ def library(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
 
 @pytest.fixture(params=[64, 3000, 1 << 20])
 def part_bytes(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(storage, "PART_BYTES", request.param)
+    monkeypatch.setattr(storage_numpy, "PART_BYTES", request.param)
+
+
+def to_rows(weight: Tensor, of: PackedLayout) -> Tensor:
+    rows = weight.new_empty(of.visible)
+    storage.panels_to_rows(weight, rows, of)
+    return rows
 
 
 def each(dtypes: tuple[torch.dtype, ...] = DTYPES) -> Iterator[tuple[PackedLayout, Tensor, torch.dtype]]:
@@ -63,7 +69,7 @@ def test_rows_become_panels_and_panels_rows(library: object, part_bytes: None) -
         again = torch.full((of.visible,), torch.nan, dtype=dtype)
         assert storage.rows_to_panels(rows, weight, of) and storage.panels_to_rows(packed, again, of)
         assert torch.equal(weight, packed) and torch.equal(again, rows)
-        assert torch.equal(storage.from_rows(rows, of), packed) and torch.equal(storage.to_rows(packed, of), rows)
+        assert torch.equal(storage.from_rows(rows, of), packed) and torch.equal(to_rows(packed, of), rows)
 
 
 def test_rows_are_written_to_a_file_and_read(library: object, part_bytes: None, tmp_path: Path) -> None:
@@ -90,11 +96,11 @@ def test_a_layer_of_several_megabytes(library: object, dtype: torch.dtype, tmp_p
     dense = torch.zeros(of.out_features, of.in_features, dtype=bits).masked_scatter_(of.mask(), rows.view(bits))
     storage.rows_to_panels(rows, weight, of)
     assert torch.equal(of.unpack(weight.view(bits)), dense)
-    assert torch.equal(storage.to_rows(weight, of).view(bits), rows.view(bits))
+    assert torch.equal(to_rows(weight, of).view(bits), rows.view(bits))
     finite = weight.nan_to_num(0, 1, 1)
     with open(tmp_path / "rows", "wb") as file:
         assert storage.write_rows(file, finite, of)
-    assert (tmp_path / "rows").read_bytes() == storage.to_rows(finite, of).view(torch.uint8).numpy().tobytes()
+    assert (tmp_path / "rows").read_bytes() == to_rows(finite, of).view(torch.uint8).numpy().tobytes()
     weight.fill_(torch.nan)
     with open(tmp_path / "rows", "rb", buffering=0) as file:
         assert storage.read_rows(file, weight, of)
@@ -119,7 +125,7 @@ def test_bits_are_moved_as_they_are(library: object) -> None:
     of = random_layout(37, 40)
     bits = torch.randint(-(2**31), 2**31 - 1, (of.visible,), generator=generator(), dtype=torch.int32)
     bits[:2] = torch.tensor([-(2**31), 1])
-    rows = storage.to_rows(storage.from_rows(bits.view(torch.float32), of), of)
+    rows = to_rows(storage.from_rows(bits.view(torch.float32), of), of)
     assert torch.equal(rows.view(torch.int32), bits)
 
 
@@ -185,7 +191,7 @@ def test_the_library_and_torch_draw_the_same_numbers(monkeypatch: pytest.MonkeyP
             drawn = []
             for library, part_bytes in ((LIBRARY, 1 << 20), (None, 64), (None, 5000)):
                 monkeypatch.setattr(storage, "_library", lambda library=library: library)
-                monkeypatch.setattr(storage, "PART_BYTES", part_bytes)
+                monkeypatch.setattr(storage_numpy, "PART_BYTES", part_bytes)
                 weight = torch.full((of.numel,), torch.nan, dtype=dtype)
                 storage._write_uniform(weight, of, 0.3, seed)
                 drawn.append(weight)
@@ -208,9 +214,9 @@ def test_numbers_are_those_of_the_published_generator(library: object) -> None:
     storage._write_uniform(double, of, bound, seed)
     bits = [split_mix(seed, i) for i in range(of.visible)]
     expected = torch.tensor([((b >> 11) - 2**52) * (bound / 2**52) for b in bits], dtype=torch.float64)
-    assert torch.equal(storage.to_rows(double, of), expected)
+    assert torch.equal(to_rows(double, of), expected)
     steps = torch.tensor([(b >> 40) - 2**23 for b in bits], dtype=torch.float32)
-    assert torch.equal(storage.to_rows(single, of), steps * (torch.tensor(bound) / 2**23))
+    assert torch.equal(to_rows(single, of), steps * (torch.tensor(bound) / 2**23))
 
 
 def test_numbers_are_uniform_and_independent(library: object) -> None:
@@ -259,3 +265,30 @@ def test_strided_weights_are_initialised() -> None:
     weight = torch.full((of.numel, 2), torch.nan)[:, 0]
     storage.uniform_(weight, of, 0.1, generator())
     assert of.padding_is_zero(weight) and float(weight.abs().max()) <= 0.1 and len(weight.unique()) > of.visible // 2
+
+
+@needs_library
+def test_what_the_library_cannot_read_is_refused(tmp_path: Path) -> None:
+    of = random_layout(40, 30)
+    weight, rows = torch.ones(of.numel), torch.ones(of.visible)
+    wrong = weight[:-1], weight.to(torch.float8_e4m3fn), weight.to("meta"), torch.ones(of.numel, 2)[:, 0], weight[None]
+    with (tmp_path / "rows").open("w+b", buffering=0) as file:
+        for other in wrong:
+            for call in (
+                lambda w=other: storage.rows_to_panels(rows.to(w.dtype), w, of),
+                lambda w=other: storage.panels_to_rows(w, rows.to(w.dtype), of),
+                lambda w=other: storage.read_rows(file, w, of),
+                lambda w=other: storage.write_rows(file, w, of),
+                lambda w=other: storage.zero_padding([w], [of.prefix], [of.panels]),
+            ):
+                with pytest.raises(ValueError, match="weight"):
+                    call()
+        for other in (rows[:-1], rows.double(), torch.ones(of.visible, 2)[:, 0]):
+            with pytest.raises(ValueError, match="rows"):
+                storage.rows_to_panels(other, weight, of)
+            with pytest.raises(ValueError, match="rows"):
+                storage.panels_to_rows(weight, other, of)
+    assert (tmp_path / "rows").stat().st_size == 0
+    with pytest.raises(ValueError, match="weight"):
+        storage.uniform_(weight[:-1], of, 1.0)
+    assert bool((weight == 1).all()) and bool((rows == 1).all())

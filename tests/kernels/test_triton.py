@@ -135,27 +135,30 @@ def test_launches_take_the_paths_meant(monkeypatch: pytest.MonkeyPatch, device: 
 
 
 @pytest.mark.parametrize(
-    "most, group, batch, options",
+    "most, batch, options",
     [
-        (512, 3, 5, {"features": 17, "hidden_features": (33, 20), "levels": 2}),  # many units per level
-        (4, 16, 9, {"features": 17, "hidden_features": (20,), "levels": 2}),
-        (4, 2, 6, {"features": 29, "hidden_features": (5, 5), "degrees": "cyclic"}),  # most outputs at the end
-        (512, 1, 17, {"features": 29, "hidden_features": (3,), "degrees": "cyclic"}),
-        (512, 1, 1, {"features": 13, "hidden_features": (6, 9, 7), "levels": 5}),
-        (8, 3, 17, {"features": 13, "hidden_features": (6, 9, 7), "levels": 4}),
+        (1024, 5, {"features": 17, "hidden_features": (33, 20), "levels": 2}),  # many units per level
+        (4, 9, {"features": 17, "hidden_features": (20,), "levels": 2}),
+        (4, 6, {"features": 29, "hidden_features": (5, 5), "degrees": "cyclic"}),  # most outputs at the end
+        (1024, 17, {"features": 29, "hidden_features": (3,), "degrees": "cyclic"}),
+        (1024, 1, {"features": 13, "hidden_features": (6, 9, 7), "levels": 5}),
+        (8, 17, {"features": 13, "hidden_features": (6, 9, 7), "levels": 4}),
+        (1024, 3, {"features": 70, "hidden_features": (40, 50), "levels": 50}),  # several groups of several steps
+        (1024, 11, {"features": 45, "hidden_features": (36, 33, 21), "degrees": "random"}),
+        (1024, 2, {"features": 45, "hidden_features": (90, 18), "degrees": "random"}),  # wide steps among others
     ],
     ids=str,
 )
+@pytest.mark.parametrize("columns", [16, 64])
 def test_paths_of_the_inverse(
-    monkeypatch: pytest.MonkeyPatch, device: str, options: dict[str, Any], most: int, group: int, batch: int
+    monkeypatch: pytest.MonkeyPatch, device: str, options: dict[str, Any], most: int, batch: int, columns: int
 ) -> None:
-    """Several launches, groups of few steps, blocks of rows and columns smaller than what they walk over."""
+    """Several launches, chunks of few dimensions, tiles of columns smaller and larger than what they walk over."""
     # Not by its dotted path: there the function hides the module of the same name.
     triton_kernel = sys.modules["fastmaf.kernels.flow.triton.inverse"]
 
-    set_launch(monkeypatch, device, 16, 16, 1)
+    set_launch(monkeypatch, device, 32, columns, 2)
     monkeypatch.setattr(triton_kernel, "MOST_SAMPLES", most)
-    monkeypatch.setattr(triton_kernel, "GROUP", group)
     case = make("inverse", batch, device=device, **options)
     against_reference(case)
 

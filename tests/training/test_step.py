@@ -269,3 +269,15 @@ def test_a_step_restored_from_its_state_goes_on_as_if_nothing_had_happened() -> 
 def test_bad_guards_are_refused(options: dict[str, Any], words: str) -> None:
     with pytest.raises(ValueError, match=words):
         Guards(**options)
+
+
+def test_an_optimizer_of_other_parameters_is_refused() -> None:
+    flow, other = fastmaf.MAF(3, 2, 8), fastmaf.MAF(3, 2, 8)
+    with pytest.raises(ValueError, match="holds no parameter of the flow"):
+        TrainingStep(flow, torch.optim.SGD(other.parameters()))
+
+
+def test_an_empty_batch_is_named() -> None:
+    flow = fastmaf.MAF(3, 2, 8)
+    with pytest.raises(fastmaf.NonFiniteLossError, match="the batch has no rows"):
+        TrainingStep(flow, torch.optim.SGD(flow.parameters()))(torch.zeros(0, 3))

@@ -311,6 +311,15 @@ def test_wrong_inputs_are_named() -> None:
         flow.log_prob(normal(2, 6, dtype=F32))
 
 
+def test_arrays_are_fitted_as_tensors_are() -> None:
+    x = normal(50, 6)
+    fitted = [fastmaf.GaussianWhitening(6, 2, dtype=x.dtype).fit_(data) for data in (x, x.numpy(), x.tolist())]
+    for other in fitted[1:]:
+        assert torch.equal(other(x)[0], fitted[0](x)[0])
+    with pytest.raises(TypeError, match="x must be a tensor, a NumPy array or a nested list of numbers"):
+        fitted[0].fit_("data")
+
+
 def test_a_copy_is_of_the_fitted_model() -> None:
     """Refitting the original leaves the log-determinant of a copy unchanged."""
     flow = fastmaf.Flow(6, [whitening(6, 2)])

@@ -24,6 +24,7 @@ extern const Kernels kernels[3];
 }  // namespace fastmaf
 
 bool test_amx();
+void test_storage(long threads);
 
 using namespace fastmaf;
 
@@ -331,6 +332,7 @@ int main(int count, char** arguments) {
   for (int i = 1; i < count; ++i) rounds.push_back(std::atol(arguments[i]));
   check(!rounds.empty(), "a number of threads is wanted");
   std::setvbuf(stdout, nullptr, _IOLBF, 0);
+  for (const long threads : rounds) test_storage(threads);
   std::printf("matrix unit: %s\n", test_amx() ? "tested" : "not here");
   // The pool's threads are created by two calls at once.
   const auto first = [&] { everything<float, float>({9, 700, {34, 50}, 0, 1}, kMaps[0], rounds.back(), 1); };

@@ -16,6 +16,7 @@ import fastmaf
 from fastmaf import MADE, AffineAutoregressive, Permutation
 from fastmaf.kernels import flow_inverse
 from fastmaf.kernels.dispatch import implementation
+from fastmaf.kernels.triton_common import launch_table
 from fastmaf.runs import Run
 from tests.core.helpers import build, correlated, generator, layers_of, normal, shared_widths, train
 from tests.kernels.cases import TRITON_MARKS, poisoned, set_launch
@@ -61,17 +62,17 @@ def block(depths: tuple[int, ...], bound: float | None, soft: bool, seed: int, *
 
 
 @pytest.mark.parametrize(
-    "places, batch, most, group",
+    "places, batch, most",
     [
-        ((), 1, 512, 16),
-        ((1, 2), 5, 4, 3),
-        ((3,), 1, 512, 1),
-        ((0, 1, 2, 3), 1, 512, 2),
-        ((1, 3), 0, 512, 16),
+        ((), 1, 512),
+        ((1, 2), 5, 4),
+        ((3,), 1, 512),
+        ((0, 1, 2, 3), 1, 512),
+        ((1, 3), 0, 512),
     ],
 )
 def test_blocks_of_all_kinds_in_one_run(
-    monkeypatch: pytest.MonkeyPatch, device: str, places: tuple[int, ...], batch: int, most: int, group: int
+    monkeypatch: pytest.MonkeyPatch, device: str, places: tuple[int, ...], batch: int, most: int
 ) -> None:
     """Different depths, widths and bounds, free ones among them; permutations at some places, the last among these."""
     # Not by its dotted path: there the function hides the module of the same name.
@@ -79,7 +80,6 @@ def test_blocks_of_all_kinds_in_one_run(
 
     set_launch(monkeypatch, device, 16, 16, 1)
     monkeypatch.setattr(triton_kernel, "MOST_SAMPLES", most)
-    monkeypatch.setattr(triton_kernel, "GROUP", group)
     blocks = [
         block((7, 5, 3), 0.3, False, 0, levels=3),
         block((4,), None, False, 1, levels=2),
@@ -200,3 +200,60 @@ def test_inference_mode_and_training_after_it(device: str) -> None:
         flow.log_prob(x).sum().backward()
         flow.inverse(x)[0].sum().backward()
     assert all(p.grad is not None and p.grad.isfinite().all() for p in flow.parameters())
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+def test_an_inverse_that_is_replayed() -> None:
+    """It follows whatever is changed between calls, and its results stay what they were."""
+    flow = build(D, dtype=F32, blocks=3, levels=6, order="random").to("cuda")
+
+    def check(n: int, seed: int) -> None:
+        z = normal(n, D, seed=seed, dtype=F32).to("cuda")
+        with torch.no_grad():
+            found = flow.inverse(z)
+            with fastmaf.use_backend("torch"):
+                expected = copy.deepcopy(flow).double().inverse(z.double())
+        for one, other in zip(found, expected, strict=True):
+            assert_close("inverse", one, other)
+
+    for seed, n in enumerate([3, 3, 3, 5, 3, 5, 5]):  # eager, recorded, replayed
+        check(n, seed)
+    with torch.no_grad():
+        for parameter in flow.parameters():
+            parameter.mul_(0.5)
+    check(3, 10)
+    flow.load_state_dict({key: value.clone() for key, value in flow.state_dict().items()}, assign=True)
+    for seed in range(3):
+        check(3, seed)
+    flow.transforms[1].permutation.copy_(torch.randperm(D))  # type: ignore[union-attr, operator]
+    check(3, 11)
+    with torch.cuda.stream(torch.cuda.Stream()):
+        for seed in range(3):
+            check(3, seed)
+    with torch.no_grad():
+        z = normal(3, D, dtype=F32).to("cuda")
+        first = flow.inverse(z)
+        kept = [part.clone() for part in first]
+        flow.inverse(z + 1)
+    assert all(torch.equal(a, b) for a, b in zip(first, kept, strict=True)), "overwritten by the next replay"
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+@pytest.mark.parametrize("warps", [1, 4, 8])
+def test_programs_of_several_samples(monkeypatch: pytest.MonkeyPatch, warps: int) -> None:
+    """As on cards with few multiprocessors; a barrier that is missing shows with several warps alone."""
+    set_launch(monkeypatch, "cuda", 32, 32, 1)
+    solve = launch_table.Launch(16, 8, warps=warps, programs_per_sm=1)
+    for key, table in launch_table.TABLES.items():
+        monkeypatch.setitem(launch_table.TABLES, key, table._replace(solve=solve))
+    n = 3 * torch.cuda.get_device_properties(0).multi_processor_count
+    flow = block((20, 24), 1.0, True, 0, degrees="random").to("cuda")
+    z = normal(n, D, dtype=F32).to("cuda")
+    with torch.no_grad():
+        found = flow.inverse(z)
+        with fastmaf.use_backend("torch"):
+            expected = copy.deepcopy(flow).double().inverse(z.double())
+    for one, other in zip(found, expected, strict=True):
+        assert_close("inverse", one, other)

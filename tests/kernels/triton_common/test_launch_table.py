@@ -50,10 +50,8 @@ def test_families_without_the_matrix_units_refuse_them() -> None:
 def test_every_table_can_be_launched() -> None:
     """Blocks are powers of two, as the compiler demands, and no smaller than a matrix product may be."""
     for table in launch_table.TABLES.values():
-        for one in (table.lanes, table.few, table.dot, table.backward, table.backward_many):
+        for one in (table.lanes, table.few, table.dot, table.backward, table.backward_many, table.solve):
             for number in (one.rows, one.columns, one.warps):
                 assert number & (number - 1) == 0
             assert one.rows >= 16 and one.columns >= 16 and one.stages >= 1 and one.programs_per_sm >= 1
-        for number in (table.most_samples, table.inverse_warps, table.inverse_numbers):
-            assert number & (number - 1) == 0
-        assert table.most_samples >= 16 and table.inverse_numbers >= 16 * 16
+        assert table.most_samples & (table.most_samples - 1) == 0 and table.most_samples >= 16

@@ -1,0 +1,225 @@
+"""The kernels of the inverse: products with what is finished, on all multiprocessors; then a group's own steps.
+
+Kernel boundaries are the only synchronisation between programs. Their tables are described in ``panel_items.py`` and
+``panel_plan.py``.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from fastmaf.kernels.affine_output import triton_map
+from fastmaf.kernels.flow.triton import panel_items, panel_plan
+from fastmaf.kernels.triton_common import device as common
+
+_ITEM, _GROUP, _GROUP_LAYER, _CHUNK, _LAYER = (
+    tl.constexpr(number)
+    for number in (panel_items.ITEM, panel_plan.GROUP, panel_plan.GROUP_LAYER, panel_plan.CHUNK, panel_plan.LAYER)
+)
+
+
+@triton.jit
+def _weight_pointer(layers_ptr, layer, W_TYPE: tl.constexpr, ALIGNED: tl.constexpr):
+    w_ptr = tl.load(layers_ptr + _LAYER * layer).to(tl.pointer_type(W_TYPE))
+    return tl.multiple_of(w_ptr, 16) if ALIGNED else w_ptr
+
+
+@triton.jit
+def _of_panels(numbers_ptr, j, BLOCK_J: tl.constexpr):
+    """The numbers of the panels of rows j: selected, as loaded side by side they would go through shared memory."""
+    numbers = tl.load(numbers_ptr) + tl.zeros([BLOCK_J], tl.int64)
+    for q in tl.static_range(1, BLOCK_J // 16):
+        numbers = tl.where(j // 16 == q, tl.load(numbers_ptr + q), numbers)
+    return tl.max_constancy(numbers, 16)
+
+
+@triton.jit
+def _store_sums(
+    values_ptr, stride, to_ptr, sample, n, layers_ptr, item,
+    BLOCK_N: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK_K: tl.constexpr, PANELS: tl.constexpr, W_TYPE: tl.constexpr,
+    ALIGNED: tl.constexpr, LANES: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Stores an item's sums ``[BLOCK_N, BLOCK_J]``, one row for each pointer of ``to_ptr``; the first slot's have the
+    bias.
+    """
+    layer = tl.load(item)
+    j = tl.arange(0, BLOCK_J)
+    base = _of_panels(item + _ITEM, j, BLOCK_J) * 16 + j % 16
+    width = _of_panels(item + _ITEM + PANELS, j, BLOCK_J).to(tl.int32)
+    sums = common.product(
+        values_ptr + tl.load(item + 2), sample, sample < n, stride, _weight_pointer(layers_ptr, layer, W_TYPE, ALIGNED),
+        base, width, 0, tl.load(item + 1).to(tl.int32), BLOCK_N, BLOCK_J, BLOCK_K, LANES, PRECISION,
+    )  # fmt: skip
+    row = tl.load(item + 7) + j
+    rows = tl.where(tl.load(item + 4) > 0, 0, tl.load(layers_ptr + _LAYER * layer + 2))
+    bias_ptr = tl.load(layers_ptr + _LAYER * layer + 1).to(tl.pointer_type(tl.float32))
+    sums += tl.load(bias_ptr + row, mask=row < rows, other=0.0)[None, :]
+    tl.store(to_ptr[:, None] + j[None, :], sums, mask=(sample < n)[:, None])
+
+
+@triton.jit
+def _panel_ahead_kernel(
+    x_ptr, values_ptr, hidden_ptr, outputs_ptr, layers_ptr, items_ptr, n, features, stride_values, stride_hidden,
+    stride_outputs,
+    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PANELS: tl.constexpr, W_TYPE: tl.constexpr, ALIGNED: tl.constexpr,
+    LANES: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Partial sums [slots, n, stride] of a group's rows: of one panel of each hidden layer, and of its outputs."""
+    tiles = tl.cdiv(n, BLOCK_N)
+    item = items_ptr + tl.program_id(0) // tiles * (_ITEM + 2 * PANELS)
+    sample = tl.program_id(0) % tiles * BLOCK_N + tl.arange(0, BLOCK_N)
+    from_x, of_group = tl.load(item + 3) != 0, tl.load(item + 6) != 0
+    below = tl.where(from_x, x_ptr.to(tl.int64), values_ptr.to(tl.int64)).to(tl.pointer_type(tl.float32))
+    stride = tl.where(from_x, features, stride_values)
+    to = tl.where(of_group, hidden_ptr.to(tl.int64), outputs_ptr.to(tl.int64)).to(tl.pointer_type(tl.float32))
+    row = tl.load(item + 4) * n + sample
+    to_ptr = to + row * tl.where(of_group, stride_hidden, stride_outputs) + tl.load(item + 5)
+    if PANELS == 1 or of_group:
+        _store_sums(
+            below, stride, to_ptr, sample, n, layers_ptr, item,
+            BLOCK_N, 16, BLOCK_K, PANELS, W_TYPE, ALIGNED, LANES, PRECISION,
+        )  # fmt: skip
+    else:
+        _store_sums(
+            below, stride, to_ptr, sample, n, layers_ptr, item,
+            BLOCK_N, 16 * PANELS, BLOCK_K, PANELS, W_TYPE, ALIGNED, LANES, PRECISION,
+        )  # fmt: skip
+
+
+@triton.jit
+def _chunk(
+    z_ptr, outputs_ptr, w_ptr, w_first_ptr, width_first, chunk, sample, n, features, first_row, slots, stride_outputs,
+    BLOCK_D: tl.constexpr, LAYERS: tl.constexpr, OUTPUT_SLOTS: tl.constexpr,
+):  # fmt: skip
+    """What a chunk of a step reads, none of which depends on the steps before: its dimensions, z, the sums of its
+    outputs ahead, their weights for the group's own units, and those of the first layer's panel for its x.
+    """
+    start = tl.multiple_of(tl.load(chunk).to(tl.int32), 8)
+    begin, end = tl.load(chunk + 1).to(tl.int32), tl.load(chunk + 2).to(tl.int32)
+    d, r = start + tl.arange(0, BLOCK_D), tl.arange(0, 2 * BLOCK_D)
+    d_ok, r_ok = (d >= begin) & (d < end), (r >= 2 * (begin - start)) & (r < 2 * (end - start))
+    panels = chunk + _CHUNK + 2 * LAYERS
+    base = _of_panels(panels, r, 2 * BLOCK_D) * 16 + r % 16
+    width = _of_panels(panels + BLOCK_D // 8, r, 2 * BLOCK_D).to(tl.int32)
+    c, lane = tl.arange(0, 16), tl.arange(0, 16)
+    w = tl.load(
+        w_ptr + base[None, None, :] + (c * 16)[None, :, None],
+        mask=(c[None, :, None] < width[None, None, :]) & r_ok[None, None, :],
+        other=0.0,
+    ).to(tl.float32)
+    w_first = tl.load(
+        w_first_ptr + (d.to(tl.int64) * 16)[None, :, None] + lane[None, None, :],
+        mask=(d_ok & (d < width_first))[None, :, None],
+        other=0.0,
+    ).to(tl.float32)
+    slot = tl.arange(0, OUTPUT_SLOTS).to(tl.int64)
+    row = slot[None, :, None] * n + sample[:, None, None]
+    sums = tl.load(
+        outputs_ptr + row * stride_outputs + (2 * start - first_row + r)[None, None, :],
+        mask=(sample < n)[:, None, None] & (slot < slots)[None, :, None] & r_ok[None, None, :],
+        other=0.0,
+    )
+    ok = (sample < n)[:, None] & d_ok[None, :]
+    z = tl.load(z_ptr + sample[:, None] * features + d[None, :], mask=ok, other=0.0)
+    return d, ok, z, tl.sum(sums, 1), w, w_first
+
+
+@triton.jit
+def _panel_solve_kernel(
+    z_ptr, x_ptr, values_ptr, ladj_ptr, hidden_ptr, outputs_ptr, layers_ptr, group_ptr, chunks_ptr, limit, epsilon, n,
+    features, stride_values, stride_outputs,
+    BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, LAYERS: tl.constexpr, SLOTS: tl.constexpr,
+    OUTPUT_SLOTS: tl.constexpr, W_TYPE: tl.constexpr, ALIGNED: tl.constexpr, RELU: tl.constexpr,
+    SHIFT_FIRST: tl.constexpr, KIND: tl.constexpr,
+):  # fmt: skip
+    """A group's steps for a tile of samples: x, the group's units of each layer, and what it adds to ladj, float64.
+
+    The sums and the finished units of each hidden layer's panel stay in registers, and a chunk's weights are loaded
+    while the one before is computed.
+    """
+    STRIDE: tl.constexpr = _CHUNK + 2 * LAYERS + BLOCK_D // 4
+    sample = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    lane = tl.arange(0, 16)
+    first_chunk, end_chunk = tl.load(group_ptr).to(tl.int32), tl.load(group_ptr + 1).to(tl.int32)
+    first_row, slots = tl.load(group_ptr + 2).to(tl.int32), tl.load(group_ptr + 3).to(tl.int32)
+    w_ptr = _weight_pointer(layers_ptr, LAYERS, W_TYPE, ALIGNED)
+    first_layer = group_ptr + _GROUP
+    w_first_ptr = _weight_pointer(layers_ptr, 0, W_TYPE, ALIGNED) + tl.load(first_layer) * 16
+    width_first = tl.load(first_layer + 1).to(tl.int32)
+    sums, units, weights = (), (), ()
+    for k in tl.static_range(LAYERS):
+        layer = group_ptr + _GROUP + _GROUP_LAYER * k
+        slot = tl.arange(0, SLOTS).to(tl.int64)
+        own = (lane >= tl.load(layer + 5)) & (lane < tl.load(layer + 6))
+        row = slot[None, :, None] * n + sample[:, None, None]
+        ahead = tl.load(
+            hidden_ptr + row * (16 * LAYERS) + 16 * k + lane[None, None, :],
+            mask=(sample < n)[:, None, None] & (slot < tl.load(layer + 4))[None, :, None] & own[None, None, :],
+            other=0.0,
+        )
+        sums = sums + (tl.sum(ahead, 1),)
+        units = units + (tl.zeros([BLOCK_N, 16], tl.float32),)
+        if k > 0:
+            column = tl.load(layer + 2) + tl.arange(0, 16)
+            at = (tl.load(layer) + column)[None, :, None] * 16 + lane[None, None, :]
+            ok = (column < tl.load(layer + 1))[None, :, None]
+            w_k = tl.load(_weight_pointer(layers_ptr, k, W_TYPE, ALIGNED) + at, mask=ok, other=0.0)
+            weights = weights + (w_k.to(tl.float32),)
+    ladj = tl.zeros([BLOCK_N, BLOCK_D], tl.float64)
+    chunk = chunks_ptr + first_chunk * STRIDE
+    d, ok, z, rows, w, w_first = _chunk(
+        z_ptr, outputs_ptr, w_ptr, w_first_ptr, width_first, chunk, sample, n, features, first_row, slots,
+        stride_outputs, BLOCK_D, LAYERS, OUTPUT_SLOTS,
+    )  # fmt: skip
+    for i in range(first_chunk, end_chunk):
+        next_chunk = chunks_ptr + tl.minimum(i + 1, end_chunk - 1) * STRIDE
+        next_d, next_ok, next_z, next_rows, next_w, next_w_first = _chunk(
+            z_ptr, outputs_ptr, w_ptr, w_first_ptr, width_first, next_chunk, sample, n, features, first_row, slots,
+            stride_outputs, BLOCK_D, LAYERS, OUTPUT_SLOTS,
+        )  # fmt: skip
+        rows += tl.sum(w * units[LAYERS - 1][:, :, None], 1)
+        shift, u = tl.split(tl.reshape(rows, [BLOCK_N, BLOCK_D, 2]))
+        a = triton_map.log_scale(u, limit, epsilon, KIND)
+        if SHIFT_FIRST:
+            x, term = z * triton_map.exponential(a) + shift, a
+        else:
+            x, term = (z - shift) * triton_map.exponential(-a), -a
+        tl.store(x_ptr + sample[:, None] * features + d[None, :], x, mask=ok)
+        ladj += tl.where(ok, term, 0.0).to(tl.float64)
+        added = tl.sum(w_first * tl.where(ok, x, 0.0)[:, :, None], 1)
+        new_sums, new_units = (), ()
+        for k in tl.static_range(LAYERS):
+            total = sums[k] + added
+            value = tl.where(total < 0, 0.0, total) if RELU else total
+            own = (lane >= tl.load(chunk + _CHUNK + 2 * k)) & (lane < tl.load(chunk + _CHUNK + 2 * k + 1))
+            finished = tl.where(own[None, :], value, 0.0)
+            new_sums = new_sums + (total,)
+            new_units = new_units + (units[k] + finished,)
+            if k + 1 < LAYERS:
+                added = tl.sum(weights[k] * finished[:, :, None], 1)
+        sums, units = new_sums, new_units
+        chunk, d, ok, z, rows, w, w_first = next_chunk, next_d, next_ok, next_z, next_rows, next_w, next_w_first
+    for k in tl.static_range(LAYERS):
+        layer = group_ptr + _GROUP + _GROUP_LAYER * k
+        own = (lane >= tl.load(layer + 5)) & (lane < tl.load(layer + 6))
+        at = values_ptr + sample[:, None] * stride_values + tl.load(layer + 3) + lane[None, :]
+        tl.store(at, units[k], mask=(sample < n)[:, None] & own[None, :])
+    so_far = tl.load(ladj_ptr + sample, mask=sample < n, other=0.0)
+    tl.store(ladj_ptr + sample, so_far + tl.sum(ladj, 1), mask=sample < n)
+
+
+@triton.jit
+def _finish_units_kernel(
+    outputs_ptr, values_ptr, n, units, slots, stride_values, stride_outputs, BLOCK: tl.constexpr, RELU: tl.constexpr
+):
+    """Units of a hidden layer: the partial sums of their rows, added up in order."""
+    chunks = tl.cdiv(units, BLOCK)
+    sample = (tl.program_id(0) // chunks).to(tl.int64)
+    j = tl.program_id(0) % chunks * BLOCK + tl.arange(0, BLOCK)
+    total = tl.zeros([BLOCK], tl.float32)
+    for slot in range(slots):
+        total += tl.load(outputs_ptr + (slot * n + sample) * stride_outputs + j, mask=j < units, other=0.0)
+    if RELU:
+        total = tl.where(total < 0, 0.0, total)
+    tl.store(values_ptr + sample * stride_values + j, total, mask=j < units)
