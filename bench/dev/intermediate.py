@@ -167,13 +167,15 @@ def _base(ir: IR, value: str) -> str:
     return ir.arguments[value]
 
 
-def vectors(ir: IR, load: Op) -> int:
-    """Returns how many loads of 16 bytes bring a thread its share of a tile."""
+def vectors(ir: IR, load: Op) -> tuple[int, int]:
+    """Returns how many bytes a thread can load at a time of its share of a tile, at most 16, and how often it must."""
     tile = tiles(load.types)[0]
-    size = tile.item
+    share = tile.item
     for length in tile.shape:
-        size *= length
-    return max(1, size // (16 * 32 * ir.warps))
+        share *= length
+    share //= 32 * ir.warps
+    width = min(16, max(4, share))
+    return width, max(1, share // width)
 
 
 def converted(ir: IR, loads: Collection[Op]) -> list[Op]:

@@ -10,7 +10,9 @@ REGISTERS: dict[str, dict[int, int]] = {
     "_masked_linear_fwd_kernel": {1: 128, 2: 128, 4: 128, 8: 128, 16: 128, 64: 255},  # 4 programs an SM
     "_affine_output_fwd_kernel": {1: 128, 2: 128, 4: 128, 8: 128, 16: 128, 64: 255},  # 64 are bound by multiply-adds
     "_masked_linear_bwd_kernel": {0: 255},  # weight, moments and both products: 2 or 3 programs, much in flight
-    "_flow_inverse_kernel": {0: 255},  # one program is all that runs on a multiprocessor
+    "_panel_ahead_kernel": {0: 255},
+    "_panel_solve_kernel": {0: 255},  # one warp, with a chunk's weights and the next one's
+    "_finish_units_kernel": {0: 64},
     "_sum_slots_kernel": {0: 64},  # the rest stream: all threads of a multiprocessor should fit
     "_affine_output_grad_kernel": {0: 64},
     "_ladj_kernel": {0: 64},
@@ -19,7 +21,7 @@ REGISTERS: dict[str, dict[int, int]] = {
 # Bytes of shared memory that a program may take.
 SHARED = {61: 48 * 1024, 75: 64 * 1024, 80: 163 * 1024, 90: 227 * 1024}
 # Kernels that read weights, and so must be seen to load tiles of them.
-READ_WEIGHTS = ("_masked_linear_fwd_kernel", "_affine_output_fwd_kernel", "_masked_linear_bwd_kernel")
+READ_WEIGHTS = tuple(REGISTERS)[:5]
 
 
 class Limit(NamedTuple):
@@ -36,7 +38,7 @@ class Limit(NamedTuple):
         return self.kernel in ("", report["kernel"]) and all(modes.get(key) == self.where[key] for key in self.where)
 
 
-FORWARD, AFFINE, BACKWARD, INVERSE = list(REGISTERS)[:4]
+FORWARD, AFFINE, BACKWARD, AHEAD, SOLVE = READ_WEIGHTS
 LANES, PRODUCTS, ADAM = {"LANES": "True"}, {"LANES": "False"}, {"LANES": "False", "WEIGHT": "adam"}
 # Spilled bytes, and the counts of ``bench.dev.proofs``. The last limit that concerns a kernel holds.
 LIMITS = [
@@ -68,10 +70,8 @@ FAULTS = [
     Limit("barriers", 20, BACKWARD, {"PRECISION": "tf32x3", "NEED_X": "True", "BLOCK_N": "64", "arch": "90"}),
     Limit("spills", 12, AFFINE, {"PRECISION": "tf32", "BLOCK_N": "64", "arch": "80"}),
     Limit("spills", 96, BACKWARD, {"PRECISION": "tf32x3", "BLOCK_N": "64", "arch": "80"}),
-    # Rows of levels are loaded by single numbers.
-    Limit("narrow", 4, INVERSE),
-    Limit("converted", 3, INVERSE),
-    Limit("barriers", 18, INVERSE),
+    # Masked by rows of any dimension.
+    Limit("narrow", 16, SOLVE),
 ]
 
 

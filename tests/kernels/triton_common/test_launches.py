@@ -11,6 +11,7 @@ import fastmaf
 from fastmaf.kernels.triton_common import launch_table
 from tests.core.helpers import build, normal
 from tests.kernels.cases import needs, set_launch
+from tests.kernels.triton_common.limits import READ_WEIGHTS
 from tests.tolerances import F32
 
 pytestmark = needs("triton")
@@ -28,10 +29,11 @@ def test_the_paths_that_sanitizers_watch_have_several_warps(monkeypatch: pytest.
         with fastmaf.use_backend("triton"), recording(capability, 6) as launches:
             flow.log_prob(normal(batch, 21, dtype=F32)).sum().backward()
             flow.sample(batch)
-        warps = {launched.kernel.__name__: launched.options.get("num_warps", 4) for launched in launches}
-        shared = {name: count for name, count in warps.items() if "linear" in name or "output_fwd" in name}
-        assert len(shared) == 3 and set(shared.values()) == {4}
-        assert {count for name, count in warps.items() if "inverse" in name or "panel" in name} == {8}
+        warps = {
+            one.kernel.__name__: one.options["num_warps"] for one in launches if one.kernel.__name__ in READ_WEIGHTS
+        }
+        assert set(warps) == set(READ_WEIGHTS)
+        assert all(count >= 4 for count in warps.values()), warps
 
 
 @pytest.fixture

@@ -13,7 +13,19 @@ import pytest
 from fastmaf.kernels.triton_common.launch_table import TABLES
 from tests.kernels.cases import needs
 from tests.kernels.triton_common.compiling import TRITONS, needs_triton, output
-from tests.kernels.triton_common.limits import FAULTS, LIMITS, READ_WEIGHTS, REGISTERS, SHARED, holding
+from tests.kernels.triton_common.limits import (
+    AFFINE,
+    AHEAD,
+    BACKWARD,
+    FAULTS,
+    FORWARD,
+    LIMITS,
+    READ_WEIGHTS,
+    REGISTERS,
+    SHARED,
+    SOLVE,
+    holding,
+)
 
 pytestmark = [pytest.mark.slow, needs("triton")]
 # Each version of Triton with the cards that it is used with: 3.3.1 is the last for Pascal; but torch builds with others
@@ -42,18 +54,23 @@ def reports(request: pytest.FixtureRequest) -> list[Report]:
 def test_every_kernel_is_there_in_every_mode(reports: list[Report]) -> None:
     assert {one["kernel"] for one in reports} == set(REGISTERS)
     assert len({one["triton"] for one in reports}) == len({one["arch"] for one in reports}) == 1
-    products = [one for one in reports if one["options"].get("LANES") == "False"]
+    layers = [
+        one
+        for one in reports
+        if one["options"].get("LANES") == "False" and one["kernel"] in (FORWARD, AFFINE, BACKWARD)
+    ]
     precisions = {"ieee"} if reports[0]["arch"] < 80 else {"ieee", "tf32", "tf32x3", "bf16"}
+    assert {one["options"]["PRECISION"] for one in layers} == precisions
     for precision in precisions:
-        of_precision = [one for one in products if one["options"]["PRECISION"] == precision]
-        assert {one["kernel"] for one in of_precision} == set(READ_WEIGHTS), precision
+        of_precision = [one for one in layers if one["options"]["PRECISION"] == precision]
+        assert {one["kernel"] for one in of_precision} == {FORWARD, AFFINE, BACKWARD}, precision
         modes = {one["options"]["WEIGHT"] for one in of_precision if "WEIGHT" in one["options"]}
         assert modes == {"none", "store", "adam", "norm"}, precision
-    assert {one["options"]["PRECISION"] for one in products} == precisions
-    inverse = [one["options"] for one in reports if one["kernel"] == "_flow_inverse_kernel"]
-    assert {one["W_TYPE"] for one in inverse} == {"fp32", "bf16"}
-    if reports[0]["arch"] == 61:
-        assert len({one["BLOCK_N"] for one in inverse}) > 1, "one sample a program, and several"
+    for kernel in (AHEAD, SOLVE):
+        inverse = [one["options"] for one in reports if one["kernel"] == kernel]
+        assert {one["W_TYPE"] for one in inverse} == {"fp32", "bf16"}, kernel
+        if kernel == AHEAD or reports[0]["arch"] == 61:
+            assert len({one["BLOCK_N"] for one in inverse}) > 1, f"{kernel}: one sample a program, and several"
 
 
 def test_registers_and_shared_memory(reports: list[Report]) -> None:
