@@ -51,12 +51,14 @@ LIMITS = [
     Limit("barriers", 8, BACKWARD),  # two matrix products
     Limit("barriers", 10, BACKWARD, {"PRECISION": "tf32x3"}),  # of numbers in two parts
     Limit("barriers", 12, BACKWARD, {"PRECISION": "bf16"}),  # of rounded copies
+    Limit("barriers", 10, SOLVE),  # a single warp passes them at once
 ]
 # Known faults. Some kernel reaches each of these limits: where none does any more, lower or delete it.
 FAULTS = [
     # The sums of a few samples have another layout than the weights that are loaded.
-    *(Limit("converted", 1, kernel, LANES | {"BLOCK_N": "8"}) for kernel in (FORWARD, AFFINE)),
+    *(Limit("converted", 1, kernel, LANES | {"BLOCK_N": "8"}) for kernel in (FORWARD, AFFINE, AHEAD)),
     *(Limit("barriers", 16, kernel, LANES | {"BLOCK_N": "8", "arch": "90"}) for kernel in (FORWARD, AFFINE)),
+    Limit("barriers", 8, AHEAD, LANES | {"BLOCK_N": "8", "arch": "90"}),
     Limit("converted", 1, BACKWARD, LANES | {"NEED_X": "True"}),
     # A step of Adam brings weights, and with matrix units their moments, to the layout of the gradient and back.
     Limit("converted", 2, BACKWARD, ADAM | {"PRECISION": "ieee"}),
@@ -70,8 +72,11 @@ FAULTS = [
     Limit("barriers", 20, BACKWARD, {"PRECISION": "tf32x3", "NEED_X": "True", "BLOCK_N": "64", "arch": "90"}),
     Limit("spills", 12, AFFINE, {"PRECISION": "tf32", "BLOCK_N": "64", "arch": "80"}),
     Limit("spills", 96, BACKWARD, {"PRECISION": "tf32x3", "BLOCK_N": "64", "arch": "80"}),
-    # Masked by rows of any dimension.
+    # Masked by rows that begin at any dimension.
     Limit("narrow", 16, SOLVE),
+    # Two samples of a program share its warps.
+    Limit("converted", 1, SOLVE, {"BLOCK_N": "2"}),
+    Limit("barriers", 30, SOLVE, {"BLOCK_N": "2"}),
 ]
 
 

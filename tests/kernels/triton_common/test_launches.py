@@ -9,9 +9,9 @@ import torch
 
 import fastmaf
 from fastmaf.kernels.triton_common import launch_table
-from tests.core.helpers import build, normal
+from tests.core.helpers import blocks_of, build, normal
 from tests.kernels.cases import needs, set_launch
-from tests.kernels.triton_common.limits import READ_WEIGHTS
+from tests.kernels.triton_common.limits import READ_WEIGHTS, SOLVE
 from tests.tolerances import F32
 
 pytestmark = needs("triton")
@@ -34,6 +34,20 @@ def test_the_paths_that_sanitizers_watch_have_several_warps(monkeypatch: pytest.
         }
         assert set(warps) == set(READ_WEIGHTS)
         assert all(count >= 4 for count in warps.values()), warps
+
+
+def test_no_launch_takes_an_inverse_through_many_levels() -> None:
+    """Windows ends a launch that holds a display's GPU for two seconds, which a whole inverse might on a small card."""
+    from fastmaf.kernels.triton_common.device import recording
+
+    flow = build(101, blocks=2, hidden_features=(101,), dtype=F32)
+    flow.validate_args = False
+    schedules = [block.made.schedule for block in blocks_of(flow)]
+    assert all(len(schedule) > 64 for schedule in schedules), "the test wants many levels"
+    with torch.no_grad(), fastmaf.use_backend("triton"), recording(61, 6) as launches:
+        flow.inverse(normal(512, 101, dtype=F32))
+    solving = [launched for launched in launches if launched.kernel.__name__ == SOLVE]
+    assert len(solving) >= sum(len(schedule) / 16 for schedule in schedules)
 
 
 @pytest.fixture
