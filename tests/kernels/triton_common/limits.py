@@ -69,6 +69,7 @@ FAULTS = [
         Limit("narrow", 16, kernel, {"PRECISION": "tf32", "BLOCK_N": "64", "arch": "90"})
         for kernel in (FORWARD, AFFINE)
     ),
+    Limit("narrow", 12, AHEAD, {"PRECISION": "tf32", "BLOCK_N": "64", "arch": "90"}),
     Limit("barriers", 20, BACKWARD, {"PRECISION": "tf32x3", "NEED_X": "True", "BLOCK_N": "64", "arch": "90"}),
     Limit("spills", 12, AFFINE, {"PRECISION": "tf32", "BLOCK_N": "64", "arch": "80"}),
     Limit("spills", 96, BACKWARD, {"PRECISION": "tf32x3", "BLOCK_N": "64", "arch": "80"}),
