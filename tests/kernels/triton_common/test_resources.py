@@ -85,9 +85,10 @@ def test_registers_and_shared_memory(reports: list[Report]) -> None:
 def test_kernels_that_read_weights_are_seen_to(reports: list[Report]) -> None:
     """Otherwise the test below could not fail for them."""
     for one in reports:
-        if one["kernel"] in READ_WEIGHTS:
-            reads = one["options"].get("NEED_X") != "False" or one["options"].get("WEIGHT") == "adam"
-            assert (one["tiles"] > 0) == reads, one
+        if one["kernel"] in READ_WEIGHTS and (
+            one["options"].get("NEED_X") != "False" or one["options"].get("WEIGHT") == "adam"
+        ):
+            assert one["tiles"] > 0, one
 
 
 @pytest.mark.parametrize("what", sorted({limit.what for limit in LIMITS}))
