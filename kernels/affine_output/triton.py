@@ -35,19 +35,23 @@ def _affine_output_fwd_kernel(
     h_ptr, w_ptr, bias_ptr, x_ptr, panels_ptr, items_ptr, z_ptr, log_scale_ptr, shares_ptr, limit, epsilon, n, hidden,
     features,
     BLOCK_N: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK_K: tl.constexpr, SHIFT_FIRST: tl.constexpr, KIND: tl.constexpr,
-    LANES: tl.constexpr, PRECISION: tl.constexpr,
+    LANES: tl.constexpr, TILES: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     tiles = tl.cdiv(n, BLOCK_N)
-    item = items_ptr + tl.program_id(0) // tiles * 4
-    block, k_end = tl.load(item), common.whole_vectors(tl.load(item + 2), hidden)
+    item = items_ptr + tl.program_id(0) // tiles * 5
+    block, _, k_end, _, before = common.forward_item(item)
+    first = tl.program_id(0) % tiles * BLOCK_N
     j = block * BLOCK_J + tl.arange(0, BLOCK_J)
     row_ok = j < 2 * features
-    base, width = common.panels_of(panels_ptr, j, 2 * features, BLOCK_J)
-    sample = tl.program_id(0) % tiles * BLOCK_N + tl.arange(0, BLOCK_N)
-    out = common.product(
-        h_ptr, sample, sample < n, hidden, w_ptr, base, width, 0, k_end,
-        BLOCK_N, BLOCK_J, BLOCK_K, LANES, PRECISION,
-    )  # fmt: skip
+    sample = first + tl.arange(0, BLOCK_N)
+    if LANES:
+        out = common.few_products(h_ptr, first, n, hidden, w_ptr, before, 0, k_end, BLOCK_N, BLOCK_K, TILES)
+    else:
+        base, width = common.panels_of(panels_ptr, j, 2 * features, BLOCK_J)
+        out = common.product(
+            h_ptr, sample, sample < n, hidden, w_ptr, base, width, 0, common.whole_vectors(k_end, hidden),
+            BLOCK_N, BLOCK_J, BLOCK_K, False, PRECISION,
+        )  # fmt: skip
     out += tl.load(bias_ptr + j, mask=row_ok, other=0.0)[None, :]
     shift, u = tl.split(tl.reshape(out, [BLOCK_N, BLOCK_J // 2, 2]))
     d = block * (BLOCK_J // 2) + tl.arange(0, BLOCK_J // 2)

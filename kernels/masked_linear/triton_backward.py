@@ -21,6 +21,7 @@ from torch import Tensor
 
 from fastmaf.kernels.adam.update import Update
 from fastmaf.kernels.affine_output.args import AffineArgs
+from fastmaf.kernels.layout import PANEL
 from fastmaf.kernels.masked_linear.args import LinearArgs
 from fastmaf.kernels.triton_common import device as common
 from fastmaf.kernels.triton_common import work_lists
@@ -63,8 +64,8 @@ def _masked_linear_bwd_kernel(
     g_ptr, g_t_ptr, x_ptr, w_ptr, panels_ptr, prefix_ptr, items_ptr, grad_x_ptr, grad_w_ptr, grad_bias_ptr,
     exp_avg_ptr, exp_avg_sq_ptr, scalars_ptr, bias_ptr, bias_exp_avg_ptr, bias_exp_avg_sq_ptr, bias_scalars_ptr,
     n, in_features, out_features,
-    BLOCK_N: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK_K: tl.constexpr, NEED_X: tl.constexpr, WEIGHT: tl.constexpr,
-    BIAS_ADAM: tl.constexpr, LANES: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, NEED_X: tl.constexpr, WEIGHT: tl.constexpr, BIAS_ADAM: tl.constexpr,
+    LANES: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """With LANES, and with both NEED_X and WEIGHT, all samples must fit into BLOCK_N; NEED_X alone has a program per
     tile of them. g_t is g transposed, or None with LANES.
@@ -77,32 +78,36 @@ def _masked_linear_bwd_kernel(
     k = column + tl.arange(0, BLOCK_K)
     k_ok = k < in_features
     first = tl.program_id(0) % tiles * BLOCK_N
-    row = tl.arange(0, BLOCK_N)[:, None, None].to(tl.int64)
-    lanes = tl.zeros([BLOCK_N if LANES else 1, BLOCK_K, BLOCK_J], tl.float32)
+    panel = tl.load(panels_ptr + begin, mask=begin < end, other=0)
+    panel_end = tl.load(panels_ptr + begin + 1, mask=begin < end, other=0)
+    x, sums = _inputs(x_ptr, n, in_features, k, k_ok, BLOCK_N if LANES else 0)
     grad_x = tl.zeros([BLOCK_K, BLOCK_N], tl.float32)
-    square = tl.zeros([BLOCK_K, BLOCK_J], tl.float32)
+    square = tl.zeros([BLOCK_K, 16], tl.float32)
     if WEIGHT == "adam":
         factor, l2, decay, rest1, beta2, rest2, step_size, root, eps = common.adam_scalars(scalars_ptr)
     for block in range(begin, end):
-        j = block * BLOCK_J + tl.arange(0, BLOCK_J)
+        j = block * 16 + tl.arange(0, 16)
         row_ok = j < out_features
-        base, width = common.panels_of(panels_ptr, j, out_features, BLOCK_J)
-        at = base[None, :] + (k * 16)[:, None]
-        stored = k[:, None] < width[None, :]
+        at = (panel * 16 + tl.arange(0, 16))[None, :] + (k * 16)[:, None]
+        stored = k[:, None] < (tl.zeros([16], tl.int64) + (panel_end - panel)).to(tl.int32)[None, :]
+        # All that a tile needs, and where the next one lies, before the first use.
+        panel, panel_end = panel_end, tl.load(panels_ptr + block + 2, mask=block + 1 < end, other=0)
         if NEED_X or WEIGHT == "adam":
-            w = common.weights(w_ptr, base, width, k)
-        grad_w = tl.zeros([BLOCK_K, BLOCK_J], tl.float32)
-        grad_bias = tl.zeros([BLOCK_J], tl.float32)
+            w = tl.load(w_ptr + at, mask=stored, other=0.0).to(tl.float32)
+        if WEIGHT == "adam":
+            m = tl.load(exp_avg_ptr + at, mask=stored, other=0.0)
+            v = tl.load(exp_avg_sq_ptr + at, mask=stored, other=0.0)
+        if WEIGHT != "none":
+            prefix = tl.load(prefix_ptr + j, mask=row_ok, other=0).to(tl.int32)
+        grad_w = tl.zeros([BLOCK_K, 16], tl.float32)
+        grad_bias = tl.zeros([16], tl.float32)
         if LANES:
+            g = _rows(g_ptr, n, out_features, j, row_ok, BLOCK_N)
             if NEED_X:
-                g_ok = (row < n) & row_ok[None, None, :]
-                lanes += w[None, :, :] * tl.load(g_ptr + row * out_features + j[None, None, :], mask=g_ok, other=0.0)
+                sums = _add_dots(sums, w, g, BLOCK_N)
             if WEIGHT != "none":
-                for i in range(n):
-                    g = tl.load(g_ptr + i * out_features + j, mask=row_ok, other=0.0)
-                    x = tl.load(x_ptr + i * in_features + k, mask=k_ok, other=0.0)
-                    grad_w += x[:, None] * g[None, :]
-                    grad_bias += g
+                for lane in tl.static_range(BLOCK_N):
+                    grad_w += x[lane][:, None] * g[lane][None, :]
         else:
             for start in range(first, n if WEIGHT != "none" else first + 1, BLOCK_N):
                 sample = start + tl.arange(0, BLOCK_N)
@@ -117,34 +122,65 @@ def _masked_linear_bwd_kernel(
                     grad_w = common.matmul(tl.trans(x2), g2, grad_w, PRECISION)
                     grad_bias += tl.sum(g2, 0)
         if WEIGHT != "none":
-            prefix = tl.load(prefix_ptr + j, mask=row_ok, other=0)
             grad_w = tl.where(k[:, None] < prefix[None, :], grad_w, 0.0)  # the padding stays zero
             if WEIGHT == "store":
                 tl.store(grad_w_ptr + at, grad_w, mask=stored)
             if WEIGHT == "norm":
                 square += grad_w * grad_w
             if WEIGHT == "adam":
-                common.adam_at(
-                    w_ptr, exp_avg_ptr, exp_avg_sq_ptr, at, stored, w, grad_w,
-                    factor, l2, decay, rest1, beta2, rest2, step_size, root, eps,
-                )  # fmt: skip
+                w, m, v = common.adam(w, m, v, grad_w, factor, l2, decay, rest1, beta2, rest2, step_size, root, eps)
+                tl.store(w_ptr + at, w, mask=stored)
+                tl.store(exp_avg_ptr + at, m, mask=stored)
+                tl.store(exp_avg_sq_ptr + at, v, mask=stored)
             if column == 0:
+                if LANES:
+                    for i in range(n):
+                        grad_bias += tl.load(g_ptr + i * out_features + j, mask=row_ok, other=0.0)
                 if BIAS_ADAM:
-                    bias = tl.load(bias_ptr + j, mask=row_ok, other=0.0)
+                    b = tl.load(bias_ptr + j, mask=row_ok, other=0.0)
+                    bm = tl.load(bias_exp_avg_ptr + j, mask=row_ok, other=0.0)
+                    bv = tl.load(bias_exp_avg_sq_ptr + j, mask=row_ok, other=0.0)
                     f, ridge, d, r1, b2, r2, s, r, e = common.adam_scalars(bias_scalars_ptr)
-                    common.adam_at(
-                        bias_ptr, bias_exp_avg_ptr, bias_exp_avg_sq_ptr, j, row_ok, bias, grad_bias,
-                        f, ridge, d, r1, b2, r2, s, r, e,
-                    )  # fmt: skip
+                    b, bm, bv = common.adam(b, bm, bv, grad_bias, f, ridge, d, r1, b2, r2, s, r, e)
+                    tl.store(bias_ptr + j, b, mask=row_ok)
+                    tl.store(bias_exp_avg_ptr + j, bm, mask=row_ok)
+                    tl.store(bias_exp_avg_sq_ptr + j, bv, mask=row_ok)
                 else:
                     tl.store(grad_bias_ptr + j, grad_bias, mask=row_ok)
     if NEED_X:
-        found = tl.sum(lanes, 2) if LANES else tl.trans(grad_x)
+        found = tl.trans(tl.reshape(tl.sum(common.stacked(sums), 1), [BLOCK_K, BLOCK_N]) if LANES else grad_x)
         sample = first + tl.arange(0, BLOCK_N)
         to = (slot.to(tl.int64) * n + sample)[:, None] * in_features + k[None, :]
         tl.store(grad_x_ptr + to, found, mask=(sample < n)[:, None] & k_ok[None, :])
     if WEIGHT == "norm":
         tl.store(grad_w_ptr + number, tl.sum(tl.sum(square, 1), 0))
+
+
+@triton.jit
+def _inputs(x_ptr, n, in_features, k, k_ok, BLOCK_N: tl.constexpr):
+    """Of each sample its inputs k, and a sum for each of them and each quarter of a panel."""
+    x, sums = (), ()
+    for i in tl.static_range(BLOCK_N):
+        x = x + (tl.load(x_ptr + i * in_features + k, mask=k_ok & (i < n), other=0.0),)
+        sums = sums + (tl.zeros([k.shape[0], 4], tl.float32),)
+    return x, sums
+
+
+@triton.jit
+def _rows(g_ptr, n, out_features, j, row_ok, BLOCK_N: tl.constexpr):
+    g = ()
+    for i in tl.static_range(BLOCK_N):
+        g = g + (tl.load(g_ptr + i * out_features + j, mask=row_ok & (i < n), other=0.0),)
+    return g
+
+
+@triton.jit
+def _add_dots(sums, w, g, BLOCK_N: tl.constexpr):
+    """Adds w g to the sums of each sample; a thread adds up the four neighbours that it loads at once."""
+    added = ()
+    for i in tl.static_range(BLOCK_N):
+        added = added + (sums[i] + tl.sum(tl.reshape(w * g[i][None, :], [w.shape[0], 4, 4]), 2),)
+    return added
 
 
 def sum_slots(
@@ -166,7 +202,7 @@ def sum_slots(
         add: ``[N, C]``, added last.
     """
     n, features = out.shape
-    slots = common.power_of_two(partial.numel() // max(1, out.numel()), 1, 32)
+    slots = common.power_of_two(partial.numel() // max(1, out.numel()), 1, 128)  # all of a column in one round
     columns = 32 if slots > 1 else 256
     common.launch(
         _sum_slots_kernel,
@@ -215,7 +251,7 @@ def products(
         return partial, counts, grad_bias
     programs = common.cdiv(sms * one.programs_per_sm, max(1, common.cdiv(n, samples)) if mode == "none" else 1)
     panels = work_lists.on_device(args.panels, x.device)
-    work = work_lists.backward(args.panels, x.device, in_features, one.rows, one.columns, programs)
+    work = work_lists.backward(args.panels, x.device, in_features, PANEL, one.columns, programs)
     partial = x.new_empty(work.slots if need_x else 0, n, in_features)
     grad_bias = x.new_empty(out_features if mode != "none" and bias_step is None else 0)
     g_t = g.t().contiguous() if need_x and not lanes else None  # the right operand of a matrix product
@@ -228,9 +264,9 @@ def products(
         len(work.items) * (common.cdiv(n, samples) if mode == "none" else 1),
         g, g_t, x, args.weight, panels, args.prefix, work.items, partial, grad_w, grad_bias, *adam,
         args.bias if bias_step is not None else None, *bias_adam, n, in_features, out_features,
-        BLOCK_N=samples, BLOCK_J=one.rows, BLOCK_K=one.columns, NEED_X=need_x, WEIGHT=mode,
+        BLOCK_N=samples, BLOCK_K=one.columns, NEED_X=need_x, WEIGHT=mode,
         BIAS_ADAM=bias_step is not None, LANES=lanes, PRECISION=precision,
-        num_warps=one.warps, num_stages=one.stages, maxnreg=common.all_registers(one.warps),
+        num_warps=one.warps, num_stages=one.stages, maxnreg=common.all_registers(one.warps, one.programs_per_sm if lanes else 1),
     )  # fmt: skip
     if mode == "norm":
         assert grad_w is not None

@@ -17,10 +17,12 @@ class Launch(NamedTuple):
     """Launch parameters of one kernel.
 
     Attributes:
-        rows, columns: of the tile of weights that a program takes at a time; rows are whole panels of 16.
+        rows, columns: of the weights that a program takes at a time. Only ``dot`` takes more than a panel of 16 rows.
         warps: of a program; 32 threads each.
-        stages: depth of the software pipeline over a loop of matrix products.
-        programs_per_sm: how many programs per multiprocessor the work is cut into, where it can be cut.
+        stages: depth of the software pipeline over a loop of matrix products. Without these, into how many tiles the
+            columns are divided: a thread loads 16 bytes of each, all before it needs the first.
+        programs_per_sm: how many programs per multiprocessor the work is cut into, where it can be cut. Without matrix
+            products, so many fit on one, and share its registers.
     """
 
     rows: int
@@ -62,13 +64,16 @@ class Table(NamedTuple):
 FEW = 16
 # More samples than this are multiplied by matrix products, which take no fewer than ``FEW``; so in both directions.
 MOST_LANES = 8
+# As many columns take a program less time than it takes to launch a second kernel, which would add up partial sums.
+MOST_WHOLE = 512
 
 # 6 SMs and no asynchronous copies, so the loads of many resident programs hide the latency; 48 KB shared.
 _PASCAL = Table(
-    lanes=Launch(16, 256, programs_per_sm=8),  # 8 loads of 16 bytes a thread in flight before the first use
-    few=Launch(16, 64, programs_per_sm=8),  # the sums of 8 samples take 64 registers of a thread
+    # One warp: no barriers, and its threads are summed in three steps. Loads in flight: 4 to 8 KB a warp.
+    lanes=Launch(16, 128, warps=1, stages=16, programs_per_sm=16),
+    few=Launch(16, 64, warps=1, stages=8, programs_per_sm=12),  # with 16, the sums of 8 samples spill
     dot=Launch(64, 32, programs_per_sm=8),  # 64 rows share each load of the samples; 4 programs fit an SM
-    backward=Launch(16, 64, programs_per_sm=6),  # 4 KB in one piece; sums of 8 samples as above
+    backward=Launch(16, 64, programs_per_sm=3),  # 12 KB in flight a program; with a fourth, registers spill
     backward_many=Launch(16, 32, programs_per_sm=4),  # the sums of 64 samples fill the registers; 64 columns spill
     most_samples=64,  # with 128 the backward pass spills
     inverse_warps=8,  # 255 registers a thread, of which one sample takes 170 and 16 samples 250
@@ -82,6 +87,7 @@ _TURING = _PASCAL._replace(
 # With Ada; asynchronous copies into shared memory of the next tiles of a matrix product.
 _AMPERE = _PASCAL._replace(
     dot=Launch(64, 32, stages=2, programs_per_sm=4),  # one tile multiplied, one on its way; a third spills
+    backward=Launch(16, 64, programs_per_sm=4),  # 48 KB in flight on a multiprocessor
     backward_many=Launch(16, 64, warps=8, programs_per_sm=4),  # twice the threads for the sums of 64 samples
     inverse_numbers=16384,  # 64 KB in flight: 240 of 255 registers a thread
 )
