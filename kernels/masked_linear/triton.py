@@ -23,9 +23,9 @@ from fastmaf.kernels.masked_linear.args import LinearArgs, LinearBatch
 from fastmaf.kernels.masked_linear.torch import grad_activation
 from fastmaf.kernels.masked_linear.triton_backward import adam_steps, products, sum_slots
 from fastmaf.kernels.triton_common import device as common
-from fastmaf.kernels.triton_common import work_lists
+from fastmaf.kernels.triton_common import launch_table, work_lists
 from fastmaf.kernels.triton_common.device import why_not
-from fastmaf.kernels.triton_common.launch_table import FEW, MOST_LANES, MOST_WHOLE
+from fastmaf.kernels.triton_common.launch_table import FEW, MOST_LANES
 
 __all__ = ["adam_", "backward", "forward", "squared_norm", "why_not"]
 
@@ -84,7 +84,7 @@ def shape_of(like: Tensor, n: int, dtype: torch.dtype = torch.float32) -> Shape:
     one = table.lanes if n <= 1 else table.few if lanes else table.dot
     samples = common.power_of_two(n, *((1, MOST_LANES) if lanes else (FEW, table.most_samples)))
     programs = common.cdiv(sms * one.programs_per_sm, max(1, common.cdiv(n, samples)))
-    options = {"BLOCK_N": samples, "LANES": lanes, "PRECISION": precision, "num_warps": one.warps}
+    options = {"BLOCK_N": samples, "LANES": lanes, "PRECISION": "ieee" if lanes else precision, "num_warps": one.warps}
     if not lanes:  # pipelined, bfloat16 weights would be converted in the layout of an operand, which spills registers
         stages = one.stages if dtype == torch.float32 else 1
         options |= {"BLOCK_J": one.rows, "BLOCK_K": one.columns, "TILES": 1, "num_stages": stages}
@@ -105,7 +105,7 @@ def forward_into(y: Tensor, x: Tensor, args: LinearArgs) -> Tensor:
     (n, in_features), out_features = x.shape, y.shape[1]
     shape, relu = shape_of(x, n, args.weight.dtype), args.activation == "relu"
     panels = work_lists.on_device(args.panels, x.device)
-    whole = shape.options["LANES"] and in_features <= MOST_WHOLE
+    whole = shape.options["LANES"] and in_features <= launch_table.MOST_WHOLE
     work = work_lists.forward(args.panels, x.device, shape.rows, shape.columns, 0 if whole else shape.programs)
     split = work.slots > 1
     product_to = x.new_empty(work.slots, n, out_features) if split else y

@@ -161,7 +161,7 @@ def _inputs(x_ptr, n, in_features, k, k_ok, BLOCK_N: tl.constexpr):
     """Of each sample its inputs k, and a sum for each of them and each quarter of a panel."""
     x, sums = (), ()
     for i in tl.static_range(BLOCK_N):
-        x = x + (tl.load(x_ptr + i * in_features + k, mask=k_ok & (i < n), other=0.0),)
+        x = x + (tl.load(x_ptr + i * in_features + k, mask=k_ok & (k * 0 + i < n), other=0.0),)
         sums = sums + (tl.zeros([k.shape[0], 4], tl.float32),)
     return x, sums
 
@@ -170,7 +170,7 @@ def _inputs(x_ptr, n, in_features, k, k_ok, BLOCK_N: tl.constexpr):
 def _rows(g_ptr, n, out_features, j, row_ok, BLOCK_N: tl.constexpr):
     g = ()
     for i in tl.static_range(BLOCK_N):
-        g = g + (tl.load(g_ptr + i * out_features + j, mask=row_ok & (i < n), other=0.0),)
+        g = g + (tl.load(g_ptr + i * out_features + j, mask=row_ok & (j * 0 + i < n), other=0.0),)
     return g
 
 
@@ -265,7 +265,7 @@ def products(
         g, g_t, x, args.weight, panels, args.prefix, work.items, partial, grad_w, grad_bias, *adam,
         args.bias if bias_step is not None else None, *bias_adam, n, in_features, out_features,
         BLOCK_N=samples, BLOCK_K=one.columns, NEED_X=need_x, WEIGHT=mode,
-        BIAS_ADAM=bias_step is not None, LANES=lanes, PRECISION=precision,
+        BIAS_ADAM=bias_step is not None, LANES=lanes, PRECISION="ieee" if lanes else precision,
         num_warps=one.warps, num_stages=one.stages, maxnreg=common.all_registers(one.warps, one.programs_per_sm if lanes else 1),
     )  # fmt: skip
     if mode == "norm":

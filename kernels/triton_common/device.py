@@ -210,13 +210,16 @@ def product(
         return tl.sum(lanes, 1)
     else:
         x_row = x_ptr + sample.to(tl.int64) * stride
-        acc = tl.zeros([BLOCK_N, BLOCK_J], tl.float32)
+        # TF32 units want both operands contiguous along the columns, which the samples are: the weights come from
+        # registers, as the left operand of the transposed product.
+        TURNED: tl.constexpr = PRECISION == "off"
+        acc = tl.zeros([BLOCK_J, BLOCK_N] if TURNED else [BLOCK_N, BLOCK_J], tl.float32)
         for start in range(k_begin, k_end, BLOCK_K):
             k = start + tl.arange(0, BLOCK_K)
             w = weights(w_ptr, base, width, k)
             x = tl.load(x_row[:, None] + k[None, :], mask=sample_ok[:, None] & (k < k_end)[None, :], other=0.0)
-            acc = matmul(x, w, acc, PRECISION)
-        return acc
+            acc = matmul(tl.trans(w), tl.trans(x), acc, PRECISION) if TURNED else matmul(x, w, acc, PRECISION)
+        return tl.trans(acc) if TURNED else acc
 
 
 @triton.jit
