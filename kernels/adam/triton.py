@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fastmaf.kernels.adam import triton_step
 from fastmaf.kernels.triton_common import device as common
 
 
@@ -18,8 +19,8 @@ def _adam_kernel(w_ptr, grad_ptr, exp_avg_ptr, exp_avg_sq_ptr, scalars_ptr, nume
     m = tl.load(exp_avg_ptr + i, mask=ok, other=0.0)
     v = tl.load(exp_avg_sq_ptr + i, mask=ok, other=0.0)
     g = tl.load(grad_ptr + i, mask=ok, other=0.0)
-    factor, l2, decay, rest1, beta2, rest2, step_size, per_root, eps = common.adam_scalars(scalars_ptr)
-    w, m, v = common.adam(w, m, v, g, factor, l2, decay, rest1, beta2, rest2, step_size, per_root, eps)
+    factor, l2, decay, rest1, beta2, rest2, step_size, per_root, eps = triton_step.scalars(scalars_ptr)
+    w, m, v = triton_step.step(w, m, v, g, factor, l2, decay, rest1, beta2, rest2, step_size, per_root, eps)
     tl.store(w_ptr + i, w, mask=ok)
     tl.store(exp_avg_ptr + i, m, mask=ok)
     tl.store(exp_avg_sq_ptr + i, v, mask=ok)

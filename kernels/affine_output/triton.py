@@ -24,7 +24,7 @@ from fastmaf.kernels.affine_output.torch import product_batch
 from fastmaf.kernels.masked_linear import triton as linear
 from fastmaf.kernels.masked_linear.args import LinearArgs
 from fastmaf.kernels.triton_common import device as common
-from fastmaf.kernels.triton_common import work_lists
+from fastmaf.kernels.triton_common import few_samples, work_lists
 from fastmaf.kernels.triton_common.device import why_not
 
 __all__ = ["adam_", "backward", "forward", "squared_norm", "why_not"]
@@ -45,7 +45,7 @@ def _affine_output_fwd_kernel(
     row_ok = j < 2 * features
     sample = first + tl.arange(0, BLOCK_N)
     if LANES:
-        out = common.few_products(h_ptr, first, n, hidden, w_ptr, before, 0, k_end, BLOCK_N, BLOCK_K, TILES)
+        out = few_samples.product(h_ptr, first, n, hidden, w_ptr, before, 0, k_end, BLOCK_N, BLOCK_K, TILES)
     else:
         base, width = common.panels_of(panels_ptr, j, 2 * features, BLOCK_J)
         out = common.product(

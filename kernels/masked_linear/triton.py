@@ -21,11 +21,12 @@ from fastmaf.kernels.adam.update import Update
 from fastmaf.kernels.layout import PANEL
 from fastmaf.kernels.masked_linear.args import LinearArgs, LinearBatch
 from fastmaf.kernels.masked_linear.torch import grad_activation
-from fastmaf.kernels.masked_linear.triton_backward import adam_steps, products, sum_slots
+from fastmaf.kernels.masked_linear.triton_backward import adam_steps, products
 from fastmaf.kernels.triton_common import device as common
-from fastmaf.kernels.triton_common import launch_table, work_lists
+from fastmaf.kernels.triton_common import few_samples, launch_table, work_lists
 from fastmaf.kernels.triton_common.device import why_not
 from fastmaf.kernels.triton_common.launch_table import FEW, MOST_LANES
+from fastmaf.kernels.triton_common.partial_sums import sum_slots
 
 __all__ = ["adam_", "backward", "forward", "squared_norm", "why_not"]
 
@@ -44,7 +45,7 @@ def _masked_linear_fwd_kernel(
     row_ok = j < out_features
     sample = first + tl.arange(0, BLOCK_N)
     if LANES:
-        y = common.few_products(x_ptr, first, n, in_features, w_ptr, before, k_begin, k_end, BLOCK_N, BLOCK_K, TILES)
+        y = few_samples.product(x_ptr, first, n, in_features, w_ptr, before, k_begin, k_end, BLOCK_N, BLOCK_K, TILES)
     else:
         base, width = common.panels_of(panels_ptr, j, out_features, BLOCK_J)
         y = common.product(

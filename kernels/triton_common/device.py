@@ -129,13 +129,24 @@ def matmul(a, b, acc, PRECISION: tl.constexpr):
     """The sum acc + a b, with float32 sums."""
     if PRECISION == "bf16":
         return tl.dot(a.to(tl.bfloat16), b.to(tl.bfloat16), acc)
+    elif PRECISION == "tf32x3":  # matrix units cut sums off: what they add up is short, and rounded into acc
+        a_high, b_high = tf32(a), tf32(b)
+        sums = tl.dot(a - a_high, b_high, input_precision="tf32")
+        sums = tl.dot(a_high, b - b_high, sums, input_precision="tf32")
+        return acc + tl.dot(a_high, b_high, sums, input_precision="tf32")
     else:
         return tl.dot(a, b, acc, input_precision=PRECISION)
 
 
 @triton.jit
+def tf32(x):
+    """Rounds to the 11 bits of TF32."""
+    return ((x.to(tl.int32, bitcast=True) + 0x1000) & -0x2000).to(tl.float32, bitcast=True)
+
+
+@triton.jit
 def forward_item(item):
-    """Loads an item of ``work_lists.forward``: block of rows, first and end column, slot, and where the block starts."""
+    """Loads an item of ``work_lists.forward``: block of rows, first and end column, slot, and columns before."""
     k_begin = tl.multiple_of(tl.load(item + 1), 16)
     return tl.load(item), k_begin, tl.load(item + 2), tl.load(item + 3), tl.load(item + 4)
 
@@ -210,85 +221,10 @@ def product(
         return tl.sum(lanes, 1)
     else:
         x_row = x_ptr + sample.to(tl.int64) * stride
-        # TF32 units want both operands contiguous along the columns, which the samples are: the weights come from
-        # registers, as the left operand of the transposed product.
-        TURNED: tl.constexpr = PRECISION == "off"
-        acc = tl.zeros([BLOCK_J, BLOCK_N] if TURNED else [BLOCK_N, BLOCK_J], tl.float32)
+        acc = tl.zeros([BLOCK_N, BLOCK_J], tl.float32)
         for start in range(k_begin, k_end, BLOCK_K):
             k = start + tl.arange(0, BLOCK_K)
             w = weights(w_ptr, base, width, k)
             x = tl.load(x_row[:, None] + k[None, :], mask=sample_ok[:, None] & (k < k_end)[None, :], other=0.0)
-            acc = matmul(tl.trans(w), tl.trans(x), acc, PRECISION) if TURNED else matmul(x, w, acc, PRECISION)
-        return tl.trans(acc) if TURNED else acc
-
-
-@triton.jit
-def stacked(parts):
-    """Stacks a tuple of 1, 2, 4, 8 or 16 tensors along a new last axis. A thread keeps the numbers that it has."""
-    for _ in tl.static_range(4):
-        if len(parts) > 1:
-            pairs = ()
-            for i in tl.static_range(len(parts) // 2):
-                pairs = pairs + (tl.join(parts[i], parts[len(parts) // 2 + i]),)
-            parts = pairs
-    return parts[0]
-
-
-@triton.jit
-def few_products(
-    x_ptr, first, n, stride, w_ptr, start, k_begin, k_end,
-    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, TILES: tl.constexpr,
-):  # fmt: skip
-    """The product x Wᵀ of a panel, whose column 0 is number ``start``, over columns k_begin..k_end, for the samples from
-    ``first`` on: ``[BLOCK_N, 16]``, of which those beyond n have no meaning.
-
-    Each thread adds up the weights that it loads, and threads are summed at the end: nothing goes through shared memory
-    before. So that no layout but that of the weights appears, each sample has tensors of its own, and a load of it
-    fewer numbers than the program has threads: the compiler then loads them as their use demands.
-    """
-    base = start.to(tl.int64) * 16 + tl.arange(0, 16)
-    end = tl.zeros([16], tl.int32) + k_end
-    sums = ()
-    for _ in tl.static_range(BLOCK_N):
-        sums = sums + (tl.zeros([BLOCK_K, 16], tl.float32),)
-    for begin in range(k_begin, k_end, BLOCK_K * TILES):
-        tiles = ()
-        for t in tl.static_range(TILES):  # all loads before the first use
-            tiles = tiles + (weights(w_ptr, base, end, begin + t * BLOCK_K + tl.arange(0, BLOCK_K)),)
-        for t in tl.static_range(TILES):
-            k = begin + t * BLOCK_K + tl.arange(0, BLOCK_K)
-            sums = _add_products(sums, tiles[t], x_ptr, first, n, stride, k, k < k_end, BLOCK_N)
-    return tl.trans(tl.reshape(tl.sum(stacked(sums), 0), [16, BLOCK_N]))
-
-
-@triton.jit
-def _add_products(sums, w, x_ptr, first, n, stride, k, ok, BLOCK_N: tl.constexpr):
-    added = ()
-    for i in tl.static_range(BLOCK_N):
-        row = x_ptr + tl.minimum(first + i, n - 1).to(tl.int64) * stride
-        added = added + (sums[i] + w * tl.load(row + k, mask=ok, other=0.0)[:, None],)
-    return added
-
-
-@triton.jit
-def adam_scalars(ptr):
-    """Loads ``AdamNumbers.kernel_scalars``: once for a program, as within a loop they would be loaded each time."""
-    factor, l2, decay = tl.load(ptr), tl.load(ptr + 1), tl.load(ptr + 2)
-    rest1, beta2, rest2 = tl.load(ptr + 3), tl.load(ptr + 4), tl.load(ptr + 5)
-    step_size, root, eps = tl.load(ptr + 6), tl.load(ptr + 7), tl.load(ptr + 8)
-    return factor, l2, decay, rest1, beta2, rest2, step_size, 1.0 / root, eps
-
-
-@triton.jit
-def adam(w, m, v, g, factor, l2, decay, rest1, beta2, rest2, step_size, per_root, eps):
-    """One step of Adam on the weights w with moments m and v and gradient g: the three after it.
-
-    Square root and quotient are the fast ones: two units in the last place of a step, which is far smaller than the
-    weight. The exact ones would be half of the instructions of a backward pass. The fast root is zero below the normal
-    numbers, so that it starts there.
-    """
-    g = g * factor + l2 * w
-    m += (g - m) * rest1
-    v = v * beta2 + rest2 * g * g
-    denominator = tl.sqrt(tl.maximum(v, 1.2e-38)) * per_root + eps
-    return w * decay - step_size * (m / denominator), m, v
+            acc = matmul(x, w, acc, PRECISION)
+        return acc

@@ -39,8 +39,9 @@ class Table(NamedTuple):
         lanes: ``product`` of one sample: a stream of weights, a few per thread, summed across threads at the end.
         few: the same of up to ``MOST_LANES`` samples, which share each load of the weights.
         dot: ``product`` of more samples, by matrix products.
-        backward: gradients of a tile of weights, with or without Adam, from up to ``FEW`` samples.
-        backward_many: the same from more, whose sums take more registers.
+        backward: gradients of a tile of weights, with or without Adam, and of inputs, without matrix products.
+        backward_many: the same by matrix products: gradients of inputs from more than ``MOST_LANES`` samples, of
+            weights from more than ``most_samples``.
         most_samples: that one program takes; more are shared out, and read the weights again.
         inverse_warps: of the level inverse, one program for a tile of samples.
         inverse_numbers: how many weights such a program has in flight.
@@ -54,10 +55,6 @@ class Table(NamedTuple):
     most_samples: int
     inverse_warps: int
     inverse_numbers: int
-
-    def backward_of(self, samples: int) -> Launch:
-        """Returns the entry for tiles of this many samples."""
-        return self.backward if samples <= FEW else self.backward_many
 
 
 # The smallest side that a matrix product may have in every version of Triton.
@@ -86,14 +83,12 @@ _TURING = _PASCAL._replace(
 )
 # With Ada; asynchronous copies into shared memory of the next tiles of a matrix product.
 _AMPERE = _PASCAL._replace(
-    dot=Launch(64, 32, stages=2, programs_per_sm=4),  # one tile multiplied, one on its way; a third spills
+    # Two warps: with four, Hopper takes units whose right operand must be transposed, against shared memory's banks.
+    dot=Launch(64, 16, warps=2, stages=4, programs_per_sm=4),  # three tiles of 8 KB on their way
     backward=Launch(16, 64, programs_per_sm=4),  # 48 KB in flight on a multiprocessor
-    backward_many=Launch(16, 64, warps=8, programs_per_sm=4),  # twice the threads for the sums of 64 samples
     inverse_numbers=16384,  # 64 KB in flight: 240 of 255 registers a thread
 )
-# 25 to 36 GB/s a multiprocessor, so more bytes in flight.
 _HOPPER = _AMPERE._replace(
-    dot=Launch(64, 32, stages=4, programs_per_sm=4),  # three tiles of 12 KB on their way
     inverse_warps=16,  # 512 threads, 128 registers each, issue the loads of 64 KB at once
 )
 TABLES = {61: _PASCAL, 75: _TURING, 80: _AMPERE, 90: _HOPPER}

@@ -9,17 +9,24 @@ from fastmaf.kernels.triton_common import launch_table
 from fastmaf.kernels.triton_common.launch_table import precision, use_precision
 
 
-def test_full_precision_is_the_default() -> None:
-    assert precision(61) == precision(90) == "ieee"
+def test_the_default_is_what_a_card_has() -> None:
+    """Without a choice of the user's no card refuses, and none rounds operands to fewer digits than float32 errs by."""
+    assert launch_table.chosen_precision() == "auto"
+    found = {capability: precision(capability) for capability in (61, 70, 75, 80, 86, 89, 90, 120)}
+    assert found == dict.fromkeys((61, 70, 75), "ieee") | dict.fromkeys((80, 86, 89, 90, 120), "tf32x3")
+    with use_precision("ieee"):
+        assert precision(61) == precision(90) == "ieee"
+        with use_precision("auto"):
+            assert precision(61) == "ieee" and precision(90) == "tf32x3"
 
 
 @pytest.mark.parametrize("name", ["fp16", "", "TF32", None])
 def test_unknown_precisions_are_refused(name: str) -> None:
     with pytest.raises(ValueError, match="precision must be one of") as caught:
         use_precision(name)  # type: ignore[arg-type]
-    for known in ("ieee", "tf32x3", "tf32", "bf16", repr(name)):
+    for known in ("auto", "ieee", "tf32x3", "tf32", "bf16", repr(name)):
         assert known in str(caught.value)
-    assert precision(90) == "ieee", "a refused name changed the choice"
+    assert launch_table.chosen_precision() == "auto", "a refused name changed the choice"
 
 
 def test_the_advice_of_a_refused_precision_can_be_followed() -> None:
@@ -43,7 +50,7 @@ def test_families_without_the_matrix_units_refuse_them() -> None:
             for capability, text in ((61, "6.1"), (75, "7.5")):
                 with pytest.raises(ValueError) as caught:
                     precision(capability)
-                assert all(part in str(caught.value) for part in (repr(name), "8.0", text, "ieee"))
+                assert all(part in str(caught.value) for part in (repr(name), "8.0", text, "auto"))
     assert precision(61) == "ieee"
 
 
@@ -54,6 +61,9 @@ def test_every_table_can_be_launched() -> None:
             for number in (one.rows, one.columns, one.warps):
                 assert number & (number - 1) == 0
             assert one.rows >= 16 and one.columns >= 16 and one.stages >= 1 and one.programs_per_sm >= 1
+        for one in (table.lanes, table.few):  # a load of a sample has fewer numbers than the program has threads
+            assert 8 * one.warps <= one.columns // one.stages < 32 * one.warps
+        assert table.backward.columns < 32 * table.backward.warps
         for number in (table.most_samples, table.inverse_warps, table.inverse_numbers):
             assert number & (number - 1) == 0
         assert table.most_samples >= 16 and table.inverse_numbers >= 16 * 16
