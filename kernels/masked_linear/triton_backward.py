@@ -110,9 +110,7 @@ def _masked_linear_bwd_kernel(
             if WEIGHT == "norm":
                 square += grad_w * grad_w
             if WEIGHT == "adam":
-                w, m, v = triton_step.step(
-                    w, m, v, grad_w, factor, l2, decay, rest1, beta2, rest2, step_size, per_root, eps
-                )
+                w, m, v = triton_step.step(w, m, v, grad_w, factor, l2, decay, rest1, beta2, rest2, rate, per_root, eps)
                 tl.store(w_ptr + at, w, mask=stored)
                 tl.store(exp_avg_ptr + at, m, mask=stored)
                 tl.store(exp_avg_sq_ptr + at, v, mask=stored)
