@@ -56,7 +56,9 @@ def _affine_output_fwd_kernel(
     shift, u = tl.split(tl.reshape(out, [BLOCK_N, BLOCK_J // 2, 2]))
     d = block * (BLOCK_J // 2) + tl.arange(0, BLOCK_J // 2)
     ok = (sample < n)[:, None] & (d < features)[None, :]
-    at = sample.to(tl.int64)[:, None] * features + d[None, :]
+    at = tl.arange(0, BLOCK_N)[:, None] * features + d[None, :]
+    row = (tl.full([], 0, tl.int64) + first) * features  # 64 bits once, not in the registers of every number
+    x_ptr, z_ptr, log_scale_ptr = x_ptr + row, z_ptr + row, log_scale_ptr + row
     a = triton_map.log_scale(u, limit, epsilon, KIND)
     x = tl.load(x_ptr + at, mask=ok, other=0.0)
     if SHIFT_FIRST:

@@ -86,6 +86,8 @@ def shape_of(like: Tensor, n: int, dtype: torch.dtype = torch.float32) -> Shape:
     samples = common.power_of_two(n, *((1, MOST_LANES) if lanes else (FEW, table.most_samples)))
     programs = common.cdiv(sms * one.programs_per_sm, max(1, common.cdiv(n, samples)))
     options = {"BLOCK_N": samples, "LANES": lanes, "PRECISION": "ieee" if lanes else precision, "num_warps": one.warps}
+    if not lanes and precision == "ieee":  # sums take twice the registers
+        options["num_warps"] = max(4, one.warps)
     if not lanes:  # pipelined, bfloat16 weights would be converted in the layout of an operand, which spills registers
         stages = one.stages if dtype == torch.float32 else 1
         options |= {"BLOCK_J": one.rows, "BLOCK_K": one.columns, "TILES": 1, "num_stages": stages}

@@ -101,8 +101,7 @@ def _masked_linear_bwd_kernel(
                 ok, at_n = (sample < n)[:, None], sample.to(tl.int64)[:, None]
                 g2 = tl.load(g_ptr + at_n * out_features + j[None, :], mask=ok & row_ok[None, :], other=0.0)
                 x2 = tl.load(x_ptr + at_n * in_features + k[None, :], mask=ok & k_ok[None, :], other=0.0)
-                # A sum of its own: one over all samples would lose as many digits as a thousand terms do.
-                grad_w += common.matmul(tl.trans(x2), g2, tl.zeros([BLOCK_K, 16], tl.float32), PRECISION)
+                grad_w = common.matmul(tl.trans(x2), g2, grad_w, PRECISION)
         if WEIGHT != "none":
             grad_w = tl.where(k[:, None] < prefix[None, :], grad_w, 0.0)  # the padding stays zero
             if WEIGHT == "store":

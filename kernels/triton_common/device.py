@@ -126,16 +126,22 @@ def power_of_two(n: int, least: int, most: int) -> int:
 
 @triton.jit
 def matmul(a, b, acc, PRECISION: tl.constexpr):
-    """The sum acc + a b, with float32 sums."""
-    if PRECISION == "bf16":
-        return tl.dot(a.to(tl.bfloat16), b.to(tl.bfloat16), acc)
-    elif PRECISION == "tf32x3":  # matrix units cut sums off: what they add up is short, and rounded into acc
+    """The sum acc + a b, with float32 sums.
+
+    In full precision the product is summed by itself first. A long sum, to which one term after the other is added,
+    loses many digits, and matrix units cut off what they do not keep.
+    """
+    if PRECISION == "tf32x3":
         a_high, b_high = tf32(a), tf32(b)
         sums = tl.dot(a - a_high, b_high, input_precision="tf32")
         sums = tl.dot(a_high, b - b_high, sums, input_precision="tf32")
         return acc + tl.dot(a_high, b_high, sums, input_precision="tf32")
-    else:
-        return tl.dot(a, b, acc, input_precision=PRECISION)
+    elif PRECISION == "bf16":
+        return tl.dot(a.to(tl.bfloat16), b.to(tl.bfloat16), acc)
+    elif PRECISION == "tf32":
+        return tl.dot(a, b, acc, input_precision="tf32")
+    else:  # a plain sum of the two would become one with the product
+        return tl.fma(tl.dot(a, b, input_precision="ieee"), tl.full(acc.shape, 1.0, tl.float32), acc)
 
 
 @triton.jit

@@ -14,6 +14,9 @@ from torch import Tensor
 from fastmaf.kernels.layout import PANEL
 from fastmaf.kernels.tensor_cache import cached
 
+# One program adds up so many columns without losing more digits than other float32 libraries do.
+MOST_COLUMNS = 2048
+
 
 class Work(NamedTuple):
     """What each program does, the longest first.
@@ -30,7 +33,8 @@ class Work(NamedTuple):
 
 
 def forward(panels: Tensor, device: torch.device, block_rows: int, block_columns: int, programs: int) -> Work:
-    """Cuts the product with a weight into about ``programs`` items, or one per block of rows where these are more.
+    """Cuts the product with a weight into about ``programs`` items, or one per block of rows where these are more or
+    ``programs`` is 0, of at most ``MOST_COLUMNS`` unless that is 0.
 
     An item is (block of rows, first column, end column, slot of its partial sum, columns of all panels before): the
     last is where the first panel of the block starts, in the item itself as a load of it would wait for another.
@@ -39,6 +43,7 @@ def forward(panels: Tensor, device: torch.device, block_rows: int, block_columns
     def make() -> Work:
         ends, befores = _ends(panels, block_rows), panels[:: block_rows // PANEL].tolist()
         segment = _segment(sum(-(-end // block_columns) for end in ends), len(ends), programs) * block_columns
+        segment = min(segment, MOST_COLUMNS) if programs else segment
         items, counts = [], torch.zeros(len(ends) * block_rows, dtype=torch.int32, device="cpu")
         for block, end in enumerate(ends):
             starts = range(0, max(end, 1), segment)
