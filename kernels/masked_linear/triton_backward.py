@@ -26,7 +26,7 @@ from fastmaf.kernels.layout import PANEL
 from fastmaf.kernels.masked_linear.args import LinearArgs
 from fastmaf.kernels.triton_common import device as common
 from fastmaf.kernels.triton_common import few_samples, work_lists
-from fastmaf.kernels.triton_common.launch_table import FEW, MOST_LANES
+from fastmaf.kernels.triton_common.launch_table import FEW, MOST_LANES, MOST_SUMMED
 
 WeightMode: TypeAlias = Literal["none", "store", "adam", "norm"]
 
@@ -170,7 +170,8 @@ def products(
         _, _, grad_bias = products(g, x, args, need_x=False, mode=mode, grad_w=grad_w, step=step, bias_step=bias_step)
         return partial, counts, grad_bias
     lanes = few or (mode != "none" and n <= table.most_samples)
-    samples = common.power_of_two(n, *((1, MOST_LANES) if lanes else (FEW, table.most_samples)))
+    most = table.most_samples if mode == "none" else MOST_SUMMED
+    samples = common.power_of_two(n, *((1, MOST_LANES) if lanes else (FEW, most)))
     one = table.backward if lanes else table.backward_many
     # The registers of one program more are for the loop over samples.
     resident = max(1, one.programs_per_sm - (lanes and not few))

@@ -61,6 +61,8 @@ class Table(NamedTuple):
 FEW = 16
 # More samples than this are multiplied by matrix products, which take no fewer than ``FEW``; so in both directions.
 MOST_LANES = 8
+# Samples of one matrix product for a gradient of weights: TF32 units cut their sums off after every few terms.
+MOST_SUMMED = 32
 # As many columns take a program less time than it takes to launch a second kernel, which would add up partial sums.
 MOST_WHOLE = 512
 
