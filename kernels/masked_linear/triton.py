@@ -83,7 +83,8 @@ def shape_of(like: Tensor, n: int, dtype: torch.dtype = torch.float32) -> Shape:
     table, sms, precision = common.target(like)
     lanes = n <= MOST_LANES
     one = table.lanes if n <= 1 else table.few if lanes else table.dot
-    samples = common.power_of_two(n, *((1, MOST_LANES) if lanes else (FEW, table.most_samples)))
+    most = table.most_samples if dtype == torch.float32 else min(32, table.most_samples)  # unpacking takes registers
+    samples = common.power_of_two(n, *((1, MOST_LANES) if lanes else (FEW, most)))
     programs = common.cdiv(sms * one.programs_per_sm, max(1, common.cdiv(n, samples)))
     options = {"BLOCK_N": samples, "LANES": lanes, "PRECISION": "ieee" if lanes else precision, "num_warps": one.warps}
     if not lanes and precision == "ieee":  # sums take twice the registers

@@ -173,8 +173,7 @@ def products(
     most = table.most_samples if mode == "none" else MOST_SUMMED
     samples = common.power_of_two(n, *((1, MOST_LANES) if lanes else (FEW, most)))
     one = table.backward if lanes else table.backward_many
-    # The registers of one program more are for the loop over samples.
-    resident = max(1, one.programs_per_sm - (lanes and not few))
+    resident = one.programs_per_sm if few or not lanes else min(2, one.programs_per_sm)  # a loop over samples has more
     programs = common.cdiv(sms * resident, max(1, common.cdiv(n, samples)) if mode == "none" else 1)
     panels = work_lists.on_device(args.panels, x.device)
     work = work_lists.backward(args.panels, x.device, in_features, PANEL, one.columns, programs)

@@ -316,3 +316,19 @@ def test_samples_can_be_captured() -> None:
             graph.replay()
             for found, expected in zip((x, ladj, log_prob), (*flow.inverse(z), flow.log_prob(z)), strict=True):
                 assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("kind", ["relu", "flow"])
+def test_operands_in_two_parts_are_complete(monkeypatch: pytest.MonkeyPatch, device: str, kind: str) -> None:
+    """The interpreter multiplies parts in float32: what they leave out of an operand would show."""
+    if device == "cpu":
+        monkeypatch.setitem(launch_table._NEEDS, "tf32x3", 61)
+    elif torch.cuda.get_device_capability() < (8, 0):
+        pytest.skip("this card has no TF32")
+    case = make(kind, 17, 13, hidden_features=(9,), levels=3, device=device)
+    with launch_table.use_precision("tf32x3"):
+        found = evaluate(case, "triton", F32)
+    same(found, evaluate(case, "torch", F64))
+    with launch_table.use_precision("ieee"):
+        exact = evaluate(case, "triton", F32)
+    assert any(not torch.equal(found[key], exact[key]) for key in found), "operands were not divided"
