@@ -142,7 +142,8 @@ def ladj_of(shares: Tensor) -> Tensor:
     """Returns the sums of the shares ``[count, N]``."""
     count, n = shares.shape
     ladj = torch.empty(n, dtype=torch.float32, device=shares.device)
-    common.launch(_ladj_kernel, n, shares, ladj, n, count, BLOCK_B=common.power_of_two(count, 1, common.BLOCK))
+    block = common.power_of_two(count, 1, 4 * common.BLOCK)  # few rounds of loads, which wait for each other
+    common.launch(_ladj_kernel, n, shares, ladj, n, count, BLOCK_B=block, num_warps=8 if block > common.BLOCK else 4)
     return ladj
 
 

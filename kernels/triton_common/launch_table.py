@@ -64,7 +64,7 @@ MOST_LANES = 8
 # Samples of one matrix product for a gradient of weights: TF32 units cut their sums off after every few terms.
 MOST_SUMMED = 32
 # As many columns take a program less time than it takes to launch a second kernel, which would add up partial sums.
-MOST_WHOLE = 512
+MOST_WHOLE = 128
 
 # 6 SMs and no asynchronous copies, so the loads of many resident programs hide the latency; 48 KB shared.
 _PASCAL = Table(

@@ -58,7 +58,7 @@ def sum_slots(
     """
     n, features = out.shape
     slots = common.power_of_two(partial.numel() // max(1, out.numel()), 1, 128)  # all of a column in one round
-    columns = 32 if slots > 1 else 256
+    columns = 32 if slots > 8 else 128 if slots > 1 else 256
     common.launch(
         _sum_slots_kernel,
         n * common.cdiv(features, columns),
