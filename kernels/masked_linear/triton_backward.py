@@ -114,8 +114,11 @@ def _masked_linear_bwd_kernel(
                 tl.store(exp_avg_ptr + at, m, mask=stored)
                 tl.store(exp_avg_sq_ptr + at, v, mask=stored)
             if column == 0:
-                for i in range(n):
-                    grad_bias += tl.load(g_ptr + (j.to(tl.int64) + i * out_features), mask=row_ok, other=0.0)
+                for of_bias in range(0, n, 8):
+                    offset = (tl.full([], 0, tl.int64) + of_bias) * out_features
+                    grad_bias += few_samples.total(
+                        few_samples.rows_of(g_ptr + offset, n - of_bias, out_features, j, row_ok, 8)
+                    )
                 if BIAS_ADAM:
                     b = tl.load(bias_ptr + j, mask=row_ok, other=0.0)
                     bm = tl.load(bias_exp_avg_ptr + j, mask=row_ok, other=0.0)

@@ -83,3 +83,12 @@ def outer(x, g):
     for i in tl.static_range(1, len(x)):
         total += x[i][:, None] * g[i][None, :]
     return total
+
+
+@triton.jit
+def total(rows):
+    """The sum of a tuple of tensors."""
+    found = rows[0]
+    for i in tl.static_range(1, len(rows)):
+        found += rows[i]
+    return found
