@@ -39,6 +39,7 @@ def adam_dense_(weight: Tensor, grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tenso
         scalars,
         numel,
         BLOCK=common.BLOCK,
+        num_warps=8,  # one load of 16 bytes a thread and tensor
     )
 
 

@@ -56,7 +56,7 @@ def _masked_linear_bwd_kernel(
     x = few_samples.rows_of(x_ptr, n, in_features, k, k_ok, BLOCK_N if LANES and not MANY else 0)
     sums = ()
     for _ in tl.static_range(BLOCK_N if LANES else 0):  # of each sample, input and quarter of a panel
-        sums = sums + (tl.zeros([BLOCK_K, 4], tl.float32),)
+        sums = sums + (tl.zeros([BLOCK_K, 4], tl.float32),)  # type: ignore[assignment]
     grad_x = tl.zeros([BLOCK_K, BLOCK_N], tl.float32)
     square = tl.zeros([BLOCK_K, 16], tl.float32)
     if WEIGHT == "adam":

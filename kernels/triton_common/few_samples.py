@@ -38,11 +38,11 @@ def product(
     end = tl.zeros([16], tl.int32) + k_end
     sums = ()
     for _ in tl.static_range(BLOCK_N):
-        sums = sums + (tl.zeros([BLOCK_K, 16], tl.float32),)
+        sums = sums + (tl.zeros([BLOCK_K, 16], tl.float32),)  # type: ignore[assignment]
     for begin in range(k_begin, k_end, BLOCK_K * TILES):
         tiles = ()
         for t in tl.static_range(TILES):  # all loads before the first use
-            tiles = tiles + (common.weights(w_ptr, base, end, begin + t * BLOCK_K + tl.arange(0, BLOCK_K)),)
+            tiles = tiles + (common.weights(w_ptr, base, end, begin + t * BLOCK_K + tl.arange(0, BLOCK_K)),)  # type: ignore[assignment]
         for t in tl.static_range(TILES):
             k = begin + t * BLOCK_K + tl.arange(0, BLOCK_K)
             sums = _add_products(sums, tiles[t], x_ptr, first, n, stride, k, k < k_end, BLOCK_N)
@@ -54,7 +54,7 @@ def _add_products(sums, w, x_ptr, first, n, stride, k, ok, BLOCK_N: tl.constexpr
     added = ()
     for i in tl.static_range(BLOCK_N):
         row = x_ptr + tl.minimum(first + i, n - 1).to(tl.int64) * stride
-        added = added + (sums[i] + w * tl.load(row + k, mask=ok, other=0.0)[:, None],)
+        added = added + (sums[i] + w * tl.load(row + k, mask=ok, other=0.0)[:, None],)  # type: ignore[assignment]
     return added
 
 
@@ -63,7 +63,7 @@ def rows_of(ptr, n, stride, c, ok, COUNT: tl.constexpr):
     """Loads columns c of the first rows, each a tensor of its own; those from n on are zero."""
     rows = ()
     for i in tl.static_range(COUNT):
-        rows = rows + (tl.load(ptr + (c + i * stride), mask=ok & (tl.zeros_like(c) + i < n), other=0.0),)
+        rows = rows + (tl.load(ptr + (c + i * stride), mask=ok & (tl.zeros_like(c) + i < n), other=0.0),)  # type: ignore[assignment]
     return rows
 
 
