@@ -14,8 +14,9 @@ CSRC = $(wildcard kernels/csrc/*.cpp kernels/csrc/*.h)
 PIP = "$(BIN)/python" -m pip --disable-pip-version-check --no-input
 # --no-build-isolation: the pinned setuptools of the environment builds, not the newest one.
 INSTALL = $(PIP) install --no-build-isolation -c "$(VENV)/constraints.txt"
-# Triton as it is beside the last torch with Pascal, in a folder of its own: the tests compile for sm_61 with it.
-PASCAL = $(VENV)/triton-3.3.1
+# Triton beside the last torch with Pascal, and beside a torch of many GPU machines; in folders of their own: the tests
+# compile with them.
+TRITONS = $(VENV)/triton-3.3.1 $(VENV)/triton-3.6.0
 # A PYTHON given by hand is taken or refused; a python3 that is too old gives way to a newer one beside it.
 PYTHONS = $(if $(filter file,$(origin PYTHON)),$(PYTHON) python3.13 python3.12 python3.11 python3.10,"$(PYTHON)")
 
@@ -45,7 +46,7 @@ reproduce: install  ## train, sample and evaluate on the synthetic capsules, or 
 test: $(VENV)/.installed-test  ## run the tests that a change needs, under five minutes
 	"$(BIN)/python" -m pytest -m "not slow"
 
-test-all: test $(PASCAL) $(VENV)/.installed-docs  ## those, then the slow ones: GPU kernels interpreted and compiled, benchmarks, interruptions, documentation
+test-all: test $(TRITONS) $(VENV)/.installed-docs  ## those, then the slow ones: GPU kernels interpreted and compiled, benchmarks, interruptions, documentation
 	"$(BIN)/python" -m pytest -m slow
 
 # compute-sanitizer comes with the CUDA toolkit; in some sandboxes it cannot watch a process. It is slow: two small tests of every
@@ -134,8 +135,8 @@ $(VENV)/.installed: pyproject.toml setup.py constraints.txt $(CSRC) $(VENV)/torc
 	@touch "$@"
 
 # Only where it exists; the tests say so where it does not.
-$(PASCAL): $(VENV)/.installed
-	$(PIP) install -q --no-deps --target "$@" triton==3.3.1 || mkdir -p "$@"
+$(TRITONS): $(VENV)/triton-%: $(VENV)/.installed
+	$(PIP) install -q --no-deps --target "$@" triton==$* || mkdir -p "$@"
 	@touch "$@"
 
 $(VENV)/.installed-%: $(VENV)/.installed

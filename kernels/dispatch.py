@@ -91,7 +91,7 @@ def _load(op: str, backend: str) -> ModuleType:
         else:
             reason = f"backend {backend!r} of {op} needs {error.name!r}, which is not installed"
         if error.name == "triton":
-            reason += " (for NVIDIA GPUs: pip install 'fastmaf[triton]'; for Pascal triton==3.3.1 beside torch 2.7)"
+            reason += " (for NVIDIA GPUs: pip install 'fastmaf[triton]'; for Pascal see fastmaf doctor)"
         raise BackendUnavailableError(reason) from error
     except ImportError as error:
         raise BackendUnavailableError(f"backend {backend!r} of {op} is not usable here: {error}") from error

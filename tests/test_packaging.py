@@ -107,6 +107,9 @@ def test_metadata(installed: Path, metadata: Message) -> None:
     assert metadata["Summary"]
     assert {"triton", "test", "bench", "export", "dev"} <= set(metadata.get_all("Provides-Extra", []))
     assert any(requirement.startswith("torch>=2.7") for requirement in metadata.get_all("Requires-Dist", []))
+    tritons = [one for one in metadata.get_all("Requires-Dist", []) if 'extra == "triton"' in one]
+    on = {re.split(r"[^a-z-]", one)[0]: re.findall(r'platform_system == "(\w+)"', one) for one in tritons}
+    assert on == {"triton": ["Linux"], "triton-windows": ["Windows"]}
     (entry_points,) = installed.glob("*.dist-info/entry_points.txt")
     assert "fastmaf = fastmaf.cli:main" in entry_points.read_text(encoding="utf-8")
     assert list(installed.glob("*.dist-info/licenses/LICENSE"))

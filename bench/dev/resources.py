@@ -17,7 +17,7 @@ import tempfile
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_args
 
 import torch
 import triton
@@ -26,12 +26,15 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 import fastmaf
+from fastmaf.bench.dev import proofs
 from fastmaf.kernels.triton_common.device import Launched, recording
+from fastmaf.kernels.triton_common.launch_table import Precision
 from fastmaf.training.captured_updates import CapturedUpdates
 
 # Compute capability: number of multiprocessors of a card, for the size of grids.
 CARDS = {61: 6, 75: 40, 80: 108, 90: 132}
 BATCHES = (1, 8, 64)  # one sample, and the smallest and largest tile of samples
+PRECISIONS: tuple[Precision, ...] = get_args(Precision)
 _TYPES = {torch.float32: "fp32", torch.float64: "fp64", torch.bfloat16: "bf16", torch.uint8: "u8"}
 _TYPES |= {torch.int32: "i32", torch.int64: "i64"}
 _OPTIONS = ("num_warps", "num_stages", "maxnreg", "enable_fp_fusion")
@@ -72,14 +75,22 @@ def arguments(launched: Launched) -> dict[str, Any]:
     return dict(zip(launched.kernel.arg_names, launched.args, strict=False)) | launched.options
 
 
-def sources(arch: int, batches: Sequence[int]) -> list[Source]:
-    """Returns the distinct specialisations that the library launches on a card in every mode."""
+def sources(arch: int, batches: Sequence[int], precisions: Sequence[Precision] = ("ieee",)) -> list[Source]:
+    """Returns the distinct specialisations that the library launches on a card in every mode; of precisions after the
+    first, only what they change: kernels of matrix products.
+    """
 
     def use() -> None:
         _use(published_flow(blocks=1), batches)
         _use(fastmaf.MAF(101, 2, (37,), levels=9, seed=0, validate_args=False), (9,))
 
-    return list({repr(source): source for source in map(_source, recorded(arch, use))}.values())
+    found: dict[str, Source] = {}
+    for precision in precisions:
+        with fastmaf.use_precision(precision):
+            launched = list(map(source_of, recorded(arch, use)))
+        products = [one for one in launched if one.constants.get("PRECISION") and not one.constants["LANES"]]
+        found |= {repr(one): one for one in (products if found else launched)}
+    return list(found.values())
 
 
 def _use(flow: fastmaf.MAF, batches: Sequence[int]) -> None:
@@ -106,7 +117,8 @@ def _use(flow: fastmaf.MAF, batches: Sequence[int]) -> None:
                 model.sample(batch)
 
 
-def _source(launched: Launched) -> Source:
+def source_of(launched: Launched) -> Source:
+    """Returns the kernel and specialisation of a launch."""
     values = arguments(launched)
     options = {name: values.pop(name) for name in _OPTIONS if name in values}
     signature, constants, aligned = {}, {}, []
@@ -128,20 +140,22 @@ def _source(launched: Launched) -> Source:
     return Source(function.__module__, function.__name__, signature, constants, tuple(aligned), options)
 
 
+def built(source: Source, arch: int) -> Any:
+    """Returns what Triton compiles a kernel to: ``asm`` holds every form, ``metadata`` its shared memory."""
+    kernel = getattr(importlib.import_module(source.module), source.kernel)
+    attributes = {(i,): [["tt.divisibility", 16]] for i in source.aligned}
+    specialised = ASTSource(kernel, source.signature, constexprs=source.constants, attrs=attributes)
+    return triton.compile(specialised, target=GPUTarget("cuda", arch, 32), options=source.options)
+
+
 def compiled(source: Source, arch: int) -> dict[str, Any]:
     """Compiles a kernel to machine code.
 
     Returns:
         Its name, compute capability and constants, the version of Triton, registers and bytes of spills and stack per
-        thread, and bytes of shared memory per program.
+        thread, bytes of shared memory per program, and the counts of ``proofs``.
     """
-    kernel = getattr(importlib.import_module(source.module), source.kernel)
-    attributes = {(i,): [["tt.divisibility", 16]] for i in source.aligned}
-    result = triton.compile(
-        ASTSource(kernel, source.signature, constexprs=source.constants, attrs=attributes),
-        target=GPUTarget("cuda", arch, 32),
-        options=source.options,
-    )
+    result = built(source, arch)
     constants = {name: str(value) for name, value in source.constants.items() if name.isupper()}
     return {
         "kernel": source.kernel,
@@ -149,6 +163,7 @@ def compiled(source: Source, arch: int) -> dict[str, Any]:
         "options": constants | source.options,
         **_ptxas(result.asm["ptx"]),
         "shared": result.metadata.shared,
+        **proofs.counts(result, [name for name, type_ in source.signature.items() if type_ != "constexpr"]),
         "triton": triton.__version__,
     }
 
@@ -177,9 +192,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--arch", type=int, action="append", choices=CARDS, help="compute capability (default: all)")
     parser.add_argument("--batch", type=int, action="append", help="batch sizes (default: 1, 8, 64)")
+    parser.add_argument("--precision", action="append", choices=PRECISIONS, help="of matrix products")
     parser.add_argument("--json", action="store_true", help="print JSON")
     args = parser.parse_args()
-    work = [(source, arch) for arch in args.arch or CARDS for source in sources(arch, args.batch or BATCHES)]
+    work = []
+    for arch in args.arch or CARDS:
+        precisions = args.precision or PRECISIONS
+        available = [one for one in precisions if one == "ieee" or arch >= 80]  # the others need matrix units
+        work += [(source, arch) for source in sources(arch, args.batch or BATCHES, available)]
     with ProcessPoolExecutor(2) as pool:
         reports = list(pool.map(compiled, *zip(*work, strict=True)))
     if args.json:
@@ -187,7 +207,9 @@ def main() -> None:
         return
     for r in reports:
         resources = "{registers:3d} registers {spills:4d} spilled {stack:4d} stack {shared:6d} shared".format_map(r)
-        print(f"sm_{r['arch']} {resources}  {r['kernel']} {' '.join(f'{k}={v}' for k, v in r['options'].items())}")
+        faults = "{narrow:2d} narrow {converted} converted {ways:2d} ways {barriers:2d} barriers".format_map(r)
+        options = " ".join(f"{name}={value}" for name, value in r["options"].items())
+        print(f"sm_{r['arch']} {resources} {faults}  {r['kernel']} {options}")
 
 
 if __name__ == "__main__":

@@ -114,11 +114,9 @@ def _triton_bytes(flow: Flow, n: int, device: torch.device, *, training: bool) -
     for layer in layers:
         is_output = layer.in_features < layer.out_features and layer.layout.out_features == 2 * flow.features
         if training:
-            shape = table.backward_of(min(n, table.most_samples))
-            programs = sms * shape.programs_per_sm
-            work = work_lists.backward(
-                layer.layout.panels, host, layer.in_features, shape.rows, shape.columns, programs
-            )
+            shape = table.backward if n <= MOST_LANES else table.backward_many
+            programs = -(-sms * shape.programs_per_sm // tiles)
+            work = work_lists.backward(layer.layout.panels, host, layer.in_features, PANEL, shape.columns, programs)
             from_above = 4 * plane if is_output else n * layer.out_features + 2 * plane
             from_above += n * layer.out_features if n > MOST_LANES else 0  # the gradient transposed
             numbers.append(work.slots * n * layer.in_features + from_above)

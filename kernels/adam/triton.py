@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fastmaf.kernels.adam import triton_step
 from fastmaf.kernels.triton_common import device as common
 
 
@@ -15,11 +16,14 @@ def _adam_kernel(w_ptr, grad_ptr, exp_avg_ptr, exp_avg_sq_ptr, scalars_ptr, nume
     i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     ok = i < numel
     w = tl.load(w_ptr + i, mask=ok, other=0.0)
+    m = tl.load(exp_avg_ptr + i, mask=ok, other=0.0)
+    v = tl.load(exp_avg_sq_ptr + i, mask=ok, other=0.0)
     g = tl.load(grad_ptr + i, mask=ok, other=0.0)
-    factor, l2, decay, rest1, beta2, rest2, step_size, root, eps = common.adam_scalars(scalars_ptr)
-    common.adam_at(
-        w_ptr, exp_avg_ptr, exp_avg_sq_ptr, i, ok, w, g, factor, l2, decay, rest1, beta2, rest2, step_size, root, eps
-    )  # fmt: skip
+    factor, l2, decay, rest1, beta2, rest2, step_size, per_root, eps = triton_step.scalars(scalars_ptr)
+    w, m, v = triton_step.step(w, m, v, g, factor, l2, decay, rest1, beta2, rest2, step_size, per_root, eps)
+    tl.store(w_ptr + i, w, mask=ok)
+    tl.store(exp_avg_ptr + i, m, mask=ok)
+    tl.store(exp_avg_sq_ptr + i, v, mask=ok)
 
 
 def adam_dense_(weight: Tensor, grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, scalars: Tensor) -> None:
@@ -35,6 +39,7 @@ def adam_dense_(weight: Tensor, grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tenso
         scalars,
         numel,
         BLOCK=common.BLOCK,
+        num_warps=8,  # one load of 16 bytes a thread and tensor
     )
 
 

@@ -57,7 +57,7 @@ class AdamNumbers(NamedTuple):
         return [*rates, float(self.decoupled), float(self.maximize)]
 
     def kernel_scalars(self, scale: float = 1.0) -> list[float]:
-        """Returns the scalars that ``triton_common.device.adam_at`` reads, for ``scale`` times the gradient.
+        """Returns the scalars that ``adam.triton_step`` reads, for ``scale`` times the gradient.
 
         Filled up to 64 bytes, so that rows of them all start at a multiple of 16: a kernel is compiled for the
         alignment of its pointers, and must not have to be while a CUDA graph is captured.

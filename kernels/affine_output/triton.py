@@ -23,7 +23,7 @@ from fastmaf.kernels.affine_output.args import AffineArgs, AffineBatch
 from fastmaf.kernels.affine_output.torch import product_batch
 from fastmaf.kernels.masked_linear import triton as linear
 from fastmaf.kernels.triton_common import device as common
-from fastmaf.kernels.triton_common import work_lists
+from fastmaf.kernels.triton_common import few_samples, work_lists
 from fastmaf.kernels.triton_common.device import why_not
 
 __all__ = ["adam_", "backward", "forward", "squared_norm", "why_not"]
@@ -34,24 +34,31 @@ def _affine_output_fwd_kernel(
     h_ptr, w_ptr, bias_ptr, x_ptr, panels_ptr, items_ptr, z_ptr, log_scale_ptr, shares_ptr, limit, epsilon, n, hidden,
     features, weight_scale,
     BLOCK_N: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK_K: tl.constexpr, SHIFT_FIRST: tl.constexpr, KIND: tl.constexpr,
-    LANES: tl.constexpr, PRECISION: tl.constexpr,
+    LANES: tl.constexpr, TILES: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     tiles = tl.cdiv(n, BLOCK_N)
-    item = items_ptr + tl.program_id(0) // tiles * 4
-    block, k_end = tl.load(item), common.whole_vectors(tl.load(item + 2), hidden)
+    item = items_ptr + tl.program_id(0) // tiles * 5
+    block, _, k_end, _, before = common.forward_item(item)
+    first = tl.program_id(0) % tiles * BLOCK_N
     j = block * BLOCK_J + tl.arange(0, BLOCK_J)
     row_ok = j < 2 * features
-    base, width = common.panels_of(panels_ptr, j, 2 * features, BLOCK_J)
-    sample = tl.program_id(0) % tiles * BLOCK_N + tl.arange(0, BLOCK_N)
-    out = common.product(
-        h_ptr, sample, sample < n, hidden, w_ptr, base, width, 0, k_end,
-        BLOCK_N, BLOCK_J, BLOCK_K, LANES, PRECISION,
-    ) * weight_scale  # fmt: skip
+    sample = first + tl.arange(0, BLOCK_N)
+    if LANES:
+        out = few_samples.product(h_ptr, first, n, hidden, w_ptr, before, 0, k_end, BLOCK_N, BLOCK_K, TILES)
+    else:
+        base, width = common.panels_of(panels_ptr, j, 2 * features, BLOCK_J)
+        out = common.product(
+            h_ptr, sample, sample < n, hidden, w_ptr, base, width, 0, common.whole_vectors(k_end, hidden),
+            BLOCK_N, BLOCK_J, BLOCK_K, PRECISION,
+        )  # fmt: skip
+    out *= weight_scale
     out += tl.load(bias_ptr + j, mask=row_ok, other=0.0)[None, :]
     shift, u = tl.split(tl.reshape(out, [BLOCK_N, BLOCK_J // 2, 2]))
     d = block * (BLOCK_J // 2) + tl.arange(0, BLOCK_J // 2)
     ok = (sample < n)[:, None] & (d < features)[None, :]
-    at = sample.to(tl.int64)[:, None] * features + d[None, :]
+    at = tl.arange(0, BLOCK_N)[:, None] * features + d[None, :]
+    row = (tl.full([], 0, tl.int64) + first) * features  # 64 bits once, not in the registers of every number
+    x_ptr, z_ptr, log_scale_ptr = x_ptr + row, z_ptr + row, log_scale_ptr + row
     a = triton_map.log_scale(u, limit, epsilon, KIND)
     x = tl.load(x_ptr + at, mask=ok, other=0.0)
     if SHIFT_FIRST:
@@ -135,7 +142,8 @@ def ladj_of(shares: Tensor) -> Tensor:
     """Returns the sums of the shares ``[count, N]``."""
     count, n = shares.shape
     ladj = torch.empty(n, dtype=torch.float32, device=shares.device)
-    common.launch(_ladj_kernel, n, shares, ladj, n, count, BLOCK_B=common.power_of_two(count, 1, common.BLOCK))
+    block = common.power_of_two(count, 1, 4 * common.BLOCK)  # few rounds of loads, which wait for each other
+    common.launch(_ladj_kernel, n, shares, ladj, n, count, BLOCK_B=block, num_warps=8 if block > common.BLOCK else 4)
     return ladj
 
 

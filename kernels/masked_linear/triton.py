@@ -18,13 +18,15 @@ import triton.language as tl
 from torch import Tensor
 
 from fastmaf.kernels.adam.update import Update
+from fastmaf.kernels.layout import PANEL
 from fastmaf.kernels.masked_linear.args import LinearArgs, LinearBatch
 from fastmaf.kernels.masked_linear.torch import grad_activation
-from fastmaf.kernels.masked_linear.triton_backward import adam_steps, products, sum_slots
+from fastmaf.kernels.masked_linear.triton_backward import adam_steps, products
 from fastmaf.kernels.triton_common import device as common
-from fastmaf.kernels.triton_common import work_lists
+from fastmaf.kernels.triton_common import few_samples, launch_table, work_lists
 from fastmaf.kernels.triton_common.device import why_not
 from fastmaf.kernels.triton_common.launch_table import FEW, MOST_LANES
+from fastmaf.kernels.triton_common.partial_sums import sum_slots
 
 __all__ = ["adam_", "backward", "forward", "squared_norm", "why_not"]
 
@@ -34,21 +36,24 @@ def _masked_linear_fwd_kernel(
     x_ptr, w_ptr, bias_ptr, panels_ptr, items_ptr, y_ptr, n, in_features, out_features,
     weight_scale,
     BLOCK_N: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK_K: tl.constexpr, RELU: tl.constexpr, SPLIT: tl.constexpr,
-    LANES: tl.constexpr, PRECISION: tl.constexpr,
+    LANES: tl.constexpr, TILES: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     tiles = tl.cdiv(n, BLOCK_N)  # neighbours take the same weights
-    item = items_ptr + tl.program_id(0) // tiles * 4
-    block, k_begin, k_end, slot = tl.load(item), tl.load(item + 1), tl.load(item + 2), tl.load(item + 3)
+    item = items_ptr + tl.program_id(0) // tiles * 5
+    block, k_begin, k_end, slot, before = common.forward_item(item)
+    first = tl.program_id(0) % tiles * BLOCK_N
     j = block * BLOCK_J + tl.arange(0, BLOCK_J)
     row_ok = j < out_features
-    base, width = common.panels_of(panels_ptr, j, out_features, BLOCK_J)
-    k_begin = tl.multiple_of(k_begin, 16)
-    k_end = common.whole_vectors(k_end, in_features)
-    sample = tl.program_id(0) % tiles * BLOCK_N + tl.arange(0, BLOCK_N)
-    y = common.product(
-        x_ptr, sample, sample < n, in_features, w_ptr, base, width, k_begin, k_end,
-        BLOCK_N, BLOCK_J, BLOCK_K, LANES, PRECISION,
-    ) * weight_scale  # fmt: skip
+    sample = first + tl.arange(0, BLOCK_N)
+    if LANES:
+        y = few_samples.product(x_ptr, first, n, in_features, w_ptr, before, k_begin, k_end, BLOCK_N, BLOCK_K, TILES)
+    else:
+        base, width = common.panels_of(panels_ptr, j, out_features, BLOCK_J)
+        y = common.product(
+            x_ptr, sample, sample < n, in_features, w_ptr, base, width, k_begin,
+            common.whole_vectors(k_end, in_features), BLOCK_N, BLOCK_J, BLOCK_K, PRECISION,
+        )  # fmt: skip
+    y *= weight_scale
     if SPLIT:
         y_ptr += slot.to(tl.int64) * n * out_features
     else:
@@ -80,14 +85,20 @@ def shape_of(like: Tensor, n: int, dtype: torch.dtype = torch.float32) -> Shape:
     table, sms, precision = common.target(like)
     lanes = n <= MOST_LANES
     one = table.lanes if n <= 1 else table.few if lanes else table.dot
-    samples = common.power_of_two(n, *((1, MOST_LANES) if lanes else (FEW, table.most_samples)))
+    most = table.most_samples if dtype == torch.float32 else min(32, table.most_samples)  # unpacking takes registers
+    samples = common.power_of_two(n, *((1, MOST_LANES) if lanes else (FEW, most)))
     programs = common.cdiv(sms * one.programs_per_sm, max(1, common.cdiv(n, samples)))
-    blocks = {"BLOCK_N": samples, "BLOCK_J": one.rows, "BLOCK_K": one.columns}
-    modes = {"LANES": lanes, "PRECISION": precision}
-    # Pipelined, bfloat16 weights would be converted in the layout of an operand, which spills registers.
-    stages = one.stages if dtype == torch.float32 else 1
-    options = {**blocks, **modes, "num_warps": one.warps, "num_stages": stages}
-    return Shape(samples, one.rows, one.columns, programs, options)
+    options = {"BLOCK_N": samples, "LANES": lanes, "PRECISION": "ieee" if lanes else precision, "num_warps": one.warps}
+    if not lanes and precision == "ieee":  # sums take twice the registers
+        options["num_warps"] = max(4, one.warps)
+    if not lanes:  # pipelined, bfloat16 weights would be converted in the layout of an operand, which spills registers
+        stages = one.stages if dtype == torch.float32 else 1
+        options |= {"BLOCK_J": one.rows, "BLOCK_K": one.columns, "TILES": 1, "num_stages": stages}
+        return Shape(samples, one.rows, one.columns, programs, options)
+    tiles = max(1, one.stages * dtype.itemsize // 4)  # the tiles of a stage are loaded together, 16 bytes a thread
+    options |= {"BLOCK_J": PANEL, "BLOCK_K": one.columns // tiles, "TILES": tiles, "num_stages": 1}
+    options["maxnreg"] = common.all_registers(one.warps, one.programs_per_sm)
+    return Shape(samples, PANEL, one.columns, programs, options)
 
 
 def forward(x: Tensor, args: LinearArgs) -> Tensor:
@@ -100,7 +111,8 @@ def forward_into(y: Tensor, x: Tensor, args: LinearArgs) -> Tensor:
     (n, in_features), out_features = x.shape, y.shape[1]
     shape, relu = shape_of(x, n, args.weight.dtype), args.activation == "relu"
     panels = work_lists.on_device(args.panels, x.device)
-    work = work_lists.forward(args.panels, x.device, shape.rows, shape.columns, shape.programs)
+    whole = shape.options["LANES"] and in_features <= launch_table.MOST_WHOLE
+    work = work_lists.forward(args.panels, x.device, shape.rows, shape.columns, 0 if whole else shape.programs)
     split = work.slots > 1
     product_to = x.new_empty(work.slots, n, out_features) if split else y
     common.launch(

@@ -113,11 +113,11 @@ def launch(kernel: Any, grid: int, *args: Any, **options: Any) -> None:
             kernel[(grid,)](*args, **options)
 
 
-def all_registers(warps: int) -> int:
-    """Returns how many registers a thread can have in a program of so many warps: for ``maxnreg``, where the assembler,
-    left to itself, would rather spill some so that more programs fit.
+def all_registers(warps: int, programs: int = 1) -> int:
+    """Returns how many registers a thread can have where so many programs of so many warps share a multiprocessor: for
+    ``maxnreg``, where the assembler, left to itself, would rather spill some so that more programs fit.
     """
-    return min(255, 65_536 // (32 * warps))
+    return min(255, 65_536 // (32 * warps * programs) // 8 * 8)
 
 
 def cdiv(a: int, b: int) -> int:
@@ -132,11 +132,35 @@ def power_of_two(n: int, least: int, most: int) -> int:
 
 @triton.jit
 def matmul(a, b, acc, PRECISION: tl.constexpr):
-    """The sum acc + a b, with float32 sums."""
-    if PRECISION == "bf16":
+    """The sum acc + a b, with float32 sums.
+
+    In full precision the product is summed by itself first. A long sum, to which one term after the other is added,
+    loses many digits, and matrix units cut off what they do not keep.
+    """
+    if PRECISION == "tf32x3":
+        a_high, b_high = tf32(a), tf32(b)
+        sums = tl.dot(a - a_high, b_high, input_precision="tf32")
+        sums = tl.dot(a_high, b - b_high, sums, input_precision="tf32")
+        return acc + tl.dot(a_high, b_high, sums, input_precision="tf32")
+    elif PRECISION == "bf16":
         return tl.dot(a.to(tl.bfloat16), b.to(tl.bfloat16), acc)
-    else:
-        return tl.dot(a, b, acc, input_precision=PRECISION)
+    elif PRECISION == "tf32":
+        return tl.dot(a, b, acc, input_precision="tf32")
+    else:  # a plain sum of the two would become one with the product
+        return tl.fma(tl.dot(a, b, input_precision="ieee"), tl.full(acc.shape, 1.0, tl.float32), acc)
+
+
+@triton.jit
+def tf32(x):
+    """Rounds to the 11 bits of TF32."""
+    return ((x.to(tl.int32, bitcast=True) + 0x1000) & -0x2000).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def forward_item(item):
+    """Loads an item of ``work_lists.forward``: block of rows, first and end column, slot, and columns before."""
+    k_begin = tl.multiple_of(tl.load(item + 1), 16)
+    return tl.load(item), k_begin, tl.load(item + 2), tl.load(item + 3), tl.load(item + 4)
 
 
 @triton.jit
@@ -185,71 +209,14 @@ def weights(w_ptr, base, width, k):
 @triton.jit
 def product(
     x_ptr, sample, sample_ok, stride, w_ptr, base, width, k_begin, k_end,
-    BLOCK_N: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK_K: tl.constexpr, LANES: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """The product x Wᵀ over columns k_begin..k_end: ``[BLOCK_N samples, BLOCK_J rows]``.
-
-    With LANES each thread adds up a few weights of its own, and threads are summed at the end. One layout, from load to
-    sum: operands of other shapes would go through shared memory in every iteration.
-    """
-    if LANES and BLOCK_N == 1:
-        x_row = x_ptr + tl.sum(sample.to(tl.int64), 0) * stride
-        flat = tl.zeros([BLOCK_K, BLOCK_J], tl.float32)
-        for start in range(k_begin, k_end, BLOCK_K):
-            k = start + tl.arange(0, BLOCK_K)
-            w = weights(w_ptr, base, width, k)
-            flat += w * tl.load(x_row + k, mask=k < k_end, other=0.0)[:, None]
-        return tl.sum(flat, 0)[None, :]
-    elif LANES and BLOCK_N > 8:  # in one layout, the sums of more samples would spill on Pascal
-        x_row = x_ptr + sample.to(tl.int64) * stride
-        lanes = tl.zeros([BLOCK_N, BLOCK_K, BLOCK_J], tl.float32)
-        for start in range(k_begin, k_end, BLOCK_K):
-            k = start + tl.arange(0, BLOCK_K)
-            w = weights(w_ptr, base, width, k)
-            x = tl.load(x_row[:, None] + k[None, :], mask=sample_ok[:, None] & (k < k_end)[None, :], other=0.0)
-            lanes += w[None, :, :] * x[:, :, None]
-        return tl.sum(lanes, 1)
-    elif LANES:
-        lanes = tl.zeros([BLOCK_N, BLOCK_K, BLOCK_J], tl.float32)
-        x_row = x_ptr + (sample.to(tl.int64) * stride)[:, None, None]
-        w_row = w_ptr + base[None, None, :]
-        for start in range(k_begin, k_end, BLOCK_K):
-            k = (start + tl.arange(0, BLOCK_K))[None, :, None]
-            w = as_float32(tl.load(w_row + k * 16, mask=k < width[None, None, :], other=0))
-            x = tl.load(x_row + k, mask=sample_ok[:, None, None] & (k < k_end), other=0.0)
-            lanes += w * x
-        return tl.sum(lanes, 1)
-    else:
-        x_row = x_ptr + sample.to(tl.int64) * stride
-        acc = tl.zeros([BLOCK_N, BLOCK_J], tl.float32)
-        for start in range(k_begin, k_end, BLOCK_K):
-            k = start + tl.arange(0, BLOCK_K)
-            w = weights(w_ptr, base, width, k)
-            x = tl.load(x_row[:, None] + k[None, :], mask=sample_ok[:, None] & (k < k_end)[None, :], other=0.0)
-            acc = matmul(x, w, acc, PRECISION)
-        return acc
-
-
-@triton.jit
-def adam_scalars(ptr):
-    """Loads ``AdamNumbers.kernel_scalars``: once for a program, as within a loop they would be loaded each time."""
-    factor, l2, decay = tl.load(ptr), tl.load(ptr + 1), tl.load(ptr + 2)
-    rest1, beta2, rest2 = tl.load(ptr + 3), tl.load(ptr + 4), tl.load(ptr + 5)
-    step_size, root, eps = tl.load(ptr + 6), tl.load(ptr + 7), tl.load(ptr + 8)
-    return factor, l2, decay, rest1, beta2, rest2, step_size, root, eps
-
-
-@triton.jit
-def adam_at(
-    w_ptr, exp_avg_ptr, exp_avg_sq_ptr, at, ok, w, g, factor, l2, decay, rest1, beta2, rest2, step_size, root, eps
-):  # fmt: skip
-    """One step of Adam on the weights w, which lie at ``at``, and on their moments."""
-    m = tl.load(exp_avg_ptr + at, mask=ok, other=0.0)
-    v = tl.load(exp_avg_sq_ptr + at, mask=ok, other=0.0)
-    g = g * factor + l2 * w
-    m += (g - m) * rest1
-    v = v * beta2 + rest2 * g * g
-    denominator = tl.div_rn(tl.sqrt_rn(v), tl.zeros_like(v) + root) + eps
-    tl.store(w_ptr + at, w * decay - step_size * tl.div_rn(m, denominator), mask=ok)
-    tl.store(exp_avg_ptr + at, m, mask=ok)
-    tl.store(exp_avg_sq_ptr + at, v, mask=ok)
+    """The product x Wᵀ over columns k_begin..k_end, by matrix products: ``[BLOCK_N samples, BLOCK_J rows]``."""
+    x_row = x_ptr + sample.to(tl.int64) * stride
+    acc = tl.zeros([BLOCK_N, BLOCK_J], tl.float32)
+    for start in range(k_begin, k_end, BLOCK_K):
+        k = start + tl.arange(0, BLOCK_K)
+        w = weights(w_ptr, base, width, k)
+        x = tl.load(x_row[:, None] + k[None, :], mask=sample_ok[:, None] & (k < k_end)[None, :], other=0.0)
+        acc = matmul(x, w, acc, PRECISION)
+    return acc

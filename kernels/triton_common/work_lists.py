@@ -15,12 +15,15 @@ from torch import Tensor
 from fastmaf.kernels.layout import PANEL
 from fastmaf.kernels.tensor_cache import cached
 
+# One program adds up so many columns without losing more digits than other float32 libraries do.
+MOST_COLUMNS = 2048
+
 
 class Work(NamedTuple):
     """What each program does, the longest first.
 
     Attributes:
-        items: int32 ``[items, 4]``; see ``forward`` and ``backward``.
+        items: int32 ``[items, 5]`` or ``[items, 4]``; see ``forward`` and ``backward``.
         counts: int32, how many partial sums there are of each output unit (forward) or input unit (backward).
         slots: the largest of these.
     """
@@ -31,20 +34,25 @@ class Work(NamedTuple):
 
 
 def forward(panels: Tensor, device: torch.device, block_rows: int, block_columns: int, programs: int) -> Work:
-    """Cuts the product with a weight into about ``programs`` items, or one per block of rows where these are more.
+    """Cuts the product with a weight into about ``programs`` items, or one per block of rows where these are more or
+    ``programs`` is 0, of at most ``MOST_COLUMNS`` unless that is 0.
 
-    An item is (block of rows, first column, end column, slot of its partial sum).
+    An item is (block of rows, first column, end column, slot of its partial sum, columns of all panels before): the
+    last is where the first panel of the block starts, in the item itself as a load of it would wait for another.
     """
 
     def make() -> Work:
-        ends = _ends(panels, block_rows)
+        ends, befores = _ends(panels, block_rows), panels[:: block_rows // PANEL].tolist()
         segment = _segment(sum(-(-end // block_columns) for end in ends), len(ends), programs) * block_columns
+        segment = min(segment, MOST_COLUMNS) if programs else segment
         items, counts = [], torch.zeros(len(ends) * block_rows, dtype=torch.int32, device="cpu")
         for block, end in enumerate(ends):
             starts = range(0, max(end, 1), segment)
-            items += [(block, start, min(start + segment, end), slot) for slot, start in enumerate(starts)]
+            items += [
+                (block, start, min(start + segment, end), slot, befores[block]) for slot, start in enumerate(starts)
+            ]
             counts[block * block_rows : (block + 1) * block_rows] = len(starts)
-        return _work(items, [end - start for _, start, end, _ in items], counts, device)
+        return _work(items, [end - start for _, start, end, *_ in items], counts, device)
 
     return cached(panels, ("forward", device, block_rows, block_columns, programs), make)
 
@@ -87,7 +95,7 @@ def _segment(steps: int, items: int, programs: int) -> int:
     return max(1, steps) if items >= programs else max(1, -(-steps // programs))
 
 
-def _work(items: list[tuple[int, int, int, int]], costs: list[int], counts: Tensor, device: torch.device) -> Work:
+def _work(items: Sequence[tuple[int, ...]], costs: list[int], counts: Tensor, device: torch.device) -> Work:
     # The hardware starts programs in order: the longest first leaves the least waiting at the end.
     order = sorted(range(len(items)), key=lambda i: -costs[i])
     table = torch.tensor([items[i] for i in order], dtype=torch.int32, device="cpu")

@@ -118,21 +118,25 @@ def test_launches_take_the_paths_meant(monkeypatch: pytest.MonkeyPatch, device: 
         seen.clear()
         set_launch(monkeypatch, device, 16, 16, programs)
         against_reference(make("relu", batch, features, hidden_features=(11,), device=device))
-        keys = (
-            "SPLIT",
-            "LANES",
-            "NEED_X",
-            "WEIGHT",
-        )  # of the forward pass the first two, of the backward the last three
+        # Of the forward pass the first two, of the backward pass the others.
+        keys = ("SPLIT", "LANES", "MANY", "NEED_X", "WEIGHT")
         return {(name, *(options.get(key) for key in keys)) for name, options in seen}
 
     forward, backward = "_masked_linear_fwd_kernel", "_masked_linear_bwd_kernel"
     sms = 1 if device == "cpu" else torch.cuda.get_device_properties(0).multi_processor_count
-    assert (forward, True, True, None, None) in paths(64, 1)
-    assert (forward, False, False, None, None) in paths(1, 16 * sms * 2)
-    assert (backward, None, True, True, "store") in paths(1, 8)
-    assert (backward, None, False, True, "store") in paths(1, 9)
-    assert {(backward, None, False, True, "none"), (backward, None, False, False, "store")} <= paths(1, 17)
+    assert (forward, True, True, None, None, None) in paths(64, 1)
+    assert (forward, False, False, None, None, None) in paths(1, 16 * sms * 2)
+    assert (backward, None, True, False, True, "store") in paths(1, 8)
+    inputs = (backward, None, False, True, True, "none")
+    assert {inputs, (backward, None, True, True, False, "store")} <= paths(1, 9)
+    assert {inputs, (backward, None, False, True, False, "store")} <= paths(1, 17)
+    monkeypatch.undo()
+    for name, module in list(sys.modules.items()):
+        if name.startswith("fastmaf.kernels.") and getattr(module, "launch", None) is original:
+            monkeypatch.setattr(module, "launch", launch)
+    seen.clear()
+    against_reference(make("relu", 1, 37, hidden_features=(11,), device=device))
+    assert seen[0][1]["SPLIT"] is False, "few columns are not split, whatever the card"
 
 
 @pytest.mark.parametrize(

@@ -120,6 +120,20 @@ def test_a_replay_follows_buffers(taped: None) -> None:
         torch.testing.assert_close(replayed(x), flow.log_prob(x))
 
 
+def test_a_replay_follows_a_buffer_that_was_replaced(taped: None) -> None:
+    """At its new address, while the parameters stayed where they were."""
+    flow = fastmaf.MAF(13, 1, (9,), whitening=3, seed=0)
+    x, replayed = normal(50, 13, dtype=F32), fastmaf.ReplayedLogProb(flow)
+    (whitening,) = (t for t in flow.transforms if isinstance(t, fastmaf.GaussianWhitening))
+    before = replay_thrice(replayed, x)[-1]
+    whitening.scale = 3.0 * whitening.scale
+    with torch.no_grad():
+        expected = flow.log_prob(x)
+    assert not torch.allclose(expected, before, atol=1.0), "the test wants another density"
+    for found in replay_thrice(replayed, x):
+        torch.testing.assert_close(found, expected)
+
+
 def test_a_replay_follows_modes_and_hooks(taped: None) -> None:
     class Doubled(fastmaf.Logit):
         """Behaves in its own way in training, and rounds under autocast."""

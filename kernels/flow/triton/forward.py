@@ -18,7 +18,8 @@ from fastmaf.kernels.affine_output.args import AffineBatch
 from fastmaf.kernels.flow.args import FlowArgs, FlowBatch
 from fastmaf.kernels.flow.saved import Activations, activations, before_permutation, blocks_reversed, new_saved
 from fastmaf.kernels.masked_linear import triton as linear
-from fastmaf.kernels.masked_linear.triton_backward import adam_steps, products, sum_slots
+from fastmaf.kernels.masked_linear.triton_backward import adam_steps, products
+from fastmaf.kernels.triton_common.partial_sums import sum_slots
 
 UPDATES_BIASES = True  # adam_ takes steps on the biases as well
 

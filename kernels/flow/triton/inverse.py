@@ -82,6 +82,7 @@ def _inverse_block(z: Tensor, ladj: Tensor, args: FlowArgs, block: int) -> Tenso
     }
     relu = args.activation == "relu"
     options = {name: value for name, value in shape.options.items() if name != "BLOCK_J"}
+    options.setdefault("maxnreg", common.all_registers(options["num_warps"]))
     samples = common.power_of_two(common.cdiv(n, sms * table.solve.programs_per_sm), 1, MOST_PER_PROGRAM)
     warps = samples * table.solve.warps
     modes: dict[str, Any] = {"SHIFT_FIRST": affine_map.form == SHIFT_FIRST, "KIND": triton_map.kind_of(affine_map)}
@@ -92,7 +93,7 @@ def _inverse_block(z: Tensor, ladj: Tensor, args: FlowArgs, block: int) -> Tenso
                 (launch.end - launch.first) * common.cdiv(n, shape.samples),
                 x, values, sums, outputs, addresses, made.items[launch.first :], n, features, made.units,
                 PANEL * hidden, made.rows,
-                PANELS=tiling.panels, **types, **options, maxnreg=common.all_registers(options["num_warps"]),
+                PANELS=tiling.panels, **types, **options,
             )  # fmt: skip
         elif isinstance(launch, Finish):
             common.launch(

@@ -12,6 +12,7 @@ import triton.language as tl
 from fastmaf.kernels.affine_output import triton_map
 from fastmaf.kernels.flow.triton import panel_items, panel_plan
 from fastmaf.kernels.triton_common import device as common
+from fastmaf.kernels.triton_common import few_samples
 
 _ITEM, _GROUP, _GROUP_LAYER, _CHUNK, _LAYER = (
     tl.constexpr(number)
@@ -40,22 +41,11 @@ def _of_panels(numbers_ptr, j, BLOCK_J: tl.constexpr):
 
 
 @triton.jit
-def _store_sums(
-    values_ptr, stride, to_ptr, sample, n, layers_ptr, item,
-    BLOCK_N: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK_K: tl.constexpr, PANELS: tl.constexpr, W_TYPE: tl.constexpr,
-    ALIGNED: tl.constexpr, LANES: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
+def _store_sums(sums, to_ptr, sample, n, layers_ptr, item, BLOCK_J: tl.constexpr):
     """Stores an item's sums ``[BLOCK_N, BLOCK_J]``, one row for each pointer of ``to_ptr``; the first slot's have the
     bias.
     """
-    layer = tl.load(item)
-    j = tl.arange(0, BLOCK_J)
-    base = _of_panels(item + _ITEM, j, BLOCK_J) * 16 + j % 16
-    width = _of_panels(item + _ITEM + PANELS, j, BLOCK_J).to(tl.int32)
-    sums = common.product(
-        values_ptr + tl.load(item + 2), sample, sample < n, stride, _weight_pointer(layers_ptr, layer, W_TYPE, ALIGNED),
-        base, width, 0, tl.load(item + 1).to(tl.int32), BLOCK_N, BLOCK_J, BLOCK_K, LANES, PRECISION,
-    )  # fmt: skip
+    layer, j = tl.load(item), tl.arange(0, BLOCK_J)
     sums *= _weight_scale(layers_ptr, layer)
     row = tl.load(item + 7) + j
     rows = tl.where(tl.load(item + 4) > 0, 0, tl.load(layers_ptr + _LAYER * layer + 2))
@@ -65,53 +55,94 @@ def _store_sums(
 
 
 @triton.jit
+def _matrix_product(
+    values_ptr, stride, sample, n, w_ptr, item,
+    BLOCK_N: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK_K: tl.constexpr, PANELS: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    j = tl.arange(0, BLOCK_J)
+    base = _of_panels(item + _ITEM, j, BLOCK_J) * 16 + j % 16
+    width = _of_panels(item + _ITEM + PANELS, j, BLOCK_J).to(tl.int32)
+    return common.product(
+        values_ptr, sample, sample < n, stride, w_ptr, base, width, 0, tl.load(item + 1).to(tl.int32),
+        BLOCK_N, BLOCK_J, BLOCK_K, PRECISION,
+    )  # fmt: skip
+
+
+@triton.jit
 def _panel_ahead_kernel(
     x_ptr, values_ptr, hidden_ptr, outputs_ptr, layers_ptr, items_ptr, n, features, stride_values, stride_hidden,
     stride_outputs,
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PANELS: tl.constexpr, W_TYPE: tl.constexpr, ALIGNED: tl.constexpr,
-    LANES: tl.constexpr, PRECISION: tl.constexpr,
+    LANES: tl.constexpr, TILES: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Partial sums [slots, n, stride] of a group's rows: of one panel of each hidden layer, and of its outputs."""
     tiles = tl.cdiv(n, BLOCK_N)
     item = items_ptr + tl.program_id(0) // tiles * (_ITEM + 2 * PANELS)
-    sample = tl.program_id(0) % tiles * BLOCK_N + tl.arange(0, BLOCK_N)
+    first = tl.program_id(0) % tiles * BLOCK_N
+    sample = first + tl.arange(0, BLOCK_N)
     from_x, of_group = tl.load(item + 3) != 0, tl.load(item + 6) != 0
     below = tl.where(from_x, x_ptr.to(tl.int64), values_ptr.to(tl.int64)).to(tl.pointer_type(tl.float32))
+    below += tl.load(item + 2)
     stride = tl.where(from_x, features, stride_values)
     to = tl.where(of_group, hidden_ptr.to(tl.int64), outputs_ptr.to(tl.int64)).to(tl.pointer_type(tl.float32))
     row = tl.load(item + 4) * n + sample
     to_ptr = to + row * tl.where(of_group, stride_hidden, stride_outputs) + tl.load(item + 5)
-    if PANELS == 1 or of_group:
-        _store_sums(
-            below, stride, to_ptr, sample, n, layers_ptr, item,
-            BLOCK_N, 16, BLOCK_K, PANELS, W_TYPE, ALIGNED, LANES, PRECISION,
-        )  # fmt: skip
+    w_ptr = _weight_pointer(layers_ptr, tl.load(item), W_TYPE, ALIGNED)
+    if LANES:
+        columns, place = tl.load(item + 1).to(tl.int32), tl.load(item + _ITEM)
+        sums = few_samples.product(below, first, n, stride, w_ptr, place, 0, columns, BLOCK_N, BLOCK_K, TILES)
+        _store_sums(sums, to_ptr, sample, n, layers_ptr, item, 16)
+    elif of_group:  # one panel
+        panel = _matrix_product(below, stride, sample, n, w_ptr, item, BLOCK_N, 16, BLOCK_K, PANELS, PRECISION)
+        _store_sums(panel, to_ptr, sample, n, layers_ptr, item, 16)
     else:
-        _store_sums(
-            below, stride, to_ptr, sample, n, layers_ptr, item,
-            BLOCK_N, 16 * PANELS, BLOCK_K, PANELS, W_TYPE, ALIGNED, LANES, PRECISION,
-        )  # fmt: skip
+        panels = _matrix_product(
+            below, stride, sample, n, w_ptr, item, BLOCK_N, 16 * PANELS, BLOCK_K, PANELS, PRECISION
+        )
+        _store_sums(panels, to_ptr, sample, n, layers_ptr, item, 16 * PANELS)
+
+
+@triton.jit
+def _chunk_numbers(chunk, BLOCK_D: tl.constexpr, LAYERS: tl.constexpr):
+    """A chunk's row of the table: first dimension, first and end that it finishes; first and end unit of each layer;
+    places and widths of its outputs' panels.
+    """
+    units, places, widths = (), (), ()
+    for k in tl.static_range(2 * LAYERS):
+        units = units + (tl.load(chunk + _CHUNK + k).to(tl.int32),)
+    for q in tl.static_range(BLOCK_D // 8):
+        places = places + (tl.load(chunk + _CHUNK + 2 * LAYERS + q),)
+        widths = widths + (tl.load(chunk + _CHUNK + 2 * LAYERS + BLOCK_D // 8 + q).to(tl.int32),)
+    dims = tl.load(chunk).to(tl.int32), tl.load(chunk + 1).to(tl.int32), tl.load(chunk + 2).to(tl.int32)
+    return dims, units, places, widths
+
+
+@triton.jit
+def _of_rows(numbers, r, BLOCK_R: tl.constexpr):
+    """The number of each row's panel, as ``_of_panels``."""
+    result = numbers[0] + tl.zeros_like(r).to(numbers[0].dtype)
+    for q in tl.static_range(1, BLOCK_R // 16):
+        result = tl.where(r // 16 == q, numbers[q], result)
+    return tl.max_constancy(result, 16)
 
 
 @triton.jit
 def _chunk(
-    z_ptr, outputs_ptr, w_ptr, w_first_ptr, width_first, chunk, sample, n, features, first_row, slots, stride_outputs,
-    BLOCK_D: tl.constexpr, LAYERS: tl.constexpr, OUTPUT_SLOTS: tl.constexpr,
+    z_ptr, outputs_ptr, w_ptr, w_first_ptr, width_first, dims, places, widths, sample, n, features, first_row, slots,
+    stride_outputs,
+    BLOCK_D: tl.constexpr, OUTPUT_SLOTS: tl.constexpr,
 ):  # fmt: skip
-    """What a chunk of a step reads, none of which depends on the steps before: its dimensions, z, the sums of its
-    outputs ahead, their weights for the group's own units, and those of the first layer's panel for its x.
+    """What a chunk of a step reads, none of which depends on the steps before: z, the sums of its outputs ahead, their
+    weights for the group's own units, and those of the first layer's panel for its x.
     """
-    start = tl.multiple_of(tl.load(chunk).to(tl.int32), 8)
-    begin, end = tl.load(chunk + 1).to(tl.int32), tl.load(chunk + 2).to(tl.int32)
-    d, r = start + tl.arange(0, BLOCK_D), tl.arange(0, 2 * BLOCK_D)
-    d_ok, r_ok = (d >= begin) & (d < end), (r >= 2 * (begin - start)) & (r < 2 * (end - start))
-    panels = chunk + _CHUNK + 2 * LAYERS
-    base = _of_panels(panels, r, 2 * BLOCK_D) * 16 + r % 16
-    width = _of_panels(panels + BLOCK_D // 8, r, 2 * BLOCK_D).to(tl.int32)
-    c, lane = tl.arange(0, 16), tl.arange(0, 16)
+    start = tl.multiple_of(dims[0], 8)
+    d, r, c, lane = start + tl.arange(0, BLOCK_D), tl.arange(0, 2 * BLOCK_D), tl.arange(0, 16), tl.arange(0, 16)
+    # Rows of other dimensions are loaded and computed with the rest: a mask that cuts panels would make narrow loads.
+    d_ok = (d >= dims[1]) & (d < dims[2])
+    base, width = _of_rows(places, r, 2 * BLOCK_D) * 16 + r % 16, _of_rows(widths, r, 2 * BLOCK_D)
     w = tl.load(
         w_ptr + base[None, None, :] + (c * 16)[None, :, None],
-        mask=(c[None, :, None] < width[None, None, :]) & r_ok[None, None, :],
+        mask=c[None, :, None] < width[None, None, :],
         other=0,
     )
     w_first = tl.load(
@@ -123,12 +154,11 @@ def _chunk(
     row = slot[None, :, None] * n + sample[:, None, None]
     sums = tl.load(
         outputs_ptr + row * stride_outputs + (2 * start - first_row + r)[None, None, :],
-        mask=(sample < n)[:, None, None] & (slot < slots)[None, :, None] & r_ok[None, None, :],
+        mask=(sample < n)[:, None, None] & (slot < slots)[None, :, None],
         other=0.0,
     )
-    ok = (sample < n)[:, None] & d_ok[None, :]
-    z = tl.load(z_ptr + sample[:, None] * features + d[None, :], mask=ok, other=0.0)
-    return d, ok, z, tl.sum(sums, 1), w, w_first
+    z = tl.load(z_ptr + sample[:, None] * features + d[None, :], mask=(sample < n)[:, None] & d_ok[None, :], other=0.0)
+    return z, tl.sum(sums, 1), w, w_first
 
 
 @triton.jit
@@ -174,17 +204,25 @@ def _panel_solve_kernel(
             weights = weights + (common.as_float32(w_k) * _weight_scale(layers_ptr, k),)
     scale, scale_first = _weight_scale(layers_ptr, LAYERS), _weight_scale(layers_ptr, 0)
     ladj = tl.zeros([BLOCK_N, BLOCK_D], tl.float64)
-    chunk = chunks_ptr + first_chunk * STRIDE
-    d, ok, z, rows, w, w_first = _chunk(
-        z_ptr, outputs_ptr, w_ptr, w_first_ptr, width_first, chunk, sample, n, features, first_row, slots,
-        stride_outputs, BLOCK_D, LAYERS, OUTPUT_SLOTS,
+    # Two chunks ahead of the one that is computed its numbers are loaded, one ahead what lies where these say.
+    dims, own_units, places, widths = _chunk_numbers(chunks_ptr + first_chunk * STRIDE, BLOCK_D, LAYERS)
+    next_dims, next_own_units, next_places, next_widths = _chunk_numbers(
+        chunks_ptr + tl.minimum(first_chunk + 1, end_chunk - 1) * STRIDE, BLOCK_D, LAYERS
+    )
+    z, rows, w, w_first = _chunk(
+        z_ptr, outputs_ptr, w_ptr, w_first_ptr, width_first, dims, places, widths, sample, n, features, first_row,
+        slots, stride_outputs, BLOCK_D, OUTPUT_SLOTS,
     )  # fmt: skip
     for i in range(first_chunk, end_chunk):
-        next_chunk = chunks_ptr + tl.minimum(i + 1, end_chunk - 1) * STRIDE
-        next_d, next_ok, next_z, next_rows, next_w, next_w_first = _chunk(
-            z_ptr, outputs_ptr, w_ptr, w_first_ptr, width_first, next_chunk, sample, n, features, first_row, slots,
-            stride_outputs, BLOCK_D, LAYERS, OUTPUT_SLOTS,
+        next_z, next_rows, next_w, next_w_first = _chunk(
+            z_ptr, outputs_ptr, w_ptr, w_first_ptr, width_first, next_dims, next_places, next_widths, sample, n,
+            features, first_row, slots, stride_outputs, BLOCK_D, OUTPUT_SLOTS,
         )  # fmt: skip
+        last_dims, last_own_units, next_places, next_widths = _chunk_numbers(
+            chunks_ptr + tl.minimum(i + 2, end_chunk - 1) * STRIDE, BLOCK_D, LAYERS
+        )
+        d = dims[0] + tl.arange(0, BLOCK_D)
+        d_ok = (sample < n)[:, None] & ((d >= dims[1]) & (d < dims[2]))[None, :]
         rows += tl.sum(common.as_float32(w) * units[LAYERS - 1][:, :, None], 1) * scale
         shift, u = tl.split(tl.reshape(rows, [BLOCK_N, BLOCK_D, 2]))
         a = triton_map.log_scale(u, limit, epsilon, KIND)
@@ -192,21 +230,22 @@ def _panel_solve_kernel(
             x, term = z * triton_map.exponential(a) + shift, a
         else:
             x, term = (z - shift) * triton_map.exponential(-a), -a
-        tl.store(x_ptr + sample[:, None] * features + d[None, :], x, mask=ok)
-        ladj += tl.where(ok, term, 0.0).to(tl.float64)
-        added = tl.sum(common.as_float32(w_first) * tl.where(ok, x, 0.0)[:, :, None], 1) * scale_first
+        tl.store(x_ptr + sample[:, None] * features + d[None, :], x, mask=d_ok)
+        ladj += tl.where(d_ok, term, 0.0).to(tl.float64)
+        added = tl.sum(common.as_float32(w_first) * tl.where(d_ok, x, 0.0)[:, :, None], 1) * scale_first
         new_sums, new_units = (), ()
         for k in tl.static_range(LAYERS):
             total = sums[k] + added
             value = tl.where(total < 0, 0.0, total) if RELU else total
-            own = (lane >= tl.load(chunk + _CHUNK + 2 * k)) & (lane < tl.load(chunk + _CHUNK + 2 * k + 1))
+            own = (lane >= own_units[2 * k]) & (lane < own_units[2 * k + 1])
             finished = tl.where(own[None, :], value, 0.0)
             new_sums = new_sums + (total,)
             new_units = new_units + (units[k] + finished,)
             if k + 1 < LAYERS:
                 added = tl.sum(weights[k] * finished[:, :, None], 1)
         sums, units = new_sums, new_units
-        chunk, d, ok, z, rows, w, w_first = next_chunk, next_d, next_ok, next_z, next_rows, next_w, next_w_first
+        dims, own_units, next_dims, next_own_units = next_dims, next_own_units, last_dims, last_own_units
+        z, rows, w, w_first = next_z, next_rows, next_w, next_w_first
     for k in tl.static_range(LAYERS):
         layer = group_ptr + _GROUP + _GROUP_LAYER * k
         own = (lane >= tl.load(layer + 5)) & (lane < tl.load(layer + 6))

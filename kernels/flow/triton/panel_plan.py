@@ -101,10 +101,11 @@ class _Maker:
                 self._wide(first)
             else:
                 self._group(first, end)
-        rows = (torch.tensor(table, dtype=torch.int64, device="cpu") for table in (self._groups, self._chunks))
-        items, group_table, chunks = (table.to(device) for table in (self._items.table(), *rows))
-        slots, output_slots = (1 << (most - 1).bit_length() for most in (self._items.slots, self._items.output_slots))
-        sizes = (self._dims, slots, output_slots, self._items.rows, self._values[-1])
+        tables = (torch.tensor(table, dtype=torch.int64, device="cpu") for table in (self._groups, self._chunks))
+        items, group_table, chunks = (table.to(device) for table in (self._items.table(), *tables))
+        slots = tuple(1 << (most - 1).bit_length() for most in (self._items.slots, self._items.output_slots))
+        rows = self._items.rows + 2 * self._dims  # a chunk reads all of its rows, those beyond the group's last too
+        sizes = (self._dims, *slots, rows, self._values[-1])
         return Plan(self._launches, items, group_table, chunks, *sizes)
 
     @property

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
-import math
 import re
 from pathlib import Path
 from typing import Any
@@ -33,31 +32,6 @@ def test_what_scripts_and_pages_name_exists(name: str) -> None:
     tests = "\n".join(path.read_text(encoding="utf-8") for path in (ROOT / "tests").rglob("test_*.py"))
     selected = [word for words in re.findall(r"-k '([^']+)'", text) for word in words.split(" or ")]
     assert [word for word in selected if not re.search(rf"def test_\w*{word}", tests)] == []
-
-
-@needs_triton
-def test_the_model_of_pascal_counts_every_byte_once() -> None:
-    """A step moves the weights seven times: forward reads them, Adam reads and writes them and both moments."""
-    from fastmaf.bench.dev import pascal, resources
-
-    model, card = resources.published_flow(blocks=1), pascal.GTX_1050_TI
-    launches = resources.recorded(card.arch, lambda: pascal.train_step(model, 8))
-    least = 7 * 4 * model.stored_weights / card.bytes_per_s
-    assert least < pascal.seconds(launches, card) - len(launches) * card.launch_s < 1.3 * least
-    faster = card._replace(bytes_per_s=2 * card.bytes_per_s)
-    assert pascal.seconds(launches, faster) < 0.7 * pascal.seconds(launches, card)
-
-
-@needs_triton
-def test_the_model_of_pascal_counts_the_steps_of_a_sample() -> None:
-    from fastmaf.bench.dev import pascal, resources
-
-    flow = resources.published_flow(blocks=1)
-    card = pascal.GTX_1050_TI._replace(bytes_per_s=math.inf, sm_bytes_per_s=math.inf)
-    single = pascal.sample_seconds(flow, 1, card)
-    assert single == pytest.approx(513 * 3 * card.step_s), "512 levels and the first dimension, of three layers each"
-    assert pascal.sample_seconds(flow, 6 * 16, card) == pytest.approx(single), "a tile of 16 on each multiprocessor"
-    assert pascal.sample_seconds(flow, 6 * 16 + 1, card) == pytest.approx(2 * single)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

@@ -20,17 +20,24 @@ def test_compiled_programs_of_the_tests_have_several_warps(
         assert {entry.warps for entry in table if isinstance(entry, Launch)} == {warps}
 
 
-def test_full_precision_is_the_default() -> None:
-    assert precision(61) == precision(90) == "ieee"
+def test_the_default_is_what_a_card_has() -> None:
+    """Without a choice of the user's no card refuses, and none rounds operands to fewer digits than float32 errs by."""
+    assert launch_table.chosen_precision() == "auto"
+    found = {capability: precision(capability) for capability in (61, 70, 75, 80, 86, 89, 90, 120)}
+    assert found == dict.fromkeys((61, 70, 75), "ieee") | dict.fromkeys((80, 86, 89, 90, 120), "tf32x3")
+    with use_precision("ieee"):
+        assert precision(61) == precision(90) == "ieee"
+        with use_precision("auto"):
+            assert precision(61) == "ieee" and precision(90) == "tf32x3"
 
 
 @pytest.mark.parametrize("name", ["fp16", "", "TF32", None])
 def test_unknown_precisions_are_refused(name: str) -> None:
     with pytest.raises(ValueError, match="precision must be one of") as caught:
         use_precision(name)  # type: ignore[arg-type]
-    for known in ("ieee", "tf32x3", "tf32", "bf16", repr(name)):
+    for known in ("auto", "ieee", "tf32x3", "tf32", "bf16", repr(name)):
         assert known in str(caught.value)
-    assert precision(90) == "ieee", "a refused name changed the choice"
+    assert launch_table.chosen_precision() == "auto", "a refused name changed the choice"
 
 
 def test_the_advice_of_a_refused_precision_can_be_followed() -> None:
@@ -54,7 +61,7 @@ def test_families_without_the_matrix_units_refuse_them() -> None:
             for capability, text in ((61, "6.1"), (75, "7.5")):
                 with pytest.raises(ValueError) as caught:
                     precision(capability)
-                assert all(part in str(caught.value) for part in (repr(name), "8.0", text, "ieee"))
+                assert all(part in str(caught.value) for part in (repr(name), "8.0", text, "auto"))
     assert precision(61) == "ieee"
 
 
@@ -66,3 +73,6 @@ def test_every_table_can_be_launched() -> None:
                 assert number & (number - 1) == 0
             assert one.rows >= 16 and one.columns >= 16 and one.stages >= 1 and one.programs_per_sm >= 1
         assert table.most_samples & (table.most_samples - 1) == 0 and table.most_samples >= 16
+        for one in (table.lanes, table.few):  # a load of a sample has fewer numbers than the program has threads
+            assert 8 * one.warps <= one.columns // one.stages < 32 * one.warps
+        assert table.backward.columns < 32 * table.backward.warps

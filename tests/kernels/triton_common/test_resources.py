@@ -1,88 +1,110 @@
-"""The Triton kernels compiled ahead of time, for cards that need not be here, with what ptxas says held to limits.
+"""The Triton kernels compiled ahead of time, for cards that need not be here, and held to limits: registers, spills and
+shared memory, and what can be proven of loads, layouts, bank conflicts and barriers without a card.
 
 In processes of their own: this one may have Triton interpret its kernels.
 """
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
-from collections import Counter
-from pathlib import Path
 from typing import Any
 
 import pytest
 
 from fastmaf.kernels.triton_common.launch_table import TABLES
 from tests.kernels.cases import needs
+from tests.kernels.triton_common.compiling import TRITONS, needs_triton, output
+from tests.kernels.triton_common.limits import (
+    AFFINE,
+    AHEAD,
+    BACKWARD,
+    FAULTS,
+    FORWARD,
+    LIMITS,
+    READ_WEIGHTS,
+    REGISTERS,
+    SHARED,
+    SOLVE,
+    holding,
+)
 
-ROOT = Path(__file__).resolve().parents[3]
-PASCAL = Path(sys.prefix) / "triton-3.3.1"
 pytestmark = [pytest.mark.slow, needs("triton")]
+# Each version of Triton with the cards that it is used with: 3.3.1 is the last for Pascal; but torch builds with others
+# still have kernels for it.
+COMBINATIONS = [("3.3.1", 61), *(("", arch) for arch in TABLES), *(("3.6.0", arch) for arch in TABLES if arch != 61)]
+NAMES = [f"Triton {version or 'installed'}, sm_{arch}" for version, arch in COMBINATIONS]
 
-# The most registers a thread may take, by the samples of a program's tile (0: any): a multiprocessor has 65,536.
-REGISTERS: dict[str, dict[int, int]] = {
-    "_masked_linear_fwd_kernel": {1: 128, 2: 128, 4: 128, 8: 128, 16: 128, 64: 255},  # 4 programs an SM
-    "_affine_output_fwd_kernel": {1: 128, 2: 128, 4: 128, 8: 128, 16: 128, 64: 255},  # 64 are bound by multiply-adds
-    "_masked_linear_bwd_kernel": {0: 255},  # weight, moments and both products: 2 or 3 programs, much in flight
-    "_flow_inverse_kernel": {0: 255},  # one program is all that runs on a multiprocessor
-    "_sum_slots_kernel": {0: 64},  # the rest stream: all threads of a multiprocessor should fit
-    "_affine_output_grad_kernel": {0: 64},
-    "_ladj_kernel": {0: 64},
-    "_adam_kernel": {0: 64},
-}
-# Bytes of shared memory that a program may take.
-SHARED = {61: 48 * 1024, 75: 64 * 1024, 80: 163 * 1024, 90: 227 * 1024}
+Report = dict[str, Any]
 
 
-def reports(tmp_path: Path, *arguments: str, triton: Path | None = None) -> list[dict[str, Any]]:
-    """Returns what bench.dev.resources reports, compiled anew."""
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    environment |= {"TRITON_CACHE_DIR": str(tmp_path), "PYTHONWARNINGS": "ignore"}
-    if triton is not None:
-        environment["PYTHONPATH"] = str(triton)
-    run = subprocess.run(
-        [sys.executable, "-m", "fastmaf.bench.dev.resources", "--json", *arguments],
-        cwd=ROOT,
-        env=environment,
-        capture_output=True,
-        text=True,
+def reported(version: str, arch: int) -> list[Report]:
+    """Returns what is reported of all kernels; each is compiled once in a session of tests."""
+    batches = (1, 8, 64) if version != "3.6.0" else (8, 64)
+    arguments = [word for batch in batches for word in ("--batch", str(batch))]
+    found: list[Report] = output(
+        "fastmaf.bench.dev.resources", "--json", "--arch", str(arch), *arguments, version=version
     )
-    assert run.returncode == 0, run.stderr[-3000:]
-    found: list[dict[str, Any]] = json.loads(run.stdout)
     return found
 
 
-def check(found: list[dict[str, Any]], arch: int) -> None:
-    """Checks that every kernel is there, in every mode, and stays within the limits of the card."""
-    assert {one["kernel"] for one in found} == set(REGISTERS)
-    assert {one["arch"] for one in found} == {arch}
-    modes = {one["options"]["WEIGHT"] for one in found if one["kernel"] == "_masked_linear_bwd_kernel"}
-    assert modes == {"none", "store", "adam", "norm"}
-    inverse = [one["options"] for one in found if one["kernel"] == "_flow_inverse_kernel"]
-    assert {one["W_TYPE"] for one in inverse} == {"fp32", "bf16", "uint8"}
-    assert len({one["BLOCK_N"] for one in inverse}) > (arch == 61), "one sample a program, and several"
-    for one in found:
-        assert one["spills"] == 0, f"spills registers: {one}"
+@pytest.fixture(params=COMBINATIONS, ids=NAMES, scope="module")
+def reports(request: pytest.FixtureRequest) -> list[Report]:
+    return reported(*request.param)
+
+
+def test_every_kernel_is_there_in_every_mode(reports: list[Report]) -> None:
+    assert {one["kernel"] for one in reports} == set(REGISTERS)
+    assert len({one["triton"] for one in reports}) == len({one["arch"] for one in reports}) == 1
+    layers = [
+        one
+        for one in reports
+        if one["options"].get("LANES") == "False" and one["kernel"] in (FORWARD, AFFINE, BACKWARD)
+    ]
+    precisions = {"ieee"} if reports[0]["arch"] < 80 else {"ieee", "tf32", "tf32x3", "bf16"}
+    assert {one["options"]["PRECISION"] for one in layers} == precisions
+    for precision in precisions:
+        of_precision = [one for one in layers if one["options"]["PRECISION"] == precision]
+        assert {one["kernel"] for one in of_precision} == {FORWARD, AFFINE, BACKWARD}, precision
+        modes = {one["options"]["WEIGHT"] for one in of_precision if "WEIGHT" in one["options"]}
+        assert modes == {"none", "store", "adam", "norm"}, precision
+    for kernel in (AHEAD, SOLVE):
+        inverse = [one["options"] for one in reports if one["kernel"] == kernel]
+        assert {one["W_TYPE"] for one in inverse} == {"fp32", "bf16", "uint8"}, kernel
+        if kernel == AHEAD or reports[0]["arch"] == 61:
+            assert len({one["BLOCK_N"] for one in inverse}) > 1, f"{kernel}: one sample a program, and several"
+
+
+def test_registers_and_shared_memory(reports: list[Report]) -> None:
+    for one in reports:
         limits = REGISTERS[one["kernel"]]
         assert one["registers"] <= limits.get(int(one["options"].get("BLOCK_N", 0)), limits.get(0, 0)), one
-        assert one["shared"] <= SHARED[arch], one
+        assert one["shared"] <= SHARED[one["arch"]], one
         warps = one["options"].get("num_warps", 4)
         assert one["registers"] * 32 * warps <= 65_536, f"does not fit a multiprocessor: {one}"
 
 
-@pytest.mark.parametrize("arch", sorted(TABLES))
-def test_kernels_fit(arch: int, tmp_path: Path) -> None:
-    batches = [] if arch == 61 else ["--batch", "1", "--batch", "64"]
-    found = reports(tmp_path, "--arch", str(arch), *batches)
-    check(found, arch)
+def test_kernels_that_read_weights_are_seen_to(reports: list[Report]) -> None:
+    """Otherwise the test below could not fail for them."""
+    for one in reports:
+        if one["kernel"] in READ_WEIGHTS and (
+            one["options"].get("NEED_X") != "False" or one["options"].get("WEIGHT") == "adam"
+        ):
+            assert one["tiles"] > 0, one
 
 
-def test_kernels_fit_pascal_under_the_triton_of_its_last_torch(tmp_path: Path) -> None:
-    if not (PASCAL / "triton").is_dir():
-        pytest.skip(f"Triton 3.3.1 is not in {PASCAL.name}: make test installs it, where it exists for this Python")
-    found = reports(tmp_path, "--arch", "61", triton=PASCAL)
-    assert Counter(one["triton"] for one in found) == {"3.3.1": len(found)}
-    check(found, 61)
+@pytest.mark.parametrize("what", sorted({limit.what for limit in LIMITS}))
+def test_counts(reports: list[Report], what: str) -> None:
+    """Spills, narrow loads of weights, changes of their layout in loops, bank conflicts, barriers in loops."""
+    for one in reports:
+        assert one[what] <= holding(what, one).most, f"{what}: {one}"
+
+
+def test_known_faults_are_there() -> None:
+    for version in TRITONS:
+        needs_triton(version)
+    most = {id(limit): -1 for limit in FAULTS}
+    for version, arch in COMBINATIONS:
+        for one in reported(version, arch):
+            for limit in (holding(what, one) for what in {limit.what for limit in FAULTS}):
+                if id(limit) in most:
+                    most[id(limit)] = max(most[id(limit)], one[limit.what])
+    assert not [f"{limit}: found {most[id(limit)]}" for limit in FAULTS if most[id(limit)] != limit.most]

@@ -50,7 +50,8 @@ def test_forward_items_cover_everything_once(
     work = work_lists.forward(layout.panels, CPU, block_rows, block_columns, programs)
     covered = torch.zeros(layout.out_features, layout.in_features, dtype=torch.int64)
     ends, slots = blocks_of(layout, panels), Counter[int]()
-    for block, start, end, _ in work.items.tolist():
+    for block, start, end, _, before in work.items.tolist():
+        assert before == layout.panels[block * panels]
         assert start % block_columns == 0, "a segment starts within a block of columns"
         assert 0 <= start <= end <= layout.in_features
         covered[block * block_rows : (block + 1) * block_rows, start:end] += 1
@@ -62,12 +63,12 @@ def test_forward_items_cover_everything_once(
     assert set(slots) == set(range(len(ends))), "rows that see nothing still have a bias"
     # Each block's slots are 0, 1, 2, …, from left to right, and counted for each of its rows.
     for block in range(len(ends)):
-        own = sorted((start, slot) for b, start, _, slot in work.items.tolist() if b == block)
+        own = sorted((start, slot) for b, start, _, slot, _ in work.items.tolist() if b == block)
         assert [slot for _, slot in own] == list(range(len(own)))
         rows = work.counts[block * block_rows : (block + 1) * block_rows]
         assert (rows == len(own)).all()
     assert len(work.counts) >= layout.out_features and work.slots == max(slots.values())
-    check_work(work, len(ends), programs, [end - start for _, start, end, _ in work.items.tolist()], block_columns)
+    check_work(work, len(ends), programs, [end - start for _, start, end, *_ in work.items.tolist()], block_columns)
 
 
 @given(layouts(), panels_of_a_block, powers, numbers_of_programs)

@@ -1,0 +1,86 @@
+"""What the Triton kernels may cost, by what ``bench.dev.resources`` reports of them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+# The most registers a thread may take, by the samples of a program's tile (0: any): a multiprocessor has 65,536.
+REGISTERS: dict[str, dict[int, int]] = {
+    "_masked_linear_fwd_kernel": {1: 128, 2: 128, 4: 128, 8: 128, 16: 128, 64: 255},  # 4 programs an SM
+    "_affine_output_fwd_kernel": {1: 128, 2: 128, 4: 128, 8: 128, 16: 128, 64: 255},  # 64 are bound by multiply-adds
+    "_masked_linear_bwd_kernel": {0: 255},  # weight, moments and both products: 2 or 3 programs, much in flight
+    "_panel_ahead_kernel": {0: 255},
+    "_panel_solve_kernel": {0: 255},  # one warp, with a chunk's weights and the next one's
+    "_finish_units_kernel": {0: 64},
+    "_sum_slots_kernel": {0: 64},  # the rest stream: all threads of a multiprocessor should fit
+    "_affine_output_grad_kernel": {0: 64},
+    "_ladj_kernel": {0: 64},
+    "_adam_kernel": {0: 64},
+}
+# Bytes of shared memory that a program may take.
+SHARED = {61: 48 * 1024, 75: 64 * 1024, 80: 163 * 1024, 90: 227 * 1024}
+# Kernels that read weights, and so must be seen to load tiles of them.
+READ_WEIGHTS = tuple(REGISTERS)[:5]
+
+
+class Limit(NamedTuple):
+    """How much of something the kernels of a name may have ("" for all), in the modes of ``where``."""
+
+    what: str
+    most: int
+    kernel: str = ""
+    where: Mapping[str, str] = {}
+
+    def concerns(self, report: dict[str, Any]) -> bool:
+        """Returns whether a kernel is meant."""
+        modes = report["options"] | {"arch": str(report["arch"])}
+        return self.kernel in ("", report["kernel"]) and all(modes.get(key) == self.where[key] for key in self.where)
+
+
+FORWARD, AFFINE, BACKWARD, AHEAD, SOLVE = READ_WEIGHTS
+LANES, PRODUCTS, ADAM = {"LANES": "True"}, {"LANES": "False"}, {"LANES": "False", "WEIGHT": "adam"}
+# Spilled bytes, and the counts of ``bench.dev.proofs``. The last limit that concerns a kernel holds.
+LIMITS = [
+    Limit("spills", 0),
+    Limit("narrow", 0),
+    Limit("converted", 0),
+    Limit("ways", 2),  # two, where bfloat16 operands are rounded after float32 was read from shared memory
+    # Two for each tensor that goes through shared memory: one before it is written, one before it is read.
+    Limit("barriers", 4),
+    Limit("barriers", 8, BACKWARD),  # two matrix products
+    Limit("barriers", 10, BACKWARD, {"PRECISION": "tf32x3"}),  # of numbers in two parts
+    Limit("barriers", 12, BACKWARD, {"PRECISION": "bf16"}),  # of rounded copies
+    Limit("barriers", 10, SOLVE),  # a single warp passes them at once
+]
+# Known faults. Some kernel reaches each of these limits: where none does any more, lower or delete it.
+FAULTS = [
+    # The sums of a few samples have another layout than the weights that are loaded.
+    *(Limit("converted", 1, kernel, LANES | {"BLOCK_N": "8"}) for kernel in (FORWARD, AFFINE, AHEAD)),
+    *(Limit("barriers", 16, kernel, LANES | {"BLOCK_N": "8", "arch": "90"}) for kernel in (FORWARD, AFFINE)),
+    Limit("barriers", 8, AHEAD, LANES | {"BLOCK_N": "8", "arch": "90"}),
+    Limit("converted", 1, BACKWARD, LANES | {"NEED_X": "True"}),
+    # A step of Adam brings weights, and with matrix units their moments, to the layout of the gradient and back.
+    Limit("converted", 2, BACKWARD, ADAM | {"PRECISION": "ieee"}),
+    *(Limit("converted", 5, BACKWARD, ADAM | {"PRECISION": name}) for name in ("tf32", "tf32x3", "bf16")),
+    *(Limit("barriers", 11, BACKWARD, ADAM | {"PRECISION": name}) for name in ("tf32", "tf32x3")),
+    # Hopper's matrix units want float32 operands transposed: copied by 4 bytes, or through shared memory once more.
+    *(
+        Limit("narrow", 16, kernel, {"PRECISION": "tf32", "BLOCK_N": "64", "arch": "90"})
+        for kernel in (FORWARD, AFFINE)
+    ),
+    Limit("narrow", 12, AHEAD, {"PRECISION": "tf32", "BLOCK_N": "64", "arch": "90"}),
+    Limit("barriers", 20, BACKWARD, {"PRECISION": "tf32x3", "NEED_X": "True", "BLOCK_N": "64", "arch": "90"}),
+    Limit("spills", 12, AFFINE, {"PRECISION": "tf32", "BLOCK_N": "64", "arch": "80"}),
+    Limit("spills", 96, BACKWARD, {"PRECISION": "tf32x3", "BLOCK_N": "64", "arch": "80"}),
+    # Masked by rows that begin at any dimension.
+    Limit("narrow", 16, SOLVE),
+    # Two samples of a program share its warps.
+    Limit("converted", 1, SOLVE, {"BLOCK_N": "2"}),
+    Limit("barriers", 30, SOLVE, {"BLOCK_N": "2"}),
+]
+
+
+def holding(what: str, report: dict[str, Any]) -> Limit:
+    """Returns the limit that a kernel is held to."""
+    return [limit for limit in (*LIMITS, *FAULTS) if limit.what == what and limit.concerns(report)][-1]
