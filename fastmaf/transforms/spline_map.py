@@ -22,7 +22,7 @@ class SplineMap(NamedTuple):
         tails: outside of the interval z = x; the derivatives at its ends are then 1, and not among the outputs. False:
             there is no outside.
         least: the smallest derivative, and with ``squash`` False the smallest share of a bin.
-        squash: as zuko: outputs w are first squashed to w / (1 + |w / log least|), of widths and heights with twice
+        squash: as zuko: outputs w are first squashed to w / (1 + abs(w / log least)), of widths and heights with twice
             that slope, and the exponential gives derivatives. False, as nflows: a softplus does.
 
     References:
