@@ -86,7 +86,9 @@ def shape_of(like: Tensor, n: int, dtype: torch.dtype = torch.float32) -> Shape:
     lanes = n <= MOST_LANES
     one = table.lanes if n <= 1 else table.few if lanes else table.dot
     most = table.most_samples if dtype == torch.float32 else min(32, table.most_samples)  # unpacking takes registers
-    samples = common.power_of_two(n, *((1, MOST_LANES) if lanes else (FEW, most)))
+    # Of bytes a thread loads 16 weights at once, whose sums for eight samples would take all registers.
+    most_lanes = MOST_LANES if dtype.itemsize > 1 else MOST_LANES // 2
+    samples = common.power_of_two(n, *((1, most_lanes) if lanes else (FEW, most)))
     programs = common.cdiv(sms * one.programs_per_sm, max(1, common.cdiv(n, samples)))
     options = {"BLOCK_N": samples, "LANES": lanes, "PRECISION": "ieee" if lanes else precision, "num_warps": one.warps}
     if not lanes and precision == "ieee":  # sums take twice the registers

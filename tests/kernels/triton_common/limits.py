@@ -7,8 +7,9 @@ from typing import Any, NamedTuple
 
 # The most registers a thread may take, by the samples of a program's tile (0: any): a multiprocessor has 65,536.
 REGISTERS: dict[str, dict[int, int]] = {
-    "_masked_linear_fwd_kernel": {1: 128, 2: 128, 4: 128, 8: 128, 16: 128, 64: 255},  # 4 programs an SM
-    "_affine_output_fwd_kernel": {1: 128, 2: 128, 4: 128, 8: 128, 16: 128, 64: 255},  # 64 are bound by multiply-adds
+    # Up to 8 samples, 12 programs of a warp on a multiprocessor; the sums of 32 and more take most registers.
+    "_masked_linear_fwd_kernel": {1: 128, 2: 168, 4: 168, 8: 168, 16: 128, 32: 255, 64: 255},
+    "_affine_output_fwd_kernel": {1: 128, 2: 168, 4: 168, 8: 168, 16: 128, 32: 255, 64: 255},
     "_masked_linear_bwd_kernel": {0: 255},  # weight, moments and both products: 2 or 3 programs, much in flight
     "_panel_ahead_kernel": {0: 255},
     "_panel_solve_kernel": {0: 255},  # one warp, with a chunk's weights and the next one's
