@@ -40,7 +40,6 @@ class Limit(NamedTuple):
 
 
 FORWARD, AFFINE, BACKWARD, AHEAD, SOLVE = READ_WEIGHTS
-LANES, PRODUCTS, ADAM = {"LANES": "True"}, {"LANES": "False"}, {"LANES": "False", "WEIGHT": "adam"}
 # Spilled bytes, and the counts of ``bench.dev.proofs``. The last limit that concerns a kernel holds.
 LIMITS = [
     Limit("spills", 0),
@@ -56,29 +55,13 @@ LIMITS = [
 ]
 # Known faults. Some kernel reaches each of these limits: where none does any more, lower or delete it.
 FAULTS = [
-    # The sums of a few samples have another layout than the weights that are loaded.
-    *(Limit("converted", 1, kernel, LANES | {"BLOCK_N": "8"}) for kernel in (FORWARD, AFFINE, AHEAD)),
-    *(Limit("barriers", 16, kernel, LANES | {"BLOCK_N": "8", "arch": "90"}) for kernel in (FORWARD, AFFINE)),
-    Limit("barriers", 8, AHEAD, LANES | {"BLOCK_N": "8", "arch": "90"}),
-    Limit("converted", 1, BACKWARD, LANES | {"NEED_X": "True"}),
-    # A step of Adam brings weights, and with matrix units their moments, to the layout of the gradient and back.
-    Limit("converted", 2, BACKWARD, ADAM | {"PRECISION": "ieee"}),
-    *(Limit("converted", 5, BACKWARD, ADAM | {"PRECISION": name}) for name in ("tf32", "tf32x3", "bf16")),
-    *(Limit("barriers", 11, BACKWARD, ADAM | {"PRECISION": name}) for name in ("tf32", "tf32x3")),
-    # Hopper's matrix units want float32 operands transposed: copied by 4 bytes, or through shared memory once more.
-    *(
-        Limit("narrow", 16, kernel, {"PRECISION": "tf32", "BLOCK_N": "64", "arch": "90"})
-        for kernel in (FORWARD, AFFINE)
-    ),
-    Limit("narrow", 12, AHEAD, {"PRECISION": "tf32", "BLOCK_N": "64", "arch": "90"}),
-    Limit("barriers", 20, BACKWARD, {"PRECISION": "tf32x3", "NEED_X": "True", "BLOCK_N": "64", "arch": "90"}),
-    Limit("spills", 12, AFFINE, {"PRECISION": "tf32", "BLOCK_N": "64", "arch": "80"}),
-    Limit("spills", 96, BACKWARD, {"PRECISION": "tf32x3", "BLOCK_N": "64", "arch": "80"}),
-    # Masked by rows that begin at any dimension.
-    Limit("narrow", 16, SOLVE),
-    # Two samples of a program share its warps.
-    Limit("converted", 1, SOLVE, {"BLOCK_N": "2"}),
-    Limit("barriers", 30, SOLVE, {"BLOCK_N": "2"}),
+    # Weights of fewer bits become float32 in another layout than that of their loads; on Pascal, where two samples share
+    # a program's warps, float32 ones too.
+    Limit("converted", 1, SOLVE),
+    Limit("barriers", 16, SOLVE, {"arch": "61"}),
+    Limit("barriers", 30, SOLVE, {"arch": "61", "BLOCK_N": "2"}),
+    # 16 bytes of a panel and one column are all that there is.
+    Limit("narrow", 1, AHEAD, {"W_TYPE": "uint8", "LANES": "False"}),
 ]
 
 
