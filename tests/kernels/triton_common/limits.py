@@ -55,8 +55,8 @@ LIMITS = [
 ]
 # Known faults. Some kernel reaches each of these limits: where none does any more, lower or delete it.
 FAULTS = [
-    # Weights of fewer bits become float32 in another layout than that of their loads; on Pascal, where two samples share
-    # a program's warps, float32 ones too.
+    # Weights of fewer bits become float32 in another layout than that of their loads; on Pascal, where two samples
+    # share a program's warps, float32 ones too.
     Limit("converted", 1, SOLVE),
     Limit("barriers", 16, SOLVE, {"arch": "61"}),
     Limit("barriers", 30, SOLVE, {"arch": "61", "BLOCK_N": "2"}),
