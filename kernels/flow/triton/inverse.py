@@ -34,8 +34,13 @@ MOST_PER_PROGRAM = 4  # of the solve kernel, whose registers hold the sums of ea
 
 
 def inverse(z: Tensor, args: FlowArgs) -> tuple[Tensor, Tensor]:
-    """Returns ``x`` ``[N, D]`` and ``ladj`` ``[N]`` = log |det dx/dz|."""
+    """Returns ``x`` ``[N, D]`` and ``ladj`` ``[N]`` = log |det dx/dz|.
+
+    Raises:
+        ValueError: weights are of several dtypes, or biases are not float32.
+    """
     n, features = z.shape
+    _check_dtypes(args)
     # Not by their addresses: they may be made anew for every call.
     places = torch.stack([p if p.numel() else _identity(features, z.device) for p in args.permutations[:-1]])
     x, ladj = torch.empty_like(z), z.new_empty(n)
@@ -112,6 +117,15 @@ def _inverse_block(z: Tensor, ladj: Tensor, args: FlowArgs, block: int) -> Tenso
                 **types, RELU=relu, **modes, num_warps=warps, maxnreg=common.all_registers(warps),
             )  # fmt: skip
     return x
+
+
+def _check_dtypes(args: FlowArgs) -> None:
+    # Kernels load the addresses of parameters, so that Triton does not know the dtypes.
+    weights, biases = ({tensor.dtype for tensor in part} for part in (args.weights, args.biases))
+    if len(weights) > 1:
+        raise ValueError(f"the weights of a flow must be of one dtype; found {[w.dtype for w in args.weights]}")
+    if biases != {torch.float32}:
+        raise ValueError(f"biases must be {torch.float32}; found {[b.dtype for b in args.biases]}")
 
 
 @functools.cache
