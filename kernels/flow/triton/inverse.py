@@ -18,9 +18,10 @@ from torch import Tensor
 from fastmaf.kernels.affine_output import triton_map
 from fastmaf.kernels.affine_output.affine_map import SHIFT_FIRST
 from fastmaf.kernels.flow.args import FlowArgs, permuted
+from fastmaf.kernels.flow.triton.panel_ahead import _panel_ahead_kernel
 from fastmaf.kernels.flow.triton.panel_items import Ahead, Tiling
-from fastmaf.kernels.flow.triton.panel_kernels import _finish_units_kernel, _panel_ahead_kernel, _panel_solve_kernel
 from fastmaf.kernels.flow.triton.panel_plan import Finish, plan
+from fastmaf.kernels.flow.triton.panel_solve import _finish_units_kernel, _panel_solve_kernel
 from fastmaf.kernels.layout import PANEL
 from fastmaf.kernels.masked_linear.triton import shape_of
 from fastmaf.kernels.triton_common import device as common
