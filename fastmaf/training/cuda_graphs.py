@@ -7,7 +7,6 @@ results are the same numbers.
 
 from __future__ import annotations
 
-import functools
 import gc
 from collections import OrderedDict
 from collections.abc import Callable
@@ -18,6 +17,7 @@ import torch
 from torch import Tensor
 
 from fastmaf.flows import Flow
+from fastmaf.kernels.triton_common.graphs import recording_stream
 from fastmaf.nn import zero_padding_
 from fastmaf.training.graph_keys import FlowKeys, Key
 from fastmaf.validation import check_density, validates
@@ -40,15 +40,11 @@ def record(run: Callable[[], None], device: torch.device, pool: Any = None) -> t
     # garbage of an earlier pass still held it, the recorded pass would wait for a stream that is not recorded.
     gc.collect()
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.device(device), torch.cuda.graph(graph, pool=pool, stream=_stream(device)):
+    # Other threads, such as one that pins batches, may allocate memory meanwhile.
+    graphed = torch.cuda.graph(graph, pool=pool, stream=recording_stream(device), capture_error_mode="thread_local")
+    with torch.cuda.device(device), graphed:
         run()
     return graph
-
-
-@functools.cache
-def _stream(device: torch.device) -> torch.cuda.Stream:
-    """Returns the stream that graphs of a device are recorded on: torch's default one belongs to its first device."""
-    return torch.cuda.Stream(device)
 
 
 class GraphCache(Generic[T]):

@@ -13,7 +13,7 @@ from fastmaf.kernels.triton_common import device as common
 
 @triton.jit
 def _adam_kernel(w_ptr, grad_ptr, exp_avg_ptr, exp_avg_sq_ptr, scalars_ptr, numel, BLOCK: tl.constexpr):
-    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     ok = i < numel
     w = tl.load(w_ptr + i, mask=ok, other=0.0)
     m = tl.load(exp_avg_ptr + i, mask=ok, other=0.0)

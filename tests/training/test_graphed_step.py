@@ -97,9 +97,9 @@ def test_nothing_is_compiled_while_a_graph_is_recorded(clips: bool, monkeypatch:
     monkeypatch.setattr(graphed_step, "record", Recorded)
     launches = resources.recorded(90, steps)
     graphed = [id(one) for one in in_graphs]
-    known = {repr(resources._source(one)) for one in launches if id(one) not in graphed}
+    known = {repr(resources.source_of(one)) for one in launches if id(one) not in graphed}
     assert len(in_graphs) >= 40
-    assert {repr(resources._source(one)) for one in in_graphs} - known == set()
+    assert {repr(resources.source_of(one)) for one in in_graphs} - known == set()
 
 
 def test_a_loaded_state_or_a_frozen_parameter_is_another_step(device: str) -> None:

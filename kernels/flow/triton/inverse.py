@@ -18,9 +18,10 @@ from torch import Tensor
 from fastmaf.kernels.affine_output import triton_map
 from fastmaf.kernels.affine_output.affine_map import SHIFT_FIRST
 from fastmaf.kernels.flow.args import FlowArgs, permuted
+from fastmaf.kernels.flow.triton.panel_ahead import _panel_ahead_kernel
 from fastmaf.kernels.flow.triton.panel_items import Ahead, Tiling
-from fastmaf.kernels.flow.triton.panel_kernels import _finish_units_kernel, _panel_ahead_kernel, _panel_solve_kernel
 from fastmaf.kernels.flow.triton.panel_plan import Finish, plan
+from fastmaf.kernels.flow.triton.panel_solve import _finish_units_kernel, _panel_solve_kernel
 from fastmaf.kernels.layout import PANEL
 from fastmaf.kernels.masked_linear.triton import shape_of
 from fastmaf.kernels.triton_common import device as common
@@ -34,8 +35,13 @@ MOST_PER_PROGRAM = 4  # of the solve kernel, whose registers hold the sums of ea
 
 
 def inverse(z: Tensor, args: FlowArgs) -> tuple[Tensor, Tensor]:
-    """Returns ``x`` ``[N, D]`` and ``ladj`` ``[N]`` = log |det dx/dz|."""
+    """Returns ``x`` ``[N, D]`` and ``ladj`` ``[N]`` = log |det dx/dz|.
+
+    Raises:
+        ValueError: weights are of several dtypes, or biases are not float32.
+    """
     n, features = z.shape
+    _check_dtypes(args)
     # Not by their addresses: they may be made anew for every call.
     places = torch.stack([p if p.numel() else _identity(features, z.device) for p in args.permutations[:-1]])
     x, ladj = torch.empty_like(z), z.new_empty(n)
@@ -112,6 +118,15 @@ def _inverse_block(z: Tensor, ladj: Tensor, args: FlowArgs, block: int) -> Tenso
                 **types, RELU=relu, **modes, num_warps=warps, maxnreg=common.all_registers(warps),
             )  # fmt: skip
     return x
+
+
+def _check_dtypes(args: FlowArgs) -> None:
+    # Kernels load the addresses of parameters, so that Triton does not know the dtypes.
+    weights, biases = ({tensor.dtype for tensor in part} for part in (args.weights, args.biases))
+    if len(weights) > 1:
+        raise ValueError(f"the weights of a flow must be of one dtype; found {[w.dtype for w in args.weights]}")
+    if biases != {torch.float32}:
+        raise ValueError(f"biases must be {torch.float32}; found {[b.dtype for b in args.biases]}")
 
 
 @functools.cache

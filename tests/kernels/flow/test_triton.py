@@ -6,6 +6,7 @@ import copy
 import functools
 import sys
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -241,6 +242,53 @@ def test_an_inverse_that_is_replayed() -> None:
         kept = [part.clone() for part in first]
         flow.inverse(z + 1)
     assert all(torch.equal(a, b) for a, b in zip(first, kept, strict=True)), "overwritten by the next replay"
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+def test_threads_that_replay_one_inverse() -> None:
+    """They share a stream, a graph and its memory, but no results."""
+    flow = build(D, dtype=F32, blocks=3, levels=6, order="random").to("cuda")
+    inputs = [normal(3, D, seed=seed, dtype=F32).to("cuda") for seed in range(8)]
+
+    @torch.no_grad()
+    def inverse(z: Tensor) -> Tensor:
+        return flow.inverse(z)[0]
+
+    expected = [inverse(z) for z in inputs]
+    with ThreadPoolExecutor(8) as threads:
+        found = list(threads.map(inverse, inputs * 50))
+    assert all(torch.equal(one, other) for one, other in zip(found, expected * 50, strict=True))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two NVIDIA GPUs")
+def test_replays_on_two_gpus() -> None:
+    """A graph is recorded on a stream of its own GPU; one that is empty would return the results of the recording."""
+    flow = build(D, dtype=F32, blocks=3, levels=6, order="random")
+    for device in ("cuda:0", "cuda:1"):
+        there = copy.deepcopy(flow).to(device)
+        for seed in range(4):
+            z = normal(3, D, seed=seed, dtype=F32)
+            with torch.no_grad():
+                found = there.inverse(z.to(device))[0].cpu()
+                with fastmaf.use_backend("torch"):
+                    expected = copy.deepcopy(flow).double().inverse(z.double())[0]
+            assert_close("inverse", found, expected)
+
+
+@pytest.mark.parametrize("name", ["weight", "bias"])
+def test_parameters_of_several_dtypes_have_no_inverse(device: str, name: str) -> None:
+    """Kernels that load addresses would read past the end of the smaller ones."""
+    flow, z = build(D, dtype=F32).to(device), normal(2, D, dtype=F32).to(device)
+    parameter = getattr(next(iter(layers_of(flow).values())), name)
+    parameter.data = parameter.data.bfloat16()
+    with (
+        fastmaf.use_backend("triton"),
+        torch.no_grad(),
+        pytest.raises(ValueError, match="of one dtype|must be torch.float32"),
+    ):
+        flow.inverse(z)
 
 
 @pytest.mark.gpu
