@@ -97,7 +97,9 @@ class ConvertedFlow(nn.Module):
         """Whether it needs a context."""
         return any(isinstance(part, ConditionalBlock) for part in self.parts)
 
-    def _check(self, context: Tensor | None) -> None:
+    def _check(self, context: Tensor | None, x: Tensor | None = None) -> None:
+        if x is not None and (x.dim() != 2 or x.shape[1] != self.features):
+            raise ValueError(f"expected a tensor [N, {self.features}]; found {list(x.shape)}")
         if self.conditional and context is None:
             raise ValueError("this flow was trained with a context; expected one, found None")
         if not self.conditional and context is not None:
@@ -105,7 +107,7 @@ class ConvertedFlow(nn.Module):
 
     def to_base(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Returns ``z`` ``[N, D]`` of the standard normal base and ``ladj`` ``[N]`` for ``x`` ``[N, D]``."""
-        self._check(context)
+        self._check(context, x)
         total = x.new_zeros(len(x))
         for part in self.parts:
             x, ladj = part(x, context) if isinstance(part, ConditionalBlock) else part(x)
@@ -114,7 +116,7 @@ class ConvertedFlow(nn.Module):
 
     def from_base(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Returns ``x`` and ``log |det dx/dz|``: the inverse of ``to_base``."""
-        self._check(context)
+        self._check(context, z)
         total = z.new_zeros(len(z))
         for part in reversed(self.parts):
             is_block = isinstance(part, ConditionalBlock)
@@ -128,7 +130,7 @@ class ConvertedFlow(nn.Module):
         return ladj - 0.5 * z.square().sum(1) - self.features * _HALF_LOG_2PI
 
     def _like(self) -> Tensor:
-        return next(self.parameters())
+        return next(self.parameters(), torch.empty(0))
 
     def _embedded(self, context: Tensor | None) -> Tensor | None:
         """Returns what the blocks see of a context."""

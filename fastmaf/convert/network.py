@@ -108,7 +108,7 @@ class Network:
         assert h.is_plain
         weight = weight.detach()
         if mask is not None:
-            weight = torch.where(mask.bool(), weight, 0)
+            weight = (weight * mask).to(weight.dtype)
         terms = [Term(weight * float(term.factor), term.start, term.units) for term in h.terms]
         return Affine(terms, weight @ h.bias + bias.detach(), _visible(mask, h.degrees, len(weight)))
 

@@ -10,7 +10,19 @@ from torch import Tensor, nn
 
 from fastmaf.convert.converted import ConditionalBlock, ConvertedFlow
 from fastmaf.convert.network import Affine, Network, NotConvertibleError
-from fastmaf.convert.parts import affine_block, base_of, kind, normalised, outputs_of, slope_of, spline_block
+from fastmaf.convert.parts import (
+    affine_block,
+    base_of,
+    expected,
+    kind,
+    masked,
+    normalised,
+    not_in_place,
+    outputs_of,
+    slope_of,
+    spline_block,
+)
+from fastmaf.convert.source import converter
 from fastmaf.kernels import AffineMap
 from fastmaf.transforms import ElementwiseAffine, Permutation, SplineMap, Transform
 
@@ -81,6 +93,7 @@ class NflowsFlow(ConvertedFlow):
         return source._transform.inverse(z, source._embedding_net(context))[0]  # type: ignore[no-any-return]
 
 
+@converter("nflows", ("_transform", "_distribution"))
 def from_nflows(flow: nn.Module) -> NflowsFlow:
     """Converts a flow of nflows whose transforms are masked affine autoregressive ones, permutations, batch and
     activation normalisations and fixed affine maps.
@@ -157,9 +170,11 @@ def _block(transform: Any) -> Parts:
     made = transform.autoregressive_net
     if type(made).__name__ != "MADE":
         raise NotConvertibleError(f"the network {kind(made)} cannot be converted; expected nflows' MADE")
-    features = made.initial_layer.in_features
-    first, slope = made.initial_layer, slope_of(made.activation)
+    first, slope = masked(made.initial_layer), slope_of(made.activation)
+    features = first.in_features
     layer = getattr(made, "context_layer", None)
+    if layer is not None:
+        expected(layer, "Linear")
     added = first.out_features if layer is not None else 0
     itself = layer.in_features if layer is not None and made.use_residual_blocks and len(made.blocks) else 0
     passed = added + itself
@@ -173,10 +188,12 @@ def _block(transform: Any) -> Parts:
         h, _ = network.activation(slope, h)
     for block in made.blocks:
         if made.use_residual_blocks:
-            h, context = _residual(network, h, context, block)
+            h, context = _residual(network, h, context, expected(block, "MaskedResidualBlock"))
         else:
+            expected(block, "MaskedFeedforwardBlock")
+            expected(block.dropout, "Dropout", "Identity")
             h = normalised(h, block.batch_norm) if block.batch_norm else h
-            linear = block.linear
+            linear = masked(block.linear)
             h = network.linear(network.plain(h), linear.weight, linear.bias, linear.mask)
             h, _ = network.activation(slope_of(block.activation), h)
     of_context = None if layer is None else _Context(copy.deepcopy(layer), made.activation, bool(itself))
@@ -189,6 +206,10 @@ def _block(transform: Any) -> Parts:
 
 
 def _spline(transform: Any) -> SplineMap:
+    if hasattr(transform.autoregressive_net, "hidden_features"):
+        raise NotConvertibleError("a spline that divides by a number of hidden features cannot be converted")
+    if transform.tails not in ("linear", None):
+        raise NotConvertibleError(f"a spline with tails {transform.tails!r} cannot be converted")
     if not transform.min_bin_width == transform.min_bin_height == transform.min_derivative:
         raise NotConvertibleError("a spline whose smallest bins and smallest derivatives differ cannot be converted")
     tails = transform.tails == "linear"
@@ -199,11 +220,14 @@ def _spline(transform: Any) -> SplineMap:
 def _residual(network: Network, h: Affine, context: Affine | None, block: Any) -> tuple[Affine, Affine | None]:
     slope, rest = slope_of(block.activation), [] if context is None else [context]
     norms = block.batch_norm_layers if block.use_batch_norm else None
+    if norms is None:
+        not_in_place(block.activation)
+    expected(block.dropout, "Dropout", "Identity")
     value, [h, *rest] = network.activation(slope, h if norms is None else normalised(h, norms[0]), [h, *rest])
-    first, second = block.linear_layers
+    first, second = map(masked, block.linear_layers)
     value = network.linear(value, first.weight, first.bias, first.mask)
     if rest:
-        layer = block.context_layer
+        layer = expected(block.context_layer, "Linear")
         value = value + network.linear(rest[0], layer.weight, layer.bias)
     value, [h, *rest] = network.activation(slope, value if norms is None else normalised(value, norms[1]), [h, *rest])
     return h + network.linear(value, second.weight, second.bias, second.mask), rest[0] if rest else None

@@ -9,7 +9,19 @@ from torch import Tensor, nn
 
 from fastmaf.convert.converted import ConditionalBlock, ConvertedFlow
 from fastmaf.convert.network import Affine, Network, NotConvertibleError
-from fastmaf.convert.parts import affine_block, base_of, kind, normalised, outputs_of, slope_of, spline_block
+from fastmaf.convert.parts import (
+    affine_block,
+    base_of,
+    expected,
+    kind,
+    masked,
+    normalised,
+    not_in_place,
+    outputs_of,
+    slope_of,
+    spline_block,
+)
+from fastmaf.convert.source import converter
 from fastmaf.kernels import AffineMap
 from fastmaf.transforms import (
     AffineAutoregressive,
@@ -59,6 +71,7 @@ class NormflowsFlow(ConvertedFlow):
         return source.forward(source.q0.loc + source.q0.log_scale.exp() * z)  # type: ignore[no-any-return]
 
 
+@converter("normflows", ("flows", "q0"))
 def from_normflows(flow: nn.Module) -> NormflowsFlow:
     """Converts a ``normflows.NormalizingFlow`` of masked affine autoregressive flows, permutations and activation
     normalisations.
@@ -87,6 +100,9 @@ def from_normflows(flow: nn.Module) -> NormflowsFlow:
     layers, base = getattr(flow, "flows", None), getattr(flow, "q0", None)
     if layers is None or base is None:
         raise NotConvertibleError(f"{kind(flow)} is no normflows.NormalizingFlow")
+    own = next((one.__name__ for one in type(flow).__mro__ if one.__module__.startswith("normflows.")), None)
+    if own != "NormalizingFlow":
+        raise NotConvertibleError(f"{kind(flow)} cannot be converted; expected a normflows.NormalizingFlow")
     if type(base).__name__ != "DiagGaussian" or base.n_dim != 1 or base.temperature is not None:
         raise NotConvertibleError(f"the base {kind(base)} cannot be converted; supported is a DiagGaussian of vectors")
     # From data to the base, the last layer first.
@@ -122,7 +138,7 @@ def _block(layer: Any) -> Parts:
         raise NotConvertibleError(f"the network {kind(made)} with {kind(made.preprocessing)} cannot be converted")
     if hasattr(made, "context_layer"):
         raise NotConvertibleError("a context of normflows multiplies within the blocks, which no ReLU does")
-    first = made.initial_layer
+    first = masked(made.initial_layer)
     features = first.in_features
     degrees = first.mask.new_tensor(range(1, features + 1)).long()
     if bool((made.final_layer.mask[::2].sum(1).diff() < 0).any()):
@@ -133,8 +149,10 @@ def _block(layer: Any) -> Parts:
         if type(block).__name__ == "MaskedResidualBlock":
             h = _residual(network, h, block)
         else:
+            expected(block, "MaskedFeedforwardBlock")
+            expected(block.dropout, "Dropout", "Identity")
             h = normalised(h, block.batch_norm) if block.batch_norm else h
-            linear = block.linear
+            linear = masked(block.linear)
             h = network.linear(network.plain(h), linear.weight, linear.bias, linear.mask)
             h, _ = network.activation(slope_of(block.activation), h)
     if type(layer).__name__ == "MaskedPiecewiseRationalQuadraticAutoregressive":
@@ -146,6 +164,8 @@ def _block(layer: Any) -> Parts:
 
 
 def _spline(layer: Any) -> SplineMap:
+    if hasattr(layer.autoregressive_net, "hidden_features"):
+        raise NotConvertibleError("a spline that divides by a number of hidden features cannot be converted")
     if layer.tails != "linear" or isinstance(layer.tail_bound, Tensor):
         raise NotConvertibleError(f"a spline with tails {layer.tails!r} of several bounds cannot be converted")
     if not layer.min_bin_width == layer.min_bin_height == layer.min_derivative:
@@ -156,7 +176,10 @@ def _spline(layer: Any) -> SplineMap:
 
 def _residual(network: Network, h: Affine, block: Any) -> Affine:
     slope, norms = slope_of(block.activation), block.batch_norm_layers if block.use_batch_norm else None
-    first, second = block.linear_layers
+    if norms is None:
+        not_in_place(block.activation)
+    expected(block.dropout, "Dropout", "Identity")
+    first, second = map(masked, block.linear_layers)
     value, [h] = network.activation(slope, h if norms is None else normalised(h, norms[0]), [h])
     value = network.linear(value, first.weight, first.bias, first.mask)
     value, [h] = network.activation(slope, value if norms is None else normalised(value, norms[1]), [h])

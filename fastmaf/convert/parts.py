@@ -52,8 +52,43 @@ def slope_of(activation: Any) -> float:
     raise NotConvertibleError(f"the activation {name} cannot be converted exactly; supported are {SUPPORTED}")
 
 
+def not_in_place(activation: Any) -> Any:
+    """Returns an activation of which a residual block needs the input afterwards.
+
+    Raises:
+        NotConvertibleError: it overwrites its input.
+    """
+    partial = isinstance(activation, functools.partial)
+    if activation.keywords.get("inplace") if partial else getattr(activation, "inplace", False):
+        raise NotConvertibleError("an activation in place changes what a residual block adds to, and is not converted")
+    return activation
+
+
+def masked(layer: Any) -> Any:
+    """Returns a masked linear layer.
+
+    Raises:
+        NotConvertibleError: it is another layer.
+    """
+    if not any(one.__name__ == "MaskedLinear" for one in type(layer).__mro__) or layer.bias is None:
+        raise NotConvertibleError(f"the layer {kind(layer)} cannot be converted; expected a MaskedLinear with a bias")
+    return layer
+
+
+def expected(module: Any, *names: str) -> Any:
+    """Returns a module of a class of one of these names.
+
+    Raises:
+        NotConvertibleError: it is of another class.
+    """
+    if type(module).__name__ not in names:
+        raise NotConvertibleError(f"{kind(module)} cannot be converted; expected {' or '.join(names)}")
+    return module
+
+
 def normalised(h: Affine, norm: nn.BatchNorm1d) -> Affine:
     """Returns a batch normalisation with its running statistics."""
+    expected(norm, "BatchNorm1d")
     if norm.running_mean is None or norm.running_var is None:
         raise NotConvertibleError("a batch normalisation without running statistics depends on the batch")
     scale = (norm.running_var + norm.eps).rsqrt()
@@ -65,7 +100,7 @@ def normalised(h: Affine, norm: nn.BatchNorm1d) -> Affine:
 
 def outputs_of(network: Network, h: Affine, layer: Any, count: int) -> list[Affine]:
     """Returns the outputs of a last layer with ``count`` rows for each dimension, side by side."""
-    h, mask = network.plain(h), layer.mask
+    h, mask = network.plain(h), masked(layer).mask
     return [network.linear(h, layer.weight[i::count], layer.bias[i::count], mask[i::count]) for i in range(count)]
 
 
@@ -122,6 +157,8 @@ def block_of(
 def _zero_log_scale(affine_map: AffineMap) -> float:
     """Returns the raw output whose log-scale is zero."""
     name, rest = affine_map.names[1], 1 - affine_map.epsilon
+    if rest <= 0:
+        raise NotConvertibleError(f"a context of scales of at least {affine_map.epsilon} cannot be converted")
     if name == "softplus":
         return math.log(math.expm1(rest))
     if name == "sigmoid":

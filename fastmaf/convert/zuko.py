@@ -13,7 +13,8 @@ from torch.distributions import Distribution, constraints
 
 from fastmaf.convert.converted import ConditionalBlock, ConvertedFlow
 from fastmaf.convert.network import Affine, Network, NotConvertibleError
-from fastmaf.convert.parts import affine_block, base_of, kind, outputs_of, slope_of, spline_block
+from fastmaf.convert.parts import affine_block, base_of, expected, kind, masked, outputs_of, slope_of, spline_block
+from fastmaf.convert.source import converter
 from fastmaf.kernels import AffineMap
 from fastmaf.transforms import ElementwiseAffine, SplineMap, Transform
 
@@ -92,6 +93,7 @@ class ZukoFlow(ConvertedFlow):
         return source.transform(context).inv(base.mean + base.stddev * z)  # type: ignore[no-any-return]
 
 
+@converter("zuko", ("transform", "base"))
 def from_zuko(flow: nn.Module) -> ZukoFlow:
     """Converts a ``zuko.flows.MAF``, or another flow of masked affine autoregressive transforms.
 
@@ -119,9 +121,12 @@ def from_zuko(flow: nn.Module) -> ZukoFlow:
     transform, base = getattr(flow, "transform", None), getattr(flow, "base", None)
     if transform is None or base is None:
         raise NotConvertibleError(f"{kind(flow)} is no zuko.flows.Flow")
-    distribution = base()
-    if type(distribution).__name__ != "DiagNormal":
-        raise NotConvertibleError(f"the base {kind(distribution)} cannot be converted; supported is DiagNormal")
+    distribution = expected(base, "UnconditionalDistribution")()
+    vectors = not distribution.batch_shape and len(distribution.event_shape) == 1
+    if _name_of(type(distribution)) != "DiagNormal" or not vectors:
+        raise NotConvertibleError(
+            f"the base {kind(distribution)} cannot be converted; supported is a DiagNormal of vectors"
+        )
     parts = _parts(transform)
     [features] = distribution.event_shape
     return ZukoFlow(features, [*parts, *base_of(distribution.mean, distribution.stddev)], flow)
@@ -141,18 +146,24 @@ def _parts(transform: Any) -> Parts:
     raise NotConvertibleError(f"the transform {kind(transform)} cannot be converted exactly")
 
 
+def _name_of(cls: Any) -> str:
+    """Returns the name of a class of zuko; of others, with their module."""
+    name, module = getattr(cls, "__name__", None) or kind(cls), str(getattr(cls, "__module__", ""))
+    return name if module.startswith("zuko.") else f"{module}.{name}"
+
+
 def _univariate(univariate: Any, shapes: Any) -> AffineMap | SplineMap:
     """Returns the element-wise map of a transform, with the constants of the installed version."""
     function, options = univariate, {}
     if isinstance(univariate, functools.partial) and not univariate.args:
         function, options = univariate.func, univariate.keywords
-    name = getattr(function, "__name__", None) or kind(function)
+    name = _name_of(function)
     if name not in ("MonotonicAffineTransform", "MonotonicRQSTransform") or set(options) - {"slope", "bound"}:
         raise NotConvertibleError(f"the univariate transformation {name} is neither affine nor a spline")
     parameters = inspect.signature(function).parameters
     values = {key: options.get(key, parameters[key].default) for key in ("slope", "bound") if key in parameters}
     if name == "MonotonicAffineTransform":
-        return AffineMap.of("scale_first", "soft_clip", limit=-math.log(values["slope"]))
+        return AffineMap.of("scale_first", "soft_clip", limit=abs(math.log(values["slope"])))
     bound = float(values["bound"])
     return SplineMap(shapes[0][0], -bound, bound, tails=True, least=values["slope"], squash=True)
 
@@ -167,9 +178,10 @@ def _block(transform: Any) -> Parts:
     univariate = _univariate(transform.univariate, transform.shapes)
     if transform.order is None:
         raise NotConvertibleError("an adjacency matrix is no order of the features")
-    layers, features = list(transform.hyper), len(transform.order)
-    if type(layers[0]).__name__ != "MaskedLinear":
-        raise NotConvertibleError(f"the layer {kind(layers[0])} cannot be converted")
+    if int(transform.order.max()) >= transform.passes:
+        raise NotConvertibleError(f"{transform.passes} passes do not invert an order of more")
+    layers, features = list(expected(transform.hyper, "MaskedMLP")), len(transform.order)
+    masked(layers[0])
     passed = layers[0].in_features - features
     inputs = torch.cat([torch.zeros(passed, dtype=torch.int64), transform.order.cpu() + 1])
     network = Network(inputs, layers[0].weight)
@@ -180,8 +192,9 @@ def _block(transform: Any) -> Parts:
             columns = torch.arange(passed + features).roll(passed)
             weight, mask = layer.weight[:, columns], layer.mask[:, columns]
             h = network.linear(network.units(0, passed + features), weight, layer.bias, mask)
-        elif name == "MaskedLinear":
+        elif name.endswith("MaskedLinear"):
             assert h is not None
+            masked(layer)
             h = network.linear(network.plain(h), layer.weight, layer.bias, layer.mask)
         elif name == "Residual":
             assert h is not None
@@ -201,6 +214,7 @@ def _block(transform: Any) -> Parts:
 
 def _residual(network: Network, h: Affine, layers: list[Any]) -> Affine:
     first, activation, second = layers
+    masked(first), masked(second)
     h = network.plain(h)
     value = network.linear(h, first.weight, first.bias, first.mask)
     value, [h] = network.activation(slope_of(activation), value, [h])

@@ -282,14 +282,78 @@ def refused() -> Iterator[tuple[str, Callable[[], nn.Module], str]]:
     adjacency = torch.ones(4, 4, dtype=torch.bool).tril()
     yield "adjacency", lambda: maf_of(adjacency=adjacency), "adjacency"
     yield "tanh", lambda: zuko.flows.MAF(4, activation=nn.Tanh), "activation Tanh"
-    glow = normflows.flows.MaskedAffineAutoregressive(4, 8, context_features=2)
-    yield "context", lambda: normal_flow(glow), "context of normflows"
+    glow = functools.partial(normflows.flows.MaskedAffineAutoregressive, 4, 8, context_features=2)
+    yield "context", lambda: normal_flow(glow()), "context of normflows"
     yield (
         "coupling",
         lambda: normal_flow(normflows.flows.AffineCouplingBlock(normflows.nets.MLP([2, 4, 4]))),
         "Coupling",
     )
     yield "nothing", lambda: nn.Linear(2, 2), "Linear"
+
+    def with_net(change: Callable[[Any], object], **options: Any) -> Callable[[], nn.Module]:
+        def make() -> nn.Module:
+            transform = affine(**options)
+            change(transform.autoregressive_net)
+            return of(transform)
+
+        return make
+
+    class Doubled(transforms.MaskedAffineAutoregressiveTransform):  # type: ignore[misc]
+        def _elementwise_forward(self, inputs: Tensor, params: Tensor) -> Any:
+            return super()._elementwise_forward(2 * inputs, params)
+
+    Doubled.__name__ = "MaskedAffineAutoregressiveTransform"
+    yield "method", lambda: of(Doubled(4, 8)), "overrides _elementwise_forward"
+    yield "log_prob", lambda: Shifted(affine(), normal), "overrides _log_prob"
+    yield "module", with_net(lambda _: None, activation=Tanh()), "overrides forward"
+    yield "hook", with_net(lambda net: net.initial_layer.register_forward_hook(print)), "forward hooks"
+    yield "weight_norm", with_net(lambda net: nn.utils.spectral_norm(net.final_layer)), "forward hooks"
+    parametrized = nn.utils.parametrizations.spectral_norm
+    yield "training", with_net(lambda net: parametrized(net.final_layer)), "call eval"
+    yield "patched", with_net(lambda net: setattr(net.final_layer, "forward", torch.zeros_like)), "forward replaced"
+    yield "layer", with_net(lambda net: setattr(net, "initial_layer", nn.Linear(4, 8))), "expected a MaskedLinear"
+    yield "block", with_net(lambda net: net.blocks.append(nn.Linear(8, 8))), "expected MaskedResidualBlock"
+    yield "bias", with_net(lambda net: setattr(net.final_layer, "bias", None)), "with a bias"
+    yield "in place", with_net(lambda _: None, activation=nn.ReLU(inplace=True)), "in place"
+    yield "NaN", with_net(lambda net: net.final_layer.weight.data.fill_(torch.nan)), "not finite"
+    yield "meta", lambda: nflows.Flow(affine(), distributions.StandardNormal([4])).to("meta"), "one device"
+    yield "dtypes", with_net(lambda net: net.final_layer.float()), "one dtype"
+    yield "features", lambda: nflows.Flow(affine(), distributions.StandardNormal([5])), "4 features, the flow 5"
+    yield "divided", divided, "number of hidden features"
+    yield "univariate", lambda: maf_of(univariate=Univariate), "neither affine nor"
+    yield "batch", batched, "DiagNormal of vectors"
+    yield "class", lambda: normflows.ClassCondFlow(normflows.distributions.DiagGaussian(4), []), "ClassCondFlow"
+
+
+def divided() -> nn.Module:
+    """A spline whose network says by how many features its outputs are divided."""
+    spline = transforms.MaskedPiecewiseRationalQuadraticAutoregressiveTransform(4, 8, tails="linear")
+    spline.autoregressive_net.hidden_features = 8
+    return nflows.Flow(spline, distributions.StandardNormal([4]))
+
+
+def batched() -> nn.Module:
+    """A flow with a batch of bases."""
+    base = zuko.lazy.UnconditionalDistribution(zuko.distributions.DiagNormal, torch.zeros(2, 4), torch.ones(2, 4))
+    return zuko.flows.Flow(zuko.flows.MaskedAutoregressiveTransform(4), base)  # type: ignore[no-any-return]
+
+
+class Shifted(nflows.Flow):  # type: ignore[misc]
+    def _log_prob(self, inputs: Tensor, context: Tensor | None) -> Tensor:
+        return super()._log_prob(inputs + 1, context)  # type: ignore[no-any-return]
+
+
+class Tanh(nn.ReLU):
+    def forward(self, input: Tensor) -> Tensor:
+        return input.tanh()
+
+
+class Univariate(zuko.transforms.MonotonicAffineTransform):  # type: ignore[misc]
+    pass
+
+
+Univariate.__name__ = "MonotonicAffineTransform"
 
 
 def maf_of(**options: Any) -> nn.Module:
@@ -316,3 +380,30 @@ def test_a_context_is_neither_forgotten_nor_invented() -> None:
         fastmaf.from_zuko(zuko.flows.MAF(3))(torch.randn(2))
     with pytest.raises(fastmaf.NotConvertibleError, match="context"):
         _ = flow.flow
+
+
+def test_edited_masks_and_subclasses_that_change_nothing() -> None:
+    class Named(nflows.Flow):  # type: ignore[misc]
+        def description(self) -> str:
+            return "a name"
+
+    transform = transforms.MaskedAffineAutoregressiveTransform(4, 8)
+    transform.autoregressive_net.initial_layer.mask *= 0.5
+    transform.autoregressive_net.blocks[0].linear_layers[0].mask[::2] = 0
+    source = Named(transform, distributions.StandardNormal([4])).requires_grad_(False)
+    flow, x = fastmaf.from_nflows(source), torch.randn(9, 4)
+    close(flow.log_prob(x), source.log_prob(x))
+    assert not any(parameter.requires_grad for parameter in flow.parameters())
+
+
+def test_flows_without_parameters() -> None:
+    source = nflows.Flow(transforms.RandomPermutation(4), distributions.StandardNormal([4]))
+    flow = fastmaf.from_nflows(source)
+    close(seeded(lambda: flow.sample(3)), seeded(lambda: source.sample(3)))
+
+
+def test_the_width_of_x_is_checked_with_a_context_too() -> None:
+    transform = transforms.MaskedAffineAutoregressiveTransform(4, 8, context_features=2)
+    flow = fastmaf.from_nflows(nflows.Flow(transform, distributions.StandardNormal([4])))
+    with pytest.raises(ValueError, match=r"expected a tensor \[N, 4\]; found \[3, 5\]"):
+        flow.log_prob(torch.randn(3, 5), torch.randn(3, 2))

@@ -1,0 +1,98 @@
+"""Checks of a source: that its modules compute what the classes of their library do."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable, Collection, Iterator
+from typing import Any, TypeVar
+
+import torch
+from torch import nn
+
+from fastmaf.convert.network import NotConvertibleError
+from fastmaf.convert.parts import kind
+
+Converted = TypeVar("Converted", bound=nn.Module)
+
+_HARMLESS = {"__init__", "__module__", "__doc__", "__dict__", "__weakref__", "__annotations__", "__qualname__"}
+_HARMLESS |= {"__repr__", "__parameters__", "__orig_bases__", "__abstractmethods__", "_abc_impl", "extra_repr"}
+_HARMLESS |= {"__firstlineno__", "__static_attributes__", "__slotnames__"}
+
+
+def converter(
+    library: str, uses: Collection[str]
+) -> Callable[[Callable[[nn.Module], Converted]], Callable[[nn.Module], Converted]]:
+    """Returns a decorator of a converter: it checks the source first, and names what the converter cannot read.
+
+    Args:
+        library: the package of the source.
+        uses: the submodules of the source that are converted; others, such as embedding nets, are not checked.
+    """
+
+    def decorate(convert: Callable[[nn.Module], Converted]) -> Callable[[nn.Module], Converted]:
+        @functools.wraps(convert)
+        def checked(flow: nn.Module) -> Converted:
+            if all(hasattr(flow, name) for name in uses):
+                check_source(flow, library, uses)
+            try:
+                result = convert(flow)
+            except NotConvertibleError:
+                raise
+            except (AttributeError, TypeError, ValueError) as error:  # its parts are not those of the library
+                raise NotConvertibleError(f"{kind(flow)} cannot be converted: {error}") from error
+            parameters = list(flow.parameters())
+            if parameters and not any(one.requires_grad for one in parameters):
+                result.requires_grad_(False)
+            return result
+
+        return checked
+
+    return decorate
+
+
+def check_source(flow: nn.Module, library: str, uses: Collection[str]) -> None:
+    """Checks every module of a source that is converted.
+
+    Raises:
+        NotConvertibleError: a class overrides a method of the library, a module has forward hooks or a replaced
+            method, or a tensor has no numbers; the message names it.
+    """
+    modules = {name: module for name, module in flow.named_modules() if not name or name.split(".")[0] in uses}
+    for name, module in modules.items():
+        _check_module(f"{name or 'the flow'}, {kind(module)},", module, library)
+    tensors = dict(_tensors(modules))
+    if len(devices := {str(one.device) for one in tensors.values()}) > 1 or "meta" in devices:
+        raise NotConvertibleError(f"expected all tensors on one device, with values; found {sorted(devices)}")
+    weights = {name: one for name, one in tensors.items() if isinstance(one, nn.Parameter)}
+    if len(dtypes := {str(one.dtype) for one in weights.values()}) > 1:
+        raise NotConvertibleError(f"expected parameters of one dtype; found {sorted(dtypes)}")
+    for name, tensor in tensors.items():
+        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+            raise NotConvertibleError(f"{name} contains numbers that are not finite")
+
+
+def _tensors(modules: dict[str, nn.Module]) -> Iterator[tuple[str, torch.Tensor]]:
+    for prefix, module in modules.items():
+        for part in (module.named_parameters(recurse=False), module.named_buffers(recurse=False)):
+            for name, tensor in part:
+                yield f"{prefix}.{name}" if prefix else name, tensor
+
+
+def _check_module(name: str, module: Any, library: str) -> None:
+    known = [one for one in type(module).__mro__ if one.__module__.partition(".")[0] in (library, "torch")]
+    for one in type(module).__mro__:
+        if one in known or one is object:
+            continue
+        for attribute in set(vars(one)) - _HARMLESS:
+            if any(attribute in vars(base) for base in known):
+                raise NotConvertibleError(f"{name} overrides {attribute} and cannot be converted")
+    for attribute in vars(module):
+        if inspect.isroutine(getattr(type(module), attribute, None)):
+            raise NotConvertibleError(f"{name} has its {attribute} replaced and cannot be converted")
+    if module._forward_hooks or module._forward_pre_hooks:
+        raise NotConvertibleError(
+            f"{name} has forward hooks, such as those of weight_norm, spectral_norm and pruning; remove them first"
+        )
+    if module.training and nn.utils.parametrize.is_parametrized(module):
+        raise NotConvertibleError(f"{name} has parametrizations in training mode; call eval() first")
