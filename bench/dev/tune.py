@@ -31,8 +31,8 @@ from fastmaf.bench.check import WrongResultError
 from fastmaf.bench.dev import one
 from fastmaf.bench.dev.resources import published_flow
 from fastmaf.kernels.triton_common import device
+from fastmaf.kernels.triton_common.graphs import recording_stream
 from fastmaf.kernels.triton_common.launch_table import TABLES, Launch, Table, family
-from fastmaf.training.cuda_graphs import _stream
 
 # Of these, an entry is timed by the first whose launches depend on it.
 OPS = (
@@ -187,7 +187,7 @@ def main() -> None:
     key = family(card[0])
     print(f"{torch.cuda.get_device_name()}: the table of {key}, precision {options.precision}")
     # Everything on the stream on which graphs are recorded: autograd runs backward on the stream of forward.
-    on_stream = torch.cuda.stream(_stream(torch.device("cuda", torch.cuda.current_device())))
+    on_stream = torch.cuda.stream(recording_stream(torch.device("cuda", torch.cuda.current_device())))
     with on_stream, ProcessPoolExecutor(options.workers, multiprocessing.get_context("spawn")) as pool:
         for entry in options.entry or Table._fields:
             tune(options, key, card, entry, pool)
