@@ -120,7 +120,8 @@ class ReplayedLogProb:
 
     Where graphs cannot be recorded, as on the CPU or with hooks on a module, it calls ``flow.log_prob``. Weights may be
     updated in place between calls. Whatever else a custom transform reads, other than parameters and buffers, keeps the
-    value that it had when the graph was recorded.
+    value that it had when the graph was recorded. A replay writes to the memory of its graph: threads that score at the
+    same time, or on several streams, need an object each.
 
     Args:
         flow: the model.
