@@ -117,7 +117,7 @@ def all_registers(warps: int, programs: int = 1) -> int:
     """Returns how many registers a thread can have where so many programs of so many warps share a multiprocessor: for
     ``maxnreg``, where the assembler, left to itself, would rather spill some so that more programs fit.
     """
-    return min(255, 65_536 // (32 * warps * programs) // 8 * 8)
+    return max(32, min(255, 65_536 // (32 * warps * programs) // 8 * 8))
 
 
 def cdiv(a: int, b: int) -> int:

@@ -341,6 +341,7 @@ def test_steps_and_minimize_in_turn_on_a_gpu() -> None:
     fused, adam = FusedAdam(flow.parameters(), **options), torch.optim.Adam(plain.parameters(), **options)
     for i in range(9):
         x = batch(i, dtype=torch.float32).cuda()
+        fused.zero_grad()
         WAYS[i % 3](flow, fused, -flow.log_prob(x).mean())
         with fastmaf.use_backend("torch"):
             backward_and_step(plain, adam, -plain.log_prob(x.double()).mean())

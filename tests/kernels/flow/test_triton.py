@@ -231,7 +231,7 @@ def test_an_inverse_that_is_replayed() -> None:
     flow.load_state_dict({key: value.clone() for key, value in flow.state_dict().items()}, assign=True)
     for seed in range(3):
         check(3, seed)
-    flow.transforms[1].permutation.copy_(torch.randperm(D))  # type: ignore[union-attr, operator]
+    flow.transforms[0].permutation.copy_(torch.randperm(D))  # type: ignore[union-attr, operator]
     check(3, 11)
     with torch.cuda.stream(torch.cuda.Stream()):
         for seed in range(3):

@@ -20,9 +20,15 @@ def test_compiled_programs_of_the_tests_have_several_warps(
         assert {entry.warps for entry in table if isinstance(entry, Launch)} == {warps}
 
 
-def test_the_default_is_what_a_card_has() -> None:
-    """Without a choice of the user's no card refuses, and none rounds operands to fewer digits than float32 errs by."""
-    assert launch_table.chosen_precision() == "auto"
+def test_the_default_is_full_precision() -> None:
+    """Without a choice of the user's no card refuses; ``"auto"`` takes what a card has."""
+    assert launch_table.chosen_precision() == "ieee"
+    assert precision(61) == precision(90) == "ieee"
+    with use_precision("auto"):
+        check_auto()
+
+
+def check_auto() -> None:
     found = {capability: precision(capability) for capability in (61, 70, 75, 80, 86, 89, 90, 120)}
     assert found == dict.fromkeys((61, 70, 75), "ieee") | dict.fromkeys((80, 86, 89, 90, 120), "tf32x3")
     with use_precision("ieee"):
@@ -37,7 +43,7 @@ def test_unknown_precisions_are_refused(name: str) -> None:
         use_precision(name)  # type: ignore[arg-type]
     for known in ("auto", "ieee", "tf32x3", "tf32", "bf16", repr(name)):
         assert known in str(caught.value)
-    assert launch_table.chosen_precision() == "auto", "a refused name changed the choice"
+    assert launch_table.chosen_precision() == "ieee", "a refused name changed the choice"
 
 
 def test_the_advice_of_a_refused_precision_can_be_followed() -> None:
