@@ -167,8 +167,6 @@ def products(
         first.
     """
     table, sms, precision = common.target(x)
-    if precision == "tf32x3" and g.shape[0] > table.most_samples:
-        precision = "ieee"  # on an H200, gradients of 1,024 samples lost the lower parts
     (n, out_features), in_features = g.shape, x.shape[1]
     few = n <= MOST_LANES
     if need_x and mode != "none" and not few:  # the gradient of x first: Adam changes the weight

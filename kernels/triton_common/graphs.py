@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import os
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
@@ -14,6 +15,8 @@ from torch import Tensor
 from fastmaf.kernels.tensor_cache import cached
 from fastmaf.kernels.triton_common import launch_table
 
+# Without torch's allocator, as under compute-sanitizer, memory cannot be allocated while a graph is recorded.
+_NO_GRAPHS = bool(os.environ.get("PYTORCH_NO_CUDA_MEMORY_CACHING"))
 MOST_GRAPHS = 4  # of one owner; each has memory of its own
 
 Run: TypeAlias = Callable[..., tuple[Tensor, ...]]
@@ -45,7 +48,7 @@ def replayed(
         held: tensors whose addresses the key has and which nothing else may keep alive.
     """
     device = inputs[0].device
-    if device.type != "cuda" or launch_table.recorded_card is not None:
+    if device.type != "cuda" or launch_table.recorded_card is not None or _NO_GRAPHS:
         return run(*inputs)
     with torch.cuda.device(device):
         if torch.cuda.is_current_stream_capturing():

@@ -110,7 +110,7 @@ class use_precision:
     """Chooses how the Triton kernels multiply float32 matrices, from now on or for the length of a ``with`` block.
 
     Sums are float32 in all of them, and so is everything but the matrix products; up to eight samples are always
-    multiplied in full float32.
+    multiplied in full float32::
 
         ``"ieee"``    plain float32 multiply-adds, without matrix units: the default
         ``"auto"``    ``"tf32x3"`` on compute capability 8.0 and newer, ``"ieee"`` on older cards
@@ -119,8 +119,8 @@ class use_precision:
         ``"tf32"``    one product of TF32 matrix units
         ``"bf16"``    operands rounded to bfloat16
 
-    Gradients of more samples than a program takes at once (64) are formed as by ``"ieee"`` in place of ``"tf32x3"``:
-    on an H200 those of 1,024 samples had errors of 1e-3 with it.
+    A hidden unit whose sum is almost zero may be above it in one precision and below in another, with gradients of its
+    sample to match: with 1,024 samples this moved gradients of weights by 1e-3 once, on an H200.
 
     Norm-wise errors against float64, measured on an H100 with trained weights of 12,288 dimensions and 64 samples, and
     what ``"tf32x3"`` and ``"auto"`` therefore cost:
