@@ -120,7 +120,7 @@ class use_precision:
         ``"bf16"``    operands rounded to bfloat16
 
     A hidden unit whose sum is almost zero may be above it in one precision and below in another, with gradients of its
-    sample to match: with 1,024 samples this moved gradients of weights by 1e-3 once, on an H200.
+    sample to match: so, it seems, gradients of weights were moved by 1e-3 with 1,024 samples on an H200.
 
     Norm-wise errors against float64, measured on an H100 with trained weights of 12,288 dimensions and 64 samples, and
     what ``"tf32x3"`` and ``"auto"`` therefore cost:
