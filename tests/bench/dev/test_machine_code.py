@@ -128,7 +128,7 @@ print(json.dumps({
 @pytest.mark.slow
 @pytest.mark.parametrize("arch", [61, 90])
 def test_the_loop_of_a_real_kernel(arch: int, tmp_path: Path) -> None:
-    """The product of one sample: a thread of 128 takes 32 of the 256 x 16 weights in an iteration."""
+    """The product of one sample: a thread of 32 takes 64 of the 128 x 16 weights in an iteration."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     environment |= {"TRITON_CACHE_DIR": str(tmp_path), "PYTHONWARNINGS": "ignore"}
     command = [sys.executable, "-c", _REPORT, str(arch)]
@@ -138,7 +138,7 @@ def test_the_loop_of_a_real_kernel(arch: int, tmp_path: Path) -> None:
     assert run.returncode == 0, run.stderr[-3000:]
     found: dict[str, Any] = json.loads(run.stdout)
     assert [loop[:2] for loop in found["loops"]] == [[0, None]]
-    assert found["loops"][0][2][0].startswith("device.py:")
-    assert (found["weights"], found["float"], found["local"]) == (8, 32, 0)
+    assert found["loops"][0][2][0].startswith("few_samples.py:")
+    assert (found["weights"], found["float"], found["local"]) == (16, 64, 0)
     assert found["integer"] > 0 and found["exits"] > 0
     assert 32 <= found["registers"] <= 128

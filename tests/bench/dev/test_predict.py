@@ -176,4 +176,5 @@ def test_predictions_from_the_librarys_launches(tmp_path: Path) -> None:
         # The inverse loads the addresses of its weights, and reads each from memory once where the cache is too small.
         assert (found[f"sample 1 of {blocks}"][2] * H100.dram > 0.99 * stored) == (stored > H100.cache_size)
     assert found["sample 1 of 2"][1] > 1.6 * found["sample 1 of 1"][1], "blocks are sampled one after another"
-    assert found["slower sample of 1"] > 1.2 * found["sample 1 of 1"][1], "a sample waits for loads"
+    ratio = found["slower sample of 1"] / found["sample 1 of 1"][1]
+    assert 1.05 < ratio < 1.5, "a sample waits for loads, most of which are ahead of their use"
