@@ -64,8 +64,13 @@ def test_every_kernel_is_there_in_every_mode(reports: list[Report]) -> None:
     for precision in precisions:
         of_precision = [one for one in layers if one["options"]["PRECISION"] == precision]
         assert {one["kernel"] for one in of_precision} == {FORWARD, AFFINE, BACKWARD}, precision
-        modes = {one["options"]["WEIGHT"] for one in of_precision if "WEIGHT" in one["options"]}
-        assert modes == {"none", "store", "adam", "norm"}, precision
+    # Gradients of weights are matrix products of more samples than are compiled here.
+    assert {one["options"]["WEIGHT"] for one in reports if "WEIGHT" in one["options"]} == {
+        "none",
+        "store",
+        "adam",
+        "norm",
+    }
     for kernel in (AHEAD, SOLVE):
         inverse = [one["options"] for one in reports if one["kernel"] == kernel]
         assert {one["W_TYPE"] for one in inverse} == {"fp32", "bf16", "uint8"}, kernel
