@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from fastmaf.convert.converted import ConditionalBlock, ConvertedFlow
-from fastmaf.convert.network import Affine, Network, NotConvertibleError
+from fastmaf.convert.network import Network, NotConvertibleError
 from fastmaf.convert.parts import (
     affine_block,
     base_of,
@@ -17,8 +17,8 @@ from fastmaf.convert.parts import (
     kind,
     masked,
     normalised,
-    not_in_place,
     outputs_of,
+    residual,
     slope_of,
     spline_block,
 )
@@ -188,7 +188,7 @@ def _block(transform: Any) -> Parts:
         h, _ = network.activation(slope, h)
     for block in made.blocks:
         if made.use_residual_blocks:
-            h, context = _residual(network, h, context, expected(block, "MaskedResidualBlock"))
+            h, context = residual(network, h, context, expected(block, "MaskedResidualBlock"))
         else:
             expected(block, "MaskedFeedforwardBlock")
             expected(block.dropout, "Dropout", "Identity")
@@ -215,19 +215,3 @@ def _spline(transform: Any) -> SplineMap:
     tails = transform.tails == "linear"
     low, high = (-transform.tail_bound, transform.tail_bound) if tails else (0.0, 1.0)
     return SplineMap(transform.num_bins, float(low), float(high), tails, transform.min_derivative, squash=False)
-
-
-def _residual(network: Network, h: Affine, context: Affine | None, block: Any) -> tuple[Affine, Affine | None]:
-    slope, rest = slope_of(block.activation), [] if context is None else [context]
-    norms = block.batch_norm_layers if block.use_batch_norm else None
-    if norms is None:
-        not_in_place(block.activation)
-    expected(block.dropout, "Dropout", "Identity")
-    value, [h, *rest] = network.activation(slope, h if norms is None else normalised(h, norms[0]), [h, *rest])
-    first, second = map(masked, block.linear_layers)
-    value = network.linear(value, first.weight, first.bias, first.mask)
-    if rest:
-        layer = expected(block.context_layer, "Linear")
-        value = value + network.linear(rest[0], layer.weight, layer.bias)
-    value, [h, *rest] = network.activation(slope, value if norms is None else normalised(value, norms[1]), [h, *rest])
-    return h + network.linear(value, second.weight, second.bias, second.mask), rest[0] if rest else None

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from fastmaf.convert.converted import ConditionalBlock, ConvertedFlow
-from fastmaf.convert.network import Affine, Network, NotConvertibleError
+from fastmaf.convert.network import Network, NotConvertibleError
 from fastmaf.convert.parts import (
     affine_block,
     base_of,
@@ -16,8 +16,8 @@ from fastmaf.convert.parts import (
     kind,
     masked,
     normalised,
-    not_in_place,
     outputs_of,
+    residual,
     slope_of,
     spline_block,
 )
@@ -147,7 +147,7 @@ def _block(layer: Any) -> Parts:
     h = network.linear(network.units(0, features), first.weight, first.bias, first.mask)
     for block in made.blocks:
         if type(block).__name__ == "MaskedResidualBlock":
-            h = _residual(network, h, block)
+            h, _ = residual(network, h, None, block)
         else:
             expected(block, "MaskedFeedforwardBlock")
             expected(block.dropout, "Dropout", "Identity")
@@ -172,15 +172,3 @@ def _spline(layer: Any) -> SplineMap:
         raise NotConvertibleError("a spline whose smallest bins and smallest derivatives differ cannot be converted")
     bound = float(layer.tail_bound)
     return SplineMap(layer.num_bins, -bound, bound, True, layer.min_derivative, squash=False)
-
-
-def _residual(network: Network, h: Affine, block: Any) -> Affine:
-    slope, norms = slope_of(block.activation), block.batch_norm_layers if block.use_batch_norm else None
-    if norms is None:
-        not_in_place(block.activation)
-    expected(block.dropout, "Dropout", "Identity")
-    first, second = map(masked, block.linear_layers)
-    value, [h] = network.activation(slope, h if norms is None else normalised(h, norms[0]), [h])
-    value = network.linear(value, first.weight, first.bias, first.mask)
-    value, [h] = network.activation(slope, value if norms is None else normalised(value, norms[1]), [h])
-    return h + network.linear(value, second.weight, second.bias, second.mask)

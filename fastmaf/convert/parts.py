@@ -98,6 +98,23 @@ def normalised(h: Affine, norm: nn.BatchNorm1d) -> Affine:
     return h.scaled(scale, shift)
 
 
+def residual(network: Network, h: Affine, context: Affine | None, block: Any) -> tuple[Affine, Affine | None]:
+    """Returns a residual block of nflows or normflows, and the context in the new layer; dropout is left out."""
+    slope, rest = slope_of(block.activation), [] if context is None else [context]
+    norms = block.batch_norm_layers if block.use_batch_norm else None
+    if norms is None:
+        not_in_place(block.activation)
+    expected(block.dropout, "Dropout", "Identity")
+    value, [h, *rest] = network.activation(slope, h if norms is None else normalised(h, norms[0]), [h, *rest])
+    first, second = map(masked, block.linear_layers)
+    value = network.linear(value, first.weight, first.bias, first.mask)
+    if rest:
+        layer = expected(block.context_layer, "Linear")
+        value = value + network.linear(rest[0], layer.weight, layer.bias)
+    value, [h, *rest] = network.activation(slope, value if norms is None else normalised(value, norms[1]), [h, *rest])
+    return h + network.linear(value, second.weight, second.bias, second.mask), rest[0] if rest else None
+
+
 def outputs_of(network: Network, h: Affine, layer: Any, count: int) -> list[Affine]:
     """Returns the outputs of a last layer with ``count`` rows for each dimension, side by side."""
     h, mask = network.plain(h), masked(layer).mask
