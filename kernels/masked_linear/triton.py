@@ -93,13 +93,15 @@ def shape_of(like: Tensor, n: int, dtype: torch.dtype = torch.float32) -> Shape:
     options = {"BLOCK_N": samples, "LANES": lanes, "PRECISION": "ieee" if lanes else precision, "num_warps": one.warps}
     if not lanes and precision == "ieee":  # sums take twice the registers
         options["num_warps"] = max(4, one.warps)
+        options["maxnreg"] = common.all_registers(options["num_warps"], max(1, 96 // samples))
     if not lanes:  # pipelined, bfloat16 weights would be converted in the layout of an operand, which spills registers
         stages = one.stages if dtype == torch.float32 else 1
         options |= {"BLOCK_J": one.rows, "BLOCK_K": one.columns, "TILES": 1, "num_stages": stages}
         return Shape(samples, one.rows, one.columns, programs, options)
     tiles = max(1, one.stages * dtype.itemsize // 4)  # the tiles of a stage are loaded together, 16 bytes a thread
     options |= {"BLOCK_J": PANEL, "BLOCK_K": one.columns // tiles, "TILES": tiles, "num_stages": 1}
-    options["maxnreg"] = common.all_registers(one.warps, one.programs_per_sm)
+    resident = one.programs_per_sm if dtype.itemsize > 1 or n <= 1 else one.programs_per_sm * 5 // 6  # unpacking, again
+    options["maxnreg"] = common.all_registers(one.warps, resident)
     return Shape(samples, PANEL, one.columns, programs, options)
 
 
