@@ -96,7 +96,6 @@ def print_kernels(call: Call, repeats: int = 5) -> None:
 def rows_of(precision: str, options: argparse.Namespace, limits: dict[str, float]) -> Iterator[dict[str, object]]:
     """Times all cases in one precision, prints and yields them."""
     flow, device = one.flow_of(options), options.device
-    predicted = predictions(options.predicted) if precision == "ieee" else {}
     for case, call in calls(flow, options):
         machine.reset_peak(device)
         try:
@@ -112,7 +111,7 @@ def rows_of(precision: str, options: argparse.Namespace, limits: dict[str, float
             "batch": case.batch,
             "precision": precision,
             "graph_ms": f"{replay * 1e3:.4g}",
-            "predicted_ms": f"{predicted.get(case.label, float('nan')):.4g}",
+            "predicted_ms": "nan",
             "limit_ms": f"{limit * 1e3:.4g}",
             "call_ms": f"{call_s * 1e3:.4g}",
             "best_call_ms": f"{min(times) * 1e3:.4g}",
@@ -120,10 +119,20 @@ def rows_of(precision: str, options: argparse.Namespace, limits: dict[str, float
             "peak_gb": f"{machine.peak_bytes(device) / 1e9:.3f}",
             "repeats": len(times),
         }
+        add_predictions([row], options.predicted)
         print("  ".join(f"{name} {value}" for name, value in row.items()) + note, flush=True)
         if options.profile and device == "cuda":
             print_kernels(call)
         yield row
+
+
+def add_predictions(rows: list[dict[str, object]], file: Path | None) -> None:
+    """Writes into the rows what has been predicted by now: the processors predict while the GPU is timed."""
+    predicted = predictions(file)
+    for row in rows:
+        label = f"{row['case']} {row['batch']}"
+        if row["precision"] == "ieee" and label in predicted:
+            row["predicted_ms"] = f"{predicted[label]:.4g}"
 
 
 def write(path: Path, about: Mapping[str, object], rows: list[dict[str, object]]) -> None:
@@ -160,6 +169,7 @@ def main() -> None:
         with fastmaf.use_backend("triton"), fastmaf.use_precision(precision):
             for row in rows_of(precision, options, limits):
                 rows.append(row)
+                add_predictions(rows, options.predicted)
                 if options.out:  # after each: the next one may not fit into the time
                     write(options.out, {**about, **limits}, rows)
 

@@ -32,14 +32,16 @@ def train_twice(device: str, max_grad_norm: float | None, sizes: list[int]) -> N
         losses.append([step(x).nll for x in batches(device, sizes)])
         flows.append(flow)
         states.append(optimizer.state_dict()["state"])
-    # In a clipped step the biases are updated by torch without graphs, and by the kernel with them.
-    close = {"rtol": 0.0, "atol": 0.0} if max_grad_norm is None else {"rtol": 1e-5, "atol": 1e-7}
-    torch.testing.assert_close(losses[0], losses[1], **close)
-    for a, b in zip(flows[0].parameters(), flows[1].parameters(), strict=True):
-        torch.testing.assert_close(a, b, **close)
-    for key, tensors in states[0].items():
-        for name, value in tensors.items():
-            torch.testing.assert_close(value.cpu(), states[1][key][name].cpu(), **close)
+    # In a clipped step the biases are updated by torch without graphs, and by the kernel with them: a moment that
+    # is the difference of large ones then has their rounding errors, so tensors are compared norm-wise.
+    pairs = [(torch.tensor(losses[0]), torch.tensor(losses[1]))]
+    pairs += list(zip(flows[0].parameters(), flows[1].parameters(), strict=True))
+    pairs += [(value, states[1][key][name]) for key, tensors in states[0].items() for name, value in tensors.items()]
+    for a, b in pairs:
+        if max_grad_norm is None:
+            assert torch.equal(a, b.to(a.device))
+        else:
+            assert (a - b.to(a.device)).norm() <= 1e-5 * a.norm()
 
 
 @on_gpu
