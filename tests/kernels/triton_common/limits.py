@@ -61,6 +61,10 @@ FAULTS = [
     Limit("converted", 1, SOLVE),
     Limit("barriers", 16, SOLVE, {"arch": "61"}),
     Limit("barriers", 30, SOLVE, {"arch": "61", "BLOCK_N": "2"}),
+    # By matrix products, the gradient of a tile has another layout than the loads of weights and moments, which then go
+    # through shared memory: three of each way, and prefixes.
+    Limit("converted", 7, BACKWARD, {"WEIGHT": "adam", "LANES": "False"}),
+    Limit("barriers", 14, BACKWARD, {"WEIGHT": "adam", "LANES": "False"}),
     # 16 bytes of a panel and one column are all that there is.
     Limit("narrow", 1, AHEAD, {"W_TYPE": "uint8", "LANES": "False"}),
 ]
