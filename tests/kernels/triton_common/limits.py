@@ -7,8 +7,8 @@ from typing import Any, NamedTuple
 
 # The most registers a thread may take, by the samples of a program's tile (0: any): a multiprocessor has 65,536.
 REGISTERS: dict[str, dict[int, int]] = {
-    # Up to 8 samples, 12 programs of a warp on a multiprocessor, or 10 that take 4 samples and unpack weights of a byte;
-    # the sums of 32 and more take most registers.
+    # Up to 8 samples, 12 programs of a warp on a multiprocessor, or 10 that unpack bytes for 4 samples; the sums of 32
+    # and more take most registers.
     "_masked_linear_fwd_kernel": {1: 128, 2: 168, 4: 200, 8: 168, 16: 128, 32: 255, 64: 255},
     "_affine_output_fwd_kernel": {1: 128, 2: 168, 4: 200, 8: 168, 16: 128, 32: 255, 64: 255},
     "_masked_linear_bwd_kernel": {0: 255},  # weight, moments and both products: 2 or 3 programs, much in flight
