@@ -15,8 +15,10 @@ from torch import Tensor
 
 from fastmaf.kernels.adam.update import Update
 from fastmaf.kernels.affine_output.args import AffineArgs, AffineBatch
+from fastmaf.kernels.affine_output.torch import grad_product, product_batch
 from fastmaf.kernels.dispatch import implementation
 from fastmaf.kernels.masked_linear.args import LinearArgs, LinearBatch
+from fastmaf.kernels.masked_linear.torch import grad_activation
 
 
 class FactoredGrad(NamedTuple):
@@ -48,6 +50,20 @@ class FactoredGrad(NamedTuple):
         With a scale other than 1 only the step is valid, not the gradients that are returned.
         """
         return self._backend().adam_(self.batch, self.args, need_inputs, update._replace(scale=self.scale))
+
+    def as_product(self) -> tuple[FactoredGrad, Tensor | None]:
+        """Returns the gradient as that of a layer without activation, which depends on two matrices alone: the factors
+        ``batch.grad_y`` ``[N, out]`` and ``batch.x`` ``[N, in]``. Beside it, of an output layer, stands the gradient of
+        ``x`` through the element-wise map.
+        """
+        if isinstance(self.batch, AffineBatch):
+            assert isinstance(self.args, AffineArgs)
+            g, direct = grad_product(self.batch, self.args)
+            return FactoredGrad("masked_linear", product_batch(g, self.batch), self.args.linear, self.scale), direct
+        assert isinstance(self.args, LinearArgs)
+        g = grad_activation(self.batch.grad_y, self.batch.y, self.args.activation)
+        batch, args = LinearBatch(g, self.batch.x, g), self.args._replace(activation="identity")
+        return FactoredGrad("masked_linear", batch, args, self.scale), None
 
     def scaled(self, factor: float) -> FactoredGrad:
         """Returns ``factor`` times this gradient."""

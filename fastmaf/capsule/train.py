@@ -28,6 +28,7 @@ from fastmaf.io.marks import CURVE
 from fastmaf.io.outputs import Output, check_outputs, picture, table
 from fastmaf.io.outputs import model as model_kind
 from fastmaf.io.run_folder import check_disk, run_folder
+from fastmaf.processes import device_of, started_together, was_restarted
 from fastmaf.training.checkpoints import MODEL_FILE, STATE_FILE, refuse_unfinished
 
 
@@ -66,6 +67,10 @@ def train(
     bit. Model and log of a finished run in ``out`` stay until the first checkpoint of the new run is complete, and are
     kept as ``*.previous.*``. ``out`` is locked during training: a second run is refused.
 
+    Where ``torchrun`` has started several processes, each takes its share of every batch, and the first one writes:
+    the run equals that of one process to rounding, and can be resumed by any number of them. Processes that
+    ``torchrun`` starts again, after one has failed, continue from the last checkpoint.
+
     Args:
         data: folder with ``train/good``.
         out: folder for the model, the log and the curve.
@@ -89,22 +94,26 @@ def train(
     """
     out, config = Path(out), config or TrainConfig()
     with contextlib.ExitStack() as stack:
-        if not locked:
+        together = stack.enter_context(started_together(place := device_of(device)))
+        progress = progress and together.is_first
+        resume = resume or (was_restarted() and (out / STATE_FILE).exists())
+        if together.is_first and not locked:
             stack.enter_context(run_folder(out, "training", LOG_FILE, CURVE_FILE))
             check_outputs(outputs_of(out, resume=resume))
-        if not resume:
+        if together.is_first and not resume:
             refuse_unfinished(out)
         images = load_train(data, size=config.size, skip_bad=skip_bad, progress=progress)
-        for text in images.notes:
+        for text in images.notes if together.is_first else ():
             note(text)
         split = torch.randperm(len(images), generator=torch.Generator().manual_seed(config.seed)).tolist()
         held_out = images.subset(sorted(split[: round(config.holdout * len(images))]))
         normals = images.subset(sorted(split[len(held_out) :]))
         if not len(normals):
             raise DataError(f"holding out {config.holdout} of {len(images)} images leaves none to train on")
-        check_fits(config, torch.device(device), images=len(normals), resume=resume)
-        check_disk(out, disk_needed(config))
-        run = TrainingRun(config, out, normals, held_out, torch.device(device), graphs, published)
+        check_fits(config, place, images=len(normals), resume=resume)
+        if together.is_first:
+            check_disk(out, disk_needed(config))
+        run = TrainingRun(config, out, normals, held_out, place, graphs, published, together)
         if resume:
             run.restore()
         return run.train(progress)

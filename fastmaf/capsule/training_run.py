@@ -20,6 +20,7 @@ from fastmaf.images.progress import Progress, note
 from fastmaf.io.atomic import written_atomically
 from fastmaf.metrics.plots import nll_curve
 from fastmaf.metrics.results import bits_per_dim
+from fastmaf.processes import Processes
 from fastmaf.training.checkpoints import MODEL_FILE, STATE_FILE, load_state, moments_by_parameter, save_state
 from fastmaf.training.interrupts import interruptible
 
@@ -60,13 +61,16 @@ class TrainingRun:
         device: torch.device,
         graphs: bool,
         published: Mapping[int, float] | None,
+        together: Processes = Processes(),
     ) -> None:
         self.config, self.out, self.device, self.published = config, out, device, published
+        self._together = together
         self.normals, self.held_out = normals, held_out
         self.files, self.contents = list(normals.names), contents_of(normals) | contents_of(held_out)
         self.flow = config.build().to(device)
         self.flow.validate_args = False  # the training step checks the loss
-        self.optimizer = fastmaf.optim.FusedAdam(self.flow.parameters(), lr=config.lr)
+        parameters = self.flow.parameters()
+        self.optimizer = fastmaf.optim.FusedAdam(parameters, lr=config.lr, process_group=together.group)
         guards = fastmaf.Guards(config.warmup_steps, config.max_grad_norm, config.max_loss_jump)
         self.step = fastmaf.TrainingStep(self.flow, self.optimizer, guards, graphs=graphs)
         self._log_prob = fastmaf.ReplayedLogProb(self.flow) if graphs else self.flow.log_prob
@@ -116,12 +120,12 @@ class TrainingRun:
         ):
             for epoch in range(first + 1, self.config.epochs + 1):
                 self._epoch(epoch, bar, stop)
-                if stop.is_set():
+                if len(self.log) < epoch:  # stopped
                     break
                 if time.monotonic() - self._saved > _SECONDS_BETWEEN_CHECKPOINTS or self.good_epoch is None:
                     self._save()
                 self._write_log(curve=time.monotonic() - self._drawn > _SECONDS_BETWEEN_CURVES)
-            if stop.is_set():
+            if stop.is_set() and self._together.is_first:
                 note(
                     "stopping after this step and writing a checkpoint; Ctrl-C again stops at once and loses the "
                     "steps since the last checkpoint"
@@ -137,10 +141,11 @@ class TrainingRun:
         so_far = self.so_far
         began = time.perf_counter() - so_far.seconds
         for index in batches[so_far.batches :]:
-            if stop.is_set():
+            if self._together.any(stop.is_set()):
+                stop.set()  # by Ctrl-C to one of the processes
                 return
             try:
-                report = self.step(self._batch(self.normals, index))
+                report = self.step(self._batch(self.normals, self._together.share(index)))
             except fastmaf.NonFiniteLossError as error:
                 raise self._stopped(str(error)) from error
             so_far.batches += 1
@@ -178,7 +183,7 @@ class TrainingRun:
 
     @torch.no_grad()
     def _validate(self) -> float | None:
-        if not len(self.held_out):
+        if not len(self.held_out) or not self._together.is_first:
             return None
         parts = torch.arange(len(self.held_out)).split(_SCORING_BATCH)
         return float(-torch.cat([self._log_prob(self._batch(self.held_out, part)) for part in parts]).double().mean())
@@ -186,6 +191,8 @@ class TrainingRun:
     def _save(self) -> None:
         if not all(bool(torch.isfinite(p).all()) for p in self.flow.parameters()):
             raise self._stopped(f"the parameters are no longer finite after epoch {len(self.log)}")
+        if not self._together.is_first:
+            return
         moments = {
             f"{name}/{key}": value
             for name, parameter in self.flow.named_parameters()
@@ -208,6 +215,8 @@ class TrainingRun:
         self._saved = time.monotonic()
 
     def _write_log(self, *, curve: bool) -> None:
+        if not self._together.is_first:
+            return
         lines = [",".join(LOG_COLUMNS)]
         lines += [",".join("" if row[c] is None else f"{row[c]:.10g}" for c in LOG_COLUMNS) for row in self.log]
         with written_atomically(self.out / LOG_FILE) as file:

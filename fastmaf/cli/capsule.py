@@ -103,14 +103,17 @@ def train(
 ) -> None:
     """Train a flow on good images, as in the published run.
 
-    To find defects, use fastmaf inspect fit: it is faster and finds more of them.
+    To find defects, use fastmaf inspect fit: it is faster and finds more of them. Several processes train together
+    with torchrun --nproc-per-node N -m fastmaf capsule train.
     """
     config, settings = _settings(context.params)
     from fastmaf.capsule.train import train as run
+    from fastmaf.processes import is_first
 
     result = run(data, out, config, **settings)
-    say_or_aside(as_json)(result.describe())
-    if as_json:
+    if is_first():
+        say_or_aside(as_json)(result.describe())
+    if as_json and is_first():
         say_json(result.summary())
     if result.interrupted:
         raise typer.Exit(130)

@@ -13,8 +13,9 @@ from torch.optim import optimizer as torch_optimizer
 from fastmaf.kernels.factored_grad import GradientSink
 from fastmaf.training.adam_updates import BeginUpdate, EagerUpdates, StepCounts
 from fastmaf.training.cpu_step import is_usual, step_on_cpu_
+from fastmaf.training.exchange import Exchange
 from fastmaf.training.gradient_sink import Gradients, backward, has_hooks, single_uses
-from fastmaf.training.guards import check_loss, check_processes, clip_scale
+from fastmaf.training.guards import NonFiniteLossError, check_loss, check_processes, clip_scale
 
 Groups: TypeAlias = dict[Tensor, dict[str, Any]]
 
@@ -38,8 +39,15 @@ class FusedAdam(torch.optim.Adam):
     packing saved are of no use, and ``load_state_dict`` refuses them where their size tells. A ``torch.optim.Adam``
     fails at its next step instead.
 
+    Several processes train one model with ``process_group``: parameters are set to those of its first process, and
+    ``minimize`` applies the mean of the processes' gradients. Of a packed weight they exchange the factors of the
+    gradient where these are fewer bytes than the gradient, during the backward pass. Every process must call
+    ``minimize`` equally often, with losses of the same form; batches may differ in size, and an empty one has
+    gradients of zero. ``step`` exchanges nothing: for it, there is ``DistributedDataParallel``.
+
     Args:
         params: parameters or groups, as for any torch optimiser.
+        process_group: of ``torch.distributed``, such as ``torch.distributed.group.WORLD``; None for a single process.
         **options: as for ``torch.optim.Adam``: ``lr``, ``betas``, ``eps``, ``weight_decay`` and so on. ``step`` uses
             torch's fused kernels where they exist, unless ``foreach``, ``fused``, ``capturable`` or ``differentiable``
             is set.
@@ -48,7 +56,8 @@ class FusedAdam(torch.optim.Adam):
         ValueError: an argument is out of range.
 
     References:
-        Kingma and Ba 2015, Adam: A Method for Stochastic Optimization, algorithm 1.
+        Kingma and Ba 2015, Adam: A Method for Stochastic Optimization, algorithm 1. Xie et al. 2015, Distributed
+        Machine Learning via Sufficient Factor Broadcasting.
 
     Example:
         >>> flow = fastmaf.MAF(6, 2, (16,), order="natural", seed=0)
@@ -56,6 +65,13 @@ class FusedAdam(torch.optim.Adam):
         >>> optimizer.minimize(-flow.log_prob(torch.zeros(4, 6)).mean())
         True
     """
+
+    exchange: Exchange | None = None  # with the other processes
+
+    def __init__(self, params: Any, *args: Any, process_group: Any = None, **options: Any) -> None:
+        super().__init__(params, *args, **options)
+        if process_group is not None and torch.distributed.get_world_size(process_group) > 1:
+            self.exchange = Exchange(process_group, self._groups())
 
     @cached_property
     def _counts(self) -> StepCounts:
@@ -150,18 +166,21 @@ class FusedAdam(torch.optim.Adam):
                 "gradients of an earlier backward pass are waiting in grad: call step(), or zero_grad() with "
                 "set_to_none=True, before minimize()"
             )
-        check_processes()
-        check_loss(loss, finite=check_finite)
+        if self.exchange is None:
+            check_processes()
+        check_loss(loss, finite=check_finite and self.exchange is None)
+        if check_finite and self.exchange is not None:
+            self._check_finite_in_all(loss, self.exchange)
         updates = EagerUpdates(self.state, self._counts)
         try:
-            if max_grad_norm is None:
+            if max_grad_norm is None and self.exchange is None:
                 self._update_in_backward(loss, updates.begin, groups)
                 if any(parameter.grad is not None for parameter in updates.counters):
                     raise RuntimeError(
                         "a weight that was updated got another gradient, from a part of the graph that autograd does "
                         "not show: use loss.backward() and step() for this loss"
                     )
-            elif not self._update_clipped(loss, updates.begin, max_grad_norm, groups):
+            elif not self._update_at_once(loss, updates.begin, max_grad_norm, groups):
                 return False
             self.step()
         finally:
@@ -213,6 +232,8 @@ class FusedAdam(torch.optim.Adam):
 
     def _gradients(self, loss: Tensor, groups: Groups) -> Gradients:
         """Runs the backward pass; returns the gradients of all parameters."""
+        if self.exchange is not None:
+            return self.exchange.gradients(loss, self._factorable(loss, groups), groups)
         sinks = [(parameter, GradientSink(node)) for parameter, node in self._factorable(loss, groups)]
         backward(loss, sinks)
         return Gradients.collect(sinks, groups)
@@ -223,14 +244,22 @@ class FusedAdam(torch.optim.Adam):
             factors.scaled(scale).adam_(begin(weight, groups[weight]))
 
     @torch.no_grad()
-    def _update_clipped(self, loss: Tensor, begin: BeginUpdate, max_norm: float, groups: Groups) -> bool:
-        """Applies the clipped gradients, or leaves them in ``grad`` for ``step``; False if the norm is not finite."""
-        gradients = self._gradients(loss, groups)
-        norm = math.sqrt(float(gradients.squared_norm()))
-        if not math.isfinite(norm):
-            return False
-        scale = clip_scale(norm, max_norm)
+    def _update_at_once(self, loss: Tensor, begin: BeginUpdate, max_norm: float | None, groups: Groups) -> bool:
+        """Applies the gradients, clipped, or leaves them in ``grad`` for ``step``; False if the norm is not finite."""
+        gradients, scale = self._gradients(loss, groups), 1.0
+        if max_norm is not None:
+            norm = math.sqrt(float(gradients.squared_norm()))
+            if not math.isfinite(norm):
+                return False
+            scale = clip_scale(norm, max_norm)
         if scale != 1.0 and gradients.stored:
             torch._foreach_mul_(list(gradients.stored.values()), scale)
         self._apply_factored(gradients, begin, groups, scale)
         return True
+
+    def _check_finite_in_all(self, loss: Tensor, exchange: Exchange) -> None:
+        """Raises NonFiniteLossError in every process if the loss of one is not finite."""
+        if (wrong := int(exchange.total([not math.isfinite(float(loss))], loss.device)[0])) > 0:
+            raise NonFiniteLossError(
+                f"the losses of {wrong} of {exchange.size} processes are not finite: nothing was updated"
+            )

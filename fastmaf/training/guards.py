@@ -69,12 +69,13 @@ def clip_scale(norm: float, max_norm: float) -> float:
 
 
 def check_processes() -> None:
-    """Raises RuntimeError where several processes train together: only stored gradients are exchanged."""
+    """Raises RuntimeError where several processes run, over which an optimiser does not average its gradients."""
     distributed = torch.distributed
     if distributed.is_available() and distributed.is_initialized() and (size := distributed.get_world_size()) > 1:
         raise RuntimeError(
-            f"torch.distributed runs {size} processes, and minimize() does not average gradients over them: use "
-            "loss.backward() with DistributedDataParallel, and step()"
+            f"torch.distributed runs {size} processes, over which this optimizer does not average gradients: build it "
+            "as FusedAdam(..., process_group=torch.distributed.group.WORLD), or use loss.backward() with "
+            "DistributedDataParallel, and step()"
         )
 
 

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from fastmaf.flows import Flow
 from fastmaf.training.direct_loss import DirectLoss
+from fastmaf.training.exchange import Exchange
 from fastmaf.training.fused_adam import FusedAdam
 from fastmaf.training.graphed_step import GraphedSteps
 from fastmaf.training.guards import Guards, NonFiniteLossError, check_processes, clip_scale
@@ -23,7 +24,7 @@ class StepReport(NamedTuple):
     """The result of one training step.
 
     Attributes:
-        nll: mean negative log-likelihood of the batch before the step, in nats.
+        nll: mean negative log-likelihood of the batch before the step, in nats; over all processes.
         skipped: whether the parameters were left as they were.
 
     Example:
@@ -42,12 +43,16 @@ class TrainingStep:
 
         minimise  -(1/N) Σ_n log p(x_n)
 
+    With a ``FusedAdam`` of several processes, N and the sum are those of all processes' batches together, and all of
+    them take the same step: one process with the whole batch takes it too, to rounding.
+
     Args:
         flow: the model.
         optimizer: any torch optimiser over its parameters; ``FusedAdam`` is the fastest. Warm-up rises to the learning
             rates that it has now.
         guards: limits on the step; see ``Guards``. None for no limits.
-        graphs: on a GPU, replay steps of ``FusedAdam`` as CUDA graphs, from the second batch of a shape on.
+        graphs: on a GPU, replay steps of ``FusedAdam`` as CUDA graphs, from the second batch of a shape on. Steps of
+            several processes are not replayed.
 
     Raises:
         ValueError: the optimiser holds none of the flow's parameters.
@@ -83,7 +88,8 @@ class TrainingStep:
         limit = self.guards.max_grad_norm
         self._max_norm = None if limit is None else limit * flow.features  # of the gradients of the loss
         self._graphs: GraphedSteps | None = None
-        if graphs and isinstance(optimizer, FusedAdam):
+        self._exchange = optimizer.exchange if isinstance(optimizer, FusedAdam) else None
+        if graphs and isinstance(optimizer, FusedAdam) and self._exchange is None:
             self._graphs = GraphedSteps(flow, optimizer, self._max_norm)
         layers = flow._layers()
         self._weights = sum(layer.layout.numel for layer in layers)
@@ -103,8 +109,15 @@ class TrainingStep:
         else:
             with not_validating():  # the loss is checked below
                 direct = DirectLoss.of(self.flow, x) if self._is_direct(len(x)) else None
-                loss = -self.flow.log_prob(x).mean() if direct is None else direct.value
-        nll = loss.item()
+                if direct is not None:
+                    loss = direct.value
+                else:
+                    log_prob = self.flow.log_prob(x)
+                    loss = -(log_prob.mean() if self._exchange is None else log_prob.sum())
+        if self._exchange is None:
+            nll = loss.item()
+        else:
+            loss, nll = _of_all(loss, len(x), self._exchange)
         if not math.isfinite(nll):
             empty = "" if len(x) else ": the batch has no rows"
             raise NonFiniteLossError(f"the NLL of a batch became {nll} at step {self.steps + 1}{empty}")
@@ -126,7 +139,8 @@ class TrainingStep:
     def _minimize(self, loss: Tensor | DirectLoss, batch: int) -> bool:
         """Takes a step on a finite loss; returns whether it was taken."""
         if isinstance(self.optimizer, FusedAdam):
-            if isinstance(loss, Tensor) and not self._stores_gradients(batch):
+            if self._exchange is not None or (isinstance(loss, Tensor) and not self._stores_gradients(batch)):
+                assert isinstance(loss, Tensor)
                 return self.optimizer.minimize(loss, self._max_norm, check_finite=False)
             check_processes()
         loss.backward()
@@ -150,7 +164,7 @@ class TrainingStep:
 
     def _is_direct(self, batch: int) -> bool:
         """Returns whether to do without autograd where it is possible: it takes time where gradients are small."""
-        if self._graphs is not None or not isinstance(self.optimizer, FusedAdam):
+        if self._graphs is not None or self._exchange is not None or not isinstance(self.optimizer, FusedAdam):
             return False
         return self._weights <= _FEW_WEIGHTS or self._stores_gradients(batch)
 
@@ -172,3 +186,14 @@ class TrainingStep:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restores the state that ``state_dict`` returned."""
         self.steps, self._running_nll, self._warming = state["steps"], state["usual_nll"], state["warming"]
+
+
+def _of_all(loss: Tensor, batch: int, exchange: Exchange) -> tuple[Tensor, float]:
+    """Returns what each process minimises, so that the mean over processes is that over all samples; and that mean.
+
+    Args:
+        loss: the sum over this process's samples.
+        batch: their number.
+    """
+    total, samples = exchange.total([float(loss), batch], loss.device)
+    return loss * (exchange.size / max(1.0, samples)), total / samples if samples else math.nan

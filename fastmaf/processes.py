@@ -1,0 +1,84 @@
+"""Processes that train one model together, as ``torchrun`` starts them."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, distributed
+
+
+class Processes(NamedTuple):
+    """This process among those that work together.
+
+    Attributes:
+        rank: its number, from 0.
+        size: how many there are.
+        group: of ``torch.distributed``; None for a single process.
+    """
+
+    rank: int = 0
+    size: int = 1
+    group: Any = None
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this process writes files and prints."""
+        return self.rank == 0
+
+    def share(self, index: Tensor) -> Tensor:
+        """Returns this process's share of the numbers of a batch, in their order."""
+        return index.tensor_split(self.size)[self.rank]
+
+    def any(self, found: bool) -> bool:
+        """Returns whether something is true in one of the processes, all of which must ask."""
+        if self.group is None:
+            return found
+        device = "cuda" if distributed.get_backend(self.group) == "nccl" else "cpu"
+        count = torch.tensor(int(found), device=device)
+        distributed.all_reduce(count, group=self.group)
+        return bool(count)
+
+
+def is_first() -> bool:
+    """Returns whether this process is the first of those that ``torchrun`` started, or alone."""
+    return int(os.environ.get("RANK", "0")) == 0
+
+
+def was_restarted() -> bool:
+    """Returns whether ``torchrun`` has started the processes again, after one of them had failed."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
+
+
+@contextmanager
+def started_together(device: torch.device) -> Iterator[Processes]:
+    """Yields the processes that ``torchrun`` has started, connected by gloo on CPUs and by nccl on GPUs.
+
+    Raises:
+        RuntimeError: this torch has no ``torch.distributed``.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1 or "RANK" not in os.environ:
+        yield Processes()
+        return
+    if not distributed.is_available():
+        raise RuntimeError(f"{os.environ['WORLD_SIZE']} processes were started, but this torch cannot connect them")
+    mine = not distributed.is_initialized()
+    if mine:
+        distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    try:
+        yield Processes(distributed.get_rank(), distributed.get_world_size(), distributed.group.WORLD)
+    finally:
+        if mine:
+            distributed.destroy_process_group()
+
+
+def device_of(device: str) -> torch.device:
+    """Returns the device of this process: of ``"cuda"``, the GPU that ``torchrun`` counts for it."""
+    found = torch.device(device)
+    if found.type == "cuda" and found.index is None and "LOCAL_RANK" in os.environ:
+        found = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(found)
+    return found

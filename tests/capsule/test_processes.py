@@ -1,0 +1,85 @@
+"""``torchrun -m fastmaf capsule train``: processes that share every batch, against one that has it whole."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+import torch
+from torch import distributed
+
+from tests.capsule.runs import ROOT, rows, tensors_of
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not distributed.is_available(), reason="this torch has no distributed package"),
+]
+SETTINGS = "--size 8 --blocks 2 --hidden 16,16 --epochs 3 --batch-size 3 --lr 1e-3 --holdout 0.2 --device cpu".split()
+# A program of one of the processes, which kills itself in its second epoch unless it was started again.
+FAILING = """
+    import os, signal, sys
+    from fastmaf.capsule import training_run
+    from fastmaf.cli import main
+    from fastmaf.processes import was_restarted
+
+    training_run._SECONDS_BETWEEN_CHECKPOINTS = -1.0
+    epoch = training_run.TrainingRun._epoch
+
+    def until_killed(self, number, *rest):
+        print("rank", os.environ["RANK"], "epoch", number, flush=True)
+        if number == 2 and os.environ["RANK"] == "1" and not was_restarted():
+            os.kill(os.getpid(), signal.SIGKILL)
+        return epoch(self, number, *rest)
+
+    training_run.TrainingRun._epoch = until_killed
+    main()
+"""
+
+
+def train(processes: int, data: Path, out: Path, *words: str, program: tuple[str, ...] = ("-m", "fastmaf")) -> str:
+    """Runs ``capsule train``; returns what all processes print."""
+    together = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}", *words]
+    command = [sys.executable, *(together if processes > 1 else ()), *program]
+    command += ["capsule", "train", "--data", str(data), "--out", str(out), *SETTINGS, "--json"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=500)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
+def assert_alike(out: Path, other: Path) -> None:
+    for row, expected in zip(rows(out), rows(other), strict=True):
+        assert float(row["nll"]) == pytest.approx(float(expected["nll"]), rel=1e-5)
+        assert float(row["val_nll"]) == pytest.approx(float(expected["val_nll"]), rel=1e-5)
+    ours, theirs = tensors_of(out), tensors_of(other)
+    assert ours.keys() == theirs.keys()
+    for name, value in ours.items():
+        if value.is_floating_point():
+            assert (value - theirs[name]).norm() <= 1e-4 * theirs[name].norm(), name
+
+
+def test_the_run_of_one_process(data: Path, tmp_path: Path) -> None:
+    """Batches of three, which two processes cannot halve, and of which one of four has nothing."""
+    train(1, data, tmp_path / "1")
+    for processes in (2, 4):
+        printed = train(processes, data, tmp_path / str(processes))
+        assert json.loads(printed)["epochs"] == 3, "one process prints"
+        assert_alike(tmp_path / str(processes), tmp_path / "1")
+        assert sorted(path.name for path in (tmp_path / str(processes)).iterdir()) == sorted(
+            path.name for path in (tmp_path / "1").iterdir()
+        )
+
+
+def test_a_killed_process_costs_the_steps_since_the_last_checkpoint(data: Path, tmp_path: Path) -> None:
+    (program := tmp_path / "program.py").write_text(textwrap.dedent(FAILING))
+    printed = train(2, data, tmp_path / "killed", "--max-restarts=1", program=(str(program),))
+    begun = [line for line in printed.splitlines() if line.startswith("rank 0")]
+    assert begun == [f"rank 0 epoch {number}" for number in (1, 2, 2, 3)], "it went on after the first epoch"
+    train(2, data, tmp_path / "whole")
+    ours, expected = tensors_of(tmp_path / "killed"), tensors_of(tmp_path / "whole")
+    assert all(torch.equal(value, expected[name]) for name, value in ours.items())
