@@ -13,6 +13,12 @@ if not (_Path(__file__).parent / "kernels").is_dir():
 
 if TYPE_CHECKING:
     from fastmaf import optim as optim
+    from fastmaf.bases import Base as Base
+    from fastmaf.bases import DiagonalGaussian as DiagonalGaussian
+    from fastmaf.bases import GaussianMixture as GaussianMixture
+    from fastmaf.bases import LowRankGaussian as LowRankGaussian
+    from fastmaf.bases import StandardNormal as StandardNormal
+    from fastmaf.bases import StudentT as StudentT
     from fastmaf.convert import LeakyMaskError as LeakyMaskError
     from fastmaf.convert import NotConvertibleError as NotConvertibleError
     from fastmaf.convert import accelerate as accelerate
@@ -53,6 +59,14 @@ if TYPE_CHECKING:
     from fastmaf.transforms import Transform as Transform
 
 _NAMES_OF = {
+    "fastmaf.bases": (
+        "Base",
+        "DiagonalGaussian",
+        "GaussianMixture",
+        "LowRankGaussian",
+        "StandardNormal",
+        "StudentT",
+    ),
     "fastmaf.convert": (
         "LeakyMaskError",
         "NotConvertibleError",
@@ -94,7 +108,7 @@ _NAMES_OF = {
 """The public names by module, imported with torch when a name is first used: the command line needs neither."""
 
 _MODULE_OF = {name: module for module, names in _NAMES_OF.items() for name in names}
-_MODULES = ("convert", "degrees", "flows", "io", "kernels", "naive", "nn", "optim", "training", "transforms")
+_MODULES = ("bases", "convert", "degrees", "flows", "io", "kernels", "naive", "nn", "optim", "training", "transforms")
 __all__ = sorted({*_MODULE_OF, "optim"} - {"from_reference"})  # its name in earlier versions still works
 
 

@@ -125,6 +125,8 @@ def explain(flow: nn.Module, x: Tensor, row: int, *, inverse: bool) -> str:
         if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
             return f"{name} holds values that are not finite"
     x = x[row : row + 1].detach()
+    if not bool(x.isfinite().all()):
+        return f"the number that the base ({type(flow.base).__name__}) drew overflows {x.dtype}"
     assert isinstance(flow.transforms, nn.ModuleList)
     steps: list[tuple[int, Any]] = list(enumerate(flow.transforms))
     for i, transform in reversed(steps) if inverse else steps:
@@ -137,7 +139,7 @@ def explain(flow: nn.Module, x: Tensor, row: int, *, inverse: bool) -> str:
                 f"up over the transforms, here to as much as {sum(bounds):g} nats within their bounds. A smaller "
                 "log_scale_bound, fewer blocks or float64 keep them in range"
             )
-    return f"½z² overflows {x.dtype}"
+    return f"the log-density of the base ({type(flow.base).__name__}) overflows {x.dtype}"
 
 
 def check_density(flow: nn.Module, name: str, result: Tensor, x: Tensor) -> None:

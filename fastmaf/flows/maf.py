@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fastmaf.bases import Base
 from fastmaf.degrees import (
     DegreeKind,
     OrderKind,
@@ -57,6 +58,7 @@ class MAF(Flow):
             inverse.
         whitening: rank of a ``GaussianWhitening`` in front of the blocks, ``transforms[0]``, which is the identity
             until its ``fit_`` is called. None: no whitening.
+        base: the distribution of z, of the same dtype; None for the standard normal one. See ``Flow``.
         device: the device of the parameters. ``"meta"`` allocates nothing, for ``memory_estimate`` of flows that may be
             too large for the machine.
         dtype: the dtype of the parameters.
@@ -101,6 +103,7 @@ class MAF(Flow):
         init: Init = "linear",
         strict: bool = True,
         whitening: int | None = None,
+        base: Base | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
         validate_args: bool | None = None,
@@ -128,16 +131,17 @@ class MAF(Flow):
         affine = [AffineAutoregressive(made, log_scale_bound=bound, soft_bound=soft) for made in networks]
         first = [] if whitening is None else [GaussianWhitening(features, whitening, **make)]
         transforms = [*first, *interleave_permutations(affine, order_of_block)]
-        super().__init__(features, transforms, validate_args=validate_args)
+        super().__init__(features, transforms, base, validate_args=validate_args)
         self.to(where)
 
     @classmethod
-    def from_transforms(cls, features: int, transforms: Iterable[Transform]) -> MAF:
+    def from_transforms(cls, features: int, transforms: Iterable[Transform], base: Base | None = None) -> MAF:
         """Builds a MAF from existing transforms.
 
         Args:
             features: D.
             transforms: the transforms, in the order in which they are applied to x.
+            base: as ``Flow``.
 
         Raises:
             TypeError, ValueError: as ``Flow``.
@@ -148,7 +152,7 @@ class MAF(Flow):
             torch.Size([2, 3])
         """
         flow = cls.__new__(cls)
-        Flow.__init__(flow, features, transforms)
+        Flow.__init__(flow, features, transforms, base)
         return flow
 
 
