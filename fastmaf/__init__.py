@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from fastmaf.convert import from_zuko as from_zuko
     from fastmaf.defaults import torch_defaults as torch_defaults
     from fastmaf.degrees import ConnectivityWarning as ConnectivityWarning
+    from fastmaf.flows import IAF as IAF
     from fastmaf.flows import MAF as MAF
     from fastmaf.flows import Flow as Flow
     from fastmaf.io.checkpoint import SavedFlow as SavedFlow
@@ -79,7 +80,7 @@ _NAMES_OF = {
     ),
     "fastmaf.defaults": ("torch_defaults",),
     "fastmaf.degrees": ("ConnectivityWarning",),
-    "fastmaf.flows": ("Flow", "MAF"),
+    "fastmaf.flows": ("Flow", "IAF", "MAF"),
     "fastmaf.inspection.detector": ("Detector",),
     "fastmaf.io.checkpoint": ("SavedFlow", "load", "load_with_extras"),
     "fastmaf.io.tensor_file": ("CheckpointError",),

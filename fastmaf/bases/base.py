@@ -61,6 +61,10 @@ class Base(nn.Module):
         """The count of standard normal numbers that a sample is made of."""
         return self.features
 
+    def forward(self, z: Tensor) -> Tensor:
+        """Returns ``log_prob``; flows call the module, so that hooks run."""
+        return self.log_prob(z)
+
     def log_prob(self, z: Tensor) -> Tensor:
         """Returns the log-density ``[N]`` in nats of ``z`` ``[N, D]``."""
         raise NotImplementedError

@@ -221,7 +221,7 @@ class Flow(nn.Module):
         if not isinstance(x, Tensor) or x.dim() != 2:
             return self._by_rows(Flow.log_prob, "x", x)
         called = type(self).forward is not Flow.forward or hooks.is_called(self) or hooks.any_global()
-        standard = not called and self.has_standard_base
+        standard = not called and self._fuses_base
         result = self._runs.log_density(self._transforms(), x) if standard else None
         if result is None:
             self._check("x", x)
@@ -236,8 +236,14 @@ class Flow(nn.Module):
         """Whether the base is a ``StandardNormal``."""
         return type(self._modules["base"]) is StandardNormal
 
+    @property
+    def _fuses_base(self) -> bool:
+        """Whether the op of a run of all transforms may compute the density of the base, too."""
+        return self.has_standard_base and not hooks.is_called(self.base)
+
     def _base_log_prob(self, z: Tensor) -> Tensor:
-        return self.base.log_prob(z)
+        result: Tensor = self.base(z)
+        return result
 
     @outside_autocast
     def nll_per_dim(self, x: Tensor | ArrayLike) -> Tensor:
@@ -577,7 +583,7 @@ class Flow(nn.Module):
         return [layer for made in self._mades() for layer in made.layers]
 
     def _is_one_op(self) -> bool:
-        return self.has_standard_base and self._runs.single(self._transforms()) is not None
+        return self._fuses_base and self._runs.single(self._transforms()) is not None
 
     def _saved_numel(self, n: int) -> int:
         return self._runs.saved_numel(self._transforms(), n)

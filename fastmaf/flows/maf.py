@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 import torch
@@ -23,6 +23,8 @@ from fastmaf.flows.base import Flow
 from fastmaf.nn import MADE, Init
 from fastmaf.transforms import AffineAutoregressive, GaussianWhitening, Permutation, Transform
 from fastmaf.validation import as_integer
+
+M = TypeVar("M", bound="MAF")
 
 
 class MAF(Flow):
@@ -128,14 +130,19 @@ class MAF(Flow):
         networks = [MADE(features, hidden_features, degrees=d, **options) for d in drawn]
         bound = max(1.0, 7 / blocks) if log_scale_bound == "auto" else log_scale_bound
         soft = soft_bound and bound is not None
-        affine = [AffineAutoregressive(made, log_scale_bound=bound, soft_bound=soft) for made in networks]
+        affine = [self._turned(AffineAutoregressive(made, log_scale_bound=bound, soft_bound=soft)) for made in networks]
         first = [] if whitening is None else [GaussianWhitening(features, whitening, **make)]
         transforms = [*first, *interleave_permutations(affine, order_of_block)]
         super().__init__(features, transforms, base, validate_args=validate_args)
         self.to(where)
 
+    @staticmethod
+    def _turned(block: AffineAutoregressive) -> Transform:
+        """Returns the transform of this class of flows for a block."""
+        return block
+
     @classmethod
-    def from_transforms(cls, features: int, transforms: Iterable[Transform], base: Base | None = None) -> MAF:
+    def from_transforms(cls: type[M], features: int, transforms: Iterable[Transform], base: Base | None = None) -> M:
         """Builds a MAF from existing transforms.
 
         Args:

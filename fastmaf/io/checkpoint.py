@@ -17,14 +17,14 @@ import torch
 from torch import Tensor
 
 from fastmaf.bases import BASES
-from fastmaf.flows import MAF, Flow
+from fastmaf.flows import IAF, MAF, Flow
 from fastmaf.io.flow_config import flow_config, parts
 from fastmaf.io.flow_tensors import EXTRA, flow_tensors
 from fastmaf.io.packed_weights import read_weights
 from fastmaf.io.safe_json import shown
 from fastmaf.io.tensor_file import CheckpointError, TensorFile
 from fastmaf.sharing import share_again
-from fastmaf.transforms import TRANSFORMS
+from fastmaf.transforms import TRANSFORMS, transform_from
 
 
 class SavedFlow(NamedTuple):
@@ -55,7 +55,7 @@ def load(path: str | os.PathLike[str], *, device: torch.device | str = "cpu") ->
         device: the device of the flow.
 
     Returns:
-        A ``MAF`` or ``Flow``, as saved. A copy by ``to_inference`` with bfloat16 weights is frozen again: its
+        A ``MAF``, ``IAF`` or ``Flow``, as saved. A copy by ``to_inference`` with bfloat16 weights is frozen again: its
         parameters require no gradients.
 
     Raises:
@@ -127,13 +127,11 @@ def _build(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Flow:
     for name, tensor in tensors.items():
         *place, rest = name.split(".", 1 if name.startswith("base.") else 2)
         tensors_of[".".join(place)][rest] = tensor
-    transforms = [
-        TRANSFORMS[entry["type"]].from_config(entry, tensors_of[f"transforms.{i}"])
-        for i, entry in enumerate(config["transforms"])
-    ]
+    transforms = [transform_from(entry, tensors_of[f"transforms.{i}"]) for i, entry in enumerate(config["transforms"])]
     entry = config.get("base")
     base = None if entry is None else BASES[entry["type"]].from_config(entry, tensors_of["base"])
-    return (MAF.from_transforms if config["class"] == "MAF" else Flow)(config["features"], transforms, base)
+    make = {"MAF": MAF.from_transforms, "IAF": IAF.from_transforms, "Flow": Flow}[config["class"]]
+    return make(config["features"], transforms, base)
 
 
 def _load_tensors(flow: Flow, tensors: dict[str, Tensor], read: set[str]) -> None:

@@ -192,7 +192,7 @@ def flow_config(metadata: Mapping[str, str], types: tuple[str, ...], bases: tupl
     schema = Record(
         {
             "version": Whole(),
-            "class": OneOf(("MAF", "Flow")),
+            "class": OneOf(("MAF", "Flow", "IAF")),
             "features": _FEATURES,
             "transforms": ListOf(_one_of(types), longest=4096),
             **({"tiles": MapOf(ListOf(Anything()))} if has_tiles else {}),

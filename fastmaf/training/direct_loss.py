@@ -48,7 +48,7 @@ class DirectLoss:
             return None
         if any(getattr(type(flow), name) is not method or name in vars(flow) for name, method in _METHODS.items()):
             return None
-        if hooks.is_called(flow) or composite.needed() or not flow.has_standard_base:
+        if hooks.is_called(flow) or composite.needed() or not flow._fuses_base:
             return None
         run = flow._runs.single(flow._transforms())
         if run is None or not _are_plain(run.forward.parameters):
