@@ -47,7 +47,9 @@ if TYPE_CHECKING:
     from fastmaf.training.memory_estimate import memory_estimate as memory_estimate
     from fastmaf.training.step import StepReport as StepReport
     from fastmaf.training.step import TrainingStep as TrainingStep
+    from fastmaf.transforms import ActNorm as ActNorm
     from fastmaf.transforms import AffineAutoregressive as AffineAutoregressive
+    from fastmaf.transforms import BatchNorm as BatchNorm
     from fastmaf.transforms import ElementwiseAffine as ElementwiseAffine
     from fastmaf.transforms import GaussianWhitening as GaussianWhitening
     from fastmaf.transforms import Inverted as Inverted
@@ -93,7 +95,9 @@ _NAMES_OF = {
     "fastmaf.training.memory_estimate": ("memory_estimate",),
     "fastmaf.training.step": ("StepReport", "TrainingStep"),
     "fastmaf.transforms": (
+        "ActNorm",
         "AffineAutoregressive",
+        "BatchNorm",
         "ElementwiseAffine",
         "GaussianWhitening",
         "Inverted",

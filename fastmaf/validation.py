@@ -124,14 +124,14 @@ def explain(flow: nn.Module, x: Tensor, row: int, *, inverse: bool) -> str:
     for name, tensor in (*flow.named_parameters(), *flow.named_buffers()):
         if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
             return f"{name} holds values that are not finite"
-    x = x[row : row + 1].detach()
-    if not bool(x.isfinite().all()):
+    x = x.detach()  # whole, as a normalisation in training takes no single row
+    if not bool(x[row].isfinite().all()):
         return f"the number that the base ({type(flow.base).__name__}) drew overflows {x.dtype}"
     assert isinstance(flow.transforms, nn.ModuleList)
     steps: list[tuple[int, Any]] = list(enumerate(flow.transforms))
     for i, transform in reversed(steps) if inverse else steps:
         x, ladj = transform.inverse(x) if inverse else transform(x)
-        if not bool(x.isfinite().all() & ladj.isfinite().all()):
+        if not bool(x[row].isfinite().all() & ladj[row].isfinite()):
             bounds = [getattr(t, "log_scale_bound", None) or 0.0 for _, t in steps]
             bound = f", log_scale_bound={transform.log_scale_bound}" if hasattr(transform, "log_scale_bound") else ""
             return (

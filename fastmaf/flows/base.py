@@ -66,7 +66,7 @@ class Flow(nn.Module):
 
     Raises:
         TypeError: a transform is not a ``fastmaf.Transform``, or the base not a ``fastmaf.Base``.
-        ValueError: the transforms, the base and the flow have different numbers of features.
+        ValueError: the transforms, the base and the flow have different numbers of features, or another dtype.
 
     References:
         Papamakarios, Nalisnick, Rezende, Mohamed and Lakshminarayanan 2021, Normalizing Flows for Probabilistic
@@ -109,6 +109,10 @@ class Flow(nn.Module):
             raise TypeError(f"base must be a fastmaf.Base; found {type(base).__name__}")
         if self.base.features != features:
             raise ValueError(f"base ({type(base).__name__}) has {self.base.features} features, the flow {features}")
+        dtype = self._like().dtype
+        for name, tensor in self.base.state_dict().items():
+            if tensor.is_floating_point() and tensor.dtype != dtype:
+                raise ValueError(f"base ({type(base).__name__}): {name} is {tensor.dtype}, the transforms {dtype}")
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -181,7 +185,7 @@ class Flow(nn.Module):
 
         Raises:
             ValueError, TypeError: as ``forward``.
-            NotInvertibleError: a block has the leaky output mask of the published notebook.
+            NotInvertibleError: as ``sample``.
 
         Example:
             >>> flow = fastmaf.MAF(features=3, blocks=2, hidden_features=16)
@@ -308,7 +312,8 @@ class Flow(nn.Module):
             TypeError: ``shape`` is neither an integer nor a sequence of integers.
             ValueError: ``shape`` has a negative entry, or ``generator``, ``seed`` and ``start`` contradict each other.
             FloatingPointError: with ``validate_args``, a sample is not finite. The message names the transform.
-            NotInvertibleError: a block has the leaky output mask of the published notebook.
+            NotInvertibleError: a block has the leaky output mask of the published notebook, or a ``BatchNorm`` is in
+                training mode.
 
         Example:
             >>> flow = fastmaf.MAF(features=3, blocks=2, hidden_features=16)

@@ -16,7 +16,8 @@ class IAF(MAF):
     density of given data takes one step per level, as sampling of a MAF does; for maximum likelihood a ``MAF`` is
     faster.
 
-    The arguments are those of ``MAF``, except that masks are strict.
+    The arguments are those of ``MAF``, except that masks are strict. Normalisations are those of x, as in a MAF: a
+    ``BatchNorm`` has no samples in training, and an ``ActNorm`` starts by the first data in training, not by samples.
 
     Raises:
         TypeError, ValueError: as ``MAF``.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, TypeAlias, TypeVar
 
 import numpy as np
 import torch
@@ -21,10 +21,12 @@ from fastmaf.degrees import (
 )
 from fastmaf.flows.base import Flow
 from fastmaf.nn import MADE, Init
-from fastmaf.transforms import AffineAutoregressive, GaussianWhitening, Permutation, Transform
+from fastmaf.transforms import ActNorm, AffineAutoregressive, BatchNorm, GaussianWhitening, Permutation, Transform
 from fastmaf.validation import as_integer
 
 M = TypeVar("M", bound="MAF")
+Normalization: TypeAlias = Literal["batch", "act"]
+_NORMALIZATIONS: dict[str, type[ActNorm | BatchNorm]] = {"batch": BatchNorm, "act": ActNorm}
 
 
 class MAF(Flow):
@@ -60,7 +62,10 @@ class MAF(Flow):
             inverse.
         whitening: rank of a ``GaussianWhitening`` in front of the blocks, ``transforms[0]``, which is the identity
             until its ``fit_`` is called. None: no whitening.
-        base: the distribution of z, of the same dtype; None for the standard normal one. See ``Flow``.
+        normalization: ``"batch"`` puts a ``BatchNorm`` after each block, ``"act"`` an ``ActNorm``, which the first
+            batch in training starts. None: neither; consecutive blocks then run as one op, which is faster.
+        base: the distribution of z, which is converted to ``device`` and ``dtype``; None for the standard normal one.
+            See ``Flow``.
         device: the device of the parameters. ``"meta"`` allocates nothing, for ``memory_estimate`` of flows that may be
             too large for the machine.
         dtype: the dtype of the parameters.
@@ -105,6 +110,7 @@ class MAF(Flow):
         init: Init = "linear",
         strict: bool = True,
         whitening: int | None = None,
+        normalization: Normalization | None = None,
         base: Base | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
@@ -113,6 +119,9 @@ class MAF(Flow):
         features, blocks = check_features(features), as_integer("blocks", blocks)
         if blocks < 1:
             raise ValueError(f"blocks must be at least 1; found {blocks}")
+        if normalization not in (None, *_NORMALIZATIONS):
+            known = ", ".join(map(repr, _NORMALIZATIONS))
+            raise ValueError(f"normalization must be one of {known}, or None; found {normalization!r}")
         hidden_features = layer_sizes(hidden_features)
         generator = None if seed is None else torch.Generator().manual_seed(as_integer("seed", seed))
         order_of_block = orders(order, features, blocks, generator=generator)
@@ -132,7 +141,14 @@ class MAF(Flow):
         soft = soft_bound and bound is not None
         affine = [self._turned(AffineAutoregressive(made, log_scale_bound=bound, soft_bound=soft)) for made in networks]
         first = [] if whitening is None else [GaussianWhitening(features, whitening, **make)]
-        transforms = [*first, *interleave_permutations(affine, order_of_block)]
+        if normalization is None:
+            transforms = [*first, *interleave_permutations(affine, order_of_block)]
+        else:
+            parts = [part for block in affine for part in (block, _NORMALIZATIONS[normalization](features, **make))]
+            order_of_part = [order for order in order_of_block for _ in (0, 1)]
+            transforms = [*first, *interleave_permutations(parts, order_of_part)]
+        if base is not None:
+            base.to(networks[0].output.bias.dtype)
         super().__init__(features, transforms, base, validate_args=validate_args)
         self.to(where)
 

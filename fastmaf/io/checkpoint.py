@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from typing import Any, NamedTuple
 
@@ -130,8 +130,8 @@ def _build(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Flow:
     transforms = [transform_from(entry, tensors_of[f"transforms.{i}"]) for i, entry in enumerate(config["transforms"])]
     entry = config.get("base")
     base = None if entry is None else BASES[entry["type"]].from_config(entry, tensors_of["base"])
-    make = {"MAF": MAF.from_transforms, "IAF": IAF.from_transforms, "Flow": Flow}[config["class"]]
-    return make(config["features"], transforms, base)
+    makers: dict[str, Callable[..., Flow]] = {"MAF": MAF.from_transforms, "IAF": IAF.from_transforms, "Flow": Flow}
+    return makers[config["class"]](config["features"], transforms, base)
 
 
 def _load_tensors(flow: Flow, tensors: dict[str, Tensor], read: set[str]) -> None:

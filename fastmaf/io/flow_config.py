@@ -60,6 +60,10 @@ def _whitening(config: Config, features: int) -> dict[str, Expected]:
     return {"mean": line, "scale": line, "factors": factors, "variance": Expected((rank,))}
 
 
+def _act_norm(config: Config, features: int) -> dict[str, Expected]:
+    return {**vectors("shift", "log_scale")(config, features), "initialized": Expected((), torch.bool)}
+
+
 def _local(config: Config, features: int) -> dict[str, Expected]:
     (channels, height, width), patch, kernel = config["shape"], config["patch"], config["kernel"]
     if (numbers := channels * height * width) != features:
@@ -130,6 +134,7 @@ _LOCAL = Record(
         "log_scale_bound": _NATS,
     }
 )
+_BATCH_NORM = Record({"features": _FEATURES, "eps": Number(low=1e-30, high=1e30), "momentum": Number(low=0, high=1)})
 KINDS: dict[str, Kind] = {
     "permutation": Kind(Record(), lambda config, features: {"permutation": Expected((features,), torch.int64)}),
     "logit": Kind(Record({"features": _FEATURES, "alpha": Number(low=0, below=0.5)}), lambda config, features: {}),
@@ -138,6 +143,8 @@ KINDS: dict[str, Kind] = {
     "monotonic_rqs": Kind(_SPLINE, _spline),
     "elementwise_affine": Kind(Record({"features": _FEATURES}), vectors("shift", "log_scale")),
     "local_autoregressive": Kind(_LOCAL, _local),
+    "act_norm": Kind(Record({"features": _FEATURES}), _act_norm),
+    "batch_norm": Kind(_BATCH_NORM, vectors("shift", "log_scale", "running_mean", "running_var")),
 }
 _INVERTED = "inverted"  # the type of an entry that holds the one of another transform
 

@@ -56,6 +56,9 @@ def flow_tensors(file: TensorFile, config: Config) -> dict[str, Tensor]:
             _check_logs(tensors, place)
         if entry["type"] == "gaussian_whitening":
             _check_whitening(tensors, place)
+        elif entry["type"] == "batch_norm":
+            if (least := float(tensors[f"{place}running_var"].min())) < 0:
+                raise SchemaError(f"tensor {place}running_var must be not negative; found {least}")
         elif entry["type"] == "affine_autoregressive":
             _check_scales(tensors, f"{place}made.")
             stored += _packed_numel(infos, tensors, f"{place}made.", entry, config["features"])

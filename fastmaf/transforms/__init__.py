@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from fastmaf.transforms.act_norm import ActNorm
 from fastmaf.transforms.affine import AffineAutoregressive
 from fastmaf.transforms.base import NotInvertibleError, Transform
+from fastmaf.transforms.batch_norm import BatchNorm
 from fastmaf.transforms.elementwise import ElementwiseAffine
 from fastmaf.transforms.inverted import Inverted
 from fastmaf.transforms.local import LocalAutoregressive
@@ -16,7 +18,9 @@ from fastmaf.transforms.whitening import GaussianWhitening
 
 __all__ = [
     "TRANSFORMS",
+    "ActNorm",
     "AffineAutoregressive",
+    "BatchNorm",
     "ElementwiseAffine",
     "GaussianWhitening",
     "Inverted",
@@ -40,4 +44,6 @@ TRANSFORMS |= {
     "elementwise_affine": ElementwiseAffine,
     "monotonic_rqs": MonotonicRQS,
     "inverted": Inverted,
+    "act_norm": ActNorm,
+    "batch_norm": BatchNorm,
 }

@@ -232,6 +232,9 @@ def test_what_does_not_fit_is_refused() -> None:
         fastmaf.Flow(D, [], torch.nn.Linear(D, D))  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"base \(StudentT\) has 4 features, the flow 5"):
         flow_of(fastmaf.StudentT(4, 1.0))
+    with pytest.raises(ValueError, match=r"base \(StudentT\): loc is torch\.float32, the transforms torch\.float64"):
+        fastmaf.Flow(D, list(flow_of(None).transforms), fastmaf.StudentT(D, 1.0))  # type: ignore[arg-type]
+    assert flow_of(fastmaf.StudentT(D, 1.0)).log_prob(normal(2, D)).dtype == F64, "a MAF converts its base"
     for make, words in (
         (lambda: fastmaf.StudentT(3, 0.0), "df must be finite and positive; found 0.0"),
         (lambda: fastmaf.StudentT(3, torch.ones(4)), r"df must be a number or have shape \[3\]; found \[4\]"),

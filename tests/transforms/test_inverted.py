@@ -91,6 +91,30 @@ def test_trained_flows() -> None:
     assert_close("values", -flow.nll_per_dim(data).sum(1), flow.log_prob(data))
 
 
+@pytest.mark.parametrize("by_samples", [False, True])
+def test_steps_of_fused_adam_are_those_of_adam(by_samples: bool) -> None:
+    flow = iaf(5)
+    twin, x = copy.deepcopy(flow), normal(6, 5)
+    fused, adam = (
+        cls(one.parameters(), lr=1e-2) for cls, one in ((fastmaf.optim.FusedAdam, flow), (torch.optim.Adam, twin))
+    )
+
+    def loss(of: fastmaf.IAF) -> Tensor:
+        if not by_samples:
+            return -of.log_prob(x).mean()
+        sample, log_prob = of.rsample_and_log_prob(8, seed=0)
+        return (log_prob + (sample - 1).square().sum(1)).mean()
+
+    for _ in range(3):
+        assert fused.minimize(loss(flow))
+        adam.zero_grad()
+        loss(twin).backward()
+        adam.step()
+    assert error(flow.sample(4, seed=1), twin.sample(4, seed=1)) < 1e-9
+    step = fastmaf.TrainingStep(flow, fused, fastmaf.Guards(max_grad_norm=1.0))
+    assert not step(x).skipped
+
+
 def block(seed: int, **options: Any) -> fastmaf.AffineAutoregressive:
     made = fastmaf.MADE(5, (9, 7), degrees="random", generator=generator(seed), dtype=F64, **options)
     return fastmaf.AffineAutoregressive(made)
