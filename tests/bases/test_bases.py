@@ -268,3 +268,31 @@ def test_samples_that_overflow_are_refused() -> None:
     flow = flow_of(fastmaf.StudentT(D, 1e-3, dtype=F32), dtype=F32)
     with pytest.raises(FloatingPointError, match=r"the number that the base \(StudentT\) drew overflows torch.float32"):
         flow.sample(5, seed=0)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_derivatives_by_functional_transforms(name: str) -> None:
+    flow, x = flow_of(MAKE[name](D, F64)), normal(3, D).requires_grad_()
+    found = torch.func.vmap(torch.func.grad(lambda row: flow.log_prob(row[None])[0]))(x.detach())
+    assert_close("gradients", found, torch.autograd.grad(flow.log_prob(x).sum(), x)[0])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", NAMES)
+def test_compiled_densities(name: str) -> None:
+    flow, x = flow_of(MAKE[name](D, F64)), normal(3, D)
+    try:
+        torch.compiler.reset()
+        compiled = torch.compile(flow.log_prob, fullgraph=True, backend="aot_eager")
+        assert_close("values", compiled(x), flow.log_prob(x))
+    finally:
+        torch.compiler.reset()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_autocast_changes_nothing(name: str) -> None:
+    flow, x = flow_of(MAKE[name](D, F32), F32), normal(3, D, dtype=F32)
+    results = [(flow.log_prob(x), *flow.sample_and_log_prob(4, seed=0))]
+    with torch.autocast("cpu", torch.bfloat16):
+        results.append((flow.log_prob(x), *flow.sample_and_log_prob(4, seed=0)))
+    assert all(torch.equal(one, other) for one, other in zip(*results, strict=True))
