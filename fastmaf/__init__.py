@@ -13,6 +13,12 @@ if not (_Path(__file__).parent / "kernels").is_dir():
 
 if TYPE_CHECKING:
     from fastmaf import optim as optim
+    from fastmaf.bases import Base as Base
+    from fastmaf.bases import DiagonalGaussian as DiagonalGaussian
+    from fastmaf.bases import GaussianMixture as GaussianMixture
+    from fastmaf.bases import LowRankGaussian as LowRankGaussian
+    from fastmaf.bases import StandardNormal as StandardNormal
+    from fastmaf.bases import StudentT as StudentT
     from fastmaf.convert import LeakyMaskError as LeakyMaskError
     from fastmaf.convert import NotConvertibleError as NotConvertibleError
     from fastmaf.convert import accelerate as accelerate
@@ -22,6 +28,7 @@ if TYPE_CHECKING:
     from fastmaf.convert import from_zuko as from_zuko
     from fastmaf.defaults import torch_defaults as torch_defaults
     from fastmaf.degrees import ConnectivityWarning as ConnectivityWarning
+    from fastmaf.flows import IAF as IAF
     from fastmaf.flows import MAF as MAF
     from fastmaf.flows import Flow as Flow
     from fastmaf.io.checkpoint import SavedFlow as SavedFlow
@@ -40,7 +47,9 @@ if TYPE_CHECKING:
     from fastmaf.training.memory_estimate import memory_estimate as memory_estimate
     from fastmaf.training.step import StepReport as StepReport
     from fastmaf.training.step import TrainingStep as TrainingStep
+    from fastmaf.transforms import ActNorm as ActNorm
     from fastmaf.transforms import AffineAutoregressive as AffineAutoregressive
+    from fastmaf.transforms import BatchNorm as BatchNorm
     from fastmaf.transforms import ElementwiseAffine as ElementwiseAffine
     from fastmaf.transforms import GaussianWhitening as GaussianWhitening
     from fastmaf.transforms import Inverted as Inverted
@@ -53,6 +62,14 @@ if TYPE_CHECKING:
     from fastmaf.transforms import Transform as Transform
 
 _NAMES_OF = {
+    "fastmaf.bases": (
+        "Base",
+        "DiagonalGaussian",
+        "GaussianMixture",
+        "LowRankGaussian",
+        "StandardNormal",
+        "StudentT",
+    ),
     "fastmaf.convert": (
         "LeakyMaskError",
         "NotConvertibleError",
@@ -65,7 +82,7 @@ _NAMES_OF = {
     ),
     "fastmaf.defaults": ("torch_defaults",),
     "fastmaf.degrees": ("ConnectivityWarning",),
-    "fastmaf.flows": ("Flow", "MAF"),
+    "fastmaf.flows": ("Flow", "IAF", "MAF"),
     "fastmaf.inspection.detector": ("Detector",),
     "fastmaf.io.checkpoint": ("SavedFlow", "load", "load_with_extras"),
     "fastmaf.io.tensor_file": ("CheckpointError",),
@@ -78,7 +95,9 @@ _NAMES_OF = {
     "fastmaf.training.memory_estimate": ("memory_estimate",),
     "fastmaf.training.step": ("StepReport", "TrainingStep"),
     "fastmaf.transforms": (
+        "ActNorm",
         "AffineAutoregressive",
+        "BatchNorm",
         "ElementwiseAffine",
         "GaussianWhitening",
         "Inverted",
@@ -94,7 +113,7 @@ _NAMES_OF = {
 """The public names by module, imported with torch when a name is first used: the command line needs neither."""
 
 _MODULE_OF = {name: module for module, names in _NAMES_OF.items() for name in names}
-_MODULES = ("convert", "degrees", "flows", "io", "kernels", "naive", "nn", "optim", "training", "transforms")
+_MODULES = ("bases", "convert", "degrees", "flows", "io", "kernels", "naive", "nn", "optim", "training", "transforms")
 __all__ = sorted({*_MODULE_OF, "optim"} - {"from_reference"})  # its name in earlier versions still works
 
 

@@ -15,10 +15,11 @@ from fastmaf.kernels import flow_args
 from fastmaf.kernels.flow.prepared import PreparedFlow, memory_of
 from fastmaf.kernels.flow.saved import saved_numel
 from fastmaf.nn import MADE, MaskedLinear
-from fastmaf.transforms import AffineAutoregressive, LocalAutoregressive, Logit, Permutation, Transform
+from fastmaf.transforms import AffineAutoregressive, Inverted, LocalAutoregressive, Logit, Permutation, Transform
 
 # What the results of a transform depend on, besides parameters, buffers and modules.
 ATTRIBUTES: dict[type, tuple[str, ...]] = {
+    Inverted: (),
     LocalAutoregressive: ("log_scale_bound",),
     Logit: ("alpha",),
     AffineAutoregressive: ("log_scale_bound", "soft_bound", "affine_map"),
@@ -34,23 +35,39 @@ class Run:
         transforms: in the order in which x passes through them.
 
     Attributes:
-        forward: the op.
+        forward: the op in the order of the transforms.
+        inverted: whether the blocks are inverted: x is then mapped to z by the op that inverts blocks, and z to x by
+            the one that applies them.
+        blocks: the blocks.
     """
 
     def __init__(self, transforms: Sequence[Transform]) -> None:
-        self._blocks = [transform for transform in transforms if isinstance(transform, AffineAutoregressive)]
+        self.inverted = any(type(transform) is Inverted for transform in transforms)
+        self.blocks = [block for block in map(_block_of, transforms) if block is not None]
         permutations: list[Tensor | None] = [None]
         for transform in transforms:
             if isinstance(transform, Permutation):
                 permutations[-1] = transform.permutation
             else:
                 permutations.append(None)
-        self.forward = PreparedFlow(flow_args([block.block() for block in self._blocks], permutations))
+        self.forward = PreparedFlow(flow_args([block.block() for block in self.blocks], permutations))
         self._permutations = [permutation for permutation in permutations if permutation is not None]
         self._inverse: tuple[PreparedFlow, list[bytes]] | None = None  # with the permutations that it inverts
 
+    def to_z(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Returns ``z`` ``[N, D]`` and log |det dz/dx| ``[N]``."""
+        if not self.inverted:
+            return self.forward.forward(x)
+        for block in self.blocks:
+            block.check_invertible()
+        return self.forward.inverse(x)
+
+    def to_x(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        """Returns ``x`` ``[N, D]`` and log |det dx/dz| ``[N]``."""
+        return self.inverse().forward(z) if self.inverted else self.inverse().inverse(z)
+
     def inverse(self) -> PreparedFlow:
-        """Returns the inverse op.
+        """Returns the op in the order of inversion.
 
         It is kept until a permutation is written to, which values alone show after a write through ``.data`` or
         NumPy. On a GPU, which would have to be waited for, it is always made anew.
@@ -59,8 +76,8 @@ class Run:
             NotInvertibleError: the output mask of a block leaks.
         """
         known, in_a_mode = self._inverse, _in_a_mode()
-        if known is None or in_a_mode:
-            for block in self._blocks:
+        if (known is None or in_a_mode) and not self.inverted:
+            for block in self.blocks:
                 block.check_invertible()
         if in_a_mode or not all([permutation.is_cpu for permutation in self._permutations]):
             return PreparedFlow(self.forward.args.inverted())
@@ -110,11 +127,11 @@ class Runs:
         return runs
 
     def single(self, transforms: Sequence[Transform]) -> Run | None:
-        """Returns the run of all transforms; None if there is no such one, or in a mode."""
+        """Returns the run of all transforms; None if there is no such one, or in a mode, or if it is inverted."""
         if hooks.any_global() or _in_a_mode():
             return None
         runs = self._kept(transforms)
-        return runs[0] if len(runs) == 1 and isinstance(runs[0], Run) else None
+        return runs[0] if len(runs) == 1 and isinstance(runs[0], Run) and not runs[0].inverted else None
 
     def log_density(self, transforms: Sequence[Transform], x: Tensor) -> Tensor | None:
         """Returns ``log_density`` of the run of all transforms; None where ``forward`` must be called for it."""
@@ -125,7 +142,7 @@ class Runs:
         """Applies the transforms in turn; returns ``z`` ``[N, D]`` and ``ladj`` ``[N]`` = log |det dz/dx|."""
         ladj: Tensor | None = None
         for run in self.of(transforms):
-            x, term = run.forward.forward(x) if isinstance(run, Run) else run(x)
+            x, term = run.to_z(x) if isinstance(run, Run) else run(x)
             ladj = term if ladj is None else ladj + term
         return x, x.new_zeros(x.shape[0]) if ladj is None else ladj
 
@@ -133,7 +150,7 @@ class Runs:
         """Inverts the transforms, the last one first; returns ``x`` ``[N, D]`` and ``ladj`` = log |det dx/dz|."""
         ladj: Tensor | None = None
         for run in reversed(self.of(transforms)):
-            z, term = run.inverse().inverse(z) if isinstance(run, Run) else run.inverse(z)
+            z, term = run.to_x(z) if isinstance(run, Run) else run.inverse(z)
             ladj = term if ladj is None else ladj + term
         return z, z.new_zeros(z.shape[0]) if ladj is None else ladj
 
@@ -141,17 +158,19 @@ class Runs:
         """Returns how many numbers a forward pass over a batch of ``n`` saves for the backward pass, its input and
         output aside.
 
-        A transform that no op takes counts as a block: its input, log-scale and output are saved. Permutations save
-        nothing.
+        A transform that no op takes, and an inverted block, count as a block: its input, log-scale and output are
+        saved. Permutations save nothing.
         """
         total = 0
         for run in self.of(transforms):
-            if isinstance(run, Run):
+            if isinstance(run, Run) and not run.inverted:
                 total += saved_numel(run.forward.args, n)
-            elif type(run) is not Permutation:
-                mades = [module for module in run.modules() if isinstance(module, MADE)]
-                hidden = sum(layer.out_features for made in mades for layer in made.layers[:-1])
-                total += n * (3 * run.features + hidden)
+                continue
+            for part in run.blocks if isinstance(run, Run) else [run]:
+                if type(part) is not Permutation:
+                    mades = [module for module in part.modules() if isinstance(module, MADE)]
+                    hidden = sum(layer.out_features for made in mades for layer in made.layers[:-1])
+                    total += n * (3 * part.features + hidden)
         return total
 
 
@@ -160,10 +179,10 @@ def _watch(transforms: Sequence[Transform]) -> Callable[[Sequence[Transform]], b
 
     None where runs must be made anew for every call: a module must be called, or a parameter is computed.
     """
-    fused = [transform for transform in transforms if type(transform) in (AffineAutoregressive, Permutation)]
+    fused = [part for part in transforms if type(part) is Permutation or _block_of(part) is not None]
     modules = [module for transform in fused for module in transform.modules()]
     parameters: list[Any] = [parameter for module in modules for parameter in module._parameters.values()]
-    if any(_activation(transform) is None for transform in fused):
+    if any(_kind(transform) is None for transform in fused):
         return None
     if not all(type(p) is nn.Parameter and p.is_contiguous() for p in parameters):
         return None
@@ -207,25 +226,37 @@ def _in_a_mode() -> bool:
 def _cut(transforms: Sequence[Transform]) -> list[Transform | Run]:
     """Cuts transforms into runs, and the transforms between them that no op takes."""
     groups: list[list[Transform]] = []
-    activation: str | None = None  # of the last group's blocks, "" while it has none; None: nothing can join the group
+    common: str | None = None  # the kind of the last group's blocks, "" while it has none; None: nothing can join it
     for before, transform in zip((None, *transforms), transforms, strict=False):
-        kind = _activation(transform)
+        kind = _kind(transform)
         two_permutations = type(before) is Permutation and type(transform) is Permutation
-        if kind is None or activation is None or two_permutations or (kind and activation and kind != activation):
+        if kind is None or common is None or two_permutations or (kind and common and kind != common):
             groups.append([])
-            activation = kind
+            common = kind
         groups[-1].append(transform)
-        activation = activation or kind
+        common = common or kind
     result: list[Transform | Run] = []
     for group in groups:
-        result += [Run(group)] if any(map(_activation, group)) else group
+        result += [Run(group)] if any(map(_kind, group)) else group
     return result
 
 
-def _activation(transform: Transform) -> str | None:
-    """Returns the activation of a run that holds this transform, "" where any will do; None: no run can hold it."""
+def _kind(transform: Transform) -> str | None:
+    """Returns what all blocks of a run have in common: their activation, and whether they are inverted.
+
+    "" where any run can hold this transform; None where none can.
+    """
     if hooks.is_called(transform):
         return None
-    if type(transform) is AffineAutoregressive:
-        return None if transform.calls_modules else transform.made.activation
-    return "" if type(transform) is Permutation else None
+    block = _block_of(transform)
+    if block is None:
+        return "" if type(transform) is Permutation else None
+    if block.calls_modules or hooks.is_called(block):
+        return None
+    return block.made.activation if block is transform else f"inverted {block.made.activation}"
+
+
+def _block_of(transform: Transform) -> AffineAutoregressive | None:
+    """Returns an affine block, or the one within an inverted one; None for other transforms."""
+    block = transform._modules["transform"] if type(transform) is Inverted else transform
+    return block if type(block) is AffineAutoregressive else None

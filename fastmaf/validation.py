@@ -124,12 +124,14 @@ def explain(flow: nn.Module, x: Tensor, row: int, *, inverse: bool) -> str:
     for name, tensor in (*flow.named_parameters(), *flow.named_buffers()):
         if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
             return f"{name} holds values that are not finite"
-    x = x[row : row + 1].detach()
+    x = x.detach()  # whole, as a normalisation in training takes no single row
+    if not bool(x[row].isfinite().all()):
+        return f"the number that the base ({type(flow.base).__name__}) drew overflows {x.dtype}"
     assert isinstance(flow.transforms, nn.ModuleList)
     steps: list[tuple[int, Any]] = list(enumerate(flow.transforms))
     for i, transform in reversed(steps) if inverse else steps:
         x, ladj = transform.inverse(x) if inverse else transform(x)
-        if not bool(x.isfinite().all() & ladj.isfinite().all()):
+        if not bool(x[row].isfinite().all() & ladj[row].isfinite()):
             bounds = [getattr(t, "log_scale_bound", None) or 0.0 for _, t in steps]
             bound = f", log_scale_bound={transform.log_scale_bound}" if hasattr(transform, "log_scale_bound") else ""
             return (
@@ -137,7 +139,7 @@ def explain(flow: nn.Module, x: Tensor, row: int, *, inverse: bool) -> str:
                 f"up over the transforms, here to as much as {sum(bounds):g} nats within their bounds. A smaller "
                 "log_scale_bound, fewer blocks or float64 keep them in range"
             )
-    return f"½z² overflows {x.dtype}"
+    return f"the log-density of the base ({type(flow.base).__name__}) overflows {x.dtype}"
 
 
 def check_density(flow: nn.Module, name: str, result: Tensor, x: Tensor) -> None:

@@ -61,7 +61,7 @@ class TrainingRun:
         device: torch.device,
         graphs: bool,
         published: Mapping[int, float] | None,
-        together: Processes = Processes(),
+        together: Processes,
     ) -> None:
         self.config, self.out, self.device, self.published = config, out, device, published
         self._together = together

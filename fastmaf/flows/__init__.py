@@ -1,8 +1,9 @@
-"""Normalizing flows: ``Flow``, any sequence of transforms, and ``MAF``."""
+"""Normalizing flows: ``Flow``, any sequence of transforms, ``MAF`` and ``IAF``."""
 
 from __future__ import annotations
 
 from fastmaf.flows.base import Flow
+from fastmaf.flows.iaf import IAF
 from fastmaf.flows.maf import MAF, interleave_permutations
 
-__all__ = ["MAF", "Flow", "interleave_permutations"]
+__all__ = ["IAF", "MAF", "Flow", "interleave_permutations"]

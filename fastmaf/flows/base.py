@@ -1,4 +1,4 @@
-"""Normalizing flows: sequences of transforms over a standard normal base."""
+"""Normalizing flows: sequences of transforms over a base distribution."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ import torch
 from torch import Generator, Tensor, nn
 
 from fastmaf import hooks
+from fastmaf.bases import Base, StandardNormal, base_config
 from fastmaf.io.model_card import ModelCard
 from fastmaf.io.write_flow import write_flow
 from fastmaf.kernels.autocast import outside_autocast
@@ -29,13 +30,12 @@ if TYPE_CHECKING:
     from numpy.typing import ArrayLike
 
 Shape: TypeAlias = int | Sequence[int]
-_HALF_LOG_2PI = 0.5 * math.log(2 * math.pi)
 
 
 class Flow(nn.Module):
-    """A normalizing flow: invertible transforms f = f_k ∘ … ∘ f_1 from data x to a standard normal base z::
+    """A normalizing flow: invertible transforms f = f_k ∘ … ∘ f_1 from data x to z, of a base distribution q::
 
-        log p(x) = log N(f(x); 0, I) + log |det df/dx|
+        log p(x) = log q(f(x)) + log |det df/dx|
 
     ``log_prob``, ``nll_per_dim``, ``forward`` and ``inverse`` accept tensors ``[..., D]`` of the dtype and device of
     the flow, and NumPy arrays and nested lists, which are converted to these. Each vector of D numbers is called a row;
@@ -56,6 +56,8 @@ class Flow(nn.Module):
     Args:
         features: D.
         transforms: the transforms, in the order in which they are applied to x.
+        base: q, such as a ``fastmaf.StudentT``, of the dtype and device of the transforms; None for the standard normal
+            distribution, with which alone blocks and base run as one op.
         validate_args: whether values are checked, as in ``torch.distributions``; also an attribute. If so, methods
             raise ValueError for arguments that are not finite, and FloatingPointError for densities that are NaN and
             for samples that are not finite. Otherwise such numbers are returned; they affect only their own row. None
@@ -63,8 +65,8 @@ class Flow(nn.Module):
             ``torch.compile``, a trace, a CUDA graph or a functorch transform.
 
     Raises:
-        TypeError: a transform is not a ``fastmaf.Transform``.
-        ValueError: the transforms and the flow have different numbers of features.
+        TypeError: a transform is not a ``fastmaf.Transform``, or the base not a ``fastmaf.Base``.
+        ValueError: the transforms, the base and the flow have different numbers of features, or another dtype.
 
     References:
         Papamakarios, Nalisnick, Rezende, Mohamed and Lakshminarayanan 2021, Normalizing Flows for Probabilistic
@@ -82,7 +84,14 @@ class Flow(nn.Module):
     validate_args: bool | None = None  # also of flows that were pickled without the attribute
     _class_in_files = "Flow"
 
-    def __init__(self, features: int, transforms: Iterable[Transform], *, validate_args: bool | None = None) -> None:
+    def __init__(
+        self,
+        features: int,
+        transforms: Iterable[Transform],
+        base: Base | None = None,
+        *,
+        validate_args: bool | None = None,
+    ) -> None:
         super().__init__()
         self.features = features
         self.validate_args = validate_args
@@ -95,10 +104,22 @@ class Flow(nn.Module):
                 raise ValueError(
                     f"transform {i} ({type(transform).__name__}) has {transform.features} features, the flow {features}"
                 )
+        self.base = StandardNormal(features) if base is None else base
+        if not isinstance(self.base, Base):
+            raise TypeError(f"base must be a fastmaf.Base; found {type(base).__name__}")
+        if self.base.features != features:
+            raise ValueError(f"base ({type(base).__name__}) has {self.base.features} features, the flow {features}")
+        dtype = self._like().dtype
+        for name, tensor in self.base.state_dict().items():
+            if tensor.is_floating_point() and tensor.dtype != dtype:
+                raise ValueError(f"base ({type(base).__name__}): {name} is {tensor.dtype}, the transforms {dtype}")
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self.__dict__.setdefault("_runs", Runs())  # flows that were pickled without the attribute
+        # Flows that were pickled without these.
+        self.__dict__.setdefault("_runs", Runs())
+        if "base" not in self._modules:
+            self.base = StandardNormal(self.features)
 
     def _transforms(self) -> list[Transform]:
         # Not through nn.Module.__getattr__, which is slow.
@@ -164,7 +185,7 @@ class Flow(nn.Module):
 
         Raises:
             ValueError, TypeError: as ``forward``.
-            NotInvertibleError: a block has the leaky output mask of the published notebook.
+            NotInvertibleError: as ``sample``.
 
         Example:
             >>> flow = fastmaf.MAF(features=3, blocks=2, hidden_features=16)
@@ -181,7 +202,7 @@ class Flow(nn.Module):
     def log_prob(self, x: Tensor | ArrayLike) -> Tensor:
         """Returns the log-density of data, in nats.
 
-        It is −inf outside of the domain of a transform (``Logit``), and where ½z² overflows.
+        It is −inf outside of the domain of a transform (``Logit``), and where ½z² of a normal base overflows.
 
         Args:
             x: ``[..., D]``.
@@ -204,7 +225,7 @@ class Flow(nn.Module):
         if not isinstance(x, Tensor) or x.dim() != 2:
             return self._by_rows(Flow.log_prob, "x", x)
         called = type(self).forward is not Flow.forward or hooks.is_called(self) or hooks.any_global()
-        standard = not called and type(self)._base_log_prob is Flow._base_log_prob
+        standard = not called and self._fuses_base
         result = self._runs.log_density(self._transforms(), x) if standard else None
         if result is None:
             self._check("x", x)
@@ -214,8 +235,19 @@ class Flow(nn.Module):
             check_density(self, "log_prob", result, x)
         return result
 
+    @property
+    def has_standard_base(self) -> bool:
+        """Whether the base is a ``StandardNormal``."""
+        return type(self._modules["base"]) is StandardNormal
+
+    @property
+    def _fuses_base(self) -> bool:
+        """Whether the op of a run of all transforms may compute the density of the base, too."""
+        return self.has_standard_base and not hooks.is_called(self.base)
+
     def _base_log_prob(self, z: Tensor) -> Tensor:
-        return -0.5 * z.square().sum(dim=1) - self.features * _HALF_LOG_2PI
+        result: Tensor = self.base(z)
+        return result
 
     @outside_autocast
     def nll_per_dim(self, x: Tensor | ArrayLike) -> Tensor:
@@ -223,7 +255,8 @@ class Flow(nn.Module):
 
             nll_per_dim(x)[d] = ½ z[d]² + ½ log 2π + Σ over blocks log_scale[d],    Σ_d nll_per_dim(x)[d] = −log_prob(x)
 
-        The log-scales of each block are assigned to the dimensions of x that they belong to.
+        The log-scales of each block are assigned to the dimensions of x that they belong to. Of another base than the
+        standard normal one, −log q(z[d]) stands in place of the first two terms.
 
         Args:
             x: ``[..., D]``.
@@ -233,7 +266,8 @@ class Flow(nn.Module):
 
         Raises:
             ValueError, TypeError, FloatingPointError: as ``log_prob``.
-            NotImplementedError: a transform of a user's class lacks ``forward_per_dim``.
+            NotImplementedError: a transform of a user's class lacks ``forward_per_dim``, or the dimensions of the base
+                are not independent.
 
         Example:
             >>> flow = fastmaf.MAF(features=3, blocks=2, hidden_features=16)
@@ -249,7 +283,7 @@ class Flow(nn.Module):
             called = transform(z)[0] if hooks.is_called(transform) or hooks.any_global() else None
             z, terms = transform.forward_per_dim(z, terms)
             z = z if called is None else called
-        result = terms + 0.5 * z.square() + _HALF_LOG_2PI
+        result = self.base.nll_per_dim(z, terms)
         if validates(self.validate_args, x):
             check_density(self, "nll_per_dim", result, x)
         return result
@@ -278,7 +312,8 @@ class Flow(nn.Module):
             TypeError: ``shape`` is neither an integer nor a sequence of integers.
             ValueError: ``shape`` has a negative entry, or ``generator``, ``seed`` and ``start`` contradict each other.
             FloatingPointError: with ``validate_args``, a sample is not finite. The message names the transform.
-            NotInvertibleError: a block has the leaky output mask of the published notebook.
+            NotInvertibleError: a block has the leaky output mask of the published notebook, or a ``BatchNorm`` is in
+                training mode.
 
         Example:
             >>> flow = fastmaf.MAF(features=3, blocks=2, hidden_features=16)
@@ -324,6 +359,7 @@ class Flow(nn.Module):
 
         Raises:
             TypeError, ValueError, FloatingPointError, NotInvertibleError: as ``sample``.
+            NotImplementedError: samples of the base (``GaussianMixture``) are not differentiable.
 
         Example:
             >>> flow = fastmaf.MAF(features=3, blocks=2, hidden_features=16)
@@ -347,7 +383,7 @@ class Flow(nn.Module):
             The samples ``[*shape, D]`` and their log-densities ``[*shape]`` in nats.
 
         Raises:
-            TypeError, ValueError, FloatingPointError, NotInvertibleError: as ``sample``.
+            TypeError, ValueError, FloatingPointError, NotInvertibleError, NotImplementedError: as ``rsample``.
 
         Example:
             >>> flow = fastmaf.MAF(features=3, blocks=2, hidden_features=16)
@@ -375,16 +411,22 @@ class Flow(nn.Module):
     def _base_sample(
         self, shape: Shape, generator: Generator | None, seed: int | None, start: int
     ) -> tuple[tuple[int, ...], Tensor]:
-        """Returns the batch shape of the samples and noise ``[N, D]`` for all of them."""
-        batch, like = as_sizes("shape", shape), self._like()
-        n = math.prod(batch)
+        """Returns the batch shape of the samples and z ``[N, D]`` of all of them, drawn from the base."""
+        batch, like, base = as_sizes("shape", shape), self._like(), self.base
+        if torch.is_grad_enabled() and not base.has_rsample:
+            raise NotImplementedError(
+                f"samples of a {type(base).__name__} are not differentiable with respect to all of its parameters: use "
+                "sample or sample_and_log_prob, or another base"
+            )
+        n, columns = math.prod(batch), base.noise_features
         if seed is None:
             if start:
                 raise ValueError(f"start numbers the rows of a seed's noise; found start = {start} without a seed")
-            return batch, torch.randn(n, self.features, generator=generator, device=like.device, dtype=like.dtype)
+            noise = torch.randn(n, columns, generator=generator, device=like.device, dtype=like.dtype)
+            return batch, base.from_noise(noise)
         if generator is not None:
             raise ValueError("expected a generator or a seed as the source of the noise; found both")
-        return batch, normal_rows(n, self.features, seed, start, like)
+        return batch, base.from_noise(normal_rows(n, columns, seed, start, like))
 
     def _like(self) -> Tensor:
         """Returns a tensor of the flow's dtype and device, not a weight that ``to_inference`` stored in fewer bits."""
@@ -421,8 +463,8 @@ class Flow(nn.Module):
             OutputError: the card would replace a card that was edited, or another file; nothing was written.
             ValueError: ``metadata`` contains the reserved key ``"fastmaf"``, a tensor of the flow is not finite or
                 on the device ``meta``, or two tensors of the flow overlap in memory without being the same tensor.
-            TypeError: the class of a transform is not in ``fastmaf.transforms.TRANSFORMS``, or a module is pruned,
-                parametrised or of another class.
+            TypeError: the class of a transform is not in ``fastmaf.transforms.TRANSFORMS``, that of the base not in
+                ``fastmaf.bases.BASES``, or a module is pruned, parametrised or of another class.
             OSError: the file cannot be written; an earlier file stays intact.
 
         Example:
@@ -448,15 +490,17 @@ class Flow(nn.Module):
             card.write(self, config, path)
 
     def config(self) -> dict[str, Any]:
-        """Returns the configuration of the flow as it is saved: class, features and transforms, in plain JSON types.
+        """Returns the configuration of the flow as it is saved: class, features, transforms and, unless it is the
+        standard normal one, base, in plain JSON types.
 
         Raises:
-            TypeError: the class of a transform is not in ``fastmaf.transforms.TRANSFORMS``, or a module is pruned,
-                parametrised or of another class.
+            TypeError: the class of a transform is not in ``fastmaf.transforms.TRANSFORMS``, that of the base not in
+                ``fastmaf.bases.BASES``, or a module is pruned, parametrised or of another class.
         """
         check_parts(self)
         transforms = [transform_config(transform) for transform in self.transforms]
-        return {"class": self._class_in_files, "features": self.features, "transforms": transforms}
+        base = {} if self.has_standard_base else {"base": base_config(self.base)}
+        return {"class": self._class_in_files, "features": self.features, "transforms": transforms, **base}
 
     def to_inference(self, dtype: torch.dtype = torch.bfloat16) -> Flow:
         """Returns a frozen copy for scoring and sampling, with weights stored in ``dtype``.
@@ -509,7 +553,8 @@ class Flow(nn.Module):
         """Returns a copy as a dense model, which multiplies masks and weights and inverts with one pass per dimension.
 
         Raises:
-            TypeError: the flow has transforms other than permutations and affine autoregressive blocks.
+            TypeError: the flow has transforms other than permutations and affine autoregressive blocks, or another base
+                than the standard normal distribution.
 
         Example:
             >>> flow = fastmaf.MAF(features=3, blocks=2, hidden_features=16)
@@ -517,6 +562,8 @@ class Flow(nn.Module):
             >>> torch.allclose(flow.to_naive().log_prob(x), flow.log_prob(x), atol=1e-4)
             True
         """
+        if not self.has_standard_base:
+            raise TypeError(f"a naive MAF has a standard normal base; found {type(self.base).__name__}")
         return NaiveMAF.from_transforms(self.features, self._transforms())
 
     @property
@@ -541,7 +588,7 @@ class Flow(nn.Module):
         return [layer for made in self._mades() for layer in made.layers]
 
     def _is_one_op(self) -> bool:
-        return self._runs.single(self._transforms()) is not None
+        return self._fuses_base and self._runs.single(self._transforms()) is not None
 
     def _saved_numel(self, n: int) -> int:
         return self._runs.saved_numel(self._transforms(), n)

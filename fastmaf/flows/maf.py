@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from fastmaf.bases import Base
 from fastmaf.degrees import (
     DegreeKind,
     OrderKind,
@@ -20,8 +21,12 @@ from fastmaf.degrees import (
 )
 from fastmaf.flows.base import Flow
 from fastmaf.nn import MADE, Init
-from fastmaf.transforms import AffineAutoregressive, GaussianWhitening, Permutation, Transform
+from fastmaf.transforms import ActNorm, AffineAutoregressive, BatchNorm, GaussianWhitening, Permutation, Transform
 from fastmaf.validation import as_integer
+
+M = TypeVar("M", bound="MAF")
+Normalization: TypeAlias = Literal["batch", "act"]
+_NORMALIZATIONS: dict[str, type[ActNorm | BatchNorm]] = {"batch": BatchNorm, "act": ActNorm}
 
 
 class MAF(Flow):
@@ -57,6 +62,10 @@ class MAF(Flow):
             inverse.
         whitening: rank of a ``GaussianWhitening`` in front of the blocks, ``transforms[0]``, which is the identity
             until its ``fit_`` is called. None: no whitening.
+        normalization: ``"batch"`` puts a ``BatchNorm`` after each block, ``"act"`` an ``ActNorm``, which the first
+            batch in training starts. None: neither; consecutive blocks then run as one op, which is faster.
+        base: the distribution of z, which is converted to ``device`` and ``dtype``; None for the standard normal one.
+            See ``Flow``.
         device: the device of the parameters. ``"meta"`` allocates nothing, for ``memory_estimate`` of flows that may be
             too large for the machine.
         dtype: the dtype of the parameters.
@@ -101,6 +110,8 @@ class MAF(Flow):
         init: Init = "linear",
         strict: bool = True,
         whitening: int | None = None,
+        normalization: Normalization | None = None,
+        base: Base | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
         validate_args: bool | None = None,
@@ -108,6 +119,9 @@ class MAF(Flow):
         features, blocks = check_features(features), as_integer("blocks", blocks)
         if blocks < 1:
             raise ValueError(f"blocks must be at least 1; found {blocks}")
+        if normalization not in (None, *_NORMALIZATIONS):
+            known = ", ".join(map(repr, _NORMALIZATIONS))
+            raise ValueError(f"normalization must be one of {known}, or None; found {normalization!r}")
         hidden_features = layer_sizes(hidden_features)
         generator = None if seed is None else torch.Generator().manual_seed(as_integer("seed", seed))
         order_of_block = orders(order, features, blocks, generator=generator)
@@ -125,19 +139,32 @@ class MAF(Flow):
         networks = [MADE(features, hidden_features, degrees=d, **options) for d in drawn]
         bound = max(1.0, 7 / blocks) if log_scale_bound == "auto" else log_scale_bound
         soft = soft_bound and bound is not None
-        affine = [AffineAutoregressive(made, log_scale_bound=bound, soft_bound=soft) for made in networks]
+        affine = [self._turned(AffineAutoregressive(made, log_scale_bound=bound, soft_bound=soft)) for made in networks]
         first = [] if whitening is None else [GaussianWhitening(features, whitening, **make)]
-        transforms = [*first, *interleave_permutations(affine, order_of_block)]
-        super().__init__(features, transforms, validate_args=validate_args)
+        if normalization is None:
+            transforms = [*first, *interleave_permutations(affine, order_of_block)]
+        else:
+            parts = [part for block in affine for part in (block, _NORMALIZATIONS[normalization](features, **make))]
+            order_of_part = [order for order in order_of_block for _ in (0, 1)]
+            transforms = [*first, *interleave_permutations(parts, order_of_part)]
+        if base is not None:
+            base.to(networks[0].output.bias.dtype)
+        super().__init__(features, transforms, base, validate_args=validate_args)
         self.to(where)
 
+    @staticmethod
+    def _turned(block: AffineAutoregressive) -> Transform:
+        """Returns the transform of this class of flows for a block."""
+        return block
+
     @classmethod
-    def from_transforms(cls, features: int, transforms: Iterable[Transform]) -> MAF:
+    def from_transforms(cls: type[M], features: int, transforms: Iterable[Transform], base: Base | None = None) -> M:
         """Builds a MAF from existing transforms.
 
         Args:
             features: D.
             transforms: the transforms, in the order in which they are applied to x.
+            base: as ``Flow``.
 
         Raises:
             TypeError, ValueError: as ``Flow``.
@@ -148,7 +175,7 @@ class MAF(Flow):
             torch.Size([2, 3])
         """
         flow = cls.__new__(cls)
-        Flow.__init__(flow, features, transforms)
+        Flow.__init__(flow, features, transforms, base)
         return flow
 
 

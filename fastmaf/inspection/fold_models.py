@@ -12,6 +12,7 @@ from pathlib import Path
 import fastmaf
 from fastmaf.images.dataset import check_takes_images
 from fastmaf.inspection.model import InspectionModel
+from fastmaf.inspection.scoring.float64_flow import check_base
 from fastmaf.io.atomic import replace
 from fastmaf.io.tensor_file import read_tensors
 
@@ -63,6 +64,10 @@ def load_fold_models(run: Path, model: InspectionModel) -> list[fastmaf.Flow]:
             raise fastmaf.CheckpointError(
                 f"{file}: expected a flow of {model.flow.features} features, as its model's; found {flow.features}"
             )
+        try:
+            check_base(flow)
+        except ValueError as error:
+            raise fastmaf.CheckpointError(f"{file}: {error}") from None
         flows.append(flow)
     return flows if len(flows) == len(model.about.get("images_of_folds", flows)) else []
 

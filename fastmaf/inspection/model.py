@@ -18,7 +18,7 @@ from fastmaf.images.dataset import check_takes_images, to_unit
 from fastmaf.inspection.calibration import Calibration
 from fastmaf.inspection.model_card import inspection_card
 from fastmaf.inspection.model_schema import KEY, inspection_record
-from fastmaf.inspection.scoring.float64_flow import Float64Flow, FlowValues
+from fastmaf.inspection.scoring.float64_flow import Float64Flow, FlowValues, check_base
 from fastmaf.inspection.scoring.score import (
     TermStatistics,
     anomaly_maps,
@@ -205,6 +205,7 @@ def load_inspection(path: str | Path, *, device: str = "cpu") -> InspectionModel
         settings, map_config = ScoreSettings(**record["settings"]), AnomalyMapConfig(**record["map_config"])
         if not len(flow.transforms):
             raise ValueError("a flow without a transform has no terms to score")
+        check_base(flow)
         mean, deviation = (_statistic(f"term_{name}", extras, flow.features) for name in ("mean", "deviation"))
         scores = extras.get("calibration_scores")
         if scores is None or scores.dtype != torch.float64:

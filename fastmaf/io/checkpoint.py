@@ -9,21 +9,22 @@ from __future__ import annotations
 
 import os
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from fastmaf.flows import MAF, Flow
-from fastmaf.io.flow_config import flow_config
+from fastmaf.bases import BASES
+from fastmaf.flows import IAF, MAF, Flow
+from fastmaf.io.flow_config import flow_config, parts
 from fastmaf.io.flow_tensors import EXTRA, flow_tensors
 from fastmaf.io.packed_weights import read_weights
 from fastmaf.io.safe_json import shown
 from fastmaf.io.tensor_file import CheckpointError, TensorFile
 from fastmaf.sharing import share_again
-from fastmaf.transforms import TRANSFORMS
+from fastmaf.transforms import TRANSFORMS, transform_from
 
 
 class SavedFlow(NamedTuple):
@@ -54,7 +55,7 @@ def load(path: str | os.PathLike[str], *, device: torch.device | str = "cpu") ->
         device: the device of the flow.
 
     Returns:
-        A ``MAF`` or ``Flow``, as saved. A copy by ``to_inference`` with bfloat16 weights is frozen again: its
+        A ``MAF``, ``IAF`` or ``Flow``, as saved. A copy by ``to_inference`` with bfloat16 weights is frozen again: its
         parameters require no gradients.
 
     Raises:
@@ -105,14 +106,14 @@ def load_with_extras(path: str | os.PathLike[str], *, device: torch.device | str
 
 def _flow(file: TensorFile) -> Flow:
     try:
-        config = flow_config(file.metadata, tuple(TRANSFORMS))
+        config = flow_config(file.metadata, tuple(TRANSFORMS), tuple(BASES))
         tensors = flow_tensors(file, config)
         # Entering a device slows every call of torch down.
         with nullcontext() if torch.get_default_device().type == "cpu" else torch.device("cpu"):
             flow = _build(config, tensors)
         _load_tensors(flow, tensors, read_weights(file, config, flow, tensors))
         share_again(flow, config.get("shared", {}))
-        if any("weight_dtype" in transform for transform in config["transforms"]):  # a copy by ``to_inference``
+        if any("weight_dtype" in part.entry for part in parts(config)):  # a copy by ``to_inference``
             flow.requires_grad_(False).eval()
     except CheckpointError:
         raise
@@ -122,12 +123,15 @@ def _flow(file: TensorFile) -> Flow:
 
 
 def _build(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Flow:
-    tensors_of: defaultdict[int, dict[str, Tensor]] = defaultdict(dict)
+    tensors_of: defaultdict[str, dict[str, Tensor]] = defaultdict(dict)
     for name, tensor in tensors.items():
-        _, index, rest = name.split(".", 2)
-        tensors_of[int(index)][rest] = tensor
-    transforms = [TRANSFORMS[t["type"]].from_config(t, tensors_of[i]) for i, t in enumerate(config["transforms"])]
-    return (MAF.from_transforms if config["class"] == "MAF" else Flow)(config["features"], transforms)
+        *place, rest = name.split(".", 1 if name.startswith("base.") else 2)
+        tensors_of[".".join(place)][rest] = tensor
+    transforms = [transform_from(entry, tensors_of[f"transforms.{i}"]) for i, entry in enumerate(config["transforms"])]
+    entry = config.get("base")
+    base = None if entry is None else BASES[entry["type"]].from_config(entry, tensors_of["base"])
+    makers: dict[str, Callable[..., Flow]] = {"MAF": MAF.from_transforms, "IAF": IAF.from_transforms, "Flow": Flow}
+    return makers[config["class"]](config["features"], transforms, base)
 
 
 def _load_tensors(flow: Flow, tensors: dict[str, Tensor], read: set[str]) -> None:

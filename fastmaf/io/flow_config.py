@@ -1,19 +1,22 @@
 """The schema of a flow's configuration in a model file, and the tensors that it requires::
 
-    {"version": 2, "class": "MAF", "features": D, "transforms": [{"type": ..., ...}, ...]}
+    {"version": 2, "class": "MAF", "features": D, "transforms": [{"type": ..., ...}, ...], "base": {"type": ..., ...}}
 
-The sizes of all tensors except packed weights follow from it, so that a file is checked before anything is built.
-Packed weights are stored row after row, the visible weights alone. In files of version 1 they are in tiles, which an
-entry ``"tiles": {layer: [...]}`` states.
+Without a ``"base"`` it is the standard normal distribution. The sizes of all tensors except packed weights follow from
+the configuration, so that a file is checked before anything is built. Packed weights are stored row after row, the
+visible weights alone. In files of version 1 they are in tiles, which an entry ``"tiles": {layer: [...]}`` states.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import Any, Literal, NamedTuple, TypeAlias
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any, NamedTuple
 
 import torch
 
+from fastmaf.io.base_kinds import BASE_KINDS, Config, Expected, Kind, vectors
+from fastmaf.io.base_kinds import FEATURES as _FEATURES
 from fastmaf.io.safe_json import parse, shown
 from fastmaf.io.schema import Anything, Flag, ListOf, MapOf, Maybe, Number, OneOf, Record, SchemaError, Text, Whole
 from fastmaf.kernels.affine_output.affine_map import FORMS, SCALES
@@ -25,33 +28,6 @@ _VERSIONS = (1, 2)  # that can be read
 KEY = "fastmaf"  # the key of the configuration in the metadata
 _WHERE = "configuration"  # the beginning of paths in messages
 TILES = f"{_WHERE}.tiles"
-
-Config: TypeAlias = Mapping[str, Any]
-
-
-class Expected(NamedTuple):
-    """A tensor that a configuration requires.
-
-    Attributes:
-        shape: None for packed weights, whose length follows from the degrees.
-        dtype: a dtype, ``"flow"`` for the dtype of the flow, or ``"weight"`` for that of the packed weights.
-    """
-
-    shape: tuple[int, ...] | None
-    dtype: torch.dtype | Literal["flow", "weight"] = "flow"
-
-
-class Kind(NamedTuple):
-    """The schema of one type of transform.
-
-    Attributes:
-        schema: that of its configuration, without the entry ``"type"``.
-        tensors: a function from the configuration and the number of features to the required tensors by name. Raises
-            SchemaError if entries contradict each other.
-    """
-
-    schema: Record
-    tensors: Callable[[Config, int], dict[str, Expected]]
 
 
 def _affine(config: Config, features: int) -> dict[str, Expected]:
@@ -84,6 +60,10 @@ def _whitening(config: Config, features: int) -> dict[str, Expected]:
     return {"mean": line, "scale": line, "factors": factors, "variance": Expected((rank,))}
 
 
+def _act_norm(config: Config, features: int) -> dict[str, Expected]:
+    return {**vectors("shift", "log_scale")(config, features), "initialized": Expected((), torch.bool)}
+
+
 def _local(config: Config, features: int) -> dict[str, Expected]:
     (channels, height, width), patch, kernel = config["shape"], config["patch"], config["kernel"]
     if (numbers := channels * height * width) != features:
@@ -104,7 +84,6 @@ def _local(config: Config, features: int) -> dict[str, Expected]:
 
 
 _TEXT = Text(10_000_000)  # a configuration of a hundred blocks of 12,288 dimensions has 200 kB
-_FEATURES = Whole(1, 2**28)
 _NATS = Number(low=1e-30, high=1e30)  # within the range of float32
 
 _WEIGHT_DTYPE = OneOf((str(torch.bfloat16), str(FLOAT8)))
@@ -155,24 +134,52 @@ _LOCAL = Record(
         "log_scale_bound": _NATS,
     }
 )
+_BATCH_NORM = Record({"features": _FEATURES, "eps": Number(low=1e-30, high=1e30), "momentum": Number(low=0, high=1)})
 KINDS: dict[str, Kind] = {
     "permutation": Kind(Record(), lambda config, features: {"permutation": Expected((features,), torch.int64)}),
     "logit": Kind(Record({"features": _FEATURES, "alpha": Number(low=0, below=0.5)}), lambda config, features: {}),
     "affine_autoregressive": Kind(_AFFINE, _affine),
     "gaussian_whitening": Kind(Record({"features": _FEATURES, "rank": Whole()}), _whitening),
     "monotonic_rqs": Kind(_SPLINE, _spline),
-    "elementwise_affine": Kind(
-        Record({"features": _FEATURES}),
-        lambda config, features: {name: Expected((features,)) for name in ("shift", "log_scale")},
-    ),
+    "elementwise_affine": Kind(Record({"features": _FEATURES}), vectors("shift", "log_scale")),
     "local_autoregressive": Kind(_LOCAL, _local),
+    "act_norm": Kind(Record({"features": _FEATURES}), _act_norm),
+    "batch_norm": Kind(_BATCH_NORM, vectors("shift", "log_scale", "running_mean", "running_var")),
 }
+_INVERTED = "inverted"  # the type of an entry that holds the one of another transform
 
 
-def flow_config(metadata: Mapping[str, str], types: tuple[str, ...]) -> dict[str, Any]:
-    """Returns the validated configuration in the metadata of a file whose transforms are of these types.
+class Part(NamedTuple):
+    """A transform or the base of a flow, as a configuration describes it.
 
-    Transforms of types that are not in ``KINDS`` validate their configuration themselves.
+    Attributes:
+        place: the beginning of the names of its tensors.
+        entry: its configuration.
+        kind: its schema; None for the classes of users.
+        inverted: whether it is a transform within an inverted one.
+    """
+
+    place: str
+    entry: Config
+    kind: Kind | None
+    inverted: bool = False
+
+
+def parts(config: Config) -> Iterator[Part]:
+    """Yields the transforms of a configuration, those within inverted ones in their place, and the base, if any."""
+    for i, entry in enumerate(config["transforms"]):
+        place, inverted = f"transforms.{i}.", entry["type"] == _INVERTED
+        if inverted:
+            place, entry = f"{place}transform.", entry["transform"]
+        yield Part(place, entry, KINDS.get(entry["type"]), inverted)
+    if (base := config.get("base")) is not None:
+        yield Part("base.", base, BASE_KINDS.get(base["type"]))
+
+
+def flow_config(metadata: Mapping[str, str], types: tuple[str, ...], bases: tuple[str, ...]) -> dict[str, Any]:
+    """Returns the validated configuration in the metadata of a file whose transforms and base are of these types.
+
+    Those of types that are not in ``KINDS`` or ``BASE_KINDS`` validate their configuration themselves.
 
     Raises:
         ValueError: there is no configuration, or it violates the schema.
@@ -192,22 +199,33 @@ def flow_config(metadata: Mapping[str, str], types: tuple[str, ...]) -> dict[str
     schema = Record(
         {
             "version": Whole(),
-            "class": OneOf(("MAF", "Flow")),
+            "class": OneOf(("MAF", "Flow", "IAF")),
             "features": _FEATURES,
-            "transforms": ListOf(Record({"type": OneOf(types)}, others=Anything()), longest=4096),
+            "transforms": ListOf(_one_of(types), longest=4096),
             **({"tiles": MapOf(ListOf(Anything()))} if has_tiles else {}),
         },
-        optional={"shared": MapOf(Text())},  # see ``fastmaf.sharing.shared_parts``
+        # For "shared" see ``fastmaf.sharing.shared_parts``.
+        optional={"shared": MapOf(Text()), "base": _one_of(bases)},
     )
     schema.check(config, _WHERE)
+    inverted = Record({"type": OneOf((_INVERTED,)), "transform": _one_of(t for t in types if t != _INVERTED)})
     for i, entry in enumerate(config["transforms"]):
-        if entry["type"] in KINDS:
-            _check_transform(entry, config["features"], f"{_WHERE}.transforms[{i}]")
+        if entry["type"] == _INVERTED:
+            inverted.check(entry, f"{_WHERE}.transforms[{i}]")
+    for part in parts(config):
+        _check_part(part, config["features"])
     return config
 
 
-def _check_transform(entry: Config, features: int, where: str) -> None:
-    kind = KINDS[entry["type"]]
+def _one_of(types: Iterable[str]) -> Record:
+    return Record({"type": OneOf(types)}, others=Anything())
+
+
+def _check_part(part: Part, features: int) -> None:
+    _, entry, kind, _ = part
+    if kind is None:
+        return
+    where = re.sub(r"\.(\d+)", r"[\1]", f"{_WHERE}.{part.place[:-1]}")  # as messages name entries of a list
     kind.schema.check({key: value for key, value in entry.items() if key != "type"}, where)
     if entry.get("features", features) != features:
         raise SchemaError(f"{where}.features: expected {features}, the flow's; found {entry['features']}")

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from itertools import pairwise
 
 import torch
 from torch import Tensor
 
 from fastmaf.degrees import input_degrees, prefix
-from fastmaf.io.flow_config import KINDS, Config, Expected
+from fastmaf.io.base_kinds import Config, Expected
+from fastmaf.io.flow_config import parts
 from fastmaf.io.safe_json import shown
 from fastmaf.io.schema import SchemaError
 from fastmaf.io.tensor_file import TensorFile, TensorInfo
@@ -37,7 +38,12 @@ def flow_tensors(file: TensorFile, config: Config) -> dict[str, Tensor]:
         CheckpointError: the file was truncated.
     """
     infos = {name: info for name, info in file.tensors.items() if not name.startswith(EXTRA)}
-    expected = {f"transforms.{i}.{name}": tensor for i, _, own in _kinds(config) for name, tensor in own.items()}
+    expected = {
+        f"{place}{name}": tensor
+        for place, entry, kind, _ in parts(config)
+        if kind is not None
+        for name, tensor in kind.tensors(entry, config["features"]).items()
+    }
     _check_names(infos, expected, config)
     _check_shapes(infos, expected)
     tensors = {name: file.read(name) for name in infos if name not in expected or expected[name].dtype != "weight"}
@@ -45,30 +51,28 @@ def flow_tensors(file: TensorFile, config: Config) -> dict[str, Tensor]:
         if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
             raise SchemaError(f"tensor {shown(name)} holds values that are not finite")
     stored = 0
-    for i, entry, _ in _kinds(config):
+    for place, entry, kind, _ in parts(config):
+        if kind is not None:
+            _check_logs(tensors, place)
         if entry["type"] == "gaussian_whitening":
-            _check_whitening(tensors, f"transforms.{i}.")
+            _check_whitening(tensors, place)
+        elif entry["type"] == "batch_norm":
+            if (least := float(tensors[f"{place}running_var"].min())) < 0:
+                raise SchemaError(f"tensor {place}running_var must be not negative; found {least}")
         elif entry["type"] == "affine_autoregressive":
-            _check_scales(tensors, f"transforms.{i}.made.")
-            stored += _packed_numel(infos, tensors, f"transforms.{i}.made.", entry, config["features"])
+            _check_scales(tensors, f"{place}made.")
+            stored += _packed_numel(infos, tensors, f"{place}made.", entry, config["features"])
     numel = sum(math.prod(info.shape) for info in infos.values())
     if stored > _GROWTH * numel + _SMALL:
         raise SchemaError(f"its {numel} numbers would take {stored} in memory: the degrees are not those of a flow")
     return tensors
 
 
-def _kinds(config: Config) -> Iterator[tuple[int, Config, dict[str, Expected]]]:
-    """Yields index, configuration and required tensors of each transform of a known kind."""
-    for i, entry in enumerate(config["transforms"]):
-        if entry["type"] in KINDS:
-            yield i, entry, KINDS[entry["type"]].tensors(entry, config["features"])
-
-
 def _check_names(infos: Mapping[str, TensorInfo], expected: Mapping[str, Expected], config: Config) -> None:
-    # Transforms of registered classes of users validate their tensors themselves.
-    of_users = {f"transforms.{i}" for i, entry in enumerate(config["transforms"]) if entry["type"] not in KINDS}
+    # Registered classes of users validate their tensors themselves.
+    of_users = tuple(part.place for part in parts(config) if part.kind is None)
     missing = sorted(expected.keys() - infos.keys())
-    extra = sorted(name for name in infos.keys() - expected.keys() if ".".join(name.split(".", 2)[:2]) not in of_users)
+    extra = sorted(name for name in infos.keys() - expected.keys() if not name.startswith(of_users))
     if missing or extra:
         raise SchemaError(
             f"tensor names do not fit the configuration: missing {shown(missing[:3]) if missing else 'none'}, "
@@ -97,6 +101,15 @@ def _check_scales(tensors: Mapping[str, Tensor], name: str) -> None:
     for field, tensor in tensors.items():
         if field.startswith(name) and field.endswith(".weight_scale") and not is_factor(scale := float(tensor)):
             raise SchemaError(f"tensor {field} must be a power of two, the factor of float8 weights; found {scale}")
+
+
+def _check_logs(tensors: Mapping[str, Tensor], place: str) -> None:
+    """Checks that what is stored as its logarithm is in the range of the dtype."""
+    for name in (f"{place}log_scale", f"{place}log_df"):
+        if (tensor := tensors.get(name)) is not None and tensor.numel():
+            most, largest = float(tensor.abs().max()), -math.log(torch.finfo(tensor.dtype).tiny)
+            if most > largest:
+                raise SchemaError(f"tensor {name} must be at most {largest:.3g} in size; found {most}")
 
 
 def _check_whitening(tensors: Mapping[str, Tensor], name: str) -> None:

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from fastmaf.io.atomic import written_atomically
+from fastmaf.io.flow_config import parts
 from fastmaf.io.outputs import Kind, Output, check_outputs
 
 TO_FILL_IN = "**To be filled in:**"
@@ -127,14 +128,16 @@ class ModelCard:
 
 
 def _details(flow: nn.Module, config: Mapping[str, Any], model: Path) -> Iterator[tuple[str, str]]:
-    transforms = config["transforms"]
-    kinds = [transform["type"].replace("_", " ") for transform in transforms]
-    hidden = [transform["hidden_features"] for transform in transforms if "hidden_features" in transform]
+    transforms = [part for part in parts(config) if part.place != "base."]
+    kinds = ["inverted " * part.inverted + part.entry["type"].replace("_", " ") for part in transforms]
+    hidden = [part.entry["hidden_features"] for part in transforms if "hidden_features" in part.entry]
     tensors = [tensor for tensor in (*flow.parameters(), *flow.buffers()) if tensor.is_floating_point()]
     fixed = sum(tensor.numel() for tensor in tensors if not isinstance(tensor, nn.Parameter))
     yield "Class", f"`fastmaf.{config['class']}`"
     yield "Features", f"{config['features']:,}"
     yield "Transforms", ", ".join(f"{kinds.count(kind)} × {kind}" for kind in dict.fromkeys(kinds)) or "none"
+    if (base := config.get("base")) is not None:
+        yield "Base", base["type"].replace("_", " ")
     if hidden:
         widths = dict.fromkeys(f"({', '.join(map(str, sizes))})" for sizes in hidden)
         yield "Blocks", str(len(hidden))
@@ -143,7 +146,7 @@ def _details(flow: nn.Module, config: Mapping[str, Any], model: Path) -> Iterato
     if fixed:
         yield "Fixed numbers (buffers)", f"{fixed:,}"
     dtypes = [str(tensor.dtype) for tensor in tensors]
-    dtypes += [transform["weight_dtype"] for transform in transforms if "weight_dtype" in transform]
+    dtypes += [part.entry["weight_dtype"] for part in transforms if "weight_dtype" in part.entry]
     yield "Data type", ", ".join(dict.fromkeys(name.removeprefix("torch.") for name in dtypes)) or "none"
     yield "File", f"{model.name}, {os.path.getsize(model):,} bytes"
     fastmaf_version = sys.modules["fastmaf"].__version__  # importing fastmaf here would be circular

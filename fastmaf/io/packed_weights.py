@@ -8,7 +8,8 @@ from typing import BinaryIO
 import torch
 from torch import Tensor, nn
 
-from fastmaf.io.flow_config import TILES, Config
+from fastmaf.io.base_kinds import Config
+from fastmaf.io.flow_config import TILES
 from fastmaf.io.safe_json import shown
 from fastmaf.io.schema import SchemaError
 from fastmaf.io.tensor_file import Streamed, TensorFile

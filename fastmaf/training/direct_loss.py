@@ -17,7 +17,7 @@ from fastmaf.kernels.flow.prepared import PreparedFlow
 _requires_grad, _grad, _hooks, _later_hooks = map(
     operator.attrgetter, ("requires_grad", "grad", "_backward_hooks", "_post_accumulate_grad_hooks")
 )
-_METHODS = {name: getattr(Flow, name) for name in ("log_prob", "forward", "_base_log_prob")}
+_METHODS = {name: getattr(Flow, name) for name in ("log_prob", "forward")}
 
 
 class DirectLoss:
@@ -38,7 +38,7 @@ class DirectLoss:
     @classmethod
     def of(cls, flow: Flow, x: Tensor) -> DirectLoss | None:
         """Returns the loss of a batch ``[N, D]``, or None where autograd is needed: for hooks, other transforms than
-        blocks and permutations, parameters that are shared, frozen or computed, modes, and GPUs.
+        blocks and permutations, other bases, parameters that are shared, frozen or computed, modes, and GPUs.
         """
         if type(x) is not Tensor or x.dim() != 2 or not len(x) or x.requires_grad or x.device.type != "cpu":
             return None
@@ -48,7 +48,9 @@ class DirectLoss:
             return None
         if any(getattr(type(flow), name) is not method or name in vars(flow) for name, method in _METHODS.items()):
             return None
-        run = None if hooks.is_called(flow) or composite.needed() else flow._runs.single(flow._transforms())
+        if hooks.is_called(flow) or composite.needed() or not flow._fuses_base:
+            return None
+        run = flow._runs.single(flow._transforms())
         if run is None or not _are_plain(run.forward.parameters):
             return None
         plan = run.forward.plan(x)

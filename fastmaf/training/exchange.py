@@ -44,9 +44,7 @@ class Exchange:
         dist.all_reduce(sums, group=self.group)
         return sums.tolist()
 
-    def gradients(
-        self, loss: Tensor, uses: Sequence[tuple[Tensor, object]], parameters: Iterable[Tensor]
-    ) -> Gradients:
+    def gradients(self, loss: Tensor, uses: Sequence[tuple[Tensor, object]], parameters: Iterable[Tensor]) -> Gradients:
         """Runs the backward pass; returns the mean of the processes' gradients.
 
         Args:

@@ -23,6 +23,7 @@ from fastmaf.kernels.triton_common import launch_table
 from fastmaf.runs import ATTRIBUTES
 from fastmaf.training.fused_adam import FusedAdam
 from fastmaf.training.gradient_sink import has_hooks
+from fastmaf.transforms import Transform
 
 Key: TypeAlias = tuple[Hashable, ...]
 _version, _requires_grad, _hooks, _later_hooks = map(
@@ -113,7 +114,7 @@ def watch_flow(flow: Flow, trains: bool) -> Watched:
     for module in modules:  # grows in the loop, which is faster than nn.Module.modules
         modules += [child for child in module._modules.values() if child is not None]
     hooks_of_modules = [registered for module in modules for registered in hooks.of(module)]
-    if any(hooks_of_modules):
+    if any(hooks_of_modules) or any(isinstance(module, Transform) and module.needs_eager for module in modules):
         return None, _never
     parts = [part for module in modules for part in (module._modules, module._parameters, module._buffers)]
     # New tensors have an effect where the classes of the modules are not known.

@@ -67,7 +67,9 @@ def memory_estimate(
 
     Args:
         flow: any flow, also one of ``to_inference()``. Parameters that require no gradient are not trained. A custom
-            transform counts as if it saved three tensors ``[N, D]``.
+            transform counts as if it saved three tensors ``[N, D]``, and so does a normalisation. Not counted are what
+            another base than the standard normal one allocates, and the backward pass through an inverse, as that of
+            the density of an ``IAF``.
         batch: N, at least 1.
         optimizer: a torch optimiser or its class; None for ``log_prob`` under ``torch.no_grad()``.
         update: how ``FusedAdam`` is used: ``"minimize"``, as by ``TrainingStep`` (which stores the gradients of a flow

@@ -65,6 +65,11 @@ class Transform(nn.Module):
             if name in vars(cls):
                 setattr(cls, name, outside_autocast(vars(cls)[name]))
 
+    @property
+    def needs_eager(self) -> bool:
+        """Whether the next pass forward changes the transform, and must not be recorded as a CUDA graph."""
+        return False
+
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Returns ``z`` ``[N, D]`` and ``ladj`` ``[N]``, ``log |det dz/dx|`` in nats, for ``x`` ``[N, D]``."""
         raise NotImplementedError

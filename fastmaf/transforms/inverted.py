@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
+import torch
 from torch import Tensor
 
 from fastmaf.transforms.base import Transform
+from fastmaf.transforms.permutation import Permutation
+from fastmaf.transforms.registry import transform_config, transform_from
 
 
 class Inverted(Transform):
@@ -13,10 +19,13 @@ class Inverted(Transform):
         z = f⁻¹(x),    ladj = log |det df⁻¹/dx|
 
     Its ``inverse``, hence sampling, is one pass of the network; its ``forward``, hence the density, takes one step per
-    level.
+    level. Consecutive inverted affine blocks of a flow run as one op, as blocks do; see ``fastmaf.IAF``.
 
     Args:
         transform: f.
+
+    Raises:
+        TypeError: f is not a ``fastmaf.Transform``, or is inverted itself.
 
     References:
         Kingma, Salimans, Jozefowicz, Chen, Sutskever and Welling 2016, Improving Variational Inference with Inverse
@@ -31,6 +40,8 @@ class Inverted(Transform):
 
     def __init__(self, transform: Transform) -> None:
         super().__init__()
+        if not isinstance(transform, Transform) or isinstance(transform, Inverted):
+            raise TypeError(f"expected a fastmaf.Transform that is not inverted; found {type(transform).__name__}")
         self.features, self.transform = transform.features, transform
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -39,3 +50,19 @@ class Inverted(Transform):
     def inverse(self, z: Tensor) -> tuple[Tensor, Tensor]:
         result: tuple[Tensor, Tensor] = self.transform(z)
         return result
+
+    def forward_per_dim(self, x: Tensor, terms: Tensor) -> tuple[Tensor, Tensor]:
+        z, _ = self.transform.inverse(x)
+        if isinstance(self.transform, Permutation):
+            return z, self.transform.inverse(terms)[0]
+        # The log-determinants of f and of its inverse are shared alike; f leaves each dimension in its place.
+        _, of_transform = self.transform.forward_per_dim(z, torch.zeros_like(z))
+        return z, terms - of_transform
+
+    def config(self) -> dict[str, Any]:
+        return {"transform": transform_config(self.transform)}
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Inverted:
+        own = "transform."
+        return cls(transform_from(config["transform"], {key.removeprefix(own): t for key, t in tensors.items()}))

@@ -19,7 +19,24 @@ pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(not distributed.is_available(), reason="this torch has no distributed package"),
 ]
-SETTINGS = "--size 8 --blocks 2 --hidden 16,16 --epochs 3 --batch-size 3 --lr 1e-3 --holdout 0.2 --device cpu".split()
+SETTINGS = [
+    "--size",
+    "8",
+    "--blocks",
+    "2",
+    "--hidden",
+    "16,16",
+    "--epochs",
+    "3",
+    "--batch-size",
+    "3",
+    "--lr",
+    "1e-3",
+    "--holdout",
+    "0.2",
+    "--device",
+    "cpu",
+]
 # A program of one of the processes, which kills itself in its second epoch unless it was started again.
 FAILING = """
     import os, signal, sys

@@ -237,6 +237,13 @@ def test_converted_flows_are_flows(tmp_path: Any) -> None:
     assert losses[-1] < losses[0] - 0.05
 
 
+def test_converted_inverse_flows_are_saved(tmp_path: Any) -> None:
+    source = normal_flow(normflows.flows.MaskedAffineAutoregressive(4, 8)).double()
+    flow, x = fastmaf.from_normflows(source).flow, torch.randn(5, 4, dtype=torch.float64)
+    flow.save(tmp_path / "flow.safetensors")
+    close(fastmaf.load(tmp_path / "flow.safetensors").log_prob(x), source.log_prob(x))
+
+
 def test_converted_samples_are_differentiable() -> None:
     source = zuko.flows.MAF(3, 2, transforms=2)
     flow, c = fastmaf.from_zuko(source), torch.randn(4, 2, requires_grad=True)

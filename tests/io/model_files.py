@@ -72,6 +72,11 @@ def flows() -> dict[str, fastmaf.Flow]:
         "whitened": build(D, blocks=1, hidden_features=(6,), whitening=3, **options),
         "inference copy": maf.to_inference(),
         "float8 copy": maf.to_inference(torch.float8_e4m3fn),
+        "inverse": fastmaf.IAF(D, 2, 7, seed=0, base=fastmaf.GaussianMixture(D, 2, generator=generator())),
+        "normalised": fastmaf.MAF(D, 1, 7, seed=0, normalization="batch", base=fastmaf.StudentT(D, 4.0)),
+        "started": fastmaf.MAF(
+            *(D, 1, 7), seed=0, normalization="act", base=fastmaf.LowRankGaussian(D, 2, generator=generator())
+        ),
         "images": fastmaf.Flow(D, [fastmaf.Logit(D, 0.1), whitening, local]),
     }
 

@@ -23,8 +23,8 @@ BLOCK, WHITENING, LOCAL = ("transforms", 0), ("transforms", 1), ("transforms", 2
 
 
 CONFIGURATION: list[tuple[str, tuple[Any, ...], Any, str]] = [
-    ("maf", ("class",), "Evil", "configuration.class: expected one of 'MAF', 'Flow'; found 'Evil'"),
-    ("maf", ("class",), ["MAF"], "configuration.class: expected one of 'MAF', 'Flow'; found ['MAF']"),
+    ("maf", ("class",), "Evil", "configuration.class: expected one of 'MAF', 'Flow', 'IAF'; found 'Evil'"),
+    ("maf", ("class",), ["MAF"], "configuration.class: expected one of 'MAF', 'Flow', 'IAF'; found ['MAF']"),
     ("maf", ("version",), 1.0, "configuration.version: expected a whole number"),
     ("maf", ("version",), 3, "format version 3; this fastmaf reads versions 1 and 2: update fastmaf"),
     ("maf", ("version",), 1, "configuration: the entry 'tiles' is missing"),

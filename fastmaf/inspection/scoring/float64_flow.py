@@ -40,6 +40,12 @@ def first_part(flow: fastmaf.Flow) -> list[fastmaf.Transform]:
     return steps[: ends[0] + 1]
 
 
+def check_base(flow: fastmaf.Flow) -> None:
+    """Raises ValueError if the base is not the standard normal distribution, whose density the terms are of."""
+    if not flow.has_standard_base:
+        raise ValueError(f"inspection needs a flow with a standard normal base; found {type(flow.base).__name__}")
+
+
 class Whitening64:
     """A Gaussian whitening in float64, with two matrix products.
 
@@ -85,6 +91,7 @@ class Float64Flow:
     first: Whitening64 | fastmaf.Transform
 
     def __init__(self, flow: fastmaf.Flow) -> None:
+        check_base(flow)
         *before, first = first_part(flow)
         steps = [step for step in flow.transforms if isinstance(step, fastmaf.Transform)]
         self.features = flow.features
