@@ -7,8 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastmaf.convert.converted import ConditionalBlock, ConvertedFlow
+from fastmaf.convert.converted import ConditionalBlock
 from fastmaf.convert.network import Network, NotConvertibleError
+from fastmaf.convert.normflows_flow import NormflowsFlow
 from fastmaf.convert.parts import (
     affine_block,
     base_of,
@@ -33,42 +34,6 @@ from fastmaf.transforms import (
 )
 
 Parts = list[Transform | ConditionalBlock]
-
-
-class NormflowsFlow(ConvertedFlow):
-    """A converted flow with the methods of ``normflows.NormalizingFlow``, and the same numbers for a seed.
-
-    Made by ``from_normflows``; see there for an example.
-    """
-
-    def __init__(self, features: int, parts: Parts, source: Any) -> None:
-        super().__init__(features, parts, source)
-        self._base = base_of(source.q0.loc, source.q0.log_scale.exp())
-
-    def log_prob(self, x: Tensor) -> Tensor:
-        """Returns the log-density ``[N]`` of ``x`` ``[N, D]``."""
-        return self.log_density(x)
-
-    @torch.no_grad()
-    def sample(self, num_samples: int = 1) -> tuple[Tensor, Tensor]:
-        """Draws ``[num_samples, D]``, and returns the log-densities beside the samples."""
-        like = self._like()
-        z = torch.randn(num_samples, self.features, dtype=like.dtype, device=like.device)
-        x, ladj = self.from_base(z)
-        return x, torch.distributions.Normal(torch.zeros_like(z), 1.0).log_prob(z).sum(1) - ladj
-
-    def forward_kld(self, x: Tensor) -> Tensor:
-        """Returns the mean of the negative log-density of ``x``: the loss of maximum likelihood."""
-        return -self.log_prob(x).mean()
-
-    def _source_log_prob(self, source: Any, x: Tensor, context: Tensor | None) -> Tensor:
-        return source.log_prob(x)  # type: ignore[no-any-return]
-
-    def _source_to_base(self, source: Any, x: Tensor, context: Tensor | None) -> Tensor:
-        return (source.inverse(x) - source.q0.loc) / source.q0.log_scale.exp()  # type: ignore[no-any-return]
-
-    def _source_from_base(self, source: Any, z: Tensor, context: Tensor | None) -> Tensor:
-        return source.forward(source.q0.loc + source.q0.log_scale.exp() * z)  # type: ignore[no-any-return]
 
 
 @converter("normflows", ("flows", "q0"))
@@ -107,7 +72,7 @@ def from_normflows(flow: nn.Module) -> NormflowsFlow:
         raise NotConvertibleError(f"the base {kind(base)} cannot be converted; supported is a DiagGaussian of vectors")
     # From data to the base, the last layer first.
     parts = [part for layer in reversed(layers) for part in _inverse_parts(layer)]
-    return NormflowsFlow(int(base.shape[0]), [*parts, *base_of(base.loc, base.log_scale.exp())], flow)
+    return NormflowsFlow(int(base.shape[0]), parts, base_of(base.loc, base.log_scale.exp()), flow)
 
 
 def _inverse_parts(layer: Any) -> Parts:

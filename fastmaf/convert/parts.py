@@ -185,9 +185,9 @@ def _zero_log_scale(affine_map: AffineMap) -> float:
     return 0.0
 
 
-def base_of(loc: Tensor, scale: Tensor) -> list[Transform]:
-    """Returns what maps a diagonal normal base to the standard one."""
+def base_of(loc: Tensor, scale: Tensor) -> ElementwiseAffine | None:
+    """Returns what maps a diagonal normal base to the standard one; None if it is the standard one."""
     loc, scale = loc.detach().flatten(), scale.detach().flatten()
     if bool((loc == 0).all() & (scale == 1).all()):
-        return []
-    return [ElementwiseAffine(-loc / scale, -scale.log())]
+        return None
+    return ElementwiseAffine(-loc / scale, -scale.log())
