@@ -73,6 +73,7 @@ class ConvertedFlow(nn.Module):
     """
 
     _source: Any
+    _ignores_context = False
 
     def __init__(
         self,
@@ -110,7 +111,7 @@ class ConvertedFlow(nn.Module):
             raise ValueError(f"expected a tensor [N, {self.features}]; found {list(x.shape)}")
         if self.conditional and context is None:
             raise ValueError("this flow was trained with a context; expected one, found None")
-        if not self.conditional and context is not None:
+        if context is not None and not self.conditional and not self._ignores_context:
             raise ValueError(f"this flow has no context; expected None, found a tensor {list(context.shape)}")
 
     def to_base(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:

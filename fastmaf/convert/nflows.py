@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from typing import Any
 
 import torch
@@ -13,6 +12,8 @@ from fastmaf.convert.network import Network, NotConvertibleError
 from fastmaf.convert.parts import (
     affine_block,
     base_of,
+    class_name,
+    copied,
     expected,
     kind,
     masked,
@@ -22,8 +23,10 @@ from fastmaf.convert.parts import (
     slope_of,
     spline_block,
 )
+from fastmaf.convert.probe import probe
 from fastmaf.convert.source import converter
 from fastmaf.kernels import AffineMap
+from fastmaf.nn import MADE
 from fastmaf.transforms import ElementwiseAffine, Permutation, SplineMap, Transform
 
 Parts = list[Transform | ConditionalBlock]
@@ -38,7 +41,8 @@ class NflowsFlow(ConvertedFlow):
 
     def __init__(self, features: int, parts: Parts, base: ElementwiseAffine | None, source: Any) -> None:
         super().__init__(features, parts, base, source)
-        self.embedding_net = copy.deepcopy(source._embedding_net)
+        self._ignores_context = not any(isinstance(module, MADE) for module in self.modules())  # as nflows does
+        self.embedding_net = copied(source._embedding_net)
 
     def log_prob(self, inputs: Tensor, context: Tensor | None = None) -> Tensor:
         """Returns the log-density ``[N]`` of ``inputs`` ``[N, D]`` given ``context`` ``[N, C]``."""
@@ -118,7 +122,7 @@ def from_nflows(flow: nn.Module) -> NflowsFlow:
     transform, base = getattr(flow, "_transform", None), getattr(flow, "_distribution", None)
     if transform is None or base is None:
         raise NotConvertibleError(f"{kind(flow)} is no nflows.flows.Flow")
-    name = type(base).__name__
+    name = class_name(base)
     if name not in ("StandardNormal", "DiagonalNormal") or len(base._shape) != 1:
         raise NotConvertibleError(f"the base {kind(base)} cannot be converted; supported are normal vectors")
     like = next((one for one in flow.parameters() if one.is_floating_point()), torch.empty(0)).detach()
@@ -129,9 +133,16 @@ def from_nflows(flow: nn.Module) -> NflowsFlow:
 
 def _parts(transform: Any, like: Tensor) -> Parts:
     """Returns the parts of a transform of vectors ``like`` this one."""
-    name = type(transform).__name__
-    if name == "CompositeTransform":
+    if class_name(transform) == "CompositeTransform":
         return [part for one in transform._transforms for part in _parts(one, like)]
+    parts = _leaf(transform, like)
+    layer = getattr(getattr(transform, "autoregressive_net", None), "context_layer", None)
+    probe(transform, parts, transform, like, 0 if layer is None else layer.in_features, inverse=False)
+    return parts
+
+
+def _leaf(transform: Any, like: Tensor) -> Parts:
+    name = class_name(transform)
     if name in ("MaskedAffineAutoregressiveTransform", _SPLINE):
         return _block(transform)
     if name in ("Permutation", "RandomPermutation", "ReversePermutation") and transform._dim == 1:
@@ -166,7 +177,7 @@ class _Context(nn.Module):
 
 def _block(transform: Any) -> Parts:
     made = transform.autoregressive_net
-    if type(made).__name__ != "MADE":
+    if class_name(made) != "MADE":
         raise NotConvertibleError(f"the network {kind(made)} cannot be converted; expected nflows' MADE")
     first, slope = masked(made.initial_layer), slope_of(made.activation)
     features = first.in_features
@@ -194,9 +205,9 @@ def _block(transform: Any) -> Parts:
             linear = masked(block.linear)
             h = network.linear(network.plain(h), linear.weight, linear.bias, linear.mask)
             h, _ = network.activation(slope_of(block.activation), h)
-    of_context = None if layer is None else _Context(copy.deepcopy(layer), made.activation, bool(itself))
+    of_context = None if layer is None else _Context(copied(layer), made.activation, bool(itself))
     outputs = outputs_of(network, h, made.final_layer, made.final_layer.out_features // features)
-    if type(transform).__name__ == _SPLINE:
+    if class_name(transform) == _SPLINE:
         return spline_block(network, outputs, _spline(transform), of_context, passed)
     raw, shift = outputs
     affine_map = AffineMap.of("scale_first", "softplus", epsilon=float(transform._epsilon))

@@ -12,7 +12,18 @@ from torch import Tensor, nn
 
 from fastmaf.convert.converted import ConditionalBlock
 from fastmaf.convert.network import Affine, Network, NotConvertibleError
-from fastmaf.convert.parts import affine_block, base_of, expected, kind, masked, outputs_of, slope_of, spline_block
+from fastmaf.convert.parts import (
+    affine_block,
+    base_of,
+    class_name,
+    expected,
+    kind,
+    masked,
+    outputs_of,
+    slope_of,
+    spline_block,
+)
+from fastmaf.convert.probe import probe
 from fastmaf.convert.source import converter
 from fastmaf.convert.zuko_flow import ZukoFlow
 from fastmaf.kernels import AffineMap
@@ -55,15 +66,24 @@ def from_zuko(flow: nn.Module) -> ZukoFlow:
         raise NotConvertibleError(
             f"the base {kind(distribution)} cannot be converted; supported is a DiagNormal of vectors"
         )
-    parts = _parts(transform)
+    parts = _parts(transform, distribution.mean.detach())
     [features] = distribution.event_shape
     return ZukoFlow(features, parts, base_of(distribution.mean, distribution.stddev), flow)
 
 
-def _parts(transform: Any) -> Parts:
-    name = type(transform).__name__
-    if name == "LazyComposedTransform":
-        return [part for one in transform.transforms for part in _parts(one)]
+def _parts(transform: Any, like: Tensor) -> Parts:
+    """Returns the parts of a transform of vectors ``like`` this one."""
+    if class_name(transform) == "LazyComposedTransform":
+        return [part for one in transform.transforms for part in _parts(one, like)]
+    parts = _leaf(transform)
+    network = getattr(transform, "hyper", None)
+    context = 0 if network is None else network[0].in_features - len(like)
+    probe(transform, parts, lambda x, c: transform(c).call_and_ladj(x), like, context, inverse=False)
+    return parts
+
+
+def _leaf(transform: Any) -> Parts:
+    name = class_name(transform)
     if name == "MaskedAutoregressiveTransform":
         return _block(transform)
     if name == "ElementWiseTransform" and hasattr(transform, "phi"):
@@ -115,7 +135,7 @@ def _block(transform: Any) -> Parts:
     network = Network(inputs, layers[0].weight)
     h: Affine | None = None
     for i, layer in enumerate(layers[:-1]):
-        name = type(layer).__name__
+        name = class_name(layer)
         if i == 0:
             columns = torch.arange(passed + features).roll(passed)
             weight, mask = layer.weight[:, columns], layer.mask[:, columns]

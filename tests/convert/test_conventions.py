@@ -190,6 +190,20 @@ def test_gradients_of_reverse_kld() -> None:
         torch.testing.assert_close(last.log_scale.grad, grads[1])
 
 
+def test_nflows_ignores_contexts_where_no_network_is() -> None:
+    layers = [transforms.RandomPermutation(4), transforms.PointwiseAffineTransform(0.5, 2.0)]
+    source = nflows.Flow(transforms.CompositeTransform(layers), distributions.StandardNormal([4]))
+    flow, c = fastmaf.from_nflows(source), torch.randn(3, 2)
+    close(flow.log_prob(torch.ones(3, 4), c), source.log_prob(torch.ones(3, 4), c))
+    samples = []
+    for one in (flow, source):
+        torch.manual_seed(1)
+        samples.append(one.sample(5, c))
+    close(*samples)
+    with pytest.raises(ValueError, match="no context"):
+        fastmaf.from_nflows(of_nflows()).log_prob(torch.ones(3, 4), c)
+
+
 def converted() -> Iterator[tuple[str, Any, Any]]:
     yield "nflows", of_nflows, lambda flow, x: flow.log_prob(x)
     yield "zuko", lambda: zuko.flows.MAF(4, transforms=2), lambda flow, x: flow().log_prob(x)
