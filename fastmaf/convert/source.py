@@ -12,10 +12,11 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
+from fastmaf.convert.converted import ConvertedFlow
 from fastmaf.convert.network import NotConvertibleError
 from fastmaf.convert.parts import kind
 
-Converted = TypeVar("Converted", bound=nn.Module)
+Converted = TypeVar("Converted", bound=ConvertedFlow)
 
 _HARMLESS = {"__init__", "__module__", "__doc__", "__dict__", "__weakref__", "__annotations__", "__qualname__"}
 _HARMLESS |= {"__repr__", "__parameters__", "__orig_bases__", "__abstractmethods__", "_abc_impl", "extra_repr"}
@@ -44,6 +45,8 @@ def converter(
                     raise
                 except (AttributeError, RuntimeError, TypeError, ValueError) as error:  # not the parts of the library
                     raise NotConvertibleError(f"{kind(flow)} cannot be converted: {error}") from error
+            for module in (result, *result.parts.modules()):
+                module.training = flow.training
             parameters = list(flow.parameters())
             if parameters and not any(one.requires_grad for one in parameters):
                 result.requires_grad_(False)

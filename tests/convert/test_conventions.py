@@ -204,6 +204,17 @@ def test_nflows_ignores_contexts_where_no_network_is() -> None:
         fastmaf.from_nflows(of_nflows()).log_prob(torch.ones(3, 4), c)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("make", [zuko.flows.MAF, zuko.flows.NSF])
+def test_half_precision(make: Any, dtype: torch.dtype) -> None:
+    """Sources of few bits are converted as they are, and agree to their rounding."""
+    source, x = make(4, transforms=2).to(dtype), torch.randn(20, 4).to(dtype)
+    with torch.no_grad():
+        found, expected = fastmaf.from_zuko(source)().log_prob(x), source().log_prob(x)
+    assert found.dtype == dtype
+    assert float((found - expected).double().norm() / expected.double().norm()) < 8 * torch.finfo(dtype).eps
+
+
 def converted() -> Iterator[tuple[str, Any, Any]]:
     yield "nflows", of_nflows, lambda flow, x: flow.log_prob(x)
     yield "zuko", lambda: zuko.flows.MAF(4, transforms=2), lambda flow, x: flow().log_prob(x)

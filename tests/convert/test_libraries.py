@@ -437,8 +437,8 @@ def test_other_versions_of_a_library_are_found_out(monkeypatch: pytest.MonkeyPat
     of_normflows = normal_flow(normflows.flows.MaskedAffineAutoregressive(4, 8))
     for source in (of_nflows, of_zuko, of_normflows):
         source.train(training)
-        fastmaf.accelerate(source)
-        assert all(module.training == training for module in source.modules())
+        flow = fastmaf.accelerate(source)
+        assert all(module.training == training for module in (*source.modules(), *flow.modules()))
 
     def halved(forward: Any) -> Any:
         return lambda *args: forward(*args) / 2
