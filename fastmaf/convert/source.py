@@ -45,7 +45,8 @@ def converter(
                     raise
                 except (AttributeError, RuntimeError, TypeError, ValueError) as error:  # not the parts of the library
                     raise NotConvertibleError(f"{kind(flow)} cannot be converted: {error}") from error
-            for module in (result, *result.parts.modules()):
+            modules: list[nn.Module] = [result, *result.parts.modules()]
+            for module in modules:
                 module.training = flow.training
             parameters = list(flow.parameters())
             if parameters and not any(one.requires_grad for one in parameters):
