@@ -180,7 +180,7 @@ class MaskedLinear(Constants):
             bias: ``[out_features]``.
         """
         self._refuse_float8()
-        self.weight.copy_(self.layout.pack(weight.to(self.weight)))
+        self.layout.pack(weight, out=self.weight)
         self.bias.copy_(bias)
 
     def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any) -> None:

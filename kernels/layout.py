@@ -117,13 +117,18 @@ class PackedLayout:
                 f"packed weight must have shape ({self.numel},) for this layout; found {tuple(packed.shape)}"
             )
 
-    def pack(self, dense: Tensor) -> Tensor:
-        """Packs a dense weight ``[out_features, in_features]``; what the mask hides is dropped, whatever it holds."""
+    def pack(self, dense: Tensor, out: Tensor | None = None) -> Tensor:
+        """Packs a dense weight ``[out_features, in_features]``; what the mask hides is dropped, whatever it holds.
+
+        Args:
+            dense: the weight.
+            out: a packed weight to write to and return, of any dtype and device; None: a new one.
+        """
         if dense.shape != (self.out_features, self.in_features):
             raise ValueError(
                 f"dense weight must have shape {(self.out_features, self.in_features)}; found {tuple(dense.shape)}"
             )
-        packed = dense.new_zeros(self.numel)
+        packed = dense.new_empty(self.numel) if out is None else out
         for run in self.runs:
             rows = dense[run.rows(self.out_features), : run.width]
             whole = len(rows) // PANEL

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from fastmaf.convert.network import NotConvertibleError
 from fastmaf.flows import Flow
-from fastmaf.transforms import Permutation, Transform
+from fastmaf.transforms import ElementwiseAffine, Permutation, Transform
 
 _HALF_LOG_2PI = 0.5 * math.log(2 * math.pi)
 
@@ -68,14 +68,23 @@ class ConvertedFlow(nn.Module):
     Args:
         features: D.
         parts: transforms and conditional blocks, in the order in which x passes through them.
+        base: maps the base of the source, if it is no standard normal one, to it.
         source: the flow that it was converted from, kept for ``parity_report``.
     """
 
     _source: Any
+    _ignores_context = False
 
-    def __init__(self, features: int, parts: Sequence[Transform | ConditionalBlock], source: nn.Module) -> None:
+    def __init__(
+        self,
+        features: int,
+        parts: Sequence[Transform | ConditionalBlock],
+        base: ElementwiseAffine | None,
+        source: nn.Module,
+    ) -> None:
         super().__init__()
-        self.features = features
+        self.features, self._has_base = features, base is not None
+        parts = [*parts, *([] if base is None else [base])]
         # Of a flow with a context every part is called on its own.
         transforms = [part for part in parts if isinstance(part, Transform)]
         self.parts = nn.ModuleList([Flow(features, transforms)] if len(transforms) == len(parts) else parts)
@@ -102,7 +111,7 @@ class ConvertedFlow(nn.Module):
             raise ValueError(f"expected a tensor [N, {self.features}]; found {list(x.shape)}")
         if self.conditional and context is None:
             raise ValueError("this flow was trained with a context; expected one, found None")
-        if not self.conditional and context is not None:
+        if context is not None and not self.conditional and not self._ignores_context:
             raise ValueError(f"this flow has no context; expected None, found a tensor {list(context.shape)}")
 
     def to_base(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -129,6 +138,37 @@ class ConvertedFlow(nn.Module):
         z, ladj = self.to_base(x, context)
         return ladj - 0.5 * z.square().sum(1) - self.features * _HALF_LOG_2PI
 
+    def _base(self) -> tuple[Tensor, Tensor] | None:
+        """Returns mean and log-scale of the source's base, ``[D]``, or None if it is a standard normal one."""
+        if not self._has_base:
+            return None
+        last = self.parts[-1].transforms[-1] if isinstance(self.parts[-1], Flow) else self.parts[-1]
+        assert isinstance(last, ElementwiseAffine)
+        return -last.shift * (-last.log_scale).exp(), -last.log_scale
+
+    def to_latent(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Returns ``z`` ``[N, D]`` of the source's own base, and ``ladj`` ``[N]``."""
+        z, ladj = self.to_base(x, context)
+        if (base := self._base()) is None:
+            return z, ladj
+        mean, log_scale = base
+        return torch.addcmul(mean, z, log_scale.exp()), ladj + log_scale.sum()
+
+    def from_latent(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Returns ``x`` and ``log |det dx/dz|``: the inverse of ``to_latent``."""
+        if (base := self._base()) is None:
+            return self.from_base(z, context)
+        mean, log_scale = base
+        x, ladj = self.from_base((z - mean) * (-log_scale).exp(), context)
+        return x, ladj - log_scale.sum()
+
+    def draw(self, count: int, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Returns ``count`` samples ``[count, D]``, for a context each, and their log-densities; differentiable."""
+        like = self._like()
+        z = torch.randn(count, self.features, dtype=like.dtype, device=like.device)
+        x, ladj = self.from_base(z, context)
+        return x, torch.distributions.Normal(torch.zeros_like(z), 1.0).log_prob(z).sum(1) - ladj
+
     def _like(self) -> Tensor:
         return next(self.parameters(), torch.empty(0))
 
@@ -139,10 +179,10 @@ class ConvertedFlow(nn.Module):
     def _source_log_prob(self, source: Any, x: Tensor, context: Tensor | None) -> Tensor:
         raise NotImplementedError
 
-    def _source_to_base(self, source: Any, x: Tensor, context: Tensor | None) -> Tensor:
+    def _source_to_latent(self, source: Any, x: Tensor, context: Tensor | None) -> Tensor:
         raise NotImplementedError
 
-    def _source_from_base(self, source: Any, z: Tensor, context: Tensor | None) -> Tensor:
+    def _source_from_latent(self, source: Any, z: Tensor, context: Tensor | None) -> Tensor:
         raise NotImplementedError
 
     @torch.no_grad()
@@ -157,14 +197,14 @@ class ConvertedFlow(nn.Module):
         """
         report = []
         for dtype in (torch.float64, torch.float32):
-            own, source = copy.deepcopy(self).to(dtype), copy.deepcopy(self._source).to(dtype).eval()
+            own, source = copy.deepcopy(self).to(dtype), copy.deepcopy(self._source).to(x.device, dtype).eval()
             x, context = x.to(dtype), None if context is None else context.to(dtype)
             inner = own._embedded(context)
-            z = self._source_to_base(source, x, context)
+            z = self._source_to_latent(source, x, context)
             pairs = {
                 "log_prob": (own.log_density(x, inner), self._source_log_prob(source, x, context)),
-                "z": (own.to_base(x, inner)[0], z),
-                "inverse": (own.from_base(z, inner)[0], self._source_from_base(source, z, context)),
+                "z": (own.to_latent(x, inner)[0], z),
+                "inverse": (own.from_latent(z, inner)[0], self._source_from_latent(source, z, context)),
             }
             for what, (found, expected) in pairs.items():
                 difference = (found - expected).double().abs()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from typing import Any
 
 import torch
@@ -13,6 +12,8 @@ from fastmaf.convert.network import Network, NotConvertibleError
 from fastmaf.convert.parts import (
     affine_block,
     base_of,
+    class_name,
+    copied,
     expected,
     kind,
     masked,
@@ -22,8 +23,10 @@ from fastmaf.convert.parts import (
     slope_of,
     spline_block,
 )
+from fastmaf.convert.probe import probe
 from fastmaf.convert.source import converter
 from fastmaf.kernels import AffineMap
+from fastmaf.nn import MADE
 from fastmaf.transforms import ElementwiseAffine, Permutation, SplineMap, Transform
 
 Parts = list[Transform | ConditionalBlock]
@@ -36,9 +39,10 @@ class NflowsFlow(ConvertedFlow):
     Made by ``from_nflows``; see there for an example.
     """
 
-    def __init__(self, features: int, parts: Parts, source: Any) -> None:
-        super().__init__(features, parts, source)
-        self.embedding_net = copy.deepcopy(source._embedding_net)
+    def __init__(self, features: int, parts: Parts, base: ElementwiseAffine | None, source: Any) -> None:
+        super().__init__(features, parts, base, source)
+        self._ignores_context = not any(isinstance(module, MADE) for module in self.modules())  # as nflows does
+        self.embedding_net = copied(source._embedding_net)
 
     def log_prob(self, inputs: Tensor, context: Tensor | None = None) -> Tensor:
         """Returns the log-density ``[N]`` of ``inputs`` ``[N, D]`` given ``context`` ``[N, C]``."""
@@ -49,48 +53,44 @@ class NflowsFlow(ConvertedFlow):
 
     def transform_to_noise(self, inputs: Tensor, context: Tensor | None = None) -> Tensor:
         """Returns the noise ``[N, D]`` of ``inputs``."""
-        return self.to_base(inputs, self._embedded(context))[0]
+        return self.to_latent(inputs, self._embedded(context))[0]
 
-    @torch.no_grad()
     def sample(self, num_samples: int, context: Tensor | None = None, batch_size: int | None = None) -> Tensor:
-        """Draws ``[num_samples, D]``, or ``[C, num_samples, D]`` with a context of C rows."""
+        """Draws ``[num_samples, D]``, or ``[C, num_samples, D]`` with a context of C rows; differentiable."""
         if batch_size is None:
-            return self._sample(num_samples, context)[0]
+            return self.sample_and_log_prob(num_samples, context)[0]
+        _check_count("batch_size", batch_size)
+        _check_count("num_samples", num_samples)
         sizes = [min(batch_size, num_samples - start) for start in range(0, num_samples, batch_size)]
-        return torch.cat([self._sample(size, context)[0] for size in sizes], 0)
+        return torch.cat([self.sample_and_log_prob(size, context)[0] for size in sizes], 0)
 
-    @torch.no_grad()
     def sample_and_log_prob(self, num_samples: int, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Draws samples as ``sample``, and returns their log-densities beside them."""
-        return self._sample(num_samples, context)
+        _check_count("num_samples", num_samples)
+        if context is None:
+            return self.draw(num_samples)
+        embedded = self._embedded(context)
+        assert embedded is not None
+        x, log_prob = self.draw(len(embedded) * num_samples, embedded.repeat_interleave(num_samples, 0))
+        shape = (len(embedded), num_samples)
+        return x.unflatten(0, shape), log_prob.unflatten(0, shape)
 
     def _embedded(self, context: Tensor | None) -> Tensor | None:
         return None if context is None else self.embedding_net(torch.as_tensor(context))  # type: ignore[no-any-return]
 
-    def _sample(self, num_samples: int, context: Tensor | None) -> tuple[Tensor, Tensor]:
-        if num_samples < 1:
-            raise TypeError(f"num_samples must be a positive integer; found {num_samples}")
-        rows = 1 if context is None else len(context)
-        like = self._like()
-        z = torch.randn(rows * num_samples, self.features, dtype=like.dtype, device=like.device)
-        embedded = self._embedded(context)
-        if embedded is not None:
-            embedded = embedded.repeat_interleave(num_samples, 0)
-        x, ladj = self.from_base(z, embedded)
-        normal = torch.distributions.Normal(torch.zeros_like(z), 1.0).log_prob(z).sum(1)
-        log_prob = normal - ladj
-        if context is None:
-            return x, log_prob
-        return x.unflatten(0, (rows, num_samples)), log_prob.unflatten(0, (rows, num_samples))
-
     def _source_log_prob(self, source: Any, x: Tensor, context: Tensor | None) -> Tensor:
         return source.log_prob(x, context)  # type: ignore[no-any-return]
 
-    def _source_to_base(self, source: Any, x: Tensor, context: Tensor | None) -> Tensor:
+    def _source_to_latent(self, source: Any, x: Tensor, context: Tensor | None) -> Tensor:
         return source.transform_to_noise(x, context)  # type: ignore[no-any-return]
 
-    def _source_from_base(self, source: Any, z: Tensor, context: Tensor | None) -> Tensor:
+    def _source_from_latent(self, source: Any, z: Tensor, context: Tensor | None) -> Tensor:
         return source._transform.inverse(z, source._embedding_net(context))[0]  # type: ignore[no-any-return]
+
+
+def _check_count(name: str, count: Any) -> None:
+    if not isinstance(count, int) or count < 1:
+        raise TypeError(f"{name} must be a positive integer; found {count!r}")
 
 
 @converter("nflows", ("_transform", "_distribution"))
@@ -122,27 +122,36 @@ def from_nflows(flow: nn.Module) -> NflowsFlow:
     transform, base = getattr(flow, "_transform", None), getattr(flow, "_distribution", None)
     if transform is None or base is None:
         raise NotConvertibleError(f"{kind(flow)} is no nflows.flows.Flow")
-    parts = _parts(transform)
-    name = type(base).__name__
-    if name == "StandardNormal":
-        [features] = base._shape
-        return NflowsFlow(int(features), parts, flow)
-    if name == "DiagonalNormal":
-        [features] = base._shape
-        return NflowsFlow(int(features), [*parts, *base_of(base.mean_, base.log_std_.exp())], flow)
-    raise NotConvertibleError(f"the base {kind(base)} cannot be converted; supported are normal distributions")
+    name = class_name(base)
+    if name not in ("StandardNormal", "DiagonalNormal") or len(base._shape) != 1:
+        raise NotConvertibleError(f"the base {kind(base)} cannot be converted; supported are normal vectors")
+    like = next((one for one in flow.parameters() if one.is_floating_point()), torch.empty(0)).detach()
+    parts = _parts(transform, like.new_zeros(base._shape))
+    own = base_of(base.mean_, base.log_std_.exp()) if name == "DiagonalNormal" else None
+    return NflowsFlow(base._shape[0], parts, own, flow)
 
 
-def _parts(transform: Any) -> Parts:
-    name = type(transform).__name__
-    if name == "CompositeTransform":
-        return [part for one in transform._transforms for part in _parts(one)]
+def _parts(transform: Any, like: Tensor) -> Parts:
+    """Returns the parts of a transform of vectors ``like`` this one."""
+    if class_name(transform) == "CompositeTransform":
+        return [part for one in transform._transforms for part in _parts(one, like)]
+    parts = _leaf(transform, like)
+    layer = getattr(getattr(transform, "autoregressive_net", None), "context_layer", None)
+    probe(transform, parts, transform, like, 0 if layer is None else layer.in_features, inverse=False)
+    return parts
+
+
+def _leaf(transform: Any, like: Tensor) -> Parts:
+    name = class_name(transform)
     if name in ("MaskedAffineAutoregressiveTransform", _SPLINE):
         return _block(transform)
     if name in ("Permutation", "RandomPermutation", "ReversePermutation") and transform._dim == 1:
         return [Permutation(transform._permutation)]
     if name == "IdentityTransform":
         return []
+    if name in ("PointwiseAffineTransform", "AffineTransform"):
+        shift, log_scale = (value.to(like).expand_as(like) for value in (transform._shift, transform._log_scale))
+        return [ElementwiseAffine(shift, log_scale).requires_grad_(False)]
     if name == "BatchNorm":
         weight = transform.weight.detach()
         scale = weight * (transform.running_var + transform.eps).rsqrt()
@@ -168,7 +177,7 @@ class _Context(nn.Module):
 
 def _block(transform: Any) -> Parts:
     made = transform.autoregressive_net
-    if type(made).__name__ != "MADE":
+    if class_name(made) != "MADE":
         raise NotConvertibleError(f"the network {kind(made)} cannot be converted; expected nflows' MADE")
     first, slope = masked(made.initial_layer), slope_of(made.activation)
     features = first.in_features
@@ -196,9 +205,9 @@ def _block(transform: Any) -> Parts:
             linear = masked(block.linear)
             h = network.linear(network.plain(h), linear.weight, linear.bias, linear.mask)
             h, _ = network.activation(slope_of(block.activation), h)
-    of_context = None if layer is None else _Context(copy.deepcopy(layer), made.activation, bool(itself))
+    of_context = None if layer is None else _Context(copied(layer), made.activation, bool(itself))
     outputs = outputs_of(network, h, made.final_layer, made.final_layer.out_features // features)
-    if type(transform).__name__ == _SPLINE:
+    if class_name(transform) == _SPLINE:
         return spline_block(network, outputs, _spline(transform), of_context, passed)
     raw, shift = outputs
     affine_map = AffineMap.of("scale_first", "softplus", epsilon=float(transform._epsilon))

@@ -7,11 +7,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastmaf.convert.converted import ConditionalBlock, ConvertedFlow
+from fastmaf.convert.converted import ConditionalBlock
 from fastmaf.convert.network import Network, NotConvertibleError
+from fastmaf.convert.normflows_flow import NormflowsFlow
 from fastmaf.convert.parts import (
     affine_block,
     base_of,
+    class_name,
     expected,
     kind,
     masked,
@@ -21,6 +23,7 @@ from fastmaf.convert.parts import (
     slope_of,
     spline_block,
 )
+from fastmaf.convert.probe import probe
 from fastmaf.convert.source import converter
 from fastmaf.kernels import AffineMap
 from fastmaf.transforms import (
@@ -33,42 +36,6 @@ from fastmaf.transforms import (
 )
 
 Parts = list[Transform | ConditionalBlock]
-
-
-class NormflowsFlow(ConvertedFlow):
-    """A converted flow with the methods of ``normflows.NormalizingFlow``, and the same numbers for a seed.
-
-    Made by ``from_normflows``; see there for an example.
-    """
-
-    def __init__(self, features: int, parts: Parts, source: Any) -> None:
-        super().__init__(features, parts, source)
-        self._base = base_of(source.q0.loc, source.q0.log_scale.exp())
-
-    def log_prob(self, x: Tensor) -> Tensor:
-        """Returns the log-density ``[N]`` of ``x`` ``[N, D]``."""
-        return self.log_density(x)
-
-    @torch.no_grad()
-    def sample(self, num_samples: int = 1) -> tuple[Tensor, Tensor]:
-        """Draws ``[num_samples, D]``, and returns the log-densities beside the samples."""
-        like = self._like()
-        z = torch.randn(num_samples, self.features, dtype=like.dtype, device=like.device)
-        x, ladj = self.from_base(z)
-        return x, torch.distributions.Normal(torch.zeros_like(z), 1.0).log_prob(z).sum(1) - ladj
-
-    def forward_kld(self, x: Tensor) -> Tensor:
-        """Returns the mean of the negative log-density of ``x``: the loss of maximum likelihood."""
-        return -self.log_prob(x).mean()
-
-    def _source_log_prob(self, source: Any, x: Tensor, context: Tensor | None) -> Tensor:
-        return source.log_prob(x)  # type: ignore[no-any-return]
-
-    def _source_to_base(self, source: Any, x: Tensor, context: Tensor | None) -> Tensor:
-        return (source.inverse(x) - source.q0.loc) / source.q0.log_scale.exp()  # type: ignore[no-any-return]
-
-    def _source_from_base(self, source: Any, z: Tensor, context: Tensor | None) -> Tensor:
-        return source.forward(source.q0.loc + source.q0.log_scale.exp() * z)  # type: ignore[no-any-return]
 
 
 @converter("normflows", ("flows", "q0"))
@@ -103,25 +70,34 @@ def from_normflows(flow: nn.Module) -> NormflowsFlow:
     own = next((one.__name__ for one in type(flow).__mro__ if one.__module__.startswith("normflows.")), None)
     if own != "NormalizingFlow":
         raise NotConvertibleError(f"{kind(flow)} cannot be converted; expected a normflows.NormalizingFlow")
-    if type(base).__name__ != "DiagGaussian" or base.n_dim != 1 or base.temperature is not None:
+    if class_name(base) != "DiagGaussian" or base.n_dim != 1 or base.temperature is not None:
         raise NotConvertibleError(f"the base {kind(base)} cannot be converted; supported is a DiagGaussian of vectors")
     # From data to the base, the last layer first.
-    parts = [part for layer in reversed(layers) for part in _inverse_parts(layer)]
-    return NormflowsFlow(int(base.shape[0]), [*parts, *base_of(base.loc, base.log_scale.exp())], flow)
+    parts = [part for layer in reversed(layers) for part in _checked_parts(layer, base.loc.detach()[0])]
+    return NormflowsFlow(int(base.shape[0]), parts, base_of(base.loc, base.log_scale.exp()), flow)
+
+
+def _checked_parts(layer: Any, like: Tensor) -> Parts:
+    parts = _inverse_parts(layer)
+    inverse = any(isinstance(part, Inverted) for part in parts)  # its one pass is the other way round
+    probe(layer, parts, (lambda z, _: layer(z)) if inverse else (lambda x, _: layer.inverse(x)), like, 0, inverse)
+    return parts
 
 
 def _inverse_parts(layer: Any) -> Parts:
     """Returns a layer's inverse, from data towards the base."""
-    name = type(layer).__name__
+    name = class_name(layer)
     if name == "MaskedAffineAutoregressive":
         return [Inverted(part) if isinstance(part, AffineAutoregressive) else part for part in _block(layer)]
-    if name == "Reverse" and type(layer.flow).__name__ == "MaskedAffineAutoregressive":
+    if name == "Reverse" and class_name(layer.flow) == "MaskedAffineAutoregressive":
         return _block(layer.flow)
     if name == "AutoregressiveRationalQuadraticSpline":  # turned round by its authors
         return _block(layer.mprqat)
     if name == "Permute":
         count = layer.num_channels
         if layer.mode == "shuffle":
+            if not torch.equal(layer.perm[layer.inv_perm], torch.arange(count, device=layer.perm.device)):
+                raise NotConvertibleError("the permutations of a Permute are not each other's inverse")
             return [Permutation(layer.inv_perm)]
         return [Permutation(torch.arange(count).roll(-((count + 1) // 2)))]
     if name in ("ActNorm", "AffineConstFlow") and layer.s.dim() == 2:
@@ -134,7 +110,7 @@ def _inverse_parts(layer: Any) -> Parts:
 
 def _block(layer: Any) -> Parts:
     made = layer.autoregressive_net
-    if type(made).__name__ != "MADE" or type(made.preprocessing) is not nn.Identity:
+    if class_name(made) != "MADE" or type(made.preprocessing) is not nn.Identity:
         raise NotConvertibleError(f"the network {kind(made)} with {kind(made.preprocessing)} cannot be converted")
     if hasattr(made, "context_layer"):
         raise NotConvertibleError("a context of normflows multiplies within the blocks, which no ReLU does")
@@ -146,7 +122,7 @@ def _block(layer: Any) -> Parts:
     network = Network(degrees, first.weight)
     h = network.linear(network.units(0, features), first.weight, first.bias, first.mask)
     for block in made.blocks:
-        if type(block).__name__ == "MaskedResidualBlock":
+        if class_name(block) == "MaskedResidualBlock":
             h, _ = residual(network, h, None, block)
         else:
             expected(block, "MaskedFeedforwardBlock")
@@ -155,7 +131,7 @@ def _block(layer: Any) -> Parts:
             linear = masked(block.linear)
             h = network.linear(network.plain(h), linear.weight, linear.bias, linear.mask)
             h, _ = network.activation(slope_of(block.activation), h)
-    if type(layer).__name__ == "MaskedPiecewiseRationalQuadraticAutoregressive":
+    if class_name(layer) == "MaskedPiecewiseRationalQuadraticAutoregressive":
         spline = _spline(layer)
         return spline_block(network, outputs_of(network, h, made.final_layer, spline.outputs), spline, None, 0)
     raw, shift = outputs_of(network, h, made.final_layer, 2)

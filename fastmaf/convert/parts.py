@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import math
 from collections.abc import Callable
@@ -23,12 +24,31 @@ from fastmaf.transforms import (
     Transform,
 )
 
+LIBRARIES = ("nflows", "zuko", "normflows", "torch")
 SUPPORTED = "relu, leaky_relu and the identity"
 
 
 def kind(module: object) -> str:
     """Returns the class of an object, as messages name it."""
     return f"{type(module).__name__} (of {type(module).__module__})"
+
+
+def class_name(module: object) -> str:
+    """Returns the class of a library or of torch that a module is an instance of, maybe of a user's subclass."""
+    classes = [one for one in type(module).__mro__ if one.__module__.partition(".")[0] in LIBRARIES]
+    return (classes or [type(module)])[0].__name__
+
+
+def copied(module: nn.Module) -> nn.Module:
+    """Returns a copy of a module that is not converted but called.
+
+    Raises:
+        NotConvertibleError: it cannot be copied, as those of the older ``weight_norm``.
+    """
+    try:
+        return copy.deepcopy(module)
+    except (RuntimeError, TypeError) as error:
+        raise NotConvertibleError(f"{kind(module)} cannot be copied: {error}") from error
 
 
 def slope_of(activation: Any) -> float:
@@ -81,7 +101,7 @@ def expected(module: Any, *names: str) -> Any:
     Raises:
         NotConvertibleError: it is of another class.
     """
-    if type(module).__name__ not in names:
+    if class_name(module) not in names:
         raise NotConvertibleError(f"{kind(module)} cannot be converted; expected {' or '.join(names)}")
     return module
 
@@ -185,9 +205,9 @@ def _zero_log_scale(affine_map: AffineMap) -> float:
     return 0.0
 
 
-def base_of(loc: Tensor, scale: Tensor) -> list[Transform]:
-    """Returns what maps a diagonal normal base to the standard one."""
+def base_of(loc: Tensor, scale: Tensor) -> ElementwiseAffine | None:
+    """Returns what maps a diagonal normal base to the standard one; None if it is the standard one."""
     loc, scale = loc.detach().flatten(), scale.detach().flatten()
     if bool((loc == 0).all() & (scale == 1).all()):
-        return []
-    return [ElementwiseAffine(-loc / scale, -scale.log())]
+        return None
+    return ElementwiseAffine(-loc / scale, -scale.log())

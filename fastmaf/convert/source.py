@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import functools
 import inspect
+import math
 from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import torch
 from torch import nn
 
+from fastmaf.convert.converted import ConvertedFlow
 from fastmaf.convert.network import NotConvertibleError
 from fastmaf.convert.parts import kind
 
-Converted = TypeVar("Converted", bound=nn.Module)
+Converted = TypeVar("Converted", bound=ConvertedFlow)
 
 _HARMLESS = {"__init__", "__module__", "__doc__", "__dict__", "__weakref__", "__annotations__", "__qualname__"}
 _HARMLESS |= {"__repr__", "__parameters__", "__orig_bases__", "__abstractmethods__", "_abc_impl", "extra_repr"}
@@ -33,14 +36,18 @@ def converter(
     def decorate(convert: Callable[[nn.Module], Converted]) -> Callable[[nn.Module], Converted]:
         @functools.wraps(convert)
         def checked(flow: nn.Module) -> Converted:
-            if all(hasattr(flow, name) for name in uses):
-                check_source(flow, library, uses)
-            try:
-                result = convert(flow)
-            except NotConvertibleError:
-                raise
-            except (AttributeError, TypeError, ValueError) as error:  # its parts are not those of the library
-                raise NotConvertibleError(f"{kind(flow)} cannot be converted: {error}") from error
+            with _one_thread():
+                if all(hasattr(flow, name) for name in uses):
+                    check_source(flow, library, uses)
+                try:
+                    result = convert(flow)
+                except NotConvertibleError:
+                    raise
+                except (AttributeError, RuntimeError, TypeError, ValueError) as error:  # not the parts of the library
+                    raise NotConvertibleError(f"{kind(flow)} cannot be converted: {error}") from error
+            modules: list[nn.Module] = [result, *result.parts.modules()]
+            for module in modules:
+                module.training = flow.training
             parameters = list(flow.parameters())
             if parameters and not any(one.requires_grad for one in parameters):
                 result.requires_grad_(False)
@@ -49,6 +56,17 @@ def converter(
         return checked
 
     return decorate
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    # Hundreds of copies of a few megabytes: a second thread that has to be waited for costs more than it saves.
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def check_source(flow: nn.Module, library: str, uses: Collection[str]) -> None:
@@ -68,7 +86,7 @@ def check_source(flow: nn.Module, library: str, uses: Collection[str]) -> None:
     if len(dtypes := {str(one.dtype) for one in weights.values()}) > 1:
         raise NotConvertibleError(f"expected parameters of one dtype; found {sorted(dtypes)}")
     for name, tensor in tensors.items():
-        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+        if tensor.is_floating_point() and not _is_finite(tensor):
             raise NotConvertibleError(f"{name} contains numbers that are not finite")
 
 
@@ -77,6 +95,11 @@ def _tensors(modules: dict[str, nn.Module]) -> Iterator[tuple[str, torch.Tensor]
         for part in (module.named_parameters(recurse=False), module.named_buffers(recurse=False)):
             for name, tensor in part:
                 yield f"{prefix}.{name}" if prefix else name, tensor
+
+
+def _is_finite(tensor: torch.Tensor) -> bool:
+    # Of numbers that are not finite no sum is. It takes a quarter of the time; of large numbers it may overflow.
+    return math.isfinite(float(tensor.detach().sum())) or bool(torch.isfinite(tensor).all())
 
 
 def _check_module(name: str, module: Any, library: str) -> None:

@@ -8,89 +8,28 @@ import math
 from typing import Any
 
 import torch
-from torch import Size, Tensor, nn
-from torch.distributions import Distribution, constraints
+from torch import Tensor, nn
 
-from fastmaf.convert.converted import ConditionalBlock, ConvertedFlow
+from fastmaf.convert.converted import ConditionalBlock
 from fastmaf.convert.network import Affine, Network, NotConvertibleError
-from fastmaf.convert.parts import affine_block, base_of, expected, kind, masked, outputs_of, slope_of, spline_block
+from fastmaf.convert.parts import (
+    affine_block,
+    base_of,
+    class_name,
+    expected,
+    kind,
+    masked,
+    outputs_of,
+    slope_of,
+    spline_block,
+)
+from fastmaf.convert.probe import probe
 from fastmaf.convert.source import converter
+from fastmaf.convert.zuko_flow import ZukoFlow
 from fastmaf.kernels import AffineMap
 from fastmaf.transforms import ElementwiseAffine, SplineMap, Transform
 
 Parts = list[Transform | ConditionalBlock]
-
-
-class ConvertedDistribution(Distribution):
-    """The distribution of a converted flow for a context, as ``zuko.distributions.NormalizingFlow``.
-
-    Args:
-        flow: the flow.
-        context: ``[..., C]``, or None.
-    """
-
-    has_rsample = True
-    arg_constraints: dict[str, Any] = {}
-    support = constraints.independent(constraints.real, 1)
-
-    def __init__(self, flow: ZukoFlow, context: Tensor | None, batch_shape: Size | None = None) -> None:
-        self.flow, self.context = flow, context
-        if batch_shape is None:
-            batch_shape = Size() if context is None else context.shape[:-1]
-        super().__init__(batch_shape, Size([flow.features]), validate_args=False)
-
-    def expand(self, batch_shape: Any, _instance: Any = None) -> ConvertedDistribution:
-        """Returns the distribution with a larger batch shape."""
-        context = self.context
-        if context is not None:
-            context = context.expand(*batch_shape, context.shape[-1])
-        return ConvertedDistribution(self.flow, context, Size(batch_shape))
-
-    def _rows(self, shape: Size) -> Tensor | None:
-        if self.context is None:
-            return None
-        return self.context.expand(*shape, self.context.shape[-1]).reshape(-1, self.context.shape[-1])
-
-    def log_prob(self, x: Tensor) -> Tensor:
-        """Returns the log-density ``[...]`` of ``x`` ``[..., D]``."""
-        shape = torch.broadcast_shapes(x.shape[:-1], self.batch_shape)
-        rows = x.expand(*shape, x.shape[-1]).reshape(-1, x.shape[-1])
-        return self.flow.log_density(rows, self._rows(shape)).reshape(shape)
-
-    def rsample(self, shape: Any = ()) -> Tensor:  # type: ignore[override]
-        """Draws ``[*shape, *batch_shape, D]``, differentiably."""
-        return self.rsample_and_log_prob(shape)[0]
-
-    def rsample_and_log_prob(self, shape: Any = ()) -> tuple[Tensor, Tensor]:
-        """Draws as ``rsample``, and returns the log-densities beside the samples."""
-        like, full = self.flow._like(), Size(shape) + self.batch_shape
-        z = torch.randn(*full, self.flow.features, dtype=like.dtype, device=like.device).reshape(-1, self.flow.features)
-        x, ladj = self.flow.from_base(z, self._rows(full))
-        normal = torch.distributions.Normal(torch.zeros_like(z), 1.0).log_prob(z).sum(1)
-        return x.reshape(*full, self.flow.features), (normal - ladj).reshape(full)
-
-
-class ZukoFlow(ConvertedFlow):
-    """A converted flow that is called as ``zuko.flows.MAF``: ``flow(context)`` is a distribution.
-
-    Made by ``from_zuko``; see there for an example.
-    """
-
-    def forward(self, c: Tensor | None = None) -> ConvertedDistribution:
-        """Returns the distribution for a context ``[..., C]``."""
-        self._check(c)
-        return ConvertedDistribution(self, c)
-
-    def _source_log_prob(self, source: Any, x: Tensor, context: Tensor | None) -> Tensor:
-        return source(context).log_prob(x)  # type: ignore[no-any-return]
-
-    def _source_to_base(self, source: Any, x: Tensor, context: Tensor | None) -> Tensor:
-        z, base = source.transform(context)(x), source.base(context)
-        return (z - base.mean) / base.stddev  # type: ignore[no-any-return]
-
-    def _source_from_base(self, source: Any, z: Tensor, context: Tensor | None) -> Tensor:
-        base = source.base(context)
-        return source.transform(context).inv(base.mean + base.stddev * z)  # type: ignore[no-any-return]
 
 
 @converter("zuko", ("transform", "base"))
@@ -127,15 +66,24 @@ def from_zuko(flow: nn.Module) -> ZukoFlow:
         raise NotConvertibleError(
             f"the base {kind(distribution)} cannot be converted; supported is a DiagNormal of vectors"
         )
-    parts = _parts(transform)
+    parts = _parts(transform, distribution.mean.detach())
     [features] = distribution.event_shape
-    return ZukoFlow(features, [*parts, *base_of(distribution.mean, distribution.stddev)], flow)
+    return ZukoFlow(features, parts, base_of(distribution.mean, distribution.stddev), flow)
 
 
-def _parts(transform: Any) -> Parts:
-    name = type(transform).__name__
-    if name == "LazyComposedTransform":
-        return [part for one in transform.transforms for part in _parts(one)]
+def _parts(transform: Any, like: Tensor) -> Parts:
+    """Returns the parts of a transform of vectors ``like`` this one."""
+    if class_name(transform) == "LazyComposedTransform":
+        return [part for one in transform.transforms for part in _parts(one, like)]
+    parts = _leaf(transform)
+    network = getattr(transform, "hyper", None)
+    context = 0 if network is None else network[0].in_features - len(like)
+    probe(transform, parts, lambda x, c: transform(c).call_and_ladj(x), like, context, inverse=False)
+    return parts
+
+
+def _leaf(transform: Any) -> Parts:
+    name = class_name(transform)
     if name == "MaskedAutoregressiveTransform":
         return _block(transform)
     if name == "ElementWiseTransform" and hasattr(transform, "phi"):
@@ -187,7 +135,7 @@ def _block(transform: Any) -> Parts:
     network = Network(inputs, layers[0].weight)
     h: Affine | None = None
     for i, layer in enumerate(layers[:-1]):
-        name = type(layer).__name__
+        name = class_name(layer)
         if i == 0:
             columns = torch.arange(passed + features).roll(passed)
             weight, mask = layer.weight[:, columns], layer.mask[:, columns]

@@ -8,9 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastmaf.kernels import composite
 from fastmaf.kernels.flow.torch.solve import solve
+from fastmaf.kernels.op import records_gradients
 from fastmaf.nn import MADE
 from fastmaf.transforms.base import Transform
+from fastmaf.transforms.implicit import implicit_inverse
 from fastmaf.transforms.networks import network_config, network_from
 from fastmaf.transforms.spline_map import SplineMap
 
@@ -20,9 +23,9 @@ class MonotonicRQS(Transform):
 
         z[d] = spline(x[d]; MADE(x[0..d−1])),    ladj = Σ_d log dz[d]/dx[d]
 
-    The inverse is exact. Without gradients it takes one step per distinct degree of the last hidden layer
-    (``made.steps``) and reads each weight once, in plain torch; with gradients, one pass of the network per step. The
-    layers of the network run on every backend.
+    The inverse is exact. It takes one step per distinct degree of the last hidden layer (``made.steps``) and reads each
+    weight once, in plain torch; its backward pass takes one backward pass of the network per step. The layers of the
+    network run on every backend.
 
     Args:
         made: the network, with ``spline.outputs`` outputs per feature.
@@ -65,9 +68,17 @@ class MonotonicRQS(Transform):
         return z, terms - own
 
     def inverse(self, z: Tensor) -> tuple[Tensor, Tensor]:
-        made = self.made
-        if made.calls_modules or torch.is_grad_enabled() and (z.requires_grad or made.output.bias.requires_grad):
+        if composite.needed():
             return self._inverse_by_modules(z)
+        with torch.no_grad():
+            x, ladj = self._inverse_by_modules(z) if self.made.calls_modules else self._inverse_by_steps(z)
+        if not records_gradients((z, *self.made.parameters())):
+            return x, ladj
+        ends = self.made.schedule[:, 0].tolist()
+        return implicit_inverse(lambda x: self.spline.forward(x, self.made(x)), x, z, ends)
+
+    def _inverse_by_steps(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        made = self.made
 
         def invert(out: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
             return self.spline.inverse(z, out.unflatten(0, (-1, self.spline.outputs)).transpose(1, 2))

@@ -319,6 +319,8 @@ def refused() -> Iterator[tuple[str, Callable[[], nn.Module], str]]:
     parametrized = nn.utils.parametrizations.spectral_norm
     yield "training", with_net(lambda net: parametrized(net.final_layer)), "call eval"
     yield "patched", with_net(lambda net: setattr(net.final_layer, "forward", torch.zeros_like)), "forward replaced"
+    yield "embedding", uncopied, "cannot be copied"
+    yield "permutation", lambda: normal_flow(unlike_itself()), "each other's inverse"
     yield "layer", with_net(lambda net: setattr(net, "initial_layer", nn.Linear(4, 8))), "expected a MaskedLinear"
     yield "block", with_net(lambda net: net.blocks.append(nn.Linear(8, 8))), "expected MaskedResidualBlock"
     yield "bias", with_net(lambda net: setattr(net.final_layer, "bias", None)), "with a bias"
@@ -331,6 +333,22 @@ def refused() -> Iterator[tuple[str, Callable[[], nn.Module], str]]:
     yield "univariate", lambda: maf_of(univariate=Univariate), "neither affine nor"
     yield "batch", batched, "DiagNormal of vectors"
     yield "class", lambda: normflows.ClassCondFlow(normflows.distributions.DiagGaussian(4), []), "ClassCondFlow"
+
+
+def uncopied() -> nn.Module:
+    """An embedding net whose weight is computed, and so cannot be copied after it was used."""
+    transform = transforms.MaskedAffineAutoregressiveTransform(4, 8, context_features=2)
+    embedding = nn.utils.spectral_norm(nn.Linear(3, 2))
+    source = nflows.Flow(transform, distributions.StandardNormal([4]), embedding)
+    source.log_prob(torch.zeros(2, 4), torch.zeros(2, 3))
+    return source  # type: ignore[no-any-return]
+
+
+def unlike_itself() -> nn.Module:
+    """A permutation whose inverse is another one."""
+    layer = normflows.flows.Permute(4)
+    layer.perm = layer.inv_perm.roll(1)
+    return layer  # type: ignore[no-any-return]
 
 
 def divided() -> nn.Module:
@@ -401,6 +419,42 @@ def test_edited_masks_and_subclasses_that_change_nothing() -> None:
     flow, x = fastmaf.from_nflows(source), torch.randn(9, 4)
     close(flow.log_prob(x), source.log_prob(x))
     assert not any(parameter.requires_grad for parameter in flow.parameters())
+
+
+class Affine(transforms.MaskedAffineAutoregressiveTransform):  # type: ignore[misc]
+    """Another least scale, set where nflows sets its own."""
+
+    def __init__(self, features: int, width: int) -> None:
+        super().__init__(features, width)
+        self._epsilon = 0.05
+
+
+def test_subclasses_of_transforms_that_change_no_method() -> None:
+    source = nflows.Flow(Affine(4, 8), distributions.StandardNormal([4]))
+    flow, x = fastmaf.from_nflows(source), torch.randn(9, 4)
+    close(flow.log_prob(x), source.log_prob(x))
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_other_versions_of_a_library_are_found_out(monkeypatch: pytest.MonkeyPatch, training: bool) -> None:
+    """A class that computes something else, with the attributes that are known."""
+    normal = distributions.StandardNormal([4])
+    of_nflows = nflows.Flow(transforms.MaskedAffineAutoregressiveTransform(4, 8, context_features=2), normal)
+    of_zuko = zuko.flows.MAF(4, 2)
+    of_normflows = normal_flow(normflows.flows.MaskedAffineAutoregressive(4, 8))
+    for source in (of_nflows, of_zuko, of_normflows):
+        source.train(training)
+        flow = fastmaf.accelerate(source)
+        assert all(module.training == training for module in (*source.modules(), *flow.modules()))
+
+    def halved(forward: Any) -> Any:
+        return lambda *args: forward(*args) / 2
+
+    for module in (transforms.made.MADE, zuko.nn.MaskedMLP, normflows.nets.made.MADE):
+        monkeypatch.setattr(module, "forward", halved(module.forward))
+    for source in (of_nflows, of_zuko, of_normflows):
+        with pytest.raises(fastmaf.NotConvertibleError, match="does not compute what its class is known for"):
+            fastmaf.accelerate(source)
 
 
 def test_flows_without_parameters() -> None:

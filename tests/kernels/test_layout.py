@@ -14,6 +14,7 @@ from torch import Tensor
 
 from fastmaf.kernels import PackedLayout, layout
 from tests.core.helpers import normal, shared_widths
+from tests.tolerances import F64
 
 
 def brute_force_mask(prefix: list[int], in_features: int) -> Tensor:
@@ -49,6 +50,8 @@ def test_random_prefixes(shape: tuple[list[int], int, int]) -> None:
     assert torch.equal(packing.unpack(packed), dense * mask)
     assert int((packed != 0).sum()) == packing.visible
     assert torch.equal(packing.pack(torch.where(mask, dense, torch.nan)), packed), "what the mask hides came through"
+    out = torch.full((packing.numel,), torch.nan, dtype=F64)
+    assert packing.pack(torch.where(mask, dense, torch.nan), out=out) is out and torch.equal(out, packed.to(F64))
 
     # Each number at its place: panels of 16 rows one after another, column by column.
     start = 0

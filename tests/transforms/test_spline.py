@@ -115,6 +115,23 @@ def test_gradients_of_samples() -> None:
     assert error(grad, torch.stack(expected)) < 1e-9
 
 
+@pytest.mark.parametrize("spline", SPLINES, ids=str)
+def test_gradients_of_samples_and_densities(spline: fastmaf.SplineMap) -> None:
+    """Of parameters, too, as by autograd through one call of the network per step; also where only some are trained."""
+    transform = block(spline, 7)
+    with torch.no_grad():
+        z = transform(data(spline, 3, 7))[0].requires_grad_()
+    transform.made.output.requires_grad_(False)
+    wanted = [z, *(parameter for parameter in transform.parameters() if parameter.requires_grad)]
+    assert len(wanted) == 5
+    grads = [
+        torch.autograd.grad((x * normal(3, 7, seed=6)).sum() + (ladj * normal(3, seed=7)).sum(), wanted)
+        for x, ladj in (transform.inverse(z), transform._inverse_by_modules(z))
+    ]
+    for found, expected in zip(*grads, strict=True):
+        assert bool(expected.any()) and error(found, expected) < 1e-9
+
+
 @pytest.mark.parametrize(
     "options, message",
     [
