@@ -35,14 +35,23 @@ def fit(loss_of: nn.Module, batches: list[Tensor]) -> nn.Module:
     return loss_of
 
 
-def distributed(rank: int, store: str, name: str, options: dict[str, Any], results: str) -> None:
-    """Trains on half of each batch, and writes the weights to a file."""
+RUNS: list[tuple[str, dict[str, Any]]] = [
+    ("MAF", {}),
+    ("MAF", {"find_unused_parameters": True}),
+    ("nflows", {"gradient_as_bucket_view": True}),
+]
+
+
+def distributed(rank: int, folder: str) -> None:
+    """Trains on half of each batch, and writes the weights to files."""
     torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo", rank=rank, world_size=2, init_method=f"file://{store}")
-    model = NLL(name)
-    if rank:  # replaced by those of the first process
-        nn.utils.vector_to_parameters(nn.utils.parameters_to_vector(model.parameters()) + 1.0, model.parameters())
-    wrapped = nn.parallel.DistributedDataParallel(model, **options)
-    fit(wrapped, [x[4 * rank : 4 * rank + 4] for x in batches()])
-    torch.save(model.state_dict(), f"{results}{rank}.pt")
+    torch.distributed.init_process_group("gloo", rank=rank, world_size=2, init_method=f"file://{folder}/store")
+    for name, options in RUNS:
+        model = NLL(name)
+        if rank:  # replaced by those of the first process
+            vector = nn.utils.parameters_to_vector(model.parameters())
+            nn.utils.vector_to_parameters(vector + 1.0, model.parameters())
+        wrapped = nn.parallel.DistributedDataParallel(model, **options)
+        fit(wrapped, [x[4 * rank : 4 * rank + 4] for x in batches()])
+        torch.save(model.state_dict(), f"{folder}/{name} {options} {rank}.pt")
     torch.distributed.destroy_process_group()

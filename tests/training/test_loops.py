@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import itertools
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import fastmaf
 from tests.core.composed import EACH, Density, data, maf, padding_is_zero
-from tests.training.loops import NLL, batches, distributed, fit
+from tests.training.loops import NLL, RUNS, batches, distributed, fit
 from tests.tolerances import F32, F64, assert_close
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -31,14 +30,6 @@ OPTIMIZERS: dict[str, tuple[Any, dict[str, Any]]] = {
     "LBFGS": (torch.optim.LBFGS, {"line_search_fn": "strong_wolfe"}),
     "RMSprop": (torch.optim.RMSprop, {"foreach": True, "momentum": 0.5}),
 }
-
-
-def dense(model: nn.Module, of: Any = None) -> list[Tensor]:
-    """Returns the weights, or what ``of`` makes of them, as matrices, and the biases."""
-    result = []
-    for layer in (m for m in model.modules() if isinstance(m, fastmaf.MaskedLinear)):
-        result.append(layer.layout.unpack(layer.weight.detach() if of is None else of(layer.weight)))
-    return result
 
 
 @pytest.mark.parametrize("which", list(OPTIMIZERS))
@@ -58,7 +49,7 @@ def test_optimizers_of_torch(which: str, backend: str) -> None:
             loss.backward()
             return loss  # type: ignore[no-any-return]
 
-        losses.append([float(optimizer.step(closure)) for _ in range(4)])
+        losses.append([optimizer.step(closure).item() for _ in range(4)])
     assert losses[0][-1] < losses[0][0]
     torch.testing.assert_close(losses[0], losses[1], rtol=1e-8, atol=1e-8)
     assert padding_is_zero(rest)
@@ -84,11 +75,10 @@ def test_loops_by_hand(name: str, backend: str) -> None:
     assert padding_is_zero(models[0])
 
 
-AVERAGES = {
+AVERAGES: dict[str, dict[str, Any]] = {
     "mean": {},
     "EMA": {"multi_avg_fn": get_ema_multi_avg_fn(0.9)},
     "EMA by tensor": {"avg_fn": get_ema_avg_fn(0.9)},
-    "with buffers": {"multi_avg_fn": get_ema_multi_avg_fn(0.9), "use_buffers": True},
 }
 
 
@@ -118,19 +108,16 @@ def test_averages_of_weights(name: str, which: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("options", [{}, {"find_unused_parameters": True}, {"gradient_as_bucket_view": True}], ids=str)
-@pytest.mark.parametrize("name", ["MAF", "nflows"])
-def test_two_processes_train_as_one(name: str, options: dict[str, Any], tmp_path: Path) -> None:
-    arguments = (str(tmp_path / "store"), name, options, str(tmp_path / "rank"))
-    torch.multiprocessing.spawn(distributed, arguments, nprocs=2)  # type: ignore[attr-defined, no-untyped-call]
-    expected = fit(NLL(name), batches())
-    fresh = NLL(name)
-    assert not torch.equal(*(nn.utils.parameters_to_vector(m.parameters()) for m in (expected, fresh)))
-    for rank in range(2):
-        model = NLL(name)
-        model.load_state_dict(torch.load(tmp_path / f"rank{rank}.pt", weights_only=True))
-        for actual, other in zip(model.parameters(), expected.parameters(), strict=True):
-            torch.testing.assert_close(actual, other, rtol=1e-12, atol=1e-13)
+def test_two_processes_train_as_one(tmp_path: Path) -> None:
+    torch.multiprocessing.spawn(distributed, (str(tmp_path),), nprocs=2)  # type: ignore[attr-defined, no-untyped-call]
+    for name, options in RUNS:
+        expected, fresh = fit(NLL(name), batches()), NLL(name)
+        assert not torch.equal(*(nn.utils.parameters_to_vector(m.parameters()) for m in (expected, fresh)))
+        for rank in range(2):
+            model = NLL(name)
+            model.load_state_dict(torch.load(tmp_path / f"{name} {options} {rank}.pt", weights_only=True))
+            for actual, other in zip(model.parameters(), expected.parameters(), strict=True):
+                torch.testing.assert_close(actual, other, rtol=1e-12, atol=1e-13)
 
 
 class TestLightning:
@@ -159,9 +146,9 @@ class TestLightning:
         by_hand = maf()
         step = torch.optim.Adam(by_hand.parameters(), lr=1e-2)
         together = options.get("accumulate_grad_batches", 1)
-        for parts in itertools.batched(x.split(4), together) if together > 1 else ([part] for part in x.split(4)):
+        for both in x.split(4 * together):
             step.zero_grad()
-            for part in parts:
+            for part in both.split(4):
                 (-by_hand.log_prob(part).mean() / together).backward()
             nn.utils.clip_grad_norm_(by_hand.parameters(), options.get("gradient_clip_val", torch.inf))
             step.step()
