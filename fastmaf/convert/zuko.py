@@ -16,7 +16,7 @@ from fastmaf.convert.network import Affine, Network, NotConvertibleError
 from fastmaf.convert.parts import affine_block, base_of, expected, kind, masked, outputs_of, slope_of, spline_block
 from fastmaf.convert.source import converter
 from fastmaf.kernels import AffineMap
-from fastmaf.transforms import ElementwiseAffine, SplineMap, Transform
+from fastmaf.transforms import ElementwiseAffine, Permutation, SplineMap, Transform
 
 Parts = list[Transform | ConditionalBlock]
 
@@ -143,6 +143,8 @@ def _parts(transform: Any) -> Parts:
         if isinstance(univariate, AffineMap):
             shift, raw = transform.phi
             return [ElementwiseAffine(shift, univariate.log_scale(raw))]
+    if name == "UnconditionalTransform" and _name_of(transform.f) == "PermutationTransform" and not transform.kwargs:
+        return [Permutation(transform.args[0])]
     raise NotConvertibleError(f"the transform {kind(transform)} cannot be converted exactly")
 
 

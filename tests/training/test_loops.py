@@ -14,8 +14,8 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import fastmaf
 from tests.core.composed import EACH, Density, data, maf, padding_is_zero
+from tests.tolerances import F32, assert_close
 from tests.training.loops import NLL, RUNS, batches, distributed, fit
-from tests.tolerances import F32, F64, assert_close
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
