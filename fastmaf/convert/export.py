@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+import importlib
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +14,18 @@ from fastmaf.convert.parts import kind
 from fastmaf.flows import Flow
 from fastmaf.nn import MADE, MaskedLinear
 from fastmaf.transforms import Transform
+
+
+def module_of(library: str, name: str) -> Any:
+    """Returns a module of the library that a flow is converted to, which fastmaf itself does not need.
+
+    Raises:
+        ImportError: the library is not installed.
+    """
+    try:
+        return importlib.import_module(f"{library}.{name}")
+    except ModuleNotFoundError as error:
+        raise ImportError(f"a flow of {library} needs {library}: pip install {library}") from error
 
 
 class DenseLayer(NamedTuple):

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from fastmaf.convert.converted import ConditionalBlock, ConvertedFlow
-from fastmaf.convert.export import DenseLayer, finished, layers_of, parts_of
+from fastmaf.convert.export import DenseLayer, finished, layers_of, module_of, parts_of
 from fastmaf.convert.network import NotConvertibleError
 from fastmaf.convert.parts import kind
 from fastmaf.flows import Flow
@@ -48,16 +48,14 @@ def to_nflows(flow: Flow | ConvertedFlow) -> nn.Module:
         >>> torch.allclose(again.log_prob(x), source.log_prob(x), atol=1e-4)
         True
     """
-    from nflows import distributions, flows, transforms
-
     parts = [_part(part) for part in parts_of(flow)]
-    result = flows.Flow(transforms.CompositeTransform(parts), distributions.StandardNormal([flow.features]))
-    return finished(result, flow)
+    transform = module_of("nflows", "transforms").CompositeTransform(parts)
+    base = module_of("nflows", "distributions").StandardNormal([flow.features])
+    return finished(module_of("nflows", "flows").Flow(transform, base), flow)
 
 
 def _part(part: Any) -> nn.Module:
-    from nflows import transforms
-
+    transforms = module_of("nflows", "transforms")
     if type(part) is AffineAutoregressive:
         affine_map = part._map
         if affine_map.names != ("scale_first", "softplus"):
@@ -126,10 +124,9 @@ def _fill(net: Any, part: AffineAutoregressive | MonotonicRQS, outputs: Tensor) 
 
 
 def _masked(layer: DenseLayer, degrees: Tensor, features: int) -> nn.Module:
-    from nflows.transforms.made import MaskedLinear
-
     units, inputs = layer.weight.shape
-    linear = MaskedLinear(torch.ones(inputs, dtype=torch.int64), units, features, False, is_output=False)
+    made = module_of("nflows", "transforms.made")
+    linear = made.MaskedLinear(torch.ones(inputs, dtype=torch.int64), units, features, False, is_output=False)
     linear.to(layer.weight)
     layer.copy_to(linear)
     linear.degrees = degrees.to(layer.weight.device, torch.int64)
@@ -137,9 +134,7 @@ def _masked(layer: DenseLayer, degrees: Tensor, features: int) -> nn.Module:
 
 
 def _act_norm(shift: Tensor, log_scale: Tensor) -> nn.Module:
-    from nflows.transforms import ActNorm
-
-    norm = ActNorm(len(shift)).to(shift)
+    norm = module_of("nflows", "transforms").ActNorm(len(shift)).to(shift)
     with torch.no_grad():
         norm.shift.copy_(shift)
         norm.log_scale.copy_(log_scale)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from fastmaf.convert.converted import ConditionalBlock, ConvertedFlow
-from fastmaf.convert.export import DenseLayer, finished, layers_of, parts_of
+from fastmaf.convert.export import DenseLayer, finished, layers_of, module_of, parts_of
 from fastmaf.convert.network import NotConvertibleError
 from fastmaf.convert.parts import kind
 from fastmaf.convert.zuko import _Context
@@ -45,11 +45,7 @@ def to_zuko(flow: Flow | ConvertedFlow) -> nn.Module:
         >>> torch.allclose(again(context).log_prob(x), source(context).log_prob(x), atol=1e-4)
         True
     """
-    from zuko.distributions import DiagNormal
-    from zuko.flows import Flow as ZukoFlow
-    from zuko.flows import UnconditionalDistribution, UnconditionalTransform
-    from zuko.transforms import PermutationTransform
-
+    lazy, normal = module_of("zuko", "lazy"), module_of("zuko", "distributions").DiagNormal
     parts, natural = parts_of(flow), torch.arange(flow.features)
     frame = natural  # frame[k]: the dimension of zuko that is at place k
     transforms: list[nn.Module] = []
@@ -59,15 +55,15 @@ def to_zuko(flow: Flow | ConvertedFlow) -> nn.Module:
         else:
             transforms.append(_transform(part, frame))
     if not torch.equal(frame, natural):
-        transforms.append(UnconditionalTransform(PermutationTransform, frame, buffer=True))
-    base = UnconditionalDistribution(DiagNormal, torch.zeros(flow.features), torch.ones(flow.features), buffer=True)
-    return finished(ZukoFlow(transforms, base), flow)
+        permutation = module_of("zuko", "transforms").PermutationTransform
+        transforms.append(lazy.UnconditionalTransform(permutation, frame, buffer=True))
+    zeros, ones = torch.zeros(flow.features), torch.ones(flow.features)
+    base = lazy.UnconditionalDistribution(normal, zeros, ones, buffer=True)
+    return finished(lazy.Flow(transforms, base), flow)
 
 
 def _transform(part: Any, frame: Tensor) -> nn.Module:
     """Returns a transform whose place k belongs to the dimension ``frame[k]``."""
-    from zuko.lazy import LazyInverse
-
     if isinstance(part, ConditionalBlock):
         if type(part.context) is not _Context:
             raise NotConvertibleError("zuko reads a context beside x, this flow a function of it")
@@ -78,14 +74,13 @@ def _transform(part: Any, frame: Tensor) -> nn.Module:
     if type(part) is ElementwiseAffine:
         return _elementwise(part.shift.detach(), part.log_scale.detach(), frame)
     if type(part) is Inverted:
-        return LazyInverse(_transform(part.transform, frame))  # type: ignore[no-any-return]
+        return module_of("zuko", "lazy").LazyInverse(_transform(part.transform, frame))  # type: ignore[no-any-return]
     raise NotConvertibleError(f"zuko has no counterpart of the transform {kind(part)}")
 
 
 def _univariate(part: Any) -> tuple[Any, list[tuple[int, ...]]]:
     """Returns zuko's element-wise transform and the shapes of its parameters."""
-    from zuko.transforms import MonotonicAffineTransform, MonotonicRQSTransform
-
+    transforms = module_of("zuko", "transforms")
     if type(part) is MonotonicRQS:
         spline = part.spline
         if not (spline.squash and spline.tails and spline.low == -spline.high):
@@ -95,20 +90,18 @@ def _univariate(part: Any) -> tuple[Any, list[tuple[int, ...]]]:
             )
         options = {"bound": spline.high, "slope": spline.least}
         shapes: list[tuple[int, ...]] = [(spline.bins,), (spline.bins,), (spline.bins - 1,)]
-        return functools.partial(MonotonicRQSTransform, **options), shapes
+        return functools.partial(transforms.MonotonicRQSTransform, **options), shapes
     affine_map = part._map
     if affine_map.names != ("scale_first", "soft_clip") or not math.exp(-affine_map.limit) > 0:
         raise NotConvertibleError(
             f"zuko has no counterpart of the affine map {affine_map.names} with limit {affine_map.limit}: its own is "
             "z = exp(a) x + shift with a = u / (1 + |u| / limit), AffineMap.of('scale_first', 'soft_clip', limit=...)"
         )
-    return functools.partial(MonotonicAffineTransform, slope=math.exp(-affine_map.limit)), [(), ()]
+    return functools.partial(transforms.MonotonicAffineTransform, slope=math.exp(-affine_map.limit)), [(), ()]
 
 
 def _block(part: Any, frame: Tensor, context: int = 0) -> nn.Module:
     """Returns a block: see ``_transform``. A context comes first, and last in zuko."""
-    from zuko.flows import MaskedAutoregressiveTransform
-
     if part.made.activation not in _ACTIVATIONS:
         raise NotConvertibleError(f"the activation {part.made.activation} is not converted")
     univariate, shapes = _univariate(part)
@@ -118,7 +111,8 @@ def _block(part: Any, frame: Tensor, context: int = 0) -> nn.Module:
     outputs = part.made.outputs_per_feature
     rows = ((place + context)[:, None] * outputs + torch.arange(outputs)).flatten()
     # Made for two dimensions: what zuko would find out about the masks takes long for many.
-    block = MaskedAutoregressiveTransform(2, univariate=univariate, shapes=shapes, hidden_features=())
+    make = module_of("zuko", "flows").MaskedAutoregressiveTransform
+    block = make(2, univariate=univariate, shapes=shapes, hidden_features=())
     block.order, block.passes = place, len(frame)
     layers = [first, *rest[:-1], rest[-1].taken(rows=rows)]
     _fill(block.hyper, layers, _ACTIVATIONS[part.made.activation])
@@ -126,11 +120,9 @@ def _block(part: Any, frame: Tensor, context: int = 0) -> nn.Module:
 
 
 def _fill(hyper: Any, layers: list[DenseLayer], activation: type[nn.Module]) -> None:
-    from zuko.nn import MaskedLinear
-
     hyper._modules.clear()
     for i, layer in enumerate(layers):
-        linear = MaskedLinear(layer.mask).to(layer.weight)
+        linear = module_of("zuko", "nn").MaskedLinear(layer.mask).to(layer.weight)
         layer.copy_to(linear)
         for module in (linear, activation()) if i + 1 < len(layers) else (linear,):
             hyper.add_module(str(len(hyper)), module)
@@ -138,16 +130,14 @@ def _fill(hyper: Any, layers: list[DenseLayer], activation: type[nn.Module]) -> 
 
 
 def _elementwise(shift: Tensor, log_scale: Tensor, frame: Tensor) -> nn.Module:
-    from zuko.flows import ElementWiseTransform
-    from zuko.transforms import MonotonicAffineTransform
-
     # A limit of twice the largest log-scale, so that no digits are lost where it saturates.
     limit = max(_LIMIT, 2 * float(log_scale.abs().max()))
     if not math.exp(-limit) > 0:
         raise NotConvertibleError(f"zuko has no counterpart of log-scales of {limit / 2:g} nats")
-    univariate = functools.partial(MonotonicAffineTransform, slope=math.exp(-limit))
+    affine = module_of("zuko", "transforms").MonotonicAffineTransform
+    univariate = functools.partial(affine, slope=math.exp(-limit))
     place = frame.argsort().to(shift.device)
-    transform = ElementWiseTransform(len(frame), univariate=univariate)
+    transform = module_of("zuko", "flows").ElementWiseTransform(len(frame), univariate=univariate)
     raw = log_scale / (1 - log_scale.abs() / limit)
     transform.phi = nn.ParameterList(part[place].clone() for part in (shift, raw))
     return transform  # type: ignore[no-any-return]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import sys
 import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -230,3 +231,11 @@ def net(spline: SplineMap) -> fastmaf.MADE:
 def test_refused_by_name(library: str, make: Callable[[], Any], reason: str) -> None:
     with pytest.raises(NotConvertibleError, match=reason):
         (fastmaf.to_nflows if library == "nflows" else fastmaf.to_zuko)(make())
+
+
+@pytest.mark.parametrize("library", ["nflows", "zuko"])
+def test_missing_libraries_are_named(library: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, f"{library}.transforms", None)  # as if it were not installed
+    convert, block = (fastmaf.to_nflows, softplus()) if library == "nflows" else (fastmaf.to_zuko, soft_clipped())
+    with pytest.raises(ImportError, match=f"pip install {library}"):
+        convert(fastmaf.Flow(4, [block]))
