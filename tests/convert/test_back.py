@@ -64,7 +64,7 @@ def trained_flow(data: st.DataObject, library: str) -> tuple[fastmaf.Flow, Tenso
     return flow, x
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(st.data())
 def test_nflows(data: st.DataObject) -> None:
     flow, x = trained_flow(data, "nflows")
@@ -76,7 +76,7 @@ def test_nflows(data: st.DataObject) -> None:
         close(seeded(lambda m=model: m.sample(3)), seeded(lambda: flow.sample(3)))
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(st.data())
 def test_zuko(data: st.DataObject) -> None:
     flow, x = trained_flow(data, "zuko")
@@ -88,7 +88,7 @@ def test_zuko(data: st.DataObject) -> None:
     close(there().transform(x), flow(x)[0])
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=20, deadline=None)
 @given(st.data())
 def test_round_trips_of_nflows(data: st.DataObject) -> None:
     """Their own residual networks, random masks, normalisations and orders come back as what they compute."""
@@ -116,7 +116,7 @@ def test_round_trips_of_nflows(data: st.DataObject) -> None:
     close(seeded(lambda: back.sample(3)), seeded(lambda: source.sample(3)))
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=20, deadline=None)
 @given(st.data())
 def test_round_trips_of_zuko(data: st.DataObject) -> None:
     features = data.draw(st.sampled_from([1, 2, 5, 40]))
