@@ -26,6 +26,8 @@ if TYPE_CHECKING:
     from fastmaf.convert import from_normflows as from_normflows
     from fastmaf.convert import from_published as from_published
     from fastmaf.convert import from_zuko as from_zuko
+    from fastmaf.convert import to_nflows as to_nflows
+    from fastmaf.convert import to_zuko as to_zuko
     from fastmaf.defaults import torch_defaults as torch_defaults
     from fastmaf.degrees import ConnectivityWarning as ConnectivityWarning
     from fastmaf.flows import IAF as IAF
@@ -79,6 +81,8 @@ _NAMES_OF = {
         "from_published",
         "from_reference",
         "from_zuko",
+        "to_nflows",
+        "to_zuko",
     ),
     "fastmaf.defaults": ("torch_defaults",),
     "fastmaf.degrees": ("ConnectivityWarning",),

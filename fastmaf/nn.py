@@ -8,6 +8,7 @@ from typing import Any, Literal, TypeAlias
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses import FakeTensor
 
 from fastmaf import hooks
 from fastmaf.constants import Constants
@@ -127,7 +128,7 @@ class MaskedLinear(Constants):
         """
         weight: Tensor = self.weight
         prefix, panels = self.prefix, self.layout.panels
-        if type(weight) is not nn.Parameter:
+        if not _is_parameter(weight):
             weight = without_padding(weight, prefix, panels)
         return LinearArgs(weight, self.bias, prefix, panels, self.activation, self.weight_scale)
 
@@ -231,6 +232,11 @@ def zero_padding_(layers: Iterable[MaskedLinear]) -> None:
                 operands.append((parameter, layer.prefix, layer.layout.panels))
     if operands:
         keep_zero(*zip(*operands, strict=True))
+
+
+def _is_parameter(weight: Tensor) -> bool:
+    """Returns whether a weight is a parameter, or one of ``torch.export``, which has no numbers."""
+    return type(weight) is nn.Parameter or isinstance(weight, FakeTensor) and isinstance(weight, nn.Parameter)
 
 
 def _can_be_zeroed(parameter: nn.Parameter) -> bool:

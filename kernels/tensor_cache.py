@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
+from torch.utils._python_dispatch import _disable_current_modes
 
 T = TypeVar("T")
 _NAME = "fastmaf_cache"
@@ -37,8 +38,8 @@ def cached(owner: Tensor, key: object, make: Callable[[], T], also: Sequence[Ten
         setattr(owner, _NAME, cache)
     known = cache.get(key)
     if known is None or not all([ref() is tensor for ref, tensor in zip(known[0], also, strict=True)]):
-        # Later calls may record gradients, and outlive the torch.func transforms that are active now.
-        with torch.inference_mode(False), temporarily_clear_interpreter_stack():
+        # Later calls may record gradients, and outlive the torch.func transforms and the export that are active now.
+        with torch.inference_mode(False), temporarily_clear_interpreter_stack(), _disable_current_modes():
             known = [weakref.ref(tensor) for tensor in also], make()
         cache[key] = known
     return known[1]

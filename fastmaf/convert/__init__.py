@@ -1,10 +1,12 @@
-"""Import of models from other libraries, with equal densities."""
+"""Import of models from other libraries, and export to them, with equal densities."""
 
 from __future__ import annotations
 
 from torch import nn
 
 from fastmaf.convert.converted import ConvertedFlow
+from fastmaf.convert.export_nflows import to_nflows
+from fastmaf.convert.export_zuko import to_zuko
 from fastmaf.convert.network import NotConvertibleError
 from fastmaf.convert.nflows import from_nflows
 from fastmaf.convert.normflows import from_normflows
@@ -22,6 +24,8 @@ __all__ = [
     "from_published",
     "from_reference",
     "from_zuko",
+    "to_nflows",
+    "to_zuko",
 ]
 
 from_reference = from_published  # its name in earlier versions

@@ -117,7 +117,7 @@ class ConvertedFlow(nn.Module):
     def to_base(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Returns ``z`` ``[N, D]`` of the standard normal base and ``ladj`` ``[N]`` for ``x`` ``[N, D]``."""
         self._check(context, x)
-        total = x.new_zeros(len(x))
+        total = x.new_zeros(x.shape[0])
         for part in self.parts:
             x, ladj = part(x, context) if isinstance(part, ConditionalBlock) else part(x)
             total = total + ladj
@@ -126,7 +126,7 @@ class ConvertedFlow(nn.Module):
     def from_base(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Returns ``x`` and ``log |det dx/dz|``: the inverse of ``to_base``."""
         self._check(context, z)
-        total = z.new_zeros(len(z))
+        total = z.new_zeros(z.shape[0])
         for part in reversed(self.parts):
             is_block = isinstance(part, ConditionalBlock)
             z, ladj = part.inverse(z, context) if is_block else part.inverse(z)  # type: ignore[operator]

@@ -27,7 +27,7 @@ from fastmaf.convert.probe import probe
 from fastmaf.convert.source import converter
 from fastmaf.convert.zuko_flow import ZukoFlow
 from fastmaf.kernels import AffineMap
-from fastmaf.transforms import ElementwiseAffine, SplineMap, Transform
+from fastmaf.transforms import ElementwiseAffine, Permutation, SplineMap, Transform
 
 Parts = list[Transform | ConditionalBlock]
 
@@ -91,6 +91,8 @@ def _leaf(transform: Any) -> Parts:
         if isinstance(univariate, AffineMap):
             shift, raw = transform.phi
             return [ElementwiseAffine(shift, univariate.log_scale(raw))]
+    if name == "UnconditionalTransform" and _name_of(transform.f) == "PermutationTransform" and not transform.kwargs:
+        return [Permutation(transform.args[0])]
     raise NotConvertibleError(f"the transform {kind(transform)} cannot be converted exactly")
 
 

@@ -40,13 +40,13 @@ class ElementwiseAffine(Transform):
         self.log_scale = nn.Parameter(log_scale.detach().clone())
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        return torch.addcmul(self.shift, x, self.log_scale.exp()), self.log_scale.sum().expand(len(x))
+        return torch.addcmul(self.shift, x, self.log_scale.exp()), self.log_scale.sum().expand(x.shape[0])
 
     def forward_per_dim(self, x: Tensor, terms: Tensor) -> tuple[Tensor, Tensor]:
         return torch.addcmul(self.shift, x, self.log_scale.exp()), terms - self.log_scale
 
     def inverse(self, z: Tensor) -> tuple[Tensor, Tensor]:
-        return (z - self.shift) * (-self.log_scale).exp(), (-self.log_scale.sum()).expand(len(z))
+        return (z - self.shift) * (-self.log_scale).exp(), (-self.log_scale.sum()).expand(z.shape[0])
 
     def config(self) -> dict[str, Any]:
         return {"features": self.features}
