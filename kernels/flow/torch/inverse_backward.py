@@ -1,0 +1,237 @@
+"""Gradients through the inverse of flows, by implicit differentiation: a transposed, level-scheduled triangular solve.
+
+A block maps x to z = f(x, θ) with log-determinant ℓ(x, θ); its inverse gives x and -ℓ. For a loss L whose gradients
+with respect to these two are g_x and g_ladj, with J = df/dx, lower triangular in the order of the block:
+
+    dx = J⁻¹ (dz - f_θ dθ),    dL = g_x · dx - g_ladj (ℓ_x · dx + ℓ_θ dθ)
+
+    w = J⁻ᵀ (g_x - g_ladj ℓ_x)                       the gradient of z
+    dL/dθ = -(wᵀ f_θ + g_ladj ℓ_θ)                   the gradients of the parameters
+
+So the gradients are those that the forward pass at x has for grad_z = -w and grad_ladj = -g_ladj, and w is what makes
+its gradient of x be -g_x. Neither needs the steps of the inverse: x is known, one pass of the network recomputes its
+units, and all that remains is a triangular system. With g[d] the gradient of x[d], complete once everything that
+depends on x[d] is taken into account, s = exp(-a) or exp(a) the slope of the element-wise map (``AffineMap``), and
+(m, u) the two rows of the output layer for d:
+
+    w[d] = g[d] / s[d]
+    z = (x - m) exp(-a):   grad_m = g             grad_u = (g (x - m) + g_ladj) da/du            SHIFT_FIRST
+    z = exp(a) x + m:      grad_m = -g exp(-a)    grad_u = -(g x + g_ladj) da/du                 SCALE_FIRST
+
+and from there through the layers as usual: what is finished in step s of the schedule affects later steps alone, so
+the steps are taken from the last to the first.
+
+They are taken in groups of up to 16 units of each hidden layer, as in a blocked triangular solve. Let e be the gradients
+of the group's units of the last hidden layer. The layers of the group take them back to its x, its outputs and once
+more to its units, which is an affine map e → e A + c with A strictly triangular. A [16, 16] is formed for each sample,
+
+    e (I - A) = e' + c        e': what the later groups have added
+
+is solved, and the group's gradients are added to all that was finished before it in large products. Nearly all of the
+weights are read in these; the whole pass costs the arithmetic of about one backward pass, and keeps a few numbers per
+dimension and unit, as a forward pass does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from fastmaf.kernels.affine_output.affine_map import SHIFT_FIRST, AffineMap
+from fastmaf.kernels.dispatch import implementation
+from fastmaf.kernels.float8 import decode
+from fastmaf.kernels.flow.args import FlowArgs
+from fastmaf.kernels.flow.saved import before_permutation
+from fastmaf.kernels.flow.schedule import groups
+from fastmaf.kernels.flow.torch.plan import Rows, make_rows
+from fastmaf.kernels.layout import PANEL, runs_of
+from fastmaf.kernels.masked_linear import torch as linear
+from fastmaf.kernels.masked_linear.args import LinearArgs, LinearBatch
+from fastmaf.kernels.tensor_cache import cached
+
+_MOST = 512  # dimensions of a group whose part of A is formed at once
+
+
+def inverse_backward(
+    grad_x: Tensor, grad_ladj: Tensor, x: Tensor, args: FlowArgs, need_parameters: bool
+) -> list[Tensor]:
+    """Returns the gradients of ``z``, and if needed of each packed weight (zero in the padding) and of each bias.
+
+    Args:
+        grad_x, grad_ladj: ``[N, D]`` and ``[N]``, the gradients of what the inverse returned.
+        x: ``[N, D]``, what it returned.
+        args: the blocks in the order of inversion.
+        need_parameters: whether more than the gradient of ``z`` is wanted.
+    """
+    grad_weights, grad_biases = list(args.weights), list(args.biases)
+    grad, x = (before_permutation(t, args.permutations[-1]) for t in (grad_x, x))
+    for b, layers in reversed(list(enumerate(args.layers_of_blocks()))):
+        block = _Block(x, [args.hidden(i) for i in layers], args.schedules[b], args.map(b))
+        grad = before_permutation(block.solve(grad, grad_ladj), args.permutations[b])
+        if need_parameters:
+            for i, (grad_weight, grad_bias) in zip(layers, block.grad_parameters(), strict=True):
+                grad_weights[i], grad_biases[i] = grad_weight, grad_bias
+        if b:  # its z is what the inverse of the block before it returned
+            x = before_permutation(block.z(), args.permutations[b])
+    return [grad, *grad_weights, *grad_biases] if need_parameters else [grad]
+
+
+class _Group(NamedTuple):
+    """Steps that are solved together.
+
+    Attributes:
+        rows: of each layer, hidden layers first, the output layer last.
+        below: of each layer, the units of the layer below that the group finishes: dimensions of the first layer.
+        coupled: whether its units affect one another: there are several steps.
+    """
+
+    rows: list[Rows]
+    below: list[slice]
+    coupled: bool
+
+
+def _groups_of(panels: Sequence[Tensor], schedule: Tensor) -> list[_Group]:
+    def make() -> list[_Group]:
+        dims, *units = zip(*schedule.tolist(), strict=True)  # finished after each step
+        runs, below = [runs_of(layer) for layer in panels], [(0, *finished) for finished in (dims, *units)]
+        ends = [*units, [2 * d for d in dims]]
+        result = []
+        for first, end in groups(schedule, every_layer=True):
+            rows = [make_rows(*of, first, end) for of in zip(runs, ends, below, strict=True)]
+            result.append(_Group(rows, [slice(of[first], of[end]) for of in below], end - first > 1))
+        return result
+
+    return cached(schedule, "groups of the transposed solve", make, also=panels)
+
+
+class _Block:
+    """One block at its x: the values of a forward pass, then the gradients of all rows of its layers.
+
+    Args:
+        x: ``[N, D]``.
+        layers: the hidden layers, then the output layer.
+        schedule: the block's ``level_schedule``.
+        affine_map: the element-wise map.
+    """
+
+    def __init__(self, x: Tensor, layers: Sequence[LinearArgs], schedule: Tensor, affine_map: AffineMap) -> None:
+        self._layers = [*layers[:-1], layers[-1]._replace(activation="identity")]
+        self._schedule, self._map = schedule, affine_map
+        backend = implementation("masked_linear", x)
+        self._values = [x]
+        for layer in self._layers[:-1]:
+            self._values.append(backend.forward(self._values[-1], layer))
+        shift, raw = backend.forward(self._values[-1], self._layers[-1]).unflatten(1, (-1, 2)).unbind(2)
+        self._shift, self._log_scale = shift, affine_map.log_scale(raw)
+        # Of the layers' rows, before the activation; zero for units that no output reads.
+        self._grads = [torch.zeros_like(value) for value in self._values[1:]]
+
+    def z(self) -> Tensor:
+        """Returns the block's z."""
+        return self._map.forward(self._values[0], self._shift, self._log_scale)
+
+    def solve(self, grad_x: Tensor, grad_ladj: Tensor) -> Tensor:
+        """Returns the gradient of ``z``."""
+        x, affine_map = self._values[0], self._map
+        self._weights = [decode(layer.weight, layer.weight_scale, x.dtype) for layer in self._layers]
+        slope, scale = affine_map.slope(self._log_scale), torch.exp(-affine_map.sign * self._log_scale)
+        by_shift, by_raw = (1, x - self._shift) if affine_map.form == SHIFT_FIRST else (-scale, -x)
+        # Of the output layer's rows, the gradient is `of_x` times that of x, plus `of_ladj` in every second.
+        self._of_x = x.new_empty(*x.shape, 2)
+        self._of_x[..., 0], self._of_x[..., 1] = by_shift, slope * by_raw
+        self._of_ladj = slope * (-affine_map.sign * grad_ladj[:, None])
+        self._slopes = [
+            linear.grad_activation(torch.ones_like(value), value, layer.activation)
+            for value, layer in zip(self._values[1:], self._layers, strict=False)
+        ]
+        # Of x and of each hidden layer's units, as far as the groups have come.
+        self._grad_values = [grad_x.clone(), *self._grads]
+        self._grads.append(self._of_x.flatten(1))  # each group's rows take the place of what they are made of
+        for group in reversed(_groups_of([layer.panels for layer in self._layers], self._schedule)):
+            self._solve_group(group)
+        return self._grad_values[0] * scale
+
+    def _solve_group(self, group: _Group) -> None:
+        inside = [
+            _widened(rows.matrix(weight, below), below)
+            for rows, weight, below in zip(group.rows, self._weights, group.below, strict=True)
+        ]
+        units = self._grad_values[-1][:, group.below[-1]].clone()
+        if group.coupled:
+            *_, of_outputs = self._back(torch.zeros_like(units), group, inside)
+            start = torch.addmm(units, of_outputs, inside[-1])
+            units = _solved(self._coupling(group, inside), start)
+        *of_layers, grad_x, of_outputs = self._back(units, group, inside)
+        self._grad_values[0][:, group.below[0]] = grad_x
+        for grads, rows, weight, grad, below, values in zip(
+            self._grads, group.rows, self._weights, [*of_layers, of_outputs], group.below, self._grad_values, strict=True
+        ):
+            grads[:, rows.rows] = grad
+            _add_ahead(values[:, : below.start], grad, weight, rows)
+
+    def _back(self, units: Tensor, group: _Group, inside: Sequence[Tensor]) -> list[Tensor]:
+        """Returns, for gradients of the last hidden layer's units, those of each hidden layer's rows, of x and of the
+        output layer's rows.
+        """
+        result, grad = [], units
+        for k in reversed(range(len(inside) - 1)):
+            rows = grad * self._slopes[k][:, group.below[k + 1]]
+            result.append(rows)
+            grad = torch.addmm(self._grad_values[k][:, group.below[k]], rows, inside[k])
+        dims = group.below[0]
+        outputs = self._of_x[:, dims] * grad[..., None]
+        outputs[..., 1] += self._of_ladj[:, dims]
+        return [*reversed(result), grad, outputs.flatten(1)]
+
+    def _coupling(self, group: _Group, inside: Sequence[Tensor]) -> Tensor:
+        """Returns A ``[N, units, units]``: how much the gradient of a unit (row) adds to that of another (column)."""
+        first, *others, output = inside
+        outputs, of_x = output.unflatten(0, (-1, 2)), self._of_x[:, group.below[0]]
+        result = of_x.new_zeros(of_x.shape[0], len(first) * output.shape[1])
+        for dims in (slice(d, d + _MOST) for d in range(0, of_x.shape[1], _MOST)):
+            products = first.t()[dims, None, :, None] * outputs[dims, :, None]  # [dims, 2, rows, units]
+            result.addmm_(of_x[:, dims].flatten(1), products.flatten(2).flatten(0, 1))
+        result = result.unflatten(1, (len(first), -1)) * self._slopes[0][:, group.below[1], None]
+        for k, weight in enumerate(others, 1):
+            result = torch.matmul(weight, result) * self._slopes[k][:, group.below[k + 1], None]
+        return result
+
+    def grad_parameters(self) -> list[tuple[Tensor, Tensor]]:
+        """Returns the gradients of each layer's packed weight and bias, after ``solve``."""
+        backend = implementation("masked_linear", self._values[0])
+        result = []
+        for grad, value, layer in zip(self._grads, self._values, self._layers, strict=True):
+            # The gradients are those before the activation.
+            batch, args = LinearBatch(grad, value, grad), layer._replace(activation="identity")
+            _, grad_weight, grad_bias = backend.backward(batch, args, False, True)
+            result.append((grad_weight, grad_bias))
+        return result
+
+
+def _widened(matrix: Tensor, columns: slice) -> Tensor:
+    """Returns a matrix with zeros for the columns that its panels do not have."""
+    missing = columns.stop - columns.start - matrix.shape[1]
+    return pad(matrix, (0, missing)) if missing else matrix
+
+
+def _solved(coupling: Tensor, start: Tensor) -> Tensor:
+    """Returns e with ``e (I - coupling) = start``, for strictly lower triangular matrices ``[N, units, units]``."""
+    dtype = torch.promote_types(start.dtype, torch.float32)  # LAPACK knows no shorter one
+    system, right = -coupling.to(dtype), start.to(dtype)[:, None]
+    solution = torch.linalg.solve_triangular(system, right, upper=False, left=False, unitriangular=True)
+    return solution[:, 0].to(start.dtype)
+
+
+def _add_ahead(grad_below: Tensor, grad_rows: Tensor, weight: Tensor, of: Rows) -> None:
+    """Adds the gradients of what the rows of a group read that was finished before it."""
+    if not grad_below.shape[1] or not grad_rows.shape[1]:
+        return
+    start, end = PANEL * of.runs[0].start, PANEL * of.runs[-1].end
+    grad = pad(grad_rows, (of.rows.start - start, end - of.rows.stop))
+    for run in of.runs:
+        matrix = run.of(weight)[:, : grad_below.shape[1]].transpose(0, 1).flatten(1)
+        grad_below[:, : len(matrix)].addmm_(grad[:, PANEL * run.start - start : PANEL * run.end - start], matrix.t())
