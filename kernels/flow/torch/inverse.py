@@ -6,7 +6,6 @@ are in ``solve.py``.
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from fastmaf.kernels.flow.args import FlowArgs, permuted

@@ -21,9 +21,10 @@ depends on x[d] is taken into account, s = exp(-a) or exp(a) the slope of the el
 and from there through the layers as usual: what is finished in step s of the schedule affects later steps alone, so
 the steps are taken from the last to the first.
 
-They are taken in groups of up to 16 units of each hidden layer, as in a blocked triangular solve. Let e be the gradients
-of the group's units of the last hidden layer. The layers of the group take them back to its x, its outputs and once
-more to its units, which is an affine map e → e A + c with A strictly triangular. A [16, 16] is formed for each sample,
+They are taken in groups of up to 16 units of each hidden layer, as in a blocked triangular solve. Let e be the
+gradients of the group's units of the last hidden layer. The layers of the group take them back to its x, its outputs
+and once more to its units, which is an affine map e → e A + c with A strictly triangular. A, [16, 16], is formed for
+each sample,
 
     e (I - A) = e' + c        e': what the later groups have added
 
@@ -127,8 +128,6 @@ class _Block:
             self._values.append(backend.forward(self._values[-1], layer))
         shift, raw = backend.forward(self._values[-1], self._layers[-1]).unflatten(1, (-1, 2)).unbind(2)
         self._shift, self._log_scale = shift, affine_map.log_scale(raw)
-        # Of the layers' rows, before the activation; zero for units that no output reads.
-        self._grads = [torch.zeros_like(value) for value in self._values[1:]]
 
     def z(self) -> Tensor:
         """Returns the block's z."""
@@ -137,75 +136,81 @@ class _Block:
     def solve(self, grad_x: Tensor, grad_ladj: Tensor) -> Tensor:
         """Returns the gradient of ``z``."""
         x, affine_map = self._values[0], self._map
-        self._weights = [decode(layer.weight, layer.weight_scale, x.dtype) for layer in self._layers]
         slope, scale = affine_map.slope(self._log_scale), torch.exp(-affine_map.sign * self._log_scale)
         by_shift, by_raw = (1, x - self._shift) if affine_map.form == SHIFT_FIRST else (-scale, -x)
-        # Of the output layer's rows, the gradient is `of_x` times that of x, plus `of_ladj` in every second.
-        self._of_x = x.new_empty(*x.shape, 2)
-        self._of_x[..., 0], self._of_x[..., 1] = by_shift, slope * by_raw
-        self._of_ladj = slope * (-affine_map.sign * grad_ladj[:, None])
+        # All is kept units x samples, so that whatever a group reads or writes is one contiguous block. The gradients
+        # of the output layer's rows are `of_x` times those of x, plus `of_ladj` in every second.
+        of_x = x.new_empty(*x.shape, 2)
+        of_x[..., 0], of_x[..., 1] = by_shift, slope * by_raw
+        self._of_x = of_x.permute(1, 2, 0).contiguous()
+        self._of_ladj = (slope * (-affine_map.sign * grad_ladj[:, None])).t().contiguous()
         self._slopes = [
-            linear.grad_activation(torch.ones_like(value), value, layer.activation)
+            linear.grad_activation(torch.ones_like(value), value, layer.activation).t().contiguous()
             for value, layer in zip(self._values[1:], self._layers, strict=False)
         ]
-        # Of x and of each hidden layer's units, as far as the groups have come.
-        self._grad_values = [grad_x.clone(), *self._grads]
-        self._grads.append(self._of_x.flatten(1))  # each group's rows take the place of what they are made of
+        self._weights = [decode(layer.weight, layer.weight_scale, x.dtype) for layer in self._layers]
+        # Of all layers' rows, before the activation; zero for units that no output reads. What no group has come to yet
+        # are still the gradients after it, and in the output layer the factors.
+        self._grads = [*(torch.zeros_like(slopes) for slopes in self._slopes), self._of_x.flatten(0, 1)]
+        self._below = [grad_x.t().clone(memory_format=torch.contiguous_format), *self._grads[:-1]]
         for group in reversed(_groups_of([layer.panels for layer in self._layers], self._schedule)):
             self._solve_group(group)
-        return self._grad_values[0] * scale
+        return self._below[0].t() * scale
 
     def _solve_group(self, group: _Group) -> None:
         inside = [
             _widened(rows.matrix(weight, below), below)
             for rows, weight, below in zip(group.rows, self._weights, group.below, strict=True)
         ]
-        units = self._grad_values[-1][:, group.below[-1]].clone()
+        units = self._below[-1][group.below[-1]].clone()
         if group.coupled:
-            *_, of_outputs = self._back(torch.zeros_like(units), group, inside)
-            start = torch.addmm(units, of_outputs, inside[-1])
-            units = _solved(self._coupling(group, inside), start)
+            *_, of_outputs = self._back(None, group, inside)
+            units = _solved(self._coupling(group, inside), torch.addmm(units, inside[-1].t(), of_outputs))
         *of_layers, grad_x, of_outputs = self._back(units, group, inside)
-        self._grad_values[0][:, group.below[0]] = grad_x
-        for grads, rows, weight, grad, below, values in zip(
-            self._grads, group.rows, self._weights, [*of_layers, of_outputs], group.below, self._grad_values, strict=True
-        ):
-            grads[:, rows.rows] = grad
-            _add_ahead(values[:, : below.start], grad, weight, rows)
+        self._below[0][group.below[0]] = grad_x
+        for k, grad in enumerate([*of_layers, of_outputs]):
+            self._grads[k][group.rows[k].rows] = grad
+            _add_ahead(self._below[k][: group.below[k].start], grad, self._weights[k], group.rows[k])
 
-    def _back(self, units: Tensor, group: _Group, inside: Sequence[Tensor]) -> list[Tensor]:
-        """Returns, for gradients of the last hidden layer's units, those of each hidden layer's rows, of x and of the
-        output layer's rows.
+    def _back(self, units: Tensor | None, group: _Group, inside: Sequence[Tensor]) -> list[Tensor]:
+        """Returns, for gradients of the last hidden layer's units (None: zero), those of each hidden layer's rows, of x
+        and of the output layer's rows.
         """
         result, grad = [], units
         for k in reversed(range(len(inside) - 1)):
-            rows = grad * self._slopes[k][:, group.below[k + 1]]
+            below = self._below[k][group.below[k]]
+            if grad is None:
+                grad = below
+                continue
+            rows = grad * self._slopes[k][group.below[k + 1]]
             result.append(rows)
-            grad = torch.addmm(self._grad_values[k][:, group.below[k]], rows, inside[k])
-        dims = group.below[0]
-        outputs = self._of_x[:, dims] * grad[..., None]
-        outputs[..., 1] += self._of_ladj[:, dims]
-        return [*reversed(result), grad, outputs.flatten(1)]
+            grad = torch.addmm(below, inside[k].t(), rows)
+        assert grad is not None
+        outputs = self._of_x[group.below[0]] * grad[:, None]
+        outputs[:, 1] += self._of_ladj[group.below[0]]
+        return [*reversed(result), grad, outputs.flatten(0, 1)]
 
     def _coupling(self, group: _Group, inside: Sequence[Tensor]) -> Tensor:
-        """Returns A ``[N, units, units]``: how much the gradient of a unit (row) adds to that of another (column)."""
+        """Returns A ``[units, units, N]``: how much the gradient of a unit (first) adds to that of another (second)."""
         first, *others, output = inside
-        outputs, of_x = output.unflatten(0, (-1, 2)), self._of_x[:, group.below[0]]
-        result = of_x.new_zeros(of_x.shape[0], len(first) * output.shape[1])
-        for dims in (slice(d, d + _MOST) for d in range(0, of_x.shape[1], _MOST)):
-            products = first.t()[dims, None, :, None] * outputs[dims, :, None]  # [dims, 2, rows, units]
-            result.addmm_(of_x[:, dims].flatten(1), products.flatten(2).flatten(0, 1))
-        result = result.unflatten(1, (len(first), -1)) * self._slopes[0][:, group.below[1], None]
+        outputs, of_x = output.unflatten(0, (-1, 2)), self._of_x[group.below[0]]
+        result = of_x.new_zeros(len(first) * output.shape[1], of_x.shape[2])
+        for dims in (slice(d, d + _MOST) for d in range(0, len(of_x), _MOST)):
+            products = first[:, None, dims, None] * outputs[dims].permute(2, 0, 1)  # [rows, units, dims, 2]
+            result.addmm_(products.flatten(0, 1).flatten(1), of_x[dims].flatten(0, 1))
+        result = result.unflatten(0, (len(first), -1)) * self._slopes[0][group.below[1], None]
         for k, weight in enumerate(others, 1):
-            result = torch.matmul(weight, result) * self._slopes[k][:, group.below[k + 1], None]
+            product = (weight @ result.flatten(1)).unflatten(1, result.shape[1:])
+            result = product * self._slopes[k][group.below[k + 1], None]
         return result
 
     def grad_parameters(self) -> list[tuple[Tensor, Tensor]]:
         """Returns the gradients of each layer's packed weight and bias, after ``solve``."""
         backend = implementation("masked_linear", self._values[0])
         result = []
-        for grad, value, layer in zip(self._grads, self._values, self._layers, strict=True):
-            # The gradients are those before the activation.
+        for grads, value, layer in zip(self._grads, self._values, self._layers, strict=True):
+            # They are those before the activation.
+            grad = grads.t().contiguous()
             batch, args = LinearBatch(grad, value, grad), layer._replace(activation="identity")
             _, grad_weight, grad_bias = backend.backward(batch, args, False, True)
             result.append((grad_weight, grad_bias))
@@ -219,19 +224,20 @@ def _widened(matrix: Tensor, columns: slice) -> Tensor:
 
 
 def _solved(coupling: Tensor, start: Tensor) -> Tensor:
-    """Returns e with ``e (I - coupling) = start``, for strictly lower triangular matrices ``[N, units, units]``."""
+    """Returns e ``[units, N]`` with ``e (I - A) = start`` for each sample's strictly lower triangular matrix."""
     dtype = torch.promote_types(start.dtype, torch.float32)  # LAPACK knows no shorter one
-    system, right = -coupling.to(dtype), start.to(dtype)[:, None]
-    solution = torch.linalg.solve_triangular(system, right, upper=False, left=False, unitriangular=True)
-    return solution[:, 0].to(start.dtype)
+    system, right = -coupling.permute(2, 1, 0).to(dtype), start.t()[..., None].to(dtype)
+    solution = torch.linalg.solve_triangular(system, right, upper=True, unitriangular=True)
+    return solution[..., 0].t().to(start.dtype, memory_format=torch.contiguous_format)
 
 
 def _add_ahead(grad_below: Tensor, grad_rows: Tensor, weight: Tensor, of: Rows) -> None:
-    """Adds the gradients of what the rows of a group read that was finished before it."""
-    if not grad_below.shape[1] or not grad_rows.shape[1]:
+    """Adds the gradients of what the rows of a group read that was finished before it, ``[units, N]``."""
+    if not len(grad_below) or not len(grad_rows):
         return
     start, end = PANEL * of.runs[0].start, PANEL * of.runs[-1].end
-    grad = pad(grad_rows, (of.rows.start - start, end - of.rows.stop))
+    if (start, end) != (of.rows.start, of.rows.stop):
+        grad_rows = pad(grad_rows, (0, 0, of.rows.start - start, end - of.rows.stop))
     for run in of.runs:
-        matrix = run.of(weight)[:, : grad_below.shape[1]].transpose(0, 1).flatten(1)
-        grad_below[:, : len(matrix)].addmm_(grad[:, PANEL * run.start - start : PANEL * run.end - start], matrix.t())
+        matrix = run.of(weight)[:, : len(grad_below)].transpose(0, 1).flatten(1)
+        grad_below[: len(matrix)].addmm_(matrix, grad_rows[PANEL * run.start - start : PANEL * run.end - start])
