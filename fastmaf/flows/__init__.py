@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from fastmaf.flows.base import Flow
+from fastmaf.flows.distribution import FlowDistribution
 from fastmaf.flows.maf import MAF, interleave_permutations
 
-__all__ = ["MAF", "Flow", "interleave_permutations"]
+__all__ = ["MAF", "Flow", "FlowDistribution", "interleave_permutations"]

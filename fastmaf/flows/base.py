@@ -13,6 +13,8 @@ import torch
 from torch import Generator, Tensor, nn
 
 from fastmaf import hooks
+from fastmaf.flows.completion import complete
+from fastmaf.flows.distribution import FlowDistribution
 from fastmaf.io.model_card import ModelCard
 from fastmaf.io.write_flow import write_flow
 from fastmaf.kernels.autocast import outside_autocast
@@ -204,7 +206,7 @@ class Flow(nn.Module):
         if not isinstance(x, Tensor) or x.dim() != 2:
             return self._by_rows(Flow.log_prob, "x", x)
         called = type(self).forward is not Flow.forward or hooks.is_called(self) or hooks.any_global()
-        standard = not called and type(self)._base_log_prob is Flow._base_log_prob
+        standard = not called and self.has_standard_base
         result = self._runs.log_density(self._transforms(), x) if standard else None
         if result is None:
             self._check("x", x)
@@ -213,6 +215,11 @@ class Flow(nn.Module):
         if validates(self.validate_args, x):
             check_density(self, "log_prob", result, x)
         return result
+
+    @property
+    def has_standard_base(self) -> bool:
+        """Whether z is standard normal: a subclass may have replaced the base."""
+        return type(self)._base_log_prob is Flow._base_log_prob
 
     def _base_log_prob(self, z: Tensor) -> Tensor:
         return -0.5 * z.square().sum(dim=1) - self.features * _HALF_LOG_2PI
@@ -362,6 +369,76 @@ class Flow(nn.Module):
         if validates(self.validate_args, x):
             check_samples(self, z, x, log_prob)
         return (x, log_prob) if len(batch) == 1 else (x.reshape(*batch, self.features), log_prob.reshape(batch))
+
+    def distribution(
+        self, context: Tensor | ArrayLike | None = None, *, validate_args: bool | None = None
+    ) -> FlowDistribution:
+        """Returns the flow as a ``torch.distributions.Distribution``.
+
+        Args:
+            context: ``[*batch, C]``, what the flow is conditioned on, which makes ``batch`` the batch shape; None for a
+                flow without a context.
+            validate_args: as of ``torch.distributions``.
+
+        Raises:
+            TypeError: the context is neither a tensor nor an array of numbers.
+
+        Example:
+            >>> flow = fastmaf.MAF(features=2, blocks=2, hidden_features=16)
+            >>> prior = torch.distributions.Independent(torch.distributions.Normal(torch.zeros(2), 1.0), 1)
+            >>> guide = flow.distribution()
+            >>> z = guide.rsample((64,))
+            >>> (guide.log_prob(z) - prior.log_prob(z)).mean().backward()
+        """
+        return FlowDistribution(self, context, validate_args=validate_args)
+
+    @torch.no_grad()
+    @outside_autocast
+    def complete(
+        self,
+        x: Tensor | ArrayLike,
+        known: Tensor | ArrayLike,
+        shape: Shape = (),
+        *,
+        generator: Generator | None = None,
+        seed: int | None = None,
+        start: int = 0,
+    ) -> Tensor:
+        """Draws the unknown dimensions of x given the known ones, exactly, without recording gradients.
+
+        The known dimensions must come first in the order of every block. In a ``MAF`` of ``order="natural"`` these are
+        the first k dimensions, or, with an order of one's own for all blocks, the first k of that order. Blocks whose
+        orders differ, such as those of ``order="alternate"``, need a set with which all orders begin. Dimensions
+        between two consecutive degrees of the last hidden layer do not depend on one another (see ``levels``) and count
+        as of any order. Permutations, element-wise transforms and splines keep the property, ``GaussianWhitening`` and
+        ``LocalAutoregressive`` do not.
+
+        The log-density of a completion given the known dimensions is the part of ``log_prob`` of the others,
+        ``-flow.nll_per_dim(x)[..., ~known].sum(-1)``.
+
+        Args:
+            x: ``[*batch, D]``; what stands in unknown dimensions is ignored and may be NaN.
+            known: bool ``[D]``, which dimensions are known.
+            shape: the number of completions of each row, or their shape.
+            generator, seed, start: as ``sample``; the noise is that of ``sample((*shape, *batch))``, of which that of
+                the known dimensions is not used.
+
+        Returns:
+            ``[*shape, *batch, D]``, in which the known dimensions are equal to those of ``x``.
+
+        Raises:
+            ValueError: the order of a block, or a transform of another class, makes known dimensions depend on others;
+                the base is not standard normal; ``known`` is no mask of D; or as ``forward`` and ``sample``.
+            TypeError, FloatingPointError, NotInvertibleError: as ``sample``.
+
+        Example:
+            >>> flow = fastmaf.MAF(features=3, blocks=2, hidden_features=16, order="natural")
+            >>> x = flow.complete([0.5, -1.0, float("nan")], [True, True, False], shape=4)
+            >>> x[:, :2].unique(dim=0)
+            tensor([[ 0.5000, -1.0000]])
+            >>> log_prob = -flow.nll_per_dim(x)[:, 2:].sum(-1)  # of x[2] given x[0] and x[1]
+        """
+        return complete(self, x, known, shape, generator, seed, start)
 
     def _inverse_of_noise(self, z: Tensor) -> tuple[Tensor, Tensor]:
         """Returns ``inverse`` of noise, which needs no checks."""

@@ -17,10 +17,10 @@ import fastmaf
 
 NAMES = """
     MADE MAF AffineAutoregressive AffineMap BackendUnavailableError CheckpointError ConnectivityWarning Detector
-    ElementwiseAffine Flow GaussianWhitening Guards Inverted LeakyMaskError LocalAutoregressive Logit MaskedLinear
-    MonotonicRQS NonFiniteLossError NotConvertibleError NotInvertibleError Permutation ReplayedLogProb SavedFlow
-    SplineMap StepReport TrainingStep Transform accelerate from_nflows from_normflows from_published from_zuko load
-    load_with_extras memory_estimate optim torch_defaults use_backend use_precision
+    ElementwiseAffine Flow FlowDistribution GaussianWhitening Guards Inverted LeakyMaskError LocalAutoregressive Logit
+    MaskedLinear MonotonicRQS NonFiniteLossError NotConvertibleError NotInvertibleError Permutation ReplayedLogProb
+    SavedFlow SplineMap StepReport TrainingStep Transform accelerate from_nflows from_normflows from_published from_zuko
+    load load_with_extras memory_estimate optim torch_defaults use_backend use_precision
 """
 # Packages that training and scoring of plain tensors do not need, and modules that are slow to import.
 HEAVY = {
