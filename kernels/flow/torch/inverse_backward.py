@@ -87,12 +87,14 @@ class _Group(NamedTuple):
     Attributes:
         rows: of each layer, hidden layers first, the output layer last.
         below: of each layer, the units of the layer below that the group finishes: dimensions of the first layer.
-        coupled: whether its units affect one another: there are several steps.
+        several: whether there are several steps: its outputs may read its units of the last hidden layer.
+        complete: whether it finishes some of each, so that these units may affect one another.
     """
 
     rows: list[Rows]
     below: list[slice]
-    coupled: bool
+    several: bool
+    complete: bool
 
 
 def _groups_of(panels: Sequence[Tensor], schedule: Tensor) -> list[_Group]:
@@ -103,7 +105,8 @@ def _groups_of(panels: Sequence[Tensor], schedule: Tensor) -> list[_Group]:
         result = []
         for first, end in groups(schedule, every_layer=True):
             rows = [make_rows(*of, first, end) for of in zip(runs, ends, below, strict=True)]
-            result.append(_Group(rows, [slice(of[first], of[end]) for of in below], end - first > 1))
+            finished = [slice(of[first], of[end]) for of in below]
+            result.append(_Group(rows, finished, end - first > 1, all(of.start < of.stop for of in finished)))
         return result
 
     return cached(schedule, "groups of the transposed solve", make, also=panels)
@@ -163,9 +166,10 @@ class _Block:
             for rows, weight, below in zip(group.rows, self._weights, group.below, strict=True)
         ]
         units = self._below[-1][group.below[-1]].clone()
-        if group.coupled:
+        if group.several:
             *_, of_outputs = self._back(None, group, inside)
-            units = _solved(self._coupling(group, inside), torch.addmm(units, inside[-1].t(), of_outputs))
+            units = torch.addmm(units, inside[-1].t(), of_outputs)
+            units = _solved(self._coupling(group, inside), units) if group.complete else units
         *of_layers, grad_x, of_outputs = self._back(units, group, inside)
         self._below[0][group.below[0]] = grad_x
         for k, grad in enumerate([*of_layers, of_outputs]):
@@ -198,7 +202,7 @@ class _Block:
         for dims in (slice(d, d + _MOST) for d in range(0, len(of_x), _MOST)):
             products = first[:, None, dims, None] * outputs[dims].permute(2, 0, 1)  # [rows, units, dims, 2]
             result.addmm_(products.flatten(0, 1).flatten(1), of_x[dims].flatten(0, 1))
-        result = result.unflatten(0, (len(first), -1)) * self._slopes[0][group.below[1], None]
+        result = result.unflatten(0, (len(first), output.shape[1])) * self._slopes[0][group.below[1], None]
         for k, weight in enumerate(others, 1):
             product = (weight @ result.flatten(1)).unflatten(1, result.shape[1:])
             result = product * self._slopes[k][group.below[k + 1], None]
