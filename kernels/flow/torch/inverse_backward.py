@@ -21,10 +21,10 @@ depends on x[d] is taken into account, s = exp(-a) or exp(a) the slope of the el
 and from there through the layers as usual: what is finished in step s of the schedule affects later steps alone, so
 the steps are taken from the last to the first.
 
-They are taken in groups of up to 16 units of each hidden layer, as in a blocked triangular solve. Let e be the
-gradients of the group's units of the last hidden layer. The layers of the group take them back to its x, its outputs
-and once more to its units, which is an affine map e → e A + c with A strictly triangular. A, [16, 16], is formed for
-each sample,
+They are taken in groups of 16 units of a hidden layer, or a few times as many where this is little work, as in a
+blocked triangular solve. Let e be the gradients of the group's units of the last hidden layer. The layers of the group
+take them back to its x, its outputs and once more to its units, which is an affine map e → e A + c with A strictly
+triangular. A, [16, 16], is formed for each sample,
 
     e (I - A) = e' + c        e': what the later groups have added
 
@@ -55,6 +55,8 @@ from fastmaf.kernels.masked_linear.args import LinearArgs, LinearBatch
 from fastmaf.kernels.tensor_cache import cached
 
 _MOST = 512  # dimensions of a group whose part of A is formed at once
+# Multiply-adds of A up to which groups are taken together: calls of torch would cost more.
+_SMALL = 1 << 21
 
 
 def inverse_backward(
@@ -97,19 +99,31 @@ class _Group(NamedTuple):
     complete: bool
 
 
-def _groups_of(panels: Sequence[Tensor], schedule: Tensor) -> list[_Group]:
+def _groups_of(panels: Sequence[Tensor], schedule: Tensor, n: int) -> list[_Group]:
+    """Returns the groups for ``n`` samples: those of ``schedule.groups``, and several of them together while that makes
+    little arithmetic of A.
+    """
+
     def make() -> list[_Group]:
         dims, *units = zip(*schedule.tolist(), strict=True)  # finished after each step
         runs, below = [runs_of(layer) for layer in panels], [(0, *finished) for finished in (dims, *units)]
         ends = [*units, [2 * d for d in dims]]
-        result = []
+        merged: list[tuple[int, int]] = []
         for first, end in groups(schedule, every_layer=True):
+            start = merged[-1][0] if merged else first
+            of_dims, of_first, *_, of_last = [of[end] - of[start] for of in (below if len(below) > 2 else below * 2)]
+            if merged and 2 * of_dims * of_first * of_last * samples <= _SMALL:
+                first, _ = merged.pop()
+            merged.append((first, end))
+        result = []
+        for first, end in merged:
             rows = [make_rows(*of, first, end) for of in zip(runs, ends, below, strict=True)]
             finished = [slice(of[first], of[end]) for of in below]
             result.append(_Group(rows, finished, end - first > 1, all(of.start < of.stop for of in finished)))
         return result
 
-    return cached(schedule, "groups of the transposed solve", make, also=panels)
+    samples = 1 << max(n - 1, 0).bit_length()
+    return cached(schedule, ("groups of the transposed solve", samples), make, also=panels)
 
 
 class _Block:
@@ -156,7 +170,7 @@ class _Block:
         # are still the gradients after it, and in the output layer the factors.
         self._grads = [*(torch.zeros_like(slopes) for slopes in self._slopes), self._of_x.flatten(0, 1)]
         self._below = [grad_x.t().clone(memory_format=torch.contiguous_format), *self._grads[:-1]]
-        for group in reversed(_groups_of([layer.panels for layer in self._layers], self._schedule)):
+        for group in reversed(_groups_of([layer.panels for layer in self._layers], self._schedule, len(x))):
             self._solve_group(group)
         return self._below[0].t() * scale
 
