@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from importlib import import_module
 from typing import Any
 
 import pytest
@@ -60,10 +61,12 @@ def gradients(function: Any, z: Tensor, args: FlowArgs) -> list[Tensor]:
 
 @pytest.mark.parametrize("name", SHAPES)
 @pytest.mark.parametrize("bound", BOUNDS)
-def test_against_autograd(backend: str, name: str, bound: str) -> None:
+def test_against_autograd(backend: str, name: str, bound: str, monkeypatch: pytest.MonkeyPatch) -> None:
     flow = trained(name, **BOUNDS[bound])
     args = args_of(flow)
     for batch in (0, 1, 5):
+        if batch == 5:  # in groups of 16 units, as layers of production sizes have them
+            monkeypatch.setattr(import_module("fastmaf.kernels.flow.torch.inverse_backward"), "_SMALL", 0)
         z = normal(batch, flow.features, seed=batch)
         found, expected = gradients(flow_inverse, z, args), gradients(composite.flow_inverse, z, args)
         for actual, truth in zip(found, expected, strict=True):
