@@ -36,7 +36,6 @@ dimension and unit, as a forward pass does.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -47,16 +46,13 @@ from fastmaf.kernels.dispatch import implementation
 from fastmaf.kernels.float8 import decode
 from fastmaf.kernels.flow.args import FlowArgs
 from fastmaf.kernels.flow.saved import before_permutation
-from fastmaf.kernels.flow.schedule import groups
-from fastmaf.kernels.flow.torch.plan import Rows, make_rows
-from fastmaf.kernels.layout import PANEL, runs_of
+from fastmaf.kernels.flow.torch.plan import Rows
+from fastmaf.kernels.flow.torch.transposed_groups import Group, groups_of
+from fastmaf.kernels.layout import PANEL
 from fastmaf.kernels.masked_linear import torch as linear
 from fastmaf.kernels.masked_linear.args import LinearArgs, LinearBatch
-from fastmaf.kernels.tensor_cache import cached
 
 _MOST = 512  # dimensions of a group whose part of A is formed at once
-# Multiply-adds of A up to which groups are taken together: calls of torch would cost more.
-_SMALL = 1 << 21
 
 
 def inverse_backward(
@@ -81,49 +77,6 @@ def inverse_backward(
         if b:  # its z is what the inverse of the block before it returned
             x = before_permutation(block.z(), args.permutations[b])
     return [grad, *grad_weights, *grad_biases] if need_parameters else [grad]
-
-
-class _Group(NamedTuple):
-    """Steps that are solved together.
-
-    Attributes:
-        rows: of each layer, hidden layers first, the output layer last.
-        below: of each layer, the units of the layer below that the group finishes: dimensions of the first layer.
-        several: whether there are several steps: its outputs may read its units of the last hidden layer.
-        complete: whether it finishes some of each, so that these units may affect one another.
-    """
-
-    rows: list[Rows]
-    below: list[slice]
-    several: bool
-    complete: bool
-
-
-def _groups_of(panels: Sequence[Tensor], schedule: Tensor, n: int) -> list[_Group]:
-    """Returns the groups for ``n`` samples: those of ``schedule.groups``, and several of them together while that makes
-    little arithmetic of A.
-    """
-
-    def make() -> list[_Group]:
-        dims, *units = zip(*schedule.tolist(), strict=True)  # finished after each step
-        runs, below = [runs_of(layer) for layer in panels], [(0, *finished) for finished in (dims, *units)]
-        ends = [*units, [2 * d for d in dims]]
-        merged: list[tuple[int, int]] = []
-        for first, end in groups(schedule, every_layer=True):
-            start = merged[-1][0] if merged else first
-            of_dims, of_first, *_, of_last = [of[end] - of[start] for of in (below if len(below) > 2 else below * 2)]
-            if merged and 2 * of_dims * of_first * of_last * samples <= _SMALL:
-                first, _ = merged.pop()
-            merged.append((first, end))
-        result = []
-        for first, end in merged:
-            rows = [make_rows(*of, first, end) for of in zip(runs, ends, below, strict=True)]
-            finished = [slice(of[first], of[end]) for of in below]
-            result.append(_Group(rows, finished, end - first > 1, all(of.start < of.stop for of in finished)))
-        return result
-
-    samples = 1 << max(n - 1, 0).bit_length()
-    return cached(schedule, ("groups of the transposed solve", samples), make, also=panels)
 
 
 class _Block:
@@ -170,11 +123,11 @@ class _Block:
         # are still the gradients after it, and in the output layer the factors.
         self._grads = [*(torch.zeros_like(slopes) for slopes in self._slopes), self._of_x.flatten(0, 1)]
         self._below = [grad_x.t().clone(memory_format=torch.contiguous_format), *self._grads[:-1]]
-        for group in reversed(_groups_of([layer.panels for layer in self._layers], self._schedule, len(x))):
+        for group in reversed(groups_of([layer.panels for layer in self._layers], self._schedule, len(x))):
             self._solve_group(group)
         return self._below[0].t() * scale
 
-    def _solve_group(self, group: _Group) -> None:
+    def _solve_group(self, group: Group) -> None:
         inside = [
             _widened(rows.matrix(weight, below), below)
             for rows, weight, below in zip(group.rows, self._weights, group.below, strict=True)
@@ -190,7 +143,7 @@ class _Block:
             self._grads[k][group.rows[k].rows] = grad
             _add_ahead(self._below[k][: group.below[k].start], grad, self._weights[k], group.rows[k])
 
-    def _back(self, units: Tensor | None, group: _Group, inside: Sequence[Tensor]) -> list[Tensor]:
+    def _back(self, units: Tensor | None, group: Group, inside: Sequence[Tensor]) -> list[Tensor]:
         """Returns, for gradients of the last hidden layer's units (None: zero), those of each hidden layer's rows, of x
         and of the output layer's rows.
         """
@@ -208,7 +161,7 @@ class _Block:
         outputs[:, 1] += self._of_ladj[group.below[0]]
         return [*reversed(result), grad, outputs.flatten(0, 1)]
 
-    def _coupling(self, group: _Group, inside: Sequence[Tensor]) -> Tensor:
+    def _coupling(self, group: Group, inside: Sequence[Tensor]) -> Tensor:
         """Returns A ``[units, units, N]``: how much the gradient of a unit (first) adds to that of another (second)."""
         first, *others, output = inside
         outputs, of_x = output.unflatten(0, (-1, 2)), self._of_x[group.below[0]]
