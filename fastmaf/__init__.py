@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from fastmaf.flows import IAF as IAF
     from fastmaf.flows import MAF as MAF
     from fastmaf.flows import Flow as Flow
+    from fastmaf.flows import FlowDistribution as FlowDistribution
     from fastmaf.io.checkpoint import SavedFlow as SavedFlow
     from fastmaf.io.checkpoint import load as load
     from fastmaf.io.checkpoint import load_with_extras as load_with_extras
@@ -86,7 +87,7 @@ _NAMES_OF = {
     ),
     "fastmaf.defaults": ("torch_defaults",),
     "fastmaf.degrees": ("ConnectivityWarning",),
-    "fastmaf.flows": ("Flow", "IAF", "MAF"),
+    "fastmaf.flows": ("Flow", "FlowDistribution", "IAF", "MAF"),
     "fastmaf.inspection.detector": ("Detector",),
     "fastmaf.io.checkpoint": ("SavedFlow", "load", "load_with_extras"),
     "fastmaf.io.tensor_file": ("CheckpointError",),

@@ -14,6 +14,8 @@ from torch import Generator, Tensor, nn
 
 from fastmaf import hooks
 from fastmaf.bases import Base, StandardNormal, base_config
+from fastmaf.flows.completion import complete
+from fastmaf.flows.distribution import FlowDistribution
 from fastmaf.io.model_card import ModelCard
 from fastmaf.io.write_flow import write_flow
 from fastmaf.kernels.autocast import outside_autocast
@@ -237,8 +239,8 @@ class Flow(nn.Module):
 
     @property
     def has_standard_base(self) -> bool:
-        """Whether the base is a ``StandardNormal``."""
-        return type(self._modules["base"]) is StandardNormal
+        """Whether z is standard normal: the base is a ``StandardNormal``, and no subclass has replaced its density."""
+        return type(self._modules["base"]) is StandardNormal and type(self)._base_log_prob is Flow._base_log_prob
 
     @property
     def _fuses_base(self) -> bool:
@@ -399,6 +401,76 @@ class Flow(nn.Module):
             check_samples(self, z, x, log_prob)
         return (x, log_prob) if len(batch) == 1 else (x.reshape(*batch, self.features), log_prob.reshape(batch))
 
+    def distribution(
+        self, context: Tensor | ArrayLike | None = None, *, validate_args: bool | None = None
+    ) -> FlowDistribution:
+        """Returns the flow as a ``torch.distributions.Distribution``.
+
+        Args:
+            context: ``[*batch, C]``, what the flow is conditioned on, which makes ``batch`` the batch shape; None for a
+                flow without a context.
+            validate_args: as of ``torch.distributions``.
+
+        Raises:
+            TypeError: the context is neither a tensor nor an array of numbers.
+
+        Example:
+            >>> flow = fastmaf.MAF(features=2, blocks=2, hidden_features=16)
+            >>> prior = torch.distributions.Independent(torch.distributions.Normal(torch.zeros(2), 1.0), 1)
+            >>> guide = flow.distribution()
+            >>> z = guide.rsample((64,))
+            >>> (guide.log_prob(z) - prior.log_prob(z)).mean().backward()
+        """
+        return FlowDistribution(self, context, validate_args=validate_args)
+
+    @torch.no_grad()
+    @outside_autocast
+    def complete(
+        self,
+        x: Tensor | ArrayLike,
+        known: Tensor | ArrayLike,
+        shape: Shape = (),
+        *,
+        generator: Generator | None = None,
+        seed: int | None = None,
+        start: int = 0,
+    ) -> Tensor:
+        """Draws the unknown dimensions of x given the known ones, exactly, without recording gradients.
+
+        The known dimensions must come first in the order of every block. In a ``MAF`` of ``order="natural"`` these are
+        the first k dimensions, or, with an order of one's own for all blocks, the first k of that order. Blocks whose
+        orders differ, such as those of ``order="alternate"``, need a set with which all orders begin. Dimensions
+        between two consecutive degrees of the last hidden layer do not depend on one another (see ``levels``) and count
+        as of any order. Permutations, element-wise transforms and splines keep the property, ``GaussianWhitening`` and
+        ``LocalAutoregressive`` do not.
+
+        The log-density of a completion given the known dimensions is the part of ``log_prob`` of the others,
+        ``-flow.nll_per_dim(x)[..., ~known].sum(-1)``.
+
+        Args:
+            x: ``[*batch, D]``; what stands in unknown dimensions is ignored and may be NaN.
+            known: bool ``[D]``, which dimensions are known.
+            shape: the number of completions of each row, or their shape.
+            generator, seed, start: as ``sample``; the noise is that of ``sample((*shape, *batch))``, of which that of
+                the known dimensions is not used.
+
+        Returns:
+            ``[*shape, *batch, D]``, in which the known dimensions are equal to those of ``x``.
+
+        Raises:
+            ValueError: the order of a block, or a transform of another class, makes known dimensions depend on others;
+                the base is not standard normal; ``known`` is no mask of D; or as ``forward`` and ``sample``.
+            TypeError, FloatingPointError, NotInvertibleError: as ``sample``.
+
+        Example:
+            >>> flow = fastmaf.MAF(features=3, blocks=2, hidden_features=16, order="natural")
+            >>> x = flow.complete([0.5, -1.0, float("nan")], [True, True, False], shape=4)
+            >>> x[:, :2].unique(dim=0)
+            tensor([[ 0.5000, -1.0000]])
+            >>> log_prob = -flow.nll_per_dim(x)[:, 2:].sum(-1)  # of x[2] given x[0] and x[1]
+        """
+        return complete(self, x, known, shape, generator, seed, start)
+
     def _inverse_of_noise(self, z: Tensor) -> tuple[Tensor, Tensor]:
         """Returns ``inverse`` of noise, which needs no checks."""
         replaced = type(self).inverse is not Flow.inverse or "inverse" in vars(self)
@@ -499,7 +571,7 @@ class Flow(nn.Module):
         """
         check_parts(self)
         transforms = [transform_config(transform) for transform in self.transforms]
-        base = {} if self.has_standard_base else {"base": base_config(self.base)}
+        base = {} if type(self.base) is StandardNormal else {"base": base_config(self.base)}
         return {"class": self._class_in_files, "features": self.features, "transforms": transforms, **base}
 
     def to_inference(self, dtype: torch.dtype = torch.bfloat16) -> Flow:

@@ -24,35 +24,39 @@ def _inverse_fake(z: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
     return z.new_empty(z.shape), z.new_empty(z.shape[0])
 
 
-def _backward(grad_x: Tensor, grad_ladj: Tensor, z: Tensor, *fields: Any) -> list[Tensor]:
-    return implementation("flow", z).inverse_backward(grad_x, grad_ladj, z, FlowArgs(*fields))
+def _backward(grad_x: Tensor, grad_ladj: Tensor, x: Tensor, *fields: Any) -> list[Tensor]:
+    args, need_parameters = FlowArgs(*fields[:-1]), fields[-1]
+    return implementation("flow", x).inverse_backward(grad_x, grad_ladj, x, args, need_parameters)
 
 
-def _backward_fake(grad_x: Tensor, grad_ladj: Tensor, z: Tensor, *fields: Any) -> list[Tensor]:
-    return [z.new_empty(t.shape) for t in (z, *fields[0], *fields[1])]
+def _backward_fake(grad_x: Tensor, grad_ladj: Tensor, x: Tensor, *fields: Any) -> list[Tensor]:
+    parameters = [*fields[0], *fields[1]] if fields[-1] else []
+    return [x.new_empty(t.shape) for t in (x, *parameters)]
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     args = FlowArgs(*inputs[1:])
-    ctx.save_for_backward(inputs[0], *args.parameters)
+    ctx.save_for_backward(inputs[0], output[0], *args.parameters)
     ctx.args = args.with_parameters([])  # the rest is never written to
 
 
 @outside_autocast
 def _autograd(ctx: Any, grad_x: Tensor, grad_ladj: Tensor) -> tuple[Any, ...]:
-    z, *parameters = ctx.saved_tensors
+    z, x, *parameters = ctx.saved_tensors
     args: FlowArgs = ctx.args.with_parameters(parameters)
     if composite.needed_for((grad_x, grad_ladj)):
         grad_z, *grads = composite.flow_gradients(composite.flow_inverse, z, args, (grad_x, grad_ladj))
     else:
-        grad_z, *grads = _BACKWARD(grad_x, grad_ladj, z, *args)
+        needed = any([parameter.requires_grad for parameter in parameters])
+        grad_z, *grads = _BACKWARD(grad_x, grad_ladj, x, *args, needed)
+        grads = grads or [None] * len(parameters)
     none = ([None] * len(part) for part in args[2:6])
     return grad_z, *halves(grads), *none, None, None, None
 
 
 _BACKWARD = Op(
     "flow_inverse_backward",
-    f"(Tensor grad_x, Tensor grad_ladj, Tensor z, {FLOW_SCHEMA}) -> Tensor[]",
+    f"(Tensor grad_x, Tensor grad_ladj, Tensor x, {FLOW_SCHEMA}, bool need_parameters) -> Tensor[]",
     _backward,
     _backward_fake,
 )

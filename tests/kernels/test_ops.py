@@ -95,8 +95,10 @@ def test_opcheck_flow_inverse(backend: str, grad: bool) -> None:
     torch.library.opcheck(torch.ops.fastmaf.flow_inverse.default, arguments)
 
 
-def test_opcheck_flow_inverse_backward(backend: str) -> None:
-    arguments = (normal(3, FEATURES, seed=2), normal(3, seed=3), *inverse_arguments(parts(), 3), BOUNDED, [1.0] * 3)
+@pytest.mark.parametrize("parameters", [False, True])
+def test_opcheck_flow_inverse_backward(backend: str, parameters: bool) -> None:
+    arguments = normal(3, FEATURES, seed=2), normal(3, seed=3), *inverse_arguments(parts(), 3), BOUNDED, [1.0] * 3
+    arguments = (*arguments, parameters)
     torch.library.opcheck(torch.ops.fastmaf.flow_inverse_backward.default, arguments)
 
 

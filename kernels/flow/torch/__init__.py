@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from fastmaf.kernels.flow.torch.forward import UPDATES_BIASES, adam_, backward, forward
-from fastmaf.kernels.flow.torch.inverse import inverse, inverse_backward
+from fastmaf.kernels.flow.torch.inverse import inverse
+from fastmaf.kernels.flow.torch.inverse_backward import inverse_backward
 
 __all__ = ["UPDATES_BIASES", "adam_", "backward", "forward", "inverse", "inverse_backward"]

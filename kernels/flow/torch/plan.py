@@ -65,7 +65,7 @@ def _make_plan(layers: list[list[Run]], schedule: Tensor, outputs: int) -> list[
             merged[-1] = start, end
         else:
             merged.append((first, end))
-    return [[_make_rows(*of, *group) for of in zip(layers, ends, below, strict=True)] for group in merged]
+    return [[make_rows(*of, *group) for of in zip(layers, ends, below, strict=True)] for group in merged]
 
 
 def _count(ends: Sequence[int], first: int, end: int) -> int:
@@ -73,7 +73,14 @@ def _count(ends: Sequence[int], first: int, end: int) -> int:
     return ends[end - 1] - (ends[first - 1] if first else 0)
 
 
-def _make_rows(runs: list[Run], ends: Sequence[int], below: Sequence[int], first: int, end: int) -> Rows:
+def make_rows(runs: list[Run], ends: Sequence[int], below: Sequence[int], first: int, end: int) -> Rows:
+    """Returns the rows of a layer that the steps ``first..end`` finish.
+
+    Args:
+        runs: the layer's panels.
+        ends: how many of its rows are finished after each step.
+        below: see ``Rows``, of every step.
+    """
     starts = [0, *ends]
     rows = slice(starts[first], starts[end])
     first_panel = min(rows.start // PANEL, runs[-1].end - 1)
