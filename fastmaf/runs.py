@@ -16,15 +16,22 @@ from fastmaf.kernels.flow.prepared import PreparedFlow, memory_of
 from fastmaf.kernels.flow.saved import saved_numel
 from fastmaf.nn import MADE, MaskedLinear
 from fastmaf.transforms import AffineAutoregressive, LocalAutoregressive, Logit, Permutation, Transform
+from fastmaf.transforms.base import given
 
 # What the results of a transform depend on, besides parameters, buffers and modules.
 ATTRIBUTES: dict[type, tuple[str, ...]] = {
     LocalAutoregressive: ("log_scale_bound",),
     Logit: ("alpha",),
     AffineAutoregressive: ("log_scale_bound", "soft_bound", "affine_map"),
-    MADE: ("schedule", "activation", "strict"),
+    MADE: ("schedule", "activation", "strict", "residual", "context_features", "dropout"),
     MaskedLinear: ("layout", "_placed", "weight_scale"),
 }
+
+
+def attributes(module: nn.Module) -> tuple[str, ...]:
+    """Returns the attributes of a module that its results depend on, as far as its class is known."""
+    mode = ("training",) if isinstance(module, MADE) and module.dropout else ()
+    return (*ATTRIBUTES.get(type(module), ()), *mode)
 
 
 class Run:
@@ -121,19 +128,23 @@ class Runs:
         run = self.single(transforms)
         return None if run is None else run.forward.log_density(x)
 
-    def forward(self, transforms: Sequence[Transform], x: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, transforms: Sequence[Transform], x: Tensor, context: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         """Applies the transforms in turn; returns ``z`` ``[N, D]`` and ``ladj`` ``[N]`` = log |det dz/dx|."""
         ladj: Tensor | None = None
         for run in self.of(transforms):
-            x, term = run.forward.forward(x) if isinstance(run, Run) else run(x)
+            x, term = run.forward.forward(x) if isinstance(run, Run) else run(x, *given(run, context))
             ladj = term if ladj is None else ladj + term
         return x, x.new_zeros(x.shape[0]) if ladj is None else ladj
 
-    def inverse(self, transforms: Sequence[Transform], z: Tensor) -> tuple[Tensor, Tensor]:
+    def inverse(
+        self, transforms: Sequence[Transform], z: Tensor, context: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         """Inverts the transforms, the last one first; returns ``x`` ``[N, D]`` and ``ladj`` = log |det dx/dz|."""
         ladj: Tensor | None = None
         for run in reversed(self.of(transforms)):
-            z, term = run.inverse().inverse(z) if isinstance(run, Run) else run.inverse(z)
+            z, term = run.inverse().inverse(z) if isinstance(run, Run) else run.inverse(z, *given(run, context))
             ladj = term if ladj is None else ladj + term
         return z, z.new_zeros(z.shape[0]) if ladj is None else ladj
 
@@ -160,7 +171,8 @@ def _watch(transforms: Sequence[Transform]) -> Callable[[Sequence[Transform]], b
 
     None where runs must be made anew for every call: a module must be called, or a parameter is computed.
     """
-    fused = [transform for transform in transforms if type(transform) in (AffineAutoregressive, Permutation)]
+    composed = [transform for transform in transforms if _is_composed(transform)]
+    fused = [t for t in transforms if type(t) in (AffineAutoregressive, Permutation) and t not in composed]
     modules = [module for transform in fused for module in transform.modules()]
     parameters: list[Any] = [parameter for module in modules for parameter in module._parameters.values()]
     if any(_activation(transform) is None for transform in fused):
@@ -173,7 +185,10 @@ def _watch(transforms: Sequence[Transform]) -> Callable[[Sequence[Transform]], b
     for module in modules:
         for part in (module._parameters, module._buffers, module._modules):
             entries += [(part, key) for key in part]
-        entries += [(vars(module), key) for key in (*ATTRIBUTES.get(type(module), ()), "forward")]
+        entries += [(vars(module), key) for key in (*attributes(module), "forward")]
+    for transform in composed:  # they stay so unless one of these changes
+        entries.append((transform._modules, "made"))
+        entries += [(vars(transform.made), key) for key in (*ATTRIBUTES[MADE], "training")]
     places, keys = [place for place, _ in entries], [key for _, key in entries]
     values = list(map(dict.get, places, keys))
     tensors = [
@@ -227,5 +242,10 @@ def _activation(transform: Transform) -> str | None:
     if hooks.is_called(transform):
         return None
     if type(transform) is AffineAutoregressive:
-        return None if transform.calls_modules else transform.made.activation
+        return None if transform.calls_modules or transform.made.composed else transform.made.activation
     return "" if type(transform) is Permutation else None
+
+
+def _is_composed(transform: Transform) -> bool:
+    """Returns whether a block runs as the ops of its layers, one by one, whatever else changes."""
+    return type(transform) is AffineAutoregressive and type(transform.made) is MADE and transform.made.composed

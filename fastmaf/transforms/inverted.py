@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from fastmaf.transforms.base import Transform
+from fastmaf.transforms.base import Transform, given
 
 
 class Inverted(Transform):
@@ -33,9 +33,14 @@ class Inverted(Transform):
         super().__init__()
         self.features, self.transform = transform.features, transform
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        return self.transform.inverse(x)
+    @property
+    def context_features(self) -> int:  # type: ignore[override]
+        """The size of the transform's context, 0 for none."""
+        return self.transform.context_features
 
-    def inverse(self, z: Tensor) -> tuple[Tensor, Tensor]:
-        result: tuple[Tensor, Tensor] = self.transform(z)
+    def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        return self.transform.inverse(x, *given(self.transform, context))
+
+    def inverse(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        result: tuple[Tensor, Tensor] = self.transform(z, *given(self.transform, context))
         return result

@@ -18,7 +18,7 @@ from fastmaf.kernels.float8 import decode
 from fastmaf.kernels.flow.args import FlowArgs, permuted
 from fastmaf.kernels.flow.saved import before_permutation
 from fastmaf.kernels.flow.torch.plan import Rows, plan_of
-from fastmaf.kernels.flow.torch.solve import solve
+from fastmaf.kernels.flow.torch.solve import Network, solve
 from fastmaf.kernels.layout import PANEL
 from fastmaf.kernels.masked_linear import torch as linear
 
@@ -37,12 +37,13 @@ def _inverse_of_block(z: Tensor, args: FlowArgs, block: int) -> tuple[Tensor, Te
         raise TypeError(f"expected z of dtype {args.biases[0].dtype}, as the biases are; found {z.dtype}")
     affine_map = args.map(block)
 
-    def invert(out: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
-        a = affine_map.log_scale(out[1::2])
-        return affine_map.inverse(z, out[0::2], a), -affine_map.sign * a
+    def invert(z: Tensor, out: Tensor) -> tuple[Tensor, Tensor]:
+        shift, raw = out.unbind(-1)
+        a = affine_map.log_scale(raw)
+        return affine_map.inverse(z, shift, a), -affine_map.sign * a
 
     layers = [args.hidden(i) for i in args.layers_of_blocks()[block]]
-    return solve(z, layers, args.schedules[block], args.activation, 2, invert)
+    return solve(z, Network(layers, args.schedules[block], [args.activation] * (len(layers) - 1)), invert)
 
 
 def inverse_backward(grad_x: Tensor, grad_ladj: Tensor, z: Tensor, args: FlowArgs) -> list[Tensor]:
