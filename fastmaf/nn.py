@@ -299,6 +299,7 @@ class MADE(Constants):
         torch.Size([5, 4, 2])
     """
 
+    context_layers: nn.ModuleList  # where there is a context
     # Of networks that were pickled without them.
     residual = False
     context_features = 0

@@ -152,8 +152,9 @@ class Runs:
         """Returns how many numbers a forward pass over a batch of ``n`` saves for the backward pass, its input and
         output aside.
 
-        A transform that no op takes counts as a block: its input, log-scale and output are saved. Permutations save
-        nothing.
+        A transform that no op takes counts as a block: its input, log-scale and output are saved. Where the layers of
+        its network run one by one, hidden units are saved before and after the activation, and with a context two more
+        terms of the map. Permutations save nothing.
         """
         total = 0
         for run in self.of(transforms):
@@ -161,8 +162,8 @@ class Runs:
                 total += saved_numel(run.forward.args, n)
             elif type(run) is not Permutation:
                 mades = [module for module in run.modules() if isinstance(module, MADE)]
-                hidden = sum(layer.out_features for made in mades for layer in made.layers[:-1])
-                total += n * (3 * run.features + hidden)
+                hidden = sum(sum(made.hidden_features) * (2 if made.composed else 1) for made in mades)
+                total += n * ((5 if run.context_features else 3) * run.features + hidden)
         return total
 
 

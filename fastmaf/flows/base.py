@@ -134,7 +134,7 @@ class Flow(nn.Module):
     @property
     def context_features(self) -> int:
         """C, the size of the context; 0 for a flow without one."""
-        return max((transform.context_features for transform in self._transforms()), default=0)
+        return max([0, *[transform.context_features for transform in self._transforms()]])
 
     def _check(self, name: str, x: Tensor, *, finite: bool = False) -> None:
         if x.shape[-1:] != (self.features,):
@@ -623,6 +623,8 @@ class Flow(nn.Module):
 
     def to_naive(self) -> NaiveMAF:
         """Returns a copy as a dense model, which multiplies masks and weights and inverts with one pass per dimension.
+
+        It has no dropout.
 
         Raises:
             TypeError: the flow has transforms other than permutations and affine autoregressive blocks.

@@ -38,9 +38,9 @@ class StepReport(NamedTuple):
 
 
 class TrainingStep:
-    """One guarded step of maximum likelihood on a batch x ``[N, D]``:
+    """One guarded step of maximum likelihood on a batch x ``[N, D]``, with a context c ``[N, C]`` if the flow has one:
 
-        minimise  -(1/N) Σ_n log p(x_n)
+        minimise  -(1/N) Σ_n log p(x_n | c_n)
 
     Args:
         flow: the model.
@@ -50,7 +50,8 @@ class TrainingStep:
         graphs: on a GPU, replay steps of ``FusedAdam`` as CUDA graphs, from the second batch of a shape on.
 
     Raises:
-        ValueError: the optimiser holds none of the flow's parameters.
+        ValueError: the optimiser holds none of the flow's parameters, or ``graphs`` are asked for a flow with a
+            context.
 
     Example:
         >>> flow = fastmaf.MAF(6, 2, (16,), order="natural", seed=0)
@@ -73,6 +74,8 @@ class TrainingStep:
         held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
         if held.isdisjoint(map(id, flow.parameters())):
             raise ValueError("the optimizer holds no parameter of the flow: build it with flow.parameters()")
+        if graphs and flow.context_features:
+            raise ValueError("steps of a flow with a context are not replayed as CUDA graphs: expected graphs=False")
         self.flow = flow
         self.optimizer = optimizer
         self.guards = guards or Guards()
@@ -89,21 +92,22 @@ class TrainingStep:
         self._weights = sum(layer.layout.numel for layer in layers)
         self._factors_per_sample = sum(layer.in_features + layer.out_features for layer in layers)
 
-    def __call__(self, x: Tensor) -> StepReport:
-        """Takes one step on the batch ``x`` ``[N, D]``.
+    def __call__(self, x: Tensor, context: Tensor | None = None) -> StepReport:
+        """Takes one step on the batch ``x`` ``[N, D]``, given ``context`` ``[N, C]`` for a flow that has one.
 
         Raises:
+            ValueError: see ``Flow.log_prob``.
             NonFiniteLossError: the loss is not finite; nothing was changed.
         """
         self.optimizer.zero_grad(set_to_none=True)
-        graphed = None if self._graphs is None else self._graphs.get(x)
+        graphed = None if self._graphs is None or context is not None else self._graphs.get(x)
         direct: DirectLoss | None = None
         if graphed is not None:
             loss = graphed.forward(x)
         else:
             with not_validating():  # the loss is checked below
-                direct = DirectLoss.of(self.flow, x) if self._is_direct(len(x)) else None
-                loss = -self.flow.log_prob(x).mean() if direct is None else direct.value
+                direct = DirectLoss.of(self.flow, x) if context is None and self._is_direct(len(x)) else None
+                loss = -self.flow.log_prob(x, context).mean() if direct is None else direct.value
         nll = loss.item()
         if not math.isfinite(nll):
             empty = "" if len(x) else ": the batch has no rows"

@@ -100,28 +100,34 @@ class AffineAutoregressive(Autoregressive):
         return self._map.inverse(z, shift, log_scale), -self._map.sign * log_scale
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        if self._is_one_op(context):
-            return flow_forward(x, flow_args([self.block()], [None, None]))
-        return super().forward(x, context)
+        if not self._takes_ops(context):
+            return super().forward(x, context)
+        if self.made.composed:
+            return self._by_layers(x)[:2]
+        return flow_forward(x, flow_args([self.block()], [None, None]))
 
     def forward_per_dim(self, x: Tensor, terms: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        if not self._is_one_op(context):
+        if not self._takes_ops(context):
             return super().forward_per_dim(x, terms, context)
-        args = AffineArgs(*self.made.output.args()[:4], self._map, self.made.output.weight_scale)
-        z, _, log_scale = affine_output(self.made.hidden_units(x), x, args)
+        z, _, log_scale = self._by_layers(x)
         return z, terms - self._map.sign * log_scale
 
     def inverse(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         self.check_invertible()
-        if self._is_one_op(context, dropout=False):
+        if self._takes_ops(context) and self.made.is_plain:  # with dropout, which an inverse ignores, too
             return flow_inverse(z, flow_args([self.block()], [None, None]))
         return super().inverse(z, context)
 
-    def _is_one_op(self, context: Tensor | None, *, dropout: bool = True) -> bool:
-        """Returns whether the ops of whole blocks take this one: a context is refused by the network's call."""
-        if context is not None or self.calls_modules:
-            return False
-        return not self.made.composed if dropout else self.made.is_plain
+    def _takes_ops(self, context: Tensor | None) -> bool:
+        """Returns whether there is an op for the output layer with its map: not with a context, and no module is
+        called. A context that is missing or unexpected is found by the network.
+        """
+        return context is None and not self.context_features and not self.calls_modules
+
+    def _by_layers(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Returns z ``[N, D]``, ladj ``[N]`` and log-scales ``[N, D]``, layer by layer."""
+        args = AffineArgs(*self.made.output.args()[:4], self._map, self.made.output.weight_scale)
+        return affine_output(self.made.hidden_units(x), x, args)
 
     def check_invertible(self) -> None:
         """Raises NotInvertibleError if the output mask leaks."""
