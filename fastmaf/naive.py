@@ -29,7 +29,7 @@ class NaiveMADE(nn.Module):
         log_scale_bound: bound of the log-scales in nats, infinity for none.
         soft_bound: bound the log-scales by a tanh instead of a clamp.
         strict: output masks compare with ``>``; False uses the leaky ``>=`` of the published notebook.
-        activation: of the hidden layers.
+        activations: of each hidden layer; ReLUs if empty.
         residual: whether the hidden layers after the first are residual blocks of two.
         context_weights: the weight ``[out, C]`` of the context in each layer; empty where there is none.
     """
@@ -44,13 +44,13 @@ class NaiveMADE(nn.Module):
         log_scale_bound: float = 5.0,
         soft_bound: bool = False,
         strict: bool = True,
-        activation: Callable[[Tensor], Tensor] = torch.relu,
+        activations: Sequence[Callable[[Tensor], Tensor]] = (),
         residual: bool = False,
         context_weights: Sequence[Tensor] = (),
     ) -> None:
         super().__init__()
         self.log_scale_bound, self.soft_bound = log_scale_bound, soft_bound
-        self.activation, self.residual = activation, residual
+        self.activations, self.residual = list(activations) or [torch.relu] * len(hidden_degrees), residual
         degrees = [in_degrees, *hidden_degrees]
         masks = [above[:, None] >= below[None, :] for below, above in zip(degrees, degrees[1:], strict=False)]
         last = (torch.gt if strict else torch.ge)(in_degrees[:, None], degrees[-1][None, :])
@@ -70,11 +70,12 @@ class NaiveMADE(nn.Module):
         if self.residual:
             x = self._layer(0, x, context)
             for k in range(1, last, 2):
-                inner = self._layer(k, self.activation(x), context)
-                x = x + self._layer(k + 1, self.activation(inner), context)
+                inner = self._layer(k, self.activations[k - 1](x), context)
+                x = x + self._layer(k + 1, self.activations[k](inner), context)
+            x = self.activations[-1](x)
         else:
             for k in range(last):
-                x = self.activation(self._layer(k, x, context))
+                x = self.activations[k](self._layer(k, x, context))
         x = self._layer(last, x, context)
         shift, u = x.chunk(2, dim=1)
         if math.isinf(self.log_scale_bound):
@@ -209,7 +210,7 @@ def _dense_block(block: AffineAutoregressive, frame: Tensor) -> NaiveMADE:
         log_scale_bound=bound,
         soft_bound=block.soft_bound,
         strict=made.strict,
-        activation=ACTIVATIONS[made.activation],
+        activations=[ACTIVATIONS[name] for name in made.activations],
         residual=made.residual,
         context_weights=of_context,
     )

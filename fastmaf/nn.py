@@ -264,7 +264,8 @@ class MADE(Constants):
         outputs_per_feature: number of outputs for each dimension.
         levels: maximum number of distinct hidden degrees.
         activation: of the hidden layers: ``"relu"``, ``"identity"``, ``"elu"``, ``"gelu"``, ``"tanh"``,
-            ``"leaky_relu"`` or ``"silu"``, as the functions of ``torch.nn.functional`` with their default constants.
+            ``"leaky_relu"`` or ``"silu"``, as the functions of ``torch.nn.functional`` with their default constants; or
+            one for each hidden layer.
         residual: residual blocks. The first, third, fifth, … hidden layer must have the same number of units; they get
             the same degrees.
         context_features: C, the size of a context; 0 for none.
@@ -313,7 +314,7 @@ class MADE(Constants):
         degrees: DegreeKind | Sequence[Tensor] = "spread",
         outputs_per_feature: int = 2,
         levels: int | None = None,
-        activation: str = "relu",
+        activation: str | Sequence[str] = "relu",
         residual: bool = False,
         context_features: int = 0,
         dropout: float = 0.0,
@@ -324,15 +325,19 @@ class MADE(Constants):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        if activation not in ACTIVATIONS:
-            raise ValueError(f"activation must be one of {', '.join(map(repr, ACTIVATIONS))}; found {activation!r}")
         if not 0 <= dropout < 1:
             raise ValueError(f"dropout must be a probability of at least 0 and less than 1; found {dropout}")
         self.features = features = check_features(features)
         self.hidden_features = layer_sizes(hidden_features)
         self.outputs_per_feature = outputs_per_feature
-        self.activation = activation
+        self.activation = activation if isinstance(activation, str) else tuple(activation)
         self.residual = bool(residual)
+        names = self.activations
+        if len(names) != len(self.hidden_features) or not set(names) <= set(ACTIVATIONS):
+            raise ValueError(
+                f"activation must be one of {', '.join(map(repr, ACTIVATIONS))}, or one of them for each of "
+                f"{len(self.hidden_features)} hidden layers; found {activation!r}"
+            )
         self.context_features = as_integer("context_features", context_features)
         if self.context_features < 0:
             raise ValueError(f"context_features must be at least 0; found {context_features}")
@@ -344,7 +349,7 @@ class MADE(Constants):
         inputs = input_degrees(features)
         make: dict[str, Any] = {"generator": generator, "device": device, "dtype": dtype}
         hidden_init: Init = "empty" if init == "empty" else "linear"
-        of_layers = activation if self.is_plain else "identity"
+        of_layers = names[0] if self.is_plain else "identity"
         self.hidden = nn.ModuleList(
             MaskedLinear(below, above, activation=of_layers, init=hidden_init, **make)
             for below, above in zip((inputs, *degrees_of_layers), degrees_of_layers, strict=False)
@@ -400,7 +405,7 @@ class MADE(Constants):
     def hidden_units(self, x: Tensor, terms: Sequence[Tensor] = ()) -> Tensor:
         """Returns the last hidden layer ``[..., H]`` for ``x`` ``[..., D]`` and the ``context_terms``."""
         added: Tensor | None = None
-        for k, (layer, activation) in enumerate(zip(self.hidden, self._activations(), strict=True)):
+        for k, (layer, activation) in enumerate(zip(self.hidden, self.activations, strict=True)):
             x = layer(x) + terms[k] if terms else layer(x)
             if self.residual and k % 2 == 0:
                 x = added = x if added is None else x + added
@@ -410,9 +415,12 @@ class MADE(Constants):
                 x = functional.dropout(x, self.dropout)
         return x
 
-    def _activations(self) -> list[str]:
-        """Returns the activations of the hidden layers: the output layer reads the sums of residual blocks."""
-        count = len(self.hidden)
+    @property
+    def activations(self) -> list[str]:
+        """The activation of each hidden layer: of the last one of residual blocks, unless it is given, the identity."""
+        if not isinstance(self.activation, str):
+            return list(self.activation)
+        count = len(self.hidden_features)
         return [self.activation] * (count - 1) + ["identity" if self.residual else self.activation]
 
     def context_terms(self, context: Tensor | None) -> list[Tensor]:
@@ -440,7 +448,7 @@ class MADE(Constants):
         """
         layers = [layer.args() for layer in self.layers]
         terms = self.context_terms(context)
-        return Network(layers, self.schedule, self._activations(), self.residual, terms)
+        return Network(layers, self.schedule, self.activations, self.residual, terms)
 
     def _differs(self, name: str) -> str:
         return (

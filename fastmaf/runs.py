@@ -243,7 +243,7 @@ def _activation(transform: Transform) -> str | None:
     if hooks.is_called(transform):
         return None
     if type(transform) is AffineAutoregressive:
-        return None if transform.calls_modules or transform.made.composed else transform.made.activation
+        return None if transform.calls_modules or transform.made.composed else transform.made.activations[0]
     return "" if type(transform) is Permutation else None
 
 

@@ -104,7 +104,7 @@ class MAF(Flow):
         levels: int | None = None,
         seed: int | None = None,
         soft_bound: bool = True,
-        activation: str = "relu",
+        activation: str | Sequence[str] = "relu",
         residual: bool = False,
         context_features: int = 0,
         dropout: float = 0.0,

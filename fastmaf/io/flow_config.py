@@ -80,6 +80,10 @@ def _network(config: Config, outputs: int) -> dict[str, Expected]:
             "hidden_features: expected an odd number of sizes, the first, third, fifth, … equal, as residual is true; "
             f"found {shown(hidden)}"
         )
+    if isinstance(config["activation"], list) and len(config["activation"]) != len(hidden):
+        raise SchemaError(
+            f"activation: expected one for each of {len(hidden)} layers; found {shown(config['activation'])}"
+        )
     tensors: dict[str, Expected] = {}
     for k, units in enumerate(hidden):
         tensors[f"made.degrees_{k}"] = Expected((units,), torch.int32)
@@ -126,6 +130,17 @@ def _local(config: Config, features: int) -> dict[str, Expected]:
     }
 
 
+class _Activation(Field):
+    """The name of an activation, or a list with one for each hidden layer."""
+
+    def __init__(self) -> None:
+        one = OneOf(ACTIVATIONS)
+        super().__init__(
+            f"{one.expected}, or a list of these",
+            lambda value: one.accepts(value) or (isinstance(value, list) and all(map(one.accepts, value))),
+        )
+
+
 _TEXT = Text(10_000_000)  # a configuration of a hundred blocks of 12,288 dimensions has 200 kB
 _FEATURES = Whole(1, 2**28)
 _NATS = Number(low=1e-30, high=1e30)  # within the range of float32
@@ -133,7 +148,7 @@ _NATS = Number(low=1e-30, high=1e30)  # within the range of float32
 _NETWORK: dict[str, Field] = {
     "features": _FEATURES,
     "hidden_features": ListOf(_FEATURES, shortest=1, longest=1024),
-    "activation": OneOf(ACTIVATIONS),
+    "activation": _Activation(),
 }
 _OF_NETWORKS: dict[str, Field] = {  # where they are not the default
     "weight_dtype": OneOf((str(torch.bfloat16), str(FLOAT8))),

@@ -143,7 +143,7 @@ class AffineAutoregressive(Autoregressive):
         """Returns the block as the ops of whole flows see it."""
         made = self.made
         weights, biases, prefixes, panels, _, scales = zip(*[layer.args() for layer in made.layers], strict=True)
-        return Block(weights, biases, prefixes, panels, made.schedule, made.activation, self._map, scales)
+        return Block(weights, biases, prefixes, panels, made.schedule, made.activations[0], self._map, scales)
 
     def config(self) -> dict[str, Any]:
         return {

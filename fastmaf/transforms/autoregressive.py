@@ -11,17 +11,20 @@ from torch import Tensor
 from fastmaf import hooks
 from fastmaf.kernels import composite
 from fastmaf.kernels.flow.torch.solve import solve
+from fastmaf.kernels.op import records_gradients
 from fastmaf.kernels.padding import keep_zero
 from fastmaf.nn import MADE
 from fastmaf.transforms.base import Transform
+from fastmaf.transforms.implicit import implicit_inverse
 
 
 class Autoregressive(Transform):
     """An element-wise map whose parameters for dimension d are the outputs of a network that has seen those before d.
 
     Forward, the network is called. The inverse takes one step per distinct degree of the last hidden layer and reads
-    each weight once, in plain torch; with gradients, and where modules must be called, one pass of the network per
-    step. Dropout is ignored: it inverts the transform in evaluation mode.
+    each weight once, in plain torch; where modules must be called, one pass of the network per step. Its backward pass
+    takes one backward pass of the network per step, in the memory of one. Dropout is ignored: it inverts the transform
+    in evaluation mode.
 
     Subclasses define the map.
     """
@@ -55,8 +58,20 @@ class Autoregressive(Transform):
         return z, terms - own
 
     def inverse(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        if self.calls_modules or composite.needed() or self._records_gradients(z, context):
+        if composite.needed():
             return self._inverse_by_modules(z, context)
+        with torch.no_grad():
+            x, ladj = (self._inverse_by_modules if self.calls_modules else self._inverse_by_steps)(z, context)
+        if not records_gradients([z, *self.made.parameters(), *([] if context is None else [context])]):
+            return x, ladj
+
+        def forward(x: Tensor) -> tuple[Tensor, Tensor]:
+            with _without_dropout(self.made):
+                return self.map_forward(x, self._outputs(x, context))
+
+        return implicit_inverse(forward, x, z, self.made.schedule[:, 0].tolist())
+
+    def _inverse_by_steps(self, z: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
         network = self.made.network(context)
         weights, _, prefixes, panels, *_ = zip(*network.layers, strict=True)
         keep_zero(weights, prefixes, panels)
@@ -66,11 +81,6 @@ class Autoregressive(Transform):
         """Returns the network's outputs ``[N, D, outputs]``; networks of other classes may take no context."""
         result: Tensor = self.made(x) if context is None else self.made(x, context)
         return result
-
-    def _records_gradients(self, *tensors: Tensor | None) -> bool:
-        if not torch.is_grad_enabled():
-            return False
-        return any(t is not None and t.requires_grad for t in (*tensors, *self.made.parameters()))
 
     def _inverse_by_modules(self, z: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
         """Inverts with one call of the network per level."""

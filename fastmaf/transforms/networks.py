@@ -22,7 +22,7 @@ def network_config(made: MADE) -> dict[str, Any]:
     return {
         "features": made.features,
         "hidden_features": list(made.hidden_features),
-        "activation": made.activation,
+        "activation": made.activation if isinstance(made.activation, str) else list(made.activation),
         **{name: value for name in _OPTIONS if (value := getattr(made, name))},
         **({} if output.weight_dtype == output.bias.dtype else {"weight_dtype": str(output.weight_dtype)}),
     }

@@ -19,6 +19,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "residual": {"residual": True, "hidden_features": (7, 5, 7)},
     "context": {"context_features": 2, "activation": "silu"},
     "dropout": {"dropout": 0.25},
+    "activations": {"activation": ("tanh", "identity")},
     "all": {"residual": True, "hidden_features": (7, 5, 7), "context_features": 3, "activation": "elu", "dropout": 0.5},
 }
 by_options = pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
@@ -88,7 +89,11 @@ DAMAGE: dict[str, tuple[Callable[[dict[str, Tensor], dict[str, str]], None], str
     "unequal": (of_block(lambda block: block.update(hidden_features=[7, 5, 6])), "odd number of sizes.*equal"),
     "words": (of_block(lambda block: block.update(residual="yes")), "residual: expected true or false"),
     "dropout": (of_block(lambda block: block.update(dropout=1.0)), "dropout: expected a finite number .* less than 1"),
-    "activation": (of_block(lambda block: block.update(activation="mish")), "activation: expected one of"),
+    "few activations": (of_block(lambda block: block.update(activation=["elu"])), "expected one for each of 3 layers"),
+    "activation": (
+        of_block(lambda block: block.update(activation="mish")),
+        "activation: expected one of .* or a list",
+    ),
     "degrees": (other_degrees, "first, third, fifth, … hidden layer must be equal"),
 }
 

@@ -56,7 +56,7 @@ CONFIGURATION: list[tuple[str, tuple[Any, ...], Any, str]] = [
         "maf",
         (*BLOCK, "activation"),
         "x" * 10**6,
-        "'tanh', 'leaky_relu', 'silu'; found 'xxx",
+        "'silu', or a list of these; found 'xxx",
     ),
     ("inference copy", (*BLOCK, "weight_dtype"), "float", "transforms[0].weight_dtype: expected one of"),
     ("images", (*BLOCK, "alpha"), 0.5, "transforms[0].alpha: expected a finite number at least 0 and less than 0.5"),

@@ -24,6 +24,8 @@ NETWORKS: dict[str, dict[str, Any]] = {
     "two residual blocks": {"residual": True, "hidden_features": (12, 5, 12, 30, 12), "activation": "elu"},
     "context": {"context_features": 3},
     "silu": {"activation": "silu"},
+    "linear sums": {"residual": True, "hidden_features": (12, 9, 12), "activation": ("identity", "elu", "identity")},
+    "of each layer": {"activation": ("identity", "gelu")},
     "all": {"residual": True, "hidden_features": (12, 12, 12), "context_features": 2, "activation": "gelu"},
 }
 by_network = pytest.mark.parametrize("options", NETWORKS.values(), ids=NETWORKS)
@@ -297,6 +299,7 @@ class TestDropout:
 
 @pytest.mark.parametrize("options, message", [
     ({"activation": "mish"}, "activation must be one of 'identity', 'relu', 'elu'.*found 'mish'"),
+    ({"activation": ("elu",)}, r"for each of 2 hidden layers; found \('elu',\)"),
     ({"dropout": 1.0}, "dropout must be a probability of at least 0 and less than 1; found 1.0"),
     ({"context_features": -1}, "context_features must be at least 0; found -1"),
     ({"residual": True}, r"two layers per residual block.*found \(12, 9\)"),
