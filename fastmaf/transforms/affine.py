@@ -18,6 +18,7 @@ from fastmaf.kernels import (
     flow_forward,
     flow_inverse,
 )
+from fastmaf.kernels.activations import OP_ACTIVATIONS
 from fastmaf.nn import MADE
 from fastmaf.transforms.autoregressive import Autoregressive
 from fastmaf.transforms.base import NotInvertibleError
@@ -100,27 +101,40 @@ class AffineAutoregressive(Autoregressive):
         return self._map.inverse(z, shift, log_scale), -self._map.sign * log_scale
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        if not self._takes_ops(context):
-            return super().forward(x, context)
-        if self.made.composed:
-            return self._by_layers(x)[:2]
-        return flow_forward(x, flow_args([self.block()], [None, None]))
+        if (block := self._one_block(context, dropout=self.made.training)) is not None:
+            return flow_forward(x, flow_args([block], [None, None]))
+        return self._by_layers(x)[:2] if self._ends_in_an_op(context) else super().forward(x, context)
 
     def forward_per_dim(self, x: Tensor, terms: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        if not self._takes_ops(context):
+        if not self._ends_in_an_op(context):
             return super().forward_per_dim(x, terms, context)
         z, _, log_scale = self._by_layers(x)
         return z, terms - self._map.sign * log_scale
 
     def inverse(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         self.check_invertible()
-        if self._takes_ops(context) and self.made.is_plain:  # with dropout, which an inverse ignores, too
-            return flow_inverse(z, flow_args([self.block()], [None, None]))
+        if (block := self._one_block(context, dropout=False)) is not None:
+            return flow_inverse(z, flow_args([block], [None, None]))
         return super().inverse(z, context)
 
-    def _takes_ops(self, context: Tensor | None) -> bool:
-        """Returns whether there is an op for the output layer with its map: not with a context, and no module is
-        called. A context that is missing or unexpected is found by the network.
+    def _one_block(self, context: Tensor | None, *, dropout: bool) -> Block | None:
+        """Returns the block as the ops of whole blocks see it, None where its layers run one by one.
+
+        A context that is the same in all rows, such as that of several samples, is a part of the biases.
+        """
+        made = self.made
+        if self.calls_modules or made.residual or (dropout and made.dropout) or made.activation not in OP_ACTIVATIONS:
+            return None
+        if context is None:
+            return None if self.context_features else self.block()
+        if not len(context) or (len(context) > 1 and context.stride(0)):
+            return None
+        block, terms = self.block(), made.context_terms(context[:1])
+        return block._replace(biases=[bias + term[0] for bias, term in zip(block.biases, terms, strict=True)])
+
+    def _ends_in_an_op(self, context: Tensor | None) -> bool:
+        """Returns whether an op computes the output layer with the map. A context that is missing or unexpected is
+        found by the network.
         """
         return context is None and not self.context_features and not self.calls_modules
 

@@ -373,3 +373,44 @@ def test_saved_numbers_are_bounded(options: dict[str, Any]) -> None:
         loss = flow.log_prob(x, *contexts(options, 50))
     counted, saved = flow._saved_numel(50) + 2 * x.numel(), sum(storages.values()) / 8
     assert counted / 2 < saved < counted and loss.requires_grad
+
+
+class TestOneContext:
+    """A context that all rows share is a part of the biases of a block of ReLUs, which then runs as one op."""
+
+    def test_values_and_gradients(self, backend: str) -> None:
+        flow, x = build(9, context_features=3), normal(6, 9)
+        results = []
+        for rows in (False, True):
+            context = normal(3, seed=2).requires_grad_()
+            of = context.expand(6, 3).contiguous() if rows else context
+            values = [flow.log_prob(x, of), *flow(x, of), *flow.inverse(x, of), flow.nll_per_dim(x, of)]
+            loss = sum((value.sin().sum() for value in values), torch.zeros(()))
+            results.append([*values, *torch.autograd.grad(loss, [context, *flow.parameters()])])
+        for found, expected in zip(*results, strict=True):
+            assert error(found.detach(), expected.detach()) < 1e-12
+
+    def test_it_runs_as_one_op(self) -> None:
+        flow, calls = build(9, context_features=3), []
+        for made in flow._mades():
+            vars(made)["network"] = lambda *of: calls.append(of)  # of the inverse in steps
+        flow.sample(5, normal(3))
+        flow.sample((), normal(1, 3))
+        assert not calls
+
+    @pytest.mark.parametrize("clip", [None, 0.1])
+    def test_fused_adam(self, clip: float | None, backend: str) -> None:
+        flow, x, context = build(9, context_features=3), correlated(16, 9), normal(3)
+        other = copy.deepcopy(flow)
+        fused = fastmaf.optim.FusedAdam(flow.parameters(), lr=1e-2)
+        adam = torch.optim.Adam(other.parameters(), lr=1e-2)
+        for _ in range(3):
+            fused.zero_grad()
+            fused.minimize(-flow.log_prob(x, context).mean(), clip)
+            adam.zero_grad()
+            (-other.log_prob(x, context).mean()).backward()
+            if clip is not None:
+                torch.nn.utils.clip_grad_norm_(other.parameters(), clip)
+            adam.step()
+        for (name, found), expected in zip(flow.named_parameters(), other.parameters(), strict=True):
+            assert error(found.detach(), expected.detach()) < 1e-6, name
