@@ -74,6 +74,7 @@ def hidden_degrees(
     hidden_features: int | Sequence[int],
     *,
     levels: int | None = None,
+    residual: bool = False,
     generator: torch.Generator | None = None,
 ) -> list[Tensor]:
     """Returns the sorted degrees of the units of each hidden layer.
@@ -86,6 +87,7 @@ def hidden_degrees(
         features: D.
         hidden_features: number of units of each hidden layer.
         levels: maximum number of distinct degrees over all hidden layers.
+        residual: the first, third, fifth, … layer have the same degrees, as residual sums need.
         generator: source of randomness for ``"random"``; None uses torch's global generator.
 
     Returns:
@@ -106,6 +108,11 @@ def hidden_degrees(
     levels = None if levels is None else as_integer("levels", levels)
     if levels is not None and levels < 1:
         raise ValueError(f"levels must be at least 1, or None for no limit; found {levels}")
+    if residual and (len(hidden_features) % 2 == 0 or len(set(hidden_features[::2])) > 1):
+        raise ValueError(
+            "a residual network needs hidden_features for a first layer and for two layers per residual block, with "
+            f"equal sizes of the first, third, fifth, …: such as (64, 64, 64); found {hidden_features}"
+        )
     if not isinstance(degrees, str):
         if len(degrees) != len(hidden_features):
             raise ValueError(
@@ -116,6 +123,11 @@ def hidden_degrees(
             _explicit_degrees(f"degrees of hidden layer {k}", degrees[k], units, features)
             for k, units in enumerate(hidden_features)
         ]
+        if residual and not all(torch.equal(result[0], other) for other in result[2::2]):
+            raise ValueError(
+                "a residual network adds layer to layer: the explicit degrees of the first, third, fifth, … hidden "
+                "layer must be equal"
+            )
         distinct = torch.unique(torch.cat(result)).numel()
         if levels is not None and distinct > levels:
             raise ValueError(
@@ -135,6 +147,8 @@ def hidden_degrees(
             f"degrees must be 'spread', 'random', 'cyclic' or one tensor per hidden layer; found {degrees!r}"
         )
     result = [layer.sort().values for layer in result]
+    if residual:
+        result[::2] = [result[0]] * len(result[::2])
     return result if levels is None else _group(result, levels)
 
 

@@ -18,6 +18,11 @@ from fastmaf.kernels import dispatch, native_library
 _PACKAGES = ("numpy", "pillow", "scikit-learn", "matplotlib", "safetensors")
 # The last Triton that was made for Pascal, by the name that it has on PyPI; torch 2.7 came with it.
 _LAST_FOR_PASCAL = {"triton": "3.3.1", "triton-windows": "3.3.1.post19"}
+_COMPOSED = (
+    "  Blocks of splines, with residual blocks, with several contexts, with an activation other than ReLU and the",
+    "  identity, and with dropout in training: their layers run one by one by the op masked_linear, their inverse as",
+    "  plain torch",
+)
 _CUDA_12_6 = "https://download.pytorch.org/whl/cu126"
 
 
@@ -70,6 +75,7 @@ def report() -> str:
     lines += [
         f"  {device:<5} {op:<14} → {name}" for device, ops in known["backends"].items() for op, name in ops.items()
     ]
+    lines += ["", "composed blocks", *_COMPOSED]
     reasons = [f"  {name}: {reason}" for name, texts in missing.items() for reason in texts]
     return "\n".join([*lines, *(["", "backends that are not available", *reasons] if reasons else [])])
 

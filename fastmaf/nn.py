@@ -9,17 +9,21 @@ from typing import Any, Literal, TypeAlias
 import torch
 from torch import Tensor, nn
 from torch._subclasses import FakeTensor
+from torch.nn import functional
 
 from fastmaf import hooks
 from fastmaf.constants import Constants
 from fastmaf.degrees import DegreeKind, check_features, hidden_degrees, input_degrees, layer_sizes, prefix
 from fastmaf.kernels import LinearArgs, PackedLayout, empty_on_huge_pages, level_schedule, masked_linear
+from fastmaf.kernels.activations import ACTIVATIONS, OP_ACTIVATIONS
 from fastmaf.kernels.autocast import outside_autocast
 from fastmaf.kernels.float8 import BYTE, FLOAT8, decode, encode
+from fastmaf.kernels.flow.torch.solve import Network
 from fastmaf.kernels.layout import decreases
 from fastmaf.kernels.padding import keep_zero, without_padding
 from fastmaf.kernels.storage import uniform_
 from fastmaf.tiles import packs_tiles, tiles_to_panels
+from fastmaf.validation import as_integer, check_context
 
 Init: TypeAlias = Literal["linear", "identity", "empty"]
 
@@ -252,16 +256,31 @@ class MADE(Constants):
     Dimensions are processed in their natural order; a ``Permutation`` in front changes it. Hidden units are sorted by
     degree.
 
+    With ``residual`` the hidden layers after the first are taken in pairs, each a residual block::
+
+        h_0 = W_0 x + b_0,    h_i = h_{i-1} + V_i act(U_i act(h_{i-1}) + c_i) + d_i,    y[d] = W h_k + b
+
+    With a context c, each layer, the output layer included, adds C_k c to what is written W_k … + b_k above: C_k is the
+    weight of ``context_layers[k]``, of which every unit sees the whole context.
+
     Args:
         features: D.
         hidden_features: number of units of each hidden layer; an integer gives one hidden layer.
         degrees: ``"spread"``, ``"random"``, ``"cyclic"`` or explicit; see ``fastmaf.degrees.hidden_degrees``.
         outputs_per_feature: number of outputs for each dimension.
         levels: maximum number of distinct hidden degrees.
-        activation: of the hidden layers, ``"relu"`` or ``"identity"``.
+        activation: of the hidden layers: ``"relu"``, ``"identity"``, ``"elu"``, ``"gelu"``, ``"tanh"``,
+            ``"leaky_relu"`` or ``"silu"``, as the functions of ``torch.nn.functional`` with their default constants; or
+            one for each hidden layer.
+        residual: residual blocks. The first, third, fifth, … hidden layer must have the same number of units; they get
+            the same degrees.
+        context_features: C, the size of a context; 0 for none.
+        dropout: the probability with which a hidden unit is zero in training mode, as ``torch.nn.Dropout``; in residual
+            blocks those between the two layers.
         strict: False lets an output see hidden units of its own degree, as the published notebook does. The network is
             then not autoregressive; for comparison only.
-        init: initialisation of the output layer, ``"linear"`` or ``"identity"`` (zeros); see ``MaskedLinear``.
+        init: initialisation of the output layer, ``"linear"`` or ``"identity"`` (zeros); see ``MaskedLinear``. Context
+            weights are initialised as further columns of their layer.
         generator: source of randomness; None uses torch's global generator.
         device: the device of the parameters.
         dtype: the dtype of the parameters.
@@ -270,7 +289,8 @@ class MADE(Constants):
         TypeError, ValueError: an argument is out of range; the message states what was expected and found.
 
     References:
-        Germain, Gregor, Murray and Larochelle 2015, MADE: Masked Autoencoder for Distribution Estimation.
+        Germain, Gregor, Murray and Larochelle 2015, MADE: Masked Autoencoder for Distribution Estimation. Residual
+        blocks: Nash and Durkan 2019, Autoregressive Energy Machines.
 
     Example:
         >>> made = fastmaf.MADE(features=4, hidden_features=(32, 32))
@@ -278,7 +298,19 @@ class MADE(Constants):
         >>> jacobian = torch.autograd.functional.jacobian(lambda x: made(x)[:, 0], x)
         >>> torch.equal(jacobian, jacobian.tril(-1))
         True
+
+        Residual blocks and a context:
+
+        >>> made = fastmaf.MADE(4, (32, 32, 32), activation="silu", residual=True, context_features=3)
+        >>> made(torch.randn(5, 4), torch.randn(5, 3)).shape
+        torch.Size([5, 4, 2])
     """
+
+    context_layers: nn.ModuleList  # where there is a context
+    # Of networks that were pickled without them.
+    residual = False
+    context_features = 0
+    dropout = 0.0
 
     def __init__(
         self,
@@ -288,7 +320,10 @@ class MADE(Constants):
         degrees: DegreeKind | Sequence[Tensor] = "spread",
         outputs_per_feature: int = 2,
         levels: int | None = None,
-        activation: str = "relu",
+        activation: str | Sequence[str] = "relu",
+        residual: bool = False,
+        context_features: int = 0,
+        dropout: float = 0.0,
         strict: bool = True,
         init: Init = "linear",
         generator: torch.Generator | None = None,
@@ -296,21 +331,43 @@ class MADE(Constants):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
+        if not 0 <= dropout < 1:
+            raise ValueError(f"dropout must be a probability of at least 0 and less than 1; found {dropout}")
         self.features = features = check_features(features)
         self.hidden_features = layer_sizes(hidden_features)
         self.outputs_per_feature = outputs_per_feature
-        self.activation = activation
+        self.activation = activation if isinstance(activation, str) else tuple(activation)
+        self.residual = bool(residual)
+        names = self.activations
+        if len(names) != len(self.hidden_features) or not set(names) <= set(ACTIVATIONS):
+            raise ValueError(
+                f"activation must be one of {', '.join(map(repr, ACTIVATIONS))}, or one of them for each of "
+                f"{len(self.hidden_features)} hidden layers; found {activation!r}"
+            )
+        self.context_features = as_integer("context_features", context_features)
+        if self.context_features < 0:
+            raise ValueError(f"context_features must be at least 0; found {context_features}")
+        self.dropout = float(dropout)
         self.strict = strict
-        degrees_of_layers = hidden_degrees(degrees, features, self.hidden_features, levels=levels, generator=generator)
+        degrees_of_layers = hidden_degrees(
+            degrees, features, self.hidden_features, levels=levels, residual=self.residual, generator=generator
+        )
         inputs = input_degrees(features)
         make: dict[str, Any] = {"generator": generator, "device": device, "dtype": dtype}
         hidden_init: Init = "empty" if init == "empty" else "linear"
+        of_layers = names[0] if self.is_plain else "identity"
         self.hidden = nn.ModuleList(
-            MaskedLinear(below, above, activation=activation, init=hidden_init, **make)
+            MaskedLinear(below, above, activation=of_layers, init=hidden_init, **make)
             for below, above in zip((inputs, *degrees_of_layers), degrees_of_layers, strict=False)
         )
         make |= {"strict": strict, "init": init}
         self.output = MaskedLinear(degrees_of_layers[-1], inputs.repeat_interleave(outputs_per_feature), **make)
+        if self.context_features:
+            inits = [hidden_init] * len(self.hidden) + [init]
+            self.context_layers = nn.ModuleList(
+                _context_layer(layer, self.context_features, init, generator)
+                for layer, init in zip(self.layers, inits, strict=True)
+            )
         for k, layer_degrees in enumerate(degrees_of_layers):
             value = layer_degrees.to(torch.int32)
             self.set_constant(f"degrees_{k}", value, self.output.bias.device, persistent=True)
@@ -339,19 +396,82 @@ class MADE(Constants):
             return True
         return any(type(layer) is not MaskedLinear or hooks.is_called(layer) for layer in (*self.hidden, self.output))
 
-    def hidden_units(self, x: Tensor) -> Tensor:
-        """Returns the last hidden layer ``[..., H]`` for ``x`` ``[..., D]``."""
-        for layer in self.hidden:
-            x = layer(x)
+    @property
+    def composed(self) -> bool:
+        """Whether the layers run as ops one by one: for what the ops of whole blocks do not compute (residual blocks, a
+        context, activations other than ReLU and the identity, and dropout in training).
+        """
+        return not self.is_plain or (self.training and self.dropout > 0)
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether the ops of the layers compute all that is between them."""
+        return self.activation in OP_ACTIVATIONS and not self.residual and not self.context_features
+
+    def hidden_units(self, x: Tensor, terms: Sequence[Tensor] = ()) -> Tensor:
+        """Returns the last hidden layer ``[..., H]`` for ``x`` ``[..., D]`` and the ``context_terms``."""
+        added: Tensor | None = None
+        for k, (layer, activation) in enumerate(zip(self.hidden, self.activations, strict=True)):
+            x = layer(x) + terms[k] if terms else layer(x)
+            if self.residual and k % 2 == 0:
+                x = added = x if added is None else x + added
+            if not self.is_plain:
+                x = ACTIVATIONS[activation](x)
+            if self.dropout and self.training and (k % 2 or not self.residual):
+                x = functional.dropout(x, self.dropout)
         return x
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Returns ``[..., D, outputs_per_feature]`` for ``x`` ``[..., D]``."""
-        result: Tensor = self.output(self.hidden_units(x))
+    @property
+    def activations(self) -> list[str]:
+        """The activation of each hidden layer: of the last one of residual blocks, unless it is given, the identity."""
+        if not isinstance(self.activation, str):
+            return list(self.activation)
+        count = len(self.hidden_features)
+        return [self.activation] * (count - 1) + ["identity" if self.residual else self.activation]
+
+    def context_terms(self, context: Tensor | None) -> list[Tensor]:
+        """Returns what a context ``[..., C]`` adds to each layer, ``[..., units]``; nothing where there is none.
+
+        Raises:
+            ValueError: a context is missing, unexpected or of another size.
+        """
+        check_context(context, self.context_features)
+        return [] if context is None else [layer(context) for layer in self.context_layers]
+
+    @outside_autocast
+    def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
+        """Returns ``[..., D, outputs_per_feature]`` for ``x`` ``[..., D]`` and ``context`` ``[..., C]``."""
+        terms = self.context_terms(context)
+        result: Tensor = self.output(self.hidden_units(x, terms))
+        result = result + terms[-1] if terms else result
         return result.unflatten(-1, (self.features, self.outputs_per_feature))
+
+    def network(self, context: Tensor | None = None) -> Network:
+        """Returns the network as the level-scheduled inverse sees it, without dropout.
+
+        Args:
+            context: ``[N, C]``.
+        """
+        layers = [layer.args() for layer in self.layers]
+        terms = self.context_terms(context)
+        return Network(layers, self.schedule, self.activations, self.residual, terms)
 
     def _differs(self, name: str) -> str:
         return (
             f"{name} differs from this model's degrees, so its packed weights mean another function: build the model "
             f"with the same degrees and seed, or use fastmaf.load, which restores them"
         )
+
+
+def _context_layer(layer: MaskedLinear, context_features: int, init: Init, generator: torch.Generator | None) -> Any:
+    like = layer.bias
+    result = nn.utils.skip_init(
+        nn.Linear, context_features, layer.out_features, bias=False, device=like.device, dtype=like.dtype
+    )
+    with torch.no_grad():
+        if init == "identity":
+            result.weight.zero_()
+        elif init == "linear" and not like.is_meta:
+            bound = 1 / math.sqrt(layer.in_features + context_features)
+            result.weight.uniform_(-bound, bound, generator=generator)
+    return result

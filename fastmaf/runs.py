@@ -16,6 +16,7 @@ from fastmaf.kernels.flow.prepared import PreparedFlow, memory_of
 from fastmaf.kernels.flow.saved import saved_numel
 from fastmaf.nn import MADE, MaskedLinear
 from fastmaf.transforms import AffineAutoregressive, Inverted, LocalAutoregressive, Logit, Permutation, Transform
+from fastmaf.transforms.base import given
 
 # What the results of a transform depend on, besides parameters, buffers and modules.
 ATTRIBUTES: dict[type, tuple[str, ...]] = {
@@ -23,9 +24,15 @@ ATTRIBUTES: dict[type, tuple[str, ...]] = {
     LocalAutoregressive: ("log_scale_bound",),
     Logit: ("alpha",),
     AffineAutoregressive: ("log_scale_bound", "soft_bound", "affine_map"),
-    MADE: ("schedule", "activation", "strict"),
+    MADE: ("schedule", "activation", "strict", "residual", "context_features", "dropout"),
     MaskedLinear: ("layout", "_placed", "weight_scale"),
 }
+
+
+def attributes(module: nn.Module) -> tuple[str, ...]:
+    """Returns the attributes of a module that its results depend on, as far as its class is known."""
+    mode = ("training",) if isinstance(module, MADE) and module.dropout else ()
+    return (*ATTRIBUTES.get(type(module), ()), *mode)
 
 
 class Run:
@@ -138,19 +145,23 @@ class Runs:
         run = self.single(transforms)
         return None if run is None else run.forward.log_density(x)
 
-    def forward(self, transforms: Sequence[Transform], x: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, transforms: Sequence[Transform], x: Tensor, context: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         """Applies the transforms in turn; returns ``z`` ``[N, D]`` and ``ladj`` ``[N]`` = log |det dz/dx|."""
         ladj: Tensor | None = None
         for run in self.of(transforms):
-            x, term = run.to_z(x) if isinstance(run, Run) else run(x)
+            x, term = run.to_z(x) if isinstance(run, Run) else run(x, *given(run, context))
             ladj = term if ladj is None else ladj + term
         return x, x.new_zeros(x.shape[0]) if ladj is None else ladj
 
-    def inverse(self, transforms: Sequence[Transform], z: Tensor) -> tuple[Tensor, Tensor]:
+    def inverse(
+        self, transforms: Sequence[Transform], z: Tensor, context: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         """Inverts the transforms, the last one first; returns ``x`` ``[N, D]`` and ``ladj`` = log |det dx/dz|."""
         ladj: Tensor | None = None
         for run in reversed(self.of(transforms)):
-            z, term = run.to_x(z) if isinstance(run, Run) else run.inverse(z)
+            z, term = run.to_x(z) if isinstance(run, Run) else run.inverse(z, *given(run, context))
             ladj = term if ladj is None else ladj + term
         return z, z.new_zeros(z.shape[0]) if ladj is None else ladj
 
@@ -159,7 +170,8 @@ class Runs:
         output aside.
 
         A transform that no op takes, and an inverted block, count as a block: its input, log-scale and output are
-        saved. Permutations save nothing.
+        saved. Where the layers of its network run one by one, hidden units are saved before and after the activation,
+        and with a context two more terms of the map. Permutations save nothing.
         """
         total = 0
         for run in self.of(transforms):
@@ -169,8 +181,8 @@ class Runs:
             for part in run.blocks if isinstance(run, Run) else [run]:
                 if type(part) is not Permutation:
                     mades = [module for module in part.modules() if isinstance(module, MADE)]
-                    hidden = sum(layer.out_features for made in mades for layer in made.layers[:-1])
-                    total += n * (3 * part.features + hidden)
+                    hidden = sum(sum(made.hidden_features) * (2 if made.composed else 1) for made in mades)
+                    total += n * ((5 if part.context_features else 3) * part.features + hidden)
         return total
 
 
@@ -179,7 +191,12 @@ def _watch(transforms: Sequence[Transform]) -> Callable[[Sequence[Transform]], b
 
     None where runs must be made anew for every call: a module must be called, or a parameter is computed.
     """
-    fused = [part for part in transforms if type(part) is Permutation or _block_of(part) is not None]
+    composed = [part for part in transforms if _is_composed(part)]
+    fused = [
+        part
+        for part in transforms
+        if part not in composed and (type(part) is Permutation or _block_of(part) is not None)
+    ]
     modules = [module for transform in fused for module in transform.modules()]
     parameters: list[Any] = [parameter for module in modules for parameter in module._parameters.values()]
     if any(_kind(transform) is None for transform in fused):
@@ -192,7 +209,10 @@ def _watch(transforms: Sequence[Transform]) -> Callable[[Sequence[Transform]], b
     for module in modules:
         for part in (module._parameters, module._buffers, module._modules):
             entries += [(part, key) for key in part]
-        entries += [(vars(module), key) for key in (*ATTRIBUTES.get(type(module), ()), "forward")]
+        entries += [(vars(module), key) for key in (*attributes(module), "forward")]
+    for transform in composed:  # they stay so unless one of these changes
+        entries.append((transform._modules, "made"))
+        entries += [(vars(transform.made), key) for key in (*ATTRIBUTES[MADE], "training")]
     places, keys = [place for place, _ in entries], [key for _, key in entries]
     values = list(map(dict.get, places, keys))
     tensors = [
@@ -251,12 +271,19 @@ def _kind(transform: Transform) -> str | None:
     block = _block_of(transform)
     if block is None:
         return "" if type(transform) is Permutation else None
-    if block.calls_modules or hooks.is_called(block):
+    if block.calls_modules or block.made.composed or hooks.is_called(block):
         return None
-    return block.made.activation if block is transform else f"inverted {block.made.activation}"
+    activation = block.made.activations[0]
+    return activation if block is transform else f"inverted {activation}"
 
 
 def _block_of(transform: Transform) -> AffineAutoregressive | None:
     """Returns an affine block, or the one within an inverted one; None for other transforms."""
     block = transform._modules["transform"] if type(transform) is Inverted else transform
     return block if type(block) is AffineAutoregressive else None
+
+
+def _is_composed(transform: Transform) -> bool:
+    """Returns whether a block runs as the ops of its layers, one by one, whatever else changes."""
+    block = _block_of(transform)
+    return block is not None and type(block.made) is MADE and block.made.composed

@@ -68,6 +68,17 @@ def as_integer(name: str, value: int) -> int:
         raise TypeError(f"{name} must be an integer; found {value!r}") from None
 
 
+def check_context(context: Tensor | None, context_features: int) -> None:
+    """Raises ValueError unless a context ``[..., C]`` is of the size that is expected, 0 for none."""
+    if context is None:
+        if context_features:
+            raise ValueError(f"expected a context [..., {context_features}]; found None")
+    elif not context_features:
+        raise ValueError(f"expected no context, as nothing here depends on one; found a tensor {list(context.shape)}")
+    elif context.shape[-1:] != (context_features,):
+        raise ValueError(f"context must have shape [..., {context_features}]; found {list(context.shape)}")
+
+
 class _Thread(threading.local):
     disabled = False
 
@@ -117,7 +128,7 @@ def check_finite(name: str, x: Tensor) -> None:
 
 
 @torch.no_grad()
-def explain(flow: nn.Module, x: Tensor, row: int, *, inverse: bool) -> str:
+def explain(flow: nn.Module, x: Tensor, row: int, context: Tensor | None = None, *, inverse: bool) -> str:
     """Returns why a finite row of ``x`` ``[N, D]`` does not stay finite on its way through the flow, or its inverse: a
     parameter that is not finite, or the transform that overflows.
     """
@@ -130,7 +141,8 @@ def explain(flow: nn.Module, x: Tensor, row: int, *, inverse: bool) -> str:
     assert isinstance(flow.transforms, nn.ModuleList)
     steps: list[tuple[int, Any]] = list(enumerate(flow.transforms))
     for i, transform in reversed(steps) if inverse else steps:
-        x, ladj = transform.inverse(x) if inverse else transform(x)
+        of = () if context is None or not transform.context_features else (context.detach(),)
+        x, ladj = transform.inverse(x, *of) if inverse else transform(x, *of)
         if not bool(x[row].isfinite().all() & ladj[row].isfinite()):
             bounds = [getattr(t, "log_scale_bound", None) or 0.0 for _, t in steps]
             bound = f", log_scale_bound={transform.log_scale_bound}" if hasattr(transform, "log_scale_bound") else ""
@@ -142,8 +154,8 @@ def explain(flow: nn.Module, x: Tensor, row: int, *, inverse: bool) -> str:
     return f"the log-density of the base ({type(flow.base).__name__}) overflows {x.dtype}"
 
 
-def check_density(flow: nn.Module, name: str, result: Tensor, x: Tensor) -> None:
-    """Checks log-densities ``[N]``, or their terms ``[N, D]``, of ``x`` ``[N, D]``.
+def check_density(flow: nn.Module, name: str, result: Tensor, x: Tensor, context: Tensor | None = None) -> None:
+    """Checks log-densities ``[N]``, or their terms ``[N, D]``, of ``x`` ``[N, D]`` given ``context`` ``[N, C]``.
 
     Raises:
         ValueError: they are not finite because ``x`` is not.
@@ -157,11 +169,11 @@ def check_density(flow: nn.Module, name: str, result: Tensor, x: Tensor) -> None
         row = int(bad.nonzero()[0])
         raise FloatingPointError(
             f"{name} is NaN in {int(bad.sum())} of {len(bad)} rows, the first of them row {row}, though x is finite: "
-            f"{explain(flow, x, row, inverse=False)}"
+            f"{explain(flow, x, row, context, inverse=False)}"
         )
 
 
-def check_samples(flow: nn.Module, z: Tensor, *results: Tensor) -> None:
+def check_samples(flow: nn.Module, z: Tensor, *results: Tensor, context: Tensor | None = None) -> None:
     """Raises FloatingPointError if results ``[N, ...]``, computed from noise ``z`` ``[N, D]``, are not finite."""
     if all(math.isfinite(total(result)) for result in results):
         return
@@ -170,7 +182,7 @@ def check_samples(flow: nn.Module, z: Tensor, *results: Tensor) -> None:
         row = int(bad.nonzero()[0])
         raise FloatingPointError(
             f"{int(bad.sum())} of {len(bad)} samples are not finite, the first of them row {row}: "
-            f"{explain(flow, z, row, inverse=True)}"
+            f"{explain(flow, z, row, context, inverse=True)}"
         )
 
 

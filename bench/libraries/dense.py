@@ -30,7 +30,7 @@ class MaskedOnce(NaiveMADE):
         for weight, mask in zip(self.weights, self.buffers(), strict=True):
             weight.masked_fill_(~mask, 0.0)
 
-    def _parameters_of(self, x: Tensor) -> tuple[Tensor, Tensor]:
+    def _parameters_of(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         for k, (weight, bias) in enumerate(zip(self.weights, self.biases, strict=True)):
             x = functional.linear(x if k == 0 else torch.relu(x), weight, bias)
         shift, log_scale = x.chunk(2, dim=1)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -35,14 +35,15 @@ class Difference(NamedTuple):
 
 
 class ConditionalBlock(nn.Module):
-    """An autoregressive block with a context: a block of more dimensions, whose first are a function of the context.
+    """An autoregressive block with a context, which is a function of the source's context.
 
-    These have degrees below those of x, and pass through the block unchanged.
+    The block takes it as such, or as its first dimensions: these have degrees below those of x, and pass through the
+    block unchanged.
 
     Args:
-        block: over ``[context, x]``, with the dimensions of x in the order of the block.
+        block: over x with a context, or over ``[context, x]``, with the dimensions of x in the order of the block.
         order: of the dimensions of x.
-        context: maps a context ``[N, C]`` to the first dimensions.
+        context: maps a context ``[N, C]`` to the block's.
     """
 
     def __init__(self, block: Transform, order: Tensor, context: nn.Module) -> None:
@@ -51,15 +52,20 @@ class ConditionalBlock(nn.Module):
 
     def forward(self, x: Tensor, context: Tensor) -> tuple[Tensor, Tensor]:
         """Returns ``z`` and ``ladj`` for ``x`` ``[N, D]`` and ``context`` ``[N, C]``."""
-        first = self.context(context)
-        z, ladj = self.flow(torch.cat([first, self.permutation(x)[0]], 1))
-        return self.permutation.inverse(z[:, first.shape[1] :])[0], ladj
+        return self._map(self.flow, x, context)
 
     def inverse(self, z: Tensor, context: Tensor) -> tuple[Tensor, Tensor]:
         """Returns ``x`` and its ``ladj``."""
-        first = self.context(context)
-        x, ladj = self.flow.inverse(torch.cat([first, self.permutation(z)[0]], 1))
-        return self.permutation.inverse(x[:, first.shape[1] :])[0], ladj
+        return self._map(self.flow.inverse, z, context)
+
+    def _map(self, direction: Callable[..., Any], x: Tensor, context: Tensor) -> tuple[Tensor, Tensor]:
+        of_block, x = self.context(context), self.permutation(x)[0]
+        if self.flow.context_features:
+            z, ladj = direction(x, of_block)
+        else:
+            z, ladj = direction(torch.cat([of_block, x], 1))
+            z = z[:, of_block.shape[1] :]
+        return self.permutation.inverse(z)[0], ladj
 
 
 class ConvertedFlow(nn.Module):

@@ -67,7 +67,7 @@ def parts_of(flow: Flow | ConvertedFlow) -> list[Transform | ConditionalBlock]:
     if not isinstance(flow, (Flow, ConvertedFlow)):
         raise NotConvertibleError(f"{kind(flow)} is no fastmaf.Flow and no converted flow")
     for module in flow.modules():
-        if isinstance(module, Flow) and type(module)._base_log_prob is not Flow._base_log_prob:
+        if isinstance(module, Flow) and not module.has_standard_base:
             raise NotConvertibleError(f"{kind(module)} has another base than the standard normal one")
         if module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module):
             raise NotConvertibleError(f"{kind(module)} has hooks or a replaced forward, which would be lost")
@@ -86,6 +86,8 @@ def layers_of(made: MADE) -> list[DenseLayer]:
     parts = [name for name, _ in made.named_children()]
     if type(made) is not MADE or parts != ["hidden", "output"]:
         raise NotConvertibleError(f"the network {kind(made)} with the parts {parts} is no plain chain of masked layers")
+    if made.residual:
+        raise NotConvertibleError("residual blocks are not converted to other libraries")
     if not made.strict:
         raise NotConvertibleError("a leaky output mask has no inverse, in no library")
     layers = []

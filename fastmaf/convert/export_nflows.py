@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from fastmaf.convert.converted import ConditionalBlock, ConvertedFlow
 from fastmaf.convert.export import DenseLayer, finished, layers_of, module_of, parts_of
@@ -21,7 +22,15 @@ from fastmaf.transforms import (
     SplineMap,
 )
 
-_ACTIVATIONS: dict[str, Any] = {"relu": torch.nn.functional.relu, "identity": nn.Identity()}
+_ACTIVATIONS: dict[str, Any] = {
+    "relu": functional.relu,
+    "identity": nn.Identity(),
+    "elu": functional.elu,
+    "gelu": functional.gelu,
+    "leaky_relu": functional.leaky_relu,
+    "silu": functional.silu,
+    "tanh": torch.tanh,
+}
 
 
 def to_nflows(flow: Flow | ConvertedFlow) -> nn.Module:

@@ -17,7 +17,15 @@ from fastmaf.convert.zuko import _Context
 from fastmaf.flows import Flow
 from fastmaf.transforms import AffineAutoregressive, ElementwiseAffine, Inverted, MonotonicRQS, Permutation
 
-_ACTIVATIONS = {"relu": nn.ReLU, "identity": nn.Identity}
+_ACTIVATIONS = {
+    "relu": nn.ReLU,
+    "identity": nn.Identity,
+    "elu": nn.ELU,
+    "gelu": nn.GELU,
+    "leaky_relu": nn.LeakyReLU,
+    "silu": nn.SiLU,
+    "tanh": nn.Tanh,
+}
 _LIMIT = math.log(1000)  # of zuko's own log-scales
 
 

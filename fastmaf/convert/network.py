@@ -6,7 +6,8 @@ exactly, since h = relu(h) − relu(−h)::
     leaky_relu(h)                    =  [I, −slope I] · relu([I; −I] h)
     h + W₂ relu(W₁ relu(h) + b₁)     =  [W₂, I, −I] · relu([W₁, 0; I, 0; 0, I] · relu([I; −I] h) + …)
 
-so residual blocks become hidden layers of more units. A unit's degree is the largest degree that it can see.
+so residual blocks become hidden layers of more units. Networks of other activations keep their layers, one by one: see
+``Network.layer``. A unit's degree is the largest degree that it can see.
 """
 
 from __future__ import annotations
@@ -91,17 +92,25 @@ class Network:
     Args:
         degrees: of the inputs, int64 ``[inputs]``; zero for those that every unit may see.
         like: a tensor of the dtype and device of the weights.
+        residual: whether every second ``layer`` is added to the one two layers before it.
     """
 
-    def __init__(self, degrees: Tensor, like: Tensor) -> None:
+    def __init__(self, degrees: Tensor, like: Tensor, *, residual: bool = False) -> None:
         self.inputs = self._degrees = degrees.to("cpu", torch.int64)
         self._like = like.detach()
         self._layers: list[tuple[Tensor, Tensor]] = []
         self._hidden: list[Tensor] = []
+        self._residual = residual
+        self._activations: list[str] = []  # of each ``layer``
+        self._contexts: list[Tensor | None] = []
 
     def units(self, start: int, count: int) -> Affine:
         """Returns units of the present layer."""
         return Affine([Term(1.0, start, count)], self._like.new_zeros(count), self._degrees[start : start + count])
+
+    def last(self) -> Affine:
+        """Returns all units of the present layer."""
+        return self.units(0, len(self._degrees))
 
     def linear(self, h: Affine, weight: Tensor, bias: Tensor, mask: Tensor | None = None) -> Affine:
         """Returns W h + b with a masked weight, of multiples of units: see ``plain``."""
@@ -143,6 +152,23 @@ class Network:
         self._degrees = torch.cat([part.degrees for part in parts])
         self._hidden.append(self._degrees)
         return [Affine([term], torch.zeros_like(h.bias), h.degrees) for term, h in results], kept
+
+    def layer(self, weight: Tensor, bias: Tensor, mask: Tensor, activation: str, context: Tensor | None = None) -> None:
+        """Adds a hidden layer with an activation of a MADE, and maybe the weight ``[units, C]`` of a context.
+
+        Raises:
+            NotConvertibleError: layers that are added to each other can see different inputs.
+        """
+        degrees = _visible(mask, self._degrees, len(weight))
+        if self._residual and self._layers and len(self._layers) % 2 == 0:
+            degrees = torch.maximum(degrees, self._hidden[-2])
+            if not torch.equal(degrees, self._hidden[0]):
+                raise NotConvertibleError("a residual block can see inputs that the layer it is added to cannot")
+        self._layers.append(((weight.detach() * mask).to(weight.dtype), bias.detach()))
+        self._degrees = degrees
+        self._hidden.append(degrees)
+        self._activations.append(activation)
+        self._contexts.append(context)
 
     def plain(self, h: Affine) -> Affine:
         """Returns h as multiples of units, in a new layer if needed, which leaves no other function."""
@@ -187,12 +213,16 @@ class Network:
         if bool((seen > torch.arange(passed, len(order))).any()):
             raise NotConvertibleError("the network is not autoregressive: an output can see its own input")
         degrees = [place(one) for one in self._hidden]
+        contexts = next((one.shape[1] for one in self._contexts if one is not None), 0)
         orders = [order, *[one.argsort(stable=True) for one in degrees]]
         made = MADE(
             len(order),
             [len(one) for one in degrees],
             degrees=[one.sort().values for one in degrees],
             outputs_per_feature=count,
+            activation=self._activations or "relu",
+            residual=self._residual,
+            context_features=contexts,
             init="empty",
             dtype=self._like.dtype,
             device=self._like.device,
@@ -202,6 +232,9 @@ class Network:
             if k < len(degrees):
                 weight, b = _taken(weight, orders[k + 1], 0), b[orders[k + 1].to(b.device)]
             layer.load_dense_(_taken(weight, orders[k], 1), b)
+        for k, of_layer in enumerate(made.context_layers.parameters() if contexts else ()):
+            added = self._contexts[k] if k < len(self._contexts) else None
+            of_layer.data.copy_(torch.zeros_like(of_layer) if added is None else _taken(added, orders[k + 1], 0))
         return made
 
     def order(self, passed: int = 0) -> Tensor:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from fastmaf.convert.converted import ConditionalBlock, ConvertedFlow
-from fastmaf.convert.network import Network, NotConvertibleError
+from fastmaf.convert.network import Affine, Network, NotConvertibleError
 from fastmaf.convert.parts import (
     affine_block,
     base_of,
@@ -24,6 +24,7 @@ from fastmaf.convert.parts import (
     spline_block,
 )
 from fastmaf.convert.probe import probe
+from fastmaf.convert.smooth import is_smooth, made_network
 from fastmaf.convert.source import converter
 from fastmaf.kernels import AffineMap
 from fastmaf.nn import MADE
@@ -179,18 +180,37 @@ def _block(transform: Any) -> Parts:
     made = transform.autoregressive_net
     if class_name(made) != "MADE":
         raise NotConvertibleError(f"the network {kind(made)} cannot be converted; expected nflows' MADE")
-    first, slope = masked(made.initial_layer), slope_of(made.activation)
+    first = masked(made.initial_layer)
     features = first.in_features
     layer = getattr(made, "context_layer", None)
     if layer is not None:
         expected(layer, "Linear")
     added = first.out_features if layer is not None else 0
     itself = layer.in_features if layer is not None and made.use_residual_blocks and len(made.blocks) else 0
-    passed = added + itself
+    if is_smooth(made):
+        after_first = nn.Identity() if made.use_residual_blocks else made.activation
+        contexts, passed = None if layer is None else (added, itself), 0
+        network, h = made_network(made, torch.arange(1, features + 1), after_first, contexts)
+    else:
+        passed = added + itself
+        network, h = _piecewise_linear(made, added, itself)
+    of_context = None if layer is None else _Context(copied(layer), made.activation, bool(itself))
+    outputs = outputs_of(network, h, made.final_layer, made.final_layer.out_features // features)
+    if class_name(transform) == _SPLINE:
+        return spline_block(network, outputs, _spline(transform), of_context, passed)
+    raw, shift = outputs
+    affine_map = AffineMap.of("scale_first", "softplus", epsilon=float(transform._epsilon))
+    return affine_block(network, shift, raw, affine_map, of_context, passed)
+
+
+def _piecewise_linear(made: Any, added: int, itself: int) -> tuple[Network, Affine]:
+    """Returns a network whose first inputs are the context, and its last hidden layer."""
+    first, slope, passed = masked(made.initial_layer), slope_of(made.activation), added + itself
+    features = first.in_features
     inputs = torch.cat([torch.zeros(passed, dtype=torch.int64), torch.arange(1, features + 1)])
     network = Network(inputs, first.weight)
     h = network.linear(network.units(passed, features), first.weight, first.bias, first.mask)
-    if layer is not None:
+    if added:
         h = h + network.units(0, added)
     context = network.units(added, itself) if itself else None
     if not made.use_residual_blocks:
@@ -205,13 +225,7 @@ def _block(transform: Any) -> Parts:
             linear = masked(block.linear)
             h = network.linear(network.plain(h), linear.weight, linear.bias, linear.mask)
             h, _ = network.activation(slope_of(block.activation), h)
-    of_context = None if layer is None else _Context(copied(layer), made.activation, bool(itself))
-    outputs = outputs_of(network, h, made.final_layer, made.final_layer.out_features // features)
-    if class_name(transform) == _SPLINE:
-        return spline_block(network, outputs, _spline(transform), of_context, passed)
-    raw, shift = outputs
-    affine_map = AffineMap.of("scale_first", "softplus", epsilon=float(transform._epsilon))
-    return affine_block(network, shift, raw, affine_map, of_context, passed)
+    return network, h
 
 
 def _spline(transform: Any) -> SplineMap:

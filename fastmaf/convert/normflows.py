@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from fastmaf.convert.converted import ConditionalBlock
-from fastmaf.convert.network import Network, NotConvertibleError
+from fastmaf.convert.network import Affine, Network, NotConvertibleError
 from fastmaf.convert.normflows_flow import NormflowsFlow
 from fastmaf.convert.parts import (
     affine_block,
@@ -24,6 +24,7 @@ from fastmaf.convert.parts import (
     spline_block,
 )
 from fastmaf.convert.probe import probe
+from fastmaf.convert.smooth import is_smooth, made_network
 from fastmaf.convert.source import converter
 from fastmaf.kernels import AffineMap
 from fastmaf.transforms import (
@@ -119,8 +120,20 @@ def _block(layer: Any) -> Parts:
     degrees = first.mask.new_tensor(range(1, features + 1)).long()
     if bool((made.final_layer.mask[::2].sum(1).diff() < 0).any()):
         raise NotConvertibleError("a MADE with permuted masks cannot be converted")
+    network, h = made_network(made, degrees, nn.Identity()) if is_smooth(made) else _piecewise_linear(made, degrees)
+    if class_name(layer) == "MaskedPiecewiseRationalQuadraticAutoregressive":
+        spline = _spline(layer)
+        return spline_block(network, outputs_of(network, h, made.final_layer, spline.outputs), spline, None, 0)
+    raw, shift = outputs_of(network, h, made.final_layer, 2)
+    affine_map = AffineMap.of("scale_first", "sigmoid", limit=2.0, epsilon=1e-3)
+    return affine_block(network, shift, raw, affine_map, None, 0)
+
+
+def _piecewise_linear(made: Any, degrees: Tensor) -> tuple[Network, Affine]:
+    """Returns the network, and its last hidden layer."""
+    first = masked(made.initial_layer)
     network = Network(degrees, first.weight)
-    h = network.linear(network.units(0, features), first.weight, first.bias, first.mask)
+    h = network.linear(network.last(), first.weight, first.bias, first.mask)
     for block in made.blocks:
         if class_name(block) == "MaskedResidualBlock":
             h, _ = residual(network, h, None, block)
@@ -131,12 +144,7 @@ def _block(layer: Any) -> Parts:
             linear = masked(block.linear)
             h = network.linear(network.plain(h), linear.weight, linear.bias, linear.mask)
             h, _ = network.activation(slope_of(block.activation), h)
-    if class_name(layer) == "MaskedPiecewiseRationalQuadraticAutoregressive":
-        spline = _spline(layer)
-        return spline_block(network, outputs_of(network, h, made.final_layer, spline.outputs), spline, None, 0)
-    raw, shift = outputs_of(network, h, made.final_layer, 2)
-    affine_map = AffineMap.of("scale_first", "sigmoid", limit=2.0, epsilon=1e-3)
-    return affine_block(network, shift, raw, affine_map, None, 0)
+    return network, h
 
 
 def _spline(layer: Any) -> SplineMap:

@@ -25,7 +25,7 @@ from fastmaf.transforms import (
 )
 
 LIBRARIES = ("nflows", "zuko", "normflows", "torch")
-SUPPORTED = "relu, leaky_relu and the identity"
+SUPPORTED = "relu, leaky_relu, the identity, elu, gelu, silu and tanh"
 
 
 def kind(module: object) -> str:
@@ -108,14 +108,18 @@ def expected(module: Any, *names: str) -> Any:
 
 def normalised(h: Affine, norm: nn.BatchNorm1d) -> Affine:
     """Returns a batch normalisation with its running statistics."""
+    return h.scaled(*scale_and_shift(norm))
+
+
+def scale_and_shift(norm: nn.BatchNorm1d) -> tuple[Tensor, Tensor]:
+    """Returns what a batch normalisation with its running statistics multiplies with and adds."""
     expected(norm, "BatchNorm1d")
     if norm.running_mean is None or norm.running_var is None:
         raise NotConvertibleError("a batch normalisation without running statistics depends on the batch")
     scale = (norm.running_var + norm.eps).rsqrt()
     if norm.affine:
         scale = scale * norm.weight.detach()
-    shift = -norm.running_mean * scale + (norm.bias.detach() if norm.affine else 0)
-    return h.scaled(scale, shift)
+    return scale, -norm.running_mean * scale + (norm.bias.detach() if norm.affine else 0)
 
 
 def residual(network: Network, h: Affine, context: Affine | None, block: Any) -> tuple[Affine, Affine | None]:
@@ -145,7 +149,7 @@ def affine_block(
     network: Network, shift: Affine, raw: Affine, affine_map: AffineMap, context: nn.Module | None, passed: int
 ) -> list[Transform | ConditionalBlock]:
     """Returns an affine autoregressive block; see ``block_of``."""
-    zero = [0.0, 0.0 if context is None else _zero_log_scale(affine_map)]
+    zero = [0.0, _zero_log_scale(affine_map) if passed else 0.0]
     make = functools.partial(AffineAutoregressive, affine_map=affine_map)
     return block_of(network, [shift, raw], make, zero, context, passed)
 
@@ -155,7 +159,7 @@ def spline_block(
 ) -> list[Transform | ConditionalBlock]:
     """Returns a block of splines; see ``block_of``."""
     spline.check()
-    if context is not None and not spline.tails:
+    if passed and not spline.tails:
         raise NotConvertibleError("a context of splines without tails cannot be converted")
     one = 0.0 if spline.squash else math.log(math.expm1(1 - spline.least))
     zero = [0.0] * (2 * spline.bins) + [one] * (spline.outputs - 2 * spline.bins)
@@ -176,15 +180,14 @@ def block_of(
         network: with these outputs.
         make: returns the block of a network.
         identity: the outputs with which a dimension passes through the block unchanged.
-        context: maps a context to the network's first ``passed`` inputs.
+        context: maps a context to that of the network, or to its first ``passed`` inputs.
     """
     made = network.made(outputs, passed)
     order = network.order(passed)[passed:] - passed
     block = make(made)
     if context is not None:
         with torch.no_grad():
-            bias = made.output.bias[: len(outputs) * passed]
-            bias.copy_(torch.tensor(identity).repeat(passed))
+            made.output.bias[: len(outputs) * passed] = torch.tensor(identity).repeat(passed).to(made.output.bias)
         return [ConditionalBlock(block, order, context)]
     if torch.equal(order, torch.arange(len(order))):
         return [block]

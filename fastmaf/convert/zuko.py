@@ -24,6 +24,7 @@ from fastmaf.convert.parts import (
     spline_block,
 )
 from fastmaf.convert.probe import probe
+from fastmaf.convert.smooth import smooth_name, zuko_network
 from fastmaf.convert.source import converter
 from fastmaf.convert.zuko_flow import ZukoFlow
 from fastmaf.kernels import AffineMap
@@ -133,33 +134,37 @@ def _block(transform: Any) -> Parts:
     layers, features = list(expected(transform.hyper, "MaskedMLP")), len(transform.order)
     masked(layers[0])
     passed = layers[0].in_features - features
-    inputs = torch.cat([torch.zeros(passed, dtype=torch.int64), transform.order.cpu() + 1])
-    network = Network(inputs, layers[0].weight)
-    h: Affine | None = None
-    for i, layer in enumerate(layers[:-1]):
-        name = class_name(layer)
-        if i == 0:
-            columns = torch.arange(passed + features).roll(passed)
-            weight, mask = layer.weight[:, columns], layer.mask[:, columns]
-            h = network.linear(network.units(0, passed + features), weight, layer.bias, mask)
-        elif name.endswith("MaskedLinear"):
-            assert h is not None
-            masked(layer)
-            h = network.linear(network.plain(h), layer.weight, layer.bias, layer.mask)
-        elif name == "Residual":
-            assert h is not None
-            h = _residual(network, h, list(layer))
-        else:
-            assert h is not None
-            h, _ = network.activation(slope_of(layer), h)
-    last = layers[-1]
-    if h is None:
+    *hidden, last = layers
+    if not hidden:
         raise NotConvertibleError("a network without hidden layers cannot be converted")
-    outputs, context = outputs_of(network, h, last, transform.total), _Context() if passed else None
+    context, order = _Context() if passed else None, transform.order.cpu() + 1
+    if any(smooth_name(module) for layer in hidden for module in layer.modules()):
+        (network, h), passed = zuko_network(hidden, order), 0
+    else:
+        network, h = _piecewise_linear(hidden, order, passed)
+    outputs = outputs_of(network, h, last, transform.total)
     if isinstance(univariate, SplineMap):
         return spline_block(network, outputs, univariate, context, passed)
     shift, raw = outputs
     return affine_block(network, shift, raw, univariate, context, passed)
+
+
+def _piecewise_linear(hidden: list[Any], order: Tensor, passed: int) -> tuple[Network, Affine]:
+    """Returns a network whose first inputs are the context, and its last hidden layer."""
+    first, *rest = hidden
+    network = Network(torch.cat([torch.zeros(passed, dtype=torch.int64), order]), first.weight)
+    columns = torch.arange(passed + len(order)).roll(passed)
+    h = network.linear(network.last(), first.weight[:, columns], first.bias, first.mask[:, columns])
+    for layer in rest:
+        name = class_name(layer)
+        if name.endswith("MaskedLinear"):
+            masked(layer)
+            h = network.linear(network.plain(h), layer.weight, layer.bias, layer.mask)
+        elif name == "Residual":
+            h = _residual(network, h, list(layer))
+        else:
+            h, _ = network.activation(slope_of(layer), h)
+    return network, h
 
 
 def _residual(network: Network, h: Affine, layers: list[Any]) -> Affine:

@@ -7,7 +7,7 @@ import itertools
 import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias, TypeGuard
 
 import torch
 from torch import Generator, Tensor, nn
@@ -26,7 +26,16 @@ from fastmaf.noise import normal_rows
 from fastmaf.runs import Runs
 from fastmaf.sharing import check_parts
 from fastmaf.transforms import Transform, transform_config
-from fastmaf.validation import as_sizes, as_tensor, check_density, check_finite, check_samples, validates
+from fastmaf.transforms.base import given
+from fastmaf.validation import (
+    as_sizes,
+    as_tensor,
+    check_context,
+    check_density,
+    check_finite,
+    check_samples,
+    validates,
+)
 
 if TYPE_CHECKING:
     from numpy.typing import ArrayLike
@@ -43,6 +52,9 @@ class Flow(nn.Module):
     the flow, and NumPy arrays and nested lists, which are converted to these. Each vector of D numbers is called a row;
     rows are numbered in row-major order. The transforms themselves operate on ``[N, D]``. Densities and
     log-determinants are in nats.
+
+    A flow with transforms that take a context c is a conditional density p(x | c). Its methods then need a ``context``
+    ``[..., C]``, whose batch shape is broadcast with that of x or z; transforms without a context ignore it.
 
     Consecutive affine autoregressive blocks run as one op. Blocks with hooks, pruned or parametrised weights or modules
     of other classes are called as modules instead, which is slower: ``inverse`` then calls the network of a block once
@@ -68,7 +80,8 @@ class Flow(nn.Module):
 
     Raises:
         TypeError: a transform is not a ``fastmaf.Transform``, or the base not a ``fastmaf.Base``.
-        ValueError: the transforms, the base and the flow have different numbers of features, or another dtype.
+        ValueError: the transforms, the base and the flow have different numbers of features, or another dtype, or
+            transforms take contexts of different sizes.
 
     References:
         Papamakarios, Nalisnick, Rezende, Mohamed and Lakshminarayanan 2021, Normalizing Flows for Probabilistic
@@ -81,6 +94,15 @@ class Flow(nn.Module):
         torch.Size([5])
         >>> flow.sample((2, 4)).shape
         torch.Size([2, 4, 3])
+
+        A conditional flow:
+
+        >>> flow = fastmaf.MAF(features=3, blocks=2, hidden_features=16, context_features=2)
+        >>> context = torch.randn(5, 2)
+        >>> flow.log_prob(torch.randn(5, 3), context).shape
+        torch.Size([5])
+        >>> flow.sample(10, context).shape
+        torch.Size([10, 5, 3])
     """
 
     validate_args: bool | None = None  # also of flows that were pickled without the attribute
@@ -115,6 +137,9 @@ class Flow(nn.Module):
         for name, tensor in self.base.state_dict().items():
             if tensor.is_floating_point() and tensor.dtype != dtype:
                 raise ValueError(f"base ({type(base).__name__}): {name} is {tensor.dtype}, the transforms {dtype}")
+        sizes = {transform.context_features for transform in self._transforms()} - {0}
+        if len(sizes) > 1:
+            raise ValueError(f"transforms take contexts of different sizes: found context_features {sorted(sizes)}")
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -129,40 +154,79 @@ class Flow(nn.Module):
         assert transforms is not None
         return [transform for transform in transforms._modules.values() if isinstance(transform, Transform)]
 
+    @property
+    def context_features(self) -> int:
+        """C, the size of the context; 0 for a flow without one."""
+        return max([0, *[transform.context_features for transform in self._transforms()]])
+
     def _check(self, name: str, x: Tensor, *, finite: bool = False) -> None:
         if x.shape[-1:] != (self.features,):
             raise ValueError(f"{name} must have shape [..., {self.features}]; found {list(x.shape)}")
+        self._check_like(name, x)
+        if finite and validates(self.validate_args, x):
+            check_finite(name, x)
+
+    def _check_like(self, name: str, x: Tensor) -> None:
         like = self._like()
         if x.dtype != like.dtype or x.device != like.device:
             raise ValueError(
                 f"{name} must be {like.dtype} on {like.device}, like the flow; found {x.dtype} on {x.device}"
             )
-        if finite and validates(self.validate_args, x):
-            check_finite(name, x)
 
-    def _by_rows(self, method: Callable[[Flow, Tensor], Any], name: str, x: Tensor | ArrayLike) -> Any:
-        """Calls a method of ``[N, D]`` with the rows of ``x``, and restores the batch shape of ``x`` in its results."""
+    def _as_context(self, context: Tensor | ArrayLike | None) -> Tensor | None:
+        """Returns a context ``[..., C]`` as a tensor, after checks; that one is missing is found by ``given``."""
+        if context is None:
+            return None
+        context = as_tensor("context", context, self._like())
+        check_context(context, self.context_features)
+        self._check_like("context", context)
+        if validates(self.validate_args, context):
+            check_finite("context", context.reshape(-1, context.shape[-1]))
+        return context
+
+    def _are_rows(self, x: Tensor | ArrayLike, context: Tensor | ArrayLike | None) -> TypeGuard[Tensor]:
+        """Returns whether ``x`` is ``[N, D]``, and ``context`` ``[N, C]`` or none."""
+        if not isinstance(x, Tensor) or x.dim() != 2:
+            return False
+        return context is None or (isinstance(context, Tensor) and context.dim() == 2 and len(context) == len(x))
+
+    def _by_rows(
+        self, method: Callable[[Flow, Tensor, Tensor | None], Any], name: str, x: Tensor | ArrayLike, context: Any
+    ) -> Any:
+        """Calls a method of ``[N, D]`` and ``[N, C]`` with rows, and restores the batch shape in its results."""
         x = as_tensor(name, x, self._like())
         self._check(name, x)
-        batch, results = x.shape[:-1], method(self, x.reshape(-1, self.features))
+        context, batch = self._as_context(context), x.shape[:-1]
+        if context is not None:
+            try:
+                batch = torch.broadcast_shapes(batch, context.shape[:-1])
+            except RuntimeError:
+                raise ValueError(
+                    f"the batch shapes of {name} and context must broadcast; found {name} {list(x.shape)} and context "
+                    f"{list(context.shape)}"
+                ) from None
+            x = x.expand(*batch, self.features)
+            context = context.expand(*batch, context.shape[-1]).reshape(-1, context.shape[-1])
+        results = method(self, x.reshape(-1, self.features), context)
         if isinstance(results, Tensor):
             return results.reshape(batch + results.shape[1:])
         return tuple(result.reshape(batch + result.shape[1:]) for result in results)
 
     @outside_autocast
-    def forward(self, x: Tensor | ArrayLike) -> tuple[Tensor, Tensor]:
+    def forward(self, x: Tensor | ArrayLike, context: Tensor | ArrayLike | None = None) -> tuple[Tensor, Tensor]:
         """Maps data to the base: z = f(x).
 
         Args:
             x: ``[..., D]``.
+            context: ``[..., C]``, of a batch shape that broadcasts with that of ``x``; None for a flow without one.
 
         Returns:
             ``z`` ``[..., D]`` and ``ladj`` ``[...]``, ``log |det dz/dx|`` in nats.
 
         Raises:
-            ValueError: the shape, dtype or device of ``x`` does not fit the flow, or, with ``validate_args``, ``x`` is
-                not finite.
-            TypeError: ``x`` is neither a tensor nor an array of numbers.
+            ValueError: the shape, dtype or device of ``x`` or ``context`` does not fit the flow, a context is missing
+                or unexpected, or, with ``validate_args``, one of them is not finite.
+            TypeError: ``x`` or ``context`` is neither a tensor nor an array of numbers.
 
         Example:
             >>> flow = fastmaf.MAF(features=3, blocks=2, hidden_features=16)
@@ -170,17 +234,20 @@ class Flow(nn.Module):
             >>> z.shape, ladj.shape
             (torch.Size([5, 3]), torch.Size([5]))
         """
-        if not isinstance(x, Tensor) or x.dim() != 2:
-            return self._by_rows(Flow.forward, "x", x)
+        if not self._are_rows(x, context):
+            return self._by_rows(Flow.forward, "x", x, context)
         self._check("x", x, finite=True)
-        return self._runs.forward(self._transforms(), x)
+        return self._runs.forward(self._transforms(), x, self._as_context(context))
 
     @outside_autocast
-    def inverse(self, z: Tensor | ArrayLike) -> tuple[Tensor, Tensor]:
+    def inverse(self, z: Tensor | ArrayLike, context: Tensor | ArrayLike | None = None) -> tuple[Tensor, Tensor]:
         """Maps the base to data: x = f⁻¹(z), exactly.
+
+        Dropout is ignored: in training mode it inverts the flow in evaluation mode.
 
         Args:
             z: ``[..., D]``.
+            context: as ``forward``.
 
         Returns:
             ``x`` ``[..., D]`` and ``ladj`` ``[...]``, ``log |det dx/dz|`` in nats.
@@ -195,22 +262,23 @@ class Flow(nn.Module):
             >>> torch.allclose(flow(x)[1], -ladj, atol=1e-4)
             True
         """
-        if not isinstance(z, Tensor) or z.dim() != 2:
-            return self._by_rows(Flow.inverse, "z", z)
+        if not self._are_rows(z, context):
+            return self._by_rows(Flow.inverse, "z", z, context)
         self._check("z", z, finite=True)
-        return self._runs.inverse(self._transforms(), z)
+        return self._runs.inverse(self._transforms(), z, self._as_context(context))
 
     @outside_autocast
-    def log_prob(self, x: Tensor | ArrayLike) -> Tensor:
-        """Returns the log-density of data, in nats.
+    def log_prob(self, x: Tensor | ArrayLike, context: Tensor | ArrayLike | None = None) -> Tensor:
+        """Returns the log-density of data, in nats: of a flow with a context, log p(x | context).
 
         It is −inf outside of the domain of a transform (``Logit``), and where ½z² of a normal base overflows.
 
         Args:
             x: ``[..., D]``.
+            context: as ``forward``.
 
         Returns:
-            ``[...]``.
+            ``[...]``, the batch shape of ``x``, or that of ``x`` and ``context`` together.
 
         Raises:
             ValueError, TypeError: as ``forward``.
@@ -224,17 +292,22 @@ class Flow(nn.Module):
             >>> loss = -flow.log_prob(torch.randn(64, 2)).mean()
             >>> loss.backward()
         """
-        if not isinstance(x, Tensor) or x.dim() != 2:
-            return self._by_rows(Flow.log_prob, "x", x)
+        if not self._are_rows(x, context):
+            return self._by_rows(Flow.log_prob, "x", x, context)
         called = type(self).forward is not Flow.forward or hooks.is_called(self) or hooks.any_global()
-        standard = not called and self._fuses_base
+        standard = not called and self._fuses_base and context is None
         result = self._runs.log_density(self._transforms(), x) if standard else None
+        given_context: Tensor | None = None
         if result is None:
             self._check("x", x)
-            z, ladj = self(x) if called else self._runs.forward(self._transforms(), x)
+            given_context = self._as_context(context)
+            if called:
+                z, ladj = self(x) if given_context is None else self(x, given_context)
+            else:
+                z, ladj = self._runs.forward(self._transforms(), x, given_context)
             result = ladj + self._base_log_prob(z)
         if validates(self.validate_args, x):
-            check_density(self, "log_prob", result, x)
+            check_density(self, "log_prob", result, x, given_context)
         return result
 
     @property
@@ -252,7 +325,7 @@ class Flow(nn.Module):
         return result
 
     @outside_autocast
-    def nll_per_dim(self, x: Tensor | ArrayLike) -> Tensor:
+    def nll_per_dim(self, x: Tensor | ArrayLike, context: Tensor | ArrayLike | None = None) -> Tensor:
         """Returns the contribution of each dimension to the negative log-likelihood, in nats::
 
             nll_per_dim(x)[d] = ½ z[d]² + ½ log 2π + Σ over blocks log_scale[d],    Σ_d nll_per_dim(x)[d] = −log_prob(x)
@@ -262,9 +335,10 @@ class Flow(nn.Module):
 
         Args:
             x: ``[..., D]``.
+            context: as ``forward``.
 
         Returns:
-            ``[..., D]``.
+            ``[..., D]``, with the batch shape of ``log_prob``.
 
         Raises:
             ValueError, TypeError, FloatingPointError: as ``log_prob``.
@@ -277,28 +351,39 @@ class Flow(nn.Module):
             >>> torch.allclose(flow.nll_per_dim(x).sum(dim=-1), -flow.log_prob(x), atol=1e-4)
             True
         """
-        if not isinstance(x, Tensor) or x.dim() != 2:
-            return self._by_rows(Flow.nll_per_dim, "x", x)
+        if not self._are_rows(x, context):
+            return self._by_rows(Flow.nll_per_dim, "x", x, context)
         self._check("x", x)
+        context = self._as_context(context)
         z, terms = x, torch.zeros_like(x)
         for transform in self._transforms():
-            called = transform(z)[0] if hooks.is_called(transform) or hooks.any_global() else None
-            z, terms = transform.forward_per_dim(z, terms)
+            of = given(transform, context)
+            called = transform(z, *of)[0] if hooks.is_called(transform) or hooks.any_global() else None
+            z, terms = transform.forward_per_dim(z, terms, *of)
             z = z if called is None else called
         result = self.base.nll_per_dim(z, terms)
         if validates(self.validate_args, x):
-            check_density(self, "nll_per_dim", result, x)
+            check_density(self, "nll_per_dim", result, x, context)
         return result
 
     @torch.no_grad()
     def sample(
-        self, shape: Shape = (), *, generator: Generator | None = None, seed: int | None = None, start: int = 0
+        self,
+        shape: Shape = (),
+        context: Tensor | ArrayLike | None = None,
+        *,
+        generator: Generator | None = None,
+        seed: int | None = None,
+        start: int = 0,
     ) -> Tensor:
         """Draws samples without recording gradients; ``rsample`` records them.
 
         Args:
             shape: the batch shape: ``()`` draws one sample ``[D]``, an integer n draws ``[n, D]``, and a shape draws
                 ``[*shape, D]``.
+            context: ``[*batch, C]``, for which the samples are ``[*shape, *batch, D]``: as many as ``shape`` says for
+                each context, as those of a ``torch.distributions.Distribution`` of batch shape ``batch``. None for a
+                flow without a context.
             generator: the source of the noise, on the device of the flow. A row's noise depends on the number of rows.
             seed: makes each row repeatable, since its noise depends only on ``seed`` and the number of the row:
                 ``sample(8, seed=1)`` has the noise of ``sample(3, seed=1)`` and ``sample(5, seed=1, start=3)``. The
@@ -308,11 +393,12 @@ class Flow(nn.Module):
             start: the number of the first row; requires ``seed``.
 
         Returns:
-            ``[*shape, D]``.
+            ``[*shape, D]``, or ``[*shape, *batch, D]`` with a context.
 
         Raises:
             TypeError: ``shape`` is neither an integer nor a sequence of integers.
-            ValueError: ``shape`` has a negative entry, or ``generator``, ``seed`` and ``start`` contradict each other.
+            ValueError: ``shape`` has a negative entry, ``generator``, ``seed`` and ``start`` contradict each other, or
+                a context is missing, unexpected or of another size, dtype or device.
             FloatingPointError: with ``validate_args``, a sample is not finite. The message names the transform.
             NotInvertibleError: a block has the leaky output mask of the published notebook, or a ``BatchNorm`` is in
                 training mode.
@@ -324,19 +410,25 @@ class Flow(nn.Module):
             >>> torch.allclose(flow.sample(8, seed=1)[3:], flow.sample(5, seed=1, start=3), atol=1e-4)
             True
         """
-        return self.rsample(shape, generator=generator, seed=seed, start=start)
+        return self.rsample(shape, context, generator=generator, seed=seed, start=start)
 
     @torch.no_grad()
     def sample_and_log_prob(
-        self, shape: Shape = (), *, generator: Generator | None = None, seed: int | None = None, start: int = 0
+        self,
+        shape: Shape = (),
+        context: Tensor | ArrayLike | None = None,
+        *,
+        generator: Generator | None = None,
+        seed: int | None = None,
+        start: int = 0,
     ) -> tuple[Tensor, Tensor]:
         """Draws samples and computes their log-densities in one pass, without recording gradients.
 
         Args:
-            shape, generator, seed, start: as ``sample``.
+            shape, context, generator, seed, start: as ``sample``.
 
         Returns:
-            The samples ``[*shape, D]`` and their log-densities ``[*shape]`` in nats.
+            The samples, as ``sample``, and their log-densities in nats, of their batch shape.
 
         Raises:
             TypeError, ValueError, FloatingPointError, NotInvertibleError: as ``sample``.
@@ -346,15 +438,21 @@ class Flow(nn.Module):
             >>> x, log_prob = flow.sample_and_log_prob(100)
             >>> entropy = -log_prob.mean()
         """
-        return self.rsample_and_log_prob(shape, generator=generator, seed=seed, start=start)
+        return self.rsample_and_log_prob(shape, context, generator=generator, seed=seed, start=start)
 
     def rsample(
-        self, shape: Shape = (), *, generator: Generator | None = None, seed: int | None = None, start: int = 0
+        self,
+        shape: Shape = (),
+        context: Tensor | ArrayLike | None = None,
+        *,
+        generator: Generator | None = None,
+        seed: int | None = None,
+        start: int = 0,
     ) -> Tensor:
         """Draws samples that are differentiable with respect to the parameters of the flow.
 
         Args:
-            shape, generator, seed, start: as ``sample``.
+            shape, context, generator, seed, start: as ``sample``.
 
         Returns:
             ``[*shape, D]``.
@@ -367,22 +465,29 @@ class Flow(nn.Module):
             >>> flow = fastmaf.MAF(features=3, blocks=2, hidden_features=16)
             >>> flow.rsample(5).square().mean().backward()
         """
-        batch, z = self._base_sample(shape, generator, seed, start)
-        x, _ = self._inverse_of_noise(z)
+        batch, rows = self._batch_of_samples(shape, context)
+        batch, z = self._base_sample(batch, generator, seed, start)
+        x, _ = self._inverse_of_noise(z, rows)
         if validates(self.validate_args, x):
-            check_samples(self, z, x)
+            check_samples(self, z, x, context=rows)
         return x if len(batch) == 1 else x.reshape(*batch, self.features)
 
     def rsample_and_log_prob(
-        self, shape: Shape = (), *, generator: Generator | None = None, seed: int | None = None, start: int = 0
+        self,
+        shape: Shape = (),
+        context: Tensor | ArrayLike | None = None,
+        *,
+        generator: Generator | None = None,
+        seed: int | None = None,
+        start: int = 0,
     ) -> tuple[Tensor, Tensor]:
         """Draws samples and computes their log-densities, both differentiable with respect to the parameters.
 
         Args:
-            shape, generator, seed, start: as ``sample``.
+            shape, context, generator, seed, start: as ``sample``.
 
         Returns:
-            The samples ``[*shape, D]`` and their log-densities ``[*shape]`` in nats.
+            The samples, as ``sample``, and their log-densities in nats, of their batch shape.
 
         Raises:
             TypeError, ValueError, FloatingPointError, NotInvertibleError, NotImplementedError: as ``rsample``.
@@ -394,11 +499,12 @@ class Flow(nn.Module):
             >>> kl = (log_prob - target.log_prob(x).sum(dim=-1)).mean()
             >>> kl.backward()
         """
-        batch, z = self._base_sample(shape, generator, seed, start)
-        x, ladj = self._inverse_of_noise(z)
+        batch, rows = self._batch_of_samples(shape, context)
+        batch, z = self._base_sample(batch, generator, seed, start)
+        x, ladj = self._inverse_of_noise(z, rows)
         log_prob = self._base_log_prob(z) - ladj
         if validates(self.validate_args, x):
-            check_samples(self, z, x, log_prob)
+            check_samples(self, z, x, log_prob, context=rows)
         return (x, log_prob) if len(batch) == 1 else (x.reshape(*batch, self.features), log_prob.reshape(batch))
 
     def distribution(
@@ -430,6 +536,7 @@ class Flow(nn.Module):
         x: Tensor | ArrayLike,
         known: Tensor | ArrayLike,
         shape: Shape = (),
+        context: Tensor | ArrayLike | None = None,
         *,
         generator: Generator | None = None,
         seed: int | None = None,
@@ -451,6 +558,7 @@ class Flow(nn.Module):
             x: ``[*batch, D]``; what stands in unknown dimensions is ignored and may be NaN.
             known: bool ``[D]``, which dimensions are known.
             shape: the number of completions of each row, or their shape.
+            context: of each row, for a flow with one; its batch shape and that of ``x`` broadcast.
             generator, seed, start: as ``sample``; the noise is that of ``sample((*shape, *batch))``, of which that of
                 the known dimensions is not used.
 
@@ -469,16 +577,26 @@ class Flow(nn.Module):
             tensor([[ 0.5000, -1.0000]])
             >>> log_prob = -flow.nll_per_dim(x)[:, 2:].sum(-1)  # of x[2] given x[0] and x[1]
         """
-        return complete(self, x, known, shape, generator, seed, start)
+        return complete(self, x, known, shape, context, generator, seed, start)
 
-    def _inverse_of_noise(self, z: Tensor) -> tuple[Tensor, Tensor]:
+    def _batch_of_samples(self, shape: Shape, context: Any) -> tuple[tuple[int, ...], Tensor | None]:
+        """Returns the batch shape of samples, and the context ``[N, C]`` of each."""
+        batch, context = as_sizes("shape", shape), self._as_context(context)
+        if context is None:
+            return batch, None
+        batch = (*batch, *context.shape[:-1])
+        return batch, context.expand(*batch, context.shape[-1]).reshape(-1, context.shape[-1])
+
+    def _inverse_of_noise(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Returns ``inverse`` of noise, which needs no checks."""
         replaced = type(self).inverse is not Flow.inverse or "inverse" in vars(self)
-        return self.inverse(z) if replaced else self._unchecked_inverse(z)
+        if not replaced:
+            return self._unchecked_inverse(z, context)
+        return self.inverse(z) if context is None else self.inverse(z, context)
 
     @outside_autocast
-    def _unchecked_inverse(self, z: Tensor) -> tuple[Tensor, Tensor]:
-        return self._runs.inverse(self._transforms(), z)
+    def _unchecked_inverse(self, z: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
+        return self._runs.inverse(self._transforms(), z, context)
 
     def _base_sample(
         self, shape: Shape, generator: Generator | None, seed: int | None, start: int
@@ -623,6 +741,8 @@ class Flow(nn.Module):
 
     def to_naive(self) -> NaiveMAF:
         """Returns a copy as a dense model, which multiplies masks and weights and inverts with one pass per dimension.
+
+        It has no dropout.
 
         Raises:
             TypeError: the flow has transforms other than permutations and affine autoregressive blocks, or another base

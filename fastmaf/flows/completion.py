@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from fastmaf.nn import MADE
 from fastmaf.transforms import (
     ActNorm,
     AffineAutoregressive,
@@ -19,6 +21,8 @@ from fastmaf.transforms import (
     Permutation,
     Transform,
 )
+from fastmaf.transforms.autoregressive import without_dropout
+from fastmaf.transforms.base import given
 from fastmaf.validation import as_sizes, as_tensor, check_finite, check_samples, validates
 
 if TYPE_CHECKING:
@@ -32,6 +36,7 @@ def complete(
     x: Tensor | ArrayLike,
     known: Tensor | ArrayLike,
     shape: Shape,
+    context: Tensor | ArrayLike | None,
     generator: torch.Generator | None,
     seed: int | None,
     start: int,
@@ -50,18 +55,32 @@ def complete(
     if not flow.has_standard_base and 0 < int(mask.sum()) < flow.features:
         raise ValueError(f"complete needs a standard normal base; found that of {type(flow).__name__}")
     sizes = as_sizes("shape", shape)
+    context = flow._as_context(context)
+    if context is not None:
+        batch = torch.broadcast_shapes(x.shape[:-1], context.shape[:-1])
+        x, context = x.expand(*batch, -1), context.expand(*batch, -1)
     batch, noise = flow._base_sample((*sizes, *x.shape[:-1]), generator, seed, start)
     # What is not known may hold anything, and becomes anything in between: zero keeps it finite.
     z = torch.where(masks[0], x, 0).reshape(-1, flow.features)
     if validates(flow.validate_args, z):
         check_finite("the known part of x", z)
+    rows = None if context is None else context.reshape(len(z), -1)
     for transform, after in zip(transforms, masks[1:], strict=True):
-        z = torch.where(after, transform(z)[0], 0)
+        with _as_in_evaluation(transform):
+            z = torch.where(after, transform(z, *given(transform, rows))[0], 0)
     z = torch.where(masks[-1], z.expand(*sizes, *z.shape).reshape(noise.shape), noise)
-    found, _ = flow._inverse_of_noise(z)
+    if context is not None:
+        rows = context.expand(*sizes, *context.shape).reshape(len(z), -1)
+    found, _ = flow._inverse_of_noise(z, rows)
     if validates(flow.validate_args, found):
-        check_samples(flow, z, found)
+        check_samples(flow, z, found, context=rows)
     return torch.where(masks[0], x, found.reshape(*batch, flow.features))
+
+
+def _as_in_evaluation(transform: Transform) -> AbstractContextManager[None]:
+    """Leaves dropout out, as every inverse does."""
+    made = getattr(transform, "made", None)
+    return without_dropout(made) if isinstance(made, MADE) else nullcontext()
 
 
 def _as_mask(known: Tensor | ArrayLike, features: int) -> Tensor:

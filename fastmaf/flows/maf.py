@@ -57,6 +57,12 @@ class MAF(Flow):
         seed: makes degrees, orders and parameters repeatable; None draws from torch's global generator.
         soft_bound: bound the log-scales by ``B tanh(u / B)`` instead of by a clamp, which has no gradient beyond the
             bound.
+        activation: of the hidden layers; see ``MADE``. Blocks with other activations than ``"relu"`` and
+            ``"identity"``, and those with ``residual`` or a context, are slower: see the guide on density estimation.
+        residual: residual blocks in the networks, of ``hidden_features`` such as ``(64, 64, 64)``; see ``MADE``.
+        context_features: C, the size of the context of a conditional flow; 0 for none.
+        dropout: the probability with which a hidden unit is zero in training mode. ``inverse`` and ``sample`` ignore
+            it.
         init: ``"linear"``, or ``"identity"``: output layers start at zero, so that z = x before training.
         strict: False uses the leaky output mask of the published notebook, for comparison; such a model has no
             inverse.
@@ -107,6 +113,10 @@ class MAF(Flow):
         levels: int | None = None,
         seed: int | None = None,
         soft_bound: bool = True,
+        activation: str | Sequence[str] = "relu",
+        residual: bool = False,
+        context_features: int = 0,
+        dropout: float = 0.0,
         init: Init = "linear",
         strict: bool = True,
         whitening: int | None = None,
@@ -128,14 +138,17 @@ class MAF(Flow):
         # Degrees are drawn before weights, so that they do not depend on dtype and init; both are drawn on the CPU, so
         # that a seed gives the same model on every device.
         drawn = [
-            hidden_degrees(kind, features, hidden_features, levels=levels, generator=generator)
+            hidden_degrees(kind, features, hidden_features, levels=levels, residual=residual, generator=generator)
             for kind in _degrees_by_block(degrees, blocks)
         ]
-        warn_if_disconnected(features, drawn)
+        # What a residual block reads and is read by, the layer that it is added to is, too.
+        warn_if_disconnected(features, [layers[:1] for layers in drawn] if residual else drawn)
         where = torch.device(torch.get_default_device() if device is None else device)
         built_on = "meta" if where.type == "meta" else "cpu"
         make: dict[str, Any] = {"device": built_on, "dtype": dtype}
         options: dict[str, Any] = {"strict": strict, "init": init, "generator": generator, **make}
+        options |= {"activation": activation, "residual": residual, "dropout": dropout}
+        options["context_features"] = context_features
         networks = [MADE(features, hidden_features, degrees=d, **options) for d in drawn]
         bound = max(1.0, 7 / blocks) if log_scale_bound == "auto" else log_scale_bound
         soft = soft_bound and bound is not None

@@ -18,10 +18,23 @@ import torch
 from fastmaf.io.base_kinds import BASE_KINDS, Config, Expected, Kind, vectors
 from fastmaf.io.base_kinds import FEATURES as _FEATURES
 from fastmaf.io.safe_json import parse, shown
-from fastmaf.io.schema import Anything, Flag, ListOf, MapOf, Maybe, Number, OneOf, Record, SchemaError, Text, Whole
+from fastmaf.io.schema import (
+    Anything,
+    Field,
+    Flag,
+    ListOf,
+    MapOf,
+    Maybe,
+    Number,
+    OneOf,
+    Record,
+    SchemaError,
+    Text,
+    Whole,
+)
+from fastmaf.kernels.activations import ACTIVATIONS
 from fastmaf.kernels.affine_output.affine_map import FORMS, SCALES
 from fastmaf.kernels.float8 import FLOAT8
-from fastmaf.kernels.masked_linear.args import ACTIVATIONS
 
 FORMAT_VERSION = 2
 _VERSIONS = (1, 2)  # that can be read
@@ -33,23 +46,37 @@ TILES = f"{_WHERE}.tiles"
 def _affine(config: Config, features: int) -> dict[str, Expected]:
     if config["soft_bound"] and config["log_scale_bound"] is None:
         raise SchemaError("log_scale_bound: expected a number, as soft_bound is true; found None")
+    return _network(config, 2 * features)
+
+
+def _network(config: Config, outputs: int) -> dict[str, Expected]:
+    hidden, context = config["hidden_features"], config.get("context_features", 0)
+    if config.get("residual") and (len(hidden) % 2 == 0 or len(set(hidden[::2])) > 1):
+        raise SchemaError(
+            "hidden_features: expected an odd number of sizes, the first, third, fifth, … equal, as residual is true; "
+            f"found {shown(hidden)}"
+        )
+    if isinstance(config["activation"], list) and len(config["activation"]) != len(hidden):
+        raise SchemaError(
+            f"activation: expected one for each of {len(hidden)} layers; found {shown(config['activation'])}"
+        )
     tensors: dict[str, Expected] = {}
-    for k, units in enumerate(config["hidden_features"]):
+    for k, units in enumerate(hidden):
         tensors[f"made.degrees_{k}"] = Expected((units,), torch.int32)
         tensors[f"made.hidden.{k}.weight"] = Expected(None, "weight")
         tensors[f"made.hidden.{k}.bias"] = Expected((units,))
-    tensors |= {"made.output.weight": Expected(None, "weight"), "made.output.bias": Expected((2 * features,))}
+    tensors |= {"made.output.weight": Expected(None, "weight"), "made.output.bias": Expected((outputs,))}
     if config.get("weight_dtype") == str(FLOAT8):
         weights = [name for name, tensor in tensors.items() if tensor.dtype == "weight"]
         tensors |= {f"{name}_scale": Expected((), torch.float32) for name in weights}
+    for k, units in enumerate([*hidden, outputs] if context else []):
+        tensors[f"made.context_layers.{k}.weight"] = Expected((units, context))
     return tensors
 
 
 def _spline(config: Config, features: int) -> dict[str, Expected]:
     spline = config["spline"]
-    outputs = 3 * spline["bins"] + (-1 if spline["tails"] else 1)
-    tensors = _affine({**config, "soft_bound": False, "log_scale_bound": None}, features)
-    return {**tensors, "made.output.bias": Expected((outputs * features,))}
+    return _network(config, (3 * spline["bins"] + (-1 if spline["tails"] else 1)) * features)
 
 
 def _whitening(config: Config, features: int) -> dict[str, Expected]:
@@ -83,10 +110,31 @@ def _local(config: Config, features: int) -> dict[str, Expected]:
     }
 
 
+class _Activation(Field):
+    """The name of an activation, or a list with one for each hidden layer."""
+
+    def __init__(self) -> None:
+        one = OneOf(ACTIVATIONS)
+        super().__init__(
+            f"{one.expected}, or a list of these",
+            lambda value: one.accepts(value) or (isinstance(value, list) and all(map(one.accepts, value))),
+        )
+
+
 _TEXT = Text(10_000_000)  # a configuration of a hundred blocks of 12,288 dimensions has 200 kB
 _NATS = Number(low=1e-30, high=1e30)  # within the range of float32
 
-_WEIGHT_DTYPE = OneOf((str(torch.bfloat16), str(FLOAT8)))
+_NETWORK: dict[str, Field] = {
+    "features": _FEATURES,
+    "hidden_features": ListOf(_FEATURES, shortest=1, longest=1024),
+    "activation": _Activation(),
+}
+_OF_NETWORKS: dict[str, Field] = {  # where they are not the default
+    "weight_dtype": OneOf((str(torch.bfloat16), str(FLOAT8))),
+    "residual": Flag(),
+    "context_features": _FEATURES,
+    "dropout": Number(above=0, below=1),
+}
 _MAP = Record(
     {
         "form": OneOf(FORMS),
@@ -97,20 +145,16 @@ _MAP = Record(
 )
 _AFFINE = Record(
     {
-        "features": _FEATURES,
-        "hidden_features": ListOf(_FEATURES, shortest=1, longest=1024),
-        "activation": OneOf(ACTIVATIONS),
+        **_NETWORK,
         "strict": Flag(),
         "log_scale_bound": Maybe(_NATS),
         "soft_bound": Flag(),
     },
-    optional={"weight_dtype": _WEIGHT_DTYPE, "affine_map": _MAP},
+    optional={**_OF_NETWORKS, "affine_map": _MAP},
 )
 _SPLINE = Record(
     {
-        "features": _FEATURES,
-        "hidden_features": ListOf(_FEATURES, shortest=1, longest=1024),
-        "activation": OneOf(ACTIVATIONS),
+        **_NETWORK,
         "spline": Record(
             {
                 "bins": Whole(1, 2**16),
@@ -122,7 +166,7 @@ _SPLINE = Record(
             }
         ),
     },
-    optional={"weight_dtype": _WEIGHT_DTYPE},
+    optional=_OF_NETWORKS,
 )
 _LOCAL = Record(
     {

@@ -20,7 +20,7 @@ from fastmaf import hooks
 from fastmaf.flows import Flow
 from fastmaf.kernels import composite, dispatch
 from fastmaf.kernels.triton_common import launch_table
-from fastmaf.runs import ATTRIBUTES
+from fastmaf.runs import ATTRIBUTES, attributes
 from fastmaf.training.fused_adam import FusedAdam
 from fastmaf.training.gradient_sink import has_hooks
 from fastmaf.transforms import Transform
@@ -149,7 +149,8 @@ def watch_flow(flow: Flow, trains: bool) -> Watched:
 
 def _flags(module: nn.Module) -> Sequence[str]:
     """Returns the attributes of a module that its results depend on."""
-    known = ATTRIBUTES.get(type(module), () if isinstance(module, nn.ModuleList) else ("training",))
+    is_known = type(module) in ATTRIBUTES or isinstance(module, nn.ModuleList)
+    known = attributes(module) if is_known else ("training",)
     return *known, *(name for name in ("forward", "log_prob") if name in vars(module))
 
 

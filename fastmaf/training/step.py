@@ -39,9 +39,9 @@ class StepReport(NamedTuple):
 
 
 class TrainingStep:
-    """One guarded step of maximum likelihood on a batch x ``[N, D]``:
+    """One guarded step of maximum likelihood on a batch x ``[N, D]``, with a context c ``[N, C]`` if the flow has one:
 
-        minimise  -(1/N) Σ_n log p(x_n)
+        minimise  -(1/N) Σ_n log p(x_n | c_n)
 
     With a ``FusedAdam`` of several processes, N and the sum are those of all processes' batches together, and all of
     them take the same step: one process with the whole batch takes it too, to rounding.
@@ -55,7 +55,8 @@ class TrainingStep:
             several processes are not replayed.
 
     Raises:
-        ValueError: the optimiser holds none of the flow's parameters.
+        ValueError: the optimiser holds none of the flow's parameters, or ``graphs`` are asked for a flow with a
+            context.
 
     Example:
         >>> flow = fastmaf.MAF(6, 2, (16,), order="natural", seed=0)
@@ -78,6 +79,8 @@ class TrainingStep:
         held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
         if held.isdisjoint(map(id, flow.parameters())):
             raise ValueError("the optimizer holds no parameter of the flow: build it with flow.parameters()")
+        if graphs and flow.context_features:
+            raise ValueError("steps of a flow with a context are not replayed as CUDA graphs: expected graphs=False")
         self.flow = flow
         self.optimizer = optimizer
         self.guards = guards or Guards()
@@ -95,24 +98,25 @@ class TrainingStep:
         self._weights = sum(layer.layout.numel for layer in layers)
         self._factors_per_sample = sum(layer.in_features + layer.out_features for layer in layers)
 
-    def __call__(self, x: Tensor) -> StepReport:
-        """Takes one step on the batch ``x`` ``[N, D]``.
+    def __call__(self, x: Tensor, context: Tensor | None = None) -> StepReport:
+        """Takes one step on the batch ``x`` ``[N, D]``, given ``context`` ``[N, C]`` for a flow that has one.
 
         Raises:
+            ValueError: see ``Flow.log_prob``.
             NonFiniteLossError: the loss is not finite; nothing was changed.
         """
         self.optimizer.zero_grad(set_to_none=True)
-        graphed = None if self._graphs is None else self._graphs.get(x)
+        graphed = None if self._graphs is None or context is not None else self._graphs.get(x)
         direct: DirectLoss | None = None
         if graphed is not None:
             loss = graphed.forward(x)
         else:
             with not_validating():  # the loss is checked below
-                direct = DirectLoss.of(self.flow, x) if self._is_direct(len(x)) else None
+                direct = DirectLoss.of(self.flow, x) if context is None and self._is_direct(len(x)) else None
                 if direct is not None:
                     loss = direct.value
                 else:
-                    log_prob = self.flow.log_prob(x)
+                    log_prob = self.flow.log_prob(x, context)
                     loss = -(log_prob.mean() if self._exchange is None else log_prob.sum())
         if self._exchange is None:
             nll = loss.item()

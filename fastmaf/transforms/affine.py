@@ -6,10 +6,8 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from fastmaf import hooks
 from fastmaf.kernels import (
     AffineArgs,
     AffineMap,
@@ -20,12 +18,14 @@ from fastmaf.kernels import (
     flow_forward,
     flow_inverse,
 )
+from fastmaf.kernels.activations import OP_ACTIVATIONS
 from fastmaf.nn import MADE
-from fastmaf.transforms.base import NotInvertibleError, Transform
+from fastmaf.transforms.autoregressive import Autoregressive
+from fastmaf.transforms.base import NotInvertibleError
 from fastmaf.transforms.networks import network_config, network_from
 
 
-class AffineAutoregressive(Transform):
+class AffineAutoregressive(Autoregressive):
     """An affine autoregressive transform, the block of a MAF::
 
         z[d] = (x[d] − shift[d]) exp(−log_scale[d]),    shift[d], log_scale[d] = MADE(x[0..d−1])
@@ -84,53 +84,64 @@ class AffineAutoregressive(Transform):
         self.affine_map = affine_map
 
     @property
-    def calls_modules(self) -> bool:
-        """Whether the network must be called as a module, because of hooks, parametrisations or other classes."""
-        return hooks.any_global() or type(self.made) is not MADE or self.made.calls_modules
-
-    def _shift_and_log_scale(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Returns shift and log-scale ``[N, D]``; calls the network as a module."""
-        shift, raw = self.made(x).unbind(-1)
-        return shift, self._map.log_scale(raw)
-
-    def _affine(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        if self.calls_modules:
-            shift, log_scale = self._shift_and_log_scale(x)
-            return self._map.forward(x, shift, log_scale), self._map.sign * log_scale.sum(dim=1), log_scale
-        args = AffineArgs(*self.made.output.args()[:4], self._map, self.made.output.weight_scale)
-        return affine_output(self.made.hidden_units(x), x, args)
-
-    @property
     def _map(self) -> AffineMap:
         if self.affine_map is not None:
             return self.affine_map
         bound = math.inf if self.log_scale_bound is None else float(self.log_scale_bound)
         return bounded_map(bound, bool(self.soft_bound))
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        if self.calls_modules:
-            return self._affine(x)[:2]
-        return flow_forward(x, flow_args([self.block()], [None, None]))
+    def map_forward(self, x: Tensor, out: Tensor) -> tuple[Tensor, Tensor]:
+        shift, raw = out.unbind(-1)
+        log_scale = self._map.log_scale(raw)
+        return self._map.forward(x, shift, log_scale), self._map.sign * log_scale
 
-    def forward_per_dim(self, x: Tensor, terms: Tensor) -> tuple[Tensor, Tensor]:
-        z, _, log_scale = self._affine(x)
+    def map_inverse(self, z: Tensor, out: Tensor) -> tuple[Tensor, Tensor]:
+        shift, raw = out.unbind(-1)
+        log_scale = self._map.log_scale(raw)
+        return self._map.inverse(z, shift, log_scale), -self._map.sign * log_scale
+
+    def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        if (block := self._one_block(context, dropout=self.made.training)) is not None:
+            return flow_forward(x, flow_args([block], [None, None]))
+        return self._by_layers(x)[:2] if self._ends_in_an_op(context) else super().forward(x, context)
+
+    def forward_per_dim(self, x: Tensor, terms: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        if not self._ends_in_an_op(context):
+            return super().forward_per_dim(x, terms, context)
+        z, _, log_scale = self._by_layers(x)
         return z, terms - self._map.sign * log_scale
 
-    def inverse(self, z: Tensor) -> tuple[Tensor, Tensor]:
+    def inverse(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         self.check_invertible()
-        if self.calls_modules:
-            return self._inverse_by_modules(z)
-        return flow_inverse(z, flow_args([self.block()], [None, None]))
+        if (block := self._one_block(context, dropout=False)) is not None:
+            return flow_inverse(z, flow_args([block], [None, None]))
+        return super().inverse(z, context)
 
-    def _inverse_by_modules(self, z: Tensor) -> tuple[Tensor, Tensor]:
-        """Inverts with one call of the network per level."""
-        x, log_scale = torch.zeros_like(z), torch.zeros_like(z)
-        dimension = torch.arange(self.features, device=z.device)
-        for finished in self.made.schedule[:, 0].tolist():
-            shift, log_scale = self._shift_and_log_scale(x)
-            # Unfinished dimensions are zero: they could overflow, and infinity times a weight of zero is NaN.
-            x = torch.where(dimension < finished, self._map.inverse(z, shift, log_scale), 0)
-        return x, -self._map.sign * log_scale.sum(dim=1)
+    def _one_block(self, context: Tensor | None, *, dropout: bool) -> Block | None:
+        """Returns the block as the ops of whole blocks see it, None where its layers run one by one.
+
+        A context that is the same in all rows, such as that of several samples, is a part of the biases.
+        """
+        made = self.made
+        if self.calls_modules or made.residual or (dropout and made.dropout) or made.activation not in OP_ACTIVATIONS:
+            return None
+        if context is None:
+            return None if self.context_features else self.block()
+        if not len(context) or (len(context) > 1 and context.stride(0)):
+            return None
+        block, terms = self.block(), made.context_terms(context[:1])
+        return block._replace(biases=[bias + term[0] for bias, term in zip(block.biases, terms, strict=True)])
+
+    def _ends_in_an_op(self, context: Tensor | None) -> bool:
+        """Returns whether an op computes the output layer with the map. A context that is missing or unexpected is
+        found by the network.
+        """
+        return context is None and not self.context_features and not self.calls_modules
+
+    def _by_layers(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Returns z ``[N, D]``, ladj ``[N]`` and log-scales ``[N, D]``, layer by layer."""
+        args = AffineArgs(*self.made.output.args()[:4], self._map, self.made.output.weight_scale)
+        return affine_output(self.made.hidden_units(x), x, args)
 
     def check_invertible(self) -> None:
         """Raises NotInvertibleError if the output mask leaks."""
@@ -146,7 +157,7 @@ class AffineAutoregressive(Transform):
         """Returns the block as the ops of whole flows see it."""
         made = self.made
         weights, biases, prefixes, panels, _, scales = zip(*[layer.args() for layer in made.layers], strict=True)
-        return Block(weights, biases, prefixes, panels, made.schedule, made.activation, self._map, scales)
+        return Block(weights, biases, prefixes, panels, made.schedule, made.activations[0], self._map, scales)
 
     def config(self) -> dict[str, Any]:
         return {

@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from fastmaf.kernels.autocast import outside_autocast
+from fastmaf.validation import check_context
 
 
 class NotInvertibleError(RuntimeError):
@@ -32,12 +33,17 @@ class Transform(nn.Module):
     A subclass implements ``forward`` and ``inverse``; ``forward_per_dim`` for ``Flow.nll_per_dim``; and ``config`` and
     ``from_config``, with an entry in ``fastmaf.transforms.TRANSFORMS``, for ``Flow.save``.
 
+    A subclass that depends on a context sets ``context_features`` to its size C, as an attribute or a property. A flow
+    then calls ``forward(x, context)``, ``inverse(z, context)`` and ``forward_per_dim(x, terms, context)`` with a
+    context ``[N, C]``. Others are called without one.
+
     ``forward``, ``inverse`` and ``forward_per_dim`` of subclasses run outside of ambient ``torch.autocast``; bfloat16
     and float16 inputs from an autocast region are converted to the dtype of the transform. A transform that computes in
     half precision enters ``torch.autocast`` itself.
 
     Attributes:
         features: D.
+        context_features: C; 0 for a transform that takes no context.
 
     Example:
         >>> import math
@@ -55,9 +61,26 @@ class Transform(nn.Module):
         >>> flow = fastmaf.Flow(3, [Scale(3, 0.5), block])
         >>> flow.log_prob(torch.randn(5, 3)).shape
         torch.Size([5])
+
+        A transform with a context:
+
+        >>> class Shift(fastmaf.Transform):
+        ...     def __init__(self, features):
+        ...         super().__init__()
+        ...         self.features = self.context_features = features
+        ...
+        ...     def forward(self, x, context):
+        ...         return x - context, x.new_zeros(len(x))
+        ...
+        ...     def inverse(self, z, context):
+        ...         return z + context, z.new_zeros(len(z))
+        >>> flow = fastmaf.Flow(3, [Shift(3), block])
+        >>> flow.log_prob(torch.randn(5, 3), torch.ones(3)).shape
+        torch.Size([5])
     """
 
     features: int
+    context_features: int = 0
 
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
@@ -100,3 +123,15 @@ class Transform(nn.Module):
     def from_config(cls, config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Transform:
         """Builds a transform from its ``config()``; ``tensors``, its ``state_dict``, are loaded into it afterwards."""
         raise NotImplementedError
+
+
+def given(transform: Transform, context: Tensor | None) -> tuple[Any, ...]:
+    """Returns what a transform is called with after its other arguments: the context, if it takes one.
+
+    Raises:
+        ValueError: it takes one, and there is none.
+    """
+    if not transform.context_features:
+        return ()
+    check_context(context, transform.context_features)
+    return (context,)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastmaf.transforms.base import Transform
+from fastmaf.transforms.base import Transform, given
 from fastmaf.transforms.permutation import Permutation
 from fastmaf.transforms.registry import transform_config, transform_from
 
@@ -44,19 +44,25 @@ class Inverted(Transform):
             raise TypeError(f"expected a fastmaf.Transform that is not inverted; found {type(transform).__name__}")
         self.features, self.transform = transform.features, transform
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        return self.transform.inverse(x)
+    @property
+    def context_features(self) -> int:  # type: ignore[override]
+        """The size of the transform's context, 0 for none."""
+        return self.transform.context_features
 
-    def inverse(self, z: Tensor) -> tuple[Tensor, Tensor]:
-        result: tuple[Tensor, Tensor] = self.transform(z)
+    def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        return self.transform.inverse(x, *given(self.transform, context))
+
+    def inverse(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        result: tuple[Tensor, Tensor] = self.transform(z, *given(self.transform, context))
         return result
 
-    def forward_per_dim(self, x: Tensor, terms: Tensor) -> tuple[Tensor, Tensor]:
-        z, _ = self.transform.inverse(x)
+    def forward_per_dim(self, x: Tensor, terms: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        of = given(self.transform, context)
+        z, _ = self.transform.inverse(x, *of)
         if isinstance(self.transform, Permutation):
             return z, self.transform.inverse(terms)[0]
         # The log-determinants of f and of its inverse are shared alike; f leaves each dimension in its place.
-        _, of_transform = self.transform.forward_per_dim(z, torch.zeros_like(z))
+        _, of_transform = self.transform.forward_per_dim(z, torch.zeros_like(z), *of)
         return z, terms - of_transform
 
     def config(self) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from fastmaf.kernels import empty_on_huge_pages
 from fastmaf.kernels.float8 import BYTE, FLOAT8
 from fastmaf.nn import MADE
 
+_OPTIONS = ("residual", "context_features", "dropout")  # of networks, written where they are not the default
 _STORED = {str(torch.bfloat16): torch.bfloat16, str(FLOAT8): BYTE}
 
 
@@ -21,7 +22,8 @@ def network_config(made: MADE) -> dict[str, Any]:
     return {
         "features": made.features,
         "hidden_features": list(made.hidden_features),
-        "activation": made.activation,
+        "activation": made.activation if isinstance(made.activation, str) else list(made.activation),
+        **{name: value for name in _OPTIONS if (value := getattr(made, name))},
         **({} if output.weight_dtype == output.bias.dtype else {"weight_dtype": str(output.weight_dtype)}),
     }
 
@@ -39,6 +41,7 @@ def network_from(config: Mapping[str, Any], tensors: Mapping[str, Tensor], **opt
         hidden,
         degrees=[tensors[f"made.degrees_{k}"] for k in range(len(hidden))],
         activation=config["activation"],
+        **{name: config[name] for name in _OPTIONS if name in config},
         init="empty",
         dtype=tensors["made.output.bias"].dtype,
         **options,

@@ -5,20 +5,15 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from fastmaf.kernels import composite
-from fastmaf.kernels.flow.torch.solve import solve
-from fastmaf.kernels.op import records_gradients
 from fastmaf.nn import MADE
-from fastmaf.transforms.base import Transform
-from fastmaf.transforms.implicit import implicit_inverse
+from fastmaf.transforms.autoregressive import Autoregressive
 from fastmaf.transforms.networks import network_config, network_from
 from fastmaf.transforms.spline_map import SplineMap
 
 
-class MonotonicRQS(Transform):
+class MonotonicRQS(Autoregressive):
     """An autoregressive transform by monotonic rational-quadratic splines::
 
         z[d] = spline(x[d]; MADE(x[0..d−1])),    ladj = Σ_d log dz[d]/dx[d]
@@ -59,40 +54,11 @@ class MonotonicRQS(Transform):
             raise ValueError("a spline block needs a MADE with a strict output mask; found strict=False")
         self.features, self.made, self.spline = made.features, made, spline
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        z, terms = self.spline.forward(x, self.made(x))
-        return z, terms.sum(1)
+    def map_forward(self, x: Tensor, out: Tensor) -> tuple[Tensor, Tensor]:
+        return self.spline.forward(x, out)
 
-    def forward_per_dim(self, x: Tensor, terms: Tensor) -> tuple[Tensor, Tensor]:
-        z, own = self.spline.forward(x, self.made(x))
-        return z, terms - own
-
-    def inverse(self, z: Tensor) -> tuple[Tensor, Tensor]:
-        if composite.needed():
-            return self._inverse_by_modules(z)
-        with torch.no_grad():
-            x, ladj = self._inverse_by_modules(z) if self.made.calls_modules else self._inverse_by_steps(z)
-        if not records_gradients((z, *self.made.parameters())):
-            return x, ladj
-        ends = self.made.schedule[:, 0].tolist()
-        return implicit_inverse(lambda x: self.spline.forward(x, self.made(x)), x, z, ends)
-
-    def _inverse_by_steps(self, z: Tensor) -> tuple[Tensor, Tensor]:
-        made = self.made
-
-        def invert(out: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
-            return self.spline.inverse(z, out.unflatten(0, (-1, self.spline.outputs)).transpose(1, 2))
-
-        layers = [layer.args() for layer in made.layers]
-        return solve(z, layers, made.schedule, made.activation, self.spline.outputs, invert)
-
-    def _inverse_by_modules(self, z: Tensor) -> tuple[Tensor, Tensor]:
-        x, dimension = torch.zeros_like(z), torch.arange(self.features, device=z.device)
-        terms = x
-        for finished in self.made.schedule[:, 0].tolist():
-            found, terms = self.spline.inverse(z, self.made(x))
-            x = torch.where(dimension < finished, found, 0)
-        return x, terms.sum(1)
+    def map_inverse(self, z: Tensor, out: Tensor) -> tuple[Tensor, Tensor]:
+        return self.spline.inverse(z, out)
 
     def config(self) -> dict[str, Any]:
         return {**network_config(self.made), "spline": self.spline._asdict()}

@@ -276,7 +276,7 @@ def refused() -> Iterator[tuple[str, Callable[[], nn.Module], str]]:
     yield "spline", lambda: of(spline(4, 8, tails="linear", min_derivative=1e-2)), "smallest bins"
     cubic = transforms.MaskedPiecewiseCubicAutoregressiveTransform
     yield "cubic", lambda: of(cubic(4, features=4, hidden_features=8)), "MaskedPiecewiseCubic"
-    yield "activation", lambda: of(affine(activation=functional.elu)), "activation elu"
+    yield "activation", lambda: of(affine(activation=functional.mish)), "activation mish"
     yield "inverse", lambda: of(transforms.InverseTransform(affine())), "InverseTransform"
     yield "linear", lambda: of(transforms.LULinear(4)), "LULinear"
     yield "mask", lambda: leaky(4), "own input"
@@ -288,7 +288,7 @@ def refused() -> Iterator[tuple[str, Callable[[], nn.Module], str]]:
     yield "NICE", lambda: zuko.flows.NICE(4), "GeneralCoupling"
     adjacency = torch.ones(4, 4, dtype=torch.bool).tril()
     yield "adjacency", lambda: maf_of(adjacency=adjacency), "adjacency"
-    yield "tanh", lambda: zuko.flows.MAF(4, activation=nn.Tanh), "activation Tanh"
+    yield "Mish", lambda: zuko.flows.MAF(4, activation=nn.Mish), "activation Mish"
     glow = functools.partial(normflows.flows.MaskedAffineAutoregressive, 4, 8, context_features=2)
     yield "context", lambda: normal_flow(glow()), "context of normflows"
     yield (

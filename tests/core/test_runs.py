@@ -383,3 +383,34 @@ def test_compiled_without_graph_breaks() -> None:
                 assert_close("inverse", actual, expected)
     finally:
         torch.compiler.reset()
+
+
+def test_composed_blocks_stand_between_runs() -> None:
+    """Their layers run as ops one by one; the blocks before and after stay runs, which are kept."""
+    composed = AffineAutoregressive(
+        fastmaf.MADE(D, (8, 8, 8), residual=True, generator=generator(3), dtype=F64), log_scale_bound=2.0
+    )
+    flow = Flow(D, [block(0), permutation(0), block(1), composed, block(2)]).requires_grad_(False)
+    z = normal(4, D)
+    x, ladj = flow.inverse(z)
+    for found, expected in zip((x, ladj), one_by_one(flow, z), strict=True):
+        assert_close("values", found, expected)
+    assert_close("round_trip", flow(x)[0], z)
+    before = flow._runs.of(flow._transforms())
+    assert [type(part).__name__ for part in before] == ["Run", "AffineAutoregressive", "Run"]
+    assert flow._runs.of(flow._transforms()) is before
+
+
+def test_dropout_is_noticed() -> None:
+    """Blocks with dropout are part of a run in evaluation mode alone."""
+    made = fastmaf.MADE(D, (9, 11), dropout=0.5, generator=generator(0), dtype=F64)
+    flow, x = Flow(D, [block(1), AffineAutoregressive(made)]), normal(4, D)
+    expected = flow.eval().log_prob(x)
+    assert flow._is_one_op()
+    for _ in range(2):
+        assert not torch.equal(flow.train().log_prob(x), expected) and not flow._is_one_op()
+        assert torch.equal(flow.eval().log_prob(x), expected) and flow._is_one_op()
+    made.train()
+    assert not torch.equal(flow.log_prob(x), expected)
+    made.dropout = 0.0
+    assert torch.equal(flow.log_prob(x), expected)

@@ -52,7 +52,12 @@ CONFIGURATION: list[tuple[str, tuple[Any, ...], Any, str]] = [
     ("maf", (*BLOCK, "hidden_features", 1), 7.0, "transforms[0].hidden_features[1]: expected a whole number"),
     ("maf", (*BLOCK, "hidden_features", 1), 10**8, "transforms.0.made.degrees_1: expected (100000000,) torch.int32"),
     ("maf", (*BLOCK, "\x1b[2J"), 1, r"transforms[0]: unknown entry '\x1b[2J'"),
-    ("maf", (*BLOCK, "activation"), "x" * 10**6, "activation: expected one of 'identity', 'relu'; found 'xxx"),
+    (
+        "maf",
+        (*BLOCK, "activation"),
+        "x" * 10**6,
+        "'silu', or a list of these; found 'xxx",
+    ),
     ("inference copy", (*BLOCK, "weight_dtype"), "float", "transforms[0].weight_dtype: expected one of"),
     ("images", (*BLOCK, "alpha"), 0.5, "transforms[0].alpha: expected a finite number at least 0 and less than 0.5"),
     ("images", (*WHITENING, "rank"), 10**9, "transforms[1].rank: expected at most 48, the features"),

@@ -127,6 +127,8 @@ def _(step: fastmaf.Logit, x: Value, shares: Value) -> tuple[Value, Value]:
 def _(step: fastmaf.AffineAutoregressive, x: Value, shares: Value) -> tuple[Value, Value]:
     if step.affine_map is not None:
         raise ExportError(f"a block with affine_map={step.affine_map} cannot be exported")
+    if not step.made.is_plain:
+        raise ExportError(f"a block cannot be exported unless its hidden layers are plain ReLUs; found {step.made}")
     units = x
     for layer in step.made.layers[:-1]:
         units = units.op("Gemm", layer.dense_weight().float(), layer.bias, transB=1)

@@ -9,7 +9,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from fastmaf.kernels.flow.args import FlowArgs, permuted
-from fastmaf.kernels.flow.torch.solve import solve
+from fastmaf.kernels.flow.torch.solve import Network, solve
 
 
 def inverse(z: Tensor, args: FlowArgs) -> tuple[Tensor, Tensor]:
@@ -26,9 +26,10 @@ def _inverse_of_block(z: Tensor, args: FlowArgs, block: int) -> tuple[Tensor, Te
         raise TypeError(f"expected z of dtype {args.biases[0].dtype}, as the biases are; found {z.dtype}")
     affine_map = args.map(block)
 
-    def invert(out: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
-        a = affine_map.log_scale(out[1::2])
-        return affine_map.inverse(z, out[0::2], a), -affine_map.sign * a
+    def invert(z: Tensor, out: Tensor) -> tuple[Tensor, Tensor]:
+        shift, raw = out.unbind(-1)
+        a = affine_map.log_scale(raw)
+        return affine_map.inverse(z, shift, a), -affine_map.sign * a
 
-    layers = [args.hidden(i) for i in args.layers_of_blocks()[block]]
-    return solve(z, layers, args.schedules[block], args.activation, 2, invert)
+    layers, schedule = [args.hidden(i) for i in args.layers_of_blocks()[block]], args.schedules[block]
+    return solve(z, Network(layers, schedule, [args.activation] * (len(layers) - 1)), invert)

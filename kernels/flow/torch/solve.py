@@ -6,6 +6,9 @@ For each step of the schedule:
     x[dims of the step] = the inverse of the element-wise map with parameters out
     finish the hidden units that have become computable, layer by layer
 
+What a context adds to a layer is part of its bias, row by row of the batch. The layers that a residual sum adds have
+equal degrees, so that a step finishes the same units of both.
+
 in groups of steps, as ``schedule.py`` describes. Every weight is read about once and every hidden unit is computed
 once, so the whole inverse costs the arithmetic of one forward pass. It is exact for any weights and any strictly
 autoregressive degrees.
@@ -15,19 +18,43 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import TypeAlias
+from typing import NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
 
+from fastmaf.kernels.activations import activate_
 from fastmaf.kernels.float8 import decode
 from fastmaf.kernels.flow.torch.plan import Rows, plan_of
 from fastmaf.kernels.layout import PANEL
-from fastmaf.kernels.masked_linear import torch as linear
 from fastmaf.kernels.masked_linear.args import LinearArgs
 
-# Of the outputs of some dimensions ``[rows, N]`` and their z ``[dims, N]``: x and log dx/dz, ``[dims, N]``.
+# Of z ``[dims, N]`` and the outputs for it ``[dims, N, outputs]``: x and log dx/dz, ``[dims, N]``.
 Invert: TypeAlias = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+
+
+class Network(NamedTuple):
+    """The network of a block.
+
+    Attributes:
+        layers: the hidden layers, then the output layer, whose rows are the outputs of one dimension after the other.
+        schedule: the block's ``level_schedule``.
+        activations: of the hidden layers, by name.
+        residual: each third, fifth, … hidden layer adds the sums of the one two layers before it to its own, before
+            the activation. These layers have the same degrees.
+        terms: ``[N, units]`` for each layer, added to its sums; empty for none.
+    """
+
+    layers: Sequence[LinearArgs]
+    schedule: Tensor
+    activations: Sequence[str]
+    residual: bool = False
+    terms: Sequence[Tensor] = ()
+
+    def keeps_sums(self, layer: int) -> bool:
+        """Returns whether the sums of a hidden layer, which are not its units, are needed by a later one."""
+        is_added = self.residual and layer % 2 == 0 and layer + 2 < len(self.layers) - 1
+        return is_added and self.activations[layer] != "identity"
 
 
 @contextmanager
@@ -48,48 +75,63 @@ def _one_thread_if_small(z: Tensor) -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
-def solve(
-    z: Tensor, layers: Sequence[LinearArgs], schedule: Tensor, activation: str, outputs: int, invert: Invert
-) -> tuple[Tensor, Tensor]:
+def solve(z: Tensor, network: Network, invert: Invert) -> tuple[Tensor, Tensor]:
     """Returns ``x`` ``[N, D]`` and ``ladj`` ``[N]`` = log |det dx/dz| of a block.
 
     Args:
         z: ``[N, D]``.
-        layers: the hidden layers, then the output layer, whose rows are the outputs of one dimension after the other.
-        schedule: the block's ``level_schedule``.
-        activation: of the hidden layers.
-        outputs: per dimension.
+        network: that gives the parameters of the map.
         invert: the inverse of the element-wise map.
     """
-    plan = plan_of([layer.panels for layer in layers], schedule, outputs)
+    layers, activations = network.layers, network.activations
+    outputs = layers[-1].bias.shape[0] // z.shape[1]
+    plan = plan_of([layer.panels for layer in layers], network.schedule, outputs)
     # Stored in fewer bits, they are the same function of rounded weights.
     weights = [decode(layer.weight, layer.weight_scale, z.dtype) for layer in layers]
-    biases = [layer.bias for layer in layers]
+    biases = [layer.bias[:, None] for layer in layers]
+    if network.terms:
+        biases = [bias + term.t() for bias, term in zip(biases, network.terms, strict=True)]
     # Everything is kept units x samples, so that whatever a step reads or writes is one contiguous block, and is split
     # into the blocks of all steps beforehand: per-step slicing would cost more than the arithmetic.
     z_t = z.t().contiguous()
     x_t, terms = torch.empty_like(z_t), []
-    below = [x_t, *(z.new_empty(bias.shape[0], z.shape[0]) for bias in biases[:-1])]
+    units = [z.new_empty(bias.shape[0], z.shape[0]) for bias in biases[:-1]]
+    # Sums become units in place, but for those that a later layer adds.
+    sums = [torch.empty_like(h) if network.keeps_sums(k) else h for k, h in enumerate(units)]
+    below = [x_t, *units]
     dims = [count // outputs for of_layers in plan for count in of_layers[-1].counts]
     dim_of = zip(z_t.split(dims), x_t.split(dims), strict=True)
     last = len(layers) - 1
     with _one_thread_if_small(z):
         for of_layers in plan:
-            solves: list[_Solve] = []
+            solves: list[_Solve] = []  # of the output layer, then of the hidden layers
+            values: list[Sequence[Tensor]] = []  # of the hidden units, step by step
             for step in range(len(of_layers[0].counts)):
                 for k in (last, *range(last)):
+                    of = of_layers[k]
                     if step == 0:
-                        rows = of_layers[k].rows
-                        sums = z.new_empty(rows.stop - rows.start, z.shape[0]) if k == last else below[k + 1][rows]
-                        solves.append(_Solve(sums, weights[k], biases[k], of_layers[k], below[k]))
+                        own = z.new_empty(_count(of.rows), z.shape[0]) if k == last else sums[k][of.rows]
+                        solves.append(_Solve(own, weights[k], biases[k], of, below[k]))
+                        if k < last:
+                            values.append(units[k][of.rows].split(of.counts))
                     if k == last:
                         z_d, x_d = next(dim_of)
-                        found, term = invert(solves[0].step(step), z_d)
+                        out = solves[0].step(step).unflatten(0, (len(z_d), outputs)).transpose(1, 2)
+                        found, term = invert(z_d, out)
                         x_d.copy_(found)
                         terms.append(term)
-                    elif of_layers[k].counts[step]:
-                        linear.activate_(solves[k + 1].step(step), activation)
+                    elif of.counts[step]:
+                        h = solves[k + 1].step(step)
+                        if network.residual and k and k % 2 == 0:
+                            h += solves[k - 1].sums[step]
+                        if network.keeps_sums(k):
+                            h = values[k][step].copy_(h)
+                        activate_(h, activations[k])
     return x_t.t().contiguous(), torch.cat(terms).sum(0)
+
+
+def _count(rows: slice) -> int:
+    return int(rows.stop - rows.start)
 
 
 class _Solve:
@@ -97,14 +139,15 @@ class _Solve:
 
     Args:
         sums: ``[rows, N]``, where they are written to.
-        weight, bias: of the layer.
+        weight: of the layer.
+        bias: ``[rows of the layer, 1 or N]``.
         of: its rows.
         below: ``[units, N]``, the layer below, as far as it is finished.
     """
 
     def __init__(self, sums: Tensor, weight: Tensor, bias: Tensor, of: Rows, below: Tensor) -> None:
         self.of, self.below = of, below
-        self._ahead(sums.copy_(bias[of.rows, None]), weight)
+        self._ahead(sums.copy_(bias[of.rows]), weight)
         self.sums = sums.split(of.counts)
         if len(of.counts) > 1:
             self.weights = of.matrix(weight, slice(of.below[0], of.below[-1])).split(of.counts)

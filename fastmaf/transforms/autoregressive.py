@@ -1,0 +1,104 @@
+"""What autoregressive transforms have in common: a MADE gives each dimension the parameters of an element-wise map."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+from fastmaf import hooks
+from fastmaf.kernels import composite
+from fastmaf.kernels.flow.torch.solve import solve
+from fastmaf.kernels.op import records_gradients
+from fastmaf.kernels.padding import keep_zero
+from fastmaf.nn import MADE
+from fastmaf.transforms.base import Transform
+from fastmaf.transforms.implicit import implicit_inverse
+
+
+class Autoregressive(Transform):
+    """An element-wise map whose parameters for dimension d are the outputs of a network that has seen those before d.
+
+    Forward, the network is called. The inverse takes one step per distinct degree of the last hidden layer and reads
+    each weight once, in plain torch; where modules must be called, one pass of the network per step. Its backward pass
+    takes one backward pass of the network per step, in the memory of one. Dropout is ignored: it inverts the transform
+    in evaluation mode.
+
+    Subclasses define the map.
+    """
+
+    made: MADE
+
+    def map_forward(self, x: Tensor, out: Tensor) -> tuple[Tensor, Tensor]:
+        """Returns z and log dz/dx ``[...]`` for x ``[...]`` and the outputs for it ``[..., outputs]``."""
+        raise NotImplementedError
+
+    def map_inverse(self, z: Tensor, out: Tensor) -> tuple[Tensor, Tensor]:
+        """Returns x and log dx/dz ``[...]`` for z ``[...]`` and the outputs for it ``[..., outputs]``."""
+        raise NotImplementedError
+
+    @property
+    def context_features(self) -> int:  # type: ignore[override]
+        """The size of the network's context, 0 for none."""
+        return getattr(self.made, "context_features", 0)  # also of networks of other classes
+
+    @property
+    def calls_modules(self) -> bool:
+        """Whether the network must be called as a module, because of hooks, parametrisations or other classes."""
+        return hooks.any_global() or type(self.made) is not MADE or self.made.calls_modules
+
+    def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        z, terms = self.map_forward(x, self._outputs(x, context))
+        return z, terms.sum(1)
+
+    def forward_per_dim(self, x: Tensor, terms: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        z, own = self.map_forward(x, self._outputs(x, context))
+        return z, terms - own
+
+    def inverse(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        if composite.needed():
+            return self._inverse_by_modules(z, context)
+        with torch.no_grad():
+            x, ladj = (self._inverse_by_modules if self.calls_modules else self._inverse_by_steps)(z, context)
+        if not records_gradients([z, *self.made.parameters(), *([] if context is None else [context])]):
+            return x, ladj
+
+        def forward(x: Tensor) -> tuple[Tensor, Tensor]:
+            with without_dropout(self.made):
+                return self.map_forward(x, self._outputs(x, context))
+
+        return implicit_inverse(forward, x, z, self.made.schedule[:, 0].tolist())
+
+    def _inverse_by_steps(self, z: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
+        network = self.made.network(context)
+        weights, _, prefixes, panels, *_ = zip(*network.layers, strict=True)
+        keep_zero(weights, prefixes, panels)
+        return solve(z, network, self.map_inverse)
+
+    def _outputs(self, x: Tensor, context: Tensor | None) -> Tensor:
+        """Returns the network's outputs ``[N, D, outputs]``; networks of other classes may take no context."""
+        result: Tensor = self.made(x) if context is None else self.made(x, context)
+        return result
+
+    def _inverse_by_modules(self, z: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Inverts with one call of the network per level."""
+        x, terms = torch.zeros_like(z), torch.zeros_like(z)
+        dimension = torch.arange(self.features, device=z.device)
+        with without_dropout(self.made):
+            for finished in self.made.schedule[:, 0].tolist():
+                found, terms = self.map_inverse(z, self._outputs(x, context))
+                # Unfinished dimensions are zero: they could overflow, and infinity times a weight of zero is NaN.
+                x = torch.where(dimension < finished, found, 0)
+        return x, terms.sum(1)
+
+
+@contextmanager
+def without_dropout(made: MADE) -> Iterator[None]:
+    """Lets a network run as in evaluation."""
+    training, made.training = made.training, made.training and not made.dropout
+    try:
+        yield
+    finally:
+        made.training = training
