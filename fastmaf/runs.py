@@ -210,9 +210,10 @@ def _watch(transforms: Sequence[Transform]) -> Callable[[Sequence[Transform]], b
         for part in (module._parameters, module._buffers, module._modules):
             entries += [(part, key) for key in part]
         entries += [(vars(module), key) for key in (*attributes(module), "forward")]
-    for transform in composed:  # they stay so unless one of these changes
-        entries.append((transform._modules, "made"))
-        entries += [(vars(transform.made), key) for key in (*ATTRIBUTES[MADE], "training")]
+    for block in map(_block_of, composed):  # they stay so unless one of these changes
+        assert block is not None
+        entries.append((block._modules, "made"))
+        entries += [(vars(block.made), key) for key in (*ATTRIBUTES[MADE], "training")]
     places, keys = [place for place, _ in entries], [key for _, key in entries]
     values = list(map(dict.get, places, keys))
     tensors = [

@@ -46,7 +46,7 @@ def away_from_kinks(flow: fastmaf.MAF, x: Tensor, count: int, margin: float = 1e
     good, h = torch.ones(len(x), dtype=torch.bool, device=x.device), x.double()
     for transform in flow.transforms:
         unit = h
-        for layer in transform.made.hidden if isinstance(transform, fastmaf.AffineAutoregressive) else ():
+        for layer in transform.made.layers[:-1] if isinstance(transform, fastmaf.AffineAutoregressive) else ():
             sums = masked_linear(unit, layer.args()._replace(activation="identity"))
             good &= sums.abs().amin(1) > margin * sums.square().mean().sqrt()
             unit = sums.relu()

@@ -111,7 +111,7 @@ def known_along(transforms: Sequence[Transform], known: Tensor) -> list[Tensor]:
             inner = inner.transform
         if type(inner) is Permutation:
             dims = transform(dims[None].to(inner.permutation.device))[0][0].cpu()
-        elif type(inner) in (AffineAutoregressive, MonotonicRQS):
+        elif isinstance(inner, (AffineAutoregressive, MonotonicRQS)):
             if isinstance(inner, AffineAutoregressive):
                 inner.check_invertible()
             _check_block(name, inner.made.schedule[:, 0], dims, known)

@@ -92,8 +92,8 @@ def shape_of(like: Tensor, n: int, dtype: torch.dtype = torch.float32) -> Shape:
     programs = common.cdiv(sms * one.programs_per_sm, max(1, common.cdiv(n, samples)))
     options = {"BLOCK_N": samples, "LANES": lanes, "PRECISION": "ieee" if lanes else precision, "num_warps": one.warps}
     if not lanes and precision == "ieee":  # sums take twice the registers
-        options["num_warps"] = max(4, one.warps)
-        options["maxnreg"] = common.all_registers(options["num_warps"], max(1, 96 // samples))
+        options["num_warps"] = warps = max(4, one.warps)
+        options["maxnreg"] = common.all_registers(warps, max(1, 96 // samples))
     if not lanes:  # pipelined, bfloat16 weights would be converted in the layout of an operand, which spills registers
         stages = one.stages if dtype == torch.float32 else 1
         options |= {"BLOCK_J": one.rows, "BLOCK_K": one.columns, "TILES": 1, "num_stages": stages}
