@@ -18,9 +18,10 @@ from fastmaf.kernels.float8 import BYTE, FLOAT8, decode, encode
 from fastmaf.kernels.layout import decreases
 from fastmaf.kernels.padding import keep_zero, without_padding
 from fastmaf.kernels.storage import uniform_
+from fastmaf.mirrored import mirror_
 from fastmaf.tiles import packs_tiles, tiles_to_panels
 
-Init: TypeAlias = Literal["linear", "identity", "empty"]
+Init: TypeAlias = Literal["linear", "identity", "mirrored", "empty"]
 
 
 class MaskedLinear(Constants):
@@ -100,7 +101,7 @@ class MaskedLinear(Constants):
         """Reinitialises the parameters; see the class for ``init``."""
         self._refuse_float8()
         if init not in ("linear", "identity", "empty"):
-            raise ValueError(f"init must be 'linear' or 'identity'; found {init!r}")
+            raise ValueError(f"init must be 'linear' or 'identity', or for a MADE 'mirrored'; found {init!r}")
         if init == "empty" or self.weight.is_meta:
             return
         if init == "identity":
@@ -256,6 +257,8 @@ class MADE(Constants):
         strict: False lets an output see hidden units of its own degree, as the published notebook does. The network is
             then not autoregressive; for comparison only.
         init: initialisation of the output layer, ``"linear"`` or ``"identity"`` (zeros); see ``MaskedLinear``.
+            ``"mirrored"``: ReLU units in pairs of opposite weights, so that the network starts nearly linear, and small
+            outputs; see ``fastmaf.mirrored``.
         generator: source of randomness; None uses torch's global generator.
         device: the device of the parameters.
         dtype: the dtype of the parameters.
@@ -299,16 +302,19 @@ class MADE(Constants):
         inputs = input_degrees(features)
         make: dict[str, Any] = {"generator": generator, "device": device, "dtype": dtype}
         hidden_init: Init = "empty" if init == "empty" else "linear"
+        output_init: Init = "linear" if init == "mirrored" else init
         self.hidden = nn.ModuleList(
             MaskedLinear(below, above, activation=activation, init=hidden_init, **make)
             for below, above in zip((inputs, *degrees_of_layers), degrees_of_layers, strict=False)
         )
-        make |= {"strict": strict, "init": init}
+        make |= {"strict": strict, "init": output_init}
         self.output = MaskedLinear(degrees_of_layers[-1], inputs.repeat_interleave(outputs_per_feature), **make)
         for k, layer_degrees in enumerate(degrees_of_layers):
             value = layer_degrees.to(torch.int32)
             self.set_constant(f"degrees_{k}", value, self.output.bias.device, persistent=True)
         self.schedule = level_schedule(inputs, degrees_of_layers)
+        if init == "mirrored" and not self.output.weight.is_meta:
+            mirror_(self.layers, features)
 
     @property
     def degrees(self) -> list[Tensor]:

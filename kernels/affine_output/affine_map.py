@@ -55,8 +55,8 @@ class AffineMap(NamedTuple):
         SIGMOID     a = log(sigmoid(u + limit) + epsilon)   of normflows: SCALE_FIRST, limit 2, epsilon 1e-3
         SOFT_CLIP   a = u / (1 + |u| / limit)               of zuko: SCALE_FIRST, limit log 1000
 
-    Four numbers, as the ops receive it; ``AffineMap.of`` takes the names of a form and a scale, ``AffineMap.named`` that
-    of a library.
+    Four numbers, as the ops receive it; ``AffineMap.of`` takes the names of a form and a scale, ``AffineMap.named`` the
+    name of a library.
 
     Attributes:
         form: ``SHIFT_FIRST`` or ``SCALE_FIRST``.
