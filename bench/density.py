@@ -16,9 +16,9 @@ import csv
 import math
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import matplotlib.pyplot as plt
 import numpy
@@ -31,6 +31,8 @@ from fastmaf.bench import stability
 from fastmaf.bench.libraries import LIBRARIES, Size, library_class
 from fastmaf.bench.machine import describe
 
+Row: TypeAlias = list[object]
+Samples: TypeAlias = dict[str, Tensor]  # by model
 SAMPLES = 36  # drawn for the time
 SHOWN = 2000  # points of a scatter plot
 GRID = 6  # images on a side of a sheet
@@ -132,10 +134,11 @@ COLUMNS = ("data", "features", "blocks", "hidden", "steps", "batch", "lr", "mode
            "training_time", "sampling_time", "about")  # fmt: skip
 
 
-def rows_of(
-    key: str, models: Sequence[str], seeds: int, steps: int | None
-) -> tuple[list[list[Any]], dict[str, Tensor]]:
-    """Returns a row for each model, with times as multiples of the first one's, and samples of the first seed."""
+def measured(key: str, models: Sequence[str], seeds: int, steps: int | None) -> Iterator[tuple[list[Row], Samples]]:
+    """Yields, after each seed, a row for each model and samples of the first seed.
+
+    Times are multiples of those of the first model.
+    """
     data = DATA[key]
     x, steps = data.draw(), steps or data.steps
     size = Size(x.shape[1], (data.hidden, data.hidden), data.blocks)
@@ -147,22 +150,25 @@ def rows_of(
             model = build(name, size, seed)
             runs[name].append(train(model, data, x, seed, steps))
             if seed == 0:
-                with torch.no_grad():
-                    model.sample(1)
-                    start = time.perf_counter()
-                    drawn = model.sample(SAMPLES)
-                    sampling[name] = time.perf_counter() - start
-                    samples[name] = model.sample(SHOWN) if size.features == 2 else drawn
-    result = []
-    first = models[0]
-    for name in models:
-        nlls = [run.nll for run in runs[name]]
-        ratio = statistics.median(r.seconds / f.seconds for r, f in zip(runs[name], runs[first], strict=True))
-        spread = statistics.stdev(nlls) if seeds > 1 else 0.0
-        numbers = (f"{statistics.fmean(nlls):.6g}", f"{spread:.2g}", f"{ratio:.3g}")
+                sampling[name], samples[name] = _sample(model, SHOWN if size.features == 2 else 0)
         about = (key, size.features, data.blocks, data.hidden, steps, data.batch, data.lr)
-        result.append([*about, name, seeds, *numbers, f"{sampling[name] / sampling[first]:.3g}"])
-    return result, samples
+        yield [[*about, name, *_numbers(runs, sampling, name, models[0])] for name in models], samples
+
+
+@torch.no_grad()
+def _sample(model: Model, shown: int) -> tuple[float, Tensor]:
+    model.sample(1)
+    start = time.perf_counter()
+    drawn = model.sample(SAMPLES)
+    seconds = time.perf_counter() - start
+    return seconds, model.sample(shown) if shown else drawn
+
+
+def _numbers(runs: dict[str, list[Run]], sampling: dict[str, float], name: str, first: str) -> tuple[object, ...]:
+    nlls = [run.nll for run in runs[name]]
+    spread = f"{statistics.stdev(nlls):.2g}" if len(nlls) > 1 else ""
+    ratio = statistics.median(run.seconds / other.seconds for run, other in zip(runs[name], runs[first], strict=True))
+    return len(nlls), f"{statistics.fmean(nlls):.6g}", spread, f"{ratio:.3g}", f"{sampling[name] / sampling[first]:.3g}"
 
 
 def draw(key: str, samples: dict[str, Tensor], folder: Path) -> None:
@@ -197,17 +203,21 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--pictures", type=Path, help="folder for pictures of samples")
     options = parser.parse_args(arguments)
     about = "; ".join(f"{name} {value}" for name, value in describe().items())
-    rows: list[list[Any]] = []
+    finished: list[Row] = []
     for key in options.data:
-        found, samples = rows_of(key, options.models, options.seeds, options.steps)
-        for row in found:
-            rows.append([*row, about])
+        rows: list[Row] = []
+        samples: Samples = {}
+        for rows, samples in measured(key, options.models, options.seeds, options.steps):
+            if options.out:  # after each seed: a run that is stopped leaves what it has measured
+                with open(options.out, "w", newline="") as stream:
+                    csv.writer(stream, lineterminator="\n").writerows(
+                        [COLUMNS, *finished, *[[*row, about] for row in rows]]
+                    )
+            if options.pictures and rows[0][COLUMNS.index("seeds")] == 1:
+                draw(key, samples, options.pictures)
+        for row in rows:
+            finished.append([*row, about])
             print(f"| {' | '.join(map(str, row))} |", flush=True)
-        if options.pictures:
-            draw(key, samples, options.pictures)
-        if options.out:  # after each data set: a run that is stopped leaves what it has measured
-            with open(options.out, "w", newline="") as stream:
-                csv.writer(stream, lineterminator="\n").writerows([COLUMNS, *rows])
 
 
 if __name__ == "__main__":
