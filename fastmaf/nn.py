@@ -22,10 +22,11 @@ from fastmaf.kernels.flow.torch.solve import Network
 from fastmaf.kernels.layout import decreases
 from fastmaf.kernels.padding import keep_zero, without_padding
 from fastmaf.kernels.storage import uniform_
+from fastmaf.mirrored import mirror_
 from fastmaf.tiles import packs_tiles, tiles_to_panels
 from fastmaf.validation import as_integer, check_context
 
-Init: TypeAlias = Literal["linear", "identity", "empty"]
+Init: TypeAlias = Literal["linear", "identity", "mirrored", "empty"]
 
 
 class MaskedLinear(Constants):
@@ -105,7 +106,7 @@ class MaskedLinear(Constants):
         """Reinitialises the parameters; see the class for ``init``."""
         self._refuse_float8()
         if init not in ("linear", "identity", "empty"):
-            raise ValueError(f"init must be 'linear' or 'identity'; found {init!r}")
+            raise ValueError(f"init must be 'linear' or 'identity', or for a MADE 'mirrored'; found {init!r}")
         if init == "empty" or self.weight.is_meta:
             return
         if init == "identity":
@@ -280,7 +281,9 @@ class MADE(Constants):
         strict: False lets an output see hidden units of its own degree, as the published notebook does. The network is
             then not autoregressive; for comparison only.
         init: initialisation of the output layer, ``"linear"`` or ``"identity"`` (zeros); see ``MaskedLinear``. Context
-            weights are initialised as further columns of their layer.
+            weights are initialised as further columns of their layer. ``"mirrored"``: ReLU units in pairs of opposite
+            weights, so that the network starts nearly linear, and small outputs, for networks without residual
+            blocks and context; see ``fastmaf.mirrored``.
         generator: source of randomness; None uses torch's global generator.
         device: the device of the parameters.
         dtype: the dtype of the parameters.
@@ -347,6 +350,11 @@ class MADE(Constants):
         self.context_features = as_integer("context_features", context_features)
         if self.context_features < 0:
             raise ValueError(f"context_features must be at least 0; found {context_features}")
+        if init == "mirrored" and (set(names) != {"relu"} or self.residual or self.context_features):
+            raise ValueError(
+                "init='mirrored' is for plain ReLU networks; found "
+                f"activation={activation!r}, residual={self.residual}, context_features={context_features}"
+            )
         self.dropout = float(dropout)
         self.strict = strict
         degrees_of_layers = hidden_degrees(
@@ -356,14 +364,15 @@ class MADE(Constants):
         make: dict[str, Any] = {"generator": generator, "device": device, "dtype": dtype}
         hidden_init: Init = "empty" if init == "empty" else "linear"
         of_layers = names[0] if self.is_plain else "identity"
+        output_init: Init = "linear" if init == "mirrored" else init
         self.hidden = nn.ModuleList(
             MaskedLinear(below, above, activation=of_layers, init=hidden_init, **make)
             for below, above in zip((inputs, *degrees_of_layers), degrees_of_layers, strict=False)
         )
-        make |= {"strict": strict, "init": init}
+        make |= {"strict": strict, "init": output_init}
         self.output = MaskedLinear(degrees_of_layers[-1], inputs.repeat_interleave(outputs_per_feature), **make)
         if self.context_features:
-            inits = [hidden_init] * len(self.hidden) + [init]
+            inits = [hidden_init] * len(self.hidden) + [output_init]
             self.context_layers = nn.ModuleList(
                 _context_layer(layer, self.context_features, init, generator)
                 for layer, init in zip(self.layers, inits, strict=True)
@@ -372,6 +381,8 @@ class MADE(Constants):
             value = layer_degrees.to(torch.int32)
             self.set_constant(f"degrees_{k}", value, self.output.bias.device, persistent=True)
         self.schedule = level_schedule(inputs, degrees_of_layers)
+        if init == "mirrored" and not self.output.weight.is_meta:
+            mirror_(self.layers, features)
 
     @property
     def degrees(self) -> list[Tensor]:

@@ -55,7 +55,8 @@ class AffineMap(NamedTuple):
         SIGMOID     a = log(sigmoid(u + limit) + epsilon)   of normflows: SCALE_FIRST, limit 2, epsilon 1e-3
         SOFT_CLIP   a = u / (1 + |u| / limit)               of zuko: SCALE_FIRST, limit log 1000
 
-    Four numbers, as the ops receive it; ``AffineMap.of`` takes names.
+    Four numbers, as the ops receive it; ``AffineMap.of`` takes the names of a form and a scale, ``AffineMap.named`` the
+    name of a library.
 
     Attributes:
         form: ``SHIFT_FIRST`` or ``SCALE_FIRST``.
@@ -94,6 +95,21 @@ class AffineMap(NamedTuple):
         found = cls(FORMS.index(form), SCALES.index(scale), limit, epsilon)
         found.check()
         return found
+
+    @classmethod
+    def named(cls, name: str) -> AffineMap:
+        """Returns the map of a library's MAF: ``"nflows"``, ``"normflows"`` or ``"zuko"``.
+
+        Raises:
+            ValueError: the name is unknown.
+
+        Example:
+            >>> fastmaf.AffineMap.named("nflows").names
+            ('scale_first', 'softplus')
+        """
+        if name not in NAMED:
+            raise ValueError(f"an affine map is named {', '.join(map(repr, NAMED))}; found {name!r}")
+        return NAMED[name]
 
     @property
     def names(self) -> tuple[str, str]:
@@ -156,6 +172,13 @@ class AffineMap(NamedTuple):
     def inverse(self, z: Tensor, shift: Tensor, a: Tensor) -> Tensor:
         """Returns ``x``."""
         return torch.addcmul(shift, z, torch.exp(a)) if self.form == SHIFT_FIRST else (z - shift) * torch.exp(-a)
+
+
+NAMED = {
+    "nflows": AffineMap(SCALE_FIRST, SOFTPLUS, epsilon=1e-3),
+    "normflows": AffineMap(SCALE_FIRST, SIGMOID, limit=2.0, epsilon=1e-3),
+    "zuko": AffineMap(SCALE_FIRST, SOFT_CLIP, limit=math.log(1000)),
+}
 
 
 def bounded_map(bound: float, soft: bool) -> AffineMap:
