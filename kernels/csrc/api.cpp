@@ -8,12 +8,6 @@
 #include "api.h"
 #include "thread_pool.h"
 
-#if defined(_WIN32)
-#define FASTMAF_EXPORT extern "C" __declspec(dllexport)
-#else
-#define FASTMAF_EXPORT extern "C" __attribute__((visibility("default")))
-#endif
-
 namespace fastmaf {
 
 #define FASTMAF_DECLARE(isa) \
@@ -30,7 +24,7 @@ FASTMAF_DECLARE(avx512)
 namespace {
 
 enum Error { kFine, kNoMemory, kOtherVersion, kBadPermutation, kFailed };
-constexpr int64_t kVersion = 2;
+constexpr int64_t kVersion = 3;
 
 struct Isa {
   const char* name;
