@@ -7,6 +7,9 @@
 
 #include "api.h"
 #include "thread_pool.h"
+#if defined(__x86_64__)
+#include "cpu_features.h"
+#endif
 
 namespace fastmaf {
 
@@ -33,14 +36,8 @@ struct Isa {
 };
 bool always() { return true; }
 #if defined(__x86_64__)
-bool has_avx2() {
-  __builtin_cpu_init();
-  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi2");
-}
-bool has_avx512() {
-  return has_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl") &&
-         __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq");
-}
+bool has_avx2() { return CpuFeatures().avx2; }
+bool has_avx512() { return CpuFeatures().avx512; }
 #endif
 // The best first.
 const Isa kIsas[] = {
