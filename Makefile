@@ -20,11 +20,11 @@ TRITONS = $(VENV)/triton-3.3.1 $(VENV)/triton-3.6.0
 # A PYTHON given by hand is taken or refused; a python3 that is too old gives way to a newer one beside it.
 PYTHONS = $(if $(filter file,$(origin PYTHON)),$(PYTHON) python3.13 python3.12 python3.11 python3.10,"$(PYTHON)")
 
-.PHONY: help venv install native reproduce test test-all gpu-check sanitize lint format bench bench-full readme docs doctor clean FORCE
+.PHONY: help venv install native wheels reproduce test test-all gpu-check sanitize test-windows test-arm64 lint format bench bench-full readme docs doctor clean FORCE
 .DELETE_ON_ERROR:
 
 help:  ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
 	@echo
 	@echo '  PYTHON=$(PYTHON)  the interpreter, 3.10 or newer'
 	@echo '  VENV=$(VENV)  the virtual environment (a path without spaces)'
@@ -37,10 +37,26 @@ venv: $(BIN)/python  ## create the virtual environment
 install: $(VENV)/.installed  ## install fastmaf and its pinned dependencies there (editable)
 
 native: export FASTMAF_BUILD = 1
-native: install  ## build the native library, or fail and say why; what has not changed is not compiled again
+native: install  ## build the native library, or fail and say why; not again while no source has changed
 	"$(BIN)/python" setup.py -q build_ext --inplace
 
-reproduce: install  ## train, sample and evaluate on the synthetic capsules, or on DATA="/path/to/capsule"; writes to OUT
+# One wheel a platform serves every Python and every torch: the library needs neither. TARGET=TAG, of zig and of the wheel.
+WHEELS = x86_64-linux-gnu.2.17=manylinux_2_17_x86_64 aarch64-linux-gnu.2.17=manylinux_2_17_aarch64 \
+	x86_64-macos.11.0=macosx_11_0_x86_64 aarch64-macos.11.0=macosx_11_0_arm64 x86_64-windows-gnu=win_amd64
+ZIG = $(abspath $(BIN))/python -m ziglang c++
+wheels: export FASTMAF_BUILD = 1
+wheels: $(VENV)/.installed-wheels  ## compile the wheels of all platforms to dist, on any of them
+	rm -rf build/wheels dist/*.whl
+	for wheel in $(WHEELS); do tag=$${wheel#*=}; \
+		CXX="$(ZIG) -target $${wheel%=*} -s" "$(BIN)/python" setup.py -q build --build-base build/wheels/$$tag \
+			bdist_wheel --plat-name $$tag --dist-dir dist || exit 1; \
+	done
+	rm -f a.o  # empty; zig leaves it where it links for macOS
+	"$(BIN)/twine" check --strict dist/*.whl
+	for wheel in dist/*manylinux*.whl; do "$(BIN)/auditwheel" show $$wheel || exit 1; done
+	@ls -l dist/*.whl; found=$$(find dist -name '*.whl' -size +3M); test -z "$$found" || { echo "over 3 MB: $$found"; exit 1; }
+
+reproduce: $(VENV)/.installed-inspection  ## train, sample and evaluate on the synthetic capsules, or on DATA="/path/to/capsule"; writes to OUT
 	"$(BIN)/fastmaf" capsule reproduce --out "$$OUT" $${DATA:+--data "$$DATA"} $${EPOCHS:+--epochs "$$EPOCHS"}
 
 test: $(VENV)/.installed-test  ## run the tests that a change needs, under five minutes
@@ -62,10 +78,10 @@ gpu-check: $(VENV)/.installed-test  ## on a GPU: the marked tests, then memory a
 
 # With vector instructions and without, on one thread and on several. SANITIZERS=thread looks for data races instead.
 SANITIZERS ?= address,undefined
-SANITIZE = $(CXX) -std=c++17 -pthread -g -O1 -fsanitize=$(SANITIZERS) -fno-sanitize-recover=all -ffp-contract=fast \
-	-fno-math-errno -DFASTMAF_ISA=checked -Ikernels/csrc \
+CHECKED = -std=c++17 -pthread -ffp-contract=fast -fno-math-errno -DFASTMAF_ISA=checked -Ikernels/csrc \
 	$(addprefix kernels/csrc/,kernels.cpp thread_pool.cpp storage.cpp uniform.cpp) \
 	$(wildcard tests/kernels/csrc/*.cpp)
+SANITIZE = $(CXX) $(CHECKED) -g -O1 -fsanitize=$(SANITIZERS) -fno-sanitize-recover=all
 
 sanitize:  ## run the native kernels under the address and undefined-behaviour sanitizers
 	mkdir -p build/sanitize
@@ -73,6 +89,20 @@ sanitize:  ## run the native kernels under the address and undefined-behaviour s
 	build/sanitize/vector 1 3
 	$(SANITIZE) -DFASTMAF_SCALAR -o build/sanitize/scalar
 	build/sanitize/scalar 1 3
+
+# The same tests for other platforms. Debian's packages: wine64; qemu-user and libc6-arm64-cross.
+WINE ?= WINEDEBUG=-all WINEPREFIX=$(abspath build/cross/wine) /usr/lib/wine/wine64
+test-windows: $(VENV)/.installed-wheels  ## run the native kernels' C++ tests compiled for Windows, under wine
+	mkdir -p build/cross
+	$(ZIG) -target x86_64-windows-gnu $(CHECKED) -O2 -static -o build/cross/tests.exe
+	$(WINE) build/cross/tests.exe 1 3
+	$(ZIG) -target x86_64-windows-gnu $(CHECKED) -O2 -mavx2 -mfma -mbmi2 -static -o build/cross/tests-avx2.exe
+	$(WINE) build/cross/tests-avx2.exe 1 3
+
+test-arm64: $(VENV)/.installed-wheels  ## run them compiled for 64-bit ARM, under qemu
+	mkdir -p build/cross
+	$(ZIG) -target aarch64-linux-gnu.2.17 $(CHECKED) -O2 -o build/cross/tests-arm64
+	qemu-aarch64 -L /usr/aarch64-linux-gnu build/cross/tests-arm64 1 3
 
 # mypy cannot know that kernels/ is fastmaf.kernels, so it gets the tree as installed.
 lint: $(VENV)/.installed-dev  ## ruff check, ruff format --check, mypy
@@ -102,7 +132,7 @@ readme: $(VENV)/.installed-bench  ## write the tables of README.md and the bench
 docs: $(VENV)/.installed-docs  ## build the documentation to build/docs; a warning is an error
 	"$(BIN)/python" -m sphinx -W --keep-going $(SPHINX) -b html docs build/docs
 
-doctor: install  ## versions, devices, the backends in use and why
+doctor: $(VENV)/.installed-cli  ## versions, devices, the backends in use and why
 	"$(BIN)/fastmaf" doctor
 
 clean:  ## remove builds and caches; the environment and OUT stay

@@ -1,9 +1,9 @@
-"""The C++ library of the `native` backend: ``_native.so`` beside this file, compiled by setup.py from ``csrc/``.
+"""The C++ library of the `native` backend, beside this file: ``_native.so``, or ``_native.dll`` on Windows.
 
-It needs neither torch nor Python: its functions take pointers and the structs of ``native_args.py``. It holds the
-kernels for several instruction sets, of which the best that the CPU runs is chosen when it is loaded;
-``FASTMAF_ISA`` names another. setup.py writes a note beside it, ``_native.txt``: the compiler that it was built with,
-or why there is none.
+setup.py compiles it from ``csrc/``. It needs neither torch nor Python: its functions take pointers and the structs of
+``native_args.py``. It holds the kernels for several instruction sets, of which the best that the CPU runs is chosen
+when it is loaded; ``FASTMAF_ISA`` names another. setup.py writes a note beside it, ``_native.txt``: the compiler that
+it was built with, or why there is none.
 
 Its threads are its own, as many as ``torch.get_num_threads()`` says with the calling one. They sleep between calls, and
 a process that is forked starts with new ones.
@@ -22,8 +22,9 @@ import torch
 from torch import Tensor
 
 _FOLDER = Path(__file__).resolve().parent
+_NAME = "_native.dll" if os.name == "nt" else "_native.so"
 # Of the structs and functions in csrc/, and of native_args.py.
-VERSION = 2
+VERSION = 3
 _ERRORS = {
     1: (MemoryError, "the native kernels could not allocate their work buffers"),
     2: (RuntimeError, "the native library has other structs than this version of fastmaf"),
@@ -100,7 +101,7 @@ def command() -> str:
 def _load(folder: Path) -> ctypes.CDLL:
     why = _why_not(folder)
     if why is None:
-        path = folder / "_native.so"
+        path = folder / _NAME
         try:
             loaded = ctypes.CDLL(str(path))
             loaded.fastmaf_version.restype = ctypes.c_int64
@@ -144,7 +145,7 @@ def _prepared(loaded: ctypes.CDLL) -> ctypes.CDLL:
 
 def _why_not(folder: Path) -> str | None:
     """Returns why the library must not be loaded, as far as files tell."""
-    path, note = folder / "_native.so", folder / "_native.txt"
+    path, note = folder / _NAME, folder / "_native.txt"
     text = note.read_text(encoding="utf-8").rstrip() if note.is_file() else ""
     if not path.is_file():
         reason = text.partition("\n")[0].removeprefix("not built: ")

@@ -10,6 +10,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import os
+import sys
 from collections.abc import Sequence
 from io import FileIO
 from typing import BinaryIO
@@ -23,14 +24,17 @@ from fastmaf.kernels.layout import PANEL, PackedLayout, padding
 from fastmaf.kernels.native_checks import check_layout, check_tensor
 from fastmaf.kernels.storage_numpy import EXPONENTS, buffered_parts, fill_panels, fill_rows, parts, uniform_rows
 
+if sys.platform == "win32":
+    import msvcrt
+
 _POINTER, _INT, _BITS = ctypes.c_void_p, ctypes.c_int64, ctypes.c_uint64
 _LAYOUT = [_POINTER, _POINTER, _INT, _INT]
 _FORMAT = [_INT, _BITS, _INT]
 _ARGUMENTS = {
     "fastmaf_rows_to_panels": [_POINTER, _POINTER, *_LAYOUT, *_FORMAT],
     "fastmaf_panels_to_rows": [_POINTER, _POINTER, *_LAYOUT, *_FORMAT],
-    "fastmaf_file_to_panels": [ctypes.c_int, _INT, _POINTER, *_LAYOUT, *_FORMAT],
-    "fastmaf_panels_to_file": [ctypes.c_int, _INT, _POINTER, *_LAYOUT, *_FORMAT],
+    "fastmaf_file_to_panels": [_INT, _INT, _POINTER, *_LAYOUT, *_FORMAT],
+    "fastmaf_panels_to_file": [_INT, _INT, _POINTER, *_LAYOUT, *_FORMAT],
     "fastmaf_zero_padding": [_POINTER, _INT],
     "fastmaf_uniform_float": [_POINTER, *_LAYOUT, _BITS, ctypes.c_double, _INT],
     "fastmaf_uniform_double": [_POINTER, *_LAYOUT, _BITS, ctypes.c_double, _INT],
@@ -98,7 +102,7 @@ def read_rows(file: FileIO, weight: Tensor, layout: PackedLayout) -> bool:
     """
     library = _library_for(weight)
     if library is not None:
-        where = file.fileno(), file.tell(), *_of_panels(weight, layout)
+        where = _handle(file), file.tell(), *_of_panels(weight, layout)
         return _is_finite(library.fastmaf_file_to_panels(*where, *_format(weight)))
     finite = True
     for part, rows in buffered_parts(layout, weight.dtype):
@@ -135,15 +139,21 @@ def write_rows(file: BinaryIO, weight: Tensor, layout: PackedLayout) -> bool:
     library = _library_for(weight)
     if library is not None:
         file.flush()
-        where = file.fileno(), file.tell(), *_of_panels(weight, layout)
+        begin = file.tell()
+        where = _handle(file), begin, *_of_panels(weight, layout)
         finite = _is_finite(library.fastmaf_panels_to_file(*where, *_format(weight)))
-        file.seek(layout.visible * weight.element_size(), os.SEEK_CUR)
+        file.seek(begin + layout.visible * weight.element_size())  # from where it was: Windows moves it with each part
         return finite
     for part, rows in buffered_parts(layout, weight.dtype):
         if not fill_rows(weight, rows, layout, part):
             return False
         file.write(rows.view(torch.uint8).numpy().data)
     return True
+
+
+def _handle(file: BinaryIO | FileIO) -> int:
+    """Returns what the system calls an open file: a descriptor, or a HANDLE of Windows."""
+    return msvcrt.get_osfhandle(file.fileno()) if sys.platform == "win32" else file.fileno()
 
 
 def _of_rows(rows: Tensor, weight: Tensor, layout: PackedLayout) -> int:

@@ -38,7 +38,7 @@ ROOMS = {
 }
 ROOM_OF = {"__main__": "cli"}
 # What rooms above the core may import of it, besides the names of ``fastmaf`` itself.
-PUBLIC_CORE = ("fastmaf.doctor", "fastmaf.io", "fastmaf.optim", "fastmaf.training")
+PUBLIC_CORE = ("fastmaf.doctor", "fastmaf.extras", "fastmaf.io", "fastmaf.optim", "fastmaf.training")
 CORE_NEEDS = {"torch", "numpy", "safetensors"}
 BENCH_USERS = ("fastmaf.bench", "fastmaf.cli", "tests")
 STDLIB = sys.stdlib_module_names | {"tomllib"}  # of every supported version, whichever runs this
@@ -129,10 +129,12 @@ def declared_for(module: str) -> set[str]:
     requirements = [*PROJECT["dependencies"]]
     of = {
         "fastmaf.kernels": ["triton"],
-        "fastmaf.inspection": ["export"],
-        "fastmaf.bench": ["bench"],
+        **{f"fastmaf.{room}": ["inspection"] for room in ("images", "metrics", "capsule", "reproduction")},
+        "fastmaf.inspection": ["inspection", "export"],
+        "fastmaf.cli": ["cli"],
+        "fastmaf.bench": ["bench", "inspection"],
         "fastmaf.bench.dev": ["test"],
-        "tests": ["bench", "export", "test"],
+        "tests": ["bench", "cli", "export", "inspection", "test"],
     }
     for folder, extra in ((folder, extra) for folder, extras_of in of.items() for extra in extras_of):
         if within(module, folder):
@@ -240,8 +242,12 @@ KNOWN = {
         ("fastmaf/__init__.py", "from .capsule import train", "core of fastmaf imports"),
         ("fastmaf/doctor.py", "import importlib\nimportlib.import_module('fastmaf.cli')", "core of fastmaf imports"),
         ("fastmaf/convert/__init__.py", "from .. import cli", "core of fastmaf imports"),
-        ("fastmaf/io/marks.py", "from PIL.PngImagePlugin import PngInfo", "core of fastmaf imports numpy, safetensors"),
-        ("fastmaf/training/step.py", "def f():\n    from tqdm import tqdm", "core of fastmaf imports numpy"),
+        (
+            "fastmaf/io/marks.py",
+            "from PIL.PngImagePlugin import PngInfo",
+            "PIL is declared in no dependency of fastmaf",
+        ),
+        ("fastmaf/training/step.py", "def f():\n    from tqdm import tqdm", "tqdm is declared in no dependency"),
         ("fastmaf/nn.py", "import bench.run", "imported, as fastmaf.bench"),
         ("fastmaf/nn.py", "import fastmaf.bench.run", "nobody imports the bench"),
         ("fastmaf/capsule/train.py", "from fastmaf.bench import run", "nobody imports the bench"),

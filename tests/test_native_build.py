@@ -17,7 +17,6 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-COMMAND = "pip install ."
 WITHOUT_TORCH = """
 import sys
 sys.modules["torch"] = sys.modules["numpy"] = None  # any import of them raises ImportError
@@ -29,6 +28,7 @@ SOURCES = {
     "api.cpp": '#include "api.h"\n#define EXPORT extern "C" __attribute__((visibility("default")))\n'
     "EXPORT int answer() { return scalar::one() + baseline::one(); }\n",
     "kernels.cpp": '#include "api.h"\nint FASTMAF_ISA::one() { return 21; }\n',
+    "exports.map": "{ global: answer; local: *; };\n",
     "api.h": "".join(f"namespace {isa} {{ int one(); }}\n" for isa in ("scalar", "baseline", "avx2", "avx512")),
 }
 needs_compiler = pytest.mark.skipif(
@@ -92,9 +92,7 @@ def test_auto_without_a_compiler_builds_a_pure_package_and_reports_it(tree: Path
     name, files, output = make_wheel(tree, CXX="/nonexistent", **settings)
     assert name == "fastmaf-1.0-py3-none-any.whl"
     assert files == {"fastmaf/kernels/_native.txt"}
-    first, second = output.splitlines()
-    assert first == "fastmaf: native library not built: the compiler CXX=/nonexistent is not there"
-    assert COMMAND in second
+    assert output == "fastmaf: native library not built: the compiler CXX=/nonexistent is not there\n"
 
 
 @needs_compiler
@@ -128,7 +126,7 @@ def test_another_value_is_named(tree: Path) -> None:
 @pytest.mark.slow
 def test_a_build_what_it_repeats_and_how_it_ends_when_a_source_breaks(tree: Path) -> None:
     def compiled() -> dict[str, int]:
-        return {path.name: path.stat().st_mtime_ns for path in (tree / "build" / "native").glob("*.o")}
+        return {path.name: path.stat().st_mtime_ns for path in (tree / "build" / "native").rglob("*.o")}
 
     name, files, output = make_wheel(tree, FASTMAF_BUILD="1")
     assert name.startswith("fastmaf-1.0-py3-none-")
@@ -137,7 +135,7 @@ def test_a_build_what_it_repeats_and_how_it_ends_when_a_source_breaks(tree: Path
     assert output.startswith("fastmaf: native library built: ") and "-O3" in output
     first = compiled()
     sets = 4 if platform.machine().lower() in ("x86_64", "amd64") else 2
-    assert sorted(name.partition("-")[0] for name in first) == ["api", *["kernels"] * sets]
+    assert sorted(first) == sorted(["api.o", *[f"{isa}.o" for isa in ("scalar", "baseline", "avx2", "avx512")[:sets]]])
 
     # In place, as for an editable install: the same library, nothing compiled.
     done = python(tree, "setup.py", "-q", "build_ext", "--inplace", FASTMAF_BUILD="1")

@@ -1,5 +1,18 @@
 """The ``fastmaf`` command. Help and usage errors do not import torch: only the body of a command does."""
 
-from fastmaf.cli.app import main
+import sys
+
+from fastmaf.extras import MissingExtraError, require
 
 __all__ = ["main"]
+
+
+def main() -> None:
+    """Runs the command; where its packages are not installed, one line names them."""
+    try:
+        require("cli", "the command fastmaf")
+    except MissingExtraError as error:
+        sys.exit(f"error: {error}")
+    from fastmaf.cli.app import main as run
+
+    run()

@@ -7,11 +7,8 @@
 
 #include "api.h"
 #include "thread_pool.h"
-
-#if defined(_WIN32)
-#define FASTMAF_EXPORT extern "C" __declspec(dllexport)
-#else
-#define FASTMAF_EXPORT extern "C" __attribute__((visibility("default")))
+#if defined(__x86_64__)
+#include "cpu_features.h"
 #endif
 
 namespace fastmaf {
@@ -30,7 +27,7 @@ FASTMAF_DECLARE(avx512)
 namespace {
 
 enum Error { kFine, kNoMemory, kOtherVersion, kBadPermutation, kFailed };
-constexpr int64_t kVersion = 2;
+constexpr int64_t kVersion = 3;
 
 struct Isa {
   const char* name;
@@ -39,14 +36,8 @@ struct Isa {
 };
 bool always() { return true; }
 #if defined(__x86_64__)
-bool has_avx2() {
-  __builtin_cpu_init();
-  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi2");
-}
-bool has_avx512() {
-  return has_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl") &&
-         __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq");
-}
+bool has_avx2() { return CpuFeatures().avx2; }
+bool has_avx512() { return CpuFeatures().avx512; }
 #endif
 // The best first.
 const Isa kIsas[] = {

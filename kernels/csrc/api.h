@@ -5,6 +5,12 @@
 
 #include <cstdint>
 
+#if defined(_WIN32)
+#define FASTMAF_EXPORT extern "C" __declspec(dllexport)
+#else
+#define FASTMAF_EXPORT extern "C" __attribute__((visibility("default")))
+#endif
+
 namespace fastmaf {
 
 enum Dtype : int64_t { kFloat32, kFloat64, kBfloat16 };
@@ -74,15 +80,15 @@ struct Source {
 // The kernels of one instruction set, for one pair of dtypes.
 struct Kernels {
   void (*flow_forward)(const Flow&, const int32_t* places, const void* x, int64_t n, void* z, void* ladj, void* saved, void* squares,
-                       long threads);
-  void (*flow_inverse)(const Flow&, const void* z, int64_t n, void* x, void* ladj, long threads);
+                       int64_t threads);
+  void (*flow_inverse)(const Flow&, const void* z, int64_t n, void* x, void* ladj, int64_t threads);
   void (*flow_backward)(const Flow&, const void* grad_z, const void* grad_ladj, const void* saved, int64_t n, void* grad_x,
-                        void* const* grad_biases, const Target* targets, long threads);
-  void (*linear)(const Layer&, const void* x, int64_t n, bool relu, void* y, long threads);
+                        void* const* grad_biases, const Target* targets, int64_t threads);
+  void (*linear)(const Layer&, const void* x, int64_t n, bool relu, void* y, int64_t threads);
   void (*affine)(const Layer&, const AffineMap&, const void* h, const void* x, int64_t n, void* z, void* ladj, void* log_scale,
-                 long threads);
+                 int64_t threads);
   void (*layer_backward)(const Layer&, const Source&, const void* x, int64_t n, void* grad_x, void* grad_bias, const Target&,
-                         long threads);
+                         int64_t threads);
 };
 
 }  // namespace fastmaf

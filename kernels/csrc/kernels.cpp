@@ -8,22 +8,22 @@ namespace {
 template <class T, class W>
 struct Entry {
   static void forward(const Flow& flow, const int32_t* places, const void* x, int64_t n, void* z, void* ladj, void* saved, void* squares,
-                      long threads) {
+                      int64_t threads) {
     flow_forward<T, W>(flow, places, static_cast<const T*>(x), n, static_cast<T*>(z), static_cast<T*>(ladj), static_cast<T*>(saved),
                        static_cast<T*>(squares), threads);
   }
-  static void inverse(const Flow& flow, const void* z, int64_t n, void* x, void* ladj, long threads) {
+  static void inverse(const Flow& flow, const void* z, int64_t n, void* x, void* ladj, int64_t threads) {
     flow_inverse<T, W>(flow, static_cast<const T*>(z), n, static_cast<T*>(x), static_cast<T*>(ladj), threads);
   }
   static void backward(const Flow& flow, const void* grad_z, const void* grad_ladj, const void* saved, int64_t n, void* grad_x,
-                       void* const* grad_biases, const Target* targets, long threads) {
+                       void* const* grad_biases, const Target* targets, int64_t threads) {
     flow_backward<T>(flow, static_cast<const T*>(grad_z), static_cast<const T*>(grad_ladj), static_cast<const T*>(saved), n,
                      static_cast<T*>(grad_x), grad_biases, targets, threads);
   }
-  static void linear(const Layer& layer, const void* x, int64_t n, bool relu, void* y, long threads) {
+  static void linear(const Layer& layer, const void* x, int64_t n, bool relu, void* y, int64_t threads) {
     const Panels<W> w(layer);
     const Team team(useful_threads(w, n, threads));
-    each_chunk(n, [&](const Tiles& tiles, long first) {
+    each_chunk(n, [&](const Tiles& tiles, int64_t first) {
       T* from = Scratch::get<T>(Scratch::kState, tiles.numel(w.columns + w.rows) + 2 * kSlack);
       T* to = from + tiles.numel(w.columns) + kSlack;
       fill_tiles(team, tiles, static_cast<const T*>(x) + first * w.columns, w.columns, kInOrder, from);
@@ -32,12 +32,12 @@ struct Entry {
     });
   }
   static void affine(const Layer& layer, const AffineMap& map, const void* h, const void* x, int64_t n, void* z, void* ladj,
-                     void* log_scale, long threads) {
+                     void* log_scale, int64_t threads) {
     const Panels<W> w(layer);
     const Team team(useful_threads(w, n, threads));
-    const long features = w.rows / 2;
-    each_chunk(n, [&](const Tiles& tiles, long first) {
-      const long plane = tiles.numel(features) + kSlack;
+    const int64_t features = w.rows / 2;
+    each_chunk(n, [&](const Tiles& tiles, int64_t first) {
+      const int64_t plane = tiles.numel(features) + kSlack;
       T *hs = Scratch::get<T>(Scratch::kState, 3 * plane + tiles.numel(w.columns) + kSlack), *xs = hs + tiles.numel(w.columns) + kSlack;
       T *zs = xs + plane, *as = log_scale ? zs + plane : nullptr;
       fill_tiles(team, tiles, static_cast<const T*>(h) + first * w.columns, w.columns, kInOrder, hs);
@@ -51,17 +51,17 @@ struct Entry {
     });
   }
   static void backward_of_layer(const Layer& layer, const Source& source, const void* x, int64_t n, void* grad_x, void* grad_bias,
-                                const Target& target, long threads) {
+                                const Target& target, int64_t threads) {
     const Panels<T> w(layer);
     const Team team(useful_threads(w, n, threads));
     const Tiles tiles(n, true);
-    const long outputs = source.log_scale ? w.rows / 2 : w.rows;
+    const int64_t outputs = source.log_scale ? w.rows / 2 : w.rows;
     constexpr const void* Source::*kParts[] = {&Source::grad_y, &Source::relu_of, &Source::grad_z, &Source::grad_log_scale, &Source::x,
                                                &Source::z,      &Source::log_scale};
-    long units = (grad_x ? 2 : 1) * w.columns + (source.grad_x ? outputs : 0);
+    int64_t units = (grad_x ? 2 : 1) * w.columns + (source.grad_x ? outputs : 0);
     for (const auto part : kParts) units += source.*part ? outputs : 0;
     T* memory = Scratch::get<T>(Scratch::kState, tiles.numel(units));
-    const auto take = [&](const void* from, long units) -> const void* {
+    const auto take = [&](const void* from, int64_t units) -> const void* {
       if (from == nullptr) return nullptr;
       T* to = std::exchange(memory, memory + tiles.numel(units));
       fill_tiles(team, tiles, static_cast<const T*>(from), units, kInOrder, to);

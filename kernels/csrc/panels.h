@@ -16,7 +16,7 @@
 namespace fastmaf {
 namespace FASTMAF_ISA {
 
-inline constexpr long kPanel = 16;  // rows
+inline constexpr int64_t kPanel = 16;  // rows
 // Vectors of one column of a panel.
 template <class T>
 inline constexpr int kPanelVectors = kPanel / kLanes<T>;
@@ -26,40 +26,40 @@ template <class W>
 struct Panels {
   const W* weight;
   const int64_t *starts, *prefix;
-  long rows, columns;
+  int64_t rows, columns;
 
   explicit Panels(const Layer& layer)
       : weight(static_cast<const W*>(layer.weight)), starts(layer.panels), prefix(layer.prefix), rows(layer.rows),
         columns(layer.columns) {}
 
-  long count() const { return (rows + kPanel - 1) / kPanel; }
-  const W* panel(long p) const { return weight + starts[p] * kPanel; }
-  long width(long p) const { return starts[p + 1] - starts[p]; }
-  long row_end(long p) const { return std::min((p + 1) * kPanel, rows); }
+  int64_t count() const { return (rows + kPanel - 1) / kPanel; }
+  const W* panel(int64_t p) const { return weight + starts[p] * kPanel; }
+  int64_t width(int64_t p) const { return starts[p + 1] - starts[p]; }
+  int64_t row_end(int64_t p) const { return std::min((p + 1) * kPanel, rows); }
   // Columns that some row of the panel sees.
-  long visible(long p) const { return prefix[row_end(p) - 1]; }
+  int64_t visible(int64_t p) const { return prefix[row_end(p) - 1]; }
   // Columns that all 16 rows see.
-  long full(long p) const { return (p + 1) * kPanel <= rows ? prefix[p * kPanel] : 0; }
+  int64_t full(int64_t p) const { return (p + 1) * kPanel <= rows ? prefix[p * kPanel] : 0; }
 
   // The panel before which that part of the stored columns lies.
-  long panel_at(double part) const {
-    const long n = count();
+  int64_t panel_at(double part) const {
+    const int64_t n = count();
     if (part >= 1) return n;
     const int64_t wanted = static_cast<int64_t>(part * static_cast<double>(starts[n] + n * kPanelCost));
-    long low = 0, high = n;
+    int64_t low = 0, high = n;
     while (low < high) {
-      const long middle = (low + high) / 2;
+      const int64_t middle = (low + high) / 2;
       (starts[middle] + middle * kPanelCost < wanted ? low = middle + 1 : high = middle);
     }
     return low;
   }
 
  private:
-  static constexpr long kPanelCost = 8;  // columns' worth of time that a panel takes besides
+  static constexpr int64_t kPanelCost = 8;  // columns' worth of time that a panel takes besides
 };
 
 // How far ahead of its use a column that comes from memory is fetched, in numbers.
-inline constexpr long kAhead = 64 * kPanel;
+inline constexpr int64_t kAhead = 64 * kPanel;
 
 // Registers that the sums may take; the others hold what is loaded.
 inline constexpr int kSums = kRegisters == 32 ? 24 : 12;
@@ -67,12 +67,12 @@ template <int V>
 inline constexpr int kMostOuter = kSums / V;
 
 template <class Body, int... I>
-FASTMAF_INLINE void choose(long n, const Body& body, std::integer_sequence<int, I...>) {
+FASTMAF_INLINE void choose(int64_t n, const Body& body, std::integer_sequence<int, I...>) {
   (void)((n == I + 1 && (body(std::integral_constant<int, I + 1>{}), true)) || ...);
 }
 // Calls body(integral_constant n), n in 1..Most.
 template <int Most, class Body>
-FASTMAF_INLINE void with_count(long n, const Body& body) {
+FASTMAF_INLINE void with_count(int64_t n, const Body& body) {
   choose(n, body, std::make_integer_sequence<int, Most>{});
 }
 
@@ -84,9 +84,10 @@ enum class Start { kZero, kLanes, kNumbers };
 // C [S][c_stride], its V vectors c_step apart, += (add) or = the sum over `count` of A and B, from `start` on. Vector v of A lies v_stride
 // numbers after the first; the S numbers of B's row i lie kBSample apart from b(i) on. With term i the addresses fetch(i, 0 .. kFetch)
 // are fetched. kFold = 2: two rows at once, by turns in the lanes of A, and next to each other in B.
-template <class T, int V, int S, long kBSample, int kFetch, int kFold = 1, Start kStart = Start::kZero, class W, class B, class F = Nothing>
-FASTMAF_INLINE void outer(long count, const W* a, long a_step, long v_stride, const B& b, T* c, long c_stride, long c_step, bool add,
-                          const T* start = nullptr, const F& fetch = {}) {
+template <class T, int V, int S, int64_t kBSample, int kFetch, int kFold = 1, Start kStart = Start::kZero, class W, class B,
+          class F = Nothing>
+FASTMAF_INLINE void outer(int64_t count, const W* a, int64_t a_step, int64_t v_stride, const B& b, T* c, int64_t c_stride, int64_t c_step,
+                          bool add, const T* start = nullptr, const F& fetch = {}) {
   constexpr int kChains = V * S >= 8 ? 1 : V * S >= 4 ? 2 : 4;  // independent sums, to hide the latency of a multiply-add
   Vec<T> sum[kChains][S][V] = {};
   if constexpr (kStart != Start::kZero) {
@@ -95,7 +96,7 @@ FASTMAF_INLINE void outer(long count, const W* a, long a_step, long v_stride, co
 #pragma GCC unroll 2
       for (int v = 0; v < V; ++v) sum[0][s][v] = kStart == Start::kLanes ? load(start + v * kLanes<T>) : broadcast(start[s]);
   }
-  const auto step = [&](long i, auto chain) FASTMAF_INLINE_LAMBDA {
+  const auto step = [&](int64_t i, auto chain) FASTMAF_INLINE_LAMBDA {
     Vec<T> av[V];
 #pragma GCC unroll 2
     for (int v = 0; v < V; ++v) av[v] = load(a + i * a_step + v * v_stride);
@@ -113,7 +114,7 @@ FASTMAF_INLINE void outer(long count, const W* a, long a_step, long v_stride, co
       for (int v = 0; v < V; ++v) sum[chain][s][v] += av[v] * bv;
     }
   };
-  long i = 0;
+  int64_t i = 0;
   if constexpr (kChains > 1) {
     for (; i + kChains <= count; i += kChains) {
       step(i, std::integral_constant<int, 0>{});

@@ -36,7 +36,7 @@ struct Part {
 // Fresh memory comes in huge pages of that size. Two threads that touch a new page at the same time both clear it, and the work of one is
 // lost: parts that follow each other are taken one after another by the same thread, as long as all are equally fast.
 template <class Body>
-void each_part(const int64_t* prefix, const int64_t* panels, int64_t out_features, int64_t panel_count, int64_t item_size, long threads,
+void each_part(const int64_t* prefix, const int64_t* panels, int64_t out_features, int64_t panel_count, int64_t item_size, int64_t threads,
                const Body& body) {
   constexpr int64_t kBytes = 1 << 21;
   std::vector<Part> parts;
@@ -46,11 +46,11 @@ void each_part(const int64_t* prefix, const int64_t* panels, int64_t out_feature
     parts.back().last = p + 1;
     number += Rows(prefix, out_features, p).numbers;
   }
-  const long count = static_cast<long>(parts.size());
+  const int64_t count = static_cast<int64_t>(parts.size());
   const Team team(std::min(threads, count));
-  const long run = (count + team.threads() - 1) / team.threads();
-  team.each(run * team.threads(), [&](long i) {
-    const long place = i % team.threads() * run + i / team.threads();
+  const int64_t run = (count + team.threads() - 1) / team.threads();
+  team.each(run * team.threads(), [&](int64_t i) {
+    const int64_t place = i % team.threads() * run + i / team.threads();
     if (place < count) body(parts[place]);
   });
 }

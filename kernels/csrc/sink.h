@@ -7,7 +7,7 @@
 namespace fastmaf {
 namespace FASTMAF_ISA {
 
-inline constexpr long kStepColumns = 12;    // that go through both products at once
+inline constexpr int64_t kStepColumns = 12;    // that go through both products at once
 
 // What becomes of the gradient of kStepColumns columns of a panel.
 template <class T>
@@ -23,23 +23,24 @@ class Sink {
   }
 
   // g, 16 numbers of each column kStride apart, belongs at columns k .. of panel p; it may be changed.
-  template <long kStride>
-  void run(long p, long k, long columns, T* g) {
-    const long ragged = std::max(k, w_.full(p));
-    for (long i = ragged - k; i < columns; ++i) hide(p, k + i, g + i * kStride);
-    const long at = (w_.starts[p] + k) * kPanel;
+  template <int64_t kStride>
+  void run(int64_t p, int64_t k, int64_t columns, T* g) {
+    const int64_t ragged = std::max(k, w_.full(p));
+    for (int64_t i = ragged - k; i < columns; ++i) hide(p, k + i, g + i * kStride);
+    const int64_t at = (w_.starts[p] + k) * kPanel;
     switch (t_.mode) {
       case kWrite:
-        for (long i = 0; i < columns; ++i) std::copy(g + i * kStride, g + i * kStride + kPanel, static_cast<T*>(t_.grad) + at + i * kPanel);
+        for (int64_t i = 0; i < columns; ++i)
+          std::copy(g + i * kStride, g + i * kStride + kPanel, static_cast<T*>(t_.grad) + at + i * kPanel);
         break;
       case kNorm:
-        for (long i = 0; i < columns; ++i)
-          for (long r = 0; r < kPanel; ++r) squares_[r] += static_cast<double>(g[i * kStride + r]) * g[i * kStride + r];
+        for (int64_t i = 0; i < columns; ++i)
+          for (int64_t r = 0; r < kPanel; ++r) squares_[r] += static_cast<double>(g[i * kStride + r]) * g[i * kStride + r];
         break;
       case kAdam:
         plain_ ? adam<true, kStride>(at, columns, g) : adam<false, kStride>(at, columns, g);
         if (!(a_.eps > 0))  // the padding's step was 0 / 0
-          for (long i = ragged - k; i < columns; ++i) hide(p, k + i, static_cast<T*>(t_.weight) + at + i * kPanel);
+          for (int64_t i = ragged - k; i < columns; ++i) hide(p, k + i, static_cast<T*>(t_.weight) + at + i * kPanel);
         break;
       default:
         break;
@@ -47,22 +48,23 @@ class Sink {
   }
   // Adds what the first columns of panel p need.
   template <class L>
-  void needs(long p, L& lines) const {
+  void needs(int64_t p, L& lines) const {
     lines.add(w_.panel(p));
     if (t_.mode != kAdam) return;
     lines.add(static_cast<const T*>(t_.exp_avg) + w_.starts[p] * kPanel);
     lines.add(static_cast<const T*>(t_.exp_avg_sq) + w_.starts[p] * kPanel);
   }
   // Fetches columns k .. k + kStepColumns of panel p, or what follows it, with the moments.
-  void fetch(long p, long k) const {
-    const long at = (w_.starts[p] + k) * kPanel;
-    for (long i = 0; i < kStepColumns * kPanel; i += 64 / static_cast<long>(sizeof(T))) {
+  void fetch(int64_t p, int64_t k) const {
+    const int64_t at = (w_.starts[p] + k) * kPanel;
+    for (int64_t i = 0; i < kStepColumns * kPanel; i += 64 / static_cast<int64_t>(sizeof(T))) {
       FASTMAF_PREFETCH(w_.weight + at + i);
-      if (t_.mode == kAdam) FASTMAF_PREFETCH(static_cast<const T*>(t_.exp_avg) + at + i), FASTMAF_PREFETCH(static_cast<const T*>(t_.exp_avg_sq) + at + i);
+      if (t_.mode == kAdam)
+        FASTMAF_PREFETCH(static_cast<const T*>(t_.exp_avg) + at + i), FASTMAF_PREFETCH(static_cast<const T*>(t_.exp_avg_sq) + at + i);
     }
   }
   // The columns from k on that no row of panel p sees, but that it has.
-  void rest(long p, long k, long k1) {
+  void rest(int64_t p, int64_t k, int64_t k1) {
     k1 = std::min(k1, w_.width(p));
     T* grad = static_cast<T*>(t_.grad);
     if (t_.mode == kWrite && k < k1) std::fill(grad + (w_.starts[p] + k) * kPanel, grad + (w_.starts[p] + k1) * kPanel, T(0));
@@ -70,19 +72,19 @@ class Sink {
 
  private:
   // Sets the lanes of a column to zero that the mask hides.
-  void hide(long p, long k, T* column) const {
-    for (long i = 0; i < kPanel; ++i)
+  void hide(int64_t p, int64_t k, T* column) const {
+    for (int64_t i = 0; i < kPanel; ++i)
       if (p * kPanel + i >= w_.rows || w_.prefix[p * kPanel + i] <= k) column[i] = 0;
   }
 
   // kPlain: without weight decay, and minimising.
-  template <bool kPlain, long kStride>
-  void adam(long at, long columns, const T* grad) const {
+  template <bool kPlain, int64_t kStride>
+  void adam(int64_t at, int64_t columns, const T* grad) const {
     T *w = static_cast<T*>(t_.weight) + at, *m = static_cast<T*>(t_.exp_avg) + at, *v = static_cast<T*>(t_.exp_avg_sq) + at;
     // Copies, which no store below can change.
     const T first = first_, second = second_, step = step_, eps = eps_, correction = correction_;
-    for (long i = 0; i < columns; ++i, grad += kStride)
-      for (long j = 0; j < kPanel; j += kLanes<T>, w += kLanes<T>, m += kLanes<T>, v += kLanes<T>) {
+    for (int64_t i = 0; i < columns; ++i, grad += kStride)
+      for (int64_t j = 0; j < kPanel; j += kLanes<T>, w += kLanes<T>, m += kLanes<T>, v += kLanes<T>) {
         Vec<T> g = load(grad + j), wv = load(w), mv = load(m), vv = load(v);
         if (!kPlain && a_.maximize != 0) g = -g;
         if (!kPlain && a_.weight_decay != 0) a_.decoupled != 0 ? wv *= keep_ : g += decay_ * wv;

@@ -2,8 +2,6 @@
 //
 // Rows are the visible weights alone, row after row: the order of model files, which does not depend on the panels. Numbers are moved
 // as bits, so that every dtype of 2, 4 or 8 bytes is served.
-#include <unistd.h>
-
 #include <algorithm>
 #include <atomic>
 #include <cerrno>
@@ -12,6 +10,8 @@
 #include <new>
 #include <utility>
 
+#include "api.h"
+#include "files.h"
 #include "rows.h"
 
 namespace fastmaf {
@@ -179,10 +179,9 @@ int on_parts(const int64_t* prefix, const int64_t* panels, int64_t out_features,
 template <class Call>
 int move(char* memory, int64_t bytes, int64_t place, const Call& call) {
   while (bytes > 0) {
-    const std::size_t most = static_cast<std::size_t>(std::min(bytes, int64_t{1} << 30));  // what every system moves at once
-    const int64_t moved = call(memory, most, static_cast<off_t>(place));
-    if (moved < 0 && errno == EINTR) continue;
-    if (moved <= 0) return moved < 0 ? -errno : kEnd;
+    const int64_t moved = call(memory, static_cast<std::size_t>(std::min(bytes, int64_t{1} << 30)), place);  // every system moves so many
+    if (moved == -EINTR) continue;
+    if (moved <= 0) return moved < 0 ? static_cast<int>(moved) : kEnd;
     memory += moved, place += moved, bytes -= moved;
   }
   return kFine;
@@ -208,15 +207,13 @@ int through_buffer(const Part& part, const int64_t* prefix, int64_t out_features
 
 }  // namespace
 
-extern "C" {
-#pragma GCC visibility push(default)
-
 // The functions return 0; 1 if a number is infinite or NaN; 2 if the file ends before; or the negative of an errno. `exponent` has the
 // exponent's bits of the dtype.
 
 // Writes all panels of `weight`, padding included.
-int fastmaf_rows_to_panels(const void* rows, void* weight, const int64_t* prefix, const int64_t* panels, int64_t out_features,
-                           int64_t panel_count, int64_t item_size, uint64_t exponent, int64_t threads) {
+FASTMAF_EXPORT int fastmaf_rows_to_panels(const void* rows, void* weight, const int64_t* prefix, const int64_t* panels,
+                                          int64_t out_features, int64_t panel_count, int64_t item_size, uint64_t exponent,
+                                          int64_t threads) {
   return on_parts(prefix, panels, out_features, panel_count, item_size, threads, [&](const Part& part, auto bits) {
     using Bits = decltype(bits);
     return rows_to_panels(static_cast<const Bits*>(rows) + part.number, static_cast<Bits*>(weight), prefix, panels, out_features,
@@ -225,8 +222,9 @@ int fastmaf_rows_to_panels(const void* rows, void* weight, const int64_t* prefix
 }
 
 // The way back: writes all rows.
-int fastmaf_panels_to_rows(const void* weight, void* rows, const int64_t* prefix, const int64_t* panels, int64_t out_features,
-                           int64_t panel_count, int64_t item_size, uint64_t exponent, int64_t threads) {
+FASTMAF_EXPORT int fastmaf_panels_to_rows(const void* weight, void* rows, const int64_t* prefix, const int64_t* panels,
+                                          int64_t out_features, int64_t panel_count, int64_t item_size, uint64_t exponent,
+                                          int64_t threads) {
   return on_parts(prefix, panels, out_features, panel_count, item_size, threads, [&](const Part& part, auto bits) {
     using Bits = decltype(bits);
     return panels_to_rows(static_cast<const Bits*>(weight), static_cast<Bits*>(rows) + part.number, prefix, panels, out_features,
@@ -235,9 +233,10 @@ int fastmaf_panels_to_rows(const void* weight, void* rows, const int64_t* prefix
 }
 
 // Writes all panels from the rows that begin at a byte of a file, up to the first number of a part that is not finite.
-int fastmaf_file_to_panels(int file, int64_t place, void* weight, const int64_t* prefix, const int64_t* panels, int64_t out_features,
-                           int64_t panel_count, int64_t item_size, uint64_t exponent, int64_t threads) {
-  const auto call = [file](char* to, std::size_t bytes, off_t from) { return pread(file, to, bytes, from); };
+FASTMAF_EXPORT int fastmaf_file_to_panels(int64_t file, int64_t place, void* weight, const int64_t* prefix, const int64_t* panels,
+                                          int64_t out_features, int64_t panel_count, int64_t item_size, uint64_t exponent,
+                                          int64_t threads) {
+  const auto call = [file](char* to, std::size_t bytes, int64_t from) { return read_at(file, to, bytes, from); };
   return on_parts(prefix, panels, out_features, panel_count, item_size, threads, [&](const Part& part, auto bits) {
     using Bits = decltype(bits);
     const auto read = [&](Bits* rows, int64_t bytes, int64_t from, int64_t first, int64_t last) {
@@ -250,9 +249,10 @@ int fastmaf_file_to_panels(int file, int64_t place, void* weight, const int64_t*
 }
 
 // Writes all rows to a file, from a byte of it on, up to the first number of a part that is not finite.
-int fastmaf_panels_to_file(int file, int64_t place, const void* weight, const int64_t* prefix, const int64_t* panels,
-                           int64_t out_features, int64_t panel_count, int64_t item_size, uint64_t exponent, int64_t threads) {
-  const auto call = [file](const char* from, std::size_t bytes, off_t to) { return pwrite(file, from, bytes, to); };
+FASTMAF_EXPORT int fastmaf_panels_to_file(int64_t file, int64_t place, const void* weight, const int64_t* prefix, const int64_t* panels,
+                                          int64_t out_features, int64_t panel_count, int64_t item_size, uint64_t exponent,
+                                          int64_t threads) {
+  const auto call = [file](const char* from, std::size_t bytes, int64_t to) { return write_at(file, from, bytes, to); };
   return on_parts(prefix, panels, out_features, panel_count, item_size, threads, [&](const Part& part, auto bits) {
     using Bits = decltype(bits);
     const auto write = [&](Bits* rows, int64_t bytes, int64_t to, int64_t first, int64_t last) {
@@ -270,7 +270,7 @@ struct PaddedWeight {
 };
 
 // Makes the padding of `count` weights zero, on the calling thread. Returns whether any of it was not.
-int fastmaf_zero_padding(const PaddedWeight* weights, int64_t count) {
+FASTMAF_EXPORT int fastmaf_zero_padding(const PaddedWeight* weights, int64_t count) {
   int changed = 0;
   for (int64_t i = 0; i < count; ++i) {
     const PaddedWeight& w = weights[i];
@@ -282,6 +282,4 @@ int fastmaf_zero_padding(const PaddedWeight* weights, int64_t count) {
   return changed;
 }
 
-#pragma GCC visibility pop
-}  // extern "C"
 }  // namespace fastmaf

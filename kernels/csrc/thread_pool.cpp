@@ -53,21 +53,21 @@ struct Pool {
   // The number of the loop in the upper half, how many of its parts are not taken in the lower one: who takes a part has seen that
   // the loop is not finished, hence that `loop` is this one.
   alignas(64) std::atomic<uint64_t> ticket{0};
-  alignas(64) std::atomic<long> done{0};
-  alignas(64) std::atomic<long> helpers{0};  // of this call
-  std::atomic<long> asleep{0};
+  alignas(64) std::atomic<int64_t> done{0};
+  alignas(64) std::atomic<int64_t> helpers{0};  // of this call
+  std::atomic<int64_t> asleep{0};
   Loop loop{};
   std::mutex mutex;
   std::condition_variable wake;
   std::exception_ptr error;
-  long workers = 0;
+  int64_t workers = 0;
 
   // Takes and runs parts of the loop until none is left.
   void work() {
     uint64_t seen = ticket.load(std::memory_order_acquire);
     while (static_cast<uint32_t>(seen) != 0) {
       if (!ticket.compare_exchange_weak(seen, seen - 1, std::memory_order_acq_rel, std::memory_order_acquire)) continue;
-      const long part = loop.parts - static_cast<long>(static_cast<uint32_t>(seen));
+      const int64_t part = loop.parts - static_cast<int64_t>(static_cast<uint32_t>(seen));
       try {
         loop.body(loop.context, part);
       } catch (...) {
@@ -79,7 +79,7 @@ struct Pool {
     }
   }
 
-  void worker(long rank) {
+  void worker(int64_t rank) {
     uint64_t last = 0;
     for (;;) {
       const auto news = [&] { return ticket.load(std::memory_order_acquire) >> 32 != last; };
@@ -108,7 +108,7 @@ struct Pool {
     if (error) std::rethrow_exception(std::exchange(error, nullptr));
   }
 
-  void grow(long count) {
+  void grow(int64_t count) {
     for (; workers < count; ++workers) std::thread([this, rank = workers + 1] { worker(rank); }).detach();
   }
 };
@@ -124,27 +124,44 @@ Pool* pool = nullptr;  // never destroyed: workers may outlive static objects
 });
 #endif
 
+constexpr std::size_t kPage = 4096;
+
 class Buffers {
  public:
   ~Buffers() {
-    for (void* p : memory) std::free(p);
+    for (int slot = 0; slot < Scratch::kSlots; ++slot) release(slot);
   }
-  void* memory[Scratch::kSlots] = {};
-  std::size_t size[Scratch::kSlots] = {};
+  void* grown(int slot, std::size_t bytes) {
+    if (bytes > size_[slot]) {
+      release(slot);
+      const std::size_t size = (bytes + bytes / 4 + kPage - 1) / kPage * kPage;
+      memory_[slot] = ::operator new(size, std::align_val_t(kPage));
+      size_[slot] = size;
+    }
+    return memory_[slot];
+  }
+
+ private:
+  void release(int slot) {
+    ::operator delete(std::exchange(memory_[slot], nullptr), std::align_val_t(kPage));
+    size_[slot] = 0;
+  }
+  void* memory_[Scratch::kSlots] = {};
+  std::size_t size_[Scratch::kSlots] = {};
 };
 
 }  // namespace
 
-long available_cores() {
+int64_t available_cores() {
 #if defined(__linux__)
   cpu_set_t set;
   if (sched_getaffinity(0, sizeof set, &set) == 0) return CPU_COUNT(&set);
 #endif
-  const long cores = std::thread::hardware_concurrency();
+  const int64_t cores = std::thread::hardware_concurrency();
   return cores > 0 ? cores : 1;
 }
 
-Team::Team(long threads) {
+Team::Team(int64_t threads) {
   if (threads <= 1) return;
   threads = std::min(threads, available_cores());  // a loop waits for its last part: none may wait for a core
   if (threads <= 1) return;
@@ -169,14 +186,7 @@ void Team::run(const Loop& loop) const { pool->run(loop); }
 
 void* Scratch::grown(Slot slot, std::size_t bytes) {
   thread_local Buffers buffers;
-  if (bytes > buffers.size[slot]) {
-    std::free(buffers.memory[slot]);
-    const std::size_t size = (bytes + bytes / 4 + 4095) / 4096 * 4096;
-    buffers.memory[slot] = std::aligned_alloc(4096, size);
-    buffers.size[slot] = buffers.memory[slot] == nullptr ? 0 : size;
-    if (buffers.memory[slot] == nullptr) throw std::bad_alloc();
-  }
-  return buffers.memory[slot];
+  return buffers.grown(slot, bytes);
 }
 
 }  // namespace fastmaf

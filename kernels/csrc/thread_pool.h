@@ -20,39 +20,39 @@ namespace fastmaf {
 
 // One call's loop: body(context, part).
 struct Loop {
-  void (*body)(const void* context, long part);
+  void (*body)(const void* context, int64_t part);
   const void* context;
-  long parts;
+  int64_t parts;
 };
 
 // The pool, shared by all instruction sets; see thread_pool.cpp.
 class Team {
  public:
   // Up to `threads` threads, the calling one included; one where the pool serves another call already.
-  explicit Team(long threads);
+  explicit Team(int64_t threads);
   ~Team();
   Team(const Team&) = delete;
   Team& operator=(const Team&) = delete;
 
-  long threads() const { return helpers_ + 1; }
+  int64_t threads() const { return helpers_ + 1; }
 
   // Calls body(part) for every part of 0..parts, each on the thread that comes first.
   template <class Body>
-  void each(long parts, const Body& body) const {
+  void each(int64_t parts, const Body& body) const {
     if (helpers_ == 0 || parts <= 1) {
-      for (long part = 0; part < parts; ++part) body(part);
+      for (int64_t part = 0; part < parts; ++part) body(part);
       return;
     }
-    run({[](const void* context, long part) { (*static_cast<const Body*>(context))(part); }, &body, parts});
+    run({[](const void* context, int64_t part) { (*static_cast<const Body*>(context))(part); }, &body, parts});
   }
 
  private:
   void run(const Loop& loop) const;
-  long helpers_ = 0;
+  int64_t helpers_ = 0;
 };
 
 // The processors that this process may run on.
-long available_cores();
+int64_t available_cores();
 
 // Growing buffers of a thread, kept from call to call: fresh memory costs a page fault every 4 KB.
 class Scratch {
@@ -60,7 +60,7 @@ class Scratch {
   enum Slot { kState, kShared, kInput, kProduct, kGradient, kSlots };
 
   template <class T>
-  static T* get(Slot slot, long count) {
+  static T* get(Slot slot, int64_t count) {
     return static_cast<T*>(grown(slot, static_cast<std::size_t>(count) * sizeof(T)));
   }
 

@@ -8,6 +8,7 @@
 #include <cstring>
 #include <new>
 
+#include "api.h"
 #include "rows.h"
 
 extern "C" const char* fastmaf_used_isa();
@@ -89,22 +90,17 @@ int uniform(T* weight, const int64_t* prefix, const int64_t* panels, int64_t out
 
 }  // namespace
 
-extern "C" {
-#pragma GCC visibility push(default)
-
 // Fills a packed weight with numbers of [-bound, bound) in steps of bound / 2^23, and its padding with zeros. Returns 0, or the negative
 // of an errno.
-int fastmaf_uniform_float(float* weight, const int64_t* prefix, const int64_t* panels, int64_t out_features, int64_t panel_count,
-                          uint64_t seed, double bound, int64_t threads) {
+FASTMAF_EXPORT int fastmaf_uniform_float(float* weight, const int64_t* prefix, const int64_t* panels, int64_t out_features,
+                                         int64_t panel_count, uint64_t seed, double bound, int64_t threads) {
   return uniform(weight, prefix, panels, out_features, panel_count, seed, static_cast<float>(bound) / (1 << 23), threads);
 }
 
 // The same in steps of bound / 2^52.
-int fastmaf_uniform_double(double* weight, const int64_t* prefix, const int64_t* panels, int64_t out_features, int64_t panel_count,
-                           uint64_t seed, double bound, int64_t threads) {
+FASTMAF_EXPORT int fastmaf_uniform_double(double* weight, const int64_t* prefix, const int64_t* panels, int64_t out_features,
+                                          int64_t panel_count, uint64_t seed, double bound, int64_t threads) {
   return uniform(weight, prefix, panels, out_features, panel_count, seed, bound / (int64_t{1} << 52), threads);
 }
 
-#pragma GCC visibility pop
-}  // extern "C"
 }  // namespace fastmaf

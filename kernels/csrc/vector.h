@@ -71,7 +71,7 @@ inline constexpr int kRegisters = 16;
 #endif
 
 template <class T>
-constexpr long round_up(long n, T multiple) {
+constexpr int64_t round_up(int64_t n, T multiple) {
   return (n + multiple - 1) / multiple * multiple;
 }
 
@@ -119,39 +119,40 @@ inline void store(T* p, Vec<T> v) {
 
 // The first `count` numbers, zeros behind them; reads nothing else.
 template <class T, class W>
-inline Vec<T> load_part(const W* p, long count) {
+inline Vec<T> load_part(const W* p, int64_t count) {
   T buffer[kLanes<T>] = {};
-  for (long i = 0; i < count; ++i) buffer[i] = widen(p[i]);
+  for (int64_t i = 0; i < count; ++i) buffer[i] = widen(p[i]);
   return load(buffer);
 }
 
 template <class T>
-inline void store_part(T* p, Vec<T> v, long count) {
+inline void store_part(T* p, Vec<T> v, int64_t count) {
   T buffer[kLanes<T>];
   store(buffer, v);
-  for (long i = 0; i < count; ++i) p[i] = buffer[i];
+  for (int64_t i = 0; i < count; ++i) p[i] = buffer[i];
 }
 
 // The same in one instruction: narrow stores before a wide load, and the other way round, make the processor wait.
 #if defined(__AVX512F__) && !defined(FASTMAF_LANES_ARE_ONE)
 template <>
-inline Vec<float> load_part<float>(const float* p, long count) {
-  return (Vec<float>)_mm512_maskz_loadu_ps(static_cast<__mmask16>((1u << std::clamp(count, 0L, 16L)) - 1), p);
+inline Vec<float> load_part<float>(const float* p, int64_t count) {
+  return (Vec<float>)_mm512_maskz_loadu_ps(static_cast<__mmask16>((1u << std::clamp<int64_t>(count, 0, 16)) - 1), p);
 }
 template <>
-inline void store_part(float* p, Vec<float> v, long count) {
-  _mm512_mask_storeu_ps(p, static_cast<__mmask16>((1u << std::clamp(count, 0L, 16L)) - 1), (__m512)v);
+inline void store_part(float* p, Vec<float> v, int64_t count) {
+  _mm512_mask_storeu_ps(p, static_cast<__mmask16>((1u << std::clamp<int64_t>(count, 0, 16)) - 1), (__m512)v);
 }
 #elif defined(__AVX2__) && !defined(FASTMAF_LANES_ARE_ONE)
-inline __m256i mask_of_first(long count) {
-  return _mm256_cmpgt_epi32(_mm256_set1_epi32(static_cast<int>(std::clamp(count, 0L, 8L))), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
+inline __m256i mask_of_first(int64_t count) {
+  return _mm256_cmpgt_epi32(_mm256_set1_epi32(static_cast<int>(std::clamp<int64_t>(count, 0, 8))),
+                            _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
 }
 template <>
-inline Vec<float> load_part<float>(const float* p, long count) {
+inline Vec<float> load_part<float>(const float* p, int64_t count) {
   return (Vec<float>)_mm256_maskload_ps(p, mask_of_first(count));
 }
 template <>
-inline void store_part(float* p, Vec<float> v, long count) {
+inline void store_part(float* p, Vec<float> v, int64_t count) {
   _mm256_maskstore_ps(p, mask_of_first(count), (__m256)v);
 }
 #endif
@@ -175,7 +176,7 @@ inline Vec<float> broadcast_pair(const float* p) {
 
 // Zero in the lanes behind the first `count`.
 template <class T>
-FASTMAF_INLINE Vec<T> first_lanes(Vec<T> v, long count) {
+FASTMAF_INLINE Vec<T> first_lanes(Vec<T> v, int64_t count) {
 #if defined(FASTMAF_LANES_ARE_ONE)
   return count > 0 ? v : T(0);
 #else
@@ -187,7 +188,7 @@ FASTMAF_INLINE Vec<T> first_lanes(Vec<T> v, long count) {
 
 // The sum of the first `count` lanes, in pairs.
 template <class T>
-FASTMAF_INLINE T lane_sum(Vec<T> v, long count) {
+FASTMAF_INLINE T lane_sum(Vec<T> v, int64_t count) {
 #if defined(FASTMAF_LANES_ARE_ONE)
   return count > 0 ? v : T(0);
 #else

@@ -24,13 +24,13 @@ extern const Kernels kernels[3];
 }  // namespace fastmaf
 
 bool test_amx();
-void test_storage(long threads);
+void test_storage(int64_t threads);
 
 using namespace fastmaf;
 
 namespace {
 
-constexpr long kPanel = 16;
+constexpr int64_t kPanel = 16;
 
 void check(bool holds, const std::string& what) {
   if (holds) return;
@@ -54,7 +54,7 @@ Half stored<Half>(double value) {
 }
 
 template <class T>
-std::vector<T> nans(long n) {
+std::vector<T> nans(int64_t n) {
   return std::vector<T>(n, std::numeric_limits<T>::quiet_NaN());
 }
 
@@ -70,10 +70,10 @@ bool same(const std::vector<T>& a, const std::vector<T>& b) {
 }
 
 struct Shape {
-  long n, features;
-  std::vector<long> hidden;
+  int64_t n, features;
+  std::vector<int64_t> hidden;
   int kind;  // of degrees: 0 random, 1 few levels, 2 all see nothing, 3 all see as much as they may
-  long share;  // panels of one width
+  int64_t share;  // panels of one width
 };
 
 // A flow of two blocks, the second with a permutation.
@@ -90,10 +90,10 @@ struct Model {
   std::vector<Layer> layers;
   std::vector<Block> blocks;
   Flow flow{};
-  long saved = 0;
+  int64_t saved = 0;
 
   double draw() { return std::normal_distribution<double>()(random); }
-  std::vector<T> draws(long n) {
+  std::vector<T> draws(int64_t n) {
     std::vector<T> result(n);
     for (T& x : result) x = static_cast<T>(draw());
     return result;
@@ -104,50 +104,50 @@ struct Model {
     for (std::size_t i = 0; i < weights.size(); ++i)
       layers.push_back({weights[i].data(), biases[i].data(), prefixes[i].data(), panels[i].data(),
                         static_cast<int64_t>(prefixes[i].size()), columns[i]});
-    for (long d = 0; d < s.features; ++d) permutation.push_back(d);
+    for (int64_t d = 0; d < s.features; ++d) permutation.push_back(d);
     std::shuffle(permutation.begin(), permutation.end(), random);
     blocks[1].permutation = permutation.data();
     places.resize(2 * s.features);
-    for (long d = 0; d < s.features; ++d) places[s.features + permutation[d]] = static_cast<int32_t>(d);
+    for (int64_t d = 0; d < s.features; ++d) places[s.features + permutation[d]] = static_cast<int32_t>(d);
     const int64_t dtype = sizeof(T) == 8 ? kFloat64 : kFloat32;
     flow = {sizeof(Flow), 2, dtype, std::is_same_v<W, Half> ? kBfloat16 : dtype, s.features, 1, static_cast<int64_t>(layers.size()), 2,
             layers.data(), blocks.data(), nullptr};
     saved = 6 * s.features;
-    for (const long units : s.hidden) saved += 2 * units;
+    for (const int64_t units : s.hidden) saved += 2 * units;
   }
 
-  std::vector<long> columns;
+  std::vector<int64_t> columns;
 
   void add_block(const AffineMap& map) {
-    const long d = shape.features;
+    const int64_t d = shape.features;
     const auto first = static_cast<int64_t>(weights.size());
-    std::vector<std::vector<long>> degrees(1);
-    for (long i = 1; i <= d; ++i) degrees[0].push_back(i);
-    for (const long units : shape.hidden) {
-      std::vector<long> drawn(units);
-      for (long& degree : drawn)
-        degree = shape.kind == 2 ? 0 : shape.kind == 3 ? d : shape.kind == 1 ? d / 3 * static_cast<long>(random() % 3) : random() % (d + 1);
+    std::vector<std::vector<int64_t>> degrees(1);
+    for (int64_t i = 1; i <= d; ++i) degrees[0].push_back(i);
+    for (const int64_t units : shape.hidden) {
+      std::vector<int64_t> drawn(units);
+      for (int64_t& degree : drawn)
+        degree = shape.kind == 2 ? 0 : shape.kind == 3 ? d : shape.kind == 1 ? d / 3 * static_cast<int64_t>(random() % 3) : random() % (d + 1);
       std::sort(drawn.begin(), drawn.end());
       degrees.push_back(drawn);
     }
-    const auto below = [&](std::size_t k, long degree) {
+    const auto below = [&](std::size_t k, int64_t degree) {
       return std::upper_bound(degrees[k].begin(), degrees[k].end(), degree) - degrees[k].begin();
     };
     for (std::size_t k = 1; k < degrees.size(); ++k) {
       std::vector<int64_t> prefix;
-      for (const long degree : degrees[k]) prefix.push_back(below(k - 1, degree));
-      add_layer(prefix, static_cast<long>(degrees[k - 1].size()));
+      for (const int64_t degree : degrees[k]) prefix.push_back(below(k - 1, degree));
+      add_layer(prefix, static_cast<int64_t>(degrees[k - 1].size()));
     }
     std::vector<int64_t> prefix;
-    for (long i = 1; i <= d; ++i) prefix.insert(prefix.end(), 2, below(degrees.size() - 1, i - 1));
+    for (int64_t i = 1; i <= d; ++i) prefix.insert(prefix.end(), 2, below(degrees.size() - 1, i - 1));
     add_layer(prefix, shape.hidden.back());
     std::vector<int32_t> table;
-    std::vector<long> thresholds = degrees.back();
+    std::vector<int64_t> thresholds = degrees.back();
     thresholds.erase(std::unique(thresholds.begin(), thresholds.end()), thresholds.end());
-    for (const long threshold : thresholds)
+    for (const int64_t threshold : thresholds)
       if (threshold < d)
         for (std::size_t k = 0; k < degrees.size(); ++k) table.push_back(static_cast<int32_t>(below(k, threshold)));
-    const auto width = static_cast<long>(degrees.size());
+    const auto width = static_cast<int64_t>(degrees.size());
     std::vector<int32_t> last(table.empty() ? std::vector<int32_t>(width, 0) : std::vector<int32_t>(table.end() - width, table.end()));
     last[0] = static_cast<int32_t>(d);
     table.insert(table.end(), last.begin(), last.end());
@@ -156,14 +156,14 @@ struct Model {
                       static_cast<int64_t>(table.size()) / width, nullptr, map});
   }
 
-  void add_layer(const std::vector<int64_t>& prefix, long of_columns) {
-    const auto rows = static_cast<long>(prefix.size()), count = (rows + kPanel - 1) / kPanel;
+  void add_layer(const std::vector<int64_t>& prefix, int64_t of_columns) {
+    const auto rows = static_cast<int64_t>(prefix.size()), count = (rows + kPanel - 1) / kPanel;
     std::vector<int64_t> starts{0};
-    for (long p = 0; p < count; ++p)
+    for (int64_t p = 0; p < count; ++p)
       starts.push_back(starts.back() + prefix[std::min((p / shape.share + 1) * shape.share * kPanel, rows) - 1]);
     std::vector<W> weight(starts.back() * kPanel, stored<W>(0));
-    for (long row = 0; row < rows; ++row)
-      for (long k = 0; k < prefix[row]; ++k)
+    for (int64_t row = 0; row < rows; ++row)
+      for (int64_t k = 0; k < prefix[row]; ++k)
         weight[(starts[row / kPanel] + k) * kPanel + row % kPanel] = stored<W>(draw() / std::sqrt(prefix[row] + 1.0));
     weights.push_back(weight), prefixes.push_back(prefix), panels.push_back(starts), columns.push_back(of_columns);
     biases.push_back(draws(rows));
@@ -177,7 +177,7 @@ struct Gradients {
   std::vector<std::vector<T>> biases, weights;
 
   template <class Run>
-  Gradients(const std::vector<Layer>& layers, long numel_x, const Run& run) : x(nans<T>(numel_x)) {
+  Gradients(const std::vector<Layer>& layers, int64_t numel_x, const Run& run) : x(nans<T>(numel_x)) {
     std::vector<void*> of_biases;
     std::vector<Target> targets;
     for (const Layer& layer : layers) {
@@ -193,10 +193,10 @@ struct Gradients {
 };
 
 template <class T, class W>
-std::vector<T> everything(const Shape& shape, const AffineMap& map, long threads, unsigned seed) {
+std::vector<T> everything(const Shape& shape, const AffineMap& map, int64_t threads, unsigned seed) {
   Model<T, W> model(shape, map, seed);
   const Kernels& kernels = FASTMAF_ISA::kernels[model.flow.weight_dtype];
-  const long n = shape.n, d = shape.features;
+  const int64_t n = shape.n, d = shape.features;
   const std::string name = "n=" + std::to_string(n) + " D=" + std::to_string(d) + " seed=" + std::to_string(seed) + ": ";
   const double tolerance = sizeof(T) == 8 ? 1e-9 : 1e-3;
   const std::vector<T> x = model.draws(n * d);
@@ -205,9 +205,9 @@ std::vector<T> everything(const Shape& shape, const AffineMap& map, long threads
   kernels.flow_forward(model.flow, model.places.data(), x.data(), n, z.data(), ladj.data(), saved.data(), nullptr, threads);
   kernels.flow_forward(model.flow, model.places.data(), x.data(), n, z2.data(), ladj2.data(), nullptr, squares_of_z.data(), threads);
   check(same(z, z2) && same(ladj, ladj2), name + "a forward pass that saves nothing");
-  for (long s = 0; s < n; ++s) {
+  for (int64_t s = 0; s < n; ++s) {
     double sum = 0;
-    for (long i = 0; i < d; ++i) sum += static_cast<double>(z[s * d + i]) * z[s * d + i];
+    for (int64_t i = 0; i < d; ++i) sum += static_cast<double>(z[s * d + i]) * z[s * d + i];
     sums[s] = static_cast<T>(sum);
   }
   check(close(squares_of_z, sums, sizeof(T) == 8 ? 1e-12 : 1e-6), name + "the squares of z");
@@ -217,7 +217,7 @@ std::vector<T> everything(const Shape& shape, const AffineMap& map, long threads
 
   // The inverse of the blocks in turn, with the permutation's on the way.
   std::vector<int64_t> back(d);
-  for (long i = 0; i < d; ++i) back[model.permutation[i]] = i;
+  for (int64_t i = 0; i < d; ++i) back[model.permutation[i]] = i;
   std::vector<Block> blocks{model.blocks[1], model.blocks[0]};
   blocks[0].permutation = nullptr, blocks[1].permutation = back.data();
   Flow inverse = model.flow;
@@ -302,16 +302,16 @@ const std::vector<AffineMap> kMaps{{kShiftFirst, kClamp, 0.5, 0},    {kScaleFirs
                                    {kShiftFirst, kSoftClip, 0.5, 0},  {kScaleFirst, kClamp, 0.5, 0}};
 
 template <class T, class W>
-void test(const std::vector<long>& rounds) {
+void test(const std::vector<int64_t>& rounds) {
   std::vector<Shape> shapes;
-  for (const long n : {0, 1, 2, 3, 5, 8, 9, 13, 31, 64, 65, 129, 150})
-    for (const auto& [features, hidden] : std::vector<std::pair<long, std::vector<long>>>{
+  for (const int64_t n : {0, 1, 2, 3, 5, 8, 9, 13, 31, 64, 65, 129, 150})
+    for (const auto& [features, hidden] : std::vector<std::pair<int64_t, std::vector<int64_t>>>{
              {1, {1}}, {1, {17, 3}}, {2, {5}}, {13, {9, 31}}, {33, {70}}, {40, {16, 48, 7}}, {129, {20}}, {700, {34, 50}}})
-      if (n * features < 20000) shapes.push_back({n, features, hidden, static_cast<int>(shapes.size() % 4), 1 + static_cast<long>(shapes.size()) % 3});
+      if (n * features < 20000) shapes.push_back({n, features, hidden, static_cast<int>(shapes.size() % 4), 1 + static_cast<int64_t>(shapes.size()) % 3});
   shapes.push_back({3, 2500, {40}, 0, 1});
   shapes.push_back({2, 90, {1300, 150}, 1, 5});  // a step of the inverse that is wide
   for (std::size_t i = 0; i < shapes.size(); ++i) {
-    const auto run = [&](long threads) { return everything<T, W>(shapes[i], kMaps[i % kMaps.size()], threads, 1000 + static_cast<unsigned>(i)); };
+    const auto run = [&](int64_t threads) { return everything<T, W>(shapes[i], kMaps[i % kMaps.size()], threads, 1000 + static_cast<unsigned>(i)); };
     const std::vector<T> expected = run(rounds.front());
     for (std::size_t k = 1; k < rounds.size(); ++k)
       check(same(run(rounds[k]), expected), "shape " + std::to_string(i) + " with " + std::to_string(rounds[k]) + " threads");
@@ -328,11 +328,11 @@ void test(const std::vector<long>& rounds) {
 }  // namespace
 
 int main(int count, char** arguments) {
-  std::vector<long> rounds;
+  std::vector<int64_t> rounds;
   for (int i = 1; i < count; ++i) rounds.push_back(std::atol(arguments[i]));
   check(!rounds.empty(), "a number of threads is wanted");
   std::setvbuf(stdout, nullptr, _IOLBF, 0);
-  for (const long threads : rounds) test_storage(threads);
+  for (const int64_t threads : rounds) test_storage(threads);
   std::printf("matrix unit: %s\n", test_amx() ? "tested" : "not here");
   // The pool's threads are created by two calls at once.
   const auto first = [&] { everything<float, float>({9, 700, {34, 50}, 0, 1}, kMaps[0], rounds.back(), 1); };

@@ -1,6 +1,10 @@
 // Conversion of packed weights (kernels/csrc/storage.cpp), clearing of their padding and random numbers (uniform.cpp), on arrays of
 // exactly the size that they may touch.
+#if defined(_WIN32)
+#include <io.h>
+#else
 #include <unistd.h>
+#endif
 
 #include <algorithm>
 #include <cstdint>
@@ -12,8 +16,8 @@
 extern "C" {
 int fastmaf_rows_to_panels(const void*, void*, const int64_t*, const int64_t*, int64_t, int64_t, int64_t, uint64_t, int64_t);
 int fastmaf_panels_to_rows(const void*, void*, const int64_t*, const int64_t*, int64_t, int64_t, int64_t, uint64_t, int64_t);
-int fastmaf_file_to_panels(int, int64_t, void*, const int64_t*, const int64_t*, int64_t, int64_t, int64_t, uint64_t, int64_t);
-int fastmaf_panels_to_file(int, int64_t, const void*, const int64_t*, const int64_t*, int64_t, int64_t, int64_t, uint64_t, int64_t);
+int fastmaf_file_to_panels(int64_t, int64_t, void*, const int64_t*, const int64_t*, int64_t, int64_t, int64_t, uint64_t, int64_t);
+int fastmaf_panels_to_file(int64_t, int64_t, const void*, const int64_t*, const int64_t*, int64_t, int64_t, int64_t, uint64_t, int64_t);
 int fastmaf_uniform_float(float*, const int64_t*, const int64_t*, int64_t, int64_t, uint64_t, double, int64_t);
 int fastmaf_uniform_double(double*, const int64_t*, const int64_t*, int64_t, int64_t, uint64_t, double, int64_t);
 struct PaddedWeight {
@@ -26,7 +30,7 @@ int fastmaf_zero_padding(const PaddedWeight*, int64_t);
 const char* fastmaf_used_isa() { return "checked"; }
 }
 
-void test_storage(long threads);
+void test_storage(int64_t threads);
 
 namespace {
 
@@ -39,15 +43,25 @@ void check(bool holds, const char* what) {
   std::exit(1);
 }
 
+// What the library is given for a file, and the end of a file.
+#if defined(_WIN32)
+int64_t handle(std::FILE* file) { return _get_osfhandle(_fileno(file)); }
+bool truncate(std::FILE* file, int64_t size) { return _chsize_s(_fileno(file), size) == 0; }
+#else
+int64_t handle(std::FILE* file) { return fileno(file); }
+bool truncate(std::FILE* file, int64_t size) { return ftruncate(fileno(file), size) == 0; }
+#endif
+
 struct Layout {
   std::vector<int64_t> prefix, panels{0};
   int64_t visible = 0;
 
   // `share` panels have one width.
-  Layout(long rows, long columns, long share) : prefix(rows) {
+  Layout(int64_t rows, int64_t columns, int64_t share) : prefix(rows) {
     for (int64_t& sees : prefix) sees = std::uniform_int_distribution<int64_t>(0, columns)(random_bits), visible += sees;
     std::sort(prefix.begin(), prefix.end());
-    for (long p = 0; p * kPanel < rows; ++p) panels.push_back(panels.back() + prefix[std::min((p / share + 1) * share * kPanel, rows) - 1]);
+    for (int64_t p = 0; p * kPanel < rows; ++p)
+      panels.push_back(panels.back() + prefix[std::min((p / share + 1) * share * kPanel, rows) - 1]);
   }
   int64_t rows() const { return static_cast<int64_t>(prefix.size()); }
   int64_t count() const { return static_cast<int64_t>(panels.size()) - 1; }
@@ -56,7 +70,7 @@ struct Layout {
 
 // Bits: of a number; exponent: the bits of it that infinities and NaN have.
 template <class Bits>
-void test_of(const Layout& of, uint64_t exponent, long threads) {
+void test_of(const Layout& of, uint64_t exponent, int64_t threads) {
   const int64_t *prefix = of.prefix.data(), *panels = of.panels.data();
   const int64_t size = sizeof(Bits);
   std::vector<Bits> rows(of.visible), panel(of.numel(), Bits(1)), expected(of.numel(), Bits(0)), again(of.visible);
@@ -76,14 +90,15 @@ void test_of(const Layout& of, uint64_t exponent, long threads) {
   std::FILE* file = std::tmpfile();
   check(file != nullptr, "a temporary file is wanted");
   constexpr int64_t kPlace = 7;  // rows may begin anywhere
-  check(fastmaf_panels_to_file(fileno(file), kPlace, panel.data(), prefix, panels, of.rows(), of.count(), size, exponent, threads) == 0, "a write");
+  check(fastmaf_panels_to_file(handle(file), kPlace, panel.data(), prefix, panels, of.rows(), of.count(), size, exponent, threads) == 0,
+        "a write");
   std::fill(panel.begin(), panel.end(), Bits(1));
   const auto read = [&] {
-    return fastmaf_file_to_panels(fileno(file), kPlace, panel.data(), prefix, panels, of.rows(), of.count(), size, exponent, threads);
+    return fastmaf_file_to_panels(handle(file), kPlace, panel.data(), prefix, panels, of.rows(), of.count(), size, exponent, threads);
   };
   check(read() == 0 && panel == expected, "a file");
   if (of.visible > 0) {
-    check(ftruncate(fileno(file), kPlace + of.visible * size - 1) == 0 && read() == 2, "a file that ends before");
+    check(truncate(file, kPlace + of.visible * size - 1) && read() == 2, "a file that ends before");
     for (const int64_t place : {int64_t{0}, of.visible / 2, of.visible - 1}) {
       const Bits good = rows[place];
       rows[place] = static_cast<Bits>(exponent | 1);
@@ -109,7 +124,7 @@ void test_of(const Layout& of, uint64_t exponent, long threads) {
 }
 
 template <class T, class Fill>
-void test_uniform(const Layout& of, const Fill& fill, long threads) {
+void test_uniform(const Layout& of, const Fill& fill, int64_t threads) {
   std::vector<T> weight(of.numel(), T(9));
   check(fill(weight.data(), of.prefix.data(), of.panels.data(), of.rows(), of.count(), 5, 0.5, threads) == 0, "random numbers");
   std::vector<T> cleared = weight;
@@ -120,10 +135,10 @@ void test_uniform(const Layout& of, const Fill& fill, long threads) {
 
 }  // namespace
 
-void test_storage(long threads) {
+void test_storage(int64_t threads) {
   std::vector<Layout> layouts;
-  for (const long rows : {1, 2, 15, 16, 17, 40, 100})
-    for (const long columns : {0, 1, 3, 8, 33, 200}) layouts.emplace_back(rows, columns, 1 + rows % 3);
+  for (const int64_t rows : {1, 2, 15, 16, 17, 40, 100})
+    for (const int64_t columns : {0, 1, 3, 8, 33, 200}) layouts.emplace_back(rows, columns, 1 + rows % 3);
   layouts.emplace_back(700, 4000, 1);  // several parts
   for (const Layout& of : layouts) {
     test_of<uint16_t>(of, 0x7f80, threads);
