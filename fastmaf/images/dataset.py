@@ -45,6 +45,7 @@ class ImageSet:
         names: path of each image within its class folder, with "/": "003.png", "monday/003.png"; by default the names
             of the files.
         shapes: (height, width) of each upright image at full resolution; () if the set was not read from files.
+        double: the images at twice the size, uint8 [n, 3, 2 size, 2 size]; None unless requested.
     """
 
     pixels: Tensor
@@ -54,6 +55,7 @@ class ImageSet:
     skipped: tuple[tuple[Path, str], ...] = ()
     names: tuple[str, ...] = ()
     shapes: tuple[tuple[int, int], ...] = ()
+    double: Tensor | None = None
 
     def __post_init__(self) -> None:
         if not self.names:
@@ -76,12 +78,13 @@ class ImageSet:
     def subset(self, index: Sequence[int]) -> ImageSet:
         """Returns the images at these positions, in this order, with the notes and skipped files of the whole set."""
         where = [int(i) for i in index]
-        pixels = self.pixels[torch.tensor(where, dtype=torch.long)]
+        rows = torch.tensor(where, dtype=torch.long)
         of_each = {
             name: tuple(values[i] for i in where) if (values := getattr(self, name)) else ()
             for name in ("paths", "labels", "names", "shapes")
         }
-        return replace(self, pixels=pixels, **of_each)
+        double = None if self.double is None else self.double[rows]
+        return replace(self, pixels=self.pixels[rows], double=double, **of_each)
 
 
 def check_takes_images(flow: fastmaf.Flow, path: Path) -> int:
@@ -127,7 +130,9 @@ def to_images(x: Tensor, size: int) -> Tensor:
 
 
 @fastmaf.torch_defaults()
-def load_train(root: str | Path, *, size: int = 64, skip_bad: bool = False, progress: bool = True) -> ImageSet:
+def load_train(
+    root: str | Path, *, size: int = 64, skip_bad: bool = False, double: bool = False, progress: bool = True
+) -> ImageSet:
     """Loads the good images to train on, all below ``root/train/good``.
 
     Args:
@@ -136,6 +141,7 @@ def load_train(root: str | Path, *, size: int = 64, skip_bad: bool = False, prog
             results are ignored everywhere.
         size: side of the square that every image is resized to, in pixels.
         skip_bad: record, log and skip files that cannot be read instead of stopping.
+        double: read the images at twice the size as well; see ``ImageSet.double``.
         progress: show a progress bar.
 
     Raises:
@@ -148,7 +154,7 @@ def load_train(root: str | Path, *, size: int = 64, skip_bad: bool = False, prog
     if not files:
         raise layout_error(f"no image in {folder}: {contents(files_in(folder))}", TRAIN, root)
     labelled = [("good", folder, file) for file in files]
-    return _load(labelled, "train", [*notes, *left_aside(ignored, closed)], size, skip_bad, progress)
+    return _load(labelled, "train", [*notes, *left_aside(ignored, closed)], size, skip_bad, progress, double)
 
 
 @fastmaf.torch_defaults()
@@ -175,16 +181,22 @@ def load_test(root: str | Path, *, size: int = 64, skip_bad: bool = False, progr
 
 
 def _load(
-    files: list[tuple[str, Path, Path]], what: str, notes: list[str], size: int, skip_bad: bool, progress: bool
+    files: list[tuple[str, Path, Path]],
+    what: str,
+    notes: list[str],
+    size: int,
+    skip_bad: bool,
+    progress: bool,
+    double: bool = False,
 ) -> ImageSet:
     """Loads files, given as (class, class folder, file)."""
-    _check_memory(len(files), size)
+    _check_memory(len(files), size, double)
     loaded: list[tuple[str, str, Frame]] = []
     skipped: list[tuple[Path, str]] = []
     bar = track(files, f"reading {what} images", "image", show=progress)
     for label, folder, file in bar:
         try:
-            loaded.append((label, file.relative_to(folder).as_posix(), load_frame(file, size)))
+            loaded.append((label, file.relative_to(folder).as_posix(), load_frame(file, size, double=double)))
         except DataError as error:
             if not skip_bad:
                 raise DataError(f"{error}; --skip-bad skips such files") from error
@@ -205,12 +217,13 @@ def _load(
         skipped=tuple(skipped),
         names=names,
         shapes=tuple((frame.height, frame.width) for frame in frames),
+        double=torch.stack([frame.double for frame in frames]) if double else None,
     )
 
 
-def _check_memory(images: int, size: int) -> None:
+def _check_memory(images: int, size: int, double: bool) -> None:
     """Refuses images that would not fit into memory as 8-bit values: in parts while reading, and then as one tensor."""
-    needed, available = 2 * images * 3 * size**2, available_memory(torch.device("cpu"))
+    needed, available = 2 * images * 3 * size**2 * (5 if double else 1), available_memory(torch.device("cpu"))
     if available is not None and needed > available:
         raise DoesNotFitError(
             f"reading {count(images, 'image')} at {size} x {size} pixels needs about {format_bytes(needed)} of memory; "

@@ -25,15 +25,10 @@ from fastmaf.images.progress import Progress
 from fastmaf.inspection.blocks import Log, fit_blocks, select_blocks
 from fastmaf.inspection.calibration import Calibration
 from fastmaf.inspection.model import InspectionModel
-from fastmaf.inspection.out_of_fold import OutOfFoldModels, drop_fold, k_fold, out_of_fold_maps, out_of_fold_scores
+from fastmaf.inspection.out_of_fold import OutOfFoldModels, k_fold, out_of_fold_maps, out_of_fold_scores
 from fastmaf.inspection.recipe import Recipe
 from fastmaf.inspection.selection.select import select_score_and_map
-from fastmaf.inspection.whitening import (
-    before_whitening,
-    compared_whitenings,
-    fit_whitening,
-    select_augmentation,
-)
+from fastmaf.inspection.whitening import Normals, before_whitening, count_fits, select_augmentation
 
 
 @dataclass(frozen=True, eq=False)
@@ -54,7 +49,7 @@ class Fitted:
 
 
 @fastmaf.torch_defaults()
-def fit(pixels: Tensor, recipe: Recipe | None = None, *, progress: bool = True) -> Fitted:
+def fit(pixels: Tensor, recipe: Recipe | None = None, *, double: Tensor | None = None, progress: bool = True) -> Fitted:
     """Fits an inspection model to good images and calibrates it at a false-alarm rate of 5%.
 
     Augmentation and blocks that the recipe leaves open are kept only if held-out images are more likely with them;
@@ -63,6 +58,8 @@ def fit(pixels: Tensor, recipe: Recipe | None = None, *, progress: bool = True) 
     Args:
         pixels: uint8 ``[n, 3, size, size]``, n >= folds.
         recipe: the settings.
+        double: the same images at twice the size, uint8 ``[n, 3, 2 size, 2 size]``, from which shifted and rotated
+            copies are made; None to interpolate ``pixels``, which blurs them.
         progress: show a progress bar.
 
     Raises:
@@ -75,29 +72,34 @@ def fit(pixels: Tensor, recipe: Recipe | None = None, *, progress: bool = True) 
     if pixels.dtype != torch.uint8 or pixels.shape[1:] != (3, asked.size, asked.size):
         expected = f"uint8 [n, 3, {asked.size}, {asked.size}]"
         raise ValueError(f"pixels must be {expected}; found {pixels.dtype} {list(pixels.shape)}")
+    if double is not None and (double.dtype, double.shape) != (
+        torch.uint8,
+        (*pixels.shape[:2], *(2 * asked.size,) * 2),
+    ):
+        expected = f"uint8 {[*pixels.shape[:2], 2 * asked.size, 2 * asked.size]}"
+        raise ValueError(f"double must be {expected}; found {double.dtype} {list(double.shape)}")
     images = to_unit(pixels)
     x = dequantized(images, asked.seed) if asked.dequantize else images
     folds = k_fold(len(x), asked.folds, asked.seed)
-    steps = compared_whitenings(asked, len(x)) + asked.folds + 1 + asked.folds * bool(asked.most_blocks)
+    steps = count_fits(asked, len(x)) + asked.folds * bool(asked.most_blocks)
     times = [time.perf_counter()]
     with Progress("fitting", "model", total=steps, show=progress) as bar:
-        recipe, whitenings, augmentation_figures = select_augmentation(x, folds, asked, bar.update)
+        recipe, whitenings, augmentation_figures = select_augmentation(Normals(x, double), folds, asked, bar.update)
         first = before_whitening(recipe)
         y = fastmaf.Flow(recipe.features, first)(x)[0]
-        for fold in folds[len(whitenings) :]:
-            whitenings.append(fit_whitening(drop_fold(y, fold), recipe))
-            bar.update()
-        whitening = fit_whitening(y, recipe)
-        bar.update()
         times.append(time.perf_counter())
         z = torch.empty_like(x)
-        for fold, fold_whitening in zip(folds, whitenings, strict=True):
+        for fold, fold_whitening in zip(folds, whitenings.folds, strict=True):
             z[fold] = fold_whitening(y[fold])[0]
-        flows = [fastmaf.Flow(recipe.features, [*first, fold_whitening]).eval() for fold_whitening in whitenings]
+        flows = [fastmaf.Flow(recipe.features, [*first, fold_whitening]).eval() for fold_whitening in whitenings.folds]
         models = OutOfFoldModels(folds, flows)
         kept, models, log, block_figures = select_blocks(x, z, models, recipe, bar.update)
         recipe = replace(recipe, blocks=kept)
-        flow = fastmaf.Flow(recipe.features, [*first, whitening, *fit_blocks(z, recipe)]).eval().requires_grad_(False)
+        flow = (
+            fastmaf.Flow(recipe.features, [*first, whitenings.whole, *fit_blocks(z, recipe)])
+            .eval()
+            .requires_grad_(False)
+        )
         times.append(time.perf_counter())
     score, map_config, figures = select_score_and_map(recipe, pixels, models)
     statistics, scores = out_of_fold_scores(images, models, score)

@@ -45,7 +45,7 @@ class Recipe:
     """
 
     size: int = 64
-    rank: int = 800
+    rank: int = 400
     augmentation: Augmentation | Literal["auto"] = "auto"
     shift_radius: int = 2
     shift_step: float = 0.5
@@ -57,7 +57,7 @@ class Recipe:
     kernel: int = 3
     hidden: int = 2
     steps: int = 200
-    batch_size: int = 16
+    batch_size: int = 2
     lr: float = 2e-2
     folds: int = 5
     score: ScoreSettings | None = None

@@ -10,18 +10,19 @@ there are fewer samples than dimensions, since the directions P were chosen to e
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from typing import NamedTuple, TypeAlias
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-Augment: TypeAlias = Callable[[Tensor], tuple[Tensor, Tensor]]
-"""Maps ``x`` ``[n, D]`` to ``basis`` ``[n, p, D]`` and ``weights`` ``[c, p]``, whose rows sum to 1: augmented sample k
-of sample i is ``weights[k] @ basis[i]``. The cost grows with p, not with c."""
+from fastmaf.transforms.augmented_rows import Augment, Rows, augmented_rows
+from fastmaf.transforms.leading_vectors import leading_vectors, orthonormalised
 
-_MAX_ROWS = 4096  # of the decomposed matrix, whose Gram matrix is decomposed as a whole
-_FIRST_SAMPLES = 40  # for a first estimate of the noise, which scales the data for the final one
+__all__ = ["Augment", "FactorModel", "fit_factors", "fit_factors_of_folds", "orthonormalised"]
+
+_FIRST_SAMPLES = 40  # held out for a first estimate of the noise, which scales the data for the final one
+_FIRST_ROWS = 4  # per sample, for that estimate
 
 
 class FactorModel(NamedTuple):
@@ -41,7 +42,14 @@ class FactorModel(NamedTuple):
 
 
 def fit_factors(
-    x: Tensor, rank: int, *, augment: Augment | None = None, folds: int = 5, floor: float | None = None, seed: int = 0
+    x: Tensor,
+    rank: int,
+    *,
+    augment: Augment | None = None,
+    source: Tensor | None = None,
+    folds: int = 5,
+    floor: float | None = None,
+    seed: int = 0,
 ) -> FactorModel:
     """Fits mean, noise and factors to samples.
 
@@ -49,8 +57,9 @@ def fit_factors(
         x: ``[n, D]``, n >= 2, floating point, finite.
         rank: maximum number of factors; fewer are returned if n does not support them.
         augment: augmented samples, such as shifted images, that the factors must explain as well. Noise and variances
-            are those of the samples themselves. If there are more than 4,096 rows (n times p), the factors are found
-            from a random subset of the samples.
+            are those of the samples themselves. Of more than 6,000 rows a random selection is used, in which those of
+            large variance are more frequent.
+        source: what ``augment`` takes, ``[n, ...]``, such as the same images at twice the size; None for ``x``.
         folds: number of cross-validation folds; residuals of a sample are those of factors fitted without its fold.
         floor: smallest variance of the noise, in units of x squared; None uses a millionth of the mean variance.
         seed: of the folds.
@@ -67,140 +76,162 @@ def fit_factors(
         >>> model.factors.shape, model.scale.shape
         (torch.Size([6, 2]), torch.Size([6]))
     """
+    _check(x)
+    if rank < 0 or folds < 2:
+        raise ValueError(f"rank must be at least 0 and folds at least 2; found {rank} and {folds}")
+    order = torch.randperm(len(x), generator=torch.Generator().manual_seed(seed))
+    folds = min(folds, len(x))
+    parts = [order[i::folds].sort().values for i in range(folds)]
+    fit = _CrossFit(x, rank, parts, augment, x if source is None else source, floor, seed)
+    return fit.model(None)
+
+
+def fit_factors_of_folds(
+    x: Tensor,
+    rank: int,
+    parts: Sequence[Tensor],
+    *,
+    augment: Augment | None = None,
+    source: Tensor | None = None,
+    floor: float | None = None,
+    seed: int = 0,
+) -> tuple[list[FactorModel], FactorModel]:
+    """Fits one model without each part of the samples, and one to all, for little more than the cost of one.
+
+    All share one Gram matrix. Noise and variances of the model without a part are those of the samples outside this
+    part, each under the factors fitted without its own part.
+
+    Args:
+        x, rank, augment, source, floor, seed: as ``fit_factors``.
+        parts: indices of at least two disjoint sets of samples.
+
+    Returns:
+        The models without each part, and the model of all samples.
+    """
+    _check(x)
+    if len(parts) < 2 or rank < 0:
+        raise ValueError(f"expected at least 2 parts and a rank of at least 0; found {len(parts)} and {rank}")
+    fit = _CrossFit(x, rank, parts, augment, x if source is None else source, floor, seed)
+    return [fit.model(k) for k in range(len(parts))], fit.model(None)
+
+
+def _check(x: Tensor) -> None:
     if x.dim() != 2 or x.shape[0] < 2 or not x.is_floating_point():
         raise ValueError(f"x must be floating point [n, D] with n >= 2; found {x.dtype} {list(x.shape)}")
     if not bool(torch.isfinite(x).all()):
         raise ValueError("x holds values that are not finite")
-    if rank < 0 or folds < 2:
-        raise ValueError(f"rank must be at least 0 and folds at least 2; found {rank} and {folds}")
-    n, generator = len(x), torch.Generator().manual_seed(seed)
-    order = torch.randperm(n, generator=generator)
-    parts = [order[i :: min(folds, n)].sort().values for i in range(min(folds, n))]
-    mean, rows, owner, part_of_mean = _rows(x, augment, order)
-    centred = x - mean
-    total = float(centred.double().square().mean())
-    least = max(1e-6 * total, torch.finfo(x.dtype).tiny) if floor is None else floor
-    if not 0 < least < math.inf:
-        raise ValueError(f"floor must be positive and finite; found {floor}")
-    # An initial scale: the factors explain most of the variance.
-    noise = (0.1 * centred.double().square().mean(dim=0)).clamp_min(least)
-    # The first round only scales the data, for which fewer folds suffice.
-    for parts_of_round in (parts[: math.ceil(_FIRST_SAMPLES * len(parts) / n)], parts):
-        before = noise
-        scaled = rows / before.sqrt().to(x.dtype)
-        gram = _gram(scaled)
-        noise, components = _cross_validated(centred, scaled, gram, owner, part_of_mean, before, rank, parts_of_round)
-        noise = noise.clamp_min(least)
-    scale = noise.sqrt().to(x.dtype)
-    directions = _leading(scaled, gram, len(components)).double()
-    # The variance along a direction includes the noise, both in units of the noise before the last round.
-    excess = (components[: directions.shape[1]] - (noise / before) @ directions.square()).clamp_min(0)
-    factors, variance = _orthogonal(directions * excess.sqrt() * (before / noise).sqrt()[:, None])
-    return FactorModel(mean, scale, factors.to(x.dtype), variance.to(x.dtype))
+
+
+class _CrossFit:
+    """Factors without each part of the samples, and what they leave of the held-out samples."""
+
+    def __init__(
+        self,
+        x: Tensor,
+        rank: int,
+        parts: Sequence[Tensor],
+        augment: Augment | None,
+        source: Tensor,
+        floor: float | None,
+        seed: int,
+    ) -> None:
+        self.x, self.parts = x, parts
+        self.rows = augmented_rows(x, parts, augment, source, torch.Generator().manual_seed(seed))
+        variance = _mean_square(x, self.rows.mean)
+        total = float(variance.mean())
+        self.least = max(1e-6 * total, torch.finfo(x.dtype).tiny) if floor is None else floor
+        if not 0 < self.least < math.inf:
+            raise ValueError(f"floor must be positive and finite; found {floor}")
+        # An initial scale: the factors explain most of the variance.
+        self.noise = (0.1 * variance).clamp_min(self.least)
+        values = self.rows.values.div_(self.noise.sqrt().to(x.dtype))
+        samples = sum(len(part) for part in parts)
+        few = parts[: math.ceil(_FIRST_SAMPLES * len(parts) / samples)]
+        squares = self._held_out(self._few_rows(), rank, few)[0]
+        before = self.noise
+        self.noise = self.noise * squares.sum(dim=0) / sum(len(part) for part in few)
+        self.noise = self.noise.clamp_min(self.least)
+        values.mul_((before / self.noise).sqrt().to(x.dtype))
+        self.squares, self.components, self.factors = self._held_out(self.rows, rank, parts)
+        self.counts = torch.tensor([len(part) for part in parts], dtype=torch.float64, device=x.device)
+
+    def _few_rows(self) -> Rows:
+        """Returns the first rows of each sample: the first round only scales the data."""
+        owner = self.rows.owner
+        start = torch.searchsorted(owner, owner)
+        few = torch.arange(len(owner)) - start < _FIRST_ROWS
+        rows = self.rows
+        return (
+            rows if bool(few.all()) else rows._replace(values=rows.values[few], owner=owner[few], share=rows.share[few])
+        )
+
+    def _held_out(self, rows: Rows, rank: int, parts: Sequence[Tensor]) -> tuple[Tensor, Tensor, list[Tensor]]:
+        """Returns the squared residuals ``[parts, D]`` and squared components ``[parts, r]`` of the held-out samples.
+
+        Both are sums over the samples of a part (float64), in units of the noise. The third result is the factors
+        without each part ``[D, r]``.
+        """
+        training = [~torch.isin(rows.owner, part) for part in parts]
+        rank = min(rank, rows.values.shape[1], *(int(mask.sum()) for mask in training))
+        scale, gram = self.noise.sqrt().to(self.x.dtype), _gram(rows.values)
+        squares = self.noise.new_zeros(len(parts), len(scale))
+        components = self.noise.new_zeros(len(parts), rank)
+        found = []
+        for k, (part, mask) in enumerate(zip(parts, training, strict=True)):
+            # The mean of the training samples is subtracted, since centred samples reveal the held-out ones.
+            shift = (rows.mean_without[k] - rows.mean) / scale
+            factors = _leading(rows, gram, rank, mask, shift)
+            # A residual lacks the noise along the factors.
+            remaining = (1 - factors.double().square().sum(dim=1)).clamp_min(1e-3)
+            for some in part.split(256):
+                y = (self.x[some] - rows.mean_without[k]) / scale
+                along = y @ factors
+                squares[k] += (y - along @ factors.T).square().sum(dim=0, dtype=torch.float64) / remaining
+                components[k, : along.shape[1]] += along.square().sum(dim=0, dtype=torch.float64)
+            found.append(factors)
+        self.gram = gram
+        return squares, components, found
+
+    def model(self, without: int | None) -> FactorModel:
+        """Returns the model without one part of the samples, or of all."""
+        others = torch.ones(len(self.parts), dtype=torch.bool)
+        if without is not None:
+            others[without] = False
+        count = self.counts[others].sum()
+        # Factors of different parts are matched by their rank, which determines their variance approximately.
+        noise = (self.noise * self.squares[others].sum(dim=0) / count).clamp_min(self.least)
+        components = self.components[others].sum(dim=0) / count
+        if without is None:
+            directions = _leading(self.rows, self.gram, len(components), None, None).double()
+        else:
+            directions = self.factors[without].double()
+        ratio = noise / self.noise
+        # The variance along a direction includes the noise, both in units of the noise before the last round.
+        excess = (components[: directions.shape[1]] - ratio @ directions.square()).clamp_min(0)
+        factors, variance = _orthogonal(directions * excess.sqrt() * ratio.rsqrt()[:, None])
+        mean = self.rows.mean if without is None else self.rows.mean_without[without]
+        dtype = self.x.dtype
+        return FactorModel(mean, noise.sqrt().to(dtype), factors.to(dtype), variance.to(dtype))
+
+
+def _mean_square(x: Tensor, mean: Tensor) -> Tensor:
+    """Returns the mean of ``(x - mean)²`` over the samples ``[D]``, float64."""
+    return sum((part - mean).square().sum(dim=0, dtype=torch.float64) for part in x.split(256)) / len(x)  # type: ignore[return-value]
 
 
 def _orthogonal(loadings: Tensor) -> tuple[Tensor, Tensor]:
-    """Returns P and S² with P S² Pᵀ = ``loadings @ loadings.T``, in descending order of S², float64."""
+    """Returns P and S² with P S² Pᵀ = ``loadings @ loadings.T``, in descending order of S², float64.
+
+    From the Gram matrix of the columns, which takes a tenth of the time of their decomposition. Directions with less
+    than 1e-12 of the largest S² are omitted.
+    """
     if not loadings.shape[1]:
         return loadings, loadings.new_zeros(0)
-    q, r = torch.linalg.qr(loadings)
-    u, s, _ = torch.linalg.svd(r)
-    used = s > 0
-    return (q @ u)[:, used], s[used].square()
-
-
-def _rows(x: Tensor, augment: Augment | None, order: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Returns the mean of all augmented samples, centred rows with their second moment, and, for each row, its sample
-    and the factor of the mean that was subtracted.
-    """
-    if augment is None:
-        mean = x.double().mean(dim=0).to(x.dtype)
-        index = order[:_MAX_ROWS].sort().values
-        return mean, x[index] - mean, index, x.new_ones(len(index))
-    total = torch.zeros(x.shape[1], dtype=torch.float64, device=x.device)
-    mixed: list[Tensor] = []
-    owners: list[Tensor] = []
-    mixing, selected = None, torch.zeros(len(x), dtype=torch.bool)
-    for index in torch.arange(len(x)).split(32):  # in batches, since all augmented samples may need too much memory
-        basis, weights = augment(x[index])
-        if mixing is None:
-            _check(basis, weights, x[index])
-            # The second moment of the augmented samples is basisᵀ M basis with M = weightsᵀ weights / c. A root of M
-            # mixes the basis into at most p rows.
-            values, vectors = torch.linalg.eigh(weights.double().T @ weights.double() / len(weights))
-            used = values > 1e-9 * values[-1]
-            mixing = (vectors[:, used] * values[used].sqrt()).T.to(x.dtype)
-            selected[order[: max(2, _MAX_ROWS // len(mixing))]] = True
-        total += torch.einsum("npd,p->d", basis.double(), weights.double().mean(dim=0))
-        chosen = selected[index]
-        mixed.append(torch.einsum("qp,npd->nqd", mixing, basis[chosen]))
-        owners.append(index[chosen])
-    assert mixing is not None
-    mean = (total / len(x)).to(x.dtype)
-    part = mixing.sum(dim=1)
-    rows, owner = torch.cat(mixed) - part[:, None] * mean, torch.cat(owners)
-    return mean, rows.flatten(0, 1), owner.repeat_interleave(len(mixing)), part.repeat(len(owner))
-
-
-def _check(basis: Tensor, weights: Tensor, x: Tensor) -> None:
-    n, d = x.shape
-    if basis.dim() != 3 or (basis.shape[0], basis.shape[2]) != (n, d) or not basis.shape[1]:
-        raise ValueError(f"augment must give a basis [{n}, p, {d}]; found {list(basis.shape)}")
-    if weights.dim() != 2 or weights.shape[1] != basis.shape[1] or not len(weights):
-        raise ValueError(f"augment must give weights [copies, {basis.shape[1]}]; found {list(weights.shape)}")
-    if not bool(torch.isfinite(basis).all()):
-        raise ValueError("augment's basis holds values that are not finite")
-    sums = weights.double().sum(dim=1)
-    if not torch.allclose(sums, torch.ones_like(sums), atol=1e-5):
-        worst = float(sums[(sums - 1).abs().argmax()])
-        raise ValueError(f"augment's weights must sum to 1 in each row, copies being mixtures; found {worst}")
-
-
-def _cross_validated(
-    centred: Tensor,
-    scaled: Tensor,
-    gram: Tensor | None,
-    owner: Tensor,
-    part_of_mean: Tensor,
-    noise: Tensor,
-    rank: int,
-    parts: list[Tensor],
-) -> tuple[Tensor, Tensor]:
-    """Returns the variances of the noise, and along the factors in its units, of held-out samples (float64).
-
-    Args:
-        centred: samples less their mean.
-        scaled: rows in units of the noise.
-        gram: of ``scaled``.
-        owner, part_of_mean: of the rows, see ``_rows``.
-        noise: variances of the noise.
-        rank: maximum number of factors.
-        parts: indices of the samples that each fold holds out.
-    """
-    scale = noise.sqrt().to(centred.dtype)
-    training = [~torch.isin(owner, part) for part in parts]
-    rank = min(rank, centred.shape[1], *(int(mask.sum()) for mask in training))
-    squares, count = torch.zeros_like(noise), sum(len(part) for part in parts)
-    components = torch.zeros(rank, dtype=torch.float64, device=scaled.device)
-    for part, mask in zip(parts, training, strict=True):
-        # The mean of the training samples is subtracted, since centred samples reveal the held-out ones: they sum to 0.
-        in_training = torch.ones(len(centred), dtype=torch.bool)
-        in_training[part] = False
-        shift, share = centred[in_training].mean(dim=0) / scale, part_of_mean[mask]
-        recentred, products = scaled[mask], None
-        if gram is not None:
-            cross = torch.outer(share, recentred @ shift)
-            products = gram[mask][:, mask] - cross - cross.T + torch.outer(share, share) * (shift @ shift)
-        recentred -= share[:, None] * shift  # in place: there are many rows
-        factors = _leading(recentred, products, rank)
-        y = centred[part] / scale - shift
-        along = y @ factors
-        # A residual lacks the noise along the factors.
-        remaining = (1 - factors.double().square().sum(dim=1)).clamp_min(1e-3)
-        squares += (y - along @ factors.T).double().square().sum(dim=0) / remaining
-        components[: along.shape[1]] += along.double().square().sum(dim=0)
-    # Factors of different folds are matched by their rank, which determines their variance approximately.
-    return noise * squares / count, components / count
+    variance, vectors = torch.linalg.eigh(loadings.T @ loadings)
+    variance, vectors = variance.flip(0), vectors.flip(1)
+    used = variance > 1e-12 * variance[0].clamp_min(torch.finfo(torch.float64).tiny)
+    variance = variance[used]
+    return orthonormalised(loadings @ (vectors[:, used] * variance.rsqrt())), variance
 
 
 def _gram(rows: Tensor) -> Tensor | None:
@@ -208,26 +239,40 @@ def _gram(rows: Tensor) -> Tensor | None:
     return rows @ rows.T if rows.shape[0] < rows.shape[1] else None
 
 
-def _leading(rows: Tensor, gram: Tensor | None, rank: int) -> Tensor:
-    """Returns the leading right singular vectors of ``rows``, ``[D, <= rank]``, orthonormal up to rounding.
+def _leading(rows: Rows, gram: Tensor | None, rank: int, mask: Tensor | None, shift: Tensor | None) -> Tensor:
+    """Returns the leading right singular vectors of some rows, ``[D, <= rank]``, orthonormal up to rounding.
 
     They are computed from the Gram matrix of the rows, or of the dimensions if ``gram`` is None, in float64. Squaring
     halves the precision, so directions with less than 1e-10 of the largest variance are omitted.
+
+    Args:
+        rows: in units of the noise.
+        gram: of all rows.
+        rank: maximum number of vectors.
+        mask: which rows to use; None for all.
+        shift: new mean of these rows, relative to the present one; None to leave it.
     """
+    values = rows.values
     if rank == 0:
-        return rows.new_zeros(rows.shape[1], 0)
-    values, vectors = torch.linalg.eigh((rows.T @ rows if gram is None else gram).double())
-    values, vectors = values.flip(0)[:rank], vectors.flip(1)[:, :rank]
-    used = values > 1e-10 * values[0].clamp_min(torch.finfo(torch.float64).tiny)
+        return values.new_zeros(values.shape[1], 0)
+    share = rows.share if mask is None else rows.share[mask]
     if gram is None:
-        return vectors[:, used].to(rows.dtype)
-    return orthonormalised(rows.T @ (vectors[:, used] * values[used].rsqrt()).to(rows.dtype))
-
-
-def orthonormalised(factors: Tensor) -> Tensor:
-    """Orthonormalises nearly orthonormal columns; columns of zeros stay zero.
-
-    One step of the Newton-Schulz iteration, P (3I − PᵀP) / 2, which squares the error.
-    """
-    identity = torch.eye(factors.shape[1], dtype=factors.dtype, device=factors.device)
-    return factors @ (1.5 * identity - 0.5 * (factors.T @ factors))
+        some = values if mask is None else values[mask]
+        some = some if shift is None else some - share[:, None] * shift
+        energy, vectors = leading_vectors(some.T @ some, rank)
+        used = energy > 1e-10 * energy[0].clamp_min(torch.finfo(torch.float64).tiny)
+        return vectors[:, used].to(values.dtype)
+    products = gram if mask is None else gram[mask][:, mask]
+    if shift is not None:
+        along = values @ shift if mask is None else (values @ shift)[mask]
+        cross = torch.outer(share, along)
+        products = products - cross - cross.T + torch.outer(share, share) * (shift @ shift)
+    energy, vectors = leading_vectors(products, rank)
+    used = energy > 1e-10 * energy[0].clamp_min(torch.finfo(torch.float64).tiny)
+    weights = (vectors[:, used] * energy[used].rsqrt()).to(values.dtype)
+    if mask is not None:  # zeros for the other rows cost less than a copy of these
+        weights = values.new_zeros(len(values), weights.shape[1]).index_put_((mask.nonzero()[:, 0],), weights)
+    factors = values.T @ weights
+    if shift is not None:
+        factors -= torch.outer(shift, rows.share @ weights)
+    return orthonormalised(factors)

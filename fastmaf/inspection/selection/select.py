@@ -16,7 +16,7 @@ from fastmaf.inspection.scoring.settings import AnomalyMapConfig, ScoreSettings
 from fastmaf.inspection.selection.ranking import MapCandidate, ScoreCandidate, rank_maps, rank_scores
 
 SCORE_CANDIDATES = (ScoreSettings(), ScoreSettings(presmooth_sigma=0.7))
-MAP_CANDIDATES = (AnomalyMapConfig(), AnomalyMapConfig(factors=800))
+MAP_CANDIDATES = (AnomalyMapConfig(), AnomalyMapConfig(factors=400))
 
 _STANDARD_ERRORS = 2.0  # another score must be better by this many standard errors of the first one's mean AUROC
 _GAIN = 0.01  # another map must be better by this much in the mean of pixel AUROC and AU-PRO

@@ -63,7 +63,7 @@ def fit(
         refuse_unfinished(out)
         images = load_normals(data, recipe, skip_bad=skip_bad, progress=progress, say=say)
         check_disk(out, _disk_needed(recipe, keep_folds))
-        fitted = fit_model(images.pixels, recipe, progress=progress)
+        fitted = fit_model(images.pixels, recipe, double=images.double, progress=progress)
         fitted.model.about.update(
             version=fastmaf.__version__,
             created=datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
@@ -78,7 +78,7 @@ def fit(
 
 def load_normals(data: str | Path, recipe: Recipe, *, skip_bad: bool, progress: bool, say: Say) -> ImageSet:
     """Reads the good images of a folder; raises a DataError for too few."""
-    images = load_train(data, size=recipe.size, skip_bad=skip_bad, progress=progress)
+    images = load_train(data, size=recipe.size, skip_bad=skip_bad, double=True, progress=progress)
     for note in images.notes:
         say(note)
     needed = max(recipe.folds, 3)

@@ -59,7 +59,7 @@ def test_the_selection_follows_from_the_ranking_on_synthetic_defects(fitted: tup
     }
     assert figures["drawn_maps"] == {
         "150 factors": means[AnomalyMapConfig()],
-        "800 factors": means[AnomalyMapConfig(factors=800)],
+        "400 factors": means[AnomalyMapConfig(factors=400)],
     }
 
 
@@ -79,7 +79,7 @@ def test_a_fit_records_its_selection() -> None:
     assert set(about["drawn_auroc"]) == {"presmooth 0", "presmooth 0.7"}
     assert about["recipe"]["score"]["presmooth_sigma"] == model.settings.presmooth_sigma
     assert about["recipe"]["map_config"]["factors"] == model.map_config.factors
-    gain = about["drawn_maps"]["800 factors"] - about["drawn_maps"]["150 factors"]
+    gain = about["drawn_maps"]["400 factors"] - about["drawn_maps"]["150 factors"]
     assert model.map_config.factors == (800 if gain > 0.01 else 150)
 
 
