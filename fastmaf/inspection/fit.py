@@ -101,7 +101,9 @@ def fit(pixels: Tensor, recipe: Recipe | None = None, *, double: Tensor | None =
             .requires_grad_(False)
         )
         times.append(time.perf_counter())
-    score, map_config, figures = select_score_and_map(recipe, pixels, models)
+    score, map_config, baseline, figures = select_score_and_map(recipe, pixels, models)
+    if baseline is not None:
+        flow, models, score = baseline.flow.requires_grad_(False), baseline.models, baseline.score
     statistics, scores = out_of_fold_scores(images, models, score)
     map_config, maps = out_of_fold_maps(images, models, map_config)
     times.append(time.perf_counter())
