@@ -87,12 +87,26 @@ class ImageSet:
         return replace(self, pixels=self.pixels[rows], double=double, **of_each)
 
 
-def check_takes_images(flow: fastmaf.Flow, path: Path) -> int:
+def image_shape(features: int) -> tuple[int, int]:
+    """Returns the channels, 1 or 3, and the side of square images of this many values; 3 s² is never a square.
+
+    Raises:
+        ValueError: there are no such images.
+    """
+    for channels in (1, 3):
+        size = math.isqrt(max(features, 0) // channels)
+        if channels * size**2 == features > 0:
+            return channels, size
+    raise ValueError(f"expected size² or 3 size² values of a square image; found {features}")
+
+
+def check_takes_images(flow: fastmaf.Flow, path: Path, *, grey: bool = False) -> int:
     """Checks that a flow models square RGB images in float32.
 
     Args:
         flow: the flow.
         path: the file it was loaded from, for the message.
+        grey: accept a flow of images of one channel, too.
 
     Returns:
         The side of the images in pixels.
@@ -101,7 +115,9 @@ def check_takes_images(flow: fastmaf.Flow, path: Path) -> int:
         fastmaf.CheckpointError: the flow models something else, or is not float32.
     """
     size = math.isqrt(flow.features // 3)
-    if 3 * size**2 != flow.features:
+    if grey and math.isqrt(flow.features) ** 2 == flow.features:
+        size = math.isqrt(flow.features)
+    elif 3 * size**2 != flow.features:
         raise fastmaf.CheckpointError(
             f"{path}: expected a model of square RGB images (3 x size x size values); found {flow.features} features"
         )
@@ -111,10 +127,25 @@ def check_takes_images(flow: fastmaf.Flow, path: Path) -> int:
     return size
 
 
-def to_unit(pixels: Tensor) -> Tensor:
-    """Converts uint8 [n, 3, s, s] to float32 [n, 3*s*s] in [0, 1], in C, H, W order (pixel / 255, as ToTensor)."""
+def to_grey(pixels: Tensor) -> Tensor:
+    """Converts uint8 [n, 3, h, w] to uint8 [n, 1, h, w] as Pillow does; equal channels keep their value."""
+    red, green, blue = (plane.int() for plane in pixels.unbind(1))
+    return ((19595 * red + 38470 * green + 7471 * blue + 32768) >> 16).to(torch.uint8)[:, None]
+
+
+def is_grey(pixels: Tensor) -> bool:
+    """Returns whether the channels of all images, uint8 [n, 3, h, w], are equal."""
+    return all(bool((part[:, 1:] == part[:, :1]).all()) for part in pixels.split(64))
+
+
+def to_unit(pixels: Tensor, channels: int = 3) -> Tensor:
+    """Converts uint8 [n, 3, s, s] to float32 [n, 3*s*s] in [0, 1], in C, H, W order (pixel / 255, as ToTensor).
+
+    With ``channels=1`` the images are converted to grey first, for float32 [n, s*s].
+    """
     if pixels.dtype != torch.uint8 or pixels.ndim != 4 or pixels.shape[1] != 3:
         raise ValueError(f"pixels: expected uint8 [n, 3, s, s], found {pixels.dtype} {list(pixels.shape)}")
+    pixels = to_grey(pixels) if channels == 1 else pixels
     return pixels.to(torch.float32).div_(255.0).flatten(1)
 
 

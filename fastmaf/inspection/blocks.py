@@ -29,7 +29,7 @@ def fit_blocks(
         log: if given with ``held_out``, receives rows of step and the NLLs of the batch and of ``held_out``.
     """
     generator = torch.Generator().manual_seed(recipe.seed)
-    shape = (3, recipe.size, recipe.size)
+    shape = (recipe.features // recipe.size**2, recipe.size, recipe.size)
     options = {"patch": recipe.patch, "kernel": recipe.kernel, "hidden": recipe.hidden}
     blocks: list[fastmaf.Transform] = [
         fastmaf.LocalAutoregressive(shape, **options, reverse=bool(i % 2), generator=generator)

@@ -66,7 +66,7 @@ class Detector(OutlierMixin, BaseEstimator):
         model_: ``InspectionModel`` for images, or ``RowModel``.
         calibration_: held-out scores and their guarantee; ``print(detector.calibration_.describe())``.
         offset_: minus the threshold: ``decision_function = score_samples - offset_``.
-        n_features_in_: D; for images the number of values of a resized one, 3 size².
+        n_features_in_: D; for images the number of values of a resized one, 3 size², or size² if all images are grey.
 
     Example:
         >>> import numpy as np, fastmaf
@@ -121,6 +121,10 @@ class Detector(OutlierMixin, BaseEstimator):
         n = len(samples)
         if images and n < 3:
             raise ValueError(f"X must hold at least 3 good images; found {n}")
+        planned = Calibration(np.zeros(n), self.false_alarm, self.confidence, "split")
+        if not planned.attainable:  # before the work
+            least = planned.min_samples
+            warnings.warn(f"a false-alarm rate of {self.false_alarm:g} needs {least} samples; found {n}", stacklevel=4)
         folds = self.folds if self.folds < 2 else min(self.folds, n)
         recipe = Recipe(self.size, self.rank, blocks=self.blocks, steps=self.steps, folds=folds, seed=seed)
         self.model_: InspectionModel | RowModel
@@ -131,9 +135,6 @@ class Detector(OutlierMixin, BaseEstimator):
             self.model_, scores = fit_rows(samples, self.rank, folds, seed)
             self.calibration_ = Calibration(scores, self.false_alarm, self.confidence, "k-fold", folds)
         self.offset_ = -self.calibration_.threshold
-        if not self.calibration_.attainable:
-            least = self.calibration_.min_samples
-            warnings.warn(f"a false-alarm rate of {self.false_alarm:g} needs {least} samples; found {n}", stacklevel=4)
         return self
 
     @fastmaf.torch_defaults()

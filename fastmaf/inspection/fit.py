@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 import fastmaf
-from fastmaf.images.dataset import to_unit
+from fastmaf.images.dataset import is_grey, to_grey, to_unit
 from fastmaf.images.progress import Progress
 from fastmaf.inspection.blocks import Log, fit_blocks, select_blocks
 from fastmaf.inspection.calibration import Calibration
@@ -29,6 +29,9 @@ from fastmaf.inspection.out_of_fold import OutOfFoldModels, k_fold, out_of_fold_
 from fastmaf.inspection.recipe import Recipe
 from fastmaf.inspection.selection.select import select_score_and_map
 from fastmaf.inspection.whitening import Normals, before_whitening, count_fits, select_augmentation
+
+FALSE_ALARM = 0.05
+"""The false-alarm rate that a fit calibrates at."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -78,7 +81,11 @@ def fit(pixels: Tensor, recipe: Recipe | None = None, *, double: Tensor | None =
     ):
         expected = f"uint8 {[*pixels.shape[:2], 2 * asked.size, 2 * asked.size]}"
         raise ValueError(f"double must be {expected}; found {double.dtype} {list(double.shape)}")
-    images = to_unit(pixels)
+    channels = asked.channels if isinstance(asked.channels, int) else 1 if is_grey(pixels) else 3
+    given, asked = asked, replace(asked, channels=channels)
+    images = to_unit(pixels, channels)
+    if double is not None and channels == 1:
+        double = to_grey(double)
     x = dequantized(images, asked.seed) if asked.dequantize else images
     folds = k_fold(len(x), asked.folds, asked.seed)
     steps = count_fits(asked, len(x)) + asked.folds * bool(asked.most_blocks)
@@ -109,7 +116,7 @@ def fit(pixels: Tensor, recipe: Recipe | None = None, *, double: Tensor | None =
     times.append(time.perf_counter())
     about = {
         "recipe": asdict(replace(recipe, score=score, map_config=map_config)),
-        "asked": {"blocks": asked.blocks, "augmentation": asked.augmentation},
+        "asked": {"blocks": given.blocks, "augmentation": given.augmentation, "channels": given.channels},
         **augmentation_figures,
         **block_figures,
         **figures,
@@ -117,7 +124,7 @@ def fit(pixels: Tensor, recipe: Recipe | None = None, *, double: Tensor | None =
         "images_of_folds": [len(fold) for fold in folds],
         "map_levels": [float(np.quantile(maps.numpy(), 0.99)), float(maps.max())],
     }
-    calibration = Calibration(scores.numpy(), 0.05, None, "k-fold", asked.folds)
+    calibration = Calibration(scores.numpy(), FALSE_ALARM, None, "k-fold", asked.folds)
     model = InspectionModel(flow, score, map_config, statistics, calibration, about)
     seconds = dict(zip(("whitenings", "blocks", "scores"), np.diff(times).tolist(), strict=True))
     return Fitted(model, models, log, seconds)

@@ -18,6 +18,7 @@ _RECIPE = Record(
         **{"rank": Whole(), "blocks": Whole(), "steps": Whole(1), "folds": Whole(2), "seed": _SEED},
         **{"augmentation": Text(), "shift_radius": Whole(), "shift_step": Number(), "angles": Whole(1)},
         "logit": Maybe(Number()),
+        "channels": Whole(1),
     },
     others=Anything(),
 )

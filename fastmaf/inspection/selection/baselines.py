@@ -84,7 +84,7 @@ def better_baseline(
         margin: a baseline must be better by more than this.
         drawn_sets: the images with synthetic defects that ``chosen`` was ranked on.
     """
-    x, found = to_unit(pixels), dict[str, float]()
+    x, found = to_unit(pixels, models.channels), dict[str, float]()
     best: tuple[float, str, OutOfFoldModels] | None = None
     fitted: dict[Callable[[Tensor], fastmaf.Flow], OutOfFoldModels] = {}
     for name, (make, settings) in BASELINES.items():

@@ -107,7 +107,7 @@ def rank_scores(
     Returns:
         The candidates, best first.
     """
-    drawn, sets = drawn_sets or draw_sets(pixels, draws, seed)
+    drawn, sets = drawn_sets or draw_sets(pixels, draws, seed, models.channels)
     kinds = np.concatenate([defects.kinds for defects in drawn])
     nll = torch.zeros(len(sets), len(pixels), dtype=torch.float64)
     if any(settings.needs_nll for settings in candidates):
@@ -139,7 +139,7 @@ def rank_maps(
     Returns:
         The candidates, best first.
     """
-    drawn, sets = drawn_sets or draw_sets(pixels, draws, seed)
+    drawn, sets = drawn_sets or draw_sets(pixels, draws, seed, models.channels)
     masks = [*(None for _ in pixels), *(mask for defects in drawn for mask in defects.masks.numpy())]
     result = []
     for config, residuals in _held_out(candidates, _residuals_key, residuals_of, models, sets, progress):
@@ -148,10 +148,10 @@ def rank_maps(
     return sorted(result, key=lambda candidate: -candidate.mean)
 
 
-def draw_sets(pixels: Tensor, draws: int, seed: int) -> DrawnSets:
-    """Draws ``draws`` sets of images with a defect."""
+def draw_sets(pixels: Tensor, draws: int, seed: int, channels: int = 3) -> DrawnSets:
+    """Draws ``draws`` sets of images with a defect; values of the sets are of this many channels."""
     drawn = [draw_defects(pixels, seed=seed + i) for i in range(draws)]
-    return DrawnSets(drawn, [to_unit(part) for part in (pixels, *(defects.pixels for defects in drawn))])
+    return DrawnSets(drawn, [to_unit(part, channels) for part in (pixels, *(defects.pixels for defects in drawn))])
 
 
 def _terms_key(settings: ScoreSettings) -> tuple[str, float]:

@@ -46,7 +46,7 @@ def select_score_and_map(recipe: Recipe, pixels: Tensor, models: OutOfFoldModels
     score, map_config = recipe.score, recipe.map_config
     options: dict[str, Any] = {"progress": False}
     if score is None or map_config is None:
-        options["drawn_sets"] = draw_sets(pixels, 1, recipe.seed)
+        options["drawn_sets"] = draw_sets(pixels, 1, recipe.seed, models.channels)
     if score is None:
         scores = rank_scores(pixels, models, candidates=SCORE_CANDIDATES, **options)
         score = select_score(scores)

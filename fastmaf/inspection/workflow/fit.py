@@ -5,10 +5,13 @@ from __future__ import annotations
 from datetime import datetime, timezone
 from pathlib import Path
 
+import numpy as np
+
 import fastmaf
 from fastmaf.images.dataset import ImageSet, load_train
 from fastmaf.images.decode import DataError
-from fastmaf.inspection.fit import Fitted
+from fastmaf.inspection.calibration import Calibration
+from fastmaf.inspection.fit import FALSE_ALARM, Fitted
 from fastmaf.inspection.fit import fit as fit_model
 from fastmaf.inspection.fold_models import fold_model_files, replace_fold_models, save_fold_models
 from fastmaf.inspection.recipe import Recipe
@@ -81,13 +84,18 @@ def load_normals(data: str | Path, recipe: Recipe, *, skip_bad: bool, progress: 
     images = load_train(data, size=recipe.size, skip_bad=skip_bad, double=True, progress=progress)
     for note in images.notes:
         say(note)
-    needed = max(recipe.folds, 3)
+    needed, guaranteed = max(recipe.folds, 3), Calibration(np.zeros(1), FALSE_ALARM, None, "split").min_samples
     if len(images) < needed:
         skipped = f", and {count(len(images.skipped), 'file')} that cannot be read" if images.skipped else ""
         raise DataError(
             f"{images.paths[0].parent}: expected at least {needed} good images for fitting and calibration, better "
             f"some dozens; found {count(len(images), 'good image')}{skipped}: add images, or name another folder with "
             "--data"
+        )
+    if len(images) < guaranteed:
+        say(
+            f"{count(len(images), 'good image')}: a false-alarm rate of {FALSE_ALARM:.0%} cannot be guaranteed with "
+            f"fewer than {guaranteed}; the highest score will be the threshold"
         )
     return images
 
