@@ -20,6 +20,7 @@ def decisions(model: InspectionModel, explain: bool = False) -> dict[str, str]:
         "logit": _logit(recipe, about, explain),
         "blocks": _blocks(recipe, about, explain),
         "score": _score(model, about, explain),
+        "groups": about.get("groups"),
         "anomaly map": _anomaly_map(model, about, explain),
     }
     return {name: text for name, text in selected.items() if text is not None}

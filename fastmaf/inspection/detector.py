@@ -100,8 +100,14 @@ class Detector(OutlierMixin, BaseEstimator):
         self.verbose = verbose
 
     @fastmaf.torch_defaults()
-    def fit(self, X: Any, y: Any = None) -> Detector:
+    def fit(self, X: Any, y: Any = None, groups: Sequence[Any] | None = None) -> Detector:
         """Fits to at least 3 good images, or at least 2 normal rows; see the class for X. ``y`` is ignored.
+
+        Args:
+            X: the good samples.
+            y: ignored.
+            groups: images only: the group of each, such as its part, batch or day. Whole groups are held out, so that
+                the threshold is one for images of new groups.
 
         Warns:
             UserWarning: there are too few samples for the requested false-alarm rate.
@@ -114,6 +120,8 @@ class Detector(OutlierMixin, BaseEstimator):
         given = self.random_state
         seed = int(given if isinstance(given, Integral) else check_random_state(given).randint(2**31 - 1))
         images = _are_images(X)
+        if groups is not None and not images:
+            raise ValueError("groups are for images: rows are held out at random")
         if images:
             samples, double = _pixels(X, self.size, double=True)
         else:
@@ -129,7 +137,8 @@ class Detector(OutlierMixin, BaseEstimator):
         recipe = Recipe(self.size, self.rank, blocks=self.blocks, steps=self.steps, folds=folds, seed=seed)
         self.model_: InspectionModel | RowModel
         if images:
-            model = fit(samples, recipe, double=double, progress=self.verbose).model
+            labels = None if groups is None else [str(group) for group in groups]
+            model = fit(samples, recipe, double=double, groups=labels, progress=self.verbose).model
             self._use(model.with_calibration(model.calibration.with_rate(self.false_alarm, self.confidence)))
         else:
             self.model_, scores = fit_rows(samples, self.rank, folds, seed)

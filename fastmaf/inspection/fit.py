@@ -13,6 +13,8 @@
 from __future__ import annotations
 
 import time
+import warnings
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 
 import numpy as np
@@ -24,8 +26,9 @@ from fastmaf.images.dataset import is_grey, to_grey, to_unit
 from fastmaf.images.progress import Progress
 from fastmaf.inspection.blocks import Log, fit_blocks, select_blocks
 from fastmaf.inspection.calibration import Calibration
+from fastmaf.inspection.exchangeability import describe_groups, order_matters
 from fastmaf.inspection.model import InspectionModel
-from fastmaf.inspection.out_of_fold import OutOfFoldModels, k_fold, out_of_fold_maps, out_of_fold_scores
+from fastmaf.inspection.out_of_fold import OutOfFoldModels, group_folds, k_fold, out_of_fold_maps, out_of_fold_scores
 from fastmaf.inspection.recipe import Recipe
 from fastmaf.inspection.selection.select import select_score_and_map
 from fastmaf.inspection.whitening import Normals, before_whitening, count_fits, select_augmentation
@@ -52,7 +55,14 @@ class Fitted:
 
 
 @fastmaf.torch_defaults()
-def fit(pixels: Tensor, recipe: Recipe | None = None, *, double: Tensor | None = None, progress: bool = True) -> Fitted:
+def fit(
+    pixels: Tensor,
+    recipe: Recipe | None = None,
+    *,
+    double: Tensor | None = None,
+    groups: Sequence[str] | None = None,
+    progress: bool = True,
+) -> Fitted:
     """Fits an inspection model to good images and calibrates it at a false-alarm rate of 5%.
 
     Augmentation and blocks that the recipe leaves open are kept only if held-out images are more likely with them;
@@ -63,13 +73,16 @@ def fit(pixels: Tensor, recipe: Recipe | None = None, *, double: Tensor | None =
         recipe: the settings.
         double: the same images at twice the size, uint8 ``[n, 3, 2 size, 2 size]``, from which shifted and rotated
             copies are made; None to interpolate ``pixels``, which blurs them.
+        groups: the group of each image, such as its part, batch or day; folds then hold out whole groups, so that
+            scores, threshold and choices are those for images of new groups. None: folds are random.
         progress: show a progress bar.
 
     Raises:
-        ValueError: there are fewer images than folds, or they have another size.
+        ValueError: there are fewer images than folds or fewer than two groups, or the images have another size.
 
     Warns:
-        UserWarning: held-out images are less likely with a part that the recipe asks for.
+        UserWarning: held-out images are less likely with a part that the recipe asks for, or ``groups`` is None and
+            neighbouring images are alike.
     """
     asked = recipe or Recipe(size=int(pixels.shape[-1]))
     if pixels.dtype != torch.uint8 or pixels.shape[1:] != (3, asked.size, asked.size):
@@ -87,7 +100,12 @@ def fit(pixels: Tensor, recipe: Recipe | None = None, *, double: Tensor | None =
     if double is not None and channels == 1:
         double = to_grey(double)
     x = dequantized(images, asked.seed) if asked.dequantize else images
-    folds = k_fold(len(x), asked.folds, asked.seed)
+    if groups is not None and len(groups) != len(x):
+        raise ValueError(f"groups must name the group of each of {len(x)} images; found {len(groups)}")
+    folds = k_fold(len(x), asked.folds, asked.seed) if groups is None else group_folds(groups, asked.folds)
+    asked = replace(asked, folds=len(folds))
+    if groups is None and (warning := order_matters(images, asked.folds, asked.seed)):
+        warnings.warn(warning, stacklevel=3)
     steps = count_fits(asked, len(x)) + asked.folds * bool(asked.most_blocks)
     times = [time.perf_counter()]
     with Progress("fitting", "model", total=steps, show=progress) as bar:
@@ -114,6 +132,9 @@ def fit(pixels: Tensor, recipe: Recipe | None = None, *, double: Tensor | None =
     statistics, scores = out_of_fold_scores(images, models, score)
     map_config, maps = out_of_fold_maps(images, models, map_config)
     times.append(time.perf_counter())
+    calibration = Calibration(scores.numpy(), FALSE_ALARM, None, "k-fold", asked.folds)
+    if groups is not None:
+        figures["groups"] = describe_groups(groups, scores.numpy(), calibration)
     about = {
         "recipe": asdict(replace(recipe, score=score, map_config=map_config)),
         "asked": {"blocks": given.blocks, "augmentation": given.augmentation, "channels": given.channels},
@@ -124,7 +145,6 @@ def fit(pixels: Tensor, recipe: Recipe | None = None, *, double: Tensor | None =
         "images_of_folds": [len(fold) for fold in folds],
         "map_levels": [float(np.quantile(maps.numpy(), 0.99)), float(maps.max())],
     }
-    calibration = Calibration(scores.numpy(), FALSE_ALARM, None, "k-fold", asked.folds)
     model = InspectionModel(flow, score, map_config, statistics, calibration, about)
     seconds = dict(zip(("whitenings", "blocks", "scores"), np.diff(times).tolist(), strict=True))
     return Fitted(model, models, log, seconds)

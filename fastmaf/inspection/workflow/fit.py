@@ -17,6 +17,7 @@ from fastmaf.inspection.fold_models import fold_model_files, replace_fold_models
 from fastmaf.inspection.recipe import Recipe
 from fastmaf.inspection.report.content import REPORT, REPORT_FILE
 from fastmaf.inspection.workflow.fit_result import LOG_FILE, FitResult
+from fastmaf.inspection.workflow.groups import group_labels
 from fastmaf.inspection.workflow.inputs import Say
 from fastmaf.io.atomic import errors_of_staged, keep_previous, previous, replace, staging
 from fastmaf.io.csv_file import write_csv
@@ -36,6 +37,7 @@ def fit(
     out: str | Path,
     recipe: Recipe | None = None,
     *,
+    group_by: str | None = None,
     keep_folds: bool = False,
     skip_bad: bool = False,
     progress: bool = True,
@@ -50,6 +52,7 @@ def fit(
         data: folder with ``train/good``, or a folder of good images.
         out: folder to write to.
         recipe: the settings.
+        group_by: which images were taken together; see ``group_labels``. None: random folds.
         keep_folds: write the fold models, too, so that ``fastmaf inspect eval`` can evaluate their ensemble.
 
     Raises:
@@ -66,7 +69,8 @@ def fit(
         refuse_unfinished(out)
         images = load_normals(data, recipe, skip_bad=skip_bad, progress=progress, say=say)
         check_disk(out, _disk_needed(recipe, keep_folds))
-        fitted = fit_model(images.pixels, recipe, double=images.double, progress=progress)
+        groups = None if group_by is None else group_labels(group_by, images.names)
+        fitted = fit_model(images.pixels, recipe, double=images.double, groups=groups, progress=progress)
         fitted.model.about.update(
             version=fastmaf.__version__,
             created=datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),

@@ -1,0 +1,116 @@
+"""Whether images are exchangeable: the assumption behind every false-alarm rate."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from scipy.stats import ks_2samp
+from torch import Tensor
+
+from fastmaf.inspection.calibration import Calibration
+from fastmaf.inspection.out_of_fold import k_fold
+from fastmaf.inspection.scoring.float64_flow import rounded
+from fastmaf.io.wording import count, percent
+from fastmaf.transforms.factor_analysis import FactorModel, fit_factors_of_folds
+
+_FEWEST = 20  # images that a test needs
+_SIGNIFICANT = 1e-3
+_RANK = 50
+_STANDARD_ERRORS, _EFFECT = 4.0, 0.25
+
+
+def drift(calibration: Calibration, scores: np.ndarray) -> str | None:
+    """Returns a warning if scores are higher than good images like those of the calibration would give, else None.
+
+    A one-sided two-sample Kolmogorov-Smirnov test of the scores and those of the calibration, which is one of the
+    p-values against the uniform distribution. Lower scores do not count: those of a final model are lower than those of
+    the fold models.
+
+    Args:
+        calibration: of the model.
+        scores: float64 ``[n]``; of fewer than 20 images there is no test.
+    """
+    n = len(scores)
+    if n < _FEWEST or calibration.n < _FEWEST:
+        return None
+    p_value = float(ks_2samp(scores, calibration.scores, alternative="less").pvalue)
+    if not p_value < _SIGNIFICANT:
+        return None
+    above = int(calibration.is_anomalous(scores).sum())
+    return (
+        f"these images do not look like the calibration images (Kolmogorov-Smirnov test of their scores: p = "
+        f"{p_value:.1g}): {above:,} of {count(n, 'image')} above the threshold, {calibration.expected_rate * n:.0f} "
+        "expected of good ones. If these are good, the false-alarm rate does not hold: fastmaf inspect recalibrate"
+    )
+
+
+@torch.no_grad()
+def order_matters(x: Tensor, folds: int, seed: int) -> str | None:
+    """Returns a warning if images are predicted better by models that have seen their neighbours in order, else None.
+
+    Compares the NLL of held-out images for random and for contiguous folds, under Gaussians of at most 50 factors
+    without augmentation. Images in series (a position, a part, a day) are not exchangeable: random folds put neighbours
+    into training and test set, and the false-alarm rate of images of another series is higher than they show.
+
+    Args:
+        x: good images ``[n, D]`` in the order of their names.
+        folds: K.
+        seed: of the random folds.
+    """
+    if len(x) < _FEWEST:
+        return None
+    shuffled, ordered = k_fold(len(x), folds, seed), np.array_split(np.arange(len(x)), folds)
+    random, contiguous = (_held_out_nll(x, parts) for parts in (shuffled, ordered))
+    gap = (contiguous - random).numpy()
+    mean, error, spread = gap.mean(), gap.std() / len(gap) ** 0.5, float(random.std())
+    if not (mean > _STANDARD_ERRORS * error and mean > _EFFECT * spread):
+        return None
+    return (
+        "neighbouring images are alike: held out in blocks of neighbours they are less likely than held out at random "
+        f"(mean NLL higher by {mean:,.0f} nats). If they come in series (part, position, day), the false-alarm rate of "
+        "a new series will be higher than stated: name the series with --group-by, or groups= in Python"
+    )
+
+
+def describe_groups(labels: Sequence[str], scores: np.ndarray, calibration: Calibration) -> str:
+    """Returns what a calibration held out by groups guarantees, and the range of its groups' false-alarm rates.
+
+    Args:
+        labels: group of each image.
+        scores: held-out score of each image.
+        calibration: of these scores.
+    """
+    names, of_image = np.unique(np.asarray(labels), return_inverse=True)
+    above = calibration.is_anomalous(scores).astype(float)
+    rates = np.bincount(of_image, weights=above) / np.bincount(of_image)
+    needed = Calibration(np.zeros(1), calibration.false_alarm, None, "split").min_samples
+    available = f"{len(names):,} available"
+    text = (
+        f"held out by {count(len(names), 'group')}: false alarms from {percent(rates.min())} to {percent(rates.max())}"
+    )
+    if len(names) < needed:
+        return (
+            f"{text} of a group; at most {percent(calibration.false_alarm)} cannot be guaranteed for new groups "
+            f"(this needs {needed} groups, {available})"
+        )
+    return (
+        f"{text} of a group; the rate is on average over new groups like these ({available}, at least {needed} needed)"
+    )
+
+
+def _held_out_nll(x: Tensor, parts: Sequence[np.ndarray]) -> Tensor:
+    """Returns the NLL of each image under the model without its part, float64 ``[n]`` nats up to a constant."""
+    models, _ = fit_factors_of_folds(x, _RANK, [torch.from_numpy(part) for part in parts])
+    nll = torch.empty(len(x), dtype=torch.float64)
+    for part, model in zip(parts, models, strict=True):
+        nll[part] = _nll(x[part], model)
+    return rounded(nll)
+
+
+def _nll(x: Tensor, model: FactorModel) -> Tensor:
+    y = ((x - model.mean) / model.scale).double()
+    along, variance = y @ model.factors.double(), model.variance.double()
+    explained = (along.square() * (variance / (1 + variance))).sum(dim=1)
+    return 0.5 * (y.square().sum(dim=1) - explained) + model.scale.double().log().sum() + 0.5 * variance.log1p().sum()
