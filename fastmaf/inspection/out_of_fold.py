@@ -92,6 +92,16 @@ class OutOfFoldModels:
         assert result is not None
         return result
 
+    def subset(self, most: int, seed: int) -> tuple[np.ndarray, OutOfFoldModels]:
+        """Returns at most so many images, at random, and the models with the folds of these; folds are renumbered."""
+        n = sum(len(fold) for fold in self.folds)
+        if n <= most:
+            return np.arange(n), self
+        index = np.sort(np.random.default_rng([seed, 2]).permutation(n)[:most])
+        folds = [np.flatnonzero(np.isin(index, fold)) for fold in self.folds]
+        kept = [(fold, flow) for fold, flow in zip(folds, self.flows, strict=True) if len(fold)]
+        return index, OutOfFoldModels([fold for fold, _ in kept], [flow for _, flow in kept])
+
     def nll(self, x: Tensor) -> Tensor:
         """Returns the held-out NLL of images ``[n, D]``, float64 ``[n]`` nats."""
         return self.held_out([x], lambda values: values.nll)[0]

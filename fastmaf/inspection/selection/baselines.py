@@ -71,6 +71,12 @@ class BaselineModel:
     models: OutOfFoldModels
     score: ScoreSettings
 
+    def refitted(self, pixels: Tensor, models: OutOfFoldModels) -> BaselineModel:
+        """Returns the same baseline, fitted to other images, uint8 ``[n, 3, s, s]``, and without the folds of these."""
+        make, x = BASELINES[self.name][0], to_unit(pixels, models.channels)
+        of_folds = OutOfFoldModels(models.folds, [make(drop_fold(x, fold)) for fold in models.folds])
+        return BaselineModel(self.name, make(x), of_folds, self.score)
+
 
 def better_baseline(
     pixels: Tensor, models: OutOfFoldModels, chosen: ScoreCandidate, margin: float, drawn_sets: DrawnSets

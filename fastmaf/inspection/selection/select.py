@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from fastmaf.inspection.out_of_fold import OutOfFoldModels
@@ -20,6 +21,7 @@ from fastmaf.inspection.selection.ranking import MapCandidate, ScoreCandidate, d
 SCORE_CANDIDATES = (ScoreSettings(), ScoreSettings(presmooth_sigma=0.7))
 MAP_CANDIDATES = (AnomalyMapConfig(), AnomalyMapConfig(factors=400))
 
+_IMAGES = 500  # that defects are drawn onto, at most: more would take time and memory, and change little
 _STANDARD_ERRORS = 2.0  # another score must be better by this many standard errors of the first one's mean AUROC
 _GAIN = 0.01  # another map must be better by this much in the mean of pixel AUROC and AU-PRO
 
@@ -45,7 +47,10 @@ def select_score_and_map(recipe: Recipe, pixels: Tensor, models: OutOfFoldModels
     baseline: BaselineModel | None = None
     score, map_config = recipe.score, recipe.map_config
     options: dict[str, Any] = {"progress": False}
+    all_pixels, all_models = pixels, models
     if score is None or map_config is None:
+        index, models = all_models.subset(_IMAGES, recipe.seed)
+        pixels = all_pixels[torch.from_numpy(index)]
         options["drawn_sets"] = draw_sets(pixels, 1, recipe.seed, models.channels)
     if score is None:
         scores = rank_scores(pixels, models, candidates=SCORE_CANDIDATES, **options)
@@ -57,6 +62,8 @@ def select_score_and_map(recipe: Recipe, pixels: Tensor, models: OutOfFoldModels
         baseline, figures["drawn_auroc_of_baselines"] = better_baseline(
             pixels, models, chosen, margin, options["drawn_sets"]
         )
+        if baseline is not None and models is not all_models:
+            baseline = baseline.refitted(all_pixels, all_models)
         figures["baseline"] = None if baseline is None else baseline.name
     if map_config is None:
         maps = rank_maps(pixels, models, candidates=MAP_CANDIDATES, **options)

@@ -70,7 +70,11 @@ def fit(
         images = load_normals(data, recipe, skip_bad=skip_bad, progress=progress, say=say)
         check_disk(out, _disk_needed(recipe, keep_folds))
         groups = None if group_by is None else group_labels(group_by, images.names)
-        fitted = fit_model(images.pixels, recipe, double=images.double, groups=groups, progress=progress)
+        try:
+            fitted = fit_model(images.pixels, recipe, double=images.double, groups=groups, progress=progress)
+        except KeyboardInterrupt:
+            say(f"interrupted before anything was written: {out} is as it was")
+            raise
         fitted.model.about.update(
             version=fastmaf.__version__,
             created=datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),

@@ -76,6 +76,7 @@ def test_a_fit_takes_the_score_of_a_better_baseline(name: str, tmp_path: Path, m
         return better_baseline(pixels, models, replace(chosen, image_auroc=0.0), 0.0, drawn)  # type: ignore[type-var]
 
     monkeypatch.setattr(select, "better_baseline", one)
+    monkeypatch.setattr(select, "_IMAGES", 17)  # of 24: the model is fitted to all of them
     pixels, new = waves(24), waves(10, seed=1)
     model = fit(pixels, OPEN, progress=False).model
     assert model.about["baseline"] == name and model.settings == BASELINES[name][1]
