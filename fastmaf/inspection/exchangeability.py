@@ -9,11 +9,11 @@ import torch
 from scipy.stats import binom, ks_2samp
 from torch import Tensor
 
+import fastmaf
 from fastmaf.inspection.calibration import Calibration
 from fastmaf.inspection.out_of_fold import k_fold
-from fastmaf.inspection.scoring.float64_flow import rounded
+from fastmaf.inspection.scoring.float64_flow import FlowValues
 from fastmaf.io.wording import count, percent
-from fastmaf.transforms.factor_analysis import FactorModel, fit_factors_of_folds
 
 _FEWEST = 20  # images that a test needs
 _SIGNIFICANT = 1e-3
@@ -104,16 +104,9 @@ def describe_groups(labels: Sequence[str], scores: np.ndarray, calibration: Cali
 
 
 def _held_out_nll(x: Tensor, parts: Sequence[np.ndarray]) -> Tensor:
-    """Returns the NLL of each image under the model without its part, float64 ``[n]`` nats up to a constant."""
-    models, _ = fit_factors_of_folds(x, _RANK, [torch.from_numpy(part) for part in parts])
+    """Returns the NLL of each image under the model without its part, float64 ``[n]`` nats."""
+    whitenings, _ = fastmaf.GaussianWhitening.fit_without(x, _RANK, [torch.from_numpy(part) for part in parts])
     nll = torch.empty(len(x), dtype=torch.float64)
-    for part, model in zip(parts, models, strict=True):
-        nll[part] = _nll(x[part], model)
-    return rounded(nll)
-
-
-def _nll(x: Tensor, model: FactorModel) -> Tensor:
-    y = ((x - model.mean) / model.scale).double()
-    along, variance = y @ model.factors.double(), model.variance.double()
-    explained = (along.square() * (variance / (1 + variance))).sum(dim=1)
-    return 0.5 * (y.square().sum(dim=1) - explained) + model.scale.double().log().sum() + 0.5 * variance.log1p().sum()
+    for part, whitening in zip(parts, whitenings, strict=True):
+        nll[part] = FlowValues(fastmaf.Flow(x.shape[1], [whitening]), x[part]).nll
+    return nll

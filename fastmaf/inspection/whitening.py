@@ -19,7 +19,6 @@ from fastmaf.inspection.augmentation import Augment, matching_blur, rotations, s
 from fastmaf.inspection.out_of_fold import k_fold
 from fastmaf.inspection.recipe import AUGMENTATIONS, QUANTISATION, Augmentation, Recipe
 from fastmaf.inspection.scoring.float64_flow import FlowValues
-from fastmaf.transforms.factor_analysis import fit_factors_of_folds
 
 __all__ = [
     "Augment",
@@ -90,19 +89,9 @@ def fit_whitenings(normals: Normals, folds: Sequence[np.ndarray], recipe: Recipe
     floor = QUANTISATION if recipe.logit is None else QUANTISATION * (4 * (1 - 2 * recipe.logit)) ** 2
     rank = min(recipe.rank, recipe.features)
     parts = [torch.from_numpy(fold) for fold in folds]
-    models, whole = fit_factors_of_folds(
-        before(normals.x)[0] if first else normals.x,
-        rank,
-        parts,
-        augment=augment,
-        source=source,
-        floor=floor,
-        seed=recipe.seed,
-    )
-    whitenings = [fastmaf.GaussianWhitening(recipe.features, rank) for _ in (*models, whole)]
-    for whitening, model in zip(whitenings, (*models, whole), strict=True):
-        whitening.set_(model)
-    return Whitenings(whitenings[:-1], whitenings[-1])
+    x = before(normals.x)[0] if first else normals.x
+    options: dict[str, Any] = {"augment": augment, "source": source, "floor": floor, "seed": recipe.seed}
+    return Whitenings(*fastmaf.GaussianWhitening.fit_without(x, rank, parts, **options))
 
 
 def _then(augment: Augment, before: fastmaf.Flow) -> Augment:

@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import numpy as np
 import torch
+from sklearn.utils.extmath import randomized_svd
 from torch import Tensor
 
 import fastmaf
@@ -14,7 +16,6 @@ from fastmaf.inspection.out_of_fold import OutOfFoldModels, drop_fold
 from fastmaf.inspection.recipe import QUANTISATION
 from fastmaf.inspection.scoring.settings import ScoreSettings
 from fastmaf.inspection.selection.ranking import DrawnSets, ScoreCandidate, rank_scores
-from fastmaf.transforms.leading_vectors import leading_vectors, orthonormalised
 
 _COMPONENTS = 100
 _UNLIMITED = 1e12  # variance along a component: what it explains does not count
@@ -35,10 +36,9 @@ def pca_residual(x: Tensor) -> fastmaf.Flow:
     Its NLL is half of the squared norm of z, plus a constant.
     """
     mean = x.double().mean(dim=0)
-    centred = x.double() - mean
-    energy, vectors = leading_vectors(centred @ centred.T, min(_COMPONENTS, len(x)))
-    used = energy > 1e-10 * energy[0].clamp_min(torch.finfo(torch.float64).tiny)
-    basis = orthonormalised(centred.T @ (vectors[:, used] * energy[used].rsqrt()))
+    centred = (x.double() - mean).numpy()
+    _, deviation, components = randomized_svd(centred, min(_COMPONENTS, *x.shape), n_iter=4, random_state=0)
+    basis = torch.from_numpy(components[deviation > 1e-8 * max(deviation[0], np.finfo(np.float64).tiny)].T.copy())
     whitening = fastmaf.GaussianWhitening(x.shape[1], basis.shape[1])
     whitening.mean.copy_(mean)
     whitening.scale.fill_(1 / 255)
