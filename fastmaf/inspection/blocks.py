@@ -100,7 +100,7 @@ def select_blocks(
             warnings.warn(
                 f"blocks={recipe.blocks} do not make held-out images more likely (NLL {mean_with:,.0f} nats with them, "
                 f"{mean:,.0f} without); they are kept as requested, blocks='auto' drops them",
-                stacklevel=4,
+                stacklevel=5,
             )
         if recipe.blocks != "auto" or better:
             models, nll = extended, nll_with

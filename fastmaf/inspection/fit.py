@@ -27,6 +27,7 @@ from fastmaf.images.progress import Progress
 from fastmaf.inspection.blocks import Log, fit_blocks, select_blocks
 from fastmaf.inspection.calibration import Calibration
 from fastmaf.inspection.exchangeability import describe_groups, order_matters
+from fastmaf.inspection.free_threads import free_threads
 from fastmaf.inspection.model import InspectionModel
 from fastmaf.inspection.out_of_fold import OutOfFoldModels, group_folds, k_fold, out_of_fold_maps, out_of_fold_scores
 from fastmaf.inspection.recipe import Recipe
@@ -55,6 +56,7 @@ class Fitted:
 
 
 @fastmaf.torch_defaults()
+@free_threads()
 def fit(
     pixels: Tensor,
     recipe: Recipe | None = None,
@@ -105,7 +107,7 @@ def fit(
     folds = k_fold(len(x), asked.folds, asked.seed) if groups is None else group_folds(groups, asked.folds)
     asked = replace(asked, folds=len(folds))
     if groups is None and (warning := order_matters(images, asked.folds, asked.seed)):
-        warnings.warn(warning, stacklevel=3)
+        warnings.warn(warning, stacklevel=4)
     steps = count_fits(asked, len(x)) + asked.folds * bool(asked.most_blocks)
     times = [time.perf_counter()]
     with Progress("fitting", "model", total=steps, show=progress) as bar:

@@ -188,7 +188,7 @@ def _warn(part: str, nll: float, other: float, alternative: str) -> None:
     warnings.warn(
         f"{part} makes held-out images less likely (NLL {nll:,.0f} nats with it, {other:,.0f} without); it is kept as "
         f"requested, {alternative} drops it",
-        stacklevel=5,
+        stacklevel=6,
     )
 
 
