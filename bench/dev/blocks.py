@@ -23,7 +23,7 @@ from fastmaf.images.dataset import load_train, to_unit
 from fastmaf.inspection.blocks import fit_blocks
 from fastmaf.inspection.out_of_fold import drop_fold, k_fold
 from fastmaf.inspection.recipe import Recipe
-from fastmaf.inspection.whitening import fit_whitening
+from fastmaf.inspection.whitening import Normals, fit_whitenings
 
 RECIPE = Recipe(augmentation="shifts", blocks=2)
 
@@ -67,11 +67,12 @@ def change(blocks: fastmaf.Flow, z: Tensor) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data", required=True, help="folder with good images")
-    x = to_unit(load_train(parser.parse_args().data, size=RECIPE.size, progress=False).pixels)
+    images = load_train(parser.parse_args().data, size=RECIPE.size, double=True, progress=False)
+    x = to_unit(images.pixels)
     folds = k_fold(len(x), RECIPE.folds, RECIPE.seed)
     z, alone = torch.empty_like(x), torch.empty(len(x), dtype=torch.float64)
-    for fold in folds:
-        whitening = fit_whitening(drop_fold(x, fold), RECIPE)
+    whitenings = fit_whitenings(Normals(x, images.double), folds, RECIPE).folds
+    for fold, whitening in zip(folds, whitenings, strict=True):
         z[fold] = whitening(x[fold])[0]
         alone[fold] = -fastmaf.Flow(RECIPE.features, [whitening]).log_prob(x[fold]).double()
     print(f"{len(x)} images, {RECIPE.folds} folds; whitening alone: held-out NLL {float(alone.mean()):,.0f} nats")

@@ -31,6 +31,14 @@ def fit(
         float | None,
         typer.Option(metavar="ALPHA", help="Apply a logit with this alpha, such as 0.05, to the pixels first."),
     ] = None,
+    group_by: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FOLDER|REGEX|CSV",
+            help="Images taken together: 'folder', an expression for their names such as '^part(\\d+)', or a .csv with "
+            "columns file and group. Whole groups are held out.",
+        ),
+    ] = None,
     keep_folds: Annotated[
         bool, typer.Option("--keep-folds", help="Keep the fold models; eval then reports their mean, too.")
     ] = False,
@@ -51,7 +59,8 @@ def fit(
         recipe = Recipe(size=size, seed=seed, dequantize=dequantize, logit=logit)
     from fastmaf.inspection.workflow.fit import fit as run
 
-    result = run(data, out, recipe, keep_folds=keep_folds, skip_bad=skip_bad, progress=not quiet, say=say_aside)
+    settings: Any = {"keep_folds": keep_folds, "skip_bad": skip_bad, "progress": not quiet}
+    result = run(data, out, recipe, group_by=group_by, **settings, say=say_aside)
     say_or_aside(as_json)(result.describe(explain))
     if as_json:
         say_json(result.summary())

@@ -45,6 +45,7 @@ class ImageSet:
         names: path of each image within its class folder, with "/": "003.png", "monday/003.png"; by default the names
             of the files.
         shapes: (height, width) of each upright image at full resolution; () if the set was not read from files.
+        double: the images at twice the size, uint8 [n, 3, 2 size, 2 size]; None unless requested.
     """
 
     pixels: Tensor
@@ -54,6 +55,7 @@ class ImageSet:
     skipped: tuple[tuple[Path, str], ...] = ()
     names: tuple[str, ...] = ()
     shapes: tuple[tuple[int, int], ...] = ()
+    double: Tensor | None = None
 
     def __post_init__(self) -> None:
         if not self.names:
@@ -76,20 +78,35 @@ class ImageSet:
     def subset(self, index: Sequence[int]) -> ImageSet:
         """Returns the images at these positions, in this order, with the notes and skipped files of the whole set."""
         where = [int(i) for i in index]
-        pixels = self.pixels[torch.tensor(where, dtype=torch.long)]
+        rows = torch.tensor(where, dtype=torch.long)
         of_each = {
             name: tuple(values[i] for i in where) if (values := getattr(self, name)) else ()
             for name in ("paths", "labels", "names", "shapes")
         }
-        return replace(self, pixels=pixels, **of_each)
+        double = None if self.double is None else self.double[rows]
+        return replace(self, pixels=self.pixels[rows], double=double, **of_each)
 
 
-def check_takes_images(flow: fastmaf.Flow, path: Path) -> int:
+def image_shape(features: int) -> tuple[int, int]:
+    """Returns the channels, 1 or 3, and the side of square images of this many values; 3 s² is never a square.
+
+    Raises:
+        ValueError: there are no such images.
+    """
+    for channels in (1, 3):
+        size = math.isqrt(max(features, 0) // channels)
+        if channels * size**2 == features > 0:
+            return channels, size
+    raise ValueError(f"expected size² or 3 size² values of a square image; found {features}")
+
+
+def check_takes_images(flow: fastmaf.Flow, path: Path, *, grey: bool = False) -> int:
     """Checks that a flow models square RGB images in float32.
 
     Args:
         flow: the flow.
         path: the file it was loaded from, for the message.
+        grey: accept a flow of images of one channel, too.
 
     Returns:
         The side of the images in pixels.
@@ -98,7 +115,9 @@ def check_takes_images(flow: fastmaf.Flow, path: Path) -> int:
         fastmaf.CheckpointError: the flow models something else, or is not float32.
     """
     size = math.isqrt(flow.features // 3)
-    if 3 * size**2 != flow.features:
+    if grey and math.isqrt(flow.features) ** 2 == flow.features:
+        size = math.isqrt(flow.features)
+    elif 3 * size**2 != flow.features:
         raise fastmaf.CheckpointError(
             f"{path}: expected a model of square RGB images (3 x size x size values); found {flow.features} features"
         )
@@ -108,10 +127,25 @@ def check_takes_images(flow: fastmaf.Flow, path: Path) -> int:
     return size
 
 
-def to_unit(pixels: Tensor) -> Tensor:
-    """Converts uint8 [n, 3, s, s] to float32 [n, 3*s*s] in [0, 1], in C, H, W order (pixel / 255, as ToTensor)."""
+def to_grey(pixels: Tensor) -> Tensor:
+    """Converts uint8 [n, 3, h, w] to uint8 [n, 1, h, w] as Pillow does; equal channels keep their value."""
+    red, green, blue = (plane.int() for plane in pixels.unbind(1))
+    return ((19595 * red + 38470 * green + 7471 * blue + 32768) >> 16).to(torch.uint8)[:, None]
+
+
+def is_grey(pixels: Tensor) -> bool:
+    """Returns whether the channels of all images, uint8 [n, 3, h, w], are equal."""
+    return all(bool((part[:, 1:] == part[:, :1]).all()) for part in pixels.split(64))
+
+
+def to_unit(pixels: Tensor, channels: int = 3) -> Tensor:
+    """Converts uint8 [n, 3, s, s] to float32 [n, 3*s*s] in [0, 1], in C, H, W order (pixel / 255, as ToTensor).
+
+    With ``channels=1`` the images are converted to grey first, for float32 [n, s*s].
+    """
     if pixels.dtype != torch.uint8 or pixels.ndim != 4 or pixels.shape[1] != 3:
         raise ValueError(f"pixels: expected uint8 [n, 3, s, s], found {pixels.dtype} {list(pixels.shape)}")
+    pixels = to_grey(pixels) if channels == 1 else pixels
     return pixels.to(torch.float32).div_(255.0).flatten(1)
 
 
@@ -127,7 +161,9 @@ def to_images(x: Tensor, size: int) -> Tensor:
 
 
 @fastmaf.torch_defaults()
-def load_train(root: str | Path, *, size: int = 64, skip_bad: bool = False, progress: bool = True) -> ImageSet:
+def load_train(
+    root: str | Path, *, size: int = 64, skip_bad: bool = False, double: bool = False, progress: bool = True
+) -> ImageSet:
     """Loads the good images to train on, all below ``root/train/good``.
 
     Args:
@@ -136,6 +172,7 @@ def load_train(root: str | Path, *, size: int = 64, skip_bad: bool = False, prog
             results are ignored everywhere.
         size: side of the square that every image is resized to, in pixels.
         skip_bad: record, log and skip files that cannot be read instead of stopping.
+        double: read the images at twice the size as well; see ``ImageSet.double``.
         progress: show a progress bar.
 
     Raises:
@@ -148,7 +185,7 @@ def load_train(root: str | Path, *, size: int = 64, skip_bad: bool = False, prog
     if not files:
         raise layout_error(f"no image in {folder}: {contents(files_in(folder))}", TRAIN, root)
     labelled = [("good", folder, file) for file in files]
-    return _load(labelled, "train", [*notes, *left_aside(ignored, closed)], size, skip_bad, progress)
+    return _load(labelled, "train", [*notes, *left_aside(ignored, closed)], size, skip_bad, progress, double)
 
 
 @fastmaf.torch_defaults()
@@ -175,16 +212,22 @@ def load_test(root: str | Path, *, size: int = 64, skip_bad: bool = False, progr
 
 
 def _load(
-    files: list[tuple[str, Path, Path]], what: str, notes: list[str], size: int, skip_bad: bool, progress: bool
+    files: list[tuple[str, Path, Path]],
+    what: str,
+    notes: list[str],
+    size: int,
+    skip_bad: bool,
+    progress: bool,
+    double: bool = False,
 ) -> ImageSet:
     """Loads files, given as (class, class folder, file)."""
-    _check_memory(len(files), size)
+    _check_memory(len(files), size, double)
     loaded: list[tuple[str, str, Frame]] = []
     skipped: list[tuple[Path, str]] = []
     bar = track(files, f"reading {what} images", "image", show=progress)
     for label, folder, file in bar:
         try:
-            loaded.append((label, file.relative_to(folder).as_posix(), load_frame(file, size)))
+            loaded.append((label, file.relative_to(folder).as_posix(), load_frame(file, size, double=double)))
         except DataError as error:
             if not skip_bad:
                 raise DataError(f"{error}; --skip-bad skips such files") from error
@@ -205,12 +248,13 @@ def _load(
         skipped=tuple(skipped),
         names=names,
         shapes=tuple((frame.height, frame.width) for frame in frames),
+        double=torch.stack([frame.double for frame in frames]) if double else None,
     )
 
 
-def _check_memory(images: int, size: int) -> None:
+def _check_memory(images: int, size: int, double: bool) -> None:
     """Refuses images that would not fit into memory as 8-bit values: in parts while reading, and then as one tensor."""
-    needed, available = 2 * images * 3 * size**2, available_memory(torch.device("cpu"))
+    needed, available = 2 * images * 3 * size**2 * (5 if double else 1), available_memory(torch.device("cpu"))
     if available is not None and needed > available:
         raise DoesNotFitError(
             f"reading {count(images, 'image')} at {size} x {size} pixels needs about {format_bytes(needed)} of memory; "

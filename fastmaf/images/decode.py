@@ -62,6 +62,7 @@ class Frame:
         resize_seconds: time from those values to ``pixels``.
         full: the image at full resolution, uint8 [3, height, width]; None unless requested. Read-only: it is not
             contiguous, and the channels of a grey image share memory.
+        double: the image at twice the size, uint8 [3, 2 size, 2 size]; None unless requested.
     """
 
     path: Path
@@ -72,6 +73,7 @@ class Frame:
     decode_seconds: float
     resize_seconds: float
     full: Tensor | None = None
+    double: Tensor | None = None
 
     @property
     def notes(self) -> tuple[str, ...]:
@@ -79,7 +81,7 @@ class Frame:
         return tuple(sentences(Counter(self.kinds)))
 
 
-def load_frame(path: str | Path, size: int, *, keep_full: bool = False) -> Frame:
+def load_frame(path: str | Path, size: int, *, keep_full: bool = False, double: bool = False) -> Frame:
     """Reads one image file.
 
     Peak memory is about 8 bytes per pixel of the file: Pillow's image and an 8-bit copy. A progressive JPEG needs up to
@@ -90,6 +92,7 @@ def load_frame(path: str | Path, size: int, *, keep_full: bool = False) -> Frame
         path: the file; a leading ~ is not expanded. Only regular files are opened.
         size: side of the square that the image is resized to, in pixels.
         keep_full: keep the image at full resolution as well.
+        double: resize the image to twice the size as well.
 
     Raises:
         DataError: the file is missing, not a regular file, truncated, not a PNG, JPEG, BMP or TIFF, has more than
@@ -116,6 +119,7 @@ def load_frame(path: str | Path, size: int, *, keep_full: bool = False) -> Frame
         decode_seconds=decoded - started,
         resize_seconds=ready - decoded,
         full=_channels_first(image) if keep_full else None,
+        double=resized(image, 2 * size) if double else None,
     )
 
 

@@ -20,6 +20,7 @@ def decisions(model: InspectionModel, explain: bool = False) -> dict[str, str]:
         "logit": _logit(recipe, about, explain),
         "blocks": _blocks(recipe, about, explain),
         "score": _score(model, about, explain),
+        "groups": about.get("groups"),
         "anomaly map": _anomaly_map(model, about, explain),
     }
     return {name: text for name, text in selected.items() if text is not None}
@@ -72,10 +73,22 @@ def _blocks(recipe: Mapping[str, Any], about: Mapping[str, Any], explain: bool) 
 
 
 def _score(model: InspectionModel, about: Mapping[str, Any], explain: bool) -> str | None:
+    baselines: Mapping[str, float] = about.get("drawn_auroc_of_baselines", {})
+    if name := about.get("baseline"):
+        others = {**{_smoothing(key): value for key, value in about["drawn_auroc"].items()}, **baselines}
+        if explain:
+            return f"{name} (image AUROC on synthetic defects: {', '.join(f'{k} {v:.3f}' for k, v in others.items())})"
+        best = max(about["drawn_auroc"].values())
+        compared = f"{baselines[name]:.3f}; {best:.3f} with the whitening"
+        return f"{name}, a baseline (image AUROC on synthetic defects {compared})"
     sigma = f"{model.settings.presmooth_sigma:g}"
     text = "no smoothing before squaring" if sigma == "0" else f"whitened values smoothed by {sigma} px before squaring"
     areas = {_smoothing(name): value for name, value in about.get("drawn_auroc", {}).items()}
-    return _on_defects(text, _smoothing(f"presmooth {sigma}"), areas, "image AUROC", explain)
+    chosen = _on_defects(text, _smoothing(f"presmooth {sigma}"), areas, "image AUROC", explain)
+    if explain and chosen is not None and baselines:
+        listed = ", ".join(f"{name} {value:.3f}" for name, value in baselines.items())
+        return f"{chosen.removesuffix(')')}; baselines: {listed})"
+    return chosen
 
 
 def _anomaly_map(model: InspectionModel, about: Mapping[str, Any], explain: bool) -> str | None:

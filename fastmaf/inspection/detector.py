@@ -17,7 +17,7 @@ from sklearn.utils.validation import check_is_fitted
 from torch import Tensor
 
 import fastmaf
-from fastmaf.images.decode import DataError, load_image, resized
+from fastmaf.images.decode import DataError, load_frame, resized
 from fastmaf.inspection.calibration import Calibration
 from fastmaf.inspection.fit import fit
 from fastmaf.inspection.model import InspectionModel, load_inspection
@@ -66,7 +66,7 @@ class Detector(OutlierMixin, BaseEstimator):
         model_: ``InspectionModel`` for images, or ``RowModel``.
         calibration_: held-out scores and their guarantee; ``print(detector.calibration_.describe())``.
         offset_: minus the threshold: ``decision_function = score_samples - offset_``.
-        n_features_in_: D; for images the number of values of a resized one, 3 size².
+        n_features_in_: D; for images the number of values of a resized one, 3 size², or size² if all images are grey.
 
     Example:
         >>> import numpy as np, fastmaf
@@ -80,7 +80,7 @@ class Detector(OutlierMixin, BaseEstimator):
         self,
         *,
         size: int = 64,
-        rank: int = 800,
+        rank: int = 400,
         blocks: int | Literal["auto"] = "auto",
         steps: int = 200,
         folds: int = 5,
@@ -100,8 +100,14 @@ class Detector(OutlierMixin, BaseEstimator):
         self.verbose = verbose
 
     @fastmaf.torch_defaults()
-    def fit(self, X: Any, y: Any = None) -> Detector:
+    def fit(self, X: Any, y: Any = None, groups: Sequence[Any] | None = None) -> Detector:
         """Fits to at least 3 good images, or at least 2 normal rows; see the class for X. ``y`` is ignored.
+
+        Args:
+            X: the good samples.
+            y: ignored.
+            groups: images only: the group of each, such as its part, batch or day. Whole groups are held out, so that
+                the threshold is one for images of new groups.
 
         Warns:
             UserWarning: there are too few samples for the requested false-alarm rate.
@@ -114,23 +120,30 @@ class Detector(OutlierMixin, BaseEstimator):
         given = self.random_state
         seed = int(given if isinstance(given, Integral) else check_random_state(given).randint(2**31 - 1))
         images = _are_images(X)
-        samples = _pixels(X, self.size) if images else self._rows(X, ensure_min_samples=2)
+        if groups is not None and not images:
+            raise ValueError("groups are for images: rows are held out at random")
+        if images:
+            samples, double = _pixels(X, self.size, double=True)
+        else:
+            samples, double = self._rows(X, ensure_min_samples=2), None
         n = len(samples)
         if images and n < 3:
             raise ValueError(f"X must hold at least 3 good images; found {n}")
+        planned = Calibration(np.zeros(n), self.false_alarm, self.confidence, "split")
+        if not planned.attainable:  # before the work
+            least = planned.min_samples
+            warnings.warn(f"a false-alarm rate of {self.false_alarm:g} needs {least} samples; found {n}", stacklevel=4)
         folds = self.folds if self.folds < 2 else min(self.folds, n)
         recipe = Recipe(self.size, self.rank, blocks=self.blocks, steps=self.steps, folds=folds, seed=seed)
         self.model_: InspectionModel | RowModel
         if images:
-            model = fit(samples, recipe, progress=self.verbose).model
+            labels = None if groups is None else [str(group) for group in groups]
+            model = fit(samples, recipe, double=double, groups=labels, progress=self.verbose).model
             self._use(model.with_calibration(model.calibration.with_rate(self.false_alarm, self.confidence)))
         else:
             self.model_, scores = fit_rows(samples, self.rank, folds, seed)
             self.calibration_ = Calibration(scores, self.false_alarm, self.confidence, "k-fold", folds)
         self.offset_ = -self.calibration_.threshold
-        if not self.calibration_.attainable:
-            least = self.calibration_.min_samples
-            warnings.warn(f"a false-alarm rate of {self.false_alarm:g} needs {least} samples; found {n}", stacklevel=4)
         return self
 
     @fastmaf.torch_defaults()
@@ -209,7 +222,7 @@ class Detector(OutlierMixin, BaseEstimator):
     def _images(self, X: Any) -> Tensor:
         if not _are_images(X):
             raise ValueError("this detector was fitted to images: expected uint8 [n, h, w, 3] or paths" + _found(X))
-        return _pixels(X, self.model_.size)  # type: ignore[union-attr]
+        return _pixels(X, self.model_.size)[0]  # type: ignore[union-attr]
 
 
 def _are_images(X: Any) -> bool:
@@ -225,25 +238,28 @@ def _are_images(X: Any) -> bool:
     return isinstance(first, (str, os.PathLike)) or (not isinstance(first, dict) and np.ndim(first) == 3)
 
 
-def _pixels(X: Any, size: int) -> Tensor:
-    """Converts images of any accepted form to uint8 [n, 3, size, size], resized as files are."""
+def _pixels(X: Any, size: int, *, double: bool = False) -> tuple[Tensor, Tensor | None]:
+    """Converts images of any accepted form to uint8 [n, 3, size, size], and on request to twice the size."""
     if isinstance(X, Tensor):
         X = X.detach().cpu().numpy()
-    pixels = []
+    pixels: list[tuple[Tensor, ...]] = []
+    sizes = (size, 2 * size) if double else (size,)
     for i, image in enumerate(X):
         if isinstance(image, (str, os.PathLike)):
             if is_output(image):
                 raise DataError(f"{os.fspath(image)}: a picture written by fastmaf, which is never read as an image")
-            pixels.append(load_image(os.fspath(image), size)[0])
-            continue
-        values = np.asarray(image)
-        if values.dtype != np.uint8 or values.ndim != 3 or values.shape[2] != 3 or 0 in values.shape:
-            found = f"{values.dtype} {list(values.shape)}"
-            raise ValueError(f"images must be uint8 [n, h, w, 3]; found {found} as image {i}")
-        pixels.append(resized(values, size))
+            frame = load_frame(Path(image).expanduser(), size, double=double)
+            pixels.append((frame.pixels,) if frame.double is None else (frame.pixels, frame.double))
+        else:
+            values = np.asarray(image)
+            if values.dtype != np.uint8 or values.ndim != 3 or values.shape[2] != 3 or 0 in values.shape:
+                found = f"{values.dtype} {list(values.shape)}"
+                raise ValueError(f"images must be uint8 [n, h, w, 3]; found {found} as image {i}")
+            pixels.append(tuple(resized(values, side) for side in sizes))
     if not pixels:
         raise ValueError(f"X must hold at least 1 image, uint8 [n, h, w, 3]{_found(X)}")
-    return torch.stack(pixels)
+    stacked = [torch.stack(images) for images in zip(*pixels, strict=True)]
+    return stacked[0], stacked[1] if double else None
 
 
 def _found(X: Any) -> str:

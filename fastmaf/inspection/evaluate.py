@@ -132,6 +132,6 @@ def _model_scores(
 
 def _score_maps(flow: Float64Flow, model: InspectionModel, images: ImageSet) -> Tensor:
     """Returns the score maps of images under the model's flow or a fold's."""
-    batches = (FlowValues(flow, to_unit(part).to(model.device)) for part in images.pixels.split(64))
+    batches = (FlowValues(flow, to_unit(part, model.channels).to(model.device)) for part in images.pixels.split(64))
     terms = torch.cat([terms_of(values, model.settings) for values in batches])
     return score_maps(terms, model.statistics, model.settings)

@@ -13,6 +13,8 @@
 from __future__ import annotations
 
 import time
+import warnings
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 
 import numpy as np
@@ -20,20 +22,20 @@ import torch
 from torch import Tensor
 
 import fastmaf
-from fastmaf.images.dataset import to_unit
+from fastmaf.images.dataset import is_grey, to_grey, to_unit
 from fastmaf.images.progress import Progress
 from fastmaf.inspection.blocks import Log, fit_blocks, select_blocks
 from fastmaf.inspection.calibration import Calibration
+from fastmaf.inspection.exchangeability import describe_groups, order_matters
+from fastmaf.inspection.free_threads import free_threads
 from fastmaf.inspection.model import InspectionModel
-from fastmaf.inspection.out_of_fold import OutOfFoldModels, drop_fold, k_fold, out_of_fold_maps, out_of_fold_scores
+from fastmaf.inspection.out_of_fold import OutOfFoldModels, group_folds, k_fold, out_of_fold_maps, out_of_fold_scores
 from fastmaf.inspection.recipe import Recipe
 from fastmaf.inspection.selection.select import select_score_and_map
-from fastmaf.inspection.whitening import (
-    before_whitening,
-    compared_whitenings,
-    fit_whitening,
-    select_augmentation,
-)
+from fastmaf.inspection.whitening import Normals, before_whitening, count_fits, select_augmentation
+
+FALSE_ALARM = 0.05
+"""The false-alarm rate that a fit calibrates at."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -54,7 +56,15 @@ class Fitted:
 
 
 @fastmaf.torch_defaults()
-def fit(pixels: Tensor, recipe: Recipe | None = None, *, progress: bool = True) -> Fitted:
+@free_threads()
+def fit(
+    pixels: Tensor,
+    recipe: Recipe | None = None,
+    *,
+    double: Tensor | None = None,
+    groups: Sequence[str] | None = None,
+    progress: bool = True,
+) -> Fitted:
     """Fits an inspection model to good images and calibrates it at a false-alarm rate of 5%.
 
     Augmentation and blocks that the recipe leaves open are kept only if held-out images are more likely with them;
@@ -63,49 +73,73 @@ def fit(pixels: Tensor, recipe: Recipe | None = None, *, progress: bool = True) 
     Args:
         pixels: uint8 ``[n, 3, size, size]``, n >= folds.
         recipe: the settings.
+        double: the same images at twice the size, uint8 ``[n, 3, 2 size, 2 size]``, from which shifted and rotated
+            copies are made; None to interpolate ``pixels``, which blurs them.
+        groups: the group of each image, such as its part, batch or day; folds then hold out whole groups, so that
+            scores, threshold and choices are those for images of new groups. None: folds are random.
         progress: show a progress bar.
 
     Raises:
-        ValueError: there are fewer images than folds, or they have another size.
+        ValueError: there are fewer images than folds or fewer than two groups, or the images have another size.
 
     Warns:
-        UserWarning: held-out images are less likely with a part that the recipe asks for.
+        UserWarning: held-out images are less likely with a part that the recipe asks for, or ``groups`` is None and
+            neighbouring images are alike.
     """
     asked = recipe or Recipe(size=int(pixels.shape[-1]))
     if pixels.dtype != torch.uint8 or pixels.shape[1:] != (3, asked.size, asked.size):
         expected = f"uint8 [n, 3, {asked.size}, {asked.size}]"
         raise ValueError(f"pixels must be {expected}; found {pixels.dtype} {list(pixels.shape)}")
-    images = to_unit(pixels)
+    if double is not None and (double.dtype, double.shape) != (
+        torch.uint8,
+        (*pixels.shape[:2], *(2 * asked.size,) * 2),
+    ):
+        expected = f"uint8 {[*pixels.shape[:2], 2 * asked.size, 2 * asked.size]}"
+        raise ValueError(f"double must be {expected}; found {double.dtype} {list(double.shape)}")
+    channels = asked.channels if isinstance(asked.channels, int) else 1 if is_grey(pixels) else 3
+    given, asked = asked, replace(asked, channels=channels)
+    images = to_unit(pixels, channels)
+    if double is not None and channels == 1:
+        double = to_grey(double)
     x = dequantized(images, asked.seed) if asked.dequantize else images
-    folds = k_fold(len(x), asked.folds, asked.seed)
-    steps = compared_whitenings(asked, len(x)) + asked.folds + 1 + asked.folds * bool(asked.most_blocks)
+    if groups is not None and len(groups) != len(x):
+        raise ValueError(f"groups must name the group of each of {len(x)} images; found {len(groups)}")
+    folds = k_fold(len(x), asked.folds, asked.seed) if groups is None else group_folds(groups, asked.folds)
+    asked = replace(asked, folds=len(folds))
+    if groups is None and (warning := order_matters(images, asked.folds, asked.seed)):
+        warnings.warn(warning, stacklevel=4)
+    steps = count_fits(asked, len(x)) + asked.folds * bool(asked.most_blocks)
     times = [time.perf_counter()]
     with Progress("fitting", "model", total=steps, show=progress) as bar:
-        recipe, whitenings, augmentation_figures = select_augmentation(x, folds, asked, bar.update)
+        recipe, whitenings, augmentation_figures = select_augmentation(Normals(x, double), folds, asked, bar.update)
         first = before_whitening(recipe)
         y = fastmaf.Flow(recipe.features, first)(x)[0]
-        for fold in folds[len(whitenings) :]:
-            whitenings.append(fit_whitening(drop_fold(y, fold), recipe))
-            bar.update()
-        whitening = fit_whitening(y, recipe)
-        bar.update()
         times.append(time.perf_counter())
         z = torch.empty_like(x)
-        for fold, fold_whitening in zip(folds, whitenings, strict=True):
+        for fold, fold_whitening in zip(folds, whitenings.folds, strict=True):
             z[fold] = fold_whitening(y[fold])[0]
-        flows = [fastmaf.Flow(recipe.features, [*first, fold_whitening]).eval() for fold_whitening in whitenings]
+        flows = [fastmaf.Flow(recipe.features, [*first, fold_whitening]).eval() for fold_whitening in whitenings.folds]
         models = OutOfFoldModels(folds, flows)
         kept, models, log, block_figures = select_blocks(x, z, models, recipe, bar.update)
         recipe = replace(recipe, blocks=kept)
-        flow = fastmaf.Flow(recipe.features, [*first, whitening, *fit_blocks(z, recipe)]).eval().requires_grad_(False)
+        flow = (
+            fastmaf.Flow(recipe.features, [*first, whitenings.whole, *fit_blocks(z, recipe)])
+            .eval()
+            .requires_grad_(False)
+        )
         times.append(time.perf_counter())
-    score, map_config, figures = select_score_and_map(recipe, pixels, models)
+    score, map_config, baseline, figures = select_score_and_map(recipe, pixels, models)
+    if baseline is not None:
+        flow, models, score = baseline.flow.requires_grad_(False), baseline.models, baseline.score
     statistics, scores = out_of_fold_scores(images, models, score)
     map_config, maps = out_of_fold_maps(images, models, map_config)
     times.append(time.perf_counter())
+    calibration = Calibration(scores.numpy(), FALSE_ALARM, None, "k-fold", asked.folds)
+    if groups is not None:
+        figures["groups"] = describe_groups(groups, scores.numpy(), calibration)
     about = {
         "recipe": asdict(replace(recipe, score=score, map_config=map_config)),
-        "asked": {"blocks": asked.blocks, "augmentation": asked.augmentation},
+        "asked": {"blocks": given.blocks, "augmentation": given.augmentation, "channels": given.channels},
         **augmentation_figures,
         **block_figures,
         **figures,
@@ -113,7 +147,6 @@ def fit(pixels: Tensor, recipe: Recipe | None = None, *, progress: bool = True) 
         "images_of_folds": [len(fold) for fold in folds],
         "map_levels": [float(np.quantile(maps.numpy(), 0.99)), float(maps.max())],
     }
-    calibration = Calibration(scores.numpy(), 0.05, None, "k-fold", asked.folds)
     model = InspectionModel(flow, score, map_config, statistics, calibration, about)
     seconds = dict(zip(("whitenings", "blocks", "scores"), np.diff(times).tolist(), strict=True))
     return Fitted(model, models, log, seconds)

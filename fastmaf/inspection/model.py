@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -14,7 +13,7 @@ import torch
 from torch import Tensor
 
 import fastmaf
-from fastmaf.images.dataset import check_takes_images, to_unit
+from fastmaf.images.dataset import check_takes_images, image_shape, to_unit
 from fastmaf.inspection.calibration import Calibration
 from fastmaf.inspection.model_card import inspection_card
 from fastmaf.inspection.model_schema import KEY, inspection_record
@@ -57,10 +56,10 @@ class Prediction:
 
 @dataclass(frozen=True, eq=False)
 class InspectionModel:
-    """A flow over square RGB images, its score and anomaly map, and its calibration.
+    """A flow over square images, its score and anomaly map, and its calibration.
 
     Attributes:
-        flow: D = 3 size².
+        flow: D = 3 size², or size² for grey images.
         settings: how terms become a score.
         map_config: how the anomaly map is computed.
         statistics: of the terms over good images that the flow has not seen.
@@ -79,7 +78,12 @@ class InspectionModel:
     @property
     def size(self) -> int:
         """Side of the images in pixels."""
-        return math.isqrt(self.flow.features // 3)
+        return image_shape(self.flow.features)[1]
+
+    @property
+    def channels(self) -> int:
+        """1 for a model of grey images, to which others are converted; else 3."""
+        return image_shape(self.flow.features)[0]
 
     @property
     def device(self) -> torch.device:
@@ -133,7 +137,7 @@ class InspectionModel:
                 f"pixels must be uint8 [n, 3, {self.size}, {self.size}]; found {pixels.dtype} {list(pixels.shape)}"
             )
         for part in pixels.split(_BATCH):
-            yield FlowValues(self.float64_flow, to_unit(part).to(self.device))
+            yield FlowValues(self.float64_flow, to_unit(part, self.channels).to(self.device))
 
     def _scores(self, values: FlowValues) -> Tensor:
         nll = values.nll if self.settings.needs_nll else values.x.new_zeros(len(values.x))
@@ -199,7 +203,7 @@ def load_inspection(path: str | Path, *, device: str = "cpu") -> InspectionModel
         raise fastmaf.CheckpointError(
             f"{path} is not an inspection model: expected one written by 'fastmaf inspect fit'"
         )
-    check_takes_images(flow, path)
+    check_takes_images(flow, path, grey=True)
     try:
         record = inspection_record(metadata)
         settings, map_config = ScoreSettings(**record["settings"]), AnomalyMapConfig(**record["map_config"])

@@ -30,7 +30,7 @@ def inspection_card(path: str | Path, size: int, calibration: Calibration, about
     """
     recipe = about.get("recipe", {})
     names = {"augmentation": "Augmentation", "rank": "Factors of the whitening", "folds": "Folds", "seed": "Seed"}
-    details = {"Images": f"RGB, resized to {size} × {size} pixels"}
+    details = {"Images": f"{'grey' if recipe.get('channels') == 1 else 'RGB'}, resized to {size} × {size} pixels"}
     details |= {text: f"{recipe[name]}" for name, text in names.items() if name in recipe}
     data = f"{about['images']:,} good images. " if "images" in about else ""
     return ModelCard(

@@ -18,6 +18,7 @@ _RECIPE = Record(
         **{"rank": Whole(), "blocks": Whole(), "steps": Whole(1), "folds": Whole(2), "seed": _SEED},
         **{"augmentation": Text(), "shift_radius": Whole(), "shift_step": Number(), "angles": Whole(1)},
         "logit": Maybe(Number()),
+        "channels": Whole(1),
     },
     others=Anything(),
 )
@@ -30,7 +31,7 @@ _TRAINING = {
     "images_of_folds": ListOf(Whole(1)),
     "held_out_nll_of_folds": ListOf(Number()),
 }
-_MAPS = ("held_out_nll_of_augmentations", "drawn_auroc", "drawn_maps", "seconds")
+_MAPS = ("held_out_nll_of_augmentations", "drawn_auroc", "drawn_auroc_of_baselines", "drawn_maps", "seconds")
 _ABOUT = Record(
     {"map_levels": ListOf(Number(low=0, high=1e9), shortest=2, longest=2)},
     {**_TRAINING, **dict.fromkeys(_MAPS, MapOf(Number())), "log": ListOf(_ROW)},

@@ -8,9 +8,11 @@ from typing import Any
 
 import numpy as np
 import torch
+from sklearn.model_selection import GroupKFold
 from torch import Tensor
 
 import fastmaf
+from fastmaf.images.dataset import image_shape
 from fastmaf.inspection.scoring.float64_flow import Float64Flow, FlowValues
 from fastmaf.inspection.scoring.score import (
     TermStatistics,
@@ -35,6 +37,19 @@ def k_fold(n: int, folds: int, seed: int = 0) -> list[np.ndarray]:
     return [np.sort(fold) for fold in np.array_split(order, folds)]
 
 
+def group_folds(groups: Sequence[str], folds: int) -> list[np.ndarray]:
+    """Splits images into folds of whole groups, of similar sizes; at most as many folds as there are groups.
+
+    Raises:
+        ValueError: there are fewer than two groups.
+    """
+    known = len(set(groups))
+    if known < 2:
+        raise ValueError(f"groups must name at least two groups; found {known}")
+    splitter = GroupKFold(min(folds, known))
+    return [test for _, test in splitter.split(np.zeros(len(groups)), groups=np.asarray(groups))]
+
+
 def drop_fold(x: Tensor, fold: np.ndarray) -> Tensor:
     """Returns the rows of ``x`` that are not in ``fold``."""
     kept = torch.ones(len(x), dtype=torch.bool)
@@ -54,6 +69,11 @@ class OutOfFoldModels:
     folds: Sequence[np.ndarray]
     flows: Sequence[fastmaf.Flow]
 
+    @property
+    def channels(self) -> int:
+        """Of the images that the flows model."""
+        return image_shape(self.flows[0].features)[0]
+
     def held_out(self, sets: Sequence[Tensor], quantity: Callable[..., Tensor], *arguments: Any) -> Tensor:
         """Returns a quantity of each image under the model that has not seen it, float64 ``[len(sets), n, ...]``.
 
@@ -71,6 +91,16 @@ class OutOfFoldModels:
                 result[i, fold] = values
         assert result is not None
         return result
+
+    def subset(self, most: int, seed: int) -> tuple[np.ndarray, OutOfFoldModels]:
+        """Returns at most so many images, at random, and the models with the folds of these; folds are renumbered."""
+        n = sum(len(fold) for fold in self.folds)
+        if n <= most:
+            return np.arange(n), self
+        index = np.sort(np.random.default_rng([seed, 2]).permutation(n)[:most])
+        folds = [np.flatnonzero(np.isin(index, fold)) for fold in self.folds]
+        kept = [(fold, flow) for fold, flow in zip(folds, self.flows, strict=True) if len(fold)]
+        return index, OutOfFoldModels([fold for fold, _ in kept], [flow for _, flow in kept])
 
     def nll(self, x: Tensor) -> Tensor:
         """Returns the held-out NLL of images ``[n, D]``, float64 ``[n]`` nats."""

@@ -5,77 +5,59 @@ The augmentation is selected by held-out likelihood.
 
 from __future__ import annotations
 
-import math
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn.functional import affine_grid, grid_sample, pad
 
 import fastmaf
-from fastmaf.inspection.out_of_fold import drop_fold
+from fastmaf.inspection.augmentation import Augment, matching_blur, rotations, shifts
+from fastmaf.inspection.out_of_fold import k_fold
 from fastmaf.inspection.recipe import AUGMENTATIONS, QUANTISATION, Augmentation, Recipe
 from fastmaf.inspection.scoring.float64_flow import FlowValues
 
-_DECIDING_IMAGES = 8  # held-out images that the comparison of augmentations uses at least
+__all__ = [
+    "Augment",
+    "Normals",
+    "Whitenings",
+    "before_whitening",
+    "fit_whitening",
+    "fit_whitenings",
+    "rotations",
+    "select_augmentation",
+    "shifts",
+]
 
-Augment: TypeAlias = Callable[[Tensor], tuple[Tensor, Tensor]]
-"""Images ``[n, 3 size²]`` -> a basis ``[n, p, 3 size²]`` and weights ``[copies, p]``."""
+_COMPARED = 128  # images that augmentations are first compared on
+_COMPARED_RANK = 200
 
 
-def shifts(size: int, radius: int = 2, step: float = 0.5) -> Augment:
-    """Shifts square RGB images by up to ``radius`` steps along each axis: (2 radius + 1)² copies.
+class Normals(NamedTuple):
+    """The good images of a fit.
 
-    Positions between pixels are interpolated bilinearly, so every copy is a mixture of shifts by whole pixels. Those
-    form the basis, and ``fastmaf.GaussianWhitening.fit_`` computes nothing else. Edges are repeated.
-
-    Args:
-        size: side of the images in pixels.
-        radius: largest shift in steps; 0 for the images alone.
-        step: in pixels.
+    Attributes:
+        x: as their NLL is measured ``[n, D]``.
+        double: the same images at twice the size, uint8 ``[n, C, 2 size, 2 size]``, for the augmentation; None to
+            interpolate ``x`` instead.
     """
-    if size < 1 or radius < 0 or not step > 0:
-        raise ValueError(f"size must be at least 1, radius at least 0, step positive; found {size}, {radius}, {step}")
-    whole = math.ceil(radius * step)
-    offsets = step * torch.arange(-radius, radius + 1, dtype=torch.float64)
-    axis = (1 - (offsets[:, None] - torch.arange(-whole, whole + 1)).abs()).clamp_min(0).float()
-    weights = torch.kron(axis, axis)
 
-    def augment(x: Tensor) -> tuple[Tensor, Tensor]:
-        images = x.unflatten(1, (3, size, size))
-        if whole:
-            images = pad(images, (whole,) * 4, mode="replicate")
-        steps = range(2 * whole + 1)
-        basis = [images[:, :, i : i + size, j : j + size].flatten(1) for i in steps for j in steps]
-        return torch.stack(basis, dim=1), weights.to(x)
+    x: Tensor
+    double: Tensor | None = None
 
-    return augment
+    def subset(self, index: Tensor) -> Normals:
+        """Returns some of the images."""
+        return Normals(self.x[index], None if self.double is None else self.double[index])
 
 
-def rotations(size: int, angles: int = 12) -> Augment:
-    """Rotates square RGB images counter-clockwise about their centre by multiples of 360° / ``angles``.
+class Whitenings(NamedTuple):
+    """The whitening without the images of each fold, and that of all images."""
 
-    For objects that lie at any angle. Interpolation is bilinear; edges are repeated. The weights are an identity
-    matrix.
-    """
-    if size < 1 or angles < 1:
-        raise ValueError(f"size and angles must be at least 1; found {size} and {angles}")
-    turns = torch.arange(angles) * (2 * math.pi / angles)
-    rows = torch.stack([turns.cos(), -turns.sin(), 0 * turns, turns.sin(), turns.cos(), 0 * turns], dim=1)
-
-    def augment(x: Tensor) -> tuple[Tensor, Tensor]:
-        images, basis = x.unflatten(1, (3, size, size)), []
-        for turn in rows.to(x).unflatten(1, (2, 3)):
-            grid = affine_grid(turn.expand(len(x), 2, 3), list(images.shape), align_corners=False)
-            rotated = grid_sample(images, grid, padding_mode="border", align_corners=False)
-            basis.append(rotated.flatten(1))
-        return torch.stack(basis, dim=1), torch.eye(angles).to(x)
-
-    return augment
+    folds: list[fastmaf.GaussianWhitening]
+    whole: fastmaf.GaussianWhitening
 
 
 def before_whitening(recipe: Recipe) -> list[fastmaf.Transform]:
@@ -83,62 +65,119 @@ def before_whitening(recipe: Recipe) -> list[fastmaf.Transform]:
     return [] if recipe.logit is None else [fastmaf.Logit(recipe.features, recipe.logit)]
 
 
-def fit_whitening(x: Tensor, recipe: Recipe) -> fastmaf.GaussianWhitening:
+def fit_whitening(x: Tensor, recipe: Recipe, double: Tensor | None = None) -> fastmaf.GaussianWhitening:
     """Returns a whitening fitted to good images ``[n, D]`` with the recipe's augmentation (shifts if ``"auto"``)."""
-    augment = None
+    folds = k_fold(len(x), min(recipe.folds, len(x)), recipe.seed)
+    return fit_whitenings(Normals(x, double), folds, recipe).whole
+
+
+def fit_whitenings(normals: Normals, folds: Sequence[np.ndarray], recipe: Recipe) -> Whitenings:
+    """Returns whitenings fitted to good images with the recipe's augmentation (shifts if ``"auto"``)."""
+    first = before_whitening(recipe)
+    before = fastmaf.Flow(recipe.features, first)
+    zoom, source, blur = 1, normals.x, 0.0
+    if normals.double is not None:
+        zoom, source, blur = 2, normals.double, matching_blur(normals.x, normals.double)
+    augment: Augment | None = None
     if recipe.augmentation == "rotations":
-        augment = rotations(recipe.size, recipe.angles)
+        augment = rotations(recipe.size, recipe.angles, zoom=zoom, blur=blur)
     elif recipe.augmentation != "none":
-        augment = shifts(recipe.size, recipe.shift_radius, recipe.shift_step)
-    whitening = fastmaf.GaussianWhitening(recipe.features, min(recipe.rank, recipe.features))
+        augment = shifts(recipe.size, recipe.shift_radius, recipe.shift_step, zoom=zoom)
+    if augment is not None and first:
+        augment = _then(augment, before)
     # A logit stretches the 8-bit quantisation steps by its slope, which is smallest in the middle.
     floor = QUANTISATION if recipe.logit is None else QUANTISATION * (4 * (1 - 2 * recipe.logit)) ** 2
-    return whitening.fit_(x, augment=augment, folds=recipe.folds, floor=floor, seed=recipe.seed)
+    rank = min(recipe.rank, recipe.features)
+    parts = [torch.from_numpy(fold) for fold in folds]
+    x = before(normals.x)[0] if first else normals.x
+    options: dict[str, Any] = {"augment": augment, "source": source, "floor": floor, "seed": recipe.seed}
+    return Whitenings(*fastmaf.GaussianWhitening.fit_without(x, rank, parts, **options))
+
+
+def _then(augment: Augment, before: fastmaf.Flow) -> Augment:
+    """Returns the augmentation followed by a flow: mixtures are of pixels, so each copy is written out."""
+
+    @torch.no_grad()
+    def copies(x: Tensor) -> tuple[Tensor, Tensor]:
+        basis, weights = augment(x)
+        mixed = torch.einsum("cp,npd->ncd", weights, basis)
+        return before(mixed.flatten(0, 1))[0].unflatten(0, mixed.shape[:2]), torch.eye(len(weights)).to(mixed)
+
+    return copies
 
 
 def select_augmentation(
-    x: Tensor, folds: Sequence[np.ndarray], recipe: Recipe, done: Callable[[], object]
-) -> tuple[Recipe, list[fastmaf.GaussianWhitening], dict[str, Any]]:
+    normals: Normals, folds: Sequence[np.ndarray], recipe: Recipe, done: Callable[[], object]
+) -> tuple[Recipe, Whitenings, dict[str, Any]]:
     """Compares augmentations, and none, on held-out images.
 
+    Of many images, a random 128 are compared first, with at most 200 factors. What is best there is then compared with
+    none on all images: the more images there are, the less an augmentation adds.
+
     Args:
-        x: good images ``[n, D]``, as their NLL is measured.
-        folds: the indices of each fold. The first folds decide, as many as hold out 8 images.
+        normals: the good images.
+        folds: the indices of each fold.
         recipe: ``augmentation="auto"`` selects the best. Any other is compared with none, and kept.
-        done: called after each whitening.
+        done: called after each of the comparisons and fits.
 
     Returns:
-        The recipe with the selected augmentation; its whitenings without each of the first folds; and the mean NLLs in
-        nats of the held-out images of these folds that decided, for the model's record.
+        The recipe with the selected augmentation; its whitenings; and the mean NLLs in nats of held-out images that
+        decided, for the model's record.
 
     Warns:
-        UserWarning: held-out images are more likely without the augmentation, or the logit, that the recipe asks for.
+        UserWarning: held-out images are less likely without the augmentation, or the logit, that the recipe asks for.
     """
-    folds = folds[: _deciding_folds(recipe, len(x))]
-    candidates = _candidates(recipe)
-    tried = {kind: _held_out_nll(x, folds, replace(recipe, augmentation=kind), done) for kind in candidates}
-    best = min(candidates, key=lambda kind: tried[kind][1])
+    candidates, n = _candidates(recipe), len(normals.x)
+    some, some_folds, compared = normals, folds, recipe
+    if n > _COMPARED:
+        index = np.sort(np.random.default_rng([recipe.seed, 1]).permutation(n)[:_COMPARED])
+        some_folds = [np.flatnonzero(np.isin(index, fold)) for fold in folds]
+        some_folds = [fold for fold in some_folds if len(fold)]
+        some, compared = normals.subset(torch.from_numpy(index)), replace(recipe, rank=min(recipe.rank, _COMPARED_RANK))
+    tried: dict[Augmentation, float] = {}
+    found: dict[Augmentation, Whitenings] = {}
+    for kind in candidates if len(candidates) > 1 else ():
+        with_kind = replace(compared, augmentation=kind)
+        found[kind] = fit_whitenings(some, some_folds, with_kind)
+        tried[kind] = _held_out_nll(some, some_folds, with_kind, found[kind])
+        done()
+    best = min(candidates, key=lambda kind: tried.get(kind, 0.0))
     selected = best if recipe.augmentation == "auto" else recipe.augmentation
-    whitenings, nll = tried[selected]
-    if nll > tried[best][1]:
-        _warn(f"augmentation={selected!r}", nll, tried[best][1], "augmentation='auto'")
+    if some is not normals:
+        found, nll = {}, dict[Augmentation, float]()
+        for kind in dict.fromkeys((selected, "none")) if len(candidates) > 1 else (selected,):
+            with_kind = replace(recipe, augmentation=kind)
+            found[kind] = fit_whitenings(normals, folds, with_kind)
+            nll[kind] = _held_out_nll(normals, folds, with_kind, found[kind])
+            done()
+        if len(nll) > 1 and nll["none"] < nll[selected]:
+            tried, best = nll, "none"
+            selected = best if recipe.augmentation == "auto" else selected
+    elif not found:
+        found[selected] = fit_whitenings(normals, folds, recipe)
+        done()
+    if tried and tried[selected] > tried[best]:
+        _warn(f"augmentation={selected!r}", tried[selected], tried[best], "augmentation='auto'")
     recipe, plain = replace(recipe, augmentation=selected), None
     if recipe.logit is not None:
-        plain = _held_out_nll(x, folds, replace(recipe, logit=None), done)[1]
-        if nll > plain:
-            _warn(f"logit={recipe.logit:g}", nll, plain, "logit=None")
-    compared = {str(kind): value for kind, (_, value) in tried.items()} if len(tried) > 1 else {}
-    figures = {"held_out_nll_of_augmentations": compared, "held_out_nll_without_logit": plain}
-    return recipe, whitenings, figures
+        with_logit = _held_out_nll(normals, folds, recipe, found[selected])
+        without = replace(recipe, logit=None)
+        plain = _held_out_nll(normals, folds, without, fit_whitenings(normals, folds, without))
+        done()
+        if with_logit > plain:
+            _warn(f"logit={recipe.logit:g}", with_logit, plain, "logit=None")
+    figures = {
+        "held_out_nll_of_augmentations": {str(kind): value for kind, value in tried.items()},
+        "held_out_nll_without_logit": plain,
+    }
+    return recipe, found[selected], figures
 
 
-def compared_whitenings(recipe: Recipe, n: int) -> int:
-    """Returns how many whitenings of n images are fitted for the comparison alone."""
-    return _deciding_folds(recipe, n) * (len(_candidates(recipe)) - 1 + (recipe.logit is not None))
-
-
-def _deciding_folds(recipe: Recipe, n: int) -> int:
-    return min(recipe.folds, math.ceil(_DECIDING_IMAGES * recipe.folds / n))
+def count_fits(recipe: Recipe, n: int) -> int:
+    """Returns how often ``select_augmentation`` calls ``done`` for n images, at most."""
+    candidates = len(_candidates(recipe))
+    some = 0 if candidates == 1 else candidates
+    return some + (min(2, candidates) if n > _COMPARED or not some else 0) + (recipe.logit is not None)
 
 
 def _candidates(recipe: Recipe) -> tuple[Augmentation, ...]:
@@ -149,18 +188,15 @@ def _warn(part: str, nll: float, other: float, alternative: str) -> None:
     warnings.warn(
         f"{part} makes held-out images less likely (NLL {nll:,.0f} nats with it, {other:,.0f} without); it is kept as "
         f"requested, {alternative} drops it",
-        stacklevel=5,
+        stacklevel=6,
     )
 
 
-def _held_out_nll(
-    x: Tensor, folds: Sequence[np.ndarray], recipe: Recipe, done: Callable[[], object]
-) -> tuple[list[fastmaf.GaussianWhitening], float]:
-    """Returns the whitening without each fold, and the mean NLL of the held-out images of these folds."""
+def _held_out_nll(normals: Normals, folds: Sequence[np.ndarray], recipe: Recipe, whitenings: Whitenings) -> float:
+    """Returns the mean NLL of the images of each fold under the whitening without it."""
     first = before_whitening(recipe)
-    y, whitenings, nll = fastmaf.Flow(recipe.features, first)(x)[0], [], []
-    for fold in folds:
-        whitenings.append(fit_whitening(drop_fold(y, fold), recipe))
-        nll.append(FlowValues(fastmaf.Flow(recipe.features, [*first, whitenings[-1]]), x[fold]).nll)
-        done()
-    return whitenings, float(torch.cat(nll).mean())
+    nll = [
+        FlowValues(fastmaf.Flow(recipe.features, [*first, whitening]), normals.x[fold]).nll
+        for fold, whitening in zip(folds, whitenings.folds, strict=True)
+    ]
+    return float(torch.cat(nll).mean())

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fastmaf.kernels.autocast import matmul
 from fastmaf.transforms.base import Transform
-from fastmaf.transforms.factor_analysis import Augment, FactorModel, fit_factors
+from fastmaf.transforms.factor_analysis import Augment, FactorModel, fit_factors, fit_factors_of_folds
 from fastmaf.validation import as_tensor
 
 if TYPE_CHECKING:
@@ -80,6 +80,7 @@ class GaussianWhitening(Transform):
         x: Tensor | ArrayLike,
         *,
         augment: Augment | None = None,
+        source: Tensor | None = None,
         folds: int = 5,
         floor: float | None = None,
         seed: int = 0,
@@ -88,7 +89,7 @@ class GaussianWhitening(Transform):
 
         Args:
             x: ``[n, D]``, n >= 2, finite; a tensor, a NumPy array or a nested list.
-            augment, folds, floor, seed: as ``fastmaf.transforms.factor_analysis.fit_factors``.
+            augment, source, folds, floor, seed: as ``fastmaf.transforms.factor_analysis.fit_factors``.
 
         Returns:
             The transform itself.
@@ -100,8 +101,48 @@ class GaussianWhitening(Transform):
         x = as_tensor("x", x, self.mean)
         if x.dim() != 2 or x.shape[1] != self.features:
             raise ValueError(f"x must have shape [n, {self.features}]; found {list(x.shape)}")
-        self.set_(fit_factors(x, self.rank, augment=augment, folds=folds, floor=floor, seed=seed))
+        self.set_(fit_factors(x, self.rank, augment=augment, source=source, folds=folds, floor=floor, seed=seed))
         return self
+
+    @classmethod
+    @torch.no_grad()
+    def fit_without(
+        cls,
+        x: Tensor,
+        rank: int,
+        parts: Sequence[Tensor],
+        *,
+        augment: Augment | None = None,
+        source: Tensor | None = None,
+        floor: float | None = None,
+        seed: int = 0,
+    ) -> tuple[list[GaussianWhitening], GaussianWhitening]:
+        """Fits one transform without each part of the data, and one to all, for little more than the cost of one.
+
+        For cross-validation; see ``fastmaf.transforms.factor_analysis.fit_factors_of_folds``.
+
+        Args:
+            x: ``[n, D]``, n >= 2, finite.
+            rank: number of factors.
+            parts: indices of at least two disjoint sets of samples.
+            augment, source, floor, seed: as ``fit_``.
+
+        Returns:
+            The transforms without each part, and the transform of all samples.
+
+        Raises:
+            ValueError: ``x`` has another shape or is not finite, or an argument is out of range.
+
+        Example:
+            >>> x = torch.randn(60, 5)
+            >>> without, whole = fastmaf.GaussianWhitening.fit_without(x, 2, torch.arange(60).split(20))
+            >>> z, ladj = without[0](x[:20])  # samples that this transform has not seen
+        """
+        models, whole = fit_factors_of_folds(x, rank, parts, augment=augment, source=source, floor=floor, seed=seed)
+        fitted = [cls(x.shape[1], min(rank, x.shape[1]), dtype=x.dtype, device=x.device) for _ in (*models, whole)]
+        for whitening, model in zip(fitted, (*models, whole), strict=True):
+            whitening.set_(model)
+        return fitted[:-1], fitted[-1]
 
     @torch.no_grad()
     def set_(self, model: FactorModel) -> None:

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from fastmaf.inspection.out_of_fold import drop_fold, k_fold
+import fastmaf
+from fastmaf.inspection.out_of_fold import OutOfFoldModels, drop_fold, k_fold
 
 
 @pytest.mark.parametrize(("n", "folds"), [(2, 2), (5, 5), (219, 5), (10, 3)])
@@ -33,3 +34,16 @@ def test_k_fold_refuses(n: int, folds: int) -> None:
 def test_drop_fold_keeps_the_order_of_the_others() -> None:
     x = torch.arange(10.0).reshape(5, 2)
     assert torch.equal(drop_fold(x, np.array([3, 0])), x[[1, 2, 4]])
+
+
+def test_a_subset_of_the_images_keeps_their_folds() -> None:
+    flows = [fastmaf.Flow(3, [fastmaf.GaussianWhitening(3, 0)]) for _ in range(3)]
+    models = OutOfFoldModels(k_fold(30, 3), flows)
+    index, same = models.subset(30, 0)
+    assert same is models and index.tolist() == list(range(30))
+    index, fewer = models.subset(11, 0)
+    assert len(index) == len(set(index.tolist())) == 11 and (np.diff(index) > 0).all()
+    assert sorted(np.concatenate(fewer.folds).tolist()) == list(range(11))
+    for fold, flow in zip(fewer.folds, fewer.flows, strict=True):
+        (whole,) = [of for of, other in zip(models.folds, flows, strict=True) if other is flow]
+        assert set(index[fold]) <= set(whole)

@@ -13,10 +13,10 @@ from torch import Tensor
 
 import fastmaf
 from fastmaf.images.dataset import load_train, to_unit
+from fastmaf.inspection import whitening as whitening_module
 from fastmaf.inspection.decisions import decisions
 from fastmaf.inspection.fit import fit
-from fastmaf.inspection.out_of_fold import drop_fold
-from fastmaf.inspection.whitening import fit_whitening
+from fastmaf.inspection.whitening import Normals, fit_whitenings
 from tests.inspection.tiny import FIXED, TINY, waves
 
 
@@ -37,7 +37,7 @@ def test_aligned_images_need_no_augmentation(n: int) -> None:
     model = fit(boards(n), recipe, progress=False).model
     tried = model.about["held_out_nll_of_augmentations"]
     assert model.about["recipe"]["augmentation"] == "none" == min(tried, key=tried.get) and len(tried) == 3
-    assert tried["none"] + 1000 < min(tried["shifts"], tried["rotations"])
+    assert tried["none"] + n < min(tried["shifts"], tried["rotations"])
     plain = fit(boards(n), replace(recipe, augmentation="none"), progress=False).model
     zero = fit(boards(n), replace(recipe, augmentation="shifts", shift_radius=0), progress=False).model
     for other in (plain, zero):
@@ -69,22 +69,62 @@ def test_a_logit_that_is_asked_for_is_compared() -> None:
 
 @pytest.mark.parametrize("turned", [False, True])
 def test_the_augmentation_makes_held_out_images_most_likely(data: Path, turned: bool) -> None:
-    pixels = load_train(data, size=16, progress=False).pixels
+    images = load_train(data, size=16, double=True, progress=False)
+    pixels, double = images.pixels, images.double
+    assert double is not None
     generator = torch.Generator().manual_seed(0)
     if turned:
         turns = torch.randint(4, (len(pixels),), generator=generator).tolist()
-        pixels = torch.stack([image.rot90(k, (1, 2)) for image, k in zip(pixels, turns, strict=True)])
+        pixels, double = (
+            torch.stack([image.rot90(k, (1, 2)) for image, k in zip(of_size, turns, strict=True)])
+            for of_size in (pixels, double)
+        )
     # Many factors, so that what a whole turn takes can be explained at all.
     recipe = replace(TINY, rank=60, blocks=0, angles=4)
-    fitted = fit(pixels, recipe, progress=False)
+    fitted = fit(pixels, recipe, double=double, progress=False)
     chosen, nll_of = fitted.model.about["recipe"]["augmentation"], fitted.model.about["held_out_nll_of_augmentations"]
     assert chosen == ("rotations" if turned else "shifts") == min(nll_of, key=nll_of.get)
-    fold, first = fitted.out_of_fold.folds[0], fitted.out_of_fold.flows[0].transforms[0]
-    x = to_unit(pixels)
+    first, x = fitted.out_of_fold.flows[0].transforms[0], to_unit(pixels)
     for kind in nll_of:
-        whitening = fit_whitening(drop_fold(x, fold), replace(recipe, augmentation=kind))
-        nll = -fastmaf.Flow(768, [whitening]).log_prob(x[fold]).mean()
-        assert float(nll) == pytest.approx(nll_of[kind], rel=1e-4)
-        assert torch.allclose(whitening.variance, first.variance, rtol=1e-3) == (kind == chosen)
-    fixed = fit(pixels, replace(recipe, augmentation=chosen), progress=False)
+        whitenings = fit_whitenings(
+            Normals(x, double), fitted.out_of_fold.folds, replace(recipe, augmentation=kind)
+        ).folds
+        nll = [
+            -fastmaf.Flow(768, [whitening]).log_prob(x[fold])
+            for fold, whitening in zip(fitted.out_of_fold.folds, whitenings, strict=True)
+        ]
+        assert float(torch.cat(nll).mean()) == pytest.approx(nll_of[kind], rel=1e-4)
+        assert torch.allclose(whitenings[0].variance, first.variance, rtol=1e-3) == (kind == chosen)
+    fixed = fit(pixels, replace(recipe, augmentation=chosen), double=double, progress=False)
     assert np.allclose(fixed.model.calibration.scores, fitted.model.calibration.scores, rtol=1e-4)
+
+
+@pytest.mark.parametrize("shifted", [False, True])
+def test_of_many_images_a_part_is_compared_first(shifted: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is best on a few is compared with no augmentation on all images."""
+    monkeypatch.setattr(whitening_module, "_COMPARED", 9)
+    pixels = waves(30)
+    if shifted:
+        pixels = torch.stack([image.roll(int(k) % 3, dims=2) for k, image in enumerate(pixels)])
+    model = fit(pixels, replace(FIXED, blocks=0, folds=3), progress=False).model
+    about = model.about
+    tried, chosen = about["held_out_nll_of_augmentations"], about["recipe"]["augmentation"]
+    assert chosen == min(tried, key=tried.get) and chosen in decisions(model)["augmentation"]
+    if len(tried) == 2:  # the part was wrong
+        assert chosen == "none" and about["held_out_nll"] == pytest.approx(tried["none"], rel=1e-6)
+
+
+def test_copies_are_made_from_the_larger_images_where_there_are_any(data: Path) -> None:
+    images = load_train(data, size=16, double=True, progress=False)
+    assert images.double is not None and images.double.shape == (24, 3, 32, 32)
+    recipe = replace(TINY, rank=60, blocks=0, augmentation="shifts")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        small, large = (
+            fit(images.pixels, recipe, double=double, progress=False).model for double in (None, images.double)
+        )
+    assert large.about["held_out_nll"] != pytest.approx(small.about["held_out_nll"], abs=0.1)
+    with pytest.raises(
+        ValueError, match=r"double must be uint8 \[24, 3, 32, 32\]; found torch.uint8 \[24, 3, 16, 16\]"
+    ):
+        fit(images.pixels, recipe, double=images.pixels, progress=False)

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch.nn.functional import avg_pool2d
 
-from fastmaf.inspection.whitening import Augment, rotations, shifts
+from fastmaf.images.decode import resized
+from fastmaf.inspection.augmentation import Augment, blurred, matching_blur, rotations, shifts
 
 SIZE = 9
 
@@ -55,3 +57,47 @@ def test_rotations_by_less_than_a_quarter_are_bilinear() -> None:
 def test_wrong_arguments_are_refused(make: object) -> None:
     with pytest.raises(ValueError, match="size"):
         make()  # type: ignore[operator]
+
+
+def test_shifts_of_the_image_at_twice_the_size_have_true_half_pixel_phases() -> None:
+    """A step by half a pixel moves the larger image by one of its pixels, before the mean over 2 x 2."""
+    large = torch.randint(
+        0, 256, (2, 3, 2 * SIZE, 2 * SIZE), dtype=torch.uint8, generator=torch.Generator().manual_seed(1)
+    )
+    values = large.float() / 255
+
+    def means(images: torch.Tensor) -> torch.Tensor:
+        return images.unflatten(3, (-1, 2)).unflatten(2, (-1, 2)).mean(dim=(3, 5))
+
+    basis, weights = shifts(SIZE, 2, 0.5, zoom=2)(large)
+    assert torch.equal(weights, torch.eye(25)), "nothing is interpolated"
+    augmented = basis.unflatten(2, (3, SIZE, SIZE)).unflatten(1, (5, 5))
+    assert torch.allclose(augmented[:, 2, 2], means(values))
+    right = torch.cat([values[..., 1:], values[..., -1:]], dim=3)
+    assert torch.allclose(augmented[:, 2, 3], means(right), atol=1e-6)
+    down = torch.cat([values[:, :, :1], values[:, :, :-1]], dim=2)
+    assert torch.allclose(augmented[:, 1, 2], means(down), atol=1e-6)
+    whole = shifts(SIZE, 1, 1.0, zoom=2)(large)
+    mixed = torch.einsum("cp,npd->ncd", whole[1], whole[0]).unflatten(1, (3, 3))
+    assert torch.allclose(mixed[:, 0, 2], basis.unflatten(1, (5, 5))[:, 0, 4], atol=1e-6)
+
+
+def test_rotations_of_the_image_at_twice_the_size_are_averaged_after_the_rotation() -> None:
+    large = torch.rand(2, 3, 2 * SIZE, 2 * SIZE, generator=torch.Generator().manual_seed(1))
+    turned, weights = rotations(2 * SIZE, 8)(large.flatten(1))
+    fine = turned.unflatten(2, (3, SIZE, 2, SIZE, 2)).mean(dim=(4, 6)).flatten(2)
+    actual, same = rotations(SIZE, 8, zoom=2)(large)
+    assert torch.allclose(actual, fine, atol=1e-6) and torch.equal(weights, same)
+
+
+def test_the_blur_makes_averages_as_soft_as_the_images() -> None:
+    """Pillow's reduction by two weighs four pixels by 1, 3, 3, 1: an average of two, after a blur by 1/4."""
+    generator = torch.Generator().manual_seed(2)
+    double = torch.randint(0, 256, (5, 3, 2 * SIZE, 2 * SIZE), dtype=torch.uint8, generator=generator)
+    pixels = torch.stack([resized(image.permute(1, 2, 0).contiguous().numpy(), SIZE) for image in double])
+    share = matching_blur(pixels.flatten(1) / 255, double)
+    assert share == pytest.approx(0.25, abs=0.03)
+    averages = avg_pool2d(blurred(double / 255, 0.25), 2)
+    inside = (..., slice(1, -1), slice(1, -1))
+    assert torch.allclose(averages[inside], pixels[inside] / 255, atol=1.5 / 255), "rounded twice to 8 bits"
+    assert matching_blur(avg_pool2d(double / 255, 2).flatten(1), double) == 0

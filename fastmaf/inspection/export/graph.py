@@ -43,13 +43,17 @@ def inspection_graph(model: InspectionModel) -> Any:
     """
     graph, size, settings = Graph(), model.size, model.settings
     image = graph.input("image", "uint8", ["height", "width", 3], "R, G, B, rows from the top, 0 to 255")
-    x = resized(image, size).cast("float32").reshape(1, -1) / 255.0
+    planes = resized(image, size)
+    if model.channels == 1:  # see ``to_grey``; exact in float64
+        weights = np.array([19595.0, 38470.0, 7471.0]).reshape(3, 1, 1)
+        planes = (((planes * weights).sum(0) + 32768.0) / 65536.0).op("Floor")
+    x = planes.cast("float32").reshape(1, -1) / 255.0
     shares, steps = _flow(model.flow, x)
     first, z = len(first_part(model.flow)) - 1, steps[-1]
     terms = shares + z * z * 0.5 + _HALF_LOG_2PI
     nll = terms.cast("float64").sum()
     if settings.source == "whitened":
-        z = _smoothed(steps[first].reshape(3, size, size), settings.presmooth_sigma, size).reshape(1, -1)
+        z = _smoothed(steps[first].reshape(model.channels, size, size), settings.presmooth_sigma, size).reshape(1, -1)
         terms = z * z * 0.5
     score_map = _score_map(terms, model.statistics, settings, size)
     score = _score(score_map, nll, model.statistics, settings, size)
@@ -185,7 +189,7 @@ def _smoothed(planes: Value, sigma: float, size: int) -> Value:
 
 def _score_map(terms: Value, statistics: TermStatistics, settings: ScoreSettings, size: int) -> Value:
     standard = (terms - statistics.mean) / statistics.deviation
-    plain = standard.op("Clip", -settings.clip, settings.clip).reshape(3, size, size).sum(0)
+    plain = standard.op("Clip", -settings.clip, settings.clip).reshape(-1, size, size).sum(0)
     return _smoothed(plain, settings.sigma, size)
 
 
@@ -195,7 +199,7 @@ def _anomaly_map(x: Value, residual: Value, model: InspectionModel) -> Value:
     if isinstance(first, fastmaf.GaussianWhitening):
         y = _unexplained(first, (x - first.mean) / first.scale, config.factors)
         residual = y * first.scale**config.power
-    squares = (residual * residual).reshape(3, size, size).sum(0)
+    squares = (residual * residual).reshape(-1, size, size).sum(0)
     return _smoothed(squares, config.sigma, size).op("Max", 0.0).op("Sqrt") / config.rms
 
 

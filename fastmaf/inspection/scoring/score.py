@@ -12,7 +12,6 @@ residual of a few factors, in a unit common to all pixels, shows both.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -20,6 +19,7 @@ import torch
 from scipy.ndimage import gaussian_filter1d
 from torch import Tensor
 
+from fastmaf.images.dataset import image_shape
 from fastmaf.inspection.scoring.float64_flow import FlowValues, Whitening64, rounded
 from fastmaf.inspection.scoring.settings import AnomalyMapConfig, ScoreSettings
 
@@ -50,9 +50,14 @@ def terms_of(values: FlowValues, settings: ScoreSettings) -> Tensor:
         return values.nll_per_dim()
     z = values.whitened[0]
     if settings.presmooth_sigma:
-        size = math.isqrt(z.shape[1] // 3)
-        z = smoothed(z.unflatten(1, (3, size, size)), settings.presmooth_sigma).flatten(1)
+        z = smoothed(planes_of(z), settings.presmooth_sigma).flatten(1)
     return 0.5 * z.square()
+
+
+def planes_of(values: Tensor) -> Tensor:
+    """Returns values ``[n, C s²]`` as planes ``[n, C, s, s]``."""
+    channels, size = image_shape(values.shape[1])
+    return values.unflatten(1, (channels, size, size))
 
 
 def smoothing(size: int, sigma: float) -> Tensor:
@@ -67,10 +72,9 @@ def smoothed(planes: Tensor, sigma: float) -> Tensor:
 
 
 def score_maps(terms: Tensor, statistics: TermStatistics, settings: ScoreSettings) -> Tensor:
-    """Returns the score maps ``[n, s, s]`` of terms ``[n, 3 s²]``."""
-    size = math.isqrt(terms.shape[1] // 3)
+    """Returns the score maps ``[n, s, s]`` of terms ``[n, C s²]``."""
     standard = (terms - statistics.mean) / statistics.deviation
-    plain = standard.clamp(-settings.clip, settings.clip).unflatten(1, (3, size, size)).sum(dim=1)
+    plain = planes_of(standard.clamp(-settings.clip, settings.clip)).sum(dim=1)
     return smoothed(plain, settings.sigma)
 
 
@@ -96,10 +100,9 @@ def residuals_of(values: FlowValues, config: AnomalyMapConfig) -> Tensor:
 
 
 def anomaly_maps(residuals: Tensor, config: AnomalyMapConfig) -> Tensor:
-    """Returns the anomaly maps ``[n, s, s]`` of residuals ``[n, 3 s²]``, in units of ``config.rms``.
+    """Returns the anomaly maps ``[n, s, s]`` of residuals ``[n, C s²]``, in units of ``config.rms``.
 
     A map is the square root of the smoothed squared residuals, summed over the colours.
     """
-    size = math.isqrt(residuals.shape[1] // 3)
-    squares = residuals.square().unflatten(1, (3, size, size)).sum(dim=1)
+    squares = planes_of(residuals.square()).sum(dim=1)
     return smoothed(squares, config.sigma).clamp_min(0).sqrt() / config.rms

@@ -7,10 +7,11 @@ map by the mean of its pixel AUROC and AU-PRO.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby, product
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -48,6 +49,13 @@ MAPS = tuple(
 _Config = TypeVar("_Config", ScoreSettings, AnomalyMapConfig)
 
 
+class DrawnSets(NamedTuple):
+    """Sets of images with a synthetic defect, and the good images followed by these on [0, 1]."""
+
+    defects: list[SyntheticDefects]
+    sets: list[Tensor]
+
+
 @dataclass(frozen=True)
 class ScoreCandidate:
     """A score with its AUROC by kind of defect, and their mean with its standard error."""
@@ -81,6 +89,8 @@ def rank_scores(
     draws: int = 3,
     seed: int = 0,
     progress: bool = True,
+    errors: bool = True,
+    drawn_sets: DrawnSets | None = None,
 ) -> list[ScoreCandidate]:
     """Ranks scores on good images and synthetic defects.
 
@@ -91,11 +101,13 @@ def rank_scores(
         draws: synthetic defects per good image.
         seed: of the defects.
         progress: show a progress bar.
+        errors: compute standard errors, by resampling; else they are NaN.
+        drawn_sets: the result of ``draw_sets`` with these arguments, if it is known.
 
     Returns:
         The candidates, best first.
     """
-    drawn, sets = _drawn(pixels, draws, seed)
+    drawn, sets = drawn_sets or draw_sets(pixels, draws, seed, models.channels)
     kinds = np.concatenate([defects.kinds for defects in drawn])
     nll = torch.zeros(len(sets), len(pixels), dtype=torch.float64)
     if any(settings.needs_nll for settings in candidates):
@@ -106,7 +118,8 @@ def rank_scores(
         normal, defect = scores[: len(pixels)], scores[len(pixels) :]
         by_kind = {kind: _auroc(normal, defect[kinds == kind]) for kind in KINDS if (kinds == kind).any()}
         mean = float(np.mean(list(by_kind.values())))
-        result.append(ScoreCandidate(settings, by_kind, mean, _standard_error(normal, defect, kinds)))
+        error = _standard_error(normal, defect, kinds) if errors else math.nan
+        result.append(ScoreCandidate(settings, by_kind, mean, error))
     return sorted(result, key=lambda candidate: -candidate.image_auroc)
 
 
@@ -119,13 +132,14 @@ def rank_maps(
     draws: int = 3,
     seed: int = 0,
     progress: bool = True,
+    drawn_sets: DrawnSets | None = None,
 ) -> list[MapCandidate]:
     """Ranks map configurations by the pixels of good images and of synthetic defects; arguments as ``rank_scores``.
 
     Returns:
         The candidates, best first.
     """
-    drawn, sets = _drawn(pixels, draws, seed)
+    drawn, sets = drawn_sets or draw_sets(pixels, draws, seed, models.channels)
     masks = [*(None for _ in pixels), *(mask for defects in drawn for mask in defects.masks.numpy())]
     result = []
     for config, residuals in _held_out(candidates, _residuals_key, residuals_of, models, sets, progress):
@@ -134,10 +148,10 @@ def rank_maps(
     return sorted(result, key=lambda candidate: -candidate.mean)
 
 
-def _drawn(pixels: Tensor, draws: int, seed: int) -> tuple[list[SyntheticDefects], list[Tensor]]:
-    """Returns ``draws`` sets of images with a defect, and the good images followed by these on [0, 1]."""
+def draw_sets(pixels: Tensor, draws: int, seed: int, channels: int = 3) -> DrawnSets:
+    """Draws ``draws`` sets of images with a defect; values of the sets are of this many channels."""
     drawn = [draw_defects(pixels, seed=seed + i) for i in range(draws)]
-    return drawn, [to_unit(part) for part in (pixels, *(defects.pixels for defects in drawn))]
+    return DrawnSets(drawn, [to_unit(part, channels) for part in (pixels, *(defects.pixels for defects in drawn))])
 
 
 def _terms_key(settings: ScoreSettings) -> tuple[str, float]:

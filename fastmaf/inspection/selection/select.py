@@ -2,30 +2,41 @@
 
 Objects that lie at any angle need another score and another map than aligned ones: neighbouring residuals share their
 sign, and every factor is needed; see ``Recipe``. The first candidate is kept unless another is better beyond chance.
+Likewise, the score of a baseline is taken where it is better than the whitening's.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from fastmaf.inspection.out_of_fold import OutOfFoldModels
 from fastmaf.inspection.recipe import Recipe
 from fastmaf.inspection.scoring.settings import AnomalyMapConfig, ScoreSettings
-from fastmaf.inspection.selection.ranking import MapCandidate, ScoreCandidate, rank_maps, rank_scores
+from fastmaf.inspection.selection.baselines import BaselineModel, better_baseline
+from fastmaf.inspection.selection.ranking import MapCandidate, ScoreCandidate, draw_sets, rank_maps, rank_scores
 
 SCORE_CANDIDATES = (ScoreSettings(), ScoreSettings(presmooth_sigma=0.7))
-MAP_CANDIDATES = (AnomalyMapConfig(), AnomalyMapConfig(factors=800))
+MAP_CANDIDATES = (AnomalyMapConfig(), AnomalyMapConfig(factors=400))
 
+_IMAGES = 500  # that defects are drawn onto, at most: more would take time and memory, and change little
 _STANDARD_ERRORS = 2.0  # another score must be better by this many standard errors of the first one's mean AUROC
 _GAIN = 0.01  # another map must be better by this much in the mean of pixel AUROC and AU-PRO
 
 
-def select_score_and_map(
-    recipe: Recipe, pixels: Tensor, models: OutOfFoldModels
-) -> tuple[ScoreSettings, AnomalyMapConfig, dict[str, Any]]:
-    """Returns the score and the map of a recipe, selected where it leaves them open, and the candidates' figures.
+class Selected(NamedTuple):
+    """The score and the map of a recipe, a baseline whose score is better, if any, and the candidates' figures."""
+
+    score: ScoreSettings
+    map_config: AnomalyMapConfig
+    baseline: BaselineModel | None
+    figures: dict[str, Any]
+
+
+def select_score_and_map(recipe: Recipe, pixels: Tensor, models: OutOfFoldModels) -> Selected:
+    """Selects the score and the map of a recipe where it leaves them open.
 
     Args:
         recipe: as fitted.
@@ -33,19 +44,33 @@ def select_score_and_map(
         models: the models of the folds.
     """
     figures: dict[str, Any] = {}
+    baseline: BaselineModel | None = None
     score, map_config = recipe.score, recipe.map_config
-    options: dict[str, Any] = {"draws": 1, "seed": recipe.seed, "progress": False}
+    options: dict[str, Any] = {"progress": False}
+    all_pixels, all_models = pixels, models
+    if score is None or map_config is None:
+        index, models = all_models.subset(_IMAGES, recipe.seed)
+        pixels = all_pixels[torch.from_numpy(index)]
+        options["drawn_sets"] = draw_sets(pixels, 1, recipe.seed, models.channels)
     if score is None:
         scores = rank_scores(pixels, models, candidates=SCORE_CANDIDATES, **options)
         score = select_score(scores)
         aurocs = {candidate.settings: candidate.image_auroc for candidate in scores}
         figures["drawn_auroc"] = {f"presmooth {s.presmooth_sigma:g}": aurocs[s] for s in SCORE_CANDIDATES}
+        chosen = next(candidate for candidate in scores if candidate.settings == score)
+        margin = _STANDARD_ERRORS * chosen.error
+        baseline, figures["drawn_auroc_of_baselines"] = better_baseline(
+            pixels, models, chosen, margin, options["drawn_sets"]
+        )
+        if baseline is not None and models is not all_models:
+            baseline = baseline.refitted(all_pixels, all_models)
+        figures["baseline"] = None if baseline is None else baseline.name
     if map_config is None:
         maps = rank_maps(pixels, models, candidates=MAP_CANDIDATES, **options)
         map_config = select_map(maps)
         means = {candidate.config: candidate.mean for candidate in maps}
         figures["drawn_maps"] = {f"{config.factors} factors": means[config] for config in MAP_CANDIDATES}
-    return score, map_config, figures
+    return Selected(score, map_config, baseline, figures)
 
 
 def select_score(ranked: list[ScoreCandidate]) -> ScoreSettings:

@@ -5,15 +5,19 @@ from __future__ import annotations
 from datetime import datetime, timezone
 from pathlib import Path
 
+import numpy as np
+
 import fastmaf
 from fastmaf.images.dataset import ImageSet, load_train
 from fastmaf.images.decode import DataError
-from fastmaf.inspection.fit import Fitted
+from fastmaf.inspection.calibration import Calibration
+from fastmaf.inspection.fit import FALSE_ALARM, Fitted
 from fastmaf.inspection.fit import fit as fit_model
 from fastmaf.inspection.fold_models import fold_model_files, replace_fold_models, save_fold_models
 from fastmaf.inspection.recipe import Recipe
 from fastmaf.inspection.report.content import REPORT, REPORT_FILE
 from fastmaf.inspection.workflow.fit_result import LOG_FILE, FitResult
+from fastmaf.inspection.workflow.groups import group_labels
 from fastmaf.inspection.workflow.inputs import Say
 from fastmaf.io.atomic import errors_of_staged, keep_previous, previous, replace, staging
 from fastmaf.io.csv_file import write_csv
@@ -33,6 +37,7 @@ def fit(
     out: str | Path,
     recipe: Recipe | None = None,
     *,
+    group_by: str | None = None,
     keep_folds: bool = False,
     skip_bad: bool = False,
     progress: bool = True,
@@ -47,6 +52,7 @@ def fit(
         data: folder with ``train/good``, or a folder of good images.
         out: folder to write to.
         recipe: the settings.
+        group_by: which images were taken together; see ``group_labels``. None: random folds.
         keep_folds: write the fold models, too, so that ``fastmaf inspect eval`` can evaluate their ensemble.
 
     Raises:
@@ -63,7 +69,12 @@ def fit(
         refuse_unfinished(out)
         images = load_normals(data, recipe, skip_bad=skip_bad, progress=progress, say=say)
         check_disk(out, _disk_needed(recipe, keep_folds))
-        fitted = fit_model(images.pixels, recipe, progress=progress)
+        groups = None if group_by is None else group_labels(group_by, images.names)
+        try:
+            fitted = fit_model(images.pixels, recipe, double=images.double, groups=groups, progress=progress)
+        except KeyboardInterrupt:
+            say(f"interrupted before anything was written: {out} is as it was")
+            raise
         fitted.model.about.update(
             version=fastmaf.__version__,
             created=datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
@@ -78,16 +89,21 @@ def fit(
 
 def load_normals(data: str | Path, recipe: Recipe, *, skip_bad: bool, progress: bool, say: Say) -> ImageSet:
     """Reads the good images of a folder; raises a DataError for too few."""
-    images = load_train(data, size=recipe.size, skip_bad=skip_bad, progress=progress)
+    images = load_train(data, size=recipe.size, skip_bad=skip_bad, double=True, progress=progress)
     for note in images.notes:
         say(note)
-    needed = max(recipe.folds, 3)
+    needed, guaranteed = max(recipe.folds, 3), Calibration(np.zeros(1), FALSE_ALARM, None, "split").min_samples
     if len(images) < needed:
         skipped = f", and {count(len(images.skipped), 'file')} that cannot be read" if images.skipped else ""
         raise DataError(
             f"{images.paths[0].parent}: expected at least {needed} good images for fitting and calibration, better "
             f"some dozens; found {count(len(images), 'good image')}{skipped}: add images, or name another folder with "
             "--data"
+        )
+    if len(images) < guaranteed:
+        say(
+            f"{count(len(images), 'good image')}: a false-alarm rate of {FALSE_ALARM:.0%} cannot be guaranteed with "
+            f"fewer than {guaranteed}; the highest score will be the threshold"
         )
     return images
 

@@ -39,7 +39,8 @@ class FitResult:
         recipe = model.about["recipe"]
         at_most = "at most " if recipe["dequantize"] else ""
         lines = [
-            f"{count(self.images, 'good image')} at {recipe['size']} x {recipe['size']} pixels; "
+            f"{count(self.images, 'good image')} at {recipe['size']} x {recipe['size']} pixels"
+            f"{', grey: one channel' if model.channels == 1 else ''}; "
             f"held-out NLL {nll:,.0f} nats, {at_most}{bits:.3f} bits/dim of 8-bit data"
         ]
         if explain:

@@ -20,6 +20,7 @@ import numpy as np
 import fastmaf
 from fastmaf.images.decode import Frame, sentences
 from fastmaf.images.names import to_cell
+from fastmaf.inspection.exchangeability import drift
 from fastmaf.inspection.map_images import to_frame, write_map, write_overlay
 from fastmaf.inspection.model import InspectionModel, load_inspection, model_file
 from fastmaf.inspection.workflow.inputs import Say, expand, read_each
@@ -99,6 +100,7 @@ def score(
     kinds: Counter[str] = Counter()
     verdicts: Counter[str] = Counter()
     read: set[Path] = set()
+    scores: list[float] = []
     pictures = overlays is not None or maps is not None
     with _row_writer(out, stdout, json_lines) as write:
         for frame in read_each(files, loaded.size, keep_full=pictures, progress=progress, say=say):
@@ -107,6 +109,7 @@ def score(
             kinds.update(frame.kinds)
             verdicts[row.verdict] += 1
             read.add(frame.path)
+            scores.append(row.score)
             if frame.full is not None:
                 resized = to_frame(anomaly_map, (frame.height, frame.width))
                 if overlays is not None:
@@ -122,6 +125,9 @@ def score(
     if unread:
         summary += f"; {count(len(unread), 'file')} could not be read: {some(unread)}"
     say(summary)
+    warning = drift(loaded.calibration, np.array(scores))
+    if warning is not None:
+        say(warning)
     return len(unread)
 
 

@@ -1,0 +1,119 @@
+"""Copies of square images for the whitening to explain: shifts by parts of a pixel, and rotations.
+
+Copies are made from an image of twice the size, moved and then averaged over 2 x 2 pixels, as the camera would have
+seen the object at another place. Copies of the small image itself, interpolated, are blurred: they are mixtures of
+shifts by whole pixels.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import TypeAlias
+
+import torch
+from torch import Tensor
+from torch.nn.functional import affine_grid, avg_pool2d, grid_sample, pad
+
+Augment: TypeAlias = Callable[[Tensor], tuple[Tensor, Tensor]]
+"""Images ``[n, ...]`` -> a basis ``[n, p, C size²]`` and weights ``[copies, p]``."""
+
+
+def shifts(size: int, radius: int = 2, step: float = 0.5, *, zoom: int = 1) -> Augment:
+    """Shifts square images by up to ``radius`` steps along each axis: (2 radius + 1)² copies.
+
+    Positions between the pixels of the given image are interpolated bilinearly, so that every copy is a mixture of
+    shifts by its whole pixels. Those form the basis. Edges are repeated.
+
+    Args:
+        size: side of the copies in pixels.
+        radius: largest shift in steps; 0 for the images alone.
+        step: in pixels of the copies.
+        zoom: images are given at this multiple of ``size``, and copies averaged over ``zoom`` x ``zoom`` pixels.
+
+    Returns:
+        The augmentation. It takes images ``[n, C, zoom size, zoom size]``, or such rows, uint8 or on [0, 1].
+    """
+    if size < 1 or radius < 0 or not step > 0:
+        raise ValueError(f"size must be at least 1, radius at least 0, step positive; found {size}, {radius}, {step}")
+    whole = math.ceil(radius * step * zoom)
+    offsets = step * zoom * torch.arange(-radius, radius + 1, dtype=torch.float64)
+    axis = (1 - (offsets[:, None] - torch.arange(-whole, whole + 1)).abs()).clamp_min(0).float()
+    weights = torch.kron(axis, axis)
+
+    def augment(x: Tensor) -> tuple[Tensor, Tensor]:
+        images, side = _planes(x, zoom * size), zoom * size
+        if whole:
+            images = pad(images, (whole,) * 4, mode="replicate")
+        # The mean of each window, whose corner steps through the pixels of the larger image.
+        means = avg_pool2d(images, zoom, stride=1) if zoom > 1 else images
+        steps = range(2 * whole + 1)
+        basis = [means[:, :, i : i + side : zoom, j : j + side : zoom].flatten(1) for i in steps for j in steps]
+        return torch.stack(basis, dim=1), weights.to(basis[0])
+
+    return augment
+
+
+def rotations(size: int, angles: int = 12, *, zoom: int = 1, blur: float = 0.0) -> Augment:
+    """Rotates square images counter-clockwise about their centre by multiples of 360° / ``angles``.
+
+    For objects that lie at any angle. Interpolation is bilinear, in the given image; edges are repeated. The weights
+    are an identity matrix. Other arguments and the result as ``shifts``.
+
+    Args:
+        size, zoom: as ``shifts``.
+        angles: number of copies.
+        blur: share of each neighbour's value in a pixel of the given images, first; see ``matching_blur``.
+    """
+    if size < 1 or angles < 1:
+        raise ValueError(f"size and angles must be at least 1; found {size} and {angles}")
+    turns = torch.arange(angles) * (2 * math.pi / angles)
+    rows = torch.stack([turns.cos(), -turns.sin(), 0 * turns, turns.sin(), turns.cos(), 0 * turns], dim=1)
+
+    def augment(x: Tensor) -> tuple[Tensor, Tensor]:
+        images, basis = blurred(_planes(x, zoom * size), blur), []
+        for turn in rows.to(images).unflatten(1, (2, 3)):
+            grid = affine_grid(turn.expand(len(x), 2, 3), list(images.shape), align_corners=False)
+            rotated = grid_sample(images, grid, padding_mode="border", align_corners=False)
+            basis.append((avg_pool2d(rotated, zoom) if zoom > 1 else rotated).flatten(1))
+        return torch.stack(basis, dim=1), torch.eye(angles).to(basis[0])
+
+    return augment
+
+
+def _planes(x: Tensor, side: int) -> Tensor:
+    """Returns images ``[n, C, side, side]``, floating point; 8-bit values on [0, 1]."""
+    images = x.reshape(len(x), -1, side, side)
+    return images if images.is_floating_point() else images / 255
+
+
+def blurred(images: Tensor, share: float) -> Tensor:
+    """Returns images ``[n, C, h, w]`` in which each pixel has this share of each neighbour, along rows and columns."""
+    if not share:
+        return images
+    for dim in (2, 3):
+        side = images.shape[dim]
+        padded = pad(images, (0, 0, 1, 1) if dim == 2 else (1, 1, 0, 0), mode="replicate")
+        images = (1 - 2 * share) * images + share * (padded.narrow(dim, 0, side) + padded.narrow(dim, 2, side))
+    return images
+
+
+def matching_blur(x: Tensor, double: Tensor, images: int = 32) -> float:
+    """Returns the blur with which averages of 2 x 2 pixels of the larger images are most like the images themselves.
+
+    Reduction filters differ in their width: Pillow's is wider than an average of 2 x 2 pixels. Neighbouring shifts of
+    a sharper image can be mixed to the image itself, rotations by many degrees cannot. By least squares, to first order
+    in the share.
+
+    Args:
+        x: images ``[n, C size²]`` on [0, 1].
+        double: the same at twice the size, uint8 ``[n, C, 2 size, 2 size]``.
+        images: number of images that are compared.
+    """
+    index = torch.linspace(0, len(x) - 1, min(images, len(x))).round().long()
+    large = _planes(double[index], double.shape[-1])
+    small = x[index].view(*large.shape[:2], large.shape[2] // 2, -1)
+    plain = avg_pool2d(large, 2)
+    change = (avg_pool2d(blurred(large, 0.1), 2) - plain) / 0.1
+    energy = float(change.square().sum())
+    return min(max(float(((small - plain) * change).sum()) / energy, 0.0), 0.25) if energy else 0.0

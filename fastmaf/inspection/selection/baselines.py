@@ -1,0 +1,110 @@
+"""Simple models as flows, whose score a fit takes if it finds synthetic defects better than that of the whitening."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from sklearn.utils.extmath import randomized_svd
+from torch import Tensor
+
+import fastmaf
+from fastmaf.images.dataset import to_unit
+from fastmaf.inspection.out_of_fold import OutOfFoldModels, drop_fold
+from fastmaf.inspection.recipe import QUANTISATION
+from fastmaf.inspection.scoring.settings import ScoreSettings
+from fastmaf.inspection.selection.ranking import DrawnSets, ScoreCandidate, rank_scores
+
+_COMPONENTS = 100
+_UNLIMITED = 1e12  # variance along a component: what it explains does not count
+
+
+def pixel_gaussian(x: Tensor) -> fastmaf.Flow:
+    """Returns an independent Gaussian for each value of images ``[n, D]``, with at least the noise of 8 bits."""
+    whitening = fastmaf.GaussianWhitening(x.shape[1], 0)
+    variance = x.double().var(dim=0, correction=0).clamp_min(QUANTISATION)
+    whitening.mean.copy_(x.double().mean(dim=0))
+    whitening.scale.copy_(variance.sqrt())
+    return fastmaf.Flow(x.shape[1], [whitening]).eval()
+
+
+def pca_residual(x: Tensor) -> fastmaf.Flow:
+    """Returns a flow whose z is the residual of images ``[n, D]`` after 100 principal components, in levels of 8 bits.
+
+    Its NLL is half of the squared norm of z, plus a constant.
+    """
+    mean = x.double().mean(dim=0)
+    centred = (x.double() - mean).numpy()
+    _, deviation, components = randomized_svd(centred, min(_COMPONENTS, *x.shape), n_iter=4, random_state=0)
+    basis = torch.from_numpy(components[deviation > 1e-8 * max(deviation[0], np.finfo(np.float64).tiny)].T.copy())
+    whitening = fastmaf.GaussianWhitening(x.shape[1], basis.shape[1])
+    whitening.mean.copy_(mean)
+    whitening.scale.fill_(1 / 255)
+    whitening.factors.copy_(basis)
+    whitening.variance.fill_(_UNLIMITED)
+    return fastmaf.Flow(x.shape[1], [whitening]).eval()
+
+
+BASELINES: dict[str, tuple[Callable[[Tensor], fastmaf.Flow], ScoreSettings]] = {
+    "per-pixel Gaussian": (pixel_gaussian, ScoreSettings("nll", "flow")),
+    f"PCA residual ({_COMPONENTS})": (pca_residual, ScoreSettings("nll", "flow")),
+    "PCA standardised map": (pca_residual, ScoreSettings("map maximum", "whitened", 0.0, 2.0, 10.0)),
+}
+"""The flow and the score of each; the names are those of ``fastmaf.inspection.baselines``."""
+
+
+@dataclass(frozen=True, eq=False)
+class BaselineModel:
+    """A baseline that finds synthetic defects better.
+
+    Attributes:
+        name: as in ``BASELINES``.
+        flow: fitted to all images.
+        models: fitted without each fold.
+        score: how its images are scored.
+    """
+
+    name: str
+    flow: fastmaf.Flow
+    models: OutOfFoldModels
+    score: ScoreSettings
+
+    def refitted(self, pixels: Tensor, models: OutOfFoldModels) -> BaselineModel:
+        """Returns the same baseline, fitted to other images, uint8 ``[n, 3, s, s]``, and without the folds of these."""
+        make, x = BASELINES[self.name][0], to_unit(pixels, models.channels)
+        of_folds = OutOfFoldModels(models.folds, [make(drop_fold(x, fold)) for fold in models.folds])
+        return BaselineModel(self.name, make(x), of_folds, self.score)
+
+
+def better_baseline(
+    pixels: Tensor, models: OutOfFoldModels, chosen: ScoreCandidate, margin: float, drawn_sets: DrawnSets
+) -> tuple[BaselineModel | None, dict[str, float]]:
+    """Returns the best baseline if it beats the chosen score, and the image AUROC of each on synthetic defects.
+
+    Args:
+        pixels: the good images, uint8 ``[n, 3, s, s]``.
+        models: the models of the folds.
+        chosen: the score that would be used.
+        margin: a baseline must be better by more than this.
+        drawn_sets: the images with synthetic defects that ``chosen`` was ranked on.
+    """
+    x, found = to_unit(pixels, models.channels), dict[str, float]()
+    best: tuple[float, str, OutOfFoldModels] | None = None
+    fitted: dict[Callable[[Tensor], fastmaf.Flow], OutOfFoldModels] = {}
+    for name, (make, settings) in BASELINES.items():
+        if make not in fitted:
+            fitted[make] = OutOfFoldModels(models.folds, [make(drop_fold(x, fold)) for fold in models.folds])
+        (ranked,) = rank_scores(
+            pixels, fitted[make], candidates=[settings], progress=False, errors=False, drawn_sets=drawn_sets
+        )
+        found[name] = ranked.image_auroc
+        if best is None or ranked.image_auroc > best[0]:
+            best = ranked.image_auroc, name, fitted[make]
+    assert best is not None
+    auroc, name, of_folds = best
+    if not auroc > chosen.image_auroc + margin:
+        return None, found
+    make, settings = BASELINES[name]
+    return BaselineModel(name, make(x), of_folds, settings), found

@@ -1,0 +1,63 @@
+"""Leading eigenvectors of large symmetric matrices."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+_OVERSAMPLING = 20
+_SMALL = 512  # rows up to which a full decomposition takes no noticeable time
+_TOLERANCE = 1e-4  # relative change of what is captured, beyond the first vector
+_ITERATIONS = 2, 12  # at least and at most
+
+
+def leading_vectors(gram: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """Returns the largest eigenvalues ``[r]``, descending, and their vectors ``[m, r]``, r <= rank, of a matrix.
+
+    Of a large matrix they are found by subspace iteration from random vectors (a randomised singular value
+    decomposition): at least two steps, and until the sum of the eigenvalues but the first changes by less than 1e-4 of
+    itself. Single vectors may still be mixtures of neighbours; the subspace is what matters to a covariance.
+
+    Args:
+        gram: positive semi-definite ``[m, m]``.
+        rank: number of vectors.
+
+    Returns:
+        Both in float64.
+
+    References:
+        Halko, Martinsson and Tropp 2011, Finding structure with randomness.
+    """
+    m = len(gram)
+    width = rank + _OVERSAMPLING
+    if m <= _SMALL or 3 * width > m:
+        values, vectors = torch.linalg.eigh(gram.double())
+        return values.flip(0)[:rank], vectors.flip(1)[:, :rank]
+    start = torch.randn(m, width, generator=torch.Generator().manual_seed(0), device="cpu").to(gram)
+    basis, captured = torch.linalg.qr(gram @ start)[0], -1.0
+    for step in range(1, _ITERATIONS[1] + 1):
+        product = gram @ basis
+        values, vectors = _ritz(basis, product)
+        before, captured = captured, float(values[-rank:-1].sum())
+        if step > _ITERATIONS[0] and abs(captured - before) <= _TOLERANCE * captured:
+            break
+        basis = torch.linalg.qr(product)[0]
+    else:
+        values, vectors = _ritz(basis, gram @ basis)
+    return values.flip(0)[:rank], (basis.double() @ vectors.flip(1)[:, :rank])
+
+
+def _ritz(basis: Tensor, product: Tensor) -> tuple[Tensor, Tensor]:
+    """Returns eigenvalues, ascending, and vectors of the matrix in a basis, from its product with the basis."""
+    small = (basis.T @ product).double()
+    values, vectors = torch.linalg.eigh((small + small.T) / 2)
+    return values, vectors
+
+
+def orthonormalised(factors: Tensor) -> Tensor:
+    """Orthonormalises nearly orthonormal columns; columns of zeros stay zero.
+
+    One step of the Newton-Schulz iteration, P (3I − PᵀP) / 2, which squares the error.
+    """
+    identity = torch.eye(factors.shape[1], dtype=factors.dtype, device=factors.device)
+    return factors @ (1.5 * identity - 0.5 * (factors.T @ factors))
