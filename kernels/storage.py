@@ -153,7 +153,9 @@ def write_rows(file: BinaryIO, weight: Tensor, layout: PackedLayout) -> bool:
 
 def _handle(file: BinaryIO | FileIO) -> int:
     """Returns what the system calls an open file: a descriptor, or a HANDLE of Windows."""
-    return msvcrt.get_osfhandle(file.fileno()) if sys.platform == "win32" else file.fileno()
+    if sys.platform == "win32":
+        return msvcrt.get_osfhandle(file.fileno())
+    return file.fileno()
 
 
 def _of_rows(rows: Tensor, weight: Tensor, layout: PackedLayout) -> int:
