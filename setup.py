@@ -81,8 +81,9 @@ def build(folder: Path) -> str:
     def compiled(stem: str, source: Path, options: str = "") -> str:
         target = work / f"{stem}.o"
         if not target.exists() or target.stat().st_mtime < newest:
-            call([*command, *options.split(), "-c", str(source), "-o", f"{target}.part"])
-            os.replace(f"{target}.part", target)
+            part = f"{target}.{os.getpid()}"  # its own, beside another build of the same tree
+            call([*command, *options.split(), "-c", str(source), "-o", part])
+            os.replace(part, target)
         return str(target)
 
     isas = ISAS | X86 if x86 else ISAS
@@ -92,8 +93,9 @@ def build(folder: Path) -> str:
         objects = list(pool.map(lambda job: compiled(*job), jobs))
     options = ["-static"] if windows else [f"-Wl,--version-script={CSRC / 'exports.map'}"] if linux else []
     target = folder / ("_native.dll" if windows else "_native.so")
-    call([*cxx, "-shared", "-pthread", *objects, *options, "-o", f"{target}.new"])
-    os.replace(f"{target}.new", target)  # a process that has loaded the old one goes on with it
+    new = f"{target}.{os.getpid()}"
+    call([*cxx, "-shared", "-pthread", *objects, *options, "-o", new])
+    os.replace(new, target)  # a process that has loaded the old one goes on with it
     return f"{version}, {' '.join(FLAGS)}"
 
 
