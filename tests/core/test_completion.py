@@ -204,3 +204,26 @@ def test_refusals() -> None:
 
     with pytest.raises(ValueError, match="base.*OtherBase"):
         OtherBase(D, 1, 8, order="natural", dtype=torch.float64).complete(x, known)
+
+
+@pytest.mark.parametrize("normalization", ["act", "batch"])
+def test_contexts_dropout_and_normalisations(normalization: str) -> None:
+    """Completions of a context are those of the noise, as in evaluation; normalisations in training are refused."""
+    flow = fastmaf.MAF(
+        D, 2, (16, 16), order="natural", seed=0, dtype=torch.float64, context_features=2, dropout=0.5,
+        normalization=normalization,
+    )  # fmt: skip
+    context, x, known = normal(3, 2), normal(3, D, seed=1), first(4)
+    flow(normal(64, D, seed=2), normal(64, 2, seed=3))  # starts the normalisation
+    with pytest.raises(ValueError, match="Norm"):
+        flow.complete(x, known, context=context)
+    flow.eval()
+    found = flow.complete(x, known, (5,), context, seed=4)
+    assert found.shape == (5, 3, D) and torch.equal(found[..., :4], x[:, :4].expand(5, 3, 4))
+    z = flow(found, context)[0]
+    assert_close("values", z[..., :4], flow(x, context)[0][..., :4].expand(5, 3, 4))
+    assert_close("inverse", z[..., 4:], normal_rows(15, D, 4, 0, x).view(5, 3, D)[..., 4:])
+    for module in flow.modules():  # dropout alone stays in training
+        if isinstance(module, fastmaf.MADE):
+            module.train()
+    assert torch.equal(flow.complete(x, known, (5,), context, seed=4), found)

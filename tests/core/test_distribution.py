@@ -171,3 +171,19 @@ def test_copies_and_text() -> None:
     assert repr(Shifted(flow).distribution(normal(3, C))) == "FlowDistribution(Shifted(features=5), context=[3, 2])"
     with pytest.raises(TypeError, match="context must be"):
         flow.distribution("a")
+
+
+def test_conditional_flows_and_bases() -> None:
+    """The context of a flow of its own, without a stand-in; samples of a mixture have no gradients."""
+    flow = fastmaf.MAF(D, 2, (8, 8), context_features=C, seed=0, dtype=torch.float64)
+    context = normal(4, 3, C)
+    d = flow.distribution(context)
+    x = d.rsample((2,))
+    assert x.shape == (2, 4, 3, D)
+    assert_close("values", d.log_prob(x), flow.log_prob(x, context.expand(2, 4, 3, C)))
+    x.sum().backward()
+    mixture = fastmaf.GaussianMixture(D, 2, dtype=torch.float64)
+    d = fastmaf.MAF(D, 1, (8,), base=mixture, dtype=torch.float64).distribution()
+    assert not d.has_rsample and not d.expand([2]).has_rsample and d.expand([2]).sample().shape == (2, D)
+    with pytest.raises(NotImplementedError, match="GaussianMixture"):
+        d.rsample()
