@@ -4,20 +4,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import Any
 
 import torch
 from torch import Tensor
-
-if TYPE_CHECKING:
-    from fastmaf.nn import MaskedLinear
 
 _MOST_UNITS = 4  # of a mirrored layer, per dimension: with more, kinks at different places are worth more than pairs
 
 
 @torch.no_grad()
-def mirror_(layers: Sequence[MaskedLinear], features: int) -> None:
-    """Turns freshly drawn weights into mirrored ones, in place.
+def mirror_(layers: Sequence[Any], features: int) -> None:
+    """Turns the freshly drawn weights of a chain of ``MaskedLinear`` into mirrored ones, in place.
 
     Units 2k and 2k + 1 of a hidden layer get opposite weights and biases, and the layer above weighs them oppositely.
     As relu(a) − relu(−a) = a, the network starts linear where units of a pair have the same degree. Weights of a unit

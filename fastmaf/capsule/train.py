@@ -28,8 +28,8 @@ from fastmaf.io.marks import CURVE
 from fastmaf.io.outputs import Output, check_outputs, picture, table
 from fastmaf.io.outputs import model as model_kind
 from fastmaf.io.run_folder import check_disk, run_folder
-from fastmaf.processes import device_of, started_together, was_restarted
 from fastmaf.training.checkpoints import MODEL_FILE, STATE_FILE, refuse_unfinished
+from fastmaf.training.processes import device_of, started_together, was_restarted
 
 
 @contextlib.contextmanager

@@ -20,9 +20,9 @@ from fastmaf.images.progress import Progress, note
 from fastmaf.io.atomic import written_atomically
 from fastmaf.metrics.plots import nll_curve
 from fastmaf.metrics.results import bits_per_dim
-from fastmaf.processes import Processes
 from fastmaf.training.checkpoints import MODEL_FILE, STATE_FILE, load_state, moments_by_parameter, save_state
 from fastmaf.training.interrupts import interruptible
+from fastmaf.training.processes import Processes
 
 LOG_FILE, CURVE_FILE = "train_log.csv", "nll_curve.png"
 LOG_COLUMNS = ("epoch", "nll", "val_nll", "bits_per_dim", "seconds", "skipped_steps")

@@ -108,7 +108,7 @@ def train(
     """
     config, settings = _settings(context.params)
     from fastmaf.capsule.train import train as run
-    from fastmaf.processes import is_first
+    from fastmaf.training.processes import is_first
 
     result = run(data, out, config, **settings)
     if is_first():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -28,20 +28,18 @@ from fastmaf.validation import as_sizes, as_tensor, check_finite, check_samples,
 if TYPE_CHECKING:
     from numpy.typing import ArrayLike
 
-    from fastmaf.flows.base import Flow, Shape
-
 
 def complete(
-    flow: Flow,
+    flow: Any,
     x: Tensor | ArrayLike,
     known: Tensor | ArrayLike,
-    shape: Shape,
+    shape: int | Sequence[int],
     context: Tensor | ArrayLike | None,
     generator: torch.Generator | None,
     seed: int | None,
     start: int,
 ) -> Tensor:
-    """Returns ``Flow.complete``, which see.
+    """Returns ``complete`` of a ``Flow``, which see.
 
     Where the known dimensions come first in every block, z of these is a function of x of these alone, f restricted to
     them, and the rest of z is independent of it:

@@ -14,8 +14,6 @@ from fastmaf.validation import as_tensor
 if TYPE_CHECKING:
     from numpy.typing import ArrayLike
 
-    from fastmaf.flows.base import Flow
-
 
 class FlowDistribution(Distribution):
     """The distribution of a flow's samples, as a ``torch.distributions.Distribution``: a prior or a guide, a component
@@ -26,7 +24,7 @@ class FlowDistribution(Distribution):
     context that requires gradients.
 
     Args:
-        flow: the flow.
+        flow: the flow, a ``fastmaf.Flow``.
         context: ``[*batch, C]``, what the flow is conditioned on; None for a flow without a context.
         validate_args: whether ``log_prob`` checks that values lie in the support, as in ``torch.distributions``; the
             flow's own checks are those of ``flow.validate_args``.
@@ -55,7 +53,7 @@ class FlowDistribution(Distribution):
     arg_constraints: dict[str, constraints.Constraint] = {}
 
     def __init__(
-        self, flow: Flow, context: Tensor | ArrayLike | None = None, *, validate_args: bool | None = None
+        self, flow: Any, context: Tensor | ArrayLike | None = None, *, validate_args: bool | None = None
     ) -> None:
         self.flow, self.has_rsample = flow, flow.base.has_rsample
         self.context = None if context is None else as_tensor("context", context, flow._like())

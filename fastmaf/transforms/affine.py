@@ -23,6 +23,7 @@ from fastmaf.nn import MADE
 from fastmaf.transforms.autoregressive import Autoregressive
 from fastmaf.transforms.base import NotInvertibleError
 from fastmaf.transforms.networks import network_config, network_from
+from fastmaf.validation import check_context
 
 
 class AffineAutoregressive(Autoregressive):
@@ -127,7 +128,8 @@ class AffineAutoregressive(Autoregressive):
             return None
         if context is None:
             return None if self.context_features else self.block()
-        if not len(context) or (len(context) > 1 and context.stride(0)):
+        check_context(context, self.context_features)
+        if context.dim() != 2 or not len(context) or (len(context) > 1 and context.stride(0)):
             return None
         block, terms = self.block(), made.context_terms(context[:1])
         return block._replace(biases=[bias + term[0] for bias, term in zip(block.biases, terms, strict=True)])

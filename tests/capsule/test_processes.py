@@ -42,7 +42,7 @@ FAILING = """
     import os, signal, sys
     from fastmaf.capsule import training_run
     from fastmaf.cli import main
-    from fastmaf.processes import was_restarted
+    from fastmaf.training.processes import was_restarted
 
     training_run._SECONDS_BETWEEN_CHECKPOINTS = -1.0
     epoch = training_run.TrainingRun._epoch
