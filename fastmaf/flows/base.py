@@ -699,7 +699,7 @@ class Flow(nn.Module):
         features and (512, 512) hidden units. Activations, biases and sums keep the dtype of the flow (float32). The
         copy is an exact flow: ``inverse`` inverts ``forward``. Its densities differ from the original's by the rounding
         of the weights, a relative 2⁻⁸ each at most with bfloat16 and 2⁻⁴ with float8: compare both on data before
-        float8 is relied upon. In three trained models z changed by 0.3 to 0.8 % with bfloat16 and by 5 to 15 % with
+        float8 is relied upon. In three trained models z changed by 0.3 to 0.8% with bfloat16 and by 5 to 15% with
         float8, norm-wise. Its parameters require no gradients.
 
         Only the Triton kernels read float8 weights. The native ones take bfloat16 weights, which are made of them at

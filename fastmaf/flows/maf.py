@@ -65,8 +65,8 @@ class MAF(Flow):
         dropout: the probability with which a hidden unit is zero in training mode. ``inverse`` and ``sample`` ignore
             it.
         init: ``"linear"``; ``"identity"``: output layers start at zero, so that z = x before training; or
-            ``"mirrored"``: networks start nearly linear, with small outputs. Of many correlated dimensions this learns
-            faster: see the guide "Densities beside other libraries".
+            ``"mirrored"``: networks start nearly linear, with small outputs, which is meant for many correlated
+            dimensions: see the guide "Densities beside other libraries".
         strict: False uses the leaky output mask of the published notebook, for comparison; such a model has no
             inverse.
         whitening: rank of a ``GaussianWhitening`` in front of the blocks, ``transforms[0]``, which is the identity
