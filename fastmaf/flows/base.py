@@ -30,6 +30,7 @@ from fastmaf.transforms.base import given
 from fastmaf.validation import (
     as_sizes,
     as_tensor,
+    broadcast_batches,
     check_context,
     check_density,
     check_finite,
@@ -198,13 +199,7 @@ class Flow(nn.Module):
         self._check(name, x)
         context, batch = self._as_context(context), x.shape[:-1]
         if context is not None:
-            try:
-                batch = torch.broadcast_shapes(batch, context.shape[:-1])
-            except RuntimeError:
-                raise ValueError(
-                    f"the batch shapes of {name} and context must broadcast; found {name} {list(x.shape)} and context "
-                    f"{list(context.shape)}"
-                ) from None
+            batch = broadcast_batches(name, x, context)
             x = x.expand(*batch, self.features)
             context = context.expand(*batch, context.shape[-1]).reshape(-1, context.shape[-1])
         results = method(self, x.reshape(-1, self.features), context)
@@ -455,7 +450,7 @@ class Flow(nn.Module):
             shape, context, generator, seed, start: as ``sample``.
 
         Returns:
-            ``[*shape, D]``.
+            As ``sample``.
 
         Raises:
             TypeError, ValueError, FloatingPointError, NotInvertibleError: as ``sample``.
@@ -567,7 +562,8 @@ class Flow(nn.Module):
 
         Raises:
             ValueError: the order of a block, or a transform of another class, makes known dimensions depend on others;
-                the base is not standard normal; ``known`` is no mask of D; or as ``forward`` and ``sample``.
+                a normalisation is in training mode; the base is not standard normal; ``known`` is no mask of D; or as
+                ``forward`` and ``sample``.
             TypeError, FloatingPointError, NotInvertibleError: as ``sample``.
 
         Example:

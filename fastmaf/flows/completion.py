@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from fastmaf.bases import StandardNormal
 from fastmaf.nn import MADE
 from fastmaf.transforms import (
     ActNorm,
@@ -23,7 +24,7 @@ from fastmaf.transforms import (
 )
 from fastmaf.transforms.autoregressive import without_dropout
 from fastmaf.transforms.base import given
-from fastmaf.validation import as_sizes, as_tensor, check_finite, check_samples, validates
+from fastmaf.validation import as_sizes, as_tensor, broadcast_batches, check_finite, check_samples, validates
 
 if TYPE_CHECKING:
     from numpy.typing import ArrayLike
@@ -51,11 +52,13 @@ def complete(
     transforms = flow._transforms()
     masks = [known.to(x.device) for known in known_along(transforms, mask)]
     if not flow.has_standard_base and 0 < int(mask.sum()) < flow.features:
-        raise ValueError(f"complete needs a standard normal base; found that of {type(flow).__name__}")
+        own = type(flow.base) is StandardNormal  # a subclass has replaced its density
+        found = f"the base of {type(flow).__name__}" if own else type(flow.base).__name__
+        raise ValueError(f"complete needs a standard normal base; found {found}")
     sizes = as_sizes("shape", shape)
     context = flow._as_context(context)
     if context is not None:
-        batch = torch.broadcast_shapes(x.shape[:-1], context.shape[:-1])
+        batch = broadcast_batches("x", x, context)
         x, context = x.expand(*batch, -1), context.expand(*batch, -1)
     batch, noise = flow._base_sample((*sizes, *x.shape[:-1]), generator, seed, start)
     # What is not known may hold anything, and becomes anything in between: zero keeps it finite.
@@ -96,7 +99,7 @@ def known_along(transforms: Sequence[Transform], known: Tensor) -> list[Tensor]:
         known: bool ``[D]``, on the CPU.
 
     Raises:
-        ValueError: a transform makes known dimensions depend on others.
+        ValueError: a transform makes known dimensions depend on others, or is a normalisation in training.
         NotInvertibleError: a block has a leaky output mask.
     """
     all_or_none = bool(known.all()) or not bool(known.any())
@@ -107,6 +110,10 @@ def known_along(transforms: Sequence[Transform], known: Tensor) -> list[Tensor]:
         inner: Transform | None = transform
         while isinstance(inner, Inverted):
             inner = inner.transform
+        if inner is not None and inner.needs_eager:
+            raise ValueError(
+                f"{name} changes with the batches that it maps in training: call flow.eval() before complete"
+            )
         if type(inner) is Permutation:
             dims = transform(dims[None].to(inner.permutation.device))[0][0].cpu()
         elif isinstance(inner, (AffineAutoregressive, MonotonicRQS)):
@@ -123,10 +130,8 @@ def known_along(transforms: Sequence[Transform], known: Tensor) -> list[Tensor]:
 
 
 def _is_elementwise(transform: Transform | None) -> bool:
-    """Returns whether each number of z depends on one of x alone, and not on the other rows."""
-    if isinstance(transform, (ActNorm, BatchNorm)):
-        return not transform.training
-    return type(transform) in (ElementwiseAffine, Logit)
+    """Returns whether each number of z depends on one of x alone."""
+    return type(transform) in (ActNorm, BatchNorm, ElementwiseAffine, Logit)
 
 
 def _check_block(name: str, finished: Tensor, dims: Tensor, known: Tensor) -> None:
