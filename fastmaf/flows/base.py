@@ -513,7 +513,7 @@ class Flow(nn.Module):
             validate_args: as of ``torch.distributions``.
 
         Raises:
-            TypeError: the context is neither a tensor nor an array of numbers.
+            TypeError, ValueError: as ``FlowDistribution``.
 
         Example:
             >>> flow = fastmaf.MAF(features=2, blocks=2, hidden_features=16)
