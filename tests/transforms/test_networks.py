@@ -326,6 +326,14 @@ def test_initial_weights(options: dict[str, Any]) -> None:
     assert torch.equal(z, x) and not ladj.any()
 
 
+@pytest.mark.parametrize("activation", ["relu", "silu"])
+def test_equal_activations_in_a_list_are_one(activation: str) -> None:
+    one, listed = (made_of(hidden_features=(9, 7), activation=a) for a in (activation, [activation] * 2))
+    x = normal(5, one.features, dtype=torch.float64)
+    assert listed.activation == activation and listed.composed == one.composed
+    assert torch.equal(one(x), listed(x))
+
+
 def test_networks_of_earlier_versions() -> None:
     """They were pickled without the attributes that came later."""
     made = made_of()
