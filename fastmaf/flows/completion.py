@@ -56,22 +56,22 @@ def complete(
         found = f"the base of {type(flow).__name__}" if own else type(flow.base).__name__
         raise ValueError(f"complete needs a standard normal base; found {found}")
     sizes = as_sizes("shape", shape)
-    context = flow._as_context(context)
-    if context is not None:
-        batch = broadcast_batches("x", x, context)
-        x, context = x.expand(*batch, -1), context.expand(*batch, -1)
+    checked: Tensor | None = flow._as_context(context)
+    if checked is not None:
+        batch = broadcast_batches("x", x, checked)
+        x, checked = x.expand(*batch, -1), checked.expand(*batch, -1)
     batch, noise = flow._base_sample((*sizes, *x.shape[:-1]), generator, seed, start)
     # What is not known may hold anything, and becomes anything in between: zero keeps it finite.
     z = torch.where(masks[0], x, 0).reshape(-1, flow.features)
     if validates(flow.validate_args, z):
         check_finite("the known part of x", z)
-    rows = None if context is None else context.reshape(len(z), -1)
+    rows = None if checked is None else checked.reshape(len(z), -1)
     for transform, after in zip(transforms, masks[1:], strict=True):
         with _as_in_evaluation(transform):
             z = torch.where(after, transform(z, *given(transform, rows))[0], 0)
     z = torch.where(masks[-1], z.expand(*sizes, *z.shape).reshape(noise.shape), noise)
-    if context is not None:
-        rows = context.expand(*sizes, *context.shape).reshape(len(z), -1)
+    if checked is not None:
+        rows = checked.expand(*sizes, *checked.shape).reshape(len(z), -1)
     found, _ = flow._inverse_of_noise(z, rows)
     if validates(flow.validate_args, found):
         check_samples(flow, z, found, context=rows)
