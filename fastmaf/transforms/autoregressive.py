@@ -23,8 +23,8 @@ class Autoregressive(Transform):
 
     Forward, the network is called. The inverse takes one step per distinct degree of the last hidden layer and reads
     each weight once, in plain torch; where modules must be called, one pass of the network per step. Its backward pass
-    takes one backward pass of the network per step, in the memory of one. Dropout is ignored: it inverts the transform
-    in evaluation mode.
+    takes one backward pass of the network per step, in the memory of one; it cannot be differentiated again, other than
+    by ``torch.func``. Dropout is ignored: it inverts the transform in evaluation mode.
 
     Subclasses define the map.
     """
