@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from fastmaf.bases import StandardNormal
-from fastmaf.nn import MADE
 from fastmaf.transforms import (
     ActNorm,
     AffineAutoregressive,
@@ -67,7 +65,7 @@ def complete(
         check_finite("the known part of x", z)
     rows = None if checked is None else checked.reshape(len(z), -1)
     for transform, after in zip(transforms, masks[1:], strict=True):
-        with _as_in_evaluation(transform):
+        with without_dropout(transform):
             z = torch.where(after, transform(z, *given(transform, rows))[0], 0)
     z = torch.where(masks[-1], z.expand(*sizes, *z.shape).reshape(noise.shape), noise)
     if checked is not None:
@@ -76,12 +74,6 @@ def complete(
     if validates(flow.validate_args, found):
         check_samples(flow, z, found, context=rows)
     return torch.where(masks[0], x, found.reshape(*batch, flow.features))
-
-
-def _as_in_evaluation(transform: Transform) -> AbstractContextManager[None]:
-    """Leaves dropout out, as every inverse does."""
-    made = getattr(transform, "made", None)
-    return without_dropout(made) if isinstance(made, MADE) else nullcontext()
 
 
 def _as_mask(known: Tensor | ArrayLike, features: int) -> Tensor:

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fastmaf import hooks
 from fastmaf.kernels import composite
@@ -95,10 +95,17 @@ class Autoregressive(Transform):
 
 
 @contextmanager
-def without_dropout(made: MADE) -> Iterator[None]:
-    """Lets a network run as in evaluation."""
-    training, made.training = made.training, made.training and not made.dropout
+def without_dropout(network: nn.Module) -> Iterator[None]:
+    """Lets the dropout of a network, of any class, and of the modules within it run as in evaluation."""
+    active = [module for module in network.modules() if module.training and _has_dropout(module)]
+    for module in active:
+        module.training = False
     try:
         yield
     finally:
-        made.training = training
+        for module in active:
+            module.training = True
+
+
+def _has_dropout(module: nn.Module) -> bool:
+    return module.dropout > 0 if isinstance(module, MADE) else isinstance(module, (nn.Dropout, nn.AlphaDropout))

@@ -273,8 +273,33 @@ class TestDropout:
         for options in ({}, {"activation": "silu"}):
             flow, z = self.flow(**options), normal(3, 9).requires_grad_()
             expected = flow.eval().inverse(z)[0]
-            assert_close("values", flow.train().inverse(z)[0], expected.detach())
+            found = flow.train().inverse(z)[0]
+            assert_close("values", found.detach(), expected.detach())
+            leaves = [z, *flow.parameters()]
+            gradients = [torch.autograd.grad(x.square().sum(), leaves) for x in (found, expected)]
+            for one, other in zip(*gradients, strict=True):
+                assert_close("gradients", one, other)
             assert flow._mades()[0].training
+
+    def test_of_networks_of_other_classes(self) -> None:
+        """An inverse leaves dropout out wherever it is, and gives it back."""
+
+        class Wrapped(torch.nn.Module):
+            def __init__(self, made: fastmaf.MADE) -> None:
+                super().__init__()
+                self.features, self.outputs_per_feature, self.strict = made.features, 2, True
+                self.made, self.schedule, self.dropout_of_outputs = made, made.schedule, torch.nn.Dropout(0.5)
+
+            def forward(self, x: Tensor) -> Tensor:
+                result: Tensor = self.dropout_of_outputs(self.made(x))
+                return result
+
+        network = Wrapped(made_of(dropout=0.5))
+        block = fastmaf.AffineAutoregressive(network)  # type: ignore[arg-type]
+        x = normal(4, network.features)
+        z = block.eval()(x)[0].detach()
+        assert_close("inverse", block.train().inverse(z)[0], x)
+        assert all(module.training for module in block.modules())
 
     def test_is_unbiased(self) -> None:
         made = made_of(hidden_features=(200,), dropout=0.25, activation="identity")
