@@ -226,6 +226,8 @@ class TestTraining:
             fastmaf.TrainingStep(flow, optimizer)(normal(4, 5))
         with pytest.raises(ValueError, match="not replayed as CUDA graphs: expected graphs=False"):
             fastmaf.TrainingStep(flow, optimizer, graphs=True)
+        with pytest.raises(ValueError, match="not replayed as CUDA graphs: call flow.log_prob"):
+            fastmaf.ReplayedLogProb(flow)
         plain = build(5)
         step = fastmaf.TrainingStep(plain, fastmaf.optim.FusedAdam(plain.parameters()))
         with pytest.raises(ValueError, match="expected no context"):
