@@ -435,6 +435,7 @@ class Flow(nn.Module):
         """
         return self.rsample_and_log_prob(shape, context, generator=generator, seed=seed, start=start)
 
+    @outside_autocast
     def rsample(
         self,
         shape: Shape = (),
@@ -467,6 +468,7 @@ class Flow(nn.Module):
             check_samples(self, z, x, context=rows)
         return x if len(batch) == 1 else x.reshape(*batch, self.features)
 
+    @outside_autocast
     def rsample_and_log_prob(
         self,
         shape: Shape = (),
@@ -502,6 +504,7 @@ class Flow(nn.Module):
             check_samples(self, z, x, log_prob, context=rows)
         return (x, log_prob) if len(batch) == 1 else (x.reshape(*batch, self.features), log_prob.reshape(batch))
 
+    @outside_autocast
     def distribution(
         self, context: Tensor | ArrayLike | None = None, *, validate_args: bool | None = None
     ) -> FlowDistribution:
