@@ -22,7 +22,8 @@ class Autoregressive(Transform):
     """An element-wise map whose parameters for dimension d are the outputs of a network that has seen those before d.
 
     Forward, the network is called. The inverse takes one step per distinct degree of the last hidden layer and reads
-    each weight once, in plain torch; where modules must be called, one pass of the network per step. Its backward pass
+    each weight once, in plain torch; where modules must be called, and within ``torch.compile``, one pass of the
+    network per step. Its backward pass
     takes one backward pass of the network per step, in the memory of one; it cannot be differentiated again, other than
     by ``torch.func``. Dropout is ignored: it inverts the transform in evaluation mode.
 
@@ -58,7 +59,7 @@ class Autoregressive(Transform):
         return z, terms - own
 
     def inverse(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        if composite.needed():
+        if composite.needed() or torch.compiler.is_dynamo_compiling():  # the steps write in place, and read pointers
             return self._inverse_by_modules(z, context)
         with torch.no_grad():
             x, ladj = (self._inverse_by_modules if self.calls_modules else self._inverse_by_steps)(z, context)

@@ -230,6 +230,14 @@ def test_functorch_and_compile(options: dict[str, Any]) -> None:
     assert_close("values", compiled(x, *context).detach(), expected)
 
 
+@pytest.mark.parametrize("make", [lambda: fastmaf.AffineAutoregressive(made_of(4, activation="silu")),
+                                  lambda: splines_of(features=4)], ids=["affine", "spline"])  # fmt: skip
+def test_inverses_compile_to_one_graph(make: Any) -> None:
+    block, z = make(), normal(3, 4)
+    compiled = torch.compile(lambda z: block.inverse(z)[0], fullgraph=True, backend="eager")
+    assert_close("inverse", compiled(z).detach(), block.inverse(z)[0].detach())
+
+
 def test_autocast_has_no_effect() -> None:
     options = NETWORKS["all"]
     flow, x = build(9, **options, dtype=F32), normal(7, 9, dtype=F32)
