@@ -347,6 +347,8 @@ class MADE(Constants):
                 f"activation must be one of {', '.join(map(repr, ACTIVATIONS))}, or one of them for each of "
                 f"{len(self.hidden_features)} hidden layers; found {activation!r}"
             )
+        if not self.residual and len(set(names)) == 1:
+            self.activation = names[0]  # one for all: ReLUs, listed or not, then run as one op
         self.context_features = as_integer("context_features", context_features)
         if self.context_features < 0:
             raise ValueError(f"context_features must be at least 0; found {context_features}")

@@ -33,6 +33,12 @@ def check_parts(flow: nn.Module) -> None:
                         f"layer {part} of {name} must be a MaskedLinear to be saved; found {type(layer).__name__}: "
                         "merge it into one first"
                     )
+            for part, layer in module.context_layers.named_children() if module.context_features else ():
+                if type(layer) is not nn.Linear or layer.bias is not None:
+                    raise TypeError(
+                        f"context layer {part} of {name} must be a torch.nn.Linear without bias to be saved; found "
+                        f"{layer}: merge it into one, and its bias into that of the layer"
+                    )
 
 
 def shared_parts(flow: nn.Module) -> dict[str, str]:

@@ -79,6 +79,21 @@ def check_context(context: Tensor | None, context_features: int) -> None:
         raise ValueError(f"context must have shape [..., {context_features}]; found {list(context.shape)}")
 
 
+def broadcast_batches(name: str, x: Tensor, context: Tensor) -> torch.Size:
+    """Returns the batch shape of ``x`` ``[..., D]`` and a context ``[..., C]`` together.
+
+    Raises:
+        ValueError: their batch shapes do not broadcast.
+    """
+    try:
+        return torch.broadcast_shapes(x.shape[:-1], context.shape[:-1])
+    except RuntimeError:
+        raise ValueError(
+            f"the batch shapes of {name} and context must broadcast; found {name} {list(x.shape)} and context "
+            f"{list(context.shape)}"
+        ) from None
+
+
 class _Thread(threading.local):
     disabled = False
 

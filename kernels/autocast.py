@@ -30,7 +30,7 @@ def outside_autocast(function: F) -> F:
 
     @functools.wraps(function)
     def wrapped(*args: Any, **kwargs: Any) -> Any:
-        for arg in args:  # no generator: every call of a flow comes this way
+        for arg in (*args, *kwargs.values()) if kwargs else args:  # no generator: every call of a flow comes this way
             if isinstance(arg, Tensor):
                 device = "cpu" if arg.is_cpu else arg.device.type
                 break
@@ -40,10 +40,16 @@ def outside_autocast(function: F) -> F:
             return function(*args, **kwargs)
         dtype = _dtype_of(args[0])
         with _none(device):
-            args = tuple(arg.to(dtype) if isinstance(arg, Tensor) and arg.dtype in _HALF else arg for arg in args)
-            return function(*args, **kwargs)
+            return function(
+                *[_converted(arg, dtype) for arg in args],
+                **{name: _converted(arg, dtype) for name, arg in kwargs.items()},
+            )
 
     return wrapped  # type: ignore[return-value]
+
+
+def _converted(arg: Any, dtype: torch.dtype) -> Any:
+    return arg.to(dtype) if isinstance(arg, Tensor) and arg.dtype in _HALF else arg
 
 
 def _dtype_of(owner: Any) -> torch.dtype:

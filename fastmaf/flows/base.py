@@ -30,6 +30,7 @@ from fastmaf.transforms.base import given
 from fastmaf.validation import (
     as_sizes,
     as_tensor,
+    broadcast_batches,
     check_context,
     check_density,
     check_finite,
@@ -198,13 +199,7 @@ class Flow(nn.Module):
         self._check(name, x)
         context, batch = self._as_context(context), x.shape[:-1]
         if context is not None:
-            try:
-                batch = torch.broadcast_shapes(batch, context.shape[:-1])
-            except RuntimeError:
-                raise ValueError(
-                    f"the batch shapes of {name} and context must broadcast; found {name} {list(x.shape)} and context "
-                    f"{list(context.shape)}"
-                ) from None
+            batch = broadcast_batches(name, x, context)
             x = x.expand(*batch, self.features)
             context = context.expand(*batch, context.shape[-1]).reshape(-1, context.shape[-1])
         results = method(self, x.reshape(-1, self.features), context)
@@ -440,6 +435,7 @@ class Flow(nn.Module):
         """
         return self.rsample_and_log_prob(shape, context, generator=generator, seed=seed, start=start)
 
+    @outside_autocast
     def rsample(
         self,
         shape: Shape = (),
@@ -455,7 +451,7 @@ class Flow(nn.Module):
             shape, context, generator, seed, start: as ``sample``.
 
         Returns:
-            ``[*shape, D]``.
+            As ``sample``.
 
         Raises:
             TypeError, ValueError, FloatingPointError, NotInvertibleError: as ``sample``.
@@ -472,6 +468,7 @@ class Flow(nn.Module):
             check_samples(self, z, x, context=rows)
         return x if len(batch) == 1 else x.reshape(*batch, self.features)
 
+    @outside_autocast
     def rsample_and_log_prob(
         self,
         shape: Shape = (),
@@ -507,6 +504,7 @@ class Flow(nn.Module):
             check_samples(self, z, x, log_prob, context=rows)
         return (x, log_prob) if len(batch) == 1 else (x.reshape(*batch, self.features), log_prob.reshape(batch))
 
+    @outside_autocast
     def distribution(
         self, context: Tensor | ArrayLike | None = None, *, validate_args: bool | None = None
     ) -> FlowDistribution:
@@ -518,7 +516,7 @@ class Flow(nn.Module):
             validate_args: as of ``torch.distributions``.
 
         Raises:
-            TypeError: the context is neither a tensor nor an array of numbers.
+            TypeError, ValueError: as ``FlowDistribution``.
 
         Example:
             >>> flow = fastmaf.MAF(features=2, blocks=2, hidden_features=16)
@@ -567,7 +565,8 @@ class Flow(nn.Module):
 
         Raises:
             ValueError: the order of a block, or a transform of another class, makes known dimensions depend on others;
-                the base is not standard normal; ``known`` is no mask of D; or as ``forward`` and ``sample``.
+                a normalisation is in training mode; the base is not standard normal; ``known`` is no mask of D; or as
+                ``forward`` and ``sample``.
             TypeError, FloatingPointError, NotInvertibleError: as ``sample``.
 
         Example:
@@ -699,7 +698,7 @@ class Flow(nn.Module):
         features and (512, 512) hidden units. Activations, biases and sums keep the dtype of the flow (float32). The
         copy is an exact flow: ``inverse`` inverts ``forward``. Its densities differ from the original's by the rounding
         of the weights, a relative 2⁻⁸ each at most with bfloat16 and 2⁻⁴ with float8: compare both on data before
-        float8 is relied upon. In three trained models z changed by 0.3 to 0.8 % with bfloat16 and by 5 to 15 % with
+        float8 is relied upon. In three trained models z changed by 0.3 to 0.8% with bfloat16 and by 5 to 15% with
         float8, norm-wise. Its parameters require no gradients.
 
         Only the Triton kernels read float8 weights. The native ones take bfloat16 weights, which are made of them at

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from fastmaf.nn import MADE
+from fastmaf.bases import StandardNormal
 from fastmaf.transforms import (
     ActNorm,
     AffineAutoregressive,
@@ -23,7 +22,7 @@ from fastmaf.transforms import (
 )
 from fastmaf.transforms.autoregressive import without_dropout
 from fastmaf.transforms.base import given
-from fastmaf.validation import as_sizes, as_tensor, check_finite, check_samples, validates
+from fastmaf.validation import as_sizes, as_tensor, broadcast_batches, check_finite, check_samples, validates
 
 if TYPE_CHECKING:
     from numpy.typing import ArrayLike
@@ -51,34 +50,30 @@ def complete(
     transforms = flow._transforms()
     masks = [known.to(x.device) for known in known_along(transforms, mask)]
     if not flow.has_standard_base and 0 < int(mask.sum()) < flow.features:
-        raise ValueError(f"complete needs a standard normal base; found that of {type(flow).__name__}")
+        own = type(flow.base) is StandardNormal  # a subclass has replaced its density
+        found = f"the base of {type(flow).__name__}" if own else type(flow.base).__name__
+        raise ValueError(f"complete needs a standard normal base; found {found}")
     sizes = as_sizes("shape", shape)
-    context = flow._as_context(context)
-    if context is not None:
-        batch = torch.broadcast_shapes(x.shape[:-1], context.shape[:-1])
-        x, context = x.expand(*batch, -1), context.expand(*batch, -1)
+    checked: Tensor | None = flow._as_context(context)
+    if checked is not None:
+        batch = broadcast_batches("x", x, checked)
+        x, checked = x.expand(*batch, -1), checked.expand(*batch, -1)
     batch, noise = flow._base_sample((*sizes, *x.shape[:-1]), generator, seed, start)
     # What is not known may hold anything, and becomes anything in between: zero keeps it finite.
     z = torch.where(masks[0], x, 0).reshape(-1, flow.features)
     if validates(flow.validate_args, z):
         check_finite("the known part of x", z)
-    rows = None if context is None else context.reshape(len(z), -1)
+    rows = None if checked is None else checked.reshape(len(z), -1)
     for transform, after in zip(transforms, masks[1:], strict=True):
-        with _as_in_evaluation(transform):
+        with without_dropout(transform):
             z = torch.where(after, transform(z, *given(transform, rows))[0], 0)
     z = torch.where(masks[-1], z.expand(*sizes, *z.shape).reshape(noise.shape), noise)
-    if context is not None:
-        rows = context.expand(*sizes, *context.shape).reshape(len(z), -1)
+    if checked is not None:
+        rows = checked.expand(*sizes, *checked.shape).reshape(len(z), -1)
     found, _ = flow._inverse_of_noise(z, rows)
     if validates(flow.validate_args, found):
         check_samples(flow, z, found, context=rows)
     return torch.where(masks[0], x, found.reshape(*batch, flow.features))
-
-
-def _as_in_evaluation(transform: Transform) -> AbstractContextManager[None]:
-    """Leaves dropout out, as every inverse does."""
-    made = getattr(transform, "made", None)
-    return without_dropout(made) if isinstance(made, MADE) else nullcontext()
 
 
 def _as_mask(known: Tensor | ArrayLike, features: int) -> Tensor:
@@ -96,7 +91,7 @@ def known_along(transforms: Sequence[Transform], known: Tensor) -> list[Tensor]:
         known: bool ``[D]``, on the CPU.
 
     Raises:
-        ValueError: a transform makes known dimensions depend on others.
+        ValueError: a transform makes known dimensions depend on others, or is a normalisation in training.
         NotInvertibleError: a block has a leaky output mask.
     """
     all_or_none = bool(known.all()) or not bool(known.any())
@@ -107,6 +102,10 @@ def known_along(transforms: Sequence[Transform], known: Tensor) -> list[Tensor]:
         inner: Transform | None = transform
         while isinstance(inner, Inverted):
             inner = inner.transform
+        if inner is not None and inner.needs_eager:
+            raise ValueError(
+                f"{name} changes with the batches that it maps in training: call flow.eval() before complete"
+            )
         if type(inner) is Permutation:
             dims = transform(dims[None].to(inner.permutation.device))[0][0].cpu()
         elif isinstance(inner, (AffineAutoregressive, MonotonicRQS)):
@@ -123,10 +122,8 @@ def known_along(transforms: Sequence[Transform], known: Tensor) -> list[Tensor]:
 
 
 def _is_elementwise(transform: Transform | None) -> bool:
-    """Returns whether each number of z depends on one of x alone, and not on the other rows."""
-    if isinstance(transform, (ActNorm, BatchNorm)):
-        return not transform.training
-    return type(transform) in (ElementwiseAffine, Logit)
+    """Returns whether each number of z depends on one of x alone."""
+    return type(transform) in (ActNorm, BatchNorm, ElementwiseAffine, Logit)
 
 
 def _check_block(name: str, finished: Tensor, dims: Tensor, known: Tensor) -> None:

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.distributions import Distribution, constraints
 
 from fastmaf.transforms import Logit, Permutation
-from fastmaf.validation import as_tensor
+from fastmaf.validation import check_context
 
 if TYPE_CHECKING:
     from numpy.typing import ArrayLike
@@ -37,6 +37,7 @@ class FlowDistribution(Distribution):
 
     Raises:
         TypeError: the context is neither a tensor nor an array of numbers.
+        ValueError: the context is missing, unexpected, not finite, or of another size, dtype or device than the flow's.
 
     Example:
         >>> flow = fastmaf.MAF(features=3, blocks=2, hidden_features=16)
@@ -56,7 +57,8 @@ class FlowDistribution(Distribution):
         self, flow: Any, context: Tensor | ArrayLike | None = None, *, validate_args: bool | None = None
     ) -> None:
         self.flow, self.has_rsample = flow, flow.base.has_rsample
-        self.context = None if context is None else as_tensor("context", context, flow._like())
+        self.context = flow._as_context(context)
+        check_context(self.context, flow.context_features)
         batch_shape = torch.Size() if self.context is None else self.context.shape[:-1]
         super().__init__(batch_shape, torch.Size([flow.features]), validate_args=validate_args)
 

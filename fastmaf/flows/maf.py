@@ -65,8 +65,8 @@ class MAF(Flow):
         dropout: the probability with which a hidden unit is zero in training mode. ``inverse`` and ``sample`` ignore
             it.
         init: ``"linear"``; ``"identity"``: output layers start at zero, so that z = x before training; or
-            ``"mirrored"``: networks start nearly linear, with small outputs. Of many correlated dimensions this learns
-            faster: see the guide "Densities beside other libraries".
+            ``"mirrored"``: networks start nearly linear, with small outputs, which is meant for many correlated
+            dimensions: see the guide "Densities beside other libraries".
         strict: False uses the leaky output mask of the published notebook, for comparison; such a model has no
             inverse.
         whitening: rank of a ``GaussianWhitening`` in front of the blocks, ``transforms[0]``, which is the identity
@@ -166,7 +166,7 @@ class MAF(Flow):
             parts = [part for block in affine for part in (block, _NORMALIZATIONS[normalization](features, **make))]
             order_of_part = [order for order in order_of_block for _ in (0, 1)]
             transforms = [*first, *interleave_permutations(parts, order_of_part)]
-        if base is not None:
+        if isinstance(base, Base):  # else Flow refuses it
             base.to(networks[0].output.bias.dtype)
         super().__init__(features, transforms, base, validate_args=validate_args)
         self.to(where)

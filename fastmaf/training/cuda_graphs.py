@@ -124,7 +124,10 @@ class ReplayedLogProb:
     same time, or on several streams, need an object each.
 
     Args:
-        flow: the model.
+        flow: the model, without a context.
+
+    Raises:
+        ValueError: the flow has a context.
 
     Example:
         >>> flow = fastmaf.MAF(6, 2, (16,), order="natural", seed=0)
@@ -134,6 +137,8 @@ class ReplayedLogProb:
     """
 
     def __init__(self, flow: Flow) -> None:
+        if flow.context_features:
+            raise ValueError("densities of a flow with a context are not replayed as CUDA graphs: call flow.log_prob")
         self._flow = flow
         self._keys = FlowKeys(flow)
         self._cache: GraphCache[_GraphedLogProb] = GraphCache()

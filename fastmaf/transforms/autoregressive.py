@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fastmaf import hooks
 from fastmaf.kernels import composite
@@ -22,9 +22,10 @@ class Autoregressive(Transform):
     """An element-wise map whose parameters for dimension d are the outputs of a network that has seen those before d.
 
     Forward, the network is called. The inverse takes one step per distinct degree of the last hidden layer and reads
-    each weight once, in plain torch; where modules must be called, one pass of the network per step. Its backward pass
-    takes one backward pass of the network per step, in the memory of one. Dropout is ignored: it inverts the transform
-    in evaluation mode.
+    each weight once, in plain torch; where modules must be called, and within ``torch.compile``, one pass of the
+    network per step. Its backward pass
+    takes one backward pass of the network per step, in the memory of one; it cannot be differentiated again, other than
+    by ``torch.func``. Dropout is ignored: it inverts the transform in evaluation mode.
 
     Subclasses define the map.
     """
@@ -58,7 +59,7 @@ class Autoregressive(Transform):
         return z, terms - own
 
     def inverse(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        if composite.needed():
+        if composite.needed() or torch.compiler.is_dynamo_compiling():  # the steps write in place, and read pointers
             return self._inverse_by_modules(z, context)
         with torch.no_grad():
             x, ladj = (self._inverse_by_modules if self.calls_modules else self._inverse_by_steps)(z, context)
@@ -95,10 +96,17 @@ class Autoregressive(Transform):
 
 
 @contextmanager
-def without_dropout(made: MADE) -> Iterator[None]:
-    """Lets a network run as in evaluation."""
-    training, made.training = made.training, made.training and not made.dropout
+def without_dropout(network: nn.Module) -> Iterator[None]:
+    """Lets the dropout of a network, of any class, and of the modules within it run as in evaluation."""
+    active = [module for module in network.modules() if module.training and _has_dropout(module)]
+    for module in active:
+        module.training = False
     try:
         yield
     finally:
-        made.training = training
+        for module in active:
+            module.training = True
+
+
+def _has_dropout(module: nn.Module) -> bool:
+    return module.dropout > 0 if isinstance(module, MADE) else isinstance(module, (nn.Dropout, nn.AlphaDropout))

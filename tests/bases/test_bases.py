@@ -228,6 +228,8 @@ def test_the_default_is_the_standard_normal() -> None:
 
 
 def test_what_does_not_fit_is_refused() -> None:
+    with pytest.raises(TypeError, match=r"base must be a fastmaf\.Base; found float"):
+        fastmaf.MAF(3, 1, 8, base=1.0)  # type: ignore[arg-type]
     with pytest.raises(TypeError, match=r"base must be a fastmaf\.Base; found Linear"):
         fastmaf.Flow(D, [], torch.nn.Linear(D, D))  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"base \(StudentT\) has 4 features, the flow 5"):

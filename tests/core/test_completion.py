@@ -214,10 +214,15 @@ def test_contexts_dropout_and_normalisations(normalization: str) -> None:
         normalization=normalization,
     )  # fmt: skip
     context, x, known = normal(3, 2), normal(3, D, seed=1), first(4)
+    before = {name: tensor.clone() for name, tensor in flow.state_dict().items()}
+    for some in (known, first(0), first(D)):
+        with pytest.raises(ValueError, match="Norm.*eval"):
+            flow.complete(x, some, context=context)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in flow.state_dict().items())
     flow(normal(64, D, seed=2), normal(64, 2, seed=3))  # starts the normalisation
-    with pytest.raises(ValueError, match="Norm"):
-        flow.complete(x, known, context=context)
     flow.eval()
+    with pytest.raises(ValueError, match="must broadcast"):
+        flow.complete(x, known, context=context[:2])
     found = flow.complete(x, known, (5,), context, seed=4)
     assert found.shape == (5, 3, D) and torch.equal(found[..., :4], x[:, :4].expand(5, 3, 4))
     z = flow(found, context)[0]

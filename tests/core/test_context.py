@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from torch import Tensor
 
 import fastmaf
 from tests.core.helpers import build, correlated, generator, normal
-from tests.tolerances import assert_close, error
+from tests.tolerances import F32, assert_close, error
 
 
 class Shift(fastmaf.Transform):
@@ -226,6 +227,8 @@ class TestTraining:
             fastmaf.TrainingStep(flow, optimizer)(normal(4, 5))
         with pytest.raises(ValueError, match="not replayed as CUDA graphs: expected graphs=False"):
             fastmaf.TrainingStep(flow, optimizer, graphs=True)
+        with pytest.raises(ValueError, match="not replayed as CUDA graphs: call flow.log_prob"):
+            fastmaf.ReplayedLogProb(flow)
         plain = build(5)
         step = fastmaf.TrainingStep(plain, fastmaf.optim.FusedAdam(plain.parameters()))
         with pytest.raises(ValueError, match="expected no context"):
@@ -238,3 +241,28 @@ def test_save_and_load(tmp_path: Path) -> None:
     again = fastmaf.load(tmp_path / "flow.safetensors")
     assert again.context_features == 2
     assert_close("values", again.log_prob(x, context).detach(), flow.log_prob(x, context).detach())
+
+
+def test_contexts_from_an_autocast_region() -> None:
+    """What a network upstream made in half precision is converted, by position and by name, in every method."""
+    flow, x, half = (
+        build(5, context_features=2, order="natural", dtype=F32),
+        normal(4, 5, dtype=F32),
+        normal(4, 2).bfloat16(),
+    )
+    known, context = torch.arange(5) < 2, half.float()
+    uses: list[Callable[[Tensor], Tensor]] = [
+        lambda c: flow.log_prob(x, c),
+        lambda c: flow.log_prob(x, context=c),
+        lambda c: flow.inverse(x, context=c)[0],
+        lambda c: flow.sample(3, c, seed=0),
+        lambda c: flow.sample(3, context=c, seed=0),
+        lambda c: flow.rsample_and_log_prob(3, context=c, seed=0)[1],
+        lambda c: flow.complete(x, known, 3, context=c, seed=0),
+        lambda c: flow.distribution(c).log_prob(x),
+        lambda c: flow.distribution(context=c).log_prob(x),
+    ]
+    for use in uses:
+        expected = use(context)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            assert torch.equal(use(half), expected)

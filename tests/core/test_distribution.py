@@ -21,6 +21,8 @@ D, C = 5, 2
 class Shifted(fastmaf.Flow):
     """A flow with a context [..., C], in the form in which conditional flows receive it: x is moved by its sum."""
 
+    context_features = C
+
     def __init__(self, flow: fastmaf.Flow) -> None:
         super().__init__(flow.features, flow._transforms())
 
@@ -171,6 +173,8 @@ def test_copies_and_text() -> None:
     assert repr(Shifted(flow).distribution(normal(3, C))) == "FlowDistribution(Shifted(features=5), context=[3, 2])"
     with pytest.raises(TypeError, match="context must be"):
         flow.distribution("a")
+    with pytest.raises(ValueError, match="expected no context"):
+        flow.distribution(normal(3, C))
 
 
 def test_conditional_flows_and_bases() -> None:
@@ -182,6 +186,10 @@ def test_conditional_flows_and_bases() -> None:
     assert x.shape == (2, 4, 3, D)
     assert_close("values", d.log_prob(x), flow.log_prob(x, context.expand(2, 4, 3, C)))
     x.sum().backward()
+    with pytest.raises(ValueError, match="expected a context"):
+        flow.distribution()
+    with pytest.raises(ValueError, match="context must have shape"):
+        flow.distribution(normal(4, C + 1))
     mixture = fastmaf.GaussianMixture(D, 2, dtype=torch.float64)
     d = fastmaf.MAF(D, 1, (8,), base=mixture, dtype=torch.float64).distribution()
     assert not d.has_rsample and not d.expand([2]).has_rsample and d.expand([2]).sample().shape == (2, D)

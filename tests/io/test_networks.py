@@ -116,3 +116,14 @@ def test_state_dicts(options: dict[str, Any]) -> None:
     for a, b in zip(flow.parameters(), other.parameters(), strict=True):
         assert torch.equal(a, b)
     assert set(build(13).state_dict()) <= set(build(13, context_features=2).state_dict())
+
+
+@pytest.mark.parametrize("layer", [torch.nn.Linear(2, 32), torch.nn.Identity()])
+def test_context_layers_that_files_do_not_hold_are_refused(tmp_path: Path, layer: torch.nn.Module) -> None:
+    flow = build(13, context_features=2)
+    flow._mades()[0].context_layers[0] = layer
+    with pytest.raises(
+        TypeError, match=r"context layer 0 of transforms\.\d\.made must be a torch\.nn\.Linear without bias"
+    ):
+        flow.save(tmp_path / "model.safetensors")
+    assert not list(tmp_path.iterdir())

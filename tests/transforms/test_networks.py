@@ -230,6 +230,14 @@ def test_functorch_and_compile(options: dict[str, Any]) -> None:
     assert_close("values", compiled(x, *context).detach(), expected)
 
 
+@pytest.mark.parametrize("make", [lambda: fastmaf.AffineAutoregressive(made_of(4, activation="silu")),
+                                  lambda: splines_of(features=4)], ids=["affine", "spline"])  # fmt: skip
+def test_inverses_compile_to_one_graph(make: Any) -> None:
+    block, z = make(), normal(3, 4)
+    compiled = torch.compile(lambda z: block.inverse(z)[0], fullgraph=True, backend="eager")
+    assert_close("inverse", compiled(z).detach(), block.inverse(z)[0].detach())
+
+
 def test_autocast_has_no_effect() -> None:
     options = NETWORKS["all"]
     flow, x = build(9, **options, dtype=F32), normal(7, 9, dtype=F32)
@@ -273,8 +281,33 @@ class TestDropout:
         for options in ({}, {"activation": "silu"}):
             flow, z = self.flow(**options), normal(3, 9).requires_grad_()
             expected = flow.eval().inverse(z)[0]
-            assert_close("values", flow.train().inverse(z)[0], expected.detach())
+            found = flow.train().inverse(z)[0]
+            assert_close("values", found.detach(), expected.detach())
+            leaves = [z, *flow.parameters()]
+            gradients = [torch.autograd.grad(x.square().sum(), leaves) for x in (found, expected)]
+            for one, other in zip(*gradients, strict=True):
+                assert_close("gradients", one, other)
             assert flow._mades()[0].training
+
+    def test_of_networks_of_other_classes(self) -> None:
+        """An inverse leaves dropout out wherever it is, and gives it back."""
+
+        class Wrapped(torch.nn.Module):
+            def __init__(self, made: fastmaf.MADE) -> None:
+                super().__init__()
+                self.features, self.outputs_per_feature, self.strict = made.features, 2, True
+                self.made, self.schedule, self.dropout_of_outputs = made, made.schedule, torch.nn.Dropout(0.5)
+
+            def forward(self, x: Tensor) -> Tensor:
+                result: Tensor = self.dropout_of_outputs(self.made(x))
+                return result
+
+        network = Wrapped(made_of(dropout=0.5))
+        block = fastmaf.AffineAutoregressive(network)  # type: ignore[arg-type]
+        x = normal(4, network.features)
+        z = block.eval()(x)[0].detach()
+        assert_close("inverse", block.train().inverse(z)[0], x)
+        assert all(module.training for module in block.modules())
 
     def test_is_unbiased(self) -> None:
         made = made_of(hidden_features=(200,), dropout=0.25, activation="identity")
@@ -324,6 +357,14 @@ def test_initial_weights(options: dict[str, Any]) -> None:
     flow = build(9, init="identity", **options)
     z, ladj = flow(x, *contexts(options, 4))
     assert torch.equal(z, x) and not ladj.any()
+
+
+@pytest.mark.parametrize("activation", ["relu", "silu"])
+def test_equal_activations_in_a_list_are_one(activation: str) -> None:
+    one, listed = (made_of(hidden_features=(9, 7), activation=a) for a in (activation, [activation] * 2))
+    x = normal(5, one.features, dtype=torch.float64)
+    assert listed.activation == activation and listed.composed == one.composed
+    assert torch.equal(one(x), listed(x))
 
 
 def test_networks_of_earlier_versions() -> None:

@@ -6,12 +6,12 @@ For each step of the schedule:
     x[dims of the step] = the inverse of the element-wise map with parameters out
     finish the hidden units that have become computable, layer by layer
 
-What a context adds to a layer is part of its bias, row by row of the batch. The layers that a residual sum adds have
-equal degrees, so that a step finishes the same units of both.
-
 in groups of steps, as ``schedule.py`` describes. Every weight is read about once and every hidden unit is computed
 once, so the whole inverse costs the arithmetic of one forward pass. It is exact for any weights and any strictly
 autoregressive degrees.
+
+What a context adds to a layer is part of its bias, row by row of the batch. The layers that a residual sum adds have
+equal degrees, so that a step finishes the same units of both.
 """
 
 from __future__ import annotations
