@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from fastmaf.nn import MADE
 from fastmaf.transforms import (
     ActNorm,
     AffineAutoregressive,
@@ -63,22 +62,25 @@ def complete(
     if validates(flow.validate_args, z):
         check_finite("the known part of x", z)
     rows = None if context is None else context.reshape(len(z), -1)
-    for transform, after in zip(transforms, masks[1:], strict=True):
-        with _as_in_evaluation(transform):
+    with _without_dropout(flow):
+        for transform, after in zip(transforms, masks[1:], strict=True):
             z = torch.where(after, transform(z, *given(transform, rows))[0], 0)
-    z = torch.where(masks[-1], z.expand(*sizes, *z.shape).reshape(noise.shape), noise)
-    if context is not None:
-        rows = context.expand(*sizes, *context.shape).reshape(len(z), -1)
-    found, _ = flow._inverse_of_noise(z, rows)
+        z = torch.where(masks[-1], z.expand(*sizes, *z.shape).reshape(noise.shape), noise)
+        if context is not None:
+            rows = context.expand(*sizes, *context.shape).reshape(len(z), -1)
+        found, _ = flow._inverse_of_noise(z, rows)
     if validates(flow.validate_args, found):
         check_samples(flow, z, found, context=rows)
     return torch.where(masks[0], x, found.reshape(*batch, flow.features))
 
 
-def _as_in_evaluation(transform: Transform) -> AbstractContextManager[None]:
-    """Leaves dropout out, as every inverse does."""
-    made = getattr(transform, "made", None)
-    return without_dropout(made) if isinstance(made, MADE) else nullcontext()
+@contextmanager
+def _without_dropout(flow: Any) -> Iterator[None]:
+    """Leaves dropout out, which acts on the direct pass of blocks: forward, or of inverted ones inverse."""
+    with ExitStack() as stack:
+        for made in flow._mades():
+            stack.enter_context(without_dropout(made))
+        yield
 
 
 def _as_mask(known: Tensor | ArrayLike, features: int) -> Tensor:

@@ -227,3 +227,12 @@ def test_contexts_dropout_and_normalisations(normalization: str) -> None:
         if isinstance(module, fastmaf.MADE):
             module.train()
     assert torch.equal(flow.complete(x, known, (5,), context, seed=4), found)
+
+
+@pytest.mark.parametrize("kind", [fastmaf.MAF, fastmaf.IAF])
+def test_dropout_is_left_out(kind: type[fastmaf.MAF]) -> None:
+    flow = kind(D, 2, (16, 16), order="natural", seed=0, dtype=torch.float64, dropout=0.5)
+    x = normal(3, D)
+    found = flow.complete(x, first(4), 2, seed=1)
+    assert all(made.training for made in flow._mades())
+    assert torch.equal(flow.eval().complete(x, first(4), 2, seed=1), found)
