@@ -56,6 +56,21 @@ def as_sizes(name: str, sizes: int | Sequence[int], least: int = 0) -> tuple[int
     return result
 
 
+def batch_of(name: str, x: Tensor, context: Tensor) -> torch.Size:
+    """Returns the common batch shape of ``x`` ``[..., D]`` and ``context`` ``[..., C]``.
+
+    Raises:
+        ValueError: their batch shapes do not broadcast.
+    """
+    try:
+        return torch.broadcast_shapes(x.shape[:-1], context.shape[:-1])
+    except RuntimeError:
+        raise ValueError(
+            f"the batch shapes of {name} and context must broadcast; found {name} {list(x.shape)} and context "
+            f"{list(context.shape)}"
+        ) from None
+
+
 def as_integer(name: str, value: int) -> int:
     """Returns an integer of any type (of NumPy, or a tensor of one integer) as an int.
 

@@ -30,6 +30,7 @@ from fastmaf.transforms.base import given
 from fastmaf.validation import (
     as_sizes,
     as_tensor,
+    batch_of,
     check_context,
     check_density,
     check_finite,
@@ -198,13 +199,7 @@ class Flow(nn.Module):
         self._check(name, x)
         context, batch = self._as_context(context), x.shape[:-1]
         if context is not None:
-            try:
-                batch = torch.broadcast_shapes(batch, context.shape[:-1])
-            except RuntimeError:
-                raise ValueError(
-                    f"the batch shapes of {name} and context must broadcast; found {name} {list(x.shape)} and context "
-                    f"{list(context.shape)}"
-                ) from None
+            batch = batch_of(name, x, context)
             x = x.expand(*batch, self.features)
             context = context.expand(*batch, context.shape[-1]).reshape(-1, context.shape[-1])
         results = method(self, x.reshape(-1, self.features), context)

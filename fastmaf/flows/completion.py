@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from fastmaf.bases import StandardNormal
 from fastmaf.transforms import (
     ActNorm,
     AffineAutoregressive,
@@ -22,10 +23,12 @@ from fastmaf.transforms import (
 )
 from fastmaf.transforms.autoregressive import without_dropout
 from fastmaf.transforms.base import given
-from fastmaf.validation import as_sizes, as_tensor, check_finite, check_samples, validates
+from fastmaf.validation import as_sizes, as_tensor, batch_of, check_finite, check_samples, validates
 
 if TYPE_CHECKING:
     from numpy.typing import ArrayLike
+
+_ELEMENTWISE = (ActNorm, BatchNorm, ElementwiseAffine, Logit)  # each number of z depends on one of x alone
 
 
 def complete(
@@ -50,24 +53,25 @@ def complete(
     transforms = flow._transforms()
     masks = [known.to(x.device) for known in known_along(transforms, mask)]
     if not flow.has_standard_base and 0 < int(mask.sum()) < flow.features:
-        raise ValueError(f"complete needs a standard normal base; found that of {type(flow).__name__}")
+        found = flow if type(flow.base) is StandardNormal else flow.base  # a flow may replace the density of its base
+        raise ValueError(f"complete needs a standard normal base; found that of {type(found).__name__}")
     sizes = as_sizes("shape", shape)
     context = flow._as_context(context)
     if context is not None:
-        batch = torch.broadcast_shapes(x.shape[:-1], context.shape[:-1])
-        x, context = x.expand(*batch, -1), context.expand(*batch, -1)
+        batch = batch_of("x", x, context)
+        x, context = x.expand(*batch, x.shape[-1]), context.expand(*batch, context.shape[-1])
     batch, noise = flow._base_sample((*sizes, *x.shape[:-1]), generator, seed, start)
     # What is not known may hold anything, and becomes anything in between: zero keeps it finite.
     z = torch.where(masks[0], x, 0).reshape(-1, flow.features)
     if validates(flow.validate_args, z):
         check_finite("the known part of x", z)
-    rows = None if context is None else context.reshape(len(z), -1)
+    rows = None if context is None else context.reshape(-1, context.shape[-1])
     with _without_dropout(flow):
         for transform, after in zip(transforms, masks[1:], strict=True):
             z = torch.where(after, transform(z, *given(transform, rows))[0], 0)
         z = torch.where(masks[-1], z.expand(*sizes, *z.shape).reshape(noise.shape), noise)
         if context is not None:
-            rows = context.expand(*sizes, *context.shape).reshape(len(z), -1)
+            rows = context.expand(*sizes, *context.shape).reshape(-1, context.shape[-1])
         found, _ = flow._inverse_of_noise(z, rows)
     if validates(flow.validate_args, found):
         check_samples(flow, z, found, context=rows)
@@ -84,7 +88,10 @@ def _without_dropout(flow: Any) -> Iterator[None]:
 
 
 def _as_mask(known: Tensor | ArrayLike, features: int) -> Tensor:
-    mask = torch.as_tensor(known, device="cpu")
+    try:
+        mask = torch.as_tensor(known, device="cpu")
+    except (TypeError, ValueError, RuntimeError):
+        raise ValueError(f"known must be a mask of bool [{features}]; found {known!r}") from None
     if mask.dtype != torch.bool or mask.shape != (features,):
         raise ValueError(f"known must be a mask of bool [{features}]; found {mask.dtype} {list(mask.shape)}")
     return mask
@@ -98,7 +105,7 @@ def known_along(transforms: Sequence[Transform], known: Tensor) -> list[Tensor]:
         known: bool ``[D]``, on the CPU.
 
     Raises:
-        ValueError: a transform makes known dimensions depend on others.
+        ValueError: a transform makes known dimensions depend on others, or is a normalisation in training.
         NotInvertibleError: a block has a leaky output mask.
     """
     all_or_none = bool(known.all()) or not bool(known.any())
@@ -115,20 +122,15 @@ def known_along(transforms: Sequence[Transform], known: Tensor) -> list[Tensor]:
             if isinstance(inner, AffineAutoregressive):
                 inner.check_invertible()
             _check_block(name, inner.made.schedule[:, 0], dims, known)
-        elif not _is_elementwise(inner) and not all_or_none:
+        elif isinstance(inner, (ActNorm, BatchNorm)) and inner.training:
+            raise ValueError(f"{name} depends on the batch in training: call eval() on the flow before complete")
+        elif type(inner) not in _ELEMENTWISE and not all_or_none:
             raise ValueError(
                 f"{name} may make the known dimensions depend on the others: complete needs autoregressive blocks, "
                 "permutations and element-wise maps"
             )
         result.append(known[dims])
     return result
-
-
-def _is_elementwise(transform: Transform | None) -> bool:
-    """Returns whether each number of z depends on one of x alone, and not on the other rows."""
-    if isinstance(transform, (ActNorm, BatchNorm)):
-        return not transform.training
-    return type(transform) in (ElementwiseAffine, Logit)
 
 
 def _check_block(name: str, finished: Tensor, dims: Tensor, known: Tensor) -> None:

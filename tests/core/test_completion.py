@@ -184,13 +184,20 @@ def test_accepted_masks_keep_known_numbers_apart() -> None:
     assert min(counts.values()) > 10
 
 
+@pytest.mark.parametrize("sizes, rows", [((4,), 0), ((0,), 3), ((2, 0), 0)])
+def test_no_completions_of_contexts(sizes: tuple[int, ...], rows: int) -> None:
+    flow = build(D, order="natural", context_features=2)
+    found = flow.complete(normal(rows, D), first(3), sizes, normal(rows, 2))
+    assert found.shape == (*sizes, rows, D)
+
+
 def test_refusals() -> None:
     x, known = normal(2, D), first(3)
     with pytest.raises(ValueError, match="dimension 0, which is known, depend on dimension 6, .*order='natural'"):
         build(D, hidden_features=32, order="alternate").complete(x, known)
     with pytest.raises(ValueError, match=r"transforms\[0\] \(GaussianWhitening\)"):
         build(D, order="natural", whitening=1).complete(x, known)
-    for wrong in (known[1:], known.long(), [0, 1]):
+    for wrong in (known[1:], known.long(), [0, 1], None, [[True], [True, False]]):
         with pytest.raises(ValueError, match=r"known must be a mask of bool \[7\]"):
             build(D, order="natural").complete(x, wrong)
     with pytest.raises(ValueError, match="known part of x must be finite"):
@@ -202,6 +209,11 @@ def test_refusals() -> None:
         def _base_log_prob(self, z: Tensor) -> Tensor:
             return -z.abs().sum(1)
 
+    flow = build(D, order="natural", base=fastmaf.StudentT(D, 4.0))
+    with pytest.raises(ValueError, match="standard normal base; found that of StudentT"):
+        flow.complete(x, known)
+    with pytest.raises(ValueError, match=r"must broadcast; found x \[2, 7\] and context \[3, 2\]"):
+        build(D, order="natural", context_features=2).complete(x, known, context=normal(3, 2))
     with pytest.raises(ValueError, match="base.*OtherBase"):
         OtherBase(D, 1, 8, order="natural", dtype=torch.float64).complete(x, known)
 
@@ -215,8 +227,11 @@ def test_contexts_dropout_and_normalisations(normalization: str) -> None:
     )  # fmt: skip
     context, x, known = normal(3, 2), normal(3, D, seed=1), first(4)
     flow(normal(64, D, seed=2), normal(64, 2, seed=3))  # starts the normalisation
-    with pytest.raises(ValueError, match="Norm"):
-        flow.complete(x, known, context=context)
+    before = {name: tensor.clone() for name, tensor in flow.state_dict().items()}
+    for mask in (known, first(0), first(D)):
+        with pytest.raises(ValueError, match=r"transforms\[1\] .*Norm.* in training: call eval\(\)"):
+            flow.complete(x, mask, context=context)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in flow.state_dict().items())
     flow.eval()
     found = flow.complete(x, known, (5,), context, seed=4)
     assert found.shape == (5, 3, D) and torch.equal(found[..., :4], x[:, :4].expand(5, 3, 4))
