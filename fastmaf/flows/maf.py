@@ -166,7 +166,7 @@ class MAF(Flow):
             parts = [part for block in affine for part in (block, _NORMALIZATIONS[normalization](features, **make))]
             order_of_part = [order for order in order_of_block for _ in (0, 1)]
             transforms = [*first, *interleave_permutations(parts, order_of_part)]
-        if base is not None:
+        if isinstance(base, Base):  # what is no base is refused below
             base.to(networks[0].output.bias.dtype)
         super().__init__(features, transforms, base, validate_args=validate_args)
         self.to(where)
