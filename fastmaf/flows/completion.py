@@ -56,22 +56,22 @@ def complete(
         found = flow if type(flow.base) is StandardNormal else flow.base  # a flow may replace the density of its base
         raise ValueError(f"complete needs a standard normal base; found that of {type(found).__name__}")
     sizes = as_sizes("shape", shape)
-    context = flow._as_context(context)
-    if context is not None:
-        batch = batch_of("x", x, context)
-        x, context = x.expand(*batch, x.shape[-1]), context.expand(*batch, context.shape[-1])
+    of: Tensor | None = flow._as_context(context)
+    if of is not None:
+        batch = batch_of("x", x, of)
+        x, of = x.expand(*batch, x.shape[-1]), of.expand(*batch, of.shape[-1])
     batch, noise = flow._base_sample((*sizes, *x.shape[:-1]), generator, seed, start)
     # What is not known may hold anything, and becomes anything in between: zero keeps it finite.
     z = torch.where(masks[0], x, 0).reshape(-1, flow.features)
     if validates(flow.validate_args, z):
         check_finite("the known part of x", z)
-    rows = None if context is None else context.reshape(-1, context.shape[-1])
+    rows = None if of is None else of.reshape(-1, of.shape[-1])
     with _without_dropout(flow):
         for transform, after in zip(transforms, masks[1:], strict=True):
             z = torch.where(after, transform(z, *given(transform, rows))[0], 0)
         z = torch.where(masks[-1], z.expand(*sizes, *z.shape).reshape(noise.shape), noise)
-        if context is not None:
-            rows = context.expand(*sizes, *context.shape).reshape(-1, context.shape[-1])
+        if of is not None:
+            rows = of.expand(*sizes, *of.shape).reshape(-1, of.shape[-1])
         found, _ = flow._inverse_of_noise(z, rows)
     if validates(flow.validate_args, found):
         check_samples(flow, z, found, context=rows)
