@@ -334,15 +334,16 @@ class MADE(Constants):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        if not 0 <= dropout < 1:
-            raise ValueError(f"dropout must be a probability of at least 0 and less than 1; found {dropout}")
+        if not isinstance(dropout, (int, float)) or not 0 <= dropout < 1:
+            raise ValueError(f"dropout must be a probability of at least 0 and less than 1; found {dropout!r}")
         self.features = features = check_features(features)
         self.hidden_features = layer_sizes(hidden_features)
         self.outputs_per_feature = outputs_per_feature
-        self.activation = activation if isinstance(activation, str) else tuple(activation)
+        several = isinstance(activation, Sequence) and not isinstance(activation, str)
+        self.activation = tuple(activation) if several else activation
         self.residual = bool(residual)
-        names = self.activations
-        if len(names) != len(self.hidden_features) or not set(names) <= set(ACTIVATIONS):
+        names = self.activations if several or isinstance(activation, str) else []
+        if len(names) != len(self.hidden_features) or not all(name in list(ACTIVATIONS) for name in names):
             raise ValueError(
                 f"activation must be one of {', '.join(map(repr, ACTIVATIONS))}, or one of them for each of "
                 f"{len(self.hidden_features)} hidden layers; found {activation!r}"

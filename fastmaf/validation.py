@@ -159,14 +159,23 @@ def explain(flow: nn.Module, x: Tensor, row: int, context: Tensor | None = None,
         of = () if context is None or not transform.context_features else (context.detach(),)
         x, ladj = transform.inverse(x, *of) if inverse else transform(x, *of)
         if not bool(x[row].isfinite().all() & ladj[row].isfinite()):
-            bounds = [getattr(t, "log_scale_bound", None) or 0.0 for _, t in steps]
-            bound = f", log_scale_bound={transform.log_scale_bound}" if hasattr(transform, "log_scale_bound") else ""
-            return (
-                f"numbers overflow {x.dtype} in transforms[{i}] ({type(transform).__name__}{bound}); log-scales add "
-                f"up over the transforms, here to as much as {sum(bounds):g} nats within their bounds. A smaller "
-                "log_scale_bound, fewer blocks or float64 keep them in range"
-            )
+            return _of_transform(i, transform, x.dtype, [t for _, t in steps])
     return f"the log-density of the base ({type(flow.base).__name__}) overflows {x.dtype}"
+
+
+def _of_transform(i: int, transform: Any, dtype: torch.dtype, transforms: Sequence[Any]) -> str:
+    """Returns why the numbers of transform ``i``, one of ``transforms``, do not stay finite."""
+    name, of = f"transforms[{i}] ({type(transform).__name__}", getattr(transform, "transform", transform)
+    spline = getattr(of, "spline", None)
+    if spline is not None and not spline.tails:
+        return f"{name}) is not defined outside of {spline.low:g} to {spline.high:g}, as its spline has no tails"
+    bound = f", log_scale_bound={of.log_scale_bound}" if hasattr(of, "log_scale_bound") else ""
+    bounds = [getattr(getattr(t, "transform", t), "log_scale_bound", 0.0) for t in transforms]
+    most = "without a bound" if None in bounds else f"here to as much as {sum(bounds):g} nats within their bounds"
+    return (
+        f"numbers overflow {dtype} in {name}{bound}); log-scales add up over the transforms, {most}. A smaller "
+        "log_scale_bound, fewer blocks or float64 keep them in range"
+    )
 
 
 def check_density(flow: nn.Module, name: str, result: Tensor, x: Tensor, context: Tensor | None = None) -> None:

@@ -10,6 +10,7 @@ import torch
 from torch import Generator, Tensor, nn
 
 from fastmaf.kernels.autocast import outside_autocast
+from fastmaf.validation import as_integer
 
 HALF_LOG_2PI = 0.5 * math.log(2 * math.pi)
 
@@ -108,11 +109,13 @@ class Base(nn.Module):
 
 
 def check_count(name: str, value: int, most: int | None = None) -> int:
-    """Returns ``value`` if it lies in 1..most.
+    """Returns ``value`` as an int if it lies in 1..most.
 
     Raises:
+        TypeError: it is not an integer.
         ValueError: it does not.
     """
+    value = as_integer(name, value)
     if value < 1 or (most is not None and value > most):
         limits = "at least 1" if most is None else f"1 to {most}"
         raise ValueError(f"{name} must be {limits}; found {value}")

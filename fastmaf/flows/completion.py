@@ -27,6 +27,8 @@ from fastmaf.validation import as_sizes, as_tensor, broadcast_batches, check_fin
 if TYPE_CHECKING:
     from numpy.typing import ArrayLike
 
+_ELEMENTWISE = (ActNorm, BatchNorm, ElementwiseAffine, Logit)  # each number of z depends on one of x alone
+
 
 def complete(
     flow: Any,
@@ -50,34 +52,36 @@ def complete(
     transforms = flow._transforms()
     masks = [known.to(x.device) for known in known_along(transforms, mask)]
     if not flow.has_standard_base and 0 < int(mask.sum()) < flow.features:
-        own = type(flow.base) is StandardNormal  # a subclass has replaced its density
-        found = f"the base of {type(flow).__name__}" if own else type(flow.base).__name__
-        raise ValueError(f"complete needs a standard normal base; found {found}")
+        found = flow if type(flow.base) is StandardNormal else flow.base  # a flow may replace the density of its base
+        raise ValueError(f"complete needs a standard normal base; found that of {type(found).__name__}")
     sizes = as_sizes("shape", shape)
-    checked: Tensor | None = flow._as_context(context)
-    if checked is not None:
-        batch = broadcast_batches("x", x, checked)
-        x, checked = x.expand(*batch, -1), checked.expand(*batch, -1)
+    of: Tensor | None = flow._as_context(context)
+    if of is not None:
+        batch = broadcast_batches("x", x, of)
+        x, of = x.expand(*batch, x.shape[-1]), of.expand(*batch, of.shape[-1])
     batch, noise = flow._base_sample((*sizes, *x.shape[:-1]), generator, seed, start)
     # What is not known may hold anything, and becomes anything in between: zero keeps it finite.
     z = torch.where(masks[0], x, 0).reshape(-1, flow.features)
     if validates(flow.validate_args, z):
         check_finite("the known part of x", z)
-    rows = None if checked is None else checked.reshape(len(z), -1)
-    for transform, after in zip(transforms, masks[1:], strict=True):
-        with without_dropout(transform):
+    rows = None if of is None else of.reshape(-1, of.shape[-1])
+    with without_dropout(flow):  # it acts on the direct pass of blocks: forward, or of inverted ones inverse
+        for transform, after in zip(transforms, masks[1:], strict=True):
             z = torch.where(after, transform(z, *given(transform, rows))[0], 0)
-    z = torch.where(masks[-1], z.expand(*sizes, *z.shape).reshape(noise.shape), noise)
-    if checked is not None:
-        rows = checked.expand(*sizes, *checked.shape).reshape(len(z), -1)
-    found, _ = flow._inverse_of_noise(z, rows)
+        z = torch.where(masks[-1], z.expand(*sizes, *z.shape).reshape(noise.shape), noise)
+        if of is not None:
+            rows = of.expand(*sizes, *of.shape).reshape(-1, of.shape[-1])
+        found, _ = flow._inverse_of_noise(z, rows)
     if validates(flow.validate_args, found):
         check_samples(flow, z, found, context=rows)
     return torch.where(masks[0], x, found.reshape(*batch, flow.features))
 
 
 def _as_mask(known: Tensor | ArrayLike, features: int) -> Tensor:
-    mask = torch.as_tensor(known, device="cpu")
+    try:
+        mask = torch.as_tensor(known, device="cpu")
+    except (TypeError, ValueError, RuntimeError):
+        raise ValueError(f"known must be a mask of bool [{features}]; found {known!r}") from None
     if mask.dtype != torch.bool or mask.shape != (features,):
         raise ValueError(f"known must be a mask of bool [{features}]; found {mask.dtype} {list(mask.shape)}")
     return mask
@@ -112,18 +116,13 @@ def known_along(transforms: Sequence[Transform], known: Tensor) -> list[Tensor]:
             if isinstance(inner, AffineAutoregressive):
                 inner.check_invertible()
             _check_block(name, inner.made.schedule[:, 0], dims, known)
-        elif not _is_elementwise(inner) and not all_or_none:
+        elif type(inner) not in _ELEMENTWISE and not all_or_none:
             raise ValueError(
                 f"{name} may make the known dimensions depend on the others: complete needs autoregressive blocks, "
                 "permutations and element-wise maps"
             )
         result.append(known[dims])
     return result
-
-
-def _is_elementwise(transform: Transform | None) -> bool:
-    """Returns whether each number of z depends on one of x alone."""
-    return type(transform) in (ActNorm, BatchNorm, ElementwiseAffine, Logit)
 
 
 def _check_block(name: str, finished: Tensor, dims: Tensor, known: Tensor) -> None:

@@ -100,7 +100,7 @@ class FlowDistribution(Distribution):
         """Returns the distribution with another batch shape, to which the present one broadcasts."""
         new: FlowDistribution = self._get_checked_instance(FlowDistribution, _instance)
         batch_shape = torch.Size(batch_shape)
-        if torch.broadcast_shapes(self.batch_shape, batch_shape) != batch_shape:
+        if not _broadcasts(self.batch_shape, batch_shape):
             raise ValueError(f"batch shape {list(self.batch_shape)} cannot be expanded to {list(batch_shape)}")
         new.flow, new.has_rsample = self.flow, self.has_rsample
         new.context = None if self.context is None else self.context.expand(*batch_shape, self.context.shape[-1])
@@ -111,3 +111,7 @@ class FlowDistribution(Distribution):
     def __repr__(self) -> str:
         context = "" if self.context is None else f", context={list(self.context.shape)}"
         return f"{type(self).__name__}({type(self.flow).__name__}(features={self.flow.features}){context})"
+
+
+def _broadcasts(shape: torch.Size, to: torch.Size) -> bool:
+    return len(shape) <= len(to) and all(n in (1, m) for n, m in zip(reversed(shape), reversed(to), strict=False))

@@ -18,6 +18,7 @@ class IAF(MAF):
 
     The arguments are those of ``MAF``, except that masks are strict. Normalisations are those of x, as in a MAF: a
     ``BatchNorm`` has no samples in training, and an ``ActNorm`` starts by the first data in training, not by samples.
+    Dropout in training acts on samples, which are the direct pass, and not on densities of given data.
 
     Raises:
         TypeError, ValueError: as ``MAF``.

@@ -257,4 +257,6 @@ def save_file(tensors: Mapping[str, Tensor | Streamed], path: Path, metadata: Ma
             if isinstance(tensor, Streamed):
                 tensor.write(file)
             else:
-                file.write(tensor.detach().cpu().flatten().contiguous().view(torch.uint8).numpy().data)
+                flat = tensor.detach().cpu().flatten().contiguous()
+                # One number is contiguous with any stride, but bytes are seen through a stride of 1 alone.
+                file.write(flat.as_strided(flat.shape, (1,)).view(torch.uint8).numpy().data)

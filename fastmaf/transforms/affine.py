@@ -19,6 +19,7 @@ from fastmaf.kernels import (
     flow_inverse,
 )
 from fastmaf.kernels.activations import OP_ACTIVATIONS
+from fastmaf.kernels.op import records_gradients
 from fastmaf.nn import MADE
 from fastmaf.transforms.autoregressive import Autoregressive
 from fastmaf.transforms.base import NotInvertibleError
@@ -121,7 +122,8 @@ class AffineAutoregressive(Autoregressive):
     def _one_block(self, context: Tensor | None, *, dropout: bool) -> Block | None:
         """Returns the block as the ops of whole blocks see it, None where its layers run one by one.
 
-        A context that is the same in all rows, such as that of several samples, is a part of the biases.
+        A context that is the same in all rows, such as that of several samples, is a part of the biases. One with
+        derivatives is not, as each of its rows has its own.
         """
         made = self.made
         if self.calls_modules or made.residual or (dropout and made.dropout) or made.activation not in OP_ACTIVATIONS:
@@ -130,6 +132,8 @@ class AffineAutoregressive(Autoregressive):
             return None if self.context_features else self.block()
         check_context(context, self.context_features)
         if context.dim() != 2 or not len(context) or (len(context) > 1 and context.stride(0)):
+            return None
+        if len(context) > 1 and records_gradients([context]):
             return None
         block, terms = self.block(), made.context_terms(context[:1])
         return block._replace(biases=[bias + term[0] for bias, term in zip(block.biases, terms, strict=True)])

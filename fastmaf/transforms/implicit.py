@@ -7,7 +7,6 @@ from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 # Of x ``[N, D]``: z and the log-derivatives log dz[d]/dx[d], both ``[N, D]``.
 Forward: TypeAlias = Callable[[Tensor], tuple[Tensor, Tensor]]
@@ -28,7 +27,8 @@ def implicit_inverse(forward: Forward, x: Tensor, z: Tensor, ends: Sequence[int]
         ends: ascending; the dimensions between two of them do not depend on each other.
 
     Returns:
-        ``x`` and ``ladj`` ``[N]`` = log |det dx/dz|, both differentiable once.
+        ``x`` and ``ladj`` ``[N]`` = log |det dx/dz|, both differentiable once: a backward pass that is recorded, for
+        second derivatives, raises RuntimeError.
     """
     x = x.detach()
     x = _Solved.apply(z - forward(x)[0], x, forward, ends)
@@ -45,8 +45,14 @@ class _Solved(torch.autograd.Function):
         return x.clone()
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
+        # Not once_differentiable: its error is on no path from the result to the inputs, which would seem unused.
+        if torch.is_grad_enabled():
+            raise RuntimeError(
+                "the gradients of this inverse cannot be differentiated again (create_graph=True): those of affine "
+                "blocks of ReLUs without residual blocks, context and hooks can, and torch.func transforms, such as "
+                "torch.func.hessian, differentiate every inverse"
+            )
         [x] = ctx.saved_tensors
         with torch.enable_grad():
             x = x.detach().requires_grad_()

@@ -232,6 +232,12 @@ def test_what_does_not_fit_is_refused() -> None:
         fastmaf.MAF(3, 1, 8, base=1.0)  # type: ignore[arg-type]
     with pytest.raises(TypeError, match=r"base must be a fastmaf\.Base; found Linear"):
         fastmaf.Flow(D, [], torch.nn.Linear(D, D))  # type: ignore[arg-type]
+    for other, found in (("normal", "str"), (fastmaf.StudentT, "type")):
+        with pytest.raises(TypeError, match=rf"base must be a fastmaf\.Base; found {found}"):
+            fastmaf.MAF(D, 1, 8, base=other)  # type: ignore[arg-type]
+    for number in (2.5, "2"):
+        with pytest.raises(TypeError, match=f"components must be an integer; found {number!r}"):
+            fastmaf.GaussianMixture(3, number)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"base \(StudentT\) has 4 features, the flow 5"):
         flow_of(fastmaf.StudentT(4, 1.0))
     with pytest.raises(ValueError, match=r"base \(StudentT\): loc is torch\.float32, the transforms torch\.float64"):

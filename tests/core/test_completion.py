@@ -184,13 +184,20 @@ def test_accepted_masks_keep_known_numbers_apart() -> None:
     assert min(counts.values()) > 10
 
 
+@pytest.mark.parametrize("sizes, rows", [((4,), 0), ((0,), 3), ((2, 0), 0)])
+def test_no_completions_of_contexts(sizes: tuple[int, ...], rows: int) -> None:
+    flow = build(D, order="natural", context_features=2)
+    found = flow.complete(normal(rows, D), first(3), sizes, normal(rows, 2))
+    assert found.shape == (*sizes, rows, D)
+
+
 def test_refusals() -> None:
     x, known = normal(2, D), first(3)
     with pytest.raises(ValueError, match="dimension 0, which is known, depend on dimension 6, .*order='natural'"):
         build(D, hidden_features=32, order="alternate").complete(x, known)
     with pytest.raises(ValueError, match=r"transforms\[0\] \(GaussianWhitening\)"):
         build(D, order="natural", whitening=1).complete(x, known)
-    for wrong in (known[1:], known.long(), [0, 1]):
+    for wrong in (known[1:], known.long(), [0, 1], None, [[True], [True, False]]):
         with pytest.raises(ValueError, match=r"known must be a mask of bool \[7\]"):
             build(D, order="natural").complete(x, wrong)
     with pytest.raises(ValueError, match="known part of x must be finite"):
@@ -202,6 +209,11 @@ def test_refusals() -> None:
         def _base_log_prob(self, z: Tensor) -> Tensor:
             return -z.abs().sum(1)
 
+    flow = build(D, order="natural", base=fastmaf.StudentT(D, 4.0))
+    with pytest.raises(ValueError, match="standard normal base; found that of StudentT"):
+        flow.complete(x, known)
+    with pytest.raises(ValueError, match=r"must broadcast; found x \[2, 7\] and context \[3, 2\]"):
+        build(D, order="natural", context_features=2).complete(x, known, context=normal(3, 2))
     with pytest.raises(ValueError, match="base.*OtherBase"):
         OtherBase(D, 1, 8, order="natural", dtype=torch.float64).complete(x, known)
 
@@ -232,3 +244,12 @@ def test_contexts_dropout_and_normalisations(normalization: str) -> None:
         if isinstance(module, fastmaf.MADE):
             module.train()
     assert torch.equal(flow.complete(x, known, (5,), context, seed=4), found)
+
+
+@pytest.mark.parametrize("kind", [fastmaf.MAF, fastmaf.IAF])
+def test_dropout_is_left_out(kind: type[fastmaf.MAF]) -> None:
+    flow = kind(D, 2, (16, 16), order="natural", seed=0, dtype=torch.float64, dropout=0.5)
+    x = normal(3, D)
+    found = flow.complete(x, first(4), 2, seed=1)
+    assert all(made.training for made in flow._mades())
+    assert torch.equal(flow.eval().complete(x, first(4), 2, seed=1), found)

@@ -266,3 +266,17 @@ def test_contexts_from_an_autocast_region() -> None:
         expected = use(context)
         with torch.autocast("cpu", dtype=torch.bfloat16):
             assert torch.equal(use(half), expected)
+
+
+@pytest.mark.parametrize("kind", [fastmaf.MAF, fastmaf.IAF])
+def test_rows_of_one_expanded_context_have_their_own_gradients(kind: type[fastmaf.MAF]) -> None:
+    flow = kind(5, 2, (16,), context_features=2, seed=0, dtype=torch.float64)
+    x, context = normal(4, 5), normal(1, 2, seed=3)
+
+    def gradient(context: Tensor, inverse: bool) -> Tensor:
+        result = flow.inverse(x, context)[0].square() if inverse else flow.log_prob(x, context)
+        return torch.autograd.grad(result.sum(), context)[0]
+
+    for inverse in (False, True):
+        expanded = gradient(context.expand(4, 2).requires_grad_(), inverse)
+        assert_close("gradients", expanded, gradient(context.repeat(4, 1).requires_grad_(), inverse))

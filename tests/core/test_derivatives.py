@@ -274,3 +274,22 @@ def test_samples_have_tangents() -> None:
     expected = sum((p.grad * tangents[name]).sum() for name, p in flow.named_parameters() if p.grad is not None)
     assert isinstance(expected, Tensor)
     assert_close("gradients", torch.func.jvp(of, (weights,), (tangents,))[1], expected)
+
+
+@pytest.mark.parametrize("kind", [fastmaf.MAF, fastmaf.IAF])
+def test_second_derivatives_of_implicit_inverses_are_refused(kind: type[fastmaf.MAF]) -> None:
+    """They would lack terms. ``torch.func`` has them all."""
+    flow = kind(3, 2, 8, activation="tanh", dtype=torch.float64, seed=0)
+    method = flow.inverse if kind is fastmaf.MAF else flow.forward
+    z = normal(2, 3).requires_grad_()
+    # Also where the loss is linear, and its own gradient constant.
+    for loss in (lambda x: x.sum(), lambda x: x.square().sum()):
+        with pytest.raises(RuntimeError, match=r"cannot be differentiated again .*torch\.func\.hessian"):
+            torch.autograd.grad(loss(method(z)[0]), z, create_graph=True)
+    hessian = torch.func.hessian(lambda z: method(z[None])[0].sum())(z[0].detach())
+    step = 1e-5 * torch.eye(3, dtype=torch.float64)
+    slopes = [
+        torch.autograd.grad(method(at)[0].sum(), at)[0]
+        for at in ((z[0] + sign * step).detach().requires_grad_() for sign in (1, -1))
+    ]
+    assert torch.allclose(hessian, (slopes[0] - slopes[1]) / 2e-5, atol=1e-8)

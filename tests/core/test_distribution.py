@@ -91,6 +91,8 @@ def test_expand(name: str) -> None:
     assert_close("values", larger.log_prob(x), d.log_prob(x).expand(larger.batch_shape))
     with pytest.raises((ValueError, RuntimeError)):
         larger.expand((7, *d.batch_shape))
+    with pytest.raises(ValueError, match=r"cannot be expanded to \[5\]"):
+        d.expand((4, 3)).expand((5,))
 
 
 def test_gradients_reach_parameters_and_context() -> None:

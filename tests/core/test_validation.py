@@ -145,3 +145,22 @@ def test_nothing_is_looked_at_while_it_is_recorded(how: str) -> None:
         actual = torch.func.grad_and_value(lambda v: flow.log_prob(v).sum())(x)[1]
         expected = expected.sum()
     assert_close("values", actual, expected)
+
+
+def test_what_does_not_stay_finite_within_other_transforms_is_named() -> None:
+    """Bounds of inverted blocks count, blocks without one have none, and a spline without tails ends."""
+    for bound, words in (
+        (3.0, r"log_scale_bound=3\.0\); .* as much as 6 nats"),
+        (None, "over the transforms, without a"),
+    ):
+        flow = fastmaf.IAF(2, 2, 8, log_scale_bound=bound, soft_bound=False, dtype=torch.float64, seed=0)
+        with torch.no_grad():
+            for block in flow._mades():
+                block.output.bias.fill_(3.0)
+        with pytest.raises(FloatingPointError, match=words):
+            flow.log_prob(torch.full((1, 2), 1e308, dtype=torch.float64))
+    spline = fastmaf.SplineMap(bins=2, low=-2.0, high=2.0, tails=False)
+    block = fastmaf.MonotonicRQS(fastmaf.MADE(2, 8, outputs_per_feature=spline.outputs), spline)
+    for transform, name in ((block, "MonotonicRQS"), (fastmaf.Inverted(block), "Inverted")):
+        with pytest.raises(FloatingPointError, match=rf"\({name}\) is not defined outside of -2 to 2, as its spline"):
+            fastmaf.Flow(2, [transform]).log_prob(torch.tensor([[0.0, 2.5]]))

@@ -82,6 +82,15 @@ def test_a_fifo_does_not_block(tmp_path: Path) -> None:
         fastmaf.load(tmp_path / "a.safetensors")
 
 
+def test_one_number_of_any_stride(tmp_path: Path) -> None:
+    number = torch.tensor(3.0).expand(1).clone()
+    assert number.stride() == (0,)
+    write_tensors({"a": number, "b": number.expand(1, 1)}, tmp_path / "a.safetensors", {})
+    assert {name: tensor.tolist() for name, tensor in load_file(tmp_path / "a.safetensors").items()} == {
+        "a": [3.0], "b": [[3.0]],
+    }  # fmt: skip
+
+
 def test_every_dtype_as_safetensors_writes_it(tmp_path: Path) -> None:
     bits = torch.arange(64, dtype=torch.uint8)
     tensors = {

@@ -333,6 +333,9 @@ class TestDropout:
 @pytest.mark.parametrize("options, message", [
     ({"activation": "mish"}, "activation must be one of 'identity', 'relu', 'elu'.*found 'mish'"),
     ({"activation": ("elu",)}, r"for each of 2 hidden layers; found \('elu',\)"),
+    ({"activation": torch.relu}, "activation must be one of 'identity', 'relu', 'elu'.*found <built-in"),
+    ({"activation": [["relu"]]}, r"activation must be one of .*found \[\['relu'\]\]"),
+    ({"dropout": "a"}, "dropout must be a probability of at least 0 and less than 1; found 'a'"),
     ({"dropout": 1.0}, "dropout must be a probability of at least 0 and less than 1; found 1.0"),
     ({"context_features": -1}, "context_features must be at least 0; found -1"),
     ({"residual": True}, r"two layers per residual block.*found \(12, 9\)"),
