@@ -116,7 +116,7 @@ class TrainingStep:
                 if direct is not None:
                     loss = direct.value
                 else:
-                    log_prob = self.flow.log_prob(x, context)
+                    log_prob = self.flow.log_prob(x) if context is None else self.flow.log_prob(x, context)
                     loss = -(log_prob.mean() if self._exchange is None else log_prob.sum())
         if self._exchange is None:
             nll = loss.item()

@@ -91,10 +91,10 @@ def shape_of(like: Tensor, n: int, dtype: torch.dtype = torch.float32) -> Shape:
     samples = common.power_of_two(n, *((1, most_lanes) if lanes else (FEW, most)))
     programs = common.cdiv(sms * one.programs_per_sm, max(1, common.cdiv(n, samples)))
     options = {"BLOCK_N": samples, "LANES": lanes, "PRECISION": "ieee" if lanes else precision, "num_warps": one.warps}
-    if not lanes and precision == "ieee":  # sums take twice the registers
-        options["num_warps"] = warps = max(4, one.warps)
-        options["maxnreg"] = common.all_registers(warps, max(1, 96 // samples))
-    if not lanes:  # pipelined, bfloat16 weights would be converted in the layout of an operand, which spills registers
+    if not lanes:
+        warps = max(4, one.warps) if precision == "ieee" else one.warps  # there, sums take twice the registers
+        options |= {"num_warps": warps, "maxnreg": common.all_registers(warps, max(1, 320 // (samples * warps)))}
+        # Pipelined, bfloat16 weights would be converted in the layout of an operand, which spills registers.
         stages = one.stages if dtype == torch.float32 else 1
         options |= {"BLOCK_J": one.rows, "BLOCK_K": one.columns, "TILES": 1, "num_stages": stages}
         return Shape(samples, one.rows, one.columns, programs, options)
