@@ -59,7 +59,7 @@ wheels: $(VENV)/.installed-wheels  ## compile the wheels of all platforms to dis
 reproduce: $(VENV)/.installed-inspection  ## train, sample and evaluate on the synthetic capsules, or on DATA="/path/to/capsule"; writes to OUT
 	"$(BIN)/fastmaf" capsule reproduce --out "$$OUT" $${DATA:+--data "$$DATA"} $${EPOCHS:+--epochs "$$EPOCHS"}
 
-test: $(VENV)/.installed-test  ## run the tests that a change needs, under five minutes
+test: $(VENV)/.installed-test  ## run the tests that a change needs, ten minutes on two cores
 	"$(BIN)/python" -m pytest -m "not slow"
 
 test-all: test $(TRITONS) $(VENV)/.installed-docs  ## those, then the slow ones: GPU kernels interpreted and compiled, benchmarks, interruptions, documentation

@@ -101,7 +101,7 @@ class NormflowsFlow(ConvertedFlow):
 
     def load(self, path: str | os.PathLike[str]) -> None:
         """Loads a file of ``save``."""
-        self.load_state_dict(torch.load(path))
+        self.load_state_dict(torch.load(path, weights_only=True))
 
     def _target(self, x: Tensor) -> Tensor:
         if self.p is None:
