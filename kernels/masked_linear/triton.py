@@ -93,7 +93,9 @@ def shape_of(like: Tensor, n: int, dtype: torch.dtype = torch.float32) -> Shape:
     options = {"BLOCK_N": samples, "LANES": lanes, "PRECISION": "ieee" if lanes else precision, "num_warps": one.warps}
     if not lanes:
         warps = max(4, one.warps) if precision == "ieee" else one.warps  # there, sums take twice the registers
-        options |= {"num_warps": warps, "maxnreg": common.all_registers(warps, max(1, 320 // (samples * warps)))}
+        options["num_warps"] = warps
+        if precision == "ieee" or samples == FEW:
+            options["maxnreg"] = common.all_registers(warps, max(1, 320 // (samples * warps)))
         # Pipelined, bfloat16 weights would be converted in the layout of an operand, which spills registers.
         stages = one.stages if dtype == torch.float32 else 1
         options |= {"BLOCK_J": one.rows, "BLOCK_K": one.columns, "TILES": 1, "num_stages": stages}
