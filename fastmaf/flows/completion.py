@@ -40,7 +40,7 @@ def complete(
     seed: int | None,
     start: int,
 ) -> Tensor:
-    """Returns ``complete`` of a ``Flow``, which see.
+    """Implements ``Flow.complete``.
 
     Where the known dimensions come first in every block, z of these is a function of x of these alone, f restricted to
     them, and the rest of z is independent of it:
