@@ -1,0 +1,82 @@
+"""What every kind of inspection model offers, and what a fit needs to compare kinds with each other."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fastmaf.inspection.calibration import Calibration
+from fastmaf.inspection.model import Prediction
+
+
+class AnomalyModel(Protocol):
+    """A fitted and calibrated model: of pixels, of patches, of features, or several of them together."""
+
+    calibration: Calibration
+    about: dict[str, Any]
+
+    @property
+    def size(self) -> int:
+        """Side of the square images that it takes."""
+        ...
+
+    @property
+    def device(self) -> torch.device:
+        """The device that the model computes on."""
+        ...
+
+    @property
+    def map_levels(self) -> tuple[float, float]:
+        """The 99th percentile and the maximum of the anomaly maps of held-out good images."""
+        ...
+
+    def predict(self, pixels: Tensor) -> Prediction:
+        """Returns scores, anomaly maps and NLLs of images, uint8 ``[n, 3, size, size]``."""
+        ...
+
+    def with_calibration(self, calibration: Calibration) -> AnomalyModel:
+        """Returns the same model with another calibration."""
+        ...
+
+    def save(self, path: str | Path, *, card: str | Path | None = None) -> None:
+        """Writes the model to one safetensors file, and its model card to ``card``."""
+        ...
+
+
+class HeldOut(NamedTuple):
+    """Scores, float64 ``[sets, n]``, and anomaly maps, float32 ``[sets, n, s, s]``, of images a model has not seen."""
+
+    scores: np.ndarray
+    maps: np.ndarray
+
+
+class Candidate(Protocol):
+    """A model that a fit may choose, with the models of the folds behind it."""
+
+    @property
+    def name(self) -> str:
+        """For the report, such as ``"128 pixels"``."""
+        ...
+
+    @property
+    def size(self) -> int:
+        """Side of the square images that ``held_out`` takes."""
+        ...
+
+    def held_out(self, sets: Sequence[Tensor]) -> HeldOut:
+        """Returns scores and anomaly maps of each image by the model of the fold that left it out.
+
+        Args:
+            sets: sets of images, uint8 ``[n, 3, size, size]``, each in the order of the good images that it was fitted
+                to: these images themselves first, then the same with a synthetic defect.
+        """
+        ...
+
+    def model(self) -> AnomalyModel:
+        """Returns the model of all images, calibrated on the held-out scores."""
+        ...
