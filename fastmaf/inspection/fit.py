@@ -54,6 +54,11 @@ class Fitted:
     log: Log
     seconds: dict[str, float]
 
+    @property
+    def density(self) -> InspectionModel:
+        """The model whose NLL is reported."""
+        return self.model
+
 
 @fastmaf.torch_defaults()
 @free_threads()
@@ -64,6 +69,7 @@ def fit(
     double: Tensor | None = None,
     groups: Sequence[str] | None = None,
     every_fold: bool = False,
+    check_order: bool = True,
     progress: bool = True,
 ) -> Fitted:
     """Fits an inspection model to good images and calibrates it at a false-alarm rate of 5%.
@@ -80,6 +86,7 @@ def fit(
             scores, threshold and choices are those for images of new groups. None: folds are random.
         every_fold: train blocks without each fold, too, where ``blocks="auto"`` would train them without the first
             alone: for the fold models' densities.
+        check_order: warn where neighbouring images are alike.
         progress: show a progress bar.
 
     Raises:
@@ -109,7 +116,7 @@ def fit(
         raise ValueError(f"groups must name the group of each of {len(x)} images; found {len(groups)}")
     folds = k_fold(len(x), asked.folds, asked.seed) if groups is None else group_folds(groups, asked.folds)
     asked = replace(asked, folds=len(folds))
-    if groups is None and (warning := order_matters(images, asked.folds, asked.seed)):
+    if check_order and groups is None and (warning := order_matters(images, asked.folds, asked.seed)):
         warnings.warn(warning, stacklevel=4)
     every_fold = every_fold or asked.blocks != "auto" or (asked.score is not None and asked.score.source == "flow")
     steps = count_fits(asked, len(x)) + (asked.folds if every_fold else 1) * bool(asked.most_blocks)
