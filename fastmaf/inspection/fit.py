@@ -16,6 +16,7 @@ import time
 import warnings
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -32,7 +33,13 @@ from fastmaf.inspection.model import InspectionModel
 from fastmaf.inspection.out_of_fold import OutOfFoldModels, group_folds, k_fold, out_of_fold_maps, out_of_fold_scores
 from fastmaf.inspection.recipe import Recipe
 from fastmaf.inspection.selection.select import select_score_and_map
-from fastmaf.inspection.whitening import Normals, before_whitening, count_fits, select_augmentation
+from fastmaf.inspection.whitening import (
+    Normals,
+    before_whitening,
+    count_fits,
+    fit_whitenings,
+    select_augmentation,
+)
 
 FALSE_ALARM = 0.05
 """The false-alarm rate that a fit calibrates at."""
@@ -69,7 +76,7 @@ def fit(
     double: Tensor | None = None,
     groups: Sequence[str] | None = None,
     every_fold: bool = False,
-    check_order: bool = True,
+    checks: bool = True,
     progress: bool = True,
 ) -> Fitted:
     """Fits an inspection model to good images and calibrates it at a false-alarm rate of 5%.
@@ -86,7 +93,8 @@ def fit(
             scores, threshold and choices are those for images of new groups. None: folds are random.
         every_fold: train blocks without each fold, too, where ``blocks="auto"`` would train them without the first
             alone: for the fold models' densities.
-        check_order: warn where neighbouring images are alike.
+        checks: warn where neighbouring images are alike, or where held-out images are less likely with the augmentation
+            that the recipe asks for. False where the same images were checked before.
         progress: show a progress bar.
 
     Raises:
@@ -116,13 +124,17 @@ def fit(
         raise ValueError(f"groups must name the group of each of {len(x)} images; found {len(groups)}")
     folds = k_fold(len(x), asked.folds, asked.seed) if groups is None else group_folds(groups, asked.folds)
     asked = replace(asked, folds=len(folds))
-    if check_order and groups is None and (warning := order_matters(images, asked.folds, asked.seed)):
+    if checks and groups is None and (warning := order_matters(images, asked.folds, asked.seed)):
         warnings.warn(warning, stacklevel=4)
     every_fold = every_fold or asked.blocks != "auto" or (asked.score is not None and asked.score.source == "flow")
     steps = count_fits(asked, len(x)) + (asked.folds if every_fold else 1) * bool(asked.most_blocks)
     times = [time.perf_counter()]
     with Progress("fitting", "model", total=steps, show=progress) as bar:
-        recipe, whitenings, augmentation_figures = select_augmentation(Normals(x, double), folds, asked, bar.update)
+        augmentation_figures: dict[str, Any] = {}
+        if checks or asked.augmentation == "auto":
+            recipe, whitenings, augmentation_figures = select_augmentation(Normals(x, double), folds, asked, bar.update)
+        else:
+            recipe, whitenings = asked, fit_whitenings(Normals(x, double), folds, asked)
         first = before_whitening(recipe)
         y = fastmaf.Flow(recipe.features, first)(x)[0]
         times.append(time.perf_counter())

@@ -1,7 +1,8 @@
 """Models of several image sizes, fitted as long as a time budget lasts, and the choice among them.
 
-The smallest size comes first. It decides on the augmentation, and on local blocks, which lower the NLL and do not
-change the score. All sizes are fitted to the same images, reduced; see ``fastmaf.inspection.selection.candidates``.
+The smallest size comes first. It decides on augmentation, score and map, and on local blocks, which lower the NLL and
+do not change the score: only the smallest has them. All sizes are fitted to the same images, reduced; see
+``fastmaf.inspection.selection.candidates``.
 """
 
 from __future__ import annotations
@@ -112,16 +113,14 @@ def fit_sizes(
         so_far, last = time.perf_counter() - started, next(reversed(seconds.values()), 0.0)
         if so_far + _GROWTH * last > budget and candidates:
             break
-        if candidates:
-            recipe = _following(recipe, candidates[0].fitted)
         twice = reduced(pixels, 2 * size) if 2 * size <= side else double if size == side else None
         fitted = fit(
             reduced(pixels, size),
-            replace(recipe, size=size),
+            _following(recipe, candidates[0].fitted, size) if candidates else replace(recipe, size=size),
             double=twice,
             groups=groups,
             every_fold=every_fold,
-            check_order=not candidates,
+            checks=not candidates,
             progress=progress,
         )
         candidates.append(PixelCandidate(fitted))
@@ -134,11 +133,23 @@ def fit_sizes(
     return FittedSizes(model, tuple(candidates), skipped, seconds)
 
 
-def _following(recipe: Recipe, first: Fitted) -> Recipe:
-    """Returns the recipe of further sizes: augmentation and channels as the first, no blocks unless asked for."""
-    found = first.model.about["recipe"]
-    blocks = 0 if recipe.blocks == "auto" else recipe.blocks
-    return replace(recipe, augmentation=found["augmentation"], channels=found["channels"], blocks=blocks)
+def _following(recipe: Recipe, first: Fitted, size: int) -> Recipe:
+    """Returns the recipe of a further size: what the first size selected, and no blocks unless asked for.
+
+    Where the first size takes the score of a baseline, the score of the others is selected again.
+    """
+    found, model, ratio = first.model.about["recipe"], first.model, size / first.model.size
+    score, config = model.settings, model.map_config
+    scaled = replace(score, sigma=score.sigma * ratio, presmooth_sigma=score.presmooth_sigma * ratio)
+    return replace(
+        recipe,
+        size=size,
+        augmentation=found["augmentation"],
+        channels=found["channels"],
+        blocks=0 if recipe.blocks == "auto" else recipe.blocks,
+        score=scaled if model.about.get("baseline") is None else recipe.score,
+        map_config=replace(config, sigma=config.sigma * ratio, rms=1.0),
+    )
 
 
 def _chosen(candidates: Sequence[PixelCandidate], pixels: Tensor, seed: int) -> AnomalyModel:
