@@ -3,8 +3,8 @@
 Every layer is a convolution whose batch normalisation is folded into its weight and bias, possibly followed by ReLU6.
 
 References:
-    Tan and Le 2019, EfficientNet: Rethinking Model Scaling for Convolutional Neural Networks; Liu 2020, EfficientNet-Lite
-    (without squeeze-and-excitation, and with ReLU6).
+    Tan and Le 2019, EfficientNet: Rethinking Model Scaling for Convolutional Neural Networks; Liu 2020, Higher accuracy
+    on vision models with EfficientNet-Lite (without squeeze-and-excitation, and with ReLU6).
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ _STAGES = (
     _Stage(3, 3, 2, 6, 80),
     _Stage(3, 5, 1, 6, 112),
 )
-_OUTPUTS = (1, 2, 4)  # stages whose maps are features: strides 4, 8 and 16
+OUTPUTS = (1, 2, 4)  # stages whose maps are features: strides 4, 8 and 16
 
 
 class Convolution(nn.Module):
@@ -58,7 +58,9 @@ class Convolution(nn.Module):
         relu6: clamp the result to 0..6.
     """
 
-    def __init__(self, inputs: int, outputs: int, kernel: int, stride: int = 1, groups: int = 1, *, relu6: bool) -> None:
+    def __init__(
+        self, inputs: int, outputs: int, kernel: int, stride: int = 1, groups: int = 1, *, relu6: bool
+    ) -> None:
         super().__init__()
         self.kernel, self.stride, self.groups, self.relu6 = kernel, stride, groups, relu6
         self.register_buffer("weight", torch.zeros(outputs, inputs // groups, kernel, kernel))
@@ -81,7 +83,7 @@ class Convolution(nn.Module):
 
 
 class Block(nn.Module):
-    """An inverted residual block: expansion, convolution within channels, projection, and a shortcut if shapes agree."""
+    """Expansion of the channels, a convolution within each, projection, and a shortcut if the shapes agree."""
 
     def __init__(self, inputs: int, stage: _Stage, stride: int) -> None:
         super().__init__()
@@ -108,7 +110,7 @@ class EfficientNetLite0(nn.Module):
     Sides must be multiples of 16. Weights are zero until they are loaded; see ``pretrained``.
     """
 
-    strides = (4, 8, 16)
+    channels = sum(_STAGES[i].channels for i in OUTPUTS)
 
     def __init__(self) -> None:
         super().__init__()
@@ -123,10 +125,10 @@ class EfficientNetLite0(nn.Module):
         self.stages = nn.ModuleList(stages)
 
     def forward(self, x: Tensor) -> list[Tensor]:
-        y, maps = self.stem((x * 255 - 127) / 128), []
+        y, maps = self.stem(((x * 255 - 127) / 128).contiguous(memory_format=torch.channels_last)), []  # twice as fast
         for i, stage in enumerate(self.stages):
             y = stage(y)
-            if i in _OUTPUTS:
+            if i in OUTPUTS:
                 maps.append(y)
         return maps
 
@@ -147,10 +149,11 @@ def pretrained() -> EfficientNetLite0:
     path = Path(found.origin).parent / _FILE
     tensors, network = read_legacy(path, _SHA256), EfficientNetLite0()
     _load(network.stem, tensors, "_conv_stem", "_bn0", path)
-    blocks = (block for stage in network.stages for block in stage.children())
+    blocks = [block for block in network.modules() if isinstance(block, Block)]
     for i, block in enumerate(blocks):
         names = (("_expand_conv", "_bn0"), ("_depthwise_conv", "_bn1"), ("_project_conv", "_bn2"))
-        for layer, (conv, norm) in zip(block.layers, names[-len(block.layers) :], strict=True):
+        layers = [layer for layer in block.modules() if isinstance(layer, Convolution)]
+        for layer, (conv, norm) in zip(layers, names[-len(layers) :], strict=True):
             _load(layer, tensors, f"_blocks.{i}.{conv}", f"_blocks.{i}.{norm}", path)
     return network.eval()
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import io
 import pickletools
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -43,12 +44,9 @@ def read_legacy(path: str | Path, sha256: str) -> dict[str, Tensor]:
         [str(value) for code, value, _ in pickletools.genops(stream) if code.name == "BINUNICODE"]
         for _ in range(_PICKLES)
     ]
-    known, names = set(keys), dict[str, str]()
-    for word in words:
-        if word in known:
-            names[word] = last
-        elif word not in ("storage", "cpu"):  # part of the description of the first storage
-            last = word
+    words = [word for word in words if word not in ("storage", "cpu")]  # of the description of the first storage
+    known = set(keys)
+    names = {key: name for name, key in pairwise(words) if key in known}
     tensors = {}
     for key in keys:
         count, start = int.from_bytes(stream.read(8), "little"), stream.tell()
