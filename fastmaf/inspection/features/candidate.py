@@ -126,7 +126,7 @@ def fit_features(
     """
     sets = [pixels, *(defects.pixels for defects in drawn)]
     n = len(pixels)
-    folds = k_fold(n, min(FOLDS, n), seed) if groups is None else group_folds(groups, FOLDS)
+    folds = _folds(n, groups, seed)
     known, grid = [], (0, 0)
     with Progress("computing features", "image", total=n * len(sets), show=progress) as bar:
         for images in sets:
@@ -142,7 +142,7 @@ def fit_features(
 
 
 @fastmaf.torch_defaults()
-def fit_precomputed(maps: Any, *, seed: int = 0) -> FeatureCandidate:
+def fit_precomputed(maps: Any, *, groups: Sequence[str] | None = None, seed: int = 0) -> FeatureCandidate:
     """Fits Gaussians to feature maps that were computed elsewhere, as ``fastmaf.inspection.features.extractor.Maps``.
 
     Whether there is one for each location or one for all is decided by the likelihood of held-out images.
@@ -154,8 +154,16 @@ def fit_precomputed(maps: Any, *, seed: int = 0) -> FeatureCandidate:
     if len(features) < 3:
         raise ValueError(f"features must be of at least 3 good images; found {len(features)}")
     grid = (features.shape[2], features.shape[3])
-    known, folds = [(features, features.flatten(2))], k_fold(len(features), min(FOLDS, len(features)), seed)
+    known, folds = [(features, features.flatten(2))], _folds(len(features), groups, seed)
     return _fitted(Extractor(None, None, _MAP_SIDE), known, np.empty(0, str), folds, grid)
+
+
+def _folds(n: int, groups: Sequence[str] | None, seed: int) -> list[np.ndarray]:
+    if groups is None:
+        return k_fold(n, min(FOLDS, n), seed)
+    if len(groups) != n:
+        raise ValueError(f"groups must name the group of each of {n} images; found {len(groups)}")
+    return group_folds(groups, FOLDS)
 
 
 def _fitted(
@@ -178,14 +186,14 @@ def _fitted(
             drawn_aurocs[kind] = float(np.mean(list(kind_aurocs(scores, np.concatenate(others), kinds).values())))
     chosen = max(drawn_aurocs, key=lambda k: drawn_aurocs[k]) if drawn_aurocs else min(nll, key=lambda k: nll[k])
     gaussians, good = found[chosen]
-    statistics = DistanceStatistics.of(good)
-    maps = [anomaly_maps(part, statistics, grid, extractor.size, 1.0) for part in good.split(_BATCH)]
-    unit = float(sum(part.double().square().sum() for part in maps) / (len(good) * extractor.size**2)) ** 0.5 or 1.0
-    levels = torch.cat([part.flatten() for part in maps]) / unit
+    maps = np.empty((len(good), extractor.size, extractor.size), np.float32)
+    for fold, others in zip(folds, _statistics(good, folds), strict=True):
+        maps[fold] = anomaly_maps(good[fold], others, grid, extractor.size, 1.0).numpy()
+    unit = float(np.sqrt(np.square(maps, dtype=np.float64).mean())) or 1.0
     figures: dict[str, Any] = {
         "images": len(good),
         "images_of_folds": [len(fold) for fold in folds],
-        "map_levels": [max(0.0, float(np.quantile(levels.numpy(), 0.99))), max(0.0, float(levels.max()))],
+        "map_levels": [max(0.0, float(level)) for level in (np.quantile(maps, 0.99) / unit, maps.max() / unit)],
         "features": {
             "network": extractor.label,
             "channels": known[0][1].shape[1],

@@ -17,6 +17,9 @@ from fastmaf.inspection.features import efficientnet_lite
 SIZE = 256
 """Side in pixels of the square images that features are computed from."""
 
+PRECOMPUTED = "precomputed"
+"""Given instead of a network: features were computed elsewhere."""
+
 _LARGEST_GRID = 16
 _MOST_CHANNELS = 256
 
@@ -42,7 +45,7 @@ class Extractor:
     @property
     def label(self) -> str:
         """For reports."""
-        return self.name or ("precomputed features" if self.network is None else type(self.network).__name__)
+        return self.name or (f"{PRECOMPUTED} features" if self.network is None else type(self.network).__name__)
 
     @torch.no_grad()
     def __call__(self, pixels: Tensor) -> Tensor:

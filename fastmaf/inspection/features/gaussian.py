@@ -106,7 +106,7 @@ def fit_gaussians(x: Tensor, folds: Sequence[np.ndarray], *, pooled: bool) -> Fo
 
     def fitted(moments: Moments) -> LocationGaussian:
         standard = _gaussian(moments, shrinkage)
-        return LocationGaussian(standard.mean * spread + offset, standard.factor / spread)
+        return LocationGaussian(standard.mean * spread + offset, (standard.factor / spread).contiguous())
 
     return Folds([fitted(whole.without(part)) for part in parts], fitted(whole), shrinkage)
 
