@@ -54,6 +54,11 @@ class Fitted:
     log: Log
     seconds: dict[str, float]
 
+    @property
+    def density(self) -> InspectionModel:
+        """The model whose NLL is reported."""
+        return self.model
+
 
 @fastmaf.torch_defaults()
 @free_threads()
@@ -63,6 +68,8 @@ def fit(
     *,
     double: Tensor | None = None,
     groups: Sequence[str] | None = None,
+    every_fold: bool = False,
+    check_order: bool = True,
     progress: bool = True,
 ) -> Fitted:
     """Fits an inspection model to good images and calibrates it at a false-alarm rate of 5%.
@@ -77,6 +84,9 @@ def fit(
             copies are made; None to interpolate ``pixels``, which blurs them.
         groups: the group of each image, such as its part, batch or day; folds then hold out whole groups, so that
             scores, threshold and choices are those for images of new groups. None: folds are random.
+        every_fold: train blocks without each fold, too, where ``blocks="auto"`` would train them without the first
+            alone: for the fold models' densities.
+        check_order: warn where neighbouring images are alike.
         progress: show a progress bar.
 
     Raises:
@@ -106,9 +116,10 @@ def fit(
         raise ValueError(f"groups must name the group of each of {len(x)} images; found {len(groups)}")
     folds = k_fold(len(x), asked.folds, asked.seed) if groups is None else group_folds(groups, asked.folds)
     asked = replace(asked, folds=len(folds))
-    if groups is None and (warning := order_matters(images, asked.folds, asked.seed)):
+    if check_order and groups is None and (warning := order_matters(images, asked.folds, asked.seed)):
         warnings.warn(warning, stacklevel=4)
-    steps = count_fits(asked, len(x)) + asked.folds * bool(asked.most_blocks)
+    every_fold = every_fold or asked.blocks != "auto" or (asked.score is not None and asked.score.source == "flow")
+    steps = count_fits(asked, len(x)) + (asked.folds if every_fold else 1) * bool(asked.most_blocks)
     times = [time.perf_counter()]
     with Progress("fitting", "model", total=steps, show=progress) as bar:
         recipe, whitenings, augmentation_figures = select_augmentation(Normals(x, double), folds, asked, bar.update)
@@ -120,7 +131,7 @@ def fit(
             z[fold] = fold_whitening(y[fold])[0]
         flows = [fastmaf.Flow(recipe.features, [*first, fold_whitening]).eval() for fold_whitening in whitenings.folds]
         models = OutOfFoldModels(folds, flows)
-        kept, models, log, block_figures = select_blocks(x, z, models, recipe, bar.update)
+        kept, models, log, block_figures = select_blocks(x, z, models, recipe, bar.update, every_fold=every_fold)
         recipe = replace(recipe, blocks=kept)
         flow = (
             fastmaf.Flow(recipe.features, [*first, whitenings.whole, *fit_blocks(z, recipe)])
