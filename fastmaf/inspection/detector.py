@@ -70,8 +70,8 @@ class Detector(OutlierMixin, BaseEstimator):
         features: images only: None for a model of pixels alone, fitted from scratch; ``"efficientnet-lite0"``, a
             pretrained network that ``fastmaf[features]`` brings; or any torch module that takes RGB on [0, 1], float32
             ``[n, 3, 256, 256]``, and returns feature maps ``[n, c, h, w]``, or several. Then a Gaussian of the features
-            is fitted, too, and it, the model of pixels or the sum of both is taken, whichever is best on synthetic
-            defects. ``"precomputed"``: X holds feature maps instead of images, and there is no model of pixels.
+            is fitted, too, and used alone, or together with the model of pixels if that is better on synthetic defects.
+            ``"precomputed"``: X holds feature maps instead of images, and there is no model of pixels.
 
     Attributes:
         model_: an ``AnomalyModel`` for images, usually ``InspectionModel``, or ``RowModel``.
@@ -159,9 +159,8 @@ class Detector(OutlierMixin, BaseEstimator):
         if images:
             labels = None if groups is None else [str(group) for group in groups]
             if extractor is not None:
-                return self._calibrated(
-                    fit_with_features(samples, recipe, extractor, groups=labels, progress=self.verbose).choice.model
-                )
+                options: Any = {"groups": labels, "progress": self.verbose}
+                return self._calibrated(fit_with_features(samples, (self.size,), recipe, extractor, **options).model)
             return self._calibrated(fit(samples, recipe, double=double, groups=labels, progress=self.verbose).model)
         self.model_, scores = fit_rows(samples, self.rank, folds, seed)
         self.calibration_ = Calibration(scores, self.false_alarm, self.confidence, "k-fold", folds)

@@ -174,25 +174,26 @@ def _fitted(
     grid: tuple[int, int],
 ) -> FeatureCandidate:
     """Returns the better candidate of a Gaussian per location and one for all."""
-    found, drawn_aurocs, nll = {}, dict[str, float](), dict[str, float]()
+    found, drawn_aurocs, nlls = {}, dict[str, float](), dict[str, list[Tensor]]()
     for kind in (PER_LOCATION, POOLED):
         gaussians = fit_gaussians(known[0][1], folds, pooled=kind == POOLED)
         good, *defects = [_held_out(x, folds, gaussians) for _, x in known]
         found[kind] = gaussians, good
-        nlls = [gaussian.nll(good[fold]) for gaussian, fold in zip(gaussians.folds, folds, strict=True)]
-        nll[kind] = float(torch.cat(nlls).mean())
+        nlls[kind] = [gaussian.nll(good[fold]) for gaussian, fold in zip(gaussians.folds, folds, strict=True)]
         if defects:
             scores, *others = [_scores(x, good, folds) for x in (good, *defects)]
             drawn_aurocs[kind] = float(np.mean(list(kind_aurocs(scores, np.concatenate(others), kinds).values())))
+    nll = {kind: float(torch.cat(of_folds).mean()) for kind, of_folds in nlls.items()}
     chosen = max(drawn_aurocs, key=lambda k: drawn_aurocs[k]) if drawn_aurocs else min(nll, key=lambda k: nll[k])
     gaussians, good = found[chosen]
     maps = np.empty((len(good), extractor.size, extractor.size), np.float32)
-    for fold, others in zip(folds, _statistics(good, folds), strict=True):
-        maps[fold] = anomaly_maps(good[fold], others, grid, extractor.size, 1.0).numpy()
+    for fold, statistics in zip(folds, _statistics(good, folds), strict=True):
+        maps[fold] = anomaly_maps(good[fold], statistics, grid, extractor.size, 1.0).numpy()
     unit = float(np.sqrt(np.square(maps, dtype=np.float64).mean())) or 1.0
     figures: dict[str, Any] = {
         "images": len(good),
         "images_of_folds": [len(fold) for fold in folds],
+        "held_out_nll_of_folds": [float(of_fold.mean()) for of_fold in nlls[chosen]],
         "map_levels": [max(0.0, float(level)) for level in (np.quantile(maps, 0.99) / unit, maps.max() / unit)],
         "features": {
             "network": extractor.label,

@@ -14,10 +14,11 @@ from torch import Tensor, nn
 from fastmaf import Detector
 from fastmaf.inspection.combined import CombinedModel
 from fastmaf.inspection.features.extractor import Extractor
-from fastmaf.inspection.features.fit import FittedBoth, fit_with_features
+from fastmaf.inspection.features.fit import fit_with_features
 from fastmaf.inspection.features.model import FeatureModel
 from fastmaf.inspection.recipe import Recipe
 from fastmaf.inspection.scoring.settings import AnomalyMapConfig, ScoreSettings
+from fastmaf.inspection.sizes import FittedSizes
 from tests.inspection.features.conftest import TwoMaps
 
 RECIPE = Recipe(16, 8, "none", blocks=0, folds=3, score=ScoreSettings(), map_config=AnomalyMapConfig(factors=4))
@@ -25,20 +26,22 @@ SMALL: dict[str, Any] = {"size": 16, "rank": 8, "blocks": 0, "folds": 3}
 
 
 @pytest.fixture(scope="module")
-def both(pixels: Tensor) -> FittedBoth:
-    return fit_with_features(pixels, RECIPE, Extractor(TwoMaps(), size=32), progress=False)
+def both(pixels: Tensor) -> FittedSizes:
+    return fit_with_features(pixels, (8, 16), RECIPE, Extractor(TwoMaps(), size=32), progress=False)
 
 
-def test_both_are_compared_on_the_same_defects(both: FittedBoth, pixels: Tensor) -> None:
-    areas = both.choice.figures["drawn_auroc_of_candidates"]
-    assert {"16 pixels", "TwoMaps"} <= set(areas) and both.choice.figures["chosen"] in areas
-    model = both.choice.model
-    assert model.size == 32 and model.predict(pixels[:2]).anomaly_maps.shape == (2, 32, 32)
+def test_the_features_are_used_and_pixels_are_added_where_the_sum_is_better(both: FittedSizes, pixels: Tensor) -> None:
+    about = both.model.about
+    areas, chosen = about["drawn_auroc_of_candidates"], about["chosen"]
+    assert {"8 pixels", "16 pixels", "TwoMaps"} <= set(areas) and "TwoMaps" in chosen.split(" + ")
+    assert all(areas[chosen] >= areas[name] for name in areas if name.split(" + ")[-1] == "TwoMaps" and name in chosen)
+    assert both.model.size == 32 and both.model.predict(pixels[:2]).anomaly_maps.shape == (2, 32, 32)
+    assert both.density.size == 8 and list(both.seconds) == ["8 pixels", "16 pixels", "TwoMaps", "choice"]
 
 
-def test_the_size_is_at_most_that_of_the_features(pixels: Tensor) -> None:
+def test_sizes_are_at_most_that_of_the_features(pixels: Tensor) -> None:
     with pytest.raises(ValueError, match="at most that of the features, 32; found 64"):
-        fit_with_features(pixels, Recipe(64), Extractor(TwoMaps(), size=32), progress=False)
+        fit_with_features(pixels, (16, 64), RECIPE, Extractor(TwoMaps(), size=32), progress=False)
 
 
 class Pooled(nn.Module):

@@ -131,6 +131,7 @@ def test_the_commands_take_a_model_of_features(data: Path, file: Path, tmp_path:
     assert calibrate(file, 0.2, say=silent).false_alarm == 0.2
     assert recalibrate(file, [str(data / "train" / "good")], 0.1, progress=False, say=silent).how == "split"
     result = evaluate(file, data, tmp_path / "out", progress=False, say=silent)
+    assert "176 channels of efficientnet-lite0" in (tmp_path / "out" / "report.html").read_text("utf-8")
     assert result.rows[0].name == "features of efficientnet-lite0"
 
 
