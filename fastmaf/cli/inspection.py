@@ -34,6 +34,13 @@ def fit(
     budget: Annotated[
         float, typer.Option(min=0, metavar="SECONDS", help="Time for the models of --size auto; from 300 on, 256 too.")
     ] = 120,
+    features: Annotated[
+        str | None,
+        typer.Option(
+            metavar="efficientnet-lite0",
+            help="Use the features of this pretrained network, too; needs fastmaf[features]. Default: from scratch.",
+        ),
+    ] = None,
     dequantize: Annotated[
         bool, typer.Option("--dequantize", help="Spread each 8-bit value evenly over its bin for fitting.")
     ] = False,
@@ -63,15 +70,19 @@ def fit(
 
     Writes model.safetensors, training_log.csv and report.html.
     """
+    from fastmaf.inspection.features.extractor import check_name
     from fastmaf.inspection.recipe import Recipe
 
     with checked_settings():
+        if features is not None:
+            check_name(features)
         recipe = Recipe(size=64 if size == "auto" else int(size), seed=seed, dequantize=dequantize, logit=logit)
     from fastmaf.inspection.workflow.fit import fit as run
 
     settings: Any = {"keep_folds": keep_folds, "skip_bad": skip_bad, "progress": not quiet}
     sizes: Any = "auto" if size == "auto" else None
-    result = run(data, out, recipe, sizes=sizes, budget=budget, group_by=group_by, **settings, say=say_aside)
+    settings |= {"sizes": sizes, "budget": budget, "features": features, "group_by": group_by}
+    result = run(data, out, recipe, **settings, say=say_aside)
     say_or_aside(as_json)(result.describe(explain))
     if as_json:
         say_json(result.summary())

@@ -16,14 +16,41 @@ from fastmaf.io.wording import count
 def decisions(model: AnomalyModel, explain: bool = False) -> dict[str, str]:
     """Returns what the fit of a model selected and why, by name; with ``explain`` the figures that decided it."""
     selected = {"model": _candidate(model.about, explain)}
-    if isinstance(model, InspectionModel):
-        selected |= _of_pixels(model, explain)
-    elif isinstance(model, CombinedModel):
+    if isinstance(model, CombinedModel):
         for standard, part in zip(model.standards, model.parts, strict=True):
-            of_part = _of_pixels(part, explain) if isinstance(part, InspectionModel) else {}
+            of_part = _of_part(part, explain)
             selected |= {f"{standard.name}, {name}": text for name, text in of_part.items() if name != "groups"}
+    else:
+        selected |= _of_part(model, explain)
     selected["groups"] = model.about.get("groups")
     return {name: text for name, text in selected.items() if text is not None}
+
+
+def _of_part(model: AnomalyModel, explain: bool) -> dict[str, str | None]:
+    if isinstance(model, InspectionModel):
+        return _of_pixels(model, explain)
+    return {"features": _features(model.about, explain)}
+
+
+def _features(about: Mapping[str, Any], explain: bool) -> str | None:
+    """Returns which features a model is of, and which Gaussian of them was chosen."""
+    if (found := about.get("features")) is None:
+        return None
+    rows, columns = found["grid"]
+    text = f"{found['channels']} channels of {found['network']} at {rows} x {columns} locations; one Gaussian "
+    text += found["gaussian"]
+    if found["shrinkage"] is not None:
+        text += f", {found['shrinkage']:.0%} of its covariance from the mean of all"
+    areas, nll = about.get("drawn_auroc_of_gaussians"), about.get("held_out_nll_of_gaussians")
+    if explain and areas:
+        text += (
+            f" (image AUROC on synthetic defects: {', '.join(f'{name} {area:.3f}' for name, area in areas.items())})"
+        )
+    elif explain and nll:
+        text += (
+            f" (NLL of held-out images, in nats: {', '.join(f'{name} {value:,.0f}' for name, value in nll.items())})"
+        )
+    return text
 
 
 def _of_pixels(model: InspectionModel, explain: bool) -> dict[str, str | None]:

@@ -14,14 +14,18 @@ import torch
 from sklearn.base import BaseEstimator, OutlierMixin
 from sklearn.utils import check_random_state
 from sklearn.utils.validation import check_is_fitted
-from torch import Tensor
+from torch import Tensor, nn
 
 import fastmaf
 from fastmaf.images.decode import DataError, load_frame, resized
 from fastmaf.inspection.calibration import Calibration
+from fastmaf.inspection.features.candidate import fit_precomputed
+from fastmaf.inspection.features.extractor import PRECOMPUTED, extractor_of, on_grid
+from fastmaf.inspection.features.fit import fit_with_features
+from fastmaf.inspection.features.model import FeatureModel
 from fastmaf.inspection.fit import fit
 from fastmaf.inspection.interface import AnomalyModel, maps_of, scores_of
-from fastmaf.inspection.model import InspectionModel, load_inspection
+from fastmaf.inspection.model import InspectionModel, Prediction, load_inspection
 from fastmaf.inspection.recipe import Recipe
 from fastmaf.inspection.row_model import RowModel, fit_rows
 from fastmaf.io.marks import is_output
@@ -48,7 +52,8 @@ class Detector(OutlierMixin, BaseEstimator):
 
     - images: uint8 ``[n, h, w, 3]``, an array, a tensor or a sequence of ``[h, w, 3]`` of any sizes, R, G, B; or a
       sequence of paths of image files. They are resized to ``size``;
-    - or rows: finite numbers ``[n, D]``.
+    - or rows: finite numbers ``[n, D]``;
+    - or, with ``features="precomputed"``, feature maps: ``[n, c, h, w]``, or a sequence of such.
 
     Args:
         size: images only: side in pixels of the square that each is resized to.
@@ -62,6 +67,11 @@ class Detector(OutlierMixin, BaseEstimator):
         confidence: None, or the probability with which this calibration set keeps that rate.
         random_state: of folds and blocks. By default the same samples give the same model.
         verbose: images only: show a progress bar.
+        features: images only: None for a model of pixels alone, fitted from scratch; ``"efficientnet-lite0"``, a
+            pretrained network that ``fastmaf[features]`` brings; or any torch module that takes RGB on [0, 1], float32
+            ``[n, 3, 256, 256]``, and returns feature maps ``[n, c, h, w]``, or several. Then a Gaussian of the features
+            is fitted, too, and used alone, or together with the model of pixels if that is better on synthetic defects.
+            ``"precomputed"``: X holds feature maps instead of images, and there is no model of pixels.
 
     Attributes:
         model_: an ``AnomalyModel`` for images, usually ``InspectionModel``, or ``RowModel``.
@@ -89,6 +99,7 @@ class Detector(OutlierMixin, BaseEstimator):
         confidence: float | None = None,
         random_state: int | np.random.RandomState | None = 0,
         verbose: bool = False,
+        features: nn.Module | str | None = None,
     ) -> None:
         self.size = size
         self.rank = rank
@@ -99,6 +110,7 @@ class Detector(OutlierMixin, BaseEstimator):
         self.confidence = confidence
         self.random_state = random_state
         self.verbose = verbose
+        self.features = features
 
     @fastmaf.torch_defaults()
     def fit(self, X: Any, y: Any = None, groups: Sequence[Any] | None = None) -> Detector:
@@ -120,11 +132,18 @@ class Detector(OutlierMixin, BaseEstimator):
         Calibration(np.zeros(1), self.false_alarm, self.confidence, "split")  # reports an invalid rate before fitting
         given = self.random_state
         seed = int(given if isinstance(given, Integral) else check_random_state(given).randint(2**31 - 1))
+        if self.features == PRECOMPUTED:
+            labels = None if groups is None else [str(group) for group in groups]
+            return self._calibrated(fit_precomputed(X, groups=labels, seed=seed).model())
         images = _are_images(X)
+        if self.features is not None and not images:
+            raise ValueError("features are of images: X holds rows" + _found(X))
+        extractor = None if self.features is None else extractor_of(self.features)
         if groups is not None and not images:
             raise ValueError("groups are for images: rows are held out at random")
         if images:
-            samples, double = _pixels(X, self.size, double=True)
+            size, own = (self.size, True) if extractor is None else (extractor.size, False)
+            samples, double = _pixels(X, size, double=own)
         else:
             samples, double = self._rows(X, ensure_min_samples=2), None
         n = len(samples)
@@ -139,11 +158,12 @@ class Detector(OutlierMixin, BaseEstimator):
         self.model_: AnomalyModel | RowModel
         if images:
             labels = None if groups is None else [str(group) for group in groups]
-            model = fit(samples, recipe, double=double, groups=labels, progress=self.verbose).model
-            self._use(model.with_calibration(model.calibration.with_rate(self.false_alarm, self.confidence)))
-        else:
-            self.model_, scores = fit_rows(samples, self.rank, folds, seed)
-            self.calibration_ = Calibration(scores, self.false_alarm, self.confidence, "k-fold", folds)
+            if extractor is not None:
+                options: Any = {"groups": labels, "progress": self.verbose}
+                return self._calibrated(fit_with_features(samples, (self.size,), recipe, extractor, **options).model)
+            return self._calibrated(fit(samples, recipe, double=double, groups=labels, progress=self.verbose).model)
+        self.model_, scores = fit_rows(samples, self.rank, folds, seed)
+        self.calibration_ = Calibration(scores, self.false_alarm, self.confidence, "k-fold", folds)
         self.offset_ = -self.calibration_.threshold
         return self
 
@@ -151,6 +171,8 @@ class Detector(OutlierMixin, BaseEstimator):
     def anomaly_score(self, X: Any) -> np.ndarray:
         """Returns anomaly scores, float64 [n], higher is more anomalous; for rows in nats."""
         check_is_fitted(self)
+        if (of_features := self._of_precomputed(X)) is not None:
+            return of_features.scores
         if not isinstance(self.model_, RowModel):
             return scores_of(self.model_, self._images(X))
         if _are_images(X):
@@ -176,15 +198,22 @@ class Detector(OutlierMixin, BaseEstimator):
 
     @fastmaf.torch_defaults()
     def anomaly_map(self, X: Any) -> np.ndarray:
-        """Returns anomaly maps of images, float32 [n, size, size], higher is more anomalous."""
+        """Returns anomaly maps of images, float32 [n, s, s], higher is more anomalous.
+
+        s is the size, 256 with ``features``, and 64 with ``features="precomputed"``.
+        """
         check_is_fitted(self)
         if isinstance(self.model_, RowModel):
             raise ValueError("anomaly maps need images: this detector was fitted to rows")
+        if (of_features := self._of_precomputed(X)) is not None:
+            return of_features.anomaly_maps
         return maps_of(self.model_, self._images(X))
 
     @fastmaf.torch_defaults()
     def save(self, path: str | Path, *, card: str | Path | None = None) -> None:
         """Writes a detector of images to one safetensors file, which the command line can read.
+
+        One with features of a module of your own cannot be saved.
 
         Args:
             path: the file.
@@ -208,6 +237,17 @@ class Detector(OutlierMixin, BaseEstimator):
         detector = cls(size=model.size, random_state=recipe.get("seed", 0), **known, **rate)
         detector._use(model)
         return detector
+
+    def _calibrated(self, model: AnomalyModel) -> Detector:
+        self._use(model.with_calibration(model.calibration.with_rate(self.false_alarm, self.confidence)))
+        return self
+
+    def _of_precomputed(self, X: Any) -> Prediction | None:
+        """Returns the prediction for feature maps, if the detector was fitted to such."""
+        model = self.model_
+        if not isinstance(model, FeatureModel) or model.extractor.network is not None:
+            return None
+        return model.predict_features(on_grid(X))
 
     def _use(self, model: AnomalyModel) -> None:
         self.model_, self.calibration_ = model, model.calibration

@@ -18,6 +18,7 @@ from fastmaf.images.dataset import ImageSet, to_unit
 from fastmaf.images.progress import track
 from fastmaf.inspection.baselines import all_baselines
 from fastmaf.inspection.combined import CombinedModel, enlarged
+from fastmaf.inspection.features.model import FeatureModel
 from fastmaf.inspection.interface import AnomalyModel
 from fastmaf.inspection.masks import LabelledSet
 from fastmaf.inspection.model import InspectionModel, Prediction
@@ -113,6 +114,8 @@ def _model_scores(
     """Returns all scores of the model, its own first."""
     if isinstance(model, InspectionModel):
         return _scores_of_pixels(model, images, prediction, fold_models)
+    if isinstance(model, FeatureModel):
+        return [(f"features of {model.extractor.label}", "score", prediction.scores, prediction.anomaly_maps)]
     if not isinstance(model, CombinedModel):
         return [("score", "score", prediction.scores, prediction.anomaly_maps)]
     name = "sum of standardised scores" if len(model.parts) > 1 else model.standards[0].name

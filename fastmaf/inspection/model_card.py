@@ -47,6 +47,18 @@ def combined_card(
     return _card(path, details, calibration, about)
 
 
+def features_card(
+    path: str | Path, size: int, calibration: Calibration, about: Mapping[str, Any], network: str
+) -> ModelCard:
+    """Returns the card of a model of the features of this network; other arguments as ``inspection_card``."""
+    details = {
+        "Class": "Gaussian of features",
+        "Features": network,
+        "Images": f"RGB, resized to {size} × {size} pixels",
+    }
+    return _card(path, details, calibration, about)
+
+
 def _card(
     path: str | Path, details: Mapping[str, str], calibration: Calibration, about: Mapping[str, Any]
 ) -> ModelCard:

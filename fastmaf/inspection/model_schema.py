@@ -33,11 +33,20 @@ _TRAINING = {
 }
 _MAPS = (
     *("drawn_auroc_of_candidates", "held_out_nll_of_augmentations", "drawn_auroc", "drawn_auroc_of_baselines"),
-    *("drawn_maps", "seconds"),
+    *("drawn_maps", "seconds", "drawn_auroc_of_gaussians", "held_out_nll_of_gaussians"),
+)
+_FEATURES = Record(
+    {
+        "network": Text(),
+        "channels": Whole(1),
+        "grid": ListOf(Whole(1), shortest=2, longest=2),
+        "gaussian": Text(),
+        "shrinkage": Maybe(Number(low=0, high=1)),
+    }
 )
 ABOUT = Record(
     {"map_levels": ListOf(Number(low=0, high=1e9), shortest=2, longest=2)},
-    {**_TRAINING, **dict.fromkeys(_MAPS, MapOf(Number())), "log": ListOf(_ROW)},
+    {**_TRAINING, **dict.fromkeys(_MAPS, MapOf(Number())), "log": ListOf(_ROW), "features": _FEATURES},
     others=Anything(),
 )
 _MODEL = Record(

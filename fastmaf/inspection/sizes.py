@@ -10,6 +10,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 from torch import Tensor
 
@@ -39,7 +40,7 @@ class FittedSizes:
     """What ``fit_sizes`` chose.
 
     Attributes:
-        model: of one size, or a ``CombinedModel``.
+        model: of one size, or a ``CombinedModel``; also with or of features, see ``fastmaf.inspection.features.fit``.
         candidates: the fits, of ascending size.
         skipped: sizes that the time did not suffice for.
         seconds: duration of each fit, and of the choice.
@@ -106,7 +107,29 @@ def fit_sizes(
     recipe, side = recipe or Recipe(), int(pixels.shape[-1])
     if list(sizes) != sorted(set(sizes)) or not sizes or sizes[-1] != side:
         raise ValueError(f"sizes must ascend to {side}, the side of the images; found {tuple(sizes)}")
-    started = time.perf_counter()
+    options: Any = {"double": double, "groups": groups, "every_fold": every_fold, "progress": progress}
+    candidates, seconds = fit_each(pixels, sizes, recipe, budget=budget, **options)
+    begun = time.perf_counter()
+    model = _chosen(candidates, pixels, recipe.seed)
+    seconds["choice"] = time.perf_counter() - begun
+    skipped = tuple(sizes[len(candidates) :])
+    model.about["skipped_sizes"] = list(skipped)
+    return FittedSizes(model, tuple(candidates), skipped, seconds)
+
+
+def fit_each(
+    pixels: Tensor,
+    sizes: Sequence[int],
+    recipe: Recipe,
+    *,
+    double: Tensor | None,
+    groups: Sequence[str] | None,
+    every_fold: bool,
+    budget: float,
+    progress: bool,
+) -> tuple[list[PixelCandidate], dict[str, float]]:
+    """Returns fits of several sizes, at most that of the images, and their durations; arguments as ``fit_sizes``."""
+    side, started = int(pixels.shape[-1]), time.perf_counter()
     candidates: list[PixelCandidate] = []
     seconds: dict[str, float] = {}
     for size in sizes:
@@ -125,12 +148,7 @@ def fit_sizes(
         )
         candidates.append(PixelCandidate(fitted))
         seconds[candidates[-1].name] = time.perf_counter() - started - so_far
-    begun = time.perf_counter()
-    model = _chosen(candidates, pixels, recipe.seed)
-    seconds["choice"] = time.perf_counter() - begun
-    skipped = tuple(sizes[len(candidates) :])
-    model.about["skipped_sizes"] = list(skipped)
-    return FittedSizes(model, tuple(candidates), skipped, seconds)
+    return candidates, seconds
 
 
 def _following(recipe: Recipe, first: Fitted, size: int) -> Recipe:

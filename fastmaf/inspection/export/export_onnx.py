@@ -19,6 +19,7 @@ from fastmaf.inspection.calibration import Calibration
 from fastmaf.inspection.combined import CombinedModel
 from fastmaf.inspection.export.graph import inspection_graph
 from fastmaf.inspection.export.graph_builder import ExportError, require
+from fastmaf.inspection.features.model import FeatureModel
 from fastmaf.inspection.interface import AnomalyModel
 from fastmaf.inspection.model import InspectionModel
 from fastmaf.inspection.workflow.score import VERDICTS, ImageRow, predict_row
@@ -221,8 +222,10 @@ def _compared(
 
 
 def _features(model: AnomalyModel) -> int:
-    """Returns D of the flow that the NLL is of; other models than these have no graph."""
+    """Returns how many numbers the NLL is of; other models than these have no graph."""
     first = model.parts[0] if isinstance(model, CombinedModel) else model
+    if isinstance(first, FeatureModel):
+        return len(first.statistics.mean) * first.gaussian.mean.shape[1]
     assert isinstance(first, InspectionModel)
     return first.flow.features
 

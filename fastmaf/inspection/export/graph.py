@@ -17,9 +17,11 @@ from torch import Tensor
 
 import fastmaf
 from fastmaf.inspection.combined import CombinedModel, enlarged
+from fastmaf.inspection.export.features import feature_results
 from fastmaf.inspection.export.graph_builder import ExportError, Graph, Value
 from fastmaf.inspection.export.resize import resized
 from fastmaf.inspection.export.transforms import flow_steps, unexplained
+from fastmaf.inspection.features.model import FeatureModel
 from fastmaf.inspection.interface import AnomalyModel
 from fastmaf.inspection.model import InspectionModel
 from fastmaf.inspection.scoring.float64_flow import first_part
@@ -104,6 +106,11 @@ def _(model: CombinedModel, planes: Value) -> _Results:
         maps.append(anomaly_map / standard.map_unit)
         nlls.append(nll)
     return _Results(reduce(operator.add, scores), reduce(operator.add, maps), nlls[0])
+
+
+@_results.register
+def _(model: FeatureModel, planes: Value) -> _Results:
+    return _Results(*feature_results(model, planes))
 
 
 def _enlarging(side: int, size: int) -> Tensor:

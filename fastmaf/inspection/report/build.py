@@ -90,7 +90,7 @@ def _training(model: AnomalyModel) -> Training | None:
         parts = [(f"{s.name}, ", part.about) for s, part in zip(model.standards, model.parts, strict=True)]
     for prefix, of_part in parts:
         settings |= {f"{prefix}{name}": text for name, text in _settings(of_part).items()}
-    if not settings:
+    if not settings and "features" not in about:
         return None
     settings |= decisions(model, explain=True)
     settings |= {f"seconds for {stage}": f"{value:.1f}" for stage, value in about.get("seconds", {}).items()}

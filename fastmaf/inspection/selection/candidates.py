@@ -47,7 +47,12 @@ class Choice(NamedTuple):
 
 @fastmaf.torch_defaults()
 def choose_candidate(
-    candidates: Sequence[Candidate], pixels: Tensor, drawn: Sequence[SyntheticDefects], *, false_alarm: float = 0.05
+    candidates: Sequence[Candidate],
+    pixels: Tensor,
+    drawn: Sequence[SyntheticDefects],
+    *,
+    first: str | None = None,
+    false_alarm: float = 0.05,
 ) -> Choice:
     """Chooses the best of several candidates, or a combination of them, on synthetic defects.
 
@@ -55,6 +60,7 @@ def choose_candidate(
         candidates: fitted to ``reduced(pixels, candidate.size)``; of equal ones, the first is taken.
         pixels: the good images, uint8 ``[n, 3, s, s]``, at least of the largest candidate's size.
         drawn: the same images with a synthetic defect, once or more; see ``draw_defects``.
+        first: name of a candidate that is taken in any case, and to which others are added; None: the best one.
         false_alarm: the rate that a combined model is calibrated at.
 
     Returns:
@@ -62,11 +68,13 @@ def choose_candidate(
         ``CombinedModel`` of one part.
 
     Raises:
-        ValueError: there is no candidate, or two have the same name.
+        ValueError: there is no candidate, two have the same name, or ``first`` is none of them.
     """
     names = [candidate.name for candidate in candidates]
     if not names or len(set(names)) < len(names):
         raise ValueError(f"candidates: expected one or more, of different names; found {names}")
+    if first is not None and first not in names:
+        raise ValueError(f"first must be one of {names}; found {first!r}")
     size, kinds = int(pixels.shape[-1]), np.concatenate([defects.kinds for defects in drawn])
     sets = [pixels, *(defects.pixels for defects in drawn)]
     held: dict[str, HeldOut] = {}
@@ -76,7 +84,7 @@ def choose_candidate(
             small[candidate.size] = [reduced(images, candidate.size) for images in sets]
         held[candidate.name] = candidate.held_out(small[candidate.size])
     aurocs = {name: _auroc(result.scores, kinds) for name, result in held.items()}
-    chosen = [max(names, key=lambda name: aurocs[name])]
+    chosen = [first or max(names, key=lambda name: aurocs[name])]
     gain: tuple[float, float] | None = None
     while len(chosen) < len(names):
         sums = {name: _sum([held[other].scores for other in (*chosen, name)]) for name in names if name not in chosen}

@@ -13,6 +13,8 @@ import fastmaf
 from fastmaf.images.dataset import ImageSet, load_train
 from fastmaf.images.decode import DataError
 from fastmaf.inspection.calibration import Calibration
+from fastmaf.inspection.features.extractor import extractor_of
+from fastmaf.inspection.features.fit import fit_with_features
 from fastmaf.inspection.fit import FALSE_ALARM, Fitted
 from fastmaf.inspection.fit import fit as fit_model
 from fastmaf.inspection.fold_models import fold_model_files, replace_fold_models, save_fold_models
@@ -42,6 +44,7 @@ def fit(
     *,
     sizes: Literal["auto"] | None = None,
     budget: float = BUDGET,
+    features: str | None = None,
     group_by: str | None = None,
     keep_folds: bool = False,
     skip_bad: bool = False,
@@ -60,6 +63,8 @@ def fit(
         sizes: ``"auto"`` fits models of the sizes that the images hold, one after the other, and chooses among them and
             their combinations on drawn defects, whatever ``recipe.size``; see ``fit_sizes``. None: the recipe's size.
         budget: seconds that the models of ``sizes`` may take; from 300 on, 256 pixels are considered.
+        features: name of a pretrained network, ``"efficientnet-lite0"``, whose features are used, too; see
+            ``fastmaf.inspection.features.fit``. None: a model of pixels alone.
         group_by: which images were taken together; see ``group_labels``. None: random folds.
         keep_folds: write the fold models, too, so that ``fastmaf inspect eval`` can evaluate their ensemble.
 
@@ -67,17 +72,21 @@ def fit(
         DataError: the folder or a file in it is unsuitable, or there are too few images.
         DoesNotFitError: the disk has too little free space.
         InUseError: another process or thread is writing a run to ``out``.
+        MissingExtraError: the weights of the features' network are not installed.
         OSError: ``out`` cannot be written to; if a disk is full, the previous files stay.
         OutputError: ``out`` holds a file of another origin under the name of an output.
         ValueError: a setting is invalid, or ``out`` holds an unfinished run of the other recipe.
     """
     recipe, out = recipe or Recipe(), Path(out)
+    extractor = None if features is None else extractor_of(features)
     with run_folder(out, "fitting", LOG_FILE, REPORT_FILE):
         check_outputs(outputs_of(out, recipe.folds if keep_folds else 0))
         refuse_unfinished(out)
         reading: Any = {"skip_bad": skip_bad, "progress": progress, "say": say}
         wanted: tuple[int, ...]
-        if sizes is None:
+        if extractor is not None:
+            wanted, images = _load_for_features(data, recipe, extractor.size, sizes is not None, budget, **reading)
+        elif sizes is None:
             wanted, images = (recipe.size,), load_normals(data, recipe, **reading)
         else:
             wanted, images = _load_sizes(data, recipe, budget, **reading)
@@ -86,7 +95,10 @@ def fit(
         options: Any = {"double": images.double, "groups": groups, "every_fold": keep_folds, "progress": progress}
         fitted: Fitted | FittedSizes
         try:
-            if len(wanted) == 1:
+            if extractor is not None:
+                del options["double"]
+                fitted = fit_with_features(images.pixels, wanted, recipe, extractor, budget=budget, **options)
+            elif len(wanted) == 1:
                 fitted = fit_model(images.pixels, replace_field(recipe, size=wanted[0]), **options)
             else:
                 fitted = fit_sizes(images.pixels, wanted, recipe, budget=budget, **options)
@@ -124,6 +136,23 @@ def _load_sizes(
     if side < 2 * images.size:  # enlarged images hold no finer shifts
         images = replace_field(images, double=None)
     return wanted, _checked(images, recipe, say)
+
+
+def _load_for_features(
+    data: str | Path,
+    recipe: Recipe,
+    size: int,
+    several: bool,
+    budget: float,
+    *,
+    skip_bad: bool,
+    progress: bool,
+    say: Say,
+) -> tuple[tuple[int, ...], ImageSet]:
+    """Returns the sizes of the models of pixels, and the good images at the size of the features."""
+    images = load_train(data, size=size, skip_bad=skip_bad, progress=progress)
+    side = min(size, *(min(shape) for shape in images.shapes))
+    return sizes_for(side, budget) if several else (recipe.size,), _checked(images, recipe, say)
 
 
 def _checked(images: ImageSet, recipe: Recipe, say: Say) -> ImageSet:

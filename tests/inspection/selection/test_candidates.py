@@ -90,3 +90,12 @@ def test_the_same_scores_twice_are_not_combined(images: tuple[Tensor, list[Synth
 def test_names_must_differ(images: tuple[Tensor, list[SyntheticDefects]]) -> None:
     with pytest.raises(ValueError, match="of different names; found \\['a', 'a'\\]"):
         choose_candidate([Stub("a", 8, scores(0, 1)), Stub("a", 16, scores(0, 1))], *images)
+
+
+def test_a_candidate_that_is_taken_in_any_case(images: tuple[Tensor, list[SyntheticDefects]]) -> None:
+    good, worse = Stub("good", 16, scores(0, 2.0)), Stub("worse", 16, scores(1, 1.0))
+    assert choose_candidate([good, worse], *images, first="worse").names == ("good", "worse")
+    useless = Stub("useless", 16, scores(1, -1.0))
+    assert choose_candidate([useless, good], *images, first="good").names == ("good",)
+    with pytest.raises(ValueError, match="first must be one of .*; found 'none'"):
+        choose_candidate([good], *images, first="none")

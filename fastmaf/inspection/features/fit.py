@@ -1,0 +1,64 @@
+"""Fitting models of pixels beside one of features, and choosing whether both are used."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+
+from torch import Tensor
+
+import fastmaf
+from fastmaf.inspection.features.candidate import fit_features
+from fastmaf.inspection.features.extractor import Extractor
+from fastmaf.inspection.free_threads import free_threads
+from fastmaf.inspection.recipe import Recipe
+from fastmaf.inspection.selection.candidates import choose_candidate
+from fastmaf.inspection.sizes import BUDGET, FittedSizes, fit_each
+from fastmaf.inspection.synthetic_defects.draw import draw_defects
+
+
+@fastmaf.torch_defaults()
+@free_threads()
+def fit_with_features(
+    pixels: Tensor,
+    sizes: Sequence[int],
+    recipe: Recipe,
+    extractor: Extractor,
+    *,
+    groups: Sequence[str] | None = None,
+    every_fold: bool = False,
+    budget: float = BUDGET,
+    progress: bool = True,
+) -> FittedSizes:
+    """Fits models of pixels and one of features, which is used in any case.
+
+    A model of pixels is added if the sum of the standardised scores is better on synthetic defects. Whether the
+    features are worth their time is not decided on these: they are changes of pixels, at which a density of pixels is
+    best, while features also tell what such defects do not show, such as another shape or print.
+
+    Args:
+        pixels: good images, uint8 ``[n, 3, s, s]`` with s the size of the extractor; they are reduced for the pixels.
+        sizes: of the models of pixels, ascending, at most s.
+        recipe: of these models, except ``size``.
+        extractor: from images to features.
+        groups, every_fold: as of ``fastmaf.inspection.fit.fit``.
+        budget: as of ``fastmaf.inspection.sizes.fit_sizes``.
+        progress: show progress bars.
+
+    Raises:
+        ValueError: as ``fit`` and ``fit_features``, or a size is above s.
+    """
+    if max(sizes) > extractor.size:
+        raise ValueError(f"size must be at most that of the features, {extractor.size}; found {max(sizes)}")
+    options = {"groups": groups, "every_fold": every_fold, "budget": budget, "progress": progress}
+    of_pixels, seconds = fit_each(pixels, sizes, recipe, double=None, **options)  # type: ignore[arg-type]
+    begun = time.perf_counter()
+    drawn = [draw_defects(pixels, seed=recipe.seed)]
+    features = fit_features(pixels, extractor, drawn=drawn, groups=groups, seed=recipe.seed, progress=progress)
+    seconds[features.name] = time.perf_counter() - begun
+    begun = time.perf_counter()
+    model = choose_candidate([*of_pixels, features], pixels, drawn, first=features.name).model
+    seconds["choice"] = time.perf_counter() - begun
+    skipped = tuple(sizes[len(of_pixels) :])
+    model.about["skipped_sizes"] = list(skipped)
+    return FittedSizes(model, tuple(of_pixels), skipped, seconds)
