@@ -16,6 +16,7 @@ import time
 import warnings
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -38,6 +39,18 @@ FALSE_ALARM = 0.05
 """The false-alarm rate that a fit calibrates at."""
 
 
+class HeldOutNormals(NamedTuple):
+    """The good images of a fit, each scored by the model of the fold that left it out, in their order.
+
+    Attributes:
+        scores: float64 ``[n]``.
+        maps: anomaly maps, float32 ``[n, s, s]``.
+    """
+
+    scores: np.ndarray
+    maps: np.ndarray
+
+
 @dataclass(frozen=True, eq=False)
 class Fitted:
     """A fitted model, the models of the folds behind its statistics, and the training curve of the blocks.
@@ -47,12 +60,14 @@ class Fitted:
         out_of_fold: the models of the folds.
         log: rows of step and NLLs.
         seconds: duration of each stage.
+        held_out: scores and anomaly maps of the good images.
     """
 
     model: InspectionModel
     out_of_fold: OutOfFoldModels
     log: Log
     seconds: dict[str, float]
+    held_out: HeldOutNormals
 
 
 @fastmaf.torch_defaults()
@@ -149,7 +164,7 @@ def fit(
     }
     model = InspectionModel(flow, score, map_config, statistics, calibration, about)
     seconds = dict(zip(("whitenings", "blocks", "scores"), np.diff(times).tolist(), strict=True))
-    return Fitted(model, models, log, seconds)
+    return Fitted(model, models, log, seconds, HeldOutNormals(scores.numpy(), maps.numpy()))
 
 
 def dequantized(x: Tensor, seed: int) -> Tensor:

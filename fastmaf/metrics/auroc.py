@@ -42,7 +42,8 @@ class PairedDifference:
             images: number of images that were resampled; of good or defective images, the smaller.
         """
         difference, *resampled = first - second
-        low, high, factor = *np.quantile(resampled, [0.025, 0.975]), small_sample_factor(images)
+        low, high = np.quantile(resampled, [0.025, 0.975]).tolist()
+        factor = small_sample_factor(images)
         if math.isfinite(factor):
             low = max(min(low, difference + (low - difference) * factor), -1.0)
             high = min(max(high, difference + (high - difference) * factor), 1.0)
@@ -116,14 +117,16 @@ def paired_bootstrap(
     areas = np.array([[auroc(scores, defect)] for scores in pair])
     resampled = _bootstrap(np.stack(pair), defect, resamples, seed)
     normals, defects = int((~defect).sum()), int(defect.sum())
-    result = PairedDifference.of(*np.hstack([areas, resampled]), min(normals, defects))
-    if np.array_equal(*(np.unique(scores, return_inverse=True)[1] for scores in pair)):
+    several = np.hstack([areas, resampled])
+    result = PairedDifference.of(several[0], several[1], min(normals, defects))
+    ranks = [np.unique(scores, return_inverse=True)[1] for scores in pair]
+    if np.array_equal(ranks[0], ranks[1]):
         return replace(result, low=0.0, high=0.0)
     first, second = areas[:, 0].tolist()
     varies = resampled.std(axis=1).min() > 0
     correlation = max(float(np.corrcoef(resampled)[0, 1]), 0.0) if varies else 0.0
-    ends = (auroc_score_interval(area, normals, defects) for area in (first, second))
-    low, high = difference_interval(first, second, *ends, correlation)
+    ends = [auroc_score_interval(area, normals, defects) for area in (first, second)]
+    low, high = difference_interval(first, second, ends[0], ends[1], correlation)
     return replace(result, low=min(result.low, low), high=max(result.high, high))
 
 

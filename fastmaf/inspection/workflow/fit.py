@@ -133,7 +133,7 @@ def _write(out: Path, fitted: Fitted, images: ImageSet, keep_folds: bool) -> Non
         write_csv(new / LOG_FILE, _LOG_COLUMNS, rows)
         if keep_folds:
             save_fold_models(new, fitted.model, fitted.out_of_fold.flows)
-        training_report(new / REPORT_FILE, fitted.model, images, name=out.name)
+        training_report(new / REPORT_FILE, fitted.model, images, fitted.held_out, name=out.name)
         with interruptible() as stop:  # Ctrl-C here would leave a mixture of two runs
             files = (MODEL_FILE, LOG_FILE, REPORT_FILE)
             for name in files:
