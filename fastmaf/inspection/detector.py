@@ -20,6 +20,7 @@ import fastmaf
 from fastmaf.images.decode import DataError, load_frame, resized
 from fastmaf.inspection.calibration import Calibration
 from fastmaf.inspection.fit import fit
+from fastmaf.inspection.interface import AnomalyModel, maps_of, scores_of
 from fastmaf.inspection.model import InspectionModel, load_inspection
 from fastmaf.inspection.recipe import Recipe
 from fastmaf.inspection.row_model import RowModel, fit_rows
@@ -63,7 +64,7 @@ class Detector(OutlierMixin, BaseEstimator):
         verbose: images only: show a progress bar.
 
     Attributes:
-        model_: ``InspectionModel`` for images, or ``RowModel``.
+        model_: an ``AnomalyModel`` for images, usually ``InspectionModel``, or ``RowModel``.
         calibration_: held-out scores and their guarantee; ``print(detector.calibration_.describe())``.
         offset_: minus the threshold: ``decision_function = score_samples - offset_``.
         n_features_in_: D; for images the number of values of a resized one, 3 size², or size² if all images are grey.
@@ -135,7 +136,7 @@ class Detector(OutlierMixin, BaseEstimator):
             warnings.warn(f"a false-alarm rate of {self.false_alarm:g} needs {least} samples; found {n}", stacklevel=4)
         folds = self.folds if self.folds < 2 else min(self.folds, n)
         recipe = Recipe(self.size, self.rank, blocks=self.blocks, steps=self.steps, folds=folds, seed=seed)
-        self.model_: InspectionModel | RowModel
+        self.model_: AnomalyModel | RowModel
         if images:
             labels = None if groups is None else [str(group) for group in groups]
             model = fit(samples, recipe, double=double, groups=labels, progress=self.verbose).model
@@ -150,8 +151,8 @@ class Detector(OutlierMixin, BaseEstimator):
     def anomaly_score(self, X: Any) -> np.ndarray:
         """Returns anomaly scores, float64 [n], higher is more anomalous; for rows in nats."""
         check_is_fitted(self)
-        if isinstance(self.model_, InspectionModel):
-            return self.model_.scores(self._images(X))
+        if not isinstance(self.model_, RowModel):
+            return scores_of(self.model_, self._images(X))
         if _are_images(X):
             raise ValueError(f"this detector was fitted to rows: expected [n, {self.n_features_in_}]; found images")
         return self.model_.nll(self._rows(X, reset=False))
@@ -177,9 +178,9 @@ class Detector(OutlierMixin, BaseEstimator):
     def anomaly_map(self, X: Any) -> np.ndarray:
         """Returns anomaly maps of images, float32 [n, size, size], higher is more anomalous."""
         check_is_fitted(self)
-        if not isinstance(self.model_, InspectionModel):
+        if isinstance(self.model_, RowModel):
             raise ValueError("anomaly maps need images: this detector was fitted to rows")
-        return self.model_.anomaly_maps(self._images(X))
+        return maps_of(self.model_, self._images(X))
 
     @fastmaf.torch_defaults()
     def save(self, path: str | Path, *, card: str | Path | None = None) -> None:
@@ -191,7 +192,7 @@ class Detector(OutlierMixin, BaseEstimator):
                 edited, or another file, is not replaced.
         """
         check_is_fitted(self)
-        if not isinstance(self.model_, InspectionModel):
+        if isinstance(self.model_, RowModel):
             raise ValueError("only a detector that was fitted to images can be saved; this one was fitted to rows")
         self.model_.save(path, card=card)
 
@@ -208,10 +209,10 @@ class Detector(OutlierMixin, BaseEstimator):
         detector._use(model)
         return detector
 
-    def _use(self, model: InspectionModel) -> None:
+    def _use(self, model: AnomalyModel) -> None:
         self.model_, self.calibration_ = model, model.calibration
         self.offset_ = -model.calibration.threshold
-        self.n_features_in_ = model.flow.features
+        self.n_features_in_ = model.flow.features if isinstance(model, InspectionModel) else 3 * model.size**2
         self.__dict__.pop("feature_names_in_", None)  # of an earlier fit to rows
 
     def _rows(self, X: Any, **options: Any) -> Tensor:

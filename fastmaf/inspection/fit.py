@@ -16,7 +16,6 @@ import time
 import warnings
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -29,6 +28,7 @@ from fastmaf.inspection.blocks import Log, fit_blocks, select_blocks
 from fastmaf.inspection.calibration import Calibration
 from fastmaf.inspection.exchangeability import describe_groups, order_matters
 from fastmaf.inspection.free_threads import free_threads
+from fastmaf.inspection.interface import HeldOut
 from fastmaf.inspection.model import InspectionModel
 from fastmaf.inspection.out_of_fold import OutOfFoldModels, group_folds, k_fold, out_of_fold_maps, out_of_fold_scores
 from fastmaf.inspection.recipe import Recipe
@@ -37,18 +37,6 @@ from fastmaf.inspection.whitening import Normals, before_whitening, count_fits, 
 
 FALSE_ALARM = 0.05
 """The false-alarm rate that a fit calibrates at."""
-
-
-class HeldOutNormals(NamedTuple):
-    """The good images of a fit, each scored by the model of the fold that left it out, in their order.
-
-    Attributes:
-        scores: float64 ``[n]``.
-        maps: anomaly maps, float32 ``[n, s, s]``.
-    """
-
-    scores: np.ndarray
-    maps: np.ndarray
 
 
 @dataclass(frozen=True, eq=False)
@@ -60,14 +48,14 @@ class Fitted:
         out_of_fold: the models of the folds.
         log: rows of step and NLLs.
         seconds: duration of each stage.
-        held_out: scores and anomaly maps of the good images.
+        held_out: of the good images, one set.
     """
 
     model: InspectionModel
     out_of_fold: OutOfFoldModels
     log: Log
     seconds: dict[str, float]
-    held_out: HeldOutNormals
+    held_out: HeldOut
 
 
 @fastmaf.torch_defaults()
@@ -164,7 +152,7 @@ def fit(
     }
     model = InspectionModel(flow, score, map_config, statistics, calibration, about)
     seconds = dict(zip(("whitenings", "blocks", "scores"), np.diff(times).tolist(), strict=True))
-    return Fitted(model, models, log, seconds, HeldOutNormals(scores.numpy(), maps.numpy()))
+    return Fitted(model, models, log, seconds, HeldOut(scores.numpy()[None], maps.numpy()[None]))
 
 
 def dequantized(x: Tensor, seed: int) -> Tensor:

@@ -16,8 +16,10 @@ import torch
 import fastmaf
 from fastmaf.images.decode import Frame, load_frame, resized
 from fastmaf.inspection.calibration import Calibration
+from fastmaf.inspection.combined import CombinedModel
 from fastmaf.inspection.export.graph import inspection_graph
 from fastmaf.inspection.export.graph_builder import ExportError, require
+from fastmaf.inspection.interface import AnomalyModel
 from fastmaf.inspection.model import InspectionModel
 from fastmaf.inspection.workflow.score import VERDICTS, ImageRow, predict_row
 from fastmaf.io.atomic import written_atomically
@@ -78,7 +80,7 @@ class ExportReport:
 
 @fastmaf.torch_defaults()
 def export_onnx(
-    model: InspectionModel,
+    model: AnomalyModel,
     path: str | Path,
     check_images: Sequence[str | Path | np.ndarray],
     *,
@@ -165,7 +167,7 @@ def _frame(image: str | Path | np.ndarray, name: str, size: int) -> Frame:
     return Frame(Path(name), pixels, height, width, (), 0.0, seconds, full)
 
 
-def _both(model: InspectionModel, session: Any, image: str | Path | np.ndarray, name: str) -> _Results:
+def _both(model: AnomalyModel, session: Any, image: str | Path | np.ndarray, name: str) -> _Results:
     """Returns the results of fastmaf and of ONNX Runtime for an image."""
     frame = _frame(image, name, model.size)
     assert frame.full is not None
@@ -179,13 +181,13 @@ def _both(model: InspectionModel, session: Any, image: str | Path | np.ndarray, 
 
 
 def _compared(
-    model: InspectionModel, results: Sequence[_Results], tolerance: float, path: Path, size: int
+    model: AnomalyModel, results: Sequence[_Results], tolerance: float, path: Path, size: int
 ) -> ExportReport:
     """Returns the report, or raises for the first image with different results."""
     calibration = model.calibration
     spread, middle = calibration.spread(), float(np.median(calibration.scores))
     map_range = float(np.ptp([anomaly_map for (_, anomaly_map), _ in results])) or 1.0  # 1 if all maps are constant
-    nll_deviation = math.sqrt(model.flow.features / 2)
+    nll_deviation = math.sqrt(_features(model) / 2)
     scores, maps, nlls, undecided = [], [], [], []
     for (expected, expected_map), (found, found_map) in results:
         name, unit = found.file, max(spread, abs(expected.score - middle))
@@ -216,6 +218,13 @@ def _compared(
         runtime_ms=median(found.latency_ms for _, (found, _) in results),
         fastmaf_ms=median(expected.latency_ms for (expected, _), _ in results),
     )
+
+
+def _features(model: AnomalyModel) -> int:
+    """Returns D of the flow that the NLL is of; other models than these have no graph."""
+    first = model.parts[0] if isinstance(model, CombinedModel) else model
+    assert isinstance(first, InspectionModel)
+    return first.flow.features
 
 
 def _near(name: str, what: str, expected: float, found: float, allowed: float) -> float:

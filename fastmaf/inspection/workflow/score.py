@@ -21,8 +21,9 @@ import fastmaf
 from fastmaf.images.decode import Frame, sentences
 from fastmaf.images.names import to_cell
 from fastmaf.inspection.exchangeability import drift
+from fastmaf.inspection.interface import AnomalyModel
 from fastmaf.inspection.map_images import to_frame, write_map, write_overlay
-from fastmaf.inspection.model import InspectionModel, load_inspection, model_file
+from fastmaf.inspection.model import load_inspection, model_file
 from fastmaf.inspection.workflow.inputs import Say, expand, read_each
 from fastmaf.io.atomic import STDOUT, write_errors, written_atomically
 from fastmaf.io.marks import MAP, OVERLAY
@@ -146,7 +147,7 @@ def _outputs(
             yield Output(maps / f"{name}{map_suffix}", anomaly_map)
 
 
-def predict_row(model: InspectionModel, frame: Frame) -> tuple[ImageRow, np.ndarray]:
+def predict_row(model: AnomalyModel, frame: Frame) -> tuple[ImageRow, np.ndarray]:
     """Returns the row of one image and its anomaly map ``[s, s]``."""
     start = perf_counter()
     prediction = model.predict(frame.pixels[None])
