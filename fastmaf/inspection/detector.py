@@ -67,6 +67,10 @@ class Detector(OutlierMixin, BaseEstimator):
         model_: an ``AnomalyModel`` for images, usually ``InspectionModel``, or ``RowModel``.
         calibration_: held-out scores and their guarantee; ``print(detector.calibration_.describe())``.
         offset_: minus the threshold: ``decision_function = score_samples - offset_``.
+        threshold_: samples whose ``anomaly_score`` is above are outliers, as in PyOD.
+        decision_scores_: float64 [n], the ``anomaly_score`` of each training sample by a model that has not seen it (the
+            held-out scores behind the threshold, in the order of X). Not set by ``load``: files hold them sorted.
+        labels_: int64 [n], 1 for training samples above the threshold, else 0, as in PyOD; a few are expected.
         n_features_in_: D; for images the number of values of a resized one, 3 size², or size² if all images are grey.
 
     Example:
@@ -139,12 +143,15 @@ class Detector(OutlierMixin, BaseEstimator):
         self.model_: AnomalyModel | RowModel
         if images:
             labels = None if groups is None else [str(group) for group in groups]
-            model = fit(samples, recipe, double=double, groups=labels, progress=self.verbose).model
+            fitted = fit(samples, recipe, double=double, groups=labels, progress=self.verbose)
+            model, scores = fitted.model, fitted.held_out.scores[0]
             self._use(model.with_calibration(model.calibration.with_rate(self.false_alarm, self.confidence)))
         else:
             self.model_, scores = fit_rows(samples, self.rank, folds, seed)
             self.calibration_ = Calibration(scores, self.false_alarm, self.confidence, "k-fold", folds)
-        self.offset_ = -self.calibration_.threshold
+            self._set_threshold()
+        self.decision_scores_ = scores
+        self.labels_ = self.calibration_.is_anomalous(scores).astype(np.int64)
         return self
 
     @fastmaf.torch_defaults()
@@ -173,6 +180,16 @@ class Detector(OutlierMixin, BaseEstimator):
         """Returns the probability that a normal sample scores at least as high, float64 [n]; see ``Calibration``."""
         scores = self.anomaly_score(X)
         return self.calibration_.p_values(scores)
+
+    def predict_proba(self, X: Any) -> np.ndarray:
+        """Returns ``p_values`` and one minus them, float64 [n, 2]: the columns normal and outlier of PyOD.
+
+        The second is the share of normal samples that are expected to score lower; it is uniform over new normal
+        samples, not the probability that a sample is an outlier, which would depend on how frequent outliers are.
+        Outliers by ``predict`` have at least one minus the expected false-alarm rate.
+        """
+        p = self.p_values(X)
+        return np.column_stack([p, 1 - p])
 
     @fastmaf.torch_defaults()
     def anomaly_map(self, X: Any) -> np.ndarray:
@@ -211,9 +228,13 @@ class Detector(OutlierMixin, BaseEstimator):
 
     def _use(self, model: AnomalyModel) -> None:
         self.model_, self.calibration_ = model, model.calibration
-        self.offset_ = -model.calibration.threshold
+        self._set_threshold()
         self.n_features_in_ = model.flow.features if isinstance(model, InspectionModel) else 3 * model.size**2
         self.__dict__.pop("feature_names_in_", None)  # of an earlier fit to rows
+
+    def _set_threshold(self) -> None:
+        self.threshold_ = self.calibration_.threshold
+        self.offset_ = -self.threshold_
 
     def _rows(self, X: Any, **options: Any) -> Tensor:
         X = X.detach().cpu().numpy() if isinstance(X, Tensor) else X
