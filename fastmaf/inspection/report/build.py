@@ -101,6 +101,8 @@ def _training(model: AnomalyModel) -> Training | None:
     if not settings:
         return None
     settings |= decisions(model, explain=True)
+    if configuration := about.get("configuration"):
+        settings["configuration"] = ", ".join(f"{name} = {value}" for name, value in configuration.items())
     settings |= {f"seconds for {stage}": f"{value:.1f}" for stage, value in about.get("seconds", {}).items()}
     folds = zip(of_parts.get("images_of_folds", ()), of_parts.get("held_out_nll_of_folds", ()), strict=True)
     blocks = of_parts.get("recipe", {}).get("blocks", 0) != 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from datetime import datetime, timezone
 from pathlib import Path
 
@@ -80,6 +81,10 @@ def fit(
             created=datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
             seconds=fitted.seconds,
             log=fitted.log,
+            configuration={
+                **{name: value for name, value in asdict(recipe).items() if value is not None},
+                **{"group_by": group_by, "keep_folds": keep_folds, "skip_bad": skip_bad},
+            },
             notes=list(images.notes),
             skipped=[[path.name, reason] for path, reason in images.skipped],
         )
