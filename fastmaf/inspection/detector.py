@@ -68,8 +68,8 @@ class Detector(OutlierMixin, BaseEstimator):
         calibration_: held-out scores and their guarantee; ``print(detector.calibration_.describe())``.
         offset_: minus the threshold: ``decision_function = score_samples - offset_``.
         threshold_: samples whose ``anomaly_score`` is above are outliers, as in PyOD.
-        decision_scores_: float64 [n], the ``anomaly_score`` of each training sample by a model that has not seen it (the
-            held-out scores behind the threshold, in the order of X). Not set by ``load``: files hold them sorted.
+        decision_scores_: float64 [n], the ``anomaly_score`` of each training sample by a model that has not seen it,
+            in the order of X: the scores behind the threshold. Not set by ``load``, as files hold them sorted.
         labels_: int64 [n], 1 for training samples above the threshold, else 0, as in PyOD; a few are expected.
         n_features_in_: D; for images the number of values of a resized one, 3 size², or size² if all images are grey.
 

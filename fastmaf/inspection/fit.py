@@ -34,6 +34,7 @@ from fastmaf.inspection.out_of_fold import OutOfFoldModels, group_folds, k_fold,
 from fastmaf.inspection.recipe import Recipe
 from fastmaf.inspection.selection.select import select_score_and_map
 from fastmaf.inspection.whitening import Normals, before_whitening, count_fits, select_augmentation
+from fastmaf.training.callbacks import Callback
 
 FALSE_ALARM = 0.05
 """The false-alarm rate that a fit calibrates at."""
@@ -66,6 +67,7 @@ def fit(
     *,
     double: Tensor | None = None,
     groups: Sequence[str] | None = None,
+    callbacks: Sequence[Callback] = (),
     progress: bool = True,
 ) -> Fitted:
     """Fits an inspection model to good images and calibrates it at a false-alarm rate of 5%.
@@ -80,6 +82,8 @@ def fit(
             copies are made; None to interpolate ``pixels``, which blurs them.
         groups: the group of each image, such as its part, batch or day; folds then hold out whole groups, so that
             scores, threshold and choices are those for images of new groups. None: folds are random.
+        callbacks: called every ten steps of the blocks of the first fold, with ``nll`` and ``held_out_nll``, means
+            over whitened images in nats.
         progress: show a progress bar.
 
     Raises:
@@ -123,7 +127,7 @@ def fit(
             z[fold] = fold_whitening(y[fold])[0]
         flows = [fastmaf.Flow(recipe.features, [*first, fold_whitening]).eval() for fold_whitening in whitenings.folds]
         models = OutOfFoldModels(folds, flows)
-        kept, models, log, block_figures = select_blocks(x, z, models, recipe, bar.update)
+        kept, models, log, block_figures = select_blocks(x, z, models, recipe, bar.update, callbacks)
         recipe = replace(recipe, blocks=kept)
         flow = (
             fastmaf.Flow(recipe.features, [*first, whitenings.whole, *fit_blocks(z, recipe)])

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict
 from datetime import datetime, timezone
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -26,6 +28,7 @@ from fastmaf.io.outputs import Output, check_outputs, table
 from fastmaf.io.outputs import model as model_kind
 from fastmaf.io.run_folder import check_disk, run_folder
 from fastmaf.io.wording import count
+from fastmaf.training.callbacks import Callback
 from fastmaf.training.checkpoints import MODEL_FILE, STATE_FILE, refuse_unfinished, remove_state
 from fastmaf.training.interrupts import interruptible
 
@@ -40,6 +43,7 @@ def fit(
     *,
     group_by: str | None = None,
     keep_folds: bool = False,
+    callbacks: Sequence[Callback] = (),
     skip_bad: bool = False,
     progress: bool = True,
     say: Say = print,
@@ -55,6 +59,7 @@ def fit(
         recipe: the settings.
         group_by: which images were taken together; see ``group_labels``. None: random folds.
         keep_folds: write the fold models, too, so that ``fastmaf inspect eval`` can evaluate their ensemble.
+        callbacks: see ``fastmaf.inspection.fit.fit``.
 
     Raises:
         DataError: the folder or a file in it is unsuitable, or there are too few images.
@@ -72,7 +77,8 @@ def fit(
         check_disk(out, _disk_needed(recipe, keep_folds))
         groups = None if group_by is None else group_labels(group_by, images.names)
         try:
-            fitted = fit_model(images.pixels, recipe, double=images.double, groups=groups, progress=progress)
+            options: dict[str, Any] = {"groups": groups, "callbacks": callbacks, "progress": progress}
+            fitted = fit_model(images.pixels, recipe, double=images.double, **options)
         except KeyboardInterrupt:
             say(f"interrupted before anything was written: {out} is as it was")
             raise
