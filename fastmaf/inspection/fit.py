@@ -68,6 +68,7 @@ def fit(
     double: Tensor | None = None,
     groups: Sequence[str] | None = None,
     callbacks: Sequence[Callback] = (),
+    every_fold: bool = False,
     progress: bool = True,
 ) -> Fitted:
     """Fits an inspection model to good images and calibrates it at a false-alarm rate of 5%.
@@ -84,6 +85,8 @@ def fit(
             scores, threshold and choices are those for images of new groups. None: folds are random.
         callbacks: called every ten steps of the blocks of the first fold, with ``nll`` and ``held_out_nll``, means
             over whitened images in nats.
+        every_fold: train blocks without each fold, too, where ``blocks="auto"`` would train them without the first
+            alone: for the fold models' densities.
         progress: show a progress bar.
 
     Raises:
@@ -115,7 +118,8 @@ def fit(
     asked = replace(asked, folds=len(folds))
     if groups is None and (warning := order_matters(images, asked.folds, asked.seed)):
         warnings.warn(warning, stacklevel=4)
-    steps = count_fits(asked, len(x)) + asked.folds * bool(asked.most_blocks)
+    every_fold = every_fold or asked.blocks != "auto" or (asked.score is not None and asked.score.source == "flow")
+    steps = count_fits(asked, len(x)) + (asked.folds if every_fold else 1) * bool(asked.most_blocks)
     times = [time.perf_counter()]
     with Progress("fitting", "model", total=steps, show=progress) as bar:
         recipe, whitenings, augmentation_figures = select_augmentation(Normals(x, double), folds, asked, bar.update)
@@ -127,7 +131,9 @@ def fit(
             z[fold] = fold_whitening(y[fold])[0]
         flows = [fastmaf.Flow(recipe.features, [*first, fold_whitening]).eval() for fold_whitening in whitenings.folds]
         models = OutOfFoldModels(folds, flows)
-        kept, models, log, block_figures = select_blocks(x, z, models, recipe, bar.update, callbacks)
+        kept, models, log, block_figures = select_blocks(
+            x, z, models, recipe, bar.update, callbacks=callbacks, every_fold=every_fold
+        )
         recipe = replace(recipe, blocks=kept)
         flow = (
             fastmaf.Flow(recipe.features, [*first, whitenings.whole, *fit_blocks(z, recipe)])
