@@ -24,6 +24,9 @@ from fastmaf.inspection.interface import AnomalyModel, maps_of, scores_of
 from fastmaf.inspection.model import InspectionModel, load_inspection
 from fastmaf.inspection.recipe import Recipe
 from fastmaf.inspection.row_model import RowModel, fit_rows
+from fastmaf.inspection.tiled import TiledModel
+from fastmaf.inspection.tiled_fit import fit_tiles
+from fastmaf.inspection.tiles import tiled_size
 from fastmaf.io.marks import is_output
 
 try:
@@ -51,12 +54,16 @@ class Detector(OutlierMixin, BaseEstimator):
     - or rows: finite numbers ``[n, D]``.
 
     Args:
-        size: images only: side in pixels of the square that each is resized to.
+        size: images only: side in pixels of the square that each is resized to; with ``tiles`` of each tile.
         rank: factors of the whitening; fewer if the samples or columns do not support them.
         blocks: images only: autoregressive blocks after the whitening; ``"auto"``: two if held-out images are more
             likely with them, else none. They lower the NLL that ``model_`` reports; the score does not use them: 0
             gives the same scores faster.
         steps: images only: training steps of the blocks.
+        tiles: images only: for images much larger than a model. k > 1 resizes each image to ``tiled_size(size, k)``
+            pixels, and fits a model to each of k × k overlapping tiles. An image is as anomalous as its most anomalous
+            tile, compared with good images of that tile, and the threshold is one for images, not for tiles. k² times
+            the time of one model.
         folds: K, at least 2; at most the number of samples is used.
         false_alarm: false-alarm rate on new normal samples, on average over calibration sets.
         confidence: None, or the probability with which this calibration set keeps that rate.
@@ -88,6 +95,7 @@ class Detector(OutlierMixin, BaseEstimator):
         rank: int = 400,
         blocks: int | Literal["auto"] = "auto",
         steps: int = 200,
+        tiles: int = 1,
         folds: int = 5,
         false_alarm: float = 0.05,
         confidence: float | None = None,
@@ -98,6 +106,7 @@ class Detector(OutlierMixin, BaseEstimator):
         self.rank = rank
         self.blocks = blocks
         self.steps = steps
+        self.tiles = tiles
         self.folds = folds
         self.false_alarm = false_alarm
         self.confidence = confidence
@@ -125,26 +134,35 @@ class Detector(OutlierMixin, BaseEstimator):
         given = self.random_state
         seed = int(given if isinstance(given, Integral) else check_random_state(given).randint(2**31 - 1))
         images = _are_images(X)
+        if self.tiles < 1:
+            raise ValueError(f"tiles must be at least 1; found {self.tiles}")
         if groups is not None and not images:
             raise ValueError("groups are for images: rows are held out at random")
         if images:
-            samples, double = _pixels(X, self.size, double=True)
+            samples, double = _pixels(X, tiled_size(self.size, self.tiles), double=True)
         else:
             samples, double = self._rows(X, ensure_min_samples=2), None
         n = len(samples)
         if images and n < 3:
             raise ValueError(f"X must hold at least 3 good images; found {n}")
-        planned = Calibration(np.zeros(n), self.false_alarm, self.confidence, "split")
+        available, unit = (n, "samples") if groups is None else (len(set(groups)), "groups")
+        planned = Calibration(np.zeros(max(available, 1)), self.false_alarm, self.confidence, "split")
         if not planned.attainable:  # before the work
             least = planned.min_samples
-            warnings.warn(f"a false-alarm rate of {self.false_alarm:g} needs {least} samples; found {n}", stacklevel=4)
+            text = f"a false-alarm rate of {self.false_alarm:g} needs {least} {unit}; found {available}"
+            warnings.warn(text, stacklevel=4)
         folds = self.folds if self.folds < 2 else min(self.folds, n)
         recipe = Recipe(self.size, self.rank, blocks=self.blocks, steps=self.steps, folds=folds, seed=seed)
         self.model_: AnomalyModel | RowModel
         if images:
             labels = None if groups is None else [str(group) for group in groups]
-            fitted = fit(samples, recipe, double=double, groups=labels, progress=self.verbose)
-            model, scores = fitted.model, fitted.held_out.scores[0]
+            options: Any = {"double": double, "groups": labels, "progress": self.verbose}
+            model: AnomalyModel
+            if self.tiles > 1:
+                model, scores = fit_tiles(samples, recipe, self.tiles, **options)
+            else:
+                fitted = fit(samples, recipe, **options)
+                model, scores = fitted.model, fitted.held_out.scores[0]
             self._use(model.with_calibration(model.calibration.with_rate(self.false_alarm, self.confidence)))
         else:
             self.model_, scores = fit_rows(samples, self.rank, folds, seed)
@@ -218,11 +236,12 @@ class Detector(OutlierMixin, BaseEstimator):
     def load(cls, path: str | Path) -> Detector:
         """Loads a file written by ``save`` or by the command line; errors as ``load_inspection``."""
         model = load_inspection(path)
-        recipe = model.about.get("recipe", {})
+        recipe = model.about.get("recipe", model.about.get("tile_recipe", {}))
         given = {**recipe, **model.about.get("asked", {})}
         known = {name: given[name] for name in ("rank", "blocks", "steps", "folds") if name in given}
         rate = {name: getattr(model.calibration, name) for name in ("false_alarm", "confidence")}
-        detector = cls(size=model.size, random_state=recipe.get("seed", 0), **known, **rate)
+        size, tiles = (model.parts[0].size, model.tiles) if isinstance(model, TiledModel) else (model.size, 1)
+        detector = cls(size=size, tiles=tiles, random_state=recipe.get("seed", 0), **known, **rate)
         detector._use(model)
         return detector
 
