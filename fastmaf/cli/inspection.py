@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from fastmaf.cli import options
+from fastmaf.cli.config_file import from_file, reads, resolved, to_toml
 from fastmaf.cli.former import ModelArgument
 from fastmaf.cli.options import checked_settings, device_named, refuse
 from fastmaf.cli.output import say, say_aside, say_json, say_or_aside
@@ -19,8 +21,15 @@ if TYPE_CHECKING:
 app = typer.Typer(no_args_is_help=True, help="Find defects in images of any object, from good images alone.")
 
 
+def _fit_and_recipe() -> tuple[Callable[..., None], type]:
+    from fastmaf.inspection.recipe import Recipe
+
+    return fit, Recipe
+
+
 @app.command()
 def fit(
+    context: typer.Context,
     data: options.TrainData,
     out: options.Out = Path("results"),
     size: Annotated[
@@ -61,6 +70,19 @@ def fit(
     ] = False,
     seed: options.Seed = 0,
     skip_bad: options.SkipBad = False,
+    config: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            is_eager=True,
+            callback=reads(_fit_and_recipe),
+            help="TOML or JSON file with options, and settings of the recipe such as rank and folds. Options of the "
+            "command line take precedence.",
+        ),
+    ] = None,
+    print_config: Annotated[
+        bool, typer.Option("--print-config", help="Print all settings as TOML for --config, and do nothing else.")
+    ] = False,
     explain: options.Explain = False,
     as_json: options.Json = False,
     quiet: options.Quiet = False,
@@ -76,7 +98,13 @@ def fit(
     with checked_settings():
         if features is not None:
             check_name(features)
-        recipe = Recipe(size=64 if size == "auto" else int(size), seed=seed, dequantize=dequantize, logit=logit)
+        side = 64 if size == "auto" else int(size)
+        recipe = Recipe(**from_file(context), size=side, seed=seed, dequantize=dequantize, logit=logit)
+    if print_config:
+        paths: Any = {"data": str(data), "out": str(out), "size": size if size == "auto" else side, "budget": budget}
+        paths["features"] = features
+        say(to_toml(resolved(recipe, **paths, group_by=group_by, keep_folds=keep_folds, skip_bad=skip_bad)))
+        return
     from fastmaf.inspection.workflow.fit import fit as run
 
     settings: Any = {"keep_folds": keep_folds, "skip_bad": skip_bad, "progress": not quiet}

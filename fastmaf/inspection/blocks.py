@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, TypeAlias
 
 import torch
@@ -14,6 +14,7 @@ import fastmaf
 from fastmaf.inspection.out_of_fold import OutOfFoldModels, drop_fold
 from fastmaf.inspection.recipe import Recipe
 from fastmaf.inspection.scoring.float64_flow import FlowValues
+from fastmaf.training.callbacks import Callback
 
 Log: TypeAlias = list[dict[str, float]]
 
@@ -55,7 +56,11 @@ def _one_cycle(progress: float) -> float:
 
 
 def fit_blocks(
-    z: Tensor, recipe: Recipe, held_out: Tensor | None = None, log: Log | None = None
+    z: Tensor,
+    recipe: Recipe,
+    held_out: Tensor | None = None,
+    log: Log | None = None,
+    callbacks: Sequence[Callback] = (),
 ) -> list[fastmaf.Transform]:
     """Returns blocks trained on whitened images ``[n, D]``.
 
@@ -64,6 +69,7 @@ def fit_blocks(
         recipe: the settings.
         held_out: whitened images to evaluate on.
         log: if given with ``held_out``, receives rows of step and the NLLs of the batch and of ``held_out``.
+        callbacks: called with each row.
     """
     generator = torch.Generator().manual_seed(recipe.seed)
     shape = (recipe.features // recipe.size**2, recipe.size, recipe.size)
@@ -84,6 +90,8 @@ def fit_blocks(
             with torch.no_grad():
                 train, test = (float(-flow.log_prob(part).double().mean()) for part in (batch, held_out))
             log.append({"step": step, "nll": train, "held_out_nll": test})
+            for callback in callbacks:
+                callback(step, {"nll": train, "held_out_nll": test})
     return blocks
 
 
@@ -94,6 +102,7 @@ def select_blocks(
     recipe: Recipe,
     done: Callable[[], object],
     *,
+    callbacks: Sequence[Callback] = (),
     every_fold: bool = False,
 ) -> tuple[int, OutOfFoldModels, Log, dict[str, Any]]:
     """Trains blocks without a fold or each, and drops them if held-out images are no more likely with them.
@@ -108,6 +117,7 @@ def select_blocks(
         models: the whitenings fitted without each fold, with the transforms before them.
         recipe: a number of blocks is kept in any case, ``"auto"`` is not.
         done: called after each fold.
+        callbacks: called with the rows of the training curve.
         every_fold: train blocks without each fold in any case.
 
     Returns:
@@ -123,7 +133,7 @@ def select_blocks(
     every_fold = every_fold or recipe.blocks != "auto"
     with_blocks: Tensor | None = None
     for fold, flow in zip(models.folds if kept else (), models.flows, strict=False):
-        blocks = fit_blocks(drop_fold(z, fold), recipe, z[fold], None if flows else log)
+        blocks = fit_blocks(drop_fold(z, fold), recipe, z[fold], None if flows else log, callbacks)
         flows.append(fastmaf.Flow(recipe.features, [*flow.transforms, *blocks]).eval())  # type: ignore[list-item]
         done()
         if len(flows) == 1:

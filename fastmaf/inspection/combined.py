@@ -23,12 +23,11 @@ from fastmaf.inspection.calibration import CALIBRATION, Calibration
 from fastmaf.inspection.interface import AnomalyModel, HeldOut
 from fastmaf.inspection.model import Prediction
 from fastmaf.inspection.model_card import combined_card
-from fastmaf.inspection.model_file import kind_of, read_kind
+from fastmaf.inspection.model_parts import read_parts, tensors_of_parts
 from fastmaf.inspection.model_schema import ABOUT, KEY
-from fastmaf.io.atomic import staging
 from fastmaf.io.safe_json import parse
 from fastmaf.io.schema import ListOf, Number, OneOf, Record, Text, Whole
-from fastmaf.io.tensor_file import TensorFile, read_tensors, write_tensors
+from fastmaf.io.tensor_file import TensorFile, write_tensors
 
 KIND = "combined"
 _SCORES = "calibration_scores"
@@ -157,16 +156,9 @@ class CombinedModel:
             "calibration": self.calibration.to_json(),
             "about": self.about,
         }
-        tensors: dict[str, Tensor] = {_SCORES: torch.from_numpy(np.array(self.calibration.scores))}
-        metadata = {KEY: json.dumps(record)}
-        with staging(Path(path).resolve().parent) as folder:
-            for i, part in enumerate(self.parts):
-                part.save(folder / f"{i}.safetensors")
-                of_part, texts = read_tensors(folder / f"{i}.safetensors")
-                (folder / f"{i}.safetensors").unlink()
-                tensors |= {f"{i}/{name}": tensor for name, tensor in of_part.items()}
-                metadata |= {f"{i}/{key}": text for key, text in texts.items()}
-        write_tensors(tensors, path, metadata)
+        tensors, metadata = tensors_of_parts(self.parts, Path(path).resolve().parent)
+        tensors[_SCORES] = torch.from_numpy(np.array(self.calibration.scores))
+        write_tensors(tensors, path, {KEY: json.dumps(record), **metadata})
         if filled is not None:
             filled.write(None, {}, Path(path))
 
@@ -181,14 +173,9 @@ def read_model(file: TensorFile, *, device: str = "cpu") -> CombinedModel:
             found = "nothing" if scores is None else scores.dtype
             raise ValueError(f"tensor {_SCORES}: expected torch.float64; found {found}")
         calibration = Calibration.from_json(record["calibration"], file.read(_SCORES).numpy())
-        parts = []
-        for i in range(len(record["parts"])):
-            part = file.within(f"{i}/")
-            if KEY in part.metadata and kind_of(part) == KIND:
-                raise ValueError(f"part {i} is a combined model itself")
-            parts.append(read_kind(part, device=device))
+        parts = read_parts(file, len(record["parts"]), KIND, device=device)
         standards = tuple(Standard(**entry) for entry in record["parts"])
-        return CombinedModel(tuple(parts), standards, record["size"], calibration, record["about"])
+        return CombinedModel(parts, standards, record["size"], calibration, record["about"])
     except fastmaf.CheckpointError:
         raise
     except ValueError as error:

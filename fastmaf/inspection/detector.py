@@ -28,6 +28,9 @@ from fastmaf.inspection.interface import AnomalyModel, maps_of, scores_of
 from fastmaf.inspection.model import InspectionModel, Prediction, load_inspection
 from fastmaf.inspection.recipe import Recipe
 from fastmaf.inspection.row_model import RowModel, fit_rows
+from fastmaf.inspection.tiled import TiledModel
+from fastmaf.inspection.tiled_fit import fit_tiles
+from fastmaf.inspection.tiles import tiled_size
 from fastmaf.io.marks import is_output
 
 try:
@@ -56,12 +59,16 @@ class Detector(OutlierMixin, BaseEstimator):
     - or, with ``features="precomputed"``, feature maps: ``[n, c, h, w]``, or a sequence of such.
 
     Args:
-        size: images only: side in pixels of the square that each is resized to.
+        size: images only: side in pixels of the square that each is resized to; with ``tiles`` of each tile.
         rank: factors of the whitening; fewer if the samples or columns do not support them.
         blocks: images only: autoregressive blocks after the whitening; ``"auto"``: two if held-out images are more
             likely with them, else none. They lower the NLL that ``model_`` reports; the score does not use them: 0
             gives the same scores faster.
         steps: images only: training steps of the blocks.
+        tiles: images only: for images much larger than a model. k > 1 resizes each image to ``tiled_size(size, k)``
+            pixels, and fits a model to each of k × k overlapping tiles. An image is as anomalous as its most anomalous
+            tile, compared with good images of that tile, and the threshold is one for images, not for tiles. k² times
+            the time of one model.
         folds: K, at least 2; at most the number of samples is used.
         false_alarm: false-alarm rate on new normal samples, on average over calibration sets.
         confidence: None, or the probability with which this calibration set keeps that rate.
@@ -77,6 +84,10 @@ class Detector(OutlierMixin, BaseEstimator):
         model_: an ``AnomalyModel`` for images, usually ``InspectionModel``, or ``RowModel``.
         calibration_: held-out scores and their guarantee; ``print(detector.calibration_.describe())``.
         offset_: minus the threshold: ``decision_function = score_samples - offset_``.
+        threshold_: samples whose ``anomaly_score`` is above are outliers, as in PyOD.
+        decision_scores_: float64 [n], the ``anomaly_score`` of each training sample by a model that has not seen it,
+            in the order of X: the scores behind the threshold. Not set by ``load``, as files hold them sorted.
+        labels_: int64 [n], 1 for training samples above the threshold, else 0, as in PyOD; a few are expected.
         n_features_in_: D; for images the number of values of a resized one, 3 size², or size² if all images are grey.
 
     Example:
@@ -94,6 +105,7 @@ class Detector(OutlierMixin, BaseEstimator):
         rank: int = 400,
         blocks: int | Literal["auto"] = "auto",
         steps: int = 200,
+        tiles: int = 1,
         folds: int = 5,
         false_alarm: float = 0.05,
         confidence: float | None = None,
@@ -105,6 +117,7 @@ class Detector(OutlierMixin, BaseEstimator):
         self.rank = rank
         self.blocks = blocks
         self.steps = steps
+        self.tiles = tiles
         self.folds = folds
         self.false_alarm = false_alarm
         self.confidence = confidence
@@ -132,39 +145,33 @@ class Detector(OutlierMixin, BaseEstimator):
         Calibration(np.zeros(1), self.false_alarm, self.confidence, "split")  # reports an invalid rate before fitting
         given = self.random_state
         seed = int(given if isinstance(given, Integral) else check_random_state(given).randint(2**31 - 1))
-        if self.features == PRECOMPUTED:
-            labels = None if groups is None else [str(group) for group in groups]
-            return self._calibrated(fit_precomputed(X, groups=labels, seed=seed).model())
-        images = _are_images(X)
-        if self.features is not None and not images:
-            raise ValueError("features are of images: X holds rows" + _found(X))
-        extractor = None if self.features is None else extractor_of(self.features)
-        if groups is not None and not images:
-            raise ValueError("groups are for images: rows are held out at random")
-        if images:
-            size, own = (self.size, True) if extractor is None else (extractor.size, False)
-            samples, double = _pixels(X, size, double=own)
-        else:
-            samples, double = self._rows(X, ensure_min_samples=2), None
-        n = len(samples)
-        if images and n < 3:
-            raise ValueError(f"X must hold at least 3 good images; found {n}")
-        planned = Calibration(np.zeros(n), self.false_alarm, self.confidence, "split")
-        if not planned.attainable:  # before the work
-            least = planned.min_samples
-            warnings.warn(f"a false-alarm rate of {self.false_alarm:g} needs {least} samples; found {n}", stacklevel=4)
-        folds = self.folds if self.folds < 2 else min(self.folds, n)
-        recipe = Recipe(self.size, self.rank, blocks=self.blocks, steps=self.steps, folds=folds, seed=seed)
+        if self.tiles < 1:
+            raise ValueError(f"tiles must be at least 1; found {self.tiles}")
+        labels = None if groups is None else [str(group) for group in groups]
         self.model_: AnomalyModel | RowModel
-        if images:
-            labels = None if groups is None else [str(group) for group in groups]
-            if extractor is not None:
-                options: Any = {"groups": labels, "progress": self.verbose}
-                return self._calibrated(fit_with_features(samples, (self.size,), recipe, extractor, **options).model)
-            return self._calibrated(fit(samples, recipe, double=double, groups=labels, progress=self.verbose).model)
-        self.model_, scores = fit_rows(samples, self.rank, folds, seed)
-        self.calibration_ = Calibration(scores, self.false_alarm, self.confidence, "k-fold", folds)
-        self.offset_ = -self.calibration_.threshold
+        if self.features == PRECOMPUTED:
+            candidate = fit_precomputed(X, groups=labels, seed=seed)
+            (known, _), *_ = candidate.known
+            of_features = candidate.model()
+            calibration = of_features.calibration.with_rate(self.false_alarm, self.confidence)
+            self._use(of_features.with_calibration(calibration))
+            scores = candidate.held_out([known]).scores[0]
+        elif _are_images(X):
+            model, scores = self._fit_images(X, labels, seed)
+            self._use(model)
+        elif groups is not None:
+            raise ValueError("groups are for images: rows are held out at random")
+        elif self.features is not None:
+            raise ValueError("features are of images: X holds rows" + _found(X))
+        else:
+            rows = self._rows(X, ensure_min_samples=2)
+            self._warn_of_few(len(rows), "samples")
+            folds = self.folds if self.folds < 2 else min(self.folds, len(rows))
+            self.model_, scores = fit_rows(rows, self.rank, folds, seed)
+            self.calibration_ = Calibration(scores, self.false_alarm, self.confidence, "k-fold", folds)
+            self._set_threshold()
+        self.decision_scores_ = scores
+        self.labels_ = self.calibration_.is_anomalous(scores).astype(np.int64)
         return self
 
     @fastmaf.torch_defaults()
@@ -195,6 +202,16 @@ class Detector(OutlierMixin, BaseEstimator):
         """Returns the probability that a normal sample scores at least as high, float64 [n]; see ``Calibration``."""
         scores = self.anomaly_score(X)
         return self.calibration_.p_values(scores)
+
+    def predict_proba(self, X: Any) -> np.ndarray:
+        """Returns ``p_values`` and one minus them, float64 [n, 2]: the columns normal and outlier of PyOD.
+
+        The second is the share of normal samples that are expected to score lower; it is uniform over new normal
+        samples, not the probability that a sample is an outlier, which would depend on how frequent outliers are.
+        Outliers by ``predict`` have at least one minus the expected false-alarm rate.
+        """
+        p = self.p_values(X)
+        return np.column_stack([p, 1 - p])
 
     @fastmaf.torch_defaults()
     def anomaly_map(self, X: Any) -> np.ndarray:
@@ -230,17 +247,46 @@ class Detector(OutlierMixin, BaseEstimator):
     def load(cls, path: str | Path) -> Detector:
         """Loads a file written by ``save`` or by the command line; errors as ``load_inspection``."""
         model = load_inspection(path)
-        recipe = model.about.get("recipe", {})
+        recipe = model.about.get("recipe", model.about.get("tile_recipe", {}))
         given = {**recipe, **model.about.get("asked", {})}
         known = {name: given[name] for name in ("rank", "blocks", "steps", "folds") if name in given}
         rate = {name: getattr(model.calibration, name) for name in ("false_alarm", "confidence")}
-        detector = cls(size=model.size, random_state=recipe.get("seed", 0), **known, **rate)
+        size, tiles = (model.parts[0].size, model.tiles) if isinstance(model, TiledModel) else (model.size, 1)
+        detector = cls(size=size, tiles=tiles, random_state=recipe.get("seed", 0), **known, **rate)
         detector._use(model)
         return detector
 
-    def _calibrated(self, model: AnomalyModel) -> Detector:
-        self._use(model.with_calibration(model.calibration.with_rate(self.false_alarm, self.confidence)))
-        return self
+    def _fit_images(self, X: Any, groups: Sequence[str] | None, seed: int) -> tuple[AnomalyModel, np.ndarray]:
+        """Returns the model of images and the held-out score of each."""
+        extractor = None if self.features is None else extractor_of(self.features)
+        if extractor is not None and self.tiles > 1:
+            raise ValueError(f"tiles are for models of pixels alone: found tiles={self.tiles} with features")
+        size = tiled_size(self.size, self.tiles) if extractor is None else extractor.size
+        samples, double = _pixels(X, size, double=extractor is None)
+        n = len(samples)
+        if n < 3:
+            raise ValueError(f"X must hold at least 3 good images; found {n}")
+        self._warn_of_few(*((n, "samples") if groups is None else (len(set(groups)), "groups")))
+        folds = self.folds if self.folds < 2 else min(self.folds, n)
+        recipe = Recipe(self.size, self.rank, blocks=self.blocks, steps=self.steps, folds=folds, seed=seed)
+        options: Any = {"groups": groups, "progress": self.verbose}
+        model: AnomalyModel
+        if extractor is not None:
+            chosen = fit_with_features(samples, (self.size,), recipe, extractor, **options)
+            model, scores = chosen.model, chosen.held_out.scores[0]
+        elif self.tiles > 1:
+            model, scores = fit_tiles(samples, recipe, self.tiles, double=double, **options)
+        else:
+            fitted = fit(samples, recipe, double=double, **options)
+            model, scores = fitted.model, fitted.held_out.scores[0]
+        return model.with_calibration(model.calibration.with_rate(self.false_alarm, self.confidence)), scores
+
+    def _warn_of_few(self, available: int, unit: str) -> None:
+        """Warns, before the work, where the false-alarm rate needs more samples or groups."""
+        planned = Calibration(np.zeros(max(available, 1)), self.false_alarm, self.confidence, "split")
+        if not planned.attainable:
+            text = f"a false-alarm rate of {self.false_alarm:g} needs {planned.min_samples} {unit}; found {available}"
+            warnings.warn(text, stacklevel=6)
 
     def _of_precomputed(self, X: Any) -> Prediction | None:
         """Returns the prediction for feature maps, if the detector was fitted to such."""
@@ -251,9 +297,13 @@ class Detector(OutlierMixin, BaseEstimator):
 
     def _use(self, model: AnomalyModel) -> None:
         self.model_, self.calibration_ = model, model.calibration
-        self.offset_ = -model.calibration.threshold
+        self._set_threshold()
         self.n_features_in_ = model.flow.features if isinstance(model, InspectionModel) else 3 * model.size**2
         self.__dict__.pop("feature_names_in_", None)  # of an earlier fit to rows
+
+    def _set_threshold(self) -> None:
+        self.threshold_ = self.calibration_.threshold
+        self.offset_ = -self.threshold_
 
     def _rows(self, X: Any, **options: Any) -> Tensor:
         X = X.detach().cpu().numpy() if isinstance(X, Tensor) else X

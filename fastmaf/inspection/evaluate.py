@@ -40,7 +40,7 @@ class TableRow:
     Attributes:
         name: of the score.
         kind: ``"score"`` or ``"baseline"``.
-        auroc, interval: image AUROC with its 95% bootstrap interval.
+        auroc, interval: image AUROC with its 95% interval.
         difference: paired difference to the default score; None for the default itself.
         pixel_auroc, au_pro: of its anomaly maps; None without maps or masks.
         pixel_difference: paired difference of the pixel AUROC to the default's.

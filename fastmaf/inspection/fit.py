@@ -29,6 +29,7 @@ from fastmaf.inspection.blocks import Log, fit_blocks, select_blocks
 from fastmaf.inspection.calibration import Calibration
 from fastmaf.inspection.exchangeability import describe_groups, order_matters
 from fastmaf.inspection.free_threads import free_threads
+from fastmaf.inspection.interface import HeldOut
 from fastmaf.inspection.model import InspectionModel
 from fastmaf.inspection.out_of_fold import OutOfFoldModels, group_folds, k_fold, out_of_fold_maps, out_of_fold_scores
 from fastmaf.inspection.recipe import Recipe
@@ -40,6 +41,7 @@ from fastmaf.inspection.whitening import (
     fit_whitenings,
     select_augmentation,
 )
+from fastmaf.training.callbacks import Callback
 
 FALSE_ALARM = 0.05
 """The false-alarm rate that a fit calibrates at."""
@@ -54,12 +56,14 @@ class Fitted:
         out_of_fold: the models of the folds.
         log: rows of step and NLLs.
         seconds: duration of each stage.
+        held_out: of the good images, one set.
     """
 
     model: InspectionModel
     out_of_fold: OutOfFoldModels
     log: Log
     seconds: dict[str, float]
+    held_out: HeldOut
 
     @property
     def density(self) -> InspectionModel:
@@ -75,6 +79,7 @@ def fit(
     *,
     double: Tensor | None = None,
     groups: Sequence[str] | None = None,
+    callbacks: Sequence[Callback] = (),
     every_fold: bool = False,
     checks: bool = True,
     progress: bool = True,
@@ -91,6 +96,8 @@ def fit(
             copies are made; None to interpolate ``pixels``, which blurs them.
         groups: the group of each image, such as its part, batch or day; folds then hold out whole groups, so that
             scores, threshold and choices are those for images of new groups. None: folds are random.
+        callbacks: called every ten steps of the blocks of the first fold, with ``nll`` and ``held_out_nll``, means
+            over whitened images in nats.
         every_fold: train blocks without each fold, too, where ``blocks="auto"`` would train them without the first
             alone: for the fold models' densities.
         checks: warn where neighbouring images are alike, or where held-out images are less likely with the augmentation
@@ -143,7 +150,9 @@ def fit(
             z[fold] = fold_whitening(y[fold])[0]
         flows = [fastmaf.Flow(recipe.features, [*first, fold_whitening]).eval() for fold_whitening in whitenings.folds]
         models = OutOfFoldModels(folds, flows)
-        kept, models, log, block_figures = select_blocks(x, z, models, recipe, bar.update, every_fold=every_fold)
+        kept, models, log, block_figures = select_blocks(
+            x, z, models, recipe, bar.update, callbacks=callbacks, every_fold=every_fold
+        )
         recipe = replace(recipe, blocks=kept)
         flow = (
             fastmaf.Flow(recipe.features, [*first, whitenings.whole, *fit_blocks(z, recipe)])
@@ -172,7 +181,7 @@ def fit(
     }
     model = InspectionModel(flow, score, map_config, statistics, calibration, about)
     seconds = dict(zip(("whitenings", "blocks", "scores"), np.diff(times).tolist(), strict=True))
-    return Fitted(model, models, log, seconds)
+    return Fitted(model, models, log, seconds, HeldOut(scores.numpy()[None], maps.numpy()[None]))
 
 
 def dequantized(x: Tensor, seed: int) -> Tensor:

@@ -59,6 +59,17 @@ def features_card(
     return _card(path, details, calibration, about)
 
 
+def tiled_card(
+    path: str | Path, size: int, tiles: int, calibration: Calibration, about: Mapping[str, Any]
+) -> ModelCard:
+    """Returns the card of a model of so many tiles along each side; other arguments as ``inspection_card``."""
+    details = {
+        "Class": f"{tiles} × {tiles} models, each of a tile; the score is the highest standardised score of a tile",
+        "Images": f"resized to {size} × {size} pixels",
+    }
+    return _card(path, details, calibration, about)
+
+
 def _card(
     path: str | Path, details: Mapping[str, str], calibration: Calibration, about: Mapping[str, Any]
 ) -> ModelCard:

@@ -17,6 +17,7 @@ KINDS = {
     PIXELS: "fastmaf.inspection.model",
     "combined": "fastmaf.inspection.combined",
     "features": "fastmaf.inspection.features.read",
+    "tiled": "fastmaf.inspection.tiled",
 }
 """The module of each kind of model. Its ``read_model(file, device=...)`` reads a model from an open ``TensorFile``.
 

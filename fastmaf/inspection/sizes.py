@@ -18,13 +18,14 @@ import fastmaf
 from fastmaf.images.reduce import reduced
 from fastmaf.inspection.blocks import Log
 from fastmaf.inspection.fit import Fitted, fit
-from fastmaf.inspection.interface import AnomalyModel
+from fastmaf.inspection.interface import AnomalyModel, HeldOut
 from fastmaf.inspection.model import InspectionModel
 from fastmaf.inspection.out_of_fold import OutOfFoldModels
 from fastmaf.inspection.pixel_candidate import PixelCandidate
 from fastmaf.inspection.recipe import Recipe
 from fastmaf.inspection.selection.candidates import choose_candidate
 from fastmaf.inspection.synthetic_defects.draw import draw_defects
+from fastmaf.training.callbacks import Callback
 
 SIZES = (64, 128, 256)
 BUDGET = 120.0
@@ -44,12 +45,14 @@ class FittedSizes:
         candidates: the fits, of ascending size.
         skipped: sizes that the time did not suffice for.
         seconds: duration of each fit, and of the choice.
+        held_out: scores and maps of the good images, the first set; others are of drawn defects.
     """
 
     model: AnomalyModel
     candidates: tuple[PixelCandidate, ...]
     skipped: tuple[int, ...]
     seconds: dict[str, float]
+    held_out: HeldOut
 
     @property
     def density(self) -> InspectionModel:
@@ -82,6 +85,7 @@ def fit_sizes(
     double: Tensor | None = None,
     groups: Sequence[str] | None = None,
     every_fold: bool = False,
+    callbacks: Sequence[Callback] = (),
     budget: float = BUDGET,
     progress: bool = True,
 ) -> FittedSizes:
@@ -95,6 +99,7 @@ def fit_sizes(
         recipe: the settings of every size, except ``size``.
         double: the images at twice the largest size; see ``fit``.
         groups, every_fold: see ``fit``.
+        callbacks: see ``fit``; called for the smallest size.
         budget: in seconds.
         progress: show progress bars.
 
@@ -108,13 +113,13 @@ def fit_sizes(
     if list(sizes) != sorted(set(sizes)) or not sizes or sizes[-1] != side:
         raise ValueError(f"sizes must ascend to {side}, the side of the images; found {tuple(sizes)}")
     options: Any = {"double": double, "groups": groups, "every_fold": every_fold, "progress": progress}
-    candidates, seconds = fit_each(pixels, sizes, recipe, budget=budget, **options)
+    candidates, seconds = fit_each(pixels, sizes, recipe, budget=budget, callbacks=callbacks, **options)
     begun = time.perf_counter()
-    model = _chosen(candidates, pixels, recipe.seed)
+    model, held_out = _chosen(candidates, pixels, recipe.seed)
     seconds["choice"] = time.perf_counter() - begun
     skipped = tuple(sizes[len(candidates) :])
     model.about["skipped_sizes"] = list(skipped)
-    return FittedSizes(model, tuple(candidates), skipped, seconds)
+    return FittedSizes(model, tuple(candidates), skipped, seconds, held_out)
 
 
 def fit_each(
@@ -125,6 +130,7 @@ def fit_each(
     double: Tensor | None,
     groups: Sequence[str] | None,
     every_fold: bool,
+    callbacks: Sequence[Callback],
     budget: float,
     progress: bool,
 ) -> tuple[list[PixelCandidate], dict[str, float]]:
@@ -143,6 +149,7 @@ def fit_each(
             double=twice,
             groups=groups,
             every_fold=every_fold,
+            callbacks=() if candidates else callbacks,
             checks=not candidates,
             progress=progress,
         )
@@ -170,9 +177,10 @@ def _following(recipe: Recipe, first: Fitted, size: int) -> Recipe:
     )
 
 
-def _chosen(candidates: Sequence[PixelCandidate], pixels: Tensor, seed: int) -> AnomalyModel:
+def _chosen(candidates: Sequence[PixelCandidate], pixels: Tensor, seed: int) -> tuple[AnomalyModel, HeldOut]:
     if len(candidates) == 1 and candidates[0].size == pixels.shape[-1]:
-        return candidates[0].model()
+        return candidates[0].model(), candidates[0].fitted.held_out
     draws = _DRAWS if len(candidates) > 1 else 1
     drawn = [draw_defects(pixels, seed=seed + 1 + i) for i in range(draws)]
-    return choose_candidate(candidates, pixels, drawn).model
+    choice = choose_candidate(candidates, pixels, drawn)
+    return choice.model, choice.held_out

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from typing import Any
 
 from torch import Tensor
 
@@ -15,6 +16,7 @@ from fastmaf.inspection.recipe import Recipe
 from fastmaf.inspection.selection.candidates import choose_candidate
 from fastmaf.inspection.sizes import BUDGET, FittedSizes, fit_each
 from fastmaf.inspection.synthetic_defects.draw import draw_defects
+from fastmaf.training.callbacks import Callback
 
 
 @fastmaf.torch_defaults()
@@ -27,6 +29,7 @@ def fit_with_features(
     *,
     groups: Sequence[str] | None = None,
     every_fold: bool = False,
+    callbacks: Sequence[Callback] = (),
     budget: float = BUDGET,
     progress: bool = True,
 ) -> FittedSizes:
@@ -41,7 +44,7 @@ def fit_with_features(
         sizes: of the models of pixels, ascending, at most s.
         recipe: of these models, except ``size``.
         extractor: from images to features.
-        groups, every_fold: as of ``fastmaf.inspection.fit.fit``.
+        groups, every_fold, callbacks: as of ``fastmaf.inspection.fit.fit``.
         budget: as of ``fastmaf.inspection.sizes.fit_sizes``.
         progress: show progress bars.
 
@@ -50,15 +53,16 @@ def fit_with_features(
     """
     if max(sizes) > extractor.size:
         raise ValueError(f"size must be at most that of the features, {extractor.size}; found {max(sizes)}")
-    options = {"groups": groups, "every_fold": every_fold, "budget": budget, "progress": progress}
-    of_pixels, seconds = fit_each(pixels, sizes, recipe, double=None, **options)  # type: ignore[arg-type]
+    options: Any = {"groups": groups, "every_fold": every_fold, "callbacks": callbacks}
+    options |= {"budget": budget, "progress": progress}
+    of_pixels, seconds = fit_each(pixels, sizes, recipe, double=None, **options)
     begun = time.perf_counter()
     drawn = [draw_defects(pixels, seed=recipe.seed)]
     features = fit_features(pixels, extractor, drawn=drawn, groups=groups, seed=recipe.seed, progress=progress)
     seconds[features.name] = time.perf_counter() - begun
     begun = time.perf_counter()
-    model = choose_candidate([*of_pixels, features], pixels, drawn, first=features.name).model
+    choice = choose_candidate([*of_pixels, features], pixels, drawn, first=features.name)
     seconds["choice"] = time.perf_counter() - begun
     skipped = tuple(sizes[len(of_pixels) :])
-    model.about["skipped_sizes"] = list(skipped)
-    return FittedSizes(model, tuple(of_pixels), skipped, seconds)
+    choice.model.about["skipped_sizes"] = list(skipped)
+    return FittedSizes(choice.model, tuple(of_pixels), skipped, seconds, choice.held_out)

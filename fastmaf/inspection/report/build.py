@@ -19,8 +19,8 @@ from fastmaf.images.decode import load_frame
 from fastmaf.inspection.combined import CombinedModel
 from fastmaf.inspection.decisions import decisions
 from fastmaf.inspection.evaluate import TableRow
-from fastmaf.inspection.interface import AnomalyModel
-from fastmaf.inspection.map_images import overlay, to_frame
+from fastmaf.inspection.interface import AnomalyModel, HeldOut
+from fastmaf.inspection.map_images import contour_level, overlay, to_frame
 from fastmaf.inspection.masks import LabelledSet
 from fastmaf.inspection.model import Prediction
 from fastmaf.inspection.report.content import Exhibit, Gallery, Report, TestResults, Training
@@ -32,9 +32,13 @@ from fastmaf.metrics.results import NORMAL
 _SAMPLES, _CASES, _TIMED = 5, 6, 30
 
 
-def training_report(path: Path, model: AnomalyModel, images: ImageSet, *, name: str) -> None:
+def training_report(path: Path, model: AnomalyModel, images: ImageSet, held_out: HeldOut, *, name: str) -> None:
     """Writes the report of a training run with this name, before there are test images."""
-    _write(path, model, name, images, images, images.notes, None)
+    scores, maps = held_out.scores[0], held_out.maps[0]
+    highest = np.argsort(-scores, kind="stable")[:_CASES]
+    values = scores, model.calibration.p_values(scores), maps
+    unusual = tuple(_exhibit(model, images, i, *(each[i] for each in values)) for i in highest)
+    _write(path, model, name, images, images, images.notes, None, unusual)
 
 
 def test_report(
@@ -44,7 +48,8 @@ def test_report(
     images = test.images
     cases = worst_cases(prediction.scores, images.labels, model.calibration.threshold, _CASES)
     p_values = model.calibration.p_values(prediction.scores)
-    exhibits = (tuple(_exhibit(model, test, prediction, p_values, int(i)) for i in group) for group in cases)
+    values = prediction.scores, p_values, prediction.anomaly_maps, test.masks.masks
+    exhibits = (tuple(_exhibit(model, images, i, *(each[i] for each in values)) for i in group) for group in cases)
     results = TestResults(prediction.scores, images.labels, tuple(table), Gallery(*exhibits))
     return _write(path, model, name, images, test.normals, (*images.notes, *test.masks.notes), results)
 
@@ -57,6 +62,7 @@ def _write(
     normals: ImageSet | None,
     notes: tuple[str, ...],
     test: TestResults | None,
+    unusual: tuple[Exhibit, ...] = (),
 ) -> Report:
     classes = Counter(() if test is None else test.labels)
     counts = [("calibration", NORMAL, model.calibration.n), *(("test", label, n) for label, n in classes.items())]
@@ -74,6 +80,8 @@ def _write(
         training=_training(model),
         calibration=model.calibration,
         test=test,
+        unusual=unusual,
+        map_levels=model.map_levels,
         timings=_timings(model, images.paths),
         environment=environment(),
     )
@@ -93,6 +101,8 @@ def _training(model: AnomalyModel) -> Training | None:
     if not settings and "features" not in about:
         return None
     settings |= decisions(model, explain=True)
+    if configuration := about.get("configuration"):
+        settings["configuration"] = ", ".join(f"{name} = {value}" for name, value in configuration.items())
     settings |= {f"seconds for {stage}": f"{value:.1f}" for stage, value in about.get("seconds", {}).items()}
     folds = zip(of_parts.get("images_of_folds", ()), of_parts.get("held_out_nll_of_folds", ()), strict=True)
     blocks = of_parts.get("recipe", {}).get("blocks", 0) != 0
@@ -119,11 +129,18 @@ def samples(images: ImageSet, label: str, n: int = _SAMPLES) -> np.ndarray:
     return images.pixels[chosen].permute(0, 2, 3, 1).numpy()
 
 
-def _exhibit(model: AnomalyModel, test: LabelledSet, prediction: Prediction, p_values: np.ndarray, i: int) -> Exhibit:
-    images = test.images
+def _exhibit(
+    model: AnomalyModel,
+    images: ImageSet,
+    i: int,
+    score: float,
+    p_value: float,
+    anomaly_map: np.ndarray,
+    mask: np.ndarray | None = None,
+) -> Exhibit:
     picture = load_frame(images.paths[i], 192).pixels.permute(1, 2, 0).numpy()
     low, high = model.map_levels
-    mask = test.masks.masks[i]
+    values, anomalous = to_frame(anomaly_map, picture.shape[:2]), bool(score > model.calibration.threshold)
     if mask is not None:
         # A reduced pixel belongs to the defect if any of its pixels does.
         reduced = Image.fromarray(mask).convert("L").resize(picture.shape[1::-1], Image.Resampling.BOX)
@@ -131,10 +148,10 @@ def _exhibit(model: AnomalyModel, test: LabelledSet, prediction: Prediction, p_v
     return Exhibit(
         f"{images.labels[i]}/{images.paths[i].name}",
         images.labels[i],
-        float(prediction.scores[i]),
-        float(p_values[i]),
+        float(score),
+        float(p_value),
         picture,
-        overlay(picture, to_frame(prediction.anomaly_maps[i], picture.shape[:2]), low=low, high=high),
+        overlay(picture, values, low=low, high=high, contour=contour_level(values, high, anomalous)),
         mask,
     )
 

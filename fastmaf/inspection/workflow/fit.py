@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import asdict
 from dataclasses import replace as replace_field
 from datetime import datetime, timezone
 from pathlib import Path
@@ -30,6 +32,7 @@ from fastmaf.io.outputs import Output, check_outputs, table
 from fastmaf.io.outputs import model as model_kind
 from fastmaf.io.run_folder import check_disk, run_folder
 from fastmaf.io.wording import count
+from fastmaf.training.callbacks import Callback
 from fastmaf.training.checkpoints import MODEL_FILE, STATE_FILE, refuse_unfinished, remove_state
 from fastmaf.training.interrupts import interruptible
 
@@ -47,6 +50,7 @@ def fit(
     features: str | None = None,
     group_by: str | None = None,
     keep_folds: bool = False,
+    callbacks: Sequence[Callback] = (),
     skip_bad: bool = False,
     progress: bool = True,
     say: Say = print,
@@ -67,6 +71,7 @@ def fit(
             ``fastmaf.inspection.features.fit``. None: a model of pixels alone.
         group_by: which images were taken together; see ``group_labels``. None: random folds.
         keep_folds: write the fold models, too, so that ``fastmaf inspect eval`` can evaluate their ensemble.
+        callbacks: see ``fastmaf.inspection.fit.fit``.
 
     Raises:
         DataError: the folder or a file in it is unsuitable, or there are too few images.
@@ -93,6 +98,7 @@ def fit(
         check_disk(out, sum(_disk_needed(replace_field(recipe, size=size), keep_folds) for size in wanted))
         groups = None if group_by is None else group_labels(group_by, images.names)
         options: Any = {"double": images.double, "groups": groups, "every_fold": keep_folds, "progress": progress}
+        options["callbacks"] = callbacks
         fitted: Fitted | FittedSizes
         try:
             if extractor is not None:
@@ -110,6 +116,12 @@ def fit(
             created=datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
             seconds=fitted.seconds,
             log=fitted.log,
+            configuration={
+                **{name: value for name, value in asdict(recipe).items() if value is not None},
+                **({} if sizes is None else {"size": sizes, "budget": budget}),
+                **({} if features is None else {"features": features}),
+                **{"group_by": group_by, "keep_folds": keep_folds, "skip_bad": skip_bad},
+            },
             notes=list(images.notes),
             skipped=[[path.name, reason] for path, reason in images.skipped],
         )
@@ -199,7 +211,7 @@ def _write(out: Path, fitted: Fitted | FittedSizes, images: ImageSet, keep_folds
         write_csv(new / LOG_FILE, _LOG_COLUMNS, rows)
         if keep_folds:
             save_fold_models(new, fitted.density, fitted.out_of_fold.flows)
-        training_report(new / REPORT_FILE, fitted.model, images, name=out.name)
+        training_report(new / REPORT_FILE, fitted.model, images, fitted.held_out, name=out.name)
         with interruptible() as stop:  # Ctrl-C here would leave a mixture of two runs
             files = (MODEL_FILE, LOG_FILE, REPORT_FILE)
             for name in files:

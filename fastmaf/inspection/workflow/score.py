@@ -115,7 +115,8 @@ def score(
                 resized = to_frame(anomaly_map, (frame.height, frame.width))
                 if overlays is not None:
                     full = np.ascontiguousarray(frame.full.permute(1, 2, 0).numpy())
-                    write_overlay(overlays / f"{names[frame.path]}.png", full, resized, low, high)
+                    verdict = {"score": row.score, "threshold": loaded.calibration.threshold}
+                    write_overlay(overlays / f"{names[frame.path]}.png", full, resized, low, high, **verdict)
                 if maps is not None:
                     write_map(maps / f"{names[frame.path]}{map_suffix}", resized)
     for note in sentences(kinds):
