@@ -123,6 +123,9 @@ def score(
         Path | None,
         typer.Option("--out", metavar="FILE", help="Output file, .csv or .jsonl. Default: CSV on standard output."),
     ] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Continue an interrupted run with the same arguments and model.")
+    ] = False,
     json_lines: Annotated[bool, typer.Option("--jsonl", help="Print JSON lines instead of CSV.")] = False,
     overlays: Annotated[
         Path | None, typer.Option(metavar="DIR", help="Folder for anomaly maps over the images, PNG.")
@@ -131,34 +134,54 @@ def score(
         Path | None, typer.Option(metavar="DIR", help="Folder for the maps as numbers, 16-bit PNG.")
     ] = None,
     tiff: Annotated[bool, typer.Option("--tiff", help="Write the maps as 32-bit TIFF instead.")] = False,
+    fail_on_anomaly: Annotated[
+        bool, typer.Option("--fail-on-anomaly", help="End with exit code 3 if an image is anomalous.")
+    ] = False,
+    workers: Annotated[
+        int | None,
+        typer.Option(
+            min=0, metavar="N", help="Processes that read images. Default: one per processor; none for few images."
+        ),
+    ] = None,
     device: options.Device = "auto",
     quiet: options.Quiet = False,
     verbose: options.Verbose = False,
 ) -> None:
     """Score images and classify them as good or anomalous.
 
-    One row an image: anomaly score, p-value, verdict and latency. The exit code is 2 if files could not be read.
+    One row an image: anomaly score, p-value, verdict and latency. The exit code is 2 if files could not be read, and 3
+    with --fail-on-anomaly if images are anomalous. Several processes, also on several machines, share the images with
+    torchrun --nproc-per-node N -m fastmaf inspect score.
     """
     if out is not None and out.suffix not in (".csv", ".jsonl"):
         refuse(f"expected a .csv or .jsonl file for --out; found {out}")
     if tiff and maps is None:
         refuse("--tiff is the format of --maps; found no --maps")
+    if resume and out is None:
+        refuse("--resume continues a run with --out; found no --out")
     from fastmaf.inspection.workflow.score import score as run
 
-    damaged = run(
+    result = run(
         model,
         images,
         out=out,
+        resume=resume,
         json_lines=json_lines,
         overlays=overlays,
         maps=maps,
         map_suffix=".tiff" if tiff else ".png",
         device=device_named(device),
+        workers=workers,
         progress=not quiet,
         stdout=sys.stdout,
         say=say_aside,
     )
-    if damaged:
+    if result.interrupted:
+        say_aside("stopped")
+        raise typer.Exit(130)
+    if fail_on_anomaly and result.anomalous:
+        raise typer.Exit(3)
+    if result.unread:
         raise typer.Exit(2)
 
 

@@ -19,7 +19,7 @@ from fastmaf.inspection.calibration import Calibration
 from fastmaf.inspection.export.graph import inspection_graph
 from fastmaf.inspection.export.graph_builder import ExportError, require
 from fastmaf.inspection.model import InspectionModel
-from fastmaf.inspection.workflow.score import VERDICTS, ImageRow, predict_row
+from fastmaf.inspection.workflow.rows import VERDICTS, ImageRow, predict_row
 from fastmaf.io.atomic import written_atomically
 from fastmaf.io.outputs import Output, check_outputs, text_file
 from fastmaf.io.wording import count
