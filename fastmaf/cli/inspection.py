@@ -118,7 +118,10 @@ def _say_calibration(calibration: Calibration, explain: bool, as_json: bool) -> 
 @app.command()
 def score(
     model: options.Model,
-    images: options.Images,
+    images: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="IMAGES", callback=options.existing_images, help=f"Images: {options.IMAGES}"),
+    ] = None,
     out: Annotated[
         Path | None,
         typer.Option("--out", metavar="FILE", help="Output file, .csv or .jsonl. Default: CSV on standard output."),
@@ -134,6 +137,14 @@ def score(
         Path | None, typer.Option(metavar="DIR", help="Folder for the maps as numbers, 16-bit PNG.")
     ] = None,
     tiff: Annotated[bool, typer.Option("--tiff", help="Write the maps as 32-bit TIFF instead.")] = False,
+    watch: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="DIR",
+            callback=options.existing,
+            help="Instead of IMAGES: score the images in a folder, and new ones once they are complete, until Ctrl-C.",
+        ),
+    ] = None,
     fail_on_anomaly: Annotated[
         bool, typer.Option("--fail-on-anomaly", help="End with exit code 3 if an image is anomalous.")
     ] = False,
@@ -159,23 +170,28 @@ def score(
         refuse("--tiff is the format of --maps; found no --maps")
     if resume and out is None:
         refuse("--resume continues a run with --out; found no --out")
-    from fastmaf.inspection.workflow.score import score as run
+    if (watch is None) == (not images):
+        refuse("expected IMAGES, or --watch DIR; found " + ("neither" if watch is None else "both"))
+    settings: Any = {
+        "out": out,
+        "resume": resume,
+        "json_lines": json_lines,
+        "overlays": overlays,
+        "maps": maps,
+        "map_suffix": ".tiff" if tiff else ".png",
+        "device": device_named(device),
+        "workers": workers,
+        "stdout": sys.stdout,
+        "say": say_aside,
+    }
+    if watch is not None:
+        from fastmaf.inspection.workflow.watch import watch as run_until_stopped
 
-    result = run(
-        model,
-        images,
-        out=out,
-        resume=resume,
-        json_lines=json_lines,
-        overlays=overlays,
-        maps=maps,
-        map_suffix=".tiff" if tiff else ".png",
-        device=device_named(device),
-        workers=workers,
-        progress=not quiet,
-        stdout=sys.stdout,
-        say=say_aside,
-    )
+        result = run_until_stopped(model, watch, **settings)
+    else:
+        from fastmaf.inspection.workflow.score import score as run
+
+        result = run(model, images or [], **settings, progress=not quiet)
     if result.interrupted:
         say_aside("stopped")
         raise typer.Exit(130)

@@ -86,7 +86,7 @@ class Journal:
         if continued:
             _check_same(path, run)
         with write_errors(path):
-            self._file = open(path, "rb+" if continued else "wb+")
+            self._file = open(path, "rb+" if continued else "wb+")  # noqa: SIM115 - until ``close``
             if continued:
                 self._file.readline()
                 self._read(self._file.tell())

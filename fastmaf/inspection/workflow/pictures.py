@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import zlib
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -52,10 +52,10 @@ class Pictures:
             self._taken.add(unique.lower())
             self._names[file] = unique
 
-    def outputs(self) -> Iterator[Output]:
-        """Yields the pictures of all named files."""
+    def outputs(self, files: Iterable[Path]) -> Iterator[Output]:
+        """Yields the pictures of named files."""
         overlay, anomaly_map = picture(OVERLAY, "an overlay of an anomaly map"), picture(MAP, "an anomaly map")
-        for name in self._names.values():
+        for name in map(self._names.__getitem__, files):
             if self.overlays is not None:
                 yield Output(self.overlays / f"{name}.png", overlay)
             if self.maps is not None:

@@ -76,7 +76,7 @@ def score(
         pictures, path = Pictures(overlays, maps, map_suffix), model_file(model)
         files = files_of_first(team, expand(arguments, say=say) if team.is_first else [])
         pictures.name(files)
-        check_outputs([*pictures.outputs(), *row_outputs(out, team)], [path, *files])
+        check_outputs([*pictures.outputs(files), *row_outputs(out, team)], [path, *files])
         journal, mine = None, files
         if out is not None:
             images = f"{count(len(files), 'image')}, {digest_of(map(str, files))}"
@@ -129,7 +129,7 @@ def run_of(model: Path, pictures: Pictures, images: str) -> dict[str, str | None
 
 @contextmanager
 def open_journal(
-    out: Path, run: Mapping[str, str | None], resume: bool, say: Say, team: Processes = Processes()
+    out: Path, run: Mapping[str, str | None], resume: bool, say: Say, team: Processes
 ) -> Iterator[Journal]:
     """Opens the journal of a process, and locks the output."""
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -172,17 +172,20 @@ def _all_scored(
 ) -> bool:
     """Scores files until the last, or Ctrl-C; returns whether it was the last."""
     done = 0
-    with interruptible() as stop, Progress("scoring", "image", total=len(files), show=progress) as bar:
-        with closing(scorer.score(files)) as batches:
-            for batch in batches:
-                for result in batch:
-                    if isinstance(result, Unreadable):
-                        say(f"skipped: {result.reason}")
-                write([result for result in batch if isinstance(result, Record)])
-                done += len(batch)
-                bar.update(len(batch))
-                if stop.is_set():
-                    break
+    with (
+        interruptible() as stop,
+        Progress("scoring", "image", total=len(files), show=progress) as bar,
+        closing(scorer.score(files)) as batches,
+    ):
+        for batch in batches:
+            for result in batch:
+                if isinstance(result, Unreadable):
+                    say(f"skipped: {result.reason}")
+            write([result for result in batch if isinstance(result, Record)])
+            done += len(batch)
+            bar.update(len(batch))
+            if stop.is_set():
+                break
     return done == len(files)
 
 
