@@ -7,6 +7,7 @@ import importlib.util
 _MODULES = {
     "cli": ("typer",),
     "inspection": ("PIL", "scipy", "sklearn", "matplotlib", "jinja2", "tqdm"),
+    "serve": ("fastapi", "uvicorn"),
 }
 """What each extra of pyproject.toml brings, by the names of imports."""
 
@@ -19,7 +20,7 @@ def require(extra: str, what: str) -> None:
     """Raises MissingExtraError unless the packages of an extra are installed.
 
     Args:
-        extra: ``cli`` or ``inspection``.
+        extra: ``cli``, ``inspection`` or ``serve``.
         what: what needs them, to begin the message with.
 
     Example:

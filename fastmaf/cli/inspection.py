@@ -201,6 +201,32 @@ def score(
         raise typer.Exit(2)
 
 
+@app.command()
+def serve(
+    model: options.Model,
+    host: Annotated[
+        str, typer.Option(metavar="ADDRESS", help="Address to listen at; 0.0.0.0 for all of this machine.")
+    ] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, metavar="N", help="Port; 0 for any free one.")] = 8000,
+    max_bytes: Annotated[int, typer.Option(min=1, metavar="N", help="Largest image file that is accepted.")] = 32
+    * 2**20,
+    max_pixels: Annotated[
+        int, typer.Option(min=1, metavar="N", help="Largest width x height that is accepted.")
+    ] = 25_000_000,
+    device: options.Device = "auto",
+    verbose: options.Verbose = False,
+) -> None:
+    """Score images over HTTP, until Ctrl-C.
+
+    POST an image file to /score for its score, p-value and verdict as JSON, with the anomaly map for ?overlay=true. The
+    address itself shows a page to drop an image on. Only this machine can reach it unless --host is given.
+    """
+    from fastmaf.inspection.serve.run import serve as run
+
+    limits: Any = {"max_bytes": max_bytes, "max_pixels": max_pixels}
+    run(model, host=host, port=port, **limits, device=device_named(device), say=say_aside)
+
+
 @app.command("eval", cls=ModelArgument)
 def evaluate(
     data: options.TestData,

@@ -56,6 +56,10 @@ class DataError(ValueError):
     """A data folder or an image file cannot be used."""
 
 
+class TooLargeError(DataError):
+    """An image has more pixels than are decoded."""
+
+
 def decode(
     path: Path, content: bytes | None = None, max_pixels: int | None = None
 ) -> tuple[Image.Image, int, Image.Transpose | None, list[str]]:
@@ -100,7 +104,7 @@ def _decode(
     image = Image.open(stream, formats=FORMATS)
     width, height = image.size
     if width * height > max_pixels:
-        raise DataError(f"{path}: {width} x {height} = {width * height:,} pixels; expected at most {max_pixels:,}")
+        raise TooLargeError(f"{path}: {width} x {height} = {width * height:,} pixels; expected at most {max_pixels:,}")
     if getattr(image, "is_animated", False):  # n_frames would read all pages of a TIFF
         kinds.append("frames")
     if is_tiff := image.format == "TIFF":  # Pillow transposes it while loading, and drops the tag
