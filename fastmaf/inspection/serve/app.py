@@ -129,9 +129,7 @@ def _check_origin(request: Request) -> None:
     """Refuses a request that a page of another site makes a browser send."""
     origin = request.headers.get("origin")
     if origin is not None and urlsplit(origin).netloc != request.headers.get("host"):
-        raise HTTPException(
-            403, f"expected a request of this server's own page or a program; found {origin}"
-        )
+        raise HTTPException(403, f"expected a request of this server's own page or a program; found {origin}")
 
 
 async def _body(request: Request, max_bytes: int) -> bytes:
