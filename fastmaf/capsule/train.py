@@ -10,7 +10,7 @@ Files written to the output folder during training:
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -28,6 +28,7 @@ from fastmaf.io.marks import CURVE
 from fastmaf.io.outputs import Output, check_outputs, picture, table
 from fastmaf.io.outputs import model as model_kind
 from fastmaf.io.run_folder import check_disk, run_folder
+from fastmaf.training.callbacks import Callback
 from fastmaf.training.checkpoints import MODEL_FILE, STATE_FILE, refuse_unfinished
 from fastmaf.training.processes import device_of, started_together, was_restarted
 
@@ -58,6 +59,7 @@ def train(
     device: str = "cpu",
     graphs: bool = True,
     published: Mapping[int, float] | None = None,
+    callbacks: Sequence[Callback] = (),
     progress: bool = True,
     locked: bool = False,
 ) -> TrainResult:
@@ -80,6 +82,8 @@ def train(
         device: where to train.
         graphs: on a GPU, replay steps as CUDA graphs where possible; see ``fastmaf.TrainingStep``.
         published: NLL of the published run by epoch, drawn beside the curve.
+        callbacks: called by the first process after each epoch with ``nll``, ``val_nll`` (if images are held out),
+            ``bits_per_dim``, ``seconds`` and ``skipped_steps``.
         progress: show a progress bar.
         locked: the caller has locked ``out`` and checked its files.
 
@@ -113,7 +117,7 @@ def train(
         check_fits(config, place, images=len(normals), resume=resume)
         if together.is_first:
             check_disk(out, disk_needed(config))
-        run = TrainingRun(config, out, normals, held_out, place, graphs, published, together)
+        run = TrainingRun(config, out, normals, held_out, place, graphs, published, together, callbacks)
         if resume:
             run.restore()
         return run.train(progress)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -20,6 +20,7 @@ from fastmaf.images.progress import Progress, note
 from fastmaf.io.atomic import written_atomically
 from fastmaf.metrics.plots import nll_curve
 from fastmaf.metrics.results import bits_per_dim
+from fastmaf.training.callbacks import Callback
 from fastmaf.training.checkpoints import MODEL_FILE, STATE_FILE, load_state, moments_by_parameter, save_state
 from fastmaf.training.interrupts import interruptible
 from fastmaf.training.processes import Processes
@@ -62,9 +63,10 @@ class TrainingRun:
         graphs: bool,
         published: Mapping[int, float] | None,
         together: Processes,
+        callbacks: Sequence[Callback] = (),
     ) -> None:
         self.config, self.out, self.device, self.published = config, out, device, published
-        self._together = together
+        self._together, self._callbacks = together, callbacks if together.is_first else ()
         self.normals, self.held_out = normals, held_out
         self.files, self.contents = list(normals.names), contents_of(normals) | contents_of(held_out)
         self.flow = config.build().to(device)
@@ -125,6 +127,7 @@ class TrainingRun:
                 if time.monotonic() - self._saved > _SECONDS_BETWEEN_CHECKPOINTS or self.good_epoch is None:
                     self._save()
                 self._write_log(curve=time.monotonic() - self._drawn > _SECONDS_BETWEEN_CURVES)
+                self._call_back(epoch)
             if stop.is_set() and self._together.is_first:
                 note(
                     "stopping after this step and writing a checkpoint; Ctrl-C again stops at once and loses the "
@@ -167,6 +170,15 @@ class TrainingRun:
             }
         )
         self.so_far = _EpochProgress()
+
+    def _call_back(self, epoch: int) -> None:
+        values = {name: value for name, value in self.log[-1].items() if name != "epoch" and value is not None}
+        try:
+            for callback in self._callbacks:
+                callback(epoch, values)
+        except BaseException:
+            self._save()
+            raise
 
     def _stopped(self, reason: str) -> TrainingStoppedError:
         if self.good_epoch is None:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from fastmaf.cli import options
+from fastmaf.cli.config_file import from_file, reads, resolved, to_toml
 from fastmaf.cli.former import ModelArgument
 from fastmaf.cli.options import checked_settings, device_named, refuse
 from fastmaf.cli.output import say, say_aside, say_json, say_or_aside
@@ -19,11 +21,28 @@ if TYPE_CHECKING:
 app = typer.Typer(no_args_is_help=True, help="Find defects in images of any object, from good images alone.")
 
 
+def _fit_and_recipe() -> tuple[Callable[..., None], type]:
+    from fastmaf.inspection.recipe import Recipe
+
+    return fit, Recipe
+
+
 @app.command()
 def fit(
+    context: typer.Context,
     data: options.TrainData,
     out: options.Out = Path("results"),
-    size: options.Size = 64,
+    size: Annotated[
+        str,
+        typer.Option(
+            callback=options.size_or_auto,
+            metavar="auto|N",
+            help="Side of the square images in pixels; auto tries 64, 128 and 256, as far as images and --budget go.",
+        ),
+    ] = "64",
+    budget: Annotated[
+        float, typer.Option(min=0, metavar="SECONDS", help="Time for the models of --size auto; from 300 on, 256 too.")
+    ] = 120,
     dequantize: Annotated[
         bool, typer.Option("--dequantize", help="Spread each 8-bit value evenly over its bin for fitting.")
     ] = False,
@@ -44,6 +63,19 @@ def fit(
     ] = False,
     seed: options.Seed = 0,
     skip_bad: options.SkipBad = False,
+    config: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            is_eager=True,
+            callback=reads(_fit_and_recipe),
+            help="TOML or JSON file with options, and settings of the recipe such as rank and folds. Options of the "
+            "command line take precedence.",
+        ),
+    ] = None,
+    print_config: Annotated[
+        bool, typer.Option("--print-config", help="Print all settings as TOML for --config, and do nothing else.")
+    ] = False,
     explain: options.Explain = False,
     as_json: options.Json = False,
     quiet: options.Quiet = False,
@@ -56,11 +88,17 @@ def fit(
     from fastmaf.inspection.recipe import Recipe
 
     with checked_settings():
-        recipe = Recipe(size=size, seed=seed, dequantize=dequantize, logit=logit)
+        side = 64 if size == "auto" else int(size)
+        recipe = Recipe(**from_file(context), size=side, seed=seed, dequantize=dequantize, logit=logit)
+    if print_config:
+        paths: Any = {"data": str(data), "out": str(out), "size": size if size == "auto" else side, "budget": budget}
+        say(to_toml(resolved(recipe, **paths, group_by=group_by, keep_folds=keep_folds, skip_bad=skip_bad)))
+        return
     from fastmaf.inspection.workflow.fit import fit as run
 
     settings: Any = {"keep_folds": keep_folds, "skip_bad": skip_bad, "progress": not quiet}
-    result = run(data, out, recipe, group_by=group_by, **settings, say=say_aside)
+    sizes: Any = "auto" if size == "auto" else None
+    result = run(data, out, recipe, sizes=sizes, budget=budget, group_by=group_by, **settings, say=say_aside)
     say_or_aside(as_json)(result.describe(explain))
     if as_json:
         say_json(result.summary())

@@ -2,23 +2,65 @@
 
 from __future__ import annotations
 
+import math
 import warnings
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, TypeAlias
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import fastmaf
 from fastmaf.inspection.out_of_fold import OutOfFoldModels, drop_fold
 from fastmaf.inspection.recipe import Recipe
 from fastmaf.inspection.scoring.float64_flow import FlowValues
+from fastmaf.training.callbacks import Callback
 
-Log = list[dict[str, float]]
+Log: TypeAlias = list[dict[str, float]]
+
+
+class _Adam:
+    """Adam with gradients clipped to a norm of 1, so that one unusual image does not destroy the weights.
+
+    That of torch imports its compiler, which takes as long as the training.
+    """
+
+    def __init__(self, parameters: list[nn.Parameter]) -> None:
+        self.parameters, self.steps = parameters, 0
+        self.moments = [(torch.zeros_like(p), torch.zeros_like(p)) for p in parameters]
+
+    @torch.no_grad()
+    def step(self, loss: Tensor, lr: float, betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8) -> None:
+        """Takes one step down the gradient of a loss."""
+        grads = torch.autograd.grad(loss, self.parameters)
+        norm = torch.stack([grad.square().sum() for grad in grads]).sum().sqrt()
+        clip = (1 / (norm + 1e-6)).clamp_max(1.0)
+        self.steps += 1
+        corrections = [1 - beta**self.steps for beta in betas]
+        for parameter, grad, (mean, square) in zip(self.parameters, grads, self.moments, strict=True):
+            grad = grad * clip
+            mean.lerp_(grad, 1 - betas[0])
+            square.mul_(betas[1]).addcmul_(grad, grad, value=1 - betas[1])
+            root = (square / corrections[1]).sqrt_().add_(eps)
+            parameter.addcdiv_(mean, root, value=-lr / corrections[0])
+
+
+def _one_cycle(progress: float) -> float:
+    """Returns the learning rate at a time from 0 to 1 as a share of the largest, as ``OneCycleLR`` does."""
+    low, high, end, rise = 1 / 25, 1.0, 1 / 250_000, 0.3
+    if progress < rise:
+        start, stop, place = low, high, progress / rise
+    else:
+        start, stop, place = high, end, (progress - rise) / (1 - rise)
+    return stop + (start - stop) * 0.5 * (1 + math.cos(math.pi * place))
 
 
 def fit_blocks(
-    z: Tensor, recipe: Recipe, held_out: Tensor | None = None, log: Log | None = None
+    z: Tensor,
+    recipe: Recipe,
+    held_out: Tensor | None = None,
+    log: Log | None = None,
+    callbacks: Sequence[Callback] = (),
 ) -> list[fastmaf.Transform]:
     """Returns blocks trained on whitened images ``[n, D]``.
 
@@ -27,6 +69,7 @@ def fit_blocks(
         recipe: the settings.
         held_out: whitened images to evaluate on.
         log: if given with ``held_out``, receives rows of step and the NLLs of the batch and of ``held_out``.
+        callbacks: called with each row.
     """
     generator = torch.Generator().manual_seed(recipe.seed)
     shape = (recipe.features // recipe.size**2, recipe.size, recipe.size)
@@ -38,30 +81,35 @@ def fit_blocks(
     if not blocks:
         return blocks
     flow = fastmaf.Flow(recipe.features, blocks)
-    optimizer = torch.optim.Adam(flow.parameters(), lr=recipe.lr)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, recipe.lr, total_steps=recipe.steps)
+    adam = _Adam(list(flow.parameters()))
     for step in range(1, recipe.steps + 1):
         batch = z[torch.randint(len(z), (min(recipe.batch_size, len(z)),), generator=generator)]
         loss = -flow.log_prob(batch).mean() / recipe.features
-        optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(flow.parameters(), 1.0)  # one unusual image must not destroy the weights
-        optimizer.step()
-        schedule.step()
+        adam.step(loss, recipe.lr * _one_cycle((step - 1) / max(1, recipe.steps - 1)))
         if log is not None and held_out is not None and (step % 10 == 0 or step == 1):
             with torch.no_grad():
                 train, test = (float(-flow.log_prob(part).double().mean()) for part in (batch, held_out))
             log.append({"step": step, "nll": train, "held_out_nll": test})
+            for callback in callbacks:
+                callback(step, {"nll": train, "held_out_nll": test})
     return blocks
 
 
 def select_blocks(
-    x: Tensor, z: Tensor, models: OutOfFoldModels, recipe: Recipe, done: Callable[[], object]
+    x: Tensor,
+    z: Tensor,
+    models: OutOfFoldModels,
+    recipe: Recipe,
+    done: Callable[[], object],
+    *,
+    callbacks: Sequence[Callback] = (),
+    every_fold: bool = False,
 ) -> tuple[int, OutOfFoldModels, Log, dict[str, Any]]:
-    """Trains blocks without each fold, and drops them if held-out images are no more likely with them.
+    """Trains blocks without a fold or each, and drops them if held-out images are no more likely with them.
 
-    With ``blocks="auto"`` the first fold is tried alone: if its images are no more likely with blocks, none are trained
-    without the others, and the mean NLL with blocks is that without, plus the difference over this fold.
+    With ``blocks="auto"`` the first fold decides, and only it is trained unless ``every_fold``: the NLLs of the others
+    with blocks are those without, plus the difference over the first. A block has a few thousand weights, learnt from
+    millions of values, so that the difference hardly depends on the fold.
 
     Args:
         x: good images ``[n, D]``, as their NLL is measured.
@@ -69,47 +117,51 @@ def select_blocks(
         models: the whitenings fitted without each fold, with the transforms before them.
         recipe: a number of blocks is kept in any case, ``"auto"`` is not.
         done: called after each fold.
+        callbacks: called with the rows of the training curve.
+        every_fold: train blocks without each fold in any case.
 
     Returns:
-        The number of blocks kept; ``models`` with these blocks; the training curve of the first fold, rows of step
-        and NLLs; and the mean held-out NLLs in nats that decided, for the model's record.
+        The number of blocks kept; ``models``, with blocks if they were trained without every fold; the training curve
+        of the first fold, rows of step and NLLs; and the mean held-out NLLs in nats that decided, for the record.
 
     Warns:
         UserWarning: held-out images are no more likely with the blocks that the recipe asks for.
     """
-    nll, mean_with = models.nll(x), None
-    mean, kept = float(nll.mean()), recipe.most_blocks
-    log: Log = []
+    nll, kept = models.nll(x), recipe.most_blocks
+    without, log = nll, list[dict[str, float]]()
     flows: list[fastmaf.Flow] = []
+    every_fold = every_fold or recipe.blocks != "auto"
+    with_blocks: Tensor | None = None
     for fold, flow in zip(models.folds if kept else (), models.flows, strict=False):
-        blocks = fit_blocks(drop_fold(z, fold), recipe, z[fold], None if flows else log)
+        blocks = fit_blocks(drop_fold(z, fold), recipe, z[fold], None if flows else log, callbacks)
         flows.append(fastmaf.Flow(recipe.features, [*flow.transforms, *blocks]).eval())  # type: ignore[list-item]
         done()
-        if len(flows) == 1 and recipe.blocks == "auto":
-            # Most of the time is saved where the first fold shows that blocks do not help.
-            first = float(FlowValues(flows[0], x[fold]).nll.mean())
-            if not first < float(nll[fold].mean()):
-                kept, mean_with = 0, mean - float(nll[fold].mean()) + first
+        if len(flows) == 1:
+            change = float(FlowValues(flows[0], x[fold]).nll.mean()) - float(nll[fold].mean())
+            with_blocks = nll + change
+            if recipe.blocks == "auto" and not (every_fold and change < 0):
                 break
-    if kept:
+    if len(flows) == len(models.folds):
         extended = OutOfFoldModels(models.folds, flows)
-        nll_with = extended.nll(x)
-        mean_with = float(nll_with.mean())
-        better = mean_with < mean  # False for NaN
+        with_blocks = extended.nll(x)
+        if recipe.blocks != "auto" or float(with_blocks.mean()) < float(without.mean()):
+            models = extended
+    if with_blocks is not None:
+        better = float(with_blocks.mean()) < float(without.mean())  # False for NaN
         if recipe.blocks != "auto" and not better:
             warnings.warn(
-                f"blocks={recipe.blocks} do not make held-out images more likely (NLL {mean_with:,.0f} nats with them, "
-                f"{mean:,.0f} without); they are kept as requested, blocks='auto' drops them",
+                f"blocks={recipe.blocks} do not make held-out images more likely (NLL {with_blocks.mean():,.0f} nats "
+                f"with them, {without.mean():,.0f} without); they are kept as requested, blocks='auto' drops them",
                 stacklevel=5,
             )
         if recipe.blocks != "auto" or better:
-            models, nll = extended, nll_with
+            nll = with_blocks
         else:
             kept = 0
     figures = {
-        "held_out_nll_with_blocks": mean_with,
+        "held_out_nll_with_blocks": None if with_blocks is None else float(with_blocks.mean()),
         "held_out_nll": float(nll.mean()),
-        "held_out_nll_of_whitening": mean,
+        "held_out_nll_of_whitening": float(without.mean()),
         "held_out_nll_of_folds": [float(nll[fold].mean()) for fold in models.folds],
     }
     return kept, models, log, figures

@@ -6,24 +6,47 @@ from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
 
+from fastmaf.inspection.combined import CombinedModel
+from fastmaf.inspection.interface import AnomalyModel
 from fastmaf.inspection.model import InspectionModel
 from fastmaf.inspection.recipe import Recipe
 from fastmaf.io.wording import count
 
 
-def decisions(model: InspectionModel, explain: bool = False) -> dict[str, str]:
+def decisions(model: AnomalyModel, explain: bool = False) -> dict[str, str]:
     """Returns what the fit of a model selected and why, by name; with ``explain`` the figures that decided it."""
+    selected = {"model": _candidate(model.about, explain)}
+    if isinstance(model, InspectionModel):
+        selected |= _of_pixels(model, explain)
+    elif isinstance(model, CombinedModel):
+        for standard, part in zip(model.standards, model.parts, strict=True):
+            of_part = _of_pixels(part, explain) if isinstance(part, InspectionModel) else {}
+            selected |= {f"{standard.name}, {name}": text for name, text in of_part.items() if name != "groups"}
+    selected["groups"] = model.about.get("groups")
+    return {name: text for name, text in selected.items() if text is not None}
+
+
+def _of_pixels(model: InspectionModel, explain: bool) -> dict[str, str | None]:
     about = model.about
     recipe = {**asdict(Recipe()), **about.get("recipe", {})}
-    selected = {
+    return {
         "augmentation": _augmentation(recipe, about, explain),
         "logit": _logit(recipe, about, explain),
         "blocks": _blocks(recipe, about, explain),
         "score": _score(model, about, explain),
-        "groups": about.get("groups"),
         "anomaly map": _anomaly_map(model, about, explain),
     }
-    return {name: text for name, text in selected.items() if text is not None}
+
+
+def _candidate(about: Mapping[str, Any], explain: bool) -> str | None:
+    """Returns which of several models, or which combination of them, was chosen."""
+    areas, chosen = about.get("drawn_auroc_of_candidates", {}), about.get("chosen")
+    if chosen not in areas:
+        return None
+    if explain or len(areas) == 1:
+        return f"{chosen} (image AUROC on synthetic defects: {', '.join(f'{k} {v:.3f}' for k, v in areas.items())})"
+    others = ", ".join(f"{name} {value:.3f}" for name, value in areas.items() if name != chosen)
+    return f"{chosen} (image AUROC on synthetic defects {areas[chosen]:.3f}; {others})"
 
 
 def _augmentation(recipe: Mapping[str, Any], about: Mapping[str, Any], explain: bool) -> str | None:

@@ -20,9 +20,13 @@ import fastmaf
 from fastmaf.images.decode import DataError, load_frame, resized
 from fastmaf.inspection.calibration import Calibration
 from fastmaf.inspection.fit import fit
+from fastmaf.inspection.interface import AnomalyModel, maps_of, scores_of
 from fastmaf.inspection.model import InspectionModel, load_inspection
 from fastmaf.inspection.recipe import Recipe
 from fastmaf.inspection.row_model import RowModel, fit_rows
+from fastmaf.inspection.tiled import TiledModel
+from fastmaf.inspection.tiled_fit import fit_tiles
+from fastmaf.inspection.tiles import tiled_size
 from fastmaf.io.marks import is_output
 
 try:
@@ -50,12 +54,16 @@ class Detector(OutlierMixin, BaseEstimator):
     - or rows: finite numbers ``[n, D]``.
 
     Args:
-        size: images only: side in pixels of the square that each is resized to.
+        size: images only: side in pixels of the square that each is resized to; with ``tiles`` of each tile.
         rank: factors of the whitening; fewer if the samples or columns do not support them.
         blocks: images only: autoregressive blocks after the whitening; ``"auto"``: two if held-out images are more
             likely with them, else none. They lower the NLL that ``model_`` reports; the score does not use them: 0
             gives the same scores faster.
         steps: images only: training steps of the blocks.
+        tiles: images only: for images much larger than a model. k > 1 resizes each image to ``tiled_size(size, k)``
+            pixels, and fits a model to each of k × k overlapping tiles. An image is as anomalous as its most anomalous
+            tile, compared with good images of that tile, and the threshold is one for images, not for tiles. k² times
+            the time of one model.
         folds: K, at least 2; at most the number of samples is used.
         false_alarm: false-alarm rate on new normal samples, on average over calibration sets.
         confidence: None, or the probability with which this calibration set keeps that rate.
@@ -63,9 +71,13 @@ class Detector(OutlierMixin, BaseEstimator):
         verbose: images only: show a progress bar.
 
     Attributes:
-        model_: ``InspectionModel`` for images, or ``RowModel``.
+        model_: an ``AnomalyModel`` for images, usually ``InspectionModel``, or ``RowModel``.
         calibration_: held-out scores and their guarantee; ``print(detector.calibration_.describe())``.
         offset_: minus the threshold: ``decision_function = score_samples - offset_``.
+        threshold_: samples whose ``anomaly_score`` is above are outliers, as in PyOD.
+        decision_scores_: float64 [n], the ``anomaly_score`` of each training sample by a model that has not seen it,
+            in the order of X: the scores behind the threshold. Not set by ``load``, as files hold them sorted.
+        labels_: int64 [n], 1 for training samples above the threshold, else 0, as in PyOD; a few are expected.
         n_features_in_: D; for images the number of values of a resized one, 3 size², or size² if all images are grey.
 
     Example:
@@ -83,6 +95,7 @@ class Detector(OutlierMixin, BaseEstimator):
         rank: int = 400,
         blocks: int | Literal["auto"] = "auto",
         steps: int = 200,
+        tiles: int = 1,
         folds: int = 5,
         false_alarm: float = 0.05,
         confidence: float | None = None,
@@ -93,6 +106,7 @@ class Detector(OutlierMixin, BaseEstimator):
         self.rank = rank
         self.blocks = blocks
         self.steps = steps
+        self.tiles = tiles
         self.folds = folds
         self.false_alarm = false_alarm
         self.confidence = confidence
@@ -120,38 +134,50 @@ class Detector(OutlierMixin, BaseEstimator):
         given = self.random_state
         seed = int(given if isinstance(given, Integral) else check_random_state(given).randint(2**31 - 1))
         images = _are_images(X)
+        if self.tiles < 1:
+            raise ValueError(f"tiles must be at least 1; found {self.tiles}")
         if groups is not None and not images:
             raise ValueError("groups are for images: rows are held out at random")
         if images:
-            samples, double = _pixels(X, self.size, double=True)
+            samples, double = _pixels(X, tiled_size(self.size, self.tiles), double=True)
         else:
             samples, double = self._rows(X, ensure_min_samples=2), None
         n = len(samples)
         if images and n < 3:
             raise ValueError(f"X must hold at least 3 good images; found {n}")
-        planned = Calibration(np.zeros(n), self.false_alarm, self.confidence, "split")
+        available, unit = (n, "samples") if groups is None else (len(set(groups)), "groups")
+        planned = Calibration(np.zeros(max(available, 1)), self.false_alarm, self.confidence, "split")
         if not planned.attainable:  # before the work
             least = planned.min_samples
-            warnings.warn(f"a false-alarm rate of {self.false_alarm:g} needs {least} samples; found {n}", stacklevel=4)
+            text = f"a false-alarm rate of {self.false_alarm:g} needs {least} {unit}; found {available}"
+            warnings.warn(text, stacklevel=4)
         folds = self.folds if self.folds < 2 else min(self.folds, n)
         recipe = Recipe(self.size, self.rank, blocks=self.blocks, steps=self.steps, folds=folds, seed=seed)
-        self.model_: InspectionModel | RowModel
+        self.model_: AnomalyModel | RowModel
         if images:
             labels = None if groups is None else [str(group) for group in groups]
-            model = fit(samples, recipe, double=double, groups=labels, progress=self.verbose).model
+            options: Any = {"double": double, "groups": labels, "progress": self.verbose}
+            model: AnomalyModel
+            if self.tiles > 1:
+                model, scores = fit_tiles(samples, recipe, self.tiles, **options)
+            else:
+                fitted = fit(samples, recipe, **options)
+                model, scores = fitted.model, fitted.held_out.scores[0]
             self._use(model.with_calibration(model.calibration.with_rate(self.false_alarm, self.confidence)))
         else:
             self.model_, scores = fit_rows(samples, self.rank, folds, seed)
             self.calibration_ = Calibration(scores, self.false_alarm, self.confidence, "k-fold", folds)
-        self.offset_ = -self.calibration_.threshold
+            self._set_threshold()
+        self.decision_scores_ = scores
+        self.labels_ = self.calibration_.is_anomalous(scores).astype(np.int64)
         return self
 
     @fastmaf.torch_defaults()
     def anomaly_score(self, X: Any) -> np.ndarray:
         """Returns anomaly scores, float64 [n], higher is more anomalous; for rows in nats."""
         check_is_fitted(self)
-        if isinstance(self.model_, InspectionModel):
-            return self.model_.scores(self._images(X))
+        if not isinstance(self.model_, RowModel):
+            return scores_of(self.model_, self._images(X))
         if _are_images(X):
             raise ValueError(f"this detector was fitted to rows: expected [n, {self.n_features_in_}]; found images")
         return self.model_.nll(self._rows(X, reset=False))
@@ -173,13 +199,23 @@ class Detector(OutlierMixin, BaseEstimator):
         scores = self.anomaly_score(X)
         return self.calibration_.p_values(scores)
 
+    def predict_proba(self, X: Any) -> np.ndarray:
+        """Returns ``p_values`` and one minus them, float64 [n, 2]: the columns normal and outlier of PyOD.
+
+        The second is the share of normal samples that are expected to score lower; it is uniform over new normal
+        samples, not the probability that a sample is an outlier, which would depend on how frequent outliers are.
+        Outliers by ``predict`` have at least one minus the expected false-alarm rate.
+        """
+        p = self.p_values(X)
+        return np.column_stack([p, 1 - p])
+
     @fastmaf.torch_defaults()
     def anomaly_map(self, X: Any) -> np.ndarray:
         """Returns anomaly maps of images, float32 [n, size, size], higher is more anomalous."""
         check_is_fitted(self)
-        if not isinstance(self.model_, InspectionModel):
+        if isinstance(self.model_, RowModel):
             raise ValueError("anomaly maps need images: this detector was fitted to rows")
-        return self.model_.anomaly_maps(self._images(X))
+        return maps_of(self.model_, self._images(X))
 
     @fastmaf.torch_defaults()
     def save(self, path: str | Path, *, card: str | Path | None = None) -> None:
@@ -191,7 +227,7 @@ class Detector(OutlierMixin, BaseEstimator):
                 edited, or another file, is not replaced.
         """
         check_is_fitted(self)
-        if not isinstance(self.model_, InspectionModel):
+        if isinstance(self.model_, RowModel):
             raise ValueError("only a detector that was fitted to images can be saved; this one was fitted to rows")
         self.model_.save(path, card=card)
 
@@ -200,19 +236,24 @@ class Detector(OutlierMixin, BaseEstimator):
     def load(cls, path: str | Path) -> Detector:
         """Loads a file written by ``save`` or by the command line; errors as ``load_inspection``."""
         model = load_inspection(path)
-        recipe = model.about.get("recipe", {})
+        recipe = model.about.get("recipe", model.about.get("tile_recipe", {}))
         given = {**recipe, **model.about.get("asked", {})}
         known = {name: given[name] for name in ("rank", "blocks", "steps", "folds") if name in given}
         rate = {name: getattr(model.calibration, name) for name in ("false_alarm", "confidence")}
-        detector = cls(size=model.size, random_state=recipe.get("seed", 0), **known, **rate)
+        size, tiles = (model.parts[0].size, model.tiles) if isinstance(model, TiledModel) else (model.size, 1)
+        detector = cls(size=size, tiles=tiles, random_state=recipe.get("seed", 0), **known, **rate)
         detector._use(model)
         return detector
 
-    def _use(self, model: InspectionModel) -> None:
+    def _use(self, model: AnomalyModel) -> None:
         self.model_, self.calibration_ = model, model.calibration
-        self.offset_ = -model.calibration.threshold
-        self.n_features_in_ = model.flow.features
+        self._set_threshold()
+        self.n_features_in_ = model.flow.features if isinstance(model, InspectionModel) else 3 * model.size**2
         self.__dict__.pop("feature_names_in_", None)  # of an earlier fit to rows
+
+    def _set_threshold(self) -> None:
+        self.threshold_ = self.calibration_.threshold
+        self.offset_ = -self.threshold_
 
     def _rows(self, X: Any, **options: Any) -> Tensor:
         X = X.detach().cpu().numpy() if isinstance(X, Tensor) else X

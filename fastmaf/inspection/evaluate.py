@@ -17,6 +17,8 @@ import fastmaf
 from fastmaf.images.dataset import ImageSet, to_unit
 from fastmaf.images.progress import track
 from fastmaf.inspection.baselines import all_baselines
+from fastmaf.inspection.combined import CombinedModel, enlarged
+from fastmaf.inspection.interface import AnomalyModel
 from fastmaf.inspection.masks import LabelledSet
 from fastmaf.inspection.model import InspectionModel, Prediction
 from fastmaf.inspection.scoring.float64_flow import Float64Flow, FlowValues
@@ -37,7 +39,7 @@ class TableRow:
     Attributes:
         name: of the score.
         kind: ``"score"`` or ``"baseline"``.
-        auroc, interval: image AUROC with its 95% bootstrap interval.
+        auroc, interval: image AUROC with its 95% interval.
         difference: paired difference to the default score; None for the default itself.
         pixel_auroc, au_pro: of its anomaly maps; None without maps or masks.
         pixel_difference: paired difference of the pixel AUROC to the default's.
@@ -57,7 +59,7 @@ class TableRow:
 
 @fastmaf.torch_defaults()
 def score_table(
-    model: InspectionModel,
+    model: AnomalyModel,
     test: LabelledSet,
     prediction: Prediction,
     fold_models: Sequence[fastmaf.Flow] = (),
@@ -106,9 +108,25 @@ def _pixel_metrics(
 
 
 def _model_scores(
+    model: AnomalyModel, images: ImageSet, prediction: Prediction, fold_models: Sequence[fastmaf.Flow]
+) -> list[_Scored]:
+    """Returns all scores of the model, its own first."""
+    if isinstance(model, InspectionModel):
+        return _scores_of_pixels(model, images, prediction, fold_models)
+    if not isinstance(model, CombinedModel):
+        return [("score", "score", prediction.scores, prediction.anomaly_maps)]
+    name = "sum of standardised scores" if len(model.parts) > 1 else model.standards[0].name
+    result: list[_Scored] = [(name, "score", prediction.scores, prediction.anomaly_maps)]
+    if len(model.parts) > 1:
+        for standard, part in zip(model.standards, model.predictions(images.pixels), strict=True):
+            result.append((standard.name, "score", part.scores, enlarged(part.anomaly_maps, model.size)))
+    return result
+
+
+def _scores_of_pixels(
     model: InspectionModel, images: ImageSet, prediction: Prediction, fold_models: Sequence[fastmaf.Flow]
 ) -> list[_Scored]:
-    """Returns all scores of the model, its own first, and that of the ensemble of the fold models."""
+    """Returns all scores of a model of pixels, its own first, and that of the ensemble of the fold models."""
     settings, nll = model.settings, torch.from_numpy(prediction.nll).to(model.device)
     names: dict[Kind, str] = {
         "nll": "NLL",

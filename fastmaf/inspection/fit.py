@@ -28,11 +28,13 @@ from fastmaf.inspection.blocks import Log, fit_blocks, select_blocks
 from fastmaf.inspection.calibration import Calibration
 from fastmaf.inspection.exchangeability import describe_groups, order_matters
 from fastmaf.inspection.free_threads import free_threads
+from fastmaf.inspection.interface import HeldOut
 from fastmaf.inspection.model import InspectionModel
 from fastmaf.inspection.out_of_fold import OutOfFoldModels, group_folds, k_fold, out_of_fold_maps, out_of_fold_scores
 from fastmaf.inspection.recipe import Recipe
 from fastmaf.inspection.selection.select import select_score_and_map
 from fastmaf.inspection.whitening import Normals, before_whitening, count_fits, select_augmentation
+from fastmaf.training.callbacks import Callback
 
 FALSE_ALARM = 0.05
 """The false-alarm rate that a fit calibrates at."""
@@ -47,12 +49,19 @@ class Fitted:
         out_of_fold: the models of the folds.
         log: rows of step and NLLs.
         seconds: duration of each stage.
+        held_out: of the good images, one set.
     """
 
     model: InspectionModel
     out_of_fold: OutOfFoldModels
     log: Log
     seconds: dict[str, float]
+    held_out: HeldOut
+
+    @property
+    def density(self) -> InspectionModel:
+        """The model whose NLL is reported."""
+        return self.model
 
 
 @fastmaf.torch_defaults()
@@ -63,6 +72,9 @@ def fit(
     *,
     double: Tensor | None = None,
     groups: Sequence[str] | None = None,
+    callbacks: Sequence[Callback] = (),
+    every_fold: bool = False,
+    check_order: bool = True,
     progress: bool = True,
 ) -> Fitted:
     """Fits an inspection model to good images and calibrates it at a false-alarm rate of 5%.
@@ -77,6 +89,11 @@ def fit(
             copies are made; None to interpolate ``pixels``, which blurs them.
         groups: the group of each image, such as its part, batch or day; folds then hold out whole groups, so that
             scores, threshold and choices are those for images of new groups. None: folds are random.
+        callbacks: called every ten steps of the blocks of the first fold, with ``nll`` and ``held_out_nll``, means
+            over whitened images in nats.
+        every_fold: train blocks without each fold, too, where ``blocks="auto"`` would train them without the first
+            alone: for the fold models' densities.
+        check_order: warn where neighbouring images are alike.
         progress: show a progress bar.
 
     Raises:
@@ -106,9 +123,10 @@ def fit(
         raise ValueError(f"groups must name the group of each of {len(x)} images; found {len(groups)}")
     folds = k_fold(len(x), asked.folds, asked.seed) if groups is None else group_folds(groups, asked.folds)
     asked = replace(asked, folds=len(folds))
-    if groups is None and (warning := order_matters(images, asked.folds, asked.seed)):
+    if check_order and groups is None and (warning := order_matters(images, asked.folds, asked.seed)):
         warnings.warn(warning, stacklevel=4)
-    steps = count_fits(asked, len(x)) + asked.folds * bool(asked.most_blocks)
+    every_fold = every_fold or asked.blocks != "auto" or (asked.score is not None and asked.score.source == "flow")
+    steps = count_fits(asked, len(x)) + (asked.folds if every_fold else 1) * bool(asked.most_blocks)
     times = [time.perf_counter()]
     with Progress("fitting", "model", total=steps, show=progress) as bar:
         recipe, whitenings, augmentation_figures = select_augmentation(Normals(x, double), folds, asked, bar.update)
@@ -120,7 +138,9 @@ def fit(
             z[fold] = fold_whitening(y[fold])[0]
         flows = [fastmaf.Flow(recipe.features, [*first, fold_whitening]).eval() for fold_whitening in whitenings.folds]
         models = OutOfFoldModels(folds, flows)
-        kept, models, log, block_figures = select_blocks(x, z, models, recipe, bar.update)
+        kept, models, log, block_figures = select_blocks(
+            x, z, models, recipe, bar.update, callbacks=callbacks, every_fold=every_fold
+        )
         recipe = replace(recipe, blocks=kept)
         flow = (
             fastmaf.Flow(recipe.features, [*first, whitenings.whole, *fit_blocks(z, recipe)])
@@ -149,7 +169,7 @@ def fit(
     }
     model = InspectionModel(flow, score, map_config, statistics, calibration, about)
     seconds = dict(zip(("whitenings", "blocks", "scores"), np.diff(times).tolist(), strict=True))
-    return Fitted(model, models, log, seconds)
+    return Fitted(model, models, log, seconds, HeldOut(scores.numpy()[None], maps.numpy()[None]))
 
 
 def dequantized(x: Tensor, seed: int) -> Tensor:

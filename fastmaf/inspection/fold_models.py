@@ -11,6 +11,7 @@ from pathlib import Path
 
 import fastmaf
 from fastmaf.images.dataset import check_takes_images
+from fastmaf.inspection.interface import AnomalyModel
 from fastmaf.inspection.model import InspectionModel
 from fastmaf.inspection.scoring.float64_flow import check_base
 from fastmaf.io.atomic import replace
@@ -48,13 +49,16 @@ def replace_fold_models(new: Path, run: Path) -> None:
 
 
 @fastmaf.torch_defaults()
-def load_fold_models(run: Path, model: InspectionModel) -> list[fastmaf.Flow]:
-    """Returns the fold models of ``model``, on its device; none if they were not kept or one is missing.
+def load_fold_models(run: Path, model: AnomalyModel) -> list[fastmaf.Flow]:
+    """Returns the fold models of ``model``, on its device; none if they were not kept, one is missing,
+    or the model is not one of pixels.
 
     Raises:
         fastmaf.CheckpointError: a file is damaged.
     """
     flows: list[fastmaf.Flow] = []
+    if not isinstance(model, InspectionModel):
+        return flows
     for file in _files(run):
         if read_tensors(file, tensors=False)[1].get("statistics") != _fingerprint(model):
             continue

@@ -11,14 +11,21 @@ import torch
 from torch import Tensor
 
 from fastmaf.inspection.calibration import Calibration
-from fastmaf.inspection.model import Prediction
+from fastmaf.inspection.model import InspectionModel, Prediction
 
 
 class AnomalyModel(Protocol):
     """A fitted and calibrated model: of pixels, of patches, of features, or several of them together."""
 
-    calibration: Calibration
-    about: dict[str, Any]
+    @property
+    def calibration(self) -> Calibration:
+        """Held-out scores of good images and the threshold taken from them."""
+        ...
+
+    @property
+    def about(self) -> dict[str, Any]:
+        """Details of the training, plain JSON types."""
+        ...
 
     @property
     def size(self) -> int:
@@ -46,6 +53,16 @@ class AnomalyModel(Protocol):
     def save(self, path: str | Path, *, card: str | Path | None = None) -> None:
         """Writes the model to one safetensors file, and its model card to ``card``."""
         ...
+
+
+def scores_of(model: AnomalyModel, pixels: Tensor) -> np.ndarray:
+    """Returns the scores that a model predicts; without the maps and the NLL, if it can do without."""
+    return model.scores(pixels) if isinstance(model, InspectionModel) else model.predict(pixels).scores
+
+
+def maps_of(model: AnomalyModel, pixels: Tensor) -> np.ndarray:
+    """Returns the anomaly maps that a model predicts; without the rest, if it can do without."""
+    return model.anomaly_maps(pixels) if isinstance(model, InspectionModel) else model.predict(pixels).anomaly_maps
 
 
 class HeldOut(NamedTuple):

@@ -17,6 +17,8 @@ from PIL import Image
 from PIL.TiffImagePlugin import ImageFileDirectory_v2
 
 from fastmaf.images.png import png_text
+from fastmaf.inspection.legend import with_legend
+from fastmaf.inspection.outlines import outline
 from fastmaf.io.atomic import written_atomically
 from fastmaf.io.marks import MAP, MAP_TITLE, OVERLAY
 from fastmaf.metrics.pixel_ranks import resize_map
@@ -28,7 +30,8 @@ UNIT = "times the root mean square of good images"
 
 _FAST = {"compress_level": 1, "compress_type": zlib.Z_RLE}  # more effort saves little on photographs
 _TIFF_DESCRIPTION = 270
-_OPACITY = 0.6  # of the strongest colour: the image stays visible below it
+_ENLARGED = 512  # pixels that a small image is enlarged to at most, for the contour to be thinner than its pixels
+_OPACITY = 0.45  # of the strongest colour: the defect stays visible below it
 
 
 def to_frame(values: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
@@ -36,7 +39,21 @@ def to_frame(values: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
     return resize_map(values, shape).astype(np.float32)
 
 
-def overlay(image: np.ndarray, values: np.ndarray, *, low: float, high: float) -> np.ndarray:
+def contour_level(values: np.ndarray, high: float, anomalous: bool) -> float | None:
+    """Returns the level of the contour around the anomalous region of an image, or None if it has none.
+
+    It is the highest value in the anomaly maps of good images, ``high``. In an anomalous image whose map stays low, it
+    is half of the map's own maximum instead, so that the most anomalous region is always outlined.
+    """
+    largest = float(np.max(values))
+    if anomalous and largest > 0:
+        return min(high, largest / 2)
+    return high if largest > high else None
+
+
+def overlay(
+    image: np.ndarray, values: np.ndarray, *, low: float, high: float, contour: float | None = None
+) -> np.ndarray:
     """Returns the image with its anomaly map laid over it, more opaque for higher values; a new uint8 [h, w, 3].
 
     The colours are those of matplotlib's inferno from dark violet to orange. Its lightness increases monotonically, so
@@ -48,6 +65,7 @@ def overlay(image: np.ndarray, values: np.ndarray, *, low: float, high: float) -
         values: the map in the image's frame, [h, w], without NaN.
         low: the image is unchanged up to this value; a high quantile of the maps of good images.
         high: colour and opacity are strongest from this value on; above ``low``.
+        contour: a white line with a black edge is drawn around pixels above this value; see ``contour_level``.
 
     Raises:
         ValueError: an argument has another shape or type, or the map holds NaN.
@@ -66,15 +84,42 @@ def overlay(image: np.ndarray, values: np.ndarray, *, low: float, high: float) -
     index = Image.fromarray(level)
     mask = index.point(opacity)
     index.putpalette(colours)
-    return np.array(Image.composite(index.convert("RGB"), Image.fromarray(image), mask))
+    result = np.array(Image.composite(index.convert("RGB"), Image.fromarray(image), mask))
+    if contour is None:
+        return result
+    return outline(result, values > contour, width=max(1, round(max(values.shape) / 400)))
 
 
-def write_overlay(path: str | Path, image: np.ndarray, values: np.ndarray, low: float, high: float) -> None:
-    """Writes ``overlay`` as a PNG; arguments and errors as there, and the file's suffix must be .png."""
+def scale_colours() -> np.ndarray:
+    """Returns the colours of an overlay on middle grey, uint8 ``[256, 3]``, for values from ``low`` to ``high``."""
+    grey, values = np.full((1, 256, 3), 128, np.uint8), np.linspace(0, 1, 256)[None]
+    return overlay(grey, values, low=0.0, high=1.0)[0]
+
+
+def write_overlay(
+    path: str | Path, image: np.ndarray, values: np.ndarray, low: float, high: float, *, score: float, threshold: float
+) -> None:
+    """Writes ``overlay`` with a contour as a PNG, with verdict, threshold and colour scale in a strip below.
+
+    Small images are enlarged by a whole number, as far as they stay within 512 pixels; their pixels stay squares.
+
+    Args:
+        path: the file; its suffix must be .png.
+        image, values, low, high: as of ``overlay``, and errors as there.
+        score: of the image.
+        threshold: of the model; the image is anomalous if its score is above.
+    """
     path = Path(path)
     if path.suffix.lower() != ".png":
         raise ValueError(f"{path}: overlays are written as .png; found {path.suffix or 'no suffix'}")
-    picture = Image.fromarray(overlay(image, values, low=low, high=high))
+    height, width = image.shape[:2]
+    factor = max(1, _ENLARGED // max(1, height, width))
+    if factor > 1:
+        image = image.repeat(factor, 0).repeat(factor, 1)
+        values = to_frame(values, (factor * height, factor * width))
+    contour = contour_level(values, high, score > threshold)
+    drawn = Image.fromarray(overlay(image, values, low=low, high=high, contour=contour))
+    picture = with_legend(drawn, scale_colours(), low=low, high=high, contour=contour, score=score, threshold=threshold)
     with written_atomically(path) as file:
         picture.save(file, format="PNG", pnginfo=png_text(OVERLAY), **_FAST)
 

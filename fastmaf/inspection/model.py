@@ -16,6 +16,7 @@ import fastmaf
 from fastmaf.images.dataset import check_takes_images, image_shape, to_unit
 from fastmaf.inspection.calibration import Calibration
 from fastmaf.inspection.model_card import inspection_card
+from fastmaf.inspection.model_file import is_inspection_model, load_inspection, model_file
 from fastmaf.inspection.model_schema import KEY, inspection_record
 from fastmaf.inspection.scoring.float64_flow import Float64Flow, FlowValues, check_base
 from fastmaf.inspection.scoring.score import (
@@ -27,9 +28,11 @@ from fastmaf.inspection.scoring.score import (
     terms_of,
 )
 from fastmaf.inspection.scoring.settings import AnomalyMapConfig, ScoreSettings
+from fastmaf.io.checkpoint import read_with_extras
 from fastmaf.io.safe_json import shown
-from fastmaf.io.tensor_file import read_tensors
-from fastmaf.training.checkpoints import MODEL_FILE
+from fastmaf.io.tensor_file import TensorFile
+
+__all__ = ["InspectionModel", "Prediction", "is_inspection_model", "load_inspection", "model_file", "read_model"]
 
 _BATCH = 64
 _SCORED_IN = "float64"  # the dtype of the calibration scores, as recorded in a file
@@ -173,36 +176,10 @@ class InspectionModel:
         self.flow.save(path, {KEY: json.dumps(record)}, extras, card=filled)
 
 
-def is_inspection_model(path: str | Path) -> bool:
-    """Returns whether a file, or the model file in a run's folder, was written by ``InspectionModel.save``.
-
-    Raises:
-        FileNotFoundError: there is no such file.
-        fastmaf.CheckpointError: it is not a safetensors file.
-    """
-    return KEY in read_tensors(model_file(path), tensors=False)[1]
-
-
-def model_file(path: str | Path) -> Path:
-    """Returns the model file that a path names: the path itself, or the file in a run's folder."""
-    path = Path(path)
-    return path / MODEL_FILE if path.is_dir() else path
-
-
-@fastmaf.torch_defaults()
-def load_inspection(path: str | Path, *, device: str = "cpu") -> InspectionModel:
-    """Loads a file written by ``InspectionModel.save``, or the model file in a run's folder.
-
-    Raises:
-        FileNotFoundError: there is no such file.
-        fastmaf.CheckpointError: it is not an inspection model, or damaged.
-    """
-    path = model_file(path)
-    flow, metadata, extras = fastmaf.load_with_extras(path)
-    if KEY not in metadata:
-        raise fastmaf.CheckpointError(
-            f"{path} is not an inspection model: expected one written by 'fastmaf inspect fit'"
-        )
+def read_model(file: TensorFile, *, device: str = "cpu") -> InspectionModel:
+    """Reads what ``InspectionModel.save`` wrote from an open file, or from a part of one; see ``load_inspection``."""
+    path = file.path
+    flow, metadata, extras = read_with_extras(file)
     check_takes_images(flow, path, grey=True)
     try:
         record = inspection_record(metadata)

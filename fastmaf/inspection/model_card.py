@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,35 @@ def inspection_card(path: str | Path, size: int, calibration: Calibration, about
     names = {"augmentation": "Augmentation", "rank": "Factors of the whitening", "folds": "Folds", "seed": "Seed"}
     details = {"Images": f"{'grey' if recipe.get('channels') == 1 else 'RGB'}, resized to {size} × {size} pixels"}
     details |= {text: f"{recipe[name]}" for name, text in names.items() if name in recipe}
+    return _card(path, details, calibration, about)
+
+
+def combined_card(
+    path: str | Path, size: int, calibration: Calibration, about: Mapping[str, Any], names: Sequence[str]
+) -> ModelCard:
+    """Returns the card of a model of several parts with these names; other arguments as ``inspection_card``."""
+    details = {
+        "Class": "sum of the standardised scores of its parts" if len(names) > 1 else "model of reduced images",
+        "Parts": ", ".join(names),
+        "Images": f"RGB, resized to {size} × {size} pixels",
+    }
+    return _card(path, details, calibration, about)
+
+
+def tiled_card(
+    path: str | Path, size: int, tiles: int, calibration: Calibration, about: Mapping[str, Any]
+) -> ModelCard:
+    """Returns the card of a model of so many tiles along each side; other arguments as ``inspection_card``."""
+    details = {
+        "Class": f"{tiles} × {tiles} models, each of a tile; the score is the highest standardised score of a tile",
+        "Images": f"resized to {size} × {size} pixels",
+    }
+    return _card(path, details, calibration, about)
+
+
+def _card(
+    path: str | Path, details: Mapping[str, str], calibration: Calibration, about: Mapping[str, Any]
+) -> ModelCard:
     data = f"{about['images']:,} good images. " if "images" in about else ""
     return ModelCard(
         path,

@@ -31,8 +31,11 @@ _TRAINING = {
     "images_of_folds": ListOf(Whole(1)),
     "held_out_nll_of_folds": ListOf(Number()),
 }
-_MAPS = ("held_out_nll_of_augmentations", "drawn_auroc", "drawn_auroc_of_baselines", "drawn_maps", "seconds")
-_ABOUT = Record(
+_MAPS = (
+    *("drawn_auroc_of_candidates", "held_out_nll_of_augmentations", "drawn_auroc", "drawn_auroc_of_baselines"),
+    *("drawn_maps", "seconds"),
+)
+ABOUT = Record(
     {"map_levels": ListOf(Number(low=0, high=1e9), shortest=2, longest=2)},
     {**_TRAINING, **dict.fromkeys(_MAPS, MapOf(Number())), "log": ListOf(_ROW)},
     others=Anything(),
@@ -43,7 +46,7 @@ _MODEL = Record(
         "map_config": ANOMALY_MAP_CONFIG,
         "nll": Number(),
         "calibration": CALIBRATION,
-        "about": _ABOUT,
+        "about": ABOUT,
     }
 )
 

@@ -99,9 +99,14 @@ def load_with_extras(path: str | os.PathLike[str], *, device: torch.device | str
         ('mm', tensor([1., 1., 1.]))
     """
     with TensorFile(path) as file:
-        flow = _flow(file).to(device)
-        extras = {name.removeprefix(EXTRA): file.read(name) for name in file.tensors if name.startswith(EXTRA)}
-        return SavedFlow(flow, file.metadata, extras)
+        return read_with_extras(file, device)
+
+
+def read_with_extras(file: TensorFile, device: torch.device | str = "cpu") -> SavedFlow:
+    """Returns what ``load_with_extras`` does, of an open file or a part of one."""
+    flow = _flow(file).to(device)
+    extras = {name.removeprefix(EXTRA): file.read(name) for name in file.tensors if name.startswith(EXTRA)}
+    return SavedFlow(flow, file.metadata, extras)
 
 
 def _flow(file: TensorFile) -> Flow:

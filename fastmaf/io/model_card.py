@@ -92,15 +92,18 @@ class ModelCard:
         """
         check_outputs([Output(Path(self.path), Kind("an unedited model card", _is_unedited))], [model])
 
-    def write(self, flow: nn.Module, config: Mapping[str, Any], model: str | os.PathLike[str]) -> None:
-        """Writes the card of a flow with its ``config()`` that was saved to the file ``model``."""
+    def write(self, flow: nn.Module | None, config: Mapping[str, Any], model: str | os.PathLike[str]) -> None:
+        """Writes the card of a flow with its ``config()`` that was saved to the file ``model``.
+
+        Without a flow, for a model that holds several or none, ``details`` say what the model is.
+        """
         text = self._text(flow, config, Path(model))
         with written_atomically(self.path) as file:
             file.write(f"{text}\n{_MARK}{_digest(text)} -->\n".encode())
 
-    def _text(self, flow: nn.Module, config: Mapping[str, Any], model: Path) -> str:
+    def _text(self, flow: nn.Module | None, config: Mapping[str, Any], model: Path) -> str:
         tags = ("normalizing-flow", "masked-autoregressive-flow", "density-estimation", *self.tags)
-        rows = {**dict(_details(flow, config, model)), **self.details}
+        rows = {**({} if flow is None else dict(_details(flow, config))), **dict(_file(model)), **self.details}
         lines = [
             "---",
             "library_name: fastmaf",
@@ -122,12 +125,12 @@ class ModelCard:
         ]
         for heading, purpose in SECTIONS.items():
             lines += ["", f"## {heading}", "", self.sections.get(heading, f"{TO_FILL_IN} {purpose}")]
-        code = self.code.format(file=_relative(model, Path(self.path)), features=config["features"])
+        code = self.code.format(file=_relative(model, Path(self.path)), features=config.get("features"))
         lines += ["", "## How to load the model", "", "```python", code.rstrip("\n"), "```", ""]
         return "\n".join(lines)
 
 
-def _details(flow: nn.Module, config: Mapping[str, Any], model: Path) -> Iterator[tuple[str, str]]:
+def _details(flow: nn.Module, config: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     transforms = [part for part in parts(config) if part.place != "base."]
     kinds = ["inverted " * part.inverted + part.entry["type"].replace("_", " ") for part in transforms]
     hidden = [part.entry["hidden_features"] for part in transforms if "hidden_features" in part.entry]
@@ -148,6 +151,9 @@ def _details(flow: nn.Module, config: Mapping[str, Any], model: Path) -> Iterato
     dtypes = [str(tensor.dtype) for tensor in tensors]
     dtypes += [part.entry["weight_dtype"] for part in transforms if "weight_dtype" in part.entry]
     yield "Data type", ", ".join(dict.fromkeys(name.removeprefix("torch.") for name in dtypes)) or "none"
+
+
+def _file(model: Path) -> Iterator[tuple[str, str]]:
     yield "File", f"{model.name}, {os.path.getsize(model):,} bytes"
     fastmaf_version = sys.modules["fastmaf"].__version__  # importing fastmaf here would be circular
     yield "Versions", f"fastmaf {fastmaf_version}, torch {torch.__version__}"

@@ -75,9 +75,10 @@ def text_file(name: str, *signs: str) -> Kind:
     return Kind(name, lambda path: any(sign in _content(path, 4096) for sign in encoded))
 
 
-def model(name: str, key: str = "fastmaf") -> Kind:
-    """Returns the kind of safetensors files with this key in their metadata."""
-    return Kind(name, lambda path: key in _metadata(path))
+def model(name: str, *keys: str) -> Kind:
+    """Returns the kind of safetensors files with one of these keys in their metadata; by default of all models."""
+    known = set(keys or ("fastmaf", "inspection"))
+    return Kind(name, lambda path: not known.isdisjoint(_metadata(path)))
 
 
 def check_outputs(outputs: Iterable[Output], inputs: Iterable[str | os.PathLike[str]] = ()) -> None:

@@ -9,6 +9,7 @@ tensors come from the same version; if it is truncated, reading raises an error.
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 import os
@@ -143,6 +144,17 @@ class TensorFile:
             yield self._file
         except EOFError:
             raise self._damaged(f"it ends within the tensor {shown(name)}") from None
+
+    def within(self, prefix: str) -> TensorFile:
+        """Returns the part of the file whose names begin with a prefix, without it; it shares the open file.
+
+        Tensors and strings of the metadata are those of a file that was written into this one; see
+        ``fastmaf.inspection.combined``.
+        """
+        part = copy.copy(self)
+        part.tensors = {name[len(prefix) :]: info for name, info in self.tensors.items() if name.startswith(prefix)}
+        part.metadata = {key[len(prefix) :]: text for key, text in self.metadata.items() if key.startswith(prefix)}
+        return part
 
     def _damaged(self, why: str) -> CheckpointError:
         return CheckpointError(f"{self.path} is not a safetensors file, or is damaged: {why}")

@@ -64,13 +64,14 @@ def compare_pixels(
     rng = np.random.default_rng(seed)
     times = np.zeros((1 + resamples, n))  # the first row: the images themselves
     times[0] = 1
-    for group in (np.flatnonzero(defect == 0), np.flatnonzero(defect)):
-        if len(group):
-            times[1:, group] = rng.multinomial(len(group), np.full(len(group), 1 / len(group)), resamples)
+    groups = [group for group in (np.flatnonzero(defect == 0), np.flatnonzero(defect)) if len(group)]
+    for group in groups:
+        times[1:, group] = rng.multinomial(len(group), np.full(len(group), 1 / len(group)), resamples)
     pairs = (times @ free) * (times @ defect)
     usable = pairs > 0
     areas = [((times @ correct) * times).sum(axis=1)[usable] / pairs[usable] for correct in correct_pairs]
-    return [float(area[0]) for area in areas], [PairedDifference.of(area, areas[0]) for area in areas]
+    fewest = min(map(len, groups))
+    return [float(area[0]) for area in areas], [PairedDifference.of(area, areas[0], fewest) for area in areas]
 
 
 def au_pro(maps: Sequence[np.ndarray], masks: Sequence[np.ndarray | None], fpr_limit: float = 0.3) -> float:

@@ -17,6 +17,7 @@ from fastmaf.images.names import to_cell, visible
 from fastmaf.io.atomic import written_atomically
 from fastmaf.io.csv_file import write_csv
 from fastmaf.io.outputs import Kind, json_file, table
+from fastmaf.metrics.intervals import rate_interval
 from fastmaf.metrics.results import Evaluation, EvaluationError, bits_per_dim, checked_scores, nats
 
 SCORE_COLUMNS = ("file", "label", "nll", "bits_per_dim", "anomalous_youden", "anomalous_held_out")
@@ -94,7 +95,7 @@ def format_table(evaluation: Evaluation) -> str:
     interval = ""
     if e.auroc_interval is not None:
         low, high = e.auroc_interval
-        interval = f", 95% interval {low:.3f} to {high:.3f} ({e.bootstrap:,} bootstrap resamples)"
+        interval = f", 95% interval {low:.3f} to {high:.3f}"
     reports = [report for report in (e.youden, e.held_out) if report is not None]
     wide = max(len("class"), *(len(visible(name)) for name in e.counts))
     head = f"{'class':<{wide}} {'n':>5} {'mean NLL':>12} {'std':>12} {'median':>12}"
@@ -115,6 +116,7 @@ def format_table(evaluation: Evaluation) -> str:
     lines.append(f"NLL in {unit}; AUROC against class good; {columns}: images called anomalous")
     for r in reports:
         (tn, fp), (fn, tp) = r.confusion
+        low, high = rate_interval(fp, e.n_normal)
         above = "of at least" if r.inclusive else "above"
         lines += [
             "",
@@ -123,8 +125,9 @@ def format_table(evaluation: Evaluation) -> str:
             f"  {'':<12} {'called normal':>13} {'called anomalous':>16} {'precision':>10} {'recall':>7} {'F1':>7}",
             f"  {'normal':<12} {tn:>13} {fp:>16} " + "{:>10.3f} {:>7.3f} {:>7.3f}".format(*r.normal),
             f"  {'anomalous':<12} {fn:>13} {tp:>16} " + "{:>10.3f} {:>7.3f} {:>7.3f}".format(*r.anomaly),
-            f"  accuracy {r.accuracy:.3f} (if all were called anomalous: {r.baseline_accuracy:.3f}); "
-            f"false alarms: {fp} of {e.n_normal} good images ({r.false_alarm_rate:.1%})",
+            f"  accuracy {r.accuracy:.3f} (if all were called anomalous: {r.baseline_accuracy:.3f})",
+            f"  false alarms: {fp} of {e.n_normal} good images ({r.false_alarm_rate:.1%}, "
+            f"95% interval {low:.1%} to {high:.1%})",
         ]
         if r.promised_rate is not None and r.rate_95 is not None:
             lines.append(

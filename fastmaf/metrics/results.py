@@ -97,7 +97,7 @@ class Evaluation:
     Attributes:
         counts: number of images by class, "good" first.
         auroc: area under the ROC curve, ties counted half.
-        auroc_interval: 95% interval by the stratified percentile bootstrap; None if ``bootstrap`` is 0.
+        auroc_interval: 95% interval, as of ``fastmaf.metrics.auroc.auroc_interval``; None if ``bootstrap`` is 0.
         per_class: statistics of each class, "good" first.
         youden: results at the threshold chosen on the test labels.
         held_out: results at the threshold from held-out normals; None without them, for ``held_out_reason``.

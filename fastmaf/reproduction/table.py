@@ -8,6 +8,7 @@ from typing import NamedTuple, TypeAlias
 
 from fastmaf.capsule import published
 from fastmaf.capsule.train_result import TrainResult
+from fastmaf.metrics.intervals import rate_interval
 from fastmaf.metrics.results import Evaluation, Prf, ThresholdReport
 from fastmaf.reproduction.inspection_run import SAMPLES, InspectionRun
 
@@ -106,13 +107,17 @@ def _auroc(evaluation: Evaluation | None) -> str:
 
 def _at(this: ThresholdReport | None, ours: ThresholdReport | None, *, is_published: bool) -> list[Row]:
     theirs = (_f1(published.ANOMALY), f"{published.FALSE_ALARM_RATE:.0%}")
-    names = ("F1 of defects (precision, recall)", "false alarms among good images")
+    names = ("F1 of defects (precision, recall)", "false alarms among good images (95% interval)")
     columns = theirs if is_published else (NONE, NONE), _values(this), _values(ours)
     return [(f"  {name}", a, b, c) for name, a, b, c in zip(names, *columns, strict=True)]
 
 
 def _values(report: ThresholdReport | None) -> tuple[str, str]:
-    return (NONE, NONE) if report is None else (_f1(report.anomaly), f"{report.false_alarm_rate:.0%}")
+    if report is None:
+        return NONE, NONE
+    (tn, fp), _ = report.confusion
+    low, high = rate_interval(fp, tn + fp)
+    return _f1(report.anomaly), f"{report.false_alarm_rate:.0%} ({low:.0%}\u2013{high:.0%})"
 
 
 def _f1(values: Prf | tuple[float, float, float]) -> str:

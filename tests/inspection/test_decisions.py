@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
+import fastmaf
 from fastmaf.inspection.decisions import decisions
+from fastmaf.inspection.model import InspectionModel
+from fastmaf.inspection.scoring.score import TermStatistics
 from fastmaf.inspection.scoring.settings import AnomalyMapConfig, ScoreSettings
+from tests.inspection.tiny import calibration_of
 
 
 def model(recipe: dict[str, Any], score: ScoreSettings | None = None, **about: Any) -> Any:
     """What ``decisions`` reads of a model."""
     about["recipe"] = {"shift_radius": 2, "shift_step": 0.5, "angles": 12, **recipe}
-    return SimpleNamespace(about=about, settings=score or ScoreSettings(), map_config=AnomalyMapConfig())
+    statistics = TermStatistics(torch.zeros(3), torch.ones(3), 0.0)
+    settings = score or ScoreSettings()
+    return InspectionModel(fastmaf.Flow(3, []), settings, AnomalyMapConfig(), statistics, calibration_of(20), about)
 
 
 NLL = {"none": -30.0, "shifts": -32.0, "rotations": -31.0}
@@ -74,7 +80,9 @@ def test_a_requested_logit() -> None:
 
 
 def test_models_that_selected_nothing_and_those_with_other_names() -> None:
-    assert decisions(SimpleNamespace(about={}, settings=ScoreSettings(), map_config=AnomalyMapConfig())) == {}  # type: ignore[arg-type]
+    nothing = model({})
+    nothing.about.clear()
+    assert decisions(nothing) == {}
     earlier = model({}, drawn_auroc={"grain 0": 0.8, "grain 0.7": 0.7})
     assert decisions(earlier) == {"score": "no smoothing before squaring"}
     assert "grain 0.7 0.700" in decisions(earlier, explain=True)["score"]

@@ -102,6 +102,29 @@ def test_verdict_decision_threshold_and_p_value_say_the_same() -> None:
     assert detector.offset_ == -at_threshold
 
 
+def test_the_names_of_pyod_agree_with_those_of_scikit_learn() -> None:
+    rows = correlated(300)
+    detector = Detector(random_state=1).fit(rows[:200])
+    assert detector.threshold_ == -detector.offset_ == detector.calibration_.threshold
+    np.testing.assert_array_equal(np.sort(detector.decision_scores_), detector.calibration_.scores)
+    np.testing.assert_array_equal(detector.labels_, detector.decision_scores_ > detector.threshold_)
+    assert detector.labels_.dtype == np.int64 and 0 < detector.labels_.sum() <= 0.05 * 200
+    probability = detector.predict_proba(rows[200:])
+    np.testing.assert_array_equal(probability[:, 0], detector.p_values(rows[200:]))
+    np.testing.assert_allclose(probability.sum(axis=1), 1)
+    order = np.argsort(detector.anomaly_score(rows[200:]))
+    assert (np.diff(probability[order, 1]) >= 0).all()
+    outlier = probability[:, 1] >= 1 - detector.calibration_.expected_rate - 1e-12
+    np.testing.assert_array_equal(outlier, detector.predict(rows[200:]) == -1)
+
+
+def test_held_out_scores_are_in_the_order_of_the_samples() -> None:
+    rows = correlated(100)
+    rows[37] *= 3
+    detector = Detector().fit(rows)
+    assert detector.decision_scores_.argmax() == 37 and detector.labels_[37] == 1
+
+
 def test_one_column_and_what_never_varies() -> None:
     rows = np.random.default_rng(0).normal(5, 2, size=(100, 1))
     np.testing.assert_array_equal(Detector().fit(rows).predict([[5.0], [30.0], [-20.0]]), [1, -1, -1])
@@ -319,6 +342,19 @@ def test_saved_and_loaded_it_says_the_same(fitted: Detector, images: np.ndarray,
 
 
 @pytest.mark.slow
+def test_held_out_scores_of_images_are_in_their_order(fitted: Detector, images: np.ndarray, tmp_path: Path) -> None:
+    assert fitted.decision_scores_.shape == fitted.labels_.shape == (len(images),)
+    np.testing.assert_array_equal(np.sort(fitted.decision_scores_), fitted.calibration_.scores)
+    spoiled = images.copy()
+    spoiled[5, 8:24, 8:24] = 0
+    detector = Detector(**{**SMALL, "blocks": 0}).fit(spoiled)
+    assert detector.decision_scores_.argmax() == 5
+    fitted.save(tmp_path / "d.safetensors")
+    loaded = Detector.load(tmp_path / "d.safetensors")
+    assert loaded.threshold_ == fitted.threshold_ and not hasattr(loaded, "decision_scores_")
+    np.testing.assert_array_equal(loaded.predict_proba(images), fitted.predict_proba(images))
+
+
 def test_in_a_pipeline_behind_a_function(images: np.ndarray, fitted: Detector) -> None:
     line = make_pipeline(FunctionTransformer(lambda x: x[:, :, ::-1]), clone(fitted).set_params(blocks=0))
     verdict = line.fit(images).predict(images[:, :, ::-1])

@@ -9,7 +9,8 @@ import pytest
 import torch
 from PIL import Image
 
-from fastmaf.inspection.map_images import SCALE, UNIT, overlay, to_frame, write_map, write_overlay
+from fastmaf.inspection.legend import NARROWEST
+from fastmaf.inspection.map_images import SCALE, UNIT, contour_level, overlay, to_frame, write_map, write_overlay
 
 
 def noise(*shape: int, seed: int = 0) -> np.ndarray:
@@ -90,7 +91,7 @@ def test_what_cannot_be_written_is_said_and_leaves_no_file(tmp_path: Path) -> No
         with pytest.raises(ValueError, match="map must be"):
             write_map(tmp_path / "m.png", np.zeros(shape))
     with pytest.raises(ValueError, match=r"\.png; found \.jpg"):
-        write_overlay(tmp_path / "o.jpg", picture(2, 2), noise(2, 2), 0, 1)
+        write_overlay(tmp_path / "o.jpg", picture(2, 2), noise(2, 2), 0, 1, score=1, threshold=2)
     assert not list(tmp_path.iterdir())
 
 
@@ -115,7 +116,7 @@ def test_overlay_leaves_what_is_low_and_is_more_opaque_with_the_value() -> None:
     assert (result[~low & (values > 0.1)] != image[~low & (values > 0.1)]).any(axis=1).all()
     black, white = (overlay(np.full_like(image, level), values, low=0.0, high=2.0)[0].astype(int) for level in (0, 255))
     kept = (white - black).mean(axis=1) / 255  # what is left of the image
-    assert (np.diff(kept) <= 0.01).all() and kept[0] == 1 and 0.3 < kept[-1] < 0.5
+    assert (np.diff(kept) <= 0.01).all() and kept[0] == 1 and 0.5 < kept[-1] < 0.6
     lightness = black @ [0.2126, 0.7152, 0.0722]
     assert (np.diff(lightness[values[0] > 0]) >= -0.5).all()
     np.testing.assert_array_equal(black[values[0] >= 2], np.tile(black[-1], ((values[0] >= 2).sum(), 1)))
@@ -148,14 +149,56 @@ def test_overlay_at_infinity_and_its_errors() -> None:
             overlay(bad, np.zeros(bad.shape[:2]), low=0, high=1)
 
 
-def test_write_overlay_writes_what_overlay_returns(tmp_path: Path) -> None:
-    image, values = picture(50, 31), to_frame(noise(8, 8), (50, 31))
-    turned = image.transpose(1, 0, 2)[::-1]  # views that are not contiguous are images, too
-    write_overlay(tmp_path / "ä b.png", image, values, 0.5, 9.0)
-    with Image.open(tmp_path / "ä b.png") as result:
-        np.testing.assert_array_equal(np.asarray(result), overlay(image, values, low=0.5, high=9.0))
-    write_overlay(tmp_path / "t.png", turned, values.T[::-1], 0.5, 9.0)
-    with Image.open(tmp_path / "t.png") as result:
-        np.testing.assert_array_equal(
-            np.asarray(result), overlay(image, values, low=0.5, high=9.0).transpose(1, 0, 2)[::-1]
-        )
+def test_a_contour_surrounds_the_region_on_dark_and_bright_images() -> None:
+    values = np.zeros((40, 40), np.float32)
+    values[15:25, 10:30] = 5
+    for level in (0, 128, 255):
+        image = np.full((40, 40, 3), level, np.uint8)
+        plain = overlay(image, values, low=1, high=9)
+        result = overlay(image, values, low=1, high=9, contour=4.0)
+        np.testing.assert_array_equal(result[15:25, 10:30], plain[15:25, 10:30])  # the region itself stays visible
+        np.testing.assert_array_equal(result[12:28, 20, 0], [level, 0, 255, *plain[15:25, 20, 0], 255, 0, level])
+    np.testing.assert_array_equal(overlay(image, values, low=1, high=9, contour=5.0), plain)  # nothing above
+
+
+def test_the_level_of_a_contour() -> None:
+    low, high = np.full((2, 2), 3.0), np.array([[0.0, 9.0], [1.0, 2.0]])
+    assert contour_level(low, 8.0, anomalous=True) == 1.5 and contour_level(low, 8.0, anomalous=False) is None
+    assert contour_level(high, 4.0, anomalous=True) == contour_level(high, 4.0, anomalous=False) == 4
+    assert contour_level(np.zeros((2, 2)), 4.0, anomalous=True) is None
+
+
+@pytest.mark.parametrize(("shape", "factor"), [((600, 310), 1), ((50, 31), 10), ((7, 300), 1)])
+def test_write_overlay_draws_the_overlay_above_its_legend(tmp_path: Path, shape: tuple[int, int], factor: int) -> None:
+    image, values = picture(*shape), np.abs(to_frame(noise(8, 8), shape))
+    for score in (2.0, 4.0):
+        write_overlay(tmp_path / "ä b.png", image, values, 0.5, 9.0, score=score, threshold=3.0)
+        with Image.open(tmp_path / "ä b.png") as file:
+            result = np.asarray(file)
+        large = np.kron(image, np.ones((factor, factor, 1), np.uint8))
+        frame = to_frame(values, large.shape[:2]) if factor > 1 else values
+        level = contour_level(frame, 9.0, score > 3)
+        height, width = large.shape[:2]
+        assert result.shape[0] > height and result.shape[1] == max(width, NARROWEST)
+        expected = overlay(large, frame, low=0.5, high=9.0, contour=level)
+        np.testing.assert_array_equal(result[:height, :width], expected)
+
+
+def test_legends_tell_the_verdicts_apart(tmp_path: Path) -> None:
+    image, values = picture(300, 300), np.full((300, 300), 1.0)
+    strips = []
+    for score, threshold in ((2.0, 3.0), (3.0, 3.0), (4.0, 3.0)):
+        write_overlay(tmp_path / "o.png", image, values, 2.0, 9.0, score=score, threshold=threshold)
+        with Image.open(tmp_path / "o.png") as file:
+            strips.append(np.asarray(file)[300:].astype(int))
+    orange = [int(((strip[..., 0] > 200) & (strip[..., 2] < 150)).sum()) for strip in strips]
+    assert orange[2] > orange[1] == orange[0], "the verdict's colour; at the threshold an image is good"
+
+
+def test_overlays_of_views(tmp_path: Path) -> None:
+    image, values = picture(600, 310), np.abs(to_frame(noise(8, 8), (600, 310)))
+    options = {"low": 0.5, "high": 9.0, "score": 4.0, "threshold": 3.0}
+    write_overlay(tmp_path / "a.png", image, values, **options)
+    write_overlay(tmp_path / "b.png", image.transpose(1, 0, 2)[::-1], values.T[::-1], **options)  # not contiguous
+    with Image.open(tmp_path / "a.png") as a, Image.open(tmp_path / "b.png") as b:
+        np.testing.assert_array_equal(np.asarray(a)[:600, :310], np.asarray(b)[:310, :600][::-1].transpose(1, 0, 2))

@@ -40,7 +40,7 @@ WRITERS: dict[str, Callable[[Path], object]] = {
     "curve.png": lambda path: plots.nll_curve(path, [{"epoch": 1, "nll": 0.0}]),
     "grid.png": lambda path: save_grid(path, NOISE[None]),
     "sample.png": lambda path: save_png(path, NOISE),
-    "overlay.png": lambda path: write_overlay(path, NOISE, np.ones((64, 64), np.float32), 0, 1),
+    "overlay.png": lambda path: write_overlay(path, NOISE, np.ones((64, 64), np.float32), 0, 1, score=2, threshold=1),
     "map.png": lambda path: write_map(path, np.random.default_rng(0).random((64, 64)).astype(np.float32) * 100),
     "map.tiff": lambda path: write_map(path, np.random.default_rng(0).random((64, 64)).astype(np.float32)),
 }

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from fastmaf.metrics.auroc import auroc, auroc_interval, paired_bootstrap
+from fastmaf.metrics.intervals import auroc_score_interval
 from fastmaf.metrics.results import EvaluationError
 
 
@@ -23,7 +24,8 @@ def test_paired_difference_by_hand() -> None:
     # two ways) or the second twice: a - b is 0, -1/2 or -1.
     a, b, defect = np.array([0.0, 2.0, 1.0]), np.array([0.0, 1.0, 2.0]), np.array([False, False, True])
     result = paired_bootstrap(a, b, defect)
-    assert (result.difference, result.low, result.high, result.not_better) == (-0.5, -1, 0, 1)
+    assert (result.difference, result.not_better) == (-0.5, 1)
+    assert (result.low, result.high) == (-1, 1), "one defect says nothing of others"
     assert result.resamples == 2000
     assert paired_bootstrap(b, a, defect).not_better == pytest.approx(0.25, abs=0.04)  # four standard errors
 
@@ -46,11 +48,25 @@ def test_paired_difference_is_antisymmetric_and_repeats() -> None:
 
 def test_pairing_narrows_the_interval() -> None:
     # two scores that share most of their noise: the difference is far better known than either area
-    a, _, defect = some_scores()
+    a, other, defect = some_scores()
     b = a + np.random.default_rng(1).normal(0, 0.2, len(a))
-    result = paired_bootstrap(a, b, defect)
+    paired, unpaired = paired_bootstrap(a, b, defect), paired_bootstrap(a, np.roll(other, 23), defect)
+    assert paired.high - paired.low < (unpaired.high - unpaired.low) / 2
     low, high = auroc_interval(a, defect)
-    assert result.high - result.low < (high - low) / 3
+    assert paired.high - paired.low < high - low
+
+
+def test_scores_without_an_error_have_intervals() -> None:
+    """Every resample of images that are ranked correctly is ranked correctly, too."""
+    defect = np.arange(8) >= 4
+    a, b = np.arange(8.0), np.array([3.0, 2, 1, 0, 7, 6, 5, 4])
+    low, high = auroc_interval(a, defect)
+    assert (low, high) == auroc_score_interval(1.0, 4, 4) and 0.5 < low < 0.65 and high == 1
+    assert auroc_interval(-a, defect) == pytest.approx((0, 1 - low))
+    result = paired_bootstrap(a, b, defect)
+    assert (result.difference, result.not_better) == (0, 1) and result.low == -result.high < -0.3
+    more = np.arange(200) >= 100
+    assert auroc_interval(np.arange(200.0), more)[0] > 0.97
 
 
 def test_paired_difference_allows_infinite_scores() -> None:
@@ -62,7 +78,7 @@ def test_paired_difference_allows_infinite_scores() -> None:
 def test_auroc_interval_resamples_normals_and_defects_separately() -> None:
     # one defect between two normals: a resample of the normals gives 0, 1/2 or 1
     scores, defect = np.array([0.0, 2.0, 1.0]), np.array([False, False, True])
-    assert auroc_interval(scores, defect, 200, 0) == (0, 1)
+    assert auroc_interval(scores, defect, 200, 0) == (0, 1), "no narrower than the bootstrap"
     a, _, defect = some_scores()
     low, high = auroc_interval(a, defect, 2000, 0)
     assert low < auroc(a, defect) < high and auroc_interval(a, defect, 2000, 0) == (low, high)

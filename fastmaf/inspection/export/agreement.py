@@ -12,7 +12,7 @@ import torch
 
 from fastmaf.images.decode import Frame, load_frame, resized
 from fastmaf.inspection.export.graph_builder import ExportError
-from fastmaf.inspection.model import InspectionModel
+from fastmaf.inspection.interface import AnomalyModel
 from fastmaf.inspection.workflow.rows import VERDICTS, ImageRow, predict_row
 
 Results: TypeAlias = tuple[tuple[ImageRow, np.ndarray], tuple[ImageRow, np.ndarray]]
@@ -35,7 +35,7 @@ def _frame(image: str | Path | np.ndarray, name: str, size: int) -> Frame:
     return Frame(Path(name), pixels, height, width, (), 0.0, seconds, full)
 
 
-def both(model: InspectionModel, session: Any, image: str | Path | np.ndarray, name: str) -> Results:
+def both(model: AnomalyModel, session: Any, image: str | Path | np.ndarray, name: str) -> Results:
     """Returns the results of fastmaf and of ONNX Runtime for an image."""
     frame = _frame(image, name, model.size)
     full = _pixels(frame)[None]
@@ -57,7 +57,7 @@ def _result(name: str, outputs: Sequence[Any], latency_ms: float) -> tuple[Image
 
 
 def in_batches(
-    model: InspectionModel, session: Any, images: Sequence[str | Path | np.ndarray], names: Sequence[str]
+    model: AnomalyModel, session: Any, images: Sequence[str | Path | np.ndarray], names: Sequence[str]
 ) -> list[Results]:
     """Returns the results of fastmaf for each image, and of ONNX Runtime for batches of images of one size."""
     shapes: dict[tuple[int, ...], list[int]] = {}

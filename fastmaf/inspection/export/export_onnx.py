@@ -14,9 +14,11 @@ import torch
 
 import fastmaf
 from fastmaf.inspection.calibration import Calibration
+from fastmaf.inspection.combined import CombinedModel
 from fastmaf.inspection.export.agreement import Results, both, differs, in_batches, near
 from fastmaf.inspection.export.graph import inspection_graph
 from fastmaf.inspection.export.graph_builder import ExportError, require
+from fastmaf.inspection.interface import AnomalyModel
 from fastmaf.inspection.model import InspectionModel
 from fastmaf.inspection.workflow.rows import VERDICTS
 from fastmaf.io.atomic import written_atomically
@@ -72,7 +74,7 @@ class ExportReport:
 
 @fastmaf.torch_defaults()
 def export_onnx(
-    model: InspectionModel,
+    model: AnomalyModel,
     path: str | Path,
     check_images: Sequence[str | Path | np.ndarray],
     *,
@@ -150,13 +152,13 @@ def _session(file: str) -> Any:
 
 
 def _compared(
-    model: InspectionModel, results: Sequence[Results], tolerance: float, path: Path, size: int
+    model: AnomalyModel, results: Sequence[Results], tolerance: float, path: Path, size: int
 ) -> ExportReport:
     """Returns the report, or raises for the first image with different results."""
     calibration = model.calibration
     spread, middle = calibration.spread(), float(np.median(calibration.scores))
     map_range = float(np.ptp([anomaly_map for (_, anomaly_map), _ in results])) or 1.0  # 1 if all maps are constant
-    nll_deviation = math.sqrt(model.flow.features / 2)
+    nll_deviation = math.sqrt(_features(model) / 2)
     scores, maps, nlls, undecided = [], [], [], []
     for (expected, expected_map), (found, found_map) in results:
         name, unit = found.file, max(spread, abs(expected.score - middle))
@@ -187,3 +189,10 @@ def _compared(
         runtime_ms=median(found.latency_ms for _, (found, _) in results),
         fastmaf_ms=median(expected.latency_ms for (expected, _), _ in results),
     )
+
+
+def _features(model: AnomalyModel) -> int:
+    """Returns D of the flow that the NLL is of; other models than these have no graph."""
+    first = model.parts[0] if isinstance(model, CombinedModel) else model
+    assert isinstance(first, InspectionModel)
+    return first.flow.features

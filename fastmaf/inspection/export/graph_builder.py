@@ -84,8 +84,9 @@ class Value:
 
     def sum(self, axis: int | None = None, *, keep: bool = False) -> Value:
         """Sums over one axis, or over all."""
-        axes = None if axis is None else self.graph.value(np.array([axis]), "int64")
-        return self.op("ReduceSum", axes, keepdims=int(keep))
+        # An omitted input is left out, not empty: OpenVINO would take an empty one for axes that it does not know.
+        axes = [] if axis is None else [self.graph.value(np.array([axis]), "int64")]
+        return self.op("ReduceSum", *axes, keepdims=int(keep))
 
 
 class Graph:

@@ -16,11 +16,13 @@ from PIL import Image
 import fastmaf
 from fastmaf.images.dataset import ImageSet
 from fastmaf.images.decode import load_frame
+from fastmaf.inspection.combined import CombinedModel
 from fastmaf.inspection.decisions import decisions
 from fastmaf.inspection.evaluate import TableRow
-from fastmaf.inspection.map_images import overlay, to_frame
+from fastmaf.inspection.interface import AnomalyModel, HeldOut
+from fastmaf.inspection.map_images import contour_level, overlay, to_frame
 from fastmaf.inspection.masks import LabelledSet
-from fastmaf.inspection.model import InspectionModel, Prediction
+from fastmaf.inspection.model import Prediction
 from fastmaf.inspection.report.content import Exhibit, Gallery, Report, TestResults, Training
 from fastmaf.inspection.report.findings import worst_cases
 from fastmaf.inspection.report.page import write_report
@@ -30,31 +32,37 @@ from fastmaf.metrics.results import NORMAL
 _SAMPLES, _CASES, _TIMED = 5, 6, 30
 
 
-def training_report(path: Path, model: InspectionModel, images: ImageSet, *, name: str) -> None:
+def training_report(path: Path, model: AnomalyModel, images: ImageSet, held_out: HeldOut, *, name: str) -> None:
     """Writes the report of a training run with this name, before there are test images."""
-    _write(path, model, name, images, images, images.notes, None)
+    scores, maps = held_out.scores[0], held_out.maps[0]
+    highest = np.argsort(-scores, kind="stable")[:_CASES]
+    values = scores, model.calibration.p_values(scores), maps
+    unusual = tuple(_exhibit(model, images, i, *(each[i] for each in values)) for i in highest)
+    _write(path, model, name, images, images, images.notes, None, unusual)
 
 
 def test_report(
-    path: Path, model: InspectionModel, name: str, test: LabelledSet, prediction: Prediction, table: Sequence[TableRow]
+    path: Path, model: AnomalyModel, name: str, test: LabelledSet, prediction: Prediction, table: Sequence[TableRow]
 ) -> Report:
     """Writes the report of a labelled test set, and returns its content."""
     images = test.images
     cases = worst_cases(prediction.scores, images.labels, model.calibration.threshold, _CASES)
     p_values = model.calibration.p_values(prediction.scores)
-    exhibits = (tuple(_exhibit(model, test, prediction, p_values, int(i)) for i in group) for group in cases)
+    values = prediction.scores, p_values, prediction.anomaly_maps, test.masks.masks
+    exhibits = (tuple(_exhibit(model, images, i, *(each[i] for each in values)) for i in group) for group in cases)
     results = TestResults(prediction.scores, images.labels, tuple(table), Gallery(*exhibits))
     return _write(path, model, name, images, test.normals, (*images.notes, *test.masks.notes), results)
 
 
 def _write(
     path: Path,
-    model: InspectionModel,
+    model: AnomalyModel,
     name: str,
     images: ImageSet,
     normals: ImageSet | None,
     notes: tuple[str, ...],
     test: TestResults | None,
+    unusual: tuple[Exhibit, ...] = (),
 ) -> Report:
     classes = Counter(() if test is None else test.labels)
     counts = [("calibration", NORMAL, model.calibration.n), *(("test", label, n) for label, n in classes.items())]
@@ -72,6 +80,8 @@ def _write(
         training=_training(model),
         calibration=model.calibration,
         test=test,
+        unusual=unusual,
+        map_levels=model.map_levels,
         timings=_timings(model, images.paths),
         environment=environment(),
     )
@@ -79,20 +89,37 @@ def _write(
     return report
 
 
-def _training(model: InspectionModel) -> Training | None:
+def _training(model: AnomalyModel) -> Training | None:
     about: Mapping[str, Any] = model.about
-    if "recipe" not in about:
+    of_parts = model.parts[0].about if isinstance(model, CombinedModel) else about
+    settings: dict[str, str] = {}
+    parts = [("", about)]
+    if isinstance(model, CombinedModel):
+        parts = [(f"{s.name}, ", part.about) for s, part in zip(model.standards, model.parts, strict=True)]
+    for prefix, of_part in parts:
+        settings |= {f"{prefix}{name}": text for name, text in _settings(of_part).items()}
+    if not settings:
         return None
+    settings |= decisions(model, explain=True)
+    if configuration := about.get("configuration"):
+        settings["configuration"] = ", ".join(f"{name} = {value}" for name, value in configuration.items())
+    settings |= {f"seconds for {stage}": f"{value:.1f}" for stage, value in about.get("seconds", {}).items()}
+    folds = zip(of_parts.get("images_of_folds", ()), of_parts.get("held_out_nll_of_folds", ()), strict=True)
+    blocks = of_parts.get("recipe", {}).get("blocks", 0) != 0
+    return Training(tuple(settings.items()), tuple(about.get("log", ())), tuple(folds), blocks)
+
+
+def _settings(about: Mapping[str, Any]) -> dict[str, str]:
+    """Returns the recipe and the held-out NLLs of a model or a part of one, if it records them."""
+    if "recipe" not in about:
+        return {}
     settings: dict[str, str] = {}
     for key, value in about["recipe"].items():
         pairs = {f"{key}: {k}": v for k, v in value.items()} if isinstance(value, Mapping) else {key: value}
         settings |= {k.replace("_", " "): f"{v:g}" if isinstance(v, float) else str(v) for k, v in pairs.items()}
     settings["held-out NLL, nats"] = f"{about['held_out_nll']:,.0f}"
     settings["held-out NLL of the whitening alone, nats"] = f"{about['held_out_nll_of_whitening']:,.0f}"
-    settings |= decisions(model, explain=True)
-    settings |= {f"seconds for {stage}": f"{value:.1f}" for stage, value in about.get("seconds", {}).items()}
-    folds = zip(about["images_of_folds"], about["held_out_nll_of_folds"], strict=True)
-    return Training(tuple(settings.items()), tuple(about.get("log", ())), tuple(folds), about["recipe"]["blocks"] != 0)
+    return settings
 
 
 def samples(images: ImageSet, label: str, n: int = _SAMPLES) -> np.ndarray:
@@ -103,12 +130,17 @@ def samples(images: ImageSet, label: str, n: int = _SAMPLES) -> np.ndarray:
 
 
 def _exhibit(
-    model: InspectionModel, test: LabelledSet, prediction: Prediction, p_values: np.ndarray, i: int
+    model: AnomalyModel,
+    images: ImageSet,
+    i: int,
+    score: float,
+    p_value: float,
+    anomaly_map: np.ndarray,
+    mask: np.ndarray | None = None,
 ) -> Exhibit:
-    images = test.images
     picture = load_frame(images.paths[i], 192).pixels.permute(1, 2, 0).numpy()
     low, high = model.map_levels
-    mask = test.masks.masks[i]
+    values, anomalous = to_frame(anomaly_map, picture.shape[:2]), bool(score > model.calibration.threshold)
     if mask is not None:
         # A reduced pixel belongs to the defect if any of its pixels does.
         reduced = Image.fromarray(mask).convert("L").resize(picture.shape[1::-1], Image.Resampling.BOX)
@@ -116,15 +148,15 @@ def _exhibit(
     return Exhibit(
         f"{images.labels[i]}/{images.paths[i].name}",
         images.labels[i],
-        float(prediction.scores[i]),
-        float(p_values[i]),
+        float(score),
+        float(p_value),
         picture,
-        overlay(picture, to_frame(prediction.anomaly_maps[i], picture.shape[:2]), low=low, high=high),
+        overlay(picture, values, low=low, high=high, contour=contour_level(values, high, anomalous)),
         mask,
     )
 
 
-def _timings(model: InspectionModel, paths: Sequence[Path]) -> tuple[tuple[str, float, float, int], ...]:
+def _timings(model: AnomalyModel, paths: Sequence[Path]) -> tuple[tuple[str, float, float, int], ...]:
     """Times single images from file to verdict, after three images as warm-up."""
     files = [paths[i % len(paths)] for i in range(_TIMED + 3)]
     rows = [predict_row(model, load_frame(file, model.size))[0] for file in files][3:]

@@ -24,8 +24,8 @@ class Exhibit(NamedTuple):
         file: its name, as displayed.
         label: its class.
         score, p_value: anomaly score and conformal p-value.
-        image, overlay: uint8 [h, w, 3], without and with the anomaly map laid over it.
-        mask: bool [h, w], the labelled defect, outlined on the overlay; None if not known.
+        image, overlay: uint8 [h, w, 3], without and with the anomaly map and its contour laid over it.
+        mask: bool [h, w], the labelled defect, outlined on the image; None if not known.
     """
 
     file: str
@@ -100,6 +100,8 @@ class Report:
         training: None if the model file does not record it.
         calibration: of the model.
         test: None before there are test images.
+        unusual: before there are test images: the good images with the highest held-out scores, highest first.
+        map_levels: the values of the anomaly map at the ends of the overlays' colours.
         timings: (step, median and 95th percentile in milliseconds, number of measurements), of single images.
         environment: (name, value) pairs: processor, threads, versions, ...
     """
@@ -113,5 +115,7 @@ class Report:
     training: Training | None
     calibration: Calibration
     test: TestResults | None
+    unusual: tuple[Exhibit, ...]
+    map_levels: tuple[float, float]
     timings: tuple[tuple[str, float, float, int], ...]
     environment: tuple[tuple[str, str], ...]

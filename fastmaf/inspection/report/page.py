@@ -11,11 +11,13 @@ import numpy as np
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 import fastmaf
+from fastmaf.inspection.map_images import scale_colours
 from fastmaf.inspection.report import figures, findings, text
 from fastmaf.inspection.report.content import Report
 from fastmaf.inspection.report.pictures import data_uri
 from fastmaf.io.atomic import written_atomically
 from fastmaf.metrics.evaluate import evaluate_scores
+from fastmaf.metrics.intervals import rate_interval
 
 TEMPLATE = Path(__file__).parent / "report.html.j2"
 
@@ -72,11 +74,14 @@ def _environment(template: Path, report: Report | None) -> Environment:
 def report_variables(report: Report) -> dict[str, Any]:
     """Returns the variables of the template of a report."""
     calibration, test, training = report.calibration, report.test, report.training
-    variables = {
+    variables: dict[str, Any] = {
         "report": report,
         "calibration": calibration,
         "test": test,
         "training": training,
+        "above": int(calibration.is_anomalous(calibration.scores).sum()),
+        "scale_bar": scale_colours()[None].repeat(10, axis=0),
+        "rate_interval": lambda count, n: " to ".join(text.percent(end) for end in rate_interval(count, n)),
         "histogram": figures.score_histogram(calibration, test),
     }
     if test is not None:

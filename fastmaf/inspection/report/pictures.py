@@ -6,7 +6,9 @@ import base64
 import io
 
 import numpy as np
-from PIL import Image, ImageChops, ImageFilter
+from PIL import Image
+
+from fastmaf.inspection.outlines import CYAN, outline
 
 WIDEST = 200
 """Largest width and height of an embedded image, in pixels."""
@@ -19,7 +21,7 @@ def data_uri(image: np.ndarray, mask: np.ndarray | None = None, widest: int = WI
 
     Args:
         image: uint8 [h, w, 3].
-        mask: bool [h, w]; its outline is drawn over the image, white on black.
+        mask: bool [h, w]; it is outlined in cyan.
         widest: the largest width and height.
     """
     factor = max(1, widest // max(image.shape[:2]))
@@ -29,9 +31,7 @@ def data_uri(image: np.ndarray, mask: np.ndarray | None = None, widest: int = WI
         covered = Image.fromarray(np.asarray(mask, dtype=bool).astype(np.uint8) * 255)
         # BOX keeps structures thinner than a pixel of the reduced image as a grey above 0
         covered = covered.resize(picture.size, Image.Resampling.BOX).point(lambda level: 255 if level else 0)
-        wide, wider = covered.filter(ImageFilter.MaxFilter(3)), covered.filter(ImageFilter.MaxFilter(5))
-        picture.paste((0, 0, 0), mask=ImageChops.subtract(wider, wide))
-        picture.paste((255, 255, 255), mask=ImageChops.subtract(wide, covered))
+        picture = Image.fromarray(outline(np.asarray(picture), np.asarray(covered) > 0, CYAN))
     file = io.BytesIO()
     picture.save(file, format="PNG", optimize=True)
     return "data:image/png;base64," + base64.b64encode(file.getvalue()).decode("ascii"), *picture.size

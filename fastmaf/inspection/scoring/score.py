@@ -12,6 +12,7 @@ residual of a few factors, in a unit common to all pixels, shows both.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -35,13 +36,56 @@ class TermStatistics:
     @classmethod
     def of(cls, terms: Tensor, nll: Tensor) -> TermStatistics:
         """Returns the statistics of ``terms`` ``[n, D]`` and ``nll`` ``[n]``, n >= 2."""
-        if len(terms) < 2:
-            raise ValueError(f"a standard deviation needs at least 2 good images; found {len(terms)}")
-        mean, deviation = terms.double().mean(dim=0), terms.double().std(dim=0)
+        merged = MergedStatistics()
+        merged.add(terms, nll)
+        return merged.finished()
+
+
+class MergedStatistics:
+    """Counts, means and sums of squared deviations of terms ``[D]``, and the sum of NLLs, of any number of batches.
+
+    References:
+        Chan, Golub and LeVeque 1983, Algorithms for computing the sample variance.
+    """
+
+    def __init__(self) -> None:
+        self.n, self.nll = 0, 0.0
+        self.mean = self.squares = torch.zeros(())
+
+    @classmethod
+    def of(cls, parts: Sequence[MergedStatistics]) -> MergedStatistics:
+        """Returns the statistics of all batches of several others."""
+        merged = cls()
+        for part in parts:
+            merged._merge(part.n, part.mean, part.squares, part.nll)
+        return merged
+
+    def add(self, terms: Tensor, nll: Tensor) -> None:
+        """Adds a batch of terms ``[n, D]`` and NLLs ``[n]``."""
+        if len(terms):
+            terms = terms.double()
+            mean = terms.mean(dim=0)
+            self._merge(len(terms), mean, (terms - mean).square_().sum(dim=0), float(nll.double().sum()))
+
+    def _merge(self, n: int, mean: Tensor, squares: Tensor, nll: float) -> None:
+        total = self.n + n
+        if not self.n:
+            self.mean, self.squares = mean, squares
+        elif n:
+            change = mean - self.mean
+            self.mean = self.mean + change * (n / total)
+            self.squares = self.squares + squares + change.square() * (self.n * n / total)
+        self.n, self.nll = total, self.nll + nll
+
+    def finished(self) -> TermStatistics:
+        """Returns mean and standard deviation of each term, and the mean NLL, of at least 2 images."""
+        if self.n < 2:
+            raise ValueError(f"a standard deviation needs at least 2 good images; found {self.n}")
+        deviation = (self.squares / (self.n - 1)).sqrt()
         # A term that never varied has no scale of its own: the median of the others replaces it.
         typical = deviation[deviation > 0].median() if bool((deviation > 0).any()) else deviation.new_ones(())
         deviation = torch.where(deviation > 1e-3 * typical, deviation, typical)
-        return cls(mean.float(), deviation.float(), float(nll.double().mean()))
+        return TermStatistics(self.mean.float(), deviation.float(), self.nll / self.n)
 
 
 def terms_of(values: FlowValues, settings: ScoreSettings) -> Tensor:

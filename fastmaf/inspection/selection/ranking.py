@@ -116,9 +116,9 @@ def rank_scores(
     for settings, terms in _held_out(candidates, _terms_key, terms_of, models, sets, progress):
         scores = models.scores(terms, nll, settings).flatten().numpy()
         normal, defect = scores[: len(pixels)], scores[len(pixels) :]
-        by_kind = {kind: _auroc(normal, defect[kinds == kind]) for kind in KINDS if (kinds == kind).any()}
+        by_kind = kind_aurocs(normal, defect, kinds)
         mean = float(np.mean(list(by_kind.values())))
-        error = _standard_error(normal, defect, kinds) if errors else math.nan
+        error = float(np.std(resampled_means(normal, defect, kinds))) if errors else math.nan
         result.append(ScoreCandidate(settings, by_kind, mean, error))
     return sorted(result, key=lambda candidate: -candidate.image_auroc)
 
@@ -183,12 +183,26 @@ def _held_out(
                 bar.update()
 
 
+def kind_aurocs(normal: np.ndarray, defect: np.ndarray, kinds: np.ndarray) -> dict[str, float]:
+    """Returns the image AUROC of the defects of each kind that there are.
+
+    Args:
+        normal: scores of good images ``[n]``.
+        defect: scores of these with a defect, in the same order, once or more ``[draws n]``.
+        kinds: of each defect.
+    """
+    return {kind: _auroc(normal, defect[kinds == kind]) for kind in KINDS if (kinds == kind).any()}
+
+
 def _auroc(normal: np.ndarray, defect: np.ndarray) -> float:
     return auroc(np.concatenate([normal, defect]), np.arange(len(normal) + len(defect)) >= len(normal))
 
 
-def _standard_error(normal: np.ndarray, defect: np.ndarray, kinds: np.ndarray, resamples: int = 200) -> float:
-    """Standard error of the mean AUROC over kinds, by resampling good images together with their defects."""
+def resampled_means(normal: np.ndarray, defect: np.ndarray, kinds: np.ndarray, resamples: int = 200) -> np.ndarray:
+    """Returns the mean over kinds of ``kind_aurocs`` for resamples of good images together with their defects.
+
+    The resamples are the same for every score.
+    """
     rng = np.random.default_rng(0)
     n, draws = len(normal), len(defect) // len(normal)
     means = []
@@ -198,4 +212,4 @@ def _standard_error(normal: np.ndarray, defect: np.ndarray, kinds: np.ndarray, r
         scores, of = defect[rows], kinds[rows]
         areas = [_auroc(normal[index], scores[of == kind]) for kind in np.unique(kinds) if (of == kind).any()]
         means.append(np.mean(areas))
-    return float(np.std(means))
+    return np.array(means)

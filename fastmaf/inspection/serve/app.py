@@ -28,7 +28,7 @@ from fastmaf.images.decoded_image import read_image
 from fastmaf.images.image_file import DataError, TooLargeError
 from fastmaf.images.png import png_text
 from fastmaf.inspection.interface import AnomalyModel
-from fastmaf.inspection.map_images import overlay, to_frame
+from fastmaf.inspection.map_images import contour_level, overlay, to_frame
 from fastmaf.inspection.workflow.rows import predict_row
 from fastmaf.io.marks import OVERLAY
 
@@ -118,7 +118,9 @@ def answer(model: AnomalyModel, content: bytes, with_overlay: bool, max_pixels: 
     if frame.full is not None:
         image = np.ascontiguousarray(frame.full.permute(1, 2, 0).numpy())
         low, high = model.map_levels
-        shown = overlay(image, to_frame(anomaly_map, (frame.height, frame.width)), low=low, high=high)
+        values = to_frame(anomaly_map, (frame.height, frame.width))
+        contour = contour_level(values, high, row.verdict == "anomalous")
+        shown = overlay(image, values, low=low, high=high, contour=contour)
         encoded = io.BytesIO()
         Image.fromarray(shown).save(encoded, format="PNG", pnginfo=png_text(OVERLAY), compress_level=1)
         result["overlay"] = "data:image/png;base64," + base64.b64encode(encoded.getbuffer()).decode("ascii")

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import fastmaf
 from fastmaf.inspection.calibration import Calibration
-from fastmaf.inspection.model import InspectionModel, is_inspection_model, load_inspection, model_file
+from fastmaf.inspection.interface import AnomalyModel, scores_of
+from fastmaf.inspection.model import is_inspection_model, load_inspection, model_file
 from fastmaf.inspection.workflow.inputs import Say, read_images
 from fastmaf.io.atomic import sweep
 from fastmaf.io.locks import run_lock
@@ -64,7 +65,7 @@ def recalibrate(
         pixels = read_images(arguments, loaded.size, skip_bad=skip_bad, progress=progress, say=say)
         today, source = datetime.now(timezone.utc).date().isoformat(), ", ".join(arguments)
         source = source if len(source) <= 80 else f"{source[:77]}..."
-        calibration = Calibration(loaded.scores(pixels), false_alarm, confidence, "split", None, today, source)
+        calibration = Calibration(scores_of(loaded, pixels), false_alarm, confidence, "split", None, today, source)
         loaded.with_calibration(calibration).save(path)
     _say_change(loaded.calibration, calibration, say)
     return calibration
@@ -76,7 +77,7 @@ def _say_change(before: Calibration, after: Calibration, say: Say) -> None:
 
 
 @contextmanager
-def _locked_model(model: str | Path, doing: str, device: str = "cpu") -> Iterator[tuple[Path, InspectionModel]]:
+def _locked_model(model: str | Path, doing: str, device: str = "cpu") -> Iterator[tuple[Path, AnomalyModel]]:
     """Yields a model file and its model while the file is locked against other writers."""
     path = model_file(model)
     is_inspection_model(path)  # reports a missing file as such, instead of as a lock that cannot be taken

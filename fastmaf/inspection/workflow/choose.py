@@ -28,7 +28,7 @@ def choose(
     """Ranks scores and maps on the good images of a folder and on synthetic defects."""
     recipe = Recipe(size=size, score=ScoreSettings(), map_config=AnomalyMapConfig(), seed=seed)
     images = load_normals(data, recipe, skip_bad=skip_bad, progress=progress, say=say)
-    models = fit(images.pixels, recipe, double=images.double, progress=progress).out_of_fold
+    models = fit(images.pixels, recipe, double=images.double, every_fold=True, progress=progress).out_of_fold
     scores = rank_scores(images.pixels, models, draws=draws, seed=seed, progress=progress)
     maps = rank_maps(images.pixels, models, draws=draws, seed=seed, progress=progress)
     return Selection(len(images), draws, tuple(scores), tuple(maps))

@@ -11,6 +11,7 @@ from fastmaf.inspection.calibration import Calibration
 from fastmaf.inspection.evaluate import TableRow
 from fastmaf.io.safe_json import finite
 from fastmaf.metrics.auroc import PairedDifference
+from fastmaf.metrics.intervals import rate_interval
 from fastmaf.metrics.results import NORMAL
 
 _KINDS = {"score": "score", "baseline": "control"}  # the values in metrics.json, unchanged since its first version
@@ -59,7 +60,8 @@ class EvaluationResult:
         lines += [*self._better_baselines(), "", f"verdicts at the threshold {self.calibration.threshold:.6g}:"]
         for label, (n, count) in self.alarms.items():
             verdict = "called anomalous (false alarms)" if label == NORMAL else "found"
-            lines.append(f"{visible(label)}: {count:,} of {n:,} {verdict}")
+            low, high = rate_interval(count, n)
+            lines.append(f"{visible(label)}: {count:,} of {n:,} {verdict}, 95% interval {low:.1%} to {high:.1%}")
         return "\n".join(lines)
 
     def to_json(self) -> dict[str, Any]:
@@ -70,7 +72,10 @@ class EvaluationResult:
             "false_alarm": self.calibration.false_alarm,
             "expected_rate": self.calibration.expected_rate,
             "scores": [{**asdict(row), "kind": _KINDS[row.kind]} for row in self.rows],
-            "classes": {label: {"images": n, "anomalous": count} for label, (n, count) in self.alarms.items()},
+            "classes": {
+                label: {"images": n, "anomalous": count, "interval": rate_interval(count, n)}
+                for label, (n, count) in self.alarms.items()
+            },
         }
 
     def _better_baselines(self) -> list[str]:

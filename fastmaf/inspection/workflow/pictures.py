@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from fastmaf.images.decode import Frame
+from fastmaf.inspection.interface import AnomalyModel
 from fastmaf.inspection.map_images import to_frame, write_map, write_overlay
 from fastmaf.io.marks import MAP, OVERLAY
 from fastmaf.io.outputs import Output, picture
@@ -61,13 +62,14 @@ class Pictures:
             if self.maps is not None:
                 yield Output(self.maps / f"{name}{self.map_suffix}", anomaly_map)
 
-    def write(self, frame: Frame, anomaly_map: np.ndarray, levels: tuple[float, float]) -> None:
+    def write(self, frame: Frame, anomaly_map: np.ndarray, score: float, model: AnomalyModel) -> None:
         """Writes the pictures of a named image, which must have been read at full resolution."""
         assert frame.full is not None
         resized, name = to_frame(anomaly_map, (frame.height, frame.width)), self._names[frame.path]
         if self.overlays is not None:
             full = np.ascontiguousarray(frame.full.permute(1, 2, 0).numpy())
-            write_overlay(self.overlays / f"{name}.png", full, resized, *levels)
+            verdict = {"score": score, "threshold": model.calibration.threshold}
+            write_overlay(self.overlays / f"{name}.png", full, resized, *model.map_levels, **verdict)
         if self.maps is not None:
             write_map(self.maps / f"{name}{self.map_suffix}", resized)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import TypeAlias
@@ -49,7 +49,7 @@ class FileScorer:
         if self._threads > 1:
             torch.set_num_threads(self._threads)
 
-    def score(self, files: Sequence[Path]) -> Iterator[list[Scored]]:
+    def score(self, files: Sequence[Path]) -> Generator[list[Scored], None, None]:
         """Yields the results of each batch of files, in order, once its pictures are written."""
         yield from in_order(self._submit, self._reader.read(files), self._threads)
 
@@ -63,7 +63,7 @@ class FileScorer:
         frames = [as_frame(read.image) for read in images]
         rows, maps = predict_rows(self._model, frames)
         if self._pictures.are_wanted:
-            for frame, anomaly_map in zip(frames, maps, strict=True):
-                self._pictures.write(frame, anomaly_map, self._model.map_levels)
+            for frame, row, anomaly_map in zip(frames, rows, maps, strict=True):
+                self._pictures.write(frame, anomaly_map, row.score, self._model)
         records = iter(Record(row, read.image.kinds, read.stamp) for row, read in zip(rows, images, strict=True))
         return [read if isinstance(read, Unreadable) else next(records) for read in batch]

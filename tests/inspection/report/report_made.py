@@ -127,6 +127,8 @@ def example_report(folder: Path) -> Report:
         ),
         calibration=calibration,
         test=TestResults(scores, tuple(test.labels), table, Gallery(*(exhibits(where) for where in cases))),
+        unusual=exhibits(np.flatnonzero(~defect)[:2]),
+        map_levels=(1.25, 6.5),
         timings=(
             ("decode a PNG", 18.4, 21.97, 200),
             ("decode to verdict", 27.02, 31.4, 200),

@@ -16,6 +16,7 @@ from fastmaf.inspection.report.content import Gallery, Report, TestResults, Trai
 from fastmaf.inspection.report.findings import better, winning_baselines, worst_cases
 from fastmaf.inspection.report.page import write_report
 from fastmaf.inspection.report.text import interval, number, percent, score_digits
+from fastmaf.metrics.intervals import rate_interval
 from tests.inspection.report.report_made import DEFECTS, example_report, row, untested
 from tests.inspection.report.report_read import Element, read
 
@@ -85,12 +86,12 @@ def test_the_numbers_stand_where_they_belong(page: Element, report: Report) -> N
     assert ["test", "scratch", "5"] in counts
     assert section(page, "data").table("skipped (1)")[1][0] == "train/good/031.png"
     assert "1 image turned by its EXIF orientation" in section(page, "data").text
-    assert ["learning rate", "2e-5"] in section(page, "training").table("Settings")
+    assert ["learning rate", "2e-5"] in section(page, "settings").table("Settings")
     folds = section(page, "training").table("each fold")
     assert folds[1] == ["1", "44", "\u221257,214.2"]
     mean = (44 * (-57214.2 - 57388.0 - 56911.7 - 57102.4) - 43 * 57377.6) / 219
     assert folds[-1] == ["All images", "219", f"{mean:,.1f}".replace("-", "\u2212")]
-    speed = section(page, "speed")
+    speed = section(page, "settings")
     assert speed.table("Time for one image")[-1] == ["decode to verdict", "27.02", "31.40", "200"]
     assert ["threads", "2"] in speed.table("Environment")
     assert len(section(page, "assumptions").all("li")) == 3
@@ -129,7 +130,7 @@ def test_verdicts_by_class_follow_from_scores_and_threshold(page: Element, repor
     labels, alarm = np.array(report.test.labels), report.test.scores > report.calibration.threshold
     table = section(page, "detection").table("By class")
     assert [row[0] for row in table[1:]] == ["good", *sorted(DEFECTS)]
-    for name, n, area, alarms, share in table[1:]:
+    for name, n, area, alarms, share, interval_of_share in table[1:]:
         alarms_of_class = alarm[labels == name]
         assert (n, alarms, share) == (
             str(len(alarms_of_class)),
@@ -137,7 +138,9 @@ def test_verdicts_by_class_follow_from_scores_and_threshold(page: Element, repor
             f"{alarms_of_class.mean():.1%}",
         )
         assert (area == "\u2013") == (name == "good")
-    assert "1 of 6 (16.7%)" in section(page, "threshold").text
+        ends = rate_interval(int(alarms), int(n))
+        assert interval_of_share == f"{ends[0]:.1%} to {ends[1]:.1%}"
+    assert "1 of 6 (16.7%, 95% interval 0.4% to 64.1%)" in section(page, "threshold").text
     for line in report.calibration.describe(explain=True).splitlines():
         assert line in [each.text for each in section(page, "threshold").all("p")]
 
@@ -145,17 +148,19 @@ def test_verdicts_by_class_follow_from_scores_and_threshold(page: Element, repor
 def test_exhibits_stand_beside_their_anomaly_maps(page: Element, report: Report) -> None:
     assert report.test is not None
     gallery, shown = report.test.gallery, section(page, "images")
-    captions = [each.text for each in shown.all("figcaption")]
-    assert captions[0] == "good/000.png class good, score 12.40, p\u00a0=\u00a00.0409, alarm".replace("\u00a0", " ")
+    captions = [each.text for each in shown.all("figcaption")][1:]  # the first is that of the colours
+    at = number(report.calibration.threshold, 2)
+    assert captions[0] == f"good/000.png class good, score 12.40, threshold {at}, p = 0.0409, alarm"
     verdicts = [caption.rpartition(", ")[2] for caption in captions]
     assert verdicts == ["alarm"] + ["passed"] * len(gallery.misses) + ["alarm"] * 6
     assert [each.text for each in shown.all("h3")] == ["Worst false alarms", "Worst misses", "Clearest detections"]
-    pictures = shown.all("img")
+    assert "1.25" in shown.all("span")[0].text and "6.50" in shown.all("span")[1].text
+    pictures = shown.all("img")[1:]
     assert [each.attributes["alt"] for each in pictures[:4]] == [
         "image good/000.png",
         "anomaly map of good/000.png",
-        f"image {gallery.misses[0].file}",
-        f"anomaly map of {gallery.misses[0].file}, labelled defect outlined",
+        f"image {gallery.misses[0].file}, labelled defect outlined",
+        f"anomaly map of {gallery.misses[0].file}",
     ]
     assert all(each.attributes["width"] == each.attributes["height"] == "192" for each in pictures)
 
@@ -176,10 +181,24 @@ def test_the_summary_in_words(page: Element) -> None:
 
 def test_an_absent_part_is_named_with_its_reason(report: Report, tmp_path: Path) -> None:
     page = written(untested(report), tmp_path)
-    for part in ("training", "scores", "threshold", "detection", "images"):
+    for part in ("training", "scores", "threshold", "detection"):
         lines = [each.text for each in section(page, part).all("p", class_="absent")]
         reason = "the model file does not record its training" if part == "training" else "no test images were scored"
         assert lines and all(f": not shown, as {reason}" in line for line in lines), part
+
+
+def test_before_there_are_test_images_the_most_unusual_good_images_are_shown(report: Report, tmp_path: Path) -> None:
+    page = written(untested(report), tmp_path)
+    shown = section(page, "images")
+    assert [each.text for each in shown.all("h3")] == ["Good images with the highest scores: is there a defect in one?"]
+    assert [each.attributes["alt"] for each in shown.all("img")[1::2]] == [f"image {e.file}" for e in report.unusual]
+    above = int((report.calibration.scores > report.calibration.threshold).sum())
+    assert f"{above} of 219 images" in section(page, "summary").text
+
+
+def test_verdicts_and_images_come_first_and_settings_last(page: Element) -> None:
+    names = [each.attributes["id"] for each in page.all("section")]
+    assert names[:2] == ["summary", "images"] and names[-1] == "settings"
 
 
 def test_a_report_without_blocks_and_without_misses(report: Report, tmp_path: Path) -> None:
@@ -216,7 +235,7 @@ def test_texts_of_others_are_shown_and_never_obeyed(report: Report, tmp_path: Pa
     assert section(page, "data").table("skipped")[1] == [SHOWN, SHOWN]
     assert f"The baseline {SHOWN} has the higher image AUROC" in section(page, "summary").text
     assert SHOWN in [row[0] for row in section(page, "detection").table("By class")]
-    assert section(page, "images").all("img")[0].attributes["alt"] == f"image {SHOWN}"
+    assert section(page, "images").all("img")[1].attributes["alt"].startswith(f"image {SHOWN}")
     assert any(each.text.startswith(SHOWN[:17]) for each in section(page, "detection").all("text"))
 
 

@@ -29,8 +29,8 @@ def test_the_table_and_the_verdicts() -> None:
     assert not any("higher image AUROC" in line or "higher AU-PRO" in line for line in lines)
     assert lines[-3:] == [
         "verdicts at the threshold 95:",
-        "good: 0 of 23 called anomalous (false alarms)",
-        "crack: 16 of 1,200 found",
+        "good: 0 of 23 called anomalous (false alarms), 95% interval 0.0% to 14.8%",
+        "crack: 16 of 1,200 found, 95% interval 0.8% to 2.2%",
     ]
     assert all(len(line) <= 100 for line in lines)
 
