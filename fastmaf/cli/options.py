@@ -66,16 +66,18 @@ def share(value: float | None) -> float | None:
     return value
 
 
-def _existing(path: Path | None) -> Path | None:
+def existing(path: Path | None) -> Path | None:
+    """Refuses a path that does not exist."""
     if path is not None and not path.expanduser().exists():
         refuse(f"no such file or folder: {path}")
     return path
 
 
-def _existing_images(arguments: list[str]) -> list[str]:
+def existing_images(arguments: list[str] | None) -> list[str] | None:
+    """Refuses an argument that names no file or folder, and a pattern that matches none."""
     from fastmaf.inspection.workflow.path_patterns import hints, is_pattern, matches
 
-    for text in arguments:
+    for text in arguments or ():
         path = Path(os.path.expanduser(text))
         if text == "-" or os.path.lexists(path) or is_pattern(text) and any(matches(path)):
             continue
@@ -104,7 +106,7 @@ def options_of(other: Callable[..., None], **defaults: Any) -> Callable[[Any], A
 TrainData = Annotated[
     Path,
     typer.Option(
-        "--data", metavar="DIR", callback=_existing, help="Folder of good images, or a data set with train/good."
+        "--data", metavar="DIR", callback=existing, help="Folder of good images, or a data set with train/good."
     ),
 ]
 TestData = Annotated[
@@ -112,22 +114,22 @@ TestData = Annotated[
     typer.Option(
         "--data",
         metavar="DIR",
-        callback=_existing,
+        callback=existing,
         help="Data set: test/good, test/<class of defects>; optionally train/good and ground_truth/<class>.",
     ),
 ]
 OptionalData = Annotated[
     Path | None,
     typer.Option(
-        "--data", metavar="DIR", callback=_existing, help="The capsule images; by default a synthetic set is drawn."
+        "--data", metavar="DIR", callback=existing, help="The capsule images; by default a synthetic set is drawn."
     ),
 ]
-Model = Annotated[Path, typer.Argument(metavar="MODEL", callback=_existing, help="Model file, or the folder of a run.")]
-_IMAGES = "files, folders, patterns such as 'in/*.png', or - for a list on standard input."
-Images = Annotated[list[str], typer.Argument(metavar="IMAGES", callback=_existing_images, help=f"Images: {_IMAGES}")]
+Model = Annotated[Path, typer.Argument(metavar="MODEL", callback=existing, help="Model file, or the folder of a run.")]
+IMAGES = "files, folders, patterns such as 'in/*.png', or - for a list on standard input."
+Images = Annotated[list[str], typer.Argument(metavar="IMAGES", callback=existing_images, help=f"Images: {IMAGES}")]
 CheckImages = Annotated[
     list[str],
-    typer.Option("--check", metavar="IMAGES", callback=_existing_images, help=f"Good images to compare on: {_IMAGES}"),
+    typer.Option("--check", metavar="IMAGES", callback=existing_images, help=f"Good images to compare on: {IMAGES}"),
 ]
 Out = Annotated[Path, typer.Option("--out", metavar="DIR", help="Output folder.")]
 Size = Annotated[int, typer.Option(min=1, max=2**14, metavar="N", help="Side of the square images in pixels.")]

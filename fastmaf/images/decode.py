@@ -9,18 +9,16 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
-from time import perf_counter
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 
-from fastmaf.images.image_file import MAX_PIXELS, DataError, decode
-from fastmaf.images.strips import to_array
-from fastmaf.images.to_8_bits import to_8_bits
+from fastmaf.images.decoded_image import DecodedImage, read_image, resized_array
+from fastmaf.images.image_file import MAX_PIXELS, DataError
 
-__all__ = ["MAX_PIXELS", "DataError", "Frame", "load_frame", "load_image", "resized", "sentences"]
+__all__ = ["MAX_PIXELS", "DataError", "Frame", "load_frame", "load_image", "resized", "sentences", "as_frame"]
 
 # {images} becomes "image" or "images", {its} becomes "its" or "their".
 _NOTES = {
@@ -98,28 +96,24 @@ def load_frame(path: str | Path, size: int, *, keep_full: bool = False, double: 
         DataError: the file is missing, not a regular file, truncated, not a PNG, JPEG, BMP or TIFF, has more than
             ``MAX_PIXELS`` pixels, or has an unknown white level.
     """
-    if size < 1:
-        raise ValueError(f"size: expected at least 1 pixel, found {size}")
-    path = Path(path)
-    started = perf_counter()
-    stored, bits, turn, kinds = decode(path)
-    image = to_8_bits(stored, bits, path, kinds)
-    del stored  # as large as the converted image
-    if turn is not None:
-        image = image.transpose(turn)
-    decoded = perf_counter()
-    pixels = resized(image, size)
-    ready = perf_counter()
+    return as_frame(read_image(Path(path), size, keep_full=keep_full, double=double))
+
+
+def as_frame(image: DecodedImage) -> Frame:
+    """Returns an image with tensors instead of arrays, which share its memory."""
+    full = None if image.full is None else torch.from_numpy(image.full)
+    if full is not None:
+        full = full.permute(2, 0, 1) if full.ndim == 3 else full.expand(3, -1, -1)
     return Frame(
-        path=path,
-        pixels=pixels,
+        path=image.path,
+        pixels=torch.from_numpy(image.pixels),
         height=image.height,
         width=image.width,
-        kinds=tuple(kinds),
-        decode_seconds=decoded - started,
-        resize_seconds=ready - decoded,
-        full=_channels_first(image) if keep_full else None,
-        double=resized(image, 2 * size) if double else None,
+        kinds=image.kinds,
+        decode_seconds=image.decode_seconds,
+        resize_seconds=image.resize_seconds,
+        full=full,
+        double=None if image.double is None else torch.from_numpy(image.double),
     )
 
 
@@ -131,11 +125,4 @@ def load_image(path: str | Path, size: int) -> tuple[Tensor, list[str]]:
 
 def resized(image: Image.Image | np.ndarray, size: int) -> Tensor:
     """Resizes an RGB or grey image, or an array uint8 [h, w, 3], to uint8 [3, size, size]."""
-    image = Image.fromarray(image) if isinstance(image, np.ndarray) else image
-    return _channels_first(image.resize((size, size), Image.Resampling.BILINEAR)).contiguous()
-
-
-def _channels_first(image: Image.Image) -> Tensor:
-    """Converts an RGB or grey image to uint8 [3, h, w]; the channels of a grey image share memory."""
-    pixels = torch.from_numpy(to_array(image))
-    return pixels.permute(2, 0, 1) if pixels.ndim == 3 else pixels.expand(3, -1, -1)
+    return torch.from_numpy(resized_array(image, size))

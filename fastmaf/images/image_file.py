@@ -6,6 +6,7 @@ No global setting of Pillow is changed or relied on: truncated images are refuse
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -55,11 +56,19 @@ class DataError(ValueError):
     """A data folder or an image file cannot be used."""
 
 
-def decode(path: Path) -> tuple[Image.Image, int, Image.Transpose | None, list[str]]:
+class TooLargeError(DataError):
+    """An image has more pixels than are decoded."""
+
+
+def decode(
+    path: Path, content: bytes | None = None, max_pixels: int | None = None
+) -> tuple[Image.Image, int, Image.Transpose | None, list[str]]:
     """Decodes the first image of a file.
 
     Args:
         path: the file; a leading ~ is not expanded.
+        content: the bytes of the file, if they are not to be read; then ``path`` only names it in messages.
+        max_pixels: largest width x height that is decoded, if another than ``MAX_PIXELS``.
 
     Returns:
         The image as stored, in Pillow's mode for it; the bits of one value in the file; the transposition that turns it
@@ -70,10 +79,10 @@ def decode(path: Path) -> tuple[Image.Image, int, Image.Transpose | None, list[s
     """
     start = b""
     try:
-        with open_regular(path) as stream:
+        with open_regular(path) if content is None else io.BytesIO(content) as stream:
             start = stream.read(_START)
             stream.seek(0)
-            return _decode(stream, start, path)
+            return _decode(stream, start, path, MAX_PIXELS if max_pixels is None else max_pixels)
     except DataError:
         raise
     except NotRegularError as error:
@@ -88,12 +97,14 @@ def decode(path: Path) -> tuple[Image.Image, int, Image.Transpose | None, list[s
         raise DataError(f"{path}: cannot be read ({type(error).__name__}: {error})") from error
 
 
-def _decode(stream: BinaryIO, start: bytes, path: Path) -> tuple[Image.Image, int, Image.Transpose | None, list[str]]:
+def _decode(
+    stream: BinaryIO, start: bytes, path: Path, max_pixels: int
+) -> tuple[Image.Image, int, Image.Transpose | None, list[str]]:
     kinds: list[str] = []
     image = Image.open(stream, formats=FORMATS)
     width, height = image.size
-    if width * height > MAX_PIXELS:
-        raise DataError(f"{path}: {width} x {height} = {width * height:,} pixels; expected at most {MAX_PIXELS:,}")
+    if width * height > max_pixels:
+        raise TooLargeError(f"{path}: {width} x {height} = {width * height:,} pixels; expected at most {max_pixels:,}")
     if getattr(image, "is_animated", False):  # n_frames would read all pages of a TIFF
         kinds.append("frames")
     if is_tiff := image.format == "TIFF":  # Pillow transposes it while loading, and drops the tag

@@ -48,6 +48,11 @@ def is_first() -> bool:
     return int(os.environ.get("RANK", "0")) == 0
 
 
+def local_size() -> int:
+    """Returns the number of processes that ``torchrun`` started on this machine, this one included."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+
+
 def was_restarted() -> bool:
     """Returns whether ``torchrun`` has started the processes again, after one of them had failed."""
     return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0

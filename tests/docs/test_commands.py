@@ -79,7 +79,7 @@ def test_the_makefile_uses_no_former_spelling() -> None:
     "line",
     [
         "fastmaf inspect fit --out results",  # --data is missing
-        "fastmaf inspect score results --out scores.csv",  # the images are missing
+        "fastmaf inspect recalibrate results",  # the images are missing
         "fastmaf inspect fit --data demo --outt results",
         "fastmaf inspect fit --data demo more",
         "fastmaf capsule fit --data demo",

@@ -7,34 +7,28 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
-from time import perf_counter
-from typing import Any, TypeAlias
+from typing import Any
 
 import numpy as np
 import torch
 
 import fastmaf
-from fastmaf.images.decode import Frame, load_frame, resized
 from fastmaf.inspection.calibration import Calibration
 from fastmaf.inspection.combined import CombinedModel
+from fastmaf.inspection.export.agreement import Results, both, differs, in_batches, near
 from fastmaf.inspection.export.graph import inspection_graph
 from fastmaf.inspection.export.graph_builder import ExportError, require
 from fastmaf.inspection.features.model import FeatureModel
 from fastmaf.inspection.interface import AnomalyModel
 from fastmaf.inspection.model import InspectionModel
-from fastmaf.inspection.workflow.score import VERDICTS, ImageRow, predict_row
+from fastmaf.inspection.workflow.rows import VERDICTS
 from fastmaf.io.atomic import written_atomically
 from fastmaf.io.outputs import Output, check_outputs, text_file
 from fastmaf.io.wording import count
 
 __all__ = ["ExportError", "ExportReport", "export_onnx"]
 
-_Results: TypeAlias = tuple[tuple[ImageRow, np.ndarray], tuple[ImageRow, np.ndarray]]
-"""Row and anomaly map of one image, from fastmaf and from ONNX Runtime."""
-
 ONNX = text_file("an ONNX export", "\x12\x07fastmaf")  # ModelProto.producer_name
-
-_OUTPUTS = ("score", "map", "nll", "p_value", "anomalous")
 
 
 @dataclass(frozen=True)
@@ -66,7 +60,7 @@ class ExportReport:
     def describe(self) -> str:
         """Returns the report as plain text."""
         lines = [
-            f"{self.path}: {self.bytes / 1e6:.1f} MB, one graph from pixels to verdict",
+            f"{self.path}: {self.bytes / 1e6:.1f} MB, one graph from pixels to verdict, for batches of any size",
             f"ONNX Runtime and fastmaf agree on {count(self.images, 'image')}; largest differences:",
             f"  score: {self.score:.1e} of the spread of the calibration scores (of its own distance for an outlier)",
             f"  anomaly map: {self.map:.1e} of the range of the maps; at most {self.tolerance:g} is accepted for both",
@@ -90,7 +84,8 @@ def export_onnx(
     """Writes a model to one ONNX file: resizing, flow, score, map, p-value and verdict; see ``inspection_graph``.
 
     Before the file is moved to its place, ONNX Runtime (CPU) and fastmaf process each check image from its pixels at
-    full resolution, and the following is required:
+    full resolution, ONNX Runtime first alone and then in batches of those of one size (a single one with its mirror
+    image), and the following is required:
 
     - scores differ by at most ``tolerance`` times the interquartile range of the calibration scores, or, for an image
       further than that from their median, times its distance from it;
@@ -128,9 +123,11 @@ def export_onnx(
             raise ExportError(f"the graph is not valid ONNX: {error}") from error
         session = _session(str(file.name))
         names = [f"check image {i}" if isinstance(im, np.ndarray) else str(im) for i, im in enumerate(check_images)]
-        _both(model, session, check_images[0], names[0])  # not timed: the first call allocates and plans
-        results = [_both(model, session, image, name) for image, name in zip(check_images, names, strict=True)]
-        return _compared(model, results, tolerance, Path(path), file.tell())
+        both(model, session, check_images[0], names[0])  # not timed: the first call allocates and plans
+        results = [both(model, session, image, name) for image, name in zip(check_images, names, strict=True)]
+        report = _compared(model, results, tolerance, Path(path), file.tell())
+        _compared(model, in_batches(model, session, check_images, names), tolerance, Path(path), 0)
+        return report
 
 
 def _check_spread(calibration: Calibration) -> None:
@@ -155,35 +152,7 @@ def _session(file: str) -> Any:
         raise ExportError(f"ONNX Runtime {runtime.__version__} cannot read the graph: {error}") from error
 
 
-def _frame(image: str | Path | np.ndarray, name: str, size: int) -> Frame:
-    """Reads a file, or treats an array as one that is already decoded."""
-    if not isinstance(image, np.ndarray):
-        return load_frame(image, size, keep_full=True)
-    if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or 0 in image.shape:
-        raise ExportError(f"{name} must be uint8 [h, w, 3]; found {image.dtype} {list(image.shape)}")
-    start = perf_counter()
-    pixels = resized(image, size)
-    seconds = perf_counter() - start
-    (height, width, _), full = image.shape, torch.from_numpy(np.ascontiguousarray(image)).permute(2, 0, 1)
-    return Frame(Path(name), pixels, height, width, (), 0.0, seconds, full)
-
-
-def _both(model: AnomalyModel, session: Any, image: str | Path | np.ndarray, name: str) -> _Results:
-    """Returns the results of fastmaf and of ONNX Runtime for an image."""
-    frame = _frame(image, name, model.size)
-    assert frame.full is not None
-    full = np.ascontiguousarray(frame.full.permute(1, 2, 0).numpy())
-    expected = predict_row(model, frame)
-    start = perf_counter()
-    score, anomaly_map, nll, p_value, anomalous = session.run(_OUTPUTS, {"image": full})
-    latency = 1e3 * (perf_counter() - start)
-    row = ImageRow(name, float(score), float(p_value), VERDICTS[int(anomalous)], float(nll), 0.0, latency)
-    return expected, (row, anomaly_map)
-
-
-def _compared(
-    model: AnomalyModel, results: Sequence[_Results], tolerance: float, path: Path, size: int
-) -> ExportReport:
+def _compared(model: AnomalyModel, results: Sequence[Results], tolerance: float, path: Path, size: int) -> ExportReport:
     """Returns the report, or raises for the first image with different results."""
     calibration = model.calibration
     spread, middle = calibration.spread(), float(np.median(calibration.scores))
@@ -192,20 +161,20 @@ def _compared(
     scores, maps, nlls, undecided = [], [], [], []
     for (expected, expected_map), (found, found_map) in results:
         name, unit = found.file, max(spread, abs(expected.score - middle))
-        scores.append(_near(name, "score", expected.score, found.score, tolerance * unit) / unit)
+        scores.append(near(name, "score", expected.score, found.score, tolerance * unit) / unit)
         pixel = np.unravel_index(np.argmax(np.abs(expected_map - found_map)), expected_map.shape)
         where, values = f"map[{pixel[0]}, {pixel[1]}]", (float(expected_map[pixel]), float(found_map[pixel]))
-        maps.append(_near(name, where, *values, tolerance * map_range) / map_range)
-        nlls.append(_near(name, "NLL", expected.nll, found.nll, tolerance * nll_deviation + 5e-5 * abs(expected.nll)))
+        maps.append(near(name, where, *values, tolerance * map_range) / map_range)
+        nlls.append(near(name, "NLL", expected.nll, found.nll, tolerance * nll_deviation + 5e-5 * abs(expected.nll)))
         own_score = np.array([found.score])
-        _near(name, "p-value", float(calibration.p_values(own_score)[0]), found.p_value, 1e-12)
+        near(name, "p-value", float(calibration.p_values(own_score)[0]), found.p_value, 1e-12)
         verdict = VERDICTS[int(calibration.is_anomalous(own_score)[0])]
         if found.verdict != verdict:
-            raise _differs(name, "verdict on its own score", verdict, found.verdict, "not at all")
+            raise differs(name, "verdict on its own score", verdict, found.verdict, "not at all")
         if expected.verdict != found.verdict:
             if max(abs(row.score - calibration.threshold) for row in (expected, found)) > tolerance * spread:
                 allowed = f"only within {tolerance * spread:.3g} of the threshold {calibration.threshold:.9g}"
-                raise _differs(name, "verdict", expected.verdict, found.verdict, allowed)
+                raise differs(name, "verdict", expected.verdict, found.verdict, allowed)
             undecided.append(name)
     return ExportReport(
         path=path,
@@ -222,24 +191,9 @@ def _compared(
 
 
 def _features(model: AnomalyModel) -> int:
-    """Returns how many numbers the NLL is of; other models than these have no graph."""
+    """Returns the number of values that the NLL is of; other models than these have no graph."""
     first = model.parts[0] if isinstance(model, CombinedModel) else model
     if isinstance(first, FeatureModel):
         return len(first.statistics.mean) * first.gaussian.mean.shape[1]
     assert isinstance(first, InspectionModel)
     return first.flow.features
-
-
-def _near(name: str, what: str, expected: float, found: float, allowed: float) -> float:
-    """Returns the difference; raises if it is not allowed, or NaN."""
-    difference = abs(expected - found)
-    if not difference <= allowed:
-        raise _differs(name, what, f"{expected:.9g}", f"{found:.9g}", f"at most by {allowed:.3g}")
-    return difference
-
-
-def _differs(name: str, what: str, expected: object, found: object, allowed: str) -> ExportError:
-    return ExportError(
-        f"{name}: {what}: expected {expected} as in fastmaf, found {found} from ONNX Runtime; they may differ "
-        f"{allowed}. Nothing was written"
-    )

@@ -18,7 +18,7 @@ from fastmaf.inspection.scoring.score import smoothing
 
 
 def feature_results(model: FeatureModel, planes: Value) -> tuple[Value, Value, Value]:
-    """Returns score, map and NLL of an image, float64 ``[3, size, size]``, whole numbers from 0 to 255.
+    """Returns scores, maps and NLLs of images, float64 ``[n, 3, size, size]``, whole numbers from 0 to 255.
 
     Raises:
         ExportError: the network is one of the user's.
@@ -36,16 +36,15 @@ def feature_results(model: FeatureModel, planes: Value) -> tuple[Value, Value, V
     taken = count_top(locations)
     largest = (above / statistics.deviation).op("TopK", planes.graph.value(np.array([taken]), "int64"), outputs=2)
     down, across = (_enlarging(side, model.size) for side in model.grid)
-    grid = above.cast("float32").reshape(*model.grid)
+    grid = above.cast("float32").reshape(0, *model.grid)
     anomaly_map = planes.graph.value(down, "float32") @ grid @ across.T / model.map_unit
     constant = float(model.gaussian.nll(torch.zeros(1, locations))[0])
-    return largest.sum() / taken, anomaly_map, (double * double * 0.5).sum() + constant
+    return largest.sum(1) / taken, anomaly_map, (double * double * 0.5).sum(1) + constant
 
 
 def _features(network: EfficientNetLite0, planes: Value, size: int, grid: int) -> Value:
-    """Returns the features ``[1, C, grid, grid]``."""
-    pixels = planes.cast("float32").reshape(1, 3, size, size)
-    x, side = _convolved(network.stem, (pixels - 127.0) / 128.0, size)
+    """Returns the features ``[n, C, grid, grid]``."""
+    x, side = _convolved(network.stem, (planes.cast("float32") - 127.0) / 128.0, size)
     maps: list[Value] = []
     for i, stage in enumerate(network.stages):
         for block in stage.modules():
@@ -80,11 +79,11 @@ def _convolved(layer: Convolution, x: Value, side: int) -> tuple[Value, int]:
 
 
 def _distances(gaussian: LocationGaussian, features: Value) -> Value:
-    """Returns the Mahalanobis distance of each location ``[L]``."""
+    """Returns the Mahalanobis distance of each location ``[n, L]``."""
     channels = gaussian.mean.shape[1]
-    y = features.reshape(channels, -1).transpose(1, 0) - gaussian.mean
-    z = (features.graph.value(gaussian.factor, "float32") @ y.reshape(-1, channels, 1)).reshape(-1, channels)
-    return (z * z).sum(1).op("Sqrt")
+    y = features.reshape(0, channels, -1).transpose(0, 2, 1) - gaussian.mean
+    z = features.graph.value(gaussian.factor, "float32") @ y.reshape(0, -1, channels, 1)
+    return (z * z).reshape(0, -1, channels).sum(2).op("Sqrt")
 
 
 def _enlarging(side: int, size: int) -> Tensor:

@@ -1,4 +1,4 @@
-"""An inspection model as one ONNX graph, from the pixels of an image of any size to the verdict.
+"""An inspection model as one ONNX graph, from the pixels of a batch of images of any size to the verdicts.
 
 Values are float32, except for sums over all dimensions, scores and p-values, which are float64.
 """
@@ -31,7 +31,7 @@ from fastmaf.inspection.scoring.settings import ScoreSettings
 _HALF_LOG_2PI = 0.5 * math.log(2 * math.pi)
 
 _MEANING = (
-    "fastmaf inspection model: feed 'image', uint8 [height, width, 3], one decoded RGB image of any size at full "
+    "fastmaf inspection model: feed 'image', uint8 [batch, height, width, 3], decoded RGB images of one size at full "
     "resolution, not resized, not normalised; EXIF rotation applied, transparency laid on white, 16-bit grey scaled to "
     "8 bits."
 )
@@ -47,29 +47,30 @@ class _Results(NamedTuple):
 def inspection_graph(model: AnomalyModel) -> Any:
     """Returns the ``onnx.ModelProto`` of a model, opset 18.
 
-    Input ``image``, uint8 [height, width, 3]. Outputs ``score`` (float64), ``map`` (float32 [s, s]), ``nll`` (float64
-    nats), ``p_value`` (float64) and ``anomalous`` (bool).
+    Input ``image``, uint8 [n, height, width, 3]. Outputs ``score`` (float64 [n]), ``map`` (float32 [n, s, s]), ``nll``
+    (float64 [n], nats), ``p_value`` (float64 [n]) and ``anomalous`` (bool [n]).
 
     Raises:
         ExportError: onnx is missing, the model or its flow is of a kind that cannot be exported, or the graph is too
             large.
     """
     graph, size = Graph(), model.size
-    image = graph.input("image", "uint8", ["height", "width", 3], "R, G, B, rows from the top, 0 to 255")
+    image = graph.input("image", "uint8", ["batch", "height", "width", 3], "R, G, B, rows from the top, 0 to 255")
     score, anomaly_map, nll = _results(model, resized(image, size))
-    above = (graph.value(model.calibration.scores, "float64") >= score).cast("float64").sum()
-    graph.output("score", score, [], "anomaly score: higher is more anomalous")
-    graph.output("map", anomaly_map, [size, size], "anomaly map, rows from the top; mean square 1 over good images")
-    graph.output("nll", nll, [], "negative log-likelihood of the resized image in nats")
+    above = (graph.value(model.calibration.scores, "float64") >= score.reshape(0, 1)).cast("float64").sum(1)
+    graph.output("score", score, ["batch"], "anomaly score: higher is more anomalous")
+    graph.output("map", anomaly_map, ["batch", size, size], "anomaly map; mean square 1 over good images")
+    graph.output("nll", nll, ["batch"], "negative log-likelihood of the resized image in nats")
     p_value = (above + 1.0) / (model.calibration.n + 1)
-    graph.output("p_value", p_value, [], "share of good images expected to score at least as high")
-    graph.output("anomalous", score > model.calibration.threshold, [], "whether the score is above the threshold")
+    graph.output("p_value", p_value, ["batch"], "share of good images expected to score at least as high")
+    anomalous = score > model.calibration.threshold
+    graph.output("anomalous", anomalous, ["batch"], "whether the score is above the threshold")
     return graph.model("fastmaf_inspection", _MEANING, _properties(model), fastmaf.__version__)
 
 
 @singledispatch
 def _results(model: Any, planes: Value) -> _Results:
-    """Returns score, map and NLL of an image, float64 ``[3, size, size]``, whole numbers from 0 to 255."""
+    """Returns scores, maps and NLLs of images, float64 ``[n, 3, size, size]``, whole numbers from 0 to 255."""
     known = ", ".join(kind.__name__ for kind in _results.registry if kind is not object)
     raise ExportError(f"a {type(model).__name__} cannot be exported to ONNX; expected one of {known}")
 
@@ -79,16 +80,16 @@ def _(model: InspectionModel, planes: Value) -> _Results:
     size, settings = model.size, model.settings
     if model.channels == 1:  # see ``to_grey``; exact in float64
         weights = np.array([19595.0, 38470.0, 7471.0]).reshape(3, 1, 1)
-        planes = (((planes * weights).sum(0) + 32768.0) / 65536.0).op("Floor")
-    x = planes.cast("float32").reshape(1, -1) / 255.0
+        planes = (((planes * weights).sum(1) + 32768.0) / 65536.0).op("Floor")
+    x = planes.cast("float32").reshape(0, model.flow.features) / 255.0
     shares, steps = flow_steps(model.flow, x)
     first, z = len(first_part(model.flow)) - 1, steps[-1]
     terms = shares + z * z * 0.5 + _HALF_LOG_2PI
-    nll = terms.cast("float64").sum()
+    nll = terms.cast("float64").sum(1)
     if settings.source == "whitened":
-        z = _smoothed(steps[first].reshape(model.channels, size, size), settings.presmooth_sigma, size).reshape(1, -1)
+        z = _smoothed(_planes(steps[first], model), settings.presmooth_sigma, size).reshape(0, model.flow.features)
         terms = z * z * 0.5
-    score_map = _score_map(terms, model.statistics, settings, size)
+    score_map = _score_map(terms, model)
     score = _score(score_map, nll, model.statistics, settings, size)
     return _Results(score, _anomaly_map([x, *steps][first], steps[first], model), nll)
 
@@ -97,7 +98,7 @@ def _(model: InspectionModel, planes: Value) -> _Results:
 def _(model: CombinedModel, planes: Value) -> _Results:
     graph, scores, maps, nlls = planes.graph, [], [], []
     for part, standard in zip(model.parts, model.standards, strict=True):
-        small = planes if part.size == model.size else resized(planes.transpose(1, 2, 0), part.size)
+        small = planes if part.size == model.size else resized(planes.transpose(0, 2, 3, 1), part.size)
         score, anomaly_map, nll = _results(part, small)
         scores.append((score - standard.mean) / standard.deviation)
         if part.size != model.size:
@@ -145,10 +146,15 @@ def _smoothed(planes: Value, sigma: float, size: int) -> Value:
     return planes.graph.value(matrix, "float32") @ planes @ matrix.T
 
 
-def _score_map(terms: Value, statistics: TermStatistics, settings: ScoreSettings, size: int) -> Value:
+def _planes(values: Value, model: InspectionModel) -> Value:
+    return values.reshape(0, model.channels, model.size, model.size)
+
+
+def _score_map(terms: Value, model: InspectionModel) -> Value:
+    settings, statistics = model.settings, model.statistics
     standard = (terms - statistics.mean) / statistics.deviation
-    plain = standard.op("Clip", -settings.clip, settings.clip).reshape(-1, size, size).sum(0)
-    return _smoothed(plain, settings.sigma, size)
+    plain = _planes(standard.op("Clip", -settings.clip, settings.clip), model).sum(1)
+    return _smoothed(plain, settings.sigma, model.size)
 
 
 def _anomaly_map(x: Value, residual: Value, model: InspectionModel) -> Value:
@@ -157,7 +163,7 @@ def _anomaly_map(x: Value, residual: Value, model: InspectionModel) -> Value:
     if isinstance(first, fastmaf.GaussianWhitening):
         y = unexplained(first, (x - first.mean) / first.scale, config.factors)
         residual = y * first.scale**config.power
-    squares = (residual * residual).reshape(-1, size, size).sum(0)
+    squares = _planes(residual * residual, model).sum(1)
     return _smoothed(squares, config.sigma, size).op("Max", 0.0).op("Sqrt") / config.rms
 
 
@@ -166,8 +172,8 @@ def _score(score_map: Value, nll: Value, statistics: TermStatistics, settings: S
         return nll
     if settings.kind == "typicality":
         return (nll - statistics.nll).op("Abs")
-    values = score_map.cast("float64").reshape(-1)
+    values = score_map.cast("float64").reshape(0, size**2)
     if settings.kind == "map maximum":
-        return values.op("ReduceMax", keepdims=0)
+        return values.op("ReduceMax", values.graph.value(np.array([1]), "int64"), keepdims=0)
     taken = max(1, round(settings.top * size**2))
-    return values.op("TopK", values.graph.value(np.array([taken]), "int64"), outputs=2).sum() / taken
+    return values.op("TopK", values.graph.value(np.array([taken]), "int64"), outputs=2).sum(1) / taken

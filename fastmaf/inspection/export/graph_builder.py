@@ -71,7 +71,7 @@ class Value:
         return self.op("Cast", dtype=dtype, to=self.graph.type_of(dtype))
 
     def reshape(self, *shape: int) -> Value:
-        """Reshapes; -1 infers one size."""
+        """Reshapes; -1 infers one size, 0 keeps that of the same axis."""
         return self.op("Reshape", self.graph.value(np.array(shape), "int64"))
 
     def transpose(self, *axes: int) -> Value:
@@ -149,8 +149,8 @@ class Graph:
         self._inputs.append(self._info(value, shape, meaning))
         return value
 
-    def output(self, name: str, value: Value, shape: Sequence[int], meaning: str) -> None:
-        """Declares an output."""
+    def output(self, name: str, value: Value, shape: Sequence[int | str], meaning: str) -> None:
+        """Declares an output; names in the shape are symbolic sizes."""
         self._nodes.append(self._onnx.helper.make_node("Identity", [value.name], [name], name))
         self._outputs.append(self._info(Value(self, name, value.dtype), shape, meaning))
 

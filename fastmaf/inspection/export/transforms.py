@@ -13,7 +13,7 @@ from fastmaf.inspection.export.graph_builder import ExportError, Value
 
 
 def flow_steps(flow: fastmaf.Flow, x: Value) -> tuple[Value, list[Value]]:
-    """Returns each dimension's share of -ladj, and z after each transform; all ``[1, D]``."""
+    """Returns each dimension's share of -ladj, and z after each transform; ``[1, D]`` or ``[n, D]``."""
     shares = x.graph.value(np.zeros((1, flow.features)), "float32")
     steps = []
     for transform in flow.transforms:
@@ -24,7 +24,7 @@ def flow_steps(flow: fastmaf.Flow, x: Value) -> tuple[Value, list[Value]]:
 
 @singledispatch
 def _transformed(step: Any, x: Value, shares: Value) -> tuple[Value, Value]:
-    """Returns z, and the shares with those of the transform added, as ``forward_per_dim`` does; all ``[1, D]``."""
+    """Returns z, and the shares with those of the transform added, as ``forward_per_dim`` does; see ``flow_steps``."""
     known = ", ".join(kind.__name__ for kind in _transformed.registry if kind is not object)
     raise ExportError(f"a {type(step).__name__} cannot be exported to ONNX; expected one of {known}")
 
@@ -85,7 +85,7 @@ def _(step: fastmaf.LocalAutoregressive, x: Value, shares: Value) -> tuple[Value
     # ONNX orders the channels of a patch by position, torch by channel.
     channel, position = step.order // p**2, step.order % p**2
     u = (
-        x.reshape(1, channels, height, width)
+        x.reshape(0, channels, height, width)
         .op("SpaceToDepth", blocksize=p)
         .take(position * channels + channel, axis=1)
     )
@@ -99,7 +99,7 @@ def _(step: fastmaf.LocalAutoregressive, x: Value, shares: Value) -> tuple[Value
 
     def pixels(value: Value) -> Value:
         back = value.take(step.order.argsort(), axis=1)
-        return back.op("DepthToSpace", blocksize=p, mode="CRD").reshape(1, -1)
+        return back.op("DepthToSpace", blocksize=p, mode="CRD").reshape(0, step.features)
 
     units = convolved(u, step.first, slice(None)).op("Relu") if step.hidden else u
     shift, raw = (convolved(units, step.second, slice(i, 2 * groups, 2)) for i in (0, 1))

@@ -20,7 +20,7 @@ import fastmaf
 
 _HALF_LOG_2PI = 0.5 * math.log(2 * math.pi)
 _SPLIT = 2.0**25 + 1  # keeps 28 of the 53 bits of a float64
-_CHUNK = 2**16  # numbers per float64 convolution: larger chunks do not fit the processor's cache
+_CHUNK = 2**14  # numbers per float64 convolution: larger chunks do not fit the processor's cache
 
 
 def rounded(x: Tensor) -> Tensor:

@@ -18,7 +18,7 @@ from fastmaf.inspection.report.content import REPORT, REPORT_FILE, Report
 from fastmaf.inspection.report.findings import alarms_by_class
 from fastmaf.inspection.workflow.evaluation_result import EvaluationResult
 from fastmaf.inspection.workflow.inputs import Say
-from fastmaf.inspection.workflow.score import VERDICTS
+from fastmaf.inspection.workflow.rows import VERDICTS
 from fastmaf.io.atomic import written_atomically
 from fastmaf.io.csv_file import write_csv
 from fastmaf.io.outputs import Output, check_outputs

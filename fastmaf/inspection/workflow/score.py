@@ -2,59 +2,34 @@
 
 from __future__ import annotations
 
-import csv
-import io
-import json
 import os
-import zlib
-from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
-from time import perf_counter
 from typing import TextIO
 
-import numpy as np
+import torch
 
 import fastmaf
-from fastmaf.images.decode import Frame, sentences
-from fastmaf.images.names import to_cell
-from fastmaf.inspection.exchangeability import drift
-from fastmaf.inspection.interface import AnomalyModel
-from fastmaf.inspection.map_images import to_frame, write_map, write_overlay
+from fastmaf.images.progress import Progress
+from fastmaf.images.read_ahead import Unreadable, processors, stamp_of
 from fastmaf.inspection.model import load_inspection, model_file
-from fastmaf.inspection.workflow.inputs import Say, expand, read_each
-from fastmaf.io.atomic import STDOUT, write_errors, written_atomically
-from fastmaf.io.marks import MAP, OVERLAY
-from fastmaf.io.outputs import Output, check_outputs, picture, table
+from fastmaf.inspection.workflow.inputs import Say, expand
+from fastmaf.inspection.workflow.journal import Journal, Record, digest_of, digest_of_file, journal_output
+from fastmaf.inspection.workflow.pictures import Pictures
+from fastmaf.inspection.workflow.rows import COLUMNS, row_writer, written_rows
+from fastmaf.inspection.workflow.rows import VERDICTS as VERDICTS
+from fastmaf.inspection.workflow.rows import predict_row as predict_row
+from fastmaf.inspection.workflow.scorer import FileScorer
+from fastmaf.inspection.workflow.shards import contents_at_first, files_of_first
+from fastmaf.inspection.workflow.summary import ScoreResult, Summary
+from fastmaf.io.atomic import STDOUT
+from fastmaf.io.locks import run_lock
+from fastmaf.io.outputs import Output, check_outputs, table
 from fastmaf.io.outputs import json_lines as json_lines_file
-from fastmaf.io.wording import count, some
-
-VERDICTS = ("good", "anomalous")
-
-
-@dataclass(frozen=True)
-class ImageRow:
-    """The row of one image.
-
-    Attributes:
-        file: its path as it was found; in a CSV as ``fastmaf.images.names.to_cell`` writes it.
-        score: the anomaly score.
-        p_value: share of good images expected to score at least as high.
-        verdict: ``"good"`` or ``"anomalous"``.
-        nll: negative log-likelihood in nats.
-        decode_ms: from opening the file to its pixels.
-        latency_ms: from the pixels to the verdict.
-    """
-
-    file: str
-    score: float
-    p_value: float
-    verdict: str
-    nll: float
-    decode_ms: float
-    latency_ms: float
+from fastmaf.io.wording import count
+from fastmaf.training.interrupts import interruptible
+from fastmaf.training.processes import Processes, device_of, local_size, started_together, was_restarted
 
 
 @fastmaf.torch_defaults()
@@ -63,153 +38,171 @@ def score(
     arguments: Sequence[str],
     *,
     out: Path | None = None,
+    resume: bool = False,
     json_lines: bool = False,
     overlays: Path | None = None,
     maps: Path | None = None,
     map_suffix: str = ".png",
     device: str = "cpu",
+    workers: int | None = None,
     progress: bool = True,
     stdout: TextIO,
     say: Say,
-) -> int:
-    """Scores the images that arguments name, in their order.
+) -> ScoreResult:
+    """Scores the images that arguments name, in their order; processes that ``torchrun`` started share them.
 
     Args:
         arguments: files, folders, patterns, ``-``; see ``expand``.
-        out: file for the rows, ``.csv`` or ``.jsonl``; None writes each row to ``stdout`` at once.
+        out: file for the rows, ``.csv`` or ``.jsonl``, which appears at the end; until then the rows are in a journal
+            beside it, which stays if the run is interrupted. None writes the rows to ``stdout`` as they come.
+        resume: continue from that journal, if there is one.
         json_lines: JSON lines on ``stdout`` instead of CSV.
         overlays: folder for overlays of the anomaly maps, in the size of each image.
         maps: folder for the anomaly maps as numbers, in the size of each image.
         map_suffix: ``".png"`` (16 bits) or ``".tiff"`` (32-bit floating point).
+        workers: number of processes that read images; by default one for each processor, and none for few images.
         stdout: where rows go without ``out``.
-
-    Returns:
-        The number of files that could not be read.
 
     Raises:
         DataError: an argument matches nothing.
         OutputError: an output is an image, the model, another output, or a file of another origin.
-        ValueError: ``out`` has another suffix.
+        ResumeError: the interrupted run had another model or other arguments.
+        ValueError: ``out`` has another suffix, or is missing with ``resume`` or several processes.
     """
+    check_out(out, resume)
+    with started_together(torch.device("cpu")) as team, ExitStack() as stack:
+        if out is None and team.size > 1:
+            raise ValueError(f"{team.size} processes need a file for their rows (--out)")
+        pictures, path = Pictures(overlays, maps, map_suffix), model_file(model)
+        files = files_of_first(team, expand(arguments, say=say) if team.is_first else [])
+        pictures.name(files)
+        check_outputs([*pictures.outputs(files), *row_outputs(out, team)], [path, *files])
+        journal, mine = None, files
+        if out is not None:
+            images = f"{count(len(files), 'image')}, {digest_of(map(str, files))}"
+            described = run_of(path, pictures, images)
+            journal = stack.enter_context(open_journal(out, described, resume or was_restarted(), say, team))
+            mine = [file for file in files[team.rank :: team.size] if is_due(file, journal)]
+        loaded = load_inspection(path, device=str(device_of(device)))
+        readers = max(1, processors() // local_size()) if workers is None else workers
+        scorer = stack.enter_context(FileScorer(loaded, pictures, readers))
+        summary = Summary()
+        write = journal.add if journal is not None else _to_stream(stdout, json_lines, summary)
+        interrupted = not _all_scored(scorer, mine, write, progress, say)
+        if journal is not None and out is not None:
+            interrupted = team.any(interrupted)
+            _finish(journal, out, files, summary, interrupted, team, say)
+        unread = [] if interrupted else [name for name in map(str, files) if name not in summary.names]
+        if team.is_first and not (interrupted and journal is not None):
+            summary.tell(loaded.calibration, unread, say)
+        return summary.result(len(unread) if team.is_first else 0, interrupted)
+
+
+def check_out(out: Path | None, resume: bool) -> None:
+    """Raises ValueError unless rows can be written to ``out``, and resumed if asked for."""
     if out is not None and out.suffix not in (".csv", ".jsonl"):
         raise ValueError(f"expected a .csv or .jsonl file for the scores; found {out}")
-    files = expand(arguments, say=say)
-    names = _unique_names(files)
-    check_outputs(_outputs(names.values(), out, overlays, maps, map_suffix), [model_file(model), *files])
-    loaded = load_inspection(model, device=device)
-    low, high = loaded.map_levels
-    kinds: Counter[str] = Counter()
-    verdicts: Counter[str] = Counter()
-    read: set[Path] = set()
-    scores: list[float] = []
-    pictures = overlays is not None or maps is not None
-    with _row_writer(out, stdout, json_lines) as write:
-        for frame in read_each(files, loaded.size, keep_full=pictures, progress=progress, say=say):
-            row, anomaly_map = predict_row(loaded, frame)
-            write(row)
-            kinds.update(frame.kinds)
-            verdicts[row.verdict] += 1
-            read.add(frame.path)
-            scores.append(row.score)
-            if frame.full is not None:
-                resized = to_frame(anomaly_map, (frame.height, frame.width))
-                if overlays is not None:
-                    full = np.ascontiguousarray(frame.full.permute(1, 2, 0).numpy())
-                    verdict = {"score": row.score, "threshold": loaded.calibration.threshold}
-                    write_overlay(overlays / f"{names[frame.path]}.png", full, resized, low, high, **verdict)
-                if maps is not None:
-                    write_map(maps / f"{names[frame.path]}{map_suffix}", resized)
-    for note in sentences(kinds):
-        say(note)
-    listed = ", ".join(f"{verdicts[verdict]:,} {verdict}" for verdict in VERDICTS)
-    summary = f"{count(verdicts.total(), 'image')} scored at the threshold {loaded.calibration.threshold:.6g}: {listed}"
-    unread = [str(file) for file in files if file not in read]
-    if unread:
-        summary += f"; {count(len(unread), 'file')} could not be read: {some(unread)}"
-    say(summary)
-    warning = drift(loaded.calibration, np.array(scores))
-    if warning is not None:
-        say(warning)
-    return len(unread)
+    if resume and out is None:
+        raise ValueError("only a run with a file for its rows (--out) can be resumed")
 
 
-def _outputs(
-    names: Iterable[str], out: Path | None, overlays: Path | None, maps: Path | None, map_suffix: str
-) -> Iterator[Output]:
-    rows, columns = "the scores of images", tuple(ImageRow.__dataclass_fields__)
-    overlay, anomaly_map = picture(OVERLAY, "an overlay of an anomaly map"), picture(MAP, "an anomaly map")
-    if out is not None:
-        yield Output(out, json_lines_file(rows, columns) if out.suffix == ".jsonl" else table(rows, columns))
-    for name in names:
-        if overlays is not None:
-            yield Output(overlays / f"{name}.png", overlay)
-        if maps is not None:
-            yield Output(maps / f"{name}{map_suffix}", anomaly_map)
+def row_outputs(out: Path | None, team: Processes) -> list[Output]:
+    """Returns the files of rows that a process writes."""
+    if out is None:
+        return []
+    name = "the scores of images"
+    kind = json_lines_file(name, COLUMNS) if out.suffix == ".jsonl" else table(name, COLUMNS)
+    return [*([Output(out, kind)] if team.is_first else []), journal_output(_journal_path(out, team))]
 
 
-def predict_row(model: AnomalyModel, frame: Frame) -> tuple[ImageRow, np.ndarray]:
-    """Returns the row of one image and its anomaly map ``[s, s]``."""
-    start = perf_counter()
-    prediction = model.predict(frame.pixels[None])
-    p_value = float(model.calibration.p_values(prediction.scores)[0])
-    verdict = VERDICTS[int(model.calibration.is_anomalous(prediction.scores)[0])]
-    latency = perf_counter() - start + frame.resize_seconds
-    score, nll = float(prediction.scores[0]), float(prediction.nll[0])
-    row = ImageRow(str(frame.path), score, p_value, verdict, nll, 1e3 * frame.decode_seconds, 1e3 * latency)
-    return row, prediction.anomaly_maps[0]
+def run_of(model: Path, pictures: Pictures, images: str) -> dict[str, str | None]:
+    """Returns what a run does, by which its journal is known again."""
+    maps = None if pictures.maps is None else f"{pictures.maps}, {pictures.map_suffix}"
+    return {
+        "model": digest_of_file(model),
+        "images": images,
+        "overlays": None if pictures.overlays is None else str(pictures.overlays),
+        "maps": maps,
+        "version": fastmaf.__version__,
+    }
 
 
 @contextmanager
-def _row_writer(out: Path | None, stdout: TextIO, json_lines: bool) -> Iterator[Callable[[ImageRow], None]]:
-    """Yields a function that writes a row: to a file that replaces ``out`` at the end, or to ``stdout`` at once."""
-    if out is None:
-        yield _writer(stdout, STDOUT, json_lines)
+def open_journal(
+    out: Path, run: Mapping[str, str | None], resume: bool, say: Say, team: Processes
+) -> Iterator[Journal]:
+    """Opens the journal of a process, and locks the output."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    path = _journal_path(out, team)
+    with run_lock(path, "scoring"):
+        if not resume and os.path.exists(path):
+            say(f"the rows of an interrupted run in {path} are replaced; --resume would have continued it")
+        journal = Journal(path, {**run, "processes": team.size}, resume=resume)
+        try:
+            if journal.stamps:
+                say(f"continuing after {count(len(journal.stamps), 'image')} in {path}")
+            yield journal
+        finally:
+            journal.close()
+
+
+def is_due(file: Path, journal: Journal) -> bool:
+    """Returns whether a file has no row, or has changed since."""
+    return str(file) not in journal.stamps or journal.stamps[str(file)] != stamp_of(file)
+
+
+def _journal_path(out: Path, team: Processes) -> Path:
+    part = f"-{team.rank + 1}-of-{team.size}" if team.size > 1 else ""
+    return out.with_name(f"{out.name}.partial{part}")
+
+
+def _to_stream(stdout: TextIO, json_lines: bool, summary: Summary) -> Callable[[list[Record]], None]:
+    write = row_writer(stdout, STDOUT, json_lines)
+
+    def write_all(records: list[Record]) -> None:
+        for record in records:
+            write(record.row)
+        summary.add(records)
+
+    return write_all
+
+
+def _all_scored(
+    scorer: FileScorer, files: Sequence[Path], write: Callable[[list[Record]], None], progress: bool, say: Say
+) -> bool:
+    """Scores files until the last, or Ctrl-C; returns whether it was the last."""
+    done = 0
+    with (
+        interruptible() as stop,
+        Progress("scoring", "image", total=len(files), show=progress) as bar,
+        closing(scorer.score(files)) as batches,
+    ):
+        for batch in batches:
+            for result in batch:
+                if isinstance(result, Unreadable):
+                    say(f"skipped: {result.reason}")
+            write([result for result in batch if isinstance(result, Record)])
+            done += len(batch)
+            bar.update(len(batch))
+            if stop.is_set():
+                break
+    return done == len(files)
+
+
+def _finish(
+    journal: Journal, out: Path, files: Sequence[Path], summary: Summary, interrupted: bool, team: Processes, say: Say
+) -> None:
+    """Writes the rows of all processes to ``out``, in the order of the files, and removes the journals."""
+    if interrupted:
+        if journal.stamps:
+            say(f"{count(len(journal.stamps), 'image')} scored; their rows are in {journal.path}: --resume continues")
         return
-    with written_atomically(out) as file:
-        text = io.TextIOWrapper(file, "utf-8", errors="surrogateescape", newline="", write_through=True)
-        yield _writer(text, str(out), out.suffix == ".jsonl")
-        text.detach()
-
-
-def _writer(stream: TextIO, name: str, json_lines: bool) -> Callable[[ImageRow], None]:
-    table = csv.DictWriter(stream, ImageRow.__dataclass_fields__, lineterminator="\n")
-    if not json_lines:
-        with write_errors(name):
-            table.writeheader()
-
-    def write(row: ImageRow) -> None:
-        values = asdict(row)
-        with write_errors(name):
-            if json_lines:  # escaped to ASCII, which keeps file names that are not valid Unicode
-                print(json.dumps(values), file=stream)
-            else:
-                values["file"] = to_cell(row.file, keep_bytes=name != STDOUT)
-                values.update(decode_ms=f"{row.decode_ms:.2f}", latency_ms=f"{row.latency_ms:.2f}")
-                table.writerow(values)
-            stream.flush()
-
-    return write
-
-
-def _unique_names(files: Sequence[Path]) -> dict[Path, str]:
-    """Returns a name for the pictures of each file: its stem, with the folders above it if several share one."""
-    result: dict[Path, str] = {}
-    stems = Counter(file.stem.lower() for file in files)
-    taken: set[str] = set()
-    for file in files:
-        parts = [part for part in file.with_suffix("").parts if part not in (file.anchor, "..", ".")]
-        name = _shortened(file.stem if stems[file.stem.lower()] == 1 else "_".join(parts[-3:]))
-        unique, k = name, 2
-        while unique.lower() in taken:
-            unique, k = f"{name}_{k}", k + 1
-        taken.add(unique.lower())
-        result[file] = unique
-    return result
-
-
-def _shortened(name: str, longest: int = 200) -> str:
-    """Returns a name short enough for a number and a suffix in the 255 bytes that file systems allow."""
-    encoded = os.fsencode(name)
-    if len(encoded) <= longest:
-        return name
-    return f"{encoded[: longest - 9].decode('utf-8', 'ignore')}-{zlib.crc32(encoded):08x}"
+    for content in contents_at_first(team, journal.content() if team.size > 1 else b""):
+        journal.append(content)
+    if team.is_first:
+        with written_rows(out) as write:
+            for record in journal.records(map(str, files)):
+                write(record.row)
+                summary.add([record])
+    team.any(False)  # the others wait until the rows are written
+    journal.close(remove=True)

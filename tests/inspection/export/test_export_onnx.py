@@ -148,14 +148,14 @@ def test_every_score(kind: Any, source: Any, presmooth: float, top: float, tmp_p
 
 def resize_session(size: int) -> onnxruntime.InferenceSession:
     graph = Graph()
-    graph.output("y", resized(graph.input("image", "uint8", ["h", "w", 3], ""), size), [3, size, size], "")
+    graph.output("y", resized(graph.input("image", "uint8", ["n", "h", "w", 3], ""), size), ["n", 3, size, size], "")
     proto = graph.model("resize", "", {}, "0")
     onnx.checker.check_model(proto, full_check=True)
     return onnxruntime.InferenceSession(proto.SerializeToString(), providers=["CPUExecutionProvider"])
 
 
 def in_graph(session: onnxruntime.InferenceSession, image: np.ndarray) -> np.ndarray:
-    return session.run(None, {"image": image})[0].transpose(1, 2, 0)
+    return session.run(None, {"image": image[None]})[0][0].transpose(1, 2, 0)
 
 
 @pytest.mark.parametrize("size", [1, 5, 16, 33])
@@ -225,6 +225,43 @@ def test_tampering_is_caught_and_leaves_nothing(
     assert [path.read_bytes() for path in tmp_path.iterdir()] == ([] if before is None else [before])
 
 
+def session_of(model: InspectionModel) -> onnxruntime.InferenceSession:
+    return onnxruntime.InferenceSession(inspection_graph(model).SerializeToString(), providers=["CPUExecutionProvider"])
+
+
+@pytest.mark.parametrize("name", ["local", "logit before the whitening", "permutation", "MAF"])
+def test_a_batch_gives_the_results_of_its_images(name: str) -> None:
+    model = model_of(FLOWS[name]())
+    session = session_of(model)
+    assert [value.shape[0] for value in (*session.get_inputs(), *session.get_outputs())] == ["batch"] * 6
+    images = pictures(5, (40, 23), seed=3)
+    together = session.run(None, {"image": images})
+    for i, image in enumerate(images):
+        alone = session.run(None, {"image": image[None]})
+        for one, of_all in zip(alone, together, strict=True):
+            np.testing.assert_allclose(of_all[i], one[0], rtol=1e-5, atol=1e-5)
+    shapes = [output.shape for output in session.run(None, {"image": images[:0]})]
+    assert shapes == [(0,), (0, SIZE, SIZE), (0,), (0,), (0,)]
+
+
+def test_images_that_are_mixed_within_a_batch_are_caught(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A graph that is right for single images, and adds up the scores of a batch."""
+
+    def mixed(model: InspectionModel) -> Any:
+        proto = inspection_graph(model)
+        proto.graph.initializer.append(onnx.numpy_helper.from_array(np.array(0), "first_axis"))
+        node = next(node for node in proto.graph.node if node.output[0] == "score")
+        node.op_type = "CumSum"
+        node.input.append("first_axis")
+        return proto
+
+    monkeypatch.setattr(module, "inspection_graph", mixed)
+    for images in ([pictures(1, seed=9)[0]], list(pictures(3, seed=9))):
+        with pytest.raises(ExportError, match="in a batch: score: expected"):
+            export_onnx(model_of([whitening()]), tmp_path / "model.onnx", images)
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_wrong_threshold_is_caught(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = model_of([whitening()])
     higher = model.with_calibration(Calibration(model.calibration.scores, 0.9, None, "split"))
@@ -278,7 +315,7 @@ import numpy as np, onnxruntime
 from PIL import Image
 session = onnxruntime.InferenceSession(sys.argv[1], providers=["CPUExecutionProvider"])
 names = [output.name for output in session.get_outputs()]
-outputs = session.run(None, {"image": np.asarray(Image.open(sys.argv[2]))})
+outputs = [output[0] for output in session.run(None, {"image": np.asarray(Image.open(sys.argv[2]))[None]})]
 assert not {"fastmaf", "torch"} & set(sys.modules)
 about = session.get_modelmeta().custom_metadata_map
 print(json.dumps([dict(zip(names, (np.asarray(item).tolist() for item in outputs))), about]))

@@ -1,0 +1,5 @@
+"""An HTTP endpoint that scores images: ``fastmaf inspect serve``."""
+
+from fastmaf.extras import require
+
+require("serve", "fastmaf inspect serve")
