@@ -13,11 +13,11 @@ from fastmaf.io.marks import is_output
 from fastmaf.io.regular import is_regular, kind_of
 from fastmaf.io.wording import count
 
-SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff")
+SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp")
 """Suffixes of image files, in any case; other files and hidden ones are ignored."""
 
 _NOT_READ = (
-    ".avif", ".dng", ".gif", ".heic", ".heif", ".jfif", ".jp2", ".jxl", ".pgm", ".ppm", ".raw", ".tga", ".webp",
+    ".avif", ".dng", ".gif", ".heic", ".heif", ".jfif", ".jp2", ".jxl", ".pgm", ".ppm", ".raw", ".tga",
 )  # fmt: skip
 _SYSTEM = ("__macosx", "@eadir")  # folders of attributes and thumbnails, from macOS and Synology
 

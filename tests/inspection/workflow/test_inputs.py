@@ -130,9 +130,9 @@ def test_a_folder_without_an_image(tmp_path: Path) -> None:
     folder.mkdir()
     assert refused(folder) == f"no image in {folder}: it is empty"
     (folder / "below").mkdir()
-    for name in ("a.webp", "below/b.webp"):
+    for name in ("a.jxl", "below/b.jxl"):
         (folder / name).write_bytes(b"x")
-    assert f"no image in {folder}: found 2 x .webp (supported: .png" in refused(folder)
+    assert f"no image in {folder}: found 2 x .jxl (supported: .png" in refused(folder)
     (folder / ".b.png").write_bytes(b"x")
     assert "1 x .b.png" in refused(folder)  # hidden: "1 x .png (supported: .png" would be no help
     picture(folder / "below" / "c.png")
