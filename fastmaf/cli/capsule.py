@@ -93,6 +93,7 @@ def train(
         bool, typer.Option("--resume", help="Continue from the checkpoint in the output folder.")
     ] = False,
     skip_bad: options.SkipBad = False,
+    follow_links: options.FollowLinks = False,
     device: options.Device = "auto",
     cuda_graphs: Annotated[
         bool, typer.Option("--cuda-graphs/--no-cuda-graphs", help="On a GPU, replay training steps as CUDA graphs.")
@@ -152,6 +153,7 @@ def evaluate(
         ),
     ] = 0.05,
     skip_bad: options.SkipBad = False,
+    follow_links: options.FollowLinks = False,
     seed: options.Seed = 0,
     device: options.Device = "auto",
     as_json: options.Json = False,

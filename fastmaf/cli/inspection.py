@@ -44,6 +44,7 @@ def fit(
     ] = False,
     seed: options.Seed = 0,
     skip_bad: options.SkipBad = False,
+    follow_links: options.FollowLinks = False,
     explain: options.Explain = False,
     as_json: options.Json = False,
     quiet: options.Quiet = False,
@@ -91,6 +92,7 @@ def recalibrate(
     false_alarm: options.FalseAlarm = 0.05,
     confidence: options.Confidence = None,
     skip_bad: options.SkipBad = False,
+    follow_links: options.FollowLinks = False,
     device: options.Device = "auto",
     explain: options.Explain = False,
     as_json: options.Json = False,
@@ -131,6 +133,7 @@ def score(
         Path | None, typer.Option(metavar="DIR", help="Folder for the maps as numbers, 16-bit PNG.")
     ] = None,
     tiff: Annotated[bool, typer.Option("--tiff", help="Write the maps as 32-bit TIFF instead.")] = False,
+    follow_links: options.FollowLinks = False,
     device: options.Device = "auto",
     quiet: options.Quiet = False,
     verbose: options.Verbose = False,
@@ -168,6 +171,7 @@ def evaluate(
     model: options.Model = Path("results"),
     out: options.Out = Path("results"),
     skip_bad: options.SkipBad = False,
+    follow_links: options.FollowLinks = False,
     seed: options.Seed = 0,
     device: options.Device = "auto",
     as_json: options.Json = False,
@@ -195,6 +199,7 @@ def export(
     model: options.Model,
     onnx: Annotated[Path, typer.Option("--onnx", metavar="FILE", help="The ONNX file to write.")],
     check: options.CheckImages,
+    follow_links: options.FollowLinks = False,
     verbose: options.Verbose = False,
 ) -> None:
     """Write the model as an ONNX graph from pixels to verdict.
@@ -213,6 +218,7 @@ def choose(
     draws: Annotated[int, typer.Option(min=1, metavar="N", help="Defects drawn onto each good image.")] = 3,
     seed: options.Seed = 0,
     skip_bad: options.SkipBad = False,
+    follow_links: options.FollowLinks = False,
     as_json: options.Json = False,
     quiet: options.Quiet = False,
     verbose: options.Verbose = False,

@@ -154,10 +154,9 @@ class TrainingStep:
 
     def _minimize(self, loss: Tensor | DirectLoss, batch: int) -> bool:
         """Takes a step on a finite loss; returns whether it was taken."""
-        if isinstance(self.optimizer, FusedAdam):
-            if self._exchange is not None or (isinstance(loss, Tensor) and not self._stores_gradients(batch)):
-                assert isinstance(loss, Tensor)
-                return self.optimizer.minimize(loss, self._max_norm, check_finite=False)
+        factored = self._exchange is not None or not self._stores_gradients(batch)
+        if isinstance(self.optimizer, FusedAdam) and isinstance(loss, Tensor) and factored:
+            return self.optimizer.minimize(loss, self._max_norm, check_finite=False)
         loss.backward()
         if self._max_norm is not None:
             grads = [p.grad for group in self.optimizer.param_groups for p in group["params"] if p.grad is not None]

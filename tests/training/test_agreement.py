@@ -1,4 +1,4 @@
-"""Processes that train together hold one flow: what differs is named before the first step, and none trains by itself."""
+"""Processes that train together hold one flow: what differs is named before the first step."""
 
 from __future__ import annotations
 
