@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from fastmaf.convert import from_zuko as from_zuko
     from fastmaf.convert import to_nflows as to_nflows
     from fastmaf.convert import to_zuko as to_zuko
+    from fastmaf.defaults import deterministic as deterministic
     from fastmaf.defaults import torch_defaults as torch_defaults
     from fastmaf.degrees import ConnectivityWarning as ConnectivityWarning
     from fastmaf.flows import IAF as IAF
@@ -86,7 +87,7 @@ _NAMES_OF = {
         "to_nflows",
         "to_zuko",
     ),
-    "fastmaf.defaults": ("torch_defaults",),
+    "fastmaf.defaults": ("deterministic", "torch_defaults"),
     "fastmaf.degrees": ("ConnectivityWarning",),
     "fastmaf.flows": ("Flow", "FlowDistribution", "IAF", "MAF"),
     "fastmaf.inspection.detector": ("Detector",),
