@@ -25,7 +25,14 @@ from tests.faults import hidden
 from tests.slow_writes import ENDED, REFUSED, ended, forked, kill_at_random, slow_down
 
 NEW = with_(seed=7, epochs=4, hidden_features=(64, 64))
-LEFT = {MODEL_FILE, STATE_FILE, "train_log.csv", "nll_curve.png", "model.previous.safetensors", "train_log.previous.csv"}
+LEFT = {
+    MODEL_FILE,
+    STATE_FILE,
+    "train_log.csv",
+    "nll_curve.png",
+    "model.previous.safetensors",
+    "train_log.previous.csv",
+}
 
 
 def prepared(data: Path, folder: Path) -> tuple[Path, dict[str, torch.Tensor]]:

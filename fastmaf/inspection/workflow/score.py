@@ -28,6 +28,7 @@ from fastmaf.io.atomic import STDOUT, write_errors, written_atomically
 from fastmaf.io.marks import MAP, OVERLAY
 from fastmaf.io.outputs import Output, check_outputs, picture, table
 from fastmaf.io.outputs import json_lines as json_lines_file
+from fastmaf.io.safe_json import finite
 from fastmaf.io.wording import count, some
 
 VERDICTS = ("good", "anomalous")
@@ -179,7 +180,8 @@ def _writer(stream: TextIO, name: str, json_lines: bool) -> Callable[[ImageRow],
         values = asdict(row)
         with write_errors(name):
             if json_lines:  # escaped to ASCII, which keeps file names that are not valid Unicode
-                print(json.dumps(values), file=stream)
+                plain = {key: finite(value) if isinstance(value, float) else value for key, value in values.items()}
+                print(json.dumps(plain, allow_nan=False), file=stream)
             else:
                 values["file"] = to_cell(row.file, keep_bytes=name != STDOUT)
                 values.update(decode_ms=f"{row.decode_ms:.2f}", latency_ms=f"{row.latency_ms:.2f}")
