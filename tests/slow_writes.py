@@ -1,4 +1,4 @@
-"""Writing as on a slow disk, and children that are killed at a random moment or that meet a fault; see ``tests/faults``.
+"""Writing as on a slow disk, and children that are killed at a random moment or meet a fault; see ``tests/faults``.
 
 Forks, so for processes of their own that never used a second thread.
 """
@@ -46,7 +46,7 @@ class SlowFile:
 
 
 def slow_open(path: Any, mode: str = "r", *args: Any, **kwargs: Any) -> Any:
-    file = open(path, mode, *args, **kwargs)
+    file = open(path, mode, *args, **kwargs)  # noqa: SIM115 - as open itself
     return SlowFile(file) if mode == "wb" else file
 
 
