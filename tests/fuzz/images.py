@@ -76,6 +76,7 @@ _NUMBERS = (0, 1, 2, 255, 256, 32767, 65535, 2**16, 10**5, 2**24 - 1, 2**31 - 1,
 def _number(rng: random.Random, content: bytes) -> bytes:
     """A number of two or four bytes, in either order, mostly near the start, where sizes and offsets are."""
     size, order = rng.choice((2, 4)), rng.choice("<>")
+    content += bytes(max(0, size - len(content)))
     at = rng.randrange(max(1, min(len(content), rng.choice((64, 400, 10**6))) - size))
     value = struct.pack(f"{order}{'H' if size == 2 else 'I'}", rng.choice(_NUMBERS) % 2 ** (8 * size))
     return content[:at] + value + content[at + size :]
@@ -112,6 +113,8 @@ def _checked_chunks(rng: random.Random, content: bytes) -> bytes:
         (length,) = struct.unpack(">I", content[at : at + 4])
         chunks.append((content[at + 4 : at + 8], content[at + 8 : at + 8 + length]))
         at += 12 + length
+    if not chunks:
+        return _number(rng, content)
     i = rng.randrange(len(chunks))
     name, body = chunks[i]
     action = rng.randrange(4)
