@@ -15,7 +15,7 @@ import torch
 
 import fastmaf
 from fastmaf.inspection.model import load_inspection
-from tests.io.model_files import D, SIZE, write_all
+from tests.io.model_files import SIZE, D, write_all
 
 FLOWS = ("maf", "random orders", "whitened", "inverse", "normalised", "started", "float8 copy")
 EXPECTED = "expected.json"
