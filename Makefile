@@ -20,7 +20,7 @@ TRITONS = $(VENV)/triton-3.3.1 $(VENV)/triton-3.6.0
 # A PYTHON given by hand is taken or refused; a python3 that is too old gives way to a newer one beside it.
 PYTHONS = $(if $(filter file,$(origin PYTHON)),$(PYTHON) python3.13 python3.12 python3.11 python3.10,"$(PYTHON)")
 
-.PHONY: help venv install native wheels reproduce test test-all gpu-check sanitize test-windows test-arm64 lint format bench bench-full readme docs doctor clean FORCE
+.PHONY: help venv install native wheels reproduce test test-all fuzz fuzz-coverage gpu-check sanitize test-windows test-arm64 lint format bench bench-full readme docs doctor clean FORCE
 .DELETE_ON_ERROR:
 
 help:  ## list the targets
@@ -64,6 +64,17 @@ test: $(VENV)/.installed-test  ## run the tests that a change needs, ten minutes
 
 test-all: test $(TRITONS) $(VENV)/.installed-docs  ## those, then the slow ones: GPU kernels interpreted and compiled, benchmarks, interruptions, documentation
 	"$(BIN)/python" -m pytest -m slow
+
+COUNT ?= 20000
+SEED ?= 0
+fuzz: $(VENV)/.installed-test  ## read COUNT=20000 damaged models and images: each is refused by name or computes
+	"$(BIN)/python" -m tests.fuzz.run $(COUNT) $(SEED)
+
+SECONDS ?= 120
+fuzz-coverage: $(VENV)/.installed-fuzz  ## the same, guided by coverage (atheris), SECONDS=120 for models and for images
+	for kind in model image; do \
+		"$(BIN)/python" -m tests.fuzz.coverage_guided $$kind build/fuzz/$$kind -max_total_time=$(SECONDS) || exit 1; \
+	done
 
 # compute-sanitizer comes with the CUDA toolkit; in some sandboxes it cannot watch a process. It is slow: two small tests of every
 # kernel, with torch's allocator out of the way, whose pools would hide what lies beyond a tensor. racecheck sees shared

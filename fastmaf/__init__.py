@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from fastmaf.convert import from_zuko as from_zuko
     from fastmaf.convert import to_nflows as to_nflows
     from fastmaf.convert import to_zuko as to_zuko
+    from fastmaf.defaults import deterministic as deterministic
     from fastmaf.defaults import torch_defaults as torch_defaults
     from fastmaf.degrees import ConnectivityWarning as ConnectivityWarning
     from fastmaf.flows import IAF as IAF
@@ -45,6 +46,7 @@ if TYPE_CHECKING:
     from fastmaf.nn import MADE as MADE
     from fastmaf.nn import MaskedLinear as MaskedLinear
     from fastmaf.training.cuda_graphs import ReplayedLogProb as ReplayedLogProb
+    from fastmaf.training.exchange import ProcessesDifferError as ProcessesDifferError
     from fastmaf.training.guards import Guards as Guards
     from fastmaf.training.guards import NonFiniteLossError as NonFiniteLossError
     from fastmaf.training.memory_estimate import memory_estimate as memory_estimate
@@ -85,7 +87,7 @@ _NAMES_OF = {
         "to_nflows",
         "to_zuko",
     ),
-    "fastmaf.defaults": ("torch_defaults",),
+    "fastmaf.defaults": ("deterministic", "torch_defaults"),
     "fastmaf.degrees": ("ConnectivityWarning",),
     "fastmaf.flows": ("Flow", "FlowDistribution", "IAF", "MAF"),
     "fastmaf.inspection.detector": ("Detector",),
@@ -96,6 +98,7 @@ _NAMES_OF = {
     "fastmaf.kernels.triton_common.launch_table": ("use_precision",),
     "fastmaf.nn": ("MADE", "MaskedLinear"),
     "fastmaf.training.cuda_graphs": ("ReplayedLogProb",),
+    "fastmaf.training.exchange": ("ProcessesDifferError",),
     "fastmaf.training.guards": ("Guards", "NonFiniteLossError"),
     "fastmaf.training.memory_estimate": ("memory_estimate",),
     "fastmaf.training.step": ("StepReport", "TrainingStep"),

@@ -24,6 +24,7 @@ from fastmaf.training.callbacks import Callback
 from fastmaf.training.checkpoints import MODEL_FILE, STATE_FILE, load_state, moments_by_parameter, save_state
 from fastmaf.training.interrupts import interruptible
 from fastmaf.training.processes import Processes
+from fastmaf.training.random_state import RANDOM, order_in, random_state, restore_random_state, seeded
 
 LOG_FILE, CURVE_FILE = "train_log.csv", "nll_curve.png"
 LOG_COLUMNS = ("epoch", "nll", "val_nll", "bits_per_dim", "seconds", "skipped_steps")
@@ -78,6 +79,8 @@ class TrainingRun:
         self._log_prob = fastmaf.ReplayedLogProb(self.flow) if graphs else self.flow.log_prob
         self.log: list[Row] = []
         self.so_far = _EpochProgress()  # of the epoch after those in the log
+        self._order: Tensor | None = None  # of the data in that epoch, once it has begun
+        self._random: dict[str, Tensor] = {}  # generators' states to begin with, of a resumed run
         self.good_epoch: int | None = None  # number of epochs in the model file
         self._owns_files = False  # until the first checkpoint, files in the folder belong to an earlier run
         self._saved = self._drawn = time.monotonic()
@@ -100,6 +103,8 @@ class TrainingRun:
         groups = self.optimizer.state_dict()["param_groups"]
         self.optimizer.load_state_dict({"state": moments, "param_groups": groups})
         self.step.load_state_dict(state["guards"])
+        self._order = order_in(tensors, len(self.normals), self.out / STATE_FILE)
+        self._random = {name: tensor for name, tensor in tensors.items() if name.startswith(RANDOM)}
         self.log = state["log"]
         self.so_far = _EpochProgress(**state.get("epoch_so_far", {}))
         self.good_epoch = state["epochs_done"]
@@ -110,6 +115,7 @@ class TrainingRun:
         steps = -(-len(self.normals) // self.config.batch_size)
         first = len(self.log)
         with (
+            seeded(self.config.seed + self._together.rank, self.device),
             interruptible() as stop,
             Progress(
                 "training",
@@ -120,11 +126,12 @@ class TrainingRun:
                 show=progress,
             ) as bar,
         ):
+            restore_random_state(self._random, self.device, self.out / STATE_FILE)
             for epoch in range(first + 1, self.config.epochs + 1):
                 self._epoch(epoch, bar, stop)
                 if len(self.log) < epoch:  # stopped
                     break
-                if time.monotonic() - self._saved > _SECONDS_BETWEEN_CHECKPOINTS or self.good_epoch is None:
+                if self._is_due() or self.good_epoch is None:
                     self._save()
                 self._write_log(curve=time.monotonic() - self._drawn > _SECONDS_BETWEEN_CURVES)
                 self._call_back(epoch)
@@ -138,9 +145,12 @@ class TrainingRun:
         return TrainResult(self.flow, self.log, self.out / MODEL_FILE, stop.is_set())
 
     def _epoch(self, epoch: int, bar: Progress, stop: threading.Event) -> None:
-        # Each epoch shuffles with a generator of its own, so that a resumed run sees the same batches.
-        shuffler = torch.Generator().manual_seed((self.config.seed << 32) + epoch)
-        batches = torch.randperm(len(self.normals), generator=shuffler).split(self.config.batch_size)
+        if self._order is None:
+            # Each epoch shuffles with a generator of its own. Its order is saved, too: other versions of torch may
+            # shuffle otherwise.
+            shuffler = torch.Generator().manual_seed((self.config.seed << 32) + epoch)
+            self._order = torch.randperm(len(self.normals), generator=shuffler)
+        batches = self._order.split(self.config.batch_size)
         so_far = self.so_far
         began = time.perf_counter() - so_far.seconds
         for index in batches[so_far.batches :]:
@@ -158,6 +168,8 @@ class TrainingRun:
             bits = bits_per_dim(report.nll, self.config.features)
             bar.set_status(f"epoch {epoch}, NLL {report.nll:,.0f} nats, {bits:.3f} bits/dim")
             bar.update()
+            if self.good_epoch is not None and self._is_due() and so_far.batches < len(batches):
+                self._save()
         nll = so_far.total_nll / len(self.normals)
         self.log.append(
             {
@@ -169,7 +181,11 @@ class TrainingRun:
                 "skipped_steps": so_far.skipped,
             }
         )
-        self.so_far = _EpochProgress()
+        self.so_far, self._order = _EpochProgress(), None
+
+    def _is_due(self) -> bool:
+        """Returns whether the last checkpoint was long ago."""
+        return time.monotonic() - self._saved > _SECONDS_BETWEEN_CHECKPOINTS
 
     def _call_back(self, epoch: int) -> None:
         values = {name: value for name, value in self.log[-1].items() if name != "epoch" and value is not None}
@@ -221,7 +237,9 @@ class TrainingRun:
             "log": self.log,
         }
         keep = () if self._owns_files else (MODEL_FILE, LOG_FILE)
-        save_state(self.out, self.flow, moments, state, {**counters, "held_out": list(self.held_out.names)}, keep=keep)
+        about = {**counters, "held_out": list(self.held_out.names)}
+        random, order = random_state(self.device), self._order if self.so_far.batches else None
+        save_state(self.out, self.flow, moments, state, about, random=random, order=order, keep=keep)
         self._owns_files = True
         self.good_epoch = len(self.log)
         self._saved = time.monotonic()

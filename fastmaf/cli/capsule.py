@@ -24,6 +24,7 @@ def demo_data(
     train: Annotated[int, typer.Option(min=0, metavar="N", help="Number of good images for training.")] = 243,
     size: Annotated[int, typer.Option(min=32, max=1024, metavar="N", help="Side of the images in pixels.")] = 192,
     seed: options.Seed = 0,
+    deterministic: options.Deterministic = False,
     quiet: options.Quiet = False,
     verbose: options.Verbose = False,
 ) -> None:
@@ -89,10 +90,12 @@ def train(
         typer.Option(help="Settings that keep other orders than natural stable. Default: on for those orders."),
     ] = None,
     seed: options.Seed = 0,
+    deterministic: options.Deterministic = False,
     resume: Annotated[
         bool, typer.Option("--resume", help="Continue from the checkpoint in the output folder.")
     ] = False,
     skip_bad: options.SkipBad = False,
+    follow_links: options.FollowLinks = False,
     device: options.Device = "auto",
     cuda_graphs: Annotated[
         bool, typer.Option("--cuda-graphs/--no-cuda-graphs", help="On a GPU, replay training steps as CUDA graphs.")
@@ -125,6 +128,7 @@ def sample(
     out: options.Out = Path("results"),
     n: Annotated[int, typer.Option("-n", "--number", min=1, metavar="N", help="Number of images.")] = 5,
     seed: options.Seed = 0,
+    deterministic: options.Deterministic = False,
     device: options.Device = "auto",
     as_json: options.Json = False,
     quiet: options.Quiet = False,
@@ -152,7 +156,9 @@ def evaluate(
         ),
     ] = 0.05,
     skip_bad: options.SkipBad = False,
+    follow_links: options.FollowLinks = False,
     seed: options.Seed = 0,
+    deterministic: options.Deterministic = False,
     device: options.Device = "auto",
     as_json: options.Json = False,
     quiet: options.Quiet = False,

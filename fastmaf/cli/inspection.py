@@ -69,6 +69,7 @@ def fit(
         bool, typer.Option("--keep-folds", help="Keep the fold models; eval then reports their mean, too.")
     ] = False,
     seed: options.Seed = 0,
+    deterministic: options.Deterministic = False,
     skip_bad: options.SkipBad = False,
     config: Annotated[
         Path | None,
@@ -83,6 +84,7 @@ def fit(
     print_config: Annotated[
         bool, typer.Option("--print-config", help="Print all settings as TOML for --config, and do nothing else.")
     ] = False,
+    follow_links: options.FollowLinks = False,
     explain: options.Explain = False,
     as_json: options.Json = False,
     quiet: options.Quiet = False,
@@ -140,7 +142,9 @@ def recalibrate(
     images: options.Images,
     false_alarm: options.FalseAlarm = 0.05,
     confidence: options.Confidence = None,
+    deterministic: options.Deterministic = False,
     skip_bad: options.SkipBad = False,
+    follow_links: options.FollowLinks = False,
     device: options.Device = "auto",
     explain: options.Explain = False,
     as_json: options.Json = False,
@@ -204,6 +208,8 @@ def score(
             min=0, metavar="N", help="Processes that read images. Default: one per processor; none for few images."
         ),
     ] = None,
+    follow_links: options.FollowLinks = False,
+    deterministic: options.Deterministic = False,
     device: options.Device = "auto",
     quiet: options.Quiet = False,
     verbose: options.Verbose = False,
@@ -283,7 +289,9 @@ def evaluate(
     model: options.Model = Path("results"),
     out: options.Out = Path("results"),
     skip_bad: options.SkipBad = False,
+    follow_links: options.FollowLinks = False,
     seed: options.Seed = 0,
+    deterministic: options.Deterministic = False,
     device: options.Device = "auto",
     as_json: options.Json = False,
     quiet: options.Quiet = False,
@@ -310,6 +318,7 @@ def export(
     model: options.Model,
     onnx: Annotated[Path, typer.Option("--onnx", metavar="FILE", help="The ONNX file to write.")],
     check: options.CheckImages,
+    follow_links: options.FollowLinks = False,
     verbose: options.Verbose = False,
 ) -> None:
     """Write the model as an ONNX graph from pixels to verdict.
@@ -327,7 +336,9 @@ def choose(
     size: options.Size = 64,
     draws: Annotated[int, typer.Option(min=1, metavar="N", help="Defects drawn onto each good image.")] = 3,
     seed: options.Seed = 0,
+    deterministic: options.Deterministic = False,
     skip_bad: options.SkipBad = False,
+    follow_links: options.FollowLinks = False,
     as_json: options.Json = False,
     quiet: options.Quiet = False,
     verbose: options.Verbose = False,

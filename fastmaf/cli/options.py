@@ -66,6 +66,21 @@ def share(value: float | None) -> float | None:
     return value
 
 
+def _follow_links(context: typer.Context, follow: bool) -> bool:
+    from fastmaf.images.listing import following_links
+
+    context.with_resource(following_links(follow))  # until the command ends
+    return follow
+
+
+def _deterministic(context: typer.Context, wanted: bool) -> bool:
+    if wanted:
+        from fastmaf import deterministic
+
+        context.with_resource(deterministic())  # until the command ends
+    return wanted
+
+
 def existing(path: Path | None) -> Path | None:
     """Refuses a path that does not exist."""
     if path is not None and not path.expanduser().exists():
@@ -135,6 +150,18 @@ Out = Annotated[Path, typer.Option("--out", metavar="DIR", help="Output folder."
 Size = Annotated[int, typer.Option(min=1, max=2**14, metavar="N", help="Side of the square images in pixels.")]
 Seed = Annotated[int, typer.Option(min=0, max=2**32 - 1, metavar="N", help="Seed of the random numbers.")]
 SkipBad = Annotated[bool, typer.Option("--skip-bad", help="Skip and list unreadable files instead of stopping.")]
+Deterministic = Annotated[
+    bool,
+    typer.Option(
+        "--deterministic",
+        callback=_deterministic,
+        help="Give the same bits again on this machine, at any number of threads: compute on one.",
+    ),
+]
+FollowLinks = Annotated[
+    bool,
+    typer.Option("--follow-links", callback=_follow_links, help="Follow links that lead out of the folder of images."),
+]
 Device = Annotated[
     str, typer.Option(callback=_device, metavar="NAME", help="auto, cpu, cuda, or a CUDA device such as cuda:0.")
 ]

@@ -22,7 +22,7 @@ from torch import Tensor
 import fastmaf
 from fastmaf.images.decode import DataError, Frame, load_frame, sentences
 from fastmaf.images.folders import TEST, TRAIN, find_normals, find_test, layout_error
-from fastmaf.images.listing import contents, files_in, folders_in, images_below, images_in, left_aside
+from fastmaf.images.listing import confined, contents, files_in, folders_in, images_below, images_in, left_aside
 from fastmaf.images.names import visible
 from fastmaf.images.progress import track
 from fastmaf.io.run_folder import DoesNotFitError, format_bytes
@@ -169,7 +169,8 @@ def load_train(
     Args:
         root: folder of the data set. Without ``train``, its images (directly in it, or in ``good``) must all be normal:
             no other folder in it except ``test`` and ``ground_truth`` may hold images. Pictures that fastmaf wrote as
-            results are ignored everywhere.
+            results are ignored everywhere, and so are links that lead out of the folder; ``following_links`` of
+            ``fastmaf.images.listing`` reads them.
         size: side of the square that every image is resized to, in pixels.
         skip_bad: record, log and skip files that cannot be read instead of stopping.
         double: read the images at twice the size as well; see ``ImageSet.double``.
@@ -180,12 +181,14 @@ def load_train(
         DoesNotFitError: the images need more memory than is available.
     """
     root = Path(root).expanduser()
-    folder, notes = find_normals(root)
-    files, ignored, closed = (*images_in(root), []) if folder == root else images_below(folder)
-    if not files:
-        raise layout_error(f"no image in {folder}: {contents(files_in(folder))}", TRAIN, root)
+    with confined(root):
+        folder, notes = find_normals(root)
+        files, ignored, closed = (*images_in(root), []) if folder == root else images_below(folder)
+        if not files:
+            raise layout_error(f"no image in {folder}: {contents(files_in(folder))}", TRAIN, root)
+        notes += left_aside(ignored, closed)
     labelled = [("good", folder, file) for file in files]
-    return _load(labelled, "train", [*notes, *left_aside(ignored, closed)], size, skip_bad, progress, double)
+    return _load(labelled, "train", notes, size, skip_bad, progress, double)
 
 
 @fastmaf.torch_defaults()
@@ -195,6 +198,13 @@ def load_test(root: str | Path, *, size: int = 64, skip_bad: bool = False, progr
     "good" or defect classes may be missing. Arguments and errors as ``load_train``.
     """
     root = Path(root).expanduser()
+    with confined(root):
+        labelled, notes = _find_test_images(root)
+    return _load(labelled, "test", notes, size, skip_bad, progress)
+
+
+def _find_test_images(root: Path) -> tuple[list[tuple[str, Path, Path]], list[str]]:
+    """Returns (class, class folder, file) of the test images, and notes."""
     test = find_test(root)
     loose, ignored = images_in(test)
     directly = f"{count(len(loose), 'image')} directly in test/"
@@ -208,7 +218,7 @@ def load_test(root: str | Path, *, size: int = 64, skip_bad: bool = False, progr
     if not labelled:
         where = f"; {directly}, not in a class folder" if loose else ""
         raise layout_error(f"no class folder with images in {test}{where}", TEST, root)
-    return _load(labelled, "test", [*notes, *left_aside(ignored, closed)], size, skip_bad, progress)
+    return labelled, [*notes, *left_aside(ignored, closed)]
 
 
 def _load(

@@ -84,7 +84,7 @@ def load_frame(path: str | Path, size: int, *, keep_full: bool = False, double: 
 
     Peak memory is about 8 bytes per pixel of the file: Pillow's image and an 8-bit copy. A progressive JPEG needs up to
     10 bytes (libjpeg keeps all coefficients), a compressed TIFF up to 12 (libtiff keeps a strip, possibly the whole
-    image).
+    image), a WebP up to 24 (libwebp keeps two frames of an animation).
 
     Args:
         path: the file; a leading ~ is not expanded. Only regular files are opened.
@@ -93,7 +93,7 @@ def load_frame(path: str | Path, size: int, *, keep_full: bool = False, double: 
         double: resize the image to twice the size as well.
 
     Raises:
-        DataError: the file is missing, not a regular file, truncated, not a PNG, JPEG, BMP or TIFF, has more than
+        DataError: the file is missing, not a regular file, truncated, not a PNG, JPEG, BMP, TIFF or WebP, has more than
             ``MAX_PIXELS`` pixels, or has an unknown white level.
     """
     return as_frame(read_image(Path(path), size, keep_full=keep_full, double=double))

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from fastmaf.images.decode import DataError
 from fastmaf.images.listing import (
+    confined,
     contents,
     folders_in,
     images_below,
@@ -16,6 +17,7 @@ from fastmaf.images.listing import (
     is_image,
     is_unread_image,
     kind_for_people,
+    leads_out,
     left_aside,
     nearest,
     walk,
@@ -42,7 +44,7 @@ def find_test(root: Path) -> Path:
         DataError: it is missing; the message lists what was found and proposes a path.
     """
     if (root / TEST).is_dir():
-        return root / TEST
+        return _inside(root / TEST, root)
     raise _missing(root, TEST)
 
 
@@ -53,7 +55,7 @@ def find_normals(root: Path) -> tuple[Path, list[str]]:
     folder except ``test`` and ``ground_truth`` holds images and that it is not another part of a data set.
     """
     if (root / TRAIN).is_dir():
-        return root / TRAIN, []
+        return _inside(root / TRAIN, root), []
     folder = _alone(root)
     if folder is None:
         raise _missing(root, TRAIN)
@@ -68,7 +70,22 @@ def find_normals(root: Path) -> tuple[Path, list[str]]:
 
 def has_normals(root: Path) -> bool:
     """Returns whether ``find_normals`` finds a folder."""
-    return (root / TRAIN).is_dir() or _alone(root) is not None
+    with confined(root):
+        return (root / TRAIN).is_dir() or _alone(root) is not None
+
+
+def _inside(folder: Path, root: Path) -> Path:
+    """Returns a folder that does not lead out of the root.
+
+    Raises:
+        DataError: it does.
+    """
+    if leads_out(folder):
+        raise DataError(
+            f"{folder} leads out of {root}, to {os.path.realpath(folder)}: name that data set, or follow links with "
+            "--follow-links"
+        )
+    return folder
 
 
 def layout_error(what: str, wanted: str, root: Path) -> DataError:
@@ -80,7 +97,8 @@ def _alone(root: Path) -> Path | None:
     """Returns the folder of good images in a root without ``train`` and without other images, or None."""
     if (root / "train").is_dir():
         return None
-    folder = root / "good" if images_below(root / "good")[0] else root
+    good = root / "good"
+    folder = good if not leads_out(good) and images_below(good)[0] else root
     if folder == root and not images_in(root)[0]:
         return None
     above = _set_above(root, TRAIN)

@@ -16,7 +16,7 @@ from fastmaf.images import jpeg_scans, png_rows
 from fastmaf.images.jpeg_scans import CutShortError
 from fastmaf.io.regular import NotRegularError, open_regular
 
-FORMATS = ("PNG", "JPEG", "BMP", "TIFF")
+FORMATS = ("PNG", "JPEG", "BMP", "TIFF", "WEBP")
 """The only decoders that Pillow may try, which limits the parsers that a hostile file can reach."""
 
 MAX_PIXELS = 64_000_000
@@ -32,10 +32,10 @@ _TURNS = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-_START = 26  # bytes, up to the bit depth in the header of a PNG
+_START = 30  # bytes, up to the bit depth in the header of a PNG, and to the size in that of a WebP
 _KNOWN = (  # (offset, magic bytes, name) of formats that are not read
     (0, b"GIF8", "GIF"),
-    (8, b"WEBP", "WebP"),
+    (8, b"WEBP", "a damaged WebP, or this Pillow was built without WebP"),
     (4, b"ftypavif", "AVIF"),
     (4, b"ftyp", "HEIF or a video"),
     (4, b"jP  ", "JPEG 2000"),
@@ -90,7 +90,7 @@ def decode(
     except UnidentifiedImageError:
         kind = next((name for at, magic, name in _KNOWN if start[at:].startswith(magic)), "none of these")
         raise DataError(
-            f"{path}: not a readable image, or cut short; expected {', '.join(FORMATS)}, "
+            f"{path}: not a readable image, or cut short; expected {', '.join(FORMATS[:-1])} or WebP, "
             f"found {kind if start else 'an empty file'}"
         ) from None
     except Exception as error:  # on damaged files Pillow raises anything from SyntaxError to struct.error
@@ -101,10 +101,9 @@ def _decode(
     stream: BinaryIO, start: bytes, path: Path, max_pixels: int
 ) -> tuple[Image.Image, int, Image.Transpose | None, list[str]]:
     kinds: list[str] = []
+    _check_size(_webp_size(start), path, max_pixels)  # Pillow allocates its pixels when it opens it
     image = Image.open(stream, formats=FORMATS)
-    width, height = image.size
-    if width * height > max_pixels:
-        raise TooLargeError(f"{path}: {width} x {height} = {width * height:,} pixels; expected at most {max_pixels:,}")
+    _check_size(image.size, path, max_pixels)
     if getattr(image, "is_animated", False):  # n_frames would read all pages of a TIFF
         kinds.append("frames")
     if is_tiff := image.format == "TIFF":  # Pillow transposes it while loading, and drops the tag
@@ -115,6 +114,25 @@ def _decode(
     if turn is not None:
         kinds.append("exif")
     return image, _bits(image, start), None if is_tiff else turn, kinds
+
+
+def _check_size(size: tuple[int, int], path: Path, max_pixels: int) -> None:
+    width, height = size
+    if width * height > max_pixels:
+        raise TooLargeError(f"{path}: {width} x {height} = {width * height:,} pixels; expected at most {max_pixels:,}")
+
+
+def _webp_size(start: bytes) -> tuple[int, int]:
+    """Returns the size that the first bytes of a WebP state; (0, 0) for another file."""
+    if start[:4] != b"RIFF" or start[8:12] != b"WEBP" or len(start) < _START:
+        return 0, 0
+    if start[12:16] == b"VP8X":
+        return 1 + int.from_bytes(start[24:27], "little"), 1 + int.from_bytes(start[27:30], "little")
+    at, lossless = (21, True) if start[12:16] == b"VP8L" else (26, False)
+    bits = int.from_bytes(start[at : at + 4], "little")
+    if lossless:
+        return 1 + (bits & 0x3FFF), 1 + (bits >> 14 & 0x3FFF)
+    return bits & 0x3FFF, bits >> 16 & 0x3FFF
 
 
 def _turn(image: ImageFile.ImageFile, kinds: list[str]) -> Image.Transpose | None:

@@ -1,4 +1,8 @@
-"""Listing the images in folders, with notes on files that are ignored."""
+"""Listing the images in folders, with notes on files that are ignored.
+
+Links that lead out of the folder that was asked for are not followed, unless the user asks for it: a folder from
+elsewhere may hold a link to anything that its reader may open.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +10,8 @@ import difflib
 import os
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from itertools import chain
 from pathlib import Path
 
@@ -13,13 +19,59 @@ from fastmaf.io.marks import is_output
 from fastmaf.io.regular import is_regular, kind_of
 from fastmaf.io.wording import count
 
-SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff")
+SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp")
 """Suffixes of image files, in any case; other files and hidden ones are ignored."""
 
 _NOT_READ = (
-    ".avif", ".dng", ".gif", ".heic", ".heif", ".jfif", ".jp2", ".jxl", ".pgm", ".ppm", ".raw", ".tga", ".webp",
+    ".avif", ".dng", ".gif", ".heic", ".heif", ".jfif", ".jp2", ".jxl", ".pgm", ".ppm", ".raw", ".tga",
 )  # fmt: skip
 _SYSTEM = ("__macosx", "@eadir")  # folders of attributes and thumbnails, from macOS and Synology
+
+
+_root: ContextVar[str | None] = ContextVar("root", default=None)
+_follows_links: ContextVar[bool] = ContextVar("follows_links", default=False)
+
+
+@contextmanager
+def confined(root: Path) -> Iterator[None]:
+    """Within it, folders are listed without links that lead out of ``root``, except within ``following_links``."""
+    token = _root.set(os.path.realpath(root))
+    try:
+        yield
+    finally:
+        _root.reset(token)
+
+
+@contextmanager
+def following_links(follow: bool = True) -> Iterator[None]:
+    """Within it, links in data folders are followed wherever they lead.
+
+    Example:
+        >>> from fastmaf.images.dataset import load_train
+        >>> from fastmaf.images.listing import following_links
+        >>> def load_linked(folder):
+        ...     with following_links():
+        ...         return load_train(folder)
+    """
+    token = _follows_links.set(follow)
+    try:
+        yield
+    finally:
+        _follows_links.reset(token)
+
+
+def leads_out(path: Path) -> bool:
+    """Returns whether a path leads out of the root that listing is confined to, and must not be followed."""
+    root = _root.get()
+    if root is None or _follows_links.get():
+        return False
+    real = os.path.realpath(path)
+    return real != root and not real.startswith(root.rstrip(os.sep) + os.sep)
+
+
+def is_link_out(entry: Path) -> bool:
+    """Returns whether an entry of a folder within the root is a link that leads out of it, and must not be followed."""
+    return os.path.islink(entry) and leads_out(entry)
 
 
 def nearest(name: str, among: Iterable[Path]) -> list[Path]:
@@ -37,14 +89,14 @@ def entries(folder: Path) -> list[Path]:
 
 
 def folders_in(folder: Path) -> list[Path]:
-    """Lists the folders in a folder by name, except hidden ones and system folders."""
+    """Lists the folders in a folder by name, except hidden ones, system folders and links that lead out."""
     shown = (e for e in entries(folder) if not e.name.startswith(".") and e.name.lower() not in _SYSTEM)
-    return [entry for entry in shown if os.path.isdir(entry)]
+    return [entry for entry in shown if os.path.isdir(entry) and not is_link_out(entry)]
 
 
 def files_in(folder: Path) -> list[Path]:
-    """Lists everything in a folder that is not a folder, by name."""
-    return [entry for entry in entries(folder) if not os.path.isdir(entry)]
+    """Lists everything in a folder that is not a folder that may be entered, by name."""
+    return [entry for entry in entries(folder) if not os.path.isdir(entry) or is_link_out(entry)]
 
 
 def is_image(path: Path) -> bool:
@@ -55,12 +107,14 @@ def is_image(path: Path) -> bool:
 def images_in(folder: Path) -> tuple[list[Path], list[Path]]:
     """Returns the image files in a folder and the files left aside, by name.
 
-    Pictures that fastmaf wrote as results and image names that are not regular files are left aside as well.
+    Pictures that fastmaf wrote as results, image names that are not regular files and links that lead out are left
+    aside as well.
     """
     images: list[Path] = []
     aside: list[Path] = []
     for file in files_in(folder):
-        (images if is_image(file) and is_regular(file) and not is_output(file) else aside).append(file)
+        usable = is_image(file) and not is_link_out(file) and is_regular(file) and not is_output(file)
+        (images if usable else aside).append(file)
     return images, aside
 
 
@@ -96,6 +150,8 @@ def contents(files: Iterable[Path]) -> str:
 
 def kind_for_people(file: Path) -> str:
     """Returns the kind of a file: its suffix, or why a file with an image's name is not an image."""
+    if is_link_out(file):
+        return "a link that leads out of the folder"
     if is_image(file):
         if not is_regular(file):
             return kind_of(file)
@@ -108,12 +164,21 @@ def is_unread_image(file: Path) -> bool:
     return file.suffix.lower() in _NOT_READ and not file.name.startswith(".")
 
 
+def links_out_note(links: Sequence[Path]) -> list[str]:
+    """Returns a note on links that lead out of the folder that was asked for; none without any."""
+    if not links:
+        return []
+    first = f"{links[0]} leads to {os.path.realpath(links[0])}"
+    return [f"{count(len(links), 'link')} out of the folder skipped ({first}); --follow-links reads them"]
+
+
 def left_aside(files: Collection[Path], closed: Sequence[Path] = ()) -> list[str]:
     """Returns notes on files that were left aside and on folders that cannot be opened."""
+    links, files = [file for file in files if is_link_out(file)], [file for file in files if not is_link_out(file)]
     odd = [file for file in files if is_image(file) and not is_regular(file)]
     written = [file for file in files if is_image(file) and is_regular(file)]
     others = Counter(file.suffix.lower() for file in files if is_unread_image(file))
-    notes = []
+    notes = links_out_note(links)
     if odd:
         first = f"{odd[0].name} is {kind_of(odd[0])}"
         notes.append(f"{count(len(odd), 'path')} skipped: named like images, but not regular files ({first})")

@@ -48,11 +48,16 @@ def to_cell(name: str, *, keep_bytes: bool = True) -> str:
     them.
     """
     kinds = _BREAKS if keep_bytes else (*_BREAKS, "Cs")
-    written_out = {c for c in name if unicodedata.category(c) in kinds}
+    written_out = {c for c in name if unicodedata.category(c) in kinds or _is_lone_surrogate(c)}
     if not written_out and not _FORMULA.search(name):
         return name
     written_out.add(";")
     return "'" + "".join("\\\\" if c == "\\" else _escaped(c) if c in written_out else c for c in name)
+
+
+def _is_lone_surrogate(character: str) -> bool:
+    """Returns whether a character is half a pair, as in names on Windows, that stands for no undecodable byte."""
+    return "\ud800" <= character <= "\udfff" and not "\udc80" <= character <= "\udcff"
 
 
 def from_cell(cell: str) -> str:

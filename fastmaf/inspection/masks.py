@@ -16,7 +16,7 @@ import numpy as np
 
 from fastmaf.images.dataset import ImageSet
 from fastmaf.images.decode import DataError, load_frame
-from fastmaf.images.listing import SUFFIXES, images_in
+from fastmaf.images.listing import SUFFIXES, confined, images_in, leads_out
 from fastmaf.io.wording import count, some
 from fastmaf.metrics.results import NORMAL
 
@@ -69,8 +69,14 @@ def load_masks(root: str | Path, images: ImageSet, *, skip_bad: bool = False) ->
     Raises:
         DataError: a mask cannot be read, or has another aspect ratio than its image; the message names it.
     """
-    folder = Path(root).expanduser() / "ground_truth"
-    masks_in = cache(_masks_in)
+    root = Path(root).expanduser()
+    folder = root / "ground_truth"
+
+    @cache
+    def masks_in(of_class: Path) -> dict[str, Path]:
+        with confined(root):
+            return {} if leads_out(of_class) else _masks_in(of_class)
+
     masks: list[np.ndarray | None] = []
     missing, bad, empty, transparent = [], [], [], []
     shapes = images.shapes or (None,) * len(images)

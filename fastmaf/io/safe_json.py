@@ -38,7 +38,7 @@ def child(where: str, key: str | int) -> str:
 
 
 def parse(text: str, where: str, *, finite: bool = True) -> Any:
-    """Parses untrusted JSON.
+    """Parses untrusted JSON; integers of more than 64 bits become floats.
 
     Args:
         text: the JSON.
@@ -50,13 +50,19 @@ def parse(text: str, where: str, *, finite: bool = True) -> Any:
             ``finite``, contains a number that is not finite.
     """
     try:
-        value = json.loads(text, object_pairs_hook=_unique)
+        value = json.loads(text, object_pairs_hook=_unique, parse_int=_number)
     except RecursionError:
         raise JSONError(f"{where}: nested more than {MAX_DEPTH} deep") from None
     except ValueError as error:
         raise JSONError(f"{where}: not valid JSON: {error}") from None
     _check(value, where, finite)
     return value
+
+
+def _number(text: str) -> int | float:
+    """Returns an integer of 64 bits, or a larger one as the float that it rounds to: libraries take no others."""
+    value = int(text)
+    return value if -(2**63) <= value < 2**63 else float(text)
 
 
 def _check(value: Any, where: str, finite: bool, depth: int = 0) -> None:

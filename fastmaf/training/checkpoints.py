@@ -23,6 +23,7 @@ from fastmaf.io.safe_json import parse, shown
 from fastmaf.io.schema import Anything, Flag, ListOf, MapOf, Maybe, Number, OneOf, Record, Text, Whole
 from fastmaf.io.tensor_file import read_tensors, write_tensors
 from fastmaf.tiles import tiles_to_panels
+from fastmaf.training.random_state import ORDER, RANDOM
 
 MODEL_FILE, STATE_FILE = "model.safetensors", "training_state.safetensors"
 _NEXT_STATE_FILE = "training_state.next.safetensors"
@@ -74,6 +75,8 @@ def save_state(
     state: Mapping[str, Any],
     about: Mapping[str, Any],
     *,
+    random: Mapping[str, Tensor] | None = None,
+    order: Tensor | None = None,
     keep: Sequence[str] = (),
 ) -> None:
     """Writes both files of a run.
@@ -82,6 +85,8 @@ def save_state(
         out: the run's folder.
         flow: the model.
         moments: the optimiser's tensors by name.
+        random: the generators' states; see ``random_state``.
+        order: the order of the data in the epoch that is not finished.
         state: counters and log, as JSON types.
         about: metadata on the training for the model file, as JSON types.
         keep: files of an earlier run to keep as ``*.previous.*`` before the model is replaced.
@@ -96,7 +101,8 @@ def save_state(
         if moment in moments
     }
     record = {**state, "checkpoint": checkpoint, "packed": _ROWS}
-    write_tensors({**moments, **rows}, next_state, {"state": json.dumps(record)})
+    others = {**(random or {}), **({} if order is None else {ORDER: order})}
+    write_tensors({**moments, **rows, **others}, next_state, {"state": json.dumps(record)})
     try:
         for name in keep:
             keep_previous(out / name)
@@ -122,7 +128,9 @@ def remove_state(out: Path) -> None:
 
 
 def load_state(out: Path, *, tensors: bool = True) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Returns the optimiser's moments (none unless ``tensors``) and the state of a run.
+    """Returns the tensors (none unless ``tensors``) and the state of a run.
+
+    The tensors are the optimiser's moments, the generators' states and the order of an unfinished epoch.
 
     Raises:
         FileNotFoundError: there is no checkpoint in ``out``.
@@ -175,13 +183,14 @@ def moments_by_parameter(
     Raises:
         fastmaf.CheckpointError: a tensor is missing, unexpected, or does not match its parameter.
     """
+    tensors = {name: tensor for name, tensor in tensors.items() if name != ORDER and not name.startswith(RANDOM)}
     if not tensors:  # all steps were skipped
         return {}
 
     def refuse(problem: str) -> fastmaf.CheckpointError:
         return fastmaf.CheckpointError(f"{out / STATE_FILE}: tensor {problem}")
 
-    parameters, tensors = dict(flow.named_parameters()), dict(tensors)
+    parameters = dict(flow.named_parameters())
     for name, layer in _packed_moments(flow):
         if name in tensors:
             try:

@@ -8,6 +8,7 @@ instead of 76 MB. Each process then forms the same sum in its own step of Adam.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -20,6 +21,15 @@ from fastmaf.kernels.masked_linear.args import LinearBatch
 from fastmaf.training.gradient_sink import Gradients, backward
 
 
+class ProcessesDifferError(RuntimeError):
+    """Processes that are to train one model together hold different ones; nothing was trained.
+
+    Example:
+        >>> issubclass(fastmaf.ProcessesDifferError, RuntimeError)
+        True
+    """
+
+
 class Exchange:
     """Communication of the processes of a group, each of which calls the same methods in the same order.
 
@@ -29,14 +39,34 @@ class Exchange:
 
     Attributes:
         sent: bytes that this process has sent to each other one, for measurements.
+
+    Raises:
+        ProcessesDifferError: in every process, where parameters differ in number, shapes or dtypes.
     """
 
     def __init__(self, group: Any, parameters: Iterable[Tensor]) -> None:
         self.group, self.size = group, dist.get_world_size(group)
         self.sent = 0
-        first = dist.get_global_rank(group, 0)
+        first, parameters = dist.get_global_rank(group, 0), list(parameters)
+        # Before the broadcast, which would end the process where sizes differ.
+        forms = "\n".join(f"{tuple(parameter.shape)} {parameter.dtype}" for parameter in parameters)
+        if parameters and (found := self.first_difference([digest(forms.encode())], parameters[0].device)):
+            raise ProcessesDifferError(
+                f"the parameters of process {found[0]} differ from those of process 0 in number, shapes or dtypes: "
+                "build the model with the same arguments and the same seed in all processes"
+            )
         for parameter in parameters:
             dist.broadcast(parameter.data, first, group=group)
+
+    def first_difference(self, digests: Sequence[bytes], device: torch.device) -> tuple[int, int] | None:
+        """Returns the first process, and the number of its first digest, that differs from those of the first one.
+
+        All processes must give equally many digests.
+        """
+        own = torch.frombuffer(bytearray(b"".join(digests)), dtype=torch.uint8).to(device)
+        found = self.stack(own.view(len(digests), -1))().view(self.size, len(digests), -1)
+        wrong = (found != found[0]).any(2).nonzero().tolist()
+        return (wrong[0][0], wrong[0][1]) if wrong else None
 
     def total(self, numbers: Sequence[float], device: torch.device) -> list[float]:
         """Returns the sums of numbers over all processes."""
@@ -57,7 +87,7 @@ class Exchange:
         backward(loss, sinks)
         gradients = Gradients.collect(sinks, parameters)
         with torch.no_grad():
-            self._average(list(gradients.stored.values()))
+            self.average(list(gradients.stored.values()))
             for weight, sink in sinks:
                 mean = sink.mean()
                 if isinstance(mean, FactoredGrad) and weight not in gradients.stored:
@@ -68,14 +98,14 @@ class Exchange:
                     gradients.stored[weight] = weight.grad
         return gradients
 
-    def _average(self, grads: Sequence[Tensor]) -> None:
-        """Replaces gradients by their means, in one message."""
-        if not grads:
+    def average(self, tensors: Sequence[Tensor]) -> None:
+        """Replaces tensors by their means over all processes, in one message."""
+        if not tensors:
             return
-        flat = torch.cat([grad.flatten() for grad in grads])
+        flat = torch.cat([tensor.flatten() for tensor in tensors])
         self.sum(flat)()
-        for grad, part in zip(grads, flat.split([grad.numel() for grad in grads]), strict=True):
-            grad.copy_(part.view_as(grad)).div_(self.size)
+        for tensor, part in zip(tensors, flat.split([tensor.numel() for tensor in tensors]), strict=True):
+            tensor.copy_(part.view_as(tensor)).div_(self.size)
 
     def sum(self, tensor: Tensor) -> Callable[[], Tensor]:
         """Begins to sum a tensor in place; returns how to wait for the sum."""
@@ -99,6 +129,11 @@ class Exchange:
             return found.flatten(0, 1)
 
         return wait
+
+
+def digest(content: bytes | memoryview) -> bytes:
+    """Returns the SHA-256 of some bytes, by which processes compare what they hold."""
+    return hashlib.sha256(content).digest()
 
 
 class _Rows:

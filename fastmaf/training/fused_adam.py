@@ -44,8 +44,9 @@ class FusedAdam(torch.optim.Adam):
     gradient where these are fewer bytes than the gradient, during the backward pass. Every process must call
     ``minimize`` equally often, with losses of the same form; batches may differ in size, and an empty one has
     gradients of zero. ``step`` exchanges nothing: for it, there is ``DistributedDataParallel``. Nor are buffers
-    exchanged: build random orders and degrees with one ``seed`` in all processes. A ``BatchNorm`` normalises the batch
-    of each process, and its running statistics are those of the process.
+    exchanged: build random orders and degrees with one ``seed`` in all processes, which ``TrainingStep`` checks. A
+    ``BatchNorm`` normalises the batch of each process; its running statistics are those of the process, or with
+    ``TrainingStep`` their means.
 
     Args:
         params: parameters or groups, as for any torch optimiser.

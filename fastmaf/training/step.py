@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from fastmaf.flows import Flow
+from fastmaf.training.agreement import average_statistics, check_agreement
 from fastmaf.training.direct_loss import DirectLoss
 from fastmaf.training.exchange import Exchange
 from fastmaf.training.fused_adam import FusedAdam
@@ -44,12 +45,14 @@ class TrainingStep:
         minimise  -(1/N) Σ_n log p(x_n | c_n)
 
     With a ``FusedAdam`` of several processes, N and the sum are those of all processes' batches together, and all of
-    them take the same step: one process with the whole batch takes it too, to rounding.
+    them take the same step: one process with the whole batch takes it too, to rounding. Before the first step the
+    processes check that they hold the same flow, and after each step the running statistics of a ``BatchNorm`` are
+    their means over the processes.
 
     Args:
         flow: the model.
-        optimizer: any torch optimiser over its parameters; ``FusedAdam`` is the fastest. Warm-up rises to the learning
-            rates that it has now.
+        optimizer: any torch optimiser over its parameters; ``FusedAdam`` is the fastest, and the only one for several
+            processes. Warm-up rises to the learning rates that it has now.
         guards: limits on the step; see ``Guards``. None for no limits.
         graphs: on a GPU, replay steps of ``FusedAdam`` as CUDA graphs, from the second batch of a shape on. Steps of
             several processes are not replayed.
@@ -92,6 +95,7 @@ class TrainingStep:
         self._max_norm = None if limit is None else limit * flow.features  # of the gradients of the loss
         self._graphs: GraphedSteps | None = None
         self._exchange = optimizer.exchange if isinstance(optimizer, FusedAdam) else None
+        self._agreed = False  # the processes' flows were compared
         if graphs and isinstance(optimizer, FusedAdam) and self._exchange is None:
             self._graphs = GraphedSteps(flow, optimizer, self._max_norm)
         layers = flow._layers()
@@ -104,7 +108,14 @@ class TrainingStep:
         Raises:
             ValueError: see ``Flow.log_prob``.
             NonFiniteLossError: the loss is not finite; nothing was changed.
+            ProcessesDifferError: at the first step: processes hold different flows.
+            RuntimeError: several processes run, over which the optimiser does not average gradients.
         """
+        if self._exchange is None:
+            check_processes()
+        elif not self._agreed:
+            check_agreement(self.flow, self._exchange)
+            self._agreed = True
         self.optimizer.zero_grad(set_to_none=True)
         graphed = None if self._graphs is None or context is not None else self._graphs.get(x)
         direct: DirectLoss | None = None
@@ -121,6 +132,7 @@ class TrainingStep:
         if self._exchange is None:
             nll = loss.item()
         else:
+            average_statistics(self.flow, self._exchange)
             loss, nll = _of_all(loss, len(x), self._exchange)
         if not math.isfinite(nll):
             empty = "" if len(x) else ": the batch has no rows"
@@ -142,11 +154,9 @@ class TrainingStep:
 
     def _minimize(self, loss: Tensor | DirectLoss, batch: int) -> bool:
         """Takes a step on a finite loss; returns whether it was taken."""
-        if isinstance(self.optimizer, FusedAdam):
-            if self._exchange is not None or (isinstance(loss, Tensor) and not self._stores_gradients(batch)):
-                assert isinstance(loss, Tensor)
-                return self.optimizer.minimize(loss, self._max_norm, check_finite=False)
-            check_processes()
+        factored = self._exchange is not None or not self._stores_gradients(batch)
+        if isinstance(self.optimizer, FusedAdam) and isinstance(loss, Tensor) and factored:
+            return self.optimizer.minimize(loss, self._max_norm, check_finite=False)
         loss.backward()
         if self._max_norm is not None:
             grads = [p.grad for group in self.optimizer.param_groups for p in group["params"] if p.grad is not None]

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from torch import Tensor
 
 import fastmaf
@@ -202,3 +203,56 @@ def test_a_resumed_run_counts_its_progress_from_where_it_was(
     run(data, tmp_path, THREE, resume=True)
     assert counts == [(STEPS + 1, 3 * STEPS)]
     assert fastmaf.load(tmp_path / MODEL_FILE).features == 192
+
+
+def test_what_a_run_draws_continues_where_it_was(
+    data: Path, tmp_path: Path, interrupts: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Dropout draws from torch's generator, which the state holds; the caller's is as it was."""
+
+    def build(self: TrainConfig, device: Any = None) -> fastmaf.MAF:
+        return fastmaf.MAF(self.features, 2, (16,), dropout=0.3, order="natural", seed=self.seed)
+
+    monkeypatch.setattr(TrainConfig, "build", build)
+    before = torch.get_rng_state()
+    run(data, tmp_path / "whole", THREE)
+    assert torch.equal(torch.get_rng_state(), before)
+    run(data, tmp_path / "other", with_(epochs=3, seed=1))
+    torch.manual_seed(99)  # neither run depends on it
+    with monkeypatch.context() as patch:
+        at_batch(patch, epoch(2), ctrl_c)
+        assert run(data, tmp_path / "broken", THREE).interrupted
+    assert load_state(tmp_path / "broken")[0]["data_order"].shape == (8,)
+    run(data, tmp_path / "broken", THREE, resume=True)
+    assert_equal(tmp_path / "broken", tmp_path / "whole")
+
+
+def test_the_order_of_a_broken_epoch_is_that_of_its_state(data: Path, tmp_path: Path, interrupts: None) -> None:
+    """Another version of torch may shuffle otherwise."""
+    with pytest.MonkeyPatch.context() as patch:
+        at_batch(patch, 1, ctrl_c)
+        run(data, tmp_path, THREE)
+    order = load_state(tmp_path)[0]["data_order"]
+    seen: list[list[int]] = []
+    shuffle = torch.randperm
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch, "randperm", lambda n, **options: torch.arange(8) if n == 8 else shuffle(n, **options))
+        patch.setattr(training_run.TrainingRun, "_batch", lambda self, images, index: seen.append(index.tolist()))
+        with pytest.raises(Exception, match=".*"):  # without a batch
+            run(data, tmp_path, THREE, resume=True)
+    assert seen == [order[4:].tolist()]
+
+
+def test_a_long_epoch_has_checkpoints_within_it(data: Path, tmp_path: Path, every_epoch: None) -> None:
+    """A process that is killed loses the steps since the last checkpoint, not the epoch."""
+    saved: list[tuple[int, int]] = []
+    with pytest.MonkeyPatch.context() as patch:
+        save = training_run.save_state
+
+        def seen(out: Path, flow: Any, moments: Any, state: Any, *args: Any, **kwargs: Any) -> None:
+            saved.append((state["epochs_done"], state["epoch_so_far"]["batches"]))
+            save(out, flow, moments, state, *args, **kwargs)
+
+        patch.setattr(training_run, "save_state", seen)
+        run(data, tmp_path, THREE)
+    assert saved[:4] == [(1, 0), (1, 1), (2, 0), (2, 1)]

@@ -216,7 +216,7 @@ def test_only_safetensors_are_read_and_the_state_is_json(finished: Path) -> None
     """Nothing executable in a checkpoint: the state is JSON in a safetensors file's metadata."""
     moments, state = load_state(finished)
     assert json.loads(json.dumps(state)) == state
-    assert {name.rsplit("/", 1)[1] for name in moments} == {"step", "exp_avg", "exp_avg_sq"}
+    assert {name.rsplit("/", 1)[1] for name in moments} == {"step", "exp_avg", "exp_avg_sq", "cpu"}
     assert checkpoints.load_state(finished, tensors=False) == ({}, state)
 
 

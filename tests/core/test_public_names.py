@@ -19,10 +19,10 @@ NAMES = """
     MADE MAF ActNorm AffineAutoregressive AffineMap BackendUnavailableError Base BatchNorm CheckpointError
     ConnectivityWarning Detector DiagonalGaussian ElementwiseAffine Flow FlowDistribution GaussianMixture
     GaussianWhitening Guards IAF Inverted LeakyMaskError LocalAutoregressive Logit LowRankGaussian MaskedLinear
-    MonotonicRQS NonFiniteLossError NotConvertibleError NotInvertibleError Permutation ReplayedLogProb SavedFlow
-    SplineMap StandardNormal StepReport StudentT TrainingStep Transform accelerate from_nflows from_normflows
-    from_published from_zuko load load_with_extras memory_estimate optim to_nflows to_zuko torch_defaults
-    use_backend use_precision
+    MonotonicRQS NonFiniteLossError NotConvertibleError NotInvertibleError Permutation ProcessesDifferError
+    ReplayedLogProb SavedFlow SplineMap StandardNormal StepReport StudentT TrainingStep Transform accelerate
+    deterministic from_nflows from_normflows from_published from_zuko load load_with_extras memory_estimate optim
+    to_nflows to_zuko torch_defaults use_backend use_precision
 """
 # Packages that training and scoring of plain tensors do not need, and modules that are slow to import.
 HEAVY = {

@@ -196,7 +196,7 @@ def test_files_that_are_no_image(tmp_path: Path) -> None:
     path = tmp_path / "a.png"
     path.write_text("hello, this is text")
     message = refused(path)
-    assert message.endswith("expected PNG, JPEG, BMP, TIFF, found none of these")  # without any of the content
+    assert message.endswith("expected PNG, JPEG, BMP, TIFF or WebP, found none of these")  # without any of the content
     path.write_bytes(b"")
     assert "empty file" in refused(path)
     Image.new("RGB", (4, 4)).save(path, "GIF")  # an image in a format that is not read

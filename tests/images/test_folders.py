@@ -175,9 +175,9 @@ def test_empty_folders(tmp_path: Path) -> None:
     folder = tmp_path / "train" / "good"
     folder.mkdir(parents=True)
     assert f"no image in {folder}: it is empty" in message_of(load_train, tmp_path)
-    (folder / "a.webp").write_bytes(b"x")
-    (folder / "b.webp").write_bytes(b"x")
-    assert "found 2 x .webp (supported: .png" in message_of(load_train, tmp_path)
+    (folder / "a.jxl").write_bytes(b"x")
+    (folder / "b.jxl").write_bytes(b"x")
+    assert "found 2 x .jxl (supported: .png" in message_of(load_train, tmp_path)
     (tmp_path / "test" / "good").mkdir(parents=True)
     assert f"no class folder with images in {tmp_path / 'test'}" in message_of(load_test, tmp_path)
     picture(tmp_path / "test" / "a.png")
@@ -247,25 +247,25 @@ def test_folders_of_operating_systems_are_ignored(tmp_path: Path, name: str) -> 
 
 def test_formats_that_are_not_read_are_counted(tmp_path: Path) -> None:
     root = capsule_set(tmp_path / "set")
-    for name in ("train/good/a.webp", "train/good/b.WEBP", "train/good/c.heic", "train/good/d.txt"):
+    for name in ("train/good/a.jxl", "train/good/b.JXL", "train/good/c.heic", "train/good/d.txt"):
         (root / name).write_bytes(b"x")
     assert load_train(root, size=4, progress=False).notes == (
         "1 .heic file skipped: not supported; convert to PNG",
-        "2 .webp files skipped: not supported; convert to PNG",
+        "2 .jxl files skipped: not supported; convert to PNG",
         "1 file skipped: hidden, or not named like an image",
     )
     for file in (root / "test" / "poke").iterdir():
-        file.rename(file.with_suffix(".webp"))
+        file.rename(file.with_suffix(".jxl"))
     notes = load_test(root, size=4, progress=False).notes
     assert "no image in class folder test/poke" in notes
-    assert "2 .webp files skipped: not supported; convert to PNG" in notes
+    assert "2 .jxl files skipped: not supported; convert to PNG" in notes
     flat = tmp_path / "flat"
     flat.mkdir()
     for i in range(3):
-        (flat / f"{i}.webp").write_bytes(b"x")
+        (flat / f"{i}.jxl").write_bytes(b"x")
     message = message_of(load_train, flat)
-    assert f"no folder train/good in {flat}: found 3 x .webp (supported: .png" in message
-    assert f"{flat}  0 images, 3 x .webp (not read)" in message
+    assert f"no folder train/good in {flat}: found 3 x .jxl (supported: .png" in message
+    assert f"{flat}  0 images, 3 x .jxl (not read)" in message
 
 
 def test_a_folder_that_cannot_be_opened_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

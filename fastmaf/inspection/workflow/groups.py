@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import csv
+import io
 import re
 from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
 
 from fastmaf.images.decode import DataError
+from fastmaf.io.regular import open_regular
 from fastmaf.io.wording import count, some
 
 FOLDER = "folder"
@@ -40,12 +42,12 @@ def group_labels(by: str, names: Sequence[str]) -> list[str]:
 
 def _of_table(path: Path, names: Sequence[str]) -> list[str]:
     try:
-        with open(path, encoding="utf-8-sig", newline="") as file:
-            rows = list(csv.DictReader(file))
+        with open_regular(path) as file:
+            rows = list(csv.DictReader(io.TextIOWrapper(file, "utf-8-sig", newline="")))
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise DataError(f"--group-by {path}: {error}") from error
     if not rows or not {"file", "group"} <= set(rows[0]):
-        found = ", ".join(rows[0]) if rows else "no row"
+        found = ", ".join(name for name in rows[0] if name) if rows else "no row"  # cells beyond the header have None
         raise DataError(f"--group-by {path}: expected the columns file and group; found {found}")
     groups = {row["file"]: row["group"] for row in rows}
     missing = [name for name in names if not groups.get(name)]

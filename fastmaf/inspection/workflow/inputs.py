@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from fastmaf.images.decode import DataError, Frame, load_frame, sentences
-from fastmaf.images.listing import contents, images_below, is_image, left_aside
+from fastmaf.images.listing import confined, contents, images_below, is_image, is_link_out, left_aside, links_out_note
 from fastmaf.images.progress import track
-from fastmaf.inspection.workflow.path_patterns import hints, is_pattern, matches
+from fastmaf.inspection.workflow.path_patterns import hints, is_pattern, literal_folder, matches
 from fastmaf.io.marks import is_output
 from fastmaf.io.wording import count, some
 
@@ -46,12 +46,12 @@ def expand(arguments: Sequence[str | Path], *, say: Say, stdin: TextIO | None = 
         else:
             collected.add_argument(argument)
     if not collected.files:
-        if collected.ignored:
-            raise DataError(f"no image to read: {'; '.join(left_aside(collected.ignored))}")
+        if ignored := [*links_out_note(collected.links), *left_aside(collected.ignored)]:
+            raise DataError(f"no image to read: {'; '.join(ignored)}")
         raise DataError(
             "no image named: expected image files, folders, patterns such as 'parts/*.png', or - for a list"
         )
-    for note in left_aside(collected.ignored, list(collected.closed)):
+    for note in (*links_out_note(collected.links), *left_aside(collected.ignored, list(collected.closed))):
         say(note)
     if collected.repeated:
         say(f"{count(collected.repeated, 'duplicate file')} skipped")
@@ -111,6 +111,7 @@ class _Collector:
         self.repeated = 0
         self.ignored: dict[Path, None] = {}
         self.closed: dict[Path, None] = {}
+        self.links: list[Path] = []  # that lead out of the folder they were found in
 
     def add_argument(self, argument: str) -> None:
         if not argument:
@@ -127,10 +128,11 @@ class _Collector:
 
     def add_existing(self, path: Path) -> None:
         if os.path.isdir(path):
-            images = self.images_below(path)
-            if not images:
-                why = "it cannot be opened" if path in self.closed else contents(images_below(path)[1])
-                raise DataError(f"no image in {path}: {why}")
+            with confined(path):
+                images = self.images_below(path)
+                if not images:
+                    why = "it cannot be opened" if path in self.closed else contents(images_below(path)[1])
+                    raise DataError(f"no image in {path}: {why}")
             self.add(images)
         elif is_output(path):
             self.ignored[path] = None
@@ -147,19 +149,25 @@ class _Collector:
             self.add_existing(path)
 
     def add_matches(self, pattern: Path) -> None:
+        with confined(literal_folder(pattern)):
+            self._add_matches(pattern)
+
+    def _add_matches(self, pattern: Path) -> None:
         matching = list(matches(pattern))
         if not matching:
             raise DataError(f"nothing matches {pattern}{hints(pattern)}")
         named = pattern.suffix and not is_pattern(pattern.suffix)  # *.dat asks for those files, * does not
         images: list[Path] = []
         for path in matching:
-            if os.path.isdir(path):
+            if is_link_out(path):
+                self.links.append(path)
+            elif os.path.isdir(path):
                 images += self.images_below(path)
             elif (named or is_image(path)) and not is_output(path):
                 images.append(path)
             else:
                 self.ignored[path] = None
-        if not images:
+        if not images and not self.links:
             files = [path for path in matching if not os.path.isdir(path)]
             found = contents(files) if files else f"{count(len(matching), 'folder')} without images"
             raise DataError(f"no image matches {pattern}: {found}")
@@ -176,7 +184,8 @@ class _Collector:
 
     def images_below(self, folder: Path) -> list[Path]:
         images, others, closed = images_below(folder)
-        self.ignored.update(dict.fromkeys(others))
+        self.links += (other for other in others if is_link_out(other))
+        self.ignored.update(dict.fromkeys(other for other in others if not is_link_out(other)))
         self.closed.update(dict.fromkeys(closed))
         return images
 

@@ -7,13 +7,18 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-from fastmaf.images.listing import contents, entries, files_in, folders_in, nearest, walk
+from fastmaf.images.listing import contents, entries, files_in, folders_in, is_link_out, nearest, walk
 from fastmaf.io.wording import count
 
 
 def is_pattern(text: str) -> bool:
     """Returns whether a text holds one of the characters ``*``, ``?`` and ``[``."""
     return any(sign in text for sign in "*?[")
+
+
+def literal_folder(pattern: Path) -> Path:
+    """Returns the folder that all matches of a pattern lie in: what comes before the first part with a sign."""
+    return next(folder for folder in (pattern, *pattern.parents) if not is_pattern(str(folder)))
 
 
 def matches(pattern: Path) -> Iterator[Path]:
@@ -37,7 +42,7 @@ def _below(folder: Path, parts: tuple[str, ...]) -> Iterator[Path]:
     elif is_pattern(first):
         for entry in entries(folder):
             hidden = entry.name.startswith(".") and not first.startswith(".")  # as in a shell
-            if fnmatch.fnmatch(entry.name, first) and not hidden:
+            if fnmatch.fnmatch(entry.name, first) and not hidden and not (rest and is_link_out(entry)):
                 yield from _below(entry, rest)
 
 

@@ -19,6 +19,7 @@ from fastmaf.images.decode import Frame
 from fastmaf.images.names import to_cell
 from fastmaf.inspection.interface import AnomalyModel
 from fastmaf.io.atomic import STDOUT, write_errors, written_atomically
+from fastmaf.io.safe_json import finite
 
 VERDICTS = ("good", "anomalous")
 
@@ -120,7 +121,8 @@ def row_writer(
         values = asdict(row)
         with write_errors(name):
             if json_lines:  # escaped to ASCII, which keeps file names that are not valid Unicode
-                print(json.dumps(values), file=stream)
+                plain = {key: finite(value) if isinstance(value, float) else value for key, value in values.items()}
+                print(json.dumps(plain, allow_nan=False), file=stream)
             else:
                 values["file"] = to_cell(row.file, keep_bytes=name != STDOUT)
                 values.update(decode_ms=f"{row.decode_ms:.2f}", latency_ms=f"{row.latency_ms:.2f}")
