@@ -19,8 +19,9 @@ from fastmaf.kernels.padding import keep_zero
 def network_inverse(z: Tensor, network: Network, invert: Invert) -> tuple[Tensor, Tensor]:
     """Inverts a block, exactly, one step per level; each weight is read once.
 
-    It is differentiable in ``z`` and the tensors of the network. The backward pass takes a triangular solve, and nothing
-    but x and z is kept for it. A backward pass that is differentiated, or batched, consists of torch's own operations.
+    It is differentiable in ``z`` and the tensors of the network. The backward pass takes a triangular solve, and
+    nothing but x and z is kept for it. A backward pass that is differentiated, or batched, consists of torch's own
+    operations.
 
     Args:
         z: ``[N, D]``.

@@ -1,9 +1,9 @@
 """Gradients through the inverse of flows of affine blocks, by implicit differentiation.
 
-A block maps x to z = f(x, θ) with log-determinant ℓ(x, θ); its inverse gives x and -ℓ. The gradients are those that the
-forward pass at x has for grad_z = -w and grad_ladj = -g_ladj, where w = J⁻ᵀ (g_x - g_ladj ℓ_x), with J = df/dx, is the
-gradient of z: see ``transposed_solve.py``, with g[d] = w[d] s[d]. Of the two rows (m, u) of the output layer for d, with
-s = exp(-a) or exp(a) the slope of the element-wise map (``AffineMap``), the gradients are
+A block maps x to z = f(x, θ) with log-determinant ℓ(x, θ); its inverse gives x and -ℓ. The gradients are those that
+the forward pass at x has for grad_z = -w and grad_ladj = -g_ladj, where w = J⁻ᵀ (g_x - g_ladj ℓ_x), with J = df/dx, is
+the gradient of z: see ``transposed_solve.py``, with g[d] = w[d] s[d]. Of the two rows (m, u) of the output layer for d,
+with s = exp(-a) or exp(a) the slope of the element-wise map (``AffineMap``), the gradients are
 
     z = (x - m) exp(-a):   grad_m = g             grad_u = (g (x - m) + g_ladj) da/du            SHIFT_FIRST
     z = exp(a) x + m:      grad_m = -g exp(-a)    grad_u = -(g x + g_ladj) da/du                 SCALE_FIRST
