@@ -18,7 +18,7 @@ from fastmaf.kernels import LinearArgs, PackedLayout, empty_on_huge_pages, level
 from fastmaf.kernels.activations import ACTIVATIONS, OP_ACTIVATIONS
 from fastmaf.kernels.autocast import outside_autocast
 from fastmaf.kernels.float8 import BYTE, FLOAT8, decode, encode
-from fastmaf.kernels.flow.torch.solve import Network
+from fastmaf.kernels.flow.torch.network import Network
 from fastmaf.kernels.layout import decreases
 from fastmaf.kernels.padding import keep_zero, without_padding
 from fastmaf.kernels.storage import uniform_

@@ -15,10 +15,12 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from fastmaf.kernels.activations import ACTIVATIONS
 from fastmaf.kernels.affine_output.args import AffineArgs
 from fastmaf.kernels.autocast import matmul
 from fastmaf.kernels.float8 import decode
 from fastmaf.kernels.flow.args import FlowArgs, permuted
+from fastmaf.kernels.flow.torch.network import Invert, Network
 from fastmaf.kernels.flow.torch.plan import plan_of
 from fastmaf.kernels.layout import runs_of
 from fastmaf.kernels.masked_linear.args import LinearArgs
@@ -87,25 +89,42 @@ def flow_inverse(z: Tensor, args: FlowArgs) -> tuple[Tensor, Tensor]:
 
 
 def _inverse_of_block(z: Tensor, args: FlowArgs, block: int, layers: range) -> tuple[Tensor, Tensor]:
-    affine_map, biases, panels = args.map(block), [args.biases[i] for i in layers], [args.panels[i] for i in layers]
-    weights = [decode(args.weights[i], args.weight_scales[i], z.dtype) for i in layers]
-    weights = [without_padding(weights[k], args.prefixes[i], args.panels[i]) for k, i in enumerate(layers)]
+    affine_map = args.map(block)
+
+    def invert(z: Tensor, out: Tensor) -> tuple[Tensor, Tensor]:
+        shift, raw = out.unbind(-1)
+        log_scale = affine_map.log_scale(raw)
+        return affine_map.inverse(z, shift, log_scale), -affine_map.sign * log_scale
+
+    activations = [args.activation] * (len(layers) - 1)
+    return network_inverse(z, Network([args.hidden(i) for i in layers], args.schedules[block], activations), invert)
+
+
+def network_inverse(z: Tensor, network: Network, invert: Invert) -> tuple[Tensor, Tensor]:
+    """Returns ``x`` ``[N, D]`` and ``ladj`` ``[N]`` of a block of any network and element-wise map."""
+    layers, terms = network.layers, network.terms
+    weights = [decode(layer.weight, layer.weight_scale, z.dtype) for layer in layers]
+    weights = [without_padding(weight, of.prefix, of.panels) for weight, of in zip(weights, layers, strict=True)]
+    outputs = len(layers[-1].bias) // z.shape[1]
     ladj, known = z.new_zeros(z.shape[0]), z[:, :0]
     finished = [known for _ in weights]  # of x, then of each hidden layer's units
-    for plan in plan_of(panels, args.schedules[block]):
+    for plan in plan_of([layer.panels for layer in layers], network.schedule, outputs):
         # Split and not sliced step by step: the gradient of each slice would be as large as the rows of a group.
-        pieces = [
-            zip(of.matrix(weight, slice(None)).split(of.counts), bias[of.rows].split(of.counts), strict=True)
-            for of, weight, bias in zip(plan, weights, biases, strict=True)
-        ]
+        pieces = []
+        for k, (of, weight) in enumerate(zip(plan, weights, strict=True)):
+            bias = layers[k].bias[of.rows]
+            bias = bias + terms[k][:, of.rows] if terms else bias
+            pieces.append(zip(of.matrix(weight, slice(None)).split(of.counts), bias.split(of.counts, -1), strict=True))
         for *hidden, output in zip(*pieces, strict=True):
-            shift, raw = _product(finished[-1], *output).unflatten(1, (-1, 2)).unbind(2)
-            log_scale, start = affine_map.log_scale(raw), finished[0].shape[1]
-            x = affine_map.inverse(z[:, start : start + shift.shape[1]], shift, log_scale)
+            out, start = _product(finished[-1], *output).unflatten(1, (-1, outputs)), finished[0].shape[1]
+            x, term = invert(z[:, start : start + out.shape[1]], out)
             finished[0] = torch.cat((finished[0], x), dim=1)
-            ladj = ladj - affine_map.sign * log_scale.sum(1)
+            ladj = ladj + term.sum(1)
+            sums: list[Tensor] = []
             for k, piece in enumerate(hidden):
-                units = _activated(_product(finished[k], *piece), args.activation)
+                own = _product(finished[k], *piece)
+                sums.append(own + sums[k - 2] if network.adds_before(k) else own)
+                units = ACTIVATIONS[network.activations[k]](sums[k])
                 finished[k + 1] = torch.cat((finished[k + 1], units), dim=1)
     return finished[0], ladj
 

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from fastmaf.convert.evaluation import copied
 from fastmaf.convert.network import NotConvertibleError
 from fastmaf.flows import Flow
 from fastmaf.transforms import ElementwiseAffine, Permutation, Transform
@@ -203,7 +204,8 @@ class ConvertedFlow(nn.Module):
         """
         report = []
         for dtype in (torch.float64, torch.float32):
-            own, source = copy.deepcopy(self).to(dtype), copy.deepcopy(self._source).to(x.device, dtype).eval()
+            own = copy.deepcopy(self, {id(self._source): self._source}).to(dtype)
+            source = copied(self._source).to(x.device, dtype).eval()
             x, context = x.to(dtype), None if context is None else context.to(dtype)
             inner = own._embedded(context)
             z = self._source_to_latent(source, x, context)

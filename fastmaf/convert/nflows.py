@@ -8,12 +8,12 @@ import torch
 from torch import Tensor, nn
 
 from fastmaf.convert.converted import ConditionalBlock, ConvertedFlow
+from fastmaf.convert.evaluation import copied
 from fastmaf.convert.network import Affine, Network, NotConvertibleError
 from fastmaf.convert.parts import (
     affine_block,
     base_of,
     class_name,
-    copied,
     expected,
     kind,
     masked,
@@ -167,9 +167,13 @@ def _leaf(transform: Any, like: Tensor) -> Parts:
 class _Context(nn.Module):
     """The inputs that stand for a context: what the first layer adds, and the context itself."""
 
-    def __init__(self, layer: nn.Module, activation: Any, itself: bool) -> None:
+    def __init__(self, layer: nn.Linear, activation: Any, itself: bool) -> None:
         super().__init__()
-        self.layer, self.activation, self.itself = layer, activation, itself
+        self.layer = nn.utils.skip_init(
+            nn.Linear, layer.in_features, layer.out_features, dtype=layer.weight.dtype, device=layer.weight.device
+        )
+        self.layer.load_state_dict({"weight": layer.weight, "bias": layer.bias})
+        self.activation, self.itself = activation, itself
 
     def forward(self, context: Tensor) -> Tensor:
         added = self.activation(self.layer(context))
@@ -194,7 +198,7 @@ def _block(transform: Any) -> Parts:
     else:
         passed = added + itself
         network, h = _piecewise_linear(made, added, itself)
-    of_context = None if layer is None else _Context(copied(layer), made.activation, bool(itself))
+    of_context = None if layer is None else _Context(layer, made.activation, bool(itself))
     outputs = outputs_of(network, h, made.final_layer, made.final_layer.out_features // features)
     if class_name(transform) == _SPLINE:
         return spline_block(network, outputs, _spline(transform), of_context, passed)

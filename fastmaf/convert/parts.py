@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import functools
 import math
 from collections.abc import Callable
@@ -10,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 from fastmaf.convert.converted import ConditionalBlock
 from fastmaf.convert.network import Affine, Network, NotConvertibleError
@@ -35,20 +35,12 @@ def kind(module: object) -> str:
 
 def class_name(module: object) -> str:
     """Returns the class of a library or of torch that a module is an instance of, maybe of a user's subclass."""
-    classes = [one for one in type(module).__mro__ if one.__module__.partition(".")[0] in LIBRARIES]
+    classes = [
+        one
+        for one in type(module).__mro__
+        if one.__module__.partition(".")[0] in LIBRARIES and one.__module__ != parametrize.__name__
+    ]
     return (classes or [type(module)])[0].__name__
-
-
-def copied(module: nn.Module) -> nn.Module:
-    """Returns a copy of a module that is not converted but called.
-
-    Raises:
-        NotConvertibleError: it cannot be copied, as those of the older ``weight_norm``.
-    """
-    try:
-        return copy.deepcopy(module)
-    except (RuntimeError, TypeError) as error:
-        raise NotConvertibleError(f"{kind(module)} cannot be copied: {error}") from error
 
 
 def slope_of(activation: Any) -> float:
@@ -141,8 +133,8 @@ def residual(network: Network, h: Affine, context: Affine | None, block: Any) ->
 
 def outputs_of(network: Network, h: Affine, layer: Any, count: int) -> list[Affine]:
     """Returns the outputs of a last layer with ``count`` rows for each dimension, side by side."""
-    h, mask = network.plain(h), masked(layer).mask
-    return [network.linear(h, layer.weight[i::count], layer.bias[i::count], mask[i::count]) for i in range(count)]
+    h, weight, bias, mask = network.plain(h), masked(layer).weight, layer.bias, layer.mask
+    return [network.linear(h, weight[i::count], bias[i::count], mask[i::count]) for i in range(count)]
 
 
 def affine_block(

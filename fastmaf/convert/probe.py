@@ -6,8 +6,7 @@ of its library, or because its class was changed while the program runs.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from typing import TypeAlias
 
 import torch
@@ -28,10 +27,10 @@ _MOST = {torch.float64: 1e-7, torch.float32: 1e-2}  # norm-wise; what is not the
 
 @torch.no_grad()
 def probe(source: nn.Module, parts: Sequence[Part], call: Call, like: Tensor, context: int, inverse: bool) -> None:
-    """Compares a source with what it was converted to, in evaluation mode.
+    """Compares a source with what it was converted to.
 
     Args:
-        source: the module.
+        source: the module, in evaluation mode.
         parts: its conversion, from data to the base.
         call: calls the source.
         like: ``[D]``, of the dtype and device of the source.
@@ -50,8 +49,7 @@ def probe(source: nn.Module, parts: Sequence[Part], call: Call, like: Tensor, co
     bounded = any(isinstance(part, MonotonicRQS) and not part.spline.tails for part in parts)
     x = (u if bounded else 6 * u - 3).to(like)
     c = torch.randn(_ROWS, context, generator=generator, dtype=torch.float64).to(like) if context else None
-    with _evaluating(source):
-        expected, expected_ladj = call(x, c)
+    expected, expected_ladj = call(x, c)
     found, found_ladj = x, x.new_zeros(_ROWS)
     for part in reversed(parts) if inverse else parts:
         function: Call = part.inverse if inverse else part  # type: ignore[assignment]
@@ -66,15 +64,3 @@ def probe(source: nn.Module, parts: Sequence[Part], call: Call, like: Tensor, co
                 f"{kind(source)} does not compute what its class is known for: at random points the {name} of its "
                 f"conversion differs by {difference / scale:.1e}"
             )
-
-
-@contextmanager
-def _evaluating(source: nn.Module) -> Iterator[None]:
-    training = [module for module in source.modules() if module.training]
-    for module in training:
-        module.training = False
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 import math
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
@@ -13,8 +13,10 @@ import torch
 from torch import nn
 
 from fastmaf.convert.converted import ConvertedFlow
+from fastmaf.convert.evaluation import computed_tensors, evaluating
 from fastmaf.convert.network import NotConvertibleError
 from fastmaf.convert.parts import kind
+from fastmaf.hooks import computing_hooks
 
 Converted = TypeVar("Converted", bound=ConvertedFlow)
 
@@ -36,9 +38,10 @@ def converter(
     def decorate(convert: Callable[[nn.Module], Converted]) -> Callable[[nn.Module], Converted]:
         @functools.wraps(convert)
         def checked(flow: nn.Module) -> Converted:
-            with _one_thread():
-                if all(hasattr(flow, name) for name in uses):
-                    check_source(flow, library, uses)
+            used = _used(flow, uses)
+            with _one_thread(), evaluating(used.values()):
+                if used:
+                    check_source(flow, library, used)
                 try:
                     result = convert(flow)
                 except NotConvertibleError:
@@ -69,16 +72,28 @@ def _one_thread() -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
-def check_source(flow: nn.Module, library: str, uses: Collection[str]) -> None:
+def _used(flow: nn.Module, uses: Collection[str]) -> dict[str, nn.Module]:
+    """Returns the modules of a source that are converted, by name; none of what is no flow of the library."""
+    if not all(hasattr(flow, name) for name in uses):
+        return {}
+    return {name: module for name, module in flow.named_modules() if not name or name.split(".")[0] in uses}
+
+
+def check_source(flow: nn.Module, library: str, modules: Mapping[str, nn.Module]) -> None:
     """Checks every module of a source that is converted.
+
+    Args:
+        flow: the source, in evaluation mode.
+        library: its library.
+        modules: the modules, by name.
 
     Raises:
         NotConvertibleError: a class overrides a method of the library, a module has forward hooks or a replaced
             method, or a tensor has no numbers; the message names it.
     """
-    modules = {name: module for name, module in flow.named_modules() if not name or name.split(".")[0] in uses}
     for name, module in modules.items():
-        _check_module(f"{name or 'the flow'}, {kind(module)},", module, library)
+        if "parametrizations" not in name.split("."):  # they are called, and may be of any class
+            _check_module(f"{name or 'the flow'}, {kind(module)},", module, library)
     tensors = dict(_tensors(modules))
     if len(devices := {str(one.device) for one in tensors.values()}) > 1 or "meta" in devices:
         raise NotConvertibleError(f"expected all tensors on one device, with values; found {sorted(devices)}")
@@ -90,9 +105,10 @@ def check_source(flow: nn.Module, library: str, uses: Collection[str]) -> None:
             raise NotConvertibleError(f"{name} contains numbers that are not finite")
 
 
-def _tensors(modules: dict[str, nn.Module]) -> Iterator[tuple[str, torch.Tensor]]:
+def _tensors(modules: Mapping[str, nn.Module]) -> Iterator[tuple[str, torch.Tensor]]:
     for prefix, module in modules.items():
-        for part in (module.named_parameters(recurse=False), module.named_buffers(recurse=False)):
+        own = module.named_parameters(recurse=False), module.named_buffers(recurse=False)
+        for part in (*own, computed_tensors(module)):
             for name, tensor in part:
                 yield f"{prefix}.{name}" if prefix else name, tensor
 
@@ -113,9 +129,8 @@ def _check_module(name: str, module: Any, library: str) -> None:
     for attribute in vars(module):
         if inspect.isroutine(getattr(type(module), attribute, None)):
             raise NotConvertibleError(f"{name} has its {attribute} replaced and cannot be converted")
-    if module._forward_hooks or module._forward_pre_hooks:
+    hooks_of_module = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
+    if any(hook not in computing_hooks(module) for hook in hooks_of_module):
         raise NotConvertibleError(
-            f"{name} has forward hooks, such as those of weight_norm, spectral_norm and pruning; remove them first"
+            f"{name} has forward hooks, other than those of weight_norm, spectral_norm and pruning; remove them first"
         )
-    if module.training and nn.utils.parametrize.is_parametrized(module):
-        raise NotConvertibleError(f"{name} has parametrizations in training mode; call eval() first")

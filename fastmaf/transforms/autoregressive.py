@@ -10,9 +10,8 @@ from torch import Tensor, nn
 
 from fastmaf import hooks
 from fastmaf.kernels import composite
-from fastmaf.kernels.flow.torch.solve import solve
+from fastmaf.kernels.flow.network_inverse import network_inverse
 from fastmaf.kernels.op import records_gradients
-from fastmaf.kernels.padding import keep_zero
 from fastmaf.nn import MADE
 from fastmaf.transforms.base import Transform
 from fastmaf.transforms.implicit import implicit_inverse
@@ -22,12 +21,13 @@ class Autoregressive(Transform):
     """An element-wise map whose parameters for dimension d are the outputs of a network that has seen those before d.
 
     Forward, the network is called. The inverse takes one step per distinct degree of the last hidden layer and reads
-    each weight once, in plain torch; where modules must be called, and within ``torch.compile``, one pass of the
-    network per step. Its backward pass
-    takes one backward pass of the network per step, in the memory of one; it cannot be differentiated again, other than
-    by ``torch.func``. Dropout is ignored: it inverts the transform in evaluation mode.
+    each weight once, in plain torch; its backward pass is a triangular solve, of about the arithmetic and the memory of
+    one backward pass of the network. Where modules must be called, the inverse takes one pass of the network per step,
+    and its backward pass one backward pass per step, which cannot be differentiated again, other than by
+    ``torch.func``. Within ``torch.compile`` the steps are unrolled. Dropout is ignored: it inverts the transform in
+    evaluation mode.
 
-    Subclasses define the map.
+    Subclasses define the map, which has no parameters of its own.
     """
 
     made: MADE
@@ -59,10 +59,13 @@ class Autoregressive(Transform):
         return z, terms - own
 
     def inverse(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        if composite.needed() or torch.compiler.is_dynamo_compiling():  # the steps write in place, and read pointers
+        # Within torch.compile too, since the steps write in place, and read pointers.
+        if torch.compiler.is_dynamo_compiling() or (self.calls_modules and composite.needed()):
             return self._inverse_by_modules(z, context)
+        if not self.calls_modules:
+            return network_inverse(z, self.made.network(context), self.map_inverse)
         with torch.no_grad():
-            x, ladj = (self._inverse_by_modules if self.calls_modules else self._inverse_by_steps)(z, context)
+            x, ladj = self._inverse_by_modules(z, context)
         if not records_gradients([z, *self.made.parameters(), *([] if context is None else [context])]):
             return x, ladj
 
@@ -71,12 +74,6 @@ class Autoregressive(Transform):
                 return self.map_forward(x, self._outputs(x, context))
 
         return implicit_inverse(forward, x, z, self.made.schedule[:, 0].tolist())
-
-    def _inverse_by_steps(self, z: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
-        network = self.made.network(context)
-        weights, _, prefixes, panels, *_ = zip(*network.layers, strict=True)
-        keep_zero(weights, prefixes, panels)
-        return solve(z, network, self.map_inverse)
 
     def _outputs(self, x: Tensor, context: Tensor | None) -> Tensor:
         """Returns the network's outputs ``[N, D, outputs]``; networks of other classes may take no context."""

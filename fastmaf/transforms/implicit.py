@@ -1,4 +1,6 @@
-"""Gradients of the inverse of an autoregressive transform, from those of its forward pass alone."""
+"""Gradients of the inverse of an autoregressive transform whose network must be called as a module, from those of its
+forward pass alone. Of other networks see ``kernels/flow/network_inverse.py``.
+"""
 
 from __future__ import annotations
 
@@ -49,9 +51,9 @@ class _Solved(torch.autograd.Function):
         # Not once_differentiable: its error is on no path from the result to the inputs, which would seem unused.
         if torch.is_grad_enabled():
             raise RuntimeError(
-                "the gradients of this inverse cannot be differentiated again (create_graph=True): those of affine "
-                "blocks of ReLUs without residual blocks, context and hooks can, and torch.func transforms, such as "
-                "torch.func.hessian, differentiate every inverse"
+                "the gradients of this inverse cannot be differentiated again (create_graph=True): those of blocks "
+                "without hooks, parametrizations and modules of other classes can, and torch.func transforms, such "
+                "as torch.func.hessian, differentiate every inverse"
             )
         [x] = ctx.saved_tensors
         with torch.enable_grad():

@@ -19,8 +19,8 @@ class MonotonicRQS(Autoregressive):
         z[d] = spline(x[d]; MADE(x[0..d−1])),    ladj = Σ_d log dz[d]/dx[d]
 
     The inverse is exact. It takes one step per distinct degree of the last hidden layer (``made.steps``) and reads each
-    weight once, in plain torch; its backward pass takes one backward pass of the network per step. The layers of the
-    network run on every backend.
+    weight once, in plain torch; its backward pass is a triangular solve. The layers of the network run on every
+    backend.
 
     Args:
         made: the network, with ``spline.outputs`` outputs per feature.

@@ -89,16 +89,18 @@ class SplineMap(NamedTuple):
         Without tails, numbers outside of the interval become NaN.
         """
         xs, ys, slopes = self.knots(raw)
-        (x0, x1), (y0, y1), (d0, d1) = _bin(xs, x, xs, ys, slopes)
-        s, t = (y1 - y0) / (x1 - x0), (x - x0) / (x1 - x0)
+        inner = x.clamp(self.low, self.high)  # outside, derivatives of what is not used might not be finite
+        (x0, x1), (y0, y1), (d0, d1) = _bin(xs, inner, xs, ys, slopes)
+        s, t = (y1 - y0) / (x1 - x0), (inner - x0) / (x1 - x0)
         z = y0 + (y1 - y0) * (s * t.square() + d0 * t * (1 - t)) / (s + (d0 + d1 - 2 * s) * t * (1 - t))
         return self._within(x, z, _log_slope(s, d0, d1, t))
 
     def inverse(self, z: Tensor, raw: Tensor) -> tuple[Tensor, Tensor]:
         """Returns ``x`` and log dx/dz ``[...]``; as ``forward``."""
         xs, ys, slopes = self.knots(raw)
-        (x0, x1), (y0, y1), (d0, d1) = _bin(ys, z, xs, ys, slopes)
-        s, rise = (y1 - y0) / (x1 - x0), z - y0
+        inner = z.clamp(self.low, self.high)
+        (x0, x1), (y0, y1), (d0, d1) = _bin(ys, inner, xs, ys, slopes)
+        s, rise = (y1 - y0) / (x1 - x0), inner - y0
         bend = d0 + d1 - 2 * s
         a, b, c = (y1 - y0) * (s - d0) + rise * bend, (y1 - y0) * d0 - rise * bend, -s * rise
         # The root within the bin; the form that does not cancel.

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 import fastmaf
 from fastmaf import AffineMap, NotConvertibleError, SplineMap
-from tests.convert.test_libraries import close, float64, nflows, seeded, trained, zuko
+from tests.convert.sources import close, float64, nflows, seeded, trained, zuko
 from tests.core.helpers import build, generator
 from tests.tolerances import F32, F64
 

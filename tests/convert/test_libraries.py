@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import copy
-import functools
-from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -12,50 +10,25 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
-from torch.nn import functional
 
 import fastmaf
+from tests.convert.sources import (
+    ACTIVATIONS,
+    FEATURES,
+    WIDTHS,
+    close,
+    float64,
+    nflows,
+    normal_flow,
+    normflows,
+    seeded,
+    trained,
+    zuko,
+)
 from tests.tolerances import F32, F64
 
-nflows = pytest.importorskip("nflows.flows")
-zuko = pytest.importorskip("zuko")
-normflows = pytest.importorskip("normflows")
-from nflows import distributions, transforms  # noqa: E402
-
-TOLERANCE = 1e-9  # relative, in float64
-FEATURES, WIDTHS = st.integers(1, 64), st.integers(1, 40)
-ACTIVATIONS = st.sampled_from([functional.relu, torch.relu, functional.leaky_relu])
-
-
-@pytest.fixture(autouse=True)
-def float64() -> Iterator[None]:
-    """nflows draws noise of the default dtype."""
-    torch.set_default_dtype(F64)
-    yield
-    torch.set_default_dtype(F32)
-
-
-def trained(flow: nn.Module, loss: Callable[[], Tensor]) -> nn.Module:
-    """Takes a few steps, so that no parameter or running statistic is at its start; then evaluates."""
-    optimizer = torch.optim.Adam(flow.parameters(), lr=0.02)
-    for _ in range(3):
-        optimizer.zero_grad()
-        loss().backward()
-        optimizer.step()
-    return flow.eval()
-
-
-def close(found: Tensor, expected: Tensor) -> None:
-    assert found.shape == expected.shape
-    found, expected = found.detach(), expected.detach()
-    error = float((found - expected).norm() / expected.norm().clamp(min=1e-30))
-    assert error < TOLERANCE, f"relative error {error:.1e}"
-
-
-def seeded(draw: Callable[[], Any]) -> Any:
-    torch.manual_seed(7)
-    with torch.no_grad():
-        return draw()
+__all__ = ["float64"]  # a fixture
+from nflows import distributions, transforms
 
 
 @settings(max_examples=60, deadline=None)
@@ -146,51 +119,6 @@ def test_normflows(data: st.DataObject) -> None:
         close(found, expected)
 
 
-@settings(max_examples=30, deadline=None)
-@given(st.data())
-def test_splines(data: st.DataObject) -> None:
-    features, library = data.draw(FEATURES), data.draw(st.sampled_from(["nflows", "zuko", "normflows"]))
-    bins, width = data.draw(st.integers(2, 9)), data.draw(WIDTHS)
-    context = data.draw(st.sampled_from([0, 3])) if library != "normflows" and features > 1 else 0
-    x, c = 2 * torch.randn(9, features), torch.randn(9, context) if context else None
-    if library == "zuko":
-        features = max(2, features)
-        x = 3 * torch.randn(9, features)
-        source = zuko.flows.NSF(features, context, bins, transforms=2, hidden_features=(width, width))
-        trained(source, lambda: -source(c).log_prob(x).mean())
-        flow = fastmaf.accelerate(source)
-        close(flow(c).log_prob(x), source(c).log_prob(x))
-        close(seeded(lambda: flow(c).sample((3,))), seeded(lambda: source(c).sample((3,))))
-    elif library == "nflows":
-        of = transforms.MaskedPiecewiseRationalQuadraticAutoregressiveTransform
-        tails = data.draw(st.sampled_from(["linear", None])) if not context else "linear"
-        options: dict[str, Any] = {
-            "num_bins": bins,
-            "tails": tails,
-            "tail_bound": 2.5,
-            "context_features": context or None,
-        }
-        layers = [
-            part for _ in range(2) for part in (of(features, width, **options), transforms.RandomPermutation(features))
-        ]
-        x = x if tails else torch.rand(9, features)
-        source = nflows.Flow(transforms.CompositeTransform(layers), distributions.StandardNormal([features]))
-        trained(source, lambda: -source.log_prob(x, c).mean())
-        flow = fastmaf.accelerate(source)
-        close(flow.log_prob(x, c), source.log_prob(x, c))  # type: ignore[operator]
-        if tails:
-            close(seeded(lambda: flow.sample(3, c)), seeded(lambda: source.sample(3, c)))  # type: ignore[operator]
-    else:
-        spline = normflows.flows.AutoregressiveRationalQuadraticSpline
-        layers = [spline(features, 1, width, num_bins=bins, init_identity=False) for _ in range(2)]
-        source = normflows.NormalizingFlow(normflows.distributions.DiagGaussian(features), layers)
-        trained(source, lambda: source.forward_kld(x))
-        flow = fastmaf.accelerate(source)
-        close(flow.log_prob(x), source.log_prob(x))  # type: ignore[operator]
-        for found, expected in zip(*(seeded(lambda f=f: f.sample(3)) for f in (flow, source)), strict=True):
-            close(found, expected)
-
-
 def test_batch_shapes_of_zuko() -> None:
     source = zuko.flows.MAF(4, 3, transforms=2, hidden_features=(8, 8))
     flow = fastmaf.accelerate(source)
@@ -255,146 +183,6 @@ def seeded_rsample(flow: Any, c: Tensor) -> Tensor:
     torch.manual_seed(7)
     result: Tensor = flow(c).rsample()
     return result
-
-
-def leaky(features: int) -> nn.Module:
-    """A network whose outputs see their own inputs."""
-    transform = transforms.MaskedAffineAutoregressiveTransform(features, 8, use_residual_blocks=False)
-    mask = transform.autoregressive_net.final_layer.mask
-    mask.fill_(1)
-    return nflows.Flow(transform, distributions.StandardNormal([features]))
-
-
-def refused() -> Iterator[tuple[str, Callable[[], nn.Module], str]]:
-    normal = distributions.StandardNormal([4])
-
-    def of(transform: Any) -> nn.Module:
-        return nflows.Flow(transform, normal)
-
-    affine = functools.partial(transforms.MaskedAffineAutoregressiveTransform, 4, 8)
-    spline = transforms.MaskedPiecewiseRationalQuadraticAutoregressiveTransform
-    yield "spline", lambda: of(spline(4, 8, tails="linear", min_derivative=1e-2)), "smallest bins"
-    cubic = transforms.MaskedPiecewiseCubicAutoregressiveTransform
-    yield "cubic", lambda: of(cubic(4, features=4, hidden_features=8)), "MaskedPiecewiseCubic"
-    yield "activation", lambda: of(affine(activation=functional.mish)), "activation mish"
-    yield "inverse", lambda: of(transforms.InverseTransform(affine())), "InverseTransform"
-    yield "linear", lambda: of(transforms.LULinear(4)), "LULinear"
-    yield "mask", lambda: leaky(4), "own input"
-    yield "ActNorm", lambda: of(transforms.ActNorm(4)), "no batch"
-    base = distributions.ConditionalDiagonalNormal([4])
-    yield "base", lambda: nflows.Flow(affine(), base), "ConditionalDiagonalNormal"
-    yield "NCSF", lambda: zuko.flows.NCSF(4), "BoxUniform"
-    yield "NAF", lambda: zuko.flows.NAF(4), "MNN"
-    yield "NICE", lambda: zuko.flows.NICE(4), "GeneralCoupling"
-    adjacency = torch.ones(4, 4, dtype=torch.bool).tril()
-    yield "adjacency", lambda: maf_of(adjacency=adjacency), "adjacency"
-    yield "Mish", lambda: zuko.flows.MAF(4, activation=nn.Mish), "activation Mish"
-    glow = functools.partial(normflows.flows.MaskedAffineAutoregressive, 4, 8, context_features=2)
-    yield "context", lambda: normal_flow(glow()), "context of normflows"
-    yield (
-        "coupling",
-        lambda: normal_flow(normflows.flows.AffineCouplingBlock(normflows.nets.MLP([2, 4, 4]))),
-        "Coupling",
-    )
-    yield "nothing", lambda: nn.Linear(2, 2), "Linear"
-
-    def with_net(change: Callable[[Any], object], **options: Any) -> Callable[[], nn.Module]:
-        def make() -> nn.Module:
-            transform = affine(**options)
-            change(transform.autoregressive_net)
-            return of(transform)
-
-        return make
-
-    class Doubled(transforms.MaskedAffineAutoregressiveTransform):  # type: ignore[misc]
-        def _elementwise_forward(self, inputs: Tensor, params: Tensor) -> Any:
-            return super()._elementwise_forward(2 * inputs, params)
-
-    Doubled.__name__ = "MaskedAffineAutoregressiveTransform"
-    yield "method", lambda: of(Doubled(4, 8)), "overrides _elementwise_forward"
-    yield "log_prob", lambda: Shifted(affine(), normal), "overrides _log_prob"
-    yield "module", with_net(lambda _: None, activation=Tanh()), "overrides forward"
-    yield "hook", with_net(lambda net: net.initial_layer.register_forward_hook(print)), "forward hooks"
-    yield "weight_norm", with_net(lambda net: nn.utils.spectral_norm(net.final_layer)), "forward hooks"
-    parametrized = nn.utils.parametrizations.spectral_norm
-    yield "training", with_net(lambda net: parametrized(net.final_layer)), "call eval"
-    yield "patched", with_net(lambda net: setattr(net.final_layer, "forward", torch.zeros_like)), "forward replaced"
-    yield "embedding", uncopied, "cannot be copied"
-    yield "permutation", lambda: normal_flow(unlike_itself()), "each other's inverse"
-    yield "layer", with_net(lambda net: setattr(net, "initial_layer", nn.Linear(4, 8))), "expected a MaskedLinear"
-    yield "block", with_net(lambda net: net.blocks.append(nn.Linear(8, 8))), "expected MaskedResidualBlock"
-    yield "bias", with_net(lambda net: setattr(net.final_layer, "bias", None)), "with a bias"
-    yield "in place", with_net(lambda _: None, activation=nn.ReLU(inplace=True)), "in place"
-    yield "NaN", with_net(lambda net: net.final_layer.weight.data.fill_(torch.nan)), "not finite"
-    yield "meta", lambda: nflows.Flow(affine(), distributions.StandardNormal([4])).to("meta"), "one device"
-    yield "dtypes", with_net(lambda net: net.final_layer.float()), "one dtype"
-    yield "features", lambda: nflows.Flow(affine(), distributions.StandardNormal([5])), "4 features, the flow 5"
-    yield "divided", divided, "number of hidden features"
-    yield "univariate", lambda: maf_of(univariate=Univariate), "neither affine nor"
-    yield "batch", batched, "DiagNormal of vectors"
-    yield "class", lambda: normflows.ClassCondFlow(normflows.distributions.DiagGaussian(4), []), "ClassCondFlow"
-
-
-def uncopied() -> nn.Module:
-    """An embedding net whose weight is computed, and so cannot be copied after it was used."""
-    transform = transforms.MaskedAffineAutoregressiveTransform(4, 8, context_features=2)
-    embedding = nn.utils.spectral_norm(nn.Linear(3, 2))
-    source = nflows.Flow(transform, distributions.StandardNormal([4]), embedding)
-    source.log_prob(torch.zeros(2, 4), torch.zeros(2, 3))
-    return source  # type: ignore[no-any-return]
-
-
-def unlike_itself() -> nn.Module:
-    """A permutation whose inverse is another one."""
-    layer = normflows.flows.Permute(4)
-    layer.perm = layer.inv_perm.roll(1)
-    return layer  # type: ignore[no-any-return]
-
-
-def divided() -> nn.Module:
-    """A spline whose network says by how many features its outputs are divided."""
-    spline = transforms.MaskedPiecewiseRationalQuadraticAutoregressiveTransform(4, 8, tails="linear")
-    spline.autoregressive_net.hidden_features = 8
-    return nflows.Flow(spline, distributions.StandardNormal([4]))
-
-
-def batched() -> nn.Module:
-    """A flow with a batch of bases."""
-    base = zuko.lazy.UnconditionalDistribution(zuko.distributions.DiagNormal, torch.zeros(2, 4), torch.ones(2, 4))
-    return zuko.flows.Flow(zuko.flows.MaskedAutoregressiveTransform(4), base)  # type: ignore[no-any-return]
-
-
-class Shifted(nflows.Flow):  # type: ignore[misc]
-    def _log_prob(self, inputs: Tensor, context: Tensor | None) -> Tensor:
-        return super()._log_prob(inputs + 1, context)  # type: ignore[no-any-return]
-
-
-class Tanh(nn.ReLU):
-    def forward(self, input: Tensor) -> Tensor:
-        return input.tanh()
-
-
-class Univariate(zuko.transforms.MonotonicAffineTransform):  # type: ignore[misc]
-    pass
-
-
-Univariate.__name__ = "MonotonicAffineTransform"
-
-
-def maf_of(**options: Any) -> nn.Module:
-    transform = zuko.flows.MaskedAutoregressiveTransform(4, **options)
-    return zuko.flows.Flow(transform, zuko.flows.MAF(4).base)  # type: ignore[no-any-return]
-
-
-def normal_flow(layer: nn.Module) -> nn.Module:
-    base = normflows.distributions.DiagGaussian(4)
-    return normflows.NormalizingFlow(base, [layer])  # type: ignore[no-any-return]
-
-
-@pytest.mark.parametrize("make, message", [pytest.param(make, text, id=name) for name, make, text in refused()])
-def test_what_is_refused_is_named(make: Callable[[], nn.Module], message: str) -> None:
-    with pytest.raises(fastmaf.NotConvertibleError, match=message):
-        fastmaf.accelerate(make())
 
 
 def test_a_context_is_neither_forgotten_nor_invented() -> None:

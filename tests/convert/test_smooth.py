@@ -14,7 +14,7 @@ from torch import nn
 from torch.nn import functional
 
 import fastmaf
-from tests.convert.test_libraries import FEATURES, WIDTHS, close, seeded, trained
+from tests.convert.sources import FEATURES, WIDTHS, close, seeded, trained
 from tests.tolerances import F32, F64
 
 nflows = pytest.importorskip("nflows.flows")

@@ -276,17 +276,28 @@ def test_samples_have_tangents() -> None:
     assert_close("gradients", torch.func.jvp(of, (weights,), (tangents,))[1], expected)
 
 
+@pytest.mark.parametrize("called", [False, True])
 @pytest.mark.parametrize("kind", [fastmaf.MAF, fastmaf.IAF])
-def test_second_derivatives_of_implicit_inverses_are_refused(kind: type[fastmaf.MAF]) -> None:
-    """They would lack terms. ``torch.func`` has them all."""
+def test_second_derivatives_of_implicit_inverses(kind: type[fastmaf.MAF], called: bool) -> None:
+    """Where modules must be called they would lack terms, and are refused. ``torch.func`` has them all."""
     flow = kind(3, 2, 8, activation="tanh", dtype=torch.float64, seed=0)
+    if called:
+        for module in flow.modules():
+            if isinstance(module, fastmaf.MADE):
+                module.register_forward_hook(lambda *_: None)
     method = flow.inverse if kind is fastmaf.MAF else flow.forward
     z = normal(2, 3).requires_grad_()
+    hessian = torch.func.hessian(lambda z: method(z[None])[0].sum())(z[0].detach())
     # Also where the loss is linear, and its own gradient constant.
     for loss in (lambda x: x.sum(), lambda x: x.square().sum()):
-        with pytest.raises(RuntimeError, match=r"cannot be differentiated again .*torch\.func\.hessian"):
-            torch.autograd.grad(loss(method(z)[0]), z, create_graph=True)
-    hessian = torch.func.hessian(lambda z: method(z[None])[0].sum())(z[0].detach())
+        if called:
+            with pytest.raises(RuntimeError, match=r"cannot be differentiated again .*torch\.func\.hessian"):
+                torch.autograd.grad(loss(method(z)[0]), z, create_graph=True)
+            continue
+        rows = torch.func.hessian(lambda z, loss=loss: loss(method(z[None])[0]))(z[0].detach())
+        (grad,) = torch.autograd.grad(loss(method(z)[0]), z, create_graph=True)
+        found = torch.stack([torch.autograd.grad(one, z, retain_graph=True)[0][0] for one in grad[0]])
+        assert torch.allclose(found, rows, atol=1e-12)
     step = 1e-5 * torch.eye(3, dtype=torch.float64)
     slopes = [
         torch.autograd.grad(method(at)[0].sum(), at)[0]

@@ -9,7 +9,8 @@ from __future__ import annotations
 from torch import Tensor
 
 from fastmaf.kernels.flow.args import FlowArgs, permuted
-from fastmaf.kernels.flow.torch.solve import Network, solve
+from fastmaf.kernels.flow.torch.network import Network
+from fastmaf.kernels.flow.torch.solve import solve
 
 
 def inverse(z: Tensor, args: FlowArgs) -> tuple[Tensor, Tensor]:

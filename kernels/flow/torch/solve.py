@@ -16,45 +16,17 @@ equal degrees, so that a step finishes the same units of both.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
 
 from fastmaf.kernels.activations import activate_
 from fastmaf.kernels.float8 import decode
+from fastmaf.kernels.flow.torch.network import Invert, Network
 from fastmaf.kernels.flow.torch.plan import Rows, plan_of
 from fastmaf.kernels.layout import PANEL
-from fastmaf.kernels.masked_linear.args import LinearArgs
-
-# Of z ``[dims, N]`` and the outputs for it ``[dims, N, outputs]``: x and log dx/dz, ``[dims, N]``.
-Invert: TypeAlias = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
-
-
-class Network(NamedTuple):
-    """The network of a block.
-
-    Attributes:
-        layers: the hidden layers, then the output layer, whose rows are the outputs of one dimension after the other.
-        schedule: the block's ``level_schedule``.
-        activations: of the hidden layers, by name.
-        residual: each third, fifth, … hidden layer adds the sums of the one two layers before it to its own, before
-            the activation. These layers have the same degrees.
-        terms: ``[N, units]`` for each layer, added to its sums; empty for none.
-    """
-
-    layers: Sequence[LinearArgs]
-    schedule: Tensor
-    activations: Sequence[str]
-    residual: bool = False
-    terms: Sequence[Tensor] = ()
-
-    def keeps_sums(self, layer: int) -> bool:
-        """Returns whether the sums of a hidden layer, which are not its units, are needed by a later one."""
-        is_added = self.residual and layer % 2 == 0 and layer + 2 < len(self.layers) - 1
-        return is_added and self.activations[layer] != "identity"
 
 
 @contextmanager
@@ -122,7 +94,7 @@ def solve(z: Tensor, network: Network, invert: Invert) -> tuple[Tensor, Tensor]:
                         terms.append(term)
                     elif of.counts[step]:
                         h = solves[k + 1].step(step)
-                        if network.residual and k and k % 2 == 0:
+                        if network.adds_before(k):
                             h += solves[k - 1].sums[step]
                         if network.keeps_sums(k):
                             h = values[k][step].copy_(h)

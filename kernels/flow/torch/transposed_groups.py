@@ -1,13 +1,11 @@
-"""Which steps of an inverse its backward pass solves together; see ``inverse_backward.py``."""
+"""Which steps of an inverse its backward pass solves together; see ``transposed_solve.py``."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import NamedTuple
 
-from torch import Tensor
-
 from fastmaf.kernels.flow.schedule import groups
+from fastmaf.kernels.flow.torch.network import Network
 from fastmaf.kernels.flow.torch.plan import Rows, make_rows
 from fastmaf.kernels.layout import runs_of
 from fastmaf.kernels.tensor_cache import cached
@@ -32,28 +30,32 @@ class Group(NamedTuple):
     complete: bool
 
 
-def groups_of(panels: Sequence[Tensor], schedule: Tensor, n: int) -> list[Group]:
+def groups_of(network: Network, n: int) -> list[Group]:
     """Returns the groups for ``n`` samples: those of ``schedule.groups``, and several of them together while that makes
     little arithmetic of A.
     """
+    panels, schedule, residual = [layer.panels for layer in network.layers], network.schedule, network.residual
 
     def make() -> list[Group]:
         dims, *units = zip(*schedule.tolist(), strict=True)  # finished after each step
         runs, below = [runs_of(layer) for layer in panels], [(0, *finished) for finished in (dims, *units)]
-        ends = [*units, [2 * d for d in dims]]
+        outputs = len(network.layers[-1].bias) // dims[-1]
+        ends = [*units, [outputs * d for d in dims]]
         merged: list[tuple[int, int]] = []
         for first, end in groups(schedule, every_layer=True):
             start = merged[-1][0] if merged else first
             of_dims, of_first, *_, of_last = [of[end] - of[start] for of in (below if len(below) > 2 else below * 2)]
-            if merged and 2 * of_dims * of_first * of_last * samples <= _SMALL:
+            if merged and outputs * of_dims * of_first * of_last * samples <= _SMALL:
                 first, _ = merged.pop()
             merged.append((first, end))
         result = []
         for first, end in merged:
             rows = [make_rows(*of, first, end) for of in zip(runs, ends, below, strict=True)]
             finished = [slice(of[first], of[end]) for of in below]
-            result.append(Group(rows, finished, end - first > 1, all(of.start < of.stop for of in finished)))
+            # Residual sums pass by the layers between them.
+            needed = [finished[0], *(finished[1::2] if residual else finished[1:])]
+            result.append(Group(rows, finished, end - first > 1, all(of.start < of.stop for of in needed)))
         return result
 
     samples = 1 << max(n - 1, 0).bit_length()
-    return cached(schedule, ("groups of the transposed solve", samples), make, also=panels)
+    return cached(schedule, ("groups of the transposed solve", samples, residual), make, also=panels)

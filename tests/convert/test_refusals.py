@@ -1,0 +1,149 @@
+"""What is not converted: the message names it, with the reason."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+import fastmaf
+from tests.convert.sources import float64, nflows, normal_flow, normflows, zuko
+
+__all__ = ["float64"]  # a fixture
+from nflows import distributions, transforms
+
+
+def leaky(features: int) -> nn.Module:
+    """A network whose outputs see their own inputs."""
+    transform = transforms.MaskedAffineAutoregressiveTransform(features, 8, use_residual_blocks=False)
+    mask = transform.autoregressive_net.final_layer.mask
+    mask.fill_(1)
+    return nflows.Flow(transform, distributions.StandardNormal([features]))
+
+
+def refused() -> Iterator[tuple[str, Callable[[], nn.Module], str]]:
+    normal = distributions.StandardNormal([4])
+
+    def of(transform: Any) -> nn.Module:
+        return nflows.Flow(transform, normal)
+
+    affine = functools.partial(transforms.MaskedAffineAutoregressiveTransform, 4, 8)
+    spline = transforms.MaskedPiecewiseRationalQuadraticAutoregressiveTransform
+    yield "spline", lambda: of(spline(4, 8, tails="linear", min_derivative=1e-2)), "smallest bins"
+    cubic = transforms.MaskedPiecewiseCubicAutoregressiveTransform
+    yield "cubic", lambda: of(cubic(4, features=4, hidden_features=8)), "MaskedPiecewiseCubic"
+    yield "activation", lambda: of(affine(activation=functional.mish)), "activation mish"
+    yield "inverse", lambda: of(transforms.InverseTransform(affine())), "InverseTransform"
+    yield "linear", lambda: of(transforms.LULinear(4)), "LULinear"
+    yield "mask", lambda: leaky(4), "own input"
+    yield "ActNorm", lambda: of(transforms.ActNorm(4)), "no batch"
+    base = distributions.ConditionalDiagonalNormal([4])
+    yield "base", lambda: nflows.Flow(affine(), base), "ConditionalDiagonalNormal"
+    yield "NCSF", lambda: zuko.flows.NCSF(4), "BoxUniform"
+    yield "NAF", lambda: zuko.flows.NAF(4), "MNN"
+    yield "NICE", lambda: zuko.flows.NICE(4), "GeneralCoupling"
+    adjacency = torch.ones(4, 4, dtype=torch.bool).tril()
+    yield "adjacency", lambda: maf_of(adjacency=adjacency), "adjacency"
+    yield "Mish", lambda: zuko.flows.MAF(4, activation=nn.Mish), "activation Mish"
+    glow = functools.partial(normflows.flows.MaskedAffineAutoregressive, 4, 8, context_features=2)
+    yield "context", lambda: normal_flow(glow()), "context of normflows"
+    yield (
+        "coupling",
+        lambda: normal_flow(normflows.flows.AffineCouplingBlock(normflows.nets.MLP([2, 4, 4]))),
+        "Coupling",
+    )
+    yield "nothing", lambda: nn.Linear(2, 2), "Linear"
+
+    def with_net(change: Callable[[Any], object], **options: Any) -> Callable[[], nn.Module]:
+        def make() -> nn.Module:
+            transform = affine(**options)
+            change(transform.autoregressive_net)
+            return of(transform)
+
+        return make
+
+    class Doubled(transforms.MaskedAffineAutoregressiveTransform):  # type: ignore[misc]
+        def _elementwise_forward(self, inputs: Tensor, params: Tensor) -> Any:
+            return super()._elementwise_forward(2 * inputs, params)
+
+    Doubled.__name__ = "MaskedAffineAutoregressiveTransform"
+    yield "method", lambda: of(Doubled(4, 8)), "overrides _elementwise_forward"
+    yield "log_prob", lambda: Shifted(affine(), normal), "overrides _log_prob"
+    yield "module", with_net(lambda _: None, activation=Tanh()), "overrides forward"
+    yield "hook", with_net(lambda net: net.initial_layer.register_forward_hook(print)), "forward hooks"
+    yield "patched", with_net(lambda net: setattr(net.final_layer, "forward", torch.zeros_like)), "forward replaced"
+    yield "embedding", uncopied, "cannot be copied"
+    yield "permutation", lambda: normal_flow(unlike_itself()), "each other's inverse"
+    yield "layer", with_net(lambda net: setattr(net, "initial_layer", nn.Linear(4, 8))), "expected a MaskedLinear"
+    yield "block", with_net(lambda net: net.blocks.append(nn.Linear(8, 8))), "expected MaskedResidualBlock"
+    yield "bias", with_net(lambda net: setattr(net.final_layer, "bias", None)), "with a bias"
+    yield "in place", with_net(lambda _: None, activation=nn.ReLU(inplace=True)), "in place"
+    yield "NaN", with_net(lambda net: net.final_layer.weight.data.fill_(torch.nan)), "not finite"
+    yield "meta", lambda: nflows.Flow(affine(), distributions.StandardNormal([4])).to("meta"), "one device"
+    yield "dtypes", with_net(lambda net: net.final_layer.float()), "one dtype"
+    yield "features", lambda: nflows.Flow(affine(), distributions.StandardNormal([5])), "4 features, the flow 5"
+    yield "divided", divided, "number of hidden features"
+    yield "univariate", lambda: maf_of(univariate=Univariate), "neither affine nor"
+    yield "batch", batched, "DiagNormal of vectors"
+    yield "class", lambda: normflows.ClassCondFlow(normflows.distributions.DiagGaussian(4), []), "ClassCondFlow"
+
+
+def uncopied() -> nn.Module:
+    """An embedding net that keeps a result, which cannot be copied."""
+    transform = transforms.MaskedAffineAutoregressiveTransform(4, 8, context_features=2)
+    embedding = nn.Linear(3, 2)
+    embedding.last = embedding(torch.zeros(2, 3))  # type: ignore[assignment]
+    return nflows.Flow(transform, distributions.StandardNormal([4]), embedding)  # type: ignore[no-any-return]
+
+
+def unlike_itself() -> nn.Module:
+    """A permutation whose inverse is another one."""
+    layer = normflows.flows.Permute(4)
+    layer.perm = layer.inv_perm.roll(1)
+    return layer  # type: ignore[no-any-return]
+
+
+def divided() -> nn.Module:
+    """A spline whose network says by how many features its outputs are divided."""
+    spline = transforms.MaskedPiecewiseRationalQuadraticAutoregressiveTransform(4, 8, tails="linear")
+    spline.autoregressive_net.hidden_features = 8
+    return nflows.Flow(spline, distributions.StandardNormal([4]))
+
+
+def batched() -> nn.Module:
+    """A flow with a batch of bases."""
+    base = zuko.lazy.UnconditionalDistribution(zuko.distributions.DiagNormal, torch.zeros(2, 4), torch.ones(2, 4))
+    return zuko.flows.Flow(zuko.flows.MaskedAutoregressiveTransform(4), base)  # type: ignore[no-any-return]
+
+
+class Shifted(nflows.Flow):  # type: ignore[misc]
+    def _log_prob(self, inputs: Tensor, context: Tensor | None) -> Tensor:
+        return super()._log_prob(inputs + 1, context)  # type: ignore[no-any-return]
+
+
+class Tanh(nn.ReLU):
+    def forward(self, input: Tensor) -> Tensor:
+        return input.tanh()
+
+
+class Univariate(zuko.transforms.MonotonicAffineTransform):  # type: ignore[misc]
+    pass
+
+
+Univariate.__name__ = "MonotonicAffineTransform"
+
+
+def maf_of(**options: Any) -> nn.Module:
+    transform = zuko.flows.MaskedAutoregressiveTransform(4, **options)
+    return zuko.flows.Flow(transform, zuko.flows.MAF(4).base)  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("make, message", [pytest.param(make, text, id=name) for name, make, text in refused()])
+def test_what_is_refused_is_named(make: Callable[[], nn.Module], message: str) -> None:
+    with pytest.raises(fastmaf.NotConvertibleError, match=message):
+        fastmaf.accelerate(make())
