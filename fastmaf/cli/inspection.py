@@ -23,7 +23,17 @@ app = typer.Typer(no_args_is_help=True, help="Find defects in images of any obje
 def fit(
     data: options.TrainData,
     out: options.Out = Path("results"),
-    size: options.Size = 64,
+    size: Annotated[
+        str,
+        typer.Option(
+            callback=options.size_or_auto,
+            metavar="auto|N",
+            help="Side of the square images in pixels; auto tries 64, 128 and 256, as far as images and --budget go.",
+        ),
+    ] = "64",
+    budget: Annotated[
+        float, typer.Option(min=0, metavar="SECONDS", help="Time for the models of --size auto; from 300 on, 256 too.")
+    ] = 120,
     dequantize: Annotated[
         bool, typer.Option("--dequantize", help="Spread each 8-bit value evenly over its bin for fitting.")
     ] = False,
@@ -56,11 +66,12 @@ def fit(
     from fastmaf.inspection.recipe import Recipe
 
     with checked_settings():
-        recipe = Recipe(size=size, seed=seed, dequantize=dequantize, logit=logit)
+        recipe = Recipe(size=64 if size == "auto" else int(size), seed=seed, dequantize=dequantize, logit=logit)
     from fastmaf.inspection.workflow.fit import fit as run
 
     settings: Any = {"keep_folds": keep_folds, "skip_bad": skip_bad, "progress": not quiet}
-    result = run(data, out, recipe, group_by=group_by, **settings, say=say_aside)
+    sizes: Any = "auto" if size == "auto" else None
+    result = run(data, out, recipe, sizes=sizes, budget=budget, group_by=group_by, **settings, say=say_aside)
     say_or_aside(as_json)(result.describe(explain))
     if as_json:
         say_json(result.summary())

@@ -52,6 +52,13 @@ def _device(name: str) -> str:
     return name
 
 
+def size_or_auto(text: str) -> str:
+    """Refuses a size that is neither ``auto`` nor a whole number from 1 to 16,384."""
+    if text != "auto" and not (re.fullmatch(r"\d{1,5}", text, re.ASCII) and 1 <= int(text) <= 2**14):
+        refuse(f"expected auto or a whole number from 1 to {2**14}; found {text!r}")
+    return text
+
+
 def share(value: float | None) -> float | None:
     """Refuses a rate or probability that is not between 0 and 1."""
     if value is not None and not 0 < value < 1:

@@ -7,6 +7,7 @@ Likewise, the score of a baseline is taken where it is better than the whitening
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -21,6 +22,7 @@ from fastmaf.inspection.selection.ranking import MapCandidate, ScoreCandidate, d
 SCORE_CANDIDATES = (ScoreSettings(), ScoreSettings(presmooth_sigma=0.7))
 MAP_CANDIDATES = (AnomalyMapConfig(), AnomalyMapConfig(factors=400))
 
+_SIDE = 64  # of the images that widths in pixels are for; wider in larger images, whose neighbours are more alike
 _IMAGES = 500  # that defects are drawn onto, at most: more would take time and memory, and change little
 _STANDARD_ERRORS = 2.0  # another score must be better by this many standard errors of the first one's mean AUROC
 _GAIN = 0.01  # another map must be better by this much in the mean of pixel AUROC and AU-PRO
@@ -45,6 +47,7 @@ def select_score_and_map(recipe: Recipe, pixels: Tensor, models: OutOfFoldModels
     """
     figures: dict[str, Any] = {}
     baseline: BaselineModel | None = None
+    of_scores, of_maps = score_candidates(recipe.size), map_candidates(recipe.size)
     score, map_config = recipe.score, recipe.map_config
     options: dict[str, Any] = {"progress": False}
     all_pixels, all_models = pixels, models
@@ -53,10 +56,10 @@ def select_score_and_map(recipe: Recipe, pixels: Tensor, models: OutOfFoldModels
         pixels = all_pixels[torch.from_numpy(index)]
         options["drawn_sets"] = draw_sets(pixels, 1, recipe.seed, models.channels)
     if score is None:
-        scores = rank_scores(pixels, models, candidates=SCORE_CANDIDATES, **options)
-        score = select_score(scores)
+        scores = rank_scores(pixels, models, candidates=of_scores, **options)
+        score = select_score(scores, of_scores[0])
         aurocs = {candidate.settings: candidate.image_auroc for candidate in scores}
-        figures["drawn_auroc"] = {f"presmooth {s.presmooth_sigma:g}": aurocs[s] for s in SCORE_CANDIDATES}
+        figures["drawn_auroc"] = {f"presmooth {s.presmooth_sigma:g}": aurocs[s] for s in of_scores}
         chosen = next(candidate for candidate in scores if candidate.settings == score)
         margin = _STANDARD_ERRORS * chosen.error
         baseline, figures["drawn_auroc_of_baselines"] = better_baseline(
@@ -66,21 +69,35 @@ def select_score_and_map(recipe: Recipe, pixels: Tensor, models: OutOfFoldModels
             baseline = baseline.refitted(all_pixels, all_models)
         figures["baseline"] = None if baseline is None else baseline.name
     if map_config is None:
-        maps = rank_maps(pixels, models, candidates=MAP_CANDIDATES, **options)
-        map_config = select_map(maps)
+        maps = rank_maps(pixels, models, candidates=of_maps, **options)
+        map_config = select_map(maps, of_maps[0])
         means = {candidate.config: candidate.mean for candidate in maps}
-        figures["drawn_maps"] = {f"{config.factors} factors": means[config] for config in MAP_CANDIDATES}
+        figures["drawn_maps"] = {f"{config.factors} factors": means[config] for config in of_maps}
     return Selected(score, map_config, baseline, figures)
 
 
-def select_score(ranked: list[ScoreCandidate]) -> ScoreSettings:
-    """Returns the best of ``SCORE_CANDIDATES`` if it beats the first by two standard errors, else the first."""
-    best, first = ranked[0], next(c for c in ranked if c.settings == SCORE_CANDIDATES[0])
+def select_score(ranked: list[ScoreCandidate], default: ScoreSettings = SCORE_CANDIDATES[0]) -> ScoreSettings:
+    """Returns the best candidate if it beats the default by two standard errors, else the default."""
+    best, first = ranked[0], next(c for c in ranked if c.settings == default)
     better = best.image_auroc > first.image_auroc + _STANDARD_ERRORS * first.error
     return best.settings if better else first.settings
 
 
-def select_map(ranked: list[MapCandidate]) -> AnomalyMapConfig:
-    """Returns the best of ``MAP_CANDIDATES`` if it beats the first by 0.01, else the first."""
-    best, first = ranked[0], next(c for c in ranked if c.config == MAP_CANDIDATES[0])
+def select_map(ranked: list[MapCandidate], default: AnomalyMapConfig = MAP_CANDIDATES[0]) -> AnomalyMapConfig:
+    """Returns the best candidate if it beats the default by 0.01, else the default."""
+    best, first = ranked[0], next(c for c in ranked if c.config == default)
     return best.config if best.mean > first.mean + _GAIN else first.config
+
+
+def score_candidates(size: int) -> tuple[ScoreSettings, ...]:
+    """Returns ``SCORE_CANDIDATES`` with widths for images of this size."""
+    ratio = max(1.0, size / _SIDE)
+    return tuple(
+        replace(score, sigma=score.sigma * ratio, presmooth_sigma=score.presmooth_sigma * ratio)
+        for score in SCORE_CANDIDATES
+    )
+
+
+def map_candidates(size: int) -> tuple[AnomalyMapConfig, ...]:
+    """Returns ``MAP_CANDIDATES`` with widths for images of this size."""
+    return tuple(replace(config, sigma=config.sigma * max(1.0, size / _SIDE)) for config in MAP_CANDIDATES)

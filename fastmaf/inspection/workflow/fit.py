@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from dataclasses import replace as replace_field
 from datetime import datetime, timezone
 from pathlib import Path
+from typing import Any, Literal
 
 import numpy as np
 
@@ -16,6 +18,7 @@ from fastmaf.inspection.fit import fit as fit_model
 from fastmaf.inspection.fold_models import fold_model_files, replace_fold_models, save_fold_models
 from fastmaf.inspection.recipe import Recipe
 from fastmaf.inspection.report.content import REPORT, REPORT_FILE
+from fastmaf.inspection.sizes import BUDGET, SIZES, FittedSizes, fit_sizes, sizes_for
 from fastmaf.inspection.workflow.fit_result import LOG_FILE, FitResult
 from fastmaf.inspection.workflow.groups import group_labels
 from fastmaf.inspection.workflow.inputs import Say
@@ -28,6 +31,7 @@ from fastmaf.io.wording import count
 from fastmaf.training.checkpoints import MODEL_FILE, STATE_FILE, refuse_unfinished, remove_state
 from fastmaf.training.interrupts import interruptible
 
+_FEWEST = 5  # good images that are fitted with the default number of folds
 _LOG_COLUMNS = ("step", "nll", "held_out_nll")
 
 
@@ -37,6 +41,8 @@ def fit(
     out: str | Path,
     recipe: Recipe | None = None,
     *,
+    sizes: Literal["auto"] | None = None,
+    budget: float = BUDGET,
     group_by: str | None = None,
     keep_folds: bool = False,
     skip_bad: bool = False,
@@ -52,6 +58,9 @@ def fit(
         data: folder with ``train/good``, or a folder of good images.
         out: folder to write to.
         recipe: the settings.
+        sizes: ``"auto"`` fits models of the sizes that the images hold, one after the other, and chooses among them and
+            their combinations on drawn defects, whatever ``recipe.size``; see ``fit_sizes``. None: the recipe's size.
+        budget: seconds that the models of ``sizes`` may take; from 300 on, 256 pixels are considered.
         group_by: which images were taken together; see ``group_labels``. None: random folds.
         keep_folds: write the fold models, too, so that ``fastmaf inspect eval`` can evaluate their ensemble.
 
@@ -67,11 +76,21 @@ def fit(
     with run_folder(out, "fitting", LOG_FILE, REPORT_FILE):
         check_outputs(outputs_of(out, recipe.folds if keep_folds else 0))
         refuse_unfinished(out)
-        images = load_normals(data, recipe, skip_bad=skip_bad, progress=progress, say=say)
-        check_disk(out, _disk_needed(recipe, keep_folds))
+        reading: Any = {"skip_bad": skip_bad, "progress": progress, "say": say}
+        wanted: tuple[int, ...]
+        if sizes is None:
+            wanted, images = (recipe.size,), load_normals(data, recipe, **reading)
+        else:
+            wanted, images = _load_sizes(data, recipe, budget, **reading)
+        check_disk(out, sum(_disk_needed(replace_field(recipe, size=size), keep_folds) for size in wanted))
         groups = None if group_by is None else group_labels(group_by, images.names)
+        options: Any = {"double": images.double, "groups": groups, "every_fold": keep_folds, "progress": progress}
+        fitted: Fitted | FittedSizes
         try:
-            fitted = fit_model(images.pixels, recipe, double=images.double, groups=groups, progress=progress)
+            if len(wanted) == 1:
+                fitted = fit_model(images.pixels, replace_field(recipe, size=wanted[0]), **options)
+            else:
+                fitted = fit_sizes(images.pixels, wanted, recipe, budget=budget, **options)
         except KeyboardInterrupt:
             say(f"interrupted before anything was written: {out} is as it was")
             raise
@@ -90,9 +109,31 @@ def fit(
 def load_normals(data: str | Path, recipe: Recipe, *, skip_bad: bool, progress: bool, say: Say) -> ImageSet:
     """Reads the good images of a folder; raises a DataError for too few."""
     images = load_train(data, size=recipe.size, skip_bad=skip_bad, double=True, progress=progress)
+    return _checked(images, recipe, say)
+
+
+def _load_sizes(
+    data: str | Path, recipe: Recipe, budget: float, *, skip_bad: bool, progress: bool, say: Say
+) -> tuple[tuple[int, ...], ImageSet]:
+    """Returns the sizes to fit, none larger than an image of the folder, and the good images at the largest."""
+    options: Any = {"skip_bad": skip_bad, "double": True, "progress": progress}
+    images = load_train(data, size=SIZES[1], **options)
+    side = min(min(shape) for shape in images.shapes)
+    wanted = sizes_for(side, budget)
+    if wanted[-1] != images.size:
+        images = load_train(data, size=wanted[-1], **options)
+    if side < 2 * images.size:  # enlarged images hold no finer shifts
+        images = replace_field(images, double=None)
+    return wanted, _checked(images, recipe, say)
+
+
+def _checked(images: ImageSet, recipe: Recipe, say: Say) -> ImageSet:
     for note in images.notes:
         say(note)
-    needed, guaranteed = max(recipe.folds, 3), Calibration(np.zeros(1), FALSE_ALARM, None, "split").min_samples
+    needed, guaranteed = (
+        max(3, min(recipe.folds, _FEWEST)),
+        Calibration(np.zeros(1), FALSE_ALARM, None, "split").min_samples,
+    )
     if len(images) < needed:
         skipped = f", and {count(len(images.skipped), 'file')} that cannot be read" if images.skipped else ""
         raise DataError(
@@ -123,7 +164,7 @@ def _disk_needed(recipe: Recipe, keep_folds: bool) -> int:
     return factors * (1 + recipe.folds * keep_folds)
 
 
-def _write(out: Path, fitted: Fitted, images: ImageSet, keep_folds: bool) -> None:
+def _write(out: Path, fitted: Fitted | FittedSizes, images: ImageSet, keep_folds: bool) -> None:
     """Writes all files of a run to a temporary folder, then replaces those of an earlier run."""
     from fastmaf.inspection.report.build import training_report
 
@@ -132,7 +173,7 @@ def _write(out: Path, fitted: Fitted, images: ImageSet, keep_folds: bool) -> Non
         rows = ((row["step"], f"{row['nll']:.10g}", f"{row['held_out_nll']:.10g}") for row in fitted.log)
         write_csv(new / LOG_FILE, _LOG_COLUMNS, rows)
         if keep_folds:
-            save_fold_models(new, fitted.model, fitted.out_of_fold.flows)
+            save_fold_models(new, fitted.density, fitted.out_of_fold.flows)
         training_report(new / REPORT_FILE, fitted.model, images, name=out.name)
         with interruptible() as stop:  # Ctrl-C here would leave a mixture of two runs
             files = (MODEL_FILE, LOG_FILE, REPORT_FILE)

@@ -10,6 +10,7 @@ from typing import Any
 from fastmaf.inspection.decisions import decisions
 from fastmaf.inspection.fit import Fitted
 from fastmaf.inspection.report.content import REPORT_FILE
+from fastmaf.inspection.sizes import FittedSizes
 from fastmaf.io.safe_json import finite
 from fastmaf.io.wording import count
 from fastmaf.metrics.results import bits_per_dim
@@ -28,23 +29,24 @@ class FitResult:
         out: the folder.
     """
 
-    fitted: Fitted
+    fitted: Fitted | FittedSizes
     images: int
     out: Path
 
     def describe(self, explain: bool = False) -> str:
         """Returns decisions, threshold and files as text; ``explain`` adds figures and assumptions."""
-        model, folder = self.fitted.model, f'"{self.out}"' if " " in str(self.out) else str(self.out)
+        model, density = self.fitted.model, self.fitted.density
+        folder = f'"{self.out}"' if " " in str(self.out) else str(self.out)
         nll, bits = self._held_out_nll
-        recipe = model.about["recipe"]
+        recipe = density.about["recipe"]
         at_most = "at most " if recipe["dequantize"] else ""
         lines = [
             f"{count(self.images, 'good image')} at {recipe['size']} x {recipe['size']} pixels"
-            f"{', grey: one channel' if model.channels == 1 else ''}; "
+            f"{', grey: one channel' if density.channels == 1 else ''}; "
             f"held-out NLL {nll:,.0f} nats, {at_most}{bits:.3f} bits/dim of 8-bit data"
         ]
         if explain:
-            lines[0] += f"; whitening alone {model.about['held_out_nll_of_whitening']:,.0f} nats"
+            lines[0] += f"; whitening alone {density.about['held_out_nll_of_whitening']:,.0f} nats"
             lines.append(
                 "Held-out NLL: mean negative log-likelihood of an image under a model fitted without its fold "
                 f"({recipe['folds']} folds); lower is better."
@@ -57,13 +59,13 @@ class FitResult:
 
     def summary(self) -> dict[str, Any]:
         """Returns what was fitted, selected and written, as JSON types."""
-        model, (nll, bits) = self.fitted.model, self._held_out_nll
-        recipe, log = model.about["recipe"], self.out / LOG_FILE
+        model, density, (nll, bits) = self.fitted.model, self.fitted.density, self._held_out_nll
+        recipe, log = density.about["recipe"], self.out / LOG_FILE
         return {
             "images": self.images,
-            "size": recipe["size"],
+            "size": model.size,
             "held_out_nll": finite(nll),
-            "held_out_nll_of_whitening": finite(model.about["held_out_nll_of_whitening"]),
+            "held_out_nll_of_whitening": finite(density.about["held_out_nll_of_whitening"]),
             "bits_per_dim": finite(bits),
             "augmentation": recipe["augmentation"],
             "blocks": recipe["blocks"],
@@ -78,5 +80,6 @@ class FitResult:
     @property
     def _held_out_nll(self) -> tuple[float, float]:
         """The mean held-out NLL of an image in nats, and in bits per dimension of 8-bit data."""
-        nll = self.fitted.model.about["held_out_nll"]
-        return nll, bits_per_dim(nll, self.fitted.model.flow.features) + math.log2(255)
+        density = self.fitted.density
+        nll = density.about["held_out_nll"]
+        return nll, bits_per_dim(nll, density.flow.features) + math.log2(255)
