@@ -59,6 +59,16 @@ def features_card(
     return _card(path, details, calibration, about)
 
 
+def texture_card(path: str | Path, size: int, calibration: Calibration, about: Mapping[str, Any]) -> ModelCard:
+    """Returns the card of a texture model; arguments as ``inspection_card``."""
+    details = {
+        "Class": "density of local features at several scales",
+        "Levels with blocks": ", ".join(about.get("texture_blocks", [])) or "none",
+        "Images": f"resized to {size} × {size} pixels",
+    }
+    return _card(path, details, calibration, about)
+
+
 def tiled_card(
     path: str | Path, size: int, tiles: int, calibration: Calibration, about: Mapping[str, Any]
 ) -> ModelCard:

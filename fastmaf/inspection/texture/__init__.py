@@ -1,0 +1,1 @@
+"""A translation-invariant density of textures: a masked autoregressive flow over local features at several scales."""
