@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Sequence
+from dataclasses import replace
 from numbers import Integral
 from pathlib import Path
 from typing import Any, Literal
@@ -145,6 +146,7 @@ class Detector(OutlierMixin, BaseEstimator):
         Calibration(np.zeros(1), self.false_alarm, self.confidence, "split")  # reports an invalid rate before fitting
         given = self.random_state
         seed = int(given if isinstance(given, Integral) else check_random_state(given).randint(2**31 - 1))
+        recipe = Recipe(self.size, self.rank, blocks=self.blocks, steps=self.steps, folds=self.folds, seed=seed)
         if self.tiles < 1:
             raise ValueError(f"tiles must be at least 1; found {self.tiles}")
         labels = None if groups is None else [str(group) for group in groups]
@@ -157,7 +159,7 @@ class Detector(OutlierMixin, BaseEstimator):
             self._use(of_features.with_calibration(calibration))
             scores = candidate.held_out([known]).scores[0]
         elif _are_images(X):
-            model, scores = self._fit_images(X, labels, seed)
+            model, scores = self._fit_images(X, labels, recipe)
             self._use(model)
         elif groups is not None:
             raise ValueError("groups are for images: rows are held out at random")
@@ -166,7 +168,7 @@ class Detector(OutlierMixin, BaseEstimator):
         else:
             rows = self._rows(X, ensure_min_samples=2)
             self._warn_of_few(len(rows), "samples")
-            folds = self.folds if self.folds < 2 else min(self.folds, len(rows))
+            folds = min(self.folds, len(rows))
             self.model_, scores = fit_rows(rows, self.rank, folds, seed)
             self.calibration_ = Calibration(scores, self.false_alarm, self.confidence, "k-fold", folds)
             self._set_threshold()
@@ -256,7 +258,7 @@ class Detector(OutlierMixin, BaseEstimator):
         detector._use(model)
         return detector
 
-    def _fit_images(self, X: Any, groups: Sequence[str] | None, seed: int) -> tuple[AnomalyModel, np.ndarray]:
+    def _fit_images(self, X: Any, groups: Sequence[str] | None, recipe: Recipe) -> tuple[AnomalyModel, np.ndarray]:
         """Returns the model of images and the held-out score of each."""
         extractor = None if self.features is None else extractor_of(self.features)
         if extractor is not None and self.tiles > 1:
@@ -267,8 +269,7 @@ class Detector(OutlierMixin, BaseEstimator):
         if n < 3:
             raise ValueError(f"X must hold at least 3 good images; found {n}")
         self._warn_of_few(*((n, "samples") if groups is None else (len(set(groups)), "groups")))
-        folds = self.folds if self.folds < 2 else min(self.folds, n)
-        recipe = Recipe(self.size, self.rank, blocks=self.blocks, steps=self.steps, folds=folds, seed=seed)
+        recipe = replace(recipe, folds=min(self.folds, n))
         options: Any = {"groups": groups, "progress": self.verbose}
         model: AnomalyModel
         if extractor is not None:

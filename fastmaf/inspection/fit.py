@@ -190,7 +190,7 @@ def fit(
     }
     model = InspectionModel(flow, score, map_config, statistics, calibration, about)
     seconds = dict(zip(("whitenings", "blocks", "scores"), np.diff(times).tolist(), strict=True))
-    return Fitted(model, models, log, seconds, HeldOut(scores.numpy()[None], maps.numpy()[None]))
+    return Fitted(model, models, log, seconds, HeldOut(scores[None], maps[None]))
 
 
 def dequantized(x: Tensor, seed: int) -> Tensor:
