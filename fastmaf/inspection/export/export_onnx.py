@@ -151,9 +151,7 @@ def _session(file: str) -> Any:
         raise ExportError(f"ONNX Runtime {runtime.__version__} cannot read the graph: {error}") from error
 
 
-def _compared(
-    model: AnomalyModel, results: Sequence[Results], tolerance: float, path: Path, size: int
-) -> ExportReport:
+def _compared(model: AnomalyModel, results: Sequence[Results], tolerance: float, path: Path, size: int) -> ExportReport:
     """Returns the report, or raises for the first image with different results."""
     calibration = model.calibration
     spread, middle = calibration.spread(), float(np.median(calibration.scores))
