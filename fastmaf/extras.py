@@ -7,7 +7,7 @@ import importlib.util
 _MODULES = {
     "cli": ("typer",),
     "inspection": ("PIL", "scipy", "sklearn", "matplotlib", "jinja2", "tqdm"),
-    "serve": ("fastapi", "uvicorn"),
+    "serve": ("fastapi", "uvicorn", "starlette", "anyio"),
 }
 """What each extra of pyproject.toml brings, by the names of imports."""
 

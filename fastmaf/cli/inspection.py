@@ -208,8 +208,10 @@ def score(
         refuse("--tiff is the format of --maps; found no --maps")
     if resume and out is None:
         refuse("--resume continues a run with --out; found no --out")
-    if (watch is None) == (not images):
-        refuse("expected IMAGES, or --watch DIR; found " + ("neither" if watch is None else "both"))
+    if watch is None and not images:
+        refuse("Missing argument 'IMAGES', or --watch DIR")
+    if watch is not None and images:
+        refuse("--watch scores the images of a folder; found IMAGES, too")
     settings: Any = {
         "out": out,
         "resume": resume,
