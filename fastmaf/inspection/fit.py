@@ -27,6 +27,7 @@ from fastmaf.images.progress import Progress
 from fastmaf.inspection.blocks import Log, fit_blocks, select_blocks
 from fastmaf.inspection.calibration import Calibration
 from fastmaf.inspection.exchangeability import describe_groups, order_matters
+from fastmaf.inspection.fit_stages import SelectedBlocks, Stages
 from fastmaf.inspection.free_threads import free_threads
 from fastmaf.inspection.interface import HeldOut
 from fastmaf.inspection.model import InspectionModel
@@ -73,6 +74,7 @@ def fit(
     double: Tensor | None = None,
     groups: Sequence[str] | None = None,
     callbacks: Sequence[Callback] = (),
+    stages: Stages | None = None,
     every_fold: bool = False,
     check_order: bool = True,
     progress: bool = True,
@@ -91,6 +93,8 @@ def fit(
             scores, threshold and choices are those for images of new groups. None: folds are random.
         callbacks: called every ten steps of the blocks of the first fold, with ``nll`` and ``held_out_nll``, means
             over whitened images in nats.
+        stages: of an interrupted fit to the same images with the same recipe, which is continued; finished stages are
+            added.
         every_fold: train blocks without each fold, too, where ``blocks="auto"`` would train them without the first
             alone: for the fold models' densities.
         check_order: warn where neighbouring images are alike.
@@ -127,9 +131,11 @@ def fit(
         warnings.warn(warning, stacklevel=4)
     every_fold = every_fold or asked.blocks != "auto" or (asked.score is not None and asked.score.source == "flow")
     steps = count_fits(asked, len(x)) + (asked.folds if every_fold else 1) * bool(asked.most_blocks)
-    times = [time.perf_counter()]
+    times, stages = [time.perf_counter()], Stages() if stages is None else stages
     with Progress("fitting", "model", total=steps, show=progress) as bar:
-        recipe, whitenings, augmentation_figures = select_augmentation(Normals(x, double), folds, asked, bar.update)
+        recipe, whitenings, augmentation_figures = stages.whitenings(asked) or stages.keep_whitenings(
+            select_augmentation(Normals(x, double), folds, asked, bar.update)
+        )
         first = before_whitening(recipe)
         y = fastmaf.Flow(recipe.features, first)(x)[0]
         times.append(time.perf_counter())
@@ -138,15 +144,14 @@ def fit(
             z[fold] = fold_whitening(y[fold])[0]
         flows = [fastmaf.Flow(recipe.features, [*first, fold_whitening]).eval() for fold_whitening in whitenings.folds]
         models = OutOfFoldModels(folds, flows)
-        kept, models, log, block_figures = select_blocks(
-            x, z, models, recipe, bar.update, callbacks=callbacks, every_fold=every_fold
-        )
+        selected = stages.blocks(recipe, models)
+        if selected is None:
+            found = select_blocks(x, z, models, recipe, bar.update, callbacks=callbacks, every_fold=every_fold)
+            selected = SelectedBlocks(*found, fit_blocks(z, replace(recipe, blocks=found[0])))
+            stages.keep_blocks(recipe, models, selected)
+        kept, models, log, block_figures, blocks = selected
         recipe = replace(recipe, blocks=kept)
-        flow = (
-            fastmaf.Flow(recipe.features, [*first, whitenings.whole, *fit_blocks(z, recipe)])
-            .eval()
-            .requires_grad_(False)
-        )
+        flow = fastmaf.Flow(recipe.features, [*first, whitenings.whole, *blocks]).eval().requires_grad_(False)
         times.append(time.perf_counter())
     score, map_config, baseline, figures = select_score_and_map(recipe, pixels, models)
     if baseline is not None:

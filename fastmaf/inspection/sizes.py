@@ -16,6 +16,7 @@ import fastmaf
 from fastmaf.images.reduce import reduced
 from fastmaf.inspection.blocks import Log
 from fastmaf.inspection.fit import Fitted, fit
+from fastmaf.inspection.fit_stages import Stages
 from fastmaf.inspection.interface import AnomalyModel, HeldOut
 from fastmaf.inspection.model import InspectionModel
 from fastmaf.inspection.out_of_fold import OutOfFoldModels
@@ -84,6 +85,7 @@ def fit_sizes(
     groups: Sequence[str] | None = None,
     every_fold: bool = False,
     callbacks: Sequence[Callback] = (),
+    stages: Stages | None = None,
     budget: float = BUDGET,
     progress: bool = True,
 ) -> FittedSizes:
@@ -98,6 +100,7 @@ def fit_sizes(
         double: the images at twice the largest size; see ``fit``.
         groups, every_fold: see ``fit``.
         callbacks: see ``fit``; called for the smallest size.
+        stages: see ``fit``; of all sizes.
         budget: in seconds.
         progress: show progress bars.
 
@@ -127,6 +130,7 @@ def fit_sizes(
             groups=groups,
             every_fold=every_fold,
             callbacks=() if candidates else callbacks,
+            stages=stages,
             check_order=not candidates,
             progress=progress,
         )
