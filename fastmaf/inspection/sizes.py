@@ -11,18 +11,21 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+import numpy as np
+import torch
 from torch import Tensor
 
 import fastmaf
 from fastmaf.images.reduce import reduced
 from fastmaf.inspection.blocks import Log
-from fastmaf.inspection.fit import Fitted, fit
+from fastmaf.inspection.combined import combine
+from fastmaf.inspection.fit import FALSE_ALARM, Fitted, fit
 from fastmaf.inspection.interface import AnomalyModel
 from fastmaf.inspection.model import InspectionModel
 from fastmaf.inspection.out_of_fold import OutOfFoldModels
 from fastmaf.inspection.pixel_candidate import PixelCandidate
 from fastmaf.inspection.recipe import Recipe
-from fastmaf.inspection.selection.candidates import choose_candidate
+from fastmaf.inspection.selection.candidates import choose_candidate, combined_model
 from fastmaf.inspection.synthetic_defects.draw import draw_defects
 
 SIZES = (64, 128, 256)
@@ -32,6 +35,7 @@ BUDGET = 120.0
 _LONG = 300.0  # a budget from which on the largest size is considered: its images need the memory at once
 _GROWTH = 4.5  # of the time, from one size to the next
 _DRAWS = 2  # synthetic defects per good image
+_IMAGES = 500  # that defects are drawn onto, at most: more would take time and memory, and change little
 
 
 @dataclass(frozen=True, eq=False)
@@ -153,8 +157,22 @@ def _following(recipe: Recipe, first: Fitted, size: int) -> Recipe:
 
 
 def _chosen(candidates: Sequence[PixelCandidate], pixels: Tensor, seed: int) -> AnomalyModel:
-    if len(candidates) == 1 and candidates[0].size == pixels.shape[-1]:
+    side = int(pixels.shape[-1])
+    if len(candidates) == 1 and candidates[0].size == side:
         return candidates[0].model()
+    index, some = np.arange(len(pixels)), list(candidates)
+    for i, candidate in enumerate(candidates):
+        index, some[i] = candidate.subset(_IMAGES, seed)  # the same images of each
+    compared = pixels[torch.from_numpy(index)]
     draws = _DRAWS if len(candidates) > 1 else 1
-    drawn = [draw_defects(pixels, seed=seed + 1 + i) for i in range(draws)]
-    return choose_candidate(candidates, pixels, drawn).model
+    choice = choose_candidate(some, compared, [draw_defects(compared, seed=seed + 1 + i) for i in range(draws)])
+    if len(index) == len(pixels):
+        return choice.model
+    chosen = [candidate for candidate in candidates if candidate.name in choice.names]
+    if len(chosen) == 1 and chosen[0].size == side:
+        return chosen[0].model()  # its figures are there
+    held_out = [candidate.held_out([reduced(pixels, candidate.size)]) for candidate in chosen]
+    combination = combine(choice.names, held_out, side)
+    model = combined_model([candidate.model() for candidate in chosen], combination, side, FALSE_ALARM)
+    model.about.update(choice.figures)
+    return model
