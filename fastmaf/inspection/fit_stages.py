@@ -64,15 +64,11 @@ class Stages:
         recipe = replace(asked, augmentation=stage.record["augmentation"])
         return recipe, Whitenings(folds, whole), dict(stage.record["figures"])
 
-    def keep_whitenings(
-        self, found: tuple[Recipe, Whitenings, dict[str, Any]]
-    ) -> tuple[Recipe, Whitenings, dict[str, Any]]:
-        """Keeps what ``select_augmentation`` returned, and returns it."""
-        recipe, whitenings, figures = found
+    def keep_whitenings(self, recipe: Recipe, whitenings: Whitenings, figures: Mapping[str, Any]) -> None:
+        """Keeps what ``select_augmentation`` returned."""
         flows = (fastmaf.Flow(recipe.features, [each]) for each in (whitenings.whole, *whitenings.folds))
         record = {"augmentation": recipe.augmentation, "figures": figures}
         self.done[f"{recipe.size} pixels, whitenings"] = Stage(tuple(flows), record)
-        return found
 
     def blocks(self, recipe: Recipe, models: OutOfFoldModels) -> SelectedBlocks | None:
         """Returns the blocks of this size, if they were trained.
@@ -92,8 +88,8 @@ class Stages:
         blocks: list[fastmaf.Transform] = list(whole)  # type: ignore[arg-type]
         return SelectedBlocks(record["kept"], models, list(record["log"]), dict(record["figures"]), blocks)
 
-    def keep_blocks(self, recipe: Recipe, before: OutOfFoldModels, found: SelectedBlocks) -> SelectedBlocks:
-        """Keeps blocks, and returns them; ``before`` are the models of the folds without them."""
+    def keep_blocks(self, recipe: Recipe, before: OutOfFoldModels, found: SelectedBlocks) -> None:
+        """Keeps blocks; ``before`` are the models of the folds without them."""
         flows: list[fastmaf.Flow] = []
         if found.blocks:
             flows.append(fastmaf.Flow(recipe.features, found.blocks))
@@ -102,7 +98,6 @@ class Stages:
                     flows.append(fastmaf.Flow(recipe.features, [*flow.transforms][len(plain.transforms) :]))  # type: ignore[arg-type]
         record = {"kept": found.kept, "log": found.log, "figures": found.figures}
         self.done[f"{recipe.size} pixels, blocks"] = Stage(tuple(flows), record)
-        return found
 
 
 def _with(flow: fastmaf.Flow, blocks: Sequence[Any]) -> fastmaf.Flow:

@@ -39,6 +39,7 @@ from fastmaf.training.checkpoints import MODEL_FILE, STATE_FILE, refuse_unfinish
 from fastmaf.training.interrupts import interruptible
 
 _NEEDED = Calibration(np.zeros(1), FALSE_ALARM, None, "split").min_samples  # images or groups, for the guarantee
+_FEWEST = 5  # good images that are fitted with the default number of folds
 _LOG_COLUMNS = ("step", "nll", "held_out_nll")
 
 
@@ -169,7 +170,7 @@ def _load_sizes(
 def _checked(images: ImageSet, recipe: Recipe, say: Say) -> ImageSet:
     for note in images.notes:
         say(note)
-    needed = max(recipe.folds, 3)
+    needed = max(3, min(recipe.folds, _FEWEST))
     if len(images) < needed:
         skipped = f", and {count(len(images.skipped), 'file')} that cannot be read" if images.skipped else ""
         raise DataError(

@@ -91,7 +91,7 @@ def test_a_fit_may_be_interrupted_again_and_fold_models_are_the_same(
     with pytest.raises(KeyboardInterrupt):
         run(data, parts, keep_folds=True, callbacks=[interrupt])
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(fit_module, "out_of_fold_scores", lambda *_: interrupt(0, {}))
+        patch.setattr(fit_module, "out_of_fold_results", lambda *_: interrupt(0, {}))
         run(data, parts, keep_folds=True, resume=True)
     run(data, parts, keep_folds=True, resume=True)
     same_model(whole, parts)
