@@ -61,6 +61,10 @@ def fit(
     keep_folds: Annotated[
         bool, typer.Option("--keep-folds", help="Keep the fold models; eval then reports their mean, too.")
     ] = False,
+    resume: Annotated[
+        bool,
+        typer.Option("--resume", help="Continue a fit that Ctrl-C interrupted, with the same images and settings."),
+    ] = False,
     seed: options.Seed = 0,
     skip_bad: options.SkipBad = False,
     config: Annotated[
@@ -96,7 +100,7 @@ def fit(
         return
     from fastmaf.inspection.workflow.fit import fit as run
 
-    settings: Any = {"keep_folds": keep_folds, "skip_bad": skip_bad, "progress": not quiet}
+    settings: Any = {"keep_folds": keep_folds, "resume": resume, "skip_bad": skip_bad, "progress": not quiet}
     sizes: Any = "auto" if size == "auto" else None
     result = run(data, out, recipe, sizes=sizes, budget=budget, group_by=group_by, **settings, say=say_aside)
     say_or_aside(as_json)(result.describe(explain))

@@ -16,7 +16,6 @@ import torch
 from torch import Tensor
 
 import fastmaf
-from fastmaf.images.reduce import area_weights
 from fastmaf.inspection.combined import CombinedModel, enlarged
 from fastmaf.inspection.export.graph_builder import ExportError, Graph, Value
 from fastmaf.inspection.export.resize import resized
@@ -97,7 +96,8 @@ def _(model: InspectionModel, planes: Value) -> _Results:
 def _(model: CombinedModel, planes: Value) -> _Results:
     graph, scores, maps, nlls = planes.graph, [], [], []
     for part, standard in zip(model.parts, model.standards, strict=True):
-        score, anomaly_map, nll = _results(part, _reduced(planes, model.size, part.size))
+        small = planes if part.size == model.size else resized(planes.transpose(0, 2, 3, 1), part.size)
+        score, anomaly_map, nll = _results(part, small)
         scores.append((score - standard.mean) / standard.deviation)
         if part.size != model.size:
             matrix = _enlarging(part.size, model.size)
@@ -105,15 +105,6 @@ def _(model: CombinedModel, planes: Value) -> _Results:
         maps.append(anomaly_map / standard.map_unit)
         nlls.append(nll)
     return _Results(reduce(operator.add, scores), reduce(operator.add, maps), nlls[0])
-
-
-def _reduced(planes: Value, side: int, size: int) -> Value:
-    """Returns what ``fastmaf.images.reduce.reduced`` does; sums are whole numbers, exact in float64."""
-    if size == side:
-        return planes
-    weights, total = area_weights(side, size)
-    sums = planes.graph.value(weights.double(), "float64") @ planes @ weights.T.double()
-    return ((sums * 2.0 + float(total)) / (2.0 * total)).op("Floor")
 
 
 def _enlarging(side: int, size: int) -> Tensor:
