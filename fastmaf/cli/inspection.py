@@ -233,7 +233,7 @@ def score(
 
         result = run_until_stopped(model, watch, **settings)
     else:
-        from fastmaf.inspection.workflow.score import score as run
+        from fastmaf.inspection.workflow.score import score_images as run
 
         result = run(model, images or [], **settings, progress=not quiet)
     if result.interrupted:

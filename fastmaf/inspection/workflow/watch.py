@@ -45,7 +45,7 @@ def watch(
 ) -> ScoreResult:
     """Scores the images in a folder, and those that come into it, until Ctrl-C; see ``Arrivals``.
 
-    A file that changes is scored again. Arguments and errors as ``fastmaf.inspection.workflow.score.score``, except
+    A file that changes is scored again. Arguments and errors as ``score_images``, except
     that each row is appended to ``out`` at once, and that the journal stays, for ``resume``.
     """
     check_out(out, resume)
