@@ -67,7 +67,8 @@ standard output holds one JSON object and nothing else.
 | 0 | success |
 | 1 | error; the line `error: ...` on standard error names the cause. `fastmaf bench`: also if a library gave wrong results; with `--compare`: also if the second run is slower |
 | 2 | wrong usage: an unknown option, a value out of range, a missing file. `fastmaf inspect score`: also if files could not be read; all others were scored |
-| 130 | interrupted by Ctrl-C; a training run has written a checkpoint, which `--resume` continues |
+| 3 | `fastmaf inspect score --fail-on-anomaly`: an image is anomalous |
+| 130 | interrupted by Ctrl-C; a training run has written a checkpoint, and `inspect score --out` a journal, which `--resume` continues |
 """  # noqa: E501
 
 

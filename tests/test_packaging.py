@@ -94,6 +94,7 @@ def test_the_wheel_holds_every_module_once_and_nothing_else(installed: Path) -> 
     # Why there is no native library, for `fastmaf doctor`.
     report = ("base.html.j2", "macros.html.j2", "report.css", "report.html.j2")
     page = {f"fastmaf/inspection/report/{name}" for name in report} | {"fastmaf/reproduction/reproduction.html.j2"}
+    page |= {"fastmaf/inspection/serve/page.html"}
     found = {name for name in other if not name.endswith(".py")}
     assert found == {"fastmaf/py.typed", "fastmaf/kernels/_native.txt", *page}
     assert sorted(path.name for path in installed.iterdir() if path.suffix != ".dist-info") == ["fastmaf"]
@@ -105,7 +106,7 @@ def test_metadata(installed: Path, metadata: Message) -> None:
     assert metadata["License-Expression"] == "Apache-2.0"
     assert metadata["Requires-Python"] == ">=3.10"
     assert metadata["Summary"]
-    extras = {"cli", "inspection", "export", "triton", "bench", "docs", "test", "dev", "wheels"}
+    extras = {"cli", "inspection", "export", "triton", "bench", "docs", "test", "dev", "wheels", "serve"}
     assert set(metadata.get_all("Provides-Extra", [])) == extras
     needed = [one for one in metadata.get_all("Requires-Dist", []) if "extra ==" not in one]
     assert needed == ["torch>=2.7", "numpy", "safetensors"]

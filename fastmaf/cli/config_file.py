@@ -25,7 +25,7 @@ Plain: TypeAlias = bool | int | float | str
 """A value of a configuration file."""
 
 _FIELDS = "fastmaf.config_fields"
-_NOT_IN_FILES = ("config", "print_config", "explain", "as_json", "quiet", "verbose")
+_NOT_IN_FILES = ("config", "print_config", "resume", "explain", "as_json", "quiet", "verbose")
 
 
 def reads(about: Callable[[], tuple[Callable[..., None], type]]) -> Callable[[typer.Context, Path | None], Path | None]:

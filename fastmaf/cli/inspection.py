@@ -68,6 +68,10 @@ def fit(
     keep_folds: Annotated[
         bool, typer.Option("--keep-folds", help="Keep the fold models; eval then reports their mean, too.")
     ] = False,
+    resume: Annotated[
+        bool,
+        typer.Option("--resume", help="Continue a fit that Ctrl-C interrupted, with the same images and settings."),
+    ] = False,
     seed: options.Seed = 0,
     deterministic: options.Deterministic = False,
     skip_bad: options.SkipBad = False,
@@ -109,7 +113,7 @@ def fit(
         return
     from fastmaf.inspection.workflow.fit import fit as run
 
-    settings: Any = {"keep_folds": keep_folds, "skip_bad": skip_bad, "progress": not quiet}
+    settings: Any = {"keep_folds": keep_folds, "resume": resume, "skip_bad": skip_bad, "progress": not quiet}
     sizes: Any = "auto" if size == "auto" else None
     settings |= {"sizes": sizes, "budget": budget, "features": features, "group_by": group_by}
     result = run(data, out, recipe, **settings, say=say_aside)
@@ -226,8 +230,10 @@ def score(
         refuse("--tiff is the format of --maps; found no --maps")
     if resume and out is None:
         refuse("--resume continues a run with --out; found no --out")
-    if (watch is None) == (not images):
-        refuse("expected IMAGES, or --watch DIR; found " + ("neither" if watch is None else "both"))
+    if watch is None and not images:
+        refuse("Missing argument 'IMAGES', or --watch DIR")
+    if watch is not None and images:
+        refuse("--watch scores the images of a folder; found IMAGES, too")
     settings: Any = {
         "out": out,
         "resume": resume,
@@ -245,7 +251,7 @@ def score(
 
         result = run_until_stopped(model, watch, **settings)
     else:
-        from fastmaf.inspection.workflow.score import score as run
+        from fastmaf.inspection.workflow.score import score_images as run
 
         result = run(model, images or [], **settings, progress=not quiet)
     if result.interrupted:

@@ -23,7 +23,8 @@ from typing import NamedTuple, TypeAlias, TypeVar
 from fastmaf.images.decoded_image import DecodedImage, read_image
 from fastmaf.images.image_file import DataError
 
-_T, _R = TypeVar("_T"), TypeVar("_R")
+_T = TypeVar("_T")
+_R = TypeVar("_R")
 
 BATCH = 32
 """Images of one batch."""

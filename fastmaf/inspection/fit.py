@@ -16,7 +16,6 @@ import time
 import warnings
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import Any
 
 import numpy as np
 import torch
@@ -28,6 +27,7 @@ from fastmaf.images.progress import Progress
 from fastmaf.inspection.blocks import Log, fit_blocks, select_blocks
 from fastmaf.inspection.calibration import Calibration
 from fastmaf.inspection.exchangeability import describe_groups, order_matters
+from fastmaf.inspection.fit_stages import SelectedBlocks, Stages
 from fastmaf.inspection.free_threads import free_threads
 from fastmaf.inspection.interface import HeldOut
 from fastmaf.inspection.model import InspectionModel
@@ -82,6 +82,7 @@ def fit(
     double: Tensor | None = None,
     groups: Sequence[str] | None = None,
     callbacks: Sequence[Callback] = (),
+    stages: Stages | None = None,
     every_fold: bool = False,
     checks: bool = True,
     progress: bool = True,
@@ -100,6 +101,8 @@ def fit(
             scores, threshold and choices are those for images of new groups. None: folds are random.
         callbacks: called every ten steps of the blocks of the first fold, with ``nll`` and ``held_out_nll``, means
             over whitened images in nats.
+        stages: of an interrupted fit to the same images with the same recipe, which is continued; finished stages are
+            added.
         every_fold: train blocks without each fold, too, where ``blocks="auto"`` would train them without the first
             alone: for the fold models' densities.
         checks: warn where neighbouring images are alike, or where held-out images are less likely with the augmentation
@@ -139,13 +142,16 @@ def fit(
     of_flow = asked.score is not None and (asked.score.source == "flow" or asked.score.needs_nll)
     every_fold = every_fold or asked.blocks != "auto" or of_flow
     steps = count_fits(asked, len(x)) + (asked.folds if every_fold else 1) * bool(asked.most_blocks) + 2
-    times = [time.perf_counter()]
+    times, stages = [time.perf_counter()], Stages() if stages is None else stages
     with Progress(f"fitting {asked.size} pixels: whitening", "step", total=steps, show=progress) as bar:
-        augmentation_figures: dict[str, Any] = {}
-        if checks or asked.augmentation == "auto":
-            recipe, whitenings, augmentation_figures = select_augmentation(Normals(x, double), folds, asked, bar.update)
-        else:
-            recipe, whitenings = asked, fit_whitenings(Normals(x, double), folds, asked)
+        whitened = stages.whitenings(asked)
+        if whitened is None:
+            if checks or asked.augmentation == "auto":
+                whitened = select_augmentation(Normals(x, double), folds, asked, bar.update)
+            else:
+                whitened = asked, fit_whitenings(Normals(x, double), folds, asked), {}
+            stages.keep_whitenings(*whitened)
+        recipe, whitenings, augmentation_figures = whitened
         first = before_whitening(recipe)
         y = fastmaf.Flow(recipe.features, first)(x)[0]
         times.append(time.perf_counter())
@@ -155,15 +161,14 @@ def fit(
             z[fold] = fold_whitening(y[fold])[0]
         flows = [fastmaf.Flow(recipe.features, [*first, fold_whitening]).eval() for fold_whitening in whitenings.folds]
         models = OutOfFoldModels(folds, flows)
-        kept, models, log, block_figures = select_blocks(
-            x, z, models, recipe, bar.update, callbacks=callbacks, every_fold=every_fold
-        )
+        selected = stages.blocks(recipe, models)
+        if selected is None:
+            found = select_blocks(x, z, models, recipe, bar.update, callbacks=callbacks, every_fold=every_fold)
+            selected = SelectedBlocks(*found, fit_blocks(z, replace(recipe, blocks=found[0])))
+            stages.keep_blocks(recipe, models, selected)
+        kept, models, log, block_figures, blocks = selected
         recipe = replace(recipe, blocks=kept)
-        flow = (
-            fastmaf.Flow(recipe.features, [*first, whitenings.whole, *fit_blocks(z, recipe)])
-            .eval()
-            .requires_grad_(False)
-        )
+        flow = fastmaf.Flow(recipe.features, [*first, whitenings.whole, *blocks]).eval().requires_grad_(False)
         times.append(time.perf_counter())
         bar.set_description(f"fitting {asked.size} pixels: score and map")
         score, map_config, baseline, figures = select_score_and_map(recipe, pixels, models)

@@ -12,18 +12,22 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
+import torch
 from torch import Tensor
 
 import fastmaf
 from fastmaf.images.reduce import reduced
 from fastmaf.inspection.blocks import Log
-from fastmaf.inspection.fit import Fitted, fit
+from fastmaf.inspection.combined import combine
+from fastmaf.inspection.fit import FALSE_ALARM, Fitted, fit
+from fastmaf.inspection.fit_stages import Stages
 from fastmaf.inspection.interface import AnomalyModel, HeldOut
 from fastmaf.inspection.model import InspectionModel
 from fastmaf.inspection.out_of_fold import OutOfFoldModels
 from fastmaf.inspection.pixel_candidate import PixelCandidate
 from fastmaf.inspection.recipe import Recipe
-from fastmaf.inspection.selection.candidates import choose_candidate
+from fastmaf.inspection.selection.candidates import choose_candidate, combined_model
 from fastmaf.inspection.synthetic_defects.draw import draw_defects
 from fastmaf.training.callbacks import Callback
 
@@ -34,6 +38,7 @@ BUDGET = 120.0
 _LONG = 300.0  # a budget from which on the largest size is considered: its images need the memory at once
 _GROWTH = 4.5  # of the time, from one size to the next
 _DRAWS = 2  # synthetic defects per good image
+_IMAGES = 500  # that defects are drawn onto, at most: more would take time and memory, and change little
 
 
 @dataclass(frozen=True, eq=False)
@@ -86,6 +91,7 @@ def fit_sizes(
     groups: Sequence[str] | None = None,
     every_fold: bool = False,
     callbacks: Sequence[Callback] = (),
+    stages: Stages | None = None,
     budget: float = BUDGET,
     progress: bool = True,
 ) -> FittedSizes:
@@ -100,6 +106,7 @@ def fit_sizes(
         double: the images at twice the largest size; see ``fit``.
         groups, every_fold: see ``fit``.
         callbacks: see ``fit``; called for the smallest size.
+        stages: see ``fit``; of all sizes.
         budget: in seconds.
         progress: show progress bars.
 
@@ -113,7 +120,7 @@ def fit_sizes(
     if list(sizes) != sorted(set(sizes)) or not sizes or sizes[-1] != side:
         raise ValueError(f"sizes must ascend to {side}, the side of the images; found {tuple(sizes)}")
     options: Any = {"double": double, "groups": groups, "every_fold": every_fold, "progress": progress}
-    candidates, seconds = fit_each(pixels, sizes, recipe, budget=budget, callbacks=callbacks, **options)
+    candidates, seconds = fit_each(pixels, sizes, recipe, budget=budget, callbacks=callbacks, stages=stages, **options)
     begun = time.perf_counter()
     model, held_out = _chosen(candidates, pixels, recipe.seed)
     seconds["choice"] = time.perf_counter() - begun
@@ -131,6 +138,7 @@ def fit_each(
     groups: Sequence[str] | None,
     every_fold: bool,
     callbacks: Sequence[Callback],
+    stages: Stages | None,
     budget: float,
     progress: bool,
 ) -> tuple[list[PixelCandidate], dict[str, float]]:
@@ -150,6 +158,7 @@ def fit_each(
             groups=groups,
             every_fold=every_fold,
             callbacks=() if candidates else callbacks,
+            stages=stages,
             checks=not candidates,
             progress=progress,
         )
@@ -178,9 +187,23 @@ def _following(recipe: Recipe, first: Fitted, size: int) -> Recipe:
 
 
 def _chosen(candidates: Sequence[PixelCandidate], pixels: Tensor, seed: int) -> tuple[AnomalyModel, HeldOut]:
-    if len(candidates) == 1 and candidates[0].size == pixels.shape[-1]:
+    side = int(pixels.shape[-1])
+    if len(candidates) == 1 and candidates[0].size == side:
         return candidates[0].model(), candidates[0].fitted.held_out
+    index, some = np.arange(len(pixels)), list(candidates)
+    for i, candidate in enumerate(candidates):
+        index, some[i] = candidate.subset(_IMAGES, seed)  # the same images of each
+    compared = pixels[torch.from_numpy(index)]
     draws = _DRAWS if len(candidates) > 1 else 1
-    drawn = [draw_defects(pixels, seed=seed + 1 + i) for i in range(draws)]
-    choice = choose_candidate(candidates, pixels, drawn)
-    return choice.model, choice.held_out
+    choice = choose_candidate(some, compared, [draw_defects(compared, seed=seed + 1 + i) for i in range(draws)])
+    if len(index) == len(pixels):
+        scores, maps = choice.held_out
+        return choice.model, HeldOut(scores[:1], maps[:1].copy())  # without those of the drawn defects
+    chosen = [candidate for candidate in candidates if candidate.name in choice.names]
+    if len(chosen) == 1 and chosen[0].size == side:
+        return chosen[0].model(), chosen[0].fitted.held_out  # its figures are there
+    held_out = [candidate.held_out([reduced(pixels, candidate.size)]) for candidate in chosen]
+    combination = combine(choice.names, held_out, side)
+    model = combined_model([candidate.model() for candidate in chosen], combination, side, FALSE_ALARM)
+    model.about.update(choice.figures)
+    return model, combination.held_out

@@ -48,6 +48,11 @@ def is_first() -> bool:
     return int(os.environ.get("RANK", "0")) == 0
 
 
+def world_size() -> int:
+    """Returns the number of processes that ``torchrun`` started on all machines, this one included."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
 def local_size() -> int:
     """Returns the number of processes that ``torchrun`` started on this machine, this one included."""
     return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
@@ -65,11 +70,11 @@ def started_together(device: torch.device) -> Iterator[Processes]:
     Raises:
         RuntimeError: this torch has no ``torch.distributed``.
     """
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1 or "RANK" not in os.environ:
+    if world_size() == 1 or "RANK" not in os.environ:
         yield Processes()
         return
     if not distributed.is_available():
-        raise RuntimeError(f"{os.environ['WORLD_SIZE']} processes were started, but this torch cannot connect them")
+        raise RuntimeError(f"{world_size()} processes were started, but this torch cannot connect them")
     mine = not distributed.is_initialized()
     if mine:
         distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")

@@ -16,7 +16,7 @@ import fastmaf
 from tests.cli.command import ROOT, Done, assert_one_error, fastmaf_process
 
 COMMANDS = {
-    "inspect": ("fit", "calibrate", "recalibrate", "score", "eval", "export", "choose"),
+    "inspect": ("fit", "calibrate", "recalibrate", "score", "serve", "eval", "export", "choose"),
     "capsule": ("demo-data", "train", "sample", "eval", "reproduce"),
 }
 TOP = ("bench", "doctor")

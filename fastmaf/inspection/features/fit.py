@@ -11,6 +11,7 @@ from torch import Tensor
 import fastmaf
 from fastmaf.inspection.features.candidate import fit_features
 from fastmaf.inspection.features.extractor import Extractor
+from fastmaf.inspection.fit_stages import Stages
 from fastmaf.inspection.free_threads import free_threads
 from fastmaf.inspection.recipe import Recipe
 from fastmaf.inspection.selection.candidates import choose_candidate
@@ -30,6 +31,7 @@ def fit_with_features(
     groups: Sequence[str] | None = None,
     every_fold: bool = False,
     callbacks: Sequence[Callback] = (),
+    stages: Stages | None = None,
     budget: float = BUDGET,
     progress: bool = True,
 ) -> FittedSizes:
@@ -44,7 +46,7 @@ def fit_with_features(
         sizes: of the models of pixels, ascending, at most s.
         recipe: of these models, except ``size``.
         extractor: from images to features.
-        groups, every_fold, callbacks: as of ``fastmaf.inspection.fit.fit``.
+        groups, every_fold, callbacks, stages: as of ``fastmaf.inspection.fit.fit``.
         budget: as of ``fastmaf.inspection.sizes.fit_sizes``.
         progress: show progress bars.
 
@@ -53,7 +55,7 @@ def fit_with_features(
     """
     if max(sizes) > extractor.size:
         raise ValueError(f"size must be at most that of the features, {extractor.size}; found {max(sizes)}")
-    options: Any = {"groups": groups, "every_fold": every_fold, "callbacks": callbacks}
+    options: Any = {"groups": groups, "every_fold": every_fold, "callbacks": callbacks, "stages": stages}
     options |= {"budget": budget, "progress": progress}
     of_pixels, seconds = fit_each(pixels, sizes, recipe, double=None, **options)
     begun = time.perf_counter()

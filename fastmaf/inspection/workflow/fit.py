@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from dataclasses import replace as replace_field
 from datetime import datetime, timezone
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,11 +20,14 @@ from fastmaf.inspection.features.extractor import extractor_of
 from fastmaf.inspection.features.fit import fit_with_features
 from fastmaf.inspection.fit import FALSE_ALARM, Fitted
 from fastmaf.inspection.fit import fit as fit_model
+from fastmaf.inspection.fit_stages import Stages
 from fastmaf.inspection.fold_models import fold_model_files, replace_fold_models, save_fold_models
 from fastmaf.inspection.recipe import Recipe
 from fastmaf.inspection.report.content import REPORT, REPORT_FILE
 from fastmaf.inspection.sizes import BUDGET, SIZES, FittedSizes, fit_sizes, sizes_for
 from fastmaf.inspection.workflow.fit_result import LOG_FILE, FitResult
+from fastmaf.inspection.workflow.fit_state import has_state, load_state, run_of, save_state
+from fastmaf.inspection.workflow.fit_state import remove_state as remove_fit_state
 from fastmaf.inspection.workflow.groups import group_labels
 from fastmaf.inspection.workflow.inputs import Say
 from fastmaf.io.atomic import errors_of_staged, keep_previous, previous, replace, staging
@@ -36,6 +40,7 @@ from fastmaf.training.callbacks import Callback
 from fastmaf.training.checkpoints import MODEL_FILE, STATE_FILE, refuse_unfinished, remove_state
 from fastmaf.training.interrupts import interruptible
 
+_NEEDED = Calibration(np.zeros(1), FALSE_ALARM, None, "split").min_samples  # images or groups, for the guarantee
 _FEWEST = 5  # good images that are fitted with the default number of folds
 _LOG_COLUMNS = ("step", "nll", "held_out_nll")
 
@@ -52,6 +57,7 @@ def fit(
     group_by: str | None = None,
     keep_folds: bool = False,
     callbacks: Sequence[Callback] = (),
+    resume: bool = False,
     skip_bad: bool = False,
     progress: bool = True,
     say: Say = print,
@@ -73,6 +79,8 @@ def fit(
         group_by: which images were taken together; see ``group_labels``. None: random folds.
         keep_folds: write the fold models, too, so that ``fastmaf inspect eval`` can evaluate their ensemble.
         callbacks: see ``fastmaf.inspection.fit.fit``.
+        resume: continue a fit that Ctrl-C interrupted, with the same images and settings: its result is that of an
+            uninterrupted one. Its finished stages are in ``out``, until the fit is finished.
 
     Raises:
         DataError: the folder or a file in it is unsuitable, or there are too few images.
@@ -98,8 +106,20 @@ def fit(
             wanted, images = _load_sizes(data, recipe, budget, **reading)
         check_disk(out, sum(_disk_needed(replace_field(recipe, size=size), keep_folds) for size in wanted))
         groups = None if group_by is None else group_labels(group_by, images.names)
+        if groups is not None and len(set(groups)) < _NEEDED:
+            say(
+                f"{count(len(set(groups)), 'group')}: a false-alarm rate of {FALSE_ALARM:.0%} cannot be guaranteed for "
+                f"new groups with fewer than {_NEEDED}"
+            )
         options: Any = {"double": images.double, "groups": groups, "every_fold": keep_folds, "progress": progress}
-        options["callbacks"] = callbacks
+        pixels = [tensor for tensor in (images.pixels, images.double) if tensor is not None]
+        run = partial(run_of, recipe, wanted, groups, keep_folds, pixels)
+        stages = load_state(out, run()) if resume else Stages()
+        if stages.done:
+            say(f"continuing after {', '.join(stages.done)}")
+        elif has_state(out):
+            say(f"{out} holds an interrupted fit, which --resume would continue; this one begins anew")
+        options |= {"callbacks": callbacks, "stages": stages}
         fitted: Fitted | FittedSizes
         try:
             if extractor is not None:
@@ -109,24 +129,33 @@ def fit(
                 fitted = fit_model(images.pixels, replace_field(recipe, size=wanted[0]), **options)
             else:
                 fitted = fit_sizes(images.pixels, wanted, recipe, budget=budget, **options)
+            fitted.model.about.update(
+                version=fastmaf.__version__,
+                created=datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
+                seconds=fitted.seconds,
+                log=fitted.log,
+                configuration={
+                    **{name: value for name, value in asdict(recipe).items() if value is not None},
+                    **({} if sizes is None else {"size": sizes, "budget": budget}),
+                    **({} if features is None else {"features": features}),
+                    **{"group_by": group_by, "keep_folds": keep_folds, "skip_bad": skip_bad},
+                },
+                notes=list(images.notes),
+                skipped=[[path.name, reason] for path, reason in images.skipped],
+            )
+            interrupted = _write(out, fitted, images, keep_folds)
         except KeyboardInterrupt:
-            say(f"interrupted before anything was written: {out} is as it was")
+            if stages.done:
+                save_state(out, run(), stages)
+                say(
+                    f"interrupted; kept for --resume: {', '.join(stages.done)}. Model and report in {out} are unchanged"
+                )
+            else:
+                say(f"interrupted before anything was finished: {out} is as it was")
             raise
-        fitted.model.about.update(
-            version=fastmaf.__version__,
-            created=datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
-            seconds=fitted.seconds,
-            log=fitted.log,
-            configuration={
-                **{name: value for name, value in asdict(recipe).items() if value is not None},
-                **({} if sizes is None else {"size": sizes, "budget": budget}),
-                **({} if features is None else {"features": features}),
-                **{"group_by": group_by, "keep_folds": keep_folds, "skip_bad": skip_bad},
-            },
-            notes=list(images.notes),
-            skipped=[[path.name, reason] for path, reason in images.skipped],
-        )
-        _write(out, fitted, images, keep_folds)
+        if interrupted:
+            say(f"interrupted when everything was written to {out}")
+            raise KeyboardInterrupt
     return FitResult(fitted, images=len(images), out=out)
 
 
@@ -171,10 +200,7 @@ def _load_for_features(
 def _checked(images: ImageSet, recipe: Recipe, say: Say) -> ImageSet:
     for note in images.notes:
         say(note)
-    needed, guaranteed = (
-        max(3, min(recipe.folds, _FEWEST)),
-        Calibration(np.zeros(1), FALSE_ALARM, None, "split").min_samples,
-    )
+    needed = max(3, min(recipe.folds, _FEWEST))
     if len(images) < needed:
         skipped = f", and {count(len(images.skipped), 'file')} that cannot be read" if images.skipped else ""
         raise DataError(
@@ -182,10 +208,10 @@ def _checked(images: ImageSet, recipe: Recipe, say: Say) -> ImageSet:
             f"some dozens; found {count(len(images), 'good image')}{skipped}: add images, or name another folder with "
             "--data"
         )
-    if len(images) < guaranteed:
+    if len(images) < _NEEDED:
         say(
             f"{count(len(images), 'good image')}: a false-alarm rate of {FALSE_ALARM:.0%} cannot be guaranteed with "
-            f"fewer than {guaranteed}; the highest score will be the threshold"
+            f"fewer than {_NEEDED}; the highest score will be the threshold"
         )
     return images
 
@@ -205,8 +231,12 @@ def _disk_needed(recipe: Recipe, keep_folds: bool) -> int:
     return factors * (1 + recipe.folds * keep_folds)
 
 
-def _write(out: Path, fitted: Fitted | FittedSizes, images: ImageSet, keep_folds: bool) -> None:
-    """Writes all files of a run to a temporary folder, then replaces those of an earlier run."""
+def _write(out: Path, fitted: Fitted | FittedSizes, images: ImageSet, keep_folds: bool) -> bool:
+    """Writes all files of a run to a temporary folder, then replaces those of an earlier run.
+
+    Returns:
+        Whether Ctrl-C was pressed while they were replaced, which goes on.
+    """
     from fastmaf.inspection.report.build import training_report
 
     with staging(out) as new, errors_of_staged(new, out):
@@ -224,5 +254,5 @@ def _write(out: Path, fitted: Fitted | FittedSizes, images: ImageSet, keep_folds
                 replace(new / name, out / name)
             replace_fold_models(new, out)
             remove_state(out)
-    if stop.is_set():
-        raise KeyboardInterrupt
+            remove_fit_state(out)
+    return stop.is_set()

@@ -10,7 +10,7 @@ import hashlib
 import json
 import os
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +36,7 @@ class Record:
 
     def to_line(self) -> bytes:
         """Returns the line of a journal."""
-        return json.dumps({**asdict(self.row), "kinds": self.kinds, "stamp": self.stamp}).encode() + b"\n"
+        return json.dumps({**vars(self.row), "kinds": self.kinds, "stamp": self.stamp}).encode() + b"\n"
 
     @classmethod
     def of_line(cls, line: bytes) -> Record:

@@ -7,10 +7,10 @@ import io
 import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from time import perf_counter
-from typing import TextIO
+from typing import BinaryIO, TextIO
 
 import numpy as np
 import torch
@@ -93,8 +93,8 @@ def appended_rows(path: Path) -> Iterator[Callable[[ImageRow], None]]:
 
 
 @contextmanager
-def _text(file: io.BufferedIOBase) -> Iterator[io.TextIOWrapper]:
-    text = io.TextIOWrapper(file, "utf-8", errors="surrogateescape", newline="")  # type: ignore[type-var]
+def _text(file: BinaryIO) -> Iterator[TextIO]:
+    text = io.TextIOWrapper(file, "utf-8", errors="surrogateescape", newline="")
     yield text
     text.flush()
     text.detach()
@@ -118,7 +118,7 @@ def row_writer(
             table.writeheader()
 
     def write(row: ImageRow) -> None:
-        values = asdict(row)
+        values = dict(vars(row))
         with write_errors(name):
             if json_lines:  # escaped to ASCII, which keeps file names that are not valid Unicode
                 plain = {key: finite(value) if isinstance(value, float) else value for key, value in values.items()}

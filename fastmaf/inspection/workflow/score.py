@@ -6,7 +6,7 @@ import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
-from typing import TextIO
+from typing import Any, TextIO
 
 import torch
 
@@ -32,8 +32,13 @@ from fastmaf.training.interrupts import interruptible
 from fastmaf.training.processes import Processes, device_of, local_size, started_together, was_restarted
 
 
+def score(model: str | Path, arguments: Sequence[str], **settings: Any) -> int:
+    """Scores images as ``score_images`` does; returns the number of files that could not be read."""
+    return score_images(model, arguments, **settings).unread
+
+
 @fastmaf.torch_defaults()
-def score(
+def score_images(
     model: str | Path,
     arguments: Sequence[str],
     *,

@@ -22,7 +22,7 @@ from fastmaf.inspection.workflow.summary import ScoreResult, Summary
 from fastmaf.io.atomic import STDOUT
 from fastmaf.io.outputs import check_outputs
 from fastmaf.training.interrupts import interruptible
-from fastmaf.training.processes import Processes
+from fastmaf.training.processes import Processes, world_size
 
 _SECONDS = 0.5  # between two listings, at least; long listings are made less often
 
@@ -45,10 +45,12 @@ def watch(
 ) -> ScoreResult:
     """Scores the images in a folder, and those that come into it, until Ctrl-C; see ``Arrivals``.
 
-    A file that changes is scored again. Arguments and errors as ``fastmaf.inspection.workflow.score.score``, except
+    A file that changes is scored again. Arguments and errors as ``score_images``, except
     that each row is appended to ``out`` at once, and that the journal stays, for ``resume``.
     """
     check_out(out, resume)
+    if world_size() > 1:
+        raise ValueError(f"a folder is watched by one process; found {world_size()}")
     path, pictures = model_file(model), Pictures(overlays, maps, map_suffix)
     check_outputs(row_outputs(out, Processes()), [path])
     if not folder.is_dir():

@@ -56,7 +56,7 @@ def images(tmp_path: Path) -> Path:
 def judged(run: Path, images: Path) -> Callable[..., int]:
     def call(*arguments: Path, **options: Any) -> int:
         paths = [str(path) for path in arguments or (images,)]
-        return score(run, paths, stdout=io.StringIO(), **{"progress": False, "say": silent, **options}).unread
+        return score(run, paths, stdout=io.StringIO(), **{"progress": False, "say": silent, **options})
 
     return call
 

@@ -18,7 +18,7 @@ from fastmaf.inspection.workflow import scorer
 from fastmaf.inspection.workflow.calibrate import calibrate
 from fastmaf.inspection.workflow.journal import ResumeError
 from fastmaf.inspection.workflow.rows import predict_rows
-from fastmaf.inspection.workflow.score import score
+from fastmaf.inspection.workflow.score import score, score_images
 from fastmaf.inspection.workflow.summary import ScoreResult
 from fastmaf.io.outputs import OutputError
 from tests.inspection.tiny import silent
@@ -52,7 +52,7 @@ def model(run: Path, tmp_path: Path) -> Path:
 
 def scored(model: Path, images: Path, out: Path, say: Callable[[str], Any] = silent, **options: Any) -> ScoreResult:
     settings: dict[str, Any] = {"workers": 0, "progress": False, "stdout": io.StringIO(), **options}
-    return score(model, [str(images)], out=out, say=say, **settings)
+    return score_images(model, [str(images)], out=out, say=say, **settings)
 
 
 def rows(path: Path) -> list[tuple[str, ...]]:

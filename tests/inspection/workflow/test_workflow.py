@@ -78,8 +78,8 @@ def test_scores_as_csv_and_json_lines(run: Path, data: Path, tmp_path: Path) -> 
     text, lines = io.StringIO(), io.StringIO()
     overlays, maps = tmp_path / "overlays", tmp_path / "maps"
     options = {"progress": False, "say": silent}
-    assert score(run, files, overlays=overlays, maps=maps, stdout=text, **options).unread == 0
-    assert score(run, files, json_lines=True, stdout=lines, **options).unread == 0
+    assert score(run, files, overlays=overlays, maps=maps, stdout=text, **options) == 0
+    assert score(run, files, json_lines=True, stdout=lines, **options) == 0
     rows, objects = rows_of(text.getvalue()), [json.loads(line) for line in lines.getvalue().splitlines()]
     assert [row["file"] for row in rows] == [record["file"] for record in objects] and len(rows) == 7
     model = load_inspection(run)
@@ -95,7 +95,7 @@ def test_damaged_files_are_named_and_passed_over(run: Path, data: Path, tmp_path
     messages: list[str] = []
     out = tmp_path / "scores.csv"
     files = [str(tmp_path / "schlecht ä.png"), str(data / "test" / "good")]
-    assert score(run, files, out=out, progress=False, stdout=io.StringIO(), say=messages.append).unread == 1
+    assert score(run, files, out=out, progress=False, stdout=io.StringIO(), say=messages.append) == 1
     assert messages[0].startswith(f"skipped: {files[0]}: ")
     threshold = load_inspection(run).calibration.threshold
     assert messages[-1].startswith(f"4 images scored at the threshold {threshold:.6g}: ")

@@ -1,0 +1,104 @@
+"""The finished stages of a fit, from which an interrupted one goes on.
+
+For each size these are the whitenings of the folds and of all images, with the augmentation that was selected, and the
+local blocks. Everything else is computed again, in a fraction of their time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, NamedTuple
+
+import fastmaf
+from fastmaf.inspection.blocks import Log
+from fastmaf.inspection.out_of_fold import OutOfFoldModels
+from fastmaf.inspection.recipe import Recipe
+from fastmaf.inspection.whitening import Whitenings
+
+
+class Stage(NamedTuple):
+    """What a finished stage found.
+
+    Attributes:
+        flows: the whitening of all images and those of the folds, or the blocks of all images and those of the folds.
+        record: what was decided, and the figures that decided it, JSON types.
+    """
+
+    flows: tuple[fastmaf.Flow, ...]
+    record: Mapping[str, Any]
+
+
+class SelectedBlocks(NamedTuple):
+    """Blocks as ``fastmaf.inspection.blocks.select_blocks`` returns them, and those that are trained on all images."""
+
+    kept: int
+    models: OutOfFoldModels
+    log: Log
+    figures: dict[str, Any]
+    blocks: list[fastmaf.Transform]
+
+
+@dataclass
+class Stages:
+    """The stages that a fit has finished, by name; a fit that is given some of them begins after these.
+
+    Attributes:
+        done: such as ``"64 pixels, whitenings"``.
+    """
+
+    done: dict[str, Stage] = field(default_factory=dict)
+
+    def whitenings(self, asked: Recipe) -> tuple[Recipe, Whitenings, dict[str, Any]] | None:
+        """Returns what ``select_augmentation`` returned for this size, if it did."""
+        stage = self.done.get(f"{asked.size} pixels, whitenings")
+        if stage is None:
+            return None
+        found = [step for flow in stage.flows if flow.features == asked.features for step in flow.transforms]
+        whitenings = [step for step in found if isinstance(step, fastmaf.GaussianWhitening)]
+        if len(whitenings) != len(found) or len(found) != 1 + asked.folds:
+            raise fastmaf.CheckpointError(
+                f"state of an interrupted fit: expected {1 + asked.folds} whitenings of {asked.features} features"
+            )
+        whole, *folds = whitenings
+        recipe = replace(asked, augmentation=stage.record["augmentation"])
+        return recipe, Whitenings(folds, whole), dict(stage.record["figures"])
+
+    def keep_whitenings(self, recipe: Recipe, whitenings: Whitenings, figures: Mapping[str, Any]) -> None:
+        """Keeps what ``select_augmentation`` returned."""
+        flows = (fastmaf.Flow(recipe.features, [each]) for each in (whitenings.whole, *whitenings.folds))
+        record = {"augmentation": recipe.augmentation, "figures": figures}
+        self.done[f"{recipe.size} pixels, whitenings"] = Stage(tuple(flows), record)
+
+    def blocks(self, recipe: Recipe, models: OutOfFoldModels) -> SelectedBlocks | None:
+        """Returns the blocks of this size, if they were trained.
+
+        Args:
+            recipe: of the size.
+            models: the models of the folds without blocks.
+        """
+        stage = self.done.get(f"{recipe.size} pixels, blocks")
+        if stage is None:
+            return None
+        whole, *folds = ([*flow.transforms] for flow in stage.flows) if stage.flows else ([],)
+        if folds:
+            flows = [_with(flow, blocks) for flow, blocks in zip(models.flows, folds, strict=True)]
+            models = OutOfFoldModels(models.folds, flows)
+        record = stage.record
+        blocks: list[fastmaf.Transform] = list(whole)  # type: ignore[arg-type]
+        return SelectedBlocks(record["kept"], models, list(record["log"]), dict(record["figures"]), blocks)
+
+    def keep_blocks(self, recipe: Recipe, before: OutOfFoldModels, found: SelectedBlocks) -> None:
+        """Keeps blocks; ``before`` are the models of the folds without them."""
+        flows: list[fastmaf.Flow] = []
+        if found.blocks:
+            flows.append(fastmaf.Flow(recipe.features, found.blocks))
+            for flow, plain in zip(found.models.flows, before.flows, strict=True):
+                if len(flow.transforms) > len(plain.transforms):
+                    flows.append(fastmaf.Flow(recipe.features, [*flow.transforms][len(plain.transforms) :]))  # type: ignore[arg-type]
+        record = {"kept": found.kept, "log": found.log, "figures": found.figures}
+        self.done[f"{recipe.size} pixels, blocks"] = Stage(tuple(flows), record)
+
+
+def _with(flow: fastmaf.Flow, blocks: Sequence[Any]) -> fastmaf.Flow:
+    return fastmaf.Flow(flow.features, [*flow.transforms, *blocks]).eval()  # type: ignore[list-item]
