@@ -94,7 +94,7 @@ class Detector(OutlierMixin, BaseEstimator):
         rank: int = 400,
         blocks: int | Literal["auto"] = "auto",
         steps: int = 200,
-        folds: int = 5,
+        folds: int = 10,
         false_alarm: float = 0.05,
         confidence: float | None = None,
         random_state: int | np.random.RandomState | None = 0,

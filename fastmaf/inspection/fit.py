@@ -16,6 +16,7 @@ import time
 import warnings
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -29,13 +30,21 @@ from fastmaf.inspection.calibration import Calibration
 from fastmaf.inspection.exchangeability import describe_groups, order_matters
 from fastmaf.inspection.free_threads import free_threads
 from fastmaf.inspection.model import InspectionModel
-from fastmaf.inspection.out_of_fold import OutOfFoldModels, group_folds, k_fold, out_of_fold_maps, out_of_fold_scores
+from fastmaf.inspection.out_of_fold import OutOfFoldModels, group_folds, k_fold, out_of_fold_results
 from fastmaf.inspection.recipe import Recipe
 from fastmaf.inspection.selection.select import select_score_and_map
-from fastmaf.inspection.whitening import Normals, before_whitening, count_fits, select_augmentation
+from fastmaf.inspection.whitening import (
+    Normals,
+    before_whitening,
+    count_fits,
+    fit_whitenings,
+    select_augmentation,
+)
 
 FALSE_ALARM = 0.05
 """The false-alarm rate that a fit calibrates at."""
+
+_ORDER_FOLDS = 5  # of neighbouring images, which a series should fit into
 
 
 @dataclass(frozen=True, eq=False)
@@ -69,7 +78,7 @@ def fit(
     double: Tensor | None = None,
     groups: Sequence[str] | None = None,
     every_fold: bool = False,
-    check_order: bool = True,
+    checks: bool = True,
     progress: bool = True,
 ) -> Fitted:
     """Fits an inspection model to good images and calibrates it at a false-alarm rate of 5%.
@@ -78,7 +87,7 @@ def fit(
     ``model.about`` holds the NLLs that were compared.
 
     Args:
-        pixels: uint8 ``[n, 3, size, size]``, n >= folds.
+        pixels: uint8 ``[n, 3, size, size]``, n >= 3.
         recipe: the settings.
         double: the same images at twice the size, uint8 ``[n, 3, 2 size, 2 size]``, from which shifted and rotated
             copies are made; None to interpolate ``pixels``, which blurs them.
@@ -86,11 +95,12 @@ def fit(
             scores, threshold and choices are those for images of new groups. None: folds are random.
         every_fold: train blocks without each fold, too, where ``blocks="auto"`` would train them without the first
             alone: for the fold models' densities.
-        check_order: warn where neighbouring images are alike.
+        checks: warn where neighbouring images are alike, or where held-out images are less likely with the augmentation
+            that the recipe asks for. False where the same images were checked before.
         progress: show a progress bar.
 
     Raises:
-        ValueError: there are fewer images than folds or fewer than two groups, or the images have another size.
+        ValueError: there are fewer than two images or fewer than two groups, or the images have another size.
 
     Warns:
         UserWarning: held-out images are less likely with a part that the recipe asks for, or ``groups`` is None and
@@ -114,18 +124,25 @@ def fit(
     x = dequantized(images, asked.seed) if asked.dequantize else images
     if groups is not None and len(groups) != len(x):
         raise ValueError(f"groups must name the group of each of {len(x)} images; found {len(groups)}")
-    folds = k_fold(len(x), asked.folds, asked.seed) if groups is None else group_folds(groups, asked.folds)
+    most = min(asked.folds, len(x))
+    folds = k_fold(len(x), most, asked.seed) if groups is None else group_folds(groups, most)
     asked = replace(asked, folds=len(folds))
-    if check_order and groups is None and (warning := order_matters(images, asked.folds, asked.seed)):
+    if checks and groups is None and (warning := order_matters(images, min(asked.folds, _ORDER_FOLDS), asked.seed)):
         warnings.warn(warning, stacklevel=4)
-    every_fold = every_fold or asked.blocks != "auto" or (asked.score is not None and asked.score.source == "flow")
-    steps = count_fits(asked, len(x)) + (asked.folds if every_fold else 1) * bool(asked.most_blocks)
+    of_flow = asked.score is not None and (asked.score.source == "flow" or asked.score.needs_nll)
+    every_fold = every_fold or asked.blocks != "auto" or of_flow
+    steps = count_fits(asked, len(x)) + (asked.folds if every_fold else 1) * bool(asked.most_blocks) + 2
     times = [time.perf_counter()]
-    with Progress("fitting", "model", total=steps, show=progress) as bar:
-        recipe, whitenings, augmentation_figures = select_augmentation(Normals(x, double), folds, asked, bar.update)
+    with Progress(f"fitting {asked.size} pixels: whitening", "step", total=steps, show=progress) as bar:
+        augmentation_figures: dict[str, Any] = {}
+        if checks or asked.augmentation == "auto":
+            recipe, whitenings, augmentation_figures = select_augmentation(Normals(x, double), folds, asked, bar.update)
+        else:
+            recipe, whitenings = asked, fit_whitenings(Normals(x, double), folds, asked)
         first = before_whitening(recipe)
         y = fastmaf.Flow(recipe.features, first)(x)[0]
         times.append(time.perf_counter())
+        bar.set_description(f"fitting {asked.size} pixels: blocks")
         z = torch.empty_like(x)
         for fold, fold_whitening in zip(folds, whitenings.folds, strict=True):
             z[fold] = fold_whitening(y[fold])[0]
@@ -139,15 +156,19 @@ def fit(
             .requires_grad_(False)
         )
         times.append(time.perf_counter())
-    score, map_config, baseline, figures = select_score_and_map(recipe, pixels, models)
-    if baseline is not None:
-        flow, models, score = baseline.flow.requires_grad_(False), baseline.models, baseline.score
-    statistics, scores = out_of_fold_scores(images, models, score)
-    map_config, maps = out_of_fold_maps(images, models, map_config)
-    times.append(time.perf_counter())
-    calibration = Calibration(scores.numpy(), FALSE_ALARM, None, "k-fold", asked.folds)
+        bar.set_description(f"fitting {asked.size} pixels: score and map")
+        score, map_config, baseline, figures = select_score_and_map(recipe, pixels, models)
+        bar.update()
+        if baseline is not None:
+            flow, models, score = baseline.flow.requires_grad_(False), baseline.models, baseline.score
+        statistics, (scores,), (maps,) = out_of_fold_results([pixels], models, score, replace(map_config, rms=1.0))
+        rms = float(np.sqrt(np.square(maps, dtype=np.float64).mean())) or 1.0  # identical images leave no residual
+        map_config, maps = replace(map_config, rms=rms), maps / np.float32(rms)
+        times.append(time.perf_counter())
+        bar.update()
+    calibration = Calibration(scores, FALSE_ALARM, None, "k-fold", asked.folds)
     if groups is not None:
-        figures["groups"] = describe_groups(groups, scores.numpy(), calibration)
+        figures["groups"] = describe_groups(groups, scores, calibration)
     about = {
         "recipe": asdict(replace(recipe, score=score, map_config=map_config)),
         "asked": {"blocks": given.blocks, "augmentation": given.augmentation, "channels": given.channels},
@@ -156,7 +177,7 @@ def fit(
         **figures,
         "images": len(x),
         "images_of_folds": [len(fold) for fold in folds],
-        "map_levels": [float(np.quantile(maps.numpy(), 0.99)), float(maps.max())],
+        "map_levels": [float(np.quantile(maps, 0.99)), float(maps.max())],
     }
     model = InspectionModel(flow, score, map_config, statistics, calibration, about)
     seconds = dict(zip(("whitenings", "blocks", "scores"), np.diff(times).tolist(), strict=True))

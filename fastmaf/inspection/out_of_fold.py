@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -12,9 +12,10 @@ from sklearn.model_selection import GroupKFold
 from torch import Tensor
 
 import fastmaf
-from fastmaf.images.dataset import image_shape
+from fastmaf.images.dataset import image_shape, to_unit
 from fastmaf.inspection.scoring.float64_flow import Float64Flow, FlowValues
 from fastmaf.inspection.scoring.score import (
+    MergedStatistics,
     TermStatistics,
     anomaly_maps,
     image_scores,
@@ -23,6 +24,8 @@ from fastmaf.inspection.scoring.score import (
     terms_of,
 )
 from fastmaf.inspection.scoring.settings import AnomalyMapConfig, ScoreSettings
+
+_BATCH = 64
 
 
 def k_fold(n: int, folds: int, seed: int = 0) -> list[np.ndarray]:
@@ -48,6 +51,11 @@ def group_folds(groups: Sequence[str], folds: int) -> list[np.ndarray]:
         raise ValueError(f"groups must name at least two groups; found {known}")
     splitter = GroupKFold(min(folds, known))
     return [test for _, test in splitter.split(np.zeros(len(groups)), groups=np.asarray(groups))]
+
+
+def some_of(n: int, most: int, seed: int) -> np.ndarray:
+    """Returns the indices of at most so many of n images, at random, ascending."""
+    return np.arange(n) if n <= most else np.sort(np.random.default_rng([seed, 2]).permutation(n)[:most])
 
 
 def drop_fold(x: Tensor, fold: np.ndarray) -> Tensor:
@@ -95,9 +103,9 @@ class OutOfFoldModels:
     def subset(self, most: int, seed: int) -> tuple[np.ndarray, OutOfFoldModels]:
         """Returns at most so many images, at random, and the models with the folds of these; folds are renumbered."""
         n = sum(len(fold) for fold in self.folds)
+        index = some_of(n, most, seed)
         if n <= most:
-            return np.arange(n), self
-        index = np.sort(np.random.default_rng([seed, 2]).permutation(n)[:most])
+            return index, self
         folds = [np.flatnonzero(np.isin(index, fold)) for fold in self.folds]
         kept = [(fold, flow) for fold, flow in zip(folds, self.flows, strict=True) if len(fold)]
         return index, OutOfFoldModels([fold for fold, _ in kept], [flow for _, flow in kept])
@@ -126,19 +134,62 @@ class OutOfFoldModels:
         return scores
 
 
-def out_of_fold_scores(x: Tensor, models: OutOfFoldModels, settings: ScoreSettings) -> tuple[TermStatistics, Tensor]:
-    """Returns the statistics of held-out terms of images ``[n, D]``, and held-out scores, float64 ``[n]``."""
+class OutOfFoldResults(NamedTuple):
+    """What the models of the folds give for images that they have not seen.
 
-    def terms_and_nll(values: FlowValues) -> Tensor:
-        return torch.cat([terms_of(values, settings), values.nll[:, None]], dim=1)
+    Attributes:
+        statistics: of the terms of the first set.
+        scores: float64 ``[sets, n]``.
+        maps: anomaly maps, float32 ``[sets, n, s, s]``.
+    """
 
-    terms, nll = models.held_out([x], terms_and_nll).split([x.shape[1], 1], dim=2)
-    return TermStatistics.of(terms[0], nll[0, :, 0]), models.scores(terms, nll[..., 0], settings)[0]
+    statistics: TermStatistics
+    scores: np.ndarray
+    maps: np.ndarray
 
 
-def out_of_fold_maps(x: Tensor, models: OutOfFoldModels, config: AnomalyMapConfig) -> tuple[AnomalyMapConfig, Tensor]:
-    """Returns ``config`` with its unit fitted, and the anomaly maps of held-out images ``[n, s, s]``."""
-    (residuals,) = models.held_out([x], residuals_of, config)
-    maps = anomaly_maps(residuals, replace(config, rms=1.0))
-    rms = float(maps.square().mean().sqrt()) or 1.0  # identical images leave no residual
-    return replace(config, rms=rms), (maps / rms).float()
+@torch.no_grad()
+def out_of_fold_results(
+    sets: Sequence[Tensor], models: OutOfFoldModels, settings: ScoreSettings, config: AnomalyMapConfig
+) -> OutOfFoldResults:
+    """Returns held-out scores and anomaly maps of sets of images, one batch in memory at a time.
+
+    The terms of a fold are standardised by the statistics of the other folds of the first set: by its own statistics
+    its scores would be slightly too small.
+
+    Args:
+        sets: uint8 ``[n, 3, s, s]``, each in the order of the folds: the good images first, then the same with a
+            synthetic defect.
+        models: the models of the folds.
+        settings: how terms become a score.
+        config: how the anomaly map is computed.
+    """
+    of_folds = []
+    for fold, flow in zip(models.folds, models.flows, strict=True):
+        merged = MergedStatistics()
+        for _, values in _batches(Float64Flow(flow), sets[0], fold, models.channels):
+            merged.add(terms_of(values, settings), _nll(values, settings))
+        of_folds.append(merged)
+    shape, side = (len(sets), len(sets[0])), sets[0].shape[-1]
+    scores, maps = np.empty(shape), np.empty((*shape, side, side), np.float32)
+    for k, (fold, flow) in enumerate(zip(models.folds, models.flows, strict=True)):
+        others = MergedStatistics.of([part for i, part in enumerate(of_folds) if i != k]).finished()
+        double = Float64Flow(flow)
+        for i, images in enumerate(sets):
+            for index, values in _batches(double, images, fold, models.channels):
+                of_score = score_maps(terms_of(values, settings), others, settings)
+                scores[i, index] = image_scores(of_score, _nll(values, settings), others, settings).numpy()
+                maps[i, index] = anomaly_maps(residuals_of(values, config), config).float().numpy()
+    return OutOfFoldResults(MergedStatistics.of(of_folds).finished(), scores, maps)
+
+
+def _nll(values: FlowValues, settings: ScoreSettings) -> Tensor:
+    return values.nll if settings.needs_nll else torch.zeros(len(values.x), dtype=torch.float64)
+
+
+def _batches(
+    flow: Float64Flow, images: Tensor, fold: np.ndarray, channels: int
+) -> Iterator[tuple[np.ndarray, FlowValues]]:
+    for start in range(0, len(fold), _BATCH):
+        index = fold[start : start + _BATCH]
+        yield index, FlowValues(flow, to_unit(images[torch.from_numpy(index)], channels))

@@ -1,7 +1,8 @@
 """Models of several image sizes, fitted as long as a time budget lasts, and the choice among them.
 
-The smallest size comes first. It decides on the augmentation, and on local blocks, which lower the NLL and do not
-change the score. All sizes are fitted to the same images, reduced; see ``fastmaf.inspection.selection.candidates``.
+The smallest size comes first. It decides on augmentation, score and map, and on local blocks, which lower the NLL and
+do not change the score: only the smallest has them. All sizes are fitted to the same images, reduced; see
+``fastmaf.inspection.selection.candidates``.
 """
 
 from __future__ import annotations
@@ -11,18 +12,21 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
+import torch
 from torch import Tensor
 
 import fastmaf
 from fastmaf.images.reduce import reduced
 from fastmaf.inspection.blocks import Log
-from fastmaf.inspection.fit import Fitted, fit
-from fastmaf.inspection.interface import AnomalyModel
+from fastmaf.inspection.combined import combine
+from fastmaf.inspection.fit import FALSE_ALARM, Fitted, fit
+from fastmaf.inspection.interface import AnomalyModel, Candidate
 from fastmaf.inspection.model import InspectionModel
 from fastmaf.inspection.out_of_fold import OutOfFoldModels
 from fastmaf.inspection.pixel_candidate import PixelCandidate
 from fastmaf.inspection.recipe import Recipe
-from fastmaf.inspection.selection.candidates import choose_candidate
+from fastmaf.inspection.selection.candidates import Choice, choose_candidate, combined_model
 from fastmaf.inspection.synthetic_defects.draw import draw_defects
 
 SIZES = (64, 128, 256)
@@ -32,6 +36,7 @@ BUDGET = 120.0
 _LONG = 300.0  # a budget from which on the largest size is considered: its images need the memory at once
 _GROWTH = 4.5  # of the time, from one size to the next
 _DRAWS = 2  # synthetic defects per good image
+IMAGES = 500  # that defects are drawn onto, at most: more would take time and memory, and change little
 
 
 @dataclass(frozen=True, eq=False)
@@ -135,16 +140,14 @@ def fit_each(
         so_far, last = time.perf_counter() - started, next(reversed(seconds.values()), 0.0)
         if so_far + _GROWTH * last > budget and candidates:
             break
-        if candidates:
-            recipe = _following(recipe, candidates[0].fitted)
         twice = reduced(pixels, 2 * size) if 2 * size <= side else double if size == side else None
         fitted = fit(
             reduced(pixels, size),
-            replace(recipe, size=size),
+            _following(recipe, candidates[0].fitted, size) if candidates else replace(recipe, size=size),
             double=twice,
             groups=groups,
             every_fold=every_fold,
-            check_order=not candidates,
+            checks=not candidates,
             progress=progress,
         )
         candidates.append(PixelCandidate(fitted))
@@ -152,16 +155,48 @@ def fit_each(
     return candidates, seconds
 
 
-def _following(recipe: Recipe, first: Fitted) -> Recipe:
-    """Returns the recipe of further sizes: augmentation and channels as the first, no blocks unless asked for."""
-    found = first.model.about["recipe"]
-    blocks = 0 if recipe.blocks == "auto" else recipe.blocks
-    return replace(recipe, augmentation=found["augmentation"], channels=found["channels"], blocks=blocks)
+def _following(recipe: Recipe, first: Fitted, size: int) -> Recipe:
+    """Returns the recipe of a further size: what the first size selected, and no blocks unless asked for.
+
+    Where the first size takes the score of a baseline, the score of the others is selected again.
+    """
+    found, model, ratio = first.model.about["recipe"], first.model, size / first.model.size
+    score, config = model.settings, model.map_config
+    scaled = replace(score, sigma=score.sigma * ratio, presmooth_sigma=score.presmooth_sigma * ratio)
+    return replace(
+        recipe,
+        size=size,
+        augmentation=found["augmentation"],
+        channels=found["channels"],
+        blocks=0 if recipe.blocks == "auto" else recipe.blocks,
+        score=scaled if model.about.get("baseline") is None else recipe.score,
+        map_config=replace(config, sigma=config.sigma * ratio, rms=1.0),
+    )
 
 
 def _chosen(candidates: Sequence[PixelCandidate], pixels: Tensor, seed: int) -> AnomalyModel:
-    if len(candidates) == 1 and candidates[0].size == pixels.shape[-1]:
+    side = int(pixels.shape[-1])
+    if len(candidates) == 1 and candidates[0].size == side:
         return candidates[0].model()
+    index, some = np.arange(len(pixels)), list(candidates)
+    for i, candidate in enumerate(candidates):
+        index, some[i] = candidate.subset(IMAGES, seed)  # the same images of each
+    compared = pixels[torch.from_numpy(index)]
     draws = _DRAWS if len(candidates) > 1 else 1
-    drawn = [draw_defects(pixels, seed=seed + 1 + i) for i in range(draws)]
-    return choose_candidate(candidates, pixels, drawn).model
+    choice = choose_candidate(some, compared, [draw_defects(compared, seed=seed + 1 + i) for i in range(draws)])
+    return model_of_all(choice, candidates, pixels, len(index))
+
+
+def model_of_all(choice: Choice, candidates: Sequence[Candidate], pixels: Tensor, compared: int) -> AnomalyModel:
+    """Returns the chosen model, calibrated on all images where the choice was among some of them."""
+    side = int(pixels.shape[-1])
+    if compared == len(pixels):
+        return choice.model
+    chosen = [candidate for candidate in candidates if candidate.name in choice.names]
+    if len(chosen) == 1 and chosen[0].size == side:
+        return chosen[0].model()  # its figures are there
+    held_out = [candidate.held_out([reduced(pixels, candidate.size)]) for candidate in chosen]
+    combination = combine(choice.names, held_out, side)
+    model = combined_model([candidate.model() for candidate in chosen], combination, side, FALSE_ALARM)
+    model.about.update(choice.figures)
+    return model

@@ -63,7 +63,7 @@ def test_a_threshold_of_groups_is_for_images_of_new_groups() -> None:
     alarms = [float(model.calibration.is_anomalous(model.scores(new)).mean()) for model in (random, grouped)]
     assert alarms[0] > 0.5 and alarms[1] < 0.3
     assert "8 groups" in decisions(grouped)["groups"] and "groups" not in decisions(random)
-    assert grouped.calibration.folds == 5
+    assert grouped.calibration.folds == 8  # as many as there are groups
     with pytest.raises(ValueError, match="group of each of 64 images; found 63"):
         fit(pixels, recipe, groups=labels[1:], progress=False)
 

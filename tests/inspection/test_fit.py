@@ -13,7 +13,7 @@ import torch
 import fastmaf
 from fastmaf.images.dataset import load_train, to_unit
 from fastmaf.inspection.fit import Fitted, dequantized, fit
-from fastmaf.inspection.out_of_fold import out_of_fold_scores
+from fastmaf.inspection.out_of_fold import out_of_fold_results
 from fastmaf.inspection.scoring.float64_flow import FlowValues
 from fastmaf.inspection.scoring.score import TermStatistics, anomaly_maps, residuals_of, score_maps, terms_of
 from tests.inspection.tiny import TINY
@@ -35,7 +35,7 @@ def test_a_fold_is_scored_by_the_model_that_has_not_seen_it(fitted: tuple[torch.
     others = np.setdiff1d(np.arange(24), fold)
     statistics = TermStatistics.of(terms[others], torch.zeros(len(others)))
     expected = score_maps(terms[fold], statistics, TINY.score).flatten(1).amax(dim=1)
-    scores = out_of_fold_scores(x, result.out_of_fold, TINY.score)[1]
+    scores = out_of_fold_results([pixels], result.out_of_fold, TINY.score, TINY.map_config).scores[0]
     assert np.allclose(scores[fold], expected, rtol=1e-4)
     assert np.allclose(np.sort(scores), result.model.calibration.scores)
 
@@ -76,7 +76,7 @@ def test_dequantisation_and_logit_are_in_the_nll_alone(data: Path, logit: float 
     expected = -flow.log_prob(dequantized(x, recipe.seed)[fold])
     nll = result.out_of_fold.nll(dequantized(x, recipe.seed))
     assert np.allclose(nll[fold], expected.detach(), rtol=1e-5)
-    scores = out_of_fold_scores(x, result.out_of_fold, recipe.score)[1]
+    scores = out_of_fold_results([pixels], result.out_of_fold, recipe.score, recipe.map_config).scores[0]
     assert np.allclose(np.sort(scores), result.model.calibration.scores)
     about = result.model.about
     assert about["held_out_nll"] == pytest.approx(float(nll.mean()), rel=1e-5)

@@ -16,7 +16,6 @@ import torch
 from torch import Tensor
 
 import fastmaf
-from fastmaf.images.reduce import area_weights
 from fastmaf.inspection.combined import CombinedModel, enlarged
 from fastmaf.inspection.export.features import feature_results
 from fastmaf.inspection.export.graph_builder import ExportError, Graph, Value
@@ -98,7 +97,8 @@ def _(model: InspectionModel, planes: Value) -> _Results:
 def _(model: CombinedModel, planes: Value) -> _Results:
     graph, scores, maps, nlls = planes.graph, [], [], []
     for part, standard in zip(model.parts, model.standards, strict=True):
-        score, anomaly_map, nll = _results(part, _reduced(planes, model.size, part.size))
+        small = planes if part.size == model.size else resized(planes.transpose(1, 2, 0), part.size)
+        score, anomaly_map, nll = _results(part, small)
         scores.append((score - standard.mean) / standard.deviation)
         if part.size != model.size:
             matrix = _enlarging(part.size, model.size)
@@ -111,15 +111,6 @@ def _(model: CombinedModel, planes: Value) -> _Results:
 @_results.register
 def _(model: FeatureModel, planes: Value) -> _Results:
     return _Results(*feature_results(model, planes))
-
-
-def _reduced(planes: Value, side: int, size: int) -> Value:
-    """Returns what ``fastmaf.images.reduce.reduced`` does; sums are whole numbers, exact in float64."""
-    if size == side:
-        return planes
-    weights, total = area_weights(side, size)
-    sums = planes.graph.value(weights.double(), "float64") @ planes @ weights.T.double()
-    return ((sums * 2.0 + float(total)) / (2.0 * total)).op("Floor")
 
 
 def _enlarging(side: int, size: int) -> Tensor:

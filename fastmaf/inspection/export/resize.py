@@ -17,7 +17,7 @@ _ONE = float(1 << 22)  # Pillow's PRECISION_BITS for 8-bit images: 32 - 8 - 2
 
 
 def resized(image: Value, size: int) -> Value:
-    """Resizes uint8 ``[h, w, 3]`` of any h and w to float64 ``[3, size, size]``, whole numbers from 0 to 255."""
+    """Resizes 8-bit values ``[h, w, 3]`` of any h and w to float64 ``[3, size, size]``, whole numbers from 0 to 255."""
     planes = image.transpose(2, 0, 1).cast("float64")
     shape = image.op("Shape", dtype="int64")
     height, width = shape.take(0, axis=0), shape.take(1, axis=0)

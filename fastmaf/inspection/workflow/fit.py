@@ -33,6 +33,7 @@ from fastmaf.io.wording import count
 from fastmaf.training.checkpoints import MODEL_FILE, STATE_FILE, refuse_unfinished, remove_state
 from fastmaf.training.interrupts import interruptible
 
+_FEWEST = 5  # good images that are fitted with the default number of folds
 _LOG_COLUMNS = ("step", "nll", "held_out_nll")
 
 
@@ -158,7 +159,10 @@ def _load_for_features(
 def _checked(images: ImageSet, recipe: Recipe, say: Say) -> ImageSet:
     for note in images.notes:
         say(note)
-    needed, guaranteed = max(recipe.folds, 3), Calibration(np.zeros(1), FALSE_ALARM, None, "split").min_samples
+    needed, guaranteed = (
+        max(3, min(recipe.folds, _FEWEST)),
+        Calibration(np.zeros(1), FALSE_ALARM, None, "split").min_samples,
+    )
     if len(images) < needed:
         skipped = f", and {count(len(images.skipped), 'file')} that cannot be read" if images.skipped else ""
         raise DataError(

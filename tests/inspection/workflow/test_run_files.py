@@ -304,8 +304,8 @@ def test_as_many_images_as_are_needed(tmp_path: Path) -> None:
     arguments = ["train", "--recipe", "inspection", "--out", str(tmp_path / "run"), "--data", str(folder)]
     done = CliRunner().invoke(app, [*arguments, "--size", "8", "--quiet"])
     assert done.exit_code == 0 and "5 good images" in done.output
-    with pytest.raises(DataError, match="expected at least 24 good images .* found 5 good images"):
-        fit(folder, tmp_path / "run", Recipe(size=8, folds=24), progress=False, say=silent)
+    result = fit(folder, tmp_path / "run", Recipe(size=8, folds=24), progress=False, say=silent)
+    assert result.fitted.model.calibration.folds == 5  # at most one fold an image
     with pytest.raises(DataError, match="expected at least 5 good images"):
         choose(pictures(tmp_path / "few", 2), size=8, progress=False)
 
