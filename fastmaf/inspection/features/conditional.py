@@ -20,6 +20,7 @@ from fastmaf.inspection.features.gaussian import Folds
 
 _HIDDEN = 128
 _STEPS, _BATCH, _LR = 300, 512, 3e-3
+_LEAST = 10_000  # whitened features of all images and locations: fewer do not support a MAF
 _LARGEST_NORM = 100.0  # of a gradient
 _HALVES = 2
 
@@ -33,7 +34,7 @@ def positions(grid: tuple[int, int]) -> Tensor:
 def with_maf(
     x: Tensor, folds: Sequence[np.ndarray], gaussians: Folds, grid: tuple[int, int], seed: int
 ) -> Folds | None:
-    """Returns the Gaussians followed by a MAF, or None if held-out images are no more likely with it.
+    """Returns the Gaussians followed by a MAF; None if held-out images are no more likely with it, or too few.
 
     Args:
         x: features of the good images, float32 ``[n, C, L]``.
@@ -42,6 +43,8 @@ def with_maf(
         grid: rows and columns, L in total.
         seed: of the MAF's weights and batches.
     """
+    if len(x) * x.shape[2] < _LEAST:
+        return None
     places = positions(grid)
     z = x.new_empty(len(x), x.shape[2], x.shape[1])
     for fold, gaussian in zip(folds, gaussians.folds, strict=True):
