@@ -58,6 +58,11 @@ def some_of(n: int, most: int, seed: int) -> np.ndarray:
     return np.arange(n) if n <= most else np.sort(np.random.default_rng([seed, 2]).permutation(n)[:most])
 
 
+def joined_folds(folds: Sequence[np.ndarray], most: int = 4) -> list[np.ndarray]:
+    """Returns folds joined into at most ``most``, for comparisons that need no more of them."""
+    return [np.sort(np.concatenate(folds[i::most])) for i in range(min(len(folds), most))]
+
+
 def drop_fold(x: Tensor, fold: np.ndarray) -> Tensor:
     """Returns the rows of ``x`` that are not in ``fold``."""
     kept = torch.ones(len(x), dtype=torch.bool)
