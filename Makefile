@@ -62,7 +62,7 @@ reproduce: $(VENV)/.installed-inspection  ## train, sample and evaluate on the s
 test: $(VENV)/.installed-test  ## run the tests that a change needs, ten minutes on two cores
 	"$(BIN)/python" -m pytest -m "not slow"
 
-test-all: test $(TRITONS) $(VENV)/.installed-docs  ## those, then the slow ones: GPU kernels interpreted and compiled, benchmarks, interruptions, documentation
+test-all: test $(TRITONS) $(VENV)/.installed-docs $(VENV)/.installed-features  ## those, then the slow ones: GPU kernels interpreted and compiled, benchmarks, interruptions, pretrained features, documentation
 	"$(BIN)/python" -m pytest -m slow
 
 COUNT ?= 20000

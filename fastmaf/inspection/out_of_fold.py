@@ -53,6 +53,16 @@ def group_folds(groups: Sequence[str], folds: int) -> list[np.ndarray]:
     return [test for _, test in splitter.split(np.zeros(len(groups)), groups=np.asarray(groups))]
 
 
+def some_of(n: int, most: int, seed: int) -> np.ndarray:
+    """Returns the indices of at most so many of n images, at random, ascending."""
+    return np.arange(n) if n <= most else np.sort(np.random.default_rng([seed, 2]).permutation(n)[:most])
+
+
+def joined_folds(folds: Sequence[np.ndarray], most: int = 4) -> list[np.ndarray]:
+    """Returns folds joined into at most ``most``, for comparisons that need no more of them."""
+    return [np.sort(np.concatenate(folds[i::most])) for i in range(min(len(folds), most))]
+
+
 def drop_fold(x: Tensor, fold: np.ndarray) -> Tensor:
     """Returns the rows of ``x`` that are not in ``fold``."""
     kept = torch.ones(len(x), dtype=torch.bool)
@@ -98,9 +108,9 @@ class OutOfFoldModels:
     def subset(self, most: int, seed: int) -> tuple[np.ndarray, OutOfFoldModels]:
         """Returns at most so many images, at random, and the models with the folds of these; folds are renumbered."""
         n = sum(len(fold) for fold in self.folds)
+        index = some_of(n, most, seed)
         if n <= most:
-            return np.arange(n), self
-        index = np.sort(np.random.default_rng([seed, 2]).permutation(n)[:most])
+            return index, self
         folds = [np.flatnonzero(np.isin(index, fold)) for fold in self.folds]
         kept = [(fold, flow) for fold, flow in zip(folds, self.flows, strict=True) if len(fold)]
         return index, OutOfFoldModels([fold for fold, _ in kept], [flow for _, flow in kept])

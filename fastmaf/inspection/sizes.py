@@ -22,12 +22,12 @@ from fastmaf.inspection.blocks import Log
 from fastmaf.inspection.combined import combine
 from fastmaf.inspection.fit import FALSE_ALARM, Fitted, fit
 from fastmaf.inspection.fit_stages import Stages
-from fastmaf.inspection.interface import AnomalyModel, HeldOut
+from fastmaf.inspection.interface import AnomalyModel, Candidate, HeldOut
 from fastmaf.inspection.model import InspectionModel
 from fastmaf.inspection.out_of_fold import OutOfFoldModels
 from fastmaf.inspection.pixel_candidate import PixelCandidate
 from fastmaf.inspection.recipe import Recipe
-from fastmaf.inspection.selection.candidates import choose_candidate, combined_model
+from fastmaf.inspection.selection.candidates import Choice, choose_candidate, combined_model
 from fastmaf.inspection.synthetic_defects.draw import draw_defects
 from fastmaf.training.callbacks import Callback
 
@@ -36,9 +36,9 @@ BUDGET = 120.0
 """Seconds that the fits of a choice may take."""
 
 _LONG = 300.0  # a budget from which on the largest size is considered: its images need the memory at once
-_GROWTH = 4.5  # of the time, from one size to the next
+_GROWTH = 2.0, 4.5  # of the time, from the first size, which selects and trains more, and from one to the next
 _DRAWS = 2  # synthetic defects per good image
-_IMAGES = 500  # that defects are drawn onto, at most: more would take time and memory, and change little
+IMAGES = 500  # that defects are drawn onto, at most: more would take time and memory, and change little
 
 
 @dataclass(frozen=True, eq=False)
@@ -148,7 +148,7 @@ def fit_each(
     seconds: dict[str, float] = {}
     for size in sizes:
         so_far, last = time.perf_counter() - started, next(reversed(seconds.values()), 0.0)
-        if so_far + _GROWTH * last > budget and candidates:
+        if candidates and so_far + _GROWTH[len(candidates) > 1] * last > budget:
             break
         twice = reduced(pixels, 2 * size) if 2 * size <= side else double if size == side else None
         fitted = fit(
@@ -192,16 +192,24 @@ def _chosen(candidates: Sequence[PixelCandidate], pixels: Tensor, seed: int) -> 
         return candidates[0].model(), candidates[0].fitted.held_out
     index, some = np.arange(len(pixels)), list(candidates)
     for i, candidate in enumerate(candidates):
-        index, some[i] = candidate.subset(_IMAGES, seed)  # the same images of each
+        index, some[i] = candidate.subset(IMAGES, seed)  # the same images of each
     compared = pixels[torch.from_numpy(index)]
     draws = _DRAWS if len(candidates) > 1 else 1
     choice = choose_candidate(some, compared, [draw_defects(compared, seed=seed + 1 + i) for i in range(draws)])
-    if len(index) == len(pixels):
+    return model_of_all(choice, candidates, pixels, len(index))
+
+
+def model_of_all(
+    choice: Choice, candidates: Sequence[Candidate], pixels: Tensor, compared: int
+) -> tuple[AnomalyModel, HeldOut]:
+    """Returns the chosen model, calibrated on all images where the choice was among some of them, and its results."""
+    side = int(pixels.shape[-1])
+    if compared == len(pixels):
         scores, maps = choice.held_out
         return choice.model, HeldOut(scores[:1], maps[:1].copy())  # without those of the drawn defects
     chosen = [candidate for candidate in candidates if candidate.name in choice.names]
     if len(chosen) == 1 and chosen[0].size == side:
-        return chosen[0].model(), chosen[0].fitted.held_out  # its figures are there
+        return chosen[0].model(), chosen[0].held_out([pixels])  # its figures are there
     held_out = [candidate.held_out([reduced(pixels, candidate.size)]) for candidate in chosen]
     combination = combine(choice.names, held_out, side)
     model = combined_model([candidate.model() for candidate in chosen], combination, side, FALSE_ALARM)

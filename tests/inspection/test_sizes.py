@@ -59,6 +59,6 @@ def test_sizes_must_ascend_to_the_images(pixels: torch.Tensor) -> None:
 def test_of_many_images_some_are_compared_and_all_calibrate(
     pixels: torch.Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "_IMAGES", 12)
+    monkeypatch.setattr(module, "IMAGES", 12)
     model = fit_sizes(pixels, (8, 16), SMALL, budget=0, progress=False).model
     assert model.calibration.n == len(pixels) and set(model.about["drawn_auroc_of_candidates"]) == {"8 pixels"}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -13,12 +13,14 @@ from torch import Tensor
 import fastmaf
 from fastmaf.images.progress import Progress
 from fastmaf.inspection.calibration import Calibration
+from fastmaf.inspection.features.conditional import with_maf
 from fastmaf.inspection.features.extractor import Extractor, on_grid
 from fastmaf.inspection.features.gaussian import Folds, fit_gaussians
+from fastmaf.inspection.features.held_out import held_out_distances, restricted, scores, statistics
 from fastmaf.inspection.features.maps import DistanceStatistics, anomaly_maps, image_scores
 from fastmaf.inspection.features.model import FeatureModel
 from fastmaf.inspection.interface import HeldOut
-from fastmaf.inspection.out_of_fold import drop_fold, group_folds, k_fold
+from fastmaf.inspection.out_of_fold import group_folds, k_fold
 from fastmaf.inspection.selection.ranking import kind_aurocs
 from fastmaf.inspection.synthetic_defects.draw import SyntheticDefects
 
@@ -26,7 +28,7 @@ FOLDS = 10
 """Number of folds: each costs little, and the more there are, the less their models differ from that of all images."""
 
 FALSE_ALARM = 0.05
-PER_LOCATION, POOLED = "per location", "for all locations"
+PER_LOCATION, POOLED, MAF = "per location", "for all locations", "then a MAF"
 _BATCH = 64
 _MAP_SIDE = 64  # of the anomaly maps of features that were computed elsewhere
 
@@ -75,23 +77,34 @@ class FeatureCandidate:
             sets: as in ``fastmaf.inspection.interface.Candidate``.
         """
         shape = len(sets), len(sets[0])
-        scores, maps = np.empty(shape), np.empty((*shape, self.size, self.size), np.float32)
+        values, maps = np.empty(shape), np.empty((*shape, self.size, self.size), np.float32)
         for i, images in enumerate(sets):
             features = next((x for known, x in self.known if known is images), None)
-            distances = _held_out(self._features(images) if features is None else features, self.folds, self.gaussians)
-            for fold, others in zip(self.folds, _statistics(self.good, self.folds), strict=True):
-                scores[i, fold] = image_scores(distances[fold], others).numpy()
+            distances = held_out_distances(
+                self._features(images) if features is None else features, self.folds, self.gaussians
+            )
+            for fold, others in zip(self.folds, statistics(self.good, self.folds), strict=True):
+                values[i, fold] = image_scores(distances[fold], others).numpy()
                 for index in np.array_split(fold, -(-len(fold) // _BATCH)):
                     maps[i, index] = anomaly_maps(distances[index], others, self.grid, self.size, self.map_unit).numpy()
-        return HeldOut(scores, maps)
+        return HeldOut(values, maps)
+
+    def subset(self, index: np.ndarray, images: Tensor) -> FeatureCandidate:
+        """Returns the candidate for some of the good images, which are given, too."""
+        if len(index) == len(self.good):
+            return self
+        folds, gaussians = restricted(self.folds, self.gaussians, index)
+        known = [(images, self.known[0][1][torch.from_numpy(index)]), *self.known[1:]]
+        return replace(self, folds=folds, gaussians=gaussians, good=self.good[index], known=known)
 
     def model(self) -> FeatureModel:
         """Returns the model of all images, calibrated on the held-out scores."""
-        statistics = DistanceStatistics.of(self.good)
-        scores = _scores(self.good, self.good, self.folds)
-        calibration = Calibration(scores, FALSE_ALARM, None, "k-fold", len(self.folds))
+        calibration = Calibration(
+            scores(self.good, self.good, self.folds), FALSE_ALARM, None, "k-fold", len(self.folds)
+        )
+        usual = DistanceStatistics.of(self.good)
         return FeatureModel(
-            self.extractor, self.gaussians.whole, self.grid, statistics, self.map_unit, calibration, dict(self.figures)
+            self.extractor, self.gaussians.whole, self.grid, usual, self.map_unit, calibration, dict(self.figures)
         )
 
     def _features(self, images: Tensor) -> Tensor:
@@ -104,6 +117,7 @@ def fit_features(
     extractor: Extractor,
     *,
     drawn: Sequence[SyntheticDefects] = (),
+    index: np.ndarray | None = None,
     groups: Sequence[str] | None = None,
     seed: int = 0,
     progress: bool = True,
@@ -117,6 +131,7 @@ def fit_features(
         pixels: good images, uint8 ``[n, 3, size, size]`` of the extractor's size, n >= 3.
         extractor: from images to features.
         drawn: the same images with a synthetic defect, once or more.
+        index: which of the images they are drawn onto; None: all.
         groups: the group of each image; folds then hold out whole groups. None: folds are random.
         seed: of the folds.
         progress: show a progress bar.
@@ -125,10 +140,10 @@ def fit_features(
         ValueError: the network does not return feature maps, or there are too few images or groups.
     """
     sets = [pixels, *(defects.pixels for defects in drawn)]
-    n = len(pixels)
+    n, index = len(pixels), np.arange(len(pixels)) if index is None else index
     folds = _folds(n, groups, seed)
     known, grid = [], (0, 0)
-    with Progress("computing features", "image", total=n * len(sets), show=progress) as bar:
+    with Progress("computing features", "image", total=sum(map(len, sets)), show=progress) as bar:
         for images in sets:
             parts = []
             for image in images:
@@ -138,7 +153,7 @@ def fit_features(
             grid = (features.shape[2], features.shape[3])
             known.append((images, features.flatten(2)))
     kinds = np.concatenate([defects.kinds for defects in drawn]) if drawn else np.empty(0, str)
-    return _fitted(extractor, known, kinds, folds, grid)
+    return _fitted(extractor, known, kinds, folds, grid, index, seed)
 
 
 @fastmaf.torch_defaults()
@@ -155,7 +170,9 @@ def fit_precomputed(maps: Any, *, groups: Sequence[str] | None = None, seed: int
         raise ValueError(f"features must be of at least 3 good images; found {len(features)}")
     grid = (features.shape[2], features.shape[3])
     known, folds = [(features, features.flatten(2))], _folds(len(features), groups, seed)
-    return _fitted(Extractor(None, None, _MAP_SIDE), known, np.empty(0, str), folds, grid)
+    return _fitted(
+        Extractor(None, None, _MAP_SIDE), known, np.empty(0, str), folds, grid, np.arange(len(features)), seed
+    )
 
 
 def _folds(n: int, groups: Sequence[str] | None, seed: int) -> list[np.ndarray]:
@@ -172,23 +189,38 @@ def _fitted(
     kinds: np.ndarray,
     folds: Sequence[np.ndarray],
     grid: tuple[int, int],
+    index: np.ndarray,
+    seed: int,
 ) -> FeatureCandidate:
-    """Returns the better candidate of a Gaussian per location and one for all."""
-    found, drawn_aurocs, nlls = {}, dict[str, float](), dict[str, list[Tensor]]()
-    for kind in (PER_LOCATION, POOLED):
-        gaussians = fit_gaussians(known[0][1], folds, pooled=kind == POOLED)
-        good, *defects = [_held_out(x, folds, gaussians) for _, x in known]
+    """Returns the best candidate of a Gaussian per location, one for all, and the better of these with a MAF."""
+    x, found = known[0][1], dict[str, tuple[Folds, Tensor]]()
+    drawn_aurocs, nlls = dict[str, float](), dict[str, list[Tensor]]()
+
+    def compare(kind: str, gaussians: Folds) -> None:
+        good = held_out_distances(x, folds, gaussians)
+        some_folds, some_gaussians = restricted(folds, gaussians, index)
+        defects = [held_out_distances(features, some_folds, some_gaussians) for _, features in known[1:]]
         found[kind] = gaussians, good
         nlls[kind] = [gaussian.nll(good[fold]) for gaussian, fold in zip(gaussians.folds, folds, strict=True)]
         if defects:
-            scores, *others = [_scores(x, good, folds) for x in (good, *defects)]
-            drawn_aurocs[kind] = float(np.mean(list(kind_aurocs(scores, np.concatenate(others), kinds).values())))
-    nll = {kind: float(torch.cat(of_folds).mean()) for kind, of_folds in nlls.items()}
-    chosen = max(drawn_aurocs, key=lambda k: drawn_aurocs[k]) if drawn_aurocs else min(nll, key=lambda k: nll[k])
+            of_good, *others = [scores(part, good[index], some_folds) for part in (good[index], *defects)]
+            drawn_aurocs[kind] = float(np.mean(list(kind_aurocs(of_good, np.concatenate(others), kinds).values())))
+
+    def best() -> str:
+        if drawn_aurocs:
+            return max(drawn_aurocs, key=lambda kind: drawn_aurocs[kind])
+        return min(nlls, key=lambda kind: float(torch.cat(nlls[kind]).mean()))
+
+    for kind in (PER_LOCATION, POOLED):
+        compare(kind, fit_gaussians(x, folds, pooled=kind == POOLED))
+    chosen = best()
+    if (densities := with_maf(x, folds, found[chosen][0], grid, seed)) is not None:
+        compare(f"{chosen}, {MAF}", densities)
+        chosen = best()
     gaussians, good = found[chosen]
     maps = np.empty((len(good), extractor.size, extractor.size), np.float32)
-    for fold, statistics in zip(folds, _statistics(good, folds), strict=True):
-        maps[fold] = anomaly_maps(good[fold], statistics, grid, extractor.size, 1.0).numpy()
+    for fold, others in zip(folds, statistics(good, folds), strict=True):
+        maps[fold] = anomaly_maps(good[fold], others, grid, extractor.size, 1.0).numpy()
     unit = float(np.sqrt(np.square(maps, dtype=np.float64).mean())) or 1.0
     figures: dict[str, Any] = {
         "images": len(good),
@@ -203,27 +235,6 @@ def _fitted(
             "shrinkage": gaussians.shrinkage,
         },
         "drawn_auroc_of_gaussians": drawn_aurocs,
-        "held_out_nll_of_gaussians": nll,
+        "held_out_nll_of_gaussians": {kind: float(torch.cat(of_folds).mean()) for kind, of_folds in nlls.items()},
     }
     return FeatureCandidate(extractor, folds, gaussians, grid, good, unit, figures, known)
-
-
-def _held_out(x: Tensor, folds: Sequence[np.ndarray], gaussians: Folds) -> Tensor:
-    """Returns the distances ``[n, L]`` of features ``[n, C, L]`` under the Gaussian without the fold of each image."""
-    distances = x.new_empty(len(x), x.shape[2])
-    for fold, gaussian in zip(folds, gaussians.folds, strict=True):
-        distances[fold] = gaussian.distances(x[torch.from_numpy(fold)])
-    return distances
-
-
-def _statistics(good: Tensor, folds: Sequence[np.ndarray]) -> list[DistanceStatistics]:
-    """Returns the statistics of held-out distances over the other folds, for each."""
-    return [DistanceStatistics.of(drop_fold(good, fold)) for fold in folds]
-
-
-def _scores(distances: Tensor, good: Tensor, folds: Sequence[np.ndarray]) -> np.ndarray:
-    """Returns held-out scores, float64 ``[n]``."""
-    scores = np.empty(len(distances))
-    for fold, others in zip(folds, _statistics(good, folds), strict=True):
-        scores[fold] = image_scores(distances[fold], others).numpy()
-    return scores

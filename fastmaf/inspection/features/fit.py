@@ -6,6 +6,7 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 import fastmaf
@@ -13,9 +14,11 @@ from fastmaf.inspection.features.candidate import fit_features
 from fastmaf.inspection.features.extractor import Extractor
 from fastmaf.inspection.fit_stages import Stages
 from fastmaf.inspection.free_threads import free_threads
+from fastmaf.inspection.interface import Candidate
+from fastmaf.inspection.out_of_fold import some_of
 from fastmaf.inspection.recipe import Recipe
 from fastmaf.inspection.selection.candidates import choose_candidate
-from fastmaf.inspection.sizes import BUDGET, FittedSizes, fit_each
+from fastmaf.inspection.sizes import BUDGET, IMAGES, FittedSizes, fit_each, model_of_all
 from fastmaf.inspection.synthetic_defects.draw import draw_defects
 from fastmaf.training.callbacks import Callback
 
@@ -59,12 +62,20 @@ def fit_with_features(
     options |= {"budget": budget, "progress": progress}
     of_pixels, seconds = fit_each(pixels, sizes, recipe, double=None, **options)
     begun = time.perf_counter()
-    drawn = [draw_defects(pixels, seed=recipe.seed)]
-    features = fit_features(pixels, extractor, drawn=drawn, groups=groups, seed=recipe.seed, progress=progress)
+    index = some_of(len(pixels), IMAGES, recipe.seed)
+    compared = pixels if len(index) == len(pixels) else pixels[torch.from_numpy(index)]
+    drawn = [draw_defects(compared, seed=recipe.seed)]
+    given: Any = {"groups": groups, "seed": recipe.seed, "progress": progress}
+    features = fit_features(pixels, extractor, drawn=drawn, index=index, **given)
     seconds[features.name] = time.perf_counter() - begun
     begun = time.perf_counter()
-    choice = choose_candidate([*of_pixels, features], pixels, drawn, first=features.name)
+    some: list[Candidate] = [
+        *(candidate.subset(IMAGES, recipe.seed)[1] for candidate in of_pixels),
+        features.subset(index, compared),
+    ]
+    choice = choose_candidate(some, compared, drawn, first=features.name)
+    model, held_out = model_of_all(choice, [*of_pixels, features], pixels, len(index))
     seconds["choice"] = time.perf_counter() - begun
     skipped = tuple(sizes[len(of_pixels) :])
-    choice.model.about["skipped_sizes"] = list(skipped)
-    return FittedSizes(choice.model, tuple(of_pixels), skipped, seconds, choice.held_out)
+    model.about["skipped_sizes"] = list(skipped)
+    return FittedSizes(model, tuple(of_pixels), skipped, seconds, held_out)

@@ -27,6 +27,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+import fastmaf
+
 _SHRINKAGES = (0.05, 0.1, 0.2, 0.5)
 _RIDGE = 0.001  # r, of a channel's variance over all locations
 _COMPARED_FOLDS = 2  # that decide on the shrinkage
@@ -35,24 +37,42 @@ _HALF_LOG_2PI = 0.5 * math.log(2 * math.pi)
 
 @dataclass(frozen=True, eq=False)
 class LocationGaussian:
-    """A Gaussian per location (P = L), or the same one at all locations (P = 1).
+    """A Gaussian per location (P = L), or the same one at all locations (P = 1), and a flow of what it whitens.
 
     Attributes:
         mean: μ, float32 ``[P, C]``.
         factor: F, float32 ``[P, C, C]``, lower triangular.
+        flow: of z, given the position; None: z is standard normal.
+        positions: the context of the flow at each location, float32 ``[L, 2]``.
     """
 
     mean: Tensor
     factor: Tensor
+    flow: fastmaf.Flow | None = None
+    positions: Tensor | None = None
 
-    def distances(self, x: Tensor) -> Tensor:
-        """Returns the Mahalanobis distances, the norms of z, of features ``[n, C, L]``, float32 ``[n, L]``."""
+    def whitened(self, x: Tensor) -> Tensor:
+        """Returns z of features ``[n, C, L]``, float32 ``[n, L, C]``."""
         y = x.permute(2, 1, 0) - self.mean[:, :, None]  # [L, C, n]
-        return (self.factor @ y).square().sum(dim=1).sqrt().T
+        return (self.factor @ y).permute(2, 0, 1)
+
+    @torch.no_grad()
+    def distances(self, x: Tensor) -> Tensor:
+        """Returns how unusual features ``[n, C, L]`` are, float32 ``[n, L]``.
+
+        That is the Mahalanobis distance, the norm of z; with a flow, the NLL of z in nats.
+        """
+        z = self.whitened(x)
+        if self.flow is None:
+            return z.square().sum(dim=2).sqrt()
+        rows = [-self.flow.log_prob(image.contiguous(), self.positions) for image in z]
+        return torch.stack(rows) if rows else z.new_empty(z.shape[:2])
 
     def nll(self, distances: Tensor) -> Tensor:
-        """Returns the NLL of images with these distances ``[n, L]``, float64 ``[n]`` nats."""
+        """Returns the NLL of images with these ``distances`` ``[n, L]``, float64 ``[n]`` nats."""
         log_det = self.factor.diagonal(dim1=1, dim2=2).double().log().sum(dim=1)
+        if self.flow is not None:
+            return (distances.double() - log_det).sum(dim=1)
         constant = self.mean.shape[1] * _HALF_LOG_2PI - log_det
         return (0.5 * distances.double().square() + constant).sum(dim=1)
 

@@ -19,17 +19,20 @@ from fastmaf.inspection.features.maps import DistanceStatistics, anomaly_maps, i
 from fastmaf.inspection.model import Prediction
 from fastmaf.inspection.model_card import features_card
 from fastmaf.inspection.model_schema import KEY
-from fastmaf.io.tensor_file import write_tensors
+from fastmaf.io.atomic import staging
+from fastmaf.io.tensor_file import read_tensors, write_tensors
 
 KIND = "features"
+FLOW = "flow/"
+"""Prefix of the flow's tensors and metadata in a file."""
 
 
 @dataclass(frozen=True, eq=False)
 class FeatureModel:
     """A Gaussian of the features of images at each location of a grid.
 
-    With d_l the Mahalanobis distance of the features of location l, and m_l and s_l its mean and standard deviation
-    over held-out good images::
+    With d_l the Mahalanobis distance of the features of location l, or their NLL where a MAF follows the Gaussian, and
+    m_l and s_l its mean and standard deviation over held-out good images::
 
         score = mean of the largest (d_l − m_l) / s_l,    map = d_l − m_l, enlarged and smoothed
 
@@ -139,6 +142,7 @@ class FeatureModel:
             "calibration": self.calibration.to_json(),
             "about": self.about,
         }
+        metadata = {KEY: json.dumps(record)}
         tensors = {f"network.{name}": value for name, value in network.state_dict().items()}
         tensors |= {
             "mean": self.gaussian.mean,
@@ -147,7 +151,13 @@ class FeatureModel:
             "distance_deviation": self.statistics.deviation,
             "calibration_scores": torch.from_numpy(np.array(self.calibration.scores)),
         }
-        write_tensors({name: tensor.contiguous() for name, tensor in tensors.items()}, path, {KEY: json.dumps(record)})
+        if self.gaussian.flow is not None:
+            with staging(Path(path).resolve().parent) as folder:
+                self.gaussian.flow.save(folder / "flow.safetensors")
+                of_flow, texts = read_tensors(folder / "flow.safetensors")
+            tensors |= {f"{FLOW}{name}": tensor for name, tensor in of_flow.items()}
+            metadata |= {f"{FLOW}{key}": text for key, text in texts.items()}
+        write_tensors({name: tensor.contiguous() for name, tensor in tensors.items()}, path, metadata)
         if filled is not None:
             filled.write(None, {}, Path(path))
 

@@ -8,11 +8,14 @@ from torch import Tensor
 import fastmaf
 from fastmaf.inspection.calibration import CALIBRATION, Calibration
 from fastmaf.inspection.features import efficientnet_lite
+from fastmaf.inspection.features.conditional import positions
 from fastmaf.inspection.features.extractor import Extractor
 from fastmaf.inspection.features.gaussian import LocationGaussian
 from fastmaf.inspection.features.maps import DistanceStatistics
-from fastmaf.inspection.features.model import KIND, FeatureModel, unpacked
+from fastmaf.inspection.features.model import FLOW, KIND, FeatureModel, unpacked
 from fastmaf.inspection.model_schema import ABOUT, KEY
+from fastmaf.inspection.scoring.float64_flow import check_base
+from fastmaf.io.checkpoint import read_with_extras
 from fastmaf.io.safe_json import parse
 from fastmaf.io.schema import ListOf, Number, OneOf, Record, Whole
 from fastmaf.io.tensor_file import TensorFile
@@ -54,6 +57,7 @@ def read_model(file: TensorFile, *, device: str = "cpu") -> FeatureModel:
         usual, deviation = (_tensor(file, name, shape, dtype=torch.float64) for name in names)
         if not bool((deviation >= 1 / _LARGEST).all()):
             raise ValueError(f"tensor distance_deviation: expected at least {1 / _LARGEST:g}")
+        flow = _flow(file, channels, device)
     except fastmaf.CheckpointError:
         raise
     except KeyError as error:
@@ -62,7 +66,9 @@ def read_model(file: TensorFile, *, device: str = "cpu") -> FeatureModel:
         raise fastmaf.CheckpointError(f"{file.path}: {error}") from error
     return FeatureModel(
         Extractor(network.to(device), record["features"], record["size"]),
-        LocationGaussian(mean.to(device), factor.to(device)),
+        LocationGaussian(
+            mean.to(device), factor.to(device), flow, None if flow is None else positions(grid).to(device)
+        ),
         grid,
         DistanceStatistics(usual.to(device), deviation.to(device)),
         float(record["map_unit"]),
@@ -76,6 +82,18 @@ def _network(file: TensorFile) -> efficientnet_lite.EfficientNetLite0:
     for key, value in network.state_dict().items():
         value.copy_(_tensor(file, f"network.{key}", tuple(value.shape)))
     return network
+
+
+def _flow(file: TensorFile, channels: int, device: str) -> fastmaf.Flow | None:
+    """Returns the flow of the whitened features, if there is one."""
+    if not any(name.startswith(FLOW) for name in file.tensors):
+        return None
+    flow = read_with_extras(file.within(FLOW)).flow.eval()
+    if (flow.features, flow.context_features) != (channels, 2):
+        found = f"{flow.features} features and {flow.context_features} context features"
+        raise ValueError(f"expected a flow of {channels} features and 2 context features; found {found}")
+    check_base(flow)
+    return flow.to(device)
 
 
 def _tensor(

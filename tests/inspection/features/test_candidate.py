@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from fastmaf.inspection.features.candidate import PER_LOCATION, POOLED, FeatureCandidate, fit_features, fit_precomputed
 from fastmaf.inspection.features.extractor import Extractor
 from fastmaf.inspection.interface import Candidate
-from fastmaf.inspection.synthetic_defects.draw import SyntheticDefects
+from fastmaf.inspection.synthetic_defects.draw import SyntheticDefects, draw_defects
 from tests.inspection.features.conftest import TwoMaps
 
 
@@ -85,3 +85,16 @@ def test_groups_are_held_out_whole(pixels: Tensor) -> None:
 def test_a_module_that_returns_no_maps_is_refused(pixels: Tensor) -> None:
     with pytest.raises(ValueError, match=r"features must be maps .*; found \[1, 3072\]"):
         fit_features(pixels, Extractor(nn.Flatten(), size=32), progress=False)
+
+
+def test_defects_on_some_of_the_images(pixels: Tensor) -> None:
+    """Scores of some images are those of the same models; only the statistics of distances are of fewer images."""
+    index = np.array([0, 3, 4, 9, 10, 15, 21])
+    images = pixels[torch.from_numpy(index)]
+    drawn = [draw_defects(images, seed=1)]
+    whole = fit_features(pixels, Extractor(TwoMaps(), size=32), drawn=drawn, index=index, progress=False)
+    some = whole.subset(index, images)
+    assert sorted(np.concatenate(some.folds)) == list(range(7)) and whole.subset(np.arange(24), pixels) is whole
+    torch.testing.assert_close(some.good, whole.good[index])
+    scores, maps = some.held_out([images, drawn[0].pixels])
+    assert scores.shape == (2, 7) and maps.shape == (2, 7, 32, 32) and np.isfinite(scores).all()

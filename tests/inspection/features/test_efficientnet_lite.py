@@ -51,6 +51,7 @@ def test_without_the_extra_its_command_is_named(monkeypatch: pytest.MonkeyPatch)
         pretrained()
 
 
+@pytest.mark.slow
 @needs_weights
 def test_pretrained_features_are_those_of_the_layers_with_batch_normalisation() -> None:
     """The first two layers, built from torch's own and its own reading of the file."""
@@ -76,6 +77,7 @@ def test_pretrained_features_are_those_of_the_layers_with_batch_normalisation() 
     torch.testing.assert_close(first(network.stem((x * 255 - 127) / 128)), expected, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.slow
 @needs_weights
 def test_pretrained_weights_are_finite_and_none_is_left_out() -> None:
     network = pretrained()
@@ -84,6 +86,7 @@ def test_pretrained_weights_are_finite_and_none_is_left_out() -> None:
         assert bool(value.isfinite().all()) and bool(value.abs().sum() > 0), name
 
 
+@pytest.mark.slow
 @needs_weights
 def test_another_file_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(efficientnet_lite, "_SHA256", "0" * 64)
