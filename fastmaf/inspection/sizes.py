@@ -35,7 +35,7 @@ BUDGET = 120.0
 """Seconds that the fits of a choice may take."""
 
 _LONG = 300.0  # a budget from which on the largest size is considered: its images need the memory at once
-_GROWTH = 4.5  # of the time, from one size to the next
+_GROWTH = 2.0, 4.5  # of the time, from the first size, which selects and trains more, and from one to the next
 _DRAWS = 2  # synthetic defects per good image
 _IMAGES = 500  # that defects are drawn onto, at most: more would take time and memory, and change little
 
@@ -123,7 +123,7 @@ def fit_sizes(
     seconds: dict[str, float] = {}
     for size in sizes:
         so_far, last = time.perf_counter() - started, next(reversed(seconds.values()), 0.0)
-        if so_far + _GROWTH * last > budget and candidates:
+        if candidates and so_far + _GROWTH[len(candidates) > 1] * last > budget:
             break
         twice = reduced(pixels, 2 * size) if 2 * size <= side else double if size == side else None
         fitted = fit(
