@@ -67,8 +67,7 @@ def test_an_error_of_a_callback_ends_the_training_after_a_checkpoint(root: Path,
 @pytest.mark.filterwarnings("ignore:blocks=1 do not make")
 @pytest.mark.slow  # imports of seconds
 def test_tensorboard(tmp_path: Path) -> None:
-    pytest.importorskip("tensorboard")
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    reading: Any = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     from torch.utils.tensorboard import SummaryWriter
 
     with SummaryWriter(str(tmp_path)) as writer:
@@ -78,7 +77,7 @@ def test_tensorboard(tmp_path: Path) -> None:
                 writer.add_scalar(name, value, step)
 
         log = fitted(to_tensorboard).log
-    events = EventAccumulator(str(tmp_path)).Reload()
+    events = reading.EventAccumulator(str(tmp_path)).Reload()
     assert [event.step for event in events.Scalars("held_out_nll")] == [row["step"] for row in log]
     assert events.Scalars("nll")[-1].value == pytest.approx(log[-1]["nll"], rel=1e-6)
 

@@ -80,7 +80,7 @@ def report_variables(report: Report) -> dict[str, Any]:
         "test": test,
         "training": training,
         "above": int(calibration.is_anomalous(calibration.scores).sum()),
-        "scale_bar": scale_colours()[None].repeat(10, axis=0),
+        "scale_bar": scale_colours()[None].repeat(16, axis=0),
         "rate_interval": lambda count, n: " to ".join(text.percent(end) for end in rate_interval(count, n)),
         "histogram": figures.score_histogram(calibration, test),
     }
