@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
+from typing import Any
 
 import torch
 
@@ -60,11 +61,12 @@ def deterministic() -> Iterator[None]:
     """
     threads = torch.get_num_threads()
     algorithms = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
-    filled = torch.utils.deterministic.fill_uninitialized_memory
+    settings: Any = torch.utils.deterministic
+    filled = settings.fill_uninitialized_memory
     with ExitStack() as stack:
         stack.callback(torch.set_num_threads, threads)
         stack.callback(torch.use_deterministic_algorithms, algorithms[0], warn_only=algorithms[1])
-        stack.callback(setattr, torch.utils.deterministic, "fill_uninitialized_memory", filled)
+        stack.callback(setattr, settings, "fill_uninitialized_memory", filled)
         with suppress(ImportError):
             import scipy.linalg  # noqa: F401 - its threads can be limited once it is loaded
         with suppress(ImportError):
@@ -72,7 +74,7 @@ def deterministic() -> Iterator[None]:
 
             stack.enter_context(threadpool_limits(1))
         torch.set_num_threads(1)
-        torch.utils.deterministic.fill_uninitialized_memory = False  # nothing here reads it
+        settings.fill_uninitialized_memory = False  # nothing here reads it
         torch.use_deterministic_algorithms(True, warn_only=True)
         yield
 
