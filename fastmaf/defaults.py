@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager
+from typing import Any
 
 import torch
 
@@ -45,10 +46,11 @@ def torch_defaults() -> Iterator[None]:
 def deterministic() -> Iterator[None]:
     """Runs a block or a decorated function such that it gives the same bits again, whatever the number of threads.
 
-    Sums depend on how many threads share them, so one thread computes: of torch, of fastmaf, and of NumPy and SciPy
-    where ``threadpoolctl`` is installed, as scikit-learn has it. Torch takes deterministic algorithms, and warns where
-    an operation has none. The caller's settings are restored afterwards. They belong to the process: other threads
-    must not compute meanwhile. Equal bits are promised on one machine, with the same versions, on the CPU.
+    Sums depend on how many threads share them, so one thread of torch and of fastmaf computes. Torch takes
+    deterministic algorithms, and warns where an operation has none. The caller's settings are restored afterwards. They
+    belong to the process: other threads must not compute meanwhile. Equal bits are promised on one machine, with the
+    same versions, on the CPU. Fits of inspection models use NumPy and SciPy as well: limit their threads by
+    ``threadpoolctl.threadpool_limits(1)``, as the option ``--deterministic`` does.
 
     Example:
         >>> flow = fastmaf.MAF(features=3, blocks=1, hidden_features=16, seed=0)
@@ -60,19 +62,14 @@ def deterministic() -> Iterator[None]:
     """
     threads = torch.get_num_threads()
     algorithms = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
-    filled = torch.utils.deterministic.fill_uninitialized_memory
+    settings: Any = torch.utils.deterministic
+    filled = settings.fill_uninitialized_memory
     with ExitStack() as stack:
         stack.callback(torch.set_num_threads, threads)
         stack.callback(torch.use_deterministic_algorithms, algorithms[0], warn_only=algorithms[1])
-        stack.callback(setattr, torch.utils.deterministic, "fill_uninitialized_memory", filled)
-        with suppress(ImportError):
-            import scipy.linalg  # noqa: F401 - its threads can be limited once it is loaded
-        with suppress(ImportError):
-            from threadpoolctl import threadpool_limits
-
-            stack.enter_context(threadpool_limits(1))
+        stack.callback(setattr, settings, "fill_uninitialized_memory", filled)
         torch.set_num_threads(1)
-        torch.utils.deterministic.fill_uninitialized_memory = False  # nothing here reads it
+        settings.fill_uninitialized_memory = False  # nothing here reads it
         torch.use_deterministic_algorithms(True, warn_only=True)
         yield
 

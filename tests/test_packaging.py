@@ -106,20 +106,8 @@ def test_metadata(installed: Path, metadata: Message) -> None:
     assert metadata["License-Expression"] == "Apache-2.0"
     assert metadata["Requires-Python"] == ">=3.10"
     assert metadata["Summary"]
-    extras = {
-        "cli",
-        "inspection",
-        "export",
-        "triton",
-        "features",
-        "serve",
-        "bench",
-        "docs",
-        "test",
-        "dev",
-        "wheels",
-        "fuzz",
-    }
+    extras = {"cli", "inspection", "features", "serve", "export", "triton", "bench", "docs", "test", "dev", "wheels"}
+    extras |= {"fuzz"}
     assert set(metadata.get_all("Provides-Extra", [])) == extras
     needed = [one for one in metadata.get_all("Requires-Dist", []) if "extra ==" not in one]
     assert needed == ["torch>=2.7", "numpy", "safetensors"]

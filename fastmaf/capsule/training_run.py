@@ -18,6 +18,7 @@ from fastmaf.capsule.train_result import Row, TrainResult
 from fastmaf.images.dataset import ImageSet, to_unit
 from fastmaf.images.progress import Progress, note
 from fastmaf.io.atomic import written_atomically
+from fastmaf.io.wording import count
 from fastmaf.metrics.plots import nll_curve
 from fastmaf.metrics.results import bits_per_dim
 from fastmaf.training.callbacks import Callback
@@ -29,6 +30,7 @@ from fastmaf.training.random_state import RANDOM, order_in, random_state, restor
 LOG_FILE, CURVE_FILE = "train_log.csv", "nll_curve.png"
 LOG_COLUMNS = ("epoch", "nll", "val_nll", "bits_per_dim", "seconds", "skipped_steps")
 _SECONDS_BETWEEN_CHECKPOINTS = 30.0
+_SECONDS_WITHIN_EPOCHS = 120.0  # between checkpoints in the middle of a long epoch
 _SECONDS_BETWEEN_CURVES = 15.0
 _SCORING_BATCH = 64
 
@@ -82,6 +84,7 @@ class TrainingRun:
         self._order: Tensor | None = None  # of the data in that epoch, once it has begun
         self._random: dict[str, Tensor] = {}  # generators' states to begin with, of a resumed run
         self.good_epoch: int | None = None  # number of epochs in the model file
+        self._good_steps = 0  # of the next epoch, in it as well
         self._owns_files = False  # until the first checkpoint, files in the folder belong to an earlier run
         self._saved = self._drawn = time.monotonic()
 
@@ -107,7 +110,7 @@ class TrainingRun:
         self._random = {name: tensor for name, tensor in tensors.items() if name.startswith(RANDOM)}
         self.log = state["log"]
         self.so_far = _EpochProgress(**state.get("epoch_so_far", {}))
-        self.good_epoch = state["epochs_done"]
+        self.good_epoch, self._good_steps = state["epochs_done"], self.so_far.batches
         self._owns_files = True
 
     def train(self, progress: bool) -> TrainResult:
@@ -131,7 +134,7 @@ class TrainingRun:
                 self._epoch(epoch, bar, stop)
                 if len(self.log) < epoch:  # stopped
                     break
-                if self._is_due() or self.good_epoch is None:
+                if time.monotonic() - self._saved > _SECONDS_BETWEEN_CHECKPOINTS or self.good_epoch is None:
                     self._save()
                 self._write_log(curve=time.monotonic() - self._drawn > _SECONDS_BETWEEN_CURVES)
                 self._call_back(epoch)
@@ -168,7 +171,8 @@ class TrainingRun:
             bits = bits_per_dim(report.nll, self.config.features)
             bar.set_status(f"epoch {epoch}, NLL {report.nll:,.0f} nats, {bits:.3f} bits/dim")
             bar.update()
-            if self.good_epoch is not None and self._is_due() and so_far.batches < len(batches):
+            due = self.good_epoch is not None and time.monotonic() - self._saved > _SECONDS_WITHIN_EPOCHS
+            if due and so_far.batches < len(batches):
                 self._save()
         nll = so_far.total_nll / len(self.normals)
         self.log.append(
@@ -182,10 +186,6 @@ class TrainingRun:
             }
         )
         self.so_far, self._order = _EpochProgress(), None
-
-    def _is_due(self) -> bool:
-        """Returns whether the last checkpoint was long ago."""
-        return time.monotonic() - self._saved > _SECONDS_BETWEEN_CHECKPOINTS
 
     def _call_back(self, epoch: int) -> None:
         values = {name: value for name, value in self.log[-1].items() if name != "epoch" and value is not None}
@@ -203,7 +203,8 @@ class TrainingRun:
                 kept += f"; the model of an earlier run in {self.out} is untouched"
         else:
             self._write_log(curve=True)
-            kept = f"the last good model, after epoch {self.good_epoch}, is kept in {self.out / MODEL_FILE}"
+            steps = f" and {count(self._good_steps, 'step')} of the next" * (self._good_steps > 0)
+            kept = f"the last good model, after epoch {self.good_epoch}{steps}, is kept in {self.out / MODEL_FILE}"
         return TrainingStoppedError(f"{reason}; {kept}. Try a smaller --lr, --order natural, or --guards")
 
     def _batch(self, images: ImageSet, index: Tensor) -> Tensor:
@@ -241,7 +242,7 @@ class TrainingRun:
         random, order = random_state(self.device), self._order if self.so_far.batches else None
         save_state(self.out, self.flow, moments, state, about, random=random, order=order, keep=keep)
         self._owns_files = True
-        self.good_epoch = len(self.log)
+        self.good_epoch, self._good_steps = len(self.log), self.so_far.batches
         self._saved = time.monotonic()
 
     def _write_log(self, *, curve: bool) -> None:

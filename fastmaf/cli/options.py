@@ -76,8 +76,10 @@ def _follow_links(context: typer.Context, follow: bool) -> bool:
 def _deterministic(context: typer.Context, wanted: bool) -> bool:
     if wanted:
         from fastmaf import deterministic
+        from fastmaf.metrics.blas_threads import one_blas_thread
 
         context.with_resource(deterministic())  # until the command ends
+        context.with_resource(one_blas_thread())
     return wanted
 
 

@@ -19,6 +19,7 @@ from fastmaf.io.marks import role_of
 from fastmaf.io.tensor_file import CheckpointError, read_tensors
 
 _Key: TypeAlias = tuple[object, ...]
+_LARGEST = 1 << 26  # bytes of a file that are read to tell whose it is; no JSON file written here has as many
 
 
 class OutputError(ValueError):
@@ -162,7 +163,7 @@ def _folds_case(folder: Path) -> bool:
     return False
 
 
-def _content(path: Path, size: int = -1) -> bytes:
+def _content(path: Path, size: int = _LARGEST) -> bytes:
     try:
         with open(path, "rb") as file:
             return file.read(size)

@@ -9,6 +9,7 @@ from collections import Counter
 from typing import Any
 
 MAX_DEPTH = 32
+MAX_VALUES = 4_000_000  # each takes up to some hundred bytes, however few characters it has
 
 _short = reprlib.Repr()
 _short.maxstring = _short.maxother = _short.maxlong = 60
@@ -46,9 +47,11 @@ def parse(text: str, where: str, *, finite: bool = True) -> Any:
         finite: refuse NaN and infinities.
 
     Raises:
-        JSONError: the text is not JSON, is nested more than ``MAX_DEPTH`` deep, repeats a key of an object, or, with
-            ``finite``, contains a number that is not finite.
+        JSONError: the text is not JSON, is nested more than ``MAX_DEPTH`` deep, may hold more than ``MAX_VALUES``
+            values, repeats a key of an object, or, with ``finite``, contains a number that is not finite.
     """
+    if sum(map(text.count, "[{,")) > MAX_VALUES:
+        raise JSONError(f"{where}: more than {MAX_VALUES:,} values")
     try:
         value = json.loads(text, object_pairs_hook=_unique, parse_int=_number)
     except RecursionError:

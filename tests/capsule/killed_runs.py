@@ -38,7 +38,7 @@ LEFT = {
 def prepared(data: Path, folder: Path) -> tuple[Path, dict[str, torch.Tensor]]:
     """A finished run of another seed, over which the others run, and the weights that these end with."""
     torch.set_num_threads(1)
-    training_run._SECONDS_BETWEEN_CHECKPOINTS = -1.0
+    training_run._SECONDS_BETWEEN_CHECKPOINTS = training_run._SECONDS_WITHIN_EPOCHS = -1.0
     training_run.nll_curve = lambda path, *_: path.write_bytes(b"")  # type: ignore[assignment]
     run(data, folder / "before")
     run(data, folder / "whole", NEW)

@@ -247,6 +247,7 @@ def test_a_long_epoch_has_checkpoints_within_it(data: Path, tmp_path: Path, ever
     """A process that is killed loses the steps since the last checkpoint, not the epoch."""
     saved: list[tuple[int, int]] = []
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(training_run, "_SECONDS_WITHIN_EPOCHS", -1.0)
         save = training_run.save_state
 
         def seen(out: Path, flow: Any, moments: Any, state: Any, *args: Any, **kwargs: Any) -> None:
@@ -256,3 +257,13 @@ def test_a_long_epoch_has_checkpoints_within_it(data: Path, tmp_path: Path, ever
         patch.setattr(training_run, "save_state", seen)
         run(data, tmp_path, THREE)
     assert saved[:4] == [(1, 0), (1, 1), (2, 0), (2, 1)]
+
+
+def test_a_run_that_stops_names_the_steps_in_its_last_good_model(data: Path, tmp_path: Path, every_epoch: None) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(training_run, "_SECONDS_WITHIN_EPOCHS", -1.0)
+        at_batch(patch, epoch(2) + 1, lambda x: x * float("nan"))
+        with pytest.raises(training_run.TrainingStoppedError, match="after epoch 1 and 1 step of the next, is kept"):
+            run(data, tmp_path, THREE)
+    run(data, tmp_path, THREE, resume=True)
+    assert load_state(tmp_path)[1]["steps"] == 3 * STEPS

@@ -144,3 +144,11 @@ def test_a_file_that_is_replaced_or_cut_while_it_is_read(tmp_path: Path) -> None
         os.truncate(path, path.stat().st_size - 1)
         with pytest.raises(fastmaf.CheckpointError, match="it ends within the tensor 'a'"):
             file.read("a")
+
+
+def test_a_header_of_millions_of_values_is_refused_before_it_is_parsed(tmp_path: Path) -> None:
+    """Each empty list takes 3 bytes in the file, and some 64 in memory."""
+    text = b'{"a":[' + b"[]," * 4_000_000 + b"[]]}"
+    (path := tmp_path / "a.safetensors").write_bytes(len(text).to_bytes(8, "little") + text)
+    with pytest.raises(fastmaf.CheckpointError, match=r"a.safetensors .*header: more than 4,000,000 values"):
+        TensorFile(path)
