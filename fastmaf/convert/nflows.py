@@ -15,6 +15,7 @@ from fastmaf.convert.parts import (
     base_of,
     class_name,
     expected,
+    inverted,
     kind,
     masked,
     normalised,
@@ -136,6 +137,8 @@ def _parts(transform: Any, like: Tensor) -> Parts:
     """Returns the parts of a transform of vectors ``like`` this one."""
     if class_name(transform) == "CompositeTransform":
         return [part for one in transform._transforms for part in _parts(one, like)]
+    if class_name(transform) == "InverseTransform":
+        return inverted(_parts(transform._transform, like))
     parts = _leaf(transform, like)
     layer = getattr(getattr(transform, "autoregressive_net", None), "context_layer", None)
     probe(transform, parts, transform, like, 0 if layer is None else layer.in_features, inverse=False)

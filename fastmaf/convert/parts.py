@@ -18,6 +18,7 @@ from fastmaf.nn import MADE
 from fastmaf.transforms import (
     AffineAutoregressive,
     ElementwiseAffine,
+    Inverted,
     MonotonicRQS,
     Permutation,
     SplineMap,
@@ -198,6 +199,21 @@ def _zero_log_scale(affine_map: AffineMap) -> float:
             raise NotConvertibleError("a sigmoid without a least scale never reaches 1")
         return math.log(rest / affine_map.epsilon) - affine_map.limit
     return 0.0
+
+
+def inverted(parts: list[Transform | ConditionalBlock]) -> list[Transform | ConditionalBlock]:
+    """Returns the inverse of a sequence of parts.
+
+    Raises:
+        NotConvertibleError: a part has a context.
+    """
+    if any(isinstance(part, ConditionalBlock) for part in parts):
+        raise NotConvertibleError("an inverse transform with a context cannot be converted")
+    return [part.transform if type(part) is Inverted else _inverse_of(part) for part in reversed(parts)]  # type: ignore[arg-type]
+
+
+def _inverse_of(part: Transform) -> Transform:
+    return Permutation(part.permutation.argsort()) if type(part) is Permutation else Inverted(part)
 
 
 def base_of(loc: Tensor, scale: Tensor) -> ElementwiseAffine | None:
