@@ -198,8 +198,9 @@ class MaskedLinear(Constants):
                 state_dict = {**state_dict, name: packed}
             if packed.shape == self.weight.shape and not self.layout.padding_is_zero(packed):
                 raise ValueError(
-                    f"{name} holds numbers where the mask hides the weight: it was packed for other degrees, or is "
-                    "damaged"
+                    f"{name} holds numbers where the mask hides the weight: it was packed for other degrees, is "
+                    "damaged, or noise was added to it (reparameterize of zuko's BayesianModel works, sample_model "
+                    "does not)"
                 )
         self._load_scale(state_dict, prefix)
         super()._load_from_state_dict(state_dict, prefix, *args)

@@ -29,6 +29,7 @@ from tests.tolerances import F32, F64
 
 __all__ = ["float64"]  # a fixture
 from nflows import distributions, transforms
+from zuko.bayesian import BayesianModel
 
 
 @settings(max_examples=60, deadline=None)
@@ -283,7 +284,7 @@ def test_inverse_transforms_of_zuko() -> None:
 
 
 def test_a_flow_that_is_drawn_from_a_bayesian_model() -> None:
-    model = zuko.bayesian.BayesianModel(zuko.flows.MAF(4, transforms=2, hidden_features=(8,)), init_logvar=-3.0)
+    model = BayesianModel(zuko.flows.MAF(4, transforms=2, hidden_features=(8,)), init_logvar=-3.0)
     source, x = model.sample_model(), torch.randn(9, 4)
     close(fastmaf.accelerate(source)().log_prob(x), source().log_prob(x))
     with model.reparameterize() as source, torch.no_grad():
