@@ -421,7 +421,12 @@ class MADE(Constants):
     @property
     def is_plain(self) -> bool:
         """Whether the ops of the layers compute all that is between them."""
-        return self.activation in OP_ACTIVATIONS and not self.residual and not self.context_features
+        return self.has_plain_layers and not self.context_features
+
+    @property
+    def has_plain_layers(self) -> bool:
+        """Whether they do so once the terms of a context are part of the biases."""
+        return self.activation in OP_ACTIVATIONS and not self.residual
 
     def hidden_units(self, x: Tensor, terms: Sequence[Tensor] = ()) -> Tensor:
         """Returns the last hidden layer ``[..., H]`` for ``x`` ``[..., D]`` and the ``context_terms``."""

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastmaf.convert.activations import slope_of
 from fastmaf.convert.converted import ConditionalBlock, ConvertedFlow
 from fastmaf.convert.evaluation import copied
 from fastmaf.convert.network import Affine, Network, NotConvertibleError
@@ -21,7 +22,6 @@ from fastmaf.convert.parts import (
     normalised,
     outputs_of,
     residual,
-    slope_of,
     spline_block,
 )
 from fastmaf.convert.probe import probe

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastmaf.convert.activations import slope_of, smooth_name
 from fastmaf.convert.converted import ConditionalBlock
 from fastmaf.convert.network import Affine, Network, NotConvertibleError
 from fastmaf.convert.parts import (
@@ -21,11 +22,10 @@ from fastmaf.convert.parts import (
     kind,
     masked,
     outputs_of,
-    slope_of,
     spline_block,
 )
 from fastmaf.convert.probe import probe
-from fastmaf.convert.smooth import smooth_name, zuko_network
+from fastmaf.convert.smooth import zuko_network
 from fastmaf.convert.source import converter
 from fastmaf.convert.zuko_flow import ZukoFlow
 from fastmaf.kernels import AffineMap

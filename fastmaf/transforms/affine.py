@@ -18,7 +18,6 @@ from fastmaf.kernels import (
     flow_forward,
     flow_inverse,
 )
-from fastmaf.kernels.activations import OP_ACTIVATIONS
 from fastmaf.kernels.flow.terms import forward_with_terms, inverse_with_terms, takes_terms
 from fastmaf.kernels.flow.torch.network import Network
 from fastmaf.kernels.op import records_gradients
@@ -142,7 +141,7 @@ class AffineAutoregressive(Autoregressive):
         derivatives is not, as each of its rows has its own.
         """
         made = self.made
-        if self.calls_modules or made.residual or (dropout and made.dropout) or made.activation not in OP_ACTIVATIONS:
+        if self.calls_modules or (dropout and made.dropout) or not made.has_plain_layers:
             return None
         if context is None:
             return None if self.context_features else self.block()
