@@ -82,7 +82,11 @@ DATA = {
 }
 
 
-FASTMAF: dict[str, dict[str, Any]] = {"fastmaf": {}, "fastmaf, mirrored": {"init": "mirrored"}}
+FASTMAF: dict[str, dict[str, Any]] = {
+    "fastmaf": {},
+    "fastmaf, mirrored": {"init": "mirrored"},
+    "fastmaf, residual": {"residual": True},  # one block, of two layers more, as "nflows, residual" has
+}
 
 
 def residual_nflows(size: Size) -> nn.Module:
@@ -94,7 +98,9 @@ def build(name: str, size: Size, seed: int) -> Model:
     """Returns a library's flow with that library's defaults."""
     torch.manual_seed(seed)
     if name in FASTMAF:
-        flow = fastmaf.MAF(size.features, size.blocks, size.hidden, validate_args=False, **FASTMAF[name])
+        options = FASTMAF[name]
+        hidden = size.hidden[:1] * 3 if "residual" in options else size.hidden
+        flow = fastmaf.MAF(size.features, size.blocks, hidden, validate_args=False, **options)
         return Model(flow, flow.log_prob, flow.sample)
     if name == "nflows, residual":
         module: Any = residual_nflows(size)

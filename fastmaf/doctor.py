@@ -21,7 +21,8 @@ _LAST_FOR_PASCAL = {"triton": "3.3.1", "triton-windows": "3.3.1.post19"}
 _COMPOSED = (
     "  Blocks of splines, with residual blocks, with several contexts, with an activation other than ReLU and the",
     "  identity, and with dropout in training: their layers run one by one by the op masked_linear, their inverse as",
-    "  plain torch",
+    "  plain torch. Blocks of ReLUs with several contexts run as one native op on the CPU, unless gradients are",
+    "  recorded",
 )
 _CUDA_12_6 = "https://download.pytorch.org/whl/cu126"
 

@@ -198,8 +198,9 @@ class MaskedLinear(Constants):
                 state_dict = {**state_dict, name: packed}
             if packed.shape == self.weight.shape and not self.layout.padding_is_zero(packed):
                 raise ValueError(
-                    f"{name} holds numbers where the mask hides the weight: it was packed for other degrees, or is "
-                    "damaged"
+                    f"{name} holds numbers where the mask hides the weight: it was packed for other degrees, is "
+                    "damaged, or noise was added to it (reparameterize of zuko's BayesianModel works, sample_model "
+                    "does not)"
                 )
         self._load_scale(state_dict, prefix)
         super()._load_from_state_dict(state_dict, prefix, *args)
@@ -420,7 +421,12 @@ class MADE(Constants):
     @property
     def is_plain(self) -> bool:
         """Whether the ops of the layers compute all that is between them."""
-        return self.activation in OP_ACTIVATIONS and not self.residual and not self.context_features
+        return self.has_plain_layers and not self.context_features
+
+    @property
+    def has_plain_layers(self) -> bool:
+        """Whether they do so once the terms of a context are part of the biases."""
+        return self.activation in OP_ACTIVATIONS and not self.residual
 
     def hidden_units(self, x: Tensor, terms: Sequence[Tensor] = ()) -> Tensor:
         """Returns the last hidden layer ``[..., H]`` for ``x`` ``[..., D]`` and the ``context_terms``."""

@@ -24,7 +24,7 @@ from torch import Tensor
 _FOLDER = Path(__file__).resolve().parent
 _NAME = "_native.dll" if os.name == "nt" else "_native.so"
 # Of the structs and functions in csrc/, and of native_args.py.
-VERSION = 3
+VERSION = 4
 _ERRORS = {
     1: (MemoryError, "the native kernels could not allocate their work buffers"),
     2: (RuntimeError, "the native library has other structs than this version of fastmaf"),
@@ -119,8 +119,8 @@ def _prepared(loaded: ctypes.CDLL) -> ctypes.CDLL:
     """Declares the functions and chooses the instruction set."""
     pointer, integer = ctypes.c_void_p, ctypes.c_int64
     signatures = {
-        "flow_forward": [pointer, pointer, integer, pointer, pointer, pointer, pointer, integer],
-        "flow_inverse": [pointer, pointer, integer, pointer, pointer, integer],
+        "flow_forward": [pointer, pointer, pointer, integer, pointer, pointer, pointer, pointer, integer],
+        "flow_inverse": [pointer, pointer, pointer, integer, pointer, pointer, integer],
         "flow_backward": [pointer, pointer, pointer, pointer, integer, pointer, pointer, pointer, integer],
         "linear": [integer, pointer, pointer, integer, ctypes.c_bool, pointer, integer],
         "affine": [integer, pointer, pointer, pointer, pointer, integer, pointer, pointer, pointer, integer],

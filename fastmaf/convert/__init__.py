@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from torch import nn
 
 from fastmaf.convert.converted import ConvertedFlow
@@ -44,7 +46,27 @@ def accelerate(flow: nn.Module) -> ConvertedFlow:
         >>> flow.sample(5).shape
         torch.Size([5, 3])
     """
-    for name, convert in (("nflows", from_nflows), ("zuko", from_zuko), ("normflows", from_normflows)):
-        if any(one.__module__.partition(".")[0] == name for one in type(flow).__mro__):
-            return convert(flow)
-    raise NotConvertibleError(f"{kind(flow)} is no flow of nflows, zuko or normflows")
+    if (library := _library_of(flow)) is not None:
+        return _CONVERTERS[library][0](flow)
+    of = flow.named_modules() if isinstance(flow, nn.Module) else ()
+    held = [name for name, module in of if (library := _library_of(module)) and _is_flow(module, library)]
+    hint = f"; it holds one: convert its module {held[0]}" if held else ""
+    raise NotConvertibleError(f"{kind(flow)} is no flow of nflows, zuko or normflows{hint}")
+
+
+_CONVERTERS: dict[
+    str, tuple[Callable[[nn.Module], ConvertedFlow], str]
+] = {  # and what the class of its flows is called
+    "nflows": (from_nflows, "Flow"),
+    "zuko": (from_zuko, "Flow"),
+    "normflows": (from_normflows, "NormalizingFlow"),
+}
+
+
+def _library_of(flow: object) -> str | None:
+    modules = {one.__module__.partition(".")[0] for one in type(flow).__mro__}
+    return next((name for name in _CONVERTERS if name in modules), None)
+
+
+def _is_flow(module: nn.Module, library: str) -> bool:
+    return any(one.__name__ == _CONVERTERS[library][1] for one in type(module).__mro__)

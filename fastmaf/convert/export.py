@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from fastmaf.convert.activations import ACTIVATIONS, Activation
 from fastmaf.convert.converted import ConditionalBlock, ConvertedFlow
 from fastmaf.convert.network import NotConvertibleError
 from fastmaf.convert.parts import kind
@@ -75,6 +76,17 @@ def parts_of(flow: Flow | ConvertedFlow) -> list[Transform | ConditionalBlock]:
     for part in [flow] if isinstance(flow, Flow) else flow.parts:
         parts += part._transforms() if isinstance(part, Flow) else [part]  # type: ignore[list-item]
     return parts
+
+
+def activation_of(made: MADE) -> Activation:
+    """Returns the activation of all hidden layers of a network.
+
+    Raises:
+        NotConvertibleError: it has another one for each.
+    """
+    if not isinstance(made.activation, str):
+        raise NotConvertibleError(f"the activation {made.activation} is not converted")
+    return ACTIVATIONS[made.activation]
 
 
 def layers_of(made: MADE) -> list[DenseLayer]:

@@ -6,10 +6,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from fastmaf.convert.converted import ConditionalBlock, ConvertedFlow
-from fastmaf.convert.export import DenseLayer, finished, layers_of, module_of, parts_of
+from fastmaf.convert.export import DenseLayer, activation_of, finished, layers_of, module_of, parts_of
 from fastmaf.convert.network import NotConvertibleError
 from fastmaf.convert.parts import kind
 from fastmaf.flows import Flow
@@ -21,16 +20,6 @@ from fastmaf.transforms import (
     Permutation,
     SplineMap,
 )
-
-_ACTIVATIONS: dict[str, Any] = {
-    "relu": functional.relu,
-    "identity": nn.Identity(),
-    "elu": functional.elu,
-    "gelu": functional.gelu,
-    "leaky_relu": functional.leaky_relu,
-    "silu": functional.silu,
-    "tanh": torch.tanh,
-}
 
 
 def to_nflows(flow: Flow | ConvertedFlow) -> nn.Module:
@@ -94,12 +83,10 @@ def _part(part: Any) -> nn.Module:
 
 def _network_options(part: AffineAutoregressive | MonotonicRQS) -> dict[str, Any]:
     made = part.made
-    if made.activation not in _ACTIVATIONS:
-        raise NotConvertibleError(f"the activation {made.activation} is not converted")
     return {
         "num_blocks": len(made.hidden_features) - 1,
         "use_residual_blocks": False,
-        "activation": _ACTIVATIONS[made.activation],
+        "activation": activation_of(made).function,
     }
 
 

@@ -10,22 +10,13 @@ import torch
 from torch import Tensor, nn
 
 from fastmaf.convert.converted import ConditionalBlock, ConvertedFlow
-from fastmaf.convert.export import DenseLayer, finished, layers_of, module_of, parts_of
+from fastmaf.convert.export import DenseLayer, activation_of, finished, layers_of, module_of, parts_of
 from fastmaf.convert.network import NotConvertibleError
 from fastmaf.convert.parts import kind
 from fastmaf.convert.zuko import _Context
 from fastmaf.flows import Flow
 from fastmaf.transforms import AffineAutoregressive, ElementwiseAffine, Inverted, MonotonicRQS, Permutation
 
-_ACTIVATIONS = {
-    "relu": nn.ReLU,
-    "identity": nn.Identity,
-    "elu": nn.ELU,
-    "gelu": nn.GELU,
-    "leaky_relu": nn.LeakyReLU,
-    "silu": nn.SiLU,
-    "tanh": nn.Tanh,
-}
 _LIMIT = math.log(1000)  # of zuko's own log-scales
 
 
@@ -110,8 +101,6 @@ def _univariate(part: Any) -> tuple[Any, list[tuple[int, ...]]]:
 
 def _block(part: Any, frame: Tensor, context: int = 0) -> nn.Module:
     """Returns a block: see ``_transform``. A context comes first, and last in zuko."""
-    if part.made.activation not in _ACTIVATIONS:
-        raise NotConvertibleError(f"the activation {part.made.activation} is not converted")
     univariate, shapes = _univariate(part)
     first, *rest = layers_of(part.made)
     place = frame.argsort()  # of each dimension
@@ -123,7 +112,7 @@ def _block(part: Any, frame: Tensor, context: int = 0) -> nn.Module:
     block = make(2, univariate=univariate, shapes=shapes, hidden_features=())
     block.order, block.passes = place, len(frame)
     layers = [first, *rest[:-1], rest[-1].taken(rows=rows)]
-    _fill(block.hyper, layers, _ACTIVATIONS[part.made.activation])
+    _fill(block.hyper, layers, activation_of(part.made).module)
     return block  # type: ignore[no-any-return]
 
 

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastmaf.convert.activations import slope_of
 from fastmaf.convert.converted import ConditionalBlock, ConvertedFlow
 from fastmaf.convert.evaluation import copied
 from fastmaf.convert.network import Affine, Network, NotConvertibleError
@@ -15,12 +16,12 @@ from fastmaf.convert.parts import (
     base_of,
     class_name,
     expected,
+    inverted,
     kind,
     masked,
     normalised,
     outputs_of,
     residual,
-    slope_of,
     spline_block,
 )
 from fastmaf.convert.probe import probe
@@ -136,6 +137,8 @@ def _parts(transform: Any, like: Tensor) -> Parts:
     """Returns the parts of a transform of vectors ``like`` this one."""
     if class_name(transform) == "CompositeTransform":
         return [part for one in transform._transforms for part in _parts(one, like)]
+    if class_name(transform) == "InverseTransform":
+        return inverted(_parts(transform._transform, like))
     parts = _leaf(transform, like)
     layer = getattr(getattr(transform, "autoregressive_net", None), "context_layer", None)
     probe(transform, parts, transform, like, 0 if layer is None else layer.in_features, inverse=False)

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastmaf.convert.activations import slope_of
 from fastmaf.convert.converted import ConditionalBlock
 from fastmaf.convert.network import Affine, Network, NotConvertibleError
 from fastmaf.convert.normflows_flow import NormflowsFlow
@@ -20,7 +21,6 @@ from fastmaf.convert.parts import (
     normalised,
     outputs_of,
     residual,
-    slope_of,
     spline_block,
 )
 from fastmaf.convert.probe import probe

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from fastmaf.convert.activations import not_in_place, slope_of
 from fastmaf.convert.converted import ConditionalBlock
 from fastmaf.convert.network import Affine, Network, NotConvertibleError
 from fastmaf.kernels import AffineMap
@@ -18,6 +19,7 @@ from fastmaf.nn import MADE
 from fastmaf.transforms import (
     AffineAutoregressive,
     ElementwiseAffine,
+    Inverted,
     MonotonicRQS,
     Permutation,
     SplineMap,
@@ -25,7 +27,6 @@ from fastmaf.transforms import (
 )
 
 LIBRARIES = ("nflows", "zuko", "normflows", "torch")
-SUPPORTED = "relu, leaky_relu, the identity, elu, gelu, silu and tanh"
 
 
 def kind(module: object) -> str:
@@ -41,39 +42,6 @@ def class_name(module: object) -> str:
         if one.__module__.partition(".")[0] in LIBRARIES and one.__module__ != parametrize.__name__
     ]
     return (classes or [type(module)])[0].__name__
-
-
-def slope_of(activation: Any) -> float:
-    """Returns the slope of an activation below zero, given as a function or a module.
-
-    Raises:
-        NotConvertibleError: it is not piecewise linear with a bend at zero.
-    """
-    if isinstance(activation, functools.partial):
-        if activation.func is torch.nn.functional.leaky_relu and not activation.args:
-            return float(activation.keywords.get("negative_slope", 0.01))
-    elif activation in (torch.relu, torch.nn.functional.relu) or isinstance(activation, nn.ReLU):
-        return 0.0
-    elif activation is torch.nn.functional.leaky_relu:
-        return 0.01
-    elif isinstance(activation, nn.LeakyReLU):
-        return float(activation.negative_slope)
-    elif isinstance(activation, nn.Identity):
-        return 1.0
-    name = getattr(activation, "__name__", None) or type(activation).__name__
-    raise NotConvertibleError(f"the activation {name} cannot be converted exactly; supported are {SUPPORTED}")
-
-
-def not_in_place(activation: Any) -> Any:
-    """Returns an activation of which a residual block needs the input afterwards.
-
-    Raises:
-        NotConvertibleError: it overwrites its input.
-    """
-    partial = isinstance(activation, functools.partial)
-    if activation.keywords.get("inplace") if partial else getattr(activation, "inplace", False):
-        raise NotConvertibleError("an activation in place changes what a residual block adds to, and is not converted")
-    return activation
 
 
 def masked(layer: Any) -> Any:
@@ -198,6 +166,21 @@ def _zero_log_scale(affine_map: AffineMap) -> float:
             raise NotConvertibleError("a sigmoid without a least scale never reaches 1")
         return math.log(rest / affine_map.epsilon) - affine_map.limit
     return 0.0
+
+
+def inverted(parts: list[Transform | ConditionalBlock]) -> list[Transform | ConditionalBlock]:
+    """Returns the inverse of a sequence of parts.
+
+    Raises:
+        NotConvertibleError: a part has a context.
+    """
+    if any(isinstance(part, ConditionalBlock) for part in parts):
+        raise NotConvertibleError("an inverse transform with a context cannot be converted")
+    return [part.transform if type(part) is Inverted else _inverse_of(part) for part in reversed(parts)]  # type: ignore[arg-type]
+
+
+def _inverse_of(part: Transform) -> Transform:
+    return Permutation(part.permutation.argsort()) if type(part) is Permutation else Inverted(part)
 
 
 def base_of(loc: Tensor, scale: Tensor) -> ElementwiseAffine | None:

@@ -6,45 +6,17 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional
 
+from fastmaf.convert.activations import name_of, not_in_place, smooth_name
 from fastmaf.convert.network import Affine, Network, NotConvertibleError
-from fastmaf.convert.parts import class_name, expected, masked, not_in_place, scale_and_shift, slope_of
-
-_FUNCTIONS = {
-    functional.elu: "elu",
-    functional.gelu: "gelu",
-    functional.silu: "silu",
-    functional.tanh: "tanh",
-    torch.tanh: "tanh",
-}
-_OF_SLOPES = {0.0: "relu", 0.01: "leaky_relu", 1.0: "identity"}
-
-
-def smooth_name(activation: Any) -> str | None:
-    """Returns the name that a MADE has for a smooth activation, given as a function or a module; None for others."""
-    if isinstance(activation, nn.ELU):
-        return "elu" if activation.alpha == 1 else None
-    if isinstance(activation, nn.GELU):
-        return "gelu" if activation.approximate == "none" else None
-    if isinstance(activation, nn.SiLU | nn.Tanh):
-        return "silu" if isinstance(activation, nn.SiLU) else "tanh"
-    return _FUNCTIONS.get(activation) if callable(activation) else None
+from fastmaf.convert.parts import class_name, expected, masked, scale_and_shift
 
 
 def is_smooth(made: Any) -> bool:
     """Returns whether a MADE of nflows or normflows has an activation that is kept as it is."""
     return any(smooth_name(module.activation) for module in (made, *made.blocks) if hasattr(module, "activation"))
-
-
-def _name(activation: Any) -> str:
-    name = smooth_name(activation)
-    if name is None and (slope := slope_of(activation)) in _OF_SLOPES:
-        return _OF_SLOPES[slope]
-    if name is None:
-        raise NotConvertibleError(f"a leaky ReLU of slope {slope} beside a smooth activation cannot be converted")
-    return name
 
 
 def made_network(
@@ -63,13 +35,13 @@ def made_network(
         added = torch.eye(layer.out_features, sum(contexts), dtype=layer.weight.dtype, device=layer.weight.device)
     residual = [block for block in made.blocks if class_name(block) == "MaskedResidualBlock"]
     if residual and len(residual) == len(made.blocks):
-        network, names = Network(inputs, layer.weight, residual=True), [_name(block.activation) for block in residual]
+        network, names = Network(inputs, layer.weight, residual=True), [name_of(block.activation) for block in residual]
         network.layer(layer.weight, layer.bias, layer.mask, names[0], added)
         for block, own, following in zip(residual, names, [*names[1:], "identity"], strict=True):
             _residual(network, block, own, following, contexts)
         return network, network.last()
     network = Network(inputs, layer.weight)
-    network.layer(layer.weight, layer.bias, layer.mask, _name(first), added)
+    network.layer(layer.weight, layer.bias, layer.mask, name_of(first), added)
     for block in made.blocks:
         expected(expected(block, "MaskedFeedforwardBlock").dropout, "Dropout", "Identity")
         linear = masked(block.linear)
@@ -77,7 +49,7 @@ def made_network(
         if block.batch_norm:
             scale, shift = scale_and_shift(block.batch_norm)
             weight, bias = weight * scale, bias + weight @ shift
-        network.layer(weight, bias, linear.mask, _name(block.activation))
+        network.layer(weight, bias, linear.mask, name_of(block.activation))
     return network, network.last()
 
 
@@ -110,7 +82,7 @@ def zuko_network(layers: Sequence[Any], inputs: Tensor) -> tuple[Network, Affine
     residual = bool(rest) and class_name(rest[0]) == "Residual"
     network = Network(inputs, weight, residual=residual)
     context = (weight * mask)[:, features:] if weight.shape[1] > features else None
-    name = "identity" if residual else _name(rest.pop(0))
+    name = "identity" if residual else name_of(rest.pop(0))
     network.layer(weight[:, :features], first.bias, mask[:, :features], name, context)
     if residual:
         for block in rest:
@@ -119,9 +91,9 @@ def zuko_network(layers: Sequence[Any], inputs: Tensor) -> tuple[Network, Affine
                     "residual blocks of several widths with a smooth activation are not converted"
                 )
             one, activation, two = block
-            network.layer(masked(one).weight, one.bias, one.mask, _name(activation))
+            network.layer(masked(one).weight, one.bias, one.mask, name_of(activation))
             network.layer(masked(two).weight, two.bias, two.mask, "identity")
         return network, network.last()
     for layer, activation in zip(rest[::2], rest[1::2], strict=True):
-        network.layer(masked(layer).weight, layer.bias, layer.mask, _name(activation))
+        network.layer(masked(layer).weight, layer.bias, layer.mask, name_of(activation))
     return network, network.last()

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastmaf.convert.activations import slope_of, smooth_name
 from fastmaf.convert.converted import ConditionalBlock
 from fastmaf.convert.network import Affine, Network, NotConvertibleError
 from fastmaf.convert.parts import (
@@ -17,14 +18,14 @@ from fastmaf.convert.parts import (
     base_of,
     class_name,
     expected,
+    inverted,
     kind,
     masked,
     outputs_of,
-    slope_of,
     spline_block,
 )
 from fastmaf.convert.probe import probe
-from fastmaf.convert.smooth import smooth_name, zuko_network
+from fastmaf.convert.smooth import zuko_network
 from fastmaf.convert.source import converter
 from fastmaf.convert.zuko_flow import ZukoFlow
 from fastmaf.kernels import AffineMap
@@ -58,6 +59,10 @@ def from_zuko(flow: nn.Module) -> ZukoFlow:
         >>> torch.allclose(flow(context).log_prob(x), source(context).log_prob(x), atol=1e-4)
         True
     """
+    if class_name(flow) == "BayesianModel":
+        raise NotConvertibleError(
+            f"{kind(flow)} is a distribution of flows: convert one that is drawn from it, flow.sample_model()"
+        )
     transform, base = getattr(flow, "transform", None), getattr(flow, "base", None)
     if transform is None or base is None:
         raise NotConvertibleError(f"{kind(flow)} is no zuko.flows.Flow")
@@ -76,6 +81,8 @@ def _parts(transform: Any, like: Tensor) -> Parts:
     """Returns the parts of a transform of vectors ``like`` this one."""
     if class_name(transform) == "LazyComposedTransform":
         return [part for one in transform.transforms for part in _parts(one, like)]
+    if class_name(transform) == "LazyInverse":
+        return inverted(_parts(transform.transform, like))
     parts = _leaf(transform)
     network = getattr(transform, "hyper", None)
     context = 0 if network is None else network[0].in_features - len(like)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from torch.distributions import Distribution, constraints
 
-from fastmaf.transforms import Logit, Permutation
+from fastmaf.transforms import ElementwiseAffine, Logit, MonotonicRQS, Permutation, Transform
 from fastmaf.validation import check_context
 
 if TYPE_CHECKING:
@@ -69,13 +70,28 @@ class FlowDistribution(Distribution):
 
     @constraints.dependent_property(is_discrete=False, event_dim=1)
     def support(self) -> constraints.Constraint:
-        """The domain of the flow: of one that begins with a ``Logit`` a cube, else all vectors."""
-        transforms = [t for t in self.flow._transforms() if type(t) is not Permutation]
-        first = transforms[0] if transforms else None
-        if not isinstance(first, Logit):
-            return constraints.real_vector
-        margin = first.alpha / (1 - 2 * first.alpha)
-        return constraints.independent(constraints.interval(-margin, 1 + margin), 1)
+        """The domain of the flow: a box where a ``Logit`` or a spline without tails comes first, after permutations
+        and element-wise affine maps at most; else all vectors.
+        """
+        before: list[Transform] = []
+        for transform in self.flow._transforms():
+            if (bounds := _bounds(transform)) is not None:
+                return constraints.independent(constraints.interval(*self._pulled_back(bounds, before)), 1)
+            if type(transform) not in (Permutation, ElementwiseAffine):
+                break
+            before.append(transform)
+        return constraints.real_vector
+
+    @torch.no_grad()
+    def _pulled_back(self, bounds: tuple[float, float], before: Sequence[Transform]) -> list[Any]:
+        """Returns the bounds of x, given those after some transforms that leave each dimension by itself."""
+        if not any(type(transform) is ElementwiseAffine for transform in before):
+            return list(bounds)
+        like = self.flow._like()
+        rows = like.new_tensor(bounds)[:, None].expand(2, self.flow.features)
+        for transform in reversed(before):
+            rows, _ = transform.inverse(rows)
+        return list(rows)
 
     def log_prob(self, value: Tensor) -> Tensor:
         """Returns the log-density of ``value`` ``[..., D]`` in nats, of its batch shape and this one broadcast."""
@@ -111,6 +127,16 @@ class FlowDistribution(Distribution):
     def __repr__(self) -> str:
         context = "" if self.context is None else f", context={list(self.context.shape)}"
         return f"{type(self).__name__}({type(self.flow).__name__}(features={self.flow.features}){context})"
+
+
+def _bounds(transform: Transform) -> tuple[float, float] | None:
+    """Returns between which numbers each dimension must lie, where a transform has bounds."""
+    if isinstance(transform, Logit):
+        margin = transform.alpha / (1 - 2 * transform.alpha)
+        return -margin, 1 + margin
+    if isinstance(transform, MonotonicRQS) and not transform.spline.tails:
+        return transform.spline.low, transform.spline.high
+    return None
 
 
 def _broadcasts(shape: torch.Size, to: torch.Size) -> bool:

@@ -18,7 +18,8 @@ from fastmaf.kernels import (
     flow_forward,
     flow_inverse,
 )
-from fastmaf.kernels.activations import OP_ACTIVATIONS
+from fastmaf.kernels.flow.terms import forward_with_terms, inverse_with_terms, takes_terms
+from fastmaf.kernels.flow.torch.network import Network
 from fastmaf.kernels.op import records_gradients
 from fastmaf.nn import MADE
 from fastmaf.transforms.autoregressive import Autoregressive
@@ -103,6 +104,8 @@ class AffineAutoregressive(Autoregressive):
         return self._map.inverse(z, shift, log_scale), -self._map.sign * log_scale
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        if (result := self._with_terms(x, context)) is not None:
+            return result
         if (block := self._one_block(context, dropout=self.made.training)) is not None:
             return flow_forward(x, flow_args([block], [None, None]))
         return self._by_layers(x)[:2] if self._ends_in_an_op(context) else super().forward(x, context)
@@ -115,9 +118,21 @@ class AffineAutoregressive(Autoregressive):
 
     def inverse(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         self.check_invertible()
-        if (block := self._one_block(context, dropout=False)) is not None:
+        by_terms = context is not None and takes_terms(z)
+        if not by_terms and (block := self._one_block(context, dropout=False)) is not None:
             return flow_inverse(z, flow_args([block], [None, None]))
         return super().inverse(z, context)
+
+    def steps(self, z: Tensor, network: Network) -> tuple[Tensor, Tensor]:
+        result = inverse_with_terms(z, network, self._map)
+        return super().steps(z, network) if result is None else result
+
+    def _with_terms(self, x: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor] | None:
+        """Returns the result of an op of the whole block with a context, where there is one."""
+        dropout = self.made.dropout and self.made.training
+        if context is None or not self.context_features or dropout or self.calls_modules or not takes_terms(x):
+            return None
+        return forward_with_terms(x, self.made.network(context), self._map)
 
     def _one_block(self, context: Tensor | None, *, dropout: bool) -> Block | None:
         """Returns the block as the ops of whole blocks see it, None where its layers run one by one.
@@ -126,7 +141,7 @@ class AffineAutoregressive(Autoregressive):
         derivatives is not, as each of its rows has its own.
         """
         made = self.made
-        if self.calls_modules or made.residual or (dropout and made.dropout) or made.activation not in OP_ACTIVATIONS:
+        if self.calls_modules or (dropout and made.dropout) or not made.has_plain_layers:
             return None
         if context is None:
             return None if self.context_features else self.block()

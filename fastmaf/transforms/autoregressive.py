@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from fastmaf import hooks
 from fastmaf.kernels import composite
 from fastmaf.kernels.flow.network_inverse import network_inverse
+from fastmaf.kernels.flow.torch.network import Network
+from fastmaf.kernels.flow.torch.solve import solve
 from fastmaf.kernels.op import records_gradients
 from fastmaf.nn import MADE
 from fastmaf.transforms.base import Transform
@@ -63,7 +65,7 @@ class Autoregressive(Transform):
         if torch.compiler.is_dynamo_compiling() or (self.calls_modules and composite.needed()):
             return self._inverse_by_modules(z, context)
         if not self.calls_modules:
-            return network_inverse(z, self.made.network(context), self.map_inverse)
+            return network_inverse(z, self.made.network(context), self.map_inverse, self.steps)
         with torch.no_grad():
             x, ladj = self._inverse_by_modules(z, context)
         if not records_gradients([z, *self.made.parameters(), *([] if context is None else [context])]):
@@ -74,6 +76,10 @@ class Autoregressive(Transform):
                 return self.map_forward(x, self._outputs(x, context))
 
         return implicit_inverse(forward, x, z, self.made.schedule[:, 0].tolist())
+
+    def steps(self, z: Tensor, network: Network) -> tuple[Tensor, Tensor]:
+        """Computes the inverse, level by level, without gradients."""
+        return solve(z, network, self.map_inverse)
 
     def _outputs(self, x: Tensor, context: Tensor | None) -> Tensor:
         """Returns the network's outputs ``[N, D, outputs]``; networks of other classes may take no context."""

@@ -49,6 +49,11 @@ class Inverted(Transform):
         """The size of the transform's context, 0 for none."""
         return self.transform.context_features
 
+    @property
+    def needs_eager(self) -> bool:
+        """That of the transform."""
+        return self.transform.needs_eager
+
     def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         return self.transform.inverse(x, *given(self.transform, context))
 

@@ -27,7 +27,7 @@ FASTMAF_DECLARE(avx512)
 namespace {
 
 enum Error { kFine, kNoMemory, kOtherVersion, kBadPermutation, kFailed };
-constexpr int64_t kVersion = 3;
+constexpr int64_t kVersion = 4;
 
 struct Isa {
   const char* name;
@@ -116,16 +116,17 @@ FASTMAF_EXPORT int fastmaf_use_isa(const char* name) {
 
 FASTMAF_EXPORT const char* fastmaf_used_isa() { return chosen ? chosen->name : nullptr; }
 
-// z, saved and squares may be null: not wanted.
-FASTMAF_EXPORT int fastmaf_flow_forward(const Flow* flow, const void* x, int64_t n, void* z, void* ladj, void* saved, void* squares,
-                                        int64_t threads) {
+// z, saved and squares may be null: not wanted; terms: see Kernels.
+FASTMAF_EXPORT int fastmaf_flow_forward(const Flow* flow, const void* const* terms, const void* x, int64_t n, void* z, void* ladj,
+                                        void* saved, void* squares, int64_t threads) {
   return with_flow(flow, [&](const int32_t* places) {
-    kernels(flow->weight_dtype).flow_forward(*flow, places, x, n, z, ladj, saved, squares, threads);
+    kernels(flow->weight_dtype).flow_forward(*flow, places, terms, x, n, z, ladj, saved, squares, threads);
   });
 }
 
-FASTMAF_EXPORT int fastmaf_flow_inverse(const Flow* flow, const void* z, int64_t n, void* x, void* ladj, int64_t threads) {
-  return with_flow(flow, [&](const int32_t*) { kernels(flow->weight_dtype).flow_inverse(*flow, z, n, x, ladj, threads); });
+FASTMAF_EXPORT int fastmaf_flow_inverse(const Flow* flow, const void* const* terms, const void* z, int64_t n, void* x, void* ladj,
+                                        int64_t threads) {
+  return with_flow(flow, [&](const int32_t*) { kernels(flow->weight_dtype).flow_inverse(*flow, terms, z, n, x, ladj, threads); });
 }
 
 FASTMAF_EXPORT int fastmaf_flow_backward(const Flow* flow, const void* grad_z, const void* grad_ladj, const void* saved, int64_t n,

@@ -79,9 +79,10 @@ struct Source {
 
 // The kernels of one instruction set, for one pair of dtypes.
 struct Kernels {
-  void (*flow_forward)(const Flow&, const int32_t* places, const void* x, int64_t n, void* z, void* ladj, void* saved, void* squares,
-                       int64_t threads);
-  void (*flow_inverse)(const Flow&, const void* z, int64_t n, void* x, void* ladj, int64_t threads);
+  // terms: of each layer [n][rows], added to its sums (null: nothing), or null for none of all.
+  void (*flow_forward)(const Flow&, const int32_t* places, const void* const* terms, const void* x, int64_t n, void* z, void* ladj,
+                       void* saved, void* squares, int64_t threads);
+  void (*flow_inverse)(const Flow&, const void* const* terms, const void* z, int64_t n, void* x, void* ladj, int64_t threads);
   void (*flow_backward)(const Flow&, const void* grad_z, const void* grad_ladj, const void* saved, int64_t n, void* grad_x,
                         void* const* grad_biases, const Target* targets, int64_t threads);
   void (*linear)(const Layer&, const void* x, int64_t n, bool relu, void* y, int64_t threads);

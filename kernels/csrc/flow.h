@@ -8,6 +8,13 @@ namespace FASTMAF_ISA {
 
 inline const Layer* layers_of(const Flow& flow, const Block& block) { return flow.layers + block.first_layer; }
 
+// What the samples from `first` on have of their own of a layer; null: nothing.
+template <class T>
+const T* terms_of(const Flow& flow, const void* const* terms, const Layer& layer, int64_t first) {
+  const T* of_layer = terms ? static_cast<const T*>(terms[&layer - flow.layers]) : nullptr;
+  return of_layer ? of_layer + first * layer.rows : nullptr;
+}
+
 template <class W>
 int64_t most_threads(const Flow& flow, int64_t n, int64_t threads) {
   int64_t most = 1;
@@ -122,8 +129,8 @@ struct Buffers {
 
 // Samples from `first` on, as many as the tiles have.
 template <class T, class W>
-void chunk_forward(const Flow& flow, const int32_t* places, const Team& team, const Tiles& tiles, const T* x, T* z, double* ladj,
-                   T* squares, const std::vector<Saved<T>>& saved, int64_t first) {
+void chunk_forward(const Flow& flow, const int32_t* places, const void* const* terms, const Team& team, const Tiles& tiles, const T* x,
+                   T* z, double* ladj, T* squares, const std::vector<Saved<T>>& saved, int64_t first) {
   const int64_t features = flow.features;
   const bool direct = !saved.empty() && tiles.wide;  // what is saved is computed in its place
   const Buffers<T> buffers(flow, tiles, !saved.empty(), direct);
@@ -141,7 +148,8 @@ void chunk_forward(const Flow& flow, const int32_t* places, const Team& team, co
     const Layer* layer = layers_of(flow, block);
     for (int64_t k = 0; k + 1 < block.layer_count; ++k, ++layer) {
       T* y = direct ? saved[b].hidden[k] + first * layer->rows : buffers.hidden[k % 2];
-      linear_forward<T>(team, Panels<W>(*layer), static_cast<const T*>(layer->bias), tiles, h, flow.relu, y);
+      linear_forward<T>(team, Panels<W>(*layer), static_cast<const T*>(layer->bias), terms_of<T>(flow, terms, *layer, first), tiles, h,
+                        flow.relu, y);
       keep(y, layer->rows, nullptr, saved.empty() ? nullptr : saved[b].hidden[k]);
       h = y;
     }
@@ -150,7 +158,8 @@ void chunk_forward(const Flow& flow, const int32_t* places, const Team& team, co
     const int32_t* next = places_of(b + 1);
     AffineTiles<T> at{x_of(b), x_of(b + 1), next, nullptr, buffers.log_scale};
     if (direct) at.own = saved[b].z + first * features, at.log_scale = saved[b].log_scale + first * features;
-    affine_forward<T>(team, output, block.map, static_cast<const T*>(layer->bias), tiles, h, at, totals.data());
+    affine_forward<T>(team, output, block.map, static_cast<const T*>(layer->bias), terms_of<T>(flow, terms, *layer, first), tiles, h, at,
+                      totals.data());
     add_totals(totals, block.map.sign(), tiles.n, ladj);
     if (saved.empty() || direct) continue;
     keep(buffers.log_scale, features, nullptr, saved[b].log_scale);
@@ -171,13 +180,14 @@ void each_chunk(int64_t n, const Body& body) {
 // z [n][features] and squares [n], the sums of its squares, may be null: not wanted. `places` [blocks][features]: where the permutation
 // before a block takes each number of what the block is given.
 template <class T, class W>
-void flow_forward(const Flow& flow, const int32_t* places, const T* x, int64_t n, T* z, T* ladj, T* saved, T* squares, int64_t threads) {
+void flow_forward(const Flow& flow, const int32_t* places, const void* const* terms, const T* x, int64_t n, T* z, T* ladj, T* saved,
+                  T* squares, int64_t threads) {
   const Team team(most_threads<W>(flow, n, threads));
   const std::vector<Saved<T>> all = saved ? lay_out(flow, n, saved) : std::vector<Saved<T>>();
   if (saved) *saved = 1;
   each_chunk(n, [&](const Tiles& tiles, int64_t first) {
     std::vector<double> sums(tiles.n);
-    chunk_forward<T, W>(flow, places, team, tiles, x + first * flow.features, z ? z + first * flow.features : nullptr, sums.data(),
+    chunk_forward<T, W>(flow, places, terms, team, tiles, x + first * flow.features, z ? z + first * flow.features : nullptr, sums.data(),
                         squares ? squares + first : nullptr, all, first);
     std::copy(sums.begin(), sums.end(), ladj + first);
   });

@@ -99,12 +99,13 @@ FASTMAF_INLINE Vec<T> activated(Vec<T> v, bool relu) {
   return relu ? ((v < zero) ? zero : v) : v;  // NaN stays NaN
 }
 
-// y = act(W x + bias), from tiles to tiles.
+// y = act(W x + bias + terms), from tiles to tiles; see add_terms.
 template <class T, class W>
-void linear_forward(const Team& team, const Panels<W>& w, const T* bias, const Tiles& tiles, const T* x, bool relu, T* y) {
+void linear_forward(const Team& team, const Panels<W>& w, const T* bias, const T* terms, const Tiles& tiles, const T* x, bool relu, T* y) {
   constexpr int64_t L = kLanes<T>;
-  multiply<T>(team, w, bias, tiles, x, [&](int64_t, int64_t t, int64_t row, int64_t rows, const T* c, int64_t c_rows) {
+  multiply<T>(team, w, bias, tiles, x, [&](int64_t, int64_t t, int64_t row, int64_t rows, T* c, int64_t c_rows) {
     const int64_t size = tiles.size(t);
+    add_terms(tiles, t, terms, w.rows, row, rows, c, c_rows);
     T* to = y + tiles.offset(t, w.rows) + row * size;
     rows = std::min(rows, w.rows - row);
     if (tiles.wide || size == 1) {
@@ -121,10 +122,11 @@ void linear_forward(const Team& team, const Panels<W>& w, const T* bias, const T
 
 // The output layer and its map; adds each sample's sum of log-scales to totals [forward_parts][n].
 template <class T, class W>
-void affine_forward(const Team& team, const Panels<W>& w, const AffineMap& map, const T* bias, const Tiles& tiles, const T* h,
-                    const AffineTiles<T>& at, double* totals) {
+void affine_forward(const Team& team, const Panels<W>& w, const AffineMap& map, const T* bias, const T* terms, const Tiles& tiles,
+                    const T* h, const AffineTiles<T>& at, double* totals) {
   const int64_t features = w.rows / 2;
-  multiply<T>(team, w, bias, tiles, h, [&](int64_t part, int64_t t, int64_t row, int64_t rows, const T* c, int64_t c_rows) {
+  multiply<T>(team, w, bias, tiles, h, [&](int64_t part, int64_t t, int64_t row, int64_t rows, T* c, int64_t c_rows) {
+    add_terms(tiles, t, terms, w.rows, row, rows, c, c_rows);
     affine_rows(map, tiles, t, c, c_rows, row / 2, std::min(rows / 2, features - row / 2), features, at,
                 totals + part * tiles.n + tiles.begin(t));
   });

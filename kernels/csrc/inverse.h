@@ -24,9 +24,13 @@ inline constexpr int64_t kPartWork = 262144;  // multiply-adds of a part
 template <class T, class W>
 class BlockInverse {
  public:
-  BlockInverse(const Flow& flow, const Block& block, const Tiles& tiles, const Team& team)
+  // Of samples from `first` on.
+  BlockInverse(const Flow& flow, const Block& block, const void* const* terms, const Tiles& tiles, int64_t first, const Team& team)
       : flow_(flow), block_(block), tiles_(tiles), team_(team), hidden_(block.layer_count - 1) {
-    for (int64_t k = 0; k <= hidden_; ++k) layers_.emplace_back(layers_of(flow, block)[k]);
+    for (int64_t k = 0; k <= hidden_; ++k) {
+      layers_.emplace_back(layers_of(flow, block)[k]);
+      terms_.push_back(terms_of<T>(flow, terms, layers_of(flow, block)[k], first));
+    }
     known_.resize(layers_.size());
   }
 
@@ -138,7 +142,7 @@ class BlockInverse {
     });
   }
 
-  // Adds up the segments' sums of hidden layer k, of a tile.
+  // Adds up the segments' sums of layer k, of a tile, and the samples' own terms.
   void join(int64_t k, int64_t before, int64_t s0, int64_t s1, int64_t t) {
     int64_t p0, p1;
     panels(k, s0, s1, p0, p1);
@@ -148,6 +152,7 @@ class BlockInverse {
       const T* from = share(k, i, rows) + tiles_.offset(t, rows);
       for (int64_t j = 0; j < numel; j += kLanes<T>) store(to + j, load(to + j) + load(from + j));
     }
+    add_terms(tiles_, t, terms_[k], layers_[k].rows, p0 * kPanel, rows, to, rows);
   }
 
   // The triangle's weights: they are next to what the others stream now, and needed at once then.
@@ -168,7 +173,7 @@ class BlockInverse {
       known_[k].assign(tiles_.count * (p1 - p0), done(k - 1, s0));
     }
     team_.each(tiles_.count, [&](int64_t t) {
-      for (int64_t k = 0; k < hidden_ && !outputs_only; ++k) join(k, s0, s0, s1, t);
+      for (int64_t k = outputs_only ? hidden_ : 0; k <= hidden_; ++k) join(k, s0, s0, s1, t);
       if (tiles_.count > 1 && !outputs_only) fetch(s0, s1);
       for (int64_t s = s0; s < s1; ++s) {
         complete(hidden_, s0, s1, s, done(hidden_ - 1, s), t);
@@ -242,6 +247,7 @@ class BlockInverse {
   const Team& team_;
   const int64_t hidden_;
   std::vector<Panels<W>> layers_;
+  std::vector<const T*> terms_;  // of each layer
   const T* z_ = nullptr;
   std::vector<Job> jobs_;
   std::vector<std::vector<int64_t>> known_;  // of each layer, tile and panel of the group: how many values below are in its sums
@@ -250,7 +256,7 @@ class BlockInverse {
 
 // x [n][features] and ladj [n] of a sequence of inverses.
 template <class T, class W>
-void flow_inverse(const Flow& flow, const T* z, int64_t n, T* x, T* ladj, int64_t threads) {
+void flow_inverse(const Flow& flow, const void* const* terms, const T* z, int64_t n, T* x, T* ladj, int64_t threads) {
   const int64_t features = flow.features;
   const Team team(most_threads<W>(flow, std::min(n, kChunk), threads));
   each_chunk(n, [&](const Tiles& tiles, int64_t begin) {
@@ -263,7 +269,7 @@ void flow_inverse(const Flow& flow, const T* z, int64_t n, T* x, T* ladj, int64_
     for (int64_t b = 0; b < flow.block_count; ++b, std::swap(from, to)) {
       const Block& block = flow.blocks[b];
       std::vector<double> sums(tiles.n);
-      BlockInverse<T, W>(flow, block, tiles, team).run(from, to, memory, sums.data());
+      BlockInverse<T, W>(flow, block, terms, tiles, begin, team).run(from, to, memory, sums.data());
       for (int64_t s = 0; s < tiles.n; ++s) total[s] -= block.map.sign() * sums[s];
     }
     give_tiles(team, tiles, from, features, flow.permutation, x + first);

@@ -7,13 +7,13 @@ namespace {
 
 template <class T, class W>
 struct Entry {
-  static void forward(const Flow& flow, const int32_t* places, const void* x, int64_t n, void* z, void* ladj, void* saved, void* squares,
-                      int64_t threads) {
-    flow_forward<T, W>(flow, places, static_cast<const T*>(x), n, static_cast<T*>(z), static_cast<T*>(ladj), static_cast<T*>(saved),
-                       static_cast<T*>(squares), threads);
+  static void forward(const Flow& flow, const int32_t* places, const void* const* terms, const void* x, int64_t n, void* z, void* ladj,
+                      void* saved, void* squares, int64_t threads) {
+    flow_forward<T, W>(flow, places, terms, static_cast<const T*>(x), n, static_cast<T*>(z), static_cast<T*>(ladj),
+                       static_cast<T*>(saved), static_cast<T*>(squares), threads);
   }
-  static void inverse(const Flow& flow, const void* z, int64_t n, void* x, void* ladj, int64_t threads) {
-    flow_inverse<T, W>(flow, static_cast<const T*>(z), n, static_cast<T*>(x), static_cast<T*>(ladj), threads);
+  static void inverse(const Flow& flow, const void* const* terms, const void* z, int64_t n, void* x, void* ladj, int64_t threads) {
+    flow_inverse<T, W>(flow, terms, static_cast<const T*>(z), n, static_cast<T*>(x), static_cast<T*>(ladj), threads);
   }
   static void backward(const Flow& flow, const void* grad_z, const void* grad_ladj, const void* saved, int64_t n, void* grad_x,
                        void* const* grad_biases, const Target* targets, int64_t threads) {
@@ -27,7 +27,7 @@ struct Entry {
       T* from = Scratch::get<T>(Scratch::kState, tiles.numel(w.columns + w.rows) + 2 * kSlack);
       T* to = from + tiles.numel(w.columns) + kSlack;
       fill_tiles(team, tiles, static_cast<const T*>(x) + first * w.columns, w.columns, kInOrder, from);
-      linear_forward<T>(team, w, static_cast<const T*>(layer.bias), tiles, from, relu, to);
+      linear_forward<T>(team, w, static_cast<const T*>(layer.bias), nullptr, tiles, from, relu, to);
       give_tiles(team, tiles, to, w.rows, kInOrder, static_cast<T*>(y) + first * w.rows);
     });
   }
@@ -43,7 +43,8 @@ struct Entry {
       fill_tiles(team, tiles, static_cast<const T*>(h) + first * w.columns, w.columns, kInOrder, hs);
       fill_tiles(team, tiles, static_cast<const T*>(x) + first * features, features, kInOrder, xs);
       std::vector<double> totals(forward_parts(w, tiles) * tiles.n), sums(tiles.n);
-      affine_forward<T>(team, w, map, static_cast<const T*>(layer.bias), tiles, hs, {xs, zs, nullptr, nullptr, as}, totals.data());
+      affine_forward<T>(team, w, map, static_cast<const T*>(layer.bias), nullptr, tiles, hs, {xs, zs, nullptr, nullptr, as},
+                        totals.data());
       add_totals(totals, map.sign(), tiles.n, sums.data());
       std::copy(sums.begin(), sums.end(), static_cast<T*>(ladj) + first);
       give_tiles(team, tiles, zs, features, kInOrder, static_cast<T*>(z) + first * features);

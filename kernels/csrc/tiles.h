@@ -101,5 +101,27 @@ void give_tile(const T* tile, int64_t used, int64_t size, int64_t k0, int64_t k1
     }
 }
 
+// Adds what each sample has of its own, terms [n][units] of all tiles, to sums of rows row..row+rows of tile t: c as `products` lays it out.
+// Null: nothing.
+template <class T>
+void add_terms(const Tiles& tiles, int64_t t, const T* terms, int64_t units, int64_t row, int64_t rows, T* c, int64_t c_rows) {
+  constexpr int64_t L = kLanes<T>, kRun = 64;
+  if (terms == nullptr) return;
+  const T* from = terms + tiles.begin(t) * units + row;
+  rows = std::min(rows, units - row);
+  if (tiles.wide) {
+    T tile[kRun * kWide];
+    for (int64_t r = 0; r < rows; r += kRun) {
+      const int64_t count = std::min(kRun, rows - r);
+      fill_tile(from + r, units, tiles.used(t), kWide, 0, count, static_cast<const int64_t*>(nullptr), tile);
+      T* to = c + r * kWide;
+      for (int64_t i = 0; i < count * kWide; i += L) store(to + i, load(to + i) + load(tile + i));
+    }
+    return;
+  }
+  for (int64_t s = 0; s < tiles.size(t); ++s)
+    for (int64_t r = 0; r < rows; ++r) c[s * c_rows + r] += from[s * units + r];
+}
+
 }  // namespace FASTMAF_ISA
 }  // namespace fastmaf

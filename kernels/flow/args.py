@@ -13,6 +13,7 @@ from fastmaf.kernels.affine_output.affine_map import AffineMap
 from fastmaf.kernels.affine_output.args import AffineArgs
 from fastmaf.kernels.float8 import BYTE, decoded
 from fastmaf.kernels.masked_linear.args import LinearArgs, check_activation
+from fastmaf.kernels.tensor_cache import cached
 
 T = TypeVar("T")
 
@@ -179,7 +180,9 @@ def flow_args(blocks: Sequence[Block], permutations: Sequence[Tensor | None]) ->
     check_activation(activation := activations.pop())
     for block in blocks:
         block.map.check()
-    none = torch.empty(0, dtype=torch.int64, device=blocks[0].biases[0].device)
+    device = blocks[0].biases[0].device
+    # The same one at every call: what backends keep of arguments goes by their identity.
+    none = cached(blocks[0].schedule, ("none", device), lambda: torch.empty(0, dtype=torch.int64, device=device))
     return FlowArgs(
         [weight.contiguous() for block in blocks for weight in block.weights],
         [bias.contiguous() for block in blocks for bias in block.biases],

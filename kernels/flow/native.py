@@ -24,6 +24,7 @@ from fastmaf.kernels.native_checks import check_batch, check_tensor
 
 __all__ = ["UPDATES_BIASES", "adam_", "backward", "backward_of_all", "density", "forward"]
 __all__ += ["inverse", "inverse_backward", "why_not"]
+TAKES_TERMS = True  # forward and inverse, each sample's own
 
 native_library.load()
 _library, _check = native_library.library(), native_library.check
@@ -36,19 +37,22 @@ def density(x: Tensor, plan: FlowPlan, save: bool) -> tuple[Tensor, Tensor, Tens
     """
     squares, ladj = x.new_empty(x.shape[0]), x.new_empty(x.shape[0])
     z, saved = (torch.empty_like(x), _saved(x, plan)) if save else (None, None)
-    _forward(plan, x, z, ladj, saved, squares)
+    _forward(plan, x, z, ladj, saved, squares, ())
     return squares, ladj, z, saved
 
 
-def forward(x: Tensor, args: FlowArgs, save: bool, plan: FlowPlan | None = None) -> tuple[Tensor, Tensor, Tensor]:
+def forward(
+    x: Tensor, args: FlowArgs, save: bool, plan: FlowPlan | None = None, terms: Sequence[Tensor] = ()
+) -> tuple[Tensor, Tensor, Tensor]:
     """Returns ``z``, ``ladj`` and what ``backward`` needs; weights may be bfloat16 beside float32 ``x``.
 
-    With a plan, which ``x`` must fit, the arguments are not looked at; here and in the functions below.
+    With a plan, which ``x`` must fit, the arguments are not looked at; here and in the functions below. ``terms``
+    ``[N, units]``, of each layer or of none, are added to its sums; ``backward`` gives no gradients of them.
     """
     plan = plan or _plan("x", x, args)
     z, ladj = torch.empty_like(x), x.new_empty(x.shape[0])
     saved = _saved(x, plan) if save else None
-    _forward(plan, x, z, ladj, saved, None)
+    _forward(plan, x, z, ladj, saved, None, terms)
     return z, ladj, x.new_empty(0) if saved is None else saved
 
 
@@ -58,28 +62,45 @@ def _saved(x: Tensor, plan: FlowPlan) -> Tensor:
 
 
 def _forward(
-    plan: FlowPlan, x: Tensor, z: Tensor | None, ladj: Tensor, saved: Tensor | None, squares: Tensor | None
+    plan: FlowPlan,
+    x: Tensor,
+    z: Tensor | None,
+    ladj: Tensor,
+    saved: Tensor | None,
+    squares: Tensor | None,
+    terms: Sequence[Tensor],
 ) -> None:
     _check(
         _library.fastmaf_flow_forward(
-            plan.pointer, x.data_ptr(), x.shape[0], None if z is None else z.data_ptr(), ladj.data_ptr(),
-            None if saved is None else saved.data_ptr(), None if squares is None else squares.data_ptr(),
-            torch.get_num_threads(),
+            plan.pointer, _pointers(plan, x, terms), x.data_ptr(), x.shape[0], None if z is None else z.data_ptr(),
+            ladj.data_ptr(), None if saved is None else saved.data_ptr(),
+            None if squares is None else squares.data_ptr(), torch.get_num_threads(),
         )
     )  # fmt: skip
 
 
-def inverse(z: Tensor, args: FlowArgs, plan: FlowPlan | None = None) -> tuple[Tensor, Tensor]:
-    """Returns ``x`` ``[N, D]`` and ``ladj`` ``[N]`` = log |det dx/dz|."""
+def _pointers(plan: FlowPlan, x: Tensor, terms: Sequence[Tensor]) -> ctypes.Array[ctypes.c_void_p] | None:
+    if not terms:
+        return None
+    for term, rows in zip(terms, plan.rows, strict=True):
+        check_tensor("terms", term, x.dtype, (x.shape[0], rows))
+    return (ctypes.c_void_p * len(terms))(*[term.data_ptr() for term in terms])
+
+
+def inverse(
+    z: Tensor, args: FlowArgs, plan: FlowPlan | None = None, terms: Sequence[Tensor] = ()
+) -> tuple[Tensor, Tensor]:
+    """Returns ``x`` ``[N, D]`` and ``ladj`` ``[N]`` = log |det dx/dz|; terms as in ``forward``."""
     plan = plan or _plan("z", z, args)
     plan.check_inverse(args)
     n = z.shape[0]
     x, ladj = torch.empty_like(z), z.new_empty(n)
     _check(
         _library.fastmaf_flow_inverse(
-            plan.pointer, z.data_ptr(), n, x.data_ptr(), ladj.data_ptr(), torch.get_num_threads()
+            plan.pointer, _pointers(plan, z, terms), z.data_ptr(), n, x.data_ptr(), ladj.data_ptr(),
+            torch.get_num_threads(),
         )
-    )
+    )  # fmt: skip
     return x, ladj
 
 

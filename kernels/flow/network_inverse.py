@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any
+import functools
+from collections.abc import Callable
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -15,8 +17,11 @@ from fastmaf.kernels.flow.torch.transposed_solve import TransposedSolve
 from fastmaf.kernels.op import records_gradients
 from fastmaf.kernels.padding import keep_zero
 
+# Of z ``[N, D]`` and a network: x and ladj. It records no gradients.
+Steps: TypeAlias = Callable[[Tensor, Network], tuple[Tensor, Tensor]]
 
-def network_inverse(z: Tensor, network: Network, invert: Invert) -> tuple[Tensor, Tensor]:
+
+def network_inverse(z: Tensor, network: Network, invert: Invert, steps: Steps | None = None) -> tuple[Tensor, Tensor]:
     """Inverts a block, exactly, one step per level; each weight is read once.
 
     It is differentiable in ``z`` and the tensors of the network. The backward pass takes a triangular solve, and
@@ -27,6 +32,7 @@ def network_inverse(z: Tensor, network: Network, invert: Invert) -> tuple[Tensor
         z: ``[N, D]``.
         network: that gives the parameters of the map.
         invert: the inverse of the element-wise map. It has no parameters of its own.
+        steps: computes the inverse; None for ``solve``, in plain torch.
 
     Returns:
         ``x`` ``[N, D]`` and ``ladj`` ``[N]`` = log |det dx/dz| in nats.
@@ -38,16 +44,23 @@ def network_inverse(z: Tensor, network: Network, invert: Invert) -> tuple[Tensor
     ]
     network = network._replace(layers=layers)
     keep_zero(*zip(*((layer.weight, layer.prefix, layer.panels) for layer in layers), strict=True))
+    steps = steps or functools.partial(_solve, invert)
     if not records_gradients([z, *network.tensors]):
-        return solve(z, network, invert)
-    result: tuple[Tensor, Tensor] = _Inverse.apply(network, invert, z, *network.tensors)
+        return steps(z, network)
+    result: tuple[Tensor, Tensor] = _Inverse.apply(network, invert, steps, z, *network.tensors)
     return result
+
+
+def _solve(invert: Invert, z: Tensor, network: Network) -> tuple[Tensor, Tensor]:
+    return solve(z, network, invert)
 
 
 class _Inverse(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, network: Network, invert: Invert, z: Tensor, *tensors: Tensor) -> tuple[Tensor, Tensor]:
-        x, ladj = solve(z, network, invert)
+    def forward(
+        ctx: Any, network: Network, invert: Invert, steps: Steps, z: Tensor, *tensors: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        x, ladj = steps(z, network)
         ctx.save_for_backward(z, x, *tensors)
         ctx.network, ctx.invert = network, invert
         return x, ladj
@@ -63,16 +76,16 @@ class _Inverse(torch.autograd.Function):
                 (z, *tensors),
                 (grad_x, grad_ladj),
             )
-            return None, None, *grads
+            return None, None, None, *grads
         block = TransposedSolve(x, network)
         by_z, by_out = _derivatives(z, block.out, grad_ladj, invert)
         grad = block.solve(grad_x, by_out[0], by_out[1])
-        return None, None, torch.addcmul(by_z[1], by_z[0], grad), *_grads(ctx, block)
+        return None, None, None, torch.addcmul(by_z[1], by_z[0], grad), *_grads(ctx, block)
 
 
 def _grads(ctx: Any, block: TransposedSolve) -> list[Tensor | None]:
     """Returns the gradients of the network's tensors."""
-    needed, count = ctx.needs_input_grad[3:], len(ctx.network.layers)
+    needed, count = ctx.needs_input_grad[4:], len(ctx.network.layers)
     result: list[Tensor | None] = [None] * len(needed)
     if any(needed[: 2 * count]):
         weights, biases = zip(*block.grad_parameters(), strict=True)

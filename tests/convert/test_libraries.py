@@ -29,6 +29,7 @@ from tests.tolerances import F32, F64
 
 __all__ = ["float64"]  # a fixture
 from nflows import distributions, transforms
+from zuko.bayesian import BayesianModel
 
 
 @settings(max_examples=60, deadline=None)
@@ -256,3 +257,37 @@ def test_the_width_of_x_is_checked_with_a_context_too() -> None:
     flow = fastmaf.from_nflows(nflows.Flow(transform, distributions.StandardNormal([4])))
     with pytest.raises(ValueError, match=r"expected a tensor \[N, 4\]; found \[3, 5\]"):
         flow.log_prob(torch.randn(3, 5), torch.randn(3, 2))
+
+
+def test_inverse_transforms_of_nflows() -> None:
+    of = transforms.MaskedAffineAutoregressiveTransform
+    spline = transforms.MaskedPiecewiseRationalQuadraticAutoregressiveTransform(4, 8, tails="linear", tail_bound=3.0)
+    inner = [of(4, 8), transforms.RandomPermutation(4), spline, transforms.InverseTransform(of(4, 8))]
+    inverse = transforms.InverseTransform(transforms.CompositeTransform(inner))
+    source = nflows.Flow(transforms.CompositeTransform([of(4, 8), inverse]), distributions.StandardNormal([4]))
+    x = torch.randn(9, 4)
+    trained(source, lambda: -source.log_prob(x).mean())
+    flow = fastmaf.accelerate(source)
+    close(flow.log_prob(x), source.log_prob(x))  # type: ignore[operator]
+    close(seeded(lambda: flow.sample(3)), seeded(lambda: source.sample(3)))  # type: ignore[operator]
+
+
+def test_inverse_transforms_of_zuko() -> None:
+    lazy, maf = zuko.lazy, zuko.flows.MAF(4, transforms=3, hidden_features=(8,))
+    first, second, third = maf.transform.transforms
+    source = zuko.flows.Flow([first, lazy.LazyComposedTransform(second, third).inv], maf.base)
+    x = torch.randn(9, 4)
+    trained(source, lambda: -source().log_prob(x).mean())
+    flow = fastmaf.accelerate(source)
+    close(flow().log_prob(x), source().log_prob(x))
+    close(seeded(lambda: flow().sample((3,))), seeded(lambda: source().sample((3,))))
+
+
+def test_a_flow_that_is_drawn_from_a_bayesian_model() -> None:
+    model = BayesianModel(zuko.flows.MAF(4, transforms=2, hidden_features=(8,)), init_logvar=-3.0)
+    source, x = model.sample_model(), torch.randn(9, 4)
+    close(fastmaf.accelerate(source)().log_prob(x), source().log_prob(x))
+    with model.reparameterize() as source, torch.no_grad():
+        close(fastmaf.accelerate(source)().log_prob(x), source().log_prob(x))
+    with model.reparameterize(local_trick=True) as source, pytest.raises(fastmaf.NotConvertibleError, match="forward"):
+        fastmaf.accelerate(source)

@@ -16,6 +16,7 @@ from tests.convert.sources import float64, nflows, normal_flow, normflows, zuko
 
 __all__ = ["float64"]  # a fixture
 from nflows import distributions, transforms
+from zuko.bayesian import BayesianModel
 
 
 def leaky(features: int) -> nn.Module:
@@ -38,7 +39,12 @@ def refused() -> Iterator[tuple[str, Callable[[], nn.Module], str]]:
     cubic = transforms.MaskedPiecewiseCubicAutoregressiveTransform
     yield "cubic", lambda: of(cubic(4, features=4, hidden_features=8)), "MaskedPiecewiseCubic"
     yield "activation", lambda: of(affine(activation=functional.mish)), "activation mish"
-    yield "inverse", lambda: of(transforms.InverseTransform(affine())), "InverseTransform"
+    conditional = functools.partial(affine, context_features=2)
+    yield "inverse", lambda: of(transforms.InverseTransform(conditional())), "inverse transform with a context"
+    yield "wrapped", lambda: nn.Sequential(nn.ReLU(), of(affine())), "it holds one: convert its module 1"
+    yield "Bayesian", lambda: BayesianModel(zuko.flows.MAF(4)), r"flow\.sample_model\(\)"
+    yield "distribution", lambda: zuko.mixtures.GMM(4), "GMM .* is no zuko.flows.Flow"
+    yield "conditional", lambda: normflows.ConditionalNormalizingFlow(normal_flow(nn.Identity()).q0, []), "Conditional"
     yield "linear", lambda: of(transforms.LULinear(4)), "LULinear"
     yield "mask", lambda: leaky(4), "own input"
     yield "ActNorm", lambda: of(transforms.ActNorm(4)), "no batch"

@@ -149,6 +149,22 @@ def test_kl_of_a_guide_falls() -> None:
     assert float((guide.log_prob(x) - target.log_prob(x)).mean().detach()) < 0.02
 
 
+def test_support_behind_element_wise_maps() -> None:
+    shift, log_scale = torch.tensor([0.5, -1.0, 0.0]), torch.tensor([0.0, 1.0, -2.0])
+    block = fastmaf.AffineAutoregressive(fastmaf.MADE(3, 8))
+    affine, order = fastmaf.ElementwiseAffine(shift, log_scale), fastmaf.Permutation([2, 0, 1])
+    spline = fastmaf.SplineMap(4, 0.0, 1.0, tails=False)
+    no_tails = fastmaf.MonotonicRQS(fastmaf.MADE(3, 8, outputs_per_feature=spline.outputs), spline)
+    middle = -shift * (-log_scale).exp()  # what the affine map takes to zero
+    size = (-log_scale).exp()
+    for bounded in (fastmaf.Logit(3, 0.0), no_tails):
+        support = fastmaf.Flow(3, [affine, order, bounded]).distribution().support
+        assert bool(support.check(middle + 0.01 * size)) and bool(support.check(middle + 0.99 * size))
+        assert not bool(support.check(middle + 1.01 * size)) and not bool(support.check(middle - 0.01 * size))
+    behind = fastmaf.Flow(3, [block, fastmaf.Logit(3)]).distribution()
+    assert behind.support is td.constraints.real_vector
+
+
 def test_support_and_validation() -> None:
     assert build(D).distribution().support is td.constraints.real_vector
     for alpha in (0.0, 0.1):

@@ -137,7 +137,7 @@ def test_the_library_of_this_installation() -> None:
             call = getattr(native_library.library(), f"fastmaf_flow_{function}")
             zeros = [None] * (5 if function == "forward" else 3)
             with pytest.raises(RuntimeError, match="other structs"):
-                native_library.check(call(ctypes.addressof(other), zeros[0], 0, *zeros[1:], 1))
+                native_library.check(call(ctypes.addressof(other), None, zeros[0], 0, *zeros[1:], 1))
 
 
 def test_the_command_fits_the_installation(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -202,8 +202,8 @@ std::vector<T> everything(const Shape& shape, const AffineMap& map, int64_t thre
   const std::vector<T> x = model.draws(n * d);
   std::vector<T> z = nans<T>(n * d), ladj = nans<T>(n), saved = nans<T>((n + 15) / 16 * 16 * model.saved + 1), z2 = z, ladj2 = ladj;
   std::vector<T> squares_of_z = ladj, sums(n);
-  kernels.flow_forward(model.flow, model.places.data(), x.data(), n, z.data(), ladj.data(), saved.data(), nullptr, threads);
-  kernels.flow_forward(model.flow, model.places.data(), x.data(), n, z2.data(), ladj2.data(), nullptr, squares_of_z.data(), threads);
+  kernels.flow_forward(model.flow, model.places.data(), nullptr, x.data(), n, z.data(), ladj.data(), saved.data(), nullptr, threads);
+  kernels.flow_forward(model.flow, model.places.data(), nullptr, x.data(), n, z2.data(), ladj2.data(), nullptr, squares_of_z.data(), threads);
   check(same(z, z2) && same(ladj, ladj2), name + "a forward pass that saves nothing");
   for (int64_t s = 0; s < n; ++s) {
     double sum = 0;
@@ -212,7 +212,7 @@ std::vector<T> everything(const Shape& shape, const AffineMap& map, int64_t thre
   }
   check(close(squares_of_z, sums, sizeof(T) == 8 ? 1e-12 : 1e-6), name + "the squares of z");
   std::vector<T> squares_alone = nans<T>(n);
-  kernels.flow_forward(model.flow, model.places.data(), x.data(), n, nullptr, ladj2.data(), nullptr, squares_alone.data(), threads);
+  kernels.flow_forward(model.flow, model.places.data(), nullptr, x.data(), n, nullptr, ladj2.data(), nullptr, squares_alone.data(), threads);
   check(same(squares_alone, squares_of_z) && same(ladj, ladj2), name + "a forward pass without z");
 
   // The inverse of the blocks in turn, with the permutation's on the way.
@@ -223,10 +223,35 @@ std::vector<T> everything(const Shape& shape, const AffineMap& map, int64_t thre
   Flow inverse = model.flow;
   inverse.blocks = blocks.data();
   std::vector<T> x2 = nans<T>(n * d), minus = nans<T>(n);
-  kernels.flow_inverse(inverse, z.data(), n, x2.data(), minus.data(), threads);
+  kernels.flow_inverse(inverse, nullptr, z.data(), n, x2.data(), minus.data(), threads);
   check(close(x2, x, tolerance), name + "x of the inverse");
   for (T& value : minus) value = -value;
   if (n > 0) check(close(minus, ladj, tolerance), name + "ladj of the inverse");
+
+  // Terms of each sample: the same for all samples are a part of the biases; others are inverted, too.
+  std::vector<std::vector<T>> terms, biases;
+  std::vector<Layer> layers(model.flow.layers, model.flow.layers + model.flow.layer_count);
+  std::vector<const void*> own, equal;
+  std::vector<std::vector<T>> repeated;
+  for (Layer& layer : layers) {
+    terms.push_back(model.draws(n * layer.rows));
+    for (T& value : terms.back()) value /= 8;  // log-scales stay small
+    const std::vector<T> one = model.draws(layer.rows);
+    biases.push_back(one), repeated.emplace_back();
+    for (int64_t r = 0; r < layer.rows; ++r) biases.back()[r] += static_cast<const T*>(layer.bias)[r];
+    for (int64_t s = 0; s < n; ++s) repeated.back().insert(repeated.back().end(), one.begin(), one.end());
+  }
+  for (size_t i = 0; i < layers.size(); ++i)
+    layers[i].bias = biases[i].data(), own.push_back(terms[i].data()), equal.push_back(repeated[i].data());
+  Flow shifted = model.flow;
+  shifted.layers = layers.data();
+  std::vector<T> z3 = nans<T>(n * d), z4 = z3, x3 = z3;
+  kernels.flow_forward(model.flow, model.places.data(), equal.data(), x.data(), n, z3.data(), ladj2.data(), nullptr, nullptr, threads);
+  kernels.flow_forward(shifted, model.places.data(), nullptr, x.data(), n, z4.data(), ladj2.data(), nullptr, nullptr, threads);
+  check(close(z3, z4, sizeof(T) == 8 ? 1e-11 : 1e-4), name + "equal terms");
+  kernels.flow_forward(model.flow, model.places.data(), own.data(), x.data(), n, z3.data(), ladj2.data(), nullptr, nullptr, threads);
+  kernels.flow_inverse(inverse, own.data(), z3.data(), n, x3.data(), minus.data(), threads);
+  check(close(x3, x, tolerance), name + "x of the inverse with terms");
 
   std::vector<T> result = z;
   for (const auto* more : {&ladj, &saved, &x2}) result.insert(result.end(), more->begin(), more->end());
