@@ -44,6 +44,19 @@ native: install  ## build the native library, or fail and say why; not again whi
 WHEELS = x86_64-linux-gnu.2.17=manylinux_2_17_x86_64 aarch64-linux-gnu.2.17=manylinux_2_17_aarch64 \
 	x86_64-macos.11.0=macosx_11_0_x86_64 aarch64-macos.11.0=macosx_11_0_arm64 x86_64-windows-gnu=win_amd64
 ZIG = $(abspath $(BIN))/python -m ziglang c++
+# What the library in a wheel begins with: a compiler that is told to link one may leave an archive or an object there.
+define FORMATS
+import sys, zipfile
+for path in sys.argv[1:]:
+    begins = {"linux": b"\177ELF", "macosx": b"\317\372\355\376", "win": b"MZ"}
+    begin = next(begin for name, begin in begins.items() if f"none-{name}" in path or f"-many{name}" in path)
+    with zipfile.ZipFile(path) as wheel:
+        [library] = [name for name in wheel.namelist() if "/_native." in name and not name.endswith(".txt")]
+        found = wheel.read(library)
+    if not found.startswith(begin):
+        sys.exit(f"{library} in {path} is no library: it begins with {found[:8]}")
+endef
+export FORMATS
 wheels: export FASTMAF_BUILD = 1
 wheels: $(VENV)/.installed-wheels  ## compile the wheels of all platforms to dist, on any of them
 	rm -rf build/wheels dist/*.whl
@@ -53,7 +66,11 @@ wheels: $(VENV)/.installed-wheels  ## compile the wheels of all platforms to dis
 	done
 	rm -f a.o  # empty; zig leaves it where it links for macOS
 	"$(BIN)/twine" check --strict dist/*.whl
-	if test -x "$(BIN)/auditwheel"; then for wheel in dist/*manylinux*.whl; do "$(BIN)/auditwheel" show $$wheel || exit 1; done; fi
+	if test "$$(uname)" = Linux; then for wheel in dist/*manylinux*.whl; do tag=$${wheel##*-none-}; \
+		"$(BIN)/auditwheel" show $$wheel | tr '\n' ' ' | grep -o "consistent with *the following platform tag: *\"$${tag%.whl}\"" || \
+			{ "$(BIN)/auditwheel" show $$wheel; echo "$$wheel is not what its name says"; exit 1; }; \
+	done; fi
+	"$(BIN)/python" -c "$$FORMATS" dist/*.whl
 	@ls -l dist/*.whl; found=$$(find dist -name '*.whl' -size +3M); test -z "$$found" || { echo "over 3 MB: $$found"; exit 1; }
 
 reproduce: $(VENV)/.installed-inspection  ## train, sample and evaluate on the synthetic capsules, or on DATA="/path/to/capsule"; writes to OUT
@@ -89,10 +106,10 @@ gpu-check: $(VENV)/.installed-test  ## on a GPU: the marked tests, then memory a
 
 # With vector instructions and without, on one thread and on several. SANITIZERS=thread looks for data races instead.
 SANITIZERS ?= address,undefined
-CHECKED = -std=c++17 -pthread -ffp-contract=fast -fno-math-errno -DFASTMAF_ISA=checked -Ikernels/csrc \
+CHECKED = -std=c++17 -pthread -Ikernels/csrc $(wildcard tests/kernels/csrc/test_*.cpp)
+SANITIZE = $(CXX) $(CHECKED) -ffp-contract=fast -fno-math-errno -DFASTMAF_ISA=checked tests/kernels/csrc/linked.cpp \
 	$(addprefix kernels/csrc/,kernels.cpp thread_pool.cpp storage.cpp uniform.cpp) \
-	$(wildcard tests/kernels/csrc/*.cpp)
-SANITIZE = $(CXX) $(CHECKED) -g -O1 -fsanitize=$(SANITIZERS) -fno-sanitize-recover=all
+	-g -O1 -fsanitize=$(SANITIZERS) -fno-sanitize-recover=all
 
 sanitize:  ## run the native kernels under the address and undefined-behaviour sanitizers
 	mkdir -p build/sanitize
@@ -101,19 +118,21 @@ sanitize:  ## run the native kernels under the address and undefined-behaviour s
 	$(SANITIZE) -DFASTMAF_SCALAR -o build/sanitize/scalar
 	build/sanitize/scalar 1 3
 
-# The same tests for other platforms. Debian's packages: wine64; qemu-user and libc6-arm64-cross.
+# The same tests of the libraries of other platforms' wheels, loaded as ctypes loads them, with every instruction set that
+# the processor has. Debian's packages: wine64; qemu-user and libc6-arm64-cross.
 WINE ?= WINEDEBUG=-all WINEPREFIX=$(abspath build/cross/wine) /usr/lib/wine/wine64
-test-windows: $(VENV)/.installed-wheels  ## run the native kernels' C++ tests compiled for Windows, under wine
-	mkdir -p build/cross
-	$(ZIG) -target x86_64-windows-gnu $(CHECKED) -O2 -static -o build/cross/tests.exe
-	$(WINE) build/cross/tests.exe 1 3
-	$(ZIG) -target x86_64-windows-gnu $(CHECKED) -O2 -mavx2 -mfma -mbmi2 -static -o build/cross/tests-avx2.exe
-	$(WINE) build/cross/tests-avx2.exe 1 3
+QEMU ?= qemu-aarch64 -L /usr/aarch64-linux-gnu
+CROSS = FASTMAF_BUILD=1 CXX="$(ZIG) -target $(1) -s" "$(BIN)/python" setup.py -q build_ext --build-lib build/cross/$(2)
+LOADED = $(ZIG) -target $(1) $(CHECKED) -DFASTMAF_ISA=loaded tests/kernels/csrc/loaded.cpp -O2
+test-windows: $(VENV)/.installed-wheels  ## test the library of the Windows wheel under wine
+	$(call CROSS,x86_64-windows-gnu,windows)
+	$(call LOADED,x86_64-windows-gnu) -static -o build/cross/tests.exe
+	FASTMAF_LIBRARY=build/cross/windows/fastmaf/kernels/_native.dll $(WINE) build/cross/tests.exe 1 3
 
-test-arm64: $(VENV)/.installed-wheels  ## run them compiled for 64-bit ARM, under qemu
-	mkdir -p build/cross
-	$(ZIG) -target aarch64-linux-gnu.2.17 $(CHECKED) -O2 -o build/cross/tests-arm64
-	qemu-aarch64 -L /usr/aarch64-linux-gnu build/cross/tests-arm64 1 3
+test-arm64: $(VENV)/.installed-wheels  ## test the library of the Linux wheel for 64-bit ARM under qemu
+	$(call CROSS,aarch64-linux-gnu.2.17,arm64)
+	$(call LOADED,aarch64-linux-gnu.2.17) -ldl -o build/cross/tests-arm64
+	FASTMAF_LIBRARY=build/cross/arm64/fastmaf/kernels/_native.so $(QEMU) build/cross/tests-arm64 1 3
 
 # mypy cannot know that kernels/ is fastmaf.kernels, so it gets the tree as installed.
 lint: $(VENV)/.installed-dev  ## ruff check, ruff format --check, mypy

@@ -86,22 +86,21 @@ def build(folder: Path) -> str:
             os.replace(part, target)
         return str(target)
 
-    isas = ISAS | X86 if x86 else ISAS
-    jobs = [(isa, CSRC / "kernels.cpp", f"-DFASTMAF_ISA={isa} {options}") for isa, options in isas.items()]
+    isas = (ISAS | X86 if x86 else ISAS).items()
+    jobs = [(isa, CSRC / "kernels.cpp", f"-DFASTMAF_ISA={isa} {options}") for isa, options in isas]
     jobs += [(path.stem, path, "") for path in sorted(CSRC.glob("*.cpp")) if path.stem != "kernels"]
     with ThreadPoolExecutor(4) as pool:
         objects = list(pool.map(lambda job: compiled(*job), jobs))
-    options = ["-static"] if windows else [f"-Wl,--version-script={CSRC / 'exports.map'}"] if linux else []
+    options = [f"-Wl,--version-script={CSRC / 'exports.map'}"] if linux else []
+    options += ["-static"] if windows and "clang" not in version else []  # zig would make an archive of it
     target = folder / ("_native.dll" if windows else "_native.so")
-    new = f"{target}.{os.getpid()}"
-    call([*cxx, "-shared", "-pthread", *objects, *options, "-o", new])
+    call([*cxx, "-shared", "-pthread", *objects, *options, "-o", new := f"{target}.{os.getpid()}"])
     os.replace(new, target)  # a process that has loaded the old one goes on with it
     return f"{version}, {' '.join(FLAGS)}"
 
 
 def call(command: list[str]) -> str:
-    done = subprocess.run(command, capture_output=True, text=True, errors="replace", check=False)
-    if done.returncode:
+    if (done := subprocess.run(command, capture_output=True, text=True, errors="replace", check=False)).returncode:
         lines = (done.stderr or done.stdout or "it printed nothing").strip().splitlines()
         first = next((line for line in lines if "rror:" in line), lines[-1])  # what doctor repeats
         raise CompileError("\n".join([f"{command[0]} failed: {first}", f"+ {shlex.join(command)}", *lines[-12:]]))

@@ -93,10 +93,11 @@ if wanted tests; then
 	tail -n 15 "$OUT/tests.log"
 fi
 
-if wanted times; then # replays of graphs beside predictions, ieee and tf32x3, and the other tree
+if wanted times; then # replays of graphs beside predictions, ieee and tf32x3; without single parts; and the other tree
 	begin=$SECONDS rc=0
-	limited "$OUT/times.log" 150 python3 -m fastmaf.bench.dev.times $SIZE --batches $BATCHES --precisions ieee tf32x3 --profile \
+	limited "$OUT/times.log" 105 python3 -m fastmaf.bench.dev.times $SIZE --batches $BATCHES --precisions ieee tf32x3 --profile \
 		--predicted "$site/predictions" --out "$OUT/times.csv" || rc=$?
+	limited "$OUT/times.log" 45 python3 -m fastmaf.bench.dev.parts $SIZE --batches $BATCHES || rc=$?
 	if [ -n "${BASE:-}" ]; then
 		PYTHONPATH="$site/base" limited "$OUT/times.log" 90 python3 -m fastmaf.bench.dev.times --budget 0.5 || rc=$?
 	fi
@@ -104,7 +105,7 @@ if wanted times; then # replays of graphs beside predictions, ieee and tf32x3, a
 		{ echo "== predictions" && tail -c 1000000 "$site/predictions"; } >>"$OUT/times.log"
 	fi
 	ended times "$begin" $rc
-	grep -E '^(case|FAILED|==)' "$OUT/times.log"
+	grep -E '^(case|FAILED|WRONG|panels|lanes|moments|==)' "$OUT/times.log"
 fi
 
 if wanted counters && has ncu counters; then # of the first kernels of four ops

@@ -16,6 +16,8 @@ if not torch.cuda.is_available():
 
 from fastmaf.kernels import dispatch
 
+os.environ["COLUMNS"] = "80"  # the width of help texts, whatever the terminal's is
+
 # HYPOTHESIS_PROFILE=explore looks for new failures; the default repeats the same examples on every machine.
 settings.register_profile("repeatable", deadline=None, derandomize=True, database=None)
 settings.register_profile("explore", deadline=None, max_examples=300, database=None)

@@ -16,12 +16,18 @@ from torch import Tensor, nn
 
 import fastmaf
 from fastmaf import AffineMap, NotConvertibleError, SplineMap
-from tests.convert.sources import close, float64, nflows, seeded, trained, zuko
 from tests.core.helpers import build, generator
 from tests.tolerances import F32, F64
 
+nflows = pytest.importorskip("nflows.flows")
+zuko = pytest.importorskip("zuko")
+pytest.importorskip("normflows")
+from nflows import distributions, transforms  # noqa: E402
+
+# After these: of a module that skips itself a part would be imported.
+from tests.convert.sources import close, float64, seeded, trained  # noqa: E402
+
 __all__ = ["float64"]  # a fixture
-from nflows import distributions, transforms
 
 
 def block(data: st.DataObject, features: int, library: str) -> fastmaf.Transform:

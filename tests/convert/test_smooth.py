@@ -14,13 +14,15 @@ from torch import nn
 from torch.nn import functional
 
 import fastmaf
-from tests.convert.sources import FEATURES, WIDTHS, close, seeded, trained
 from tests.tolerances import F32, F64
 
 nflows = pytest.importorskip("nflows.flows")
 zuko = pytest.importorskip("zuko")
 normflows = pytest.importorskip("normflows")
 from nflows import distributions, transforms  # noqa: E402
+
+# After these: of a module that skips itself a part would be imported.
+from tests.convert.sources import FEATURES, WIDTHS, close, seeded, trained  # noqa: E402
 
 FUNCTIONS = st.sampled_from([functional.elu, functional.gelu, functional.silu, torch.tanh, nn.ELU(), nn.Tanh()])
 MODULES = st.sampled_from([nn.ELU, nn.GELU, nn.SiLU, nn.Tanh])

@@ -28,8 +28,8 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def built(folder: Path) -> Path:
     """Puts what a build leaves there; the library itself is no library."""
     (folder / "_native.txt").write_text("built: g++ 12, -O3\n", encoding="utf-8")
-    (folder / "_native.so").write_bytes(b"not a library")
-    return folder / "_native.so"
+    (folder / native_library._NAME).write_bytes(b"not a library")
+    return folder / native_library._NAME
 
 
 def stand_in(folder: Path, monkeypatch: pytest.MonkeyPatch, version: int = native_library.VERSION) -> list[str]:
@@ -104,7 +104,7 @@ def test_it_is_loaded_once_with_the_best_instruction_set(folder: Path, monkeypat
     assert native_library.build_info() == "one (of one, two), g++ 12, -O3"
     native_library.load()
     assert native_library.library() is native_library.library()
-    assert loaded == [str(folder / "_native.so")]
+    assert loaded == [str(folder / native_library._NAME)]
 
 
 def test_the_environment_names_the_instruction_set(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

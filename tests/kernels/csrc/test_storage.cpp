@@ -26,8 +26,6 @@ struct PaddedWeight {
   int64_t out_features, panel_count, item_size;
 };
 int fastmaf_zero_padding(const PaddedWeight*, int64_t);
-// Of api.cpp, which chooses between instruction sets; here there is one.
-const char* fastmaf_used_isa() { return "checked"; }
 }
 
 void test_storage(int64_t threads);
