@@ -98,11 +98,12 @@ def fit(
 
     Writes model.safetensors, training_log.csv and report.html.
     """
-    from fastmaf.inspection.features.extractor import check_name
     from fastmaf.inspection.recipe import Recipe
 
     with checked_settings():
         if features is not None:
+            from fastmaf.inspection.features.extractor import check_name
+
             check_name(features)
         side = 64 if size == "auto" else int(size)
         recipe = Recipe(**from_file(context), size=side, seed=seed, dequantize=dequantize, logit=logit)

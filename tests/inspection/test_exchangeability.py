@@ -97,9 +97,9 @@ def test_drift_is_reported_for_higher_scores_only() -> None:
 def test_a_detector_takes_groups() -> None:
     pixels, labels = series(4, 6)
     images = pixels.permute(0, 2, 3, 1).contiguous()
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
+    with pytest.warns(UserWarning) as caught:
         detector = fastmaf.Detector(size=16, blocks=0, folds=3).fit(images, groups=labels)
+    assert [str(warning.message) for warning in caught] == ["a false-alarm rate of 0.05 needs 19 groups; found 4"]
     assert "4 groups" in decisions(detector.model_)["groups"]  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="groups are for images"):
         fastmaf.Detector().fit(np.zeros((5, 2)), groups=list("aabbc"))
