@@ -19,7 +19,7 @@ from fastmaf.training.callbacks import Callback
 Log: TypeAlias = list[dict[str, float]]
 
 
-class _Adam:
+class Adam:
     """Adam with gradients clipped to a norm of 1, so that one unusual image does not destroy the weights.
 
     That of torch imports its compiler, which takes as long as the training.
@@ -45,7 +45,7 @@ class _Adam:
             parameter.addcdiv_(mean, root, value=-lr / corrections[0])
 
 
-def _one_cycle(progress: float) -> float:
+def one_cycle(progress: float) -> float:
     """Returns the learning rate at a time from 0 to 1 as a share of the largest, as ``OneCycleLR`` does."""
     low, high, end, rise = 1 / 25, 1.0, 1 / 250_000, 0.3
     if progress < rise:
@@ -81,11 +81,11 @@ def fit_blocks(
     if not blocks:
         return blocks
     flow = fastmaf.Flow(recipe.features, blocks)
-    adam = _Adam(list(flow.parameters()))
+    adam = Adam(list(flow.parameters()))
     for step in range(1, recipe.steps + 1):
         batch = z[torch.randint(len(z), (min(recipe.batch_size, len(z)),), generator=generator)]
         loss = -flow.log_prob(batch).mean() / recipe.features
-        adam.step(loss, recipe.lr * _one_cycle((step - 1) / max(1, recipe.steps - 1)))
+        adam.step(loss, recipe.lr * one_cycle((step - 1) / max(1, recipe.steps - 1)))
         if log is not None and held_out is not None and (step % 10 == 0 or step == 1):
             with torch.no_grad():
                 train, test = (float(-flow.log_prob(part).double().mean()) for part in (batch, held_out))

@@ -16,12 +16,12 @@ import torch
 from torch import Tensor
 
 import fastmaf
+from fastmaf.inspection.blocks import Adam, one_cycle
 from fastmaf.inspection.features.gaussian import Folds
 
 _HIDDEN = 128
 _STEPS, _BATCH, _LR = 300, 512, 3e-3
 _LEAST = 10_000  # whitened features of all images and locations: fewer do not support a MAF
-_LARGEST_NORM = 100.0  # of a gradient
 _HALVES = 2
 
 
@@ -70,17 +70,12 @@ def with_maf(
 def _trained(z: Tensor, images: np.ndarray, places: Tensor, seed: int) -> fastmaf.Flow:
     """Returns a MAF trained on the whitened features ``[n, L, C]`` of some images."""
     flow = fastmaf.MAF(z.shape[2], blocks=1, hidden_features=(_HIDDEN,), context_features=2, seed=seed)
-    optimizer = torch.optim.Adam(flow.parameters(), lr=_LR)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, _LR, total_steps=_STEPS)
+    adam = Adam(list(flow.parameters()))
     generator, index = torch.Generator().manual_seed(seed), torch.from_numpy(images)
-    for _ in range(_STEPS):
+    for step in range(_STEPS):
         image = index[torch.randint(len(index), (_BATCH,), generator=generator)]
         place = torch.randint(len(places), (_BATCH,), generator=generator)
         with torch.enable_grad():
-            loss = -flow.log_prob(z[image, place], places[place]).mean()
-            optimizer.zero_grad()
-            loss.backward()
-        torch.nn.utils.clip_grad_norm_(flow.parameters(), _LARGEST_NORM)
-        optimizer.step()
-        schedule.step()
+            loss = -flow.log_prob(z[image, place], places[place]).mean() / z.shape[2]
+            adam.step(loss, _LR * one_cycle(step / (_STEPS - 1)))
     return flow.eval().requires_grad_(False)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 import fastmaf
 from fastmaf.inspection.features import conditional
-from fastmaf.inspection.features.candidate import FeatureCandidate
+from fastmaf.inspection.features.candidate import FeatureCandidate, fit_precomputed
 from fastmaf.inspection.features.conditional import positions, with_maf
 from fastmaf.inspection.features.gaussian import fit_gaussians
 from fastmaf.inspection.features.model import FeatureModel
@@ -115,3 +115,11 @@ def test_the_graph_agrees(data: Path, model: FeatureModel, tmp_path: Path) -> No
     assert "agree on 10 images" in export(
         tmp_path / "m.safetensors", tmp_path / "m.onnx", [str(data / "test")], say=silent
     )
+
+
+def test_a_candidate_with_one_gaussian_takes_it() -> None:
+    candidate = fit_precomputed(curved().unflatten(2, (4, 4)))
+    assert candidate.figures["features"]["gaussian"] == "for all locations, then a MAF"
+    nll = candidate.figures["held_out_nll_of_gaussians"]
+    assert min(nll, key=lambda kind: nll[kind]) == "for all locations, then a MAF" and len(nll) == 3
+    assert candidate.model().gaussian.flow is not None
