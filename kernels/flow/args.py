@@ -181,8 +181,13 @@ def flow_args(blocks: Sequence[Block], permutations: Sequence[Tensor | None]) ->
     for block in blocks:
         block.map.check()
     device = blocks[0].biases[0].device
+
+    def empty() -> Tensor:
+        return torch.empty(0, dtype=torch.int64, device=device)
+
     # The same one at every call: what backends keep of arguments goes by their identity.
-    none = cached(blocks[0].schedule, ("none", device), lambda: torch.empty(0, dtype=torch.int64, device=device))
+    recorded = torch.compiler.is_compiling()
+    none = empty() if recorded else cached(blocks[0].schedule, ("no permutation", device), empty)
     return FlowArgs(
         [weight.contiguous() for block in blocks for weight in block.weights],
         [bias.contiguous() for block in blocks for bias in block.biases],
