@@ -34,6 +34,15 @@ def fit(
     budget: Annotated[
         float, typer.Option(min=0, metavar="SECONDS", help="Time for the models of --size auto; from 300 on, 256 too.")
     ] = 120,
+    kind: Annotated[
+        str,
+        typer.Option(
+            callback=options.inspected_kind,
+            metavar="auto|object|texture",
+            help="An object, whose parts have a fixed place or shape; a texture, which looks the same everywhere; or "
+            "what the good images, and synthetic defects on them, call for.",
+        ),
+    ] = "auto",
     dequantize: Annotated[
         bool, typer.Option("--dequantize", help="Spread each 8-bit value evenly over its bin for fitting.")
     ] = False,
@@ -71,7 +80,8 @@ def fit(
 
     settings: Any = {"keep_folds": keep_folds, "skip_bad": skip_bad, "progress": not quiet}
     sizes: Any = "auto" if size == "auto" else None
-    result = run(data, out, recipe, sizes=sizes, budget=budget, group_by=group_by, **settings, say=say_aside)
+    choices: Any = {"sizes": sizes, "budget": budget, "kind": kind}
+    result = run(data, out, recipe, group_by=group_by, **choices, **settings, say=say_aside)
     say_or_aside(as_json)(result.describe(explain))
     if as_json:
         say_json(result.summary())

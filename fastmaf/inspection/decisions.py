@@ -10,17 +10,24 @@ from fastmaf.inspection.combined import CombinedModel
 from fastmaf.inspection.interface import AnomalyModel
 from fastmaf.inspection.model import InspectionModel
 from fastmaf.inspection.recipe import Recipe
+from fastmaf.inspection.texture.model import TextureModel
 from fastmaf.io.wording import count
 
 
 def decisions(model: AnomalyModel, explain: bool = False) -> dict[str, str]:
     """Returns what the fit of a model selected and why, by name; with ``explain`` the figures that decided it."""
-    selected = {"model": _candidate(model.about, explain)}
+    selected = {"kind": model.about.get("kind"), "model": _candidate(model.about, explain)}
     if isinstance(model, InspectionModel):
         selected |= _of_pixels(model, explain)
+    elif isinstance(model, TextureModel):
+        selected |= _of_texture(model, explain)
     elif isinstance(model, CombinedModel):
         for standard, part in zip(model.standards, model.parts, strict=True):
-            of_part = _of_pixels(part, explain) if isinstance(part, InspectionModel) else {}
+            of_part: dict[str, str | None] = {}
+            if isinstance(part, InspectionModel):
+                of_part = _of_pixels(part, explain)
+            elif isinstance(part, TextureModel):
+                of_part = _of_texture(part, explain)
             selected |= {f"{standard.name}, {name}": text for name, text in of_part.items() if name != "groups"}
     selected["groups"] = model.about.get("groups")
     return {name: text for name, text in selected.items() if text is not None}
@@ -36,6 +43,17 @@ def _of_pixels(model: InspectionModel, explain: bool) -> dict[str, str | None]:
         "score": _score(model, about, explain),
         "anomaly map": _anomaly_map(model, about, explain),
     }
+
+
+def _of_texture(model: TextureModel, explain: bool) -> dict[str, str | None]:
+    levels, kept = model.about.get("texture_levels", {}), model.about.get("texture_blocks", [])
+    if not levels:
+        return {}
+    text = f"at {', '.join(kept)}" if 0 < len(kept) < len(levels) else "at all levels" if kept else "none"
+    if not explain:
+        return {"blocks": f"{text} (where held-out features are more likely with them)"}
+    nll = "; ".join(f"{n} {v['held_out_nll']:,.1f}, {v['held_out_nll_of_whitening']:,.1f}" for n, v in levels.items())
+    return {"blocks": f"{text} (NLL of held-out features in nats, with blocks and without: {nll})"}
 
 
 def _candidate(about: Mapping[str, Any], explain: bool) -> str | None:

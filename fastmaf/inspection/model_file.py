@@ -13,7 +13,11 @@ from fastmaf.io.tensor_file import TensorFile, read_tensors
 from fastmaf.training.checkpoints import MODEL_FILE
 
 PIXELS = "pixels"
-KINDS = {PIXELS: "fastmaf.inspection.model", "combined": "fastmaf.inspection.combined"}
+KINDS = {
+    PIXELS: "fastmaf.inspection.model",
+    "combined": "fastmaf.inspection.combined",
+    "texture": "fastmaf.inspection.texture.file",
+}
 """The module of each kind of model. Its ``read_model(file, device=...)`` reads a model from an open ``TensorFile``.
 
 The kind is the entry ``"kind"`` of the record in a file's metadata; a file without one holds a model of pixels.

@@ -17,7 +17,7 @@ import fastmaf
 from fastmaf.images.reduce import reduced
 from fastmaf.inspection.blocks import Log
 from fastmaf.inspection.fit import Fitted, fit
-from fastmaf.inspection.interface import AnomalyModel
+from fastmaf.inspection.interface import AnomalyModel, Candidate
 from fastmaf.inspection.model import InspectionModel
 from fastmaf.inspection.out_of_fold import OutOfFoldModels
 from fastmaf.inspection.pixel_candidate import PixelCandidate
@@ -82,6 +82,7 @@ def fit_sizes(
     groups: Sequence[str] | None = None,
     every_fold: bool = False,
     budget: float = BUDGET,
+    others: Sequence[Candidate] = (),
     progress: bool = True,
 ) -> FittedSizes:
     """Fits models of several sizes to good images, and chooses one of them or their combination on drawn defects.
@@ -89,12 +90,13 @@ def fit_sizes(
     A size is skipped if the time so far and that expected for it, from the fit before, are more than the budget.
 
     Args:
-        pixels: uint8 ``[n, 3, s, s]``, with s the largest of ``sizes``.
+        pixels: uint8 ``[n, 3, s, s]``, with s the largest of ``sizes`` and of those of ``others``.
         sizes: ascending.
         recipe: the settings of every size, except ``size``.
         double: the images at twice the largest size; see ``fit``.
         groups, every_fold: see ``fit``.
         budget: in seconds.
+        others: fitted candidates of another kind, which are compared, too.
         progress: show progress bars.
 
     Returns:
@@ -104,7 +106,8 @@ def fit_sizes(
         ValueError: ``sizes`` do not ascend to the side of the images; others as ``fit``.
     """
     recipe, side = recipe or Recipe(), int(pixels.shape[-1])
-    if list(sizes) != sorted(set(sizes)) or not sizes or sizes[-1] != side:
+    largest = max([*sizes[-1:], *(other.size for other in others)], default=0)
+    if list(sizes) != sorted(set(sizes)) or not sizes or largest != side:
         raise ValueError(f"sizes must ascend to {side}, the side of the images; found {tuple(sizes)}")
     started = time.perf_counter()
     candidates: list[PixelCandidate] = []
@@ -126,7 +129,7 @@ def fit_sizes(
         candidates.append(PixelCandidate(fitted))
         seconds[candidates[-1].name] = time.perf_counter() - started - so_far
     begun = time.perf_counter()
-    model = _chosen(candidates, pixels, recipe.seed)
+    model = _chosen([*candidates, *others], pixels, recipe.seed)
     seconds["choice"] = time.perf_counter() - begun
     skipped = tuple(sizes[len(candidates) :])
     model.about["skipped_sizes"] = list(skipped)
@@ -152,7 +155,7 @@ def _following(recipe: Recipe, first: Fitted, size: int) -> Recipe:
     )
 
 
-def _chosen(candidates: Sequence[PixelCandidate], pixels: Tensor, seed: int) -> AnomalyModel:
+def _chosen(candidates: Sequence[Candidate], pixels: Tensor, seed: int) -> AnomalyModel:
     if len(candidates) == 1 and candidates[0].size == pixels.shape[-1]:
         return candidates[0].model()
     draws = _DRAWS if len(candidates) > 1 else 1

@@ -16,6 +16,14 @@ from fastmaf.inspection.calibration import Calibration
 from fastmaf.inspection.fit import FALSE_ALARM, Fitted
 from fastmaf.inspection.fit import fit as fit_model
 from fastmaf.inspection.fold_models import fold_model_files, replace_fold_models, save_fold_models
+from fastmaf.inspection.kinds import (
+    TEXTURE_SIZE,
+    FittedTexture,
+    Kind,
+    describe_choice,
+    fit_texture_model,
+    plausible_kind,
+)
 from fastmaf.inspection.recipe import Recipe
 from fastmaf.inspection.report.content import REPORT, REPORT_FILE
 from fastmaf.inspection.sizes import BUDGET, SIZES, FittedSizes, fit_sizes, sizes_for
@@ -43,6 +51,7 @@ def fit(
     *,
     sizes: Literal["auto"] | None = None,
     budget: float = BUDGET,
+    kind: Kind = "object",
     group_by: str | None = None,
     keep_folds: bool = False,
     skip_bad: bool = False,
@@ -61,6 +70,8 @@ def fit(
         sizes: ``"auto"`` fits models of the sizes that the images hold, one after the other, and chooses among them and
             their combinations on drawn defects, whatever ``recipe.size``; see ``fit_sizes``. None: the recipe's size.
         budget: seconds that the models of ``sizes`` may take; from 300 on, 256 pixels are considered.
+        kind: ``"object"``, whose parts have a fixed place or shape; ``"texture"``, which looks the same everywhere; or
+            ``"auto"``: what the good images, and synthetic defects on them, call for. See ``fastmaf.inspection.kinds``.
         group_by: which images were taken together; see ``group_labels``. None: random folds.
         keep_folds: write the fold models, too, so that ``fastmaf inspect eval`` can evaluate their ensemble.
 
@@ -77,17 +88,34 @@ def fit(
         check_outputs(outputs_of(out, recipe.folds if keep_folds else 0))
         refuse_unfinished(out)
         reading: Any = {"skip_bad": skip_bad, "progress": progress, "say": say}
+        quiet: Any = {**reading, "say": _nothing}
         wanted: tuple[int, ...]
-        if sizes is None:
+        if kind == "texture":
+            wanted, images = (), load_normals(data, replace_field(recipe, size=TEXTURE_SIZE), double=False, **reading)
+        elif sizes is None:
             wanted, images = (recipe.size,), load_normals(data, recipe, **reading)
         else:
             wanted, images = _load_sizes(data, recipe, budget, **reading)
+        reason: str | None = None
+        if kind == "auto":
+            kind, reason = plausible_kind(images.pixels)
         check_disk(out, sum(_disk_needed(replace_field(recipe, size=size), keep_folds) for size in wanted))
         groups = None if group_by is None else group_labels(group_by, images.names)
         options: Any = {"double": images.double, "groups": groups, "every_fold": keep_folds, "progress": progress}
-        fitted: Fitted | FittedSizes
+        fitted: Fitted | FittedSizes | FittedTexture
         try:
-            if len(wanted) == 1:
+            if kind != "object":
+                if kind == "auto":
+                    double = images.double if wanted[-1] == TEXTURE_SIZE else None
+                    images = load_normals(data, replace_field(recipe, size=TEXTURE_SIZE), double=False, **quiet)
+                    options["double"] = double
+                texture: Any = {"shapes": images.shapes, "groups": groups, "progress": progress}
+                fitted = fit_texture_model(images.pixels, recipe, **texture)
+                if kind == "auto":
+                    others = [fitted.candidate]
+                    fitted = fit_sizes(images.pixels, wanted, recipe, budget=budget, others=others, **options)
+                    reason = describe_choice(fitted.model, reason or "")
+            elif len(wanted) == 1:
                 fitted = fit_model(images.pixels, replace_field(recipe, size=wanted[0]), **options)
             else:
                 fitted = fit_sizes(images.pixels, wanted, recipe, budget=budget, **options)
@@ -97,6 +125,7 @@ def fit(
         fitted.model.about.update(
             version=fastmaf.__version__,
             created=datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
+            kind=reason,
             seconds=fitted.seconds,
             log=fitted.log,
             notes=list(images.notes),
@@ -106,9 +135,11 @@ def fit(
     return FitResult(fitted, images=len(images), out=out)
 
 
-def load_normals(data: str | Path, recipe: Recipe, *, skip_bad: bool, progress: bool, say: Say) -> ImageSet:
+def load_normals(
+    data: str | Path, recipe: Recipe, *, skip_bad: bool, progress: bool, say: Say, double: bool = True
+) -> ImageSet:
     """Reads the good images of a folder; raises a DataError for too few."""
-    images = load_train(data, size=recipe.size, skip_bad=skip_bad, double=True, progress=progress)
+    images = load_train(data, size=recipe.size, skip_bad=skip_bad, double=double, progress=progress)
     return _checked(images, recipe, say)
 
 
@@ -125,6 +156,10 @@ def _load_sizes(
     if side < 2 * images.size:  # enlarged images hold no finer shifts
         images = replace_field(images, double=None)
     return wanted, _checked(images, recipe, say)
+
+
+def _nothing(_: str) -> None:
+    """Receives notes that have been said before."""
 
 
 def _checked(images: ImageSet, recipe: Recipe, say: Say) -> ImageSet:
@@ -164,7 +199,7 @@ def _disk_needed(recipe: Recipe, keep_folds: bool) -> int:
     return factors * (1 + recipe.folds * keep_folds)
 
 
-def _write(out: Path, fitted: Fitted | FittedSizes, images: ImageSet, keep_folds: bool) -> None:
+def _write(out: Path, fitted: Fitted | FittedSizes | FittedTexture, images: ImageSet, keep_folds: bool) -> None:
     """Writes all files of a run to a temporary folder, then replaces those of an earlier run."""
     from fastmaf.inspection.report.build import training_report
 
@@ -172,7 +207,7 @@ def _write(out: Path, fitted: Fitted | FittedSizes, images: ImageSet, keep_folds
         fitted.model.save(new / MODEL_FILE)
         rows = ((row["step"], f"{row['nll']:.10g}", f"{row['held_out_nll']:.10g}") for row in fitted.log)
         write_csv(new / LOG_FILE, _LOG_COLUMNS, rows)
-        if keep_folds:
+        if keep_folds and not isinstance(fitted, FittedTexture):
             save_fold_models(new, fitted.density, fitted.out_of_fold.flows)
         training_report(new / REPORT_FILE, fitted.model, images, name=out.name)
         with interruptible() as stop:  # Ctrl-C here would leave a mixture of two runs

@@ -149,7 +149,7 @@ def _outputs(
 def predict_row(model: AnomalyModel, frame: Frame) -> tuple[ImageRow, np.ndarray]:
     """Returns the row of one image and its anomaly map ``[s, s]``."""
     start = perf_counter()
-    prediction = model.predict(frame.pixels[None])
+    prediction = model.predict(frame.pixels[None], [(frame.height, frame.width)])
     p_value = float(model.calibration.p_values(prediction.scores)[0])
     verdict = VERDICTS[int(model.calibration.is_anomalous(prediction.scores)[0])]
     latency = perf_counter() - start + frame.resize_seconds
