@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import warnings
 from collections.abc import Sequence
 from numbers import Integral
@@ -17,14 +16,16 @@ from sklearn.utils.validation import check_is_fitted
 from torch import Tensor
 
 import fastmaf
-from fastmaf.images.decode import DataError, load_frame, resized
 from fastmaf.inspection.calibration import Calibration
+from fastmaf.inspection.detector_input import are_images, found_in, square_pixels
 from fastmaf.inspection.fit import fit
 from fastmaf.inspection.interface import AnomalyModel, maps_of, scores_of
-from fastmaf.inspection.model import InspectionModel, load_inspection
+from fastmaf.inspection.kinds import KINDS, TEXTURE_SIZE, Kind, fit_texture_model, plausible_kind
+from fastmaf.inspection.model import InspectionModel, Shapes, load_inspection
 from fastmaf.inspection.recipe import Recipe
 from fastmaf.inspection.row_model import RowModel, fit_rows
-from fastmaf.io.marks import is_output
+from fastmaf.inspection.sizes import fit_sizes
+from fastmaf.inspection.texture.model import TextureModel
 
 try:
     from sklearn.utils.validation import validate_data
@@ -60,6 +61,9 @@ class Detector(OutlierMixin, BaseEstimator):
         folds: K, at least 2; at most the number of samples is used.
         false_alarm: false-alarm rate on new normal samples, on average over calibration sets.
         confidence: None, or the probability with which this calibration set keeps that rate.
+        kind: images only: ``"object"``, whose parts have a fixed place or shape; ``"texture"``, which looks the same
+            everywhere: a density of local features, of which each image is seen at its own aspect ratio; or ``"auto"``:
+            what the samples, and synthetic defects on them, call for. See ``fastmaf.inspection.kinds``.
         random_state: of folds and blocks. By default the same samples give the same model.
         verbose: images only: show a progress bar.
 
@@ -87,6 +91,7 @@ class Detector(OutlierMixin, BaseEstimator):
         folds: int = 10,
         false_alarm: float = 0.05,
         confidence: float | None = None,
+        kind: Kind = "object",
         random_state: int | np.random.RandomState | None = 0,
         verbose: bool = False,
     ) -> None:
@@ -97,6 +102,7 @@ class Detector(OutlierMixin, BaseEstimator):
         self.folds = folds
         self.false_alarm = false_alarm
         self.confidence = confidence
+        self.kind = kind
         self.random_state = random_state
         self.verbose = verbose
 
@@ -117,14 +123,16 @@ class Detector(OutlierMixin, BaseEstimator):
             ValueError: X or a parameter is invalid.
             DataError: an image file cannot be read.
         """
+        if self.kind not in KINDS:
+            raise ValueError(f"kind must be one of {', '.join(map(repr, KINDS))}; found {self.kind!r}")
         Calibration(np.zeros(1), self.false_alarm, self.confidence, "split")  # reports an invalid rate before fitting
         given = self.random_state
         seed = int(given if isinstance(given, Integral) else check_random_state(given).randint(2**31 - 1))
-        images = _are_images(X)
+        images = are_images(X)
         if groups is not None and not images:
             raise ValueError("groups are for images: rows are held out at random")
         if images:
-            samples, double = _pixels(X, self.size, double=True)
+            samples, double, _ = square_pixels(X, self.size, double=True)
         else:
             samples, double = self._rows(X, ensure_min_samples=2), None
         n = len(samples)
@@ -139,7 +147,7 @@ class Detector(OutlierMixin, BaseEstimator):
         self.model_: AnomalyModel | RowModel
         if images:
             labels = None if groups is None else [str(group) for group in groups]
-            model = fit(samples, recipe, double=double, groups=labels, progress=self.verbose).model
+            model = self._model_of_images(X, samples, double, recipe, labels)
             self._use(model.with_calibration(model.calibration.with_rate(self.false_alarm, self.confidence)))
         else:
             self.model_, scores = fit_rows(samples, self.rank, folds, seed)
@@ -152,8 +160,8 @@ class Detector(OutlierMixin, BaseEstimator):
         """Returns anomaly scores, float64 [n], higher is more anomalous; for rows in nats."""
         check_is_fitted(self)
         if not isinstance(self.model_, RowModel):
-            return scores_of(self.model_, self._images(X))
-        if _are_images(X):
+            return scores_of(self.model_, *self._images(X))
+        if are_images(X):
             raise ValueError(f"this detector was fitted to rows: expected [n, {self.n_features_in_}]; found images")
         return self.model_.nll(self._rows(X, reset=False))
 
@@ -180,7 +188,7 @@ class Detector(OutlierMixin, BaseEstimator):
         check_is_fitted(self)
         if isinstance(self.model_, RowModel):
             raise ValueError("anomaly maps need images: this detector was fitted to rows")
-        return maps_of(self.model_, self._images(X))
+        return maps_of(self.model_, *self._images(X))
 
     @fastmaf.torch_defaults()
     def save(self, path: str | Path, *, card: str | Path | None = None) -> None:
@@ -205,6 +213,7 @@ class Detector(OutlierMixin, BaseEstimator):
         given = {**recipe, **model.about.get("asked", {})}
         known = {name: given[name] for name in ("rank", "blocks", "steps", "folds") if name in given}
         rate = {name: getattr(model.calibration, name) for name in ("false_alarm", "confidence")}
+        known["kind"] = "texture" if isinstance(model, TextureModel) else "object"
         detector = cls(size=model.size, random_state=recipe.get("seed", 0), **known, **rate)
         detector._use(model)
         return detector
@@ -220,49 +229,26 @@ class Detector(OutlierMixin, BaseEstimator):
         rows = validate_data(self, X, dtype=np.float64, **options)
         return torch.from_numpy(np.array(rows))  # a copy: torch takes neither read-only arrays nor negative strides
 
-    def _images(self, X: Any) -> Tensor:
-        if not _are_images(X):
-            raise ValueError("this detector was fitted to images: expected uint8 [n, h, w, 3] or paths" + _found(X))
-        return _pixels(X, self.model_.size)[0]  # type: ignore[union-attr]
+    def _model_of_images(
+        self, X: Any, samples: Tensor, double: Tensor | None, recipe: Recipe, labels: list[str] | None
+    ) -> AnomalyModel:
+        """Returns the model of the kind that was asked for, or that the images call for."""
+        kind, options = self.kind, {"groups": labels, "progress": self.verbose}
+        if kind == "auto":
+            kind = plausible_kind(samples)[0]
+        if kind == "object":
+            return fit(samples, recipe, double=double, groups=labels, progress=self.verbose).model
+        side = max(TEXTURE_SIZE, self.size)
+        large, _, shapes = square_pixels(X, side)
+        texture = fit_texture_model(large, recipe, shapes=shapes, groups=labels, progress=self.verbose)
+        if kind == "texture":
+            return texture.model
+        sizes = (self.size,)
+        double = double if side < 2 * self.size else None
+        return fit_sizes(large, sizes, recipe, double=double, others=[texture.candidate], **options).model
 
-
-def _are_images(X: Any) -> bool:
-    """Returns whether X holds images: it has at least 3 axes, or its first element is a path or has 3 axes."""
-    if isinstance(X, (str, os.PathLike)):
-        raise ValueError(f"X must be a sequence of paths or images; found the one path {os.fspath(X)!r}")
-    shape = getattr(X, "shape", None)
-    if shape is None and not isinstance(X, Sequence):
-        return False
-    if shape is not None and len(shape) != 1:
-        return len(shape) > 2
-    first: Any = next(iter(X), None)
-    return isinstance(first, (str, os.PathLike)) or (not isinstance(first, dict) and np.ndim(first) == 3)
-
-
-def _pixels(X: Any, size: int, *, double: bool = False) -> tuple[Tensor, Tensor | None]:
-    """Converts images of any accepted form to uint8 [n, 3, size, size], and on request to twice the size."""
-    if isinstance(X, Tensor):
-        X = X.detach().cpu().numpy()
-    pixels: list[tuple[Tensor, ...]] = []
-    sizes = (size, 2 * size) if double else (size,)
-    for i, image in enumerate(X):
-        if isinstance(image, (str, os.PathLike)):
-            if is_output(image):
-                raise DataError(f"{os.fspath(image)}: a picture written by fastmaf, which is never read as an image")
-            frame = load_frame(Path(image).expanduser(), size, double=double)
-            pixels.append((frame.pixels,) if frame.double is None else (frame.pixels, frame.double))
-        else:
-            values = np.asarray(image)
-            if values.dtype != np.uint8 or values.ndim != 3 or values.shape[2] != 3 or 0 in values.shape:
-                found = f"{values.dtype} {list(values.shape)}"
-                raise ValueError(f"images must be uint8 [n, h, w, 3]; found {found} as image {i}")
-            pixels.append(tuple(resized(values, side) for side in sizes))
-    if not pixels:
-        raise ValueError(f"X must hold at least 1 image, uint8 [n, h, w, 3]{_found(X)}")
-    stacked = [torch.stack(images) for images in zip(*pixels, strict=True)]
-    return stacked[0], stacked[1] if double else None
-
-
-def _found(X: Any) -> str:
-    shape = getattr(X, "shape", None)
-    return f"; found {type(X).__name__}" if shape is None else f"; found {getattr(X, 'dtype', '')} {list(shape)}"
+    def _images(self, X: Any) -> tuple[Tensor, Shapes]:
+        if not are_images(X):
+            raise ValueError("this detector was fitted to images: expected uint8 [n, h, w, 3] or paths" + found_in(X))
+        pixels, _, shapes = square_pixels(X, self.model_.size)  # type: ignore[union-attr]
+        return pixels, shapes
