@@ -233,19 +233,19 @@ class Detector(OutlierMixin, BaseEstimator):
         self, X: Any, samples: Tensor, double: Tensor | None, recipe: Recipe, labels: list[str] | None
     ) -> AnomalyModel:
         """Returns the model of the kind that was asked for, or that the images call for."""
-        kind, options = self.kind, {"groups": labels, "progress": self.verbose}
+        kind = self.kind
+        options: dict[str, Any] = {"groups": labels, "progress": self.verbose}
         if kind == "auto":
             kind = plausible_kind(samples)[0]
         if kind == "object":
-            return fit(samples, recipe, double=double, groups=labels, progress=self.verbose).model
+            return fit(samples, recipe, double=double, **options).model
         side = max(TEXTURE_SIZE, self.size)
         large, _, shapes = square_pixels(X, side)
-        texture = fit_texture_model(large, recipe, shapes=shapes, groups=labels, progress=self.verbose)
+        texture = fit_texture_model(large, recipe, shapes=shapes, **options)
         if kind == "texture":
             return texture.model
-        sizes = (self.size,)
-        double = double if side < 2 * self.size else None
-        return fit_sizes(large, sizes, recipe, double=double, others=[texture.candidate], **options).model
+        double = double if self.size == side else None
+        return fit_sizes(large, (self.size,), recipe, double=double, others=[texture.candidate], **options).model
 
     def _images(self, X: Any) -> tuple[Tensor, Shapes]:
         if not are_images(X):

@@ -1,7 +1,8 @@
 """Models of objects and of textures, and which of the two kinds the good images call for.
 
 Images that have their fine structure in common are those of an object; see ``fastmaf.inspection.texture.alignment``.
-Otherwise both kinds are fitted, and synthetic defects decide, also on their combination; see
+Otherwise both kinds are fitted, and synthetic defects decide, also on their combination: the texture is taken, unless
+the other is better beyond chance, as the fine structure speaks for it; see
 ``fastmaf.inspection.selection.candidates``.
 """
 

@@ -96,7 +96,8 @@ def fit_sizes(
         double: the images at twice the largest size; see ``fit``.
         groups, every_fold: see ``fit``.
         budget: in seconds.
-        others: fitted candidates of another kind, which are compared, too.
+        others: fitted candidates of another kind, which are compared, too; the first is taken unless another is better
+            beyond chance.
         progress: show progress bars.
 
     Returns:
@@ -129,7 +130,8 @@ def fit_sizes(
         candidates.append(PixelCandidate(fitted))
         seconds[candidates[-1].name] = time.perf_counter() - started - so_far
     begun = time.perf_counter()
-    model = _chosen([*candidates, *others], pixels, recipe.seed)
+    preferred = others[0].name if others else None
+    model = _chosen([*candidates, *others], pixels, recipe.seed, preferred)
     seconds["choice"] = time.perf_counter() - begun
     skipped = tuple(sizes[len(candidates) :])
     model.about["skipped_sizes"] = list(skipped)
@@ -155,9 +157,9 @@ def _following(recipe: Recipe, first: Fitted, size: int) -> Recipe:
     )
 
 
-def _chosen(candidates: Sequence[Candidate], pixels: Tensor, seed: int) -> AnomalyModel:
+def _chosen(candidates: Sequence[Candidate], pixels: Tensor, seed: int, preferred: str | None) -> AnomalyModel:
     if len(candidates) == 1 and candidates[0].size == pixels.shape[-1]:
         return candidates[0].model()
     draws = _DRAWS if len(candidates) > 1 else 1
     drawn = [draw_defects(pixels, seed=seed + 1 + i) for i in range(draws)]
-    return choose_candidate(candidates, pixels, drawn).model
+    return choose_candidate(candidates, pixels, drawn, preferred=preferred).model

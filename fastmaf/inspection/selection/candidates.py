@@ -47,7 +47,12 @@ class Choice(NamedTuple):
 
 @fastmaf.torch_defaults()
 def choose_candidate(
-    candidates: Sequence[Candidate], pixels: Tensor, drawn: Sequence[SyntheticDefects], *, false_alarm: float = 0.05
+    candidates: Sequence[Candidate],
+    pixels: Tensor,
+    drawn: Sequence[SyntheticDefects],
+    *,
+    false_alarm: float = 0.05,
+    preferred: str | None = None,
 ) -> Choice:
     """Chooses the best of several candidates, or a combination of them, on synthetic defects.
 
@@ -56,6 +61,7 @@ def choose_candidate(
         pixels: the good images, uint8 ``[n, 3, s, s]``, at least of the largest candidate's size.
         drawn: the same images with a synthetic defect, once or more; see ``draw_defects``.
         false_alarm: the rate that a combined model is calibrated at.
+        preferred: name of the candidate that another one must beat beyond chance; None: the best is taken.
 
     Returns:
         The choice. Its model takes images of ``pixels``' size: a candidate of a smaller size alone is a
@@ -77,6 +83,10 @@ def choose_candidate(
         held[candidate.name] = candidate.held_out(small[candidate.size])
     aurocs = {name: _auroc(result.scores, kinds) for name, result in held.items()}
     chosen = [max(names, key=lambda name: aurocs[name])]
+    if preferred is not None and chosen != [preferred]:
+        difference, error = _gain(held[chosen[0]].scores, held[preferred].scores, kinds)
+        if not difference > _STANDARD_ERRORS * error:
+            chosen = [preferred]
     gain: tuple[float, float] | None = None
     while len(chosen) < len(names):
         sums = {name: _sum([held[other].scores for other in (*chosen, name)]) for name in names if name not in chosen}
