@@ -61,10 +61,13 @@ def _candidate(about: Mapping[str, Any], explain: bool) -> str | None:
     areas, chosen = about.get("drawn_auroc_of_candidates", {}), about.get("chosen")
     if chosen not in areas:
         return None
+    skipped = " and ".join(f"{size}" for size in about.get("skipped_sizes", ()))
+    more = f"; not fitted within the budget: {skipped} pixels" if skipped else ""
     if explain or len(areas) == 1:
-        return f"{chosen} (image AUROC on synthetic defects: {', '.join(f'{k} {v:.3f}' for k, v in areas.items())})"
+        figures = ", ".join(f"{name} {value:.3f}" for name, value in areas.items())
+        return f"{chosen} (image AUROC on synthetic defects: {figures}{more})"
     others = ", ".join(f"{name} {value:.3f}" for name, value in areas.items() if name != chosen)
-    return f"{chosen} (image AUROC on synthetic defects {areas[chosen]:.3f}; {others})"
+    return f"{chosen} (image AUROC on synthetic defects {areas[chosen]:.3f}; {others}{more})"
 
 
 def _augmentation(recipe: Mapping[str, Any], about: Mapping[str, Any], explain: bool) -> str | None:

@@ -53,6 +53,11 @@ def group_folds(groups: Sequence[str], folds: int) -> list[np.ndarray]:
     return [test for _, test in splitter.split(np.zeros(len(groups)), groups=np.asarray(groups))]
 
 
+def joined_folds(folds: Sequence[np.ndarray], most: int = 4) -> list[np.ndarray]:
+    """Returns folds joined into at most ``most``, for comparisons that need no more of them."""
+    return [np.sort(np.concatenate(folds[i::most])) for i in range(min(len(folds), most))]
+
+
 def drop_fold(x: Tensor, fold: np.ndarray) -> Tensor:
     """Returns the rows of ``x`` that are not in ``fold``."""
     kept = torch.ones(len(x), dtype=torch.bool)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+import numpy as np
 from torch import Tensor
 
 import fastmaf
@@ -39,6 +40,11 @@ class PixelCandidate:
     def model(self) -> InspectionModel:
         """Returns the model of all images, calibrated on the held-out scores."""
         return self.fitted.model
+
+    def subset(self, most: int, seed: int) -> tuple[np.ndarray, PixelCandidate]:
+        """Returns at most so many of the good images, at random, and the candidate for these."""
+        index, models = self.fitted.out_of_fold.subset(most, seed)
+        return index, replace(self, fitted=replace(self.fitted, out_of_fold=models))
 
     @fastmaf.torch_defaults()
     def held_out(self, sets: Sequence[Tensor]) -> HeldOut:

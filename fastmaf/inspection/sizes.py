@@ -11,27 +11,32 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+import numpy as np
+import torch
 from torch import Tensor
 
 import fastmaf
 from fastmaf.images.reduce import reduced
 from fastmaf.inspection.blocks import Log
-from fastmaf.inspection.fit import Fitted, fit
-from fastmaf.inspection.interface import AnomalyModel, Candidate
+from fastmaf.inspection.combined import combine
+from fastmaf.inspection.fit import FALSE_ALARM, Fitted, fit
+from fastmaf.inspection.interface import AnomalyModel
 from fastmaf.inspection.model import InspectionModel
 from fastmaf.inspection.out_of_fold import OutOfFoldModels
 from fastmaf.inspection.pixel_candidate import PixelCandidate
 from fastmaf.inspection.recipe import Recipe
-from fastmaf.inspection.selection.candidates import choose_candidate
+from fastmaf.inspection.selection.candidates import choose_candidate, combined_model
 from fastmaf.inspection.synthetic_defects.draw import draw_defects
+from fastmaf.inspection.texture.candidate import TextureCandidate
 
 SIZES = (64, 128, 256)
 BUDGET = 120.0
 """Seconds that the fits of a choice may take."""
 
 _LONG = 300.0  # a budget from which on the largest size is considered: its images need the memory at once
-_GROWTH = 4.5  # of the time, from one size to the next
+_GROWTH = 2.0, 4.5  # of the time, from the first size, which selects and trains more, and from one to the next
 _DRAWS = 2  # synthetic defects per good image
+_IMAGES = 500  # that defects are drawn onto, at most: more would take time and memory, and change little
 
 
 @dataclass(frozen=True, eq=False)
@@ -82,7 +87,7 @@ def fit_sizes(
     groups: Sequence[str] | None = None,
     every_fold: bool = False,
     budget: float = BUDGET,
-    others: Sequence[Candidate] = (),
+    others: Sequence[TextureCandidate] = (),
     progress: bool = True,
 ) -> FittedSizes:
     """Fits models of several sizes to good images, and chooses one of them or their combination on drawn defects.
@@ -115,7 +120,7 @@ def fit_sizes(
     seconds: dict[str, float] = {}
     for size in sizes:
         so_far, last = time.perf_counter() - started, next(reversed(seconds.values()), 0.0)
-        if so_far + _GROWTH * last > budget and candidates:
+        if candidates and so_far + _GROWTH[len(candidates) > 1] * last > budget:
             break
         twice = reduced(pixels, 2 * size) if 2 * size <= side else double if size == side else None
         fitted = fit(
@@ -157,9 +162,26 @@ def _following(recipe: Recipe, first: Fitted, size: int) -> Recipe:
     )
 
 
-def _chosen(candidates: Sequence[Candidate], pixels: Tensor, seed: int, preferred: str | None) -> AnomalyModel:
-    if len(candidates) == 1 and candidates[0].size == pixels.shape[-1]:
+def _chosen(
+    candidates: Sequence[PixelCandidate | TextureCandidate], pixels: Tensor, seed: int, preferred: str | None
+) -> AnomalyModel:
+    side = int(pixels.shape[-1])
+    if len(candidates) == 1 and candidates[0].size == side:
         return candidates[0].model()
+    index, some = np.arange(len(pixels)), list(candidates)
+    for i, candidate in enumerate(candidates):
+        index, some[i] = candidate.subset(_IMAGES, seed)  # the same images of each
+    compared = pixels[torch.from_numpy(index)]
     draws = _DRAWS if len(candidates) > 1 else 1
-    drawn = [draw_defects(pixels, seed=seed + 1 + i) for i in range(draws)]
-    return choose_candidate(candidates, pixels, drawn, preferred=preferred).model
+    drawn = [draw_defects(compared, seed=seed + 1 + i) for i in range(draws)]
+    choice = choose_candidate(some, compared, drawn, preferred=preferred)
+    if len(index) == len(pixels):
+        return choice.model
+    chosen = [candidate for candidate in candidates if candidate.name in choice.names]
+    if len(chosen) == 1 and chosen[0].size == side:
+        return chosen[0].model()  # its figures are there
+    held_out = [candidate.held_out([reduced(pixels, candidate.size)]) for candidate in chosen]
+    combination = combine(choice.names, held_out, side)
+    model = combined_model([candidate.model() for candidate in chosen], combination, side, FALSE_ALARM)
+    model.about.update(choice.figures)
+    return model

@@ -16,7 +16,7 @@ from torch import Tensor
 
 import fastmaf
 from fastmaf.inspection.augmentation import Augment, matching_blur, rotations, shifts
-from fastmaf.inspection.out_of_fold import k_fold
+from fastmaf.inspection.out_of_fold import joined_folds, k_fold
 from fastmaf.inspection.recipe import AUGMENTATIONS, QUANTISATION, Augmentation, Recipe
 from fastmaf.inspection.scoring.float64_flow import FlowValues
 
@@ -34,7 +34,7 @@ __all__ = [
 
 _COMPARED = 128  # images that augmentations are first compared on
 _COMPARED_RANK = 200
-_COMPARED_FOLDS = 4
+_CLEAR = 0.02  # nats a dimension that an augmentation must be expected to gain on all images, not to be compared there
 
 
 class Normals(NamedTuple):
@@ -113,7 +113,8 @@ def select_augmentation(
     """Compares augmentations, and none, on held-out images.
 
     Of many images, a random 128 are compared first, with at most 200 factors and 4 folds. What is best there is then
-    compared with none on all images: the more images there are, the less an augmentation adds.
+    compared with none on all images: the more images there are, the less an augmentation adds. This is left out where
+    the gain is clear, as it falls with the number of images.
 
     Args:
         normals: the good images.
@@ -132,7 +133,7 @@ def select_augmentation(
     some, some_folds, compared = normals, folds, recipe
     if n > _COMPARED:
         index = np.sort(np.random.default_rng([recipe.seed, 1]).permutation(n)[:_COMPARED])
-        some_folds = [np.flatnonzero(np.isin(index, fold)) for fold in _merged(folds)]
+        some_folds = [np.flatnonzero(np.isin(index, fold)) for fold in joined_folds(folds)]
         some_folds = [fold for fold in some_folds if len(fold)]
         some, compared = normals.subset(torch.from_numpy(index)), replace(recipe, rank=min(recipe.rank, _COMPARED_RANK))
     tried: dict[Augmentation, float] = {}
@@ -146,10 +147,13 @@ def select_augmentation(
     selected = best if recipe.augmentation == "auto" else recipe.augmentation
     if some is not normals:
         found, nll = {}, dict[Augmentation, float]()
-        for kind in dict.fromkeys((selected, "none")) if len(candidates) > 1 else (selected,):
+        gain = tried.get("none", 0.0) - tried.get(selected, 0.0)
+        clear = selected != "none" and gain * len(some.x) / n > _CLEAR * recipe.features
+        for kind in dict.fromkeys((selected, "none")) if len(candidates) > 1 and not clear else (selected,):
             with_kind = replace(recipe, augmentation=kind)
             found[kind] = fit_whitenings(normals, folds, with_kind)
-            nll[kind] = _held_out_nll(normals, folds, with_kind, found[kind])
+            if not clear:
+                nll[kind] = _held_out_nll(normals, folds, with_kind, found[kind])
             done()
         if len(nll) > 1 and nll["none"] < nll[selected]:
             tried, best = nll, "none"
@@ -172,11 +176,6 @@ def select_augmentation(
         "held_out_nll_without_logit": plain,
     }
     return recipe, found[selected], figures
-
-
-def _merged(folds: Sequence[np.ndarray]) -> list[np.ndarray]:
-    """Returns folds joined into at most 4, which suffice for a comparison."""
-    return [np.sort(np.concatenate(folds[i::_COMPARED_FOLDS])) for i in range(min(len(folds), _COMPARED_FOLDS))]
 
 
 def count_fits(recipe: Recipe, n: int) -> int:

@@ -14,6 +14,7 @@ from fastmaf.transforms.leading_vectors import leading_vectors, orthonormalised
 
 _FIRST_SAMPLES = 40  # held out for a first estimate of the noise, which scales the data for the final one
 _FIRST_ROWS = 4  # per sample, for that estimate
+_FIRST_ROWS_OF_ALL = 2000  # about as many at most: of more samples, every second, third, ... is used
 
 
 class FactorModel(NamedTuple):
@@ -66,10 +67,11 @@ class CrossFit:
         self.counts = torch.tensor([len(part) for part in parts], dtype=torch.float64, device=x.device)
 
     def _few_rows(self) -> Rows:
-        """Returns the first rows of each sample: the first round only scales the data."""
+        """Returns the first rows of each sample, or of some of many: the first round only scales the data."""
         owner = self.rows.owner
         start = torch.searchsorted(owner, owner)
         few = torch.arange(len(owner)) - start < _FIRST_ROWS
+        few &= owner % max(1, math.ceil(int(few.sum()) / _FIRST_ROWS_OF_ALL)) == 0
         rows = self.rows
         return (
             rows if bool(few.all()) else rows._replace(values=rows.values[few], owner=owner[few], share=rows.share[few])

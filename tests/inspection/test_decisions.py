@@ -86,3 +86,13 @@ def test_models_that_selected_nothing_and_those_with_other_names() -> None:
     earlier = model({}, drawn_auroc={"grain 0": 0.8, "grain 0.7": 0.7})
     assert decisions(earlier) == {"score": "no smoothing before squaring"}
     assert "grain 0.7 0.700" in decisions(earlier, explain=True)["score"]
+
+
+def test_the_choice_among_models() -> None:
+    areas = {"64 pixels": 0.9, "128 pixels": 0.8}
+    fitted = model({}, drawn_auroc_of_candidates=areas, chosen="64 pixels", skipped_sizes=[256])
+    assert decisions(fitted)["model"] == (
+        "64 pixels (image AUROC on synthetic defects 0.900; 128 pixels 0.800; not fitted within the budget: 256 pixels)"
+    )
+    figures = "64 pixels 0.900, 128 pixels 0.800; not fitted within the budget: 256 pixels"
+    assert decisions(fitted, explain=True)["model"] == f"64 pixels (image AUROC on synthetic defects: {figures})"

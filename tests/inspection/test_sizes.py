@@ -11,6 +11,7 @@ import torch
 
 from fastmaf.images.dataset import load_train
 from fastmaf.images.reduce import reduced
+from fastmaf.inspection import sizes as module
 from fastmaf.inspection.combined import CombinedModel
 from fastmaf.inspection.sizes import fit_sizes, sizes_for
 from tests.inspection.tiny import TINY
@@ -53,3 +54,11 @@ def test_sizes_must_ascend_to_the_images(pixels: torch.Tensor) -> None:
     for sizes in ((16, 8), (8, 8, 16), (8,), ()):
         with pytest.raises(ValueError, match="sizes must ascend to 16, the side of the images"):
             fit_sizes(pixels, sizes, SMALL)
+
+
+def test_of_many_images_some_are_compared_and_all_calibrate(
+    pixels: torch.Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "_IMAGES", 12)
+    model = fit_sizes(pixels, (8, 16), SMALL, budget=0, progress=False).model
+    assert model.calibration.n == len(pixels) and set(model.about["drawn_auroc_of_candidates"]) == {"8 pixels"}

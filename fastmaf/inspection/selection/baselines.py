@@ -10,7 +10,7 @@ from torch import Tensor
 
 import fastmaf
 from fastmaf.images.dataset import to_unit
-from fastmaf.inspection.out_of_fold import OutOfFoldModels, drop_fold
+from fastmaf.inspection.out_of_fold import OutOfFoldModels, drop_fold, joined_folds
 from fastmaf.inspection.recipe import QUANTISATION
 from fastmaf.inspection.scoring.settings import ScoreSettings
 from fastmaf.inspection.selection.ranking import DrawnSets, ScoreCandidate, rank_scores
@@ -83,6 +83,8 @@ def better_baseline(
 ) -> tuple[BaselineModel | None, dict[str, float]]:
     """Returns the best baseline if it beats the chosen score, and the image AUROC of each on synthetic defects.
 
+    For the comparison, folds are joined into at most 4.
+
     Args:
         pixels: the good images, uint8 ``[n, 3, s, s]``.
         models: the models of the folds.
@@ -90,21 +92,18 @@ def better_baseline(
         margin: a baseline must be better by more than this.
         drawn_sets: the images with synthetic defects that ``chosen`` was ranked on.
     """
-    x, found = to_unit(pixels, models.channels), dict[str, float]()
-    best: tuple[float, str, OutOfFoldModels] | None = None
+    x, found, folds = to_unit(pixels, models.channels), dict[str, float](), joined_folds(models.folds)
     fitted: dict[Callable[[Tensor], fastmaf.Flow], OutOfFoldModels] = {}
     for name, (make, settings) in BASELINES.items():
         if make not in fitted:
-            fitted[make] = OutOfFoldModels(models.folds, [make(drop_fold(x, fold)) for fold in models.folds])
+            fitted[make] = OutOfFoldModels(folds, [make(drop_fold(x, fold)) for fold in folds])
         (ranked,) = rank_scores(
             pixels, fitted[make], candidates=[settings], progress=False, errors=False, drawn_sets=drawn_sets
         )
         found[name] = ranked.image_auroc
-        if best is None or ranked.image_auroc > best[0]:
-            best = ranked.image_auroc, name, fitted[make]
-    assert best is not None
-    auroc, name, of_folds = best
-    if not auroc > chosen.image_auroc + margin:
+    name = max(found, key=lambda other: found[other])
+    if not found[name] > chosen.image_auroc + margin:
         return None, found
     make, settings = BASELINES[name]
+    of_folds = OutOfFoldModels(models.folds, [make(drop_fold(x, fold)) for fold in models.folds])
     return BaselineModel(name, make(x), of_folds, settings), found

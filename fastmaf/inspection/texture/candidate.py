@@ -9,7 +9,7 @@ them.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -75,6 +75,16 @@ class TextureCandidate:
     def model(self) -> TextureModel:
         """Returns the model of all images, calibrated on the held-out scores."""
         return self.fitted
+
+    def subset(self, most: int, seed: int) -> tuple[np.ndarray, TextureCandidate]:
+        """Returns at most so many images, as ``OutOfFoldModels.subset`` does, and the candidate of these."""
+        n = sum(len(fold) for fold in self.folds)
+        if n <= most:
+            return np.arange(n), self
+        index = np.sort(np.random.default_rng([seed, 2]).permutation(n)[:most])  # the same images for every candidate
+        folds = [np.flatnonzero(np.isin(index, fold)) for fold in self.folds]
+        shapes = None if self.shapes is None else [self.shapes[i] for i in index]
+        return index, replace(self, folds=folds, shapes=shapes)
 
     @fastmaf.torch_defaults()
     def held_out(self, sets: Sequence[Tensor]) -> HeldOut:
