@@ -147,7 +147,11 @@ class Detector(OutlierMixin, BaseEstimator):
         self.model_: AnomalyModel | RowModel
         if images:
             labels = None if groups is None else [str(group) for group in groups]
-            model = self._model_of_images(X, samples, double, recipe, labels)
+            options: dict[str, Any] = {"double": double, "groups": labels, "progress": self.verbose}
+            kind = plausible_kind(samples)[0] if self.kind == "auto" else self.kind
+            model = (
+                fit(samples, recipe, **options).model if kind == "object" else self._texture(X, kind, recipe, **options)
+            )
             self._use(model.with_calibration(model.calibration.with_rate(self.false_alarm, self.confidence)))
         else:
             self.model_, scores = fit_rows(samples, self.rank, folds, seed)
@@ -229,16 +233,8 @@ class Detector(OutlierMixin, BaseEstimator):
         rows = validate_data(self, X, dtype=np.float64, **options)
         return torch.from_numpy(np.array(rows))  # a copy: torch takes neither read-only arrays nor negative strides
 
-    def _model_of_images(
-        self, X: Any, samples: Tensor, double: Tensor | None, recipe: Recipe, labels: list[str] | None
-    ) -> AnomalyModel:
-        """Returns the model of the kind that was asked for, or that the images call for."""
-        kind = self.kind
-        options: dict[str, Any] = {"groups": labels, "progress": self.verbose}
-        if kind == "auto":
-            kind = plausible_kind(samples)[0]
-        if kind == "object":
-            return fit(samples, recipe, double=double, **options).model
+    def _texture(self, X: Any, kind: Kind, recipe: Recipe, *, double: Tensor | None, **options: Any) -> AnomalyModel:
+        """Returns a texture model, or for ``"auto"`` what is better on synthetic defects."""
         side = max(TEXTURE_SIZE, self.size)
         large, _, shapes = square_pixels(X, side)
         texture = fit_texture_model(large, recipe, shapes=shapes, **options)
