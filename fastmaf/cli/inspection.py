@@ -50,6 +50,15 @@ def fit(
             help="Use the features of this pretrained network, too; needs fastmaf[features]. Default: from scratch.",
         ),
     ] = None,
+    kind: Annotated[
+        str,
+        typer.Option(
+            callback=options.inspected_kind,
+            metavar="auto|object|texture",
+            help="An object, whose parts have a fixed place or shape; a texture, which looks the same everywhere; or "
+            "what the good images, and synthetic defects on them, call for.",
+        ),
+    ] = "auto",
     dequantize: Annotated[
         bool, typer.Option("--dequantize", help="Spread each 8-bit value evenly over its bin for fitting.")
     ] = False,
@@ -109,14 +118,14 @@ def fit(
         recipe = Recipe(**from_file(context), size=side, seed=seed, dequantize=dequantize, logit=logit)
     if print_config:
         paths: Any = {"data": str(data), "out": str(out), "size": size if size == "auto" else side, "budget": budget}
-        paths["features"] = features
+        paths |= {"kind": kind, "features": features}
         say(to_toml(resolved(recipe, **paths, group_by=group_by, keep_folds=keep_folds, skip_bad=skip_bad)))
         return
     from fastmaf.inspection.workflow.fit import fit as run
 
     settings: Any = {"keep_folds": keep_folds, "resume": resume, "skip_bad": skip_bad, "progress": not quiet}
     sizes: Any = "auto" if size == "auto" else None
-    settings |= {"sizes": sizes, "budget": budget, "features": features, "group_by": group_by}
+    settings |= {"sizes": sizes, "budget": budget, "kind": kind, "features": features, "group_by": group_by}
     result = run(data, out, recipe, **settings, say=say_aside)
     say_or_aside(as_json)(result.describe(explain))
     if as_json:

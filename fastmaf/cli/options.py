@@ -59,6 +59,13 @@ def size_or_auto(text: str) -> str:
     return text
 
 
+def inspected_kind(text: str) -> str:
+    """Refuses a kind of images that is not ``auto``, ``object`` or ``texture``."""
+    if text not in ("auto", "object", "texture"):
+        refuse(f"expected auto, object or texture; found {text!r}")
+    return text
+
+
 def share(value: float | None) -> float | None:
     """Refuses a rate or probability that is not between 0 and 1."""
     if value is not None and not 0 < value < 1:

@@ -21,7 +21,7 @@ import fastmaf
 from fastmaf.images.reduce import reduced
 from fastmaf.inspection.calibration import CALIBRATION, Calibration
 from fastmaf.inspection.interface import AnomalyModel, HeldOut
-from fastmaf.inspection.model import Prediction
+from fastmaf.inspection.model import Prediction, Shapes
 from fastmaf.inspection.model_card import combined_card
 from fastmaf.inspection.model_parts import read_parts, tensors_of_parts
 from fastmaf.inspection.model_schema import ABOUT, KEY
@@ -116,24 +116,24 @@ class CombinedModel:
         return low, max(high, low + 1e-6)
 
     @fastmaf.torch_defaults()
-    def predict(self, pixels: Tensor) -> Prediction:
-        """Returns scores, anomaly maps and NLLs of images, uint8 ``[n, 3, size, size]``.
+    def predict(self, pixels: Tensor, shapes: Shapes | None = None) -> Prediction:
+        """Returns scores, anomaly maps and NLLs of images, uint8 ``[n, 3, size, size]``; ``shapes`` go to the parts.
 
         Raises:
             ValueError: the images have another size or type.
         """
-        predictions = self.predictions(pixels)
+        predictions = self.predictions(pixels, shapes)
         scores = sum((p.scores - s.mean) / s.deviation for p, s in zip(predictions, self.standards, strict=True))
         maps = _combined_maps([p.anomaly_maps for p in predictions], self.standards, self.size)
         return Prediction(np.asarray(scores), maps, predictions[0].nll)
 
-    def predictions(self, pixels: Tensor) -> list[Prediction]:
+    def predictions(self, pixels: Tensor, shapes: Shapes | None = None) -> list[Prediction]:
         """Returns the prediction of each part for images, uint8 ``[n, 3, size, size]``; errors as ``predict``."""
         if pixels.dtype != torch.uint8 or pixels.shape[1:] != (3, self.size, self.size):
             raise ValueError(
                 f"pixels must be uint8 [n, 3, {self.size}, {self.size}]; found {pixels.dtype} {list(pixels.shape)}"
             )
-        return [part.predict(reduced(pixels, part.size)) for part in self.parts]
+        return [part.predict(reduced(pixels, part.size), shapes) for part in self.parts]
 
     def with_calibration(self, calibration: Calibration) -> CombinedModel:
         """Returns the same model with another calibration."""

@@ -10,12 +10,13 @@ from fastmaf.inspection.combined import CombinedModel
 from fastmaf.inspection.interface import AnomalyModel
 from fastmaf.inspection.model import InspectionModel
 from fastmaf.inspection.recipe import Recipe
+from fastmaf.inspection.texture.model import TextureModel
 from fastmaf.io.wording import count
 
 
 def decisions(model: AnomalyModel, explain: bool = False) -> dict[str, str]:
     """Returns what the fit of a model selected and why, by name; with ``explain`` the figures that decided it."""
-    selected = {"model": _candidate(model.about, explain)}
+    selected = {"kind": model.about.get("kind"), "model": _candidate(model.about, explain)}
     if isinstance(model, CombinedModel):
         for standard, part in zip(model.standards, model.parts, strict=True):
             of_part = _of_part(part, explain)
@@ -29,6 +30,8 @@ def decisions(model: AnomalyModel, explain: bool = False) -> dict[str, str]:
 def _of_part(model: AnomalyModel, explain: bool) -> dict[str, str | None]:
     if isinstance(model, InspectionModel):
         return _of_pixels(model, explain)
+    if isinstance(model, TextureModel):
+        return _of_texture(model, explain)
     return {"features": _features(model.about, explain)}
 
 
@@ -63,6 +66,17 @@ def _of_pixels(model: InspectionModel, explain: bool) -> dict[str, str | None]:
         "score": _score(model, about, explain),
         "anomaly map": _anomaly_map(model, about, explain),
     }
+
+
+def _of_texture(model: TextureModel, explain: bool) -> dict[str, str | None]:
+    levels, kept = model.about.get("texture_levels", {}), model.about.get("texture_blocks", [])
+    if not levels:
+        return {}
+    text = f"at {', '.join(kept)}" if 0 < len(kept) < len(levels) else "at all levels" if kept else "none"
+    if not explain:
+        return {"blocks": f"{text} (where held-out features are more likely with them)"}
+    nll = "; ".join(f"{n} {v['held_out_nll']:,.1f}, {v['held_out_nll_of_whitening']:,.1f}" for n, v in levels.items())
+    return {"blocks": f"{text} (NLL of held-out features in nats, with blocks and without: {nll})"}
 
 
 def _candidate(about: Mapping[str, Any], explain: bool) -> str | None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import warnings
 from collections.abc import Sequence
 from dataclasses import replace
@@ -18,21 +17,23 @@ from sklearn.utils.validation import check_is_fitted
 from torch import Tensor, nn
 
 import fastmaf
-from fastmaf.images.decode import DataError, load_frame, resized
 from fastmaf.inspection.calibration import Calibration
+from fastmaf.inspection.detector_input import are_images, found_in, square_pixels
 from fastmaf.inspection.features.candidate import fit_precomputed
 from fastmaf.inspection.features.extractor import PRECOMPUTED, extractor_of, on_grid
 from fastmaf.inspection.features.fit import fit_with_features
 from fastmaf.inspection.features.model import FeatureModel
 from fastmaf.inspection.fit import fit
 from fastmaf.inspection.interface import AnomalyModel, maps_of, scores_of
-from fastmaf.inspection.model import InspectionModel, Prediction, load_inspection
+from fastmaf.inspection.kinds import KINDS, TEXTURE_SIZE, Kind, fit_texture_model, plausible_kind
+from fastmaf.inspection.model import InspectionModel, Prediction, Shapes, load_inspection
 from fastmaf.inspection.recipe import Recipe
 from fastmaf.inspection.row_model import RowModel, fit_rows
+from fastmaf.inspection.sizes import fit_sizes
+from fastmaf.inspection.texture.model import TextureModel
 from fastmaf.inspection.tiled import TiledModel
 from fastmaf.inspection.tiled_fit import fit_tiles
 from fastmaf.inspection.tiles import tiled_size
-from fastmaf.io.marks import is_output
 
 try:
     from sklearn.utils.validation import validate_data
@@ -73,6 +74,9 @@ class Detector(OutlierMixin, BaseEstimator):
         folds: K, at least 2; at most the number of samples is used.
         false_alarm: false-alarm rate on new normal samples, on average over calibration sets.
         confidence: None, or the probability with which this calibration set keeps that rate.
+        kind: images only: ``"object"``, whose parts have a fixed place or shape; ``"texture"``, which looks the same
+            everywhere: a density of local features, of which each image is seen at its own aspect ratio; or ``"auto"``:
+            what the samples, and synthetic defects on them, call for. See ``fastmaf.inspection.kinds``.
         random_state: of folds and blocks. By default the same samples give the same model.
         verbose: images only: show a progress bar.
         features: images only: None for a model of pixels alone, fitted from scratch; ``"efficientnet-lite0"``, a
@@ -110,6 +114,7 @@ class Detector(OutlierMixin, BaseEstimator):
         folds: int = 10,
         false_alarm: float = 0.05,
         confidence: float | None = None,
+        kind: Kind = "object",
         random_state: int | np.random.RandomState | None = 0,
         verbose: bool = False,
         features: nn.Module | str | None = None,
@@ -122,6 +127,7 @@ class Detector(OutlierMixin, BaseEstimator):
         self.folds = folds
         self.false_alarm = false_alarm
         self.confidence = confidence
+        self.kind = kind
         self.random_state = random_state
         self.verbose = verbose
         self.features = features
@@ -143,6 +149,8 @@ class Detector(OutlierMixin, BaseEstimator):
             ValueError: X or a parameter is invalid.
             DataError: an image file cannot be read.
         """
+        if self.kind not in KINDS:
+            raise ValueError(f"kind must be one of {', '.join(map(repr, KINDS))}; found {self.kind!r}")
         Calibration(np.zeros(1), self.false_alarm, self.confidence, "split")  # reports an invalid rate before fitting
         given = self.random_state
         seed = int(given if isinstance(given, Integral) else check_random_state(given).randint(2**31 - 1))
@@ -158,13 +166,13 @@ class Detector(OutlierMixin, BaseEstimator):
             calibration = of_features.calibration.with_rate(self.false_alarm, self.confidence)
             self._use(of_features.with_calibration(calibration))
             scores = candidate.held_out([known]).scores[0]
-        elif _are_images(X):
+        elif are_images(X):
             model, scores = self._fit_images(X, labels, recipe)
             self._use(model)
         elif groups is not None:
             raise ValueError("groups are for images: rows are held out at random")
         elif self.features is not None:
-            raise ValueError("features are of images: X holds rows" + _found(X))
+            raise ValueError("features are of images: X holds rows" + found_in(X))
         else:
             rows = self._rows(X, ensure_min_samples=2)
             self._warn_of_few(len(rows), "samples")
@@ -183,8 +191,8 @@ class Detector(OutlierMixin, BaseEstimator):
         if (of_features := self._of_precomputed(X)) is not None:
             return of_features.scores
         if not isinstance(self.model_, RowModel):
-            return scores_of(self.model_, self._images(X))
-        if _are_images(X):
+            return scores_of(self.model_, *self._images(X))
+        if are_images(X):
             raise ValueError(f"this detector was fitted to rows: expected [n, {self.n_features_in_}]; found images")
         return self.model_.nll(self._rows(X, reset=False))
 
@@ -226,7 +234,7 @@ class Detector(OutlierMixin, BaseEstimator):
             raise ValueError("anomaly maps need images: this detector was fitted to rows")
         if (of_features := self._of_precomputed(X)) is not None:
             return of_features.anomaly_maps
-        return maps_of(self.model_, self._images(X))
+        return maps_of(self.model_, *self._images(X))
 
     @fastmaf.torch_defaults()
     def save(self, path: str | Path, *, card: str | Path | None = None) -> None:
@@ -253,6 +261,7 @@ class Detector(OutlierMixin, BaseEstimator):
         given = {**recipe, **model.about.get("asked", {})}
         known = {name: given[name] for name in ("rank", "blocks", "steps", "folds") if name in given}
         rate = {name: getattr(model.calibration, name) for name in ("false_alarm", "confidence")}
+        known["kind"] = "texture" if isinstance(model, TextureModel) else "object"
         size, tiles = (model.parts[0].size, model.tiles) if isinstance(model, TiledModel) else (model.size, 1)
         detector = cls(size=size, tiles=tiles, random_state=recipe.get("seed", 0), **known, **rate)
         detector._use(model)
@@ -261,10 +270,17 @@ class Detector(OutlierMixin, BaseEstimator):
     def _fit_images(self, X: Any, groups: Sequence[str] | None, recipe: Recipe) -> tuple[AnomalyModel, np.ndarray]:
         """Returns the model of images and the held-out score of each."""
         extractor = None if self.features is None else extractor_of(self.features)
-        if extractor is not None and self.tiles > 1:
-            raise ValueError(f"tiles are for models of pixels alone: found tiles={self.tiles} with features")
+        if extractor is not None and (self.tiles > 1 or self.kind == "texture"):
+            found = f"tiles={self.tiles}, kind={self.kind!r}"
+            raise ValueError(
+                f"features are fitted with a model of pixels: expected tiles=1 and no texture; found {found}"
+            )
+        if self.tiles > 1 and self.kind != "object":
+            raise ValueError(
+                f"tiles are of objects: expected kind='object' with tiles={self.tiles}; found {self.kind!r}"
+            )
         size = tiled_size(self.size, self.tiles) if extractor is None else extractor.size
-        samples, double = _pixels(X, size, double=extractor is None)
+        samples, double, _ = square_pixels(X, size, double=extractor is None)
         n = len(samples)
         if n < 3:
             raise ValueError(f"X must hold at least 3 good images; found {n}")
@@ -277,6 +293,8 @@ class Detector(OutlierMixin, BaseEstimator):
             model, scores = chosen.model, chosen.held_out.scores[0]
         elif self.tiles > 1:
             model, scores = fit_tiles(samples, recipe, self.tiles, double=double, **options)
+        elif (kind := plausible_kind(samples)[0] if self.kind == "auto" else self.kind) != "object":
+            model, scores = self._fit_texture(X, recipe, double, kind == "auto", **options)
         else:
             fitted = fit(samples, recipe, double=double, **options)
             model, scores = fitted.model, fitted.held_out.scores[0]
@@ -311,49 +329,21 @@ class Detector(OutlierMixin, BaseEstimator):
         rows = validate_data(self, X, dtype=np.float64, **options)
         return torch.from_numpy(np.array(rows))  # a copy: torch takes neither read-only arrays nor negative strides
 
-    def _images(self, X: Any) -> Tensor:
-        if not _are_images(X):
-            raise ValueError("this detector was fitted to images: expected uint8 [n, h, w, 3] or paths" + _found(X))
-        return _pixels(X, self.model_.size)[0]  # type: ignore[union-attr]
+    def _fit_texture(
+        self, X: Any, recipe: Recipe, double: Tensor | None, both: bool, **options: Any
+    ) -> tuple[AnomalyModel, np.ndarray]:
+        """Returns a texture model, or of ``both`` kinds what is better on synthetic defects, and held-out scores."""
+        side = max(TEXTURE_SIZE, self.size)
+        large, _, shapes = square_pixels(X, side)
+        texture = fit_texture_model(large, recipe, shapes=shapes, **options)
+        if not both:
+            return texture.model, texture.held_out.scores[0]
+        double = double if self.size == side else None
+        chosen = fit_sizes(large, (self.size,), recipe, double=double, others=[texture.candidate], **options)
+        return chosen.model, chosen.held_out.scores[0]
 
-
-def _are_images(X: Any) -> bool:
-    """Returns whether X holds images: it has at least 3 axes, or its first element is a path or has 3 axes."""
-    if isinstance(X, (str, os.PathLike)):
-        raise ValueError(f"X must be a sequence of paths or images; found the one path {os.fspath(X)!r}")
-    shape = getattr(X, "shape", None)
-    if shape is None and not isinstance(X, Sequence):
-        return False
-    if shape is not None and len(shape) != 1:
-        return len(shape) > 2
-    first: Any = next(iter(X), None)
-    return isinstance(first, (str, os.PathLike)) or (not isinstance(first, dict) and np.ndim(first) == 3)
-
-
-def _pixels(X: Any, size: int, *, double: bool = False) -> tuple[Tensor, Tensor | None]:
-    """Converts images of any accepted form to uint8 [n, 3, size, size], and on request to twice the size."""
-    if isinstance(X, Tensor):
-        X = X.detach().cpu().numpy()
-    pixels: list[tuple[Tensor, ...]] = []
-    sizes = (size, 2 * size) if double else (size,)
-    for i, image in enumerate(X):
-        if isinstance(image, (str, os.PathLike)):
-            if is_output(image):
-                raise DataError(f"{os.fspath(image)}: a picture written by fastmaf, which is never read as an image")
-            frame = load_frame(Path(image).expanduser(), size, double=double)
-            pixels.append((frame.pixels,) if frame.double is None else (frame.pixels, frame.double))
-        else:
-            values = np.asarray(image)
-            if values.dtype != np.uint8 or values.ndim != 3 or values.shape[2] != 3 or 0 in values.shape:
-                found = f"{values.dtype} {list(values.shape)}"
-                raise ValueError(f"images must be uint8 [n, h, w, 3]; found {found} as image {i}")
-            pixels.append(tuple(resized(values, side) for side in sizes))
-    if not pixels:
-        raise ValueError(f"X must hold at least 1 image, uint8 [n, h, w, 3]{_found(X)}")
-    stacked = [torch.stack(images) for images in zip(*pixels, strict=True)]
-    return stacked[0], stacked[1] if double else None
-
-
-def _found(X: Any) -> str:
-    shape = getattr(X, "shape", None)
-    return f"; found {type(X).__name__}" if shape is None else f"; found {getattr(X, 'dtype', '')} {list(shape)}"
+    def _images(self, X: Any) -> tuple[Tensor, Shapes]:
+        if not are_images(X):
+            raise ValueError("this detector was fitted to images: expected uint8 [n, h, w, 3] or paths" + found_in(X))
+        pixels, _, shapes = square_pixels(X, self.model_.size)  # type: ignore[union-attr]
+        return pixels, shapes

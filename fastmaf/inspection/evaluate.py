@@ -16,7 +16,8 @@ from torch import Tensor
 import fastmaf
 from fastmaf.images.dataset import ImageSet, to_unit
 from fastmaf.images.progress import track
-from fastmaf.inspection.baselines import all_baselines
+from fastmaf.images.reduce import reduced
+from fastmaf.inspection.baselines import Baseline, all_baselines
 from fastmaf.inspection.combined import CombinedModel, enlarged
 from fastmaf.inspection.features.model import FeatureModel
 from fastmaf.inspection.interface import AnomalyModel
@@ -28,6 +29,8 @@ from fastmaf.inspection.scoring.settings import Kind
 from fastmaf.metrics.aupro import au_pro, compare_pixels
 from fastmaf.metrics.auroc import PairedDifference, auroc, auroc_interval, paired_bootstrap
 from fastmaf.metrics.results import NORMAL
+
+_BASELINE_SIZE = 128  # principal components of larger images would not fit the memory
 
 _Scored: TypeAlias = tuple[str, str, np.ndarray, np.ndarray | None]
 """Name, kind, scores and anomaly maps."""
@@ -82,7 +85,7 @@ def score_table(
     scored = _model_scores(model, images, prediction, fold_models)
     if test.normals is not None:
         for baseline in track(all_baselines(), "scoring with baselines", "baseline", show=progress):
-            scored.append((baseline.name, "baseline", *baseline.fit(test.normals.pixels).score(images.pixels)))
+            scored.append((baseline.name, "baseline", *_baseline(baseline, test.normals.pixels, images.pixels)))
     defect = np.array([label != NORMAL for label in images.labels])
     pixels = _pixel_metrics(scored, test, seed)
     rows = []
@@ -91,6 +94,14 @@ def score_table(
         interval = auroc_interval(scores, defect, 2000, seed)
         rows.append(TableRow(name, kind, auroc(scores, defect), interval, difference, *pixels[i], i == 0))
     return rows
+
+
+def _baseline(baseline: Baseline, normals: Tensor, pixels: Tensor) -> tuple[np.ndarray, np.ndarray | None]:
+    """Returns scores and maps of a baseline, of images of at most ``_BASELINE_SIZE`` pixels a side."""
+    size = int(pixels.shape[-1])
+    small = [reduced(images, min(size, _BASELINE_SIZE)) for images in (normals, pixels)]
+    scores, maps = baseline.fit(small[0]).score(small[1])
+    return scores, None if maps is None else enlarged(maps, size)
 
 
 def _pixel_metrics(
@@ -121,7 +132,8 @@ def _model_scores(
     name = "sum of standardised scores" if len(model.parts) > 1 else model.standards[0].name
     result: list[_Scored] = [(name, "score", prediction.scores, prediction.anomaly_maps)]
     if len(model.parts) > 1:
-        for standard, part in zip(model.standards, model.predictions(images.pixels), strict=True):
+        of_parts = model.predictions(images.pixels, images.shapes or None)
+        for standard, part in zip(model.standards, of_parts, strict=True):
             result.append((standard.name, "score", part.scores, enlarged(part.anomaly_maps, model.size)))
     return result
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fastmaf.inspection.calibration import Calibration
-from fastmaf.inspection.model import InspectionModel, Prediction
+from fastmaf.inspection.model import InspectionModel, Prediction, Shapes
 
 
 class AnomalyModel(Protocol):
@@ -42,8 +42,14 @@ class AnomalyModel(Protocol):
         """The 99th percentile and the maximum of the anomaly maps of held-out good images."""
         ...
 
-    def predict(self, pixels: Tensor) -> Prediction:
-        """Returns scores, anomaly maps and NLLs of images, uint8 ``[n, 3, size, size]``."""
+    def predict(self, pixels: Tensor, shapes: Shapes | None = None) -> Prediction:
+        """Returns scores, anomaly maps and NLLs of images, uint8 ``[n, 3, size, size]``.
+
+        Args:
+            pixels: the images.
+            shapes: (height, width) of each before it became square, for models that see it at its own aspect ratio;
+                None: all were square.
+        """
         ...
 
     def with_calibration(self, calibration: Calibration) -> AnomalyModel:
@@ -55,14 +61,16 @@ class AnomalyModel(Protocol):
         ...
 
 
-def scores_of(model: AnomalyModel, pixels: Tensor) -> np.ndarray:
+def scores_of(model: AnomalyModel, pixels: Tensor, shapes: Shapes | None = None) -> np.ndarray:
     """Returns the scores that a model predicts; without the maps and the NLL, if it can do without."""
-    return model.scores(pixels) if isinstance(model, InspectionModel) else model.predict(pixels).scores
+    return model.scores(pixels) if isinstance(model, InspectionModel) else model.predict(pixels, shapes).scores
 
 
-def maps_of(model: AnomalyModel, pixels: Tensor) -> np.ndarray:
+def maps_of(model: AnomalyModel, pixels: Tensor, shapes: Shapes | None = None) -> np.ndarray:
     """Returns the anomaly maps that a model predicts; without the rest, if it can do without."""
-    return model.anomaly_maps(pixels) if isinstance(model, InspectionModel) else model.predict(pixels).anomaly_maps
+    if isinstance(model, InspectionModel):
+        return model.anomaly_maps(pixels)
+    return model.predict(pixels, shapes).anomaly_maps
 
 
 class HeldOut(NamedTuple):

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
@@ -37,6 +37,10 @@ __all__ = ["InspectionModel", "Prediction", "is_inspection_model", "load_inspect
 _BATCH = 64
 _SCORED_IN = "float64"  # the dtype of the calibration scores, as recorded in a file
 _LARGEST = 1e18  # of a statistic of the terms; its square is finite in float32
+
+
+Shapes: TypeAlias = Sequence[tuple[int, int]]
+"""(height, width) of images before they became square."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -110,8 +114,8 @@ class InspectionModel:
         return flow
 
     @fastmaf.torch_defaults()
-    def predict(self, pixels: Tensor) -> Prediction:
-        """Returns scores, anomaly maps and NLLs of images, uint8 ``[n, 3, size, size]``.
+    def predict(self, pixels: Tensor, shapes: Shapes | None = None) -> Prediction:
+        """Returns scores, anomaly maps and NLLs of images, uint8 ``[n, 3, size, size]``; ``shapes`` are not used.
 
         Results do not depend on the batch that an image is in: see ``fastmaf.inspection.scoring.float64_flow``.
 

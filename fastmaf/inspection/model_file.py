@@ -18,6 +18,7 @@ KINDS = {
     "combined": "fastmaf.inspection.combined",
     "features": "fastmaf.inspection.features.read",
     "tiled": "fastmaf.inspection.tiled",
+    "texture": "fastmaf.inspection.texture.file",
 }
 """The module of each kind of model. Its ``read_model(file, device=...)`` reads a model from an open ``TensorFile``.
 

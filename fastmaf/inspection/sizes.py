@@ -29,6 +29,7 @@ from fastmaf.inspection.pixel_candidate import PixelCandidate
 from fastmaf.inspection.recipe import Recipe
 from fastmaf.inspection.selection.candidates import Choice, choose_candidate, combined_model
 from fastmaf.inspection.synthetic_defects.draw import draw_defects
+from fastmaf.inspection.texture.candidate import TextureCandidate
 from fastmaf.training.callbacks import Callback
 
 SIZES = (64, 128, 256)
@@ -93,6 +94,7 @@ def fit_sizes(
     callbacks: Sequence[Callback] = (),
     stages: Stages | None = None,
     budget: float = BUDGET,
+    others: Sequence[TextureCandidate] = (),
     progress: bool = True,
 ) -> FittedSizes:
     """Fits models of several sizes to good images, and chooses one of them or their combination on drawn defects.
@@ -100,7 +102,7 @@ def fit_sizes(
     A size is skipped if the time so far and that expected for it, from the fit before, are more than the budget.
 
     Args:
-        pixels: uint8 ``[n, 3, s, s]``, with s the largest of ``sizes``.
+        pixels: uint8 ``[n, 3, s, s]``, with s the largest of ``sizes`` and of those of ``others``.
         sizes: ascending.
         recipe: the settings of every size, except ``size``.
         double: the images at twice the largest size; see ``fit``.
@@ -108,6 +110,8 @@ def fit_sizes(
         callbacks: see ``fit``; called for the smallest size.
         stages: see ``fit``; of all sizes.
         budget: in seconds.
+        others: fitted candidates of another kind, which are compared, too; the first is taken unless another is better
+            beyond chance.
         progress: show progress bars.
 
     Returns:
@@ -117,12 +121,14 @@ def fit_sizes(
         ValueError: ``sizes`` do not ascend to the side of the images; others as ``fit``.
     """
     recipe, side = recipe or Recipe(), int(pixels.shape[-1])
-    if list(sizes) != sorted(set(sizes)) or not sizes or sizes[-1] != side:
+    largest = max([*sizes[-1:], *(other.size for other in others)], default=0)
+    if list(sizes) != sorted(set(sizes)) or not sizes or largest != side:
         raise ValueError(f"sizes must ascend to {side}, the side of the images; found {tuple(sizes)}")
     options: Any = {"double": double, "groups": groups, "every_fold": every_fold, "progress": progress}
     candidates, seconds = fit_each(pixels, sizes, recipe, budget=budget, callbacks=callbacks, stages=stages, **options)
     begun = time.perf_counter()
-    model, held_out = _chosen(candidates, pixels, recipe.seed)
+    preferred = others[0].name if others else None
+    model, held_out = _chosen([*candidates, *others], pixels, recipe.seed, preferred)
     seconds["choice"] = time.perf_counter() - begun
     skipped = tuple(sizes[len(candidates) :])
     model.about["skipped_sizes"] = list(skipped)
@@ -186,16 +192,19 @@ def _following(recipe: Recipe, first: Fitted, size: int) -> Recipe:
     )
 
 
-def _chosen(candidates: Sequence[PixelCandidate], pixels: Tensor, seed: int) -> tuple[AnomalyModel, HeldOut]:
+def _chosen(
+    candidates: Sequence[PixelCandidate | TextureCandidate], pixels: Tensor, seed: int, preferred: str | None
+) -> tuple[AnomalyModel, HeldOut]:
     side = int(pixels.shape[-1])
     if len(candidates) == 1 and candidates[0].size == side:
-        return candidates[0].model(), candidates[0].fitted.held_out
+        return candidates[0].model(), candidates[0].held_out([pixels])
     index, some = np.arange(len(pixels)), list(candidates)
     for i, candidate in enumerate(candidates):
         index, some[i] = candidate.subset(IMAGES, seed)  # the same images of each
     compared = pixels[torch.from_numpy(index)]
     draws = _DRAWS if len(candidates) > 1 else 1
-    choice = choose_candidate(some, compared, [draw_defects(compared, seed=seed + 1 + i) for i in range(draws)])
+    drawn = [draw_defects(compared, seed=seed + 1 + i) for i in range(draws)]
+    choice = choose_candidate(some, compared, drawn, preferred=preferred)
     return model_of_all(choice, candidates, pixels, len(index))
 
 

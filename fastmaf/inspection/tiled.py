@@ -14,7 +14,7 @@ from torch import Tensor
 import fastmaf
 from fastmaf.inspection.calibration import CALIBRATION, Calibration
 from fastmaf.inspection.interface import AnomalyModel
-from fastmaf.inspection.model import Prediction
+from fastmaf.inspection.model import Prediction, Shapes
 from fastmaf.inspection.model_card import tiled_card
 from fastmaf.inspection.model_parts import read_parts, tensors_of_parts
 from fastmaf.inspection.model_schema import ABOUT, KEY
@@ -89,8 +89,8 @@ class TiledModel:
         return low, max(high, low + 1e-6)
 
     @fastmaf.torch_defaults()
-    def predict(self, pixels: Tensor) -> Prediction:
-        """Returns scores, anomaly maps and NLLs of images, uint8 ``[n, 3, size, size]``.
+    def predict(self, pixels: Tensor, shapes: Shapes | None = None) -> Prediction:
+        """Returns scores, anomaly maps and NLLs of images, uint8 ``[n, 3, size, size]``; ``shapes`` are not used.
 
         Raises:
             ValueError: the images have another size or type.

@@ -16,7 +16,7 @@ from fastmaf.inspection.calibration import Calibration
 from fastmaf.inspection.features.extractor import Extractor
 from fastmaf.inspection.features.gaussian import LocationGaussian
 from fastmaf.inspection.features.maps import DistanceStatistics, anomaly_maps, image_scores
-from fastmaf.inspection.model import Prediction
+from fastmaf.inspection.model import Prediction, Shapes
 from fastmaf.inspection.model_card import features_card
 from fastmaf.inspection.model_schema import KEY
 from fastmaf.io.atomic import staging
@@ -74,8 +74,8 @@ class FeatureModel:
         return low, max(high, low + 1e-6)
 
     @fastmaf.torch_defaults()
-    def predict(self, pixels: Tensor) -> Prediction:
-        """Returns scores, anomaly maps and NLLs of images, uint8 ``[n, 3, size, size]``.
+    def predict(self, pixels: Tensor, shapes: Shapes | None = None) -> Prediction:
+        """Returns scores, anomaly maps and NLLs of images, uint8 ``[n, 3, size, size]``; ``shapes`` are not used.
 
         Results do not depend on the batch that an image is in.
 

@@ -52,6 +52,7 @@ def choose_candidate(
     drawn: Sequence[SyntheticDefects],
     *,
     first: str | None = None,
+    preferred: str | None = None,
     false_alarm: float = 0.05,
 ) -> Choice:
     """Chooses the best of several candidates, or a combination of them, on synthetic defects.
@@ -62,6 +63,7 @@ def choose_candidate(
         drawn: the same images with a synthetic defect, once or more; see ``draw_defects``.
         first: name of a candidate that is taken in any case, and to which others are added; None: the best one.
         false_alarm: the rate that a combined model is calibrated at.
+        preferred: name of the candidate that another one must beat beyond chance; None: the best is taken.
 
     Returns:
         The choice. Its model takes images of ``pixels``' size: a candidate of a smaller size alone is a
@@ -85,6 +87,10 @@ def choose_candidate(
         held[candidate.name] = candidate.held_out(small[candidate.size])
     aurocs = {name: _auroc(result.scores, kinds) for name, result in held.items()}
     chosen = [first or max(names, key=lambda name: aurocs[name])]
+    if preferred is not None and chosen != [preferred]:
+        difference, error = _gain(held[chosen[0]].scores, held[preferred].scores, kinds)
+        if not difference > _STANDARD_ERRORS * error:
+            chosen = [preferred]
     gain: tuple[float, float] | None = None
     while len(chosen) < len(names):
         sums = {name: _sum([held[other].scores for other in (*chosen, name)]) for name in names if name not in chosen}

@@ -9,7 +9,7 @@ them.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -20,21 +20,24 @@ import fastmaf
 from fastmaf.images.dataset import is_grey
 from fastmaf.inspection.calibration import Calibration
 from fastmaf.inspection.interface import HeldOut
+from fastmaf.inspection.model import Shapes
 from fastmaf.inspection.scoring.float64_flow import rounded
 from fastmaf.inspection.texture.density import fit_blocks, fit_whitening, nll, without_blocks
 from fastmaf.inspection.texture.features import LEVELS, TextureFilters, to_texture
-from fastmaf.inspection.texture.model import Shapes, TextureModel, nll_maps
+from fastmaf.inspection.texture.model import TextureModel, nll_maps
 from fastmaf.inspection.texture.position import PositionStatistics, PositionSums
 from fastmaf.inspection.texture.scoring import (
-    PARTS,
     anomaly_map,
-    combined,
+    image_scores,
     part_statistics,
+    relative_maps,
     score_parts,
-    standardised,
 )
 
 NAME = "texture"
+STAGES = 2
+"""Calls of ``done`` besides one for each fold."""
+
 _ROWS = 400_000  # features of a level that the densities are fitted to
 _OF_IMAGE = 1500  # of one image, at most
 
@@ -73,6 +76,16 @@ class TextureCandidate:
         """Returns the model of all images, calibrated on the held-out scores."""
         return self.fitted
 
+    def subset(self, most: int, seed: int) -> tuple[np.ndarray, TextureCandidate]:
+        """Returns at most so many images, as ``OutOfFoldModels.subset`` does, and the candidate of these."""
+        n = sum(len(fold) for fold in self.folds)
+        if n <= most:
+            return np.arange(n), self
+        index = np.sort(np.random.default_rng([seed, 2]).permutation(n)[:most])  # the same images for every candidate
+        folds = [np.flatnonzero(np.isin(index, fold)) for fold in self.folds]
+        shapes = None if self.shapes is None else [self.shapes[i] for i in index]
+        return index, replace(self, folds=folds, shapes=shapes)
+
     @fastmaf.torch_defaults()
     def held_out(self, sets: Sequence[Tensor]) -> HeldOut:
         """Returns scores and anomaly maps of each image by the model of the fold that left it out.
@@ -82,7 +95,7 @@ class TextureCandidate:
         """
         model = self.fitted
         of_sets = [self._parts_and_maps(images) for images in sets]
-        scores = [combined(parts, model.mean, model.deviation) for parts, _ in of_sets]
+        scores = [image_scores(parts, model.mean, model.deviation) for parts, _ in of_sets]
         maps = np.stack([maps for _, maps in of_sets]) / np.float32(model.map_unit)
         return HeldOut(rounded(torch.from_numpy(np.stack(scores))).numpy(), maps)
 
@@ -98,18 +111,18 @@ def held_out_parts(
     images: Tensor,
     shapes: Shapes | None,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Returns the parts of the score ``[n, PARTS]`` and the anomaly map ``[n, s, s]`` of each image.
+    """Returns the parts of the score ``[n, LEVELS]`` and the anomaly map ``[n, s, s]`` of each image.
 
     Densities are those of the fold that left the image out, positions are standardised by the other folds.
     """
     size = images.shape[-1]
-    parts, maps = np.empty((len(images), PARTS)), np.empty((len(images), size, size), np.float32)
+    parts, maps = np.empty((len(images), LEVELS)), np.empty((len(images), size, size), np.float32)
     for k, (fold, of_fold) in enumerate(zip(folds, flows, strict=True)):
         positions = finished([of_level for i, of_level in enumerate(sums) if i != k])
         for i in fold:
             levels = nll_maps(filters, of_fold, images[i], None if shapes is None else shapes[i])
-            standard = standardised(levels, positions)
-            parts[i], maps[i] = score_parts(standard), anomaly_map(standard, size).numpy()
+            relative = relative_maps(levels, positions)
+            parts[i], maps[i] = score_parts(relative), anomaly_map(relative, size).numpy()
     return parts, maps
 
 
@@ -142,7 +155,7 @@ def fit_texture(
         shapes: (height, width) of each image before it became square; None: all were square.
         false_alarm: the rate that the model is calibrated at.
         seed: of random locations and blocks.
-        done: called after each of the ``len(folds) + 2`` stages.
+        done: called after each of the ``len(folds) + STAGES`` stages.
     """
     size, channels = int(pixels.shape[-1]), 1 if is_grey(pixels) else 3
 
@@ -155,11 +168,13 @@ def fit_texture(
     fold_of = np.empty(len(pixels), dtype=np.int64)
     for k, fold in enumerate(folds):
         fold_of[fold] = k
-    kept, figures = [False] * LEVELS, dict[str, Any]()
+    # A level that few images are large enough for has no density; the first one they all have.
+    levels = sum(2 * len(of_level.unique()) >= len(pixels) for of_level in owner)
+    kept, figures = [False] * levels, dict[str, Any]()
     flows: list[Flows] = []
     for k in range(len(folds)):
         of_fold = []
-        for level in range(LEVELS):
+        for level in range(levels):
             held = torch.from_numpy(fold_of[owner[level].numpy()] == k)
             flow = _fit(rows[level][~held], seed, blocks=k == 0 or kept[level])
             if k == 0:
@@ -171,17 +186,17 @@ def fit_texture(
             of_fold.append(flow)
         flows.append(tuple(of_fold))
         done()
-    whole = tuple(_fit(rows[level], seed, blocks=kept[level]) for level in range(LEVELS))
+    whole = tuple(_fit(rows[level], seed, blocks=kept[level]) for level in range(levels))
     sums = []
     total = 0.0
-    for fold, of_fold in zip(folds, flows, strict=True):
-        maps = [nll_maps(filters, of_fold, pixels[i], None if shapes is None else shapes[i]) for i in fold]
-        total += sum(float(values.double().mean()) for levels in maps for values in levels)
-        sums.append([PositionSums.of(m[level] for m in maps if level < len(m)) for level in range(LEVELS)])
+    for fold, without_fold in zip(folds, flows, strict=True):
+        maps = [nll_maps(filters, without_fold, pixels[i], None if shapes is None else shapes[i]) for i in fold]
+        total += sum(float(values.double().mean()) for of_image in maps for values in of_image)
+        sums.append([PositionSums.of(m[level] for m in maps if level < len(m)) for level in range(levels)])
     parts, anomaly_maps = held_out_parts(filters, folds, flows, sums, pixels, shapes)
     mean, deviation = part_statistics(parts)
     unit = float(np.sqrt(np.square(anomaly_maps, dtype=np.float64).mean())) or 1.0
-    scores = rounded(torch.from_numpy(combined(parts, mean, deviation))).numpy()
+    scores = rounded(torch.from_numpy(image_scores(parts, mean, deviation))).numpy()
     anomaly_maps /= np.float32(unit)
     about = {
         "images": len(pixels),
@@ -189,7 +204,7 @@ def fit_texture(
         "map_levels": [float(np.quantile(anomaly_maps, 0.99)), float(anomaly_maps.max())],
         "texture_nll": total / len(pixels),
         "texture_levels": figures,
-        "texture_blocks": [f"level {level}" for level in range(LEVELS) if kept[level]],
+        "texture_blocks": [f"level {level}" for level in range(levels) if kept[level]],
         "seed": seed,
     }
     calibration = Calibration(scores, false_alarm, None, "k-fold", len(folds))

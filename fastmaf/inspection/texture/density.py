@@ -10,7 +10,8 @@ import fastmaf
 _BLOCKS = 3
 _HIDDEN = 64
 _STEPS = 200
-_BATCH = 2048
+_BATCH = 128, 2048  # the least and the most
+_BATCHES = 64  # that the features are divided into, between these
 _LR = 3e-3
 _FLOOR = 1e-4  # of the variance of the noise of a feature
 _WHITENED_ON = 50_000
@@ -33,8 +34,9 @@ def fit_blocks(rows: Tensor, whitening: fastmaf.GaussianWhitening, seed: int = 0
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, _LR, total_steps=_STEPS)
     step = fastmaf.TrainingStep(maf, optimizer)
     generator = torch.Generator().manual_seed(seed)
+    size = min(max(len(rows) // _BATCHES, _BATCH[0]), _BATCH[1])
     for _ in range(_STEPS):
-        batch = rows[torch.randint(len(rows), (min(_BATCH, len(rows)),), generator=generator)]
+        batch = rows[torch.randint(len(rows), (size,), generator=generator)]
         step(whitening(batch)[0])
         schedule.step()
     flow = fastmaf.Flow(features, [whitening, *maf.transforms])

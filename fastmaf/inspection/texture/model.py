@@ -14,20 +14,18 @@ from torch import Tensor
 
 import fastmaf
 from fastmaf.inspection.calibration import Calibration
-from fastmaf.inspection.model import Prediction
+from fastmaf.inspection.model import Prediction, Shapes
 from fastmaf.inspection.model_card import texture_card
 from fastmaf.inspection.model_schema import KEY
 from fastmaf.inspection.scoring.float64_flow import rounded
 from fastmaf.inspection.texture.density import nll
 from fastmaf.inspection.texture.features import LEVELS, TextureFilters, to_texture
 from fastmaf.inspection.texture.position import PositionStatistics
-from fastmaf.inspection.texture.scoring import anomaly_map, combined, score_parts, standardised
+from fastmaf.inspection.texture.scoring import anomaly_map, image_scores, relative_maps, score_parts
 from fastmaf.io.atomic import staging
 from fastmaf.io.tensor_file import read_tensors, write_tensors
 
 KIND = "texture"
-
-Shapes = Sequence[tuple[int, int]]
 
 
 @dataclass(frozen=True, eq=False)
@@ -39,8 +37,8 @@ class TextureModel:
 
         A_l(p) = (−log p_l(f_l(p)) − μ_l(p)) / σ_l(p)
 
-    The score is the mean over the levels of the highest 0.5% of A_l, and of A_l minus its median, each standardised
-    over held-out good images. The NLL is the mean over the locations of a level, summed over the levels.
+    The score is the mean over the levels of the highest 0.5% of A_l minus its median, standardised over held-out good
+    images. The NLL is the mean over the locations of a level, summed over the levels.
 
     Images are square, as for other models. ``shapes`` tells what they were before, so that the texture is seen at its
     own scale and aspect ratio.
@@ -100,15 +98,15 @@ class TextureModel:
         if shapes is not None and len(shapes) != len(pixels):
             raise ValueError(f"shapes must hold that of each of {len(pixels)} images; found {len(shapes)}")
         n = len(pixels)
-        parts = np.empty((n, len(self.mean)))
+        parts = np.empty((n, LEVELS))
         maps, values = np.empty((n, self.size, self.size), np.float32), np.empty(n)
         for i, image in enumerate(pixels):
             levels = nll_maps(self.filters, self.flows, image, None if shapes is None else shapes[i])
             values[i] = sum(float(of_level.double().mean()) for of_level in levels)
-            standard = standardised(levels, self.positions)
-            parts[i] = score_parts(standard)
-            maps[i] = (anomaly_map(standard, self.size) / self.map_unit).numpy()
-        scores = torch.from_numpy(combined(parts, self.mean, self.deviation))
+            relative = relative_maps(levels, self.positions)
+            parts[i] = score_parts(relative)
+            maps[i] = (anomaly_map(relative, self.size) / self.map_unit).numpy()
+        scores = torch.from_numpy(image_scores(parts, self.mean, self.deviation))
         return Prediction(rounded(scores).numpy(), maps, rounded(torch.from_numpy(values)).numpy())
 
     def with_calibration(self, calibration: Calibration) -> TextureModel:
@@ -127,6 +125,7 @@ class TextureModel:
         record = {
             "kind": KIND,
             "size": self.size,
+            "levels": len(self.flows),
             "map_unit": self.map_unit,
             "calibration": self.calibration.to_json(),
             "about": self.about,
@@ -162,6 +161,3 @@ def nll_maps(
         nll(flow, features.flatten(1).T.contiguous()).view(features.shape[1:])
         for flow, features in zip(flows, filters(texture), strict=False)
     ]
-
-
-__all__ = ["KIND", "LEVELS", "Shapes", "TextureModel", "nll_maps"]

@@ -62,10 +62,11 @@ def recalibrate(
         DataError: an argument matches nothing, or a file cannot be read and ``skip_bad`` is False.
     """
     with _locked_model(model, "recalibrating", device) as (path, loaded):
-        pixels = read_images(arguments, loaded.size, skip_bad=skip_bad, progress=progress, say=say)
+        pixels, shapes = read_images(arguments, loaded.size, skip_bad=skip_bad, progress=progress, say=say)
         today, source = datetime.now(timezone.utc).date().isoformat(), ", ".join(arguments)
         source = source if len(source) <= 80 else f"{source[:77]}..."
-        calibration = Calibration(scores_of(loaded, pixels), false_alarm, confidence, "split", None, today, source)
+        scores = scores_of(loaded, pixels, shapes)
+        calibration = Calibration(scores, false_alarm, confidence, "split", None, today, source)
         loaded.with_calibration(calibration).save(path)
     _say_change(loaded.calibration, calibration, say)
     return calibration

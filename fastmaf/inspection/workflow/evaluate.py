@@ -87,7 +87,7 @@ def evaluate_with_report(
         normals = load_train(data, size=loaded.size, skip_bad=skip_bad, progress=progress)
     else:
         say(f"no good images in {data} to fit baselines to: the table has none")
-    test, prediction = LabelledSet(images, masks, normals), loaded.predict(images.pixels)
+    test, prediction = LabelledSet(images, masks, normals), loaded.predict(images.pixels, images.shapes or None)
     fold_models = load_fold_models(model_file(model).parent, loaded)
     rows = score_table(loaded, test, prediction, fold_models, seed=seed, progress=progress)
     anomalous = loaded.calibration.is_anomalous(prediction.scores)

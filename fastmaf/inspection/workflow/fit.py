@@ -22,6 +22,14 @@ from fastmaf.inspection.fit import FALSE_ALARM, Fitted
 from fastmaf.inspection.fit import fit as fit_model
 from fastmaf.inspection.fit_stages import Stages
 from fastmaf.inspection.fold_models import fold_model_files, replace_fold_models, save_fold_models
+from fastmaf.inspection.kinds import (
+    TEXTURE_SIZE,
+    FittedTexture,
+    Kind,
+    describe_choice,
+    fit_texture_model,
+    plausible_kind,
+)
 from fastmaf.inspection.recipe import Recipe
 from fastmaf.inspection.report.content import REPORT, REPORT_FILE
 from fastmaf.inspection.sizes import BUDGET, SIZES, FittedSizes, fit_sizes, sizes_for
@@ -54,6 +62,7 @@ def fit(
     sizes: Literal["auto"] | None = None,
     budget: float = BUDGET,
     features: str | None = None,
+    kind: Kind = "object",
     group_by: str | None = None,
     keep_folds: bool = False,
     callbacks: Sequence[Callback] = (),
@@ -76,6 +85,9 @@ def fit(
         budget: seconds that the models of ``sizes`` may take; from 300 on, 256 pixels are considered.
         features: name of a pretrained network, ``"efficientnet-lite0"``, whose features are used, too; see
             ``fastmaf.inspection.features.fit``. None: a model of pixels alone.
+        kind: ``"object"``, whose parts have a fixed place or shape; ``"texture"``, which looks the same everywhere; or
+            ``"auto"``: what the good images, and synthetic defects on them, call for; with features an object. See
+            ``fastmaf.inspection.kinds``.
         group_by: which images were taken together; see ``group_labels``. None: random folds.
         keep_folds: write the fold models, too, so that ``fastmaf inspect eval`` can evaluate their ensemble.
         callbacks: see ``fastmaf.inspection.fit.fit``.
@@ -92,18 +104,28 @@ def fit(
         ValueError: a setting is invalid, or ``out`` holds an unfinished run of the other recipe.
     """
     recipe, out = recipe or Recipe(), Path(out)
-    extractor = None if features is None else extractor_of(features)
+    asked_kind, extractor = kind, None if features is None else extractor_of(features)
+    if extractor is not None and kind == "texture":
+        raise ValueError(
+            "features are fitted with a model of pixels: expected kind 'auto' or 'object'; found 'texture'"
+        )
     with run_folder(out, "fitting", LOG_FILE, REPORT_FILE):
         check_outputs(outputs_of(out, recipe.folds if keep_folds else 0))
         refuse_unfinished(out)
         reading: Any = {"skip_bad": skip_bad, "progress": progress, "say": say}
+        quiet: Any = {**reading, "say": _nothing}
         wanted: tuple[int, ...]
         if extractor is not None:
             wanted, images = _load_for_features(data, recipe, extractor.size, sizes is not None, budget, **reading)
+        elif kind == "texture":
+            wanted, images = (), load_normals(data, replace_field(recipe, size=TEXTURE_SIZE), double=False, **reading)
         elif sizes is None:
             wanted, images = (recipe.size,), load_normals(data, recipe, **reading)
         else:
             wanted, images = _load_sizes(data, recipe, budget, **reading)
+        reason: str | None = None
+        if kind == "auto" and extractor is None:
+            kind, reason = plausible_kind(images.pixels)
         check_disk(out, sum(_disk_needed(replace_field(recipe, size=size), keep_folds) for size in wanted))
         groups = None if group_by is None else group_labels(group_by, images.names)
         if groups is not None and len(set(groups)) < _NEEDED:
@@ -120,11 +142,21 @@ def fit(
         elif has_state(out):
             say(f"{out} holds an interrupted fit, which --resume would continue; this one begins anew")
         options |= {"callbacks": callbacks, "stages": stages}
-        fitted: Fitted | FittedSizes
+        fitted: Fitted | FittedSizes | FittedTexture
         try:
             if extractor is not None:
                 del options["double"]
                 fitted = fit_with_features(images.pixels, wanted, recipe, extractor, budget=budget, **options)
+            elif kind != "object":
+                if kind == "auto":
+                    options["double"] = images.double if wanted[-1] == TEXTURE_SIZE else None
+                    images = load_normals(data, replace_field(recipe, size=TEXTURE_SIZE), double=False, **quiet)
+                texture: Any = {"shapes": images.shapes, "groups": groups, "progress": progress}
+                fitted = fit_texture_model(images.pixels, recipe, **texture)
+                if kind == "auto":
+                    others = [fitted.candidate]
+                    fitted = fit_sizes(images.pixels, wanted, recipe, budget=budget, others=others, **options)
+                    reason = describe_choice(fitted.model, reason or "")
             elif len(wanted) == 1:
                 fitted = fit_model(images.pixels, replace_field(recipe, size=wanted[0]), **options)
             else:
@@ -132,12 +164,14 @@ def fit(
             fitted.model.about.update(
                 version=fastmaf.__version__,
                 created=datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
+                kind=reason,
                 seconds=fitted.seconds,
                 log=fitted.log,
                 configuration={
                     **{name: value for name, value in asdict(recipe).items() if value is not None},
                     **({} if sizes is None else {"size": sizes, "budget": budget}),
                     **({} if features is None else {"features": features}),
+                    "kind": asked_kind,
                     **{"group_by": group_by, "keep_folds": keep_folds, "skip_bad": skip_bad},
                 },
                 notes=list(images.notes),
@@ -159,9 +193,11 @@ def fit(
     return FitResult(fitted, images=len(images), out=out)
 
 
-def load_normals(data: str | Path, recipe: Recipe, *, skip_bad: bool, progress: bool, say: Say) -> ImageSet:
+def load_normals(
+    data: str | Path, recipe: Recipe, *, skip_bad: bool, progress: bool, say: Say, double: bool = True
+) -> ImageSet:
     """Reads the good images of a folder; raises a DataError for too few."""
-    images = load_train(data, size=recipe.size, skip_bad=skip_bad, double=True, progress=progress)
+    images = load_train(data, size=recipe.size, skip_bad=skip_bad, double=double, progress=progress)
     return _checked(images, recipe, say)
 
 
@@ -195,6 +231,10 @@ def _load_for_features(
     images = load_train(data, size=size, skip_bad=skip_bad, progress=progress)
     side = min(size, *(min(shape) for shape in images.shapes))
     return sizes_for(side, budget) if several else (recipe.size,), _checked(images, recipe, say)
+
+
+def _nothing(_: str) -> None:
+    """Receives notes that have been said before."""
 
 
 def _checked(images: ImageSet, recipe: Recipe, say: Say) -> ImageSet:
@@ -231,7 +271,7 @@ def _disk_needed(recipe: Recipe, keep_folds: bool) -> int:
     return factors * (1 + recipe.folds * keep_folds)
 
 
-def _write(out: Path, fitted: Fitted | FittedSizes, images: ImageSet, keep_folds: bool) -> bool:
+def _write(out: Path, fitted: Fitted | FittedSizes | FittedTexture, images: ImageSet, keep_folds: bool) -> bool:
     """Writes all files of a run to a temporary folder, then replaces those of an earlier run.
 
     Returns:
@@ -243,7 +283,7 @@ def _write(out: Path, fitted: Fitted | FittedSizes, images: ImageSet, keep_folds
         fitted.model.save(new / MODEL_FILE)
         rows = ((row["step"], f"{row['nll']:.10g}", f"{row['held_out_nll']:.10g}") for row in fitted.log)
         write_csv(new / LOG_FILE, _LOG_COLUMNS, rows)
-        if keep_folds:
+        if keep_folds and not isinstance(fitted, FittedTexture):
             save_fold_models(new, fitted.density, fitted.out_of_fold.flows)
         training_report(new / REPORT_FILE, fitted.model, images, fitted.held_out, name=out.name)
         with interruptible() as stop:  # Ctrl-C here would leave a mixture of two runs

@@ -88,8 +88,11 @@ def read_each(
 
 def read_images(
     arguments: Sequence[str], size: int, *, skip_bad: bool = False, progress: bool = True, say: Say = print
-) -> Tensor:
-    """Reads the images that arguments name, uint8 ``[n, 3, size, size]``; see ``expand`` and ``read_each``.
+) -> tuple[Tensor, list[tuple[int, int]]]:
+    """Reads the images that arguments name; see ``expand`` and ``read_each``.
+
+    Returns:
+        The images, uint8 ``[n, 3, size, size]``, and the (height, width) of each file.
 
     Raises:
         DataError: an argument matches nothing, a file cannot be read and ``skip_bad`` is False, or none can be read.
@@ -100,7 +103,7 @@ def read_images(
         raise DataError(f"could not read any of {count(len(files), 'image')}: {some([str(file) for file in files])}")
     for note in sentences(Counter(kind for frame in frames for kind in frame.kinds)):
         say(note)
-    return torch.stack([frame.pixels for frame in frames])
+    return torch.stack([frame.pixels for frame in frames]), [(frame.height, frame.width) for frame in frames]
 
 
 class _Collector:

@@ -59,7 +59,8 @@ def predict_row(model: AnomalyModel, frame: Frame) -> tuple[ImageRow, np.ndarray
 def predict_rows(model: AnomalyModel, frames: Sequence[Frame]) -> tuple[list[ImageRow], np.ndarray]:
     """Returns the rows of a batch of at least one image, and their anomaly maps ``[n, s, s]``."""
     start = perf_counter()
-    prediction = model.predict(torch.stack([frame.pixels for frame in frames]))
+    shapes = [(frame.height, frame.width) for frame in frames]
+    prediction = model.predict(torch.stack([frame.pixels for frame in frames]), shapes)
     p_values = model.calibration.p_values(prediction.scores)
     anomalous = model.calibration.is_anomalous(prediction.scores)
     seconds = (perf_counter() - start) / len(frames)

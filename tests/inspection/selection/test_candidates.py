@@ -38,7 +38,7 @@ class Stub:
     def model(self) -> AnomalyModel:
         return self
 
-    def predict(self, pixels: Tensor) -> Prediction:
+    def predict(self, pixels: Tensor, shapes: object = None) -> Prediction:
         raise NotImplementedError
 
     def with_calibration(self, calibration: Calibration) -> AnomalyModel:
@@ -99,3 +99,18 @@ def test_a_candidate_that_is_taken_in_any_case(images: tuple[Tensor, list[Synthe
     assert choose_candidate([useless, good], *images, first="good").names == ("good",)
     with pytest.raises(ValueError, match="first must be one of .*; found 'none'"):
         choose_candidate([good], *images, first="none")
+
+
+def test_a_preferred_candidate_is_replaced_only_by_a_better_one(
+    images: tuple[Tensor, list[SyntheticDefects]],
+) -> None:
+    base = scores(0, 1.0)
+    same = base + 0.01 * np.random.default_rng(1).normal(size=base.shape)
+    for other in (same, 0.0 * base):
+        first, second = Stub("first", 16, other), Stub("second", 16, base)
+        names = choose_candidate([second, first], *images, preferred="second").names
+        assert names == ("second",)
+    near = Stub("near", 16, same), Stub("preferred", 16, base)
+    assert "preferred" in choose_candidate(near, *images, preferred="preferred").names
+    better = Stub("better", 16, scores(0, 4.0)), Stub("preferred", 16, scores(1, 0.0))
+    assert choose_candidate(better, *images, preferred="preferred").names == ("better",)
