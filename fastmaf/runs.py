@@ -248,7 +248,8 @@ def _cut(transforms: Sequence[Transform]) -> list[Transform | Run]:
     """Cuts transforms into runs, and the transforms between them that no op takes."""
     groups: list[list[Transform]] = []
     common: str | None = None  # the kind of the last group's blocks, "" while it has none; None: nothing can join it
-    for before, transform in zip((None, *transforms), transforms, strict=False):
+    for i, transform in enumerate(transforms):  # torch 2.7 takes every zip with an argument `strict` for a strict one
+        before = transforms[i - 1] if i else None
         kind = _kind(transform)
         two_permutations = type(before) is Permutation and type(transform) is Permutation
         if kind is None or common is None or two_permutations or (kind and common and kind != common):
