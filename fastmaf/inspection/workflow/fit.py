@@ -107,7 +107,7 @@ def fit(
     asked_kind, extractor = kind, None if features is None else extractor_of(features)
     if extractor is not None and kind == "texture":
         raise ValueError(
-            "features are fitted with a model of pixels: expected kind 'auto' or 'object'; found 'texture'"
+            "features go with a model of pixels: expected kind 'auto' or 'object'; found 'texture'"
         )
     with run_folder(out, "fitting", LOG_FILE, REPORT_FILE):
         check_outputs(outputs_of(out, recipe.folds if keep_folds else 0))
