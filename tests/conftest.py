@@ -14,6 +14,7 @@ from hypothesis import settings
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
+from fastmaf.inspection import free_threads
 from fastmaf.kernels import dispatch
 
 os.environ["COLUMNS"] = "80"  # the width of help texts, whatever the terminal's is
@@ -30,6 +31,14 @@ def default_backend() -> Iterator[None]:
     before = dispatch.chosen()
     yield
     dispatch.use_backend(before)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def threads_of_fits(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Fits take as many threads beside busy neighbours as alone: sums, and with them the last bits, depend on it."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(free_threads, "_LOAD", tmp_path_factory.mktemp("load") / "missing")
+        yield
 
 
 @pytest.fixture(params=["torch", "native"])

@@ -37,6 +37,7 @@ def test_options_take_precedence_over_the_file_and_the_file_over_defaults(
     found = printed(run, "--config", file, "--size", 16)
     expected = resolved(Recipe(size=16, rank=50, blocks=0, logit=0.1), data=str(folder / "good"), out="results")
     expected |= {"group_by": "folder", "keep_folds": False, "skip_bad": False, "budget": found["budget"]}
+    expected["kind"] = "auto"
     assert found == {key: value for key, value in expected.items() if value is not None}
     assert printed(run, "--config", folder / "printed.toml") == found, "what was printed gives the same settings"
 

@@ -153,7 +153,7 @@ def test_parts_must_fit(model: CombinedModel) -> None:
 
 def test_the_commands_take_a_combined_model(data: Path, file: Path, tmp_path: Path) -> None:
     with open(tmp_path / "rows.csv", "w") as rows:
-        assert not score(file, [str(data / "test")], stdout=rows, progress=False, say=silent).unread
+        assert not score(file, [str(data / "test")], stdout=rows, progress=False, say=silent)
     assert len((tmp_path / "rows.csv").read_text().splitlines()) == 1 + 10
     assert calibrate(file, 0.2, say=silent).false_alarm == 0.2
     assert recalibrate(file, [str(data / "train" / "good")], 0.1, progress=False, say=silent).how == "split"

@@ -116,9 +116,9 @@ def test_a_flow_of_other_features_is_refused(file: Path) -> None:
     tensors, metadata = read_tensors(file)
     fastmaf.Flow(3, [fastmaf.GaussianWhitening(3, 1)]).save(file.parent / "other.safetensors")
     others, texts = read_tensors(file.parent / "other.safetensors")
-    kept = {name: tensor for name, tensor in tensors.items() if not name.startswith("2/")}
-    kept |= {f"2/{name}": tensor for name, tensor in others.items()}
-    texts = {f"2/{key}": text for key, text in texts.items()}
-    write_tensors(kept, file, {**{k: v for k, v in metadata.items() if not k.startswith("2/")}, **texts})
-    with pytest.raises(fastmaf.CheckpointError, match="flow of level 2: expected 24 features"):
+    kept = {name: tensor for name, tensor in tensors.items() if not name.startswith("1/")}
+    kept |= {f"1/{name}": tensor for name, tensor in others.items()}
+    texts = {f"1/{key}": text for key, text in texts.items()}
+    write_tensors(kept, file, {**{k: v for k, v in metadata.items() if not k.startswith("1/")}, **texts})
+    with pytest.raises(fastmaf.CheckpointError, match="flow of level 1: expected 24 features"):
         load_inspection(file)
