@@ -106,7 +106,7 @@ gpu-check: $(VENV)/.installed-test  ## on a GPU: the marked tests, then memory a
 
 # With vector instructions and without, on one thread and on several. SANITIZERS=thread looks for data races instead.
 SANITIZERS ?= address,undefined
-CHECKED = -std=c++17 -pthread -Ikernels/csrc $(wildcard tests/kernels/csrc/test_*.cpp)
+CHECKED = -std=c++17 -pthread -Ikernels/csrc $(filter-out %/linked.cpp %/loaded.cpp,$(wildcard tests/kernels/csrc/*.cpp))
 SANITIZE = $(CXX) $(CHECKED) -ffp-contract=fast -fno-math-errno -DFASTMAF_ISA=checked tests/kernels/csrc/linked.cpp \
 	$(addprefix kernels/csrc/,kernels.cpp thread_pool.cpp storage.cpp uniform.cpp) \
 	-g -O1 -fsanitize=$(SANITIZERS) -fno-sanitize-recover=all

@@ -118,8 +118,7 @@ class AffineAutoregressive(Autoregressive):
 
     def inverse(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         self.check_invertible()
-        by_terms = context is not None and takes_terms(z)
-        if not by_terms and (block := self._one_block(context, dropout=False)) is not None:
+        if (block := self._one_block(context, dropout=False)) is not None:
             return flow_inverse(z, flow_args([block], [None, None]))
         return super().inverse(z, context)
 
@@ -129,8 +128,9 @@ class AffineAutoregressive(Autoregressive):
 
     def _with_terms(self, x: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor] | None:
         """Returns the result of an op of the whole block with a context, where there is one."""
-        dropout = self.made.dropout and self.made.training
-        if context is None or not self.context_features or dropout or self.calls_modules or not takes_terms(x):
+        if context is None or not self.context_features or self.calls_modules or not takes_terms(x):
+            return None
+        if self.made.dropout and self.made.training:
             return None
         return forward_with_terms(x, self.made.network(context), self._map)
 

@@ -20,7 +20,7 @@ import fastmaf
 from fastmaf.images.decode import DataError, load_frame
 from fastmaf.images.names import from_cell, to_cell, visible
 from fastmaf.inspection.workflow.groups import group_labels
-from fastmaf.inspection.workflow.score import ImageRow, _row_writer
+from fastmaf.inspection.workflow.rows import ImageRow, written_rows
 from fastmaf.io.csv_file import write_csv
 from fastmaf.io.safe_json import JSONError, parse
 from fastmaf.io.tensor_file import TensorFile
@@ -122,7 +122,7 @@ def test_rows_of_scores(folder: Path, name: str, numbers: list[float], kind: str
     """JSON has no notation for NaN and infinities: they are null there."""
     score, p_value, nll, decode_ms, latency_ms = numbers
     out = folder / f"rows{kind}"
-    with _row_writer(out, io.StringIO(), False) as write:
+    with written_rows(out) as write:
         write(ImageRow(name, score, p_value, "good", nll, decode_ms, latency_ms))
     text = out.read_bytes().decode("utf-8", "surrogateescape")
 

@@ -106,9 +106,7 @@ def fit(
     recipe, out = recipe or Recipe(), Path(out)
     asked_kind, extractor = kind, None if features is None else extractor_of(features)
     if extractor is not None and kind == "texture":
-        raise ValueError(
-            "features go with a model of pixels: expected kind 'auto' or 'object'; found 'texture'"
-        )
+        raise ValueError("features go with a model of pixels: expected kind 'auto' or 'object'; found 'texture'")
     with run_folder(out, "fitting", LOG_FILE, REPORT_FILE):
         check_outputs(outputs_of(out, recipe.folds if keep_folds else 0))
         refuse_unfinished(out)
