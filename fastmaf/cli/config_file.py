@@ -49,7 +49,8 @@ def reads(about: Callable[[], tuple[Callable[..., None], type]]) -> Callable[[ty
         for key, value in content.items():
             _refuse_kind(path, key, value, known[key])
         given = {key: value for key, value in content.items() if key in options}
-        given = {key: str(value) if str in (_members(options[key]) or ()) else value for key, value in given.items()}
+        texts = {key for key, value in given.items() if value is not None and str in (_members(options[key]) or ())}
+        given = {key: str(value) if key in texts else value for key, value in given.items()}
         context.default_map = {**(context.default_map or {}), **given}
         context.meta[_FIELDS] = {key: value for key, value in content.items() if key not in options}
         return path

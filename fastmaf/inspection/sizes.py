@@ -20,6 +20,7 @@ import fastmaf
 from fastmaf.images.reduce import reduced
 from fastmaf.inspection.blocks import Log
 from fastmaf.inspection.combined import combine
+from fastmaf.inspection.exchangeability import describe_groups
 from fastmaf.inspection.fit import FALSE_ALARM, Fitted, fit
 from fastmaf.inspection.fit_stages import Stages
 from fastmaf.inspection.interface import AnomalyModel, Candidate, HeldOut
@@ -129,6 +130,8 @@ def fit_sizes(
     begun = time.perf_counter()
     preferred = others[0].name if others else None
     model, held_out = _chosen([*candidates, *others], pixels, recipe.seed, preferred)
+    if groups is not None:
+        model.about["groups"] = describe_groups(groups, held_out.scores[0], model.calibration)
     seconds["choice"] = time.perf_counter() - begun
     skipped = tuple(sizes[len(candidates) :])
     model.about["skipped_sizes"] = list(skipped)
@@ -218,7 +221,9 @@ def model_of_all(
         return choice.model, HeldOut(scores[:1], maps[:1].copy())  # without those of the drawn defects
     chosen = [candidate for candidate in candidates if candidate.name in choice.names]
     if len(chosen) == 1 and chosen[0].size == side:
-        return chosen[0].model(), chosen[0].held_out([pixels])  # its figures are there
+        model_alone = chosen[0].model()
+        model_alone.about.update(choice.figures)
+        return model_alone, chosen[0].held_out([pixels])
     held_out = [candidate.held_out([reduced(pixels, candidate.size)]) for candidate in chosen]
     combination = combine(choice.names, held_out, side)
     model = combined_model([candidate.model() for candidate in chosen], combination, side, FALSE_ALARM)

@@ -14,6 +14,7 @@ import fastmaf
 from fastmaf.images.dataset import is_grey
 from fastmaf.images.progress import track
 from fastmaf.inspection.calibration import Calibration
+from fastmaf.inspection.exchangeability import describe_groups
 from fastmaf.inspection.fit import FALSE_ALARM, fit
 from fastmaf.inspection.out_of_fold import drop_fold
 from fastmaf.inspection.recipe import Recipe
@@ -73,6 +74,8 @@ def fit_tiles(
         "asked": parts[0].about["asked"],
         "map_levels": [float(np.quantile(whole, 0.99)), float(whole.max())],
     }
+    if groups is not None:
+        about["groups"] = describe_groups(groups, held_out, calibration)
     return TiledModel(tuple(parts), *_standard(of_tiles), calibration, about), held_out
 
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 import fastmaf
+from fastmaf.inspection.exchangeability import describe_groups
 from fastmaf.inspection.features.candidate import fit_features
 from fastmaf.inspection.features.extractor import Extractor
 from fastmaf.inspection.fit_stages import Stages
@@ -75,6 +76,8 @@ def fit_with_features(
     ]
     choice = choose_candidate(some, compared, drawn, first=features.name)
     model, held_out = model_of_all(choice, [*of_pixels, features], pixels, len(index))
+    if groups is not None:
+        model.about["groups"] = describe_groups(groups, held_out.scores[0], model.calibration)
     seconds["choice"] = time.perf_counter() - begun
     skipped = tuple(sizes[len(of_pixels) :])
     model.about["skipped_sizes"] = list(skipped)

@@ -62,5 +62,5 @@ def anomaly_maps(
     """
     above = (distances.double() - statistics.mean).float().view(-1, 1, *grid)
     large = interpolate(above, (side, side), mode="bilinear", align_corners=False)[:, 0]
-    matrix = smoothing(side, SIGMA * side).float()
+    matrix = smoothing(side, SIGMA * side).to(large)
     return matrix @ large @ matrix.T / unit

@@ -128,7 +128,6 @@ def combined_model(
     about = {
         "images": len(scores[0]),
         "map_levels": [float(np.quantile(maps[0], 0.99)), float(maps[0].max())],
-        **{name: models[0].about[name] for name in ("groups",) if name in models[0].about},
     }
     return CombinedModel(tuple(models), combination.standards, size, calibration, about)
 

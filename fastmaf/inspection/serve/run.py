@@ -40,7 +40,8 @@ def serve(
     """
     loaded = load_inspection(model, device=device)
     local = _is_local(host)
-    hosts = [host, "127.0.0.1", "localhost"] if local else ["*"]
+    named = f"[{host}]" if ":" in host else host  # as in the header of a request
+    hosts = [named, "127.0.0.1", "localhost"] if local else ["*"]
     app = application(loaded, hosts=hosts, max_bytes=max_bytes, max_pixels=max_pixels)
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:

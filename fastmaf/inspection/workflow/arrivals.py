@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from fastmaf.images.listing import files_in, is_image, walk
+from fastmaf.images.listing import confined, files_in, is_image, is_link_out, walk
 from fastmaf.images.read_ahead import Stamp, stamp_of
 from fastmaf.io.marks import is_output
 from fastmaf.io.regular import is_regular
@@ -36,7 +36,9 @@ class Arrivals:
 
     def ready(self) -> list[Path]:
         """Lists the folder, and returns the files to be read now, in the order of their last change."""
-        listed = {file: stamp_of(file) for below in walk(self._folder) for file in files_in(below) if is_image(file)}
+        with confined(self._folder):
+            found = [file for below in walk(self._folder) for file in files_in(below)]
+            listed = {file: stamp_of(file) for file in found if is_image(file) and not is_link_out(file)}
         before, self._listed = self._listed, listed
         ready = [file for file, stamp in listed.items() if before.get(file) == stamp and self._is_due(file, stamp)]
         return sorted(ready, key=lambda file: (listed[file][1], file))

@@ -133,7 +133,7 @@ def fit(
             )
         options: Any = {"double": images.double, "groups": groups, "every_fold": keep_folds, "progress": progress}
         pixels = [tensor for tensor in (images.pixels, images.double) if tensor is not None]
-        run = partial(run_of, recipe, wanted, groups, keep_folds, pixels)
+        run = partial(run_of, recipe, wanted, groups, keep_folds, pixels, kind=kind, features=features)
         stages = load_state(out, run()) if resume else Stages()
         if stages.done:
             say(f"continuing after {', '.join(stages.done)}")
@@ -147,8 +147,9 @@ def fit(
                 fitted = fit_with_features(images.pixels, wanted, recipe, extractor, budget=budget, **options)
             elif kind != "object":
                 if kind == "auto":
-                    options["double"] = images.double if wanted[-1] == TEXTURE_SIZE else None
-                    images = load_normals(data, replace_field(recipe, size=TEXTURE_SIZE), double=False, **quiet)
+                    side = max(TEXTURE_SIZE, *wanted)
+                    options["double"] = images.double if wanted[-1] == side else None
+                    images = load_normals(data, replace_field(recipe, size=side), double=False, **quiet)
                 texture: Any = {"shapes": images.shapes, "groups": groups, "progress": progress}
                 fitted = fit_texture_model(images.pixels, recipe, **texture)
                 if kind == "auto":

@@ -32,7 +32,14 @@ _STATE = Record({"run": MapOf(Anything()), "stages": ListOf(_STAGE)})
 
 
 def run_of(
-    recipe: Recipe, sizes: Sequence[int], groups: Sequence[str] | None, every_fold: bool, images: Sequence[Tensor]
+    recipe: Recipe,
+    sizes: Sequence[int],
+    groups: Sequence[str] | None,
+    every_fold: bool,
+    images: Sequence[Tensor],
+    *,
+    kind: str = "object",
+    features: str | None = None,
 ) -> dict[str, Any]:
     """Returns what a run to be resumed must have in common with the interrupted one, JSON types.
 
@@ -42,13 +49,16 @@ def run_of(
         groups: of the images, or None.
         every_fold: whether blocks are trained without each fold.
         images: the pixels that the models are fitted to.
+        kind: of the models; it decides at which size files are read.
+        features: the network whose features are used, too.
     """
     pixels = hashlib.sha256()
     for tensor in images:
         pixels.update(repr(tuple(tensor.shape)).encode())
         pixels.update(tensor.contiguous().numpy().data)
     named = None if groups is None else hashlib.sha256(json.dumps(list(groups)).encode()).hexdigest()
-    settings = {**asdict(recipe), "size": list(sizes), "keep_folds": every_fold}
+    settings = {**asdict(recipe), "size": list(sizes), "keep_folds": every_fold, "kind": kind}
+    settings["features"] = features
     found = {**settings, "groups": named, "images": pixels.hexdigest(), "fastmaf": fastmaf.__version__}
     return dict(json.loads(json.dumps(found)))
 

@@ -120,6 +120,11 @@ class Journal:
                 self._file.write(record.to_line())
             self._file.flush()
 
+    def forget(self, name: str) -> None:
+        """Leaves out the record of a file, which is to be scored again."""
+        self.stamps.pop(name, None)
+        self._offsets.pop(name, None)
+
     def records(self, files: Iterable[str]) -> Iterator[Record]:
         """Yields the latest record of each of these files that has one, in their order."""
         end = self._file.tell()
@@ -130,10 +135,8 @@ class Journal:
         self._file.seek(end)
 
     def content(self) -> bytes:
-        """Returns the lines of all records."""
-        self._file.seek(0)
-        self._file.readline()
-        return self._file.read()
+        """Returns the lines of the latest record of each file."""
+        return b"".join(record.to_line() for record in self.records(list(self._offsets)))
 
     def append(self, content: bytes) -> None:
         """Appends the lines of another journal."""

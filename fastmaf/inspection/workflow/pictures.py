@@ -26,11 +26,13 @@ class Pictures:
         overlays: folder for overlays of the anomaly maps, in the size of each image.
         maps: folder for the anomaly maps as numbers, in the size of each image.
         map_suffix: ``".png"`` (16 bits) or ``".tiff"`` (32-bit floating point).
+        keep_existing: new names are none of pictures that are there, such as those of the run that is resumed.
     """
 
     overlays: Path | None = None
     maps: Path | None = None
     map_suffix: str = ".png"
+    keep_existing: bool = False
     _names: dict[Path, str] = field(default_factory=dict)
     _taken: set[str] = field(default_factory=set)
 
@@ -48,10 +50,14 @@ class Pictures:
             parts = [part for part in file.with_suffix("").parts if part not in (file.anchor, "..", ".")]
             name = _shortened(file.stem if stems[file.stem.lower()] == 1 else "_".join(parts[-3:]))
             unique, k = name, 2
-            while unique.lower() in self._taken:
+            while unique.lower() in self._taken or (self.keep_existing and self._is_there(unique)):
                 unique, k = f"{name}_{k}", k + 1
             self._taken.add(unique.lower())
             self._names[file] = unique
+
+    def _is_there(self, name: str) -> bool:
+        folders = ((self.overlays, ".png"), (self.maps, self.map_suffix))
+        return any(os.path.lexists(folder / f"{name}{suffix}") for folder, suffix in folders if folder is not None)
 
     def outputs(self, files: Iterable[Path]) -> Iterator[Output]:
         """Yields the pictures of named files."""

@@ -88,6 +88,8 @@ def score_images(
             described = run_of(path, pictures, images)
             journal = stack.enter_context(open_journal(out, described, resume or was_restarted(), say, team))
             mine = [file for file in files[team.rank :: team.size] if is_due(file, journal)]
+            for file in mine:
+                journal.forget(str(file))  # a file that has changed, and can no longer be read, has no row
         loaded = load_inspection(path, device=str(device_of(device)))
         readers = max(1, processors() // local_size()) if workers is None else workers
         scorer = stack.enter_context(FileScorer(loaded, pictures, readers))

@@ -41,6 +41,8 @@ class FileScorer:
     def __enter__(self) -> FileScorer:
         if self._threads > 1:
             torch.set_num_threads(1)  # threads that start later inherit it
+        # Once before the threads: each would make its own float64 copy of the flow.
+        self._model.predict(torch.zeros(1, 3, self._model.size, self._model.size, dtype=torch.uint8))
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -68,6 +68,7 @@ def watch(
         else:
             before = list(journal.records(list(journal.stamps)))
             pictures.name([Path(record.row.file) for record in before])
+            pictures.keep_existing = resume
             summary.add(before)
             with written_rows(out) as write_again:
                 for record in before:
