@@ -92,7 +92,7 @@ def build(folder: Path) -> str:
     with ThreadPoolExecutor(4) as pool:
         objects = list(pool.map(lambda job: compiled(*job), jobs))
     options = [f"-Wl,--version-script={CSRC / 'exports.map'}"] if linux else []
-    options += ["-static"] if windows and "clang" not in version else []  # zig would make an archive of it
+    options += ["-static"] if windows and "zig" not in f"{cxx} {version}" else []  # which would make an archive
     target = folder / ("_native.dll" if windows else "_native.so")
     call([*cxx, "-shared", "-pthread", *objects, *options, "-o", new := f"{target}.{os.getpid()}"])
     os.replace(new, target)  # a process that has loaded the old one goes on with it

@@ -77,7 +77,11 @@ def started_together(device: torch.device) -> Iterator[Processes]:
         raise RuntimeError(f"{world_size()} processes were started, but this torch cannot connect them")
     mine = not distributed.is_initialized()
     if mine:
-        distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        store, rank, size = next(distributed.rendezvous("env://"))
+        # The store may be that of the processes that torchrun had started before, whose addresses are still there.
+        store = distributed.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        distributed.init_process_group(backend, store=store, rank=rank, world_size=size)
     try:
         yield Processes(distributed.get_rank(), distributed.get_world_size(), distributed.group.WORLD)
     finally:

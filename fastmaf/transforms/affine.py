@@ -104,10 +104,10 @@ class AffineAutoregressive(Autoregressive):
         return self._map.inverse(z, shift, log_scale), -self._map.sign * log_scale
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        if (result := self._with_terms(x, context)) is not None:
-            return result
         if (block := self._one_block(context, dropout=self.made.training)) is not None:
             return flow_forward(x, flow_args([block], [None, None]))
+        if (result := self._with_terms(x, context)) is not None:
+            return result
         return self._by_layers(x)[:2] if self._ends_in_an_op(context) else super().forward(x, context)
 
     def forward_per_dim(self, x: Tensor, terms: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -131,6 +131,10 @@ class AffineAutoregressive(Autoregressive):
         if context is None or not self.context_features or self.calls_modules or not takes_terms(x):
             return None
         if self.made.dropout and self.made.training:
+            return None
+        if context.dim() != 2 or len(context) != len(x) or not self.made.has_plain_layers:
+            return None
+        if records_gradients([x, context, *self.made.parameters()]):
             return None
         return forward_with_terms(x, self.made.network(context), self._map)
 

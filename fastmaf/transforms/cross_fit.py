@@ -71,7 +71,10 @@ class CrossFit:
         owner = self.rows.owner
         start = torch.searchsorted(owner, owner)
         few = torch.arange(len(owner)) - start < _FIRST_ROWS
-        few &= owner % max(1, math.ceil(int(few.sum()) / _FIRST_ROWS_OF_ALL)) == 0
+        every = max(1, math.ceil(int(few.sum()) / _FIRST_ROWS_OF_ALL))
+        # At random, as every k-th sample may be in one part.
+        taken = torch.randperm(len(self.x), generator=torch.Generator().manual_seed(0)) % every == 0
+        few &= taken.to(owner.device)[owner]
         rows = self.rows
         return (
             rows if bool(few.all()) else rows._replace(values=rows.values[few], owner=owner[few], share=rows.share[few])
