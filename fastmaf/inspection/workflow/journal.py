@@ -155,7 +155,18 @@ class Journal:
 
 def journal_output(path: Path) -> Output:
     """Returns a journal as an output of a command."""
-    return Output(path, Kind("the rows of an interrupted run", lambda file: _run_of(file) is not None))
+    return Output(path, Kind("the rows of an interrupted run", _is_journal))
+
+
+def _is_journal(path: Path) -> bool:
+    """Returns whether a file begins as a journal does; one whose first line was cut off by a full disk is one, too."""
+    start = f'{{"{_KEY}": '.encode()
+    try:
+        with open(path, "rb") as file:
+            found = file.read(len(start))
+    except OSError:
+        return False
+    return start.startswith(found)
 
 
 def _run_of(path: Path) -> dict[str, Any] | None:

@@ -173,7 +173,7 @@ def test_the_commands(run: Path, model_copy: Path, data: Path, tmp_path: Path) -
     flags = ["--keep-folds", "--dequantize", "--logit", "0.1", "--size", "8", "--quiet"]
     done = invoke(app, ["train", "--recipe", "inspection", "--data", str(data), "--out", str(tmp_path / "r"), *flags])
     about = load_inspection(tmp_path / "r").about
-    assert done.exit_code == 0 and len(list((tmp_path / "r" / "folds").iterdir())) == 5
+    assert done.exit_code == 0 and len(list((tmp_path / "r" / "folds").iterdir())) == 10
     assert (about["recipe"]["dequantize"], about["recipe"]["logit"]) == (True, 0.1)
     bits = about["held_out_nll"] / (192 * math.log(2)) + math.log2(255)
     assert f"at most {bits:.3f} bits/dim of 8-bit data" in done.output and "augmentation: " in done.output
