@@ -77,9 +77,10 @@ def started_together(device: torch.device) -> Iterator[Processes]:
         raise RuntimeError(f"{world_size()} processes were started, but this torch cannot connect them")
     mine = not distributed.is_initialized()
     if mine:
-        store, rank, size = next(distributed.rendezvous("env://"))
+        store, rank, size = next(distributed.rendezvous("env://"))  # type: ignore[attr-defined]
         # The store may be that of the processes that torchrun had started before, whose addresses are still there.
-        store = distributed.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+        store = distributed.PrefixStore(f"attempt {attempt}", store)  # type: ignore[attr-defined]
         backend = "nccl" if device.type == "cuda" else "gloo"
         distributed.init_process_group(backend, store=store, rank=rank, world_size=size)
     try:
