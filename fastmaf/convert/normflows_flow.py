@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from fastmaf.convert.converted import ConditionalBlock, ConvertedFlow
+from fastmaf.io.tensor_file import read_tensors, write_tensors
 from fastmaf.transforms import ElementwiseAffine, Transform
 
 
@@ -96,12 +97,16 @@ class NormflowsFlow(ConvertedFlow):
         return -alpha * (weights * (log_p - log_q).exp().log()).mean()
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Writes the state dict of this flow with ``torch.save``."""
-        torch.save(self.state_dict(), path)
+        """Writes the state dict of this flow as safetensors; normflows pickles it."""
+        write_tensors({name: tensor.cpu().contiguous() for name, tensor in self.state_dict().items()}, path, {})
 
     def load(self, path: str | os.PathLike[str]) -> None:
-        """Loads a file of ``save``."""
-        self.load_state_dict(torch.load(path, weights_only=True))
+        """Loads a file of ``save``; nothing is unpickled.
+
+        Raises:
+            fastmaf.CheckpointError: it is no safetensors file, such as one that normflows wrote.
+        """
+        self.load_state_dict(read_tensors(path)[0])
 
     def _target(self, x: Tensor) -> Tensor:
         if self.p is None:

@@ -21,7 +21,7 @@ import fastmaf
 from fastmaf.images.reduce import reduced
 from fastmaf.inspection.calibration import CALIBRATION, Calibration
 from fastmaf.inspection.interface import AnomalyModel, HeldOut
-from fastmaf.inspection.model import Prediction, Shapes
+from fastmaf.inspection.model import Prediction, Shapes, check_pixels, map_levels_of
 from fastmaf.inspection.model_card import combined_card
 from fastmaf.inspection.model_parts import read_parts, tensors_of_parts
 from fastmaf.inspection.model_schema import ABOUT, KEY
@@ -112,8 +112,7 @@ class CombinedModel:
     @property
     def map_levels(self) -> tuple[float, float]:
         """Range of an overlay's colours: the 99th percentile and the maximum of the anomaly maps of good images."""
-        low, high = (float(level) for level in self.about["map_levels"])
-        return low, max(high, low + 1e-6)
+        return map_levels_of(self.about)
 
     @fastmaf.torch_defaults()
     def predict(self, pixels: Tensor, shapes: Shapes | None = None) -> Prediction:
@@ -129,10 +128,7 @@ class CombinedModel:
 
     def predictions(self, pixels: Tensor, shapes: Shapes | None = None) -> list[Prediction]:
         """Returns the prediction of each part for images, uint8 ``[n, 3, size, size]``; errors as ``predict``."""
-        if pixels.dtype != torch.uint8 or pixels.shape[1:] != (3, self.size, self.size):
-            raise ValueError(
-                f"pixels must be uint8 [n, 3, {self.size}, {self.size}]; found {pixels.dtype} {list(pixels.shape)}"
-            )
+        check_pixels(pixels, self.size)
         return [part.predict(reduced(pixels, part.size), shapes) for part in self.parts]
 
     def with_calibration(self, calibration: Calibration) -> CombinedModel:

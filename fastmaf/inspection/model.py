@@ -61,6 +61,18 @@ class Prediction:
         return len(self.scores)
 
 
+def check_pixels(pixels: Tensor, size: int) -> None:
+    """Raises ValueError unless pixels are uint8 ``[n, 3, size, size]``."""
+    if pixels.dtype != torch.uint8 or pixels.shape[1:] != (3, size, size):
+        raise ValueError(f"pixels must be uint8 [n, 3, {size}, {size}]; found {pixels.dtype} {list(pixels.shape)}")
+
+
+def map_levels_of(about: Mapping[str, Any]) -> tuple[float, float]:
+    """Returns the levels in the details of a model, which are not equal."""
+    low, high = (float(level) for level in about["map_levels"])
+    return low, max(high, low + 1e-6)
+
+
 @dataclass(frozen=True, eq=False)
 class InspectionModel:
     """A flow over square images, its score and anomaly map, and its calibration.
@@ -100,8 +112,7 @@ class InspectionModel:
     @property
     def map_levels(self) -> tuple[float, float]:
         """Range of an overlay's colours: the 99th percentile and the maximum of the anomaly maps of good images."""
-        low, high = (float(level) for level in self.about["map_levels"])
-        return low, max(high, low + 1e-6)
+        return map_levels_of(self.about)
 
     @property
     def float64_flow(self) -> Float64Flow:
@@ -139,10 +150,7 @@ class InspectionModel:
 
     def _batches(self, pixels: Tensor) -> Iterator[FlowValues]:
         """Yields the images in batches; one empty batch if there are none."""
-        if pixels.dtype != torch.uint8 or pixels.shape[1:] != (3, self.size, self.size):
-            raise ValueError(
-                f"pixels must be uint8 [n, 3, {self.size}, {self.size}]; found {pixels.dtype} {list(pixels.shape)}"
-            )
+        check_pixels(pixels, self.size)
         for part in pixels.split(_BATCH):
             yield FlowValues(self.float64_flow, to_unit(part, self.channels).to(self.device))
 

@@ -14,7 +14,7 @@ from torch import Tensor
 import fastmaf
 from fastmaf.inspection.calibration import CALIBRATION, Calibration
 from fastmaf.inspection.interface import AnomalyModel
-from fastmaf.inspection.model import Prediction, Shapes
+from fastmaf.inspection.model import Prediction, Shapes, check_pixels, map_levels_of
 from fastmaf.inspection.model_card import tiled_card
 from fastmaf.inspection.model_parts import read_parts, tensors_of_parts
 from fastmaf.inspection.model_schema import ABOUT, KEY
@@ -85,8 +85,7 @@ class TiledModel:
     @property
     def map_levels(self) -> tuple[float, float]:
         """Range of an overlay's colours: the 99th percentile and the maximum of the anomaly maps of good images."""
-        low, high = (float(level) for level in self.about["map_levels"])
-        return low, max(high, low + 1e-6)
+        return map_levels_of(self.about)
 
     @fastmaf.torch_defaults()
     def predict(self, pixels: Tensor, shapes: Shapes | None = None) -> Prediction:
@@ -95,10 +94,7 @@ class TiledModel:
         Raises:
             ValueError: the images have another size or type.
         """
-        if pixels.dtype != torch.uint8 or pixels.shape[1:] != (3, self.size, self.size):
-            raise ValueError(
-                f"pixels must be uint8 [n, 3, {self.size}, {self.size}]; found {pixels.dtype} {list(pixels.shape)}"
-            )
+        check_pixels(pixels, self.size)
         size = self.parts[0].size
         predictions = [part.predict(tile_of(pixels, i, size)) for i, part in enumerate(self.parts)]
         scores = np.stack([prediction.scores for prediction in predictions])

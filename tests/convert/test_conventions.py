@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import io
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -135,6 +136,21 @@ def test_transforms_of_zuko_broadcast_contexts() -> None:
         close(t.log_abs_det_jacobian(x, t(x)), expected.log_abs_det_jacobian(x, t(x)))
     jacobian = torch.autograd.functional.jacobian(t, x[0])
     assert jacobian.shape == (6, 4, 6, 4) and bool(jacobian.isfinite().all())
+
+
+def test_files_of_normflows_conventions(tmp_path: Path) -> None:
+    flow, x = fastmaf.from_normflows(of_normflows()), torch.randn(6, 4)
+    flow.save(tmp_path / "flow")
+    other = copy.deepcopy(flow)
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter.add_(1)
+    assert not torch.equal(other.log_prob(x), flow.log_prob(x))
+    other.load(tmp_path / "flow")
+    assert torch.equal(other.log_prob(x), flow.log_prob(x))
+    torch.save(flow.state_dict(), tmp_path / "pickled")
+    with pytest.raises(fastmaf.CheckpointError, match="pickled"):
+        flow.load(tmp_path / "pickled")
 
 
 def test_methods_of_normflows() -> None:

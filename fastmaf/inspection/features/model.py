@@ -16,7 +16,7 @@ from fastmaf.inspection.calibration import Calibration
 from fastmaf.inspection.features.extractor import Extractor
 from fastmaf.inspection.features.gaussian import LocationGaussian
 from fastmaf.inspection.features.maps import DistanceStatistics, anomaly_maps, image_scores
-from fastmaf.inspection.model import Prediction, Shapes
+from fastmaf.inspection.model import Prediction, Shapes, check_pixels, map_levels_of
 from fastmaf.inspection.model_card import features_card
 from fastmaf.inspection.model_schema import KEY
 from fastmaf.io.atomic import staging
@@ -70,8 +70,7 @@ class FeatureModel:
     @property
     def map_levels(self) -> tuple[float, float]:
         """Range of an overlay's colours: the 99th percentile and the maximum of the anomaly maps of good images."""
-        low, high = (float(level) for level in self.about["map_levels"])
-        return low, max(high, low + 1e-6)
+        return map_levels_of(self.about)
 
     @fastmaf.torch_defaults()
     def predict(self, pixels: Tensor, shapes: Shapes | None = None) -> Prediction:
@@ -82,10 +81,7 @@ class FeatureModel:
         Raises:
             ValueError: the images have another size or type.
         """
-        if pixels.dtype != torch.uint8 or pixels.shape[1:] != (3, self.size, self.size):
-            raise ValueError(
-                f"pixels must be uint8 [n, 3, {self.size}, {self.size}]; found {pixels.dtype} {list(pixels.shape)}"
-            )
+        check_pixels(pixels, self.size)
         empty = torch.empty(0, self.gaussian.mean.shape[1], *self.grid)
         return self.predict_features(torch.cat([empty, *(self.extractor(image[None]) for image in pixels)]))
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 import fastmaf
 from fastmaf.inspection.calibration import Calibration
-from fastmaf.inspection.model import Prediction, Shapes
+from fastmaf.inspection.model import Prediction, Shapes, check_pixels, map_levels_of
 from fastmaf.inspection.model_card import texture_card
 from fastmaf.inspection.model_schema import KEY
 from fastmaf.inspection.scoring.float64_flow import rounded
@@ -75,8 +75,7 @@ class TextureModel:
     @property
     def map_levels(self) -> tuple[float, float]:
         """Range of an overlay's colours: the 99th percentile and the maximum of the anomaly maps of good images."""
-        low, high = (float(level) for level in self.about["map_levels"])
-        return low, max(high, low + 1e-6)
+        return map_levels_of(self.about)
 
     @fastmaf.torch_defaults()
     def predict(self, pixels: Tensor, shapes: Shapes | None = None) -> Prediction:
@@ -91,10 +90,7 @@ class TextureModel:
         Raises:
             ValueError: the images have another size or type, or there is another number of shapes.
         """
-        if pixels.dtype != torch.uint8 or pixels.shape[1:] != (3, self.size, self.size):
-            raise ValueError(
-                f"pixels must be uint8 [n, 3, {self.size}, {self.size}]; found {pixels.dtype} {list(pixels.shape)}"
-            )
+        check_pixels(pixels, self.size)
         if shapes is not None and len(shapes) != len(pixels):
             raise ValueError(f"shapes must hold that of each of {len(pixels)} images; found {len(shapes)}")
         n = len(pixels)

@@ -162,7 +162,6 @@ def test_a_damaged_state_is_refused(data: Path, tmp_path: Path, damage: str) -> 
 
 
 def test_sizes_go_on_where_they_were(data: Path, tmp_path: Path) -> None:
-    pytest.importorskip("fastmaf.inspection.sizes")
     from fastmaf.images.dataset import load_train
     from fastmaf.inspection.fit_stages import Stages
     from fastmaf.inspection.sizes import fit_sizes
