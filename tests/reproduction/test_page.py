@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 
 from fastmaf.reproduction import Reproduction, reproduce
+from tests.inspection.browser import browser, needs_browser, opened
 from tests.inspection.report.report_read import Element, read
-from tests.inspection.report.test_browser import BROWSER, DRIVER, browser, opened
 from tests.reproduction.tiny import RECIPE, TINY
 
 __all__ = ["browser"]
@@ -70,7 +70,7 @@ def test_a_class_name_is_no_markup(data: Path, tmp_path: Path) -> None:
     assert not page.all("i")
 
 
-@pytest.mark.skipif(BROWSER is None or DRIVER is None, reason="chromium or chromedriver is not on the PATH")
+@needs_browser
 @pytest.mark.parametrize("width", [1280, 390])
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_it_is_shown_whole_in_a_browser(

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from fastmaf.inspection.report.page import write_report
-from tests.inspection.browser import chromium, needs_browser
+from tests.inspection.browser import browser, needs_browser, opened
 from tests.inspection.report.report_made import example_report, named_badly, untested
 
+__all__ = ["browser"]
 pytestmark = [pytest.mark.slow, needs_browser]
 
 PAGES = ("full", "untested", "badly named")
@@ -26,20 +26,6 @@ def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     report = example_report(folder)
     reports = {"full": report, "untested": untested(report), "badly named": named_badly(report)}
     return {name: write_report(folder / f"{name}.html", each) for name, each in reports.items()}
-
-
-@pytest.fixture(scope="module")
-def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
-    with chromium(tmp_path_factory.mktemp("profile")) as driver:
-        yield driver
-
-
-def opened(browser: Any, page: Path, width: int = 1280, scheme: str = "light", media: str = "") -> None:
-    size = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": width < 500}
-    browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
-    features = [{"name": "prefers-color-scheme", "value": scheme}]
-    browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"media": media, "features": features})
-    browser.get(page.as_uri())
 
 
 def colours(browser: Any, selector: str, text: str = "color") -> list[tuple[float, float]]:
