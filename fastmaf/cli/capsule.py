@@ -100,6 +100,13 @@ def train(
     cuda_graphs: Annotated[
         bool, typer.Option("--cuda-graphs/--no-cuda-graphs", help="On a GPU, replay training steps as CUDA graphs.")
     ] = True,
+    shard_optimizer: Annotated[
+        bool,
+        typer.Option(
+            "--shard-optimizer/--no-shard-optimizer",
+            help="With several processes, split the optimiser's state among them: for models that do not fit.",
+        ),
+    ] = False,
     as_json: options.Json = False,
     quiet: options.Quiet = False,
     verbose: options.Verbose = False,
@@ -113,7 +120,7 @@ def train(
     from fastmaf.capsule.train import train as run
     from fastmaf.training.processes import is_first
 
-    result = run(data, out, config, **settings)
+    result = run(data, out, config, shard_optimizer=shard_optimizer, **settings)
     if is_first():
         say_or_aside(as_json)(result.describe())
     if as_json and is_first():
@@ -185,7 +192,7 @@ def evaluate(
 
 
 @app.command()
-@options_of(train, degrees="random")
+@options_of(train, without=["shard_optimizer"], degrees="random")
 def reproduce(
     context: typer.Context,
     out: Path,
