@@ -22,6 +22,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, distributed, nn
+from torch.multiprocessing.spawn import spawn
 
 import fastmaf
 from fastmaf.optim import FusedAdam
@@ -73,32 +74,32 @@ class Counter:
 
     def __init__(self, size: int, rank: int) -> None:
         self.traffic, self._size, self._rank = Traffic(), size, rank
-        self._originals = {name: getattr(distributed, name) for name in ("all_reduce", "all_gather", "broadcast")}
+        self.originals = {name: getattr(distributed, name) for name in ("all_reduce", "all_gather", "broadcast")}
 
     def __enter__(self) -> Counter:
-        for name in self._originals:
+        for name in self.originals:
             setattr(distributed, name, getattr(self, name))
         return self
 
     def __exit__(self, *_: object) -> None:
-        for name, original in self._originals.items():
+        for name, original in self.originals.items():
             setattr(distributed, name, original)
 
     def all_reduce(self, tensor: Tensor, *args: Any, **kwargs: Any) -> Any:
         self.reduced(tensor.nbytes)
-        return self._originals["all_reduce"](tensor, *args, **kwargs)
+        return self.originals["all_reduce"](tensor, *args, **kwargs)
 
     def reduced(self, given: int) -> None:
         self.traffic = self.traffic.plus(given, 2 * given * (self._size - 1) / self._size)
 
     def all_gather(self, found: list[Tensor], tensor: Tensor, *args: Any, **kwargs: Any) -> Any:
         self.traffic = self.traffic.plus(tensor.nbytes, tensor.nbytes * (self._size - 1))
-        return self._originals["all_gather"](found, tensor, *args, **kwargs)
+        return self.originals["all_gather"](found, tensor, *args, **kwargs)
 
     def broadcast(self, tensor: Tensor, source: int, *args: Any, **kwargs: Any) -> Any:
         mine = source == self._rank
         self.traffic = self.traffic.plus(tensor.nbytes * mine, tensor.nbytes * (not mine))
-        return self._originals["broadcast"](tensor, source, *args, **kwargs)
+        return self.originals["broadcast"](tensor, source, *args, **kwargs)
 
 
 class Loss(nn.Module):
@@ -117,7 +118,7 @@ def ddp_step(flow: fastmaf.Flow, counter: Counter) -> Callable[[Tensor], object]
 
     def hook(_, bucket):  # type: ignore[no-untyped-def]  # torch compares annotations, and these are texts here
         counter.reduced(bucket.buffer().nbytes)
-        work = distributed.group.WORLD.allreduce([bucket.buffer()])
+        work = counter.originals["all_reduce"](bucket.buffer(), async_op=True)
         return work.get_future().then(lambda future: future.value()[0] / distributed.get_world_size())
 
     wrapped = nn.parallel.DistributedDataParallel(Loss(flow), gradient_as_bucket_view=True)
@@ -150,7 +151,7 @@ def measured(rank: int, size: int, method: str, features: int, folder: str) -> N
 def measure(size: int, method: str, features: int) -> tuple[Traffic, int]:
     """Returns the traffic and the bytes of the moments of the process that has the most of it."""
     with tempfile.TemporaryDirectory(prefix="fastmaf-bench-") as folder:
-        torch.multiprocessing.spawn(measured, (size, method, features, folder), nprocs=size)
+        spawn(measured, (size, method, features, folder), nprocs=size)
         found = [torch.load(f"{folder}/{rank}.pt") for rank in range(size)]
     return Traffic(*max((traffic for traffic, _ in found), key=lambda t: t[2])), max(moments for _, moments in found)
 
@@ -213,7 +214,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--features", type=int, default=12288, help="dimensions")
     parser.add_argument("--out", type=Path, help="CSV file to write")
     options = parser.parse_args(arguments)
-    table = [list(COLUMNS), *rows(options.workers, options.features)]
+    table: list[list[object]] = [list(COLUMNS), *rows(options.workers, options.features)]
     for i, row in enumerate(table):
         print(f"| {' | '.join(map(str, row))} |" + f"\n|{' --- |' * len(row)}" * (i == 0))
     if options.out:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeAlias
 
 import torch
@@ -130,3 +130,16 @@ def _initial_state(parameter: Tensor, group: dict[str, Any], shape: torch.Size) 
         memory = empty_on_huge_pages(shape.numel(), device=parameter.device, dtype=parameter.dtype)
         state[name] = memory.zero_().view(shape)
     return state
+
+
+def check_moments(state_dict: Mapping[str, Any], parameters: Sequence[Tensor]) -> None:
+    """Raises ValueError unless the moments in the ``state_dict`` of an optimiser have the shapes of the parameters."""
+    saved = [i for group in state_dict["param_groups"] for i in group["params"]]
+    for number, parameter in zip(saved, parameters, strict=False):  # torch checks how many there are
+        for name, value in state_dict["state"].get(number, {}).items():
+            if isinstance(value, Tensor) and value.dim() and value.shape != parameter.shape:
+                raise ValueError(
+                    f"{name} of parameter {number}: expected shape {tuple(parameter.shape)}; found "
+                    f"{tuple(value.shape)}: the state is of another model, or of a version of fastmaf that packed "
+                    "weights otherwise; begin with a new optimiser"
+                )

@@ -13,12 +13,12 @@ from torch.optim import optimizer as torch_optimizer
 
 from fastmaf.kernels.factored_grad import GradientSink
 from fastmaf.kernels.layout import PackedLayout
-from fastmaf.training.adam_updates import BeginUpdate, EagerUpdates, StepCounts
+from fastmaf.training.adam_updates import BeginUpdate, EagerUpdates, StepCounts, check_moments
 from fastmaf.training.cpu_step import is_usual, step_on_cpu_
 from fastmaf.training.exchange import Exchange
 from fastmaf.training.gradient_sink import Gradients, backward, has_hooks, single_uses
 from fastmaf.training.guards import NonFiniteLossError, check_loss, check_processes, clip_scale
-from fastmaf.training.sharded_state import MOMENTS, ShardedState
+from fastmaf.training.sharded_state import ShardedState
 
 Groups: TypeAlias = dict[Tensor, dict[str, Any]]
 
@@ -122,23 +122,10 @@ class FusedAdam(torch.optim.Adam):
         Raises:
             ValueError: the state is of other parameters: their number or the shapes of moments differ.
         """
-        parameters = [p for group in self.param_groups for p in group["params"]]
-        saved = [i for group in state_dict["param_groups"] for i in group["params"]]
-        for number, parameter in zip(saved, parameters, strict=False):  # torch checks how many there are
-            for name, value in state_dict["state"].get(number, {}).items():
-                if isinstance(value, Tensor) and value.dim() and value.shape != parameter.shape:
-                    raise ValueError(
-                        f"{name} of parameter {number}: expected shape {tuple(parameter.shape)}; found "
-                        f"{tuple(value.shape)}: the state is of another model, or of a version of fastmaf that packed "
-                        "weights otherwise; begin with a new optimiser"
-                    )
+        parameters = list(self._groups())
+        check_moments(state_dict, parameters)
         if self._sharded is not None:
-            found = {}
-            for number, parameter in zip(saved, parameters, strict=False):
-                if entry := state_dict["state"].get(number):
-                    parts = {name: self._sharded.own_part(parameter, entry[name]) for name in MOMENTS}
-                    found[number] = {**entry, **parts}
-            state_dict = {**state_dict, "state": found}
+            state_dict = self._sharded.own_state(state_dict, parameters)
         super().load_state_dict(state_dict)
 
     def state_dict(self) -> dict[str, Any]:

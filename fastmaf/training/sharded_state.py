@@ -7,7 +7,7 @@ step of Adam there, and sends the new weights to the others.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -121,10 +121,16 @@ class ShardedState:
         g = g[:, rows].contiguous()
         return grad._replace(batch=LinearBatch(g, x, g), args=part)
 
-    def own_part(self, parameter: Tensor, whole: Tensor) -> Tensor:
-        """Returns the part of a moment that this process holds."""
-        own = self._own.get(parameter)
-        return whole.reshape(-1)[own.start : own.end].clone() if own is not None else whole.new_empty(0)
+    def own_state(self, state_dict: Mapping[str, Any], parameters: Sequence[Tensor]) -> dict[str, Any]:
+        """Returns the ``state_dict`` of a whole state with the moments that this process holds."""
+        saved = [i for group in state_dict["param_groups"] for i in group["params"]]
+        state = dict(state_dict["state"])
+        for number, parameter in zip(saved, parameters, strict=False):  # torch checks how many there are
+            if entry := state.get(number):
+                own = self._own.get(parameter)
+                part = slice(0) if own is None else slice(own.start, own.end)
+                state[number] = {**entry, **{name: entry[name].reshape(-1)[part].clone() for name in MOMENTS}}
+        return {**state_dict, "state": state}
 
     @torch.no_grad()
     def whole(self, state: Mapping[Tensor, Mapping[str, Any]], keep: bool = True) -> dict[Tensor, dict[str, Any]]:

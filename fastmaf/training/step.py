@@ -92,8 +92,8 @@ class TrainingStep:
         if shard_optimizer:
             if not isinstance(optimizer, FusedAdam):
                 raise ValueError(f"shard_optimizer is for FusedAdam; found {type(optimizer).__name__}")
-            layers = (module for module in flow.modules() if isinstance(module, MaskedLinear))
-            optimizer.shard({layer.weight: layer.layout for layer in layers})
+            packed = (module for module in flow.modules() if isinstance(module, MaskedLinear))
+            optimizer.shard({layer.weight: layer.layout for layer in packed})
         self.flow = flow
         self.optimizer = optimizer
         self.guards = guards or Guards()
