@@ -48,7 +48,7 @@ def converter(
                     result = convert(flow)
                 except NotConvertibleError:
                     raise
-                except (AttributeError, RuntimeError, TypeError, ValueError) as error:  # not the parts of the library
+                except Exception as error:  # not the parts of the library: their attributes may raise anything
                     raise NotConvertibleError(f"{kind(flow)} cannot be converted: {error}") from error
             modules: list[nn.Module] = [result, *result.parts.modules()]
             for module in modules:
