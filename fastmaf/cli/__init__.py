@@ -8,7 +8,7 @@ __all__ = ["main"]
 
 
 def main() -> None:
-    """Runs the command; where its packages are not installed, one line names them, and ``doctor`` reports all the same."""
+    """Runs the command; without its packages one line names them, and only ``doctor`` runs."""
     try:
         require("cli", "the command fastmaf")
     except MissingExtraError as error:
