@@ -23,7 +23,7 @@ from fastmaf.inspection.fit_stages import Stage, Stages
 from fastmaf.inspection.recipe import Recipe
 from fastmaf.io.atomic import written_atomically
 from fastmaf.io.safe_json import parse, shown
-from fastmaf.io.schema import Anything, ListOf, MapOf, Record, Text, Whole
+from fastmaf.io.schema import Anything, ListOf, MapOf, Number, Record, Text, Whole
 from fastmaf.training.interrupts import interruptible
 
 STATE_FOLDER = "fit_state"
@@ -34,7 +34,10 @@ _STAGE = Record(
 )
 _STATE = Record(
     {"run": MapOf(Anything()), "stages": ListOf(_STAGE)},
-    optional={"files": Text()},  # part of the names of its files; not written by earlier versions
+    optional={
+        "seconds": MapOf(Number(low=0.0)),
+        "files": Text(),  # part of the names of its files; not written by earlier versions
+    },
 )
 _FILES = re.compile("[0-9a-f]{8}")
 _FLOW_FILE = re.compile(r"stage-(?:([0-9a-f]{8})-)?\d+-\d+\.safetensors")
@@ -95,8 +98,9 @@ def save_state(out: Path, run: Mapping[str, Any], stages: Stages) -> None:
                 for k, flow in enumerate(stage.flows):
                     flow.save(folder / _flow_file(files, i, k))
                 entries.append({"name": name, "flows": len(stage.flows), "record": stage.record})
+            state = {"run": run, "stages": entries, "seconds": stages.seconds, "files": files}
             with written_atomically(folder / _STATE_FILE) as file:
-                file.write(json.dumps({"run": run, "stages": entries, "files": files}).encode())
+                file.write(json.dumps(state).encode())
         finally:  # of the earlier state or, after an error, of this one: on a full disk that frees their space
             _remove_flows_of_others(folder)
 
@@ -133,7 +137,7 @@ def load_state(out: Path, run: Mapping[str, Any]) -> Stages:
                 raise fastmaf.CheckpointError(f"{file}: missing in the state of an interrupted fit")
         flows = tuple(fastmaf.load(file).eval() for file in files)
         done[entry["name"]] = Stage(flows, entry["record"])
-    return Stages(done)
+    return Stages(done, state.get("seconds", {}))
 
 
 def remove_state(out: Path) -> None:
