@@ -25,7 +25,7 @@ from fastmaf.inspection.features.fit import fit_with_features
 from fastmaf.inspection.features.model import FeatureModel
 from fastmaf.inspection.fit import fit
 from fastmaf.inspection.interface import AnomalyModel, maps_of, scores_of
-from fastmaf.inspection.kinds import KINDS, TEXTURE_SIZE, Kind, fit_texture_model, plausible_kind
+from fastmaf.inspection.kinds import KINDS, Kind, fit_texture_model, plausible_kind, texture_size
 from fastmaf.inspection.model import InspectionModel, Prediction, Shapes, load_inspection
 from fastmaf.inspection.recipe import Recipe
 from fastmaf.inspection.row_model import RowModel, fit_rows
@@ -280,7 +280,7 @@ class Detector(OutlierMixin, BaseEstimator):
                 f"tiles are of objects: expected kind='object' with tiles={self.tiles}; found {self.kind!r}"
             )
         size = tiled_size(self.size, self.tiles) if extractor is None else extractor.size
-        samples, double, _ = square_pixels(X, size, double=extractor is None)
+        samples, double, shapes = square_pixels(X, size, double=extractor is None)
         n = len(samples)
         if n < 3:
             raise ValueError(f"X must hold at least 3 good images; found {n}")
@@ -294,7 +294,7 @@ class Detector(OutlierMixin, BaseEstimator):
         elif self.tiles > 1:
             model, scores = fit_tiles(samples, recipe, self.tiles, double=double, **options)
         elif (kind := plausible_kind(samples)[0] if self.kind == "auto" else self.kind) != "object":
-            model, scores = self._fit_texture(X, recipe, double, kind == "auto", **options)
+            model, scores = self._fit_texture(X, shapes, recipe, double, kind == "auto", **options)
         else:
             fitted = fit(samples, recipe, double=double, **options)
             model, scores = fitted.model, fitted.held_out.scores[0]
@@ -330,11 +330,11 @@ class Detector(OutlierMixin, BaseEstimator):
         return torch.from_numpy(np.array(rows))  # a copy: torch takes neither read-only arrays nor negative strides
 
     def _fit_texture(
-        self, X: Any, recipe: Recipe, double: Tensor | None, both: bool, **options: Any
+        self, X: Any, shapes: Shapes, recipe: Recipe, double: Tensor | None, both: bool, **options: Any
     ) -> tuple[AnomalyModel, np.ndarray]:
         """Returns a texture model, or of ``both`` kinds what is better on synthetic defects, and held-out scores."""
-        side = max(TEXTURE_SIZE, self.size)
-        large, _, shapes = square_pixels(X, side)
+        side = max(texture_size(shapes), self.size)
+        large, _, _ = square_pixels(X, side)
         texture = fit_texture_model(large, recipe, shapes=shapes, **options)
         if not both:
             return texture.model, texture.held_out.scores[0]

@@ -23,12 +23,13 @@ from fastmaf.inspection.fit import fit as fit_model
 from fastmaf.inspection.fit_stages import Stages
 from fastmaf.inspection.fold_models import fold_model_files, replace_fold_models, save_fold_models
 from fastmaf.inspection.kinds import (
-    TEXTURE_SIZE,
+    TEXTURE_SIZES,
     FittedTexture,
     Kind,
     describe_choice,
     fit_texture_model,
     plausible_kind,
+    texture_size,
 )
 from fastmaf.inspection.recipe import Recipe
 from fastmaf.inspection.report.content import REPORT, REPORT_FILE
@@ -116,7 +117,7 @@ def fit(
         if extractor is not None:
             wanted, images = _load_for_features(data, recipe, extractor.size, sizes is not None, budget, **reading)
         elif kind == "texture":
-            wanted, images = (), load_normals(data, replace_field(recipe, size=TEXTURE_SIZE), double=False, **reading)
+            wanted, images = (), _load_texture(data, recipe, **reading)
         elif sizes is None:
             wanted, images = (recipe.size,), load_normals(data, recipe, **reading)
         else:
@@ -147,7 +148,7 @@ def fit(
                 fitted = fit_with_features(images.pixels, wanted, recipe, extractor, budget=budget, **options)
             elif kind != "object":
                 if kind == "auto":
-                    side = max(TEXTURE_SIZE, *wanted)
+                    side = max(texture_size(images.shapes), *wanted)
                     options["double"] = images.double if wanted[-1] == side else None
                     images = load_normals(data, replace_field(recipe, size=side), double=False, **quiet)
                 texture: Any = {"shapes": images.shapes, "groups": groups, "progress": progress}
@@ -213,6 +214,16 @@ def _load_sizes(
     if side < 2 * images.size:  # enlarged images hold no finer shifts
         images = replace_field(images, double=None)
     return wanted, _checked(images, recipe, say)
+
+
+def _load_texture(data: str | Path, recipe: Recipe, *, skip_bad: bool, progress: bool, say: Say) -> ImageSet:
+    """Returns the good images at the size that they need as a texture."""
+    small, _ = TEXTURE_SIZES
+    options: Any = {"skip_bad": skip_bad, "progress": progress}
+    images = load_train(data, size=small, **options)
+    if (side := texture_size(images.shapes)) != small:
+        images = load_train(data, size=side, **options)
+    return _checked(images, recipe, say)
 
 
 def _load_for_features(
