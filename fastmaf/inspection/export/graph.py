@@ -27,6 +27,9 @@ from fastmaf.inspection.model import InspectionModel
 from fastmaf.inspection.scoring.float64_flow import first_part
 from fastmaf.inspection.scoring.score import TermStatistics, smoothing
 from fastmaf.inspection.scoring.settings import ScoreSettings
+from fastmaf.inspection.texture.model import TextureModel
+from fastmaf.inspection.tiled import TiledModel
+from fastmaf.inspection.tiles import stride_of, tile_weights
 
 _HALF_LOG_2PI = 0.5 * math.log(2 * math.pi)
 
@@ -71,7 +74,7 @@ def inspection_graph(model: AnomalyModel) -> Any:
 @singledispatch
 def _results(model: Any, planes: Value) -> _Results:
     """Returns scores, maps and NLLs of images, float64 ``[n, 3, size, size]``, whole numbers from 0 to 255."""
-    known = ", ".join(kind.__name__ for kind in _results.registry if kind is not object)
+    known = ", ".join(kind.__name__ for kind in _results.registry if kind not in (object, TextureModel))
     raise ExportError(f"a {type(model).__name__} cannot be exported to ONNX; expected one of {known}")
 
 
@@ -107,6 +110,36 @@ def _(model: CombinedModel, planes: Value) -> _Results:
         maps.append(anomaly_map / standard.map_unit)
         nlls.append(nll)
     return _Results(reduce(operator.add, scores), reduce(operator.add, maps), nlls[0])
+
+
+@_results.register
+def _(model: TiledModel, planes: Value) -> _Results:
+    graph, size, stride = planes.graph, model.parts[0].size, stride_of(model.parts[0].size)
+    weights = tile_weights(size, model.tiles)
+    # Each matrix places the weighted columns of a tile's map in those of the image.
+    placing = [np.diag(row[k * stride : k * stride + size]) for k, row in enumerate(weights)]
+    placing = [
+        np.pad(matrix, ((k * stride, model.size - size - k * stride), (0, 0))) for k, matrix in enumerate(placing)
+    ]
+    scores, maps, nlls = [], [], []
+    for i, part in enumerate(model.parts):
+        row, column = divmod(i, model.tiles)
+        tile = planes.take(np.arange(row * stride, row * stride + size), axis=2)
+        tile = tile.take(np.arange(column * stride, column * stride + size), axis=3)
+        score, anomaly_map, nll = _results(part, tile)
+        scores.append((score - model.mean[i]) / model.deviation[i])
+        maps.append(graph.value(placing[row], "float32") @ anomaly_map @ placing[column].T)
+        nlls.append(nll)
+    highest = reduce(lambda a, b: a.op("Max", b), scores)
+    return _Results(highest, reduce(operator.add, maps), reduce(operator.add, nlls))
+
+
+@_results.register
+def _(model: TextureModel, planes: Value) -> _Results:
+    raise ExportError(
+        "a TextureModel cannot be exported to ONNX, as its computation depends on the shape of each image: score with "
+        "'fastmaf inspect score' or 'fastmaf inspect serve', or fit with --kind object for a model that can be exported"
+    )
 
 
 @_results.register

@@ -12,6 +12,8 @@ import pytest
 import torch
 
 import fastmaf
+from fastmaf.inspection.export.export_onnx import export_onnx
+from fastmaf.inspection.export.graph_builder import ExportError
 from fastmaf.inspection.model_file import load_inspection
 from fastmaf.inspection.texture.candidate import TextureCandidate
 from fastmaf.inspection.texture.density import without_blocks
@@ -64,6 +66,14 @@ def test_results_do_not_depend_on_the_batch_but_on_the_shape(
         model.predict(texture[..., :32, :32])
     with pytest.raises(ValueError, match="shapes must hold that of each of 24 images; found 1"):
         model.predict(texture, SHAPES[:1])
+
+
+def test_an_export_is_refused_with_what_to_do(
+    candidate: TextureCandidate, texture: torch.Tensor, tmp_path: Path
+) -> None:
+    with pytest.raises(ExportError, match="or fit with --kind object"):
+        export_onnx(candidate.model(), tmp_path / "m.onnx", [texture[0].permute(1, 2, 0).numpy()])
+    assert not (tmp_path / "m.onnx").exists()
 
 
 @pytest.fixture()
