@@ -80,6 +80,11 @@ class HeldOut(NamedTuple):
     maps: np.ndarray
 
 
+def same_images(first: Tensor, second: Tensor) -> bool:
+    """Returns whether two sets hold the same images, so that results need not be computed again."""
+    return first is second or (first.shape == second.shape and torch.equal(first, second))
+
+
 class Candidate(Protocol):
     """A model that a fit may choose, with the models of the folds behind it."""
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 import fastmaf
+from fastmaf.images.reduce import reduced
 from fastmaf.inspection.exchangeability import describe_groups
 from fastmaf.inspection.features.candidate import fit_features
 from fastmaf.inspection.features.extractor import Extractor
@@ -21,6 +22,7 @@ from fastmaf.inspection.recipe import Recipe
 from fastmaf.inspection.selection.candidates import choose_candidate
 from fastmaf.inspection.sizes import BUDGET, IMAGES, FittedSizes, fit_each, model_of_all
 from fastmaf.inspection.synthetic_defects.draw import draw_defects
+from fastmaf.inspection.texture.candidate import TextureCandidate
 from fastmaf.training.callbacks import Callback
 
 
@@ -37,6 +39,8 @@ def fit_with_features(
     callbacks: Sequence[Callback] = (),
     stages: Stages | None = None,
     budget: float = BUDGET,
+    texture: TextureCandidate | None = None,
+    use_texture: bool = False,
     progress: bool = True,
 ) -> FittedSizes:
     """Fits models of pixels and one of features, which is used in any case.
@@ -46,12 +50,15 @@ def fit_with_features(
     best, while features also tell what such defects do not show, such as another shape or print.
 
     Args:
-        pixels: good images, uint8 ``[n, 3, s, s]`` with s the size of the extractor; they are reduced for the pixels.
+        pixels: good images, uint8 ``[n, 3, s, s]`` with s at least the size of the extractor, and that of the texture;
+            they are reduced for the others.
         sizes: of the models of pixels, ascending, at most s.
         recipe: of these models, except ``size``.
         extractor: from images to features.
         groups, every_fold, callbacks, stages: as of ``fastmaf.inspection.fit.fit``.
         budget: as of ``fastmaf.inspection.sizes.fit_sizes``.
+        texture: a texture model of the same images, which is added likewise.
+        use_texture: it is used in any case.
         progress: show progress bars.
 
     Raises:
@@ -61,21 +68,25 @@ def fit_with_features(
         raise ValueError(f"size must be at most that of the features, {extractor.size}; found {max(sizes)}")
     options: Any = {"groups": groups, "every_fold": every_fold, "callbacks": callbacks, "stages": stages}
     options |= {"budget": budget, "progress": progress}
-    of_pixels, seconds = fit_each(pixels, sizes, recipe, double=None, **options)
+    of_pixels, seconds = fit_each(reduced(pixels, extractor.size), sizes, recipe, double=None, **options)
     begun = time.perf_counter()
     index = some_of(len(pixels), IMAGES, recipe.seed)
     compared = pixels if len(index) == len(pixels) else pixels[torch.from_numpy(index)]
     drawn = [draw_defects(compared, seed=recipe.seed)]
     given: Any = {"groups": groups, "seed": recipe.seed, "progress": progress}
-    features = fit_features(pixels, extractor, drawn=drawn, index=index, **given)
+    small = [defects._replace(pixels=reduced(defects.pixels, extractor.size)) for defects in drawn]
+    features = fit_features(reduced(pixels, extractor.size), extractor, drawn=small, index=index, **given)
     seconds[features.name] = time.perf_counter() - begun
     begun = time.perf_counter()
     some: list[Candidate] = [
         *(candidate.subset(IMAGES, recipe.seed)[1] for candidate in of_pixels),
-        features.subset(index, compared),
+        features.subset(index, reduced(compared, extractor.size)),
+        *([] if texture is None else [texture.subset(IMAGES, recipe.seed)[1]]),
     ]
-    choice = choose_candidate(some, compared, drawn, first=features.name)
-    model, held_out = model_of_all(choice, [*of_pixels, features], pixels, len(index))
+    first = [features.name, *([texture.name] if texture is not None and use_texture else [])]
+    choice = choose_candidate(some, compared, drawn, first=first)
+    every = [*of_pixels, features, *([] if texture is None else [texture])]
+    model, held_out = model_of_all(choice, every, pixels, len(index))
     if groups is not None:
         model.about["groups"] = describe_groups(groups, held_out.scores[0], model.calibration)
     seconds["choice"] = time.perf_counter() - begun

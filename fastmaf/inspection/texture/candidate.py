@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 import fastmaf
-from fastmaf.inspection.interface import HeldOut
+from fastmaf.inspection.interface import HeldOut, same_images
 from fastmaf.inspection.model import Shapes
 from fastmaf.inspection.scoring.float64_flow import rounded
 from fastmaf.inspection.texture.features import LEVELS, TextureFilters
@@ -88,7 +88,7 @@ class TextureCandidate:
         return HeldOut(*(np.concatenate(part) for part in zip(*results, strict=True)))
 
     def _held_out(self, images: Tensor) -> HeldOut:
-        if images.shape == self.images.shape and torch.equal(images, self.images):
+        if same_images(images, self.images):
             return self.good
         model = self.fitted
         nlls = held_out_nlls(model.filters, self.folds, self.flows, images, self.shapes)

@@ -81,14 +81,14 @@ class TextureFilters:
             seed: of the patches.
         """
         generator = torch.Generator().manual_seed(seed)
-        channels, images = images[0].shape[0], [log_intensity(image) for image in images]
+        channels = images[0].shape[0]
         size, count = channels * PATCH**2, _FILTERS[channels]
         total = torch.zeros(LEVELS, size, dtype=torch.float64)
         square = torch.zeros(LEVELS, size, size, dtype=torch.float64)
         number = torch.zeros(LEVELS, dtype=torch.float64)
         of_image = max(16, patches // len(images))
         for image in images:
-            for level, x in enumerate(pyramid(image)):
+            for level, x in enumerate(pyramid(log_intensity(image))):
                 windows = x.unfold(1, PATCH, 1).unfold(2, PATCH, 1).flatten(3)  # [channels, h, w, patch²]
                 at = torch.randint(windows.shape[1] * windows.shape[2], (of_image,), generator=generator)
                 rows = windows[:, at // windows.shape[2], at % windows.shape[2]].transpose(0, 1).flatten(1).double()
@@ -106,7 +106,11 @@ class TextureFilters:
             variance, axes = variance.flip(0)[:count], axes.flip(1)[:, :count]
             weights.append((axes / (variance.clamp_min(0) + _LEAST_VARIANCE).sqrt()).T)
             biases.append(-(weights[-1] @ mean))
-        return cls(torch.stack(weights).float(), torch.stack(biases).float(), Light.fit(images))
+        return cls(
+            torch.stack(weights).float(),
+            torch.stack(biases).float(),
+            Light.fit(log_intensity(image) for image in images),
+        )
 
     def __call__(self, image: Tensor) -> Iterator[tuple[Tensor, Tensor | None]]:
         """Yields features and contexts of each level of an image ``[channels, h, w]``.

@@ -69,8 +69,10 @@ def fit_texture(
     def texture(i: int) -> Tensor:
         return to_texture(pixels[i], None if shapes is None else shapes[i], channels)
 
-    filters = TextureFilters.fit([texture(i) for i in range(len(pixels))], seed=seed)
-    rows, contexts, owner = _sampled(filters, [texture(i) for i in range(len(pixels))], seed)
+    textures = [texture(i) for i in range(len(pixels))]
+    filters = TextureFilters.fit(textures, seed=seed)
+    rows, contexts, owner = _sampled(filters, textures, seed)
+    del textures
     done()
     fold_of = fold_of_each(folds, len(pixels))
     levels = usable_levels([of_level.numpy() for of_level in owner], fold_of)

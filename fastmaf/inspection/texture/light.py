@@ -6,7 +6,7 @@ an angle. A density that knows neither must count both as usual; a conditional o
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -29,7 +29,7 @@ class Light:
     deviation: Tensor
 
     @classmethod
-    def fit(cls, images: Sequence[Tensor]) -> Light:
+    def fit(cls, images: Iterable[Tensor]) -> Light:
         """Returns the statistics of good images, logarithms of intensities ``[channels, h, w]``."""
         values = torch.stack([_brightness_and_contrast(image) for image in images])
         return cls(values.mean(dim=0), values.std(dim=0, correction=0).clamp_min(1e-3))

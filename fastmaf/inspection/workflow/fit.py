@@ -87,8 +87,8 @@ def fit(
         features: name of a pretrained network, ``"efficientnet-lite0"``, whose features are used, too; see
             ``fastmaf.inspection.features.fit``. None: a model of pixels alone.
         kind: ``"object"``, whose parts have a fixed place or shape; ``"texture"``, which looks the same everywhere; or
-            ``"auto"``: what the good images, and synthetic defects on them, call for; with features an object. See
-            ``fastmaf.inspection.kinds``.
+            ``"auto"``: what the good images, and synthetic defects on them, call for. With features, a texture is used
+            beside them, with ``"auto"`` where it helps on synthetic defects. See ``fastmaf.inspection.kinds``.
         group_by: which images were taken together; see ``group_labels``. None: random folds.
         keep_folds: write the fold models, too, so that ``fastmaf inspect eval`` can evaluate their ensemble.
         callbacks: see ``fastmaf.inspection.fit.fit``.
@@ -106,8 +106,6 @@ def fit(
     """
     recipe, out = recipe or Recipe(), Path(out)
     asked_kind, extractor = kind, None if features is None else extractor_of(features)
-    if extractor is not None and kind == "texture":
-        raise ValueError("features go with a model of pixels: expected kind 'auto' or 'object'; found 'texture'")
     with run_folder(out, "fitting", LOG_FILE, REPORT_FILE):
         check_outputs(outputs_of(out, recipe.folds if keep_folds else 0))
         refuse_unfinished(out)
@@ -123,7 +121,7 @@ def fit(
         else:
             wanted, images = _load_sizes(data, recipe, budget, **reading)
         reason: str | None = None
-        if kind == "auto" and extractor is None:
+        if kind == "auto":
             kind, reason = plausible_kind(images.pixels)
         check_disk(out, sum(_disk_needed(replace_field(recipe, size=size), keep_folds) for size in wanted))
         groups = None if group_by is None else group_labels(group_by, images.names)
@@ -141,18 +139,25 @@ def fit(
         elif has_state(out):
             say(f"{out} holds an interrupted fit, which --resume would continue; this one begins anew")
         options |= {"callbacks": callbacks, "stages": stages}
+        as_texture = partial(fit_texture_model, recipe=recipe, groups=groups, progress=progress)
         fitted: Fitted | FittedSizes | FittedTexture
         try:
             if extractor is not None:
                 del options["double"]
+                if kind != "object":
+                    side = max(texture_size(images.shapes), extractor.size)
+                    images = load_normals(data, replace_field(recipe, size=side), double=False, **quiet)
+                    options["texture"] = as_texture(images.pixels, shapes=images.shapes).candidate
+                    options["use_texture"] = kind == "texture"
                 fitted = fit_with_features(images.pixels, wanted, recipe, extractor, budget=budget, **options)
+                if kind == "auto":
+                    reason = f"{fitted.model.about['chosen']} ({reason})"
             elif kind != "object":
                 if kind == "auto":
                     side = max(texture_size(images.shapes), *wanted)
                     options["double"] = images.double if wanted[-1] == side else None
                     images = load_normals(data, replace_field(recipe, size=side), double=False, **quiet)
-                texture: Any = {"shapes": images.shapes, "groups": groups, "progress": progress}
-                fitted = fit_texture_model(images.pixels, recipe, **texture)
+                fitted = as_texture(images.pixels, shapes=images.shapes)
                 if kind == "auto":
                     others = [fitted.candidate]
                     fitted = fit_sizes(images.pixels, wanted, recipe, budget=budget, others=others, **options)
