@@ -85,7 +85,7 @@ def fit_with_features(
     ]
     first = [features.name, *([texture.name] if texture is not None and use_texture else [])]
     choice = choose_candidate(some, compared, drawn, first=first)
-    every = [*of_pixels, features, *([] if texture is None else [texture])]
+    every: list[Candidate] = [*of_pixels, features, *([] if texture is None else [texture])]
     model, held_out = model_of_all(choice, every, pixels, len(index))
     if groups is not None:
         model.about["groups"] = describe_groups(groups, held_out.scores[0], model.calibration)

@@ -166,10 +166,10 @@ def _sampled(
     found: list[list[tuple[Tensor, Tensor, Tensor]]] = [[] for _ in range(LEVELS)]
     of_image = max(1, min(_OF_IMAGE, _ROWS // len(images)))
     for i, image in enumerate(images):
-        for level, (features, contexts) in enumerate(filters(image)):
-            assert contexts is not None  # None in files of earlier versions only
-            index = torch.randperm(len(contexts), generator=generator)[:of_image]
-            found[level].append((features.flatten(1)[:, index].T, contexts[index], torch.full((len(index),), i)))
+        for level, (features, context) in enumerate(filters(image)):
+            assert context is not None  # None in files of earlier versions only
+            index = torch.randperm(len(context), generator=generator)[:of_image]
+            found[level].append((features.flatten(1)[:, index].T, context[index], torch.full((len(index),), i)))
     none = torch.empty(0, filters.features), torch.empty(0, CONTEXT), torch.empty(0, dtype=torch.long)
     rows, contexts, owner = (
         [torch.cat([none[k], *(part[k] for part in of_level)]) for of_level in found] for k in range(3)
