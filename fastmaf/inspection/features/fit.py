@@ -40,7 +40,6 @@ def fit_with_features(
     stages: Stages | None = None,
     budget: float = BUDGET,
     texture: TextureCandidate | None = None,
-    use_texture: bool = False,
     progress: bool = True,
 ) -> FittedSizes:
     """Fits models of pixels and one of features, which is used in any case.
@@ -58,7 +57,6 @@ def fit_with_features(
         groups, every_fold, callbacks, stages: as of ``fastmaf.inspection.fit.fit``.
         budget: as of ``fastmaf.inspection.sizes.fit_sizes``.
         texture: a texture model of the same images, which is added likewise.
-        use_texture: it is used in any case.
         progress: show progress bars.
 
     Raises:
@@ -83,8 +81,7 @@ def fit_with_features(
         features.subset(index, reduced(compared, extractor.size)),
         *([] if texture is None else [texture.subset(IMAGES, recipe.seed)[1]]),
     ]
-    first = [features.name, *([texture.name] if texture is not None and use_texture else [])]
-    choice = choose_candidate(some, compared, drawn, first=first)
+    choice = choose_candidate(some, compared, drawn, first=features.name)
     every: list[Candidate] = [*of_pixels, features, *([] if texture is None else [texture])]
     model, held_out = model_of_all(choice, every, pixels, len(index))
     if groups is not None:

@@ -51,7 +51,7 @@ def choose_candidate(
     pixels: Tensor,
     drawn: Sequence[SyntheticDefects],
     *,
-    first: Sequence[str] = (),
+    first: str | None = None,
     preferred: str | None = None,
     false_alarm: float = 0.05,
 ) -> Choice:
@@ -61,7 +61,7 @@ def choose_candidate(
         candidates: fitted to ``reduced(pixels, candidate.size)``; of equal ones, the first is taken.
         pixels: the good images, uint8 ``[n, 3, s, s]``, at least of the largest candidate's size.
         drawn: the same images with a synthetic defect, once or more; see ``draw_defects``.
-        first: names of candidates that are taken in any case, and to which others are added; none: the best one.
+        first: name of a candidate that is taken in any case, and to which others are added; None: the best one.
         false_alarm: the rate that a combined model is calibrated at.
         preferred: name of the candidate that another one must beat beyond chance; None: the best is taken.
 
@@ -70,13 +70,13 @@ def choose_candidate(
         ``CombinedModel`` of one part.
 
     Raises:
-        ValueError: there is no candidate, two have the same name, or one of ``first`` is none of them.
+        ValueError: there is no candidate, two have the same name, or ``first`` is none of them.
     """
     names = [candidate.name for candidate in candidates]
     if not names or len(set(names)) < len(names):
         raise ValueError(f"candidates: expected one or more, of different names; found {names}")
-    if not set(first) <= set(names):
-        raise ValueError(f"first must be some of {names}; found {list(first)}")
+    if first is not None and first not in names:
+        raise ValueError(f"first must be one of {names}; found {first!r}")
     size, kinds = int(pixels.shape[-1]), np.concatenate([defects.kinds for defects in drawn])
     sets = [pixels, *(defects.pixels for defects in drawn)]
     held: dict[str, HeldOut] = {}
@@ -86,9 +86,7 @@ def choose_candidate(
             small[candidate.size] = [reduced(images, candidate.size) for images in sets]
         held[candidate.name] = candidate.held_out(small[candidate.size])
     aurocs = {name: _auroc(result.scores, kinds) for name, result in held.items()}
-    chosen = list(first) or [max(names, key=lambda name: aurocs[name])]
-    if len(first) > 1:
-        aurocs[_JOIN.join(_ordered(names, chosen))] = _auroc(_sum([held[name].scores for name in chosen]), kinds)
+    chosen = [first or max(names, key=lambda name: aurocs[name])]
     if preferred is not None and chosen != [preferred]:
         difference, error = _gain(held[chosen[0]].scores, held[preferred].scores, kinds)
         if not difference > _STANDARD_ERRORS * error:

@@ -88,7 +88,7 @@ def fit(
             ``fastmaf.inspection.features.fit``. None: a model of pixels alone.
         kind: ``"object"``, whose parts have a fixed place or shape; ``"texture"``, which looks the same everywhere; or
             ``"auto"``: what the good images, and synthetic defects on them, call for. With features, a texture is used
-            beside them, with ``"auto"`` where it helps on synthetic defects. See ``fastmaf.inspection.kinds``.
+            beside them where it helps on synthetic defects. See ``fastmaf.inspection.kinds``.
         group_by: which images were taken together; see ``group_labels``. None: random folds.
         keep_folds: write the fold models, too, so that ``fastmaf inspect eval`` can evaluate their ensemble.
         callbacks: see ``fastmaf.inspection.fit.fit``.
@@ -148,7 +148,6 @@ def fit(
                     side = max(texture_size(images.shapes), extractor.size)
                     images = load_normals(data, replace_field(recipe, size=side), double=False, **quiet)
                     options["texture"] = as_texture(images.pixels, shapes=images.shapes).candidate
-                    options["use_texture"] = kind == "texture"
                 fitted = fit_with_features(images.pixels, wanted, recipe, extractor, budget=budget, **options)
                 if kind == "auto":
                     reason = f"{fitted.model.about['chosen']} ({reason})"

@@ -47,7 +47,7 @@ def test_sizes_are_at_most_that_of_the_features(pixels: Tensor) -> None:
         fit_with_features(pixels, (16, 64), RECIPE, Extractor(TwoMaps(), size=32), progress=False)
 
 
-def test_a_texture_is_used_beside_the_features_where_it_is_asked_for() -> None:
+def test_a_texture_is_compared_with_the_features() -> None:
     texture = grain(12, 0)
     candidate = fit_texture(texture, k_fold(12, 2))
     seen: list[int] = []
@@ -58,9 +58,9 @@ def test_a_texture_is_used_beside_the_features_where_it_is_asked_for() -> None:
             return super().forward(x)
 
     given: Any = {"texture": candidate, "progress": False}
-    chosen = fit_with_features(texture, (8,), RECIPE, Extractor(Counted(), size=32), use_texture=True, **given)
-    assert {"Counted", "texture"} <= set(chosen.model.about["chosen"].split(" + "))
-    assert "Counted + texture" in chosen.model.about["drawn_auroc_of_candidates"]
+    chosen = fit_with_features(texture, (8,), RECIPE, Extractor(Counted(), size=32), **given)
+    assert "Counted" in chosen.model.about["chosen"].split(" + ")
+    assert {"Counted", "texture", "Counted + texture"} <= set(chosen.model.about["drawn_auroc_of_candidates"])
     assert sum(seen) == 2 * 12  # of the good images and of those with a defect, once
     result = chosen.model.predict(texture[:2], [(48, 48), (60, 40)])
     assert chosen.model.size == 48 and result.anomaly_maps.shape == (2, 48, 48)

@@ -94,11 +94,11 @@ def test_names_must_differ(images: tuple[Tensor, list[SyntheticDefects]]) -> Non
 
 def test_a_candidate_that_is_taken_in_any_case(images: tuple[Tensor, list[SyntheticDefects]]) -> None:
     good, worse = Stub("good", 16, scores(0, 2.0)), Stub("worse", 16, scores(1, 1.0))
-    assert choose_candidate([good, worse], *images, first=["worse"]).names == ("good", "worse")
+    assert choose_candidate([good, worse], *images, first="worse").names == ("good", "worse")
     useless = Stub("useless", 16, scores(1, -1.0))
-    assert choose_candidate([useless, good], *images, first=["good"]).names == ("good",)
-    with pytest.raises(ValueError, match="first must be some of .*; found .'none'."):
-        choose_candidate([good], *images, first=["none"])
+    assert choose_candidate([useless, good], *images, first="good").names == ("good",)
+    with pytest.raises(ValueError, match="first must be one of .*; found 'none'"):
+        choose_candidate([good], *images, first="none")
 
 
 def test_a_preferred_candidate_is_replaced_only_by_a_better_one(
