@@ -20,7 +20,7 @@ from fastmaf.inspection.interface import Candidate
 from fastmaf.inspection.out_of_fold import some_of
 from fastmaf.inspection.recipe import Recipe
 from fastmaf.inspection.selection.candidates import choose_candidate
-from fastmaf.inspection.sizes import BUDGET, IMAGES, FittedSizes, fit_each, model_of_all
+from fastmaf.inspection.sizes import BUDGET, IMAGES, FittedSizes, fit_each, model_of_all, sides_for
 from fastmaf.inspection.synthetic_defects.draw import draw_defects
 from fastmaf.inspection.texture.candidate import TextureCandidate
 from fastmaf.training.callbacks import Callback
@@ -49,9 +49,9 @@ def fit_with_features(
     best, while features also tell what such defects do not show, such as another shape or print.
 
     Args:
-        pixels: good images, uint8 ``[n, 3, s, s]`` with s at least the size of the extractor, and that of the texture;
-            they are reduced for the others.
-        sizes: of the models of pixels, ascending, at most s.
+        pixels: good images, uint8 ``[n, 3, s, s]`` with s at least the size of the extractor, the sides of the
+            models of pixels, and that of the texture; they are reduced for the others.
+        sizes: of the models of pixels, ascending.
         recipe: of these models, except ``size``.
         extractor: from images to features.
         groups, every_fold, callbacks, stages: as of ``fastmaf.inspection.fit.fit``.
@@ -64,9 +64,10 @@ def fit_with_features(
     """
     if max(sizes) > extractor.size:
         raise ValueError(f"size must be at most that of the features, {extractor.size}; found {max(sizes)}")
+    side = max(extractor.size, *sides_for(sizes, recipe))
     options: Any = {"groups": groups, "every_fold": every_fold, "callbacks": callbacks, "stages": stages}
     options |= {"budget": budget, "progress": progress}
-    of_pixels, seconds = fit_each(reduced(pixels, extractor.size), sizes, recipe, double=None, **options)
+    of_pixels, seconds = fit_each(reduced(pixels, side), sizes, recipe, double=None, **options)
     begun = time.perf_counter()
     index = some_of(len(pixels), IMAGES, recipe.seed)
     compared = pixels if len(index) == len(pixels) else pixels[torch.from_numpy(index)]

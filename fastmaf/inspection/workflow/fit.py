@@ -15,6 +15,7 @@ import numpy as np
 import fastmaf
 from fastmaf.images.dataset import ImageSet, load_train
 from fastmaf.images.decode import DataError
+from fastmaf.inspection.aspect import SQUARE, aspect_of, usable_side
 from fastmaf.inspection.calibration import Calibration
 from fastmaf.inspection.features.extractor import extractor_of
 from fastmaf.inspection.features.fit import fit_with_features
@@ -33,7 +34,7 @@ from fastmaf.inspection.kinds import (
 )
 from fastmaf.inspection.recipe import Recipe
 from fastmaf.inspection.report.content import REPORT, REPORT_FILE
-from fastmaf.inspection.sizes import BUDGET, SIZES, FittedSizes, fit_sizes, sizes_for
+from fastmaf.inspection.sizes import BUDGET, SIZES, FittedSizes, fit_sizes, sides_for, sizes_for
 from fastmaf.inspection.workflow.fit_result import LOG_FILE, FitResult
 from fastmaf.inspection.workflow.fit_state import has_state, load_state, run_of, save_state
 from fastmaf.inspection.workflow.fit_state import remove_state as remove_fit_state
@@ -110,16 +111,17 @@ def fit(
         check_outputs(outputs_of(out, recipe.folds if keep_folds else 0))
         refuse_unfinished(out)
         reading: Any = {"skip_bad": skip_bad, "progress": progress, "say": say}
-        quiet: Any = {**reading, "say": _nothing}
+        given = recipe
         wanted: tuple[int, ...]
         if extractor is not None:
-            wanted, images = _load_for_features(data, recipe, extractor.size, sizes is not None, budget, **reading)
+            several = sizes is not None
+            wanted, recipe, images = _load_for_features(data, recipe, extractor.size, several, budget, **reading)
         elif kind == "texture":
             wanted, images = (), _load_texture(data, recipe, **reading)
         elif sizes is None:
-            wanted, images = (recipe.size,), load_normals(data, recipe, **reading)
+            wanted, (recipe, images) = (recipe.size,), load_normals(data, recipe, **reading)
         else:
-            wanted, images = _load_sizes(data, recipe, budget, **reading)
+            wanted, recipe, images = _load_sizes(data, recipe, budget, **reading)
         reason: str | None = None
         if kind == "auto":
             kind, reason = plausible_kind(images.pixels)
@@ -145,17 +147,16 @@ def fit(
             if extractor is not None:
                 del options["double"]
                 if kind != "object":
-                    side = max(texture_size(images.shapes), extractor.size)
-                    images = load_normals(data, replace_field(recipe, size=side), double=False, **quiet)
+                    images = _load_again(data, images, max(texture_size(images.shapes), images.size), **reading)
                     options["texture"] = as_texture(images.pixels, shapes=images.shapes).candidate
                 fitted = fit_with_features(images.pixels, wanted, recipe, extractor, budget=budget, **options)
                 if kind == "auto":
                     reason = f"{fitted.model.about['chosen']} ({reason})"
             elif kind != "object":
                 if kind == "auto":
-                    side = max(texture_size(images.shapes), *wanted)
-                    options["double"] = images.double if wanted[-1] == side else None
-                    images = load_normals(data, replace_field(recipe, size=side), double=False, **quiet)
+                    side = max(texture_size(images.shapes), images.size)
+                    options["double"] = images.double if images.size == side else None
+                    images = _load_again(data, images, side, **reading)
                 fitted = as_texture(images.pixels, shapes=images.shapes)
                 if kind == "auto":
                     others = [fitted.candidate]
@@ -172,7 +173,7 @@ def fit(
                 seconds=fitted.seconds,
                 log=fitted.log,
                 configuration={
-                    **{name: value for name, value in asdict(recipe).items() if value is not None},
+                    **{name: value for name, value in asdict(given).items() if value is not None and name != "aspect"},
                     **({} if sizes is None else {"size": sizes, "budget": budget}),
                     **({} if features is None else {"features": features}),
                     "kind": asked_kind,
@@ -198,26 +199,53 @@ def fit(
 
 
 def load_normals(
-    data: str | Path, recipe: Recipe, *, skip_bad: bool, progress: bool, say: Say, double: bool = True
-) -> ImageSet:
-    """Reads the good images of a folder; raises a DataError for too few."""
-    images = load_train(data, size=recipe.size, skip_bad=skip_bad, double=double, progress=progress)
-    return _checked(images, recipe, say)
+    data: str | Path, recipe: Recipe, *, skip_bad: bool, progress: bool, say: Say
+) -> tuple[Recipe, ImageSet]:
+    """Returns the recipe for the aspect ratio of the good images of a folder, and these images.
+
+    Raises:
+        DataError: there are too few.
+    """
+    options: Any = {"skip_bad": skip_bad, "double": True, "progress": progress}
+    images = load_train(data, size=recipe.size, **options)
+    recipe = _for_aspect(recipe, images, say)
+    if recipe.side != images.size:
+        images = load_train(data, size=recipe.side, **options)
+    return recipe, _checked(images, recipe, say)
+
+
+def _for_aspect(recipe: Recipe, images: ImageSet, say: Say) -> Recipe:
+    recipe = replace_field(recipe, aspect=aspect_of(images.shapes))
+    others = sum(not 1 / SQUARE < height / width / recipe.aspect < SQUARE for height, width in images.shapes)
+    if others:
+        height, width = recipe.shape
+        say(
+            f"{count(others, 'image')} of another aspect ratio than the median: as objects, all are resized to "
+            f"{height} x {width} pixels"
+        )
+    return recipe
+
+
+def _load_again(data: str | Path, images: ImageSet, size: int, *, skip_bad: bool, progress: bool, say: Say) -> ImageSet:
+    """Returns images at another size; what is to be said of them has been said."""
+    return images if images.size == size else load_train(data, size=size, skip_bad=skip_bad, progress=progress)
 
 
 def _load_sizes(
     data: str | Path, recipe: Recipe, budget: float, *, skip_bad: bool, progress: bool, say: Say
-) -> tuple[tuple[int, ...], ImageSet]:
-    """Returns the sizes to fit, none larger than an image of the folder, and the good images at the largest."""
+) -> tuple[tuple[int, ...], Recipe, ImageSet]:
+    """Returns the sizes to fit, none larger than an image of the folder, the recipe for the aspect ratio of the good
+    images, and these images for the largest size.
+    """
     options: Any = {"skip_bad": skip_bad, "double": True, "progress": progress}
     images = load_train(data, size=SIZES[1], **options)
-    side = min(min(shape) for shape in images.shapes)
-    wanted = sizes_for(side, budget)
-    if wanted[-1] != images.size:
-        images = load_train(data, size=wanted[-1], **options)
-    if side < 2 * images.size:  # enlarged images hold no finer shifts
+    usable, recipe = usable_side(images.shapes), _for_aspect(recipe, images, say)
+    wanted = sizes_for(usable, budget)
+    if (side := sides_for(wanted, recipe)[-1]) != images.size:
+        images = load_train(data, size=side, **options)
+    if usable < 2 * wanted[-1]:  # enlarged images hold no finer shifts
         images = replace_field(images, double=None)
-    return wanted, _checked(images, recipe, say)
+    return wanted, recipe, _checked(images, recipe, say)
 
 
 def _load_texture(data: str | Path, recipe: Recipe, *, skip_bad: bool, progress: bool, say: Say) -> ImageSet:
@@ -240,15 +268,14 @@ def _load_for_features(
     skip_bad: bool,
     progress: bool,
     say: Say,
-) -> tuple[tuple[int, ...], ImageSet]:
-    """Returns the sizes of the models of pixels, and the good images at the size of the features."""
+) -> tuple[tuple[int, ...], Recipe, ImageSet]:
+    """Returns the sizes of the models of pixels, their recipe, and the good images, at least of the features' size."""
     images = load_train(data, size=size, skip_bad=skip_bad, progress=progress)
-    side = min(size, *(min(shape) for shape in images.shapes))
-    return sizes_for(side, budget) if several else (recipe.size,), _checked(images, recipe, say)
-
-
-def _nothing(_: str) -> None:
-    """Receives notes that have been said before."""
+    recipe = _for_aspect(recipe, images, say)
+    wanted = sizes_for(min(size, usable_side(images.shapes)), budget) if several else (recipe.size,)
+    side = max(size, *sides_for(wanted, recipe))
+    images = _load_again(data, images, side, skip_bad=skip_bad, progress=progress, say=say)
+    return wanted, recipe, _checked(images, recipe, say)
 
 
 def _checked(images: ImageSet, recipe: Recipe, say: Say) -> ImageSet:
