@@ -47,7 +47,8 @@ class Recipe:
         map_config: how the anomaly map is computed; None selects likewise. Its ``rms`` is fitted.
         seed: of folds and blocks.
         channels: 3 for colour, 1 for grey; ``"auto"``: 1 if all images are grey, which takes a third of the work.
-        aspect: height of the images over their width; see ``fastmaf.inspection.aspect``.
+        aspect: height of the images over their width, to which all are resized. None: that of the good images where
+            these are read from files or given to a ``Detector``, else 1; see ``fastmaf.inspection.aspect``.
     """
 
     size: int = 64
@@ -70,7 +71,7 @@ class Recipe:
     map_config: AnomalyMapConfig | None = None
     seed: int = 0
     channels: int | Literal["auto"] = "auto"
-    aspect: float = 1.0
+    aspect: float | None = None
 
     def __post_init__(self) -> None:
         for name in ("size", "angles", "steps", "batch_size"):
@@ -91,13 +92,13 @@ class Recipe:
             raise ValueError(f"blocks must be 'auto' or at least 0; found {self.blocks!r}")
         if self.most_blocks and self.size % self.patch:
             raise ValueError(f"size must be a multiple of patch = {self.patch}; found {self.size}")
-        if not 0 < self.aspect < math.inf:
+        if self.aspect is not None and not 0 < self.aspect < math.inf:
             raise ValueError(f"aspect must be positive and finite; found {self.aspect}")
 
     @property
     def shape(self) -> tuple[int, int]:
         """Height and width of the images in pixels, multiples of ``patch``."""
-        return shape_for(self.size, self.aspect, self.patch)
+        return shape_for(self.size, 1.0 if self.aspect is None else self.aspect, self.patch)
 
     @property
     def side(self) -> int:

@@ -173,7 +173,7 @@ def fit(
                 seconds=fitted.seconds,
                 log=fitted.log,
                 configuration={
-                    **{name: value for name, value in asdict(given).items() if value is not None and name != "aspect"},
+                    **{name: value for name, value in asdict(given).items() if value is not None},
                     **({} if sizes is None else {"size": sizes, "budget": budget}),
                     **({} if features is None else {"features": features}),
                     "kind": asked_kind,
@@ -215,8 +215,11 @@ def load_normals(
 
 
 def _for_aspect(recipe: Recipe, images: ImageSet, say: Say) -> Recipe:
-    recipe = replace_field(recipe, aspect=aspect_of(images.shapes))
-    others = sum(not 1 / SQUARE < height / width / recipe.aspect < SQUARE for height, width in images.shapes)
+    if recipe.aspect is not None:
+        return recipe
+    aspect = aspect_of(images.shapes)
+    recipe = replace_field(recipe, aspect=aspect)
+    others = sum(not 1 / SQUARE <= height / width / aspect <= SQUARE for height, width in images.shapes)
     if others:
         height, width = recipe.shape
         say(
