@@ -31,6 +31,7 @@ from fastmaf.inspection.model import InspectionModel, Prediction, Shapes, load_i
 from fastmaf.inspection.recipe import Recipe
 from fastmaf.inspection.row_model import RowModel, fit_rows
 from fastmaf.inspection.sizes import BUDGET, SIZES, fit_sizes, sides_for, sizes_for, sizes_of
+from fastmaf.inspection.texture.candidate import TextureCandidate
 from fastmaf.inspection.texture.model import TextureModel
 from fastmaf.inspection.tiled import TiledModel
 from fastmaf.inspection.tiled_fit import fit_tiles
@@ -82,7 +83,8 @@ class Detector(OutlierMixin, BaseEstimator):
         confidence: None, or the probability with which this calibration set keeps that rate.
         kind: images only: ``"object"``, whose parts have a fixed place or shape; ``"texture"``, which looks the same
             everywhere: a density of local features, of which each image is seen at its own aspect ratio; or ``"auto"``:
-            what the samples, and synthetic defects on them, call for. See ``fastmaf.inspection.kinds``.
+            what the samples, and synthetic defects on them, call for. With ``features``, a texture joins them where
+            that is better on synthetic defects. See ``fastmaf.inspection.kinds``.
         random_state: of folds and blocks. By default the same samples give the same model.
         verbose: images only: show a progress bar.
         features: images only: None for a model of pixels alone, fitted from scratch; ``"efficientnet-lite0"``, a
@@ -103,7 +105,8 @@ class Detector(OutlierMixin, BaseEstimator):
         decision_scores_: float64 [n], the ``anomaly_score`` of each training sample by a model that has not seen it,
             in the order of X: the scores behind the threshold. Not set by ``load``, as files hold them sorted.
         labels_: int64 [n], 1 for training samples above the threshold, else 0, as in PyOD; a few are expected.
-        n_features_in_: D; for images the number of values of a resized one, 3 size², or size² if all images are grey.
+        n_features_in_: D; for images the number of values of a resized one, 3 size² if it is a square, or a third of
+            that if all images are grey.
 
     Example:
         >>> import numpy as np, fastmaf
@@ -292,11 +295,8 @@ class Detector(OutlierMixin, BaseEstimator):
     def _fit_images(self, X: Any, groups: Sequence[str] | None, recipe: Recipe) -> tuple[AnomalyModel, np.ndarray]:
         """Returns the model of images and the held-out score of each."""
         extractor = None if self.features is None else extractor_of(self.features)
-        if extractor is not None and (self.tiles > 1 or self.kind == "texture"):
-            found = f"tiles={self.tiles}, kind={self.kind!r}"
-            raise ValueError(
-                f"features are fitted with a model of pixels: expected tiles=1 and no texture; found {found}"
-            )
+        if extractor is not None and self.tiles > 1:
+            raise ValueError(f"features are of whole images: expected tiles=1; found {self.tiles}")
         if self.tiles > 1 and self.kind != "object":
             raise ValueError(
                 f"tiles are of objects: expected kind='object' with tiles={self.tiles}; found {self.kind!r}"
@@ -324,12 +324,18 @@ class Detector(OutlierMixin, BaseEstimator):
         recipe = replace(recipe, size=sizes[0], folds=min(self.folds, n))
         options: Any = {"groups": groups, "progress": self.verbose}
         model: AnomalyModel
+        kind = plausible_kind(samples)[0] if self.kind == "auto" else self.kind
         if extractor is not None:
-            chosen = fit_with_features(samples, sizes, recipe, extractor, budget=self.budget, **options)
+            texture: TextureCandidate | None = None
+            if kind != "object":
+                samples, _, _ = square_pixels(X, max(texture_size(shapes), samples.shape[-1]))
+                texture = fit_texture_model(samples, recipe, shapes=shapes, **options).candidate
+            options |= {"budget": self.budget, "texture": texture}
+            chosen = fit_with_features(samples, sizes, recipe, extractor, **options)
             model, scores = chosen.model, chosen.held_out.scores[0]
         elif self.tiles > 1:
             model, scores = fit_tiles(samples, recipe, self.tiles, double=double, **options)
-        elif (kind := plausible_kind(samples)[0] if self.kind == "auto" else self.kind) != "object":
+        elif kind != "object":
             model, scores = self._fit_texture(X, shapes, recipe, sizes, double, kind == "auto", **options)
         elif len(sizes) > 1:
             chosen = fit_sizes(samples, sizes, recipe, double=double, budget=self.budget, **options)

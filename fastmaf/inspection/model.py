@@ -202,7 +202,7 @@ class InspectionModel:
             "term_deviation": self.statistics.deviation,
             "calibration_scores": torch.from_numpy(np.array(self.calibration.scores)),
         }
-        filled = None if card is None else inspection_card(card, self.size, self.calibration, self.about)
+        filled = None if card is None else inspection_card(card, self.shape, self.calibration, self.about)
         self.flow.save(path, {KEY: json.dumps(record)}, extras, card=filled)
 
 
