@@ -100,22 +100,31 @@ def image_shape(features: int) -> tuple[int, int]:
     raise ValueError(f"expected size² or 3 size² values of a square image; found {features}")
 
 
-def check_takes_images(flow: fastmaf.Flow, path: Path, *, grey: bool = False) -> int:
-    """Checks that a flow models square RGB images in float32.
+def check_takes_images(
+    flow: fastmaf.Flow, path: Path, *, grey: bool = False, shape: tuple[int, int] | None = None
+) -> int:
+    """Checks that a flow models RGB images in float32.
 
     Args:
         flow: the flow.
         path: the file it was loaded from, for the message.
         grey: accept a flow of images of one channel, too.
+        shape: (height, width) of the images; None: they are square.
 
     Returns:
-        The side of the images in pixels.
+        The longer side of the images in pixels.
 
     Raises:
         fastmaf.CheckpointError: the flow models something else, or is not float32.
     """
     size = math.isqrt(flow.features // 3)
-    if grey and math.isqrt(flow.features) ** 2 == flow.features:
+    if shape is not None:
+        size = max(shape)
+        if flow.features not in (3 * math.prod(shape), math.prod(shape) if grey else 0):
+            raise fastmaf.CheckpointError(
+                f"{path}: expected a model of images of {shape[0]} x {shape[1]} pixels; found {flow.features} features"
+            )
+    elif grey and math.isqrt(flow.features) ** 2 == flow.features:
         size = math.isqrt(flow.features)
     elif 3 * size**2 != flow.features:
         raise fastmaf.CheckpointError(

@@ -123,6 +123,6 @@ def load_image(path: str | Path, size: int) -> tuple[Tensor, list[str]]:
     return frame.pixels, list(frame.notes)
 
 
-def resized(image: Image.Image | np.ndarray, size: int) -> Tensor:
-    """Resizes an RGB or grey image, or an array uint8 [h, w, 3], to uint8 [3, size, size]."""
+def resized(image: Image.Image | np.ndarray, size: int | tuple[int, int]) -> Tensor:
+    """Resizes an RGB or grey image, or an array uint8 [h, w, 3], to uint8 [3, size, size], or [3, *size]."""
     return torch.from_numpy(resized_array(image, size))

@@ -69,9 +69,10 @@ def read_image(
     )
 
 
-def resized_array(image: Image.Image | np.ndarray, size: int) -> np.ndarray:
-    """Resizes an RGB or grey image, or an array uint8 [h, w, 3], to uint8 [3, size, size]."""
+def resized_array(image: Image.Image | np.ndarray, size: int | tuple[int, int]) -> np.ndarray:
+    """Resizes an RGB or grey image, or an array uint8 [h, w, 3], to uint8 [3, size, size], or [3, *size]."""
+    height, width = (size, size) if isinstance(size, int) else size
     image = Image.fromarray(image) if isinstance(image, np.ndarray) else image
-    values = to_array(image.resize((size, size), Image.Resampling.BILINEAR))
-    planes = np.broadcast_to(values, (3, size, size)) if values.ndim == 2 else values.transpose(2, 0, 1)
+    values = to_array(image.resize((width, height), Image.Resampling.BILINEAR))
+    planes = np.broadcast_to(values, (3, height, width)) if values.ndim == 2 else values.transpose(2, 0, 1)
     return np.ascontiguousarray(planes)

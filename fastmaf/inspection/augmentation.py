@@ -1,4 +1,4 @@
-"""Copies of square images for the whitening to explain: shifts by parts of a pixel, and rotations.
+"""Copies of images for the whitening to explain: shifts by parts of a pixel, and rotations.
 
 Copies are made from an image of twice the size, moved and then averaged over 2 x 2 pixels, as the camera would have
 seen the object at another place. Copies of the small image itself, interpolated, are blurred: they are mixtures of
@@ -16,25 +16,26 @@ from torch import Tensor
 from torch.nn.functional import affine_grid, avg_pool2d, grid_sample, pad
 
 Augment: TypeAlias = Callable[[Tensor], tuple[Tensor, Tensor]]
-"""Images ``[n, ...]`` -> a basis ``[n, p, C size²]`` and weights ``[copies, p]``."""
+"""Images ``[n, ...]`` -> a basis ``[n, p, C h w]`` and weights ``[copies, p]``."""
 
 
-def shifts(size: int, radius: int = 2, step: float = 0.5, *, zoom: int = 1) -> Augment:
-    """Shifts square images by up to ``radius`` steps along each axis: (2 radius + 1)² copies.
+def shifts(size: int | tuple[int, int], radius: int = 2, step: float = 0.5, *, zoom: int = 1) -> Augment:
+    """Shifts images by up to ``radius`` steps along each axis: (2 radius + 1)² copies.
 
     Positions between the pixels of the given image are interpolated bilinearly, so that every copy is a mixture of
     shifts by its whole pixels. Those form the basis. Edges are repeated.
 
     Args:
-        size: side of the copies in pixels.
+        size: height and width of the copies in pixels, or the side of square ones.
         radius: largest shift in steps; 0 for the images alone.
         step: in pixels of the copies.
         zoom: images are given at this multiple of ``size``, and copies averaged over ``zoom`` x ``zoom`` pixels.
 
     Returns:
-        The augmentation. It takes images ``[n, C, zoom size, zoom size]``, or such rows, uint8 or on [0, 1].
+        The augmentation. It takes images ``[n, C, zoom h, zoom w]``, or such rows, uint8 or on [0, 1].
     """
-    if size < 1 or radius < 0 or not step > 0:
+    shape = _shape(size)
+    if min(shape) < 1 or radius < 0 or not step > 0:
         raise ValueError(f"size must be at least 1, radius at least 0, step positive; found {size}, {radius}, {step}")
     whole = math.ceil(radius * step * zoom)
     offsets = step * zoom * torch.arange(-radius, radius + 1, dtype=torch.float64)
@@ -42,20 +43,21 @@ def shifts(size: int, radius: int = 2, step: float = 0.5, *, zoom: int = 1) -> A
     weights = torch.kron(axis, axis)
 
     def augment(x: Tensor) -> tuple[Tensor, Tensor]:
-        images, side = _planes(x, zoom * size), zoom * size
+        height, width = (zoom * side for side in shape)
+        images = _planes(x, (height, width))
         if whole:
             images = pad(images, (whole,) * 4, mode="replicate")
         # The mean of each window, whose corner steps through the pixels of the larger image.
         means = avg_pool2d(images, zoom, stride=1) if zoom > 1 else images
         steps = range(2 * whole + 1)
-        basis = [means[:, :, i : i + side : zoom, j : j + side : zoom].flatten(1) for i in steps for j in steps]
+        basis = [means[:, :, i : i + height : zoom, j : j + width : zoom].flatten(1) for i in steps for j in steps]
         return torch.stack(basis, dim=1), weights.to(basis[0])
 
     return augment
 
 
-def rotations(size: int, angles: int = 12, *, zoom: int = 1, blur: float = 0.0) -> Augment:
-    """Rotates square images counter-clockwise about their centre by multiples of 360° / ``angles``.
+def rotations(size: int | tuple[int, int], angles: int = 12, *, zoom: int = 1, blur: float = 0.0) -> Augment:
+    """Rotates images counter-clockwise about their centre by multiples of 360° / ``angles``.
 
     For objects that lie at any angle. Interpolation is bilinear, in the given image; edges are repeated. The weights
     are an identity matrix. Other arguments and the result as ``shifts``.
@@ -65,13 +67,16 @@ def rotations(size: int, angles: int = 12, *, zoom: int = 1, blur: float = 0.0) 
         angles: number of copies.
         blur: share of each neighbour's value in a pixel of the given images, first; see ``matching_blur``.
     """
-    if size < 1 or angles < 1:
+    height, width = shape = _shape(size)
+    if min(shape) < 1 or angles < 1:
         raise ValueError(f"size and angles must be at least 1; found {size} and {angles}")
     turns = torch.arange(angles) * (2 * math.pi / angles)
-    rows = torch.stack([turns.cos(), -turns.sin(), 0 * turns, turns.sin(), turns.cos(), 0 * turns], dim=1)
+    # Of coordinates on [-1, 1], whose unit is half of the width or of the height.
+    across, down = -turns.sin() * (height / width), turns.sin() * (width / height)
+    rows = torch.stack([turns.cos(), across, 0 * turns, down, turns.cos(), 0 * turns], dim=1)
 
     def augment(x: Tensor) -> tuple[Tensor, Tensor]:
-        images, basis = blurred(_planes(x, zoom * size), blur), []
+        images, basis = blurred(_planes(x, (zoom * height, zoom * width)), blur), []
         for turn in rows.to(images).unflatten(1, (2, 3)):
             grid = affine_grid(turn.expand(len(x), 2, 3), list(images.shape), align_corners=False)
             rotated = grid_sample(images, grid, padding_mode="border", align_corners=False)
@@ -81,9 +86,13 @@ def rotations(size: int, angles: int = 12, *, zoom: int = 1, blur: float = 0.0) 
     return augment
 
 
-def _planes(x: Tensor, side: int) -> Tensor:
-    """Returns images ``[n, C, side, side]``, floating point; 8-bit values on [0, 1]."""
-    images = x.reshape(len(x), -1, side, side)
+def _shape(size: int | tuple[int, int]) -> tuple[int, int]:
+    return (size, size) if isinstance(size, int) else size
+
+
+def _planes(x: Tensor, shape: tuple[int, int]) -> Tensor:
+    """Returns images ``[n, C, h, w]``, floating point; 8-bit values on [0, 1]."""
+    images = x.reshape(len(x), -1, *shape)
     return images if images.is_floating_point() else images / 255
 
 
@@ -106,12 +115,12 @@ def matching_blur(x: Tensor, double: Tensor, images: int = 32) -> float:
     in the share.
 
     Args:
-        x: images ``[n, C size²]`` on [0, 1].
-        double: the same at twice the size, uint8 ``[n, C, 2 size, 2 size]``.
+        x: images ``[n, C h w]`` on [0, 1].
+        double: the same at twice the size, uint8 ``[n, C, 2 h, 2 w]``.
         images: number of images that are compared.
     """
     index = torch.linspace(0, len(x) - 1, min(images, len(x))).round().long()
-    large = _planes(double[index], double.shape[-1])
+    large = double[index] / 255
     small = x[index].view(*large.shape[:2], large.shape[2] // 2, -1)
     plain = avg_pool2d(large, 2)
     change = (avg_pool2d(blurred(large, 0.1), 2) - plain) / 0.1

@@ -72,7 +72,7 @@ def fit_blocks(
         callbacks: called with each row.
     """
     generator = torch.Generator().manual_seed(recipe.seed)
-    shape = (recipe.features // recipe.size**2, recipe.size, recipe.size)
+    shape = (recipe.features // math.prod(recipe.shape), *recipe.shape)
     options = {"patch": recipe.patch, "kernel": recipe.kernel, "hidden": recipe.hidden}
     blocks: list[fastmaf.Transform] = [
         fastmaf.LocalAutoregressive(shape, **options, reverse=bool(i % 2), generator=generator)
@@ -142,7 +142,7 @@ def select_blocks(
             if recipe.blocks == "auto" and not (every_fold and change < 0):
                 break
     if len(flows) == len(models.folds):
-        extended = OutOfFoldModels(models.folds, flows)
+        extended = models.with_flows(flows)
         with_blocks = extended.nll(x)
         if recipe.blocks != "auto" or float(with_blocks.mean()) < float(without.mean()):
             models = extended

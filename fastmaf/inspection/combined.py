@@ -15,10 +15,10 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn.functional import interpolate
 
 import fastmaf
 from fastmaf.images.reduce import reduced
+from fastmaf.inspection.aspect import squared
 from fastmaf.inspection.calibration import CALIBRATION, Calibration
 from fastmaf.inspection.interface import AnomalyModel, HeldOut
 from fastmaf.inspection.model import Prediction, Shapes, check_pixels, map_levels_of
@@ -206,13 +206,5 @@ def _combined_maps(maps: Sequence[np.ndarray], standards: Sequence[Standard], si
     """Returns the combination of the maps of each part, float32 ``[n, s_i, s_i]`` -> ``[n, size, size]``."""
     total = np.zeros((len(maps[0]), size, size), np.float32)
     for of_part, standard in zip(maps, standards, strict=True):
-        total += enlarged(of_part, size) / np.float32(standard.map_unit)
+        total += squared(of_part, size) / np.float32(standard.map_unit)
     return total
-
-
-def enlarged(maps: np.ndarray, size: int) -> np.ndarray:
-    """Returns maps, float32 ``[n, s, s]``, enlarged bilinearly to another side, or as they are."""
-    if maps.shape[-1] == size:
-        return maps
-    resized = interpolate(torch.from_numpy(maps)[:, None], (size, size), mode="bilinear", align_corners=False)
-    return resized[:, 0].numpy()

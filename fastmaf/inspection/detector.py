@@ -17,6 +17,7 @@ from sklearn.utils.validation import check_is_fitted
 from torch import Tensor, nn
 
 import fastmaf
+from fastmaf.inspection.aspect import aspect_of, brought_to, usable_side
 from fastmaf.inspection.calibration import Calibration
 from fastmaf.inspection.detector_input import are_images, found_in, pixels_for_sizes, square_pixels
 from fastmaf.inspection.features.candidate import fit_precomputed
@@ -24,12 +25,13 @@ from fastmaf.inspection.features.extractor import PRECOMPUTED, extractor_of, on_
 from fastmaf.inspection.features.fit import fit_with_features
 from fastmaf.inspection.features.model import FeatureModel
 from fastmaf.inspection.fit import fit
-from fastmaf.inspection.interface import AnomalyModel, maps_of, scores_of
-from fastmaf.inspection.kinds import KINDS, TEXTURE_SIZE, Kind, fit_texture_model, plausible_kind
+from fastmaf.inspection.interface import AnomalyModel, map_shape, maps_of, scores_of
+from fastmaf.inspection.kinds import KINDS, Kind, fit_texture_model, plausible_kind, texture_size
 from fastmaf.inspection.model import InspectionModel, Prediction, Shapes, load_inspection
 from fastmaf.inspection.recipe import Recipe
 from fastmaf.inspection.row_model import RowModel, fit_rows
-from fastmaf.inspection.sizes import BUDGET, SIZES, fit_sizes, sizes_for, sizes_of
+from fastmaf.inspection.sizes import BUDGET, SIZES, fit_sizes, sides_for, sizes_for, sizes_of
+from fastmaf.inspection.texture.candidate import TextureCandidate
 from fastmaf.inspection.texture.model import TextureModel
 from fastmaf.inspection.tiled import TiledModel
 from fastmaf.inspection.tiled_fit import fit_tiles
@@ -56,12 +58,14 @@ class Detector(OutlierMixin, BaseEstimator):
     X is always either
 
     - images: uint8 ``[n, h, w, 3]``, an array, a tensor or a sequence of ``[h, w, 3]`` of any sizes, R, G, B; or a
-      sequence of paths of image files. They are resized to ``size``;
+      sequence of paths of image files. They are resized, see ``size``;
     - or rows: finite numbers ``[n, D]``;
     - or, with ``features="precomputed"``, feature maps: ``[n, c, h, w]``, or a sequence of such.
 
     Args:
-        size: images only: side in pixels of the square that each is resized to; with ``tiles`` of each tile.
+        size: images only: side in pixels of the square that each is resized to; with ``tiles`` of each tile. Where
+            the images of an object are not square, they keep their aspect ratio, at the area of that square: those of
+            4:3 become about 56 x 74 pixels at 64.
             ``"auto"`` fits models of 64 and 128 pixels, and of 256 from a budget of 300 s on, as far as the smallest
             image and the budget go, and takes the one, or the combination, that is best on synthetic defects; see
             ``fastmaf.inspection.sizes``. It is the choice of ``fastmaf inspect fit --size auto``.
@@ -79,7 +83,8 @@ class Detector(OutlierMixin, BaseEstimator):
         confidence: None, or the probability with which this calibration set keeps that rate.
         kind: images only: ``"object"``, whose parts have a fixed place or shape; ``"texture"``, which looks the same
             everywhere: a density of local features, of which each image is seen at its own aspect ratio; or ``"auto"``:
-            what the samples, and synthetic defects on them, call for. See ``fastmaf.inspection.kinds``.
+            what the samples, and synthetic defects on them, call for. With ``features``, a texture joins them where
+            that is better on synthetic defects. See ``fastmaf.inspection.kinds``.
         random_state: of folds and blocks. By default the same samples give the same model.
         verbose: images only: show a progress bar.
         features: images only: None for a model of pixels alone, fitted from scratch; ``"efficientnet-lite0"``, a
@@ -100,7 +105,8 @@ class Detector(OutlierMixin, BaseEstimator):
         decision_scores_: float64 [n], the ``anomaly_score`` of each training sample by a model that has not seen it,
             in the order of X: the scores behind the threshold. Not set by ``load``, as files hold them sorted.
         labels_: int64 [n], 1 for training samples above the threshold, else 0, as in PyOD; a few are expected.
-        n_features_in_: D; for images the number of values of a resized one, 3 size², or size² if all images are grey.
+        n_features_in_: D; for images the number of values of a resized one, 3 size² if it is a square, or a third of
+            that if all images are grey.
 
     Example:
         >>> import numpy as np, fastmaf
@@ -239,16 +245,17 @@ class Detector(OutlierMixin, BaseEstimator):
 
     @fastmaf.torch_defaults()
     def anomaly_map(self, X: Any) -> np.ndarray:
-        """Returns anomaly maps of images, float32 [n, s, s], higher is more anomalous.
+        """Returns anomaly maps of images, float32 [n, h, w], higher is more anomalous; each covers its whole image.
 
-        s is the size, 256 with ``features``, and 64 with ``features="precomputed"``.
+        They have the aspect ratio of the good images, and about size² pixels. Those of textures and of features alone
+        are square: of at least 256 pixels a side, and of 64 with ``features="precomputed"``.
         """
         check_is_fitted(self)
         if isinstance(self.model_, RowModel):
             raise ValueError("anomaly maps need images: this detector was fitted to rows")
         if (of_features := self._of_precomputed(X)) is not None:
             return of_features.anomaly_maps
-        return maps_of(self.model_, *self._images(X))
+        return brought_to(maps_of(self.model_, *self._images(X)), map_shape(self.model_))
 
     @fastmaf.torch_defaults()
     def save(self, path: str | Path, *, card: str | Path | None = None) -> None:
@@ -276,7 +283,8 @@ class Detector(OutlierMixin, BaseEstimator):
         known = {name: given[name] for name in ("rank", "blocks", "steps", "folds") if name in given}
         rate = {name: getattr(model.calibration, name) for name in ("false_alarm", "confidence")}
         known["kind"] = "texture" if isinstance(model, TextureModel) else "object"
-        size, tiles = (model.parts[0].size, model.tiles) if isinstance(model, TiledModel) else (model.size, 1)
+        tiles = model.tiles if isinstance(model, TiledModel) else 1
+        size = recipe.get("size", model.size)
         configuration = model.about.get("configuration", {})
         if configuration.get("size") == "auto":
             size, known["budget"] = "auto", configuration.get("budget", BUDGET)
@@ -287,11 +295,8 @@ class Detector(OutlierMixin, BaseEstimator):
     def _fit_images(self, X: Any, groups: Sequence[str] | None, recipe: Recipe) -> tuple[AnomalyModel, np.ndarray]:
         """Returns the model of images and the held-out score of each."""
         extractor = None if self.features is None else extractor_of(self.features)
-        if extractor is not None and (self.tiles > 1 or self.kind == "texture"):
-            found = f"tiles={self.tiles}, kind={self.kind!r}"
-            raise ValueError(
-                f"features are fitted with a model of pixels: expected tiles=1 and no texture; found {found}"
-            )
+        if extractor is not None and self.tiles > 1:
+            raise ValueError(f"features are of whole images: expected tiles=1; found {self.tiles}")
         if self.tiles > 1 and self.kind != "object":
             raise ValueError(
                 f"tiles are of objects: expected kind='object' with tiles={self.tiles}; found {self.kind!r}"
@@ -299,15 +304,19 @@ class Detector(OutlierMixin, BaseEstimator):
         double: Tensor | None
         if extractor is not None:
             samples, double, shapes = square_pixels(X, extractor.size)
-            sizes = sizes_for(min(extractor.size, *map(min, shapes)), self.budget)
+            sizes = sizes_for(min(extractor.size, usable_side(shapes)), self.budget)
         elif self.size == "auto":
             if self.tiles > 1:
                 raise ValueError(f"size='auto' is of whole images: expected tiles=1; found {self.tiles}")
-            sizes, samples, double = pixels_for_sizes(X, self.budget)
+            sizes, samples, double, shapes = pixels_for_sizes(X, recipe, self.budget)
         else:
-            samples, double, _ = square_pixels(X, tiled_size(recipe.size, self.tiles), double=True)
+            samples, double, shapes = square_pixels(X, tiled_size(recipe.size, self.tiles), double=True)
         if self.size != "auto":
             sizes = (recipe.size,)
+        recipe = replace(recipe, aspect=aspect_of(shapes))
+        wanted = tiled_size(replace(recipe, size=sizes[-1]).side, self.tiles)
+        if self.kind != "texture" and len(samples) and samples.shape[-1] < wanted:
+            samples, double, _ = square_pixels(X, wanted, double=extractor is None)
         n = len(samples)
         if n < 3:
             raise ValueError(f"X must hold at least 3 good images; found {n}")
@@ -315,13 +324,19 @@ class Detector(OutlierMixin, BaseEstimator):
         recipe = replace(recipe, size=sizes[0], folds=min(self.folds, n))
         options: Any = {"groups": groups, "progress": self.verbose}
         model: AnomalyModel
+        kind = plausible_kind(samples)[0] if self.kind == "auto" else self.kind
         if extractor is not None:
-            chosen = fit_with_features(samples, sizes, recipe, extractor, budget=self.budget, **options)
+            texture: TextureCandidate | None = None
+            if kind != "object":
+                samples, _, _ = square_pixels(X, max(texture_size(shapes), samples.shape[-1]))
+                texture = fit_texture_model(samples, recipe, shapes=shapes, **options).candidate
+            options |= {"budget": self.budget, "texture": texture}
+            chosen = fit_with_features(samples, sizes, recipe, extractor, **options)
             model, scores = chosen.model, chosen.held_out.scores[0]
         elif self.tiles > 1:
             model, scores = fit_tiles(samples, recipe, self.tiles, double=double, **options)
-        elif (kind := plausible_kind(samples)[0] if self.kind == "auto" else self.kind) != "object":
-            model, scores = self._fit_texture(X, recipe, sizes, double, kind == "auto", **options)
+        elif kind != "object":
+            model, scores = self._fit_texture(X, shapes, recipe, sizes, double, kind == "auto", **options)
         elif len(sizes) > 1:
             chosen = fit_sizes(samples, sizes, recipe, double=double, budget=self.budget, **options)
             model, scores = chosen.model, chosen.held_out.scores[0]
@@ -363,16 +378,25 @@ class Detector(OutlierMixin, BaseEstimator):
         return torch.from_numpy(np.array(rows))  # a copy: torch takes neither read-only arrays nor negative strides
 
     def _fit_texture(
-        self, X: Any, recipe: Recipe, sizes: tuple[int, ...], double: Tensor | None, both: bool, **options: Any
+        self,
+        X: Any,
+        shapes: Shapes,
+        recipe: Recipe,
+        sizes: tuple[int, ...],
+        double: Tensor | None,
+        both: bool,
+        **options: Any,
     ) -> tuple[AnomalyModel, np.ndarray]:
         """Returns a texture model, or of ``both`` kinds what is better on synthetic defects, and held-out scores."""
-        side = max(TEXTURE_SIZE, *sizes)
-        large, _, shapes = square_pixels(X, side)
+        side = max(texture_size(shapes), *sides_for(sizes, recipe))
+        large, _, _ = square_pixels(X, side)
         texture = fit_texture_model(large, recipe, shapes=shapes, **options)
         if not both:
             return texture.model, texture.held_out.scores[0]
         options |= {"budget": self.budget, "others": [texture.candidate]}
-        chosen = fit_sizes(large, sizes, recipe, double=double if sizes[-1] == side else None, **options)
+        chosen = fit_sizes(
+            large, sizes, recipe, double=double if sides_for(sizes, recipe)[-1] == side else None, **options
+        )
         return chosen.model, chosen.held_out.scores[0]
 
     def _images(self, X: Any) -> tuple[Tensor, Shapes]:

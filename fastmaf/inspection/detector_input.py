@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,9 @@ import torch
 from torch import Tensor
 
 from fastmaf.images.decode import DataError, load_frame, resized
+from fastmaf.inspection.aspect import aspect_of, usable_side
 from fastmaf.inspection.model import Shapes
+from fastmaf.inspection.recipe import Recipe
 from fastmaf.inspection.sizes import SIZES, sizes_for
 from fastmaf.io.marks import is_output
 
@@ -57,18 +60,18 @@ def square_pixels(X: Any, size: int, *, double: bool = False) -> tuple[Tensor, T
     return stacked[0], stacked[1] if double else None, shapes
 
 
-def pixels_for_sizes(X: Any, budget: float) -> tuple[tuple[int, ...], Tensor, Tensor | None]:
-    """Returns the sizes to fit within a budget of seconds, none larger than an image, and the images at the largest.
+def pixels_for_sizes(X: Any, recipe: Recipe, budget: float) -> tuple[tuple[int, ...], Tensor, Tensor | None, Shapes]:
+    """Returns the sizes to fit within a budget of seconds, none larger than an image, and the images for the largest.
 
-    The last result is the images at twice that size, where all images are that large: enlarged ones hold no finer
-    shifts.
+    The third result is the images at twice that side, where all images are that large: enlarged ones hold no finer
+    shifts. The last is their shapes.
     """
     pixels, double, shapes = square_pixels(X, SIZES[1], double=True)
-    side = min(map(min, shapes))
-    sizes = sizes_for(side, budget)
-    if sizes[-1] != SIZES[1]:
-        pixels, double, _ = square_pixels(X, sizes[-1], double=True)
-    return sizes, pixels, double if side >= 2 * sizes[-1] else None
+    usable = usable_side(shapes)
+    sizes = sizes_for(usable, budget)
+    if (side := replace(recipe, size=sizes[-1], aspect=aspect_of(shapes)).side) != SIZES[1]:
+        pixels, double, _ = square_pixels(X, side, double=True)
+    return sizes, pixels, double if usable >= 2 * sizes[-1] else None, shapes
 
 
 def found_in(X: Any) -> str:

@@ -17,8 +17,9 @@ import fastmaf
 from fastmaf.images.dataset import ImageSet, to_unit
 from fastmaf.images.progress import track
 from fastmaf.images.reduce import reduced
+from fastmaf.inspection.aspect import squared
 from fastmaf.inspection.baselines import Baseline, all_baselines
-from fastmaf.inspection.combined import CombinedModel, enlarged
+from fastmaf.inspection.combined import CombinedModel
 from fastmaf.inspection.features.model import FeatureModel
 from fastmaf.inspection.interface import AnomalyModel
 from fastmaf.inspection.masks import LabelledSet
@@ -101,7 +102,7 @@ def _baseline(baseline: Baseline, normals: Tensor, pixels: Tensor) -> tuple[np.n
     size = int(pixels.shape[-1])
     small = [reduced(images, min(size, _BASELINE_SIZE)) for images in (normals, pixels)]
     scores, maps = baseline.fit(small[0]).score(small[1])
-    return scores, None if maps is None else enlarged(maps, size)
+    return scores, None if maps is None else squared(maps, size)
 
 
 def _pixel_metrics(
@@ -134,7 +135,7 @@ def _model_scores(
     if len(model.parts) > 1:
         of_parts = model.predictions(images.pixels, images.shapes or None)
         for standard, part in zip(model.standards, of_parts, strict=True):
-            result.append((standard.name, "score", part.scores, enlarged(part.anomaly_maps, model.size)))
+            result.append((standard.name, "score", part.scores, squared(part.anomaly_maps, model.size)))
     return result
 
 
@@ -165,6 +166,7 @@ def _scores_of_pixels(
 
 def _score_maps(flow: Float64Flow, model: InspectionModel, images: ImageSet) -> Tensor:
     """Returns the score maps of images under the model's flow or a fold's."""
-    batches = (FlowValues(flow, to_unit(part, model.channels).to(model.device)) for part in images.pixels.split(64))
-    terms = torch.cat([terms_of(values, model.settings) for values in batches])
-    return score_maps(terms, model.statistics, model.settings)
+    parts = (to_unit(reduced(part, model.shape), model.channels) for part in images.pixels.split(64))
+    batches = (FlowValues(flow, part.to(model.device)) for part in parts)
+    terms = torch.cat([terms_of(values, model.settings, model.shape) for values in batches])
+    return score_maps(terms, model.statistics, model.settings, model.shape)

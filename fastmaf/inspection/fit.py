@@ -24,6 +24,8 @@ from torch import Tensor
 import fastmaf
 from fastmaf.images.dataset import is_grey, to_grey, to_unit
 from fastmaf.images.progress import Progress
+from fastmaf.images.reduce import reduced
+from fastmaf.inspection.aspect import squared
 from fastmaf.inspection.blocks import Log, fit_blocks, select_blocks
 from fastmaf.inspection.calibration import Calibration
 from fastmaf.inspection.exchangeability import describe_groups, order_matters
@@ -93,9 +95,9 @@ def fit(
     ``model.about`` holds the NLLs that were compared.
 
     Args:
-        pixels: uint8 ``[n, 3, size, size]``, n >= 3.
+        pixels: uint8 ``[n, 3, s, s]`` with s = ``recipe.side``, n >= 3.
         recipe: the settings.
-        double: the same images at twice the size, uint8 ``[n, 3, 2 size, 2 size]``, from which shifted and rotated
+        double: the same images at twice the size, uint8 ``[n, 3, 2 s, 2 s]``, from which shifted and rotated
             copies are made; None to interpolate ``pixels``, which blurs them.
         groups: the group of each image, such as its part, batch or day; folds then hold out whole groups, so that
             scores, threshold and choices are those for images of new groups. None: folds are random.
@@ -117,15 +119,18 @@ def fit(
             neighbouring images are alike.
     """
     asked = recipe or Recipe(size=int(pixels.shape[-1]))
-    if pixels.dtype != torch.uint8 or pixels.shape[1:] != (3, asked.size, asked.size):
-        expected = f"uint8 [n, 3, {asked.size}, {asked.size}]"
+    side, shape = asked.side, asked.shape
+    if pixels.dtype != torch.uint8 or pixels.shape[1:] != (3, side, side):
+        expected = f"uint8 [n, 3, {side}, {side}]"
         raise ValueError(f"pixels must be {expected}; found {pixels.dtype} {list(pixels.shape)}")
     if double is not None and (double.dtype, double.shape) != (
         torch.uint8,
-        (*pixels.shape[:2], *(2 * asked.size,) * 2),
+        (*pixels.shape[:2], 2 * side, 2 * side),
     ):
-        expected = f"uint8 {[*pixels.shape[:2], 2 * asked.size, 2 * asked.size]}"
+        expected = f"uint8 {[*pixels.shape[:2], 2 * side, 2 * side]}"
         raise ValueError(f"double must be {expected}; found {double.dtype} {list(double.shape)}")
+    pixels = reduced(pixels, shape)
+    double = None if double is None else reduced(double, (2 * shape[0], 2 * shape[1]))
     channels = asked.channels if isinstance(asked.channels, int) else 1 if is_grey(pixels) else 3
     given, asked = asked, replace(asked, channels=channels)
     images = to_unit(pixels, channels)
@@ -160,7 +165,7 @@ def fit(
         for fold, fold_whitening in zip(folds, whitenings.folds, strict=True):
             z[fold] = fold_whitening(y[fold])[0]
         flows = [fastmaf.Flow(recipe.features, [*first, fold_whitening]).eval() for fold_whitening in whitenings.folds]
-        models = OutOfFoldModels(folds, flows)
+        models = OutOfFoldModels(folds, flows, shape)
         selected = stages.blocks(recipe, models)
         if selected is None:
             found = select_blocks(x, z, models, recipe, bar.update, callbacks=callbacks, every_fold=every_fold)
@@ -176,6 +181,7 @@ def fit(
         if baseline is not None:
             flow, models, score = baseline.flow.requires_grad_(False), baseline.models, baseline.score
         statistics, (scores,), (maps,) = out_of_fold_results([pixels], models, score, replace(map_config, rms=1.0))
+        maps = squared(maps, side)
         rms = float(np.sqrt(np.square(maps, dtype=np.float64).mean())) or 1.0  # identical images leave no residual
         map_config, maps = replace(map_config, rms=rms), maps / np.float32(rms)
         times.append(time.perf_counter())
@@ -193,7 +199,7 @@ def fit(
         "images_of_folds": [len(fold) for fold in folds],
         "map_levels": [float(np.quantile(maps, 0.99)), float(maps.max())],
     }
-    model = InspectionModel(flow, score, map_config, statistics, calibration, about)
+    model = InspectionModel(flow, score, map_config, statistics, calibration, about, own_shape=shape)
     seconds = dict(zip(("whitenings", "blocks", "scores"), np.diff(times).tolist(), strict=True))
     return Fitted(model, models, log, seconds, HeldOut(scores[None], maps[None]))
 

@@ -96,7 +96,7 @@ class Stages:
         whole, *folds = ([*flow.transforms] for flow in stage.flows) if stage.flows else ([],)
         if folds:
             flows = [_with(flow, blocks) for flow, blocks in zip(models.flows, folds, strict=True)]
-            models = OutOfFoldModels(models.folds, flows)
+            models = models.with_flows(flows)
         record = stage.record
         blocks: list[fastmaf.Transform] = list(whole)  # type: ignore[arg-type]
         return SelectedBlocks(record["kept"], models, list(record["log"]), dict(record["figures"]), blocks)

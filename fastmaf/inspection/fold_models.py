@@ -63,7 +63,7 @@ def load_fold_models(run: Path, model: AnomalyModel) -> list[fastmaf.Flow]:
         if read_tensors(file, tensors=False)[1].get("statistics") != _fingerprint(model):
             continue
         flow = fastmaf.load(file, device=model.device).eval()
-        check_takes_images(flow, file, grey=True)
+        check_takes_images(flow, file, grey=True, shape=model.own_shape)
         if flow.features != model.flow.features:
             raise fastmaf.CheckpointError(
                 f"{file}: expected a flow of {model.flow.features} features, as its model's; found {flow.features}"

@@ -73,11 +73,31 @@ def maps_of(model: AnomalyModel, pixels: Tensor, shapes: Shapes | None = None) -
     return model.predict(pixels, shapes).anomaly_maps
 
 
+def map_shape(model: AnomalyModel) -> tuple[int, int]:
+    """Returns height and width at which the anomaly maps of a model have the aspect ratio that it was fitted to.
+
+    They come as squares; those of a texture, and of features alone, stay squares.
+    """
+    if isinstance(model, InspectionModel):
+        return model.shape
+    for part in getattr(model, "parts", ()):
+        height, width = map_shape(part)
+        if height != width:
+            scale = model.size / max(height, width)
+            return round(scale * height), round(scale * width)
+    return model.size, model.size
+
+
 class HeldOut(NamedTuple):
     """Scores, float64 ``[sets, n]``, and anomaly maps, float32 ``[sets, n, s, s]``, of images a model has not seen."""
 
     scores: np.ndarray
     maps: np.ndarray
+
+
+def same_images(first: Tensor, second: Tensor) -> bool:
+    """Returns whether two sets hold the same images, so that results need not be computed again."""
+    return first is second or (first.shape == second.shape and torch.equal(first, second))
 
 
 class Candidate(Protocol):

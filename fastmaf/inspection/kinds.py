@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias
 
+import numpy as np
 from torch import Tensor
 
 import fastmaf
@@ -31,8 +32,8 @@ from fastmaf.inspection.texture.model import TextureModel
 Kind: TypeAlias = Literal["object", "texture", "auto"]
 KINDS: tuple[Kind, ...] = ("auto", "object", "texture")
 
-TEXTURE_SIZE = 256
-"""Side of the square images that a texture is read as; at its own aspect ratio a side may be up to twice as long."""
+TEXTURE_SIZES = 256, 512
+"""Sides of the square images that a texture is read as, from which it is brought back to its own aspect ratio."""
 
 _FOLDS = 5  # more would take longer; a density of patches of 80% of the images is much like that of all
 _FEWEST = 20  # good images: below, a comparison of kinds says little
@@ -91,6 +92,20 @@ def fit_texture_model(
         about, calibration = candidate.fitted.about, candidate.fitted.calibration
         about["groups"] = describe_groups(groups, candidate.good.scores[0], calibration)
     return FittedTexture(candidate, {"texture": time.perf_counter() - started}, candidate.good)
+
+
+def texture_size(shapes: Shapes) -> int:
+    """Returns the side to read images of these (height, width) at, so that most keep their resolution.
+
+    The smaller one serves images whose longer side is up to a quarter longer.
+
+    Example:
+        >>> from fastmaf.inspection.kinds import texture_size
+        >>> texture_size([(200, 250)]), texture_size([(200, 250), (400, 300), (600, 300)])
+        (256, 512)
+    """
+    small, large = TEXTURE_SIZES
+    return small if np.median([max(shape) for shape in shapes]) <= 1.25 * small else large
 
 
 def plausible_kind(pixels: Tensor) -> tuple[Kind, str]:

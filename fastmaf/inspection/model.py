@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -14,12 +15,15 @@ from torch import Tensor
 
 import fastmaf
 from fastmaf.images.dataset import check_takes_images, image_shape, to_unit
+from fastmaf.images.reduce import reduced
+from fastmaf.inspection.aspect import squared
 from fastmaf.inspection.calibration import Calibration
 from fastmaf.inspection.model_card import inspection_card
 from fastmaf.inspection.model_file import is_inspection_model, load_inspection, model_file
 from fastmaf.inspection.model_schema import KEY, inspection_record
 from fastmaf.inspection.scoring.float64_flow import Float64Flow, FlowValues, check_base
 from fastmaf.inspection.scoring.score import (
+    Shape,
     TermStatistics,
     anomaly_maps,
     image_scores,
@@ -75,15 +79,18 @@ def map_levels_of(about: Mapping[str, Any]) -> tuple[float, float]:
 
 @dataclass(frozen=True, eq=False)
 class InspectionModel:
-    """A flow over square images, its score and anomaly map, and its calibration.
+    """A flow over images, its score and anomaly map, and its calibration.
+
+    Images are square when they come; one whose images were not reduces a side, see ``fastmaf.inspection.aspect``.
 
     Attributes:
-        flow: D = 3 size², or size² for grey images.
+        flow: D = 3 h w, or h w for grey images.
         settings: how terms become a score.
         map_config: how the anomaly map is computed.
         statistics: of the terms over good images that the flow has not seen.
         calibration: scores of such images and the threshold taken from them.
         about: details of the training, plain JSON types.
+        own_shape: (h, w) of the images that the flow models; None: they are square.
     """
 
     flow: fastmaf.Flow
@@ -92,17 +99,23 @@ class InspectionModel:
     statistics: TermStatistics
     calibration: Calibration
     about: dict[str, Any] = field(default_factory=dict)
+    own_shape: Shape | None = None
     _float64: dict[str, Any] = field(default_factory=dict, init=False, repr=False)
 
     @property
     def size(self) -> int:
-        """Side of the images in pixels."""
-        return image_shape(self.flow.features)[1]
+        """Side of the square images that it takes, in pixels."""
+        return max(self.shape)
+
+    @property
+    def shape(self) -> Shape:
+        """(h, w) of the images that the flow models, in pixels."""
+        return self.own_shape or (image_shape(self.flow.features)[1],) * 2
 
     @property
     def channels(self) -> int:
         """1 for a model of grey images, to which others are converted; else 3."""
-        return image_shape(self.flow.features)[0]
+        return self.flow.features // math.prod(self.shape)
 
     @property
     def device(self) -> torch.device:
@@ -152,15 +165,18 @@ class InspectionModel:
         """Yields the images in batches; one empty batch if there are none."""
         check_pixels(pixels, self.size)
         for part in pixels.split(_BATCH):
-            yield FlowValues(self.float64_flow, to_unit(part, self.channels).to(self.device))
+            x = to_unit(reduced(part, self.shape), self.channels)
+            yield FlowValues(self.float64_flow, x.to(self.device))
 
     def _scores(self, values: FlowValues) -> Tensor:
         nll = values.nll if self.settings.needs_nll else values.x.new_zeros(len(values.x))
-        maps = score_maps(terms_of(values, self.settings), self.statistics, self.settings)
+        terms = terms_of(values, self.settings, self.shape)
+        maps = score_maps(terms, self.statistics, self.settings, self.shape)
         return image_scores(maps, nll, self.statistics, self.settings).cpu()
 
     def _anomaly_maps(self, values: FlowValues) -> Tensor:
-        return anomaly_maps(residuals_of(values, self.map_config), self.map_config).float().cpu()
+        maps = anomaly_maps(residuals_of(values, self.map_config), self.map_config, self.shape).float().cpu()
+        return torch.from_numpy(squared(maps.numpy(), self.size))
 
     def with_calibration(self, calibration: Calibration) -> InspectionModel:
         """Returns the same model with another calibration."""
@@ -172,19 +188,21 @@ class InspectionModel:
 
         A crash leaves the old file or the new one.
         """
-        record = {
+        record: dict[str, Any] = {
             "settings": asdict(self.settings),
             "map_config": asdict(self.map_config),
             "nll": self.statistics.nll,
             "about": {**self.about, "scored_in": _SCORED_IN},
             "calibration": self.calibration.to_json(),
         }
+        if self.shape[0] != self.shape[1]:
+            record["shape"] = list(self.shape)
         extras = {
             "term_mean": self.statistics.mean,
             "term_deviation": self.statistics.deviation,
             "calibration_scores": torch.from_numpy(np.array(self.calibration.scores)),
         }
-        filled = None if card is None else inspection_card(card, self.size, self.calibration, self.about)
+        filled = None if card is None else inspection_card(card, self.shape, self.calibration, self.about)
         self.flow.save(path, {KEY: json.dumps(record)}, extras, card=filled)
 
 
@@ -192,9 +210,10 @@ def read_model(file: TensorFile, *, device: str = "cpu") -> InspectionModel:
     """Reads what ``InspectionModel.save`` wrote from an open file, or from a part of one; see ``load_inspection``."""
     path = file.path
     flow, metadata, extras = read_with_extras(file)
-    check_takes_images(flow, path, grey=True)
     try:
         record = inspection_record(metadata)
+        own_shape = tuple(record["shape"]) if "shape" in record else None
+        check_takes_images(flow, path, grey=True, shape=own_shape)
         settings, map_config = ScoreSettings(**record["settings"]), AnomalyMapConfig(**record["map_config"])
         if not len(flow.transforms):
             raise ValueError("a flow without a transform has no terms to score")
@@ -209,6 +228,8 @@ def read_model(file: TensorFile, *, device: str = "cpu") -> InspectionModel:
         # threshold itself.
         if record["about"].get("scored_in") != _SCORED_IN and calibration.how == "split":
             calibration = calibration.raised()
+    except fastmaf.CheckpointError:
+        raise
     except ValueError as error:
         raise fastmaf.CheckpointError(f"{path}: {error}") from error
     return InspectionModel(
@@ -218,6 +239,7 @@ def read_model(file: TensorFile, *, device: str = "cpu") -> InspectionModel:
         TermStatistics(mean.to(device), deviation.to(device), float(record["nll"])),
         calibration,
         record["about"],
+        own_shape,
     )
 
 

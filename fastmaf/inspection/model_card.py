@@ -19,18 +19,21 @@ print(detector.offset_)  # decision_function is -score - offset_; below 0 an ima
 """
 
 
-def inspection_card(path: str | Path, size: int, calibration: Calibration, about: Mapping[str, Any]) -> ModelCard:
+def inspection_card(
+    path: str | Path, shape: tuple[int, int], calibration: Calibration, about: Mapping[str, Any]
+) -> ModelCard:
     """Returns the card of an inspection model, for ``InspectionModel.save``.
 
     Args:
         path: the file of the card.
-        size: side of the images in pixels.
+        shape: height and width of the images in pixels.
         calibration: of the model.
         about: details of the training; what is missing is left out.
     """
     recipe = about.get("recipe", {})
     names = {"augmentation": "Augmentation", "rank": "Factors of the whitening", "folds": "Folds", "seed": "Seed"}
-    details = {"Images": f"{'grey' if recipe.get('channels') == 1 else 'RGB'}, resized to {size} × {size} pixels"}
+    colours, (height, width) = "grey" if recipe.get("channels") == 1 else "RGB", shape
+    details = {"Images": f"{colours}, resized to {height} × {width} pixels"}
     details |= {text: f"{recipe[name]}" for name, text in names.items() if name in recipe}
     return _card(path, details, calibration, about)
 

@@ -19,6 +19,7 @@ _RECIPE = Record(
         **{"augmentation": Text(), "shift_radius": Whole(), "shift_step": Number(), "angles": Whole(1)},
         "logit": Maybe(Number()),
         "channels": Whole(1),
+        "size": Whole(1),
     },
     others=Anything(),
 )
@@ -56,7 +57,8 @@ _MODEL = Record(
         "nll": Number(),
         "calibration": CALIBRATION,
         "about": ABOUT,
-    }
+    },
+    {"shape": ListOf(Whole(1, 2**15), shortest=2, longest=2)},
 )
 
 # What files of earlier versions call the settings.

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -16,6 +17,7 @@ from fastmaf.images.dataset import image_shape, to_unit
 from fastmaf.inspection.scoring.float64_flow import Float64Flow, FlowValues
 from fastmaf.inspection.scoring.score import (
     MergedStatistics,
+    Shape,
     TermStatistics,
     anomaly_maps,
     image_scores,
@@ -77,15 +79,22 @@ class OutOfFoldModels:
     Attributes:
         folds: indices of the images of each fold.
         flows: the flow fitted without each fold.
+        shape: (height, width) of the images that the flows model; None: they are square.
     """
 
     folds: Sequence[np.ndarray]
     flows: Sequence[fastmaf.Flow]
+    shape: Shape | None = None
 
     @property
     def channels(self) -> int:
         """Of the images that the flows model."""
-        return image_shape(self.flows[0].features)[0]
+        features = self.flows[0].features
+        return image_shape(features)[0] if self.shape is None else features // math.prod(self.shape)
+
+    def with_flows(self, flows: Sequence[fastmaf.Flow], folds: Sequence[np.ndarray] | None = None) -> OutOfFoldModels:
+        """Returns other models of the same images, and of the same folds unless others are given."""
+        return replace(self, flows=flows, folds=self.folds if folds is None else folds)
 
     def held_out(self, sets: Sequence[Tensor], quantity: Callable[..., Tensor], *arguments: Any) -> Tensor:
         """Returns a quantity of each image under the model that has not seen it, float64 ``[len(sets), n, ...]``.
@@ -113,7 +122,7 @@ class OutOfFoldModels:
             return index, self
         folds = [np.flatnonzero(np.isin(index, fold)) for fold in self.folds]
         kept = [(fold, flow) for fold, flow in zip(folds, self.flows, strict=True) if len(fold)]
-        return index, OutOfFoldModels([fold for fold, _ in kept], [flow for _, flow in kept])
+        return index, self.with_flows([flow for _, flow in kept], [fold for fold, _ in kept])
 
     def nll(self, x: Tensor) -> Tensor:
         """Returns the held-out NLL of images ``[n, D]``, float64 ``[n]`` nats."""
@@ -134,7 +143,7 @@ class OutOfFoldModels:
         for fold in self.folds:
             others = TermStatistics.of(drop_fold(terms[0], fold), drop_fold(nll[0], fold))
             for i in range(len(terms)):
-                maps = score_maps(terms[i, fold], others, settings)
+                maps = score_maps(terms[i, fold], others, settings, self.shape)
                 scores[i, fold] = image_scores(maps, nll[i, fold], others, settings)
         return scores
 
@@ -145,7 +154,7 @@ class OutOfFoldResults(NamedTuple):
     Attributes:
         statistics: of the terms of the first set.
         scores: float64 ``[sets, n]``.
-        maps: anomaly maps, float32 ``[sets, n, s, s]``.
+        maps: anomaly maps, float32 ``[sets, n, h, w]``.
     """
 
     statistics: TermStatistics
@@ -163,7 +172,7 @@ def out_of_fold_results(
     its scores would be slightly too small.
 
     Args:
-        sets: uint8 ``[n, 3, s, s]``, each in the order of the folds: the good images first, then the same with a
+        sets: uint8 ``[n, 3, h, w]``, each in the order of the folds: the good images first, then the same with a
             synthetic defect.
         models: the models of the folds.
         settings: how terms become a score.
@@ -173,18 +182,19 @@ def out_of_fold_results(
     for fold, flow in zip(models.folds, models.flows, strict=True):
         merged = MergedStatistics()
         for _, values in _batches(Float64Flow(flow), sets[0], fold, models.channels):
-            merged.add(terms_of(values, settings), _nll(values, settings))
+            merged.add(terms_of(values, settings, models.shape), _nll(values, settings))
         of_folds.append(merged)
-    shape, side = (len(sets), len(sets[0])), sets[0].shape[-1]
-    scores, maps = np.empty(shape), np.empty((*shape, side, side), np.float32)
+    shape = len(sets), len(sets[0])
+    scores, maps = np.empty(shape), np.empty((*shape, *sets[0].shape[2:]), np.float32)
     for k, (fold, flow) in enumerate(zip(models.folds, models.flows, strict=True)):
         others = MergedStatistics.of([part for i, part in enumerate(of_folds) if i != k]).finished()
         double = Float64Flow(flow)
         for i, images in enumerate(sets):
             for index, values in _batches(double, images, fold, models.channels):
-                of_score = score_maps(terms_of(values, settings), others, settings)
+                terms = terms_of(values, settings, models.shape)
+                of_score = score_maps(terms, others, settings, models.shape)
                 scores[i, index] = image_scores(of_score, _nll(values, settings), others, settings).numpy()
-                maps[i, index] = anomaly_maps(residuals_of(values, config), config).float().numpy()
+                maps[i, index] = anomaly_maps(residuals_of(values, config), config, models.shape).float().numpy()
     return OutOfFoldResults(MergedStatistics.of(of_folds).finished(), scores, maps)
 
 

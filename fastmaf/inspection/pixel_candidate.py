@@ -9,6 +9,8 @@ import numpy as np
 from torch import Tensor
 
 import fastmaf
+from fastmaf.images.reduce import reduced
+from fastmaf.inspection.aspect import squared
 from fastmaf.inspection.fit import Fitted
 from fastmaf.inspection.interface import HeldOut
 from fastmaf.inspection.model import InspectionModel
@@ -21,7 +23,7 @@ class PixelCandidate:
 
     Attributes:
         fitted: the result of ``fit``.
-        label: name for the report; None: its size.
+        label: name for the report; None: the size of its recipe.
     """
 
     fitted: Fitted
@@ -30,7 +32,7 @@ class PixelCandidate:
     @property
     def name(self) -> str:
         """For the report."""
-        return self.label or f"{self.size} pixels"
+        return self.label or f"{self.fitted.model.about['recipe']['size']} pixels"
 
     @property
     def size(self) -> int:
@@ -56,5 +58,6 @@ class PixelCandidate:
             sets: as in ``fastmaf.inspection.interface.Candidate``.
         """
         model = self.fitted.model
-        _, scores, maps = out_of_fold_results(sets, self.fitted.out_of_fold, model.settings, model.map_config)
-        return HeldOut(scores, maps)
+        own = [reduced(images, model.shape) for images in sets]
+        _, scores, maps = out_of_fold_results(own, self.fitted.out_of_fold, model.settings, model.map_config)
+        return HeldOut(scores, np.stack([squared(of_set, model.size) for of_set in maps]))

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
+from fastmaf.inspection.aspect import shape_for
 from fastmaf.inspection.scoring.settings import AnomalyMapConfig, ScoreSettings
 
 Augmentation: TypeAlias = Literal["none", "shifts", "rotations"]
@@ -24,7 +26,7 @@ class Recipe:
     No default was chosen on a test image; see ``fastmaf inspect choose``.
 
     Attributes:
-        size: side of the square images in pixels.
+        size: side of the images in pixels; that of the square of the same area for others, see ``aspect``.
         rank: factors of the whitening; fewer if the images do not support them.
         augmentation: copies of the images that the whitening is fitted to, too: ``"shifts"``, ``"rotations"``,
             ``"none"``, or ``"auto"``, the one of the three under which held-out images are most likely.
@@ -45,6 +47,8 @@ class Recipe:
         map_config: how the anomaly map is computed; None selects likewise. Its ``rms`` is fitted.
         seed: of folds and blocks.
         channels: 3 for colour, 1 for grey; ``"auto"``: 1 if all images are grey, which takes a third of the work.
+        aspect: height of the images over their width, to which all are resized. None: that of the good images where
+            these are read from files or given to a ``Detector``, else 1; see ``fastmaf.inspection.aspect``.
     """
 
     size: int = 64
@@ -67,6 +71,7 @@ class Recipe:
     map_config: AnomalyMapConfig | None = None
     seed: int = 0
     channels: int | Literal["auto"] = "auto"
+    aspect: float | None = None
 
     def __post_init__(self) -> None:
         for name in ("size", "angles", "steps", "batch_size"):
@@ -87,6 +92,18 @@ class Recipe:
             raise ValueError(f"blocks must be 'auto' or at least 0; found {self.blocks!r}")
         if self.most_blocks and self.size % self.patch:
             raise ValueError(f"size must be a multiple of patch = {self.patch}; found {self.size}")
+        if self.aspect is not None and not 0 < self.aspect < math.inf:
+            raise ValueError(f"aspect must be positive and finite; found {self.aspect}")
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Height and width of the images in pixels, multiples of ``patch``."""
+        return shape_for(self.size, 1.0 if self.aspect is None else self.aspect, self.patch)
+
+    @property
+    def side(self) -> int:
+        """Side of the square that images are read as: the longer one of ``shape``."""
+        return max(self.shape)
 
     @property
     def most_blocks(self) -> int:
@@ -96,4 +113,4 @@ class Recipe:
     @property
     def features(self) -> int:
         """D, the number of values of one image; of a colour image if ``channels`` is ``"auto"``."""
-        return (3 if isinstance(self.channels, str) else self.channels) * self.size**2
+        return (3 if isinstance(self.channels, str) else self.channels) * math.prod(self.shape)

@@ -79,7 +79,7 @@ class FittedSizes:
 
 
 def sizes_for(side: int, budget: float = BUDGET) -> tuple[int, ...]:
-    """Returns the sizes to consider for images whose shorter side is at least this long; at least the smallest."""
+    """Returns the sizes to consider where ``usable_side`` is this long; at least the smallest."""
     known = SIZES if budget >= _LONG else SIZES[:-1]
     return tuple(size for size in known if size <= side) or known[:1]
 
@@ -87,9 +87,14 @@ def sizes_for(side: int, budget: float = BUDGET) -> tuple[int, ...]:
 def sizes_of(model: AnomalyModel) -> tuple[int, ...]:
     """Returns the sizes of the models of pixels in a model, ascending; of a tiled one that of its tiles."""
     if isinstance(model, InspectionModel):
-        return (model.size,)
+        return (model.about.get("recipe", {}).get("size", model.size),)
     parts = model.parts if isinstance(model, (CombinedModel, TiledModel)) else ()
     return tuple(sorted({size for part in parts for size in sizes_of(part)}))
+
+
+def sides_for(sizes: Sequence[int], recipe: Recipe) -> list[int]:
+    """Returns the side of the square images that a fit of each size takes."""
+    return [replace(recipe, size=size).side for size in sizes]
 
 
 @fastmaf.torch_defaults()
@@ -113,10 +118,10 @@ def fit_sizes(
     time of interrupted runs counts, and a size that one has begun is finished.
 
     Args:
-        pixels: uint8 ``[n, 3, s, s]``, with s the largest of ``sizes`` and of those of ``others``.
+        pixels: uint8 ``[n, 3, s, s]``, with s the largest side of the recipe of a size and of ``others``.
         sizes: ascending.
         recipe: the settings of every size, except ``size``.
-        double: the images at twice the largest size; see ``fit``.
+        double: the images at twice the side of the largest size; see ``fit``.
         groups, every_fold: see ``fit``.
         callbacks: see ``fit``; called for the smallest size.
         stages: see ``fit``; of all sizes.
@@ -126,13 +131,13 @@ def fit_sizes(
         progress: show progress bars.
 
     Returns:
-        The choice; its model takes images of the largest size, also where a smaller one was chosen.
+        The choice; its model takes images of ``pixels``' size, also where a smaller one was chosen.
 
     Raises:
-        ValueError: ``sizes`` do not ascend to the side of the images; others as ``fit``.
+        ValueError: ``sizes`` do not ascend, or not to the side of the images; others as ``fit``.
     """
     recipe, side = recipe or Recipe(), int(pixels.shape[-1])
-    largest = max([*sizes[-1:], *(other.size for other in others)], default=0)
+    largest = max([*(sides_for(sizes, recipe)[-1:]), *(other.size for other in others)], default=0)
     if list(sizes) != sorted(set(sizes)) or not sizes or largest != side:
         raise ValueError(f"sizes must ascend to {side}, the side of the images; found {tuple(sizes)}")
     options: Any = {"double": double, "groups": groups, "every_fold": every_fold, "progress": progress}
@@ -169,11 +174,13 @@ def fit_each(
         begun = name in stages.seconds  # by an interrupted run, within the budget
         if candidates and not begun and sum(seconds) + _GROWTH[len(candidates) > 1] * seconds[-1] > budget:
             break
-        twice = reduced(pixels, 2 * size) if 2 * size <= side else double if size == side else None
+        of_size = _following(recipe, candidates[0].fitted, size) if candidates else replace(recipe, size=size)
+        own = of_size.side
+        twice = reduced(pixels, 2 * own) if 2 * own <= side else double if own == side else None
         with stages.timed(name):
             fitted = fit(
-                reduced(pixels, size),
-                _following(recipe, candidates[0].fitted, size) if candidates else replace(recipe, size=size),
+                reduced(pixels, own),
+                of_size,
                 double=twice,
                 groups=groups,
                 every_fold=every_fold,
@@ -191,7 +198,8 @@ def _following(recipe: Recipe, first: Fitted, size: int) -> Recipe:
 
     Where the first size takes the score of a baseline, the score of the others is selected again.
     """
-    found, model, ratio = first.model.about["recipe"], first.model, size / first.model.size
+    found, model = first.model.about["recipe"], first.model
+    ratio = size / found["size"]
     score, config = model.settings, model.map_config
     scaled = replace(score, sigma=score.sigma * ratio, presmooth_sigma=score.presmooth_sigma * ratio)
     return replace(

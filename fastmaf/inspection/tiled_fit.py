@@ -38,7 +38,7 @@ def fit_tiles(
     of which has seen it.
 
     Args:
-        pixels: uint8 ``[n, 3, s, s]`` with s = ``tiled_size(recipe.size, tiles)``.
+        pixels: uint8 ``[n, 3, s, s]`` with s = ``tiled_size(recipe.side, tiles)``.
         recipe: the settings of each tile's model.
         tiles: number of tiles along each side.
         double, groups, progress: as of ``fastmaf.inspection.fit.fit``.
@@ -49,7 +49,7 @@ def fit_tiles(
     # Of all tiles together: a grey tile of colour images may have a coloured defect.
     channels = recipe.channels if recipe.channels != "auto" else 1 if is_grey(pixels) else 3
     recipe = replace(recipe, channels=channels)
-    size, parts, scores, maps = recipe.size, [], [], []
+    size, parts, scores, maps = recipe.side, [], [], []
     noted: list[str] = []
     for i in track(range(tiles**2), "fitting", "tile", show=progress):
         crop = None if double is None else tile_of(double, i, 2 * size, 2 * stride_of(size))

@@ -31,17 +31,24 @@ def tile_of(images: Tensor, i: int, size: int, stride: int | None = None) -> Ten
     return images[..., row : row + size, column : column + size].contiguous()
 
 
+def tile_weights(size: int, tiles: int) -> np.ndarray:
+    """Returns the share of each tile along a side in each pixel of the image, float64 ``[tiles, total]``.
+
+    A tile's weight rises from its ends over the overlap; weights of a pixel are scaled to a sum of 1.
+    """
+    stride = stride_of(size)
+    ramp = np.minimum(np.arange(size) + 0.5, size - np.arange(size) - 0.5)
+    ramp = np.minimum(ramp / max(size - stride, 1), 1.0)
+    weights = np.zeros((tiles, tiled_size(size, tiles)))
+    for k in range(tiles):
+        weights[k, k * stride : k * stride + size] = ramp
+    return np.asarray(weights / weights.sum(axis=0))
+
+
 def stitched(maps: Sequence[np.ndarray]) -> np.ndarray:
     """Returns the map of whole images from those of their tiles, float32 ``[n, t, t]`` each, row by row."""
     size, tiles = maps[0].shape[-1], round(len(maps) ** 0.5)
-    stride, total = stride_of(size), tiled_size(size, tiles)
-    # Along each side a tile's weight rises from its ends over the overlap; weights of a pixel are scaled to a sum of 1.
-    ramp = np.minimum(np.arange(size) + 0.5, size - np.arange(size) - 0.5)
-    ramp = np.minimum(ramp / max(size - stride, 1), 1.0)
-    weights = np.zeros((tiles, total))
-    for k in range(tiles):
-        weights[k, k * stride : k * stride + size] = ramp
-    weights /= weights.sum(axis=0)
+    stride, total, weights = stride_of(size), tiled_size(size, tiles), tile_weights(size, tiles)
     result = np.zeros((len(maps[0]), total, total), np.float32)
     for i, of_tile in enumerate(maps):
         row, column = divmod(i, tiles)

@@ -42,7 +42,7 @@ class Normals(NamedTuple):
 
     Attributes:
         x: as their NLL is measured ``[n, D]``.
-        double: the same images at twice the size, uint8 ``[n, C, 2 size, 2 size]``, for the augmentation; None to
+        double: the same images at twice the size, uint8 ``[n, C, 2 h, 2 w]``, for the augmentation; None to
             interpolate ``x`` instead.
     """
 
@@ -81,9 +81,9 @@ def fit_whitenings(normals: Normals, folds: Sequence[np.ndarray], recipe: Recipe
         zoom, source, blur = 2, normals.double, matching_blur(normals.x, normals.double)
     augment: Augment | None = None
     if recipe.augmentation == "rotations":
-        augment = rotations(recipe.size, recipe.angles, zoom=zoom, blur=blur)
+        augment = rotations(recipe.shape, recipe.angles, zoom=zoom, blur=blur)
     elif recipe.augmentation != "none":
-        augment = shifts(recipe.size, recipe.shift_radius, recipe.shift_step, zoom=zoom)
+        augment = shifts(recipe.shape, recipe.shift_radius, recipe.shift_step, zoom=zoom)
     if augment is not None and first:
         augment = _then(augment, before)
     # A logit stretches the 8-bit quantisation steps by its slope, which is smallest in the middle.

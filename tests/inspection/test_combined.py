@@ -14,7 +14,8 @@ import torch
 import fastmaf
 from fastmaf.images.dataset import load_train
 from fastmaf.images.reduce import reduced
-from fastmaf.inspection.combined import CombinedModel, combine, enlarged
+from fastmaf.inspection.aspect import squared
+from fastmaf.inspection.combined import CombinedModel, combine
 from fastmaf.inspection.fit import fit
 from fastmaf.inspection.model import is_inspection_model, load_inspection
 from fastmaf.inspection.pixel_candidate import PixelCandidate
@@ -71,7 +72,7 @@ def test_maps_have_equal_shares_and_mean_square_one_over_held_out_images(candida
     assert np.square(together.maps[0], dtype=np.float64).mean() == pytest.approx(1, rel=1e-5)
     shares = [np.square(h.maps[0] / s.map_unit, dtype=np.float64).mean() for h, s in zip(held, standards, strict=True)]
     assert shares[0] == pytest.approx(shares[1], rel=1e-5)
-    expected = sum(enlarged(h.maps[0], 16) / s.map_unit for h, s in zip(held, standards, strict=True))
+    expected = sum(squared(h.maps[0], 16) / s.map_unit for h, s in zip(held, standards, strict=True))
     np.testing.assert_allclose(together.maps[0], expected, rtol=1e-4, atol=1e-6)
 
 

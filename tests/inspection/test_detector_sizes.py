@@ -64,7 +64,7 @@ def test_parameters_are_kept_cloned_saved_and_loaded(files: list[Path], tmp_path
 
 
 def test_images_too_small_for_a_second_size_are_fitted_at_the_first(files: list[Path]) -> None:
-    images = [np.asarray(Image.open(file).convert("RGB").resize((15, 20))) for file in files]
+    images = [np.asarray(Image.open(file).convert("RGB").resize((13, 16))) for file in files]
     auto = Detector(size="auto", **SMALL).fit(images)
     assert auto.sizes_ == (8,) and isinstance(auto.model_, InspectionModel)
 

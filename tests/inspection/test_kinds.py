@@ -4,16 +4,18 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch import nn
 
 import fastmaf
 from fastmaf.images.dataset import load_train
-from fastmaf.inspection.kinds import describe_choice, fit_texture_model, plausible_kind
-from fastmaf.inspection.model import load_inspection
+from fastmaf.inspection.kinds import Kind, describe_choice, fit_texture_model, plausible_kind
+from fastmaf.inspection.model import InspectionModel, load_inspection
 from fastmaf.inspection.sizes import fit_sizes
 from fastmaf.inspection.texture.candidate import TextureCandidate
 from fastmaf.inspection.texture.model import TextureModel
@@ -77,3 +79,39 @@ def test_groups_are_held_out_together(texture: torch.Tensor) -> None:
 def test_an_unknown_kind_is_refused() -> None:
     with pytest.raises(ValueError, match="kind must be one of 'auto', 'object', 'texture'; found 'thing'"):
         fastmaf.Detector(kind="thing").fit(np.zeros((3, 8, 8, 3), np.uint8))  # type: ignore[arg-type]
+
+
+class Contrast(nn.Module):
+    """Mean and contrast of squares of 32 pixels."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        mean, square = (nn.functional.avg_pool2d(values, 32) for values in (x, x.square()))
+        return torch.cat([mean, (square - mean.square()).clamp_min(0).sqrt()], dim=1)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["auto", "texture"])
+def test_a_detector_with_features_of_a_texture(kind: Kind, texture: torch.Tensor) -> None:
+    images = texture.permute(0, 2, 3, 1).numpy()
+    options: Any = {"size": 16, "rank": 6, "blocks": 0, "folds": 3}
+    detector = fastmaf.Detector(features=Contrast(), kind=kind, **options).fit(images)
+    compared = detector.model_.about["drawn_auroc_of_candidates"]
+    assert any("texture" in name for name in compared) and any("16 pixels" in name for name in compared)
+    plain = fastmaf.Detector(features=Contrast(), **options).fit(images)
+    assert not any("texture" in name for name in plain.model_.about["drawn_auroc_of_candidates"])
+    scores = detector.anomaly_score(images[:4])
+    assert scores.shape == (4,) and detector.anomaly_map(images[:4]).shape == (4, 256, 256)
+    np.testing.assert_array_equal(detector.anomaly_score(images[2:4]), scores[2:])
+
+
+@pytest.mark.slow
+def test_a_detector_chooses_the_kind(texture: torch.Tensor) -> None:
+    options: Any = {"size": 16, "rank": 6, "blocks": 0, "folds": 3, "kind": "auto"}
+    detector = fastmaf.Detector(**options).fit(texture.permute(0, 2, 3, 1).numpy())
+    assert "texture" in detector.model_.about["chosen"]
+    defective = texture[:2].clone()
+    defective[:, :, 20:26, 20:26] = 250
+    images = defective.permute(0, 2, 3, 1).numpy()
+    assert (detector.anomaly_score(images) > detector.decision_scores_[:2]).all()
+    parts = np.repeat(images[:1], 20, axis=0)  # the same image again
+    assert isinstance(fastmaf.Detector(**options).fit(parts).model_, InspectionModel)

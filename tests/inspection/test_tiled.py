@@ -15,7 +15,6 @@ import torch
 import fastmaf
 from fastmaf.inspection.detector import Detector
 from fastmaf.inspection.export.export_onnx import export_onnx
-from fastmaf.inspection.export.graph_builder import ExportError
 from fastmaf.inspection.fit import fit
 from fastmaf.inspection.model import load_inspection
 from fastmaf.inspection.recipe import Recipe
@@ -170,5 +169,13 @@ def test_what_does_not_fit_is_refused(fitted: tuple[TiledModel, np.ndarray], tmp
         replace(model, mean=model.mean[:2])
     with pytest.raises(ValueError, match="tiles must be at least 1; found 0"):
         Detector(tiles=0).fit(images(5).permute(0, 2, 3, 1).numpy())
-    with pytest.raises(ExportError, match="TiledModel cannot be exported"):
-        export_onnx(model, tmp_path / "m.onnx", [images(1)[0].permute(1, 2, 0).numpy()])
+
+
+def test_tiles_are_exported_as_one_graph(fitted: tuple[TiledModel, np.ndarray], tmp_path: Path) -> None:
+    """``export_onnx`` compares scores, maps, NLLs and verdicts with those of fastmaf itself."""
+    model, _ = fitted
+    checked = [image.permute(1, 2, 0).numpy() for image in images(3, seed=1)]
+    checked[2] = checked[2].copy()
+    checked[2][1:4, 2:5] = 255
+    report = export_onnx(model, tmp_path / "m.onnx", [*checked, np.zeros((30, 21, 3), np.uint8)])
+    assert report.images == 4 and (tmp_path / "m.onnx").exists()

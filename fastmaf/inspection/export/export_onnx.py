@@ -21,6 +21,7 @@ from fastmaf.inspection.export.graph_builder import ExportError, require
 from fastmaf.inspection.features.model import FeatureModel
 from fastmaf.inspection.interface import AnomalyModel
 from fastmaf.inspection.model import InspectionModel
+from fastmaf.inspection.tiled import TiledModel
 from fastmaf.inspection.workflow.rows import VERDICTS
 from fastmaf.io.atomic import written_atomically
 from fastmaf.io.outputs import Output, check_outputs, text_file
@@ -192,6 +193,8 @@ def _compared(model: AnomalyModel, results: Sequence[Results], tolerance: float,
 
 def _features(model: AnomalyModel) -> int:
     """Returns the number of values that the NLL is of; other models than these have no graph."""
+    if isinstance(model, TiledModel):
+        return sum(_features(part) for part in model.parts)
     first = model.parts[0] if isinstance(model, CombinedModel) else model
     if isinstance(first, FeatureModel):
         return len(first.statistics.mean) * first.gaussian.mean.shape[1]

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 import fastmaf
-from fastmaf.inspection.combined import CombinedModel, enlarged
+from fastmaf.inspection.aspect import squared
+from fastmaf.inspection.combined import CombinedModel
 from fastmaf.inspection.export.features import feature_results
 from fastmaf.inspection.export.graph_builder import ExportError, Graph, Value
 from fastmaf.inspection.export.resize import resized
@@ -25,8 +26,11 @@ from fastmaf.inspection.features.model import FeatureModel
 from fastmaf.inspection.interface import AnomalyModel
 from fastmaf.inspection.model import InspectionModel
 from fastmaf.inspection.scoring.float64_flow import first_part
-from fastmaf.inspection.scoring.score import TermStatistics, smoothing
+from fastmaf.inspection.scoring.score import Shape, TermStatistics, smoothing
 from fastmaf.inspection.scoring.settings import ScoreSettings
+from fastmaf.inspection.texture.model import TextureModel
+from fastmaf.inspection.tiled import TiledModel
+from fastmaf.inspection.tiles import stride_of, tile_weights
 
 _HALF_LOG_2PI = 0.5 * math.log(2 * math.pi)
 
@@ -71,13 +75,15 @@ def inspection_graph(model: AnomalyModel) -> Any:
 @singledispatch
 def _results(model: Any, planes: Value) -> _Results:
     """Returns scores, maps and NLLs of images, float64 ``[n, 3, size, size]``, whole numbers from 0 to 255."""
-    known = ", ".join(kind.__name__ for kind in _results.registry if kind is not object)
+    known = ", ".join(kind.__name__ for kind in _results.registry if kind not in (object, TextureModel))
     raise ExportError(f"a {type(model).__name__} cannot be exported to ONNX; expected one of {known}")
 
 
 @_results.register
 def _(model: InspectionModel, planes: Value) -> _Results:
-    size, settings = model.size, model.settings
+    settings, shape = model.settings, model.shape
+    if shape[0] != shape[1]:
+        planes = resized(planes.transpose(0, 2, 3, 1), shape)
     if model.channels == 1:  # see ``to_grey``; exact in float64
         weights = np.array([19595.0, 38470.0, 7471.0]).reshape(3, 1, 1)
         planes = (((planes * weights).sum(1) + 32768.0) / 65536.0).op("Floor")
@@ -87,26 +93,54 @@ def _(model: InspectionModel, planes: Value) -> _Results:
     terms = shares + z * z * 0.5 + _HALF_LOG_2PI
     nll = terms.cast("float64").sum(1)
     if settings.source == "whitened":
-        z = _smoothed(_planes(steps[first], model), settings.presmooth_sigma, size).reshape(0, model.flow.features)
+        z = _smoothed(_planes(steps[first], model), settings.presmooth_sigma, shape).reshape(0, model.flow.features)
         terms = z * z * 0.5
     score_map = _score_map(terms, model)
-    score = _score(score_map, nll, model.statistics, settings, size)
-    return _Results(score, _anomaly_map([x, *steps][first], steps[first], model), nll)
+    score = _score(score_map, nll, model.statistics, settings, math.prod(shape))
+    anomaly_map = _anomaly_map([x, *steps][first], steps[first], model)
+    return _Results(score, _squared(anomaly_map, shape, model.size), nll)
 
 
 @_results.register
 def _(model: CombinedModel, planes: Value) -> _Results:
-    graph, scores, maps, nlls = planes.graph, [], [], []
+    scores, maps, nlls = [], [], []
     for part, standard in zip(model.parts, model.standards, strict=True):
         small = planes if part.size == model.size else resized(planes.transpose(0, 2, 3, 1), part.size)
         score, anomaly_map, nll = _results(part, small)
         scores.append((score - standard.mean) / standard.deviation)
-        if part.size != model.size:
-            matrix = _enlarging(part.size, model.size)
-            anomaly_map = graph.value(matrix, "float32") @ anomaly_map @ matrix.T
-        maps.append(anomaly_map / standard.map_unit)
+        maps.append(_squared(anomaly_map, (part.size, part.size), model.size) / standard.map_unit)
         nlls.append(nll)
     return _Results(reduce(operator.add, scores), reduce(operator.add, maps), nlls[0])
+
+
+@_results.register
+def _(model: TiledModel, planes: Value) -> _Results:
+    graph, size, stride = planes.graph, model.parts[0].size, stride_of(model.parts[0].size)
+    weights = tile_weights(size, model.tiles)
+    # Each matrix places the weighted columns of a tile's map in those of the image.
+    placing = [np.diag(row[k * stride : k * stride + size]) for k, row in enumerate(weights)]
+    placing = [
+        np.pad(matrix, ((k * stride, model.size - size - k * stride), (0, 0))) for k, matrix in enumerate(placing)
+    ]
+    scores, maps, nlls = [], [], []
+    for i, part in enumerate(model.parts):
+        row, column = divmod(i, model.tiles)
+        tile = planes.take(np.arange(row * stride, row * stride + size), axis=2)
+        tile = tile.take(np.arange(column * stride, column * stride + size), axis=3)
+        score, anomaly_map, nll = _results(part, tile)
+        scores.append((score - model.mean[i]) / model.deviation[i])
+        maps.append(graph.value(placing[row], "float32") @ anomaly_map @ placing[column].T)
+        nlls.append(nll)
+    highest = reduce(lambda a, b: a.op("Max", b), scores)
+    return _Results(highest, reduce(operator.add, maps), reduce(operator.add, nlls))
+
+
+@_results.register
+def _(model: TextureModel, planes: Value) -> _Results:
+    raise ExportError(
+        "a TextureModel cannot be exported to ONNX, as its computation depends on the shape of each image: score with "
+        "'fastmaf inspect score' or 'fastmaf inspect serve', or fit with --kind object for a model that can be exported"
+    )
 
 
 @_results.register
@@ -114,10 +148,18 @@ def _(model: FeatureModel, planes: Value) -> _Results:
     return _Results(*feature_results(model, planes))
 
 
+def _squared(maps: Value, shape: Shape, size: int) -> Value:
+    """Returns maps of this shape as ``squared`` does."""
+    if shape == (size, size):
+        return maps
+    down, across = (_enlarging(side, size) for side in shape)
+    return maps.graph.value(down, "float32") @ maps @ across.T
+
+
 def _enlarging(side: int, size: int) -> Tensor:
-    """Returns the matrix ``[size, side]`` that enlarges the columns of a map as ``enlarged`` does."""
+    """Returns the matrix ``[size, side]`` that enlarges the columns of a map as ``squared`` does."""
     columns = np.repeat(np.eye(side, dtype=np.float32)[:, :, None], side, axis=2)  # [column, side, side], rows equal
-    return torch.from_numpy(enlarged(columns, size)[:, :, 0].T.copy())
+    return torch.from_numpy(squared(columns, size)[:, :, 0].T.copy())
 
 
 def _properties(model: AnomalyModel) -> dict[str, str]:
@@ -138,42 +180,42 @@ def _properties(model: AnomalyModel) -> dict[str, str]:
     }
 
 
-def _smoothed(planes: Value, sigma: float, size: int) -> Value:
-    """Returns ``S @ planes @ S.T`` of ``[..., size, size]``; unchanged for sigma 0."""
+def _smoothed(planes: Value, sigma: float, shape: Shape) -> Value:
+    """Returns planes ``[..., h, w]`` smoothed along both axes; unchanged for sigma 0."""
     if sigma == 0:
         return planes
-    matrix: Tensor = smoothing(size, sigma).to(torch.float32)
-    return planes.graph.value(matrix, "float32") @ planes @ matrix.T
+    down, across = (smoothing(side, sigma).to(torch.float32) for side in shape)
+    return planes.graph.value(down, "float32") @ planes @ across.T
 
 
 def _planes(values: Value, model: InspectionModel) -> Value:
-    return values.reshape(0, model.channels, model.size, model.size)
+    return values.reshape(0, model.channels, *model.shape)
 
 
 def _score_map(terms: Value, model: InspectionModel) -> Value:
     settings, statistics = model.settings, model.statistics
     standard = (terms - statistics.mean) / statistics.deviation
     plain = _planes(standard.op("Clip", -settings.clip, settings.clip), model).sum(1)
-    return _smoothed(plain, settings.sigma, model.size)
+    return _smoothed(plain, settings.sigma, model.shape)
 
 
 def _anomaly_map(x: Value, residual: Value, model: InspectionModel) -> Value:
     """Returns the anomaly map; ``x`` is the input of the whitening (or first transform), ``residual`` its output."""
-    first, config, size = first_part(model.flow)[-1], model.map_config, model.size
+    first, config = first_part(model.flow)[-1], model.map_config
     if isinstance(first, fastmaf.GaussianWhitening):
         y = unexplained(first, (x - first.mean) / first.scale, config.factors)
         residual = y * first.scale**config.power
     squares = _planes(residual * residual, model).sum(1)
-    return _smoothed(squares, config.sigma, size).op("Max", 0.0).op("Sqrt") / config.rms
+    return _smoothed(squares, config.sigma, model.shape).op("Max", 0.0).op("Sqrt") / config.rms
 
 
-def _score(score_map: Value, nll: Value, statistics: TermStatistics, settings: ScoreSettings, size: int) -> Value:
+def _score(score_map: Value, nll: Value, statistics: TermStatistics, settings: ScoreSettings, pixels: int) -> Value:
     if settings.kind == "nll":
         return nll
     if settings.kind == "typicality":
         return (nll - statistics.nll).op("Abs")
-    values = score_map.cast("float64").reshape(0, size**2)
+    values = score_map.cast("float64").reshape(0, pixels)
     if settings.kind == "map maximum":
         return values.op("ReduceMax", values.graph.value(np.array([1]), "int64"), keepdims=0)
-    taken = max(1, round(settings.top * size**2))
+    taken = max(1, round(settings.top * pixels))
     return values.op("TopK", values.graph.value(np.array([taken]), "int64"), outputs=2).sum(1) / taken

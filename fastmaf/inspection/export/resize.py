@@ -16,12 +16,16 @@ from fastmaf.inspection.export.graph_builder import Value
 _ONE = float(1 << 22)  # Pillow's PRECISION_BITS for 8-bit images: 32 - 8 - 2
 
 
-def resized(image: Value, size: int) -> Value:
-    """Resizes 8-bit values ``[n, h, w, 3]`` of any size to float64 ``[n, 3, size, size]``, whole numbers 0 to 255."""
+def resized(image: Value, size: int | tuple[int, int]) -> Value:
+    """Resizes 8-bit values ``[n, h, w, 3]`` of any size to float64 ``[n, 3, size, size]``, whole numbers 0 to 255.
+
+    Images of the same side along one axis may be resized to other shapes, ``[n, 3, *size]``.
+    """
+    rows, columns = (size, size) if isinstance(size, int) else size
     planes = image.transpose(0, 3, 1, 2).cast("float64")
     shape = image.op("Shape", dtype="int64")
     height, width = shape.take(1, axis=0), shape.take(2, axis=0)
-    down, across = _weights(height, size), _weights(width, size).transpose(1, 0)
+    down, across = _weights(height, rows), _weights(width, columns).transpose(1, 0)
 
     def horizontal_first() -> Value:
         return _rounded(down @ _rounded(planes @ across))
@@ -29,10 +33,10 @@ def resized(image: Value, size: int) -> Value:
     def vertical_first() -> Value:
         return _rounded(_rounded(down @ planes) @ across)
 
-    if not pillow_resizes_tall_images_vertically_first():
+    if rows != columns or not pillow_resizes_tall_images_vertically_first():
         return horizontal_first()
-    # If h <= size, Pillow begins with the horizontal pass for any width.
-    tall = (height.op("Max", size) > size).op("And", height + size > width * 2)
+    # If h <= rows, Pillow begins with the horizontal pass for any width.
+    tall = (height.op("Max", rows) > rows).op("And", height + rows > width * 2)
     return image.graph.either(tall, vertical_first, horizontal_first)
 
 

@@ -19,7 +19,7 @@ from fastmaf.inspection.features.gaussian import Folds, fit_gaussians
 from fastmaf.inspection.features.held_out import held_out_distances, restricted, scores, statistics
 from fastmaf.inspection.features.maps import DistanceStatistics, anomaly_maps, image_scores
 from fastmaf.inspection.features.model import FeatureModel
-from fastmaf.inspection.interface import HeldOut
+from fastmaf.inspection.interface import HeldOut, same_images
 from fastmaf.inspection.out_of_fold import group_folds, k_fold
 from fastmaf.inspection.selection.ranking import kind_aurocs
 from fastmaf.inspection.synthetic_defects.draw import SyntheticDefects
@@ -79,7 +79,7 @@ class FeatureCandidate:
         shape = len(sets), len(sets[0])
         values, maps = np.empty(shape), np.empty((*shape, self.size, self.size), np.float32)
         for i, images in enumerate(sets):
-            features = next((x for known, x in self.known if known is images), None)
+            features = next((x for known, x in self.known if same_images(known, images)), None)
             distances = held_out_distances(
                 self._features(images) if features is None else features, self.folds, self.gaussians
             )

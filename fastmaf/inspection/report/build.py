@@ -16,6 +16,8 @@ from PIL import Image
 import fastmaf
 from fastmaf.images.dataset import ImageSet
 from fastmaf.images.decode import load_frame
+from fastmaf.images.reduce import reduced
+from fastmaf.inspection.aspect import aspect_of, fitted_into
 from fastmaf.inspection.combined import CombinedModel
 from fastmaf.inspection.decisions import decisions
 from fastmaf.inspection.evaluate import TableRow
@@ -30,6 +32,7 @@ from fastmaf.inspection.workflow.score import predict_row
 from fastmaf.metrics.results import NORMAL
 
 _SAMPLES, _CASES, _TIMED = 5, 6, 30
+_WIDEST = 192  # pixels of a picture
 
 
 def training_report(path: Path, model: AnomalyModel, images: ImageSet, held_out: HeldOut, *, name: str) -> None:
@@ -126,7 +129,8 @@ def samples(images: ImageSet, label: str, n: int = _SAMPLES) -> np.ndarray:
     """Returns up to n images of one class, uint8 ``[k, h, w, 3]``, evenly spread over it."""
     index = [i for i, other in enumerate(images.labels) if other == label]
     chosen = [index[round(k)] for k in np.linspace(0, len(index) - 1, min(n, len(index)))]
-    return images.pixels[chosen].permute(0, 2, 3, 1).numpy()
+    shapes = images.shapes and [images.shapes[k] for k in chosen]
+    return reduced(images.pixels[chosen], fitted_into(images.size, aspect_of(shapes))).permute(0, 2, 3, 1).numpy()
 
 
 def _exhibit(
@@ -138,13 +142,15 @@ def _exhibit(
     anomaly_map: np.ndarray,
     mask: np.ndarray | None = None,
 ) -> Exhibit:
-    picture = load_frame(images.paths[i], 192).pixels.permute(1, 2, 0).numpy()
+    frame = load_frame(images.paths[i], _WIDEST)
+    shape = fitted_into(_WIDEST, frame.height / frame.width)
+    picture = reduced(frame.pixels[None], shape)[0].permute(1, 2, 0).contiguous().numpy()
     low, high = model.map_levels
     values, anomalous = to_frame(anomaly_map, picture.shape[:2]), bool(score > model.calibration.threshold)
     if mask is not None:
         # A reduced pixel belongs to the defect if any of its pixels does.
-        reduced = Image.fromarray(mask).convert("L").resize(picture.shape[1::-1], Image.Resampling.BOX)
-        mask = np.asarray(reduced) > 0
+        small = Image.fromarray(mask).convert("L").resize(picture.shape[1::-1], Image.Resampling.BOX)
+        mask = np.asarray(small) > 0
     return Exhibit(
         f"{images.labels[i]}/{images.paths[i].name}",
         images.labels[i],

@@ -12,8 +12,10 @@ residual of a few factors, in a unit common to all pixels, shows both.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TypeAlias
 
 import numpy as np
 import torch
@@ -23,6 +25,9 @@ from torch import Tensor
 from fastmaf.images.dataset import image_shape
 from fastmaf.inspection.scoring.float64_flow import FlowValues, Whitening64, rounded
 from fastmaf.inspection.scoring.settings import AnomalyMapConfig, ScoreSettings
+
+Shape: TypeAlias = tuple[int, int]
+"""Height and width in pixels."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -88,20 +93,29 @@ class MergedStatistics:
         return TermStatistics(self.mean.float(), deviation.float(), self.nll / self.n)
 
 
-def terms_of(values: FlowValues, settings: ScoreSettings) -> Tensor:
-    """Returns the terms of a score map, float64 ``[n, D]``."""
+def terms_of(values: FlowValues, settings: ScoreSettings, shape: Shape | None = None) -> Tensor:
+    """Returns the terms of a score map, float64 ``[n, D]``; ``shape`` as of ``planes_of``."""
     if settings.source == "flow":
         return values.nll_per_dim()
     z = values.whitened[0]
     if settings.presmooth_sigma:
-        z = smoothed(planes_of(z), settings.presmooth_sigma).flatten(1)
+        z = smoothed(planes_of(z, shape), settings.presmooth_sigma).flatten(1)
     return 0.5 * z.square()
 
 
-def planes_of(values: Tensor) -> Tensor:
-    """Returns values ``[n, C s²]`` as planes ``[n, C, s, s]``."""
-    channels, size = image_shape(values.shape[1])
-    return values.unflatten(1, (channels, size, size))
+def planes_of(values: Tensor, shape: Shape | None = None) -> Tensor:
+    """Returns values ``[n, C h w]`` as planes ``[n, C, h, w]``.
+
+    Args:
+        values: of images.
+        shape: (h, w); None: they are square.
+    """
+    if shape is None:
+        channels, size = image_shape(values.shape[1])
+        shape = size, size
+    else:
+        channels = values.shape[1] // math.prod(shape)
+    return values.unflatten(1, (channels, *shape))
 
 
 def smoothing(size: int, sigma: float) -> Tensor:
@@ -110,15 +124,17 @@ def smoothing(size: int, sigma: float) -> Tensor:
 
 
 def smoothed(planes: Tensor, sigma: float) -> Tensor:
-    """Returns square planes ``[..., s, s]`` smoothed by a Gaussian of ``sigma`` pixels, with repeated edges."""
-    matrix = smoothing(planes.shape[-1], sigma).to(planes)
-    return matrix @ planes @ matrix.T
+    """Returns planes ``[..., h, w]`` smoothed by a Gaussian of ``sigma`` pixels, with repeated edges."""
+    down, across = (smoothing(side, sigma).to(planes) for side in planes.shape[-2:])
+    return down @ planes @ across.T
 
 
-def score_maps(terms: Tensor, statistics: TermStatistics, settings: ScoreSettings) -> Tensor:
-    """Returns the score maps ``[n, s, s]`` of terms ``[n, C s²]``."""
+def score_maps(
+    terms: Tensor, statistics: TermStatistics, settings: ScoreSettings, shape: Shape | None = None
+) -> Tensor:
+    """Returns the score maps ``[n, h, w]`` of terms ``[n, C h w]``; ``shape`` as of ``planes_of``."""
     standard = (terms - statistics.mean) / statistics.deviation
-    plain = planes_of(standard.clamp(-settings.clip, settings.clip)).sum(dim=1)
+    plain = planes_of(standard.clamp(-settings.clip, settings.clip), shape).sum(dim=1)
     return smoothed(plain, settings.sigma)
 
 
@@ -143,10 +159,11 @@ def residuals_of(values: FlowValues, config: AnomalyMapConfig) -> Tensor:
     return whitening.unexplained(*values.projected, config.factors) * whitening.scale**config.power
 
 
-def anomaly_maps(residuals: Tensor, config: AnomalyMapConfig) -> Tensor:
-    """Returns the anomaly maps ``[n, s, s]`` of residuals ``[n, C s²]``, in units of ``config.rms``.
+def anomaly_maps(residuals: Tensor, config: AnomalyMapConfig, shape: Shape | None = None) -> Tensor:
+    """Returns the anomaly maps ``[n, h, w]`` of residuals ``[n, C h w]``, in units of ``config.rms``.
 
-    A map is the square root of the smoothed squared residuals, summed over the colours.
+    A map is the square root of the smoothed squared residuals, summed over the colours. ``shape`` is as of
+    ``planes_of``.
     """
-    squares = planes_of(residuals.square()).sum(dim=1)
+    squares = planes_of(residuals.square(), shape).sum(dim=1)
     return smoothed(squares, config.sigma).clamp_min(0).sqrt() / config.rms

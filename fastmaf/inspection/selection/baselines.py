@@ -72,9 +72,9 @@ class BaselineModel:
     score: ScoreSettings
 
     def refitted(self, pixels: Tensor, models: OutOfFoldModels) -> BaselineModel:
-        """Returns the same baseline, fitted to other images, uint8 ``[n, 3, s, s]``, and without the folds of these."""
+        """Returns the same baseline, fitted to other images, uint8 ``[n, 3, h, w]``, and without the folds of these."""
         make, x = BASELINES[self.name][0], to_unit(pixels, models.channels)
-        of_folds = OutOfFoldModels(models.folds, [make(drop_fold(x, fold)) for fold in models.folds])
+        of_folds = models.with_flows([make(drop_fold(x, fold)) for fold in models.folds])
         return BaselineModel(self.name, make(x), of_folds, self.score)
 
 
@@ -86,7 +86,7 @@ def better_baseline(
     For the comparison, folds are joined into at most 4.
 
     Args:
-        pixels: the good images, uint8 ``[n, 3, s, s]``.
+        pixels: the good images, uint8 ``[n, 3, h, w]``.
         models: the models of the folds.
         chosen: the score that would be used.
         margin: a baseline must be better by more than this.
@@ -96,7 +96,7 @@ def better_baseline(
     fitted: dict[Callable[[Tensor], fastmaf.Flow], OutOfFoldModels] = {}
     for name, (make, settings) in BASELINES.items():
         if make not in fitted:
-            fitted[make] = OutOfFoldModels(folds, [make(drop_fold(x, fold)) for fold in folds])
+            fitted[make] = models.with_flows([make(drop_fold(x, fold)) for fold in folds], folds)
         (ranked,) = rank_scores(
             pixels, fitted[make], candidates=[settings], progress=False, errors=False, drawn_sets=drawn_sets
         )
@@ -105,5 +105,5 @@ def better_baseline(
     if not found[name] > chosen.image_auroc + margin:
         return None, found
     make, settings = BASELINES[name]
-    of_folds = OutOfFoldModels(models.folds, [make(drop_fold(x, fold)) for fold in models.folds])
+    of_folds = models.with_flows([make(drop_fold(x, fold)) for fold in models.folds])
     return BaselineModel(name, make(x), of_folds, settings), found

@@ -95,7 +95,7 @@ def rank_scores(
     """Ranks scores on good images and synthetic defects.
 
     Args:
-        pixels: the good images that ``models`` were fitted to, uint8 ``[n, 3, s, s]``.
+        pixels: the good images that ``models`` were fitted to, uint8 ``[n, 3, h, w]``.
         models: the models of the folds.
         candidates: the scores to compare.
         draws: synthetic defects per good image.
@@ -113,7 +113,7 @@ def rank_scores(
     if any(settings.needs_nll for settings in candidates):
         nll = models.held_out(sets, lambda values: values.nll)
     result = []
-    for settings, terms in _held_out(candidates, _terms_key, terms_of, models, sets, progress):
+    for settings, terms in _held_out(candidates, _terms_key, terms_of, models, sets, progress, models.shape):
         scores = models.scores(terms, nll, settings).flatten().numpy()
         normal, defect = scores[: len(pixels)], scores[len(pixels) :]
         by_kind = kind_aurocs(normal, defect, kinds)
@@ -143,7 +143,7 @@ def rank_maps(
     masks = [*(None for _ in pixels), *(mask for defects in drawn for mask in defects.masks.numpy())]
     result = []
     for config, residuals in _held_out(candidates, _residuals_key, residuals_of, models, sets, progress):
-        maps = list(anomaly_maps(residuals.flatten(0, 1), config).numpy())
+        maps = list(anomaly_maps(residuals.flatten(0, 1), config, models.shape).numpy())
         result.append(MapCandidate(config, pixel_auroc(maps, masks), au_pro(maps, masks)))
     return sorted(result, key=lambda candidate: -candidate.mean)
 
@@ -165,19 +165,20 @@ def _residuals_key(config: AnomalyMapConfig) -> tuple[int, float]:
 def _held_out(
     candidates: Sequence[_Config],
     key: Callable[[_Config], Any],
-    quantity: Callable[[Any, _Config], Tensor],
+    quantity: Callable[..., Tensor],
     models: OutOfFoldModels,
     sets: list[Tensor],
     progress: bool,
+    *more: Any,
 ) -> Iterator[tuple[_Config, Tensor]]:
     """Yields each candidate with its held-out quantity, float32, which is the same for all with the same key.
 
-    Only one is in memory at a time.
+    Only one is in memory at a time. ``more`` are further arguments of ``quantity``.
     """
     with Progress("ranking", "candidate", total=len(candidates), show=progress) as bar:
         for _, group in groupby(sorted(candidates, key=key), key=key):
             configs = list(group)
-            values = models.held_out(sets, quantity, configs[0]).float()
+            values = models.held_out(sets, quantity, configs[0], *more).float()
             for config in configs:
                 yield config, values
                 bar.update()

@@ -42,7 +42,7 @@ def select_score_and_map(recipe: Recipe, pixels: Tensor, models: OutOfFoldModels
 
     Args:
         recipe: as fitted.
-        pixels: the good images, uint8 ``[n, 3, s, s]``.
+        pixels: the good images, uint8 ``[n, 3, h, w]``.
         models: the models of the folds.
     """
     figures: dict[str, Any] = {}

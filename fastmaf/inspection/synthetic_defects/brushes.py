@@ -32,7 +32,7 @@ def scratch(canvas: Canvas) -> Array:
     """One to three thin parallel lines, fading at their ends and in between."""
     rng, (y, x) = canvas.rng, canvas.place()
     heading, length = float(rng.uniform(0, 2 * np.pi)), canvas.length(5, 30)
-    add, covered = canvas.colour(y, x), np.zeros((canvas.size,) * 2, dtype=np.float32)
+    add, covered = canvas.colour(y, x), np.zeros(canvas.shape, dtype=np.float32)
     for _ in range(int(rng.choice([1, 1, 1, 2, 3]))):
         turn, extent = heading + 0.08 * float(rng.standard_normal()), length * float(rng.uniform(0.6, 1.0))
         aside = canvas.unit * rng.normal(0, 1.5, 2)
@@ -55,7 +55,7 @@ def crack(canvas: Canvas) -> Array:
         turn = heading + float(rng.choice([-1, 1]) * rng.uniform(0.5, 1.2))
         from_ = points[int(rng.integers(1, len(points)))]
         lines.append((_line(canvas, *from_, turn, length * float(rng.uniform(0.2, 0.5)), 0.5), 0.7 * width))
-    covered = np.zeros((canvas.size,) * 2, dtype=np.float32)
+    covered = np.zeros(canvas.shape, dtype=np.float32)
     for line, widest in lines:
         widths = np.linspace(widest, 0.5 * widest, len(line) - 1)
         covered = np.maximum(covered, canvas.stroke(line, widths.tolist(), [1.0] * len(widths)))
@@ -83,7 +83,7 @@ def stain(canvas: Canvas) -> Array:
     rng, (y, x) = canvas.rng, canvas.place()
     add = 0.4 * canvas.colour(y, x, tint=0.6)
     covered = canvas.blob(y, x, canvas.length(3.5, 11), soft=canvas.length(1, 4))
-    uneven = gaussian_filter(rng.standard_normal((canvas.size,) * 2), 2 * canvas.unit) * 2 * canvas.unit
+    uneven = gaussian_filter(rng.standard_normal(canvas.shape), 2 * canvas.unit) * 2 * canvas.unit
     return canvas.image + (covered * (1 + 0.4 * uneven))[..., None] * add
 
 
@@ -109,8 +109,8 @@ def pasted(canvas: Canvas) -> Array:
     covered = canvas.blob(y, x, canvas.length(1.25, 6), soft=canvas.unit)
     y0, x0 = Canvas(canvas.donor, canvas.donor, rng, 1.0).place()
     shift = int(y) - int(y0), int(x) - int(x0)
-    rows = np.clip(np.arange(canvas.size) - shift[0], 0, canvas.size - 1)
-    columns = np.clip(np.arange(canvas.size) - shift[1], 0, canvas.size - 1)
+    rows = np.clip(np.arange(canvas.shape[0]) - shift[0], 0, canvas.shape[0] - 1)
+    columns = np.clip(np.arange(canvas.shape[1]) - shift[1], 0, canvas.shape[1] - 1)
     share = min(1.0, canvas.boost * float(rng.uniform(0.1, 1.0)))
     return canvas.image + share * covered[..., None] * (canvas.donor[rows][:, columns] - canvas.image)
 
@@ -120,7 +120,7 @@ def smear(canvas: Canvas) -> Array:
     rng, (y, x) = canvas.rng, canvas.place_on_structure()
     covered = canvas.blob(y, x, canvas.length(2.5, 8), soft=2 * canvas.unit)[..., None]
     heading, far = float(rng.uniform(0, 2 * np.pi)), canvas.length(0.7, 4) * canvas.boost
-    dy, dx = np.full((canvas.size,) * 2, far * np.sin(heading)), np.full((canvas.size,) * 2, far * np.cos(heading))
+    dy, dx = np.full(canvas.shape, far * np.sin(heading)), np.full(canvas.shape, far * np.cos(heading))
     how, share = rng.random(), 1.0
     if 0.35 <= how < 0.65:
         changed = np.mean([canvas.warped(k / 4 * dy, k / 4 * dx) for k in range(5)], axis=0)
@@ -138,10 +138,10 @@ def dent(canvas: Canvas) -> Array:
     steep = np.hypot(gy, gx)
     y, x = canvas.place(np.where(steep > 0.3 * steep.max(), steep, 0) if steep.max() > 0 else canvas.contrast)
     wide, far = canvas.length(2.5, 9), canvas.length(0.5, 4) * canvas.boost
-    rows, columns = np.mgrid[: canvas.size, : canvas.size] + 0.5
+    rows, columns = np.mgrid[: canvas.shape[0], : canvas.shape[1]] + 0.5
     bump = np.exp(-((rows - y) ** 2 + (columns - x) ** 2) / (2 * wide**2))
     if rng.random() < 0.7:
-        at = min(int(y), canvas.size - 1), min(int(x), canvas.size - 1)
+        at = canvas.pixel(y, x)
         heading = float(np.arctan2(gy[at], gx[at])) + 0.3 * float(rng.standard_normal())
         far = far if rng.random() < 0.7 else -far  # the gradient points into the object
         dy, dx = far * np.sin(heading) * bump, far * np.cos(heading) * bump
@@ -156,7 +156,7 @@ def rough(canvas: Canvas) -> Array:
     rng, (y, x) = canvas.rng, canvas.place()
     strength = 0.3 * float(np.abs(canvas.colour(y, x)).max())  # its peaks are three times as high
     covered = canvas.blob(y, x, canvas.length(2, 8), soft=2 * canvas.unit)
-    noise = gaussian_filter(rng.standard_normal((canvas.size,) * 2), canvas.length(0.35, 1.2))
+    noise = gaussian_filter(rng.standard_normal(canvas.shape), canvas.length(0.35, 1.2))
     noise = noise / max(float(noise.std()), 1e-6)
     return canvas.image + strength * (covered * noise)[..., None]
 

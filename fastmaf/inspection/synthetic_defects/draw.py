@@ -31,8 +31,8 @@ class SyntheticDefects(NamedTuple):
     """Images with one synthetic defect each.
 
     Attributes:
-        pixels: uint8 [n, 3, s, s].
-        masks: bool [n, s, s], the visible pixels of the defect; never empty.
+        pixels: uint8 [n, 3, h, w].
+        masks: bool [n, h, w], the visible pixels of the defect; never empty.
         kinds: the kind of each defect.
     """
 
@@ -44,13 +44,13 @@ class SyntheticDefects(NamedTuple):
 def draw_defects(pixels: Tensor, *, kinds: Sequence[str] = KINDS, seed: int = 0) -> SyntheticDefects:
     """Draws one defect onto each image, of random kinds that are as equally frequent as possible.
 
-    Sizes are relative to the image's side, strengths to the local contrast: 6 to 80 grey levels for lines and spots,
-    less for wider defects. Nearly all defects lie on the object. A defect that is barely visible (no colour changed by
-    4 levels, or too few pixels by more than 2) is drawn again, stronger each time. The same images, kinds and seed
-    give the same defects.
+    Sizes are relative to the square root of the image's area, strengths to the local contrast: 6 to 80 grey levels for
+    lines and spots, less for wider defects. Nearly all defects lie on the object. A defect that is barely visible (no
+    colour changed by 4 levels, or too few pixels by more than 2) is drawn again, stronger each time. The same images,
+    kinds and seed give the same defects.
 
     Args:
-        pixels: good images, uint8 [n, 3, s, s], s >= 8.
+        pixels: good images, uint8 [n, 3, h, w], h and w at least 8.
         kinds: which kinds to draw, of ``KINDS``.
         seed: any non-negative integer.
 
@@ -62,9 +62,9 @@ def draw_defects(pixels: Tensor, *, kinds: Sequence[str] = KINDS, seed: int = 0)
     Raises:
         ValueError: ``pixels``, ``kinds`` or ``seed`` is invalid.
     """
-    if pixels.dtype != torch.uint8 or pixels.ndim != 4 or pixels.shape[1] != 3 or pixels.shape[2] != pixels.shape[3]:
-        raise ValueError(f"pixels must be uint8 [n, 3, s, s]; found {pixels.dtype} {list(pixels.shape)}")
-    if pixels.shape[2] < 8:
+    if pixels.dtype != torch.uint8 or pixels.ndim != 4 or pixels.shape[1] != 3:
+        raise ValueError(f"pixels must be uint8 [n, 3, h, w]; found {pixels.dtype} {list(pixels.shape)}")
+    if min(pixels.shape[2:]) < 8:
         raise ValueError(f"pixels must be images of at least 8 x 8; found {pixels.shape[2]} x {pixels.shape[3]}")
     unknown = [kind for kind in kinds if kind not in BRUSHES]
     if unknown or not kinds:
@@ -86,9 +86,9 @@ def draw_defects(pixels: Tensor, *, kinds: Sequence[str] = KINDS, seed: int = 0)
 
 
 def _drawn(clean: Array, i: int, kind: str, rng: np.random.Generator) -> tuple[Array, str]:
-    """Returns one image with a defect, uint8 [s, s, 3], and the kind of the defect."""
+    """Returns one image with a defect, uint8 [h, w, 3], and the kind of the defect."""
     image = clean[i].astype(np.float32)
-    min_pixels = max(1, round(3 * (len(image) / 64) ** 2))
+    min_pixels = max(1, round(3 * Canvas(image, image, rng, 1.0).unit ** 2))
     for attempt in range(2 * _TRIES):
         if attempt == _TRIES:
             kind = "spot"
@@ -107,7 +107,7 @@ def _difference(clean: Array, drawn: Array) -> Array:
 
 
 def _masks(clean: Array, drawn: Array) -> Array:
-    """Returns where images differ, with gaps of one pixel closed; uint8 [n, s, s, 3] twice -> bool [n, s, s]."""
+    """Returns where images differ, with gaps of one pixel closed; uint8 [n, h, w, 3] twice -> bool [n, h, w]."""
     # The padding lets the mask grow over the edge before it shrinks again.
     visible = np.pad(_difference(clean, drawn) > _VISIBLE, ((0, 0), (1, 1), (1, 1)))
     return np.ascontiguousarray(binary_closing(visible, np.ones((1, 3, 3)))[:, 1:-1, 1:-1])

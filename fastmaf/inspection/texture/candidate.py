@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 import fastmaf
-from fastmaf.inspection.interface import HeldOut
+from fastmaf.inspection.interface import HeldOut, same_images
 from fastmaf.inspection.model import Shapes
 from fastmaf.inspection.scoring.float64_flow import rounded
 from fastmaf.inspection.texture.features import LEVELS, TextureFilters
@@ -88,11 +88,11 @@ class TextureCandidate:
         return HeldOut(*(np.concatenate(part) for part in zip(*results, strict=True)))
 
     def _held_out(self, images: Tensor) -> HeldOut:
-        if images.shape == self.images.shape and torch.equal(images, self.images):
+        if same_images(images, self.images):
             return self.good
         model = self.fitted
         nlls = held_out_nlls(model.filters, self.folds, self.flows, images, self.shapes)
-        parts, maps = held_out_parts(nlls, self.folds, self.sums, model.size)
+        parts, maps = held_out_parts(nlls, self.folds, self.sums, model.size, model.filters.border)
         scores = rounded(torch.from_numpy(image_scores(parts, model.mean, model.deviation))).numpy()
         return HeldOut(scores[None], maps[None] / np.float32(model.map_unit))
 
@@ -113,7 +113,11 @@ def held_out_nlls(
 
 
 def held_out_parts(
-    nlls: Sequence[Sequence[Tensor]], folds: Sequence[np.ndarray], sums: Sequence[Sequence[PositionSums]], size: int
+    nlls: Sequence[Sequence[Tensor]],
+    folds: Sequence[np.ndarray],
+    sums: Sequence[Sequence[PositionSums]],
+    size: int,
+    border: int,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Returns the parts of the score ``[n, LEVELS]`` and the anomaly map ``[n, size, size]`` of each image.
 
@@ -124,13 +128,14 @@ def held_out_parts(
         folds: indices of the images of each.
         sums: of the good images of each fold, for each level.
         size: side of the maps.
+        border: as of ``anomaly_map``.
     """
     parts, maps = np.empty((len(nlls), LEVELS)), np.empty((len(nlls), size, size), np.float32)
     for k, fold in enumerate(folds):
         positions = finished([of_level for i, of_level in enumerate(sums) if i != k])
         for i in fold:
             relative = relative_maps(nlls[i], positions)
-            parts[i], maps[i] = score_parts(relative), anomaly_map(relative, size).numpy()
+            parts[i], maps[i] = score_parts(relative), anomaly_map(relative, size, border).numpy()
     return parts, maps
 
 

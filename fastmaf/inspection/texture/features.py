@@ -3,7 +3,8 @@
 An image becomes a pyramid; each level has half the side of the one before it. On a level, the K filters are the
 principal components of small patches of good images, scaled to unit variance. The features of a location are the K
 responses and the logarithms of the K responses' squares, averaged around it: the responses hold lines, spots and edges,
-the energies hold contrast, orientation and scale of the texture.
+the energies hold contrast, orientation and scale of the texture. Intensities are taken as logarithms. Locations within
+4 pixels of a level's border, whose features depend on how the image is continued beyond it, are left out.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from torch import Tensor
 from torch.nn.functional import conv2d, interpolate, pad
 
 from fastmaf.images.dataset import to_grey
+from fastmaf.inspection.texture.light import Light, log_intensity
 
 LEVELS = 4
 PATCH = 5
@@ -23,6 +25,9 @@ SMALLEST = 16
 """Side of the smallest level of a pyramid, in pixels."""
 LONGEST = 512
 """Longest side of an image in pixels; larger ones are reduced."""
+
+BORDER = 2
+"""Locations along each side of a level that are left out: the reach of a filter and of the averaged energies."""
 
 _FILTERS = {1: 12, 3: 16}  # by channels
 _SIGMA = 2.0  # pixels of a level: of the average of squared responses
@@ -38,10 +43,13 @@ class TextureFilters:
     Attributes:
         weight: float32 ``[levels, K, channels * patch²]``.
         bias: float32 ``[levels, K]``.
+        light: of the good images; None in files of earlier versions, whose filters are of the intensities themselves
+            and include the border.
     """
 
     weight: Tensor
     bias: Tensor
+    light: Light | None
 
     @property
     def channels(self) -> int:
@@ -52,6 +60,16 @@ class TextureFilters:
     def features(self) -> int:
         """D, the number of features of a location: 2 K."""
         return 2 * self.weight.shape[1]
+
+    @property
+    def border(self) -> int:
+        """Number of locations along each side of a level that have no features."""
+        return 0 if self.light is None else BORDER
+
+    def to(self, device: torch.device | str) -> TextureFilters:
+        """Returns the same filters on another device."""
+        light = None if self.light is None else Light(self.light.mean.to(device), self.light.deviation.to(device))
+        return TextureFilters(self.weight.to(device), self.bias.to(device), light)
 
     @classmethod
     def fit(cls, images: Sequence[Tensor], patches: int = 100_000, seed: int = 0) -> TextureFilters:
@@ -70,7 +88,7 @@ class TextureFilters:
         number = torch.zeros(LEVELS, dtype=torch.float64)
         of_image = max(16, patches // len(images))
         for image in images:
-            for level, x in enumerate(pyramid(image)):
+            for level, x in enumerate(pyramid(log_intensity(image))):
                 windows = x.unfold(1, PATCH, 1).unfold(2, PATCH, 1).flatten(3)  # [channels, h, w, patch²]
                 at = torch.randint(windows.shape[1] * windows.shape[2], (of_image,), generator=generator)
                 rows = windows[:, at // windows.shape[2], at % windows.shape[2]].transpose(0, 1).flatten(1).double()
@@ -88,16 +106,29 @@ class TextureFilters:
             variance, axes = variance.flip(0)[:count], axes.flip(1)[:, :count]
             weights.append((axes / (variance.clamp_min(0) + _LEAST_VARIANCE).sqrt()).T)
             biases.append(-(weights[-1] @ mean))
-        return cls(torch.stack(weights).float(), torch.stack(biases).float())
+        return cls(
+            torch.stack(weights).float(),
+            torch.stack(biases).float(),
+            Light.fit(log_intensity(image) for image in images),
+        )
 
-    def __call__(self, image: Tensor) -> Iterator[Tensor]:
-        """Yields the features of each level of an image ``[channels, h, w]``, float32 ``[D, h_l, w_l]``."""
+    def __call__(self, image: Tensor) -> Iterator[tuple[Tensor, Tensor | None]]:
+        """Yields features and contexts of each level of an image ``[channels, h, w]``.
+
+        Features are float32 ``[D, h_l, w_l]``, contexts ``[h_l * w_l, CONTEXT]``, or None without ``light``.
+        """
+        image = image if self.light is None else log_intensity(image)
         for level, x in enumerate(pyramid(image)):
             weight = self.weight[level].unflatten(1, (self.channels, PATCH, PATCH))
             edge = PATCH // 2
             responses = conv2d(pad(x[None], (edge,) * 4, mode="reflect"), weight, self.bias[level])
             energies = (_blurred(responses.square()) + _LEAST_ENERGY).log()
-            yield torch.cat([responses, energies], dim=1)[0, :, ::_STRIDE, ::_STRIDE]
+            features = torch.cat([responses, energies], dim=1)[0, :, ::_STRIDE, ::_STRIDE]
+            if self.light is None:
+                yield features, None
+                continue
+            features = features[:, BORDER:-BORDER, BORDER:-BORDER]
+            yield features, self.light.contexts(image, features.shape[1:])
 
 
 def to_texture(pixels: Tensor, shape: tuple[int, int] | None, channels: int) -> Tensor:

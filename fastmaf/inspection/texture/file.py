@@ -13,11 +13,12 @@ from fastmaf.inspection.calibration import CALIBRATION, Calibration
 from fastmaf.inspection.model_schema import ABOUT, KEY
 from fastmaf.inspection.scoring.float64_flow import check_base
 from fastmaf.inspection.texture.features import LEVELS, PATCH, TextureFilters
+from fastmaf.inspection.texture.light import CONTEXT, Light
 from fastmaf.inspection.texture.model import KIND, TextureModel
 from fastmaf.inspection.texture.position import GRID, PositionStatistics
 from fastmaf.io.checkpoint import read_with_extras
 from fastmaf.io.safe_json import parse, shown
-from fastmaf.io.schema import Number, OneOf, Record, Whole
+from fastmaf.io.schema import Flag, Number, OneOf, Record, Whole
 from fastmaf.io.tensor_file import TensorFile
 
 _LARGEST = 1e18
@@ -30,7 +31,8 @@ _RECORD = Record(
         "map_unit": Number(low=1e-30, high=1e30),
         "calibration": CALIBRATION,
         "about": ABOUT,
-    }
+    },
+    {"light": Flag()},
 )
 
 
@@ -39,7 +41,7 @@ def read_model(file: TensorFile, *, device: str = "cpu") -> TextureModel:
     try:
         record: dict[str, Any] = parse(file.metadata[KEY], KEY)
         _RECORD.check(record, KEY)
-        filters = _filters(file)
+        filters = _filters(file, record.get("light", False))
         shape = (record["levels"], GRID, GRID)
         positions = [_tensor(file, f"position_{name}", shape, torch.float32) for name in ("mean", "deviation")]
         parts = [_tensor(file, f"part_{name}", (LEVELS,), torch.float64) for name in ("mean", "deviation")]
@@ -51,14 +53,14 @@ def read_model(file: TensorFile, *, device: str = "cpu") -> TextureModel:
             found = "nothing" if scores is None else scores.dtype
             raise ValueError(f"tensor calibration_scores: expected torch.float64; found {found}")
         calibration = Calibration.from_json(record["calibration"], file.read("calibration_scores").numpy())
-        flows = tuple(_flow(file, level, filters.features, device) for level in range(record["levels"]))
+        flows = tuple(_flow(file, level, filters, device) for level in range(record["levels"]))
     except fastmaf.CheckpointError:
         raise
     except ValueError as error:
         raise fastmaf.CheckpointError(f"{file.path}: {error}") from error
     return TextureModel(
         record["size"],
-        TextureFilters(filters.weight.to(device), filters.bias.to(device)),
+        filters.to(device),
         flows,
         tuple(PositionStatistics(*(t.to(device) for t in pair)) for pair in zip(*positions, strict=True)),
         parts[0].numpy(),
@@ -69,7 +71,7 @@ def read_model(file: TensorFile, *, device: str = "cpu") -> TextureModel:
     )
 
 
-def _filters(file: TensorFile) -> TextureFilters:
+def _filters(file: TensorFile, has_light: bool) -> TextureFilters:
     shapes: Mapping[str, Any] = {name: info.shape for name, info in file.tensors.items()}
     count = dict(enumerate(shapes.get("filter_bias", ()))).get(1, 0)
     if not 1 <= count <= _MOST_FILTERS:
@@ -78,13 +80,20 @@ def _filters(file: TensorFile) -> TextureFilters:
     if values not in (PATCH**2, 3 * PATCH**2):
         raise ValueError(f"tensor filter_weight: expected filters of 1 or 3 x {PATCH}² values; found {shown(values)}")
     weight = _tensor(file, "filter_weight", (LEVELS, count, values), torch.float32)
-    return TextureFilters(weight, _tensor(file, "filter_bias", (LEVELS, count), torch.float32))
+    light = None
+    if has_light:
+        light = Light(*_tensor(file, "light", (2, 2), torch.float32))
+        if not bool((light.deviation >= 1 / _LARGEST).all()):
+            raise ValueError(f"tensor light: expected deviations of at least {1 / _LARGEST:g}")
+    return TextureFilters(weight, _tensor(file, "filter_bias", (LEVELS, count), torch.float32), light)
 
 
-def _flow(file: TensorFile, level: int, features: int, device: str) -> fastmaf.Flow:
+def _flow(file: TensorFile, level: int, filters: TextureFilters, device: str) -> fastmaf.Flow:
     flow = read_with_extras(file.within(f"{level}/"), device).flow
-    if flow.features != features or flow.context_features:
-        raise ValueError(f"flow of level {level}: expected {features} features, no context; found {flow.features}")
+    context = 0 if filters.light is None else CONTEXT
+    if flow.features != filters.features or flow.context_features not in (0, context):
+        expected, found = f"{filters.features} features and a context of {context}", flow.context_features
+        raise ValueError(f"flow of level {level}: expected {expected}; found {flow.features} and one of {found}")
     check_base(flow)
     return flow.eval().requires_grad_(False)
 

@@ -31,6 +31,7 @@ from fastmaf.inspection.texture.candidate import (
 )
 from fastmaf.inspection.texture.density import fit_blocks, fit_whitening, nll, without_blocks
 from fastmaf.inspection.texture.features import LEVELS, TextureFilters, to_texture
+from fastmaf.inspection.texture.light import CONTEXT
 from fastmaf.inspection.texture.model import TextureModel
 from fastmaf.inspection.texture.position import PositionSums
 from fastmaf.inspection.texture.scoring import image_scores, part_statistics
@@ -68,8 +69,10 @@ def fit_texture(
     def texture(i: int) -> Tensor:
         return to_texture(pixels[i], None if shapes is None else shapes[i], channels)
 
-    filters = TextureFilters.fit([texture(i) for i in range(len(pixels))], seed=seed)
-    rows, owner = _sampled(filters, [texture(i) for i in range(len(pixels))], seed)
+    textures = [texture(i) for i in range(len(pixels))]
+    filters = TextureFilters.fit(textures, seed=seed)
+    rows, contexts, owner = _sampled(filters, textures, seed)
+    del textures
     done()
     fold_of = fold_of_each(folds, len(pixels))
     levels = usable_levels([of_level.numpy() for of_level in owner], fold_of)
@@ -81,10 +84,12 @@ def fit_texture(
         of_fold = []
         for level in range(levels):
             held = torch.from_numpy(fold_of[owner[level].numpy()] == k)
-            flow = _fit(rows[level][~held], seed, blocks=kept[level])
+            flow = _fit(rows[level][~held], contexts[level][~held], seed, blocks=kept[level])
             if k == decisive[level]:
                 plain = without_blocks(flow.transforms[0])  # type: ignore[arg-type]
-                values = [float(nll(f, rows[level][held]).double().mean()) for f in (plain, flow)]
+                values = [
+                    float(nll(f, rows[level][held], contexts[level][held]).double().mean()) for f in (plain, flow)
+                ]
                 kept[level] = values[1] < values[0]  # False for NaN
                 figures[f"level {level}"] = {"held_out_nll_of_whitening": values[0], "held_out_nll": values[1]}
                 flow = flow if kept[level] else plain
@@ -94,14 +99,14 @@ def fit_texture(
     for level in range(levels):  # of the folds before the decision
         if not kept[level]:
             flows = [_plain_at(of_fold, level) for of_fold in flows]
-    whole = tuple(_fit(rows[level], seed, blocks=kept[level]) for level in range(levels))
+    whole = tuple(_fit(rows[level], contexts[level], seed, blocks=kept[level]) for level in range(levels))
     nlls = held_out_nlls(filters, folds, flows, pixels, shapes)
     total = sum(float(values.double().mean()) for of_image in nlls for values in of_image)
     sums = [
         [PositionSums.of(nlls[i][level] for i in fold if level < len(nlls[i])) for level in range(levels)]
         for fold in folds
     ]
-    parts, anomaly_maps = held_out_parts(nlls, folds, sums, size)
+    parts, anomaly_maps = held_out_parts(nlls, folds, sums, size, filters.border)
     mean, deviation = part_statistics(parts)
     unit = float(np.sqrt(np.square(anomaly_maps, dtype=np.float64).mean())) or 1.0
     scores = rounded(torch.from_numpy(image_scores(parts, mean, deviation))).numpy()
@@ -148,23 +153,25 @@ def _plain_at(flows: Flows, level: int) -> Flows:
     return (*flows[:level], plain, *flows[level + 1 :])
 
 
-def _fit(rows: Tensor, seed: int, *, blocks: bool) -> fastmaf.Flow:
+def _fit(rows: Tensor, contexts: Tensor, seed: int, *, blocks: bool) -> fastmaf.Flow:
     whitening = fit_whitening(rows, seed)
-    return fit_blocks(rows, whitening, seed) if blocks else without_blocks(whitening)
+    return fit_blocks(rows, contexts, whitening, seed) if blocks else without_blocks(whitening)
 
 
-def _sampled(filters: TextureFilters, images: Sequence[Tensor], seed: int) -> tuple[list[Tensor], list[Tensor]]:
-    """Returns features of random locations of each level, and the image that each belongs to."""
+def _sampled(
+    filters: TextureFilters, images: Sequence[Tensor], seed: int
+) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+    """Returns features and contexts of random locations of each level, and the image that each belongs to."""
     generator = torch.Generator().manual_seed(seed)
-    rows: list[list[Tensor]] = [[] for _ in range(LEVELS)]
-    owner: list[list[Tensor]] = [[] for _ in range(LEVELS)]
+    found: list[list[tuple[Tensor, Tensor, Tensor]]] = [[] for _ in range(LEVELS)]
     of_image = max(1, min(_OF_IMAGE, _ROWS // len(images)))
     for i, image in enumerate(images):
-        for level, features in enumerate(filters(image)):
-            flat = features.flatten(1)
-            index = torch.randperm(flat.shape[1], generator=generator)[:of_image]
-            rows[level].append(flat[:, index].T)
-            owner[level].append(torch.full((len(index),), i))
-    return [torch.cat(part) if part else torch.empty(0, filters.features) for part in rows], [
-        torch.cat(part) if part else torch.empty(0, dtype=torch.long) for part in owner
-    ]
+        for level, (features, context) in enumerate(filters(image)):
+            assert context is not None  # None in files of earlier versions only
+            index = torch.randperm(len(context), generator=generator)[:of_image]
+            found[level].append((features.flatten(1)[:, index].T, context[index], torch.full((len(index),), i)))
+    none = torch.empty(0, filters.features), torch.empty(0, CONTEXT), torch.empty(0, dtype=torch.long)
+    rows, contexts, owner = (
+        [torch.cat([none[k], *(part[k] for part in of_level)]) for of_level in found] for k in range(3)
+    )
+    return rows, contexts, owner

@@ -32,10 +32,11 @@ KIND = "texture"
 class TextureModel:
     """A density of local features that is the same at every position of an image, at several scales.
 
-    With f_l(p) the features at location p of level l, and p_l(f) the density of level l, the map of a level is
-    standardised by the mean μ_l and the deviation σ_l of good images at that position::
+    With f_l(p) the features at location p of level l, c(p) the light of the image and the position, and p_l(f | c) the
+    density of level l, the map of a level is standardised by the mean μ_l and the deviation σ_l of good images at that
+    position::
 
-        A_l(p) = (−log p_l(f_l(p)) − μ_l(p)) / σ_l(p)
+        A_l(p) = (−log p_l(f_l(p) | c(p)) − μ_l(p)) / σ_l(p)
 
     The score is the mean over the levels of the highest 0.5% of A_l minus its median, standardised over held-out good
     images. The NLL is the mean over the locations of a level, summed over the levels.
@@ -101,7 +102,7 @@ class TextureModel:
             values[i] = sum(float(of_level.double().mean()) for of_level in levels)
             relative = relative_maps(levels, self.positions)
             parts[i] = score_parts(relative)
-            maps[i] = (anomaly_map(relative, self.size) / self.map_unit).numpy()
+            maps[i] = (anomaly_map(relative, self.size, self.filters.border) / self.map_unit).numpy()
         scores = torch.from_numpy(image_scores(parts, self.mean, self.deviation))
         return Prediction(rounded(scores).numpy(), maps, rounded(torch.from_numpy(values)).numpy())
 
@@ -122,6 +123,7 @@ class TextureModel:
             "kind": KIND,
             "size": self.size,
             "levels": len(self.flows),
+            "light": self.filters.light is not None,
             "map_unit": self.map_unit,
             "calibration": self.calibration.to_json(),
             "about": self.about,
@@ -135,6 +137,8 @@ class TextureModel:
             "part_deviation": torch.from_numpy(self.deviation),
             "calibration_scores": torch.from_numpy(np.array(self.calibration.scores)),
         }
+        if self.filters.light is not None:
+            tensors["light"] = torch.stack([self.filters.light.mean, self.filters.light.deviation])
         metadata = {KEY: json.dumps(record)}
         with staging(Path(path).resolve().parent) as folder:
             for level, flow in enumerate(self.flows):
@@ -154,6 +158,6 @@ def nll_maps(
     """Returns the NLL map of each level of an image, uint8 ``[3, s, s]``, float32 ``[h_l, w_l]`` in nats."""
     texture = to_texture(image, shape, filters.channels).to(filters.weight.device)
     return [
-        nll(flow, features.flatten(1).T.contiguous()).view(features.shape[1:])
-        for flow, features in zip(flows, filters(texture), strict=False)
+        nll(flow, features.flatten(1).T.contiguous(), contexts).view(features.shape[1:])
+        for flow, (features, contexts) in zip(flows, filters(texture), strict=False)
     ]

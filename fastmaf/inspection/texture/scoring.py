@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn.functional import avg_pool2d, interpolate
+from torch.nn.functional import avg_pool2d, interpolate, pad
 
 from fastmaf.inspection.texture.features import LEVELS
 from fastmaf.inspection.texture.position import PositionStatistics
@@ -54,10 +54,13 @@ def image_scores(parts: np.ndarray, mean: np.ndarray, deviation: np.ndarray) -> 
     return scores
 
 
-def anomaly_map(maps: Sequence[Tensor], size: int) -> Tensor:
-    """Returns the mean over the levels of what is positive in the relative maps, ``[size, size]``."""
+def anomaly_map(maps: Sequence[Tensor], size: int, border: int) -> Tensor:
+    """Returns the mean over the levels of what is positive in the relative maps, ``[size, size]``.
+
+    Maps lack ``border`` locations along each side, where they count as 0.
+    """
     total = torch.zeros(size, size)
     for values in maps:
-        positive = values.clamp_min(0)[None, None]
+        positive = pad(values.clamp_min(0), (border,) * 4)[None, None]
         total += interpolate(positive, (size, size), mode="bilinear", align_corners=False)[0, 0].cpu()
     return total / len(maps)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import fastmaf
+from fastmaf.images.reduce import reduced
 from fastmaf.inspection.fit import fit
 from fastmaf.inspection.recipe import Recipe
 from fastmaf.inspection.scoring.settings import AnomalyMapConfig, ScoreSettings
@@ -27,8 +28,9 @@ def choose(
 ) -> Selection:
     """Ranks scores and maps on the good images of a folder and on synthetic defects."""
     recipe = Recipe(size=size, score=ScoreSettings(), map_config=AnomalyMapConfig(), seed=seed)
-    images = load_normals(data, recipe, skip_bad=skip_bad, progress=progress, say=say)
+    recipe, images = load_normals(data, recipe, skip_bad=skip_bad, progress=progress, say=say)
     models = fit(images.pixels, recipe, double=images.double, every_fold=True, progress=progress).out_of_fold
-    scores = rank_scores(images.pixels, models, draws=draws, seed=seed, progress=progress)
-    maps = rank_maps(images.pixels, models, draws=draws, seed=seed, progress=progress)
+    pixels = reduced(images.pixels, recipe.shape)
+    scores = rank_scores(pixels, models, draws=draws, seed=seed, progress=progress)
+    maps = rank_maps(pixels, models, draws=draws, seed=seed, progress=progress)
     return Selection(len(images), draws, tuple(scores), tuple(maps))

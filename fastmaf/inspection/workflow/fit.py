@@ -15,6 +15,7 @@ import numpy as np
 import fastmaf
 from fastmaf.images.dataset import ImageSet, load_train
 from fastmaf.images.decode import DataError
+from fastmaf.inspection.aspect import SQUARE, aspect_of, usable_side
 from fastmaf.inspection.calibration import Calibration
 from fastmaf.inspection.features.extractor import extractor_of
 from fastmaf.inspection.features.fit import fit_with_features
@@ -23,16 +24,17 @@ from fastmaf.inspection.fit import fit as fit_model
 from fastmaf.inspection.fit_stages import Stages
 from fastmaf.inspection.fold_models import fold_model_files, replace_fold_models, save_fold_models
 from fastmaf.inspection.kinds import (
-    TEXTURE_SIZE,
+    TEXTURE_SIZES,
     FittedTexture,
     Kind,
     describe_choice,
     fit_texture_model,
     plausible_kind,
+    texture_size,
 )
 from fastmaf.inspection.recipe import Recipe
 from fastmaf.inspection.report.content import REPORT, REPORT_FILE
-from fastmaf.inspection.sizes import BUDGET, SIZES, FittedSizes, fit_sizes, sizes_for
+from fastmaf.inspection.sizes import BUDGET, SIZES, FittedSizes, fit_sizes, sides_for, sizes_for
 from fastmaf.inspection.workflow.fit_result import LOG_FILE, FitResult
 from fastmaf.inspection.workflow.fit_state import has_state, load_state, run_of, save_state
 from fastmaf.inspection.workflow.fit_state import remove_state as remove_fit_state
@@ -86,8 +88,8 @@ def fit(
         features: name of a pretrained network, ``"efficientnet-lite0"``, whose features are used, too; see
             ``fastmaf.inspection.features.fit``. None: a model of pixels alone.
         kind: ``"object"``, whose parts have a fixed place or shape; ``"texture"``, which looks the same everywhere; or
-            ``"auto"``: what the good images, and synthetic defects on them, call for; with features an object. See
-            ``fastmaf.inspection.kinds``.
+            ``"auto"``: what the good images, and synthetic defects on them, call for. With features, a texture is used
+            beside them where it helps on synthetic defects. See ``fastmaf.inspection.kinds``.
         group_by: which images were taken together; see ``group_labels``. None: random folds.
         keep_folds: write the fold models, too, so that ``fastmaf inspect eval`` can evaluate their ensemble.
         callbacks: see ``fastmaf.inspection.fit.fit``.
@@ -105,24 +107,23 @@ def fit(
     """
     recipe, out = recipe or Recipe(), Path(out)
     asked_kind, extractor = kind, None if features is None else extractor_of(features)
-    if extractor is not None and kind == "texture":
-        raise ValueError("features go with a model of pixels: expected kind 'auto' or 'object'; found 'texture'")
     with run_folder(out, "fitting", LOG_FILE, REPORT_FILE):
         check_outputs(outputs_of(out, recipe.folds if keep_folds else 0))
         refuse_unfinished(out)
         reading: Any = {"skip_bad": skip_bad, "progress": progress, "say": say}
-        quiet: Any = {**reading, "say": _nothing}
+        given = recipe
         wanted: tuple[int, ...]
         if extractor is not None:
-            wanted, images = _load_for_features(data, recipe, extractor.size, sizes is not None, budget, **reading)
+            several = sizes is not None
+            wanted, recipe, images = _load_for_features(data, recipe, extractor.size, several, budget, **reading)
         elif kind == "texture":
-            wanted, images = (), load_normals(data, replace_field(recipe, size=TEXTURE_SIZE), double=False, **reading)
+            wanted, images = (), _load_texture(data, recipe, **reading)
         elif sizes is None:
-            wanted, images = (recipe.size,), load_normals(data, recipe, **reading)
+            wanted, (recipe, images) = (recipe.size,), load_normals(data, recipe, **reading)
         else:
-            wanted, images = _load_sizes(data, recipe, budget, **reading)
+            wanted, recipe, images = _load_sizes(data, recipe, budget, **reading)
         reason: str | None = None
-        if kind == "auto" and extractor is None:
+        if kind == "auto":
             kind, reason = plausible_kind(images.pixels)
         check_disk(out, sum(_disk_needed(replace_field(recipe, size=size), keep_folds) for size in wanted))
         groups = None if group_by is None else group_labels(group_by, images.names)
@@ -140,18 +141,23 @@ def fit(
         elif has_state(out):
             say(f"{out} holds an interrupted fit, which --resume would continue; this one begins anew")
         options |= {"callbacks": callbacks, "stages": stages}
+        as_texture = partial(fit_texture_model, recipe=recipe, groups=groups, progress=progress)
         fitted: Fitted | FittedSizes | FittedTexture
         try:
             if extractor is not None:
                 del options["double"]
+                if kind != "object":
+                    images = _load_again(data, images, max(texture_size(images.shapes), images.size), **reading)
+                    options["texture"] = as_texture(images.pixels, shapes=images.shapes).candidate
                 fitted = fit_with_features(images.pixels, wanted, recipe, extractor, budget=budget, **options)
+                if kind == "auto":
+                    reason = f"{fitted.model.about['chosen']} ({reason})"
             elif kind != "object":
                 if kind == "auto":
-                    side = max(TEXTURE_SIZE, *wanted)
-                    options["double"] = images.double if wanted[-1] == side else None
-                    images = load_normals(data, replace_field(recipe, size=side), double=False, **quiet)
-                texture: Any = {"shapes": images.shapes, "groups": groups, "progress": progress}
-                fitted = fit_texture_model(images.pixels, recipe, **texture)
+                    side = max(texture_size(images.shapes), images.size)
+                    options["double"] = images.double if images.size == side else None
+                    images = _load_again(data, images, side, **reading)
+                fitted = as_texture(images.pixels, shapes=images.shapes)
                 if kind == "auto":
                     others = [fitted.candidate]
                     fitted = fit_sizes(images.pixels, wanted, recipe, budget=budget, others=others, **options)
@@ -167,7 +173,7 @@ def fit(
                 seconds=fitted.seconds,
                 log=fitted.log,
                 configuration={
-                    **{name: value for name, value in asdict(recipe).items() if value is not None},
+                    **{name: value for name, value in asdict(given).items() if value is not None},
                     **({} if sizes is None else {"size": sizes, "budget": budget}),
                     **({} if features is None else {"features": features}),
                     "kind": asked_kind,
@@ -193,26 +199,66 @@ def fit(
 
 
 def load_normals(
-    data: str | Path, recipe: Recipe, *, skip_bad: bool, progress: bool, say: Say, double: bool = True
-) -> ImageSet:
-    """Reads the good images of a folder; raises a DataError for too few."""
-    images = load_train(data, size=recipe.size, skip_bad=skip_bad, double=double, progress=progress)
-    return _checked(images, recipe, say)
+    data: str | Path, recipe: Recipe, *, skip_bad: bool, progress: bool, say: Say
+) -> tuple[Recipe, ImageSet]:
+    """Returns the recipe for the aspect ratio of the good images of a folder, and these images.
+
+    Raises:
+        DataError: there are too few.
+    """
+    options: Any = {"skip_bad": skip_bad, "double": True, "progress": progress}
+    images = load_train(data, size=recipe.size, **options)
+    recipe = _for_aspect(recipe, images, say)
+    if recipe.side != images.size:
+        images = load_train(data, size=recipe.side, **options)
+    return recipe, _checked(images, recipe, say)
+
+
+def _for_aspect(recipe: Recipe, images: ImageSet, say: Say) -> Recipe:
+    if recipe.aspect is not None:
+        return recipe
+    aspect = aspect_of(images.shapes)
+    recipe = replace_field(recipe, aspect=aspect)
+    others = sum(not 1 / SQUARE <= height / width / aspect <= SQUARE for height, width in images.shapes)
+    if others:
+        height, width = recipe.shape
+        say(
+            f"{count(others, 'image')} of another aspect ratio than the median: as objects, all are resized to "
+            f"{height} x {width} pixels"
+        )
+    return recipe
+
+
+def _load_again(data: str | Path, images: ImageSet, size: int, *, skip_bad: bool, progress: bool, say: Say) -> ImageSet:
+    """Returns images at another size; what is to be said of them has been said."""
+    return images if images.size == size else load_train(data, size=size, skip_bad=skip_bad, progress=progress)
 
 
 def _load_sizes(
     data: str | Path, recipe: Recipe, budget: float, *, skip_bad: bool, progress: bool, say: Say
-) -> tuple[tuple[int, ...], ImageSet]:
-    """Returns the sizes to fit, none larger than an image of the folder, and the good images at the largest."""
+) -> tuple[tuple[int, ...], Recipe, ImageSet]:
+    """Returns the sizes to fit, none larger than an image of the folder, the recipe for the aspect ratio of the good
+    images, and these images for the largest size.
+    """
     options: Any = {"skip_bad": skip_bad, "double": True, "progress": progress}
     images = load_train(data, size=SIZES[1], **options)
-    side = min(min(shape) for shape in images.shapes)
-    wanted = sizes_for(side, budget)
-    if wanted[-1] != images.size:
-        images = load_train(data, size=wanted[-1], **options)
-    if side < 2 * images.size:  # enlarged images hold no finer shifts
+    usable, recipe = usable_side(images.shapes), _for_aspect(recipe, images, say)
+    wanted = sizes_for(usable, budget)
+    if (side := sides_for(wanted, recipe)[-1]) != images.size:
+        images = load_train(data, size=side, **options)
+    if usable < 2 * wanted[-1]:  # enlarged images hold no finer shifts
         images = replace_field(images, double=None)
-    return wanted, _checked(images, recipe, say)
+    return wanted, recipe, _checked(images, recipe, say)
+
+
+def _load_texture(data: str | Path, recipe: Recipe, *, skip_bad: bool, progress: bool, say: Say) -> ImageSet:
+    """Returns the good images at the size that they need as a texture."""
+    small, _ = TEXTURE_SIZES
+    options: Any = {"skip_bad": skip_bad, "progress": progress}
+    images = load_train(data, size=small, **options)
+    if (side := texture_size(images.shapes)) != small:
+        images = load_train(data, size=side, **options)
+    return _checked(images, recipe, say)
 
 
 def _load_for_features(
@@ -225,15 +271,14 @@ def _load_for_features(
     skip_bad: bool,
     progress: bool,
     say: Say,
-) -> tuple[tuple[int, ...], ImageSet]:
-    """Returns the sizes of the models of pixels, and the good images at the size of the features."""
+) -> tuple[tuple[int, ...], Recipe, ImageSet]:
+    """Returns the sizes of the models of pixels, their recipe, and the good images, at least of the features' size."""
     images = load_train(data, size=size, skip_bad=skip_bad, progress=progress)
-    side = min(size, *(min(shape) for shape in images.shapes))
-    return sizes_for(side, budget) if several else (recipe.size,), _checked(images, recipe, say)
-
-
-def _nothing(_: str) -> None:
-    """Receives notes that have been said before."""
+    recipe = _for_aspect(recipe, images, say)
+    wanted = sizes_for(min(size, usable_side(images.shapes)), budget) if several else (recipe.size,)
+    side = max(size, *sides_for(wanted, recipe))
+    images = _load_again(data, images, side, skip_bad=skip_bad, progress=progress, say=say)
+    return wanted, recipe, _checked(images, recipe, say)
 
 
 def _checked(images: ImageSet, recipe: Recipe, say: Say) -> ImageSet:

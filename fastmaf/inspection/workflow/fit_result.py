@@ -57,7 +57,7 @@ class FitResult:
         recipe = density.about["recipe"]
         at_most = "at most " if recipe["dequantize"] else ""
         lines = [
-            f"{count(self.images, 'good image')} at {recipe['size']} x {recipe['size']} pixels"
+            f"{count(self.images, 'good image')} at {density.shape[0]} x {density.shape[1]} pixels"
             f"{', grey: one channel' if density.channels == 1 else ''}; "
             f"held-out NLL {nll:,.0f} nats, {at_most}{bits:.3f} bits/dim of 8-bit data"
         ]

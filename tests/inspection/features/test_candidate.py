@@ -39,6 +39,10 @@ def test_features_are_computed_once_for_the_same_images(pixels: Tensor, drawn: l
     first = candidate.held_out([pixels, drawn[0].pixels])
     assert calls == 48
     again = candidate.held_out([pixels.clone(), drawn[0].pixels])
+    assert calls == 48
+    other = pixels.clone()
+    other[0, 0, 0, 0] ^= 1
+    candidate.held_out([other])
     assert calls == 72
     np.testing.assert_array_equal(first.scores, again.scores)
 

@@ -16,10 +16,13 @@ from fastmaf.inspection.combined import CombinedModel
 from fastmaf.inspection.features.extractor import Extractor
 from fastmaf.inspection.features.fit import fit_with_features
 from fastmaf.inspection.features.model import FeatureModel
+from fastmaf.inspection.out_of_fold import k_fold
 from fastmaf.inspection.recipe import Recipe
 from fastmaf.inspection.scoring.settings import AnomalyMapConfig, ScoreSettings
 from fastmaf.inspection.sizes import FittedSizes
+from fastmaf.inspection.texture.fit import fit_texture
 from tests.inspection.features.conftest import TwoMaps
+from tests.inspection.texture.conftest import grain
 
 RECIPE = Recipe(16, 8, "none", blocks=0, folds=3, score=ScoreSettings(), map_config=AnomalyMapConfig(factors=4))
 SMALL: dict[str, Any] = {"size": 16, "rank": 8, "blocks": 0, "folds": 3}
@@ -42,6 +45,25 @@ def test_the_features_are_used_and_pixels_are_added_where_the_sum_is_better(both
 def test_sizes_are_at_most_that_of_the_features(pixels: Tensor) -> None:
     with pytest.raises(ValueError, match="at most that of the features, 32; found 64"):
         fit_with_features(pixels, (16, 64), RECIPE, Extractor(TwoMaps(), size=32), progress=False)
+
+
+def test_a_texture_is_compared_with_the_features() -> None:
+    texture = grain(12, 0)
+    candidate = fit_texture(texture, k_fold(12, 2))
+    seen: list[int] = []
+
+    class Counted(TwoMaps):
+        def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+            seen.append(len(x))
+            return super().forward(x)
+
+    given: Any = {"texture": candidate, "progress": False}
+    chosen = fit_with_features(texture, (8,), RECIPE, Extractor(Counted(), size=32), **given)
+    assert "Counted" in chosen.model.about["chosen"].split(" + ")
+    assert {"Counted", "texture", "Counted + texture"} <= set(chosen.model.about["drawn_auroc_of_candidates"])
+    assert sum(seen) == 2 * 12  # of the good images and of those with a defect, once
+    result = chosen.model.predict(texture[:2], [(48, 48), (60, 40)])
+    assert chosen.model.size == 48 and result.anomaly_maps.shape == (2, 48, 48)
 
 
 class Pooled(nn.Module):

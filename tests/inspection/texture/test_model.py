@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +12,12 @@ import pytest
 import torch
 
 import fastmaf
+from fastmaf.inspection.export.export_onnx import export_onnx
+from fastmaf.inspection.export.graph_builder import ExportError
 from fastmaf.inspection.model_file import load_inspection
 from fastmaf.inspection.texture.candidate import TextureCandidate
-from fastmaf.inspection.texture.model import TextureModel
+from fastmaf.inspection.texture.density import without_blocks
+from fastmaf.inspection.texture.model import TextureModel, nll_maps
 from fastmaf.io.tensor_file import read_tensors, write_tensors
 from tests.inspection.texture.conftest import IMAGES, SHAPES, SIDE, grain
 
@@ -64,6 +68,14 @@ def test_results_do_not_depend_on_the_batch_but_on_the_shape(
         model.predict(texture, SHAPES[:1])
 
 
+def test_an_export_is_refused_with_what_to_do(
+    candidate: TextureCandidate, texture: torch.Tensor, tmp_path: Path
+) -> None:
+    with pytest.raises(ExportError, match="or fit with --kind object"):
+        export_onnx(candidate.model(), tmp_path / "m.onnx", [texture[0].permute(1, 2, 0).numpy()])
+    assert not (tmp_path / "m.onnx").exists()
+
+
 @pytest.fixture()
 def file(candidate: TextureCandidate, tmp_path: Path) -> Path:
     path = tmp_path / "model.safetensors"
@@ -82,9 +94,28 @@ def test_saved_and_loaded(candidate: TextureCandidate, texture: torch.Tensor, fi
     assert sorted(path.name for path in file.parent.iterdir()) == ["card.md", "model.safetensors"]
 
 
+def test_files_of_earlier_versions_are_read(candidate: TextureCandidate, texture: torch.Tensor, file: Path) -> None:
+    model = candidate.model()
+    flows = tuple(without_blocks(flow.transforms[0]) for flow in model.flows)  # type: ignore[arg-type]
+    earlier = replace(model, filters=replace(model.filters, light=None), flows=flows)
+    earlier.save(file)
+    tensors, metadata = read_tensors(file)
+    record = json.loads(metadata["inspection"])
+    assert record.pop("light") is False and "light" not in tensors
+    write_tensors(tensors, file, {**metadata, "inspection": json.dumps(record)})
+    loaded = load_inspection(file)
+    assert isinstance(loaded, TextureModel) and loaded.filters.light is None and loaded.filters.border == 0
+    np.testing.assert_array_equal(loaded.predict(texture[:2]).scores, earlier.predict(texture[:2]).scores)
+    levels = nll_maps(loaded.filters, loaded.flows, texture[0], None)
+    assert levels[0].shape == (SIDE // 2, SIDE // 2)  # with the border
+    assert nll_maps(model.filters, model.flows, texture[0], None)[0].shape == (SIDE // 2 - 4, SIDE // 2 - 4)
+
+
 @pytest.mark.parametrize(
     ("name", "change", "message"),
     [
+        ("light", lambda t: 0 * t, "light: expected deviations of at least"),
+        ("light", lambda t: t[:1], "light: expected"),
         ("filter_bias", lambda t: t[:, :0], "filter_bias: expected"),
         ("filter_weight", lambda t: t[..., :-1], "filters of 1 or 3 x 5² values; found 24"),
         ("filter_weight", lambda t: t * float("nan"), "filter_weight: expected finite numbers"),
@@ -120,5 +151,5 @@ def test_a_flow_of_other_features_is_refused(file: Path) -> None:
     kept |= {f"1/{name}": tensor for name, tensor in others.items()}
     texts = {f"1/{key}": text for key, text in texts.items()}
     write_tensors(kept, file, {**{k: v for k, v in metadata.items() if not k.startswith("1/")}, **texts})
-    with pytest.raises(fastmaf.CheckpointError, match="flow of level 1: expected 24 features"):
+    with pytest.raises(fastmaf.CheckpointError, match="flow of level 1: expected 24 features and a context of 6"):
         load_inspection(file)
