@@ -96,6 +96,7 @@ def refused() -> Iterator[tuple[str, Callable[[], nn.Module], str]]:
     yield "raises", lambda: of(Raising(4, 8)), "cannot be converted: 'of the source'"
     yield "scales", lambda: scaled(zuko.flows.MAF(4), -0.5), "positive scales of the base; found -0.5"
     yield "zero", lambda: scaled(zuko.flows.MAF(4), 0.0), "positive scales of the base; found 0"
+    yield "base dtypes", base_of_two_dtypes, "mean and scale of the base in one dtype"
     yield "constant", constant, "has the constant"
     yield "layer", with_net(lambda net: setattr(net, "initial_layer", nn.Linear(4, 8))), "expected a MaskedLinear"
     yield "block", with_net(lambda net: net.blocks.append(nn.Linear(8, 8))), "expected MaskedResidualBlock"
@@ -145,6 +146,13 @@ def scaled(flow: Any, scale: float) -> nn.Module:
     with torch.no_grad():
         base().base_dist.scale[2] = scale
     return zuko.flows.Flow(flow.transform.transforms, base)  # type: ignore[no-any-return]
+
+
+def base_of_two_dtypes() -> nn.Module:
+    """A base whose scale is float32 in a flow of float64."""
+    normal, scale = zuko.distributions.DiagNormal, torch.full((4,), 0.3, dtype=torch.float32)
+    base = zuko.lazy.UnconditionalDistribution(normal, torch.zeros(4), scale, buffer=True)
+    return zuko.flows.Flow(zuko.flows.MAF(4).transform.transforms, base)  # type: ignore[no-any-return]
 
 
 def constant() -> nn.Module:
