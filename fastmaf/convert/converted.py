@@ -91,6 +91,7 @@ class ConvertedFlow(nn.Module):
     ) -> None:
         super().__init__()
         self.features, self._has_base = features, base is not None
+        self._log_z = features * _HALF_LOG_2PI  # of the standard normal base
         parts = [*parts, *([] if base is None else [base])]
         # Of a flow with a context every part is called on its own.
         transforms = [part for part in parts if isinstance(part, Transform)]
@@ -143,7 +144,7 @@ class ConvertedFlow(nn.Module):
     def log_density(self, x: Tensor, context: Tensor | None = None) -> Tensor:
         """Returns the log-density ``[N]`` in nats."""
         z, ladj = self.to_base(x, context)
-        return ladj - 0.5 * z.square().sum(1) - self.features * _HALF_LOG_2PI
+        return ladj - 0.5 * z.square().sum(1) - self._log_z
 
     def _base(self) -> tuple[Tensor, Tensor] | None:
         """Returns mean and log-scale of the source's base, ``[D]``, or None if it is a standard normal one."""
@@ -174,7 +175,7 @@ class ConvertedFlow(nn.Module):
         like = self._like()
         z = torch.randn(count, self.features, dtype=like.dtype, device=like.device)
         x, ladj = self.from_base(z, context)
-        return x, torch.distributions.Normal(torch.zeros_like(z), 1.0).log_prob(z).sum(1) - ladj
+        return x, -0.5 * z.square().sum(1) - self._log_z - ladj
 
     def _like(self) -> Tensor:
         return next(self.parameters(), torch.empty(0))

@@ -90,11 +90,12 @@ def check_source(flow: nn.Module, library: str, modules: Mapping[str, nn.Module]
         modules: the modules, by name.
 
     Raises:
-        NotConvertibleError: a class overrides a method of the library, a module has forward hooks or a replaced
-            method, or a tensor has no numbers; the message names it.
+        NotConvertibleError: a class overrides a method of the library, a method of the library was replaced, a module
+            has forward hooks or a replaced method, or a tensor has no numbers; the message names it.
     """
     for name, module in modules.items():
         if "parametrizations" not in name.split("."):  # they are called, and may be of any class
+            check_class(type(module), library)
             _check_module(f"{name or 'the flow'}, {kind(module)},", module, library)
     tensors = dict(_tensors(modules))
     if len(devices := {str(one.device) for one in tensors.values()}) > 1 or "meta" in devices:
@@ -120,7 +121,32 @@ def _is_finite(tensor: torch.Tensor) -> bool:
     return math.isfinite(float(tensor.detach().sum())) or bool(torch.isfinite(tensor).all())
 
 
-def _is_of(cls: type, libraries: Collection[str]) -> bool:
+def check_class(cls: type, library: str) -> None:
+    """Checks that the methods of a class, as far as it is the library's, are those of the library.
+
+    Raises:
+        NotConvertibleError: one was replaced while the program runs; the message names it.
+    """
+    for one in cls.__mro__:
+        if not is_of(one, (library,)):
+            continue
+        for name, value in vars(one).items():
+            function = inspect.unwrap(value, stop=lambda f: not _is_from(f, library)) if callable(value) else value
+            if not _is_from(function, library):
+                raise NotConvertibleError(f"{one.__module__}.{one.__name__}.{name} was replaced while the program runs")
+
+
+def _is_from(value: Any, library: str) -> bool:
+    """Returns whether a function was defined in a library, or is what a decorator of torch or Python made of one."""
+    if isinstance(value, property):
+        return all(_is_from(one, library) for one in (value.fget, value.fset, value.fdel))
+    value = getattr(value, "__func__", value)
+    if not inspect.isfunction(value):
+        return True
+    return value.__globals__.get("__name__", "").partition(".")[0] in (library, "torch", "functools", "contextlib")
+
+
+def is_of(cls: type, libraries: Collection[str]) -> bool:
     """Returns whether a class is one of these libraries, and not one that merely bears the name of its module."""
     if cls.__module__.partition(".")[0] not in libraries:
         return False
@@ -129,7 +155,7 @@ def _is_of(cls: type, libraries: Collection[str]) -> bool:
 
 
 def _check_module(name: str, module: Any, library: str) -> None:
-    known = [one for one in type(module).__mro__ if _is_of(one, (library, "torch"))]
+    known = [one for one in type(module).__mro__ if is_of(one, (library, "torch"))]
     for one in type(module).__mro__:
         if one in known or one is object:
             continue

@@ -28,7 +28,7 @@ from fastmaf.convert.parts import (
 )
 from fastmaf.convert.probe import probe
 from fastmaf.convert.smooth import zuko_network
-from fastmaf.convert.source import converter
+from fastmaf.convert.source import check_class, converter, is_of
 from fastmaf.convert.zuko_flow import ZukoFlow
 from fastmaf.kernels import AffineMap
 from fastmaf.transforms import ElementwiseAffine, Permutation, SplineMap, Transform
@@ -108,8 +108,10 @@ def _leaf(transform: Any) -> Parts:
 
 def _name_of(cls: Any) -> str:
     """Returns the name of a class of zuko; of others, with their module."""
-    name, module = getattr(cls, "__name__", None) or kind(cls), str(getattr(cls, "__module__", ""))
-    return name if module.startswith("zuko.") else f"{module}.{name}"
+    if not isinstance(cls, type) or not is_of(cls, ("zuko",)):
+        return kind(cls) if not isinstance(cls, type) else f"{cls.__module__}.{cls.__name__}"
+    check_class(cls, "zuko")
+    return cls.__name__
 
 
 def _univariate(univariate: Any, shapes: Any) -> AffineMap | SplineMap:

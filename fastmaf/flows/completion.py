@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from fastmaf.bases import StandardNormal
+from fastmaf.nn.dropout import without_dropout
 from fastmaf.transforms import (
     ActNorm,
     AffineAutoregressive,
@@ -20,7 +21,6 @@ from fastmaf.transforms import (
     Permutation,
     Transform,
 )
-from fastmaf.transforms.autoregressive import without_dropout
 from fastmaf.transforms.base import given
 from fastmaf.validation import as_sizes, as_tensor, broadcast_batches, check_finite, check_samples, validates
 

@@ -17,6 +17,7 @@ from fastmaf.kernels.activations import ACTIVATIONS, OP_ACTIVATIONS
 from fastmaf.kernels.autocast import outside_autocast
 from fastmaf.kernels.flow.torch.network import Network
 from fastmaf.mirrored import mirror_
+from fastmaf.nn.dropout import is_off as dropout_is_off
 from fastmaf.nn.layer_options import activations_of_layers, checked_activation, context_layer
 from fastmaf.nn.masked_linear import Init, MaskedLinear
 from fastmaf.validation import as_integer, check_context
@@ -183,6 +184,11 @@ class MADE(Constants):
         return not self.is_plain or (self.training and self.dropout > 0)
 
     @property
+    def drops_units(self) -> bool:
+        """Whether a call has dropout now, in this thread."""
+        return self.training and self.dropout > 0 and not dropout_is_off()
+
+    @property
     def is_plain(self) -> bool:
         """Whether the ops of the layers compute all that is between them."""
         return self.has_plain_layers and not self.context_features
@@ -194,14 +200,14 @@ class MADE(Constants):
 
     def hidden_units(self, x: Tensor, terms: Sequence[Tensor] = ()) -> Tensor:
         """Returns the last hidden layer ``[..., H]`` for ``x`` ``[..., D]`` and the ``context_terms``."""
-        added: Tensor | None = None
+        added, drops_units = None, self.drops_units
         for k, (layer, activation) in enumerate(zip(self.hidden, self.activations, strict=True)):
             x = layer(x) + terms[k] if terms else layer(x)
             if self.residual and k % 2 == 0:
                 x = added = x if added is None else x + added
             if not self.is_plain:
                 x = ACTIVATIONS[activation](x)
-            if self.dropout and self.training and (k % 2 or not self.residual):
+            if drops_units and (k % 2 or not self.residual):
                 x = functional.dropout(x, self.dropout)
         return x
 

@@ -104,7 +104,7 @@ class AffineAutoregressive(Autoregressive):
         return self._map.inverse(z, shift, log_scale), -self._map.sign * log_scale
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        if (block := self._one_block(context, dropout=self.made.training)) is not None:
+        if (block := self._one_block(context, dropout=True)) is not None:
             return flow_forward(x, flow_args([block], [None, None]))
         if (result := self._with_terms(x, context)) is not None:
             return result
@@ -130,7 +130,7 @@ class AffineAutoregressive(Autoregressive):
         """Returns the result of an op of the whole block with a context, where there is one."""
         if context is None or not self.context_features or self.calls_modules or not takes_terms(x):
             return None
-        if self.made.dropout and self.made.training:
+        if self.made.drops_units:
             return None
         if context.dim() != 2 or len(context) != len(x) or not self.made.has_plain_layers:
             return None
@@ -145,7 +145,7 @@ class AffineAutoregressive(Autoregressive):
         derivatives is not, as each of its rows has its own.
         """
         made = self.made
-        if self.calls_modules or (dropout and made.dropout) or not made.has_plain_layers:
+        if self.calls_modules or (dropout and made.drops_units) or not made.has_plain_layers:
             return None
         if context is None:
             return None if self.context_features else self.block()

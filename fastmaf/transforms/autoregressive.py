@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from fastmaf import hooks
 from fastmaf.kernels import composite
@@ -15,6 +12,7 @@ from fastmaf.kernels.flow.torch.network import Network
 from fastmaf.kernels.flow.torch.solve import solve
 from fastmaf.kernels.op import records_gradients
 from fastmaf.nn import MADE
+from fastmaf.nn.dropout import without_dropout
 from fastmaf.transforms.base import Transform
 from fastmaf.transforms.implicit import implicit_inverse
 
@@ -96,20 +94,3 @@ class Autoregressive(Transform):
                 # Unfinished dimensions are zero: they could overflow, and infinity times a weight of zero is NaN.
                 x = torch.where(dimension < finished, found, 0)
         return x, terms.sum(1)
-
-
-@contextmanager
-def without_dropout(network: nn.Module) -> Iterator[None]:
-    """Lets the dropout of a network, of any class, and of the modules within it run as in evaluation."""
-    active = [module for module in network.modules() if module.training and _has_dropout(module)]
-    for module in active:
-        module.training = False
-    try:
-        yield
-    finally:
-        for module in active:
-            module.training = True
-
-
-def _has_dropout(module: nn.Module) -> bool:
-    return module.dropout > 0 if isinstance(module, MADE) else isinstance(module, (nn.Dropout, nn.AlphaDropout))

@@ -96,6 +96,8 @@ def refused() -> Iterator[tuple[str, Callable[[], nn.Module], str]]:
     yield "raises", lambda: of(Raising(4, 8)), "cannot be converted: 'of the source'"
     yield "scales", lambda: scaled(zuko.flows.MAF(4), -0.5), "positive scales of the base; found -0.5"
     yield "zero", lambda: scaled(zuko.flows.MAF(4), 0.0), "positive scales of the base; found 0"
+    yield "base dtypes", base_of_two_dtypes, "mean and scale of the base in one dtype"
+    yield "constant", constant, "has the constant"
     yield "layer", with_net(lambda net: setattr(net, "initial_layer", nn.Linear(4, 8))), "expected a MaskedLinear"
     yield "block", with_net(lambda net: net.blocks.append(nn.Linear(8, 8))), "expected MaskedResidualBlock"
     yield "bias", with_net(lambda net: setattr(net.final_layer, "bias", None)), "with a bias"
@@ -146,6 +148,20 @@ def scaled(flow: Any, scale: float) -> nn.Module:
     return zuko.flows.Flow(flow.transform.transforms, base)  # type: ignore[no-any-return]
 
 
+def base_of_two_dtypes() -> nn.Module:
+    """A base whose scale is float32 in a flow of float64."""
+    normal, scale = zuko.distributions.DiagNormal, torch.full((4,), 0.3, dtype=torch.float32)
+    base = zuko.lazy.UnconditionalDistribution(normal, torch.zeros(4), scale, buffer=True)
+    return zuko.flows.Flow(zuko.flows.MAF(4).transform.transforms, base)  # type: ignore[no-any-return]
+
+
+def constant() -> nn.Module:
+    """A base whose density does not integrate to one."""
+    flow = nflows.Flow(transforms.MaskedAffineAutoregressiveTransform(4, 8), distributions.StandardNormal([4]))
+    flow._distribution._log_z.mul_(1.01)
+    return flow  # type: ignore[no-any-return]
+
+
 class Raising(transforms.MaskedAffineAutoregressiveTransform):  # type: ignore[misc]
     """A transform with an attribute that raises."""
 
@@ -186,12 +202,40 @@ def test_what_is_refused_is_named(make: Callable[[], nn.Module], message: str) -
         fastmaf.accelerate(make())
 
 
+REPLACED = [
+    (lambda: nflows.MaskedAutoregressiveFlow(4, 8, 1, 1), transforms.made.MaskedLinear, "forward"),
+    (lambda: nflows.MaskedAutoregressiveFlow(4, 8, 1, 1), nflows.Flow, "_log_prob"),
+    (lambda: nflows.MaskedAutoregressiveFlow(4, 8, 1, 1), distributions.Distribution, "sample"),
+    (lambda: zuko.flows.MAF(4), zuko.distributions.DiagNormal, "__init__"),
+    (lambda: zuko.flows.MAF(4), zuko.transforms.MonotonicAffineTransform, "_call"),
+    (lambda: normal_flow(normflows.flows.MaskedAffineAutoregressive(4, 8)), normflows.NormalizingFlow, "sample"),
+    (lambda: normal_flow(normflows.flows.Permute(4)), normflows.flows.Permute, "forward"),
+]
+
+
+@pytest.mark.parametrize("make, cls, name", REPLACED)
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_classes_that_are_changed_while_the_program_runs(
+    monkeypatch: pytest.MonkeyPatch, make: Callable[[], nn.Module], cls: type, name: str, wrapped: bool
+) -> None:
+    """Even where the change is less than what a comparison of numbers finds."""
+    source, method = make(), vars(cls)[name]
+    fastmaf.accelerate(source)
+
+    def other(self: Any, *args: Any, **options: Any) -> Any:
+        return method(self, *args, **options)
+
+    monkeypatch.setattr(cls, name, torch.no_grad()(functools.wraps(method)(other)) if wrapped else other)
+    with pytest.raises(fastmaf.NotConvertibleError, match=rf"{cls.__name__}\.{name} was replaced"):
+        fastmaf.accelerate(source)
+
+
 def test_a_source_that_cannot_be_called_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     source = nflows.Flow(transforms.MaskedAffineAutoregressiveTransform(4, 8), distributions.StandardNormal([4]))
 
     def out_of_domain(*_: Any) -> Any:
         raise transforms.InputOutsideDomain
 
-    monkeypatch.setattr(transforms.made.MADE, "forward", out_of_domain)
+    monkeypatch.setattr(transforms.autoregressive.F, "softplus", out_of_domain)
     with pytest.raises(fastmaf.NotConvertibleError, match="cannot be called at random points: InputOutsideDomain"):
         fastmaf.accelerate(source)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -308,6 +309,33 @@ class TestDropout:
         z = block.eval()(x)[0].detach()
         assert_close("inverse", block.train().inverse(z)[0], x)
         assert all(module.training for module in block.modules())
+
+    def test_is_left_out_of_one_thread_alone(self) -> None:
+        """Modules stay as they are, and calls of other threads have their dropout; functions of dropout count, too."""
+        made = made_of(dropout=0.5)
+        modes: set[bool] = set()
+        others: list[bool] = []
+
+        class Outer(torch.nn.Module):
+            def __init__(self) -> None:
+                super().__init__()
+                self.features, self.outputs_per_feature, self.strict = made.features, 2, True
+                self.made, self.schedule, self.channels = made, made.schedule, torch.nn.Dropout1d(0.5)
+
+            def forward(self, x: Tensor) -> Tensor:
+                modes.update(module.training for module in block.modules())
+                with ThreadPoolExecutor(1) as pool:
+                    first, second = pool.map(made.hidden_units, (x, x))
+                others.append(torch.equal(first, second))
+                result: Tensor = self.channels(torch.nn.functional.dropout(self.made(x), 0.5, self.training))
+                return result
+
+        block, x = fastmaf.AffineAutoregressive(Outer()), normal(4, made.features)  # type: ignore[arg-type]
+        z = block.eval()(x)[0].detach()
+        modes.clear(), others.clear()
+        assert_close("inverse", block.train().inverse(z)[0], x)
+        assert modes == {True}
+        assert others and not any(others) and not torch.equal(made(x), made(x))
 
     def test_is_unbiased(self) -> None:
         made = made_of(hidden_features=(200,), dropout=0.25, activation="identity")
