@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-_OVERSAMPLING = 20
+_OVERSAMPLING = 20  # vectors beyond the rank, at least; else half of the rank
 _SMALL = 512  # rows up to which a full decomposition takes no noticeable time
 _TOLERANCE = 1e-4  # relative change of what is captured, beyond the first vector
 _ITERATIONS = 2, 12  # at least and at most
@@ -16,7 +16,12 @@ def leading_vectors(gram: Tensor, rank: int) -> tuple[Tensor, Tensor]:
 
     Of a large matrix they are found by subspace iteration from random vectors (a randomised singular value
     decomposition): at least two steps, and until the sum of the eigenvalues but the first changes by less than 1e-4 of
-    itself. Single vectors may still be mixtures of neighbours; the subspace is what matters to a covariance.
+    itself. Single vectors may still be mixtures of neighbours; the subspace is what matters to a covariance. Where
+    eigenvalues fall slowly, a wider basis finds it in fewer steps than a narrow one, in the same time.
+
+    The first vectors are random for a reason: those of a larger set of rows, from which some were then held out, would
+    be nearer, but the subspace found from them still leans towards the held-out rows, whose residuals are then too
+    small.
 
     Args:
         gram: positive semi-definite ``[m, m]``.
@@ -29,7 +34,7 @@ def leading_vectors(gram: Tensor, rank: int) -> tuple[Tensor, Tensor]:
         Halko, Martinsson and Tropp 2011, Finding structure with randomness.
     """
     m = len(gram)
-    width = rank + _OVERSAMPLING
+    width = rank + max(_OVERSAMPLING, rank // 2)
     if m <= _SMALL or 3 * width > m:
         values, vectors = torch.linalg.eigh(gram.double())
         return values.flip(0)[:rank], vectors.flip(1)[:, :rank]
