@@ -15,6 +15,7 @@ from fastmaf.transforms.leading_vectors import leading_vectors, orthonormalised
 _FIRST_SAMPLES = 40  # held out for a first estimate of the noise, which scales the data for the final one
 _FIRST_ROWS = 4  # per sample, for that estimate
 _FIRST_ROWS_OF_ALL = 2000  # about as many at most: of more samples, every second, third, ... is used
+_GRAM_ROWS = 512  # of a Gram matrix at a time
 
 
 class FactorModel(NamedTuple):
@@ -117,16 +118,15 @@ class CrossFit:
         noise = (self.noise * self.squares[others].sum(dim=0) / count).clamp_min(self.least)
         components = self.components[others].sum(dim=0) / count
         if without is None:
-            directions = _leading(self.rows, self.gram, len(components), None, None).double()
+            directions = _leading(self.rows, self.gram, len(components), None, None)
         else:
-            directions = self.factors[without].double()
-        ratio = noise / self.noise
+            directions = self.factors[without]
+        ratio, dtype = noise / self.noise, self.x.dtype
         # The variance along a direction includes the noise, both in units of the noise before the last round.
-        excess = (components[: directions.shape[1]] - ratio @ directions.square()).clamp_min(0)
-        factors, variance = _orthogonal(directions * excess.sqrt() * ratio.rsqrt()[:, None])
+        excess = (components[: directions.shape[1]] - (ratio.to(dtype) @ directions.square()).double()).clamp_min(0)
+        factors, variance = _orthogonal(directions * ratio.rsqrt().to(dtype)[:, None], excess)
         mean = self.rows.mean if without is None else self.rows.mean_without[without]
-        dtype = self.x.dtype
-        return FactorModel(mean, noise.sqrt().to(dtype), factors.to(dtype), variance.to(dtype))
+        return FactorModel(mean, noise.sqrt().to(dtype), factors, variance.to(dtype))
 
 
 def _mean_square(x: Tensor, mean: Tensor) -> Tensor:
@@ -134,24 +134,39 @@ def _mean_square(x: Tensor, mean: Tensor) -> Tensor:
     return sum((part - mean).square().sum(dim=0, dtype=torch.float64) for part in x.split(256)) / len(x)  # type: ignore[return-value]
 
 
-def _orthogonal(loadings: Tensor) -> tuple[Tensor, Tensor]:
-    """Returns P and S² with P S² Pᵀ = ``loadings @ loadings.T``, in descending order of S², float64.
+def _orthogonal(directions: Tensor, excess: Tensor) -> tuple[Tensor, Tensor]:
+    """Returns P and S² with P S² Pᵀ = ``directions @ excess.diag() @ directions.T``, S² descending, float64.
 
-    From the Gram matrix of the columns, which takes a tenth of the time of their decomposition. Directions with less
-    than 1e-12 of the largest S² are omitted.
+    From the Gram matrix of the directions, which takes a tenth of the time of their decomposition. They are nearly
+    orthonormal, so that float32 is enough for their products, which take nearly all of the time; only their scales,
+    which differ by orders of magnitude, need float64. Directions with less than 1e-12 of the largest S² are omitted.
+
+    Args:
+        directions: ``[D, r]``, well conditioned.
+        excess: ``[r]``, not negative, float64.
     """
-    if not loadings.shape[1]:
-        return loadings, loadings.new_zeros(0)
-    variance, vectors = torch.linalg.eigh(loadings.T @ loadings)
+    if not directions.shape[1]:
+        return directions, excess
+    root = excess.sqrt()
+    variance, vectors = torch.linalg.eigh((directions.T @ directions).double() * torch.outer(root, root))
     variance, vectors = variance.flip(0), vectors.flip(1)
     used = variance > 1e-12 * variance[0].clamp_min(torch.finfo(torch.float64).tiny)
     variance = variance[used]
-    return orthonormalised(loadings @ (vectors[:, used] * variance.rsqrt())), variance
+    mixing = root[:, None] * vectors[:, used] * variance.rsqrt()
+    return orthonormalised(directions @ mixing.to(directions.dtype), products=torch.float64), variance
 
 
 def _gram(rows: Tensor) -> Tensor | None:
     """Returns the Gram matrix of the rows, or None if there are at least as many rows as dimensions."""
-    return rows @ rows.T if rows.shape[0] < rows.shape[1] else None
+    m = rows.shape[0]
+    if m >= rows.shape[1]:
+        return None
+    gram = rows.new_empty(m, m)
+    for start in range(0, m, _GRAM_ROWS):  # one triangle is computed, the other copied
+        stop = min(start + _GRAM_ROWS, m)
+        torch.mm(rows[start:stop], rows[:stop].T, out=gram[start:stop, :stop])
+        gram[:start, start:stop] = gram[start:stop, :start].T
+    return gram
 
 
 def _leading(rows: Rows, gram: Tensor | None, rank: int, mask: Tensor | None, shift: Tensor | None) -> Tensor:

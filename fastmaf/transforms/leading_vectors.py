@@ -59,10 +59,15 @@ def _ritz(basis: Tensor, product: Tensor) -> tuple[Tensor, Tensor]:
     return values, vectors
 
 
-def orthonormalised(factors: Tensor) -> Tensor:
+def orthonormalised(factors: Tensor, *, products: torch.dtype | None = None) -> Tensor:
     """Orthonormalises nearly orthonormal columns; columns of zeros stay zero.
 
-    One step of the Newton-Schulz iteration, P (3I − PᵀP) / 2, which squares the error.
+    One step of the Newton-Schulz iteration, P + P (I − PᵀP) / 2, which squares the error.
+
+    Args:
+        factors: P ``[D, r]``.
+        products: dtype of PᵀP; None for that of P. With float64, the remaining error is that of rounding the result.
     """
-    identity = torch.eye(factors.shape[1], dtype=factors.dtype, device=factors.device)
-    return factors @ (1.5 * identity - 0.5 * (factors.T @ factors))
+    exact = factors if products is None else factors.to(products)
+    identity = torch.eye(factors.shape[1], dtype=exact.dtype, device=factors.device)
+    return torch.addmm(factors, factors, ((identity - exact.T @ exact) / 2).to(factors.dtype))
