@@ -9,6 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from fastmaf.threads import map_on_threads
 from fastmaf.transforms.augmented_rows import Augment, Rows, augmented_rows
 from fastmaf.transforms.leading_vectors import leading_vectors, orthonormalised
 
@@ -90,23 +91,28 @@ class CrossFit:
         training = [~torch.isin(rows.owner, part) for part in parts]
         rank = min(rank, rows.values.shape[1], *(int(mask.sum()) for mask in training))
         scale, gram = self.noise.sqrt().to(self.x.dtype), _gram(rows.values)
-        squares = self.noise.new_zeros(len(parts), len(scale))
-        components = self.noise.new_zeros(len(parts), rank)
-        found = []
-        for k, (part, mask) in enumerate(zip(parts, training, strict=True)):
+
+        def without(k: int) -> tuple[Tensor, Tensor, Tensor]:
             # The mean of the training samples is subtracted, since centred samples reveal the held-out ones.
             shift = (rows.mean_without[k] - rows.mean) / scale
-            factors = _leading(rows, gram, rank, mask, shift)
+            factors = _leading(rows, gram, rank, training[k], shift)
             # A residual lacks the noise along the factors.
-            remaining = (1 - factors.double().square().sum(dim=1)).clamp_min(1e-3)
-            for some in part.split(256):
+            remaining = (1 - factors.square().sum(dim=1, dtype=torch.float64)).clamp_min(1e-3)
+            squares, components = self.noise.new_zeros(len(scale)), self.noise.new_zeros(rank)
+            for some in parts[k].split(256):
                 y = (self.x[some] - rows.mean_without[k]) / scale
                 along = y @ factors
-                squares[k] += (y - along @ factors.T).square().sum(dim=0, dtype=torch.float64) / remaining
-                components[k, : along.shape[1]] += along.square().sum(dim=0, dtype=torch.float64)
-            found.append(factors)
+                squares += torch.addmm(y, along, factors.T, alpha=-1).square_().sum(dim=0, dtype=torch.float64)
+                components[: along.shape[1]] += along.square().sum(dim=0, dtype=torch.float64)
+            return squares / remaining, components, factors
+
+        squares, components, found = zip(*map_on_threads(without, range(len(parts))), strict=True)
         self.gram = gram
-        return squares, components, found
+        return torch.stack(squares), torch.stack(components), list(found)
+
+    def models(self) -> list[FactorModel]:
+        """Returns the models without each part of the samples."""
+        return map_on_threads(self.model, range(len(self.parts)))
 
     def model(self, without: int | None) -> FactorModel:
         """Returns the model without one part of the samples, or of all."""
