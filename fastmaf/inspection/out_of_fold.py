@@ -9,7 +9,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from sklearn.model_selection import GroupKFold
 from torch import Tensor
 
 import fastmaf
@@ -26,6 +25,7 @@ from fastmaf.inspection.scoring.score import (
     terms_of,
 )
 from fastmaf.inspection.scoring.settings import AnomalyMapConfig, ScoreSettings
+from fastmaf.threads import map_on_threads
 
 _BATCH = 64
 
@@ -51,6 +51,8 @@ def group_folds(groups: Sequence[str], folds: int) -> list[np.ndarray]:
     known = len(set(groups))
     if known < 2:
         raise ValueError(f"groups must name at least two groups; found {known}")
+    from sklearn.model_selection import GroupKFold  # slow to import
+
     splitter = GroupKFold(min(folds, known))
     return [test for _, test in splitter.split(np.zeros(len(groups)), groups=np.asarray(groups))]
 
@@ -104,14 +106,17 @@ class OutOfFoldModels:
                 a synthetic defect.
             quantity: a function of the ``FlowValues`` of one fold's images and of ``arguments``.
         """
-        result: Tensor | None = None
-        for fold, flow in zip(self.folds, self.flows, strict=True):
-            double = Float64Flow(flow)  # one at a time: each needs twice the memory of its flow
-            for i, x in enumerate(sets):
-                values = quantity(FlowValues(double, x[fold]), *arguments)
-                result = values.new_empty(len(sets), len(x), *values.shape[1:]) if result is None else result
+
+        def of_fold(k: int) -> list[Tensor]:
+            double = Float64Flow(self.flows[k])  # a few at a time: each needs twice the memory of its flow
+            return [quantity(FlowValues(double, x[self.folds[k]]), *arguments) for x in sets]
+
+        of_folds = map_on_threads(of_fold, range(len(self.folds)))
+        first = of_folds[0][0]
+        result = first.new_empty(len(sets), len(sets[0]), *first.shape[1:])
+        for fold, of_sets in zip(self.folds, of_folds, strict=True):
+            for i, values in enumerate(of_sets):
                 result[i, fold] = values
-        assert result is not None
         return result
 
     def subset(self, most: int, seed: int) -> tuple[np.ndarray, OutOfFoldModels]:
@@ -140,11 +145,15 @@ class OutOfFoldModels:
             settings: how terms become a score.
         """
         scores = torch.empty(nll.shape, dtype=torch.float64)
-        for fold in self.folds:
-            others = TermStatistics.of(drop_fold(terms[0], fold), drop_fold(nll[0], fold))
+        of_folds = map_on_threads(lambda fold: MergedStatistics.of_terms(terms[0, fold], nll[0, fold]), self.folds)
+
+        def score(k: int) -> None:
+            fold, others = self.folds[k], MergedStatistics.of(of_folds[:k] + of_folds[k + 1 :]).finished()
             for i in range(len(terms)):
                 maps = score_maps(terms[i, fold], others, settings, self.shape)
                 scores[i, fold] = image_scores(maps, nll[i, fold], others, settings)
+
+        map_on_threads(score, range(len(self.folds)))
         return scores
 
 
@@ -178,23 +187,26 @@ def out_of_fold_results(
         settings: how terms become a score.
         config: how the anomaly map is computed.
     """
-    of_folds = []
-    for fold, flow in zip(models.folds, models.flows, strict=True):
+
+    def statistics(k: int) -> MergedStatistics:
         merged = MergedStatistics()
-        for _, values in _batches(Float64Flow(flow), sets[0], fold, models.channels):
+        for _, values in _batches(Float64Flow(models.flows[k]), sets[0], models.folds[k], models.channels):
             merged.add(terms_of(values, settings, models.shape), _nll(values, settings))
-        of_folds.append(merged)
+        return merged
+
+    of_folds = map_on_threads(statistics, range(len(models.folds)))
     shape = len(sets), len(sets[0])
     scores, maps = np.empty(shape), np.empty((*shape, *sets[0].shape[2:]), np.float32)
-    for k, (fold, flow) in enumerate(zip(models.folds, models.flows, strict=True)):
-        others = MergedStatistics.of([part for i, part in enumerate(of_folds) if i != k]).finished()
-        double = Float64Flow(flow)
+
+    def score(k: int) -> None:
+        others, double = MergedStatistics.of(of_folds[:k] + of_folds[k + 1 :]).finished(), Float64Flow(models.flows[k])
         for i, images in enumerate(sets):
-            for index, values in _batches(double, images, fold, models.channels):
-                terms = terms_of(values, settings, models.shape)
-                of_score = score_maps(terms, others, settings, models.shape)
+            for index, values in _batches(double, images, models.folds[k], models.channels):
+                of_score = score_maps(terms_of(values, settings, models.shape), others, settings, models.shape)
                 scores[i, index] = image_scores(of_score, _nll(values, settings), others, settings).numpy()
                 maps[i, index] = anomaly_maps(residuals_of(values, config), config, models.shape).float().numpy()
+
+    map_on_threads(score, range(len(models.folds)))
     return OutOfFoldResults(MergedStatistics.of(of_folds).finished(), scores, maps)
 
 

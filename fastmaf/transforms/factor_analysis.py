@@ -91,7 +91,7 @@ def fit_factors_of_folds(
     if len(parts) < 2 or rank < 0:
         raise ValueError(f"expected at least 2 parts and a rank of at least 0; found {len(parts)} and {rank}")
     fit = CrossFit(x, rank, parts, augment, x if source is None else source, floor, seed)
-    return [fit.model(k) for k in range(len(parts))], fit.model(None)
+    return fit.models()
 
 
 def _check(x: Tensor) -> None:

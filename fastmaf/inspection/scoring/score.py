@@ -41,9 +41,7 @@ class TermStatistics:
     @classmethod
     def of(cls, terms: Tensor, nll: Tensor) -> TermStatistics:
         """Returns the statistics of ``terms`` ``[n, D]`` and ``nll`` ``[n]``, n >= 2."""
-        merged = MergedStatistics()
-        merged.add(terms, nll)
-        return merged.finished()
+        return MergedStatistics.of_terms(terms, nll).finished()
 
 
 class MergedStatistics:
@@ -63,6 +61,13 @@ class MergedStatistics:
         merged = cls()
         for part in parts:
             merged._merge(part.n, part.mean, part.squares, part.nll)
+        return merged
+
+    @classmethod
+    def of_terms(cls, terms: Tensor, nll: Tensor) -> MergedStatistics:
+        """Returns the statistics of terms ``[n, D]`` and NLLs ``[n]``."""
+        merged = cls()
+        merged.add(terms, nll)
         return merged
 
     def add(self, terms: Tensor, nll: Tensor) -> None:

@@ -21,6 +21,7 @@ import fastmaf
 from fastmaf.images.dataset import to_unit
 from fastmaf.images.progress import Progress
 from fastmaf.inspection.out_of_fold import OutOfFoldModels
+from fastmaf.inspection.scoring.float64_flow import FlowValues
 from fastmaf.inspection.scoring.score import anomaly_maps, residuals_of, terms_of
 from fastmaf.inspection.scoring.settings import AnomalyMapConfig, ScoreSettings, Source
 from fastmaf.inspection.synthetic_defects.draw import KINDS, SyntheticDefects, draw_defects
@@ -45,6 +46,8 @@ MAPS = tuple(
     AnomalyMapConfig(factors, power, sigma)
     for factors, power, sigma in product((50, 100, 150, 200, 400, 800), (0.0, 0.5, 1.0), (0.7, 1.0, 1.5, 2.0))
 )
+
+_TOGETHER = 2
 
 _Config = TypeVar("_Config", ScoreSettings, AnomalyMapConfig)
 
@@ -173,15 +176,21 @@ def _held_out(
 ) -> Iterator[tuple[_Config, Tensor]]:
     """Yields each candidate with its held-out quantity, float32, which is the same for all with the same key.
 
-    Only one is in memory at a time. ``more`` are further arguments of ``quantity``.
+    Two are computed together, and in memory at a time. ``more`` are further arguments of ``quantity``.
     """
+    groups = [list(group) for _, group in groupby(sorted(candidates, key=key), key=key)]
+
+    def quantities(values: FlowValues, configs: list[_Config]) -> Tensor:
+        return torch.stack([quantity(values, config, *more).float() for config in configs], dim=1)
+
     with Progress("ranking", "candidate", total=len(candidates), show=progress) as bar:
-        for _, group in groupby(sorted(candidates, key=key), key=key):
-            configs = list(group)
-            values = models.held_out(sets, quantity, configs[0], *more).float()
-            for config in configs:
-                yield config, values
-                bar.update()
+        for start in range(0, len(groups), _TOGETHER):
+            some = groups[start : start + _TOGETHER]
+            held_out = models.held_out(sets, quantities, [group[0] for group in some])
+            for group, values in zip(some, held_out.unbind(2), strict=True):
+                for config in group:
+                    yield config, values
+                    bar.update()
 
 
 def kind_aurocs(normal: np.ndarray, defect: np.ndarray, kinds: np.ndarray) -> dict[str, float]:

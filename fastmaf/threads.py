@@ -1,0 +1,50 @@
+"""Independent pieces of work on several threads, each of which computes alone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import TypeVar
+
+import torch
+
+_T = TypeVar("_T")
+_R = TypeVar("_R")
+
+
+def map_on_threads(function: Callable[[_T], _R], items: Sequence[_T]) -> list[_R]:
+    """Returns the results of a function for each item, as many at a time as torch has threads.
+
+    Each piece is computed by one thread. Threads that share every operation wait for each other in each of them, and
+    most of the time so beside other processes; and their results depend on their number. The function runs without
+    gradients.
+
+    Args:
+        function: on tensors of the CPU.
+        items: in any number.
+
+    Example:
+        >>> from fastmaf.threads import map_on_threads
+        >>> map_on_threads(lambda n: n * n, [1, 2, 3])
+        [1, 4, 9]
+    """
+
+    def alone(item: _T) -> _R:
+        torch.set_num_threads(1)
+        with torch.no_grad():
+            return function(item)
+
+    threads = torch.get_num_threads()
+    workers = min(threads, len(items))
+    try:
+        if workers < 2:
+            return [alone(item) for item in items]
+        with ThreadPoolExecutor(workers) as pool:
+            futures = [pool.submit(alone, item) for item in items]
+            try:
+                return [future.result() for future in futures]
+            except BaseException:
+                pool.shutdown(cancel_futures=True)
+                raise
+    finally:
+        torch.set_num_threads(threads)
