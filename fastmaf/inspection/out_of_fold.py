@@ -26,6 +26,7 @@ from fastmaf.inspection.scoring.score import (
 from fastmaf.inspection.scoring.settings import AnomalyMapConfig, ScoreSettings
 
 _BATCH = 64
+_REFERENCE = 200  # training images whose statistics standardise terms: more would change little
 
 
 def k_fold(n: int, folds: int, seed: int = 0) -> list[np.ndarray]:
@@ -119,20 +120,21 @@ class OutOfFoldModels:
         """Returns the held-out NLL of images ``[n, D]``, float64 ``[n]`` nats."""
         return self.held_out([x], lambda values: values.nll)[0]
 
-    def scores(self, terms: Tensor, nll: Tensor, settings: ScoreSettings) -> Tensor:
+    def scores(self, x: Tensor, terms: Tensor, nll: Tensor, settings: ScoreSettings) -> Tensor:
         """Returns held-out scores, float64 ``[sets, n]``.
 
-        The terms of a fold are standardised by the statistics of the other folds of the first set: by its own
-        statistics its scores would be slightly too small.
+        The terms of a fold are standardised by statistics of the other folds; see ``reference_statistics``.
 
         Args:
-            terms: held-out terms ``[sets, n, D]``.
+            x: the good images ``[n, D]``.
+            terms: held-out terms ``[sets, n, T]``, those of ``x`` first.
             nll: held-out NLLs ``[sets, n]``.
             settings: how terms become a score.
         """
         scores = torch.empty(nll.shape, dtype=torch.float64)
-        for fold in self.folds:
-            others = TermStatistics.of(drop_fold(terms[0], fold), drop_fold(nll[0], fold))
+        for fold, flow in zip(self.folds, self.flows, strict=True):
+            held_out = TermStatistics.of(drop_fold(terms[0], fold), drop_fold(nll[0], fold))
+            others = reference_statistics(flow, drop_fold(x, fold), held_out, settings)
             for i in range(len(terms)):
                 maps = score_maps(terms[i, fold], others, settings)
                 scores[i, fold] = image_scores(maps, nll[i, fold], others, settings)
@@ -143,12 +145,12 @@ class OutOfFoldResults(NamedTuple):
     """What the models of the folds give for images that they have not seen.
 
     Attributes:
-        statistics: of the terms of the first set.
+        held_out: statistics of the terms of the first set.
         scores: float64 ``[sets, n]``.
         maps: anomaly maps, float32 ``[sets, n, s, s]``.
     """
 
-    statistics: TermStatistics
+    held_out: TermStatistics
     scores: np.ndarray
     maps: np.ndarray
 
@@ -159,8 +161,7 @@ def out_of_fold_results(
 ) -> OutOfFoldResults:
     """Returns held-out scores and anomaly maps of sets of images, one batch in memory at a time.
 
-    The terms of a fold are standardised by the statistics of the other folds of the first set: by its own statistics
-    its scores would be slightly too small.
+    The terms of a fold are standardised by statistics of the other folds; see ``reference_statistics``.
 
     Args:
         sets: uint8 ``[n, 3, s, s]``, each in the order of the folds: the good images first, then the same with a
@@ -178,14 +179,40 @@ def out_of_fold_results(
     shape, side = (len(sets), len(sets[0])), sets[0].shape[-1]
     scores, maps = np.empty(shape), np.empty((*shape, side, side), np.float32)
     for k, (fold, flow) in enumerate(zip(models.folds, models.flows, strict=True)):
-        others = MergedStatistics.of([part for i, part in enumerate(of_folds) if i != k]).finished()
+        held_out = MergedStatistics.of([part for i, part in enumerate(of_folds) if i != k]).finished()
         double = Float64Flow(flow)
+        training = np.concatenate([other for i, other in enumerate(models.folds) if i != k])
+        others = reference_statistics(double, sets[0][torch.from_numpy(np.sort(training))], held_out, settings)
         for i, images in enumerate(sets):
             for index, values in _batches(double, images, fold, models.channels):
                 of_score = score_maps(terms_of(values, settings), others, settings)
                 scores[i, index] = image_scores(of_score, _nll(values, settings), others, settings).numpy()
                 maps[i, index] = anomaly_maps(residuals_of(values, config), config).float().numpy()
     return OutOfFoldResults(MergedStatistics.of(of_folds).finished(), scores, maps)
+
+
+@torch.no_grad()
+def reference_statistics(
+    flow: fastmaf.Flow | Float64Flow, images: Tensor, held_out: TermStatistics, settings: ScoreSettings
+) -> TermStatistics:
+    """Returns the statistics that standardise the terms of a flow, as ``settings.reference`` says.
+
+    Args:
+        flow: the flow.
+        images: good images that it was fitted to, uint8 ``[n, 3, s, s]``, or on [0, 1] ``[n, D]``; at most 200 of
+            them are used.
+        held_out: of the terms of images that models like it have not seen.
+        settings: how terms become a score.
+    """
+    if settings.reference == "held-out" or settings.needs_nll:
+        return held_out
+    double = Float64Flow(flow) if isinstance(flow, fastmaf.Flow) else flow
+    some = images[torch.from_numpy(some_of(len(images), _REFERENCE, 0))]
+    merged = MergedStatistics()
+    for part in some.split(_BATCH):
+        x = to_unit(part, image_shape(double.features)[0]) if part.dtype == torch.uint8 else part
+        merged.add(terms_of(FlowValues(double, x), settings), torch.zeros(len(part)))
+    return merged.finished().on_scale_of(held_out)
 
 
 def _nll(values: FlowValues, settings: ScoreSettings) -> Tensor:

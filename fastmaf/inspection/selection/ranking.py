@@ -27,7 +27,7 @@ from fastmaf.inspection.synthetic_defects.draw import KINDS, SyntheticDefects, d
 from fastmaf.metrics.aupro import au_pro, pixel_auroc
 from fastmaf.metrics.auroc import auroc
 
-_TERMS: tuple[tuple[Source, float], ...] = (("whitened", 0.0), ("whitened", 0.7), ("flow", 0.0))
+_TERMS: tuple[tuple[Source, float], ...] = (("pixels", 0.0), ("pixels", 0.7), ("whitened", 0.0), ("flow", 0.0))
 
 SCORES: tuple[ScoreSettings, ...] = (
     ScoreSettings("nll", "flow"),
@@ -114,7 +114,7 @@ def rank_scores(
         nll = models.held_out(sets, lambda values: values.nll)
     result = []
     for settings, terms in _held_out(candidates, _terms_key, terms_of, models, sets, progress):
-        scores = models.scores(terms, nll, settings).flatten().numpy()
+        scores = models.scores(sets[0], terms, nll, settings).flatten().numpy()
         normal, defect = scores[: len(pixels)], scores[len(pixels) :]
         by_kind = kind_aurocs(normal, defect, kinds)
         mean = float(np.mean(list(by_kind.values())))

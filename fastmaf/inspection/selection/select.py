@@ -15,10 +15,11 @@ from torch import Tensor
 
 from fastmaf.inspection.out_of_fold import OutOfFoldModels
 from fastmaf.inspection.recipe import Recipe
-from fastmaf.inspection.scoring.settings import AnomalyMapConfig, ScoreSettings
+from fastmaf.inspection.scoring.settings import AnomalyMapConfig, Reference, ScoreSettings
 from fastmaf.inspection.selection.baselines import BaselineModel, better_baseline
 from fastmaf.inspection.selection.ranking import MapCandidate, ScoreCandidate, draw_sets, rank_maps, rank_scores
 
+REFERENCES: tuple[Reference, ...] = ("training", "held-out")
 SCORE_CANDIDATES = (ScoreSettings(), ScoreSettings(presmooth_sigma=0.7))
 MAP_CANDIDATES = (AnomalyMapConfig(), AnomalyMapConfig(factors=400))
 
@@ -56,7 +57,13 @@ def select_score_and_map(recipe: Recipe, pixels: Tensor, models: OutOfFoldModels
         pixels = all_pixels[torch.from_numpy(index)]
         options["drawn_sets"] = draw_sets(pixels, 1, recipe.seed, models.channels)
     if score is None:
-        scores = rank_scores(pixels, models, candidates=of_scores, **options)
+        both = [replace(candidate, reference=reference) for candidate in of_scores for reference in REFERENCES]
+        scores = rank_scores(pixels, models, candidates=both, **options)
+        plain = [candidate for candidate in scores if not candidate.settings.presmooth_sigma]
+        reference = plain[0].settings.reference
+        figures["drawn_auroc_of_references"] = {c.settings.reference: c.image_auroc for c in plain}
+        of_scores = tuple(replace(candidate, reference=reference) for candidate in of_scores)
+        scores = [candidate for candidate in scores if candidate.settings.reference == reference]
         score = select_score(scores, of_scores[0])
         aurocs = {candidate.settings: candidate.image_auroc for candidate in scores}
         figures["drawn_auroc"] = {f"presmooth {s.presmooth_sigma:g}": aurocs[s] for s in of_scores}

@@ -13,6 +13,7 @@ from fastmaf.inspection.scoring.settings import AnomalyMapConfig, ScoreSettings
 from fastmaf.inspection.selection.ranking import MapCandidate, ScoreCandidate, rank_maps, rank_scores
 from fastmaf.inspection.selection.select import (
     MAP_CANDIDATES,
+    REFERENCES,
     SCORE_CANDIDATES,
     select_map,
     select_score,
@@ -49,13 +50,27 @@ def test_the_selection_follows_from_the_ranking_on_synthetic_defects(fitted: tup
     pixels, models = fitted[0], fitted[1].out_of_fold
     score, config, _, figures = select_score_and_map(OPEN, pixels, models)
     options: dict[str, Any] = {"draws": 1, "seed": OPEN.seed, "progress": False}
-    scores = rank_scores(pixels, models, candidates=SCORE_CANDIDATES, **options)
+    both = {
+        reference: [replace(candidate, reference=reference) for candidate in SCORE_CANDIDATES]
+        for reference in REFERENCES
+    }
+    ranked = {
+        reference: rank_scores(pixels, models, candidates=candidates, **options)
+        for reference, candidates in both.items()
+    }
+    plain = {
+        reference: next(c.image_auroc for c in scores if not c.settings.presmooth_sigma)
+        for reference, scores in ranked.items()
+    }
+    reference = max(plain, key=lambda name: plain[name])
+    scores = ranked[reference]
     maps = rank_maps(pixels, models, candidates=MAP_CANDIDATES, **options)
-    assert (score, config) == (select_score(scores), select_map(maps))
+    assert (score, config) == (select_score(scores, both[reference][0]), select_map(maps))
+    assert figures["drawn_auroc_of_references"] == plain
     areas, means = {c.settings: c.image_auroc for c in scores}, {c.config: c.mean for c in maps}
     assert figures["drawn_auroc"] == {
-        "presmooth 0": areas[ScoreSettings()],
-        "presmooth 0.7": areas[ScoreSettings(presmooth_sigma=0.7)],
+        "presmooth 0": areas[both[reference][0]],
+        "presmooth 0.7": areas[both[reference][1]],
     }
     assert figures["drawn_maps"] == {
         "150 factors": means[AnomalyMapConfig()],
