@@ -156,7 +156,8 @@ def _score_map(terms: Value, model: InspectionModel) -> Value:
     settings, statistics = model.settings, model.statistics
     standard = (terms - statistics.mean) / statistics.deviation
     clipped = standard.op("Clip", -settings.clip, settings.clip)
-    plain = clipped.reshape(0, -1, model.size, model.size).sum(1)
+    planes = 1 if settings.source == "pixels" else model.channels  # not -1: a batch may be empty
+    plain = clipped.reshape(0, planes, model.size, model.size).sum(1)
     return _smoothed(plain, settings.sigma, model.size)
 
 
