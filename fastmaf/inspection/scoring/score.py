@@ -1,7 +1,7 @@
 """From the terms of a likelihood to a score map and one anomaly score per image, and to an anomaly map.
 
-A plain NLL sums 12,288 terms of very different variance, in which a defect of a few pixels is lost. Here each term, such
-as the length of a pixel's whitened colours, is standardised by its mean and standard deviation over good images,
+A plain NLL sums 12,288 terms of very different variance, in which a defect of a few pixels is lost. Here each term,
+such as the length of a pixel's whitened colours, is standardised by its mean and standard deviation over good images,
 clipped and smoothed. The mean of the largest values of this score map is the image's anomaly score.
 
 The anomaly map, which is shown, saved and evaluated pixel by pixel, differs from the score map. To decide whether *any*
@@ -27,7 +27,7 @@ from fastmaf.inspection.scoring.settings import AnomalyMapConfig, ScoreSettings
 
 @dataclass(frozen=True, eq=False)
 class TermStatistics:
-    """Mean and standard deviation of each of T terms ``[T]``, float32, over good images, and the mean NLL of unseen ones."""
+    """Mean and standard deviation of each of T terms ``[T]``, float32, over good images; mean NLL of unseen ones."""
 
     mean: Tensor
     deviation: Tensor

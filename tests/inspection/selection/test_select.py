@@ -95,7 +95,7 @@ def test_a_fit_records_its_selection() -> None:
     assert about["recipe"]["score"]["presmooth_sigma"] == model.settings.presmooth_sigma
     assert about["recipe"]["map_config"]["factors"] == model.map_config.factors
     gain = about["drawn_maps"]["400 factors"] - about["drawn_maps"]["150 factors"]
-    assert model.map_config.factors == (800 if gain > 0.01 else 150)
+    assert model.map_config.factors == (400 if gain > 0.01 else 150)
 
 
 def test_the_first_candidates_are_the_defaults() -> None:
