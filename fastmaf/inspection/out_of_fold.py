@@ -120,21 +120,34 @@ class OutOfFoldModels:
         """Returns the held-out NLL of images ``[n, D]``, float64 ``[n]`` nats."""
         return self.held_out([x], lambda values: values.nll)[0]
 
-    def scores(self, x: Tensor, terms: Tensor, nll: Tensor, settings: ScoreSettings) -> Tensor:
-        """Returns held-out scores, float64 ``[sets, n]``.
-
-        The terms of a fold are standardised by statistics of the other folds; see ``reference_statistics``.
+    def references(self, x: Tensor, terms: Tensor, nll: Tensor, settings: ScoreSettings) -> list[TermStatistics]:
+        """Returns the statistics of the other folds that standardise the terms of each; see ``reference_statistics``.
 
         Args:
             x: the good images ``[n, D]``.
-            terms: held-out terms ``[sets, n, T]``, those of ``x`` first.
+            terms: their held-out terms ``[n, T]``.
+            nll: their held-out NLLs ``[n]``.
+            settings: how terms become a score.
+        """
+        result = []
+        for fold, flow in zip(self.folds, self.flows, strict=True):
+            held_out = TermStatistics.of(drop_fold(terms, fold), drop_fold(nll, fold))
+            result.append(reference_statistics(flow, drop_fold(x, fold), held_out, settings))
+        return result
+
+    def scores(
+        self, terms: Tensor, nll: Tensor, references: Sequence[TermStatistics], settings: ScoreSettings
+    ) -> Tensor:
+        """Returns held-out scores, float64 ``[sets, n]``.
+
+        Args:
+            terms: held-out terms ``[sets, n, T]``.
             nll: held-out NLLs ``[sets, n]``.
+            references: of each fold.
             settings: how terms become a score.
         """
         scores = torch.empty(nll.shape, dtype=torch.float64)
-        for fold, flow in zip(self.folds, self.flows, strict=True):
-            held_out = TermStatistics.of(drop_fold(terms[0], fold), drop_fold(nll[0], fold))
-            others = reference_statistics(flow, drop_fold(x, fold), held_out, settings)
+        for fold, others in zip(self.folds, references, strict=True):
             for i in range(len(terms)):
                 maps = score_maps(terms[i, fold], others, settings)
                 scores[i, fold] = image_scores(maps, nll[i, fold], others, settings)

@@ -21,7 +21,7 @@ import fastmaf
 from fastmaf.images.dataset import to_unit
 from fastmaf.images.progress import Progress
 from fastmaf.inspection.out_of_fold import OutOfFoldModels
-from fastmaf.inspection.scoring.score import anomaly_maps, residuals_of, terms_of
+from fastmaf.inspection.scoring.score import TermStatistics, anomaly_maps, residuals_of, terms_of
 from fastmaf.inspection.scoring.settings import AnomalyMapConfig, ScoreSettings, Source
 from fastmaf.inspection.synthetic_defects.draw import KINDS, SyntheticDefects, draw_defects
 from fastmaf.metrics.aupro import au_pro, pixel_auroc
@@ -112,9 +112,14 @@ def rank_scores(
     nll = torch.zeros(len(sets), len(pixels), dtype=torch.float64)
     if any(settings.needs_nll for settings in candidates):
         nll = models.held_out(sets, lambda values: values.nll)
-    result = []
+    result: list[ScoreCandidate] = []
+    references: list[TermStatistics] = []
+    known: tuple[Any, ...] | None = None
     for settings, terms in _held_out(candidates, _terms_key, terms_of, models, sets, progress):
-        scores = models.scores(sets[0], terms, nll, settings).flatten().numpy()
+        key = (_terms_key(settings), settings.reference, settings.needs_nll)
+        if key != known:
+            known, references = key, models.references(sets[0], terms[0], nll[0], settings)
+        scores = models.scores(terms, nll, references, settings).flatten().numpy()
         normal, defect = scores[: len(pixels)], scores[len(pixels) :]
         by_kind = kind_aurocs(normal, defect, kinds)
         mean = float(np.mean(list(by_kind.values())))
