@@ -78,6 +78,20 @@ def test_the_selection_follows_from_the_ranking_on_synthetic_defects(fitted: tup
     }
 
 
+def test_scores_that_are_ranked_together_have_their_own_statistics(fitted: tuple[torch.Tensor, Fitted]) -> None:
+    pixels, models = fitted[0], fitted[1].out_of_fold
+    sources: tuple[Any, ...] = ("pixels", "whitened")
+    candidates = [
+        ScoreSettings("nll", "flow"),
+        *(ScoreSettings(source=s, reference=r) for s in sources for r in REFERENCES),
+    ]
+    options: dict[str, Any] = {"draws": 1, "progress": False, "errors": False}
+    together = {c.settings: c.image_auroc for c in rank_scores(pixels, models, candidates=candidates, **options)}
+    for candidate in candidates:
+        (alone,) = rank_scores(pixels, models, candidates=[candidate], **options)
+        assert together[candidate] == alone.image_auroc
+
+
 def test_a_worse_score_and_a_worse_map_are_ranked_last(fitted: tuple[torch.Tensor, Fitted]) -> None:
     pixels, models = fitted[0], fitted[1].out_of_fold
     blurred, coarse = ScoreSettings(presmooth_sigma=9.0), AnomalyMapConfig(0, sigma=9.0)
