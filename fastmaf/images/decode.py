@@ -22,7 +22,7 @@ __all__ = ["MAX_PIXELS", "DataError", "Frame", "load_frame", "load_image", "resi
 
 # {images} becomes "image" or "images", {its} becomes "its" or "their".
 _NOTES = {
-    "grey": "{n} grey {images} read as RGB",
+    "grey": "{n} grey {images}, with R = G = B",
     "grey16": "{n} 16-bit grey {images} scaled to 8 bits (value / 257)",
     "grey12": "{n} 12-bit grey {images} scaled to 8 bits (value / 4095 * 255)",
     "dim16": "{n} 16-bit {images} with no value above 4095: too dark if the camera wrote 12-bit values",

@@ -17,7 +17,7 @@ from fastmaf.inspection.recipe import QUANTISATION
 from fastmaf.inspection.scoring.score import TermStatistics, score_maps
 from fastmaf.inspection.scoring.settings import ScoreSettings
 
-_STANDARDISED = ScoreSettings("map maximum", sigma=2.0, clip=10.0)
+_STANDARDISED = ScoreSettings("map maximum", "whitened", sigma=2.0)
 _FOLDS = 5
 
 

@@ -64,6 +64,7 @@ def _of_pixels(model: InspectionModel, explain: bool) -> dict[str, str | None]:
         "logit": _logit(recipe, about, explain),
         "blocks": _blocks(recipe, about, explain),
         "score": _score(model, about, explain),
+        "standardised by": _reference(model, about, explain),
         "anomaly map": _anomaly_map(model, about, explain),
     }
 
@@ -156,6 +157,14 @@ def _score(model: InspectionModel, about: Mapping[str, Any], explain: bool) -> s
         listed = ", ".join(f"{name} {value:.3f}" for name, value in baselines.items())
         return f"{chosen.removesuffix(')')}; baselines: {listed})"
     return chosen
+
+
+def _reference(model: InspectionModel, about: Mapping[str, Any], explain: bool) -> str | None:
+    if about.get("baseline"):
+        return None
+    areas = {f"{name} images": area for name, area in about.get("drawn_auroc_of_references", {}).items()}
+    chosen = f"{model.settings.reference} images"
+    return _on_defects(chosen, chosen, areas, "image AUROC", explain)
 
 
 def _anomaly_map(model: InspectionModel, about: Mapping[str, Any], explain: bool) -> str | None:

@@ -33,7 +33,13 @@ from fastmaf.inspection.fit_stages import SelectedBlocks, Stages
 from fastmaf.inspection.free_threads import free_threads
 from fastmaf.inspection.interface import HeldOut
 from fastmaf.inspection.model import InspectionModel
-from fastmaf.inspection.out_of_fold import OutOfFoldModels, group_folds, k_fold, out_of_fold_results
+from fastmaf.inspection.out_of_fold import (
+    OutOfFoldModels,
+    group_folds,
+    k_fold,
+    out_of_fold_results,
+    reference_statistics,
+)
 from fastmaf.inspection.recipe import Recipe
 from fastmaf.inspection.selection.select import select_score_and_map
 from fastmaf.inspection.whitening import (
@@ -180,7 +186,8 @@ def fit(
         bar.update()
         if baseline is not None:
             flow, models, score = baseline.flow.requires_grad_(False), baseline.models, baseline.score
-        statistics, (scores,), (maps,) = out_of_fold_results([pixels], models, score, replace(map_config, rms=1.0))
+        held_out, (scores,), (maps,) = out_of_fold_results([pixels], models, score, replace(map_config, rms=1.0))
+        statistics = reference_statistics(flow, pixels, held_out, score, models.shape)
         maps = squared(maps, side)
         rms = float(np.sqrt(np.square(maps, dtype=np.float64).mean())) or 1.0  # identical images leave no residual
         map_config, maps = replace(map_config, rms=rms), maps / np.float32(rms)

@@ -87,7 +87,7 @@ class InspectionModel:
         flow: D = 3 h w, or h w for grey images.
         settings: how terms become a score.
         map_config: how the anomaly map is computed.
-        statistics: of the terms over good images that the flow has not seen.
+        statistics: of the terms over good images, which standardise them; see ``ScoreSettings.reference``.
         calibration: scores of such images and the threshold taken from them.
         about: details of the training, plain JSON types.
         own_shape: (h, w) of the images that the flow models; None: they are square.
@@ -218,7 +218,9 @@ def read_model(file: TensorFile, *, device: str = "cpu") -> InspectionModel:
         if not len(flow.transforms):
             raise ValueError("a flow without a transform has no terms to score")
         check_base(flow)
-        mean, deviation = (_statistic(f"term_{name}", extras, flow.features) for name in ("mean", "deviation"))
+        height, width = own_shape or (image_shape(flow.features)[1],) * 2
+        terms = height * width if settings.source == "pixels" else flow.features
+        mean, deviation = (_statistic(f"term_{name}", extras, terms) for name in ("mean", "deviation"))
         scores = extras.get("calibration_scores")
         if scores is None or scores.dtype != torch.float64:
             found = "nothing" if scores is None else scores.dtype
@@ -243,12 +245,12 @@ def read_model(file: TensorFile, *, device: str = "cpu") -> InspectionModel:
     )
 
 
-def _statistic(name: str, extras: Mapping[str, Tensor], features: int) -> Tensor:
+def _statistic(name: str, extras: Mapping[str, Tensor], terms: int) -> Tensor:
     """Returns a statistic of the terms, checked to neither overflow nor divide by zero in float32."""
     values = extras.get(name)
-    if values is None or values.shape != (features,) or values.dtype not in (torch.float32, torch.float64):
+    if values is None or values.shape != (terms,) or values.dtype not in (torch.float32, torch.float64):
         found = "nothing" if values is None else f"{shown(tuple(values.shape))} {values.dtype}"
-        raise ValueError(f"tensor {name}: expected ({features},) torch.float32; found {found}")
+        raise ValueError(f"tensor {name}: expected ({terms},) torch.float32; found {found}")
     positive = name == "term_deviation"
     if not bool((values.abs() <= _LARGEST).all()) or (positive and not bool((values >= 1 / _LARGEST).all())):
         least = f"at least {1 / _LARGEST:g} and " if positive else ""

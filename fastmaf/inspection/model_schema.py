@@ -34,6 +34,7 @@ _TRAINING = {
 }
 _MAPS = (
     *("drawn_auroc_of_candidates", "held_out_nll_of_augmentations", "drawn_auroc", "drawn_auroc_of_baselines"),
+    "drawn_auroc_of_references",
     *("drawn_maps", "seconds", "drawn_auroc_of_gaussians", "held_out_nll_of_gaussians"),
 )
 _FEATURES = Record(
@@ -79,6 +80,7 @@ def inspection_record(metadata: Mapping[str, str]) -> dict[str, Any]:
     """
     record: dict[str, Any] = _renamed(parse(metadata[KEY], KEY))
     _MODEL.check(record, KEY)
+    record["settings"].setdefault("reference", "held-out")  # of earlier versions
     about = record["about"]
     if "recipe" in about:
         Record(_TRAINING, others=Anything()).check(about, f"{KEY}.about")

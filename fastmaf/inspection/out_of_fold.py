@@ -28,6 +28,7 @@ from fastmaf.inspection.scoring.settings import AnomalyMapConfig, ScoreSettings
 from fastmaf.threads import map_on_threads
 
 _BATCH = 64
+_REFERENCE = 100  # training images whose statistics standardise terms: with 200, as many drawn defects were found
 
 
 def k_fold(n: int, folds: int, seed: int = 0) -> list[np.ndarray]:
@@ -106,18 +107,32 @@ class OutOfFoldModels:
                 a synthetic defect.
             quantity: a function of the ``FlowValues`` of one fold's images and of ``arguments``.
         """
+        return self.held_out_each(sets, [lambda values: quantity(values, *arguments)])[0]
 
-        def of_fold(k: int) -> list[Tensor]:
+    def held_out_each(
+        self, sets: Sequence[Tensor], quantities: Sequence[Callable[[FlowValues], Tensor]]
+    ) -> list[Tensor]:
+        """Returns several quantities, each as ``held_out`` does, of one evaluation of the models."""
+
+        def of_fold(k: int) -> list[list[Tensor]]:
             double = Float64Flow(self.flows[k])  # a few at a time: each needs twice the memory of its flow
-            return [quantity(FlowValues(double, x[self.folds[k]]), *arguments) for x in sets]
+            found: list[list[Tensor]] = [[] for _ in quantities]
+            for x in sets:
+                values = FlowValues(double, x[self.folds[k]])
+                for of_sets, quantity in zip(found, quantities, strict=True):
+                    of_sets.append(quantity(values))
+            return found
 
         of_folds = map_on_threads(of_fold, range(len(self.folds)))
-        first = of_folds[0][0]
-        result = first.new_empty(len(sets), len(sets[0]), *first.shape[1:])
-        for fold, of_sets in zip(self.folds, of_folds, strict=True):
-            for i, values in enumerate(of_sets):
-                result[i, fold] = values
-        return result
+        results = []
+        for q in range(len(quantities)):
+            first = of_folds[0][q][0]
+            result = first.new_empty(len(sets), len(sets[0]), *first.shape[1:])
+            for fold, of_quantities in zip(self.folds, of_folds, strict=True):
+                for i, values in enumerate(of_quantities[q]):
+                    result[i, fold] = values
+            results.append(result)
+        return results
 
     def subset(self, most: int, seed: int) -> tuple[np.ndarray, OutOfFoldModels]:
         """Returns at most so many images, at random, and the models with the folds of these; folds are renumbered."""
@@ -133,22 +148,38 @@ class OutOfFoldModels:
         """Returns the held-out NLL of images ``[n, D]``, float64 ``[n]`` nats."""
         return self.held_out([x], lambda values: values.nll)[0]
 
-    def scores(self, terms: Tensor, nll: Tensor, settings: ScoreSettings) -> Tensor:
-        """Returns held-out scores, float64 ``[sets, n]``.
-
-        The terms of a fold are standardised by the statistics of the other folds of the first set: by its own
-        statistics its scores would be slightly too small.
+    def references(self, x: Tensor, terms: Tensor, nll: Tensor, settings: ScoreSettings) -> list[TermStatistics]:
+        """Returns the statistics of the other folds that standardise the terms of each; see ``reference_statistics``.
 
         Args:
-            terms: held-out terms ``[sets, n, D]``.
+            x: the good images ``[n, D]``.
+            terms: their held-out terms ``[n, T]``.
+            nll: their held-out NLLs ``[n]``.
+            settings: how terms become a score.
+        """
+        of_folds = map_on_threads(lambda fold: MergedStatistics.of_terms(terms[fold], nll[fold]), self.folds)
+
+        def reference(k: int) -> TermStatistics:
+            held_out = MergedStatistics.of(of_folds[:k] + of_folds[k + 1 :]).finished()
+            return reference_statistics(self.flows[k], drop_fold(x, self.folds[k]), held_out, settings, self.shape)
+
+        return map_on_threads(reference, range(len(self.folds)))
+
+    def scores(
+        self, terms: Tensor, nll: Tensor, references: Sequence[TermStatistics], settings: ScoreSettings
+    ) -> Tensor:
+        """Returns held-out scores, float64 ``[sets, n]``.
+
+        Args:
+            terms: held-out terms ``[sets, n, T]``.
             nll: held-out NLLs ``[sets, n]``.
+            references: of each fold.
             settings: how terms become a score.
         """
         scores = torch.empty(nll.shape, dtype=torch.float64)
-        of_folds = map_on_threads(lambda fold: MergedStatistics.of_terms(terms[0, fold], nll[0, fold]), self.folds)
 
         def score(k: int) -> None:
-            fold, others = self.folds[k], MergedStatistics.of(of_folds[:k] + of_folds[k + 1 :]).finished()
+            fold, others = self.folds[k], references[k]
             for i in range(len(terms)):
                 maps = score_maps(terms[i, fold], others, settings, self.shape)
                 scores[i, fold] = image_scores(maps, nll[i, fold], others, settings)
@@ -161,12 +192,12 @@ class OutOfFoldResults(NamedTuple):
     """What the models of the folds give for images that they have not seen.
 
     Attributes:
-        statistics: of the terms of the first set.
+        held_out: statistics of the terms of the first set.
         scores: float64 ``[sets, n]``.
         maps: anomaly maps, float32 ``[sets, n, h, w]``.
     """
 
-    statistics: TermStatistics
+    held_out: TermStatistics
     scores: np.ndarray
     maps: np.ndarray
 
@@ -177,8 +208,7 @@ def out_of_fold_results(
 ) -> OutOfFoldResults:
     """Returns held-out scores and anomaly maps of sets of images, one batch in memory at a time.
 
-    The terms of a fold are standardised by the statistics of the other folds of the first set: by its own statistics
-    its scores would be slightly too small.
+    The terms of a fold are standardised by statistics of the other folds; see ``reference_statistics``.
 
     Args:
         sets: uint8 ``[n, 3, h, w]``, each in the order of the folds: the good images first, then the same with a
@@ -199,7 +229,13 @@ def out_of_fold_results(
     scores, maps = np.empty(shape), np.empty((*shape, *sets[0].shape[2:]), np.float32)
 
     def score(k: int) -> None:
-        others, double = MergedStatistics.of(of_folds[:k] + of_folds[k + 1 :]).finished(), Float64Flow(models.flows[k])
+        held_out, double = (
+            MergedStatistics.of(of_folds[:k] + of_folds[k + 1 :]).finished(),
+            Float64Flow(models.flows[k]),
+        )
+        training = np.concatenate([fold for i, fold in enumerate(models.folds) if i != k])
+        images = sets[0][torch.from_numpy(np.sort(training))]
+        others = reference_statistics(double, images, held_out, settings, models.shape)
         for i, images in enumerate(sets):
             for index, values in _batches(double, images, models.folds[k], models.channels):
                 of_score = score_maps(terms_of(values, settings, models.shape), others, settings, models.shape)
@@ -208,6 +244,36 @@ def out_of_fold_results(
 
     map_on_threads(score, range(len(models.folds)))
     return OutOfFoldResults(MergedStatistics.of(of_folds).finished(), scores, maps)
+
+
+@torch.no_grad()
+def reference_statistics(
+    flow: fastmaf.Flow | Float64Flow,
+    images: Tensor,
+    held_out: TermStatistics,
+    settings: ScoreSettings,
+    shape: Shape | None = None,
+) -> TermStatistics:
+    """Returns the statistics that standardise the terms of a flow, as ``settings.reference`` says.
+
+    Args:
+        flow: the flow.
+        images: good images that it was fitted to, uint8 ``[n, 3, h, w]``, or on [0, 1] ``[n, D]``; at most 100 of
+            them are used.
+        held_out: of the terms of images that models like it have not seen.
+        settings: how terms become a score.
+        shape: (height, width) of the images that the flow models; None: they are square.
+    """
+    if settings.reference == "held-out" or settings.needs_nll:
+        return held_out
+    double = Float64Flow(flow) if isinstance(flow, fastmaf.Flow) else flow
+    some = images[torch.from_numpy(some_of(len(images), _REFERENCE, 0))]
+    channels = image_shape(double.features)[0] if shape is None else double.features // math.prod(shape)
+    merged = MergedStatistics()
+    for part in some.split(_BATCH):
+        x = to_unit(part, channels) if part.dtype == torch.uint8 else part
+        merged.add(terms_of(FlowValues(double, x), settings, shape), torch.zeros(len(part)))
+    return merged.finished().on_scale_of(held_out)
 
 
 def _nll(values: FlowValues, settings: ScoreSettings) -> Tensor:

@@ -102,7 +102,7 @@ def test_notes_are_counted_by_kind(tmp_path: Path) -> None:
         Image.new("L", (4, 4)).save(root / "train" / "good" / f"grey{i}.png")
     Image.new("RGBA", (4, 4)).save(root / "train" / "good" / "alpha.png")
     assert load_train(root, size=4, progress=False).notes == (
-        "3 grey images read as RGB",
+        "3 grey images, with R = G = B",
         "1 image with an alpha channel composited on white",
     )
 

@@ -114,7 +114,7 @@ def test_16_bit_colour_with_alpha(tmp_path: Path) -> None:
 def test_grey_bilevel_and_cmyk(tmp_path: Path) -> None:
     Image.new("L", (4, 4), 77).save(tmp_path / "grey.png")
     pixels, notes = load_image(tmp_path / "grey.png", 4)
-    assert pixels.unique().tolist() == [77] and notes == ["1 grey image read as RGB"]
+    assert pixels.unique().tolist() == [77] and notes == ["1 grey image, with R = G = B"]
     Image.new("1", (4, 4), 1).save(tmp_path / "bits.png")
     assert load_image(tmp_path / "bits.png", 4)[0].unique().tolist() == [255]
     Image.new("CMYK", (8, 8), (0, 255, 255, 0)).save(tmp_path / "cmyk.jpg")

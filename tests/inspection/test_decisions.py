@@ -67,6 +67,10 @@ def test_score_and_map() -> None:
         "anomaly map": "150 factors (no clear gain on synthetic defects from 800 factors)",
     }
     assert "no smoothing 0.800, smoothing by 0.7 px 0.900" in decisions(smoothed, explain=True)["score"]
+    references = model({}, drawn_auroc_of_references={"training": 0.9, "held-out": 0.8})
+    assert decisions(references) == {
+        "standardised by": "training images (better on synthetic defects than held-out images)"
+    }
     first = model({}, drawn_auroc=areas)
     assert decisions(first) == {
         "score": "no smoothing before squaring (no clear gain on synthetic defects from smoothing by 0.7 px)"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +60,18 @@ def test_a_file_of_an_earlier_version_gives_the_same_predictions(
         assert loaded.about[key] == load_inspection(new).about[key]
     loaded.save(old)
     assert "map_config" in json.loads(read_tensors(old)[1]["inspection"])
+
+
+def test_a_file_of_a_version_without_references(fitted: tuple[torch.Tensor, Fitted], tmp_path: Path) -> None:
+    file, model = tmp_path / "model.safetensors", fitted[1].model
+    model.save(file)
+    tensors, metadata = read_tensors(file)
+    record = json.loads(metadata["inspection"])
+    del record["settings"]["reference"]
+    write_tensors(tensors, file, {**metadata, "inspection": json.dumps(record)})
+    loaded = load_inspection(file)
+    assert loaded.settings == replace(model.settings, reference="held-out")
+    np.testing.assert_array_equal(loaded.predict(fitted[0]).scores, model.predict(fitted[0]).scores)
 
 
 def test_saved_and_loaded(fitted: tuple[torch.Tensor, Fitted], tmp_path: Path) -> None:

@@ -94,7 +94,8 @@ def inspection_model() -> InspectionModel:
         "map_levels": [0.5, 2.0],
     }
     calibration = Calibration(np.arange(20.0), 0.1, None, "k-fold", 3, "2025-03-01", "line 3")
-    return InspectionModel(flow, ScoreSettings(), AnomalyMapConfig(factors=2), statistics, calibration, about)
+    settings = ScoreSettings(source="whitened")
+    return InspectionModel(flow, settings, AnomalyMapConfig(factors=2), statistics, calibration, about)
 
 
 def write_all(folder: Path) -> dict[str, bytes]:

@@ -92,9 +92,11 @@ def _(model: InspectionModel, planes: Value) -> _Results:
     first, z = len(first_part(model.flow)) - 1, steps[-1]
     terms = shares + z * z * 0.5 + _HALF_LOG_2PI
     nll = terms.cast("float64").sum(1)
-    if settings.source == "whitened":
-        z = _smoothed(_planes(steps[first], model), settings.presmooth_sigma, shape).reshape(0, model.flow.features)
-        terms = z * z * 0.5
+    if settings.source != "flow":
+        z = _smoothed(_planes(steps[first], model), settings.presmooth_sigma, shape)
+        squares = z * z
+        terms = squares.sum(1).op("Sqrt") if settings.source == "pixels" else squares * 0.5
+        terms = terms.reshape(0, len(model.statistics.mean))
     score_map = _score_map(terms, model)
     score = _score(score_map, nll, model.statistics, settings, math.prod(shape))
     anomaly_map = _anomaly_map([x, *steps][first], steps[first], model)
@@ -195,7 +197,9 @@ def _planes(values: Value, model: InspectionModel) -> Value:
 def _score_map(terms: Value, model: InspectionModel) -> Value:
     settings, statistics = model.settings, model.statistics
     standard = (terms - statistics.mean) / statistics.deviation
-    plain = _planes(standard.op("Clip", -settings.clip, settings.clip), model).sum(1)
+    clipped = standard.op("Clip", -settings.clip, settings.clip)
+    planes = 1 if settings.source == "pixels" else model.channels  # not -1: a batch may be empty
+    plain = clipped.reshape(0, planes, *model.shape).sum(1)
     return _smoothed(plain, settings.sigma, model.shape)
 
 

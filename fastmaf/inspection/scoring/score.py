@@ -1,8 +1,8 @@
 """From the terms of a likelihood to a score map and one anomaly score per image, and to an anomaly map.
 
-A plain NLL sums 12,288 terms of very different variance, in which a defect of a few pixels is lost. Here each term is
-standardised by its mean and standard deviation over good images that the model has not seen, clipped, summed over
-the colours and smoothed. The mean of the largest values of this score map is the image's anomaly score.
+A plain NLL sums 12,288 terms of very different variance, in which a defect of a few pixels is lost. Here each term,
+such as the length of a pixel's whitened colours, is standardised by its mean and standard deviation over good images,
+clipped and smoothed. The mean of the largest values of this score map is the image's anomaly score.
 
 The anomaly map, which is shown, saved and evaluated pixel by pixel, differs from the score map. To decide whether *any*
 part of an image is unusual, each term is standardised by its own spread; but where the edge of an object varies from
@@ -32,7 +32,7 @@ Shape: TypeAlias = tuple[int, int]
 
 @dataclass(frozen=True, eq=False)
 class TermStatistics:
-    """Mean and standard deviation of each term ``[D]``, float32, and the mean NLL, over unseen good images."""
+    """Mean and standard deviation of each of T terms ``[T]``, float32, over good images; mean NLL of unseen ones."""
 
     mean: Tensor
     deviation: Tensor
@@ -40,12 +40,24 @@ class TermStatistics:
 
     @classmethod
     def of(cls, terms: Tensor, nll: Tensor) -> TermStatistics:
-        """Returns the statistics of ``terms`` ``[n, D]`` and ``nll`` ``[n]``, n >= 2."""
+        """Returns the statistics of ``terms`` ``[n, T]`` and ``nll`` ``[n]``, n >= 2."""
         return MergedStatistics.of_terms(terms, nll).finished()
+
+    def on_scale_of(self, held_out: TermStatistics) -> TermStatistics:
+        """Returns these statistics of training images on the scale of held-out ones.
+
+        Whitened training images are smaller than new ones, by about the same factor everywhere. All deviations are
+        multiplied by the median ratio of the held-out ones to them, and all means are shifted by the median distance
+        in units of these. So the clipping of terms applies to both alike, and no term depends on how an image that is
+        scored later affected it.
+        """
+        deviation = self.deviation * (held_out.deviation / self.deviation).median()
+        mean = self.mean + deviation * ((held_out.mean - self.mean) / deviation).median()
+        return TermStatistics(mean, deviation, held_out.nll)
 
 
 class MergedStatistics:
-    """Counts, means and sums of squared deviations of terms ``[D]``, and the sum of NLLs, of any number of batches.
+    """Counts, means and sums of squared deviations of terms ``[T]``, and the sum of NLLs, of any number of batches.
 
     References:
         Chan, Golub and LeVeque 1983, Algorithms for computing the sample variance.
@@ -65,13 +77,13 @@ class MergedStatistics:
 
     @classmethod
     def of_terms(cls, terms: Tensor, nll: Tensor) -> MergedStatistics:
-        """Returns the statistics of terms ``[n, D]`` and NLLs ``[n]``."""
+        """Returns the statistics of terms ``[n, T]`` and NLLs ``[n]``."""
         merged = cls()
         merged.add(terms, nll)
         return merged
 
     def add(self, terms: Tensor, nll: Tensor) -> None:
-        """Adds a batch of terms ``[n, D]`` and NLLs ``[n]``."""
+        """Adds a batch of terms ``[n, T]`` and NLLs ``[n]``."""
         if len(terms):
             terms = terms.double()
             mean = terms.mean(dim=0)
@@ -99,17 +111,25 @@ class MergedStatistics:
 
 
 def terms_of(values: FlowValues, settings: ScoreSettings, shape: Shape | None = None) -> Tensor:
-    """Returns the terms of a score map, float64 ``[n, D]``; ``shape`` as of ``planes_of``."""
+    """Returns the terms of a score map, float64 ``[n, h w]`` of pixels, else ``[n, D]``.
+
+    Args:
+        values: of images.
+        settings: which terms.
+        shape: of the images, as of ``planes_of``.
+    """
     if settings.source == "flow":
         return values.nll_per_dim()
     z = values.whitened[0]
     if settings.presmooth_sigma:
         z = smoothed(planes_of(z, shape), settings.presmooth_sigma).flatten(1)
+    if settings.source == "pixels":
+        return torch.linalg.vector_norm(planes_of(z, shape), dim=1).flatten(1)
     return 0.5 * z.square()
 
 
 def planes_of(values: Tensor, shape: Shape | None = None) -> Tensor:
-    """Returns values ``[n, C h w]`` as planes ``[n, C, h, w]``.
+    """Returns values ``[n, C h w]``, or terms of pixels ``[n, h w]``, as planes ``[n, C or 1, h, w]``.
 
     Args:
         values: of images.
@@ -137,7 +157,7 @@ def smoothed(planes: Tensor, sigma: float) -> Tensor:
 def score_maps(
     terms: Tensor, statistics: TermStatistics, settings: ScoreSettings, shape: Shape | None = None
 ) -> Tensor:
-    """Returns the score maps ``[n, h, w]`` of terms ``[n, C h w]``; ``shape`` as of ``planes_of``."""
+    """Returns the score maps ``[n, h, w]`` of terms ``[n, T]``; ``shape`` as of ``planes_of``."""
     standard = (terms - statistics.mean) / statistics.deviation
     plain = planes_of(standard.clamp(-settings.clip, settings.clip), shape).sum(dim=1)
     return smoothed(plain, settings.sigma)

@@ -9,7 +9,8 @@ import numpy as np
 
 from fastmaf.io.schema import Number, OneOf, Record, SchemaError, Whole
 
-Source: TypeAlias = Literal["whitened", "flow"]
+Source: TypeAlias = Literal["pixels", "whitened", "flow"]
+Reference: TypeAlias = Literal["training", "held-out"]
 Kind: TypeAlias = Literal["nll", "typicality", "map maximum", "map top"]
 
 _LEAST = 1e-6
@@ -25,7 +26,8 @@ SCORE_SETTINGS = Record(
         "sigma": _DEVIATION,
         "clip": _WITHIN_FLOAT32,
         "top": Number(above=0, high=1),
-    }
+    },
+    {"reference": OneOf(get_args(Reference))},
 )
 ANOMALY_MAP_CONFIG = Record(
     {"factors": Whole(), "power": Number(low=0, high=1), "sigma": _DEVIATION, "rms": _WITHIN_FLOAT32}
@@ -34,7 +36,7 @@ ANOMALY_MAP_CONFIG = Record(
 
 def check_fields(settings: Any, schema: Record, where: str) -> None:
     """Replaces NumPy's numbers among the fields of a frozen dataclass by Python's, and checks all against a schema."""
-    values = {name: getattr(settings, name) for name in schema.required}
+    values = {name: getattr(settings, name) for name in schema.known}
     for name, value in values.items():
         if isinstance(value, np.generic):
             values[name] = value.item()
@@ -49,25 +51,32 @@ class ScoreSettings:
     Attributes:
         kind: ``"nll"``, ``"typicality"`` (distance of the NLL from the mean NLL of good images), ``"map maximum"``,
             or ``"map top"`` (mean of the largest values of the score map).
-        source: the terms of the score map: ``"whitened"``, ½z² after the whitening alone, or ``"flow"``, each
-            dimension's share of the NLL of the whole flow.
+        source: the terms of the score map: ``"pixels"``, the length √(Σ_c z_c²) of the whitened colours of each pixel;
+            ``"whitened"``, ½z² of each colour; or ``"flow"``, each dimension's share of the NLL of the whole flow. A
+            length has a lighter tail than a square, over good images: with the same rate of false alarms, more
+            defects are above the threshold.
         presmooth_sigma: standard deviation, in pixels, of the Gaussian that smooths the whitened z of each colour
             before it is squared; 0 for none. The sign of a defect's residual is shared by neighbouring pixels, that of
             noise is not. Ignored for ``"flow"``.
         sigma: standard deviation, in pixels, of the Gaussian that smooths the score map.
         clip: largest absolute standardised value of one term.
         top: share of the score map's pixels that ``"map top"`` averages.
+        reference: the good images whose mean and deviation standardise each term: ``"training"``, those that the flow
+            was fitted to, on the scale of held-out ones (see ``TermStatistics.on_scale_of``), or ``"held-out"``.
+            Statistics of held-out images come from models of other folds, which have seen the image that is scored:
+            its scores are too high, and so is the threshold. Those of few training images say little about new ones.
 
     Raises:
         SchemaError: a setting has another type or is out of range.
     """
 
     kind: Kind = "map top"
-    source: Source = "whitened"
+    source: Source = "pixels"
     presmooth_sigma: float = 0.0
     sigma: float = 1.5
     clip: float = 10.0
     top: float = 0.005
+    reference: Reference = "training"
 
     def __post_init__(self) -> None:
         check_fields(self, SCORE_SETTINGS, "score")

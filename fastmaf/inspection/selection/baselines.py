@@ -50,7 +50,7 @@ def pca_residual(x: Tensor) -> fastmaf.Flow:
 BASELINES: dict[str, tuple[Callable[[Tensor], fastmaf.Flow], ScoreSettings]] = {
     "per-pixel Gaussian": (pixel_gaussian, ScoreSettings("nll", "flow")),
     f"PCA residual ({_COMPONENTS})": (pca_residual, ScoreSettings("nll", "flow")),
-    "PCA standardised map": (pca_residual, ScoreSettings("map maximum", "whitened", 0.0, 2.0, 10.0)),
+    "PCA standardised map": (pca_residual, ScoreSettings("map maximum", "whitened", sigma=2.0, reference="held-out")),
 }
 """The flow and the score of each; the names are those of ``fastmaf.inspection.baselines``."""
 

@@ -57,7 +57,7 @@ def describe_scores(ranked: tuple[ScoreCandidate, ...]) -> str:
         source = presmooth = sigma = clip = top = ""
         if not s.needs_nll:
             source, sigma, clip = s.source, f"{s.sigma:g}", f"{s.clip:g}"
-            presmooth = f"{s.presmooth_sigma:g}" if s.source == "whitened" else ""
+            presmooth = f"{s.presmooth_sigma:g}" if s.source != "flow" else ""
             top = f"{s.top:.2%}" if s.kind == "map top" else ""
         hardest = sorted(candidate.by_kind.items(), key=lambda item: item[1])[:2]
         kinds = ", ".join(f"{kind} {area:.3f}" for kind, area in hardest)
@@ -67,7 +67,7 @@ def describe_scores(ranked: tuple[ScoreCandidate, ...]) -> str:
     lines += [
         "",
         "score: NLL; typicality, its distance from the mean NLL; maximum or mean of the top pixels of the score map",
-        "terms: what the score map is made of: whitened values, or each value's share of the NLL of the flow",
+        "terms: what the score map is made of: whitened pixels or values, or each value's share of the NLL of the flow",
         "presmooth, sigma: width in pixels of the smoothing of the values before squaring, and of the map",
         "clip: largest value of one term; top: share of the pixels that is averaged",
         "image AUROC: mean over the kinds of defects; within one standard error of the best is about as good",

@@ -22,13 +22,13 @@ from fastmaf.images.dataset import to_unit
 from fastmaf.images.progress import Progress
 from fastmaf.inspection.out_of_fold import OutOfFoldModels
 from fastmaf.inspection.scoring.float64_flow import FlowValues
-from fastmaf.inspection.scoring.score import anomaly_maps, residuals_of, terms_of
+from fastmaf.inspection.scoring.score import TermStatistics, anomaly_maps, residuals_of, terms_of
 from fastmaf.inspection.scoring.settings import AnomalyMapConfig, ScoreSettings, Source
 from fastmaf.inspection.synthetic_defects.draw import KINDS, SyntheticDefects, draw_defects
 from fastmaf.metrics.aupro import au_pro, pixel_auroc
 from fastmaf.metrics.auroc import auroc
 
-_TERMS: tuple[tuple[Source, float], ...] = (("whitened", 0.0), ("whitened", 0.7), ("flow", 0.0))
+_TERMS: tuple[tuple[Source, float], ...] = (("pixels", 0.0), ("pixels", 0.7), ("whitened", 0.0), ("flow", 0.0))
 
 SCORES: tuple[ScoreSettings, ...] = (
     ScoreSettings("nll", "flow"),
@@ -115,9 +115,14 @@ def rank_scores(
     nll = torch.zeros(len(sets), len(pixels), dtype=torch.float64)
     if any(settings.needs_nll for settings in candidates):
         nll = models.held_out(sets, lambda values: values.nll)
-    result = []
+    result: list[ScoreCandidate] = []
+    references: list[TermStatistics] = []
+    known: tuple[Any, ...] | None = None
     for settings, terms in _held_out(candidates, _terms_key, terms_of, models, sets, progress, models.shape):
-        scores = models.scores(terms, nll, settings).flatten().numpy()
+        key = (_terms_key(settings), settings.reference, settings.needs_nll)
+        if key != known:
+            known, references = key, models.references(sets[0], terms[0], nll[0], settings)
+        scores = models.scores(terms, nll, references, settings).flatten().numpy()
         normal, defect = scores[: len(pixels)], scores[len(pixels) :]
         by_kind = kind_aurocs(normal, defect, kinds)
         mean = float(np.mean(list(by_kind.values())))
@@ -180,14 +185,13 @@ def _held_out(
     """
     groups = [list(group) for _, group in groupby(sorted(candidates, key=key), key=key)]
 
-    def quantities(values: FlowValues, configs: list[_Config]) -> Tensor:
-        return torch.stack([quantity(values, config, *more).float() for config in configs], dim=1)
+    def of(config: _Config) -> Callable[[FlowValues], Tensor]:
+        return lambda values: quantity(values, config, *more).float()
 
     with Progress("ranking", "candidate", total=len(candidates), show=progress) as bar:
         for start in range(0, len(groups), _TOGETHER):
             some = groups[start : start + _TOGETHER]
-            held_out = models.held_out(sets, quantities, [group[0] for group in some])
-            for group, values in zip(some, held_out.unbind(2), strict=True):
+            for group, values in zip(some, models.held_out_each(sets, [of(group[0]) for group in some]), strict=True):
                 for config in group:
                     yield config, values
                     bar.update()

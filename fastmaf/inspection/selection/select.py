@@ -7,6 +7,7 @@ Likewise, the score of a baseline is taken where it is better than the whitening
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -15,10 +16,11 @@ from torch import Tensor
 
 from fastmaf.inspection.out_of_fold import OutOfFoldModels
 from fastmaf.inspection.recipe import Recipe
-from fastmaf.inspection.scoring.settings import AnomalyMapConfig, ScoreSettings
+from fastmaf.inspection.scoring.settings import AnomalyMapConfig, Reference, ScoreSettings
 from fastmaf.inspection.selection.baselines import BaselineModel, better_baseline
 from fastmaf.inspection.selection.ranking import MapCandidate, ScoreCandidate, draw_sets, rank_maps, rank_scores
 
+REFERENCES: tuple[Reference, ...] = ("training", "held-out")
 SCORE_CANDIDATES = (ScoreSettings(), ScoreSettings(presmooth_sigma=0.7))
 MAP_CANDIDATES = (AnomalyMapConfig(), AnomalyMapConfig(factors=400))
 
@@ -56,7 +58,11 @@ def select_score_and_map(recipe: Recipe, pixels: Tensor, models: OutOfFoldModels
         pixels = all_pixels[torch.from_numpy(index)]
         options["drawn_sets"] = draw_sets(pixels, 1, recipe.seed, models.channels)
     if score is None:
-        scores = rank_scores(pixels, models, candidates=of_scores, **options)
+        references = [replace(of_scores[0], reference=reference) for reference in REFERENCES]
+        scores = rank_scores(pixels, models, candidates=references, **options)
+        figures["drawn_auroc_of_references"] = {c.settings.reference: c.image_auroc for c in scores}
+        of_scores = tuple(replace(other, reference=scores[0].settings.reference) for other in of_scores)
+        scores = [scores[0], *rank_scores(pixels, models, candidates=of_scores[1:], **options)]
         score = select_score(scores, of_scores[0])
         aurocs = {candidate.settings: candidate.image_auroc for candidate in scores}
         figures["drawn_auroc"] = {f"presmooth {s.presmooth_sigma:g}": aurocs[s] for s in of_scores}
@@ -76,9 +82,10 @@ def select_score_and_map(recipe: Recipe, pixels: Tensor, models: OutOfFoldModels
     return Selected(score, map_config, baseline, figures)
 
 
-def select_score(ranked: list[ScoreCandidate], default: ScoreSettings = SCORE_CANDIDATES[0]) -> ScoreSettings:
+def select_score(ranked: Sequence[ScoreCandidate], default: ScoreSettings = SCORE_CANDIDATES[0]) -> ScoreSettings:
     """Returns the best candidate if it beats the default by two standard errors, else the default."""
-    best, first = ranked[0], next(c for c in ranked if c.settings == default)
+    first = next(c for c in ranked if c.settings == default)
+    best = max(ranked, key=lambda candidate: candidate.image_auroc)
     better = best.image_auroc > first.image_auroc + _STANDARD_ERRORS * first.error
     return best.settings if better else first.settings
 

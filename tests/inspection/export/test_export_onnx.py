@@ -125,7 +125,7 @@ def test_large_constants_are_stored_once() -> None:
         assert large and len(large) == len(set(large))
 
 
-@pytest.mark.parametrize("source", ["whitened", "flow"])
+@pytest.mark.parametrize("source", ["pixels", "whitened", "flow"])
 @pytest.mark.parametrize("name", FLOWS)
 def test_every_transform(name: str, source: Any, tmp_path: Path) -> None:
     model = model_of(FLOWS[name](), ScoreSettings(source=source))
@@ -136,7 +136,7 @@ def test_every_transform(name: str, source: Any, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("source", ["whitened", "flow"])
+@pytest.mark.parametrize("source", ["pixels", "whitened", "flow"])
 @pytest.mark.parametrize("kind", ["nll", "typicality", "map maximum", "map top"])
 @pytest.mark.parametrize("presmooth, top", [(0.0, 0.001), (0.7, 1.0)])
 def test_every_score(kind: Any, source: Any, presmooth: float, top: float, tmp_path: Path) -> None:

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
-from fastmaf.inspection.scoring.score import TermStatistics, smoothing
+import fastmaf
+from fastmaf.inspection.out_of_fold import reference_statistics
+from fastmaf.inspection.scoring.float64_flow import FlowValues
+from fastmaf.inspection.scoring.score import TermStatistics, smoothing, terms_of
 from fastmaf.inspection.scoring.settings import ScoreSettings
 
 
@@ -23,10 +28,47 @@ def test_statistics_of_a_term_that_never_varied() -> None:
         TermStatistics.of(terms[:1], torch.zeros(1))
 
 
+def test_terms_of_pixels_are_lengths_over_the_colours() -> None:
+    x = torch.randn(4, 3 * 5 * 5, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    identity = fastmaf.Flow(75, [fastmaf.GaussianWhitening(75, 0)])
+    lengths = terms_of(FlowValues(identity, x), ScoreSettings(source="pixels"))
+    squares = terms_of(FlowValues(identity, x), ScoreSettings(source="whitened"))
+    assert torch.allclose(0.5 * lengths.square(), squares.view(4, 3, 25).sum(dim=1))
+    grey = fastmaf.Flow(25, [fastmaf.GaussianWhitening(25, 0)])
+    assert torch.equal(terms_of(FlowValues(grey, x[:, :25]), ScoreSettings(source="pixels")), x[:, :25].abs())
+
+
+def test_statistics_of_training_images_on_the_scale_of_held_out_ones() -> None:
+    training = TermStatistics(torch.tensor([1.0, 2.0, 3.0]), torch.tensor([1.0, 2.0, 4.0]), -7.0)
+    held_out = TermStatistics(torch.tensor([2.0, 6.0, 30.0]), torch.tensor([3.0, 4.0, 8.0]), -5.0)
+    scaled = training.on_scale_of(held_out)
+    assert scaled.deviation.tolist() == [2.0, 4.0, 8.0] and scaled.nll == -5.0  # the median ratio is 2
+    assert scaled.mean.tolist() == [3.0, 6.0, 11.0]  # the median distance is 1 deviation
+    # One term of held-out images, such as one that the scored image has affected, has no effect of its own.
+    other = TermStatistics(torch.tensor([2.0, 6.0, 90.0]), torch.tensor([9.0, 4.0, 8.0]), -5.0)
+    assert torch.equal(training.on_scale_of(other).mean, scaled.mean)
+    assert torch.equal(training.on_scale_of(other).deviation, scaled.deviation)
+
+
+@pytest.mark.parametrize("reference", ["training", "held-out"])
+def test_reference_statistics(reference: Any) -> None:
+    x = torch.rand(30, 27, generator=torch.Generator().manual_seed(0))
+    flow = fastmaf.Flow(27, [fastmaf.GaussianWhitening(27, 2).fit_(x)])
+    settings = ScoreSettings(reference=reference)
+    held_out = TermStatistics(torch.rand(9), 1 + torch.rand(9), 3.0)
+    found = reference_statistics(flow, x, held_out, settings)
+    terms = terms_of(FlowValues(flow, x), settings)
+    expected = held_out if reference == "held-out" else TermStatistics.of(terms, torch.zeros(30)).on_scale_of(held_out)
+    assert torch.allclose(found.mean, expected.mean) and torch.allclose(found.deviation, expected.deviation)
+    nll = ScoreSettings("typicality", reference=reference)
+    assert reference_statistics(flow, x, held_out, nll) is held_out
+
+
 @pytest.mark.parametrize(
     "wrong, message",
     [
         ({"kind": "best"}, "kind: expected one of"),
+        ({"reference": "test"}, "reference: expected one of"),
         ({"sigma": 0.0}, "sigma"),
         ({"top": 2.0}, "top"),
         ({"presmooth_sigma": -1.0}, "presmooth_sigma"),

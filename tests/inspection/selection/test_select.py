@@ -13,6 +13,7 @@ from fastmaf.inspection.scoring.settings import AnomalyMapConfig, ScoreSettings
 from fastmaf.inspection.selection.ranking import MapCandidate, ScoreCandidate, rank_maps, rank_scores
 from fastmaf.inspection.selection.select import (
     MAP_CANDIDATES,
+    REFERENCES,
     SCORE_CANDIDATES,
     select_map,
     select_score,
@@ -49,18 +50,46 @@ def test_the_selection_follows_from_the_ranking_on_synthetic_defects(fitted: tup
     pixels, models = fitted[0], fitted[1].out_of_fold
     score, config, _, figures = select_score_and_map(OPEN, pixels, models)
     options: dict[str, Any] = {"draws": 1, "seed": OPEN.seed, "progress": False}
-    scores = rank_scores(pixels, models, candidates=SCORE_CANDIDATES, **options)
+    both = {
+        reference: [replace(candidate, reference=reference) for candidate in SCORE_CANDIDATES]
+        for reference in REFERENCES
+    }
+    ranked = {
+        reference: rank_scores(pixels, models, candidates=candidates, **options)
+        for reference, candidates in both.items()
+    }
+    plain = {
+        reference: next(c.image_auroc for c in scores if not c.settings.presmooth_sigma)
+        for reference, scores in ranked.items()
+    }
+    reference = max(plain, key=lambda name: plain[name])
+    scores = ranked[reference]
     maps = rank_maps(pixels, models, candidates=MAP_CANDIDATES, **options)
-    assert (score, config) == (select_score(scores), select_map(maps))
+    assert (score, config) == (select_score(scores, both[reference][0]), select_map(maps))
+    assert figures["drawn_auroc_of_references"] == plain
     areas, means = {c.settings: c.image_auroc for c in scores}, {c.config: c.mean for c in maps}
     assert figures["drawn_auroc"] == {
-        "presmooth 0": areas[ScoreSettings()],
-        "presmooth 0.7": areas[ScoreSettings(presmooth_sigma=0.7)],
+        "presmooth 0": areas[both[reference][0]],
+        "presmooth 0.7": areas[both[reference][1]],
     }
     assert figures["drawn_maps"] == {
         "150 factors": means[AnomalyMapConfig()],
         "400 factors": means[AnomalyMapConfig(factors=400)],
     }
+
+
+def test_scores_that_are_ranked_together_have_their_own_statistics(fitted: tuple[torch.Tensor, Fitted]) -> None:
+    pixels, models = fitted[0], fitted[1].out_of_fold
+    sources: tuple[Any, ...] = ("pixels", "whitened")
+    candidates = [
+        ScoreSettings("nll", "flow"),
+        *(ScoreSettings(source=s, reference=r) for s in sources for r in REFERENCES),
+    ]
+    options: dict[str, Any] = {"draws": 1, "progress": False, "errors": False}
+    together = {c.settings: c.image_auroc for c in rank_scores(pixels, models, candidates=candidates, **options)}
+    for candidate in candidates:
+        (alone,) = rank_scores(pixels, models, candidates=[candidate], **options)
+        assert together[candidate] == alone.image_auroc
 
 
 def test_a_worse_score_and_a_worse_map_are_ranked_last(fitted: tuple[torch.Tensor, Fitted]) -> None:
@@ -80,7 +109,7 @@ def test_a_fit_records_its_selection() -> None:
     assert about["recipe"]["score"]["presmooth_sigma"] == model.settings.presmooth_sigma
     assert about["recipe"]["map_config"]["factors"] == model.map_config.factors
     gain = about["drawn_maps"]["400 factors"] - about["drawn_maps"]["150 factors"]
-    assert model.map_config.factors == (800 if gain > 0.01 else 150)
+    assert model.map_config.factors == (400 if gain > 0.01 else 150)
 
 
 def test_the_first_candidates_are_the_defaults() -> None:

@@ -54,7 +54,7 @@ def test_the_answer_is_that_of_score(server: Server, run: Path, tmp_path: Path) 
     assert answer.content["threshold"] == model.calibration.threshold
     assert (answer.content["width"], answer.content["height"], answer.content["notes"]) == (40, 30, [])
     grey = ask(server, "/score", png(mode="L")).content
-    assert grey["notes"] == ["1 grey image read as RGB"]
+    assert grey["notes"] == ["1 grey image, with R = G = B"]
 
 
 def test_the_overlay_is_a_marked_picture_of_the_images_size(server: Server, tmp_path: Path) -> None:
