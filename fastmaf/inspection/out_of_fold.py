@@ -98,7 +98,6 @@ class OutOfFoldModels:
             quantity: a function of the ``FlowValues`` of one fold's images and of ``arguments``.
         """
 
-
         def of_fold(k: int) -> list[Tensor]:
             double = Float64Flow(self.flows[k])  # a few at a time: each needs twice the memory of its flow
             return [quantity(FlowValues(double, x[self.folds[k]]), *arguments) for x in sets]
