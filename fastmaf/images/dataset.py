@@ -12,6 +12,8 @@ import logging
 import math
 from collections import Counter
 from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
@@ -25,6 +27,7 @@ from fastmaf.images.folders import TEST, TRAIN, find_normals, find_test, layout_
 from fastmaf.images.listing import confined, contents, files_in, folders_in, images_below, images_in, left_aside
 from fastmaf.images.names import visible
 from fastmaf.images.progress import track
+from fastmaf.images.read_ahead import in_order, processors
 from fastmaf.io.run_folder import DoesNotFitError, format_bytes
 from fastmaf.io.wording import count, some
 from fastmaf.training.available_memory import available_memory
@@ -239,19 +242,26 @@ def _load(
     progress: bool,
     double: bool = False,
 ) -> ImageSet:
-    """Loads files, given as (class, class folder, file)."""
+    """Loads files, given as (class, class folder, file), some at a time: Pillow decodes without Python's lock."""
     _check_memory(len(files), size, double)
     loaded: list[tuple[str, str, Frame]] = []
     skipped: list[tuple[Path, str]] = []
-    bar = track(files, f"reading {what} images", "image", show=progress)
-    for label, folder, file in bar:
-        try:
-            loaded.append((label, file.relative_to(folder).as_posix(), load_frame(file, size, double=double)))
-        except DataError as error:
-            if not skip_bad:
-                raise DataError(f"{error}; --skip-bad skips such files") from error
-            skipped.append((file, str(error)))
-            _log.warning("skipped: %s", visible(str(error)))
+    threads = processors()
+    with ThreadPoolExecutor(threads) as pool:
+
+        def read(file: Path) -> Future[Frame | DataError]:
+            return pool.submit(_read, file, size, double)
+
+        with closing(in_order(read, (file for _, _, file in files), 2 * threads)) as frames:
+            for label, folder, file in track(files, f"reading {what} images", "image", show=progress):
+                result = next(frames)
+                if isinstance(result, Frame):
+                    loaded.append((label, file.relative_to(folder).as_posix(), result))
+                    continue
+                if not skip_bad:
+                    raise DataError(f"{result}; --skip-bad skips such files") from result
+                skipped.append((file, str(result)))
+                _log.warning("skipped: %s", visible(str(result)))
     if not loaded:
         raise DataError(f"none of the {len(files)} {what} images could be read; the first:\n{skipped[0][1]}")
     labels, names, frames = zip(*loaded, strict=True)
@@ -269,6 +279,13 @@ def _load(
         shapes=tuple((frame.height, frame.width) for frame in frames),
         double=torch.stack([frame.double for frame in frames]) if double else None,
     )
+
+
+def _read(file: Path, size: int, double: bool) -> Frame | DataError:
+    try:
+        return load_frame(file, size, double=double)
+    except DataError as error:
+        return error
 
 
 def _check_memory(images: int, size: int, double: bool) -> None:

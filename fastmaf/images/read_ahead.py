@@ -11,7 +11,7 @@ import os
 import signal
 import threading
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
@@ -78,7 +78,7 @@ def batches_of(files: Sequence[Path], size: int = BATCH) -> Iterator[Sequence[Pa
     return (files[i : i + size] for i in range(0, len(files), size))
 
 
-def in_order(submit: Callable[[_T], Future[_R]], items: Iterable[_T], ahead: int) -> Iterator[_R]:
+def in_order(submit: Callable[[_T], Future[_R]], items: Iterable[_T], ahead: int) -> Generator[_R, None, None]:
     """Yields the result of each item in order, while up to ``ahead`` later ones are being worked on.
 
     Example:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable, Sequence
-from typing import Any, TypeAlias
+from dataclasses import replace
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +18,26 @@ from fastmaf.inspection.scoring.float64_flow import FlowValues
 from fastmaf.training.callbacks import Callback
 
 Log: TypeAlias = list[dict[str, float]]
+
+_LOGGED = 32  # held-out images of the training curve, at most
+
+
+class SelectedBlocks(NamedTuple):
+    """What ``select_blocks`` found.
+
+    Attributes:
+        kept: number of blocks.
+        models: of the folds, with blocks if they were trained without every fold.
+        log: the training curve of the first fold, rows of step and NLLs.
+        figures: the mean held-out NLLs in nats that decided, for the record.
+        blocks: of the final model.
+    """
+
+    kept: int
+    models: OutOfFoldModels
+    log: Log
+    figures: dict[str, Any]
+    blocks: list[fastmaf.Transform]
 
 
 class Adam:
@@ -104,12 +125,12 @@ def select_blocks(
     *,
     callbacks: Sequence[Callback] = (),
     every_fold: bool = False,
-) -> tuple[int, OutOfFoldModels, Log, dict[str, Any]]:
+) -> SelectedBlocks:
     """Trains blocks without a fold or each, and drops them if held-out images are no more likely with them.
 
     With ``blocks="auto"`` the first fold decides, and only it is trained unless ``every_fold``: the NLLs of the others
     with blocks are those without, plus the difference over the first. A block has a few thousand weights, learnt from
-    millions of values, so that the difference hardly depends on the fold.
+    millions of values, so that the difference hardly depends on the fold; the final model has the same blocks then.
 
     Args:
         x: good images ``[n, D]``, as their NLL is measured.
@@ -120,20 +141,16 @@ def select_blocks(
         callbacks: called with the rows of the training curve.
         every_fold: train blocks without each fold in any case.
 
-    Returns:
-        The number of blocks kept; ``models``, with blocks if they were trained without every fold; the training curve
-        of the first fold, rows of step and NLLs; and the mean held-out NLLs in nats that decided, for the record.
-
     Warns:
         UserWarning: held-out images are no more likely with the blocks that the recipe asks for.
     """
-    nll, kept = models.nll(x), recipe.most_blocks
+    nll, kept, blocks = models.nll(x), recipe.most_blocks, list[fastmaf.Transform]()
     without, log = nll, list[dict[str, float]]()
     flows: list[fastmaf.Flow] = []
     every_fold = every_fold or recipe.blocks != "auto"
     with_blocks: Tensor | None = None
     for fold, flow in zip(models.folds if kept else (), models.flows, strict=False):
-        blocks = fit_blocks(drop_fold(z, fold), recipe, z[fold], None if flows else log, callbacks)
+        blocks = fit_blocks(drop_fold(z, fold), recipe, z[fold[:_LOGGED]], None if flows else log, callbacks)
         flows.append(fastmaf.Flow(recipe.features, [*flow.transforms, *blocks]).eval())  # type: ignore[list-item]
         done()
         if len(flows) == 1:
@@ -164,4 +181,6 @@ def select_blocks(
         "held_out_nll_of_whitening": float(without.mean()),
         "held_out_nll_of_folds": [float(nll[fold].mean()) for fold in models.folds],
     }
-    return kept, models, log, figures
+    if len(flows) > 1:
+        blocks = fit_blocks(z, replace(recipe, blocks=kept))
+    return SelectedBlocks(kept, models, log, figures, blocks if kept else [])

@@ -26,10 +26,10 @@ from fastmaf.images.dataset import is_grey, to_grey, to_unit
 from fastmaf.images.progress import Progress
 from fastmaf.images.reduce import reduced
 from fastmaf.inspection.aspect import squared
-from fastmaf.inspection.blocks import Log, fit_blocks, select_blocks
+from fastmaf.inspection.blocks import Log, select_blocks
 from fastmaf.inspection.calibration import Calibration
 from fastmaf.inspection.exchangeability import describe_groups, order_matters
-from fastmaf.inspection.fit_stages import SelectedBlocks, Stages
+from fastmaf.inspection.fit_stages import Stages
 from fastmaf.inspection.free_threads import free_threads
 from fastmaf.inspection.interface import HeldOut
 from fastmaf.inspection.model import InspectionModel
@@ -174,8 +174,7 @@ def fit(
         models = OutOfFoldModels(folds, flows, shape)
         selected = stages.blocks(recipe, models)
         if selected is None:
-            found = select_blocks(x, z, models, recipe, bar.update, callbacks=callbacks, every_fold=every_fold)
-            selected = SelectedBlocks(*found, fit_blocks(z, replace(recipe, blocks=found[0])))
+            selected = select_blocks(x, z, models, recipe, bar.update, callbacks=callbacks, every_fold=every_fold)
             stages.keep_blocks(recipe, models, selected)
         kept, models, log, block_figures, blocks = selected
         recipe = replace(recipe, blocks=kept)

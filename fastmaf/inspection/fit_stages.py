@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import fastmaf
-from fastmaf.inspection.blocks import Log
+from fastmaf.inspection.blocks import SelectedBlocks
 from fastmaf.inspection.out_of_fold import OutOfFoldModels
 from fastmaf.inspection.recipe import Recipe
 from fastmaf.inspection.whitening import Whitenings
@@ -29,16 +29,6 @@ class Stage(NamedTuple):
 
     flows: tuple[fastmaf.Flow, ...]
     record: Mapping[str, Any]
-
-
-class SelectedBlocks(NamedTuple):
-    """Blocks as ``fastmaf.inspection.blocks.select_blocks`` returns them, and those that are trained on all images."""
-
-    kept: int
-    models: OutOfFoldModels
-    log: Log
-    figures: dict[str, Any]
-    blocks: list[fastmaf.Transform]
 
 
 @dataclass

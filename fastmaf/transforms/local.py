@@ -58,6 +58,11 @@ class MaskedConv2d(Constants):
         """The mask of the weight, bool ``[out, in, 1, 1]``, on its device."""
         return self.constant("mask", self.weight.device)
 
+    @property
+    def masked_weight(self) -> Tensor:
+        """The weight ``[out, in, kernel, kernel]`` with zeros where the mask is False."""
+        return torch.where(self.mask, self.weight, 0.0)
+
     def forward(self, x: Tensor, outputs: slice = slice(None)) -> Tensor:
         """Returns some output channels ``[N, len(outputs), h, w]`` of the convolution.
 
@@ -65,7 +70,7 @@ class MaskedConv2d(Constants):
             x: the first input channels ``[N, channels, h, w]``, at least those that the outputs see.
             outputs: the output channels.
         """
-        weight = torch.where(self.mask, self.weight, 0.0)[outputs, : x.shape[1]]
+        weight = self.masked_weight[outputs, : x.shape[1]]
         bias = None if self.bias is None else self.bias[outputs]
         if not weight.numel():  # conv2d refuses empty weights
             zeros = x.new_zeros(len(x), len(weight), *x.shape[2:])
@@ -170,9 +175,13 @@ class LocalAutoregressive(Constants, Transform):
     def _affine(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Returns z and log_scale, both ``[N, C p², H/p, W/p]``."""
         u = self._patches(x)
-        shift, raw = self.second(relu(self.first(u))).unflatten(1, (-1, 2)).unbind(2)
+        # One convolution for both layers that see u, whose windows are then gathered once.
+        weight = torch.cat([self.linear.masked_weight, self.first.masked_weight])
+        linear, units = conv2d(u, weight, padding=self.kernel // 2).tensor_split([u.shape[1]], dim=1)
+        assert self.first.bias is not None
+        shift, raw = self.second(relu(units + self.first.bias[:, None, None])).unflatten(1, (-1, 2)).unbind(2)
         log_scale = self._map.log_scale(raw)
-        return (u - shift - self.linear(u)) * torch.exp(-log_scale), log_scale
+        return (u - shift - linear) * torch.exp(-log_scale), log_scale
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         z, log_scale = self._affine(x)

@@ -23,6 +23,7 @@ from fastmaf.inspection.fit import FALSE_ALARM, Fitted
 from fastmaf.inspection.fit import fit as fit_model
 from fastmaf.inspection.fit_stages import Stages
 from fastmaf.inspection.fold_models import fold_model_files, replace_fold_models, save_fold_models
+from fastmaf.inspection.free_threads import free_threads
 from fastmaf.inspection.kinds import (
     TEXTURE_SIZES,
     FittedTexture,
@@ -56,6 +57,7 @@ _LOG_COLUMNS = ("step", "nll", "held_out_nll")
 
 
 @fastmaf.torch_defaults()
+@free_threads()
 def fit(
     data: str | Path,
     out: str | Path,
