@@ -252,9 +252,9 @@ def _load(
         def read(file: Path) -> Future[Frame | DataError]:
             return pool.submit(_read, file, size, double)
 
-        with closing(in_order(read, (file for _, _, file in files), 2 * threads)) as frames:
+        with closing(in_order(read, (file for _, _, file in files), 2 * threads)) as results:
             for label, folder, file in track(files, f"reading {what} images", "image", show=progress):
-                result = next(frames)
+                result = next(results)
                 if isinstance(result, Frame):
                     loaded.append((label, file.relative_to(folder).as_posix(), result))
                     continue
