@@ -16,12 +16,12 @@ from torch.nn.modules import module as torch_module
 
 def any_global() -> bool:
     """Returns whether hooks are registered for all modules."""
-    return bool(
-        torch_module._global_forward_hooks
-        or torch_module._global_forward_pre_hooks
-        or torch_module._global_backward_hooks
-        or torch_module._global_backward_pre_hooks
-    )
+    return any_global_forward() or bool(torch_module._global_backward_hooks or torch_module._global_backward_pre_hooks)
+
+
+def any_global_forward() -> bool:
+    """Returns whether hooks that may change results are registered for all modules."""
+    return bool(torch_module._global_forward_hooks or torch_module._global_forward_pre_hooks)
 
 
 def is_called(module: nn.Module) -> bool:

@@ -18,7 +18,7 @@ from fastmaf.convert.converted import ConvertedFlow
 from fastmaf.convert.errors import NotConvertibleError
 from fastmaf.convert.evaluation import computed_tensors, evaluating
 from fastmaf.convert.parts import kind
-from fastmaf.hooks import computing_hooks
+from fastmaf.hooks import any_global_forward, computing_hooks
 
 Converted = TypeVar("Converted", bound=ConvertedFlow)
 
@@ -93,6 +93,8 @@ def check_source(flow: nn.Module, library: str, modules: Mapping[str, nn.Module]
         NotConvertibleError: a class overrides a method of the library, a method of the library was replaced, a module
             has forward hooks or a replaced method, or a tensor has no numbers; the message names it.
     """
+    if any_global_forward():
+        raise NotConvertibleError("forward hooks are registered for all modules, and may change results; remove them")
     for name, module in modules.items():
         if "parametrizations" not in name.split("."):  # they are called, and may be of any class
             check_class(type(module), library)

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.nn.modules import module
 
 import fastmaf
 from tests.convert.sources import float64, nflows, normal_flow, normflows, zuko
@@ -200,6 +201,16 @@ def maf_of(**options: Any) -> nn.Module:
 def test_what_is_refused_is_named(make: Callable[[], nn.Module], message: str) -> None:
     with pytest.raises(fastmaf.NotConvertibleError, match=message):
         fastmaf.accelerate(make())
+
+
+def test_hooks_for_all_modules() -> None:
+    source = nflows.MaskedAutoregressiveFlow(4, 8, 1, 1)
+    for register in (module.register_module_forward_hook, module.register_module_forward_pre_hook):
+        handle = register(lambda *_: None)
+        with pytest.raises(fastmaf.NotConvertibleError, match="for all modules"):
+            fastmaf.accelerate(source)
+        handle.remove()
+    fastmaf.accelerate(source)
 
 
 REPLACED = [
