@@ -75,7 +75,7 @@ class Autoregressive(Transform):
             with without_dropout(self.made):
                 return self.map_forward(x, self._outputs(x, context))
 
-        return implicit_inverse(forward, x, z, self.made.schedule[:, 0].tolist())
+        return implicit_inverse(forward, x, z, self.made.finished)
 
     def steps(self, z: Tensor, network: Network) -> tuple[Tensor, Tensor]:
         """Computes the inverse, level by level, without gradients."""
@@ -91,7 +91,7 @@ class Autoregressive(Transform):
         x, terms = torch.zeros_like(z), torch.zeros_like(z)
         dimension = torch.arange(self.features, device=z.device)
         with without_dropout(self.made):
-            for finished in self.made.schedule[:, 0].tolist():
+            for finished in self.made.finished:
                 found, terms = self.map_inverse(z, self._outputs(x, context))
                 # Unfinished dimensions are zero: they could overflow, and infinity times a weight of zero is NaN.
                 x = torch.where(dimension < finished, found, 0)
