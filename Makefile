@@ -134,10 +134,12 @@ test-arm64: $(VENV)/.installed-wheels  ## test the library of the Linux wheel fo
 	$(call LOADED,aarch64-linux-gnu.2.17) -ldl -o build/cross/tests-arm64
 	FASTMAF_LIBRARY=build/cross/arm64/fastmaf/kernels/_native.so $(QEMU) build/cross/tests-arm64 1 3
 
-# mypy cannot know that kernels/ is fastmaf.kernels, so it gets the tree as installed.
-lint: $(VENV)/.installed-dev  ## ruff check, ruff format --check, mypy
+# mypy cannot know that kernels/ is fastmaf.kernels, so it gets the tree as installed. vermin finds what Python 3.10 does not
+# have; imports of tomllib stand beside one of tomli, and names that were Python 2's builtins are not taken for these.
+lint: $(VENV)/.installed-dev  ## ruff check, ruff format --check, vermin, mypy
 	"$(BIN)/ruff" check .
 	"$(BIN)/ruff" format --check .
+	"$(BIN)/vermin" --quiet --no-tips --violations --target=3.10- --exclude tomllib --exclude file fastmaf kernels bench setup.py tests
 	rm -rf build/lint
 	"$(BIN)/python" setup.py -q build_py --no-compile --build-lib build/lint
 	cp -r bench/dev build/lint/fastmaf/bench/

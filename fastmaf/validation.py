@@ -230,3 +230,8 @@ def not_validating() -> Iterator[None]:
         yield
     finally:
         _thread.disabled = previous
+
+
+def default_device() -> torch.device:
+    """Returns where new tensors lie; ``torch.get_default_device`` of torch 2.7 fails after one was set and unset."""
+    return torch.empty(0).device

@@ -116,7 +116,7 @@ class Composition(nn.Module):
 
     def _inverse_of_noise(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Returns ``inverse`` of noise, which needs no checks."""
-        replaced = type(self).inverse is not Composition.inverse or "inverse" in vars(self)
+        replaced = type(self).inverse is not Composition.inverse or "inverse" in self.__dict__
         if not replaced:
             return self._unchecked_inverse(z, context)
         return self.inverse(z) if context is None else self.inverse(z, context)

@@ -23,7 +23,7 @@ from fastmaf.flows.base import Flow
 from fastmaf.kernels import AffineMap
 from fastmaf.nn import MADE, Init
 from fastmaf.transforms import ActNorm, AffineAutoregressive, BatchNorm, GaussianWhitening, Permutation, Transform
-from fastmaf.validation import as_integer
+from fastmaf.validation import as_integer, default_device
 
 M = TypeVar("M", bound="MAF")
 Normalization: TypeAlias = Literal["batch", "act"]
@@ -150,7 +150,7 @@ class MAF(Flow):
         ]
         # What a residual block reads and is read by, the layer that it is added to is, too.
         warn_if_disconnected(features, [layers[:1] for layers in drawn] if residual else drawn)
-        where = torch.device(torch.get_default_device() if device is None else device)
+        where = default_device() if device is None else torch.device(device)
         built_on = "meta" if where.type == "meta" else "cpu"
         make: dict[str, Any] = {"device": built_on, "dtype": dtype}
         options: dict[str, Any] = {"strict": strict, "init": init, "generator": generator, **make}

@@ -25,6 +25,7 @@ from fastmaf.io.safe_json import shown
 from fastmaf.io.tensor_file import CheckpointError, TensorFile
 from fastmaf.sharing import share_again
 from fastmaf.transforms import TRANSFORMS, transform_from
+from fastmaf.validation import default_device
 
 
 class SavedFlow(NamedTuple):
@@ -114,7 +115,7 @@ def _flow(file: TensorFile) -> Flow:
         config = flow_config(file.metadata, tuple(TRANSFORMS), tuple(BASES))
         tensors = flow_tensors(file, config)
         # Entering a device slows every call of torch down.
-        with nullcontext() if torch.get_default_device().type == "cpu" else torch.device("cpu"):
+        with nullcontext() if default_device().type == "cpu" else torch.device("cpu"):
             flow = _build(config, tensors)
         _load_tensors(flow, tensors, read_weights(file, config, flow, tensors))
         share_again(flow, config.get("shared", {}))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -150,6 +151,7 @@ class MADE(Constants):
             value = layer_degrees.to(torch.int32)
             self.set_constant(f"degrees_{k}", value, self.output.bias.device, persistent=True)
         self.schedule = level_schedule(inputs, degrees_of_layers)
+        _ = self.finished  # within torch.func and torch.compile, some versions of torch cannot read the schedule
         if init == "mirrored" and not self.output.weight.is_meta:
             mirror_(self.layers, features)
 
@@ -163,6 +165,11 @@ class MADE(Constants):
     def steps(self) -> int:
         """Number of dependent steps of an inverse: one per distinct degree of the last hidden layer, and a last one."""
         return self.schedule.shape[0]
+
+    @cached_property
+    def finished(self) -> list[int]:
+        """The number of dimensions that are finished after each step of an inverse."""
+        return [finished for finished, *_ in self.schedule.tolist()]
 
     @property
     def layers(self) -> list[MaskedLinear]:

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._guards import TracingContext
 
 from fastmaf.training.adam_updates import ONE
 
@@ -16,11 +17,15 @@ _moments = operator.itemgetter("step", "exp_avg", "exp_avg_sq")
 
 
 def is_usual(group: Mapping[str, Any]) -> bool:
-    """Returns whether a group has only options that the kernel takes as they are."""
+    """Returns whether a group has only options that the kernel takes as they are, and no step is being compiled."""
     numbers = (group["lr"], group["weight_decay"], group["eps"], *group["betas"])
     return bool(
         group["fused"]
-        and not (group["amsgrad"] or group["differentiable"] or group["capturable"] or torch.compiler.is_compiling())
+        and not (group["amsgrad"] or group["differentiable"] or group["capturable"])
+        # torch.compile calls _init_group of the optimiser itself while it traces a step; in torch 2.7,
+        # is_compiling() is False there. A step taken then would be taken again by the compiled code.
+        and not torch.compiler.is_compiling()
+        and TracingContext.try_get() is None
         and not any(isinstance(number, Tensor) for number in numbers)
     )
 

@@ -96,12 +96,12 @@ class AffineAutoregressive(Autoregressive):
     def map_forward(self, x: Tensor, out: Tensor) -> tuple[Tensor, Tensor]:
         shift, raw = out.unbind(-1)
         log_scale = self._map.log_scale(raw)
-        return self._map.forward(x, shift, log_scale), self._map.sign * log_scale
+        return self._map.forward(x, shift, log_scale), self._map.log_derivative(log_scale)
 
     def map_inverse(self, z: Tensor, out: Tensor) -> tuple[Tensor, Tensor]:
         shift, raw = out.unbind(-1)
         log_scale = self._map.log_scale(raw)
-        return self._map.inverse(z, shift, log_scale), -self._map.sign * log_scale
+        return self._map.inverse(z, shift, log_scale), -self._map.log_derivative(log_scale)
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         if (block := self._one_block(context, dropout=True)) is not None:
@@ -114,7 +114,7 @@ class AffineAutoregressive(Autoregressive):
         if not self._ends_in_an_op(context):
             return super().forward_per_dim(x, terms, context)
         z, _, log_scale = self._by_layers(x)
-        return z, terms - self._map.sign * log_scale
+        return z, terms - self._map.log_derivative(log_scale)
 
     def inverse(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         self.check_invertible()
@@ -165,7 +165,8 @@ class AffineAutoregressive(Autoregressive):
 
     def _by_layers(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Returns z ``[N, D]``, ladj ``[N]`` and log-scales ``[N, D]``, layer by layer."""
-        args = AffineArgs(*self.made.output.args()[:4], self._map, self.made.output.weight_scale)
+        # torch.compile of torch 2.7 cannot trace a slice of a named tuple.
+        args = AffineArgs(*tuple(self.made.output.args())[:4], self._map, self.made.output.weight_scale)
         return affine_output(self.made.hidden_units(x), x, args)
 
     def check_invertible(self) -> None:

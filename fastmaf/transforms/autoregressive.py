@@ -73,7 +73,7 @@ class Autoregressive(Transform):
             with without_dropout(self.made):
                 return self.map_forward(x, self._outputs(x, context))
 
-        return implicit_inverse(forward, x, z, self.made.schedule[:, 0].tolist())
+        return implicit_inverse(forward, x, z, self._finished())
 
     def steps(self, z: Tensor, network: Network) -> tuple[Tensor, Tensor]:
         """Computes the inverse, level by level, without gradients."""
@@ -84,12 +84,16 @@ class Autoregressive(Transform):
         result: Tensor = self.made(x) if context is None else self.made(x, context)
         return result
 
+    def _finished(self) -> list[int]:
+        """Returns the number of dimensions that are finished after each step; networks may be of other classes."""
+        return self.made.finished if isinstance(self.made, MADE) else self.made.schedule[:, 0].tolist()
+
     def _inverse_by_modules(self, z: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
         """Inverts with one call of the network per level."""
         x, terms = torch.zeros_like(z), torch.zeros_like(z)
         dimension = torch.arange(self.features, device=z.device)
         with without_dropout(self.made):
-            for finished in self.made.schedule[:, 0].tolist():
+            for finished in self._finished():
                 found, terms = self.map_inverse(z, self._outputs(x, context))
                 # Unfinished dimensions are zero: they could overflow, and infinity times a weight of zero is NaN.
                 x = torch.where(dimension < finished, found, 0)

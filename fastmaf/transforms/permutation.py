@@ -36,10 +36,10 @@ class Permutation(Transform):
         self.register_buffer("permutation", self._first.clone())
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        return x[:, self.permutation], x.new_zeros(x.shape[0])
+        return x.index_select(1, self.permutation), x.new_zeros(x.shape[0])
 
     def inverse(self, z: Tensor) -> tuple[Tensor, Tensor]:
-        return z[:, self.inverse_permutation], z.new_zeros(z.shape[0])
+        return z.index_select(1, self.inverse_permutation), z.new_zeros(z.shape[0])
 
     @property
     def inverse_permutation(self) -> Tensor:
@@ -47,7 +47,7 @@ class Permutation(Transform):
         return inverse_permutation(self.permutation)
 
     def forward_per_dim(self, x: Tensor, terms: Tensor) -> tuple[Tensor, Tensor]:
-        return x[:, self.permutation], terms[:, self.permutation]
+        return x.index_select(1, self.permutation), terms.index_select(1, self.permutation)
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Permutation:
         was_meta = self.permutation.is_meta

@@ -132,6 +132,10 @@ class AffineMap(NamedTuple):
         """The sign of the log-scale in log |dz/dx|."""
         return -1 if self.form == SHIFT_FIRST else 1
 
+    def log_derivative(self, a: Tensor) -> Tensor:
+        """Returns log |dz/dx| for the log-scale ``a``."""
+        return -a if self.form == SHIFT_FIRST else a
+
     def log_scale(self, u: Tensor) -> Tensor:
         """Returns the log-scale ``a`` for the network's raw output ``u``."""
         if self.scale == SOFTPLUS:

@@ -95,4 +95,4 @@ def affine_output(h: Tensor, x: Tensor, args: AffineArgs) -> tuple[Tensor, Tenso
     if composite.needed():
         return composite.affine_output(h, x, args)
     tensors = h.contiguous(), x.contiguous(), args.weight.contiguous(), args.bias.contiguous()
-    return _FORWARD(*tensors, *args[2:], tensors=tensors)
+    return _FORWARD(*tensors, *tuple(args)[2:], tensors=tensors)

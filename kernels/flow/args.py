@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Sequence
 from typing import NamedTuple, TypeVar
 
@@ -63,18 +62,29 @@ class FlowArgs(NamedTuple):
     maps: list[float]
     weight_scales: list[float]
 
+    def of_layers(self) -> tuple[list[Tensor], ...]:
+        """Returns the fields with one tensor per layer; ``torch.compile`` of torch 2.7 cannot trace ``self[:4]``."""
+        return self.weights, self.biases, self.prefixes, self.panels
+
     def layers_of_blocks(self) -> list[range]:
         """Returns the numbers of each block's layers, the output layer last."""
-        ends = list(itertools.accumulate((schedule.shape[1] for schedule in self.schedules), initial=0))
-        return [range(*pair) for pair in itertools.pairwise(ends)]
+        blocks: list[range] = []
+        for schedule in self.schedules:
+            start = blocks[-1].stop if blocks else 0
+            blocks.append(range(start, start + schedule.shape[1]))
+        return blocks
 
     def hidden(self, layer: int) -> LinearArgs:
         """Returns a hidden layer, by its number."""
-        return LinearArgs._make([*(part[layer] for part in self[:4]), self.activation, self.weight_scales[layer]])
+        return LinearArgs._make(
+            [*(part[layer] for part in self.of_layers()), self.activation, self.weight_scales[layer]]
+        )
 
     def output(self, block: int, layer: int) -> AffineArgs:
         """Returns the output layer of a block, by the numbers of both."""
-        return AffineArgs._make([*(part[layer] for part in self[:4]), self.map(block), self.weight_scales[layer]])
+        return AffineArgs._make(
+            [*(part[layer] for part in self.of_layers()), self.map(block), self.weight_scales[layer]]
+        )
 
     def map(self, block: int) -> AffineMap:
         """Returns the element-wise map of a block."""
@@ -97,7 +107,7 @@ class FlowArgs(NamedTuple):
         finals = [none] * (len(self.schedules) - 1) + [self.permutations[-1]]
         blocks = []
         for block, layers in enumerate(self.layers_of_blocks()):
-            weights, biases, prefixes, panels = (list(part[layers.start : layers.stop]) for part in self[:4])
+            weights, biases, prefixes, panels = (list(part[layers.start : layers.stop]) for part in self.of_layers())
             permutations = [self.permutations[block], finals[block]]
             scales = self.weight_scales[layers.start : layers.stop]
             rest = (permutations, self.activation, list(self.map(block)), scales)
@@ -107,7 +117,7 @@ class FlowArgs(NamedTuple):
     def inverted(self) -> FlowArgs:
         """Returns the blocks in the order of inversion, with the inverses of the permutations."""
         layers = [i for block in reversed(self.layers_of_blocks()) for i in block]
-        weights, biases, prefixes, panels = ([part[i] for i in layers] for part in self[:4])
+        weights, biases, prefixes, panels = ([part[i] for i in layers] for part in self.of_layers())
         permutations = [inverse_permutation(p) if p.numel() else p for p in reversed(self.permutations)]
         maps = [number for block in reversed(range(len(self.schedules))) for number in self.map(block)]
         schedules = self.schedules[::-1]

@@ -93,4 +93,4 @@ def masked_linear(x: Tensor, args: LinearArgs) -> Tensor:
     if composite.needed():
         return composite.masked_linear(x, args)
     tensors = x.contiguous(), args.weight.contiguous(), args.bias.contiguous()
-    return _FORWARD(*tensors, *args[2:], tensors=tensors)
+    return _FORWARD(*tensors, *tuple(args)[2:], tensors=tensors)

@@ -99,7 +99,8 @@ def test_of_given_weights() -> None:
             return result
 
     model, x, bias = Given(), data(), torch.tensor(0.01, dtype=torch.float64)
-    program = torch.export.export(model, (x, bias))
+    # The strict exporter of torch 2.7, its default, ignores what functional_call is given, of any module.
+    program = torch.export.export(model, (x, bias), strict=False)
     assert_close("values", program.module()(x, bias).detach(), model(x, bias).detach())
 
 
