@@ -30,7 +30,7 @@ _COMPOSED = (
     "  Blocks of splines, with residual blocks, with several contexts, with an activation other than ReLU and the",
     "  identity, and with dropout in training: their layers run one by one by the op masked_linear, their inverse as",
     "  plain torch. Blocks of ReLUs with several contexts run as one native op on the CPU, unless gradients are",
-    "  recorded",
+    "  recorded: their training runs layer by layer on every backend, as do all passes with the backend triton",
 )
 _CUDA_12_6 = "https://download.pytorch.org/whl/cu126"
 

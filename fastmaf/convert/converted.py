@@ -107,7 +107,10 @@ class ConvertedFlow(nn.Module):
         """
         if len(self.parts) == 1 and isinstance(self.parts[0], Flow):
             return self.parts[0]
-        raise NotConvertibleError("a flow with a context is no fastmaf.Flow; use the converted flow itself")
+        raise NotConvertibleError(
+            "the context of the source enters its networks otherwise than that of a fastmaf.Flow, which adds a linear "
+            "map of it to each layer: use the converted flow itself, which is trained and saved as a module"
+        )
 
     @property
     def conditional(self) -> bool:

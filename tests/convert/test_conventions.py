@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 import fastmaf
 from tests.tolerances import F32, F64
@@ -259,3 +260,25 @@ def test_modules(make: Any, log_prob: Any) -> None:
     expected.mean().backward()
     assert all(parameter.grad is not None for parameter in flow.parameters() if parameter.requires_grad)
     assert repr(flow)
+
+
+@pytest.mark.parametrize("activation", [functional.relu, functional.silu])
+def test_training_of_converted_conditional_flows(backend: str, activation: Any) -> None:
+    """Gradients of a context and an embedding net are those of the source, on every backend."""
+    of = transforms.MaskedAffineAutoregressiveTransform
+    layers = [of(3, 8, context_features=2, activation=activation) for _ in range(2)]
+    source = nflows.Flow(transforms.CompositeTransform(layers), distributions.StandardNormal([3]), nn.Linear(4, 2))
+    x, c = torch.randn(5, 3), torch.randn(5, 4, requires_grad=True)
+    flow = fastmaf.accelerate(source)
+    losses = [-one.log_prob(x, c).mean() for one in (flow, source)]  # type: ignore[operator]
+    weights = flow.get_parameter("embedding_net.weight"), source.get_parameter("_embedding_net.weight")
+    grads = [torch.autograd.grad(loss, (c, of_net)) for loss, of_net in zip(losses, weights, strict=True)]
+    for found, expected in zip(*grads, strict=True):
+        close(found, expected)
+    optimizer = torch.optim.Adam(flow.parameters(), lr=0.02)
+    for _ in range(20):
+        optimizer.zero_grad()
+        loss = -flow.log_prob(x, c.detach()).mean()  # type: ignore[operator]
+        loss.backward()
+        optimizer.step()
+    assert float(loss.detach()) < float(losses[0].detach()) - 0.05
