@@ -165,8 +165,8 @@ class AffineAutoregressive(Autoregressive):
 
     def _by_layers(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Returns z ``[N, D]``, ladj ``[N]`` and log-scales ``[N, D]``, layer by layer."""
-        # torch.compile of torch 2.7 cannot trace a slice of a named tuple.
-        args = AffineArgs(*tuple(self.made.output.args())[:4], self._map, self.made.output.weight_scale)
+        weight, bias, prefix, panels, _, scale = self.made.output.args()  # torch.compile of torch 2.7 takes no slice
+        args = AffineArgs(weight, bias, prefix, panels, self._map, scale)
         return affine_output(self.made.hidden_units(x), x, args)
 
     def check_invertible(self) -> None:
