@@ -40,12 +40,15 @@ def product(
     for _ in tl.static_range(BLOCK_N):
         sums = sums + (tl.zeros([BLOCK_K, 16], tl.float32),)  # type: ignore[assignment]
     for begin in range(k_begin, k_end, BLOCK_K * TILES):
+        PAIR: tl.constexpr = 2 if TILES > 1 else 1
+        k = begin + tl.arange(0, BLOCK_K) * PAIR  # of two tiles a thread has columns side by side
         tiles = ()
         for t in tl.static_range(TILES):  # all loads before the first use
-            tiles = tiles + (common.weights(w_ptr, base, end, begin + t * BLOCK_K + tl.arange(0, BLOCK_K)),)  # type: ignore[assignment]
-        for t in tl.static_range(TILES):
-            k = begin + t * BLOCK_K + tl.arange(0, BLOCK_K)
-            sums = _add_products(sums, tiles[t], x_ptr, first, n, stride, k, k < k_end, BLOCK_N)
+            tiles = tiles + (common.weights(w_ptr, base, end, k + (t // PAIR * PAIR * BLOCK_K + t % PAIR)),)  # type: ignore[assignment]
+        if TILES == 1:
+            sums = _add_products(sums, tiles[0], x_ptr, first, n, stride, k, k < k_end, BLOCK_N)
+        for t in tl.static_range(0, TILES - 1, 2):
+            sums = _add_pairs(sums, tiles[t], tiles[t + 1], x_ptr, first, n, stride, k + t * BLOCK_K, k_end, BLOCK_N)
     return tl.trans(tl.reshape(tl.sum(stacked(sums), 0), [16, BLOCK_N]))
 
 
@@ -55,6 +58,17 @@ def _add_products(sums, w, x_ptr, first, n, stride, k, ok, BLOCK_N: tl.constexpr
     for i in tl.static_range(BLOCK_N):
         row = x_ptr + tl.minimum(first + i, n - 1).to(tl.int64) * stride
         added = added + (sums[i] + w * tl.load(row + k, mask=ok, other=0.0)[:, None],)  # type: ignore[assignment]
+    return added
+
+
+@triton.jit
+def _add_pairs(sums, w0, w1, x_ptr, first, n, stride, k, k_end, BLOCK_N: tl.constexpr):
+    both = k[:, None] + tl.arange(0, 2)[None, :]
+    added = ()
+    for i in tl.static_range(BLOCK_N):
+        row = x_ptr + tl.minimum(first + i, n - 1).to(tl.int64) * stride
+        x0, x1 = tl.split(tl.load(row + both, mask=both < k_end, other=0.0))
+        added = added + (sums[i] + w0 * x0[:, None] + w1 * x1[:, None],)  # type: ignore[assignment]
     return added
 
 

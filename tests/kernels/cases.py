@@ -101,7 +101,7 @@ def set_launch(
     for key in launch_table.TABLES:
         table = Table(one, one, one, one, one, most_samples, solve=Launch(16, 8, warps=warps, programs_per_sm=1))
         monkeypatch.setitem(launch_table.TABLES, key, table)
-    monkeypatch.setattr(launch_table, "MOST_WHOLE", 0)  # few columns are split as well
+    monkeypatch.setattr(launch_table, "MOST_ROUNDS", 0)  # few columns are split as well
 
 
 def same(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
