@@ -47,6 +47,7 @@ if TYPE_CHECKING:
     from fastmaf.nn import MaskedLinear as MaskedLinear
     from fastmaf.training.cuda_graphs import ReplayedLogProb as ReplayedLogProb
     from fastmaf.training.exchange import ProcessesDifferError as ProcessesDifferError
+    from fastmaf.training.failures import ProcessFailedError as ProcessFailedError
     from fastmaf.training.guards import Guards as Guards
     from fastmaf.training.guards import NonFiniteLossError as NonFiniteLossError
     from fastmaf.training.memory_estimate import memory_estimate as memory_estimate
@@ -99,6 +100,7 @@ _NAMES_OF = {
     "fastmaf.nn": ("MADE", "MaskedLinear"),
     "fastmaf.training.cuda_graphs": ("ReplayedLogProb",),
     "fastmaf.training.exchange": ("ProcessesDifferError",),
+    "fastmaf.training.failures": ("ProcessFailedError",),
     "fastmaf.training.guards": ("Guards", "NonFiniteLossError"),
     "fastmaf.training.memory_estimate": ("memory_estimate",),
     "fastmaf.training.step": ("StepReport", "TrainingStep"),

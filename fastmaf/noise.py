@@ -38,6 +38,29 @@ def philox(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[int, int])
     return c0, c1, c2, c3
 
 
+def normal_noise(
+    n: int, features: int, like: Tensor, generator: torch.Generator | None, seed: int | None, start: int
+) -> Tensor:
+    """Returns standard normal noise ``[n, features]``, of the dtype and device of ``like``.
+
+    Args:
+        n, features: its shape.
+        like: a tensor.
+        generator: the source of the noise without a seed; None uses torch's global generator.
+        seed, start: as ``normal_rows``; None and 0 for noise of the generator.
+
+    Raises:
+        TypeError, ValueError: as ``normal_rows``, or there is a generator beside a seed, or a start without a seed.
+    """
+    if seed is None:
+        if start:
+            raise ValueError(f"start numbers the rows of a seed's noise; found start = {start} without a seed")
+        return torch.randn(n, features, generator=generator, device=like.device, dtype=like.dtype)
+    if generator is not None:
+        raise ValueError("expected a generator or a seed as the source of the noise; found both")
+    return normal_rows(n, features, seed, start, like)
+
+
 def normal_rows(n: int, features: int, seed: int, start: int, like: Tensor) -> Tensor:
     """Returns rows ``start .. start + n - 1`` of the standard normal noise of a seed, ``[n, features]``.
 

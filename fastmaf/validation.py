@@ -68,6 +68,18 @@ def as_integer(name: str, value: int) -> int:
         raise TypeError(f"{name} must be an integer; found {value!r}") from None
 
 
+def as_integers(name: str, numbers: Tensor | Sequence[int], count: int) -> Tensor:
+    """Returns a copy of ``count`` integers as int64 on the CPU.
+
+    Raises:
+        ValueError: they are not integers, or of another number.
+    """
+    numbers = numbers if isinstance(numbers, Tensor) else torch.tensor(numbers, device="cpu")
+    if numbers.shape != (count,) or numbers.is_floating_point() or numbers.dtype == torch.bool:
+        raise ValueError(f"{name} must be {count} integers; found shape {tuple(numbers.shape)}, dtype {numbers.dtype}")
+    return numbers.detach().to("cpu", torch.int64, copy=True)
+
+
 def check_context(context: Tensor | None, context_features: int) -> None:
     """Raises ValueError unless a context ``[..., C]`` is of the size that is expected, 0 for none."""
     if context is None:

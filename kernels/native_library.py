@@ -24,7 +24,7 @@ from torch import Tensor
 _FOLDER = Path(__file__).resolve().parent
 _NAME = "_native.dll" if os.name == "nt" else "_native.so"
 # Of the structs and functions in csrc/, and of native_args.py.
-VERSION = 4
+VERSION = 5
 _ERRORS = {
     1: (MemoryError, "the native kernels could not allocate their work buffers"),
     2: (RuntimeError, "the native library has other structs than this version of fastmaf"),
@@ -54,14 +54,15 @@ def check(error: int) -> None:
 
 
 def build_info() -> str:
-    """Returns the instruction set in use and the compiler that the library was built with.
+    """Returns the instruction set in use, with the matrix unit if there is one, and the compiler of the library.
 
     Raises:
         ImportError: as for ``load``.
     """
     used = library().fastmaf_used_isa().decode()
     note = (_FOLDER / "_native.txt").read_text(encoding="utf-8").strip().removeprefix("built: ")
-    return f"{used} (of {', '.join(isas())}), {note}"
+    unit = " with AMX for bfloat16 weights" if library().fastmaf_uses_matrix_unit() else ""
+    return f"{used}{unit} (of {', '.join(isas())}), {note}"
 
 
 def isas() -> list[str]:
@@ -130,7 +131,7 @@ def _prepared(loaded: ctypes.CDLL) -> ctypes.CDLL:
         getattr(loaded, f"fastmaf_{name}").argtypes = types
     loaded.fastmaf_isa.argtypes, loaded.fastmaf_isa.restype = [integer, ctypes.c_bool], ctypes.c_char_p
     loaded.fastmaf_use_isa.argtypes = [ctypes.c_char_p]
-    loaded.fastmaf_used_isa.restype = ctypes.c_char_p
+    loaded.fastmaf_used_isa.restype, loaded.fastmaf_uses_matrix_unit.restype = ctypes.c_char_p, ctypes.c_bool
     names: list[str] = []
     while (name := loaded.fastmaf_isa(len(names), True)) is not None:
         names.append(name.decode())

@@ -105,9 +105,19 @@ def test_a_missing_extra_is_named_with_its_command(bare: Path, tmp_path: Path, c
 @pytest.mark.slow
 @needs_links
 def test_the_command_without_its_extra_prints_one_line(bare: Path, tmp_path: Path) -> None:
-    done = run(bare, "-m", "fastmaf", "doctor", cwd=tmp_path)
+    done = run(bare, "-m", "fastmaf", "bench", cwd=tmp_path)
     assert done.returncode == 1 and done.stdout == ""
     assert done.stderr == 'error: the command fastmaf needs typer: pip install "fastmaf[cli]"\n'
+
+
+@pytest.mark.slow
+@needs_links
+def test_doctor_needs_no_extra(bare: Path, tmp_path: Path) -> None:
+    """It is the first command after ``pip install``, which brings no extra."""
+    done = run(bare, "-m", "fastmaf", "doctor", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert re.search(r"^typer +not installed$", done.stdout, re.MULTILINE)
+    assert re.search(r"^  cpu +flow +→ (native|torch)$", done.stdout, re.MULTILINE)
 
 
 def test_a_command_whose_extra_is_missing_prints_one_line(tmp_path: Path) -> None:

@@ -25,7 +25,7 @@ from fastmaf.training.callbacks import Callback
 from fastmaf.training.checkpoints import MODEL_FILE, STATE_FILE, load_state, moments_by_parameter, save_state
 from fastmaf.training.interrupts import interruptible
 from fastmaf.training.processes import Processes
-from fastmaf.training.random_state import RANDOM, order_in, random_state, restore_random_state, seeded
+from fastmaf.training.random_state import RANDOM, order_in, random_states, restore_random_states, seeded
 
 LOG_FILE, CURVE_FILE = "train_log.csv", "nll_curve.png"
 LOG_COLUMNS = ("epoch", "nll", "val_nll", "bits_per_dim", "seconds", "skipped_steps")
@@ -129,12 +129,14 @@ class TrainingRun:
                 show=progress,
             ) as bar,
         ):
-            restore_random_state(self._random, self.device, self.out / STATE_FILE)
+            restore_random_states(
+                self._random, self.device, self._together, self.config.seed, self.step.steps, self.out / STATE_FILE
+            )
             for epoch in range(first + 1, self.config.epochs + 1):
                 self._epoch(epoch, bar, stop)
                 if len(self.log) < epoch:  # stopped
                     break
-                if time.monotonic() - self._saved > _SECONDS_BETWEEN_CHECKPOINTS or self.good_epoch is None:
+                if self._together.any(self._is_due(_SECONDS_BETWEEN_CHECKPOINTS)) or self.good_epoch is None:
                     self._save()
                 self._write_log(curve=time.monotonic() - self._drawn > _SECONDS_BETWEEN_CURVES)
                 self._call_back(epoch)
@@ -157,9 +159,12 @@ class TrainingRun:
         so_far = self.so_far
         began = time.perf_counter() - so_far.seconds
         for index in batches[so_far.batches :]:
-            if self._together.any(stop.is_set()):
+            stopped, due = self._together.any_of(stop.is_set(), self._is_due(_SECONDS_WITHIN_EPOCHS))
+            if stopped:
                 stop.set()  # by Ctrl-C to one of the processes
                 return
+            if due and so_far.batches and self.good_epoch is not None:
+                self._save()
             try:
                 report = self.step(self._batch(self.normals, self._together.share(index)))
             except fastmaf.NonFiniteLossError as error:
@@ -171,9 +176,6 @@ class TrainingRun:
             bits = bits_per_dim(report.nll, self.config.features)
             bar.set_status(f"epoch {epoch}, NLL {report.nll:,.0f} nats, {bits:.3f} bits/dim")
             bar.update()
-            due = self.good_epoch is not None and time.monotonic() - self._saved > _SECONDS_WITHIN_EPOCHS
-            if due and so_far.batches < len(batches):
-                self._save()
         nll = so_far.total_nll / len(self.normals)
         self.log.append(
             {
@@ -189,12 +191,20 @@ class TrainingRun:
 
     def _call_back(self, epoch: int) -> None:
         values = {name: value for name, value in self.log[-1].items() if name != "epoch" and value is not None}
+        raised: BaseException | None = None
         try:
             for callback in self._callbacks:
                 callback(epoch, values)
-        except BaseException:
+        except BaseException as error:
+            raised = error
+        if self._together.any(raised is not None):
             self._save()
-            raise
+        if raised is not None:
+            raise raised
+
+    def _is_due(self, seconds: float) -> bool:
+        """Returns whether the last checkpoint is older; the first process decides."""
+        return self._together.is_first and time.monotonic() - self._saved > seconds
 
     def _stopped(self, reason: str) -> TrainingStoppedError:
         if self.good_epoch is None:
@@ -220,8 +230,16 @@ class TrainingRun:
     def _save(self) -> None:
         if not all(bool(torch.isfinite(p).all()) for p in self.flow.parameters()):
             raise self._stopped(f"the parameters are no longer finite after epoch {len(self.log)}")
-        if not self._together.is_first:
-            return
+        self._together.check()  # what the processes have is brought together
+        random = random_states(self.device, self._together)
+        good = len(self.log), self.so_far.batches
+        if self._together.is_first:
+            self._write(random)
+        self._owns_files = True
+        self.good_epoch, self._good_steps = good
+        self._saved = time.monotonic()
+
+    def _write(self, random: Mapping[str, Tensor]) -> None:
         moments = {
             f"{name}/{key}": value
             for name, parameter in self.flow.named_parameters()
@@ -239,11 +257,8 @@ class TrainingRun:
         }
         keep = () if self._owns_files else (MODEL_FILE, LOG_FILE)
         about = {**counters, "held_out": list(self.held_out.names)}
-        random, order = random_state(self.device), self._order if self.so_far.batches else None
+        order = self._order if self.so_far.batches else None
         save_state(self.out, self.flow, moments, state, about, random=random, order=order, keep=keep)
-        self._owns_files = True
-        self.good_epoch, self._good_steps = len(self.log), self.so_far.batches
-        self._saved = time.monotonic()
 
     def _write_log(self, *, curve: bool) -> None:
         if not self._together.is_first:

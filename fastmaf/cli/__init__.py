@@ -8,11 +8,16 @@ __all__ = ["main"]
 
 
 def main() -> None:
-    """Runs the command; where its packages are not installed, one line names them."""
+    """Runs the command; without its packages one line names them, and only ``doctor`` runs."""
     try:
         require("cli", "the command fastmaf")
     except MissingExtraError as error:
-        sys.exit(f"error: {error}")
+        if sys.argv[1:] != ["doctor"]:
+            sys.exit(f"error: {error}")
+        from fastmaf.doctor import report
+
+        print(report())
+        return
     from fastmaf.cli.app import main as run
 
     run()

@@ -16,6 +16,7 @@ from fastmaf.convert.parts import (
     base_of,
     class_name,
     expected,
+    inverted,
     kind,
     masked,
     normalised,
@@ -90,8 +91,8 @@ def _inverse_parts(layer: Any) -> Parts:
     name = class_name(layer)
     if name == "MaskedAffineAutoregressive":
         return [Inverted(part) if isinstance(part, AffineAutoregressive) else part for part in _block(layer)]
-    if name == "Reverse" and class_name(layer.flow) == "MaskedAffineAutoregressive":
-        return _block(layer.flow)
+    if name == "Reverse":
+        return inverted(_inverse_parts(layer.flow))
     if name == "AutoregressiveRationalQuadraticSpline":  # turned round by its authors
         return _block(layer.mprqat)
     if name == "Permute":

@@ -184,8 +184,14 @@ def _inverse_of(part: Transform) -> Transform:
 
 
 def base_of(loc: Tensor, scale: Tensor) -> ElementwiseAffine | None:
-    """Returns what maps a diagonal normal base to the standard one; None if it is the standard one."""
+    """Returns what maps a diagonal normal base to the standard one; None if it is the standard one.
+
+    Raises:
+        NotConvertibleError: a scale is not positive.
+    """
     loc, scale = loc.detach().flatten(), scale.detach().flatten()
+    if not bool((scale > 0).all()):
+        raise NotConvertibleError(f"expected positive scales of the base; found {float(scale.min()):g}")
     if bool((loc == 0).all() & (scale == 1).all()):
         return None
     return ElementwiseAffine(-loc / scale, -scale.log())

@@ -38,7 +38,7 @@ def probe(source: nn.Module, parts: Sequence[Part], call: Call, like: Tensor, co
         inverse: whether the source maps the base to data.
 
     Raises:
-        NotConvertibleError: they differ, or the source has another number of features.
+        NotConvertibleError: they differ, the source cannot be called, or it has another number of features.
     """
     for part in parts:
         features = part.permutation.features if isinstance(part, ConditionalBlock) else part.features
@@ -46,10 +46,15 @@ def probe(source: nn.Module, parts: Sequence[Part], call: Call, like: Tensor, co
             raise NotConvertibleError(f"{kind(source)} has {features} features, the flow {len(like)}")
     generator = torch.Generator().manual_seed(0)
     u = torch.rand(_ROWS, len(like), generator=generator, dtype=torch.float64)
-    bounded = any(isinstance(part, MonotonicRQS) and not part.spline.tails for part in parts)
+    splines = [module.spline for part in parts for module in part.modules() if isinstance(module, MonotonicRQS)]
+    bounded = not all(spline.tails for spline in splines)
     x = (u if bounded else 6 * u - 3).to(like)
     c = torch.randn(_ROWS, context, generator=generator, dtype=torch.float64).to(like) if context else None
-    expected, expected_ladj = call(x, c)
+    try:
+        expected, expected_ladj = call(x, c)
+    except Exception as error:  # of the source, which may raise anything
+        reason = f"{type(error).__name__}: {error}".removesuffix(": ")
+        raise NotConvertibleError(f"{kind(source)} cannot be called at random points: {reason}") from error
     found, found_ladj = x, x.new_zeros(_ROWS)
     for part in reversed(parts) if inverse else parts:
         function: Call = part.inverse if inverse else part  # type: ignore[assignment]

@@ -5,12 +5,14 @@ from __future__ import annotations
 import functools
 import inspect
 import math
+import sys
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import torch
 from torch import nn
+from torch.nn.utils import parametrize
 
 from fastmaf.convert.converted import ConvertedFlow
 from fastmaf.convert.evaluation import computed_tensors, evaluating
@@ -46,7 +48,7 @@ def converter(
                     result = convert(flow)
                 except NotConvertibleError:
                     raise
-                except (AttributeError, RuntimeError, TypeError, ValueError) as error:  # not the parts of the library
+                except Exception as error:  # not the parts of the library: their attributes may raise anything
                     raise NotConvertibleError(f"{kind(flow)} cannot be converted: {error}") from error
             modules: list[nn.Module] = [result, *result.parts.modules()]
             for module in modules:
@@ -118,8 +120,16 @@ def _is_finite(tensor: torch.Tensor) -> bool:
     return math.isfinite(float(tensor.detach().sum())) or bool(torch.isfinite(tensor).all())
 
 
+def _is_of(cls: type, libraries: Collection[str]) -> bool:
+    """Returns whether a class is one of these libraries, and not one that merely bears the name of its module."""
+    if cls.__module__.partition(".")[0] not in libraries:
+        return False
+    itself = getattr(sys.modules.get(cls.__module__), cls.__qualname__, None) is cls
+    return itself or cls.__module__ == parametrize.__name__  # which makes a class for each module
+
+
 def _check_module(name: str, module: Any, library: str) -> None:
-    known = [one for one in type(module).__mro__ if one.__module__.partition(".")[0] in (library, "torch")]
+    known = [one for one in type(module).__mro__ if _is_of(one, (library, "torch"))]
     for one in type(module).__mro__:
         if one in known or one is object:
             continue

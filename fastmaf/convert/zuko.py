@@ -74,7 +74,7 @@ def from_zuko(flow: nn.Module) -> ZukoFlow:
         )
     parts = _parts(transform, distribution.mean.detach())
     [features] = distribution.event_shape
-    return ZukoFlow(features, parts, base_of(distribution.mean, distribution.stddev), flow)
+    return ZukoFlow(features, parts, base_of(distribution.mean, distribution.base_dist.scale), flow)
 
 
 def _parts(transform: Any, like: Tensor) -> Parts:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 import fastmaf
 from fastmaf.inspection.calibration import Calibration
-from fastmaf.inspection.detector_input import are_images, found_in, square_pixels
+from fastmaf.inspection.detector_input import are_images, found_in, pixels_for_sizes, square_pixels
 from fastmaf.inspection.features.candidate import fit_precomputed
 from fastmaf.inspection.features.extractor import PRECOMPUTED, extractor_of, on_grid
 from fastmaf.inspection.features.fit import fit_with_features
@@ -29,7 +29,7 @@ from fastmaf.inspection.kinds import KINDS, TEXTURE_SIZE, Kind, fit_texture_mode
 from fastmaf.inspection.model import InspectionModel, Prediction, Shapes, load_inspection
 from fastmaf.inspection.recipe import Recipe
 from fastmaf.inspection.row_model import RowModel, fit_rows
-from fastmaf.inspection.sizes import fit_sizes
+from fastmaf.inspection.sizes import BUDGET, SIZES, fit_sizes, sizes_for, sizes_of
 from fastmaf.inspection.texture.model import TextureModel
 from fastmaf.inspection.tiled import TiledModel
 from fastmaf.inspection.tiled_fit import fit_tiles
@@ -62,6 +62,9 @@ class Detector(OutlierMixin, BaseEstimator):
 
     Args:
         size: images only: side in pixels of the square that each is resized to; with ``tiles`` of each tile.
+            ``"auto"`` fits models of 64 and 128 pixels, and of 256 from a budget of 300 s on, as far as the smallest
+            image and the budget go, and takes the one, or the combination, that is best on synthetic defects; see
+            ``fastmaf.inspection.sizes``. It is the choice of ``fastmaf inspect fit --size auto``.
         rank: factors of the whitening; fewer if the samples or columns do not support them.
         blocks: images only: autoregressive blocks after the whitening; ``"auto"``: two if held-out images are more
             likely with them, else none. They lower the NLL that ``model_`` reports; the score does not use them: 0
@@ -84,9 +87,13 @@ class Detector(OutlierMixin, BaseEstimator):
             ``[n, 3, 256, 256]``, and returns feature maps ``[n, c, h, w]``, or several. Then a Gaussian of the features
             is fitted, too, and used alone, or together with the model of pixels if that is better on synthetic defects.
             ``"precomputed"``: X holds feature maps instead of images, and there is no model of pixels.
+        budget: with ``size="auto"``: seconds that the models may take. A further size is fitted only if it is expected
+            to end within them.
 
     Attributes:
         model_: an ``AnomalyModel`` for images, usually ``InspectionModel``, or ``RowModel``.
+        sizes_: images only: the sizes of the models of pixels that were chosen, ascending: one, several that are
+            combined, or none if a texture or features are used alone.
         calibration_: held-out scores and their guarantee; ``print(detector.calibration_.describe())``.
         offset_: minus the threshold: ``decision_function = score_samples - offset_``.
         threshold_: samples whose ``anomaly_score`` is above are outliers, as in PyOD.
@@ -106,7 +113,7 @@ class Detector(OutlierMixin, BaseEstimator):
     def __init__(
         self,
         *,
-        size: int = 64,
+        size: int | Literal["auto"] = 64,
         rank: int = 400,
         blocks: int | Literal["auto"] = "auto",
         steps: int = 200,
@@ -118,6 +125,7 @@ class Detector(OutlierMixin, BaseEstimator):
         random_state: int | np.random.RandomState | None = 0,
         verbose: bool = False,
         features: nn.Module | str | None = None,
+        budget: float = BUDGET,
     ) -> None:
         self.size = size
         self.rank = rank
@@ -131,6 +139,7 @@ class Detector(OutlierMixin, BaseEstimator):
         self.random_state = random_state
         self.verbose = verbose
         self.features = features
+        self.budget = budget
 
     @fastmaf.torch_defaults()
     def fit(self, X: Any, y: Any = None, groups: Sequence[Any] | None = None) -> Detector:
@@ -154,7 +163,12 @@ class Detector(OutlierMixin, BaseEstimator):
         Calibration(np.zeros(1), self.false_alarm, self.confidence, "split")  # reports an invalid rate before fitting
         given = self.random_state
         seed = int(given if isinstance(given, Integral) else check_random_state(given).randint(2**31 - 1))
-        recipe = Recipe(self.size, self.rank, blocks=self.blocks, steps=self.steps, folds=self.folds, seed=seed)
+        if isinstance(self.size, str) and self.size != "auto":
+            raise ValueError(f"size must be 'auto' or a number of pixels; found {self.size!r}")
+        if not self.budget >= 0:
+            raise ValueError(f"budget must be at least 0 seconds; found {self.budget}")
+        side = SIZES[0] if isinstance(self.size, str) else self.size
+        recipe = Recipe(side, self.rank, blocks=self.blocks, steps=self.steps, folds=self.folds, seed=seed)
         if self.tiles < 1:
             raise ValueError(f"tiles must be at least 1; found {self.tiles}")
         labels = None if groups is None else [str(group) for group in groups]
@@ -263,6 +277,9 @@ class Detector(OutlierMixin, BaseEstimator):
         rate = {name: getattr(model.calibration, name) for name in ("false_alarm", "confidence")}
         known["kind"] = "texture" if isinstance(model, TextureModel) else "object"
         size, tiles = (model.parts[0].size, model.tiles) if isinstance(model, TiledModel) else (model.size, 1)
+        configuration = model.about.get("configuration", {})
+        if configuration.get("size") == "auto":
+            size, known["budget"] = "auto", configuration.get("budget", BUDGET)
         detector = cls(size=size, tiles=tiles, random_state=recipe.get("seed", 0), **known, **rate)
         detector._use(model)
         return detector
@@ -279,25 +296,40 @@ class Detector(OutlierMixin, BaseEstimator):
             raise ValueError(
                 f"tiles are of objects: expected kind='object' with tiles={self.tiles}; found {self.kind!r}"
             )
-        size = tiled_size(self.size, self.tiles) if extractor is None else extractor.size
-        samples, double, _ = square_pixels(X, size, double=extractor is None)
+        double: Tensor | None
+        if extractor is not None:
+            samples, double, shapes = square_pixels(X, extractor.size)
+            sizes = sizes_for(min(extractor.size, *map(min, shapes)), self.budget)
+        elif self.size == "auto":
+            if self.tiles > 1:
+                raise ValueError(f"size='auto' is of whole images: expected tiles=1; found {self.tiles}")
+            sizes, samples, double = pixels_for_sizes(X, self.budget)
+        else:
+            samples, double, _ = square_pixels(X, tiled_size(recipe.size, self.tiles), double=True)
+        if self.size != "auto":
+            sizes = (recipe.size,)
         n = len(samples)
         if n < 3:
             raise ValueError(f"X must hold at least 3 good images; found {n}")
         self._warn_of_few(*((n, "samples") if groups is None else (len(set(groups)), "groups")))
-        recipe = replace(recipe, folds=min(self.folds, n))
+        recipe = replace(recipe, size=sizes[0], folds=min(self.folds, n))
         options: Any = {"groups": groups, "progress": self.verbose}
         model: AnomalyModel
         if extractor is not None:
-            chosen = fit_with_features(samples, (self.size,), recipe, extractor, **options)
+            chosen = fit_with_features(samples, sizes, recipe, extractor, budget=self.budget, **options)
             model, scores = chosen.model, chosen.held_out.scores[0]
         elif self.tiles > 1:
             model, scores = fit_tiles(samples, recipe, self.tiles, double=double, **options)
         elif (kind := plausible_kind(samples)[0] if self.kind == "auto" else self.kind) != "object":
-            model, scores = self._fit_texture(X, recipe, double, kind == "auto", **options)
+            model, scores = self._fit_texture(X, recipe, sizes, double, kind == "auto", **options)
+        elif len(sizes) > 1:
+            chosen = fit_sizes(samples, sizes, recipe, double=double, budget=self.budget, **options)
+            model, scores = chosen.model, chosen.held_out.scores[0]
         else:
             fitted = fit(samples, recipe, double=double, **options)
             model, scores = fitted.model, fitted.held_out.scores[0]
+        if self.size == "auto":
+            model.about["configuration"] = {"size": self.size, "budget": self.budget}
         return model.with_calibration(model.calibration.with_rate(self.false_alarm, self.confidence)), scores
 
     def _warn_of_few(self, available: int, unit: str) -> None:
@@ -317,6 +349,7 @@ class Detector(OutlierMixin, BaseEstimator):
     def _use(self, model: AnomalyModel) -> None:
         self.model_, self.calibration_ = model, model.calibration
         self._set_threshold()
+        self.sizes_ = sizes_of(model)
         self.n_features_in_ = model.flow.features if isinstance(model, InspectionModel) else 3 * model.size**2
         self.__dict__.pop("feature_names_in_", None)  # of an earlier fit to rows
 
@@ -330,16 +363,16 @@ class Detector(OutlierMixin, BaseEstimator):
         return torch.from_numpy(np.array(rows))  # a copy: torch takes neither read-only arrays nor negative strides
 
     def _fit_texture(
-        self, X: Any, recipe: Recipe, double: Tensor | None, both: bool, **options: Any
+        self, X: Any, recipe: Recipe, sizes: tuple[int, ...], double: Tensor | None, both: bool, **options: Any
     ) -> tuple[AnomalyModel, np.ndarray]:
         """Returns a texture model, or of ``both`` kinds what is better on synthetic defects, and held-out scores."""
-        side = max(TEXTURE_SIZE, self.size)
+        side = max(TEXTURE_SIZE, *sizes)
         large, _, shapes = square_pixels(X, side)
         texture = fit_texture_model(large, recipe, shapes=shapes, **options)
         if not both:
             return texture.model, texture.held_out.scores[0]
-        double = double if self.size == side else None
-        chosen = fit_sizes(large, (self.size,), recipe, double=double, others=[texture.candidate], **options)
+        options |= {"budget": self.budget, "others": [texture.candidate]}
+        chosen = fit_sizes(large, sizes, recipe, double=double if sizes[-1] == side else None, **options)
         return chosen.model, chosen.held_out.scores[0]
 
     def _images(self, X: Any) -> tuple[Tensor, Shapes]:

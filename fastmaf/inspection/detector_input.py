@@ -13,6 +13,7 @@ from torch import Tensor
 
 from fastmaf.images.decode import DataError, load_frame, resized
 from fastmaf.inspection.model import Shapes
+from fastmaf.inspection.sizes import SIZES, sizes_for
 from fastmaf.io.marks import is_output
 
 
@@ -54,6 +55,20 @@ def square_pixels(X: Any, size: int, *, double: bool = False) -> tuple[Tensor, T
         raise ValueError(f"X must hold at least 1 image, uint8 [n, h, w, 3]{found_in(X)}")
     stacked = [torch.stack(images) for images in zip(*pixels, strict=True)]
     return stacked[0], stacked[1] if double else None, shapes
+
+
+def pixels_for_sizes(X: Any, budget: float) -> tuple[tuple[int, ...], Tensor, Tensor | None]:
+    """Returns the sizes to fit within a budget of seconds, none larger than an image, and the images at the largest.
+
+    The last result is the images at twice that size, where all images are that large: enlarged ones hold no finer
+    shifts.
+    """
+    pixels, double, shapes = square_pixels(X, SIZES[1], double=True)
+    side = min(map(min, shapes))
+    sizes = sizes_for(side, budget)
+    if sizes[-1] != SIZES[1]:
+        pixels, double, _ = square_pixels(X, sizes[-1], double=True)
+    return sizes, pixels, double if side >= 2 * sizes[-1] else None
 
 
 def found_in(X: Any) -> str:

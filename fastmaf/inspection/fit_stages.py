@@ -6,7 +6,9 @@ local blocks. Everything else is computed again, in a fraction of their time.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
@@ -45,9 +47,20 @@ class Stages:
 
     Attributes:
         done: such as ``"64 pixels, whitenings"``.
+        seconds: what each size has taken in all runs, unfinished ones included, such as ``{"64 pixels": 40.0}``.
     """
 
     done: dict[str, Stage] = field(default_factory=dict)
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    @contextmanager
+    def timed(self, name: str) -> Iterator[None]:
+        """Adds the duration of a block to the seconds of a size, also where it is interrupted."""
+        started = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - started
 
     def whitenings(self, asked: Recipe) -> tuple[Recipe, Whitenings, dict[str, Any]] | None:
         """Returns what ``select_augmentation`` returned for this size, if it did."""

@@ -24,7 +24,8 @@ from fastmaf.inspection.model import Shapes
 from fastmaf.inspection.out_of_fold import group_folds, k_fold
 from fastmaf.inspection.recipe import Recipe
 from fastmaf.inspection.texture.alignment import ALIGNED, alignment
-from fastmaf.inspection.texture.candidate import STAGES, TextureCandidate, fit_texture
+from fastmaf.inspection.texture.candidate import TextureCandidate
+from fastmaf.inspection.texture.fit import STAGES, fit_texture
 from fastmaf.inspection.texture.model import TextureModel
 
 Kind: TypeAlias = Literal["object", "texture", "auto"]
@@ -86,11 +87,10 @@ def fit_texture_model(
     folds = k_fold(len(pixels), count, recipe.seed) if groups is None else group_folds(groups, count)
     with Progress("fitting", "texture", total=len(folds) + STAGES, show=progress) as bar:
         candidate = fit_texture(pixels, folds, shapes=shapes, seed=recipe.seed, done=bar.update)
-    held_out = candidate.held_out([pixels])
     if groups is not None:
         about, calibration = candidate.fitted.about, candidate.fitted.calibration
-        about["groups"] = describe_groups(groups, held_out.scores[0], calibration)
-    return FittedTexture(candidate, {"texture": time.perf_counter() - started}, held_out)
+        about["groups"] = describe_groups(groups, candidate.good.scores[0], calibration)
+    return FittedTexture(candidate, {"texture": time.perf_counter() - started}, candidate.good)
 
 
 def plausible_kind(pixels: Tensor) -> tuple[Kind, str]:

@@ -19,7 +19,7 @@ from torch import Tensor
 import fastmaf
 from fastmaf.images.reduce import reduced
 from fastmaf.inspection.blocks import Log
-from fastmaf.inspection.combined import combine
+from fastmaf.inspection.combined import CombinedModel, combine
 from fastmaf.inspection.exchangeability import describe_groups
 from fastmaf.inspection.fit import FALSE_ALARM, Fitted, fit
 from fastmaf.inspection.fit_stages import Stages
@@ -31,6 +31,7 @@ from fastmaf.inspection.recipe import Recipe
 from fastmaf.inspection.selection.candidates import Choice, choose_candidate, combined_model
 from fastmaf.inspection.synthetic_defects.draw import draw_defects
 from fastmaf.inspection.texture.candidate import TextureCandidate
+from fastmaf.inspection.tiled import TiledModel
 from fastmaf.training.callbacks import Callback
 
 SIZES = (64, 128, 256)
@@ -83,6 +84,14 @@ def sizes_for(side: int, budget: float = BUDGET) -> tuple[int, ...]:
     return tuple(size for size in known if size <= side) or known[:1]
 
 
+def sizes_of(model: AnomalyModel) -> tuple[int, ...]:
+    """Returns the sizes of the models of pixels in a model, ascending; of a tiled one that of its tiles."""
+    if isinstance(model, InspectionModel):
+        return (model.size,)
+    parts = model.parts if isinstance(model, (CombinedModel, TiledModel)) else ()
+    return tuple(sorted({size for part in parts for size in sizes_of(part)}))
+
+
 @fastmaf.torch_defaults()
 def fit_sizes(
     pixels: Tensor,
@@ -100,7 +109,8 @@ def fit_sizes(
 ) -> FittedSizes:
     """Fits models of several sizes to good images, and chooses one of them or their combination on drawn defects.
 
-    A size is skipped if the time so far and that expected for it, from the fit before, are more than the budget.
+    A size is skipped if the time so far and that expected for it, from the fit before, are more than the budget. The
+    time of interrupted runs counts, and a size that one has begun is finished.
 
     Args:
         pixels: uint8 ``[n, 3, s, s]``, with s the largest of ``sizes`` and of those of ``others``.
@@ -152,28 +162,28 @@ def fit_each(
     progress: bool,
 ) -> tuple[list[PixelCandidate], dict[str, float]]:
     """Returns fits of several sizes, at most that of the images, and their durations; arguments as ``fit_sizes``."""
-    side, started = int(pixels.shape[-1]), time.perf_counter()
+    side, stages = int(pixels.shape[-1]), Stages() if stages is None else stages
     candidates: list[PixelCandidate] = []
-    seconds: dict[str, float] = {}
     for size in sizes:
-        so_far, last = time.perf_counter() - started, next(reversed(seconds.values()), 0.0)
-        if candidates and so_far + _GROWTH[len(candidates) > 1] * last > budget:
+        name, seconds = f"{size} pixels", [stages.seconds[candidate.name] for candidate in candidates]
+        begun = name in stages.seconds  # by an interrupted run, within the budget
+        if candidates and not begun and sum(seconds) + _GROWTH[len(candidates) > 1] * seconds[-1] > budget:
             break
         twice = reduced(pixels, 2 * size) if 2 * size <= side else double if size == side else None
-        fitted = fit(
-            reduced(pixels, size),
-            _following(recipe, candidates[0].fitted, size) if candidates else replace(recipe, size=size),
-            double=twice,
-            groups=groups,
-            every_fold=every_fold,
-            callbacks=() if candidates else callbacks,
-            stages=stages,
-            checks=not candidates,
-            progress=progress,
-        )
+        with stages.timed(name):
+            fitted = fit(
+                reduced(pixels, size),
+                _following(recipe, candidates[0].fitted, size) if candidates else replace(recipe, size=size),
+                double=twice,
+                groups=groups,
+                every_fold=every_fold,
+                callbacks=() if candidates else callbacks,
+                stages=stages,
+                checks=not candidates,
+                progress=progress,
+            )
         candidates.append(PixelCandidate(fitted))
-        seconds[candidates[-1].name] = time.perf_counter() - started - so_far
-    return candidates, seconds
+    return candidates, {candidate.name: stages.seconds[candidate.name] for candidate in candidates}
 
 
 def _following(recipe: Recipe, first: Fitted, size: int) -> Recipe:

@@ -18,17 +18,18 @@ def check_agreement(flow: nn.Module, exchange: Exchange) -> None:
 
     Raises:
         ProcessesDifferError: in every process, if one holds another flow than the group's first.
+        ProcessFailedError: a process has failed before.
     """
+    exchange.total()  # of a process that failed before it, nothing can be compared
     named = list(chain(flow.named_parameters(), flow.named_buffers()))
-    device = named[0][1].device
     forms = (f"{name} {tuple(tensor.shape)} {tensor.dtype}" for name, tensor in named)
-    found = exchange.first_difference([digest("\n".join([str(flow), *forms]).encode())], device)
+    found = exchange.first_difference([digest("\n".join([str(flow), *forms]).encode())])
     if found is not None:
         raise ProcessesDifferError(
             f"the flow of process {found[0]} differs from that of process 0 in its classes, its settings, or the "
             "names, shapes or dtypes of its tensors: build it with the same arguments in all processes"
         )
-    found = exchange.first_difference([_digest(tensor) for _, tensor in named], device)
+    found = exchange.first_difference([_digest(tensor) for _, tensor in named])
     if found is not None:
         raise ProcessesDifferError(
             f"{named[found[1]][0]} of process {found[0]} differs from that of process 0: build the flow with the same "

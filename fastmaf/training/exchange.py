@@ -18,6 +18,7 @@ from torch import distributed as dist
 
 from fastmaf.kernels.factored_grad import FactoredGrad, GradientSink
 from fastmaf.kernels.masked_linear.args import LinearBatch
+from fastmaf.training.failures import agree, connected, fail
 from fastmaf.training.gradient_sink import Gradients, backward
 
 
@@ -42,37 +43,44 @@ class Exchange:
 
     Raises:
         ProcessesDifferError: in every process, where parameters differ in number, shapes or dtypes.
+        ProcessFailedError: a process has failed before.
     """
 
     def __init__(self, group: Any, parameters: Iterable[Tensor]) -> None:
+        parameters = list(parameters)
         self.group, self.size = group, dist.get_world_size(group)
+        self.device = parameters[0].device if parameters else torch.device("cpu")
         self.sent = 0
-        first, parameters = dist.get_global_rank(group, 0), list(parameters)
+        first = dist.get_global_rank(group, 0)
+        self.total()
         # Before the broadcast, which would end the process where sizes differ.
         forms = "\n".join(f"{tuple(parameter.shape)} {parameter.dtype}" for parameter in parameters)
-        if parameters and (found := self.first_difference([digest(forms.encode())], parameters[0].device)):
+        if parameters and (found := self.first_difference([digest(forms.encode())])):
             raise ProcessesDifferError(
                 f"the parameters of process {found[0]} differ from those of process 0 in number, shapes or dtypes: "
                 "build the model with the same arguments and the same seed in all processes"
             )
-        for parameter in parameters:
-            dist.broadcast(parameter.data, first, group=group)
+        with connected():
+            for parameter in parameters:
+                dist.broadcast(parameter.data, first, group=group)
 
-    def first_difference(self, digests: Sequence[bytes], device: torch.device) -> tuple[int, int] | None:
+    def first_difference(self, digests: Sequence[bytes]) -> tuple[int, int] | None:
         """Returns the first process, and the number of its first digest, that differs from those of the first one.
 
         All processes must give equally many digests.
         """
-        own = torch.frombuffer(bytearray(b"".join(digests)), dtype=torch.uint8).to(device)
+        own = torch.frombuffer(bytearray(b"".join(digests)), dtype=torch.uint8).to(self.device)
         found = self.stack(own.view(len(digests), -1))().view(self.size, len(digests), -1)
         wrong = (found != found[0]).any(2).nonzero().tolist()
         return (wrong[0][0], wrong[0][1]) if wrong else None
 
-    def total(self, numbers: Sequence[float], device: torch.device) -> list[float]:
-        """Returns the sums of numbers over all processes."""
-        sums = torch.tensor(numbers, dtype=torch.float64, device=device)
-        dist.all_reduce(sums, group=self.group)
-        return sums.tolist()
+    def total(self, *numbers: float) -> list[float]:
+        """Returns the sums of up to two numbers over all processes; see ``failures.agree``."""
+        return agree(self.group, self.device, *numbers)
+
+    def fail(self, error: Exception) -> None:
+        """Ends the other processes with an error of this one; see ``failures.fail``."""
+        fail(self.group, self.device, error)
 
     def gradients(self, loss: Tensor, uses: Sequence[tuple[Tensor, object]], parameters: Iterable[Tensor]) -> Gradients:
         """Runs the backward pass; returns the mean of the processes' gradients.
@@ -110,10 +118,12 @@ class Exchange:
     def sum(self, tensor: Tensor) -> Callable[[], Tensor]:
         """Begins to sum a tensor in place; returns how to wait for the sum."""
         self.sent += 2 * tensor.nbytes // self.size  # of a ring: every part goes around twice
-        work = dist.all_reduce(tensor, group=self.group, async_op=True)
+        with connected():
+            work = dist.all_reduce(tensor, group=self.group, async_op=True)
 
         def wait() -> Tensor:
-            work.wait()
+            with connected():
+                work.wait()
             return tensor
 
         return wait
@@ -122,10 +132,12 @@ class Exchange:
         """Begins to gather a tensor ``[N, …]`` of each process; returns how to wait for all of them ``[size N, …]``."""
         self.sent += tensor.nbytes
         found = tensor.new_empty(self.size, *tensor.shape)
-        work = dist.all_gather(list(found.unbind()), tensor, group=self.group, async_op=True)
+        with connected():
+            work = dist.all_gather(list(found.unbind()), tensor, group=self.group, async_op=True)
 
         def wait() -> Tensor:
-            work.wait()
+            with connected():
+                work.wait()
             return found.flatten(0, 1)
 
         return wait
@@ -151,7 +163,8 @@ class _Rows:
                     "processes together: call minimize() for each of them"
                 )
             most = torch.tensor(n, device=device)
-            dist.all_reduce(most, dist.ReduceOp.MAX, group=self._exchange.group)
+            with connected():
+                dist.all_reduce(most, dist.ReduceOp.MAX, group=self._exchange.group)
             self._known[n] = int(most)
         return self._known[n]
 

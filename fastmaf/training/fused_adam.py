@@ -262,7 +262,7 @@ class FusedAdam(torch.optim.Adam):
 
     def _check_finite_in_all(self, loss: Tensor, exchange: Exchange) -> None:
         """Raises NonFiniteLossError in every process if the loss of one is not finite."""
-        if (wrong := int(exchange.total([not math.isfinite(float(loss))], loss.device)[0])) > 0:
+        if (wrong := int(exchange.total(not math.isfinite(float(loss)))[0])) > 0:
             raise NonFiniteLossError(
                 f"the losses of {wrong} of {exchange.size} processes are not finite: nothing was updated"
             )

@@ -10,6 +10,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, distributed
 
+from fastmaf.training.failures import agree, connected, fail
+
 
 class Processes(NamedTuple):
     """This process among those that work together.
@@ -33,14 +35,35 @@ class Processes(NamedTuple):
         """Returns this process's share of the numbers of a batch, in their order."""
         return index.tensor_split(self.size)[self.rank]
 
+    @property
+    def device(self) -> torch.device:
+        """Where tensors lie that the processes exchange."""
+        return torch.device("cuda" if distributed.get_backend(self.group) == "nccl" else "cpu")
+
     def any(self, found: bool) -> bool:
-        """Returns whether something is true in one of the processes, all of which must ask."""
+        """Returns whether something is true in one of the processes, all of which must ask.
+
+        Raises:
+            ProcessFailedError: another process has failed.
+        """
+        return self.any_of(found)[0]
+
+    def any_of(self, *found: bool) -> list[bool]:
+        """Returns what ``any`` returns for each of up to two things."""
+        return list(found) if self.group is None else [count > 0 for count in agree(self.group, self.device, *found)]
+
+    def check(self) -> None:
+        """Raises ProcessFailedError if another process has failed; before what all of them compute together."""
+        self.any_of()
+
+    def stack(self, tensor: Tensor) -> list[Tensor]:
+        """Returns the tensors of all processes, of one shape and dtype, by rank; see ``check``."""
         if self.group is None:
-            return found
-        device = "cuda" if distributed.get_backend(self.group) == "nccl" else "cpu"
-        count = torch.tensor(int(found), device=device)
-        distributed.all_reduce(count, group=self.group)
-        return bool(count)
+            return [tensor]
+        found = [torch.empty_like(tensor, device=self.device) for _ in range(self.size)]
+        with connected():
+            distributed.all_gather(found, tensor.to(self.device), group=self.group)
+        return [part.to(tensor.device) for part in found]
 
 
 def is_first() -> bool:
@@ -67,7 +90,11 @@ def was_restarted() -> bool:
 def started_together(device: torch.device) -> Iterator[Processes]:
     """Yields the processes that ``torchrun`` has started, connected by gloo on CPUs and by nccl on GPUs.
 
+    None of them ends well before all do: an error in one is told to the others as soon as these call
+    ``Processes.any`` or ``check``, or take a training step.
+
     Raises:
+        ProcessFailedError: one of the processes has failed, but not all.
         RuntimeError: this torch has no ``torch.distributed``.
     """
     if world_size() == 1 or "RANK" not in os.environ:
@@ -83,8 +110,14 @@ def started_together(device: torch.device) -> Iterator[Processes]:
         store = distributed.PrefixStore(f"attempt {attempt}", store)  # type: ignore[attr-defined]
         backend = "nccl" if device.type == "cuda" else "gloo"
         distributed.init_process_group(backend, store=store, rank=rank, world_size=size)
+    together = Processes(distributed.get_rank(), distributed.get_world_size(), distributed.group.WORLD)
     try:
-        yield Processes(distributed.get_rank(), distributed.get_world_size(), distributed.group.WORLD)
+        try:
+            yield together
+        except Exception as error:
+            fail(together.group, together.device, error)
+            raise
+        together.check()
     finally:
         if mine:
             distributed.destroy_process_group()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from fastmaf.io.safe_json import shown
 from fastmaf.io.tensor_file import CheckpointError
+from fastmaf.training.processes import Processes
 
 RANDOM = "rng/"
 """Prefix of the names of the generators' states."""
@@ -61,6 +63,38 @@ def restore_random_state(tensors: Mapping[str, Tensor], device: torch.device, fi
         except RuntimeError as error:
             generator.set_state(expected)
             raise CheckpointError(f"{file}: tensor {name}: no state of a generator: {error}") from None
+
+
+def random_states(device: torch.device, together: Processes) -> dict[str, Tensor]:
+    """Returns ``random_state`` of all processes; names are as those of one, and ``rng/1/cpu`` of the second process."""
+    states = {name: together.stack(state) for name, state in random_state(device).items()}
+    return {_of_rank(name, rank): state for name, found in states.items() for rank, state in enumerate(found)}
+
+
+def restore_random_states(
+    tensors: Mapping[str, Tensor], device: torch.device, together: Processes, seed: int, step: int, file: Path
+) -> None:
+    """Sets the generators of this process to what ``random_states`` returned for it.
+
+    Another number of processes cannot continue the same streams: each then begins a new one, which depends on ``seed``,
+    ``step``, its rank and their number alone. Without any state, nothing changes.
+
+    Raises:
+        CheckpointError: a state is none of this generator; the message names ``file``.
+    """
+    before = sum(name.startswith(RANDOM) and name.endswith("/cpu") for name in tensors)
+    if before == together.size:
+        names = {_of_rank(name, together.rank): name for name in _generators(device)}
+        own = {names[name]: state for name, state in tensors.items() if name in names}
+        restore_random_state(own, device, file)
+    elif before:
+        stream = hashlib.sha256(f"{seed} {step} {together.rank} of {together.size}".encode()).digest()
+        for generator in _generators(device).values():
+            generator.manual_seed(int.from_bytes(stream[:7], "little"))
+
+
+def _of_rank(name: str, rank: int) -> str:
+    return f"{RANDOM}{rank}/{name.removeprefix(RANDOM)}" if rank else name
 
 
 def order_in(tensors: Mapping[str, Tensor], n: int, file: Path) -> Tensor | None:

@@ -109,6 +109,8 @@ class TrainingStep:
             ValueError: see ``Flow.log_prob``.
             NonFiniteLossError: the loss is not finite; nothing was changed.
             ProcessesDifferError: at the first step: processes hold different flows.
+            ProcessFailedError: the densities of a process raised an error, which the message names: no process has
+                taken the step, and others can follow.
             RuntimeError: several processes run, over which the optimiser does not average gradients.
         """
         if self._exchange is None:
@@ -119,21 +121,21 @@ class TrainingStep:
         self.optimizer.zero_grad(set_to_none=True)
         graphed = None if self._graphs is None or context is not None else self._graphs.get(x)
         direct: DirectLoss | None = None
-        if graphed is not None:
-            loss = graphed.forward(x)
-        else:
-            with not_validating():  # the loss is checked below
-                direct = DirectLoss.of(self.flow, x) if context is None and self._is_direct(len(x)) else None
-                if direct is not None:
-                    loss = direct.value
-                else:
-                    log_prob = self.flow.log_prob(x) if context is None else self.flow.log_prob(x, context)
-                    loss = -(log_prob.mean() if self._exchange is None else log_prob.sum())
-        if self._exchange is None:
+        try:
+            if graphed is not None:
+                loss = graphed.forward(x)
+            else:
+                with not_validating():  # the loss is checked below
+                    direct = DirectLoss.of(self.flow, x) if context is None and self._is_direct(len(x)) else None
+                    loss = self._loss(x, context) if direct is None else direct.value
             nll = loss.item()
-        else:
+        except Exception as error:
+            if self._exchange is not None:
+                self._exchange.fail(error)
+            raise
+        if self._exchange is not None:
+            loss, nll = _of_all(loss, nll, len(x), self._exchange)
             average_statistics(self.flow, self._exchange)
-            loss, nll = _of_all(loss, len(x), self._exchange)
         if not math.isfinite(nll):
             empty = "" if len(x) else ": the batch has no rows"
             raise NonFiniteLossError(f"the NLL of a batch became {nll} at step {self.steps + 1}{empty}")
@@ -151,6 +153,11 @@ class TrainingStep:
         if taken and self._graphs is not None:
             self._graphs.ran_eagerly(x)
         return StepReport(nll, skipped=not taken)
+
+    def _loss(self, x: Tensor, context: Tensor | None) -> Tensor:
+        """Returns the mean NLL of a batch, or their sum where several processes train together."""
+        log_prob = self.flow.log_prob(x) if context is None else self.flow.log_prob(x, context)
+        return -(log_prob.mean() if self._exchange is None else log_prob.sum())
 
     def _minimize(self, loss: Tensor | DirectLoss, batch: int) -> bool:
         """Takes a step on a finite loss; returns whether it was taken."""
@@ -202,12 +209,13 @@ class TrainingStep:
         self.steps, self._running_nll, self._warming = state["steps"], state["usual_nll"], state["warming"]
 
 
-def _of_all(loss: Tensor, batch: int, exchange: Exchange) -> tuple[Tensor, float]:
+def _of_all(loss: Tensor, nll: float, batch: int, exchange: Exchange) -> tuple[Tensor, float]:
     """Returns what each process minimises, so that the mean over processes is that over all samples; and that mean.
 
     Args:
         loss: the sum over this process's samples.
+        nll: its value.
         batch: their number.
     """
-    total, samples = exchange.total([float(loss), batch], loss.device)
+    total, samples = exchange.total(nll, batch)
     return loss * (exchange.size / max(1.0, samples)), total / samples if samples else math.nan

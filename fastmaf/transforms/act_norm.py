@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, distributed
 
+from fastmaf.training.failures import agree, connected
 from fastmaf.transforms.elementwise import ElementwiseAffine
 from fastmaf.validation import as_tensor
 
@@ -144,10 +145,14 @@ class ActNorm(ElementwiseAffine):
 
 def _moments(x: Tensor, *, together: bool = False) -> tuple[Tensor, Tensor]:
     """Returns mean and variance ``[D]`` of the rows of ``x``, with ``together`` those of all processes."""
+    together = together and distributed.is_available() and distributed.is_initialized()
+    if together:
+        agree(distributed.group.WORLD, x.device)  # none of them may wait for one that has failed
 
     def summed(part: Tensor) -> Tensor:
-        if together and distributed.is_available() and distributed.is_initialized():
-            distributed.all_reduce(part)
+        if together:
+            with connected():
+                distributed.all_reduce(part)
         return part
 
     n = summed(x.new_tensor(float(len(x))))

@@ -27,7 +27,7 @@ FASTMAF_DECLARE(avx512)
 namespace {
 
 enum Error { kFine, kNoMemory, kOtherVersion, kBadPermutation, kFailed };
-constexpr int64_t kVersion = 4;
+constexpr int64_t kVersion = 5;
 
 struct Isa {
   const char* name;
@@ -115,6 +115,9 @@ FASTMAF_EXPORT int fastmaf_use_isa(const char* name) {
 }
 
 FASTMAF_EXPORT const char* fastmaf_used_isa() { return chosen ? chosen->name : nullptr; }
+
+// Whether the kernels of the chosen instruction set use a matrix unit of this CPU (AMX), for bfloat16 weights.
+FASTMAF_EXPORT bool fastmaf_uses_matrix_unit() { return chosen && chosen->kernels[kBfloat16].has_matrix_unit(); }
 
 // z, saved and squares may be null: not wanted; terms: see Kernels.
 FASTMAF_EXPORT int fastmaf_flow_forward(const Flow* flow, const void* const* terms, const void* x, int64_t n, void* z, void* ladj,

@@ -90,6 +90,7 @@ struct Kernels {
                  int64_t threads);
   void (*layer_backward)(const Layer&, const Source&, const void* x, int64_t n, void* grad_x, void* grad_bias, const Target&,
                          int64_t threads);
+  bool (*has_matrix_unit)();  // that the kernels use, here
 };
 
 }  // namespace fastmaf

@@ -77,7 +77,8 @@ struct Entry {
     if (grad_x) give_tiles(team, tiles, of_x, w.columns, kInOrder, static_cast<T*>(grad_x));
     if (source.grad_x) give_tiles(team, tiles, of_map, outputs, kInOrder, static_cast<T*>(source.grad_x));
   }
-  static constexpr Kernels kernels() { return {forward, inverse, backward, linear, affine, backward_of_layer}; }
+  static bool has_matrix_unit() { return std::is_same_v<W, bfloat16> && amx_ready(); }
+  static constexpr Kernels kernels() { return {forward, inverse, backward, linear, affine, backward_of_layer, has_matrix_unit}; }
 };
 
 }  // namespace

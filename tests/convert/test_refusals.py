@@ -79,12 +79,23 @@ def refused() -> Iterator[tuple[str, Callable[[], nn.Module], str]]:
 
     Doubled.__name__ = "MaskedAffineAutoregressiveTransform"
     yield "method", lambda: of(Doubled(4, 8)), "overrides _elementwise_forward"
+
+    class Borrowed(transforms.MaskedAffineAutoregressiveTransform):  # type: ignore[misc]
+        def forward(self, inputs: Tensor, context: Any = None) -> Any:
+            return super().forward(inputs * (1 + 1e-9), context)  # less than what a comparison of numbers finds
+
+    Borrowed.__name__ = Borrowed.__qualname__ = "MaskedAffineAutoregressiveTransform"
+    Borrowed.__module__ = transforms.MaskedAffineAutoregressiveTransform.__module__
+    yield "borrowed", lambda: of(Borrowed(4, 8)), "overrides forward"
     yield "log_prob", lambda: Shifted(affine(), normal), "overrides _log_prob"
     yield "module", with_net(lambda _: None, activation=Tanh()), "overrides forward"
     yield "hook", with_net(lambda net: net.initial_layer.register_forward_hook(print)), "forward hooks"
     yield "patched", with_net(lambda net: setattr(net.final_layer, "forward", torch.zeros_like)), "forward replaced"
     yield "embedding", uncopied, "cannot be copied"
     yield "permutation", lambda: normal_flow(unlike_itself()), "each other's inverse"
+    yield "raises", lambda: of(Raising(4, 8)), "cannot be converted: 'of the source'"
+    yield "scales", lambda: scaled(zuko.flows.MAF(4), -0.5), "positive scales of the base; found -0.5"
+    yield "zero", lambda: scaled(zuko.flows.MAF(4), 0.0), "positive scales of the base; found 0"
     yield "layer", with_net(lambda net: setattr(net, "initial_layer", nn.Linear(4, 8))), "expected a MaskedLinear"
     yield "block", with_net(lambda net: net.blocks.append(nn.Linear(8, 8))), "expected MaskedResidualBlock"
     yield "bias", with_net(lambda net: setattr(net.final_layer, "bias", None)), "with a bias"
@@ -127,6 +138,26 @@ def batched() -> nn.Module:
     return zuko.flows.Flow(zuko.flows.MaskedAutoregressiveTransform(4), base)  # type: ignore[no-any-return]
 
 
+def scaled(flow: Any, scale: float) -> nn.Module:
+    """A flow of zuko whose base has this scale in one dimension, as training may leave it."""
+    base = zuko.lazy.UnconditionalDistribution(zuko.distributions.DiagNormal, torch.zeros(4), torch.ones(4))
+    with torch.no_grad():
+        base().base_dist.scale[2] = scale
+    return zuko.flows.Flow(flow.transform.transforms, base)  # type: ignore[no-any-return]
+
+
+class Raising(transforms.MaskedAffineAutoregressiveTransform):  # type: ignore[misc]
+    """A transform with an attribute that raises."""
+
+    @property
+    def _epsilon(self) -> float:
+        raise KeyError("of the source")
+
+    @_epsilon.setter
+    def _epsilon(self, value: float) -> None:
+        pass
+
+
 class Shifted(nflows.Flow):  # type: ignore[misc]
     def _log_prob(self, inputs: Tensor, context: Tensor | None) -> Tensor:
         return super()._log_prob(inputs + 1, context)  # type: ignore[no-any-return]
@@ -153,3 +184,14 @@ def maf_of(**options: Any) -> nn.Module:
 def test_what_is_refused_is_named(make: Callable[[], nn.Module], message: str) -> None:
     with pytest.raises(fastmaf.NotConvertibleError, match=message):
         fastmaf.accelerate(make())
+
+
+def test_a_source_that_cannot_be_called_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    source = nflows.Flow(transforms.MaskedAffineAutoregressiveTransform(4, 8), distributions.StandardNormal([4]))
+
+    def out_of_domain(*_: Any) -> Any:
+        raise transforms.InputOutsideDomain
+
+    monkeypatch.setattr(transforms.made.MADE, "forward", out_of_domain)
+    with pytest.raises(fastmaf.NotConvertibleError, match="cannot be called at random points: InputOutsideDomain"):
+        fastmaf.accelerate(source)

@@ -58,3 +58,40 @@ def test_splines(data: st.DataObject) -> None:
         close(flow.log_prob(x), source.log_prob(x))  # type: ignore[operator]
         for found, expected in zip(*(seeded(lambda f=f: f.sample(3)) for f in (flow, source)), strict=True):
             close(found, expected)
+
+
+def test_splines_without_tails_in_a_network_with_a_smooth_activation_and_a_context() -> None:
+    """They are compared with their source within their domain."""
+    of = transforms.MaskedPiecewiseRationalQuadraticAutoregressiveTransform
+    spline = of(4, 8, context_features=2, num_bins=3, activation=torch.tanh)
+    source = nflows.Flow(spline, distributions.StandardNormal([4]))
+    x, c = torch.rand(9, 4), torch.randn(9, 2)
+    trained(source, lambda: -source.log_prob(x, c).mean())
+    close(fastmaf.accelerate(source).log_prob(x, c), source.log_prob(x, c))  # type: ignore[operator]
+
+
+def test_inverses_of_splines_without_tails() -> None:
+    spline = transforms.MaskedPiecewiseRationalQuadraticAutoregressiveTransform(4, 8, num_bins=3)
+    source = nflows.Flow(transforms.InverseTransform(spline), distributions.StandardNormal([4]))
+    x = torch.rand(9, 4)
+    trained(source, lambda: -source.log_prob(x).mean())
+    close(fastmaf.accelerate(source).log_prob(x), source.log_prob(x))  # type: ignore[operator]
+
+
+def test_reversed_layers_of_normflows() -> None:
+    """Splines, permutations and scales within Reverse, which may be nested."""
+    flows, back = normflows.flows, normflows.flows.Reverse
+    layers = [
+        back(flows.AutoregressiveRationalQuadraticSpline(5, 1, 8, num_bins=4, init_identity=False)),
+        back(flows.Permute(5)),
+        back(flows.AffineConstFlow((5,))),
+        back(back(flows.MaskedAffineAutoregressive(5, 8))),
+        back(flows.Permute(5, "swap")),
+    ]
+    source = normflows.NormalizingFlow(normflows.distributions.DiagGaussian(5), layers)
+    x = torch.randn(9, 5)
+    trained(source, lambda: source.forward_kld(x))
+    flow = fastmaf.accelerate(source)
+    close(flow.log_prob(x), source.log_prob(x))  # type: ignore[operator]
+    for found, expected in zip(*(seeded(lambda f=f: f.sample(3)) for f in (flow, source)), strict=True):
+        close(found, expected)

@@ -19,7 +19,8 @@ NAMES = """
     MADE MAF ActNorm AffineAutoregressive AffineMap BackendUnavailableError Base BatchNorm CheckpointError
     ConnectivityWarning Detector DiagonalGaussian ElementwiseAffine Flow FlowDistribution GaussianMixture
     GaussianWhitening Guards IAF Inverted LeakyMaskError LocalAutoregressive Logit LowRankGaussian MaskedLinear
-    MonotonicRQS NonFiniteLossError NotConvertibleError NotInvertibleError Permutation ProcessesDifferError
+    MonotonicRQS NonFiniteLossError NotConvertibleError NotInvertibleError Permutation ProcessFailedError
+    ProcessesDifferError
     ReplayedLogProb SavedFlow SplineMap StandardNormal StepReport StudentT TrainingStep Transform accelerate
     deterministic from_nflows from_normflows from_published from_zuko load load_with_extras memory_estimate optim
     to_nflows to_zuko torch_defaults use_backend use_precision

@@ -53,6 +53,7 @@ def stand_in(folder: Path, monkeypatch: pytest.MonkeyPatch, version: int = nativ
             fastmaf_isa=function(lambda i, _: [b"one", b"two", None][i]),
             fastmaf_use_isa=function(use),
             fastmaf_used_isa=function(lambda: used[-1].encode()),
+            fastmaf_uses_matrix_unit=function(lambda: used[-1] == "two"),
         )
 
     built(folder)
@@ -113,7 +114,7 @@ def test_the_environment_names_the_instruction_set(folder: Path, monkeypatch: py
     with pytest.warns(RuntimeWarning, match="'avx9'; expected one of one, two on this CPU; the native kernels are not"):
         assert refusal() == "FASTMAF_ISA is 'avx9'; expected one of one, two on this CPU"
     monkeypatch.setenv("FASTMAF_ISA", "two")
-    assert native_library.build_info().startswith("two (of one, two), ")
+    assert native_library.build_info().startswith("two with AMX for bfloat16 weights (of one, two), ")
     native_library.use_isa("one")
     assert native_library.build_info().startswith("one ")
     with pytest.raises(ValueError, match=r"must be one of \['one', 'two'\] on this CPU; found 'three'"):

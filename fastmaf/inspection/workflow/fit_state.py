@@ -19,7 +19,7 @@ from fastmaf.inspection.fit_stages import Stage, Stages
 from fastmaf.inspection.recipe import Recipe
 from fastmaf.io.atomic import written_atomically
 from fastmaf.io.safe_json import parse, shown
-from fastmaf.io.schema import Anything, ListOf, MapOf, Record, Text, Whole
+from fastmaf.io.schema import Anything, ListOf, MapOf, Number, Record, Text, Whole
 from fastmaf.training.interrupts import interruptible
 
 STATE_FOLDER = "fit_state"
@@ -28,7 +28,7 @@ _LOG_ROW = Record({"step": Anything(), "nll": Anything(), "held_out_nll": Anythi
 _STAGE = Record(
     {"name": Text(), "flows": Whole(0, 64), "record": Record(optional={"log": ListOf(_LOG_ROW)}, others=Anything())}
 )
-_STATE = Record({"run": MapOf(Anything()), "stages": ListOf(_STAGE)})
+_STATE = Record({"run": MapOf(Anything()), "stages": ListOf(_STAGE)}, optional={"seconds": MapOf(Number(low=0.0))})
 
 
 def run_of(
@@ -84,7 +84,7 @@ def save_state(out: Path, run: Mapping[str, Any], stages: Stages) -> None:
                 flow.save(folder / _flow_file(i, k))
             entries.append({"name": name, "flows": len(stage.flows), "record": stage.record})
         with written_atomically(folder / _STATE_FILE) as file:
-            file.write(json.dumps({"run": run, "stages": entries}).encode())
+            file.write(json.dumps({"run": run, "stages": entries, "seconds": stages.seconds}).encode())
 
 
 @fastmaf.torch_defaults()
@@ -116,7 +116,7 @@ def load_state(out: Path, run: Mapping[str, Any]) -> Stages:
                 raise fastmaf.CheckpointError(f"{file}: missing in the state of an interrupted fit")
         flows = tuple(fastmaf.load(file).eval() for file in files)
         done[entry["name"]] = Stage(flows, entry["record"])
-    return Stages(done)
+    return Stages(done, state.get("seconds", {}))
 
 
 def remove_state(out: Path) -> None:

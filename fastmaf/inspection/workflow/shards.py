@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, distributed
 
+from fastmaf.training.failures import connected
 from fastmaf.training.processes import Processes
 
 
@@ -22,9 +23,11 @@ def files_of_first(team: Processes, files: Sequence[Path]) -> list[Path]:
         return list(files)
     content = _tensor(json.dumps([str(file) for file in files]).encode() if team.is_first else b"")
     length = torch.tensor([len(content)])
-    distributed.broadcast(length, 0, group=team.group)
-    content = content if team.is_first else torch.empty(int(length), dtype=torch.uint8)
-    distributed.broadcast(content, 0, group=team.group)
+    team.check()
+    with connected():
+        distributed.broadcast(length, 0, group=team.group)
+        content = content if team.is_first else torch.empty(int(length), dtype=torch.uint8)
+        distributed.broadcast(content, 0, group=team.group)
     return [Path(name) for name in json.loads(bytes(content.numpy()))]
 
 
@@ -32,16 +35,17 @@ def contents_at_first(team: Processes, content: bytes) -> list[bytes]:
     """Returns the contents of the other processes in the first, and nothing in the others."""
     if team.size == 1:
         return []
-    lengths = [torch.zeros(1, dtype=torch.long) for _ in range(team.size)]
-    distributed.all_gather(lengths, torch.tensor([len(content)]), group=team.group)
-    if not team.is_first:
-        distributed.send(_tensor(content), 0, group=team.group)
-        return []
-    received = []
-    for rank in range(1, team.size):
-        part = torch.empty(int(lengths[rank]), dtype=torch.uint8)
-        distributed.recv(part, rank, group=team.group)
-        received.append(bytes(part.numpy()))
+    team.check()
+    lengths = team.stack(torch.tensor([len(content)]))
+    with connected():
+        if not team.is_first:
+            distributed.send(_tensor(content), 0, group=team.group)
+            return []
+        received = []
+        for rank in range(1, team.size):
+            part = torch.empty(int(lengths[rank]), dtype=torch.uint8)
+            distributed.recv(part, rank, group=team.group)
+            received.append(bytes(part.numpy()))
     return received
 
 

@@ -8,7 +8,8 @@ import torch
 from scipy.ndimage import gaussian_filter
 
 from fastmaf.inspection.out_of_fold import k_fold
-from fastmaf.inspection.texture.candidate import TextureCandidate, fit_texture
+from fastmaf.inspection.texture.candidate import TextureCandidate
+from fastmaf.inspection.texture.fit import fit_texture
 
 SIDE, IMAGES = 48, 24
 SHAPES = [(48, 48), (64, 40)] * (IMAGES // 2)

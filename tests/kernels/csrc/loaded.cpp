@@ -55,8 +55,8 @@ void run(const char* name, Args... args) {
 Flow known(const Flow& flow) {
   Flow copy = flow;
   copy.version = call<int64_t>("fastmaf_version") + 1;
-  if (call<int>("fastmaf_flow_inverse", static_cast<const Flow*>(&copy), static_cast<const void*>(nullptr), int64_t{0},
-                static_cast<void*>(nullptr), static_cast<void*>(nullptr), int64_t{1}) != 2)
+  if (call<int>("fastmaf_flow_inverse", static_cast<const Flow*>(&copy), static_cast<const void* const*>(nullptr),
+                static_cast<const void*>(nullptr), int64_t{0}, static_cast<void*>(nullptr), static_cast<void*>(nullptr), int64_t{1}) != 2)
     fail("a struct of another version", "is not refused");
   copy.version -= 1;
   return copy;
@@ -64,14 +64,14 @@ Flow known(const Flow& flow) {
 
 template <int64_t kDtype>
 struct Entry {
-  static void forward(const Flow& flow, const int32_t*, const void* x, int64_t n, void* z, void* ladj, void* saved, void* squares,
-                      int64_t threads) {
+  static void forward(const Flow& flow, const int32_t*, const void* const* terms, const void* x, int64_t n, void* z, void* ladj,
+                      void* saved, void* squares, int64_t threads) {
     const Flow copy = known(flow);
-    run("fastmaf_flow_forward", &copy, x, n, z, ladj, saved, squares, threads);
+    run("fastmaf_flow_forward", &copy, terms, x, n, z, ladj, saved, squares, threads);
   }
-  static void inverse(const Flow& flow, const void* z, int64_t n, void* x, void* ladj, int64_t threads) {
+  static void inverse(const Flow& flow, const void* const* terms, const void* z, int64_t n, void* x, void* ladj, int64_t threads) {
     const Flow copy = known(flow);
-    run("fastmaf_flow_inverse", &copy, z, n, x, ladj, threads);
+    run("fastmaf_flow_inverse", &copy, terms, z, n, x, ladj, threads);
   }
   static void backward(const Flow& flow, const void* grad_z, const void* grad_ladj, const void* saved, int64_t n, void* grad_x,
                        void* const* grad_biases, const Target* targets, int64_t threads) {
@@ -89,7 +89,8 @@ struct Entry {
                                 const Target& target, int64_t threads) {
     run("fastmaf_layer_backward", kDtype, &layer, &source, x, n, grad_x, grad_bias, &target, threads);
   }
-  static constexpr Kernels kernels() { return {forward, inverse, backward, linear, affine, backward_of_layer}; }
+  static bool has_matrix_unit() { return kDtype == kBfloat16 && call<bool>("fastmaf_uses_matrix_unit"); }
+  static constexpr Kernels kernels() { return {forward, inverse, backward, linear, affine, backward_of_layer, has_matrix_unit}; }
 };
 
 }  // namespace
