@@ -43,8 +43,10 @@ def _affine_output_fwd_kernel(
     j = block * BLOCK_J + tl.arange(0, BLOCK_J)
     sample = first + tl.arange(0, BLOCK_N)
     if LANES:
-        k_end = common.whole_vectors(k_end, hidden)
-        out = few_samples.product(h_ptr, first, n, hidden, w_ptr, before, 0, k_end, BLOCK_N, BLOCK_K, TILES)
+        out = few_samples.product(
+            h_ptr, first, n, hidden, w_ptr, before, 0, k_end, common.whole_vectors(k_end, hidden),
+            BLOCK_N, BLOCK_K, TILES,
+        )  # fmt: skip
     else:
         base, width = common.panels_of(panels_ptr, j, 2 * features, BLOCK_J)
         out = common.product(

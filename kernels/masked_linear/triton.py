@@ -46,8 +46,10 @@ def _masked_linear_fwd_kernel(
     row_ok = j < out_features
     sample = first + tl.arange(0, BLOCK_N)
     if LANES:
-        k_end = common.whole_vectors(k_end, in_features)
-        y = few_samples.product(x_ptr, first, n, in_features, w_ptr, before, k_begin, k_end, BLOCK_N, BLOCK_K, TILES)
+        y = few_samples.product(
+            x_ptr, first, n, in_features, w_ptr, before, k_begin, k_end, common.whole_vectors(k_end, in_features),
+            BLOCK_N, BLOCK_K, TILES,
+        )  # fmt: skip
     else:
         base, width = common.panels_of(panels_ptr, j, out_features, BLOCK_J)
         y = common.product(
@@ -106,7 +108,9 @@ def shape_of(like: Tensor, n: int, dtype: torch.dtype = torch.float32, whole: bo
         return Shape(samples, one.rows, one.columns, programs, options)
     tiles = max(1, one.stages * dtype.itemsize // 4)  # the tiles of a stage are loaded together, 16 bytes a thread
     options |= {"BLOCK_J": PANEL, "BLOCK_K": one.columns // tiles, "TILES": tiles, "num_stages": 1}
-    resident = one.programs_per_sm if dtype.itemsize > 1 or n <= 1 else one.programs_per_sm * 5 // 6  # unpacking, again
+    resident = one.programs_per_sm
+    if dtype.itemsize == 1 and n > 1:  # unpacking, again
+        resident = max(1, resident * 5 // 6)
     options["maxnreg"] = common.all_registers(one.warps, resident)
     return Shape(samples, PANEL, one.columns, programs, options)
 
