@@ -227,8 +227,7 @@ class _Clock:
         if one.opcode.startswith("LDGDEPBAR"):
             return max(0.0, self.copies - self.now)
         if one.kind in ("load_global", "copy_async", "load_local"):
-            # Weights and moments are loaded 16 bytes at a time (``proofs``); the rest was written by the kernel before.
-            return self.load if one.size >= 16 else self.card.near
+            return self.load if one.size >= 8 else self.card.near
         if one.kind.startswith("store"):
             return 12
         return self.card.latency.get(one.kind, 16)
