@@ -41,21 +41,26 @@ def _affine_output_fwd_kernel(
     block, _, k_end, _, before = common.forward_item(item)
     first = tl.program_id(0) % tiles * BLOCK_N
     j = block * BLOCK_J + tl.arange(0, BLOCK_J)
-    row_ok = j < 2 * features
     sample = first + tl.arange(0, BLOCK_N)
     if LANES:
-        out = few_samples.product(h_ptr, first, n, hidden, w_ptr, before, 0, k_end, BLOCK_N, BLOCK_K, TILES)
+        out = few_samples.product(
+            h_ptr, first, n, hidden, w_ptr, before, 0, k_end, common.whole_vectors(k_end, hidden),
+            BLOCK_N, BLOCK_K, TILES,
+        )  # fmt: skip
     else:
         base, width = common.panels_of(panels_ptr, j, 2 * features, BLOCK_J)
         out = common.product(
             h_ptr, sample, sample < n, hidden, w_ptr, base, width, 0, common.whole_vectors(k_end, hidden),
             BLOCK_N, BLOCK_J, BLOCK_K, PRECISION,
         )  # fmt: skip
-    out *= weight_scale
-    out += tl.load(bias_ptr + j, mask=row_ok, other=0.0)[None, :]
-    shift, u = tl.split(tl.reshape(out, [BLOCK_N, BLOCK_J // 2, 2]))
+    shift, u = tl.split(tl.reshape(out * weight_scale, [BLOCK_N, BLOCK_J // 2, 2]))
     d = block * (BLOCK_J // 2) + tl.arange(0, BLOCK_J // 2)
     ok = (sample < n)[:, None] & (d < features)[None, :]
+    # For each sample anew: loads of one number a thread, whose layout is then that of all that follows. The sums have
+    # copies in many threads.
+    of_bias = bias_ptr + 2 * d[None, :] + tl.zeros([BLOCK_N, 1], tl.int32)
+    shift += tl.load(of_bias, mask=ok, other=0.0)
+    u += tl.load(of_bias + 1, mask=ok, other=0.0)
     at = tl.arange(0, BLOCK_N)[:, None] * features + d[None, :]
     row = (tl.full([], 0, tl.int64) + first) * features  # 64 bits once, not in the registers of every number
     x_ptr, z_ptr, log_scale_ptr = x_ptr + row, z_ptr + row, log_scale_ptr + row

@@ -46,7 +46,10 @@ def _masked_linear_fwd_kernel(
     row_ok = j < out_features
     sample = first + tl.arange(0, BLOCK_N)
     if LANES:
-        y = few_samples.product(x_ptr, first, n, in_features, w_ptr, before, k_begin, k_end, BLOCK_N, BLOCK_K, TILES)
+        y = few_samples.product(
+            x_ptr, first, n, in_features, w_ptr, before, k_begin, k_end, common.whole_vectors(k_end, in_features),
+            BLOCK_N, BLOCK_K, TILES,
+        )  # fmt: skip
     else:
         base, width = common.panels_of(panels_ptr, j, out_features, BLOCK_J)
         y = common.product(
@@ -80,11 +83,14 @@ class Shape(NamedTuple):
     options: dict[str, Any]
 
 
-def shape_of(like: Tensor, n: int, dtype: torch.dtype = torch.float32) -> Shape:
-    """Returns how ``product`` is launched for ``n`` samples and weights of a dtype."""
+def shape_of(like: Tensor, n: int, dtype: torch.dtype = torch.float32, whole: bool = False) -> Shape:
+    """Returns how ``product`` is launched for ``n`` samples and weights of a dtype, of which it may be known that a
+    program takes all columns of a panel.
+    """
     table, sms, precision = common.target(like)
     lanes = n <= MOST_LANES
-    one = table.lanes if n <= 1 else table.few if lanes else table.dot
+    few = table.whole if whole else table.lanes if n <= 1 else table.few
+    one = few if lanes else table.dot
     most = table.most_samples if dtype == torch.float32 else min(32, table.most_samples)  # unpacking takes registers
     # Of bytes a thread loads 16 weights at once, whose sums for eight samples would take all registers.
     most_lanes = MOST_LANES if dtype.itemsize > 1 else MOST_LANES // 2
@@ -102,7 +108,9 @@ def shape_of(like: Tensor, n: int, dtype: torch.dtype = torch.float32) -> Shape:
         return Shape(samples, one.rows, one.columns, programs, options)
     tiles = max(1, one.stages * dtype.itemsize // 4)  # the tiles of a stage are loaded together, 16 bytes a thread
     options |= {"BLOCK_J": PANEL, "BLOCK_K": one.columns // tiles, "TILES": tiles, "num_stages": 1}
-    resident = one.programs_per_sm if dtype.itemsize > 1 or n <= 1 else one.programs_per_sm * 5 // 6  # unpacking, again
+    resident = one.programs_per_sm
+    if dtype.itemsize == 1 and n > 1:  # unpacking, again
+        resident = max(1, resident * 5 // 6)
     options["maxnreg"] = common.all_registers(one.warps, resident)
     return Shape(samples, PANEL, one.columns, programs, options)
 
@@ -115,9 +123,10 @@ def forward(x: Tensor, args: LinearArgs) -> Tensor:
 def forward_into(y: Tensor, x: Tensor, args: LinearArgs) -> Tensor:
     """Writes ``forward`` to ``y`` and returns it."""
     (n, in_features), out_features = x.shape, y.shape[1]
-    shape, relu = shape_of(x, n, args.weight.dtype), args.activation == "relu"
+    relu, columns = args.activation == "relu", common.target(x).table.whole.columns
+    whole = n <= MOST_LANES and in_features <= launch_table.MOST_ROUNDS * columns
+    shape = shape_of(x, n, args.weight.dtype, whole)
     panels = work_lists.on_device(args.panels, x.device)
-    whole = shape.options["LANES"] and in_features <= launch_table.MOST_WHOLE
     work = work_lists.forward(args.panels, x.device, shape.rows, shape.columns, 0 if whole else shape.programs)
     split = work.slots > 1
     product_to = x.new_empty(work.slots, n, out_features) if split else y

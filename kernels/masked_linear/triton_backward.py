@@ -38,7 +38,7 @@ def _masked_linear_bwd_kernel(
     exp_avg_ptr, exp_avg_sq_ptr, scalars_ptr, bias_ptr, bias_exp_avg_ptr, bias_exp_avg_sq_ptr, bias_scalars_ptr,
     n, in_features, out_features,
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, NEED_X: tl.constexpr, WEIGHT: tl.constexpr, BIAS_ADAM: tl.constexpr,
-    LANES: tl.constexpr, MANY: tl.constexpr, PRECISION: tl.constexpr,
+    BIAS_ROWS: tl.constexpr, LANES: tl.constexpr, MANY: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """NEED_X and WEIGHT in one pass are for LANES without MANY, which has all samples in BLOCK_N. NEED_X alone has a
     program per tile of samples. g_t is g transposed, or None with LANES.
@@ -49,7 +49,10 @@ def _masked_linear_bwd_kernel(
     column, begin, end, slot = tl.load(item), tl.load(item + 1), tl.load(item + 2), tl.load(item + 3)
     column = tl.multiple_of(column, BLOCK_K)
     k = column + tl.arange(0, BLOCK_K)
-    k_ok = k < in_features
+    k_ok = (k >= 0) & (k < in_features)
+    if WEIGHT != "none":  # a program of the bias has rows, and no column
+        first_row, end_row = begin, tl.where(column < 0, tl.minimum(end, out_features), begin)
+        end = tl.where(column < 0, begin, end)
     first = tl.program_id(0) % tiles * BLOCK_N
     panel = tl.load(panels_ptr + begin, mask=begin < end, other=0)
     panel_end = tl.load(panels_ptr + begin + 1, mask=begin < end, other=0)
@@ -76,7 +79,6 @@ def _masked_linear_bwd_kernel(
         if WEIGHT != "none":
             prefix = tl.load(prefix_ptr + j, mask=row_ok, other=0).to(tl.int32)
         grad_w = tl.zeros([BLOCK_K, 16], tl.float32)
-        grad_bias = tl.zeros([16], tl.float32)
         if LANES and not MANY:
             g = few_samples.rows_of(g_ptr, n, out_features, j, row_ok, BLOCK_N)
             if NEED_X:
@@ -114,23 +116,25 @@ def _masked_linear_bwd_kernel(
                 tl.store(w_ptr + at, w, mask=stored)
                 tl.store(exp_avg_ptr + at, m, mask=stored)
                 tl.store(exp_avg_sq_ptr + at, v, mask=stored)
-            if column == 0:
-                for of_bias in range(0, n, 8):
-                    offset = (tl.full([], 0, tl.int64) + of_bias) * out_features
-                    grad_bias += few_samples.total(
-                        few_samples.rows_of(g_ptr + offset, n - of_bias, out_features, j, row_ok, 8)
-                    )
-                if BIAS_ADAM:
-                    b = tl.load(bias_ptr + j, mask=row_ok, other=0.0)
-                    bm = tl.load(bias_exp_avg_ptr + j, mask=row_ok, other=0.0)
-                    bv = tl.load(bias_exp_avg_sq_ptr + j, mask=row_ok, other=0.0)
-                    f, ridge, d, r1, b2, r2, s, r, e = triton_step.scalars(bias_scalars_ptr)
-                    b, bm, bv = triton_step.step(b, bm, bv, grad_bias, f, ridge, d, r1, b2, r2, s, r, e)
-                    tl.store(bias_ptr + j, b, mask=row_ok)
-                    tl.store(bias_exp_avg_ptr + j, bm, mask=row_ok)
-                    tl.store(bias_exp_avg_sq_ptr + j, bv, mask=row_ok)
-                else:
-                    tl.store(grad_bias_ptr + j, grad_bias, mask=row_ok)
+    if WEIGHT != "none":
+        for start in range(first_row, end_row, BIAS_ROWS):
+            j = start + tl.arange(0, BIAS_ROWS)
+            row_ok = j < end_row
+            grad_bias = tl.zeros([BIAS_ROWS], tl.float32)
+            for of_bias in range(0, n, 8):
+                rows = g_ptr + (tl.full([], 0, tl.int64) + of_bias) * out_features
+                grad_bias += few_samples.total(few_samples.rows_of(rows, n - of_bias, out_features, j, row_ok, 8))
+            if BIAS_ADAM:
+                b = tl.load(bias_ptr + j, mask=row_ok, other=0.0)
+                bm = tl.load(bias_exp_avg_ptr + j, mask=row_ok, other=0.0)
+                bv = tl.load(bias_exp_avg_sq_ptr + j, mask=row_ok, other=0.0)
+                f, ridge, d, r1, b2, r2, s, r, e = triton_step.scalars(bias_scalars_ptr)
+                b, bm, bv = triton_step.step(b, bm, bv, grad_bias, f, ridge, d, r1, b2, r2, s, r, e)
+                tl.store(bias_ptr + j, b, mask=row_ok)
+                tl.store(bias_exp_avg_ptr + j, bm, mask=row_ok)
+                tl.store(bias_exp_avg_sq_ptr + j, bv, mask=row_ok)
+            else:
+                tl.store(grad_bias_ptr + j, grad_bias, mask=row_ok)
     if NEED_X:
         found = tl.trans(tl.reshape(tl.sum(few_samples.stacked(sums), 1), [BLOCK_K, BLOCK_N]) if LANES else grad_x)
         sample = first + tl.arange(0, BLOCK_N)
@@ -180,7 +184,10 @@ def products(
     resident = one.programs_per_sm if few or not lanes else min(2, one.programs_per_sm)  # a loop over samples has more
     programs = common.cdiv(sms * resident, max(1, common.cdiv(n, samples)) if mode == "none" else 1)
     panels = work_lists.on_device(args.panels, x.device)
-    work = work_lists.backward(args.panels, x.device, in_features, PANEL, one.columns, programs)
+    bias_rows = 4 * 32 * one.warps  # 16 bytes a thread
+    work = work_lists.backward(
+        args.panels, x.device, in_features, PANEL, one.columns, programs, bias_rows if mode != "none" else 0
+    )
     partial = x.new_empty(work.slots if need_x else 0, n, in_features)
     grad_bias = x.new_empty(out_features if mode != "none" and bias_step is None else 0)
     g_t = g.t().contiguous() if need_x and not few else None  # the right operand of a matrix product
@@ -195,7 +202,7 @@ def products(
         g, g_t, x, weight, panels, args.prefix, work.items, partial, grad_w, grad_bias, *adam,
         args.bias if bias_step is not None else None, *bias_adam, n, in_features, out_features,
         BLOCK_N=samples, BLOCK_K=one.columns, NEED_X=need_x, WEIGHT=mode, BIAS_ADAM=bias_step is not None,
-        LANES=lanes, MANY=n > MOST_LANES, PRECISION="ieee" if lanes else precision,
+        BIAS_ROWS=bias_rows, LANES=lanes, MANY=n > MOST_LANES, PRECISION="ieee" if lanes else precision,
         num_warps=one.warps, num_stages=one.stages,
         maxnreg=common.all_registers(one.warps, resident if lanes else 1),
     )  # fmt: skip

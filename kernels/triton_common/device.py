@@ -23,6 +23,7 @@ WEIGHT_TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, BYTE: tl
 # 2 to the difference of the biases of exponents, 127 of float32 and 7 of float8_e4m3fn.
 _FLOAT8_FACTOR = tl.constexpr(2.0**120)
 _FLOAT8_BITS = tl.constexpr(0x87F0_0000 - 2**32)  # of an int32: the sign, and 7 bits from the fourth on
+_INTERPRETED = tl.constexpr(launch_table.take_cpu_tensors())  # which has no machine instructions
 
 
 class Target(NamedTuple):
@@ -154,6 +155,25 @@ def matmul(a, b, acc, PRECISION: tl.constexpr):
 def tf32(x):
     """Rounds to the 11 bits of TF32."""
     return ((x.to(tl.int32, bitcast=True) + 0x1000) & -0x2000).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def fast_root(x):
+    """The square root of normal numbers within a unit in the last place; subnormal ones are taken for zero.
+
+    Triton's own has three more instructions for those.
+    """
+    if _INTERPRETED:
+        return tl.sqrt(x)
+    return tl.inline_asm_elementwise("sqrt.approx.ftz.f32 $0, $1;", "=f,f", [x], tl.float32, True, 1)
+
+
+@triton.jit
+def fast_reciprocal(x):
+    """1 / x within a unit in the last place, where neither is subnormal: those are taken for zero."""
+    if _INTERPRETED:
+        return 1.0 / x
+    return tl.inline_asm_elementwise("rcp.approx.ftz.f32 $0, $1;", "=f,f", [x], tl.float32, True, 1)
 
 
 @triton.jit

@@ -27,25 +27,33 @@ def stacked(parts):
 
 @triton.jit
 def product(
-    x_ptr, first, n, stride, w_ptr, start, k_begin, k_end,
+    x_ptr, first, n, stride, w_ptr, start, k_begin, k_end, x_end,
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, TILES: tl.constexpr,
 ):  # fmt: skip
     """The product x Wᵀ of a panel, whose column 0 is number ``start``, over columns k_begin..k_end.
 
-    For the samples from ``first`` on: ``[BLOCK_N, 16]``, of which those beyond n have no meaning.
+    For the samples from ``first`` on: ``[BLOCK_N, 16]``, of which those beyond n have no meaning. Inputs are loaded up
+    to column x_end, which is ``whole_vectors`` of k_end where those beyond it have been written.
     """
     base = start.to(tl.int64) * 16 + tl.arange(0, 16)
     end = tl.zeros([16], tl.int32) + k_end
     sums = ()
     for _ in tl.static_range(BLOCK_N):
         sums = sums + (tl.zeros([BLOCK_K, 16], tl.float32),)  # type: ignore[assignment]
+    # Of two tiles of float32 a thread has columns side by side, and loads both inputs at once. Fewer bits have so many
+    # columns in a tile that the compiler would give their inputs a layout of their own.
+    PAIR: tl.constexpr = 2 if TILES > 1 and w_ptr.dtype.element_ty == tl.float32 else 1
     for begin in range(k_begin, k_end, BLOCK_K * TILES):
+        k = begin + tl.arange(0, BLOCK_K) * PAIR
         tiles = ()
         for t in tl.static_range(TILES):  # all loads before the first use
-            tiles = tiles + (common.weights(w_ptr, base, end, begin + t * BLOCK_K + tl.arange(0, BLOCK_K)),)  # type: ignore[assignment]
-        for t in tl.static_range(TILES):
-            k = begin + t * BLOCK_K + tl.arange(0, BLOCK_K)
-            sums = _add_products(sums, tiles[t], x_ptr, first, n, stride, k, k < k_end, BLOCK_N)
+            tiles = tiles + (common.weights(w_ptr, base, end, k + (t // PAIR * PAIR * BLOCK_K + t % PAIR)),)  # type: ignore[assignment]
+        for t in tl.static_range(0, TILES, PAIR):
+            columns = k + t * BLOCK_K
+            if PAIR == 2:
+                sums = _add_pairs(sums, tiles[t], tiles[t + 1], x_ptr, first, n, stride, columns, x_end, BLOCK_N)
+            else:
+                sums = _add_products(sums, tiles[t], x_ptr, first, n, stride, columns, columns < x_end, BLOCK_N)
     return tl.trans(tl.reshape(tl.sum(stacked(sums), 0), [16, BLOCK_N]))
 
 
@@ -55,6 +63,17 @@ def _add_products(sums, w, x_ptr, first, n, stride, k, ok, BLOCK_N: tl.constexpr
     for i in tl.static_range(BLOCK_N):
         row = x_ptr + tl.minimum(first + i, n - 1).to(tl.int64) * stride
         added = added + (sums[i] + w * tl.load(row + k, mask=ok, other=0.0)[:, None],)  # type: ignore[assignment]
+    return added
+
+
+@triton.jit
+def _add_pairs(sums, w0, w1, x_ptr, first, n, stride, k, x_end, BLOCK_N: tl.constexpr):
+    both = k[:, None] + tl.arange(0, 2)[None, :]
+    added = ()
+    for i in tl.static_range(BLOCK_N):
+        row = x_ptr + tl.minimum(first + i, n - 1).to(tl.int64) * stride
+        x0, x1 = tl.split(tl.load(row + both, mask=both < x_end, other=0.0))
+        added = added + (sums[i] + w0 * x0[:, None] + w1 * x1[:, None],)  # type: ignore[assignment]
     return added
 
 

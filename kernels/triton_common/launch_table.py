@@ -38,6 +38,7 @@ class Table(NamedTuple):
     Attributes:
         lanes: ``product`` of one sample: a stream of weights, a few per thread, summed across threads at the end.
         few: the same of up to ``MOST_LANES`` samples, which share each load of the weights.
+        whole: the same where a program takes all columns of a panel, as there are few.
         dot: ``product`` of more samples, by matrix products.
         backward: gradients of a tile of weights, with or without Adam, and of inputs, without matrix products.
         backward_many: the same by matrix products: gradients of inputs from more than ``MOST_LANES`` samples, of
@@ -49,6 +50,7 @@ class Table(NamedTuple):
 
     lanes: Launch
     few: Launch
+    whole: Launch
     dot: Launch
     backward: Launch
     backward_many: Launch
@@ -62,14 +64,15 @@ FEW = 16
 MOST_LANES = 8
 # Samples of one matrix product for a gradient of weights: TF32 units cut their sums off after every few terms.
 MOST_SUMMED = 32
-# As many columns take a program less time than it takes to launch a second kernel, which would add up partial sums.
-MOST_WHOLE = 128
+# So many rounds of ``whole`` take less time than it takes to launch a second kernel, which would add up partial sums.
+MOST_ROUNDS = 2
 
 # 6 SMs and no asynchronous copies, so the loads of many resident programs hide the latency; 48 KB shared.
 _PASCAL = Table(
     # One warp: no barriers, and its threads are summed in three steps. Loads in flight: 4 to 8 KB a warp.
     lanes=Launch(16, 128, warps=1, stages=16, programs_per_sm=16),
     few=Launch(16, 64, warps=1, stages=8, programs_per_sm=12),  # with 16, the sums of 8 samples spill
+    whole=Launch(16, 64, warps=1, stages=8, programs_per_sm=12),
     dot=Launch(64, 32, programs_per_sm=8),  # 64 rows share each load of the samples; 4 programs fit an SM
     backward=Launch(16, 64, programs_per_sm=3),  # 12 KB in flight a program; with a fourth, registers spill
     backward_many=Launch(16, 32, programs_per_sm=4),  # the sums of 64 samples fill the registers; 64 columns spill
@@ -81,6 +84,7 @@ _PASCAL = Table(
 _TURING = _PASCAL._replace(dot=Launch(64, 32, programs_per_sm=4))
 # With Ada; asynchronous copies into shared memory of the next tiles of a matrix product.
 _AMPERE = _PASCAL._replace(
+    whole=Launch(16, 512, warps=8, stages=8, programs_per_sm=1),  # a layer of 512 units has 32 programs
     # Two warps: with four, Hopper takes units whose right operand must be transposed, against shared memory's banks.
     dot=Launch(64, 16, warps=2, stages=4, programs_per_sm=4),  # three tiles of 8 KB on their way
     backward=Launch(16, 64, programs_per_sm=4),  # 48 KB in flight on a multiprocessor

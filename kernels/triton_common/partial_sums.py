@@ -8,6 +8,9 @@ from torch import Tensor
 
 from fastmaf.kernels.triton_common import device as common
 
+# A thread adds up so many sums of a column by itself; more are shared by several. Twelve take 70 registers of Turing.
+MOST_IN_A_THREAD = tl.constexpr(8)
+
 
 @triton.jit
 def _sum_slots_kernel(
@@ -23,10 +26,16 @@ def _sum_slots_kernel(
     count = tl.load(counts_ptr + c, mask=ok, other=0)
     at = sample * features + c
     y = tl.zeros([BLOCK_C], tl.float32)
-    for start in range(0, tl.max(count, 0), BLOCK_S):
-        slot = start + tl.arange(0, BLOCK_S)
-        from_ = partial_ptr + slot.to(tl.int64)[:, None] * n * features + at[None, :]
-        y += tl.sum(tl.load(from_, mask=(slot[:, None] < count[None, :]) & ok[None, :], other=0.0), 0)
+    if BLOCK_S <= MOST_IN_A_THREAD:
+        count = tl.max_constancy(count, 16)  # a panel's, or one of a chunk of columns: 16 bytes are loaded at once
+        for slot in tl.static_range(BLOCK_S):
+            from_ = partial_ptr + tl.full([], slot, tl.int64) * n * features + at
+            y += tl.load(from_, mask=ok & (slot < count), other=0.0)
+    else:
+        for start in range(0, tl.max(count, 0), BLOCK_S):
+            slot = start + tl.arange(0, BLOCK_S)
+            from_ = partial_ptr + slot.to(tl.int64)[:, None] * n * features + at[None, :]
+            y += tl.sum(tl.load(from_, mask=(slot[:, None] < count[None, :]) & ok[None, :], other=0.0), 0)
     if BIAS:
         y += tl.load(bias_ptr + c, mask=ok, other=0.0)
     if RELU:
@@ -51,19 +60,21 @@ def sum_slots(
     """Adds up partial sums ``[slots, N, C]`` into ``out`` ``[N, C]``, which it returns.
 
     Args:
-        counts: int32 ``[C]``, how many of them each column has.
+        counts: int32 ``[C]``, how many of them each column has: one number for each 16 columns from a multiple of 16.
         bias: ``[C]``, added; then a ReLU, if ``relu``.
         act: ``[N, C]``, a ReLU's value: only where it is positive does the sum pass.
         add: ``[N, C]``, added last.
     """
     n, features = out.shape
-    slots = common.power_of_two(partial.numel() // max(1, out.numel()), 1, 128)  # all of a column in one round
-    columns = 32 if slots > 8 else 128 if slots > 1 else 256
+    slots = partial.numel() // max(1, out.numel())
+    few = slots <= MOST_IN_A_THREAD.value
+    slots = slots if few else common.power_of_two(slots, 1, 128)  # all of a column in one round
+    columns = 128 if few else 32
     common.launch(
         _sum_slots_kernel,
         n * common.cdiv(features, columns),
         partial, counts, bias, act, add, out, n, features,
         BLOCK_S=slots, BLOCK_C=columns, BIAS=bias is not None, RELU=relu, MASK=act is not None, ADD=add is not None,
-        num_warps=4 if slots > 4 else 1,
+        num_warps=1 if few else 4,
     )  # fmt: skip
     return out

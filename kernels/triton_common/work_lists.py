@@ -58,28 +58,39 @@ def forward(panels: Tensor, device: torch.device, block_rows: int, block_columns
 
 
 def backward(
-    panels: Tensor, device: torch.device, in_features: int, block_rows: int, block_columns: int, programs: int
+    panels: Tensor,
+    device: torch.device,
+    in_features: int,
+    block_rows: int,
+    block_columns: int,
+    programs: int,
+    bias_rows: int = 0,
 ) -> Work:
     """Cuts a weight into chunks of columns, about ``programs`` of them, or one per chunk of columns where these are
     more.
 
-    An item is (first column, first block of rows, end block, slot of its partial sum over rows). The items of column 0
-    cover every row, those that see nothing too.
+    An item is (first column, first block of rows, end block, slot of its partial sum over rows). With ``bias_rows``,
+    items of so many numbers of the bias come last: (a negative column, first row, end row, 0).
     """
 
     def make() -> Work:
         ends = _ends(panels, block_rows)
         chunks = range(0, in_features, block_columns)
-        firsts = [0 if c == 0 else next((b for b, end in enumerate(ends) if end > c), len(ends)) for c in chunks]
+        firsts = [next((b for b, end in enumerate(ends) if end > c), len(ends)) for c in chunks]
         segment = _segment(sum(len(ends) - first for first in firsts), len(chunks), programs)
         items, counts = [], torch.zeros(in_features, dtype=torch.int32, device="cpu")
         for column, first in zip(chunks, firsts, strict=True):
             starts = range(first, max(len(ends), first + 1), segment)
             items += [(column, start, min(start + segment, len(ends)), slot) for slot, start in enumerate(starts)]
             counts[column : column + block_columns] = len(starts)
-        return _work(items, [end - start for _, start, end, _ in items], counts, device)
+        costs = [end - start for _, start, end, _ in items]
+        rows = len(ends) * block_rows
+        of_bias = [(-block_columns, row, min(row + bias_rows, rows), 0) for row in range(0, rows, bias_rows or rows)]
+        if bias_rows:
+            items, costs = items + of_bias, costs + [0] * len(of_bias)
+        return _work(items, costs, counts, device)
 
-    return cached(panels, ("backward", device, in_features, block_rows, block_columns, programs), make)
+    return cached(panels, ("backward", device, in_features, block_rows, block_columns, programs, bias_rows), make)
 
 
 def _ends(panels: Tensor, block_rows: int) -> list[int]:

@@ -98,10 +98,12 @@ def set_launch(
         rows, columns = max(rows, 16), max(columns, 16)
         warps = 8 if rows > 16 else 4
     one = Launch(rows, columns, warps=warps, programs_per_sm=programs)
+    pairs = one._replace(stages=min(2, columns))  # as all tables have it: a thread's columns side by side
+    solve = Launch(16, 8, warps=warps, programs_per_sm=1)
     for key in launch_table.TABLES:
-        table = Table(one, one, one, one, one, most_samples, solve=Launch(16, 8, warps=warps, programs_per_sm=1))
+        table = Table(pairs, pairs, one, one, one, one, most_samples, solve)
         monkeypatch.setitem(launch_table.TABLES, key, table)
-    monkeypatch.setattr(launch_table, "MOST_WHOLE", 0)  # few columns are split as well
+    monkeypatch.setattr(launch_table, "MOST_ROUNDS", 0)  # few columns are split as well
 
 
 def same(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:

@@ -87,7 +87,10 @@ def _panel_ahead_kernel(
     w_ptr = weight_pointer(layers_ptr, tl.load(item), W_TYPE, ALIGNED)
     if LANES:
         columns, place = tl.load(item + 1).to(tl.int32), tl.load(item + _ITEM)
-        sums = few_samples.product(below, first, n, stride, w_ptr, place, 0, columns, BLOCK_N, BLOCK_K, TILES)
+        # Columns beyond the finished ones have not been written.
+        sums = few_samples.product(
+            below, first, n, stride, w_ptr, place, 0, columns, columns, BLOCK_N, BLOCK_K, TILES,
+        )  # fmt: skip
         _store_sums(sums, to_ptr, sample, n, layers_ptr, item, 16)
     elif of_group:  # one panel
         panel = _matrix_product(below, stride, sample, n, w_ptr, item, BLOCK_N, 16, BLOCK_K, PANELS, PRECISION)

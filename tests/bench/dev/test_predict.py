@@ -132,6 +132,11 @@ def test_the_stated_uncertainty_is_that_of_the_committed_rows() -> None:
     assert {tuple(row[:4]) for row in rows} == {(*row[1:4], row[5]) for row in measured if row[0] == "after"}
     ratios = [float(row[3]) / float(row[4]) for row in rows]
     assert (round(min(ratios), 2), round(max(ratios), 2)) == predict.MEASURED
+    later = (ROOT / "bench" / "results" / "gpu-h200-predicted.csv").read_text().splitlines()
+    times = [line.split(",") for line in (ROOT / "bench" / "results" / "gpu-h200.csv").read_text().splitlines()]
+    rows = [line.split(",") for line in later if not line.startswith("#")][1:]
+    assert {tuple(row[:4]) for row in rows} <= {tuple(row[:4]) for row in times}
+    assert all(predict.MEASURED[0] <= round(float(row[3]) / float(row[4]), 2) <= predict.MEASURED[1] for row in rows)
 
 
 _REPORT = """

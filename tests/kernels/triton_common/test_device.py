@@ -134,12 +134,13 @@ def test_log_determinants_are_summed_in_more_than_float32(device: str) -> None:
 @pytest.mark.parametrize("slots, features", [(1, 300), (3, 37), (70, 37)])
 @pytest.mark.parametrize("bias, relu, act, add", [(0, 0, 0, 0), (1, 1, 0, 0), (1, 0, 0, 0), (0, 0, 1, 0), (0, 0, 0, 1)])
 def test_partial_sums(device: str, slots: int, features: int, bias: bool, relu: bool, act: bool, add: bool) -> None:
-    """Columns of different counts; what is no partial sum of a column holds NaN."""
+    """Panels of different counts; what is no partial sum of a column holds NaN."""
     from fastmaf.kernels.masked_linear import triton as triton_kernel
 
     n = 3
-    counts = torch.randint(0, slots + 1, (features,), generator=generator(slots)).clamp_(max=slots)
-    counts[0] = slots
+    of_panels = torch.randint(0, slots + 1, (-(-features // 16),), generator=generator(slots))
+    of_panels[0] = slots
+    counts = of_panels.repeat_interleave(16)[:features].contiguous()
     partial = normal(slots, n, features, dtype=F32)
     is_sum = (torch.arange(slots)[:, None] < counts)[:, None, :].expand_as(partial)
     expected = torch.where(is_sum, partial, 0).double().sum(0)

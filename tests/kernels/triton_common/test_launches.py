@@ -36,6 +36,23 @@ def test_the_paths_that_sanitizers_watch_have_several_warps(monkeypatch: pytest.
         assert all(count >= 4 for count in warps.values()), warps
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.uint8], ids=str)
+@pytest.mark.parametrize("capability", launch_table.TABLES)
+def test_products_of_few_samples_fit_on_every_card(capability: int, dtype: torch.dtype) -> None:
+    """A multiprocessor has registers for one program at least, and a thread loads 16 bytes of each tile."""
+    from fastmaf.kernels.masked_linear.triton import shape_of
+    from fastmaf.kernels.triton_common.device import recording
+
+    with recording(capability, 6):
+        for n in range(1, launch_table.MOST_LANES + 1):
+            for whole in (False, True):
+                shape = shape_of(torch.empty(1), n, dtype, whole)
+                options = shape.options
+                assert options["maxnreg"] * 32 * options["num_warps"] <= 65_536 and options["LANES"]
+                assert options["BLOCK_K"] * options["TILES"] == shape.columns
+                assert options["BLOCK_K"] * 16 * dtype.itemsize == 16 * 32 * options["num_warps"]
+
+
 def test_no_launch_takes_an_inverse_through_many_levels() -> None:
     """Windows ends a launch that holds a display's GPU for two seconds, which a whole inverse might on a small card."""
     from fastmaf.kernels.triton_common.device import recording

@@ -77,6 +77,7 @@ def test_backward_items_cover_everything_once(
     layout: PackedLayout, panels: int, block_columns: int, programs: int
 ) -> None:
     work = work_lists.backward(layout.panels, CPU, layout.in_features, 16 * panels, block_columns, programs)
+    with_bias = work_lists.backward(layout.panels, CPU, layout.in_features, 16 * panels, block_columns, programs, 32)
     ends = blocks_of(layout, panels)
     seen, slots = Counter[tuple[int, int]](), Counter[int]()
     for column, start, end, slot in work.items.tolist():
@@ -86,8 +87,8 @@ def test_backward_items_cover_everything_once(
         slots[column] += 1
         assert slot < work.slots
     columns = range(0, layout.in_features, block_columns)
-    # A chunk of columns belongs to the blocks of rows that see any of it; the first one to all, for their biases.
-    expected = {(column, block) for column in columns for block, end in enumerate(ends) if column == 0 or end > column}
+    # A chunk of columns belongs to the blocks of rows that see any of it.
+    expected = {(column, block) for column in columns for block, end in enumerate(ends) if end > column}
     assert set(seen) == expected and set(seen.values()) <= {1}
     assert set(slots) == set(columns), "a column that nobody sees still has a gradient, of zero"
     for column in columns:
@@ -96,6 +97,12 @@ def test_backward_items_cover_everything_once(
         assert (work.counts[column : column + block_columns] == len(own)).all()
     assert work.counts.shape == (layout.in_features,) and work.slots == max(slots.values())
     check_work(work, len(columns), programs, [end - start for _, start, end, _ in work.items.tolist()], 1)
+    # Rows of the bias are items of their own, the last.
+    of_weight, of_bias = with_bias.items.split([len(work.items), len(with_bias.items) - len(work.items)])
+    assert torch.equal(of_weight, work.items) and torch.equal(with_bias.counts, work.counts)
+    assert (of_bias[:, 0] == -block_columns).all()
+    rows = [row for _, start, end, _ in of_bias.tolist() for row in range(start, end)]
+    assert rows == list(range(16 * panels * len(ends)))
 
 
 def check_work(work: work_lists.Work, at_least: int, programs: int, costs: list[int], unit: int) -> None:
