@@ -149,53 +149,64 @@ def _turn(image: ImageFile.ImageFile, kinds: list[str]) -> Image.Transpose | Non
 
 def _load(image: ImageFile.ImageFile, stream: BinaryIO) -> None:
     """Decodes all pixels, or raises."""
-    _make_strict(image)
-    if image.format in ("JPEG", "MPO"):
-        jpeg_scans.load(image, stream)
-        return
-    image.load()
+    unfinished = _make_strict(image)
+    try:
+        if image.format in ("JPEG", "MPO"):
+            jpeg_scans.load(image, stream)
+        else:
+            image.load()
+    except OSError as error:
+        if not unfinished or error.errno is not None:  # damaged rather than cut short, or not read by the system
+            raise
+    if unfinished:
+        raise CutShortError("the image data end before the last pixel")
     if image.format == "PNG" and png_rows.are_missing(stream, image):
         raise CutShortError("the image data end before the last row")
 
 
-def _make_strict(image: ImageFile.ImageFile) -> None:
+def _make_strict(image: ImageFile.ImageFile) -> set[_StrictDecoder]:
     """Makes the decoders of an image raise errors that Pillow can be configured to ignore.
 
     Not needed for compressed TIFFs, for which Pillow always raises.
+
+    Returns:
+        The decoders that have begun and have not met the end of their data: after loading, those of truncated data.
     """
+    unfinished: set[_StrictDecoder] = set()
     if getattr(image, "use_load_libtiff", False):
-        return
+        return unfinished
     tiles = []
     for tile in image.tile:
         codec, extents, offset, args = tile
-        wrapped = (codec, *(args if isinstance(args, tuple) else () if args is None else (args,)))
+        wrapped = (codec, unfinished, *(args if isinstance(args, tuple) else () if args is None else (args,)))
         new: Any = (_STRICT, extents, offset, wrapped)
         tiles.append(type(tile)(*new) if hasattr(tile, "_fields") else new)
     image.tile = tiles
+    return unfinished
 
 
 class _StrictDecoder:
-    """Wraps a decoder of Pillow's to raise on errors and truncated data, whatever Pillow's settings are."""
+    """Wraps a decoder of Pillow's to raise on errors in the data, and to tell whether it met their end.
 
-    def __init__(self, mode: str, codec: str, *args: Any) -> None:
+    It does so whatever Pillow's settings are. ``cleanup`` raises nothing: Pillow calls it after any error, so that an
+    error of its own would replace Ctrl-C, and call a file damaged whose reading was interrupted.
+    """
+
+    def __init__(self, mode: str, codec: str, unfinished: set[_StrictDecoder], *args: Any) -> None:
         self._decoder = Image._getdecoder(mode, codec, args, ())
-        self._ended = False
+        self._unfinished = unfinished
+        unfinished.add(self)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._decoder, name)
 
     def decode(self, data: bytes) -> tuple[int, int]:
         consumed, error = self._decoder.decode(data)
+        if error < 0 or consumed < 0 or self.pulls_fd:
+            self._unfinished.discard(self)
         if error < 0:
-            self._ended = True
             raise OSError(f"decoder error {error}: the image data are damaged")
-        self._ended = self._ended or consumed < 0 or self.pulls_fd
         return consumed, error
-
-    def cleanup(self) -> None:
-        self._decoder.cleanup()
-        if not self._ended:
-            raise CutShortError("the image data end before the last pixel")
 
 
 _STRICT = "fastmaf_strict"

@@ -268,3 +268,44 @@ def test_text_and_profiles_that_unpack_to_a_huge_size_are_refused(tmp_path: Path
     head = {b"zTXt": b"a\0\0", b"iTXt": b"a\0\1\0\0\0", b"iCCP": b"a\0\0"}[kind]
     png(tmp_path / "a.png", b"\0" * 4 * 4, (1, 4), 8, 2, chunk(kind, head + bomb))
     refused(tmp_path / "a.png")
+
+
+# ---- reading is interrupted
+
+
+@pytest.mark.parametrize("form", ["PNG", "JPEG", "progressive", "BMP", "TIFF", "WEBP"])
+def test_ctrl_c_at_any_read_is_not_taken_for_a_damaged_file(form: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    options: dict[str, Any] = {"format": "JPEG", "progressive": True} if form == "progressive" else {"format": form}
+    Image.fromarray(noise(40, 50, 3)).save(content := io.BytesIO(), **options)
+
+    class Interrupted(io.BytesIO):
+        def read(self, size: int | None = -1) -> bytes:
+            nonlocal reads
+            reads += 1
+            if reads == interrupted_at:
+                raise KeyboardInterrupt
+            return super().read(size)
+
+    monkeypatch.setattr("fastmaf.images.image_file.open_regular", lambda path: Interrupted(content.getvalue()))
+    reads = interrupted_at = 0
+    load_image("image", 8)
+    most = reads
+    assert most > 1
+    for number in range(1, most + 1):
+        reads, interrupted_at = 0, number
+        with pytest.raises(KeyboardInterrupt):
+            load_image("image", 8)
+
+
+def test_a_failure_to_read_is_not_taken_for_missing_data(monkeypatch: pytest.MonkeyPatch) -> None:
+    Image.fromarray(noise(400, 500, 3)).save(content := io.BytesIO(), format="BMP")
+
+    class Failing(io.BytesIO):
+        def read(self, size: int | None = -1) -> bytes:
+            if self.tell() > 100_000:
+                raise OSError(5, "Input/output error")
+            return super().read(size)
+
+    monkeypatch.setattr("fastmaf.images.image_file.open_regular", lambda path: Failing(content.getvalue()))
+    with pytest.raises(DataError, match="image: .*Input/output error"):
+        load_image("image", 8)
