@@ -137,7 +137,7 @@ def train(model: Model, data: DataSet, x: Tensor, seed: int, steps: int) -> Run:
 
 
 COLUMNS = ("data", "features", "blocks", "hidden", "steps", "batch", "lr", "model", "seeds", "mean_nll", "std_nll",
-           "training_time", "sampling_time", "about")  # fmt: skip
+           "min_nll", "max_nll", "training_time", "sampling_time", "about")  # fmt: skip
 
 
 def measured(key: str, models: Sequence[str], seeds: int, steps: int | None) -> Iterator[tuple[list[Row], Samples]]:
@@ -176,7 +176,8 @@ def _numbers(runs: dict[str, list[Run]], sampling: dict[str, float], name: str, 
     nlls = [run.nll for run in runs[name]]
     spread = f"{statistics.stdev(nlls):.2g}" if len(nlls) > 1 else ""
     ratio = statistics.median(run.seconds / other.seconds for run, other in zip(runs[name], runs[first], strict=True))
-    return len(nlls), f"{statistics.fmean(nlls):.6g}", spread, f"{ratio:.3g}", f"{sampling[name] / sampling[first]:.3g}"
+    found = f"{statistics.fmean(nlls):.6g}", spread, f"{min(nlls):.6g}", f"{max(nlls):.6g}"
+    return len(nlls), *found, f"{ratio:.3g}", f"{sampling[name] / sampling[first]:.3g}"
 
 
 def draw(key: str, samples: dict[str, Tensor], folder: Path) -> None:

@@ -18,11 +18,12 @@ from fastmaf.images.folders import has_normals
 from fastmaf.images.progress import note
 from fastmaf.io.marks import HISTOGRAM, ROC
 from fastmaf.io.outputs import Output, check_outputs, picture
+from fastmaf.io.wording import errors_of
 from fastmaf.metrics.classes import doubtful, require_both
 from fastmaf.metrics.evaluate import evaluate_scores
 from fastmaf.metrics.plots import nll_hist, roc_curve
 from fastmaf.metrics.result_files import eval_metrics, eval_scores, write_metrics, write_scores
-from fastmaf.metrics.results import Evaluation
+from fastmaf.metrics.results import Evaluation, EvaluationError
 
 SCORES_FILE, METRICS_FILE = "scores.csv", "metrics.json"
 HISTOGRAM_FILE, ROC_FILE = "nll_hist_good_defect.png", "roc_curve.png"
@@ -54,7 +55,7 @@ def evaluate(
 
     Raises:
         DataError: a folder or an image cannot be used.
-        EvaluationError: the test set has no normal or no defective images.
+        EvaluationError: the test set has no normal or no defective images, or a score is NaN.
         OutputError: a file in ``out`` that this command did not write would be replaced.
     """
     out = Path(out)
@@ -66,14 +67,15 @@ def evaluate(
     require_both(images.labels, data)
     nll = nll_of(model.flow, images, progress=progress)
     held_out = _held_out(model, data, skip_bad=skip_bad, progress=progress)
-    evaluation = evaluate_scores(
-        nll,
-        images.labels,
-        held_out_nll=None if held_out is None else nll_of(model.flow, held_out, progress=progress),
-        false_alarm=false_alarm,
-        seed=seed,
-        features=model.flow.features,
-    )
+    with errors_of(model.path, EvaluationError):
+        evaluation = evaluate_scores(
+            nll,
+            images.labels,
+            held_out_nll=None if held_out is None else nll_of(model.flow, held_out, progress=progress),
+            false_alarm=false_alarm,
+            seed=seed,
+            features=model.flow.features,
+        )
     write_scores(out / SCORES_FILE, images.paths, images.labels, nll, evaluation, model.flow.features)
     write_metrics(out / METRICS_FILE, evaluation, {"model": model.path.name, **(extra or {})})
     thresholds = {report.name: report.threshold for report in (evaluation.youden, evaluation.held_out) if report}

@@ -7,6 +7,7 @@ import dataclasses
 import warnings
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import torch
 
@@ -20,7 +21,9 @@ from fastmaf.training.workspace import allocate_work_buffers
 _RESERVE = 1.05
 
 
-def check_fits(config: TrainConfig, device: torch.device, *, images: int, resume: bool = False) -> None:
+def check_fits(
+    config: TrainConfig, device: torch.device, *, images: int, resume: bool = False, shards: int = 1
+) -> None:
     """Checks that a run fits into memory; does nothing if the available memory is unknown.
 
     Args:
@@ -28,13 +31,14 @@ def check_fits(config: TrainConfig, device: torch.device, *, images: int, resume
         device: where it trains.
         images: number of images to train on, which limits the batch size.
         resume: whether the run continues from a checkpoint.
+        shards: among how many processes the optimiser's moments are split.
 
     Raises:
         DoesNotFitError: it does not fit; the message names the largest batch size that fits or, if not even one image
             does, the largest number of blocks.
     """
     config = dataclasses.replace(config, batch_size=min(config.batch_size, images))
-    available, needed = available_memory(device), needed_memory(config, device)
+    available, needed = available_memory(device), needed_memory(config, device, shards)
     if available is not None and needed <= available:
         # The estimate does not include the buffers of the BLAS library: they are allocated here, before looking again.
         allocate_work_buffers(_planned(config), config.batch_size, device=device)
@@ -42,7 +46,7 @@ def check_fits(config: TrainConfig, device: torch.device, *, images: int, resume
     if available is None or needed <= available:
         return
     hidden = ",".join(map(str, config.hidden_features))
-    advice = _advice(config, device, available)
+    advice = _advice(config, device, available, shards)
     if resume:
         advice = f"free memory, or start a new run in another --out, as --resume keeps the settings: {advice}"
     raise DoesNotFitError(
@@ -52,10 +56,10 @@ def check_fits(config: TrainConfig, device: torch.device, *, images: int, resume
     )
 
 
-def _advice(config: TrainConfig, device: torch.device, available: int) -> str:
+def _advice(config: TrainConfig, device: torch.device, available: int, shards: int) -> str:
     def fits(blocks: int, batch_size: int) -> bool:
         smaller = dataclasses.replace(config, blocks=blocks, batch_size=batch_size)
-        return needed_memory(smaller, device) <= available
+        return needed_memory(smaller, device, shards) <= available
 
     if batch := _largest(config.batch_size - 1, partial(fits, config.blocks)):
         return f"the largest batch that fits is --batch-size {batch}"
@@ -70,12 +74,18 @@ def _largest(limit: int, fits: Callable[[int], bool]) -> int:
     return bisect.bisect_left(range(1, limit + 1), True, key=lambda n: not fits(n))
 
 
-def needed_memory(config: TrainConfig, device: torch.device) -> int:
-    """Returns the bytes that a run needs on a device, with some reserve, without work buffers of libraries."""
-    clips = config.max_grad_norm is not None
-    estimate = fastmaf.memory_estimate(
-        _planned(config), config.batch_size, update="clip" if clips else "minimize", device=device
-    )
+def needed_memory(config: TrainConfig, device: torch.device, shards: int = 1) -> int:
+    """Returns the bytes that a run needs on a device, with some reserve, without work buffers of libraries.
+
+    Moments that are split count as one share on a GPU, and as a whole on a CPU: the first process gathers them there
+    for a checkpoint.
+    """
+    update: Any = "minimize" if config.max_grad_norm is None else "clip"
+    flow = _planned(config)
+    estimate = fastmaf.memory_estimate(flow, config.batch_size, update=update, device=device)
+    if device.type == "cuda":
+        moments = 2 * sum(parameter.nbytes for parameter in flow.parameters())
+        estimate -= moments - moments // shards
     return int(_RESERVE * estimate)
 
 

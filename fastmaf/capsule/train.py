@@ -58,6 +58,7 @@ def train(
     skip_bad: bool = False,
     device: str = "cpu",
     graphs: bool = True,
+    shard_optimizer: bool = False,
     published: Mapping[int, float] | None = None,
     callbacks: Sequence[Callback] = (),
     progress: bool = True,
@@ -81,6 +82,8 @@ def train(
         skip_bad: skip files that cannot be read instead of stopping.
         device: where to train.
         graphs: on a GPU, replay steps as CUDA graphs where possible; see ``fastmaf.TrainingStep``.
+        shard_optimizer: split the optimiser's moments among the processes; see ``fastmaf.TrainingStep``. A run may be
+            resumed with them split or not, by any number of processes.
         published: NLL of the published run by epoch, drawn beside the curve.
         callbacks: called by the first process after each epoch with ``nll``, ``val_nll`` (if images are held out),
             ``bits_per_dim``, ``seconds`` and ``skipped_steps``.
@@ -114,10 +117,12 @@ def train(
         normals = images.subset(sorted(split[len(held_out) :]))
         if not len(normals):
             raise DataError(f"holding out {config.holdout} of {len(images)} images leaves none to train on")
-        check_fits(config, place, images=len(normals), resume=resume)
+        shards = together.size if shard_optimizer else 1
+        check_fits(config, place, images=len(normals), resume=resume, shards=shards)
         if together.is_first:
             check_disk(out, disk_needed(config))
-        run = TrainingRun(config, out, normals, held_out, place, graphs, published, together, callbacks)
+        sources = normals, held_out
+        run = TrainingRun(config, out, *sources, place, graphs, published, together, callbacks, shard_optimizer)
         if resume:
             run.restore()
         return run.train(progress)

@@ -67,6 +67,7 @@ class TrainingRun:
         published: Mapping[int, float] | None,
         together: Processes,
         callbacks: Sequence[Callback] = (),
+        shard_optimizer: bool = False,
     ) -> None:
         self.config, self.out, self.device, self.published = config, out, device, published
         self._together, self._callbacks = together, callbacks if together.is_first else ()
@@ -77,7 +78,9 @@ class TrainingRun:
         parameters = self.flow.parameters()
         self.optimizer = fastmaf.optim.FusedAdam(parameters, lr=config.lr, process_group=together.group)
         guards = fastmaf.Guards(config.warmup_steps, config.max_grad_norm, config.max_loss_jump)
-        self.step = fastmaf.TrainingStep(self.flow, self.optimizer, guards, graphs=graphs)
+        self.step = fastmaf.TrainingStep(
+            self.flow, self.optimizer, guards, graphs=graphs, shard_optimizer=shard_optimizer
+        )
         self._log_prob = fastmaf.ReplayedLogProb(self.flow) if graphs else self.flow.log_prob
         self.log: list[Row] = []
         self.so_far = _EpochProgress()  # of the epoch after those in the log
@@ -232,18 +235,19 @@ class TrainingRun:
             raise self._stopped(f"the parameters are no longer finite after epoch {len(self.log)}")
         self._together.check()  # what the processes have is brought together
         random = random_states(self.device, self._together)
+        optimizer = self.optimizer.whole_state(keep=self._together.is_first)
         good = len(self.log), self.so_far.batches
         if self._together.is_first:
-            self._write(random)
+            self._write(random, optimizer)
         self._owns_files = True
         self.good_epoch, self._good_steps = good
         self._saved = time.monotonic()
 
-    def _write(self, random: Mapping[str, Tensor]) -> None:
+    def _write(self, random: Mapping[str, Tensor], optimizer: Mapping[Tensor, Mapping[str, Tensor]]) -> None:
         moments = {
             f"{name}/{key}": value
             for name, parameter in self.flow.named_parameters()
-            for key, value in self.optimizer.state.get(parameter, {}).items()
+            for key, value in optimizer.get(parameter, {}).items()
         }
         counters = {"epochs_done": len(self.log), "steps": self.step.steps}
         state = {

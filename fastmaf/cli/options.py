@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import os
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any, NoReturn, get_origin
@@ -109,12 +109,14 @@ def existing_images(arguments: list[str] | None) -> list[str] | None:
     return arguments
 
 
-def options_of(other: Callable[..., None], **defaults: Any) -> Callable[[Any], Any]:
-    """Gives a command the options of another one, some with other defaults.
+def options_of(other: Callable[..., None], without: Sequence[str] = (), **defaults: Any) -> Callable[[Any], Any]:
+    """Gives a command the options of another one but for some, and some with other defaults.
 
     The command's parameters are those that it reads, and those whose annotation replaces the option of this name.
     """
     parameters = dict(inspect.signature(other, eval_str=True).parameters)
+    for name in without:
+        del parameters[name]
     parameters |= {name: parameters[name].replace(default=default) for name, default in defaults.items()}
 
     def decorate(command: Any) -> Any:

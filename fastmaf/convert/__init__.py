@@ -7,9 +7,9 @@ from collections.abc import Callable
 from torch import nn
 
 from fastmaf.convert.converted import ConvertedFlow
+from fastmaf.convert.errors import NotConvertibleError
 from fastmaf.convert.export_nflows import to_nflows
 from fastmaf.convert.export_zuko import to_zuko
-from fastmaf.convert.network import NotConvertibleError
 from fastmaf.convert.nflows import from_nflows
 from fastmaf.convert.normflows import from_normflows
 from fastmaf.convert.parts import kind

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from fastmaf.convert.network import NotConvertibleError
+from fastmaf.convert.errors import NotConvertibleError
 
 SUPPORTED = "relu, leaky_relu, the identity, elu, gelu, silu and tanh"
 

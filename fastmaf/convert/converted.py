@@ -10,8 +10,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from fastmaf.convert.errors import NotConvertibleError
 from fastmaf.convert.evaluation import copied
-from fastmaf.convert.network import NotConvertibleError
 from fastmaf.flows import Flow
 from fastmaf.transforms import ElementwiseAffine, Permutation, Transform
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from fastmaf import hooks
-from fastmaf.convert.network import NotConvertibleError
+from fastmaf.convert.errors import NotConvertibleError
 
 
 @contextmanager

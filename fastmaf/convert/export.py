@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from fastmaf.convert.activations import ACTIVATIONS, Activation
 from fastmaf.convert.converted import ConditionalBlock, ConvertedFlow
-from fastmaf.convert.network import NotConvertibleError
+from fastmaf.convert.errors import NotConvertibleError
 from fastmaf.convert.parts import kind
 from fastmaf.flows import Flow
 from fastmaf.nn import MADE, MaskedLinear

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from fastmaf.convert.converted import ConditionalBlock, ConvertedFlow
+from fastmaf.convert.errors import NotConvertibleError
 from fastmaf.convert.export import DenseLayer, activation_of, finished, layers_of, module_of, parts_of
-from fastmaf.convert.network import NotConvertibleError
 from fastmaf.convert.parts import kind
 from fastmaf.convert.zuko import _Context
 from fastmaf.flows import Flow

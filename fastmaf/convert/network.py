@@ -13,77 +13,13 @@ so residual blocks become hidden layers of more units. Networks of other activat
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from fastmaf.convert.affine import Affine, Term, is_natural
+from fastmaf.convert.errors import NotConvertibleError
 from fastmaf.nn import MADE
-
-
-class NotConvertibleError(ValueError):
-    """A model, or a part of it, has no exact counterpart; the message names it.
-
-    Example:
-        >>> try:
-        ...     fastmaf.accelerate(torch.nn.Linear(2, 2))
-        ... except fastmaf.NotConvertibleError as error:
-        ...     print(error)
-        Linear (of torch.nn.modules.linear) is no flow of nflows, zuko or normflows
-    """
-
-
-class Term(NamedTuple):
-    """``factor`` times ``units`` units of the present layer, from ``start`` on; a number stands for a multiple of I."""
-
-    factor: Tensor | float
-    start: int
-    units: int
-
-
-class Affine(NamedTuple):
-    """An affine function of the units of the present layer.
-
-    Attributes:
-        terms: its summands.
-        bias: ``[size]``.
-        degrees: the largest degree that each entry can see, int64 ``[size]``.
-    """
-
-    terms: list[Term]
-    bias: Tensor
-    degrees: Tensor
-
-    @property
-    def is_plain(self) -> bool:
-        """Whether it consists of multiples of units."""
-        return not any(isinstance(term.factor, Tensor) for term in self.terms)
-
-    def __add__(self, other: Affine) -> Affine:  # type: ignore[override]
-        degrees = torch.maximum(self.degrees, other.degrees)
-        return Affine([*self.terms, *other.terms], self.bias + other.bias, degrees)
-
-    def negated(self) -> Affine:
-        """Returns −h."""
-        return Affine([Term(-factor, start, count) for factor, start, count in self.terms], -self.bias, self.degrees)
-
-    def scaled(self, scale: Tensor, shift: Tensor) -> Affine:
-        """Returns scale · h + shift, entry by entry."""
-        terms = []
-        for factor, start, count in self.terms:
-            rows = scale[:, None] * factor if isinstance(factor, Tensor) else torch.diag(scale * factor)
-            terms.append(Term(rows, start, count))
-        return Affine(terms, scale * self.bias + shift, self.degrees)
-
-    def write_to(self, rows: Tensor, order: Tensor) -> None:
-        """Adds the rows ``order`` of its matrix to ``rows`` ``[len(order), units]``."""
-        natural = _is_natural(order)
-        for factor, start, count in self.terms:
-            part = rows[:, start : start + count]
-            if not isinstance(factor, Tensor):
-                part[torch.arange(len(order)), order] += factor
-            else:
-                part += factor if natural else factor[order.to(factor.device)]
 
 
 class Network:
@@ -243,12 +179,8 @@ class Network:
         return torch.cat([torch.arange(passed), rest])
 
 
-def _is_natural(order: Tensor) -> bool:
-    return torch.equal(order, torch.arange(len(order)))
-
-
 def _taken(weight: Tensor, order: Tensor, dim: int) -> Tensor:
-    return weight if _is_natural(order) else weight.index_select(dim, order.to(weight.device))
+    return weight if is_natural(order) else weight.index_select(dim, order.to(weight.device))
 
 
 def _visible(mask: Tensor | None, degrees: Tensor, size: int) -> Tensor:

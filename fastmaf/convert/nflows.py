@@ -8,9 +8,11 @@ import torch
 from torch import Tensor, nn
 
 from fastmaf.convert.activations import slope_of
+from fastmaf.convert.affine import Affine
 from fastmaf.convert.converted import ConditionalBlock, ConvertedFlow
+from fastmaf.convert.errors import NotConvertibleError
 from fastmaf.convert.evaluation import copied
-from fastmaf.convert.network import Affine, Network, NotConvertibleError
+from fastmaf.convert.network import Network
 from fastmaf.convert.parts import (
     affine_block,
     base_of,

@@ -8,8 +8,10 @@ import torch
 from torch import Tensor, nn
 
 from fastmaf.convert.activations import slope_of
+from fastmaf.convert.affine import Affine
 from fastmaf.convert.converted import ConditionalBlock
-from fastmaf.convert.network import Affine, Network, NotConvertibleError
+from fastmaf.convert.errors import NotConvertibleError
+from fastmaf.convert.network import Network
 from fastmaf.convert.normflows_flow import NormflowsFlow
 from fastmaf.convert.parts import (
     affine_block,

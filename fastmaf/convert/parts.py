@@ -12,8 +12,10 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from fastmaf.convert.activations import not_in_place, slope_of
+from fastmaf.convert.affine import Affine
 from fastmaf.convert.converted import ConditionalBlock
-from fastmaf.convert.network import Affine, Network, NotConvertibleError
+from fastmaf.convert.errors import NotConvertibleError
+from fastmaf.convert.network import Network
 from fastmaf.kernels import AffineMap
 from fastmaf.nn import MADE
 from fastmaf.transforms import (

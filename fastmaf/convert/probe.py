@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from fastmaf.convert.converted import ConditionalBlock
-from fastmaf.convert.network import NotConvertibleError
+from fastmaf.convert.errors import NotConvertibleError
 from fastmaf.convert.parts import kind
 from fastmaf.transforms import MonotonicRQS, Transform
 

@@ -10,7 +10,9 @@ from torch import Tensor
 from torch.nn import functional
 
 from fastmaf.convert.activations import name_of, not_in_place, smooth_name
-from fastmaf.convert.network import Affine, Network, NotConvertibleError
+from fastmaf.convert.affine import Affine
+from fastmaf.convert.errors import NotConvertibleError
+from fastmaf.convert.network import Network
 from fastmaf.convert.parts import class_name, expected, masked, scale_and_shift
 
 

@@ -15,8 +15,8 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from fastmaf.convert.converted import ConvertedFlow
+from fastmaf.convert.errors import NotConvertibleError
 from fastmaf.convert.evaluation import computed_tensors, evaluating
-from fastmaf.convert.network import NotConvertibleError
 from fastmaf.convert.parts import kind
 from fastmaf.hooks import computing_hooks
 

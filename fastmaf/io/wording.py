@@ -1,8 +1,9 @@
-"""Numbers in sentences."""
+"""Numbers in sentences, and files in errors."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 
 def count(n: int, noun: str) -> str:
@@ -26,3 +27,12 @@ def some(names: Sequence[str], limit: int = 3) -> str:
     """Lists the first names, and how many there are besides: "a, b, c and 4 more"."""
     more = f" and {len(names) - limit:,} more" if len(names) > limit else ""
     return ", ".join(names[:limit]) + more
+
+
+@contextmanager
+def errors_of(file: object, *kinds: type[Exception]) -> Iterator[None]:
+    """Raises errors of some kinds again with a file at the beginning of their text: "model.safetensors: ..."."""
+    try:
+        yield
+    except kinds as error:
+        raise type(error)(f"{file}: {error}") from error

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeAlias
 
 import torch
@@ -89,18 +89,26 @@ class EagerUpdates:
 
     Attributes:
         counters: the step counters of the parameters whose updates were begun.
+
+    Args:
+        state: of the parameters.
+        counts: of their steps.
+        part: returns of how many numbers of a parameter this process has the moments; None: of all.
     """
 
-    def __init__(self, state: dict[Tensor, dict[str, Any]], counts: StepCounts) -> None:
+    def __init__(
+        self, state: dict[Tensor, dict[str, Any]], counts: StepCounts, part: Callable[[Tensor], int] | None = None
+    ) -> None:
         self.counters: dict[Tensor, Tensor] = {}
-        self._state, self._counts = state, counts
+        self._state, self._counts, self._part = state, counts, part
         self._numbers: dict[tuple[int, int], AdamNumbers] = {}  # most parameters share a group and a step
 
     def begin(self, parameter: Tensor, group: dict[str, Any]) -> Update:
         """Begins an update; creates the state of a parameter that has none."""
         state = self._state[parameter]
         if not state:
-            state.update(_initial_state(parameter, group))
+            shape = parameter.shape if self._part is None else torch.Size([self._part(parameter)])
+            state.update(_initial_state(parameter, group, shape))
         counter = self.counters[parameter] = state["step"]
         key = id(group), self._counts.of(parameter, counter) + 1
         if key not in self._numbers:
@@ -113,12 +121,25 @@ class EagerUpdates:
         self._counts.increment(self.counters)
 
 
-def _initial_state(parameter: Tensor, group: dict[str, Any]) -> dict[str, Tensor]:
-    """Returns the initial state of ``torch.optim.Adam``."""
+def _initial_state(parameter: Tensor, group: dict[str, Any], shape: torch.Size) -> dict[str, Tensor]:
+    """Returns the initial state of ``torch.optim.Adam``, with moments of some shape."""
     on_device = group["fused"] or group["capturable"]
     dtype = torch.float32 if on_device or torch.get_default_dtype() != torch.float64 else torch.float64
     state = {"step": torch.zeros((), dtype=dtype, device=parameter.device if on_device else "cpu")}
     for name in ("exp_avg", "exp_avg_sq"):
-        memory = empty_on_huge_pages(parameter.numel(), device=parameter.device, dtype=parameter.dtype)
-        state[name] = memory.zero_().view(parameter.shape)
+        memory = empty_on_huge_pages(shape.numel(), device=parameter.device, dtype=parameter.dtype)
+        state[name] = memory.zero_().view(shape)
     return state
+
+
+def check_moments(state_dict: Mapping[str, Any], parameters: Sequence[Tensor]) -> None:
+    """Raises ValueError unless the moments in the ``state_dict`` of an optimiser have the shapes of the parameters."""
+    saved = [i for group in state_dict["param_groups"] for i in group["params"]]
+    for number, parameter in zip(saved, parameters, strict=False):  # torch checks how many there are
+        for name, value in state_dict["state"].get(number, {}).items():
+            if isinstance(value, Tensor) and value.dim() and value.shape != parameter.shape:
+                raise ValueError(
+                    f"{name} of parameter {number}: expected shape {tuple(parameter.shape)}; found "
+                    f"{tuple(value.shape)}: the state is of another model, or of a version of fastmaf that packed "
+                    "weights otherwise; begin with a new optimiser"
+                )

@@ -48,7 +48,7 @@ class Exchange:
 
     def __init__(self, group: Any, parameters: Iterable[Tensor]) -> None:
         parameters = list(parameters)
-        self.group, self.size = group, dist.get_world_size(group)
+        self.group, self.size, self.rank = group, dist.get_world_size(group), dist.get_rank(group)
         self.device = parameters[0].device if parameters else torch.device("cpu")
         self.sent = 0
         first = dist.get_global_rank(group, 0)
@@ -120,13 +120,14 @@ class Exchange:
         self.sent += 2 * tensor.nbytes // self.size  # of a ring: every part goes around twice
         with connected():
             work = dist.all_reduce(tensor, group=self.group, async_op=True)
+        return _waiting(work, lambda: tensor)
 
-        def wait() -> Tensor:
-            with connected():
-                work.wait()
-            return tensor
-
-        return wait
+    def send(self, tensor: Tensor, rank: int) -> Callable[[], Tensor]:
+        """Begins to copy a tensor of one process of the group into those of the others; returns how to wait for it."""
+        self.sent += tensor.nbytes * (rank == self.rank)
+        with connected():
+            work = dist.broadcast(tensor, dist.get_global_rank(self.group, rank), group=self.group, async_op=True)
+        return _waiting(work, lambda: tensor)
 
     def stack(self, tensor: Tensor) -> Callable[[], Tensor]:
         """Begins to gather a tensor ``[N, …]`` of each process; returns how to wait for all of them ``[size N, …]``."""
@@ -134,13 +135,18 @@ class Exchange:
         found = tensor.new_empty(self.size, *tensor.shape)
         with connected():
             work = dist.all_gather(list(found.unbind()), tensor, group=self.group, async_op=True)
+        return _waiting(work, lambda: found.flatten(0, 1))
 
-        def wait() -> Tensor:
-            with connected():
-                work.wait()
-            return found.flatten(0, 1)
 
-        return wait
+def _waiting(work: Any, result: Callable[[], Tensor]) -> Callable[[], Tensor]:
+    """Returns how to wait for the end of a communication, and for its result."""
+
+    def wait() -> Tensor:
+        with connected():
+            work.wait()
+        return result()
+
+    return wait
 
 
 def digest(content: bytes | memoryview) -> bytes:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from functools import cached_property, partial
 from typing import Any, TypeAlias
 
@@ -11,11 +12,13 @@ from torch import Tensor
 from torch.optim import optimizer as torch_optimizer
 
 from fastmaf.kernels.factored_grad import GradientSink
-from fastmaf.training.adam_updates import BeginUpdate, EagerUpdates, StepCounts
+from fastmaf.kernels.layout import PackedLayout
+from fastmaf.training.adam_updates import BeginUpdate, EagerUpdates, StepCounts, check_moments
 from fastmaf.training.cpu_step import is_usual, step_on_cpu_
 from fastmaf.training.exchange import Exchange
 from fastmaf.training.gradient_sink import Gradients, backward, has_hooks, single_uses
 from fastmaf.training.guards import NonFiniteLossError, check_loss, check_processes, clip_scale
+from fastmaf.training.sharded_state import ShardedState
 
 Groups: TypeAlias = dict[Tensor, dict[str, Any]]
 
@@ -70,6 +73,7 @@ class FusedAdam(torch.optim.Adam):
     """
 
     exchange: Exchange | None = None  # with the other processes
+    _sharded: ShardedState | None = None  # which part of the state this process holds
 
     def __init__(self, params: Any, *args: Any, process_group: Any = None, **options: Any) -> None:
         super().__init__(params, *args, **options)
@@ -80,8 +84,32 @@ class FusedAdam(torch.optim.Adam):
     def _counts(self) -> StepCounts:
         return StepCounts()
 
+    def shard(self, layouts: Mapping[Tensor, PackedLayout]) -> None:
+        """Splits the moments among the processes; ``TrainingStep(shard_optimizer=True)`` calls it.
+
+        Each then holds those of a range of the weights, updates these, and sends them to the others. ``state_dict`` and
+        ``whole_state`` gather the whole state, for which all processes must call them; ``load_state_dict`` takes the
+        whole of it, of any number of processes. With a single process nothing is split.
+
+        Args:
+            layouts: of the packed weights, which are split between panels.
+
+        Raises:
+            ValueError: a group has ``amsgrad`` or ``differentiable``, or a parameter is not contiguous.
+            RuntimeError: a step was taken, or a state loaded, before.
+        """
+        if self.exchange is None or self._sharded is not None:
+            return
+        if any(group["amsgrad"] or group["differentiable"] for group in self.param_groups):
+            raise ValueError("the state of an optimizer with amsgrad or differentiable cannot be split")
+        if self.state:
+            raise RuntimeError("the state of an optimizer is split before its first step: found one that has a state")
+        self._sharded = ShardedState(self.exchange, self._groups(), layouts)
+
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds a group of parameters; see ``torch.optim.Optimizer``."""
+        if self._sharded is not None:
+            raise RuntimeError("the state is split among processes: give the optimizer all parameters at first")
         super().add_param_group(param_group)
         group = self.param_groups[-1]
         chosen = group["fused"] is not None or group["foreach"] is not None
@@ -94,17 +122,23 @@ class FusedAdam(torch.optim.Adam):
         Raises:
             ValueError: the state is of other parameters: their number or the shapes of moments differ.
         """
-        parameters = [p for group in self.param_groups for p in group["params"]]
-        saved = [i for group in state_dict["param_groups"] for i in group["params"]]
-        for number, parameter in zip(saved, parameters, strict=False):  # torch checks how many there are
-            for name, value in state_dict["state"].get(number, {}).items():
-                if isinstance(value, Tensor) and value.dim() and value.shape != parameter.shape:
-                    raise ValueError(
-                        f"{name} of parameter {number}: expected shape {tuple(parameter.shape)}; found "
-                        f"{tuple(value.shape)}: the state is of another model, or of a version of fastmaf that packed "
-                        "weights otherwise; begin with a new optimiser"
-                    )
+        parameters = list(self._groups())
+        check_moments(state_dict, parameters)
+        if self._sharded is not None:
+            state_dict = self._sharded.own_state(state_dict, parameters)
         super().load_state_dict(state_dict)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Returns the state; where it is split among processes the whole of it, for which all of them must call it."""
+        found = super().state_dict()
+        if self._sharded is not None:
+            numbers = {parameter: i for i, parameter in enumerate(self._groups())}
+            found["state"] = {numbers[parameter]: state for parameter, state in self.whole_state().items()}
+        return found
+
+    def whole_state(self, keep: bool = True) -> Mapping[Tensor, Mapping[str, Any]]:
+        """Returns the state by parameter, gathered where it is split; without its moments then unless ``keep``."""
+        return self.state if self._sharded is None else self._sharded.whole(self.state, keep)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Removes all gradients, or sets them to zero; see ``torch.optim.Optimizer``."""
@@ -121,6 +155,8 @@ class FusedAdam(torch.optim.Adam):
         of a group is taken here where all is as usual, and nothing is left for torch: its own preparations take longer
         than the arithmetic of small parameters.
         """
+        if self._sharded is not None and any(parameter.grad is not None for parameter in group["params"]):
+            raise RuntimeError("step() of an optimizer whose state is split among processes: use minimize()")
         scaled = getattr(self, "grad_scale", None) is not None or getattr(self, "found_inf", None) is not None
         if not scaled and is_usual(group) and step_on_cpu_(group, self.state):
             return False
@@ -174,7 +210,8 @@ class FusedAdam(torch.optim.Adam):
         check_loss(loss, finite=check_finite and self.exchange is None)
         if check_finite and self.exchange is not None:
             self._check_finite_in_all(loss, self.exchange)
-        updates = EagerUpdates(self.state, self._counts)
+        part = None if self._sharded is None else self._sharded.numel
+        updates = EagerUpdates(self.state, self._counts, part)
         try:
             if max_grad_norm is None and self.exchange is None:
                 self._update_in_backward(loss, updates.begin, groups)
@@ -257,7 +294,12 @@ class FusedAdam(torch.optim.Adam):
             scale = clip_scale(norm, max_norm)
         if scale != 1.0 and gradients.stored:
             torch._foreach_mul_(list(gradients.stored.values()), scale)
-        self._apply_factored(gradients, begin, groups, scale)
+        if self._sharded is None:
+            self._apply_factored(gradients, begin, groups, scale)
+            return True
+        self._sharded.step_(gradients, lambda parameter: begin(parameter, groups[parameter]), scale)
+        for parameter in gradients.stored:
+            parameter.grad = None  # applied
         return True
 
     def _check_finite_in_all(self, loss: Tensor, exchange: Exchange) -> None:

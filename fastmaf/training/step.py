@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from fastmaf.flows import Flow
+from fastmaf.nn import MaskedLinear
 from fastmaf.training.agreement import average_statistics, check_agreement
 from fastmaf.training.direct_loss import DirectLoss
 from fastmaf.training.exchange import Exchange
@@ -56,10 +57,13 @@ class TrainingStep:
         guards: limits on the step; see ``Guards``. None for no limits.
         graphs: on a GPU, replay steps of ``FusedAdam`` as CUDA graphs, from the second batch of a shape on. Steps of
             several processes are not replayed.
+        shard_optimizer: split the moments of a ``FusedAdam`` of several processes among them, each of which then holds
+            those of a range of the panels of the weights: for models that do not fit. The steps are the same; in each,
+            all weights are sent once. See ``FusedAdam.shard``.
 
     Raises:
-        ValueError: the optimiser holds none of the flow's parameters, or ``graphs`` are asked for a flow with a
-            context.
+        ValueError: the optimiser holds none of the flow's parameters, ``graphs`` are asked for a flow with a context,
+            or ``shard_optimizer`` for another optimiser than ``FusedAdam``.
 
     Example:
         >>> flow = fastmaf.MAF(6, 2, (16,), order="natural", seed=0)
@@ -78,12 +82,18 @@ class TrainingStep:
         guards: Guards | None = None,
         *,
         graphs: bool = False,
+        shard_optimizer: bool = False,
     ) -> None:
         held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
         if held.isdisjoint(map(id, flow.parameters())):
             raise ValueError("the optimizer holds no parameter of the flow: build it with flow.parameters()")
         if graphs and flow.context_features:
             raise ValueError("steps of a flow with a context are not replayed as CUDA graphs: expected graphs=False")
+        if shard_optimizer:
+            if not isinstance(optimizer, FusedAdam):
+                raise ValueError(f"shard_optimizer is for FusedAdam; found {type(optimizer).__name__}")
+            packed = (module for module in flow.modules() if isinstance(module, MaskedLinear))
+            optimizer.shard({layer.weight: layer.layout for layer in packed})
         self.flow = flow
         self.optimizer = optimizer
         self.guards = guards or Guards()

@@ -25,6 +25,7 @@ def test_rows_and_pictures(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
         (key, name) for key in ("moons", "power") for name in MODELS
     ]
     assert all(float(row["std_nll"]) > 0 and float(row["sampling_time"]) > 0 for row in rows)
+    assert all(float(row["min_nll"]) <= float(row["mean_nll"]) <= float(row["max_nll"]) for row in rows)
     assert [row["training_time"] for row in rows[:: len(MODELS)]] == ["1", "1"]
     assert all(f"zuko {density.describe()['zuko']}" in row["about"] for row in rows)
     assert [file.name for file in folder.iterdir()] == ["density-moons.png"]

@@ -196,3 +196,13 @@ def test_no_test_folder(labelled: Path, evaluated: Callable[..., Evaluation], tm
     shutil.copytree(labelled / "train", other / "train")
     with pytest.raises(DataError, match=r"no folder test in "):
         evaluated(data=other)
+
+
+def test_scores_that_are_nan_name_the_model(
+    model: Model, labelled: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(evaluation_module, "nll_of", lambda flow, images, **_: np.full(len(images), np.nan))
+    with pytest.raises(EvaluationError) as caught:
+        evaluate(model, labelled, tmp_path / "out", progress=False)
+    assert str(caught.value).startswith(f"{model.path}: ") and "scores are NaN" in str(caught.value)
+    assert list((tmp_path / "out").iterdir()) == []

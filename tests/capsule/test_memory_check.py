@@ -155,3 +155,12 @@ def test_work_buffers_of_the_blas_library_come_off_what_is_available(
     layers = [layer for made in config.build()._mades() for layer in made.layers]
     runs = [run for layer in layers for run in layer.layout.runs if run.end - run.start == 1]
     assert runs and {((3, run.width), (run.width, 16)) for run in runs} <= set(products)
+
+
+def test_moments_that_are_split_count_as_one_share_on_a_gpu_and_whole_on_a_cpu() -> None:
+    config = TrainConfig(size=8, blocks=2, hidden_features=(16, 16))
+    moments = 8 * sum(parameter.numel() for parameter in config.build(device="meta").parameters())
+    cpu, gpu = torch.device("cpu"), torch.device("cuda")
+    assert needed_memory(config, cpu, 4) == needed_memory(config, cpu)
+    saved = needed_memory(config, gpu) - needed_memory(config, gpu, 4)
+    assert saved == pytest.approx(1.05 * 0.75 * moments, abs=4)

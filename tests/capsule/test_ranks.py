@@ -140,3 +140,37 @@ def with_batch_norm(self: TrainConfig, device: Any = None) -> fastmaf.MAF:
 
 def test_a_failure_in_one_process_ends_all(data: Path, tmp_path: Path) -> None:
     torch.multiprocessing.spawn(faults, (2, str(tmp_path), data), nprocs=2)
+
+
+def split_and_whole(rank: int, size: int, folder: str, data: Path) -> None:
+    prepared(rank, size, folder)
+    for shard in (False, True):
+        run(data, Path(folder) / f"split {shard}", THREE, shard_optimizer=shard)
+    with pytest.MonkeyPatch.context() as patch:
+        at_batch(patch, 3, ctrl_c)
+        assert run(data, Path(folder) / "broken", THREE, shard_optimizer=True).interrupted
+    distributed.destroy_process_group()
+
+
+def resumed_split(rank: int, size: int, folder: str, data: Path, out: str) -> None:
+    prepared(rank, size, folder)
+    run(data, Path(out), THREE, resume=True, shard_optimizer=True)
+    distributed.destroy_process_group()
+
+
+def test_split_moments_are_saved_whole_and_go_on_in_any_number_of_processes(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.multiprocessing.spawn(split_and_whole, (2, str(tmp_path), data), nprocs=2)
+    assert same(tensors_of(tmp_path / "split True"), tensors_of(tmp_path / "split False"))
+    (split, state), (whole, _) = load_state(tmp_path / "split True"), load_state(tmp_path / "split False")
+    assert same(split, whole) and any(name.endswith("/exp_avg_sq") for name in split)
+    for size in (2, 4):
+        (tmp_path / f"{size}").mkdir()
+        out = shutil.copytree(tmp_path / "broken", tmp_path / f"{size}" / "out")
+        torch.multiprocessing.spawn(resumed_split, (size, str(tmp_path / f"{size}"), data, str(out)), nprocs=size)
+        assert load_state(out, tensors=False)[1]["steps"] == state["steps"]
+    assert same(tensors_of(tmp_path / "2" / "out"), tensors_of(tmp_path / "split False"))
+    monkeypatch.setattr(TrainConfig, "build", with_dropout)
+    run(data, tmp_path / "broken", THREE, resume=True)  # by one process
+    assert load_state(tmp_path / "broken", tensors=False)[1]["steps"] == state["steps"]

@@ -8,13 +8,14 @@ from datetime import datetime, timezone
 from pathlib import Path
 
 import fastmaf
-from fastmaf.inspection.calibration import Calibration
+from fastmaf.inspection.calibration import Calibration, CalibrationError
 from fastmaf.inspection.interface import AnomalyModel, scores_of
 from fastmaf.inspection.model import is_inspection_model, load_inspection, model_file
 from fastmaf.inspection.workflow.inputs import Say, read_images
 from fastmaf.io.atomic import sweep
 from fastmaf.io.locks import run_lock
 from fastmaf.io.run_folder import check_disk
+from fastmaf.io.wording import errors_of
 
 
 @fastmaf.torch_defaults()
@@ -59,6 +60,7 @@ def recalibrate(
         false_alarm, confidence: as in ``Calibration``.
 
     Raises:
+        CalibrationError: the rate or the confidence is out of range, or a score is NaN.
         DataError: an argument matches nothing, or a file cannot be read and ``skip_bad`` is False.
     """
     with _locked_model(model, "recalibrating", device) as (path, loaded):
@@ -66,7 +68,8 @@ def recalibrate(
         today, source = datetime.now(timezone.utc).date().isoformat(), ", ".join(arguments)
         source = source if len(source) <= 80 else f"{source[:77]}..."
         scores = scores_of(loaded, pixels, shapes)
-        calibration = Calibration(scores, false_alarm, confidence, "split", None, today, source)
+        with errors_of(path, CalibrationError):
+            calibration = Calibration(scores, false_alarm, confidence, "split", None, today, source)
         loaded.with_calibration(calibration).save(path)
     _say_change(loaded.calibration, calibration, say)
     return calibration

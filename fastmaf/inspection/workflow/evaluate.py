@@ -10,6 +10,7 @@ import fastmaf
 from fastmaf.images.dataset import load_test, load_train
 from fastmaf.images.folders import has_normals
 from fastmaf.images.names import to_cell
+from fastmaf.inspection.calibration import CalibrationError
 from fastmaf.inspection.evaluate import score_table
 from fastmaf.inspection.fold_models import load_fold_models
 from fastmaf.inspection.masks import LabelledSet, load_masks
@@ -22,8 +23,10 @@ from fastmaf.inspection.workflow.rows import VERDICTS
 from fastmaf.io.atomic import written_atomically
 from fastmaf.io.csv_file import write_csv
 from fastmaf.io.outputs import Output, check_outputs
+from fastmaf.io.wording import errors_of
 from fastmaf.metrics.classes import doubtful, require_both
 from fastmaf.metrics.result_files import INSPECTION_SCORES, eval_metrics, eval_scores
+from fastmaf.metrics.results import EvaluationError
 
 SCORES_FILE, METRICS_FILE = "scores.csv", "metrics.json"
 
@@ -49,6 +52,7 @@ def evaluate(
         seed: of the bootstrap.
 
     Raises:
+        CalibrationError: a score is NaN; the message names the model.
         DataError: the folder or a file in it is unsuitable.
         EvaluationError: the test set has no normal or no defective images.
         OutputError: ``out`` holds a file of another origin under the name of an output.
@@ -89,8 +93,9 @@ def evaluate_with_report(
         say(f"no good images in {data} to fit baselines to: the table has none")
     test, prediction = LabelledSet(images, masks, normals), loaded.predict(images.pixels, images.shapes or None)
     fold_models = load_fold_models(model_file(model).parent, loaded)
-    rows = score_table(loaded, test, prediction, fold_models, seed=seed, progress=progress)
-    anomalous = loaded.calibration.is_anomalous(prediction.scores)
+    with errors_of(model_file(model), CalibrationError, EvaluationError):
+        anomalous = loaded.calibration.is_anomalous(prediction.scores)
+        rows = score_table(loaded, test, prediction, fold_models, seed=seed, progress=progress)
     alarms = alarms_by_class(images.labels, anomalous)
     result = EvaluationResult(model_file(model).name, loaded.calibration, tuple(rows), alarms)
     values = prediction.scores, loaded.calibration.p_values(prediction.scores), anomalous, prediction.nll

@@ -1,13 +1,17 @@
 """The state of an interrupted ``fastmaf inspect fit``, with which ``--resume`` goes on.
 
-It is a folder beside the model: one file for each flow of a finished stage, and ``state.json``, which is written last.
+It is a folder beside the model: one file for each flow of a finished stage, and ``state.json``, which names them and is
+replaced last. A state that replaces another has files of other names, so that one of both is complete at any moment.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import re
+import secrets
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -28,7 +32,15 @@ _LOG_ROW = Record({"step": Anything(), "nll": Anything(), "held_out_nll": Anythi
 _STAGE = Record(
     {"name": Text(), "flows": Whole(0, 64), "record": Record(optional={"log": ListOf(_LOG_ROW)}, others=Anything())}
 )
-_STATE = Record({"run": MapOf(Anything()), "stages": ListOf(_STAGE)}, optional={"seconds": MapOf(Number(low=0.0))})
+_STATE = Record(
+    {"run": MapOf(Anything()), "stages": ListOf(_STAGE)},
+    optional={
+        "seconds": MapOf(Number(low=0.0)),
+        "files": Text(),  # part of the names of its files; not written by earlier versions
+    },
+)
+_FILES = re.compile("[0-9a-f]{8}")
+_FLOW_FILE = re.compile(r"stage-(?:([0-9a-f]{8})-)?\d+-\d+\.safetensors")
 
 
 def run_of(
@@ -72,19 +84,25 @@ def has_state(out: Path) -> bool:
 def save_state(out: Path, run: Mapping[str, Any], stages: Stages) -> None:
     """Writes finished stages into a run's folder, in place of those of an earlier interrupted fit.
 
-    Ctrl-C meanwhile is ignored once. If the process dies, there is no state.
+    Ctrl-C meanwhile is ignored once. If the process dies, the earlier state is there, or the new one.
+
+    Raises:
+        OSError: a file cannot be written, as on a full disk; the earlier state is kept.
     """
-    folder = out / STATE_FOLDER
+    folder, files = out / STATE_FOLDER, secrets.token_hex(4)
     with interruptible():
-        remove_state(out)
         folder.mkdir(parents=True, exist_ok=True)
         entries = []
-        for i, (name, stage) in enumerate(stages.done.items()):
-            for k, flow in enumerate(stage.flows):
-                flow.save(folder / _flow_file(i, k))
-            entries.append({"name": name, "flows": len(stage.flows), "record": stage.record})
-        with written_atomically(folder / _STATE_FILE) as file:
-            file.write(json.dumps({"run": run, "stages": entries, "seconds": stages.seconds}).encode())
+        try:
+            for i, (name, stage) in enumerate(stages.done.items()):
+                for k, flow in enumerate(stage.flows):
+                    flow.save(folder / _flow_file(files, i, k))
+                entries.append({"name": name, "flows": len(stage.flows), "record": stage.record})
+            state = {"run": run, "stages": entries, "seconds": stages.seconds, "files": files}
+            with written_atomically(folder / _STATE_FILE) as file:
+                file.write(json.dumps(state).encode())
+        finally:  # of the earlier state or, after an error, of this one: on a full disk that frees their space
+            _remove_flows_of_others(folder)
 
 
 @fastmaf.torch_defaults()
@@ -101,6 +119,9 @@ def load_state(out: Path, run: Mapping[str, Any]) -> Stages:
     try:
         state = parse((folder / _STATE_FILE).read_text("utf-8"), _STATE_FILE, finite=False)
         _STATE.check(state, _STATE_FILE)
+        named = state.get("files", "")
+        if named and not _FILES.fullmatch(named):
+            raise ValueError(f"{_STATE_FILE}.files: expected eight hexadecimal digits; found {shown(named)}")
     except ValueError as error:
         raise fastmaf.CheckpointError(f"{folder / _STATE_FILE}: {error}") from error
     if different := _differences(state["run"], run):
@@ -110,7 +131,7 @@ def load_state(out: Path, run: Mapping[str, Any]) -> Stages:
         )
     done = {}
     for i, entry in enumerate(state["stages"]):
-        files = [folder / _flow_file(i, k) for k in range(entry["flows"])]
+        files = [folder / _flow_file(named, i, k) for k in range(entry["flows"])]
         for file in files:
             if not file.is_file():
                 raise fastmaf.CheckpointError(f"{file}: missing in the state of an interrupted fit")
@@ -123,14 +144,25 @@ def remove_state(out: Path) -> None:
     """Removes the state of an interrupted fit, if there is one; other files in its folder are kept."""
     folder = out / STATE_FOLDER
     (folder / _STATE_FILE).unlink(missing_ok=True)  # first: without it the others are no state
-    for file in folder.glob("stage-*-*.safetensors"):
-        file.unlink()
+    _remove_flows_of_others(folder)
+
+
+def _remove_flows_of_others(folder: Path) -> None:
+    """Removes the flows that the state in a folder does not name, and the folder if it is empty then."""
+    state, named = folder / _STATE_FILE, ""  # "": none of them
+    if state.is_file():
+        with suppress(ValueError):  # damaged
+            named = parse(state.read_text("utf-8"), _STATE_FILE, finite=False).get("files")
+    for file in folder.glob("stage-*.safetensors"):
+        found = _FLOW_FILE.fullmatch(file.name)
+        if found and found[1] != named:
+            file.unlink()
     if folder.is_dir() and not any(folder.iterdir()):
         folder.rmdir()
 
 
-def _flow_file(stage: int, k: int) -> str:
-    return f"stage-{stage}-{k}.safetensors"
+def _flow_file(files: str, stage: int, k: int) -> str:
+    return f"stage-{files}-{stage}-{k}.safetensors" if files else f"stage-{stage}-{k}.safetensors"
 
 
 def _differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:

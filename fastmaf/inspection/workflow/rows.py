@@ -17,6 +17,7 @@ import torch
 
 from fastmaf.images.decode import Frame
 from fastmaf.images.names import to_cell
+from fastmaf.inspection.calibration import CalibrationError
 from fastmaf.inspection.interface import AnomalyModel
 from fastmaf.io.atomic import STDOUT, write_errors, written_atomically
 from fastmaf.io.safe_json import finite
@@ -57,10 +58,16 @@ def predict_row(model: AnomalyModel, frame: Frame) -> tuple[ImageRow, np.ndarray
 
 
 def predict_rows(model: AnomalyModel, frames: Sequence[Frame]) -> tuple[list[ImageRow], np.ndarray]:
-    """Returns the rows of a batch of at least one image, and their anomaly maps ``[n, s, s]``."""
+    """Returns the rows of a batch of at least one image, and their anomaly maps ``[n, s, s]``.
+
+    Raises:
+        CalibrationError: a score is NaN; the message names the image.
+    """
     start = perf_counter()
     shapes = [(frame.height, frame.width) for frame in frames]
     prediction = model.predict(torch.stack([frame.pixels for frame in frames]), shapes)
+    if (wrong := np.isnan(prediction.scores)).any():
+        raise CalibrationError(f"the score of {frames[int(wrong.argmax())].path} is NaN: it cannot be compared")
     p_values = model.calibration.p_values(prediction.scores)
     anomalous = model.calibration.is_anomalous(prediction.scores)
     seconds = (perf_counter() - start) / len(frames)

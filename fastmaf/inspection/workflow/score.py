@@ -13,6 +13,7 @@ import torch
 import fastmaf
 from fastmaf.images.progress import Progress
 from fastmaf.images.read_ahead import Unreadable, processors, stamp_of
+from fastmaf.inspection.calibration import CalibrationError
 from fastmaf.inspection.model import load_inspection, model_file
 from fastmaf.inspection.workflow.inputs import Say, expand
 from fastmaf.inspection.workflow.journal import Journal, Record, digest_of, digest_of_file, journal_output
@@ -27,7 +28,7 @@ from fastmaf.io.atomic import STDOUT
 from fastmaf.io.locks import run_lock
 from fastmaf.io.outputs import Output, check_outputs, table
 from fastmaf.io.outputs import json_lines as json_lines_file
-from fastmaf.io.wording import count
+from fastmaf.io.wording import count, errors_of
 from fastmaf.training.interrupts import interruptible
 from fastmaf.training.processes import Processes, device_of, local_size, started_together, was_restarted
 
@@ -69,6 +70,7 @@ def score_images(
         stdout: where rows go without ``out``.
 
     Raises:
+        CalibrationError: a score is NaN; the message names the model and the image.
         DataError: an argument matches nothing.
         OutputError: an output is an image, the model, another output, or a file of another origin.
         ResumeError: the interrupted run had another model or other arguments.
@@ -95,7 +97,8 @@ def score_images(
         scorer = stack.enter_context(FileScorer(loaded, pictures, readers))
         summary = Summary()
         write = journal.add if journal is not None else _to_stream(stdout, json_lines, summary)
-        interrupted = not _all_scored(scorer, mine, write, progress, say)
+        with errors_of(path, CalibrationError):
+            interrupted = not _all_scored(scorer, mine, write, progress, say)
         if journal is not None and out is not None:
             interrupted = team.any(interrupted)
             _finish(journal, out, files, summary, interrupted, team, say)

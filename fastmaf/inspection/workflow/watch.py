@@ -10,6 +10,7 @@ from typing import TextIO
 
 import fastmaf
 from fastmaf.images.read_ahead import Stamp, Unreadable, processors
+from fastmaf.inspection.calibration import CalibrationError
 from fastmaf.inspection.model import load_inspection, model_file
 from fastmaf.inspection.workflow.arrivals import Arrivals
 from fastmaf.inspection.workflow.inputs import Say
@@ -21,6 +22,7 @@ from fastmaf.inspection.workflow.scorer import FileScorer
 from fastmaf.inspection.workflow.summary import ScoreResult, Summary
 from fastmaf.io.atomic import STDOUT
 from fastmaf.io.outputs import check_outputs
+from fastmaf.io.wording import errors_of
 from fastmaf.training.interrupts import interruptible
 from fastmaf.training.processes import Processes, world_size
 
@@ -83,7 +85,9 @@ def watch(
             summary.add(records)
 
         say(f"watching {folder} for images, until Ctrl-C")
-        unread = _until_stopped(folder, path, scorer, pictures, {} if journal is None else journal.stamps, note, say)
+        stamps = {} if journal is None else journal.stamps
+        with errors_of(path, CalibrationError):
+            unread = _until_stopped(folder, path, scorer, pictures, stamps, note, say)
         summary.tell(loaded.calibration, unread, say)
         if journal is not None and journal.stamps:
             say(f"--resume continues from {journal.path}")

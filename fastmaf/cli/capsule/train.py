@@ -1,4 +1,4 @@
-"""``fastmaf capsule``: the published run on images of capsules, step by step."""
+"""``fastmaf capsule train`` and ``reproduce``, which has most of its options."""
 
 from __future__ import annotations
 
@@ -8,34 +8,11 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from fastmaf.cli import options
-from fastmaf.cli.former import ModelArgument
-from fastmaf.cli.options import LARGEST, checked_settings, device_named, options_of, refuse, share
-from fastmaf.cli.output import say, say_aside, say_json, say_or_aside
+from fastmaf.cli.options import LARGEST, checked_settings, device_named, options_of, refuse
+from fastmaf.cli.output import say_aside, say_json, say_or_aside
 
 if TYPE_CHECKING:
     from fastmaf.capsule.config import TrainConfig
-
-app = typer.Typer(no_args_is_help=True, help="The published run on images of capsules, step by step.")
-
-
-@app.command("demo-data")
-def demo_data(
-    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="New or empty folder.")],
-    train: Annotated[int, typer.Option(min=0, metavar="N", help="Number of good images for training.")] = 243,
-    size: Annotated[int, typer.Option(min=32, max=1024, metavar="N", help="Side of the images in pixels.")] = 192,
-    seed: options.Seed = 0,
-    deterministic: options.Deterministic = False,
-    quiet: options.Quiet = False,
-    verbose: options.Verbose = False,
-) -> None:
-    """Draw a synthetic set of capsule images.
-
-    It holds good images for training and testing, five classes of defects, and their masks.
-    """
-    from fastmaf.capsule.synthetic import draw_dataset
-
-    draw_dataset(folder, train=train, size=size, seed=seed, progress=not quiet)
-    say(f"drew the synthetic capsules into {folder}")
 
 
 def _hidden(text: str) -> tuple[int, ...]:
@@ -45,7 +22,6 @@ def _hidden(text: str) -> tuple[int, ...]:
     return tuple(map(int, units))
 
 
-@app.command()
 def train(
     context: typer.Context,
     data: options.TrainData,
@@ -100,6 +76,13 @@ def train(
     cuda_graphs: Annotated[
         bool, typer.Option("--cuda-graphs/--no-cuda-graphs", help="On a GPU, replay training steps as CUDA graphs.")
     ] = True,
+    shard_optimizer: Annotated[
+        bool,
+        typer.Option(
+            "--shard-optimizer/--no-shard-optimizer",
+            help="With several processes, split the optimiser's state among them: for models that do not fit.",
+        ),
+    ] = False,
     as_json: options.Json = False,
     quiet: options.Quiet = False,
     verbose: options.Verbose = False,
@@ -113,7 +96,7 @@ def train(
     from fastmaf.capsule.train import train as run
     from fastmaf.training.processes import is_first
 
-    result = run(data, out, config, **settings)
+    result = run(data, out, config, shard_optimizer=shard_optimizer, **settings)
     if is_first():
         say_or_aside(as_json)(result.describe())
     if as_json and is_first():
@@ -122,70 +105,7 @@ def train(
         raise typer.Exit(130)
 
 
-@app.command(cls=ModelArgument)
-def sample(
-    model: options.Model = Path("results"),
-    out: options.Out = Path("results"),
-    n: Annotated[int, typer.Option("-n", "--number", min=1, metavar="N", help="Number of images.")] = 5,
-    seed: options.Seed = 0,
-    deterministic: options.Deterministic = False,
-    device: options.Device = "auto",
-    as_json: options.Json = False,
-    quiet: options.Quiet = False,
-    verbose: options.Verbose = False,
-) -> None:
-    """Draw exact samples from a trained model."""
-    from fastmaf.capsule.models import load_model
-    from fastmaf.capsule.sample import sample as run
-
-    result = run(load_model(model, device=device_named(device)), out, n, seed=seed, progress=not quiet)
-    say_or_aside(as_json)(result.describe())
-    if as_json:
-        say_json(result.summary())
-
-
-@app.command("eval", cls=ModelArgument)
-def evaluate(
-    data: options.TestData,
-    model: options.Model = Path("results"),
-    out: options.Out = Path("results"),
-    false_alarm: Annotated[
-        float,
-        typer.Option(
-            callback=share, metavar="RATE", help="False-alarm rate of the threshold from held-out good images."
-        ),
-    ] = 0.05,
-    skip_bad: options.SkipBad = False,
-    follow_links: options.FollowLinks = False,
-    seed: options.Seed = 0,
-    deterministic: options.Deterministic = False,
-    device: options.Device = "auto",
-    as_json: options.Json = False,
-    quiet: options.Quiet = False,
-    verbose: options.Verbose = False,
-) -> None:
-    """Score a labelled test set by negative log-likelihood.
-
-    Writes scores.csv, metrics.json, a histogram and an ROC curve.
-    """
-    from fastmaf.capsule.evaluate import evaluate as run
-    from fastmaf.capsule.models import load_model
-    from fastmaf.inspection.model import is_inspection_model
-    from fastmaf.metrics.result_files import format_table, to_json
-
-    if is_inspection_model(model):
-        raise ValueError(f"{model} is an inspection model: use 'fastmaf inspect eval'")
-    loaded = load_model(model, device=device_named(device))
-    evaluation = run(loaded, data, out, false_alarm=false_alarm, skip_bad=skip_bad, seed=seed, progress=not quiet)
-    tell = say_or_aside(as_json)
-    tell(format_table(evaluation))
-    tell(f"scores, metrics and figures are in {out}")
-    if as_json:
-        say_json(to_json(evaluation, {"model": loaded.path.name}))
-
-
-@app.command()
-@options_of(train, degrees="random")
+@options_of(train, without=["shard_optimizer"], degrees="random")
 def reproduce(
     context: typer.Context,
     out: Path,

@@ -1,0 +1,110 @@
+"""A state of an interrupted fit that replaces another: one of both is complete at any moment."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import fastmaf
+from fastmaf.inspection.workflow import fit_state
+from fastmaf.inspection.workflow.fit_state import STATE_FOLDER, has_state, load_state, remove_state, save_state
+from tests.inspection.workflow.killed_states import NEW, OLD, RUN, equal
+
+ROOT = Path(__file__).parents[3]
+
+
+@pytest.fixture
+def interrupts() -> Iterator[None]:
+    """SIGINT as in a terminal, also where the test runner was started with it switched off."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="forks")
+def test_killed_while_a_state_is_replaced(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "tests.inspection.workflow.killed_states", str(tmp_path), "20", "3"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-4000:]
+    *found, last = done.stdout.splitlines()
+    assert len(found) == 20 and set(found) <= {"old", "new"} and found.count("old") > 2
+    assert int(last.split()[1]) > 5, "many kills must come before the end"
+
+
+@pytest.mark.parametrize("write", range(4))
+@pytest.mark.parametrize("fault", ["ctrl-c", "full"])
+def test_a_state_that_cannot_be_written_leaves_the_one_before(
+    tmp_path: Path, interrupts: None, monkeypatch: pytest.MonkeyPatch, fault: str, write: int
+) -> None:
+    """Three files of flows and ``state.json``. The first Ctrl-C waits, the second does not."""
+    save_state(tmp_path, RUN, OLD)
+    before = {path.name: path.read_bytes() for path in (tmp_path / STATE_FOLDER).iterdir()}
+    calls = iter(range(10))
+
+    def broken(function: Any) -> Any:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            if next(calls) == write:
+                if fault == "full":
+                    raise OSError(errno.ENOSPC, "No space left on device", str(tmp_path))
+                signal.raise_signal(signal.SIGINT)
+                signal.raise_signal(signal.SIGINT)
+            return function(*args, **kwargs)
+
+        return call
+
+    with monkeypatch.context() as patch:
+        patch.setattr(fastmaf.Flow, "save", broken(fastmaf.Flow.save))
+        patch.setattr(fit_state, "written_atomically", broken(fit_state.written_atomically))
+        with pytest.raises(KeyboardInterrupt if fault == "ctrl-c" else OSError):
+            save_state(tmp_path, RUN, NEW)
+    assert {path.name: path.read_bytes() for path in (tmp_path / STATE_FOLDER).iterdir()} == before
+    assert equal(load_state(tmp_path, RUN), OLD)
+
+
+def test_one_ctrl_c_waits_for_the_state(tmp_path: Path, interrupts: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    save = fastmaf.Flow.save
+
+    def interrupted(*args: Any, **kwargs: Any) -> None:
+        if not list(tmp_path.rglob("stage-*")):
+            signal.raise_signal(signal.SIGINT)
+        save(*args, **kwargs)
+
+    monkeypatch.setattr(fastmaf.Flow, "save", interrupted)
+    save_state(tmp_path, RUN, NEW)
+    assert equal(load_state(tmp_path, RUN), NEW)
+
+
+def test_a_state_of_an_earlier_version_is_read_and_replaced(tmp_path: Path) -> None:
+    save_state(tmp_path, RUN, OLD)
+    folder = tmp_path / STATE_FOLDER
+    state = json.loads((folder / "state.json").read_text())
+    files = state.pop("files")
+    (folder / "state.json").write_text(json.dumps(state))
+    for path in folder.glob("stage-*"):
+        path.rename(folder / path.name.replace(f"{files}-", ""))
+    (folder / "stage-photos.safetensors").write_text("of the user")
+    assert equal(load_state(tmp_path, RUN), OLD)
+    save_state(tmp_path, RUN, NEW)
+    assert equal(load_state(tmp_path, RUN), NEW) and len(list(folder.iterdir())) == 5
+    remove_state(tmp_path)
+    assert [path.name for path in folder.iterdir()] == ["stage-photos.safetensors"] and not has_state(tmp_path)
+
+
+@pytest.mark.parametrize("files", ["../../secret", "ABCDEF01", "0" * 9])
+def test_names_of_files_lead_nowhere_else(tmp_path: Path, files: str) -> None:
+    save_state(tmp_path, RUN, OLD)
+    state = tmp_path / STATE_FOLDER / "state.json"
+    state.write_text(json.dumps({**json.loads(state.read_text()), "files": files}))
+    with pytest.raises(fastmaf.CheckpointError, match="expected eight hexadecimal digits"):
+        load_state(tmp_path, RUN)
