@@ -146,7 +146,8 @@ def remove_state(out: Path) -> None:
 
 def _remove_flows_of_others(folder: Path) -> None:
     """Removes the flows that the state in a folder does not name, and the folder if it is empty then."""
-    state, named = folder / _STATE_FILE, ""  # "": none of them
+    state = folder / _STATE_FILE
+    named: Any = ""  # none of them
     if state.is_file():
         with suppress(ValueError):  # damaged
             found = parse(state.read_text("utf-8"), _STATE_FILE, finite=False)
