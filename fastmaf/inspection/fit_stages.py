@@ -15,8 +15,13 @@ from typing import Any, NamedTuple
 import fastmaf
 from fastmaf.inspection.blocks import SelectedBlocks
 from fastmaf.inspection.out_of_fold import OutOfFoldModels
-from fastmaf.inspection.recipe import Recipe
+from fastmaf.inspection.recipe import AUGMENTATIONS, Recipe
 from fastmaf.inspection.whitening import Whitenings
+from fastmaf.io.schema import Anything, ListOf, MapOf, OneOf, Record, SchemaError, Whole
+
+_WHITENINGS = Record({"augmentation": OneOf(AUGMENTATIONS), "figures": MapOf(Anything())})
+_LOG_ROW = Record({"step": Anything(), "nll": Anything(), "held_out_nll": Anything()})
+_BLOCKS = Record({"kept": Whole(), "log": ListOf(_LOG_ROW), "figures": MapOf(Anything())})
 
 
 class Stage(NamedTuple):
@@ -38,10 +43,12 @@ class Stages:
     Attributes:
         done: such as ``"64 pixels, whitenings"``.
         seconds: what each size has taken in all runs, unfinished ones included, such as ``{"64 pixels": 40.0}``.
+        source: the file that they were read from, for messages.
     """
 
     done: dict[str, Stage] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
+    source: str = "state of an interrupted fit"
 
     @contextmanager
     def timed(self, name: str) -> Iterator[None]:
@@ -57,12 +64,11 @@ class Stages:
         stage = self.done.get(f"{asked.size} pixels, whitenings")
         if stage is None:
             return None
+        self._check(stage, _WHITENINGS)
         found = [step for flow in stage.flows if flow.features == asked.features for step in flow.transforms]
         whitenings = [step for step in found if isinstance(step, fastmaf.GaussianWhitening)]
         if len(whitenings) != len(found) or len(found) != 1 + asked.folds:
-            raise fastmaf.CheckpointError(
-                f"state of an interrupted fit: expected {1 + asked.folds} whitenings of {asked.features} features"
-            )
+            raise self._refused(f"expected {1 + asked.folds} whitenings of {asked.features} features")
         whole, *folds = whitenings
         recipe = replace(asked, augmentation=stage.record["augmentation"])
         return recipe, Whitenings(folds, whole), dict(stage.record["figures"])
@@ -83,7 +89,17 @@ class Stages:
         stage = self.done.get(f"{recipe.size} pixels, blocks")
         if stage is None:
             return None
+        self._check(stage, _BLOCKS)
         whole, *folds = ([*flow.transforms] for flow in stage.flows) if stage.flows else ([],)
+        steps = [step for blocks in (whole, *folds) for step in blocks]
+        if not all(isinstance(step, fastmaf.LocalAutoregressive) for step in steps) or any(
+            flow.features != recipe.features for flow in stage.flows
+        ):
+            raise self._refused(f"expected blocks of {recipe.features} features")
+        if len(whole) != stage.record["kept"] or len(folds) not in (0, len(models.flows)):
+            raise self._refused(
+                f"expected {stage.record['kept']} blocks of all images, and those of none or {len(models.flows)} folds"
+            )
         if folds:
             flows = [_with(flow, blocks) for flow, blocks in zip(models.flows, folds, strict=True)]
             models = models.with_flows(flows)
@@ -101,6 +117,15 @@ class Stages:
                     flows.append(fastmaf.Flow(recipe.features, [*flow.transforms][len(plain.transforms) :]))  # type: ignore[arg-type]
         record = {"kept": found.kept, "log": found.log, "figures": found.figures}
         self.done[f"{recipe.size} pixels, blocks"] = Stage(tuple(flows), record)
+
+    def _check(self, stage: Stage, schema: Record) -> None:
+        try:
+            schema.check(stage.record, "record")
+        except SchemaError as error:
+            raise self._refused(str(error)) from None
+
+    def _refused(self, why: str) -> fastmaf.CheckpointError:
+        return fastmaf.CheckpointError(f"{self.source}: {why}")
 
 
 def _with(flow: fastmaf.Flow, blocks: Sequence[Any]) -> fastmaf.Flow:

@@ -28,10 +28,7 @@ from fastmaf.training.interrupts import interruptible
 
 STATE_FOLDER = "fit_state"
 _STATE_FILE = "state.json"
-_LOG_ROW = Record({"step": Anything(), "nll": Anything(), "held_out_nll": Anything()})
-_STAGE = Record(
-    {"name": Text(), "flows": Whole(0, 64), "record": Record(optional={"log": ListOf(_LOG_ROW)}, others=Anything())}
-)
+_STAGE = Record({"name": Text(), "flows": Whole(0, 64), "record": MapOf(Anything())})
 _STATE = Record(
     {"run": MapOf(Anything()), "stages": ListOf(_STAGE)},
     optional={
@@ -137,7 +134,7 @@ def load_state(out: Path, run: Mapping[str, Any]) -> Stages:
                 raise fastmaf.CheckpointError(f"{file}: missing in the state of an interrupted fit")
         flows = tuple(fastmaf.load(file).eval() for file in files)
         done[entry["name"]] = Stage(flows, entry["record"])
-    return Stages(done, state.get("seconds", {}))
+    return Stages(done, state.get("seconds", {}), str(folder / _STATE_FILE))
 
 
 def remove_state(out: Path) -> None:
@@ -149,13 +146,15 @@ def remove_state(out: Path) -> None:
 
 def _remove_flows_of_others(folder: Path) -> None:
     """Removes the flows that the state in a folder does not name, and the folder if it is empty then."""
-    state, named = folder / _STATE_FILE, ""  # "": none of them
+    state = folder / _STATE_FILE
+    named: Any = ""  # none of them
     if state.is_file():
         with suppress(ValueError):  # damaged
-            named = parse(state.read_text("utf-8"), _STATE_FILE, finite=False).get("files")
+            found = parse(state.read_text("utf-8"), _STATE_FILE, finite=False)
+            named = found.get("files") if isinstance(found, dict) else ""
     for file in folder.glob("stage-*.safetensors"):
-        found = _FLOW_FILE.fullmatch(file.name)
-        if found and found[1] != named:
+        match = _FLOW_FILE.fullmatch(file.name)
+        if match and match[1] != named:
             file.unlink()
     if folder.is_dir() and not any(folder.iterdir()):
         folder.rmdir()

@@ -13,8 +13,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 import fastmaf
+from fastmaf.inspection.fit_stages import Stage, Stages
+from fastmaf.inspection.out_of_fold import OutOfFoldModels
+from fastmaf.inspection.recipe import Recipe
 from fastmaf.inspection.workflow import fit_state
 from fastmaf.inspection.workflow.fit_state import STATE_FOLDER, has_state, load_state, remove_state, save_state
 from tests.inspection.workflow.killed_states import NEW, OLD, RUN, equal
@@ -108,3 +112,71 @@ def test_names_of_files_lead_nowhere_else(tmp_path: Path, files: str) -> None:
     state.write_text(json.dumps({**json.loads(state.read_text()), "files": files}))
     with pytest.raises(fastmaf.CheckpointError, match="expected eight hexadecimal digits"):
         load_state(tmp_path, RUN)
+
+
+def _whitened() -> tuple[Recipe, Stages]:
+    recipe = Recipe(size=2, folds=2)
+    flow = fastmaf.Flow(recipe.features, [fastmaf.GaussianWhitening(recipe.features, 1)])
+    blocks = fastmaf.Flow(recipe.features, [fastmaf.LocalAutoregressive((3, 2, 2), patch=1, kernel=1, hidden=2)])
+    whitenings = Stage((flow, flow, flow), {"augmentation": "none", "figures": {}})
+    done = {
+        "2 pixels, whitenings": whitenings,
+        "2 pixels, blocks": Stage((blocks,), {"kept": 1, "log": [], "figures": {}}),
+    }
+    return recipe, Stages(done)
+
+
+@pytest.mark.parametrize(
+    ("stage", "record"),
+    [
+        (0, {}),
+        (0, {"augmentation": "auto", "figures": {}}),
+        (0, {"augmentation": ["none"], "figures": {}}),
+        (0, {"augmentation": "none", "figures": 3}),
+        (1, {"log": [], "figures": {}}),
+        (1, {"kept": 2, "log": [], "figures": {}}),
+        (1, {"kept": "1", "log": [], "figures": {}}),
+        (1, {"kept": 1, "log": [1], "figures": {}}),
+        (1, {"kept": 1, "log": None, "figures": {}}),
+    ],
+)
+def test_records_of_stages_are_checked(tmp_path: Path, stage: int, record: Any) -> None:
+    recipe, stages = _whitened()
+    models = OutOfFoldModels([torch.tensor([0]), torch.tensor([1])], [stages.done["2 pixels, whitenings"].flows[0]] * 2)
+    save_state(tmp_path, RUN, stages)
+    loaded = load_state(tmp_path, RUN)
+    assert loaded.whitenings(recipe) is not None and loaded.blocks(recipe, models) is not None
+
+    file = tmp_path / STATE_FOLDER / "state.json"
+    state = json.loads(file.read_text())
+    state["stages"][stage]["record"] = record
+    file.write_text(json.dumps(state))
+    loaded = load_state(tmp_path, RUN)
+    with pytest.raises(fastmaf.CheckpointError, match="state.json"):
+        _ = loaded.whitenings(recipe), loaded.blocks(recipe, models)
+
+
+@pytest.mark.parametrize("other", ["features", "kind", "folds"])
+def test_blocks_of_another_model_are_refused(tmp_path: Path, other: str) -> None:
+    recipe, stages = _whitened()
+    whitening, blocks = (stages.done[f"2 pixels, {name}"].flows[0] for name in ("whitenings", "blocks"))
+    models = OutOfFoldModels([torch.tensor([0]), torch.tensor([1])], [whitening] * 2)
+    larger = fastmaf.Flow(27, [fastmaf.LocalAutoregressive((3, 3, 3), patch=1, kernel=1, hidden=2)])
+    flows = {"features": (larger,), "kind": (whitening,), "folds": (blocks, blocks)}[other]
+    stages.done["2 pixels, blocks"] = stages.done["2 pixels, blocks"]._replace(flows=flows)
+    save_state(tmp_path, RUN, stages)
+    with pytest.raises(fastmaf.CheckpointError, match="state.json: expected"):
+        load_state(tmp_path, RUN).blocks(recipe, models)
+
+
+def test_a_state_that_is_no_object_hides_no_other_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path / STATE_FOLDER
+    folder.mkdir()
+    (folder / "state.json").write_text("[]")
+
+    def full(*args: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device", str(tmp_path))
+
+    monkeypatch.setattr(fastmaf.Flow, "save", full)
+    with pytest.raises(OSError, match="No space left"):
+        save_state(tmp_path, RUN, NEW)
