@@ -8,11 +8,8 @@ synthetic defects. Its anomaly maps are brought back to the square, in which the
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Sequence
-
-import numpy as np
-import torch
-from torch.nn.functional import interpolate
 
 SQUARE = 1.05
 """Images whose longer side is at most this multiple of the shorter one are fitted as squares."""
@@ -33,7 +30,7 @@ def aspect_of(shapes: Sequence[tuple[int, int]]) -> float:
     """
     if not len(shapes):
         return 1.0
-    ratio = float(np.median([height / width for height, width in shapes]))
+    ratio = statistics.median(height / width for height, width in shapes)
     return ratio if max(ratio, 1 / ratio) > SQUARE else 1.0
 
 
@@ -75,16 +72,3 @@ def usable_side(shapes: Sequence[tuple[int, int]]) -> int:
     """Returns the largest ``size`` of a model that no image, of (height, width) in ``shapes``, is enlarged for."""
     aspect = aspect_of(shapes)
     return int(min(map(min, shapes)) * math.sqrt(max(aspect, 1 / aspect)))
-
-
-def squared(maps: np.ndarray, size: int) -> np.ndarray:
-    """Returns maps, float32 ``[n, h, w]``, brought bilinearly to ``[n, size, size]``, or as they are."""
-    return brought_to(maps, (size, size))
-
-
-def brought_to(maps: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
-    """Returns maps, float32 ``[n, h, w]``, resized bilinearly to another shape, or as they are."""
-    if maps.shape[1:] == shape:
-        return maps
-    resized = interpolate(torch.from_numpy(maps)[:, None], shape, mode="bilinear", align_corners=False)
-    return resized[:, 0].numpy()

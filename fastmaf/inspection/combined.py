@@ -18,9 +18,9 @@ from torch import Tensor
 
 import fastmaf
 from fastmaf.images.reduce import reduced
-from fastmaf.inspection.aspect import squared
 from fastmaf.inspection.calibration import CALIBRATION, Calibration
 from fastmaf.inspection.interface import AnomalyModel, HeldOut
+from fastmaf.inspection.map_shapes import squared
 from fastmaf.inspection.model import Prediction, Shapes, check_pixels, map_levels_of
 from fastmaf.inspection.model_card import combined_card
 from fastmaf.inspection.model_parts import read_parts, tensors_of_parts

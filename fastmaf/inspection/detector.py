@@ -17,7 +17,7 @@ from sklearn.utils.validation import check_is_fitted
 from torch import Tensor, nn
 
 import fastmaf
-from fastmaf.inspection.aspect import aspect_of, brought_to, usable_side
+from fastmaf.inspection.aspect import aspect_of, usable_side
 from fastmaf.inspection.calibration import Calibration
 from fastmaf.inspection.detector_input import are_images, found_in, pixels_for_sizes, square_pixels
 from fastmaf.inspection.features.candidate import fit_precomputed
@@ -27,6 +27,7 @@ from fastmaf.inspection.features.model import FeatureModel
 from fastmaf.inspection.fit import fit
 from fastmaf.inspection.interface import AnomalyModel, map_shape, maps_of, scores_of
 from fastmaf.inspection.kinds import KINDS, Kind, fit_texture_model, plausible_kind, texture_size
+from fastmaf.inspection.map_shapes import brought_to
 from fastmaf.inspection.model import InspectionModel, Prediction, Shapes, load_inspection
 from fastmaf.inspection.recipe import Recipe
 from fastmaf.inspection.row_model import RowModel, fit_rows

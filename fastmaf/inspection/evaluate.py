@@ -17,11 +17,11 @@ import fastmaf
 from fastmaf.images.dataset import ImageSet, to_unit
 from fastmaf.images.progress import track
 from fastmaf.images.reduce import reduced
-from fastmaf.inspection.aspect import squared
 from fastmaf.inspection.baselines import Baseline, all_baselines
 from fastmaf.inspection.combined import CombinedModel
 from fastmaf.inspection.features.model import FeatureModel
 from fastmaf.inspection.interface import AnomalyModel
+from fastmaf.inspection.map_shapes import squared
 from fastmaf.inspection.masks import LabelledSet
 from fastmaf.inspection.model import InspectionModel, Prediction
 from fastmaf.inspection.scoring.float64_flow import Float64Flow, FlowValues

@@ -25,13 +25,13 @@ import fastmaf
 from fastmaf.images.dataset import is_grey, to_grey, to_unit
 from fastmaf.images.progress import Progress
 from fastmaf.images.reduce import reduced
-from fastmaf.inspection.aspect import squared
 from fastmaf.inspection.blocks import Log, select_blocks
 from fastmaf.inspection.calibration import Calibration
 from fastmaf.inspection.exchangeability import describe_groups, order_matters
 from fastmaf.inspection.fit_stages import Stages
 from fastmaf.inspection.free_threads import free_threads
 from fastmaf.inspection.interface import HeldOut
+from fastmaf.inspection.map_shapes import squared
 from fastmaf.inspection.model import InspectionModel
 from fastmaf.inspection.out_of_fold import (
     OutOfFoldModels,

@@ -16,8 +16,8 @@ from torch import Tensor
 import fastmaf
 from fastmaf.images.dataset import check_takes_images, image_shape, to_unit
 from fastmaf.images.reduce import reduced
-from fastmaf.inspection.aspect import squared
 from fastmaf.inspection.calibration import Calibration
+from fastmaf.inspection.map_shapes import squared
 from fastmaf.inspection.model_card import inspection_card
 from fastmaf.inspection.model_file import is_inspection_model, load_inspection, model_file
 from fastmaf.inspection.model_schema import KEY, inspection_record

@@ -10,9 +10,9 @@ from torch import Tensor
 
 import fastmaf
 from fastmaf.images.reduce import reduced
-from fastmaf.inspection.aspect import squared
 from fastmaf.inspection.fit import Fitted
 from fastmaf.inspection.interface import HeldOut
+from fastmaf.inspection.map_shapes import squared
 from fastmaf.inspection.model import InspectionModel
 from fastmaf.inspection.out_of_fold import out_of_fold_results
 

@@ -14,10 +14,11 @@ from scipy.ndimage import gaussian_filter
 
 import fastmaf
 from fastmaf.images.reduce import reduced
-from fastmaf.inspection.aspect import aspect_of, brought_to, fitted_into, shape_for, squared, usable_side
+from fastmaf.inspection.aspect import aspect_of, fitted_into, shape_for, usable_side
 from fastmaf.inspection.augmentation import rotations, shifts
 from fastmaf.inspection.export.export_onnx import export_onnx
 from fastmaf.inspection.fit import Fitted, fit
+from fastmaf.inspection.map_shapes import brought_to, squared
 from fastmaf.inspection.model import InspectionModel, load_inspection
 from fastmaf.inspection.pixel_candidate import PixelCandidate
 from fastmaf.inspection.recipe import Recipe

@@ -14,9 +14,9 @@ import torch
 import fastmaf
 from fastmaf.images.dataset import load_train
 from fastmaf.images.reduce import reduced
-from fastmaf.inspection.aspect import squared
 from fastmaf.inspection.combined import CombinedModel, combine
 from fastmaf.inspection.fit import fit
+from fastmaf.inspection.map_shapes import squared
 from fastmaf.inspection.model import is_inspection_model, load_inspection
 from fastmaf.inspection.pixel_candidate import PixelCandidate
 from fastmaf.inspection.recipe import Recipe

@@ -16,7 +16,6 @@ import torch
 from torch import Tensor
 
 import fastmaf
-from fastmaf.inspection.aspect import squared
 from fastmaf.inspection.combined import CombinedModel
 from fastmaf.inspection.export.features import feature_results
 from fastmaf.inspection.export.graph_builder import ExportError, Graph, Value
@@ -24,6 +23,7 @@ from fastmaf.inspection.export.resize import resized
 from fastmaf.inspection.export.transforms import flow_steps, unexplained
 from fastmaf.inspection.features.model import FeatureModel
 from fastmaf.inspection.interface import AnomalyModel
+from fastmaf.inspection.map_shapes import squared
 from fastmaf.inspection.model import InspectionModel
 from fastmaf.inspection.scoring.float64_flow import first_part
 from fastmaf.inspection.scoring.score import Shape, TermStatistics, smoothing
