@@ -14,7 +14,7 @@ import torch
 import fastmaf
 from fastmaf.bench import machine
 from fastmaf.kernels import dispatch
-from fastmaf.kernels.triton_common.launch_table import TABLES, Launch, Table
+from fastmaf.kernels.triton_common.launch_table import MOST_ROUNDS, TABLES, Launch, Table
 
 MISSING = next((why for op in dispatch.OPS if (why := dispatch.missing(op, "triton")) is not None), None)
 pytestmark = [
@@ -99,6 +99,9 @@ def test_every_entry_of_a_table_has_an_op_that_depends_on_it(key: int) -> None:
     flow, before = resources.published_flow(blocks=1), TABLES[key]
     for entry in Table._fields:
         work = tune.work_of(entry, key, (key, 8), flow)
+        if entry == "whole" and MOST_ROUNDS * before.whole.columns < 512:  # the inputs of the second hidden layer
+            assert work is None
+            continue
         assert work is not None, entry
         assert work[0] == "train step" or not entry.startswith("backward")
     assert TABLES[key] is before
