@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+import json
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -144,7 +145,7 @@ def measured(rank: int, size: int, method: str, features: int, folder: str) -> N
     moments = 0
     if optimizer is not None:
         moments = sum(s[name].nbytes for s in optimizer.state.values() for name in ("exp_avg", "exp_avg_sq"))
-    torch.save((tuple(counter.traffic), moments), f"{folder}/{rank}.pt")
+    Path(folder, f"{rank}.json").write_text(json.dumps([counter.traffic, moments]))
     distributed.destroy_process_group()
 
 
@@ -152,7 +153,7 @@ def measure(size: int, method: str, features: int) -> tuple[Traffic, int]:
     """Returns the traffic and the bytes of the moments of the process that has the most of it."""
     with tempfile.TemporaryDirectory(prefix="fastmaf-bench-") as folder:
         spawn(measured, (size, method, features, folder), nprocs=size)
-        found = [torch.load(f"{folder}/{rank}.pt") for rank in range(size)]
+        found = [json.loads(Path(folder, f"{rank}.json").read_text()) for rank in range(size)]
     return Traffic(*max((traffic for traffic, _ in found), key=lambda t: t[2])), max(moments for _, moments in found)
 
 
