@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
-from dataclasses import replace
 from numbers import Integral
 from pathlib import Path
 from typing import Any, Literal
@@ -17,26 +16,21 @@ from sklearn.utils.validation import check_is_fitted
 from torch import Tensor, nn
 
 import fastmaf
-from fastmaf.inspection.aspect import aspect_of, usable_side
 from fastmaf.inspection.calibration import Calibration
-from fastmaf.inspection.detector_input import are_images, found_in, pixels_for_sizes, square_pixels
+from fastmaf.inspection.detector_fit import ImageFit, fit_images
+from fastmaf.inspection.detector_input import are_images, found_in, square_pixels
 from fastmaf.inspection.features.candidate import fit_precomputed
-from fastmaf.inspection.features.extractor import PRECOMPUTED, extractor_of, on_grid
-from fastmaf.inspection.features.fit import fit_with_features
+from fastmaf.inspection.features.extractor import PRECOMPUTED, on_grid
 from fastmaf.inspection.features.model import FeatureModel
-from fastmaf.inspection.fit import fit
 from fastmaf.inspection.interface import AnomalyModel, map_shape, maps_of, scores_of
-from fastmaf.inspection.kinds import KINDS, Kind, fit_texture_model, plausible_kind, texture_size
+from fastmaf.inspection.kinds import KINDS, Kind
 from fastmaf.inspection.map_shapes import brought_to
 from fastmaf.inspection.model import InspectionModel, Prediction, Shapes, load_inspection
 from fastmaf.inspection.recipe import Recipe
 from fastmaf.inspection.row_model import RowModel, fit_rows
-from fastmaf.inspection.sizes import BUDGET, SIZES, fit_sizes, sides_for, sizes_for, sizes_of
-from fastmaf.inspection.texture.candidate import TextureCandidate
+from fastmaf.inspection.sizes import BUDGET, SIZES, sizes_of
 from fastmaf.inspection.texture.model import TextureModel
 from fastmaf.inspection.tiled import TiledModel
-from fastmaf.inspection.tiled_fit import fit_tiles
-from fastmaf.inspection.tiles import tiled_size
 
 try:
     from sklearn.utils.validation import validate_data
@@ -188,8 +182,9 @@ class Detector(OutlierMixin, BaseEstimator):
             self._use(of_features.with_calibration(calibration))
             scores = candidate.held_out([known]).scores[0]
         elif are_images(X):
-            model, scores = self._fit_images(X, labels, recipe)
-            self._use(model)
+            wanted = ImageFit(self.size == "auto", self.tiles, self.kind, self.features, self.budget, self.verbose)
+            model, scores = fit_images(X, labels, recipe, wanted, self._warn_of_few)
+            self._use(model.with_calibration(model.calibration.with_rate(self.false_alarm, self.confidence)))
         elif groups is not None:
             raise ValueError("groups are for images: rows are held out at random")
         elif self.features is not None:
@@ -293,61 +288,6 @@ class Detector(OutlierMixin, BaseEstimator):
         detector._use(model)
         return detector
 
-    def _fit_images(self, X: Any, groups: Sequence[str] | None, recipe: Recipe) -> tuple[AnomalyModel, np.ndarray]:
-        """Returns the model of images and the held-out score of each."""
-        extractor = None if self.features is None else extractor_of(self.features)
-        if extractor is not None and self.tiles > 1:
-            raise ValueError(f"features are of whole images: expected tiles=1; found {self.tiles}")
-        if self.tiles > 1 and self.kind != "object":
-            raise ValueError(
-                f"tiles are of objects: expected kind='object' with tiles={self.tiles}; found {self.kind!r}"
-            )
-        double: Tensor | None
-        if extractor is not None:
-            samples, double, shapes = square_pixels(X, extractor.size)
-            sizes = sizes_for(min(extractor.size, usable_side(shapes)), self.budget)
-        elif self.size == "auto":
-            if self.tiles > 1:
-                raise ValueError(f"size='auto' is of whole images: expected tiles=1; found {self.tiles}")
-            sizes, samples, double, shapes = pixels_for_sizes(X, recipe, self.budget)
-        else:
-            samples, double, shapes = square_pixels(X, tiled_size(recipe.size, self.tiles), double=True)
-        if self.size != "auto":
-            sizes = (recipe.size,)
-        recipe = replace(recipe, aspect=aspect_of(shapes))
-        wanted = tiled_size(replace(recipe, size=sizes[-1]).side, self.tiles)
-        if self.kind != "texture" and len(samples) and samples.shape[-1] < wanted:
-            samples, double, _ = square_pixels(X, wanted, double=extractor is None)
-        n = len(samples)
-        if n < 3:
-            raise ValueError(f"X must hold at least 3 good images; found {n}")
-        self._warn_of_few(*((n, "samples") if groups is None else (len(set(groups)), "groups")))
-        recipe = replace(recipe, size=sizes[0], folds=min(self.folds, n))
-        options: Any = {"groups": groups, "progress": self.verbose}
-        model: AnomalyModel
-        kind = plausible_kind(samples)[0] if self.kind == "auto" else self.kind
-        if extractor is not None:
-            texture: TextureCandidate | None = None
-            if kind != "object":
-                samples, _, _ = square_pixels(X, max(texture_size(shapes), samples.shape[-1]))
-                texture = fit_texture_model(samples, recipe, shapes=shapes, **options).candidate
-            options |= {"budget": self.budget, "texture": texture}
-            chosen = fit_with_features(samples, sizes, recipe, extractor, **options)
-            model, scores = chosen.model, chosen.held_out.scores[0]
-        elif self.tiles > 1:
-            model, scores = fit_tiles(samples, recipe, self.tiles, double=double, **options)
-        elif kind != "object":
-            model, scores = self._fit_texture(X, shapes, recipe, sizes, double, kind == "auto", **options)
-        elif len(sizes) > 1:
-            chosen = fit_sizes(samples, sizes, recipe, double=double, budget=self.budget, **options)
-            model, scores = chosen.model, chosen.held_out.scores[0]
-        else:
-            fitted = fit(samples, recipe, double=double, **options)
-            model, scores = fitted.model, fitted.held_out.scores[0]
-        if self.size == "auto":
-            model.about["configuration"] = {"size": self.size, "budget": self.budget}
-        return model.with_calibration(model.calibration.with_rate(self.false_alarm, self.confidence)), scores
-
     def _warn_of_few(self, available: int, unit: str) -> None:
         """Warns, before the work, where the false-alarm rate needs more samples or groups."""
         planned = Calibration(np.zeros(max(available, 1)), self.false_alarm, self.confidence, "split")
@@ -377,28 +317,6 @@ class Detector(OutlierMixin, BaseEstimator):
         X = X.detach().cpu().numpy() if isinstance(X, Tensor) else X
         rows = validate_data(self, X, dtype=np.float64, **options)
         return torch.from_numpy(np.array(rows))  # a copy: torch takes neither read-only arrays nor negative strides
-
-    def _fit_texture(
-        self,
-        X: Any,
-        shapes: Shapes,
-        recipe: Recipe,
-        sizes: tuple[int, ...],
-        double: Tensor | None,
-        both: bool,
-        **options: Any,
-    ) -> tuple[AnomalyModel, np.ndarray]:
-        """Returns a texture model, or of ``both`` kinds what is better on synthetic defects, and held-out scores."""
-        side = max(texture_size(shapes), *sides_for(sizes, recipe))
-        large, _, _ = square_pixels(X, side)
-        texture = fit_texture_model(large, recipe, shapes=shapes, **options)
-        if not both:
-            return texture.model, texture.held_out.scores[0]
-        options |= {"budget": self.budget, "others": [texture.candidate]}
-        chosen = fit_sizes(
-            large, sizes, recipe, double=double if sides_for(sizes, recipe)[-1] == side else None, **options
-        )
-        return chosen.model, chosen.held_out.scores[0]
 
     def _images(self, X: Any) -> tuple[Tensor, Shapes]:
         if not are_images(X):

@@ -30,9 +30,10 @@ def noise_of_neighbours(n: int) -> Tensor:
 
 @pytest.mark.slow
 def test_blocks_that_worsen_the_held_out_nll_are_left_out() -> None:
-    model = fit(waves(20), FIXED, progress=False).model
+    # The difference is 900 to 2,100 over seeds, as blocks fit few images anyhow; of this seed it is far from the bound.
+    model = fit(waves(20), replace(FIXED, seed=4), progress=False).model
     about = model.about
-    assert about["held_out_nll_with_blocks"] > about["held_out_nll_of_whitening"] + 500  # by far
+    assert about["held_out_nll_with_blocks"] > about["held_out_nll_of_whitening"] + 1000
     assert about["held_out_nll"] == about["held_out_nll_of_whitening"] < -1900
     assert [type(step) for step in model.flow.transforms] == [fastmaf.GaussianWhitening]
     assert about["recipe"]["blocks"] == 0 and about["asked"]["blocks"] == "auto"

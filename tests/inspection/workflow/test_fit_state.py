@@ -6,8 +6,6 @@ import errno
 import json
 import os
 import signal
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -21,9 +19,8 @@ from fastmaf.inspection.out_of_fold import OutOfFoldModels
 from fastmaf.inspection.recipe import Recipe
 from fastmaf.inspection.workflow import fit_state
 from fastmaf.inspection.workflow.fit_state import STATE_FOLDER, has_state, load_state, remove_state, save_state
+from tests.driven import driven
 from tests.inspection.workflow.killed_states import NEW, OLD, RUN, equal
-
-ROOT = Path(__file__).parents[3]
 
 
 @pytest.fixture
@@ -37,11 +34,7 @@ def interrupts() -> Iterator[None]:
 @pytest.mark.slow
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="forks")
 def test_killed_while_a_state_is_replaced(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "tests.inspection.workflow.killed_states", str(tmp_path), "20", "3"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-4000:]
-    *found, last = done.stdout.splitlines()
+    *found, last = driven("tests.inspection.workflow.killed_states", tmp_path, 20, 3)
     assert len(found) == 20 and set(found) <= {"old", "new"} and found.count("old") > 2
     assert int(last.split()[1]) > 5, "many kills must come before the end"
 
