@@ -26,7 +26,7 @@ from fastmaf.inspection.interface import AnomalyModel, map_shape, maps_of, score
 from fastmaf.inspection.kinds import KINDS, Kind
 from fastmaf.inspection.map_shapes import brought_to
 from fastmaf.inspection.model import InspectionModel, Prediction, Shapes, load_inspection
-from fastmaf.inspection.recipe import Recipe
+from fastmaf.inspection.recipe import RANK, Recipe
 from fastmaf.inspection.row_model import RowModel, fit_rows
 from fastmaf.inspection.sizes import BUDGET, SIZES, sizes_of
 from fastmaf.inspection.texture.model import TextureModel
@@ -64,7 +64,8 @@ class Detector(OutlierMixin, BaseEstimator):
             ``"auto"`` fits models of 64 and 128 pixels, and of 256 from a budget of 300 s on, as far as the smallest
             image and the budget go, and takes the one, or the combination, that is best on synthetic defects; see
             ``fastmaf.inspection.sizes``. It is the choice of ``fastmaf inspect fit --size auto``.
-        rank: factors of the whitening; fewer if the samples or columns do not support them.
+        rank: factors of the whitening; fewer if the samples or columns do not support them. ``"auto"``: 400, and up to
+            800 for images of objects that lie at any angle.
         blocks: images only: autoregressive blocks after the whitening; ``"auto"``: two if held-out images are more
             likely with them, else none. They lower the NLL that ``model_`` reports; the score does not use them: 0
             gives the same scores faster.
@@ -115,7 +116,7 @@ class Detector(OutlierMixin, BaseEstimator):
         self,
         *,
         size: int | Literal["auto"] = 64,
-        rank: int = 400,
+        rank: int | Literal["auto"] = "auto",
         blocks: int | Literal["auto"] = "auto",
         steps: int = 200,
         tiles: int = 1,
@@ -193,7 +194,7 @@ class Detector(OutlierMixin, BaseEstimator):
             rows = self._rows(X, ensure_min_samples=2)
             self._warn_of_few(len(rows), "samples")
             folds = min(self.folds, len(rows))
-            self.model_, scores = fit_rows(rows, self.rank, folds, seed)
+            self.model_, scores = fit_rows(rows, RANK if isinstance(self.rank, str) else self.rank, folds, seed)
             self.calibration_ = Calibration(scores, self.false_alarm, self.confidence, "k-fold", folds)
             self._set_threshold()
         self.decision_scores_ = scores

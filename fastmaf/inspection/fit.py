@@ -177,7 +177,7 @@ def fit(
             selected = select_blocks(x, z, models, recipe, bar.update, callbacks=callbacks, every_fold=every_fold)
             stages.keep_blocks(recipe, models, selected)
         kept, models, log, block_figures, blocks = selected
-        recipe = replace(recipe, blocks=kept)
+        recipe = replace(recipe, rank=recipe.factors, blocks=kept)
         flow = fastmaf.Flow(recipe.features, [*first, whitenings.whole, *blocks]).eval().requires_grad_(False)
         times.append(time.perf_counter())
         bar.set_description(f"fitting {asked.size} pixels: score and map")
@@ -197,7 +197,12 @@ def fit(
         figures["groups"] = describe_groups(groups, scores, calibration)
     about = {
         "recipe": asdict(replace(recipe, score=score, map_config=map_config)),
-        "asked": {"blocks": given.blocks, "augmentation": given.augmentation, "channels": given.channels},
+        "asked": {
+            "rank": given.rank,
+            "blocks": given.blocks,
+            "augmentation": given.augmentation,
+            "channels": given.channels,
+        },
         **augmentation_figures,
         **block_figures,
         **figures,

@@ -12,6 +12,12 @@ from fastmaf.inspection.scoring.settings import AnomalyMapConfig, ScoreSettings
 Augmentation: TypeAlias = Literal["none", "shifts", "rotations"]
 AUGMENTATIONS: tuple[Augmentation, ...] = ("none", "shifts", "rotations")
 
+RANK = 400
+"""Number of factors of a whitening for ``rank="auto"``."""
+
+_RANK_OF_ROTATIONS = 800
+_MOST_VALUES = 2**24  # of the factors for rotations, of which a fit holds those of all folds: 64 MiB of each
+
 BLOCKS = 2
 """Number of local blocks that ``blocks="auto"`` tries."""
 
@@ -27,7 +33,8 @@ class Recipe:
 
     Attributes:
         size: side of the images in pixels; that of the square of the same area for others, see ``aspect``.
-        rank: factors of the whitening; fewer if the images do not support them.
+        rank: factors of the whitening; fewer if the images do not support them. ``"auto"``: 400; with rotations up to
+            800, as turned images differ in more directions, as far as memory goes.
         augmentation: copies of the images that the whitening is fitted to, too: ``"shifts"``, ``"rotations"``,
             ``"none"``, or ``"auto"``, the one of the three under which held-out images are most likely.
         shift_radius, shift_step: shifts are by up to this many steps of this many pixels.
@@ -52,7 +59,7 @@ class Recipe:
     """
 
     size: int = 64
-    rank: int = 400
+    rank: int | Literal["auto"] = "auto"
     augmentation: Augmentation | Literal["auto"] = "auto"
     shift_radius: int = 2
     shift_step: float = 0.5
@@ -88,6 +95,8 @@ class Recipe:
             raise ValueError(f"channels must be 'auto', 1 or 3; found {self.channels!r}")
         if self.folds < 2:
             raise ValueError(f"folds must be at least 2; found {self.folds}")
+        if self.rank != "auto" and (isinstance(self.rank, str) or self.rank < 0):
+            raise ValueError(f"rank must be 'auto' or at least 0; found {self.rank!r}")
         if self.blocks != "auto" and (isinstance(self.blocks, str) or self.blocks < 0):
             raise ValueError(f"blocks must be 'auto' or at least 0; found {self.blocks!r}")
         if self.most_blocks and self.size % self.patch:
@@ -104,6 +113,14 @@ class Recipe:
     def side(self) -> int:
         """Side of the square that images are read as: the longer one of ``shape``."""
         return max(self.shape)
+
+    @property
+    def factors(self) -> int:
+        """The number of factors of the whitening, if the images support them."""
+        if not isinstance(self.rank, str):
+            return min(self.rank, self.features)
+        most = _RANK_OF_ROTATIONS if self.augmentation == "rotations" else RANK
+        return min(self.features, max(RANK, min(most, _MOST_VALUES // self.features)))
 
     @property
     def most_blocks(self) -> int:

@@ -88,11 +88,10 @@ def fit_whitenings(normals: Normals, folds: Sequence[np.ndarray], recipe: Recipe
         augment = _then(augment, before)
     # A logit stretches the 8-bit quantisation steps by its slope, which is smallest in the middle.
     floor = QUANTISATION if recipe.logit is None else QUANTISATION * (4 * (1 - 2 * recipe.logit)) ** 2
-    rank = min(recipe.rank, recipe.features)
     parts = [torch.from_numpy(fold) for fold in folds]
     x = before(normals.x)[0] if first else normals.x
     options: dict[str, Any] = {"augment": augment, "source": source, "floor": floor, "seed": recipe.seed}
-    return Whitenings(*fastmaf.GaussianWhitening.fit_without(x, rank, parts, **options))
+    return Whitenings(*fastmaf.GaussianWhitening.fit_without(x, recipe.factors, parts, **options))
 
 
 def _then(augment: Augment, before: fastmaf.Flow) -> Augment:
@@ -135,7 +134,10 @@ def select_augmentation(
         index = np.sort(np.random.default_rng([recipe.seed, 1]).permutation(n)[:_COMPARED])
         some_folds = [np.flatnonzero(np.isin(index, fold)) for fold in joined_folds(folds)]
         some_folds = [fold for fold in some_folds if len(fold)]
-        some, compared = normals.subset(torch.from_numpy(index)), replace(recipe, rank=min(recipe.rank, _COMPARED_RANK))
+        some, compared = (
+            normals.subset(torch.from_numpy(index)),
+            replace(recipe, rank=min(recipe.factors, _COMPARED_RANK)),
+        )
     tried: dict[Augmentation, float] = {}
     found: dict[Augmentation, Whitenings] = {}
     for kind in candidates if len(candidates) > 1 else ():

@@ -35,7 +35,7 @@ def leading_vectors(gram: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     """
     m = len(gram)
     width = rank + max(_OVERSAMPLING, rank // 4)
-    if m <= _SMALL or 3 * width > m:
+    if m <= _SMALL or 2 * width > m:
         values, vectors = torch.linalg.eigh(gram.double())
         return values.flip(0)[:rank], vectors.flip(1)[:, :rank]
     start = torch.randn(m, width, generator=torch.Generator().manual_seed(0), device="cpu").to(gram)

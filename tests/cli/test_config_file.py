@@ -59,7 +59,7 @@ def test_texts_of_any_kind_come_back(tmp_path: Path) -> None:
         ("c.toml", "size = true", ("size: expected a text",)),
         ("c.toml", "size = 0", ("expected auto or a whole number",)),
         ("c.toml", "folds = 2.5", ("folds: expected a whole number; found 2.5",)),
-        ("c.toml", "rank = [1]", ("rank: expected a whole number",)),
+        ("c.toml", "rank = [1]", ('rank: expected "auto" or a whole number',)),
         ("c.toml", 'blocks = "many"', ('expected "auto" or a whole number',)),
         ("c.toml", "keep_folds = 1", ("true or false",)),
         ("c.toml", "folds = 1", ("folds must be at least 2",)),

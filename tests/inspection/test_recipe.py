@@ -9,6 +9,8 @@ import pytest
 import torch
 
 import fastmaf
+from fastmaf.inspection.fit import fit
+from fastmaf.inspection.recipe import Recipe
 from tests.inspection.tiny import TINY
 
 
@@ -19,6 +21,8 @@ from tests.inspection.tiny import TINY
         ({"logit": 0.0}, r"logit must lie in \(0, 0.5\); found 0.0"),
         ({"logit": 1e-3, "dequantize": True}, r"logit must lie in \(0.00195312, 0.5\); found 0.001"),
         ({"angles": 0}, "angles must be at least 1; found 0"),
+        ({"rank": -1}, "rank must be 'auto' or at least 0; found -1"),
+        ({"rank": "all"}, "rank must be 'auto' or at least 0; found 'all'"),
         ({"augmentation": "both"}, "augmentation must be 'auto' or one of 'none', 'shifts', 'rotations'; found 'both'"),
     ],
 )
@@ -32,3 +36,17 @@ def test_the_smallest_logit_takes_bins_beyond_black_and_white() -> None:
     assert recipe.logit is not None
     ends = torch.tensor([[-0.5 / 255, 1 + 0.5 / 255]])
     assert bool(torch.isfinite(fastmaf.Logit(2, recipe.logit)(ends)[0]).all())
+
+
+def test_turned_images_get_more_factors_as_far_as_memory_goes() -> None:
+    shifts, turned = (Recipe(64, augmentation=augmentation) for augmentation in ("shifts", "rotations"))
+    assert (shifts.factors, turned.factors, replace(turned, rank=30).factors) == (400, 800, 30)
+    assert replace(turned, size=16).factors == 768 and replace(turned, size=8, channels=1).factors == 64
+    assert [replace(turned, size=size).factors for size in (96, 128, 256)] == [606, 400, 400]
+
+
+def test_the_rank_of_a_fit_is_recorded() -> None:
+    pixels = torch.randint(0, 256, (12, 3, 16, 16), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    recipe = replace(TINY, rank="auto", augmentation="rotations", blocks=0)
+    about = fit(pixels, recipe, progress=False).model.about
+    assert about["recipe"]["rank"] == 768 and about["asked"]["rank"] == "auto"
