@@ -106,8 +106,12 @@ def check_source(flow: nn.Module, library: str, modules: Mapping[str, nn.Module]
     if len(dtypes := {str(one.dtype) for one in weights.values()}) > 1:
         raise NotConvertibleError(f"expected parameters of one dtype; found {sorted(dtypes)}")
     for name, tensor in tensors.items():
-        if tensor.is_floating_point() and not _is_finite(tensor):
+        if not tensor.is_floating_point():
+            continue
+        if not _is_finite(tensor):
             raise NotConvertibleError(f"{name} contains numbers that are not finite")
+        if dtypes and str(tensor.dtype) not in dtypes and not _is_exact(name, tensor):
+            raise NotConvertibleError(f"{name} is {tensor.dtype}, the parameters {dtypes.pop()}; expected one dtype")
 
 
 def _tensors(modules: Mapping[str, nn.Module]) -> Iterator[tuple[str, torch.Tensor]]:
@@ -116,6 +120,13 @@ def _tensors(modules: Mapping[str, nn.Module]) -> Iterator[tuple[str, torch.Tens
         for part in (*own, computed_tensors(module)):
             for name, tensor in part:
                 yield f"{prefix}.{name}" if prefix else name, tensor
+
+
+def _is_exact(name: str, tensor: torch.Tensor) -> bool:
+    """Returns whether results do not depend on the dtype of a tensor: of a mask, of a constant that is compared, and of
+    zeros and ones.
+    """
+    return name.endswith((".mask", "._log_z")) or bool(((tensor == 0) | (tensor == 1)).all())
 
 
 def _is_finite(tensor: torch.Tensor) -> bool:
