@@ -26,6 +26,8 @@ _HARMLESS = {"__init__", "__module__", "__doc__", "__dict__", "__weakref__", "__
 _HARMLESS |= {"__repr__", "__parameters__", "__orig_bases__", "__abstractmethods__", "_abc_impl", "extra_repr"}
 _HARMLESS |= {"__firstlineno__", "__static_attributes__", "__slotnames__"}
 
+_OF_ANY_DTYPE = ".mask", "._log_z"  # factors that products with weights promote; a constant that is compared
+
 
 def converter(
     library: str, uses: Collection[str]
@@ -110,7 +112,7 @@ def check_source(flow: nn.Module, library: str, modules: Mapping[str, nn.Module]
             continue
         if not _is_finite(tensor):
             raise NotConvertibleError(f"{name} contains numbers that are not finite")
-        if dtypes and str(tensor.dtype) not in dtypes and not _is_exact(name, tensor):
+        if dtypes and str(tensor.dtype) not in dtypes and not name.endswith(_OF_ANY_DTYPE):
             raise NotConvertibleError(f"{name} is {tensor.dtype}, the parameters {dtypes.pop()}; expected one dtype")
 
 
@@ -120,13 +122,6 @@ def _tensors(modules: Mapping[str, nn.Module]) -> Iterator[tuple[str, torch.Tens
         for part in (*own, computed_tensors(module)):
             for name, tensor in part:
                 yield f"{prefix}.{name}" if prefix else name, tensor
-
-
-def _is_exact(name: str, tensor: torch.Tensor) -> bool:
-    """Returns whether results do not depend on the dtype of a tensor: of a mask, of a constant that is compared, and of
-    zeros and ones.
-    """
-    return name.endswith((".mask", "._log_z")) or bool(((tensor == 0) | (tensor == 1)).all())
 
 
 def _is_finite(tensor: torch.Tensor) -> bool:

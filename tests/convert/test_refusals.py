@@ -102,6 +102,7 @@ def refused() -> Iterator[tuple[str, Callable[[], nn.Module], str]]:
         base_of_two_dtypes,
         r"base\._1 is torch\.float32, the parameters torch\.float64; expected one dtype",
     )
+    yield "noise dtype", lambda: base_of_two_dtypes(1.0), r"base\._1 is torch\.float32"
     yield "statistics dtype", statistics_of_another_dtype, r"\.running_var is torch\.float32, .* expected one dtype"
     yield "norm dtype", with_net(round_statistics, use_batch_norm=True), r"running_var is torch\.float32"
     yield "constant", constant, "has the constant"
@@ -155,9 +156,9 @@ def scaled(flow: Any, scale: float) -> nn.Module:
     return zuko.flows.Flow(flow.transform.transforms, base)  # type: ignore[no-any-return]
 
 
-def base_of_two_dtypes() -> nn.Module:
-    """A base whose scale is float32 in a flow of float64."""
-    normal, scale = zuko.distributions.DiagNormal, torch.full((4,), 0.3, dtype=torch.float32)
+def base_of_two_dtypes(value: float = 0.3) -> nn.Module:
+    """A base whose scale is float32 in a flow of float64; of a mean like that the noise would be float32, too."""
+    normal, scale = zuko.distributions.DiagNormal, torch.full((4,), value, dtype=torch.float32)
     base = zuko.lazy.UnconditionalDistribution(normal, torch.zeros(4), scale, buffer=True)
     return zuko.flows.Flow(zuko.flows.MAF(4).transform.transforms, base)  # type: ignore[no-any-return]
 
