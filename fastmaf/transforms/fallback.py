@@ -54,8 +54,10 @@ def warn_of_layers(made: MADE, kind: str | None, x: Tensor) -> None:
     global _given
     if torch.compiler.is_compiling() or _given or not made.training:  # in this order: no graph depends on the global
         return
+    if not (kind or made.composed) or getattr(_thread, "is_off", False):
+        return
     reasons = _reasons(made, kind)
-    if getattr(_thread, "is_off", False) or not reasons or not records_gradients([x, *made.parameters()]):
+    if not reasons or not records_gradients([x, *made.parameters()]):
         return
     backend = dispatch.chosen() or dispatch.default_backend("flow", x)
     if backend == "torch":
