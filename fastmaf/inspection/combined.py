@@ -115,21 +115,23 @@ class CombinedModel:
         return map_levels_of(self.about)
 
     @fastmaf.torch_defaults()
-    def predict(self, pixels: Tensor, shapes: Shapes | None = None) -> Prediction:
+    def predict(self, pixels: Tensor, shapes: Shapes | None = None, *, nll: bool = True) -> Prediction:
         """Returns scores, anomaly maps and NLLs of images, uint8 ``[n, 3, size, size]``; ``shapes`` go to the parts.
+
+        Without ``nll``, these may be NaN.
 
         Raises:
             ValueError: the images have another size or type.
         """
-        predictions = self.predictions(pixels, shapes)
+        predictions = self.predictions(pixels, shapes, nll=nll)
         scores = sum((p.scores - s.mean) / s.deviation for p, s in zip(predictions, self.standards, strict=True))
         maps = _combined_maps([p.anomaly_maps for p in predictions], self.standards, self.size)
         return Prediction(np.asarray(scores), maps, predictions[0].nll)
 
-    def predictions(self, pixels: Tensor, shapes: Shapes | None = None) -> list[Prediction]:
+    def predictions(self, pixels: Tensor, shapes: Shapes | None = None, *, nll: bool = True) -> list[Prediction]:
         """Returns the prediction of each part for images, uint8 ``[n, 3, size, size]``; errors as ``predict``."""
         check_pixels(pixels, self.size)
-        return [part.predict(reduced(pixels, part.size), shapes) for part in self.parts]
+        return [part.predict(reduced(pixels, part.size), shapes, nll=nll) for part in self.parts]
 
     def with_calibration(self, calibration: Calibration) -> CombinedModel:
         """Returns the same model with another calibration."""

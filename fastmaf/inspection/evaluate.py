@@ -133,7 +133,7 @@ def _model_scores(
     name = "sum of standardised scores" if len(model.parts) > 1 else model.standards[0].name
     result: list[_Scored] = [(name, "score", prediction.scores, prediction.anomaly_maps)]
     if len(model.parts) > 1:
-        of_parts = model.predictions(images.pixels, images.shapes or None)
+        of_parts = model.predictions(images.pixels, images.shapes or None, nll=False)
         for standard, part in zip(model.standards, of_parts, strict=True):
             result.append((standard.name, "score", part.scores, squared(part.anomaly_maps, model.size)))
     return result

@@ -42,13 +42,14 @@ class AnomalyModel(Protocol):
         """The 99th percentile and the maximum of the anomaly maps of held-out good images."""
         ...
 
-    def predict(self, pixels: Tensor, shapes: Shapes | None = None) -> Prediction:
+    def predict(self, pixels: Tensor, shapes: Shapes | None = None, *, nll: bool = True) -> Prediction:
         """Returns scores, anomaly maps and NLLs of images, uint8 ``[n, 3, size, size]``.
 
         Args:
             pixels: the images.
             shapes: (height, width) of each before it became square, for models that see it at its own aspect ratio;
                 None: all were square.
+            nll: whether the NLLs are needed; else they may be NaN.
         """
         ...
 
@@ -63,14 +64,16 @@ class AnomalyModel(Protocol):
 
 def scores_of(model: AnomalyModel, pixels: Tensor, shapes: Shapes | None = None) -> np.ndarray:
     """Returns the scores that a model predicts; without the maps and the NLL, if it can do without."""
-    return model.scores(pixels) if isinstance(model, InspectionModel) else model.predict(pixels, shapes).scores
+    if isinstance(model, InspectionModel):
+        return model.scores(pixels)
+    return model.predict(pixels, shapes, nll=False).scores
 
 
 def maps_of(model: AnomalyModel, pixels: Tensor, shapes: Shapes | None = None) -> np.ndarray:
     """Returns the anomaly maps that a model predicts; without the rest, if it can do without."""
     if isinstance(model, InspectionModel):
         return model.anomaly_maps(pixels)
-    return model.predict(pixels, shapes).anomaly_maps
+    return model.predict(pixels, shapes, nll=False).anomaly_maps
 
 
 def map_shape(model: AnomalyModel) -> tuple[int, int]:

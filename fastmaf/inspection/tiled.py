@@ -88,15 +88,17 @@ class TiledModel:
         return map_levels_of(self.about)
 
     @fastmaf.torch_defaults()
-    def predict(self, pixels: Tensor, shapes: Shapes | None = None) -> Prediction:
+    def predict(self, pixels: Tensor, shapes: Shapes | None = None, *, nll: bool = True) -> Prediction:
         """Returns scores, anomaly maps and NLLs of images, uint8 ``[n, 3, size, size]``; ``shapes`` are not used.
+
+        Without ``nll``, these may be NaN.
 
         Raises:
             ValueError: the images have another size or type.
         """
         check_pixels(pixels, self.size)
         size = self.parts[0].size
-        predictions = [part.predict(tile_of(pixels, i, size)) for i, part in enumerate(self.parts)]
+        predictions = [part.predict(tile_of(pixels, i, size), nll=nll) for i, part in enumerate(self.parts)]
         scores = np.stack([prediction.scores for prediction in predictions])
         standard = (scores - self.mean[:, None]) / self.deviation[:, None]
         maps = stitched([prediction.anomaly_maps for prediction in predictions])

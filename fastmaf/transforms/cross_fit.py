@@ -206,9 +206,8 @@ def _leading(rows: Rows, gram: Tensor | None, rank: int, mask: Tensor | None, sh
         return vectors[:, used].to(values.dtype)
     products = gram if mask is None else gram[mask][:, mask]
     if shift is not None:
-        along = values @ shift if mask is None else (values @ shift)[mask]
-        cross = torch.outer(share, along)
-        products = products - cross - cross.T + torch.outer(share, share) * (shift @ shift)
+        along = (values @ shift if mask is None else (values @ shift)[mask]) - 0.5 * (shift @ shift) * share
+        products = products.addr(share, along, alpha=-1).addr_(along, share, alpha=-1)
     energy, vectors = leading_vectors(products, rank)
     used = energy > 1e-10 * energy[0].clamp_min(torch.finfo(torch.float64).tiny)
     weights = (vectors[:, used] * energy[used].rsqrt()).to(values.dtype)

@@ -34,6 +34,9 @@ def score(
         Path | None, typer.Option(metavar="DIR", help="Folder for the maps as numbers, 16-bit PNG.")
     ] = None,
     tiff: Annotated[bool, typer.Option("--tiff", help="Write the maps as 32-bit TIFF instead.")] = False,
+    nll: Annotated[
+        bool, typer.Option("--nll", help="Fill in the column nll, too; takes longer if the model has blocks.")
+    ] = False,
     watch: Annotated[
         Path | None,
         typer.Option(
@@ -80,6 +83,7 @@ def score(
         "overlays": overlays,
         "maps": maps,
         "map_suffix": ".tiff" if tiff else ".png",
+        "nll": nll,
         "device": device_named(device),
         "workers": workers,
         "stdout": sys.stdout,

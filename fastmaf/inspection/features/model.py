@@ -73,10 +73,10 @@ class FeatureModel:
         return map_levels_of(self.about)
 
     @fastmaf.torch_defaults()
-    def predict(self, pixels: Tensor, shapes: Shapes | None = None) -> Prediction:
+    def predict(self, pixels: Tensor, shapes: Shapes | None = None, *, nll: bool = True) -> Prediction:
         """Returns scores, anomaly maps and NLLs of images, uint8 ``[n, 3, size, size]``; ``shapes`` are not used.
 
-        Results do not depend on the batch that an image is in.
+        Results do not depend on the batch that an image is in. The NLLs are a by-product, with ``nll`` or without.
 
         Raises:
             ValueError: the images have another size or type.

@@ -79,7 +79,7 @@ class TextureModel:
         return map_levels_of(self.about)
 
     @fastmaf.torch_defaults()
-    def predict(self, pixels: Tensor, shapes: Shapes | None = None) -> Prediction:
+    def predict(self, pixels: Tensor, shapes: Shapes | None = None, *, nll: bool = True) -> Prediction:
         """Returns scores, anomaly maps and NLLs of images, uint8 ``[n, 3, size, size]``.
 
         Each image is evaluated by itself, so that its score does not depend on the others.
@@ -87,6 +87,7 @@ class TextureModel:
         Args:
             pixels: the images.
             shapes: (height, width) of each before it became square; None: all were square.
+            nll: not used: the NLLs are a by-product.
 
         Raises:
             ValueError: the images have another size or type, or there is another number of shapes.

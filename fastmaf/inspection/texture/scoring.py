@@ -57,10 +57,11 @@ def image_scores(parts: np.ndarray, mean: np.ndarray, deviation: np.ndarray) -> 
 def anomaly_map(maps: Sequence[Tensor], size: int, border: int) -> Tensor:
     """Returns the mean over the levels of what is positive in the relative maps, ``[size, size]``.
 
-    Maps lack ``border`` locations along each side, where they count as 0.
+    Maps lack ``border`` locations along each side, which are as anomalous as the nearest location that there is: 0 would
+    rank a defect that reaches the edge below everything else.
     """
     total = torch.zeros(size, size)
     for values in maps:
-        positive = pad(values.clamp_min(0), (border,) * 4)[None, None]
+        positive = pad(values.clamp_min(0)[None, None], (border,) * 4, mode="replicate")
         total += interpolate(positive, (size, size), mode="bilinear", align_corners=False)[0, 0].cpu()
     return total / len(maps)

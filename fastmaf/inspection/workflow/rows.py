@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,11 +15,13 @@ from typing import BinaryIO, TextIO
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from fastmaf.images.decode import Frame
 from fastmaf.images.names import to_cell
 from fastmaf.inspection.calibration import CalibrationError
-from fastmaf.inspection.interface import AnomalyModel
+from fastmaf.inspection.interface import AnomalyModel, scores_of
+from fastmaf.inspection.model import Shapes
 from fastmaf.io.atomic import STDOUT, write_errors, written_atomically
 from fastmaf.io.safe_json import finite
 
@@ -34,7 +37,7 @@ class ImageRow:
         score: the anomaly score.
         p_value: share of good images expected to score at least as high.
         verdict: ``"good"`` or ``"anomalous"``.
-        nll: negative log-likelihood in nats.
+        nll: negative log-likelihood in nats; NaN where it was not asked for, which a CSV shows as an empty cell.
         decode_ms: from opening the file to its pixels.
         latency_ms: from the pixels to the verdict: resizing, and its share of the time of its batch.
     """
@@ -57,33 +60,53 @@ def predict_row(model: AnomalyModel, frame: Frame) -> tuple[ImageRow, np.ndarray
     return rows[0], maps[0]
 
 
-def predict_rows(model: AnomalyModel, frames: Sequence[Frame]) -> tuple[list[ImageRow], np.ndarray]:
+def predict_rows(
+    model: AnomalyModel, frames: Sequence[Frame], *, nll: bool = True
+) -> tuple[list[ImageRow], np.ndarray]:
     """Returns the rows of a batch of at least one image, and their anomaly maps ``[n, s, s]``.
+
+    Args:
+        model: an inspection model.
+        frames: the images.
+        nll: whether the NLLs are wanted.
 
     Raises:
         CalibrationError: a score is NaN; the message names the image.
     """
     start = perf_counter()
-    shapes = [(frame.height, frame.width) for frame in frames]
-    prediction = model.predict(torch.stack([frame.pixels for frame in frames]), shapes)
-    if (wrong := np.isnan(prediction.scores)).any():
+    prediction = model.predict(*_stacked(frames), nll=nll)
+    return _rows(model, frames, prediction.scores, prediction.nll if nll else None, start), prediction.anomaly_maps
+
+
+def score_rows(model: AnomalyModel, frames: Sequence[Frame]) -> list[ImageRow]:
+    """Returns the rows of ``predict_rows`` without the NLLs; the maps are not computed, if the model can do without."""
+    start = perf_counter()
+    return _rows(model, frames, scores_of(model, *_stacked(frames)), None, start)
+
+
+def _stacked(frames: Sequence[Frame]) -> tuple[Tensor, Shapes]:
+    return torch.stack([frame.pixels for frame in frames]), [(frame.height, frame.width) for frame in frames]
+
+
+def _rows(
+    model: AnomalyModel, frames: Sequence[Frame], scores: np.ndarray, nll: np.ndarray | None, start: float
+) -> list[ImageRow]:
+    if (wrong := np.isnan(scores)).any():
         raise CalibrationError(f"the score of {frames[int(wrong.argmax())].path} is NaN: it cannot be compared")
-    p_values = model.calibration.p_values(prediction.scores)
-    anomalous = model.calibration.is_anomalous(prediction.scores)
+    p_values, anomalous = model.calibration.p_values(scores), model.calibration.is_anomalous(scores)
     seconds = (perf_counter() - start) / len(frames)
-    rows = [
+    return [
         ImageRow(
             file=str(frame.path),
-            score=float(prediction.scores[i]),
+            score=float(scores[i]),
             p_value=float(p_values[i]),
             verdict=VERDICTS[int(anomalous[i])],
-            nll=float(prediction.nll[i]),
+            nll=math.nan if nll is None else float(nll[i]),
             decode_ms=1e3 * frame.decode_seconds,
             latency_ms=1e3 * (seconds + frame.resize_seconds),
         )
         for i, frame in enumerate(frames)
     ]
-    return rows, prediction.anomaly_maps
 
 
 @contextmanager
@@ -134,6 +157,8 @@ def row_writer(
             else:
                 values["file"] = to_cell(row.file, keep_bytes=name != STDOUT)
                 values.update(decode_ms=f"{row.decode_ms:.2f}", latency_ms=f"{row.latency_ms:.2f}")
+                if math.isnan(row.nll):
+                    values["nll"] = None
                 table.writerow(values)
             if flush:
                 stream.flush()

@@ -40,6 +40,7 @@ def watch(
     overlays: Path | None = None,
     maps: Path | None = None,
     map_suffix: str = ".png",
+    nll: bool = False,
     device: str = "cpu",
     workers: int | None = None,
     stdout: TextIO,
@@ -60,10 +61,12 @@ def watch(
     with ExitStack() as stack:
         journal = None
         if out is not None:
-            run = run_of(path, pictures, f"those in {folder}, as they come")
+            run = run_of(path, pictures, f"those in {folder}, as they come", nll)
             journal = stack.enter_context(open_journal(out, run, resume, say, Processes()))
         loaded = load_inspection(path, device=device)
-        scorer = stack.enter_context(FileScorer(loaded, pictures, processors() if workers is None else workers))
+        scorer = stack.enter_context(
+            FileScorer(loaded, pictures, processors() if workers is None else workers, nll=nll)
+        )
         summary = Summary()
         if journal is None or out is None:
             write = row_writer(stdout, STDOUT, json_lines)

@@ -38,7 +38,7 @@ class Stub:
     def model(self) -> AnomalyModel:
         return self
 
-    def predict(self, pixels: Tensor, shapes: object = None) -> Prediction:
+    def predict(self, pixels: Tensor, shapes: object = None, *, nll: bool = True) -> Prediction:
         raise NotImplementedError
 
     def with_calibration(self, calibration: Calibration) -> AnomalyModel:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 
 from fastmaf.inspection.texture.candidate import TextureCandidate
 from fastmaf.inspection.texture.light import CONTEXT, Light, log_intensity
+from fastmaf.inspection.texture.scoring import anomaly_map
 from tests.inspection.texture.conftest import grain
 
 
@@ -40,6 +42,16 @@ def test_other_light_raises_the_score_of_no_good_image_beyond_the_threshold_wher
         assert model.calibration.is_anomalous(model.predict(images).scores).sum() <= 4
 
 
-def test_nothing_is_found_at_the_border(candidate: TextureCandidate) -> None:
-    maps = candidate.model().predict(grain(2, 8)).anomaly_maps
-    assert (maps[:, 0] == 0).all() and (maps[:, :, -1] == 0).all() and maps.max() > 0
+def test_the_map_at_the_border_is_that_of_the_nearest_location(candidate: TextureCandidate) -> None:
+    model = candidate.model()
+    maps, border = model.predict(grain(2, 8)).anomaly_maps, model.filters.border
+    assert border > 0 and maps.max() > 0
+    np.testing.assert_allclose(maps[:, 0], maps[:, 1], rtol=1e-4, atol=1e-6)
+    np.testing.assert_allclose(maps[:, :, -1], maps[:, :, -2], rtol=1e-4, atol=1e-6)
+    level = torch.zeros(4, 6)
+    level[0, 2], level[3, 5] = 5.0, 7.0  # at the edge of what is seen, and in a corner of it
+    found = anomaly_map([level], 2 * (4 + 2 * border) * (6 + 2 * border), border)
+    across, down = found.shape[1] // (6 + 2 * border), found.shape[0] // (4 + 2 * border)
+    assert found[0, (border + 2) * across + across // 2] == found.max(dim=1).values[0] > 4.5
+    assert found[-1, -1] == 7 == found.max() and found[-1, 0] == 0
+    assert found[(border + 3) * down + down // 2, -1] == 7

@@ -17,7 +17,7 @@ from PIL import Image
 from fastmaf.inspection.workflow import scorer
 from fastmaf.inspection.workflow.calibrate import calibrate
 from fastmaf.inspection.workflow.journal import ResumeError
-from fastmaf.inspection.workflow.rows import predict_rows
+from fastmaf.inspection.workflow.rows import score_rows
 from fastmaf.inspection.workflow.score import score, score_images
 from fastmaf.inspection.workflow.summary import ScoreResult
 from fastmaf.io.outputs import OutputError
@@ -80,11 +80,11 @@ def predicted(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Names of the files that are scored, as they are."""
     names: list[str] = []
 
-    def noted(model: Any, frames: Any) -> Any:
+    def noted(model: Any, frames: Any, **options: Any) -> Any:
         names.extend(frame.path.name for frame in frames)
-        return predict_rows(model, frames)
+        return score_rows(model, frames)
 
-    monkeypatch.setattr(scorer, "predict_rows", noted)
+    monkeypatch.setattr(scorer, "score_rows", noted)
     return names
 
 
