@@ -223,6 +223,11 @@ def test_what_is_refused_is_named(make: Callable[[], nn.Module], message: str) -
         fastmaf.accelerate(make())
 
 
+def test_a_state_dict_is_no_flow() -> None:
+    with pytest.raises(fastmaf.NotConvertibleError, match="OrderedDict .*; load a state dict into the flow"):
+        fastmaf.accelerate(zuko.flows.MAF(4).state_dict())  # type: ignore[arg-type]
+
+
 def test_hooks_for_all_modules() -> None:
     source = nflows.MaskedAutoregressiveFlow(4, 8, 1, 1)
     for register in (module.register_module_forward_hook, module.register_module_forward_pre_hook):
