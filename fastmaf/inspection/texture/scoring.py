@@ -57,8 +57,8 @@ def image_scores(parts: np.ndarray, mean: np.ndarray, deviation: np.ndarray) -> 
 def anomaly_map(maps: Sequence[Tensor], size: int, border: int) -> Tensor:
     """Returns the mean over the levels of what is positive in the relative maps, ``[size, size]``.
 
-    Maps lack ``border`` locations along each side, which are as anomalous as the nearest location that there is: 0 would
-    rank a defect that reaches the edge below everything else.
+    Maps lack ``border`` locations along each side, which are as anomalous as the nearest location that there is: 0
+    would rank a defect that reaches the edge below everything else.
     """
     total = torch.zeros(size, size)
     for values in maps:
