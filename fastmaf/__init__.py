@@ -57,6 +57,7 @@ if TYPE_CHECKING:
     from fastmaf.transforms import AffineAutoregressive as AffineAutoregressive
     from fastmaf.transforms import BatchNorm as BatchNorm
     from fastmaf.transforms import ElementwiseAffine as ElementwiseAffine
+    from fastmaf.transforms import FallbackWarning as FallbackWarning
     from fastmaf.transforms import GaussianWhitening as GaussianWhitening
     from fastmaf.transforms import Inverted as Inverted
     from fastmaf.transforms import LocalAutoregressive as LocalAutoregressive
@@ -109,6 +110,7 @@ _NAMES_OF = {
         "AffineAutoregressive",
         "BatchNorm",
         "ElementwiseAffine",
+        "FallbackWarning",
         "GaussianWhitening",
         "Inverted",
         "LocalAutoregressive",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 from torch import nn
 
@@ -51,6 +51,8 @@ def accelerate(flow: nn.Module) -> ConvertedFlow:
     of = flow.named_modules() if isinstance(flow, nn.Module) else ()
     held = [name for name, module in of if (library := _library_of(module)) and _is_flow(module, library)]
     hint = f"; it holds one: convert its module {held[0]}" if held else ""
+    if isinstance(flow, Mapping):
+        hint = "; load a state dict into the flow that it is of, and convert that"
     raise NotConvertibleError(f"{kind(flow)} is no flow of nflows, zuko or normflows{hint}")
 
 

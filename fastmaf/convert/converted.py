@@ -200,12 +200,17 @@ class ConvertedFlow(nn.Module):
     def parity_report(self, x: Tensor, context: Tensor | None = None) -> list[Difference]:
         """Compares log_prob, z and the inverse of z with those of the source, in float64 and in float32.
 
-        The inverse of the source takes one network pass per dimension.
+        The inverse of the source takes one network pass per dimension. A difference in float64 is that of the weights:
+        those of a float32 flow into which normalisations were multiplied are rounded to float32.
 
         Args:
             x: ``[N, D]``.
             context: ``[N, C]``, where the flow has one.
+
+        Raises:
+            ValueError: ``x`` has another shape, or the context is missing.
         """
+        self._check(context, x)
         report = []
         for dtype in (torch.float64, torch.float32):
             own = copy.deepcopy(self, {id(self._source): self._source}).to(dtype)

@@ -189,10 +189,8 @@ def base_of(loc: Tensor, scale: Tensor) -> ElementwiseAffine | None:
     """Returns what maps a diagonal normal base to the standard one; None if it is the standard one.
 
     Raises:
-        NotConvertibleError: a scale is not positive, or mean and scale have different dtypes.
+        NotConvertibleError: a scale is not positive.
     """
-    if loc.dtype != scale.dtype:
-        raise NotConvertibleError(f"expected mean and scale of the base in one dtype; found {loc.dtype}, {scale.dtype}")
     loc, scale = loc.detach().flatten(), scale.detach().flatten()
     if not bool((scale > 0).all()):
         raise NotConvertibleError(f"expected positive scales of the base; found {float(scale.min()):g}")

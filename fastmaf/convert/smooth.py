@@ -47,10 +47,10 @@ def made_network(
     for block in made.blocks:
         expected(expected(block, "MaskedFeedforwardBlock").dropout, "Dropout", "Identity")
         linear = masked(block.linear)
-        weight, bias = (linear.weight * linear.mask).detach(), linear.bias.detach()
+        weight, bias = linear.weight.detach(), linear.bias.detach()
         if block.batch_norm:
             scale, shift = scale_and_shift(block.batch_norm)
-            weight, bias = weight * scale, bias + weight @ shift
+            weight, bias = weight * scale, bias + (weight * linear.mask).to(weight.dtype) @ shift
         network.layer(weight, bias, linear.mask, name_of(block.activation))
     return network, network.last()
 

@@ -26,6 +26,8 @@ _HARMLESS = {"__init__", "__module__", "__doc__", "__dict__", "__weakref__", "__
 _HARMLESS |= {"__repr__", "__parameters__", "__orig_bases__", "__abstractmethods__", "_abc_impl", "extra_repr"}
 _HARMLESS |= {"__firstlineno__", "__static_attributes__", "__slotnames__"}
 
+_OF_ANY_DTYPE = ".mask", "._log_z"  # factors that products with weights promote; a constant that is compared
+
 
 def converter(
     library: str, uses: Collection[str]
@@ -106,8 +108,12 @@ def check_source(flow: nn.Module, library: str, modules: Mapping[str, nn.Module]
     if len(dtypes := {str(one.dtype) for one in weights.values()}) > 1:
         raise NotConvertibleError(f"expected parameters of one dtype; found {sorted(dtypes)}")
     for name, tensor in tensors.items():
-        if tensor.is_floating_point() and not _is_finite(tensor):
+        if not tensor.is_floating_point():
+            continue
+        if not _is_finite(tensor):
             raise NotConvertibleError(f"{name} contains numbers that are not finite")
+        if dtypes and str(tensor.dtype) not in dtypes and not name.endswith(_OF_ANY_DTYPE):
+            raise NotConvertibleError(f"{name} is {tensor.dtype}, the parameters {dtypes.pop()}; expected one dtype")
 
 
 def _tensors(modules: Mapping[str, nn.Module]) -> Iterator[tuple[str, torch.Tensor]]:

@@ -7,6 +7,7 @@ from fastmaf.transforms.affine import AffineAutoregressive
 from fastmaf.transforms.base import NotInvertibleError, Transform
 from fastmaf.transforms.batch_norm import BatchNorm
 from fastmaf.transforms.elementwise import ElementwiseAffine
+from fastmaf.transforms.fallback import FallbackWarning
 from fastmaf.transforms.inverted import Inverted
 from fastmaf.transforms.local import LocalAutoregressive
 from fastmaf.transforms.logit import Logit
@@ -22,6 +23,7 @@ __all__ = [
     "AffineAutoregressive",
     "BatchNorm",
     "ElementwiseAffine",
+    "FallbackWarning",
     "GaussianWhitening",
     "Inverted",
     "LocalAutoregressive",

@@ -165,6 +165,7 @@ class AffineAutoregressive(Autoregressive):
 
     def _by_layers(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Returns z ``[N, D]``, ladj ``[N]`` and log-scales ``[N, D]``, layer by layer."""
+        self._warn_of_layers(x)
         weight, bias, prefix, panels, _, scale = self.made.output.args()  # torch.compile of torch 2.7 takes no slice
         args = AffineArgs(weight, bias, prefix, panels, self._map, scale)
         return affine_output(self.made.hidden_units(x), x, args)

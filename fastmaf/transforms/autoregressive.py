@@ -14,6 +14,7 @@ from fastmaf.kernels.op import records_gradients
 from fastmaf.nn import MADE
 from fastmaf.nn.dropout import without_dropout
 from fastmaf.transforms.base import Transform
+from fastmaf.transforms.fallback import warn_of_layers
 from fastmaf.transforms.implicit import implicit_inverse
 
 
@@ -31,6 +32,8 @@ class Autoregressive(Transform):
     """
 
     made: MADE
+    map_without_op: str | None = None
+    """What the map is called, where no op of whole blocks computes it."""
 
     def map_forward(self, x: Tensor, out: Tensor) -> tuple[Tensor, Tensor]:
         """Returns z and log dz/dx ``[...]`` for x ``[...]`` and the outputs for it ``[..., outputs]``."""
@@ -51,14 +54,17 @@ class Autoregressive(Transform):
         return hooks.any_global() or type(self.made) is not MADE or self.made.calls_modules
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        self._warn_of_layers(x)
         z, terms = self.map_forward(x, self._outputs(x, context))
         return z, terms.sum(1)
 
     def forward_per_dim(self, x: Tensor, terms: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        self._warn_of_layers(x)
         z, own = self.map_forward(x, self._outputs(x, context))
         return z, terms - own
 
     def inverse(self, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        self._warn_of_layers(z)
         # Within torch.compile too, since the steps write in place, and read pointers.
         if torch.compiler.is_dynamo_compiling() or (self.calls_modules and composite.needed()):
             return self._inverse_by_modules(z, context)
@@ -83,6 +89,10 @@ class Autoregressive(Transform):
         """Returns the network's outputs ``[N, D, outputs]``; networks of other classes may take no context."""
         result: Tensor = self.made(x) if context is None else self.made(x, context)
         return result
+
+    def _warn_of_layers(self, x: Tensor) -> None:
+        if type(self.made) is MADE:
+            warn_of_layers(self.made, self.map_without_op, x)
 
     def _finished(self) -> list[int]:
         """Returns the number of dimensions that are finished after each step; networks may be of other classes."""

@@ -42,6 +42,8 @@ class MonotonicRQS(Autoregressive):
         True
     """
 
+    map_without_op = "splines"
+
     def __init__(self, made: MADE, spline: SplineMap) -> None:
         super().__init__()
         spline.check()

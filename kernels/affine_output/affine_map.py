@@ -16,12 +16,14 @@ is what a forward pass saves:
 
     CLAMP       1 if |a| < limit else 0
     TANH        1 - (a / limit)^2
-    SOFTPLUS    -expm1(epsilon - e^a) / e^a
+    SOFTPLUS    -expm1(epsilon - e^a) / e^a, and e^-a where e^a - epsilon > 20
     SIGMOID     (epsilon - expm1(a)) (1 - epsilon e^-a)
     SOFT_CLIP   (1 - |a| / limit)^2
 
-All are finite, with their derivatives, for any finite ``u``. With epsilon = 0, SOFTPLUS tends to ``a = u`` for small
-``u`` and SIGMOID to ``a = u + limit``: below -40 the former is that exactly, and the latter is a logsigmoid.
+All are finite, with their derivatives, for any finite ``u``. The softplus is that of torch, hence of nflows: above 20
+it is ``u``, which differs from log(1 + e^u) by 2e-9, less than float32 resolves. With epsilon = 0, SOFTPLUS tends to
+``a = u`` for small ``u`` and SIGMOID to ``a = u + limit``: below -40 the former is that exactly, and the latter is a
+logsigmoid.
 """
 
 from __future__ import annotations
@@ -35,8 +37,10 @@ from torch.nn.functional import logsigmoid, softplus
 
 SHIFT_FIRST, SCALE_FIRST = range(2)
 CLAMP, TANH, SOFTPLUS, SIGMOID, SOFT_CLIP = range(5)
-# e^-40 is less than a unit of rounding of float64: softplus(u) is u above, and e^u below -40.
-_EXACT = 40.0
+# Above, the softplus of torch is its argument.
+_THRESHOLD = 20.0
+# e^-40 is less than a unit of rounding of float64: log(softplus(u)) is u below -40.
+_LEAST = -40.0
 
 
 FORMS = ("shift_first", "scale_first")
@@ -140,8 +144,8 @@ class AffineMap(NamedTuple):
         """Returns the log-scale ``a`` for the network's raw output ``u``."""
         if self.scale == SOFTPLUS:
             if self.epsilon:
-                return torch.log(softplus(u, threshold=_EXACT) + self.epsilon)
-            return torch.where(u < -_EXACT, u, torch.log(softplus(u.clamp(min=-_EXACT), threshold=_EXACT)))
+                return torch.log(softplus(u, threshold=_THRESHOLD) + self.epsilon)
+            return torch.where(u < _LEAST, u, torch.log(softplus(u.clamp(min=_LEAST), threshold=_THRESHOLD)))
         if self.scale == SIGMOID:
             u = u + self.limit
             return torch.log(torch.sigmoid(u) + self.epsilon) if self.epsilon else logsigmoid(u)
@@ -157,7 +161,8 @@ class AffineMap(NamedTuple):
         """Returns da/du as a function of ``a``: zero where a clamp holds."""
         if self.scale == SOFTPLUS:
             s = torch.exp(a)
-            return torch.where(s == 0, 1, -torch.expm1(self.epsilon - s) / s)
+            of_softplus = torch.where(s - self.epsilon > _THRESHOLD, 1, -torch.expm1(self.epsilon - s))
+            return torch.where(s == 0, 1, of_softplus / s)
         if self.scale == SIGMOID:
             above = self.epsilon - torch.expm1(a)  # 1 - sigmoid, accurate where it is small
             return above * (1 - self.epsilon * torch.exp(-a)) if self.epsilon else above

@@ -7,15 +7,23 @@
 namespace fastmaf {
 namespace FASTMAF_ISA {
 
+// The softplus of torch, which is its argument above this.
+constexpr int kThreshold = 20;
+
+template <class T>
+FASTMAF_INLINE Vec<T> softplus_of_torch(Vec<T> u) {
+  return (u > broadcast(T(kThreshold))) ? u : softplus<T>(u);
+}
+
 // The log-scale of a raw output.
 template <class T>
 FASTMAF_INLINE Vec<T> log_scale_of(Vec<T> u, const AffineMap& map) {
   const T limit = static_cast<T>(map.limit), epsilon = static_cast<T>(map.epsilon);
   if (map.scale == kSoftplus) {
-    if (epsilon > 0) return logarithm(softplus<T>(u) + epsilon);
+    if (epsilon > 0) return logarithm(softplus_of_torch<T>(u) + epsilon);
     // The softplus is e^u below, of which there is no logarithm where it is denormal.
     const Vec<T> least = broadcast(T(-40));
-    return (u < least) ? u : logarithm(softplus<T>((u < least) ? least : u));
+    return (u < least) ? u : logarithm(softplus_of_torch<T>((u < least) ? least : u));
   }
   if (map.scale == kSigmoid) return epsilon > 0 ? logarithm(logistic<T>(u + limit) + epsilon) : -softplus<T>(-(u + limit));
   if (std::isinf(map.limit)) return u;
@@ -42,7 +50,10 @@ FASTMAF_INLINE Vec<T> slope_of(Vec<T> a, const AffineMap& map) {
   const T limit = static_cast<T>(map.limit), epsilon = static_cast<T>(map.epsilon);
   if (map.scale == kSoftplus || map.scale == kSigmoid) {
     const Vec<T> s = exponential(a), p = s - epsilon;
-    if (map.scale == kSoftplus) return (s > zero) ? minus_expm1<T>(p) / s : one;
+    if (map.scale == kSoftplus) {
+      const Vec<T> of_softplus = (p > broadcast(T(kThreshold))) ? one : minus_expm1<T>(p);
+      return (s > zero) ? of_softplus / s : one;
+    }
     return epsilon > 0 ? p * (one - p) / s : minus_expm1<T>(-a);
   }
   if (std::isinf(map.limit)) return one;

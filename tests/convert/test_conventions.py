@@ -100,6 +100,14 @@ def test_arguments_of_nflows() -> None:
     close(flow.log_prob(torch.zeros(3, 4).numpy(), context=c.numpy()), source.log_prob(torch.zeros(3, 4), context=c))
 
 
+def test_a_report_without_the_context_is_refused() -> None:
+    flow = fastmaf.from_zuko(zuko.flows.MAF(4, 2, transforms=2))
+    with pytest.raises(ValueError, match="trained with a context; expected one, found None"):
+        flow.parity_report(torch.randn(5, 4))
+    with pytest.raises(ValueError, match=r"expected a tensor \[N, 4\]; found \[4\]"):
+        flow.parity_report(torch.randn(4), torch.randn(2))
+
+
 def test_the_noise_of_trained_bases() -> None:
     x = torch.randn(5, 4)
     source = of_nflows(base=distributions.DiagonalNormal([4]))

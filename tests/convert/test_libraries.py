@@ -11,6 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch.nn import functional
 
 import fastmaf
 from tests.convert.sources import (
@@ -303,3 +304,22 @@ def test_a_base_that_was_rounded() -> None:
     close(flow.log_prob(x), source.log_prob(x))  # type: ignore[operator]
     for found, expected in zip(*(seeded(lambda f=f: f.sample_and_log_prob(3)) for f in (flow, source)), strict=True):
         close(found, expected)
+
+
+def test_large_scales_are_those_of_the_softplus_of_torch(backend: str) -> None:
+    """Above 20 it is its argument, which differs from log(1 + e^u) by more than the conversion may."""
+    transform = transforms.MaskedAffineAutoregressiveTransform(8, 8)
+    source = nflows.Flow(transform, distributions.StandardNormal([8]))
+    raw = torch.linspace(18.5, 32.5, 8)
+    with torch.no_grad():
+        transform.autoregressive_net.final_layer.weight.zero_()
+        bias = transform.autoregressive_net.final_layer.bias.view(8, 2)
+        bias[:, 0], bias[:, 1] = raw, -functional.softplus(raw) - 1e-3  # z = s x + t cancels at x = 1
+    flow, x = fastmaf.from_nflows(source), torch.ones(3, 8)
+    for of in (flow, source):
+        assert float(of.transform_to_noise(x).detach().abs().max()) < 1e-13
+        of.log_prob(x).sum().backward()
+    expected = transform.autoregressive_net.final_layer.bias.grad.view(8, 2)[:, 0]
+    output = flow.flow._mades()[0].output.bias.grad
+    assert output is not None
+    torch.testing.assert_close(output.view(8, 2)[:, 1], expected, rtol=1e-11, atol=0)

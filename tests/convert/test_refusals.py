@@ -97,7 +97,14 @@ def refused() -> Iterator[tuple[str, Callable[[], nn.Module], str]]:
     yield "raises", lambda: of(Raising(4, 8)), "cannot be converted: 'of the source'"
     yield "scales", lambda: scaled(zuko.flows.MAF(4), -0.5), "positive scales of the base; found -0.5"
     yield "zero", lambda: scaled(zuko.flows.MAF(4), 0.0), "positive scales of the base; found 0"
-    yield "base dtypes", base_of_two_dtypes, "mean and scale of the base in one dtype"
+    yield (
+        "base dtypes",
+        base_of_two_dtypes,
+        r"base\._1 is torch\.float32, the parameters torch\.float64; expected one dtype",
+    )
+    yield "noise dtype", lambda: base_of_two_dtypes(1.0), r"base\._1 is torch\.float32"
+    yield "statistics dtype", statistics_of_another_dtype, r"\.running_var is torch\.float32, .* expected one dtype"
+    yield "norm dtype", with_net(round_statistics, use_batch_norm=True), r"running_var is torch\.float32"
     yield "constant", constant, "has the constant"
     yield "layer", with_net(lambda net: setattr(net, "initial_layer", nn.Linear(4, 8))), "expected a MaskedLinear"
     yield "block", with_net(lambda net: net.blocks.append(nn.Linear(8, 8))), "expected MaskedResidualBlock"
@@ -149,11 +156,24 @@ def scaled(flow: Any, scale: float) -> nn.Module:
     return zuko.flows.Flow(flow.transform.transforms, base)  # type: ignore[no-any-return]
 
 
-def base_of_two_dtypes() -> nn.Module:
-    """A base whose scale is float32 in a flow of float64."""
-    normal, scale = zuko.distributions.DiagNormal, torch.full((4,), 0.3, dtype=torch.float32)
+def base_of_two_dtypes(value: float = 0.3) -> nn.Module:
+    """A base whose scale is float32 in a flow of float64; of a mean like that the noise would be float32, too."""
+    normal, scale = zuko.distributions.DiagNormal, torch.full((4,), value, dtype=torch.float32)
     base = zuko.lazy.UnconditionalDistribution(normal, torch.zeros(4), scale, buffer=True)
     return zuko.flows.Flow(zuko.flows.MAF(4).transform.transforms, base)  # type: ignore[no-any-return]
+
+
+def round_statistics(net: Any) -> None:
+    for layer in net.modules():
+        if isinstance(layer, nn.BatchNorm1d):
+            layer.running_var = torch.full((layer.num_features,), 0.3, dtype=torch.float32)
+
+
+def statistics_of_another_dtype() -> nn.Module:
+    """A normalisation that computes its scale in float32, in a flow of float64."""
+    norm = transforms.BatchNorm(4)
+    norm.running_var = torch.full((4,), 0.3, dtype=torch.float32)
+    return nflows.Flow(norm, distributions.StandardNormal([4]))  # type: ignore[no-any-return]
 
 
 def constant() -> nn.Module:
@@ -201,6 +221,11 @@ def maf_of(**options: Any) -> nn.Module:
 def test_what_is_refused_is_named(make: Callable[[], nn.Module], message: str) -> None:
     with pytest.raises(fastmaf.NotConvertibleError, match=message):
         fastmaf.accelerate(make())
+
+
+def test_a_state_dict_is_no_flow() -> None:
+    with pytest.raises(fastmaf.NotConvertibleError, match="OrderedDict .*; load a state dict into the flow"):
+        fastmaf.accelerate(zuko.flows.MAF(4).state_dict())  # type: ignore[arg-type]
 
 
 def test_hooks_for_all_modules() -> None:

@@ -161,6 +161,20 @@ def test_activations_may_differ_between_layers() -> None:
     assert made.activations == ["relu", "relu", "leaky_relu", "leaky_relu", "silu", "silu", "identity"]
 
 
+@pytest.mark.parametrize(
+    "options", [{"use_residual_blocks": False, "use_batch_norm": True}, {}, {"context_features": 2}]
+)
+def test_masks_of_other_numbers_are_multiplied_once(options: dict[str, Any]) -> None:
+    transform = transforms.MaskedAffineAutoregressiveTransform(4, 8, activation=torch.tanh, **options).double()
+    for module in transform.modules():
+        if hasattr(module, "mask"):
+            module.mask *= 0.3 + torch.rand_like(module.mask)
+    source = nflows.Flow(transform, distributions.StandardNormal([4]))
+    x, c = torch.randn(9, 4), torch.randn(9, 2) if "context_features" in options else None
+    trained(source, lambda: -source.log_prob(x, c).mean())
+    close(fastmaf.accelerate(source).log_prob(x, c), source.log_prob(x, c))  # type: ignore[operator]
+
+
 def test_converted_flows_are_saved(tmp_path: Any) -> None:
     source = zuko.flows.MAF(5, transforms=2, activation=nn.SiLU, residual=True, hidden_features=(16, 16))
     flow, x = fastmaf.from_zuko(source).flow, torch.randn(9, 5)

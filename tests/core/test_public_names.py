@@ -17,9 +17,9 @@ import fastmaf
 
 NAMES = """
     MADE MAF ActNorm AffineAutoregressive AffineMap BackendUnavailableError Base BatchNorm CheckpointError
-    ConnectivityWarning Detector DiagonalGaussian ElementwiseAffine Flow FlowDistribution GaussianMixture
-    GaussianWhitening Guards IAF Inverted LeakyMaskError LocalAutoregressive Logit LowRankGaussian MaskedLinear
-    MonotonicRQS NonFiniteLossError NotConvertibleError NotInvertibleError Permutation ProcessFailedError
+    ConnectivityWarning Detector DiagonalGaussian ElementwiseAffine FallbackWarning Flow FlowDistribution
+    GaussianMixture GaussianWhitening Guards IAF Inverted LeakyMaskError LocalAutoregressive Logit LowRankGaussian
+    MaskedLinear MonotonicRQS NonFiniteLossError NotConvertibleError NotInvertibleError Permutation ProcessFailedError
     ProcessesDifferError
     ReplayedLogProb SavedFlow SplineMap StandardNormal StepReport StudentT TrainingStep Transform accelerate
     deterministic from_nflows from_normflows from_published from_zuko load load_with_extras memory_estimate optim

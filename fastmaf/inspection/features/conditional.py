@@ -18,6 +18,7 @@ from torch import Tensor
 import fastmaf
 from fastmaf.inspection.blocks import Adam, one_cycle
 from fastmaf.inspection.features.gaussian import Folds
+from fastmaf.transforms.fallback import without_warning
 
 _HIDDEN = 128
 _STEPS, _BATCH, _LR = 300, 512, 3e-3
@@ -67,6 +68,7 @@ def with_maf(
     return Folds(of_folds, whole, gaussians.shrinkage)
 
 
+@without_warning()
 def _trained(z: Tensor, images: np.ndarray, places: Tensor, seed: int) -> fastmaf.Flow:
     """Returns a MAF trained on the whitened features ``[n, L, C]`` of some images."""
     flow = fastmaf.MAF(z.shape[2], blocks=1, hidden_features=(_HIDDEN,), context_features=2, seed=seed)

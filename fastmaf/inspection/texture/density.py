@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 import fastmaf
+from fastmaf.transforms.fallback import without_warning
 
 _BLOCKS = 3
 _HIDDEN = 64
@@ -29,6 +30,7 @@ def fit_whitening(rows: Tensor, seed: int = 0) -> fastmaf.GaussianWhitening:
     return fastmaf.GaussianWhitening(features, features).fit_(rows[index], floor=_FLOOR, seed=seed)
 
 
+@without_warning()
 def fit_blocks(rows: Tensor, contexts: Tensor, whitening: fastmaf.GaussianWhitening, seed: int = 0) -> fastmaf.Flow:
     """Returns a whitening and MAF blocks that are trained on features ``[n, D]``, given contexts ``[n, C]``."""
     features = rows.shape[1]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -22,6 +23,7 @@ from fastmaf.inspection.model import load_inspection
 from fastmaf.inspection.out_of_fold import k_fold
 from fastmaf.inspection.workflow.export import export
 from fastmaf.io.tensor_file import read_tensors, write_tensors
+from fastmaf.transforms import fallback
 from tests.inspection.tiny import silent
 
 
@@ -123,3 +125,11 @@ def test_a_candidate_with_one_gaussian_takes_it() -> None:
     nll = candidate.figures["held_out_nll_of_gaussians"]
     assert min(nll, key=lambda kind: nll[kind]) == "for all locations, then a MAF" and len(nll) == 3
     assert candidate.model().gaussian.flow is not None
+
+
+def test_it_is_trained_without_a_warning(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fallback, "_given", False)
+    monkeypatch.setattr(conditional, "_STEPS", 4)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        conditional._trained(torch.randn(5, 4, 3), np.arange(5), conditional.positions((2, 2)), seed=0)

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import warnings
+
 import numpy as np
+import pytest
 import torch
 
+from fastmaf.inspection.texture import density
 from fastmaf.inspection.texture.candidate import TextureCandidate
 from fastmaf.inspection.texture.features import LEVELS
 from fastmaf.inspection.texture.fit import fit_texture, usable_levels
+from fastmaf.transforms import fallback
 from tests.inspection.texture.conftest import grain
 
 
@@ -53,3 +58,12 @@ def test_held_out_results_of_the_good_images_are_not_computed_twice(
     np.testing.assert_allclose(computed.scores[0, 1:], few.scores[0, 1:])
     np.testing.assert_allclose(computed.maps[0, 1:], few.maps[0, 1:], rtol=1e-5, atol=1e-6)
     assert computed.scores[0, 0] != few.scores[0, 0]
+
+
+def test_its_blocks_are_trained_without_a_warning(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fallback, "_given", False)
+    monkeypatch.setattr(density, "_STEPS", 4)
+    rows, contexts = torch.randn(200, 3), torch.randn(200, 2)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        density.fit_blocks(rows, contexts, density.fit_whitening(rows))

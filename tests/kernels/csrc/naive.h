@@ -9,7 +9,7 @@ inline double naive_log_scale(double u, const AffineMap& map) {
   switch (map.scale) {
     case kClamp: return std::min(std::max(u, -map.limit), map.limit);
     case kTanh: return map.limit * std::tanh(u / map.limit);
-    case kSoftplus: return std::log(std::log1p(std::exp(u)) + map.epsilon);
+    case kSoftplus: return std::log((u > 20 ? u : std::log1p(std::exp(u))) + map.epsilon);  // of torch
     case kSigmoid: return std::log(1 / (1 + std::exp(-(u + map.limit))) + map.epsilon);
     default: return u / (1 + std::abs(u) / map.limit);
   }
