@@ -24,7 +24,7 @@ from torch import Tensor
 _FOLDER = Path(__file__).resolve().parent
 _NAME = "_native.dll" if os.name == "nt" else "_native.so"
 # Of the structs and functions in csrc/, and of native_args.py.
-VERSION = 5
+VERSION = 6
 _ERRORS = {
     1: (MemoryError, "the native kernels could not allocate their work buffers"),
     2: (RuntimeError, "the native library has other structs than this version of fastmaf"),

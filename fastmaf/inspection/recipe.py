@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from numbers import Integral
 from typing import Literal, TypeAlias
 
 from fastmaf.inspection.aspect import shape_for
@@ -95,7 +96,7 @@ class Recipe:
             raise ValueError(f"channels must be 'auto', 1 or 3; found {self.channels!r}")
         if self.folds < 2:
             raise ValueError(f"folds must be at least 2; found {self.folds}")
-        if self.rank != "auto" and (isinstance(self.rank, str) or self.rank < 0):
+        if self.rank != "auto" and (not isinstance(self.rank, Integral) or self.rank < 0):
             raise ValueError(f"rank must be 'auto' or at least 0; found {self.rank!r}")
         if self.blocks != "auto" and (isinstance(self.blocks, str) or self.blocks < 0):
             raise ValueError(f"blocks must be 'auto' or at least 0; found {self.blocks!r}")

@@ -65,7 +65,7 @@ def warn_of_layers(made: MADE, kind: str | None, x: Tensor) -> None:
     warnings.warn(
         f"blocks with {' and '.join(reasons)} are trained layer by layer, which is slower than the op of whole blocks "
         f"that backend {backend!r} has for others, and gives the same numbers; `fastmaf doctor` lists these blocks. "
-        "This is said once. To evaluate a density without training, use torch.no_grad().",
+        "This warning is given once per process. To evaluate a density without training, use torch.no_grad().",
         FallbackWarning,
         stacklevel=2,
     )

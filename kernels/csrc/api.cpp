@@ -27,7 +27,7 @@ FASTMAF_DECLARE(avx512)
 namespace {
 
 enum Error { kFine, kNoMemory, kOtherVersion, kBadPermutation, kFailed };
-constexpr int64_t kVersion = 5;
+constexpr int64_t kVersion = 6;
 
 struct Isa {
   const char* name;

@@ -16,6 +16,7 @@ from fastmaf.images.dataset import load_train
 from fastmaf.images.reduce import reduced
 from fastmaf.inspection.combined import CombinedModel, combine
 from fastmaf.inspection.fit import fit
+from fastmaf.inspection.interface import scores_of
 from fastmaf.inspection.map_shapes import squared
 from fastmaf.inspection.model import is_inspection_model, load_inspection
 from fastmaf.inspection.pixel_candidate import PixelCandidate
@@ -90,6 +91,13 @@ def test_results_do_not_depend_on_the_batch(candidates: Candidates, model: Combi
         np.testing.assert_array_equal(model.predict(pixels[i : i + 1]).scores, whole.scores[i : i + 1])
     with pytest.raises(ValueError, match=r"uint8 \[n, 3, 16, 16\]; found torch.uint8 \[24, 3, 8, 8\]"):
         model.predict(reduced(pixels, 8))
+
+
+def test_scores_and_maps_are_the_same_without_nll(candidates: Candidates, model: CombinedModel) -> None:
+    pixels = candidates[0][:3]
+    expected, found = model.predict(pixels), model.predict(pixels, nll=False)
+    assert (found.scores == expected.scores).all() and (found.anomaly_maps == expected.anomaly_maps).all()
+    assert np.isfinite(expected.nll).all() and (scores_of(model, pixels) == expected.scores).all()
 
 
 def test_saved_and_loaded(candidates: Candidates, model: CombinedModel, file: Path) -> None:

@@ -85,6 +85,14 @@ def test_an_image_is_as_anomalous_as_its_most_anomalous_tile(fitted: tuple[Tiled
     assert after.anomaly_maps.shape == (6, SIDE, SIDE) and after.anomaly_maps.dtype == np.float32
 
 
+def test_scores_and_maps_are_the_same_without_nll(fitted: tuple[TiledModel, np.ndarray]) -> None:
+    model, _ = fitted
+    pixels = torch.randint(0, 256, (2, 3, model.size, model.size), dtype=torch.uint8)
+    expected, found = model.predict(pixels), model.predict(pixels, nll=False)
+    assert (found.scores == expected.scores).all() and (found.anomaly_maps == expected.anomaly_maps).all()
+    assert np.isfinite(expected.nll).all()
+
+
 def test_each_tile_has_the_model_of_a_fit_to_it(fitted: tuple[TiledModel, np.ndarray]) -> None:
     model, _ = fitted
     tile = tile_of(images(40), 3, 8)

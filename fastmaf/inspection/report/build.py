@@ -28,7 +28,7 @@ from fastmaf.inspection.model import Prediction
 from fastmaf.inspection.report.content import Exhibit, Gallery, Report, TestResults, Training
 from fastmaf.inspection.report.findings import worst_cases
 from fastmaf.inspection.report.page import write_report
-from fastmaf.inspection.workflow.score import predict_row
+from fastmaf.inspection.workflow.rows import score_rows
 from fastmaf.metrics.results import NORMAL
 
 _SAMPLES, _CASES, _TIMED = 5, 6, 30
@@ -165,7 +165,7 @@ def _exhibit(
 def _timings(model: AnomalyModel, paths: Sequence[Path]) -> tuple[tuple[str, float, float, int], ...]:
     """Times single images from file to verdict, after three images as warm-up."""
     files = [paths[i % len(paths)] for i in range(_TIMED + 3)]
-    rows = [predict_row(model, load_frame(file, model.size))[0] for file in files][3:]
+    rows = [score_rows(model, [load_frame(file, model.size)])[0] for file in files][3:]
     decode, verdict = np.array([(row.decode_ms, row.latency_ms) for row in rows]).T
     steps = (("decode", decode), ("decoded to verdict", verdict), ("file to verdict", decode + verdict))
     return tuple((step, float(np.median(ms)), float(np.quantile(ms, 0.95)), len(ms)) for step, ms in steps)

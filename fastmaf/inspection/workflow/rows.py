@@ -37,7 +37,7 @@ class ImageRow:
         score: the anomaly score.
         p_value: share of good images expected to score at least as high.
         verdict: ``"good"`` or ``"anomalous"``.
-        nll: negative log-likelihood in nats; NaN where it was not asked for, which a CSV shows as an empty cell.
+        nll: negative log-likelihood in nats; NaN, an empty cell of a CSV, where it was not asked for.
         decode_ms: from opening the file to its pixels.
         latency_ms: from the pixels to the verdict: resizing, and its share of the time of its batch.
     """

@@ -68,7 +68,7 @@ def test_a_run_with_nll_does_not_continue_one_without(run: Path, images: Path, t
         (images / f"copy{i:02d}.png").write_bytes((images / "0.png").read_bytes())
     with pytest.raises(KeyboardInterrupt):
         scored(run, images, out, say=interrupt)
-    with pytest.raises(ResumeError, match="NLL: expected False, found True"):
+    with pytest.raises(ResumeError, match="--nll: expected none, found given"):
         scored(run, images, out, nll=True, resume=True)
     assert len(scored(run, images, out, resume=True)) > 64
 
