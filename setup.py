@@ -43,7 +43,7 @@ class Native(build_ext.build_ext):
         folder.mkdir(parents=True, exist_ok=True)
         try:
             result = "not built: FASTMAF_BUILD=0 was set" if mode == "0" else f"built: {build(folder)}"
-        except (CompileError, OSError) as error:
+        except (CompileError, OSError, ValueError) as error:
             if mode == "1":
                 raise CompileError(f"FASTMAF_BUILD=1, but the native library cannot be built: {error}") from error
             result = f"not built: {error}"
@@ -66,11 +66,11 @@ class Wheel(bdist_wheel.bdist_wheel):
 
 def build(folder: Path) -> str:
     """Writes the library; returns what it was compiled with. Objects that are newer than all sources are kept."""
-    named = shlex.split(os.environ.get("CXX", ""))
+    named = shlex.split(os.environ.get("CXX", "").replace(os.sep, "/"))  # a backslash would quote
     cxx = next((c for c in ([named] if named else [["c++"], ["g++"], ["clang++"]]) if shutil.which(c[0])), None)
     if cxx is None:
-        raise CompileError(f"the compiler {f'CXX={shlex.join(named)}' if named else 'c++, g++, clang++'} is not there")
-    version = call([*cxx, "--version"]).splitlines()[0]
+        raise CompileError(f"there is no compiler {f'CXX={shlex.join(named)}' if named else 'c++, g++ or clang++'}")
+    version = (call([*cxx, "--version"]).splitlines() or ["unknown version"])[0]
     macros = call([*cxx, "-dM", "-E", "-x", "c++", os.devnull])  # they tell the system that it compiles for
     x86, windows, linux = (f"#define {name} 1" in macros for name in ("__x86_64__", "_WIN32", "__linux__"))
     command = [*cxx, *FLAGS, *([] if windows else ["-fPIC"])]
@@ -101,7 +101,7 @@ def build(folder: Path) -> str:
 
 def call(command: list[str]) -> str:
     if (done := subprocess.run(command, capture_output=True, text=True, errors="replace", check=False)).returncode:
-        lines = (done.stderr or done.stdout or "it printed nothing").strip().splitlines()
+        lines = (done.stderr.strip() or f"no error message, exit status {done.returncode}").splitlines()
         first = next((line for line in lines if "rror:" in line), lines[-1])  # what doctor repeats
         raise CompileError("\n".join([f"{command[0]} failed: {first}", f"+ {shlex.join(command)}", *lines[-12:]]))
     return done.stdout

@@ -83,7 +83,7 @@ def test_1_without_a_compiler_fails_and_reports_it(tree: Path) -> None:
     assert done.returncode == 1
     last = done.stderr.splitlines()[-1]
     assert last.startswith("error: FASTMAF_BUILD=1, but the native library cannot be built: ")
-    assert last.endswith(" the compiler CXX=/nonexistent/c++ -v is not there")
+    assert last.endswith(" there is no compiler CXX=/nonexistent/c++ -v")
     assert not (tree / "dist").exists()
 
 
@@ -92,7 +92,24 @@ def test_auto_without_a_compiler_builds_a_pure_package_and_reports_it(tree: Path
     name, files, output = make_wheel(tree, CXX="/nonexistent", **settings)
     assert name == "fastmaf-1.0-py3-none-any.whl"
     assert files == {"fastmaf/kernels/_native.txt"}
-    assert output == "fastmaf: native library not built: the compiler CXX=/nonexistent is not there\n"
+    assert output == "fastmaf: native library not built: there is no compiler CXX=/nonexistent\n"
+
+
+@pytest.mark.skipif(os.name != "posix", reason="needs the commands false and true")
+@pytest.mark.parametrize(
+    ("cxx", "reason"),
+    [
+        ("false", "false failed: no error message, exit status 1"),
+        ("true", "No such file or directory"),  # succeeds, but writes nothing
+        ("c++ '", "No closing quotation"),
+    ],
+)
+def test_auto_with_a_compiler_that_does_not_work_builds_a_pure_package(tree: Path, cxx: str, reason: str) -> None:
+    name, files, output = make_wheel(tree, CXX=cxx)
+    assert name == "fastmaf-1.0-py3-none-any.whl"
+    assert files == {"fastmaf/kernels/_native.txt"}
+    first = output.splitlines()[0]
+    assert first.startswith("fastmaf: native library not built: ") and reason in first
 
 
 @needs_compiler

@@ -90,7 +90,7 @@ def staging(folder: str | os.PathLike[str]) -> Iterator[Path]:
     lock = None
     while lock is None:
         staged = folder / f"{_PREFIX}{secrets.token_hex(8)}{_SUFFIX}"
-        staged.mkdir()
+        os.mkdir(staged)
         with suppress(FileNotFoundError):  # swept by another process before it was locked
             lock = try_lock(staged / _LOCK)
     try:
