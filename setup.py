@@ -43,7 +43,7 @@ class Native(build_ext.build_ext):
         folder.mkdir(parents=True, exist_ok=True)
         try:
             result = "not built: FASTMAF_BUILD=0 was set" if mode == "0" else f"built: {build(folder)}"
-        except (CompileError, OSError, ValueError) as error:
+        except (CompileError, OSError) as error:
             if mode == "1":
                 raise CompileError(f"FASTMAF_BUILD=1, but the native library cannot be built: {error}") from error
             result = f"not built: {error}"
@@ -66,7 +66,10 @@ class Wheel(bdist_wheel.bdist_wheel):
 
 def build(folder: Path) -> str:
     """Writes the library; returns what it was compiled with. Objects that are newer than all sources are kept."""
-    named = shlex.split(os.environ.get("CXX", "").replace(os.sep, "/"))  # a backslash would quote
+    try:
+        named = shlex.split(os.environ.get("CXX", "").replace(os.sep, "/"))  # a backslash would quote
+    except ValueError as error:
+        raise CompileError(f"CXX={os.environ['CXX']}: {error}") from error
     cxx = next((c for c in ([named] if named else [["c++"], ["g++"], ["clang++"]]) if shutil.which(c[0])), None)
     if cxx is None:
         raise CompileError(f"there is no compiler {f'CXX={shlex.join(named)}' if named else 'c++, g++ or clang++'}")
@@ -103,7 +106,8 @@ def call(command: list[str]) -> str:
     if (done := subprocess.run(command, capture_output=True, text=True, errors="replace", check=False)).returncode:
         lines = (done.stderr.strip() or f"no error message, exit status {done.returncode}").splitlines()
         first = next((line for line in lines if "rror:" in line), lines[-1])  # what doctor repeats
-        raise CompileError("\n".join([f"{command[0]} failed: {first}", f"+ {shlex.join(command)}", *lines[-12:]]))
+        shown = [*(done.stdout.splitlines() if command[-1] == "--version" else []), *lines][-12:]
+        raise CompileError("\n".join([f"{command[0]} failed: {first}", f"+ {shlex.join(command)}", *shown]))
     return done.stdout
 
 
