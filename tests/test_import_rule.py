@@ -38,7 +38,10 @@ ROOMS = {
 }
 ROOM_OF = {"__main__": "cli"}
 # What rooms above the core may import of it, besides the names of ``fastmaf`` itself.
-PUBLIC_CORE = ("fastmaf.doctor", "fastmaf.extras", "fastmaf.io", "fastmaf.optim", "fastmaf.threads", "fastmaf.training")
+PUBLIC_CORE = (
+    *("fastmaf.doctor", "fastmaf.extras", "fastmaf.io", "fastmaf.optim", "fastmaf.threads", "fastmaf.training"),
+    "fastmaf.transforms.fallback",
+)
 CORE_NEEDS = {"torch", "numpy", "safetensors"}
 BENCH_USERS = ("fastmaf.bench", "fastmaf.cli", "tests")
 STDLIB = sys.stdlib_module_names | {"tomllib"}  # of every supported version, whichever runs this
