@@ -9,6 +9,7 @@ from typing import Any
 from fastmaf.inspection.combined import CombinedModel
 from fastmaf.inspection.interface import AnomalyModel
 from fastmaf.inspection.model import InspectionModel
+from fastmaf.inspection.posed import seen_by
 from fastmaf.inspection.recipe import Recipe
 from fastmaf.inspection.texture.model import TextureModel
 from fastmaf.io.wording import count
@@ -16,6 +17,7 @@ from fastmaf.io.wording import count
 
 def decisions(model: AnomalyModel, explain: bool = False) -> dict[str, str]:
     """Returns what the fit of a model selected and why, by name; with ``explain`` the figures that decided it."""
+    model = seen_by(model)
     selected = {"kind": model.about.get("kind"), "model": _candidate(model.about, explain)}
     if isinstance(model, CombinedModel):
         for standard, part in zip(model.standards, model.parts, strict=True):

@@ -26,6 +26,7 @@ from fastmaf.inspection.interface import AnomalyModel, map_shape, maps_of, score
 from fastmaf.inspection.kinds import KINDS, Kind
 from fastmaf.inspection.map_shapes import brought_to
 from fastmaf.inspection.model import InspectionModel, Prediction, Shapes, load_inspection
+from fastmaf.inspection.posed import seen_by
 from fastmaf.inspection.recipe import RANK, Recipe
 from fastmaf.inspection.row_model import RowModel, fit_rows
 from fastmaf.inspection.sizes import BUDGET, SIZES, sizes_of
@@ -307,7 +308,8 @@ class Detector(OutlierMixin, BaseEstimator):
         self.model_, self.calibration_ = model, model.calibration
         self._set_threshold()
         self.sizes_ = sizes_of(model)
-        self.n_features_in_ = model.flow.features if isinstance(model, InspectionModel) else 3 * model.size**2
+        seen = seen_by(model)
+        self.n_features_in_ = seen.flow.features if isinstance(seen, InspectionModel) else 3 * seen.size**2
         self.__dict__.pop("feature_names_in_", None)  # of an earlier fit to rows
 
     def _set_threshold(self) -> None:

@@ -24,6 +24,8 @@ from fastmaf.inspection.interface import AnomalyModel
 from fastmaf.inspection.map_shapes import squared
 from fastmaf.inspection.masks import LabelledSet
 from fastmaf.inspection.model import InspectionModel, Prediction
+from fastmaf.inspection.pose import maps_turned_back
+from fastmaf.inspection.posed import PosedModel
 from fastmaf.inspection.scoring.float64_flow import Float64Flow, FlowValues
 from fastmaf.inspection.scoring.score import image_scores, score_maps, terms_of
 from fastmaf.inspection.scoring.settings import Kind
@@ -124,6 +126,14 @@ def _model_scores(
     model: AnomalyModel, images: ImageSet, prediction: Prediction, fold_models: Sequence[fastmaf.Flow]
 ) -> list[_Scored]:
     """Returns all scores of the model, its own first."""
+    if isinstance(model, PosedModel):
+        seen, places = model.seen(images.pixels)
+        of_part = _model_scores(model.part, replace(images, pixels=seen, shapes=()), prediction, fold_models)
+        # The first map is that of ``prediction``, turned back already.
+        return of_part[:1] + [
+            (name, kind, scores, None if maps is None else maps_turned_back(squared(maps, model.size), places))
+            for name, kind, scores, maps in of_part[1:]
+        ]
     if isinstance(model, InspectionModel):
         return _scores_of_pixels(model, images, prediction, fold_models)
     if isinstance(model, FeatureModel):

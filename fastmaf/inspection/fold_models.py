@@ -13,6 +13,7 @@ import fastmaf
 from fastmaf.images.dataset import check_takes_images
 from fastmaf.inspection.interface import AnomalyModel
 from fastmaf.inspection.model import InspectionModel
+from fastmaf.inspection.posed import seen_by
 from fastmaf.inspection.scoring.float64_flow import check_base
 from fastmaf.io.atomic import replace
 from fastmaf.io.tensor_file import read_tensors
@@ -57,6 +58,7 @@ def load_fold_models(run: Path, model: AnomalyModel) -> list[fastmaf.Flow]:
         fastmaf.CheckpointError: a file is damaged.
     """
     flows: list[fastmaf.Flow] = []
+    model = seen_by(model)
     if not isinstance(model, InspectionModel):
         return flows
     for file in _files(run):

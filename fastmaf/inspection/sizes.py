@@ -27,6 +27,7 @@ from fastmaf.inspection.interface import AnomalyModel, Candidate, HeldOut
 from fastmaf.inspection.model import InspectionModel
 from fastmaf.inspection.out_of_fold import OutOfFoldModels
 from fastmaf.inspection.pixel_candidate import PixelCandidate
+from fastmaf.inspection.posed import seen_by
 from fastmaf.inspection.recipe import Recipe
 from fastmaf.inspection.selection.candidates import Choice, choose_candidate, combined_model
 from fastmaf.inspection.synthetic_defects.draw import draw_defects
@@ -86,6 +87,7 @@ def sizes_for(side: int, budget: float = BUDGET) -> tuple[int, ...]:
 
 def sizes_of(model: AnomalyModel) -> tuple[int, ...]:
     """Returns the sizes of the models of pixels in a model, ascending; of a tiled one that of its tiles."""
+    model = seen_by(model)
     if isinstance(model, InspectionModel):
         return (model.about.get("recipe", {}).get("size", model.size),)
     parts = model.parts if isinstance(model, (CombinedModel, TiledModel)) else ()

@@ -25,6 +25,7 @@ from fastmaf.inspection.features.model import FeatureModel
 from fastmaf.inspection.interface import AnomalyModel
 from fastmaf.inspection.map_shapes import squared
 from fastmaf.inspection.model import InspectionModel
+from fastmaf.inspection.posed import PosedModel
 from fastmaf.inspection.scoring.float64_flow import first_part
 from fastmaf.inspection.scoring.score import Shape, TermStatistics, smoothing
 from fastmaf.inspection.scoring.settings import ScoreSettings
@@ -75,7 +76,7 @@ def inspection_graph(model: AnomalyModel) -> Any:
 @singledispatch
 def _results(model: Any, planes: Value) -> _Results:
     """Returns scores, maps and NLLs of images, float64 ``[n, 3, size, size]``, whole numbers from 0 to 255."""
-    known = ", ".join(kind.__name__ for kind in _results.registry if kind not in (object, TextureModel))
+    known = ", ".join(kind.__name__ for kind in _results.registry if kind not in (object, TextureModel, PosedModel))
     raise ExportError(f"a {type(model).__name__} cannot be exported to ONNX; expected one of {known}")
 
 
@@ -142,6 +143,15 @@ def _(model: TextureModel, planes: Value) -> _Results:
     raise ExportError(
         "a TextureModel cannot be exported to ONNX, as its computation depends on the shape of each image: score with "
         "'fastmaf inspect score' or 'fastmaf inspect serve', or fit with --kind object for a model that can be exported"
+    )
+
+
+@_results.register
+def _(model: PosedModel, planes: Value) -> _Results:
+    raise ExportError(
+        "a PosedModel, of objects at any angle, cannot be exported to ONNX, as each image is turned first: score with "
+        "'fastmaf inspect score' or 'fastmaf inspect serve', or fit with augmentation = \"rotations\" (--config) for a "
+        "model that can be exported"
     )
 
 

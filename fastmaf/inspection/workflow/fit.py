@@ -24,6 +24,7 @@ from fastmaf.inspection.fit import fit as fit_model
 from fastmaf.inspection.fit_stages import Stages
 from fastmaf.inspection.fold_models import fold_model_files, replace_fold_models, save_fold_models
 from fastmaf.inspection.free_threads import free_threads
+from fastmaf.inspection.interface import AnomalyModel
 from fastmaf.inspection.kinds import (
     TEXTURE_SIZES,
     FittedTexture,
@@ -33,6 +34,8 @@ from fastmaf.inspection.kinds import (
     plausible_kind,
     texture_size,
 )
+from fastmaf.inspection.pose import common_pose
+from fastmaf.inspection.posed import PosedModel, can_be_turned, in_pose
 from fastmaf.inspection.recipe import Recipe
 from fastmaf.inspection.report.content import REPORT, REPORT_FILE
 from fastmaf.inspection.sizes import BUDGET, SIZES, FittedSizes, fit_sizes, sides_for, sizes_for
@@ -125,7 +128,12 @@ def fit(
         else:
             wanted, recipe, images = _load_sizes(data, recipe, budget, **reading)
         reason: str | None = None
-        if kind == "auto":
+        pose, largest = None, images.pixels if images.double is None else images.double
+        if kind != "texture" and can_be_turned(recipe) and (common := common_pose(largest)) is not None:
+            pose, kind, reason = common.pose, "object", f"object ({common.reason})"
+            turned, double = in_pose(images.pixels, images.double, pose)
+            images = replace_field(images, pixels=turned, double=double)
+        elif kind == "auto":
             kind, reason = plausible_kind(images.pixels)
         check_disk(out, sum(_disk_needed(replace_field(recipe, size=size), keep_folds) for size in wanted))
         groups = None if group_by is None else group_labels(group_by, images.names)
@@ -184,7 +192,8 @@ def fit(
                 notes=list(images.notes),
                 skipped=[[path.name, reason] for path, reason in images.skipped],
             )
-            interrupted = _write(out, fitted, images, keep_folds)
+            posed = None if pose is None else PosedModel(pose, fitted.model, largest.shape[-1])
+            interrupted = _write(out, fitted, posed or fitted.model, images, keep_folds)
         except KeyboardInterrupt:
             if stages.done:
                 save_state(out, run(), stages)
@@ -197,7 +206,7 @@ def fit(
         if interrupted:
             say(f"interrupted when everything was written to {out}")
             raise KeyboardInterrupt
-    return FitResult(fitted, images=len(images), out=out)
+    return FitResult(fitted, images=len(images), out=out, posed=posed)
 
 
 def load_normals(
@@ -318,8 +327,17 @@ def _disk_needed(recipe: Recipe, keep_folds: bool) -> int:
     return factors * (1 + recipe.folds * keep_folds)
 
 
-def _write(out: Path, fitted: Fitted | FittedSizes | FittedTexture, images: ImageSet, keep_folds: bool) -> bool:
+def _write(
+    out: Path, fitted: Fitted | FittedSizes | FittedTexture, model: AnomalyModel, images: ImageSet, keep_folds: bool
+) -> bool:
     """Writes all files of a run to a temporary folder, then replaces those of an earlier run.
+
+    Args:
+        out: the folder.
+        fitted: the models of the images.
+        model: that is written.
+        images: that ``fitted`` was fitted to.
+        keep_folds: write the fold models, too.
 
     Returns:
         Whether Ctrl-C was pressed while they were replaced, which goes on.
@@ -327,7 +345,7 @@ def _write(out: Path, fitted: Fitted | FittedSizes | FittedTexture, images: Imag
     from fastmaf.inspection.report.build import training_report
 
     with staging(out) as new, errors_of_staged(new, out):
-        fitted.model.save(new / MODEL_FILE)
+        model.save(new / MODEL_FILE)
         rows = ((row["step"], f"{row['nll']:.10g}", f"{row['held_out_nll']:.10g}") for row in fitted.log)
         write_csv(new / LOG_FILE, _LOG_COLUMNS, rows)
         if keep_folds and not isinstance(fitted, FittedTexture):

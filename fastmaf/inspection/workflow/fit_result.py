@@ -9,7 +9,9 @@ from typing import Any
 
 from fastmaf.inspection.decisions import decisions
 from fastmaf.inspection.fit import Fitted
+from fastmaf.inspection.interface import AnomalyModel
 from fastmaf.inspection.kinds import FittedTexture
+from fastmaf.inspection.posed import PosedModel
 from fastmaf.inspection.report.content import REPORT_FILE
 from fastmaf.inspection.sizes import FittedSizes
 from fastmaf.io.safe_json import finite
@@ -28,11 +30,19 @@ class FitResult:
         fitted: the model and its fold models.
         images: number of good images that it was fitted to.
         out: the folder.
+        posed: the model of objects at any angle, which turns images to the pose that ``fitted`` sees them in; None: the
+            images are seen as they are.
     """
 
     fitted: Fitted | FittedSizes | FittedTexture
     images: int
     out: Path
+    posed: PosedModel | None = None
+
+    @property
+    def model(self) -> AnomalyModel:
+        """The model that was written."""
+        return self.fitted.model if self.posed is None else self.posed
 
     def describe(self, explain: bool = False) -> str:
         """Returns decisions, threshold and files as text; ``explain`` adds figures and assumptions."""

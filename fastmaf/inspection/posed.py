@@ -1,0 +1,161 @@
+"""A model of objects at any angle: each image is turned to one pose, and then seen by a model of such images."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import fastmaf
+from fastmaf.images.reduce import reduced
+from fastmaf.inspection.calibration import Calibration
+from fastmaf.inspection.interface import AnomalyModel
+from fastmaf.inspection.map_shapes import squared
+from fastmaf.inspection.model import Prediction, Shapes, check_pixels
+from fastmaf.inspection.model_parts import read_parts, tensors_of_parts
+from fastmaf.inspection.model_schema import KEY
+from fastmaf.inspection.pose import ANGLES, RADII, Pose, maps_turned_back, turned
+from fastmaf.inspection.recipe import Recipe
+from fastmaf.io.atomic import staging
+from fastmaf.io.safe_json import parse, shown
+from fastmaf.io.schema import Flag, OneOf, Record, Whole
+from fastmaf.io.tensor_file import TensorFile, write_tensors
+
+KIND = "posed"
+_RECORD = Record({"kind": OneOf((KIND,)), "size": Whole(1, 2**15), "moves": Flag()})
+
+
+@dataclass(frozen=True, eq=False)
+class PosedModel:
+    """A pose, and a model of images in this pose.
+
+    Scores are those of the turned image; the anomaly map is turned back, and is 0 where the turned image shows nothing
+    of the image: in corners.
+
+    Attributes:
+        pose: that each image is turned to.
+        part: the model of turned images, of at most this size.
+        size: side of the square images that it takes. They are turned at this size and then reduced: twice that of the
+            part keeps fine structure.
+    """
+
+    pose: Pose
+    part: AnomalyModel
+    size: int
+
+    def __post_init__(self) -> None:
+        if self.part.size > self.size:
+            raise ValueError(f"size must be at least that of the part, {self.part.size}; found {self.size}")
+
+    @property
+    def calibration(self) -> Calibration:
+        """Held-out scores of turned good images and the threshold taken from them."""
+        return self.part.calibration
+
+    @property
+    def about(self) -> dict[str, Any]:
+        """Details of the training of the part."""
+        return self.part.about
+
+    @property
+    def device(self) -> torch.device:
+        """The device that the part computes on."""
+        return self.part.device
+
+    @property
+    def map_levels(self) -> tuple[float, float]:
+        """Range of an overlay's colours: the 99th percentile and the maximum of the anomaly maps of good images."""
+        return self.part.map_levels
+
+    def seen(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
+        """Returns images, uint8 ``[n, 3, size, size]``, as the part sees them, and the places of their objects."""
+        check_pixels(pixels, self.size)
+        places = self.pose.places(pixels)
+        return reduced(turned(pixels, places), self.part.size), places
+
+    @fastmaf.torch_defaults()
+    def predict(self, pixels: Tensor, shapes: Shapes | None = None, *, nll: bool = True) -> Prediction:
+        """Returns scores, anomaly maps and NLLs of images, uint8 ``[n, 3, size, size]``; ``shapes`` are not used.
+
+        The NLL is that of the turned image. Without ``nll``, these may be NaN.
+
+        Raises:
+            ValueError: the images have another size or type.
+        """
+        images, places = self.seen(pixels)
+        prediction = self.part.predict(images, nll=nll)
+        return replace(prediction, anomaly_maps=self.turned_back(prediction, places))
+
+    def turned_back(self, prediction: Prediction, places: Tensor) -> Any:
+        """Returns the maps of a prediction for turned images, float32 ``[n, size, size]``, as those of the images."""
+        return maps_turned_back(squared(prediction.anomaly_maps, self.size), places)
+
+    def with_calibration(self, calibration: Calibration) -> PosedModel:
+        """Returns the same model with another calibration."""
+        return replace(self, part=self.part.with_calibration(calibration))
+
+    @fastmaf.torch_defaults()
+    def save(self, path: str | Path, *, card: str | Path | None = None) -> None:
+        """Writes the model to one safetensors file, and the model card of its part to ``card``; see ``Flow.save``.
+
+        A crash leaves the old file or the new one.
+        """
+        folder = Path(path).resolve().parent
+        if card is not None:
+            with staging(folder) as staged:
+                self.part.save(staged / Path(path).name, card=card)
+        tensors, metadata = tensors_of_parts([self.part], folder)
+        tensors["reference"] = self.pose.reference
+        record = {"kind": KIND, "size": self.size, "moves": self.pose.moves}
+        write_tensors(tensors, path, {KEY: json.dumps(record), **metadata})
+
+
+def in_pose(pixels: Tensor, double: Tensor | None, pose: Pose) -> tuple[Tensor, Tensor | None]:
+    """Returns good images, and the same at twice the size if there are such, turned to a pose.
+
+    Args:
+        pixels: uint8 ``[n, 3, s, s]``.
+        double: uint8 ``[n, 3, 2 s, 2 s]``, which are turned and then reduced; None to turn ``pixels``.
+        pose: of the images.
+    """
+    largest = pixels if double is None else double
+    images = turned(largest, pose.places(largest))
+    return reduced(images, pixels.shape[-1]), None if double is None else images
+
+
+def can_be_turned(recipe: Recipe) -> bool:
+    """Returns whether a fit with this recipe may turn images: they are square, and it asks for no augmentation."""
+    return recipe.augmentation == "auto" and recipe.shape[0] == recipe.shape[1]
+
+
+def seen_by(model: AnomalyModel) -> AnomalyModel:
+    """Returns the model of turned images in a model, or the model itself."""
+    return model.part if isinstance(model, PosedModel) else model
+
+
+def read_model(file: TensorFile, *, device: str = "cpu") -> PosedModel:
+    """Reads what ``PosedModel.save`` wrote from an open file; see ``load_inspection``."""
+    try:
+        record = parse(file.metadata[KEY], KEY)
+        _RECORD.check(record, KEY)
+        expected = (ANGLES, RADII)
+        if "reference" not in file.tensors:
+            raise ValueError("tensor reference: expected one; found nothing")
+        found = file.tensors["reference"]
+        if found.dtype != torch.float64 or tuple(found.shape) != expected:
+            raise ValueError(
+                f"tensor reference: expected torch.float64 {expected}; found {found.dtype} {shown(found.shape)}"
+            )
+        reference = file.read("reference")
+        if not bool(torch.isfinite(reference).all()):
+            raise ValueError("tensor reference: expected finite numbers")
+        (part,) = read_parts(file, 1, KIND, device=device)
+        return PosedModel(Pose(reference, record["moves"]), part, record["size"])
+    except fastmaf.CheckpointError:
+        raise
+    except ValueError as error:
+        raise fastmaf.CheckpointError(f"{file.path}: {error}") from error
