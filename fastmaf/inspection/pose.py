@@ -83,7 +83,7 @@ class Pose:
         Its angle in degrees, and its middle: right of and below that of the image, in halves of the side.
         """
         found = []
-        for part in pixels.split(_BATCH):
+        for part in pixels.split(_BATCH) if len(pixels) else ():  # there is no transform of nothing
             small = reduced(part, min(_SIDE, part.shape[-1]))
             middles = _middles(small, self.moves)
             correlation = _correlation(torch.fft.rfft(_polar(small, middles), dim=1), self.reference)

@@ -7,6 +7,8 @@ from pathlib import Path
 import fastmaf
 from fastmaf.images.reduce import reduced
 from fastmaf.inspection.fit import fit
+from fastmaf.inspection.pose import common_pose
+from fastmaf.inspection.posed import can_be_turned, in_pose
 from fastmaf.inspection.recipe import Recipe
 from fastmaf.inspection.scoring.settings import AnomalyMapConfig, ScoreSettings
 from fastmaf.inspection.selection.description import Selection
@@ -29,8 +31,11 @@ def choose(
     """Ranks scores and maps on the good images of a folder and on synthetic defects."""
     recipe = Recipe(size=size, score=ScoreSettings(), map_config=AnomalyMapConfig(), seed=seed)
     recipe, images = load_normals(data, recipe, skip_bad=skip_bad, progress=progress, say=say)
-    models = fit(images.pixels, recipe, double=images.double, every_fold=True, progress=progress).out_of_fold
-    pixels = reduced(images.pixels, recipe.shape)
+    pixels, double = images.pixels, images.double
+    if can_be_turned(recipe) and (common := common_pose(pixels if double is None else double)) is not None:
+        pixels, double = in_pose(pixels, double, common.pose)
+    models = fit(pixels, recipe, double=double, every_fold=True, progress=progress).out_of_fold
+    pixels = reduced(pixels, recipe.shape)
     scores = rank_scores(pixels, models, draws=draws, seed=seed, progress=progress)
     maps = rank_maps(pixels, models, draws=draws, seed=seed, progress=progress)
     return Selection(len(images), draws, tuple(scores), tuple(maps))
