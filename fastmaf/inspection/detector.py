@@ -89,6 +89,8 @@ class Detector(OutlierMixin, BaseEstimator):
             ``[n, 3, 256, 256]``, and returns feature maps ``[n, c, h, w]``, or several. Then a Gaussian of the features
             is fitted, too, and used alone, or together with the model of pixels if that is better on synthetic defects.
             ``"precomputed"``: X holds feature maps instead of images, and there is no model of pixels.
+        pose: images only: ``"auto"`` turns objects that lie at any angle to one pose first, if the good images have one
+            in common; ``"none"`` sees images as they are. See ``fastmaf.inspection.posed``.
         budget: with ``size="auto"``: seconds that the models may take. A further size is fitted only if it is expected
             to end within them.
 
@@ -129,6 +131,7 @@ class Detector(OutlierMixin, BaseEstimator):
         verbose: bool = False,
         features: nn.Module | str | None = None,
         budget: float = BUDGET,
+        pose: Literal["auto", "none"] = "auto",
     ) -> None:
         self.size = size
         self.rank = rank
@@ -143,6 +146,7 @@ class Detector(OutlierMixin, BaseEstimator):
         self.verbose = verbose
         self.features = features
         self.budget = budget
+        self.pose = pose
 
     @fastmaf.torch_defaults()
     def fit(self, X: Any, y: Any = None, groups: Sequence[Any] | None = None) -> Detector:
@@ -171,7 +175,9 @@ class Detector(OutlierMixin, BaseEstimator):
         if not self.budget >= 0:
             raise ValueError(f"budget must be at least 0 seconds; found {self.budget}")
         side = SIZES[0] if isinstance(self.size, str) else self.size
-        recipe = Recipe(side, self.rank, blocks=self.blocks, steps=self.steps, folds=self.folds, seed=seed)
+        recipe = Recipe(
+            side, self.rank, blocks=self.blocks, steps=self.steps, folds=self.folds, seed=seed, pose=self.pose
+        )
         if self.tiles < 1:
             raise ValueError(f"tiles must be at least 1; found {self.tiles}")
         labels = None if groups is None else [str(group) for group in groups]
@@ -246,7 +252,8 @@ class Detector(OutlierMixin, BaseEstimator):
         """Returns anomaly maps of images, float32 [n, h, w], higher is more anomalous; each covers its whole image.
 
         They have the aspect ratio of the good images, and about size² pixels. Those of textures and of features alone
-        are square: of at least 256 pixels a side, and of 64 with ``features="precomputed"``.
+        are square: of at least 256 pixels a side, and of 64 with ``features="precomputed"``. Those of objects at any
+        angle have the size at which images are turned, and are 0 in corners that are turned out of view.
         """
         check_is_fitted(self)
         if isinstance(self.model_, RowModel):
@@ -278,7 +285,7 @@ class Detector(OutlierMixin, BaseEstimator):
         model = load_inspection(path)
         recipe = model.about.get("recipe", model.about.get("tile_recipe", {}))
         given = {**recipe, **model.about.get("asked", {})}
-        known = {name: given[name] for name in ("rank", "blocks", "steps", "folds") if name in given}
+        known = {name: given[name] for name in ("rank", "blocks", "steps", "folds", "pose") if name in given}
         rate = {name: getattr(model.calibration, name) for name in ("false_alarm", "confidence")}
         known["kind"] = "texture" if isinstance(model, TextureModel) else "object"
         tiles = model.tiles if isinstance(model, TiledModel) else 1

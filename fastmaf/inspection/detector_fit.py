@@ -17,8 +17,7 @@ from fastmaf.inspection.fit import fit
 from fastmaf.inspection.interface import AnomalyModel
 from fastmaf.inspection.kinds import Kind, fit_texture_model, plausible_kind, texture_size
 from fastmaf.inspection.model import Shapes
-from fastmaf.inspection.pose import common_pose
-from fastmaf.inspection.posed import PosedModel, can_be_turned, in_pose
+from fastmaf.inspection.posed import in_one_pose
 from fastmaf.inspection.recipe import Recipe
 from fastmaf.inspection.sizes import fit_sizes, sides_for, sizes_for
 from fastmaf.inspection.texture.candidate import TextureCandidate
@@ -92,10 +91,10 @@ def fit_images(
     recipe = replace(recipe, size=sizes[0], folds=min(recipe.folds, n))
     options: Any = {"groups": groups, "progress": wanted.verbose}
     model: AnomalyModel
-    kind, pose, largest = wanted.kind, None, samples if double is None else double
-    if kind != "texture" and wanted.tiles == 1 and can_be_turned(recipe) and (common := common_pose(largest)):
-        kind, pose = "object", common.pose
-        samples, double = in_pose(samples, double, pose)
+    kind = wanted.kind
+    posed = None if kind == "texture" or wanted.tiles > 1 else in_one_pose(samples, double, recipe)
+    if posed is not None:
+        kind, samples, double = "object", posed.pixels, posed.double
     elif kind == "auto":
         kind = plausible_kind(samples)[0]
     if extractor is not None:
@@ -119,7 +118,7 @@ def fit_images(
         model, scores = fitted.model, fitted.held_out.scores[0]
     if wanted.choose_size:
         model.about["configuration"] = {"size": "auto", "budget": wanted.budget}
-    return model if pose is None else PosedModel(pose, model, largest.shape[-1]), scores
+    return model if posed is None else posed.model(model), scores
 
 
 def _fit_texture(

@@ -72,6 +72,15 @@ def texture_card(path: str | Path, size: int, calibration: Calibration, about: M
     return _card(path, details, calibration, about)
 
 
+def posed_card(path: str | Path, size: int, seen: int, calibration: Calibration, about: Mapping[str, Any]) -> ModelCard:
+    """Returns the card of a model that sees turned images at this size; other arguments as ``inspection_card``."""
+    details = {
+        "Class": "a model of images that are turned to one pose first; what lies in their corners is not seen",
+        "Images": f"resized to {size} × {size} pixels, turned, and resized to {seen} × {seen} pixels",
+    }
+    return _card(path, details, calibration, about)
+
+
 def tiled_card(
     path: str | Path, size: int, tiles: int, calibration: Calibration, about: Mapping[str, Any]
 ) -> ModelCard:

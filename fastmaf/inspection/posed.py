@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,16 +16,17 @@ from fastmaf.inspection.calibration import Calibration
 from fastmaf.inspection.interface import AnomalyModel
 from fastmaf.inspection.map_shapes import squared
 from fastmaf.inspection.model import Prediction, Shapes, check_pixels
+from fastmaf.inspection.model_card import posed_card
 from fastmaf.inspection.model_parts import read_parts, tensors_of_parts
 from fastmaf.inspection.model_schema import KEY
-from fastmaf.inspection.pose import ANGLES, RADII, Pose, maps_turned_back, turned
+from fastmaf.inspection.pose import ANGLES, RADII, Pose, common_pose, maps_turned_back, turned
 from fastmaf.inspection.recipe import Recipe
-from fastmaf.io.atomic import staging
 from fastmaf.io.safe_json import parse, shown
 from fastmaf.io.schema import Flag, OneOf, Record, Whole
 from fastmaf.io.tensor_file import TensorFile, write_tensors
 
 KIND = "posed"
+_LARGEST = 8  # times the size of the part: images of 256 pixels for a part of 64, and some reserve
 _RECORD = Record({"kind": OneOf((KIND,)), "size": Whole(1, 2**15), "moves": Flag()})
 
 
@@ -48,8 +49,9 @@ class PosedModel:
     size: int
 
     def __post_init__(self) -> None:
-        if self.part.size > self.size:
-            raise ValueError(f"size must be at least that of the part, {self.part.size}; found {self.size}")
+        if not self.part.size <= self.size <= _LARGEST * self.part.size:
+            most = _LARGEST * self.part.size
+            raise ValueError(f"size must be at least that of the part, {self.part.size}, to {most}; found {self.size}")
 
     @property
     def calibration(self) -> Calibration:
@@ -100,36 +102,63 @@ class PosedModel:
 
     @fastmaf.torch_defaults()
     def save(self, path: str | Path, *, card: str | Path | None = None) -> None:
-        """Writes the model to one safetensors file, and the model card of its part to ``card``; see ``Flow.save``.
+        """Writes the model to one safetensors file, and its model card to ``card``; see ``fastmaf.Flow.save``.
 
         A crash leaves the old file or the new one.
         """
-        folder = Path(path).resolve().parent
+        filled = None
         if card is not None:
-            with staging(folder) as staged:
-                self.part.save(staged / Path(path).name, card=card)
-        tensors, metadata = tensors_of_parts([self.part], folder)
+            filled = posed_card(card, self.size, self.part.size, self.calibration, self.about)
+            filled.check(path)
+        tensors, metadata = tensors_of_parts([self.part], Path(path).resolve().parent)
         tensors["reference"] = self.pose.reference
         record = {"kind": KIND, "size": self.size, "moves": self.pose.moves}
         write_tensors(tensors, path, {KEY: json.dumps(record), **metadata})
+        if filled is not None:
+            filled.write(None, {}, Path(path))
 
 
-def in_pose(pixels: Tensor, double: Tensor | None, pose: Pose) -> tuple[Tensor, Tensor | None]:
-    """Returns good images, and the same at twice the size if there are such, turned to a pose.
+class InPose(NamedTuple):
+    """Good images in one pose.
+
+    Attributes:
+        pixels: uint8 ``[n, 3, s, s]``.
+        double: the same at twice the size, or None.
+        pose: that they were turned to.
+        size: at which they were turned.
+        reason: what says that they have this pose in common.
+    """
+
+    pixels: Tensor
+    double: Tensor | None
+    pose: Pose
+    size: int
+    reason: str
+
+    def model(self, part: AnomalyModel) -> PosedModel:
+        """Returns the model of images as they come, for a model of these."""
+        return PosedModel(self.pose, part, self.size)
+
+
+def in_one_pose(pixels: Tensor, double: Tensor | None, recipe: Recipe) -> InPose | None:
+    """Returns good images turned to one pose, or None where they are fitted as they are.
+
+    They are not turned if they have no pose in common, are not square, or if the recipe asks for that or for an
+    augmentation; see ``fastmaf.inspection.pose.common_pose``.
 
     Args:
         pixels: uint8 ``[n, 3, s, s]``.
         double: uint8 ``[n, 3, 2 s, 2 s]``, which are turned and then reduced; None to turn ``pixels``.
-        pose: of the images.
+        recipe: of the fit.
     """
+    if recipe.pose == "none" or recipe.augmentation != "auto" or recipe.shape[0] != recipe.shape[1]:
+        return None
     largest = pixels if double is None else double
-    images = turned(largest, pose.places(largest))
-    return reduced(images, pixels.shape[-1]), None if double is None else images
-
-
-def can_be_turned(recipe: Recipe) -> bool:
-    """Returns whether a fit with this recipe may turn images: they are square, and it asks for no augmentation."""
-    return recipe.augmentation == "auto" and recipe.shape[0] == recipe.shape[1]
+    if (common := common_pose(largest)) is None:
+        return None
+    images = turned(largest, common.pose.places(largest))
+    small = reduced(images, pixels.shape[-1])
+    return InPose(small, None if double is None else images, common.pose, largest.shape[-1], common.reason)
 
 
 def seen_by(model: AnomalyModel) -> AnomalyModel:
@@ -151,8 +180,8 @@ def read_model(file: TensorFile, *, device: str = "cpu") -> PosedModel:
                 f"tensor reference: expected torch.float64 {expected}; found {found.dtype} {shown(found.shape)}"
             )
         reference = file.read("reference")
-        if not bool(torch.isfinite(reference).all()):
-            raise ValueError("tensor reference: expected finite numbers")
+        if not bool((reference.abs() <= 255).all() and reference.any()):  # differences of grey values
+            raise ValueError("tensor reference: expected numbers from -255 to 255, not all of them 0")
         (part,) = read_parts(file, 1, KIND, device=device)
         return PosedModel(Pose(reference, record["moves"]), part, record["size"])
     except fastmaf.CheckpointError:

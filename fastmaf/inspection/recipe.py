@@ -57,6 +57,8 @@ class Recipe:
         channels: 3 for colour, 1 for grey; ``"auto"``: 1 if all images are grey, which takes a third of the work.
         aspect: height of the images over their width, to which all are resized. None: that of the good images where
             these are read from files or given to a ``Detector``, else 1; see ``fastmaf.inspection.aspect``.
+        pose: ``"auto"``: objects that lie at any angle are turned to one pose, unless an augmentation is asked for; see
+            ``fastmaf.inspection.posed``. ``"none"``: images are fitted as they are.
     """
 
     size: int = 64
@@ -80,6 +82,7 @@ class Recipe:
     seed: int = 0
     channels: int | Literal["auto"] = "auto"
     aspect: float | None = None
+    pose: Literal["auto", "none"] = "auto"
 
     def __post_init__(self) -> None:
         for name in ("size", "angles", "steps", "batch_size"):
@@ -92,6 +95,8 @@ class Recipe:
         least = 1 / 512 if self.dequantize else 0.0
         if self.logit is not None and not least < self.logit < 0.5:
             raise ValueError(f"logit must lie in ({least:g}, 0.5); found {self.logit}")
+        if self.pose not in ("auto", "none"):
+            raise ValueError(f"pose must be 'auto' or 'none'; found {self.pose!r}")
         if self.channels not in ("auto", 1, 3):
             raise ValueError(f"channels must be 'auto', 1 or 3; found {self.channels!r}")
         if self.folds < 2:

@@ -21,6 +21,18 @@ def difference(first: Tensor, second: Tensor) -> Tensor:
     return (first - second + 180) % 360 - 180
 
 
+def stripes(n: int, waves: int) -> Tensor:
+    generator = torch.Generator().manual_seed(waves)
+    at = torch.arange(64, dtype=torch.float64) / 64
+    phase, tilt = (
+        2 * math.pi * torch.rand(n, 1, 1, generator=generator),
+        0.05 * torch.randn(n, 1, 1, generator=generator),
+    )
+    values = 128 + 60 * torch.sin(2 * math.pi * waves * (at + tilt * at[:, None]) + phase)
+    values = values + 8 * torch.randn(n, 64, 64, generator=generator)
+    return values.clamp(0, 255).to(torch.uint8)[:, None].repeat(1, 3, 1, 1)
+
+
 @pytest.mark.parametrize("moves", [False, True])
 def test_angles_are_found_up_to_a_common_one(moves: bool) -> None:
     angles = torch.linspace(0, 350, 24, dtype=torch.float64)
@@ -90,6 +102,12 @@ def test_a_common_pose_is_found_for_turned_objects_alone() -> None:
     assert common_pose(objects(torch.zeros(24, dtype=torch.float64), torch.zeros(24, 2))) is None, "in one pose already"
     assert common_pose(objects(angles, shifts)[:19]) is None, "too few"
     assert common_pose(grain(24, 0)) is None, "a texture"
+    for waves in (4, 8, 12):
+        assert common_pose(stripes(24, waves)) is None, "stripes, which are in one pose in any image"
+    speck = grain(24, 1)
+    for image, (row, column) in zip(speck, torch.randint(8, 56, (24, 2), generator=generator).tolist(), strict=True):
+        image[:, row - 3 : row + 3, column - 3 : column + 3] = 255
+    assert common_pose(speck) is None, "a speck on a texture"
     noise = torch.randint(0, 256, (24, 3, 64, 64), dtype=torch.uint8, generator=generator)
     assert common_pose(noise) is None and common_pose(torch.full_like(noise, 7)) is None
     assert common_pose(reduced(objects(angles, shifts), 16)) is not None, "of small images, too"

@@ -20,7 +20,7 @@ from fastmaf.inspection.detector import Detector
 from fastmaf.inspection.export.graph_builder import ExportError
 from fastmaf.inspection.model import InspectionModel, load_inspection
 from fastmaf.inspection.pose import turned
-from fastmaf.inspection.posed import PosedModel, can_be_turned, seen_by
+from fastmaf.inspection.posed import PosedModel, in_one_pose, seen_by
 from fastmaf.inspection.recipe import Recipe
 from fastmaf.inspection.sizes import sizes_of
 from fastmaf.inspection.workflow.calibrate import recalibrate
@@ -139,7 +139,9 @@ def test_the_detector_turns_objects_too(run: Path, tmp_path: Path) -> None:
     defective, _ = with_spots(drawn(8, 7))
     assert (detector.predict(defective.permute(0, 2, 3, 1).numpy()) == -1).sum() >= 6
     detector.save(tmp_path / "m.safetensors", card=tmp_path / "card.md")
-    assert "m.safetensors" in (tmp_path / "card.md").read_text("utf-8")
+    card = (tmp_path / "card.md").read_text("utf-8")
+    assert "m.safetensors" in card and ".tmp" not in card
+    assert "turned to one pose" in card and f"resized to {SIDE} × {SIDE} pixels, turned" in card
     loaded = Detector.load(tmp_path / "m.safetensors")
     assert (loaded.anomaly_score(pixels[:3]) == detector.anomaly_score(pixels[:3])).all()
     assert loaded.size == 32 and loaded.rank == 40
@@ -149,8 +151,14 @@ def test_the_detector_turns_objects_too(run: Path, tmp_path: Path) -> None:
 def test_objects_in_one_pose_and_other_wishes_are_left_as_they_are() -> None:
     straight = objects(torch.zeros(24, dtype=torch.float64), torch.zeros(24, 2)).permute(0, 2, 3, 1).numpy()
     assert isinstance(Detector(size=16, rank=8, blocks=0, folds=2).fit(straight).model_, InspectionModel)
-    assert can_be_turned(RECIPE) and not can_be_turned(replace(RECIPE, augmentation="rotations"))
-    assert not can_be_turned(replace(RECIPE, aspect=2.0))
+    pixels = drawn(24, 8)
+    assert in_one_pose(pixels, None, RECIPE) is not None
+    for change in ({"augmentation": "rotations"}, {"aspect": 2.0}, {"pose": "none"}):
+        assert in_one_pose(pixels, None, replace(RECIPE, **change)) is None
+    as_they_are = Detector(size=16, rank=8, blocks=0, folds=2, pose="none").fit(pixels.permute(0, 2, 3, 1).numpy())
+    assert isinstance(as_they_are.model_, InspectionModel)
+    with pytest.raises(ValueError, match="pose must be 'auto' or 'none'; found 'any'"):
+        replace(RECIPE, pose="any")
 
 
 @pytest.mark.parametrize(
@@ -158,10 +166,15 @@ def test_objects_in_one_pose_and_other_wishes_are_left_as_they_are() -> None:
     [
         (lambda tensors, _: tensors.pop("reference"), "reference: expected one; found nothing"),
         (lambda tensors, _: tensors.update(reference=torch.zeros(3, 4)), "reference: expected torch.float64"),
-        (lambda tensors, _: tensors["reference"].fill_(torch.nan), "reference: expected finite numbers"),
+        (lambda tensors, _: tensors["reference"].fill_(torch.nan), "reference: expected numbers from -255 to 255"),
         (
             lambda _, texts: texts.update(inspection='{"kind": "posed", "size": 16, "moves": true}'),
             "size must be at least",
+        ),
+        (lambda tensors, _: tensors["reference"].zero_(), "reference: expected numbers from -255 to 255"),
+        (
+            lambda _, texts: texts.update(inspection='{"kind": "posed", "size": 257, "moves": true}'),
+            "to 256; found 257",
         ),
         (lambda _, texts: texts.update(inspection='{"kind": "posed", "size": 64}'), "moves"),
     ],

@@ -149,8 +149,8 @@ def _(model: TextureModel, planes: Value) -> _Results:
 @_results.register
 def _(model: PosedModel, planes: Value) -> _Results:
     raise ExportError(
-        "a PosedModel, of objects at any angle, cannot be exported to ONNX, as each image is turned first: score with "
-        "'fastmaf inspect score' or 'fastmaf inspect serve', or fit with augmentation = \"rotations\" (--config) for a "
+        "a PosedModel, of objects at any angle, cannot be exported to ONNX, as each image is turned first: score "
+        "with 'fastmaf inspect score' or 'fastmaf inspect serve', or fit with pose = \"none\" in a --config file for a "
         "model that can be exported"
     )
 

@@ -7,8 +7,7 @@ from pathlib import Path
 import fastmaf
 from fastmaf.images.reduce import reduced
 from fastmaf.inspection.fit import fit
-from fastmaf.inspection.pose import common_pose
-from fastmaf.inspection.posed import can_be_turned, in_pose
+from fastmaf.inspection.posed import in_one_pose
 from fastmaf.inspection.recipe import Recipe
 from fastmaf.inspection.scoring.settings import AnomalyMapConfig, ScoreSettings
 from fastmaf.inspection.selection.description import Selection
@@ -32,8 +31,8 @@ def choose(
     recipe = Recipe(size=size, score=ScoreSettings(), map_config=AnomalyMapConfig(), seed=seed)
     recipe, images = load_normals(data, recipe, skip_bad=skip_bad, progress=progress, say=say)
     pixels, double = images.pixels, images.double
-    if can_be_turned(recipe) and (common := common_pose(pixels if double is None else double)) is not None:
-        pixels, double = in_pose(pixels, double, common.pose)
+    if (posed := in_one_pose(pixels, double, recipe)) is not None:
+        pixels, double = posed.pixels, posed.double
     models = fit(pixels, recipe, double=double, every_fold=True, progress=progress).out_of_fold
     pixels = reduced(pixels, recipe.shape)
     scores = rank_scores(pixels, models, draws=draws, seed=seed, progress=progress)

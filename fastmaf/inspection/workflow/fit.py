@@ -34,8 +34,7 @@ from fastmaf.inspection.kinds import (
     plausible_kind,
     texture_size,
 )
-from fastmaf.inspection.pose import common_pose
-from fastmaf.inspection.posed import PosedModel, can_be_turned, in_pose
+from fastmaf.inspection.posed import in_one_pose
 from fastmaf.inspection.recipe import Recipe
 from fastmaf.inspection.report.content import REPORT, REPORT_FILE
 from fastmaf.inspection.sizes import BUDGET, SIZES, FittedSizes, fit_sizes, sides_for, sizes_for
@@ -128,11 +127,10 @@ def fit(
         else:
             wanted, recipe, images = _load_sizes(data, recipe, budget, **reading)
         reason: str | None = None
-        pose, largest = None, images.pixels if images.double is None else images.double
-        if kind != "texture" and can_be_turned(recipe) and (common := common_pose(largest)) is not None:
-            pose, kind, reason = common.pose, "object", f"object ({common.reason})"
-            turned, double = in_pose(images.pixels, images.double, pose)
-            images = replace_field(images, pixels=turned, double=double)
+        posed = None if kind == "texture" else in_one_pose(images.pixels, images.double, recipe)
+        if posed is not None:
+            kind, reason = "object", f"object ({posed.reason})"
+            images = replace_field(images, pixels=posed.pixels, double=posed.double)
         elif kind == "auto":
             kind, reason = plausible_kind(images.pixels)
         check_disk(out, sum(_disk_needed(replace_field(recipe, size=size), keep_folds) for size in wanted))
@@ -192,8 +190,8 @@ def fit(
                 notes=list(images.notes),
                 skipped=[[path.name, reason] for path, reason in images.skipped],
             )
-            posed = None if pose is None else PosedModel(pose, fitted.model, largest.shape[-1])
-            interrupted = _write(out, fitted, posed or fitted.model, images, keep_folds)
+            model = None if posed is None else posed.model(fitted.model)
+            interrupted = _write(out, fitted, model or fitted.model, images, keep_folds)
         except KeyboardInterrupt:
             if stages.done:
                 save_state(out, run(), stages)
@@ -206,7 +204,7 @@ def fit(
         if interrupted:
             say(f"interrupted when everything was written to {out}")
             raise KeyboardInterrupt
-    return FitResult(fitted, images=len(images), out=out, posed=posed)
+    return FitResult(fitted, images=len(images), out=out, posed=model)
 
 
 def load_normals(
