@@ -76,6 +76,7 @@ class PosedModel:
     def seen(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
         """Returns images, uint8 ``[n, 3, size, size]``, as the part sees them, and the places of their objects."""
         check_pixels(pixels, self.size)
+        pixels = pixels.cpu()  # where images are turned; the part moves them to its device
         places = self.pose.places(pixels)
         return reduced(turned(pixels, places), self.part.size), places
 
@@ -143,8 +144,8 @@ class InPose(NamedTuple):
 def in_one_pose(pixels: Tensor, double: Tensor | None, recipe: Recipe) -> InPose | None:
     """Returns good images turned to one pose, or None where they are fitted as they are.
 
-    They are not turned if they have no pose in common, are not square, or if the recipe asks for that or for an
-    augmentation; see ``fastmaf.inspection.pose.common_pose``.
+    They are fitted as they are if they have no pose in common, see ``fastmaf.inspection.pose.common_pose``, if they are
+    not square, or if the recipe has ``pose="none"`` or names an augmentation.
 
     Args:
         pixels: uint8 ``[n, 3, s, s]``.
