@@ -7,11 +7,11 @@ them. Any other load may find what a kernel before has not written yet; any stor
 from __future__ import annotations
 
 import re
+from collections import Counter
 
-from fastmaf.bench.dev.machine_code import MachineCode
+from fastmaf.bench.dev.machine_code import WAIT, MachineCode
 
 TABLES = ("items_ptr", "panels_ptr", "counts_ptr", "layers_ptr", "group_ptr", "chunks_ptr")
-_WAIT = "griddepcontrol.wait"
 _REGISTER = re.compile(r"%\w+")
 
 
@@ -19,20 +19,22 @@ def faults(ptx: str, code: MachineCode, arguments: list[str]) -> int:
     """Returns how many accesses to memory come before the wait and must not, in PTX and in machine code; more if there
     are paths past the wait. ``arguments`` are the names of the kernel's arguments at run time.
     """
-    before, _, after = ptx[ptx.index("\n{") :].partition(_WAIT)
+    before, _, after = ptx[ptx.index("\n{") :].partition("griddepcontrol.wait")
     if not after:
         return 1
     loads, wrong = _accesses(before, arguments)
-    early = _before_wait(code)
-    machine_loads = sum(code.instructions[i].kind in ("load_global", "copy_async") for i in early)
-    machine_stores = sum(code.instructions[i].kind == "store_global" for i in early)
-    return wrong + machine_stores + max(0, machine_loads - loads) + _past_the_wait(code)
+    early = [code.instructions[i] for i in _before_wait(code)]
+    # The assembler may load tables later, and side by side; it must not move other loads up.
+    of_machine = Counter(one.size for one in early if one.kind in ("load_global", "copy_async"))
+    moved = sum((of_machine - loads).values())
+    stores = sum(one.kind == "store_global" for one in early)
+    return wrong + stores + moved + _past_the_wait(code)
 
 
-def _accesses(ptx: str, arguments: list[str]) -> tuple[int, int]:
-    """Returns how many loads there are, and how many accesses are not loads of tables."""
+def _accesses(ptx: str, arguments: list[str]) -> tuple[Counter[int], int]:
+    """Returns how many loads of each size in bytes there are, and how many accesses are not loads of tables."""
     sources: dict[str, set[str]] = {}  # of registers: arguments, and those whose memory was read, with a star
-    loads = wrong = 0
+    loads, wrong = Counter[int](), 0
     for line in ptx.splitlines():
         found = [one for one in _REGISTER.findall(line.split("//")[0]) if not one.startswith(("%p", "%tid", "%ctaid"))]
         if argument := re.search(r"ld\.param\S*\s+(%\w+), \[\w+_param_(\d+)\]", line):
@@ -42,12 +44,15 @@ def _accesses(ptx: str, arguments: list[str]) -> tuple[int, int]:
             address = re.search(r"\[\s*(%\w+)", line)
             of = sources.get(address[1], set()) if address else set()
             pointers = {one for one in of if one.endswith("_ptr") and not one.startswith("*")}
-            load = re.search(r"\bld\.global", line) is not None
-            loads += load
+            load = re.search(r"\bld\.global\S*?(?:\.v(\d))?\.[bfsu](\d+) ", line)
+            if load:
+                loads[int(load[1] or 1) * int(load[2]) // 8] += 1
             wrong += not load or not pointers or not pointers <= set(TABLES)
             sources |= {one: {f"*{name}" for name in pointers} for one in found[:-1]}
-        elif found:
-            sources[found[0]] = set().union(*(sources.get(one, set()) for one in found[1:]))
+        elif found and not re.search(r"\b(setp|bra|prefetch)\b", line):
+            # A guarded instruction may leave its result as it was.
+            kept = sources.get(found[0], set()) if line.lstrip().startswith("@") else set()
+            sources[found[0]] = kept.union(*(sources.get(one, set()) for one in found[1:]))
     return loads, wrong
 
 
@@ -64,6 +69,10 @@ def _before_wait(code: MachineCode) -> set[int]:
 
 
 def _past_the_wait(code: MachineCode) -> int:
-    """Returns how many ends of the kernel are reached without a wait, or with one that some threads leave out."""
+    """Returns how many ends of the kernel are reached without a wait, and waits that some threads leave out or that lie
+    in a loop, into which Triton might move loads from behind them.
+    """
     early = [code.instructions[i] for i in _before_wait(code)]
-    return sum(one.opcode.startswith("EXIT") or (one.guarded and one.opcode.startswith("ACQBULK")) for one in early)
+    left_out = sum(one.opcode.startswith("EXIT") or (one.guarded and one.opcode.startswith(WAIT)) for one in early)
+    inner = code.innermost()
+    return left_out + sum(code.waits(block) and inner[i] is not None for i, block in enumerate(code.blocks))

@@ -57,10 +57,8 @@ class GraphCache(Generic[T]):
         self._graphs: OrderedDict[Key, T | None] = OrderedDict()
 
     def recorded(self, key: Key) -> T | None:
-        """Returns the graph of a key, if there is one."""
-        if (graph := self._graphs.get(key)) is not None:
-            self._graphs.move_to_end(key)
-        return graph
+        """Returns the graph of a key, if there is one; it counts as used by ``get`` alone."""
+        return self._graphs.get(key)
 
     def get(self, key: Key, make: Callable[[], T]) -> T | None:
         """Returns the graph of a key, which ``make`` records if needed; None before ``ran_eagerly`` of that key."""

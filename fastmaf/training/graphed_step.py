@@ -133,13 +133,12 @@ class GraphedSteps:
         """
         if (key := self._key(x)) is None:
             return None
-        last = self._state.last
         # The forward pass needs the flow as it was recorded. Whether the optimiser is, is found out while it runs.
-        if (graphed := self._cache.recorded((*key, last))) is not None:
-            graphed.forward(x)
-        if graphed is None or self._state.get() is not last:
-            if (graphed := self._get((*key, self._state.get()), x)) is None:
-                return None
+        if (early := self._cache.recorded((*key, self._state.last))) is not None:
+            early.forward(x)
+        if (graphed := self._get((*key, self._state.get()), x)) is None:
+            return None
+        if graphed is not early:
             graphed.forward(x)
         graphed.prepare()
         return graphed

@@ -105,10 +105,13 @@ def recording(capability: int, sms: int) -> Iterator[list[Launched]]:
 
 
 def launch(kernel: Any, grid: int, *args: Any, **options: Any) -> None:
-    """Launches ``grid`` programs of a kernel, if any, on the current stream of the first tensor's device."""
+    """Launches ``grid`` programs of a kernel, if any, on the current stream of the first tensor's device; one with an
+    argument OVERLAP before the last kernel has ended, where the card can (``overlap``).
+    """
     options["enable_fp_fusion"] = True  # errors were measured with fused multiply-adds; Triton's default has changed
     if "OVERLAP" in kernel.arg_names:
-        options["OVERLAP"] = target(args[0]).table.overlap and overlap.supported()
+        capability = _card(args[0].device)[0]
+        options["OVERLAP"] = launch_table.overlaps(capability) and overlap.allowed()
         if options["OVERLAP"]:
             options["launch_pdl"] = True
     if _launches is not None:

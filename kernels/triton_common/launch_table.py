@@ -46,7 +46,7 @@ class Table(NamedTuple):
         most_samples: that one program takes; more are shared out, and read the weights again.
         solve: the own steps of a group of the inverse: columns are dimensions that are taken at a time, warps those of
             a sample; up to ``programs_per_sm`` samples have a program of their own.
-        overlap: whether kernels start before those ahead of them have ended; see ``overlap.py``.
+        overlap: whether a kernel starts before the one ahead of it has ended; see ``overlap.py``.
     """
 
     lanes: Launch
@@ -100,14 +100,20 @@ _NEEDS = {"ieee": 61, "tf32x3": 80, "tf32": 80, "bf16": 80}
 
 _precision: Precision = "ieee"
 
-# Bytes that the programs of a multiprocessor prefetch while they wait: in all, a third of the second-level cache of
-# Hopper, and as much as its memory brings in some six microseconds.
+# Bytes that the programs of a multiprocessor prefetch before they use them: in all, a third of the second-level cache
+# of Hopper, and as much as its memory brings in some six microseconds.
 PREFETCHED = 128 << 10
+_MOST_PREFETCHED = 32 << 10  # by one instruction
 
 
 def prefetched(programs_per_sm: int, size: int) -> int:
-    """Returns how many pieces of ``size`` bytes each of a multiprocessor's programs prefetches."""
-    return max(1, PREFETCHED // programs_per_sm // size)
+    """Returns how many pieces of ``size`` bytes each of a multiprocessor's programs prefetches at a time."""
+    return max(1, min(PREFETCHED // programs_per_sm, _MOST_PREFETCHED) // size)
+
+
+def overlaps(capability: int) -> bool:
+    """Returns whether kernels are launched early on a card. Nothing is known of that on capability 10.0 and newer."""
+    return TABLES[family(capability)].overlap and capability < 100
 
 
 def family(capability: int) -> int:

@@ -1,48 +1,60 @@
-"""Kernels that start before those ahead of them have ended, on compute capability 9.0 and newer.
+"""Programmatic dependent launch, on compute capability 9.x: a kernel starts before the one ahead of it has ended.
 
-With programmatic dependent launch a kernel's programs take the multiprocessors' free places as soon as all programs of
-the kernel before have started; ``wait`` holds them until that one, and so every one before, has ended and its writes
-are seen. Memory stands idle while a kernel waits for chains of small steps: until then the next one's programs ask for
-their weights, which come as far as the second-level cache.
+Its programs become resident as soon as all programs of the kernel before have begun and leave room; ``wait`` holds them
+until that kernel has ended and its writes are visible. Meanwhile they prefetch their weights into the second-level
+cache: memory would stand idle while the other kernel waits for chains of small steps.
 
-Every program of a kernel with the argument OVERLAP waits, before it reads what a kernel may have written and before it
-writes anything. Before it waits, it may load tables that never change, and prefetch, which has no effect on results.
+Every program of a kernel with the argument OVERLAP waits once, outside of any loop and branch, before it reads what a
+kernel may have written and before it writes anything. Before it waits, it may load tables that never change, and
+prefetch, which has no effect on results. The next kernel is let go after the wait: when it begins, all kernels but the
+last have ended. Within a loop that Triton pipelines it would move loads across the wait; elsewhere it keeps the order,
+as the instruction has side effects. ``bench.dev.early`` proves all this of the machine code.
 """
 
 from __future__ import annotations
 
 import functools
+import os
 
+import torch
 import triton
 import triton.language as tl
 
+_DRIVER = 12_030  # the first that records such launches in CUDA graphs
+
+
+def allowed() -> bool:
+    """Returns whether kernels may be launched so: FASTMAF_OVERLAP is not 0, and Triton and the driver can."""
+    return os.environ.get("FASTMAF_OVERLAP", "1") != "0" and _supported()
+
 
 @functools.cache
-def supported() -> bool:
-    """Returns whether this Triton launches kernels so: 3.4 and newer do."""
+def _supported() -> bool:
     try:
         from triton.backends.nvidia.compiler import CUDAOptions
     except ImportError:
         return False
-    return "launch_pdl" in CUDAOptions.__dataclass_fields__
+    # Without a GPU, kernels are compiled as for a new driver.
+    driver = torch._C._cuda_getDriverVersion() if torch.cuda.is_available() else _DRIVER
+    return "launch_pdl" in CUDAOptions.__dataclass_fields__ and driver >= _DRIVER
 
 
 @triton.jit
 def wait(OVERLAP: tl.constexpr):
-    """Lets the next kernel start, and waits until all kernels before have ended."""
+    """Waits until all kernels before have ended, and lets the next one begin."""
     if OVERLAP:
         tl.inline_asm_elementwise(
-            "griddepcontrol.launch_dependents; griddepcontrol.wait; mov.b32 $0, 0;", "=r", [], tl.int32, False, 1
+            "griddepcontrol.wait; griddepcontrol.launch_dependents; mov.b32 $0, 0;", "=r", [], tl.int32, False, 1
         )
 
 
 @triton.jit
 def prefetch(ptr, start, count, OVERLAP: tl.constexpr):
-    """Asks for ``count`` numbers from number ``start`` on; those that share 16 bytes with others may be left out."""
+    """Prefetches ``count`` numbers from number ``start`` on, if any; at the ends whole 16 bytes alone."""
     if OVERLAP:
         SIZE: tl.constexpr = ptr.dtype.element_ty.primitive_bitwidth // 8
         first = (ptr.to(tl.int64) + start.to(tl.int64) * SIZE) & -16
-        size = (count * SIZE).to(tl.int32) & -16
+        size = (tl.maximum(count, 0) * SIZE).to(tl.int32) & -16
         tl.inline_asm_elementwise(
             """{
             .reg .pred one, some;
@@ -62,12 +74,15 @@ def prefetch_panels(
     w_ptr, panels_ptr, before, block, rows, k_begin, k_end, PANELS: tl.constexpr, COLUMNS: tl.constexpr,
     OVERLAP: tl.constexpr,
 ):  # fmt: skip
-    """Prefetches up to COLUMNS columns k_begin..k_end of a block of panels, before which are ``before`` columns."""
+    """Prefetches up to COLUMNS columns k_begin..k_end of each of a block's panels; a single one has ``before`` columns
+    before it.
+    """
     if OVERLAP:
-        start = before.to(tl.int64)
         for q in tl.static_range(PANELS):
-            if q:
+            start, end = before.to(tl.int64), k_end
+            if PANELS > 1:
                 panel = block * PANELS + q
                 start = tl.load(panels_ptr + panel, mask=panel * 16 < rows, other=0)
-                k_end = tl.load(panels_ptr + panel + 1, mask=panel * 16 < rows, other=0) - start
-            prefetch(w_ptr, (start + k_begin) * 16, tl.minimum(k_end - k_begin, COLUMNS) * 16, OVERLAP)
+                stop = tl.load(panels_ptr + panel + 1, mask=panel * 16 < rows, other=0)
+                end = tl.minimum(k_end, (stop - start).to(tl.int32))
+            prefetch(w_ptr, (start + k_begin) * 16, tl.minimum(end - k_begin, COLUMNS) * 16, OVERLAP)

@@ -97,13 +97,20 @@ def starts(items_ptr, x_ptr, y_ptr, n, FAULT: tl.constexpr):
         x = tl.load((tl.load(items_ptr + 1).to(tl.int64) + at).to(tl.pointer_type(tl.float32)))
     if FAULT == "stores":
         tl.store(y_ptr + at, 0.0)
+    if FAULT == "adds":
+        tl.atomic_add(y_ptr + at, 1.0)
+    if FAULT == "loads from one of two":
+        x = tl.load(tl.where(n > 5, items_ptr.to(tl.int64), x_ptr.to(tl.int64)).to(tl.pointer_type(tl.float32)) + k)
+    if FAULT == "waits in a loop":
+        for _ in range(n):
+            overlap.wait(True)
     overlap.prefetch(x_ptr, tl.max(at, 0), n, True)
     if FAULT == "does not always wait":
         if n > 5:
             overlap.wait(True)
-    elif FAULT != "never waits":
+    elif FAULT != "never waits" and FAULT != "waits in a loop":
         overlap.wait(True)
-    if FAULT != "loads" and FAULT != "loads where a table says":
+    if FAULT != "loads" and FAULT != "loads where a table says" and FAULT != "loads from one of two":
         x = tl.load(x_ptr + at)
     tl.store(y_ptr + at, x)
 
@@ -123,7 +130,8 @@ CASES: dict[str, tuple[Any, dict[str, Any]]] = {
     "large": (resources, {"SIZE": 64}),
 }
 # Only Hopper has kernels that start early.
-FAULTS = ("nothing", "loads", "loads where a table says", "stores", "does not always wait", "never waits")
+LOADS = ("loads", "loads where a table says", "loads from one of two")
+FAULTS = ("nothing", *LOADS, "stores", "adds", "does not always wait", "never waits", "waits in a loop")
 CASES_90 = {fault: (starts, {"FAULT": fault}) for fault in FAULTS}
 # Registers of a thread, at most: too few for a large product.
 MAXNREG = 64

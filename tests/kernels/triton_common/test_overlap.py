@@ -42,7 +42,7 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[Asked | None]:
     monkeypatch.setattr(
         overlap, "prefetch", lambda p, start, count, _: found.append(Asked(*map(value, (p, start, count))))
     )
-    monkeypatch.setattr(overlap, "supported", lambda: True)
+    monkeypatch.setattr(overlap, "allowed", lambda: True)
     for key, table in launch_table.TABLES.items():
         monkeypatch.setitem(launch_table.TABLES, key, table._replace(overlap=True))
     return found
@@ -100,36 +100,66 @@ def test_a_training_step_asks_for_weights_and_moments(
 
 @pytest.mark.parametrize("device", [INTERPRETED])
 @pytest.mark.parametrize("batch", [1, 3, 17])
-def test_every_program_waits_once(asked: list[Asked | None], device: str, batch: int) -> None:
+def test_every_program_waits_once(
+    monkeypatch: pytest.MonkeyPatch, asked: list[Asked | None], device: str, batch: int
+) -> None:
+    from fastmaf.kernels.triton_common import device as common
+
+    flow = build(37, blocks=2, hidden_features=(21, 40), dtype=F32)
+    launch, grids = common.launch, list[int]()
+
+    def counted(kernel: Any, grid: int, *args: Any, **options: Any) -> None:
+        before = asked.count(None)
+        launch(kernel, grid, *args, **options)
+        assert asked.count(None) - before == grid, kernel.__name__
+        grids.append(grid)
+
+    monkeypatch.setattr(common, "launch", counted)
+    with fastmaf.use_backend("triton"):
+        flow.log_prob(normal(batch, 37, dtype=F32)).sum().backward()
+        flow.sample(batch)
+    assert len(grids) > 20
+    times = of_tensors(asked, weights_of(flow))
+    assert all(of_one.max() > 0 for of_one in times.values())
+
+
+def test_tables_that_are_read_early_are_the_same_in_every_call() -> None:
+    from fastmaf.bench.dev.early import TABLES
     from fastmaf.kernels.triton_common.device import recording
 
     flow = build(37, blocks=2, hidden_features=(21, 40), dtype=F32)
     flow.validate_args = False
+    optimizer = fastmaf.optim.FusedAdam(flow.parameters())
+    calls = []
+    for _ in range(3):
+        with fastmaf.use_backend("triton"), recording(90, 6) as launches:
+            optimizer.minimize(flow.log_prob(torch.zeros(3, 37)).sum(), check_finite=False)
+            flow.sample(3)
+        calls.append(
+            [
+                (name, value.data_ptr())
+                for one in launches
+                for name, value in zip(one.kernel.arg_names, one.args, strict=False)
+                if name in TABLES
+            ]
+        )
+    assert {name for name, _ in calls[-1]} == set(TABLES)
+    assert calls[1] == calls[2]
 
-    def use() -> None:
-        flow.log_prob(normal(batch, 37, dtype=F32)).sum().backward()
-        flow.sample(batch)
 
-    with fastmaf.use_backend("triton"):
-        use()
-        with recording(61, 2) as launches:
-            use()
-    assert asked.count(None) == sum(one.grid for one in launches if "OVERLAP" in one.options)
-    assert all("OVERLAP" in one.options for one in launches)
-    of_tensors(asked, weights_of(flow))
-
-
-def test_only_cards_that_can_start_kernels_early() -> None:
+def test_only_cards_of_which_it_is_known(monkeypatch: pytest.MonkeyPatch) -> None:
     from fastmaf.kernels.triton_common import overlap
     from fastmaf.kernels.triton_common.device import recording
 
     flow = build(13, blocks=1, dtype=F32)
-    for capability in launch_table.TABLES:
-        with fastmaf.use_backend("triton"), recording(capability, 6) as launches, torch.no_grad():
-            flow(normal(3, 13, dtype=F32))
-        early = capability >= 90 and overlap.supported()
-        assert {one.options["OVERLAP"] for one in launches} == {early}
-        assert {one.options.get("launch_pdl", False) for one in launches} == {early}
+    for capability in (61, 75, 80, 89, 90, 100, 120):
+        for switch in ("1", "0"):
+            monkeypatch.setenv("FASTMAF_OVERLAP", switch)
+            with fastmaf.use_backend("triton"), recording(capability, 6) as launches, torch.no_grad():
+                flow(normal(3, 13, dtype=F32))
+            early = capability == 90 and switch == "1" and overlap._supported()
+            assert {one.options["OVERLAP"] for one in launches} == {early}
+            assert {one.options.get("launch_pdl", False) for one in launches} == {early}
 
 
 @pytest.mark.parametrize("device", [ON_GPU])
@@ -137,25 +167,39 @@ def test_only_cards_that_can_start_kernels_early() -> None:
 def test_results_are_those_of_kernels_one_after_the_other(
     monkeypatch: pytest.MonkeyPatch, device: str, batch: int
 ) -> None:
-    """To the last bit, many times over: a read before its time would not be the same every time."""
-    if torch.cuda.get_device_capability()[0] < 9:
+    """To the last bit, in graphs, whose kernels follow without a gap, with other numbers in each call."""
+    if torch.cuda.get_device_capability()[0] != 9:
         pytest.skip("this card starts kernels one after the other")
 
     def results() -> list[Tensor]:
-        torch.manual_seed(0)
         flow = build(3000, blocks=3, hidden_features=(512, 512), dtype=F32).to(device)
-        optimizer = fastmaf.optim.FusedAdam(flow.parameters())
-        x = normal(batch, 3000, dtype=F32).to(device)
-        for _ in range(10):
-            optimizer.minimize(flow.log_prob(x).mean())
-        with torch.no_grad():
-            found = [flow.log_prob(x) for _ in range(20)]
-            found += [flow.inverse(x)[0] for _ in range(5)]
+        step = fastmaf.TrainingStep(flow, fastmaf.optim.FusedAdam(flow.parameters()), graphs=True)
+        log_prob, found = fastmaf.ReplayedLogProb(flow), list[Tensor]()
+        for i in range(30):
+            x = normal(batch, 3000, seed=i, dtype=F32).to(device)
+            step(x)
+            found.append(log_prob(x))
+            with torch.no_grad():
+                found.append(flow.inverse(x)[0])
         return [*found, *(parameter.detach().clone() for parameter in flow.parameters())]
 
     with fastmaf.use_backend("triton"):
         early = results()
-        for key, table in launch_table.TABLES.items():
-            monkeypatch.setitem(launch_table.TABLES, key, table._replace(overlap=False))
+        monkeypatch.setenv("FASTMAF_OVERLAP", "0")
         for one, other in zip(early, results(), strict=True):
             assert torch.equal(one, other)
+
+
+def test_what_follows_from_ptx() -> None:
+    """Registers that hold one of two addresses, or are compared with one, in kernels that the compiler never made."""
+    from fastmaf.bench.dev import early
+    from fastmaf.bench.dev.machine_code import MachineCode
+
+    code = MachineCode([], [], [], 0)
+    begin = "{\n ld.param.b64 %rd1, [kernel_param_0];\n ld.param.b64 %rd2, [kernel_param_1];\n"
+    table, other = "ld.global.b32 { %r1 }, [ %rd1 + 0 ];\n", "ld.global.b32 { %r1 }, [ %rd2 + 0 ];\n"
+    chosen = "mov.b64 %rd3, %rd2;\n @%p1 mov.b64 %rd3, %rd1;\n ld.global.b32 { %r1 }, [ %rd3 + 0 ];\n"
+    compared = f"setp.eq.b64 %p1, %rd2, %rd1;\n setp.eq.b64 %rd2, %rd1, %rd1;\n {other}"
+    for text, wrong in ((table, 0), (other, 1), (chosen, 1), (compared, 1)):
+        assert early._accesses(begin + text, ["items_ptr", "x_ptr"])[1] == wrong
+    assert early.faults("\n" + begin + table, code, ["items_ptr", "x_ptr"]) == 1, "it never waits"
