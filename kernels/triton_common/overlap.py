@@ -34,9 +34,9 @@ def _supported() -> bool:
         from triton.backends.nvidia.compiler import CUDAOptions
     except ImportError:
         return False
-    # Without a GPU, kernels are compiled as for a new driver.
-    driver = torch._C._cuda_getDriverVersion() if torch.cuda.is_available() else _DRIVER
-    return "launch_pdl" in CUDAOptions.__dataclass_fields__ and driver >= _DRIVER
+    # Without a GPU, or a torch that tells, kernels are compiled as for a new driver.
+    version = getattr(torch._C, "_cuda_getDriverVersion", None) if torch.cuda.is_available() else None
+    return "launch_pdl" in CUDAOptions.__dataclass_fields__ and (version is None or version() >= _DRIVER)
 
 
 @triton.jit
