@@ -56,6 +56,8 @@ class Kernel(NamedTuple):
         shared: bytes of shared memory of a program.
         warps: of a program.
         reaches: whether it loads addresses, so that it reads more than its arguments.
+        waits: how many of the blocks come before its programs have waited for the kernels before; 0 if they do not.
+        prefetches: whether programs ask for weights before that.
         blocks: the cost of each basic block.
         regions: of each basic block, which loop's or branch's count is its own; -1 where it runs once, -2 never.
     """
@@ -65,13 +67,19 @@ class Kernel(NamedTuple):
     shared: int
     warps: int
     reaches: bool
+    waits: int
+    prefetches: bool
     blocks: list[BlockCost]
     regions: list[int]
 
+    @property
+    def registers(self) -> int:
+        """Of a program."""
+        return -(-self.code.registers // 8) * 8 * 32 * self.warps
+
     def resident(self, card: Card) -> int:
         """Returns how many programs a multiprocessor holds at a time."""
-        registers = -(-self.code.registers // 8) * 8 * 32 * self.warps
-        return max(1, min(65_536 // registers, card.warps // self.warps, 32, card.shared // (self.shared + 1024)))
+        return max(1, min(65_536 // self.registers, card.warps // self.warps, 32, card.shared // (self.shared + 1024)))
 
 
 _kernels: dict[tuple[str, str], Kernel] = {}
@@ -90,7 +98,10 @@ def _compiled(source: resources.Source, card: Card) -> Kernel:
     code = machine_code.disassemble(built.asm["cubin"])
     flow = ControlFlow(built.asm["ttir"])
     reaches, data = "tt.int_to_ptr" in built.asm["ttir"], built.metadata
-    return Kernel(code, flow, data.shared, data.num_warps, reaches, _costs(code, card), _regions(code, flow))
+    waits = next((i + 1 for i, block in enumerate(code.blocks) if code.waits(block)), 0)
+    prefetches = any(one.opcode.startswith("UBLKPF") for one in code.instructions)
+    costs, regions = _costs(code, card), _regions(code, flow)
+    return Kernel(code, flow, data.shared, data.num_warps, reaches, waits, prefetches, costs, regions)
 
 
 def program_counts(kernel: Kernel, launched: Launched) -> np.ndarray:

@@ -20,6 +20,8 @@ from typing import NamedTuple
 
 from fastmaf.bench.dev.disassembly import Instruction, Kind, parse, run_tool
 
+WAIT = "ACQBULK"  # for the kernels before to end, of those that start early; a block of its own ends with it
+
 
 class Block(NamedTuple):
     """A basic block: instructions ``start..end`` of the code, and the blocks that may follow it."""
@@ -70,6 +72,10 @@ class MachineCode:
         """Returns how many instructions of a kind, of ``size`` bytes if given, a loop or the whole kernel has."""
         return sum(one.kind == kind and size in (None, one.size) for one in self.within(loop))
 
+    def waits(self, block: Block) -> bool:
+        """Returns whether a block ends with the wait for the kernels before."""
+        return self.instructions[block.end - 1].opcode.startswith(WAIT)
+
     def innermost(self) -> list[int | None]:
         """Returns the number of the innermost loop of each block, or None."""
         found: list[int | None] = [None] * len(self.blocks)
@@ -109,6 +115,8 @@ def _blocks(instructions: list[Instruction]) -> list[Block]:
             starts.add(i + 1)
             if one.target is not None:
                 starts.add(at[one.target])
+        if one.opcode.startswith(WAIT):
+            starts.add(i + 1)
     edges = sorted(start for start in starts if start < len(instructions))
     end_of = dict(zip(edges, [*edges[1:], len(instructions)], strict=True))
 

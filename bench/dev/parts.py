@@ -1,11 +1,12 @@
 """Times a flow with and without single parts of its GPU kernels' design, in turn, in one process.
 
-    python -m fastmaf.bench.dev.parts [--parts panels lanes moments]
+    python -m fastmaf.bench.dev.parts [--parts panels lanes moments overlap]
 
     panels     samples take their steps in groups, and all multiprocessors form the products ahead of a group;
                without, a program takes its samples through all steps (``level_inverse``)
     lanes      densities of two to eight samples take no matrix products; without, they do
     moments    a step of Adam loads moments beside the weights; without, after the gradient's products
+    overlap    kernels start before those ahead of them have ended, and prefetch; without, one after the other
 
 Each case is the replay of a CUDA graph. Its results with and without the part are compared before it is timed; the exit
 code is 1 where they differ.
@@ -34,6 +35,7 @@ from fastmaf.bench import machine
 from fastmaf.bench.dev import level_inverse, one
 from fastmaf.kernels.masked_linear import triton as linear
 from fastmaf.kernels.masked_linear import triton_backward
+from fastmaf.kernels.triton_common import launch_table
 
 # The package has a function of that name.
 _inverse = importlib.import_module("fastmaf.kernels.flow.triton.inverse")
@@ -98,6 +100,11 @@ def late_kernel() -> Any:
     return getattr(module, BACKWARD)
 
 
+def one_after_the_other() -> dict[int, launch_table.Table]:
+    """Returns the launch tables without overlap."""
+    return {key: table._replace(overlap=False) for key, table in launch_table.TABLES.items()}
+
+
 PARTS = {
     "panels": Part(
         (("sample", 1), ("sample", 64)),
@@ -106,6 +113,10 @@ PARTS = {
     "lanes": Part((("log_prob", 8),), partial(_replaced, linear, "MOST_LANES", lambda: 1)),
     "moments": Part(
         (("train step", 8), ("train step", 64)), partial(_replaced, triton_backward, BACKWARD, late_kernel)
+    ),
+    "overlap": Part(
+        (("log_prob", 1), ("log_prob", 8), ("train step", 8), ("sample", 1)),
+        partial(_replaced, launch_table, "TABLES", one_after_the_other),
     ),
 }
 

@@ -5,7 +5,8 @@
 Every kernel that the library would launch is compiled, disassembled and priced (``kernel_cost``), with the trip counts
 of its loops from the launch's own work lists. A launch takes the gap between kernels, the time of its bytes in memory,
 and the longer of two: the chains of its programs, in waves over the multiprocessors; the busiest unit, with what stands
-before and after loops. torch's own kernels are left out.
+before and after loops. Where programs prefetch their weights, memory and chains go side by side. ``timeline`` has what
+overlaps with the launch before. torch's own kernels are left out.
 """
 
 from __future__ import annotations
@@ -24,6 +25,8 @@ import triton
 import fastmaf
 from fastmaf.bench.dev import kernel_cost, resources
 from fastmaf.bench.dev.cards import CARDS, Card
+from fastmaf.bench.dev.timeline import Stages, Timeline
+from fastmaf.kernels.triton_common import launch_table
 from fastmaf.kernels.triton_common.device import Launched
 
 # Measured times over predictions, of the 15 cases in bench/results/gpu-h100-predicted.csv: least for log_prob at 1,024,
@@ -36,7 +39,7 @@ class Cost(NamedTuple):
 
     Attributes:
         kernel: its name.
-        seconds: with the gap before it.
+        seconds: by which it makes the whole longer, with the gap before it.
         bounds: seconds that each bound alone would take.
     """
 
@@ -50,13 +53,14 @@ class Cost(NamedTuple):
         return max(self.bounds, key=self.bounds.__getitem__)
 
 
-def costs(launches: Sequence[Launched], card: Card, reached: int = 0) -> list[Cost]:
+def costs(launches: Sequence[Launched], card: Card, reached: int = 0, late: bool = False) -> list[Cost]:
     """Returns the predicted times of launches that a graph replays again and again.
 
     Args:
         launches: in their order.
         card: on which they run.
         reached: bytes of weights, which kernels that load their addresses read once all together.
+        late: whether what kernels prefetch as they go comes no earlier than their loads would bring it.
     """
     cache = _Cache(card.cache_size)
     total = sum({t.data_ptr(): t.nbytes for one in launches for t in _tensors(one)}.values())
@@ -64,7 +68,8 @@ def costs(launches: Sequence[Launched], card: Card, reached: int = 0) -> list[Co
         cache.misses(_tensors(launched))
     reaching = sum(kernel_cost.kernel_of(one, card).reaches for one in launches if one.grid)
     each = reached / max(1, reaching) if reached > card.cache_size else 0.0
-    return [_cost(launched, card, cache, total > card.cache_size, each) for launched in launches]
+    timeline = Timeline(card)
+    return [_cost(one, card, cache, total > card.cache_size, each, timeline, late) for one in launches]
 
 
 def _tensors(launched: Launched) -> list[torch.Tensor]:
@@ -89,7 +94,9 @@ class _Cache:
         return missed
 
 
-def _cost(launched: Launched, card: Card, cache: _Cache, beyond: bool, reached: float) -> Cost:
+def _cost(
+    launched: Launched, card: Card, cache: _Cache, beyond: bool, reached: float, timeline: Timeline, late: bool
+) -> Cost:
     name = launched.kernel.fn.__name__
     if not launched.grid:
         return Cost(name, 0.0, {"nothing": 0.0})
@@ -104,8 +111,11 @@ def _cost(launched: Launched, card: Card, cache: _Cache, beyond: bool, reached: 
     if loaded < whole / 2 and beyond:  # some part of its tensors, another one each time
         missed = loaded
     far = missed > 0.2 * min(loaded, whole)
-    chain = np.array([block.far if far else block.near for block in kernel.blocks])
-    alone = counts @ np.maximum(chain, units.max(1))  # cycles of each program without others
+    streams = kernel.prefetches and launched.options.get("LANES", False) and not late
+    chain = np.array([block.far if far and not streams else block.near for block in kernel.blocks])
+    slower = np.maximum(chain, units.max(1))
+    alone = counts[:, kernel.waits :] @ slower[kernel.waits :]  # cycles of each program without others
+    before = float((counts[:, : kernel.waits] @ slower[: kernel.waits]).max()) / card.hertz
     resident = kernel.resident(card)
     programs = np.repeat(alone, int(share + 0.999))[: launched.grid]
     busy = (counts @ units).sum(0) * share / min(card.sms, launched.grid)
@@ -116,11 +126,18 @@ def _cost(launched: Launched, card: Card, cache: _Cache, beyond: bool, reached: 
     from_memory = min(missed, loaded) + far * stored + kernel.reaches * reached
     bounds |= {"memory": from_memory / card.dram, "cache": max(0.0, loaded + stored - from_memory) / card.cache}
     units_longest = max(value for bound, value in bounds.items() if bound not in ("chain", "memory"))
-    once = np.array(kernel.regions) == -1
+    once = (np.array(kernel.regions) == -1) & (np.arange(len(chain)) >= kernel.waits)
     ends = float(chain[once].sum()) / card.hertz  # before and after loops, where little else runs
     # Latencies are those of idle memory: while it is busy, loads wait for each other besides.
-    working = max(bounds["chain"], ends + units_longest) + bounds["memory"]
-    return Cost(name, card.launch_s + working, bounds | {"launch": card.launch_s})
+    working = max(bounds["chain"], ends + units_longest)
+    of_programs = counts @ np.array([block.loaded for block in kernel.blocks]) * kernel.warps
+    asked = np.minimum(of_programs, launch_table.PREFETCHED / resident).sum() / of_programs.sum()
+    memory = bounds["memory"]
+    stages = Stages(
+        kernel.waits > 0, before, working, ends, memory, streams, asked * memory * kernel.prefetches, launched.grid,
+        kernel.warps, kernel.registers, kernel.shared,
+    )  # fmt: skip
+    return Cost(name, timeline.add(stages), bounds | {"launch": card.launch_s, "before": before})
 
 
 def _makespan(programs: np.ndarray, slots: int) -> float:
@@ -177,8 +194,10 @@ def chain_by_line(launches: Sequence[Launched], card: Card) -> dict[tuple[str, s
 
 def report(name: str, launches: Sequence[Launched], card: Card, reached: int, with_lines: bool) -> Iterator[str]:
     """Yields the lines that are printed for a case."""
-    priced = costs(launches, card, reached)
-    yield f"{name:<16}{sum(one.seconds for one in priced) * 1e3:9.3f} ms {len(priced):6} launches"
+    priced, late = (costs(launches, card, reached, late) for late in (False, True))
+    total, later = (sum(one.seconds for one in some) * 1e3 for some in (priced, late))
+    beside = f", {later:.3f} if prefetching is late" if later != total else ""
+    yield f"{name:<16}{total:9.3f} ms {len(priced):6} launches{beside}"
     groups = defaultdict[tuple[str, str], list[Cost]](list)
     for one in priced:
         groups[one.kernel, one.bound].append(one)

@@ -6,19 +6,20 @@
     converted   changes of layout within loops, each a way through shared memory
     ways        how many times longer the worst load of a matrix product's operand takes, by bank conflicts
     barriers    in one iteration of a loop, at most; without those of loops within it
+    early       accesses to memory before the wait of a kernel that starts early, other than loads of tables
 """
 
 from __future__ import annotations
 
 from typing import Any
 
-from fastmaf.bench.dev import bank_conflicts, intermediate, ptx
+from fastmaf.bench.dev import bank_conflicts, early, intermediate, machine_code, ptx
 
 # The arguments through which kernels load weights, and addresses of weights.
 WEIGHTS = ("w_ptr", "exp_avg_ptr", "exp_avg_sq_ptr", "layers_ptr")
 
 
-def counts(built: Any, arguments: list[str]) -> dict[str, int]:
+def counts(built: Any, arguments: list[str], starts_early: bool = False) -> dict[str, int]:
     """Returns the counts for what Triton built; ``arguments`` are the names of the kernel's arguments at run time."""
     ir = intermediate.parse(built.asm["ttgir"], arguments)
     weights = intermediate.tile_loads(ir, WEIGHTS)
@@ -28,7 +29,12 @@ def counts(built: Any, arguments: list[str]) -> dict[str, int]:
         "converted": len(intermediate.converted(ir, weights)),
         "ways": max(map(bank_conflicts.ways, intermediate.operand_loads(ir)), default=1),
         "barriers": max(ptx.barriers(built.asm["ptx"]), default=0),
+        "early": _early(built, arguments) if starts_early else 0,
     }
+
+
+def _early(built: Any, arguments: list[str]) -> int:
+    return early.faults(built.asm["ptx"], machine_code.disassemble(built.asm["cubin"]), arguments)
 
 
 def _narrow(

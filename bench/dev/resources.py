@@ -37,7 +37,7 @@ BATCHES = (1, 8, 64)  # one sample, and the smallest and largest tile of samples
 PRECISIONS: tuple[Precision, ...] = get_args(Precision)
 _TYPES = {torch.float32: "fp32", torch.float64: "fp64", torch.bfloat16: "bf16", torch.uint8: "u8"}
 _TYPES |= {torch.int32: "i32", torch.int64: "i64"}
-_OPTIONS = ("num_warps", "num_stages", "maxnreg", "enable_fp_fusion")
+_OPTIONS = ("num_warps", "num_stages", "maxnreg", "enable_fp_fusion", "launch_pdl")
 _TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
 
@@ -156,6 +156,7 @@ def compiled(source: Source, arch: int) -> dict[str, Any]:
         thread, bytes of shared memory per program, and the counts of ``proofs``.
     """
     result = built(source, arch)
+    names = [name for name, type_ in source.signature.items() if type_ != "constexpr"]
     constants = {name: str(value) for name, value in source.constants.items() if name.isupper()}
     return {
         "kernel": source.kernel,
@@ -163,7 +164,7 @@ def compiled(source: Source, arch: int) -> dict[str, Any]:
         "options": constants | source.options,
         **_ptxas(result.asm["ptx"]),
         "shared": result.metadata.shared,
-        **proofs.counts(result, [name for name, type_ in source.signature.items() if type_ != "constexpr"]),
+        **proofs.counts(result, names, bool(source.options.get("launch_pdl"))),
         "triton": triton.__version__,
     }
 
@@ -209,7 +210,7 @@ def main() -> None:
         resources = "{registers:3d} registers {spills:4d} spilled {stack:4d} stack {shared:6d} shared".format_map(r)
         faults = "{narrow:2d} narrow {converted} converted {ways:2d} ways {barriers:2d} barriers".format_map(r)
         options = " ".join(f"{name}={value}" for name, value in r["options"].items())
-        print(f"sm_{r['arch']} {resources} {faults}  {r['kernel']} {options}")
+        print(f"sm_{r['arch']} {resources} {faults} {r['early']} early  {r['kernel']} {options}")
 
 
 if __name__ == "__main__":

@@ -56,6 +56,10 @@ class GraphCache(Generic[T]):
     def __init__(self) -> None:
         self._graphs: OrderedDict[Key, T | None] = OrderedDict()
 
+    def recorded(self, key: Key) -> T | None:
+        """Returns the graph of a key, if there is one; it counts as used by ``get`` alone."""
+        return self._graphs.get(key)
+
     def get(self, key: Key, make: Callable[[], T]) -> T | None:
         """Returns the graph of a key, which ``make`` records if needed; None before ``ran_eagerly`` of that key."""
         if key not in self._graphs:

@@ -71,6 +71,11 @@ class KeptState:
     def __reduce__(self) -> tuple[type[KeptState], tuple[Any, ...]]:
         return KeptState, (self._watch, *self._of)
 
+    @property
+    def last(self) -> State | None:
+        """What ``get`` returned last, None before that."""
+        return self._known[0]
+
     def get(self) -> State | None:
         """Returns the present state, None where no graph can be recorded."""
         if not self._known[1]():

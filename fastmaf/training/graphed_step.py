@@ -65,16 +65,23 @@ class GraphedStep:
         else:
             self._updates.step(self._gradients)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Returns the mean NLL of ``x`` in nats."""
+    @property
+    def loss(self) -> Tensor:
+        """The mean NLL in nats of the batch of the last ``forward``."""
+        return self._loss
+
+    def forward(self, x: Tensor) -> None:
+        """Starts the computation of ``loss`` of ``x``."""
         self._padding.zero_()
         self._x.copy_(x)
         self._forward.replay()
-        self._updates.prepare()  # while the GPU works
-        return self._loss
+
+    def prepare(self) -> None:
+        """Prepares ``minimize`` while the GPU works."""
+        self._updates.prepare()
 
     def minimize(self) -> bool:
-        """Takes a step on the loss of the last ``forward``, whose value must have been read.
+        """Takes a step on the loss of the last ``forward``, whose value must have been read, after ``prepare``.
 
         Returns:
             Whether the step was taken: not where the norm of the gradients is to be limited and is not finite.
@@ -115,31 +122,41 @@ class GraphedSteps:
         self._cache: GraphCache[GraphedStep] = GraphCache()
         self._refused = False
 
-    def get(self, x: Tensor) -> GraphedStep | None:
-        """Returns the graphs for batches like ``x``, or None where the step has to be taken eagerly.
+    def forward(self, x: Tensor) -> GraphedStep | None:
+        """Starts the forward pass of a step on ``x``, and prepares the rest while the GPU works.
+
+        Returns:
+            The graphs for batches like ``x``, or None where the step has to be taken eagerly.
 
         Warns:
             UserWarning: once, where such steps cannot be captured.
         """
         if (key := self._key(x)) is None:
             return None
-        try:
-            return self._cache.get(key, lambda: GraphedStep(self._flow, self._optimizer, x, self._max_norm))
-        except NotCapturableError as error:
-            self._refused = True
-            warnings.warn(f"training steps are not replayed as CUDA graphs: {error}", stacklevel=3)
+        # The forward pass needs the flow as it was recorded. Whether the optimiser is, is found out while it runs.
+        if (early := self._cache.recorded((*key, self._state.last))) is not None:
+            early.forward(x)
+        if (graphed := self._get((*key, self._state.get()), x)) is None:
             return None
+        if graphed is not early:
+            graphed.forward(x)
+        graphed.prepare()
+        return graphed
 
     def ran_eagerly(self, x: Tensor) -> None:
         """Notes that a step on a batch like ``x`` was taken eagerly, so that the next one can be captured."""
         if (key := self._key(x)) is not None:
-            self._cache.ran_eagerly(key)
+            self._cache.ran_eagerly((*key, self._state.get()))
 
     def _key(self, x: Tensor) -> Key | None:
-        """Returns the key of the flow and of the step: how parameters are updated, and where the moments are.
+        """Returns the key of the flow; None where nothing can be replayed: a replay calls no hooks."""
+        return None if self._refused or self._optimizer.has_step_hooks() else self._keys.of(x)
 
-        None where nothing can be replayed: a replay calls no hooks.
-        """
-        if self._refused or self._optimizer.has_step_hooks() or (key := self._keys.of(x)) is None:
+    def _get(self, key: Key, x: Tensor) -> GraphedStep | None:
+        """Returns the graphs of a key: of the flow, and of how parameters are updated and where the moments are."""
+        try:
+            return self._cache.get(key, lambda: GraphedStep(self._flow, self._optimizer, x, self._max_norm))
+        except NotCapturableError as error:
+            self._refused = True
+            warnings.warn(f"training steps are not replayed as CUDA graphs: {error}", stacklevel=4)
             return None
-        return *key, self._state.get()

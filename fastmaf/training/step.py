@@ -129,11 +129,11 @@ class TrainingStep:
             check_agreement(self.flow, self._exchange)
             self._agreed = True
         self.optimizer.zero_grad(set_to_none=True)
-        graphed = None if self._graphs is None or context is not None else self._graphs.get(x)
+        graphed = None if self._graphs is None or context is not None else self._graphs.forward(x)
         direct: DirectLoss | None = None
         try:
             if graphed is not None:
-                loss = graphed.forward(x)
+                loss = graphed.loss
             else:
                 with not_validating():  # the loss is checked below
                     direct = DirectLoss.of(self.flow, x) if context is None and self._is_direct(len(x)) else None

@@ -23,7 +23,7 @@ from fastmaf.kernels.affine_output.args import AffineArgs, AffineBatch
 from fastmaf.kernels.affine_output.torch import product_batch
 from fastmaf.kernels.masked_linear import triton as linear
 from fastmaf.kernels.triton_common import device as common
-from fastmaf.kernels.triton_common import few_samples, work_lists
+from fastmaf.kernels.triton_common import few_samples, overlap, work_lists
 from fastmaf.kernels.triton_common.device import why_not
 
 __all__ = ["adam_", "backward", "forward", "squared_norm", "why_not"]
@@ -34,18 +34,23 @@ def _affine_output_fwd_kernel(
     h_ptr, w_ptr, bias_ptr, x_ptr, panels_ptr, items_ptr, z_ptr, log_scale_ptr, shares_ptr, limit, epsilon, n, hidden,
     features, weight_scale,
     BLOCK_N: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK_K: tl.constexpr, SHIFT_FIRST: tl.constexpr, KIND: tl.constexpr,
-    LANES: tl.constexpr, TILES: tl.constexpr, PRECISION: tl.constexpr,
+    LANES: tl.constexpr, TILES: tl.constexpr, PRECISION: tl.constexpr, PREFETCH: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     tiles = tl.cdiv(n, BLOCK_N)
     item = items_ptr + tl.program_id(0) // tiles * 5
     block, _, k_end, _, before = common.forward_item(item)
+    if tl.program_id(0) % tiles == 0:
+        overlap.prefetch_panels(
+            w_ptr, panels_ptr, before, block, 2 * features, 0, k_end, BLOCK_J // 16, PREFETCH, OVERLAP
+        )  # fmt: skip
+    overlap.wait(OVERLAP)
     first = tl.program_id(0) % tiles * BLOCK_N
     j = block * BLOCK_J + tl.arange(0, BLOCK_J)
     sample = first + tl.arange(0, BLOCK_N)
     if LANES:
         out = few_samples.product(
             h_ptr, first, n, hidden, w_ptr, before, 0, k_end, common.whole_vectors(k_end, hidden),
-            BLOCK_N, BLOCK_K, TILES,
+            BLOCK_N, BLOCK_K, TILES, PREFETCH, OVERLAP,
         )  # fmt: skip
     else:
         base, width = common.panels_of(panels_ptr, j, 2 * features, BLOCK_J)
@@ -79,9 +84,10 @@ def _affine_output_fwd_kernel(
 @triton.jit
 def _affine_output_grad_kernel(
     grad_z_ptr, grad_ladj_ptr, grad_a_ptr, of_ptr, log_scale_ptr, g_ptr, grad_x_ptr, limit, epsilon, n, features,
-    BLOCK_D: tl.constexpr, SHIFT_FIRST: tl.constexpr, KIND: tl.constexpr, GRAD_A: tl.constexpr,
+    BLOCK_D: tl.constexpr, SHIFT_FIRST: tl.constexpr, KIND: tl.constexpr, GRAD_A: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """The gradients of the layer's product [N, 2D] and of x; ``of`` is z with SHIFT_FIRST, else x."""
+    overlap.wait(OVERLAP)
     chunks = tl.cdiv(features, BLOCK_D)
     sample = (tl.program_id(0) // chunks).to(tl.int64)
     d = tl.program_id(0) % chunks * BLOCK_D + tl.arange(0, BLOCK_D)
@@ -105,8 +111,9 @@ def _affine_output_grad_kernel(
 
 
 @triton.jit
-def _ladj_kernel(shares_ptr, ladj_ptr, n, count, BLOCK_B: tl.constexpr):
+def _ladj_kernel(shares_ptr, ladj_ptr, n, count, BLOCK_B: tl.constexpr, OVERLAP: tl.constexpr):
     """The sum of the shares [count, n] of one sample."""
+    overlap.wait(OVERLAP)
     sample = tl.program_id(0)
     total = tl.zeros([BLOCK_B], tl.float64)
     for start in range(0, count, BLOCK_B):
@@ -139,7 +146,7 @@ def forward_into(z: Tensor, log_scale: Tensor, shares: Tensor, h: Tensor, x: Ten
         len(work.items) * common.cdiv(n, shape.samples),
         h, args.weight, args.bias, x, panels, work.items, z, log_scale, shares, affine_map.limit, affine_map.epsilon,
         n, hidden, features, args.weight_scale,
-        **_modes(affine_map), **shape.options,
+        **_modes(affine_map), PREFETCH=shape.prefetch, **shape.options,
     )  # fmt: skip
 
 

@@ -23,7 +23,7 @@ from fastmaf.kernels.masked_linear.args import LinearArgs, LinearBatch
 from fastmaf.kernels.masked_linear.torch import grad_activation
 from fastmaf.kernels.masked_linear.triton_backward import adam_steps, products
 from fastmaf.kernels.triton_common import device as common
-from fastmaf.kernels.triton_common import few_samples, launch_table, work_lists
+from fastmaf.kernels.triton_common import few_samples, launch_table, overlap, work_lists
 from fastmaf.kernels.triton_common.device import why_not
 from fastmaf.kernels.triton_common.launch_table import FEW, MOST_LANES
 from fastmaf.kernels.triton_common.partial_sums import sum_slots
@@ -36,11 +36,16 @@ def _masked_linear_fwd_kernel(
     x_ptr, w_ptr, bias_ptr, panels_ptr, items_ptr, y_ptr, n, in_features, out_features,
     weight_scale,
     BLOCK_N: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK_K: tl.constexpr, RELU: tl.constexpr, SPLIT: tl.constexpr,
-    LANES: tl.constexpr, TILES: tl.constexpr, PRECISION: tl.constexpr,
+    LANES: tl.constexpr, TILES: tl.constexpr, PRECISION: tl.constexpr, PREFETCH: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     tiles = tl.cdiv(n, BLOCK_N)  # neighbours take the same weights
     item = items_ptr + tl.program_id(0) // tiles * 5
     block, k_begin, k_end, slot, before = common.forward_item(item)
+    if tl.program_id(0) % tiles == 0:
+        overlap.prefetch_panels(
+            w_ptr, panels_ptr, before, block, out_features, k_begin, k_end, BLOCK_J // 16, PREFETCH, OVERLAP
+        )  # fmt: skip
+    overlap.wait(OVERLAP)
     first = tl.program_id(0) % tiles * BLOCK_N
     j = block * BLOCK_J + tl.arange(0, BLOCK_J)
     row_ok = j < out_features
@@ -48,7 +53,7 @@ def _masked_linear_fwd_kernel(
     if LANES:
         y = few_samples.product(
             x_ptr, first, n, in_features, w_ptr, before, k_begin, k_end, common.whole_vectors(k_end, in_features),
-            BLOCK_N, BLOCK_K, TILES,
+            BLOCK_N, BLOCK_K, TILES, PREFETCH, OVERLAP,
         )  # fmt: skip
     else:
         base, width = common.panels_of(panels_ptr, j, out_features, BLOCK_J)
@@ -73,6 +78,7 @@ class Shape(NamedTuple):
     Attributes:
         samples, rows, columns: that a program takes at a time.
         programs: how many the work is cut into, where it can be cut.
+        prefetch: columns that a program asks for before it may start.
         options: of the launch.
     """
 
@@ -80,6 +86,7 @@ class Shape(NamedTuple):
     rows: int
     columns: int
     programs: int
+    prefetch: int
     options: dict[str, Any]
 
 
@@ -105,14 +112,16 @@ def shape_of(like: Tensor, n: int, dtype: torch.dtype = torch.float32, whole: bo
         # Pipelined, bfloat16 weights would be converted in the layout of an operand, which spills registers.
         stages = one.stages if dtype == torch.float32 else 1
         options |= {"BLOCK_J": one.rows, "BLOCK_K": one.columns, "TILES": 1, "num_stages": stages}
-        return Shape(samples, one.rows, one.columns, programs, options)
+        prefetch = launch_table.prefetched(one.programs_per_sm, one.rows * dtype.itemsize)
+        return Shape(samples, one.rows, one.columns, programs, prefetch, options)
     tiles = max(1, one.stages * dtype.itemsize // 4)  # the tiles of a stage are loaded together, 16 bytes a thread
     options |= {"BLOCK_J": PANEL, "BLOCK_K": one.columns // tiles, "TILES": tiles, "num_stages": 1}
     resident = one.programs_per_sm
     if dtype.itemsize == 1 and n > 1:  # unpacking, again
         resident = max(1, resident * 5 // 6)
     options["maxnreg"] = common.all_registers(one.warps, resident)
-    return Shape(samples, PANEL, one.columns, programs, options)
+    prefetch = launch_table.prefetched(resident, PANEL * dtype.itemsize)
+    return Shape(samples, PANEL, one.columns, programs, prefetch, options)
 
 
 def forward(x: Tensor, args: LinearArgs) -> Tensor:
@@ -135,7 +144,7 @@ def forward_into(y: Tensor, x: Tensor, args: LinearArgs) -> Tensor:
         len(work.items) * common.cdiv(n, shape.samples),
         x, args.weight, args.bias, panels, work.items, product_to, n, in_features, out_features,
         args.weight_scale,
-        RELU=relu, SPLIT=split, **shape.options,
+        RELU=relu, SPLIT=split, PREFETCH=shape.prefetch, **shape.options,
     )  # fmt: skip
     return sum_slots(y, product_to, work.counts, bias=args.bias, relu=relu) if split else y
 

@@ -26,10 +26,22 @@ from fastmaf.kernels.float8 import BYTE, decode
 from fastmaf.kernels.layout import PANEL
 from fastmaf.kernels.masked_linear.args import LinearArgs
 from fastmaf.kernels.triton_common import device as common
-from fastmaf.kernels.triton_common import few_samples, work_lists
+from fastmaf.kernels.triton_common import few_samples, launch_table, overlap, work_lists
 from fastmaf.kernels.triton_common.launch_table import FEW, MOST_LANES, MOST_SUMMED
 
 WeightMode: TypeAlias = Literal["none", "store", "adam", "norm"]
+
+
+@triton.jit
+def _prefetch_tile(
+    w_ptr, exp_avg_ptr, exp_avg_sq_ptr, start, end, BLOCK_K: tl.constexpr, WEIGHT: tl.constexpr, OVERLAP: tl.constexpr
+):  # fmt: skip
+    """Prefetches a tile from column ``start`` on, of a panel that ends at ``end``; moments for Adam as well."""
+    numbers = tl.minimum(end - start, BLOCK_K) * 16
+    overlap.prefetch(w_ptr, start * 16, numbers, OVERLAP)
+    if WEIGHT == "adam":
+        overlap.prefetch(exp_avg_ptr, start * 16, numbers, OVERLAP)
+        overlap.prefetch(exp_avg_sq_ptr, start * 16, numbers, OVERLAP)
 
 
 @triton.jit
@@ -38,7 +50,8 @@ def _masked_linear_bwd_kernel(
     exp_avg_ptr, exp_avg_sq_ptr, scalars_ptr, bias_ptr, bias_exp_avg_ptr, bias_exp_avg_sq_ptr, bias_scalars_ptr,
     n, in_features, out_features,
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, NEED_X: tl.constexpr, WEIGHT: tl.constexpr, BIAS_ADAM: tl.constexpr,
-    BIAS_ROWS: tl.constexpr, LANES: tl.constexpr, MANY: tl.constexpr, PRECISION: tl.constexpr,
+    BIAS_ROWS: tl.constexpr, LANES: tl.constexpr, MANY: tl.constexpr, PRECISION: tl.constexpr, PREFETCH: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """NEED_X and WEIGHT in one pass are for LANES without MANY, which has all samples in BLOCK_N. NEED_X alone has a
     program per tile of samples. g_t is g transposed, or None with LANES.
@@ -56,6 +69,20 @@ def _masked_linear_bwd_kernel(
     first = tl.program_id(0) % tiles * BLOCK_N
     panel = tl.load(panels_ptr + begin, mask=begin < end, other=0)
     panel_end = tl.load(panels_ptr + begin + 1, mask=begin < end, other=0)
+    PREFETCHES: tl.constexpr = OVERLAP and (NEED_X or WEIGHT == "adam")
+    ahead, ahead_end = panel, panel_end
+    if PREFETCHES:
+        last = tl.where((begin < end) & (first == 0), end, -1)  # programs of other samples need the same weights
+        own = tl.maximum(column, 0)
+        starts = ()
+        for q in tl.static_range(PREFETCH + 2):
+            starts = starts + (tl.load(panels_ptr + begin + q, mask=begin + q <= last, other=0),)  # type: ignore[assignment]
+        for q in tl.static_range(PREFETCH):
+            _prefetch_tile(
+                w_ptr, exp_avg_ptr, exp_avg_sq_ptr, starts[q] + own, starts[q + 1], BLOCK_K, WEIGHT, OVERLAP
+            )  # fmt: skip
+        ahead, ahead_end = starts[PREFETCH], starts[PREFETCH + 1]
+    overlap.wait(OVERLAP)
     x = few_samples.rows_of(x_ptr, n, in_features, k, k_ok, BLOCK_N if LANES and not MANY else 0)
     sums = ()
     for _ in tl.static_range(BLOCK_N if LANES else 0):  # of each sample, input and quarter of a panel
@@ -71,6 +98,10 @@ def _masked_linear_bwd_kernel(
         stored = k[:, None] < (tl.zeros([16], tl.int64) + (panel_end - panel)).to(tl.int32)[None, :]
         # All that a tile needs, and where the next one lies, before the first use.
         panel, panel_end = panel_end, tl.load(panels_ptr + block + 2, mask=block + 1 < end, other=0)
+        if PREFETCHES:
+            _prefetch_tile(w_ptr, exp_avg_ptr, exp_avg_sq_ptr, ahead + own, ahead_end, BLOCK_K, WEIGHT, OVERLAP)
+            beyond = block + PREFETCH + 2
+            ahead, ahead_end = ahead_end, tl.load(panels_ptr + beyond, mask=beyond <= last, other=0)
         if NEED_X or WEIGHT == "adam":
             w = tl.load(w_ptr + at, mask=stored, other=0.0).to(tl.float32)
         if WEIGHT == "adam":
@@ -183,6 +214,7 @@ def products(
     one = table.backward if lanes else table.backward_many
     resident = one.programs_per_sm if few or not lanes else min(2, one.programs_per_sm)  # a loop over samples has more
     programs = common.cdiv(sms * resident, max(1, common.cdiv(n, samples)) if mode == "none" else 1)
+    prefetch = launch_table.prefetched(resident, (12 if mode == "adam" else 4) * PANEL * one.columns)
     panels = work_lists.on_device(args.panels, x.device)
     bias_rows = 4 * 32 * one.warps  # 16 bytes a thread
     work = work_lists.backward(
@@ -203,6 +235,7 @@ def products(
         args.bias if bias_step is not None else None, *bias_adam, n, in_features, out_features,
         BLOCK_N=samples, BLOCK_K=one.columns, NEED_X=need_x, WEIGHT=mode, BIAS_ADAM=bias_step is not None,
         BIAS_ROWS=bias_rows, LANES=lanes, MANY=n > MOST_LANES, PRECISION="ieee" if lanes else precision,
+        PREFETCH=prefetch,
         num_warps=one.warps, num_stages=one.stages,
         maxnreg=common.all_registers(one.warps, resident if lanes else 1),
     )  # fmt: skip

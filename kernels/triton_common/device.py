@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastmaf.kernels.float8 import BYTE
-from fastmaf.kernels.triton_common import launch_table
+from fastmaf.kernels.triton_common import launch_table, overlap
 from fastmaf.kernels.triton_common.launch_table import Table
 
 # What a program of an elementwise kernel takes.
@@ -105,8 +105,15 @@ def recording(capability: int, sms: int) -> Iterator[list[Launched]]:
 
 
 def launch(kernel: Any, grid: int, *args: Any, **options: Any) -> None:
-    """Launches ``grid`` programs of a kernel, if any, on the current stream of the first tensor's device."""
+    """Launches ``grid`` programs of a kernel, if any, on the current stream of the first tensor's device; one with an
+    argument OVERLAP before the last kernel has ended, where the card can (``overlap``).
+    """
     options["enable_fp_fusion"] = True  # errors were measured with fused multiply-adds; Triton's default has changed
+    if "OVERLAP" in kernel.arg_names:
+        capability = _card(args[0].device)[0]
+        options["OVERLAP"] = launch_table.overlaps(capability) and overlap.allowed()
+        if options["OVERLAP"]:
+            options["launch_pdl"] = True
     if _launches is not None:
         _launches.append(Launched(kernel, grid, args, options))
     elif grid:

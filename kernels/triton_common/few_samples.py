@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 
 from fastmaf.kernels.triton_common import device as common
+from fastmaf.kernels.triton_common import overlap
 
 
 @triton.jit
@@ -28,12 +29,13 @@ def stacked(parts):
 @triton.jit
 def product(
     x_ptr, first, n, stride, w_ptr, start, k_begin, k_end, x_end,
-    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, TILES: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, TILES: tl.constexpr, PREFETCH: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """The product x Wᵀ of a panel, whose column 0 is number ``start``, over columns k_begin..k_end.
 
     For the samples from ``first`` on: ``[BLOCK_N, 16]``, of which those beyond n have no meaning. Inputs are loaded up
-    to column x_end, which is ``whole_vectors`` of k_end where those beyond it have been written.
+    to column x_end, which is ``whole_vectors`` of k_end where those beyond it have been written. With OVERLAP the
+    first PREFETCH columns have been asked for, and more are, so that always so many are on their way.
     """
     base = start.to(tl.int64) * 16 + tl.arange(0, 16)
     end = tl.zeros([16], tl.int32) + k_end
@@ -45,6 +47,10 @@ def product(
     PAIR: tl.constexpr = 2 if TILES > 1 and w_ptr.dtype.element_ty == tl.float32 else 1
     for begin in range(k_begin, k_end, BLOCK_K * TILES):
         k = begin + tl.arange(0, BLOCK_K) * PAIR
+        ahead = begin + PREFETCH
+        overlap.prefetch(
+            w_ptr, (start + ahead).to(tl.int64) * 16, tl.minimum(k_end - ahead, BLOCK_K * TILES) * 16, OVERLAP
+        )  # fmt: skip
         tiles = ()
         for t in tl.static_range(TILES):  # all loads before the first use
             tiles = tiles + (common.weights(w_ptr, base, end, k + (t // PAIR * PAIR * BLOCK_K + t % PAIR)),)  # type: ignore[assignment]

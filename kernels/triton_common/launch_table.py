@@ -46,6 +46,7 @@ class Table(NamedTuple):
         most_samples: that one program takes; more are shared out, and read the weights again.
         solve: the own steps of a group of the inverse: columns are dimensions that are taken at a time, warps those of
             a sample; up to ``programs_per_sm`` samples have a program of their own.
+        overlap: whether a kernel starts before the one ahead of it has ended; see ``overlap.py``.
     """
 
     lanes: Launch
@@ -56,6 +57,7 @@ class Table(NamedTuple):
     backward_many: Launch
     most_samples: int
     solve: Launch
+    overlap: bool = False
 
 
 # The smallest side that a matrix product may have in every version of Triton.
@@ -90,12 +92,28 @@ _AMPERE = _PASCAL._replace(
     backward=Launch(16, 64, programs_per_sm=4),  # 48 KB in flight on a multiprocessor
     solve=Launch(16, 32, warps=1, programs_per_sm=4),  # of 1,024 samples, several share each load of the weights
 )
-TABLES = {61: _PASCAL, 75: _TURING, 80: _AMPERE, 90: _AMPERE}
+_HOPPER = _AMPERE._replace(overlap=True)
+TABLES = {61: _PASCAL, 75: _TURING, 80: _AMPERE, 90: _HOPPER}
 
 # Below Ampere there are no matrix units for these.
 _NEEDS = {"ieee": 61, "tf32x3": 80, "tf32": 80, "bf16": 80}
 
 _precision: Precision = "ieee"
+
+# Bytes that the programs of a multiprocessor prefetch before they use them: in all, a third of the second-level cache
+# of Hopper, and as much as its memory brings in some six microseconds.
+PREFETCHED = 128 << 10
+_MOST_PREFETCHED = 32 << 10  # by one instruction
+
+
+def prefetched(programs_per_sm: int, size: int) -> int:
+    """Returns how many pieces of ``size`` bytes each of a multiprocessor's programs prefetches at a time."""
+    return max(1, min(PREFETCHED // programs_per_sm, _MOST_PREFETCHED) // size)
+
+
+def overlaps(capability: int) -> bool:
+    """Returns whether kernels are launched early on a card. Nothing is known of that on capability 10.0 and newer."""
+    return TABLES[family(capability)].overlap and capability < 100
 
 
 def family(capability: int) -> int:

@@ -7,6 +7,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastmaf.kernels.triton_common import device as common
+from fastmaf.kernels.triton_common import overlap
 
 # A thread adds up so many sums of a column by itself; more are shared by several. Twelve take 70 registers of Turing.
 MOST_IN_A_THREAD = tl.constexpr(8)
@@ -16,7 +17,7 @@ MOST_IN_A_THREAD = tl.constexpr(8)
 def _sum_slots_kernel(
     partial_ptr, counts_ptr, bias_ptr, act_ptr, add_ptr, out_ptr, n, features,
     BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr, BIAS: tl.constexpr, RELU: tl.constexpr, MASK: tl.constexpr,
-    ADD: tl.constexpr,
+    ADD: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """Adds up partial sums ``[slots, n, features]``, of which column c has ``counts[c]``, in a fixed order."""
     chunks = tl.cdiv(features, BLOCK_C)
@@ -24,6 +25,7 @@ def _sum_slots_kernel(
     c = tl.program_id(0) % chunks * BLOCK_C + tl.arange(0, BLOCK_C)
     ok = c < features
     count = tl.load(counts_ptr + c, mask=ok, other=0)
+    overlap.wait(OVERLAP)
     at = sample * features + c
     y = tl.zeros([BLOCK_C], tl.float32)
     if BLOCK_S <= MOST_IN_A_THREAD:

@@ -111,11 +111,11 @@ def test_a_loaded_state_or_a_frozen_parameter_is_another_step(device: str) -> No
     x = batches(device, [4])[0]
     for _ in range(3):
         step(x)
-    assert step._graphs is not None and step._graphs.get(x) is not None
+    assert step._graphs is not None and step._graphs.forward(x) is not None
     optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
-    assert step._graphs.get(x) is None, "its moments lie elsewhere"
+    assert step._graphs.forward(x) is None, "its moments lie elsewhere"
     step(x)
-    assert step._graphs.get(x) is not None
+    assert step._graphs.forward(x) is not None
     frozen = next(flow.parameters()).requires_grad_(False)
     before = frozen.detach().clone()
     for _ in range(3):
@@ -182,29 +182,29 @@ def test_steps_follow_buffers_hooks_and_amsgrad(device: str) -> None:
     assert graphed is not None
     step(x)
     step(x)
-    assert graphed.get(x) is not None
+    assert graphed.forward(x) is not None
     next(t for t in flow.transforms if isinstance(t, fastmaf.GaussianWhitening)).fit_(x)
-    assert graphed.get(x) is None
+    assert graphed.forward(x) is None
     step(x)
-    assert graphed.get(x) is not None
+    assert graphed.forward(x) is not None
     calls: list[int] = []
     handle = optimizer.register_step_post_hook(lambda *_: calls.append(1))
-    assert graphed.get(x) is None
+    assert graphed.forward(x) is None
     step(x)
     handle.remove()
     handle = flow.transforms[0].register_forward_hook(lambda *_: calls.append(2))
-    assert graphed.get(x) is None
+    assert graphed.forward(x) is None
     step(x)
     handle.remove()
     assert calls == [1, 2]
-    assert graphed.get(x) is not None
+    assert graphed.forward(x) is not None
     handle = next(flow.parameters()).register_hook(lambda grad: calls.append(3))
-    assert graphed.get(x) is None
+    assert graphed.forward(x) is None
     step(x)
     handle.remove()
     assert calls == [1, 2, 3]
     optimizer.param_groups[0]["amsgrad"] = True
-    assert graphed.get(x) is None
+    assert graphed.forward(x) is None
 
 
 @on_gpu
@@ -218,3 +218,40 @@ def test_an_old_graph_of_autograd_is_refused_after_a_replay() -> None:
     step(x)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         old.backward()
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("triton", "run_again")
+def test_the_optimiser_is_looked_at_while_the_forward_pass_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What it takes to look at its state does not keep a GPU waiting; a changed one is seen before the step."""
+    from fastmaf.training.graph_keys import KeptState
+
+    flow, x = flow_on("cpu"), batches("cpu", [4])[0]
+    optimizer = fastmaf.optim.FusedAdam(flow.parameters(), lr=1e-2)
+    step = fastmaf.TrainingStep(flow, optimizer, graphs=True)
+    for _ in range(3):
+        step(x)
+    calls: list[str] = []
+    get, forward = KeptState.get, graphed_step.GraphedStep.forward
+    assert step._graphs is not None
+    of_optimizer = step._graphs._state
+
+    def noted_get(state: KeptState) -> Any:
+        if state is of_optimizer:
+            calls.append("state")
+        return get(state)
+
+    def noted_forward(graphed: graphed_step.GraphedStep, x: torch.Tensor) -> None:
+        calls.append("forward")
+        forward(graphed, x)
+
+    monkeypatch.setattr(KeptState, "get", noted_get)
+    monkeypatch.setattr(graphed_step.GraphedStep, "forward", noted_forward)
+    step(x)
+    assert calls == ["forward", "state"]
+    optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    calls.clear()
+    before = [parameter.detach().clone() for parameter in flow.parameters()]
+    report = step(x)
+    assert calls[:2] == ["forward", "state"] and not report.skipped
+    assert not any(torch.equal(a, b) for a, b in zip(before, flow.parameters(), strict=True))

@@ -99,7 +99,7 @@ def _inverse_block(z: Tensor, ladj: Tensor, args: FlowArgs, block: int) -> Tenso
                 (launch.end - launch.first) * common.cdiv(n, shape.samples),
                 x, values, sums, outputs, addresses, made.items[launch.first :], n, features, made.units,
                 PANEL * hidden, made.rows,
-                PANELS=tiling.panels, **types, **options,
+                PANELS=tiling.panels, PREFETCH=shape.prefetch, **types, **options,
             )  # fmt: skip
         elif isinstance(launch, Finish):
             common.launch(

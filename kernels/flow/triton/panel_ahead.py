@@ -10,7 +10,7 @@ import triton.language as tl
 
 from fastmaf.kernels.flow.triton import panel_items, panel_plan
 from fastmaf.kernels.triton_common import device as common
-from fastmaf.kernels.triton_common import few_samples
+from fastmaf.kernels.triton_common import few_samples, overlap
 
 _ITEM, _LAYER = (tl.constexpr(number) for number in (panel_items.ITEM, panel_plan.LAYER))
 
@@ -70,7 +70,7 @@ def _panel_ahead_kernel(
     x_ptr, values_ptr, hidden_ptr, outputs_ptr, layers_ptr, items_ptr, n, features, stride_values, stride_hidden,
     stride_outputs,
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PANELS: tl.constexpr, W_TYPE: tl.constexpr, ALIGNED: tl.constexpr,
-    LANES: tl.constexpr, TILES: tl.constexpr, PRECISION: tl.constexpr,
+    LANES: tl.constexpr, TILES: tl.constexpr, PRECISION: tl.constexpr, PREFETCH: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """Partial sums [slots, n, stride] of a group's rows: of one panel of each hidden layer, and of its outputs."""
     tiles = tl.cdiv(n, BLOCK_N)
@@ -87,9 +87,12 @@ def _panel_ahead_kernel(
     w_ptr = weight_pointer(layers_ptr, tl.load(item), W_TYPE, ALIGNED)
     if LANES:
         columns, place = tl.load(item + 1).to(tl.int32), tl.load(item + _ITEM)
+        overlap.prefetch(w_ptr, place * 16, tl.minimum(columns, PREFETCH) * 16, OVERLAP)
+    overlap.wait(OVERLAP)
+    if LANES:
         # Columns beyond the finished ones have not been written.
         sums = few_samples.product(
-            below, first, n, stride, w_ptr, place, 0, columns, columns, BLOCK_N, BLOCK_K, TILES,
+            below, first, n, stride, w_ptr, place, 0, columns, columns, BLOCK_N, BLOCK_K, TILES, PREFETCH, OVERLAP,
         )  # fmt: skip
         _store_sums(sums, to_ptr, sample, n, layers_ptr, item, 16)
     elif of_group:  # one panel

@@ -12,6 +12,7 @@ from fastmaf.kernels.affine_output import triton_map
 from fastmaf.kernels.flow.triton import panel_plan
 from fastmaf.kernels.flow.triton.panel_ahead import weight_pointer, weight_scale
 from fastmaf.kernels.triton_common import device as common
+from fastmaf.kernels.triton_common import overlap
 
 _GROUP, _GROUP_LAYER, _CHUNK = (
     tl.constexpr(number) for number in (panel_plan.GROUP, panel_plan.GROUP_LAYER, panel_plan.CHUNK)
@@ -83,7 +84,7 @@ def _panel_solve_kernel(
     features, stride_values, stride_outputs,
     BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, LAYERS: tl.constexpr, SLOTS: tl.constexpr,
     OUTPUT_SLOTS: tl.constexpr, W_TYPE: tl.constexpr, ALIGNED: tl.constexpr, RELU: tl.constexpr,
-    SHIFT_FIRST: tl.constexpr, KIND: tl.constexpr,
+    SHIFT_FIRST: tl.constexpr, KIND: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """A group's steps for a tile of samples: x, the group's units of each layer, and what it adds to ladj, float64.
 
@@ -99,6 +100,12 @@ def _panel_solve_kernel(
     first_layer = group_ptr + _GROUP
     w_first_ptr = weight_pointer(layers_ptr, 0, W_TYPE, ALIGNED) + tl.load(first_layer) * 16
     width_first = tl.load(first_layer + 1).to(tl.int32)
+    # Two chunks ahead of the one that is computed its numbers are loaded, one ahead what lies where these say.
+    dims, own_units, places, widths = _chunk_numbers(chunks_ptr + first_chunk * STRIDE, BLOCK_D, LAYERS)
+    next_dims, next_own_units, next_places, next_widths = _chunk_numbers(
+        chunks_ptr + tl.minimum(first_chunk + 1, end_chunk - 1) * STRIDE, BLOCK_D, LAYERS
+    )
+    overlap.wait(OVERLAP)
     sums, units, weights = (), (), ()
     for k in tl.static_range(LAYERS):
         layer = group_ptr + _GROUP + _GROUP_LAYER * k
@@ -120,11 +127,6 @@ def _panel_solve_kernel(
             weights = weights + (common.as_float32(w_k) * weight_scale(layers_ptr, k),)
     scale, scale_first = weight_scale(layers_ptr, LAYERS), weight_scale(layers_ptr, 0)
     ladj = tl.zeros([BLOCK_N, BLOCK_D], tl.float64)
-    # Two chunks ahead of the one that is computed its numbers are loaded, one ahead what lies where these say.
-    dims, own_units, places, widths = _chunk_numbers(chunks_ptr + first_chunk * STRIDE, BLOCK_D, LAYERS)
-    next_dims, next_own_units, next_places, next_widths = _chunk_numbers(
-        chunks_ptr + tl.minimum(first_chunk + 1, end_chunk - 1) * STRIDE, BLOCK_D, LAYERS
-    )
     z, rows, w, w_first = _chunk(
         z_ptr, outputs_ptr, w_ptr, w_first_ptr, width_first, dims, places, widths, sample, n, features, first_row,
         slots, stride_outputs, BLOCK_D, OUTPUT_SLOTS,
@@ -173,9 +175,11 @@ def _panel_solve_kernel(
 
 @triton.jit
 def _finish_units_kernel(
-    outputs_ptr, values_ptr, n, units, slots, stride_values, stride_outputs, BLOCK: tl.constexpr, RELU: tl.constexpr
-):
+    outputs_ptr, values_ptr, n, units, slots, stride_values, stride_outputs,
+    BLOCK: tl.constexpr, RELU: tl.constexpr, OVERLAP: tl.constexpr,
+):  # fmt: skip
     """Units of a hidden layer: the partial sums of their rows, added up in order."""
+    overlap.wait(OVERLAP)
     chunks = tl.cdiv(units, BLOCK)
     sample = (tl.program_id(0) // chunks).to(tl.int64)
     j = tl.program_id(0) % chunks * BLOCK + tl.arange(0, BLOCK)

@@ -29,7 +29,8 @@ def test_results_are_the_same_without_each_part(monkeypatch: pytest.MonkeyPatch,
     monkeypatch.setattr(sys, "argv", ["parts", *SIZE, "--batches", "1", "8"])
     assert parts.main() == 0
     lines = [line.partition(" ms")[0].rsplit(maxsplit=1)[0] for line in capsys.readouterr().out.splitlines()]
-    assert lines == ["panels: sample 1:", "lanes: log_prob 8:", "moments: train step 8:"]
+    overlap = [f"overlap: {case}:" for case in ("log_prob 1", "log_prob 8", "train step 8", "sample 1")]
+    assert lines == ["panels: sample 1:", "lanes: log_prob 8:", "moments: train step 8:", *overlap]
 
 
 @needs_interpreter

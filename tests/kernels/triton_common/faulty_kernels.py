@@ -14,8 +14,9 @@ import triton.language as tl
 
 from fastmaf.bench.dev import machine_code
 from fastmaf.bench.dev.resources import Source, built, compiled
+from fastmaf.kernels.triton_common import overlap
 
-POINTERS = {"x_ptr": "*fp32", "w_ptr": "*fp32", "y_ptr": "*fp32"}
+POINTERS = {"x_ptr": "*fp32", "w_ptr": "*fp32", "y_ptr": "*fp32"}  # the first three arguments, whatever their names
 
 
 @triton.jit
@@ -85,6 +86,35 @@ def resources(x_ptr, w_ptr, y_ptr, n, SIZE: tl.constexpr):
     tl.store(y_ptr + at, y)
 
 
+@triton.jit
+def starts(items_ptr, x_ptr, y_ptr, n, FAULT: tl.constexpr):
+    """Starts before the kernels ahead of it have ended; does too much before it waits for them, or does not wait."""
+    k = tl.arange(0, 128)
+    at = tl.load(items_ptr + tl.program_id(0)).to(tl.int32) + k
+    if FAULT == "loads":
+        x = tl.load(x_ptr + at)
+    if FAULT == "loads where a table says":
+        x = tl.load((tl.load(items_ptr + 1).to(tl.int64) + at).to(tl.pointer_type(tl.float32)))
+    if FAULT == "stores":
+        tl.store(y_ptr + at, 0.0)
+    if FAULT == "adds":
+        tl.atomic_add(y_ptr + at, 1.0)
+    if FAULT == "loads from one of two":
+        x = tl.load(tl.where(n > 5, items_ptr.to(tl.int64), x_ptr.to(tl.int64)).to(tl.pointer_type(tl.float32)) + k)
+    if FAULT == "waits in a loop":
+        for _ in range(n):
+            overlap.wait(True)
+    overlap.prefetch(x_ptr, tl.max(at, 0), n, True)
+    if FAULT == "does not always wait":
+        if n > 5:
+            overlap.wait(True)
+    elif FAULT != "never waits" and FAULT != "waits in a loop":
+        overlap.wait(True)
+    if FAULT != "loads" and FAULT != "loads where a table says" and FAULT != "loads from one of two":
+        x = tl.load(x_ptr + at)
+    tl.store(y_ptr + at, x)
+
+
 # What each kernel is compiled with.
 CASES: dict[str, tuple[Any, dict[str, Any]]] = {
     "aligned": (loads, {"STRIDE": 16}),
@@ -99,6 +129,10 @@ CASES: dict[str, tuple[Any, dict[str, Any]]] = {
     "small": (resources, {"SIZE": 32}),
     "large": (resources, {"SIZE": 64}),
 }
+# Only Hopper has kernels that start early.
+LOADS = ("loads", "loads where a table says", "loads from one of two")
+FAULTS = ("nothing", *LOADS, "stores", "adds", "does not always wait", "never waits", "waits in a loop")
+CASES_90 = {fault: (starts, {"FAULT": fault}) for fault in FAULTS}
 # Registers of a thread, at most: too few for a large product.
 MAXNREG = 64
 
@@ -106,9 +140,12 @@ MAXNREG = 64
 def main() -> None:
     """Prints the counts of each case for the architecture that is named."""
     found = {}
-    for name, (kernel, constants) in CASES.items():
-        signature = POINTERS | {"n": "i32"} | dict.fromkeys(constants, "constexpr")
-        options = {"num_warps": 4, "num_stages": 1, "maxnreg": MAXNREG}
+    for name, (kernel, constants) in (CASES | (CASES_90 if sys.argv[1] == "90" else {})).items():
+        pointers = dict(zip(kernel.arg_names, POINTERS.values(), strict=False))
+        signature = pointers | {"n": "i32"} | dict.fromkeys(constants, "constexpr")
+        options: dict[str, Any] = {"num_warps": 4, "num_stages": 1, "maxnreg": MAXNREG}
+        if kernel is starts:
+            options["launch_pdl"] = True
         function = kernel.fn
         source = Source(function.__module__, function.__name__, signature, constants, (0, 1, 2, 3), options)
         found[name] = compiled(source, int(sys.argv[1]))

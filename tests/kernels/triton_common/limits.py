@@ -46,6 +46,7 @@ LIMITS = [
     Limit("spills", 0),
     Limit("narrow", 0),
     Limit("converted", 0),
+    Limit("early", 0),
     Limit("ways", 2),  # two, where bfloat16 operands are rounded after float32 was read from shared memory
     # Two for each tensor that goes through shared memory: one before it is written, one before it is read.
     Limit("barriers", 4),

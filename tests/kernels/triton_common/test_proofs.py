@@ -46,6 +46,14 @@ def test_barriers_of_nested_loops(counts: dict[str, dict[str, Any]]) -> None:
     assert counts["many barriers"]["barriers"] == 7  # of the inner one, not of both
 
 
+def test_what_comes_before_the_wait_of_a_kernel_that_starts_early(counts: dict[str, dict[str, Any]]) -> None:
+    if "nothing" not in counts:
+        pytest.skip("only kernels of compute capability 9.0 start early")
+    early = {name: one["early"] for name, one in counts.items() if one["kernel"] == "starts"}
+    assert early.pop("nothing") == 0
+    assert min(early.values()) > 0, early
+
+
 def test_spills_and_shared_memory(counts: dict[str, dict[str, Any]]) -> None:
     assert counts["small"]["spills"] == 0
     assert counts["large"]["spills"] > 0
