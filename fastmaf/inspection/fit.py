@@ -30,6 +30,7 @@ from fastmaf.inspection.calibration import Calibration
 from fastmaf.inspection.exchangeability import describe_groups, order_matters
 from fastmaf.inspection.fit_stages import Stages
 from fastmaf.inspection.free_threads import free_threads
+from fastmaf.inspection.held_out_terms import out_of_fold_results
 from fastmaf.inspection.interface import HeldOut
 from fastmaf.inspection.map_shapes import squared
 from fastmaf.inspection.model import InspectionModel
@@ -37,7 +38,6 @@ from fastmaf.inspection.out_of_fold import (
     OutOfFoldModels,
     group_folds,
     k_fold,
-    out_of_fold_results,
     reference_statistics,
 )
 from fastmaf.inspection.recipe import Recipe
@@ -181,11 +181,12 @@ def fit(
         flow = fastmaf.Flow(recipe.features, [*first, whitenings.whole, *blocks]).eval().requires_grad_(False)
         times.append(time.perf_counter())
         bar.set_description(f"fitting {asked.size} pixels: score and map")
-        score, map_config, baseline, figures = select_score_and_map(recipe, pixels, models)
+        score, map_config, baseline, figures, known = select_score_and_map(recipe, pixels, models)
         bar.update()
         if baseline is not None:
             flow, models, score = baseline.flow.requires_grad_(False), baseline.models, baseline.score
-        held_out, (scores,), (maps,) = out_of_fold_results([pixels], models, score, replace(map_config, rms=1.0))
+        unit = replace(map_config, rms=1.0)
+        held_out, (scores,), (maps,) = out_of_fold_results([pixels], models, score, unit, known)
         statistics = reference_statistics(flow, pixels, held_out, score, models.shape)
         maps = squared(maps, side)
         rms = float(np.sqrt(np.square(maps, dtype=np.float64).mean())) or 1.0  # identical images leave no residual

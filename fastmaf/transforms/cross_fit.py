@@ -131,10 +131,7 @@ class CrossFit:
         # Factors of different parts are matched by their rank, which determines their variance approximately.
         noise = (self.noise * self.squares[others].sum(dim=0) / count).clamp_min(self.least)
         components = self.components[others].sum(dim=0) / count
-        if without is None:
-            directions = self._of_all(len(components))
-        else:
-            directions = self.factors[without]
+        directions = self._of_all(len(components)) if without is None else self.factors[without]
         ratio, dtype = noise / self.noise, self.x.dtype
         # The variance along a direction includes the noise, both in units of the noise before the last round.
         excess = (components[: directions.shape[1]] - (ratio.to(dtype) @ directions.square()).double()).clamp_min(0)

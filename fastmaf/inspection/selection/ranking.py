@@ -20,12 +20,13 @@ from torch import Tensor
 import fastmaf
 from fastmaf.images.dataset import to_unit
 from fastmaf.images.progress import Progress
+from fastmaf.inspection.held_out_terms import HeldOutTerms, terms_key
 from fastmaf.inspection.out_of_fold import OutOfFoldModels
 from fastmaf.inspection.scoring.float64_flow import FlowValues
 from fastmaf.inspection.scoring.score import TermStatistics, anomaly_maps, residuals_of, terms_of
 from fastmaf.inspection.scoring.settings import AnomalyMapConfig, ScoreSettings, Source
 from fastmaf.inspection.synthetic_defects.draw import KINDS, SyntheticDefects, draw_defects
-from fastmaf.metrics.aupro import au_pro, pixel_auroc
+from fastmaf.metrics.aupro import pixel_auroc_and_au_pro
 from fastmaf.metrics.auroc import auroc
 
 _TERMS: tuple[tuple[Source, float], ...] = (("pixels", 0.0), ("pixels", 0.7), ("whitened", 0.0), ("flow", 0.0))
@@ -94,6 +95,7 @@ def rank_scores(
     progress: bool = True,
     errors: bool = True,
     drawn_sets: DrawnSets | None = None,
+    known: HeldOutTerms | None = None,
 ) -> list[ScoreCandidate]:
     """Ranks scores on good images and synthetic defects.
 
@@ -106,6 +108,7 @@ def rank_scores(
         progress: show a progress bar.
         errors: compute standard errors, by resampling; else they are NaN.
         drawn_sets: the result of ``draw_sets`` with these arguments, if it is known.
+        known: the terms of the candidates for these sets, if they are known.
 
     Returns:
         The candidates, best first.
@@ -117,11 +120,16 @@ def rank_scores(
         nll = models.held_out(sets, lambda values: values.nll)
     result: list[ScoreCandidate] = []
     references: list[TermStatistics] = []
-    known: tuple[Any, ...] | None = None
-    for settings, terms in _held_out(candidates, _terms_key, terms_of, models, sets, progress, models.shape):
-        key = (_terms_key(settings), settings.reference, settings.needs_nll)
-        if key != known:
-            known, references = key, models.references(sets[0], terms[0], nll[0], settings)
+    former: tuple[Any, ...] | None = None
+    if known is None:
+        of_terms = _held_out(candidates, terms_key, terms_of, models, sets, progress, models.shape)
+    else:
+        of_terms = ((settings, known.terms[terms_key(settings)]) for settings in candidates)
+    for settings, terms in of_terms:
+        key = (terms_key(settings), settings.reference, settings.needs_nll)
+        if key != former:
+            training = None if known is None else known.training[terms_key(settings)]
+            former, references = key, models.references(sets[0], terms[0], nll[0], settings, training)
         scores = models.scores(terms, nll, references, settings).flatten().numpy()
         normal, defect = scores[: len(pixels)], scores[len(pixels) :]
         by_kind = kind_aurocs(normal, defect, kinds)
@@ -141,6 +149,7 @@ def rank_maps(
     seed: int = 0,
     progress: bool = True,
     drawn_sets: DrawnSets | None = None,
+    known: HeldOutTerms | None = None,
 ) -> list[MapCandidate]:
     """Ranks map configurations by the pixels of good images and of synthetic defects; arguments as ``rank_scores``.
 
@@ -150,9 +159,15 @@ def rank_maps(
     drawn, sets = drawn_sets or draw_sets(pixels, draws, seed, models.channels)
     masks = [*(None for _ in pixels), *(mask for defects in drawn for mask in defects.masks.numpy())]
     result = []
-    for config, residuals in _held_out(candidates, _residuals_key, residuals_of, models, sets, progress):
-        maps = list(anomaly_maps(residuals.flatten(0, 1), config, models.shape).numpy())
-        result.append(MapCandidate(config, pixel_auroc(maps, masks), au_pro(maps, masks)))
+    if known is None:
+        of_maps = (
+            (config, anomaly_maps(residuals.flatten(0, 1), config, models.shape))
+            for config, residuals in _held_out(candidates, _residuals_key, residuals_of, models, sets, progress)
+        )
+    else:
+        of_maps = ((config, known.maps[config].flatten(0, 1)) for config in candidates)
+    for config, maps in of_maps:
+        result.append(MapCandidate(config, *pixel_auroc_and_au_pro(list(maps.numpy()), masks)))
     return sorted(result, key=lambda candidate: -candidate.mean)
 
 
@@ -160,10 +175,6 @@ def draw_sets(pixels: Tensor, draws: int, seed: int, channels: int = 3) -> Drawn
     """Draws ``draws`` sets of images with a defect; values of the sets are of this many channels."""
     drawn = [draw_defects(pixels, seed=seed + i) for i in range(draws)]
     return DrawnSets(drawn, [to_unit(part, channels) for part in (pixels, *(defects.pixels for defects in drawn))])
-
-
-def _terms_key(settings: ScoreSettings) -> tuple[str, float]:
-    return settings.source, settings.presmooth_sigma
 
 
 def _residuals_key(config: AnomalyMapConfig) -> tuple[int, float]:
