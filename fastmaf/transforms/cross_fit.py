@@ -18,7 +18,7 @@ _FIRST_SAMPLES = 40  # held out for a first estimate of the noise, which scales 
 _FIRST_ROWS = 4  # per sample, for that estimate
 _FIRST_ROWS_OF_ALL = 2000  # about as many at most: of more samples, every second, third, ... is used
 _GRAM_ROWS = 512  # of a Gram matrix at a time
-_PRODUCT_ROWS = 128  # whose float32 products are added up in float64
+_PRODUCT_ROWS = 512  # whose float32 products are added up in float64
 
 
 class FactorModel(NamedTuple):

@@ -119,23 +119,30 @@ def rank_scores(
     if any(settings.needs_nll for settings in candidates):
         nll = models.held_out(sets, lambda values: values.nll)
     result: list[ScoreCandidate] = []
-    references: list[TermStatistics] = []
-    former: tuple[Any, ...] | None = None
-    if known is None:
-        of_terms = _held_out(candidates, terms_key, terms_of, models, sets, progress, models.shape)
-    else:
-        of_terms = ((settings, known.terms[terms_key(settings)]) for settings in candidates)
-    for settings, terms in of_terms:
-        key = (terms_key(settings), settings.reference, settings.needs_nll)
-        if key != former:
-            training = None if known is None else known.training[terms_key(settings)]
-            former, references = key, models.references(sets[0], terms[0], nll[0], settings, training)
-        scores = models.scores(terms, nll, references, settings).flatten().numpy()
+
+    def add(settings: ScoreSettings, scores: np.ndarray) -> None:
         normal, defect = scores[: len(pixels)], scores[len(pixels) :]
         by_kind = kind_aurocs(normal, defect, kinds)
         mean = float(np.mean(list(by_kind.values())))
         error = float(np.std(resampled_means(normal, defect, kinds))) if errors else math.nan
         result.append(ScoreCandidate(settings, by_kind, mean, error))
+
+    for settings in candidates:
+        if settings.kind == "nll":  # no terms are needed
+            add(settings, nll.flatten().numpy())
+    others = [settings for settings in candidates if settings.kind != "nll"]
+    references: list[TermStatistics] = []
+    former: tuple[Any, ...] | None = None
+    if known is None:
+        of_terms = _held_out(others, terms_key, terms_of, models, sets, progress, models.shape)
+    else:
+        of_terms = ((settings, known.terms[terms_key(settings)]) for settings in others)
+    for settings, terms in of_terms:
+        key = (terms_key(settings), settings.reference, settings.needs_nll)
+        if key != former:
+            training = None if known is None else known.training[terms_key(settings)]
+            former, references = key, models.references(sets[0], terms[0], nll[0], settings, training)
+        add(settings, models.scores(terms, nll, references, settings).flatten().numpy())
     return sorted(result, key=lambda candidate: -candidate.image_auroc)
 
 
