@@ -16,6 +16,7 @@ import time
 import warnings
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 
 import numpy as np
 import torch
@@ -49,6 +50,7 @@ from fastmaf.inspection.whitening import (
     fit_whitenings,
     select_augmentation,
 )
+from fastmaf.threads import beside
 from fastmaf.training.callbacks import Callback
 
 FALSE_ALARM = 0.05
@@ -164,24 +166,22 @@ def fit(
             stages.keep_whitenings(*whitened)
         recipe, whitenings, augmentation_figures = whitened
         first = before_whitening(recipe)
-        y = fastmaf.Flow(recipe.features, first)(x)[0]
         times.append(time.perf_counter())
         bar.set_description(f"fitting {asked.size} pixels: blocks")
-        z = torch.empty_like(x)
-        for fold, fold_whitening in zip(folds, whitenings.folds, strict=True):
-            z[fold] = fold_whitening(y[fold])[0]
         flows = [fastmaf.Flow(recipe.features, [*first, fold_whitening]).eval() for fold_whitening in whitenings.folds]
         models = OutOfFoldModels(folds, flows, shape)
-        selected = stages.blocks(recipe, models)
-        if selected is None:
-            selected = select_blocks(x, z, models, recipe, bar.update, callbacks=callbacks, every_fold=every_fold)
-            stages.keep_blocks(recipe, models, selected)
+        # The choice depends on whitened values alone, not on the blocks.
+        with beside(partial(select_score_and_map, recipe, pixels, models)) as selected_score:
+            selected = stages.blocks(recipe, models)
+            if selected is None:
+                selected = select_blocks(x, models, recipe, bar.update, callbacks=callbacks, every_fold=every_fold)
+                stages.keep_blocks(recipe, models, selected)
+            times.append(time.perf_counter())
+            bar.set_description(f"fitting {asked.size} pixels: score and map")
+            score, map_config, baseline, figures, known = selected_score()
         kept, models, log, block_figures, blocks = selected
         recipe = replace(recipe, rank=recipe.factors, blocks=kept)
         flow = fastmaf.Flow(recipe.features, [*first, whitenings.whole, *blocks]).eval().requires_grad_(False)
-        times.append(time.perf_counter())
-        bar.set_description(f"fitting {asked.size} pixels: score and map")
-        score, map_config, baseline, figures, known = select_score_and_map(recipe, pixels, models)
         bar.update()
         if baseline is not None:
             flow, models, score = baseline.flow.requires_grad_(False), baseline.models, baseline.score
