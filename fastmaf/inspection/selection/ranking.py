@@ -25,9 +25,9 @@ from fastmaf.inspection.out_of_fold import OutOfFoldModels
 from fastmaf.inspection.scoring.float64_flow import FlowValues
 from fastmaf.inspection.scoring.score import TermStatistics, anomaly_maps, residuals_of, terms_of
 from fastmaf.inspection.scoring.settings import AnomalyMapConfig, ScoreSettings, Source
-from fastmaf.inspection.synthetic_defects.draw import KINDS, SyntheticDefects, draw_defects
+from fastmaf.inspection.selection.drawn_auroc import kind_aurocs, resampled_means
+from fastmaf.inspection.synthetic_defects.draw import SyntheticDefects, draw_defects
 from fastmaf.metrics.aupro import pixel_auroc_and_au_pro
-from fastmaf.metrics.auroc import auroc
 
 _TERMS: tuple[tuple[Source, float], ...] = (("pixels", 0.0), ("pixels", 0.7), ("whitened", 0.0), ("flow", 0.0))
 
@@ -213,35 +213,3 @@ def _held_out(
                 for config in group:
                     yield config, values
                     bar.update()
-
-
-def kind_aurocs(normal: np.ndarray, defect: np.ndarray, kinds: np.ndarray) -> dict[str, float]:
-    """Returns the image AUROC of the defects of each kind that there are.
-
-    Args:
-        normal: scores of good images ``[n]``.
-        defect: scores of these with a defect, in the same order, once or more ``[draws n]``.
-        kinds: of each defect.
-    """
-    return {kind: _auroc(normal, defect[kinds == kind]) for kind in KINDS if (kinds == kind).any()}
-
-
-def _auroc(normal: np.ndarray, defect: np.ndarray) -> float:
-    return auroc(np.concatenate([normal, defect]), np.arange(len(normal) + len(defect)) >= len(normal))
-
-
-def resampled_means(normal: np.ndarray, defect: np.ndarray, kinds: np.ndarray, resamples: int = 200) -> np.ndarray:
-    """Returns the mean over kinds of ``kind_aurocs`` for resamples of good images together with their defects.
-
-    The resamples are the same for every score.
-    """
-    rng = np.random.default_rng(0)
-    n, draws = len(normal), len(defect) // len(normal)
-    means = []
-    for _ in range(resamples):
-        index = rng.integers(0, n, n)
-        rows = (np.arange(draws)[:, None] * n + index).ravel()
-        scores, of = defect[rows], kinds[rows]
-        areas = [_auroc(normal[index], scores[of == kind]) for kind in np.unique(kinds) if (of == kind).any()]
-        means.append(np.mean(areas))
-    return np.array(means)
