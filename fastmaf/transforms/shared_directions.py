@@ -17,6 +17,7 @@ from fastmaf.transforms.leading_vectors import orthonormalised
 
 _OVERSAMPLING = 60
 _MOST_VALUES = 2**27  # of a basis: 512 MiB in float32
+_FIRST, _FIRST_STEPS = 8, 3  # eigenvectors of a small problem that are found in float64, by subspace iteration
 _LEAST_SHARE = 1.5  # rows for each dimension of the small problem, where it is worth it
 
 
@@ -87,7 +88,32 @@ class SharedDirections(NamedTuple):
         mean = torch.cat([along, (rows @ shift - held @ along) @ mixing])
         values = torch.cat([self.coordinates, products @ mixing], dim=1)[~left_out]
         values.addr_(self.share[~left_out], mean, alpha=-1)
-        energy, turn = (found.flip(-1)[..., :rank] for found in torch.linalg.eigh(values.T @ values))
+        energy, turn = _leading_eigenvectors(values.T @ values, rank)
         turn = turn[:, energy > self.least]
         beyond = mixing @ turn[k:]
         return torch.addmm(self.basis @ (turn[:k] - held.T @ beyond), rows.T, beyond)
+
+
+def _leading_eigenvectors(moment: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """Returns the largest eigenvalues ``[rank]`` of a second moment and their vectors, descending.
+
+    The first few are larger than the others by orders of magnitude. They are found in float64, and the others without
+    them, so that the rounding errors of the decomposition are relative to these: twice as fast as in float64 alone.
+
+    Args:
+        moment: ``[k, k]``, along directions of which the first few are nearly the leading eigenvectors.
+        rank: number of eigenvectors.
+    """
+    exact, first = moment.double(), min(_FIRST, len(moment))
+    basis = torch.eye(len(moment), first, dtype=torch.float64, device=moment.device)
+    for _ in range(_FIRST_STEPS):
+        basis = torch.linalg.qr(exact @ basis)[0]
+    product = exact @ basis
+    small = basis.T @ product
+    rest = torch.addmm(exact, product, basis.T, alpha=-1).addmm_(basis, product.T, alpha=-1)
+    rest.addmm_(basis @ small, basis.T)
+    of_first, turn = torch.linalg.eigh(small)
+    of_others, others = torch.linalg.eigh(rest.to(moment.dtype))
+    energy = torch.cat([of_first.flip(0).to(moment), of_others.flip(0)])
+    vectors = torch.cat([(basis @ turn).flip(1).to(moment), others.flip(1)], dim=1)
+    return energy[:rank], vectors[:, :rank]
