@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from functools import cache
 from typing import TypeVar
 
 import torch
@@ -46,5 +48,46 @@ def map_on_threads(function: Callable[[_T], _R], items: Sequence[_T]) -> list[_R
             except BaseException:
                 pool.shutdown(cancel_futures=True)
                 raise
+    finally:
+        torch.set_num_threads(threads)
+
+
+@contextmanager
+def beside(function: Callable[[], _R]) -> Iterator[Callable[[], _R]]:
+    """Computes a function on another thread during a block, and yields a function that waits for its result.
+
+    The block computes on one of torch's threads, as is best for many small operations, the function on the others and
+    without gradients. If torch has one thread only, the function is called when its result is first asked for. An
+    exception in the block is raised when the function has finished.
+
+    Args:
+        function: independent of the block.
+
+    Example:
+        >>> from fastmaf.threads import beside
+        >>> with beside(lambda: 2 + 3) as result:
+        ...     other = 2 * 3
+        >>> other, result()
+        (6, 5)
+    """
+    threads = torch.get_num_threads()
+
+    def without_gradients() -> _R:
+        with torch.no_grad():
+            return function()
+
+    def on_others() -> _R:
+        torch.get_num_threads()  # a thread's first call of torch sets its number to that of the process
+        torch.set_num_threads(threads - 1)
+        return without_gradients()
+
+    if threads < 2:
+        yield cache(without_gradients)
+        return
+    try:
+        with ThreadPoolExecutor(1) as pool:
+            future = pool.submit(on_others)
+            torch.set_num_threads(1)
+            yield future.result
     finally:
         torch.set_num_threads(threads)

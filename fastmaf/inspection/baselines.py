@@ -8,7 +8,6 @@ from io import BytesIO
 import numpy as np
 import torch
 from PIL import Image
-from sklearn.decomposition import PCA
 from torch import Tensor
 
 from fastmaf.images.dataset import to_unit
@@ -127,6 +126,8 @@ def _sums(terms: Tensor) -> tuple[Tensor, Tensor]:
 
 def _principal(x: Tensor, components: int) -> tuple[Tensor, Tensor]:
     """Returns mean [D] and components [r, D] of samples [n, D], fewer than requested if x has a lower rank."""
+    from sklearn.decomposition import PCA  # slow to import
+
     with np.errstate(invalid="ignore"):  # the explained variance of a single sample is 0 / 0
         pca = PCA(svd_solver="full").fit(x.numpy())
     deviation = pca.singular_values_

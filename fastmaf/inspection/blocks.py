@@ -118,7 +118,6 @@ def fit_blocks(
 
 def select_blocks(
     x: Tensor,
-    z: Tensor,
     models: OutOfFoldModels,
     recipe: Recipe,
     done: Callable[[], object],
@@ -134,7 +133,6 @@ def select_blocks(
 
     Args:
         x: good images ``[n, D]``, as their NLL is measured.
-        z: the same, each whitened by the model of the fold that left it out ``[n, D]``.
         models: the whitenings fitted without each fold, with the transforms before them.
         recipe: a number of blocks is kept in any case, ``"auto"`` is not.
         done: called after each fold.
@@ -144,7 +142,13 @@ def select_blocks(
     Warns:
         UserWarning: held-out images are no more likely with the blocks that the recipe asks for.
     """
-    nll, kept, blocks = models.nll(x), recipe.most_blocks, list[fastmaf.Transform]()
+    # Each image is whitened by the model of the fold that left it out.
+    whitened: list[Callable[[FlowValues], Tensor]] = [
+        lambda values: values.whitened[0].to(x.dtype),
+        lambda values: values.nll,
+    ]
+    (z,), (nll,) = models.held_out_each([x], whitened)
+    kept, blocks = recipe.most_blocks, list[fastmaf.Transform]()
     without, log = nll, list[dict[str, float]]()
     flows: list[fastmaf.Flow] = []
     every_fold = every_fold or recipe.blocks != "auto"

@@ -16,6 +16,7 @@ import time
 import warnings
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 
 import numpy as np
 import torch
@@ -30,6 +31,7 @@ from fastmaf.inspection.calibration import Calibration
 from fastmaf.inspection.exchangeability import describe_groups, order_matters
 from fastmaf.inspection.fit_stages import Stages
 from fastmaf.inspection.free_threads import free_threads
+from fastmaf.inspection.held_out_terms import out_of_fold_results
 from fastmaf.inspection.interface import HeldOut
 from fastmaf.inspection.map_shapes import squared
 from fastmaf.inspection.model import InspectionModel
@@ -37,7 +39,6 @@ from fastmaf.inspection.out_of_fold import (
     OutOfFoldModels,
     group_folds,
     k_fold,
-    out_of_fold_results,
     reference_statistics,
 )
 from fastmaf.inspection.recipe import Recipe
@@ -49,6 +50,7 @@ from fastmaf.inspection.whitening import (
     fit_whitenings,
     select_augmentation,
 )
+from fastmaf.threads import beside
 from fastmaf.training.callbacks import Callback
 
 FALSE_ALARM = 0.05
@@ -164,28 +166,27 @@ def fit(
             stages.keep_whitenings(*whitened)
         recipe, whitenings, augmentation_figures = whitened
         first = before_whitening(recipe)
-        y = fastmaf.Flow(recipe.features, first)(x)[0]
         times.append(time.perf_counter())
         bar.set_description(f"fitting {asked.size} pixels: blocks")
-        z = torch.empty_like(x)
-        for fold, fold_whitening in zip(folds, whitenings.folds, strict=True):
-            z[fold] = fold_whitening(y[fold])[0]
         flows = [fastmaf.Flow(recipe.features, [*first, fold_whitening]).eval() for fold_whitening in whitenings.folds]
         models = OutOfFoldModels(folds, flows, shape)
-        selected = stages.blocks(recipe, models)
-        if selected is None:
-            selected = select_blocks(x, z, models, recipe, bar.update, callbacks=callbacks, every_fold=every_fold)
-            stages.keep_blocks(recipe, models, selected)
+        # The choice depends on whitened values alone, not on the blocks.
+        with beside(partial(select_score_and_map, recipe, pixels, models)) as selected_score:
+            selected = stages.blocks(recipe, models)
+            if selected is None:
+                selected = select_blocks(x, models, recipe, bar.update, callbacks=callbacks, every_fold=every_fold)
+                stages.keep_blocks(recipe, models, selected)
+            times.append(time.perf_counter())
+            bar.set_description(f"fitting {asked.size} pixels: score and map")
+            score, map_config, baseline, figures, known = selected_score()
         kept, models, log, block_figures, blocks = selected
         recipe = replace(recipe, rank=recipe.factors, blocks=kept)
         flow = fastmaf.Flow(recipe.features, [*first, whitenings.whole, *blocks]).eval().requires_grad_(False)
-        times.append(time.perf_counter())
-        bar.set_description(f"fitting {asked.size} pixels: score and map")
-        score, map_config, baseline, figures = select_score_and_map(recipe, pixels, models)
         bar.update()
         if baseline is not None:
             flow, models, score = baseline.flow.requires_grad_(False), baseline.models, baseline.score
-        held_out, (scores,), (maps,) = out_of_fold_results([pixels], models, score, replace(map_config, rms=1.0))
+        unit = replace(map_config, rms=1.0)
+        held_out, (scores,), (maps,) = out_of_fold_results([pixels], models, score, unit, known)
         statistics = reference_statistics(flow, pixels, held_out, score, models.shape)
         maps = squared(maps, side)
         rms = float(np.sqrt(np.square(maps, dtype=np.float64).mean())) or 1.0  # identical images leave no residual

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,13 +18,11 @@ from fastmaf.inspection.scoring.score import (
     MergedStatistics,
     Shape,
     TermStatistics,
-    anomaly_maps,
     image_scores,
-    residuals_of,
     score_maps,
     terms_of,
 )
-from fastmaf.inspection.scoring.settings import AnomalyMapConfig, ScoreSettings
+from fastmaf.inspection.scoring.settings import ScoreSettings
 from fastmaf.threads import map_on_threads
 
 _BATCH = 64
@@ -61,6 +59,12 @@ def group_folds(groups: Sequence[str], folds: int) -> list[np.ndarray]:
 def some_of(n: int, most: int, seed: int) -> np.ndarray:
     """Returns the indices of at most so many of n images, at random, ascending."""
     return np.arange(n) if n <= most else np.sort(np.random.default_rng([seed, 2]).permutation(n)[:most])
+
+
+def some_references(n: int, fold: np.ndarray) -> np.ndarray:
+    """Returns the indices of the images, of all n but a fold, whose terms ``training_statistics`` uses."""
+    others = np.delete(np.arange(n), fold)
+    return others[some_of(len(others), _REFERENCE, 0)]
 
 
 def joined_folds(folds: Sequence[np.ndarray], most: int = 4) -> list[np.ndarray]:
@@ -148,7 +152,14 @@ class OutOfFoldModels:
         """Returns the held-out NLL of images ``[n, D]``, float64 ``[n]`` nats."""
         return self.held_out([x], lambda values: values.nll)[0]
 
-    def references(self, x: Tensor, terms: Tensor, nll: Tensor, settings: ScoreSettings) -> list[TermStatistics]:
+    def references(
+        self,
+        x: Tensor,
+        terms: Tensor,
+        nll: Tensor,
+        settings: ScoreSettings,
+        training: Sequence[TermStatistics] | None = None,
+    ) -> list[TermStatistics]:
         """Returns the statistics of the other folds that standardise the terms of each; see ``reference_statistics``.
 
         Args:
@@ -156,11 +167,14 @@ class OutOfFoldModels:
             terms: their held-out terms ``[n, T]``.
             nll: their held-out NLLs ``[n]``.
             settings: how terms become a score.
+            training: ``training_statistics`` of each fold's model, if they are known.
         """
         of_folds = map_on_threads(lambda fold: MergedStatistics.of_terms(terms[fold], nll[fold]), self.folds)
 
         def reference(k: int) -> TermStatistics:
             held_out = MergedStatistics.of(of_folds[:k] + of_folds[k + 1 :]).finished()
+            if training is not None and settings.uses_training:
+                return training[k].on_scale_of(held_out)
             return reference_statistics(self.flows[k], drop_fold(x, self.folds[k]), held_out, settings, self.shape)
 
         return map_on_threads(reference, range(len(self.folds)))
@@ -188,64 +202,6 @@ class OutOfFoldModels:
         return scores
 
 
-class OutOfFoldResults(NamedTuple):
-    """What the models of the folds give for images that they have not seen.
-
-    Attributes:
-        held_out: statistics of the terms of the first set.
-        scores: float64 ``[sets, n]``.
-        maps: anomaly maps, float32 ``[sets, n, h, w]``.
-    """
-
-    held_out: TermStatistics
-    scores: np.ndarray
-    maps: np.ndarray
-
-
-@torch.no_grad()
-def out_of_fold_results(
-    sets: Sequence[Tensor], models: OutOfFoldModels, settings: ScoreSettings, config: AnomalyMapConfig
-) -> OutOfFoldResults:
-    """Returns held-out scores and anomaly maps of sets of images, one batch in memory at a time.
-
-    The terms of a fold are standardised by statistics of the other folds; see ``reference_statistics``.
-
-    Args:
-        sets: uint8 ``[n, 3, h, w]``, each in the order of the folds: the good images first, then the same with a
-            synthetic defect.
-        models: the models of the folds.
-        settings: how terms become a score.
-        config: how the anomaly map is computed.
-    """
-
-    def statistics(k: int) -> MergedStatistics:
-        merged = MergedStatistics()
-        for _, values in _batches(Float64Flow(models.flows[k]), sets[0], models.folds[k], models.channels):
-            merged.add(terms_of(values, settings, models.shape), _nll(values, settings))
-        return merged
-
-    of_folds = map_on_threads(statistics, range(len(models.folds)))
-    shape = len(sets), len(sets[0])
-    scores, maps = np.empty(shape), np.empty((*shape, *sets[0].shape[2:]), np.float32)
-
-    def score(k: int) -> None:
-        held_out, double = (
-            MergedStatistics.of(of_folds[:k] + of_folds[k + 1 :]).finished(),
-            Float64Flow(models.flows[k]),
-        )
-        training = np.concatenate([fold for i, fold in enumerate(models.folds) if i != k])
-        images = sets[0][torch.from_numpy(np.sort(training))]
-        others = reference_statistics(double, images, held_out, settings, models.shape)
-        for i, images in enumerate(sets):
-            for index, values in _batches(double, images, models.folds[k], models.channels):
-                of_score = score_maps(terms_of(values, settings, models.shape), others, settings, models.shape)
-                scores[i, index] = image_scores(of_score, _nll(values, settings), others, settings).numpy()
-                maps[i, index] = anomaly_maps(residuals_of(values, config), config, models.shape).float().numpy()
-
-    map_on_threads(score, range(len(models.folds)))
-    return OutOfFoldResults(MergedStatistics.of(of_folds).finished(), scores, maps)
-
-
 @torch.no_grad()
 def reference_statistics(
     flow: fastmaf.Flow | Float64Flow,
@@ -264,25 +220,21 @@ def reference_statistics(
         settings: how terms become a score.
         shape: (height, width) of the images that the flow models; None: they are square.
     """
-    if settings.reference == "held-out" or settings.needs_nll:
+    if not settings.uses_training:
         return held_out
     double = Float64Flow(flow) if isinstance(flow, fastmaf.Flow) else flow
+    return training_statistics(double, images, settings, shape).on_scale_of(held_out)
+
+
+@torch.no_grad()
+def training_statistics(
+    flow: Float64Flow, images: Tensor, settings: ScoreSettings, shape: Shape | None = None
+) -> TermStatistics:
+    """Returns the statistics of the terms of images that a flow was fitted to; see ``reference_statistics``."""
     some = images[torch.from_numpy(some_of(len(images), _REFERENCE, 0))]
-    channels = image_shape(double.features)[0] if shape is None else double.features // math.prod(shape)
+    channels = image_shape(flow.features)[0] if shape is None else flow.features // math.prod(shape)
     merged = MergedStatistics()
     for part in some.split(_BATCH):
         x = to_unit(part, channels) if part.dtype == torch.uint8 else part
-        merged.add(terms_of(FlowValues(double, x), settings, shape), torch.zeros(len(part)))
-    return merged.finished().on_scale_of(held_out)
-
-
-def _nll(values: FlowValues, settings: ScoreSettings) -> Tensor:
-    return values.nll if settings.needs_nll else torch.zeros(len(values.x), dtype=torch.float64)
-
-
-def _batches(
-    flow: Float64Flow, images: Tensor, fold: np.ndarray, channels: int
-) -> Iterator[tuple[np.ndarray, FlowValues]]:
-    for start in range(0, len(fold), _BATCH):
-        index = fold[start : start + _BATCH]
-        yield index, FlowValues(flow, to_unit(images[torch.from_numpy(index)], channels))
+        merged.add(terms_of(FlowValues(flow, x), settings, shape), torch.zeros(len(part)))
+    return merged.finished()

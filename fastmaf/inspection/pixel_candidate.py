@@ -11,10 +11,10 @@ from torch import Tensor
 import fastmaf
 from fastmaf.images.reduce import reduced
 from fastmaf.inspection.fit import Fitted
+from fastmaf.inspection.held_out_terms import out_of_fold_results
 from fastmaf.inspection.interface import HeldOut
 from fastmaf.inspection.map_shapes import squared
 from fastmaf.inspection.model import InspectionModel
-from fastmaf.inspection.out_of_fold import out_of_fold_results
 
 
 @dataclass(frozen=True, eq=False)

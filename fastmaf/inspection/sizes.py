@@ -40,7 +40,7 @@ BUDGET = 120.0
 """Seconds that the fits of a choice may take."""
 
 _LONG = 300.0  # a budget from which on the largest size is considered: its images need the memory at once
-_GROWTH = 2.0, 4.5  # of the time, from the first size, which selects and trains more, and from one to the next
+_GROWTH = 2.5, 4.5  # of the time, from the first size, which selects and trains more, and from one to the next
 _DRAWS = 2  # synthetic defects per good image
 IMAGES = 500  # that defects are drawn onto, at most: more would take time and memory, and change little
 

@@ -11,6 +11,8 @@ from fastmaf.metrics.auroc import PairedDifference, auroc_of_counts, check_resam
 from fastmaf.metrics.pixel_ranks import PixelRanks
 from fastmaf.metrics.results import EvaluationError
 
+_FPR_LIMIT = 0.3
+
 
 def pixel_auroc(maps: Sequence[np.ndarray], masks: Sequence[np.ndarray | None]) -> float:
     """P(a defect pixel's value > a defect-free one's) + P(equal) / 2, over the pixels of all images together.
@@ -24,7 +26,7 @@ def pixel_auroc(maps: Sequence[np.ndarray], masks: Sequence[np.ndarray | None]) 
         EvaluationError: numbers or shapes do not match, a map is not finite, or all pixels are of one kind.
     """
     pixels = PixelRanks(maps, masks)
-    return float(auroc_of_counts(pixels.total(), pixels.spread(np.ones(len(pixels.codes)))))
+    return _pixel_auroc(pixels, pixels.total())
 
 
 def compare_pixels(
@@ -74,7 +76,7 @@ def compare_pixels(
     return [float(area[0]) for area in areas], [PairedDifference.of(area, areas[0], fewest) for area in areas]
 
 
-def au_pro(maps: Sequence[np.ndarray], masks: Sequence[np.ndarray | None], fpr_limit: float = 0.3) -> float:
+def au_pro(maps: Sequence[np.ndarray], masks: Sequence[np.ndarray | None], fpr_limit: float = _FPR_LIMIT) -> float:
     """Area under the per-region overlap, divided by the limit: 1 is perfect, chance is about fpr_limit / 2.
 
         PRO(t) = mean over regions of the share of the region with map >= t
@@ -97,13 +99,28 @@ def au_pro(maps: Sequence[np.ndarray], masks: Sequence[np.ndarray | None], fpr_l
     if not 0 < fpr_limit <= 1:
         raise EvaluationError(f"fpr_limit must lie in (0, 1]; found {fpr_limit}")
     pixels = PixelRanks(maps, masks)
+    return _au_pro(pixels, pixels.total(), fpr_limit)
+
+
+def pixel_auroc_and_au_pro(maps: Sequence[np.ndarray], masks: Sequence[np.ndarray | None]) -> tuple[float, float]:
+    """Returns ``pixel_auroc`` and ``au_pro``, whose pixels are ranked once; arguments and errors as there."""
+    pixels = PixelRanks(maps, masks)
+    total = pixels.total()
+    return _pixel_auroc(pixels, total), _au_pro(pixels, total, _FPR_LIMIT)
+
+
+def _pixel_auroc(pixels: PixelRanks, total: np.ndarray) -> float:
+    return float(auroc_of_counts(total, pixels.spread(np.ones(len(pixels.codes)))))
+
+
+def _au_pro(pixels: PixelRanks, total: np.ndarray, fpr_limit: float) -> float:
     shares = []
     for mask in pixels.masks:
         if mask is not None:
             region = label(mask, np.ones((3, 3)))[0][mask]
             shares.append(1 / np.bincount(region)[region])
     weights = np.concatenate(shares)
-    total = pixels.total()[::-1]
+    total = total[::-1]
     fpr = np.append(0, np.cumsum(total)) / total.sum()
     pro = np.append(0.0, np.cumsum(pixels.spread(weights)[::-1])) / weights.sum()
     # Slots between two values change FPR only, those of a value change both at once: exactly the polyline.

@@ -19,7 +19,7 @@ sample k of sample i is ``weights[k] @ basis[i]``."""
 
 _MAX_ROWS = 6000
 _MAX_VALUES = 2**28  # of all rows: 1 GiB in float32
-_BATCH_VALUES = 2**24  # of augmented samples at a time
+_BATCH_VALUES = 2**21  # of augmented samples at a time; more would not stay in the cache
 _FIRST_SAMPLES = 32  # that determine the components over the copies
 _KEPT = 0.998  # share of the variance that the components kept have at least
 
@@ -69,21 +69,22 @@ def augmented_rows(
     part_of = torch.full((n,), len(parts))
     for k, part in enumerate(parts):
         part_of[part] = k
-    values: list[Tensor] = []
+    owner, component = (chosen > 0).nonzero(as_tuple=True)
+    factor, share = chosen[owner, component].to(x), mixing.sum(dim=1)[component]
+    values, first = x.new_empty(len(owner), d), 0
     for index, basis, weights in _batches(x, augment, source):
-        means = torch.einsum("npd,p->nd", basis, weights.mean(dim=0))
-        sums.index_add_(0, part_of[index].to(x.device), means.double())
-        rows = torch.einsum("qp,npd->nqd", mixing, basis)
-        values.append(rows[chosen[index] > 0])
+        means = weights.mean(dim=0)[None] @ basis
+        sums.index_add_(0, part_of[index].to(x.device), means[:, 0].double())
+        rows = (mixing @ basis)[chosen[index] > 0]
+        values[first : first + len(rows)] = rows
+        first += len(rows)
     total, counts = sums.sum(dim=0), part_of.bincount(minlength=len(parts) + 1)
     mean = (total / n).to(x.dtype)
     without = (total - sums[:-1]) / (n - counts[:-1]).clamp_min(1)[:, None].to(x.device)
-    owner, component = (chosen > 0).nonzero(as_tuple=True)
-    factor, share = chosen[owner, component].to(x), mixing.sum(dim=1)[component]
-    result = torch.cat(values)
-    del values  # as large as the result
-    result.sub_(share[:, None] * mean).mul_(factor[:, None])
-    return Rows(result, owner, share * factor, mean, without.to(x.dtype))
+    values.addr_(share, mean, alpha=-1)
+    if bool((factor != 1).any()):
+        values.mul_(factor[:, None])
+    return Rows(values, owner, share * factor, mean, without.to(x.dtype))
 
 
 def _batches(x: Tensor, augment: Augment | None, source: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:

@@ -12,12 +12,13 @@ from torch import Tensor
 from fastmaf.threads import map_on_threads
 from fastmaf.transforms.augmented_rows import Augment, Rows, augmented_rows
 from fastmaf.transforms.leading_vectors import leading_vectors, orthonormalised
+from fastmaf.transforms.shared_directions import SharedDirections
 
 _FIRST_SAMPLES = 40  # held out for a first estimate of the noise, which scales the data for the final one
 _FIRST_ROWS = 4  # per sample, for that estimate
 _FIRST_ROWS_OF_ALL = 2000  # about as many at most: of more samples, every second, third, ... is used
 _GRAM_ROWS = 512  # of a Gram matrix at a time
-_PRODUCT_ROWS = 128  # whose float32 products are added up in float64
+_PRODUCT_ROWS = 512  # whose float32 products are added up in float64
 
 
 class FactorModel(NamedTuple):
@@ -92,11 +93,16 @@ class CrossFit:
         training = [~torch.isin(rows.owner, part) for part in parts]
         rank = min(rank, rows.values.shape[1], *(int(mask.sum()) for mask in training))
         scale, gram = self.noise.sqrt().to(self.x.dtype), _gram(rows.values)
+        most = len(rows.values) - min(int(mask.sum()) for mask in training)
+        shared = SharedDirections.of(rows.values, rows.share, gram, rank, most)
 
         def without(k: int) -> tuple[Tensor, Tensor, Tensor]:
             # The mean of the training samples is subtracted, since centred samples reveal the held-out ones.
             shift = (rows.mean_without[k] - rows.mean) / scale
-            factors = _leading(rows, gram, rank, training[k], shift)
+            if shared is None:
+                factors = _leading(rows, gram, rank, training[k], shift)
+            else:
+                factors = shared.without(~training[k], shift, rank)
             # A residual lacks the noise along the factors.
             remaining = (1 - factors.square().sum(dim=1, dtype=torch.float64)).clamp_min(1e-3)
             squares, components = self.noise.new_zeros(len(scale)), self.noise.new_zeros(rank)
@@ -108,7 +114,7 @@ class CrossFit:
             return squares / remaining, components, factors
 
         squares, components, found = zip(*map_on_threads(without, range(len(parts))), strict=True)
-        self.gram = gram
+        self.gram, self.shared = gram, shared
         return torch.stack(squares), torch.stack(components), list(found)
 
     def models(self) -> tuple[list[FactorModel], FactorModel]:
@@ -125,16 +131,18 @@ class CrossFit:
         # Factors of different parts are matched by their rank, which determines their variance approximately.
         noise = (self.noise * self.squares[others].sum(dim=0) / count).clamp_min(self.least)
         components = self.components[others].sum(dim=0) / count
-        if without is None:
-            directions = _leading(self.rows, self.gram, len(components), None, None)
-        else:
-            directions = self.factors[without]
+        directions = self._of_all(len(components)) if without is None else self.factors[without]
         ratio, dtype = noise / self.noise, self.x.dtype
         # The variance along a direction includes the noise, both in units of the noise before the last round.
         excess = (components[: directions.shape[1]] - (ratio.to(dtype) @ directions.square()).double()).clamp_min(0)
         factors, variance = _orthogonal(directions * ratio.rsqrt().to(dtype)[:, None], excess, exact=without is None)
         mean = self.rows.mean if without is None else self.rows.mean_without[without]
         return FactorModel(mean, noise.sqrt().to(dtype), factors, variance.to(dtype))
+
+    def _of_all(self, rank: int) -> Tensor:
+        if self.shared is None:
+            return _leading(self.rows, self.gram, rank, None, None)
+        return self.shared.basis[:, :rank]
 
 
 def _mean_square(x: Tensor, mean: Tensor) -> Tensor:

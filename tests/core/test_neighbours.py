@@ -193,6 +193,7 @@ def test_no_workflow_changes_a_setting_of_the_process(tmp_path: Path) -> None:
         "score": lambda: score(run, good, overlays=tmp_path / "overlays", stdout=io.StringIO(), **quiet),
     }
     import matplotlib.pyplot  # noqa: F401 - chooses a backend when it is first imported
+    import sklearn.metrics  # noqa: F401 - adds a filter of warnings, and variables of the environment, likewise
 
     for name, call in calls.items():
         before = settings_of_the_process()

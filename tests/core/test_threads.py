@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from fastmaf.threads import map_on_threads
+from fastmaf.threads import beside, map_on_threads
 
 
 @pytest.fixture(autouse=True)
@@ -44,3 +44,44 @@ def test_the_first_error_is_raised_and_leaves_torch_as_it_was() -> None:
     with pytest.raises(ValueError, match="piece 0"):
         map_on_threads(piece, range(10))
     assert torch.get_num_threads() == 3
+
+
+def test_a_function_beside_a_block_computes_on_the_other_threads() -> None:
+    together = threading.Barrier(2, timeout=60)
+
+    def function() -> tuple[int, int, bool]:
+        together.wait()  # fails unless the block runs meanwhile
+        return threading.get_ident(), torch.get_num_threads(), torch.is_grad_enabled()
+
+    with beside(function) as result:
+        together.wait()
+        assert torch.get_num_threads() == 1 and torch.is_grad_enabled()
+        thread, threads, gradients = result()
+    assert thread != threading.get_ident() and (threads, gradients) == (2, False)
+    assert result() == (thread, threads, gradients)
+    assert torch.get_num_threads() == 3
+
+
+def test_with_one_thread_a_function_is_called_once_when_its_result_is_asked_for() -> None:
+    torch.set_num_threads(1)
+    calls: list[int] = []
+    with beside(lambda: calls.append(threading.get_ident())) as result:
+        assert not calls
+        result()
+        result()
+    assert calls == [threading.get_ident()] and torch.get_num_threads() == 1
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+def test_errors_beside_and_in_a_block_are_raised(threads: int) -> None:
+    torch.set_num_threads(threads)
+
+    def fails() -> None:
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError), beside(fails) as result:
+        result()
+    finished = threading.Event()
+    with pytest.raises(KeyboardInterrupt), beside(finished.set):
+        raise KeyboardInterrupt
+    assert finished.is_set() == (threads > 1) and torch.get_num_threads() == threads

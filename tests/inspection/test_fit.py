@@ -13,7 +13,7 @@ import torch
 import fastmaf
 from fastmaf.images.dataset import load_train, to_unit
 from fastmaf.inspection.fit import Fitted, dequantized, fit
-from fastmaf.inspection.out_of_fold import out_of_fold_results
+from fastmaf.inspection.held_out_terms import out_of_fold_results
 from fastmaf.inspection.scoring.float64_flow import FlowValues
 from fastmaf.inspection.scoring.score import TermStatistics, anomaly_maps, residuals_of, score_maps, terms_of
 from tests.inspection.tiny import TINY

@@ -21,7 +21,7 @@ from fastmaf.inspection.features.maps import DistanceStatistics, anomaly_maps, i
 from fastmaf.inspection.features.model import FeatureModel
 from fastmaf.inspection.interface import HeldOut, same_images
 from fastmaf.inspection.out_of_fold import group_folds, k_fold
-from fastmaf.inspection.selection.ranking import kind_aurocs
+from fastmaf.inspection.selection.drawn_auroc import kind_aurocs
 from fastmaf.inspection.synthetic_defects.draw import SyntheticDefects
 
 FOLDS = 10

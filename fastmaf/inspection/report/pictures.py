@@ -33,5 +33,5 @@ def data_uri(image: np.ndarray, mask: np.ndarray | None = None, widest: int = WI
         covered = covered.resize(picture.size, Image.Resampling.BOX).point(lambda level: 255 if level else 0)
         picture = Image.fromarray(outline(np.asarray(picture), np.asarray(covered) > 0, CYAN))
     file = io.BytesIO()
-    picture.save(file, format="PNG", optimize=True)
+    picture.save(file, format="PNG")
     return "data:image/png;base64," + base64.b64encode(file.getvalue()).decode("ascii"), *picture.size

@@ -89,6 +89,11 @@ class ScoreSettings:
         """Whether the score is computed from the NLL instead of the score map."""
         return self.kind in ("nll", "typicality")
 
+    @property
+    def uses_training(self) -> bool:
+        """Whether statistics of images that the flow was fitted to standardise the terms."""
+        return self.reference == "training" and not self.needs_nll
+
 
 @dataclass(frozen=True)
 class AnomalyMapConfig:

@@ -18,7 +18,7 @@ from fastmaf.images.reduce import reduced
 from fastmaf.inspection.calibration import Calibration
 from fastmaf.inspection.combined import Combination, CombinedModel, combine
 from fastmaf.inspection.interface import AnomalyModel, Candidate, HeldOut
-from fastmaf.inspection.selection.ranking import kind_aurocs, resampled_means
+from fastmaf.inspection.selection.drawn_auroc import kind_aurocs, resampled_means
 from fastmaf.inspection.synthetic_defects.draw import SyntheticDefects
 
 _STANDARD_ERRORS = 1.0

@@ -20,13 +20,14 @@ from torch import Tensor
 import fastmaf
 from fastmaf.images.dataset import to_unit
 from fastmaf.images.progress import Progress
+from fastmaf.inspection.held_out_terms import HeldOutTerms, terms_key
 from fastmaf.inspection.out_of_fold import OutOfFoldModels
 from fastmaf.inspection.scoring.float64_flow import FlowValues
 from fastmaf.inspection.scoring.score import TermStatistics, anomaly_maps, residuals_of, terms_of
 from fastmaf.inspection.scoring.settings import AnomalyMapConfig, ScoreSettings, Source
-from fastmaf.inspection.synthetic_defects.draw import KINDS, SyntheticDefects, draw_defects
-from fastmaf.metrics.aupro import au_pro, pixel_auroc
-from fastmaf.metrics.auroc import auroc
+from fastmaf.inspection.selection.drawn_auroc import kind_aurocs, resampled_means
+from fastmaf.inspection.synthetic_defects.draw import SyntheticDefects, draw_defects
+from fastmaf.metrics.aupro import pixel_auroc_and_au_pro
 
 _TERMS: tuple[tuple[Source, float], ...] = (("pixels", 0.0), ("pixels", 0.7), ("whitened", 0.0), ("flow", 0.0))
 
@@ -94,6 +95,7 @@ def rank_scores(
     progress: bool = True,
     errors: bool = True,
     drawn_sets: DrawnSets | None = None,
+    known: HeldOutTerms | None = None,
 ) -> list[ScoreCandidate]:
     """Ranks scores on good images and synthetic defects.
 
@@ -106,6 +108,7 @@ def rank_scores(
         progress: show a progress bar.
         errors: compute standard errors, by resampling; else they are NaN.
         drawn_sets: the result of ``draw_sets`` with these arguments, if it is known.
+        known: the terms of the candidates for these sets, if they are known.
 
     Returns:
         The candidates, best first.
@@ -116,18 +119,30 @@ def rank_scores(
     if any(settings.needs_nll for settings in candidates):
         nll = models.held_out(sets, lambda values: values.nll)
     result: list[ScoreCandidate] = []
-    references: list[TermStatistics] = []
-    known: tuple[Any, ...] | None = None
-    for settings, terms in _held_out(candidates, _terms_key, terms_of, models, sets, progress, models.shape):
-        key = (_terms_key(settings), settings.reference, settings.needs_nll)
-        if key != known:
-            known, references = key, models.references(sets[0], terms[0], nll[0], settings)
-        scores = models.scores(terms, nll, references, settings).flatten().numpy()
+
+    def add(settings: ScoreSettings, scores: np.ndarray) -> None:
         normal, defect = scores[: len(pixels)], scores[len(pixels) :]
         by_kind = kind_aurocs(normal, defect, kinds)
         mean = float(np.mean(list(by_kind.values())))
         error = float(np.std(resampled_means(normal, defect, kinds))) if errors else math.nan
         result.append(ScoreCandidate(settings, by_kind, mean, error))
+
+    for settings in candidates:
+        if settings.kind == "nll":  # no terms are needed
+            add(settings, nll.flatten().numpy())
+    others = [settings for settings in candidates if settings.kind != "nll"]
+    references: list[TermStatistics] = []
+    former: tuple[Any, ...] | None = None
+    if known is None:
+        of_terms = _held_out(others, terms_key, terms_of, models, sets, progress, models.shape)
+    else:
+        of_terms = ((settings, known.terms[terms_key(settings)]) for settings in others)
+    for settings, terms in of_terms:
+        key = (terms_key(settings), settings.reference, settings.needs_nll)
+        if key != former:
+            training = None if known is None else known.training[terms_key(settings)]
+            former, references = key, models.references(sets[0], terms[0], nll[0], settings, training)
+        add(settings, models.scores(terms, nll, references, settings).flatten().numpy())
     return sorted(result, key=lambda candidate: -candidate.image_auroc)
 
 
@@ -141,6 +156,7 @@ def rank_maps(
     seed: int = 0,
     progress: bool = True,
     drawn_sets: DrawnSets | None = None,
+    known: HeldOutTerms | None = None,
 ) -> list[MapCandidate]:
     """Ranks map configurations by the pixels of good images and of synthetic defects; arguments as ``rank_scores``.
 
@@ -150,9 +166,15 @@ def rank_maps(
     drawn, sets = drawn_sets or draw_sets(pixels, draws, seed, models.channels)
     masks = [*(None for _ in pixels), *(mask for defects in drawn for mask in defects.masks.numpy())]
     result = []
-    for config, residuals in _held_out(candidates, _residuals_key, residuals_of, models, sets, progress):
-        maps = list(anomaly_maps(residuals.flatten(0, 1), config, models.shape).numpy())
-        result.append(MapCandidate(config, pixel_auroc(maps, masks), au_pro(maps, masks)))
+    if known is None:
+        of_maps = (
+            (config, anomaly_maps(residuals.flatten(0, 1), config, models.shape))
+            for config, residuals in _held_out(candidates, _residuals_key, residuals_of, models, sets, progress)
+        )
+    else:
+        of_maps = ((config, known.maps[config].flatten(0, 1)) for config in candidates)
+    for config, maps in of_maps:
+        result.append(MapCandidate(config, *pixel_auroc_and_au_pro(list(maps.numpy()), masks)))
     return sorted(result, key=lambda candidate: -candidate.mean)
 
 
@@ -160,10 +182,6 @@ def draw_sets(pixels: Tensor, draws: int, seed: int, channels: int = 3) -> Drawn
     """Draws ``draws`` sets of images with a defect; values of the sets are of this many channels."""
     drawn = [draw_defects(pixels, seed=seed + i) for i in range(draws)]
     return DrawnSets(drawn, [to_unit(part, channels) for part in (pixels, *(defects.pixels for defects in drawn))])
-
-
-def _terms_key(settings: ScoreSettings) -> tuple[str, float]:
-    return settings.source, settings.presmooth_sigma
 
 
 def _residuals_key(config: AnomalyMapConfig) -> tuple[int, float]:
@@ -195,35 +213,3 @@ def _held_out(
                 for config in group:
                     yield config, values
                     bar.update()
-
-
-def kind_aurocs(normal: np.ndarray, defect: np.ndarray, kinds: np.ndarray) -> dict[str, float]:
-    """Returns the image AUROC of the defects of each kind that there are.
-
-    Args:
-        normal: scores of good images ``[n]``.
-        defect: scores of these with a defect, in the same order, once or more ``[draws n]``.
-        kinds: of each defect.
-    """
-    return {kind: _auroc(normal, defect[kinds == kind]) for kind in KINDS if (kinds == kind).any()}
-
-
-def _auroc(normal: np.ndarray, defect: np.ndarray) -> float:
-    return auroc(np.concatenate([normal, defect]), np.arange(len(normal) + len(defect)) >= len(normal))
-
-
-def resampled_means(normal: np.ndarray, defect: np.ndarray, kinds: np.ndarray, resamples: int = 200) -> np.ndarray:
-    """Returns the mean over kinds of ``kind_aurocs`` for resamples of good images together with their defects.
-
-    The resamples are the same for every score.
-    """
-    rng = np.random.default_rng(0)
-    n, draws = len(normal), len(defect) // len(normal)
-    means = []
-    for _ in range(resamples):
-        index = rng.integers(0, n, n)
-        rows = (np.arange(draws)[:, None] * n + index).ravel()
-        scores, of = defect[rows], kinds[rows]
-        areas = [_auroc(normal[index], scores[of == kind]) for kind in np.unique(kinds) if (of == kind).any()]
-        means.append(np.mean(areas))
-    return np.array(means)

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from fastmaf.inspection.held_out_terms import HeldOutTerms
 from fastmaf.inspection.out_of_fold import OutOfFoldModels
 from fastmaf.inspection.recipe import Recipe
 from fastmaf.inspection.scoring.settings import AnomalyMapConfig, Reference, ScoreSettings
@@ -31,12 +32,20 @@ _GAIN = 0.01  # another map must be better by this much in the mean of pixel AUR
 
 
 class Selected(NamedTuple):
-    """The score and the map of a recipe, a baseline whose score is better, if any, and the candidates' figures."""
+    """What a fit selected.
+
+    Attributes:
+        score, map_config: of the recipe, or the selected ones.
+        baseline: whose score is better, if any.
+        figures: of the candidates.
+        known: held-out terms and maps of all good images for this score and map, if they were evaluated.
+    """
 
     score: ScoreSettings
     map_config: AnomalyMapConfig
     baseline: BaselineModel | None
     figures: dict[str, Any]
+    known: HeldOutTerms | None
 
 
 def select_score_and_map(recipe: Recipe, pixels: Tensor, models: OutOfFoldModels) -> Selected:
@@ -52,11 +61,13 @@ def select_score_and_map(recipe: Recipe, pixels: Tensor, models: OutOfFoldModels
     of_scores, of_maps = score_candidates(recipe.size), map_candidates(recipe.size)
     score, map_config = recipe.score, recipe.map_config
     options: dict[str, Any] = {"progress": False}
-    all_pixels, all_models = pixels, models
+    all_pixels, all_models, known = pixels, models, None
     if score is None or map_config is None:
         index, models = all_models.subset(_IMAGES, recipe.seed)
         pixels = all_pixels[torch.from_numpy(index)]
         options["drawn_sets"] = draw_sets(pixels, 1, recipe.seed, models.channels)
+        wanted = of_scores if score is None else (), of_maps if map_config is None else ()
+        known = options["known"] = HeldOutTerms.of(models, options["drawn_sets"].sets, *wanted)
     if score is None:
         references = [replace(of_scores[0], reference=reference) for reference in REFERENCES]
         scores = rank_scores(pixels, models, candidates=references, **options)
@@ -79,7 +90,9 @@ def select_score_and_map(recipe: Recipe, pixels: Tensor, models: OutOfFoldModels
         map_config = select_map(maps, of_maps[0])
         means = {candidate.config: candidate.mean for candidate in maps}
         figures["drawn_maps"] = {f"{config.factors} factors": means[config] for config in of_maps}
-    return Selected(score, map_config, baseline, figures)
+    if recipe.score is not None or recipe.map_config is not None or baseline is not None or models is not all_models:
+        known = None
+    return Selected(score, map_config, baseline, figures, known)
 
 
 def select_score(ranked: Sequence[ScoreCandidate], default: ScoreSettings = SCORE_CANDIDATES[0]) -> ScoreSettings:

@@ -27,7 +27,7 @@ OPEN = replace(TINY, score=None, map_config=None)
 def test_settings_of_the_recipe_are_kept(fitted: tuple[torch.Tensor, Fitted]) -> None:
     score, config = ScoreSettings("nll"), AnomalyMapConfig(3, 1.0)
     selected = select_score_and_map(replace(TINY, score=score, map_config=config), fitted[0], fitted[1].out_of_fold)
-    assert selected == (score, config, None, {})
+    assert selected == (score, config, None, {}, None)
 
 
 @pytest.mark.parametrize(("auroc", "selected"), [(0.7, 0), (0.8, 0), (0.8399, 0), (0.8401, 1), (0.95, 1)])
@@ -48,7 +48,7 @@ def test_another_map_must_be_better_by_a_hundredth_in_the_mean(auroc: float, sel
 
 def test_the_selection_follows_from_the_ranking_on_synthetic_defects(fitted: tuple[torch.Tensor, Fitted]) -> None:
     pixels, models = fitted[0], fitted[1].out_of_fold
-    score, config, _, figures = select_score_and_map(OPEN, pixels, models)
+    score, config, _, figures, _ = select_score_and_map(OPEN, pixels, models)
     options: dict[str, Any] = {"draws": 1, "seed": OPEN.seed, "progress": False}
     both = {
         reference: [replace(candidate, reference=reference) for candidate in SCORE_CANDIDATES]
