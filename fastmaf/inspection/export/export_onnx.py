@@ -21,6 +21,7 @@ from fastmaf.inspection.export.graph_builder import ExportError, require
 from fastmaf.inspection.features.model import FeatureModel
 from fastmaf.inspection.interface import AnomalyModel
 from fastmaf.inspection.model import InspectionModel
+from fastmaf.inspection.posed import seen_by
 from fastmaf.inspection.tiled import TiledModel
 from fastmaf.inspection.workflow.rows import VERDICTS
 from fastmaf.io.atomic import written_atomically
@@ -193,6 +194,7 @@ def _compared(model: AnomalyModel, results: Sequence[Results], tolerance: float,
 
 def _features(model: AnomalyModel) -> int:
     """Returns the number of values that the NLL is of; other models than these have no graph."""
+    model = seen_by(model)
     if isinstance(model, TiledModel):
         return sum(_features(part) for part in model.parts)
     first = model.parts[0] if isinstance(model, CombinedModel) else model
