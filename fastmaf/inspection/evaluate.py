@@ -20,6 +20,7 @@ from fastmaf.images.reduce import reduced
 from fastmaf.inspection.baselines import Baseline, all_baselines
 from fastmaf.inspection.combined import CombinedModel
 from fastmaf.inspection.features.model import FeatureModel
+from fastmaf.inspection.framed import FramedModel
 from fastmaf.inspection.interface import AnomalyModel
 from fastmaf.inspection.map_shapes import squared
 from fastmaf.inspection.masks import LabelledSet
@@ -126,6 +127,14 @@ def _model_scores(
     model: AnomalyModel, images: ImageSet, prediction: Prediction, fold_models: Sequence[fastmaf.Flow]
 ) -> list[_Scored]:
     """Returns all scores of the model, its own first."""
+    if isinstance(model, FramedModel):
+        shapes = images.shapes or None
+        framed = replace(images, pixels=model.seen(images.pixels, shapes), shapes=())
+        of_part = _model_scores(model.part, framed, prediction, fold_models)
+        return of_part[:1] + [
+            (name, kind, scores, None if maps is None else model.maps_of(images.pixels, shapes, maps))
+            for name, kind, scores, maps in of_part[1:]
+        ]
     if isinstance(model, PosedModel):
         seen, places = model.seen(images.pixels)
         of_part = _model_scores(model.part, replace(images, pixels=seen, shapes=()), prediction, fold_models)

@@ -222,7 +222,7 @@ def common_pose(pixels: Tensor) -> CommonPose | None:
         pixels = pixels[torch.linspace(0, len(pixels) - 1, _COMPARED).long()]
     small = reduced(pixels, min(SIDE, pixels.shape[-1]))
     before = alignment(small)
-    if before >= ALIGNED or _in_corners(small) > _MOST_IN_CORNERS:
+    if before >= ALIGNED or not has_plain_corners(small):
         return None
     found = []
     for moves in (False, True):
@@ -233,6 +233,11 @@ def common_pose(pixels: Tensor) -> CommonPose | None:
         return None
     text = f"the mean image explains {share:.0%} of the fine structure of the others once they are turned to one pose"
     return CommonPose(pose, f"{text}, {max(before, 0.0):.0%} before")
+
+
+def has_plain_corners(small: Tensor) -> bool:
+    """Returns whether there is next to nothing outside the inscribed circle of images, uint8 ``[n, 3, s, s]``."""
+    return _in_corners(small) <= _MOST_IN_CORNERS
 
 
 def _in_corners(small: Tensor) -> float:

@@ -17,9 +17,10 @@ import fastmaf
 from fastmaf.images.reduce import reduced
 from fastmaf.inspection.decisions import decisions
 from fastmaf.inspection.detector import Detector
+from fastmaf.inspection.framed import seen_by
 from fastmaf.inspection.model import InspectionModel, load_inspection
 from fastmaf.inspection.pose import turned
-from fastmaf.inspection.posed import PosedModel, in_one_pose, seen_by
+from fastmaf.inspection.posed import PosedModel, in_one_pose
 from fastmaf.inspection.recipe import Recipe
 from fastmaf.inspection.sizes import sizes_of
 from fastmaf.inspection.workflow.calibrate import recalibrate

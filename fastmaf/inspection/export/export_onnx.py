@@ -19,9 +19,9 @@ from fastmaf.inspection.export.agreement import Results, both, differs, in_batch
 from fastmaf.inspection.export.graph import inspection_graph
 from fastmaf.inspection.export.graph_builder import ExportError, require
 from fastmaf.inspection.features.model import FeatureModel
+from fastmaf.inspection.framed import seen_by
 from fastmaf.inspection.interface import AnomalyModel
 from fastmaf.inspection.model import InspectionModel
-from fastmaf.inspection.posed import seen_by
 from fastmaf.inspection.tiled import TiledModel
 from fastmaf.inspection.workflow.rows import VERDICTS
 from fastmaf.io.atomic import written_atomically

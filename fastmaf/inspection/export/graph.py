@@ -18,15 +18,17 @@ from torch import Tensor
 import fastmaf
 from fastmaf.inspection.combined import CombinedModel
 from fastmaf.inspection.export.features import feature_results
+from fastmaf.inspection.export.framing import extent_of, framed, maps_of_images
 from fastmaf.inspection.export.graph_builder import ExportError, Graph, Value
 from fastmaf.inspection.export.pose import grey, maps_turned_back, place_of, turned
 from fastmaf.inspection.export.resize import resized
 from fastmaf.inspection.export.transforms import flow_steps, unexplained
 from fastmaf.inspection.features.model import FeatureModel
+from fastmaf.inspection.framed import FramedModel, seen_by
 from fastmaf.inspection.interface import AnomalyModel
 from fastmaf.inspection.map_shapes import squared
 from fastmaf.inspection.model import InspectionModel
-from fastmaf.inspection.posed import PosedModel, seen_by
+from fastmaf.inspection.posed import PosedModel
 from fastmaf.inspection.scoring.float64_flow import first_part
 from fastmaf.inspection.scoring.score import Shape, TermStatistics, smoothing
 from fastmaf.inspection.scoring.settings import ScoreSettings
@@ -62,7 +64,12 @@ def inspection_graph(model: AnomalyModel) -> Any:
     """
     graph, size = Graph(), model.size
     image = graph.input("image", "uint8", ["batch", "height", "width", 3], "R, G, B, rows from the top, 0 to 255")
-    score, anomaly_map, nll = _results(model, resized(image, size))
+    if isinstance(model, FramedModel):
+        extent = extent_of(model.box, image, size)
+        score, maps, nll = _results(model.part, framed(resized(image, size), extent, size))
+        anomaly_map = maps_of_images(maps, extent, size)
+    else:
+        score, anomaly_map, nll = _results(model, resized(image, size))
     above = (graph.value(model.calibration.scores, "float64") >= score.reshape(0, 1)).cast("float64").sum(1)
     graph.output("score", score, ["batch"], "anomaly score: higher is more anomalous")
     graph.output("map", anomaly_map, ["batch", size, size], "anomaly map; mean square 1 over good images")
