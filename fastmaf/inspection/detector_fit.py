@@ -16,7 +16,7 @@ from fastmaf.inspection.features.fit import fit_with_features
 from fastmaf.inspection.fit import fit
 from fastmaf.inspection.framing import framing_of
 from fastmaf.inspection.interface import AnomalyModel
-from fastmaf.inspection.kinds import Kind, fit_texture_model, plausible_kind, texture_size
+from fastmaf.inspection.kinds import COMPARED, Kind, fit_texture_model, plausible_kind, texture_size
 from fastmaf.inspection.model import Shapes
 from fastmaf.inspection.posed import in_one_pose
 from fastmaf.inspection.recipe import Recipe
@@ -106,7 +106,7 @@ def fit_images(
     if extractor is not None:
         texture: TextureCandidate | None = None
         if kind != "object":
-            samples, _, _ = square_pixels(X, max(texture_size(shapes), samples.shape[-1]))
+            samples, _, _ = square_pixels(X, max(texture_size(shapes, COMPARED), samples.shape[-1]))
             texture = fit_texture_model(samples, recipe, shapes=shapes, **options).candidate
         options |= {"budget": wanted.budget, "texture": texture}
         chosen = fit_with_features(samples, sizes, recipe, extractor, **options)
@@ -138,7 +138,8 @@ def _fit_texture(
     **options: Any,
 ) -> tuple[AnomalyModel, np.ndarray]:
     """Returns a texture model, or with a budget of both kinds what is better on synthetic defects; held-out scores."""
-    side = max(texture_size(shapes), *sides_for(sizes, recipe))
+    compared = max(texture_size(shapes, COMPARED), *sides_for(sizes, recipe))
+    side = texture_size(shapes) if budget is None else compared
     large, _, _ = square_pixels(X, side)
     texture = fit_texture_model(large, recipe, shapes=shapes, **options)
     if budget is None:

@@ -28,12 +28,14 @@ from fastmaf.inspection.framing import Framing, framing_of
 from fastmaf.inspection.free_threads import free_threads
 from fastmaf.inspection.interface import AnomalyModel
 from fastmaf.inspection.kinds import (
+    COMPARED,
     TEXTURE_SIZES,
     FittedTexture,
     Kind,
     describe_choice,
     fit_texture_model,
     plausible_kind,
+    reduction_of,
     texture_size,
 )
 from fastmaf.inspection.posed import InPose, PosedModel, in_one_pose
@@ -159,14 +161,18 @@ def fit(
             if extractor is not None:
                 del options["double"]
                 if kind != "object":
-                    images = _load_again(data, images, max(texture_size(images.shapes), images.size), **reading)
+                    images = _load_again(
+                        data, images, max(texture_size(images.shapes, COMPARED), images.size), **reading
+                    )
                     options["texture"] = as_texture(images.pixels, shapes=images.shapes).candidate
                 fitted = fit_with_features(images.pixels, wanted, recipe, extractor, budget=budget, **options)
                 if kind == "auto":
                     reason = f"{fitted.model.about['chosen']} ({reason})"
             elif kind != "object":
                 if kind == "auto":
-                    side = max(texture_size(images.shapes), images.size)
+                    if reduction_of(images.shapes, COMPARED) is not None:
+                        say(f"as a texture, images are compared at {COMPARED} pixels; --kind texture keeps larger ones")
+                    side = max(texture_size(images.shapes, COMPARED), images.size)
                     options["double"] = images.double if images.size == side else None
                     images = _load_again(data, images, side, **reading)
                 fitted = as_texture(images.pixels, shapes=images.shapes)
@@ -298,11 +304,13 @@ def _load_sizes(
 
 def _load_texture(data: str | Path, recipe: Recipe, *, skip_bad: bool, progress: bool, say: Say) -> ImageSet:
     """Returns the good images at the size that they need as a texture."""
-    small, _ = TEXTURE_SIZES
+    small = TEXTURE_SIZES[0]
     options: Any = {"skip_bad": skip_bad, "progress": progress}
     images = load_train(data, size=small, **options)
     if (side := texture_size(images.shapes)) != small:
         images = load_train(data, size=side, **options)
+    if (reduction := reduction_of(images.shapes, side)) is not None:
+        say(reduction)
     return _checked(images, recipe, say)
 
 
