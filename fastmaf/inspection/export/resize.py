@@ -53,11 +53,14 @@ def counted(length: Value) -> Value:
 
 def _weights(length: Value, size: int | Value) -> Value:
     """Returns the weights of an axis's pixels in each new pixel, ``[size, length]``, in units of 2^-22."""
-    dynamic = isinstance(size, Value)
-    scale = length.cast("float64") / (size.cast("float64") if dynamic else size)
+    places: np.ndarray | Value
+    if isinstance(size, Value):
+        scale = length.cast("float64") / size.cast("float64")
+        places = counted(size).cast("float64").reshape(-1, 1) + 0.5
+    else:
+        scale, places = length.cast("float64") / size, np.arange(size)[:, None] + 0.5
     widening = scale.op("Max", 1.0)  # antialiasing: a wider triangle for reduction
-    places = counted(size).cast("float64").reshape(-1, 1) if dynamic else np.arange(size)[:, None]
-    centre = scale * (places + 0.5)
+    centre = scale * places
     pixels = counted(length).cast("float64")
     distance = (pixels - centre + 0.5) * (widening.graph.value(1.0, "float64") / widening)
     triangle = (-distance.op("Abs") + 1.0).op("Max", 0.0)
