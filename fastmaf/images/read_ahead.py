@@ -27,7 +27,9 @@ _T = TypeVar("_T")
 _R = TypeVar("_R")
 
 BATCH = 32
-"""Images of one batch."""
+"""Images of one batch; fewer if they are large."""
+
+_PIXELS = 2**23  # of the squares of one batch
 
 
 class Unreadable(NamedTuple):
@@ -114,7 +116,7 @@ class ReadAhead:
 
     def __init__(self, size: int, *, keep_full: bool = False, processes: int) -> None:
         self._read = partial(read_batch, size=size, keep_full=keep_full)
-        self._batch, self._processes = 1 if keep_full else BATCH, processes
+        self._batch, self._processes = 1 if keep_full else min(BATCH, max(1, _PIXELS // size**2)), processes
         self._pool: ProcessPoolExecutor | None = None
 
     def __enter__(self) -> ReadAhead:

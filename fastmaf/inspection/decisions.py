@@ -7,9 +7,9 @@ from dataclasses import asdict
 from typing import Any
 
 from fastmaf.inspection.combined import CombinedModel
+from fastmaf.inspection.framed import seen_by
 from fastmaf.inspection.interface import AnomalyModel
 from fastmaf.inspection.model import InspectionModel
-from fastmaf.inspection.posed import seen_by
 from fastmaf.inspection.recipe import Recipe
 from fastmaf.inspection.texture.model import TextureModel
 from fastmaf.io.wording import count

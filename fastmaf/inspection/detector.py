@@ -22,11 +22,11 @@ from fastmaf.inspection.detector_input import are_images, found_in, square_pixel
 from fastmaf.inspection.features.candidate import fit_precomputed
 from fastmaf.inspection.features.extractor import PRECOMPUTED, on_grid
 from fastmaf.inspection.features.model import FeatureModel
+from fastmaf.inspection.framed import seen_by
 from fastmaf.inspection.interface import AnomalyModel, map_shape, maps_of, scores_of
 from fastmaf.inspection.kinds import KINDS, Kind
 from fastmaf.inspection.map_shapes import brought_to
 from fastmaf.inspection.model import InspectionModel, Prediction, Shapes, load_inspection
-from fastmaf.inspection.posed import seen_by
 from fastmaf.inspection.recipe import RANK, Recipe
 from fastmaf.inspection.row_model import RowModel, fit_rows
 from fastmaf.inspection.sizes import BUDGET, SIZES, sizes_of

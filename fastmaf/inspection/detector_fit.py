@@ -14,8 +14,9 @@ from fastmaf.inspection.detector_input import pixels_for_sizes, square_pixels
 from fastmaf.inspection.features.extractor import extractor_of
 from fastmaf.inspection.features.fit import fit_with_features
 from fastmaf.inspection.fit import fit
+from fastmaf.inspection.framing import framing_of
 from fastmaf.inspection.interface import AnomalyModel
-from fastmaf.inspection.kinds import Kind, fit_texture_model, plausible_kind, texture_size
+from fastmaf.inspection.kinds import COMPARED, Kind, fit_texture_model, plausible_kind, texture_size
 from fastmaf.inspection.model import Shapes
 from fastmaf.inspection.posed import in_one_pose
 from fastmaf.inspection.recipe import Recipe
@@ -80,10 +81,15 @@ def fit_images(
         samples, double, shapes = square_pixels(X, tiled_size(recipe.size, wanted.tiles), double=True)
     if not wanted.choose_size:
         sizes = (recipe.size,)
-    recipe = replace(recipe, aspect=aspect_of(shapes))
+    whole = wanted.kind != "texture" and wanted.tiles == 1
+    framing = framing_of(samples, shapes, recipe, is_object=wanted.kind == "object") if whole else None
+    recipe = replace(recipe, aspect=aspect_of(shapes) if framing is None else framing.box.aspect)
     side = tiled_size(replace(recipe, size=sizes[-1]).side, wanted.tiles)
-    if wanted.kind != "texture" and len(samples) and samples.shape[-1] < side:
-        samples, double, _ = square_pixels(X, side, double=extractor is None)
+    of_side = samples.shape[-1] == side or (extractor is not None and samples.shape[-1] > side)
+    if wanted.kind != "texture" and len(samples) and not of_side:
+        samples, double, _ = square_pixels(X, side, double=double is not None)
+    if framing is not None:
+        samples, double = framing.laid(samples, shapes), None if double is None else framing.laid(double, shapes)
     n = len(samples)
     if n < 3:
         raise ValueError(f"X must hold at least 3 good images; found {n}")
@@ -91,8 +97,8 @@ def fit_images(
     recipe = replace(recipe, size=sizes[0], folds=min(recipe.folds, n))
     options: Any = {"groups": groups, "progress": wanted.verbose}
     model: AnomalyModel
-    kind = wanted.kind
-    posed = None if kind == "texture" or wanted.tiles > 1 else in_one_pose(samples, double, recipe)
+    kind = wanted.kind if framing is None else "object"
+    posed = in_one_pose(samples, double, recipe) if whole else None
     if posed is not None:
         kind, samples, double = "object", posed.pixels, posed.double
     elif kind == "auto":
@@ -100,7 +106,7 @@ def fit_images(
     if extractor is not None:
         texture: TextureCandidate | None = None
         if kind != "object":
-            samples, _, _ = square_pixels(X, max(texture_size(shapes), samples.shape[-1]))
+            samples, _, _ = square_pixels(X, max(texture_size(shapes, COMPARED), samples.shape[-1]))
             texture = fit_texture_model(samples, recipe, shapes=shapes, **options).candidate
         options |= {"budget": wanted.budget, "texture": texture}
         chosen = fit_with_features(samples, sizes, recipe, extractor, **options)
@@ -118,7 +124,8 @@ def fit_images(
         model, scores = fitted.model, fitted.held_out.scores[0]
     if wanted.choose_size:
         model.about["configuration"] = {"size": "auto", "budget": wanted.budget}
-    return model if posed is None else posed.model(model), scores
+    model = model if posed is None else posed.model(model)
+    return model if framing is None else framing.model(model), scores
 
 
 def _fit_texture(
@@ -131,7 +138,8 @@ def _fit_texture(
     **options: Any,
 ) -> tuple[AnomalyModel, np.ndarray]:
     """Returns a texture model, or with a budget of both kinds what is better on synthetic defects; held-out scores."""
-    side = max(texture_size(shapes), *sides_for(sizes, recipe))
+    compared = max(texture_size(shapes, COMPARED), *sides_for(sizes, recipe))
+    side = texture_size(shapes) if budget is None else compared
     large, _, _ = square_pixels(X, side)
     texture = fit_texture_model(large, recipe, shapes=shapes, **options)
     if budget is None:

@@ -20,6 +20,7 @@ from fastmaf.images.reduce import reduced
 from fastmaf.inspection.baselines import Baseline, all_baselines
 from fastmaf.inspection.combined import CombinedModel
 from fastmaf.inspection.features.model import FeatureModel
+from fastmaf.inspection.framed import FramedModel
 from fastmaf.inspection.interface import AnomalyModel
 from fastmaf.inspection.map_shapes import squared
 from fastmaf.inspection.masks import LabelledSet
@@ -29,11 +30,11 @@ from fastmaf.inspection.posed import PosedModel
 from fastmaf.inspection.scoring.float64_flow import Float64Flow, FlowValues
 from fastmaf.inspection.scoring.score import image_scores, score_maps, terms_of
 from fastmaf.inspection.scoring.settings import Kind
+from fastmaf.inspection.tiled import TiledModel
+from fastmaf.inspection.tiled_baselines import TiledBaseline, small_enough
 from fastmaf.metrics.aupro import au_pro, compare_pixels
 from fastmaf.metrics.auroc import PairedDifference, auroc, auroc_interval, paired_bootstrap
 from fastmaf.metrics.results import NORMAL
-
-_BASELINE_SIZE = 128  # principal components of larger images would not fit the memory
 
 _Scored: TypeAlias = tuple[str, str, np.ndarray, np.ndarray | None]
 """Name, kind, scores and anomaly maps."""
@@ -84,11 +85,13 @@ def score_table(
         seed: of the bootstrap.
         progress: show a progress bar.
     """
-    images = test.images
+    images, side = test.images, prediction.anomaly_maps.shape[-1]
     scored = _model_scores(model, images, prediction, fold_models)
     if test.normals is not None:
         for baseline in track(all_baselines(), "scoring with baselines", "baseline", show=progress):
-            scored.append((baseline.name, "baseline", *_baseline(baseline, test.normals.pixels, images.pixels)))
+            scored.append(
+                (baseline.name, "baseline", *_baseline(baseline, model, test.normals.pixels, images.pixels, side))
+            )
     defect = np.array([label != NORMAL for label in images.labels])
     pixels = _pixel_metrics(scored, test, seed)
     rows = []
@@ -99,12 +102,16 @@ def score_table(
     return rows
 
 
-def _baseline(baseline: Baseline, normals: Tensor, pixels: Tensor) -> tuple[np.ndarray, np.ndarray | None]:
-    """Returns scores and maps of a baseline, of images of at most ``_BASELINE_SIZE`` pixels a side."""
-    size = int(pixels.shape[-1])
-    small = [reduced(images, min(size, _BASELINE_SIZE)) for images in (normals, pixels)]
-    scores, maps = baseline.fit(small[0]).score(small[1])
-    return scores, None if maps is None else squared(maps, size)
+def _baseline(
+    baseline: Baseline, model: AnomalyModel, normals: Tensor, pixels: Tensor, side: int
+) -> tuple[np.ndarray, np.ndarray | None]:
+    """Returns scores of a baseline, of the tiles of a tiled model or of images of at most 128 pixels, and its maps,
+    of this side unless they are stitched.
+    """
+    if isinstance(model, TiledModel):
+        return TiledBaseline(baseline, model.parts[0].size, model.tiles).fit(normals).score(pixels)
+    scores, maps = baseline.fit(small_enough(normals)).score(small_enough(pixels))
+    return scores, None if maps is None else squared(maps, side)
 
 
 def _pixel_metrics(
@@ -126,6 +133,14 @@ def _model_scores(
     model: AnomalyModel, images: ImageSet, prediction: Prediction, fold_models: Sequence[fastmaf.Flow]
 ) -> list[_Scored]:
     """Returns all scores of the model, its own first."""
+    if isinstance(model, FramedModel):
+        shapes = images.shapes or None
+        framed = replace(images, pixels=model.seen(images.pixels, shapes), shapes=())
+        of_part = _model_scores(model.part, framed, prediction, fold_models)
+        return of_part[:1] + [
+            (name, kind, scores, None if maps is None else model.maps_of(images.pixels, shapes, maps))
+            for name, kind, scores, maps in of_part[1:]
+        ]
     if isinstance(model, PosedModel):
         seen, places = model.seen(images.pixels)
         of_part = _model_scores(model.part, replace(images, pixels=seen, shapes=()), prediction, fold_models)

@@ -11,9 +11,9 @@ from pathlib import Path
 
 import fastmaf
 from fastmaf.images.dataset import check_takes_images
+from fastmaf.inspection.framed import seen_by
 from fastmaf.inspection.interface import AnomalyModel
 from fastmaf.inspection.model import InspectionModel
-from fastmaf.inspection.posed import seen_by
 from fastmaf.inspection.scoring.float64_flow import check_base
 from fastmaf.io.atomic import replace
 from fastmaf.io.tensor_file import read_tensors

@@ -32,8 +32,13 @@ from fastmaf.inspection.texture.model import TextureModel
 Kind: TypeAlias = Literal["object", "texture", "auto"]
 KINDS: tuple[Kind, ...] = ("auto", "object", "texture")
 
-TEXTURE_SIZES = 256, 512
+TEXTURE_SIZES = 256, 512, 1024
 """Sides of the square images that a texture is read as, from which it is brought back to its own aspect ratio."""
+
+COMPARED = 512
+"""The largest of these in a comparison with other kinds of models, whose synthetic defects are drawn onto squares."""
+
+_MOST_BYTES = 2**31  # of good images: they are held in memory
 
 _FOLDS = 5  # more would take longer; a density of patches of 80% of the images is much like that of all
 _FEWEST = 20  # good images: below, a comparison of kinds says little
@@ -94,18 +99,38 @@ def fit_texture_model(
     return FittedTexture(candidate, {"texture": time.perf_counter() - started}, candidate.good)
 
 
-def texture_size(shapes: Shapes) -> int:
-    """Returns the side to read images of these (height, width) at, so that most keep their resolution.
+def texture_size(shapes: Shapes, largest: int = TEXTURE_SIZES[-1]) -> int:
+    """Returns the side to read good images of these (height, width) at, so that most keep their resolution.
 
-    The smaller one serves images whose longer side is up to a quarter longer.
+    A size serves images whose longer side is up to a quarter longer. Images that would take more than 2 GiB are read at
+    a smaller one, at least at 512 pixels.
+
+    Args:
+        shapes: of the images.
+        largest: of the sizes.
 
     Example:
         >>> from fastmaf.inspection.kinds import texture_size
         >>> texture_size([(200, 250)]), texture_size([(200, 250), (400, 300), (600, 300)])
         (256, 512)
+        >>> texture_size([(512, 1024)] * 100), texture_size([(3000, 3000)] * 1000)
+        (1024, 512)
     """
-    small, large = TEXTURE_SIZES
-    return small if np.median([max(shape) for shape in shapes]) <= 1.25 * small else large
+    longer = np.median([max(shape) for shape in shapes])
+    sizes = [size for size in TEXTURE_SIZES if size <= largest]
+    size = next((size for size in sizes if longer <= 1.25 * size), sizes[-1])
+    while size > COMPARED and 3 * size**2 * len(shapes) > _MOST_BYTES:
+        size //= 2
+    return size
+
+
+def reduction_of(shapes: Shapes, side: int) -> str | None:
+    """Returns what is to be said of textures that are read as squares of this side, if most lose resolution."""
+    longer = float(np.median([max(shape) for shape in shapes]))
+    if longer <= 1.25 * side:
+        return None
+    text = f"longer sides, {longer:.0f} pixels in the median, are reduced to {side}"
+    return f"{text}: for finer defects, cut the images up"
 
 
 def plausible_kind(pixels: Tensor) -> tuple[Kind, str]:

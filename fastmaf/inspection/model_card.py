@@ -81,6 +81,18 @@ def posed_card(path: str | Path, size: int, seen: int, calibration: Calibration,
     return _card(path, details, calibration, about)
 
 
+def framed_card(
+    path: str | Path, frame: tuple[int, int], size: int, calibration: Calibration, about: Mapping[str, Any]
+) -> ModelCard:
+    """Returns the card of a model of images in a frame of (height, width); others as ``inspection_card``."""
+    height, width = frame
+    details = {
+        "Class": "a model of images of different shapes, which are laid into one frame and not distorted",
+        "Images": f"laid into a frame of {height} × {width} pixels, which is resized to {size} × {size} pixels",
+    }
+    return _card(path, details, calibration, about)
+
+
 def tiled_card(
     path: str | Path, size: int, tiles: int, calibration: Calibration, about: Mapping[str, Any]
 ) -> ModelCard:

@@ -17,6 +17,7 @@ KINDS = {
     PIXELS: "fastmaf.inspection.model",
     "combined": "fastmaf.inspection.combined",
     "features": "fastmaf.inspection.features.read",
+    "framed": "fastmaf.inspection.framed",
     "posed": "fastmaf.inspection.posed",
     "tiled": "fastmaf.inspection.tiled",
     "texture": "fastmaf.inspection.texture.file",

@@ -25,12 +25,25 @@ ANGLES = 360
 RADII = 26
 """Number of radii of a polar image."""
 
-_SIDE = 64  # of the images that angles are told from
-_FIRST = 4  # radius in pixels of these: smaller circles hold few pixels
+SIDE = 64
+"""Side of the images that angles are told from, at most."""
+
+STEPS = 8
+"""Steps per compared angle, to which an angle is rounded: it does not depend on the batch then."""
+
+ROUNDING = 2.0**12
+"""Steps per half side, to which the middle of an object is rounded, for the same reason."""
+
+LIGHT = 0.25
+"""Part of the largest difference from the border that is taken for light on the background."""
+
+FLAT = 1e-6
+"""Grey levels of a polar image that are rounding errors: an image of one colour has the angle 0."""
+
+TINY = torch.finfo(torch.float64).tiny
+
+_FIRST = 4  # radius in pixels of images of SIDE: smaller circles hold few pixels
 _ROUNDS = 12  # of turning all images to their mean, at most
-_STEPS = 8  # per compared angle, to which an angle is rounded: it does not depend on the batch then
-_ROUNDING = 2.0**12  # of the middle of an object, for the same reason
-_LIGHT = 0.25  # of the largest difference from the border
 _BATCH = 64
 _FEWEST, _COMPARED = 20, 300  # good images
 _MOST_IN_CORNERS = 0.25  # of the mean square of fine structure; it is 1 for a texture
@@ -64,7 +77,7 @@ class Pose:
             pixels: uint8 ``[n, 3, s, s]``, n >= 1.
             moves: see the attribute.
         """
-        small = reduced(pixels, min(_SIDE, pixels.shape[-1]))
+        small = reduced(pixels, min(SIDE, pixels.shape[-1]))
         polar = _polar(small, _middles(small, moves))
         transformed = torch.fft.rfft(polar, dim=1)
         reference, before = polar[0], torch.full((len(polar),), -1)
@@ -85,15 +98,17 @@ class Pose:
         """
         found = []
         for part in pixels.split(_BATCH) if len(pixels) else ():  # there is no transform of nothing
-            small = reduced(part, min(_SIDE, part.shape[-1]))
+            small = reduced(part, min(SIDE, part.shape[-1]))
             middles = _middles(small, self.moves)
-            correlation = _correlation(torch.fft.rfft(_polar(small, middles), dim=1), self.reference)
+            polar = _polar(small, middles)
+            correlation = _correlation(torch.fft.rfft(polar, dim=1), self.reference)
             best = correlation.argmax(dim=1, keepdim=True)
             left, peak, right = (correlation.gather(1, (best + k) % ANGLES)[:, 0] for k in (-1, 0, 1))
             # The vertex of the parabola through the largest value and its neighbours.
-            bend = (2 * peak - left - right).clamp_min(torch.finfo(peak.dtype).tiny)
+            bend = (2 * peak - left - right).clamp_min(TINY)
             vertex = best[:, 0] + ((right - left) / (2 * bend)).clamp(-0.5, 0.5)
-            angles = (vertex * _STEPS).round() / _STEPS * (360 / ANGLES) % 360
+            angles = (vertex * STEPS).round() / STEPS * (360 / ANGLES) % 360
+            angles = torch.where(polar.abs().amax(dim=(1, 2)) > FLAT, angles, 0)
             found.append(torch.cat([angles[:, None], middles], dim=1))
         return torch.cat([torch.empty(0, 3, dtype=torch.float64), *found])
 
@@ -150,20 +165,29 @@ def _middles(small: Tensor, moves: bool) -> Tensor:
     x = to_grey(small).double()[:, 0]
     difference = (x - _border(x).median(dim=-1).values[:, None, None]).abs()
     # What differs little is light on the background.
-    weight = (difference - _LIGHT * difference.amax(dim=(1, 2), keepdim=True)).clamp_min(0)
-    total = weight.sum(dim=(1, 2)).clamp_min(torch.finfo(weight.dtype).tiny)
+    weight = (difference - LIGHT * difference.amax(dim=(1, 2), keepdim=True)).clamp_min(0)
+    total = weight.sum(dim=(1, 2)).clamp_min(TINY)
     side = small.shape[-1]
-    at = (2 * torch.arange(side, dtype=torch.float64) + 1) / side - 1
+    at = pixel_centres(side)
     right, below = (weight.sum(dim=axis) @ at / total for axis in (1, 2))
-    return (torch.stack([right, below], dim=1) * _ROUNDING).round() / _ROUNDING
+    return (torch.stack([right, below], dim=1) * ROUNDING).round() / ROUNDING
+
+
+def pixel_centres(side: int) -> Tensor:
+    """Returns the places of pixels along a side, in halves of it from the middle, float64 ``[side]``."""
+    return (2 * torch.arange(side, dtype=torch.float64) + 1) / side - 1
+
+
+def polar_grid() -> Tensor:
+    """Returns the places of a polar image, right of and below the middle, float64 ``[ANGLES, RADII, 2]``."""
+    radii = torch.arange(_FIRST, _FIRST + RADII, dtype=torch.float64) / (SIDE / 2)
+    angles = torch.arange(ANGLES, dtype=torch.float64) * (2 * math.pi / ANGLES)
+    return torch.stack([radii * torch.cos(angles)[:, None], radii * torch.sin(angles)[:, None]], dim=-1)
 
 
 def _polar(small: Tensor, middles: Tensor) -> Tensor:
     """Returns polar images about the middles, float64 ``[n, ANGLES, radii]``, less their means."""
-    x = to_grey(small).double()
-    radii = torch.arange(_FIRST, _FIRST + RADII, dtype=torch.float64) / (_SIDE / 2)
-    angles = torch.arange(ANGLES, dtype=torch.float64) * (2 * math.pi / ANGLES)
-    grid = torch.stack([radii * torch.cos(angles)[:, None], radii * torch.sin(angles)[:, None]], dim=-1)
+    x, grid = to_grey(small).double(), polar_grid()
     polar = grid_sample(x, grid + middles[:, None, None], align_corners=False, padding_mode="border")[:, 0]
     return polar - polar.mean(dim=(1, 2), keepdim=True)
 
@@ -196,9 +220,9 @@ def common_pose(pixels: Tensor) -> CommonPose | None:
         return None
     if len(pixels) > _COMPARED:
         pixels = pixels[torch.linspace(0, len(pixels) - 1, _COMPARED).long()]
-    small = reduced(pixels, min(_SIDE, pixels.shape[-1]))
+    small = reduced(pixels, min(SIDE, pixels.shape[-1]))
     before = alignment(small)
-    if before >= ALIGNED or _in_corners(small) > _MOST_IN_CORNERS:
+    if before >= ALIGNED or not has_plain_corners(small):
         return None
     found = []
     for moves in (False, True):
@@ -211,6 +235,11 @@ def common_pose(pixels: Tensor) -> CommonPose | None:
     return CommonPose(pose, f"{text}, {max(before, 0.0):.0%} before")
 
 
+def has_plain_corners(small: Tensor) -> bool:
+    """Returns whether there is next to nothing outside the inscribed circle of images, uint8 ``[n, 3, s, s]``."""
+    return _in_corners(small) <= _MOST_IN_CORNERS
+
+
 def _in_corners(small: Tensor) -> float:
     """Returns the mean square of the fine structure outside the inscribed circle over that of the image, 0 to 4.7."""
     x = to_grey(small).double()
@@ -218,5 +247,5 @@ def _in_corners(small: Tensor) -> float:
     at = torch.linspace(-1, 1, fine.shape[-1], dtype=torch.float64)
     outside = at[:, None].square() + at.square() > 1
     # The median over the images: noise is in every one, dust in the corner of a few.
-    shares = fine[:, outside].mean(dim=1) / fine.mean(dim=(1, 2)).clamp_min(torch.finfo(fine.dtype).tiny)
+    shares = fine[:, outside].mean(dim=1) / fine.mean(dim=(1, 2)).clamp_min(TINY)
     return float(shares.median())

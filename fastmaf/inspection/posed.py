@@ -162,11 +162,6 @@ def in_one_pose(pixels: Tensor, double: Tensor | None, recipe: Recipe) -> InPose
     return InPose(small, None if double is None else images, common.pose, largest.shape[-1], common.reason)
 
 
-def seen_by(model: AnomalyModel) -> AnomalyModel:
-    """Returns the model of turned images in a model, or the model itself."""
-    return model.part if isinstance(model, PosedModel) else model
-
-
 def read_model(file: TensorFile, *, device: str = "cpu") -> PosedModel:
     """Reads what ``PosedModel.save`` wrote from an open file; see ``load_inspection``."""
     try:

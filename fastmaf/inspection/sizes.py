@@ -23,11 +23,11 @@ from fastmaf.inspection.combined import CombinedModel, combine
 from fastmaf.inspection.exchangeability import describe_groups
 from fastmaf.inspection.fit import FALSE_ALARM, Fitted, fit
 from fastmaf.inspection.fit_stages import Stages
+from fastmaf.inspection.framed import seen_by
 from fastmaf.inspection.interface import AnomalyModel, Candidate, HeldOut
 from fastmaf.inspection.model import InspectionModel
 from fastmaf.inspection.out_of_fold import OutOfFoldModels
 from fastmaf.inspection.pixel_candidate import PixelCandidate
-from fastmaf.inspection.posed import seen_by
 from fastmaf.inspection.recipe import Recipe
 from fastmaf.inspection.selection.candidates import Choice, choose_candidate, combined_model
 from fastmaf.inspection.synthetic_defects.draw import draw_defects

@@ -19,6 +19,7 @@ from fastmaf.inspection.export.agreement import Results, both, differs, in_batch
 from fastmaf.inspection.export.graph import inspection_graph
 from fastmaf.inspection.export.graph_builder import ExportError, require
 from fastmaf.inspection.features.model import FeatureModel
+from fastmaf.inspection.framed import seen_by
 from fastmaf.inspection.interface import AnomalyModel
 from fastmaf.inspection.model import InspectionModel
 from fastmaf.inspection.tiled import TiledModel
@@ -193,6 +194,7 @@ def _compared(model: AnomalyModel, results: Sequence[Results], tolerance: float,
 
 def _features(model: AnomalyModel) -> int:
     """Returns the number of values that the NLL is of; other models than these have no graph."""
+    model = seen_by(model)
     if isinstance(model, TiledModel):
         return sum(_features(part) for part in model.parts)
     first = model.parts[0] if isinstance(model, CombinedModel) else model

@@ -18,10 +18,13 @@ from torch import Tensor
 import fastmaf
 from fastmaf.inspection.combined import CombinedModel
 from fastmaf.inspection.export.features import feature_results
+from fastmaf.inspection.export.framing import extent_of, framed, maps_of_images
 from fastmaf.inspection.export.graph_builder import ExportError, Graph, Value
+from fastmaf.inspection.export.pose import grey, maps_turned_back, place_of, turned
 from fastmaf.inspection.export.resize import resized
 from fastmaf.inspection.export.transforms import flow_steps, unexplained
 from fastmaf.inspection.features.model import FeatureModel
+from fastmaf.inspection.framed import FramedModel, seen_by
 from fastmaf.inspection.interface import AnomalyModel
 from fastmaf.inspection.map_shapes import squared
 from fastmaf.inspection.model import InspectionModel
@@ -61,7 +64,12 @@ def inspection_graph(model: AnomalyModel) -> Any:
     """
     graph, size = Graph(), model.size
     image = graph.input("image", "uint8", ["batch", "height", "width", 3], "R, G, B, rows from the top, 0 to 255")
-    score, anomaly_map, nll = _results(model, resized(image, size))
+    if isinstance(model, FramedModel):
+        extent = extent_of(model.box, image, size)
+        score, maps, nll = _results(model.part, framed(resized(image, size), extent, size))
+        anomaly_map = maps_of_images(maps, extent, size)
+    else:
+        score, anomaly_map, nll = _results(model, resized(image, size))
     above = (graph.value(model.calibration.scores, "float64") >= score.reshape(0, 1)).cast("float64").sum(1)
     graph.output("score", score, ["batch"], "anomaly score: higher is more anomalous")
     graph.output("map", anomaly_map, ["batch", size, size], "anomaly map; mean square 1 over good images")
@@ -76,7 +84,7 @@ def inspection_graph(model: AnomalyModel) -> Any:
 @singledispatch
 def _results(model: Any, planes: Value) -> _Results:
     """Returns scores, maps and NLLs of images, float64 ``[n, 3, size, size]``, whole numbers from 0 to 255."""
-    known = ", ".join(kind.__name__ for kind in _results.registry if kind not in (object, TextureModel, PosedModel))
+    known = ", ".join(kind.__name__ for kind in _results.registry if kind not in (object, TextureModel))
     raise ExportError(f"a {type(model).__name__} cannot be exported to ONNX; expected one of {known}")
 
 
@@ -85,9 +93,8 @@ def _(model: InspectionModel, planes: Value) -> _Results:
     settings, shape = model.settings, model.shape
     if shape[0] != shape[1]:
         planes = resized(planes.transpose(0, 2, 3, 1), shape)
-    if model.channels == 1:  # see ``to_grey``; exact in float64
-        weights = np.array([19595.0, 38470.0, 7471.0]).reshape(3, 1, 1)
-        planes = (((planes * weights).sum(1) + 32768.0) / 65536.0).op("Floor")
+    if model.channels == 1:
+        planes = grey(planes)
     x = planes.cast("float32").reshape(0, model.flow.features) / 255.0
     shares, steps = flow_steps(model.flow, x)
     first, z = len(first_part(model.flow)) - 1, steps[-1]
@@ -148,11 +155,13 @@ def _(model: TextureModel, planes: Value) -> _Results:
 
 @_results.register
 def _(model: PosedModel, planes: Value) -> _Results:
-    raise ExportError(
-        "a PosedModel, of objects at any angle, cannot be exported to ONNX, as each image is turned first: score "
-        "with 'fastmaf inspect score' or 'fastmaf inspect serve', or fit with pose = \"none\" in a --config file for a "
-        "model that can be exported"
+    size, small = model.size, model.part.size
+    place = place_of(model.pose, planes, size)
+    images = turned(planes, place, size)
+    score, anomaly_map, nll = _results(
+        model.part, images if small == size else resized(images.transpose(0, 2, 3, 1), small)
     )
+    return _Results(score, maps_turned_back(_squared(anomaly_map, (small, small), size), place, size), nll)
 
 
 @_results.register
@@ -175,14 +184,15 @@ def _enlarging(side: int, size: int) -> Tensor:
 
 
 def _properties(model: AnomalyModel) -> dict[str, str]:
-    calibration, settings = model.calibration, dict[str, str]()
+    calibration, size, settings = model.calibration, model.size, dict[str, str]()
+    model = seen_by(model)
     if isinstance(model, InspectionModel):
         settings = {"score": json.dumps(vars(model.settings)), "map_config": json.dumps(vars(model.map_config))}
     elif isinstance(model, CombinedModel):
         settings = {"parts": json.dumps([vars(standard) for standard in model.standards])}
     return {
         "fastmaf_version": fastmaf.__version__,
-        "size": str(model.size),
+        "size": str(size),
         **settings,
         "threshold": repr(calibration.threshold),
         "false_alarm": repr(calibration.false_alarm),

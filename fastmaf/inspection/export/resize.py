@@ -40,12 +40,28 @@ def resized(image: Value, size: int | tuple[int, int]) -> Value:
     return image.graph.either(tall, vertical_first, horizontal_first)
 
 
-def _weights(length: Value, size: int) -> Value:
+def reduced_squares(planes: Value, size: int, rows: Value, columns: Value) -> Value:
+    """Resizes squares, float64 ``[n, 3, size, size]``, to at most this many rows and columns, int64 scalars."""
+    length = planes.graph.value(size, "int64")
+    return _rounded(_weights(length, rows) @ _rounded(planes @ _weights(length, columns).transpose(1, 0)))
+
+
+def counted(length: Value) -> Value:
+    """Returns the numbers from 0 to before a length, an int64 scalar."""
+    return length.graph.value(0, "int64").op("Range", length, 1)
+
+
+def _weights(length: Value, size: int | Value) -> Value:
     """Returns the weights of an axis's pixels in each new pixel, ``[size, length]``, in units of 2^-22."""
-    scale = length.cast("float64") / size
+    places: np.ndarray | Value
+    if isinstance(size, Value):
+        scale = length.cast("float64") / size.cast("float64")
+        places = counted(size).cast("float64").reshape(-1, 1) + 0.5
+    else:
+        scale, places = length.cast("float64") / size, np.arange(size)[:, None] + 0.5
     widening = scale.op("Max", 1.0)  # antialiasing: a wider triangle for reduction
-    centre = scale * (np.arange(size)[:, None] + 0.5)
-    pixels = length.graph.value(0, "int64").op("Range", length, 1).cast("float64")
+    centre = scale * places
+    pixels = counted(length).cast("float64")
     distance = (pixels - centre + 0.5) * (widening.graph.value(1.0, "float64") / widening)
     triangle = (-distance.op("Abs") + 1.0).op("Max", 0.0)
     return (triangle / triangle.sum(1, keep=True) * _ONE + 0.5).op("Floor")

@@ -91,8 +91,8 @@ class TextureCandidate:
         if same_images(images, self.images):
             return self.good
         model = self.fitted
-        nlls = held_out_nlls(model.filters, self.folds, self.flows, images, self.shapes)
-        parts, maps = held_out_parts(nlls, self.folds, self.sums, model.size, model.filters.border)
+        nlls = held_out_nlls(model.filters, self.folds, self.flows, images, self.shapes, model.longest)
+        parts, maps = held_out_parts(nlls, self.folds, self.sums, model.map_size, model.filters.border)
         scores = rounded(torch.from_numpy(image_scores(parts, model.mean, model.deviation))).numpy()
         return HeldOut(scores[None], maps[None] / np.float32(model.map_unit))
 
@@ -103,11 +103,12 @@ def held_out_nlls(
     flows: Sequence[Flows],
     images: Tensor,
     shapes: Shapes | None,
+    longest: int,
 ) -> list[list[Tensor]]:
     """Returns the NLL maps of each image under the densities fitted without its fold."""
     fold_of = fold_of_each(folds, len(images))
     return [
-        nll_maps(filters, flows[fold_of[i]], image, None if shapes is None else shapes[i])
+        nll_maps(filters, flows[fold_of[i]], image, None if shapes is None else shapes[i], longest)
         for i, image in enumerate(images)
     ]
 

@@ -24,14 +24,17 @@ PATCH = 5
 SMALLEST = 16
 """Side of the smallest level of a pyramid, in pixels."""
 LONGEST = 512
-"""Longest side of an image in pixels; larger ones are reduced."""
+"""Longest side of an image in pixels, unless a model was fitted to larger ones; larger ones are reduced."""
 
 BORDER = 2
 """Locations along each side of a level that are left out: the reach of a filter and of the averaged energies."""
 
+STRIDE = 2
+"""Pixels of a level between neighbouring locations."""
+
 _FILTERS = {1: 12, 3: 16}  # by channels
 _SIGMA = 2.0  # pixels of a level: of the average of squared responses
-_STRIDE = 2
+_REACH = round(3 * _SIGMA)  # pixels, of the same
 _LEAST_ENERGY = 0.02  # of a mean of 1: noise of 8 bits must not dominate the logarithm
 _LEAST_VARIANCE = 1e-5  # of a component, on [0, 1] data: about that of rounding to 8 bits
 
@@ -119,34 +122,46 @@ class TextureFilters:
         """
         image = image if self.light is None else log_intensity(image)
         for level, x in enumerate(pyramid(image)):
-            weight = self.weight[level].unflatten(1, (self.channels, PATCH, PATCH))
-            edge = PATCH // 2
-            responses = conv2d(pad(x[None], (edge,) * 4, mode="reflect"), weight, self.bias[level])
-            energies = (_blurred(responses.square()) + _LEAST_ENERGY).log()
-            features = torch.cat([responses, energies], dim=1)[0, :, ::_STRIDE, ::_STRIDE]
+            features = torch.cat([self._features(x, level, *rows) for rows in _strips(*x.shape[1:])], dim=1)
             if self.light is None:
                 yield features, None
                 continue
             features = features[:, BORDER:-BORDER, BORDER:-BORDER]
             yield features, self.light.contexts(image, features.shape[1:])
 
+    def _features(self, x: Tensor, level: int, first: int, last: int) -> Tensor:
+        """Returns the features of the rows from ``first`` to before ``last`` of a level ``[channels, h, w]``."""
+        weight = self.weight[level].unflatten(1, (self.channels, PATCH, PATCH))
+        edge = PATCH // 2
+        above, below = max(first - _REACH, 0), min(last + _REACH, x.shape[1])
+        padded = pad(x[None], (edge,) * 4, mode="reflect")[:, :, above : below + 2 * edge]
+        responses = conv2d(padded, weight, self.bias[level])
+        energies = (_blurred(responses.square()) + _LEAST_ENERGY).log()
+        return torch.cat([responses, energies], dim=1)[0, :, first - above : last - above : STRIDE, ::STRIDE]
 
-def to_texture(pixels: Tensor, shape: tuple[int, int] | None, channels: int) -> Tensor:
+
+def to_texture(pixels: Tensor, shape: tuple[int, int] | None, channels: int, longest: int = LONGEST) -> Tensor:
     """Returns a square image at its own aspect ratio and scale, float32 ``[channels, h, w]`` on [0, 1].
 
     Args:
         pixels: uint8 ``[3, s, s]``.
-        shape: (height, width) that the image had before it became square; None: it is square. Sides are at most
-            ``LONGEST``.
+        shape: (height, width) that the image had before it became square; None: it is square.
         channels: 1 converts to grey.
+        longest: side in pixels that larger images are reduced to.
     """
     image = (to_grey(pixels[None]) if channels == 1 else pixels[None]).float() / 255
     height, width = shape or tuple(pixels.shape[1:])
-    scale = min(1.0, LONGEST / max(height, width))
+    scale = min(1.0, longest / max(height, width))
     target = tuple(max(SMALLEST, round(scale * side)) for side in (height, width))
     if target != tuple(pixels.shape[1:]):
         image = interpolate(image, target, mode="bilinear", align_corners=False, antialias=True)
     return image[0]
+
+
+def _strips(height: int, width: int) -> list[tuple[int, int]]:
+    """Returns the rows of strips of about ``LONGEST``² pixels, one after the other: they bound the memory."""
+    rows = max(LONGEST**2 // width // STRIDE, 1) * STRIDE
+    return [(first, min(first + rows, height)) for first in range(0, height, rows)]
 
 
 def pyramid(image: Tensor) -> Iterator[Tensor]:
@@ -164,7 +179,7 @@ def pyramid(image: Tensor) -> Iterator[Tensor]:
 
 def _blurred(x: Tensor) -> Tensor:
     """Returns ``[1, K, h, w]`` smoothed by a Gaussian, with repeated edges."""
-    reach = round(3 * _SIGMA)
+    reach = _REACH
     kernel = torch.exp(-torch.arange(-reach, reach + 1, device=x.device).square() / (2 * _SIGMA**2))
     kernel = (kernel / kernel.sum()).expand(x.shape[1], 1, -1)
     x = conv2d(pad(x, (reach, reach, 0, 0), mode="replicate"), kernel[:, :, None, :], groups=x.shape[1])

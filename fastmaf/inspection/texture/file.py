@@ -12,7 +12,7 @@ import fastmaf
 from fastmaf.inspection.calibration import CALIBRATION, Calibration
 from fastmaf.inspection.model_schema import ABOUT, KEY
 from fastmaf.inspection.scoring.float64_flow import check_base
-from fastmaf.inspection.texture.features import LEVELS, PATCH, TextureFilters
+from fastmaf.inspection.texture.features import LEVELS, LONGEST, PATCH, TextureFilters
 from fastmaf.inspection.texture.light import CONTEXT, Light
 from fastmaf.inspection.texture.model import KIND, TextureModel
 from fastmaf.inspection.texture.position import GRID, PositionStatistics
@@ -32,7 +32,7 @@ _RECORD = Record(
         "calibration": CALIBRATION,
         "about": ABOUT,
     },
-    {"light": Flag()},
+    {"light": Flag(), "longest": Whole(LONGEST, 2**15)},
 )
 
 
@@ -68,6 +68,7 @@ def read_model(file: TensorFile, *, device: str = "cpu") -> TextureModel:
         float(record["map_unit"]),
         calibration,
         record["about"],
+        record.get("longest", LONGEST),
     )
 
 

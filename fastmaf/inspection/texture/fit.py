@@ -30,9 +30,9 @@ from fastmaf.inspection.texture.candidate import (
     held_out_parts,
 )
 from fastmaf.inspection.texture.density import fit_blocks, fit_whitening, nll, without_blocks
-from fastmaf.inspection.texture.features import LEVELS, TextureFilters, to_texture
+from fastmaf.inspection.texture.features import LEVELS, LONGEST, TextureFilters, to_texture
 from fastmaf.inspection.texture.light import CONTEXT
-from fastmaf.inspection.texture.model import TextureModel
+from fastmaf.inspection.texture.model import TextureModel, map_size_for
 from fastmaf.inspection.texture.position import PositionSums
 from fastmaf.inspection.texture.scoring import image_scores, part_statistics
 
@@ -65,14 +65,10 @@ def fit_texture(
         done: called after each of the ``len(folds) + STAGES`` stages.
     """
     size, channels = int(pixels.shape[-1]), 1 if is_grey(pixels) else 3
-
-    def texture(i: int) -> Tensor:
-        return to_texture(pixels[i], None if shapes is None else shapes[i], channels)
-
-    textures = [texture(i) for i in range(len(pixels))]
+    longest, map_size = max(size, LONGEST), map_size_for(size)
+    textures = _Textures(pixels, shapes, channels, longest)
     filters = TextureFilters.fit(textures, seed=seed)
     rows, contexts, owner = _sampled(filters, textures, seed)
-    del textures
     done()
     fold_of = fold_of_each(folds, len(pixels))
     levels = usable_levels([of_level.numpy() for of_level in owner], fold_of)
@@ -100,13 +96,13 @@ def fit_texture(
         if not kept[level]:
             flows = [_plain_at(of_fold, level) for of_fold in flows]
     whole = tuple(_fit(rows[level], contexts[level], seed, blocks=kept[level]) for level in range(levels))
-    nlls = held_out_nlls(filters, folds, flows, pixels, shapes)
+    nlls = held_out_nlls(filters, folds, flows, pixels, shapes, longest)
     total = sum(float(values.double().mean()) for of_image in nlls for values in of_image)
     sums = [
         [PositionSums.of(nlls[i][level] for i in fold if level < len(nlls[i])) for level in range(levels)]
         for fold in folds
     ]
-    parts, anomaly_maps = held_out_parts(nlls, folds, sums, size, filters.border)
+    parts, anomaly_maps = held_out_parts(nlls, folds, sums, map_size, filters.border)
     mean, deviation = part_statistics(parts)
     unit = float(np.sqrt(np.square(anomaly_maps, dtype=np.float64).mean())) or 1.0
     scores = rounded(torch.from_numpy(image_scores(parts, mean, deviation))).numpy()
@@ -121,10 +117,27 @@ def fit_texture(
         "seed": seed,
     }
     calibration = Calibration(scores, false_alarm, None, "k-fold", len(folds))
-    model = TextureModel(size, filters, whole, tuple(finished(sums)), mean, deviation, unit, calibration, about)
+    model = TextureModel(
+        size, filters, whole, tuple(finished(sums)), mean, deviation, unit, calibration, about, longest
+    )
     done()
     good = HeldOut(scores[None], anomaly_maps[None])
     return TextureCandidate(model, folds, flows, sums, shapes, pixels, good)
+
+
+class _Textures(Sequence[Tensor]):
+    """Images at their own aspect ratio, see ``to_texture``, made when they are needed, as floats take memory."""
+
+    def __init__(self, pixels: Tensor, shapes: Shapes | None, channels: int, longest: int) -> None:
+        self._pixels, self._shapes, self._how = pixels, shapes, (channels, longest)
+
+    def __len__(self) -> int:
+        return len(self._pixels)
+
+    def __getitem__(self, i: Any) -> Any:
+        if i >= len(self):
+            raise IndexError(i)
+        return to_texture(self._pixels[i], None if self._shapes is None else self._shapes[i], *self._how)
 
 
 def usable_levels(owner: Sequence[np.ndarray], fold_of: np.ndarray) -> int:

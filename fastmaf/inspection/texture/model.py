@@ -19,7 +19,7 @@ from fastmaf.inspection.model_card import texture_card
 from fastmaf.inspection.model_schema import KEY
 from fastmaf.inspection.scoring.float64_flow import rounded
 from fastmaf.inspection.texture.density import nll
-from fastmaf.inspection.texture.features import LEVELS, TextureFilters, to_texture
+from fastmaf.inspection.texture.features import LEVELS, LONGEST, TextureFilters, to_texture
 from fastmaf.inspection.texture.position import PositionStatistics
 from fastmaf.inspection.texture.scoring import anomaly_map, image_scores, relative_maps, score_parts
 from fastmaf.io.atomic import staging
@@ -42,7 +42,8 @@ class TextureModel:
     images. The NLL is the mean over the locations of a level, summed over the levels.
 
     Images are square, as for other models. ``shapes`` tells what they were before, so that the texture is seen at its
-    own scale and aspect ratio.
+    own scale and aspect ratio. In images of more than 512 pixels, the highest 0.5% are those of overlapping windows of
+    512 pixels, of which the largest mean counts.
 
     Attributes:
         size: side of the square images that it takes.
@@ -53,6 +54,7 @@ class TextureModel:
         map_unit: root mean square of the anomaly maps of held-out good images.
         calibration: held-out scores and the threshold taken from them.
         about: details of the training, plain JSON types.
+        longest: side in pixels that larger images are reduced to.
 
     References:
         Papamakarios, Pavlakou and Murray 2017, Masked Autoregressive Flow for Density Estimation.
@@ -67,6 +69,12 @@ class TextureModel:
     map_unit: float
     calibration: Calibration
     about: dict[str, Any] = field(default_factory=dict)
+    longest: int = LONGEST
+
+    @property
+    def map_size(self) -> int:
+        """Side of the square anomaly maps: they are smooth."""
+        return map_size_for(self.size)
 
     @property
     def device(self) -> torch.device:
@@ -80,7 +88,7 @@ class TextureModel:
 
     @fastmaf.torch_defaults()
     def predict(self, pixels: Tensor, shapes: Shapes | None = None, *, nll: bool = True) -> Prediction:
-        """Returns scores, anomaly maps and NLLs of images, uint8 ``[n, 3, size, size]``.
+        """Returns scores, anomaly maps of ``map_size`` and NLLs of images, uint8 ``[n, 3, size, size]``.
 
         Each image is evaluated by itself, so that its score does not depend on the others.
 
@@ -97,13 +105,13 @@ class TextureModel:
             raise ValueError(f"shapes must hold that of each of {len(pixels)} images; found {len(shapes)}")
         n = len(pixels)
         parts = np.empty((n, LEVELS))
-        maps, values = np.empty((n, self.size, self.size), np.float32), np.empty(n)
+        maps, values = np.empty((n, self.map_size, self.map_size), np.float32), np.empty(n)
         for i, image in enumerate(pixels):
-            levels = nll_maps(self.filters, self.flows, image, None if shapes is None else shapes[i])
+            levels = nll_maps(self.filters, self.flows, image, None if shapes is None else shapes[i], self.longest)
             values[i] = sum(float(of_level.double().mean()) for of_level in levels)
             relative = relative_maps(levels, self.positions)
             parts[i] = score_parts(relative)
-            maps[i] = (anomaly_map(relative, self.size, self.filters.border) / self.map_unit).numpy()
+            maps[i] = (anomaly_map(relative, self.map_size, self.filters.border) / self.map_unit).numpy()
         scores = torch.from_numpy(image_scores(parts, self.mean, self.deviation))
         return Prediction(rounded(scores).numpy(), maps, rounded(torch.from_numpy(values)).numpy())
 
@@ -128,6 +136,7 @@ class TextureModel:
             "map_unit": self.map_unit,
             "calibration": self.calibration.to_json(),
             "about": self.about,
+            **({} if self.longest == LONGEST else {"longest": self.longest}),
         }
         tensors = {
             "filter_weight": self.filters.weight,
@@ -152,12 +161,21 @@ class TextureModel:
             filled.write(None, {}, Path(path))
 
 
+def map_size_for(size: int) -> int:
+    """Returns the side of the anomaly maps of images of this side."""
+    return min(size, LONGEST)
+
+
 @torch.no_grad()
 def nll_maps(
-    filters: TextureFilters, flows: Sequence[fastmaf.Flow], image: Tensor, shape: tuple[int, int] | None
+    filters: TextureFilters,
+    flows: Sequence[fastmaf.Flow],
+    image: Tensor,
+    shape: tuple[int, int] | None,
+    longest: int = LONGEST,
 ) -> list[Tensor]:
     """Returns the NLL map of each level of an image, uint8 ``[3, s, s]``, float32 ``[h_l, w_l]`` in nats."""
-    texture = to_texture(image, shape, filters.channels).to(filters.weight.device)
+    texture = to_texture(image, shape, filters.channels, longest).to(filters.weight.device)
     return [
         nll(flow, features.flatten(1).T.contiguous(), contexts).view(features.shape[1:])
         for flow, (features, contexts) in zip(flows, filters(texture), strict=False)

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import avg_pool2d, interpolate, pad
 
-from fastmaf.inspection.texture.features import LEVELS
+from fastmaf.inspection.texture.features import LEVELS, LONGEST, STRIDE
 from fastmaf.inspection.texture.position import PositionStatistics
 
+_WINDOW = LONGEST // STRIDE  # locations of the first level along each side
 _TOP = 0.005  # share of the locations of a level
 _CLIP = 30.0  # standard deviations
 
@@ -31,12 +32,32 @@ def relative_maps(maps: Sequence[Tensor], positions: Sequence[PositionStatistics
 
 
 def score_parts(maps: Sequence[Tensor]) -> np.ndarray:
-    """Returns the mean of the highest values of each relative map, float64 ``[LEVELS]``, NaN for missing levels."""
+    """Returns the mean of the highest values of each relative map, float64 ``[LEVELS]``, NaN for missing levels.
+
+    Of a map that is larger than that of an image of ``LONGEST`` pixels, it is the largest of overlapping windows of
+    that size, so that a defect counts as much in a larger image.
+    """
     parts = np.full(LEVELS, np.nan)
     for level, values in enumerate(maps):
-        flat = values.flatten().double()
-        parts[level] = float(flat.topk(max(1, round(_TOP * len(flat)))).values.mean())
+        side = _WINDOW >> level
+        (rows, down), (columns, across) = (_windows(length, side) for length in values.shape)
+        parts[level] = max(
+            _highest(values[row : row + down, column : column + across]) for row in rows for column in columns
+        )
     return parts
+
+
+def _windows(length: int, side: int) -> tuple[list[int], int]:
+    """Returns the first locations of windows that overlap by half or more, and their length, at most ``side``."""
+    if length <= side:
+        return [0], length
+    count = -(-2 * (length - side) // side) + 1
+    return [k * (length - side) // (count - 1) for k in range(count)], side
+
+
+def _highest(values: Tensor) -> float:
+    flat = values.flatten().double()
+    return float(flat.topk(max(1, round(_TOP * len(flat)))).values.mean())
 
 
 def part_statistics(parts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

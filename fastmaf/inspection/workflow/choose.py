@@ -29,7 +29,7 @@ def choose(
 ) -> Selection:
     """Ranks scores and maps on the good images of a folder and on synthetic defects."""
     recipe = Recipe(size=size, score=ScoreSettings(), map_config=AnomalyMapConfig(), seed=seed)
-    recipe, images = load_normals(data, recipe, skip_bad=skip_bad, progress=progress, say=say)
+    _, recipe, images, _ = load_normals(data, recipe, "object", skip_bad=skip_bad, progress=progress, say=say)
     pixels, double = images.pixels, images.double
     if (posed := in_one_pose(pixels, double, recipe)) is not None:
         pixels, double = posed.pixels, posed.double

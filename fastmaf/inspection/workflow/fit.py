@@ -8,7 +8,7 @@ from dataclasses import replace as replace_field
 from datetime import datetime, timezone
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
@@ -23,18 +23,22 @@ from fastmaf.inspection.fit import FALSE_ALARM, Fitted
 from fastmaf.inspection.fit import fit as fit_model
 from fastmaf.inspection.fit_stages import Stages
 from fastmaf.inspection.fold_models import fold_model_files, replace_fold_models, save_fold_models
+from fastmaf.inspection.framed import FramedModel
+from fastmaf.inspection.framing import Framing, framing_of
 from fastmaf.inspection.free_threads import free_threads
 from fastmaf.inspection.interface import AnomalyModel
 from fastmaf.inspection.kinds import (
+    COMPARED,
     TEXTURE_SIZES,
     FittedTexture,
     Kind,
     describe_choice,
     fit_texture_model,
     plausible_kind,
+    reduction_of,
     texture_size,
 )
-from fastmaf.inspection.posed import in_one_pose
+from fastmaf.inspection.posed import InPose, PosedModel, in_one_pose
 from fastmaf.inspection.recipe import Recipe
 from fastmaf.inspection.report.content import REPORT, REPORT_FILE
 from fastmaf.inspection.sizes import BUDGET, SIZES, FittedSizes, fit_sizes, sides_for, sizes_for
@@ -116,17 +120,19 @@ def fit(
         refuse_unfinished(out)
         reading: Any = {"skip_bad": skip_bad, "progress": progress, "say": say}
         given = recipe
-        wanted: tuple[int, ...]
         if extractor is not None:
             several = sizes is not None
-            wanted, recipe, images = _load_for_features(data, recipe, extractor.size, several, budget, **reading)
+            loaded = _load_for_features(data, recipe, kind, extractor.size, several, budget, **reading)
         elif kind == "texture":
-            wanted, images = (), _load_texture(data, recipe, **reading)
+            loaded = Loaded((), recipe, _load_texture(data, recipe, **reading), None)
         elif sizes is None:
-            wanted, (recipe, images) = (recipe.size,), load_normals(data, recipe, **reading)
+            loaded = load_normals(data, recipe, kind, **reading)
         else:
-            wanted, recipe, images = _load_sizes(data, recipe, budget, **reading)
+            loaded = _load_sizes(data, recipe, kind, budget, **reading)
+        wanted, recipe, images, framing = loaded
         reason: str | None = None
+        if framing is not None:
+            kind, reason = "object", f"object ({framing.reason})"
         posed = None if kind == "texture" else in_one_pose(images.pixels, images.double, recipe)
         if posed is not None:
             kind, reason = "object", f"object ({posed.reason})"
@@ -155,14 +161,18 @@ def fit(
             if extractor is not None:
                 del options["double"]
                 if kind != "object":
-                    images = _load_again(data, images, max(texture_size(images.shapes), images.size), **reading)
+                    images = _load_again(
+                        data, images, max(texture_size(images.shapes, COMPARED), images.size), **reading
+                    )
                     options["texture"] = as_texture(images.pixels, shapes=images.shapes).candidate
                 fitted = fit_with_features(images.pixels, wanted, recipe, extractor, budget=budget, **options)
                 if kind == "auto":
                     reason = f"{fitted.model.about['chosen']} ({reason})"
             elif kind != "object":
                 if kind == "auto":
-                    side = max(texture_size(images.shapes), images.size)
+                    if reduction_of(images.shapes, COMPARED) is not None:
+                        say(f"as a texture, images are compared at {COMPARED} pixels; --kind texture keeps larger ones")
+                    side = max(texture_size(images.shapes, COMPARED), images.size)
                     options["double"] = images.double if images.size == side else None
                     images = _load_again(data, images, side, **reading)
                 fitted = as_texture(images.pixels, shapes=images.shapes)
@@ -190,8 +200,8 @@ def fit(
                 notes=list(images.notes),
                 skipped=[[path.name, reason] for path, reason in images.skipped],
             )
-            model = None if posed is None else posed.model(fitted.model)
-            interrupted = _write(out, fitted, model or fitted.model, images, keep_folds)
+            outer = _outer(fitted.model, posed, framing)
+            interrupted = _write(out, fitted, outer or fitted.model, images, keep_folds)
         except KeyboardInterrupt:
             if stages.done:
                 save_state(out, run(), stages)
@@ -204,38 +214,72 @@ def fit(
         if interrupted:
             say(f"interrupted when everything was written to {out}")
             raise KeyboardInterrupt
-    return FitResult(fitted, images=len(images), out=out, posed=model)
+    return FitResult(fitted, images=len(images), out=out, outer=outer)
 
 
-def load_normals(
-    data: str | Path, recipe: Recipe, *, skip_bad: bool, progress: bool, say: Say
-) -> tuple[Recipe, ImageSet]:
-    """Returns the recipe for the aspect ratio of the good images of a folder, and these images.
+def _outer(part: AnomalyModel, posed: InPose | None, framing: Framing | None) -> FramedModel | PosedModel | None:
+    """Returns the model of images as they come, for one of framed and turned images; None if they are neither."""
+    turned = None if posed is None else posed.model(part)
+    return turned if framing is None else framing.model(turned or part)
+
+
+class Loaded(NamedTuple):
+    """Good images as they are fitted.
+
+    Attributes:
+        sizes: of the models of pixels.
+        recipe: for the aspect ratio of the images.
+        images: the images, in their frame if there is one.
+        framing: the frame.
+    """
+
+    sizes: tuple[int, ...]
+    recipe: Recipe
+    images: ImageSet
+    framing: Framing | None
+
+
+def load_normals(data: str | Path, recipe: Recipe, kind: Kind, *, skip_bad: bool, progress: bool, say: Say) -> Loaded:
+    """Returns the good images of a folder, and the recipe for their aspect ratio.
 
     Raises:
         DataError: there are too few.
     """
     options: Any = {"skip_bad": skip_bad, "double": True, "progress": progress}
     images = load_train(data, size=recipe.size, **options)
-    recipe = _for_aspect(recipe, images, say)
+    recipe, framing = _for_aspect(recipe, images, kind, say)
     if recipe.side != images.size:
         images = load_train(data, size=recipe.side, **options)
-    return recipe, _checked(images, recipe, say)
+    return _loaded((recipe.size,), recipe, images, framing, say)
 
 
-def _for_aspect(recipe: Recipe, images: ImageSet, say: Say) -> Recipe:
+def _for_aspect(recipe: Recipe, images: ImageSet, kind: Kind, say: Say) -> tuple[Recipe, Framing | None]:
+    """Returns the recipe for the aspect ratio of good images, or of the frame that they are laid into."""
     if recipe.aspect is not None:
-        return recipe
+        return recipe, None
+    framing = framing_of(images.pixels, images.shapes, recipe, is_object=kind == "object")
     aspect = aspect_of(images.shapes)
-    recipe = replace_field(recipe, aspect=aspect)
+    recipe = replace_field(recipe, aspect=aspect if framing is None else framing.box.aspect)
     others = sum(not 1 / SQUARE <= height / width / aspect <= SQUARE for height, width in images.shapes)
     if others:
         height, width = recipe.shape
-        say(
-            f"{count(others, 'image')} of another aspect ratio than the median: as objects, all are resized to "
-            f"{height} x {width} pixels"
-        )
-    return recipe
+        what = f"{count(others, 'image')} of another aspect ratio than the median: as objects, all are"
+        if framing is None:
+            say(f"{what} resized to {height} x {width} pixels")
+        else:
+            box = framing.box
+            say(
+                f"{what} laid into a frame of {box.height} x {box.width} pixels, which is resized to {height} x {width}"
+            )
+    return recipe, framing
+
+
+def _loaded(sizes: tuple[int, ...], recipe: Recipe, images: ImageSet, framing: Framing | None, say: Say) -> Loaded:
+    images = _checked(images, recipe, say)
+    if framing is not None:
+        double = None if images.double is None else framing.laid(images.double, images.shapes)
+        images = replace_field(images, pixels=framing.laid(images.pixels, images.shapes), double=double)
+    return Loaded(sizes, recipe, images, framing)
 
 
 def _load_again(data: str | Path, images: ImageSet, size: int, *, skip_bad: bool, progress: bool, say: Say) -> ImageSet:
@@ -244,35 +288,36 @@ def _load_again(data: str | Path, images: ImageSet, size: int, *, skip_bad: bool
 
 
 def _load_sizes(
-    data: str | Path, recipe: Recipe, budget: float, *, skip_bad: bool, progress: bool, say: Say
-) -> tuple[tuple[int, ...], Recipe, ImageSet]:
-    """Returns the sizes to fit, none larger than an image of the folder, the recipe for the aspect ratio of the good
-    images, and these images for the largest size.
-    """
+    data: str | Path, recipe: Recipe, kind: Kind, budget: float, *, skip_bad: bool, progress: bool, say: Say
+) -> Loaded:
+    """Returns the sizes to fit, none larger than an image of the folder, and the good images for the largest size."""
     options: Any = {"skip_bad": skip_bad, "double": True, "progress": progress}
     images = load_train(data, size=SIZES[1], **options)
-    usable, recipe = usable_side(images.shapes), _for_aspect(recipe, images, say)
+    usable, (recipe, framing) = usable_side(images.shapes), _for_aspect(recipe, images, kind, say)
     wanted = sizes_for(usable, budget)
     if (side := sides_for(wanted, recipe)[-1]) != images.size:
         images = load_train(data, size=side, **options)
     if usable < 2 * wanted[-1]:  # enlarged images hold no finer shifts
         images = replace_field(images, double=None)
-    return wanted, recipe, _checked(images, recipe, say)
+    return _loaded(wanted, recipe, images, framing, say)
 
 
 def _load_texture(data: str | Path, recipe: Recipe, *, skip_bad: bool, progress: bool, say: Say) -> ImageSet:
     """Returns the good images at the size that they need as a texture."""
-    small, _ = TEXTURE_SIZES
+    small = TEXTURE_SIZES[0]
     options: Any = {"skip_bad": skip_bad, "progress": progress}
     images = load_train(data, size=small, **options)
     if (side := texture_size(images.shapes)) != small:
         images = load_train(data, size=side, **options)
+    if (reduction := reduction_of(images.shapes, side)) is not None:
+        say(reduction)
     return _checked(images, recipe, say)
 
 
 def _load_for_features(
     data: str | Path,
     recipe: Recipe,
+    kind: Kind,
     size: int,
     several: bool,
     budget: float,
@@ -280,14 +325,14 @@ def _load_for_features(
     skip_bad: bool,
     progress: bool,
     say: Say,
-) -> tuple[tuple[int, ...], Recipe, ImageSet]:
-    """Returns the sizes of the models of pixels, their recipe, and the good images, at least of the features' size."""
+) -> Loaded:
+    """Returns the sizes of the models of pixels, and the good images, at least of the features' size."""
     images = load_train(data, size=size, skip_bad=skip_bad, progress=progress)
-    recipe = _for_aspect(recipe, images, say)
+    recipe, framing = _for_aspect(recipe, images, kind, say)
     wanted = sizes_for(min(size, usable_side(images.shapes)), budget) if several else (recipe.size,)
     side = max(size, *sides_for(wanted, recipe))
     images = _load_again(data, images, side, skip_bad=skip_bad, progress=progress, say=say)
-    return wanted, recipe, _checked(images, recipe, say)
+    return _loaded(wanted, recipe, images, framing, say)
 
 
 def _checked(images: ImageSet, recipe: Recipe, say: Say) -> ImageSet:

@@ -9,6 +9,7 @@ from typing import Any
 
 from fastmaf.inspection.decisions import decisions
 from fastmaf.inspection.fit import Fitted
+from fastmaf.inspection.framed import FramedModel
 from fastmaf.inspection.interface import AnomalyModel
 from fastmaf.inspection.kinds import FittedTexture
 from fastmaf.inspection.posed import PosedModel
@@ -30,19 +31,18 @@ class FitResult:
         fitted: the model and its fold models.
         images: number of good images that it was fitted to.
         out: the folder.
-        posed: the model of objects at any angle, which turns images to the pose that ``fitted`` sees them in; None: the
-            images are seen as they are.
+        outer: the model that was written, where it frames or turns images before that of ``fitted`` sees them.
     """
 
     fitted: Fitted | FittedSizes | FittedTexture
     images: int
     out: Path
-    posed: PosedModel | None = None
+    outer: FramedModel | PosedModel | None = None
 
     @property
     def model(self) -> AnomalyModel:
         """The model that was written."""
-        return self.fitted.model if self.posed is None else self.posed
+        return self.outer or self.fitted.model
 
     def describe(self, explain: bool = False) -> str:
         """Returns decisions, threshold and files as text; ``explain`` adds figures and assumptions."""
