@@ -29,6 +29,9 @@ from fastmaf.inspection.scoring.settings import AnomalyMapConfig, ScoreSettings
 Shape: TypeAlias = tuple[int, int]
 """Height and width in pixels."""
 
+LEAST_LEVEL = 1e-6
+"""Least mean length of an image's pixels, in noise standard deviations, that others are divided by."""
+
 
 @dataclass(frozen=True, eq=False)
 class TermStatistics:
@@ -124,7 +127,9 @@ def terms_of(values: FlowValues, settings: ScoreSettings, shape: Shape | None = 
     if settings.presmooth_sigma:
         z = smoothed(planes_of(z, shape), settings.presmooth_sigma).flatten(1)
     if settings.source == "pixels":
-        return torch.linalg.vector_norm(planes_of(z, shape), dim=1).flatten(1)
+        lengths = torch.linalg.vector_norm(planes_of(z, shape), dim=1).flatten(1)
+        level = lengths.mean(dim=1, keepdim=True).clamp_min(LEAST_LEVEL)
+        return lengths / level**settings.level_power
     return 0.5 * z.square()
 
 

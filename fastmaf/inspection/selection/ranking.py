@@ -162,8 +162,8 @@ def draw_sets(pixels: Tensor, draws: int, seed: int, channels: int = 3) -> Drawn
     return DrawnSets(drawn, [to_unit(part, channels) for part in (pixels, *(defects.pixels for defects in drawn))])
 
 
-def _terms_key(settings: ScoreSettings) -> tuple[str, float]:
-    return settings.source, settings.presmooth_sigma
+def _terms_key(settings: ScoreSettings) -> tuple[str, float, float]:
+    return settings.source, settings.presmooth_sigma, settings.level_power
 
 
 def _residuals_key(config: AnomalyMapConfig) -> tuple[int, float]:
