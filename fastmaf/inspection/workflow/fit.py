@@ -320,7 +320,8 @@ def outputs_of(out: Path, folds: int = 0) -> list[Output]:
 
 def _disk_needed(recipe: Recipe, keep_folds: bool) -> int:
     """Returns the bytes of the whitening's factors, which are nearly all of a model, times the number of models."""
-    factors = 4 * recipe.features * recipe.factors
+    widest = replace_field(recipe, augmentation="rotations") if recipe.augmentation == "auto" else recipe
+    factors = 4 * recipe.features * widest.factors
     return factors * (1 + recipe.folds * keep_folds)
 
 
