@@ -47,8 +47,9 @@ class Adam:
     """
 
     def __init__(self, parameters: list[nn.Parameter]) -> None:
-        self.parameters, self.steps = parameters, 0
-        self.moments = [(torch.zeros_like(p), torch.zeros_like(p)) for p in parameters]
+        self.parameters = [p for p in parameters if p.numel()]  # a linear block has empty ones
+        self.moments = [(torch.zeros_like(p), torch.zeros_like(p)) for p in self.parameters]
+        self.steps = 0
 
     @torch.no_grad()
     def step(self, loss: Tensor, lr: float, betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8) -> None:

@@ -27,13 +27,13 @@ from fastmaf.threads import map_on_threads
 
 _BATCH = 64
 
-TermsKey: TypeAlias = tuple[str, float]
-"""The settings that determine the terms of a score: their source, and the smoothing before."""
+TermsKey: TypeAlias = tuple[str, float, float]
+"""The settings that determine the terms of a score: their source, the smoothing before, the power of the level."""
 
 
 def terms_key(settings: ScoreSettings) -> TermsKey:
     """Returns what two scores of the same terms have in common."""
-    return settings.source, settings.presmooth_sigma
+    return settings.source, settings.presmooth_sigma, settings.level_power
 
 
 class OutOfFoldResults(NamedTuple):

@@ -81,6 +81,7 @@ def inspection_record(metadata: Mapping[str, str]) -> dict[str, Any]:
     record: dict[str, Any] = _renamed(parse(metadata[KEY], KEY))
     _MODEL.check(record, KEY)
     record["settings"].setdefault("reference", "held-out")  # of earlier versions
+    record["settings"].setdefault("level_power", 0.0)
     about = record["about"]
     if "recipe" in about:
         Record(_TRAINING, others=Anything()).check(about, f"{KEY}.about")

@@ -14,10 +14,10 @@ Augmentation: TypeAlias = Literal["none", "shifts", "rotations"]
 AUGMENTATIONS: tuple[Augmentation, ...] = ("none", "shifts", "rotations")
 
 RANK = 400
-"""Number of factors of a whitening for ``rank="auto"``."""
+"""Number of factors of a whitening for ``rank="auto"``, at least."""
 
-_RANK_OF_ROTATIONS = 800
-_MOST_VALUES = 2**24  # of the factors for rotations, of which a fit holds those of all folds: 64 MiB of each
+_MOST_FACTORS, _MOST_OF_ROTATIONS = 600, 800  # 800 for the others take half as long again, for few nats
+_MOST_VALUES = 2**24  # of more factors than RANK, of which a fit holds those of all folds: 64 MiB of each
 
 BLOCKS = 2
 """Number of local blocks that ``blocks="auto"`` tries."""
@@ -34,8 +34,8 @@ class Recipe:
 
     Attributes:
         size: side of the images in pixels; that of the square of the same area for others, see ``aspect``.
-        rank: factors of the whitening; fewer if the images do not support them. ``"auto"``: 400; with rotations up to
-            800, as turned images differ in more directions, as far as memory goes.
+        rank: factors of the whitening; fewer if the images do not support them. ``"auto"``: 600, with rotations 800, as
+            turned images differ in more directions; as many as 64 MiB hold, but at least 400.
         augmentation: copies of the images that the whitening is fitted to, too: ``"shifts"``, ``"rotations"``,
             ``"none"``, or ``"auto"``, the one of the three under which held-out images are most likely.
         shift_radius, shift_step: shifts are by up to this many steps of this many pixels.
@@ -125,7 +125,7 @@ class Recipe:
         """The number of factors of the whitening, if the images support them."""
         if not isinstance(self.rank, str):
             return min(self.rank, self.features)
-        most = _RANK_OF_ROTATIONS if self.augmentation == "rotations" else RANK
+        most = _MOST_OF_ROTATIONS if self.augmentation == "rotations" else _MOST_FACTORS
         return min(self.features, max(RANK, min(most, _MOST_VALUES // self.features)))
 
     @property

@@ -62,12 +62,13 @@ def test_a_file_of_an_earlier_version_gives_the_same_predictions(
     assert "map_config" in json.loads(read_tensors(old)[1]["inspection"])
 
 
-def test_a_file_of_a_version_without_references(fitted: tuple[torch.Tensor, Fitted], tmp_path: Path) -> None:
+def test_a_file_of_a_version_without_references_and_levels(fitted: tuple[torch.Tensor, Fitted], tmp_path: Path) -> None:
     file, model = tmp_path / "model.safetensors", fitted[1].model
+    model = replace(model, settings=replace(model.settings, level_power=0.0))
     model.save(file)
     tensors, metadata = read_tensors(file)
     record = json.loads(metadata["inspection"])
-    del record["settings"]["reference"]
+    del record["settings"]["reference"], record["settings"]["level_power"]
     write_tensors(tensors, file, {**metadata, "inspection": json.dumps(record)})
     loaded = load_inspection(file)
     assert loaded.settings == replace(model.settings, reference="held-out")

@@ -38,9 +38,9 @@ def test_the_smallest_logit_takes_bins_beyond_black_and_white() -> None:
     assert bool(torch.isfinite(fastmaf.Logit(2, recipe.logit)(ends)[0]).all())
 
 
-def test_turned_images_get_more_factors_as_far_as_memory_goes() -> None:
+def test_as_many_factors_as_memory_allows_and_more_of_turned_images() -> None:
     shifts, turned = (Recipe(64, augmentation=augmentation) for augmentation in ("shifts", "rotations"))
-    assert (shifts.factors, turned.factors, replace(turned, rank=30).factors) == (400, 800, 30)
+    assert (shifts.factors, turned.factors, replace(turned, rank=30).factors) == (600, 800, 30)
     assert replace(turned, size=16).factors == 768 and replace(turned, size=8, channels=1).factors == 64
     assert [replace(turned, size=size).factors for size in (96, 128, 256)] == [606, 400, 400]
 

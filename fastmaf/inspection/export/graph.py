@@ -30,7 +30,7 @@ from fastmaf.inspection.map_shapes import squared
 from fastmaf.inspection.model import InspectionModel
 from fastmaf.inspection.posed import PosedModel
 from fastmaf.inspection.scoring.float64_flow import first_part
-from fastmaf.inspection.scoring.score import Shape, TermStatistics, smoothing
+from fastmaf.inspection.scoring.score import LEAST_LEVEL, Shape, TermStatistics, smoothing
 from fastmaf.inspection.scoring.settings import ScoreSettings
 from fastmaf.inspection.texture.model import TextureModel
 from fastmaf.inspection.tiled import TiledModel
@@ -105,6 +105,9 @@ def _(model: InspectionModel, planes: Value) -> _Results:
         squares = z * z
         terms = squares.sum(1).op("Sqrt") if settings.source == "pixels" else squares * 0.5
         terms = terms.reshape(0, len(model.statistics.mean))
+        if settings.source == "pixels" and settings.level_power:
+            level = (terms.sum(1) / math.prod(shape)).op("Max", LEAST_LEVEL).op("Pow", settings.level_power)
+            terms = terms / level.reshape(0, 1)
     score_map = _score_map(terms, model)
     score = _score(score_map, nll, model.statistics, settings, math.prod(shape))
     anomaly_map = _anomaly_map([x, *steps][first], steps[first], model)

@@ -27,7 +27,7 @@ SCORE_SETTINGS = Record(
         "clip": _WITHIN_FLOAT32,
         "top": Number(above=0, high=1),
     },
-    {"reference": OneOf(get_args(Reference))},
+    {"reference": OneOf(get_args(Reference)), "level_power": Number(low=0, high=1)},
 )
 ANOMALY_MAP_CONFIG = Record(
     {"factors": Whole(), "power": Number(low=0, high=1), "sigma": _DEVIATION, "rms": _WITHIN_FLOAT32}
@@ -65,6 +65,9 @@ class ScoreSettings:
             was fitted to, on the scale of held-out ones (see ``TermStatistics.on_scale_of``), or ``"held-out"``.
             Statistics of held-out images come from models of other folds, which have seen the image that is scored:
             its scores are too high, and so is the threshold. Those of few training images say little about new ones.
+        level_power: lengths of pixels are divided by this power of their mean over the image: images with more noise
+            everywhere, or none that the factors explain well, would take up the false alarms. With 1 an image that
+            is wrong everywhere would score as a good one does. 0 for none; ignored for the other sources.
 
     Raises:
         SchemaError: a setting has another type or is out of range.
@@ -77,6 +80,7 @@ class ScoreSettings:
     clip: float = 10.0
     top: float = 0.005
     reference: Reference = "training"
+    level_power: float = 0.5
 
     def __post_init__(self) -> None:
         check_fields(self, SCORE_SETTINGS, "score")

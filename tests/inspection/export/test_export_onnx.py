@@ -218,7 +218,7 @@ def test_tampering_is_caught_and_leaves_nothing(
     file = tmp_path / "model.onnx"
     if before is not None:
         file.write_bytes(before)
-    model = model_of([whitening()])
+    model = model_of([whitening()], ScoreSettings(level_power=0.0))
     monkeypatch.setattr(module, "inspection_graph", lambda given: changed(given, change))
     with pytest.raises(ExportError, match=rf"^check image 0: ({what}).*expected .*found .*may differ.*[Nn]othing"):
         export_onnx(model, file, [pictures(1, seed=9)[0]])

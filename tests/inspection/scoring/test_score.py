@@ -31,11 +31,22 @@ def test_statistics_of_a_term_that_never_varied() -> None:
 def test_terms_of_pixels_are_lengths_over_the_colours() -> None:
     x = torch.randn(4, 3 * 5 * 5, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     identity = fastmaf.Flow(75, [fastmaf.GaussianWhitening(75, 0)])
-    lengths = terms_of(FlowValues(identity, x), ScoreSettings(source="pixels"))
+    plain = ScoreSettings(source="pixels", level_power=0.0)
+    lengths = terms_of(FlowValues(identity, x), plain)
     squares = terms_of(FlowValues(identity, x), ScoreSettings(source="whitened"))
     assert torch.allclose(0.5 * lengths.square(), squares.view(4, 3, 25).sum(dim=1))
     grey = fastmaf.Flow(25, [fastmaf.GaussianWhitening(25, 0)])
-    assert torch.equal(terms_of(FlowValues(grey, x[:, :25]), ScoreSettings(source="pixels")), x[:, :25].abs())
+    assert torch.equal(terms_of(FlowValues(grey, x[:, :25]), plain), x[:, :25].abs())
+
+
+@pytest.mark.parametrize("power", [0.0, 0.5, 1.0])
+def test_lengths_over_a_power_of_their_mean_over_the_image(power: float) -> None:
+    x = torch.randn(3, 25, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    flow, settings = fastmaf.Flow(25, [fastmaf.GaussianWhitening(25, 0)]), ScoreSettings(level_power=power)
+    one, three = (terms_of(FlowValues(flow, factor * x), settings) for factor in (1.0, 3.0))
+    assert torch.allclose(three, 3 ** (1 - power) * one)
+    assert torch.allclose(one, x.abs() / x.abs().mean(dim=1, keepdim=True) ** power)
+    assert not bool(terms_of(FlowValues(flow, 0 * x), settings).any())  # of an image that is the mean image
 
 
 def test_statistics_of_training_images_on_the_scale_of_held_out_ones() -> None:
