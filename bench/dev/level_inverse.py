@@ -31,7 +31,7 @@ def _panel(
     columns_end = tl.minimum((end - start).to(tl.int32), finished)
     j = panel * 16 + tl.arange(0, 16)
     y = few_samples.product(
-        x_ptr, first, n, columns, w_ptr, start, 0, columns_end, columns_end, BLOCK_N, BLOCK_K, 2
+        x_ptr, first, n, columns, w_ptr, start, 0, columns_end, columns_end, BLOCK_N, BLOCK_K, 2, 0, False,
     )  # fmt: skip
     return y + tl.load(bias_ptr + j, mask=j < rows, other=0.0)[None, :]
 

@@ -75,7 +75,11 @@ def test_other_kernels_are_launched_and_compile_without_spills(version: str, arc
         "panels": "_level_inverse_kernel",
         "lanes": "_masked_linear_fwd_kernel",
         "moments": "_masked_linear_bwd_kernel",
+        "overlap": "_panel_solve_kernel",
     }
     assert [one["part"] for one in reports] == list(expected)
     for one in reports:
-        assert expected[one["part"]] in one["kernels"] and one["spills"] == 0, one
+        if one["part"] == "overlap" and arch < 90:  # nothing overlaps there
+            assert not one["kernels"], one
+        else:
+            assert expected[one["part"]] in one["kernels"] and one["spills"] == 0, one
