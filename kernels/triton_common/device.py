@@ -110,8 +110,7 @@ def launch(kernel: Any, grid: int, *args: Any, **options: Any) -> None:
     """
     options["enable_fp_fusion"] = True  # errors were measured with fused multiply-adds; Triton's default has changed
     if "OVERLAP" in kernel.arg_names:
-        capability = _card(args[0].device)[0]
-        options["OVERLAP"] = launch_table.overlaps(capability) and overlap.allowed()
+        options["OVERLAP"] = _card(args[0].device)[0] in launch_table.EARLY and overlap.allowed()
         if options["OVERLAP"]:
             options["launch_pdl"] = True
     if _launches is not None:

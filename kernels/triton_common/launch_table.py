@@ -46,7 +46,6 @@ class Table(NamedTuple):
         most_samples: that one program takes; more are shared out, and read the weights again.
         solve: the own steps of a group of the inverse: columns are dimensions that are taken at a time, warps those of
             a sample; up to ``programs_per_sm`` samples have a program of their own.
-        overlap: whether a kernel starts before the one ahead of it has ended; see ``overlap.py``.
     """
 
     lanes: Launch
@@ -57,7 +56,6 @@ class Table(NamedTuple):
     backward_many: Launch
     most_samples: int
     solve: Launch
-    overlap: bool = False
 
 
 # The smallest side that a matrix product may have in every version of Triton.
@@ -92,8 +90,7 @@ _AMPERE = _PASCAL._replace(
     backward=Launch(16, 64, programs_per_sm=4),  # 48 KB in flight on a multiprocessor
     solve=Launch(16, 32, warps=1, programs_per_sm=4),  # of 1,024 samples, several share each load of the weights
 )
-_HOPPER = _AMPERE._replace(overlap=True)
-TABLES = {61: _PASCAL, 75: _TURING, 80: _AMPERE, 90: _HOPPER}
+TABLES = {61: _PASCAL, 75: _TURING, 80: _AMPERE, 90: _AMPERE}
 
 # Below Ampere there are no matrix units for these.
 _NEEDS = {"ieee": 61, "tf32x3": 80, "tf32": 80, "bf16": 80}
@@ -111,9 +108,9 @@ def prefetched(programs_per_sm: int, size: int) -> int:
     return max(1, min(PREFETCHED // programs_per_sm, _MOST_PREFETCHED) // size)
 
 
-def overlaps(capability: int) -> bool:
-    """Returns whether kernels are launched early on a card. Nothing is known of that on capability 10.0 and newer."""
-    return TABLES[family(capability)].overlap and capability < 100
+# Compute capabilities on which kernels start before those ahead of them have ended; see ``overlap``. Older cards cannot,
+# and of newer ones nothing is known.
+EARLY = range(90, 100)
 
 
 def family(capability: int) -> int:

@@ -101,8 +101,7 @@ def set_launch(
     pairs = one._replace(stages=min(2, columns))  # as all tables have it: a thread's columns side by side
     solve = Launch(16, 8, warps=warps, programs_per_sm=1)
     for key in launch_table.TABLES:
-        overlap = launch_table.TABLES[key].overlap
-        table = Table(pairs, pairs, one, one, one, one, most_samples, solve, overlap)
+        table = Table(pairs, pairs, one, one, one, one, most_samples, solve)
         monkeypatch.setitem(launch_table.TABLES, key, table)
     monkeypatch.setattr(launch_table, "MOST_ROUNDS", 0)  # few columns are split as well
 

@@ -172,7 +172,7 @@ def test_predictions_from_the_librarys_launches(tmp_path: Path) -> None:
     for blocks in (1, 2):
         stored = found[f"bytes of {blocks}"]
         launches, seconds, memory = found[f"log_prob 1 of {blocks}"]
-        assert seconds > launches * H100.launch_s + memory
+        assert seconds > max(memory, launches * H100.launch_s / 2)  # launches overlap
         if stored > H100.cache_size:  # then each pass reads every weight from memory, once
             assert 0.95 * stored < memory * H100.dram < 1.3 * stored
         else:
