@@ -17,7 +17,6 @@ from fastmaf.transforms.leading_vectors import orthonormalised
 
 _OVERSAMPLING = 60
 _MOST_VALUES = 2**27  # of a basis: 512 MiB in float32
-_FIRST, _FIRST_STEPS = 8, 3  # eigenvectors of a small problem that are found in float64, by subspace iteration
 _LEAST_SHARE = 1.5  # rows for each dimension of the small problem, where it is worth it
 
 
@@ -44,7 +43,7 @@ class SharedDirections(NamedTuple):
     def of(cls, rows: Tensor, share: Tensor, gram: Tensor | None, rank: int, left_out: int) -> SharedDirections | None:
         """Returns the directions of rows ``[m, D]``, or None where the small problems would be about as large.
 
-        Twice as many directions are taken as are asked for: those of fewer rows are in the span of these. The last
+        Half as many directions again are taken as are asked for: those of fewer rows are in the span of these. The last
         ones need not be exact, so that one step of subspace iteration is enough.
 
         Args:
@@ -54,7 +53,7 @@ class SharedDirections(NamedTuple):
             rank: number of directions that will be asked for.
             left_out: the most rows that will be left out.
         """
-        width = min(2 * rank, max(rank, _MOST_VALUES // rows.shape[1]))
+        width = min(rank + rank // 2, max(rank, _MOST_VALUES // rows.shape[1]))
         if gram is None or not rank or len(rows) - left_out < _LEAST_SHARE * (width + _OVERSAMPLING + left_out):
             return None
         generator = torch.Generator().manual_seed(0)
@@ -88,32 +87,9 @@ class SharedDirections(NamedTuple):
         mean = torch.cat([along, (rows @ shift - held @ along) @ mixing])
         values = torch.cat([self.coordinates, products @ mixing], dim=1)[~left_out]
         values.addr_(self.share[~left_out], mean, alpha=-1)
-        energy, turn = _leading_eigenvectors(values.T @ values, rank)
-        turn = turn[:, energy > self.least]
+        # In float64: rounding errors would be relative to the largest directions, and what a sample has along these is
+        # far larger than its residual.
+        energy, turn = (of.flip(-1)[..., :rank] for of in torch.linalg.eigh((values.T @ values).double()))
+        turn = turn[:, energy > self.least].to(values)
         beyond = mixing @ turn[k:]
         return torch.addmm(self.basis @ (turn[:k] - held.T @ beyond), rows.T, beyond)
-
-
-def _leading_eigenvectors(moment: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """Returns the largest eigenvalues ``[rank]`` of a second moment and their vectors, descending.
-
-    The first few are larger than the others by orders of magnitude. They are found in float64, and the others without
-    them, so that the rounding errors of the decomposition are relative to these: twice as fast as in float64 alone.
-
-    Args:
-        moment: ``[k, k]``, along directions of which the first few are nearly the leading eigenvectors.
-        rank: number of eigenvectors.
-    """
-    exact, first = moment.double(), min(_FIRST, len(moment))
-    basis = torch.eye(len(moment), first, dtype=torch.float64, device=moment.device)
-    for _ in range(_FIRST_STEPS):
-        basis = torch.linalg.qr(exact @ basis)[0]
-    product = exact @ basis
-    small = basis.T @ product
-    rest = torch.addmm(exact, product, basis.T, alpha=-1).addmm_(basis, product.T, alpha=-1)
-    rest.addmm_(basis @ small, basis.T)
-    of_first, turn = torch.linalg.eigh(small)
-    of_others, others = torch.linalg.eigh(rest.to(moment.dtype))
-    energy = torch.cat([of_first.flip(0).to(moment), of_others.flip(0)])
-    vectors = torch.cat([(basis @ turn).flip(1).to(moment), others.flip(1)], dim=1)
-    return energy[:rank], vectors[:, :rank]

@@ -58,6 +58,24 @@ def test_residuals_are_those_of_exact_directions(dtype: torch.dtype, first: int)
     assert float(error) < (1e-8 if dtype == torch.float64 else 1e-3)
 
 
+@pytest.mark.parametrize("strong", [3, 15, _RANK])
+def test_strong_directions_leave_no_rounding_errors(strong: int) -> None:
+    """What directions in float32 leave of a sample is its noise, a thousandth of what it has along some equal ones."""
+    generator = torch.Generator().manual_seed(1)
+    options = {"generator": generator, "dtype": torch.float64}
+    signal = (
+        1000 * torch.randn(_ROWS, strong, **options) @ torch.linalg.qr(torch.randn(_FEATURES, strong, **options))[0].T
+    )  # type: ignore[call-overload]
+    rows = signal + torch.randn(_ROWS, _FEATURES, **options)  # type: ignore[call-overload]
+    share, left_out = torch.zeros(_ROWS), _left_out()
+    shift = torch.zeros(_FEATURES)
+    found = _shared(rows.float(), share).without(left_out, shift, _RANK).double()
+    exact = _exact(rows, share.double(), left_out, shift.double())
+    held = rows[left_out]
+    residuals = [held - held @ directions @ directions.T for directions in (found, exact)]
+    assert float(residuals[0].square().sum()) == pytest.approx(float(residuals[1].square().sum()), rel=0.01)
+
+
 def test_the_directions_of_all_rows_lean_towards_those_left_out() -> None:
     """The negative control: without the rows left out in the span, their residuals are too small."""
     rows, share = _rows()
