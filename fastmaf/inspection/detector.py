@@ -65,8 +65,8 @@ class Detector(OutlierMixin, BaseEstimator):
             ``"auto"`` fits models of 64 and 128 pixels, and of 256 from a budget of 300 s on, as far as the smallest
             image and the budget go, and takes the one, or the combination, that is best on synthetic defects; see
             ``fastmaf.inspection.sizes``. It is the choice of ``fastmaf inspect fit --size auto``.
-        rank: factors of the whitening; fewer if the samples or columns do not support them. ``"auto"``: 400, and up to
-            800 for images of objects that lie at any angle.
+        rank: factors of the whitening; fewer if the samples or columns do not support them. ``"auto"``: 600 for
+            images, 800 where copies are turned, as far as memory goes; 400 for rows.
         blocks: images only: autoregressive blocks after the whitening; ``"auto"``: two if held-out images are more
             likely with them, else none. They lower the NLL that ``model_`` reports; the score does not use them: 0
             gives the same scores faster.

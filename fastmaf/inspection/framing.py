@@ -21,7 +21,7 @@ _GAIN = 0.01  # of the share of fine structure: less is no reason
 
 
 class Framing(NamedTuple):
-    """A frame for good images, and what speaks for it."""
+    """A frame for good images, and the reason for it."""
 
     box: Letterbox
     reason: str

@@ -125,7 +125,7 @@ def texture_size(shapes: Shapes, largest: int = TEXTURE_SIZES[-1]) -> int:
 
 
 def reduction_of(shapes: Shapes, side: int) -> str | None:
-    """Returns what is to be said of textures that are read as squares of this side, if most lose resolution."""
+    """Returns a message if most textures lose resolution where they are read as squares of this side, else None."""
     longer = float(np.median([max(shape) for shape in shapes]))
     if longer <= 1.25 * side:
         return None

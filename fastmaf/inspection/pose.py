@@ -199,7 +199,7 @@ def _correlation(transformed: Tensor, reference: Tensor) -> Tensor:
 
 
 class CommonPose(NamedTuple):
-    """The pose that good images have in common, and what says so."""
+    """The pose that good images have in common, and the evidence for it."""
 
     pose: Pose
     reason: str

@@ -45,7 +45,6 @@ def test_blocks_that_worsen_the_held_out_nll_are_left_out() -> None:
     assert decisions(model)["blocks"] == "none (held-out images are no more likely with local blocks)"
 
 
-@pytest.mark.slow
 def test_a_linear_block_is_trained_although_it_has_empty_weights() -> None:
     recipe = Recipe(16, blocks=1, hidden=0, steps=40)
     noise = torch.randn(20, recipe.features, generator=torch.Generator().manual_seed(0))
@@ -55,6 +54,7 @@ def test_a_linear_block_is_trained_although_it_has_empty_weights() -> None:
         assert float(flow.log_prob(z).mean()) > float(fastmaf.Flow(recipe.features, []).log_prob(z).mean())
 
 
+@pytest.mark.slow
 def test_blocks_that_help_are_kept() -> None:
     recipe = replace(FIXED, rank=5, steps=60, folds=3)
     model = fit(noise_of_neighbours(60), recipe, progress=False).model

@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 
 import fastmaf
+from fastmaf.images.dataset import load_train
 from fastmaf.images.decode import resized
 from fastmaf.inspection.detector import Detector
 from fastmaf.inspection.export.export_onnx import export_onnx
@@ -22,7 +23,7 @@ from fastmaf.inspection.posed import PosedModel
 from fastmaf.inspection.recipe import Recipe
 from fastmaf.inspection.scoring.settings import AnomalyMapConfig, ScoreSettings
 from fastmaf.inspection.workflow.evaluate import evaluate
-from fastmaf.inspection.workflow.fit import fit
+from fastmaf.inspection.workflow.fit import _for_aspect, fit
 from fastmaf.io.tensor_file import read_tensors, write_tensors
 from tests.inspection.tiny import silent
 from tests.inspection.turned_objects import SIDE, objects
@@ -184,3 +185,27 @@ def test_damaged_files_are_refused(run: Path, tmp_path: Path, record: str, messa
     write_tensors(tensors, tmp_path / "m.safetensors", texts | {"inspection": record})
     with pytest.raises(fastmaf.CheckpointError, match=message):
         load_inspection(tmp_path / "m.safetensors")
+
+
+def test_the_report_shows_images_as_the_model_sees_them(run: Path, data: Path) -> None:
+    """A map of the frame lies on the picture of the frame, not on that of the file."""
+    from fastmaf.inspection.report.build import _exhibit
+
+    model = load_inspection(run)
+    assert isinstance(model, FramedModel)
+    images = load_train(data, size=model.size, progress=False)
+    seen = model.seen(images.pixels, images.shapes)
+    maps = model.part.predict(seen).anomaly_maps
+    exhibit = _exhibit(model.part, images, 0, 0.0, 1.0, maps[0], pixels=seen)
+    height, width = maps.shape[1:]
+    assert exhibit.image.shape[:2] == exhibit.overlay.shape[:2]
+    assert exhibit.image.shape[0] / exhibit.image.shape[1] == pytest.approx(height / width, rel=0.03)
+    small = torch.nn.functional.interpolate(seen[:1].float(), exhibit.image.shape[:2], mode="bilinear")
+    shown = torch.from_numpy(exhibit.image.copy()).permute(2, 0, 1)[None].float()
+    assert float((small - shown).abs().mean()) < 3
+
+
+def test_textures_have_no_frame(data: Path) -> None:
+    images = load_train(data, size=32, progress=False)
+    framings = [_for_aspect(Recipe(32), images, kind, print)[1] for kind in ("object", "texture")]
+    assert framings[0] is not None and framings[1] is None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import platform
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
+from torch import Tensor
 
 import fastmaf
 from fastmaf.images.dataset import ImageSet
@@ -35,13 +37,33 @@ _SAMPLES, _CASES, _TIMED = 5, 6, 30
 _WIDEST = 192  # pixels of a picture
 
 
-def training_report(path: Path, model: AnomalyModel, images: ImageSet, held_out: HeldOut, *, name: str) -> None:
-    """Writes the report of a training run with this name, before there are test images."""
+def training_report(
+    path: Path,
+    model: AnomalyModel,
+    images: ImageSet,
+    held_out: HeldOut,
+    *,
+    name: str,
+    outer: AnomalyModel | None = None,
+) -> None:
+    """Writes the report of a training run with this name, before there are test images.
+
+    Args:
+        path: of the file.
+        model: the fitted model.
+        images: that it was fitted to.
+        held_out: their held-out scores and maps.
+        name: of the run.
+        outer: of images as they come, where ``model`` is one of framed or turned images: these are shown as they are.
+    """
     scores, maps = held_out.scores[0], held_out.maps[0]
+    if outer is not None:
+        images = replace(images, shapes=(maps.shape[1:],) * len(images))
+    pixels = None if outer is None else images.pixels
     highest = np.argsort(-scores, kind="stable")[:_CASES]
     values = scores, model.calibration.p_values(scores), maps
-    unusual = tuple(_exhibit(model, images, i, *(each[i] for each in values)) for i in highest)
-    _write(path, model, name, images, images, images.notes, None, unusual)
+    unusual = tuple(_exhibit(model, images, i, *(each[i] for each in values), pixels=pixels) for i in highest)
+    _write(path, model, name, images, images, images.notes, None, unusual, outer or model)
 
 
 def test_report(
@@ -66,6 +88,7 @@ def _write(
     notes: tuple[str, ...],
     test: TestResults | None,
     unusual: tuple[Exhibit, ...] = (),
+    timed: AnomalyModel | None = None,
 ) -> Report:
     classes = Counter(() if test is None else test.labels)
     counts = [("calibration", NORMAL, model.calibration.n), *(("test", label, n) for label, n in classes.items())]
@@ -85,7 +108,7 @@ def _write(
         test=test,
         unusual=unusual,
         map_levels=model.map_levels,
-        timings=_timings(model, images.paths),
+        timings=_timings(timed or model, images.paths),
         environment=environment(),
     )
     write_report(path, report)
@@ -141,10 +164,18 @@ def _exhibit(
     p_value: float,
     anomaly_map: np.ndarray,
     mask: np.ndarray | None = None,
+    *,
+    pixels: Tensor | None = None,
 ) -> Exhibit:
-    frame = load_frame(images.paths[i], _WIDEST)
-    shape = fitted_into(_WIDEST, frame.height / frame.width)
-    picture = reduced(frame.pixels[None], shape)[0].permute(1, 2, 0).contiguous().numpy()
+    """Returns an image with its map: from its file, or from ``pixels``, of the aspect ratio of the map."""
+    if pixels is None:
+        frame = load_frame(images.paths[i], _WIDEST)
+        shape = fitted_into(_WIDEST, frame.height / frame.width)
+        picture = reduced(frame.pixels[None], shape)[0].permute(1, 2, 0).contiguous().numpy()
+    else:
+        height, width = fitted_into(_WIDEST, anomaly_map.shape[0] / anomaly_map.shape[1])
+        square = Image.fromarray(pixels[i].permute(1, 2, 0).contiguous().numpy())
+        picture = np.asarray(square.resize((width, height), Image.Resampling.BILINEAR))
     low, high = model.map_levels
     values, anomalous = to_frame(anomaly_map, picture.shape[:2]), bool(score > model.calibration.threshold)
     if mask is not None:

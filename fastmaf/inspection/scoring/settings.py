@@ -65,9 +65,9 @@ class ScoreSettings:
             was fitted to, on the scale of held-out ones (see ``TermStatistics.on_scale_of``), or ``"held-out"``.
             Statistics of held-out images come from models of other folds, which have seen the image that is scored:
             its scores are too high, and so is the threshold. Those of few training images say little about new ones.
-        level_power: lengths of pixels are divided by this power of their mean over the image: images with more noise
-            everywhere, or none that the factors explain well, would take up the false alarms. With 1 an image that
-            is wrong everywhere would score as a good one does. 0 for none; ignored for the other sources.
+        level_power: lengths of pixels are divided by this power of their mean over the image. Otherwise good images
+            with more noise everywhere would have the highest scores. With 1, an image that is anomalous everywhere
+            would score like a good one. 0 for no division; ignored for the other sources.
 
     Raises:
         SchemaError: a setting has another type or is out of range.
@@ -81,6 +81,10 @@ class ScoreSettings:
     top: float = 0.005
     reference: Reference = "training"
     level_power: float = 0.5
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        # Pickles of versions without the power are of lengths that were not divided.
+        self.__dict__.update({"level_power": 0.0} | state)
 
     def __post_init__(self) -> None:
         check_fields(self, SCORE_SETTINGS, "score")

@@ -201,7 +201,7 @@ def fit(
                 skipped=[[path.name, reason] for path, reason in images.skipped],
             )
             outer = _outer(fitted.model, posed, framing)
-            interrupted = _write(out, fitted, outer or fitted.model, images, keep_folds)
+            interrupted = _write(out, fitted, outer, images, keep_folds)
         except KeyboardInterrupt:
             if stages.done:
                 save_state(out, run(), stages)
@@ -257,7 +257,8 @@ def _for_aspect(recipe: Recipe, images: ImageSet, kind: Kind, say: Say) -> tuple
     """Returns the recipe for the aspect ratio of good images, or of the frame that they are laid into."""
     if recipe.aspect is not None:
         return recipe, None
-    framing = framing_of(images.pixels, images.shapes, recipe, is_object=kind == "object")
+    is_object = kind == "object"
+    framing = None if kind == "texture" else framing_of(images.pixels, images.shapes, recipe, is_object=is_object)
     aspect = aspect_of(images.shapes)
     recipe = replace_field(recipe, aspect=aspect if framing is None else framing.box.aspect)
     others = sum(not 1 / SQUARE <= height / width / aspect <= SQUARE for height, width in images.shapes)
@@ -371,14 +372,18 @@ def _disk_needed(recipe: Recipe, keep_folds: bool) -> int:
 
 
 def _write(
-    out: Path, fitted: Fitted | FittedSizes | FittedTexture, model: AnomalyModel, images: ImageSet, keep_folds: bool
+    out: Path,
+    fitted: Fitted | FittedSizes | FittedTexture,
+    outer: AnomalyModel | None,
+    images: ImageSet,
+    keep_folds: bool,
 ) -> bool:
     """Writes all files of a run to a temporary folder, then replaces those of an earlier run.
 
     Args:
         out: the folder.
         fitted: the models of the images.
-        model: that is written.
+        outer: the model of images as they come, if it is another one.
         images: that ``fitted`` was fitted to.
         keep_folds: write the fold models, too.
 
@@ -388,12 +393,12 @@ def _write(
     from fastmaf.inspection.report.build import training_report
 
     with staging(out) as new, errors_of_staged(new, out):
-        model.save(new / MODEL_FILE)
+        (outer or fitted.model).save(new / MODEL_FILE)
         rows = ((row["step"], f"{row['nll']:.10g}", f"{row['held_out_nll']:.10g}") for row in fitted.log)
         write_csv(new / LOG_FILE, _LOG_COLUMNS, rows)
         if keep_folds and not isinstance(fitted, FittedTexture):
             save_fold_models(new, fitted.density, fitted.out_of_fold.flows)
-        training_report(new / REPORT_FILE, fitted.model, images, fitted.held_out, name=out.name)
+        training_report(new / REPORT_FILE, fitted.model, images, fitted.held_out, name=out.name, outer=outer)
         with interruptible() as stop:  # Ctrl-C here would leave a mixture of two runs
             files = (MODEL_FILE, LOG_FILE, REPORT_FILE)
             for name in files:

@@ -67,7 +67,7 @@ def run_of(
         pixels.update(tensor.contiguous().numpy().data)
     named = None if groups is None else hashlib.sha256(json.dumps(list(groups)).encode()).hexdigest()
     settings = {**asdict(recipe), "size": list(sizes), "keep_folds": every_fold, "kind": kind}
-    settings["features"] = features
+    settings |= {"features": features, "rank": recipe.factors}  # which "auto" is, may differ between versions
     found = {**settings, "groups": named, "images": pixels.hexdigest(), "fastmaf": fastmaf.__version__}
     return dict(json.loads(json.dumps(found)))
 

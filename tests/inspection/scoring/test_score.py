@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pickle
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -88,3 +90,12 @@ def test_reference_statistics(reference: Any) -> None:
 def test_wrong_settings_are_named(wrong: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         ScoreSettings(**wrong)  # type: ignore[arg-type]
+
+
+def test_a_pickle_of_an_earlier_version_has_undivided_lengths() -> None:
+    settings = ScoreSettings()
+    assert pickle.loads(pickle.dumps(settings)) == settings and settings.level_power > 0
+    earlier = {name: value for name, value in vars(settings).items() if name != "level_power"}
+    restored = ScoreSettings.__new__(ScoreSettings)
+    restored.__setstate__(earlier)
+    assert restored == replace(settings, level_power=0.0)

@@ -48,8 +48,8 @@ def test_sizes() -> None:
     assert texture_size([(1024, 700)]) == TEXTURE_SIZES[-1] == 1024 and texture_size([(9000, 90)]) == 1024
     assert texture_size([(640, 640)]) == 512 and texture_size([(641, 100)]) == 1024
     assert texture_size([(2048, 2048)] * 10_000) == 512 == texture_size([(2048, 2048)], COMPARED)
-    assert reduction_of([(640, 10)], 512) is None and "3000 pixels in the median, are reduced to 2048" in str(
-        reduction_of([(3000, 10)], 2048)
+    assert reduction_of([(640, 10)], 512) is None and "3000 pixels in the median, are reduced to 1024" in str(
+        reduction_of([(3000, 10)], 1024)
     )
 
 
