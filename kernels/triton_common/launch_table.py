@@ -108,8 +108,8 @@ def prefetched(programs_per_sm: int, size: int) -> int:
     return max(1, min(PREFETCHED // programs_per_sm, _MOST_PREFETCHED) // size)
 
 
-# Compute capabilities on which kernels start before those ahead of them have ended; see ``overlap``. Older cards cannot,
-# and of newer ones nothing is known.
+# Compute capabilities on which kernels start before those ahead of them have ended; see ``overlap``. Older cards cannot
+# do so, and of newer ones nothing is known.
 EARLY = range(90, 100)
 
 
