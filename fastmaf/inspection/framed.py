@@ -6,15 +6,13 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor
 
 import fastmaf
 from fastmaf.inspection.calibration import Calibration
-from fastmaf.inspection.interface import AnomalyModel
+from fastmaf.inspection.interface import AnomalyModel, OfPart
 from fastmaf.inspection.letterbox import Letterbox, letterboxed, maps_of_images
 from fastmaf.inspection.model import Prediction, Shapes, check_pixels
 from fastmaf.inspection.model_card import framed_card
@@ -33,7 +31,7 @@ _RECORD = Record(
 
 
 @dataclass(frozen=True, eq=False)
-class FramedModel:
+class FramedModel(OfPart):
     """A frame, and a model of images that lie in it; see ``fastmaf.inspection.letterbox``.
 
     The anomaly map is that of the image, without the rest of the frame. The score is that of the whole frame: where the
@@ -51,26 +49,6 @@ class FramedModel:
     def size(self) -> int:
         """Side of the square images that it takes."""
         return self.part.size
-
-    @property
-    def calibration(self) -> Calibration:
-        """Held-out scores of framed good images and the threshold taken from them."""
-        return self.part.calibration
-
-    @property
-    def about(self) -> dict[str, Any]:
-        """Details of the training of the part."""
-        return self.part.about
-
-    @property
-    def device(self) -> torch.device:
-        """The device that the part computes on."""
-        return self.part.device
-
-    @property
-    def map_levels(self) -> tuple[float, float]:
-        """Range of an overlay's colours: the 99th percentile and the maximum of the anomaly maps of good images."""
-        return self.part.map_levels
 
     def seen(self, pixels: Tensor, shapes: Shapes | None) -> Tensor:
         """Returns images, uint8 ``[n, 3, size, size]``, as the part sees them; arguments as of ``predict``."""

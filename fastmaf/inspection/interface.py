@@ -62,6 +62,32 @@ class AnomalyModel(Protocol):
         ...
 
 
+class OfPart:
+    """Properties of a model that turns or frames images first: those of ``part``, the model of the changed images."""
+
+    part: AnomalyModel
+
+    @property
+    def calibration(self) -> Calibration:
+        """Held-out scores of changed good images and the threshold taken from them."""
+        return self.part.calibration
+
+    @property
+    def about(self) -> dict[str, Any]:
+        """Details of the training of the part."""
+        return self.part.about
+
+    @property
+    def device(self) -> torch.device:
+        """The device that the part computes on."""
+        return self.part.device
+
+    @property
+    def map_levels(self) -> tuple[float, float]:
+        """Range of an overlay's colours: the 99th percentile and the maximum of the anomaly maps of good images."""
+        return self.part.map_levels
+
+
 def scores_of(model: AnomalyModel, pixels: Tensor, shapes: Shapes | None = None) -> np.ndarray:
     """Returns the scores that a model predicts; without the maps and the NLL, if it can do without."""
     if isinstance(model, InspectionModel):

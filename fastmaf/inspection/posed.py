@@ -13,7 +13,7 @@ from torch import Tensor
 import fastmaf
 from fastmaf.images.reduce import reduced
 from fastmaf.inspection.calibration import Calibration
-from fastmaf.inspection.interface import AnomalyModel
+from fastmaf.inspection.interface import AnomalyModel, OfPart
 from fastmaf.inspection.map_shapes import squared
 from fastmaf.inspection.model import Prediction, Shapes, check_pixels
 from fastmaf.inspection.model_card import posed_card
@@ -31,7 +31,7 @@ _RECORD = Record({"kind": OneOf((KIND,)), "size": Whole(1, 2**15), "moves": Flag
 
 
 @dataclass(frozen=True, eq=False)
-class PosedModel:
+class PosedModel(OfPart):
     """A pose, and a model of images in this pose.
 
     Scores are those of the turned image; the anomaly map is turned back, and is 0 where the turned image shows nothing
@@ -52,26 +52,6 @@ class PosedModel:
         if not self.part.size <= self.size <= _LARGEST * self.part.size:
             most = _LARGEST * self.part.size
             raise ValueError(f"size must be at least that of the part, {self.part.size}, to {most}; found {self.size}")
-
-    @property
-    def calibration(self) -> Calibration:
-        """Held-out scores of turned good images and the threshold taken from them."""
-        return self.part.calibration
-
-    @property
-    def about(self) -> dict[str, Any]:
-        """Details of the training of the part."""
-        return self.part.about
-
-    @property
-    def device(self) -> torch.device:
-        """The device that the part computes on."""
-        return self.part.device
-
-    @property
-    def map_levels(self) -> tuple[float, float]:
-        """Range of an overlay's colours: the 99th percentile and the maximum of the anomaly maps of good images."""
-        return self.part.map_levels
 
     def seen(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
         """Returns images, uint8 ``[n, 3, size, size]``, as the part sees them, and the places of their objects."""

@@ -19,6 +19,7 @@ from fastmaf.inspection.detector import Detector
 from fastmaf.inspection.model import InspectionModel, load_inspection
 from fastmaf.inspection.recipe import Recipe
 from fastmaf.inspection.workflow import fit as workflow
+from fastmaf.inspection.workflow import load as loading
 from tests.inspection.tiny import silent
 
 SMALL: dict[str, Any] = {"rank": 6, "blocks": 0, "folds": 3}
@@ -27,7 +28,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:a false-alarm rate of:UserWarnin
 
 @pytest.fixture(autouse=True)
 def small_sizes(monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in (sizes_module, workflow, detector, detector_input):
+    for module in (sizes_module, loading, detector, detector_input):
         monkeypatch.setattr(module, "SIZES", (8, 16, 32))
 
 

@@ -23,7 +23,8 @@ from fastmaf.inspection.posed import PosedModel
 from fastmaf.inspection.recipe import Recipe
 from fastmaf.inspection.scoring.settings import AnomalyMapConfig, ScoreSettings
 from fastmaf.inspection.workflow.evaluate import evaluate
-from fastmaf.inspection.workflow.fit import _for_aspect, fit
+from fastmaf.inspection.workflow.fit import fit
+from fastmaf.inspection.workflow.load import _for_aspect
 from fastmaf.io.tensor_file import read_tensors, write_tensors
 from tests.inspection.tiny import silent
 from tests.inspection.turned_objects import SIDE, objects

@@ -12,8 +12,8 @@ from fastmaf.inspection.recipe import Recipe
 from fastmaf.inspection.scoring.settings import AnomalyMapConfig, ScoreSettings
 from fastmaf.inspection.selection.description import Selection
 from fastmaf.inspection.selection.ranking import rank_maps, rank_scores
-from fastmaf.inspection.workflow.fit import load_normals
 from fastmaf.inspection.workflow.inputs import Say
+from fastmaf.inspection.workflow.load import load_normals
 
 
 @fastmaf.torch_defaults()

@@ -8,15 +8,10 @@ from dataclasses import replace as replace_field
 from datetime import datetime, timezone
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
-
-import numpy as np
+from typing import Any, Literal
 
 import fastmaf
-from fastmaf.images.dataset import ImageSet, load_train
-from fastmaf.images.decode import DataError
-from fastmaf.inspection.aspect import SQUARE, aspect_of, usable_side
-from fastmaf.inspection.calibration import Calibration
+from fastmaf.images.dataset import ImageSet
 from fastmaf.inspection.features.extractor import extractor_of
 from fastmaf.inspection.features.fit import fit_with_features
 from fastmaf.inspection.fit import FALSE_ALARM, Fitted
@@ -24,12 +19,11 @@ from fastmaf.inspection.fit import fit as fit_model
 from fastmaf.inspection.fit_stages import Stages
 from fastmaf.inspection.fold_models import fold_model_files, replace_fold_models, save_fold_models
 from fastmaf.inspection.framed import FramedModel
-from fastmaf.inspection.framing import Framing, framing_of
+from fastmaf.inspection.framing import Framing
 from fastmaf.inspection.free_threads import free_threads
 from fastmaf.inspection.interface import AnomalyModel
 from fastmaf.inspection.kinds import (
     COMPARED,
-    TEXTURE_SIZES,
     FittedTexture,
     Kind,
     describe_choice,
@@ -41,12 +35,21 @@ from fastmaf.inspection.kinds import (
 from fastmaf.inspection.posed import InPose, PosedModel, in_one_pose
 from fastmaf.inspection.recipe import Recipe
 from fastmaf.inspection.report.content import REPORT, REPORT_FILE
-from fastmaf.inspection.sizes import BUDGET, SIZES, FittedSizes, fit_sizes, sides_for, sizes_for
+from fastmaf.inspection.sizes import BUDGET, FittedSizes, fit_sizes
 from fastmaf.inspection.workflow.fit_result import LOG_FILE, FitResult
 from fastmaf.inspection.workflow.fit_state import has_state, load_state, run_of, save_state
 from fastmaf.inspection.workflow.fit_state import remove_state as remove_fit_state
 from fastmaf.inspection.workflow.groups import group_labels
 from fastmaf.inspection.workflow.inputs import Say
+from fastmaf.inspection.workflow.load import (
+    NEEDED,
+    Loaded,
+    load_again,
+    load_for_features,
+    load_normals,
+    load_sizes,
+    load_texture,
+)
 from fastmaf.io.atomic import errors_of_staged, keep_previous, previous, replace, staging
 from fastmaf.io.csv_file import write_csv
 from fastmaf.io.outputs import Output, check_outputs, table
@@ -57,8 +60,6 @@ from fastmaf.training.callbacks import Callback
 from fastmaf.training.checkpoints import MODEL_FILE, STATE_FILE, refuse_unfinished, remove_state
 from fastmaf.training.interrupts import interruptible
 
-_NEEDED = Calibration(np.zeros(1), FALSE_ALARM, None, "split").min_samples  # images or groups, for the guarantee
-_FEWEST = 5  # good images that are fitted with the default number of folds
 _LOG_COLUMNS = ("step", "nll", "held_out_nll")
 
 
@@ -122,13 +123,13 @@ def fit(
         given = recipe
         if extractor is not None:
             several = sizes is not None
-            loaded = _load_for_features(data, recipe, kind, extractor.size, several, budget, **reading)
+            loaded = load_for_features(data, recipe, kind, extractor.size, several, budget, **reading)
         elif kind == "texture":
-            loaded = Loaded((), recipe, _load_texture(data, recipe, **reading), None)
+            loaded = Loaded((), recipe, load_texture(data, recipe, **reading), None)
         elif sizes is None:
             loaded = load_normals(data, recipe, kind, **reading)
         else:
-            loaded = _load_sizes(data, recipe, kind, budget, **reading)
+            loaded = load_sizes(data, recipe, kind, budget, **reading)
         wanted, recipe, images, framing = loaded
         reason: str | None = None
         if framing is not None:
@@ -141,10 +142,10 @@ def fit(
             kind, reason = plausible_kind(images.pixels)
         check_disk(out, sum(_disk_needed(replace_field(recipe, size=size), keep_folds) for size in wanted))
         groups = None if group_by is None else group_labels(group_by, images.names)
-        if groups is not None and len(set(groups)) < _NEEDED:
+        if groups is not None and len(set(groups)) < NEEDED:
             say(
                 f"{count(len(set(groups)), 'group')}: a false-alarm rate of {FALSE_ALARM:.0%} cannot be guaranteed for "
-                f"new groups with fewer than {_NEEDED}"
+                f"new groups with fewer than {NEEDED}"
             )
         options: Any = {"double": images.double, "groups": groups, "every_fold": keep_folds, "progress": progress}
         pixels = [tensor for tensor in (images.pixels, images.double) if tensor is not None]
@@ -161,7 +162,7 @@ def fit(
             if extractor is not None:
                 del options["double"]
                 if kind != "object":
-                    images = _load_again(
+                    images = load_again(
                         data, images, max(texture_size(images.shapes, COMPARED), images.size), **reading
                     )
                     options["texture"] = as_texture(images.pixels, shapes=images.shapes).candidate
@@ -174,7 +175,7 @@ def fit(
                         say(f"as a texture, images are compared at {COMPARED} pixels; --kind texture keeps larger ones")
                     side = max(texture_size(images.shapes, COMPARED), images.size)
                     options["double"] = images.double if images.size == side else None
-                    images = _load_again(data, images, side, **reading)
+                    images = load_again(data, images, side, **reading)
                 fitted = as_texture(images.pixels, shapes=images.shapes)
                 if kind == "auto":
                     others = [fitted.candidate]
@@ -221,138 +222,6 @@ def _outer(part: AnomalyModel, posed: InPose | None, framing: Framing | None) ->
     """Returns the model of images as they come, for one of framed and turned images; None if they are neither."""
     turned = None if posed is None else posed.model(part)
     return turned if framing is None else framing.model(turned or part)
-
-
-class Loaded(NamedTuple):
-    """Good images as they are fitted.
-
-    Attributes:
-        sizes: of the models of pixels.
-        recipe: for the aspect ratio of the images.
-        images: the images, in their frame if there is one.
-        framing: the frame.
-    """
-
-    sizes: tuple[int, ...]
-    recipe: Recipe
-    images: ImageSet
-    framing: Framing | None
-
-
-def load_normals(data: str | Path, recipe: Recipe, kind: Kind, *, skip_bad: bool, progress: bool, say: Say) -> Loaded:
-    """Returns the good images of a folder, and the recipe for their aspect ratio.
-
-    Raises:
-        DataError: there are too few.
-    """
-    options: Any = {"skip_bad": skip_bad, "double": True, "progress": progress}
-    images = load_train(data, size=recipe.size, **options)
-    recipe, framing = _for_aspect(recipe, images, kind, say)
-    if recipe.side != images.size:
-        images = load_train(data, size=recipe.side, **options)
-    return _loaded((recipe.size,), recipe, images, framing, say)
-
-
-def _for_aspect(recipe: Recipe, images: ImageSet, kind: Kind, say: Say) -> tuple[Recipe, Framing | None]:
-    """Returns the recipe for the aspect ratio of good images, or of the frame that they are laid into."""
-    if recipe.aspect is not None:
-        return recipe, None
-    is_object = kind == "object"
-    framing = None if kind == "texture" else framing_of(images.pixels, images.shapes, recipe, is_object=is_object)
-    aspect = aspect_of(images.shapes)
-    recipe = replace_field(recipe, aspect=aspect if framing is None else framing.box.aspect)
-    others = sum(not 1 / SQUARE <= height / width / aspect <= SQUARE for height, width in images.shapes)
-    if others:
-        height, width = recipe.shape
-        what = f"{count(others, 'image')} of another aspect ratio than the median: as objects, all are"
-        if framing is None:
-            say(f"{what} resized to {height} x {width} pixels")
-        else:
-            box = framing.box
-            say(
-                f"{what} laid into a frame of {box.height} x {box.width} pixels, which is resized to {height} x {width}"
-            )
-    return recipe, framing
-
-
-def _loaded(sizes: tuple[int, ...], recipe: Recipe, images: ImageSet, framing: Framing | None, say: Say) -> Loaded:
-    images = _checked(images, recipe, say)
-    if framing is not None:
-        double = None if images.double is None else framing.laid(images.double, images.shapes)
-        images = replace_field(images, pixels=framing.laid(images.pixels, images.shapes), double=double)
-    return Loaded(sizes, recipe, images, framing)
-
-
-def _load_again(data: str | Path, images: ImageSet, size: int, *, skip_bad: bool, progress: bool, say: Say) -> ImageSet:
-    """Returns images at another size; what is to be said of them has been said."""
-    return images if images.size == size else load_train(data, size=size, skip_bad=skip_bad, progress=progress)
-
-
-def _load_sizes(
-    data: str | Path, recipe: Recipe, kind: Kind, budget: float, *, skip_bad: bool, progress: bool, say: Say
-) -> Loaded:
-    """Returns the sizes to fit, none larger than an image of the folder, and the good images for the largest size."""
-    options: Any = {"skip_bad": skip_bad, "double": True, "progress": progress}
-    images = load_train(data, size=SIZES[1], **options)
-    usable, (recipe, framing) = usable_side(images.shapes), _for_aspect(recipe, images, kind, say)
-    wanted = sizes_for(usable, budget)
-    if (side := sides_for(wanted, recipe)[-1]) != images.size:
-        images = load_train(data, size=side, **options)
-    if usable < 2 * wanted[-1]:  # enlarged images hold no finer shifts
-        images = replace_field(images, double=None)
-    return _loaded(wanted, recipe, images, framing, say)
-
-
-def _load_texture(data: str | Path, recipe: Recipe, *, skip_bad: bool, progress: bool, say: Say) -> ImageSet:
-    """Returns the good images at the size that they need as a texture."""
-    small = TEXTURE_SIZES[0]
-    options: Any = {"skip_bad": skip_bad, "progress": progress}
-    images = load_train(data, size=small, **options)
-    if (side := texture_size(images.shapes)) != small:
-        images = load_train(data, size=side, **options)
-    if (reduction := reduction_of(images.shapes, side)) is not None:
-        say(reduction)
-    return _checked(images, recipe, say)
-
-
-def _load_for_features(
-    data: str | Path,
-    recipe: Recipe,
-    kind: Kind,
-    size: int,
-    several: bool,
-    budget: float,
-    *,
-    skip_bad: bool,
-    progress: bool,
-    say: Say,
-) -> Loaded:
-    """Returns the sizes of the models of pixels, and the good images, at least of the features' size."""
-    images = load_train(data, size=size, skip_bad=skip_bad, progress=progress)
-    recipe, framing = _for_aspect(recipe, images, kind, say)
-    wanted = sizes_for(min(size, usable_side(images.shapes)), budget) if several else (recipe.size,)
-    side = max(size, *sides_for(wanted, recipe))
-    images = _load_again(data, images, side, skip_bad=skip_bad, progress=progress, say=say)
-    return _loaded(wanted, recipe, images, framing, say)
-
-
-def _checked(images: ImageSet, recipe: Recipe, say: Say) -> ImageSet:
-    for note in images.notes:
-        say(note)
-    needed = max(3, min(recipe.folds, _FEWEST))
-    if len(images) < needed:
-        skipped = f", and {count(len(images.skipped), 'file')} that cannot be read" if images.skipped else ""
-        raise DataError(
-            f"{images.paths[0].parent}: expected at least {needed} good images for fitting and calibration, better "
-            f"some dozens; found {count(len(images), 'good image')}{skipped}: add images, or name another folder with "
-            "--data"
-        )
-    if len(images) < _NEEDED:
-        say(
-            f"{count(len(images), 'good image')}: a false-alarm rate of {FALSE_ALARM:.0%} cannot be guaranteed with "
-            f"fewer than {_NEEDED}; the highest score will be the threshold"
-        )
-    return images
 
 
 def outputs_of(out: Path, folds: int = 0) -> list[Output]:

@@ -14,7 +14,7 @@ from fastmaf.cli.app import app
 from fastmaf.inspection import fit as fit_module
 from fastmaf.inspection import sizes as sizes_module
 from fastmaf.inspection.model import load_inspection
-from fastmaf.inspection.workflow import fit as workflow
+from fastmaf.inspection.workflow import load as loading
 from fastmaf.inspection.workflow.fit import fit
 from fastmaf.inspection.workflow.fit_state import STATE_FOLDER
 from tests.inspection.tiny import TINY, silent
@@ -24,7 +24,7 @@ RECIPE = replace(TINY, rank=6, blocks=0)
 
 @pytest.fixture(autouse=True)
 def small_sizes(monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in (sizes_module, workflow):
+    for module in (sizes_module, loading):
         monkeypatch.setattr(module, "SIZES", (8, 16, 32))
 
 

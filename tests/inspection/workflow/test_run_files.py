@@ -28,6 +28,7 @@ from fastmaf.inspection.report import build
 from fastmaf.inspection.report.content import REPORT_FILE
 from fastmaf.inspection.workflow import calibrate as calibrating
 from fastmaf.inspection.workflow import fit as fitting
+from fastmaf.inspection.workflow import load as loading
 from fastmaf.inspection.workflow.calibrate import calibrate, recalibrate
 from fastmaf.inspection.workflow.choose import choose
 from fastmaf.inspection.workflow.fit import fit
@@ -190,7 +191,7 @@ def test_the_state_of_a_finished_run_of_the_other_recipe_goes(data: Path, run_co
 def test_what_is_wrong_with_out_is_noticed_before_the_images_are_read(
     data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(fitting, "load_train", lambda *args, **kwargs: pytest.fail("the work has begun"))
+    monkeypatch.setattr(loading, "load_train", lambda *args, **kwargs: pytest.fail("the work has begun"))
     (tmp_path / "file").write_text("notes")
     (tmp_path / "run" / REPORT_FILE).mkdir(parents=True)
     with pytest.raises(NotADirectoryError, match="found the file .*file"):
